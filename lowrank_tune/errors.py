@@ -1,0 +1,48 @@
+"""Errors for people: one sentence that says what, where, and what instead. Anything else that is raised is our own mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend. Printed without a traceback; the process ends with `exit_code`."""
+
+    exit_code = 2
+
+
+class RunFailed(UserError):
+    """The run itself broke (a full disk, losses that are not finite), though its input was well formed."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault of a recipe or a data file: where it stands, and a sentence."""
+
+    message: str
+    key: str = ""
+    file: str = ""
+    line: int | None = None
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.file and self.line else self.file
+        return ": ".join(part for part in (place, self.key, self.message) if part)
+
+
+class Faults(UserError):
+    """Several faults, told all at once, one a line."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        assert faults, "an empty list of faults is no error"
+        self.faults = tuple(faults)
+        super().__init__("\n".join(str(fault) for fault in self.faults))
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """"; did you mean `x`?" for the nearest known word, or an empty string."""
+    near = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean `{near[0]}`?" if near else ""

@@ -1,0 +1,135 @@
+"""What a run tells: a stream of small frozen events. Screens, files and trackers are sinks; the loop only calls `emit`.
+
+One event is one JSON object in `events.jsonl`: `{"v": 1, "event": "step", "time": 1763800000.0, "step": 1, "stats": {...}}`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Base of all events; `time` is seconds since the epoch."""
+
+    kind: ClassVar[str] = ""
+    time: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted(Event):
+    """The first event of each start. `reference` says in words what the policy is compared with."""
+
+    kind: ClassVar[str] = "run_started"
+    name: str
+    algorithm: str
+    model: str
+    roles: Mapping[str, list[str]]
+    reference: str
+    steps: int
+    resumed_from: int = 0
+    trainable: int = 0
+    device: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(Event):
+    """A long job other than training (loading, tokenising, evaluating): `done` of `total` units."""
+
+    kind: ClassVar[str] = "progress"
+    what: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone(Event):
+    """One optimizer step. `stats` are means over the step, `seconds` its wall time."""
+
+    kind: ClassVar[str] = "step"
+    step: int
+    steps: int
+    stats: Mapping[str, float]
+    seconds: float
+    tokens: int
+    logged: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validated(Event):
+    """Metrics on held-out rows or prompts after `step` steps."""
+
+    kind: ClassVar[str] = "validated"
+    step: int
+    stats: Mapping[str, float]
+    best: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled(Event):
+    """What the model answers to a held-out prompt after `step` steps."""
+
+    kind: ClassVar[str] = "sampled"
+    step: int
+    prompt: str
+    completion: str
+    finish: str
+    gold: str | None = None
+    reward: float | None = None
+    role: str = "policy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved(Event):
+    """A checkpoint is complete on disk."""
+
+    kind: ClassVar[str] = "saved"
+    step: int
+    path: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note(Event):
+    """A sentence for the person: information or a warning."""
+
+    kind: ClassVar[str] = "note"
+    message: str
+    level: Literal["info", "warning"] = "info"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnded(Event):
+    """The last event: `status` is done, interrupted or failed."""
+
+    kind: ClassVar[str] = "run_ended"
+    status: Literal["done", "interrupted", "failed"]
+    step: int
+    seconds: float
+    message: str = ""
+
+
+Emit = Callable[[Event], None]
+KINDS: dict[str, type[Event]] = {
+    kind.kind: kind for kind in (RunStarted, Progress, StepDone, Validated, Sampled, Saved, Note, RunEnded)
+}
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """The event as the object that `events.jsonl` holds."""
+    return {"v": VERSION, "event": event.kind, **asdict(event)}
+
+
+def from_json(data: Mapping[str, Any]) -> Event | None:
+    """The event of such an object; None for a kind that this version does not know. Unknown fields are ignored."""
+    kind = KINDS.get(data.get("event", ""))
+    if kind is None:
+        return None
+    known = {f.name for f in fields(kind)}
+    return kind(**{key: value for key, value in data.items() if key in known})

@@ -1,0 +1,191 @@
+"""Every setting of a recipe: typed, strict, frozen, with its default and its meaning. No torch here: a fault is told in a second.
+
+Names are those that users of the Hugging Face libraries already know. `recipe.py` reads them from YAML.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Words = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class Settings(BaseModel):
+    """Unknown keys, wrong types and later changes are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Base(Settings):
+    """The frozen base."""
+
+    model: str = "tiny-tutor"
+    """A hub id, `id@revision`, a folder, or `tiny-tutor`, which ships with the package."""
+    bits: Literal[4, 16] = 4
+    """4: NF4 with double quantisation. 16: not quantised."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for repositories that you trust as you trust your shell."""
+
+
+class Adapter(Settings):
+    """One LoRA adapter. With `path` it is loaded: frozen below the policy, or continued where it is the policy's own."""
+
+    r: Positive = 16
+    """Rank."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale: the update is multiplied by alpha / r (by alpha / sqrt(r) with rslora)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on the adapter's input while it trains."""
+    target_modules: Literal["all-linear"] | Words = "all-linear"
+    """Names of the linear modules that get an adapter."""
+    rslora: bool = False
+    """Rank-stabilised scaling (arXiv:2312.03732)."""
+    path: str | None = None
+    """Folder of an existing adapter, or of a run."""
+
+
+class Source(Settings):
+    """One source of rows."""
+
+    dataset: str
+    """A hub id, `id@revision`, a file (JSON, JSON lines, CSV, Parquet; gz too), a folder, or `tutor`, the built-in problems."""
+    name: str | None = None
+    """Configuration of a hub data set (`main` of openai/gsm8k)."""
+    split: str = "train"
+    """Split of a hub data set or of `tutor` (train, heldout)."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer"] = "auto"
+    """Shape of a row. `auto` looks at the columns and says what it found."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Renames columns: the format's name to the data's name, as `{question: problem, answer: solution}`."""
+    gold: Literal["auto", "none", "answer", "hashes", "boxed", "last_number", "gold"] = "auto"
+    """Where the gold answer stands: after `####`, in the last box, the last number, the whole answer, or a column `gold`."""
+    rows: Positive | None = None
+    """Takes this many rows, drawn with the seed."""
+    weight: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Share of the rows drawn from this source. All sources have one, and they sum to 1; or none has, and row counts decide."""
+
+
+Sources = Annotated[tuple[Source, ...], Field(strict=False)]
+
+
+class Data(Settings):
+    """What is trained on."""
+
+    train: Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
+    """Sources of the training rows."""
+    validation: Sources = ()
+    """Sources of the validation rows. Without them `validation_share` of the training rows is set aside."""
+    validation_share: Annotated[float, Field(ge=0.0, lt=0.9)] = 0.05
+    """Share of the training rows set aside for validation; 0 for none."""
+    system: str | None = None
+    """A system prompt for rows that bring none."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Longest row in tokens."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """A longer row is dropped and counted; or cut at the last whole turn that fits, and dropped where none does."""
+    max_rejected_share: Share = 0.1
+    """Stops before training when more than this share of the rows is unusable."""
+
+
+class Train(Settings):
+    """The loop."""
+
+    steps: Positive | None = None
+    """Optimizer steps. Give this or `epochs`."""
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Passes over the training rows."""
+    rows_per_step: Positive | None = None
+    """Rows of one optimizer step (16 unless `tokens_per_step` is given)."""
+    tokens_per_step: Positive | None = None
+    """Or: as many rows as fit this many tokens."""
+    micro_batch_size: Positive | None = None
+    """Rows that go through the model at once (4 unless `micro_batch_tokens` is given). Changes memory and speed, never the gradient."""
+    micro_batch_tokens: Positive | None = None
+    """Or: as many rows as fit this many tokens, padding counted."""
+    length_window: Positive = 8
+    """Rows are sorted by length within a window of this many steps, so that rows of a step need little padding."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the rate rises from 0."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW in fp32; bitsandbytes' 8-bit and paged ones need CUDA."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's decoupled decay."""
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    """Decay of the second moment."""
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    max_bad_steps: Positive = 5
+    """Stops after this many steps in a row whose loss or gradient is not finite; each is skipped and counted."""
+    log_every: Positive = 1
+    """Steps between lines of the console; KL to the reference is measured on these steps."""
+    save_every: Positive | None = None
+    """Steps between checkpoints; about ten over the run where it is not given."""
+    keep: Positive = 2
+    """Newest checkpoints kept, besides the best."""
+    final: Literal["best", "last"] = "best"
+    """Which adapter becomes `final/`: the one with the lowest validation loss, or the last."""
+
+
+class Evaluate(Settings):
+    """Held-out measurements while training."""
+
+    every: Positive | None = None
+    """Steps between evaluations; about ten over the run where it is not given."""
+    heldout: Source | None = None
+    """Prompts with gold answers: the model answers them before and after the run, and exact answers and proper stops are counted."""
+    prompts: Positive = 100
+    """How many of them."""
+    samples: Positive = 1
+    """Answers for each prompt: 1 is greedy, more are sampled and give pass@1 and pass@k."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Temperature of sampled answers."""
+    max_new_tokens: Positive = 64
+    """Longest answer in tokens."""
+    shown: Annotated[int, Field(ge=0)] = 3
+    """Prompts whose answers are shown at every evaluation."""
+
+
+class Recipe(Settings):
+    """One run, complete."""
+
+    name: str = Field(default="", pattern=r"^$|^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Name of the run and of its folder under `runs/`; the recipe file's name where it is not given."""
+    description: str = ""
+    """One line for `lowrank-tune presets`."""
+    algorithm: Literal["sft"]
+    """What is optimised."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seeds everything."""
+    base: Base = Base()
+    """The frozen base."""
+    adapters: dict[str, Adapter] = Field(default_factory=lambda: {"policy": Adapter()})
+    """`policy` is trained; every other one needs a `path` and lies frozen below it, in this order."""
+    data: Data
+    """What is trained on."""
+    train: Train = Train()
+    """The loop."""
+    evaluate: Evaluate = Evaluate()
+    """Held-out measurements."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe as plain data; `recipe.load` of it gives this recipe again."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _policy_by_default(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("adapters"), dict) and "policy" not in data["adapters"]:
+            return {**data, "adapters": {**data["adapters"], "policy": {}}}
+        return data

@@ -1,0 +1,125 @@
+"""The tutor's problems: sums and differences of two whole numbers, asked in many ways, with worked and blurted replies.
+
+One problem in twelve is held out (`is_heldout`): it stands in no text that the tiny base or any preset is trained on. Problems that
+could appear as a *step* of another one (a round number, two digits) are never held out, so "60+12=72" inside a worked reply gives
+nothing away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+SMALLEST, LARGEST = 2, 99
+NAMES = ("Anna", "Ben", "Carl", "Dora", "Emma", "Finn", "Gina", "Hugo", "Iris", "Jack", "Kim", "Leo", "Mia", "Noah", "Olga", "Paul")
+THINGS = ("apples", "books", "cards", "coins", "eggs", "flowers", "marbles", "pears", "pens", "shells", "stamps", "stones")
+
+ADD_QUESTIONS = (
+    "What is {a} + {b}?", "What is {a} plus {b}?", "How much is {a} + {b}?", "Add {a} and {b}.", "What do {a} and {b} make together?",
+    "{name} has {a} {thing} and gets {b} more. How many {thing} does {name} have now?",
+    "{name} has {a} {thing} and {other} has {b}. How many {thing} do they have together?",
+    "There are {a} {thing} in one box and {b} in another. How many {thing} are there in all?",
+)  # fmt: skip
+SUBTRACT_QUESTIONS = (
+    "What is {a} - {b}?", "What is {a} minus {b}?", "How much is {a} - {b}?", "Take {b} away from {a}.",
+    "{name} has {a} {thing} and gives {b} to {other}. How many {thing} does {name} have left?",
+    "There are {a} {thing} in a shop and {b} are sold. How many {thing} are left?",
+)  # fmt: skip
+BLURTS = ("I think it is {n}.", "It is {n}.", "That makes {n}.")
+LAST_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`a + b` or `a - b` (a >= b), both between 2 and 99."""
+
+    a: int
+    b: int
+    sign: str
+
+    @property
+    def answer(self) -> int:
+        return self.a + self.b if self.sign == "+" else self.a - self.b
+
+    def question(self, rng: random.Random) -> str:
+        """One of the wordings, drawn with `rng`."""
+        wording = rng.choice(ADD_QUESTIONS if self.sign == "+" else SUBTRACT_QUESTIONS)
+        name, other = rng.sample(NAMES, 2)
+        return wording.format(a=self.a, b=self.b, name=name, other=other, thing=rng.choice(THINGS))
+
+    def steps(self) -> list[str]:
+        """The worked steps: units, tens, their sum; or the tens taken away, then the units."""
+        if self.sign == "+":
+            return _addition_steps(self.a, self.b)
+        units = self.b % 10
+        tens = self.b - units
+        if not (units and tens):
+            return [f"{self.a}-{self.b}={self.answer}"]
+        return [f"{self.a}-{tens}={self.a - tens}", f"{self.a - tens}-{units}={self.answer}"]
+
+    def worked(self) -> str:
+        """A reply that works the steps: "7+5=12, 40+20=60, 60+12=72. So it is 72."."""
+        return f"{', '.join(self.steps())}. So it is {self.answer}."
+
+    def blurt(self, rng: random.Random, right: float) -> str:
+        """A reply without steps, right with probability `right` and near the truth otherwise."""
+        number = self.answer
+        if rng.random() >= right:
+            number = max(0, number + rng.choice((-20, -11, -10, -9, -3, -2, -1, 1, 2, 3, 9, 10, 11, 20)))
+        return rng.choice(BLURTS).format(n=number)
+
+
+def _addition_steps(a: int, b: int) -> list[str]:
+    a_units, b_units = a % 10, b % 10
+    a_tens, b_tens = a - a_units, b - b_units
+    units, tens = a_units + b_units, a_tens + b_tens
+    steps = []
+    if a_units and b_units:
+        steps.append(f"{a_units}+{b_units}={units}")
+    if a_tens and b_tens:
+        steps.append(f"{a_tens}+{b_tens}={tens}")
+    if units and tens:
+        steps.append(f"{tens}+{units}={a + b}")
+    return steps
+
+
+def is_heldout(problem: Problem) -> bool:
+    """Whether this problem belongs to the held-out twelfth. Independent of wording, and of the order of a sum."""
+    a, b = problem.a, problem.b
+    if problem.sign == "+":
+        a, b = min(a, b), max(a, b)
+        is_step = a % 10 == 0 or b % 10 == 0 or b < 10
+    else:
+        is_step = b % 10 == 0 or b < 10
+    digest = hashlib.blake2b(f"{a}{problem.sign}{b}".encode(), digest_size=4).digest()
+    return not is_step and int.from_bytes(digest, "big") % 12 == 0
+
+
+def draw(rng: random.Random, heldout: bool = False, subtract: float = 0.3) -> Problem:
+    """A random problem from the training part, or from the held-out part."""
+    while True:
+        a, b = rng.randint(SMALLEST, LARGEST), rng.randint(SMALLEST, LARGEST)
+        sign = "-" if rng.random() < subtract else "+"
+        if sign == "-":
+            a, b = max(a, b), min(a, b)
+        problem = Problem(a, b, sign)
+        if is_heldout(problem) == heldout:
+            return problem
+
+
+def final_number(text: str) -> int | None:
+    """The last whole number in a reply, which is the reply's answer; None where there is none."""
+    found = LAST_NUMBER.findall(text)
+    return int(found[-1][:9]) if found else None
+
+
+def rows(count: int, seed: int, heldout: bool = False, worked: float = 0.5) -> Iterator[dict[str, str]]:
+    """`question`, `answer`, `gold` rows. All answers are right; a share `worked` of them shows its steps, the others just tell."""
+    rng = random.Random(f"tutor-{seed}-{heldout}")
+    for _ in range(count):
+        problem = draw(rng, heldout)
+        answer = problem.worked() if rng.random() < worked else problem.blurt(rng, right=1.0)
+        yield {"question": problem.question(rng), "answer": answer, "gold": str(problem.answer)}

@@ -1,0 +1,183 @@
+"""The values that pass between the floors. Entry t of every (B, T) tensor is about token t; a mask is named by what True means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised conversation: ids, and for each whether the assistant says it. Lists of one length."""
+
+    ids: Sequence[int]
+    says: Sequence[bool]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean that adds: total over count. Both are 0-d tensors or numbers."""
+
+    total: Tensor | float
+    count: Tensor | float
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        count = float(self.count)
+        return float(self.total) / count if count else float("nan")
+
+
+Stats = dict[str, Mean]
+
+
+def add_stats(into: Stats, more: Mapping[str, Mean]) -> None:
+    """Adds `more` to `into`, name by name."""
+    for name, mean in more.items():
+        into[name] = into[name] + mean if name in into else mean
+
+
+def to_floats(stats: Mapping[str, Mean]) -> dict[str, float]:
+    """All means as numbers, with one transfer from the device."""
+    flat = [value for mean in stats.values() for value in (mean.total, mean.count)]
+    device = next((value.device for value in flat if isinstance(value, Tensor)), torch.device("cpu"))
+    host = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in flat]).tolist() if flat else []
+    return {name: Mean(host[2 * i], host[2 * i + 1]).value for i, name in enumerate(stats)}
+
+
+@dataclass
+class Batch:
+    """Rows padded to one length T, on the right.
+
+    ids (B, T) long; attended (B, T) bool: a real token; says (B, T) bool: a token that the loss is about (SFT: the assistant says it;
+    RL: the policy wrote it); weight (B, T) fp32: set by an algorithm's `weigh`, once for the whole optimizer step, before any split;
+    extra: further tensors with B rows, (B,) or (B, T), which an algorithm brings.
+    """
+
+    ids: Tensor
+    attended: Tensor
+    says: Tensor
+    weight: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) tokens of each row up to the last attended one."""
+        positions = torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device)
+        return (self.attended * positions).amax(dim=1)
+
+    def take(self, rows: Tensor) -> Batch:
+        """These rows, without the columns that none of them needs."""
+        width = int(self.lengths[rows].max())
+
+        def cut(tensor: Tensor) -> Tensor:
+            picked = tensor[rows]
+            return picked[:, :width] if picked.ndim > 1 and picked.shape[1] == self.ids.shape[1] else picked
+
+        return Batch(cut(self.ids), cut(self.attended), cut(self.says), None if self.weight is None else cut(self.weight),
+                     {name: cut(tensor) for name, tensor in self.extra.items()})  # fmt: skip
+
+    def split(self, rows: int | None = None, tokens: int | None = None, together: int = 1) -> Iterator[Batch]:
+        """Micro-batches of at most `rows` rows, or of at most `tokens` tokens with padding, of rows of similar length.
+
+        `together` adjacent rows stay in one micro-batch (2 for pairs). A unit larger than the budget comes alone.
+        """
+        lengths = self.lengths.view(-1, together).amax(dim=1)
+        order = torch.argsort(lengths, descending=True, stable=True).tolist()
+        units: list[int] = []
+        for unit in order:
+            most = max(int(lengths[u]) for u in (*units, unit)) * together * (len(units) + 1)
+            full = (rows is not None and (len(units) + 1) * together > rows) or (tokens is not None and most > tokens)
+            if units and full:
+                yield self._units(units, together)
+                units = []
+            units.append(unit)
+        if units:
+            yield self._units(units, together)
+
+    def _units(self, units: Sequence[int], together: int) -> Batch:
+        return self.take(torch.tensor([unit * together + i for unit in units for i in range(together)], device=self.ids.device))
+
+    def to(self, device: torch.device | str) -> Batch:
+        return replace(self, ids=self.ids.to(device), attended=self.attended.to(device), says=self.says.to(device),
+                       weight=None if self.weight is None else self.weight.to(device),
+                       extra={name: tensor.to(device) for name, tensor in self.extra.items()})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """log p(token t | tokens before t) and the entropy of that distribution, (B, T) fp32; 0 where nothing was scored."""
+
+    logps: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss, already weighted (a sum over the micro-batch), with its statistics. Its graph dies before the next term is made."""
+
+    loss: Tensor
+    stats: Stats
+
+
+@dataclass
+class Experience:
+    """What `collect` brought for one step: a batch, and statistics of the collecting. `parts` are PPO's epochs and minibatches."""
+
+    batch: Batch
+    stats: Stats = field(default_factory=dict)
+
+    def parts(self) -> Iterator[Batch]:
+        yield self.batch
+
+
+class Algorithm(Protocol):
+    """An algorithm is three verbs and a little state."""
+
+    together: int
+    """Adjacent rows that stay in one micro-batch."""
+
+    def collect(self, step: int) -> Experience: ...
+    def weigh(self, batch: Batch) -> Tensor: ...
+    def terms(self, micro: Batch) -> Iterator[Term]: ...
+    def go_on(self, stats: Stats) -> bool: ...
+    def state(self) -> dict[str, float]: ...
+    def restore(self, state: Mapping[str, float]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. temperature 0 is greedy. The stop ids end a completion and belong to it."""
+
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    temperature: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion of prompt number `prompt`: ids with the stop token, their log-probs where the engine has them, and why it ended."""
+
+    prompt: int
+    sample: int
+    ids: list[int]
+    finish: Literal["stop", "length"]
+    logps: list[float] | None = None
