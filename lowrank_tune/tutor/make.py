@@ -1,4 +1,4 @@
-"""Makes the tiny base: `python -m lowrank_tune.tutor.make OUT`. Seeded; about an hour on two cores.
+"""Makes the tiny base: `python -m lowrank_tune.tutor.make OUT`. Seeded; about half an hour on two cores.
 
 A byte-level BPE with single digits, then a Llama of about 2 M parameters trained from scratch on `text.documents`: Muon on the matrices,
 AdamW on the rest, a warm-up, a constant rate, a linear decay to zero. The last part runs at the full context, and on weights rounded to
@@ -29,10 +29,11 @@ NF4_LEVELS = (-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.184773
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE (any text encodes), digits one by one, trained on the generated text; the control tokens come first."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=LARGEST_VOCABULARY, special_tokens=list(text.CONTROL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=LARGEST_VOCABULARY, special_tokens=list(text.CONTROL_TOKENS), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
     plain = islice(text.documents(seed + 1), 20_000)
     tokenizer.train_from_iterator((_without_marks(document) for document in plain), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=text.BOS, eos_token=text.EOS, pad_token=text.PAD,
@@ -120,7 +121,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--tokens", type=int, default=20_000_000)
+    parser.add_argument("--tokens", type=int, default=12_000_000)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

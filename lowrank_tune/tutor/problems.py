@@ -1,4 +1,4 @@
-"""The tutor's problems: sums and differences of two whole numbers, asked in many ways, with worked and blurted replies.
+"""The tutor's problems: sums, differences and products of two whole numbers, asked in many ways, with worked and blurted replies.
 
 One problem in twelve is held out (`is_heldout`): it stands in no text that the tiny base or any preset is trained on. Problems that
 could appear as a *step* of another one (a round number, two digits) are never held out, so "60+12=72" inside a worked reply gives
@@ -28,13 +28,19 @@ SUBTRACT_QUESTIONS = (
     "{name} has {a} {thing} and gives {b} to {other}. How many {thing} does {name} have left?",
     "There are {a} {thing} in a shop and {b} are sold. How many {thing} are left?",
 )  # fmt: skip
+MULTIPLY_QUESTIONS = (
+    "What is {a} * {b}?", "What is {a} times {b}?", "How much is {a} * {b}?", "Multiply {a} by {b}.",
+    "There are {a} boxes with {b} {thing} each. How many {thing} are there?",
+    "{name} buys {a} bags of {b} {thing}. How many {thing} does {name} have?",
+)  # fmt: skip
+QUESTIONS = {"+": ADD_QUESTIONS, "-": SUBTRACT_QUESTIONS, "*": MULTIPLY_QUESTIONS}
 BLURTS = ("I think it is {n}.", "It is {n}.", "That makes {n}.")
 LAST_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """`a + b` or `a - b` (a >= b), both between 2 and 99."""
+    """`a + b`, `a - b` (a >= b) or `a * b` (a < 10); both between 2 and 99."""
 
     a: int
     b: int
@@ -42,22 +48,25 @@ class Problem:
 
     @property
     def answer(self) -> int:
-        return self.a + self.b if self.sign == "+" else self.a - self.b
+        return {"+": self.a + self.b, "-": self.a - self.b, "*": self.a * self.b}[self.sign]
 
     def question(self, rng: random.Random) -> str:
         """One of the wordings, drawn with `rng`."""
-        wording = rng.choice(ADD_QUESTIONS if self.sign == "+" else SUBTRACT_QUESTIONS)
+        wording = rng.choice(QUESTIONS[self.sign])
         name, other = rng.sample(NAMES, 2)
         return wording.format(a=self.a, b=self.b, name=name, other=other, thing=rng.choice(THINGS))
 
     def steps(self) -> list[str]:
-        """The worked steps: units, tens, their sum; or the tens taken away, then the units."""
+        """The worked steps: units, tens, their sum; tens taken away, then units; tens times, units times, their sum."""
         if self.sign == "+":
             return _addition_steps(self.a, self.b)
         units = self.b % 10
         tens = self.b - units
         if not (units and tens):
-            return [f"{self.a}-{self.b}={self.answer}"]
+            return [f"{self.a}{self.sign}{self.b}={self.answer}"]
+        if self.sign == "*":
+            tens, units = self.a * tens, self.a * units
+            return [f"{self.a}*{self.b - self.b % 10}={tens}", f"{self.a}*{self.b % 10}={units}", f"{tens}+{units}={self.answer}"]
         return [f"{self.a}-{tens}={self.a - tens}", f"{self.a - tens}-{units}={self.answer}"]
 
     def worked(self) -> str:
@@ -98,11 +107,11 @@ def is_heldout(problem: Problem) -> bool:
     return not is_step and int.from_bytes(digest, "big") % 12 == 0
 
 
-def draw(rng: random.Random, heldout: bool = False, subtract: float = 0.3) -> Problem:
-    """A random problem from the training part, or from the held-out part."""
+def draw(rng: random.Random, heldout: bool = False, signs: str = "++++---***") -> Problem:
+    """A random problem from the training part, or from the held-out part; `signs` says how often each kind comes."""
     while True:
-        a, b = rng.randint(SMALLEST, LARGEST), rng.randint(SMALLEST, LARGEST)
-        sign = "-" if rng.random() < subtract else "+"
+        sign = rng.choice(signs)
+        a, b = rng.randint(SMALLEST, 9 if sign == "*" else LARGEST), rng.randint(SMALLEST, LARGEST)
         if sign == "-":
             a, b = max(a, b), min(a, b)
         problem = Problem(a, b, sign)

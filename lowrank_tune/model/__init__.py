@@ -1,0 +1,1 @@
+"""The frozen base, the roles over it, and log-probs without logits."""

@@ -1,0 +1,187 @@
+"""Loads the frozen base: a hub id, `id@revision`, a folder, or the tiny base of the package; NF4 or 16 bits; CUDA or CPU.
+
+Precision is decided here and nowhere else. CUDA: weights, compute and autocast bf16. CPU: everything fp32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from lowrank_tune import settings
+from lowrank_tune.errors import UserError
+
+TINY = "tiny-tutor"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base as loaded: its model (frozen, in train mode), tokenizer, where it came from, and where it runs."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    revision: str | None
+    device: torch.device
+    bits: int
+    end_ids: frozenset[int]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 autocast on CUDA, nothing on the CPU."""
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is one. Raises UserError for a card without bf16."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise UserError(f"{name} has no bfloat16 (it needs compute capability 8.0: RTX 30 series or newer); set CUDA_VISIBLE_DEVICES= to use the CPU")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def load_base(wanted: settings.Base, device: torch.device | None = None) -> Base:
+    """Loads and freezes it. Raises UserError with one sentence for whatever a person can mend."""
+    device = device or pick_device()
+    _be_quiet()
+    name, revision = _split_revision(wanted.model)
+    place = str(files("lowrank_tune.tutor") / "base") if name == TINY else _existing_folder(name) or name
+    arguments: dict[str, Any] = {"revision": revision, "trust_remote_code": wanted.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(place, **arguments)
+        _refuse(config, name, wanted)
+        tokenizer = AutoTokenizer.from_pretrained(place, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(
+            place, config=config, use_safetensors=True, attn_implementation="sdpa", device_map={"": device},
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            **({"quantization_config": nf4(device)} if wanted.bits == 4 and not _is_quantised(config) else {}), **arguments)  # fmt: skip
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(_why_not(name, revision, error)) from error
+    return freeze(model, tokenizer, name=wanted.model, revision=revision or getattr(config, "_commit_hash", None), bits=wanted.bits)
+
+
+def freeze(model: Any, tokenizer: Any, name: str, bits: int, revision: str | None = None) -> Base:
+    """Makes a loaded model a base: nothing trainable, train mode (transformers checkpoints only there), no trap of the CPU kernels."""
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # On CPUs with AVX512-BF16 an eval forward repacks the weight in place and takes a path without autograd.
+            module.support_avx512bf16_for_cpu = False
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.requires_grad_(False)
+    model.train()
+    model.config.use_cache = False
+    return Base(model, tokenizer, name, revision, next(model.parameters()).device, bits, _end_ids(model, tokenizer))
+
+
+def nf4(device: torch.device) -> BitsAndBytesConfig:
+    """NF4 with double quantisation (arXiv:2305.14314)."""
+    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
+
+
+def base_hashes(model: nn.Module) -> dict[str, str]:
+    """blake2b of every frozen tensor as it is stored (packed 4-bit weights with their scales), under the names of the plain model."""
+    return {name: _digest(tensors) for name, tensors in _stored_tensors(model)}
+
+
+def one_hash(hashes: dict[str, str]) -> str:
+    """One hash over all of them."""
+    return hashlib.blake2b("\n".join(f"{name} {hashes[name]}" for name in sorted(hashes)).encode(), digest_size=16).hexdigest()
+
+
+def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if "lora_" in name:
+            continue
+        tensors = [tensor]
+        state = getattr(tensor, "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax]
+            if state.nested:
+                tensors += [state.state2.absmax, state.offset]
+        yield name.replace("base_layer.", "").removeprefix("base_model.model."), tensors
+
+
+def _digest(tensors: list[Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def _be_quiet() -> None:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # PEFT asks transformers by a name that is deprecated there; nobody who runs a recipe can do anything about it.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+
+
+def _split_revision(model: str) -> tuple[str, str | None]:
+    name, _, revision = model.partition("@")
+    return name, revision or None
+
+
+def _existing_folder(name: str) -> str | None:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise UserError(f"base.model: the folder {name} holds no config.json, so it is no model")
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"base.model: there is no folder {name}")
+    return None
+
+
+def _is_quantised(config: Any) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _refuse(config: Any, name: str, wanted: settings.Base) -> None:
+    if getattr(config, "auto_map", None) and not wanted.trust_remote_code:
+        raise UserError(f"base.model: {name} brings Python code of its own; set base.trust_remote_code: true only if you trust its author")
+    if _is_quantised(config):
+        quantised = config.quantization_config
+        quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        if quantised.get("quant_method") != "bitsandbytes" or not quantised.get("load_in_4bit"):
+            kind = quantised.get("quant_method", "an unknown method")
+            raise UserError(f"base.model: {name} is quantised with {kind}; give the unquantised model, or one quantised with bitsandbytes in 4 bits")
+
+
+def _why_not(name: str, revision: str | None, error: Exception) -> str:
+    text = str(error)
+    where = f"{name} at revision {revision}" if revision else name
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return f"base.model: {where} is gated or private: accept its terms at https://huggingface.co/{name}, then `hf auth login`"
+    if "revision" in text.lower() and revision and "not a valid" in text.lower():
+        return f"base.model: {name} has no revision {revision}"
+    if "safetensors" in text.lower() and "no file named" in text.lower():
+        return f"base.model: {where} has no safetensors weights; other formats can run code when they are read and are not loaded"
+    if any(word in text.lower() for word in ("couldn't connect", "offline", "can't load", "not a local folder", "connection", "resolve")):
+        return f"base.model: {where} is neither a folder nor in the local cache, and could not be fetched from the hub; check the name and the network"
+    return f"base.model: {where} cannot be loaded: {text.strip().splitlines()[0] if text.strip() else type(error).__name__}"
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every id that the tokenizer or the model's generation config calls an end of sequence."""
+    ends: set[int] = set()
+    generation: GenerationConfig | None = getattr(model, "generation_config", None)
+    for value in (getattr(tokenizer, "eos_token_id", None), generation.eos_token_id if generation else None):
+        if value is not None:
+            ends.update([value] if isinstance(value, int) else value)
+    return frozenset(ends)

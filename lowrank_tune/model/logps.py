@@ -1,0 +1,134 @@
+"""Log-probs of chosen tokens without the logits of all of them: `(B, T, V)` never exists, forward or backward.
+
+For hidden states h (N, d), head W (V, d) and targets y (N,):  z = head(h),  logp = z_y - logsumexp(z),  H = logsumexp(z) - E_p[z].
+The head is frozen, so all that the backward pass needs of a row is one vector,  d logp / d h = s (W_y - p W)  with s the head's scale
+over the temperature (a soft cap adds its derivative inside p). It is taken while the chunk's logits are there: logits are made once,
+not twice. Rows go through in chunks of a fixed number of logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_tune.errors import UserError
+
+CHUNK_LOGITS = 1 << 24  # 64 MiB in fp32; two such buffers are alive at once
+
+
+@dataclass(frozen=True)
+class Head:
+    """The model's output head: weight (V, d), bias (V,) or None, what its logits are multiplied by, and the soft cap."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        """(N, d) -> (N, V) fp32, leaving the matrix product in fp32: bf16 logits cost 0.1 in one log-prob."""
+        if self.weight.is_cuda and self.weight.dtype != torch.float32:
+            z = torch.mm(hidden.to(self.weight.dtype), self.weight.T, out_dtype=torch.float32)
+        else:
+            z = torch.mm(hidden.float(), self.weight.float().T)
+        if self.bias is not None:
+            z += self.bias
+        if self.scale != 1.0:
+            z *= self.scale
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z.div_(temperature) if temperature != 1.0 else z
+
+
+def head_of(model: Any) -> Head:
+    """The head of a causal model, with the scale and cap that its config names. `check_head` proves it right."""
+    linear, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        scale = float(config.logit_scale)
+    elif getattr(config, "logits_scaling", None) is not None:  # Granite divides, HyperCLOVA X multiplies
+        scale = 1.0 / config.logits_scaling if config.model_type.startswith("granite") else float(config.logits_scaling)
+    caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logit_softcap", "softcap"))
+    softcap = next((float(cap) for cap in caps if cap), None)
+    return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
+
+
+@torch.no_grad()
+def check_head(model: Any, head: Head) -> None:
+    """Compares the head's logits with the model's own on a few tokens. Raises UserError where they differ."""
+    ids = torch.arange(2, 10, device=head.weight.device)[None] % head.weight.shape[0]
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    ours, theirs = head.logits(hidden[0]), model(input_ids=ids, use_cache=False).logits[0].float()
+    if not torch.linalg.vector_norm(ours - theirs) <= 1e-2 * torch.linalg.vector_norm(theirs):
+        raise UserError(f"base.model: the head of {model.config.model_type} models computes something that this kit does not know; please report it")
+
+
+def chunked_logps(head: Head, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (N, d), targets (N,) -> log-probs, entropies, whether the target is the likeliest token; (N,) each. Log-probs have a gradient."""
+    return _ChunkedLogps.apply(hidden, targets, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
+
+
+@torch.no_grad()
+def chunked_kl(head: Head, hidden: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p || q) over the whole vocabulary at each of N positions, from their hidden states; (N,) fp32, no gradient."""
+    kls = []
+    for mine, other in zip(_chunks(hidden, head), _chunks(reference, head), strict=True):
+        p = torch.log_softmax(head.logits(mine, temperature), dim=-1)
+        q = torch.log_softmax(head.logits(other, temperature), dim=-1)
+        kls.append((p.exp() * (p - q)).sum(dim=-1))
+    return torch.cat(kls) if kls else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def _chunks(rows: Tensor, head: Head) -> tuple[Tensor, ...]:
+    return rows.split(max(1, CHUNK_LOGITS // head.weight.shape[0])) if len(rows) else ()
+
+
+class _ChunkedLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        logps = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+        entropy, likeliest = torch.zeros_like(logps), torch.zeros_like(logps, dtype=torch.bool)
+        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        start = 0
+        for chunk in _chunks(hidden, head):
+            here = slice(start, start + len(chunk))
+            start += len(chunk)
+            _one_chunk(head, chunk, targets[here], temperature, logps[here], entropy[here], likeliest[here], None if slope is None else slope[here])
+        if slope is not None:
+            ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(entropy, likeliest)
+        return logps, entropy, likeliest
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (slope,) = ctx.saved_tensors
+        return (slope * grad[:, None]).to(slope.dtype), None, None, None
+
+
+def _one_chunk(head: Head, hidden: Tensor, targets: Tensor, temperature: float, logps: Tensor, entropy: Tensor, likeliest: Tensor,
+               slope: Tensor | None) -> None:  # fmt: skip
+    z = head.logits(hidden, temperature)
+    target = z.gather(1, targets[:, None]).squeeze(1)
+    largest = z.amax(dim=1)
+    likeliest.copy_(target >= largest)
+    z -= largest[:, None]
+    e = z.exp()
+    total = e.sum(dim=1)
+    log_total = total.log()
+    logps.copy_(target - largest - log_total)
+    entropy.copy_(log_total - torch.linalg.vecdot(e, z) / total)
+    if slope is None:
+        return
+    factor = head.scale / temperature
+    at_target = torch.ones_like(target)
+    if head.softcap is not None:  # d cap tanh(x / cap) / dx = 1 - tanh^2
+        cap = head.softcap / temperature
+        e *= 1 - ((z + largest[:, None]) / cap) ** 2
+        at_target = 1 - (target / cap) ** 2
+    dtype = head.weight.dtype if head.weight.is_cuda else torch.float32
+    e /= total[:, None]
+    expected = e.to(dtype) @ head.weight.to(dtype)
+    slope.copy_((at_target[:, None] * head.weight[targets].float() - expected.float()) * factor)

@@ -1,0 +1,192 @@
+"""Roles: stacks of LoRA adapters over one frozen base. PEFT lives here and nowhere else.
+
+Every tuner layer shares one list of active adapters, and entering a role rewrites that list in place: half a microsecond, and
+`requires_grad` is never touched (PEFT's own switches touch it, and lose gradients in silence). An empty stack is the base, bit for bit.
+Under gradient checkpointing the recomputation enters the stack that ran the forward pass, whatever is active by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lowrank_tune import settings
+from lowrank_tune.errors import UserError
+from lowrank_tune.model.base import Base
+from lowrank_tune.model.logps import check_head, chunked_kl, chunked_logps, head_of
+from lowrank_tune.types import Batch, LogProbs
+
+PREFIX = "lt_"  # PEFT drops weights of an adapter whose name is part of a module's name
+
+
+class _Voice(AbstractContextManager[None]):
+    """Makes a stack the active one and puts back what was there. Can be entered again and again, as a second backward pass does."""
+
+    def __init__(self, active: list[str], stack: Iterable[str]) -> None:
+        self.active, self.stack, self.before = active, list(stack), list[list[str]]()
+
+    def __enter__(self) -> None:
+        self.before.append(self.active[:])
+        self.active[:] = self.stack
+
+    def __exit__(self, *_: object) -> None:
+        self.active[:] = self.before.pop()
+
+
+class Roles:
+    """Adapters over a base, and the stacks of them that speak.
+
+    `adapters` in the order they lie: every one with loaded weights (`weights`) starts from them, the others fresh (and a fresh adapter
+    changes nothing: its B is zero). Only those in `trainable` ever get a gradient.
+    """
+
+    def __init__(self, base: Base, adapters: Mapping[str, LoraConfig], trainable: Iterable[str], stacks: Mapping[str, list[str]],
+                 checkpointing: bool = False, seed: int = 0) -> None:  # fmt: skip
+        self.base, self.stacks = base, {role: [PREFIX + name for name in stack] for role, stack in stacks.items()}
+        self.trainable = frozenset(trainable)
+        self._active: list[str] = []
+        torch.manual_seed(seed)
+        self._peft: Any = None
+        for name, config in adapters.items():
+            if self._peft is None:
+                self._peft = PeftModel(base.model, config, adapter_name=PREFIX + name)
+            else:
+                self._peft.add_adapter(PREFIX + name, config)
+        assert self._peft is not None, "roles without an adapter"
+        self._pin()
+        self._freeze_all_but_trainable()
+        if checkpointing:
+            self._checkpoint()
+        self.head = head_of(base.model)
+        with self.use("base"):
+            check_head(base.model, self.head)
+
+    def use(self, role: str) -> AbstractContextManager[None]:
+        """Enter a role: a name in `stacks`, or `base` for no adapter at all."""
+        return _Voice(self._active, [] if role == "base" else self.stacks[role])
+
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        """The trainable parameters of a role, in the order of `named_parameters`."""
+        return list(self.named_parameters(role).values())
+
+    def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The same by name."""
+        top = self.stacks[role][-1]
+        return {name: p for name, p in self._peft.named_parameters() if p.requires_grad and f".{top}." in name}
+
+    def hidden(self, role: str, batch: Batch) -> Tensor:
+        """(B, T, d) last hidden states. Right-padded rows need no attention mask: a real token never looks at what follows it."""
+        attended = batch.attended
+        right_padded = bool((attended[:, :-1] >= attended[:, 1:]).all())
+        ids = torch.where(attended, batch.ids, torch.zeros_like(batch.ids))
+        mask, positions = None, None
+        if not right_padded:
+            mask, positions = attended.long(), (attended.long().cumsum(dim=1) - 1).clamp_min(0)
+        with self.use(role), self.base.autocast():
+            decoder = self.base.model.get_decoder()
+            return decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+    def logps(self, role: str, batch: Batch, temperature: float = 1.0) -> LogProbs:
+        """log p(token t | before) and entropy where `says`, else 0; (B, T) fp32. The shift by one happens here."""
+        logps, entropy, _ = self.scored(role, batch, temperature)
+        return LogProbs(logps, entropy)
+
+    def scored(self, role: str, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs and entropies as `logps`, and whether the token is the likeliest one; (B, T) each."""
+        rows, columns = _scored_positions(batch)
+        hidden = self.hidden(role, batch)[rows, columns - 1]
+        values = chunked_logps(self.head, hidden, batch.ids[rows, columns], temperature)
+        return tuple(_scatter(value, rows, columns, batch.ids.shape) for value in values)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def exact_kl(self, role: str, reference: str, batch: Batch) -> Tensor:
+        """KL(role || reference) over the whole vocabulary where `says`, else 0; (B, T) fp32, no gradient."""
+        rows, columns = _scored_positions(batch)
+        mine, other = (self.hidden(name, batch)[rows, columns - 1] for name in (role, reference))
+        return _scatter(chunked_kl(self.head, mine, other), rows, columns, batch.ids.shape)
+
+    def adapter_tensors(self, name: str) -> dict[str, Tensor]:
+        """The adapter's weights under the names of PEFT's file format. They are checked against what is trainable: none may be lost."""
+        tensors = get_peft_model_state_dict(self._peft, adapter_name=PREFIX + name, save_embedding_layers=False)
+        expected = sum(f".{PREFIX}{name}." in key for key, _ in self._peft.named_parameters())
+        assert len(tensors) == expected, f"adapter {name}: {len(tensors)} tensors to save, {expected} in the model"
+        return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in sorted(tensors.items())}
+
+    def load_adapter_tensors(self, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
+        """Puts weights into an adapter. Raises UserError where names or shapes do not fit this base."""
+        mine = self.adapter_tensors(name)
+        wrong = sorted(key for key in mine.keys() | tensors.keys() if key not in mine or key not in tensors or mine[key].shape != tensors[key].shape)
+        if wrong:
+            raise UserError(f"{where}: this adapter does not fit {self.base.name}: {len(wrong)} of {len(mine)} tensors differ, first {wrong[0]}; "
+                            "it was made for another base")  # fmt: skip
+        set_peft_model_state_dict(self._peft, dict(tensors), adapter_name=PREFIX + name)
+        self._pin()
+        self._freeze_all_but_trainable()
+
+    def adapter_config(self, name: str) -> dict[str, Any]:
+        """The adapter's `adapter_config.json`."""
+        config = self._peft.peft_config[PREFIX + name].to_dict()
+        config.update(base_model_name_or_path=self.base.name, revision=self.base.revision, inference_mode=True)
+        return {key: sorted(value) if isinstance(value, set) else getattr(value, "value", value) for key, value in sorted(config.items())}
+
+    def _pin(self) -> None:
+        for layer in self._layers():
+            layer._active_adapter = self._active
+
+    def _layers(self) -> list[Any]:
+        return [module for module in self.base.model.modules() if isinstance(module, LoraLayer)]
+
+    def _freeze_all_but_trainable(self) -> None:
+        names = {PREFIX + name for name in self.trainable}
+        for key, parameter in self._peft.named_parameters():
+            parameter.requires_grad_(any(f".{name}." in key for name in names))
+            assert not parameter.requires_grad or parameter.dtype == torch.float32, f"the master of {key} is {parameter.dtype}"
+        for layer in self._layers():
+            for name, dropout in layer.lora_dropout.items():
+                if name not in names and isinstance(dropout, nn.Dropout):
+                    dropout.p = 0.0  # a frozen adapter's dropout would still fire in train mode
+
+    def _checkpoint(self) -> None:
+        model = self.base.model
+        # transformers renamed it and drops the old name in version 6; the defaults are replaced by what is passed, so both stand here.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), _Voice(self._active, self._active))})
+        model.disable_input_require_grads()
+
+
+def lora_config(wanted: settings.Adapter, model: Any) -> LoraConfig:
+    """A LoRA configuration for this model. Raises UserError for target modules that it has not."""
+    linears = linear_names(model)
+    targets = linears if wanted.target_modules == "all-linear" else sorted(wanted.target_modules)
+    unknown = sorted(set(targets) - set(linears))
+    if unknown:
+        raise UserError(f"adapters: target_modules: the base has no linear module {', '.join(unknown)}; it has {', '.join(linears)}")
+    return LoraConfig(r=wanted.r, lora_alpha=wanted.alpha, lora_dropout=wanted.dropout, target_modules=targets, use_rslora=wanted.rslora,
+                      bias="none", task_type="CAUSAL_LM")  # fmt: skip
+
+
+def linear_names(model: Any) -> list[str]:
+    """Last names of all linear modules but the output head."""
+    head = model.get_output_embeddings()
+    found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    return sorted(found)
+
+
+def _scored_positions(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the tokens to score. The first token of a row has nothing before it and is never scored."""
+    says = batch.says & batch.attended
+    says = says.clone()
+    says[:, 0] = False
+    says[:, 1:] &= batch.attended[:, :-1]
+    rows, columns = says.nonzero(as_tuple=True)
+    return rows, columns
+
+
+def _scatter(values: Tensor, rows: Tensor, columns: Tensor, shape: torch.Size) -> Tensor:
+    return torch.zeros(shape, dtype=values.dtype, device=values.device).index_put((rows, columns), values)
