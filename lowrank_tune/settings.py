@@ -9,21 +9,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=1_000_000_000_000)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Words = Annotated[tuple[str, ...], Field(strict=False)]
+Line = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Words = Annotated[tuple[Line, ...], Field(strict=False, min_length=1)]
 
 
 class Settings(BaseModel):
     """Unknown keys, wrong types and later changes are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Base(Settings):
     """The frozen base."""
 
-    model: str = "tiny-tutor"
+    model: Line = "tiny-tutor"
     """A hub id, `id@revision`, a folder, or `tiny-tutor`, which ships with the package."""
     bits: Literal[4, 16] = 4
     """4: NF4 with double quantisation. 16: not quantised."""
@@ -44,22 +45,22 @@ class Adapter(Settings):
     """Names of the linear modules that get an adapter."""
     rslora: bool = False
     """Rank-stabilised scaling (arXiv:2312.03732)."""
-    path: str | None = None
+    path: Line | None = None
     """Folder of an existing adapter, or of a run."""
 
 
 class Source(Settings):
     """One source of rows."""
 
-    dataset: str
+    dataset: Line
     """A hub id, `id@revision`, a file (JSON, JSON lines, CSV, Parquet; gz too), a folder, or `tutor`, the built-in problems."""
-    name: str | None = None
+    name: Line | None = None
     """Configuration of a hub data set (`main` of openai/gsm8k)."""
-    split: str = "train"
+    split: Line = "train"
     """Split of a hub data set or of `tutor` (train, heldout)."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer"] = "auto"
     """Shape of a row. `auto` looks at the columns and says what it found."""
-    columns: dict[str, str] = Field(default_factory=dict)
+    columns: dict[Line, Line] = Field(default_factory=dict)
     """Renames columns: the format's name to the data's name, as `{question: problem, answer: solution}`."""
     gold: Literal["auto", "none", "answer", "hashes", "boxed", "last_number", "gold"] = "auto"
     """Where the gold answer stands: after `####`, in the last box, the last number, the whole answer, or a column `gold`."""
@@ -166,11 +167,13 @@ class Recipe(Settings):
     """One line for `lowrank-tune presets`."""
     algorithm: Literal["sft"]
     """What is optimised."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seeds everything."""
     base: Base = Base()
     """The frozen base."""
-    adapters: dict[str, Adapter] = Field(default_factory=lambda: {"policy": Adapter()})
+    adapters: dict[str, Adapter] = Field(
+        default_factory=lambda: {"policy": Adapter()}, json_schema_extra={"propertyNames": {"pattern": "^[a-z][a-z0-9_]{0,39}$"}}
+    )
     """`policy` is trained; every other one needs a `path` and lies frozen below it, in this order."""
     data: Data
     """What is trained on."""

@@ -1,0 +1,216 @@
+"""From a name or a path to one tree: where presets lie, what `extends` means, and how `key=value` changes it.
+
+A later layer wins. Where it sets one of two rivals (`train.steps` over an inherited `train.epochs`), the inherited one gives way;
+`null` takes an inherited setting away.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path as File
+
+from lowrank_tune.errors import Fault, Faults, UserError, did_you_mean
+from lowrank_tune.recipe.rules import RIVALS
+from lowrank_tune.recipe.text import parse, scalar, unfit
+from lowrank_tune.recipe.tree import Node, Path, Place, find, remove
+
+SUFFIXES = (".yaml", ".yml")
+MAX_PARENTS = 8
+NOT_INHERITED = ("name", "description", "extends")
+OVERRIDE = Place("override")
+
+
+def preset_folders() -> list[File]:
+    """In an installed package presets lie inside it; in a checkout, beside it."""
+    package = File(__file__).resolve().parent.parent
+    return [folder for folder in (package / "presets", package.parent / "presets") if folder.is_dir()]
+
+
+def preset_names() -> list[str]:
+    return sorted({file.stem for folder in preset_folders() for file in folder.glob("*.yaml")})
+
+
+def find_preset(name: str) -> File:
+    """The file of a preset."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        for folder in preset_folders():
+            if (file := folder / f"{name}.yaml").is_file():
+                return file
+    known = preset_names()
+    hint = did_you_mean(name, known) or f"; there are {', '.join(known) or 'none'} (a file's name ends in .yaml)"
+    raise UserError(f"no preset is called {name!r:.80}{hint}")
+
+
+def is_file_name(text: str) -> bool:
+    return text.endswith(SUFFIXES) or os.sep in text
+
+
+def shown(file: File) -> str:
+    """The path as a person would write it from here."""
+    try:
+        relative = os.path.relpath(file)
+    except (ValueError, OSError):
+        return str(file)
+    return str(file) if relative.startswith(os.pardir) else relative
+
+
+def read(file: File) -> bytes:
+    """A recipe file's bytes; every way in which a path can fail is a sentence."""
+    try:
+        if file.is_dir():
+            raise UserError(f"{shown(file)}: is a folder, and a recipe is a YAML file")
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{shown(file)}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(file)!r:.200}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_tree(file: File, faults: list[Fault], children: Sequence[File] = ()) -> Node | None:
+    """A file laid over what it extends. None where a text could not be read; why stands in `faults`."""
+    tree, found = parse(read(file), shown(file))
+    faults += found
+    if tree is None or "extends" not in tree.value:
+        return tree
+    line = tree.value.pop("extends")
+    chain = [*children, file.resolve()]
+
+    def fault(message: str) -> Node:
+        faults.append(line.place.fault(message, ("extends",)))
+        return tree
+
+    if not isinstance(line.value, str):
+        return fault("expected the name of a preset, or a path relative to this file")
+    try:
+        above = file.parent / line.value if is_file_name(line.value) else find_preset(line.value)
+        if above.resolve() in chain:
+            return fault(f"goes in a circle: {' -> '.join(each.name for each in [*chain, above])}")
+        if len(chain) > MAX_PARENTS:
+            return fault(f"goes through more than {MAX_PARENTS} files")
+        parent = read_tree(above, faults, chain)
+    except UserError as error:
+        return fault(str(error))
+    except (OSError, ValueError, RuntimeError) as error:  # `resolve` of names with NUL, or of links that circle
+        return fault(f"cannot be followed: {error}")
+    if parent is None:
+        return None
+    for key in NOT_INHERITED:
+        parent.value.pop(key, None)
+    give_way(parent, [path for path in rival_paths() if (node := find(tree, path)) is not None and node.value is not None])
+    return merge(parent, tree)
+
+
+def rival_paths() -> set[Path]:
+    return {path for pair in RIVALS for path in pair}
+
+
+def give_way(inherited: Node, later: Iterable[Path]) -> None:
+    """Takes from the inherited tree whatever a later layer's settings contradict."""
+    written = set(later)
+    for one, other in RIVALS:
+        if one in written and other not in written:
+            remove(inherited, other)
+        elif other in written and one not in written:
+            remove(inherited, one)
+
+
+def merge(parent: Node, child: Node) -> Node:
+    """Mappings are merged in depth; scalars and lists are replaced; null takes an inherited key away."""
+    if not (isinstance(parent.value, dict) and isinstance(child.value, dict)):
+        return child
+    merged = dict(parent.value)
+    for key, node in child.value.items():
+        if key in merged and node.value is None:
+            del merged[key]
+        else:
+            merged[key] = merge(merged[key], node) if key in merged else node
+    return Node(merged, child.place)
+
+
+def override(tree: Node, overrides: Sequence[str], faults: list[Fault]) -> None:
+    """Applies `key=value` settings, in their order."""
+    set_here: set[Path] = set()
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        path: Path = tuple(int(word) if word.isdecimal() and word.isascii() and len(word) < 6 else word for word in key.strip().split("."))
+        if not equals or "" in path:
+            faults.append(OVERRIDE.fault(f"{text!r:.80} is not of the form key=value, as train.steps=100"))
+            continue
+        if path == ("extends",):
+            faults.append(OVERRIDE.fault("cannot be given here; name that recipe itself", path))
+            continue
+        node = override_value(value.strip(), path, faults)
+        if node is not None and place_at(tree, path, node, faults) and node.value is not None:
+            set_here.add(path)
+            give_way(tree, set_here)
+
+
+def override_value(text: str, path: Path, faults: list[Fault]) -> Node | None:
+    """A value on the command line: lists, mappings and quoted text as in YAML, everything else one plain word."""
+    if not text:
+        faults.append(OVERRIDE.fault("has no value; `null` takes a setting away, '\"\"' is an empty text", path))
+        return None
+    if text[0] not in "[{\"'":
+        if why := unfit(text):
+            faults.append(OVERRIDE.fault(why, path))
+            return None
+        return Node(scalar(text), OVERRIDE)
+    tree, found = parse(b"value: " + text.encode(errors="replace"), OVERRIDE.file)
+    faults += [OVERRIDE.fault(fault.message, path) for fault in found]
+    if tree is None or found:
+        return None
+    if set(tree.value) != {"value"}:
+        faults.append(OVERRIDE.fault("holds more than one value", path))
+        return None
+    return anonymous(tree.value["value"])
+
+
+def anonymous(node: Node) -> Node:
+    """The tree of a command-line value has no lines."""
+    if isinstance(node.value, dict):
+        return Node({key: anonymous(child) for key, child in node.value.items()}, OVERRIDE)
+    if isinstance(node.value, list):
+        return Node([anonymous(child) for child in node.value], OVERRIDE)
+    return Node(node.value, OVERRIDE)
+
+
+def place_at(tree: Node, path: Path, new: Node, faults: list[Fault]) -> bool:
+    """Sets or, with null, takes away. Sections on the way are made; list entries must be there."""
+    node = tree
+    for index, step in enumerate(path):
+        last = index == len(path) - 1
+        if isinstance(node.value, list):
+            if not isinstance(step, int) or step >= len(node.value):
+                entries = f"entries 0 to {len(node.value) - 1}" if node.value else "no entries"
+                faults.append(OVERRIDE.fault(f"`{'.'.join(map(str, path[:index]))}` is a list with {entries}", path))
+                return False
+            if last:
+                node.value[step] = new
+            node = node.value[step]
+        elif isinstance(node.value, dict):
+            word = str(step)
+            if last and new.value is None and word in node.value:
+                del node.value[word]
+            elif last:
+                node.value[word] = new
+            else:
+                if word not in node.value or node.value[word].value is None:
+                    node.value[word] = Node({}, OVERRIDE)
+                node = node.value[word]
+        else:
+            faults.append(OVERRIDE.fault(f"`{'.'.join(map(str, path[:index]))}` is one value and has no parts", path))
+            return False
+    return True
+
+
+def read_recipe(preset_or_path: str, overrides: Sequence[str]) -> tuple[Node, list[Fault], str]:
+    """The tree of a preset or file with its overrides, the faults so far, and the name that the file gives."""
+    faults: list[Fault] = []
+    file = File(preset_or_path) if is_file_name(preset_or_path) else find_preset(preset_or_path)
+    tree = read_tree(file, faults)
+    if tree is None:
+        raise Faults(faults)
+    override(tree, overrides, faults)
+    return tree, faults, file.stem

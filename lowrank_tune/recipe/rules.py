@@ -1,0 +1,190 @@
+"""What single settings cannot know: contradictions, and settings that would do nothing.
+
+Everything here looks at what was *written* (plain data, defaults not filled in), and must bear any shape of it: types are judged
+elsewhere, at the same time. A new algorithm adds rows to `USED_BY`; a new pair of rivals a row to `RIVALS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lowrank_tune.recipe.tree import Path
+
+USED_BY: dict[str, tuple[str, ...]] = {
+    "train.rows_per_step": ("sft",),
+    "train.tokens_per_step": ("sft",),
+    "train.micro_batch_tokens": ("sft",),
+    "train.length_window": ("sft",),
+    "data.too_long": ("sft",),
+}
+"""Settings and whole sections that only some algorithms use. What is not listed is used by all of them."""
+
+RIVALS: tuple[tuple[Path, Path], ...] = (
+    (("train", "steps"), ("train", "epochs")),
+    (("train", "rows_per_step"), ("train", "tokens_per_step")),
+    (("train", "micro_batch_size"), ("train", "micro_batch_tokens")),
+    (("data", "validation"), ("data", "validation_share")),
+)
+"""Two ways to say one thing: both at once are a fault, and in a later layer one replaces the other."""
+
+NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+FILE = re.compile(r".*\.(jsonl?|csv|parquet)(\.gz)?")
+
+Finding = tuple[Path, str]
+
+
+def written(data: Any, *path: str | int) -> Any:
+    """The value at a path, or None; null counts as not written."""
+    for step in path:
+        if isinstance(data, dict):
+            data = data.get(step)
+        elif isinstance(data, list) and isinstance(step, int) and step < len(data):
+            data = data[step]
+        else:
+            return None
+    return data
+
+
+def number(value: Any) -> float | None:
+    """The value where it is a number; faults of type and range are told elsewhere."""
+    return float(value) if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e18) else None
+
+
+def entries(data: Any, *path: str) -> list[Any]:
+    """The list at a path, or an empty one."""
+    found = written(data, *path)
+    return found if isinstance(found, list) else []
+
+
+def foreign(data: Any) -> Iterator[Finding]:
+    """Settings of other algorithms."""
+    algorithm = written(data, "algorithm")
+    known = {name for names in USED_BY.values() for name in names}
+    if not isinstance(algorithm, str) or algorithm not in known:
+        return
+    for key, users in USED_BY.items():
+        path = tuple(key.split("."))
+        if algorithm not in users and written(data, *path) is not None:
+            yield path, f"does nothing for {algorithm} (it belongs to {', '.join(users)})"
+
+
+def without_heldout(data: Any) -> Iterator[Finding]:
+    """Held-out answers need prompts; the temperature needs sampling."""
+    if written(data, "evaluate", "heldout") is None:
+        for key in ("prompts", "samples", "temperature", "max_new_tokens", "shown"):
+            if written(data, "evaluate", key) is not None:
+                yield ("evaluate", key), "does nothing without `evaluate.heldout`"
+        if written(data, "evaluate", "every") is not None and not has_validation(data):
+            yield ("evaluate", "every"), "does nothing with neither `evaluate.heldout` nor validation rows"
+    elif written(data, "evaluate", "temperature") is not None and written(data, "evaluate", "samples") in (None, 1):
+        yield ("evaluate", "temperature"), "does nothing with one sample, which is greedy; set `evaluate.samples` too"
+
+
+def has_validation(data: Any) -> bool:
+    """Whether validation rows exist: sources of their own, or a share (the default) of the training rows."""
+    return bool(written(data, "data", "validation")) or number(written(data, "data", "validation_share")) != 0.0
+
+
+def without_validation(data: Any) -> Iterator[Finding]:
+    if written(data, "train", "final") == "best" and not has_validation(data):
+        yield ("train", "final"), "`best` needs validation rows, and there are none"
+
+
+def from_the_file(data: Any) -> Iterator[Finding]:
+    """An adapter that is loaded brings its own shape; a frozen one has no dropout either."""
+    adapters = written(data, "adapters")
+    for name, adapter in adapters.items() if isinstance(adapters, dict) else ():
+        if written(adapter, "path") is None:
+            continue
+        for key in ("r", "alpha", "target_modules", "rslora", *(() if name == "policy" else ("dropout",))):
+            if written(adapter, key) is not None:
+                what = "does nothing for a frozen adapter" if key == "dropout" else "comes from the file at `path`"
+                yield ("adapters", name, key), f"{what}; leave it out"
+
+
+def of_sources(data: Any) -> Iterator[Finding]:
+    """Settings of a source that its kind of data does not have."""
+    sources: list[tuple[Path, Any]] = [(("data", "train", index), each) for index, each in enumerate(entries(data, "data", "train"))]
+    outside: list[tuple[Path, Any]] = [(("data", "validation", index), each) for index, each in enumerate(entries(data, "data", "validation"))]
+    outside.append((("evaluate", "heldout"), written(data, "evaluate", "heldout")))
+    for path, source in outside:
+        if written(source, "weight") is not None:
+            yield (*path, "weight"), "does nothing here; only training sources are mixed"
+    for path, source in sources + outside:
+        dataset = written(source, "dataset")
+        if dataset == "tutor":
+            for key in ("name", "format", "columns", "gold"):
+                if written(source, key) not in (None, {}):
+                    yield (*path, key), "does nothing for `tutor`, the built-in problems"
+        elif isinstance(dataset, str) and FILE.fullmatch(dataset) and written(source, "name") is not None:
+            yield (*path, "name"), "does nothing for a file; only hub data sets have configurations"
+    if len(sources) == 1 and written(sources[0][1], "weight") is not None:
+        yield (*sources[0][0], "weight"), "does nothing with a single source"
+
+
+IDLE: tuple[Callable[[Any], Iterator[Finding]], ...] = (foreign, without_heldout, without_validation, from_the_file, of_sources)
+
+
+def idle(data: Any) -> Iterator[Finding]:
+    """Settings that were written and would do nothing. A resolved recipe is saved without them."""
+    for rule in IDLE:
+        yield from rule(data)
+    if written(data, "data", "validation") and written(data, "data", "validation_share") is not None:
+        yield ("data", "validation_share"), "contradicts `data.validation`: give one of the two"
+
+
+def rivals(data: Any) -> Iterator[Finding]:
+    """Two ways to say one thing, said at once."""
+    for one, other in RIVALS:
+        if other != ("data", "validation_share") and written(data, *one) is not None and written(data, *other) is not None:
+            yield other, f"contradicts `{'.'.join(map(str, one))}`: give one of the two"
+
+
+def length(data: Any) -> Iterator[Finding]:
+    """A run has an end, and its warm-up ends before that."""
+    steps, warmup = written(data, "train", "steps"), number(written(data, "train", "warmup_steps"))
+    if steps is None and written(data, "train", "epochs") is None:
+        yield ("train", "steps"), "is missing: give `train.steps` or `train.epochs`"
+    elif (end := number(steps)) is not None and warmup is not None and 0 < end <= warmup:
+        yield ("train", "warmup_steps"), f"must be smaller than `train.steps`, {steps}"
+
+
+def weights(data: Any) -> Iterator[Finding]:
+    """All training sources have a weight and they sum to 1, or none has."""
+    sources = entries(data, "data", "train")
+    given = [written(source, "weight") for source in sources]
+    if len(sources) < 2 or all(weight is None for weight in given):
+        return
+    for index, weight in enumerate(given):
+        if weight is None:
+            yield ("data", "train", index, "weight"), "is missing: give every source a weight, or none"
+    numbers = [number(weight) for weight in given]
+    total = sum(weight for weight in numbers if weight is not None)
+    if None not in numbers and not abs(total - 1.0) <= 1e-6:
+        yield ("data", "train", 0, "weight"), f"the weights of the sources sum to {total:.6g}, and must sum to 1"
+
+
+def names(data: Any) -> Iterator[Finding]:
+    """Adapters are named like variables, `base` is the base itself, and every adapter but the policy comes from somewhere."""
+    adapters = written(data, "adapters")
+    for name, adapter in adapters.items() if isinstance(adapters, dict) else ():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            yield ("adapters", name), "is no name for an adapter: small letters, digits and _, a letter first, at most 40"
+        elif name == "base":
+            yield ("adapters", name), "is no name for an adapter: `base` is the base itself"
+        elif name != "policy" and written(adapter, "path") is None:
+            yield ("adapters", name, "path"), "is missing: only `policy` is trained, every other adapter is loaded"
+    model = written(data, "base", "model")
+    if isinstance(model, str) and model.endswith("@"):
+        yield ("base", "model"), "names no revision after the @"
+    for path in [("data", "train", index) for index in range(len(entries(data, "data", "train")))] + [("evaluate", "heldout")]:
+        if written(data, *path, "dataset") == "tutor" and written(data, *path, "split") not in (None, "train", "heldout"):
+            yield (*path, "split"), "`tutor` has the splits train and heldout"
+
+
+def findings(data: Any) -> Iterator[Finding]:
+    """All of the above."""
+    for rule in (idle, rivals, length, weights, names):
+        yield from rule(data)

@@ -1,0 +1,104 @@
+"""A recipe as read: plain data in which every value remembers the file and line that it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank_tune.errors import Fault
+
+MAX_DEPTH = 20
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something stands. Data that came from Python has neither file nor line."""
+
+    file: str = ""
+    line: int | None = None
+
+    def fault(self, message: str, path: Path = ()) -> Fault:
+        return Fault(message, dotted(path), self.file, self.line)
+
+
+@dataclass
+class Node:
+    """A mapping (`dict[str, Node]`), a list (`list[Node]`) or a scalar, and where its key stands."""
+
+    value: Any
+    place: Place
+
+
+def dotted(path: Path) -> str:
+    """`data.train.0.rows`; whatever is not printable is escaped, so that a fault never breaks the screen."""
+    return ".".join(word if word.isprintable() else ascii(word) for word in map(str, path))
+
+
+def plain(node: Node) -> Any:
+    """The data without its places."""
+    if isinstance(node.value, dict):
+        return {key: plain(child) for key, child in node.value.items()}
+    if isinstance(node.value, list):
+        return [plain(child) for child in node.value]
+    return node.value
+
+
+def find(node: Node, path: Path) -> Node | None:
+    """The node at a path, or None."""
+    for step in path:
+        value = node.value
+        if isinstance(value, dict) and step in value:
+            node = value[step]
+        elif isinstance(value, list) and isinstance(step, int) and 0 <= step < len(value):
+            node = value[step]
+        else:
+            return None
+    return node
+
+
+def nearest(node: Node, path: Path) -> Node:
+    """The node at a path, or its closest ancestor that was written: there a missing key would have stood."""
+    for length in range(len(path), 0, -1):
+        if (found := find(node, path[:length])) is not None:
+            return found
+    return node
+
+
+def remove(node: Node, path: Path) -> None:
+    """Takes a key out of its mapping."""
+    parent = find(node, path[:-1])
+    if parent is not None and isinstance(parent.value, dict):
+        parent.value.pop(path[-1], None)
+
+
+def from_python(data: Any, place: Place, faults: list[Fault], path: Path = ()) -> Node:
+    """Plain Python data as a tree. Keys that are no text, and nesting without end, become faults."""
+    if len(path) > MAX_DEPTH:
+        faults.append(place.fault(f"is nested more than {MAX_DEPTH} levels deep", path))
+        return Node(None, place)
+    if isinstance(data, dict):
+        children: dict[str, Node] = {}
+        for key, value in data.items():
+            if isinstance(key, str):
+                children[key] = from_python(value, place, faults, (*path, key))
+            else:
+                faults.append(place.fault(f"a key must be text, not {key!r:.40}", path))
+        return Node(children, place)
+    if isinstance(data, (list, tuple)):
+        return Node([from_python(value, place, faults, (*path, index)) for index, value in enumerate(data)], place)
+    return Node(data, place)
+
+
+def leaves(data: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every scalar, and every empty mapping or list, of plain data."""
+    if isinstance(data, dict) and data:
+        for key, value in data.items():
+            yield from leaves(value, (*path, key))
+    elif isinstance(data, (list, tuple)) and data:
+        for index, value in enumerate(data):
+            yield from leaves(value, (*path, index))
+    else:
+        yield path, data

@@ -1,0 +1,215 @@
+"""pydantic's errors as sentences, and hints for keys that other kits call by another name."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from lowrank_tune.recipe.tree import Path, dotted
+
+ALIASES: dict[str, str] = {
+    "rank": "adapters.policy.r", "lora_r": "adapters.policy.r", "lora_rank": "adapters.policy.r", "lora_dim": "adapters.policy.r",
+    "lora_alpha": "adapters.policy.alpha", "scale": "adapters.policy.alpha", "lora_dropout": "adapters.policy.dropout",
+    "lora_target": "adapters.policy.target_modules", "lora_target_modules": "adapters.policy.target_modules",
+    "modules": "adapters.policy.target_modules", "use_rslora": "adapters.policy.rslora", "lora": "adapters.policy",
+    "peft": "adapters.policy", "adapter": "adapters.policy", "adapter_path": "adapters.policy.path",
+    "adapter_name_or_path": "adapters.policy.path", "lora_model_dir": "adapters.policy.path",
+    "model": "base.model", "model_name": "base.model", "model_name_or_path": "base.model", "base_model": "base.model",
+    "model_id": "base.model", "model_path": "base.model", "load_in_4bit": "base.bits", "quantization_bit": "base.bits",
+    "quantization": "base.bits",
+    "dataset_name": "data.train.0.dataset", "datasets": "data.train", "dataset": "data.train", "dataset_path": "data.train.0.dataset",
+    "path": "data.train.0.dataset", "dataset_config": "data.train.0.name", "dataset_split": "data.train.0.split",
+    "max_samples": "data.train.0.rows", "subset": "data.train.0.name", "type": "data.train.0.format",
+    "val_size": "data.validation_share", "val_set_size": "data.validation_share", "test_size": "data.validation_share",
+    "system_prompt": "data.system", "max_seq_length": "data.max_length", "max_seq_len": "data.max_length",
+    "sequence_len": "data.max_length", "cutoff_len": "data.max_length", "model_max_length": "data.max_length",
+    "lr": "train.learning_rate", "num_train_epochs": "train.epochs", "num_epochs": "train.epochs", "max_steps": "train.steps",
+    "iters": "train.steps", "num_iterations": "train.steps", "per_device_train_batch_size": "train.micro_batch_size",
+    "micro_batch": "train.micro_batch_size", "batch_size": "train.rows_per_step", "train_batch_size": "train.rows_per_step",
+    "lr_scheduler": "train.schedule", "lr_scheduler_type": "train.schedule", "warmup": "train.warmup_steps", "optim": "train.optimizer",
+    "adam_beta_1": "train.adam_beta1", "max_norm": "train.max_grad_norm", "grad_clip": "train.max_grad_norm",
+    "use_gradient_checkpointing": "train.gradient_checkpointing", "grad_checkpoint": "train.gradient_checkpointing",
+    "logging_steps": "train.log_every", "save_steps": "train.save_every", "save_total_limit": "train.keep",
+    "eval_steps": "evaluate.every", "eval": "evaluate", "training": "train", "method": "algorithm", "stage": "algorithm",
+    "run_name": "name", "experiment": "name", "random_seed": "seed", "data_seed": "seed",
+    "max_completion_length": "evaluate.max_new_tokens", "num_generations": "evaluate.samples",
+}  # fmt: skip
+"""Names of other kits, and where the same thing stands here."""
+
+NOT_SETTINGS: dict[str, str] = {
+    "gradient_accumulation_steps": "it follows from `train.rows_per_step` and `train.micro_batch_size`",
+    "gradient_accumulation": "it follows from `train.rows_per_step` and `train.micro_batch_size`",
+    "output_dir": "the run's folder is `runs/NAME`, or given by --out",
+    "overwrite_output_dir": "an unfinished run is continued and a finished one left alone",
+    "resume_from_checkpoint": "the same command again continues the run",
+    "warmup_ratio": "say `train.warmup_steps`",
+    "bf16": "precision follows from the device",
+    "fp16": "precision follows from the device",
+    "tf32": "precision follows from the device",
+    "torch_dtype": "precision follows from the device",
+    "dtype": "precision follows from the device",
+}
+"""Names of other kits for what is no setting here, and why."""
+
+PATTERNS = {
+    "name": "may hold letters, digits, `.`, `_` and `-`, a letter or digit first, at most 64",
+    "": "must be one line without control characters",
+}
+
+
+def unwrap(annotation: Any) -> Iterator[Any]:
+    """The alternatives of an annotation, without `Optional` and `Annotated`."""
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        for each in get_args(annotation):
+            yield from unwrap(each)
+    elif hasattr(annotation, "__metadata__"):
+        yield from unwrap(get_args(annotation)[0])
+    elif annotation is not type(None):
+        yield annotation
+
+
+def kinds_at(model: type[BaseModel], path: Path) -> list[Any]:
+    """The annotations that a path leads to; none where there is no such path."""
+    found: list[Any] = [model]
+    for step in path:
+        following: list[Any] = []
+        for kind in found:
+            arguments = get_args(kind)
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                if step in kind.model_fields:
+                    following += unwrap(kind.model_fields[str(step)].annotation)
+            elif get_origin(kind) is dict:
+                following += unwrap(arguments[1])
+            elif get_origin(kind) is tuple and isinstance(step, int):
+                following += unwrap(arguments[0])
+        found = following
+    return found
+
+
+def keys_at(model: type[BaseModel], path: Path) -> list[str]:
+    """The keys that the section at a path knows."""
+    return [key for kind in kinds_at(model, path) if isinstance(kind, type) and issubclass(kind, BaseModel) for key in kind.model_fields]
+
+
+def all_paths(model: type[BaseModel], path: Path = ()) -> Iterator[Path]:
+    """Every setting's path; for lists the first entry stands, for adapters the policy."""
+    for kind in kinds_at(model, path):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            for key in kind.model_fields:
+                yield (*path, key)
+                yield from all_paths(model, (*path, key))
+        elif get_origin(kind) is tuple:
+            yield from all_paths(model, (*path, 0))
+        elif get_origin(kind) is dict and path == ("adapters",):
+            yield from all_paths(model, (*path, "policy"))
+
+
+def unknown(model: type[BaseModel], path: Path) -> str:
+    """The sentence for a key that no one knows."""
+    section, word = path[:-1], str(path[-1])
+    if word in NOT_SETTINGS:
+        return f"unknown key; {NOT_SETTINGS[word]}"
+    here = keys_at(model, section)
+    meant = ALIASES.get(word)
+    near = get_close_matches(word, here, n=1, cutoff=0.6)
+    if meant is not None:
+        last = meant.rpartition(".")[2]
+        near = [last] if last in here else near or [meant]
+    elif not near:
+        elsewhere = {each[-1]: dotted(each) for each in reversed(list(all_paths(model)))}
+        near = [elsewhere[each] for each in get_close_matches(word, [str(key) for key in elsewhere], n=1, cutoff=0.8)]
+    if near:
+        return f"unknown key; did you mean `{near[0]}`?"
+    return f"unknown key; there are {', '.join(here)}" if 0 < len(here) <= 12 else "unknown key"
+
+
+def found(value: Any) -> str:
+    """A value in words."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    if isinstance(value, int) and abs(value) >= 10**18:
+        return "an endless number"
+    if isinstance(value, (int, float, str)):
+        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    return f"a {type(value).__name__}"
+
+
+def expected(model: type[BaseModel], path: Path) -> str:
+    """What a path wants, in words."""
+    words: list[str] = []
+    for kind in kinds_at(model, path):
+        if get_origin(kind) is Literal:
+            words.append("one of " * (len(get_args(kind)) > 1) + ", ".join(map(str, get_args(kind))))
+        elif get_origin(kind) is tuple:
+            words.append("a list")
+        elif get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            words.append("a mapping (`key: value` lines)")
+        else:
+            words.append({int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, "another value"))
+    return " or ".join(words) or "another value"
+
+
+def hint(model: type[BaseModel], path: Path, value: Any) -> str:
+    """What helps after a value of the wrong type."""
+    kinds = kinds_at(model, path)
+    if kinds == [str] and isinstance(value, (int, float)):
+        return " (put it in quotes)"
+    if kinds == [bool] and isinstance(value, str) and value.lower() in ("yes", "on", "true", "no", "off", "false"):
+        return f" (write `{'true' if value.lower() in ('yes', 'on', 'true') else 'false'}`)"
+    choices = [str(each) for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)]
+    near = get_close_matches(value, choices, n=1, cutoff=0.6) if isinstance(value, str) and len(choices) > 1 else []
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def sentence(model: type[BaseModel], error: ErrorDetails, path: Path, value: Any) -> str:
+    """One of pydantic's errors, for people."""
+    kind, limits = error["type"], error.get("ctx", {})
+    simple = {
+        "missing": "is missing",
+        "finite_number": f"must be a finite number, found {found(value)}",
+        "greater_than": f"must be greater than {limits.get('gt')}, found {found(value)}",
+        "greater_than_equal": f"must be at least {limits.get('ge')}, found {found(value)}",
+        "less_than": f"must be smaller than {limits.get('lt')}, found {found(value)}",
+        "less_than_equal": f"must be at most {limits.get('le')}, found {found(value)}",
+        "too_short": "must have at least one entry",
+        "string_too_short": "must not be empty",
+        "string_too_long": f"must have at most {limits.get('max_length')} letters",
+        "string_unicode": "holds half of a surrogate pair, which is no character",
+        "string_pattern_mismatch": f"{PATTERNS.get(str(path[-1]) if len(path) == 1 else '', PATTERNS[''])}, found {found(value)}",
+    }
+    return simple.get(kind) or f"expected {expected(model, path)}, found {found(value)}{hint(model, path, value)}"
+
+
+def sentences(model: type[BaseModel], data: Any, failed: ValidationError) -> Iterator[tuple[Path, str]]:
+    """Each error once, with the path in the data as written (pydantic adds the tags of unions to it)."""
+    told: set[Path] = set()
+    for error in failed.errors(include_url=False, include_context=True):
+        path: Path = ()
+        value = data
+        for step in error["loc"]:
+            if isinstance(value, dict) and step in value:
+                value = value[str(step)]
+            elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+                value = value[step]
+            else:
+                break
+            path = (*path, step)
+        if error["type"] == "missing":
+            path = tuple(error["loc"])
+        if path in told:
+            continue
+        told.add(path)
+        yield path, unknown(model, path) if error["type"] == "extra_forbidden" else sentence(model, error, path, value)
