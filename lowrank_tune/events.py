@@ -127,9 +127,12 @@ def to_json(event: Event) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> Event | None:
-    """The event of such an object; None for a kind that this version does not know. Unknown fields are ignored."""
+    """The event of such an object; None for a kind that this version does not know. Unknown fields are ignored; a null statistic is nan."""
     kind = KINDS.get(data.get("event", ""))
     if kind is None:
         return None
     known = {f.name for f in fields(kind)}
-    return kind(**{key: value for key, value in data.items() if key in known})
+    known_data = {key: value for key, value in data.items() if key in known}
+    if isinstance(stats := known_data.get("stats"), dict):  # JSON has no word for nan, so the file holds null
+        known_data["stats"] = {name: float("nan") if value is None else value for name, value in stats.items()}
+    return kind(**known_data)

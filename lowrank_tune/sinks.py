@@ -1,0 +1,127 @@
+"""Where events go besides the screens: files of JSON lines, and the fan-out in which a broken screen never stops a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from lowrank_tune.checkpoint import cannot_write, finite, telling, write_all, write_file
+from lowrank_tune.errors import RunFailed, UserError
+from lowrank_tune.events import Event, Note, RunEnded, Saved, to_json
+
+
+class Sink(Protocol):
+    """Takes events one by one; `close` when the run is over."""
+
+    def __call__(self, event: Event) -> None: ...
+    def close(self) -> None: ...
+
+
+def line(event: Event) -> bytes:
+    """The event as one line of JSON in ASCII, lone surrogates escaped. A number that is not finite is null; `from_json` reads nan."""
+    data = to_json(event)
+    try:
+        text = json.dumps(data, allow_nan=False)
+    except ValueError:
+        text = json.dumps(finite(data), allow_nan=False)
+    return text.encode("ascii") + b"\n"
+
+
+class JsonLines:
+    """Appends each event (only those of the kinds `only`, where it is given) as one line, in one write, so that it can be followed.
+
+    `resumed_from` None begins an empty file; a step cuts off what the resumed run will do again, so that no step stands twice.
+    The file is replaced for that: who follows it must look at its inode. Raises `RunFailed` or `UserError` with path and reason.
+    """
+
+    def __init__(self, path: Path, resumed_from: int | None = None, only: tuple[type[Event], ...] = ()) -> None:
+        self.path, self.only = path, only
+        with telling(path):
+            before = path.read_bytes() if path.exists() else b""
+            kept = b"" if resumed_from is None else keep_until(before, resumed_from)
+            if kept != before:
+                write_file(path, kept)
+            self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def __call__(self, event: Event) -> None:
+        if self._file is None or (self.only and not isinstance(event, self.only)):
+            return
+        try:
+            write_all(self._file, line(event))
+            if isinstance(event, (Saved, RunEnded)):  # a durable checkpoint without its history would leave a hole after a power cut
+                os.fsync(self._file)
+        except OSError as error:
+            raise RunFailed(str(cannot_write(self.path, error))) from error
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def keep_until(data: bytes, step: int) -> bytes:
+    """The whole and valid lines before the first event of a later step. All that follows it belongs to the part that was lost."""
+    kept = []
+    for raw in data.splitlines(keepends=True):
+        try:
+            event = json.loads(raw) if raw.endswith(b"\n") else None
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            continue
+        later = event.get("step", 0)
+        if isinstance(later, int) and later > step:
+            break
+        kept.append(raw)
+    return b"".join(kept)
+
+
+class Tee:
+    """Hands each event to every sink. A sink that raises is detached; the others are told in a warning, once.
+
+    Only a `UserError` (a log file on a full disk) goes on to the caller, also once, after all others have the event.
+    """
+
+    def __init__(self, *sinks: Sink) -> None:
+        self._sinks = list(sinks)
+        self._lock = threading.RLock()  # the keyboard's thread emits too
+
+    def attach(self, sink: Sink, earlier: Iterable[Event] = ()) -> None:
+        """Adds a sink, after handing it what it missed (the log file opens later than the screen)."""
+        for event in earlier:
+            sink(event)
+        with self._lock:
+            self._sinks.append(sink)
+
+    def __call__(self, event: Event) -> None:
+        fatal: UserError | None = None
+        with self._lock:
+            for sink in tuple(self._sinks):
+                if sink not in self._sinks:  # detached by the warning of one before it
+                    continue
+                try:
+                    sink(event)
+                except UserError as error:
+                    self._sinks.remove(sink)
+                    fatal = fatal or error
+                except Exception as error:
+                    self._sinks.remove(sink)
+                    message = f"{type(sink).__name__} broke and is switched off: {type(error).__name__}: {error}"
+                    try:
+                        self(Note(message=message, level="warning"))
+                    except UserError as worse:
+                        fatal = fatal or worse
+        if fatal is not None:
+            raise fatal
+
+    def close(self) -> None:
+        """Closes every sink, whatever one of them raises: the run is over, and each event was written when it came."""
+        for sink in self._sinks:
+            with suppress(Exception):
+                sink.close()
+        self._sinks.clear()

@@ -1,0 +1,228 @@
+"""The plain console: a line for each thing that happened. It reads the same in a terminal, in a pipe and in a log file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from lowrank_tune.events import Event, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
+from lowrank_tune.ui import inert
+
+_STYLES = {"warning": "33", "good": "32", "quiet": "2"}  # yellow, green, dim
+
+
+def number(value: float) -> str:
+    """Three decimals, or the exponent where those would show nothing."""
+    return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 1e5 or value != value else f"{value:.2e}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
+    "loss": ("loss", number),
+    "accuracy": ("accuracy", percent),
+    "entropy": ("entropy", number),
+    "kl": ("kl", number),
+    "learning_rate": ("lr", "{:.1e}".format),
+    "grad_norm": ("grad", number),
+    "update_ratio": ("update", "{:.1e}".format),
+    "moved_share": ("moved", percent),
+    "bad_steps": ("skipped", "{:.0f}".format),
+    "": ("", str),  # statistics without a line here come in this place, under their own names
+    "tokens_per_second": ("tokens/s", "{:,.0f}".format),
+    "memory_gib": ("memory", "{:.1f} GiB".format),
+}
+"""How a statistic is named and written, in the order of the line."""
+
+
+def show(stats: Mapping[str, float]) -> str:
+    """`loss 1.234  lr 2.0e-04 ...`; skipped steps only where there are any."""
+    parts = []
+    for name, (label, write) in SHOWN.items():
+        if not name:
+            parts += [f"{inert(other)} {number(value)}" for other, value in stats.items() if other not in SHOWN]
+        elif name in stats and (name != "bad_steps" or stats[name]):
+            parts.append(f"{label} {write(stats[name])}")
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """0:42, 12:05, 3:07:30."""
+    whole = max(0, round(seconds))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Pace:
+    """Wall time a step over the last fifth of the run: about two evaluations lie in it, so their pauses count too."""
+
+    def __init__(self) -> None:
+        self._marks: deque[tuple[int, float]] = deque()
+
+    def left(self, event: StepDone) -> float:
+        """Seconds until the last step."""
+        if not self._marks or event.step <= self._marks[-1][0]:
+            self._marks = deque([(event.step - 1, event.time - event.seconds)])
+        self._marks.append((event.step, event.time))
+        while len(self._marks) > max(20, event.steps // 5):
+            self._marks.popleft()
+        (first, since), (last, until) = self._marks[0], self._marks[-1]
+        return (event.steps - last) * (until - since) / (last - first)
+
+
+class Plain:
+    """A sink that writes lines to `file`. Colours and bars only on a terminal; not one escape byte elsewhere; NO_COLOR is honoured."""
+
+    def __init__(self, file: TextIO | None = None, environ: Mapping[str, str] = os.environ) -> None:
+        self.file = sys.stdout if file is None else file
+        self.terminal = self.file.isatty() and environ.get("TERM", "dumb") != "dumb"
+        self._colour = self.terminal and not environ.get("NO_COLOR")
+        self._pace = Pace()
+        self._tokens, self._seconds = 0, 0.0
+        self._bar: Bar | None = None
+        self._task: tuple[str, TaskID] | None = None
+        self._told: dict[str, tuple[float, float]] = {}  # of each job: the share and the time of its last line
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Progress):
+            if self.terminal:
+                self._draw(event)
+            else:
+                self._sparse(event)
+        elif isinstance(event, StepDone):
+            self._step(event)
+        elif isinstance(event, RunStarted):
+            self._pace, self._tokens, self._seconds = Pace(), 0, 0.0
+            self._started(event)
+        elif isinstance(event, Validated):
+            self._say(f"validation after step {event.step}  {show(event.stats)}" + ("  best so far" if event.best else ""))
+        elif isinstance(event, Sampled):
+            self._sample(event)
+        elif isinstance(event, Saved):
+            self._say(f"saved {Path(event.path).name} ({event.seconds:.1f} s)", "quiet")
+        elif isinstance(event, Note):
+            prefix = "warning: " if event.level == "warning" else ""
+            for i, line in enumerate(event.message.splitlines() or [""]):  # an indent shows that a line goes on
+                self._say((prefix if i == 0 else "  ") + line, "warning" if prefix else "")
+        elif isinstance(event, RunEnded):
+            said = f"{event.status} after step {event.step} in {clock(event.seconds)}" + (f": {event.message}" if event.message else "")
+            self._say(said, "good" if event.status == "done" else "warning")
+
+    def close(self) -> None:
+        """Takes a bar off the screen, and gives the cursor back."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = self._task = None
+
+    def _say(self, text: str, style: str = "") -> None:
+        self.close()
+        encoding = getattr(self.file, "encoding", None) or "utf-8"
+        text = inert(text).encode(encoding, "backslashreplace").decode(encoding)  # a console in ASCII is no reason to stop a run
+        if self._colour and style:
+            text = f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+        self.file.write(text + "\n")
+        self.file.flush()
+
+    def _started(self, event: RunStarted) -> None:
+        where = f" on {event.device}" if event.device else ""
+        trained = f"{event.trainable:,} trained parameters"
+        self._say(f"run {event.name}: {event.algorithm} of {event.model}{where}, {event.steps} steps, {trained}")
+        for role, stack in event.roles.items():
+            self._say(f"  {role}: {' + '.join(stack) or 'the base'}")
+        self._say(f"  reference: {event.reference}")
+        if event.resumed_from:
+            self._say(f"  continued after step {event.resumed_from}")
+
+    def _step(self, event: StepDone) -> None:
+        left = self._pace.left(event)
+        self._tokens, self._seconds = self._tokens + event.tokens, self._seconds + event.seconds
+        if not event.logged:
+            return
+        speed = {"tokens_per_second": self._tokens / self._seconds} if self._seconds else {}
+        self._tokens, self._seconds = 0, 0.0
+        width = len(str(event.steps))
+        self._say(f"step {event.step:{width}d}/{event.steps}  {show({**speed, **event.stats})}  ETA {clock(left)}")
+
+    def _sample(self, event: Sampled) -> None:
+        facts = [event.finish]
+        if event.gold is not None:
+            facts.append(f"gold {inert(event.gold, 24)}")
+        if event.reward is not None:
+            facts.append(f"reward {number(event.reward)}")
+        self._say(f"  {inert(event.prompt, 60)} -> {inert(event.completion, 120)}  [{', '.join(facts)}]")
+
+    def _sparse(self, event: Progress) -> None:
+        """At the end of a job; before it a line for each tenth, but at most every 5 s; and where a tenth takes long, every minute."""
+        share = event.done / event.total if event.total else 1.0
+        told, when = self._told.setdefault(event.what, (0.0, event.time))
+        waited = event.time - when
+        if event.done >= event.total:
+            del self._told[event.what]
+        elif (share - told >= 0.1 and waited >= 5) or (share > told and waited >= 60):
+            self._told[event.what] = (share, event.time)
+        else:
+            return
+        self._say(f"{event.what}: {event.done:,}/{event.total:,} ({100 * share:.0f} %)")
+
+    def _draw(self, event: Progress) -> None:
+        what = inert(event.what, 40)
+        if self._bar is None or self._task is None or self._task[0] != what:
+            self.close()
+            # the console is told everything, since rich would otherwise read the process's own environment; drawn here, by no thread
+            console = Console(file=self.file, force_terminal=True, no_color=not self._colour, highlight=False)
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+            self._bar.start()
+            self._task, self._told[what] = (what, self._bar.add_task(what, total=event.total)), (0.0, 0.0)
+        over = event.done >= event.total
+        self._bar.update(self._task[1], completed=event.done, total=event.total)
+        if over or event.time - self._told[what][1] >= 0.1:
+            self._told[what] = (0.0, event.time)
+            self._bar.refresh()
+        if over:
+            self.close()
+
+
+def summary_table(summary: Mapping[str, Any], folder: Path) -> str:
+    """The end of a run in lines: how it ended, its metrics, held-out shares, warnings, and where everything lies. Inert."""
+    lines = [f"status     {inert(str(summary.get('status', 'unknown')))}"]
+    for name in ("step", "steps", "seconds"):
+        if isinstance(value := summary.get(name), (int, float)):
+            lines.append(f"{name:10} {clock(value) if name == 'seconds' else f'{value:,}'}")
+    for name in ("last", "best"):
+        if isinstance(stats := summary.get(name), Mapping):
+            known = {key: float(value) for key, value in stats.items() if isinstance(value, (int, float)) and key != "step"}
+            at = f"  (step {stats['step']})" if "step" in stats else ""
+            lines.append(f"{name:10} {show(known)}{at}")
+    if isinstance(heldout := summary.get("heldout"), Mapping) and heldout:
+        lines.append("held-out exact answers")
+        for stage, value in heldout.items():
+            shares = value if isinstance(value, Mapping) else {"": value}
+            told = "  ".join(f"{key} {percent(share)}".strip() for key, share in shares.items() if isinstance(share, (int, float)))
+            lines.append(f"  {inert(str(stage)):12} {told}")
+    lines += [f"warning    {inert(str(text), 200)}" for text in summary.get("warnings") or ()]
+    lines.append(f"in         {inert(str(folder))}")
+    lines += [f"  {name:16} {what}" for name, what in _PLACES.items() if (folder / name).exists()]
+    return "\n".join(lines)
+
+
+_PLACES = {
+    "final": "the adapter, to load, merge or export",
+    "report.html": "curves, samples and warnings, for a browser",
+    "summary.json": "this table for programs",
+    "samples.jsonl": "what the model answered, step by step",
+    "events.jsonl": "everything that was measured",
+    "checkpoints": "where the run can be continued",
+    "recipe.yaml": "the recipe, complete: it repeats the run",
+    "console.log": "what libraries printed",
+}
