@@ -19,6 +19,12 @@ class RunFailed(UserError):
     exit_code = 1
 
 
+class OutOfMemory(UserError):
+    """The card or the machine has not enough memory for a step."""
+
+    exit_code = 3
+
+
 @dataclass(frozen=True)
 class Fault:
     """One fault of a recipe or a data file: where it stands, and a sentence."""

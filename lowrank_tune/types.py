@@ -83,6 +83,14 @@ class Batch:
         positions = torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device)
         return (self.attended * positions).amax(dim=1)
 
+    @property
+    def scored(self) -> Tensor:
+        """(B, T) bool: `says`, but never a padding slot and never a row's first token, before which there is nothing."""
+        scored = self.says & self.attended
+        scored[:, 0] = False
+        scored[:, 1:] &= self.attended[:, :-1]
+        return scored
+
     def take(self, rows: Tensor) -> Batch:
         """These rows, without the columns that none of them needs."""
         width = int(self.lengths[rows].max())
@@ -149,7 +157,11 @@ class Experience:
 
 
 class Algorithm(Protocol):
-    """An algorithm is three verbs and a little state."""
+    """An algorithm is three verbs and a little state.
+
+    `collect` brings the rows of a step; `weigh` turns their mask into token weights, once; `terms` yields losses, one graph alive at a
+    time. `observe` measures, without gradient, what is too dear for every step; `go_on` False ends the inner epochs early.
+    """
 
     together: int
     """Adjacent rows that stay in one micro-batch."""
@@ -157,6 +169,7 @@ class Algorithm(Protocol):
     def collect(self, step: int) -> Experience: ...
     def weigh(self, batch: Batch) -> Tensor: ...
     def terms(self, micro: Batch) -> Iterator[Term]: ...
+    def observe(self, micro: Batch) -> Stats: ...
     def go_on(self, stats: Stats) -> bool: ...
     def state(self) -> dict[str, float]: ...
     def restore(self, state: Mapping[str, float]) -> None: ...

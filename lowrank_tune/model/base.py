@@ -6,10 +6,9 @@ Precision is decided here and nowhere else. CUDA: weights, compute and autocast 
 from __future__ import annotations
 
 import hashlib
-import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import bitsandbytes
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from lowrank_tune import settings
@@ -50,28 +49,31 @@ def pick_device() -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name()
-        raise UserError(f"{name} has no bfloat16 (it needs compute capability 8.0: RTX 30 series or newer); set CUDA_VISIBLE_DEVICES= to use the CPU")
+        raise UserError(f"{name} has no bfloat16 (RTX 30 series and newer have it); set CUDA_VISIBLE_DEVICES= to use the CPU")
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def load_base(wanted: settings.Base, device: torch.device | None = None) -> Base:
-    """Loads and freezes it. Raises UserError with one sentence for whatever a person can mend."""
-    device = device or pick_device()
+def load_tokenizer(wanted: settings.Base) -> Any:
+    """The base's tokenizer alone, so that data can be judged before gigabytes are read. Raises UserError as `load_base`."""
     _be_quiet()
-    name, revision = _split_revision(wanted.model)
-    place = str(files("lowrank_tune.tutor") / "base") if name == TINY else _existing_folder(name) or name
-    arguments: dict[str, Any] = {"revision": revision, "trust_remote_code": wanted.trust_remote_code}
-    try:
+    with _telling(wanted) as (place, arguments):
+        return AutoTokenizer.from_pretrained(place, **arguments)
+
+
+def load_base(wanted: settings.Base, tokenizer: Any, device: torch.device | None = None) -> Base:
+    """Loads and freezes it. Raises UserError with one sentence for whatever a person can mend."""
+    _be_quiet()
+    device = device or pick_device()
+    with _telling(wanted) as (place, arguments):
         config = AutoConfig.from_pretrained(place, **arguments)
-        _refuse(config, name, wanted)
-        tokenizer = AutoTokenizer.from_pretrained(place, **arguments)
+        quantised = _check_quantisation(config, wanted)
+        if wanted.bits == 4 and not quantised:
+            arguments["quantization_config"] = nf4(device)
         model = AutoModelForCausalLM.from_pretrained(
             place, config=config, use_safetensors=True, attn_implementation="sdpa", device_map={"": device},
-            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-            **({"quantization_config": nf4(device)} if wanted.bits == 4 and not _is_quantised(config) else {}), **arguments)  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(_why_not(name, revision, error)) from error
-    return freeze(model, tokenizer, name=wanted.model, revision=revision or getattr(config, "_commit_hash", None), bits=wanted.bits)
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, **arguments)  # fmt: skip
+    revision = arguments["revision"] or getattr(config, "_commit_hash", None)
+    return freeze(model, tokenizer, name=wanted.model, revision=revision, bits=4 if quantised else wanted.bits)
 
 
 def freeze(model: Any, tokenizer: Any, name: str, bits: int, revision: str | None = None) -> Base:
@@ -127,14 +129,28 @@ def _digest(tensors: list[Tensor]) -> str:
 def _be_quiet() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # PEFT asks transformers by a name that is deprecated there; nobody who runs a recipe can do anything about it.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 
 
-def _split_revision(model: str) -> tuple[str, str | None]:
-    name, _, revision = model.partition("@")
-    return name, revision or None
+@contextmanager
+def _telling(wanted: settings.Base) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where the model lies and how to ask for it; what the libraries raise inside becomes one sentence."""
+    name, _, revision = wanted.model.partition("@")
+    place = str(files("lowrank_tune.tutor") / "base") if name == TINY else _existing_folder(name) or name
+    arguments: dict[str, Any] = {"revision": revision or None, "trust_remote_code": wanted.trust_remote_code}
+    try:
+        _refuse_own_code(place, name, arguments)
+        yield place, arguments
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(_why_not(name, revision, error)) from error
+
+
+def _refuse_own_code(place: str, name: str, arguments: dict[str, Any]) -> None:
+    # transformers would ask the person in the middle of the run; this asks nobody and says what to do.
+    raw, _ = PretrainedConfig.get_config_dict(place, revision=arguments["revision"])
+    if raw.get("auto_map") and not arguments["trust_remote_code"]:
+        raise UserError(f"base.model: {name} brings Python code of its own; set base.trust_remote_code: true only if you trust its author")
 
 
 def _existing_folder(name: str) -> str | None:
@@ -148,22 +164,19 @@ def _existing_folder(name: str) -> str | None:
     return None
 
 
-def _is_quantised(config: Any) -> bool:
-    return getattr(config, "quantization_config", None) is not None
+def _check_quantisation(config: Any, wanted: settings.Base) -> bool:
+    """Whether the repository is quantised already: with bitsandbytes in 4 bits, or it is refused."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return False
+    quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    if quantised.get("quant_method") != "bitsandbytes" or not quantised.get("load_in_4bit"):
+        kind = quantised.get("quant_method", "an unknown method")
+        raise UserError(f"base.model: {wanted.model} is quantised with {kind}; give the unquantised model, or one in bitsandbytes' 4 bits")
+    return True
 
 
-def _refuse(config: Any, name: str, wanted: settings.Base) -> None:
-    if getattr(config, "auto_map", None) and not wanted.trust_remote_code:
-        raise UserError(f"base.model: {name} brings Python code of its own; set base.trust_remote_code: true only if you trust its author")
-    if _is_quantised(config):
-        quantised = config.quantization_config
-        quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
-        if quantised.get("quant_method") != "bitsandbytes" or not quantised.get("load_in_4bit"):
-            kind = quantised.get("quant_method", "an unknown method")
-            raise UserError(f"base.model: {name} is quantised with {kind}; give the unquantised model, or one quantised with bitsandbytes in 4 bits")
-
-
-def _why_not(name: str, revision: str | None, error: Exception) -> str:
+def _why_not(name: str, revision: str, error: Exception) -> str:
     text = str(error)
     where = f"{name} at revision {revision}" if revision else name
     if "gated" in text.lower() or "401" in text or "403" in text:
@@ -173,7 +186,7 @@ def _why_not(name: str, revision: str | None, error: Exception) -> str:
     if "safetensors" in text.lower() and "no file named" in text.lower():
         return f"base.model: {where} has no safetensors weights; other formats can run code when they are read and are not loaded"
     if any(word in text.lower() for word in ("couldn't connect", "offline", "can't load", "not a local folder", "connection", "resolve")):
-        return f"base.model: {where} is neither a folder nor in the local cache, and could not be fetched from the hub; check the name and the network"
+        return f"base.model: {where} is no folder, not in the local cache, and could not be fetched from the hub; check the name and the network"
     return f"base.model: {where} cannot be loaded: {text.strip().splitlines()[0] if text.strip() else type(error).__name__}"
 
 

@@ -63,7 +63,7 @@ def check_head(model: Any, head: Head) -> None:
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     ours, theirs = head.logits(hidden[0]), model(input_ids=ids, use_cache=False).logits[0].float()
     if not torch.linalg.vector_norm(ours - theirs) <= 1e-2 * torch.linalg.vector_norm(theirs):
-        raise UserError(f"base.model: the head of {model.config.model_type} models computes something that this kit does not know; please report it")
+        raise UserError(f"base.model: the head of {model.config.model_type} models computes something that this kit does not know")
 
 
 def chunked_logps(head: Head, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +96,8 @@ class _ChunkedLogps(torch.autograd.Function):
         for chunk in _chunks(hidden, head):
             here = slice(start, start + len(chunk))
             start += len(chunk)
-            _one_chunk(head, chunk, targets[here], temperature, logps[here], entropy[here], likeliest[here], None if slope is None else slope[here])
+            slope_here = None if slope is None else slope[here]
+            _one_chunk(head, chunk, targets[here], temperature, logps[here], entropy[here], likeliest[here], slope_here)
         if slope is not None:
             ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(entropy, likeliest)

@@ -7,8 +7,8 @@ Under gradient checkpointing the recomputation enters the stack that ran the for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lowrank_tune import settings
 from lowrank_tune.errors import UserError
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.logps import check_head, chunked_kl, chunked_logps, head_of
@@ -71,6 +70,16 @@ class Roles:
         """Enter a role: a name in `stacks`, or `base` for no adapter at all."""
         return _Voice(self._active, [] if role == "base" else self.stacks[role])
 
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """No graph, no dropout: eval mode inside, train mode restored after (checkpointing works only there)."""
+        self.base.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.base.model.train()
+
     def parameters(self, role: str) -> list[nn.Parameter]:
         """The trainable parameters of a role, in the order of `named_parameters`."""
         return list(self.named_parameters(role).values())
@@ -99,16 +108,16 @@ class Roles:
 
     def scored(self, role: str, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs and entropies as `logps`, and whether the token is the likeliest one; (B, T) each."""
-        rows, columns = _scored_positions(batch)
+        rows, columns = batch.scored.nonzero(as_tuple=True)
         hidden = self.hidden(role, batch)[rows, columns - 1]
         values = chunked_logps(self.head, hidden, batch.ids[rows, columns], temperature)
         return tuple(_scatter(value, rows, columns, batch.ids.shape) for value in values)  # type: ignore[return-value]
 
-    @torch.no_grad()
     def exact_kl(self, role: str, reference: str, batch: Batch) -> Tensor:
         """KL(role || reference) over the whole vocabulary where `says`, else 0; (B, T) fp32, no gradient."""
-        rows, columns = _scored_positions(batch)
-        mine, other = (self.hidden(name, batch)[rows, columns - 1] for name in (role, reference))
+        rows, columns = batch.scored.nonzero(as_tuple=True)
+        with self.quiet():
+            mine, other = (self.hidden(name, batch)[rows, columns - 1] for name in (role, reference))
         return _scatter(chunked_kl(self.head, mine, other), rows, columns, batch.ids.shape)
 
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
@@ -121,10 +130,10 @@ class Roles:
     def load_adapter_tensors(self, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
         """Puts weights into an adapter. Raises UserError where names or shapes do not fit this base."""
         mine = self.adapter_tensors(name)
-        wrong = sorted(key for key in mine.keys() | tensors.keys() if key not in mine or key not in tensors or mine[key].shape != tensors[key].shape)
+        wrong = sorted(key for key in mine.keys() | tensors.keys() if _shape(mine, key) != _shape(tensors, key))
         if wrong:
-            raise UserError(f"{where}: this adapter does not fit {self.base.name}: {len(wrong)} of {len(mine)} tensors differ, first {wrong[0]}; "
-                            "it was made for another base")  # fmt: skip
+            raise UserError(f"{where}: this adapter was made for another base than {self.base.name}: {len(wrong)} of {len(mine)} tensors differ, "
+                            f"first {wrong[0]}, {_shape(tensors, wrong[0])} there and {_shape(mine, wrong[0])} here")  # fmt: skip
         set_peft_model_state_dict(self._peft, dict(tensors), adapter_name=PREFIX + name)
         self._pin()
         self._freeze_all_but_trainable()
@@ -160,32 +169,8 @@ class Roles:
         model.disable_input_require_grads()
 
 
-def lora_config(wanted: settings.Adapter, model: Any) -> LoraConfig:
-    """A LoRA configuration for this model. Raises UserError for target modules that it has not."""
-    linears = linear_names(model)
-    targets = linears if wanted.target_modules == "all-linear" else sorted(wanted.target_modules)
-    unknown = sorted(set(targets) - set(linears))
-    if unknown:
-        raise UserError(f"adapters: target_modules: the base has no linear module {', '.join(unknown)}; it has {', '.join(linears)}")
-    return LoraConfig(r=wanted.r, lora_alpha=wanted.alpha, lora_dropout=wanted.dropout, target_modules=targets, use_rslora=wanted.rslora,
-                      bias="none", task_type="CAUSAL_LM")  # fmt: skip
-
-
-def linear_names(model: Any) -> list[str]:
-    """Last names of all linear modules but the output head."""
-    head = model.get_output_embeddings()
-    found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
-    return sorted(found)
-
-
-def _scored_positions(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the tokens to score. The first token of a row has nothing before it and is never scored."""
-    says = batch.says & batch.attended
-    says = says.clone()
-    says[:, 0] = False
-    says[:, 1:] &= batch.attended[:, :-1]
-    rows, columns = says.nonzero(as_tuple=True)
-    return rows, columns
+def _shape(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:
+    return tuple(tensors[key].shape) if key in tensors else None
 
 
 def _scatter(values: Tensor, rows: Tensor, columns: Tensor, shape: torch.Size) -> Tensor:

@@ -1,0 +1,5 @@
+"""`python -m lowrank_tune` is the command line."""
+
+from lowrank_tune.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""One file an algorithm, and the kit that an algorithm may touch."""

@@ -1,0 +1,150 @@
+"""The command line. Torch is imported only by the commands that need it, so that help and a faulty recipe take a second."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lowrank_tune import __version__
+from lowrank_tune.errors import UserError
+
+if TYPE_CHECKING:
+    from lowrank_tune.run import Outcome
+
+INTERRUPTED = 130
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  help="QLoRA fine-tuning for one consumer GPU: one frozen 4-bit base, many voices.")  # fmt: skip
+
+
+class Screen(StrEnum):
+    """`auto` is the best that the terminal can show; `plain` one line a step."""
+
+    auto = "auto"
+    plain = "plain"
+
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as train.learning_rate=1e-4.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME where it is not given.")]
+Ui = Annotated[Screen, typer.Option("--ui", help="What to draw.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@app.command("run")
+def run_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file.")],
+                overrides: Overrides = None, out: Out = None, ui: Ui = Screen.auto, debug: Debug = False) -> None:  # fmt: skip
+    """Run a recipe; the same command again continues it."""
+    with _sentences(debug):
+        from lowrank_tune.recipe import Recipe
+
+        loaded = Recipe.load(recipe, *(overrides or []))
+        from lowrank_tune.run import run
+
+        _end(run(loaded, out=out, ui=ui))
+
+
+@app.command()
+def demo(overrides: Overrides = None, out: Out = None, ui: Ui = Screen.auto, debug: Debug = False) -> None:
+    """Fine-tune the tiny base that ships with the package, without GPU or network, and compare before and after."""
+    with _sentences(debug):
+        from lowrank_tune.recipe import Recipe
+
+        loaded = Recipe.load("tiny-sft", "name=demo", *(overrides or []))
+        from lowrank_tune.run import run
+
+        outcome = run(loaded, out=out, ui=ui)
+        if outcome.status == "done":
+            _before_after(outcome.summary)
+        _end(outcome)
+
+
+@app.command()
+def presets(name: Annotated[str | None, typer.Argument(help="Print this preset.")] = None, debug: Debug = False) -> None:
+    """List the presets, or print one to start your own from."""
+    with _sentences(debug):
+        from lowrank_tune.recipe import find_preset
+        from lowrank_tune.recipe import presets as all_presets
+
+        if name is not None:
+            sys.stdout.write(find_preset(name).read_text(encoding="utf-8"))
+            return
+        table = Table("preset", "algorithm", "what it is", box=None)
+        for preset, description, algorithm in all_presets():
+            table.add_row(preset, algorithm, description)
+        Console().print(table)
+
+
+@app.command()
+def schema(debug: Debug = False) -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    with _sentences(debug):
+        from lowrank_tune.recipe import schema as recipe_schema
+
+        print(json.dumps(recipe_schema(), indent=2))
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@contextmanager
+def _sentences(debug: bool) -> Iterator[None]:
+    """People see sentences: what a `UserError` says, and of our own mistakes their name and how to see more."""
+    try:
+        yield
+    except UserError as error:
+        if debug:
+            raise
+        print(str(error), file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        print("interrupted; what was saved is valid, and the same command continues from there", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from error
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        print(f"internal error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+def _end(outcome: Outcome) -> None:
+    from lowrank_tune.ui.plain import summary_table
+
+    print(summary_table(outcome.summary, outcome.folder))
+    if outcome.status == "interrupted":
+        print("interrupted and saved; the same command continues")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _before_after(summary: dict[str, Any]) -> None:
+    """The held-out table, and the same questions before and after."""
+    console, details = Console(), summary["heldout_details"]
+    figures = Table("held-out questions", *details, title="before and after")
+    rows = {"exact": "exact answers (pass@1)", **{key: f"one of {key[8:]} exact (pass@{key[8:]})" for key in next(iter(details.values()))
+            if key.startswith("pass_at_")}, "stopped": "stops by itself", "length": "tokens an answer"}  # fmt: skip
+    for key, label in rows.items():
+        figures.add_row(label, *(f"{stats[key]:.1f}" if key == "length" else f"{stats[key]:.1%}" for stats in details.values()))
+    console.print(figures)
+    answers = Table("question", "gold", *summary["answers"], show_lines=True)
+    for several in zip(*summary["answers"].values(), strict=True):
+        first = several[0]
+        answers.add_row(first["prompt"], first["gold"], *(Text(one["completion"] if one["stopped"] else one["completion"] + " ...") for one in several))
+    console.print(answers)
+
+
+def main() -> None:
+    app()

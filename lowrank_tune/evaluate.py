@@ -1,0 +1,104 @@
+"""Held-out measurements: validation loss and accuracy, and answers to prompts whose gold answer is known."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lowrank_tune.data import Prompt, Template, TokenStore, collate
+from lowrank_tune.events import Emit, Progress
+from lowrank_tune.maths import mean_over
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.rollout import Engine
+from lowrank_tune.types import Completion, Sampling, Stats, add_stats, to_floats
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to a held-out prompt."""
+
+    prompt: int
+    text: str
+    stopped: bool
+    exact: bool
+    length: int
+
+
+def validate(roles: Roles, role: str, rows: TokenStore, micro_tokens: int, pad_id: int, emit: Emit) -> dict[str, float]:
+    """Loss (nats a token, over all tokens) and accuracy on held-out rows, dropout off."""
+    stats: Stats = {}
+    order = sorted(range(len(rows)), key=lambda row: -int(rows.lengths[row]))
+    done = 0
+    for part in _by_tokens(order, rows, micro_tokens):
+        batch = collate([rows[row] for row in part], pad_id).to(roles.base.device)
+        with roles.quiet():
+            logps, _, likeliest = roles.scored(role, batch)
+        scored = batch.scored
+        add_stats(stats, {"loss": mean_over(-logps, scored), "accuracy": mean_over(likeliest.float(), scored)})
+        done += len(part)
+        emit(Progress(what="validating", done=done, total=len(rows)))
+    return to_floats(stats)
+
+
+def answer(roles: Roles, role: str, template: Template, prompts: Sequence[Prompt], samples: int, sampling: Sampling, emit: Emit,
+           slots: int = 256) -> list[list[Answer]]:  # fmt: skip
+    """`samples` answers to each prompt. One that ends by itself and holds no mark of another turn has stopped properly."""
+    ids = [template.prompt(prompt.messages) for prompt in prompts]
+    answers: list[list[Answer]] = [[] for _ in prompts]
+    total, done = len(prompts) * samples, 0
+    for completion in Engine(roles, role, slots).generate(ids, samples, sampling):
+        answers[completion.prompt].append(_judge(completion, template, prompts[completion.prompt]))
+        done += 1
+        if done % 32 == 0 or done == total:
+            emit(Progress(what=f"answering held-out prompts ({role})", done=done, total=total))
+    return answers
+
+
+def measure(answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
+    """pass@1 as the share of exact answers, pass@k for k samples a prompt, the share that stopped properly, and the mean length."""
+    flat = [one for several in answers for one in several]
+    samples = len(answers[0])
+    found = {"exact": sum(one.exact for one in flat) / len(flat), "stopped": sum(one.stopped for one in flat) / len(flat),
+             "length": sum(one.length for one in flat) / len(flat)}  # fmt: skip
+    if samples > 1:
+        found[f"pass_at_{samples}"] = sum(any(one.exact for one in several) for several in answers) / len(answers)
+    return found
+
+
+def is_exact(text: str, gold: str) -> bool:
+    """Whether an answer is the gold one: equal as numbers, its last number counting; or equal as text."""
+    wanted = _number(gold)
+    if wanted is None:
+        return " ".join(text.split()).casefold().rstrip(".") == " ".join(gold.split()).casefold().rstrip(".")
+    found = NUMBER.findall(text)
+    got = _number(found[-1]) if found else None
+    return got is not None and math.isclose(got, wanted, rel_tol=0.0, abs_tol=1e-9)
+
+
+def _number(text: str) -> float | None:
+    plain = text.strip().replace(",", "").rstrip(".")
+    return float(plain) if len(plain) < 40 and re.fullmatch(r"-?\d+(?:\.\d+)?", plain) else None
+
+
+def _judge(completion: Completion, template: Template, prompt: Prompt) -> Answer:
+    body = completion.ids[:-1] if completion.finish == "stop" else completion.ids
+    text = template.decode(body)
+    stopped = completion.finish == "stop" and not template.marks_in(body)
+    return Answer(completion.prompt, text, stopped, prompt.gold is not None and is_exact(text, prompt.gold), len(completion.ids))
+
+
+def _by_tokens(order: Sequence[int], rows: TokenStore, micro_tokens: int) -> Iterator[list[int]]:
+    """Consecutive rows, longest first, as many as fit `micro_tokens` with padding, at least one."""
+    part: list[int] = []
+    for row in order:
+        width = int(rows.lengths[part[0]]) if part else int(rows.lengths[row])
+        if part and width * (len(part) + 1) > micro_tokens:
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part

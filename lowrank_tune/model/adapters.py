@@ -1,0 +1,78 @@
+"""Adapters on disk, in PEFT's own format at a folder's root, and the LoRA configuration that settings stand for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lowrank_tune import settings
+from lowrank_tune.errors import UserError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter as it lay in `folder`: configuration, weights, and the name of the base that it says it was made for."""
+
+    folder: Path
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    base_name: str | None
+
+
+def read_adapter(path: str, key: str) -> SavedAdapter:
+    """Reads the adapter in a folder, or in a run's `final/`. `key` is the setting that named it. Raises UserError in one sentence."""
+    given = Path(path).expanduser()
+    if not given.is_dir():
+        raise UserError(f"{key}: there is no folder {path}")
+    folder = given / "final" if (given / "final" / CONFIG).exists() else given
+    if not (folder / CONFIG).exists():
+        unfinished = (given / "run.json").exists()
+        raise UserError(f"{key}: {path} " + ("is a run that has not ended: let it end first" if unfinished else f"holds no {CONFIG}, so it is no adapter"))
+    if not (folder / WEIGHTS).exists():
+        raise UserError(f"{key}: {folder} holds no {WEIGHTS}; other formats can run code when they are read and are not loaded")
+    try:
+        raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise UserError(f"{key}: the adapter in {folder} is broken: {error}") from error
+    return SavedAdapter(folder, _config(raw, key, folder), tensors, raw.get("base_model_name_or_path"))
+
+
+def _config(raw: Any, key: str, folder: Path) -> LoraConfig:
+    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
+        raise UserError(f"{key}: {folder} is no LoRA adapter but {kind}")
+    for name in ("modules_to_save", "use_dora", "alora_invocation_tokens", "trainable_token_indices", "layer_replication"):
+        if raw.get(name):
+            raise UserError(f"{key}: {folder} uses {name}, which this kit does not load")
+    known = {f.name for f in fields(LoraConfig)}
+    config = LoraConfig(**{name: value for name, value in raw.items() if name in known and name not in ("runtime_config", "inference_mode")})
+    config.lora_dropout = float(config.lora_dropout or 0.0)
+    return config
+
+
+def lora_config(wanted: settings.Adapter, model: Any) -> LoraConfig:
+    """A fresh LoRA for this model. Raises UserError for target modules that it has not."""
+    linears = linear_names(model)
+    targets = linears if wanted.target_modules == "all-linear" else sorted(wanted.target_modules)
+    unknown = sorted(set(targets) - set(linears))
+    if unknown:
+        raise UserError(f"adapters: target_modules: the base has no linear module {', '.join(unknown)}; it has {', '.join(linears)}")
+    return LoraConfig(r=wanted.r, lora_alpha=wanted.alpha, lora_dropout=wanted.dropout, target_modules=targets, use_rslora=wanted.rslora,
+                      bias="none", task_type="CAUSAL_LM")  # fmt: skip
+
+
+def linear_names(model: Any) -> list[str]:
+    """Last names of all linear modules but the output head."""
+    head = model.get_output_embeddings()
+    found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    return sorted(found)

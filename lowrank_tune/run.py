@@ -1,0 +1,313 @@
+"""One run: folder, sinks, base, loop, and what is left at the end. `run(recipe)` is the whole kit in one call."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lowrank_tune import settings
+from lowrank_tune.build import Built, build
+from lowrank_tune.checkpoint import RunFolder, Snapshot, flatten_optimizer, load, newest, restore_optimizer, rotate, write_atomically
+from lowrank_tune.errors import OutOfMemory, RunFailed, UserError
+from lowrank_tune.evaluate import Answer, answer, measure, validate
+from lowrank_tune.events import Emit, Event, Note, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
+from lowrank_tune.model.adapters import CONFIG, WEIGHTS
+from lowrank_tune.model.base import base_hashes, one_hash
+from lowrank_tune.recipe import Recipe, differences, dump
+from lowrank_tune.sinks import JsonLines, Tee
+from lowrank_tune.train import Control, Loop, Progress, make_optimizer
+from lowrank_tune.types import Sampling
+from lowrank_tune.ui.plain import Plain
+
+EVALUATIONS, SAVES = 10, 10  # over a run, where the recipe does not say
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, where its folder is, and its `summary.json`."""
+
+    status: Literal["done", "interrupted"]
+    folder: Path
+    summary: dict[str, Any]
+
+
+@dataclass
+class _Memory:
+    """What the end of a run wants to know of its beginning and middle; saved with each checkpoint."""
+
+    best_step: int | None = None
+    best_loss: float | None = None
+    best: dict[str, float] = field(default_factory=dict)
+    heldout: dict[str, dict[str, float]] = field(default_factory=dict)
+    answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+class _Listener:
+    """Keeps the events that came before the log file was open, the warnings, and the last values, for the summary."""
+
+    def __init__(self) -> None:
+        self.earlier: list[Event] | None = []
+        self.warnings: list[str] = []
+        self.last: dict[str, float] = {}
+
+    def __call__(self, event: Event) -> None:
+        if self.earlier is not None:
+            self.earlier.append(event)
+        if isinstance(event, Note) and event.level == "warning":
+            self.warnings.append(event.message)
+        if isinstance(event, StepDone):
+            self.last = {"step": float(event.step), **event.stats}
+
+    def close(self) -> None:
+        self.earlier = None
+
+
+def run(recipe: settings.Recipe | str | Path, *overrides: str, out: str | Path | None = None, ui: str = "auto",
+        device: torch.device | None = None, on_event: Callable[[Event], None] | None = None) -> Outcome:  # fmt: skip
+    """Runs a recipe, a preset's name or a recipe file; continues it where an unfinished run of it lies in the folder.
+
+    Raises UserError (a sentence for the person) and KeyboardInterrupt at a second Ctrl-C. `on_event` sees every event.
+    """
+    if not isinstance(recipe, settings.Recipe):
+        recipe = Recipe.load(recipe, *overrides)
+    begun, listener = time.time(), _Listener()
+    emit = Tee(listener)
+    if ui != "none":
+        emit.attach(Plain())
+    if on_event is not None:
+        emit.attach(_Callback(on_event))
+    folder = RunFolder.open(Path(out) if out else Path("runs") / (recipe.name or "run"), recipe.to_dict(), dump(recipe), differences,
+                            out is not None, emit)  # fmt: skip
+    step = 0
+    try:
+        found = newest(folder.checkpoints, emit)
+        step = found[0] if found else 0
+        resumed_from = step if found else None
+        for path, only in ((folder.events, ()), (folder.samples, (Sampled,))):
+            emit.attach(JsonLines(path, resumed_from, only=only), listener.earlier or ())
+        listener.earlier = None
+        control = Control()
+        with _signals(control) as training:
+            one = _Run(recipe, folder, build(recipe, emit, device), emit, control, found)
+            step, finished = one.train(training)
+            one.finish(finished, begun, listener)
+        status: Literal["done", "interrupted"] = "done" if finished else "interrupted"
+        return Outcome(status, folder.path, one.summary)
+    except torch.OutOfMemoryError as error:
+        advice = "try train.micro_batch_size=1, train.gradient_checkpointing=true or a smaller data.max_length"
+        emit(RunEnded(status="failed", step=step, seconds=time.time() - begun, message="out of memory"))
+        raise OutOfMemory(f"out of memory: {str(error).splitlines()[0]}; {advice}") from error
+    except BaseException as error:
+        told = str(error) if isinstance(error, UserError) else type(error).__name__
+        emit(RunEnded(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed", step=step, seconds=time.time() - begun, message=told))
+        raise
+    finally:
+        emit.close()
+        folder.close()
+
+
+class _Run:
+    """A run whose parts are loaded."""
+
+    def __init__(self, recipe: settings.Recipe, folder: RunFolder, built: Built, emit: Emit, control: Control,
+                 found: tuple[int, Snapshot] | None) -> None:  # fmt: skip
+        self.recipe, self.folder, self.built, self.emit, self.memory = recipe, folder, built, emit, _Memory()
+        self.names = list(built.roles.named_parameters("policy"))
+        parameters = built.roles.parameters("policy")
+        self.loop = Loop(built.algorithm, parameters, make_optimizer(parameters, recipe.train, built.base.device), recipe.train, built.steps,
+                         recipe.seed, built.base.device, emit, self._at_border, control)  # fmt: skip
+        self.evaluate_every = recipe.evaluate.every or max(1, built.steps // EVALUATIONS)
+        self.save_every = recipe.train.save_every or max(1, built.steps // SAVES)
+        self.summary: dict[str, Any] = {}
+        self.hashes = base_hashes(built.base.model)
+        self.step_at_start = found[0] if found else 0
+        if found:
+            self._restore(found[1])
+        folder.write_json("base.json", {"model": built.base.name, "revision": built.base.revision, "bits": built.base.bits, "tensors": self.hashes})
+        folder.write_json("data.json", built.data.report.to_dict())
+
+    def train(self, training: Callable[[bool], None]) -> tuple[int, bool]:
+        """Runs the loop; returns the step reached, and whether that is the last one."""
+        self._tell_start()
+        if self.step_at_start == 0:
+            self._show("reference", 0)
+        if self.built.heldout and "base" not in self.memory.heldout:
+            self._measure("base", "reference", 0)
+        training(True)
+        finished = self.loop.run()
+        training(False)
+        return self.loop.progress.step, finished
+
+    def finish(self, finished: bool, begun: float, listener: _Listener) -> None:
+        """The best adapter becomes `final/`, answers the held-out prompts, and the summary is written."""
+        step = self.loop.progress.step
+        if finished:
+            self._take_best()
+            self._write_final()
+            if self.built.heldout:
+                self._measure(self.recipe.algorithm, "policy", step)
+        end = one_hash(base_hashes(self.built.base.model))
+        if end != one_hash(self.hashes):
+            raise RunFailed("the frozen base is not what it was at the start of the run: please report it")
+        status: Literal["done", "interrupted"] = "done" if finished else "interrupted"
+        best = {"best": {"step": self.memory.best_step, **self.memory.best}} if self.memory.best_step is not None else {}
+        self.summary = {
+            "version": 1, "status": status, "name": self.recipe.name, "algorithm": self.recipe.algorithm, "step": step, "steps": self.built.steps,
+            "seconds": round(time.time() - begun, 1), "last": listener.last, **best,
+            "heldout": {name: stats["exact"] for name, stats in self.memory.heldout.items()}, "heldout_details": self.memory.heldout,
+            "answers": self.memory.answers,
+            "base_hash": {"start": one_hash(self.hashes), "end": end}, "warnings": listener.warnings}  # fmt: skip
+        self.emit(RunEnded(status=status, step=step, seconds=time.time() - begun))
+        self.folder.write_json("summary.json", self.summary)
+
+    def _tell_start(self) -> None:
+        built, roles = self.built, self.built.roles
+        self.emit(RunStarted(
+            name=self.recipe.name, algorithm=self.recipe.algorithm, model=built.base.name,
+            roles={role: [name.removeprefix("lt_") for name in stack] for role, stack in roles.stacks.items()},
+            reference=built.reference_in_words(), steps=built.steps, resumed_from=self.step_at_start,
+            trainable=sum(p.numel() for p in self.loop.parameters), device=_device_name(built.base.device), versions=_versions()))  # fmt: skip
+
+    def _at_border(self, progress: Progress, last: bool) -> None:
+        step, control = progress.step, self.loop.control
+        better = False
+        if step % self.evaluate_every == 0 or last or control.evaluate:
+            control.evaluate = False
+            better = self._evaluate(step)
+        if step % self.save_every == 0 or last or better or control.save:
+            control.save = False
+            self._save(step)
+
+    def _evaluate(self, step: int) -> bool:
+        """Validation loss and shown samples; returns whether it is the best so far."""
+        built, better = self.built, False
+        if built.data.validation is not None:
+            budget = max(4096, (self.recipe.train.micro_batch_size or 4) * self.recipe.data.max_length)
+            stats = validate(built.roles, "policy", built.data.validation, min(budget, 1 << 15), built.template.pad_id, self.emit)
+            better = self.memory.best_loss is None or stats["loss"] < self.memory.best_loss
+            if better:
+                self.memory.best_step, self.memory.best_loss, self.memory.best = step, stats["loss"], stats
+            self.emit(Validated(step=step, stats={f"validation_{name}": value for name, value in stats.items()}, best=better))
+        self._show("policy", step)
+        return better
+
+    def _show(self, role: str, step: int) -> None:
+        shown = (self.built.heldout or self.built.data.shown)[: self.recipe.evaluate.shown]
+        if shown:
+            sampling = Sampling(self.recipe.evaluate.max_new_tokens, self.built.stop_ids, temperature=0.0)
+            answers = answer(self.built.roles, role, self.built.template, shown, 1, sampling, _silent)
+            self._tell_samples([several[0] for several in answers], role, step)
+
+    def _measure(self, name: str, role: str, step: int) -> None:
+        """Answers to the held-out prompts by a role, kept under `name`."""
+        wanted = self.recipe.evaluate
+        sampling = Sampling(wanted.max_new_tokens, self.built.stop_ids, wanted.temperature if wanted.samples > 1 else 0.0, self.recipe.seed)
+        answers = answer(self.built.roles, role, self.built.template, self.built.heldout, wanted.samples, sampling, self.emit)
+        self.memory.heldout[name] = measure(answers)
+        self.emit(Validated(step=step, stats={f"heldout_{name}_{key}": value for key, value in self.memory.heldout[name].items()}))
+        self.memory.answers[name] = [self._as_sample(several[0]) for several in answers[: wanted.shown]]
+
+    def _tell_samples(self, answers: list[Answer], role: str, step: int) -> None:
+        for one in answers:
+            sample = self._as_sample(one)
+            finish = "stop" if sample.pop("stopped") else "length"
+            self.emit(Sampled(step=step, finish=finish, role=role, **sample))
+
+    def _as_sample(self, one: Answer) -> dict[str, Any]:
+        prompt = (self.built.heldout or self.built.data.shown)[one.prompt]
+        return {"prompt": prompt.messages[-1].content, "completion": one.text, "stopped": one.stopped, "gold": prompt.gold}
+
+    def _save(self, step: int) -> None:
+        begun, roles = time.perf_counter(), self.built.roles
+        optimizer, document = flatten_optimizer(self.loop.optimizer.state_dict(), self.names)
+        snapshot = Snapshot(
+            tensors={f"policy/{WEIGHTS}": roles.adapter_tensors("policy"), "optimizer.safetensors": optimizer},
+            documents={f"policy/{CONFIG}": roles.adapter_config("policy"), "optimizer.json": document,
+                       "state.json": {"progress": self.loop.progress.to_dict(), "memory": vars(self.memory), "algorithm": self.built.algorithm.state(),
+                                      "base": one_hash(self.hashes), "threads": torch.get_num_threads()}})  # fmt: skip
+        path = write_atomically(self.folder.checkpoint(step), snapshot)
+        rotate(self.folder.checkpoints, self.recipe.train.keep, self.memory.best_step)
+        self.emit(Saved(step=step, path=str(path), seconds=time.perf_counter() - begun))
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        state = snapshot.documents["state.json"]
+        if state["base"] != one_hash(self.hashes):
+            raise UserError(f"{self.folder.path}: the base is not the one that this run was started with; give another folder with --out")
+        self.built.roles.load_adapter_tensors("policy", snapshot.tensors[f"policy/{WEIGHTS}"], str(self.folder.path))
+        optimizer = restore_optimizer(snapshot.tensors["optimizer.safetensors"], snapshot.documents["optimizer.json"], self.names)
+        self.loop.optimizer.load_state_dict(optimizer)
+        self.loop.progress = Progress(**state["progress"])
+        self.memory = _Memory(**state["memory"])
+        self.built.algorithm.restore(state["algorithm"])
+
+    def _take_best(self) -> None:
+        best = self.memory.best_step
+        if self.recipe.train.final == "best" and best is not None and best != self.loop.progress.step:
+            tensors = load(self.folder.checkpoint(best)).tensors[f"policy/{WEIGHTS}"]
+            self.built.roles.load_adapter_tensors("policy", tensors, str(self.folder.path))
+            self.emit(Note(message=f"final/ is the adapter of step {best}, which had the lowest validation loss"))
+
+    def _write_final(self) -> None:
+        roles = self.built.roles
+        write_atomically(self.folder.final, Snapshot({WEIGHTS: roles.adapter_tensors("policy")}, {CONFIG: roles.adapter_config("policy")}))
+
+
+class _Callback:
+    def __init__(self, function: Callable[[Event], None]) -> None:
+        self.function = function
+
+    def __call__(self, event: Event) -> None:
+        self.function(event)
+
+    def close(self) -> None: ...
+
+
+@contextmanager
+def _signals(control: Control) -> Iterator[Callable[[bool], None]]:
+    """While the loop runs, a first signal asks it to stop at the step's border and a second one stops at once. Outside of it the first does."""
+    state = {"training": False}
+
+    def handle(number: int, frame: object) -> None:
+        if control.stop or not state["training"]:
+            raise KeyboardInterrupt
+        control.stop = True
+
+    def training(on: bool) -> None:
+        state["training"] = on
+
+    if threading.current_thread() is not threading.main_thread():
+        yield training  # only the main thread may handle signals
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield training
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _silent(event: Event) -> None:
+    pass
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, bf16"
+    return f"CPU, {torch.get_num_threads()} threads, fp32"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -1,0 +1,197 @@
+"""The loop. It knows no algorithm, no display and no file format: it emits events and polls a `Control`.
+
+A step: collect, weigh, one backward for each term of each micro-batch, clip, step. A step whose loss or gradient is not finite changes
+nothing and is counted. Each step draws its random numbers from the seed and its own number, so a step that was lost to a crash is drawn
+again just so.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_tune import settings
+from lowrank_tune.errors import RunFailed
+from lowrank_tune.events import Emit, Note, StepDone
+from lowrank_tune.types import Algorithm, Batch, Mean, Stats, add_stats, to_floats
+
+FEW_MOVED, LOOKS_BEFORE_WARNING = 0.5, 3
+
+
+@dataclass
+class Control:
+    """What keys and signals ask for. The loop looks at it at step borders."""
+
+    stop: bool = False
+    save: bool = False
+    evaluate: bool = False
+    pause: bool = False
+
+
+@dataclass
+class Progress:
+    """Where the loop stands; saved with a checkpoint, so that a resumed run goes on as if nothing had happened."""
+
+    step: int = 0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    still_looks: int = 0
+    tokens: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        return dict(vars(self))
+
+
+@dataclass
+class Loop:
+    """One run's loop. `at_border(done, last)` evaluates and saves; it is called between steps, where nothing is half done."""
+
+    algorithm: Algorithm
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    train: settings.Train
+    steps: int
+    seed: int
+    device: torch.device
+    emit: Emit
+    at_border: Callable[[Progress, bool], None]
+    control: Control = field(default_factory=Control)
+    progress: Progress = field(default_factory=Progress)
+
+    def run(self) -> bool:
+        """Runs to the last step. Returns False where it was asked to stop before; all is saved by then."""
+        while self.progress.step < self.steps:
+            self._wait_while_paused()
+            if self.control.stop:
+                return False
+            self._step()
+            self.at_border(self.progress, self.progress.step == self.steps or self.control.stop)
+        return True
+
+    def _wait_while_paused(self) -> None:
+        while self.control.pause and not self.control.stop:
+            time.sleep(0.1)
+
+    def _step(self) -> None:
+        begun, step = time.perf_counter(), self.progress.step
+        torch.manual_seed(step_seed(self.seed, step))
+        logged = (step + 1) % self.train.log_every == 0 or step in (0, self.steps - 1)
+        rate = self.train.learning_rate * rate_at(step, self.steps, self.train.warmup_steps, self.train.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        experience = self.algorithm.collect(step)
+        stats: Stats = dict(experience.stats)
+        if logged:
+            add_stats(stats, self.algorithm.observe(next(self._micros(experience.batch)).to(self.device)))
+        tokens = 0
+        for part in experience.parts():
+            part_stats, loss, norm = self._accumulate(part)
+            tokens += int(part.attended.sum())
+            if not (math.isfinite(norm) and math.isfinite(loss)):
+                self._skip(step, norm)
+                break
+            self.progress.bad_in_a_row = 0
+            before = [p.detach().clone() for p in self.parameters] if logged else None
+            self.optimizer.step()
+            if before is not None:
+                stats |= movement(self.parameters, before)
+            stats["grad_norm"] = Mean(norm, 1)
+            add_stats(stats, part_stats)
+            if not self.algorithm.go_on(part_stats):
+                break
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        values = to_floats(stats)
+        self._watch_learning(values)
+        seconds = time.perf_counter() - begun
+        values |= {"learning_rate": rate, "memory_gib": memory_gib(self.device), "tokens_per_second": tokens / seconds}
+        if self.progress.bad_steps:
+            values["bad_steps"] = self.progress.bad_steps
+        self.emit(StepDone(step=self.progress.step, steps=self.steps, stats=values, seconds=seconds, tokens=tokens, logged=logged))
+
+    def _micros(self, batch: Batch) -> Iterator[Batch]:
+        return batch.split(self.train.micro_batch_size, self.train.micro_batch_tokens, self.algorithm.together)
+
+    def _accumulate(self, part: Batch) -> tuple[Stats, float, float]:
+        """Adds up the gradients of all micro-batches and clips them; returns the statistics, the loss, and the norm before clipping."""
+        part.weight = self.algorithm.weigh(part)
+        stats: Stats = {}
+        loss = torch.zeros((), device=self.device)
+        for micro in self._micros(part):
+            for term in self.algorithm.terms(micro.to(self.device)):
+                term.loss.backward()  # type: ignore[no-untyped-call]
+                loss += term.loss.detach()
+                add_stats(stats, term.stats)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.train.max_grad_norm)
+        total, size = torch.stack([loss, norm.to(self.device)]).tolist()
+        return stats, total, size
+
+    def _skip(self, step: int, norm: float) -> None:
+        self.progress.bad_steps += 1
+        self.progress.bad_in_a_row += 1
+        self.emit(Note(level="warning", message=f"step {step + 1}: loss or gradient is not finite (norm {norm}); the step changes nothing"))
+        if self.progress.bad_in_a_row >= self.train.max_bad_steps:
+            raise RunFailed(f"{self.progress.bad_in_a_row} steps in a row had no finite loss or gradient, the last at step {step + 1}; "
+                            "lower train.learning_rate, and look at the rows of these steps")  # fmt: skip
+
+    def _watch_learning(self, values: Mapping[str, float]) -> None:
+        """Says so when a run learns nothing: the optimizer steps, and the adapter stays where it was."""
+        moved = values.get("moved_share")
+        if moved is None:
+            return
+        self.progress.still_looks = self.progress.still_looks + 1 if moved < FEW_MOVED else 0
+        if self.progress.still_looks == LOOKS_BEFORE_WARNING:
+            self.emit(Note(level="warning", message=f"only {moved:.1%} of the adapter's elements moved in the last step: nothing is being learned; "
+                           "look at train.learning_rate and at the loss mask"))  # fmt: skip
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A seed for each step of each run; odd multipliers keep neighbours apart."""
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 63)
+
+
+def rate_at(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """Share of the peak learning rate at a step, 0-based: a linear warm-up, then cosine or linear to 0 after the last step, or constant."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(1, steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1.0 - done
+
+
+def movement(parameters: list[nn.Parameter], before: list[Tensor]) -> Stats:
+    """Share of elements that the last step moved, and the size of the update against that of the weights. An adapter's B starts at 0,
+    so the second is large at first."""
+    moved = torch.stack([(p.detach() != b).sum() for p, b in zip(parameters, before, strict=True)]).sum()
+    update = torch.stack([(p.detach() - b).square().sum() for p, b in zip(parameters, before, strict=True)]).sum().sqrt()
+    weight = torch.stack([b.square().sum() for b in before]).sum().sqrt()
+    return {"moved_share": Mean(moved, sum(p.numel() for p in parameters)), "update_ratio": Mean(update, weight)}
+
+
+def make_optimizer(parameters: list[nn.Parameter], train: settings.Train, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101) on the fp32 masters, fused; or bitsandbytes' 8-bit and paged ones. Raises RunFailed where they need CUDA."""
+    betas, decay = (train.adam_beta1, train.adam_beta2), train.weight_decay
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=train.learning_rate, betas=betas, weight_decay=decay, fused=True)
+    if device.type != "cuda":
+        raise RunFailed(f"train.optimizer: {train.optimizer} needs CUDA; adamw runs everywhere")
+    import bitsandbytes.optim as optim  # heavy, and asked for by few
+
+    kinds = {"adamw_8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW32bit, "paged_adamw_8bit": optim.PagedAdamW8bit}
+    return kinds[train.optimizer](parameters, lr=train.learning_rate, betas=betas, weight_decay=decay)  # type: ignore[no-any-return]
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the card, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows, where nothing else of the kit is promised either
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
