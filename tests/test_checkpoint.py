@@ -38,7 +38,7 @@ def snapshot(step: int) -> Snapshot:
 def same(one: Any, other: Any) -> bool:
     """Equal bit for bit, types too."""
     if isinstance(one, Tensor):
-        raw = [torch.atleast_1d(t).contiguous().view(torch.uint8) for t in (one, other)]
+        raw = [t.reshape(-1).contiguous().view(torch.uint8) for t in (one, other)]
         return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*raw)
     if type(one) is not type(other):
         return False
@@ -46,7 +46,7 @@ def same(one: Any, other: Any) -> bool:
         return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
-    return one == other or one != one and other != other
+    return bool(one == other or one != one and other != other)
 
 
 def equal(one: Snapshot, other: Snapshot) -> bool:
@@ -331,7 +331,10 @@ def test_adamw_goes_on_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> N
 
     def start(order: list[str]) -> tuple[dict[str, Tensor], torch.optim.AdamW]:
         weights = {name: torch.full((2, i + 1), 0.5, requires_grad=True) for i, name in enumerate(names)}
-        groups = [{"params": [weights[name] for name in order if name != "head"]}, {"params": [weights["head"]], "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [
+            {"params": [weights[name] for name in order if name != "head"]},
+            {"params": [weights["head"]], "weight_decay": 0.0},
+        ]
         return weights, torch.optim.AdamW(groups, **options)
 
     def step(weights: dict[str, Tensor], optimizer: torch.optim.AdamW, seed: int) -> None:

@@ -1,0 +1,225 @@
+"""The plain console: readable lines, no escape byte in a pipe, model text that cannot act."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pty
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from lowrank_tune.events import Event, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
+from lowrank_tune.ui import inert
+from lowrank_tune.ui.plain import Pace, Plain, clock, show, summary_table
+
+STATS = {"loss": 1.234, "learning_rate": 2e-4, "grad_norm": 0.83, "memory_gib": 1.2}
+HOSTILE = [
+    "\x1b[2J\x1b]52;c;eA==\x07",
+    "\x1b]8;;http://x\x1b\\y",
+    "a\rb\nc\x85d\u2028e",
+    "\u202eabc\u2066",
+    "\ud800",
+    "\x9b31m",
+    "x" * 1_000_000,
+]
+
+
+class Screen(io.StringIO):
+    """A terminal in memory."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def step(number: int, time: float = 0.0, seconds: float = 2.0, steps: int = 150, logged: bool = True, **stats: float) -> StepDone:
+    return StepDone(step=number, steps=steps, stats=stats or STATS, seconds=seconds, tokens=10_240, logged=logged, time=time)
+
+
+def shown(*events: Event, file: io.StringIO | None = None, **environ: str) -> str:
+    file = file or io.StringIO()
+    sink = Plain(file, environ)
+    for event in events:
+        sink(event)
+    sink.close()
+    return file.getvalue()
+
+
+STORY: list[Event] = [
+    RunStarted(name="demo", algorithm="sft", model="tiny-tutor", roles={"policy": ["policy"]}, reference="the base", steps=150,
+               resumed_from=10, trainable=98304, device="cpu"),
+    Progress(what="tokenising", done=250, total=500), Progress(what="tokenising", done=500, total=500),
+    step(12), Validated(step=12, stats={"loss": 1.1, "accuracy": 0.61}, best=True),
+    Sampled(step=12, prompt="7 + 5?", completion="It is 12.", finish="stop", gold="12", reward=1.0),
+    Saved(step=12, path="/somewhere/checkpoints/step-12", seconds=0.2),
+    Note(message="3 rows dropped\nsee above", level="warning"), Note(message="a fact"),
+    RunEnded(status="done", step=150, seconds=83.0),
+]  # fmt: skip
+
+
+def test_the_story_in_lines() -> None:
+    assert shown(*STORY).splitlines() == [
+        "run demo: sft of tiny-tutor on cpu, 150 steps, 98,304 trained parameters",
+        "  policy: policy",
+        "  reference: the base",
+        "  continued after step 10",
+        "tokenising: 500/500 (100 %)",
+        "step  12/150  loss 1.234  lr 2.0e-04  grad 0.830  tokens/s 5,120  memory 1.2 GiB  ETA 4:36",
+        "validation after step 12  loss 1.100  accuracy 61.0 %  best so far",
+        "  7 + 5? -> It is 12.  [stop, gold 12, reward 1.000]",
+        "saved step-12 (0.2 s)",
+        "warning: 3 rows dropped",
+        "  see above",
+        "a fact",
+        "done after step 150 in 1:23",
+    ]
+
+
+def test_only_logged_steps_and_tokens_of_all() -> None:
+    lines = shown(step(1, logged=False, seconds=1.0), step(2, logged=False, seconds=1.0), step(3, seconds=3.0)).splitlines()
+    assert len(lines) == 1 and "tokens/s 6,144" in lines[0]  # 3 * 10,240 in 5 s
+    assert "tokens/s 7 " in shown(step(1, tokens_per_second=7.0))  # the loop knows better
+
+
+def test_statistics_in_order() -> None:
+    stats = {"zeta": 0.5, "memory_gib": 2.0, "kl": 0.00012, "loss": math.nan, "bad_steps": 0.0, "moved_share": 0.5, "update_ratio": 1.5e-3}
+    assert show(stats) == "loss nan  kl 1.20e-04  update 1.5e-03  moved 50.0 %  zeta 0.500  memory 2.0 GiB"
+    assert show({"bad_steps": 2.0}) == "skipped 2"
+    assert show({"\x1b[2J": 1.0, "big": 1e7, "none": 0.0, "inf": math.inf}) == "\\x1b[2J 1.000  big 1.00e+07  none 0.000  inf inf"
+
+
+def test_remaining_time_counts_pauses() -> None:
+    pace = Pace()
+    assert pace.left(step(1, time=102.0, steps=11)) == 20.0  # the step's own seconds
+    assert pace.left(step(2, time=104.0, steps=11)) == 18.0
+    assert pace.left(step(3, time=112.0, steps=11)) == 32.0  # 8 s of evaluation: 12 s for 3 steps
+    assert pace.left(step(11, time=200.0, steps=11)) == 0.0
+    assert pace.left(step(5, time=300.0, steps=11)) == 12.0  # started again: only what follows counts
+    pace, last = Pace(), 0.0
+    for number in range(1, 101):
+        last += 9.0 if number <= 50 else 1.0
+        left = pace.left(step(number, time=last, seconds=1.0, steps=200))
+    assert left == 100.0  # the slow first half is forgotten
+    assert (clock(42), clock(725.4), clock(11250), clock(-1)) == ("0:42", "12:05", "3:07:30", "0:00")
+
+
+def progress(*marks: tuple[int, float], total: int = 100) -> list[str]:
+    return shown(*(Progress(what="loading", done=done, total=total, time=time) for done, time in marks)).splitlines()
+
+
+def test_sparse_progress_in_a_pipe() -> None:
+    assert progress(*((done, done * 0.01) for done in range(101))) == ["loading: 100/100 (100 %)"]
+    assert len(progress(*((done, done * 1.0) for done in range(101)))) == 10
+    assert len(progress(*((done, done * 1000.0 / 10_000) for done in range(10_001)), total=10_000)) == 17  # every minute, and the end
+    assert progress((0, 0.0), (0, 100.0)) == []
+    assert progress((0, 0.0), total=0) == ["loading: 0/0 (100 %)"]
+    assert progress((100, 0.0), (100, 1.0)) == ["loading: 100/100 (100 %)"] * 2  # the same job once more
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_hostile_text_is_inert(text: str, encoding: str) -> None:
+    events: list[Event] = [
+        Sampled(step=1, prompt=text, completion=text, finish=text, gold=text), Note(message=f"{text[:2000]}|", level="warning"),
+        RunStarted(name=text[:99], algorithm="sft", model=text[:99], roles={text[:99]: [text[:99]]}, reference=text[:99], steps=1),
+        Saved(step=1, path=f"x/{text[:99]}", seconds=0.0), Progress(what=text[:99], done=1, total=1), step(1, **{text[:99]: 1.0}),
+        Validated(step=1, stats={text[:99]: 1.0}), RunEnded(status="failed", step=1, seconds=0.0, message=text[:99]),
+    ]  # fmt: skip
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding=encoding, newline="\n")
+    sink = Plain(file, {})
+    for event in events[:1]:
+        sink(event)
+    assert raw.getvalue().count(b"\n") == 1 and len(raw.getvalue()) < 2_000_000
+    for event in events[1:]:
+        sink(event)
+    out = raw.getvalue().decode(encoding)
+    assert not [char for char in out if char != "\n" and (unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or bidi(char))]
+    assert all(line and not line.startswith("c") for line in out.splitlines())  # no text made a line of its own
+
+
+def bidi(char: str) -> bool:
+    return unicodedata.bidirectional(char) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI") or char in "\u200e\u200f\u061c"
+
+
+def test_inert_escapes_every_acting_character_and_no_other() -> None:
+    for code in range(sys.maxunicode + 1):
+        char = chr(code)
+        if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or bidi(char):
+            assert inert(char).isascii() and inert(char).startswith("\\"), hex(code)
+        elif unicodedata.category(char)[0] in "LMNPS" or char in " \u200c\u200d":
+            assert inert(char) == char, hex(code)
+    assert inert("a\tb\x1b\u202e\ud800") == "a\\tb\\x1b\\u202e\\ud800"
+    assert inert("abcdefgh", 8) == "abcdefgh" and inert("abcdefghi", 8) == "abcde..."
+
+
+def test_no_escape_byte_outside_a_terminal() -> None:
+    assert "\x1b" not in shown(*STORY, TERM="xterm-256color")
+    assert "\x1b" not in shown(*STORY, file=Screen(), TERM="dumb")
+
+
+def test_colours_in_a_terminal_unless_forbidden() -> None:
+    plain = shown(STORY[-3], file=Screen(), TERM="xterm")
+    assert plain.startswith("\x1b[33mwarning: 3 rows dropped\x1b[0m\n")
+    assert "\x1b" not in shown(STORY[-3], file=Screen(), TERM="xterm", NO_COLOR="1")
+    bar = shown(*STORY[1:3], file=Screen(), TERM="xterm", NO_COLOR="1")
+    assert "\x1b[3" not in bar and "\x1b[38" not in bar and "500/500" in bar
+
+
+def test_bar_gives_the_cursor_back() -> None:
+    for events in (STORY[1:3], [STORY[1], step(1)], [STORY[1]], [STORY[1], Progress(what="other", done=0, total=3)]):
+        out = shown(*events, file=Screen(), TERM="xterm")
+        assert out.count("\x1b[?25l") == out.count("\x1b[?25h") > 0 and out.rfind("\x1b[?25h") > out.rfind("\x1b[?25l")
+        assert "tokenising" in out
+    out = shown(STORY[1], step(1), file=Screen(), TERM="xterm")
+    assert out.index("\x1b[?25h") < out.index("loss 1.234")  # the line stands below the bar, not in it
+
+
+def test_a_bar_is_drawn_at_most_ten_times_a_second() -> None:
+    out = shown(*(Progress(what="x", done=done, total=1000, time=done / 1000) for done in range(1001)), file=Screen(), TERM="xterm")
+    assert out.count("1000/1000") >= 1 and out.count("/1000") < 20
+
+
+def test_a_real_pipe_and_a_real_terminal() -> None:
+    program = (
+        "from lowrank_tune.events import *; from lowrank_tune.ui.plain import Plain; import sys; sink = Plain()\n"
+        "for n in (0, 1, 2): sink(Progress(what='loading', done=n, total=2))\n"
+        "sink(Note(message='w', level='warning')); sink.close(); assert 'torch' not in sys.modules"
+    )
+    environ = {**os.environ, "TERM": "xterm", "PYTHONUTF8": "1"}
+    environ.pop("NO_COLOR", None)
+    piped = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environ, check=True)
+    assert piped.stdout.splitlines() == [b"loading: 2/2 (100 %)", b"warning: w"] and not piped.stderr
+    mine, theirs = pty.openpty()
+    subprocess.run([sys.executable, "-c", program], stdout=theirs, env=environ, check=True)
+    os.close(theirs)
+    seen = os.read(mine, 100_000)
+    os.close(mine)
+    assert b"2/2" in seen and b"\x1b[33mwarning: w" in seen and seen.rfind(b"\x1b[?25h") > seen.rfind(b"\x1b[?25l")
+
+
+def test_summary_says_how_and_where(tmp_path: Path) -> None:
+    for name in ("final", "events.jsonl"):
+        (tmp_path / name).mkdir()
+    summary = {"status": "done", "step": 150, "seconds": 83.0, "last": {"loss": 1.0}, "best": {"loss": 0.9, "step": 120},
+               "heldout": {"base": 0.04, "sft": {"exact": 0.31, "stops": 0.95}}, "warnings": ["\x1b[2J"]}  # fmt: skip
+    text = summary_table(summary, tmp_path)
+    assert text.splitlines() == [
+        "status     done",
+        "step       150",
+        "seconds    1:23",
+        "last       loss 1.000",
+        "best       loss 0.900  (step 120)",
+        "held-out exact answers",
+        "  base         4.0 %",
+        "  sft          exact 31.0 %  stops 95.0 %",
+        "warning    \\x1b[2J",
+        f"in         {tmp_path}",
+        "  final            the adapter, to load, merge or export",
+        "  events.jsonl     everything that was measured",
+    ]
+    assert summary_table({}, tmp_path / "absent") == f"status     unknown\nin         {tmp_path / 'absent'}"
