@@ -57,13 +57,15 @@ def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = Non
     base = load_base(recipe.base, template.tokenizer, device)
     emit(Progress(what=f"loading {recipe.base.model}", done=1, total=1))
     lower = [name for name in recipe.adapters if name != "policy"]
-    configs = {name: adapters[name].config if name in adapters else lora_config(recipe.adapters[name], base.model) for name in (*lower, "policy")}
+    fresh = {name: lora_config(wanted, base.model) for name, wanted in recipe.adapters.items() if name not in adapters}
+    configs = {name: adapters[name].config if name in adapters else fresh[name] for name in (*lower, "policy")}
     roles = Roles(base, configs, trainable=["policy"], stacks={"policy": [*lower, "policy"], "reference": lower},
                   checkpointing=recipe.train.gradient_checkpointing, seed=recipe.seed)  # fmt: skip
     for name, saved in adapters.items():
         roles.load_adapter_tensors(name, saved.tensors, f"adapters.{name}.path: {saved.folder}")
         if saved.base_name not in (None, recipe.base.model):
-            emit(Note(level="warning", message=f"the adapter in {saved.folder} says it was made for {saved.base_name}, not {recipe.base.model}"))
+            message = f"the adapter in {saved.folder} says it was made for {saved.base_name}, not {recipe.base.model}"
+            emit(Note(level="warning", message=message))
     order = Order(data.train.lengths, data.train.source_of, [source.weight for source in recipe.data.train], recipe.train, recipe.seed)
 
     def rows(step: int) -> Batch:

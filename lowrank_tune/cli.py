@@ -141,8 +141,8 @@ def _before_after(summary: dict[str, Any]) -> None:
     console.print(figures)
     answers = Table("question", "gold", *summary["answers"], show_lines=True)
     for several in zip(*summary["answers"].values(), strict=True):
-        first = several[0]
-        answers.add_row(first["prompt"], first["gold"], *(Text(one["completion"] if one["stopped"] else one["completion"] + " ...") for one in several))
+        told = (Text(one["completion"] if one["stopped"] else one["completion"] + " ...") for one in several)
+        answers.add_row(several[0]["prompt"], several[0]["gold"], *told)
     console.print(answers)
 
 

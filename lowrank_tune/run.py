@@ -108,7 +108,8 @@ def run(recipe: settings.Recipe | str | Path, *overrides: str, out: str | Path |
         raise OutOfMemory(f"out of memory: {str(error).splitlines()[0]}; {advice}") from error
     except BaseException as error:
         told = str(error) if isinstance(error, UserError) else type(error).__name__
-        emit(RunEnded(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed", step=step, seconds=time.time() - begun, message=told))
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        emit(RunEnded(status=status, step=step, seconds=time.time() - begun, message=told))
         raise
     finally:
         emit.close()
@@ -132,7 +133,8 @@ class _Run:
         self.step_at_start = found[0] if found else 0
         if found:
             self._restore(found[1])
-        folder.write_json("base.json", {"model": built.base.name, "revision": built.base.revision, "bits": built.base.bits, "tensors": self.hashes})
+        base = built.base
+        folder.write_json("base.json", {"model": base.name, "revision": base.revision, "bits": base.bits, "tensors": self.hashes})
         folder.write_json("data.json", built.data.report.to_dict())
 
     def train(self, training: Callable[[bool], None]) -> tuple[int, bool]:
@@ -161,8 +163,8 @@ class _Run:
         status: Literal["done", "interrupted"] = "done" if finished else "interrupted"
         best = {"best": {"step": self.memory.best_step, **self.memory.best}} if self.memory.best_step is not None else {}
         self.summary = {
-            "version": 1, "status": status, "name": self.recipe.name, "algorithm": self.recipe.algorithm, "step": step, "steps": self.built.steps,
-            "seconds": round(time.time() - begun, 1), "last": listener.last, **best,
+            "version": 1, "status": status, "name": self.recipe.name, "algorithm": self.recipe.algorithm,
+            "step": step, "steps": self.built.steps, "seconds": round(time.time() - begun, 1), "last": listener.last, **best,
             "heldout": {name: stats["exact"] for name, stats in self.memory.heldout.items()}, "heldout_details": self.memory.heldout,
             "answers": self.memory.answers,
             "base_hash": {"start": one_hash(self.hashes), "end": end}, "warnings": listener.warnings}  # fmt: skip
@@ -232,8 +234,9 @@ class _Run:
         snapshot = Snapshot(
             tensors={f"policy/{WEIGHTS}": roles.adapter_tensors("policy"), "optimizer.safetensors": optimizer},
             documents={f"policy/{CONFIG}": roles.adapter_config("policy"), "optimizer.json": document,
-                       "state.json": {"progress": self.loop.progress.to_dict(), "memory": vars(self.memory), "algorithm": self.built.algorithm.state(),
-                                      "base": one_hash(self.hashes), "threads": torch.get_num_threads()}})  # fmt: skip
+                       "state.json": {"progress": self.loop.progress.to_dict(), "memory": vars(self.memory),
+                                      "algorithm": self.built.algorithm.state(), "base": one_hash(self.hashes),
+                                      "threads": torch.get_num_threads()}})  # fmt: skip
         path = write_atomically(self.folder.checkpoint(step), snapshot)
         rotate(self.folder.checkpoints, self.recipe.train.keep, self.memory.best_step)
         self.emit(Saved(step=step, path=str(path), seconds=time.perf_counter() - begun))

@@ -147,8 +147,8 @@ class Loop:
             return
         self.progress.still_looks = self.progress.still_looks + 1 if moved < FEW_MOVED else 0
         if self.progress.still_looks == LOOKS_BEFORE_WARNING:
-            self.emit(Note(level="warning", message=f"only {moved:.1%} of the adapter's elements moved in the last step: nothing is being learned; "
-                           "look at train.learning_rate and at the loss mask"))  # fmt: skip
+            message = f"only {moved:.1%} of the adapter's elements moved in the last step: nothing is being learned"
+            self.emit(Note(level="warning", message=f"{message}; look at train.learning_rate and at the loss mask"))
 
 
 def step_seed(seed: int, step: int) -> int:

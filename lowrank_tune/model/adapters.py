@@ -36,7 +36,8 @@ def read_adapter(path: str, key: str) -> SavedAdapter:
     folder = given / "final" if (given / "final" / CONFIG).exists() else given
     if not (folder / CONFIG).exists():
         unfinished = (given / "run.json").exists()
-        raise UserError(f"{key}: {path} " + ("is a run that has not ended: let it end first" if unfinished else f"holds no {CONFIG}, so it is no adapter"))
+        why = "is a run that has not ended: let it end first" if unfinished else f"holds no {CONFIG}, so it is no adapter"
+        raise UserError(f"{key}: {path} {why}")
     if not (folder / WEIGHTS).exists():
         raise UserError(f"{key}: {folder} holds no {WEIGHTS}; other formats can run code when they are read and are not loaded")
     try:

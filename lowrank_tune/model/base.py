@@ -186,7 +186,7 @@ def _why_not(name: str, revision: str, error: Exception) -> str:
     if "safetensors" in text.lower() and "no file named" in text.lower():
         return f"base.model: {where} has no safetensors weights; other formats can run code when they are read and are not loaded"
     if any(word in text.lower() for word in ("couldn't connect", "offline", "can't load", "not a local folder", "connection", "resolve")):
-        return f"base.model: {where} is no folder, not in the local cache, and could not be fetched from the hub; check the name and the network"
+        return f"base.model: {where} is no folder, not in the local cache, and could not be fetched; check the name and the network"
     return f"base.model: {where} cannot be loaded: {text.strip().splitlines()[0] if text.strip() else type(error).__name__}"
 
 

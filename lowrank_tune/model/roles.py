@@ -132,8 +132,8 @@ class Roles:
         mine = self.adapter_tensors(name)
         wrong = sorted(key for key in mine.keys() | tensors.keys() if _shape(mine, key) != _shape(tensors, key))
         if wrong:
-            raise UserError(f"{where}: this adapter was made for another base than {self.base.name}: {len(wrong)} of {len(mine)} tensors differ, "
-                            f"first {wrong[0]}, {_shape(tensors, wrong[0])} there and {_shape(mine, wrong[0])} here")  # fmt: skip
+            first = f"{wrong[0]} is {_shape(tensors, wrong[0])} there and {_shape(mine, wrong[0])} here"
+            raise UserError(f"{where}: this adapter was made for another base than {self.base.name}: {len(wrong)} tensors differ; {first}")
         set_peft_model_state_dict(self._peft, dict(tensors), adapter_name=PREFIX + name)
         self._pin()
         self._freeze_all_but_trainable()
