@@ -1,0 +1,89 @@
+"""The Rust tokenizer behind a template, twice: one copy reads control tokens in a text, the other reads them as plain characters.
+
+Both are our own copies, so that no switch is ever thrown on a tokenizer that others hold.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, cast
+
+from tokenizers import Encoding, Tokenizer
+
+from lowrank_tune.errors import UserError
+
+
+class Backend:
+    """Text to ids and back. `control` are the ids that must never come out of data."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError("the base's tokenizer has no `tokenizer.json`; the kit needs a fast tokenizer (AutoTokenizer can convert it)")
+        self.tokenizer = tokenizer
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Only the ids are wanted: padding and truncation would change them, and a post-processor may shorten the offsets.
+        state.update(padding=None, truncation=None, post_processor=None)
+        self.state = json.dumps(state, sort_keys=True, ensure_ascii=True)
+        self.marked = Tokenizer.from_str(self.state)
+        self.plain = Tokenizer.from_str(self.state)
+        self.plain.encode_special_tokens = True
+        self.specials: dict[str, int] = {
+            token.content: number for number, token in self.marked.get_added_tokens_decoder().items() if token.special
+        }
+        names = sorted(self.specials, key=len, reverse=True)
+        self.special_pattern = re.compile("|".join(map(re.escape, names))) if names else re.compile(r"(?!)")
+        self.bos: int | None = tokenizer.bos_token_id
+        self.eos: int | None = tokenizer.eos_token_id
+        self.pad: int = next((number for number in (tokenizer.pad_token_id, self.eos) if number is not None), 0)
+        unknown = tokenizer.unk_token_id
+        self.control = frozenset(self.specials.values()) - ({unknown} if unknown != self.eos else set())
+        # Tokens that are matched in the *normalised* text can hide from a search in the text as it is.
+        self.hides_control = self.marked.normalizer is not None and any(
+            token.special and token.normalized for token in self.marked.get_added_tokens_decoder().values())  # fmt: skip
+        self._prepends = self._find_prepends()
+
+    def _find_prepends(self) -> bool:
+        """Whether a space is put in front of every text (SentencePiece's habit)."""
+        alone, after = self.plain.encode("x", add_special_tokens=False), self.plain.encode("\nx", add_special_tokens=False)
+        return alone.ids != after.ids[-len(alone.ids) :]
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether the tokenizer's own call puts a bos token in front."""
+        ids = self.tokenizer("a")["input_ids"]
+        return self.bos is not None and ids[:1] == [self.bos]
+
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts in which control tokens are just characters."""
+        return [encoding.ids for encoding in self.plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_marked(self, texts: Sequence[str]) -> list[Encoding]:
+        """Encodings, with offsets, of texts in which control tokens count."""
+        return self.marked.encode_batch(list(texts), add_special_tokens=False)
+
+    def continue_plain(self, text: str) -> list[int]:
+        """Plain ids of a text that goes on after other ids: no space in front that the text does not have."""
+        if not text:
+            return []
+        if self._prepends:
+            encoding = self.plain.encode("\n" + text, add_special_tokens=False)
+            first = encoding.char_to_token(1)
+            if first is not None and starts_at(encoding, first) == 1:
+                return encoding.ids[first:]
+        return self.encode_plain([text])[0]
+
+    def decode(self, ids: Sequence[int], marks: bool) -> str:
+        """Text of ids; control tokens are left out unless `marks`."""
+        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=not marks, clean_up_tokenization_spaces=False))
+
+    def name(self, number: int) -> str:
+        """A control token by name."""
+        return cast(str, self.tokenizer.convert_ids_to_tokens(number))
+
+
+def starts_at(encoding: Encoding, token: int) -> int | None:
+    """The first character of a token."""
+    place = encoding.token_to_chars(token)
+    return None if place is None else place[0]

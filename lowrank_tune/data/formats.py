@@ -1,0 +1,214 @@
+"""From the row of a data set to a conversation: five known shapes, and a reason for every row that fits none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from lowrank_tune.data.gold import find_gold
+from lowrank_tune.errors import UserError
+from lowrank_tune.types import Message
+
+Raw = Mapping[str, Any]
+Turn = tuple[str, str]
+SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "messages": (("messages",),),
+    "sharegpt": (("conversations", "conversation"),),
+    "alpaca": (("instruction",), ("output", "response")),
+    "prompt_completion": (("prompt",), ("completion", "response")),
+    "question_answer": (("question", "problem", "query"), ("answer", "solution", "generated_solution", "response")),
+}
+"""The columns that a shape must have, each with the names it goes by; the first name is the one that `columns` maps."""
+OPTIONAL = {"alpaca": ("input", "system", "history"), "sharegpt": ("system",)}
+ROLES = {
+    "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant", "bing": "assistant",
+}  # fmt: skip
+TOOL_ROLES = ("tool", "tool_call", "tool_response", "function", "function_call", "function_response", "observation", "ipython")
+
+
+class RowFault(Exception):
+    """Why one row cannot be used. The reason is one of a few phrases, so that rows can be counted by it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A system turn or none, then user and assistant in turn; the assistant has the last word. `gold`: the answer to check against."""
+
+    messages: tuple[Message, ...]
+    gold: str | None = None
+
+
+def detect(row: Raw, columns: Mapping[str, str] | None = None) -> str:
+    """The shape of a row, by its columns. Columns that the user renamed count first."""
+    renamed = set(columns or ())
+    present = {name for name, value in row.items() if value is not None} | renamed
+    fitting = [shape for shape, needed in SHAPES.items() if all(present & set(names) for names in needed)]
+    for shape in fitting:
+        if renamed & {name for names in SHAPES[shape] for name in names}:
+            return shape
+    if fitting:
+        return fitting[0]
+    known = "; ".join(f"{shape} ({', '.join(names[0] for names in needed)})" for shape, needed in SHAPES.items())
+    raise UserError(f"the columns {', '.join(sorted(map(str, row))) or '(none)'} are no known shape; known are {known}: "
+                    "name yours with `columns:`, as in `columns: {question: problem, answer: solution}`")  # fmt: skip
+
+
+def to_conversation(row: Raw, format: str, columns: Mapping[str, str], gold: str = "auto", *, answered: bool = True) -> Conversation:
+    """The conversation of a row; `RowFault` where it holds none. Without `answered` the last word may be the user's."""
+    if not isinstance(row, Mapping):
+        raise RowFault("not an object with columns")
+    turns = _READERS[format](row, columns)
+    messages = _tidy(turns, answered)
+    answer = messages[-1].content if messages[-1].role == "assistant" else ""
+    return Conversation(messages, find_gold(row, columns, gold, answer, whole=format == "question_answer"))
+
+
+def value_of(row: Raw, format: str, name: str, columns: Mapping[str, str]) -> Any:
+    """The value of a column that the shape must have, under the name that the user mapped or any that it goes by."""
+    aliases = next(names for names in SHAPES[format] if names[0] == name)
+    for alias in aliases:
+        if alias in columns:
+            aliases = (columns[alias],)
+            break
+    for alias in aliases:
+        if row.get(alias) is not None:
+            return row[alias]
+    if any(alias in row for alias in aliases):
+        raise RowFault(f"column `{next(alias for alias in aliases if alias in row)}` is null")
+    raise RowFault(f"no column `{aliases[0]}`")
+
+
+def text_of(value: Any, what: str) -> str:
+    """A text, or a number as text: 51.0 is "51"."""
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**400:
+        text = str(value)
+    elif isinstance(value, float) and math.isfinite(value):
+        text = str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    elif isinstance(value, Sequence) and value and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value):
+        text = "".join(part["text"] for part in value)  # the content parts that some multi-modal libraries write
+    else:
+        raise RowFault(f"the {what} is no text")
+    if not is_text(text):
+        raise RowFault(f"the {what} holds half of a surrogate pair, which is no character")
+    return text
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: JSON can smuggle lone surrogates into a string."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_messages(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
+    return _turns(value_of(row, "messages", "messages", columns), "messages")
+
+
+def _read_sharegpt(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
+    turns = _turns(value_of(row, "sharegpt", "conversations", columns), "conversations")
+    return [*_system(row, columns), *turns] if not turns or turns[0][0] != "system" else turns
+
+
+def _read_alpaca(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
+    turns = _system(row, columns)
+    history = row.get(columns.get("history", "history")) or ()
+    for pair in history:
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise RowFault("`history` is no list of pairs")
+        turns += [("user", text_of(pair[0], "question")), ("assistant", text_of(pair[1], "answer"))]
+    question = text_of(value_of(row, "alpaca", "instruction", columns), "question")
+    more = row.get(columns.get("input", "input"))
+    if more is None and "input" not in columns:
+        more = row.get("context")
+    more = text_of(more, "input") if more is not None else ""
+    question = "\n\n".join(part for part in (question, more) if part.strip())
+    return [*turns, ("user", question), ("assistant", text_of(value_of(row, "alpaca", "output", columns), "answer"))]
+
+
+def _read_pair(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
+    turns: list[Turn] = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        value = value_of(row, "prompt_completion", name, columns)
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        turns += _turns(value, name) if is_list else [(role, text_of(value, "question" if role == "user" else "answer"))]
+    return turns
+
+
+def _read_question(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
+    question = text_of(value_of(row, "question_answer", "question", columns), "question")
+    return [("user", question), ("assistant", text_of(value_of(row, "question_answer", "answer", columns), "answer"))]
+
+
+_READERS: dict[str, Callable[[Raw, Mapping[str, str]], list[Turn]]] = {
+    "messages": _read_messages, "sharegpt": _read_sharegpt, "alpaca": _read_alpaca, "prompt_completion": _read_pair,
+    "question_answer": _read_question,
+}  # fmt: skip
+
+
+def _system(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
+    value = row.get(columns.get("system", "system"))
+    return [] if value is None else [("system", text_of(value, "system prompt"))]
+
+
+def _turns(value: Any, name: str) -> list[Turn]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise RowFault(f"`{name}` is no list of turns")
+    return [_turn(turn) for turn in value]
+
+
+def _turn(turn: Any) -> Turn:
+    if not isinstance(turn, Mapping):
+        raise RowFault("a turn is no object")
+    role = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
+    if not isinstance(role, str):
+        raise RowFault("a turn has no role")
+    if role.lower() in TOOL_ROLES or turn.get("tool_calls"):
+        raise RowFault("tool calls, which this kit does not train")
+    if role.lower() not in ROLES:
+        raise RowFault("a turn has an unknown role")
+    content = next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None)
+    if content is None:
+        raise RowFault("a turn has no content")
+    return ROLES[role.lower()], text_of(content, "text of a turn")
+
+
+def _tidy(turns: Sequence[Turn], answered: bool) -> tuple[Message, ...]:
+    """Checks the order of the turns. A person who writes twice in a row is joined; an assistant who does is a fault: which end is right?"""
+    merged: list[Turn] = []
+    for place, (role, content) in enumerate(turns):
+        if role == "system":
+            if place:
+                raise RowFault("a system turn that is not the first")
+            if not content.strip():
+                continue
+        elif not content.strip():
+            raise RowFault("empty question" if role == "user" else "empty answer")
+        if merged and merged[-1][0] == role:
+            if role == "assistant":
+                raise RowFault("two assistant turns in a row")
+            merged[-1] = (role, f"{merged[-1][1]}\n\n{content}")
+        else:
+            merged.append((role, content))
+    talk = [role for role, _ in merged if role != "system"]
+    if not talk:
+        raise RowFault("no turns")
+    if answered and "assistant" not in talk:
+        raise RowFault("no assistant turn")
+    if talk[0] == "assistant":
+        raise RowFault("the assistant speaks first")
+    if answered and talk[-1] != "assistant":
+        raise RowFault("no answer: the user has the last word")
+    return tuple(Message(cast(Literal["system", "user", "assistant"], role), content) for role, content in merged)
