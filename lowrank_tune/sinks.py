@@ -65,8 +65,8 @@ class JsonLines:
 
 
 def keep_until(data: bytes, step: int) -> bytes:
-    """The whole and valid lines before the first event of a later step. All that follows it belongs to the part that was lost."""
-    kept = []
+    """The whole and valid lines before the first measurement after the checkpoint of `step`. All that follows belongs to the lost part."""
+    kept, saved = [], False
     for raw in data.splitlines(keepends=True):
         try:
             event = json.loads(raw) if raw.endswith(b"\n") else None
@@ -75,8 +75,9 @@ def keep_until(data: bytes, step: int) -> bytes:
         if not isinstance(event, dict):
             continue
         later = event.get("step", 0)
-        if isinstance(later, int) and later > step:
+        if isinstance(later, int) and (later > step or (saved and event.get("event") in ("validated", "sampled"))):
             break
+        saved = saved or (event.get("event") == "saved" and later == step)
         kept.append(raw)
     return b"".join(kept)
 

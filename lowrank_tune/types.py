@@ -91,9 +91,9 @@ class Batch:
         scored[:, 1:] &= self.attended[:, :-1]
         return scored
 
-    def take(self, rows: Tensor) -> Batch:
-        """These rows, without the columns that none of them needs."""
-        width = int(self.lengths[rows].max())
+    def take(self, rows: Tensor, width: int | None = None) -> Batch:
+        """These rows, cut to `width` columns, by default to the columns that they need."""
+        width = int(self.lengths[rows].max()) if width is None else width
 
         def cut(tensor: Tensor) -> Tensor:
             picked = tensor[rows]
@@ -103,25 +103,23 @@ class Batch:
                      {name: cut(tensor) for name, tensor in self.extra.items()})  # fmt: skip
 
     def split(self, rows: int | None = None, tokens: int | None = None, together: int = 1) -> Iterator[Batch]:
-        """Micro-batches of at most `rows` rows, or of at most `tokens` tokens with padding, of rows of similar length.
+        """Micro-batches of at most `rows` rows, or of at most `tokens` tokens with padding, of rows of similar length, longest first.
 
         `together` adjacent rows stay in one micro-batch (2 for pairs). A unit larger than the budget comes alone.
         """
-        lengths = self.lengths.view(-1, together).amax(dim=1)
-        order = torch.argsort(lengths, descending=True, stable=True).tolist()
+        lengths: list[int] = self.lengths.view(-1, together).amax(dim=1).tolist()
         units: list[int] = []
-        for unit in order:
-            most = max(int(lengths[u]) for u in (*units, unit)) * together * (len(units) + 1)
-            full = (rows is not None and (len(units) + 1) * together > rows) or (tokens is not None and most > tokens)
-            if units and full:
-                yield self._units(units, together)
+        for unit in sorted(range(len(lengths)), key=lambda unit: -lengths[unit]):
+            count = (len(units) + 1) * together
+            if units and ((rows is not None and count > rows) or (tokens is not None and count * lengths[units[0]] > tokens)):
+                yield self._units(units, together, lengths[units[0]])
                 units = []
             units.append(unit)
         if units:
-            yield self._units(units, together)
+            yield self._units(units, together, lengths[units[0]])
 
-    def _units(self, units: Sequence[int], together: int) -> Batch:
-        return self.take(torch.tensor([unit * together + i for unit in units for i in range(together)], device=self.ids.device))
+    def _units(self, units: Sequence[int], together: int, width: int) -> Batch:
+        return self.take(torch.tensor([unit * together + i for unit in units for i in range(together)], device=self.ids.device), width)
 
     def to(self, device: torch.device | str) -> Batch:
         return replace(self, ids=self.ids.to(device), attended=self.attended.to(device), says=self.says.to(device),

@@ -1,0 +1,147 @@
+"""The crash harness: runs are killed at random moments, or die at the k-th write, fsync or rename, and must go on as if nothing had been.
+
+A nursery process imports everything once and forks a child for each run, so that a run costs seconds. `python tests/crash.py --kills 30`
+is the long sweep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+NURSERY = r"""
+import json, os, sys
+from lowrank_tune.recipe import Recipe
+from lowrank_tune.run import run
+
+for line in sys.stdin:
+    order = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        if order["die_at"] is not None:
+            calls = {"left": order["die_at"]}
+            def dying(real):
+                def call(*arguments, **keywords):
+                    calls["left"] -= 1
+                    if calls["left"] < 0:
+                        os._exit(9)
+                    return real(*arguments, **keywords)
+                return call
+            for name in ("write", "fsync", "replace", "rename"):
+                setattr(os, name, dying(getattr(os, name)))
+        try:
+            run(Recipe.from_dict(order["recipe"]), out=order["out"], ui="none")
+        except BaseException as error:
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+    print(json.dumps({"pid": child}), flush=True)
+    _, status = os.waitpid(child, 0)
+    print(json.dumps({"status": status}), flush=True)
+"""
+UNSTEADY = {"tokens_per_second", "memory_gib"}
+
+
+class Nursery:
+    """Starts runs quickly, and kills them."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, recipe: dict[str, Any], out: Path, die_at: int | None = None, kill_after: float | None = None) -> int:
+        """One run; returns its wait status. `kill_after` seconds after its first event it gets SIGKILL."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps({"recipe": recipe, "out": str(out), "die_at": die_at}) + "\n")
+        self.process.stdin.flush()
+        child = json.loads(self.process.stdout.readline())["pid"]
+        if kill_after is not None:
+            deadline = time.time() + 120
+            before = _size(out / "events.jsonl")
+            while _size(out / "events.jsonl") == before and _alive(child) and time.time() < deadline:
+                time.sleep(0.002)
+            time.sleep(kill_after)
+            if _alive(child):
+                os.kill(child, signal.SIGKILL)
+        return int(json.loads(self.process.stdout.readline())["status"])
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def trace(folder: Path) -> dict[str, Any]:
+    """What must be equal: each step's figures once, validation, and the bytes of the final adapter."""
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    steps = [(e["step"], {k: v for k, v in e["stats"].items() if k not in UNSTEADY}) for e in events if e["event"] == "step"]
+    told = [(e["step"], e["stats"]) for e in events if e["event"] == "validated"]
+    samples = [(e["step"], e["role"], e["prompt"], e["completion"]) for e in events if e["event"] == "sampled"]
+    return {"steps": steps, "validated": told, "samples": samples, "final": (folder / "final" / "adapter_model.safetensors").read_bytes()}
+
+
+def small_recipe(**train: Any) -> dict[str, Any]:
+    """A real QLoRA run of seconds: the tiny base in NF4, dropout on, ragged last steps, validation, samples."""
+    return {
+        "name": "crash", "algorithm": "sft", "base": {"model": "tiny-tutor"}, "adapters": {"policy": {"r": 4, "dropout": 0.1}},
+        "data": {"train": [{"dataset": "tutor", "rows": 60}], "validation_share": 0.1},
+        "train": {"steps": 10, "rows_per_step": 8, "micro_batch_size": 4, "learning_rate": 2e-3, "save_every": 2, "log_every": 2,
+                  "gradient_checkpointing": False, **train},
+        "evaluate": {"every": 4, "shown": 1, "heldout": {"dataset": "tutor", "split": "heldout"}, "prompts": 3, "max_new_tokens": 8},
+    }  # fmt: skip
+
+
+def continue_to_the_end(nursery: Nursery, recipe: dict[str, Any], out: Path) -> None:
+    status = nursery.run(recipe, out)
+    assert status == 0, f"the continued run ended with wait status {status}"
+
+
+def sweep(kills: int, exits: int, seed: int) -> None:
+    """Kills at random moments (two in a row at times) and deaths at random calls; prints a line for each."""
+    rng, nursery = random.Random(seed), Nursery()
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe, straight = small_recipe(), Path(scratch) / "straight"
+        begun = time.time()
+        continue_to_the_end(nursery, recipe, straight)
+        seconds, wanted = time.time() - begun, trace(straight)
+        for number in range(kills + exits):
+            out, told = Path(scratch) / f"run-{number}", []
+            for _ in range(rng.choice((1, 1, 2))):
+                how = {"kill_after": rng.uniform(0, seconds)} if number < kills else {"die_at": rng.randrange(220)}
+                told.append((how, nursery.run(recipe, out, **how)))
+                if (out / "summary.json").exists():
+                    break
+            if not (out / "summary.json").exists():
+                continue_to_the_end(nursery, recipe, out)
+            same = trace(out) == wanted
+            print(f"{number}: {told}: {'equal' if same else 'DIFFERENT'}", flush=True)
+            assert same
+    nursery.close()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=15)
+    parser.add_argument("--exits", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=0)
+    sweep(**vars(parser.parse_args()))
