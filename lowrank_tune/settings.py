@@ -5,14 +5,27 @@ Names are those that users of the Hugging Face libraries already know. `recipe.p
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+T = TypeVar("T")
+
+
+def _some(entries: tuple[T, ...]) -> tuple[T, ...]:
+    """Not empty. Pydantic's own `min_length` would hide the faults of the entries behind a fault of the list."""
+    if not entries:
+        raise PydanticCustomError("too_short", "must have at least one entry")
+    return entries
+
+
+NOT_EMPTY = (Field(strict=False, json_schema_extra={"minItems": 1}), AfterValidator(_some))
 
 Positive = Annotated[int, Field(ge=1, le=1_000_000_000_000)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Line = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]+$")]
-Words = Annotated[tuple[Line, ...], Field(strict=False, min_length=1)]
+Words = Annotated[tuple[Line, ...], *NOT_EMPTY]
 
 
 class Settings(BaseModel):
@@ -76,7 +89,7 @@ Sources = Annotated[tuple[Source, ...], Field(strict=False)]
 class Data(Settings):
     """What is trained on."""
 
-    train: Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
+    train: Annotated[tuple[Source, ...], *NOT_EMPTY]
     """Sources of the training rows."""
     validation: Sources = ()
     """Sources of the validation rows. Without them `validation_share` of the training rows is set aside."""

@@ -13,8 +13,8 @@ from pathlib import Path as File
 
 from lowrank_tune.errors import Fault, Faults, UserError, did_you_mean
 from lowrank_tune.recipe.rules import RIVALS
-from lowrank_tune.recipe.text import parse, scalar, unfit
-from lowrank_tune.recipe.tree import Node, Path, Place, find, remove
+from lowrank_tune.recipe.text import parse, scalar
+from lowrank_tune.recipe.tree import Node, Path, Place, find, remove, unfit
 
 SUFFIXES = (".yaml", ".yml")
 MAX_PARENTS = 8

@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 
 from lowrank_tune.errors import Fault
-from lowrank_tune.recipe.tree import MAX_DEPTH, Node, Path, Place
+from lowrank_tune.recipe.tree import MAX_DEPTH, Node, Path, Place, unfit
 
 MAX_BYTES = 256 * 1024
-MAX_VALUES = 10_000
+MAX_VALUES = 2_000
 MAX_DIGITS = 40
 
 WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
@@ -35,17 +35,6 @@ def scalar(text: str) -> Any:
         if DECIMAL.fullmatch(text):
             return float(text)
     return text
-
-
-def unfit(text: str) -> str:
-    """Why a text cannot be a value, or an empty string."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "holds half of a surrogate pair, which is no character"
-    if any(ord(letter) < 32 and letter not in "\t\n" for letter in text):
-        return "holds a control character"
-    return ""
 
 
 class Stop(Exception):
@@ -200,7 +189,8 @@ def parse(raw: bytes, file: str) -> tuple[Node | None, list[Fault]]:
         position = error.position if isinstance(error.position, int) else 0
         return stopped("holds a control character", text.count("\n", 0, position) + 1)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        begun = isinstance(error, yaml.scanner.ScannerError) and error.context_mark  # where an open quote or a lone word stands
+        mark = begun or error.problem_mark
         said = " ".join(part for part in (error.context, error.problem) if part).replace("'\\t'", "a tab")
         return stopped(f"is not YAML: {said:.160}", mark.line + 1 if mark else 1)
     except (ValueError, OverflowError, yaml.YAMLError):  # `"\UFFFFFFFF"` and endless numbers in a directive

@@ -9,6 +9,7 @@ from typing import Any
 from lowrank_tune.errors import Fault
 
 MAX_DEPTH = 20
+ENDLESS = 10**40
 
 Path = tuple[str | int, ...]
 
@@ -74,6 +75,17 @@ def remove(node: Node, path: Path) -> None:
         parent.value.pop(path[-1], None)
 
 
+def unfit(text: str) -> str:
+    """Why a text cannot be a value, or an empty string."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "holds half of a surrogate pair, which is no character"
+    if any(ord(letter) < 32 and letter not in "\t\n\r" for letter in text):
+        return "holds a control character"
+    return ""
+
+
 def from_python(data: Any, place: Place, faults: list[Fault], path: Path = ()) -> Node:
     """Plain Python data as a tree. Keys that are no text, and nesting without end, become faults."""
     if len(path) > MAX_DEPTH:
@@ -89,7 +101,13 @@ def from_python(data: Any, place: Place, faults: list[Fault], path: Path = ()) -
         return Node(children, place)
     if isinstance(data, (list, tuple)):
         return Node([from_python(value, place, faults, (*path, index)) for index, value in enumerate(data)], place)
-    return Node(data, place)
+    if isinstance(data, str) and (why := unfit(data)):
+        faults.append(place.fault(why, path))
+    elif isinstance(data, int) and abs(data) >= ENDLESS:
+        faults.append(place.fault("is an endless number", path))
+    else:
+        return Node(data, place)
+    return Node(None, place)
 
 
 def leaves(data: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -55,6 +56,9 @@ NOT_SETTINGS: dict[str, str] = {
     "dtype": "precision follows from the device",
 }
 """Names of other kits for what is no setting here, and why."""
+
+MOST_HINTS = 60
+"""Looking for the nearest name takes time, and nobody reads more."""
 
 PATTERNS = {
     "name": "may hold letters, digits, `.`, `_` and `-`, a letter or digit first, at most 64",
@@ -110,6 +114,12 @@ def all_paths(model: type[BaseModel], path: Path = ()) -> Iterator[Path]:
             yield from all_paths(model, (*path, "policy"))
 
 
+@functools.cache
+def elsewhere(model: type[BaseModel]) -> dict[str, str]:
+    """Every setting's bare name, and where the first one of that name stands."""
+    return {str(each[-1]): dotted(each) for each in reversed(list(all_paths(model)))}
+
+
 def unknown(model: type[BaseModel], path: Path) -> str:
     """The sentence for a key that no one knows."""
     section, word = path[:-1], str(path[-1])
@@ -122,8 +132,8 @@ def unknown(model: type[BaseModel], path: Path) -> str:
         last = meant.rpartition(".")[2]
         near = [last] if last in here else near or [meant]
     elif not near:
-        elsewhere = {each[-1]: dotted(each) for each in reversed(list(all_paths(model)))}
-        near = [elsewhere[each] for each in get_close_matches(word, [str(key) for key in elsewhere], n=1, cutoff=0.8)]
+        names = elsewhere(model)
+        near = [names[each] for each in get_close_matches(word, list(names), n=1, cutoff=0.8)]
     if near:
         return f"unknown key; did you mean `{near[0]}`?"
     return f"unknown key; there are {', '.join(here)}" if 0 < len(here) <= 12 else "unknown key"
@@ -212,4 +222,7 @@ def sentences(model: type[BaseModel], data: Any, failed: ValidationError) -> Ite
         if path in told:
             continue
         told.add(path)
-        yield path, unknown(model, path) if error["type"] == "extra_forbidden" else sentence(model, error, path, value)
+        if error["type"] == "extra_forbidden":
+            yield path, unknown(model, path) if len(told) <= MOST_HINTS else "unknown key"
+        else:
+            yield path, sentence(model, error, path, value)

@@ -1,0 +1,144 @@
+"""The house: who may import whom, and what nobody may do. The checker itself is checked with planted faults."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lowrank_tune
+
+PACKAGE = Path(lowrank_tune.__file__).parent
+ORDER = (
+    "errors events settings types dist maths tutor model data rollout rewards algorithms recipe checkpoint build preflight plan "
+    "evaluate train export sinks ui run chat doctor cli"
+).split()
+LAZY = ("__init__", "__main__", "cli")
+"""Modules that load first-party code at first use, so that `--help` and a faulty recipe take a second."""
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "eval", "exec"}
+ROOT_NAMES = {"Recipe": "recipe", "run": "run", "UserError": "errors"}
+
+
+def floor_of(file: Path, package: Path) -> str:
+    """The top-level module that a file belongs to."""
+    return file.relative_to(package).with_suffix("").parts[0]
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """The full names of the modules that a statement imports."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        module = "." * node.level + (node.module or "")
+        if module == "lowrank_tune":
+            yield from (f"lowrank_tune.{ROOT_NAMES.get(alias.name, alias.name)}" for alias in node.names)
+        else:
+            yield module
+
+
+def order_faults(tree: ast.Module, floor: str) -> Iterator[str]:
+    """Imports that point to the right, hide inside functions, or are relative."""
+    top = {id(node) for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))}
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            top -= {id(node) for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        for name in imported(node):
+            line = getattr(node, "lineno", 0)
+            if name.startswith("."):
+                yield f"{line}: a relative import"
+            if name.partition(".")[0] != "lowrank_tune":
+                continue
+            if id(node) not in top and floor not in LAZY:
+                yield f"{line}: {name} is imported inside a function"
+            target = (name.split(".") + [""])[1]
+            if floor in LAZY[:2] or target.startswith("__"):
+                continue
+            if target not in ORDER:
+                yield f"{line}: {name} is not in the order"
+            elif ORDER.index(target) > ORDER.index(floor):
+                yield f"{line}: {floor} must not know {target}"
+
+
+def called(node: ast.Call) -> str:
+    """The dotted name of what is called, where it has one."""
+    words: list[str] = []
+    function: ast.expr = node.func
+    while isinstance(function, ast.Attribute):
+        words.append(function.attr)
+        function = function.value
+    return ".".join(reversed([*words, function.id])) if isinstance(function, ast.Name) else ""
+
+
+def safety_faults(tree: ast.Module) -> Iterator[str]:
+    """Doors through which a file could run code."""
+    for node in ast.walk(tree):
+        for name in imported(node):
+            if name.partition(".")[0] in UNSAFE_MODULES:
+                yield f"{getattr(node, 'lineno', 0)}: imports {name}"
+        if isinstance(node, ast.Call):
+            if (name := called(node)) in UNSAFE_CALLS:
+                yield f"{node.lineno}: calls {name}"
+            for keyword in node.keywords:
+                always = isinstance(keyword.value, ast.Constant) and keyword.value.value is True
+                if keyword.arg in ("trust_remote_code", "shell", "allow_pickle") and always:
+                    yield f"{node.lineno}: sets {keyword.arg}=True"
+
+
+def house_faults(package: Path) -> list[str]:
+    """Every fault of a package, as `file:line: what`."""
+    faults = []
+    for file in sorted(package.rglob("*.py")):
+        floor, place = floor_of(file, package), file.relative_to(package).as_posix()
+        tree = ast.parse(file.read_text())
+        if floor not in ORDER and floor not in LAZY:
+            faults.append(f"{place}:1: {floor} has no place in the order")
+            continue
+        faults += [f"{place}:{fault}" for fault in (*order_faults(tree, floor), *safety_faults(tree))]
+    return faults
+
+
+def test_the_house_stands() -> None:
+    assert house_faults(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "fault"),
+    [
+        ("errors.py", "from lowrank_tune.settings import Base", "errors must not know settings"),
+        ("errors.py", "from lowrank_tune import settings", "errors must not know settings"),
+        ("settings.py", "import lowrank_tune.recipe.text", "settings must not know recipe"),
+        ("maths.py", "from lowrank_tune import Recipe", "maths must not know recipe"),
+        ("maths.py", "def f():\n    from lowrank_tune import errors", "inside a function"),
+        ("recipe/rules.py", "from lowrank_tune.train import Loop", "recipe must not know train"),
+        ("recipe/rules.py", "from .text import parse", "a relative import"),
+        ("recipe/rules.py", "from lowrank_tune.helpers import f", "not in the order"),
+        ("helpers.py", "import os", "helpers has no place in the order"),
+        ("events.py", "import pickle", "imports pickle"),
+        ("events.py", "import torch\ntorch.load('x')", "calls torch.load"),
+        ("events.py", "eval('1')", "calls eval"),
+        ("events.py", "def f():\n    exec('1')", "calls exec"),
+        ("events.py", "f(trust_remote_code=True)", "sets trust_remote_code=True"),
+    ],
+)
+def test_a_planted_fault_is_found(tmp_path: Path, file: str, line: str, fault: str) -> None:
+    copy = tmp_path / "lowrank_tune"
+    shutil.copytree(PACKAGE, copy, ignore=lambda _, names: [name for name in names if "." in name and not name.endswith(".py")])
+    before = house_faults(copy)
+    with (copy / file).open("a") as handle:
+        handle.write(f"\n{line}\n")
+    new = set(house_faults(copy)) - set(before)
+    assert len(new) == 1 and fault in new.pop()
+
+
+@pytest.mark.parametrize("module", ["lowrank_tune", "lowrank_tune.recipe", "lowrank_tune.errors", "lowrank_tune.events"])
+def test_light_imports(module: str) -> None:
+    code = f"import sys, {module}; print([name for name in ('torch', 'transformers', 'peft', 'datasets') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    assert done.stdout.strip() == "[]"

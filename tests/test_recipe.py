@@ -1,0 +1,341 @@
+"""Recipes: layers, faults and their exact words, what does nothing, round trips, presets, schema."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowrank_tune import settings
+from lowrank_tune.errors import Faults, UserError
+from lowrank_tune.recipe import Recipe, differences, dump, find_preset, from_dict, load, presets, rules, schema
+
+ROOT = Path(__file__).parent.parent
+SMALL: dict[str, Any] = {"algorithm": "sft", "data": {"train": [{"dataset": "rows.jsonl"}]}, "train": {"steps": 10}}
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes a file into a fresh working directory, where faults name it by its bare name."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(text: str, name: str = "my.yaml") -> str:
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
+        Path(name).write_text(text)
+        return f"./{name}"
+
+    return make
+
+
+def faults_of(path: str, *overrides: str) -> list[str]:
+    with pytest.raises(Faults) as caught:
+        load(path, overrides)
+    return str(caught.value).splitlines()
+
+
+def changed(**sections: Any) -> dict[str, Any]:
+    """SMALL with some sections changed; None takes a key away."""
+    data = {**SMALL}
+    for key, value in sections.items():
+        merged = {**data.get(key, {}), **value} if isinstance(value, dict) else value
+        data[key] = {name: each for name, each in merged.items() if each is not None} if isinstance(merged, dict) else merged
+    return data
+
+
+FAULTY = """\
+algorithm: sft
+base: {model: tiny-tutor, bits: 8}
+adapters:
+  policy: {rank: 8, alpha: ten}
+lr: 1e-4
+data:
+  train:
+    - dataset: rows.jsonl
+      row: 0
+    - dataset: 7
+  max_seq_length: 512
+train:
+  steps: no
+  learning_rat: 2e-4
+  optimizer: adam
+  log_every: 0
+  weight_decay: .nan
+  gradient_checkpointing: off
+  gradient_accumulation_steps: 4
+evaluate:
+  samples: 4
+output_dir: out
+"""
+
+
+def test_every_fault_at_once(write: Write) -> None:
+    assert faults_of(write(FAULTY), "train.keep=-1", "train.kep=2", "data.train.5.rows=1", "steps") == [
+        "my.yaml:2: base.bits: expected one of 4, 16, found 8",
+        "my.yaml:4: adapters.policy.alpha: expected a number, found 'ten'",
+        "my.yaml:4: adapters.policy.rank: unknown key; did you mean `r`?",
+        "my.yaml:5: lr: unknown key; did you mean `train.learning_rate`?",
+        "my.yaml:9: data.train.0.row: unknown key; did you mean `rows`?",
+        "my.yaml:10: data.train.1.dataset: expected text, found 7 (put it in quotes)",
+        "my.yaml:11: data.max_seq_length: unknown key; did you mean `max_length`?",
+        "my.yaml:13: train.steps: expected a whole number, found 'no'",
+        "my.yaml:14: train.learning_rat: unknown key; did you mean `learning_rate`?",
+        "my.yaml:15: train.optimizer: expected one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, found 'adam'; did you mean `adamw`?",
+        "my.yaml:16: train.log_every: must be at least 1, found 0",
+        "my.yaml:17: train.weight_decay: must be a finite number, found nan",
+        "my.yaml:18: train.gradient_checkpointing: expected true or false, found 'off' (write `false`)",
+        "my.yaml:19: train.gradient_accumulation_steps: unknown key; it follows from `train.rows_per_step` and `train.micro_batch_size`",
+        "my.yaml:21: evaluate.samples: does nothing without `evaluate.heldout`",
+        "my.yaml:22: output_dir: unknown key; the run's folder is `runs/NAME`, or given by --out",
+        "override: data.train.5.rows: `data.train` is a list with entries 0 to 1",
+        "override: 'steps' is not of the form key=value, as train.steps=100",
+        "override: train.keep: must be at least 1, found -1",
+        "override: train.kep: unknown key; did you mean `keep`?",
+    ]
+
+
+def test_missing_settings_stand_at_their_section(write: Write) -> None:
+    assert faults_of(write("# a comment\nname: x\ndata:\n  max_length: 64\n")) == [
+        "my.yaml:2: algorithm: is missing",
+        "my.yaml:2: train.steps: is missing: give `train.steps` or `train.epochs`",
+        "my.yaml:3: data.train: is missing",
+    ]
+
+
+def test_a_parents_fault_is_told_at_the_parent(write: Write) -> None:
+    write("algorithm: sft\ndata:\n  train: [{dataset: tutor}]\n  max_length: 1\ntrain:\n  epoch: 1\n", "base/above.yaml")
+    child = write("extends: base/above.yaml\ntrain:\n  steps: 5\n  keep: many\n")
+    assert faults_of(child) == [
+        "my.yaml:4: train.keep: expected a whole number, found 'many'",
+        "base/above.yaml:4: data.max_length: must be at least 8, found 1",
+        "base/above.yaml:6: train.epoch: unknown key; did you mean `epochs`?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("extends", "said"),
+    [
+        ("./my.yaml", "my.yaml:1: extends: goes in a circle: my.yaml -> my.yaml"),
+        ("./gone.yaml", "my.yaml:1: extends: gone.yaml: there is no such file"),
+        ("tiny-sftt", "my.yaml:1: extends: no preset is called 'tiny-sftt'; did you mean `tiny-sft`?"),
+        ("3", "my.yaml:1: extends: expected the name of a preset, or a path relative to this file"),
+    ],
+)
+def test_extends_that_leads_nowhere(write: Write, extends: str, said: str) -> None:
+    assert said in faults_of(write(f"extends: {extends}\nalgorithm: sft\ndata: {{train: [{{dataset: tutor}}]}}\n"))
+
+
+def test_a_long_circle_and_a_long_chain(write: Write) -> None:
+    write("extends: ./b.yaml\n", "a.yaml")
+    write("extends: ./a.yaml\n", "b.yaml")
+    assert "b.yaml:1: extends: goes in a circle: a.yaml -> b.yaml -> a.yaml" in faults_of("./a.yaml")
+    for index in range(12):
+        write(f"extends: ./c{index + 1}.yaml\n", f"c{index}.yaml")
+    assert any("goes through more than 8 files" in fault for fault in faults_of("./c0.yaml"))
+
+
+def test_extends_merges_mappings_and_replaces_lists(write: Write) -> None:
+    child = write("extends: tiny-sft\ndata:\n  train: [{dataset: a.jsonl}, {dataset: b.jsonl}]\nadapters: {policy: {r: 4}}\n")
+    recipe = load(child)
+    assert [source.dataset for source in recipe.data.train] == ["a.jsonl", "b.jsonl"]
+    assert recipe.adapters["policy"].r == 4 and recipe.adapters["policy"].alpha == 32
+    assert recipe.name == "my" and recipe.description == ""
+
+
+def test_a_later_layer_replaces_a_rival_and_null_takes_away(write: Write) -> None:
+    assert load("tiny-sft").train.epochs is not None
+    recipe = load("tiny-sft", ["train.steps=10"])
+    assert (recipe.train.steps, recipe.train.epochs) == (10, None)
+    recipe = load(write("extends: tiny-sft\ntrain: {steps: 7, tokens_per_step: 999}\nevaluate: null\n"))
+    assert (recipe.train.steps, recipe.train.epochs, recipe.train.rows_per_step) == (7, None, None)
+    assert recipe.evaluate == settings.Evaluate()
+    assert "override: train.epochs: contradicts `train.steps`: give one of the two" in faults_of("tiny-sft", "train.steps=1", "train.epochs=1")
+
+
+def test_overrides(write: Write) -> None:
+    recipe = load("tiny-sft", [
+        "train.learning_rate=1e-4", "data.train.0.rows=200", "data.system=Answer: briefly, #1", "adapters.policy.target_modules=[q_proj, 'no']",
+        "evaluate.heldout={dataset: tutor, split: train}", "train.steps=5", "name='a-b'",
+    ])  # fmt: skip
+    assert recipe.train.learning_rate == 1e-4 and recipe.data.train[0].rows == 200
+    assert recipe.data.system == "Answer: briefly, #1"
+    assert recipe.adapters["policy"].target_modules == ("q_proj", "no")
+    assert recipe.evaluate.heldout is not None and recipe.evaluate.heldout.split == "train"
+    assert recipe.name == "a-b"
+    assert Recipe.load("tiny-sft", "train.steps=5").train.steps == 5
+
+
+@pytest.mark.parametrize("text", [
+    "train.steps=", "=5", "train..steps=5", "train.steps=[1", "train.steps=[1, &a 2]", "seed.x=1", "nothing.at.all=1", "data.train.x=1",
+    "data.train=[]", "train.steps='5'", "train=5", "extends=x", "data.system=\x00", "train.steps={a: 1}\nb: 2", "algorithm=dpo",
+    "data.train.99999999999999999999.rows=1", "train.steps=" + "9" * 5000, "data.train.-1.rows=1", "adapters.Bad={}", "name=../x",
+])  # fmt: skip
+def test_faulty_overrides(text: str) -> None:
+    assert all(fault.startswith("override: ") for fault in faults_of("tiny-sft", text))
+
+
+CONTRADICTIONS = {
+    "steps and epochs": (changed(train={"epochs": 1}), "train.epochs: contradicts `train.steps`"),
+    "neither": (changed(train={"steps": None}), "train.steps: is missing: give `train.steps` or `train.epochs`"),
+    "rows and tokens": (changed(train={"rows_per_step": 8, "tokens_per_step": 99}), "train.tokens_per_step: contradicts"),
+    "micro": (changed(train={"micro_batch_size": 8, "micro_batch_tokens": 99}), "train.micro_batch_tokens: contradicts"),
+    "warm-up": (changed(train={"warmup_steps": 10}), "train.warmup_steps: must be smaller than `train.steps`, 10"),
+    "some weights": (
+        changed(data={"train": [{"dataset": "a", "weight": 0.5}, {"dataset": "b"}]}),
+        "data.train.1.weight: is missing: give every source a weight, or none",
+    ),
+    "sum": (
+        changed(data={"train": [{"dataset": "a", "weight": 0.5}, {"dataset": "b", "weight": 0.4}]}),
+        "data.train.0.weight: the weights of the sources sum to 0.9, and must sum to 1",
+    ),
+    "one weight": (changed(data={"train": [{"dataset": "a", "weight": 1.0}]}), "data.train.0.weight: does nothing with a single source"),
+    "no prompts": (changed(evaluate={"max_new_tokens": 9}), "evaluate.max_new_tokens: does nothing without `evaluate.heldout`"),
+    "never": (changed(data={"validation_share": 0}, evaluate={"every": 9}), "evaluate.every: does nothing with neither"),
+    "greedy": (
+        changed(evaluate={"heldout": {"dataset": "tutor", "split": "heldout"}, "temperature": 0.7}),
+        "evaluate.temperature: does nothing with one sample",
+    ),
+    "best of none": (changed(data={"validation_share": 0.0}, train={"final": "best"}), "train.final: `best` needs validation rows"),
+    "two validations": (
+        changed(data={"validation": [{"dataset": "v.jsonl"}], "validation_share": 0.1}),
+        "data.validation_share: contradicts `data.validation`",
+    ),
+    "frozen shape": (changed(adapters={"low": {"path": "runs/a", "r": 8}}), "adapters.low.r: comes from the file at `path`; leave it out"),
+    "frozen dropout": (changed(adapters={"low": {"path": "runs/a", "dropout": 0.1}}), "adapters.low.dropout: does nothing for a frozen"),
+    "continued shape": (changed(adapters={"policy": {"path": "runs/a", "alpha": 8}}), "adapters.policy.alpha: comes from the file"),
+    "no path": (changed(adapters={"low": {}}), "adapters.low.path: is missing: only `policy` is trained"),
+    "adapter name": (changed(adapters={"Low.1": {"path": "x"}}), "adapters.Low.1: is no name for an adapter"),
+    "adapter base": (changed(adapters={"base": {"path": "x"}}), "adapters.base: is no name for an adapter"),
+    "revision": (changed(base={"model": "a/b@"}), "base.model: names no revision after the @"),
+    "tutor": (changed(data={"train": [{"dataset": "tutor", "gold": "boxed"}]}), "data.train.0.gold: does nothing for `tutor`"),
+    "tutor split": (changed(data={"train": [{"dataset": "tutor", "split": "test"}]}), "data.train.0.split: `tutor` has the splits"),
+    "file name": (changed(data={"train": [{"dataset": "a.csv", "name": "x"}]}), "data.train.0.name: does nothing for a file"),
+    "validation weight": (changed(data={"validation": [{"dataset": "v", "weight": 1.0}]}), "data.validation.0.weight: does nothing here"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_contradictions_and_idle_settings(case: str) -> None:
+    data, said = CONTRADICTIONS[case]
+    with pytest.raises(Faults) as caught:
+        from_dict(data)
+    assert len(caught.value.faults) == 1 and str(caught.value).startswith(said)
+    with pytest.raises(Faults):
+        Recipe(**data)
+
+
+@pytest.mark.parametrize("data", [
+    SMALL,
+    changed(train={"steps": None, "epochs": 0.5, "warmup_steps": 100}),
+    changed(data={"train": [{"dataset": "a", "weight": 1 / 3}, {"dataset": "b", "weight": 2 / 3}]}),
+    changed(data={"validation": [{"dataset": "v.jsonl"}]}, train={"final": "best"}, evaluate={"every": 2}),
+    changed(data={"validation_share": 0}),
+    changed(adapters={"low": {"path": "runs/a"}, "policy": {"r": 4, "dropout": 0.1}}),
+    changed(adapters={"policy": {"path": "runs/a", "dropout": 0.1}}),
+    changed(evaluate={"heldout": {"dataset": "tutor", "split": "heldout"}, "samples": 4, "temperature": 0.7}),
+    changed(data={"system": "Zeile\n  \"zwei\": - no #\ttab ~ é 世界 \u2028 end "}, description="null"),
+    changed(data={"train": [{"dataset": "x", "columns": {"question": "no", "answer": "1e5"}}]}, seed=7, name="a.b-c"),
+    changed(base={"model": "org/name@v1.0", "bits": 16}),
+])  # fmt: skip
+def test_what_is_saved_replays(data: dict[str, Any], write: Write) -> None:
+    recipe = from_dict(data)
+    assert isinstance(recipe, Recipe)
+    assert from_dict(recipe.to_dict()) == recipe
+    loaded = load(write(dump(recipe)))
+    assert loaded == recipe
+    assert dump(loaded) == dump(recipe)
+    assert differences(recipe.to_dict(), loaded.to_dict()) == []
+
+
+def test_python_objects_are_judged_too() -> None:
+    source = settings.Source(dataset="tutor")
+    recipe = Recipe(algorithm="sft", data=settings.Data(train=(source,)), train=settings.Train(steps=3))
+    assert recipe.train.steps == 3
+    with pytest.raises(Faults, match="train.epochs: contradicts"):
+        Recipe(algorithm="sft", data=settings.Data(train=(source,)), train=settings.Train(steps=3, epochs=1))
+
+
+def test_settings_of_another_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rules.USED_BY, "evaluate", ("dpo",))
+    monkeypatch.setitem(rules.USED_BY, "train.length_window", ("dpo", "grpo"))
+    with pytest.raises(Faults) as caught:
+        from_dict(changed(evaluate={"every": 5}, train={"length_window": 4}))
+    assert str(caught.value).splitlines() == [
+        "train.length_window: does nothing for sft (it belongs to dpo, grpo)",
+        "evaluate: does nothing for sft (it belongs to dpo)",
+    ]
+
+
+@pytest.mark.parametrize("key", [key for key in rules.USED_BY])
+def test_the_tables_name_real_settings(key: str) -> None:
+    section: Any = settings.Recipe
+    for step in key.split("."):
+        section = section.model_fields[step].annotation
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in presets()])
+def test_presets(name: str) -> None:
+    recipe = load(name)
+    assert recipe.name == name == find_preset(name).stem
+    assert 10 < len(recipe.description) < 120
+    shape = schema()
+    assert set(recipe.to_dict()) <= set(shape["properties"])
+    for section in ("base", "data", "train", "evaluate"):
+        assert set(recipe.to_dict()[section]) <= set(shape["$defs"][section.capitalize()]["properties"])
+
+
+def test_schema() -> None:
+    shape = schema()
+    assert shape["properties"]["extends"]["type"] == "string"
+    assert shape["anyOf"] == [{"required": ["extends"]}, {"required": ["algorithm", "data"]}]
+    assert shape["$defs"]["Train"]["properties"]["learning_rate"]["description"] == "Peak learning rate."
+    assert shape["additionalProperties"] is False
+
+
+def test_paths_and_names_that_are_not_there(write: Write) -> None:
+    for name in ("gone.yaml", "tiny-sff", "../tiny-sft", "", ".", "/", "a\x00.yaml", "x" * 5000 + ".yaml"):
+        with pytest.raises(UserError) as caught:
+            load(name)
+        assert "\n" not in str(caught.value)
+    Path("folder.yaml").mkdir()
+    with pytest.raises(UserError, match=r"folder\.yaml: is a folder"):
+        load("folder.yaml")
+
+
+def test_the_name_comes_from_the_file(write: Write) -> None:
+    assert load(write(dump(from_dict(SMALL)).replace("name: ''\n", "").replace('name: ""\n', ""), "Mein Lauf ü.yaml")).name == "Mein-Lauf-"
+
+
+def test_differences() -> None:
+    old, new = load("tiny-sft").to_dict(), load("tiny-sft", ["train.steps=9", "train.keep=3", "name=other"]).to_dict()
+    assert differences(old, new) == []
+    new = load("tiny-sft", ["train.learning_rate=1e-3", "data.train=[{dataset: tutor}, {dataset: a.csv}]", "evaluate.every=5"]).to_dict()
+    assert differences(old, new) == [
+        "data.train.0.rows: was 400, is not set",
+        f"train.learning_rate: was {old['train']['learning_rate']}, is 0.001",
+        "data.train.1.dataset: was not set, is 'a.csv'",
+        "data.train.1.split: was not set, is 'train'",
+        "data.train.1.format: was not set, is 'auto'",
+        "data.train.1.columns: was not set, is a mapping",
+        "data.train.1.gold: was not set, is 'auto'",
+    ]
+
+
+def test_a_faulty_recipe_is_told_in_a_second(write: Write) -> None:
+    code = (
+        "import sys\nfrom lowrank_tune import Recipe, UserError\n"
+        f"try:\n    Recipe.load({write(FAULTY)!r})\nexcept UserError as error:\n    print(error)\n"
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    seconds = []
+    for _ in range(3):  # the first start may compile bytecode, and others use this machine too
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert "my.yaml:2: base.bits" in done.stdout and done.stdout.endswith("False False\n")
+    assert min(seconds) < 1.5
