@@ -10,6 +10,7 @@ from lowrank_tune.data.backend import Backend
 from lowrank_tune.data.formats import RowFault
 from lowrank_tune.data.piecewise import KitMarks, PlainWords
 from lowrank_tune.data.rendered import OwnTemplate
+from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message, Row
 
 
@@ -48,8 +49,11 @@ class Template:
         return self._scheme.encode_many(conversations)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids up to the place where the assistant starts. Raises `RowFault`."""
-        return self._scheme.prompt(messages)
+        """Ids up to the place where the assistant starts. Raises `UserError` where `spoils` has a reason: here a person may have typed it."""
+        try:
+            return self._scheme.prompt(messages)
+        except RowFault as fault:
+            raise UserError(f"this cannot be asked of the base: {fault.reason}") from fault
 
     def spoils(self, messages: Sequence[Message]) -> str | None:
         """Why these turns cannot be used with this template; None where they can."""

@@ -56,7 +56,8 @@ def detect(row: Raw, columns: Mapping[str, str] | None = None) -> str:
     if fitting:
         return fitting[0]
     known = "; ".join(f"{shape} ({', '.join(names[0] for names in needed)})" for shape, needed in SHAPES.items())
-    raise UserError(f"the columns {', '.join(sorted(map(str, row))) or '(none)'} are no known shape; known are {known}: "
+    names = ", ".join(sorted(map(str, row))).encode("utf-8", "replace").decode()
+    raise UserError(f"the columns {names or '(none)'} are no known shape; known are {known}: "
                     "name yours with `columns:`, as in `columns: {question: problem, answer: solution}`")  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def to_conversation(row: Raw, format: str, columns: Mapping[str, str], gold: str
     turns = _READERS[format](row, columns)
     messages = _tidy(turns, answered)
     answer = messages[-1].content if messages[-1].role == "assistant" else ""
-    return Conversation(messages, find_gold(row, columns, gold, answer, whole=format == "question_answer"))
+    return Conversation(messages, find_gold(row, columns, gold, answer, whole=format in ("question_answer", "alpaca", "prompt_completion")))
 
 
 def value_of(row: Raw, format: str, name: str, columns: Mapping[str, str]) -> Any:

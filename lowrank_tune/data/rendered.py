@@ -292,7 +292,7 @@ class OwnTemplate:
             return cast(str, self._call([self._prepare(messages)], ask and self._asks)[0])
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RowFault(f"the base's chat template refuses it: {reason}") from error
+            raise RowFault(f"the base's chat template refuses it: {reason[:100]}") from error
 
     def _call(self, talks: list[list[dict[str, str]]], ask: bool) -> list[Any]:
         return cast(list[Any], self.backend.tokenizer.apply_chat_template(talks, tokenize=False, add_generation_prompt=ask))

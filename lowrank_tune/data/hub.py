@@ -1,0 +1,72 @@
+"""Rows of a data set of the Hugging Face hub. Whatever goes wrong there becomes one sentence with its cure."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from lowrank_tune.data.formats import RowFault
+from lowrank_tune.errors import UserError
+from lowrank_tune.settings import Source
+
+LIST = re.compile(r"\[([^\]]*)\]")
+
+
+class HubRows:
+    """One split of one data set; `datasets` keeps it on disk."""
+
+    def __init__(self, source: Source) -> None:
+        self.name, _, revision = source.dataset.partition("@")
+        try:
+            import datasets  # only here: local files and the built-in problems need no such package
+        except ImportError as error:
+            raise UserError(f"{self.name}: data sets of the hub need the package datasets (`pip install datasets`); "
+                            "there is no local file or folder of this name") from error  # fmt: skip
+        try:
+            self._data: Any = datasets.load_dataset(self.name, source.name, split=source.split, revision=revision or None)
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as error:  # the library raises its own errors, the hub client's, and bare ValueError
+            raise UserError(f"{self.name}: {explain(error, self.name, source.name, source.split, revision)}") from error
+
+    def lines(self) -> Iterator[int]:
+        """The number of every row, from 1."""
+        return iter(range(1, len(self._data) + 1))
+
+    def rows(self, wanted: Collection[int] | None) -> Iterator[tuple[int, Mapping[str, Any] | RowFault]]:
+        """Rows with their numbers; a draw reads only what is drawn."""
+        data = self._data if wanted is None else self._data.select([line - 1 for line in sorted(wanted)])
+        lines = self.lines() if wanted is None else iter(sorted(wanted))
+        return zip(lines, data, strict=True)
+
+    def content_key(self) -> str:
+        """Changes with revision, configuration and split."""
+        return str(self._data._fingerprint)
+
+
+def explain(error: Exception, name: str, config: str | None, split: str, revision: str) -> str:
+    """What an error of the hub means and what to do."""
+    text = " ".join(str(error).split())
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    choices = found.group(1).replace("'", "") if (found := LIST.search(text)) else ""
+    if "gated" in text or "GatedRepoError" in kinds:
+        return f"it is gated; accept its terms at https://huggingface.co/datasets/{name} and log in with `hf auth login`"
+    if "Config name is missing" in text:
+        return f"it has several configurations; choose one with `name:` ({choices})"
+    if "BuilderConfig" in text and "not found" in text:
+        return f"it has no configuration `{config}`; it has {choices}"
+    if "Unknown split" in text or "Bad split" in text:
+        return f"it has no split `{split}`; it has {choices}" if choices else f"it has no split `{split}`"
+    if "Revision" in text and "doesn't exist" in text:
+        return f"it has no revision `{revision}`"
+    if "OfflineModeIsEnabled" in kinds or (os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and "ConnectionError" in kinds):
+        return "it is not in the cache of this machine, and HF_HUB_OFFLINE forbids to fetch it; unset HF_HUB_OFFLINE, or name a local file"
+    if "DatasetNotFoundError" in kinds or "RepositoryNotFoundError" in kinds:
+        return "there is no such data set on the hub and no such local file; check the spelling, or `hf auth login` if it is private"
+    if kinds & {"ConnectionError", "ConnectError", "TimeoutException", "Timeout", "HfHubHTTPError", "TransportError"}:
+        return "the hub cannot be reached, and no local file has this name; check the network, or name a local file"
+    if "scripts are no longer supported" in text:
+        return "it is made by a script, which `datasets` no longer runs; use a copy of it in Parquet, or a local file"
+    return f"it cannot be loaded ({text[:200] or type(error).__name__})"

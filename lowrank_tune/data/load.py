@@ -1,0 +1,127 @@
+"""The door of this floor: from the data settings to rows to train on, rows to validate with, prompts, and a report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowrank_tune import settings
+from lowrank_tune.data.chat import Template
+from lowrank_tune.data.formats import Conversation, RowFault
+from lowrank_tune.data.report import Report
+from lowrank_tune.data.sources import read
+from lowrank_tune.data.store import TokenStore
+from lowrank_tune.data.tokenise import conversation, shape_of, tokenise
+from lowrank_tune.errors import UserError
+from lowrank_tune.events import Emit, Note
+from lowrank_tune.types import Message
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokenised rows and what became of the others."""
+
+    train: TokenStore
+    validation: TokenStore | None
+    report: Report
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question without its answer, the gold answer, and the row that it comes from."""
+
+    messages: tuple[Message, ...]
+    gold: str | None
+    row: Mapping[str, Any]
+
+
+def load(data: settings.Data, template: Template, seed: int, emit: Emit, cache: Path | None = None) -> Prepared:
+    """Reads, tokenises (or finds again) and splits. Raises `UserError`, before any training, where the data cannot be used."""
+    _check_weights(data.train)
+    every = tokenise(data.train, data, template, seed, emit, cache)
+    validation = None
+    train = every
+    if data.validation:
+        validation = tokenise(data.validation, data, template, seed, emit, cache)
+    elif data.validation_share:
+        is_aside = aside(every.keys, data.validation_share, seed)
+        train = every.take(np.flatnonzero(~is_aside))
+        validation = every.take(np.flatnonzero(is_aside)) if is_aside.any() else None
+    weighted = [source for source, given in enumerate(data.train) if given.weight is not None]
+    for source in weighted:
+        if not (train.source_of == source).any():
+            raise UserError(f"{every.reports[source].name}: all of its rows went into the validation part; give it more rows or no weight")
+    shared = int(np.isin(validation.keys, train.keys).sum()) if validation is not None else 0
+    if shared:
+        emit(Note(level="warning", message=f"{shared} validation rows also stand in the training rows; the validation loss will flatter"))
+    report = Report(
+        train=tuple(replace(made, weight=given.weight) for made, given in zip(every.reports, data.train, strict=True)),
+        validation=tuple(validation.reports) if validation is not None and data.validation else (),
+        train_rows=len(train), validation_rows=0 if validation is None else len(validation),
+        duplicates=len(every) - len(np.unique(every.keys)), shared=shared, mixture=_mixture(data.train, train))  # fmt: skip
+    return Prepared(train, validation, report)
+
+
+def prompts(source: settings.Source, count: int, seed: int, system: str | None = None) -> list[Prompt]:
+    """Up to `count` prompts of a source, drawn with the seed. Rows that cannot be used are passed over."""
+    if source.dataset == "tutor":
+        source = source.model_copy(update={"rows": source.rows or count})
+    spare = count + count // 4 + 20  # some rows may be unusable
+    wanted = min(source.rows or spare, spare)
+    rows = read(source.model_copy(update={"rows": wanted}), seed)
+    shape = shape_of(source, rows)
+    found: list[Prompt] = []
+    faults: list[str] = []
+    for place, raw in rows:
+        talk = raw if isinstance(raw, RowFault) else conversation(raw, source, shape, system, answered=False)
+        if isinstance(raw, RowFault) or not isinstance(talk, Conversation):
+            faults.append(f"{place}: {talk.reason if isinstance(talk, RowFault) else ''}")
+            continue
+        messages = talk.messages[:-1] if talk.messages[-1].role == "assistant" else talk.messages
+        found.append(Prompt(messages, talk.gold, raw))
+    if not found:
+        raise UserError(f"{rows.name}: no row can serve as a prompt: {'; '.join(faults[:3])}")
+    return found[:count]
+
+
+def aside(keys: NDArray[np.uint64], share: float, seed: int) -> NDArray[np.bool_]:
+    """Which rows are set aside: about `share` of them, at least one and never all. Equal conversations go to one side."""
+    unique, group_of, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    if len(unique) < 2:
+        return np.zeros(len(keys), dtype=bool)
+    ranking = np.argsort(_mixed(unique, seed), kind="stable")
+    wanted = share * len(keys)
+    before = np.cumsum(sizes[ranking]) - sizes[ranking]
+    groups = ranking[: min(max(1, int((before + sizes[ranking] / 2 <= wanted).sum())), len(unique) - 1)]
+    is_aside = np.zeros(len(unique), dtype=bool)
+    is_aside[groups] = True
+    return np.asarray(is_aside[group_of])
+
+
+def _mixed(keys: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """A different order of the keys for every seed (the finaliser of splitmix64, which wraps around)."""
+    mixed = keys ^ np.uint64((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def _check_weights(sources: Sequence[settings.Source]) -> None:
+    given = [source.weight for source in sources if source.weight is not None]
+    if given and (len(given) < len(sources) or not math.isclose(sum(given), 1.0, abs_tol=1e-6)):
+        raise UserError("data.train: either every source has a weight, and they sum to 1, or none has; "
+                        f"{len(given)} of {len(sources)} have one, and they sum to {sum(given):g}")  # fmt: skip
+
+
+def _mixture(sources: Sequence[settings.Source], train: TokenStore) -> str:
+    if len(sources) == 1:
+        return "one source"
+    counts = np.bincount(train.source_of, minlength=len(sources))
+    shares = [f"{source.dataset} {100 * (source.weight or counts[place] / len(train)):.3g} %" for place, source in enumerate(sources)]
+    return f"mixed by {'weight' if sources[0].weight is not None else 'row counts'}: {', '.join(shares)}"

@@ -1,0 +1,131 @@
+"""Where rows come from: the built-in problems, local files and folders, the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lowrank_tune.data.files import SUFFIXES, Part, Raw, open_file
+from lowrank_tune.data.formats import RowFault
+from lowrank_tune.data.hub import HubRows
+from lowrank_tune.errors import UserError, did_you_mean
+from lowrank_tune.settings import Source
+from lowrank_tune.tutor import problems
+
+TUTOR_ROWS = {"train": 400, "heldout": 200}
+
+
+class Place(NamedTuple):
+    """Where a row stands: a file (or data set) and a line (of an array, a table or a data set: the row's number), from 1."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+class Rows:
+    """The rows of a source, all or a draw of them, in their own order."""
+
+    def __init__(self, name: str, parts: Sequence[Part], count: int | None = None, seed: int = 0) -> None:
+        self.name, self._parts = name, tuple(parts)
+        self._wanted: list[set[int]] | None = None
+        lengths = [sum(1 for _ in part.lines()) for part in self._parts]
+        self._count = sum(lengths)
+        if not self._count:
+            raise UserError(f"{name}: it is empty; expected JSON lines, a JSON array, CSV or Parquet with at least one row")
+        if count is not None and count < self._count:
+            self._draw(count, seed)
+
+    def _draw(self, count: int, seed: int) -> None:
+        picked = set(random.Random(f"rows-{seed}").sample(range(self._count), count))
+        numbers = itertools.count()
+        self._wanted = [{line for line in part.lines() if next(numbers) in picked} for part in self._parts]
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[tuple[Place, Raw | RowFault]]:
+        for index, part in enumerate(self._parts):
+            for line, row in part.rows(None if self._wanted is None else self._wanted[index]):
+                yield Place(part.name, line), row
+
+    def content_key(self) -> str:
+        """Changes with the contents of the files, and with the draw."""
+        drawn = "" if self._wanted is None else hashlib.blake2b(repr([sorted(wanted) for wanted in self._wanted]).encode()).hexdigest()
+        return " ".join([part.name + part.content_key() for part in self._parts]) + drawn
+
+
+def read(source: Source, seed: int) -> Rows:
+    """The rows of a source. Raises `UserError` where there is none of that name."""
+    if source.dataset == "tutor":
+        return Rows("tutor", [_Tutor(source, seed)])
+    path = Path(source.dataset).expanduser()
+    try:
+        is_there = path.exists()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source.dataset}: {error}") from error
+    if not is_there and not _looks_like_a_path(source.dataset):
+        return Rows(source.dataset, [HubRows(source)], source.rows, seed)
+    if not is_there:
+        raise UserError(_missing(source.dataset, path))
+    for name, value, usual in (("name", source.name, None), ("split", source.split, "train")):
+        if value != usual:
+            raise UserError(f"{source.dataset}: `{name}: {value}` is for data sets of the hub, and this is a local path; name the file instead")
+    return Rows(source.dataset, [open_file(file, source.dataset if file == path else f"{source.dataset.rstrip('/')}/{file.relative_to(path)}")
+                                 for file in _files(path)], source.rows, seed)  # fmt: skip
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """So that a file that is missing is never looked for on the hub. Ids of the hub have dots too, as in `-v1.5`, but no such suffix."""
+    return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or bool(re.search(r"\.[A-Za-z]{2,8}$", name))
+
+
+def _missing(name: str, path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"{name}: no such file, and no folder `{folder.name}` either"
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or _is_data(entry))
+    near = did_you_mean(path.name, names)
+    return f"{name}: no such file" + (near or (f"; the folder holds {', '.join(names[:8])}" if names else "; the folder holds no data files"))
+
+
+def _is_data(path: Path) -> bool:
+    return path.is_file() and not path.name.startswith((".", "_")) and path.name.lower().removesuffix(".gz").endswith(SUFFIXES)
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(entry for entry in path.rglob("*") if _is_data(entry))
+    if not files:
+        raise UserError(f"{path}: the folder holds no data files ({', '.join(SUFFIXES)}, also with .gz)")
+    return files
+
+
+class _Tutor:
+    """The built-in problems."""
+
+    def __init__(self, source: Source, seed: int) -> None:
+        if source.split not in TUTOR_ROWS:
+            raise UserError(f"tutor: there is no split `{source.split}`; it has train and heldout")
+        if source.name is not None:
+            raise UserError("tutor: it has no configurations; leave `name` out")
+        self.name = "tutor"
+        self._rows = list(problems.rows(source.rows or TUTOR_ROWS[source.split], seed, heldout=source.split == "heldout"))
+
+    def lines(self) -> Iterator[int]:
+        return iter(range(1, len(self._rows) + 1))
+
+    def rows(self, wanted: Collection[int] | None) -> Iterator[tuple[int, Raw | RowFault]]:
+        return ((line, row) for line, row in enumerate(self._rows, start=1) if wanted is None or line in wanted)
+
+    def content_key(self) -> str:
+        return hashlib.blake2b(repr(self._rows).encode()).hexdigest()

@@ -1,0 +1,214 @@
+"""Tokenised rows on disk, memory-mapped: flat arrays and where each row starts. A store is a folder that is complete or absent.
+
+Nothing is synced to the disk: a cache can be made again, and the checksums find one that a crash left broken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, BinaryIO, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowrank_tune.data.formats import Conversation
+from lowrank_tune.data.report import SourceReport
+from lowrank_tune.errors import Fault, RunFailed
+from lowrank_tune.types import Row
+
+ARRAYS: dict[str, str] = {"ids": "<i4", "says": "|b1", "starts": "<i8", "sources": "<i4", "files": "<i4", "lines": "<i8", "keys": "<u8",
+                          "golds": "|u1", "gold_starts": "<i8", "has_gold": "|b1"}  # fmt: skip
+MOST_CHECKED = 1 << 30  # bytes; reading more than this at every start would cost longer than a broken cache is likely
+
+
+class ArrayFile:
+    """A `.npy` file that grows: numpy leaves room in the header for the length."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.file: BinaryIO = path.open("wb")
+        self.dtype, self.count = np.dtype(dtype), 0
+        self._header()
+        self._start = self.file.tell()
+
+    def _header(self) -> None:
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.count,)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def append(self, values: Any) -> None:
+        """Writes more values."""
+        array = np.asarray(values, dtype=self.dtype)
+        self.count += array.size
+        self.file.write(array.tobytes())
+
+    def close(self) -> None:
+        """Writes the length."""
+        self.file.seek(0)
+        self._header()
+        assert self.file.tell() == self._start, "numpy no longer leaves room in the header"
+        self.file.close()
+
+
+class StoreWriter:
+    """Writes a store in a temporary folder beside its place, and renames it at the end. Leaves nothing behind otherwise."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tokens = self._gold_bytes = 0
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+        except OSError as error:
+            raise _unwritable(folder.parent, error) from error
+        self._arrays = {name: ArrayFile(self._temporary / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
+        self._dropped = (self._temporary / "dropped.jsonl").open("w", encoding="utf-8")
+        self._arrays["starts"].append([0])
+        self._arrays["gold_starts"].append([0])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        files: list[IO[Any]] = [*(array.file for array in self._arrays.values()), self._dropped]
+        for file in files:
+            with contextlib.suppress(OSError):  # what is still to be flushed may be what does not fit
+                file.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _unwritable(self.folder.parent, error) from error
+
+    def add(self, rows: list[tuple[Row, Conversation, int]], source: int, file_lines: list[tuple[int, int]]) -> None:
+        """Appends rows: (row, its conversation, its key), with the file and the line of each."""
+        array = self._arrays
+        lengths = np.array([len(row.ids) for row, _, _ in rows], dtype=np.int64)
+        golds = [(talk.gold or "").encode() for _, talk, _ in rows]
+        values: dict[str, Any] = {
+            "ids": np.fromiter(chain.from_iterable(row.ids for row, _, _ in rows), np.int32, int(lengths.sum())),
+            "says": np.fromiter(chain.from_iterable(row.says for row, _, _ in rows), np.bool_, int(lengths.sum())),
+            "starts": self._tokens + np.cumsum(lengths), "sources": [source] * len(rows), "files": [file for file, _ in file_lines],
+            "lines": [line for _, line in file_lines], "keys": np.array([key for _, _, key in rows], dtype=np.uint64),
+            "golds": np.frombuffer(b"".join(golds), dtype=np.uint8), "has_gold": [talk.gold is not None for _, talk, _ in rows],
+            "gold_starts": self._gold_bytes + np.cumsum([len(gold) for gold in golds], dtype=np.int64),
+        }  # fmt: skip
+        for name, value in values.items():
+            array[name].append(value)
+        self._tokens += int(lengths.sum())
+        self._gold_bytes += sum(map(len, golds))
+
+    def drop(self, place: tuple[str, int], reason: str) -> None:
+        """Writes down a row that is not used."""
+        self._dropped.write(json.dumps({"file": place[0], "line": place[1], "reason": reason}) + "\n")
+
+    def finish(self, files: list[str], reports: list[SourceReport]) -> TokenStore:
+        """Completes the store and puts it in its place."""
+        for file in self._arrays.values():
+            file.close()
+        self._dropped.close()
+        sums = {path.name: _checksum(path) for path in sorted(self._temporary.iterdir())}
+        state = {"files": files, "reports": [asdict(report) for report in reports], "sums": sums}
+        (self._temporary / "store.json").write_text(json.dumps(state), encoding="utf-8")
+        if self.folder.exists() and TokenStore.open(self.folder) is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            os.rename(self._temporary, self.folder)
+        except OSError:
+            if TokenStore.open(self.folder) is None:  # else another process was quicker, with the same rows
+                raise
+        store = TokenStore.open(self.folder)
+        assert store is not None
+        return store
+
+
+class TokenStore:
+    """Tokenised rows. `[i]` is a `Row` of numpy views; `take` gives a store of some of the rows."""
+
+    def __init__(self, arrays: dict[str, NDArray[Any]], files: list[str], reports: list[SourceReport], folder: Path,
+                 picked: NDArray[np.int64]) -> None:  # fmt: skip
+        self._arrays, self.files, self.reports, self.folder, self.picked = arrays, files, reports, folder, picked
+        starts = arrays["starts"]
+        self.lengths: NDArray[np.int64] = np.asarray(starts[picked + 1] - starts[picked])
+        self.source_of: NDArray[np.int32] = np.asarray(arrays["sources"][picked])
+        self.line_of: NDArray[np.int64] = np.asarray(arrays["lines"][picked])
+        self.keys: NDArray[np.uint64] = np.asarray(arrays["keys"][picked])
+        """Equal for equal conversations."""
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenStore | None:
+        """The store in this folder; None where there is none, or a broken one."""
+        try:
+            state = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+            for name, (size, checksum) in state["sums"].items():
+                if _checksum(folder / name) != [size, checksum]:
+                    return None
+            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if _is_filled(folder / f"{name}.npy") else None, allow_pickle=False)
+                      for name in ARRAYS}  # fmt: skip
+            reports = [SourceReport.from_dict(report) for report in state["reports"]]
+            return cls(arrays, state["files"], reports, folder, np.arange(len(arrays["starts"]) - 1))
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return None
+
+    def __len__(self) -> int:
+        return len(self.picked)
+
+    def __getitem__(self, index: int) -> Row:
+        row = self.picked[index]
+        start, end = self._arrays["starts"][row], self._arrays["starts"][row + 1]
+        # Arrays behave as the sequences that a `Row` holds.
+        return Row(cast(Sequence[int], self._arrays["ids"][start:end]), cast(Sequence[bool], self._arrays["says"][start:end]))
+
+    def take(self, rows: NDArray[np.int64]) -> TokenStore:
+        """A store of these rows, on the same arrays."""
+        return TokenStore(self._arrays, self.files, self.reports, self.folder, self.picked[rows])
+
+    def gold_of(self, index: int) -> str | None:
+        """The gold answer of a row."""
+        row = self.picked[index]
+        if not self._arrays["has_gold"][row]:
+            return None
+        start, end = self._arrays["gold_starts"][row], self._arrays["gold_starts"][row + 1]
+        return bytes(self._arrays["golds"][start:end]).decode()
+
+    def place_of(self, index: int) -> str:
+        """Where the row came from: `file:line`."""
+        return f"{self.files[int(self._arrays['files'][self.picked[index]])]}:{int(self.line_of[index])}"
+
+    def trained_of(self, index: int) -> int:
+        """How many tokens of the row are trained."""
+        return int(np.count_nonzero(self[index].says))
+
+    def dropped(self) -> Iterator[Fault]:
+        """Every row that was read and not used, with its reason."""
+        with (self.folder / "dropped.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                fault = json.loads(line)
+                yield Fault(fault["reason"], file=fault["file"], line=fault["line"])
+
+
+def _is_filled(path: Path) -> bool:
+    """An array without entries cannot be mapped: its file ends with the header."""
+    with path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        shape, _, _ = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else ((1,), False, None)
+    return bool(shape[0])
+
+
+def _checksum(path: Path) -> list[int]:
+    size, checksum = path.stat().st_size, 0
+    if size <= MOST_CHECKED:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                checksum = zlib.crc32(block, checksum)
+    return [size, checksum]
+
+
+def _unwritable(folder: Path, error: OSError) -> RunFailed:
+    return RunFailed(f"{folder}: the cache of tokenised rows cannot be written ({error.strerror or error}); "
+                     "free some space, or name another folder in LOWRANK_TUNE_CACHE")  # fmt: skip
