@@ -259,7 +259,7 @@ def newest(checkpoints: Path, emit: Emit) -> tuple[int, Snapshot] | None:
             aside = next(place for place in map(path.with_name, names) if not place.exists())
             with telling(aside):
                 os.replace(path, aside)
-            message = f"the checkpoint {path.name} is broken ({broken.reason}): set aside as {aside.name}, the one before it is taken"
+            message = f"the checkpoint {path.name} is broken ({broken.reason}): it was set aside as {aside.name}"
             emit(Note(message=message, level="warning"))
     return None
 

@@ -137,14 +137,16 @@ def test_death_at_every_call(tmp_path: Path, again: bool) -> None:
         assert sorted(path.name for path in folder.iterdir()) == (["step-1", "step-2"] if named or again else ["step-1"])
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
-def test_failure_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_failure_at_every_call(tmp_path: Path, number: int, again: bool) -> None:
     def fail() -> None:
         raise OSError(number, os.strerror(number))
 
     folder = tmp_path / "checkpoints"
-    write_atomically(folder / "step-1", snapshot(1))
-    for at in range(len(calls_of_a_save(tmp_path)) - 1):
+    for step in (1, 2) if again else (1,):
+        write_atomically(folder / f"step-{step}", snapshot(1))
+    for at in range(len(calls_of_a_save(tmp_path, again)) - 1):
         with pytest.MonkeyPatch.context() as patch:
             count_calls(patch, at, fail)
             with pytest.raises(UserError) as caught:
@@ -152,8 +154,8 @@ def test_failure_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert isinstance(caught.value, RunFailed) == (number in (errno.ENOSPC, errno.EIO))
         words = {errno.ENOSPC: "the disk is full", errno.EACCES: "permission denied", errno.EROFS: "read-only", errno.EIO: "error"}
         assert words[number] in str(caught.value) and "step-2" in str(caught.value) and "\n" not in str(caught.value)
-        assert [path.name for path in folder.iterdir()] == ["step-1"], at
-        assert equal(load(folder / "step-1"), snapshot(1))
+        assert sorted(path.name for path in folder.iterdir()) == (["step-1", "step-2"] if again else ["step-1"]), at
+        assert all(equal(load(path), snapshot(1)) for path in folder.iterdir())
 
 
 def test_a_limit_that_the_system_sets(tmp_path: Path) -> None:

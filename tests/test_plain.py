@@ -9,6 +9,7 @@ import pty
 import subprocess
 import sys
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ HOSTILE = [
     "a\rb\nc\x85d\u2028e",
     "\u202eabc\u2066",
     "\ud800",
+    "é 中 \U0001f600",
     "\x9b31m",
     "x" * 1_000_000,
 ]
@@ -126,7 +128,7 @@ def test_hostile_text_is_inert(text: str, encoding: str) -> None:
     events: list[Event] = [
         Sampled(step=1, prompt=text, completion=text, finish=text, gold=text), Note(message=f"{text[:2000]}|", level="warning"),
         RunStarted(name=text[:99], algorithm="sft", model=text[:99], roles={text[:99]: [text[:99]]}, reference=text[:99], steps=1),
-        Saved(step=1, path=f"x/{text[:99]}", seconds=0.0), Progress(what=text[:99], done=1, total=1), step(1, **{text[:99]: 1.0}),
+        Saved(step=1, path=f"x/{text[:99]}", seconds=0.0), Progress(what=text[:99], done=1, total=1), replace(step(1), stats={text[:99]: 1.0}),
         Validated(step=1, stats={text[:99]: 1.0}), RunEnded(status="failed", step=1, seconds=0.0, message=text[:99]),
     ]  # fmt: skip
     raw = io.BytesIO()
