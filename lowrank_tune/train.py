@@ -11,14 +11,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_tune import settings
 from lowrank_tune.errors import RunFailed
 from lowrank_tune.events import Emit, Note, StepDone
 from lowrank_tune.types import Algorithm, Batch, Mean, Stats, add_stats, to_floats
+
+if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
+    from lowrank_tune import settings
 
 FEW_MOVED, LOOKS_BEFORE_WARNING = 0.5, 3
 

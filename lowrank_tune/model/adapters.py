@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lowrank_tune import settings
 from lowrank_tune.errors import UserError
+
+if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
+    from lowrank_tune import settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

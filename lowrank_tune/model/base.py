@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
 import torch
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from lowrank_tune import settings
 from lowrank_tune.errors import UserError
+
+if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
+    from lowrank_tune import settings
 
 TINY = "tiny-tutor"
 
@@ -70,7 +72,7 @@ def load_base(wanted: settings.Base, tokenizer: Any, device: torch.device | None
         if wanted.bits == 4 and not quantised:
             arguments["quantization_config"] = nf4(device)
         model = AutoModelForCausalLM.from_pretrained(
-            place, config=config, use_safetensors=True, attn_implementation="sdpa", device_map={"": device},
+            place, config=config, use_safetensors=True, device_map={"": device},
             dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, **arguments)  # fmt: skip
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
     return freeze(model, tokenizer, name=wanted.model, revision=revision, bits=4 if quantised else wanted.bits)
