@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_tune import checkpoint
-from lowrank_tune.checkpoint import Broken, RunFolder, Snapshot, load, newest, rotate, write_atomically
+from lowrank_tune.checkpoint import Broken, RunFolder, Snapshot, load, newest, rotate, store, write_atomically
 from lowrank_tune.errors import RunFailed, UserError
 from lowrank_tune.events import Event, Note
 
@@ -245,7 +245,7 @@ def test_quarantine_takes_free_names_and_a_renamed_step_is_broken(tmp_path: Path
 
 def rewritten(folder: Path, **changes: Any) -> None:
     path = folder / "manifest.json"
-    path.write_bytes(checkpoint._manifest({**json.loads(path.read_bytes()), **changes}))
+    path.write_bytes(store._manifest({**json.loads(path.read_bytes()), **changes}))
 
 
 def test_newer_version_is_not_set_aside(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_manifest_cannot_reach_outside(tmp_path: Path) -> None:
     (tmp_path / "secret.json").write_text("1")
     for name in ("../secret.json", str(tmp_path / "secret.json")):
         target = write_atomically(tmp_path / "step-1", snapshot(1))
-        rewritten(target, files={name: {"size": 1, "blake2b": checkpoint._hash(b"1")}})
+        rewritten(target, files={name: {"size": 1, "blake2b": store._hash(b"1")}})
         with pytest.raises(Broken, match="outside"):
             load(target)
 

@@ -1,0 +1,141 @@
+"""The run folder: new, continued or refused, and locked against other processes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from lowrank_tune.checkpoint.files import finite, telling, tidy, write_all, write_file
+from lowrank_tune.errors import UserError
+from lowrank_tune.events import Emit, Note
+
+VERSION = 1
+_locks: set[int] = set()
+
+
+def _let_go_in_child() -> None:
+    """A forked worker would share the lock, and keep it when its parent is killed: the run could then not be continued."""
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+class RunFolder:
+    """A run's folder, locked against other processes until `close`. `continued` tells an unfinished run from a new one."""
+
+    def __init__(self, path: Path) -> None:
+        """Takes the folder as it is. Use `RunFolder.open`."""
+        self.path, self.continued = path, False
+        self.checkpoints, self.final = path / "checkpoints", path / "final"
+        self.events, self.samples = path / "events.jsonl", path / "samples.jsonl"
+        self.summary, self.console_log = path / "summary.json", path / "console.log"
+        self._lock: int | None = None
+
+    @classmethod
+    def open(cls, path: Path, recipe: dict[str, Any], text: str, differences: Callable[[dict[str, Any], dict[str, Any]], list[str]],
+             exact: bool, emit: Emit) -> Self:  # fmt: skip
+        """The folder for this recipe: new, or that of its unfinished run; beside a finished run the next free NAME-2, NAME-3.
+
+        `text` becomes `recipe.yaml`; `differences(old, new)` says in lines what forbids to continue; `exact`: the person named the folder.
+        Raises `UserError` for a run of another recipe, for a folder that is no run, for one in use or one that cannot be written.
+        """
+        if path.name in ("", ".."):
+            path = path.resolve()
+        for number in count(1):
+            folder = cls(path if number == 1 else path.with_name(f"{path.name}-{number}"))
+            if (state := folder._state()) == "foreign" and number == 1:
+                raise UserError(f"{path} exists and is no run: give another folder with --out")
+            if state in ("foreign", "finished"):
+                continue
+            try:
+                folder._take(emit)
+                if folder._state() == "finished":  # by another process, a moment ago
+                    folder.close()
+                    continue
+                folder._begin(recipe, text, differences)
+            except BaseException:
+                folder.close()
+                raise
+            if number > 1:
+                message = f"{path} holds a finished run and is left alone: this one goes to {folder.path}"
+                emit(Note(message=message, level="warning" if exact else "info"))
+            return folder
+        raise AssertionError("count never ends")
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step}"
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replaces the file in one instant. Raises `UserError` or `RunFailed`."""
+        write_file(self.path / name, text.encode("utf-8", "backslashreplace"))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """The same for a JSON value; numbers that are not finite become null."""
+        self.write_text(name, json.dumps(finite(value), indent=2) + "\n")
+
+    def close(self) -> None:
+        """Lets other processes have the folder."""
+        if self._lock in _locks:
+            _locks.remove(self._lock)
+            os.close(self._lock)  # its children have closed theirs
+        self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _state(self) -> Literal["new", "unfinished", "finished", "foreign"]:
+        with telling(self.path):
+            if not os.path.lexists(self.path):
+                return "new"
+            names = {name for name in os.listdir(self.path) if name != ".lock" and not name.startswith(".tmp-")}
+        if not names:
+            return "new"  # or a process died right after it had made it
+        if "run.json" not in names:
+            return "foreign"
+        with suppress(OSError, ValueError, AttributeError):
+            if json.loads(self.summary.read_bytes()).get("status") == "done":
+                return "finished"
+        return "unfinished"
+
+    def _take(self, emit: Emit) -> None:
+        with telling(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            _locks.add(self._lock)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                process = os.read(self._lock, 20).decode(errors="replace").strip()
+                raise UserError(f"{self.path} is being written by {f'process {process}' if process else 'another process'}") from error
+            except OSError as error:
+                emit(Note(message=f"{self.path} cannot be locked ({error.strerror}): start no second run in it", level="warning"))
+            os.ftruncate(self._lock, 0)
+            write_all(self._lock, f"{os.getpid()}\n".encode())
+
+    def _begin(self, recipe: dict[str, Any], text: str, differences: Callable[[dict[str, Any], dict[str, Any]], list[str]]) -> None:
+        """Checks that an unfinished run may be continued, and writes what the folder is. `run.json` comes first: it makes it a run."""
+        cures = f"Give another folder with --out, or delete {self.path}."
+        if self._state() == "unfinished":
+            try:
+                old = json.loads((self.path / "run.json").read_bytes())["recipe"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{self.path / 'run.json'} cannot be understood. {cures}") from error
+            if lines := differences(old, recipe):
+                told = "".join(f"\n  {line}" for line in lines)
+                raise UserError(f"{self.path} holds an unfinished run of another recipe:{told}\n{cures}")
+            self.continued = True
+        tidy(self.path)
+        self.write_json("run.json", {"version": VERSION, "recipe": recipe})
+        self.write_text("recipe.yaml", text)
