@@ -1,0 +1,205 @@
+"""Tiny random models for the law tests: built here, saved, and read back through `load_base`, so that NF4 is the real one."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lowrank_tune import settings
+from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.sft import SFT
+from lowrank_tune.model.adapters import lora_config
+from lowrank_tune.model.base import Base, freeze, load_base
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.types import Batch
+
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+CPU = torch.device("cpu")
+VOCAB = 97
+TOKENIZER = SimpleNamespace(eos_token_id=1)
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []
+
+SMALL: dict[str, Any] = dict(
+    vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    max_position_embeddings=256, pad_token_id=0, bos_token_id=2, eos_token_id=1, tie_word_embeddings=False)  # fmt: skip
+BY_KIND: dict[str, dict[str, Any]] = {
+    "gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "sliding_window": 64},
+    "gemma3_text": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "sliding_window": 64},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+    "gpt_neo": {"attention_types": [[["global"], 2]], "num_layers": 2, "num_heads": 4},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
+}
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "cohere", "granite", "phi", "gpt_neox", "olmo2", "smollm3")
+
+
+def random_model(kind: str = "llama", seed: int = 0, gain: float = 4.0, **changes: Any) -> Any:
+    """A random causal model. Its head is `gain` times as large as usual, so that its distributions are far from flat."""
+    wanted = SMALL | BY_KIND.get(kind, {}) | changes
+    if kind == "gpt2":
+        wanted = {key: value for key, value in wanted.items() if key.startswith("n_") or key in ("vocab_size", *changes) or "token_id" in key}
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **wanted)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms and biases too, or a dropped one would not be seen
+                parameter += 0.1 * torch.randn_like(parameter)
+            elif "embed" in name or "wte" in name or "wpe" in name or "lm_head" in name or "embed_out" in name:
+                parameter.normal_(0, 0.3)
+            else:
+                parameter.normal_(0, 0.15)
+        head = model.get_output_embeddings()
+        if not config.get_text_config().tie_word_embeddings:
+            head.weight.mul_(gain / 3)
+    return model.eval()
+
+
+@functools.cache
+def folder_of(kind: str = "llama", seed: int = 0) -> str:
+    """The folder of a saved random model; it lives as long as the process."""
+    place = tempfile.TemporaryDirectory(prefix="lt-model-")
+    _KEPT.append(place)
+    random_model(kind, seed).save_pretrained(place.name)
+    return place.name
+
+
+def load(bits: int = 4, kind: str = "llama", seed: int = 0) -> Base:
+    """A fresh base, through the door that users take."""
+    return load_base(settings.Base(model=folder_of(kind, seed), bits=bits), TOKENIZER, CPU)  # type: ignore[arg-type]
+
+
+def whole(kind: str, **changes: Any) -> Base:
+    """An unquantised base without the trip over the disk."""
+    return freeze(random_model(kind, **changes), TOKENIZER, name=kind, bits=16)
+
+
+def roles_over(base: Base, lower: Sequence[str] = (), dropout: float = 0.0, checkpointing: bool = False, seed: int = 0,
+               trainable: Sequence[str] = ("policy",), stacks: Mapping[str, list[str]] | None = None, extra: Sequence[str] = (),
+               **lora: Any) -> Roles:  # fmt: skip
+    """Roles with `policy` on top of `lower`; `extra` are further adapters."""
+    wanted = settings.Adapter(**{"r": 4, "alpha": 16.0, "dropout": dropout} | lora)
+    names = (*lower, "policy", *extra)
+    if base.model.config.model_type == "gpt2":  # its layers are Conv1D, which settings do not name
+        configs = {name: LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM") for name in names}
+    else:
+        configs = {name: lora_config(wanted, base.model) for name in names}
+    stacks = stacks or {"policy": [*lower, "policy"], "reference": list(lower)}
+    return Roles(base, configs, trainable=trainable, stacks=stacks, checkpointing=checkpointing, seed=seed)
+
+
+def llama_roles(bits: int = 4, **more: Any) -> Roles:
+    return roles_over(load(bits), **more)
+
+
+def shake(roles: Roles, *names: str, seed: int = 1, size: float = 0.1) -> None:
+    """Gives adapters weights that matter: a fresh B is zero."""
+    stream = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name in names:
+            for key, parameter in roles.base.model.named_parameters():
+                if f".lt_{name}." in key:
+                    parameter.copy_(size * torch.randn(parameter.shape, generator=stream))
+
+
+def make_batch(rows: Sequence[Sequence[int]], says: Sequence[Sequence[bool]] | None = None, pad: int = 0, left: bool = False,
+               more: int = 0, filler: int | None = None) -> Batch:  # fmt: skip
+    """Rows padded by hand to their longest plus `more`; padding slots hold `filler`."""
+    width = max(map(len, rows)) + more
+    ids = torch.full((len(rows), width), pad if filler is None else filler)
+    attended, mask = torch.zeros(len(rows), width, dtype=torch.bool), torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, where] = torch.tensor(list(row), dtype=torch.long)
+        attended[i, where] = True
+        mask[i, where] = True if says is None else torch.tensor(list(says[i]), dtype=torch.bool)
+    return Batch(ids, attended, mask)
+
+
+def ragged(lengths: Sequence[int] = (9, 3, 12, 1, 7, 5, 2, 11), seed: int = 0, unscored: Sequence[int] = (4,), vocab: int = VOCAB) -> Batch:
+    """Rows of these lengths, about two tokens in three scored, none in the rows `unscored`."""
+    stream = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(2, vocab, (length,), generator=stream).tolist() for length in lengths]
+    draws = [(torch.rand(length, generator=stream) < 0.67).tolist() for length in lengths]
+    says = [[False] * len(draw) if i in unscored else draw for i, draw in enumerate(draws)]
+    return make_batch(rows, says)
+
+
+def sft_over(roles: Roles, batch: Batch | None = None) -> SFT:
+    return SFT(Kit(roles, lambda step: batch if batch is not None else ragged(seed=step)))
+
+
+def weighted(algorithm: SFT, batch: Batch) -> Batch:
+    batch.weight = algorithm.weigh(batch)
+    return batch
+
+
+def gradients(roles: Roles, role: str = "policy") -> Tensor:
+    """All gradients of a role as one vector; a missing one counts as NaN, so that it equals nothing."""
+    return torch.cat([(torch.full_like(p, torch.nan) if p.grad is None else p.grad).flatten() for p in roles.parameters(role)])
+
+
+def clear(roles: Roles) -> None:
+    for parameter in roles.base.model.parameters():
+        parameter.grad = None
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    """Relative distance; infinite where one of them is not finite or has another shape."""
+    if a.shape != b.shape:
+        return float("inf")
+    distance = float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
+    return distance if distance == distance else float("inf")
+
+
+def all_tensors(model: Any) -> dict[str, Tensor]:
+    """A copy of every parameter and buffer."""
+    return {name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
+    """Names whose bytes differ, or that only one of the two has."""
+    both = before.keys() & after.keys()
+    return {n for n in before.keys() ^ after.keys()} | {n for n in both if not same_bytes(before[n], after[n])}
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8)))
+
+
+@contextmanager
+def counting(roles: Roles) -> Iterator[list[int]]:
+    """Counts how often the decoder's first layer runs its attention, recomputations too. (The layer's own hooks lie outside the
+    checkpoint in one end of transformers and inside in the other; those of a module within the layer always run.)"""
+    count = [0]
+
+    def one_more(*_: Any) -> None:
+        count[0] += 1
+
+    inside = next(m for name, m in roles.base.model.named_modules() if name.endswith(("layers.0.self_attn", "layers.0.attention", "h.0.attn")))
+    handle = inside.register_forward_hook(one_more)
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+def write(folder: Path, files: Mapping[str, str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
