@@ -1,0 +1,353 @@
+"""An SFT step side by side: lowrank_tune's own loop, hand-written loops on the same PEFT model, and TRL's SFTTrainer.
+
+    PYTHONPATH=. python benchmarks/sft.py                # fp32; about 4 minutes
+    PYTHONPATH=. python benchmarks/sft.py --nf4          # an NF4 base
+    PYTHONPATH=. python benchmarks/sft.py --quick        # seconds; figures mean little
+
+All train the same base from the same adapters on the same batches in the same order, gradient checkpointing off, AdamW fused, linear
+schedule, clipping at 1. Each lives in a process of its own. They work in turns, a block of steps at a time, in changing order, so that
+whatever else the machine does hits all of them; a ratio is between blocks of one turn. Ours logs its first and last step (KL to the base
+is measured there): neither is in a block. The loss curves must agree to 1e-4 at every step.
+
+    ours           train.Loop, algorithms.sft.SFT, model.roles.Roles, 8 rows at once as the others
+    ours-micro4    the same with the kit's default of 4 rows at once, sorted by length
+    ours-logging   as `ours`, but every step is a logging step (the default of `train.log_every`)
+    hand           model(ids, attention_mask).logits at all positions, cross_entropy over them
+    hand-lean      the best simple one: no attention mask (rows are padded on the right), the head on scored tokens only
+    trl            SFTTrainer as fast as its settings go: no checkpointing, fp32 adapters, no padding to a multiple, logging every 10
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from common import MEAN_LENGTH, memory_mib, ragged_rows, small_config
+
+ROWS, RATE, RANK, ALPHA = 8, 1e-3, 16, 32
+WARM_UP, COOL_DOWN = 2, 1
+CURVE, CURVE_STEPS = 1e-4, 20
+TARGETS = {"hand": 1.10, "hand-lean": 1.10, "trl": 0.6}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a contender is told."""
+
+    folder: str
+    nf4: bool
+    steps: int
+    block: int
+    threads: int
+
+    def batches(self) -> Iterator[list[tuple[list[int], list[bool]]]]:
+        rows = ragged_rows(self.steps * ROWS)
+        return (rows[start : start + ROWS] for start in range(0, len(rows), ROWS))
+
+
+@dataclass
+class Turns:
+    """Called after each step by a contender: at the border of a block it hands over its time and waits for its next turn."""
+
+    pipe: Connection
+    task: Task
+    done: int = 0
+    cpu: float = 0.0
+    wall: float = 0.0
+
+    def __call__(self) -> None:
+        self.done += 1
+        timed = self.done - WARM_UP
+        if timed < 0 or timed % self.task.block or self.done > self.task.steps - COOL_DOWN:
+            return
+        self.pipe.send((time.process_time() - self.cpu, time.perf_counter() - self.wall))
+        if self.done < self.task.steps - COOL_DOWN:
+            self.pipe.recv()
+        self.cpu, self.wall = time.process_time(), time.perf_counter()
+
+
+def load_model(task: Task) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lowrank_tune.model.base import nf4
+
+    extra = {"quantization_config": nf4(torch.device("cpu"))} if task.nf4 else {}
+    return AutoModelForCausalLM.from_pretrained(task.folder, dtype=torch.float32, attn_implementation="sdpa", **extra)
+
+
+def same_adapters(model: Any) -> None:
+    """Fills the LoRA matrices with the same numbers whoever made them, and makes them fp32."""
+    import torch
+
+    for number, (name, parameter) in enumerate((n, p) for n, p in model.named_parameters() if "lora_" in n):
+        parameter.data = parameter.data.float()
+        if "lora_A" in name:
+            bound = parameter.shape[1] ** -0.5
+            parameter.data.uniform_(-bound, bound, generator=torch.Generator().manual_seed(number))
+        else:
+            parameter.data.zero_()
+
+
+def pad(rows: list[tuple[list[int], list[bool]]]) -> tuple[Any, Any, Any]:
+    """ids, attended, says; padded on the right."""
+    import torch
+
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in rows])
+    says = torch.tensor([row + [False] * (width - len(row)) for _, row in rows])
+    attended = torch.arange(width) < torch.tensor([len(row) for row, _ in rows])[:, None]
+    return ids, attended, says
+
+
+def ours(task: Task, turn: Callable[[], None], micro: int = ROWS, log_every: int = 1_000_000) -> list[float]:
+    import torch
+
+    from lowrank_tune import settings
+    from lowrank_tune.algorithms.kit import Kit
+    from lowrank_tune.algorithms.sft import SFT
+    from lowrank_tune.events import StepDone
+    from lowrank_tune.model.adapters import lora_config
+    from lowrank_tune.model.base import load_base
+    from lowrank_tune.model.roles import Roles
+    from lowrank_tune.train import Loop, make_optimizer
+    from lowrank_tune.types import Batch
+
+    device = torch.device("cpu")
+    base = load_base(settings.Base(model=task.folder, bits=4 if task.nf4 else 16), tokenizer=None, device=device)
+    config = lora_config(settings.Adapter(r=RANK, alpha=ALPHA), base.model)
+    roles = Roles(base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []})
+    same_adapters(base.model)
+    train = settings.Train(steps=task.steps, rows_per_step=ROWS, micro_batch_size=micro, learning_rate=RATE, schedule="linear",
+                           gradient_checkpointing=False, log_every=log_every)  # fmt: skip
+    batches, losses = task.batches(), []
+    algorithm = SFT(Kit(roles, lambda step: Batch(*pad(next(batches)))))
+    parameters = roles.parameters("policy")
+
+    def emit(event: Any) -> None:
+        if isinstance(event, StepDone):
+            losses.append(event.stats["loss"])
+
+    Loop(algorithm, parameters, make_optimizer(parameters, train, device), train, task.steps, 0, device, emit, lambda *_: turn()).run()
+    return losses
+
+
+def ours_micro4(task: Task, turn: Callable[[], None]) -> list[float]:
+    return ours(task, turn, micro=4)
+
+
+def ours_logging(task: Task, turn: Callable[[], None]) -> list[float]:
+    return ours(task, turn, log_every=1)
+
+
+def hand(task: Task, turn: Callable[[], None], lean: bool = False) -> list[float]:
+    import torch
+    import torch.nn.functional as F
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(load_model(task), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
+    same_adapters(model)
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / task.steps)
+    plain = model.get_base_model()
+    losses = []
+    for rows in task.batches():
+        ids, attended, says = pad(rows)
+        if lean:
+            hidden = plain.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+            logits, targets = plain.lm_head(hidden[says[:, 1:]]), ids[:, 1:][says[:, 1:]]
+        else:
+            logits = model(input_ids=ids, attention_mask=attended.long(), use_cache=False).logits[:, :-1].flatten(0, 1)
+            targets = torch.where(says, ids, -100)[:, 1:].flatten()
+        loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / says[:, 1:].sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        turn()
+    return losses
+
+
+def hand_lean(task: Task, turn: Callable[[], None]) -> list[float]:
+    return hand(task, turn, lean=True)
+
+
+def trl(task: Task, turn: Callable[[], None]) -> list[float]:
+    import datasets
+    from peft import LoraConfig
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Turn(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            turn()
+
+    class Kept(SFTTrainer):  # type: ignore[misc]
+        kept: list[Any] = []
+
+        def compute_loss(self, *arguments: Any, **named: Any) -> Any:
+            loss = super().compute_loss(*arguments, **named)
+            self.kept.append(loss.detach())
+            return loss
+
+    rows = [{"input_ids": ids, "labels": [token if say else -100 for token, say in zip(ids, says, strict=True)]}
+            for batch in task.batches() for ids, says in batch]  # fmt: skip
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, "<end>")),
+                                    pad_token="<pad>", eos_token="<end>")  # fmt: skip
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as out:
+        config = SFTConfig(
+            output_dir=out, max_steps=task.steps, per_device_train_batch_size=ROWS, learning_rate=RATE, lr_scheduler_type="linear",
+            warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused", gradient_checkpointing=False, bf16=False,
+            use_cpu=True, logging_steps=10, report_to="none", save_strategy="no", train_sampling_strategy="sequential", max_length=None,
+            pad_to_multiple_of=None, dataloader_pin_memory=False, disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True})  # fmt: skip
+        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0)
+        trainer = Kept(load_model(task), config, train_dataset=datasets.Dataset.from_list(rows), processing_class=words,
+                       peft_config=lora, callbacks=[Turn()])  # fmt: skip
+        same_adapters(trainer.model)
+        trainer.train()
+    return [float(loss) for loss in trainer.kept]
+
+
+CONTENDERS: dict[str, Callable[[Task, Callable[[], None]], list[float]]] = {
+    "ours": ours, "ours-micro4": ours_micro4, "ours-logging": ours_logging, "hand": hand, "hand-lean": hand_lean, "trl": trl}  # fmt: skip
+
+
+def work(name: str, task: Task, pipe: Connection) -> None:
+    """A contender's process."""
+    import os
+    import warnings
+
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    warnings.filterwarnings("ignore")
+    import contextlib
+
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(task.threads)
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):  # the trainer prints its log lines
+        losses = CONTENDERS[name](task, Turns(pipe, task))
+    pipe.send((losses, memory_mib()))
+
+
+@dataclass
+class Record:
+    """What a contender did: CPU and wall seconds a step of each block, losses, peak memory."""
+
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    peak_mib: float = 0.0
+
+
+def compete(names: list[str], task: Task, repeats: int) -> dict[str, Record]:
+    context = multiprocessing.get_context("spawn")
+    pipes, processes, records = {}, [], {name: Record() for name in names}
+    for name in names:
+        here, there = context.Pipe()
+        process = context.Process(target=work, args=(name, task, there), daemon=True)
+        process.start()
+        there.close()
+        here.recv()  # the warm-up is over, and the process waits
+        pipes[name] = here
+        processes.append(process)
+    for repeat in range(repeats):
+        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+            pipes[name].send(None)
+            cpu, wall = pipes[name].recv()
+            records[name].cpu.append(cpu / task.block)
+            records[name].wall.append(wall / task.block)
+            if repeat == repeats - 1:
+                records[name].losses, records[name].peak_mib = pipes[name].recv()
+    for process in processes:
+        process.join()
+    return records
+
+
+def save_base(folder: str) -> None:
+    """In a process of its own, so that this one stays small."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(small_config()).save_pretrained(folder)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("contenders", nargs="*", help=f"which ones; all where none is named: {', '.join(CONTENDERS)}")
+    parser.add_argument("--nf4", action="store_true", help="an NF4 base, double-quantised")
+    parser.add_argument("--repeats", type=int, default=7, help="turns")
+    parser.add_argument("--block", type=int, default=4, help="steps of a turn")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each contender; only one works at a time")
+    parser.add_argument("--quick", action="store_true", help="5 turns of 4 steps, ours and hand-lean only: enough for the curves")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there too")
+    options = parser.parse_args(arguments)
+    repeats, names = (5, ["ours", "hand-lean"]) if options.quick else (options.repeats, list(CONTENDERS))
+    names = options.contenders or names
+    if set(names) - set(CONTENDERS):
+        parser.error(f"no contender {', '.join(set(names) - set(CONTENDERS))}; there are {', '.join(CONTENDERS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        saving = multiprocessing.get_context("spawn").Process(target=save_base, args=(folder,))
+        saving.start()
+        saving.join()
+        task = Task(folder, options.nf4, WARM_UP + repeats * options.block + COOL_DOWN, options.block, options.threads)
+        records = compete(names, task, repeats)
+    report(records, task)
+    if options.json:
+        Path(options.json).write_text(json.dumps({name: vars(record) for name, record in records.items()}, indent=2) + "\n", encoding="utf-8")
+    return 0 if curves_agree(records) else 1
+
+
+def worst_difference(records: dict[str, Record]) -> float:
+    curves = [record.losses for record in records.values()]
+    return max(max(losses) - min(losses) for losses in zip(*curves, strict=True))
+
+
+def curves_agree(records: dict[str, Record]) -> bool:
+    return min(len(record.losses) for record in records.values()) >= CURVE_STEPS and worst_difference(records) <= CURVE
+
+
+def report(records: dict[str, Record], task: Task) -> None:
+    print(f"{ROWS} rows a step, {MEAN_LENGTH} tokens a row in the mean, {'NF4' if task.nf4 else 'fp32'} base, {task.threads} thread(s), "
+          f"{len(next(iter(records.values())).cpu)} turns of {task.block} steps")  # fmt: skip
+    print(f"{'':<14}{'CPU s a step':>22}{'wall s a step':>22}{'peak MiB':>10}   ours against it: CPU, wall (median of turns)")
+    for name, record in records.items():
+        cells = [f"{min(times):.3f} / {statistics.median(times):.3f}" for times in (record.cpu, record.wall)]
+        print(f"{name:<14}{cells[0]:>22}{cells[1]:>22}{record.peak_mib:>10.0f}   {against(records, name)}")
+    print("(seconds: least / median)")
+    curve = next(iter(records.values())).losses
+    print(f"loss {curve[0]:.6f} -> {curve[-1]:.6f} over {len(curve)} steps; the curves differ by at most {worst_difference(records):.1e}: "
+          + ("equal to 1e-4" if curves_agree(records) else f"NOT shown equal to {CURVE:.0e} over {CURVE_STEPS} steps"))  # fmt: skip
+
+
+def against(records: dict[str, Record], name: str) -> str:
+    if "ours" not in records or name == "ours":
+        return ""
+    mine, other = records["ours"], records[name]
+    cpu, wall = (statistics.median(a / b for a, b in zip(x, y, strict=True)) for x, y in ((mine.cpu, other.cpu), (mine.wall, other.wall)))
+    target = f"  (target at most {TARGETS[name]:.2f})" if name in TARGETS else ""
+    return f"{cpu:.2f}, {wall:.2f}{target}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
