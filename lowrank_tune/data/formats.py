@@ -126,6 +126,8 @@ def _read_sharegpt(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
 def _read_alpaca(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
     turns = _system(row, columns)
     history = row.get(columns.get("history", "history")) or ()
+    if not isinstance(history, Sequence) or isinstance(history, str):
+        raise RowFault("`history` is no list of pairs")
     for pair in history:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise RowFault("`history` is no list of pairs")

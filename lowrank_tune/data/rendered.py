@@ -232,12 +232,14 @@ class OwnTemplate:
         for talk in talks:
             wanted.append((talk, prompt))
             for index in _answers(talk):
-                wanted += [(talk[:index], True), (talk[: index + 1], False)]
+                wanted.append((talk[:index], True))
+                if index + 1 < len(talk):
+                    wanted.append((talk[: index + 1], False))
         texts = iter(self._render_all(wanted))
         out: list[Rendered | RowFault] = []
         for row, talk in zip(rows, talks, strict=True):
             whole = next(texts)
-            parts = [(next(texts), next(texts)) for _ in _answers(talk)]
+            parts = [(next(texts), next(texts) if index + 1 < len(talk) else whole) for index in _answers(talk)]
             if not all(is_text(message.content) for message in row):
                 out.append(RowFault(NOT_TEXT))
             elif fault := next((text for text in (whole, *(text for pair in parts for text in pair)) if isinstance(text, RowFault)), None):

@@ -63,18 +63,23 @@ class StoreWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._tokens = self._gold_bytes = 0
+
+    def __enter__(self) -> Self:
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.", suffix=".tmp", dir=self.folder.parent))
+            self._start()
         except OSError as error:
-            raise _unwritable(folder.parent, error) from error
+            if hasattr(self, "_temporary"):
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            raise _unwritable(self.folder.parent, error) from error
+        return self
+
+    def _start(self) -> None:
         self._arrays = {name: ArrayFile(self._temporary / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
         self._dropped = (self._temporary / "dropped.jsonl").open("w", encoding="utf-8")
         self._arrays["starts"].append([0])
         self._arrays["gold_starts"].append([0])
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         files: list[IO[Any]] = [*(array.file for array in self._arrays.values()), self._dropped]

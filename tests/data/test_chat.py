@@ -1,0 +1,176 @@
+"""Templates: the mask is the answer and its end token, a prompt is the beginning of its row, and data holds no control tokens."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers_for_tests import CHATML, MARKS, REAL, TINY, tiny, tokenizer
+
+from lowrank_tune.data import RowFault, Template
+from lowrank_tune.errors import UserError
+from lowrank_tune.tutor import text as kit
+from lowrank_tune.types import Message, Row
+
+ENDS = {"kit": f"{kit.END_OF_TURN}{kit.EOS}", "llama3": "<|eot|>", "no system": "<|eot|>", "chatml": "<|im_end|>", "thinking": "<|im_end|>",
+        "tokenizers/smollm2-135m-instruct": "<|im_end|>", "tokenizers/gpt2": "<|endoftext|>"}  # fmt: skip
+TEMPLATES: dict[str, Template] = {}
+
+
+def talk(*contents: str) -> list[Message]:
+    return [Message("assistant" if place % 2 else "user", content) for place, content in enumerate(contents)]
+
+
+def said(template: Template, row: Row) -> str:
+    """What the mask covers, stretch by stretch."""
+    stretches = [[number for number, _ in run] for says, run in groupby(zip(row.ids, row.says, strict=True), key=lambda pair: pair[1]) if says]
+    return "".join(template.decode(stretch, marks=True) for stretch in stretches)
+
+
+def template_of(name: str) -> Template:
+    """Made once: the real vocabularies take seconds."""
+    if name not in TEMPLATES:
+        TEMPLATES[name] = Template.of(tokenizer(name))
+    return TEMPLATES[name]
+
+
+@pytest.mark.parametrize("name", [*TINY, *REAL])
+def test_mask_is_answer_and_end(name: str) -> None:
+    template = template_of(name)
+    end = ENDS.get(name, "</s>")
+    row = template.encode(talk("What is 12 + 30?", "It is 42."))
+    assert said(template, row) == f"It is 42.{end}"
+    assert len(row.ids) == len(row.says)
+    last = [number for number, says in zip(row.ids, row.says, strict=True) if says][-1]
+    assert last in template.end_ids, "a model that learned this would never stop"
+
+
+@pytest.mark.parametrize("name", [*TINY, *REAL])
+def test_every_turn_is_trained(name: str) -> None:
+    template = template_of(name)
+    row = template.encode(talk("What is 1 + 2?", "It is 3.", "And 4?", "It is 7."))
+    end = ENDS.get(name, "</s>")
+    first = kit.END_OF_TURN if name == "kit" else "" if name == "no end" else end
+    assert said(template, row) == f"It is 3.{first}It is 7.{end}"
+
+
+@pytest.mark.parametrize("name", [*TINY, *REAL])
+def test_at_most_one_bos_and_one_end(name: str) -> None:
+    made = template_of(name).tokenizer
+    row = template_of(name).encode(talk("Hm?", "Yes."))
+    if made.bos_token_id != made.eos_token_id and "smollm2" not in name:
+        assert list(row.ids).count(made.bos_token_id) <= 1
+    assert sum(number == made.eos_token_id and says for number, says in zip(row.ids, row.says, strict=True)) == 1
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "thinking", "merging", "tokenizers/smollm2-135m-instruct"])
+def test_ids_are_the_stock_ids(name: str) -> None:
+    made = template_of(name).tokenizer
+    messages = talk("What is 12 + 30?", "It is 42.", "Why?", "Because.")
+    stock = made.apply_chat_template([vars(message) for message in messages], tokenize=True)["input_ids"]
+    assert list(template_of(name).encode(messages).ids) == stock
+
+
+def test_thoughts_that_are_stripped_later_are_not_trained_earlier() -> None:
+    template = Template.of(tokenizer("thinking"))
+    row = template.encode(talk("One?", "<think> a </think>\nYes.", "Two?", "<think> b </think>\nNo."))
+    assert said(template, row) == "<think> b </think>\nNo.<|im_end|>"
+    assert "only the last answer" in template.describe()
+    assert "only the last answer" not in Template.of(tokenizer("chatml")).describe()
+
+
+def test_system_turns() -> None:
+    ruled = [Message("system", "Be brief."), *talk("Hm?", "Yes.")]
+    for name in TINY:
+        template = template_of(name)
+        row = template.encode(ruled)
+        assert "Be brief." in template.decode(row.ids, marks=True) or name == "merging", name
+        assert said(template, row).startswith("Yes.")
+    folded = Template.of(tokenizer("no system"))
+    assert "Be brief.\n\nHm?" in folded.decode(folded.encode(ruled).ids, marks=True)
+
+
+def test_template_that_renders_nothing_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="chat template"):
+        Template.of(tiny("{{ raise_exception('never') }}"))
+
+
+PIECES = [*"ab 1$:)(\n]['", "  ", "It", "é", "👍🏽", "\u2028", "\x00", *MARKS, kit.USER, kit.EOS]
+contents = st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map("".join)
+
+
+@pytest.mark.parametrize("name", [*TINY, *REAL])
+@settings(max_examples=25)
+@given(turns=st.lists(contents.filter(lambda text: text.strip() != ""), min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0))
+@example(turns=["</s>", "</s>", "a<|im_end|>", "1</s>b"])
+@example(turns=["$", "$", ":", ")"])
+def test_prompt_is_the_beginning_and_no_control_token_comes_from_data(name: str, turns: list[str]) -> None:
+    template = template_of(name)
+    messages = talk(*turns)
+    row = template.encode_many([messages])[0]
+    if isinstance(row, RowFault):
+        assert template.spoils(messages) is not None
+        return
+    prompt = template.prompt(messages[:-1])
+    assert list(row.ids[: len(prompt)]) == prompt
+    assert not any(row.says[:0]) and any(row.says[len(prompt) :])
+    plain = template.encode(talk(*["x" for _ in turns]))
+    count = [sum(template.marks_in([number]) for number in each.ids) for each in (row, plain)]
+    assert count[0] == count[1], "a control token came out of the text, or one was lost"
+    words = template.decode([number for number, says in zip(row.ids[len(prompt) :], row.says[len(prompt) :], strict=True) if says], marks=True)
+    if name in ("kit", "chatml", "thinking", "words", "tokenizers/gpt2", "tokenizers/smollm2-135m-instruct"):
+        assert words == turns[-1] + ENDS.get(name, "</s>")
+
+
+def test_many_equal_one_by_one() -> None:
+    rows = [talk("a", "b"), talk("</s>", "It is"), talk("1", "2", "3", "4"), talk("\ud800", "x"), talk("x :", ") y")]
+    for name in TINY:
+        template = template_of(name)
+        together = template.encode_many(rows)
+        alone = [template.encode_many([row])[0] for row in rows]
+        assert [vars(row) if isinstance(row, Row) else row.reason for row in together] == [
+            vars(row) if isinstance(row, Row) else row.reason for row in alone], name  # fmt: skip
+        assert isinstance(together[3], RowFault) and isinstance(together[0], Row)
+
+
+def test_merged_edge_keeps_the_prompt() -> None:
+    """The tiny vocabulary merges "] " or the like across an edge somewhere; the stock encoding would then change the prompt."""
+    made, crossed = tokenizer("merging"), 0
+    template = Template.of(made)
+    for answer in ("It is", "]", " the", "$5", "\n\n", "(a", "INST"):
+        prompt, row = template.prompt(talk("a")), template.encode(talk("a", answer + "."))
+        assert list(row.ids[: len(prompt)]) == prompt
+        assert said(template, row) == f"{answer}.</s>"
+    made.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}")
+    template = Template.of(made)
+    for question, answer in (("What i", "s 12"), ("It", " is"), ("\n", "\nthe end")):
+        stock = made(f"<s>{question}{answer}</s>", add_special_tokens=False)["input_ids"]
+        row = template.encode(talk(question, answer))
+        prompt = template.prompt(talk(question))
+        assert said(template, row) == f"{answer}</s>" and list(row.ids[: len(prompt)]) == prompt
+        crossed += list(row.ids) != stock
+    assert crossed, "the test's own merges are gone"
+
+
+def test_words_reject_their_markers() -> None:
+    template = Template.of(tokenizer("words"))
+    assert "marker" in str(template.spoils(talk("a\n\nUser:\nb", "c")))
+    assert isinstance(template.encode_many([talk("a", "b\nAssistant: c")])[0], RowFault)
+    assert template.spoils(talk("The user: me", "b")) is None
+    with pytest.raises(UserError, match="marker"):
+        template.prompt(talk("User:\nb"))
+
+
+def test_fingerprint_follows_the_template() -> None:
+    fingerprints = [Template.of(tiny(template)).fingerprint for template in (CHATML, CHATML, CHATML.replace("\n", " "), None)]
+    assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 3
+
+
+def test_shared_tokenizer_is_left_alone() -> None:
+    made = tokenizer("chatml")
+    before = made.backend_tokenizer.to_str(), made.backend_tokenizer.encode_special_tokens
+    Template.of(made).encode(talk("</s>", "b"))
+    assert (made.backend_tokenizer.to_str(), made.backend_tokenizer.encode_special_tokens) == before

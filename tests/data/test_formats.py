@@ -1,0 +1,113 @@
+"""Shapes of rows: what is read, what is refused and why, and where the gold answer stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowrank_tune.data import RowFault, detect, to_conversation
+from lowrank_tune.data.gold import last_boxed, last_number
+from lowrank_tune.errors import UserError
+
+Q, A = "What is 2 + 3?", "It is 5."
+CHAT = [{"role": "user", "content": Q}, {"role": "assistant", "content": A}]
+GPT = [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]
+GOOD = {
+    "messages": [{"messages": CHAT}, {"messages": CHAT, "prompt": Q}, {"messages": CHAT, "problem": Q, "solution": A}],
+    "sharegpt": [{"conversations": GPT}, {"conversations": CHAT}, {"conversations": GPT, "system": ""}],
+    "alpaca": [{"instruction": Q, "input": "", "output": A}, {"instruction": "What is", "input": "2 + 3?", "output": A}],
+    "prompt_completion": [{"prompt": Q, "completion": A}, {"prompt": CHAT[:1], "completion": CHAT[1:]}],
+    "question_answer": [{"question": Q, "answer": A}, {"query": Q, "response": A}, {"problem": Q, "generated_solution": A}],
+}
+
+
+@pytest.mark.parametrize(("shape", "row"), [(shape, row) for shape, rows in GOOD.items() for row in rows])
+def test_shapes(shape: str, row: dict[str, Any]) -> None:
+    assert detect(row) == shape
+    made = to_conversation(row, shape, {})
+    question = "What is\n\n2 + 3?" if row.get("input") else Q
+    assert [(message.role, message.content) for message in made.messages] == [("user", question), ("assistant", A)]
+
+
+def test_columns() -> None:
+    row = {"problem": "p", "messages": CHAT, "rationale": "because", "Answer": 51.0}
+    assert detect(row) == "messages"
+    columns = {"question": "problem", "answer": "rationale"}
+    assert detect(row, columns) == "question_answer"
+    assert to_conversation(row, "question_answer", columns).messages[1].content == "because"
+    assert to_conversation(row, "question_answer", {"question": "problem", "answer": "Answer"}).messages[1].content == "51"
+    assert to_conversation(row, "question_answer", {**columns, "gold": "Answer"}).gold == "51"
+    with pytest.raises(UserError, match="rejected.*known shape.*columns:"):
+        detect({"chosen": 1, "rejected": 2})
+
+
+def turns(*roles: str) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": role[:1] or "x"} for role in roles]}
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    (turns("user"), "no assistant turn"), (turns("user", "assistant", "user"), "last word"), (turns(), "no turns"),
+    (turns("user", "assistant", "assistant"), "two assistant"), (turns("assistant"), "speaks first"),
+    (turns("user", "assistant", "system"), "system turn"),
+    (turns("user", "wizard"), "unknown role"), (turns("user", "tool", "assistant"), "tool calls"), ({"messages": None}, "null"),
+    ({}, "no column"),
+    ({"messages": "text"}, "no list"), ({"messages": ["text"]}, "no object"), ({"messages": [{"role": 3, "content": "a"}]}, "no role"),
+    ({"messages": [{"role": "user", "content": " "}, CHAT[1]]}, "empty question"),
+    ({"messages": [CHAT[0], {"role": "gpt", "content": ""}]}, "empty answer"),
+    ({"messages": [CHAT[0], {"role": "gpt", "content": "\ud800"}]}, "surrogate"),
+    ({"messages": [CHAT[0], {"role": "gpt", "content": True}]}, "no text"),
+    ({"messages": [CHAT[0], {"role": "gpt", "content": None, "tool_calls": [1]}]}, "tool calls"), ("text", "not an object"),
+])  # fmt: skip
+def test_faults(row: Any, reason: str) -> None:
+    with pytest.raises(RowFault, match=reason):
+        to_conversation(row, "messages", {})
+
+
+def test_a_person_who_writes_twice_is_joined() -> None:
+    made = to_conversation(turns("system", "user", "user", "assistant"), "messages", {})
+    assert [message.content for message in made.messages] == ["s", "u\n\nu", "a"]
+    assert len(to_conversation({"messages": [{"role": "system", "content": ""}, *CHAT]}, "messages", {}).messages) == 2
+
+
+@pytest.mark.parametrize(("row", "how", "gold"), [
+    ({"answer": "So 5.\n#### 1,234"}, "auto", "1234"), ({"answer": "x #### -3 \nThe answer is: -3"}, "auto", "-3"),
+    ({"answer": "5 apples"}, "auto", None),
+    ({"answer": "-12,000.5"}, "auto", "-12000.5"), ({"answer": r"\boxed{1} or \boxed{\frac{1}{2}}."}, "auto", r"\frac{1}{2}"),
+    ({"answer": r"\boxed{7} \boxed{8"}, "auto", "7"), ({"answer": r"\boxed{\{1,2\}}"}, "auto", r"\{1,2\}"),
+    ({"answer": "7", "gold": "8"}, "auto", "8"),
+    ({"answer": "7", "expected_answer": 9}, "auto", "9"), ({"answer": "is 7."}, "answer", "is 7."), ({"answer": "#### 7"}, "none", None),
+    ({"answer": "a 7 b 1,000 c"}, "last_number", "1000"), ({"answer": "7"}, "gold", None), ({"answer": "7"}, "hashes", None),
+    ({"answer": "1,2"}, "auto", "1,2"),
+])  # fmt: skip
+def test_gold(row: dict[str, Any], how: str, gold: str | None) -> None:
+    if row["answer"] == "1,2":  # a pair, not a number: neither a gold answer by itself nor stripped of its comma
+        assert to_conversation({"question": "q", **row}, "question_answer", {}, "answer").gold == "1,2"
+        return
+    assert to_conversation({"question": "q", **row}, "question_answer", {}, how).gold == gold
+
+
+def test_last_number_and_box() -> None:
+    assert [last_number(text) for text in ("5-3", "is -3", "x", "3.50.", "(-4)")] == ["3", "-3", None, "3.50", "-4"]
+    assert last_boxed(r"\boxed {3} \boxed") == "3"
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**600), 10**600) | st.floats() | st.text(st.characters(), max_size=5) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "from", "content", "value"]), inner, max_size=3),
+    max_leaves=8)  # fmt: skip
+names = st.sampled_from(["messages", "conversations", "instruction", "input", "output", "history", "prompt", "completion", "question",
+                         "answer", "gold", "system"])  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(row=st.dictionaries(names, values) | values, shape=st.sampled_from(sorted(GOOD)),
+       how=st.sampled_from(["auto", "answer", "hashes", "boxed", "last_number", "gold"]))  # fmt: skip
+def test_hostile_rows_are_faults(row: Any, shape: str, how: str) -> None:
+    try:
+        made = to_conversation(row, shape, {}, how)
+    except RowFault:
+        return
+    assert made.messages[-1].role == "assistant" and all(message.content.encode() for message in made.messages)

@@ -1,0 +1,88 @@
+"""Order: every row once an epoch, weights exact, and any step from nothing but its number."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowrank_tune.data import Order, collate
+from lowrank_tune.data.load import aside
+from lowrank_tune.data.mixture import largest_remainder
+from lowrank_tune.settings import Train
+from lowrank_tune.types import Row
+
+
+def order(count: int, seed: int = 0, weights: Any = None, sources: Any = None, **train: Any) -> Order:
+    lengths = np.random.default_rng(9).integers(5, 60, count)
+    return Order(lengths, np.zeros(count, dtype=int) if sources is None else np.array(sources), weights, Train(**train), seed)
+
+
+@given(count=st.integers(1, 120), size=st.integers(1, 20), window=st.integers(1, 5), seed=st.integers(0, 5), by_tokens=st.booleans())
+def test_every_row_once_an_epoch(count: int, size: int, window: int, seed: int, by_tokens: bool) -> None:
+    budget = {"tokens_per_step": size * 10} if by_tokens else {"rows_per_step": size}
+    made = order(count, seed, length_window=window, **budget)
+    for epoch in range(3):
+        steps = [made.rows(step) for step in range(made.steps_of(epoch) if epoch else 0, made.steps_of(epoch + 1))]
+        assert sorted(itertools.chain(*steps)) == list(range(count))
+        if by_tokens:
+            assert all(len(step) == 1 or made._lengths[step].sum() <= size * 10 for step in steps)
+        else:
+            assert sorted(map(len, steps))[1:] == [size] * (len(steps) - 1)
+
+
+@pytest.mark.parametrize("train", [{}, {"rows_per_step": 7}, {"tokens_per_step": 300}])
+def test_a_fresh_order_gives_the_same_steps_in_any_sequence(train: dict[str, int]) -> None:
+    made = order(100, 3, **train)
+    straight = [made.rows(step) for step in range(50)]
+    for step in (49, 0, 17, 33, 3):
+        assert order(100, 3, **train).rows(step) == straight[step] == made.rows(step)
+    assert [order(100, 4, **train).rows(step) for step in range(5)] != straight[:5]
+    assert straight[: made.steps_per_epoch] != straight[made.steps_per_epoch : 2 * made.steps_per_epoch]
+
+
+def test_weights_are_exact_and_walk_through_all_rows() -> None:
+    sources = [0] * 90 + [1] * 10
+    made = order(100, weights=[0.25, 0.75], sources=sources, rows_per_step=10)
+    counts: Counter[int] = Counter()
+    for epoch in range(18):
+        rows = [row for step in range(10) for row in made.rows(10 * epoch + step)]
+        assert len(rows) == 100 and sum(row < 90 for row in rows) == 25
+        counts.update(rows)
+    assert {counts[row] for row in range(90)} == {5} and {counts[row] for row in range(90, 100)} == {135}
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(1, 1000))
+def test_largest_remainder(weights: list[int], count: int) -> None:
+    shares = largest_remainder(weights, count)
+    assert sum(shares) == count and all(abs(share - weight / sum(weights) * count) < 1 for share, weight in zip(shares, weights, strict=True))
+
+
+def test_windows_save_padding() -> None:
+    def padded(made: Order) -> int:
+        return sum(len(rows) * int(made._lengths[rows].max()) for rows in map(made.rows, range(made.steps_per_epoch)))
+
+    assert padded(order(800, rows_per_step=8, length_window=10)) < 0.75 * padded(order(800, rows_per_step=8, length_window=1))
+
+
+def test_collate() -> None:
+    batch = collate([Row([1, 2, 3], [False, True, True]), Row(np.array([4]), np.array([False]))], 0)
+    assert batch.ids.tolist() == [[1, 2, 3], [4, 0, 0]] and batch.says.tolist() == [[False, True, True], [False] * 3]
+    assert batch.attended.tolist() == [[True] * 3, [True, False, False]] and str(batch.ids.dtype) == "torch.int64"
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=200), st.floats(0.01, 0.8), st.integers(0, 3))
+def test_equal_rows_go_to_one_side(keys: list[int], share: float, seed: int) -> None:
+    chosen = aside(np.array(keys, dtype=np.uint64), share, seed)
+    assert not set(np.array(keys)[chosen]) & set(np.array(keys)[~chosen])
+    assert (0 < chosen.sum() < len(keys)) if len(set(keys)) > 1 else not chosen.any()
+
+
+def test_share_is_about_right() -> None:
+    keys = np.arange(1000, dtype=np.uint64)
+    assert aside(keys, 0.05, 0).sum() == 50 and (aside(keys, 0.05, 0) != aside(keys, 0.05, 1)).any()
