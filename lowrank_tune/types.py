@@ -92,8 +92,8 @@ class Batch:
         return scored
 
     def take(self, rows: Tensor, width: int | None = None) -> Batch:
-        """These rows, cut to `width` columns, by default to the columns that they need."""
-        width = int(self.lengths[rows].max()) if width is None else width
+        """These rows, cut to `width` columns, by default to the columns that they need, at least one."""
+        width = max(1, int(self.lengths[rows].max()) if width is None else width)
 
         def cut(tensor: Tensor) -> Tensor:
             picked = tensor[rows]

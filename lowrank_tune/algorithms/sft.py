@@ -23,7 +23,7 @@ from lowrank_tune.types import Batch, Experience, Stats, Term
 
 def sft_loss(logps: Tensor, scored: Tensor, weight: Tensor) -> Tensor:
     """logps, scored, weight (B, T) -> the weighted sum of -log p; whatever stands outside the mask is not read."""
-    return -(where_says(logps, scored) * weight).sum()
+    return -(where_says(logps, scored) * where_says(weight, scored)).sum()
 
 
 class SFT:

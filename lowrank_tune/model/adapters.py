@@ -66,6 +66,8 @@ def _config(raw: Any, key: str, folder: Path) -> LoraConfig:
 def lora_config(wanted: settings.Adapter, model: Any) -> LoraConfig:
     """A fresh LoRA for this model. Raises UserError for target modules that it has not."""
     linears = linear_names(model)
+    if not linears:
+        raise UserError(f"base.model: {model.config.model_type} models have no linear modules, so LoRA finds no place in them")
     targets = linears if wanted.target_modules == "all-linear" else sorted(wanted.target_modules)
     unknown = sorted(set(targets) - set(linears))
     if unknown:

@@ -86,6 +86,9 @@ def freeze(model: Any, tokenizer: Any, name: str, bits: int, revision: str | Non
             module.support_avx512bf16_for_cpu = False
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for key, value in list(vars(module).items()):  # most models keep attention's dropout as a number (Granite 3.0: 0.1)
+            if "drop" in key and isinstance(value, float):
+                setattr(module, key, 0.0)
     model.requires_grad_(False)
     model.train()
     model.config.use_cache = False

@@ -72,13 +72,14 @@ class Roles:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """No graph, no dropout: eval mode inside, train mode restored after (checkpointing works only there)."""
+        """No graph, no dropout: eval mode inside, the mode before restored after (checkpointing works only in train mode)."""
+        before = self.base.model.training
         self.base.model.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.base.model.train()
+            self.base.model.train(before)
 
     def parameters(self, role: str) -> list[nn.Parameter]:
         """The trainable parameters of a role, in the order of `named_parameters`."""
