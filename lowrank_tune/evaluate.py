@@ -14,7 +14,17 @@ from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout import Engine
 from lowrank_tune.types import Completion, Sampling, Stats, add_stats, to_floats
 
+TOLD = 20  # times that a long job tells how far it is
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out prompt as the model sees it and as a person reads it, and its gold answer where there is one."""
+
+    ids: list[int]
+    text: str
+    gold: str | None
 
 
 @dataclass(frozen=True)
@@ -40,21 +50,34 @@ def validate(roles: Roles, role: str, rows: TokenStore, micro_tokens: int, pad_i
         scored = batch.scored
         add_stats(stats, {"loss": mean_over(-logps, scored), "accuracy": mean_over(likeliest.float(), scored)})
         done += len(part)
-        emit(Progress(what="validating", done=done, total=len(rows)))
+        if done * TOLD // len(rows) != (done - len(part)) * TOLD // len(rows):
+            emit(Progress(what="validating", done=done, total=len(rows)))
     return to_floats(stats)
 
 
-def answer(roles: Roles, role: str, template: Template, prompts: Sequence[Prompt], samples: int, sampling: Sampling, emit: Emit,
+def questions_of(prompts: Sequence[Prompt], template: Template) -> list[Question]:
+    """Held-out prompts, rendered."""
+    return [Question(template.prompt(prompt.messages), prompt.messages[-1].content, prompt.gold) for prompt in prompts]
+
+
+def questions_in(rows: TokenStore, template: Template, count: int) -> list[Question]:
+    """The first rows of a validation part, each up to where the assistant first speaks."""
+    questions = []
+    for row in (rows[index] for index in range(min(count, len(rows)))):
+        ids = [int(token) for token in row.ids[: list(row.says).index(True)]]
+        questions.append(Question(ids, template.decode(ids), None))
+    return questions
+
+
+def answer(roles: Roles, role: str, template: Template, questions: Sequence[Question], samples: int, sampling: Sampling, emit: Emit,
            slots: int = 256) -> list[list[Answer]]:  # fmt: skip
-    """`samples` answers to each prompt. One that ends by itself and holds no mark of another turn has stopped properly."""
-    ids = [template.prompt(prompt.messages) for prompt in prompts]
-    answers: list[list[Answer]] = [[] for _ in prompts]
-    total, done = len(prompts) * samples, 0
-    for completion in Engine(roles, role, slots).generate(ids, samples, sampling):
-        answers[completion.prompt].append(_judge(completion, template, prompts[completion.prompt]))
-        done += 1
-        if done % 32 == 0 or done == total:
-            emit(Progress(what=f"answering held-out prompts ({role})", done=done, total=total))
+    """`samples` answers to each question. One that ends by itself and holds no mark of another turn has stopped properly."""
+    answers: list[list[Answer]] = [[] for _ in questions]
+    total = len(questions) * samples
+    for done, completion in enumerate(Engine(roles, role, slots).generate([question.ids for question in questions], samples, sampling), 1):
+        answers[completion.prompt].append(_judge(completion, template, questions[completion.prompt]))
+        if done * TOLD // total != (done - 1) * TOLD // total:
+            emit(Progress(what=f"answering held-out questions ({role})", done=done, total=total))
     return answers
 
 
@@ -84,11 +107,11 @@ def _number(text: str) -> float | None:
     return float(plain) if len(plain) < 40 and re.fullmatch(r"-?\d+(?:\.\d+)?", plain) else None
 
 
-def _judge(completion: Completion, template: Template, prompt: Prompt) -> Answer:
+def _judge(completion: Completion, template: Template, question: Question) -> Answer:
     body = completion.ids[:-1] if completion.finish == "stop" else completion.ids
     text = template.decode(body)
     stopped = completion.finish == "stop" and not template.marks_in(body)
-    return Answer(completion.prompt, text, stopped, prompt.gold is not None and is_exact(text, prompt.gold), len(completion.ids))
+    return Answer(completion.prompt, text, stopped, question.gold is not None and is_exact(text, question.gold), len(completion.ids))
 
 
 def _by_tokens(order: Sequence[int], rows: TokenStore, micro_tokens: int) -> Iterator[list[int]]:

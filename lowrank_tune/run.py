@@ -16,9 +16,9 @@ import torch
 
 from lowrank_tune import settings
 from lowrank_tune.build import Built, build
-from lowrank_tune.checkpoint import RunFolder, Snapshot, flatten_optimizer, load, newest, restore_optimizer, rotate, write_atomically
+from lowrank_tune.checkpoint import Broken, RunFolder, Snapshot, flatten_optimizer, load, newest, restore_optimizer, rotate, write_atomically
 from lowrank_tune.errors import OutOfMemory, RunFailed, UserError
-from lowrank_tune.evaluate import Answer, answer, measure, validate
+from lowrank_tune.evaluate import Answer, Question, answer, measure, questions_in, questions_of, validate
 from lowrank_tune.events import Emit, Event, Note, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
 from lowrank_tune.model.base import base_hashes, one_hash
@@ -108,8 +108,8 @@ def run(recipe: settings.Recipe | str | Path, *overrides: str, out: str | Path |
         raise OutOfMemory(f"out of memory: {str(error).splitlines()[0]}; {advice}") from error
     except BaseException as error:
         told = str(error) if isinstance(error, UserError) else type(error).__name__
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        emit(RunEnded(status=status, step=step, seconds=time.time() - begun, message=told))
+        how: Literal["interrupted", "failed"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        emit(RunEnded(status=how, step=step, seconds=time.time() - begun, message=told))
         raise
     finally:
         emit.close()
@@ -128,6 +128,10 @@ class _Run:
                          recipe.seed, built.base.device, emit, self._at_border, control)  # fmt: skip
         self.evaluate_every = recipe.evaluate.every or max(1, built.steps // EVALUATIONS)
         self.save_every = recipe.train.save_every or max(1, built.steps // SAVES)
+        self.heldout = questions_of(built.heldout, built.template)
+        validation = built.data.validation
+        shown = self.heldout or (questions_in(validation, built.template, recipe.evaluate.shown) if validation is not None else [])
+        self.shown: list[Question] = shown[: recipe.evaluate.shown]
         self.summary: dict[str, Any] = {}
         self.hashes = base_hashes(built.base.model)
         self.step_at_start = found[0] if found else 0
@@ -142,7 +146,7 @@ class _Run:
         self._tell_start()
         if self.step_at_start == 0:
             self._show("reference", 0)
-        if self.built.heldout and "base" not in self.memory.heldout:
+        if self.heldout and "base" not in self.memory.heldout:
             self._measure("base", "reference", 0)
         training(True)
         finished = self.loop.run()
@@ -155,7 +159,7 @@ class _Run:
         if finished:
             self._take_best()
             self._write_final()
-            if self.built.heldout:
+            if self.heldout:
                 self._measure(self.recipe.algorithm, "policy", step)
         end = one_hash(base_hashes(self.built.base.model))
         if end != one_hash(self.hashes):
@@ -203,17 +207,16 @@ class _Run:
         return better
 
     def _show(self, role: str, step: int) -> None:
-        shown = (self.built.heldout or self.built.data.shown)[: self.recipe.evaluate.shown]
-        if shown:
+        if self.shown:
             sampling = Sampling(self.recipe.evaluate.max_new_tokens, self.built.stop_ids, temperature=0.0)
-            answers = answer(self.built.roles, role, self.built.template, shown, 1, sampling, _silent)
+            answers = answer(self.built.roles, role, self.built.template, self.shown, 1, sampling, _silent)
             self._tell_samples([several[0] for several in answers], role, step)
 
     def _measure(self, name: str, role: str, step: int) -> None:
         """Answers to the held-out prompts by a role, kept under `name`."""
         wanted = self.recipe.evaluate
         sampling = Sampling(wanted.max_new_tokens, self.built.stop_ids, wanted.temperature if wanted.samples > 1 else 0.0, self.recipe.seed)
-        answers = answer(self.built.roles, role, self.built.template, self.built.heldout, wanted.samples, sampling, self.emit)
+        answers = answer(self.built.roles, role, self.built.template, self.heldout, wanted.samples, sampling, self.emit)
         self.memory.heldout[name] = measure(answers)
         self.emit(Validated(step=step, stats={f"heldout_{name}_{key}": value for key, value in self.memory.heldout[name].items()}))
         self.memory.answers[name] = [self._as_sample(several[0]) for several in answers[: wanted.shown]]
@@ -225,8 +228,8 @@ class _Run:
             self.emit(Sampled(step=step, finish=finish, role=role, **sample))
 
     def _as_sample(self, one: Answer) -> dict[str, Any]:
-        prompt = (self.built.heldout or self.built.data.shown)[one.prompt]
-        return {"prompt": prompt.messages[-1].content, "completion": one.text, "stopped": one.stopped, "gold": prompt.gold}
+        question = self.shown[one.prompt]
+        return {"prompt": question.text, "completion": one.text, "stopped": one.stopped, "gold": question.gold}
 
     def _save(self, step: int) -> None:
         begun, roles = time.perf_counter(), self.built.roles
@@ -255,7 +258,11 @@ class _Run:
     def _take_best(self) -> None:
         best = self.memory.best_step
         if self.recipe.train.final == "best" and best is not None and best != self.loop.progress.step:
-            tensors = load(self.folder.checkpoint(best)).tensors[f"policy/{WEIGHTS}"]
+            try:
+                tensors = load(self.folder.checkpoint(best)).tensors[f"policy/{WEIGHTS}"]
+            except Broken as error:
+                self.emit(Note(level="warning", message=f"{error}; final/ is the adapter of the last step instead of the best"))
+                return
             self.built.roles.load_adapter_tensors("policy", tensors, str(self.folder.path))
             self.emit(Note(message=f"final/ is the adapter of step {best}, which had the lowest validation loss"))
 

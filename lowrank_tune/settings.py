@@ -168,7 +168,7 @@ class Evaluate(Settings):
     max_new_tokens: Positive = 64
     """Longest answer in tokens."""
     shown: Annotated[int, Field(ge=0)] = 3
-    """Prompts whose answers are shown at every evaluation."""
+    """Prompts (held-out ones, else of validation rows) whose answers are shown at every evaluation."""
 
 
 class Recipe(Settings):

@@ -25,6 +25,7 @@ from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch
 
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 CPU = torch.device("cpu")
 VOCAB = 97
 TOKENIZER = SimpleNamespace(eos_token_id=1)

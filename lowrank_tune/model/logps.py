@@ -83,7 +83,7 @@ def chunked_kl(head: Head, hidden: Tensor, reference: Tensor, temperature: float
 
 
 def _chunks(rows: Tensor, head: Head) -> tuple[Tensor, ...]:
-    return rows.split(max(1, CHUNK_LOGITS // head.weight.shape[0])) if len(rows) else ()
+    return torch.split(rows, max(1, CHUNK_LOGITS // head.weight.shape[0])) if len(rows) else ()
 
 
 class _ChunkedLogps(torch.autograd.Function):
@@ -104,7 +104,7 @@ class _ChunkedLogps(torch.autograd.Function):
         return logps, entropy, likeliest
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
         (slope,) = ctx.saved_tensors
         return (slope * grad[:, None]).to(slope.dtype), None, None, None
 

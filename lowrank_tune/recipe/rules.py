@@ -73,11 +73,12 @@ def foreign(data: Any) -> Iterator[Finding]:
 def without_heldout(data: Any) -> Iterator[Finding]:
     """Held-out answers need prompts; the temperature needs sampling."""
     if written(data, "evaluate", "heldout") is None:
-        for key in ("prompts", "samples", "temperature", "max_new_tokens", "shown"):
+        for key in ("prompts", "samples", "temperature"):
             if written(data, "evaluate", key) is not None:
                 yield ("evaluate", key), "does nothing without `evaluate.heldout`"
-        if written(data, "evaluate", "every") is not None and not has_validation(data):
-            yield ("evaluate", "every"), "does nothing with neither `evaluate.heldout` nor validation rows"
+        for key in ("every", "max_new_tokens", "shown"):
+            if written(data, "evaluate", key) is not None and not has_validation(data):
+                yield ("evaluate", key), "does nothing with neither `evaluate.heldout` nor validation rows"
     elif written(data, "evaluate", "temperature") is not None and written(data, "evaluate", "samples") in (None, 1):
         yield ("evaluate", "temperature"), "does nothing with one sample, which is greedy; set `evaluate.samples` too"
 

@@ -90,7 +90,7 @@ def train(model: LlamaForCausalLM, batches: Iterator[Tensor], steps: int, on_ste
             for parameter in matrices:
                 parameter.data.copy_(round_to_nf4(parameter))
         loss = loss_of(next(batches))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if masters:
             for parameter, master in zip(matrices, masters, strict=True):
                 parameter.data.copy_(master)
