@@ -155,6 +155,20 @@ def test_merged_edge_keeps_the_prompt() -> None:
     assert crossed, "the test's own merges are gone"
 
 
+def test_edge_without_a_crossing_token_that_still_changes_the_prompt() -> None:
+    """GPT-2's rule splits "\\n\\nYes" into two newlines and a word, and "\\n\\n" alone is one token: nothing crosses, yet the ids differ."""
+    made = tiny(CHATML.replace("\n", "\n\n"), split=True)
+    template = Template.of(made)
+    messages = talk("Hm?", "Yes.", "Hm?", "No.")
+    stock = made.apply_chat_template([vars(message) for message in messages], tokenize=True)["input_ids"]
+    row = template.encode(messages)
+    for end in (1, 3):
+        prompt = template.prompt(messages[:end])
+        assert list(row.ids[: len(prompt)]) == prompt
+    assert stock[: len(prompt)] != prompt, "the test's own case is gone"
+    assert said(template, row) == "Yes.<|im_end|>No.<|im_end|>"
+
+
 def test_words_reject_their_markers() -> None:
     template = Template.of(tokenizer("words"))
     assert "marker" in str(template.spoils(talk("a\n\nUser:\nb", "c")))

@@ -15,7 +15,8 @@ from lowrank_tune.tutor import text as kit
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 MARKS = ["<s>", "</s>", "<|eot|>", "<|head|>", "<|/head|>", "<|im_start|>", "<|im_end|>"]
 TEXT = [
-    "What is 12 + 30? It is 42.\n\nuser assistant system answer: $5 $$ :) :(", "assistant\nIt is\n\n the end.\n", "a  b   c <think> </think>\n",
+    "What is 12 + 30? It is 42.\n\nuser assistant system answer: $5 $$ :) :(", "assistant\nIt is\n\n the end.\n", "x.\n\n",
+    "a  b   c <think> </think>\n",
 ]
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -34,9 +35,10 @@ OWN = {"chatml": CHATML, "llama3": LLAMA3, "thinking": THINKING, "no end": NO_EN
 
 
 @functools.cache
-def _state() -> str:
+def _state(split: bool) -> str:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # so that merges cross every edge they can
+    # Without GPT-2's rule for splitting, merges cross every edge they can.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=460, special_tokens=[*MARKS, *kit.CONTROL_TOKENS],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)  # fmt: skip
@@ -44,11 +46,11 @@ def _state() -> str:
     return str(tokenizer.to_str())
 
 
-def tiny(template: str | None = None, marks: bool = True) -> Any:
+def tiny(template: str | None = None, marks: bool = True, split: bool = False) -> Any:
     """A byte-level BPE of some hundred ids; pad == eos. Without `marks` the kit's control tokens are ordinary text."""
-    state = _state() if marks else _state().replace("<|user|>", "<|nobody|>")
+    state = _state(split) if marks else _state(split).replace("<|user|>", "<|nobody|>")
     ends = {LLAMA3: "<|eot|>", NO_SYSTEM: "<|eot|>", CHATML: "<|im_end|>", THINKING: "<|im_end|>", None: kit.EOS if marks else "</s>"}
-    end = ends.get(template, "</s>")
+    end = ends.get(template, "<|im_end|>" if template and "<|im_end|>" in template else "</s>")
     made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(state), bos_token="<s>", eos_token=end, pad_token=end)
     made.chat_template = template
     return made
