@@ -20,6 +20,31 @@ if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (b
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
+FOREIGN = ("modules_to_save", "use_dora", "use_qalora", "alora_invocation_tokens", "trainable_token_indices", "layer_replication",
+           "target_parameters", "arrow_config")  # fmt: skip
+# PiSSA, OLoRA, CorDA and LoftQ change the base's own weights when they begin, and so does a trained bias.
+HARMLESS = {"init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"), "bias": (True, None, "none")}
+
+
+def _number(value: Any, least: float = 0.0, most: float = 1e9) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+def _numbers(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(_number(one) for one in value.values()))
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value))
+
+
+SHAPES = {
+    "r": lambda value: isinstance(value, int) and _number(value, 1), "lora_alpha": _number,
+    "lora_dropout": lambda value: _number(value, 0, 0.999), "target_modules": _names,
+    "exclude_modules": lambda value: value is None or _names(value), "rank_pattern": _numbers, "alpha_pattern": _numbers,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SavedAdapter:
     """An adapter as it lay in `folder`: configuration, weights, and the name of the base that it says it was made for."""
@@ -54,13 +79,18 @@ def _config(raw: Any, key: str, folder: Path) -> LoraConfig:
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
         raise UserError(f"{key}: {folder} is no LoRA adapter but {kind}")
-    for name in ("modules_to_save", "use_dora", "alora_invocation_tokens", "trainable_token_indices", "layer_replication"):
+    for name in FOREIGN:
         if raw.get(name):
             raise UserError(f"{key}: {folder} uses {name}, which this kit does not load")
-    known = {f.name for f in fields(LoraConfig)}
-    config = LoraConfig(**{name: value for name, value in raw.items() if name in known and name not in ("runtime_config", "inference_mode")})
-    config.lora_dropout = float(config.lora_dropout or 0.0)
-    return config
+    for name, harmless in HARMLESS.items():
+        if raw.get(name, True) not in harmless:
+            raise UserError(f"{key}: {folder} uses {name} {raw[name]}, which this kit does not load: such an adapter goes with another base")
+    raw = {"lora_dropout": 0.0} | raw
+    for name, good in SHAPES.items():
+        if name in raw and not good(raw[name]):
+            raise UserError(f"{key}: the adapter in {folder} is broken: {name} is {raw[name]!r}")
+    known = {f.name for f in fields(LoraConfig)} - {"runtime_config", "inference_mode"}
+    return LoraConfig(**{name: value for name, value in raw.items() if name in known} | {"init_lora_weights": True})
 
 
 def lora_config(wanted: settings.Adapter, model: Any) -> LoraConfig:

@@ -53,10 +53,13 @@ class Roles:
         torch.manual_seed(seed)
         self._peft: Any = None
         for name, config in adapters.items():
-            if self._peft is None:
-                self._peft = PeftModel(base.model, config, adapter_name=PREFIX + name)
-            else:
-                self._peft.add_adapter(PREFIX + name, config)
+            try:
+                if self._peft is None:
+                    self._peft = PeftModel(base.model, config, adapter_name=PREFIX + name)
+                else:
+                    self._peft.add_adapter(PREFIX + name, config)
+            except (ValueError, TypeError) as error:  # of a loaded one: fresh configurations were made for this base
+                raise UserError(f"adapters.{name}: this adapter does not fit {base.name}: {str(error).splitlines()[0]}") from error
         assert self._peft is not None, "roles without an adapter"
         self._pin()
         self._freeze_all_but_trainable()
