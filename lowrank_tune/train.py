@@ -23,7 +23,8 @@ from lowrank_tune.types import Algorithm, Batch, Mean, Stats, add_stats, to_floa
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune import settings
 
-FEW_MOVED, LOOKS_BEFORE_WARNING = 0.5, 3
+# A B that starts at 0 moves at any rate, so the share alone is not enough; and at the end of a schedule it is right to stand still.
+FEW_MOVED, TINY_UPDATE, SMALL_RATE, LOOKS_BEFORE_WARNING = 0.5, 1e-8, 0.01, 3
 
 
 @dataclass
@@ -111,7 +112,7 @@ class Loop:
         self.progress.step += 1
         self.progress.tokens += tokens
         values = to_floats(stats)
-        self._watch_learning(values)
+        self._watch_learning(values, rate / self.train.learning_rate)
         seconds = time.perf_counter() - begun
         values |= {"learning_rate": rate, "memory_gib": memory_gib(self.device), "tokens_per_second": tokens / seconds}
         if self.progress.bad_steps:
@@ -143,14 +144,15 @@ class Loop:
             raise RunFailed(f"{self.progress.bad_in_a_row} steps in a row had no finite loss or gradient, the last at step {step + 1}; "
                             "lower train.learning_rate, and look at the rows of these steps")  # fmt: skip
 
-    def _watch_learning(self, values: Mapping[str, float]) -> None:
+    def _watch_learning(self, values: Mapping[str, float], rate_share: float) -> None:
         """Says so when a run learns nothing: the optimizer steps, and the adapter stays where it was."""
-        moved = values.get("moved_share")
-        if moved is None:
+        if "moved_share" not in values or rate_share < SMALL_RATE:
             return
-        self.progress.still_looks = self.progress.still_looks + 1 if moved < FEW_MOVED else 0
+        moved, size = values["moved_share"], values["update_ratio"]
+        still = moved < FEW_MOVED or size < TINY_UPDATE
+        self.progress.still_looks = self.progress.still_looks + 1 if still else 0
         if self.progress.still_looks == LOOKS_BEFORE_WARNING:
-            message = f"only {moved:.1%} of the adapter's elements moved in the last step: nothing is being learned"
+            message = f"the last step moved {moved:.1%} of the adapter's elements, by {size:.0e} of their size: nothing is being learned"
             self.emit(Note(level="warning", message=f"{message}; look at train.learning_rate and at the loss mask"))
 
 
