@@ -1,0 +1,397 @@
+"""Laws of the loop: a broken step changes nothing, a step can be drawn again, the schedule is what it says, and silence is noticed."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from models import CPU, changed, llama_roles, ragged, same_bytes, sft_over, shake
+from torch import Tensor, nn
+
+from lowrank_tune import settings
+from lowrank_tune import train as train_module
+from lowrank_tune.errors import RunFailed
+from lowrank_tune.events import Event, Note, StepDone
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.train import Control, Loop, Progress, make_optimizer, movement, rate_at, step_seed
+from lowrank_tune.types import Batch, Experience, Mean, Stats, Term, add_stats, to_floats
+
+
+class Toy:
+    """An algorithm without a model: loss and gradient are what a test wants at each step."""
+
+    together = 1
+
+    def __init__(self, gradients: Mapping[int, list[float]] | None = None, losses: Mapping[int, float] | None = None, parts: int = 1) -> None:
+        self.weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0, 0.5]))
+        self.gradients, self.losses, self.parts = gradients or {}, losses or {}, parts
+        self.step, self.observed, self.collected, self.asked = -1, list[int](), list[int](), 0
+
+    def collect(self, step: int) -> Experience:
+        self.step = step
+        self.collected.append(step)
+        return Several(ragged((3, 5), unscored=()), {"reward": Mean(2.0, 4)}, self.parts)
+
+    def weigh(self, batch: Batch) -> Tensor:
+        return batch.scored.float()
+
+    def terms(self, micro: Batch) -> Iterator[Term]:
+        gradient = torch.tensor(self.gradients.get(self.step, [0.3, -0.4, 0.0, 0.0])) / 2
+        loss = (self.weight * gradient).sum()
+        loss = loss - loss.detach() + self.losses.get(self.step, 1.0) / 2
+        yield Term(loss, {"loss": Mean(1.0, 2)})
+
+    def observe(self, micro: Batch) -> Stats:
+        self.observed.append(self.step)
+        return {"kl": Mean(0.0, 1)}
+
+    def go_on(self, stats: Stats) -> bool:
+        self.asked += 1
+        return self.asked < 3
+
+    def state(self) -> dict[str, float]:
+        return {}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        pass
+
+
+class Several(Experience):
+    def __init__(self, batch: Batch, stats: Stats, count: int) -> None:
+        super().__init__(batch, stats)
+        self.count = count
+
+    def parts(self) -> Iterator[Batch]:
+        for _ in range(self.count):
+            yield self.batch
+
+
+def loop_over(algorithm: Any, parameters: list[nn.Parameter], steps: int = 4, optimizer: Any = None, **train: Any) -> tuple[Loop, list[Event]]:
+    wanted = settings.Train(**{"learning_rate": 0.1, "schedule": "constant", "micro_batch_size": 1} | train)
+    events: list[Event] = []
+    optimizer = optimizer or make_optimizer(parameters, wanted, CPU)
+    return Loop(algorithm, parameters, optimizer, wanted, steps, 7, CPU, events.append, lambda progress, last: None), events
+
+
+def toy_loop(toy: Toy, **more: Any) -> tuple[Loop, list[Event]]:
+    return loop_over(toy, [toy.weight], **more)
+
+
+def warnings_of(events: list[Event]) -> list[str]:
+    return [event.message for event in events if isinstance(event, Note) and event.level == "warning"]
+
+
+def steps_of(events: list[Event]) -> list[StepDone]:
+    return [event for event in events if isinstance(event, StepDone)]
+
+
+# --- a broken step ---------------------------------------------------------------------------------------------------------------------
+
+BREAKS = [{"losses": {2: math.nan}}, {"losses": {2: math.inf}}, {"gradients": {2: [math.nan, 0, 0, 0]}},
+          {"gradients": {2: [0, math.inf, 0, 0]}},
+          {"gradients": {2: [1e38, 1e38, 1e38, 1e38]}, "losses": {2: 1.0}}]  # fmt: skip
+
+
+def broken_step_moves(breaks: dict[str, Any]) -> list[str]:
+    """What a broken third step changes in parameters, optimizer, counters and events, and should not. Empty is right."""
+    toy = Toy(**breaks)
+    loop, events = toy_loop(toy, weight_decay=0.1)
+    kept: dict[int, Any] = {}
+
+    def border(progress: Progress, last: bool) -> None:
+        kept[progress.step] = (toy.weight.detach().clone(), copy.deepcopy(loop.optimizer.state_dict()["state"]))
+
+    loop.at_border = border
+    wrong = [] if loop.run() else ["did not run to the end"]
+    if not same_bytes(kept[2][0], kept[3][0]):
+        wrong.append("parameters")
+    if any(not torch.equal(kept[2][1][0][name], kept[3][1][0][name]) for name in kept[2][1][0]):
+        wrong.append("optimizer state")
+    if same_bytes(kept[3][0], kept[4][0]) or not kept[4][0].isfinite().all():
+        wrong.append("the next step")
+    if (loop.progress.bad_steps, loop.progress.bad_in_a_row, loop.progress.step) != (1, 0, 4):
+        wrong.append("counters")
+    if len(warnings_of(events)) != 1 or "step 3: loss or gradient is not finite" not in warnings_of(events)[0]:
+        wrong.append("warning")
+    if [event.stats.get("bad_steps") for event in steps_of(events)] != [None, None, 1, 1]:
+        wrong.append("metric")
+    if toy.weight.grad is not None:
+        wrong.append("gradient kept")
+    return wrong
+
+
+@pytest.mark.parametrize("breaks", BREAKS, ids=str)
+def test_a_broken_step_changes_nothing(breaks: dict[str, Any]) -> None:
+    if "losses" in breaks and "gradients" in breaks:  # a norm that overflows: the squares of 1e38 are no fp32 number
+        assert math.isinf(torch.tensor(1e38).square().item())
+    assert broken_step_moves(breaks) == []
+
+
+@pytest.mark.parametrize("breaks", BREAKS, ids=str)
+def test_a_broken_step_that_is_taken_is_seen(monkeypatch: pytest.MonkeyPatch, breaks: dict[str, Any]) -> None:
+    monkeypatch.setattr(train_module.math, "isfinite", lambda value: True)
+    assert broken_step_moves(breaks) != []
+
+
+def test_many_broken_steps_end_the_run() -> None:
+    toy = Toy(losses={step: math.nan for step in (1, 3, 4, 5, 6)})
+    loop, events = toy_loop(toy, steps=20, max_bad_steps=3)
+    before = toy.weight.detach().clone()
+    with pytest.raises(RunFailed) as caught:
+        loop.run()
+    assert "3 steps in a row" in str(caught.value) and "step 6" in str(caught.value) and caught.value.exit_code == 1
+    assert toy.collected == [0, 1, 2, 3, 4, 5] and len(warnings_of(events)) == 4 and not same_bytes(before, toy.weight.detach())
+
+
+def test_a_broken_part_ends_the_inner_epochs() -> None:
+    toy = Toy(losses={0: math.nan}, parts=3)
+    loop, _ = toy_loop(toy, steps=1)
+    loop.run()
+    assert loop.progress.bad_steps == 1 and toy.asked == 0
+
+
+def test_inner_epochs_end_where_the_algorithm_says_so() -> None:
+    toy = Toy(parts=5)
+    loop, events = toy_loop(toy, steps=1)
+    loop.run()
+    assert toy.asked == 3 and steps_of(events)[0].stats["loss"] == 0.5 and steps_of(events)[0].stats["reward"] == 0.5
+    assert int(loop.optimizer.state[toy.weight]["step"]) == 3 and loop.progress.tokens == 3 * 8
+
+
+# --- clipping, schedule ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("most", "factor"), [(10.0, 1.0), (0.25, 0.5), (0.05, 0.1)])
+def test_clipping_by_hand(most: float, factor: float) -> None:
+    """The gradient is (0.3, -0.4, 0, 0), of norm 0.5; plain SGD shows what is left of it."""
+    toy = Toy()
+    before = toy.weight.detach().clone()
+    loop, events = toy_loop(toy, steps=1, max_grad_norm=most, optimizer=torch.optim.SGD([toy.weight], lr=1.0))
+    loop.run()
+    assert torch.allclose(before - toy.weight.detach(), 0.1 * factor * torch.tensor([0.3, -0.4, 0.0, 0.0]), atol=1e-6)
+    assert steps_of(events)[0].stats["grad_norm"] == pytest.approx(0.5)
+
+
+ROOT = math.sqrt(0.5)
+SCHEDULES = [
+    ("constant", 0, 4, [1, 1, 1, 1]), ("constant", 3, 5, [0.25, 0.5, 0.75, 1, 1]), ("linear", 0, 4, [1, 0.75, 0.5, 0.25]),
+    ("linear", 1, 5, [0.5, 1, 0.75, 0.5, 0.25]), ("cosine", 0, 4, [1, 0.5 + ROOT / 2, 0.5, 0.5 - ROOT / 2]),
+    ("cosine", 2, 6, [1 / 3, 2 / 3, 1, 0.5 + ROOT / 2, 0.5, 0.5 - ROOT / 2]), ("cosine", 0, 1, [1]), ("linear", 5, 3, [1 / 6, 2 / 6, 3 / 6]),
+]  # fmt: skip
+
+
+def schedule_error(schedule: str, warmup: int, steps: int, expected: list[float]) -> float:
+    """What the optimizer was given at each step, and what was reported, against numbers worked by hand."""
+    toy = Toy()
+    given: list[float] = []
+
+    class Optimizer(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            given.append(self.param_groups[0]["lr"])
+
+    loop, events = toy_loop(toy, steps=steps, warmup_steps=warmup, schedule=schedule, optimizer=Optimizer([toy.weight], lr=9.0))
+    loop.run()
+    told = [event.stats["learning_rate"] for event in steps_of(events)]
+    return max(max(abs(a - 0.1 * c), abs(b - 0.1 * c)) for a, b, c in zip(given, told, expected, strict=True))
+
+
+@pytest.mark.parametrize(("schedule", "warmup", "steps", "expected"), SCHEDULES)
+def test_the_schedule_by_hand(schedule: str, warmup: int, steps: int, expected: list[float]) -> None:
+    assert schedule_error(schedule, warmup, steps, expected) < 1e-12
+
+
+def test_a_schedule_that_is_one_step_late_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "rate_at", lambda step, *rest: rate_at(step + 1, *rest))
+    for schedule, warmup, steps, expected in SCHEDULES[1:6]:
+        assert schedule_error(schedule, warmup, steps, expected) > 1e-3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_optimizers_that_need_cuda_are_refused_elsewhere(optimizer: Any) -> None:
+    with pytest.raises(RunFailed, match=f"^train.optimizer: {optimizer} needs CUDA; adamw runs everywhere$"):
+        make_optimizer([nn.Parameter(torch.zeros(2))], settings.Train(optimizer=optimizer), CPU)
+
+
+def test_adamw_by_hand() -> None:
+    """The first AdamW step moves each element by the rate, against its gradient's sign, after the decay."""
+    parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = make_optimizer([parameter], settings.Train(learning_rate=0.1, weight_decay=0.5), CPU)
+    parameter.grad = torch.tensor([3.0, -7.0])
+    optimizer.step()
+    assert torch.allclose(parameter.detach(), torch.tensor([1.0 * 0.95 - 0.1, -2.0 * 0.95 + 0.1]))
+
+
+# --- events, borders, control ----------------------------------------------------------------------------------------------------------
+
+
+def test_logging_steps_alone_pay_for_measurements() -> None:
+    toy = Toy()
+    loop, events = toy_loop(toy, steps=8, log_every=3)
+    loop.run()
+    logged = [event.step for event in steps_of(events) if event.logged]
+    assert logged == [1, 3, 6, 8] and toy.observed == [0, 2, 5, 7]
+    assert [event.step for event in steps_of(events) if "moved_share" in event.stats] == logged
+    assert [event.step for event in steps_of(events) if "kl" in event.stats] == logged
+    assert [event.step for event in steps_of(events)] == list(range(1, 9))
+    assert all({"loss", "grad_norm", "learning_rate", "memory_gib", "tokens_per_second"} <= event.stats.keys() for event in steps_of(events))
+    assert all(event.tokens == 8 and event.steps == 8 for event in steps_of(events)) and loop.progress.tokens == 64
+
+
+def test_borders_come_after_each_step_and_the_last_is_told() -> None:
+    toy = Toy()
+    loop, events = toy_loop(toy, steps=3)
+    borders: list[tuple[int, bool, int]] = []
+    loop.at_border = lambda progress, last: borders.append((progress.step, last, len(steps_of(events))))
+    assert loop.run() is True and borders == [(1, False, 1), (2, False, 2), (3, True, 3)]
+
+
+def test_stop_ends_at_the_next_border() -> None:
+    toy = Toy()
+    loop, _ = toy_loop(toy, steps=9)
+    borders: list[tuple[int, bool]] = []
+
+    def border(progress: Progress, last: bool) -> None:
+        borders.append((progress.step, last))
+
+    real, loop.at_border = toy.weigh, border
+
+    def weigh(batch: Batch) -> Tensor:
+        loop.control.stop = toy.step == 1  # in the middle of the second step
+        return real(batch)
+
+    toy.weigh = weigh  # type: ignore[method-assign]
+    assert loop.run() is False and borders == [(1, False), (2, True)] and toy.collected == [0, 1]
+
+
+def test_stop_before_the_first_step_does_nothing() -> None:
+    toy = Toy()
+    loop, events = toy_loop(toy)
+    loop.control.stop = True
+    assert loop.run() is False and toy.collected == [] and events == []
+
+
+def test_a_loop_starts_where_it_stood() -> None:
+    toy = Toy()
+    loop, events = toy_loop(toy, steps=5)
+    loop.progress = Progress(step=3, bad_steps=2)
+    assert loop.run() and toy.collected == [3, 4] and [event.step for event in steps_of(events)] == [4, 5]
+    assert loop.progress.to_dict() == {"step": 5, "bad_steps": 2, "bad_in_a_row": 0, "still_looks": 0, "tokens": 16}
+
+
+@pytest.mark.parametrize("end", ["goes on", "stops"])
+def test_pause_waits(end: str) -> None:
+    toy = Toy()
+    loop, _ = toy_loop(toy, steps=2)
+    loop.control = Control(pause=True)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    time.sleep(0.3)
+    assert thread.is_alive() and toy.collected == []
+    if end == "goes on":
+        loop.control.pause = False
+    else:
+        loop.control.stop = True
+    thread.join(5)
+    assert not thread.is_alive() and toy.collected == ([0, 1] if end == "goes on" else [])
+
+
+# --- a step is drawn again just so -----------------------------------------------------------------------------------------------------
+
+
+def sft_loop(dropout: float = 0.3, steps: int = 4, **train: Any) -> tuple[Loop, Roles, list[Event]]:
+    roles = llama_roles(16, dropout=dropout, checkpointing=True)
+    loop, events = loop_over(sft_over(roles), roles.parameters("policy"), steps, **{"learning_rate": 1e-2, "micro_batch_size": 3} | train)
+    return loop, roles, events
+
+
+def redrawn_step_differs() -> set[str]:
+    """Adapter tensors in which a run that was killed after step 2 and goes on differs from the straight run."""
+    straight, roles, _ = sft_loop()
+    kept: dict[str, Any] = {}
+
+    def border(progress: Progress, last: bool) -> None:
+        if progress.step == 2:
+            kept.update(tensors=roles.adapter_tensors("policy"), optimizer=copy.deepcopy(straight.optimizer.state_dict()))
+
+    straight.at_border = border
+    straight.run()
+    again, others, _ = sft_loop()
+    torch.rand(5)  # the global stream stands elsewhere in a new process
+    others.load_adapter_tensors("policy", kept["tensors"], "here")
+    again.optimizer.load_state_dict(kept["optimizer"])
+    again.progress = Progress(step=2)
+    again.run()
+    return changed(roles.adapter_tensors("policy"), others.adapter_tensors("policy"))
+
+
+def test_a_lost_step_is_drawn_again_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert redrawn_step_differs() == set()
+    monkeypatch.setattr(train_module, "step_seed", lambda seed, step: int(torch.randint(1 << 40, ())))
+    assert redrawn_step_differs() != set()
+
+
+def test_a_step_without_its_optimizer_state_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
+    assert redrawn_step_differs() != set()
+
+
+def test_seeds_of_steps_differ() -> None:
+    seeds = {step_seed(seed, step) for seed in range(40) for step in range(40)}
+    assert len(seeds) == 1600 and all(0 <= seed < 1 << 63 for seed in seeds)
+    assert step_seed(2**32 - 1, 10**12) >= 0
+
+
+# --- is anything learned? --------------------------------------------------------------------------------------------------------------
+
+
+def warned_about_learning(rate: float, schedule: str = "constant", steps: int = 8, **more: Any) -> list[str]:
+    loop, roles, events = sft_loop(dropout=0.0, steps=steps, learning_rate=rate, schedule=schedule, **more)
+    if more:
+        shake(roles, "policy")
+    loop.run()
+    return [message for message in warnings_of(events) if "nothing is being learned" in message]
+
+
+def test_a_rate_at_which_nothing_is_learned_is_told_once() -> None:
+    assert len(warned_about_learning(1e-30)) == 1
+    assert len(warned_about_learning(1e-12)) == 1
+
+
+def test_a_rate_that_learns_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rate, schedule in ((1e-2, "constant"), (1e-6, "constant"), (2e-4, "cosine")):
+        assert warned_about_learning(rate, schedule) == []
+    monkeypatch.setattr(train_module, "TINY_UPDATE", 0.0)
+    assert warned_about_learning(1e-30) == []  # the share alone would be blind: B starts at 0 and moves at any rate
+
+
+def test_the_end_of_a_schedule_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end() -> list[str]:
+        toy = Toy()
+        loop, events = toy_loop(toy, steps=10**6, schedule="cosine", learning_rate=1e-4)
+        loop.progress.step = 10**6 - 6
+        loop.run()
+        return warnings_of(events)
+
+    assert end() == []
+    monkeypatch.setattr(train_module, "SMALL_RATE", 0.0)
+    assert len(end()) == 1
+
+
+def test_movement_by_hand() -> None:
+    parameters = [nn.Parameter(torch.tensor([3.0, 0.0])), nn.Parameter(torch.tensor([[1.0, 1.5], [4.0, 0.0]]))]
+    before = [torch.tensor([0.0, 0.0]), torch.tensor([[1.0, 1.5], [0.0, 0.0]])]
+    stats = to_floats(movement(parameters, before))
+    assert stats["moved_share"] == pytest.approx(2 / 6)
+    assert stats["update_ratio"] == pytest.approx(5 / math.sqrt(1 + 2.25))
+
+
+def test_means_add_over_micro_batches() -> None:
+    stats: Stats = {"a": Mean(torch.tensor(6.0), 3)}
+    add_stats(stats, {"a": Mean(2.0, torch.tensor(1)), "b": Mean(1, 0)})
+    assert to_floats(stats)["a"] == 2.0 and math.isnan(to_floats(stats)["b"]) and to_floats({}) == {}
