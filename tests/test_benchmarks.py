@@ -1,0 +1,161 @@
+"""The benchmarks run; the smoke test of a card runs tiny on the CPU, with the packages of such a machine only, and its checks can fail."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "benchmarks"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+MISSING_THERE = ("datasets", "pydantic", "trl", "pyarrow")
+"""What a machine with a card and without network has not. (`transformers` itself needs yaml, and brings typer and rich.)"""
+BLOCKED = f"""
+import importlib.abc, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {MISSING_THERE}:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Block())
+sys.path.insert(0, {str(FOLDER)!r})
+import gpu
+sys.exit(gpu.main(sys.argv[1:]))
+"""
+
+
+def run(name: str, *words: str) -> str:
+    done = subprocess.run([sys.executable, str(FOLDER / name), *words], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("benchmarks_gpu", FOLDER / "gpu.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # over such small matrices two mostly wait for each other
+    yield module
+    torch.set_num_threads(threads)
+
+
+def tiny(gpu: ModuleType) -> Any:
+    """One tiny smoke run's result."""
+    torch.manual_seed(0)
+    config = gpu.AutoConfig.for_model(**gpu.SHAPES["tiny"], tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    base = gpu.freeze(gpu.build_model(config, torch.device("cpu")), tokenizer=None, name="random", bits=4)
+    return gpu.smoke("sft", base, gpu.Size(4, 2, 48))
+
+
+def failed(result: Any) -> list[str]:
+    return [name for name, held in result.checks.items() if not held]
+
+
+def test_smoke_needs_only_what_such_a_machine_has(tmp_path: Path) -> None:
+    file = tmp_path / "smoke.json"
+    words = [sys.executable, "-c", BLOCKED, "smoke", "--tiny", "--json", str(file)]
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tokens a second" in done.stdout
+    (result,) = json.loads(file.read_text())["results"]
+    assert result["algorithm"] == "sft" and len(result["checks"]) >= 9 and all(result["checks"].values())
+    assert result["figures"]["layer forwards a pass"] == 2.0
+    assert result["figures"]["relative error of logits"] < 1e-5
+
+
+def test_smoke_without_a_card_says_so(gpu: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["smoke"]) == 2
+    assert "--tiny" in capsys.readouterr().err
+
+
+def test_smoke_finds_missing_recomputation(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.Roles, "_checkpoint", lambda self: None)
+    assert failed(tiny(gpu)) == ["layers were recomputed"]
+
+
+def test_smoke_finds_a_changed_base(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiling(roles: Any, rows: Any) -> Any:
+        def spoiled(step: int) -> Any:
+            weight = next(p for name, p in roles.base.model.named_parameters() if "layers.0" in name and p.dtype == torch.uint8)
+            weight.data[0] ^= int(step == 2)  # one bit, once
+            return rows(step)
+
+        return gpu.sft(roles, spoiled)
+
+    monkeypatch.setitem(gpu.ALGORITHMS, "sft", spoiling)
+    assert failed(tiny(gpu)) == ["base is unchanged"]
+
+
+def test_smoke_finds_rounded_logits(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = gpu.Head.logits
+    monkeypatch.setattr(gpu.Head, "logits", lambda self, *arguments: exact(self, *arguments).bfloat16().float())
+    assert failed(tiny(gpu)) == ["logits left the product in fp32"]
+
+
+def test_smoke_finds_adapters_that_stay(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = gpu.make_optimizer
+    monkeypatch.setattr(gpu, "make_optimizer", lambda parameters, *rest: make(parameters[1:], *rest))
+    assert failed(tiny(gpu)) == ["adapters moved"]
+
+
+def test_smoke_finds_linears_that_are_not_quantised(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plain(linear: Any, dtype: torch.dtype, device: torch.device, generator: Any) -> Any:
+        made = torch.nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device, dtype)
+        return made.requires_grad_(False)
+
+    monkeypatch.setattr(gpu, "quantised_linear", plain)
+    assert failed(tiny(gpu)) == ["linears are 4-bit"]
+
+
+def test_the_true_shapes_have_their_sizes(gpu: ModuleType) -> None:
+    for shape, billions in (("llama-3.1-8b", 8.03), ("qwen2.5-7b", 7.62)):
+        with torch.device("meta"):
+            model = gpu.AutoModelForCausalLM.from_config(gpu.AutoConfig.for_model(**gpu.SHAPES[shape], tie_word_embeddings=False))
+        assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(billions * 1e9, rel=2e-3)
+
+
+def test_memory_is_capped_only_on_larger_cards(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    fractions: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: fractions.append(fraction))
+    for total, cap in ((80e9, 24e9), (16e9, None)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, total=total: argparse.Namespace(total_memory=total))
+        assert gpu.cap_memory(torch.device("cuda"), 24.0) == (cap / 2**30 if cap else None)
+    assert fractions == [pytest.approx(0.3)]
+
+
+def test_startup() -> None:
+    assert "lowrank-tune --help" in run("startup.py", "--quick")
+
+
+@pytest.mark.slow
+def test_tokenise() -> None:
+    assert "of the bare rate" in run("tokenise.py", "--quick")
+
+
+@pytest.mark.slow
+def test_logps_memory() -> None:
+    assert "stays under" in run("logps_memory.py", "--quick")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["--quick"], ["--quick", "--nf4"], ["ours", "trl", "--repeats", "5"]])
+def test_sft_curves_agree(words: list[str]) -> None:
+    if "trl" in words:
+        pytest.importorskip("trl")
+    assert "equal to 1e-4" in run("sft.py", *words)
