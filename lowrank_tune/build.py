@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,6 +50,9 @@ def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = Non
     data = load(recipe.data, template, recipe.seed, emit)
     wanted = recipe.evaluate
     heldout = prompts(wanted.heldout, wanted.prompts, recipe.seed, recipe.data.system) if wanted.heldout else []
+    heldout = [prompt for prompt in heldout if template.spoils(prompt.messages) is None]
+    if wanted.heldout and not heldout:
+        raise UserError(f"evaluate.heldout: {wanted.heldout.dataset} has no usable row")
     if heldout and all(prompt.gold is None for prompt in heldout):
         raise UserError("evaluate.heldout: none of its rows has a gold answer; name its column in `gold` or `columns`")
     emit(Progress(what=f"loading {recipe.base.model}", done=0, total=1))
@@ -72,6 +74,5 @@ def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = Non
         return collate([data.train[row] for row in order.rows(step)], template.pad_id)
 
     algorithm = ALGORITHMS[recipe.algorithm](Kit(roles, rows))
-    epochs = recipe.train.epochs
-    steps = recipe.train.steps or math.ceil((epochs or 1.0) * order.steps_per_epoch)
+    steps = recipe.train.steps or order.steps_of(recipe.train.epochs or 1.0)
     return Built(base, roles, template, data, heldout, algorithm, steps)

@@ -29,7 +29,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer to a held-out prompt."""
+    """One answer to a held-out prompt. `stopped`: it ended by itself, within its turn; `exact`: it did, and it is the gold answer."""
 
     prompt: int
     text: str
@@ -111,7 +111,8 @@ def _judge(completion: Completion, template: Template, question: Question) -> An
     body = completion.ids[:-1] if completion.finish == "stop" else completion.ids
     text = template.decode(body)
     stopped = completion.finish == "stop" and not template.marks_in(body)
-    return Answer(completion.prompt, text, stopped, question.gold is not None and is_exact(text, question.gold), len(completion.ids))
+    exact = stopped and question.gold is not None and is_exact(text, question.gold)  # what runs on and on has not answered
+    return Answer(completion.prompt, text, stopped, exact, len(completion.ids))
 
 
 def _by_tokens(order: Sequence[int], rows: TokenStore, micro_tokens: int) -> Iterator[list[int]]:

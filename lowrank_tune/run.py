@@ -65,7 +65,7 @@ class _Listener:
         if isinstance(event, Note) and event.level == "warning":
             self.warnings.append(event.message)
         if isinstance(event, StepDone):
-            self.last = {"step": float(event.step), **event.stats}
+            self.last = {"step": event.step, **event.stats}
 
     def close(self) -> None:
         self.earlier = None

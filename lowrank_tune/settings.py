@@ -120,7 +120,7 @@ class Train(Settings):
     """Rows that go through the model at once (4 unless `micro_batch_tokens` is given). Changes memory and speed, never the gradient."""
     micro_batch_tokens: Positive | None = None
     """Or: as many rows as fit this many tokens, padding counted."""
-    length_window: Positive = 8
+    length_window: Positive = 1
     """Rows are sorted by length within a window of this many steps, so that rows of a step need little padding."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
     """Peak learning rate."""

@@ -125,7 +125,7 @@ def final_number(text: str) -> int | None:
     return int(found[-1][:9]) if found else None
 
 
-def rows(count: int, seed: int, heldout: bool = False, worked: float = 0.5) -> Iterator[dict[str, str]]:
+def rows(count: int, seed: int, heldout: bool = False, worked: float = 0.35) -> Iterator[dict[str, str]]:
     """`question`, `answer`, `gold` rows. All answers are right; a share `worked` of them shows its steps, the others just tell."""
     rng = random.Random(f"tutor-{seed}-{heldout}")
     for _ in range(count):

@@ -138,6 +138,8 @@ class Plain:
         trained = f"{event.trainable:,} trained parameters"
         self._say(f"run {event.name}: {event.algorithm} of {event.model}{where}, {event.steps} steps, {trained}")
         for role, stack in event.roles.items():
+            if role == "reference":
+                continue  # said in words below
             self._say(f"  {role}: {' + '.join(stack) or 'the base'}")
         self._say(f"  reference: {event.reference}")
         if event.resumed_from:
