@@ -10,12 +10,12 @@ __all__ = ["Recipe", "UserError", "run"]
 if TYPE_CHECKING:
     from lowrank_tune.errors import UserError
     from lowrank_tune.recipe import Recipe
-    from lowrank_tune.run import run
+    from lowrank_tune.runner import run
 
 
 def __getattr__(name: str) -> Any:  # the heavy modules load at first use, so that `--help` and a faulty recipe take a second
     if name == "run":
-        from lowrank_tune.run import run
+        from lowrank_tune.runner import run
 
         return run
     if name == "Recipe":

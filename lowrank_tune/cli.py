@@ -19,7 +19,7 @@ from lowrank_tune import __version__
 from lowrank_tune.errors import UserError
 
 if TYPE_CHECKING:
-    from lowrank_tune.run import Outcome
+    from lowrank_tune.runner import Outcome
 
 INTERRUPTED = 130
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -47,7 +47,7 @@ def run_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", hel
         from lowrank_tune.recipe import Recipe
 
         loaded = Recipe.load(recipe, *(overrides or []))
-        from lowrank_tune.run import run
+        from lowrank_tune.runner import run
 
         _end(run(loaded, out=out, ui=ui))
 
@@ -59,7 +59,7 @@ def demo(overrides: Overrides = None, out: Out = None, ui: Ui = Screen.auto, deb
         from lowrank_tune.recipe import Recipe
 
         loaded = Recipe.load("tiny-sft", "name=demo", *(overrides or []))
-        from lowrank_tune.run import run
+        from lowrank_tune.runner import run
 
         outcome = run(loaded, out=out, ui=ui)
         if outcome.status == "done":

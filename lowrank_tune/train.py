@@ -22,19 +22,10 @@ from lowrank_tune.types import Algorithm, Batch, Mean, Stats, add_stats, to_floa
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune import settings
+from lowrank_tune.control import Control
 
 # A B that starts at 0 moves at any rate, so the share alone is not enough; and at the end of a schedule it is right to stand still.
 FEW_MOVED, TINY_UPDATE, SMALL_RATE, LOOKS_BEFORE_WARNING = 0.5, 1e-8, 0.01, 3
-
-
-@dataclass
-class Control:
-    """What keys and signals ask for. The loop looks at it at step borders."""
-
-    stop: bool = False
-    save: bool = False
-    evaluate: bool = False
-    pause: bool = False
 
 
 @dataclass

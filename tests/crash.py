@@ -21,7 +21,7 @@ from typing import Any
 NURSERY = r"""
 import json, os, sys
 from lowrank_tune.recipe import Recipe
-from lowrank_tune.run import run
+from lowrank_tune.runner import run
 
 for line in sys.stdin:
     order = json.loads(line)

@@ -16,13 +16,13 @@ import lowrank_tune
 PACKAGE = Path(lowrank_tune.__file__).parent
 ORDER = (
     "errors events settings types dist maths tutor model data rollout rewards algorithms recipe checkpoint build preflight plan "
-    "evaluate train export sinks ui run chat doctor cli"
+    "evaluate control train export sinks ui runner chat doctor cli"
 ).split()
 LAZY = ("__init__", "__main__", "cli")
 """Modules that load first-party code at first use, so that `--help` and a faulty recipe take a second."""
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "eval", "exec"}
-ROOT_NAMES = {"Recipe": "recipe", "run": "run", "UserError": "errors"}
+ROOT_NAMES = {"Recipe": "recipe", "run": "runner", "UserError": "errors"}
 
 
 def floor_of(file: Path, package: Path) -> str:

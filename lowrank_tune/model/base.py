@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
@@ -71,11 +72,25 @@ def load_base(wanted: settings.Base, tokenizer: Any, device: torch.device | None
         quantised = _check_quantisation(config, wanted)
         if wanted.bits == 4 and not quantised:
             arguments["quantization_config"] = nf4(device)
-        model = AutoModelForCausalLM.from_pretrained(
-            place, config=config, use_safetensors=True, device_map={"": device},
+        model, found = AutoModelForCausalLM.from_pretrained(
+            place, config=config, use_safetensors=True, device_map={"": device}, output_loading_info=True, ignore_mismatched_sizes=True,
             dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, **arguments)  # fmt: skip
+        _check_weights(model, found, wanted.model)
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
     return freeze(model, tokenizer, name=wanted.model, revision=revision, bits=4 if quantised else wanted.bits)
+
+
+def _check_weights(model: Any, found: dict[str, Any], name: str) -> None:
+    # transformers makes up at random what the files lack, and bitsandbytes takes a weight of any shape.
+    shapes = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    for key, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            state = getattr(module.weight, "quant_state", None)  # a missing weight has none
+            if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
+                shapes.append(f"{key}.weight")
+    for keys, what in ((found["missing_keys"], "not there"), (shapes, "of another shape than config.json says")):
+        if keys:
+            raise UserError(f"base.model: {name} cannot be loaded: {len(keys)} of its weights are {what}, {min(keys)} for one")
 
 
 def freeze(model: Any, tokenizer: Any, name: str, bits: int, revision: str | None = None) -> Base:
@@ -147,13 +162,16 @@ def _telling(wanted: settings.Base) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         _refuse_own_code(place, name, arguments)
         yield place, arguments
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(_why_not(name, revision, error)) from error
 
 
 def _refuse_own_code(place: str, name: str, arguments: dict[str, Any]) -> None:
     # transformers would ask the person in the middle of the run; this asks nobody and says what to do.
-    raw, _ = PretrainedConfig.get_config_dict(place, revision=arguments["revision"])
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(place, revision=arguments["revision"])
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"base.model: {name} cannot be loaded: its config.json holds no JSON object") from error
     if raw.get("auto_map") and not arguments["trust_remote_code"]:
         raise UserError(f"base.model: {name} brings Python code of its own; set base.trust_remote_code: true only if you trust its author")
 

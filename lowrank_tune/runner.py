@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from lowrank_tune import settings
 from lowrank_tune.build import Built, build
 from lowrank_tune.checkpoint import Broken, RunFolder, Snapshot, flatten_optimizer, load, newest, restore_optimizer, rotate, write_atomically
+from lowrank_tune.control import Control, asked_by_signals
 from lowrank_tune.errors import OutOfMemory, RunFailed, UserError
 from lowrank_tune.evaluate import Answer, Question, answer, measure, questions_in, questions_of, validate
 from lowrank_tune.events import Emit, Event, Note, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
@@ -24,7 +23,7 @@ from lowrank_tune.model.adapters import CONFIG, WEIGHTS
 from lowrank_tune.model.base import base_hashes, one_hash
 from lowrank_tune.recipe import Recipe, differences, dump
 from lowrank_tune.sinks import JsonLines, Tee
-from lowrank_tune.train import Control, Loop, Progress, make_optimizer
+from lowrank_tune.train import Loop, Progress, make_optimizer
 from lowrank_tune.types import Sampling
 from lowrank_tune.ui.plain import Plain
 
@@ -96,7 +95,7 @@ def run(recipe: settings.Recipe | str | Path, *overrides: str, out: str | Path |
             emit.attach(JsonLines(path, resumed_from, only=only), listener.earlier or ())
         listener.earlier = None
         control = Control()
-        with _signals(control) as training:
+        with asked_by_signals(control) as training:
             one = _Run(recipe, folder, build(recipe, emit, device), emit, control, found)
             step, finished = one.train(training)
             one.finish(finished, begun, listener)
@@ -279,30 +278,6 @@ class _Callback:
         self.function(event)
 
     def close(self) -> None: ...
-
-
-@contextmanager
-def _signals(control: Control) -> Iterator[Callable[[bool], None]]:
-    """While the loop runs, a first signal asks it to stop at the step's border and a second one stops at once. Outside of it the first does."""
-    state = {"training": False}
-
-    def handle(number: int, frame: object) -> None:
-        if control.stop or not state["training"]:
-            raise KeyboardInterrupt
-        control.stop = True
-
-    def training(on: bool) -> None:
-        state["training"] = on
-
-    if threading.current_thread() is not threading.main_thread():
-        yield training  # only the main thread may handle signals
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield training
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _silent(event: Event) -> None:
