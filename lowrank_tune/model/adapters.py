@@ -85,7 +85,7 @@ def _config(raw: Any, key: str, folder: Path) -> LoraConfig:
     for name, harmless in HARMLESS.items():
         if raw.get(name, True) not in harmless:
             raise UserError(f"{key}: {folder} uses {name} {raw[name]}, which this kit does not load: such an adapter goes with another base")
-    raw = {"lora_dropout": 0.0} | raw
+    raw = raw | {"lora_dropout": raw.get("lora_dropout") or 0.0}
     for name, good in SHAPES.items():
         if name in raw and not good(raw[name]):
             raise UserError(f"{key}: the adapter in {folder} is broken: {name} is {raw[name]!r}")

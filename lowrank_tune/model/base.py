@@ -170,9 +170,10 @@ def _refuse_own_code(place: str, name: str, arguments: dict[str, Any]) -> None:
     # transformers would ask the person in the middle of the run; this asks nobody and says what to do.
     try:
         raw, _ = PretrainedConfig.get_config_dict(place, revision=arguments["revision"])
+        own_code = raw.get("auto_map")
     except (AttributeError, TypeError) as error:
         raise UserError(f"base.model: {name} cannot be loaded: its config.json holds no JSON object") from error
-    if raw.get("auto_map") and not arguments["trust_remote_code"]:
+    if own_code and not arguments["trust_remote_code"]:
         raise UserError(f"base.model: {name} brings Python code of its own; set base.trust_remote_code: true only if you trust its author")
 
 
