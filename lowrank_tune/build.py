@@ -48,6 +48,8 @@ def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = Non
     template = Template.of(load_tokenizer(recipe.base))
     emit(Note(message=template.describe()))
     data = load(recipe.data, template, recipe.seed, emit)
+    for line in data.report.lines():
+        emit(Note(message=line, level="warning" if "; dropped " in line else "info"))
     wanted = recipe.evaluate
     heldout = prompts(wanted.heldout, wanted.prompts, recipe.seed, recipe.data.system) if wanted.heldout else []
     heldout = [prompt for prompt in heldout if template.spoils(prompt.messages) is None]

@@ -66,6 +66,11 @@ class _Listener:
         if isinstance(event, StepDone):
             self.last = {"step": event.step, **event.stats}
 
+    def tell_end(self, emit: Emit, status: Literal["interrupted", "failed"], step: int, seconds: float, message: str) -> None:
+        """The last event of a run that broke. The disk may be full by now, and what broke the run is what its user must read."""
+        with suppress(UserError):
+            emit(RunEnded(status=status, step=int(self.last.get("step", step)), seconds=seconds, message=message))
+
     def close(self) -> None:
         self.earlier = None
 
@@ -103,12 +108,11 @@ def run(recipe: settings.Recipe | str | Path, *overrides: str, out: str | Path |
         return Outcome(status, folder.path, one.summary)
     except torch.OutOfMemoryError as error:
         advice = "try train.micro_batch_size=1, train.gradient_checkpointing=true or a smaller data.max_length"
-        emit(RunEnded(status="failed", step=step, seconds=time.time() - begun, message="out of memory"))
+        listener.tell_end(emit, "failed", step, time.time() - begun, "out of memory")
         raise OutOfMemory(f"out of memory: {str(error).splitlines()[0]}; {advice}") from error
     except BaseException as error:
         told = str(error) if isinstance(error, UserError) else type(error).__name__
-        how: Literal["interrupted", "failed"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        emit(RunEnded(status=how, step=step, seconds=time.time() - begun, message=told))
+        listener.tell_end(emit, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", step, time.time() - begun, told)
         raise
     finally:
         emit.close()

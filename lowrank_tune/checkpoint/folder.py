@@ -127,7 +127,9 @@ class RunFolder:
     def _begin(self, recipe: dict[str, Any], text: str, differences: Callable[[dict[str, Any], dict[str, Any]], list[str]]) -> None:
         """Checks that an unfinished run may be continued, and writes what the folder is. `run.json` comes first: it makes it a run."""
         cures = f"Give another folder with --out, or delete {self.path}."
-        if self._state() == "unfinished":
+        self.continued = self._state() == "unfinished"
+        # A run that never saved has nothing to lose: whoever mends a fault in its recipe starts again in the same folder.
+        if self.continued and any(self.checkpoints.glob("step-*")):
             try:
                 old = json.loads((self.path / "run.json").read_bytes())["recipe"]
             except (OSError, ValueError, KeyError, TypeError) as error:
@@ -135,7 +137,6 @@ class RunFolder:
             if lines := differences(old, recipe):
                 told = "".join(f"\n  {line}" for line in lines)
                 raise UserError(f"{self.path} holds an unfinished run of another recipe:{told}\n{cures}")
-            self.continued = True
         tidy(self.path)
         self.write_json("run.json", {"version": VERSION, "recipe": recipe})
         self.write_text("recipe.yaml", text)

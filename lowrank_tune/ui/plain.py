@@ -115,8 +115,8 @@ class Plain:
             for i, line in enumerate(event.message.splitlines() or [""]):  # an indent shows that a line goes on
                 self._say((prefix if i == 0 else "  ") + line, "warning" if prefix else "")
         elif isinstance(event, RunEnded):
-            said = f"{event.status} after step {event.step} in {clock(event.seconds)}" + (f": {event.message}" if event.message else "")
-            self._say(said, "good" if event.status == "done" else "warning")
+            # Why it failed is what the run raises, and what the command line then prints.
+            self._say(f"{event.status} after step {event.step} in {clock(event.seconds)}", "good" if event.status == "done" else "warning")
 
     def close(self) -> None:
         """Takes a bar off the screen, and gives the cursor back."""
