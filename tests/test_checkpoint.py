@@ -436,12 +436,12 @@ def test_finished_run_is_left_alone(tmp_path: Path, exact: bool) -> None:
     assert folder.path.name == "demo-3" and not folder.continued
     assert isinstance(events[0], Note) and events[0].level == ("warning" if exact else "info") and "demo-3" in events[0].message
     folder.close()
-    with begin(tmp_path / "demo", {**RECIPE, "rate": 0.3}) as folder:  # it has saved nothing yet, so nothing can be lost
+    with begin(tmp_path / "demo", {**RECIPE, "rate": 0.3}, emit=emit) as folder:  # it has saved nothing yet, so nothing can be lost
         assert folder.path.name == "demo-3" and folder.continued
-    with begin(tmp_path / "demo") as folder:
+    with begin(tmp_path / "demo", emit=emit) as folder:
         folder.checkpoint(1).mkdir(parents=True)
     with pytest.raises(UserError, match="demo-3 holds an unfinished run of another recipe:\n  rate: 0.1 -> 0.2\nGive .*--out, or delete"):
-        begin(tmp_path / "demo", {**RECIPE, "rate": 0.2})
+        begin(tmp_path / "demo", {**RECIPE, "rate": 0.2}, emit=emit)
     assert before == {path: path.read_bytes() for path in (tmp_path / "demo").iterdir()}
     assert json.loads((tmp_path / "demo" / "summary.json").read_text())["best"] is None
 
