@@ -6,6 +6,7 @@ Precision is decided here and nowhere else. CUDA: weights, compute and autocast 
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -149,6 +150,7 @@ def _digest(tensors: list[Tensor]) -> str:
 def _be_quiet() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what they come to is told in one sentence
     # PEFT asks transformers by a name that is deprecated there; nobody who runs a recipe can do anything about it.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 
