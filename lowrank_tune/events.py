@@ -23,7 +23,8 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
-    """The first event of each start. `reference` says in words what the policy is compared with."""
+    """The first event of each start. `reference` says in words what the policy is compared with; `memory_total_gib` is the card's
+    memory, or the machine's where there is no card, 0 where it is not known; this is stage `stage` of `stages` in a chain."""
 
     kind: ClassVar[str] = "run_started"
     name: str
@@ -36,6 +37,9 @@ class RunStarted(Event):
     trainable: int = 0
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    memory_total_gib: float = 0.0
+    stage: int = 1
+    stages: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,11 +23,15 @@ from lowrank_tune.evaluate import Answer, Question, answer, measure, questions_i
 from lowrank_tune.events import Emit, Event, Note, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
 from lowrank_tune.model.base import base_hashes, one_hash
+from lowrank_tune.preflight import survey
 from lowrank_tune.recipe import Recipe, differences, dump
 from lowrank_tune.sinks import JsonLines, Tee
 from lowrank_tune.train import Loop, Progress, make_optimizer
 from lowrank_tune.types import Sampling
 from lowrank_tune.ui.plain import Plain
+from lowrank_tune.ui.terminal import can_show
+from lowrank_tune.ui.tui import Tui
+from lowrank_tune.ui.watch import events_in
 
 EVALUATIONS, SAVES = 10, 10  # over a run, where the recipe does not say
 
@@ -83,13 +89,21 @@ def run(recipe: settings.Recipe | str | Path, *overrides: str, out: str | Path |
     """
     if not isinstance(recipe, settings.Recipe):
         recipe = Recipe.load(recipe, *overrides)
+    control = Control()
+    with asked_by_signals(control) as training:  # around the screen too, which must be taken down whatever comes
+        return _run(recipe, Path(out) if out else None, ui, device, on_event, control, training)
+
+
+def _run(recipe: settings.Recipe, out: Path | None, ui: str, device: torch.device | None, on_event: Callable[[Event], None] | None,
+         control: Control, training: Callable[[bool], None]) -> Outcome:  # fmt: skip
     begun, listener = time.time(), _Listener()
     emit = Tee(listener)
-    if ui != "none":
+    on_screen = ui in ("auto", "tui") and can_show(sys.stdout, os.environ, forced=ui == "tui")
+    if ui != "none" and not on_screen:
         emit.attach(Plain())
     if on_event is not None:
         emit.attach(_Callback(on_event))
-    folder = RunFolder.open(Path(out) if out else Path("runs") / (recipe.name or "run"), recipe.to_dict(), dump(recipe), differences,
+    folder = RunFolder.open(out or Path("runs") / (recipe.name or "run"), recipe.to_dict(), dump(recipe), differences,
                             out is not None, emit)  # fmt: skip
     step = 0
     try:
@@ -99,11 +113,11 @@ def run(recipe: settings.Recipe | str | Path, *overrides: str, out: str | Path |
         for path, only in ((folder.events, ()), (folder.samples, (Sampled,))):
             emit.attach(JsonLines(path, resumed_from, only=only), listener.earlier or ())
         listener.earlier = None
-        control = Control()
-        with asked_by_signals(control) as training:
-            one = _Run(recipe, folder, build(recipe, emit, device), emit, control, found)
-            step, finished = one.train(training)
-            one.finish(finished, begun, listener)
+        if on_screen:
+            emit.attach(Tui(control, folder.console_log), events_in(folder.events))
+        one = _Run(recipe, folder, build(recipe, emit, device), emit, control, found)
+        step, finished = one.train(training)
+        one.finish(finished, begun, listener)
         status: Literal["done", "interrupted"] = "done" if finished else "interrupted"
         return Outcome(status, folder.path, one.summary)
     except torch.OutOfMemoryError as error:
@@ -142,7 +156,7 @@ class _Run:
             self._restore(found[1])
         base = built.base
         folder.write_json("base.json", {"model": base.name, "revision": base.revision, "bits": base.bits, "tensors": self.hashes})
-        folder.write_json("data.json", built.data.report.to_dict())
+        folder.write_json("data.json", survey(recipe, built.data, built.template, built.heldout).to_dict())
 
     def train(self, training: Callable[[bool], None]) -> tuple[int, bool]:
         """Runs the loop; returns the step reached, and whether that is the last one."""
@@ -184,7 +198,8 @@ class _Run:
             name=self.recipe.name, algorithm=self.recipe.algorithm, model=built.base.name,
             roles={role: [name.removeprefix("lt_") for name in stack] for role, stack in roles.stacks.items()},
             reference=built.reference_in_words(), steps=built.steps, resumed_from=self.step_at_start,
-            trainable=sum(p.numel() for p in self.loop.parameters), device=_device_name(built.base.device), versions=_versions()))  # fmt: skip
+            trainable=sum(p.numel() for p in self.loop.parameters), device=_device_name(built.base.device), versions=_versions(),
+            memory_total_gib=_memory_total_gib(built.base.device)))  # fmt: skip
 
     def _at_border(self, progress: Progress, last: bool) -> None:
         step, control = progress.step, self.loop.control
@@ -292,6 +307,13 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, bf16"
     return f"CPU, {torch.get_num_threads()} threads, fp32"
+
+
+def _memory_total_gib(device: torch.device) -> float:
+    """Of the card, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
 def _versions() -> dict[str, str]:

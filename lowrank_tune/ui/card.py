@@ -1,0 +1,39 @@
+"""What the card says of itself: memory in use by all, temperature, power, load. Only where nvidia-ml-py is installed and finds a card."""
+
+from __future__ import annotations
+
+import time
+from importlib import import_module
+from typing import Any
+
+EVERY = 2.0  # seconds between two questions to the driver
+
+
+class Card:
+    """The first visible card. Silent for ever after the first thing that goes wrong."""
+
+    def __init__(self) -> None:
+        self._driver: Any = None
+        self._handle: Any = None
+        self._told, self._asked = "", -EVERY
+        try:
+            pynvml = import_module("pynvml")  # optional: no dependency of the kit
+            pynvml.nvmlInit()
+            self._driver, self._handle = pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
+        except Exception:  # not installed, no driver, no card: the kinds differ by version
+            self._driver = None
+
+    def read(self) -> str:
+        """`card 19.2/24.0 GiB 71 C 310 W 97 %`, or nothing."""
+        now = time.monotonic()
+        if self._driver is not None and now - self._asked >= EVERY:
+            self._asked = now
+            try:
+                memory = self._driver.nvmlDeviceGetMemoryInfo(self._handle)
+                heat = self._driver.nvmlDeviceGetTemperature(self._handle, 0)
+                power = self._driver.nvmlDeviceGetPowerUsage(self._handle) / 1000
+                load = self._driver.nvmlDeviceGetUtilizationRates(self._handle).gpu
+                self._told = f"card {memory.used / 2**30:.1f}/{memory.total / 2**30:.1f} GiB {heat} C {power:.0f} W {load} %"
+            except Exception:
+                self._driver, self._told = None, ""
+        return self._told

@@ -1,0 +1,209 @@
+"""The dashboard as a pure function: `render(state, view, width, height)` is the screen, line by line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lowrank_tune.ui.diagnose import diagnose
+from lowrank_tune.ui.frame import Line, beside, fit, pad, said, wrap
+from lowrank_tune.ui.panes import FOR_THE_RUN, KEYS, View, chart_names, chart_pane, help_pane, log_pane, sample_pane, written
+from lowrank_tune.ui.plain import SHOWN, clock
+from lowrank_tune.ui.state import State
+
+LEAST_WIDTH, LEAST_HEIGHT = 60, 15
+CHART_WIDTH, CHART_HEIGHT, MOST_COLUMNS = 36, 9, 3
+SIDE_BY_SIDE = 100  # from here on log and answers stand next to each other
+SHORT = {"q": "quit", "p": "pause", "s": "save", "e": "eval", "n": "next", "l": "log", "+": "", "-": "smooth", "?": "help"}
+SILENT = 60.0  # seconds without an event, after which the header says so
+
+
+def render(state: State, view: View, width: int, height: int) -> list[Line]:
+    """Exactly `height` lines of `width` cells."""
+    if width < LEAST_WIDTH or height < LEAST_HEIGHT:
+        return pad(_small(state, view, width), width, height)
+    head = [_title(state, view, width), _roles(state, view), _progress(state, view, width), _resources(state, view)]
+    body_height = height - len(head) - 1
+    body = help_pane(view, width, body_height) if view.help else _body(state, view, width, body_height)
+    return [*pad(head, width, len(head)), *pad(body, width, body_height), fit(_footer(view, width), width)]
+
+
+def render_several(states: Sequence[State], view: View, width: int, height: int) -> list[Line]:
+    """Several runs: side by side where the screen is wide enough, else one above the other."""
+    if len(states) == 1:
+        return render(states[0], view, width, height)
+    count, edge = len(states), "|" if view.ascii_only else "\u2502"
+    each = (width - count + 1) // count
+    if each >= LEAST_WIDTH:
+        widths = [each] * (count - 1) + [width - count + 1 - each * (count - 1)]
+        return beside([render(state, view, one, height) for state, one in zip(states, widths, strict=True)], widths, height, edge)
+    lines: list[Line] = []
+    for index, state in enumerate(states):
+        lines += render(state, view, width, (height - len(lines)) // (count - index))
+    return lines
+
+
+def status(state: State, view: View) -> tuple[str, str]:
+    """How the run stands, in a word or a few, and the style of that."""
+    if state.ended is not None:
+        return f"{state.ended.status} in {clock(state.ended.seconds)}", "good" if state.ended.status == "done" else "bad"
+    if view.asked:
+        return ", ".join(view.asked), "warning"
+    silent = view.now - state.last_time if view.now is not None and state.last_time else 0.0
+    if silent > SILENT:
+        return f"no news for {clock(silent)}", "warning"
+    if state.job is not None or (state.started is not None and state.step == 0):
+        return "evaluating" if state.started else "loading", "title"
+    return ("running", "good") if state.started else ("starting", "title")
+
+
+def _title(state: State, view: View, width: int) -> Line:
+    run, dot = state.started, " - " if view.ascii_only else " \u00b7 "
+    line: Line = [(" lowrank-tune ", "key"), (" ", "")]
+    if run is not None:
+        stages = f"{dot}stage {run.stage} of {run.stages}" if run.stages > 1 else ""
+        name, model, device = (said(text, view.ascii_only, 60) for text in (run.name, run.model, run.device))
+        line += [(name, "strong"), (f"{stages}{dot}{said(run.algorithm)} of {model}", ""), (f"{dot}{device}" if device else "", "quiet")]
+    told, style = status(state, view)
+    told = f"  {told} "
+    return [*fit(line, width - len(told)), (told, style)]
+
+
+def _roles(state: State, view: View) -> Line:
+    """Each role as the stack it is, and the reference in words."""
+    if state.started is None:
+        return [(" preparing data and base", "quiet")]
+    line: Line = []
+    for role, stack in state.started.roles.items():
+        if role != "reference":
+            line += [(f" {said(role, view.ascii_only)} ", "quiet"), (f"= {said(' + '.join(('base', *stack)), view.ascii_only)}  ", "")]
+    return [*line, (" reference ", "quiet"), (f"= {said(state.started.reference, view.ascii_only)}", "")]
+
+
+def _bar(share: float, width: int, view: View) -> Line:
+    full = round(min(1.0, max(0.0, share)) * width)
+    drawn, rest = ("#", ".") if view.ascii_only else ("\u2501", "\u2500")
+    return [(drawn * full, "bar"), (rest * (width - full), "quiet")]
+
+
+def _progress(state: State, view: View, width: int) -> Line:
+    """The bar of the run, or of a long job before and between its steps."""
+    facts = [f"step {state.step}/{state.steps} ({100 * state.step / max(1, state.steps):.0f} %)"] if state.started else []
+    share = state.step / max(1, state.steps)
+    if state.job is not None:
+        share = state.job.done / state.job.total if state.job.total else 0.0
+        facts = [f"{said(state.job.what, view.ascii_only, 44)} {state.job.done:,}/{state.job.total:,}", *(facts if state.step else [])]
+    elif state.seconds_left is not None and state.step < state.steps:
+        facts.append(f"ETA {clock(state.seconds_left)}")
+    if state.begun is not None and state.ended is None:
+        facts.append(f"for {clock(state.last_time - state.begun)}")
+    if (speed := state.tokens_per_second) is not None:
+        facts.append(f"{speed:,.0f} tokens/s")
+    while len(facts) > 1 and sum(len(fact) + 2 for fact in facts) > width - 12:
+        facts.pop()  # a narrow screen keeps the first ones
+    told = "  " + "  ".join(facts) + " "
+    return [(" ", ""), *_bar(share, max(8, width - len(told) - 1), view), (told, "")]
+
+
+def _resources(state: State, view: View) -> Line:
+    """Memory against the card, and where the time goes."""
+    line: Line = []
+    if (used := state.memory_gib) is not None:
+        total = state.started.memory_total_gib if state.started else 0.0
+        line += [(" memory ", "quiet")]
+        if total:
+            style = "warning" if used > 0.92 * total else ""
+            line += [*_bar(used / total, 8, view), (f" {used:.1f} of {total:.1f} GiB", style)]
+        else:
+            line += [(f"{used:.1f} GiB", "")]
+    if view.card:
+        line += [(f"  {said(view.card, view.ascii_only)}", "quiet")]
+    shares = {name: share for name, share in state.shares().items() if share >= 0.01}
+    if shares:
+        line += [("   time ", "quiet"), ("  ".join(f"{name} {share:.0%}" for name, share in shares.items()), "")]
+    return line
+
+
+def _body(state: State, view: View, width: int, height: int) -> list[Line]:
+    """Charts above, the diagnoses, then log and answers."""
+    diagnoses = _diagnoses(state, view, width, max(1, height // 9))
+    names = chart_names(state)
+    rest = height - len(diagnoses)
+    columns = max(1, min(MOST_COLUMNS, width // CHART_WIDTH, len(names)))
+    if not names:
+        return [*diagnoses, *_panes(state, view, width, rest)]
+    below = max(4, min(18, rest * 2 // 5))
+    rows = max(1, min((rest - below) // CHART_HEIGHT, -(-len(names) // columns)))
+    left_out = names[columns * rows :]
+    grid = _charts(state, view, names[: columns * rows], columns, width, (rest - below - bool(left_out)) // rows)
+    if left_out:
+        grid.append(_figures(state, left_out))
+    return [*grid, *diagnoses, *_panes(state, view, width, height - len(grid) - len(diagnoses))]
+
+
+def _charts(state: State, view: View, names: Sequence[str], columns: int, width: int, height: int) -> list[Line]:
+    lines: list[Line] = []
+    base, extra = divmod(width - columns + 1, columns)
+    widths = [base + (index < extra) for index in range(columns)]
+    for at in range(0, len(names), columns):
+        row = [chart_pane(state, name, view, widths[index], height) for index, name in enumerate(names[at : at + columns])]
+        lines += beside([*row, *([[]] * (columns - len(row)))], widths, height)
+    return lines
+
+
+def _figures(state: State, names: Sequence[str]) -> Line:
+    """In one line what has no chart on a small screen."""
+    line: Line = [(" ", "")]
+    for name in names:
+        if (last := state.last(name)) is not None:
+            label = SHOWN[name][0] if name in SHOWN else said(name)
+            line += [(f"{label} ", "quiet"), (f"{written(name, last)}   ", "")]
+    return line
+
+
+def _diagnoses(state: State, view: View, width: int, most: int) -> list[Line]:
+    signs = {"bad": "!!", "warning": "! ", "good": "ok", "": "  "}
+    lines: list[Line] = []
+    for diagnosis in diagnose(state):
+        for row, part in enumerate(wrap(said(diagnosis.text, view.ascii_only), width - 5, 2)):
+            lines.append([(f" {signs[diagnosis.level] if row == 0 else '  '} ", diagnosis.level), (part, diagnosis.level)])
+    return lines[: max(1, most)]
+
+
+def _panes(state: State, view: View, width: int, height: int) -> list[Line]:
+    """Answers stand at the right or alone: where a terminal measures a character otherwise than we do, nothing after it moves."""
+    if width >= SIDE_BY_SIDE:
+        left = (width - 1) * 9 // 20
+        widths = [left, width - 1 - left]
+        return beside([log_pane(state, view, left, height), sample_pane(state, view, widths[1], height)], widths, height)
+    if state.answers and height < 7:  # no room for both; what is wrong is also said by the diagnoses
+        return sample_pane(state, view, width, height)
+    above = height * 3 // 5 if state.answers else 2
+    return [*pad(sample_pane(state, view, width, above), width, above), *log_pane(state, view, width, height - above)]
+
+
+def _footer(view: View, width: int) -> Line:
+    if not view.keys:
+        return [(" no keyboard here: Ctrl-C saves and quits", "quiet")]
+    line: Line = [(" ", "")]
+    wide = width >= SIDE_BY_SIDE
+    for key in KEYS:
+        if view.mine or key not in FOR_THE_RUN or key == "q":
+            line += [(f" {key} " if wide else key, "key"), (f" {SHORT[key]} " + " " * wide if SHORT[key] else "", "")]
+    return line
+
+
+def _small(state: State, view: View, width: int) -> list[Line]:
+    """Plain lines for a screen that has no room for panes."""
+    run = state.started
+    told, style = status(state, view)
+    lines: list[Line] = [[(f"{said(run.name, view.ascii_only) if run else 'starting'}: {told}", style)]]
+    if state.job is not None:
+        lines.append([(f"{said(state.job.what, view.ascii_only)} {state.job.done}/{state.job.total}", "")])
+    if run is not None:
+        left = f", ETA {clock(state.seconds_left)}" if state.seconds_left is not None else ""
+        lines.append([(f"step {state.step}/{state.steps}{left}", "")])
+    names = [name for name in (*chart_names(state), "validation_loss") if name in state.series]
+    for name in names[:4]:
+        lines.append([(f"{name.replace('_', ' ')} {written(name, state.series[name].last)}", "")])
+    lines += [[(part, diagnosis.level)] for diagnosis in diagnose(state) for part in wrap(said(diagnosis.text, view.ascii_only), width, 2)]
+    return lines + [[(said(entry.text, view.ascii_only), "warning")] for entry in reversed(state.warnings)]

@@ -1,0 +1,183 @@
+"""What a screen knows of a run. Only events change it, so that a live run, a followed file and a recorded one look the same."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lowrank_tune.events import Event, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
+from lowrank_tune.ui.plain import Pace, show
+
+MOST_POINTS, LOG_LINES, SPEED_STEPS = 2000, 200, 20
+WARNING_LINES = 50
+TRAINING, EVALUATING, SAVING, LOADING, OTHER = "training", "evaluating", "saving", "loading", "other"
+
+
+@dataclass
+class Series:
+    """The values of one statistic by step. Of more than `MOST_POINTS`, neighbours become their mean, so that drawing stays cheap."""
+
+    points: list[tuple[float, float]] = field(default_factory=list)
+    per_point: int = 1
+    _open: list[tuple[float, float]] = field(default_factory=list)
+    last: float = float("nan")
+
+    def add(self, step: int, value: float) -> None:
+        self.last = value
+        self._open.append((step, value))
+        if len(self._open) >= self.per_point:
+            self.points.append(_mean(self._open))
+            self._open.clear()
+        if len(self.points) > MOST_POINTS:
+            self.points = [_mean(self.points[at : at + 2]) for at in range(0, len(self.points), 2)]
+            self.per_point *= 2
+
+    def cut(self, step: int) -> None:
+        """Forgets what came after a step: a resumed run does it again."""
+        self.points = [point for point in self.points if point[0] <= step]
+        self._open = [point for point in self._open if point[0] <= step]
+
+
+def _mean(points: list[tuple[float, float]]) -> tuple[float, float]:
+    finite = [value for _, value in points if value == value]
+    return points[-1][0], sum(finite) / len(finite) if finite else float("nan")
+
+
+@dataclass(frozen=True)
+class Said:
+    """A line of the log; `times` it came in a row."""
+
+    time: float
+    text: str
+    times: int = 1
+
+
+@dataclass
+class State:
+    """Everything that the screen shows of one run."""
+
+    started: RunStarted | None = None
+    ended: RunEnded | None = None
+    job: Progress | None = None
+    step: int = 0
+    steps: int = 0
+    begun: float | None = None
+    last_time: float = 0.0
+    seconds_left: float | None = None
+    saved_step: int | None = None
+    best_step: int | None = None
+    series: dict[str, Series] = field(default_factory=dict)
+    heldout: dict[str, dict[str, float]] = field(default_factory=dict)
+    answers: dict[str, list[Sampled]] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)
+    warnings: deque[Said] = field(default_factory=lambda: deque(maxlen=WARNING_LINES))
+    log: deque[Said] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
+    _pace: Pace = field(default_factory=Pace)
+    _speed: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=SPEED_STEPS))
+
+    def apply(self, event: Event) -> None:
+        """Takes an event in."""
+        if self.begun is None or self.ended is not None:  # after an end a new start follows: the pause between was no work
+            self.begun, self.last_time, self.ended = event.time, event.time, None
+        self._spend(event)
+        self.last_time = max(self.last_time, event.time)
+        if not isinstance(event, (Progress, Note)):
+            self.job = None
+        if isinstance(event, RunStarted):
+            self._start(event)
+        elif isinstance(event, Progress):
+            self.job = event if event.done < event.total else None
+        elif isinstance(event, StepDone):
+            self._step(event)
+        elif isinstance(event, Validated):
+            self._validated(event)
+        elif isinstance(event, Sampled):
+            self.answers.setdefault(event.prompt, []).append(event)
+            del self.answers[event.prompt][1:-20]  # the first, to compare with, and the latest
+        elif isinstance(event, Saved):
+            self.saved_step = event.step
+            self._say(event.time, f"saved step {event.step}")
+        elif isinstance(event, Note):
+            self._note(event)
+        elif isinstance(event, RunEnded):
+            self.ended, self.seconds_left = event, None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over the last steps, without the pauses between them."""
+        tokens, seconds = (sum(column) for column in zip(*self._speed, strict=True)) if self._speed else (0, 0.0)
+        return tokens / seconds if seconds else None
+
+    @property
+    def memory_gib(self) -> float | None:
+        return self.last("memory_gib")
+
+    def last(self, name: str) -> float | None:
+        return self.series[name].last if name in self.series else None
+
+    def shares(self) -> dict[str, float]:
+        """The share of each phase in the time of this start, the largest first."""
+        total = sum(self.phases.values())
+        return {name: spent / total for name, spent in sorted(self.phases.items(), key=lambda item: -item[1])} if total else {}
+
+    def _start(self, event: RunStarted) -> None:
+        self.started, self.steps, self.step = event, event.steps, event.resumed_from
+        self._pace, self.seconds_left = Pace(), None
+        self._speed.clear()
+        if event.resumed_from:
+            self.begun, self.phases = event.time, {}  # how long the run lay still is not known
+            self._say(event.time, f"continued after step {event.resumed_from}")
+        for series in self.series.values():
+            series.cut(event.resumed_from)
+
+    def _step(self, event: StepDone) -> None:
+        self.step, self.steps = event.step, event.steps
+        self.seconds_left = self._pace.left(event)
+        self._speed.append((event.tokens, event.seconds))
+        self._measured(event.step, event.stats)
+
+    def _validated(self, event: Validated) -> None:
+        heldout = {name: value for name, value in event.stats.items() if name.startswith("heldout_")}
+        for name, value in heldout.items():
+            who, _, what = name.removeprefix("heldout_").partition("_")
+            self.heldout.setdefault(who, {})[what] = value
+        others = {name: value for name, value in event.stats.items() if name not in heldout}
+        if event.best:
+            self.best_step = event.step
+        if others:
+            self._measured(event.step, others)
+            told = show({name.removeprefix("validation_"): value for name, value in others.items()})
+            self._say(event.time, f"validation after step {event.step}: {told}" + ("  best so far" if event.best else ""))
+
+    def _measured(self, step: int, stats: Mapping[str, float]) -> None:
+        for name, value in stats.items():
+            self.series.setdefault(name, Series()).add(step, value)
+
+    def _note(self, event: Note) -> None:
+        lines = self.warnings if event.level == "warning" else self.log
+        if lines and lines[-1].text == event.message:
+            lines[-1] = Said(event.time, event.message, lines[-1].times + 1)
+        else:
+            lines.append(Said(event.time, event.message))
+
+    def _say(self, time: float, text: str) -> None:
+        self.log.append(Said(time, text))
+
+    def _spend(self, event: Event) -> None:
+        """The time since the last event belongs to what this one tells of; a step says itself how long it took."""
+        spent = max(0.0, event.time - self.last_time)
+        if isinstance(event, StepDone):
+            self._add(TRAINING, min(spent, event.seconds))
+            self._add(OTHER, spent - min(spent, event.seconds))
+        elif isinstance(event, Saved):
+            self._add(SAVING, min(spent, event.seconds))
+            self._add(OTHER, spent - min(spent, event.seconds))
+        elif isinstance(event, (Validated, Sampled)) or (isinstance(event, Progress) and self.started is not None):
+            self._add(EVALUATING, spent)
+        else:
+            self._add(LOADING if self.started is None or isinstance(event, RunStarted) else OTHER, spent)
+
+    def _add(self, phase: str, seconds: float) -> None:
+        if seconds > 0:
+            self.phases[phase] = self.phases.get(phase, 0.0) + seconds
