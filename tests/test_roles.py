@@ -274,6 +274,12 @@ def left_behind(roles: Roles) -> list[str]:
         look("outer", roles.stacks["policy"], True)
         raise Fault
     look("after", [], True)
+    again = roles.use("policy")  # one voice entered while it is entered, as a second backward pass within the first would
+    with again, roles.use("reference"):
+        with again:
+            look("again", roles.stacks["policy"], True)
+        look("after again", roles.stacks["reference"], True)
+    look("after all", [], True)
 
     def broken(*_: Any) -> None:
         raise Fault

@@ -300,7 +300,7 @@ def kl_error(roles: Roles) -> float:
     batch = ragged()
     found = to_floats(sft_over(roles).observe(batch))["kl"]
     values = []
-    with torch.no_grad():
+    with roles.quiet():
         for role in ("policy", "reference"):
             with roles.use(role):
                 values.append(torch.log_softmax(roles.base.model(input_ids=batch.ids).logits.double(), dim=-1)[:, :-1])
@@ -319,10 +319,12 @@ def test_kl_is_zero_at_first_and_brute_force_later(monkeypatch: pytest.MonkeyPat
     assert kl_error(roles) > 1e-2  # the raw base where the SFT adapter was meant
 
 
-def test_kl_is_zero_at_first_with_dropout_too() -> None:
+def test_kl_knows_no_dropout() -> None:
     roles = llama_roles(lower=["sft"], dropout=0.5)
     shake(roles, "sft")
     assert to_floats(sft_over(roles).observe(ragged()))["kl"] == 0.0
+    shake(roles, "policy")
+    assert kl_error(roles) < 1e-5
 
 
 def falls(roles: Roles) -> bool:
