@@ -24,18 +24,22 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="QLoRA fine-tuning for one consumer GPU: one frozen 4-bit base, many voices.")  # fmt: skip
+presets = typer.Typer(invoke_without_command=True, help="List the presets, or print or copy one to start your own from.")
+app.add_typer(presets, name="presets")
 
 
 class Screen(StrEnum):
-    """`auto` is the best that the terminal can show; `plain` one line a step."""
+    """`auto` is the best that the terminal can show; `tui` also on a build server; `plain` one line a step."""
 
     auto = "auto"
+    tui = "tui"
     plain = "plain"
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as train.learning_rate=1e-4.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME where it is not given.")]
 Ui = Annotated[Screen, typer.Option("--ui", help="What to draw.")]
+Preset = Annotated[str, typer.Argument(help="A preset's name, as `lowrank-tune presets` lists them.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
@@ -67,20 +71,71 @@ def demo(overrides: Overrides = None, out: Out = None, ui: Ui = Screen.auto, deb
         _end(outcome)
 
 
-@app.command()
-def presets(name: Annotated[str | None, typer.Argument(help="Print this preset.")] = None, debug: Debug = False) -> None:
-    """List the presets, or print one to start your own from."""
+@app.command("data")
+def data_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file.")],
+                 overrides: Overrides = None, debug: Debug = False) -> None:  # fmt: skip
+    """Show what would be trained on, before anything is: mixture, lengths, faulty rows with their lines, end token, loss mask."""
     with _sentences(debug):
-        from lowrank_tune.recipe import find_preset
+        from lowrank_tune.recipe import Recipe
+
+        loaded = Recipe.load(recipe, *(overrides or []))
+        from lowrank_tune.preflight import examine
+        from lowrank_tune.ui.data_view import show
+
+        found = examine(loaded, lambda event: None)
+        show(found, f"{loaded.name}: {loaded.algorithm} of {loaded.base.model}", Console(highlight=False))
+        if found.faults:
+            raise typer.Exit(UserError.exit_code)
+
+
+@presets.callback()
+def list_presets(context: typer.Context) -> None:
+    """List the presets, or print or copy one to start your own from."""
+    if context.invoked_subcommand is not None:
+        return
+    with _sentences(False):
         from lowrank_tune.recipe import presets as all_presets
 
-        if name is not None:
-            sys.stdout.write(find_preset(name).read_text(encoding="utf-8"))
-            return
         table = Table("preset", "algorithm", "what it is", box=None)
         for preset, description, algorithm in all_presets():
             table.add_row(preset, algorithm, description)
         Console().print(table)
+
+
+@presets.command("show")
+def show_preset(name: Preset, debug: Debug = False) -> None:
+    """Print a preset."""
+    with _sentences(debug):
+        from lowrank_tune.recipe import find_preset
+
+        sys.stdout.write(find_preset(name).read_text(encoding="utf-8"))
+
+
+@presets.command("copy")
+def copy_preset(name: Preset, file: Annotated[Path | None, typer.Argument(help="NAME.yaml here, where it is not given.")] = None,
+                debug: Debug = False) -> None:  # fmt: skip
+    """Copy a preset to a file of your own; never over one that is there."""
+    with _sentences(debug):
+        from lowrank_tune.recipe import find_preset
+
+        text, target = find_preset(name).read_text(encoding="utf-8"), file or Path(f"{name}.yaml")
+        try:
+            with target.open("x", encoding="utf-8") as opened:
+                opened.write(text)
+        except OSError as error:
+            told = "is there already; name another file" if target.exists() else f"cannot be written: {error.strerror or error}"
+            raise UserError(f"{target}: {told}") from error
+        print(f"{target}: change it, then `lowrank-tune data {target}` and `lowrank-tune run {target}`")
+
+
+@app.command("watch")
+def watch_command(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or their events.jsonl.")],
+                  ui: Ui = Screen.auto, debug: Debug = False) -> None:  # fmt: skip
+    """Show runs that happen elsewhere, or happened; several beside each other."""
+    with _sentences(debug):
+        from lowrank_tune.ui.watch import watch
+
+        watch(runs, plain=ui == Screen.plain)
 
 
 @app.command()

@@ -41,21 +41,24 @@ class Prompt:
     row: Mapping[str, Any]
 
 
-def load(data: settings.Data, template: Template, seed: int, emit: Emit, cache: Path | None = None) -> Prepared:
-    """Reads, tokenises (or finds again) and splits. Raises `UserError`, before any training, where the data cannot be used."""
+def load(data: settings.Data, template: Template, seed: int, emit: Emit, cache: Path | None = None, judge: bool = True) -> Prepared:
+    """Reads, tokenises (or finds again) and splits. Raises `UserError`, before any training, where the data cannot be used.
+
+    Without `judge` rows that cannot be used are only reported, however many: a preflight shows all of it before it says no.
+    """
     _check_weights(data.train)
-    every = tokenise(data.train, data, template, seed, emit, cache)
+    every = tokenise(data.train, data, template, seed, emit, cache, judge)
     validation = None
     train = every
     if data.validation:
-        validation = tokenise(data.validation, data, template, seed, emit, cache)
+        validation = tokenise(data.validation, data, template, seed, emit, cache, judge)
     elif data.validation_share:
         is_aside = aside(every.keys, data.validation_share, seed)
         train = every.take(np.flatnonzero(~is_aside))
         validation = every.take(np.flatnonzero(is_aside)) if is_aside.any() else None
     weighted = [source for source, given in enumerate(data.train) if given.weight is not None]
     for source in weighted:
-        if not (train.source_of == source).any():
+        if judge and not (train.source_of == source).any():
             raise UserError(f"{every.reports[source].name}: all of its rows went into the validation part; give it more rows or no weight")
     shared = int(np.isin(validation.keys, train.keys).sum()) if validation is not None else 0
     if shared:

@@ -27,13 +27,19 @@ class Dropped:
 
 @dataclass
 class SourceReport:
-    """One source. `tokens` and `trained_tokens` count used rows; `truncated` rows are used, shortened."""
+    """One source. `tokens` and `trained_tokens` count used rows; `truncated` rows are used, shortened.
+
+    `longest` is the longest row in tokens, before any was shortened or dropped; `golds` counts used rows with a gold answer.
+    """
 
     name: str
     format: str = ""
     read: int = 0
     used: int = 0
     truncated: int = 0
+    truncated_places: list[str] = field(default_factory=list)
+    longest: int = 0
+    golds: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     duplicates: int = 0
@@ -54,13 +60,25 @@ class SourceReport:
         told = [f"{dropped.count}: {reason} ({_lines(dropped)})" for reason, dropped in most]
         return ", ".join(told) + (f", and {len(self.dropped) - 3} more reasons" if len(self.dropped) > 3 else "")
 
+    def truncate(self, place: str) -> None:
+        """Counts a row that is used, shortened."""
+        self.truncated += 1
+        if len(self.truncated_places) < EXAMPLES:
+            self.truncated_places.append(place)
+
+    def fault(self, max_rejected_share: float) -> str | None:
+        """Why training must not begin: too little of the source can be used."""
+        if not self.used:
+            return f"{self.name}: none of its {self.read} rows can be used: {self.reasons()}"
+        if self.rejected > max_rejected_share * self.read:
+            return (f"{self.name}: {self.rejected} of {self.read} rows cannot be used: {self.reasons()}; "
+                    "mend them, or raise `data.max_rejected_share` to go on without them")  # fmt: skip
+        return None
+
     def check(self, max_rejected_share: float) -> None:
         """Raises `UserError` where too little of the source can be used."""
-        if not self.used:
-            raise UserError(f"{self.name}: none of its {self.read} rows can be used: {self.reasons()}")
-        if self.rejected > max_rejected_share * self.read:
-            raise UserError(f"{self.name}: {self.rejected} of {self.read} rows cannot be used: {self.reasons()}; "
-                            "mend them, or raise `data.max_rejected_share` to go on without them")  # fmt: skip
+        if (fault := self.fault(max_rejected_share)) is not None:
+            raise UserError(fault)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SourceReport:

@@ -173,6 +173,13 @@ class TokenStore:
         """A store of these rows, on the same arrays."""
         return TokenStore(self._arrays, self.files, self.reports, self.folder, self.picked[rows])
 
+    def joined(self, start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.int64]]:
+        """Ids and mask of the rows from `start` to before `end`, one after the other, and the length of each."""
+        lengths, firsts = self.lengths[start:end], self._arrays["starts"][self.picked[start:end]]
+        behind = np.cumsum(lengths)
+        where = np.repeat(firsts - (behind - lengths), lengths) + np.arange(behind[-1] if len(behind) else 0)
+        return np.asarray(self._arrays["ids"][where]), np.asarray(self._arrays["says"][where]), lengths
+
     def gold_of(self, index: int) -> str | None:
         """The gold answer of a row."""
         row = self.picked[index]

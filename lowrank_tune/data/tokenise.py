@@ -20,13 +20,13 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, Note, Progress
 from lowrank_tune.types import Message, Row
 
-VERSION = 1  # of the rules that turn a row into ids: raise it when they change
+VERSION = 2  # of the rules that turn a row into ids, and of what is told of it: raise it when they change
 CHUNK = 2048
 
 
 def tokenise(sources: Sequence[settings.Source], data: settings.Data, template: Template, seed: int, emit: Emit,
-             cache: Path | None = None) -> TokenStore:  # fmt: skip
-    """The tokenised rows of these sources. Raises `UserError` where too many rows of one cannot be used."""
+             cache: Path | None = None, judge: bool = True) -> TokenStore:  # fmt: skip
+    """The tokenised rows of these sources. Raises `UserError` where too many rows of one cannot be used, unless others `judge` that."""
     opened = [read(source, seed) for source in sources]
     shapes = [shape_of(source, rows) for source, rows in zip(sources, opened, strict=True)]
     folder = (cache or cache_folder()) / _key(sources, shapes, opened, data, template)
@@ -38,7 +38,8 @@ def tokenise(sources: Sequence[settings.Source], data: settings.Data, template: 
                        for number, source in enumerate(sources)]  # fmt: skip
             store = writer.finish(list(files), reports)
     for report in store.reports:
-        report.check(data.max_rejected_share)
+        if judge:
+            report.check(data.max_rejected_share)
         emit(Note(message=f"{report.name}: {report.read} rows of the shape `{report.format}`"))
     return store
 
@@ -92,6 +93,7 @@ def _tokenise_one(number: int, source: settings.Source, shape: str, rows: Rows, 
             report.duplicates += key in seen
             seen.add(key)
             report.used += 1
+            report.golds += talk.gold is not None
             report.tokens += len(row.ids)
             report.trained_tokens += sum(row.says)
             kept.append((row, talk, key))
@@ -115,9 +117,11 @@ def _encode(chunk: Sequence[tuple[Place, Raw | RowFault]], source: settings.Sour
             yield place, None, talk
             continue
         row = next(encoded)
+        report.longest = max(report.longest, len(row.ids) if isinstance(row, Row) else 0)
         if isinstance(row, Row) and len(row.ids) > data.max_length:
             row = _shorten(talk, data, template)
-            report.truncated += isinstance(row, Row)
+            if isinstance(row, Row):
+                report.truncate(str(place))
         if isinstance(row, Row) and not any(row.says):
             row = RowFault("nothing in it is trained")
         yield place, talk, row

@@ -1,0 +1,55 @@
+"""What stands in every row of a store, counted without a loop over rows: answers, their end tokens, where the prompt ends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowrank_tune.data.store import TokenStore
+
+Numbers = NDArray[np.int64]
+SLICE = 8192  # rows at a time: a store may be larger than memory
+
+
+@dataclass(frozen=True)
+class Census:
+    """One entry a row: tokens trained, tokens before the first of them, answers, and answers that no end token closes.
+
+    `ends` counts every trained end token by its id.
+    """
+
+    trained: Numbers
+    prompt: Numbers
+    answers: Numbers
+    unended: Numbers
+    ends: dict[int, int]
+
+
+def census(rows: TokenStore, end_ids: Collection[int]) -> Census:
+    """Counts a store."""
+    ends: Counter[int] = Counter()
+    parts = [_count(*rows.joined(start, start + SLICE), end_ids, ends) for start in range(0, len(rows), SLICE)]
+    trained, prompt, answers, unended = zip(*parts, strict=True) if parts else [(np.zeros(0, np.int64),)] * 4
+    return Census(np.concatenate(trained), np.concatenate(prompt), np.concatenate(answers), np.concatenate(unended), dict(ends))
+
+
+def _count(ids: NDArray[np.int32], says: NDArray[np.bool_], lengths: Numbers, end_ids: Collection[int],
+           ends: Counter[int]) -> tuple[Numbers, Numbers, Numbers, Numbers]:  # fmt: skip
+    behind = np.cumsum(lengths)
+    starts, rows = behind - lengths, len(lengths)
+    before, after = np.roll(says, 1), np.roll(says, -1)
+    before[starts] = after[behind - 1] = False
+    opens, closes = np.flatnonzero(says & ~before), np.flatnonzero(says & ~after)  # an answer is an unbroken stretch of what is trained
+    row_of = np.searchsorted(behind, opens, side="right")
+    is_end = says & np.isin(ids, list(end_ids))
+    ends.update({int(token): int(count) for token, count in zip(*np.unique(ids[is_end], return_counts=True), strict=True)})
+    so_far = np.cumsum(is_end)
+    ended = so_far[closes] - so_far[opens] + is_end[opens] > 0
+    prompt = lengths.copy()
+    prompt[row_of[::-1]] = opens[::-1] - starts[row_of[::-1]]
+    trained = np.add.reduceat(says.astype(np.int64), starts) if rows else np.zeros(0, np.int64)
+    return trained, prompt, np.bincount(row_of, minlength=rows), np.bincount(row_of[~ended], minlength=rows)

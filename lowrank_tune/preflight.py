@@ -1,0 +1,302 @@
+"""What will be trained on, before anything is: from recipe, tokenizer and rows alone, without the weights of the base.
+
+`examine` reads it for `lowrank-tune data`; `survey` is the same of data that a run has loaded, for its `data.json`. Nothing is drawn here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowrank_tune import settings
+from lowrank_tune.data import Census, Order, Prepared, Prompt, Report, RowFault, Template, TokenStore, census, load, prompts
+from lowrank_tune.data.report import EXAMPLES, SourceReport
+from lowrank_tune.errors import UserError
+from lowrank_tune.events import Emit
+from lowrank_tune.model.base import load_tokenizer
+
+BINS = 12  # of the histogram of lengths, about
+SHOWN_ROWS, SHOWN_CHARACTERS = 3, 1600
+TOO_LONG = "longer than data.max_length"
+NO_TARGET = ("nothing in it is trained", "no assistant turn", "no answer", "empty answer", "no turns", "column `answer` is null",
+             "column `output` is null", "column `solution` is null", "column `response` is null", "column `completion` is null")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source in the mixture: what lies in it, and what an epoch draws from it. `weight` is its share of the rows drawn."""
+
+    name: str
+    format: str
+    read: int
+    used: int
+    golds: int
+    rows: int
+    tokens: int
+    trained: int
+    weight: float
+    drawn_tokens: int
+    drawn_trained: int
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """One thing that is wrong with some rows: how many, what is done with them, and where the first few stand."""
+
+    what: str
+    count: int
+    done: str
+    places: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Rows by length in tokens: `counts[i]` rows have between `edges[i]` + 1 and `edges[i + 1]` tokens. `over` did not fit the limit."""
+
+    limit: int
+    edges: tuple[int, ...]
+    counts: tuple[int, ...]
+    median: int
+    p95: int
+    longest: int
+    over: int
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Is the end token trained? `tokens` names each with how often it is; `rows` of all rows have every answer closed by one."""
+
+    trained: bool
+    tokens: Mapping[str, int]
+    rows: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the mixture has, and the steps that follow."""
+
+    rows: int
+    tokens: int
+    trained: int
+    steps: int
+    all_steps: int
+
+    @property
+    def passes(self) -> float:
+        return self.all_steps / self.steps if self.steps else 0.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as the model will read it: stretches of text, each with whether it is trained."""
+
+    place: str
+    tokens: int
+    trained: int
+    segments: tuple[tuple[bool, str], ...]
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The whole picture. `faults`: sentences that say why training must not begin; none where it may."""
+
+    report: Report
+    template: str
+    weighted_by: str
+    parts: tuple[Part, ...]
+    lengths: Lengths
+    troubles: tuple[Trouble, ...]
+    ends: Ends
+    epoch: Epoch
+    examples: tuple[Example, ...]
+    faults: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: the report's own keys, and the picture beside them."""
+        return {**self.report.to_dict(), **{name: value for name, value in asdict(self).items() if name != "report"}}
+
+
+def examine(recipe: settings.Recipe, emit: Emit, cache: Path | None = None) -> Preflight:
+    """Reads and tokenises everything. Raises `UserError` only where there is nothing to show."""
+    template = Template.of(load_tokenizer(recipe.base))
+    data = load(recipe.data, template, recipe.seed, emit, cache, judge=False)
+    wanted = recipe.evaluate
+    heldout = prompts(wanted.heldout, wanted.prompts, recipe.seed, recipe.data.system) if wanted.heldout else []
+    return survey(recipe, data, template, heldout)
+
+
+def survey(recipe: settings.Recipe, data: Prepared, template: Template, heldout: Sequence[Prompt] = ()) -> Preflight:
+    """The picture of loaded data."""
+    counted = census(data.train, template.end_ids)
+    ends = _ends(counted, template)
+    parts, epoch = _mixture(recipe, data, counted)
+    return Preflight(
+        report=data.report, template=template.describe(), weighted_by=_weighted_by(recipe.data.train), parts=parts,
+        lengths=_lengths(data, recipe.data.max_length), troubles=tuple(_troubles(data, counted, template, heldout)), ends=ends,
+        epoch=epoch, examples=tuple(_examples(data.train, template)), faults=tuple(_faults(recipe, data, ends)))  # fmt: skip
+
+
+def _weighted_by(sources: Sequence[settings.Source]) -> str:
+    if len(sources) == 1:
+        return "one source"
+    return "weights of the recipe" if sources[0].weight is not None else "row counts: no source has a weight"
+
+
+def _mixture(recipe: settings.Recipe, data: Prepared, counted: Census) -> tuple[tuple[Part, ...], Epoch]:
+    """The parts, and the first epoch exactly as the loop will draw it."""
+    train, sources = data.train, data.report.train
+    epoch = _drawn(recipe, train)
+    rows = epoch[0] if epoch else np.zeros(0, np.int64)
+    source_of = train.source_of[rows]
+
+    def sums(values: NDArray[np.int64], of: NDArray[Any]) -> list[int]:
+        return [int(value) for value in np.bincount(of, weights=values, minlength=len(sources))]
+
+    inside = zip(sums(np.ones(len(train), np.int64), train.source_of), sums(train.lengths, train.source_of),
+                 sums(counted.trained, train.source_of), strict=True)  # fmt: skip
+    in_epoch = zip(sums(train.lengths[rows], source_of), sums(counted.trained[rows], source_of), strict=True)
+    weights = [source.weight for source in recipe.data.train]
+    parts = tuple(
+        Part(told.name, told.format, told.read, told.used, told.golds, count, tokens, trained,
+             count / max(1, len(train)) if weight is None else weight, *drawn)
+        for told, weight, (count, tokens, trained), drawn in zip(sources, weights, inside, in_epoch, strict=True))  # fmt: skip
+    steps, all_steps = epoch[1:] if epoch else (0, 0)
+    return parts, Epoch(len(rows), int(train.lengths[rows].sum()), int(counted.trained[rows].sum()), steps, all_steps)
+
+
+def _drawn(recipe: settings.Recipe, train: TokenStore) -> tuple[NDArray[np.int64], int, int] | None:
+    """Rows and steps of the first epoch, and the steps of the run; None where the mixture cannot be drawn."""
+    weights = [source.weight for source in recipe.data.train]
+    if not len(train) or (weights[0] is not None and len(np.unique(train.source_of)) < len(weights)):
+        return None
+    order = Order(train.lengths, train.source_of, weights, recipe.train, recipe.seed)
+    rows = np.concatenate([np.array(order.rows(step)) for step in range(order.steps_per_epoch)])
+    return rows, order.steps_per_epoch, recipe.train.steps or order.steps_of(recipe.train.epochs or 1.0)
+
+
+def _lengths(data: Prepared, limit: int) -> Lengths:
+    lengths = np.concatenate([data.train.lengths, *([data.validation.lengths] if data.validation is not None else [])])
+    sources = (*data.report.train, *data.report.validation)
+    dropped = sum(gone.count for source in sources for reason, gone in source.dropped.items() if reason.startswith(TOO_LONG))
+    over = dropped + sum(source.truncated for source in sources)
+    longest = max([source.longest for source in sources], default=0)
+    if not len(lengths):
+        return Lengths(limit, (0,), (), 0, 0, longest, over)
+    width = _nice(int(lengths.max()) / BINS)
+    edges = np.arange(0, int(lengths.max()) + width, width)
+    counts, _ = np.histogram(lengths - 0.5, edges)  # a row on an edge belongs to the bin that ends there
+    median, p95 = np.percentile(lengths, (50, 95))
+    return Lengths(limit, tuple(map(int, edges)), tuple(map(int, counts)), round(median), round(p95), longest, over)
+
+
+def _nice(width: float) -> int:
+    """The next of 1, 2, 5, 10, 20, 50, ..."""
+    power: int = 10 ** math.floor(math.log10(max(1.0, width)))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= width)
+
+
+def _troubles(data: Prepared, counted: Census, template: Template, heldout: Sequence[Prompt]) -> list[Trouble]:
+    """All that is looked for, found or not: that nothing was found is also news."""
+    sources = (*data.report.train, *data.report.validation)
+    truncated = tuple(place for source in sources for place in source.truncated_places)[:EXAMPLES]
+    unended = np.flatnonzero(counted.unended)
+    found = [
+        *_dropped(sources),
+        Trouble("too long, shortened to whole turns", sum(source.truncated for source in sources), "kept, shortened", truncated),
+        Trouble("without an end token behind an answer", len(unended), "kept", _places(data.train, unended)),
+        _duplicates(data),
+        Trouble("in both splits", data.report.shared, "kept in both; the validation loss flatters", _shared(data)),
+    ]
+    return [*found, _known_questions(data.train, counted, template, heldout)] if heldout else found
+
+
+def _dropped(sources: Sequence[SourceReport]) -> list[Trouble]:
+    """One entry a reason, most frequent first; too long and without a target stand there even where no row is."""
+    counts: dict[str, list[Any]] = {}
+    for source in sources:
+        for reason, gone in source.dropped.items():
+            entry = counts.setdefault(_kind(reason), [0, []])
+            entry[0] += gone.count
+            entry[1] += gone.places
+    for kind in ("too long", "without a target"):
+        if not any(entry.startswith(kind) for entry in counts):
+            counts[kind] = [0, []]
+    ranked = sorted(counts.items(), key=lambda item: -item[1][0])
+    return [Trouble(kind, count, "dropped", tuple(places[:EXAMPLES])) for kind, (count, places) in ranked]
+
+
+def _kind(reason: str) -> str:
+    if reason.startswith(TOO_LONG):
+        return f"too long: {reason}"
+    return f"without a target: {reason}" if reason.startswith(NO_TARGET) else reason
+
+
+def _places(rows: TokenStore, where: NDArray[Any]) -> tuple[str, ...]:
+    return tuple(rows.place_of(int(row)) for row in where[:EXAMPLES])
+
+
+def _duplicates(data: Prepared) -> Trouble:
+    """Equal conversations among the rows of `data.train`: those set aside from them for validation count too."""
+    places: tuple[str, ...] = ()
+    for rows in (data.train, None if data.report.validation else data.validation):
+        if rows is not None and len(rows):
+            order = np.argsort(rows.keys, kind="stable")
+            places += _places(rows, np.sort(order[1:][rows.keys[order][1:] == rows.keys[order][:-1]]))
+    return Trouble("repeating an earlier row", data.report.duplicates, "kept", places[:EXAMPLES])
+
+
+def _shared(data: Prepared) -> tuple[str, ...]:
+    if data.validation is None or not data.report.shared:
+        return ()
+    return _places(data.validation, np.flatnonzero(np.isin(data.validation.keys, data.train.keys)))
+
+
+def _known_questions(rows: TokenStore, counted: Census, template: Template, heldout: Sequence[Prompt]) -> Trouble:
+    """Training rows that begin with a held-out question: its answer was seen."""
+    asked: set[tuple[int, ...]] = set()
+    for prompt in heldout:
+        try:
+            asked.add(tuple(template.prompt(prompt.messages)))
+        except (UserError, RowFault):
+            continue  # it will not be asked either
+    # Rows whose prompt is as long as one of these, before any is looked at.
+    likely = np.flatnonzero(np.isin(counted.prompt, list({len(ids) for ids in asked})))
+    known = [row for row in likely if tuple(map(int, rows[int(row)].ids[: counted.prompt[row]])) in asked]
+    return Trouble("asking a held-out question", len(known), "kept; held-out answers flatter", _places(rows, np.array(known, dtype=np.int64)))
+
+
+def _ends(counted: Census, template: Template) -> Ends:
+    tokens = {template.decode([token], marks=True): count for token, count in sorted(counted.ends.items())}
+    return Ends(bool(counted.ends), tokens, int((counted.unended == 0).sum()), len(counted.unended))
+
+
+def _examples(rows: TokenStore, template: Template) -> list[Example]:
+    """The first row of each source, then the rows that follow in the first one."""
+    firsts = list(np.unique(rows.source_of, return_index=True)[1]) if len(rows) else []
+    picked = list(dict.fromkeys([*map(int, firsts), *range(min(len(rows), SHOWN_ROWS))]))[:SHOWN_ROWS]
+    return [Example(rows.place_of(row), int(rows.lengths[row]), rows.trained_of(row), _segments(rows, row, template)) for row in picked]
+
+
+def _segments(rows: TokenStore, number: int, template: Template) -> tuple[tuple[bool, str], ...]:
+    row, left = rows[number], SHOWN_CHARACTERS
+    edges = [0, *(int(edge) + 1 for edge in np.flatnonzero(np.diff(np.asarray(row.says, dtype=np.int8)))), len(row.ids)]
+    segments: list[tuple[bool, str]] = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        text = template.decode([int(token) for token in row.ids[start:end]], marks=True)
+        segments.append((bool(row.says[start]), text if len(text) <= left else text[: left // 2] + " [...] " + text[-left // 2 :]))
+        left = max(200, left - len(text))
+    return tuple(segments)
+
+
+def _faults(recipe: settings.Recipe, data: Prepared, ends: Ends) -> list[str]:
+    told = [fault for source in (*data.report.train, *data.report.validation) if (fault := source.fault(recipe.data.max_rejected_share))]
+    if data.report.train_rows and not ends.trained:
+        told.append("no end token is trained: the model would never learn to stop; the chat template closes no answer with one")
+    return told

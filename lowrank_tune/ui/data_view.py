@@ -1,0 +1,150 @@
+"""The preflight in the terminal: mixture, lengths, what is wrong with which rows, the end token, and three rows with their loss mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from lowrank_tune.preflight import Example, Lengths, Part, Preflight, Trouble
+from lowrank_tune.ui import inert
+
+BAR = 24
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+GOOD, BAD, QUIET, TRAINED, HEAD = "green", "yellow", "dim", "bold green", "bold"
+
+
+def show(found: Preflight, title: str, console: Console) -> None:
+    """Prints the whole picture, faults last, where the eye is when it has scrolled by; in a pipe without spaces at the ends of lines."""
+    with console.capture() as captured:
+        console.print(preflight_view(found, title, plain=not console.encoding.lower().startswith("utf")))
+    console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().split("\n")[:-1]))
+
+
+def preflight_view(found: Preflight, title: str, plain: bool = False) -> RenderableType:
+    """The picture as one renderable. `plain`: ASCII alone."""
+    parts: list[RenderableType] = [Text(inert(title), HEAD), Text(inert(found.template), QUIET)]
+    for name, body in (
+        (f"Mixture, by {found.weighted_by}", _mixture(found, plain)),
+        (f"Lengths in tokens, limit {found.lengths.limit:,}", _lengths(found.lengths, plain)),
+        ("Rows", _troubles(found.troubles)),
+        ("End token", _ends(found)),
+        ("Steps", _steps(found)),
+        ("Examples: what the model reads; trained is what stands in " + ("[[ ]]" if plain else "⟦ ⟧"), _examples(found.examples, plain)),
+        ("Verdict", _verdict(found.faults)),
+    ):
+        parts += [Text(), Text(name, HEAD), Padding(body, (0, 0, 0, 2), expand=False)]
+    return Group(*parts)
+
+
+def bar(share: float, width: int = BAR, plain: bool = False) -> str:
+    """A bar of this share of `width` cells; what is more than nothing is never drawn as nothing."""
+    cells = max(0.0, min(1.0, share)) * width
+    if plain:
+        return "#" * max(round(cells), int(share > 0))
+    whole, rest = divmod(max(round(cells * 8), int(share > 0)), 8)
+    return "█" * whole + (EIGHTHS[rest] if rest else "")
+
+
+def _grid(*justify: str) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for side in justify:
+        table.add_column(justify="right" if side == "r" else "left", no_wrap=True)
+    return table
+
+
+def _mixture(found: Preflight, plain: bool) -> RenderableType:
+    """For each source its share of rows, of tokens, of what is trained, and its weight in the draw."""
+    tables: list[RenderableType] = []
+    totals = [sum(values) for values in zip(*((part.rows, part.tokens, part.trained) for part in found.parts), strict=True)]
+    for part in found.parts:
+        tables.append(Text.assemble((inert(part.name, 90), "cyan"), (f"  {part.format}, {part.used:,} of {part.read:,} rows used", QUIET),
+                                    (f", {part.golds:,} with a gold answer", QUIET)))  # fmt: skip
+        tables.append(Padding(_measures(part, totals, plain), (0, 0, 0, 2), expand=False))
+    return Group(*tables)
+
+
+def _measures(part: Part, totals: Sequence[int], plain: bool) -> Table:
+    table = _grid("l", "l", "r", "r")
+    for name, value, total in zip(("rows", "tokens", "trained tokens"), (part.rows, part.tokens, part.trained), totals, strict=True):
+        share = value / total if total else 0.0
+        table.add_row(name, Text(bar(share, plain=plain), "cyan"), f"{100 * share:.1f} %", f"{value:,}")
+    table.add_row("weight w_s", Text(bar(part.weight, plain=plain), "magenta"), f"{100 * part.weight:.1f} %", f"{part.weight:.4f}")
+    return table
+
+
+def _lengths(lengths: Lengths, plain: bool) -> RenderableType:
+    table = _grid("r", "l", "r")
+    most = max(lengths.counts, default=0)
+    for low, high, count in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=False):
+        table.add_row(f"{low + 1:,} to {high:,}", Text(bar(count / most if most else 0.0, 40, plain), "cyan"), f"{count:,}")
+    shown = Text(bar(min(1.0, lengths.over / most) if most else 0.0, 40, plain), BAD)
+    table.add_row(f"over {lengths.limit:,}", shown, Text(f"{lengths.over:,}", BAD if lengths.over else GOOD))
+    words = f"half of the rows have up to {lengths.median:,} tokens, 95 % up to {lengths.p95:,}; the longest read has {lengths.longest:,}"
+    return Group(table, Text(words, QUIET))
+
+
+def _troubles(troubles: Iterable[Trouble]) -> RenderableType:
+    lines: list[RenderableType] = []
+    for trouble in troubles:
+        style = BAD if trouble.count else GOOD
+        done = (f" ({trouble.done})", QUIET) if trouble.count else ""
+        lines.append(Text.assemble((f"{trouble.count:7,}", style), "  ", (inert(trouble.what, 200), style if trouble.count else ""), done))
+        if trouble.places:
+            more = ", ..." if trouble.count > len(trouble.places) else ""
+            lines.append(Padding(Text(inert(_joined(trouble.places), 600) + more, QUIET), (0, 0, 0, 9), expand=False))
+    return Group(*lines)
+
+
+def _joined(places: Sequence[str]) -> str:
+    """`rows.jsonl:3, :14, other.jsonl:2`: the file's name once for the lines that follow it."""
+    told, last = [], None
+    for place in places:
+        file, _, line = place.rpartition(":")
+        told.append(f":{line}" if file == last else place)
+        last = file
+    return ", ".join(told)
+
+
+def _ends(found: Preflight) -> Text:
+    ends = found.ends
+    if not ends.trained:
+        return Text("NO: no end token is trained; the model would never learn to stop", f"{HEAD} red")
+    names = ", ".join(f"{inert(name)} ({count:,} times)" for name, count in ends.tokens.items())
+    said = Text.assemble(("yes", f"{HEAD} {GOOD}"), f": {names}; ")
+    return said.append(f"every answer is closed in {ends.rows:,} of {ends.of:,} rows", "" if ends.rows == ends.of else BAD)
+
+
+def _steps(found: Preflight) -> Text:
+    epoch = found.epoch
+    if not epoch.steps:
+        return Text("none: there is nothing to train on", BAD)
+    share = epoch.trained / epoch.tokens if epoch.tokens else 0.0
+    return Text(f"an epoch has {epoch.rows:,} rows, {epoch.tokens:,} tokens, {epoch.trained:,} of them trained ({100 * share:.1f} %)\n"
+                f"in {epoch.steps:,} steps of about {epoch.rows / epoch.steps:,.1f} rows and {epoch.tokens / epoch.steps:,.0f} tokens; "
+                f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs\n"
+                f"{found.report.validation_rows:,} rows to validate with")  # fmt: skip
+
+
+def _examples(examples: Sequence[Example], plain: bool) -> RenderableType:
+    opening, closing = ("[[", "]]") if plain else ("⟦", "⟧")
+    shown: list[RenderableType] = []
+    for example in examples:
+        text = Text()
+        for trained, segment in example.segments:
+            safe = "\n".join(inert(line) for line in segment.split("\n"))
+            if plain:
+                safe = safe.encode("ascii", "backslashreplace").decode()
+            text.append(f"{opening}{safe}{closing}" if trained else safe, TRAINED if trained else "")
+        head = f"{inert(example.place, 120)}, {example.tokens:,} tokens, {example.trained:,} trained"
+        shown += [Text(head, QUIET), Padding(text, (0, 0, 1, 2), expand=False)]
+    return Group(*shown) if shown else Text("none", QUIET)
+
+
+def _verdict(faults: Sequence[str]) -> Text:
+    if not faults:
+        return Text("fit to train on", f"{HEAD} {GOOD}")
+    return Text("\n").join(Text(f"not fit to train on: {inert(fault, 1000)}", "bold red") for fault in faults)

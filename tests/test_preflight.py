@@ -1,0 +1,229 @@
+"""The preflight: counts against counts made by hand, every trap of the real rows, exit codes, and text that tries to break the screen."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hostile import HOSTILE, is_inert
+from rich.console import Console
+from typer.testing import CliRunner
+
+from lowrank_tune import Recipe
+from lowrank_tune.cli import app
+from lowrank_tune.data import Order, Template, load
+from lowrank_tune.data.census import census
+from lowrank_tune.model.base import load_tokenizer
+from lowrank_tune.preflight import Preflight, examine
+from lowrank_tune.ui.data_view import show
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROWS = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(40)]
+SVAMP = {"instruction": "Body", "input": "Question", "output": "Answer"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def recipe(*sources: str | dict[str, Any], heldout: str | None = None, **data: Any) -> Recipe:
+    made = Recipe.load("tiny-sft").to_dict()
+    made["data"] = {"train": [{"dataset": each} if isinstance(each, str) else each for each in sources], "max_length": 256, **data}
+    made["train"]["final"] = "last"
+    made["evaluate"] = {"heldout": {"dataset": heldout}} if heldout else {}
+    return Recipe.from_dict(made)
+
+
+def examined(*sources: str | dict[str, Any], **data: Any) -> Preflight:
+    return examine(recipe(*sources, **data), lambda event: None)
+
+
+def printed(found: Preflight, width: int = 100, colour: bool = False, encoding: str = "utf-8") -> str:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
+    system: Any = "truecolor" if colour else None
+    show(found, "a title", Console(file=file, width=width, force_terminal=colour, color_system=system, highlight=False))
+    file.flush()
+    return file.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined, no-any-return]
+
+
+def counts(found: Preflight) -> dict[str, tuple[int, list[int]]]:
+    """By trouble: how many rows, and the lines of the first."""
+    return {each.what: (each.count, [int(place.rpartition(":")[2]) for place in each.places]) for each in found.troubles if each.count}
+
+
+def test_every_trouble_is_counted_with_its_lines(tmp_path: Path) -> None:
+    rows: list[Any] = list(ROWS)
+    rows[3] = "{broken"
+    rows[4] = {"question": "Well?", "answer": " "}
+    rows[5] = {"question": "a" * 4000, "answer": "b"}
+    rows[9] = rows[10] = rows[0]
+    made = examined(write(tmp_path / "a.jsonl", rows), validation=[{"dataset": write(tmp_path / "b.jsonl", [ROWS[1], ROWS[2], ROWS[1]])}],
+                    heldout=write(tmp_path / "c.jsonl", [ROWS[20], {"question": "Who?", "answer": "Me 1"}]))  # fmt: skip
+    assert counts(made) == {
+        "malformed JSON": (1, [4]), "without a target: empty answer": (1, [5]), "too long: longer than data.max_length (256 tokens)": (1, [6]),
+        "repeating an earlier row": (2, [10, 11]), "in both splits": (3, [1, 2, 3]), "asking a held-out question": (1, [21]),
+    }  # fmt: skip
+    assert made.report.shared == 3 and not made.faults and made.lengths.over == 1 and made.lengths.longest > 4000 // 2
+    assert sum(made.lengths.counts) == made.report.train_rows + made.report.validation_rows == 40
+
+
+def test_truncated_rows_are_named(tmp_path: Path) -> None:
+    talk = [{"role": role, "content": text} for text in ("one", "two " * 60) for role in ("user", "assistant")]
+    made = examined(write(tmp_path / "a.jsonl", [{"messages": talk}] + [{"messages": talk[:2]}] * 3), too_long="truncate", max_length=64)
+    assert counts(made)["too long, shortened to whole turns"] == (1, [1])
+    assert made.report.train[0].truncated_places == [f"{tmp_path}/a.jsonl:1"]
+
+
+def test_the_census_counts_as_a_loop_would(tmp_path: Path) -> None:
+    talk = [{"role": role, "content": f"{role} {turn}"} for turn in range(3) for role in ("user", "assistant")]
+    path = write(tmp_path / "a.jsonl", [{"messages": talk[: 2 + 2 * (n % 3)]} for n in range(7)])
+    template = Template.of(load_tokenizer(recipe(path).base))
+    train = load(recipe(path, validation_share=0.0).data, template, 0, lambda event: None).train.take(np.array([6, 0, 5, 1]))
+    end = max(template.end_ids)
+    for end_ids in (template.end_ids, {end}, set()):
+        found = census(train, end_ids)
+        for number, row in enumerate(train):
+            says = list(row.says)
+            spans = "".join("x" if said else " " for said in says).split()
+            assert found.trained[number] == sum(says) and found.prompt[number] == says.index(True) and found.answers[number] == len(spans)
+            closed = sum(1 for place, said in enumerate(says) if said and int(row.ids[place]) in end_ids and not any(
+                says[earlier] and int(row.ids[earlier]) in end_ids and all(says[earlier:place]) for earlier in range(place)))  # fmt: skip
+            assert found.unended[number] == len(spans) - closed
+        pairs = [pair for row in train for pair in zip(row.ids, row.says, strict=True)]
+        assert sum(found.ends.values()) == sum(said and int(token) in end_ids for token, said in pairs)
+    assert not len(census(train.take(np.zeros(0, np.int64)), {end}).trained)
+
+
+@pytest.mark.parametrize("weights", [(None, None), (0.25, 0.75)])
+def test_the_mixture_is_what_the_loop_draws(tmp_path: Path, weights: tuple[float | None, float | None]) -> None:
+    others = [{"question": "Q" + row["question"], "answer": "x"} for row in ROWS[:8]]
+    paths = [write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", others)]
+    sources = [{"dataset": path} | ({"weight": weight} if weight else {}) for path, weight in zip(paths, weights, strict=True)]
+    wanted = recipe(*sources, validation_share=0.0)
+    found = examine(wanted, lambda event: None)
+    assert sum(part.weight for part in found.parts) == pytest.approx(1.0)
+    assert [part.weight for part in found.parts] == pytest.approx(weights if weights[0] else [40 / 48, 8 / 48])
+    assert ("row counts" in found.weighted_by) == (weights[0] is None)
+    data = load(wanted.data, Template.of(load_tokenizer(wanted.base)), 0, lambda event: None).train
+    order = Order(data.lengths, data.source_of, weights, wanted.train, wanted.seed)
+    drawn = [row for step in range(order.steps_per_epoch) for row in order.rows(step)]
+    assert found.epoch.rows == len(drawn) == 48 and found.epoch.tokens == sum(data.lengths[drawn])
+    assert found.epoch.trained == sum(data.trained_of(row) for row in drawn) == sum(part.drawn_trained for part in found.parts)
+    assert (found.epoch.steps, found.epoch.all_steps, found.epoch.passes) == (3, 12, 4.0)
+
+
+REAL: dict[str, tuple[int, int, dict[str, int], int]] = {  # rows, used, troubles, exit code; with max_length 4096
+    "gsm8k/train.jsonl.gz": (5000, 5000, {}, 0), "gsm8k/test.jsonl.gz": (660, 660, {}, 0), "math/test.jsonl.gz": (2500, 2500, {}, 0),
+    "svamp/SVAMP.json": (1000, 1000, {}, 0), "llamafactory_demos/alpaca_en_demo.json.gz": (999, 999, {"repeating an earlier row": 14}, 0),
+    "llamafactory_demos/glaive_toolcall_en_demo.json.gz": (300, 145, {"tool calls, which this kit does not train": 153}, 2),
+    "rasbt_instruction/instruction-data.json": (1100, 1100, {}, 0),
+    "rasbt_instruction/instruction-data-with-preference.json": (1100, 1100, {}, 0),
+    "open_instruct_samples/sft_sample.jsonl.gz": (100, 93, {}, 0), "numinamath_cot_1k/train_first1000.jsonl.gz": (1000, 1000, {}, 0),
+    "hub_samples/MetaMathQA.jsonl": (3, 3, {}, 0), "hub_samples/OpenMathInstruct-2.jsonl": (3, 3, {}, 0),
+    "hub_samples/NuminaMath-CoT.jsonl": (1, 1, {}, 0), "hub_samples/ultrachat_200k.jsonl": (1, 1, {}, 0),
+    "hub_samples/orca-math-word-problems-200k.jsonl": (2, 2, {}, 0),
+}  # fmt: skip
+
+
+def real(name: str) -> dict[str, Any]:
+    if not (SHARED / name).exists():
+        pytest.skip("needs ../shared")
+    return {"dataset": str(SHARED / name)} | ({"columns": SVAMP} if "svamp" in name else {})
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_rows(name: str) -> None:
+    found = examined(real(name), max_length=4096)
+    read, used, troubles, code = REAL[name]
+    part = found.parts[0]
+    assert (part.read, part.used) == (read, used) and bool(found.faults) == bool(code)
+    assert {what: count for what, (count, _) in counts(found).items()}.items() >= troubles.items()
+    assert found.report.train[0].rejected == read - used == sum(each.count for each in found.troubles if each.done == "dropped")
+    assert found.ends.trained and found.ends.rows == found.ends.of == found.report.train_rows
+    assert all(segment for example in found.examples for _, segment in example.segments)
+    assert any("<|end_of_turn|>" in segment for trained, segment in found.examples[0].segments if trained)
+
+
+def test_real_golds_commas_boxes_and_floats() -> None:
+    """GSM8K's thousands commas, MATH's last box, rows of NuminaMath without one, SVAMP's integers as floats."""
+    golds = {name: examined(real(name), max_length=4096).parts[0].golds for name in (
+        "gsm8k/train.jsonl.gz", "math/test.jsonl.gz", "svamp/SVAMP.json", "numinamath_cot_1k/train_first1000.jsonl.gz")}  # fmt: skip
+    assert list(golds.values())[:3] == [5000, 2500, 1000] and 900 < list(golds.values())[3] < 1000
+    assert any(".0" not in text and "Each pack" in text for _, text in examined(real("svamp/SVAMP.json")).examples[0].segments[:1])
+
+
+@pytest.mark.parametrize("name", ["gsm8k/derived_pairs.jsonl.gz", "hh_rlhf/helpful-base_test.jsonl.gz", "aqua/dev.json", "mbpp/mbpp.jsonl.gz"])
+def test_rows_of_other_trades_are_one_sentence(name: str) -> None:
+    made = CliRunner().invoke(app, ["data", "tiny-sft", f"data.train={json.dumps([real(name)])}"])
+    assert made.exit_code == 2 and "no known shape" in made.output and "Traceback" not in made.output
+
+
+def test_exit_codes(tmp_path: Path) -> None:
+    def code(rows: list[Any], *overrides: str) -> tuple[int, str]:
+        path = write(tmp_path / "a.jsonl", rows)
+        train = f"data.train={json.dumps([{'dataset': path}])}"
+        made = CliRunner().invoke(app, ["data", "tiny-sft", train, *overrides])
+        return made.exit_code, made.output
+
+    bad = ["{"] * 6
+    assert code(ROWS)[0] == 0
+    told = code(ROWS + bad)
+    assert told[0] == 2 and "6 of 46 rows cannot be used" in " ".join(told[1].split()) and "Mixture" in told[1], "it is shown all the same"
+    assert code(ROWS + bad, "data.max_rejected_share=0.2")[0] == 0
+    told = code([{"question": "a", "answer": ""}] * 3)
+    assert told[0] == 2 and "none of its 3 rows" in " ".join(told[1].split()) and "nothing to train on" in told[1]
+    assert code(ROWS, "train.nonsense=1")[0] == 2
+
+
+def test_a_weighted_source_without_a_usable_row_is_shown(tmp_path: Path) -> None:
+    found = examined({"dataset": write(tmp_path / "a.jsonl", ROWS), "weight": 0.5},
+                     {"dataset": write(tmp_path / "b.jsonl", [{"question": "a", "answer": ""}]), "weight": 0.5})  # fmt: skip
+    assert found.faults and found.epoch.steps == 0 and "nothing to train on" in printed(found)
+
+
+def test_an_end_token_that_is_not_trained_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_tune.preflight.census", lambda rows, end_ids: census(rows, ()))
+    found = examined(write(tmp_path / "a.jsonl", ROWS))
+    assert not found.ends.trained and "learn to stop" in found.faults[0] and "NO:" in printed(found)
+    assert counts(found)["without an end token behind an answer"][0] == found.report.train_rows
+
+
+def test_the_mask_is_shown_in_colour_and_without(tmp_path: Path) -> None:
+    found = examined(write(tmp_path / "a.jsonl", ROWS), validation_share=0.0)
+    plain, ascii_only, colour = printed(found), printed(found, encoding="ascii"), printed(found, colour=True)
+    assert "\x1b" not in plain + ascii_only and "\x1b[1;32m⟦" in colour
+    assert "<|assistant|>⟦It is 1.\n    #### 1<|end_of_turn|><|end_of_text|>⟧" in plain
+    assert ascii_only.isascii() and "[[It is 1." in ascii_only and "#### " in ascii_only
+
+
+def test_hostile_text_is_inert(tmp_path: Path) -> None:
+    rows = [{"question": text[:3000], "answer": text[:3000]} for text in HOSTILE]
+    path = write(tmp_path / "a\u202eb.jsonl", rows)
+    found = examined({"dataset": path}, max_length=8192, max_rejected_share=1.0, validation_share=0.0)
+    for encoding in ("utf-8", "ascii"):
+        assert is_inert(printed(found, encoding=encoding))
+    assert found.report.train[0].used >= len(HOSTILE) - 3, "only lone surrogates are no text"
+
+
+def test_text_snapshot() -> None:
+    expected = (Path(__file__).parent / "snapshots" / "data_tiny_sft.txt").read_text(encoding="utf-8")
+    assert printed(examine(Recipe.load("tiny-sft"), lambda event: None), 80) == expected, "look at it, then write it anew"
+
+
+def test_the_run_writes_the_same_numbers(tmp_path: Path) -> None:
+    """`data.json` is this picture; tests/test_report.py reads it in a run."""
+    found = examined(write(tmp_path / "a.jsonl", ROWS))
+    data = json.loads(json.dumps(found.to_dict()))
+    assert {"train", "validation", "train_rows", "duplicates", "mixture"} <= set(data), "what it had before"
+    assert {"parts", "lengths", "troubles", "ends", "epoch", "examples", "faults"} <= set(data)
+    assert data["parts"][0]["weight"] == 1.0 and data["ends"]["trained"] is True
