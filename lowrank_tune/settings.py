@@ -142,8 +142,8 @@ class Train(Settings):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     max_bad_steps: Positive = 5
     """Stops after this many steps in a row whose loss or gradient is not finite; each is skipped and counted."""
-    log_every: Positive = 1
-    """Steps between lines of the console; KL to the reference is measured on these steps."""
+    log_every: Positive = 10
+    """Steps between lines of the console. On these steps KL to the reference is measured too, which costs forwards of a micro-batch."""
     save_every: Positive | None = None
     """Steps between checkpoints; about ten over the run where it is not given."""
     keep: Positive = 2

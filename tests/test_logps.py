@@ -339,7 +339,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 @needs_proc
 def test_peak_memory_does_not_grow_with_the_tokens_and_full_logits_would_be_seen() -> None:
-    few, many, full_few, full_many = peaks(("chunked", 128), ("chunked", 256), ("full", 48), ("full", 96))
+    # The kernel may reclaim pages while it counts, so the planted case is given room: 128 more rows of full logits are 74 MiB at least.
+    few, many, full_few, full_many = peaks(("chunked", 128), ("chunked", 256), ("full", 48), ("full", 176))
     assert few > 60 and many - few < 20  # one chunk's two buffers are seen, and never more than those
     assert full_many - full_few > 50
 

@@ -194,7 +194,8 @@ CONTRADICTIONS = {
         "data.train.0.weight: the weights of the sources sum to 0.9, and must sum to 1",
     ),
     "one weight": (changed(data={"train": [{"dataset": "a", "weight": 1.0}]}), "data.train.0.weight: does nothing with a single source"),
-    "no prompts": (changed(evaluate={"max_new_tokens": 9}), "evaluate.max_new_tokens: does nothing without `evaluate.heldout`"),
+    "no prompts": (changed(evaluate={"samples": 9}), "evaluate.samples: does nothing without `evaluate.heldout`"),
+    "none shown": (changed(data={"validation_share": 0}, evaluate={"shown": 9}), "evaluate.shown: does nothing with neither"),
     "never": (changed(data={"validation_share": 0}, evaluate={"every": 9}), "evaluate.every: does nothing with neither"),
     "greedy": (
         changed(evaluate={"heldout": {"dataset": "tutor", "split": "heldout"}, "temperature": 0.7}),
