@@ -29,7 +29,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
 """Each style as an escape code with colours, as one without (NO_COLOR), and as rich names it for pictures."""
 
 
-def said(text: str, ascii_only: bool = False, limit: int | None = None) -> str:
+def said(text: str, ascii_only: bool = False, limit: int = 500) -> str:
     """Foreign text, fit for a screen: inert, and in ASCII where the terminal knows no more."""
     text = inert(text, limit)
     return text.encode("ascii", "backslashreplace").decode("ascii") if ascii_only else text

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import termios
 from contextlib import suppress
 from typing import Any
+
+_SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;?<]*[@-~]|O.|.)?", re.DOTALL)  # arrows, function keys, Alt with a key
 
 
 class Keyboard:
@@ -52,7 +55,7 @@ class Keyboard:
             data = b""
         if not data:  # hung up, or in the background: waiting for it would spin
             self.descriptor = None
-        return "" if b"\x1b" in data else data.decode("utf-8", "replace")
+        return _SEQUENCE.sub(b"", data).decode("utf-8", "replace")
 
     def wake(self) -> None:
         """Ends a `read` that waits in another thread."""

@@ -58,7 +58,7 @@ def written(name: str, value: float) -> str:
 
 def chart_pane(state: State, name: str, view: View, width: int, height: int) -> list[Line]:
     """A title with the last values, and the chart: raw values dim, their average bright, validation in a second colour."""
-    title: Line = [(f" {TITLES.get(name, name.replace('_', ' '))} ", "title")]
+    title: Line = [(f" {TITLES.get(name, said(name, view.ascii_only).replace('_', ' '))} ", "title"), ("log " if view.log_scale else "", "quiet")]
     curves = []
     if (series := state.series.get(name)) is not None:
         title.append((written(name, series.last), "first"))
@@ -70,8 +70,6 @@ def chart_pane(state: State, name: str, view: View, width: int, height: int) -> 
     if (checked := state.series.get(f"validation_{name}")) is not None:
         title += [("  validation ", "quiet"), (written(name, checked.last), "second")]
         curves.append(Curve(checked.points, "second", "o"))
-    if view.log_scale:
-        title.append(("  log", "quiet"))
     return [title, *chart(curves, width, height - 1, view.log_scale, view.ascii_only)]
 
 
@@ -126,8 +124,11 @@ def _answer(answer: Sampled, view: View, width: int, room: int, newest: bool) ->
     rows = wrap(text, width - indent - 1 - (len(tail) if room == 1 else 0), room) or [""]
     lines: list[Line] = [[(f" {label:<{indent - 1}}" if row == 0 else " " * indent, "quiet"), (part, "first" if newest else "")]
                          for row, part in enumerate(rows)]  # fmt: skip
-    if tail and len(lines) < room and width_of(lines[-1]) + len(tail) > width:
-        lines.append([(" " * (indent - 2), "")])
+    if tail and width_of(lines[-1]) + len(tail) > width:
+        if len(lines) < room:
+            lines.append([(" " * (indent - 2), "")])
+        else:
+            lines[-1] = [lines[-1][0], ("".join(wrap(rows[-1], width - indent - len(tail), 1)), lines[-1][1][1])]
     lines[-1].append((tail, "quiet"))
     return lines
 

@@ -45,7 +45,7 @@ def render_several(states: Sequence[State], view: View, width: int, height: int)
 def status(state: State, view: View) -> tuple[str, str]:
     """How the run stands, in a word or a few, and the style of that."""
     if state.ended is not None:
-        return f"{state.ended.status} in {clock(state.ended.seconds)}", "good" if state.ended.status == "done" else "bad"
+        return f"{said(state.ended.status)} in {clock(state.ended.seconds)}", "good" if state.ended.status == "done" else "bad"
     if view.asked:
         return ", ".join(view.asked), "warning"
     silent = view.now - state.last_time if view.now is not None and state.last_time else 0.0
@@ -62,7 +62,7 @@ def _title(state: State, view: View, width: int) -> Line:
     if run is not None:
         stages = f"{dot}stage {run.stage} of {run.stages}" if run.stages > 1 else ""
         name, model, device = (said(text, view.ascii_only, 60) for text in (run.name, run.model, run.device))
-        line += [(name, "strong"), (f"{stages}{dot}{said(run.algorithm)} of {model}", ""), (f"{dot}{device}" if device else "", "quiet")]
+        line += [(name, "strong"), (f"{stages}{dot}{said(run.algorithm, view.ascii_only)} of {model}", ""), (f"{dot}{device}" if device else "", "quiet")]
     told, style = status(state, view)
     told = f"  {told} "
     return [*fit(line, width - len(told)), (told, style)]
@@ -136,7 +136,7 @@ def _body(state: State, view: View, width: int, height: int) -> list[Line]:
     left_out = names[columns * rows :]
     grid = _charts(state, view, names[: columns * rows], columns, width, (rest - below - bool(left_out)) // rows)
     if left_out:
-        grid.append(_figures(state, left_out))
+        grid.append(_figures(state, left_out, view))
     return [*grid, *diagnoses, *_panes(state, view, width, height - len(grid) - len(diagnoses))]
 
 
@@ -150,12 +150,12 @@ def _charts(state: State, view: View, names: Sequence[str], columns: int, width:
     return lines
 
 
-def _figures(state: State, names: Sequence[str]) -> Line:
+def _figures(state: State, names: Sequence[str], view: View) -> Line:
     """In one line what has no chart on a small screen."""
     line: Line = [(" ", "")]
     for name in names:
         if (last := state.last(name)) is not None:
-            label = SHOWN[name][0] if name in SHOWN else said(name)
+            label = SHOWN[name][0] if name in SHOWN else said(name, view.ascii_only)
             line += [(f"{label} ", "quiet"), (f"{written(name, last)}   ", "")]
     return line
 

@@ -118,13 +118,13 @@ class Session:
         self._again = True
 
     def _follow_job(self) -> None:
-        """On the screen only while the job is in the foreground and not being suspended."""
-        wanted = not self._suspended and not self._closed and not self.terminal.gone and self.terminal.foreground()
-        if wanted and not self._up:
+        """On the screen only while the job is in the foreground. Leaving it is for `close` and `_suspend` alone."""
+        ours = not self.terminal.gone and self.terminal.foreground()
+        if ours and not (self._up or self._suspended or self._closed):
             self.keyboard.start()
             self.terminal.enter()
             self._up = self._again = True
-        elif self._up and not wanted:
+        elif self._up and not ours:
             self._up = False  # the terminal is another job's already, and not ours to change
 
     def _down(self) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from lowrank_tune.events import Event, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
 from lowrank_tune.ui.plain import Pace, show
 
-MOST_POINTS, LOG_LINES, SPEED_STEPS = 2000, 200, 20
+MOST_POINTS, LOG_LINES, SPEED_STEPS = 1000, 200, 20
 WARNING_LINES = 50
 TRAINING, EVALUATING, SAVING, LOADING, OTHER = "training", "evaluating", "saving", "loading", "other"
 

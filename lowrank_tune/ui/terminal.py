@@ -50,7 +50,7 @@ class Terminal:
         self._write(ENTER)
 
     def leave(self) -> None:
-        self._write(LEAVE)
+        self._write(LEAVE, 10 * PATIENCE)
 
     def show(self, lines: list[Line]) -> None:
         """Writes what differs from the last frame."""
@@ -72,13 +72,13 @@ class Terminal:
         os.close(self._out)
         os.close(self._control)
 
-    def _write(self, data: bytes) -> bool:
+    def _write(self, data: bytes, patience: float = PATIENCE) -> bool:
         """Whether all of it went out."""
         while data and not self.gone:
             try:
                 data = data[os.write(self._out, data) :]
             except BlockingIOError:
-                if not select.select([], [self._out], [], PATIENCE)[1]:
+                if not select.select([], [self._out], [], patience)[1]:
                     return False
             except OSError:  # closed by its owner: the run goes on without it
                 self.gone = True
