@@ -13,7 +13,6 @@ import json
 import os
 import pty
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading

@@ -11,7 +11,6 @@ from lowrank_tune.ui.charts import LABEL, Curve, chart, short, smooth
 from lowrank_tune.ui.frame import Line, width_of
 
 
-
 def dots(lines: list[Line]) -> set[tuple[int, int]]:
     """(column, row) of every dot of a chart, (0, 0) the upper left one."""
     bits = {0: (0, 0), 1: (0, 1), 2: (0, 2), 3: (1, 0), 4: (1, 1), 5: (1, 2), 6: (0, 3), 7: (1, 3)}

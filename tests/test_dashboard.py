@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -15,6 +16,7 @@ from lowrank_tune.ui.card import Card
 from lowrank_tune.ui.frame import coded, fit, plain_text, width_of, wrap
 from lowrank_tune.ui.panes import View
 from lowrank_tune.ui.render import render, render_several
+from lowrank_tune.ui.screenshot import screenshot, until
 from lowrank_tune.ui.session import press
 from lowrank_tune.ui.state import MOST_POINTS, Series, State
 from tests.hostile import HOSTILE, is_inert
@@ -98,8 +100,8 @@ def test_no_color_has_no_colour() -> None:
 
 
 def test_time_is_shared_out_and_an_eta_told() -> None:
-    state = state_after([Progress(what="loading", done=0, total=1, time=-4.0), START, *steps(4), Validated(step=4, stats={"validation_loss": 1.0}, time=6.0),
-                         Saved(step=4, path="p", seconds=2.0, time=8.0)])  # fmt: skip
+    checked, saved = Validated(step=4, stats={"validation_loss": 1.0}, time=6.0), Saved(step=4, path="p", seconds=2.0, time=8.0)
+    state = state_after([Progress(what="loading", done=0, total=1, time=-4.0), START, *steps(4), checked, saved])
     assert state.shares() == {"loading": 4 / 12, "training": 4 / 12, "evaluating": 2 / 12, "saving": 2 / 12}
     assert state.seconds_left == 96.0 and state.tokens_per_second == 50.0
     shown = plain_text(render(state, View(), 120, 40))
@@ -170,3 +172,13 @@ def test_a_card_speaks_through_nvidia_ml(monkeypatch: pytest.MonkeyPatch) -> Non
     assert Card().read() == ""
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert Card().read() == ""
+
+
+def test_the_picture_in_the_readme_is_drawn_from_the_recorded_run() -> None:
+    """Made by `python -m lowrank_tune.ui.screenshot tests/recorded/demo.jsonl docs/dashboard.svg 120 40 86`."""
+    svg = screenshot(until(RECORDED, 86), 120, 40)
+    assert svg == (HERE.parent / "docs" / "dashboard.svg").read_text(encoding="utf-8")
+    assert "url(http" not in svg and "@font-face" not in svg
+    words = "".join(ElementTree.fromstring(svg).itertext()).replace("\xa0", " ")
+    for wanted in ("lowrank-tune", "step 86/96", "KL to the reference", "overfitting", "What is 6 * 33?"):
+        assert wanted in words

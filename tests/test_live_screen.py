@@ -186,11 +186,15 @@ def test_where_a_dashboard_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     mine, theirs = pty.openpty()
     assert not can_show(Terminal(), {"TERM": "xterm"})  # type: ignore[arg-type]  # not our foreground
     assert not can_show(sys.stdout, {"TERM": "xterm"}, forced=True)
-    assert ascii_only(Terminal(), {"LANG": "C"}) and ascii_only(Terminal(), {"TERM": "linux"}) and not ascii_only(Terminal(), {})  # type: ignore[arg-type]
+    for environ, wanted in (({"LANG": "C"}, True), ({"TERM": "linux"}, True), ({"LC_ALL": "C.UTF-8", "LANG": "C"}, False), ({}, False)):
+        assert ascii_only(Terminal(), environ) is wanted  # type: ignore[arg-type]
     os.close(mine)
     os.close(theirs)
-    program = "import os, sys; from lowrank_tune.ui.terminal import can_show; e = dict(TERM='xterm');" \
-              "print([can_show(sys.stdout, x, f) for x, f in ((e, 0), (e | {'CI': '1'}, 0), (e | {'CI': '1'}, 1), (e | {'TERM': 'dumb'}, 1), ({}, 1))])"  # fmt: skip
+    program = (
+        "import os, sys; from lowrank_tune.ui.terminal import can_show; e = dict(TERM='xterm')\n"
+        "cases = ((e, 0), (e | {'CI': '1'}, 0), (e | {'CI': '1'}, 1), (e | {'TERM': 'dumb'}, 1), ({}, 1))\n"
+        "print([can_show(sys.stdout, environ, forced) for environ, forced in cases])"
+    )
     emulator = Emulator("-c", program)
     assert emulator.finish() == 0 and b"[True, False, True, False, False]" in emulator.raw
 

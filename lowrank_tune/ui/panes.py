@@ -58,7 +58,8 @@ def written(name: str, value: float) -> str:
 
 def chart_pane(state: State, name: str, view: View, width: int, height: int) -> list[Line]:
     """A title with the last values, and the chart: raw values dim, their average bright, validation in a second colour."""
-    title: Line = [(f" {TITLES.get(name, said(name, view.ascii_only).replace('_', ' '))} ", "title"), ("log " if view.log_scale else "", "quiet")]
+    told = TITLES.get(name, said(name, view.ascii_only).replace("_", " "))
+    title: Line = [(f" {told} ", "title"), ("log " if view.log_scale else "", "quiet")]
     curves = []
     if (series := state.series.get(name)) is not None:
         title.append((written(name, series.last), "first"))

@@ -62,7 +62,8 @@ def _title(state: State, view: View, width: int) -> Line:
     if run is not None:
         stages = f"{dot}stage {run.stage} of {run.stages}" if run.stages > 1 else ""
         name, model, device = (said(text, view.ascii_only, 60) for text in (run.name, run.model, run.device))
-        line += [(name, "strong"), (f"{stages}{dot}{said(run.algorithm, view.ascii_only)} of {model}", ""), (f"{dot}{device}" if device else "", "quiet")]
+        line += [(name, "strong"), (f"{stages}{dot}{said(run.algorithm, view.ascii_only)} of {model}", "")]
+        line += [(f"{dot}{device}", "quiet")] if device else []
     told, style = status(state, view)
     told = f"  {told} "
     return [*fit(line, width - len(told)), (told, style)]
