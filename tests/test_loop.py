@@ -73,7 +73,7 @@ class Several(Experience):
 
 
 def loop_over(algorithm: Any, parameters: list[nn.Parameter], steps: int = 4, optimizer: Any = None, **train: Any) -> tuple[Loop, list[Event]]:
-    wanted = settings.Train(**{"learning_rate": 0.1, "schedule": "constant", "micro_batch_size": 1} | train)
+    wanted = settings.Train(**{"learning_rate": 0.1, "schedule": "constant", "micro_batch_size": 1, "log_every": 1} | train)
     events: list[Event] = []
     optimizer = optimizer or make_optimizer(parameters, wanted, CPU)
     return Loop(algorithm, parameters, optimizer, wanted, steps, 7, CPU, events.append, lambda progress, last: None), events
