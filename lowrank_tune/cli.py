@@ -88,6 +88,27 @@ def data_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", he
             raise typer.Exit(UserError.exit_code)
 
 
+@app.command("report")
+def report_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")], debug: Debug = False) -> None:
+    """Write RUN/report.html anew: curves, samples, data, recipe, in one file for a browser."""
+    with _sentences(debug):
+        from lowrank_tune.ui.report import write_report
+
+        print(write_report(run))
+
+
+@app.command("doctor")
+def doctor_command(debug: Debug = False) -> None:
+    """Check this machine: Python, torch, the card, 4-bit arithmetic, versions, disk, terminal. Ends with 1 where something needed fails."""
+    with _sentences(debug):
+        from lowrank_tune.doctor import examine, show
+
+        findings = examine()
+        show(findings, Console(highlight=False))
+        if any(finding.level == "fault" for finding in findings):
+            raise typer.Exit(1)
+
+
 @presets.callback()
 def list_presets(context: typer.Context) -> None:
     """List the presets, or print or copy one to start your own from."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from lowrank_tune.sinks import JsonLines, Tee
 from lowrank_tune.train import Loop, Progress, make_optimizer
 from lowrank_tune.types import Sampling
 from lowrank_tune.ui.plain import Plain
+from lowrank_tune.ui.report import write_report
 from lowrank_tune.ui.terminal import can_show
 from lowrank_tune.ui.tui import Tui
 from lowrank_tune.ui.watch import events_in
@@ -130,6 +132,7 @@ def _run(recipe: settings.Recipe, out: Path | None, ui: str, device: torch.devic
         raise
     finally:
         emit.close()
+        _report(folder)
         folder.close()
 
 
@@ -297,6 +300,16 @@ class _Callback:
         self.function(event)
 
     def close(self) -> None: ...
+
+
+def _report(folder: RunFolder) -> None:
+    """The page for a browser, whichever way the run ended. It is a gift: that it cannot be written breaks nothing."""
+    if not folder.events.exists():
+        return
+    try:
+        write_report(folder.path)
+    except Exception as error:
+        warnings.warn(f"report.html could not be written: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
 
 
 def _silent(event: Event) -> None:

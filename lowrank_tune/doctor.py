@@ -1,0 +1,242 @@
+"""Is this machine fit? Every check ends as a line: ok, a warning, or a fault, with the cure. Nothing is downloaded, no secret is shown.
+
+Heavy libraries are imported inside the checks: a doctor must be able to say that one of them is broken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lowrank_tune.ui import inert
+
+GIB = 1 << 30
+LITTLE_DISK, SOME_DISK = 1.0, 20.0  # GiB: too little to save anything; too little for a 7B base and its cache
+NEEDED = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "tokenizers", "safetensors", "numpy", "pydantic", "PyYAML", "rich",
+          "typer")  # fmt: skip
+NF4_ERROR = 1e-2  # of a bf16 product against the dequantised weight's, relative
+STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
+Level = Literal["ok", "warning", "fault"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line. `cure` says what to do; empty where all is well."""
+
+    level: Level
+    what: str
+    found: str
+    cure: str = ""
+
+
+def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
+    """All checks, in order. A check that breaks is itself a fault."""
+    findings: list[Finding] = []
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "Python": python, "versions": versions, "CUDA": card, "4 bits": four_bits, "disk": lambda: disk(environ), "hub": lambda: hub(environ),
+        "terminal": lambda: terminal(environ), "system": system}  # fmt: skip
+    for name, check in checks.items():
+        try:
+            findings += check()
+        except Exception as error:
+            cure = "install the packages again, within the bounds above"
+            findings.append(Finding("fault", name, f"the check broke: {type(error).__name__}: {error}", cure))
+    return findings
+
+
+def show(findings: list[Finding], console: Console) -> None:
+    """A line each, and a word at the end."""
+    table = Table.grid(padding=(0, 2))
+    for finding in findings:
+        told = Text(inert(finding.found))
+        if finding.cure:
+            told.append(f"\n-> {inert(finding.cure)}", STYLES[finding.level])
+        table.add_row(Text(finding.level, STYLES[finding.level]), Text(finding.what), told)
+    console.print(table)
+    faults, warnings = (sum(finding.level == level for finding in findings) for level in ("fault", "warning"))
+    word = "this machine is fit" if not faults else "this machine is not fit yet"
+    console.print(Text(f"{word}: {faults} faults, {warnings} warnings", STYLES["fault" if faults else "warning" if warnings else "ok"]))
+
+
+def python() -> Iterator[Finding]:
+    """3.11 or newer, 64 bits."""
+    told = f"{platform.python_version()} ({platform.python_implementation()}, {platform.machine()})"
+    if sys.version_info < (3, 11) or sys.maxsize < 1 << 40:
+        yield Finding("fault", "Python", told, "use a 64-bit Python 3.11 or newer")
+    else:
+        yield Finding("ok", "Python", told)
+
+
+def versions() -> Iterator[Finding]:
+    """Every library that is needed against the bounds of pyproject.toml."""
+    bounds = requirements()
+    for name in NEEDED:
+        bound = bounds.get(name.lower(), "")
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield Finding("fault", name, "not installed", f"pip install '{name}{bound}'")
+            continue
+        fits = within(found, bound)
+        yield Finding("ok" if fits else "fault", name, f"{found} ({bound or 'any'})", "" if fits else f"pip install '{name}{bound}'")
+
+
+def requirements() -> dict[str, str]:
+    """Name to bounds, from the installed package or from the checkout's pyproject.toml."""
+    try:
+        written = metadata.requires("lowrank-tune") or []
+    except metadata.PackageNotFoundError:
+        file = Path(__file__).resolve().parent.parent / "pyproject.toml"
+        written = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"] if file.is_file() else []
+    split = (re.match(r"([A-Za-z0-9._-]+)\s*([^;]*)", line) for line in written if "extra ==" not in line)
+    return {match[1].lower(): match[2].strip() for match in split if match}
+
+
+def within(version: str, bounds: str) -> bool:
+    """Whether a version is inside bounds such as `>=2.9,<3`. Only the release counts: 2.9.0+cu128 is 2.9."""
+    tests: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
+        ">=": lambda a, b: a >= b, "<=": lambda a, b: a <= b, "==": lambda a, b: a == b, "!=": lambda a, b: a != b,
+        "<": lambda a, b: a < b, ">": lambda a, b: a > b}  # fmt: skip
+    found = re.findall(r"(>=|<=|==|!=|<|>)\s*([0-9][0-9.]*)", bounds)
+    return all(tests[how](_release(version), _release(bound)) for how, bound in found)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    numbers = [int(part) for part in match[0].split(".")] if match else []
+    return tuple((numbers + [0] * 4)[:4])
+
+
+def card() -> Iterator[Finding]:
+    """Cards, their memory, and bf16."""
+    torch: Any = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        cure = "install the driver, and check that `nvidia-smi` works" if built else "install torch's CUDA build"
+        yield Finding("warning", "CUDA", f"none seen (torch is built {f'for CUDA {built}' if built else 'without CUDA'})",
+                      f"a CPU trains only small bases; for a card, {cure}")  # fmt: skip
+        return
+    for number in range(torch.cuda.device_count()):
+        with torch.cuda.device(number):
+            free, total = torch.cuda.mem_get_info()
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        told = f"{torch.cuda.get_device_name(number)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, bf16 {'yes' if has_bf16 else 'no'}"
+        if not has_bf16:
+            yield Finding("fault", f"card {number}", told, "bfloat16 is needed: RTX 30 series or newer; or CUDA_VISIBLE_DEVICES= for the CPU")
+        elif free < total / 2:
+            yield Finding("warning", f"card {number}", told, "another process holds more than half of its memory: see `nvidia-smi`")
+        else:
+            yield Finding("ok", f"card {number}", told)
+
+
+def four_bits() -> Iterator[Finding]:
+    """A real NF4 product against that of the same weight, dequantised, and the gradient of its input."""
+    torch, bitsandbytes = importlib.import_module("torch"), importlib.import_module("bitsandbytes")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that it could use and does not need
+    on_card = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_card else ("cpu", torch.float32)
+    made = torch.Generator().manual_seed(0)
+    layer = bitsandbytes.nn.Linear4bit(256, 128, bias=False, compute_dtype=dtype, quant_type="nf4", compress_statistics=True)
+    layer.weight = bitsandbytes.nn.Params4bit(torch.randn(128, 256, generator=made), requires_grad=False, quant_type="nf4")
+    layer.support_avx512bf16_for_cpu = False  # that path repacks the weight and has no gradient
+    layer = layer.to(device)
+    rows = torch.randn(32, 256, generator=made).to(device, dtype).requires_grad_()
+    weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.float32)
+    out = layer(rows)
+    out.sum().backward()
+    gaps = [_gap(out, rows.float() @ weight.T), _gap(rows.grad, weight.sum(dim=0).expand(32, -1))]
+    told = f"NF4 product on {device}: off by {gaps[0]:.1e}, its gradient by {gaps[1]:.1e}"
+    if max(gaps) < NF4_ERROR:
+        yield Finding("ok", "4 bits", told)
+    else:
+        yield Finding("fault", "4 bits", told, "bitsandbytes is wrong here: install another version within the bounds, or use base.bits=16")
+
+
+def _gap(found: Any, wanted: Any) -> float:
+    return float(((found.detach().float() - wanted).norm() / wanted.norm()).item())
+
+
+def disk(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Room where things are written, and whether they can be."""
+    cache = Path(environ.get("LOWRANK_TUNE_CACHE") or Path.home() / ".cache" / "lowrank_tune").expanduser()
+    hub_cache = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
+    for what, folder, variable in (("cache", cache, "LOWRANK_TUNE_CACHE"), ("hub cache", hub_cache, "HF_HOME"), ("here", Path.cwd(), "--out")):
+        free = shutil.disk_usage(_existing(folder)).free / GIB
+        told = f"{folder}, {free:,.1f} GiB free"
+        if not _writable(folder):
+            level: Level = "warning" if what == "hub cache" else "fault"
+            yield Finding(level, what, f"{folder} cannot be written", f"name another folder with {variable}")
+        elif free < LITTLE_DISK:
+            yield Finding("fault", what, told, f"free some space, or name another folder with {variable}")
+        elif free < SOME_DISK:
+            yield Finding("warning", what, told, f"enough for small bases only; a larger disk: {variable}")
+        else:
+            yield Finding("ok", what, told)
+
+
+def _existing(folder: Path) -> Path:
+    return next(each for each in (folder, *folder.parents) if each.exists())
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=_existing(folder)):
+            return True
+    except OSError:
+        return False
+
+
+def hub(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """How the Hugging Face hub would be reached. A token is said to be there or not, and never shown."""
+    home = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
+    has_token = bool(environ.get("HF_TOKEN")) or (home / "token").is_file()
+    yield Finding("ok", "hub token", "there is one" if has_token else "none: gated bases cannot be fetched (`hf auth login`)")
+    offline = environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    yield Finding("warning" if offline else "ok", "hub", "offline (HF_HUB_OFFLINE)" if offline else "may be asked",
+                  "only what is in the cache can be loaded; unset HF_HUB_OFFLINE to fetch more" if offline else "")  # fmt: skip
+
+
+def terminal(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether the screens can be drawn."""
+    columns, lines = shutil.get_terminal_size()
+    inside = [name for name, variable in (("tmux", "TMUX"), ("screen", "STY"), ("ssh", "SSH_CONNECTION")) if environ.get(variable)]
+    colours = "no colours (NO_COLOR)" if environ.get("NO_COLOR") else f"colours: {Console().color_system or 'none'}"
+    told = f"{columns}x{lines}, TERM {environ.get('TERM') or 'not set'}, {colours}, {sys.stdout.encoding}"
+    told += f", inside {' in '.join(inside)}" if inside else ""
+    if not sys.stdout.isatty():
+        yield Finding("ok", "terminal", "none: output goes to a file or a pipe, as plain lines")
+    elif environ.get("TERM", "dumb") == "dumb":
+        yield Finding("warning", "terminal", told, "set TERM (xterm-256color) to see the dashboard; plain lines work")
+    elif columns < 80 or lines < 24:
+        yield Finding("warning", "terminal", told, "80x24 or more shows the dashboard whole")
+    elif not (sys.stdout.encoding or "").lower().startswith("utf"):
+        yield Finding("warning", "terminal", told, "a UTF-8 locale (LANG=C.UTF-8) draws finer charts")
+    else:
+        yield Finding("ok", "terminal", told)
+
+
+def system() -> Iterator[Finding]:
+    """Linux, or Linux in Windows."""
+    release = platform.release()
+    if "microsoft" in release.lower():
+        yield Finding("ok", "system", f"WSL ({release}); keep runs and data inside Linux, /mnt/c is slow")
+    elif platform.system() == "Linux":
+        yield Finding("ok", "system", f"Linux {release}, {os.cpu_count()} cores")
+    else:
+        yield Finding("warning", "system", platform.system(), "tested on Linux and WSL2 only")

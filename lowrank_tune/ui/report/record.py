@@ -1,0 +1,109 @@
+"""What a run folder tells, read leniently: a run that was killed, or is going on, has a report too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowrank_tune.errors import UserError
+from lowrank_tune.events import Event, Note, RunEnded, RunStarted, Sampled, StepDone, Validated, from_json
+
+Points = dict[int, float]  # step -> value
+
+
+@dataclass
+class Record:
+    """One run. `series` are statistics of the steps, `checks` those of the validations."""
+
+    folder: Path
+    started: RunStarted | None = None
+    ended: RunEnded | None = None
+    began: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
+    step: int = 0
+    series: dict[str, Points] = field(default_factory=dict)
+    checks: dict[str, Points] = field(default_factory=dict)
+    samples: list[Sampled] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=dict)
+    recipe: str = ""
+
+    @property
+    def status(self) -> str:
+        return self.ended.status if self.ended else "not ended"
+
+    def take(self, event: Event) -> None:
+        """Takes one event. A run that goes on after an interruption has not ended."""
+        self.began, self.last = self.began or event.time, event.time
+        if isinstance(event, RunStarted):
+            self.started, self.ended = event, None
+        elif isinstance(event, StepDone):
+            self.step, self.tokens = event.step, self.tokens + event.tokens
+            _keep(self.series, event.stats, event.step)
+        elif isinstance(event, Validated):
+            _keep(self.checks, event.stats, event.step)
+        elif isinstance(event, Sampled):
+            self.samples.append(event)
+        elif isinstance(event, Note):
+            kept = self.warnings if event.level == "warning" else self.notes
+            if event.message not in kept:
+                kept.append(event.message)
+        elif isinstance(event, RunEnded):
+            self.ended = event
+
+
+def read_record(folder: Path) -> Record:
+    """The record of a folder. Raises `UserError` where there are no events."""
+    record = Record(folder)
+    try:
+        for event in read_events(folder / "events.jsonl"):
+            record.take(event)
+    except OSError as error:
+        raise UserError(f"{folder}: it is no run folder, events.jsonl cannot be read ({error.strerror or error})") from error
+    if not record.began:
+        raise UserError(f"{folder}: its events.jsonl holds no events")
+    record.summary, record.data, record.base = (_object(folder / f"{name}.json") for name in ("summary", "data", "base"))
+    if record.summary.get("status") != record.status:
+        record.summary = {}  # it is of an earlier start
+    record.recipe = _text(folder / "recipe.yaml")
+    return record
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """Every whole and known event of a file; a half-written or foreign line is passed over."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                event = from_json(json.loads(line))
+            except (ValueError, TypeError, AttributeError, RecursionError):
+                continue
+            if event is not None and isinstance(event.time, (int, float)):
+                yield event
+
+
+def _keep(into: dict[str, Points], stats: Mapping[str, Any], step: int) -> None:
+    for name, value in stats.items():
+        if isinstance(value, (int, float)):
+            into.setdefault(name, {})[step] = float(value)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(_text(path))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,240 @@
+"""The parts of the page, from the curves down. Each is a string of HTML, empty where the run has nothing to say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from lowrank_tune.evaluate import is_exact
+from lowrank_tune.events import Sampled
+from lowrank_tune.ui.plain import number, percent
+from lowrank_tune.ui.report.charts import bar, chart, histogram, hover_data, lines_of, short
+from lowrank_tune.ui.report.record import Record
+from lowrank_tune.ui.report.words import block, entries, inside, number_in, pairs, table, text
+
+MEANINGS = {
+    "loss": "negative log-likelihood of what is trained, nats a token",
+    "reward": "mean reward of the completions",
+    "accuracy": "share of trained tokens that were the first choice",
+    "kl": "how far the policy is from its reference, nats a token",
+    "entropy": "how undecided the prediction is, nats",
+    "grad_norm": "length of the gradient before clipping",
+    "learning_rate": "the step's rate",
+    "update_ratio": "length of the update over that of the weights",
+    "moved_share": "share of the adapter that the last step changed",
+    "tokens_per_second": "tokens of the step by its wall time",
+    "memory_gib": "peak memory, GiB",
+    "bad_steps": "steps that were not finite and changed nothing",
+}
+HEADS = {"": "(all)", "exact": "exact answers (pass@1)", "stopped": "stops by itself", "length": "tokens an answer"}
+MOST_SAMPLES = 24  # of one prompt over a run
+
+
+def curves(record: Record) -> str:
+    """A chart for every statistic there is, the validation's beside the step's; those of the held-out prompts have a table."""
+    names = [*MEANINGS, *sorted({*record.series, *(name.removeprefix("validation_") for name in record.checks)} - set(MEANINGS))]
+    cards = [_curve(name, record) for name in names if name in record.series or f"validation_{name}" in record.checks]
+    cards = [card for card in cards if card]
+    return f'<h2>Curves</h2><div class="grid2">{"".join(cards)}</div>' if cards else ""
+
+
+def _curve(name: str, record: Record) -> str:
+    points, checks = record.series.get(name, {}), record.checks.get(f"validation_{name}", {})
+    if name.startswith("heldout_") or (name == "bad_steps" and not any(points.values())):
+        return ""
+    lines = lines_of(name, points, checks, f"validation {name}")
+    svg = chart(lines)
+    if not svg:
+        return ""
+    values = [value for line in lines for _, value in line.points]
+    can_log = min(values) > 0 and max(values) / min(values) > 3 and name not in ("accuracy", "moved_share")
+    toggle = '<label class="soft"><input type="checkbox"> log scale</label>' if can_log else ""
+    legend = "".join(f'<span><i class="key {line.kind}"></i>{text(line.name)}</span>' for line in lines) if len(lines) > 1 else ""
+    last = (points or checks)[max(points or checks)]
+    return (f'<div class="card" data-lines="{hover_data(lines)}"><div class="top"><h3>{text(name.replace("_", " "))}</h3>'
+            f'<output>{short(last)}</output></div><p class="soft">{text(MEANINGS.get(name, ""))}</p>'
+            f'{svg}{chart(lines, log=True) if can_log else ""}<div class="legend">{legend}{toggle}</div></div>')  # fmt: skip
+
+
+def stages_of(record: Record) -> dict[str, dict[str, float]]:
+    """Held-out figures of the base and of each stage: from the summary, or from the events of a run that has none."""
+    told = inside(record.summary, "heldout_details")
+    found = {str(stage): {str(key): number_in(stats, key) for key in stats} for stage, stats in told.items() if isinstance(stats, Mapping)}
+    if found:
+        return found
+    for name, points in record.checks.items():
+        if name.startswith("heldout_") and points:
+            stage, _, key = name.removeprefix("heldout_").partition("_")
+            found.setdefault(stage, {})[key] = points[max(points)]
+    return found
+
+
+def heldout(record: Record) -> str:
+    """A column a stage, with bars for shares; then the same questions as each stage answers them."""
+    stages = stages_of(record)
+    if not stages:
+        return ""
+    keys = [*dict.fromkeys(key for stats in stages.values() for key in stats)]
+    keys.sort(key=lambda key: (key == "length", key == "stopped", key != "exact"))
+    rows = [[text(HEADS.get(key) or (f"one of {key[8:]} exact (pass@{key[8:]})" if key.startswith("pass_at_") else key)),
+             *(_figure(key, stats.get(key)) for stats in stages.values())] for key in keys]  # fmt: skip
+    made = f'<h2>Held-out questions</h2><div class="card">{table(["", *map(text, stages)], rows)}</div>'
+    answers = {str(stage): entries(inside(record.summary, "answers"), stage) for stage in inside(record.summary, "answers")}
+    shown = list(zip(*answers.values(), strict=False))
+    if not shown:
+        return made
+    lines = [[_said(several[0].get("prompt")), text(several[0].get("gold") or "", 200), *map(_answer, several)] for several in shown]
+    return made + f'<div class="card">{table(["question", "gold", *map(text, answers)], lines)}</div>'
+
+
+def _figure(key: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return number(value) if key == "length" else f"{percent(value)}{bar(value)}"
+
+
+def _said(value: Any) -> str:
+    return f'<div class="text">{block(value or "", 1500)}</div>'
+
+
+def _answer(one: Mapping[str, Any]) -> str:
+    return _judged(str(one.get("completion", "")), bool(one.get("stopped")), one.get("gold"))
+
+
+def _judged(completion: str, stopped: bool, gold: Any) -> str:
+    """An answer with what became of it; one that runs on has not answered."""
+    exact = stopped and isinstance(gold, str) and is_exact(completion, gold)
+    verdict = '<span class="yes">&#10003; right</span>' if exact else '<span class="no">&#10007; wrong</span>' if isinstance(gold, str) else ""
+    return f'<div class="text">{block(completion, 1500)}</div><span class="soft">{verdict} {"" if stopped else "runs on"}</span>'
+
+
+def samples(record: Record) -> str:
+    """The same prompts, step by step."""
+    by_prompt: dict[str, list[Sampled]] = {}
+    for sample in record.samples:
+        by_prompt.setdefault(str(sample.prompt), []).append(sample)
+    parts = []
+    for place, (prompt, several) in enumerate(by_prompt.items()):
+        every = max(1, -(-len(several) // MOST_SAMPLES))
+        kept = [*several[:-1:every], several[-1]]
+        rows = [[text(f"step {one.step:,}" if one.role == "policy" else one.role), _judged(str(one.completion), one.finish == "stop", one.gold),
+                 "" if one.reward is None else number(one.reward)] for one in kept]  # fmt: skip
+        gold = f' <span class="soft">gold {text(several[0].gold, 80)}</span>' if several[0].gold is not None else ""
+        body = table(["", "answer", "reward" if any(one.reward is not None for one in kept) else ""], rows, [2])
+        parts.append(f"<details{' open' if place == 0 else ''}><summary>{text(prompt, 300)}{gold}</summary>{body}</details>")
+    return f"<h2>Samples over time</h2>{''.join(parts)}" if parts else ""
+
+
+def data(record: Record) -> str:
+    """The mixture as bars, the lengths, what was wrong with which rows, and rows with their loss mask."""
+    found = record.data
+    if not found:
+        return ""
+    cards = [_mixture(found), _lengths(found)]
+    told = f'<h2>Data</h2><div class="grid2">{"".join(card for card in cards if card)}</div>'
+    return told + _troubles(found) + _examples(found)
+
+
+def _mixture(found: Mapping[str, Any]) -> str:
+    parts = entries(found, "parts")
+    if not parts:
+        return ""
+    totals = {key: sum(number_in(part, key) for part in parts) or 1.0 for key in ("rows", "tokens", "trained")}
+    rows = []
+    for part in parts:
+        head = f'<b>{text(part.get("name", ""), 120)}</b> <span class="soft">{text(part.get("format", ""))}</span>'
+        rows.append([head, "", ""])
+        for key, name in (("rows", "rows"), ("tokens", "tokens"), ("trained", "trained tokens")):
+            share = number_in(part, key) / totals[key]
+            rows.append([f'<span class="soft">{name}</span>', bar(share), f"{number_in(part, key):,.0f}"])
+        rows.append(['<span class="soft">weight w<sub>s</sub></span>', bar(number_in(part, "weight"), "w"), f"{number_in(part, 'weight'):.4f}"])
+    return (f'<div class="card"><h3>Mixture</h3><p class="soft">by {text(found.get("weighted_by", ""))}</p>'
+            f'{table(["", "share", ""], rows, [2])}<p class="soft">{_epoch(found)}<br>{_ends(inside(found, "ends"))}</p></div>')  # fmt: skip
+
+
+def _epoch(found: Mapping[str, Any]) -> str:
+    rows, tokens, trained, steps = (f"{number_in(inside(found, 'epoch'), key):,.0f}" for key in ("rows", "tokens", "trained", "steps"))
+    validation = f"{number_in(found, 'validation_rows'):,.0f}"
+    return f"An epoch: {rows} rows, {tokens} tokens, {trained} of them trained, {steps} steps. {validation} rows to validate with."
+
+
+def _ends(ends: Mapping[str, Any]) -> str:
+    if not ends.get("trained"):
+        return 'End token trained: <span class="no">no</span>.'
+    tokens = inside(ends, "tokens")
+    names = ", ".join(f"{text(name, 60)} ({number_in(tokens, name):,.0f} times)" for name in tokens)
+    return f'End token trained: <span class="yes">yes</span>, {names}.'
+
+
+def _lengths(found: Mapping[str, Any]) -> str:
+    lengths = inside(found, "lengths")
+    edges, counts = lengths.get("edges"), lengths.get("counts")
+    if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1:
+        return ""
+    if not all(isinstance(value, int) for value in (*edges, *counts)):
+        return ""
+    limit, over = int(number_in(lengths, "limit")), int(number_in(lengths, "over"))
+    names = (("median", "median"), ("95 % up to", "p95"), ("longest read", "longest"), ("limit", "limit"))
+    said = ", ".join(f"{name} {number_in(lengths, key):,.0f}" for name, key in names)
+    return f'<div class="card"><h3>Lengths in tokens</h3><p class="soft">{said}</p>{histogram(edges, counts, limit, over)}</div>'
+
+
+def _troubles(found: Mapping[str, Any]) -> str:
+    rows = []
+    for trouble in entries(found, "troubles"):
+        count, places = int(number_in(trouble, "count")), trouble.get("places")
+        where = ", ".join(map(str, places)) if isinstance(places, list) else ""
+        rows.append([f'<span class="{"some" if count else "zero"}">{count:,}</span>', text(trouble.get("what", ""), 300),
+                     text(trouble.get("done", "")) if count else "", f'<span class="soft">{text(where, 700)}</span>'])  # fmt: skip
+    return f'<details><summary>Rows looked at</summary>{table(["rows", "what", "done", "where"], rows, [0])}</details>' if rows else ""
+
+
+def _examples(found: Mapping[str, Any]) -> str:
+    parts = []
+    for example in entries(found, "examples"):
+        segments = [pair for pair in example.get("segments") or () if isinstance(pair, list) and len(pair) == 2]
+        shown = "".join(f"<mark>{block(said)}</mark>" if trained else block(said) for trained, said in segments)
+        parts.append(f'<p class="soft">{text(example.get("place", ""))}</p><div class="text">{shown}</div>')
+    title = 'Rows as the model reads them <span class="soft">what is marked is trained</span>'
+    return f"<details><summary>{title}</summary>{''.join(parts)}</details>" if parts else ""
+
+
+def recipe(record: Record) -> str:
+    """The recipe, complete."""
+    return f"<h2>Recipe</h2><details><summary>recipe.yaml</summary><pre>{block(record.recipe, 60_000)}</pre></details>" if record.recipe else ""
+
+
+def environment(record: Record) -> str:
+    """Machine, versions, and the hash of the frozen base at both ends of the run."""
+    started, hashes = record.started, inside(record.summary, "base_hash")
+    rows: list[tuple[str, str]] = []
+    if started is not None:
+        rows += [("device", text(started.device)), ("roles", text(_roles(started.roles))), ("reference", text(started.reference)),
+                 ("trained parameters", f"{started.trainable:,}")]  # fmt: skip
+        rows += [(str(name), text(version)) for name, version in started.versions.items()]
+    rows += [(name, text(record.base[name])) for name in ("revision", "bits") if record.base.get(name) is not None]
+    rows.append(("began", text(_when(record.began))))
+    if hashes:
+        same = hashes.get("start") == hashes.get("end")
+        rows.append(("base hash", f'<span class="hash">{text(hashes.get("start"))}</span> at the start<br>'
+                                  f'<span class="hash">{text(hashes.get("end"))}</span> at the end<br>'
+                                  f'<span class="{"yes" if same else "no"}">{"unchanged" if same else "CHANGED"}</span>'))  # fmt: skip
+    return f'<h2>Environment</h2><div class="card">{pairs(rows)}</div>'
+
+
+def notes(record: Record) -> str:
+    """What the run said besides."""
+    said = "".join(f"<li>{text(note, 600)}</li>" for note in record.notes)
+    return f"<h2>Notes</h2><details><summary>{len(record.notes)} notes</summary><ul>{said}</ul></details>" if record.notes else ""
+
+
+def _roles(roles: Mapping[str, Sequence[str]]) -> str:
+    return ", ".join(f"{role}: {' + '.join(map(str, stack)) or 'the base'}" for role, stack in roles.items())
+
+
+def _when(moment: float) -> str:
+    try:
+        return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError):
+        return "unknown"

@@ -1,0 +1,59 @@
+"""Text for a page: whatever a model, a data file or a recipe wrote comes out escaped and inert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from html import escape
+from typing import Any
+
+from lowrank_tune.ui import inert
+
+NUMERIC = ' class="n"'
+LIMIT = 4000  # characters of one text; a page is for reading
+
+
+def text(value: Any, limit: int = LIMIT) -> str:
+    """In one line."""
+    return escape(inert(str(value), limit), quote=True)
+
+
+def block(value: Any, limit: int = LIMIT) -> str:
+    """With its line breaks."""
+    whole = str(value)
+    cut = whole[: limit + 1]
+    lines = "\n".join(escape(inert(line), quote=True) for line in cut[:limit].split("\n"))
+    return lines + (f" [... {len(whole) - limit:,} characters more]" if len(cut) > limit else "")
+
+
+def number_in(data: Mapping[str, Any], name: str, otherwise: float = 0.0) -> float:
+    """A number of a file that anyone may have edited."""
+    value = data.get(name)
+    return float(value) if isinstance(value, (int, float)) else otherwise
+
+
+def entries(data: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """The objects of a list in such a file."""
+    found = data.get(name)
+    return [each for each in found if isinstance(each, Mapping)] if isinstance(found, list) else []
+
+
+def inside(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object in such a file."""
+    found = data.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]], numbers: Iterable[int] = ()) -> str:
+    """A table of cells that are HTML already; `numbers` are the columns that stand on the right."""
+    right = set(numbers)
+
+    def cells(kind: str, row: Iterable[str]) -> str:
+        return "".join(f"<{kind}{NUMERIC if place in right else ''}>{cell}</{kind}>" for place, cell in enumerate(row))
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def pairs(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and values; the values are HTML already."""
+    return "<dl>" + "".join(f"<dt>{text(name)}</dt><dd>{value}</dd>" for name, value in rows) + "</dl>"
