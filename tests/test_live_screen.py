@@ -166,6 +166,26 @@ def test_at_most_two_frames_a_second(emulator: Emulator) -> None:
     assert 2 <= len(steps) <= 8
 
 
+def test_a_costly_screen_slows_itself_down(tmp_path: Path) -> None:
+    """Frames of 60 ms of processor time may come every 2 s."""
+    program = (
+        "import runpy, sys, time; from lowrank_tune.ui import tui\n"
+        "usual, count = tui.render, [0]\n"
+        "def slow(*words):\n"
+        "    end = time.thread_time() + 0.06\n"
+        "    while time.thread_time() < end: pass\n"
+        "    count[0] += 1\n"
+        "    return usual(*words)\n"
+        f"tui.render = slow; sys.argv = ['player', {str(tmp_path)!r}, '0.06']; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"begun = time.monotonic(); runpy.run_path({PLAYER!r}, run_name='__main__')\n"
+        "print('frames', count[0], 'most', 2 + int((time.monotonic() - begun) / 2))"
+    )
+    emulator = Emulator("-c", program)
+    assert emulator.finish() == 0
+    frames, most = (int(word) for word in re.findall(rb"frames (\d+) most (\d+)", emulator.raw)[0])
+    assert 2 <= frames <= most
+
+
 def test_ascii_and_no_color(tmp_path: Path) -> None:
     emulator = Emulator(PLAYER, str(tmp_path), "0.01", LC_ALL="C", NO_COLOR="1", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
     emulator.until("ETA")
@@ -281,6 +301,14 @@ def test_suspended_and_continued_in_tmux(tmux: Tmux) -> None:
     tmux.until("THE END")
     tmux.type("clear")
     assert tmux.settings() == sane
+
+
+@pytest.mark.slow
+def test_a_background_job_is_not_stopped_and_draws_nothing(tmux: Tmux, tmp_path: Path) -> None:
+    tmux.type(f"clear; {sys.executable} -m lowrank_tune demo --out run train.steps=3 evaluate.samples=1 evaluate.prompts=4 &")
+    tmux.until("checkpoints")
+    assert "status     done" in tmux.text() and "q quit" not in tmux.text()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "done"
 
 
 @pytest.mark.slow
