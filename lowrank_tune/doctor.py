@@ -147,8 +147,8 @@ def card() -> Iterator[Finding]:
 
 def four_bits() -> Iterator[Finding]:
     """A real NF4 product against that of the same weight, dequantised, and the gradient of its input."""
-    torch, bitsandbytes = importlib.import_module("torch"), importlib.import_module("bitsandbytes")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that it could use and does not need
+    torch, bitsandbytes = importlib.import_module("torch"), importlib.import_module("bitsandbytes")
     on_card = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_card else ("cpu", torch.float32)
     made = torch.Generator().manual_seed(0)

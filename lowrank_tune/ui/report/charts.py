@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from lowrank_tune.ui import inert
+
 WIDTH, HEIGHT = 560, 230
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 26
 BUCKETS = 300  # of a long series: the lowest and the highest point of each stay
@@ -130,6 +132,7 @@ def short(value: float) -> str:
 
 def lines_of(name: str, points: Mapping[int, float], checks: Mapping[int, float], check_name: str) -> list[Line]:
     """The lines of one statistic: every step faintly, a smooth one over it, and the validation's."""
+    name, check_name = inert(name, 60), inert(check_name, 60)  # they may come from anyone's events
     every = [(float(step), value) for step, value in sorted(points.items())]
     found = []
     if every:
@@ -151,7 +154,7 @@ def _is_rough(values: Sequence[float]) -> bool:
 
 
 def _fits(value: float, log: bool) -> bool:
-    return math.isfinite(value) and (not log or value > 0)
+    return math.isfinite(value) and (not log or value > 1e-300)
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
