@@ -51,7 +51,8 @@ def run_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", hel
         from lowrank_tune.recipe import Recipe
 
         loaded = Recipe.load(recipe, *(overrides or []))
-        from lowrank_tune.runner import run
+        with _starting():
+            from lowrank_tune.runner import run
 
         _end(run(loaded, out=out, ui=ui))
 
@@ -63,7 +64,8 @@ def demo(overrides: Overrides = None, out: Out = None, ui: Ui = Screen.auto, deb
         from lowrank_tune.recipe import Recipe
 
         loaded = Recipe.load("tiny-sft", "name=demo", *(overrides or []))
-        from lowrank_tune.runner import run
+        with _starting():
+            from lowrank_tune.runner import run
 
         outcome = run(loaded, out=out, ui=ui)
         if outcome.status == "done":
@@ -173,6 +175,17 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
     if version:
         print(__version__)
         raise typer.Exit
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """Torch and transformers take seconds to import; a person at a terminal sees that something is going on."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status("starting: torch and transformers take a few seconds"):
+        yield
 
 
 @contextmanager

@@ -1,0 +1,220 @@
+"""One stage of a run: the loop with its evaluations, checkpoints and resume, and what is left at its end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import torch
+
+from lowrank_tune import settings
+from lowrank_tune.build import Built
+from lowrank_tune.checkpoint import Broken, RunFolder, Snapshot, flatten_optimizer, load, restore_optimizer, rotate, write_atomically
+from lowrank_tune.control import Control
+from lowrank_tune.errors import RunFailed, UserError
+from lowrank_tune.evaluate import Answer, Question, answer, measure, questions_in, questions_of, validate
+from lowrank_tune.events import Emit, Event, Note, RunEnded, RunStarted, Sampled, Saved, Validated
+from lowrank_tune.model.adapters import CONFIG, WEIGHTS
+from lowrank_tune.model.base import base_hashes, one_hash
+from lowrank_tune.preflight import survey
+from lowrank_tune.train import Loop, Progress, make_optimizer
+from lowrank_tune.types import Sampling
+
+EVALUATIONS, SAVES = 10, 10  # over a run, where the recipe does not say
+
+
+@dataclass
+class _Memory:
+    """What the end of a run wants to know of its beginning and middle; saved with each checkpoint."""
+
+    best_step: int | None = None
+    best_loss: float | None = None
+    best: dict[str, float] = field(default_factory=dict)
+    heldout: dict[str, dict[str, float]] = field(default_factory=dict)
+    answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+class Stage:
+    """One algorithm over the loaded base: `train`, then `finish`. The runner owns folder, sinks and signals around it."""
+
+    def __init__(self, recipe: settings.Recipe, folder: RunFolder, built: Built, emit: Emit, control: Control,
+                 found: tuple[int, Snapshot] | None) -> None:  # fmt: skip
+        self.recipe, self.folder, self.built, self.emit, self.memory = recipe, folder, built, emit, _Memory()
+        self.names = list(built.roles.named_parameters("policy"))
+        parameters = built.roles.parameters("policy")
+        self.loop = Loop(built.algorithm, parameters, make_optimizer(parameters, recipe.train, built.base.device), recipe.train, built.steps,
+                         recipe.seed, built.base.device, emit, self._at_border, control)  # fmt: skip
+        self.evaluate_every = recipe.evaluate.every or max(1, built.steps // EVALUATIONS)
+        self.save_every = recipe.train.save_every or max(1, built.steps // SAVES)
+        self.heldout = questions_of(built.heldout, built.template)
+        validation = built.data.validation
+        shown = self.heldout or (questions_in(validation, built.template, recipe.evaluate.shown) if validation is not None else [])
+        self.shown: list[Question] = shown[: recipe.evaluate.shown]
+        self.summary: dict[str, Any] = {}
+        self.hashes = base_hashes(built.base.model)
+        self.step_at_start = found[0] if found else 0
+        if found:
+            self._restore(found[1])
+        base = built.base
+        folder.write_json("base.json", {"model": base.name, "revision": base.revision, "bits": base.bits, "tensors": self.hashes})
+        folder.write_json("data.json", survey(recipe, built.data, built.template, built.heldout).to_dict())
+
+    def train(self, training: Callable[[bool], None]) -> tuple[int, bool]:
+        """Runs the loop; returns the step reached, and whether that is the last one."""
+        self._tell_start()
+        if self.step_at_start == 0:
+            self._show("reference", 0)
+        if self.heldout and "base" not in self.memory.heldout:
+            self._measure("base", "reference", 0)
+        training(True)
+        finished = self.loop.run()
+        training(False)
+        return self.loop.progress.step, finished
+
+    def finish(self, finished: bool, begun: float, last: dict[str, float], warnings: list[str]) -> None:
+        """The best adapter becomes `final/`, answers the held-out prompts, and the summary is written."""
+        step = self.loop.progress.step
+        if finished:
+            self._take_best()
+            self._write_final()
+            if self.heldout:
+                self._measure(self.recipe.algorithm, "policy", step)
+        end = one_hash(base_hashes(self.built.base.model))
+        if end != one_hash(self.hashes):
+            raise RunFailed("the frozen base is not what it was at the start of the run: please report it")
+        status: Literal["done", "interrupted"] = "done" if finished else "interrupted"
+        best = {"best": {"step": self.memory.best_step, **self.memory.best}} if self.memory.best_step is not None else {}
+        self.summary = {
+            "version": 1, "status": status, "name": self.recipe.name, "algorithm": self.recipe.algorithm,
+            "step": step, "steps": self.built.steps, "seconds": round(time.time() - begun, 1), "last": last, **best,
+            "heldout": {name: stats["exact"] for name, stats in self.memory.heldout.items()}, "heldout_details": self.memory.heldout,
+            "answers": self.memory.answers,
+            "base_hash": {"start": one_hash(self.hashes), "end": end}, "warnings": warnings}  # fmt: skip
+        self.emit(RunEnded(status=status, step=step, seconds=time.time() - begun))
+        self.folder.write_json("summary.json", self.summary)
+
+    def _tell_start(self) -> None:
+        built, roles = self.built, self.built.roles
+        self.emit(RunStarted(
+            name=self.recipe.name, algorithm=self.recipe.algorithm, model=built.base.name,
+            roles={role: [name.removeprefix("lt_") for name in stack] for role, stack in roles.stacks.items()},
+            reference=built.reference_in_words(), steps=built.steps, resumed_from=self.step_at_start,
+            trainable=sum(p.numel() for p in self.loop.parameters), device=_device_name(built.base.device), versions=_versions(),
+            memory_total_gib=_memory_total_gib(built.base.device)))  # fmt: skip
+
+    def _at_border(self, progress: Progress, last: bool) -> None:
+        step, control = progress.step, self.loop.control
+        better = False
+        if step % self.evaluate_every == 0 or last or control.evaluate:
+            control.evaluate = False
+            better = self._evaluate(step)
+        if step % self.save_every == 0 or last or better or control.save:
+            control.save = False
+            self._save(step)
+
+    def _evaluate(self, step: int) -> bool:
+        """Validation loss and shown samples; returns whether it is the best so far."""
+        built, better = self.built, False
+        if built.data.validation is not None:
+            budget = max(4096, (self.recipe.train.micro_batch_size or 4) * self.recipe.data.max_length)
+            stats = validate(built.roles, "policy", built.data.validation, min(budget, 1 << 15), built.template.pad_id, self.emit)
+            better = self.memory.best_loss is None or stats["loss"] < self.memory.best_loss
+            if better:
+                self.memory.best_step, self.memory.best_loss, self.memory.best = step, stats["loss"], stats
+            self.emit(Validated(step=step, stats={f"validation_{name}": value for name, value in stats.items()}, best=better))
+        self._show("policy", step)
+        return better
+
+    def _show(self, role: str, step: int) -> None:
+        if self.shown:
+            sampling = Sampling(self.recipe.evaluate.max_new_tokens, self.built.stop_ids, temperature=0.0)
+            answers = answer(self.built.roles, role, self.built.template, self.shown, 1, sampling, _silent)
+            self._tell_samples([several[0] for several in answers], role, step)
+
+    def _measure(self, name: str, role: str, step: int) -> None:
+        """Answers to the held-out prompts by a role, kept under `name`."""
+        wanted = self.recipe.evaluate
+        sampling = Sampling(wanted.max_new_tokens, self.built.stop_ids, wanted.temperature if wanted.samples > 1 else 0.0, self.recipe.seed)
+        answers = answer(self.built.roles, role, self.built.template, self.heldout, wanted.samples, sampling, self.emit)
+        self.memory.heldout[name] = measure(answers)
+        self.emit(Validated(step=step, stats={f"heldout_{name}_{key}": value for key, value in self.memory.heldout[name].items()}))
+        self.memory.answers[name] = [self._as_sample(several[0]) for several in answers[: wanted.shown]]
+
+    def _tell_samples(self, answers: list[Answer], role: str, step: int) -> None:
+        for one in answers:
+            sample = self._as_sample(one)
+            finish = "stop" if sample.pop("stopped") else "length"
+            self.emit(Sampled(step=step, finish=finish, role=role, **sample))
+
+    def _as_sample(self, one: Answer) -> dict[str, Any]:
+        question = self.shown[one.prompt]
+        return {"prompt": question.text, "completion": one.text, "stopped": one.stopped, "gold": question.gold}
+
+    def _save(self, step: int) -> None:
+        begun, roles = time.perf_counter(), self.built.roles
+        optimizer, document = flatten_optimizer(self.loop.optimizer.state_dict(), self.names)
+        snapshot = Snapshot(
+            tensors={f"policy/{WEIGHTS}": roles.adapter_tensors("policy"), "optimizer.safetensors": optimizer},
+            documents={f"policy/{CONFIG}": roles.adapter_config("policy"), "optimizer.json": document,
+                       "state.json": {"progress": self.loop.progress.to_dict(), "memory": vars(self.memory),
+                                      "algorithm": self.built.algorithm.state(), "base": one_hash(self.hashes),
+                                      "threads": torch.get_num_threads()}})  # fmt: skip
+        path = write_atomically(self.folder.checkpoint(step), snapshot)
+        rotate(self.folder.checkpoints, self.recipe.train.keep, self.memory.best_step)
+        self.emit(Saved(step=step, path=str(path), seconds=time.perf_counter() - begun))
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        state = snapshot.documents["state.json"]
+        if state["base"] != one_hash(self.hashes):
+            raise UserError(f"{self.folder.path}: the base is not the one that this run was started with; give another folder with --out")
+        self.built.roles.load_adapter_tensors("policy", snapshot.tensors[f"policy/{WEIGHTS}"], str(self.folder.path))
+        optimizer = restore_optimizer(snapshot.tensors["optimizer.safetensors"], snapshot.documents["optimizer.json"], self.names)
+        self.loop.optimizer.load_state_dict(optimizer)
+        self.loop.progress = Progress(**state["progress"])
+        self.memory = _Memory(**state["memory"])
+        self.built.algorithm.restore(state["algorithm"])
+
+    def _take_best(self) -> None:
+        best = self.memory.best_step
+        if self.recipe.train.final == "best" and best is not None and best != self.loop.progress.step:
+            try:
+                tensors = load(self.folder.checkpoint(best)).tensors[f"policy/{WEIGHTS}"]
+            except Broken as error:
+                self.emit(Note(level="warning", message=f"{error}; final/ is the adapter of the last step instead of the best"))
+                return
+            self.built.roles.load_adapter_tensors("policy", tensors, str(self.folder.path))
+            self.emit(Note(message=f"final/ is the adapter of step {best}, which had the lowest validation loss"))
+
+    def _write_final(self) -> None:
+        roles = self.built.roles
+        write_atomically(self.folder.final, Snapshot({WEIGHTS: roles.adapter_tensors("policy")}, {CONFIG: roles.adapter_config("policy")}))
+
+
+def _silent(event: Event) -> None:
+    pass
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, bf16"
+    return f"CPU, {torch.get_num_threads()} threads, fp32"
+
+
+def _memory_total_gib(device: torch.device) -> float:
+    """Of the card, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
