@@ -343,3 +343,22 @@ def test_the_switch_exists_in_this_bitsandbytes() -> None:
     """A renamed attribute would be set in vain."""
     assert hasattr(bitsandbytes.nn.Linear4bit(8, 8), "support_avx512bf16_for_cpu")
     assert nf4(CPU).bnb_4bit_use_double_quant and nf4(CPU).bnb_4bit_quant_type == "nf4"
+
+
+# What transformers 5 says of a gated, an absent and an unknown-revision repository, when the hub can be reached.
+HUB_SAYS = {
+    "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/a/b.\n401 Client Error.": "hf auth login",
+    "a/b is not a local folder and is not a valid model identifier listed on 'https://huggingface.co/models'": "check the name",
+    "main2 is not a valid git identifier (branch name, tag name or commit id) that exists for this model name. Check its revision": "no revision",
+}
+
+
+@pytest.mark.parametrize("said", HUB_SAYS)
+def test_what_the_hub_says_becomes_one_sentence(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(said)
+
+    monkeypatch.setattr(base_module.PretrainedConfig, "get_config_dict", refuse)
+    with pytest.raises(UserError, match=HUB_SAYS[said]) as told:
+        load_tokenizer(settings.Base(model="a/b@main2"))
+    assert "\n" not in str(told.value)
