@@ -349,7 +349,7 @@ def test_the_switch_exists_in_this_bitsandbytes() -> None:
 HUB_SAYS = {
     "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/a/b.\n401 Client Error.": "hf auth login",
     "a/b is not a local folder and is not a valid model identifier listed on 'https://huggingface.co/models'": "check the name",
-    "main2 is not a valid git identifier (branch name, tag name or commit id) that exists for this model name. Check its revision": "no revision",
+    "main2 is not a valid git identifier (branch name, tag name or commit id) that exists for this name. Check its revision": "no revision",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -108,15 +109,16 @@ def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: 
         failures.append(error)
         over.set()
 
+    # Ctrl-C is the usual way out. As an exception it could fall into a callback of the interpreter and be lost there.
+    before = signal.signal(signal.SIGINT, lambda *_: over.set())
     session = Session(draw, changed, press, broke, mine=False, environ=environ)
     session.start()
     try:
         while not over.wait(POLL_SECONDS) and not session.terminal.gone:
             pass  # in short waits, so that signals are heard
-    except KeyboardInterrupt:
-        pass  # the usual way out
     finally:
         session.close()
+        signal.signal(signal.SIGINT, before)
     if failures:
         raise failures[0]
 
