@@ -70,6 +70,8 @@ class Loop:
 
     def _wait_while_paused(self) -> None:
         while self.control.pause and not self.control.stop:
+            if self.control.save or self.control.evaluate:
+                self.at_border(self.progress, False)
             time.sleep(0.1)
 
     def _step(self) -> None:

@@ -301,6 +301,19 @@ def test_pause_waits(end: str) -> None:
     assert not thread.is_alive() and toy.collected == ([0, 1] if end == "goes on" else [])
 
 
+def test_a_paused_loop_still_saves_on_demand() -> None:
+    toy, saved = Toy(), []
+    loop, _ = toy_loop(toy, steps=2)
+    loop.control = Control(pause=True, save=True)
+
+    def at_border(progress: Progress, last: bool) -> None:
+        saved.append(progress.step)
+        loop.control.save = loop.control.pause = False
+
+    loop.at_border = at_border
+    assert loop.run() and saved == [0, 1, 2]
+
+
 # --- a step is drawn again just so -----------------------------------------------------------------------------------------------------
 
 
