@@ -243,12 +243,15 @@ class Tmux:
     """A real tmux server of its own, driven from outside."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._words = folder, ["tmux", "-L", f"lowrank{os.getpid()}", "-f", os.devnull, "-u"]
+        # a name for each: a server that is just going away would still take the next one's call
+        self.folder, self._words = folder, ["tmux", "-L", f"lowrank{os.getpid()}-{time.monotonic_ns()}", "-f", os.devnull, "-u"]
         self("new-session", "-d", "-x", "80", "-y", "24", "-c", str(folder), "bash --norc --noprofile")
         self.type("PS1='ready> '; clear; stty -a > before.txt")
 
     def __call__(self, *words: str) -> str:
-        return subprocess.run([*self._words, *words], capture_output=True, text=True, env=ENVIRON, check=True).stdout
+        done = subprocess.run([*self._words, *words], capture_output=True, text=True, env=ENVIRON)
+        assert done.returncode == 0, f"tmux {words[0]}: {done.stderr}"
+        return done.stdout
 
     def type(self, line: str) -> None:
         self("send-keys", "-l", line)
