@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,12 @@ class _Listener:
         if isinstance(event, StepDone):
             self.last = {"step": event.step, **event.stats}
 
+    def catch_up(self, events: Iterable[Event]) -> None:
+        """Takes over the last values of the part of a run that stands in the log: a run killed at its very end has no step left to do."""
+        for event in events:
+            if isinstance(event, StepDone):
+                self.last = {"step": event.step, **event.stats}
+
     def tell_end(self, emit: Emit, status: Literal["interrupted", "failed"], step: int, seconds: float, message: str) -> None:
         """The last event of a run that broke. The disk may be full by now, and what broke the run is what its user must read."""
         with suppress(UserError):
@@ -96,6 +102,7 @@ def _run(recipe: settings.Recipe, out: Path | None, ui: str, device: torch.devic
         for path, only in ((folder.events, ()), (folder.samples, (Sampled,))):
             emit.attach(JsonLines(path, resumed_from, only=only), listener.earlier or ())
         listener.earlier = None
+        listener.catch_up(events_in(folder.events))
         if on_screen:
             emit.attach(Tui(control, folder.console_log), events_in(folder.events))
         stage = Stage(recipe, folder, build(recipe, emit, device), emit, control, found)

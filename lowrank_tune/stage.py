@@ -57,7 +57,9 @@ class Stage:
         self.shown: list[Question] = shown[: recipe.evaluate.shown]
         self.summary: dict[str, Any] = {}
         self.hashes = base_hashes(built.base.model)
-        self.step_at_start = found[0] if found else 0
+        self.resumes = found is not None
+        self.step_at_start = self.border = found[0] if found else 0
+        self.saved: int | None = found[0] if found else None
         if found:
             self._restore(found[1])
         base = built.base
@@ -67,7 +69,7 @@ class Stage:
     def train(self, training: Callable[[bool], None]) -> tuple[int, bool]:
         """Runs the loop; returns the step reached, and whether that is the last one."""
         self._tell_start()
-        if self.step_at_start == 0:
+        if not self.resumes:
             self._show("reference", 0)
         if self.heldout and "base" not in self.memory.heldout:
             self._measure("base", "reference", 0)
@@ -108,22 +110,26 @@ class Stage:
             memory_total_gib=_memory_total_gib(built.base.device)))  # fmt: skip
 
     def _at_border(self, progress: Progress, last: bool) -> None:
+        """What is due at this step, once; and what a person asked for, which never decides what the best step is: the final adapter
+        must not hang on when somebody looked or interrupted."""
         step, control = progress.step, self.loop.control
-        better = False
-        if step % self.evaluate_every == 0 or last or control.evaluate:
-            control.evaluate = False
-            better = self._evaluate(step)
-        if step % self.save_every == 0 or last or better or control.save:
-            control.save = False
+        due, better = step != self.border, False
+        self.border = step
+        if due and (step % self.evaluate_every == 0 or last):
+            better = self._evaluate(step, counts=True)
+        elif control.evaluate:
+            self._evaluate(step, counts=False)
+        if (due and (step % self.save_every == 0 or last or better) or control.save) and self.saved != step:
             self._save(step)
+        control.evaluate = control.save = False
 
-    def _evaluate(self, step: int) -> bool:
-        """Validation loss and shown samples; returns whether it is the best so far."""
+    def _evaluate(self, step: int, counts: bool) -> bool:
+        """Validation loss and shown samples; returns whether it counts and is the best so far."""
         built, better = self.built, False
         if built.data.validation is not None:
             budget = max(4096, (self.recipe.train.micro_batch_size or 4) * self.recipe.data.max_length)
             stats = validate(built.roles, "policy", built.data.validation, min(budget, 1 << 15), built.template.pad_id, self.emit)
-            better = self.memory.best_loss is None or stats["loss"] < self.memory.best_loss
+            better = counts and (self.memory.best_loss is None or stats["loss"] < self.memory.best_loss)
             if better:
                 self.memory.best_step, self.memory.best_loss, self.memory.best = step, stats["loss"], stats
             self.emit(Validated(step=step, stats={f"validation_{name}": value for name, value in stats.items()}, best=better))
@@ -165,6 +171,7 @@ class Stage:
                                       "algorithm": self.built.algorithm.state(), "base": one_hash(self.hashes),
                                       "threads": torch.get_num_threads()}})  # fmt: skip
         path = write_atomically(self.folder.checkpoint(step), snapshot)
+        self.saved = step
         rotate(self.folder.checkpoints, self.recipe.train.keep, self.memory.best_step)
         self.emit(Saved(step=step, path=str(path), seconds=time.perf_counter() - begun))
 

@@ -44,7 +44,8 @@ class Progress:
 
 @dataclass
 class Loop:
-    """One run's loop. `at_border(done, last)` evaluates and saves; it is called between steps, where nothing is half done."""
+    """One run's loop. `at_border(done, last)` evaluates and saves what is due after a step, or what `control` asks for; it is called
+    between steps, where nothing is half done, and again at the same border for wishes that came meanwhile."""
 
     algorithm: Algorithm
     parameters: list[nn.Parameter]
@@ -62,10 +63,12 @@ class Loop:
         """Runs to the last step. Returns False where it was asked to stop before; all is saved by then."""
         while self.progress.step < self.steps:
             self._wait_while_paused()
-            if self.control.stop:
+            if self.control.stop:  # asked at any moment, while the border evaluated too
+                self.control.save = True
+                self.at_border(self.progress, False)
                 return False
             self._step()
-            self.at_border(self.progress, self.progress.step == self.steps or self.control.stop)
+            self.at_border(self.progress, self.progress.step == self.steps)
         return True
 
     def _wait_while_paused(self) -> None:

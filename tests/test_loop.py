@@ -254,10 +254,10 @@ def test_borders_come_after_each_step_and_the_last_is_told() -> None:
 def test_stop_ends_at_the_next_border() -> None:
     toy = Toy()
     loop, _ = toy_loop(toy, steps=9)
-    borders: list[tuple[int, bool]] = []
+    borders: list[tuple[int, bool, bool]] = []
 
     def border(progress: Progress, last: bool) -> None:
-        borders.append((progress.step, last))
+        borders.append((progress.step, last, loop.control.save))
 
     real, loop.at_border = toy.weigh, border
 
@@ -266,7 +266,7 @@ def test_stop_ends_at_the_next_border() -> None:
         return real(batch)
 
     toy.weigh = weigh  # type: ignore[method-assign]
-    assert loop.run() is False and borders == [(1, False), (2, True)] and toy.collected == [0, 1]
+    assert loop.run() is False and borders == [(1, False, False), (2, False, False), (2, False, True)] and toy.collected == [0, 1]
 
 
 def test_stop_before_the_first_step_does_nothing() -> None:

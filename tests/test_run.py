@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from lowrank_tune import Recipe, UserError, run
 from lowrank_tune.cli import app
+from lowrank_tune.control import Control
 from lowrank_tune.errors import RunFailed
 from lowrank_tune.recipe import dump
 
@@ -85,6 +86,17 @@ def test_the_final_adapter_loads_with_plain_peft(finished: Path) -> None:
     assert config["base_model_name_or_path"] == "tiny-tutor" and config["target_modules"] == sorted(config["target_modules"])
 
 
+def test_killed_at_its_very_end_it_still_tells_its_last_figures(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    outcome = run(Recipe.from_dict(quick()), out=tmp_path / "run", ui="none")
+    before = json.loads((finished / "summary.json").read_text())
+    assert outcome.summary["last"] == before["last"] and outcome.summary["heldout"] == before["heldout"]
+    assert trace(outcome.folder) == trace(finished)
+
+
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     recipe = Recipe.from_dict(quick(steps=1))
     first = run(recipe, out=tmp_path / "demo", ui="none")
@@ -109,8 +121,46 @@ def test_interrupted_and_continued_equals_straight_through(finished: Path, tmp_p
     assert stopped_after(quick(), tmp_path / "run", 3) == 3
     assert (tmp_path / "run" / "checkpoints" / "step-3").exists()
     outcome = run(Recipe.from_dict(quick()), out=tmp_path / "run", ui="none")
-    wanted, got = trace(finished), trace(outcome.folder)
+    assert trace(outcome.folder) == trace(finished)
+
+
+@pytest.mark.parametrize("asked", ["stop", "evaluate", "save"])
+def test_what_is_asked_for_on_the_way_does_not_choose_the_final_adapter(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At this rate every step makes it worse: were the first step's adapter measured, it would be the best. Only scheduled ones count."""
+    recipe = quick(steps=6, learning_rate=0.05, schedule="constant")
+    recipe["evaluate"]["every"] = 5
+    straight = run(Recipe.from_dict(recipe), out=tmp_path / "straight", ui="none").folder
+    control = Control()
+    monkeypatch.setattr("lowrank_tune.runner.Control", lambda: control)
+
+    def on_event(event: Any) -> None:
+        if event.kind == "step" and event.step == 1:
+            setattr(control, asked, True)
+
+    outcome = run(Recipe.from_dict(recipe), out=tmp_path / "run", ui="none", on_event=on_event)
+    if asked == "stop":
+        assert outcome.status == "interrupted"
+        control.stop = False
+        outcome = run(Recipe.from_dict(recipe), out=tmp_path / "run", ui="none")
+    wanted, got = trace(straight), trace(outcome.folder)
     assert got["steps"] == wanted["steps"] and got["final"] == wanted["final"]
+    assert ((1, "policy") in {(step, role) for step, role, *_ in got["samples"]}) == (asked == "evaluate"), "it is measured where it was asked"
+
+
+@pytest.mark.parametrize("moment", ["before the first step", "while it evaluates"])
+def test_stopped_between_two_steps_continues_exactly(moment: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    control = Control()
+    monkeypatch.setattr("lowrank_tune.runner.Control", lambda: control)
+
+    def on_event(event: Any) -> None:
+        told = event.kind == "run_started" if moment.startswith("before") else event.kind == "validated" and event.step == 2
+        control.stop = control.stop or told
+
+    first = run(Recipe.from_dict(quick()), out=tmp_path / "run", ui="none", on_event=on_event)
+    step = 0 if moment.startswith("before") else 2
+    assert first.status == "interrupted" and (first.folder / "checkpoints" / f"step-{step}").exists()
+    control.stop = False
+    assert trace(run(Recipe.from_dict(quick()), out=tmp_path / "run", ui="none").folder) == trace(finished)
 
 
 def test_a_changed_recipe_is_refused_with_the_difference_but_more_steps_are_not(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lowrank_tune.data.backend import Backend
 from lowrank_tune.data.formats import RowFault, is_text
@@ -46,21 +46,11 @@ class KitMarks:
 
     def encode_many(self, rows: Sequence[Talk]) -> list[Row | RowFault]:
         """Rows with their masks, through one call of the tokenizer."""
-        faults = [self.spoils(row) for row in rows]
-        texts = [message.content for row, fault in zip(rows, faults, strict=True) if not fault for message in row]
-        pieces = iter(self.backend.encode_plain(texts))
-        out: list[Row | RowFault] = []
-        for row, fault in zip(rows, faults, strict=True):
-            if fault:
-                out.append(RowFault(fault))
-                continue
-            mine = [next(pieces) for _ in row]
-            if not all(self.backend.control.isdisjoint(piece) for piece in mine):
-                out.append(RowFault(CONTROL_FOUND))
-                continue
-            ids, says = self._join(row, mine)
-            out.append(Row([*ids, self.eos], [*says, row[-1].role == "assistant"]))
-        return out
+        def whole(row: Talk, pieces: Sequence[list[int]]) -> Row:
+            ids, says = self._join(row, pieces)
+            return Row([*ids, self.eos], [*says, row[-1].role == "assistant"])
+
+        return _encode(self.backend, rows, self.spoils, lambda row: [message.content for message in row], whole)
 
     def _join(self, messages: Talk, pieces: Sequence[list[int]]) -> tuple[list[int], list[bool]]:
         ids, says = [self.bos], [False]
@@ -110,20 +100,7 @@ class PlainWords:
 
     def encode_many(self, rows: Sequence[Talk]) -> list[Row | RowFault]:
         """Rows with their masks, through one call of the tokenizer."""
-        faults = [self.spoils(row) for row in rows]
-        texts = [text for row, fault in zip(rows, faults, strict=True) if not fault for text in self._texts(row)]
-        pieces = iter(self.backend.encode_plain(texts))
-        out: list[Row | RowFault] = []
-        for row, fault in zip(rows, faults, strict=True):
-            if fault:
-                out.append(RowFault(fault))
-                continue
-            mine = [next(pieces) for _ in row]
-            if not all(self.backend.control.isdisjoint(piece) for piece in mine):
-                out.append(RowFault(CONTROL_FOUND))
-                continue
-            out.append(Row(*self._join(row, mine)))
-        return out
+        return _encode(self.backend, rows, self.spoils, self._texts, lambda row, pieces: Row(*self._join(row, pieces)))
 
     def _texts(self, messages: Talk) -> list[str]:
         """What is encoded for each turn: the assistant's words stand alone, so that they are the same ids whatever stands before."""
@@ -143,3 +120,17 @@ class PlainWords:
             ids += [*self.assistant, *piece, self.eos]
             says += [False] * len(self.assistant) + [True] * (len(piece) + 1)
         return ids, says
+
+
+def _encode(backend: Backend, rows: Sequence[Talk], spoils: Callable[[Talk], str | None], texts_of: Callable[[Talk], list[str]],
+            join: Callable[[Talk, Sequence[list[int]]], Row]) -> list[Row | RowFault]:  # fmt: skip
+    """All texts of all rows through one call of the tokenizer, then each row joined from its own pieces."""
+    faults = [spoils(row) for row in rows]
+    pieces = iter(backend.encode_plain([text for row, fault in zip(rows, faults, strict=True) if not fault for text in texts_of(row)]))
+    out: list[Row | RowFault] = []
+    for row, fault in zip(rows, faults, strict=True):
+        mine = [] if fault else [next(pieces) for _ in row]
+        if not fault and not all(backend.control.isdisjoint(piece) for piece in mine):
+            fault = CONTROL_FOUND
+        out.append(RowFault(fault) if fault else join(row, mine))
+    return out
