@@ -28,6 +28,10 @@ Line = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1
 Words = Annotated[tuple[Line, ...], *NOT_EMPTY]
 
 
+TRAINED = {"reward": "reward"}
+"""The adapter that an algorithm trains, where it is not `policy`."""
+
+
 class Settings(BaseModel):
     """Unknown keys, wrong types and later changes are errors."""
 
@@ -66,13 +70,14 @@ class Source(Settings):
     """One source of rows."""
 
     dataset: Line
-    """A hub id, `id@revision`, a file (JSON, JSON lines, CSV, Parquet; gz too), a folder, or `tutor`, the built-in problems."""
+    """A hub id, `id@revision`, a file (JSON, JSON lines, CSV, Parquet; gz too), a folder, `tutor` (the built-in problems) or
+    `tutor-preferences` (pairs of answers to them)."""
     name: Line | None = None
     """Configuration of a hub data set (`main` of openai/gsm8k)."""
     split: Line = "train"
-    """Split of a hub data set or of `tutor` (train, heldout)."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer"] = "auto"
-    """Shape of a row. `auto` looks at the columns and says what it found."""
+    """Split of a hub data set or of the built-in ones (train, heldout)."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "preference"] = "auto"
+    """Shape of a row. `auto` looks at the columns and says what it found. `preference` is a chosen and a rejected answer."""
     columns: dict[Line, Line] = Field(default_factory=dict)
     """Renames columns: the format's name to the data's name, as `{question: problem, answer: solution}`."""
     gold: Literal["auto", "none", "answer", "hashes", "boxed", "last_number", "gold"] = "auto"
@@ -100,7 +105,8 @@ class Data(Settings):
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Longest row in tokens."""
     too_long: Literal["drop", "truncate"] = "drop"
-    """A longer row is dropped and counted; or cut at the last whole turn that fits, and dropped where none does."""
+    """A longer row is dropped and counted; or cut at the last whole turn that fits, and dropped where none does. A pair is cut at the
+    front: the oldest exchanges of its prompt go, the same on both sides; no answer is ever cut."""
     max_rejected_share: Share = 0.1
     """Stops before training when more than this share of the rows is unusable."""
 
@@ -113,7 +119,7 @@ class Train(Settings):
     epochs: Annotated[float, Field(gt=0.0)] | None = None
     """Passes over the training rows."""
     rows_per_step: Positive | None = None
-    """Rows of one optimizer step (16 unless `tokens_per_step` is given)."""
+    """Rows of one optimizer step (16 unless `tokens_per_step` is given). With preferences a row is a pair."""
     tokens_per_step: Positive | None = None
     """Or: as many rows as fit this many tokens."""
     micro_batch_size: Positive | None = None
@@ -152,6 +158,26 @@ class Train(Settings):
     """Which adapter becomes `final/`: the one with the lowest validation loss, or the last."""
 
 
+class RewardModel(Settings):
+    """What `algorithm: reward` optimises: Bradley-Terry, with the margin of a row that has one."""
+
+    centering: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of (R+ + R-)^2, which keeps the scores around 0 (arXiv:2312.09244)."""
+
+
+class Dpo(Settings):
+    """What `algorithm: dpo` optimises."""
+
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm"] = "sigmoid"
+    """The preference loss: of DPO (sigmoid), IPO, SLiC (hinge), robust DPO, APO-zero, or sigmoid of log-probs a token."""
+    beta: Annotated[float, Field(gt=0.0)] = 0.1
+    """How closely the policy is held to the reference: higher is closer."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1
+    """For `robust`: the share of pairs whose sides are taken to be the wrong way round."""
+    sft: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of an SFT term on the chosen answers, against their unlearning."""
+
+
 class Evaluate(Settings):
     """Held-out measurements while training."""
 
@@ -178,22 +204,37 @@ class Recipe(Settings):
     """Name of the run and of its folder under `runs/`; the recipe file's name where it is not given."""
     description: str = ""
     """One line for `lowrank-tune presets`."""
-    algorithm: Literal["sft"]
+    algorithm: Literal["sft", "reward", "dpo"]
     """What is optimised."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seeds everything."""
     base: Base = Base()
     """The frozen base."""
-    adapters: dict[str, Adapter] = Field(
-        default_factory=lambda: {"policy": Adapter()}, json_schema_extra={"propertyNames": {"pattern": "^[a-z][a-z0-9_]{0,39}$"}}
-    )
-    """`policy` is trained; every other one needs a `path` and lies frozen below it, in this order."""
+    adapters: dict[str, Adapter] = Field(default_factory=dict, json_schema_extra={"propertyNames": {"pattern": "^[a-z][a-z0-9_]{0,39}$"}})
+    """`policy` (for a reward model: `reward`) is trained; every other one needs a `path` and lies frozen below it, in this order."""
+    reference: Line | None = None
+    """What the policy is held to and compared with, as a check: `base`, or the frozen adapter right below the policy. It is always the
+    policy's stack without its top; a recipe that says otherwise is refused."""
     data: Data
     """What is trained on."""
     train: Train = Train()
     """The loop."""
+    reward: RewardModel = RewardModel()
+    """What `algorithm: reward` optimises."""
+    dpo: Dpo = Dpo()
+    """What `algorithm: dpo` optimises."""
     evaluate: Evaluate = Evaluate()
     """Held-out measurements."""
+
+    @property
+    def trained(self) -> str:
+        """The adapter that is trained."""
+        return TRAINED.get(self.algorithm, "policy")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a row of the data is a chosen and a rejected answer."""
+        return self.algorithm in ("reward", "dpo")
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain data; `recipe.load` of it gives this recipe again."""
@@ -201,7 +242,8 @@ class Recipe(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _policy_by_default(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("adapters"), dict) and "policy" not in data["adapters"]:
-            return {**data, "adapters": {**data["adapters"], "policy": {}}}
-        return data
+    def _trained_by_default(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("adapters", {}), dict):
+            return data
+        adapters, name = data.get("adapters", {}), TRAINED.get(data.get("algorithm", ""), "policy")
+        return data if name in adapters else {**data, "adapters": {**adapters, name: {}}}
