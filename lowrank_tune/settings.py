@@ -26,10 +26,15 @@ Positive = Annotated[int, Field(ge=1, le=1_000_000_000_000)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Line = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Words = Annotated[tuple[Line, ...], *NOT_EMPTY]
-
+RunName = Annotated[str, Field(pattern=r"^$|^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 TRAINED = {"reward": "reward"}
 """The adapter that an algorithm trains, where it is not `policy`."""
+
+
+def trained_by(algorithm: object) -> str:
+    """The adapter that an algorithm trains; `policy` also for a word that is no algorithm, which is told elsewhere."""
+    return TRAINED.get(algorithm, "policy") if isinstance(algorithm, str) else "policy"
 
 
 class Settings(BaseModel):
@@ -200,7 +205,7 @@ class Evaluate(Settings):
 class Recipe(Settings):
     """One run, complete."""
 
-    name: str = Field(default="", pattern=r"^$|^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: RunName = ""
     """Name of the run and of its folder under `runs/`; the recipe file's name where it is not given."""
     description: str = ""
     """One line for `lowrank-tune presets`."""
@@ -229,7 +234,7 @@ class Recipe(Settings):
     @property
     def trained(self) -> str:
         """The adapter that is trained."""
-        return TRAINED.get(self.algorithm, "policy")
+        return trained_by(self.algorithm)
 
     @property
     def pairs(self) -> bool:
@@ -245,5 +250,5 @@ class Recipe(Settings):
     def _trained_by_default(cls, data: Any) -> Any:
         if not isinstance(data, dict) or not isinstance(data.get("adapters", {}), dict):
             return data
-        adapters, name = data.get("adapters", {}), TRAINED.get(data.get("algorithm", ""), "policy")
+        adapters, name = data.get("adapters", {}), trained_by(data.get("algorithm"))
         return data if name in adapters else {**data, "adapters": {**adapters, name: {}}}
