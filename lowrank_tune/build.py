@@ -2,79 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lowrank_tune import settings
+from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.reference import reference_logps
+from lowrank_tune.algorithms.reward import Reward
 from lowrank_tune.algorithms.sft import SFT
-from lowrank_tune.data import Order, Prepared, Prompt, Template, collate, load, prompts
+from lowrank_tune.data import Order, Prepared, Prompt, Template, TokenStore, collate_units, load, prompts
+from lowrank_tune.data.tokenise import cache_folder
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, Note, Progress
-from lowrank_tune.model.adapters import lora_config, read_adapter
-from lowrank_tune.model.base import Base, load_base, load_tokenizer
+from lowrank_tune.model.adapters import SavedAdapter, lora_config, read_adapter
+from lowrank_tune.model.base import Base, base_hashes, load_base, load_tokenizer, one_hash
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Algorithm, Batch
 
-ALGORITHMS: dict[str, Callable[[Kit], Algorithm]] = {"sft": SFT}
+ALGORITHMS: dict[str, Callable[[Kit, settings.Recipe], Algorithm]] = {
+    "sft": lambda kit, recipe: SFT(kit),
+    "reward": lambda kit, recipe: Reward(kit, recipe.reward.centering),
+    "dpo": lambda kit, recipe: DPO(kit, recipe.dpo.loss, recipe.dpo.beta, recipe.dpo.label_smoothing, recipe.dpo.sft),
+}
+HEADS = {"reward"}
+"""Roles with a scalar head."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """All that one run needs, loaded."""
+    """All that one run needs, loaded. `trained` are the roles whose top adapter is trained, each named as its role; `hashes` those of the
+    base's tensors before the run; `validation_batch(units)` collates held-out rows."""
 
     base: Base
     roles: Roles
+    trained: tuple[str, ...]
     template: Template
     data: Prepared
     heldout: list[Prompt]
     algorithm: Algorithm
     steps: int
+    reference: str
+    hashes: dict[str, str]
+    micro_tokens: int
+    validation_batch: Callable[[Sequence[int]], Batch]
 
     @property
     def stop_ids(self) -> frozenset[int]:
         return self.base.end_ids | self.template.end_ids
 
-    def reference_in_words(self) -> str:
-        below = [name.removeprefix("lt_") for name in self.roles.stacks["reference"]]
-        return f"the base with the frozen adapter {' + '.join(below)}" if below else "the base, adapters off"
 
-
-def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = None) -> Built:
-    """Loads what is cheap to check first: adapters' folders, tokenizer, data, and only then the base. Raises UserError."""
-    adapters = {name: read_adapter(wanted.path, f"adapters.{name}.path") for name, wanted in recipe.adapters.items() if wanted.path}
-    template = Template.of(load_tokenizer(recipe.base))
+def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = None, base: Base | None = None) -> Built:
+    """Loads what is cheap to check first: adapters' folders, tokenizer, data, and only then the base, where none is given: the stages of a
+    chain share one. Raises UserError."""
+    saved = {name: read_adapter(wanted.path, f"adapters.{name}.path", head=name in HEADS)
+             for name, wanted in recipe.adapters.items() if wanted.path}  # fmt: skip
+    template = Template.of(base.tokenizer if base else load_tokenizer(recipe.base))
     emit(Note(message=template.describe()))
-    data = load(recipe.data, template, recipe.seed, emit)
+    data = load(recipe.data, template, recipe.seed, emit, pairs=recipe.pairs)
     for line in data.report.lines():
         emit(Note(message=line, level="warning" if "; dropped " in line else "info"))
-    wanted = recipe.evaluate
-    heldout = prompts(wanted.heldout, wanted.prompts, recipe.seed, recipe.data.system) if wanted.heldout else []
-    heldout = [prompt for prompt in heldout if template.spoils(prompt.messages) is None]
-    if wanted.heldout and not heldout:
-        raise UserError(f"evaluate.heldout: {wanted.heldout.dataset} has no usable row")
-    if heldout and all(prompt.gold is None for prompt in heldout):
-        raise UserError("evaluate.heldout: none of its rows has a gold answer; name its column in `gold` or `columns`")
-    emit(Progress(what=f"loading {recipe.base.model}", done=0, total=1))
-    base = load_base(recipe.base, template.tokenizer, device)
-    emit(Progress(what=f"loading {recipe.base.model}", done=1, total=1))
-    lower = [name for name in recipe.adapters if name != "policy"]
-    fresh = {name: lora_config(wanted, base.model) for name, wanted in recipe.adapters.items() if name not in adapters}
-    configs = {name: adapters[name].config if name in adapters else fresh[name] for name in (*lower, "policy")}
-    roles = Roles(base, configs, trainable=["policy"], stacks={"policy": [*lower, "policy"], "reference": lower},
-                  checkpointing=recipe.train.gradient_checkpointing, seed=recipe.seed)  # fmt: skip
-    for name, saved in adapters.items():
-        roles.load_adapter_tensors(name, saved.tensors, f"adapters.{name}.path: {saved.folder}")
-        if saved.base_name not in (None, recipe.base.model):
-            message = f"the adapter in {saved.folder} says it was made for {saved.base_name}, not {recipe.base.model}"
-            emit(Note(level="warning", message=message))
-    order = Order(data.train.lengths, data.train.source_of, [source.weight for source in recipe.data.train], recipe.train, recipe.seed)
-
-    def rows(step: int) -> Batch:
-        return collate([data.train[row] for row in order.rows(step)], template.pad_id)
-
-    algorithm = ALGORITHMS[recipe.algorithm](Kit(roles, rows))
+    heldout = _heldout(recipe, template)
+    if base is None:
+        emit(Progress(what=f"loading {recipe.base.model}", done=0, total=1))
+        base = load_base(recipe.base, template.tokenizer, device)
+        emit(Progress(what=f"loading {recipe.base.model}", done=1, total=1))
+    hashes = base_hashes(base.model)
+    roles = _roles(recipe, base, saved, emit)
+    micro_tokens = min(max(4096, (recipe.train.micro_batch_size or 4) * recipe.data.max_length), 1 << 15)
+    collated = {store: _collated(store, template.pad_id) for store in (data.train, data.validation) if store is not None}
+    if recipe.algorithm == "dpo":
+        collated = {store: _with_reference(rows, reference_logps(roles, store, rows, micro_tokens, one_hash(hashes), cache_folder(), emit))
+                    for store, rows in collated.items()}  # fmt: skip
+    weights = [source.weight for source in recipe.data.train]
+    order = Order(data.train.unit_lengths, data.train.unit_source_of, weights, recipe.train, recipe.seed)
+    reference = _in_words(roles)
+    kit = Kit(roles, lambda step: collated[data.train](order.rows(step)), reference, fresh=recipe.adapters[recipe.trained].path is None)
     steps = recipe.train.steps or order.steps_of(recipe.train.epochs or 1.0)
-    return Built(base, roles, template, data, heldout, algorithm, steps)
+    return Built(base, roles, (recipe.trained,), template, data, heldout, ALGORITHMS[recipe.algorithm](kit, recipe), steps, reference, hashes,
+                 micro_tokens, collated[data.validation] if data.validation is not None else collated[data.train])  # fmt: skip
+
+
+def _heldout(recipe: settings.Recipe, template: Template) -> list[Prompt]:
+    wanted = recipe.evaluate
+    if wanted.heldout is None:
+        return []
+    found = prompts(wanted.heldout, wanted.prompts, recipe.seed, recipe.data.system)
+    usable = [prompt for prompt in found if template.spoils(prompt.messages) is None]
+    if not usable:
+        raise UserError(f"evaluate.heldout: {wanted.heldout.dataset} has no usable row")
+    if all(prompt.gold is None for prompt in usable):
+        raise UserError("evaluate.heldout: none of its rows has a gold answer; name its column in `gold` or `columns`")
+    return usable
+
+
+def _roles(recipe: settings.Recipe, base: Base, saved: Mapping[str, SavedAdapter], emit: Emit) -> Roles:
+    """The stacks: frozen adapters in the recipe's order, the trained one on top of them; without it, the reference."""
+    top = recipe.trained
+    lower = [name for name in recipe.adapters if name != top]
+    configs = {name: saved[name].config if name in saved else lora_config(recipe.adapters[name], base.model) for name in (*lower, top)}
+    roles = Roles(base, configs, trainable=[top], stacks={top: [*lower, top], "reference": lower},
+                  checkpointing=recipe.train.gradient_checkpointing, seed=recipe.seed, heads=HEADS & {top})  # fmt: skip
+    for name, adapter in saved.items():
+        roles.load_adapter_tensors(name, adapter.tensors, f"adapters.{name}.path: {adapter.folder}")
+        if adapter.base_name not in (None, recipe.base.model):
+            message = f"the adapter in {adapter.folder} says it was made for {adapter.base_name}, not {recipe.base.model}"
+            emit(Note(level="warning", message=message))
+    if top in saved:
+        emit(Note(message=f"the {top} adapter goes on from {saved[top].folder}: it need not agree with {_in_words(roles)}"))
+    return roles
+
+
+def _in_words(roles: Roles) -> str:
+    below = [name.removeprefix("lt_") for name in roles.stacks["reference"]]
+    return f"the base with the frozen adapter{'s' if len(below) > 1 else ''} {' + '.join(below)}" if below else "the base, adapters off"
+
+
+def _collated(store: TokenStore, pad_id: int) -> Callable[[Sequence[int]], Batch]:
+    return lambda units: collate_units(store, units, pad_id)
+
+
+def _with_reference(rows: Callable[[Sequence[int]], Batch], sums: Tensor) -> Callable[[Sequence[int]], Batch]:
+    """The same batches with `extra["reference"]`, the log-probs that belong to their rows."""
+
+    def batch(units: Sequence[int]) -> Batch:
+        collated = rows(units)
+        together = len(collated) // len(units)
+        collated.extra["reference"] = sums[[unit * together + i for unit in units for i in range(together)]]
+        return collated
+
+    return batch

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from lowrank_tune.data import Prompt, Template, TokenStore, collate
+import torch
+from torch import Tensor
+
+from lowrank_tune.data import Prompt, Template, TokenStore
+from lowrank_tune.data.budget import by_tokens
 from lowrank_tune.events import Emit, Progress
-from lowrank_tune.maths import mean_over
+from lowrank_tune.maths import calibration_error, correlation, reliability
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout import Engine
-from lowrank_tune.types import Completion, Sampling, Stats, add_stats, to_floats
+from lowrank_tune.types import Algorithm, Batch, Completion, Sampling, Stats, add_stats, to_floats
 
 TOLD = 20  # times that a long job tells how far it is
+SHOWN_SCORES = 2000  # pairs whose scores are kept for the report
+Collated = Callable[[Sequence[int]], Batch]
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -38,21 +45,70 @@ class Answer:
     length: int
 
 
-def validate(roles: Roles, role: str, rows: TokenStore, micro_tokens: int, pad_id: int, emit: Emit) -> dict[str, float]:
-    """Loss (nats a token, over all tokens) and accuracy on held-out rows, dropout off."""
+class PairAlgorithm(Protocol):
+    """An algorithm that has an opinion on whole rows: a learned score, or DPO's implicit reward."""
+
+    def scores(self, micro: Batch) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Scores (P,) and tokens (P,) of the chosen and the rejected answers of P pairs."""
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+    def figures(self) -> dict[str, float]:
+        """How far the scores can be believed, and whether they follow the length of an answer."""
+        difference = self.chosen - self.rejected
+        longer = (self.chosen_tokens - self.rejected_tokens).sign()
+        told = longer != 0
+        scores, tokens = torch.cat([self.chosen, self.rejected]), torch.cat([self.chosen_tokens, self.rejected_tokens])
+        return {
+            "accuracy": float(((difference > 0).double() + 0.5 * (difference == 0).double()).mean()), "margin": float(difference.double().mean()),
+            "calibration_error": calibration_error(reliability(difference)), "length_correlation": correlation(scores, tokens),
+            "prefers_longer": float(((difference * longer)[told] > 0).double().mean()) if bool(told.any()) else math.nan}  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, for the report: figures, the reliability diagram, and the scores of the first pairs."""
+        sides = {"chosen": self.chosen, "rejected": self.rejected, "chosen_tokens": self.chosen_tokens, "rejected_tokens": self.rejected_tokens}
+        bins = [{"confidence": confidence, "right": right, "pairs": count} for confidence, right, count in reliability(self.chosen - self.rejected)]
+        return {"version": 1, "pairs": len(self.chosen), "figures": self.figures(), "reliability": bins,
+                **{name: [round(value, 5) for value in side[:SHOWN_SCORES].tolist()] for name, side in sides.items()}}  # fmt: skip
+
+
+def validate(algorithm: Algorithm, roles: Roles, rows: TokenStore, collated: Collated, micro_tokens: int, emit: Emit) -> dict[str, float]:
+    """What the algorithm measures on held-out rows, means over all of them; dropout off."""
     stats: Stats = {}
-    order = sorted(range(len(rows)), key=lambda row: -int(rows.lengths[row]))
-    done = 0
-    for part in _by_tokens(order, rows, micro_tokens):
-        batch = collate([rows[row] for row in part], pad_id).to(roles.base.device)
+    for batch in held_out_batches(roles, rows, collated, micro_tokens, "validating", emit):
         with roles.quiet():
-            logps, _, likeliest = roles.scored(role, batch)
-        scored = batch.scored
-        add_stats(stats, {"loss": mean_over(-logps, scored), "accuracy": mean_over(likeliest.float(), scored)})
-        done += len(part)
-        if done * TOLD // len(rows) != (done - len(part)) * TOLD // len(rows):
-            emit(Progress(what="validating", done=done, total=len(rows)))
+            add_stats(stats, algorithm.measure(batch))
     return to_floats(stats)
+
+
+def score_pairs(algorithm: PairAlgorithm, roles: Roles, rows: TokenStore, collated: Collated, micro_tokens: int, emit: Emit) -> PairScores:
+    """What the algorithm thinks of both sides of every pair, and how long they are."""
+    scores, places, lengths = [], [], []
+    for batch in held_out_batches(roles, rows, collated, micro_tokens, "scoring held-out pairs", emit):
+        with roles.quiet():
+            scores.append(algorithm.scores(batch).float().cpu())
+        places.append(batch.extra["row"].cpu())
+        lengths.append(batch.scored.sum(dim=1).cpu())
+    order = torch.cat(places).argsort()
+    score, length = torch.cat(scores)[order], torch.cat(lengths)[order]
+    return PairScores(score[::2], score[1::2], length[::2], length[1::2])
+
+
+def held_out_batches(roles: Roles, rows: TokenStore, collated: Collated, micro_tokens: int, what: str, emit: Emit) -> Iterator[Batch]:
+    """All units of a store in batches of similar length, longest first, on the device of the base."""
+    done = 0
+    for part in by_tokens(rows, micro_tokens):
+        yield collated(part).to(roles.base.device)
+        before, done = done, done + len(part)
+        if done * TOLD // rows.units != before * TOLD // rows.units:
+            emit(Progress(what=what, done=done, total=rows.units))
 
 
 def questions_of(prompts: Sequence[Prompt], template: Template) -> list[Question]:
@@ -113,16 +169,3 @@ def _judge(completion: Completion, template: Template, question: Question) -> An
     stopped = completion.finish == "stop" and not template.marks_in(body)
     exact = stopped and question.gold is not None and is_exact(text, question.gold)  # what runs on and on has not answered
     return Answer(completion.prompt, text, stopped, exact, len(completion.ids))
-
-
-def _by_tokens(order: Sequence[int], rows: TokenStore, micro_tokens: int) -> Iterator[list[int]]:
-    """Consecutive rows, longest first, as many as fit `micro_tokens` with padding, at least one."""
-    part: list[int] = []
-    for row in order:
-        width = int(rows.lengths[part[0]]) if part else int(rows.lengths[row])
-        if part and width * (len(part) + 1) > micro_tokens:
-            yield part
-            part = []
-        part.append(row)
-    if part:
-        yield part

@@ -13,6 +13,17 @@ def token_mean_weights(says: Tensor) -> Tensor:
     return says.float() / says.sum().clamp_min(1)
 
 
+def pair_weights(rows: Tensor) -> Tensor:
+    """Any (B, ...) tensor of pairs, two adjacent rows each -> (B,) fp32: 1 / (pairs of the whole step) on each row."""
+    return torch.full((len(rows),), 2.0 / max(1, len(rows)), dtype=torch.float32, device=rows.device)
+
+
+def share_right(difference: Tensor) -> Mean:
+    """The share of pairs whose chosen side is ahead, `difference` (P,) > 0; a tie counts half, as a coin would decide it."""
+    difference = difference.detach()
+    return Mean((difference > 0).float().sum() + 0.5 * (difference == 0).float().sum(), len(difference))
+
+
 def where_says(values: Tensor, says: Tensor) -> Tensor:
     """`values` with everything outside the mask replaced by 0: whatever stands there, NaN too, reaches neither loss nor gradient."""
     return torch.where(says, values, torch.zeros((), dtype=values.dtype, device=values.device))
@@ -21,3 +32,38 @@ def where_says(values: Tensor, says: Tensor) -> Tensor:
 def mean_over(values: Tensor, says: Tensor) -> Mean:
     """The mean of `values` over the mask, detached."""
     return Mean(where_says(values.detach(), says).sum(), says.sum())
+
+
+def mean_of(values: Tensor) -> Mean:
+    """The mean of all `values`, detached."""
+    return Mean(values.detach().float().sum(), values.numel())
+
+
+def reliability(difference: Tensor, bins: int = 10) -> list[tuple[float, float, int]]:
+    """How far the confidence of a preference model can be believed: (mean confidence, share that is right, pairs) of each bin.
+
+    difference (P,): score of the chosen minus that of the rejected. The model prefers the side that is ahead, with confidence
+    sigmoid(|difference|) in [0.5, 1] (Bradley-Terry); bins of equal width, empty ones left out; a tie is right by half.
+    """
+    difference = difference.double()
+    confidence = torch.sigmoid(difference.abs())
+    right = (difference > 0).double() + 0.5 * (difference == 0).double()
+    number = ((confidence - 0.5) * 2 * bins).long().clamp_max(bins - 1)
+    found = []
+    for each in number.unique().tolist():
+        inside = number == each
+        found.append((float(confidence[inside].mean()), float(right[inside].mean()), int(inside.sum())))
+    return found
+
+
+def calibration_error(bins: list[tuple[float, float, int]]) -> float:
+    """Expected calibration error: the mean distance of confidence and share that is right, over all pairs (arXiv:1706.04599)."""
+    total = sum(count for _, _, count in bins)
+    return sum(abs(confidence - right) * count for confidence, right, count in bins) / total if total else float("nan")
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's; nan where one of the two does not vary."""
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    size = float(a.norm() * b.norm())
+    return float(a @ b) / size if size else float("nan")

@@ -17,10 +17,10 @@ from lowrank_tune.build import Built
 from lowrank_tune.checkpoint import Broken, RunFolder, Snapshot, flatten_optimizer, load, restore_optimizer, rotate, write_atomically
 from lowrank_tune.control import Control
 from lowrank_tune.errors import RunFailed, UserError
-from lowrank_tune.evaluate import Answer, Question, answer, measure, questions_in, questions_of, validate
+from lowrank_tune.evaluate import Answer, Question, answer, measure, questions_in, questions_of, score_pairs, validate
 from lowrank_tune.events import Emit, Event, Note, RunEnded, RunStarted, Sampled, Saved, Validated
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
-from lowrank_tune.model.base import base_hashes, one_hash
+from lowrank_tune.model.base import base_hashes, hash_of, one_hash
 from lowrank_tune.preflight import survey
 from lowrank_tune.train import Loop, Progress, make_optimizer
 from lowrank_tune.types import Sampling
@@ -45,25 +45,29 @@ class Stage:
     def __init__(self, recipe: settings.Recipe, folder: RunFolder, built: Built, emit: Emit, control: Control,
                  found: tuple[int, Snapshot] | None) -> None:  # fmt: skip
         self.recipe, self.folder, self.built, self.emit, self.memory = recipe, folder, built, emit, _Memory()
-        self.names = list(built.roles.named_parameters("policy"))
-        parameters = built.roles.parameters("policy")
+        named = {name: parameter for role in built.trained for name, parameter in built.roles.named_parameters(role).items()}
+        self.names, parameters = list(named), list(named.values())
         self.loop = Loop(built.algorithm, parameters, make_optimizer(parameters, recipe.train, built.base.device), recipe.train, built.steps,
                          recipe.seed, built.base.device, emit, self._at_border, control)  # fmt: skip
         self.evaluate_every = recipe.evaluate.every or max(1, built.steps // EVALUATIONS)
         self.save_every = recipe.train.save_every or max(1, built.steps // SAVES)
-        self.heldout = questions_of(built.heldout, built.template)
+        self.speaks = "policy" in built.trained  # a reward model only listens
+        self.heldout = questions_of(built.heldout, built.template) if self.speaks else []
         validation = built.data.validation
         shown = self.heldout or (questions_in(validation, built.template, recipe.evaluate.shown) if validation is not None else [])
-        self.shown: list[Question] = shown[: recipe.evaluate.shown]
+        self.shown: list[Question] = shown[: recipe.evaluate.shown] if self.speaks else []
         self.summary: dict[str, Any] = {}
-        self.hashes = base_hashes(built.base.model)
+        self.pairs: dict[str, float] = {}
+        self.hashes = built.hashes
+        self.adapters = {name: one_hash(_hashes(built.roles.adapter_tensors(name))) for name in recipe.adapters if name not in built.trained}
         self.resumes = found is not None
         self.step_at_start = self.border = found[0] if found else 0
         self.saved: int | None = found[0] if found else None
         if found:
             self._restore(found[1])
         base = built.base
-        folder.write_json("base.json", {"model": base.name, "revision": base.revision, "bits": base.bits, "tensors": self.hashes})
+        folder.write_json("base.json", {"model": base.name, "revision": base.revision, "bits": base.bits, "tensors": self.hashes,
+                                       "adapters": self.adapters})  # fmt: skip
         folder.write_json("data.json", survey(recipe, built.data, built.template, built.heldout).to_dict())
 
     def train(self, training: Callable[[bool], None]) -> tuple[int, bool]:
@@ -71,12 +75,17 @@ class Stage:
         self._tell_start()
         if not self.resumes:
             self._show("reference", 0)
-        if self.heldout and "base" not in self.memory.heldout:
-            self._measure("base", "reference", 0)
+        if self.heldout and self.below not in self.memory.heldout:
+            self._measure(self.below, "reference", 0)
         training(True)
         finished = self.loop.run()
         training(False)
         return self.loop.progress.step, finished
+
+    @property
+    def below(self) -> str:
+        """What the policy starts from, by name: the base, or the frozen adapter right below it."""
+        return next((name for name in reversed(self.recipe.adapters) if name not in self.built.trained), "base")
 
     def finish(self, finished: bool, begun: float, last: dict[str, float], warnings: list[str]) -> None:
         """The best adapter becomes `final/`, answers the held-out prompts, and the summary is written."""
@@ -85,10 +94,13 @@ class Stage:
             self._take_best()
             self._write_final()
             if self.heldout:
-                self._measure(self.recipe.algorithm, "policy", step)
+                self._measure(self.measured_as, "policy", step)
+            if self.recipe.pairs and self.built.data.validation is not None:
+                self._score_pairs(step)
         end = one_hash(base_hashes(self.built.base.model))
-        if end != one_hash(self.hashes):
-            raise RunFailed("the frozen base is not what it was at the start of the run: please report it")
+        frozen = {name: one_hash(_hashes(self.built.roles.adapter_tensors(name))) for name in self.adapters}
+        if end != one_hash(self.hashes) or frozen != self.adapters:
+            raise RunFailed("the frozen base, or a frozen adapter, is not what it was at the start of the run: please report it")
         status: Literal["done", "interrupted"] = "done" if finished else "interrupted"
         best = {"best": {"step": self.memory.best_step, **self.memory.best}} if self.memory.best_step is not None else {}
         self.summary = {
@@ -96,16 +108,31 @@ class Stage:
             "step": step, "steps": self.built.steps, "seconds": round(time.time() - begun, 1), "last": last, **best,
             "heldout": {name: stats["exact"] for name, stats in self.memory.heldout.items()}, "heldout_details": self.memory.heldout,
             "answers": self.memory.answers,
-            "base_hash": {"start": one_hash(self.hashes), "end": end}, "warnings": warnings}  # fmt: skip
+            **({"heldout_pairs": self.pairs} if self.pairs else {}),
+            "base_hash": {"start": one_hash(self.hashes), "end": end}, "adapter_hashes": self.adapters, "warnings": warnings}  # fmt: skip
         self.emit(RunEnded(status=status, step=step, seconds=time.time() - begun))
         self.folder.write_json("summary.json", self.summary)
+
+    @property
+    def measured_as(self) -> str:
+        """The name of the trained policy among the held-out figures: the algorithm's, but two stages of one kind must not share it."""
+        return self.recipe.algorithm if self.recipe.algorithm != self.below else f"{self.recipe.algorithm}-2"
+
+    def _score_pairs(self, step: int) -> None:
+        """What the trained adapter thinks of the held-out pairs: for the report's calibration, and for the summary."""
+        built, validation = self.built, self.built.data.validation
+        assert validation is not None
+        scores = score_pairs(built.algorithm, built.roles, validation, built.validation_batch, built.micro_tokens, self.emit)  # type: ignore[arg-type]
+        self.folder.write_json("scores.json", scores.to_dict())
+        self.pairs = scores.figures()
+        self.emit(Validated(step=step, stats={f"pairs_{name}": value for name, value in self.pairs.items()}))
 
     def _tell_start(self) -> None:
         built, roles = self.built, self.built.roles
         self.emit(RunStarted(
             name=self.recipe.name, algorithm=self.recipe.algorithm, model=built.base.name,
             roles={role: [name.removeprefix("lt_") for name in stack] for role, stack in roles.stacks.items()},
-            reference=built.reference_in_words(), steps=built.steps, resumed_from=self.step_at_start,
+            reference=built.reference, steps=built.steps, resumed_from=self.step_at_start,
             trainable=sum(p.numel() for p in self.loop.parameters), device=_device_name(built.base.device), versions=_versions(),
             memory_total_gib=_memory_total_gib(built.base.device)))  # fmt: skip
 
@@ -127,12 +154,13 @@ class Stage:
         """Validation loss and shown samples; returns whether it counts and is the best so far."""
         built, better = self.built, False
         if built.data.validation is not None:
-            budget = max(4096, (self.recipe.train.micro_batch_size or 4) * self.recipe.data.max_length)
-            stats = validate(built.roles, "policy", built.data.validation, min(budget, 1 << 15), built.template.pad_id, self.emit)
+            stats = validate(built.algorithm, built.roles, built.data.validation, built.validation_batch, built.micro_tokens, self.emit)
             better = counts and (self.memory.best_loss is None or stats["loss"] < self.memory.best_loss)
             if better:
                 self.memory.best_step, self.memory.best_loss, self.memory.best = step, stats["loss"], stats
             self.emit(Validated(step=step, stats={f"validation_{name}": value for name, value in stats.items()}, best=better))
+            if not self.speaks:
+                self._show_scores(step)
         self._show("policy", step)
         return better
 
@@ -141,6 +169,22 @@ class Stage:
             sampling = Sampling(self.recipe.evaluate.max_new_tokens, self.built.stop_ids, temperature=0.0)
             answers = answer(self.built.roles, role, self.built.template, self.shown, 1, sampling, _silent)
             self._tell_samples([several[0] for several in answers], role, step)
+
+    def _show_scores(self, step: int) -> None:
+        """Both answers of a few held-out pairs with what they score."""
+        built, rows = self.built, self.built.data.validation
+        assert rows is not None
+        units = list(range(min(self.recipe.evaluate.shown, rows.units)))
+        if not units:
+            return
+        with built.roles.quiet():
+            scores = built.algorithm.scores(built.validation_batch(units).to(built.base.device)).tolist()  # type: ignore[attr-defined]
+        for place, score in enumerate(scores):
+            row = rows[place]
+            start = list(row.says).index(True)
+            texts = [built.template.decode([int(token) for token in ids]) for ids in (row.ids[:start], row.ids[start:])]
+            self.emit(Sampled(step=step, prompt=texts[0], completion=texts[1], finish="stop", role=("chosen", "rejected")[place % 2],
+                              reward=score))  # fmt: skip
 
     def _measure(self, name: str, role: str, step: int) -> None:
         """Answers to the held-out prompts by a role, kept under `name`."""
@@ -165,10 +209,10 @@ class Stage:
         begun, roles = time.perf_counter(), self.built.roles
         optimizer, document = flatten_optimizer(self.loop.optimizer.state_dict(), self.names)
         snapshot = Snapshot(
-            tensors={f"policy/{WEIGHTS}": roles.adapter_tensors("policy"), "optimizer.safetensors": optimizer},
-            documents={f"policy/{CONFIG}": roles.adapter_config("policy"), "optimizer.json": document,
+            tensors={**{f"{name}/{WEIGHTS}": roles.adapter_tensors(name) for name in self.built.trained}, "optimizer.safetensors": optimizer},
+            documents={**{f"{name}/{CONFIG}": roles.adapter_config(name) for name in self.built.trained}, "optimizer.json": document,
                        "state.json": {"progress": self.loop.progress.to_dict(), "memory": vars(self.memory),
-                                      "algorithm": self.built.algorithm.state(), "base": one_hash(self.hashes),
+                                      "algorithm": self.built.algorithm.state(), "base": one_hash(self.hashes), "adapters": self.adapters,
                                       "threads": torch.get_num_threads()}})  # fmt: skip
         path = write_atomically(self.folder.checkpoint(step), snapshot)
         self.saved = step
@@ -177,9 +221,11 @@ class Stage:
 
     def _restore(self, snapshot: Snapshot) -> None:
         state = snapshot.documents["state.json"]
-        if state["base"] != one_hash(self.hashes):
-            raise UserError(f"{self.folder.path}: the base is not the one that this run was started with; give another folder with --out")
-        self.built.roles.load_adapter_tensors("policy", snapshot.tensors[f"policy/{WEIGHTS}"], str(self.folder.path))
+        for what, same in (("base is", state["base"] == one_hash(self.hashes)), ("frozen adapters are", state["adapters"] == self.adapters)):
+            if not same:
+                raise UserError(f"{self.folder.path}: the {what} not what this run was started with; give another folder with --out")
+        for name in self.built.trained:
+            self.built.roles.load_adapter_tensors(name, snapshot.tensors[f"{name}/{WEIGHTS}"], str(self.folder.path))
         optimizer = restore_optimizer(snapshot.tensors["optimizer.safetensors"], snapshot.documents["optimizer.json"], self.names)
         self.loop.optimizer.load_state_dict(optimizer)
         self.loop.progress = Progress(**state["progress"])
@@ -190,16 +236,26 @@ class Stage:
         best = self.memory.best_step
         if self.recipe.train.final == "best" and best is not None and best != self.loop.progress.step:
             try:
-                tensors = load(self.folder.checkpoint(best)).tensors[f"policy/{WEIGHTS}"]
+                tensors = load(self.folder.checkpoint(best)).tensors
             except Broken as error:
                 self.emit(Note(level="warning", message=f"{error}; final/ is the adapter of the last step instead of the best"))
                 return
-            self.built.roles.load_adapter_tensors("policy", tensors, str(self.folder.path))
+            for name in self.built.trained:
+                self.built.roles.load_adapter_tensors(name, tensors[f"{name}/{WEIGHTS}"], str(self.folder.path))
             self.emit(Note(message=f"final/ is the adapter of step {best}, which had the lowest validation loss"))
 
     def _write_final(self) -> None:
-        roles = self.built.roles
-        write_atomically(self.folder.final, Snapshot({WEIGHTS: roles.adapter_tensors("policy")}, {CONFIG: roles.adapter_config("policy")}))
+        """What a user takes away: the first trained adapter at the folder's root, as PEFT wants it, any other in a folder of its name."""
+        snapshot = Snapshot()
+        for place, name in enumerate(self.built.trained):
+            where = "" if place == 0 else f"{name}/"
+            snapshot.tensors[where + WEIGHTS] = self.built.roles.adapter_tensors(name)
+            snapshot.documents[where + CONFIG] = self.built.roles.adapter_config(name)
+        write_atomically(self.folder.final, snapshot)
+
+
+def _hashes(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    return {name: hash_of(tensor) for name, tensor in tensors.items()}
 
 
 def _silent(event: Event) -> None:

@@ -58,6 +58,8 @@ class Loop:
     at_border: Callable[[Progress, bool], None]
     control: Control = field(default_factory=Control)
     progress: Progress = field(default_factory=Progress)
+    checked: bool = False
+    told: set[str] = field(default_factory=set)
 
     def run(self) -> bool:
         """Runs to the last step. Returns False where it was asked to stop before; all is saved by then."""
@@ -85,6 +87,8 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         experience = self.algorithm.collect(step)
+        if not self.checked:
+            self._check(experience.batch, step)
         stats: Stats = dict(experience.stats)
         if logged:
             add_stats(stats, self.algorithm.observe(next(self._micros(experience.batch)).to(self.device)))
@@ -109,14 +113,23 @@ class Loop:
         self.progress.tokens += tokens
         values = to_floats(stats)
         self._watch_learning(values, rate / self.train.learning_rate)
+        if "grad_norm" in values:
+            self._warn(values)
         seconds = time.perf_counter() - begun
         values |= {"learning_rate": rate, "memory_gib": memory_gib(self.device), "tokens_per_second": tokens / seconds}
         if self.progress.bad_steps:
             values["bad_steps"] = self.progress.bad_steps
         self.emit(StepDone(step=self.progress.step, steps=self.steps, stats=values, seconds=seconds, tokens=tokens, logged=logged))
 
+    def _check(self, batch: Batch, step: int) -> None:
+        """Once a start. The random state stays as it was: a continued run must draw what the straight one drew."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            self.algorithm.check(next(self._micros(batch)).to(self.device), step)
+        self.checked = True
+
     def _micros(self, batch: Batch) -> Iterator[Batch]:
-        return batch.split(self.train.micro_batch_size, self.train.micro_batch_tokens, self.algorithm.together)
+        together, size = self.algorithm.together, self.train.micro_batch_size
+        return batch.split(None if size is None else size * together, self.train.micro_batch_tokens, together)
 
     def _accumulate(self, part: Batch) -> tuple[Stats, float, float]:
         """Adds up the gradients of all micro-batches and clips them; returns the statistics, the loss, and the norm before clipping."""
@@ -150,6 +163,15 @@ class Loop:
         if self.progress.still_looks == LOOKS_BEFORE_WARNING:
             message = f"the last step moved {moved:.1%} of the adapter's elements, by {size:.0e} of their size: nothing is being learned"
             self.emit(Note(level="warning", message=f"{message}; look at train.learning_rate and at the loss mask"))
+
+
+    def _warn(self, values: Mapping[str, float]) -> None:
+        """What the algorithm finds worrying, each kind (its first words) once a start."""
+        for message in self.algorithm.warnings(values):
+            kind = message.partition(",")[0]
+            if kind not in self.told:
+                self.told.add(kind)
+                self.emit(Note(level="warning", message=f"step {self.progress.step}: {message}"))
 
 
 def step_seed(seed: int, step: int) -> int:

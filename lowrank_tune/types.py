@@ -64,8 +64,9 @@ class Batch:
     """Rows padded to one length T, on the right.
 
     ids (B, T) long; attended (B, T) bool: a real token; says (B, T) bool: a token that the loss is about (SFT: the assistant says it;
-    RL: the policy wrote it); weight (B, T) fp32: set by an algorithm's `weigh`, once for the whole optimizer step, before any split;
-    extra: further tensors with B rows, (B,) or (B, T), which an algorithm brings.
+    RL: the policy wrote it); weight (B, T) fp32, or (B,) where whole rows are weighed: set by an algorithm's `weigh`, once for the whole
+    optimizer step, before any split; extra: further tensors with B rows, (B,) or (B, T): of pairs `margin`, `row` (its number in the
+    data) and `shared` (leading tokens that a row has in common with the first row of its pair), and what an algorithm brings.
     """
 
     ids: Tensor
@@ -158,7 +159,11 @@ class Algorithm(Protocol):
     """An algorithm is three verbs and a little state.
 
     `collect` brings the rows of a step; `weigh` turns their mask into token weights, once; `terms` yields losses, one graph alive at a
-    time. `observe` measures, without gradient, what is too dear for every step; `go_on` False ends the inner epochs early.
+    time. `observe` measures, without gradient, what is too dear for every step; `measure` what held-out rows are judged by (`loss` among
+    it: the best step has the lowest); `go_on` False ends the inner epochs early.
+
+    `check` sees the first micro-batch of each start before anything moves, `step` steps after the run's beginning; it raises RunFailed
+    where the reference is not what it must be. `warnings` says what a person should worry about in the figures of a step.
     """
 
     together: int
@@ -168,6 +173,9 @@ class Algorithm(Protocol):
     def weigh(self, batch: Batch) -> Tensor: ...
     def terms(self, micro: Batch) -> Iterator[Term]: ...
     def observe(self, micro: Batch) -> Stats: ...
+    def measure(self, micro: Batch) -> Stats: ...
+    def check(self, micro: Batch, step: int) -> None: ...
+    def warnings(self, figures: Mapping[str, float]) -> Iterator[str]: ...
     def go_on(self, stats: Stats) -> bool: ...
     def state(self) -> dict[str, float]: ...
     def restore(self, state: Mapping[str, float]) -> None: ...

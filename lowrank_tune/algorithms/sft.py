@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.reference import check_reference
 from lowrank_tune.maths import mean_over, token_mean_weights, where_says
 from lowrank_tune.types import Batch, Experience, Stats, Term
 
@@ -47,6 +48,17 @@ class SFT:
         loss = sft_loss(logps, scored, micro.weight)
         stats = {"loss": mean_over(-logps, scored), "accuracy": mean_over(likeliest.float(), scored), "entropy": mean_over(entropy, scored)}
         yield Term(loss, stats)
+
+    def measure(self, micro: Batch) -> Stats:
+        logps, _, likeliest = self.kit.roles.scored("policy", micro)
+        return {"loss": mean_over(-logps, micro.scored), "accuracy": mean_over(likeliest.float(), micro.scored)}
+
+    def check(self, micro: Batch, step: int) -> None:
+        if self.kit.fresh and step == 0:  # else the KL that is shown would be that to something else
+            check_reference(self.kit.roles, micro, same=True, words=self.kit.reference)
+
+    def warnings(self, figures: Mapping[str, float]) -> Iterator[str]:
+        return iter(())
 
     def observe(self, micro: Batch) -> Stats:
         return {"kl": mean_over(self.kit.roles.exact_kl("policy", "reference", micro), micro.scored)}

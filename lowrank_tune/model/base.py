@@ -140,6 +140,11 @@ def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
         yield name.replace("base_layer.", "").removeprefix("base_model.model."), tensors
 
 
+def hash_of(tensor: Tensor) -> str:
+    """blake2b of a tensor's bytes."""
+    return _digest([tensor])
+
+
 def _digest(tensors: list[Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:

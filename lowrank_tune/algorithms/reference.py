@@ -1,0 +1,125 @@
+"""The reference: what the policy is held to. It is never in doubt: it is asserted before the first step, and its log-probs belong to the
+data: computed once, found again by the content of all that they depend on, and compared with fresh ones at every start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lowrank_tune.data import TokenStore
+from lowrank_tune.data.budget import by_tokens
+from lowrank_tune.errors import RunFailed
+from lowrank_tune.events import Emit, Note, Progress
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.types import Batch
+
+VERSION = 1  # of how the log-probs are computed: raise it when that changes
+NOISE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+"""Nats a token by which another batch shape may change log-probs, by the dtype of the forward pass (measured: FIELD notes, bf16 0.016)."""
+TOLD = 50  # times that a long computation tells how far it is
+
+
+def reference_logps(roles: Roles, rows: TokenStore, collated: Callable[[Sequence[int]], Batch], micro_tokens: int, base_hash: str,
+                    cache: Path, emit: Emit) -> Tensor:  # fmt: skip
+    """log ref(y | x) of every row of the store, (rows,) fp32 on the CPU, in the store's order; from the cache where it has them.
+
+    `collated(units)` makes a batch of some units; `base_hash` is that of all tensors of the base. Raises RunFailed where the cache cannot
+    be written.
+    """
+    file = cache / "reference" / f"{_key(roles, rows, base_hash)}.safetensors"
+    found = _read(file, len(rows))
+    if found is not None:
+        emit(Note(message=f"log-probs of the reference: {len(rows)} rows, computed before"))
+        return found
+    sums = torch.full((len(rows),), float("nan"))
+    what, done = "log-probs of the reference", 0
+    for units in by_tokens(rows, micro_tokens):
+        batch = collated(units).to(roles.base.device)
+        with roles.quiet():
+            logps = roles.logps("reference", batch).logps.sum(dim=1).cpu()
+        places = torch.tensor([unit * rows.together + i for unit in units for i in range(rows.together)])
+        sums[places] = logps
+        before, done = done, done + len(units)
+        if done * TOLD // rows.units != before * TOLD // rows.units:
+            emit(Progress(what=what, done=done, total=rows.units))
+    if not bool(sums.isfinite().all()):
+        raise RunFailed(f"the reference gives {int((~sums.isfinite()).sum())} of {len(rows)} answers no finite log-prob, "
+                        f"{rows.place_of(int((~sums.isfinite()).nonzero()[0]))} for one")  # fmt: skip
+    _write(file, sums)
+    return sums
+
+
+def check_reference(roles: Roles, micro: Batch, same: bool, words: str) -> None:
+    """Compares the reference with the cached log-probs in `micro`, and where the policy must still be the `same`, with the policy, bit for
+    bit, as the policy will run: then DPO's loss is ln 2 and KL is 0. Raises RunFailed where one is not what it must be."""
+    with roles.quiet():
+        reference = roles.logps("reference", micro).logps
+    if same:
+        with torch.no_grad():
+            policy = roles.logps("policy", micro).logps
+        if not torch.equal(policy, reference):
+            raise RunFailed(f"the reference is not what it must be: before the first step policy and reference ({words}) differ by up to "
+                            f"{float((policy - reference).abs().max()):.1e} nats a token; nothing was trained")  # fmt: skip
+    if "reference" in micro.extra:
+        apart = (reference.sum(dim=1) - micro.extra["reference"]).abs() / micro.scored.sum(dim=1).clamp_min(1)
+        noise = NOISE[torch.bfloat16 if roles.base.device.type == "cuda" else torch.float32]
+        if not float(apart.max()) <= noise:  # nan is no agreement
+            raise RunFailed(f"the cached log-probs of the reference ({words}) are {float(apart.max()):.1e} nats a token from fresh ones, more "
+                            f"than {noise:g}: delete the folder `reference` in the cache (`lowrank-tune doctor` names it) and start again")  # fmt: skip
+
+
+def _key(roles: Roles, rows: TokenStore, base_hash: str) -> str:
+    """Of all that the log-probs depend on: rows, base, frozen adapters with their scales, precision. The template is in the rows' ids."""
+    digest = hashlib.blake2b(digest_size=16)
+    lower = [name.removeprefix("lt_") for name in roles.stacks["reference"]]
+    base = roles.base
+    for part in (VERSION, rows.content_hash(), base_hash, base.model.config.to_json_string(), base.device.type, base.bits, torch.__version__):
+        digest.update(f"{part}\n".encode())
+    for name in lower:
+        config = roles.adapter_config(name)
+        digest.update(f"{config['r']} {config['lora_alpha']} {config['use_rslora']} {config['rank_pattern']} {config['alpha_pattern']}\n".encode())
+        digest.update(save(roles.adapter_tensors(name)))
+    return digest.hexdigest()
+
+
+def _read(file: Path, count: int) -> Tensor | None:
+    """What an earlier run computed; None where it is absent or broken."""
+    try:
+        tensors = load(file.read_bytes())
+        sums = tensors["sums"]
+        good = sums.shape == (count,) and sums.dtype == torch.float32 and torch.equal(_checksum(sums), tensors["checksum"])
+    except (OSError, KeyError, SafetensorError):
+        return None
+    return sums if good else None
+
+
+def _write(file: Path, sums: Tensor) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f"{file.stem}.", suffix=".tmp", dir=file.parent)
+        try:
+            with os.fdopen(handle, "wb") as opened:
+                opened.write(save({"sums": sums, "checksum": _checksum(sums)}))
+            os.replace(temporary, file)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise RunFailed(f"{file.parent}: the log-probs of the reference cannot be written ({error.strerror or error}); "
+                        "free some space, or name another folder in LOWRANK_TUNE_CACHE") from error  # fmt: skip
+
+
+def _checksum(sums: Tensor) -> Tensor:
+    digest = hashlib.blake2b(sums.contiguous().numpy().tobytes(), digest_size=16).digest()
+    return torch.tensor(list(digest), dtype=torch.uint8)
