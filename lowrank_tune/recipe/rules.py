@@ -7,17 +7,25 @@ elsewhere, at the same time. A new algorithm adds rows to `USED_BY`; a new pair 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, get_args
 
 from lowrank_tune.recipe.tree import Path
+from lowrank_tune.settings import Dpo, Recipe, trained_by
 
+ROWS = ("sft", "reward", "dpo")
+"""The algorithms that learn from rows as they are."""
+PAIRS = ("reward", "dpo")
+"""The algorithms whose rows are pairs of answers."""
 USED_BY: dict[str, tuple[str, ...]] = {
-    "train.rows_per_step": ("sft",),
-    "train.tokens_per_step": ("sft",),
-    "train.micro_batch_tokens": ("sft",),
-    "train.length_window": ("sft",),
-    "data.too_long": ("sft",),
+    "train.rows_per_step": ROWS,
+    "train.tokens_per_step": ROWS,
+    "train.micro_batch_tokens": ROWS,
+    "train.length_window": ROWS,
+    "data.too_long": ROWS,
+    "reference": ("sft", "dpo"),
+    "reward": ("reward",),
+    "dpo": ("dpo",),
 }
 """Settings and whole sections that only some algorithms use. What is not listed is used by all of them."""
 
@@ -31,6 +39,9 @@ RIVALS: tuple[tuple[Path, Path], ...] = (
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 FILE = re.compile(r".*\.(jsonl?|csv|parquet)(\.gz)?")
+ALGORITHMS = get_args(Recipe.model_fields["algorithm"].annotation)
+LOSSES = get_args(Dpo.model_fields["loss"].annotation)
+BUILT_IN = {"tutor": "the built-in problems", "tutor-preferences": "the built-in pairs"}
 
 Finding = tuple[Path, str]
 
@@ -58,16 +69,37 @@ def entries(data: Any, *path: str) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
+def adapters_of(data: Any) -> dict[str, Any]:
+    """The adapters that were written."""
+    found = written(data, "adapters")
+    return found if isinstance(found, dict) else {}
+
+
+def sources_of(data: Any) -> Iterator[tuple[Path, Any]]:
+    """Every source with its path: of training, of validation, and of held-out prompts."""
+    for key in ("train", "validation"):
+        yield from ((("data", key, index), each) for index, each in enumerate(entries(data, "data", key)))
+    yield ("evaluate", "heldout"), written(data, "evaluate", "heldout")
+
+
 def foreign(data: Any) -> Iterator[Finding]:
     """Settings of other algorithms."""
     algorithm = written(data, "algorithm")
-    known = {name for names in USED_BY.values() for name in names}
-    if not isinstance(algorithm, str) or algorithm not in known:
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
         return
     for key, users in USED_BY.items():
         path = tuple(key.split("."))
         if algorithm not in users and written(data, *path) is not None:
             yield path, f"does nothing for {algorithm} (it belongs to {', '.join(users)})"
+
+
+def without_robust(data: Any) -> Iterator[Finding]:
+    """Only one of DPO's losses smooths its labels."""
+    if written(data, "algorithm") != "dpo" or written(data, "dpo", "label_smoothing") is None:
+        return
+    loss = written(data, "dpo", "loss") or "sigmoid"
+    if loss in LOSSES and loss != "robust":
+        yield ("dpo", "label_smoothing"), f"does nothing for the loss {loss}; it belongs to `dpo.loss`: robust"
 
 
 def without_heldout(data: Any) -> Iterator[Finding]:
@@ -95,11 +127,11 @@ def without_validation(data: Any) -> Iterator[Finding]:
 
 def from_the_file(data: Any) -> Iterator[Finding]:
     """An adapter that is loaded brings its own shape; a frozen one has no dropout either."""
-    adapters = written(data, "adapters")
-    for name, adapter in adapters.items() if isinstance(adapters, dict) else ():
+    trained = trained_by(written(data, "algorithm"))
+    for name, adapter in adapters_of(data).items():
         if written(adapter, "path") is None:
             continue
-        for key in ("r", "alpha", "target_modules", "rslora", *(() if name == "policy" else ("dropout",))):
+        for key in ("r", "alpha", "target_modules", "rslora", *(() if name == trained else ("dropout",))):
             if written(adapter, key) is not None:
                 what = "does nothing for a frozen adapter" if key == "dropout" else "comes from the file at `path`"
                 yield ("adapters", name, key), f"{what}; leave it out"
@@ -107,25 +139,23 @@ def from_the_file(data: Any) -> Iterator[Finding]:
 
 def of_sources(data: Any) -> Iterator[Finding]:
     """Settings of a source that its kind of data does not have."""
-    sources: list[tuple[Path, Any]] = [(("data", "train", index), each) for index, each in enumerate(entries(data, "data", "train"))]
-    outside: list[tuple[Path, Any]] = [(("data", "validation", index), each) for index, each in enumerate(entries(data, "data", "validation"))]
-    outside.append((("evaluate", "heldout"), written(data, "evaluate", "heldout")))
-    for path, source in outside:
-        if written(source, "weight") is not None:
+    for path, source in sources_of(data):
+        if path[1] != "train" and written(source, "weight") is not None:
             yield (*path, "weight"), "does nothing here; only training sources are mixed"
-    for path, source in sources + outside:
         dataset = written(source, "dataset")
-        if dataset == "tutor":
+        if isinstance(dataset, str) and dataset in BUILT_IN:
             for key in ("name", "format", "columns", "gold"):
                 if written(source, key) not in (None, {}):
-                    yield (*path, key), "does nothing for `tutor`, the built-in problems"
+                    yield (*path, key), f"does nothing for `{dataset}`, {BUILT_IN[dataset]}"
         elif isinstance(dataset, str) and FILE.fullmatch(dataset) and written(source, "name") is not None:
             yield (*path, "name"), "does nothing for a file; only hub data sets have configurations"
-    if len(sources) == 1 and written(sources[0][1], "weight") is not None:
-        yield (*sources[0][0], "weight"), "does nothing with a single source"
+    if len(entries(data, "data", "train")) == 1 and written(data, "data", "train", 0, "weight") is not None:
+        yield ("data", "train", 0, "weight"), "does nothing with a single source"
 
 
-IDLE: tuple[Callable[[Any], Iterator[Finding]], ...] = (foreign, without_heldout, without_validation, from_the_file, of_sources)
+IDLE: tuple[Callable[[Any], Iterator[Finding]], ...] = (
+    foreign, without_robust, without_heldout, without_validation, from_the_file, of_sources,
+)  # fmt: skip
 
 
 def idle(data: Any) -> Iterator[Finding]:
@@ -168,24 +198,71 @@ def weights(data: Any) -> Iterator[Finding]:
 
 
 def names(data: Any) -> Iterator[Finding]:
-    """Adapters are named like variables, `base` is the base itself, and every adapter but the policy comes from somewhere."""
-    adapters = written(data, "adapters")
-    for name, adapter in adapters.items() if isinstance(adapters, dict) else ():
+    """Adapters are named like variables, `base` is the base itself, and every adapter but the trained one comes from somewhere."""
+    algorithm = written(data, "algorithm")
+    trained = trained_by(algorithm)
+    for name, adapter in adapters_of(data).items():
         if not isinstance(name, str) or not NAME.fullmatch(name):
             yield ("adapters", name), "is no name for an adapter: small letters, digits and _, a letter first, at most 40"
         elif name == "base":
             yield ("adapters", name), "is no name for an adapter: `base` is the base itself"
-        elif name != "policy" and written(adapter, "path") is None:
-            yield ("adapters", name, "path"), "is missing: only `policy` is trained, every other adapter is loaded"
+        elif name != trained and written(adapter, "path") is None:
+            meant = f"; did you mean `adapters.{trained}`?" if name in ("policy", "reward") else ""
+            whom = "" if trained == "policy" and not meant else f" by {algorithm}"
+            yield ("adapters", name, "path"), f"is missing: only `{trained}` is trained{whom}, every other adapter is loaded{meant}"
     model = written(data, "base", "model")
     if isinstance(model, str) and model.endswith("@"):
         yield ("base", "model"), "names no revision after the @"
-    for path in [("data", "train", index) for index in range(len(entries(data, "data", "train")))] + [("evaluate", "heldout")]:
-        if written(data, *path, "dataset") == "tutor" and written(data, *path, "split") not in (None, "train", "heldout"):
-            yield (*path, "split"), "`tutor` has the splits train and heldout"
+    for path, source in sources_of(data):
+        dataset = written(source, "dataset")
+        if isinstance(dataset, str) and dataset in BUILT_IN and written(source, "split") not in (None, "train", "heldout"):
+            yield (*path, "split"), f"`{dataset}` has the splits train and heldout"
 
 
-def findings(data: Any) -> Iterator[Finding]:
+def shapes(data: Any) -> Iterator[Finding]:
+    """Reward models and DPO learn from pairs, SFT from single answers, and held-out prompts are no pairs."""
+    algorithm = written(data, "algorithm")
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+        return
+    for path, source in sources_of(data):
+        dataset, format, asked = written(source, "dataset"), written(source, "format"), path == ("evaluate", "heldout")
+        pairs = algorithm in PAIRS and not asked
+        whose = "held-out prompts have one gold answer" if asked else f"{algorithm} learns from {'pairs' if pairs else 'single answers'}"
+        if dataset == "tutor" and pairs:
+            yield (*path, "dataset"), f"holds single answers, and {whose}; use tutor-preferences"
+        elif dataset == "tutor-preferences" and not pairs:
+            yield (*path, "dataset"), f"holds pairs, and {whose}; use tutor"
+        elif isinstance(dataset, str) and dataset in BUILT_IN:
+            continue  # its format is fixed, and saying one is told as idle
+        elif pairs and format not in (None, "auto", "preference"):
+            yield (*path, "format"), f"{whose}, a chosen and a rejected answer; say `preference`, or leave it out"
+        elif format == "preference" and not pairs:
+            cure = "name the format of single answers" if asked else (
+                "train with dpo or reward, or take the chosen ones: `prompt_completion` with columns: {completion: chosen}")  # fmt: skip
+            yield (*path, "format"), f"means pairs, and {whose}; {cure}"
+
+
+def steady(data: Any) -> Iterator[Finding]:
+    """Where log-probs are compared, the same row must give the same value twice."""
+    dropout = number(written(data, "adapters", "policy", "dropout"))
+    if written(data, "algorithm") == "dpo" and dropout is not None and dropout > 0:
+        yield ("adapters", "policy", "dropout"), "must be 0 with dpo: dropout is off wherever log-probs are compared"
+
+
+def reference(data: Any, below: Sequence[str] = ()) -> Iterator[Finding]:
+    """The reference is no choice: it is the policy's stack without its top. `below` lies between loaded adapters and the policy."""
+    claimed = written(data, "reference")
+    if trained_by(written(data, "algorithm")) != "policy" or not isinstance(claimed, str):
+        return
+    frozen = [*(name for name in adapters_of(data) if name != "policy"), *below]
+    truth = frozen[-1] if frozen else "base"
+    if claimed != truth:
+        words = f"`{truth}`, the adapter right below it" if frozen else "`base`, as no adapter lies below it"
+        yield ("reference",), f"will be {words}: it is always the policy's stack without its top; write that, or leave it out"
+
+
+def findings(data: Any, below: Sequence[str] = ()) -> Iterator[Finding]:
     """All of the above."""
-    for rule in (idle, rivals, length, weights, names):
+    for rule in (idle, rivals, length, weights, names, shapes, steady):
         yield from rule(data)
+    yield from reference(data, below)
