@@ -48,9 +48,9 @@ def run_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", hel
                 overrides: Overrides = None, out: Out = None, ui: Ui = Screen.auto, debug: Debug = False) -> None:  # fmt: skip
     """Run a recipe; the same command again continues it."""
     with _sentences(debug):
-        from lowrank_tune.recipe import Recipe
+        from lowrank_tune.recipe import load_any
 
-        loaded = Recipe.load(recipe, *(overrides or []))
+        loaded = load_any(recipe, *(overrides or []))
         with _starting():
             from lowrank_tune.runner import run
 
@@ -78,15 +78,18 @@ def data_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", he
                  overrides: Overrides = None, debug: Debug = False) -> None:  # fmt: skip
     """Show what would be trained on, before anything is: mixture, lengths, faulty rows with their lines, end token, loss mask."""
     with _sentences(debug):
-        from lowrank_tune.recipe import Recipe
+        from lowrank_tune.recipe import Chain, load_any
 
-        loaded = Recipe.load(recipe, *(overrides or []))
+        loaded = load_any(recipe, *(overrides or []))
         from lowrank_tune.preflight import examine
         from lowrank_tune.ui.data_view import show
 
-        found = examine(loaded, lambda event: None)
-        show(found, f"{loaded.name}: {loaded.algorithm} of {loaded.base.model}", Console(highlight=False))
-        if found.faults:
+        faulty = False
+        for stage in loaded.stages if isinstance(loaded, Chain) else (loaded,):
+            found = examine(stage, lambda event: None)
+            show(found, f"{stage.name}: {stage.algorithm} of {stage.base.model}", Console(highlight=False))
+            faulty = faulty or bool(found.faults)
+        if faulty:
             raise typer.Exit(UserError.exit_code)
 
 

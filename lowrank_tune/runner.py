@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +22,8 @@ from lowrank_tune.checkpoint import RunFolder, newest
 from lowrank_tune.control import Control, asked_by_signals
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, Event, Note, RunEnded, Sampled, StepDone
-from lowrank_tune.recipe import Recipe, differences, dump
+from lowrank_tune.model.base import Base
+from lowrank_tune.recipe import Chain, differences, dump, load_any
 from lowrank_tune.sinks import JsonLines, Tee
 from lowrank_tune.stage import Stage
 from lowrank_tune.ui.plain import Plain
@@ -55,8 +58,11 @@ class _Listener:
         if isinstance(event, StepDone):
             self.last = {"step": event.step, **event.stats}
 
-    def catch_up(self, events: Iterable[Event]) -> None:
-        """Takes over the last values of the part of a run that stands in the log: a run killed at its very end has no step left to do."""
+    def begin(self, events: Iterable[Event]) -> None:
+        """A stage begins: it has its own warnings, and the last values of the part of it that stands in the log: one that was killed at
+        its very end has no step left to do."""
+        self.warnings = [event.message for event in self.earlier or () if isinstance(event, Note) and event.level == "warning"]
+        self.earlier, self.last = None, {}
         for event in events:
             if isinstance(event, StepDone):
                 self.last = {"step": event.step, **event.stats}
@@ -66,50 +72,83 @@ class _Listener:
         with suppress(UserError):
             emit(RunEnded(status=status, step=int(self.last.get("step", step)), seconds=seconds, message=message))
 
-    def close(self) -> None:
-        self.earlier = None
+    def close(self) -> None: ...
 
 
-def run(recipe: settings.Recipe | str | Path, *overrides: str, out: str | Path | None = None, ui: str = "auto",
+def run(recipe: settings.Recipe | Chain | str | Path, *overrides: str, out: str | Path | None = None, ui: str = "auto",
         device: torch.device | None = None, on_event: Callable[[Event], None] | None = None) -> Outcome:  # fmt: skip
-    """Runs a recipe, a preset's name or a recipe file; continues it where an unfinished run of it lies in the folder.
+    """Runs a recipe or a chain of them, a preset's name or a recipe file; continues it where an unfinished run of it lies in the folder.
 
     Raises UserError (a sentence for the person) and KeyboardInterrupt at a second Ctrl-C. `on_event` sees every event.
     """
-    if not isinstance(recipe, settings.Recipe):
-        recipe = Recipe.load(recipe, *overrides)
-    control = Control()
+    loaded = recipe if isinstance(recipe, (settings.Recipe, Chain)) else load_any(recipe, *overrides)
+    control, begun = Control(), time.time()
     with asked_by_signals(control) as training:  # around the screen too, which must be taken down whatever comes
-        return _run(recipe, Path(out) if out else None, ui, device, on_event, control, training)
+        console = _Console(control, training, ui, device, on_event)
+        try:
+            path = Path(out) if out else Path("runs") / (loaded.name or "run")
+            folder = RunFolder.open(path, loaded.to_dict(), dump(loaded), differences, out is not None, console.emit)
+            try:
+                if isinstance(loaded, Chain):
+                    return run_chain(loaded, folder, console, begun)
+                return run_stage(loaded, folder, console, Place())[0]
+            finally:
+                report(folder)
+                folder.close()
+        finally:
+            console.emit.close()
 
 
-def _run(recipe: settings.Recipe, out: Path | None, ui: str, device: torch.device | None, on_event: Callable[[Event], None] | None,
-         control: Control, training: Callable[[bool], None]) -> Outcome:  # fmt: skip
-    begun, listener = time.time(), _Listener()
-    emit = Tee(listener)
-    on_screen = ui in ("auto", "tui") and can_show(sys.stdout, os.environ, forced=ui == "tui")
-    if ui != "none" and not on_screen:
-        emit.attach(Plain())
-    if on_event is not None:
-        emit.attach(_Callback(on_event))
-    folder = RunFolder.open(out or Path("runs") / (recipe.name or "run"), recipe.to_dict(), dump(recipe), differences,
-                            out is not None, emit)  # fmt: skip
-    step = 0
+@dataclass(frozen=True)
+class Place:
+    """Where a run stands in a chain: stage `number` of `count`, under its name there; and what is known of the stage before it."""
+
+    number: int = 1
+    count: int = 1
+    name: str | None = None
+    earlier: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Console:
+    """What all stages of a run share: who listens, who may interrupt, and on which device."""
+
+    def __init__(self, control: Control, training: Callable[[bool], None], ui: str, device: torch.device | None,
+                 on_event: Callable[[Event], None] | None) -> None:  # fmt: skip
+        self.control, self.training, self.device = control, training, device
+        self.listener = _Listener()
+        self.emit = Tee(self.listener)
+        self.on_screen = ui in ("auto", "tui") and can_show(sys.stdout, os.environ, forced=ui == "tui")
+        if ui != "none" and not self.on_screen:
+            self.emit.attach(Plain())
+        if on_event is not None:
+            self.emit.attach(_Callback(on_event))
+
+    def show(self, log: Path, earlier: Iterable[Event]) -> None:
+        """Puts the dashboard up, once, with what it missed."""
+        if self.on_screen:
+            self.on_screen = False
+            self.emit.attach(Tui(self.control, log), earlier)
+
+
+def run_stage(recipe: settings.Recipe, folder: RunFolder, console: _Console, place: Place, base: Base | None = None,
+              console_log: Path | None = None, before: Iterable[Event] = ()) -> tuple[Outcome, Base]:  # fmt: skip
+    """One algorithm in its folder, from its newest checkpoint to its end. The base comes back without any adapter, for the next stage."""
+    begun, emit, listener, step = time.time(), console.emit, console.listener, 0
+    files: list[JsonLines] = []
     try:
         found = newest(folder.checkpoints, emit)
         step = found[0] if found else 0
-        resumed_from = step if found else None
         for path, only in ((folder.events, ()), (folder.samples, (Sampled,))):
-            emit.attach(JsonLines(path, resumed_from, only=only), listener.earlier or ())
-        listener.earlier = None
-        listener.catch_up(events_in(folder.events))
-        if on_screen:
-            emit.attach(Tui(control, folder.console_log), events_in(folder.events))
-        stage = Stage(recipe, folder, build(recipe, emit, device), emit, control, found)
-        step, finished = stage.train(training)
+            files.append(JsonLines(path, step if found else None, only=only))
+            emit.attach(files[-1], listener.earlier or ())
+        listener.begin(events_in(folder.events))
+        console.show(console_log or folder.console_log, chain(before, events_in(folder.events)))
+        built = build(recipe, emit, console.device, base)
+        stage = Stage(recipe, folder, built, emit, console.control, found, (place.number, place.count), place.name, place.earlier)
+        step, finished = stage.train(console.training)
         stage.finish(finished, begun, listener.last, listener.warnings)
-        status: Literal["done", "interrupted"] = "done" if finished else "interrupted"
-        return Outcome(status, folder.path, stage.summary)
+        built.roles.release()
+        return Outcome("done" if finished else "interrupted", folder.path, stage.summary), built.base
     except torch.OutOfMemoryError as error:
         advice = "try train.micro_batch_size=1, train.gradient_checkpointing=true or a smaller data.max_length"
         listener.tell_end(emit, "failed", step, time.time() - begun, "out of memory")
@@ -119,9 +158,73 @@ def _run(recipe: settings.Recipe, out: Path | None, ui: str, device: torch.devic
         listener.tell_end(emit, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", step, time.time() - begun, told)
         raise
     finally:
-        emit.close()
-        _report(folder)
-        folder.close()
+        for file in files:
+            emit.detach(file)
+
+
+def run_chain(recipes: Chain, folder: RunFolder, console: _Console, begun: float) -> Outcome:
+    """Stage after stage over one base in memory, each adapter flowing into the next stack; a stage that has ended is left as it is."""
+    folders: dict[str, str] = {}
+    summaries: list[dict[str, Any]] = []
+    base: Base | None = None
+    for number, name in enumerate((stage.name for stage in recipes.stages), 1):
+        path = folder.path / f"{number}-{name}"
+        ended = summary_of(path)
+        if ended is not None and ended["status"] == "done":
+            console.emit(Note(message=f"stage {number} of {len(recipes.stages)}, {name}, has ended and is left as it is: {path}"))
+            folders[name] = str(path.resolve())
+            summaries.append(ended)
+            continue
+        recipe = recipes.recipe_of(number - 1, folders)
+        place = Place(number, len(recipes.stages), name, _known(recipes, number, summaries))
+        shown = [event for earlier in range(1, number) for event in events_in(folder.path / f"{earlier}-{recipes.stages[earlier - 1].name}" / "events.jsonl")]
+        with RunFolder.open(path, recipe.to_dict(), dump(recipe), differences, True, console.emit) as opened:
+            try:
+                outcome, base = run_stage(recipe, opened, console, place, base, folder.console_log, shown)
+            finally:
+                report(opened)
+        summaries.append(outcome.summary)
+        folders[name] = str(path.resolve())
+        if outcome.status == "interrupted":
+            break
+    summary = chain_summary(recipes, summaries, time.time() - begun)
+    folder.write_json("summary.json", summary)
+    return Outcome(summary["status"], folder.path, summary)
+
+
+def summary_of(path: Path) -> dict[str, Any] | None:
+    """The summary that a run left; None where there is none, or a broken one."""
+    try:
+        found = json.loads((path / "summary.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "status" in found else None
+
+
+def _known(recipes: Chain, number: int, summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Held-out figures of the stages before, where this one would measure just the same: nothing is asked twice."""
+    wanted = recipes.stages[number - 1]
+    known: dict[str, Any] = {"heldout": {}, "answers": {}}
+    for stage, summary in zip(recipes.stages, summaries, strict=False):
+        if (stage.evaluate.model_dump(exclude={"every"}), stage.seed, stage.data.system) == (
+                wanted.evaluate.model_dump(exclude={"every"}), wanted.seed, wanted.data.system):  # fmt: skip
+            known["heldout"] |= summary.get("heldout_details", {})
+            known["answers"] |= summary.get("answers", {})
+    return known
+
+
+def chain_summary(recipes: Chain, summaries: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """What the stages left, together; held-out figures under the names of the base and of the stages."""
+    stages = []
+    for number, (stage, summary) in enumerate(zip(recipes.stages, summaries, strict=False), 1):
+        kept = ("algorithm", "status", "step", "steps", "seconds", "last", "best", "heldout_pairs")
+        stages.append({"name": stage.name, "folder": f"{number}-{stage.name}", **{key: summary[key] for key in kept if key in summary}})
+    merged = {key: {name: value for summary in summaries for name, value in summary.get(key, {}).items()}
+              for key in ("heldout", "heldout_details", "answers")}  # fmt: skip
+    done = len(summaries) == len(recipes.stages) and all(summary["status"] == "done" for summary in summaries)
+    return {"version": 1, "status": "done" if done else "interrupted", "name": recipes.name,
+            "algorithm": " -> ".join(stage.algorithm for stage in recipes.stages), "seconds": round(seconds, 1), "stages": stages, **merged,
+            "warnings": [f"{stage['name']}: {warning}" for stage, summary in zip(stages, summaries, strict=True) for warning in summary["warnings"]]}  # fmt: skip
 
 
 class _Callback:
@@ -134,9 +237,9 @@ class _Callback:
     def close(self) -> None: ...
 
 
-def _report(folder: RunFolder) -> None:
+def report(folder: RunFolder) -> None:
     """The page for a browser, whichever way the run ended. It is a gift: that it cannot be written breaks nothing."""
-    if not folder.events.exists():
+    if not folder.events.exists() and not any(folder.path.glob("*/events.jsonl")):
         return
     try:
         write_report(folder.path)

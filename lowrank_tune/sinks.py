@@ -99,6 +99,12 @@ class Tee:
         with self._lock:
             self._sinks.append(sink)
 
+    def detach(self, sink: Sink) -> None:
+        """Closes a sink and lets it go; one that had broken is gone already."""
+        with self._lock, suppress(ValueError):
+            self._sinks.remove(sink)
+        sink.close()
+
     def __call__(self, event: Event) -> None:
         fatal: UserError | None = None
         with self._lock:

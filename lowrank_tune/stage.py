@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -43,8 +43,13 @@ class Stage:
     """One algorithm over the loaded base: `train`, then `finish`. The runner owns folder, sinks and signals around it."""
 
     def __init__(self, recipe: settings.Recipe, folder: RunFolder, built: Built, emit: Emit, control: Control,
-                 found: tuple[int, Snapshot] | None) -> None:  # fmt: skip
-        self.recipe, self.folder, self.built, self.emit, self.memory = recipe, folder, built, emit, _Memory()
+                 found: tuple[int, Snapshot] | None, place: tuple[int, int] = (1, 1), name: str | None = None,
+                 earlier: Mapping[str, Any] | None = None) -> None:  # fmt: skip
+        """`place`: this is stage i of n of a chain, called `name` there; `earlier` holds held-out figures and answers of those before."""
+        self.recipe, self.folder, self.built, self.emit = recipe, folder, built, emit
+        self.place, self.measured_as = place, name or recipe.algorithm
+        known = earlier or {}
+        self.memory = _Memory(heldout=dict(known.get("heldout", {})), answers=dict(known.get("answers", {})))
         named = {name: parameter for role in built.trained for name, parameter in built.roles.named_parameters(role).items()}
         self.names, parameters = list(named), list(named.values())
         self.loop = Loop(built.algorithm, parameters, make_optimizer(parameters, recipe.train, built.base.device), recipe.train, built.steps,
@@ -113,11 +118,6 @@ class Stage:
         self.emit(RunEnded(status=status, step=step, seconds=time.time() - begun))
         self.folder.write_json("summary.json", self.summary)
 
-    @property
-    def measured_as(self) -> str:
-        """The name of the trained policy among the held-out figures: the algorithm's, but two stages of one kind must not share it."""
-        return self.recipe.algorithm if self.recipe.algorithm != self.below else f"{self.recipe.algorithm}-2"
-
     def _score_pairs(self, step: int) -> None:
         """What the trained adapter thinks of the held-out pairs: for the report's calibration, and for the summary."""
         built, validation = self.built, self.built.data.validation
@@ -134,7 +134,7 @@ class Stage:
             roles={role: [name.removeprefix("lt_") for name in stack] for role, stack in roles.stacks.items()},
             reference=built.reference, steps=built.steps, resumed_from=self.step_at_start,
             trainable=sum(p.numel() for p in self.loop.parameters), device=_device_name(built.base.device), versions=_versions(),
-            memory_total_gib=_memory_total_gib(built.base.device)))  # fmt: skip
+            memory_total_gib=_memory_total_gib(built.base.device), stage=self.place[0], stages=self.place[1]))  # fmt: skip
 
     def _at_border(self, progress: Progress, last: bool) -> None:
         """What is due at this step, once; and what a person asked for, which never decides what the best step is: the final adapter
