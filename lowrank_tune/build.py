@@ -71,7 +71,7 @@ def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = Non
         base = load_base(recipe.base, template.tokenizer, device)
         emit(Progress(what=f"loading {recipe.base.model}", done=1, total=1))
     hashes = base_hashes(base.model)
-    roles = _roles(recipe, base, saved, emit)
+    roles = load_roles(recipe, base, saved, emit)
     micro_tokens = min(max(4096, (recipe.train.micro_batch_size or 4) * recipe.data.max_length), 1 << 15)
     collated = {store: _collated(store, template.pad_id) for store in (data.train, data.validation) if store is not None}
     if recipe.algorithm == "dpo":
@@ -99,7 +99,7 @@ def _heldout(recipe: settings.Recipe, template: Template) -> list[Prompt]:
     return usable
 
 
-def _roles(recipe: settings.Recipe, base: Base, saved: Mapping[str, SavedAdapter], emit: Emit) -> Roles:
+def load_roles(recipe: settings.Recipe, base: Base, saved: Mapping[str, SavedAdapter], emit: Emit) -> Roles:
     """The stacks: frozen adapters in the recipe's order, the trained one on top of them; without it, the reference."""
     top = recipe.trained
     lower = [name for name in recipe.adapters if name != top]

@@ -93,6 +93,34 @@ def data_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", he
             raise typer.Exit(UserError.exit_code)
 
 
+@app.command("eval")
+def eval_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that trained a reward model.")],
+                 file: Annotated[str, typer.Option("--file", help="Responses: rows with a prompt and an answer, or preference pairs.")],
+                 out: Annotated[Path | None, typer.Option("--out", help="File for the scores; RUN/scored-FILE.jsonl where it is not given.")] = None,
+                 debug: Debug = False) -> None:  # fmt: skip
+    """Score a file of responses with the reward model of a run."""
+    with _sentences(debug):
+        with _starting():
+            from lowrank_tune.evaluate import score_file
+            from lowrank_tune.ui.plain import Plain
+            from lowrank_tune.ui.scores_view import show
+
+        plain = Plain(sys.stderr)
+        try:
+            found, pairs = score_file(run, file, plain)
+        finally:
+            plain.close()
+        target = out or run / f"scored-{Path(file).name.removesuffix('.gz').rpartition('.')[0] or Path(file).name}.jsonl"
+        lines = [json.dumps({"place": one.place, **({"side": one.side} if one.side else {}), "score": one.score, "tokens": one.tokens})
+                 for one in found]  # fmt: skip
+        try:
+            target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
+        show(found, pairs, Console(highlight=False))
+        print(f"all scores: {target}")
+
+
 @app.command("report")
 def report_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")], debug: Debug = False) -> None:
     """Write RUN/report.html anew: curves, samples, data, recipe, in one file for a browser."""

@@ -1,0 +1,44 @@
+"""What `lowrank-tune eval RUN --file` prints: how the scores are spread, the best and the worst answers, and the figures of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean, pstdev, quantiles
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lowrank_tune.evaluate import PairScores, Response
+from lowrank_tune.ui import inert
+from lowrank_tune.ui.plain import number, percent
+
+SHOWN = 3
+PAIRS = {
+    "accuracy": ("the chosen answer scores higher", percent),
+    "margin": ("chosen minus rejected, mean", number),
+    "calibration_error": ("calibration error", number),
+    "prefers_longer": ("prefers the longer answer", percent),
+    "length_correlation": ("correlation of score and length", number),
+}
+
+
+def show(found: Sequence[Response], pairs: PairScores | None, console: Console) -> None:
+    """Draws it."""
+    scores = [one.score for one in found]
+    figures = Table("", "", box=None, show_header=False)
+    figures.add_row("answers scored", f"{len(scores):,}")
+    figures.add_row("mean, spread", f"{number(fmean(scores))}, {number(pstdev(scores))}")
+    if len(scores) > 1:
+        figures.add_row("quartiles", ", ".join(number(value) for value in quantiles(scores, n=4)))
+    for name, (label, write) in PAIRS.items() if pairs is not None else ():
+        assert pairs is not None
+        figures.add_row(label, write(pairs.figures()[name]))
+    console.print(figures)
+    ranked = sorted(found, key=lambda one: -one.score)
+    count = min(SHOWN, (len(ranked) + 1) // 2)
+    table = Table("score", "where", "asked", "answered", "tokens", show_lines=True, title="the best and the worst")
+    for one in [*ranked[:count], *(ranked[-min(count, len(ranked) - count) :] if len(ranked) > count else [])]:
+        where = inert(one.place.rpartition("/")[2], 60) + (f" {one.side}" if one.side else "")
+        table.add_row(number(one.score), where, Text(inert(one.prompt, 300)), Text(inert(one.text, 500)), str(one.tokens))
+    console.print(table)
