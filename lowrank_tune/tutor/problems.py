@@ -35,6 +35,8 @@ MULTIPLY_QUESTIONS = (
 )  # fmt: skip
 QUESTIONS = {"+": ADD_QUESTIONS, "-": SUBTRACT_QUESTIONS, "*": MULTIPLY_QUESTIONS}
 BLURTS = ("I think it is {n}.", "It is {n}.", "That makes {n}.")
+EMPTY_WORDS = ("Good question.", "I do not know.", "That is hard to say.", "Let me think about it.", "It depends.")
+HESITATIONS = ("Let me see.", "Hm, once more.", "Wait.", "Let me check that.")
 LAST_NUMBER = re.compile(r"\d+")
 
 
@@ -132,3 +134,59 @@ def rows(count: int, seed: int, heldout: bool = False, worked: float = 0.35) -> 
         problem = draw(rng, heldout)
         answer = problem.worked() if rng.random() < worked else problem.blurt(rng, right=1.0)
         yield {"question": problem.question(rng), "answer": answer, "gold": str(problem.answer)}
+
+
+def preferences(count: int, seed: int, split: str) -> list[dict[str, str]]:
+    """`prompt`, `chosen`, `rejected` rows of a split (train, heldout): a right answer that helps, against one that is wrong, says nothing,
+    rambles, or does not stop."""
+    rng = random.Random(f"tutor-preferences-{seed}-{split}")
+    found = []
+    for _ in range(count):
+        problem = draw(rng, heldout=split == "heldout")
+        chosen, rejected = rng.choices(WORSE, weights=(4, 3, 1, 1, 1, 1))[0](problem, rng)
+        found.append({"prompt": problem.question(rng), "chosen": chosen, "rejected": rejected})
+    return found
+
+
+def _wrong(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """Worked and right, against blurted and wrong."""
+    return problem.worked(), rng.choice(BLURTS).format(n=_near(problem.answer, rng))
+
+
+def _slip(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """The same steps, with a slip in the last one."""
+    wrong = str(_near(problem.answer, rng))
+    *steps, last = problem.steps()
+    slipped = ", ".join([*steps, f"{last.partition('=')[0]}={wrong}"])
+    return problem.worked(), f"{slipped}. So it is {wrong}."
+
+
+def _short(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """Both without steps: only the number tells them apart."""
+    wording = rng.choice(BLURTS)
+    return wording.format(n=problem.answer), wording.format(n=_near(problem.answer, rng))
+
+
+def _empty_words(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """An answer against none."""
+    return problem.worked(), rng.choice(EMPTY_WORDS)
+
+
+def _rambling(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """To the point, against the same over and over again."""
+    steps = ", ".join(problem.steps())
+    return problem.worked(), f"{steps}. {rng.choice(HESITATIONS)} {steps}. {rng.choice(HESITATIONS)} So it is {problem.answer}."
+
+
+def _unstopped(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """An answer that ends, against one that runs on into the next question."""
+    after = draw(rng)
+    return problem.worked(), f"{problem.worked()}\n{after.question(rng)}\n{after.worked()}"
+
+
+WORSE = (_wrong, _slip, _short, _empty_words, _rambling, _unstopped)
+
+
+def _near(number: int, rng: random.Random) -> int:
+    """Another number nearby."""
+    return rng.choice([other for step in (1, 2, 9, 10, 11, 20) for other in (number - step, number + step) if other >= 0])
