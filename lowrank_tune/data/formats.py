@@ -1,4 +1,7 @@
-"""From the row of a data set to a conversation: five known shapes, and a reason for every row that fits none."""
+"""From the row of a data set to a conversation: five known shapes, and a reason for every row that fits none.
+
+The sixth shape, `preference`, is found here and read in `pairs.py`.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
     "alpaca": (("instruction",), ("output", "response")),
     "prompt_completion": (("prompt",), ("completion", "response")),
     "question_answer": (("question", "problem", "query"), ("answer", "solution", "generated_solution", "response")),
+    "preference": (("chosen",), ("rejected",)),
 }
 """The columns that a shape must have, each with the names it goes by; the first name is the one that `columns` maps."""
-OPTIONAL = {"alpaca": ("input", "system", "history"), "sharegpt": ("system",)}
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant", "bing": "assistant",
@@ -45,18 +48,29 @@ class Conversation:
     gold: str | None = None
 
 
-def detect(row: Raw, columns: Mapping[str, str] | None = None) -> str:
-    """The shape of a row, by its columns. Columns that the user renamed count first."""
+def detect(row: Raw, columns: Mapping[str, str] | None = None, pairs: bool = False) -> str:
+    """The shape of a row, by its columns. Columns that the user renamed count first.
+
+    A row that has a target besides its pair (`output`, `messages`) is a pair only where `pairs` are wanted, and then nothing else is.
+    """
     renamed = set(columns or ())
     present = {name for name, value in row.items() if value is not None} | renamed
     fitting = [shape for shape, needed in SHAPES.items() if all(present & set(names) for names in needed)]
+    if pairs:
+        fitting = [shape for shape in fitting if shape == "preference"]
+    elif "preference" in fitting:
+        fitting = [shape for shape in fitting if shape != "sharegpt"]  # beside a pair the conversation is its prompt, not a target
     for shape in fitting:
         if renamed & {name for names in SHAPES[shape] for name in names}:
             return shape
     if fitting:
         return fitting[0]
-    known = "; ".join(f"{shape} ({', '.join(names[0] for names in needed)})" for shape, needed in SHAPES.items())
     names = ", ".join(sorted(map(str, row))).encode("utf-8", "replace").decode()
+    if pairs:
+        raise UserError(f"the columns {names or '(none)'} are no preference pair, which `algorithm: reward` and `algorithm: dpo` learn from; "
+                        "expected `chosen` and `rejected`, and `prompt` unless both hold the whole talk: "
+                        "name yours with `columns:`, as in `columns: {chosen: better, rejected: worse}`")  # fmt: skip
+    known = "; ".join(f"{shape} ({', '.join(names[0] for names in needed)})" for shape, needed in SHAPES.items())
     raise UserError(f"the columns {names or '(none)'} are no known shape; known are {known}: "
                     "name yours with `columns:`, as in `columns: {question: problem, answer: solution}`")  # fmt: skip
 
@@ -66,7 +80,7 @@ def to_conversation(row: Raw, format: str, columns: Mapping[str, str], gold: str
     if not isinstance(row, Mapping):
         raise RowFault("not an object with columns")
     turns = _READERS[format](row, columns)
-    messages = _tidy(turns, answered)
+    messages = tidy(turns, answered)
     answer = messages[-1].content if messages[-1].role == "assistant" else ""
     return Conversation(messages, find_gold(row, columns, gold, answer, whole=format in ("question_answer", "alpaca", "prompt_completion")))
 
@@ -115,16 +129,16 @@ def is_text(text: str) -> bool:
 
 
 def _read_messages(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
-    return _turns(value_of(row, "messages", "messages", columns), "messages")
+    return turns_of(value_of(row, "messages", "messages", columns), "messages")
 
 
 def _read_sharegpt(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
-    turns = _turns(value_of(row, "sharegpt", "conversations", columns), "conversations")
-    return [*_system(row, columns), *turns] if not turns or turns[0][0] != "system" else turns
+    turns = turns_of(value_of(row, "sharegpt", "conversations", columns), "conversations")
+    return [*system_of(row, columns), *turns] if not turns or turns[0][0] != "system" else turns
 
 
 def _read_alpaca(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
-    turns = _system(row, columns)
+    turns = system_of(row, columns)
     history = row.get(columns.get("history", "history")) or ()
     if not isinstance(history, Sequence) or isinstance(history, str):
         raise RowFault("`history` is no list of pairs")
@@ -132,13 +146,17 @@ def _read_alpaca(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise RowFault("`history` is no list of pairs")
         turns += [("user", text_of(pair[0], "question")), ("assistant", text_of(pair[1], "answer"))]
-    question = text_of(value_of(row, "alpaca", "instruction", columns), "question")
+    question = with_input(text_of(value_of(row, "alpaca", "instruction", columns), "question"), row, columns)
+    return [*turns, ("user", question), ("assistant", text_of(value_of(row, "alpaca", "output", columns), "answer"))]
+
+
+def with_input(question: str, row: Raw, columns: Mapping[str, str]) -> str:
+    """An Alpaca row's instruction with its input behind it."""
     more = row.get(columns.get("input", "input"))
     if more is None and "input" not in columns:
         more = row.get("context")
     more = text_of(more, "input") if more is not None else ""
-    question = "\n\n".join(part for part in (question, more) if part.strip())
-    return [*turns, ("user", question), ("assistant", text_of(value_of(row, "alpaca", "output", columns), "answer"))]
+    return "\n\n".join(part for part in (question, more) if part.strip())
 
 
 def _read_pair(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
@@ -146,7 +164,7 @@ def _read_pair(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         value = value_of(row, "prompt_completion", name, columns)
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
-        turns += _turns(value, name) if is_list else [(role, text_of(value, "question" if role == "user" else "answer"))]
+        turns += turns_of(value, name) if is_list else [(role, text_of(value, "question" if role == "user" else "answer"))]
     return turns
 
 
@@ -161,18 +179,21 @@ _READERS: dict[str, Callable[[Raw, Mapping[str, str]], list[Turn]]] = {
 }  # fmt: skip
 
 
-def _system(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
+def system_of(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
+    """The system turn of a row that keeps it in a column; else none."""
     value = row.get(columns.get("system", "system"))
     return [] if value is None else [("system", text_of(value, "system prompt"))]
 
 
-def _turns(value: Any, name: str) -> list[Turn]:
+def turns_of(value: Any, name: str) -> list[Turn]:
+    """Role and text of every turn of a list, in the kit's names of the roles."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise RowFault(f"`{name}` is no list of turns")
-    return [_turn(turn) for turn in value]
+    return [turn_of(turn) for turn in value]
 
 
-def _turn(turn: Any) -> Turn:
+def turn_of(turn: Any) -> Turn:
+    """The same of one turn."""
     if not isinstance(turn, Mapping):
         raise RowFault("a turn is no object")
     role = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
@@ -188,7 +209,12 @@ def _turn(turn: Any) -> Turn:
     return ROLES[role.lower()], text_of(content, "text of a turn")
 
 
-def _tidy(turns: Sequence[Turn], answered: bool) -> tuple[Message, ...]:
+def with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
+    """The turns, behind this system prompt where they bring none."""
+    return (Message("system", system), *messages) if system and messages[0].role != "system" else messages
+
+
+def tidy(turns: Sequence[Turn], answered: bool) -> tuple[Message, ...]:
     """Checks the order of the turns. A person who writes twice in a row is joined; an assistant who does is a fault: which end is right?"""
     merged: list[Turn] = []
     for place, (role, content) in enumerate(turns):

@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 
 from lowrank_tune import settings
 from lowrank_tune.data.chat import Template
-from lowrank_tune.data.formats import Conversation, RowFault
+from lowrank_tune.data.files import Raw
+from lowrank_tune.data.formats import RowFault
+from lowrank_tune.data.gold import find_gold
 from lowrank_tune.data.report import Report
-from lowrank_tune.data.sources import read
+from lowrank_tune.data.sides import pair_of
+from lowrank_tune.data.sources import TUTOR, read
 from lowrank_tune.data.store import TokenStore
 from lowrank_tune.data.tokenise import conversation, shape_of, tokenise
 from lowrank_tune.errors import UserError
@@ -41,39 +44,42 @@ class Prompt:
     row: Mapping[str, Any]
 
 
-def load(data: settings.Data, template: Template, seed: int, emit: Emit, cache: Path | None = None, judge: bool = True) -> Prepared:
+def load(data: settings.Data, template: Template, seed: int, emit: Emit, cache: Path | None = None, judge: bool = True,
+         pairs: bool = False) -> Prepared:  # fmt: skip
     """Reads, tokenises (or finds again) and splits. Raises `UserError`, before any training, where the data cannot be used.
 
+    With `pairs` the rows are preference pairs, which are never parted. All that is counted are then pairs.
     Without `judge` rows that cannot be used are only reported, however many: a preflight shows all of it before it says no.
     """
     _check_weights(data.train)
-    every = tokenise(data.train, data, template, seed, emit, cache, judge)
+    every = tokenise(data.train, data, template, seed, emit, cache, judge, pairs)
     validation = None
     train = every
     if data.validation:
-        validation = tokenise(data.validation, data, template, seed, emit, cache, judge)
+        validation = tokenise(data.validation, data, template, seed, emit, cache, judge, pairs)
     elif data.validation_share:
-        is_aside = aside(every.keys, data.validation_share, seed)
-        train = every.take(np.flatnonzero(~is_aside))
-        validation = every.take(np.flatnonzero(is_aside)) if is_aside.any() else None
+        is_aside = aside(every.unit_keys, data.validation_share, seed)
+        train = every.take_units(np.flatnonzero(~is_aside))
+        validation = every.take_units(np.flatnonzero(is_aside)) if is_aside.any() else None
     weighted = [source for source, given in enumerate(data.train) if given.weight is not None]
     for source in weighted:
         if judge and not (train.source_of == source).any():
             raise UserError(f"{every.reports[source].name}: all of its rows went into the validation part; give it more rows or no weight")
-    shared = int(np.isin(validation.keys, train.keys).sum()) if validation is not None else 0
-    if shared:
-        emit(Note(level="warning", message=f"{shared} validation rows also stand in the training rows; the validation loss will flatter"))
+    shared = int(np.isin(validation.unit_keys, train.unit_keys).sum()) if validation is not None else 0
     report = Report(
         train=tuple(replace(made, weight=given.weight) for made, given in zip(every.reports, data.train, strict=True)),
         validation=tuple(validation.reports) if validation is not None and data.validation else (),
-        train_rows=len(train), validation_rows=0 if validation is None else len(validation),
-        duplicates=len(every) - len(np.unique(every.keys)), shared=shared, mixture=_mixture(data.train, train))  # fmt: skip
+        train_rows=train.units, validation_rows=0 if validation is None else validation.units,
+        duplicates=every.units - len(np.unique(every.unit_keys)), shared=shared, mixture=_mixture(data.train, train))  # fmt: skip
+    if shared:
+        emit(Note(level="warning", message=f"{shared} validation {report.unit}s also stand in the training {report.unit}s; the validation loss "
+                                           "will flatter"))  # fmt: skip
     return Prepared(train, validation, report)
 
 
 def prompts(source: settings.Source, count: int, seed: int, system: str | None = None) -> list[Prompt]:
     """Up to `count` prompts of a source, drawn with the seed. Rows that cannot be used are passed over."""
-    if source.dataset == "tutor":
+    if source.dataset in TUTOR:
         source = source.model_copy(update={"rows": source.rows or count})
     spare = count + count // 4 + 20  # some rows may be unusable
     wanted = min(source.rows or spare, spare)
@@ -82,15 +88,27 @@ def prompts(source: settings.Source, count: int, seed: int, system: str | None =
     found: list[Prompt] = []
     faults: list[str] = []
     for place, raw in rows:
-        talk = raw if isinstance(raw, RowFault) else conversation(raw, source, shape, system, answered=False)
-        if isinstance(raw, RowFault) or not isinstance(talk, Conversation):
-            faults.append(f"{place}: {talk.reason if isinstance(talk, RowFault) else ''}")
-            continue
-        messages = talk.messages[:-1] if talk.messages[-1].role == "assistant" else talk.messages
-        found.append(Prompt(messages, talk.gold, raw))
+        made = raw if isinstance(raw, RowFault) else _prompt(raw, source, shape, system)
+        if isinstance(made, RowFault):
+            faults.append(f"{place}: {made.reason}")
+        else:
+            found.append(made)
     if not found:
         raise UserError(f"{rows.name}: no row can serve as a prompt: {'; '.join(faults[:3])}")
     return found[:count]
+
+
+def _prompt(raw: Raw, source: settings.Source, shape: str, system: str | None) -> Prompt | RowFault:
+    """The prompt of a row; of a pair the gold answer stands in the chosen side."""
+    if shape == "preference":
+        pair = pair_of(raw, source, system)
+        if isinstance(pair, RowFault):
+            return pair
+        return Prompt(pair.prompt, find_gold(raw, source.columns, source.gold, pair.chosen[-1].content, whole=True), raw)
+    talk = conversation(raw, source, shape, system, answered=False)
+    if isinstance(talk, RowFault):
+        return talk
+    return Prompt(talk.messages[:-1] if talk.messages[-1].role == "assistant" else talk.messages, talk.gold, raw)
 
 
 def aside(keys: NDArray[np.uint64], share: float, seed: int) -> NDArray[np.bool_]:

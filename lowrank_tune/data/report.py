@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lowrank_tune.errors import UserError
+from lowrank_tune.types import Row
 
 EXAMPLES = 5
 
@@ -27,7 +28,7 @@ class Dropped:
 
 @dataclass
 class SourceReport:
-    """One source. `tokens` and `trained_tokens` count used rows; `truncated` rows are used, shortened.
+    """One source. `tokens` and `trained_tokens` count used rows, of pairs both sides; `truncated` rows are used, shortened.
 
     `longest` is the longest row in tokens, before any was shortened or dropped; `golds` counts used rows with a gold answer.
     """
@@ -49,6 +50,13 @@ class SourceReport:
     def drop(self, reason: str, place: str) -> None:
         """Counts a row that cannot be used."""
         self.dropped.setdefault(reason, Dropped()).add(place)
+
+    def use(self, rows: Sequence[Row], has_gold: bool) -> None:
+        """Counts a row that is used, with all that was made of it."""
+        self.used += 1
+        self.golds += has_gold
+        self.tokens += sum(len(row.ids) for row in rows)
+        self.trained_tokens += sum(sum(row.says) for row in rows)
 
     @property
     def rejected(self) -> int:
@@ -88,7 +96,10 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All sources. `duplicates`: train rows that repeat an earlier one. `shared`: validation rows that also stand in the training rows."""
+    """All sources; with preferences a row is a pair.
+
+    `duplicates`: train rows that repeat an earlier one. `shared`: validation rows that also stand in the training rows.
+    """
 
     train: tuple[SourceReport, ...]
     validation: tuple[SourceReport, ...] = ()
@@ -102,15 +113,20 @@ class Report:
         """As JSON."""
         return asdict(self)
 
+    @property
+    def unit(self) -> str:
+        """What is learned from at once: a row or a pair."""
+        return "pair" if any(source.format == "preference" for source in self.train) else "row"
+
     def lines(self) -> list[str]:
         """As sentences, one a source and one for the whole."""
         told = []
         for source in (*self.train, *self.validation):
-            line = f"{source.name} ({source.format}): {source.used} of {source.read} rows, "
+            line = f"{source.name} ({source.format}): {source.used} of {source.read} {self.unit}s, "
             line += f"{source.tokens} tokens, {source.trained_tokens} trained"
             line += f", {source.truncated} truncated" if source.truncated else ""
             told.append(line + (f"; dropped {source.reasons()}" if source.dropped else ""))
-        told.append(f"{self.train_rows} rows to train on, {self.validation_rows} to validate; {self.mixture}")
+        told.append(f"{self.train_rows} {self.unit}s to train on, {self.validation_rows} to validate; {self.mixture}")
         return told
 
 

@@ -17,6 +17,7 @@ from lowrank_tune.errors import UserError, did_you_mean
 from lowrank_tune.settings import Source
 from lowrank_tune.tutor import problems
 
+TUTOR = ("tutor", "tutor-preferences")
 TUTOR_ROWS = {"train": 400, "heldout": 200}
 
 
@@ -28,6 +29,9 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
+
+
+Chunk = Sequence[tuple[Place, Raw | RowFault]]
 
 
 class Rows:
@@ -65,8 +69,8 @@ class Rows:
 
 def read(source: Source, seed: int) -> Rows:
     """The rows of a source. Raises `UserError` where there is none of that name."""
-    if source.dataset == "tutor":
-        return Rows("tutor", [_Tutor(source, seed)])
+    if source.dataset in TUTOR:
+        return Rows(source.dataset, [_Tutor(source, seed)])
     path = Path(source.dataset).expanduser()
     try:
         is_there = path.exists()
@@ -111,15 +115,17 @@ def _files(path: Path) -> list[Path]:
 
 
 class _Tutor:
-    """The built-in problems."""
+    """The built-in problems, or pairs of answers to them."""
 
     def __init__(self, source: Source, seed: int) -> None:
         if source.split not in TUTOR_ROWS:
-            raise UserError(f"tutor: there is no split `{source.split}`; it has train and heldout")
+            raise UserError(f"{source.dataset}: there is no split `{source.split}`; it has train and heldout")
         if source.name is not None:
-            raise UserError("tutor: it has no configurations; leave `name` out")
-        self.name = "tutor"
-        self._rows = list(problems.rows(source.rows or TUTOR_ROWS[source.split], seed, heldout=source.split == "heldout"))
+            raise UserError(f"{source.dataset}: it has no configurations; leave `name` out")
+        self.name, count = source.dataset, source.rows or TUTOR_ROWS[source.split]
+        self._rows: list[dict[str, str]] = (
+            problems.preferences(count, seed, source.split) if self.name == "tutor-preferences"
+            else list(problems.rows(count, seed, heldout=source.split == "heldout")))  # fmt: skip
 
     def lines(self) -> Iterator[int]:
         return iter(range(1, len(self._rows) + 1))

@@ -6,13 +6,14 @@ Nothing is synced to the disk: a cache can be made again, and the checksums find
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Self, cast
@@ -20,14 +21,37 @@ from typing import IO, Any, BinaryIO, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.data.formats import Conversation
 from lowrank_tune.data.report import SourceReport
 from lowrank_tune.errors import Fault, RunFailed
-from lowrank_tune.types import Row
+from lowrank_tune.types import Message, Row
 
 ARRAYS: dict[str, str] = {"ids": "<i4", "says": "|b1", "starts": "<i8", "sources": "<i4", "files": "<i4", "lines": "<i8", "keys": "<u8",
-                          "golds": "|u1", "gold_starts": "<i8", "has_gold": "|b1"}  # fmt: skip
+                          "talks": "<u8", "margins": "<f4", "golds": "|u1", "gold_starts": "<i8", "has_gold": "|b1"}  # fmt: skip
+SLICE = 8192  # rows hashed at a time: a store may be larger than memory
 MOST_CHECKED = 1 << 30  # bytes; reading more than this at every start would cost longer than a broken cache is likely
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a row of a source becomes: one row, or two, the chosen and the rejected one. `talks`: a number for the conversation of each."""
+
+    rows: tuple[Row, ...]
+    talks: tuple[int, ...]
+    gold: str | None = None
+    margin: float = 0.0
+
+    @property
+    def key(self) -> int:
+        """Equal for equal entries."""
+        if len(self.talks) == 1:
+            return self.talks[0]
+        return int.from_bytes(hashlib.blake2b(np.array(self.talks, dtype="<u8").tobytes(), digest_size=8).digest(), "little")
+
+
+def talk_key(messages: Sequence[Message]) -> int:
+    """Equal for equal conversations."""
+    text = "\x1e".join(f"{message.role}\x1f{message.content}" for message in messages)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 class ArrayFile:
@@ -60,8 +84,8 @@ class ArrayFile:
 class StoreWriter:
     """Writes a store in a temporary folder beside its place, and renames it at the end. Leaves nothing behind otherwise."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, together: int = 1) -> None:
+        self.folder, self.together = folder, together
         self._tokens = self._gold_bytes = 0
 
     def __enter__(self) -> Self:
@@ -90,17 +114,23 @@ class StoreWriter:
         if isinstance(error, OSError):
             raise _unwritable(self.folder.parent, error) from error
 
-    def add(self, rows: list[tuple[Row, Conversation, int]], source: int, file_lines: list[tuple[int, int]]) -> None:
-        """Appends rows: (row, its conversation, its key), with the file and the line of each."""
+    def add(self, entries: Sequence[Entry], source: int, file_lines: Sequence[tuple[int, int]]) -> None:
+        """Appends entries, with the file and the line of each."""
         array = self._arrays
-        lengths = np.array([len(row.ids) for row, _, _ in rows], dtype=np.int64)
-        golds = [(talk.gold or "").encode() for _, talk, _ in rows]
+        rows = [row for entry in entries for row in entry.rows]
+        of_row = [number for number, entry in enumerate(entries) for _ in entry.rows]
+        assert len(rows) == self.together * len(entries)
+        lengths = np.array([len(row.ids) for row in rows], dtype=np.int64)
+        golds = [(entries[number].gold or "").encode() for number in of_row]
         values: dict[str, Any] = {
-            "ids": np.fromiter(chain.from_iterable(row.ids for row, _, _ in rows), np.int32, int(lengths.sum())),
-            "says": np.fromiter(chain.from_iterable(row.says for row, _, _ in rows), np.bool_, int(lengths.sum())),
-            "starts": self._tokens + np.cumsum(lengths), "sources": [source] * len(rows), "files": [file for file, _ in file_lines],
-            "lines": [line for _, line in file_lines], "keys": np.array([key for _, _, key in rows], dtype=np.uint64),
-            "golds": np.frombuffer(b"".join(golds), dtype=np.uint8), "has_gold": [talk.gold is not None for _, talk, _ in rows],
+            "ids": np.fromiter(chain.from_iterable(row.ids for row in rows), np.int32, int(lengths.sum())),
+            "says": np.fromiter(chain.from_iterable(row.says for row in rows), np.bool_, int(lengths.sum())),
+            "starts": self._tokens + np.cumsum(lengths), "sources": [source] * len(rows),
+            "files": [file_lines[number][0] for number in of_row], "lines": [file_lines[number][1] for number in of_row],
+            "keys": np.array([entries[number].key for number in of_row], dtype=np.uint64),
+            "talks": np.array([talk for entry in entries for talk in entry.talks], dtype=np.uint64),
+            "margins": [entries[number].margin for number in of_row],
+            "golds": np.frombuffer(b"".join(golds), dtype=np.uint8), "has_gold": [entries[number].gold is not None for number in of_row],
             "gold_starts": self._gold_bytes + np.cumsum([len(gold) for gold in golds], dtype=np.int64),
         }  # fmt: skip
         for name, value in values.items():
@@ -118,7 +148,7 @@ class StoreWriter:
             file.close()
         self._dropped.close()
         sums = {path.name: _checksum(path) for path in sorted(self._temporary.iterdir())}
-        state = {"files": files, "reports": [asdict(report) for report in reports], "sums": sums}
+        state = {"together": self.together, "files": files, "reports": [asdict(report) for report in reports], "sums": sums}
         (self._temporary / "store.json").write_text(json.dumps(state), encoding="utf-8")
         if self.folder.exists() and TokenStore.open(self.folder) is None:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -133,17 +163,29 @@ class StoreWriter:
 
 
 class TokenStore:
-    """Tokenised rows. `[i]` is a `Row` of numpy views; `take` gives a store of some of the rows."""
+    """Tokenised rows. `[i]` is a `Row` of numpy views; `take` gives a store of some of the rows.
+
+    A unit is what is learned from at once: a row; or, with `together` 2, the two adjacent rows of a pair, the chosen one first.
+    """
 
     def __init__(self, arrays: dict[str, NDArray[Any]], files: list[str], reports: list[SourceReport], folder: Path,
-                 picked: NDArray[np.int64]) -> None:  # fmt: skip
-        self._arrays, self.files, self.reports, self.folder, self.picked = arrays, files, reports, folder, picked
+                 picked: NDArray[np.int64], together: int = 1) -> None:  # fmt: skip
+        self._arrays, self.files, self.reports, self.folder, self.picked, self.together = arrays, files, reports, folder, picked, together
         starts = arrays["starts"]
         self.lengths: NDArray[np.int64] = np.asarray(starts[picked + 1] - starts[picked])
         self.source_of: NDArray[np.int32] = np.asarray(arrays["sources"][picked])
         self.line_of: NDArray[np.int64] = np.asarray(arrays["lines"][picked])
         self.keys: NDArray[np.uint64] = np.asarray(arrays["keys"][picked])
-        """Equal for equal conversations."""
+        """Equal for equal conversations; of pairs for equal pairs, on both rows."""
+        self.talks: NDArray[np.uint64] = np.asarray(arrays["talks"][picked])
+        """Of each row alone: equal for equal conversations."""
+        self.margins: NDArray[np.float32] = np.asarray(arrays["margins"][picked])
+        """By how much the chosen one should be ahead, on both rows of a pair; 0 where nothing says so."""
+        self.units = len(picked) // together
+        self.unit_lengths: NDArray[np.int64] = self.lengths.reshape(-1, together).sum(axis=1)
+        """Tokens of all rows of each unit."""
+        self.unit_source_of: NDArray[np.int32] = self.source_of[::together]
+        self.unit_keys: NDArray[np.uint64] = self.keys[::together]
 
     @classmethod
     def open(cls, folder: Path) -> TokenStore | None:
@@ -156,7 +198,7 @@ class TokenStore:
             arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if _is_filled(folder / f"{name}.npy") else None, allow_pickle=False)
                       for name in ARRAYS}  # fmt: skip
             reports = [SourceReport.from_dict(report) for report in state["reports"]]
-            return cls(arrays, state["files"], reports, folder, np.arange(len(arrays["starts"]) - 1))
+            return cls(arrays, state["files"], reports, folder, np.arange(len(arrays["starts"]) - 1), state["together"])
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return None
 
@@ -170,8 +212,27 @@ class TokenStore:
         return Row(cast(Sequence[int], self._arrays["ids"][start:end]), cast(Sequence[bool], self._arrays["says"][start:end]))
 
     def take(self, rows: NDArray[np.int64]) -> TokenStore:
-        """A store of these rows, on the same arrays."""
-        return TokenStore(self._arrays, self.files, self.reports, self.folder, self.picked[rows])
+        """A store of these rows, on the same arrays; of pairs both rows, one after the other."""
+        firsts = rows[:: self.together]
+        assert all(np.array_equal(rows[place :: self.together], firsts + place) for place in range(self.together)), "half of a pair"
+        assert not (firsts % self.together).any(), "rows of two pairs"
+        return TokenStore(self._arrays, self.files, self.reports, self.folder, self.picked[rows], self.together)
+
+    def take_units(self, units: NDArray[np.int64]) -> TokenStore:
+        """The same by numbers of units."""
+        return self.take(self.rows_of(units))
+
+    def rows_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows of these units, one unit after the other."""
+        return np.asarray((units[:, None] * self.together + np.arange(self.together)).reshape(-1))
+
+    def content_hash(self) -> str:
+        """Changes with any id, mask or length of these rows, and with their numbers in the whole store."""
+        found = hashlib.blake2b(digest_size=16)
+        for start in range(0, len(self), SLICE):
+            for array in (*self.joined(start, start + SLICE), self.picked[start : start + SLICE]):
+                found.update(np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()
 
     def joined(self, start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.int64]]:
         """Ids and mask of the rows from `start` to before `end`, one after the other, and the length of each."""

@@ -12,27 +12,31 @@ from pathlib import Path
 from lowrank_tune import settings
 from lowrank_tune.data.chat import Template
 from lowrank_tune.data.files import Raw
-from lowrank_tune.data.formats import Conversation, RowFault, detect, to_conversation
+from lowrank_tune.data.formats import Conversation, RowFault, detect, to_conversation, with_system
 from lowrank_tune.data.report import SourceReport
-from lowrank_tune.data.sources import Place, Rows, read
-from lowrank_tune.data.store import StoreWriter, TokenStore
+from lowrank_tune.data.sides import encode_pairs
+from lowrank_tune.data.sources import Chunk, Rows, read
+from lowrank_tune.data.store import Entry, StoreWriter, TokenStore, talk_key
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, Note, Progress
-from lowrank_tune.types import Message, Row
+from lowrank_tune.types import Row
 
-VERSION = 2  # of the rules that turn a row into ids, and of what is told of it: raise it when they change
+VERSION = 3  # of the rules that turn a row into ids, and of what is told of it: raise it when they change
 CHUNK = 2048
 
 
 def tokenise(sources: Sequence[settings.Source], data: settings.Data, template: Template, seed: int, emit: Emit,
-             cache: Path | None = None, judge: bool = True) -> TokenStore:  # fmt: skip
-    """The tokenised rows of these sources. Raises `UserError` where too many rows of one cannot be used, unless others `judge` that."""
+             cache: Path | None = None, judge: bool = True, pairs: bool = False) -> TokenStore:  # fmt: skip
+    """The tokenised rows of these sources, or with `pairs` their preference pairs.
+
+    Raises `UserError` where too many rows of one cannot be used, unless others `judge` that.
+    """
     opened = [read(source, seed) for source in sources]
-    shapes = [shape_of(source, rows) for source, rows in zip(sources, opened, strict=True)]
-    folder = (cache or cache_folder()) / _key(sources, shapes, opened, data, template)
+    shapes = [shape_of(source, rows, pairs) for source, rows in zip(sources, opened, strict=True)]
+    folder = (cache or cache_folder()) / _key(sources, shapes, opened, data, template, pairs)
     store = TokenStore.open(folder)
     if store is None:
-        with StoreWriter(folder) as writer:
+        with StoreWriter(folder, 2 if pairs else 1) as writer:
             files: dict[str, int] = {}
             reports = [_tokenise_one(number, source, shapes[number], opened[number], data, template, writer, files, emit)
                        for number, source in enumerate(sources)]  # fmt: skip
@@ -53,22 +57,35 @@ def cache_folder() -> Path:
         raise UserError("there is no home folder for the cache; name a folder in LOWRANK_TUNE_CACHE") from error
 
 
-def shape_of(source: settings.Source, rows: Rows) -> str:
-    """The shape that the recipe names, or that of the first row that is well formed."""
-    if source.format != "auto":
-        return source.format
+def shape_of(source: settings.Source, rows: Rows, pairs: bool | None = None) -> str:
+    """The shape that the recipe names, or that of the first row that has a known one; with `pairs` told, it must be that or not."""
+    shape = source.format if source.format != "auto" else _detected(source, rows, bool(pairs))
+    if pairs is False and shape == "preference":
+        raise UserError(f"{rows.name}: these rows are preference pairs; `algorithm: reward` and `algorithm: dpo` learn from them")
+    if pairs and shape != "preference":
+        raise UserError(f"{rows.name}: `format: {shape}` holds no preference pairs, which `algorithm: reward` and `algorithm: dpo` learn from; "
+                        "leave `format` out, or write `format: preference`")  # fmt: skip
+    return shape
+
+
+def _detected(source: settings.Source, rows: Rows, pairs: bool) -> str:
+    faults: list[UserError] = []
     for _, row in islice(rows, 1000):
         if not isinstance(row, RowFault):
             try:
-                return detect(row, source.columns)
-            except UserError as error:
-                raise UserError(f"{rows.name}: {error}") from error
+                return detect(row, source.columns, pairs)
+            except UserError as error:  # one row may lack a column; many are of no known shape
+                faults.append(error)
+    if faults:
+        raise UserError(f"{rows.name}: {faults[0]}") from faults[0]
     raise UserError(f"{rows.name}: none of its first rows is a JSON object; expected one object a line, or an array of objects")
 
 
-def _key(sources: Sequence[settings.Source], shapes: Sequence[str], opened: Sequence[Rows], data: settings.Data, template: Template) -> str:
+def _key(sources: Sequence[settings.Source], shapes: Sequence[str], opened: Sequence[Rows], data: settings.Data, template: Template,
+         pairs: bool) -> str:  # fmt: skip
     parts = [[rows.content_key(), shape, source.columns, source.gold] for source, shape, rows in zip(sources, shapes, opened, strict=True)]
-    described = json.dumps([VERSION, template.fingerprint, data.max_length, data.too_long, data.system, parts], sort_keys=True)
+    together = 2 if pairs else 1
+    described = json.dumps([VERSION, template.fingerprint, data.max_length, data.too_long, data.system, together, parts], sort_keys=True)
     return hashlib.blake2b(described.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
@@ -81,22 +98,18 @@ def _tokenise_one(number: int, source: settings.Source, shape: str, rows: Rows, 
     walk = iter(rows)
     while chunk := list(islice(walk, CHUNK)):
         report.read += len(chunk)
-        kept: list[tuple[Row, Conversation, int]] = []
+        kept: list[Entry] = []
         places: list[tuple[int, int]] = []
-        for place, talk, row in _encode(chunk, source, shape, data, template, report):
-            if isinstance(row, RowFault) or talk is None:
-                reason = row.reason if isinstance(row, RowFault) else "not an object with columns"
-                report.drop(reason, str(place))
-                writer.drop(place, reason)
+        entries = (encode_pairs if shape == "preference" else _encode)(chunk, source, shape, data, template, report)
+        for (place, _), entry in zip(chunk, entries, strict=True):
+            if isinstance(entry, RowFault):
+                report.drop(entry.reason, str(place))
+                writer.drop(place, entry.reason)
                 continue
-            key = _talk_key(talk)
-            report.duplicates += key in seen
-            seen.add(key)
-            report.used += 1
-            report.golds += talk.gold is not None
-            report.tokens += len(row.ids)
-            report.trained_tokens += sum(row.says)
-            kept.append((row, talk, key))
+            report.duplicates += entry.key in seen
+            seen.add(entry.key)
+            report.use(entry.rows, entry.gold is not None)
+            kept.append(entry)
             places.append((files.setdefault(place.file, len(files)), place.line))
         if kept:
             writer.add(kept, number, places)
@@ -105,16 +118,14 @@ def _tokenise_one(number: int, source: settings.Source, shape: str, rows: Rows, 
     return report
 
 
-def _encode(chunk: Sequence[tuple[Place, Raw | RowFault]], source: settings.Source, shape: str, data: settings.Data, template: Template,
-            report: SourceReport) -> Iterator[tuple[Place, Conversation | None, Row | RowFault]]:  # fmt: skip
+def _encode(chunk: Chunk, source: settings.Source, shape: str, data: settings.Data, template: Template,
+            report: SourceReport) -> Iterator[Entry | RowFault]:  # fmt: skip
     """Every row of a chunk, in order: encoded, or why not."""
-    talks: list[Conversation | RowFault] = []
-    for _, raw in chunk:
-        talks.append(raw if isinstance(raw, RowFault) else conversation(raw, source, shape, data.system))
+    talks = [raw if isinstance(raw, RowFault) else conversation(raw, source, shape, data.system) for _, raw in chunk]
     encoded = iter(template.encode_many([talk.messages for talk in talks if isinstance(talk, Conversation)]))
     for (place, _), talk in zip(chunk, talks, strict=True):
         if isinstance(talk, RowFault):
-            yield place, None, talk
+            yield talk
             continue
         row = next(encoded)
         report.longest = max(report.longest, len(row.ids) if isinstance(row, Row) else 0)
@@ -124,7 +135,7 @@ def _encode(chunk: Sequence[tuple[Place, Raw | RowFault]], source: settings.Sour
                 report.truncate(str(place))
         if isinstance(row, Row) and not any(row.says):
             row = RowFault("nothing in it is trained")
-        yield place, talk, row
+        yield row if isinstance(row, RowFault) else Entry((row,), (talk_key(talk.messages),), talk.gold)
 
 
 def conversation(raw: Raw, source: settings.Source, shape: str, system: str | None, answered: bool = True) -> Conversation | RowFault:
@@ -133,9 +144,7 @@ def conversation(raw: Raw, source: settings.Source, shape: str, system: str | No
         talk = to_conversation(raw, shape, source.columns, source.gold, answered=answered)
     except RowFault as fault:
         return fault
-    if system and talk.messages[0].role != "system":
-        return Conversation((Message("system", system), *talk.messages), talk.gold)
-    return talk
+    return Conversation(with_system(talk.messages, system), talk.gold)
 
 
 def _shorten(talk: Conversation, data: settings.Data, template: Template) -> Row | RowFault:
@@ -148,9 +157,3 @@ def _shorten(talk: Conversation, data: settings.Data, template: Template) -> Row
                 return row
         return RowFault(f"longer than data.max_length ({data.max_length} tokens), its first answer included")
     return RowFault(f"longer than data.max_length ({data.max_length} tokens)")
-
-
-def _talk_key(talk: Conversation) -> int:
-    """Equal for equal conversations."""
-    text = "\x1e".join(f"{message.role}\x1f{message.content}" for message in talk.messages)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

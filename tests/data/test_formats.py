@@ -40,8 +40,8 @@ def test_columns() -> None:
     assert to_conversation(row, "question_answer", columns).messages[1].content == "because"
     assert to_conversation(row, "question_answer", {"question": "problem", "answer": "Answer"}).messages[1].content == "51"
     assert to_conversation(row, "question_answer", {**columns, "gold": "Answer"}).gold == "51"
-    with pytest.raises(UserError, match="rejected.*known shape.*columns:"):
-        detect({"chosen": 1, "rejected": 2})
+    with pytest.raises(UserError, match="winner.*known shape.*preference.*columns:"):
+        detect({"winner": 1, "loser": 2})
 
 
 def turns(*roles: str) -> dict[str, Any]:
