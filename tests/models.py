@@ -88,16 +88,16 @@ def whole(kind: str, **changes: Any) -> Base:
 
 def roles_over(base: Base, lower: Sequence[str] = (), dropout: float = 0.0, checkpointing: bool = False, seed: int = 0,
                trainable: Sequence[str] = ("policy",), stacks: Mapping[str, list[str]] | None = None, extra: Sequence[str] = (),
-               **lora: Any) -> Roles:  # fmt: skip
-    """Roles with `policy` on top of `lower`; `extra` are further adapters."""
+               heads: Sequence[str] = (), only: str = "policy", **lora: Any) -> Roles:  # fmt: skip
+    """Roles with `policy`, or `only`, on top of `lower`; `extra` are further adapters, `heads` the roles with a scalar head."""
     wanted = settings.Adapter(**{"r": 4, "alpha": 16.0, "dropout": dropout} | lora)
-    names = (*lower, "policy", *extra)
+    names = (*lower, only, *extra)
     if base.model.config.model_type == "gpt2":  # its layers are Conv1D, which settings do not name
         configs = {name: LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM") for name in names}
     else:
         configs = {name: lora_config(wanted, base.model) for name in names}
-    stacks = stacks or {"policy": [*lower, "policy"], "reference": list(lower)}
-    return Roles(base, configs, trainable=trainable, stacks=stacks, checkpointing=checkpointing, seed=seed)
+    stacks = stacks or {only: [*lower, only], "reference": list(lower)}
+    return Roles(base, configs, trainable=trainable, stacks=stacks, checkpointing=checkpointing, seed=seed, heads=heads)
 
 
 def llama_roles(bits: int = 4, **more: Any) -> Roles:
@@ -105,13 +105,15 @@ def llama_roles(bits: int = 4, **more: Any) -> Roles:
 
 
 def shake(roles: Roles, *names: str, seed: int = 1, size: float = 0.1) -> None:
-    """Gives adapters weights that matter: a fresh B is zero."""
+    """Gives adapters, and their heads, weights that matter: a fresh B and a fresh head are zero."""
     stream = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name in names:
             for key, parameter in roles.base.model.named_parameters():
                 if f".lt_{name}." in key:
                     parameter.copy_(size * torch.randn(parameter.shape, generator=stream))
+            if name in roles.heads:
+                roles.heads[name].weight.copy_(torch.randn(roles.heads[name].weight.shape, generator=stream))
 
 
 def make_batch(rows: Sequence[Sequence[int]], says: Sequence[Sequence[bool]] | None = None, pad: int = 0, left: bool = False,
@@ -151,8 +153,14 @@ def gradients(roles: Roles, role: str = "policy") -> Tensor:
     return torch.cat([(torch.full_like(p, torch.nan) if p.grad is None else p.grad).flatten() for p in roles.parameters(role)])
 
 
+def reward_roles(base: Base, lower: Sequence[str] = (), **more: Any) -> Roles:
+    """Roles with a `reward` adapter and its head on top of `lower`."""
+    stacks = {"reward": [*lower, "reward"], "reference": list(lower)}
+    return roles_over(base, lower=lower, only="reward", trainable=["reward"], stacks=stacks, heads=["reward"], **more)
+
+
 def clear(roles: Roles) -> None:
-    for parameter in roles.base.model.parameters():
+    for parameter in (*roles.base.model.parameters(), *(head.weight for head in roles.heads.values())):
         parameter.grad = None
 
 

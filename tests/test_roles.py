@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
 import json
+import textwrap
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +16,7 @@ import pytest
 import torch
 from models import (
     CPU,
+    TOKENIZER,
     LoraConfig,
     all_tensors,
     changed,
@@ -40,7 +45,7 @@ from lowrank_tune import settings
 from lowrank_tune.errors import UserError
 from lowrank_tune.model import roles as roles_module
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS, lora_config, read_adapter
-from lowrank_tune.model.base import base_hashes
+from lowrank_tune.model.base import Base, base_hashes, load_base
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch
 
@@ -707,3 +712,78 @@ def test_all_linear_takes_every_linear_but_the_head() -> None:
     names = [n for n, m in roles.base.model.named_modules() if isinstance(m, LoraLayer)]
     assert len(names) == 14 and not any("lm_head" in n for n in names)
     assert isinstance(roles.base.model.get_output_embeddings(), nn.Linear) and roles.base.device == CPU
+
+
+# --- release: one base for stage after stage --------------------------------------------------------------------------------------------
+
+
+def trained_bytes(roles: Roles) -> dict[str, Tensor]:
+    """What two optimizer steps make of a policy, and its log-probs."""
+    shake(roles, "policy")
+    train(roles)
+    with roles.quiet():
+        return roles.adapter_tensors("policy") | {"logps": roles.logps("policy", ragged()).logps}
+
+
+def of_kind(kind: str) -> Base:
+    if kind == "tiny-tutor":
+        return load_base(settings.Base(), TOKENIZER, CPU)  # type: ignore[arg-type]
+    return load(int(kind))
+
+
+def released_wrong(kind: str, first: bool, then: bool) -> set[str]:
+    """What differs between Roles over a base that carried others before (checkpointed if `first`) and over a fresh one. Empty is right."""
+    base, batch = of_kind(kind), ragged(vocab=60)
+    before, hashes = all_tensors(base.model), base_hashes(base.model)
+    outputs = [logits(base.model, batch, mode) for mode in (True, False)]
+    modules, names = [(name, type(module)) for name, module in base.model.named_modules()], attributes(base.model)
+    stacks = {"policy": ["sft", "policy"], "reward": ["reward"], "reference": ["sft"]}
+    roles = roles_over(base, lower=["sft"], dropout=0.1, checkpointing=first, extra=["reward"], heads=["reward"],
+                       trainable=["policy", "reward"], stacks=stacks)  # fmt: skip
+    shake(roles, "sft", "reward")
+    trained_bytes(roles)
+    roles.last_scores("reward", batch).sum().backward()  # type: ignore[no-untyped-call]
+    watched = [weakref.ref(thing) for thing in (*roles.parameters("policy"), *roles.parameters("reward"), *roles._layers())]
+    base.model.eval()
+    roles.release()
+    gc.collect()
+    wrong = {"alive" for thing in watched if thing() is not None}
+    wrong |= {f"bytes of {name}" for name in changed(before, all_tensors(base.model))}
+    wrong |= {"hashes"} if base_hashes(base.model) != hashes else set()
+    wrong |= {"modules"} if [(name, type(module)) for name, module in base.model.named_modules()] != modules else set()
+    wrong |= {f"attribute {name}" for name in attributes(base.model) ^ names}
+    wrong |= {f"requires_grad of {name}" for name, p in base.model.named_parameters() if p.requires_grad or p.grad is not None}
+    wrong |= {"mode" for module in base.model.modules() if not module.training or getattr(module, "gradient_checkpointing", False)}
+    wrong |= {"logits" for mode, out in zip((True, False), outputs, strict=True) if not torch.equal(logits(base.model, batch, mode), out)}
+    if wrong:
+        return wrong
+    again, fresh = (trained_bytes(roles_over(one, dropout=0.1, checkpointing=then, seed=5)) for one in (base, of_kind(kind)))
+    return {f"next {name}" for name in changed(again, fresh)}
+
+
+def attributes(model: nn.Module) -> set[str]:
+    """Names of what stands on the modules, but for the places where transformers keeps what checkpointing needs."""
+    return {f"{name}.{key}" for name, module in model.named_modules() for key in vars(module) if "grad" not in key}
+
+
+@pytest.mark.parametrize(("first", "then"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("kind", ["4", "16", "tiny-tutor"])
+def test_a_released_base_is_as_it_was_loaded(kind: str, first: bool, then: bool) -> None:
+    assert released_wrong(kind, first, then) == set()
+
+
+def release_without(line: str) -> Callable[[Roles], None]:
+    """`release` without one of its lines."""
+    source, names = textwrap.dedent(inspect.getsource(Roles.release)), dict(vars(roles_module))
+    assert source.count(line) == 1
+    exec(source.replace(line, "pass"), names)
+    return names["release"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("line", "sign"), [
+    ("setattr(model.get_submodule(parent), child, module.base_layer)", "modules"), ("del model.peft_config", "attribute .peft_config"),
+    ("disable()", "mode"), ("self.heads.clear()", "alive"), ("model.train()", "mode"),
+])  # fmt: skip
+def test_a_release_that_forgets_something_is_seen(monkeypatch: pytest.MonkeyPatch, line: str, sign: str) -> None:
+    monkeypatch.setattr(Roles, "release", release_without(line))
+    assert any(wrong.startswith(sign) for wrong in released_wrong("16", True, False))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowrank_tune.errors import UserError
+from lowrank_tune.model.heads import KEY
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune import settings
@@ -20,8 +21,10 @@ if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (b
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-FOREIGN = ("modules_to_save", "use_dora", "use_qalora", "alora_invocation_tokens", "trainable_token_indices", "layer_replication",
-           "target_parameters", "arrow_config")  # fmt: skip
+FOREIGN = ("use_dora", "use_qalora", "alora_invocation_tokens", "trainable_token_indices", "layer_replication", "target_parameters",
+           "arrow_config")  # fmt: skip
+# PEFT's own class for classifiers always adds both names, and saves what the model has: a causal base's classifier has a `score`.
+HEADS = {"score", "classifier"}
 # PiSSA, OLoRA, CorDA and LoftQ change the base's own weights when they begin, and so does a trained bias.
 HARMLESS = {"init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"), "bias": (True, None, "none")}
 
@@ -47,16 +50,27 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter as it lay in `folder`: configuration, weights, and the name of the base that it says it was made for."""
+    """An adapter as it lay in `folder`: configuration, weights, and the name of the base that it says it was made for.
+
+    `config` is that of the LoRA alone; a scalar head shows in `tensors`.
+    """
 
     folder: Path
     config: LoraConfig
     tensors: dict[str, Tensor]
     base_name: str | None
 
+    @property
+    def head(self) -> Tensor | None:
+        """(1, d), the scalar head's weight."""
+        return self.tensors.get(KEY)
 
-def read_adapter(path: str, key: str) -> SavedAdapter:
-    """Reads the adapter in a folder, or in a run's `final/`. `key` is the setting that named it. Raises UserError in one sentence."""
+
+def read_adapter(path: str, key: str, head: bool = False) -> SavedAdapter:
+    """Reads the adapter in a folder, or in a run's `final/`: one with a scalar head (a reward model's) or, by default, without.
+
+    `key` is the setting that named it. Raises UserError in one sentence.
+    """
     given = Path(path).expanduser()
     if not given.is_dir():
         raise UserError(f"{key}: there is no folder {path}")
@@ -72,7 +86,23 @@ def read_adapter(path: str, key: str) -> SavedAdapter:
         tensors = load_file(folder / WEIGHTS)
     except (ValueError, OSError, SafetensorError) as error:
         raise UserError(f"{key}: the adapter in {folder} is broken: {error}") from error
-    return SavedAdapter(folder, _config(raw, key, folder), tensors, raw.get("base_model_name_or_path"))
+    saved = SavedAdapter(folder, _config(raw, key, folder), tensors, raw.get("base_model_name_or_path"))
+    _check_head(saved, raw.get("modules_to_save") or [], key, head)
+    return saved
+
+
+def _check_head(saved: SavedAdapter, modules: Any, key: str, wanted: bool) -> None:
+    if not isinstance(modules, list) or not set(map(str, modules)) <= HEADS or (modules and "score" not in modules):
+        raise UserError(f"{key}: {saved.folder} uses modules_to_save {modules}, which this kit does not load")
+    shape = None if saved.head is None else tuple(saved.head.shape)
+    if bool(modules) != (shape is not None) or (shape is not None and (len(shape) != 2 or shape[0] != 1)):
+        found = f"one of shape {shape}" if shape else "none"
+        said = "a scalar head" if modules else "no head"
+        raise UserError(f"{key}: the adapter in {saved.folder} is broken: it should have {said} and has {found}")
+    if wanted and shape is None:
+        raise UserError(f"{key}: {saved.folder} is a policy adapter (it has no scalar head), not a reward adapter")
+    if shape is not None and not wanted:
+        raise UserError(f"{key}: {saved.folder} is a reward adapter (it has a scalar head), not a policy")
 
 
 def _config(raw: Any, key: str, folder: Path) -> LoraConfig:
@@ -89,8 +119,9 @@ def _config(raw: Any, key: str, folder: Path) -> LoraConfig:
     for name, good in SHAPES.items():
         if name in raw and not good(raw[name]):
             raise UserError(f"{key}: the adapter in {folder} is broken: {name} is {raw[name]!r}")
-    known = {f.name for f in fields(LoraConfig)} - {"runtime_config", "inference_mode"}
-    return LoraConfig(**{name: value for name, value in raw.items() if name in known} | {"init_lora_weights": True})
+    known = {f.name for f in fields(LoraConfig)} - {"runtime_config", "inference_mode", "modules_to_save"}
+    kept = {name: value for name, value in raw.items() if name in known}
+    return LoraConfig(**kept | {"init_lora_weights": True, "task_type": "CAUSAL_LM"})
 
 
 def lora_config(wanted: settings.Adapter, model: Any) -> LoraConfig:

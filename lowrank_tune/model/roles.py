@@ -1,4 +1,4 @@
-"""Roles: stacks of LoRA adapters over one frozen base. PEFT lives here and nowhere else.
+"""Roles: stacks of LoRA adapters over one frozen base, some with a scalar head. PEFT lives here and nowhere else.
 
 Every tuner layer shares one list of active adapters, and entering a role rewrites that list in place: half a microsecond, and
 `requires_grad` is never touched (PEFT's own switches touch it, and lose gradients in silence). An empty stack is the base, bit for bit.
@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lowrank_tune.errors import UserError
+from lowrank_tune.model import heads as scalar
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.logps import check_head, chunked_kl, chunked_logps, head_of
 from lowrank_tune.types import Batch, LogProbs
@@ -41,12 +42,13 @@ class _Voice(AbstractContextManager[None]):
 class Roles:
     """Adapters over a base, and the stacks of them that speak.
 
-    `adapters` in the order they lie: every one with loaded weights (`weights`) starts from them, the others fresh (and a fresh adapter
-    changes nothing: its B is zero). Only those in `trainable` ever get a gradient.
+    `adapters` in the order they lie, all fresh (and a fresh adapter changes nothing: its B is zero) until `load_adapter_tensors`. Only
+    those in `trainable` ever get a gradient. `heads` are roles with a scalar head: it belongs to the adapter of the role's own name, the
+    top of its stack, and trains and is saved with it.
     """
 
     def __init__(self, base: Base, adapters: Mapping[str, LoraConfig], trainable: Iterable[str], stacks: Mapping[str, list[str]],
-                 checkpointing: bool = False, seed: int = 0) -> None:  # fmt: skip
+                 checkpointing: bool = False, seed: int = 0, heads: Iterable[str] = ()) -> None:  # fmt: skip
         self.base, self.stacks = base, {role: [PREFIX + name for name in stack] for role, stack in stacks.items()}
         self.trainable = frozenset(trainable)
         self._active: list[str] = []
@@ -61,11 +63,14 @@ class Roles:
             except (ValueError, TypeError) as error:  # of a loaded one: fresh configurations were made for this base
                 raise UserError(f"adapters.{name}: this adapter does not fit {base.name}: {str(error).splitlines()[0]}") from error
         assert self._peft is not None, "roles without an adapter"
+        self.head = head_of(base.model)
+        self.heads = {role: scalar.ScalarHead(self.head.weight.shape[1], base.device) for role in heads}
+        assert all(self.stacks[role][-1:] == [PREFIX + role] for role in self.heads), "a head belongs to the top adapter of its own role"
         self._pin()
         self._freeze_all_but_trainable()
+        self._checkpointing = checkpointing
         if checkpointing:
             self._checkpoint()
-        self.head = head_of(base.model)
         with self.use("base"):
             check_head(base.model, self.head)
 
@@ -89,9 +94,14 @@ class Roles:
         return list(self.named_parameters(role).values())
 
     def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """The same by name."""
+        """The same by name, a scalar head last."""
         top = self.stacks[role][-1]
-        return {name: p for name, p in self._peft.named_parameters() if p.requires_grad and f".{top}." in name}
+        return {name: p for name, p in self._all_parameters() if p.requires_grad and f".{top}." in name}
+
+    def _all_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self._peft.named_parameters()
+        for role, head in self.heads.items():
+            yield f"score.{PREFIX}{role}.weight", head.weight
 
     def hidden(self, role: str, batch: Batch) -> Tensor:
         """(B, T, d) last hidden states. Right-padded rows need no attention mask: a real token never looks at what follows it."""
@@ -124,10 +134,23 @@ class Roles:
             mine, other = (self.hidden(name, batch)[rows, columns - 1] for name in (role, reference))
         return _scatter(chunked_kl(self.head, mine, other), rows, columns, batch.ids.shape)
 
+    def scores(self, role: str, batch: Batch) -> Tensor:
+        """The scalar head's value at every attended token, else 0; (B, T) fp32."""
+        rows, columns = batch.attended.nonzero(as_tuple=True)
+        return _scatter(self.heads[role](self.hidden(role, batch)[rows, columns]), rows, columns, batch.ids.shape)
+
+    def last_scores(self, role: str, batch: Batch) -> Tensor:
+        """The scalar head's value at each row's last attended token, whatever token that is and wherever padding stands; (B,) fp32."""
+        last = (batch.lengths - 1).clamp_min(0)
+        rows = torch.arange(len(batch), device=last.device)
+        return self.heads[role](self.hidden(role, batch)[rows, last])  # type: ignore[no-any-return]
+
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
-        """The adapter's weights under the names of PEFT's file format. They are checked against what is trainable: none may be lost."""
+        """The adapter's weights, its head's too, under the names of PEFT's file format. They are counted: none may be lost."""
         tensors = get_peft_model_state_dict(self._peft, adapter_name=PREFIX + name, save_embedding_layers=False)
-        expected = sum(f".{PREFIX}{name}." in key for key, _ in self._peft.named_parameters())
+        if name in self.heads:
+            tensors[scalar.KEY] = self.heads[name].weight
+        expected = sum(f".{PREFIX}{name}." in key for key, _ in self._all_parameters())
         assert len(tensors) == expected, f"adapter {name}: {len(tensors)} tensors to save, {expected} in the model"
         return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in sorted(tensors.items())}
 
@@ -138,7 +161,11 @@ class Roles:
         if wrong:
             first = f"{wrong[0]} is {_shape(tensors, wrong[0])} there and {_shape(mine, wrong[0])} here"
             raise UserError(f"{where}: this adapter was made for another base than {self.base.name}: {len(wrong)} tensors differ; {first}")
-        set_peft_model_state_dict(self._peft, dict(tensors), adapter_name=PREFIX + name)
+        if name in self.heads:
+            with torch.no_grad():
+                self.heads[name].weight.copy_(tensors[scalar.KEY])
+        lora = {key: tensor for key, tensor in tensors.items() if key != scalar.KEY}
+        set_peft_model_state_dict(self._peft, lora, adapter_name=PREFIX + name)
         self._pin()
         self._freeze_all_but_trainable()
 
@@ -146,6 +173,8 @@ class Roles:
         """The adapter's `adapter_config.json`."""
         config = self._peft.peft_config[PREFIX + name].to_dict()
         config.update(base_model_name_or_path=self.base.name, revision=self.base.revision, inference_mode=True)
+        if name in self.heads:
+            config.update(scalar.WRITTEN)
         return {key: sorted(value) if isinstance(value, set) else getattr(value, "value", value) for key, value in sorted(config.items())}
 
     def _pin(self) -> None:
@@ -157,7 +186,7 @@ class Roles:
 
     def _freeze_all_but_trainable(self) -> None:
         names = {PREFIX + name for name in self.trainable}
-        for key, parameter in self._peft.named_parameters():
+        for key, parameter in self._all_parameters():
             parameter.requires_grad_(any(f".{name}." in key for name in names))
             assert not parameter.requires_grad or parameter.dtype == torch.float32, f"the master of {key} is {parameter.dtype}"
         for layer in self._layers():
@@ -166,11 +195,26 @@ class Roles:
                     dropout.p = 0.0  # a frozen adapter's dropout would still fire in train mode
 
     def _checkpoint(self) -> None:
-        model = self.base.model
+        model, active = self.base.model, self._active
         # transformers renamed it and drops the old name in version 6; the defaults are replaced by what is passed, so both stand here.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), _Voice(self._active, self._active))})
+        enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), _Voice(active, active))})
         model.disable_input_require_grads()
+
+    def release(self) -> None:
+        """Takes every adapter off the base, which is then as it was loaded: the next `Roles` can stand on it. These have no use after."""
+        model = self.base.model
+        for name, module in list(model.named_modules()):
+            if isinstance(module, LoraLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.base_layer)
+        del model.peft_config
+        if self._checkpointing:
+            disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+            disable()
+        model.train()
+        self._peft = None
+        self.heads.clear()
 
 
 def _shape(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:
