@@ -13,7 +13,7 @@ import pytest
 
 from lowrank_tune import settings
 from lowrank_tune.errors import Faults, UserError
-from lowrank_tune.recipe import Recipe, differences, dump, find_preset, from_dict, load, presets, rules, schema
+from lowrank_tune.recipe import Chain, Recipe, differences, dump, find_preset, from_dict, load, load_any, presets, rules, schema
 
 ROOT = Path(__file__).parent.parent
 SMALL: dict[str, Any] = {"algorithm": "sft", "data": {"train": [{"dataset": "rows.jsonl"}]}, "train": {"steps": 10}}
@@ -92,8 +92,8 @@ def test_every_fault_at_once(write: Write) -> None:
         "my.yaml:19: train.gradient_accumulation_steps: unknown key; it follows from `train.rows_per_step` and `train.micro_batch_size`",
         "my.yaml:21: evaluate.samples: does nothing without `evaluate.heldout`",
         "my.yaml:22: output_dir: unknown key; the run's folder is `runs/NAME`, or given by --out",
-        "override: data.train.5.rows: `data.train` is a list with entries 0 to 1",
         "override: 'steps' is not of the form key=value, as train.steps=100",
+        "override: data.train.5.rows: `data.train` is a list with entries 0 to 1",
         "override: train.keep: must be at least 1, found -1",
         "override: train.kep: unknown key; did you mean `keep`?",
     ]
@@ -281,19 +281,20 @@ def test_the_tables_name_real_settings(key: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, _, _ in presets()])
 def test_presets(name: str) -> None:
-    recipe = load(name)
+    recipe = load_any(name)
     assert recipe.name == name == find_preset(name).stem
     assert 10 < len(recipe.description) < 120
     shape = schema()
-    assert set(recipe.to_dict()) <= set(shape["properties"])
-    for section in ("base", "data", "train", "evaluate"):
-        assert set(recipe.to_dict()[section]) <= set(shape["$defs"][section.capitalize()]["properties"])
+    for each in recipe.stages if isinstance(recipe, Chain) else (recipe,):
+        assert set(each.to_dict()) <= set(shape["properties"])
+        for section in ("base", "data", "train", "evaluate"):
+            assert set(each.to_dict()[section]) <= set(shape["$defs"][section.capitalize()]["properties"])
 
 
 def test_schema() -> None:
     shape = schema()
     assert shape["properties"]["extends"]["type"] == "string"
-    assert shape["anyOf"] == [{"required": ["extends"]}, {"required": ["algorithm", "data"]}]
+    assert shape["anyOf"] == [{"required": ["extends"]}, {"required": ["stages"]}, {"required": ["algorithm", "data"]}]
     assert shape["$defs"]["Train"]["properties"]["learning_rate"]["description"] == "Peak learning rate."
     assert shape["additionalProperties"] is False
 

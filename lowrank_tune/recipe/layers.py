@@ -21,6 +21,8 @@ MAX_PARENTS = 8
 NOT_INHERITED = ("name", "description", "extends")
 OVERRIDE = Place("override")
 
+Setting = tuple[Path, Node]
+
 
 def preset_folders() -> list[File]:
     """In an installed package presets lie inside it; in a checkout, beside it."""
@@ -72,34 +74,61 @@ def read_tree(file: File, faults: list[Fault], children: Sequence[File] = ()) ->
     """A file laid over what it extends. None where a text could not be read; why stands in `faults`."""
     tree, found = parse(read(file), shown(file))
     faults += found
-    if tree is None or "extends" not in tree.value:
+    if tree is None:
+        return None
+    _anchor_stages(tree, file)
+    if "extends" not in tree.value:
         return tree
-    line = tree.value.pop("extends")
-    chain = [*children, file.resolve()]
+    try:
+        parent = read_parent(tree.value.pop("extends"), file.parent, faults, ("extends",), [*children, file.resolve()])
+    except Lost:
+        return tree
+    return None if parent is None else lay(parent, tree)
 
-    def fault(message: str) -> Node:
-        faults.append(line.place.fault(message, ("extends",)))
-        return tree
+
+class Lost(Exception):
+    """`extends` leads nowhere; why stands in the faults."""
+
+
+def read_parent(line: Node, folder: File, faults: list[Fault], path: Path, children: Sequence[File] = ()) -> Node | None:
+    """What `extends` names, without what is not inherited. None where its text could not be read."""
+
+    def fault(message: str) -> Lost:
+        faults.append(line.place.fault(message, path))
+        return Lost()
 
     if not isinstance(line.value, str):
-        return fault("expected the name of a preset, or a path relative to this file")
+        raise fault("expected the name of a preset, or a path relative to this file")
     try:
-        above = file.parent / line.value if is_file_name(line.value) else find_preset(line.value)
-        if above.resolve() in chain:
-            return fault(f"goes in a circle: {' -> '.join(each.name for each in [*chain, above])}")
-        if len(chain) > MAX_PARENTS:
-            return fault(f"goes through more than {MAX_PARENTS} files")
-        parent = read_tree(above, faults, chain)
+        above = folder / line.value if is_file_name(line.value) else find_preset(line.value)
+        if above.resolve() in children:
+            raise fault(f"goes in a circle: {' -> '.join(each.name for each in [*children, above])}")
+        if len(children) > MAX_PARENTS:
+            raise fault(f"goes through more than {MAX_PARENTS} files")
+        parent = read_tree(above, faults, children)
     except UserError as error:
-        return fault(str(error))
+        raise fault(str(error)) from None
     except (OSError, ValueError, RuntimeError) as error:  # `resolve` of names with NUL, or of links that circle
-        return fault(f"cannot be followed: {error}")
-    if parent is None:
-        return None
-    for key in NOT_INHERITED:
-        parent.value.pop(key, None)
-    give_way(parent, [path for path in rival_paths() if (node := find(tree, path)) is not None and node.value is not None])
-    return merge(parent, tree)
+        raise fault(f"cannot be followed: {error}") from None
+    if parent is not None:
+        for key in NOT_INHERITED:
+            parent.value.pop(key, None)
+    return parent
+
+
+def _anchor_stages(tree: Node, file: File) -> None:
+    """A stage may be inherited by a file elsewhere; what it extends is still relative to the file that it is written in."""
+    stages = tree.value.get("stages")
+    for stage in stages.value if stages is not None and isinstance(stages.value, list) else ():
+        line = stage.value.get("extends") if isinstance(stage.value, dict) else None
+        if line is not None and isinstance(line.value, str) and is_file_name(line.value):
+            line.value = str(file.parent / line.value)
+
+
+def lay(parent: Node, child: Node) -> Node:
+    """A later layer over an earlier one; what it contradicts there gives way."""
+    give_way(parent, [path for path in rival_paths() if (node := find(child, path)) is not None and node.value is not None])
+    return merge(parent, child)
 
 
 def rival_paths() -> set[Path]:
@@ -129,20 +158,26 @@ def merge(parent: Node, child: Node) -> Node:
     return Node(merged, child.place)
 
 
-def override(tree: Node, overrides: Sequence[str], faults: list[Fault]) -> None:
-    """Applies `key=value` settings, in their order."""
-    set_here: set[Path] = set()
+def read_settings(overrides: Sequence[str], faults: list[Fault]) -> list[Setting]:
+    """`key=value` settings as paths and values, in their order."""
+    found: list[Setting] = []
     for text in overrides:
         key, equals, value = text.partition("=")
         path: Path = tuple(int(word) if word.isdecimal() and word.isascii() and len(word) < 6 else word for word in key.strip().split("."))
         if not equals or "" in path:
             faults.append(OVERRIDE.fault(f"{text!r:.80} is not of the form key=value, as train.steps=100"))
-            continue
-        if path == ("extends",):
+        elif path == ("extends",):
             faults.append(OVERRIDE.fault("cannot be given here; name that recipe itself", path))
-            continue
-        node = override_value(value.strip(), path, faults)
-        if node is not None and place_at(tree, path, node, faults) and node.value is not None:
+        elif (node := override_value(value.strip(), path, faults)) is not None:
+            found.append((path, node))
+    return found
+
+
+def apply(tree: Node, overrides: Sequence[Setting], faults: list[Fault]) -> None:
+    """Lays settings over a tree, in their order."""
+    set_here: set[Path] = set()
+    for path, node in overrides:
+        if place_at(tree, path, node, faults) and node.value is not None:
             set_here.add(path)
             give_way(tree, set_here)
 
@@ -205,12 +240,11 @@ def place_at(tree: Node, path: Path, new: Node, faults: list[Fault]) -> bool:
     return True
 
 
-def read_recipe(preset_or_path: str, overrides: Sequence[str]) -> tuple[Node, list[Fault], str]:
-    """The tree of a preset or file with its overrides, the faults so far, and the name that the file gives."""
+def read_recipe(preset_or_path: str) -> tuple[Node, list[Fault], str]:
+    """The tree of a preset or file, the faults so far, and the name that the file gives."""
     faults: list[Fault] = []
     file = File(preset_or_path) if is_file_name(preset_or_path) else find_preset(preset_or_path)
     tree = read_tree(file, faults)
     if tree is None:
         raise Faults(faults)
-    override(tree, overrides, faults)
     return tree, faults, file.stem
