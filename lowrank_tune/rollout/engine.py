@@ -1,94 +1,86 @@
-"""A thin batched decoder: completions as they finish, with the log-probs of the distribution that they were drawn from.
+"""The rollout engine: completions as they finish, with the log-probs of the distribution that they were drawn from.
 
 Each sequence has its own random stream, made of the seed, the prompt's number and the sample's number, so what it says does not hang on
-its neighbours. Prompts are padded on the left; finished rows leave the batch, and its cache shrinks with it.
+its neighbours. A prompt is read once for all its samples; a sequence that ends leaves its slot to the next one at once.
 """
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from lowrank_tune.model.roles import Roles
+from lowrank_tune.rollout.choice import store_for
+from lowrank_tune.rollout.linears import fast_linears
+from lowrank_tune.rollout.sampler import draw
+from lowrank_tune.rollout.schedule import Schedule
+from lowrank_tune.rollout.stop import Decode, Stops
 from lowrank_tune.types import Completion, Sampling
 
-
-@dataclass
-class _Row:
-    prompt: int
-    sample: int
-    stream: torch.Generator
-    ids: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
+LOGITS = 1 << 24  # made at once: 64 MiB in fp32
 
 
 class Engine:
-    """Decodes with a role. `slots` sequences at once."""
+    """Decodes with a role. At most `slots` sequences at once, and no more than fit `cache_bytes` of keys and values (but always one).
 
-    def __init__(self, roles: Roles, role: str, slots: int = 256) -> None:
-        self.roles, self.role, self.slots = roles, role, slots
+    On the CPU 4-bit weights are unpacked for the time of a call where they fit `scratch_bytes`. Both are by default a quarter of the
+    device's memory, of all of it: what is free now would make one run differ from the next. `decode` is for stop strings.
+    """
+
+    def __init__(self, roles: Roles, role: str, slots: int = 256, cache_bytes: int | None = None, scratch_bytes: int | None = None,
+                 decode: Decode | None = None) -> None:  # fmt: skip
+        self.roles, self.role, self.slots, self.decode = roles, role, slots, decode
+        quarter = _memory_of(roles.base.device) // 4
+        self.cache_bytes = quarter if cache_bytes is None else cache_bytes
+        self.scratch_bytes = quarter if scratch_bytes is None else scratch_bytes
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> Iterator[Completion]:
-        """`n` completions of each prompt, in the order in which they finish. Sequences of similar length share a batch."""
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        jobs = [(index, sample) for index in order for sample in range(n)]
-        for start in range(0, len(jobs), self.slots):
-            rows = [_Row(index, sample, _stream(sampling.seed, index, sample)) for index, sample in jobs[start : start + self.slots]]
-            yield from self._batch(rows, prompts, sampling)
+        """`n` completions of each prompt, in the order in which they finish. Adapters speak as they are when the first one is asked for.
 
-    def _batch(self, rows: list[_Row], prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Completion]:
-        device = self.roles.base.device
-        width = max(len(prompts[row.prompt]) for row in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        attended = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            prompt = torch.tensor(list(prompts[row.prompt]))
-            ids[i, width - len(prompt) :] = prompt
-            attended[i, width - len(prompt) :] = 1
-        ids, attended, cache = ids.to(device), attended.to(device), DynamicCache(config=self.roles.base.model.config)
-        while rows:
-            # The role is entered for each token anew: between two yields the caller may use another one.
-            tokens, logps = self._next_tokens(ids, attended, cache, rows, sampling)
-            staying = []
-            for i, (row, token, logp) in enumerate(zip(rows, tokens, logps, strict=True)):
-                row.ids.append(token)
-                row.logps.append(logp)
-                stopped = token in sampling.stop_ids
-                if stopped or len(row.ids) >= sampling.max_new_tokens:
-                    yield Completion(row.prompt, row.sample, row.ids, "stop" if stopped else "length", row.logps)
-                else:
-                    staying.append(i)
-            if len(staying) < len(rows) and staying:
-                keep = torch.tensor(staying, device=device)
-                cache.batch_select_indices(keep)
-                attended = attended[keep]
-            rows = [rows[i] for i in staying]
-            ids = torch.tensor([[row.ids[-1]] for row in rows], device=device)
-            attended = torch.cat([attended, attended.new_ones(len(attended), 1)], dim=1)
+        Raises ValueError for an empty prompt and for stop strings without `decode`, RunFailed for logits that are not finite.
+        """
+        stops = Stops(sampling, self.decode)
+        if not all(len(prompt) for prompt in prompts):
+            raise ValueError("an empty prompt: there is nothing to go on from")
+        return self._generate(prompts, n, sampling, stops)
 
-    def _next_tokens(self, ids: Tensor, attended: Tensor, cache: Any, rows: list[_Row], sampling: Sampling) -> tuple[list[int], list[float]]:
-        roles = self.roles
-        positions = (attended.cumsum(dim=1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        with roles.quiet(), roles.use(self.role), roles.base.autocast():
-            output = roles.base.model.get_decoder()(
-                input_ids=ids, attention_mask=attended, position_ids=positions, past_key_values=cache, use_cache=True)  # fmt: skip
-        logits = roles.head.logits(output.last_hidden_state[:, -1], sampling.temperature or 1.0)
-        logps = torch.log_softmax(logits, dim=-1)
-        if sampling.temperature == 0:
-            tokens = logps.argmax(dim=-1)
-        else:
-            uniform = torch.stack([torch.rand((), generator=row.stream, dtype=torch.float64) for row in rows]).to(logps.device)
-            cumulative = logps.double().exp().cumsum(dim=-1)
-            tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1).clamp_max(logps.shape[1] - 1)
-        return tokens.tolist(), logps.gather(1, tokens[:, None]).squeeze(1).tolist()
+    def _generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, stops: Stops) -> Iterator[Completion]:
+        if not prompts or n < 1 or sampling.max_new_tokens < 1:
+            return
+        model, stack = self.roles.base.model, [] if self.role == "base" else self.roles.stacks[self.role]
+        with self._speaking():
+            store = store_for(model)
+            columns = max(map(len, prompts)) + sampling.max_new_tokens
+            slots = store.open(min(self.slots, n * len(prompts)), columns, self.cache_bytes)
+        schedule = Schedule(store, lambda hidden, uniforms: self._say(hidden, uniforms, sampling), prompts, n, sampling, slots)
+        with fast_linears(model, stack, self.scratch_bytes) as linears:
+            while not schedule.over:
+                # Between two yields the caller may use other roles and train: modes, adapters and modules are then as it left them.
+                with self._speaking(), linears:
+                    finished = schedule.advance(stops)
+                yield from finished
+
+    @contextmanager
+    def _speaking(self) -> Iterator[None]:
+        with self.roles.quiet(), self.roles.use(self.role), self.roles.base.autocast():
+            yield
+
+    def _say(self, hidden: Tensor, uniforms: list[float], sampling: Sampling) -> list[list[float]]:
+        """(N, d) and N uniform numbers -> a token and its log-prob for each, in one transfer from the device."""
+        head, numbers = self.roles.head, torch.tensor(uniforms, dtype=torch.float64, device=hidden.device)
+        at_once = max(1, LOGITS // head.weight.shape[0])
+        parts = [draw(head.logits(part, sampling.temperature or 1.0), sampling, some)
+                 for part, some in zip(hidden.split(at_once), numbers.split(at_once), strict=True)]  # fmt: skip
+        tokens, logps = (torch.cat(column) for column in zip(*parts, strict=True))
+        return torch.stack([tokens.double(), logps], dim=1).tolist()  # type: ignore[no-any-return]
 
 
-def _stream(seed: int, prompt: int, sample: int) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+def _memory_of(device: torch.device) -> int:
+    """Bytes that there are, used or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

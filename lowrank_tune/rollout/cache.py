@@ -1,0 +1,125 @@
+"""A preallocated key-value cache whose rows have lengths of their own, in transformers' own interface.
+
+A slot is a row of the cache. A token at position p lies in column p, in a layer with a sliding window in column p modulo the window.
+Attention does not ask in which order it finds its keys, and positions are in the keys already: the columns that a row may look at are
+always the first ones, whatever the layer. So one mask of B rows serves all layers, and rows of any lengths share a step without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+
+@dataclass
+class Step:
+    """What all layers know of the forward pass that runs: the positions (B,) of its tokens in slots 0 to B - 1, or None in a prefill."""
+
+    positions: Tensor | None = None
+    width: int = 0
+    rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    columns: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def column(self, window: int | None) -> Tensor:
+        """(B,) where the tokens lie in layers with this window."""
+        if window not in self.columns:
+            assert self.positions is not None
+            self.columns[window] = self.positions if window is None else self.positions % window
+        return self.columns[window]
+
+
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer, (slots, heads, columns, width of a head). In a prefill it hands on what it gets and remembers it."""
+
+    def __init__(self, step: Step, window: int | None) -> None:
+        super().__init__()
+        self.step, self.window, self.is_sliding = step, window, window is not None
+        self.fresh: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The slots are made by `allocate`, when their number is known."""
+
+    def allocate(self, like: tuple[Tensor, Tensor], slots: int, columns: int) -> None:
+        """Zeros: a masked column weighs nothing, but nothing times what lies about in memory could be NaN."""
+        columns = min(columns, self.window or columns)
+        self.keys, self.values = (one.new_zeros(slots, one.shape[1], columns, one.shape[3]) for one in like)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        step = self.step
+        if step.positions is None:
+            self.fresh = key_states, value_states
+            return key_states, value_states
+        column, rows, width = step.column(self.window), len(key_states), self._width()
+        self.keys[step.rows, :, column] = key_states[:, :, 0]
+        self.values[step.rows, :, column] = value_states[:, :, 0]
+        return self.keys[:rows, :, :width], self.values[:rows, :, :width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (query_length if self.step.positions is None else self._width()), 0
+
+    def get_seq_length(self) -> int:
+        """So that the last column is the query's own: then transformers' causal and window masks let every column pass."""
+        return 0 if self.step.positions is None else self._width() - 1
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def place(self, prompts: tuple[Tensor, Tensor], source: Tensor, lengths: Tensor, slots: Tensor) -> None:
+        """Copies keys and values of prompts (row `source`, `lengths` tokens) into `slots`; all (N,)."""
+        for target, kept in zip((self.keys, self.values), prompts, strict=True):
+            taken, columns = kept[source], target.shape[2]
+            if taken.shape[2] > columns:
+                taken = taken.gather(2, _last_of(lengths, columns)[:, None, :, None].expand(-1, taken.shape[1], -1, taken.shape[3]))
+            target[slots, :, : taken.shape[2]] = taken
+
+    def move(self, source: int, target: int, length: int) -> None:
+        length = min(length, self.window or length)
+        for one in (self.keys, self.values):
+            one[target, :, :length] = one[source, :, :length]
+
+    def _width(self) -> int:
+        return min(self.step.width, self.window or self.step.width)
+
+
+class SlotCache(Cache):  # type: ignore[misc]
+    """All layers of a decoder."""
+
+    def __init__(self, windows: Sequence[int | None]) -> None:
+        self.step = Step()
+        super().__init__(layers=[SlotLayer(self.step, window) for window in windows])
+
+    def prefill(self) -> None:
+        """The next forward pass reads prompts from their first token on."""
+        self.step.positions = None
+
+    def decode(self, positions: Tensor, width: int) -> None:
+        """The next forward pass reads one token for each of the first slots, at these positions (B,), all below `width`."""
+        step = self.step
+        step.positions, step.width = positions, width
+        step.columns.clear()
+        if len(step.rows) != len(positions):
+            step.rows = torch.arange(len(positions), device=positions.device)
+
+
+def windows_of(model: Any) -> list[int | None]:
+    """Each layer's sliding window, None for none. Raises ValueError where the model wants another kind of cache."""
+    layers = DynamicCache(config=model.config).layers
+    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        raise ValueError(f"{model.config.model_type} models keep something else than keys and values")
+    # Models outside transformers' attention interface make masks by themselves, and may take a row's length from the cache's.
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(f"{model.config.model_type} models have an attention of their own")
+    return [int(layer.sliding_window) if layer.is_sliding else None for layer in layers]
+
+
+def _last_of(lengths: Tensor, columns: int) -> Tensor:
+    """(N, columns): which of a row's tokens lies in each column of a ring: the last one that belongs there. Anything where none does."""
+    last = lengths[:, None] - 1
+    return (last - (last - torch.arange(columns, device=lengths.device)) % columns).clamp_min(0)

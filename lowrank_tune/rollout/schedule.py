@@ -1,0 +1,178 @@
+"""Which sequence speaks when: prompts are read, their samples take slots, and those that end make room at once."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lowrank_tune.errors import RunFailed
+from lowrank_tune.rollout.stop import Stops
+from lowrank_tune.rollout.stores import Store
+from lowrank_tune.types import Completion, Sampling
+
+DRAWS = 64  # numbers that a stream is asked for at a time
+PREFILL_TOKENS = 4096  # of prompts read in one forward pass, with padding
+
+Say = Callable[[Tensor, list[float]], list[list[float]]]
+"""Hidden states (N, d) and a uniform number for each -> a token and its log-prob for each."""
+
+
+@dataclass
+class _Row:
+    """A sequence in a slot: `length` tokens of it are read, its last one is not."""
+
+    prompt: int
+    sample: int
+    length: int
+    uniforms: Iterator[float]
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+
+    def ended(self, finish: Literal["stop", "length", "budget"]) -> Completion:
+        return Completion(self.prompt, self.sample, self.ids, finish, self.logps)
+
+
+@dataclass
+class _Read:
+    """A prompt that was read, and its samples that wait for slots: what the store placed, its row there, its last hidden state (d,)."""
+
+    prompt: int
+    samples: deque[int]
+    kept: Any
+    row: int
+    hidden: Tensor
+
+
+class Schedule:
+    """The sequences of one call. `advance` goes on until some of them end."""
+
+    def __init__(self, store: Store, say: Say, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, slots: int) -> None:
+        self.store, self.say, self.prompts, self.n, self.seed, self.slots = store, say, prompts, n, sampling.seed, slots
+        self.room = math.inf if sampling.budget is None else sampling.budget
+        # Prompts of similar length are read together.
+        self.waiting = deque(sorted(range(len(prompts)), key=lambda index: len(prompts[index])))
+        self.read = deque[_Read]()
+        self.rows: list[_Row | None] = []
+
+    @property
+    def over(self) -> bool:
+        return not (self.speaking or self.read or self.waiting)
+
+    @property
+    def speaking(self) -> int:
+        return sum(row is not None for row in self.rows)
+
+    def advance(self, stops: Stops) -> list[Completion]:
+        """Admits, or makes one step after another, until at least one sequence has ended."""
+        finished: list[Completion] = []
+        while not finished and not self.over:
+            if self.room < max(1, self.speaking):
+                return self._cut()
+            slots = self._admit()
+            if not slots:
+                self._close_ranks()
+                slots = self._step()
+            finished = self._settle(slots, stops)
+        return finished
+
+    def _admit(self) -> list[int]:
+        """Puts waiting sequences into free slots; each says its first token. The slots taken."""
+        free = [slot for slot, row in enumerate(self.rows) if row is None] + list(range(len(self.rows), self.slots))
+        free = free[: int(min(self.room - self.speaking, len(free)))]
+        if not free or not (self.read or self.waiting):
+            return []
+        if not self.read:
+            self._read_ahead(len(free))
+        taken: list[int] = []
+        hidden: list[Tensor] = []
+        while self.read and len(taken) < len(free):
+            one = self.read[0]
+            mine = free[len(taken) : len(taken) + len(one.samples)]
+            self.store.place(one.kept, [one.row] * len(mine), mine)
+            for slot in mine:
+                self._seat(slot, one)
+                hidden.append(one.hidden)
+            taken += mine
+            if not one.samples:
+                self.read.popleft()
+        self._hear(taken, torch.stack(hidden))
+        return taken
+
+    def _seat(self, slot: int, read: _Read) -> None:
+        sample = read.samples.popleft()
+        row = _Row(read.prompt, sample, len(self.prompts[read.prompt]), _uniforms(_stream(self.seed, read.prompt, sample)))
+        self.rows[slot : slot + 1] = [row]
+
+    def _read_ahead(self, free: int) -> None:
+        """Reads the next prompts, for the free slots and for some more that will be free soon."""
+        wanted, width = -(-max(free, self.slots // 4) // self.n), 0
+        chosen: list[int] = []
+        while self.waiting and len(chosen) < wanted:
+            width = max(width, len(self.prompts[self.waiting[0]]))
+            if chosen and width * (len(chosen) + 1) > PREFILL_TOKENS:
+                break
+            chosen.append(self.waiting.popleft())
+        kept, hidden = self.store.read([self.prompts[index] for index in chosen])
+        self.read += [_Read(index, deque(range(self.n)), kept, row, hidden[row]) for row, index in enumerate(chosen)]
+
+    def _close_ranks(self) -> None:
+        """The last sequences move into the slots that were left: a step reads the first slots only."""
+        while None in self.rows:
+            last = self.rows.pop()
+            if last is not None:
+                hole = self.rows.index(None)
+                self.store.move(len(self.rows), hole, last.length)
+                self.rows[hole] = last
+
+    def _step(self) -> list[int]:
+        rows = [row for row in self.rows if row is not None]
+        hidden = self.store.step([row.ids[-1] for row in rows], [row.length for row in rows])
+        for row in rows:
+            row.length += 1
+        slots = list(range(len(rows)))
+        self._hear(slots, hidden)
+        return slots
+
+    def _hear(self, slots: Sequence[int], hidden: Tensor) -> None:
+        """What the sequences in these slots say next."""
+        rows = [row for slot in slots if (row := self.rows[slot]) is not None]
+        for row, (token, logp) in zip(rows, self.say(hidden, [next(row.uniforms) for row in rows]), strict=True):
+            if logp != logp:
+                raise RunFailed("the logits of a completion are not finite: the training of its adapter has diverged")
+            row.ids.append(int(token))
+            row.logps.append(logp)
+        self.room -= len(rows)
+
+    def _settle(self, slots: Sequence[int], stops: Stops) -> list[Completion]:
+        finished = []
+        for slot in slots:
+            row = self.rows[slot]
+            if row is not None and (finish := stops.finish(row.ids)) is not None:
+                finished.append(row.ended(finish))
+                self.rows[slot] = None
+        return finished
+
+    def _cut(self) -> list[Completion]:
+        """Everything ends where it is, what has not begun too."""
+        begun = [row.ended("budget") for row in self.rows if row is not None]
+        unbegun = [(one.prompt, sample) for one in self.read for sample in one.samples]
+        unbegun += [(prompt, sample) for prompt in self.waiting for sample in range(self.n)]
+        self.rows, self.read, self.waiting = [], deque(), deque()
+        return begun + [Completion(prompt, sample, [], "budget", []) for prompt, sample in unbegun]
+
+
+def _stream(seed: int, prompt: int, sample: int) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def _uniforms(stream: torch.Generator) -> Iterator[float]:
+    while True:
+        yield from torch.rand(DRAWS, generator=stream, dtype=torch.float64).tolist()
