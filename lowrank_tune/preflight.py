@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from lowrank_tune import settings
 from lowrank_tune.data import Census, Order, Prepared, Prompt, Report, RowFault, Template, TokenStore, census, load, prompts
+from lowrank_tune.data.balance import Sides, contradicting, sides
+from lowrank_tune.data.pairs import EQUAL
 from lowrank_tune.data.report import EXAMPLES, SourceReport
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit
@@ -25,12 +27,16 @@ BINS = 12  # of the histogram of lengths, about
 SHOWN_ROWS, SHOWN_CHARACTERS = 3, 1600
 TOO_LONG = "longer than data.max_length"
 NO_TARGET = ("nothing in it is trained", "no assistant turn", "no answer", "empty answer", "no turns", "column `answer` is null",
-             "column `output` is null", "column `solution` is null", "column `response` is null", "column `completion` is null")  # fmt: skip
+             "column `output` is null", "column `solution` is null", "column `response` is null", "column `completion` is null",
+             "column `chosen` is null", "column `rejected` is null", "no column `chosen`", "no column `rejected`")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Part:
-    """A source in the mixture: what lies in it, and what an epoch draws from it. `weight` is its share of the rows drawn."""
+    """A source in the mixture: what lies in it, and what an epoch draws from it. `weight` is its share of the rows drawn.
+
+    With preferences a row is a pair, and its tokens are those of both sides.
+    """
 
     name: str
     format: str
@@ -57,7 +63,10 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Rows by length in tokens: `counts[i]` rows have between `edges[i]` + 1 and `edges[i + 1]` tokens. `over` did not fit the limit."""
+    """Rows by length in tokens: `counts[i]` rows have between `edges[i]` + 1 and `edges[i + 1]` tokens. `over` did not fit the limit.
+
+    Each side of a pair counts as a row of its own; `over` counts pairs.
+    """
 
     limit: int
     edges: tuple[int, ...]
@@ -95,7 +104,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Example:
-    """A row as the model will read it: stretches of text, each with whether it is trained."""
+    """A row as the model will read it: stretches of text, each with whether it is trained. The sides of a pair follow each other."""
 
     place: str
     tokens: int
@@ -105,7 +114,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Preflight:
-    """The whole picture. `faults`: sentences that say why training must not begin; none where it may."""
+    """The whole picture. `faults`: sentences that say why training must not begin; none where it may. `sides`: only of preferences."""
 
     report: Report
     template: str
@@ -117,6 +126,7 @@ class Preflight:
     epoch: Epoch
     examples: tuple[Example, ...]
     faults: tuple[str, ...]
+    sides: Sides | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: the report's own keys, and the picture beside them."""
@@ -126,7 +136,7 @@ class Preflight:
 def examine(recipe: settings.Recipe, emit: Emit, cache: Path | None = None) -> Preflight:
     """Reads and tokenises everything. Raises `UserError` only where there is nothing to show."""
     template = Template.of(load_tokenizer(recipe.base))
-    data = load(recipe.data, template, recipe.seed, emit, cache, judge=False)
+    data = load(recipe.data, template, recipe.seed, emit, cache, judge=False, pairs=recipe.pairs)
     wanted = recipe.evaluate
     heldout = prompts(wanted.heldout, wanted.prompts, recipe.seed, recipe.data.system) if wanted.heldout else []
     return survey(recipe, data, template, heldout)
@@ -135,12 +145,13 @@ def examine(recipe: settings.Recipe, emit: Emit, cache: Path | None = None) -> P
 def survey(recipe: settings.Recipe, data: Prepared, template: Template, heldout: Sequence[Prompt] = ()) -> Preflight:
     """The picture of loaded data."""
     counted = census(data.train, template.end_ids)
-    ends = _ends(counted, template)
+    ends = _ends(counted, template, data.train.together)
     parts, epoch = _mixture(recipe, data, counted)
     return Preflight(
         report=data.report, template=template.describe(), weighted_by=_weighted_by(recipe.data.train), parts=parts,
         lengths=_lengths(data, recipe.data.max_length), troubles=tuple(_troubles(data, counted, template, heldout)), ends=ends,
-        epoch=epoch, examples=tuple(_examples(data.train, template)), faults=tuple(_faults(recipe, data, ends)))  # fmt: skip
+        epoch=epoch, examples=tuple(_examples(data.train, template)), faults=tuple(_faults(recipe, data, ends)),
+        sides=sides(data.train, counted) if data.train.together > 1 else None)  # fmt: skip
 
 
 def _weighted_by(sources: Sequence[settings.Source]) -> str:
@@ -154,29 +165,29 @@ def _mixture(recipe: settings.Recipe, data: Prepared, counted: Census) -> tuple[
     train, sources = data.train, data.report.train
     epoch = _drawn(recipe, train)
     rows = epoch[0] if epoch else np.zeros(0, np.int64)
-    source_of = train.source_of[rows]
+    lengths, trained_of = train.unit_lengths, counted.trained.reshape(-1, train.together).sum(axis=1)
+    source_of = train.unit_source_of[rows]
 
     def sums(values: NDArray[np.int64], of: NDArray[Any]) -> list[int]:
         return [int(value) for value in np.bincount(of, weights=values, minlength=len(sources))]
 
-    inside = zip(sums(np.ones(len(train), np.int64), train.source_of), sums(train.lengths, train.source_of),
-                 sums(counted.trained, train.source_of), strict=True)  # fmt: skip
-    in_epoch = zip(sums(train.lengths[rows], source_of), sums(counted.trained[rows], source_of), strict=True)
+    inside = zip(*(sums(values, train.unit_source_of) for values in (np.ones(train.units, np.int64), lengths, trained_of)), strict=True)
+    in_epoch = zip(sums(lengths[rows], source_of), sums(trained_of[rows], source_of), strict=True)
     weights = [source.weight for source in recipe.data.train]
     parts = tuple(
         Part(told.name, told.format, told.read, told.used, told.golds, count, tokens, trained,
-             count / max(1, len(train)) if weight is None else weight, *drawn)
+             count / max(1, train.units) if weight is None else weight, *drawn)
         for told, weight, (count, tokens, trained), drawn in zip(sources, weights, inside, in_epoch, strict=True))  # fmt: skip
     steps, all_steps = epoch[1:] if epoch else (0, 0)
-    return parts, Epoch(len(rows), int(train.lengths[rows].sum()), int(counted.trained[rows].sum()), steps, all_steps)
+    return parts, Epoch(len(rows), int(lengths[rows].sum()), int(trained_of[rows].sum()), steps, all_steps)
 
 
 def _drawn(recipe: settings.Recipe, train: TokenStore) -> tuple[NDArray[np.int64], int, int] | None:
-    """Rows and steps of the first epoch, and the steps of the run; None where the mixture cannot be drawn."""
+    """Rows (or pairs) and steps of the first epoch, and the steps of the run; None where the mixture cannot be drawn."""
     weights = [source.weight for source in recipe.data.train]
     if not len(train) or (weights[0] is not None and len(np.unique(train.source_of)) < len(weights)):
         return None
-    order = Order(train.lengths, train.source_of, weights, recipe.train, recipe.seed)
+    order = Order(train.unit_lengths, train.unit_source_of, weights, recipe.train, recipe.seed)
     rows = np.concatenate([np.array(order.rows(step)) for step in range(order.steps_per_epoch)])
     return rows, order.steps_per_epoch, recipe.train.steps or order.steps_of(recipe.train.epochs or 1.0)
 
@@ -206,26 +217,28 @@ def _troubles(data: Prepared, counted: Census, template: Template, heldout: Sequ
     """All that is looked for, found or not: that nothing was found is also news."""
     sources = (*data.report.train, *data.report.validation)
     truncated = tuple(place for source in sources for place in source.truncated_places)[:EXAMPLES]
-    unended = np.flatnonzero(counted.unended)
+    unended = _units(np.flatnonzero(counted.unended), data.train)
     found = [
-        *_dropped(sources),
-        Trouble("too long, shortened to whole turns", sum(source.truncated for source in sources), "kept, shortened", truncated),
+        *_dropped(sources, data.train.together > 1),
+        Trouble("too long, without the oldest turns of the prompt" if data.train.together > 1 else "too long, shortened to whole turns",
+                sum(source.truncated for source in sources), "kept, shortened", truncated),
         Trouble("without an end token behind an answer", len(unended), "kept", _places(data.train, unended)),
         _duplicates(data),
+        *([_contradicting(data)] if data.train.together > 1 else []),
         Trouble("in both splits", data.report.shared, "kept in both; the validation loss flatters", _shared(data)),
     ]
     return [*found, _known_questions(data.train, counted, template, heldout)] if heldout else found
 
 
-def _dropped(sources: Sequence[SourceReport]) -> list[Trouble]:
-    """One entry a reason, most frequent first; too long and without a target stand there even where no row is."""
+def _dropped(sources: Sequence[SourceReport], pairs: bool) -> list[Trouble]:
+    """One entry a reason, most frequent first; too long, without a target and (of pairs) ties stand there even where no row is."""
     counts: dict[str, list[Any]] = {}
     for source in sources:
         for reason, gone in source.dropped.items():
             entry = counts.setdefault(_kind(reason), [0, []])
             entry[0] += gone.count
             entry[1] += gone.places
-    for kind in ("too long", "without a target"):
+    for kind in ("too long", "without a target", *([EQUAL] if pairs else [])):
         if not any(entry.startswith(kind) for entry in counts):
             counts[kind] = [0, []]
     ranked = sorted(counts.items(), key=lambda item: -item[1][0])
@@ -238,24 +251,43 @@ def _kind(reason: str) -> str:
     return f"without a target: {reason}" if reason.startswith(NO_TARGET) else reason
 
 
-def _places(rows: TokenStore, where: NDArray[Any]) -> tuple[str, ...]:
-    return tuple(rows.place_of(int(row)) for row in where[:EXAMPLES])
+def _places(rows: TokenStore, units: NDArray[Any]) -> tuple[str, ...]:
+    return tuple(rows.place_of(int(unit) * rows.together) for unit in units[:EXAMPLES])
+
+
+def _units(rows: NDArray[Any], store: TokenStore) -> NDArray[Any]:
+    """The units that these rows belong to."""
+    return np.unique(rows // store.together)
 
 
 def _duplicates(data: Prepared) -> Trouble:
     """Equal conversations among the rows of `data.train`: those set aside from them for validation count too."""
     places: tuple[str, ...] = ()
-    for rows in (data.train, None if data.report.validation else data.validation):
-        if rows is not None and len(rows):
-            order = np.argsort(rows.keys, kind="stable")
-            places += _places(rows, np.sort(order[1:][rows.keys[order][1:] == rows.keys[order][:-1]]))
-    return Trouble("repeating an earlier row", data.report.duplicates, "kept", places[:EXAMPLES])
+    for rows in _of_train(data):
+        order = np.argsort(rows.unit_keys, kind="stable")
+        places += _places(rows, np.sort(order[1:][rows.unit_keys[order][1:] == rows.unit_keys[order][:-1]]))
+    return Trouble(f"repeating an earlier {data.report.unit}", data.report.duplicates, "kept", places[:EXAMPLES])
+
+
+def _of_train(data: Prepared) -> list[TokenStore]:
+    """The parts of the rows of `data.train`: what is trained on, and what was set aside."""
+    parts = (data.train, None if data.report.validation else data.validation)
+    return [rows for rows in parts if rows is not None and len(rows)]
+
+
+def _contradicting(data: Prepared) -> Trouble:
+    """Pairs that stand in the data the other way round too."""
+    parts = _of_train(data)
+    where = contradicting(parts)
+    places = [place for rows, units in zip(parts, where, strict=True) for place in _places(rows, units)]
+    return Trouble("contradicting: the same answers stand the other way round too", sum(map(len, where)), "kept; together they teach nothing",
+                   tuple(places[:EXAMPLES]))  # fmt: skip
 
 
 def _shared(data: Prepared) -> tuple[str, ...]:
     if data.validation is None or not data.report.shared:
         return ()
-    return _places(data.validation, np.flatnonzero(np.isin(data.validation.keys, data.train.keys)))
+    return _places(data.validation, np.flatnonzero(np.isin(data.validation.unit_keys, data.train.unit_keys)))
 
 
 def _known_questions(rows: TokenStore, counted: Census, template: Template, heldout: Sequence[Prompt]) -> Trouble:
@@ -266,22 +298,26 @@ def _known_questions(rows: TokenStore, counted: Census, template: Template, held
             asked.add(tuple(template.prompt(prompt.messages)))
         except (UserError, RowFault):
             continue  # it will not be asked either
-    # Rows whose prompt is as long as one of these, before any is looked at.
+    # Rows whose prompt is as long as one of these, before any is looked at; both sides of a pair have the same.
     likely = np.flatnonzero(np.isin(counted.prompt, list({len(ids) for ids in asked})))
-    known = [row for row in likely if tuple(map(int, rows[int(row)].ids[: counted.prompt[row]])) in asked]
-    return Trouble("asking a held-out question", len(known), "kept; held-out answers flatter", _places(rows, np.array(known, dtype=np.int64)))
+    asking = [row for row in likely if tuple(map(int, rows[int(row)].ids[: counted.prompt[row]])) in asked]
+    known = _units(np.array(asking, dtype=np.int64), rows)
+    return Trouble("asking a held-out question", len(known), "kept; held-out answers flatter", _places(rows, known))
 
 
-def _ends(counted: Census, template: Template) -> Ends:
+def _ends(counted: Census, template: Template, together: int) -> Ends:
+    unended = counted.unended.reshape(-1, together).sum(axis=1)
     tokens = {template.decode([token], marks=True): count for token, count in sorted(counted.ends.items())}
-    return Ends(bool(counted.ends), tokens, int((counted.unended == 0).sum()), len(counted.unended))
+    return Ends(bool(counted.ends), tokens, int((unended == 0).sum()), len(unended))
 
 
 def _examples(rows: TokenStore, template: Template) -> list[Example]:
-    """The first row of each source, then the rows that follow in the first one."""
-    firsts = list(np.unique(rows.source_of, return_index=True)[1]) if len(rows) else []
-    picked = list(dict.fromkeys([*map(int, firsts), *range(min(len(rows), SHOWN_ROWS))]))[:SHOWN_ROWS]
-    return [Example(rows.place_of(row), int(rows.lengths[row]), rows.trained_of(row), _segments(rows, row, template)) for row in picked]
+    """The first row or pair of each source, then those that follow in the first one."""
+    firsts = list(np.unique(rows.unit_source_of, return_index=True)[1]) if len(rows) else []
+    picked = list(dict.fromkeys([*map(int, firsts), *range(min(rows.units, SHOWN_ROWS))]))[:SHOWN_ROWS]
+    names = ("",) if rows.together == 1 else (", chosen", ", rejected")
+    return [Example(rows.place_of(row) + name, int(rows.lengths[row]), rows.trained_of(row), _segments(rows, row, template))
+            for unit in picked for row, name in enumerate(names, start=unit * rows.together)]  # fmt: skip
 
 
 def _segments(rows: TokenStore, number: int, template: Template) -> tuple[tuple[bool, str], ...]:

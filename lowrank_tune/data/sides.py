@@ -53,16 +53,21 @@ def _encode(pairs: Sequence[Pair], template: Template) -> list[tuple[list[int], 
     out: list[tuple[list[int], Rows | RowFault]] = []
     for number, pair in enumerate(pairs):
         chosen, rejected = encoded[2 * number : 2 * number + 2]
-        if isinstance(chosen, RowFault) or isinstance(rejected, RowFault):
-            out.append(([], chosen if isinstance(chosen, RowFault) else rejected))
-            continue
-        try:
-            prompt = template.prompt(pair.prompt)
-        except UserError as error:
-            out.append(([], RowFault(str(error))))
-            continue
-        out.append((prompt, _checked(prompt, chosen, rejected)))
+        if isinstance(chosen, RowFault):
+            out.append(([], chosen))
+        elif isinstance(rejected, RowFault):
+            out.append(([], rejected))
+        else:
+            out.append(_behind_prompt(pair.prompt, chosen, rejected, template))
     return out
+
+
+def _behind_prompt(messages: Talk, chosen: Row, rejected: Row, template: Template) -> tuple[list[int], Rows | RowFault]:
+    try:
+        prompt = template.prompt(messages)
+    except UserError as error:
+        return [], RowFault(str(error))
+    return prompt, _checked(prompt, chosen, rejected)
 
 
 def _checked(prompt: list[int], chosen: Row, rejected: Row) -> Rows | RowFault:

@@ -1,18 +1,24 @@
-"""The preflight in the terminal: mixture, lengths, what is wrong with which rows, the end token, and three rows with their loss mask."""
+"""The preflight in the terminal: mixture, lengths, what is wrong with which rows, the end token, and three rows with their loss mask.
+
+Of preferences: how the sides differ, and three pairs side by side.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rich.console import Console, Group, RenderableType
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from lowrank_tune.data.balance import Sides
 from lowrank_tune.preflight import Example, Lengths, Part, Preflight, Trouble
 from lowrank_tune.ui import inert
 
 BAR = 24
+NARROW = 72  # columns; below, the sides of a pair stand one below the other
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 GOOD, BAD, QUIET, TRAINED, HEAD = "green", "yellow", "dim", "bold green", "bold"
 
@@ -26,14 +32,17 @@ def show(found: Preflight, title: str, console: Console) -> None:
 
 def preflight_view(found: Preflight, title: str, plain: bool = False) -> RenderableType:
     """The picture as one renderable. `plain`: ASCII alone."""
+    unit = "row" if found.sides is None else "pair"
+    brackets = "[[ ]]" if plain else "⟦ ⟧"
     parts: list[RenderableType] = [Text(inert(title), HEAD), Text(inert(found.template), QUIET)]
     for name, body in (
-        (f"Mixture, by {found.weighted_by}", _mixture(found, plain)),
-        (f"Lengths in tokens, limit {found.lengths.limit:,}", _lengths(found.lengths, plain)),
-        ("Rows", _troubles(found.troubles)),
-        ("End token", _ends(found)),
-        ("Steps", _steps(found)),
-        ("Examples: what the model reads; trained is what stands in " + ("[[ ]]" if plain else "⟦ ⟧"), _examples(found.examples, plain)),
+        (f"Mixture, by {found.weighted_by}", _mixture(found, unit, plain)),
+        (f"Lengths in tokens, limit {found.lengths.limit:,}", _lengths(found.lengths, "row" if unit == "row" else "side", plain)),
+        (f"{unit.title()}s", _troubles(found.troubles)),
+        *([] if found.sides is None else [("Sides", _sides(found.sides, plain))]),
+        ("End token", _ends(found, unit)),
+        ("Steps", _steps(found, unit)),
+        (f"Examples: what the model reads; trained is what stands in {brackets}", _examples(found, plain)),
         ("Verdict", _verdict(found.faults)),
     ):
         parts += [Text(), Text(name, HEAD), Padding(body, (0, 0, 0, 2), expand=False)]
@@ -56,34 +65,35 @@ def _grid(*justify: str) -> Table:
     return table
 
 
-def _mixture(found: Preflight, plain: bool) -> RenderableType:
+def _mixture(found: Preflight, unit: str, plain: bool) -> RenderableType:
     """For each source its share of rows, of tokens, of what is trained, and its weight in the draw."""
     tables: list[RenderableType] = []
     totals = [sum(values) for values in zip(*((part.rows, part.tokens, part.trained) for part in found.parts), strict=True)]
     for part in found.parts:
-        tables.append(Text.assemble((inert(part.name, 90), "cyan"), (f"  {part.format}, {part.used:,} of {part.read:,} rows used", QUIET),
-                                    (f", {part.golds:,} with a gold answer", QUIET)))  # fmt: skip
-        tables.append(Padding(_measures(part, totals, plain), (0, 0, 0, 2), expand=False))
+        golds = f", {part.golds:,} with a gold answer" if unit == "row" else ""
+        tables.append(Text.assemble((inert(part.name, 90), "cyan"), (f"  {part.format}, {part.used:,} of {part.read:,} {unit}s used", QUIET),
+                                    (golds, QUIET)))  # fmt: skip
+        tables.append(Padding(_measures(part, totals, unit, plain), (0, 0, 0, 2), expand=False))
     return Group(*tables)
 
 
-def _measures(part: Part, totals: Sequence[int], plain: bool) -> Table:
+def _measures(part: Part, totals: Sequence[int], unit: str, plain: bool) -> Table:
     table = _grid("l", "l", "r", "r")
-    for name, value, total in zip(("rows", "tokens", "trained tokens"), (part.rows, part.tokens, part.trained), totals, strict=True):
+    for name, value, total in zip((f"{unit}s", "tokens", "trained tokens"), (part.rows, part.tokens, part.trained), totals, strict=True):
         share = value / total if total else 0.0
         table.add_row(name, Text(bar(share, plain=plain), "cyan"), f"{100 * share:.1f} %", f"{value:,}")
     table.add_row("weight w_s", Text(bar(part.weight, plain=plain), "magenta"), f"{100 * part.weight:.1f} %", f"{part.weight:.4f}")
     return table
 
 
-def _lengths(lengths: Lengths, plain: bool) -> RenderableType:
+def _lengths(lengths: Lengths, unit: str, plain: bool) -> RenderableType:
     table = _grid("r", "l", "r")
     most = max(lengths.counts, default=0)
     for low, high, count in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=False):
         table.add_row(f"{low + 1:,} to {high:,}", Text(bar(count / most if most else 0.0, 40, plain), "cyan"), f"{count:,}")
     shown = Text(bar(min(1.0, lengths.over / most) if most else 0.0, 40, plain), BAD)
     table.add_row(f"over {lengths.limit:,}", shown, Text(f"{lengths.over:,}", BAD if lengths.over else GOOD))
-    words = f"half of the rows have up to {lengths.median:,} tokens, 95 % up to {lengths.p95:,}; the longest read has {lengths.longest:,}"
+    words = f"half of the {unit}s have up to {lengths.median:,} tokens, 95 % up to {lengths.p95:,}; the longest read has {lengths.longest:,}"
     return Group(table, Text(words, QUIET))
 
 
@@ -109,39 +119,89 @@ def _joined(places: Sequence[str]) -> str:
     return ", ".join(told)
 
 
-def _ends(found: Preflight) -> Text:
+def _ends(found: Preflight, unit: str) -> Text:
     ends = found.ends
     if not ends.trained:
         return Text("NO: no end token is trained; the model would never learn to stop", f"{HEAD} red")
     names = ", ".join(f"{inert(name)} ({count:,} times)" for name, count in ends.tokens.items())
     said = Text.assemble(("yes", f"{HEAD} {GOOD}"), f": {names}; ")
-    return said.append(f"every answer is closed in {ends.rows:,} of {ends.of:,} rows", "" if ends.rows == ends.of else BAD)
+    return said.append(f"every answer is closed in {ends.rows:,} of {ends.of:,} {unit}s", "" if ends.rows == ends.of else BAD)
 
 
-def _steps(found: Preflight) -> Text:
+def _steps(found: Preflight, unit: str) -> Text:
     epoch = found.epoch
     if not epoch.steps:
         return Text("none: there is nothing to train on", BAD)
     share = epoch.trained / epoch.tokens if epoch.tokens else 0.0
-    return Text(f"an epoch has {epoch.rows:,} rows, {epoch.tokens:,} tokens, {epoch.trained:,} of them trained ({100 * share:.1f} %)\n"
-                f"in {epoch.steps:,} steps of about {epoch.rows / epoch.steps:,.1f} rows and {epoch.tokens / epoch.steps:,.0f} tokens; "
+    return Text(f"an epoch has {epoch.rows:,} {unit}s, {epoch.tokens:,} tokens, {epoch.trained:,} of them trained ({100 * share:.1f} %)\n"
+                f"in {epoch.steps:,} steps of about {epoch.rows / epoch.steps:,.1f} {unit}s and {epoch.tokens / epoch.steps:,.0f} tokens; "
                 f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs\n"
-                f"{found.report.validation_rows:,} rows to validate with")  # fmt: skip
+                f"{found.report.validation_rows:,} {unit}s to validate with")  # fmt: skip
 
 
-def _examples(examples: Sequence[Example], plain: bool) -> RenderableType:
-    opening, closing = ("[[", "]]") if plain else ("⟦", "⟧")
-    shown: list[RenderableType] = []
-    for example in examples:
-        text = Text()
-        for trained, segment in example.segments:
-            safe = "\n".join(inert(line) for line in segment.split("\n"))
-            if plain:
-                safe = safe.encode("ascii", "backslashreplace").decode()
-            text.append(f"{opening}{safe}{closing}" if trained else safe, TRAINED if trained else "")
-        head = f"{inert(example.place, 120)}, {example.tokens:,} tokens, {example.trained:,} trained"
-        shown += [Text(head, QUIET), Padding(text, (0, 0, 1, 2), expand=False)]
+def _sides(sides: Sides, plain: bool) -> RenderableType:
+    """How often the chosen answer is the longer one, and who has a margin."""
+    table = _grid("l", "l", "r", "r")
+    for name, count in (("chosen is longer", sides.longer), ("chosen is shorter", sides.shorter), ("equally long", sides.equal)):
+        share = count / sides.pairs if sides.pairs else 0.0
+        table.add_row(name, Text(bar(share, plain=plain), "cyan"), f"{100 * share:.1f} %", f"{count:,}")
+    words = f"a chosen answer has {sides.chosen:,.1f} tokens on average, a rejected one {sides.rejected:,.1f}; "
+    words += f"{sides.margins:,} of {sides.pairs:,} pairs have a margin"
+    return Group(table, Text(words, QUIET), *([Text(sides.warning, BAD)] if sides.warning else []))
+
+
+def _examples(found: Preflight, plain: bool) -> RenderableType:
+    if found.sides is not None:
+        shown: list[RenderableType] = [_Pair(*pair, plain) for pair in zip(found.examples[::2], found.examples[1::2], strict=True)]
+    else:
+        shown = [part for example in found.examples for part in (_head(example), Padding(_written(example.segments, plain), (0, 0, 1, 2),
+                                                                                         expand=False))]  # fmt: skip
     return Group(*shown) if shown else Text("none", QUIET)
+
+
+def _head(example: Example) -> Text:
+    return Text(f"{inert(example.place, 120)}, {example.tokens:,} tokens, {example.trained:,} trained", QUIET)
+
+
+def _written(segments: Iterable[tuple[bool, str]], plain: bool) -> Text:
+    """Stretches of text, those that are trained in brackets."""
+    opening, closing = ("[[", "]]") if plain else ("⟦", "⟧")
+    text = Text()
+    for trained, segment in segments:
+        safe = "\n".join(inert(line) for line in segment.split("\n"))
+        if plain:
+            safe = safe.encode("ascii", "backslashreplace").decode()
+        text.append(f"{opening}{safe}{closing}" if trained else safe, TRAINED if trained else "")
+    return text
+
+
+class _Pair:
+    """The prompt, and below it both answers side by side; in a narrow terminal the rejected one below the chosen one."""
+
+    def __init__(self, chosen: Example, rejected: Example, plain: bool) -> None:
+        self._chosen, self._rejected, self._plain = chosen, rejected, plain
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        prompt, answers = self._parts()
+        if prompt:
+            yield Padding(_written(prompt, self._plain), (0, 0, 0, 2), expand=False)
+        heads = [_head(example) for example in (self._chosen, self._rejected)]
+        if options.max_width < NARROW:
+            for head, answer in zip(heads, answers, strict=True):
+                yield from (head, Padding(answer, (0, 0, 0, 2), expand=False))
+        else:
+            table = Table(box=box.ASCII if self._plain else box.MINIMAL, show_edge=False, expand=True)
+            for head in heads:
+                table.add_column(head, ratio=1, overflow="fold")
+            table.add_row(*answers)
+            yield table
+        yield Text()
+
+    def _parts(self) -> tuple[list[tuple[bool, str]], list[Text]]:
+        """What both begin with, untrained, and what each adds."""
+        both = [list(example.segments) for example in (self._chosen, self._rejected)]
+        is_shared = all(segments and not segments[0][0] for segments in both) and both[0][0] == both[1][0]
+        return both[0][:is_shared], [_written(segments[is_shared:], self._plain) for segments in both]
 
 
 def _verdict(faults: Sequence[str]) -> Text:
