@@ -17,7 +17,13 @@ RISING, EVALUATIONS_PAST_BEST = 0.02, 3
 FEW_MOVED, TINY_UPDATE, SMALL_RATE, LOOKS = 0.5, 1e-8, 0.01, 3  # as the loop's own watch
 KL_BAND = {"sft": 5.0, "reward": 5.0, "dpo": 2.0, "grpo": 0.5, "ppo": 0.5}
 """Nats a token between policy and reference. SFT is meant to move away; what optimises a reward is not."""
-LEARNS_BY_LOSS = ("sft", "reward", "dpo")
+KL_CURES = {"dpo": "raise dpo.beta or lower train.learning_rate", "grpo": "raise grpo.kl or lower train.learning_rate",
+            "ppo": "raise ppo.kl or lower train.learning_rate"}  # fmt: skip
+LEARNS_BY_LOSS, LEARNS_FROM_PAIRS = ("sft", "reward", "dpo"), ("reward", "dpo")
+COLLAPSED = -0.5
+"""Nats a token that the chosen answers lost against the reference: as `algorithms.dpo` has it, which loads torch."""
+COIN, SURE, GAP = 0.05, 0.98, 0.05  # shares of pairs: from a coin's 0.5, of certainty, from the best validation
+FOLLOWS_LENGTH = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,15 @@ def _number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def _algorithm(state: State) -> str:
+    return state.started.algorithm if state.started is not None else "sft"
+
+
+def _late(values: list[float]) -> float:
+    """The mean of the last quarter, nan before there is enough to judge by."""
+    return fmean(values[-(len(values) // 4) :]) if len(values) >= FEW_STEPS else math.nan
+
+
 def not_finite(state: State) -> Iterator[Diagnosis]:
     for name in ("loss", "grad_norm"):
         last = state.last(name)
@@ -58,9 +73,11 @@ def bad_steps(state: State) -> Iterator[Diagnosis]:
 
 
 def loss_not_falling(state: State) -> Iterator[Diagnosis]:
-    """Compares the first and the last quarter; a loss that is almost 0 has nowhere to fall."""
-    values = _values(state, "loss")
-    if len(values) < FEW_STEPS or (state.started is not None and state.started.algorithm not in LEARNS_BY_LOSS):
+    """Compares the first and the last quarter; a loss that is almost 0, or of pairs that are told apart already, has nowhere to fall."""
+    values, algorithm = _values(state, "loss"), _algorithm(state)
+    if len(values) < FEW_STEPS or algorithm not in LEARNS_BY_LOSS:
+        return
+    if algorithm in LEARNS_FROM_PAIRS and _late(_values(state, "accuracy")) > 0.9:
         return
     quarter = len(values) // 4
     first, last = fmean(values[:quarter]), fmean(values[-quarter:])
@@ -81,10 +98,11 @@ def gradient_exploding(state: State) -> Iterator[Diagnosis]:
 
 
 def kl_above_band(state: State) -> Iterator[Diagnosis]:
-    values = _values(state, "kl")
-    band = KL_BAND.get(state.started.algorithm if state.started else "sft", KL_BAND["sft"])
+    values, cure = _values(state, "kl"), KL_CURES.get(_algorithm(state), "lower train.learning_rate or train fewer steps")
+    band = KL_BAND.get(_algorithm(state), KL_BAND["sft"])
     if values and (now := fmean(values[-3:])) > band:
-        yield Diagnosis("warning", f"KL to the reference is {_number(now)} nats a token, above {_number(band)}: the policy has gone far")
+        yield Diagnosis("warning", f"KL to the reference is {_number(now)} nats a token, above {_number(band)}: "
+                                   f"the policy has gone far; {cure}")  # fmt: skip
 
 
 def nothing_learned(state: State) -> Iterator[Diagnosis]:
@@ -115,8 +133,54 @@ def validation_rising(state: State) -> Iterator[Diagnosis]:
                                    f"step {best[0]:.0f} is kept as the best")  # fmt: skip
 
 
+def chosen_unlearned(state: State) -> Iterator[Diagnosis]:
+    """DPO's collapse: the margin grows while both sides become less likely."""
+    values = _values(state, "chosen_change")
+    if values and (now := fmean(values[-3:])) < COLLAPSED:
+        yield Diagnosis("bad", f"the chosen answers are unlearned: {_number(-now)} nats a token less likely than under the reference: "
+                               "raise dpo.beta, lower train.learning_rate, or set dpo.sft")  # fmt: skip
+
+
+def pairs_not_told_apart(state: State) -> Iterator[Diagnosis]:
+    """A coin is right half of the time. Held-out pairs decide for a reward model, for it can learn its training pairs by heart."""
+    if _algorithm(state) not in LEARNS_FROM_PAIRS:
+        return
+    right, checked, margins = (_values(state, name) for name in ("accuracy", "validation_accuracy", "margin"))
+    trained, held_out = _late(right), fmean(checked[-3:]) if len(checked) > 1 and len(right) >= FEW_STEPS else math.nan
+    swapped = "are chosen and rejected swapped? see lowrank-tune data"
+    if trained < 0.5 - COIN:
+        yield Diagnosis("bad", f"the rejected answers win: {trained:.0%} of the training pairs are right: {swapped}")
+    elif abs(trained - 0.5) <= COIN:
+        grows = len(margins) >= FEW_STEPS and _late(margins) > fmean(margins[: len(margins) // 4])
+        told = "the margin grows slowly" if grows else "the margin does not grow"
+        yield Diagnosis("warning", f"chosen and rejected are not told apart: {trained:.0%} of the training pairs are right, {told}: "
+                                   "a higher train.learning_rate, more steps, or pairs that differ more clearly")  # fmt: skip
+    elif abs(held_out - 0.5) <= COIN:
+        yield Diagnosis("warning", f"held-out pairs are not told apart: {held_out:.0%} are right, in training {trained:.0%}: "
+                                   "more or clearer pairs, a smaller adapter, or fewer steps")  # fmt: skip
+
+
+def overconfident(state: State) -> Iterator[Diagnosis]:
+    """A reward model that knows its training pairs by heart becomes worse at others, and surer of it."""
+    trained, checked = _late(_values(state, "accuracy")), _values(state, "validation_accuracy")
+    if _algorithm(state) == "reward" and trained >= SURE and len(checked) > 2 and (now := fmean(checked[-2:])) < max(checked) - GAP:
+        yield Diagnosis("warning", f"the reward model is sure of its training pairs ({trained:.0%} right) and worse at held-out ones "
+                                   f"({max(checked):.0%} -> {now:.0%}): fewer steps, a lower train.learning_rate, or more pairs")  # fmt: skip
+
+
+def follows_length(state: State) -> Iterator[Diagnosis]:
+    """A preference for long answers is the fault that reward models learn most easily."""
+    series = state.series.get("pairs_length_correlation")
+    if series is not None and abs(series.last) > FOLLOWS_LENGTH:
+        longer = "longer" if series.last > 0 else "shorter"
+        cure = "balance the lengths in the data" + (", or set dpo.loss=sigmoid_norm" if _algorithm(state) == "dpo" else "")
+        yield Diagnosis("warning", f"the score follows the length of an answer (correlation {series.last:+.2f}): "
+                                   f"{longer} ones win whatever they say: {cure}")  # fmt: skip
+
+
 CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
-    not_finite, gradient_exploding, nothing_learned, loss_not_falling, validation_rising, kl_above_band, bad_steps, rows_dropped,
+    not_finite, gradient_exploding, nothing_learned, chosen_unlearned, pairs_not_told_apart, loss_not_falling, overconfident, validation_rising,
+    kl_above_band, follows_length, bad_steps, rows_dropped,
 )  # fmt: skip
 
 
@@ -131,4 +195,6 @@ def _well(state: State) -> Diagnosis:
     told = f"loss {_number(fmean(values[:quarter]))} -> {_number(fmean(values[-quarter:]))}"
     if len(checked) > 1:
         told += f", validation {_number(checked[0])} -> {_number(checked[-1])}"
+    if _algorithm(state) in LEARNS_FROM_PAIRS and (right := _values(state, "validation_accuracy") or _values(state, "accuracy")):
+        told += f", {right[-1]:.0%} of the {'held-out ' if 'validation_accuracy' in state.series else ''}pairs right"
     return Diagnosis("good", f"all good: {told}")

@@ -24,6 +24,8 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "bad": ("1;31", "1", "bold red"),
     "first": ("96", "1", "bright_cyan"),
     "second": ("93", "", "bright_yellow"),
+    "chosen": ("92", "1", "bright_green"),
+    "rejected": ("91", "", "bright_red"),
     "bar": ("36", "1", "cyan"),
 }
 """Each style as an escape code with colours, as one without (NO_COLOR), and as rich names it for pictures."""

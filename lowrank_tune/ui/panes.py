@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from lowrank_tune.events import Sampled
 from lowrank_tune.ui.charts import Curve, chart, short, smooth
 from lowrank_tune.ui.frame import Line, said, width_of, wrap
-from lowrank_tune.ui.plain import SHOWN, clock, number, percent
-from lowrank_tune.ui.state import State
+from lowrank_tune.ui.metrics import TITLES, charts_of, side_of
+from lowrank_tune.ui.plain import SHOWN, clock, number, percent, signed
+from lowrank_tune.ui.state import Pair, State
 
 SMOOTHINGS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 KEYS = {
@@ -18,14 +19,6 @@ KEYS = {
 }  # fmt: skip
 QUESTION_LINES = 4  # that a further question needs
 FOR_THE_RUN = "qpse"  # what only the run's own screen can do; in `watch`, q leaves the screen alone
-CHARTS: dict[str, tuple[str, ...]] = {
-    "sft": ("loss", "kl", "grad_norm", "learning_rate", "accuracy", "entropy"),
-    "reward": ("loss", "accuracy", "margin", "grad_norm", "learning_rate", "kl"),
-    "dpo": ("loss", "margin", "accuracy", "kl", "grad_norm", "learning_rate"),
-    "grpo": ("reward", "kl", "entropy", "grad_norm", "learning_rate", "loss"),
-    "ppo": ("reward", "kl", "value_loss", "entropy", "grad_norm", "learning_rate"),
-}
-TITLES = {"loss": "loss", "kl": "KL to the reference", "grad_norm": "gradient norm", "learning_rate": "learning rate"}
 
 
 @dataclass(frozen=True)
@@ -44,11 +37,15 @@ class View:
     card: str = ""
 
 
-def chart_names(state: State) -> list[str]:
-    """The statistics to draw: those of the algorithm that were measured, then reward where there is one."""
-    wanted = CHARTS.get(state.started.algorithm if state.started else "sft", CHARTS["sft"])
-    names = [name for name in wanted if name in state.series or f"validation_{name}" in state.series]
-    return names + [name for name in ("reward",) if name in state.series and name not in names]
+def chart_names(state: State) -> list[tuple[str, ...]]:
+    """The charts to draw: those of the algorithm that were measured, then reward where there is one."""
+    wanted = charts_of(state.started.algorithm if state.started else "sft")
+    names = [chart for names in wanted if (chart := tuple(name for name in names if measured(state, name)))]
+    return names if "reward" not in state.series or ("reward",) in names else [*names, ("reward",)]
+
+
+def measured(state: State, name: str) -> bool:
+    return name in state.series or f"validation_{name}" in state.series
 
 
 def written(name: str, value: float) -> str:
@@ -56,22 +53,39 @@ def written(name: str, value: float) -> str:
     return SHOWN[name][1](value) if name in ("accuracy", "learning_rate") else short(value) if value == value else "nan"
 
 
-def chart_pane(state: State, name: str, view: View, width: int, height: int) -> list[Line]:
-    """A title with the last values, and the chart: raw values dim, their average bright, validation in a second colour."""
-    told = TITLES.get(name, said(name, view.ascii_only).replace("_", " "))
-    title: Line = [(f" {told} ", "title"), ("log " if view.log_scale else "", "quiet")]
+def chart_pane(state: State, names: Sequence[str], view: View, width: int, height: int) -> list[Line]:
+    """A title with the last values, and the chart. One statistic: its values dim, their average bright, validation in a second colour.
+    Two are the sides of a pair: the averages of both, each in its colour."""
+    title: Line = [(f" {TITLES.get(names[0], said(names[0], view.ascii_only).replace('_', ' '))} ", "title")]
+    curves = [curve for name in names for curve in _curves(state, name, view, paired=len(names) > 1)]
+    log = view.log_scale and (len(names) == 1 or all(y > 0 for curve in curves for _, y in curve.points))
+    title.append(("log " if log else "", "quiet"))
+    for name in names:
+        title += _last_values(state, name, paired=len(names) > 1)
+    return [title, *chart(curves, width, height - 1, log, view.ascii_only)]
+
+
+def _curves(state: State, name: str, view: View, paired: bool) -> list[Curve]:
+    series, checked, weight = state.series.get(name), state.series.get(f"validation_{name}"), SMOOTHINGS[view.smoothing]
+    if paired:
+        shown = series or checked
+        return [] if shown is None else [Curve(smooth(shown.points, weight), side_of(name), "+" if side_of(name) == "chosen" else "-")]
     curves = []
-    if (series := state.series.get(name)) is not None:
-        title.append((written(name, series.last), "first"))
-        points = [*series.points]
-        weight = SMOOTHINGS[view.smoothing]
-        if weight:
-            curves.append(Curve(points, "quiet", ".", line=False))
-        curves.append(Curve(smooth(points, weight), "first", "*"))
-    if (checked := state.series.get(f"validation_{name}")) is not None:
-        title += [("  validation ", "quiet"), (written(name, checked.last), "second")]
+    if series is not None:
+        curves += [Curve([*series.points], "quiet", ".", line=False)] if weight else []
+        curves.append(Curve(smooth(series.points, weight), "first", "*"))
+    if checked is not None:
         curves.append(Curve(checked.points, "second", "o"))
-    return [title, *chart(curves, width, height - 1, view.log_scale, view.ascii_only)]
+    return curves
+
+
+def _last_values(state: State, name: str, paired: bool) -> Line:
+    series, checked = state.series.get(name), state.series.get(f"validation_{name}")
+    if paired:
+        shown = series or checked
+        return [] if shown is None else [(f"{side_of(name)} ", "quiet"), (f"{written(name, shown.last)} ", side_of(name))]
+    values: Line = [(written(name, series.last), "first")] if series is not None else []
+    return values + ([("  validation ", "quiet"), (written(name, checked.last), "second")] if checked is not None else [])
 
 
 def heading(text: str, width: int, view: View, right: str = "") -> Line:
@@ -82,13 +96,15 @@ def heading(text: str, width: int, view: View, right: str = "") -> Line:
 
 
 def sample_pane(state: State, view: View, width: int, height: int) -> list[Line]:
-    """One held-out question: what the model answered first and what it answers now, and the held-out figures."""
+    """One held-out question: what the model answered first and what it answers now, and the held-out figures; or a pair and its scores."""
+    if state.pairs:
+        return _pairs(state, view, width, height)
     figures = [f"{said(who, view.ascii_only, 12)} {percent(stats['exact'])}" for who, stats in state.heldout.items() if "exact" in stats]
     told = f"held-out exact: {', '.join(figures)}" if figures else ""
-    if not state.answers:
+    prompts = list({**state.answers, **state.earlier})
+    if not prompts:
         return [heading("answers", width, view, told), [(" no answers yet", "quiet")]]
-    place, count = view.sample % len(state.answers), len(state.answers)
-    prompts = list(state.answers)
+    place, count = view.sample % len(prompts), len(prompts)
     lines = [heading(f"question {place + 1} of {count}", width, view, told)]
     for turn in range(count):  # the chosen one, and as many after it as there is room for
         room = height - len(lines) - (turn > 0)
@@ -96,24 +112,63 @@ def sample_pane(state: State, view: View, width: int, height: int) -> list[Line]
             break
         lines += [[("", "")]] if turn else []
         prompt = prompts[(place + turn) % count]
-        lines += _question(prompt, state.answers[prompt], view, width, room if count == 1 else min(room, max(QUESTION_LINES, height // 2)))
+        lines += _question(prompt, _speakers(state, prompt), view, width, room if count == 1 else min(room, max(QUESTION_LINES, height // 2)))
     return lines
 
 
-def _question(prompt: str, answers: Sequence[Sampled], view: View, width: int, height: int) -> list[Line]:
-    """What was asked, what the model answered first, and what it answers now."""
+def _speakers(state: State, prompt: str) -> list[tuple[str, Sampled]]:
+    """Who answered a question: the stages before, the reference, and the policy now."""
+    answers = state.answers.get(prompt, [])
+    now = [(state.below() if one.role == "reference" else f"step {one.step}", one) for one in dict.fromkeys([*answers[:1], *answers[-1:]])]
+    return [(who, one) for who, one in state.earlier.get(prompt, ()) if who not in dict(now)] + now
+
+
+def _question(prompt: str, speakers: Sequence[tuple[str, Sampled]], view: View, width: int, height: int) -> list[Line]:
+    """What was asked, what was answered first, and what is answered now; of several stages as many as there is room for."""
     asked = wrap(said(prompt, view.ascii_only, 4 * width), width - 2, max(1, height // 4))
     lines: list[Line] = [[(f" {text}", "strong")] for text in asked]
-    shown = [answers[0], answers[-1]] if len(answers) > 1 and height - len(asked) >= 2 else answers[-1:]
-    for index, answer in enumerate(shown):
+    shown = speakers[-max(1, height - len(asked)) :]
+    for index, (who, answer) in enumerate(shown):
         room = max(1, (height - len(lines)) // (len(shown) - index))
-        lines += _answer(answer, view, width, room, index == len(shown) - 1)
+        lines += _answer(who, answer, view, width, room, index == len(shown) - 1)
     return lines
 
 
-def _answer(answer: Sampled, view: View, width: int, room: int, newest: bool) -> list[Line]:
+def _pairs(state: State, view: View, width: int, height: int) -> list[Line]:
+    """Held-out pairs: both answers with what they score."""
+    pairs = list(state.pairs.values())
+    place, count = view.sample % len(pairs), len(pairs)
+    told = f"{sum(pair.margin > 0 for pair in pairs)} of {count} right"
+    scored = state.scored.get(state.started.algorithm if state.started else "", {})
+    if "accuracy" in scored:
+        told = f"held-out pairs right: {percent(scored['accuracy'])}"
+    lines = [heading(f"pair {place + 1} of {count}", width, view, told)]
+    for turn in range(count):
+        room = height - len(lines) - (turn > 0)
+        if turn and room < QUESTION_LINES:
+            break
+        lines += [[("", "")]] if turn else []
+        lines += _pair(pairs[(place + turn) % count], view, width, room if count == 1 else min(room, max(QUESTION_LINES, height // 2)))
+    return lines
+
+
+def _pair(pair: Pair, view: View, width: int, height: int) -> list[Line]:
+    """The prompt, then both answers, the one that is preferred in the light."""
+    asked = wrap(said(pair.chosen.prompt, view.ascii_only, 4 * width), width - 2, max(1, height // 4))
+    lines: list[Line] = [[(f" {text}", "strong")] for text in asked]
+    for left, side, answer in ((2, "chosen", pair.chosen), (1, "rejected", pair.rejected)):
+        room = max(1, (height - len(lines)) // left)
+        label = f" {side:<8} {'' if answer.reward is None else signed(answer.reward):>8}  "
+        rows = wrap(said(answer.completion, view.ascii_only, room * width), width - len(label) - 1, room) or [""]
+        ahead = pair.margin > 0 if side == "chosen" else pair.margin < 0
+        for row, part in enumerate(rows):
+            lines.append([(label if row == 0 else " " * len(label), side), (part, "first" if ahead else "")])
+    return lines
+
+
+def _answer(label: str, answer: Sampled, view: View, width: int, room: int, newest: bool) -> list[Line]:
     """Who answered when, the answer, and what is known of it."""
-    label = "base" if answer.role == "reference" else f"step {answer.step}"
+    label = said(label, view.ascii_only, 10)
     facts = [] if answer.finish == "stop" else ["cut off"]
     if newest and answer.gold is not None:
         facts.append(f"gold {said(answer.gold, view.ascii_only, 24)}")
@@ -136,14 +191,13 @@ def _answer(answer: Sampled, view: View, width: int, room: int, newest: bool) ->
 
 def log_pane(state: State, view: View, width: int, height: int) -> list[Line]:
     """Warnings first, each part newest first."""
-    begun = state.begun or 0.0
     lines = [heading("log", width, view, f"{len(state.warnings)} warning{'s' if len(state.warnings) > 1 else ''}" if state.warnings else "")]
     for entries, style, sign in ((state.warnings, "warning", "!"), (state.log, "", " ")):
         for entry in reversed(entries):
             if len(lines) >= height:
                 return lines
             times = f" (x{entry.times})" if entry.times > 1 else ""
-            stamp = f"{sign}{clock(entry.time - begun):>6} "
+            stamp = f"{sign}{clock(entry.time):>6} "
             parts = wrap(said(entry.text, view.ascii_only, 3 * width) + times, width - 9, 3 if style else 2)
             lines += [[(stamp if row == 0 else " " * 8, style or "quiet"), (part, style)] for row, part in enumerate(parts)]
     return lines[:height]

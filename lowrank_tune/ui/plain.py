@@ -15,6 +15,7 @@ from rich.progress import Progress as Bar
 
 from lowrank_tune.events import Event, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
 from lowrank_tune.ui import inert
+from lowrank_tune.ui.metrics import SIDES, heldout_parts
 
 _STYLES = {"warning": "33", "good": "32", "quiet": "2"}  # yellow, green, dim
 
@@ -28,9 +29,26 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def signed(value: float) -> str:
+    return f"{value:+.3f}"
+
+
 SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
     "loss": ("loss", number),
     "accuracy": ("accuracy", percent),
+    "margin": ("margin", signed),
+    "score_chosen": ("chosen", signed),
+    "score_rejected": ("rejected", signed),
+    "reward_chosen": ("chosen", signed),
+    "reward_rejected": ("rejected", signed),
+    "chosen_change": ("chosen a token", signed),
+    "logp_chosen": ("chosen", number),
+    "logp_rejected": ("rejected", number),
+    "calibration_error": ("calibration error", percent),
+    "length_correlation": ("length correlation", "{:+.2f}".format),
+    "prefers_longer": ("prefers the longer", percent),
+    "exact": ("exact", percent),
+    "stopped": ("stopped", percent),
     "entropy": ("entropy", number),
     "kl": ("kl", number),
     "learning_rate": ("lr", "{:.1e}".format),
@@ -44,16 +62,33 @@ SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 """How a statistic is named and written, in the order of the line."""
 
+UNSAID = {"logp_chosen", "logp_rejected", "chosen_change"}
+"""What would make the line of a step too long, and says little by itself: the screen and the report draw it."""
+
 
 def show(stats: Mapping[str, float]) -> str:
     """`loss 1.234  lr 2.0e-04 ...`; skipped steps only where there are any."""
     parts = []
     for name, (label, write) in SHOWN.items():
+        if name in UNSAID:
+            continue
         if not name:
             parts += [f"{inert(other)} {number(value)}" for other, value in stats.items() if other not in SHOWN]
         elif name in stats and (name != "bad_steps" or stats[name]):
             parts.append(f"{label} {write(stats[name])}")
     return "  ".join(parts)
+
+
+def validation_line(event: Validated, colon: str = "") -> str:
+    """A validation in words: of held-out rows, of answers to held-out questions, or of scores of held-out pairs."""
+    what, stats = "validation", {name.removeprefix("validation_"): value for name, value in event.stats.items()}
+    if stats and all(name.startswith("pairs_") for name in stats):
+        what, stats = "held-out pairs", {name.removeprefix("pairs_"): value for name, value in stats.items()}
+    elif stats and all(name.startswith("heldout_") for name in stats):
+        names = {name: heldout_parts(name) for name in stats}
+        what = f"held-out answers of {inert(', '.join(dict.fromkeys(who for who, _ in names.values())), 60)}"
+        stats = {names[name][1]: value for name, value in stats.items()}
+    return f"{what} after step {event.step}{colon or '  '}{show(stats)}" + ("  best so far" if event.best else "")
 
 
 def clock(seconds: float) -> str:
@@ -88,6 +123,7 @@ class Plain:
         self.terminal = self.file.isatty() and environ.get("TERM", "dumb") != "dumb"
         self._colour = self.terminal and not environ.get("NO_COLOR")
         self._pace = Pace()
+        self._stage = ""  # of which stage of a chain a line tells that would say too little without it
         self._tokens, self._seconds = 0, 0.0
         self._bar: Bar | None = None
         self._task: tuple[str, TaskID] | None = None
@@ -105,7 +141,7 @@ class Plain:
             self._pace, self._tokens, self._seconds = Pace(), 0, 0.0
             self._started(event)
         elif isinstance(event, Validated):
-            self._say(f"validation after step {event.step}  {show(event.stats)}" + ("  best so far" if event.best else ""))
+            self._say(validation_line(event))
         elif isinstance(event, Sampled):
             self._sample(event)
         elif isinstance(event, Saved):
@@ -116,7 +152,8 @@ class Plain:
                 self._say((prefix if i == 0 else "  ") + line, "warning" if prefix else "")
         elif isinstance(event, RunEnded):
             # Why it failed is what the run raises, and what the command line then prints.
-            self._say(f"{event.status} after step {event.step} in {clock(event.seconds)}", "good" if event.status == "done" else "warning")
+            style = "good" if event.status == "done" else "warning"
+            self._say(f"{self._stage}{event.status} after step {event.step} in {clock(event.seconds)}", style)
 
     def close(self) -> None:
         """Takes a bar off the screen, and gives the cursor back."""
@@ -136,7 +173,9 @@ class Plain:
     def _started(self, event: RunStarted) -> None:
         where = f" on {event.device}" if event.device else ""
         trained = f"{event.trainable:,} trained parameters"
-        self._say(f"run {event.name}: {event.algorithm} of {event.model}{where}, {event.steps} steps, {trained}")
+        self._stage = f"stage {event.stage} of {event.stages} " if event.stages > 1 else ""
+        place = f", stage {event.stage} of {event.stages}" if event.stages > 1 else ""
+        self._say(f"run {event.name}{place}: {event.algorithm} of {event.model}{where}, {event.steps} steps, {trained}")
         for role, stack in event.roles.items():
             if role == "reference":
                 continue  # said in words below
@@ -156,6 +195,9 @@ class Plain:
         self._say(f"step {event.step:{width}d}/{event.steps}  {show({**speed, **event.stats})}  ETA {clock(left)}")
 
     def _sample(self, event: Sampled) -> None:
+        if event.role in SIDES:  # one side of a pair and its score: how it was written is not the model's doing
+            score = "" if event.reward is None else f"  [score {signed(event.reward)}]"
+            return self._say(f"  {event.role:8} {inert(event.prompt, 60)} -> {inert(event.completion, 120)}{score}")
         facts = [event.finish]
         if event.gold is not None:
             facts.append(f"gold {inert(event.gold, 24)}")
@@ -196,26 +238,85 @@ class Plain:
 
 
 def summary_table(summary: Mapping[str, Any], folder: Path) -> str:
-    """The end of a run in lines: how it ended, its metrics, held-out shares, warnings, and where everything lies. Inert."""
-    lines = [f"status     {inert(str(summary.get('status', 'unknown')))}"]
+    """The end of a run or a chain in lines: how it ended, its metrics, held-out figures, warnings, and where everything lies. Inert."""
+    lines = [f"status     {inert(str(summary.get('status', 'unknown')))}", *_figures_of(summary)]
+    stages = [stage for stage in _listed(summary, "stages") if isinstance(stage, Mapping)]
+    for stage in stages:
+        lines += _stage_lines(stage)
+    lines += _heldout_lines(summary)
+    scored = {str(stage.get("name", "?")): stage.get("heldout_pairs") for stage in stages} or {"": summary.get("heldout_pairs")}
+    lines += _pairs_lines(scored)
+    lines += [f"warning    {inert(str(text), 200)}" for text in _listed(summary, "warnings")]
+    lines.append(f"in         {inert(str(folder))}")
+    places = {str(stage["folder"]): f"stage {inert(str(stage.get('name', '?')), 60)}: its own run folder, with its adapter in final"
+              for stage in stages if isinstance(stage.get("folder"), str)}  # fmt: skip
+    lines += [f"  {inert(name, 60):16} {what}" for name, what in {**places, **_PLACES}.items() if _lies(folder, name)]
+    return "\n".join(lines)
+
+
+def _listed(data: Mapping[str, Any], name: str) -> list[Any]:
+    found = data.get(name)
+    return found if isinstance(found, list) else []
+
+
+def _lies(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).exists()
+    except (OSError, ValueError):  # a name that is none
+        return False
+
+
+def _numbers(data: Any) -> dict[str, float]:
+    """The numbers of an object that anyone may have edited."""
+    if not isinstance(data, Mapping):
+        return {}
+    return {str(key): float(value) for key, value in data.items() if isinstance(value, (int, float))}
+
+
+def _figures_of(summary: Mapping[str, Any]) -> list[str]:
+    """Steps, seconds, the last and the best values of a run."""
+    lines = []
     for name in ("step", "steps", "seconds"):
         if isinstance(value := summary.get(name), (int, float)):
             lines.append(f"{name:10} {clock(value) if name == 'seconds' else f'{value:,}'}")
+    return lines + _last_and_best(summary)
+
+
+def _last_and_best(summary: Mapping[str, Any]) -> list[str]:
+    lines = []
     for name in ("last", "best"):
-        if isinstance(stats := summary.get(name), Mapping):
-            known = {key: float(value) for key, value in stats.items() if isinstance(value, (int, float)) and key != "step"}
-            at = f"  (step {stats['step']})" if "step" in stats else ""
-            lines.append(f"{name:10} {show(known)}{at}")
-    if isinstance(heldout := summary.get("heldout"), Mapping) and heldout:
-        lines.append("held-out exact answers")
-        for stage, value in heldout.items():
-            shares = value if isinstance(value, Mapping) else {"": value}
-            told = "  ".join(f"{key} {percent(share)}".strip() for key, share in shares.items() if isinstance(share, (int, float)))
-            lines.append(f"  {inert(str(stage)):12} {told}")
-    lines += [f"warning    {inert(str(text), 200)}" for text in summary.get("warnings") or ()]
-    lines.append(f"in         {inert(str(folder))}")
-    lines += [f"  {name:16} {what}" for name, what in _PLACES.items() if (folder / name).exists()]
-    return "\n".join(lines)
+        if stats := _numbers(summary.get(name)):
+            at = f"  (step {stats['step']:.0f})" if "step" in stats else ""
+            lines.append(f"{name:10} {show({key: value for key, value in stats.items() if key != 'step'})}{at}")
+    return lines
+
+
+def _stage_lines(stage: Mapping[str, Any]) -> list[str]:
+    """A stage of a chain: how it ended, and below it its last and best values."""
+    name, algorithm, status = (inert(str(stage.get(key, "?")), 60) for key in ("name", "algorithm", "status"))
+    numbers = _numbers({key: stage.get(key) for key in ("step", "steps", "seconds")})
+    where = f", step {numbers['step']:,.0f} of {numbers['steps']:,.0f}" if {"step", "steps"} <= numbers.keys() else ""
+    lasted = f" in {clock(numbers['seconds'])}" if "seconds" in numbers else ""
+    return [f"{name:10} {algorithm}: {status}{where}{lasted}", *(f"  {line}" for line in _last_and_best(stage))]
+
+
+def _heldout_lines(summary: Mapping[str, Any]) -> list[str]:
+    heldout = summary.get("heldout")
+    if not isinstance(heldout, Mapping) or not heldout:
+        return []
+    lines = ["held-out exact answers"]
+    for who, value in heldout.items():
+        shares = value if isinstance(value, Mapping) else {"": value}
+        words = "  ".join(f"{key} {percent(share)}".strip() for key, share in shares.items() if isinstance(share, (int, float)))
+        lines.append(f"  {inert(str(who), 60):12} {inert(words)}")
+    return lines
+
+
+def _pairs_lines(scored: Mapping[str, Any]) -> list[str]:
+    """How well held-out pairs are told apart, by stage; `accuracy` is the share of pairs that are right."""
+    found = {name: figures for name, value in scored.items() if (figures := _numbers(value))}
+    lines = [f"  {f'{inert(name, 60):12} ' if name else ''}{show(figures)}" for name, figures in found.items()]
+    return ["held-out pairs", *lines] if lines else []
 
 
 _PLACES = {

@@ -45,24 +45,25 @@ def render_several(states: Sequence[State], view: View, width: int, height: int)
 def status(state: State, view: View) -> tuple[str, str]:
     """How the run stands, in a word or a few, and the style of that."""
     if state.ended is not None:
-        return f"{said(state.ended.status)} in {clock(state.ended.seconds)}", "good" if state.ended.status == "done" else "bad"
+        stage = f"stage {state.started.stage} " if state.started is not None and state.started.stages > 1 else ""
+        return f"{stage}{said(state.ended.status)} in {clock(state.ended.seconds)}", "good" if state.ended.status == "done" else "bad"
     if view.asked:
         return ", ".join(view.asked), "warning"
     silent = view.now - state.last_time if view.now is not None and state.last_time else 0.0
     if silent > SILENT:
         return f"no news for {clock(silent)}", "warning"
-    if state.job is not None or (state.started is not None and state.step == 0):
-        return "evaluating" if state.started else "loading", "title"
-    return ("running", "good") if state.started else ("starting", "title")
+    if state.loading:
+        return ("loading", "title") if state.job is not None or state.started is not None else ("starting", "title")
+    return ("evaluating", "title") if state.job is not None or state.step == 0 else ("running", "good")
 
 
 def _title(state: State, view: View, width: int) -> Line:
     run, dot = state.started, " - " if view.ascii_only else " \u00b7 "
     line: Line = [(" lowrank-tune ", "key"), (" ", "")]
     if run is not None:
-        stages = f"{dot}stage {run.stage} of {run.stages}" if run.stages > 1 else ""
+        stages = f"{dot}stage {run.stage} of {run.stages}: " if run.stages > 1 else dot
         name, model, device = (said(text, view.ascii_only, 60) for text in (run.name, run.model, run.device))
-        line += [(name, "strong"), (f"{stages}{dot}{said(run.algorithm, view.ascii_only)} of {model}", "")]
+        line += [(name, "strong"), (f"{stages}{said(run.algorithm, view.ascii_only)} of {model}", "")]
         line += [(f"{dot}{device}", "quiet")] if device else []
     told, style = status(state, view)
     told = f"  {told} "
@@ -141,23 +142,26 @@ def _body(state: State, view: View, width: int, height: int) -> list[Line]:
     return [*grid, *diagnoses, *_panes(state, view, width, height - len(grid) - len(diagnoses))]
 
 
-def _charts(state: State, view: View, names: Sequence[str], columns: int, width: int, height: int) -> list[Line]:
+def _charts(state: State, view: View, names: Sequence[Sequence[str]], columns: int, width: int, height: int) -> list[Line]:
     lines: list[Line] = []
     base, extra = divmod(width - columns + 1, columns)
     widths = [base + (index < extra) for index in range(columns)]
     for at in range(0, len(names), columns):
-        row = [chart_pane(state, name, view, widths[index], height) for index, name in enumerate(names[at : at + columns])]
+        row = [chart_pane(state, chart, view, widths[index], height) for index, chart in enumerate(names[at : at + columns])]
         lines += beside([*row, *([[]] * (columns - len(row)))], widths, height)
     return lines
 
 
-def _figures(state: State, names: Sequence[str], view: View) -> Line:
+def _figures(state: State, charts: Sequence[Sequence[str]], view: View) -> Line:
     """In one line what has no chart on a small screen."""
     line: Line = [(" ", "")]
-    for name in names:
-        if (last := state.last(name)) is not None:
+    for names in charts:
+        if len(names) > 1:
+            line.append((f"{names[0].removesuffix('_chosen').replace('logp', 'log-prob')} ", "quiet"))
+        for name in names:
             label = SHOWN[name][0] if name in SHOWN else said(name, view.ascii_only)
-            line += [(f"{label} ", "quiet"), (f"{written(name, last)}   ", "")]
+            last = state.last(name)
+            line += [(f"{label} ", "quiet"), (f"{written(name, last)}   ", "")] if last is not None else []
     return line
 
 
@@ -176,9 +180,10 @@ def _panes(state: State, view: View, width: int, height: int) -> list[Line]:
         left = (width - 1) * 9 // 20
         widths = [left, width - 1 - left]
         return beside([log_pane(state, view, left, height), sample_pane(state, view, widths[1], height)], widths, height)
-    if state.answers and height < 7:  # no room for both; what is wrong is also said by the diagnoses
+    shown = bool(state.answers or state.earlier or state.pairs)
+    if shown and height < 7:  # no room for both; what is wrong is also said by the diagnoses
         return sample_pane(state, view, width, height)
-    above = height * 3 // 5 if state.answers else 2
+    above = height * 3 // 5 if shown else 2
     return [*pad(sample_pane(state, view, width, above), width, above), *log_pane(state, view, width, height - above)]
 
 
@@ -203,7 +208,7 @@ def _small(state: State, view: View, width: int) -> list[Line]:
     if run is not None:
         left = f", ETA {clock(state.seconds_left)}" if state.seconds_left is not None else ""
         lines.append([(f"step {state.step}/{state.steps}{left}", "")])
-    names = [name for name in (*chart_names(state), "validation_loss") if name in state.series]
+    names = [name for name in (*(name for chart in chart_names(state) for name in chart), "validation_loss") if name in state.series]
     for name in names[:4]:
         lines.append([(f"{name.replace('_', ' ')} {written(name, state.series[name].last)}", "")])
     lines += [[(part, diagnosis.level)] for diagnosis in diagnose(state) for part in wrap(said(diagnosis.text, view.ascii_only), width, 2)]

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lowrank_tune.events import Event, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
-from lowrank_tune.ui.plain import Pace, show
+from lowrank_tune.ui.metrics import SIDES, heldout_parts
+from lowrank_tune.ui.plain import Pace, validation_line
 
 MOST_POINTS, LOG_LINES, SPEED_STEPS = 1000, 200, 20
 WARNING_LINES = 50
@@ -46,16 +47,31 @@ def _mean(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Said:
-    """A line of the log; `times` it came in a row."""
+    """A line of the log, `time` seconds after the start; `times` it came in a row."""
 
     time: float
     text: str
     times: int = 1
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Both answers of a held-out pair, with what they score now."""
+
+    chosen: Sampled
+    rejected: Sampled
+
+    @property
+    def margin(self) -> float:
+        """Score of the chosen above the rejected."""
+        chosen, rejected = self.chosen.reward, self.rejected.reward
+        return float("nan") if chosen is None or rejected is None else chosen - rejected
+
+
 @dataclass
 class State:
-    """Everything that the screen shows of one run."""
+    """Everything that the screen shows of one run, or of a chain: a new stage has curves of its own, and what earlier stages answered stays
+    beside what it answers."""
 
     started: RunStarted | None = None
     ended: RunEnded | None = None
@@ -70,16 +86,21 @@ class State:
     series: dict[str, Series] = field(default_factory=dict)
     heldout: dict[str, dict[str, float]] = field(default_factory=dict)
     answers: dict[str, list[Sampled]] = field(default_factory=dict)
+    earlier: dict[str, list[tuple[str, Sampled]]] = field(default_factory=dict)  # by question: who answered in the stages before
+    pairs: dict[tuple[str, str, str], Pair] = field(default_factory=dict)
+    scored: dict[str, dict[str, float]] = field(default_factory=dict)  # by algorithm: figures of all held-out pairs
+    loading: bool = True
     phases: dict[str, float] = field(default_factory=dict)
     warnings: deque[Said] = field(default_factory=lambda: deque(maxlen=WARNING_LINES))
     log: deque[Said] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
+    _half: Sampled | None = None
     _pace: Pace = field(default_factory=Pace)
     _speed: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=SPEED_STEPS))
 
     def apply(self, event: Event) -> None:
         """Takes an event in."""
         if self.begun is None or self.ended is not None:  # after an end a new start follows: the pause between was no work
-            self.begun, self.last_time, self.ended = event.time, event.time, None
+            self.begun, self.last_time, self.ended, self.loading, self.phases = event.time, event.time, None, True, {}
         self._spend(event)
         self.last_time = max(self.last_time, event.time)
         if not isinstance(event, (Progress, Note)):
@@ -93,8 +114,7 @@ class State:
         elif isinstance(event, Validated):
             self._validated(event)
         elif isinstance(event, Sampled):
-            self.answers.setdefault(event.prompt, []).append(event)
-            del self.answers[event.prompt][1:-20]  # the first, to compare with, and the latest
+            self._sampled(event)
         elif isinstance(event, Saved):
             self.saved_step = event.step
             self._say(event.time, f"saved step {event.step}")
@@ -121,7 +141,15 @@ class State:
         total = sum(self.phases.values())
         return {name: spent / total for name, spent in sorted(self.phases.items(), key=lambda item: -item[1])} if total else {}
 
+    def below(self) -> str:
+        """Who the reference is, by name: the last frozen adapter under the policy, or the base."""
+        stack = self.started.roles.get("reference") if self.started else None
+        return str(stack[-1]) if stack else "base"
+
     def _start(self, event: RunStarted) -> None:
+        if self.started is not None and self.started.stage != event.stage:
+            self._leave(self.started)
+        self.loading = False
         self.started, self.steps, self.step = event, event.steps, event.resumed_from
         self._pace, self.seconds_left = Pace(), None
         self._speed.clear()
@@ -130,6 +158,27 @@ class State:
             self._say(event.time, f"continued after step {event.resumed_from}")
         for series in self.series.values():
             series.cut(event.resumed_from)
+
+    def _leave(self, stage: RunStarted) -> None:
+        """A new stage of a chain begins: its curves are its own, and what the last one answered is kept to compare with."""
+        for prompt, answers in self.answers.items():
+            kept = self.earlier.setdefault(prompt, [])
+            known = {who for who, _ in kept}
+            kept += [(self.below(), one) for one in answers[:1] if one.role == "reference" and self.below() not in known]
+            kept += [(stage.algorithm, one) for one in answers[-1:] if one.role != "reference"]
+        self.answers, self.pairs, self.series, self._half = {}, {}, {}, None
+        self.saved_step = self.best_step = None
+
+    def _sampled(self, event: Sampled) -> None:
+        """An answer; of a pair the chosen side comes right before the rejected."""
+        if event.role not in SIDES:
+            self.answers.setdefault(event.prompt, []).append(event)
+            del self.answers[event.prompt][1:-20]  # the first, to compare with, and the latest
+        elif event.role == "chosen":
+            self._half = event
+        elif self._half is not None and self._half.prompt == event.prompt:
+            self.pairs[event.prompt, self._half.completion, event.completion] = Pair(self._half, event)
+            self._half = None
 
     def _step(self, event: StepDone) -> None:
         self.step, self.steps = event.step, event.steps
@@ -140,15 +189,15 @@ class State:
     def _validated(self, event: Validated) -> None:
         heldout = {name: value for name, value in event.stats.items() if name.startswith("heldout_")}
         for name, value in heldout.items():
-            who, _, what = name.removeprefix("heldout_").partition("_")
+            who, what = heldout_parts(name)
             self.heldout.setdefault(who, {})[what] = value
-        others = {name: value for name, value in event.stats.items() if name not in heldout}
         if event.best:
             self.best_step = event.step
-        if others:
-            self._measured(event.step, others)
-            told = show({name.removeprefix("validation_"): value for name, value in others.items()})
-            self._say(event.time, f"validation after step {event.step}: {told}" + ("  best so far" if event.best else ""))
+        if pairs := {name.removeprefix("pairs_"): value for name, value in event.stats.items() if name.startswith("pairs_")}:
+            self.scored.setdefault(self.started.algorithm if self.started else "", {}).update(pairs)
+        self._measured(event.step, {name: value for name, value in event.stats.items() if name not in heldout})
+        if len(heldout) < len(event.stats):
+            self._say(event.time, validation_line(event, ": "))
 
     def _measured(self, step: int, stats: Mapping[str, float]) -> None:
         for name, value in stats.items():
@@ -157,12 +206,16 @@ class State:
     def _note(self, event: Note) -> None:
         lines = self.warnings if event.level == "warning" else self.log
         if lines and lines[-1].text == event.message:
-            lines[-1] = Said(event.time, event.message, lines[-1].times + 1)
+            lines[-1] = Said(self._since(event.time), event.message, lines[-1].times + 1)
         else:
-            lines.append(Said(event.time, event.message))
+            lines.append(Said(self._since(event.time), event.message))
 
     def _say(self, time: float, text: str) -> None:
-        self.log.append(Said(time, text))
+        self.log.append(Said(self._since(time), text))
+
+    def _since(self, time: float) -> float:
+        """Reckoned at once: each stage of a chain, and each start, has a beginning of its own."""
+        return time - (self.begun or 0.0)
 
     def _spend(self, event: Event) -> None:
         """The time since the last event belongs to what this one tells of; a step says itself how long it took."""
@@ -173,10 +226,10 @@ class State:
         elif isinstance(event, Saved):
             self._add(SAVING, min(spent, event.seconds))
             self._add(OTHER, spent - min(spent, event.seconds))
-        elif isinstance(event, (Validated, Sampled)) or (isinstance(event, Progress) and self.started is not None):
+        elif isinstance(event, (Validated, Sampled)) or (isinstance(event, Progress) and not self.loading):
             self._add(EVALUATING, spent)
         else:
-            self._add(LOADING if self.started is None or isinstance(event, RunStarted) else OTHER, spent)
+            self._add(LOADING if self.loading or isinstance(event, RunStarted) else OTHER, spent)
 
     def _add(self, phase: str, seconds: float) -> None:
         if seconds > 0:

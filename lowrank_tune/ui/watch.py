@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Event, RunEnded, from_json
+from lowrank_tune.events import Event, RunEnded, RunStarted, from_json
 from lowrank_tune.ui.frame import Line
 from lowrank_tune.ui.panes import View
 from lowrank_tune.ui.plain import Plain
 from lowrank_tune.ui.render import render_several
 from lowrank_tune.ui.session import Session
+from lowrank_tune.ui.stages import EVENTS, is_chain, stage_folders
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal import can_show
 
@@ -31,6 +32,7 @@ class Tail:
         self.path = path
         self._inode: int | None = None
         self._offset, self._rest = 0, b""
+        self.more = False
 
     def poll(self) -> tuple[bool, list[Event]]:
         """Whether the file was begun anew (a resumed run replaces it), and the events that came."""
@@ -44,7 +46,7 @@ class Tail:
                 data = file.read(MOST_BYTES)
         except OSError:
             return False, []
-        self._offset += len(data)
+        self._offset, self.more = self._offset + len(data), len(data) == MOST_BYTES
         *lines, self._rest = (self._rest + data).split(b"\n")
         return anew, [event for line in lines if (event := _event(line)) is not None]
 
@@ -64,14 +66,38 @@ def events_in(path: Path) -> Iterator[Event]:
         yield from events
 
 
-class Watched:
-    """One run as it is seen from its file."""
+class Tails:
+    """Follows the files of a run's stages in their order; one that is not there yet is waited for."""
 
-    def __init__(self, path: Path) -> None:
-        self.tail, self.state = Tail(path), State()
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths, self._tails = paths, [Tail(path) for path in paths]
+
+    def poll(self) -> tuple[bool, list[Event]]:
+        """As a tail's: whether everything begins anew, and the events that came."""
+        anew, events = self._poll()
+        if anew:  # an earlier stage may be the one: what follows it must come again too
+            self._tails = [Tail(path) for path in self.paths]
+            events = self._poll()[1]
+        return anew, events
+
+    def _poll(self) -> tuple[bool, list[Event]]:
+        anew, events = False, list[Event]()
+        for tail in self._tails:
+            fresh, came = tail.poll()
+            anew, events = anew or fresh, events + came
+            if tail.more:  # a long file is read in parts, and the next stage comes after its end
+                break
+        return anew, events
+
+
+class Watched:
+    """One run, or a chain of stages, as it is seen from its files."""
+
+    def __init__(self, *paths: Path) -> None:
+        self.tails, self.state = Tails(paths), State()
 
     def poll(self) -> bool:
-        anew, events = self.tail.poll()
+        anew, events = self.tails.poll()
         if anew:
             self.state = State()
         for event in events:
@@ -79,9 +105,19 @@ class Watched:
         return anew or bool(events)
 
 
+def files_of(run: Path) -> list[Path]:
+    """The files of events of a run or a chain, from its folder, or itself. Raises UserError where there is no run."""
+    return [folder / EVENTS for folder in stage_folders(run)] if is_chain(run) else [_single(run)]
+
+
 def file_of(run: Path) -> Path:
-    """A run's file of events, from its folder or itself. Raises UserError where there is none."""
-    path = run / "events.jsonl" if run.is_dir() else run
+    """A run's file of events; of a chain the one of the stage that began last. Raises UserError where there is none."""
+    files = files_of(run)
+    return next((file for file in reversed(files) if file.is_file()), files[0])
+
+
+def _single(run: Path) -> Path:
+    path = run / EVENTS if run.is_dir() else run
     if not path.is_file():
         raise UserError(f"{run}: no run to watch, for there is no {path.name if run.is_dir() else 'such file or folder'}")
     return path
@@ -89,10 +125,10 @@ def file_of(run: Path) -> Path:
 
 def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: bool = False) -> None:
     """Shows runs until `q` or Ctrl-C; without a fit terminal, as lines until the last one has ended."""
-    paths = [file_of(run) for run in runs]
+    paths = [files_of(run) for run in runs]
     if plain or not can_show(sys.stdout, environ, forced=True):
         return _lines(paths)
-    watched = [Watched(path) for path in paths]
+    watched = [Watched(*files) for files in paths]
     over, failures = threading.Event(), []
 
     def changed() -> bool:
@@ -123,15 +159,16 @@ def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: 
         raise failures[0]
 
 
-def _lines(paths: Sequence[Path]) -> None:
-    """Each run's events as plain lines, one run after the other, followed to its end."""
-    for path in paths:
-        tail, plain, ended = Tail(path), Plain(), False
+def _lines(runs: Sequence[Sequence[Path]]) -> None:
+    """Each run's events as plain lines, one run after the other, followed to its end: that of the last stage, or of one that broke."""
+    for paths in runs:
+        tails, plain, ended, stage = Tails(paths), Plain(), False, 1
         while not ended:
-            _, events = tail.poll()
+            _, events = tails.poll()
             for event in events:
                 plain(event)
-                ended = isinstance(event, RunEnded)
+                stage = event.stage if isinstance(event, RunStarted) else stage
+                ended = isinstance(event, RunEnded) and (event.status != "done" or stage >= len(paths))
             if not events and not ended:
                 time.sleep(POLL_SECONDS)
         plain.close()

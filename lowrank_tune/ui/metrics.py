@@ -1,0 +1,87 @@
+"""What is measured, for people: which charts an algorithm has, what a figure means there, and what a validation's figures belong to."""
+
+from __future__ import annotations
+
+import re
+
+CHARTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "sft": (("loss",), ("kl",), ("grad_norm",), ("learning_rate",), ("accuracy",), ("entropy",)),
+    "reward": (("loss",), ("accuracy",), ("score_chosen", "score_rejected"), ("margin",), ("grad_norm",), ("learning_rate",)),
+    "dpo": (("loss",), ("reward_chosen", "reward_rejected"), ("accuracy",), ("kl",), ("logp_chosen", "logp_rejected"), ("margin",),
+            ("grad_norm",), ("learning_rate",)),
+    "grpo": (("reward",), ("kl",), ("entropy",), ("grad_norm",), ("learning_rate",), ("loss",)),
+    "ppo": (("reward",), ("kl",), ("value_loss",), ("entropy",), ("grad_norm",), ("learning_rate",)),
+}  # fmt: skip
+"""The charts of an algorithm, the most telling first: what a small screen shows. Two names are two lines in one chart."""
+
+TITLES = {
+    "loss": "loss", "kl": "KL to the reference", "grad_norm": "gradient norm", "learning_rate": "learning rate",
+    "score_chosen": "score", "reward_chosen": "implicit reward", "logp_chosen": "log-prob a token",
+}  # fmt: skip
+"""Of a chart, by its first name."""
+
+SIDES = {"chosen": "chosen", "rejected": "rejected"}
+
+MEANINGS = {
+    "loss": "negative log-likelihood of what is trained, nats a token",
+    "reward": "mean reward of the completions",
+    "accuracy": "share of trained tokens that were the first choice",
+    "kl": "how far the policy is from its reference, nats a token",
+    "entropy": "how undecided the prediction is, nats",
+    "grad_norm": "length of the gradient before clipping",
+    "learning_rate": "the step's rate",
+    "update_ratio": "length of the update over that of the weights",
+    "moved_share": "share of the adapter that the last step changed",
+    "tokens_per_second": "tokens of the step by its wall time",
+    "memory_gib": "peak memory, GiB",
+    "bad_steps": "steps that were not finite and changed nothing",
+}
+OWN_MEANINGS = {
+    "reward": {
+        "loss": "minus the log-probability that the chosen answer wins (Bradley-Terry), nats a pair; 0.693 is a coin's",
+        "accuracy": "share of pairs whose chosen answer scores higher; a tie counts half",
+        "score_chosen": "mean score of the chosen and of the rejected answers",
+        "margin": "mean score of the chosen answers above the rejected",
+    },
+    "dpo": {
+        "loss": "the preference loss, a pair; 0.693 is where a sigmoid loss begins",
+        "accuracy": "share of pairs whose chosen answer gained more against the reference; a tie counts half",
+        "reward_chosen": "beta times the log-ratio to the reference; a chosen answer below 0 became less likely",
+        "margin": "implicit reward of the chosen answers above the rejected",
+        "logp_chosen": "how likely the policy finds both sides, nats a token",
+        "chosen_change": "log-probability of the chosen answers against the reference, nats a token; far below 0 they are unlearned",
+    },
+}
+"""Where an algorithm means something else by a name, or has names of its own."""
+
+_HELDOUT = re.compile(r"heldout_(.+)_(exact|stopped|length|pass_at_\d+)", re.DOTALL)
+
+
+def charts_of(algorithm: str) -> tuple[tuple[str, ...], ...]:
+    return CHARTS.get(algorithm, CHARTS["sft"])
+
+
+def meanings_of(algorithm: str) -> dict[str, str]:
+    """What each statistic means, in the order in which a reader wants them."""
+    own = OWN_MEANINGS.get(algorithm, {})
+    leading = [names[0] for names in CHARTS[algorithm]] if own else []
+    known = {**MEANINGS, **own}
+    return {name: known[name] for name in [*(name for name in leading if name in known), *(name for name in known if name not in leading)]}
+
+
+def side_of(name: str) -> str:
+    """`chosen` or `rejected`, where a statistic is about one side of a pair; else nothing."""
+    return SIDES.get(name.rpartition("_")[2], "")
+
+
+def partner_of(algorithm: str, name: str) -> str | None:
+    """The statistic that shares a chart with this one as its second line."""
+    return next((names[1] for names in charts_of(algorithm) if len(names) > 1 and names[0] == name), None)
+
+
+def heldout_parts(name: str) -> tuple[str, str]:
+    """Of `heldout_my_sft_exact`: who answered (`my_sft`), and what was measured (`exact`)."""
+    if found := _HELDOUT.fullmatch(name):
+        return found[1], found[2]
+    who, _, what = name.removeprefix("heldout_").partition("_")
+    return who, what

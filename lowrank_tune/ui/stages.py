@@ -1,0 +1,34 @@
+"""The stages of a chain on disk: `run.json` names them, and each is a run folder of its own, `1-sft`, `2-dpo`, ..."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+EVENTS = "events.jsonl"
+
+
+def stage_folders(path: Path) -> list[Path]:
+    """The folders of a chain's stages in their order, begun or not; the path itself for a single run."""
+    if (path / EVENTS).is_file():
+        return [path]
+    return [path / f"{number}-{name}" for number, name in enumerate(_names(path / "run.json"), 1)] or [path]
+
+
+def is_chain(path: Path) -> bool:
+    return stage_folders(path) != [path]
+
+
+def _names(file: Path) -> list[str]:
+    """As `run.json` has them. One that could lead out of the folder was not written by a run."""
+    try:
+        recipe: Any = json.loads(file.read_bytes())["recipe"]
+        stages: Any = recipe["stages"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
+        return []
+    names = [stage.get("name") for stage in stages]
+    return names if all(isinstance(name, str) and name and not {"/", "\\", "\0"} & {*name} for name in names) else []
