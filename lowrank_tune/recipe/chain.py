@@ -17,7 +17,7 @@ from lowrank_tune.errors import Fault, Faults, UserError
 from lowrank_tune.recipe import rules
 from lowrank_tune.recipe.layers import Setting, apply, read_recipe, read_settings
 from lowrank_tune.recipe.single import NO_MAPPING, Recipe, faults_in, in_order, name_of
-from lowrank_tune.recipe.stack import Stages, conflicts, finished_below, loaded_below
+from lowrank_tune.recipe.stack import conflicts, finished_below, loaded_below
 from lowrank_tune.recipe.stages import HEADING, Draft, drafts
 from lowrank_tune.recipe.tree import Node, Place, from_python, nearest, plain
 
@@ -108,7 +108,9 @@ class Chain:
         made = drafts(tree.value.pop("stages"), tree, overrides, faults, files)
         data = [plain(draft.tree) for draft in made]
         for index, draft in enumerate(made):
-            _judge_stage(draft, data, index)
+            if not draft.lost:
+                others = conflicts(data, index) if not any(each.lost for each in made) else ()
+                _judge_stage(draft, data[index], [*rules.findings(data[index], finished_below(data, index)), *others])
         faults += _told(made)
         if faults:
             raise Faults(in_order(faults, tree.place.file))
@@ -116,12 +118,9 @@ class Chain:
         return cls(head.name, head.description, tuple(_recipe(each) for each in data))
 
 
-def _judge_stage(draft: Draft, data: Stages, index: int) -> None:
-    """The faults of one stage; one that is not complete is not judged, and one after it only by itself."""
-    if draft.lost:
-        return
-    found = [*rules.findings(data[index], finished_below(data, index)), *conflicts(data, index)]
-    told = faults_in(settings.Recipe, data[index], found)
+def _judge_stage(draft: Draft, data: Mapping[str, Any], findings: Sequence[rules.Finding]) -> None:
+    """The faults of one stage, where its settings stand."""
+    told = faults_in(settings.Recipe, data, findings)
     draft.faults += [nearest(draft.tree, path).place.fault(message, path) for path, message in told]
 
 

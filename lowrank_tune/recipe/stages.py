@@ -1,7 +1,8 @@
 """The stages of a chain, each put together from its layers.
 
-The chain's own settings are the lowest layer of every stage, then comes what the stage extends, then the stage, then `key=value`. A
-common setting that belongs to the algorithms of other stages (`dpo.beta` beside an SFT stage) passes a stage by.
+The chain's own settings are the lowest layer of every stage, then comes what the stage extends, then the stage, then `key=value`,
+then `stages.NAME.key=value`. A common setting that belongs to the algorithms of other stages (`dpo.beta` beside an SFT stage) passes a
+stage by.
 """
 
 from __future__ import annotations
@@ -146,15 +147,19 @@ def _unfit(path: Path, names: list[str]) -> str:
     return "cannot be given here; it stands in the file" if path[2] in ("name", "extends", "stages") else ""
 
 
-def _mine(overrides: Sequence[Setting], draft: Draft) -> list[tuple[Path, Node, bool]]:
-    """The overrides for a stage in their order, and whether each was for all of them."""
-    mine = [(path[2:], node, False) if path[:2] == draft.here else (path, node, True) for path, node in overrides]
-    return [each for each in mine if each[0][0] != "stages"]
+def _common(overrides: Sequence[Setting]) -> list[Setting]:
+    return [(path, node) for path, node in overrides if path[0] != "stages"]
+
+
+def _special(overrides: Sequence[Setting], draft: Draft) -> list[Setting]:
+    """The overrides for this stage alone. They are a layer above the common ones, wherever they stand."""
+    return [(path[2:], node) for path, node in overrides if path[0] == "stages" and str(path[1]) == draft.name]
 
 
 def _last(overrides: Sequence[Setting], draft: Draft) -> Any:
     """The algorithm that the command line asks for."""
-    return next((node.value for path, node, _ in reversed(_mine(overrides, draft)) if path == ("algorithm",)), None)
+    asked = [*_common(overrides), *_special(overrides, draft)]
+    return next((node.value for path, node in reversed(asked) if path == ("algorithm",)), None)
 
 
 def _lay(draft: Draft, shared: Node, overrides: Sequence[Setting], algorithms: set[str]) -> None:
@@ -168,9 +173,10 @@ def _lay(draft: Draft, shared: Node, overrides: Sequence[Setting], algorithms: s
     if draft.parent is not None:
         tree = lay(tree, draft.parent)
     tree = lay(tree, draft.own)
-    taken = [(path, copy.deepcopy(node)) for path, node, common in _mine(overrides, draft) if not (common and any(
-        path[: len(each)] == each and (path[0] != "adapters" or find(tree, each) is None) for each in foreign))]  # fmt: skip
-    apply(tree, taken, draft.faults)
+    spared = [each for each in foreign if each[0] != "adapters" or find(tree, each) is None]
+    common = [(path, node) for path, node in _common(overrides) if not any(path[: len(each)] == each for each in spared)]
+    for layer in (common, _special(overrides, draft)):
+        apply(tree, copy.deepcopy(layer), draft.faults)
     tree.value["name"] = Node(draft.name or "stage", draft.own.place)
     draft.tree = tree
 

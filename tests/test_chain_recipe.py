@@ -1,0 +1,440 @@
+"""Recipes with stages: laws, overrides, the flow of adapters, faults with their lines, hostile shapes."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowrank_tune.errors import Faults, UserError
+from lowrank_tune.recipe import Chain, Recipe, differences, dump, load_any, presets, schema
+
+Write = Callable[..., str]
+PAIRS = {"train": [{"dataset": "tutor-preferences"}]}
+SFT: dict[str, Any] = {"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, "train": {"steps": 9}}
+REWARD: dict[str, Any] = {"algorithm": "reward", "data": PAIRS, "train": {"steps": 8}}
+DPO: dict[str, Any] = {"algorithm": "dpo", "data": PAIRS, "train": {"steps": 7}}
+RLHF: dict[str, Any] = {"name": "all", "seed": 3, "stages": [SFT, REWARD, DPO]}
+
+CHAIN = """\
+description: SFT, a reward model, DPO
+base: {model: tiny-tutor}
+seed: 3
+dpo: {beta: 0.2}
+reward: {centering: 0.01}
+train: {steps: 5}
+adapters: {reward: {r: 4}, policy: {r: 8}}
+evaluate: {heldout: {dataset: tutor, split: heldout}, shown: 1}
+stages:
+  - {name: start, extends: tiny-sft}
+  - algorithm: reward
+    data: {train: [{dataset: tutor-preferences}]}
+  - name: prefer
+    algorithm: dpo
+    data: {train: [{dataset: tutor-preferences}]}
+    train: {epochs: 1}
+    evaluate: {shown: null}
+    reference: start
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes a file into a fresh working directory, where faults name it by its bare name."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(text: str, name: str = "my.yaml") -> str:
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
+        Path(name).write_text(text)
+        return f"./{name}"
+
+    return make
+
+
+def faults_of(path: str, *overrides: str) -> list[str]:
+    with pytest.raises(Faults) as caught:
+        load_any(path, *overrides)
+    return str(caught.value).splitlines()
+
+
+def faults_in(data: Any) -> list[str]:
+    with pytest.raises(Faults) as caught:
+        Chain.from_dict(data)
+    return str(caught.value).splitlines()
+
+
+def chained(*stages: dict[str, Any], **shared: Any) -> dict[str, Any]:
+    return {"name": "all", **shared, "stages": list(stages)}
+
+
+def test_every_stage_equals_the_same_recipe_written_alone(write: Write) -> None:
+    chain = Chain.load(write(CHAIN))
+    shared = {"base": {"model": "tiny-tutor"}, "seed": 3}
+    heldout = {"dataset": "tutor", "split": "heldout"}
+    start = Recipe.load("tiny-sft", "name=start", "seed=3", "adapters.policy.r=16")
+    reward = Recipe.from_dict({
+        **REWARD, **shared, "name": "reward", "train": {"steps": 5}, "adapters": {"reward": {"r": 4}}, "reward": {"centering": 0.01},
+        "evaluate": {"heldout": heldout, "shown": 1},
+    })  # fmt: skip
+    prefer = Recipe.from_dict({
+        **DPO, **shared, "name": "prefer", "train": {"epochs": 1}, "adapters": {"policy": {"r": 8}}, "dpo": {"beta": 0.2},
+        "evaluate": {"heldout": heldout},
+    })  # fmt: skip
+    assert start.description and chain.stages[0] == start.model_copy(update={"description": ""})
+    assert chain.stages[1:] == (reward, prefer.model_copy(update={"reference": "start"}))
+    assert (chain.name, chain.description, chain.algorithm) == ("my", "SFT, a reward model, DPO", "sft -> reward -> dpo")
+
+
+@pytest.mark.parametrize("data", [
+    RLHF, chained(SFT), chained({**SFT, "name": "one"}, {**SFT, "name": "two"}, {**DPO, "reference": "two"}),
+    chained(SFT, DPO, description="null", train={"log_every": 2}, dpo={"loss": "robust", "label_smoothing": 0.3}),
+    chained({**SFT, "adapters": {"low": {"path": "runs/low"}}}, {**DPO, "reference": "sft"}, name=""),
+    chained(SFT, {**SFT, "name": "more", "adapters": {"policy": {"path": "runs/x"}}}, DPO), chained(DPO, REWARD, reference="base"),
+    chained(*({**SFT, "name": f"s{index}", "description": "é: 1"} for index in range(8))),
+])  # fmt: skip
+def test_what_is_saved_replays(data: dict[str, Any], write: Write) -> None:
+    before = copy.deepcopy(data)
+    chain = Chain.from_dict(data)
+    assert data == before
+    assert Chain.from_dict(chain.to_dict()) == chain
+    loaded = load_any(write(dump(chain)))
+    assert loaded == chain and dump(loaded) == dump(chain)
+    assert differences(chain.to_dict(), loaded.to_dict()) == []
+    assert Chain(chain.name, chain.description, chain.stages) == chain
+
+
+def test_overrides_change_every_stage_or_one(write: Write) -> None:
+    path = write(CHAIN)
+    chain = Chain.load(path, "train.learning_rate=1e-5", "stages.prefer.train.learning_rate=2e-5", "train.epochs=3",
+                       "stages.reward.train.steps=2", "adapters.policy.r=2", "dpo.beta=0.9",
+                       "name=other", "stages.start.data.train.0.rows=5", "seed=4")  # fmt: skip
+    assert [stage.train.learning_rate for stage in chain.stages] == [1e-5, 1e-5, 2e-5]
+    assert [(stage.train.steps, stage.train.epochs) for stage in chain.stages] == [(None, 3), (2, None), (None, 3)]
+    assert [stage.seed for stage in chain.stages] == [4, 4, 4]
+    assert [stage.adapters[stage.trained].r for stage in chain.stages] == [2, 4, 2]
+    assert chain.name == "other" and [stage.name for stage in chain.stages] == ["start", "reward", "prefer"]
+    assert chain.stages[2].dpo.beta == 0.9 and chain.stages[0].data.train[0].rows == 5
+
+
+def test_the_special_override_wins_wherever_it_stands(write: Write) -> None:
+    for overrides in (["seed=1", "stages.prefer.seed=2"], ["stages.prefer.seed=2", "seed=1"]):
+        assert [stage.seed for stage in Chain.load(write(CHAIN), *overrides).stages] == [1, 1, 2]
+    nested = Chain.load(write(CHAIN), "evaluate={prompts: 4, heldout: {dataset: tutor}}", "stages.start.evaluate.heldout.split=heldout")
+    assert [stage.evaluate.heldout.split for stage in nested.stages if stage.evaluate.heldout] == ["heldout", "train", "train"]
+    assert [stage.evaluate.prompts for stage in nested.stages] == [4, 4, 4]
+
+
+def test_a_stage_wins_over_what_is_common_and_null_takes_away(write: Write) -> None:
+    chain = Chain.load(write(CHAIN))
+    assert [(stage.train.steps, stage.train.epochs) for stage in chain.stages] == [(None, 4), (5, None), (None, 1)]
+    assert [stage.evaluate.shown for stage in chain.stages] == [4, 1, 3]
+    gone = Chain.load(write(CHAIN.replace("extends: tiny-sft}", "extends: tiny-sft, evaluate: null}")))
+    assert gone.stages[0].evaluate.heldout is None and gone.stages[1].evaluate.heldout is not None
+
+
+def test_extends_of_chains_and_stages(write: Write) -> None:
+    one = "algorithm: sft\ndata: {train: [{dataset: tutor, rows: 7}]}\ntrain: {steps: 4}\ndescription: not inherited\nname: nor-this\n"
+    write(one, "far/one.yaml")
+    write("seed: 5\nstages:\n  - extends: ./one.yaml\n  - {extends: ./one.yaml, name: two, train: {keep: 1}}\n", "far/chain.yaml")
+    chain = Chain.load(write("extends: far/chain.yaml\nseed: 6\ntrain: {log_every: 3}\n"))
+    assert chain.name == "my" and [stage.name for stage in chain.stages] == ["sft", "two"]
+    assert [(stage.seed, stage.train.steps, stage.train.keep, stage.train.log_every) for stage in chain.stages] == [(6, 4, 2, 3), (6, 4, 1, 3)]
+    assert [stage.description for stage in chain.stages] == ["", ""] and chain.stages[0].data.train[0].rows == 7
+    other = Chain.load(write("extends: far/chain.yaml\nstages: [{extends: far/one.yaml, train: {epochs: 1}}]\n"))
+    assert [(stage.train.steps, stage.train.epochs) for stage in other.stages] == [(None, 1)]
+
+
+def test_adapters_flow(write: Write) -> None:
+    low, mine = {"path": "runs/low"}, {"path": "runs/mine"}
+    chain = Chain.from_dict(chained(
+        {**SFT, "adapters": {"low": low, "policy": {"r": 4}}}, REWARD,
+        {**DPO, "name": "prefer", "adapters": {"policy": {"r": 2}, "mine": mine}, "reference": "sft"},
+        {**REWARD, "name": "judge", "adapters": {"low": low, "reward": {"r": 3}}}, {**SFT, "name": "last", "reference": "prefer"},
+    ))  # fmt: skip
+    folders = {name: f"runs/all/{name}/final" for name in ("sft", "reward", "prefer", "judge")}
+    recipes = [chain.recipe_of(index, folders) for index in range(5)]
+    assert [list(recipe.adapters) for recipe in recipes] == [
+        ["low", "policy"], ["low", "sft", "reward"], ["mine", "low", "sft", "policy"],
+        ["low", "mine", "sft", "prefer", "reward"], ["low", "mine", "sft", "prefer", "policy"],
+    ]  # fmt: skip
+    assert recipes[0] == chain.stages[0] and recipes[2].reference == "sft" and recipes[2].name == "prefer"
+    paths = [adapter.path for adapter in recipes[4].adapters.values()]
+    assert paths == ["runs/low", "runs/mine", folders["sft"], folders["prefer"], None]
+    assert recipes[2].adapters["policy"].r == 2 and recipes[3].adapters["reward"].r == 3
+    for recipe in recipes:
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+        assert load_any(write(dump(recipe))) == recipe
+    assert chain.recipe_of(0, {}) == chain.stages[0]
+    with pytest.raises(KeyError):
+        chain.recipe_of(1, {})
+
+
+FAULTY = """\
+base: {model: tiny-tutor}
+seed: x
+train: {lr: 3}
+stages:
+  - {name: sft, extends: tiny-sft}
+  - name: dpo
+    algorithm: dpo
+    base: {bits: 16}
+    data: {train: [{dataset: tutor}]}
+    train: {epoch: 1, steps: 9}
+    reference: base
+"""
+
+
+def test_every_fault_at_once(write: Write) -> None:
+    overrides = ["stages.dop.seed=1", "stages.dpo=3", "stages=3", "stages.dpo.name=x", "name=/", "train.x=1", "data.train.5.rows=2",
+                 "stages.dpo.data.train.4.rows=1", "stages.1.seed=3", "stages.sft.train.kep=1", "evaluate.every=0", "extends=b",
+                 "stages.dpo.extends=a"]  # fmt: skip
+    assert sorted(faults_of(write(FAULTY), *overrides)) == sorted([
+        "my.yaml:2: seed: expected a whole number, found 'x'",
+        "my.yaml:3: train.lr: unknown key; did you mean `learning_rate`?",
+        "my.yaml:8: stages.dpo.base.bits: is 4 in stage sft, and a chain has one base in memory",
+        "my.yaml:9: stages.dpo.data.train.0.dataset: holds single answers, and dpo learns from pairs; use tutor-preferences",
+        "my.yaml:10: stages.dpo.train.epoch: unknown key; did you mean `epochs`?",
+        "my.yaml:11: stages.dpo.reference: will be `sft`, the adapter right below it: it is always the policy's stack without its top; "
+        "write that, or leave it out",
+        "override: stages.dop.seed: no stage is called 'dop'; did you mean `dpo`?",
+        "override: stages.dpo: is no single setting; say stages.dpo.train.steps=100",
+        "override: stages: is no single setting; say stages.NAME.train.steps=100",
+        "override: stages.dpo.name: cannot be given here; it stands in the file",
+        "override: stages.dpo.extends: cannot be given here; it stands in the file",
+        "override: extends: cannot be given here; name that recipe itself",
+        "override: name: may hold letters, digits, `.`, `_` and `-`, a letter or digit first, at most 64, found '/'",
+        "override: train.x: unknown key",
+        "override: stages.dpo.data.train.4.rows: `data.train` is a list with entries 0 to 0",
+        "override: data.train.5.rows: `data.train` is a list with entries 0 to 0",
+        "override: stages.1.seed: no stage is called '1'; there are sft, dpo",
+        "override: stages.sft.train.kep: unknown key; did you mean `keep`?",
+        "override: evaluate.every: must be at least 1, found 0",
+    ])
+
+
+def test_faults_of_a_single_stage_and_of_an_extended_file_name_the_stage(write: Write) -> None:
+    write("algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain:\n  step: 4\n", "above.yaml")
+    assert faults_of(write("stages:\n  - extends: above.yaml\n    train: {steps: 2, keep: 0}\n")) == [
+        "my.yaml:3: stages.sft.train.keep: must be at least 1, found 0",
+        "above.yaml:4: stages.sft.train.step: unknown key; did you mean `steps`?",
+    ]
+    both = faults_of(write("stages:\n  - {extends: above.yaml, train: {steps: 2}}\n  - {extends: above.yaml, train: {epochs: 2}, name: b}\n"))
+    assert both == ["above.yaml:4: train.step: unknown key; did you mean `steps`?"]
+    assert faults_of(write("train: {steps: 1}\nstages:\n  - algorithm: sft\n    data: {train: [{dataset: tutor}]}\n  - algorithm: sftt\n")) == [
+        "my.yaml:5: stages.sftt.algorithm: expected one of sft, reward, dpo, found 'sftt'; did you mean `sft`?",
+        "my.yaml:5: stages.sftt.data: is missing",
+    ]
+
+
+CLASHES: dict[str, tuple[dict[str, Any], str]] = {
+    "same name": (chained(SFT, {**DPO, "name": "sft"}), "stages.1.name: a second stage is called `sft`"),
+    "same algorithm": (chained(SFT, SFT), "stages.1: a second stage is called `sft`; give each a `name` of its own"),
+    "base": (chained({**SFT, "name": "base"}), "stages.0.name: is no name for a stage: `base` is the base itself"),
+    "letters": (chained({**SFT, "name": "My stage"}), "stages.0.name: is no name for a stage: small letters"),
+    "number": (chained({**SFT, "name": 7}), "stages.0.name: is no name for a stage: small letters"),
+    "policy": (chained({**SFT, "name": "policy"}, DPO), "stages.dpo.adapters.policy: is also the name of an earlier stage"),
+    "reward": (chained({**SFT, "name": "reward"}, {**REWARD, "name": "r"}), "stages.r.adapters.reward: is also the name of an earlier stage"),
+    "adapter": (chained(SFT, {**DPO, "adapters": {"sft": {"path": "a"}}}), "stages.dpo.adapters.sft: is also the name of an earlier stage"),
+    "two of one name": (
+        chained({**SFT, "adapters": {"low": {"path": "a"}}}, {**DPO, "adapters": {"low": {"path": "b"}}}),
+        "stages.dpo.adapters.low: is also the name of another adapter"),
+    "trained and loaded": (
+        chained({**SFT, "adapters": {"reward": {"path": "a"}}}, REWARD), "stages.reward.adapters.reward: is also the name of another adapter"),
+    "its own": (chained({**SFT, "adapters": {"sft": {"path": "a"}}}), "stages.sft.name: is also the name of an adapter below this stage"),
+    "loaded before": (
+        chained({**SFT, "adapters": {"dpo": {"path": "a"}}}, DPO), "stages.dpo.name: is also the name of an adapter below this stage"),
+    "another base": (chained(SFT, {**DPO, "base": {"model": "a/b"}}), "stages.dpo.base.model: is 'tiny-tutor' in stage sft"),
+    "reference": (chained(SFT, {**DPO, "reference": "base"}), "stages.dpo.reference: will be `sft`"),
+    "a reward model is no reference": (chained(REWARD, {**DPO, "reference": "reward"}), "stages.dpo.reference: will be `base`"),
+    "common, used by none": (chained(SFT, {**SFT, "name": "b"}, dpo={"beta": 0.3}), "dpo: does nothing for sft (it belongs to dpo)"),
+    "own, of another stage": (chained({**SFT, "dpo": {"beta": 0.3}}, DPO), "stages.sft.dpo: does nothing for sft (it belongs to dpo)"),
+    "nested": (chained({**SFT, "stages": [DPO]}, DPO), "stages.sft.stages: unknown key; a single recipe and a stage have none"),
+    "heading": (chained(SFT, REWARD, description=7), "description: expected text, found 7"),
+    "extends in Python": (chained({**SFT, "extends": "tiny-sft"}), "stages.sft.extends: unknown key"),
+    "no list": ({"stages": {"sft": SFT}}, "stages: expected a list of recipes, found a mapping"),
+    "int": ({"stages": 7}, "stages: expected a list of recipes, found 7"),
+    "null": ({"stages": None}, "stages: expected a list of recipes, found nothing"),
+    "empty": ({"stages": []}, "stages: must have at least one entry"),
+    "entry": (chained(SFT, 7), "stages.1: expected a recipe (`key: value` lines), found 7"),  # type: ignore[arg-type]
+    "too many": (chained(*[SFT] * 9), "stages: has 9 entries, and a chain has at most 8"),
+    "no stages": (SFT, "stages: is missing: a single recipe is read by Recipe.from_dict"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CLASHES)
+def test_clashes(case: str) -> None:
+    data, said = CLASHES[case]
+    faults = faults_in(data)
+    assert len(faults) == 1 and faults[0].startswith(said), faults
+
+
+@pytest.mark.parametrize("data", [
+    chained(REWARD, DPO, {**SFT, "name": "policy"}), chained(REWARD, {**DPO, "name": "policy", "reference": "base"}),
+    chained({**SFT, "base": {"model": "a/b"}}, {**DPO, "base": {"model": "a/b", "bits": 4}}), chained(SFT, {**DPO, "seed": 9}),
+    chained(SFT, DPO, dpo={"beta": 0.3}, adapters={"policy": {"r": 2}}),
+    chained(SFT, REWARD, adapters={"policy": {"r": 2}, "reward": {"r": 2}}),
+])  # fmt: skip
+def test_neighbours_of_clashes(data: dict[str, Any]) -> None:
+    assert len(Chain.from_dict(data).stages) == len(data["stages"])
+
+
+def test_a_chain_made_in_python_is_judged() -> None:
+    sft, dpo = Recipe.from_dict({**SFT, "name": "sft"}), Recipe.from_dict({**DPO, "name": "dpo", "reference": "base"})
+    with pytest.raises(Faults, match="stages.dpo.reference: will be `sft`"):
+        Chain("x", "", (sft, dpo))
+    with pytest.raises(Faults, match="a second stage is called `sft`"):
+        Chain("x", "", (sft, sft))
+    with pytest.raises(Faults, match="at least one entry"):
+        Chain("x", "", ())
+    with pytest.raises(Faults, match=r"stages.0.name: is no name for a stage"):
+        Chain("x", "", (Recipe.from_dict(SFT),))
+
+
+def test_doors(write: Write) -> None:
+    path = write(CHAIN)
+    with pytest.raises(UserError, match=r"my is a chain of several runs; `lowrank-tune run` runs it"):
+        Recipe.load(path)
+    with pytest.raises(UserError, match="tiny-sft is a single recipe, without stages"):
+        Chain.load("tiny-sft")
+    with pytest.raises(Faults, match="stages: makes this a chain of several runs; use Chain.from_dict"):
+        Recipe.from_dict(RLHF)
+    assert load_any("tiny-sft", "seed=3") == Recipe.load("tiny-sft", "seed=3")
+    assert isinstance(load_any(path), Chain)
+    assert faults_of("tiny-sft", "stages.sft.seed=1") == ["override: stages: unknown key; a single recipe and a stage have none; "
+                                                         "a chain is a recipe file with a list of them"]  # fmt: skip
+    with pytest.raises(AttributeError):
+        load_any(path).name = "other"  # type: ignore[misc]
+
+
+def test_presets_list_chains(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(CHAIN.replace("tiny-sft", "one"), "presets/chain.yaml")
+    write("description: one\nalgorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {steps: 4}\n", "presets/one.yaml")
+    monkeypatch.setattr("lowrank_tune.recipe.layers.preset_folders", lambda: [Path("presets").resolve()])
+    assert presets() == [("chain", "SFT, a reward model, DPO", "sft -> reward -> dpo"), ("one", "one", "sft")]
+    assert faults_of(write("stages: [{name: a, extends: chain}]")) == [
+        "my.yaml:1: stages.0.extends: is a chain itself, and chains do not nest; name one of its recipes",
+    ]
+
+
+def test_schema_knows_every_key() -> None:
+    shape = schema()
+    stage = shape["$defs"]["Stage"]["properties"]
+    assert shape["properties"]["stages"]["items"] == {"$ref": "#/$defs/Stage"} and "stages" not in stage
+    data = Chain.from_dict(RLHF).to_dict()
+    assert set(data) <= set(shape["properties"]) and all(set(each) <= set(stage) for each in data["stages"])
+
+
+def test_differences() -> None:
+    old = Chain.from_dict(RLHF).to_dict()
+    new = copy.deepcopy(old)
+    new["stages"][2]["train"].update(steps=99, learning_rate=1.0, keep=9)
+    new["stages"][0]["description"] = new["name"] = "other"
+    new["stages"][1]["adapters"]["reward"]["r"] = 2
+    assert differences(old, new) == ["stages.reward.adapters.reward.r: was 16, is 2", "stages.dpo.train.learning_rate: was 0.0002, is 1.0"]
+    swapped = {**old, "stages": [old["stages"][index] for index in (1, 0, 2)]}
+    assert differences(old, swapped) == ["stages: was 'sft -> reward -> dpo', is 'reward -> sft -> dpo'"]
+    assert any(line.startswith("stages: was not set, is 'sft") for line in differences(Recipe.from_dict(SFT).to_dict(), old))
+
+
+GOOD = "algorithm: sft, data: {train: [{dataset: tutor}]}, train: {steps: 5}"
+HOSTILE: dict[str, tuple[str, str]] = {
+    "word": ("stages: sft\n", ":1: stages: expected a list of recipes, found 'sft'"),
+    "int": ("seed: 1\nstages: 7\n", ":2: stages: expected a list of recipes, found 7"),
+    "null": ("seed: 1\nstages:\n", ":2: stages: expected a list of recipes, found nothing"),
+    "mapping": (f"stages: {{{GOOD}}}\n", ":1: stages: expected a list of recipes, found a mapping"),
+    "empty": ("stages: []\n", ":1: stages: must have at least one entry"),
+    "entries": (f"stages:\n- {{{GOOD}}}\n- 3\n-\n- [x]\n", ":3: stages.1: expected a recipe (`key: value` lines), found 3"),
+    "endless": (f"stages:\n{f'- {{{GOOD}}}' + chr(10)}" + "- {}\n" * 600, ":1: stages: has 601 entries, and a chain has at most 8"),
+    "nested": (f"stages:\n- {{{GOOD}}}\n- name: b\n  stages:\n  - {{{GOOD}}}\n", ":4: stages.b.stages: unknown key; a single recipe"),
+    "stage extends a chain": (f"stages:\n- {{{GOOD}}}\n- {{name: b, extends: ./chain.yaml}}\n", ":3: stages.1.extends: is a chain itself"),
+    "stage extends its own file": ("stages:\n- {extends: ./bad.yaml}\n", ":2: stages.0.extends: is a chain itself"),
+    "stage extends nothing": ("stages:\n- {name: a, extends: 3}\n", ":2: stages.0.extends: expected the name of a preset"),
+    "stage extends no preset": ("stages:\n- {extends: tiny-sftt}\n", ":2: stages.0.extends: no preset is called 'tiny-sftt'; did you mean"),
+    "stage extends a list": ("stages:\n- {extends: [a]}\n", ":2: stages.0.extends: expected the name of a preset"),
+    "anchor": (f"stages:\n- &a {{{GOOD}}}\n- *a\n", ":2: stages.0: has an anchor (&a)"),
+    "alias": (f"stages:\n- {{{GOOD}}}\n- *a\n", ":3: stages.1: has an alias (*a)"),
+    "twice": (f"stages:\n- {{{GOOD}, seed: 1, seed: 2}}\n", ":2: stages.0.seed: is written twice"),
+    "base": (f"base: 7\nstages:\n- {{{GOOD}}}\n- {{{GOOD}, name: b, base: {{bits: 16}}}}\n", ":1: stages.sft.base: expected a mapping"),
+    "adapters": (f"adapters: [x]\nstages:\n- {{{GOOD}}}\n- {{{GOOD}, name: b}}\n", ":1: adapters: expected a mapping"),
+    "algorithm": (f"stages:\n- {{{GOOD}}}\n- {{algorithm: [x]}}\n", ":3: stages.1.algorithm: expected one of"),
+    "no algorithm": (f"stages:\n- {{{GOOD}}}\n- {{seed: 1}}\n", ":3: stages.1.algorithm: is missing"),
+    "reference": (f"reference: [x]\nstages:\n- {{{GOOD}}}\n- {{{GOOD}, name: b}}\n", ":1: reference: expected text"),
+    "escapes": (f'stages:\n- {{{GOOD}, name: "a\\u202e"}}\n', ":2: stages.0.name: is no name for a stage"),
+    "algorithm's own": ('stages:\n- {algorithm: "\\u202e"}\n', ":2: stages.0.algorithm: expected one of"),
+    "many keys": (
+        "".join(f"k{n}: {n}\n" for n in range(700)) + "stages:\n" + "".join(f"- {{{GOOD}, name: s{n}}}\n" for n in range(8)), "unknown key"),
+    "many keys of all": (
+        "stages:\n" + "".join(f"- {{{GOOD}, name: s{n}, {', '.join(f'kay{m}: 1' for m in range(90))}}}\n" for n in range(8)), "unknown key"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_file(case: str, write: Write) -> None:
+    write(f"stages: [{{{GOOD}}}]\n", "chain.yaml")
+    text, said = HOSTILE[case]
+    path = write(text, "bad.yaml")
+    start = time.process_time()
+    lines = faults_of(path)
+    assert time.process_time() - start < 2.0
+    assert all(line.startswith("bad.yaml") and len(line) < 400 and line.isprintable() for line in lines)
+    assert len(lines) <= 51 and any(said in line for line in lines), lines
+
+
+BROKEN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    | st.sampled_from(["sft", "dpo", "reward", "policy", "base", 10**30]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.sampled_from(["path", "name"]), inner, max_size=3),
+    max_leaves=4,
+)
+WHOLE = {**RLHF, "adapters": {"policy": {"r": 4}, "low": {"path": "a"}}, "dpo": {"beta": 0.2}, "base": {"bits": 4}, "reference": None,
+         "stages": [SFT, REWARD, {**DPO, "name": "prefer", "reference": "sft", "adapters": {"policy": {"r": 2}}}]}  # fmt: skip
+
+
+def places(data: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    children = list(data.items()) if isinstance(data, dict) else list(enumerate(data)) if isinstance(data, list) else []
+    return [each for key, value in children for each in [(*path, key), *places(value, (*path, key))]]
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.sampled_from(places(WHOLE)), BROKEN), min_size=1, max_size=3), st.lists(st.tuples(
+    st.sampled_from(["stages.prefer.", "stages.sft.", "stages.x.", ""]), st.sampled_from(places(WHOLE)), BROKEN), max_size=2))  # fmt: skip
+def test_anything_broken(changes: list[tuple[tuple[str | int, ...], Any]], overrides: list[tuple[str, tuple[str | int, ...], Any]]) -> None:
+    """The answer is a chain that replays, or faults, never another exception."""
+    data = copy.deepcopy(WHOLE)
+    for path, value in changes:
+        section: Any = data
+        try:
+            for step in path[:-1]:
+                section = section[step]
+            section[path[-1]] = copy.deepcopy(value)
+        except (KeyError, IndexError, TypeError):
+            continue  # an earlier change took the section away
+    try:
+        chain = Chain.from_dict(data)
+    except Faults as faults:
+        assert all(str(fault).isprintable() and len(str(fault)) < 400 for fault in faults.faults)
+    else:
+        assert Chain.from_dict(chain.to_dict()) == chain and dump(chain)
+        for index in range(len(chain.stages)):
+            chain.recipe_of(index, {stage.name: "runs/x" for stage in chain.stages})
+    whole.write_text(yaml.safe_dump(WHOLE))
+    try:
+        load_any(str(whole), *(f"{prefix}{'.'.join(map(str, path))}={value}" for prefix, path, value in overrides))
+    except Faults as faults:
+        assert all(fault.file for fault in faults.faults)
+
+
+whole = Path()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    global whole
+    whole = tmp_path_factory.mktemp("chain") / "whole.yaml"
