@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank_tune.algorithms.kit import Kit
-from lowrank_tune.algorithms.reference import check_reference
+from lowrank_tune.algorithms.step_zero import check_reference
 from lowrank_tune.maths import mean_of, mean_over, pair_weights, share_right, token_mean_weights, where_says
 from lowrank_tune.types import Batch, Experience, Mean, Stats, Term
 
@@ -41,7 +41,7 @@ def dpo_loss(kind: str, chosen: Tensor, rejected: Tensor, beta: float, label_smo
     """Log-ratios a+ and a- (P,), tokens of the answers (P,) -> losses (P,)."""
     difference = chosen - rejected
     if kind in ("ipo", "sigmoid_norm"):
-        difference = chosen / chosen_tokens - rejected / rejected_tokens
+        difference = chosen / chosen_tokens.clamp_min(1) - rejected / rejected_tokens.clamp_min(1)
     match kind:
         case "sigmoid" | "sigmoid_norm":
             return -F.logsigmoid(beta * difference)
