@@ -1,0 +1,694 @@
+"""Laws of DPO: every loss and its gradient by hand, in float64 and through a plain model; one gradient whatever the split; a sure reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from models import VOCAB, clear, far, folder_of, gradients, llama_roles, make_batch, same_bytes, shake
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lowrank_tune.algorithms import dpo as dpo_module
+from lowrank_tune.algorithms.dpo import DPO, dpo_loss
+from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.types import Batch, LogProbs, add_stats, to_floats
+
+KINDS = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm")
+
+# --- the oracle: plain formulas in float64, derivatives worked by hand -------------------------------------------------------------------
+
+
+def sigma(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def softplus(x: float) -> float:
+    """log(1 + e^x), which is -log sigma(-x)."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def oracle(kind: str, a: float, b: float, beta: float, e: float = 0.0, tokens: tuple[int, int] = (1, 1)) -> tuple[float, float, float]:
+    """Log-ratios of the chosen and the rejected answer -> the loss, and its derivatives by both."""
+    m, n = tokens if kind in ("ipo", "sigmoid_norm") else (1, 1)
+    x = beta * (a / m - b / n)
+    if kind in ("sigmoid", "sigmoid_norm"):
+        value, slope = softplus(-x), -beta * sigma(-x)
+    elif kind == "ipo":
+        value, slope = (a / m - b / n - 0.5 / beta) ** 2, 2 * (a / m - b / n - 0.5 / beta)
+    elif kind == "hinge":
+        value, slope = max(0.0, 1 - x), -beta if x < 1 else 0.0
+    elif kind == "robust":
+        value = ((1 - e) * softplus(-x) - e * softplus(x)) / (1 - 2 * e)
+        slope = -beta * ((1 - e) * sigma(-x) + e * sigma(x)) / (1 - 2 * e)
+    else:
+        p, q = beta * a, beta * b
+        return sigma(-p) + sigma(q), -beta * sigma(p) * sigma(-p), beta * sigma(q) * sigma(-q)
+    return value, slope / m, -slope / n
+
+
+def torch_loss(kind: str, a: Sequence[float], b: Sequence[float], beta: float, e: float, tokens: Sequence[tuple[int, int]],
+               dtype: torch.dtype) -> tuple[list[float], list[float], list[float]]:  # fmt: skip
+    """What the kit makes of the same: losses, and their derivatives."""
+    chosen, rejected = (torch.tensor(values, dtype=dtype, requires_grad=True) for values in (a, b))
+    m, n = (torch.tensor(counts) for counts in zip(*tokens, strict=True))
+    losses = dpo_module.dpo_loss(kind, chosen, rejected, beta, e, m, n)
+    by = torch.autograd.grad(losses.sum(), [chosen, rejected], allow_unused=True)
+    return losses.tolist(), *(g.tolist() for g in by)  # type: ignore[return-value,union-attr]
+
+
+def error(kind: str, a: Sequence[float], b: Sequence[float], beta: float, e: float, tokens: Sequence[tuple[int, int]],
+          dtype: torch.dtype) -> float:  # fmt: skip
+    """The largest distance from the oracle, against the size of what is added up on the way (fp32 can do no better)."""
+    found, worst = torch_loss(kind, a, b, beta, e, tokens, dtype), 0.0
+    for value, by_a, by_b, p, q, (m, n) in zip(*found, a, b, tokens, strict=True):
+        expected = oracle(kind, p, q, beta, e, (m, n))
+        if kind not in ("ipo", "sigmoid_norm"):
+            m = n = 1
+        size = abs(p / m) + abs(q / n)
+        if kind == "ipo":
+            scales = [(size + 0.5 / beta) ** 2, 2 * (size + 0.5 / beta) / m, 2 * (size + 0.5 / beta) / n]
+        else:
+            wide = (1 + beta * size) / (1 - 2 * e)
+            scales = [wide, beta * wide / m, beta * wide / n]
+        for got, wanted, scale in zip((value, by_a, by_b), expected, scales, strict=True):
+            distance = abs(got - wanted) / scale
+            worst = max(worst, distance if distance == distance else math.inf)
+    return worst
+
+
+RATIO = st.one_of(st.floats(-1000, 1000, width=32), st.floats(-3, 3, width=32), st.sampled_from([0.0, 1e3, -1e3, 1e-30]))
+TOKENS = st.tuples(st.integers(1, 300), st.integers(1, 300))
+PAIRS = st.lists(st.tuples(RATIO, RATIO, TOKENS), min_size=1, max_size=5)
+BETA = st.one_of(st.floats(2**-10, 10, width=32), st.sampled_from([2.0**-10, 0.125, 10.0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(pairs=PAIRS, beta=BETA, e=st.sampled_from([0.0, 0.0625, 0.25, 0.4375]))
+def test_loss_and_gradient_equal_the_formulas(kind: str, pairs: list[tuple[float, float, tuple[int, int]]], beta: float, e: float) -> None:
+    a, b, tokens = zip(*pairs, strict=True)
+    assume(kind != "hinge" or all(abs(beta * (p - q) - 1) > 1e-5 for p, q in zip(a, b, strict=True)))  # its corner has no derivative
+    assert error(kind, a, b, beta, e, tokens, torch.float64) < 1e-12
+    assert error(kind, a, b, beta, e, tokens, torch.float32) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_oracle_knows_its_own_slope(kind: str) -> None:
+    """Central differences of the oracle's loss are its derivatives: the hand that worked them did not slip."""
+    for a, b, beta in ((0.3, -0.7, 0.5), (-2.0, 1.5, 0.9), (3.0, 2.9, 2.0)):
+        for e, tokens in ((0.0, (1, 1)), (0.2, (3, 7))):
+            _, by_a, by_b = oracle(kind, a, b, beta, e, tokens)
+            h = 1e-6
+            up = (oracle(kind, a + h, b, beta, e, tokens)[0] - oracle(kind, a - h, b, beta, e, tokens)[0]) / (2 * h)
+            down = (oracle(kind, a, b + h, beta, e, tokens)[0] - oracle(kind, a, b - h, beta, e, tokens)[0]) / (2 * h)
+            assert by_a == pytest.approx(up, abs=1e-7) and by_b == pytest.approx(down, abs=1e-7)
+
+
+LN3 = math.log(3)  # sigma(ln 3) = 3/4, sigma(-ln 3) = 1/4
+BY_HAND: list[tuple[str, float, float, float, tuple[int, int], float, float, float]] = [
+    # kind, a+, a-, beta, tokens, loss, and the derivatives by a+ and a-
+    ("sigmoid", 0.0, 0.0, 0.1, (1, 1), math.log(2), -0.05, 0.05),  # beta sigma(0)
+    ("sigmoid", 2 * LN3, 0.0, 0.5, (9, 2), math.log(4 / 3), -0.125, 0.125),  # x = ln 3: 0.5 * 1/4
+    ("sigmoid", -LN3, LN3, 0.5, (9, 2), math.log(4), -0.375, 0.375),  # x = -ln 3: 0.5 * 3/4
+    ("ipo", 0.0, 0.0, 0.5, (2, 3), 1.0, -1.0, 2 / 3),  # (0 - 1)^2; 2 * -1 / 2, and / -3
+    ("ipo", 6.0, -2.0, 0.5, (3, 4), 2.25, 1.0, -0.75),  # d' = 2 + 1/2; (3/2)^2; 3 / 3, and 3 / -4
+    ("ipo", 4.0, 0.0, 0.5, (4, 1), 0.0, 0.0, 0.0),  # d' = 1 = 1 / (2 beta): where it wants to be
+    ("hinge", 1.0, -0.5, 0.5, (7, 1), 0.25, -0.5, 0.5),  # 1 - 0.75
+    ("hinge", 4.0, 0.0, 0.5, (7, 1), 0.0, 0.0, 0.0),  # 1 - 2 is below zero
+    ("hinge", 0.0, 2.0, 0.5, (7, 1), 2.0, -0.5, 0.5),  # 1 + 1
+    ("robust", 0.0, 0.0, 0.5, (7, 1), math.log(2), -0.5, 0.5),  # e = 1/4: ln 2 (3/4 - 1/4) / (1/2); 0.5 (3/8 + 1/8) / (1/2)
+    ("robust", 2 * LN3, 0.0, 0.5, (7, 1), 1.5 * math.log(4 / 3) - 0.5 * math.log(4), -0.375, 0.375),  # 0.5 (3/4 1/4 + 1/4 3/4) / (1/2)
+    ("robust", 0.0, 2 * LN3, 0.5, (7, 1), 1.5 * math.log(4) - 0.5 * math.log(4 / 3), -0.625, 0.625),  # 0.5 (9/16 + 1/16) / (1/2)
+    ("apo_zero", 0.0, 0.0, 1.0, (7, 1), 1.0, -0.25, 0.25),  # 1 - 1/2 + 1/2
+    ("apo_zero", LN3, -LN3, 1.0, (7, 1), 0.5, -0.1875, 0.1875),  # 1 - 3/4 + 1/4; sigma sigma' = 3/16
+    ("apo_zero", -LN3, 0.0, 1.0, (7, 1), 1.25, -0.1875, 0.25),  # 1 - 1/4 + 1/2
+    ("sigmoid_norm", 2 * LN3, 0.0, 1.0, (2, 5), math.log(4 / 3), -0.125, 0.05),  # x = ln 3: 1/4 over 2 and 5 tokens
+    ("sigmoid_norm", 0.0, 3 * LN3, 1.0, (4, 3), math.log(4), -0.1875, 0.25),  # x = -ln 3: 3/4 over 4 and 3
+    ("sigmoid_norm", 4 * LN3, LN3, 1.0, (2, 1), math.log(4 / 3), -0.125, 0.25),  # x = 2 ln 3 - ln 3
+]
+
+
+def wrong_by_hand(kinds: Sequence[str] = KINDS) -> set[str]:
+    """The kinds whose numbers are not those worked by hand."""
+    wrong = set()
+    for kind, a, b, beta, tokens, *expected in BY_HAND:
+        if kind in kinds:
+            found = [values[0] for values in torch_loss(kind, [a], [b], beta, 0.25, [tokens], torch.float64)]
+            if found != pytest.approx(expected, abs=1e-12):
+                wrong.add(kind)
+    return wrong
+
+
+def test_by_hand() -> None:
+    assert wrong_by_hand() == set()
+    for kind, a, b, beta, tokens, *expected in BY_HAND:
+        assert oracle(kind, a, b, beta, 0.25, tokens) == pytest.approx(expected, abs=1e-12)
+
+
+def _sum_for_mean(kind: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor) -> Tensor:
+    return dpo_loss(kind, chosen, rejected, beta, e, torch.ones_like(m), torch.ones_like(n))
+
+
+def _swapped(kind: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor) -> Tensor:
+    return dpo_loss(kind, rejected, chosen, beta, e, n, m)
+
+
+def _rounded(kind: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor) -> Tensor:
+    return dpo_loss(kind, chosen.bfloat16().to(chosen.dtype), rejected, beta, e, m, n)
+
+
+def _smoothed_sigmoid(kind: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor) -> Tensor:
+    if kind != "sigmoid":
+        return dpo_loss(kind, chosen, rejected, beta, e, m, n)
+    return (1 - 2 * e) * dpo_loss("robust", chosen, rejected, beta, e, m, n)
+
+
+def _beta_twice(kind: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor) -> Tensor:
+    return dpo_loss(kind, chosen, rejected, beta * beta, e, m, n)
+
+
+def _naive(kind: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor) -> Tensor:
+    return -torch.log(torch.sigmoid(beta * (chosen - rejected)))
+
+
+@pytest.mark.parametrize(("bug", "seen_in"), [
+    (_sum_for_mean, {"ipo", "sigmoid_norm"}), (_swapped, set(KINDS)), (_rounded, {"sigmoid", "robust", "apo_zero", "sigmoid_norm"}),
+    (_smoothed_sigmoid, {"sigmoid"}), (_beta_twice, {"sigmoid", "ipo", "hinge", "robust"})])  # fmt: skip
+def test_wrong_losses_are_seen(monkeypatch: pytest.MonkeyPatch, bug: Any, seen_in: set[str]) -> None:
+    monkeypatch.setattr(dpo_module, "dpo_loss", bug)
+    assert wrong_by_hand() >= seen_in
+
+
+def not_finite(kinds: Sequence[str]) -> set[str]:
+    """Kinds that lose a finite loss or gradient where log-ratios are as far out as a run gone wrong brings them."""
+    lost = set()
+    far_out = [0.0, 1e3, -1e3, 1e4, -1e4]
+    a, b = zip(*((p, q) for p in far_out for q in far_out), strict=True)
+    for kind in kinds:
+        for beta in (1e-3, 0.1, 10.0):
+            found = torch_loss(kind, a, b, beta, 0.25, [(1, 3)] * len(a), torch.float32)
+            if not all(math.isfinite(value) for values in found for value in values):
+                lost.add(kind)
+    return lost
+
+
+def test_extremes_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not_finite(KINDS) == set()
+    monkeypatch.setattr(dpo_module, "dpo_loss", _naive)
+    assert not_finite(["sigmoid"]) == {"sigmoid"}
+
+
+def test_far_behind_the_slope_is_still_there() -> None:
+    """A pair that is badly wrong pulls with its whole weight: the derivative of sigmoid at x = -1e4 is -beta, not 0."""
+    assert torch_loss("sigmoid", [-1e3], [0.0], 10.0, 0.0, [(1, 1)], torch.float32)[1] == [-10.0]
+
+
+def test_a_side_without_tokens_is_no_nan() -> None:
+    """No answer passes the data floor without a token; one that did must not break the step: its log-ratio is 0."""
+    for kind in KINDS:
+        found = torch_loss(kind, [0.0, 2.0], [2.0, 0.0], 0.5, 0.25, [(0, 3), (3, 0)], torch.float32)
+        assert all(math.isfinite(value) for values in found for value in values), kind
+
+
+# --- the verbs, over log-probs that are given ------------------------------------------------------------------------------------------
+
+
+class Given:
+    """Roles without a model: the policy's log-probs are a leaf tensor, of which each micro-batch sees its own rows."""
+
+    def __init__(self, logps: Tensor) -> None:
+        self.leaf = logps.clone().requires_grad_()
+
+    def logps(self, role: str, batch: Batch, *_: Any) -> LogProbs:
+        assert role == "policy"
+        rows = self.leaf[batch.extra["row"]][:, : batch.ids.shape[1]]
+        values = torch.where(batch.scored, rows, torch.zeros((), dtype=rows.dtype))
+        return LogProbs(values, torch.zeros_like(values))
+
+
+def stepped(algorithm: DPO, batch: Batch, **split: int | None) -> tuple[float, dict[str, float]]:
+    """One optimizer step as the loop takes it, but for the optimizer: loss and statistics."""
+    experience = replace_rows(algorithm, batch).collect(0)
+    part = experience.batch
+    part.weight = algorithm.weigh(part)
+    loss, stats = 0.0, {}
+    for micro in part.split(together=algorithm.together, **split):
+        for term in algorithm.terms(micro):
+            term.loss.backward()
+            loss += float(term.loss.detach().double())
+            add_stats(stats, term.stats)
+    return loss, to_floats(stats)
+
+
+def replace_rows(algorithm: DPO, batch: Batch) -> DPO:
+    algorithm.kit = replace(algorithm.kit, rows=lambda step: replace(batch, extra=dict(batch.extra)))
+    return algorithm
+
+
+def plain_step(rows: Sequence[Sequence[float]], says: Sequence[Sequence[bool]], reference: Sequence[float], kind: str, beta: float, e: float,
+               s: float) -> tuple[float, dict[tuple[int, int], float], dict[str, list[float]]]:  # fmt: skip
+    """The whole step in Python loops: loss, derivative by each token's log-prob, figures of each pair. A first token is never scored."""
+    scored = [[t for t, said in enumerate(row) if said and t > 0] for row in says]
+    pairs, chosen_tokens = len(rows) // 2, sum(len(scored[i]) for i in range(0, len(rows), 2))
+    loss, by = 0.0, {(i, t): 0.0 for i, row in enumerate(scored) for t in row}
+    figures: dict[str, list[float]] = {name: [] for name in ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")}
+    for i in range(0, len(rows), 2):
+        a, b = (sum(rows[j][t] for t in scored[j]) - reference[j] for j in (i, i + 1))
+        value, by_a, by_b = oracle(kind, a, b, beta, e, (len(scored[i]), len(scored[i + 1])))
+        loss += value / pairs
+        for j, slope in ((i, by_a), (i + 1, by_b)):
+            for t in scored[j]:
+                by[j, t] += slope / pairs
+        told = (value, float(a > b) + 0.5 * (a == b), beta * (a - b), beta * a, beta * b)
+        for name, figure in zip(figures, told, strict=True):
+            figures[name].append(figure)
+    for i in range(0, len(rows), 2):
+        for t in scored[i]:
+            loss -= s * rows[i][t] / chosen_tokens
+            by[i, t] -= s / chosen_tokens
+    return loss, by, figures
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[list[list[float]], list[list[bool]], list[float]]:
+    """Pairs of ragged rows with token log-probs, a mask with at least one scored token each, and reference sums near or far."""
+    rows, says, reference = [], [], []
+    for _ in range(2 * draw(st.integers(1, 4))):
+        length = draw(st.integers(2, 9))
+        rows.append(draw(st.lists(st.floats(-400, 0), min_size=length, max_size=length)))
+        mask = draw(st.lists(st.booleans(), min_size=length, max_size=length))
+        mask[draw(st.integers(1, length - 1))] = True
+        says.append(mask)
+        reference.append(draw(st.floats(-1500, 0)))
+    return rows, says, reference
+
+
+def step_error(drawn: tuple[list[list[float]], list[list[bool]], list[float]], kind: str, beta: float, e: float, s: float,
+               **split: int) -> float:  # fmt: skip
+    """How far loss, gradient and figures of the kit's step are from the plain one, against their size."""
+    rows, says, reference = drawn
+    batch = make_batch([[3] * len(row) for row in rows], says)
+    logps = torch.full(batch.ids.shape, torch.nan, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        logps[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
+    batch.extra = {"row": torch.arange(len(rows)), "reference": torch.tensor(reference, dtype=torch.float64)}
+    roles = Given(logps)
+    loss, stats = stepped(DPO(Kit(roles, None), kind, beta, e, s), batch, **split)  # type: ignore[arg-type]
+    expected, by, figures = plain_step(rows, says, reference, kind, beta, e, s)
+    assert roles.leaf.grad is not None
+    slopes = torch.zeros_like(logps)
+    for place, slope in by.items():
+        slopes[place] = slope
+    sizes = {name: 1 + sum(map(abs, values)) for name, values in figures.items()}  # what cancels in a sum is still rounded in it
+    errors = [abs(loss - expected) / (sizes["loss"] + abs(expected))]
+    errors += [float((roles.leaf.grad - slopes).abs().max() / (s + slopes.abs().max() + 1e-30))]
+    errors += [abs(stats[name] - sum(values) / len(values)) / sizes[name] for name, values in figures.items()]
+    return max(each if each == each else math.inf for each in errors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("s", [0.0, 0.7])
+@hypothesis_settings(max_examples=40)
+@given(drawn=steps(), beta=BETA, e=st.sampled_from([0.0, 0.25]), rows=st.sampled_from([2, 4, 8]))
+def test_a_step_equals_python_loops(kind: str, s: float, drawn: Any, beta: float, e: float, rows: int) -> None:
+    assert step_error(drawn, kind, beta, e, s, rows=rows) < 1e-6
+
+
+DRAWN = ([[-1.0, -2.0, -0.5], [-1.0, -3.0], [-0.1, -0.2, -0.3, -0.4], [-0.7, -2.5, -0.2], [-1.0, -9.0], [-2.0, -1.0, -1.5, -1.0, -1.0]],
+         [[False, True, True], [True, True], [False, False, True, True], [False, True, True], [False, True], [False, True, False, True, True]],
+         [-2.0, -3.5, -1.0, -2.0, -8.0, -4.0])  # fmt: skip
+
+
+def _first_token_too(self: DPO, micro: Batch) -> Any:
+    micro.extra["reference"] = micro.extra["reference"] + self.kit.roles.leaf[micro.extra["row"], 0].detach()  # type: ignore[attr-defined]
+    return real_losses(self, micro)
+
+
+def _no_reference(self: DPO, micro: Batch) -> Any:
+    micro.extra["reference"] = torch.zeros_like(micro.extra["reference"])
+    return real_losses(self, micro)
+
+
+def _sft_on_both_sides(mask: Tensor) -> Tensor:
+    return mask
+
+
+def _sft_of_micro_batches(self: DPO, micro: Batch) -> Any:
+    micro.extra["sft_weight"] = dpo_module.token_mean_weights(dpo_module._on_chosen(micro.scored)) * len(micro) / 6
+    return real_losses(self, micro)
+
+
+real_losses = DPO._losses
+
+
+@pytest.mark.parametrize("bug", [_first_token_too, _no_reference, _sft_of_micro_batches])
+def test_wrong_steps_are_seen(monkeypatch: pytest.MonkeyPatch, bug: Any) -> None:
+    assert step_error(DRAWN, "sigmoid", 0.5, 0.0, 0.7, rows=2) < 1e-6
+    monkeypatch.setattr(DPO, "_losses", bug)
+    assert step_error(DRAWN, "sigmoid", 0.5, 0.0, 0.7, rows=2) > 1e-3
+
+
+def test_other_weights_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as planted:
+        planted.setattr(dpo_module, "_on_chosen", _sft_on_both_sides)
+        assert step_error(DRAWN, "sigmoid", 0.5, 0.0, 0.7) > 1e-3
+    with monkeypatch.context() as planted:
+        planted.setattr(dpo_module, "pair_weights", lambda rows: torch.full((len(rows),), 1 / len(rows)))
+        assert step_error(DRAWN, "sigmoid", 0.5, 0.0, 0.7) > 1e-3
+    with monkeypatch.context() as planted:  # pairs torn apart: one of another length comes between
+        planted.setattr(DPO, "together", 1)
+        assert step_error(DRAWN, "sigmoid", 0.5, 0.0, 0.0) > 1e-3
+
+
+# --- through a model -------------------------------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """transformers' own model in float64, one row at a time and never padded; adapters are matrices added to its weights."""
+
+    def __init__(self, frozen: Sequence[dict[str, Tensor]] = (), trained: dict[str, Tensor] | None = None, scale: float = 4.0) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder_of(), dtype=torch.float64).eval()
+        self.scale, self.frozen = scale, [{key: tensor.double() for key, tensor in one.items()} for one in frozen]
+        self.trained = {key: tensor.double().requires_grad_() for key, tensor in (trained or {}).items()}
+
+    def _with(self, adapters: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        weights = dict(self.model.named_parameters())
+        for adapter in adapters:
+            for key, down in adapter.items():
+                if key.endswith(".lora_A.weight"):
+                    name = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+                    weights[name] = weights[name] + self.scale * adapter[key.replace("lora_A", "lora_B")] @ down
+        return weights
+
+    def run(self, ids: Sequence[int], policy: bool = True) -> Any:
+        adapters = [*self.frozen, self.trained] if policy else self.frozen
+        how = {"input_ids": torch.tensor([list(ids)]), "use_cache": False, "output_hidden_states": True}
+        return torch.func.functional_call(self.model, self._with(adapters), kwargs=how)
+
+    def logp(self, ids: Sequence[int], says: Sequence[bool], policy: bool = True) -> Tensor:
+        """The sum over the tokens that are scored."""
+        logits = self.run(ids, policy).logits[0]
+        places = [t for t, said in enumerate(says) if said and t > 0]
+        return sum((torch.log_softmax(logits[t - 1], dim=0)[ids[t]] for t in places), torch.zeros((), dtype=torch.float64))
+
+    def score(self, ids: Sequence[int]) -> Tensor:
+        return self.run(ids).hidden_states[-1][0, -1] @ self.trained["base_model.model.score.weight"][0]
+
+    def gradient(self) -> dict[str, Tensor]:
+        return {key: tensor.grad for key, tensor in self.trained.items() if tensor.grad is not None}
+
+
+def by_key(roles: Roles, role: str) -> dict[str, Tensor]:
+    """The kit's gradients under the names of PEFT's files."""
+    names = {name: name.replace(f".lt_{role}.", ".") for name in roles.named_parameters(role)}
+    return {key if key.startswith("base_model") else f"base_model.model.{key}".replace(f".lt_{role}", ""): parameter.grad
+            for (name, parameter), key in zip(roles.named_parameters(role).items(), names.values(), strict=True)
+            if parameter.grad is not None}  # fmt: skip
+
+
+def far_from(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    if mine.keys() != theirs.keys():
+        return math.inf
+    return far(torch.cat([mine[key].flatten() for key in theirs]), torch.cat([theirs[key].flatten() for key in theirs]))
+
+
+LENGTHS = ((4, 3, 6), (1, 5, 2), (7, 1, 1), (3, 9, 4), (9, 2, 8))
+"""Tokens of the prompt, the chosen and the rejected answer of each pair."""
+
+
+def pair_rows(lengths: Sequence[tuple[int, int, int]] = LENGTHS, seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
+    """Rows as chosen, rejected, chosen, rejected; the two sides differ in their first answer token. Pad and end ids stand inside too."""
+    stream, rows, says = torch.Generator().manual_seed(seed), [], []
+    for prompt, *answers in lengths:
+        asked = torch.randint(0, VOCAB, (prompt,), generator=stream).tolist()
+        first = int(torch.randint(0, VOCAB, (), generator=stream))
+        for side, length in enumerate(answers):
+            answer = torch.randint(0, VOCAB, (length,), generator=stream).tolist()
+            answer[0] = (first + side) % VOCAB
+            rows.append([*asked, *answer])
+            says.append([False] * prompt + [True] * length)
+    return rows, says
+
+
+MARGINS = (0.0, 0.5, 1.5, 0.0, 0.25)
+
+
+def pair_batch(rows: Sequence[Sequence[int]], says: Sequence[Sequence[bool]], reference: Sequence[float] | None = None, share: bool = False,
+               margins: Sequence[float] = MARGINS, **how: Any) -> Batch:  # fmt: skip
+    batch = make_batch(rows, says, **how)
+    batch.extra = {"row": torch.arange(len(rows)), "margin": torch.tensor([m for m in margins for _ in range(2)][: len(rows)])}
+    if reference is not None:
+        batch.extra["reference"] = torch.tensor(reference, dtype=torch.float32)
+    if share:
+        asked = [list(row).index(True) for row in says]
+        batch.extra["shared"] = torch.tensor([length * (place % 2) for place, length in enumerate(asked)])
+    return batch
+
+
+def references(roles: Roles, rows: Sequence[Sequence[int]], says: Sequence[Sequence[bool]]) -> list[float]:
+    """By the plain model, from the roles' frozen adapters alone."""
+    plain = Plain([roles.adapter_tensors("sft")])
+    with torch.no_grad():
+        return [float(plain.logp(row, mask, policy=False)) for row, mask in zip(rows, says, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def roles() -> Roles:
+    """fp32, a frozen SFT adapter below the policy, both with weights that matter."""
+    found = llama_roles(16, lower=["sft"])
+    shake(found, "sft", size=0.05)
+    shake(found, "policy", size=0.05, seed=2)
+    return found
+
+
+def accumulated(algorithm: Any, batch: Batch, role: str = "policy", **split: int | None) -> tuple[float, Tensor, dict[str, float]]:
+    clear(algorithm.kit.roles)
+    loss, stats = stepped(algorithm, batch, **split)
+    return loss, gradients(algorithm.kit.roles, role), stats
+
+
+def dpo_over(roles: Roles, kind: str = "sigmoid", s: float = 0.0, **kit: Any) -> DPO:
+    return DPO(Kit(roles, None, **kit), kind, beta=0.3, label_smoothing=0.2, sft=s)  # type: ignore[arg-type]
+
+
+def model_error(roles: Roles, kind: str, s: float) -> tuple[float, float]:
+    """Distance of loss and gradient from transformers' logits in float64."""
+    rows, says = pair_rows()
+    reference = references(roles, rows, says)
+    loss, _, _ = accumulated(dpo_over(roles, kind, s), pair_batch(rows, says, reference), rows=4)
+    plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
+    expected, tokens = 0.0, sum(map(sum, says[::2]))
+    for i in range(0, len(rows), 2):
+        logps = [plain.logp(rows[j], says[j]) for j in (i, i + 1)]
+        a, b = (float(logp) - reference[j] for logp, j in zip(logps, (i, i + 1), strict=True))
+        value, by_a, by_b = oracle(kind, a, b, 0.3, 0.2, (sum(says[i]), sum(says[i + 1])))
+        expected += 2 * value / len(rows) - s * float(logps[0]) / tokens
+        (2 / len(rows) * (by_a * logps[0] + by_b * logps[1]) - s * logps[0] / tokens).backward()
+    return abs(loss - expected) / (1 + abs(expected)), far_from(by_key(roles, "policy"), plain.gradient())
+
+
+@pytest.mark.parametrize(("kind", "s"), [*((kind, 0.0) for kind in KINDS), ("sigmoid", 0.5), ("ipo", 1.0)])
+def test_through_a_model(roles: Roles, kind: str, s: float) -> None:
+    loss, gradient = model_error(roles, kind, s)
+    assert loss < 1e-5 and gradient < 1e-4
+
+
+def _base_for_sft(self: Roles, role: str, batch: Batch, *rest: Any) -> LogProbs:
+    with_policy_alone = self.stacks["policy"]
+    self.stacks["policy"] = with_policy_alone[-1:]
+    try:
+        return real_logps(self, role, batch, *rest)
+    finally:
+        self.stacks["policy"] = with_policy_alone
+
+
+def _prompt_scored_too(self: Roles, role: str, batch: Batch, *rest: Any) -> LogProbs:
+    return real_logps(self, role, replace(batch, says=batch.attended), *rest)
+
+
+real_logps = Roles.logps
+
+
+@pytest.mark.parametrize("bug", [_base_for_sft, _prompt_scored_too])
+def test_another_stack_or_mask_is_seen(monkeypatch: pytest.MonkeyPatch, roles: Roles, bug: Any) -> None:
+    monkeypatch.setattr(Roles, "logps", bug)
+    assert max(model_error(roles, "apo_zero", 0.0)) > 1e-2  # in a difference of the sides their prompt cancels
+
+
+SPLITS: list[dict[str, int | None]] = [{"rows": 2}, {"rows": 4}, {"rows": 6}, {"tokens": 1}, {"tokens": 40}, {"tokens": 10_000}]
+
+
+def split_error(roles: Roles, kind: str, s: float) -> float:
+    rows, says = pair_rows()
+    batch, algorithm = pair_batch(rows, says, references(roles, rows, says)), dpo_over(roles, kind, s)
+    loss, gradient, stats = accumulated(algorithm, batch)
+    errors = []
+    for split in SPLITS:
+        other, others, figures = accumulated(algorithm, batch, **split)
+        errors += [abs(other - loss) / abs(loss), far(others, gradient)]
+        errors += [abs(figures[name] - stats[name]) / (abs(stats[name]) + 1e-1) for name in stats]
+    return max(errors)
+
+
+@pytest.mark.parametrize(("kind", "s"), [("sigmoid", 0.0), ("ipo", 0.0), ("sigmoid", 0.5), ("sigmoid_norm", 0.5)])
+def test_any_split_gives_one_gradient(roles: Roles, kind: str, s: float) -> None:
+    assert split_error(roles, kind, s) < 5e-6
+
+
+def _mean_of_means(self: DPO, batch: Batch) -> Iterator[Any]:
+    batch.weight = torch.full((len(batch),), 2 / len(batch))
+    yield from real_terms(self, batch)
+
+
+real_terms = DPO.terms
+
+
+def test_means_of_micro_batches_are_seen(monkeypatch: pytest.MonkeyPatch, roles: Roles) -> None:
+    monkeypatch.setattr(DPO, "terms", _mean_of_means)
+    assert split_error(roles, "sigmoid", 0.0) > 1e-2
+    monkeypatch.undo()
+    monkeypatch.setattr(DPO, "_losses", lambda self, micro: (micro.extra.update(
+        sft_weight=dpo_module.token_mean_weights(dpo_module._on_chosen(micro.scored))), real_losses(self, micro))[1])  # fmt: skip
+    assert split_error(roles, "sigmoid", 0.5) > 1e-2
+
+
+PADDINGS: list[dict[str, Any]] = [{"more": 7}, {"filler": 1}, {"more": 3, "filler": VOCAB - 1}, {"left": True},
+                                  {"left": True, "more": 2, "filler": 9}]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", PADDINGS, ids=str)
+def test_padding_and_order_change_nothing(roles: Roles, how: dict[str, Any]) -> None:
+    rows, says = pair_rows()
+    reference = references(roles, rows, says)
+    algorithm = dpo_over(roles, s=0.5)
+    loss, gradient, _ = accumulated(algorithm, pair_batch(rows, says, reference))
+    padded, same, _ = accumulated(algorithm, pair_batch(rows, says, reference, **how))
+    assert padded == pytest.approx(loss, rel=1e-5) and far(same, gradient) < 1e-5
+    order = [j for i in (3, 0, 4, 2, 1) for j in (2 * i, 2 * i + 1)]
+    shuffled = pair_batch([rows[j] for j in order], [says[j] for j in order], [reference[j] for j in order], **how)
+    other, same, _ = accumulated(algorithm, shuffled, rows=4)
+    assert other == pytest.approx(loss, rel=1e-5) and far(same, gradient) < 1e-5
+
+
+def test_ids_in_padding_are_not_read_at_all(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, says = pair_rows()
+    reference = references(roles, rows, says)
+    algorithm = dpo_over(roles, s=0.5)
+    found = []
+    for garbage in (0, 1, 10**9, -7):
+        batch = pair_batch(rows, says, reference, more=2)
+        batch.ids = batch.ids.where(batch.attended, garbage)
+        batch.says = batch.says | ~batch.attended
+        found.append(accumulated(algorithm, batch)[:2])
+    assert all(loss == found[0][0] and same_bytes(gradient, found[0][1]) for loss, gradient in found[1:])
+
+
+def sharing_error(roles: Roles) -> float:
+    """Distance of loss and gradient with the prompt's work shared from those of whole rows. Long prompts, so that it is worth it."""
+    rows, says = pair_rows([(40, 6, 9), (33, 2, 12), (50, 1, 1)])
+    reference = references(roles, rows, says)
+    algorithm = dpo_over(roles, s=0.5)
+    loss, gradient, _ = accumulated(algorithm, pair_batch(rows, says, reference))
+    shared, same, _ = accumulated(algorithm, pair_batch(rows, says, reference, share=True), rows=2)
+    return max(abs(shared - loss) / abs(loss), far(same, gradient))
+
+
+def test_shared_prompts_change_nothing(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted: list[bool] = []
+    real = Roles._tree
+
+    def watched(self: Roles, batch: Batch) -> Any:
+        planted.append((tree := real(self, batch)) is not None)
+        return tree
+
+    monkeypatch.setattr(Roles, "_tree", watched)
+    assert sharing_error(roles) < 1e-5 and any(planted), "nothing was shared: this test saw nothing"
+
+    def blind(self: Roles, batch: Batch) -> Any:  # a rejected answer that also sees the chosen one
+        tree = real(self, batch)
+        return tree and replace(tree, mask=tree.mask | (tree.positions[:, None, None, :] <= tree.positions[:, None, :, None]))
+
+    monkeypatch.setattr(Roles, "_tree", blind)
+    assert sharing_error(roles) > 1e-3
+
+
+def test_a_tie_is_half_right_and_loss_is_ln_2(roles: Roles) -> None:
+    """A policy that is its reference: every loss at its own start."""
+    rows, says = pair_rows()
+    policy = llama_roles(16, lower=["sft"])
+    policy.load_adapter_tensors("sft", roles.adapter_tensors("sft"), "here")
+    with policy.quiet():
+        reference = policy.logps("reference", pair_batch(rows, says)).logps.sum(dim=1).tolist()
+    start = {"sigmoid": math.log(2), "ipo": (1 / 0.6) ** 2, "hinge": 1.0, "robust": math.log(2), "apo_zero": 1.0, "sigmoid_norm": math.log(2)}
+    for kind, expected in start.items():
+        loss, gradient, stats = accumulated(dpo_over(policy, kind), pair_batch(rows, says, reference))
+        assert loss == pytest.approx(expected, abs=1e-6) and stats["accuracy"] == 0.5 and stats["margin"] == 0.0
+        assert float(gradient.norm()) > 1e-4, "a fresh adapter moves all the same"
+    observed = to_floats(dpo_over(policy).observe(pair_batch(rows, says, reference)))
+    assert observed == {"kl": 0.0}
+
+
+def test_figures_by_the_plain_model(roles: Roles) -> None:
+    rows, says = pair_rows()
+    reference = references(roles, rows, says)
+    figures = accumulated(dpo_over(roles), pair_batch(rows, says, reference), rows=4)[2]
+    plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
+    with torch.no_grad():
+        logps = [float(plain.logp(row, mask)) for row, mask in zip(rows, says, strict=True)]
+    ratios = np.array(logps) - np.array(reference)
+    tokens = np.array([sum(mask) for mask in says])
+    expected = {
+        "logp_chosen": sum(logps[::2]) / tokens[::2].sum(), "logp_rejected": sum(logps[1::2]) / tokens[1::2].sum(),
+        "chosen_change": ratios[::2].sum() / tokens[::2].sum(), "reward_chosen": 0.3 * ratios[::2].mean(),
+        "reward_rejected": 0.3 * ratios[1::2].mean(), "margin": 0.3 * (ratios[::2] - ratios[1::2]).mean(),
+        "accuracy": (ratios[::2] > ratios[1::2]).mean()}  # fmt: skip
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    scores = dpo_over(roles).scores(pair_batch(rows, says, reference)).tolist()
+    assert scores == pytest.approx((0.3 * ratios).tolist(), rel=1e-4, abs=1e-5)
+    measured = to_floats(dpo_over(roles).measure(pair_batch(rows, says, reference)))
+    assert measured == pytest.approx(figures, rel=1e-5, abs=1e-6)
+    mask_kl, count = 0.0, 0
+    with torch.no_grad():
+        for row, mask in zip(rows, says, strict=True):
+            p, q = (torch.log_softmax(plain.run(row, policy).logits[0], dim=1) for policy in (True, False))
+            kl = (p.exp() * (p - q)).sum(dim=1)
+            mask_kl, count = mask_kl + sum(float(kl[t - 1]) for t, said in enumerate(mask) if said), count + sum(mask)
+    assert to_floats(dpo_over(roles).observe(pair_batch(rows, says, reference)))["kl"] == pytest.approx(mask_kl / count, rel=1e-4)
+
+
+@pytest.mark.parametrize(("change", "warned"), [(0.0, False), (-0.49, False), (-0.51, True), (1.0, False)])
+def test_unlearned_answers_are_told(change: float, warned: bool) -> None:
+    told = list(DPO(SimpleNamespace()).warnings({"chosen_change": change}))  # type: ignore[arg-type]
+    assert bool(told) == warned and all("less likely than under the reference" in message and "dpo.beta" in message for message in told)
+
+
+def falls(roles: Roles) -> bool:
+    """Whether thirty steps on one batch bring the loss down by half and every pair the right way round."""
+    rows, says = pair_rows()
+    with roles.quiet():
+        reference = roles.logps("reference", pair_batch(rows, says)).logps.sum(dim=1).tolist()
+    batch, algorithm = pair_batch(rows, says, reference), dpo_over(roles)
+    optimizer = torch.optim.AdamW(roles.parameters("policy"), lr=1e-2)
+    losses: list[float] = []
+    for _ in range(30):
+        loss, _, stats = accumulated(algorithm, batch)
+        losses.append(loss)
+        optimizer.step()
+    return losses[-1] < 0.5 * losses[0] and stats["accuracy"] == 1.0
+
+
+def test_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert falls(llama_roles(16, checkpointing=True))
+    monkeypatch.setattr(dpo_module, "dpo_loss", lambda *given: dpo_loss(*given).detach().requires_grad_())
+    with pytest.raises(AssertionError):
+        assert falls(llama_roles(16))
