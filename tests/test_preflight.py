@@ -162,10 +162,14 @@ def test_real_golds_commas_boxes_and_floats() -> None:
     assert any(".0" not in text and "Each pack" in text for _, text in examined(real("svamp/SVAMP.json")).examples[0].segments[:1])
 
 
-@pytest.mark.parametrize("name", ["gsm8k/derived_pairs.jsonl.gz", "hh_rlhf/helpful-base_test.jsonl.gz", "aqua/dev.json", "mbpp/mbpp.jsonl.gz"])
-def test_rows_of_other_trades_are_one_sentence(name: str) -> None:
+@pytest.mark.parametrize(("name", "sentence"), [
+    ("gsm8k/derived_pairs.jsonl.gz", "these rows are preference pairs"),
+    ("hh_rlhf/helpful-base_test.jsonl.gz", "these rows are preference pairs"),
+    ("llamafactory_demos/dpo_en_demo.json.gz", "these rows are preference pairs"), ("aqua/dev.json", "no known shape"),
+    ("mbpp/mbpp.jsonl.gz", "no known shape")])  # fmt: skip
+def test_rows_of_other_trades_are_one_sentence(name: str, sentence: str) -> None:
     made = CliRunner().invoke(app, ["data", "tiny-sft", f"data.train={json.dumps([real(name)])}"])
-    assert made.exit_code == 2 and "no known shape" in made.output and "Traceback" not in made.output
+    assert made.exit_code == 2 and sentence in made.output and "Traceback" not in made.output
 
 
 def test_exit_codes(tmp_path: Path) -> None:
@@ -213,6 +217,121 @@ def test_hostile_text_is_inert(tmp_path: Path) -> None:
     for encoding in ("utf-8", "ascii"):
         assert is_inert(printed(found, encoding=encoding))
     assert found.report.train[0].used >= len(HOSTILE) - 3, "only lone surrogates are no text"
+
+
+def of_pairs(*sources: str | dict[str, Any], algorithm: str = "dpo", **data: Any) -> Recipe:
+    made = recipe(*sources, **data).to_dict()
+    name = {"reward": "reward"}.get(algorithm, "policy")
+    adapters = {name: made["adapters"]["policy"]}
+    return Recipe.from_dict({**{key: value for key, value in made.items() if key not in ("dpo", "reward", "reference")},
+                             "algorithm": algorithm, "adapters": adapters})  # fmt: skip
+
+
+def pair(number: int, chosen: str = "Yes, surely.", rejected: str = "No.", **more: Any) -> dict[str, Any]:
+    return {"prompt": f"Is it {number}?", "chosen": chosen, "rejected": rejected, **more}
+
+
+def test_pairs_are_counted_as_pairs(tmp_path: Path) -> None:
+    rows: list[Any] = [pair(number, margin=number % 2) for number in range(30)]
+    rows[3] = rows[0]
+    rows[7], rows[8] = pair(5, "No.", "Yes, surely."), pair(9, "a", "b")
+    rows[10], rows[11], rows[12] = pair(1, "Tie.", "Tie."), pair(2, "", "b"), pair(2, "a " * 900)
+    rows[13] = {"prompt": "word " * 900, "chosen": "a", "rejected": "b"}
+    wanted = of_pairs(write(tmp_path / "a.jsonl", rows), validation_share=0.0, max_rejected_share=0.2)
+    found = examine(wanted, lambda event: None)
+    too_long = "too long: longer than data.max_length (256 tokens)"
+    assert counts(found) == {
+        "both answers are equal": (1, [11]), "without a target: empty answer": (1, [12]), too_long: (1, [13]),
+        f"{too_long}, its prompt alone": (1, [14]),
+        "repeating an earlier pair": (1, [4]), "contradicting: the same answers stand the other way round too": (2, [6, 8]),
+    }  # fmt: skip
+    assert found.sides is not None and (found.sides.pairs, found.sides.longer, found.sides.shorter, found.sides.equal) == (26, 24, 1, 1)
+    template = Template.of(load_tokenizer(wanted.base))
+    data = load(wanted.data, template, wanted.seed, lambda event: None, pairs=True).train
+    lengths = [[data.trained_of(row) for row in range(side, 52, 2)] for side in (0, 1)]
+    assert (found.sides.chosen, found.sides.rejected) == pytest.approx((np.mean(lengths[0]), np.mean(lengths[1])))
+    assert found.sides.margins == sum(bool(row.get("margin")) for number, row in enumerate(rows) if number not in (10, 11, 12, 13))
+    assert "in 92 % of the pairs the chosen answer is the longer one" in found.sides.warning
+    assert not found.faults and found.lengths.over == 2 and sum(found.lengths.counts) == 52
+    part = found.parts[0]
+    assert (part.read, part.used, part.rows, part.format) == (30, 26, 26, "preference") and part.tokens == data.lengths.sum()
+    assert (found.epoch.rows, found.epoch.tokens) == (26, data.lengths.sum())
+    assert found.epoch.trained == sum(map(sum, lengths)) == part.drawn_trained
+    assert (found.ends.rows, found.ends.of) == (26, 26) and found.epoch.steps == 2
+
+
+def test_pairs_in_both_splits_and_held_out_questions(tmp_path: Path) -> None:
+    rows = [pair(number) for number in range(30)]
+    made = of_pairs(write(tmp_path / "a.jsonl", rows), heldout=write(tmp_path / "c.jsonl", [rows[4], {**pair(99), "gold": "1"}]),
+                    validation=[{"dataset": write(tmp_path / "b.jsonl", [rows[1], rows[2], pair(77)])}])  # fmt: skip
+    found = examine(made, lambda event: None)
+    assert counts(found) == {"in both splits": (2, [1, 2]), "asking a held-out question": (1, [5])} and found.report.validation_rows == 3
+
+
+@pytest.mark.parametrize(("longer", "shorter", "warned"), [(13, 7, True), (12, 8, False), (7, 13, True), (19, 0, False), (9, 9, False)])
+def test_one_sided_lengths_are_told(tmp_path: Path, longer: int, shorter: int, warned: bool) -> None:
+    rows = [pair(number, *(("long answer", "no") if number < longer else ("no", "long answer"))) for number in range(longer + shorter)]
+    found = examine(of_pairs(write(tmp_path / "a.jsonl", rows), algorithm="reward", validation_share=0.0), lambda event: None)
+    assert found.sides is not None and bool(found.sides.warning) == warned == ("can look right" in printed(found))
+    assert not warned or f"the {'longer' if longer > shorter else 'shorter'} one" in found.sides.warning
+
+
+def test_truncated_pairs_are_named(tmp_path: Path) -> None:
+    talk = [{"role": role, "content": text} for text in ("one " * 9, "two " * 9) for role in ("user", "assistant")]
+    rows = [{"prompt": talk[:3], "chosen": "a", "rejected": "b c"}, pair(1), pair(2)]
+    found = examine(of_pairs(write(tmp_path / "a.jsonl", rows), too_long="truncate", max_length=48, validation_share=0.0), lambda event: None)
+    assert counts(found) == {"too long, without the oldest turns of the prompt": (1, [1])} and found.lengths.over == 1
+
+
+def test_sides_stand_side_by_side_or_one_below_the_other(tmp_path: Path) -> None:
+    found = examine(of_pairs(write(tmp_path / "a.jsonl", [pair(n, "Right.", "Wrong, I say.") for n in range(3)]), validation_share=0.0),
+                    lambda event: None)  # fmt: skip
+    assert len(found.examples) == 6 and found.examples[1].place == f"{found.examples[0].place.removesuffix('chosen')}rejected"
+    for width, encoding, together in ((100, "utf-8", True), (100, "ascii", True), (60, "utf-8", False), (60, "ascii", False)):
+        told = printed(found, width=width, encoding=encoding)
+        assert " ".join(told.split()).count("Is it 0?") == 1 and "\x1b" not in told and max(map(len, told.split("\n"))) <= width
+        assert any("Right." in line and "Wrong" in line for line in told.split("\n")) == together
+        assert encoding == "utf-8" or told.isascii()
+    assert "rows to validate" not in printed(found) and "3 of 3 pairs used" in printed(found)
+
+
+def test_hostile_pairs_are_inert(tmp_path: Path) -> None:
+    rows = [{"prompt": text[:3000], "chosen": text[:3000], "rejected": text[:3000] + "!"} for text in HOSTILE]
+    for start in range(0, len(rows), 3):
+        path = write(tmp_path / f"a\u202e{start}.jsonl", [*rows[start : start + 3], pair(1)])
+        found = examine(of_pairs(path, max_length=16384, max_rejected_share=1.0, validation_share=0.0), lambda event: None)
+        for encoding, width in (("utf-8", 100), ("ascii", 100), ("utf-8", 50), ("ascii", 50)):
+            assert is_inert(printed(found, encoding=encoding, width=width))
+
+
+def test_pairs_as_json(tmp_path: Path) -> None:
+    found = examine(of_pairs(write(tmp_path / "a.jsonl", [pair(number) for number in range(30)])), lambda event: None)
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["sides"]["pairs"] == data["train_rows"] and data["sides"]["longer"] == data["train_rows"] and data["examples"][0]["segments"]
+    assert examined(write(tmp_path / "b.jsonl", ROWS)).to_dict()["sides"] is None
+
+
+def test_data_command_of_pairs(tmp_path: Path) -> None:
+    def code(rows: list[Any], algorithm: str) -> tuple[int, str]:
+        path, file = write(tmp_path / "a.jsonl", rows), tmp_path / "recipe.json"
+        file.write_text(json.dumps(of_pairs(path, algorithm=algorithm).to_dict()))
+        made = CliRunner().invoke(app, ["data", str(file)])
+        return made.exit_code, " ".join(made.output.split())
+
+    good = [pair(number) for number in range(30)]
+    for algorithm in ("reward", "dpo"):
+        assert code(good, algorithm)[0] == 0
+        told = code([*good, *[pair(1, "a", "a")] * 9], algorithm)
+        assert told[0] == 2 and "9 of 39 rows cannot be used: 9: both answers are equal (lines 31, 32" in told[1] and "Sides" in told[1]
+        told = code(ROWS, algorithm)
+        assert told[0] == 2 and "expected `chosen` and `rejected`" in told[1] and "Traceback" not in told[1]
+
+
+@pytest.mark.parametrize(("name", "used"), [("hh_rlhf/helpful-base_test.jsonl.gz", 1187), ("llamafactory_demos/dpo_en_demo.json.gz", 300)])
+def test_real_pairs(name: str, used: int) -> None:
+    found = examine(of_pairs(real(name), max_length=16384), lambda event: None)
+    assert found.parts[0].used == used and not found.faults and found.ends.rows == found.ends.of == found.report.train_rows
+    assert found.sides is not None and found.sides.longer + found.sides.shorter + found.sides.equal == found.report.train_rows
 
 
 def test_text_snapshot() -> None:

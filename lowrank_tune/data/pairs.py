@@ -38,9 +38,9 @@ def to_pair(row: Raw, columns: Mapping[str, str]) -> Pair:
     """The pair of a row; `RowFault` where it holds none."""
     if not isinstance(row, Mapping):
         raise RowFault("not an object with columns")
-    prompt = _prompt(row, columns)
+    prompt, is_transcript = _prompt(row, columns)
     system = system_of(row, columns)
-    chosen, rejected = (_whole(_side(row, name, columns, prompt is not None), prompt, system) for name in ("chosen", "rejected"))
+    chosen, rejected = (_whole(_side(row, name, columns, prompt is not None, is_transcript), prompt, system) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise RowFault(EQUAL)
     asked = None if prompt is None else tidy(_ruled(prompt, system), answered=False)
@@ -48,28 +48,28 @@ def to_pair(row: Raw, columns: Mapping[str, str]) -> Pair:
     return Pair(chosen[:length], chosen[length:], rejected[length:], _margin(row.get(columns.get("margin", "margin"))))
 
 
-def _prompt(row: Raw, columns: Mapping[str, str]) -> list[Turn] | None:
-    """The turns of the prompt's column; None where there is no such column."""
+def _prompt(row: Raw, columns: Mapping[str, str]) -> tuple[list[Turn] | None, bool]:
+    """The turns of the prompt's column, None where there is no such column; and whether it is a transcript up to the answer."""
     named = next((alias for alias in PROMPTS if alias in columns), None)
     alias = named or next((alias for alias in PROMPTS if row.get(alias) is not None), None)
     if alias is None:
-        return None
+        return None, False
     value = row.get(columns.get(alias, alias))
     if value is None:
         raise RowFault(f"no prompt in column `{columns[alias]}`")
     if isinstance(value, Mapping):
-        return [turn_of(value)]
+        return [turn_of(value)], False
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return turns_of(value, alias)
+        return turns_of(value, alias), False
     text = text_of(value, "prompt")
     if text.startswith("\n\nHuman:"):
         turns = _transcript(text)
-        return turns[:-1] if turns[-1] == ("assistant", "") else turns
-    return [("user", with_input(text, row, columns) if alias == "instruction" else text)]
+        return (turns[:-1] if turns[-1] == ("assistant", "") else turns), True
+    return [("user", with_input(text, row, columns) if alias == "instruction" else text)], False
 
 
-def _side(row: Raw, name: str, columns: Mapping[str, str], has_prompt: bool) -> list[Turn]:
-    """The turns of one side: an answer, with or without the turns before it."""
+def _side(row: Raw, name: str, columns: Mapping[str, str], has_prompt: bool, is_transcript: bool) -> list[Turn]:
+    """The turns of one side: an answer, with or without the turns before it; of a transcript without the layout around it."""
     value = value_of(row, "preference", name, columns)
     if isinstance(value, Mapping):
         return [turn_of(value)]
@@ -82,7 +82,7 @@ def _side(row: Raw, name: str, columns: Mapping[str, str], has_prompt: bool) -> 
         return _transcript(text)
     if not has_prompt:
         raise RowFault(NO_PROMPT if text.strip() else "empty answer")
-    return [("assistant", text)]
+    return [("assistant", text.strip() if is_transcript else text)]
 
 
 def _transcript(text: str) -> list[Turn]:

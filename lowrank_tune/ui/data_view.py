@@ -25,9 +25,11 @@ GOOD, BAD, QUIET, TRAINED, HEAD = "green", "yellow", "dim", "bold green", "bold"
 
 def show(found: Preflight, title: str, console: Console) -> None:
     """Prints the whole picture, faults last, where the eye is when it has scrolled by; in a pipe without spaces at the ends of lines."""
+    plain = not console.encoding.lower().startswith("utf")
     with console.capture() as captured:
-        console.print(preflight_view(found, title, plain=not console.encoding.lower().startswith("utf")))
-    console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().split("\n")[:-1]))
+        console.print(preflight_view(found, title, plain=plain))
+    told = captured.get().replace("…", "~") if plain else captured.get()  # rich's mark of a cell that is cut
+    console.file.write("".join(f"{line.rstrip()}\n" for line in told.split("\n")[:-1]))
 
 
 def preflight_view(found: Preflight, title: str, plain: bool = False) -> RenderableType:
