@@ -340,6 +340,7 @@ def test_differences() -> None:
     assert differences(old, new) == ["stages.reward.adapters.reward.r: was 16, is 2", "stages.dpo.train.learning_rate: was 0.0002, is 1.0"]
     swapped = {**old, "stages": [old["stages"][index] for index in (1, 0, 2)]}
     assert differences(old, swapped) == ["stages: was 'sft -> reward -> dpo', is 'reward -> sft -> dpo'"]
+    assert differences(old, {**old, "stages": old["stages"][:2]}) == ["stages: was 'sft -> reward -> dpo', is 'sft -> reward'"]
     assert any(line.startswith("stages: was not set, is 'sft") for line in differences(Recipe.from_dict(SFT).to_dict(), old))
 
 
