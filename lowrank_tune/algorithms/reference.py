@@ -1,5 +1,5 @@
-"""The reference: what the policy is held to. It is never in doubt: it is asserted before the first step, and its log-probs belong to the
-data: computed once, found again by the content of all that they depend on, and compared with fresh ones at every start.
+"""Log-probs of the reference belong to the data: computed once, found again by the content of all that they depend on, and compared with
+fresh ones at every start (`step_zero.py`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch
 
 VERSION = 1  # of how the log-probs are computed: raise it when that changes
-NOISE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
-"""Nats a token by which another batch shape may change log-probs, by the dtype of the forward pass (measured: FIELD notes, bf16 0.016)."""
 TOLD = 50  # times that a long computation tells how far it is
 
 
@@ -59,25 +57,6 @@ def reference_logps(roles: Roles, rows: TokenStore, collated: Callable[[Sequence
     return sums
 
 
-def check_reference(roles: Roles, micro: Batch, same: bool, words: str) -> None:
-    """Compares the reference with the cached log-probs in `micro`, and where the policy must still be the `same`, with the policy, bit for
-    bit, as the policy will run: then DPO's loss is ln 2 and KL is 0. Raises RunFailed where one is not what it must be."""
-    with roles.quiet():
-        reference = roles.logps("reference", micro).logps
-    if same:
-        with torch.no_grad():
-            policy = roles.logps("policy", micro).logps
-        if not torch.equal(policy, reference):
-            raise RunFailed(f"the reference is not what it must be: before the first step policy and reference ({words}) differ by up to "
-                            f"{float((policy - reference).abs().max()):.1e} nats a token; nothing was trained")  # fmt: skip
-    if "reference" in micro.extra:
-        apart = (reference.sum(dim=1) - micro.extra["reference"]).abs() / micro.scored.sum(dim=1).clamp_min(1)
-        noise = NOISE[torch.bfloat16 if roles.base.device.type == "cuda" else torch.float32]
-        if not float(apart.max()) <= noise:  # nan is no agreement
-            raise RunFailed(f"the cached log-probs of the reference ({words}) are {float(apart.max()):.1e} nats a token from fresh ones, more "
-                            f"than {noise:g}: delete the folder `reference` in the cache (`lowrank-tune doctor` names it) and start again")  # fmt: skip
-
-
 def _key(roles: Roles, rows: TokenStore, base_hash: str) -> str:
     """Of all that the log-probs depend on: rows, base, frozen adapters with their scales, precision. The template is in the rows' ids."""
     digest = hashlib.blake2b(digest_size=16)
@@ -87,7 +66,8 @@ def _key(roles: Roles, rows: TokenStore, base_hash: str) -> str:
         digest.update(f"{part}\n".encode())
     for name in lower:
         config = roles.adapter_config(name)
-        digest.update(f"{config['r']} {config['lora_alpha']} {config['use_rslora']} {config['rank_pattern']} {config['alpha_pattern']}\n".encode())
+        scales = (config[key] for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"))
+        digest.update((" ".join(map(str, scales)) + "\n").encode())
         digest.update(save(roles.adapter_tensors(name)))
     return digest.hexdigest()
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from lowrank_tune.algorithms.kit import Kit
-from lowrank_tune.algorithms.reference import check_reference
+from lowrank_tune.algorithms.step_zero import check_reference
 from lowrank_tune.maths import mean_over, token_mean_weights, where_says
 from lowrank_tune.types import Batch, Experience, Stats, Term
 
