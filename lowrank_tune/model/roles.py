@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.model import heads as scalar
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.logps import check_head, chunked_kl, chunked_logps, head_of
+from lowrank_tune.model.tree import Tree, agrees, longest_shareable, mask_for, plant
 from lowrank_tune.types import Batch, LogProbs
 
 PREFIX = "lt_"  # PEFT drops weights of an adapter whose name is part of a module's name
@@ -44,13 +46,13 @@ class Roles:
 
     `adapters` in the order they lie, all fresh (and a fresh adapter changes nothing: its B is zero) until `load_adapter_tensors`. Only
     those in `trainable` ever get a gradient. `heads` are roles with a scalar head: it belongs to the adapter of the role's own name, the
-    top of its stack, and trains and is saved with it.
+    top of its stack, and trains and is saved with it. `share` False has every row go through the model whole.
     """
 
     def __init__(self, base: Base, adapters: Mapping[str, LoraConfig], trainable: Iterable[str], stacks: Mapping[str, list[str]],
                  checkpointing: bool = False, seed: int = 0, heads: Iterable[str] = ()) -> None:  # fmt: skip
         self.base, self.stacks = base, {role: [PREFIX + name for name in stack] for role, stack in stacks.items()}
-        self.trainable = frozenset(trainable)
+        self.trainable, self.share = frozenset(trainable), True
         self._active: list[str] = []
         torch.manual_seed(seed)
         self._peft: Any = None
@@ -104,16 +106,40 @@ class Roles:
             yield f"score.{PREFIX}{role}.weight", head.weight
 
     def hidden(self, role: str, batch: Batch) -> Tensor:
-        """(B, T, d) last hidden states. Right-padded rows need no attention mask: a real token never looks at what follows it."""
-        attended = batch.attended
-        right_padded = bool((attended[:, :-1] >= attended[:, 1:]).all())
-        ids = torch.where(attended, batch.ids, torch.zeros_like(batch.ids))
-        mask, positions = None, None
-        if not right_padded:
-            mask, positions = attended.long(), (attended.long().cumsum(dim=1) - 1).clamp_min(0)
-        with self.use(role), self.base.autocast():
+        """(B, T, d) last hidden states. A beginning that rows share goes through once where that is faster (`model/tree.py`).
+
+        Right-padded rows need no attention mask: a real token never looks at what follows it.
+        """
+        tree = self._tree(batch)
+        with self.use(role):
+            if tree is not None:
+                return tree.rows(self._decode(tree.ids, tree.mask, tree.positions))
+            attended, mask, positions = batch.attended, None, None
+            if not bool((attended[:, :-1] >= attended[:, 1:]).all()):
+                mask, positions = attended.long(), (attended.long().cumsum(dim=1) - 1).clamp_min(0)
+            return self._decode(batch.ids.masked_fill(~attended, 0), mask, positions)
+
+    def _decode(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        if mask is not None and mask.ndim == 4:
+            mask = mask_for(mask, self.base.model)
+        with self.base.autocast():
             decoder = self.base.model.get_decoder()
             return decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+    def _tree(self, batch: Batch) -> Tree | None:
+        if not self.share or "shared" not in batch.extra:
+            return None
+        tree = plant(batch, self.head.weight.shape[1])
+        return tree if tree is not None and batch.ids.shape[1] <= self._longest_shareable else None
+
+    @cached_property
+    def _longest_shareable(self) -> int:
+        model = self.base.model
+        longest = longest_shareable(model.config)
+        if longest:
+            with self.quiet(), self.use("base"):
+                longest *= agrees(self._decode, self.head.weight.shape[0], model.dtype, self.base.device)
+        return longest
 
     def logps(self, role: str, batch: Batch, temperature: float = 1.0) -> LogProbs:
         """log p(token t | before) and entropy where `says`, else 0; (B, T) fp32. The shift by one happens here."""

@@ -1,0 +1,248 @@
+"""Laws of shared prompts: a packed group says what its rows say apart, in value and gradient, and where it might not, rows stay apart."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from models import clear, far, gradients, load, make_batch, reward_roles, roles_over, shake, whole
+from torch import Tensor
+
+from lowrank_tune.model import roles as roles_module
+from lowrank_tune.model import tree as tree_module
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.model.tree import Tree, longest_shareable, plant
+from lowrank_tune.types import Batch
+
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {}, "mistral": {"sliding_window": 44}, "qwen2": {}, "qwen3": {}, "gemma2": {}, "gemma3_text": {}, "gpt2": {},
+}  # fmt: skip
+
+
+@functools.cache
+def roles_of(kind: str, checkpointing: bool = False) -> Roles:
+    """Roles of a shaken policy over a frozen adapter; `4` and `16` are Llamas through the door that users take."""
+    base = load(int(kind)) if kind.isdigit() else whole(kind, **KINDS[kind])
+    roles = roles_over(base, lower=["sft"], checkpointing=checkpointing)
+    shake(roles, "sft", "policy")
+    return roles
+
+
+def groups(prompts: Sequence[int], tails: Sequence[Sequence[int]], seed: int = 0, **how: Any) -> Batch:
+    """Groups of rows: a prompt and one row for each tail (0: the prompt alone), scored behind the prompt and here and there in it."""
+    stream = torch.Generator().manual_seed(seed)
+    rows, says, shared = [], [], []
+    for prompt, own in zip(prompts, tails, strict=True):
+        begin = torch.randint(2, 60, (prompt,), generator=stream).tolist()
+        for number, tail in enumerate(own):
+            # The first token of a tail differs within a group, so that a group has in common what `prompt` says.
+            rows.append(begin + [60 + number] * (tail > 0) + torch.randint(2, 60, (max(0, tail - 1),), generator=stream).tolist())
+            says.append([place % 3 == 0 for place in range(prompt)] + [True] * tail)
+            shared.append(prompt if number else 0)
+    batch = make_batch(rows, says, **how)
+    batch.extra["shared"] = torch.tensor(shared)
+    return batch
+
+
+def run(roles: Roles, batch: Batch, share: bool) -> tuple[Tensor, Tensor]:
+    """Log-probs, and gradients of a loss that weighs every token differently."""
+    clear(roles)
+    roles.share = share
+    logps = roles.logps("policy", batch).logps
+    (logps * torch.linspace(0.5, 1.5, logps.numel()).view(logps.shape)).sum().backward()  # type: ignore[no-untyped-call]
+    roles.share = True
+    return logps.detach(), gradients(roles)
+
+
+def error_of_sharing(roles: Roles, batch: Batch) -> float:
+    """Largest difference of a log-prob and relative one of the gradients; infinite where nothing was shared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_module, "WORTH", 100.0)
+        if roles._tree(batch) is None:
+            return float("inf")
+        packed, gradient = run(roles, batch, True)
+        apart, expected = run(roles, batch, False)
+    return max(float((packed - apart).abs().max()), far(gradient, expected))
+
+
+@st.composite
+def some_groups(draw: st.DrawFn, most: int = 20) -> Batch:
+    """One to three groups of 2 or 4 rows; prompts and tails of any length, empty ones too, but no empty row."""
+    size = draw(st.sampled_from([2, 4]))
+    count = draw(st.integers(1, 3))
+    prompts = [draw(st.integers(0, most)) for _ in range(count)]
+    tails = [[draw(st.integers(0 if prompt else 1, most)) for _ in range(size)] for prompt in prompts]
+    return groups(prompts, tails, draw(st.integers(0, 99)), more=draw(st.sampled_from([0, 3])))
+
+
+@pytest.mark.parametrize("kind", ["4", *KINDS])
+@given(batch=some_groups())
+@hypothesis_settings(max_examples=15)
+def test_a_shared_prompt_changes_nothing(kind: str, batch: Batch) -> None:
+    assert error_of_sharing(roles_of(kind), batch) < 1e-5
+
+
+@pytest.mark.parametrize(("prompts", "tails"), [
+    ([12], [[5, 9]]), ([0, 0], [[5, 9], [3, 1]]), ([8], [[1, 1]]), ([8], [[9, 1]]), ([1], [[1, 20]]), ([10, 3], [[4, 0], [0, 6]]),
+    ([7, 9], [[1, 0, 5, 3], [2, 2, 2, 2]]), ([5], [[0, 0]]), ([1], [[0, 0]]), ([30, 1], [[1, 2], [1, 1]]),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_edges_of_sharing(prompts: list[int], tails: list[list[int]], checkpointing: bool) -> None:
+    assert error_of_sharing(roles_of("4", checkpointing), groups(prompts, tails)) < 1e-5
+
+
+@given(batch=some_groups(), shift=st.integers(-5, 5), order=st.randoms(use_true_random=False))
+@hypothesis_settings(max_examples=25)
+def test_a_wrong_count_or_order_changes_nothing(batch: Batch, shift: int, order: Any) -> None:
+    """`take` may tear groups apart and `shared` may be wrong: only what ids have in common is shared."""
+    rows = list(range(len(batch)))
+    order.shuffle(rows)
+    batch.extra["shared"] = (batch.extra["shared"] + shift).clamp_min(0)
+    assert error_of_sharing(roles_of("16"), batch.take(torch.tensor(rows[: len(rows) // 2 + 1]))) < 1e-5
+
+
+def test_other_roles_quiet_mode_and_scores() -> None:
+    roles, batch = reward_roles(load(), lower=["sft"]), groups([20, 15], [[5, 9], [3, 8]])
+    shake(roles, "sft", "reward")
+    found = []
+    for share in (True, False):
+        roles.share = share
+        assert (roles._tree(batch) is not None) == share
+        with roles.quiet():
+            logps, kl = roles.logps("reference", batch).logps, roles.exact_kl("reward", "reference", batch)
+            found.append(torch.stack([logps, kl, roles.scores("reward", batch)]))
+    assert float((found[0] - found[1]).abs().max()) < 2e-5 and not torch.equal(*found)
+    assert float((found[0][2] - found[1][2]).abs().max()) > 0
+
+
+# --- each law sees a bug ---------------------------------------------------------------------------------------------------------------
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, change: Any) -> float:
+    """The error where the layout is changed behind `plant`'s back (the probe of the model runs before)."""
+    roles, batch = roles_of("16"), groups([12, 7], [[5, 9], [6, 3]])
+    assert error_of_sharing(roles, batch) < 1e-5
+    monkeypatch.setattr(roles_module, "plant", lambda *given: change(plant(*given)))
+    return error_of_sharing(roles, batch)
+
+
+def _causal(tree: Tree) -> Tree:
+    width = tree.ids.shape[1]
+    return Tree(tree.ids, tree.positions, torch.ones(1, 1, width, width, dtype=torch.bool).tril().expand_as(tree.mask), tree.place)
+
+
+def _columns_as_positions(tree: Tree) -> Tree:
+    return Tree(tree.ids, torch.arange(tree.ids.shape[1]).expand_as(tree.ids), tree.mask, tree.place)
+
+
+def _one_too_far(tree: Tree) -> Tree:
+    return Tree(tree.ids, tree.positions, tree.mask, tree.place.roll(1, dims=1))
+
+
+def _prompt_unseen(tree: Tree) -> Tree:
+    columns = torch.arange(tree.ids.shape[1])
+    own = tree.positions[:, None, :, None] - tree.positions[:, None, None, :] == columns[:, None] - columns
+    return Tree(tree.ids, tree.positions, tree.mask & own, tree.place)
+
+
+class _Cut(Tree):
+    def rows(self, hidden: Tensor) -> Tensor:
+        """Every other row's gradient is lost."""
+        rows = super().rows(hidden)
+        return torch.cat([torch.stack([a, b.detach()]) for a, b in zip(rows[::2], rows[1::2], strict=True)])
+
+
+@pytest.mark.parametrize("change", [
+    _causal, _columns_as_positions, _one_too_far, _prompt_unseen, lambda tree: _Cut(tree.ids, tree.positions, tree.mask, tree.place),
+])  # fmt: skip
+def test_a_wrong_layout_is_seen(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    assert planted(monkeypatch, change) > 1e-3
+
+
+# --- where rows stay apart -------------------------------------------------------------------------------------------------------------
+
+
+def shares(roles: Roles, batch: Batch) -> bool:
+    """Whether packed rows really went through the decoder."""
+    seen: list[int] = []
+    handle = roles.base.model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)  # fmt: skip
+    with roles.quiet():
+        roles.hidden("policy", batch)
+        seen.clear()  # the first time, the probe ran too
+        roles.hidden("policy", batch)
+    handle.remove()
+    assert len(seen) == 1
+    return seen[0] < batch.ids.numel()
+
+
+LONG = groups([20, 18], [[5, 9], [3, 8]])
+
+
+def test_it_is_used_where_it_saves_something() -> None:
+    roles = roles_of("16")
+    assert shares(roles, LONG) and shares(roles, LONG.take(torch.tensor([2, 3])))
+    assert not shares(roles, groups([1], [[20, 20]])) and not shares(roles, groups([0], [[20, 20]]))
+    left = groups([20], [[5, 9]], left=True)
+    alone = Batch(LONG.ids, LONG.attended, LONG.says)
+    assert not shares(roles, left) and not shares(roles, alone)
+    roles.share = False
+    assert not shares(roles, LONG)
+    roles.share = True
+
+
+@pytest.mark.parametrize(("kind", "changes", "expected"), [
+    ("mistral", {"sliding_window": 16}, False), ("mistral", {"sliding_window": 29}, True), ("mistral", {"sliding_window": 28}, False),
+    ("mistral", {"sliding_window": None}, True), ("gemma3_text", {"sliding_window": 16}, False), ("gpt_neo", {}, False),
+    ("bloom", {}, False), ("gpt2", {}, True), ("opt", {}, True),
+])  # fmt: skip
+def test_windows_and_models_without_such_masks_keep_rows_apart(kind: str, changes: dict[str, Any], expected: bool) -> None:
+    roles = roles_over(whole(kind, **changes), target_modules=("query_key_value",)) if kind == "bloom" else roles_over(whole(kind, **changes))
+    assert LONG.ids.shape[1] == 29 and shares(roles, LONG) == expected
+
+
+def test_recurrent_layers_and_other_attention_are_never_asked() -> None:
+    config = whole("llama").model.config
+    assert longest_shareable(config) > 1 << 30
+    for name, value in (("layer_types", ["full_attention", "linear_attention"]), ("_attn_implementation", "flash_attention_2")):
+        other = whole("llama").model.config
+        setattr(other, name, value)
+        assert longest_shareable(other) == 0
+    config.layer_types, config.sliding_window = ["full_attention"] * 2, 4
+    assert longest_shareable(config) > 1 << 30
+
+
+@pytest.mark.parametrize("dropped", ["attention_mask", "position_ids"])
+def test_the_probe_refuses_a_model_that_does_not_listen(monkeypatch: pytest.MonkeyPatch, dropped: str) -> None:
+    roles = roles_over(whole("llama"))
+    decoder = roles.base.model.get_decoder()
+    monkeypatch.setattr(roles.base.model, "get_decoder", lambda: lambda **given: decoder(**{**given, dropped: None}), raising=False)
+    assert roles._longest_shareable == 0
+
+
+def test_the_probe_draws_no_random_number_and_leaves_the_mode() -> None:
+    roles = roles_over(whole("llama"), dropout=0.5)
+    before = torch.get_rng_state()
+    assert roles._longest_shareable and torch.equal(torch.get_rng_state(), before) and roles.base.model.training
+
+
+def test_by_hand() -> None:
+    """P P P a b | P P P c, and a pair with nothing in common, which is two groups."""
+    batch = make_batch([[5, 6, 7, 8, 9], [5, 6, 7, 4], [3, 2], [2]])
+    batch.extra["shared"] = torch.tensor([0, 3, 0, 0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_module, "WORTH", 100.0)
+        tree = plant(batch, 4)
+    assert tree is not None
+    assert tree.ids.tolist() == [[5, 6, 7, 8, 9, 4, 0, 0], [3, 2, 0, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0, 0, 0]]
+    assert tree.positions[0, :6].tolist() == [0, 1, 2, 3, 4, 3]
+    assert tree.place.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 5], [8, 9, 9, 9, 9], [16, 16, 16, 16, 16]]
+    seen = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 1]]
+    assert tree.mask[0, 0, :6].long().tolist() == [row + [0, 0] for row in seen]
+    assert bool(tree.mask.any(dim=-1).all())  # a query that sees nothing would be NaN
