@@ -490,9 +490,9 @@ def model_error(roles: Roles, kind: str, s: float) -> tuple[float, float]:
     expected, tokens = 0.0, sum(map(sum, says[::2]))
     for i in range(0, len(rows), 2):
         logps = [plain.logp(rows[j], says[j]) for j in (i, i + 1)]
-        a, b = (float(logp) - reference[j] for logp, j in zip(logps, (i, i + 1), strict=True))
+        a, b = (float(logp.detach()) - reference[j] for logp, j in zip(logps, (i, i + 1), strict=True))
         value, by_a, by_b = oracle(kind, a, b, 0.3, 0.2, (sum(says[i]), sum(says[i + 1])))
-        expected += 2 * value / len(rows) - s * float(logps[0]) / tokens
+        expected += 2 * value / len(rows) - s * float(logps[0].detach()) / tokens
         (2 / len(rows) * (by_a * logps[0] + by_b * logps[1]) - s * logps[0] / tokens).backward()
     return abs(loss - expected) / (1 + abs(expected)), far_from(by_key(roles, "policy"), plain.gradient())
 

@@ -1,0 +1,378 @@
+"""Laws of the reward model: the loss by hand, in float64 and through a plain model; the score stands at the last token, whatever it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import VOCAB, load, reward_roles, same_bytes, shake
+from test_dpo import MARGINS, Plain, accumulated, by_key, far, far_from, pair_batch, pair_rows
+from torch import Tensor, nn
+
+from lowrank_tune.algorithms import reward as reward_module
+from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.reward import Reward, reward_loss
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.types import Batch, to_floats
+
+# --- the oracle ------------------------------------------------------------------------------------------------------------------------
+
+
+def sigma(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def softplus(x: float) -> float:
+    """log(1 + e^x), which is -log sigma(-x)."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def oracle(chosen: float, rejected: float, margin: float, centering: float) -> tuple[float, float, float]:
+    """The loss, and its derivatives by both scores."""
+    x, level = chosen - rejected - margin, chosen + rejected
+    pull = 2 * centering * level
+    return softplus(-x) + centering * level**2, -sigma(-x) + pull, sigma(-x) + pull
+
+
+def torch_loss(pairs: Sequence[tuple[float, float, float]], centering: float, dtype: torch.dtype) -> list[tuple[float, ...]]:
+    """What the kit makes of pairs of scores and a margin: losses, and their derivatives."""
+    chosen, rejected, margin = (torch.tensor(values, dtype=dtype, requires_grad=True) for values in zip(*pairs, strict=True))
+    losses = reward_module.reward_loss(chosen, rejected, margin.detach(), centering)
+    by = torch.autograd.grad(losses.sum(), [chosen, rejected])
+    return list(zip(losses.tolist(), *(each.tolist() for each in by), strict=True))
+
+
+def error(pairs: Sequence[tuple[float, float, float]], centering: float, dtype: torch.dtype) -> float:
+    """The largest distance from the oracle, against the size of what is added up on the way."""
+    worst = 0.0
+    for found, (chosen, rejected, margin) in zip(torch_loss(pairs, centering, dtype), pairs, strict=True):
+        size = abs(chosen) + abs(rejected) + abs(margin)
+        scales = (1 + size + centering * size**2, *[1 + size + 2 * centering * size] * 2)
+        for got, wanted, scale in zip(found, oracle(chosen, rejected, margin, centering), scales, strict=True):
+            distance = abs(got - wanted) / scale
+            worst = max(worst, distance if distance == distance else math.inf)
+    return worst
+
+
+SCORE = st.one_of(st.floats(-1000, 1000, width=32), st.floats(-3, 3, width=32), st.sampled_from([0.0, 1e3, -1e3]))
+MARGIN = st.one_of(st.just(0.0), st.floats(0, 100, width=32))
+
+
+@given(pairs=st.lists(st.tuples(SCORE, SCORE, MARGIN), min_size=1, max_size=5), centering=st.sampled_from([0.0, 2.0**-7, 1.0]))
+def test_loss_and_gradient_equal_the_formula(pairs: list[tuple[float, float, float]], centering: float) -> None:
+    assert error(pairs, centering, torch.float64) < 1e-12
+    assert error(pairs, centering, torch.float32) < 1e-6
+
+
+LN3 = math.log(3)  # sigma(ln 3) = 3/4
+BY_HAND: list[tuple[tuple[float, float, float], float, tuple[float, float, float]]] = [
+    # scores and margin, centering; loss, and the derivatives by both scores
+    ((0.0, 0.0, 0.0), 0.0, (math.log(2), -0.5, 0.5)),  # a fresh head: ln 2
+    ((LN3, 0.0, 0.0), 0.0, (math.log(4 / 3), -0.25, 0.25)),  # sigma(ln 3) = 3/4
+    ((0.0, LN3, 0.0), 0.0, (math.log(4), -0.75, 0.75)),  # sigma(-ln 3) = 1/4
+    ((2 * LN3, 0.0, LN3), 0.0, (math.log(4 / 3), -0.25, 0.25)),  # the margin takes one ln 3 away
+    ((2.0, 2.0, LN3), 0.0, (math.log(4), -0.75, 0.75)),  # level scores with a margin are behind by it
+    ((1.0, 1.0, 0.0), 0.5, (math.log(2) + 2.0, 1.5, 2.5)),  # 0.5 (1 + 1)^2 = 2, its slope 0.5 * 2 * 2 = 2 on both
+    ((LN3, -LN3 + LN3, 0.0), 0.25, (math.log(4 / 3) + 0.25 * LN3**2, -0.25 + 0.5 * LN3, 0.25 + 0.5 * LN3)),
+]  # fmt: skip
+
+
+def wrong_by_hand() -> int:
+    """How many of the numbers are not those worked by hand."""
+    return sum(torch_loss([pair], c, torch.float64)[0] != pytest.approx(expected, abs=1e-12) for pair, c, expected in BY_HAND)
+
+
+def test_by_hand() -> None:
+    assert wrong_by_hand() == 0
+    for (chosen, rejected, margin), centering, expected in BY_HAND:
+        assert oracle(chosen, rejected, margin, centering) == pytest.approx(expected, abs=1e-12)
+
+
+BUGS: dict[str, Any] = {
+    "margin added": lambda chosen, rejected, margin, c: reward_loss(chosen, rejected, -margin, c),
+    "margin lost": lambda chosen, rejected, margin, c: reward_loss(chosen, rejected, 0 * margin, c),
+    "margin outside": lambda chosen, rejected, margin, c: reward_loss(chosen, rejected, 0 * margin, c) + margin,
+    "sides swapped": lambda chosen, rejected, margin, c: reward_loss(rejected, chosen, margin, c),
+    "centres each side": lambda chosen, rejected, margin, c: reward_loss(chosen, rejected, margin) + c * (chosen**2 + rejected**2),
+    "centres the difference": lambda chosen, rejected, margin, c: reward_loss(chosen, rejected, margin) + c * (chosen - rejected) ** 2,
+    "centring detached": lambda chosen, rejected, margin, c: reward_loss(chosen, rejected, margin) + c * (chosen + rejected).detach() ** 2,
+    "bf16 scores": lambda chosen, rejected, margin, c: reward_loss(chosen.bfloat16().to(chosen.dtype), rejected, margin, c),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_wrong_losses_are_seen(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    monkeypatch.setattr(reward_module, "reward_loss", BUGS[bug])
+    assert wrong_by_hand() > 0
+
+
+def far_out_is_finite() -> bool:
+    values = (0.0, 1e3, -1e3, 1e4, -1e4)
+    pairs = [(p, q, m) for p in values for q in values for m in (0.0, 1e3)]
+    return all(math.isfinite(number) for found in torch_loss(pairs, 0.01, torch.float32) for number in found)
+
+
+def test_extremes_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert far_out_is_finite()
+    assert torch_loss([(-1e3, 1e3, 0.0)], 0.0, torch.float32)[0][1:] == (-1.0, 1.0)  # badly wrong pulls with all its weight
+    monkeypatch.setattr(reward_module, "reward_loss", lambda chosen, rejected, margin, c: -torch.log(torch.sigmoid(chosen - rejected - margin)))
+    assert not far_out_is_finite()
+
+
+# --- through a model -------------------------------------------------------------------------------------------------------------------
+
+
+def shaken(dropout: float = 0.0, **more: Any) -> Roles:
+    """fp32, a frozen SFT adapter below the reward adapter, all with weights that matter."""
+    roles = reward_roles(load(16), lower=["sft"], dropout=dropout, **more)
+    shake(roles, "sft", size=0.05)
+    shake(roles, "reward", size=0.05, seed=2)
+    roles.heads["reward"].weight.data.mul_(0.2)  # scores of a few units: neither flat nor saturated
+    return roles
+
+
+@pytest.fixture(scope="module")
+def roles() -> Roles:
+    return shaken()
+
+
+def reward_over(roles: Roles, centering: float = 0.0) -> Reward:
+    return Reward(Kit(roles, None), centering)  # type: ignore[arg-type]
+
+
+def stepped(roles: Roles, batch: Batch, centering: float = 0.0, **split: int | None) -> tuple[float, Tensor, dict[str, float]]:
+    return accumulated(reward_over(roles, centering), batch, "reward", **split)
+
+
+def model_error(roles: Roles, centering: float, margins: Sequence[float] = MARGINS) -> tuple[float, float]:
+    """Distance of loss and gradient, adapter and head, from transformers' hidden states in float64, each row alone and unpadded."""
+    rows, says = pair_rows()
+    loss, _, stats = stepped(roles, pair_batch(rows, says, margins=margins), centering, rows=4)
+    plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("reward"))
+    expected = 0.0
+    for i in range(0, len(rows), 2):
+        scores = [plain.score(rows[j]) for j in (i, i + 1)]
+        value, by_chosen, by_rejected = oracle(*(float(score.detach()) for score in scores), margins[i // 2], centering)
+        expected += 2 * value / len(rows)
+        (2 / len(rows) * (by_chosen * scores[0] + by_rejected * scores[1])).backward()
+    wrong = max(abs(loss - expected), abs(stats["loss"] - expected)) / (1 + abs(expected))
+    return wrong, far_from(by_key(roles, "reward"), plain.gradient())
+
+
+@pytest.mark.parametrize(("centering", "margins"), [(0.0, (0.0,) * 5), (0.0, MARGINS), (0.1, MARGINS)])
+def test_through_a_model(roles: Roles, centering: float, margins: tuple[float, ...]) -> None:
+    loss, gradient = model_error(roles, centering, margins)
+    assert loss < 1e-5 and gradient < 1e-4
+
+
+def _before_the_first_pad(self: Roles, role: str, batch: Batch) -> Tensor:
+    """The field's fault: the last token is looked for by its id, so the pad id inside a row ends it."""
+    is_pad = (batch.ids == 0) | ~batch.attended
+    place = torch.where(is_pad.any(dim=1), is_pad.int().argmax(dim=1) - 1, batch.ids.shape[1] - 1).clamp_min(0)
+    return self.heads[role](self.hidden(role, batch)[torch.arange(len(batch)), place])
+
+
+def _last_column(self: Roles, role: str, batch: Batch) -> Tensor:
+    return self.heads[role](self.hidden(role, batch)[:, -1])
+
+
+def _last_answer_mean(self: Roles, role: str, batch: Batch) -> Tensor:
+    return (self.scores(role, batch) * batch.scored).sum(dim=1) / batch.scored.sum(dim=1)
+
+
+def _head_detached(self: Roles, role: str, batch: Batch) -> Tensor:
+    return nn.functional.linear(self.hidden(role, batch)[torch.arange(len(batch)), batch.lengths - 1], self.heads[role].weight.detach())[:, 0]
+
+
+def _hidden_detached(self: Roles, role: str, batch: Batch) -> Tensor:
+    return self.heads[role](self.hidden(role, batch).detach()[torch.arange(len(batch)), batch.lengths - 1])
+
+
+def _base_alone(self: Roles, role: str, batch: Batch) -> Tensor:
+    whole = self.stacks[role]
+    self.stacks[role] = whole[-1:]
+    try:
+        return real_last(self, role, batch)
+    finally:
+        self.stacks[role] = whole
+
+
+real_last = Roles.last_scores
+PLACES = [_before_the_first_pad, _last_column, _last_answer_mean, _base_alone]
+
+
+@pytest.mark.parametrize("bug", [*PLACES, _head_detached, _hidden_detached])
+def test_another_token_stack_or_graph_is_seen(monkeypatch: pytest.MonkeyPatch, roles: Roles, bug: Any) -> None:
+    rows, _ = pair_rows()
+    assert any(0 in row for row in rows), "the pad id stands inside no row: the test could not see what it is there to see"
+    monkeypatch.setattr(Roles, "last_scores", bug)
+    assert max(model_error(roles, 0.0)) > 1e-2
+
+
+def test_margins_and_pairs_are_read_where_they_belong(monkeypatch: pytest.MonkeyPatch, roles: Roles) -> None:
+    with monkeypatch.context() as planted:
+        planted.setattr(reward_module, "reward_loss", BUGS["margin lost"])
+        assert max(model_error(roles, 0.0)) > 1e-2
+    with monkeypatch.context() as planted:
+        planted.setattr(reward_module, "pair_weights", lambda rows: torch.full((len(rows),), 1 / len(rows)))
+        assert max(model_error(roles, 0.0)) > 1e-2
+    with monkeypatch.context() as planted:
+        planted.setattr(Reward, "together", 1)
+        assert max(model_error(roles, 0.0)) > 1e-2
+
+
+SPLITS: list[dict[str, int | None]] = [{"rows": 2}, {"rows": 4}, {"rows": 6}, {"tokens": 1}, {"tokens": 40}, {"tokens": 10_000}]
+
+
+def split_error(roles: Roles) -> float:
+    rows, says = pair_rows()
+    batch = pair_batch(rows, says)
+    loss, gradient, stats = stepped(roles, batch, 0.1)
+    errors = []
+    for split in SPLITS:
+        other, others, figures = stepped(roles, batch, 0.1, **split)
+        errors += [abs(other - loss) / abs(loss), far(others, gradient)]
+        errors += [abs(figures[name] - stats[name]) / (abs(stats[name]) + 1e-1) for name in stats]
+    return max(errors)
+
+
+def _mean_of_means(self: Reward, batch: Batch) -> Iterator[Any]:
+    batch.weight = torch.full((len(batch),), 2 / len(batch))
+    yield from real_terms(self, batch)
+
+
+real_terms = Reward.terms
+
+
+def test_any_split_gives_one_gradient(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert split_error(roles) < 5e-6
+    monkeypatch.setattr(Reward, "terms", _mean_of_means)
+    assert split_error(roles) > 1e-2
+
+
+PADDINGS: list[dict[str, Any]] = [{"more": 7}, {"filler": 1}, {"more": 3, "filler": VOCAB - 1}, {"left": True},
+                                  {"left": True, "more": 2, "filler": 9}]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", PADDINGS, ids=str)
+def test_padding_and_order_change_nothing(roles: Roles, how: dict[str, Any]) -> None:
+    rows, says = pair_rows()
+    loss, gradient, _ = stepped(roles, pair_batch(rows, says), 0.1)
+    padded, same, _ = stepped(roles, pair_batch(rows, says, **how), 0.1)
+    assert padded == pytest.approx(loss, rel=1e-5) and far(same, gradient) < 1e-5
+    order = (3, 0, 4, 2, 1)
+    picked = [j for i in order for j in (2 * i, 2 * i + 1)]
+    batch = pair_batch([rows[j] for j in picked], [says[j] for j in picked], margins=[MARGINS[i] for i in order], **how)
+    other, same, _ = stepped(roles, batch, 0.1, rows=4)
+    assert other == pytest.approx(loss, rel=1e-5) and far(same, gradient) < 1e-5
+
+
+def test_ids_in_padding_are_not_read_at_all(roles: Roles) -> None:
+    rows, says = pair_rows()
+    found = []
+    for garbage in (0, 1, 10**9, -7):
+        batch = pair_batch(rows, says, more=2)
+        batch.ids = batch.ids.where(batch.attended, garbage)
+        found.append(stepped(roles, batch)[:2])
+    assert all(loss == found[0][0] and same_bytes(gradient, found[0][1]) for loss, gradient in found[1:])
+
+
+@given(ends=st.lists(st.sampled_from([0, 1, 2, 50]), min_size=2, max_size=2), inside=st.sampled_from([0, 1]), seed=st.integers(0, 9))
+def test_the_score_is_the_last_tokens_whatever_it_is(ends: list[int], inside: int, seed: int) -> None:
+    """Rows that end in pad, end-of-text or any other id, with pads and ends inside, score as the plain model's last hidden state."""
+    rows, says = pair_rows([(3, 4, 6)], seed)
+    for row, end in zip(rows, ends, strict=True):
+        row[1], row[-2], row[-1] = inside, inside, end
+    roles, plain = kept()
+    with roles.quiet():
+        found = reward_over(roles).scores(pair_batch(rows, says, margins=[0.0], more=3)).tolist()
+    with torch.no_grad():
+        assert found == pytest.approx([float(plain.score(row)) for row in rows], abs=2e-5)
+
+
+KEPT: list[tuple[Roles, Plain]] = []
+
+
+def kept() -> tuple[Roles, Plain]:
+    if not KEPT:
+        roles = shaken()
+        KEPT.append((roles, Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("reward"))))
+    return KEPT[0]
+
+
+def test_shared_prompts_change_nothing(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted: list[bool] = []
+    real = Roles._tree
+
+    def watched(self: Roles, batch: Batch) -> Any:
+        planted.append((tree := real(self, batch)) is not None)
+        return tree
+
+    monkeypatch.setattr(Roles, "_tree", watched)
+    rows, says = pair_rows([(40, 6, 9), (33, 2, 12), (50, 1, 1)])
+    loss, gradient, _ = stepped(roles, pair_batch(rows, says), 0.1)
+    assert not any(planted)
+    shared, same, _ = stepped(roles, pair_batch(rows, says, share=True), 0.1, rows=2)
+    assert any(planted), "nothing was shared: this test saw nothing"
+    assert shared == pytest.approx(loss, rel=1e-5) and far(same, gradient) < 1e-5
+
+
+def test_dropout_trains_and_does_not_measure(roles: Roles) -> None:
+    """With dropout two training passes differ; scores and measurements do not, and equal those of a model without it."""
+    noisy = shaken(dropout=0.5)
+    rows, says = pair_rows()
+    batch = pair_batch(rows, says)
+    assert not same_bytes(stepped(noisy, batch)[1], stepped(noisy, batch)[1])
+    for one in (noisy, roles):
+        assert one.base.model.training, "dropout would not fire at all"
+    with noisy.quiet(), roles.quiet():
+        assert same_bytes(reward_over(noisy).scores(batch), reward_over(roles).scores(batch))
+        assert to_floats(reward_over(noisy).measure(batch)) == to_floats(reward_over(roles).measure(batch))
+    assert noisy.base.model.training
+
+
+def test_a_fresh_head_is_undecided(roles: Roles) -> None:
+    """It starts at zero: loss ln 2, every pair a tie, and the head moves first."""
+    fresh = reward_roles(load(16))
+    rows, says = pair_rows()
+    loss, gradient, stats = stepped(fresh, pair_batch(rows, says, margins=[0.0] * 5))
+    assert loss == pytest.approx(math.log(2), abs=1e-7) and stats["accuracy"] == 0.5
+    assert stats["margin"] == stats["score_chosen"] == stats["score_rejected"] == 0.0
+    assert float(fresh.heads["reward"].weight.grad.norm()) > 1e-3  # type: ignore[union-attr]
+
+
+def test_figures_by_the_plain_model(roles: Roles) -> None:
+    rows, says = pair_rows()
+    figures = stepped(roles, pair_batch(rows, says), rows=4)[2]
+    plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("reward"))
+    with torch.no_grad():
+        scores = torch.stack([plain.score(row) for row in rows])
+    chosen, rejected = scores[::2], scores[1::2]
+    expected = {"accuracy": (chosen > rejected).double().mean(), "margin": (chosen - rejected).mean(), "score_chosen": chosen.mean(),
+                "score_rejected": rejected.mean()}  # fmt: skip
+    assert {name: figures[name] for name in expected} == pytest.approx({name: float(v) for name, v in expected.items()}, abs=1e-5)
+
+
+def falls(roles: Roles) -> bool:
+    """Whether thirty steps on one batch bring the loss down by half and every pair the right way round."""
+    rows, says = pair_rows()
+    batch = pair_batch(rows, says, margins=[0.0] * 5)
+    optimizer = torch.optim.AdamW(roles.parameters("reward"), lr=1e-2)
+    losses: list[float] = []
+    for _ in range(30):
+        loss, _, stats = stepped(roles, batch)
+        losses.append(loss)
+        optimizer.step()
+    return losses[-1] < 0.5 * losses[0] and stats["accuracy"] == 1.0
+
+
+def test_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert falls(reward_roles(load(16), checkpointing=True))
+    monkeypatch.setattr(reward_module, "reward_loss", lambda *given: reward_loss(*given).detach().requires_grad_())
+    with pytest.raises(AssertionError):
+        assert falls(reward_roles(load(16)))
