@@ -143,7 +143,7 @@ def preferences(count: int, seed: int, split: str) -> list[dict[str, str]]:
     found = []
     for _ in range(count):
         problem = draw(rng, heldout=split == "heldout")
-        chosen, rejected = rng.choices(WORSE, weights=(4, 3, 1, 1, 1, 1))[0](problem, rng)
+        chosen, rejected = rng.choices(WORSE, weights=(12, 2, 1, 3, 3, 3))[0](problem, rng)
         found.append({"prompt": problem.question(rng), "chosen": chosen, "rejected": rejected})
     return found
 
