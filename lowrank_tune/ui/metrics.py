@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 CHARTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sft": (("loss",), ("kl",), ("grad_norm",), ("learning_rate",), ("accuracy",), ("entropy",)),
@@ -19,6 +20,11 @@ TITLES = {
     "score_chosen": "score", "reward_chosen": "implicit reward", "logp_chosen": "log-prob a token",
 }  # fmt: skip
 """Of a chart, by its first name."""
+SIDE_TITLES = {"score_chosen": "score", "reward_chosen": "reward", "logp_chosen": "log-prob"}
+"""Where both sides and their last values have to stand in few cells."""
+
+WITHOUT_REFERENCE = ("reward",)
+"""Algorithms that compare the model with nothing."""
 
 SIDES = {"chosen": "chosen", "rejected": "rejected"}
 
@@ -66,7 +72,7 @@ def meanings_of(algorithm: str) -> dict[str, str]:
     own = OWN_MEANINGS.get(algorithm, {})
     leading = [names[0] for names in CHARTS[algorithm]] if own else []
     known = {**MEANINGS, **own}
-    return {name: known[name] for name in [*(name for name in leading if name in known), *(name for name in known if name not in leading)]}
+    return {name: known[name] for name in [*leading, *own, *MEANINGS] if name in known}
 
 
 def side_of(name: str) -> str:
@@ -85,3 +91,9 @@ def heldout_parts(name: str) -> tuple[str, str]:
         return found[1], found[2]
     who, _, what = name.removeprefix("heldout_").partition("_")
     return who, what
+
+
+def below(roles: Any) -> str:
+    """Who the reference of these roles is, by name: the last frozen adapter under the policy, or the base."""
+    stack = roles.get("reference") if isinstance(roles, dict) else None
+    return str(stack[-1]) if isinstance(stack, list) and stack else "base"

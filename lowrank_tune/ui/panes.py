@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lowrank_tune.events import Sampled
 from lowrank_tune.ui.charts import Curve, chart, short, smooth
 from lowrank_tune.ui.frame import Line, said, width_of, wrap
-from lowrank_tune.ui.metrics import TITLES, charts_of, side_of
+from lowrank_tune.ui.metrics import SIDE_TITLES, TITLES, charts_of, side_of
 from lowrank_tune.ui.plain import SHOWN, clock, number, percent, signed
 from lowrank_tune.ui.state import Pair, State
 
@@ -18,6 +18,7 @@ KEYS = {
     "+": "smoother curves", "-": "less smooth", "?": "this help",
 }  # fmt: skip
 QUESTION_LINES = 4  # that a further question needs
+BESIDE = 23  # cells of a pane's title that its right part must leave
 FOR_THE_RUN = "qpse"  # what only the run's own screen can do; in `watch`, q leaves the screen alone
 
 
@@ -56,7 +57,8 @@ def written(name: str, value: float) -> str:
 def chart_pane(state: State, names: Sequence[str], view: View, width: int, height: int) -> list[Line]:
     """A title with the last values, and the chart. One statistic: its values dim, their average bright, validation in a second colour.
     Two are the sides of a pair: the averages of both, each in its colour."""
-    title: Line = [(f" {TITLES.get(names[0], said(names[0], view.ascii_only).replace('_', ' '))} ", "title")]
+    told = (SIDE_TITLES if len(names) > 1 else TITLES).get(names[0]) or said(names[0], view.ascii_only).replace("_", " ")
+    title: Line = [(f" {told} ", "title")]
     curves = [curve for name in names for curve in _curves(state, name, view, paired=len(names) > 1)]
     log = view.log_scale and (len(names) == 1 or all(y > 0 for curve in curves for _, y in curve.points))
     title.append(("log " if log else "", "quiet"))
@@ -99,8 +101,7 @@ def sample_pane(state: State, view: View, width: int, height: int) -> list[Line]
     """One held-out question: what the model answered first and what it answers now, and the held-out figures; or a pair and its scores."""
     if state.pairs:
         return _pairs(state, view, width, height)
-    figures = [f"{said(who, view.ascii_only, 12)} {percent(stats['exact'])}" for who, stats in state.heldout.items() if "exact" in stats]
-    told = f"held-out exact: {', '.join(figures)}" if figures else ""
+    told = _exact(state, view, width - BESIDE)
     prompts = list({**state.answers, **state.earlier})
     if not prompts:
         return [heading("answers", width, view, told), [(" no answers yet", "quiet")]]
@@ -114,6 +115,16 @@ def sample_pane(state: State, view: View, width: int, height: int) -> list[Line]
         prompt = prompts[(place + turn) % count]
         lines += _question(prompt, _speakers(state, prompt), view, width, room if count == 1 else min(room, max(QUESTION_LINES, height // 2)))
     return lines
+
+
+def _exact(state: State, view: View, width: int) -> str:
+    """The held-out figures of all who were asked; where that is too long, of the first and the last."""
+    figures = [f"{said(who, view.ascii_only, 12)} {percent(stats['exact'])}" for who, stats in state.heldout.items() if "exact" in stats]
+    ends = figures if len(figures) < 3 else [figures[0], figures[-1]]
+    for told in (f"held-out exact: {', '.join(figures)}", f"exact: {', '.join(figures)}", f"exact: {', '.join(ends)}"):
+        if figures and len(told) <= width:
+            return told
+    return ""
 
 
 def _speakers(state: State, prompt: str) -> list[tuple[str, Sampled]]:

@@ -15,7 +15,7 @@ from rich.progress import Progress as Bar
 
 from lowrank_tune.events import Event, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
 from lowrank_tune.ui import inert
-from lowrank_tune.ui.metrics import SIDES, heldout_parts
+from lowrank_tune.ui.metrics import SIDES, WITHOUT_REFERENCE, heldout_parts
 
 _STYLES = {"warning": "33", "good": "32", "quiet": "2"}  # yellow, green, dim
 
@@ -180,7 +180,8 @@ class Plain:
             if role == "reference":
                 continue  # said in words below
             self._say(f"  {role}: {' + '.join(stack) or 'the base'}")
-        self._say(f"  reference: {event.reference}")
+        if event.algorithm not in WITHOUT_REFERENCE:
+            self._say(f"  reference: {event.reference}")
         if event.resumed_from:
             self._say(f"  continued after step {event.resumed_from}")
 

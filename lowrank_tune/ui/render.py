@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lowrank_tune.ui.diagnose import diagnose
 from lowrank_tune.ui.frame import Line, beside, fit, pad, said, wrap
+from lowrank_tune.ui.metrics import SIDE_TITLES, WITHOUT_REFERENCE
 from lowrank_tune.ui.panes import FOR_THE_RUN, KEYS, View, chart_names, chart_pane, help_pane, log_pane, sample_pane, written
 from lowrank_tune.ui.plain import SHOWN, clock
 from lowrank_tune.ui.state import State
@@ -78,6 +79,8 @@ def _roles(state: State, view: View) -> Line:
     for role, stack in state.started.roles.items():
         if role != "reference":
             line += [(f" {said(role, view.ascii_only)} ", "quiet"), (f"= {said(' + '.join(('base', *stack)), view.ascii_only)}  ", "")]
+    if state.started.algorithm in WITHOUT_REFERENCE:
+        return line
     return [*line, (" reference ", "quiet"), (f"= {said(state.started.reference, view.ascii_only)}", "")]
 
 
@@ -157,7 +160,7 @@ def _figures(state: State, charts: Sequence[Sequence[str]], view: View) -> Line:
     line: Line = [(" ", "")]
     for names in charts:
         if len(names) > 1:
-            line.append((f"{names[0].removesuffix('_chosen').replace('logp', 'log-prob')} ", "quiet"))
+            line.append((f"{SIDE_TITLES[names[0]]} ", "quiet"))
         for name in names:
             label = SHOWN[name][0] if name in SHOWN else said(name, view.ascii_only)
             last = state.last(name)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lowrank_tune.events import Event, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
-from lowrank_tune.ui.metrics import SIDES, heldout_parts
+from lowrank_tune.ui.metrics import SIDES, below, heldout_parts
 from lowrank_tune.ui.plain import Pace, validation_line
 
 MOST_POINTS, LOG_LINES, SPEED_STEPS = 1000, 200, 20
@@ -142,9 +142,8 @@ class State:
         return {name: spent / total for name, spent in sorted(self.phases.items(), key=lambda item: -item[1])} if total else {}
 
     def below(self) -> str:
-        """Who the reference is, by name: the last frozen adapter under the policy, or the base."""
-        stack = self.started.roles.get("reference") if self.started else None
-        return str(stack[-1]) if stack else "base"
+        """Who the reference is, by name."""
+        return below(self.started.roles) if self.started is not None else "base"
 
     def _start(self, event: RunStarted) -> None:
         if self.started is not None and self.started.stage != event.stage:

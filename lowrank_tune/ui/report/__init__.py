@@ -5,14 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from lowrank_tune.checkpoint import write_file
-from lowrank_tune.ui.report.page import page
-from lowrank_tune.ui.report.record import read_record
+from lowrank_tune.ui.report.page import chain_page, page
+from lowrank_tune.ui.report.record import read_chain, read_record
+from lowrank_tune.ui.stages import is_chain
 
-__all__ = ["page", "read_record", "write_report"]
+__all__ = ["chain_page", "page", "read_chain", "read_record", "write_report"]
 
 
 def write_report(folder: Path) -> Path:
-    """Writes the report of a run beside its events. Raises `UserError` where the folder holds no run."""
+    """Writes the report of a run beside its events; of a chain, one page over all its stages and one for each. Raises `UserError` where
+    the folder holds no run."""
+    if not is_chain(folder):
+        return _write(folder, page(read_record(folder)))
+    chain = read_chain(folder)
+    for record in chain.begun:
+        _write(record.folder, page(record))
+    return _write(folder, chain_page(chain))
+
+
+def _write(folder: Path, html: str) -> Path:
     target = folder / "report.html"
-    write_file(target, page(read_record(folder)).encode("utf-8"))
+    write_file(target, html.encode("utf-8"))
     return target

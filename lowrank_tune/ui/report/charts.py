@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 from lowrank_tune.ui import inert
+from lowrank_tune.ui.metrics import side_of
 
 WIDTH, HEIGHT = 560, 230
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 26
@@ -19,7 +20,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart. `kind` is its class in the style sheet: raw, smooth or check."""
+    """One line of a chart. `kind` is its class in the style sheet: raw, smooth, check, chosen or rejected."""
 
     name: str
     kind: str
@@ -54,7 +55,7 @@ def chart(lines: Sequence[Line], log: bool = False) -> str:
     if not points:
         return ""
     low_x, high_x = _span([x for x, _ in points])
-    ticks, low_y, high_y = (_log_ticks if log else _ticks)([y for _, y in points])
+    ticks, low_y, high_y = (_log_ticks if log else ticks_of)([y for _, y in points])
 
     def across(x: float) -> float:
         return LEFT + (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
@@ -68,7 +69,7 @@ def chart(lines: Sequence[Line], log: bool = False) -> str:
     for tick in ticks:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(tick):.1f}" y2="{down(tick):.1f}"/>'
                      f'<text class="tick" x="{LEFT - 7}" y="{down(tick) + 3.5:.1f}" text-anchor="end">{short(tick)}</text>')  # fmt: skip
-    for tick in _ticks([low_x, high_x], 6)[0]:
+    for tick in ticks_of([low_x, high_x], 6)[0]:
         if low_x <= tick <= high_x and tick == int(tick):
             parts.append(f'<text class="tick" x="{across(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{int(tick):,}</text>')
     for line in lines:
@@ -106,7 +107,7 @@ def histogram(edges: Sequence[int], counts: Sequence[int], limit: int, over: int
     names = [f"{low + 1:,} to {high:,} tokens" for low, high in zip(edges, edges[1:], strict=False)] + [f"over {limit:,} tokens"]
     most, step = max([*values, 1]), (WIDTH - LEFT - RIGHT) / max(1, len(values))
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" class="chart" role="img">']
-    ticks = [tick for tick in _ticks([0, most], 4)[0] if tick == int(tick)]
+    ticks = [tick for tick in ticks_of([0, most], 4)[0] if tick == int(tick)]
     high = max(most, *ticks)
     for tick in ticks:
         y = HEIGHT - BOTTOM - tick / high * (HEIGHT - TOP - BOTTOM)
@@ -146,6 +147,16 @@ def lines_of(name: str, points: Mapping[int, float], checks: Mapping[int, float]
     return found
 
 
+def sides_of(series: Mapping[str, Mapping[int, float]]) -> list[Line]:
+    """The lines of both sides of a pair: their smooth course alone, since two rough ones could not be told apart."""
+    lines = []
+    for name, points in series.items():
+        finite = [(float(step), value) for step, value in sorted(points.items()) if math.isfinite(value)]
+        if finite:
+            lines.append(Line(side_of(name), side_of(name), thin(smooth(finite) if _is_rough([value for _, value in finite]) else finite)))
+    return lines
+
+
 def _is_rough(values: Sequence[float]) -> bool:
     """Whether the line goes up and down so often that a smooth one helps the eye; a learning rate's does not."""
     moves = [b - a for a, b in zip(values, values[1:], strict=False) if b != a]
@@ -162,7 +173,7 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _ticks(values: Sequence[float], count: int = 5) -> tuple[list[float], float, float]:
+def ticks_of(values: Sequence[float], count: int = 5) -> tuple[list[float], float, float]:
     """About `count` round numbers around the values, and the range that they span."""
     low, high = min(values), max(values)
     if high - low <= 1e-9 * max(abs(low), abs(high)):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, Note, RunEnded, RunStarted, Sampled, StepDone, Validated, from_json
+from lowrank_tune.ui.stages import EVENTS, stage_folders
 
 Points = dict[int, float]  # step -> value
 
@@ -33,6 +34,7 @@ class Record:
     summary: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Any] = field(default_factory=dict)
     recipe: str = ""
 
     @property
@@ -59,6 +61,39 @@ class Record:
             self.ended = event
 
 
+@dataclass(frozen=True)
+class ChainRecord:
+    """A chain: its stages by the names of their folders, None for one that has not begun."""
+
+    folder: Path
+    name: str
+    stages: Mapping[str, Record | None]
+    summary: Mapping[str, Any]
+
+    @property
+    def begun(self) -> list[Record]:
+        return [record for record in self.stages.values() if record is not None]
+
+    @property
+    def status(self) -> str:
+        """As its last stage stands: done only where every stage is."""
+        last = self.begun[-1].status
+        return last if last != "done" or all(self.stages.values()) else "not ended"
+
+
+def read_chain(folder: Path) -> ChainRecord:
+    """The record of a chain's folder. Raises `UserError` where no stage has begun."""
+    stages: dict[str, Record | None] = {}
+    for path in stage_folders(folder):
+        stages[path.name] = read_record(path) if (path / EVENTS).is_file() and (path / EVENTS).stat().st_size else None
+    if not any(stages.values()):
+        raise UserError(f"{folder}: no stage of this chain has begun")
+    recipe, summary = _object(folder / "run.json").get("recipe"), _object(folder / "summary.json")
+    name = recipe.get("name") if isinstance(recipe, Mapping) else None
+    chain = ChainRecord(folder, str(name or folder.name), stages, summary)
+    return chain if summary.get("status") == chain.status else replace(chain, summary={})  # else it is of an earlier start
+
+
 def read_record(folder: Path) -> Record:
     """The record of a folder. Raises `UserError` where there are no events."""
     record = Record(folder)
@@ -69,7 +104,8 @@ def read_record(folder: Path) -> Record:
         raise UserError(f"{folder}: it is no run folder, events.jsonl cannot be read ({error.strerror or error})") from error
     if not record.began:
         raise UserError(f"{folder}: its events.jsonl holds no events")
-    record.summary, record.data, record.base = (_object(folder / f"{name}.json") for name in ("summary", "data", "base"))
+    record.summary, record.data, record.base, record.scores = (
+        _object(folder / f"{name}.json") for name in ("summary", "data", "base", "scores"))  # fmt: skip
     if record.summary.get("status") != record.status:
         record.summary = {}  # it is of an earlier start
     record.recipe = _text(folder / "recipe.yaml")

@@ -8,52 +8,50 @@ from typing import Any
 
 from lowrank_tune.evaluate import is_exact
 from lowrank_tune.events import Sampled
+from lowrank_tune.ui.metrics import SIDES, TITLES, below, heldout_parts, meanings_of, partner_of
 from lowrank_tune.ui.plain import number, percent
-from lowrank_tune.ui.report.charts import bar, chart, histogram, hover_data, lines_of, short
-from lowrank_tune.ui.report.record import Record
+from lowrank_tune.ui.report import pairs as of_pairs
+from lowrank_tune.ui.report.charts import Line, bar, chart, histogram, hover_data, lines_of, short, sides_of
+from lowrank_tune.ui.report.record import ChainRecord, Record
 from lowrank_tune.ui.report.words import block, entries, inside, number_in, pairs, table, text
 
-MEANINGS = {
-    "loss": "negative log-likelihood of what is trained, nats a token",
-    "reward": "mean reward of the completions",
-    "accuracy": "share of trained tokens that were the first choice",
-    "kl": "how far the policy is from its reference, nats a token",
-    "entropy": "how undecided the prediction is, nats",
-    "grad_norm": "length of the gradient before clipping",
-    "learning_rate": "the step's rate",
-    "update_ratio": "length of the update over that of the weights",
-    "moved_share": "share of the adapter that the last step changed",
-    "tokens_per_second": "tokens of the step by its wall time",
-    "memory_gib": "peak memory, GiB",
-    "bad_steps": "steps that were not finite and changed nothing",
-}
 HEADS = {"": "(all)", "exact": "exact answers (pass@1)", "stopped": "stops by itself", "length": "tokens an answer"}
 MOST_SAMPLES = 24  # of one prompt over a run
 
 
 def curves(record: Record) -> str:
-    """A chart for every statistic there is, the validation's beside the step's; those of the held-out prompts have a table."""
-    names = [*MEANINGS, *sorted({*record.series, *(name.removeprefix("validation_") for name in record.checks)} - set(MEANINGS))]
-    cards = [_curve(name, record) for name in names if name in record.series or f"validation_{name}" in record.checks]
+    """A chart for every statistic there is, the validation's beside the step's; those of held-out prompts and pairs have a table."""
+    algorithm = record.started.algorithm if record.started else "sft"
+    meanings, checked = meanings_of(algorithm), {name.removeprefix("validation_") for name in record.checks}
+    partners = {other for name in meanings if (other := partner_of(algorithm, name)) is not None}
+    names = [*meanings, *sorted({*record.series, *checked} - set(meanings) - partners)]
+    cards = [_curve(name, meanings.get(name, ""), partner_of(algorithm, name), record) for name in names]
     cards = [card for card in cards if card]
     return f'<h2>Curves</h2><div class="grid2">{"".join(cards)}</div>' if cards else ""
 
 
-def _curve(name: str, record: Record) -> str:
+def _curve(name: str, meaning: str, partner: str | None, record: Record) -> str:
     points, checks = record.series.get(name, {}), record.checks.get(f"validation_{name}", {})
-    if name.startswith("heldout_") or (name == "bad_steps" and not any(points.values())):
+    if name.startswith(("heldout_", "pairs_")) or (name == "bad_steps" and not any(points.values())):
         return ""
     lines = lines_of(name, points, checks, f"validation {name}")
+    title = name.replace("_", " ")
+    if partner is not None:
+        lines, title = sides_of({each: record.series.get(each) or record.checks.get(f"validation_{each}", {}) for each in (name, partner)}), ""
+    return _chart_card(title or TITLES[name], meaning, lines, name not in ("accuracy", "moved_share"), points or checks)
+
+
+def _chart_card(title: str, meaning: str, lines: Sequence[Line], may_log: bool, points: Mapping[int, float]) -> str:
     svg = chart(lines)
     if not svg:
         return ""
     values = [value for line in lines for _, value in line.points]
-    can_log = min(values) > 0 and max(values) / min(values) > 3 and name not in ("accuracy", "moved_share")
+    can_log = may_log and min(values) > 0 and max(values) / min(values) > 3
     toggle = '<label class="soft"><input type="checkbox"> log scale</label>' if can_log else ""
     legend = "".join(f'<span><i class="key {line.kind}"></i>{text(line.name)}</span>' for line in lines) if len(lines) > 1 else ""
-    last = (points or checks)[max(points or checks)]
-    return (f'<div class="card" data-lines="{hover_data(lines)}"><div class="top"><h3>{text(name.replace("_", " "))}</h3>'
-            f'<output>{short(last)}</output></div><p class="soft">{text(MEANINGS.get(name, ""))}</p>'
+    last = f"<output>{short(points[max(points)])}</output>" if points else ""
+    return (f'<div class="card" data-lines="{hover_data(lines)}"><div class="top"><h3>{text(title)}</h3>'
+            f'{last}</div><p class="soft">{text(meaning)}</p>'
             f'{svg}{chart(lines, log=True) if can_log else ""}<div class="legend">{legend}{toggle}</div></div>')  # fmt: skip
 
 
@@ -65,14 +63,31 @@ def stages_of(record: Record) -> dict[str, dict[str, float]]:
         return found
     for name, points in record.checks.items():
         if name.startswith("heldout_") and points:
-            stage, _, key = name.removeprefix("heldout_").partition("_")
+            stage, key = heldout_parts(name)
             found.setdefault(stage, {})[key] = points[max(points)]
+    return found
+
+
+def stages_of_chain(chain: ChainRecord) -> dict[str, dict[str, float]]:
+    """Held-out figures of the base and of every stage that has some; what was measured first stands first."""
+    found: dict[str, dict[str, float]] = {}
+    for record in chain.begun:
+        for who, stats in stages_of(record).items():
+            found.setdefault(who, stats)
     return found
 
 
 def heldout(record: Record) -> str:
     """A column a stage, with bars for shares; then the same questions as each stage answers them."""
-    stages = stages_of(record)
+    return _heldout(stages_of(record), [record.summary])
+
+
+def heldout_of_chain(chain: ChainRecord) -> str:
+    """The same over the base and all stages."""
+    return _heldout(stages_of_chain(chain), [record.summary for record in chain.begun])
+
+
+def _heldout(stages: Mapping[str, Mapping[str, float]], summaries: Sequence[Mapping[str, Any]]) -> str:
     if not stages:
         return ""
     keys = [*dict.fromkeys(key for stats in stages.values() for key in stats)]
@@ -80,7 +95,10 @@ def heldout(record: Record) -> str:
     rows = [[text(HEADS.get(key) or (f"one of {key[8:]} exact (pass@{key[8:]})" if key.startswith("pass_at_") else key)),
              *(_figure(key, stats.get(key)) for stats in stages.values())] for key in keys]  # fmt: skip
     made = f'<h2>Held-out questions</h2><div class="card">{table(["", *map(text, stages)], rows)}</div>'
-    answers = {str(stage): entries(inside(record.summary, "answers"), stage) for stage in inside(record.summary, "answers")}
+    answers: dict[str, list[Mapping[str, Any]]] = {}
+    for told in (inside(summary, "answers") for summary in summaries):
+        for stage in told:
+            answers.setdefault(str(stage), entries(told, stage))
     shown = list(zip(*answers.values(), strict=False))
     if not shown:
         return made
@@ -109,21 +127,41 @@ def _judged(completion: str, stopped: bool, gold: Any) -> str:
     return f'<div class="text">{block(completion, 1500)}</div><span class="soft">{verdict} {"" if stopped else "runs on"}</span>'
 
 
+def stage_table(chain: ChainRecord) -> str:
+    """The stages in a line each."""
+    rows = []
+    for folder, record in chain.stages.items():
+        if record is None or record.started is None:
+            rows.append([text(folder), "", "not begun" if record is None else text(record.status), "", "", "", ""])
+            continue
+        loss, right = record.series.get("loss", {}), inside(record.summary, "heldout_pairs")
+        rows.append([text(folder), text(record.started.algorithm), text(record.status), text(record.started.reference),
+                     f"{record.step:,} / {record.started.steps:,}", f"{short(loss[min(loss)])} \u2192 {short(loss[max(loss)])}" if loss else "",
+                     percent(number_in(right, "accuracy")) if "accuracy" in right else ""])  # fmt: skip
+    head = ["stage", "algorithm", "status", "reference", "steps", "loss", "held-out pairs right"]
+    return f'<h2>Stages</h2><div class="card">{table(head, rows)}</div>'
+
+
 def samples(record: Record) -> str:
-    """The same prompts, step by step."""
+    """The same prompts, step by step; of pairs, their scores."""
+    names = {"reference": below(record.started.roles) if record.started else "base"}
     by_prompt: dict[str, list[Sampled]] = {}
     for sample in record.samples:
+        if sample.role in SIDES:
+            continue
         by_prompt.setdefault(str(sample.prompt), []).append(sample)
     parts = []
     for place, (prompt, several) in enumerate(by_prompt.items()):
         every = max(1, -(-len(several) // MOST_SAMPLES))
         kept = [*several[:-1:every], several[-1]]
-        rows = [[text(f"step {one.step:,}" if one.role == "policy" else one.role), _judged(str(one.completion), one.finish == "stop", one.gold),
+        rows = [[text(f"step {one.step:,}" if one.role == "policy" else names.get(str(one.role), one.role)),
+                 _judged(str(one.completion), one.finish == "stop", one.gold),
                  "" if one.reward is None else number(one.reward)] for one in kept]  # fmt: skip
         gold = f' <span class="soft">gold {text(several[0].gold, 80)}</span>' if several[0].gold is not None else ""
         body = table(["", "answer", "reward" if any(one.reward is not None for one in kept) else ""], rows, [2])
         parts.append(f"<details{' open' if place == 0 else ''}><summary>{text(prompt, 300)}{gold}</summary>{body}</details>")
-    return f"<h2>Samples over time</h2>{''.join(parts)}" if parts else ""
+    told = f"<h2>Samples over time</h2>{''.join(parts)}" if parts else ""
+    return told + of_pairs.samples([sample for sample in record.samples if sample.role in SIDES])
 
 
 def data(record: Record) -> str:
@@ -131,7 +169,7 @@ def data(record: Record) -> str:
     found = record.data
     if not found:
         return ""
-    cards = [_mixture(found), _lengths(found)]
+    cards = [_mixture(found), _lengths(found), of_pairs.sides(found)]
     told = f'<h2>Data</h2><div class="grid2">{"".join(card for card in cards if card)}</div>'
     return told + _troubles(found) + _examples(found)
 

@@ -1,0 +1,113 @@
+"""Pictures of scores as inline SVG: how far confidence can be believed, how the sides are spread, and whether length decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from lowrank_tune.ui.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Point, short, ticks_of
+
+BINS, MOST_DOTS, LENGTH_BINS = 28, 800, 10
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Where numbers lie in a picture."""
+
+    low_x: float
+    high_x: float
+    low_y: float
+    high_y: float
+
+    def across(self, x: float) -> float:
+        return LEFT + (x - self.low_x) / (self.high_x - self.low_x) * (WIDTH - LEFT - RIGHT)
+
+    def down(self, y: float) -> float:
+        return HEIGHT - BOTTOM - (y - self.low_y) / (self.high_y - self.low_y) * (HEIGHT - TOP - BOTTOM)
+
+    def at(self, point: Point) -> str:
+        return f"{self.across(point[0]):.1f} {self.down(point[1]):.1f}"
+
+    def frame(self, xs: Sequence[float], ys: Sequence[float]) -> str:
+        """The grid with its numbers; ticks outside of the plane are left out."""
+        parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" class="chart" role="img">']
+        for y in (y for y in ys if self.low_y <= y <= self.high_y):
+            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.down(y):.1f}" y2="{self.down(y):.1f}"/>'
+                         f'<text class="tick" x="{LEFT - 7}" y="{self.down(y) + 3.5:.1f}" text-anchor="end">{short(y)}</text>')  # fmt: skip
+        for x in (x for x in xs if self.low_x <= x <= self.high_x):
+            parts.append(f'<text class="tick" x="{self.across(x):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{short(x)}</text>')
+        return "".join(parts)
+
+
+def reliability(bins: Sequence[tuple[float, float, int]]) -> str:
+    """Share that is right (y) by confidence (x), the number of pairs beside each dot; on the dashed line confidence is what it says."""
+    if not bins:
+        return ""
+    plane = Plane(0.48, 1.02, -0.04, 1.08)
+    most = max(count for _, _, count in bins)
+    parts = [plane.frame((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (0, 0.25, 0.5, 0.75, 1.0)),
+             f'<path class="ideal" d="M{plane.at((0.5, 0.5))}L{plane.at((1.0, 1.0))}"><title>perfectly calibrated</title></path>',
+             f'<path class="smooth" d="M{"L".join(plane.at((x, y)) for x, y, _ in bins)}"/>']  # fmt: skip
+    for confidence, right, count in bins:
+        x, y = plane.across(confidence), plane.down(right)
+        above = y > TOP + 24
+        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{3 + 5 * (count / most) ** 0.5:.1f}">'
+                     f"<title>{count:,} pairs: confidence {confidence:.3f}, right {right:.3f}</title></circle>"
+                     f'<text class="tick" x="{x:.1f}" y="{y - 11 if above else y + 20:.1f}" text-anchor="middle">{count:,}</text>')  # fmt: skip
+    return "".join(parts) + "</svg>"
+
+
+def spread(sides: Mapping[str, Sequence[float]]) -> str:
+    """The histograms of both sides over each other."""
+    every = [value for values in sides.values() for value in values]
+    if not every:
+        return ""
+    xs, low, high = ticks_of(every, 7)
+    width = (high - low) / BINS
+    counts = {side: [0] * BINS for side in sides}
+    for side, values in sides.items():
+        for value in values:
+            counts[side][min(BINS - 1, int((value - low) / width))] += 1
+    ys, _, top = ticks_of([0, max(max(values) for values in counts.values())], 4)
+    plane = Plane(low, high, 0.0, top)
+    parts = [plane.frame(xs, [y for y in ys if y == int(y)])]
+    step = (WIDTH - LEFT - RIGHT) / BINS
+    for side, values in counts.items():
+        for place, count in enumerate(values):
+            if count:
+                y, first = plane.down(count), low + place * width
+                title = f"{count:,} {side}: {short(first)} to {short(first + width)}"
+                parts.append(f'<rect class="{side}" x="{LEFT + place * step:.1f}" y="{y:.1f}" width="{step - 1:.1f}" rx="1.5" '
+                             f'height="{HEIGHT - BOTTOM - y:.1f}"><title>{title}</title></rect>')  # fmt: skip
+    return "".join(parts) + "</svg>"
+
+
+def scatter(sides: Mapping[str, Sequence[Point]]) -> str:
+    """Each answer by its tokens (x) and its score (y), both sides in their colours; the line joins the means of neighbouring lengths."""
+    every = sorted(point for points in sides.values() for point in points)
+    if not every:
+        return ""
+    xs, low_x, high_x = ticks_of([x for x, _ in every], 7)
+    ys, low_y, high_y = ticks_of([y for _, y in every])
+    plane = Plane(low_x, high_x, low_y, high_y)
+    parts = [plane.frame(xs, ys)]
+    for side, points in sides.items():
+        dots = "".join(f"M{plane.at(point)}h0" for point in points[:: max(1, -(-len(points) // MOST_DOTS))])
+        parts.append(f'<path class="dots {side}" d="{dots}"><title>{side}</title></path>')
+    means = _means(every)
+    if len(means) > 1:
+        parts.append(f'<path class="smooth" d="M{"L".join(map(plane.at, means))}"><title>mean by length</title></path>')
+    return "".join(parts) + "</svg>"
+
+
+def _means(points: Sequence[Point]) -> list[Point]:
+    """The mean tokens and score of about `LENGTH_BINS` stretches of equally many answers; equal lengths are never parted."""
+    wanted, found, part = max(1, len(points) // LENGTH_BINS), list[Point](), list[Point]()
+    for place, point in enumerate(points):
+        part.append(point)
+        is_edge = place + 1 == len(points) or points[place + 1][0] != point[0]
+        if is_edge and (len(part) >= wanted or place + 1 == len(points)):
+            found.append((fmean(x for x, _ in part), fmean(y for _, y in part)))
+            part = []
+    return found
