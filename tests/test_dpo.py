@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +18,24 @@ import torch
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from models import VOCAB, clear, far, folder_of, gradients, llama_roles, make_batch, same_bytes, shake
+from models import CPU, VOCAB, changed, clear, far, folder_of, gradients, llama_roles, make_batch, roles_over, same_bytes, shake
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lowrank_tune import Recipe, run
+from lowrank_tune import build as build_module
+from lowrank_tune import runner as runner_module
 from lowrank_tune.algorithms import dpo as dpo_module
+from lowrank_tune.algorithms import reference as reference_module
 from lowrank_tune.algorithms.dpo import DPO, dpo_loss
 from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.reference import reference_logps
+from lowrank_tune.build import build
+from lowrank_tune.data import collate_units
+from lowrank_tune.errors import RunFailed
+from lowrank_tune.events import RunStarted, StepDone
+from lowrank_tune.model.adapters import WEIGHTS
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch, LogProbs, add_stats, to_floats
 
@@ -692,3 +707,425 @@ def test_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dpo_module, "dpo_loss", lambda *given: dpo_loss(*given).detach().requires_grad_())
     with pytest.raises(AssertionError):
         assert falls(llama_roles(16))
+
+
+# --- step 0: the reference is asserted ---------------------------------------------------------------------------------------------------
+
+
+def started(bits: int = 16, share: bool = True, fresh: bool = True, **more: Any) -> tuple[Roles, DPO, Batch]:
+    """A frozen SFT adapter that matters, a fresh policy on top, and pairs with reference log-probs as the cache would bring them."""
+    roles = llama_roles(bits, lower=["sft"], **more)
+    shake(roles, "sft", size=0.05)
+    rows, says = pair_rows([(40, 6, 9), (33, 2, 12), (50, 1, 1)])
+    batch = pair_batch(rows, says, share=share)
+    with roles.quiet():
+        batch.extra["reference"] = roles.logps("reference", pair_batch(rows, says)).logps.sum(dim=1)
+    return roles, dpo_over(roles, reference="the base with the frozen adapter sft", fresh=fresh), batch
+
+
+def _nothing(roles: Roles, batch: Batch) -> None: ...
+
+
+def _sft_exchanged(roles: Roles, batch: Batch) -> None:
+    shake(roles, "sft", size=0.05, seed=9)
+
+
+def _sft_nudged(roles: Roles, batch: Batch) -> None:
+    for name, parameter in roles.base.model.named_parameters():
+        if ".lt_sft." in name:
+            parameter.data.mul_(1.001)
+
+
+def _policy_not_zero(roles: Roles, batch: Batch) -> None:
+    shake(roles, "policy", size=0.01)
+
+
+def _policy_not_zero_anywhere(roles: Roles, batch: Batch) -> None:
+    """The smallest fault: one element of one B in the last layer."""
+    last = [p for name, p in roles.base.model.named_parameters() if ".lt_policy." in name and "lora_B" in name and "down_proj" in name][-1]
+    last.data[3, 1] = 1e-2
+
+
+def _dropout_below(roles: Roles, batch: Batch) -> None:
+    for module in roles.base.model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["lt_sft"] = torch.nn.Dropout(0.3)
+
+
+def _reference_is_the_base(roles: Roles, batch: Batch) -> None:
+    roles.stacks["reference"] = []
+
+
+def _reference_is_the_policy(roles: Roles, batch: Batch) -> None:
+    shake(roles, "policy", size=0.05)
+    roles.stacks["reference"] = roles.stacks["policy"]
+
+
+def _cache_off(roles: Roles, batch: Batch) -> None:
+    batch.extra["reference"][3] += 1e-3
+
+
+def _cache_swapped(roles: Roles, batch: Batch) -> None:
+    batch.extra["reference"] = batch.extra["reference"].flip(0)
+
+
+def _cache_not_a_number(roles: Roles, batch: Batch) -> None:
+    batch.extra["reference"][0] = math.nan
+
+
+CACHE_FAULTS = [_sft_exchanged, _sft_nudged, _reference_is_the_policy, _cache_off, _cache_swapped, _cache_not_a_number]
+EQUALITY_FAULTS = [_policy_not_zero, _policy_not_zero_anywhere, _dropout_below, _reference_is_the_base]
+
+
+@pytest.mark.parametrize("how", [{}, {"bits": 4}, {"checkpointing": True}, {"share": False}, {"dropout": 0.2}, {"fresh": False}], ids=str)
+def test_a_sound_reference_passes(how: dict[str, Any]) -> None:
+    roles, algorithm, batch = started(**how)
+    before = torch.random.get_rng_state()
+    algorithm.check(batch, 0)
+    assert roles.base.model.training and not any(p.grad is not None for p in roles.parameters("policy"))
+    assert how.get("dropout") or same_bytes(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("fault", CACHE_FAULTS + EQUALITY_FAULTS)
+def test_a_reference_that_was_tampered_with_stops_the_run(fault: Any) -> None:
+    roles, algorithm, batch = started()
+    fault(roles, batch)
+    with pytest.raises(RunFailed, match="reference") as caught:
+        algorithm.check(batch, 0)
+    assert "the base with the frozen adapter sft" in str(caught.value) and caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize("fault", CACHE_FAULTS)
+@pytest.mark.parametrize(("fresh", "step"), [(False, 0), (True, 7)])
+def test_a_continued_policy_may_differ_but_its_cache_may_not(fault: Any, fresh: bool, step: int) -> None:
+    roles, algorithm, batch = started(fresh=fresh)
+    shake(roles, "policy", size=0.05)
+    algorithm.check(batch, step)
+    fault(roles, batch)
+    with pytest.raises(RunFailed, match="cached log-probs of the reference"):
+        algorithm.check(batch, step)
+
+
+def test_the_cache_may_differ_by_noise_and_no_more() -> None:
+    roles, algorithm, batch = started()
+    tokens = batch.scored.sum(dim=1)
+    exact = batch.extra["reference"].clone()
+    for nats, good in ((5e-6, True), (-5e-6, True), (1.6e-5, False), (-1.6e-5, False)):
+        batch.extra["reference"] = exact + nats * tokens
+        if good:
+            algorithm.check(batch, 0)
+        else:
+            with pytest.raises(RunFailed):
+                algorithm.check(batch, 0)
+
+
+# --- the reference's log-probs are the data's: cached, and never stale -------------------------------------------------------------------
+
+
+def small_dpo(**changes: Any) -> dict[str, Any]:
+    return {"name": "dpo", "algorithm": "dpo", "base": {"model": "tiny-tutor", "bits": 16}, "adapters": {"policy": {"r": 4}},
+            "data": {"train": [{"dataset": "tutor-preferences", "rows": 40}], "validation_share": 0.2, "max_length": 256},
+            "train": {"steps": 4, "rows_per_step": 8, "micro_batch_size": 4, "learning_rate": 2e-3, "log_every": 1,
+                      "gradient_checkpointing": False}, **changes}  # fmt: skip
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def ground() -> Iterator[Any]:
+    """A small DPO run, built: its data and its fp32 base, on which nothing stands."""
+    with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LOWRANK_TUNE_CACHE", scratch)
+        few = {**small_dpo()["data"], "train": [{"dataset": "tutor-preferences", "rows": 12}]}
+        built = build(Recipe.from_dict(small_dpo(data=few)), lambda event: None, CPU)
+        built.roles.release()
+        yield built
+
+
+@contextmanager
+def over(built: Any, **lora: Any) -> Iterator[Roles]:
+    """A frozen SFT adapter under a policy, on the base of the ground."""
+    roles = roles_over(built.base, lower=["sft"], **lora)
+    shake(roles, "sft", size=0.02)
+    try:
+        yield roles
+    finally:
+        roles.release()
+
+
+@pytest.fixture
+def standing(ground: Any) -> Iterator[Roles]:
+    with over(ground) as roles:
+        yield roles
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """How many batches the reference has seen."""
+    seen, real = [0], Roles.logps
+
+    def logps(self: Roles, role: str, batch: Batch, *rest: Any) -> LogProbs:
+        seen[0] += role == "reference"
+        return real(self, role, batch, *rest)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Roles, "logps", logps)
+        yield seen
+
+
+def sums_of(built: Any, roles: Roles, cache: Path, micro_tokens: int = 600, base_hash: str = "b", store: Any = None) -> tuple[Tensor, int]:
+    """The log-probs, and how many batches it took."""
+    store = built.data.train if store is None else store
+    with counted() as seen:
+        sums = reference_logps(roles, store, lambda units: collate_units(store, units, 0), micro_tokens, base_hash, cache, lambda event: None)
+    return sums, seen[0]
+
+
+def test_cached_log_probs_are_fresh_ones(ground: Any, standing: Roles, cache: Path) -> None:
+    roles = standing
+    first, batches = sums_of(ground, roles, cache)
+    again, none = sums_of(ground, roles, cache)
+    assert batches > 1 and none == 0 and same_bytes(first, again)
+    fresh, _ = sums_of(ground, roles, cache / "elsewhere")
+    assert same_bytes(first, fresh)
+    alone = torch.stack([plain_sum(roles, ground.data.train[i]) for i in range(len(first))])
+    tokens = torch.tensor([sum(ground.data.train[i].says) for i in range(len(first))])
+    assert float(((first - alone).abs() / tokens).max()) < 1e-5
+    other, _ = sums_of(ground, roles, cache / "other", micro_tokens=200)
+    assert float(((first - other).abs() / tokens).max()) < 1e-5
+
+
+def plain_sum(roles: Roles, row: Any) -> Tensor:
+    """By transformers' own logits, a row at a time."""
+    ids, says = torch.tensor([list(map(int, row.ids))]), torch.tensor(list(map(bool, row.says)))
+    with roles.quiet(), roles.use("reference"):
+        logp = torch.log_softmax(roles.base.model(input_ids=ids).logits[0].double(), dim=1)
+    return logp[:-1].gather(1, ids[0, 1:, None])[:, 0][says[1:]].sum()
+
+
+def stale(ground: Any, cache: Path) -> set[str]:
+    """Changes after which the cache of before is still believed. Empty is right."""
+    believed, train = set(), ground.data.train
+
+    def look(name: str, roles: Roles, **how: Any) -> None:
+        if sums_of(ground, roles, cache, **how)[1] == 0:
+            believed.add(name)
+
+    with over(ground) as roles:
+        sums_of(ground, roles, cache)
+        look("base", roles, base_hash="c")
+        look("rows", roles, store=train.take_units(np.arange(train.units - 1)))
+        look("order of rows", roles, store=train.take_units(np.arange(train.units)[::-1].copy()))
+        for name in ("ids", "says"):  # what another template, or another mask, would give
+            values = train._arrays[name] = np.array(train._arrays[name])
+            at = int(train._arrays["starts"][train.picked[0] + 1]) - 2
+            values[at] ^= 1
+            look(name, roles)
+            values[at] ^= 1
+        roles.stacks["reference"] = []
+        look("stack", roles)
+        roles.stacks["reference"] = ["lt_sft"]
+        roles.base = replace(roles.base, bits=4)
+        look("bits", roles)
+        roles.base = replace(roles.base, bits=16)
+        assert sums_of(ground, roles, cache)[1] == 0, "all is as it was, and nothing is found"
+        next(p for name, p in roles.base.model.named_parameters() if ".lt_sft." in name).data[0, 0] += 1e-6
+        look("an element of the adapter", roles)
+    for name, lora in (("alpha", {"alpha": 8.0}), ("rslora", {"rslora": True})):
+        with over(ground, **lora) as roles:
+            look(name, roles)
+    return believed
+
+
+def test_what_they_depend_on_is_in_their_name(ground: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stale(ground, cache) == set()
+    with monkeypatch.context() as planted:
+        planted.setattr(Roles, "adapter_tensors", lambda self, name: {})
+        assert stale(ground, cache / "1") == {"an element of the adapter"}
+    with monkeypatch.context() as planted:
+        planted.setattr(type(ground.data.train), "content_hash", lambda self: str(len(self)))
+        assert stale(ground, cache / "2") == {"order of rows", "ids", "says"}
+    with monkeypatch.context() as planted:
+        planted.setattr(reference_module, "_key", lambda *_: "same")
+        assert len(stale(ground, cache / "3")) >= 8  # all but a store of another length
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "empty", "another count", "unsigned"])
+def test_a_broken_file_is_computed_anew(ground: Any, standing: Roles, cache: Path, harm: str) -> None:
+    roles = standing
+    first, batches = sums_of(ground, roles, cache)
+    file, = (cache / "reference").glob("*.safetensors")
+    content = file.read_bytes()
+    flipped = bytearray(content)
+    at = content.index(first.numpy().tobytes()[:8])
+    flipped[at + 2] ^= 1
+    new = {"truncated": content[:-7], "flipped": bytes(flipped), "empty": b"", "another count": save({"sums": first[:-2]}),
+           "unsigned": save({"sums": first})}[harm]  # fmt: skip
+    file.write_bytes(new)
+    again, computed = sums_of(ground, roles, cache)
+    assert computed == batches and same_bytes(again, first) and file.read_bytes() == content
+
+
+def test_every_flipped_bit_is_found(ground: Any, cache: Path) -> None:
+    """In the numbers or their checksum, any bit; in the header any that makes it something else."""
+    sums = torch.randn(12)
+    file = cache / "one.safetensors"
+    reference_module._write(file, sums)
+    content = file.read_bytes()
+    for bit in range(0, 8 * len(content), 3):
+        broken = bytearray(content)
+        broken[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(bytes(broken))
+        found = reference_module._read(file, 12)
+        assert found is None or same_bytes(found, sums), f"bit {bit}"
+
+
+def test_a_second_build_computes_nothing(cache: Path) -> None:
+    recipe = Recipe.from_dict(small_dpo())
+    with counted() as seen:
+        first = build(recipe, lambda event: None, CPU)
+        assert seen[0] > 0
+        before, seen[0] = seen[0], 0
+        notes: list[str] = []
+        second = build(recipe, lambda event: notes.append(getattr(event, "message", "")), CPU)
+        assert seen[0] == 0 and sum("computed before" in note for note in notes) == 2  # training rows, validation rows
+        a, b = (one.algorithm.collect(0).batch.extra["reference"] for one in (first, second))
+        assert same_bytes(a, b) and before > 1
+        build(Recipe.from_dict(small_dpo(base={"model": "tiny-tutor", "bits": 4})), lambda event: None, CPU)
+        assert seen[0] == before
+        seen[0] = 0
+        build(Recipe.from_dict(small_dpo(data={**small_dpo()["data"], "system": "Be brief."})), lambda event: None, CPU)
+        assert seen[0] > 0
+
+
+def test_two_builds_with_one_seed_are_equal(cache: Path) -> None:
+    one, two, other = (build(Recipe.from_dict(small_dpo(seed=seed)), lambda event: None, CPU) for seed in (5, 5, 6))
+    assert changed(one.roles.adapter_tensors("policy"), two.roles.adapter_tensors("policy")) == set()
+    assert changed(one.roles.adapter_tensors("policy"), other.roles.adapter_tensors("policy")) != set()
+    for step in range(3):
+        a, b = (built.algorithm.collect(step).batch for built in (one, two))
+        assert same_bytes(a.ids, b.ids) and all(same_bytes(a.extra[name], b.extra[name]) for name in a.extra)
+    assert not same_bytes(one.algorithm.collect(0).batch.extra["row"], other.algorithm.collect(0).batch.extra["row"])
+
+
+def test_the_cached_sums_belong_to_their_rows(cache: Path) -> None:
+    """Through `build`, its order and its collating: each row of a training step has the log-prob of that row."""
+    built = build(Recipe.from_dict(small_dpo()), lambda event: None, CPU)
+    for step in (0, 1):
+        batch = built.algorithm.collect(step).batch
+        with built.roles.quiet():
+            fresh = built.roles.logps("reference", batch).logps.sum(dim=1)
+        assert float((fresh - batch.extra["reference"]).abs().max()) < 1e-3
+        assert float((fresh.flip(0) - batch.extra["reference"]).abs().max()) > 1e-1
+        assert same_bytes(batch.extra["margin"], torch.zeros(len(batch))) and len(batch) == 16
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------------------------------
+
+
+def run_small(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
+    events: list[Any] = []
+    return run(Recipe.from_dict(recipe), out=out, ui="none", device=CPU, on_event=events.append), events
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "robust"])
+def test_a_run_starts_at_ln_2_and_kl_0(cache: Path, tmp_path: Path, loss: str) -> None:
+    events = run_small(small_dpo(dpo={"loss": loss}), tmp_path / "run")[1]
+    first = next(event for event in events if isinstance(event, StepDone)).stats
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and first["kl"] == 0.0 and abs(first["margin"]) < 1e-4
+    assert next(event for event in events if isinstance(event, RunStarted)).reference == "the base, adapters off"
+
+
+def _sums_off(patch: pytest.MonkeyPatch) -> None:
+    real = build_module.reference_logps
+    patch.setattr(build_module, "reference_logps", lambda *given: real(*given) + 0.5)
+
+
+def _top_not_zero(patch: pytest.MonkeyPatch) -> None:
+    real = build_module.load_roles
+
+    def roles_of(*given: Any) -> Roles:
+        roles = real(*given)
+        shake(roles, "policy", size=0.02)
+        return roles
+
+    patch.setattr(build_module, "load_roles", roles_of)
+
+
+@pytest.mark.parametrize("tamper", [_sums_off, _top_not_zero])
+def test_a_run_with_a_wrong_reference_stops_before_its_first_step(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                 tamper: Any) -> None:  # fmt: skip
+    tamper(monkeypatch)
+    events: list[Any] = []
+    with pytest.raises(RunFailed, match="reference.*the base, adapters off"):
+        run(Recipe.from_dict(small_dpo()), out=tmp_path / "run", ui="none", device=CPU, on_event=events.append)
+    assert not any(isinstance(event, StepDone) for event in events) and not (tmp_path / "run" / "final").exists()
+    monkeypatch.setattr(DPO, "check", lambda self, micro, step: None)
+    assert run_small(small_dpo(), tmp_path / "unchecked")[0].status == "done", "without the check nothing else would tell"
+
+
+@pytest.fixture(scope="module")
+def sft_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short SFT run, whose adapter DPO stands on; with dropout, which must not fire below DPO."""
+    recipe = {"name": "sft", "algorithm": "sft", "base": {"model": "tiny-tutor", "bits": 4}, "adapters": {"policy": {"r": 4, "dropout": 0.2}},
+              "data": {"train": [{"dataset": "tutor", "rows": 60}], "validation_share": 0.1},
+              "train": {"steps": 6, "rows_per_step": 8, "learning_rate": 5e-3, "gradient_checkpointing": False}}  # fmt: skip
+    out = tmp_path_factory.mktemp("below") / "sft"
+    run(Recipe.from_dict(recipe), out=out, ui="none", device=CPU)
+    return out
+
+
+def above(sft: Path) -> dict[str, Any]:
+    return small_dpo(base={"model": "tiny-tutor", "bits": 4}, adapters={"sft": {"path": str(sft)}, "policy": {"r": 4}})
+
+
+def test_the_sft_adapter_is_the_same_after_dpo_on_top(cache: Path, tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    real = runner_module.build
+    monkeypatch.setattr(runner_module, "build", lambda *given, **more: kept.append(real(*given, **more)) or kept[-1])
+    files = {path: path.read_bytes() for path in sft_run.rglob("*") if path.is_file()}
+    ended: dict[str, dict[str, Tensor]] = {}
+
+    def at_the_end(event: Any) -> None:
+        if isinstance(event, StepDone) and event.step == event.steps:
+            ended.update({name: kept[0].roles.adapter_tensors(name) for name in ("sft", "policy")})
+        events.append(event)
+
+    events: list[Any] = []
+    outcome = run(Recipe.from_dict(above(sft_run)), out=tmp_path / "dpo", ui="none", device=CPU, on_event=at_the_end)
+    assert {path: path.read_bytes() for path in sft_run.rglob("*") if path.is_file()} == files
+    assert changed(ended["sft"], load_file(sft_run / "final" / WEIGHTS)) == set()
+    below = json.loads((sft_run / "summary.json").read_text())
+    assert outcome.summary["base_hash"]["end"] == outcome.summary["base_hash"]["start"] == below["base_hash"]["end"]
+    assert set(outcome.summary["adapter_hashes"]) == {"sft"}
+    assert next(event for event in events if isinstance(event, RunStarted)).reference == "the base with the frozen adapter sft"
+    assert next(event for event in events if isinstance(event, StepDone)).stats["kl"] == 0.0
+    assert all(tensor.any() for key, tensor in ended["policy"].items() if "lora_B" in key), "nothing was trained: the test saw nothing"
+
+
+def test_a_frozen_adapter_that_moves_fails_the_run(cache: Path, tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    real = runner_module.build
+    monkeypatch.setattr(runner_module, "build", lambda *given, **more: kept.append(real(*given, **more)) or kept[-1])
+
+    def nudge(event: Any) -> None:
+        if isinstance(event, StepDone) and event.step == 2:
+            next(p for name, p in kept[0].base.model.named_parameters() if ".lt_sft." in name).data[0, 0] += 1e-3
+
+    with pytest.raises(RunFailed, match="frozen adapter"):
+        run(Recipe.from_dict(above(sft_run)), out=tmp_path / "dpo", ui="none", device=CPU, on_event=nudge)
+
+
+def test_a_policy_goes_on_from_a_path(cache: Path, tmp_path: Path, sft_run: Path) -> None:
+    """It need not equal its reference, and a person is told; the cached log-probs are still compared."""
+    recipe = small_dpo(base={"model": "tiny-tutor", "bits": 4}, adapters={"policy": {"path": str(sft_run)}})
+    events = run_small(recipe, tmp_path / "run")[1]
+    assert any("need not agree" in getattr(event, "message", "") for event in events)
+    assert next(event for event in events if isinstance(event, StepDone)).stats["kl"] > 1e-4
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(RunFailed, match="cached log-probs"):
+        _sums_off(patched)
+        run_small(recipe, tmp_path / "again")
