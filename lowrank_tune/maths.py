@@ -50,7 +50,7 @@ def reliability(difference: Tensor, bins: int = 10) -> list[tuple[float, float, 
     right = (difference > 0).double() + 0.5 * (difference == 0).double()
     number = ((confidence - 0.5) * 2 * bins).long().clamp_max(bins - 1)
     found = []
-    for each in number.unique().tolist():
+    for each in sorted(set(number.tolist())):
         inside = number == each
         found.append((float(confidence[inside].mean()), float(right[inside].mean()), int(inside.sum())))
     return found

@@ -109,6 +109,8 @@ class Data(Settings):
     """A system prompt for rows that bring none."""
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Longest row in tokens."""
+    max_prompt_length: Annotated[int, Field(ge=1)] = 512
+    """Longest prompt in tokens, where completions are drawn; a longer one is dropped and counted."""
     too_long: Literal["drop", "truncate"] = "drop"
     """A longer row is dropped and counted; or cut at the last whole turn that fits, and dropped where none does. A pair is cut at the
     front: the oldest exchanges of its prompt go, the same on both sides; no answer is ever cut."""
@@ -125,6 +127,8 @@ class Train(Settings):
     """Passes over the training rows."""
     rows_per_step: Positive | None = None
     """Rows of one optimizer step (16 unless `tokens_per_step` is given). With preferences a row is a pair."""
+    prompts_per_step: Positive = 16
+    """Prompts of one optimizer step, where completions are drawn."""
     tokens_per_step: Positive | None = None
     """Or: as many rows as fit this many tokens."""
     micro_batch_size: Positive | None = None
@@ -183,6 +187,63 @@ class Dpo(Settings):
     """Weight of an SFT term on the chosen answers, against their unlearning."""
 
 
+class RewardUse(Settings):
+    """One reward of several. What a completion earns is the weighted sum."""
+
+    use: Line
+    """`answer` (the final answer equals the gold one), `format`, `length`, or your own function: `./file.py:name`."""
+    weight: float = 1.0
+    """What it counts for; a negative weight punishes."""
+    pattern: Line | None = None
+    """For `format`: the regular expression that the whole completion must match."""
+    target_tokens: Positive | None = None
+    """For `length`: up to this many tokens earn 1, twice as many 0."""
+
+
+class Rollout(Settings):
+    """How completions are drawn while training: always from the full distribution."""
+
+    num_generations: Annotated[int, Field(ge=2, le=1024)] = 8
+    """Completions of each prompt: a group."""
+    max_new_tokens: Positive = 256
+    """Longest completion in tokens."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Temperature, of sampling and of all log-probs of the update."""
+    slots: Positive = 64
+    """Sequences that are decoded at once."""
+
+
+class Grpo(Settings):
+    """What `algorithm: grpo` optimises."""
+
+    loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
+    """GRPO; DAPO's token mean; Dr. GRPO (no division by spread or length); GSPO (ratio of whole sequences); CISPO (clipped weights)."""
+    clip: Annotated[float, Field(gt=0.0)] = 0.2
+    """How far the ratio to the sampling policy may move before the gradient stops."""
+    clip_low: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """The same for falling ratios alone."""
+    clip_high: Annotated[float, Field(gt=0.0)] | None = None
+    """The same for rising ratios alone (0.28 for `dapo`; for `cispo` the largest weight, 5)."""
+    kl: Annotated[float, Field(ge=0.0)] = 0.05
+    """Weight of the KL to the reference."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where it counts: in the loss a token, or in the reward a completion."""
+    kl_estimator: Literal["k3_ratio", "k3", "k2", "exact"] = "k3_ratio"
+    """For `kl_in: loss`: k3 times the ratio (the gradient of KL(policy || reference)), k3, k2, or exact over the whole vocabulary."""
+    epochs: Positive = 1
+    """Passes over each harvest of completions."""
+    old: Literal["recomputed", "sampler"] = "recomputed"
+    """The old log-probs of the ratio: computed again by the policy, or those of the sampler."""
+    mismatch_limit: Annotated[float, Field(gt=0.0)] = 0.1
+    """Nats a token between the sampler's log-probs and the policy's, at which the run stops."""
+    truncated: Literal["keep", "mask", "penalise"] = "keep"
+    """A completion cut by the limit is trained as it is, left out of the loss, or loses `penalty`."""
+    penalty: Annotated[float, Field(gt=0.0)] = 1.0
+    """For `truncated: penalise`."""
+    dead_groups: Literal["keep", "drop", "resample"] = "drop"
+    """A group of equal rewards has no advantage: kept for its KL, left out of the update, or replaced by other prompts."""
+
+
 class Evaluate(Settings):
     """Held-out measurements while training."""
 
@@ -209,7 +270,7 @@ class Recipe(Settings):
     """Name of the run and of its folder under `runs/`; the recipe file's name where it is not given."""
     description: str = ""
     """One line for `lowrank-tune presets`."""
-    algorithm: Literal["sft", "reward", "dpo"]
+    algorithm: Literal["sft", "reward", "dpo", "grpo"]
     """What is optimised."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seeds everything."""
@@ -228,6 +289,12 @@ class Recipe(Settings):
     """What `algorithm: reward` optimises."""
     dpo: Dpo = Dpo()
     """What `algorithm: dpo` optimises."""
+    rewards: Annotated[tuple[RewardUse, ...], Field(strict=False)] = ()
+    """What completions earn."""
+    rollout: Rollout = Rollout()
+    """How completions are drawn while training."""
+    grpo: Grpo = Grpo()
+    """What `algorithm: grpo` optimises."""
     evaluate: Evaluate = Evaluate()
     """Held-out measurements."""
 

@@ -71,15 +71,9 @@ def chunked_logps(head: Head, hidden: Tensor, targets: Tensor, temperature: floa
     return _ChunkedLogps.apply(hidden, targets, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
 
 
-@torch.no_grad()
 def chunked_kl(head: Head, hidden: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p || q) over the whole vocabulary at each of N positions, from their hidden states; (N,) fp32, no gradient."""
-    kls = []
-    for mine, other in zip(_chunks(hidden, head), _chunks(reference, head), strict=True):
-        p = torch.log_softmax(head.logits(mine, temperature), dim=-1)
-        q = torch.log_softmax(head.logits(other, temperature), dim=-1)
-        kls.append((p.exp() * (p - q)).sum(dim=-1))
-    return torch.cat(kls) if kls else hidden.new_zeros(0, dtype=torch.float32)
+    """KL(p || q) over the whole vocabulary at each of N positions, from their hidden states; (N,) fp32, with a gradient for `hidden`."""
+    return _ChunkedKL.apply(hidden, reference, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _chunks(rows: Tensor, head: Head) -> tuple[Tensor, ...]:
@@ -105,6 +99,34 @@ class _ChunkedLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return (slope * grad[:, None]).to(slope.dtype), None, None, None
+
+
+class _ChunkedKL(torch.autograd.Function):
+    """d KL / d z = p (log p - log q - KL), taken as above while the logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, reference: Tensor, head: Head, temperature: float) -> Tensor:
+        kls, slopes = [hidden.new_zeros(0, dtype=torch.float32)], []
+        for mine, other in zip(_chunks(hidden, head), _chunks(reference, head), strict=True):
+            z = head.logits(mine, temperature)
+            p, q = torch.log_softmax(z, dim=-1), torch.log_softmax(head.logits(other, temperature), dim=-1)
+            odds = p.exp()
+            kl = (odds * (p - q)).sum(dim=-1)
+            kls.append(kl)
+            if ctx.needs_input_grad[0]:
+                slope = odds * (p - q - kl[:, None])
+                if head.softcap is not None:
+                    slope *= 1 - (z * temperature / head.softcap) ** 2
+                dtype = head.weight.dtype if head.weight.is_cuda else torch.float32
+                slopes.append((slope.to(dtype) @ head.weight.to(dtype)).float() * (head.scale / temperature))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.cat(slopes).to(hidden.dtype) if slopes else torch.zeros_like(hidden))
+        return torch.cat(kls)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (slope,) = ctx.saved_tensors
         return (slope * grad[:, None]).to(slope.dtype), None, None, None
 

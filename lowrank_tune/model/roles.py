@@ -153,12 +153,14 @@ class Roles:
         values = chunked_logps(self.head, hidden, batch.ids[rows, columns], temperature)
         return tuple(_scatter(value, rows, columns, batch.ids.shape) for value in values)  # type: ignore[return-value]
 
-    def exact_kl(self, role: str, reference: str, batch: Batch) -> Tensor:
-        """KL(role || reference) over the whole vocabulary where `says`, else 0; (B, T) fp32, no gradient."""
+    def exact_kl(self, role: str, reference: str, batch: Batch, temperature: float = 1.0, gradient: bool = False) -> Tensor:
+        """KL(role || reference) over the whole vocabulary where `says`, else 0; (B, T) fp32; with `gradient`, one for the role."""
         rows, columns = batch.scored.nonzero(as_tuple=True)
+        with nullcontext() if gradient else self.quiet():
+            mine = self.hidden(role, batch)[rows, columns - 1]
         with self.quiet():
-            mine, other = (self.hidden(name, batch)[rows, columns - 1] for name in (role, reference))
-        return _scatter(chunked_kl(self.head, mine, other), rows, columns, batch.ids.shape)
+            other = self.hidden(reference, batch)[rows, columns - 1]
+        return _scatter(chunked_kl(self.head, mine, other, temperature), rows, columns, batch.ids.shape)
 
     def scores(self, role: str, batch: Batch) -> Tensor:
         """The scalar head's value at every attended token, else 0; (B, T) fp32."""
