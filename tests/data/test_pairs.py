@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, MARKS, REAL, SHARED, TINY, tiny, tokenizer
 
 from lowrank_tune.data import Pair, Prepared, RowFault, Template, TokenStore, collate, collate_units, detect, load, prompts, read, to_pair
+from lowrank_tune.data.batches import _shared
 from lowrank_tune.data.report import SourceReport
 from lowrank_tune.data.sides import encode_pairs
 from lowrank_tune.data.sources import Place
@@ -165,7 +166,7 @@ def pair_rows(draw: st.DrawFn, most: int = 3) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", [*TINY, *REAL])
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(row=pair_rows())
 def test_prompt_and_answer_are_the_full_rendering(name: str, row: dict[str, Any]) -> None:
     template, pair = template_of(name), to_pair(row, {})
@@ -207,7 +208,7 @@ def test_a_prompt_that_does_not_come_out_again_is_a_fault(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["chatml", "kit", "words", "thinking"])
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(row=pair_rows(4), length=st.integers(8, 120))
 def test_truncation_takes_the_oldest_exchanges_and_never_an_answer(name: str, row: dict[str, Any], length: int) -> None:
     template, pair = template_of(name), to_pair(row, {})
@@ -289,11 +290,12 @@ def test_content_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashes = [store.take_units(np.array(units)).content_hash() for units in ([0, 1], [1, 0], [0], [0, 1, 2])]
     same = write(tmp_path / "b.jsonl", [ROWS[0]] * 40)
     twins = loaded(tmp_path, same).train
-    hashes += [twins.take_units(np.array([unit])).content_hash() for unit in (0, 1)]
+    same_number, other_number = (twins.take_units(np.array([unit])).content_hash() for unit in (0, 1))
+    assert same_number == hashes[2] != other_number, "the ids are equal, and the row's number counts too"
     changed = [dict(row) for row in ROWS]
     changed[39]["rejected"] = "It is 41, I saz."
     hashes.append(loaded(tmp_path, write(tmp_path / "c.jsonl", changed)).train.content_hash())
-    assert len({known, *hashes}) == len(hashes) + 1 - (hashes[2] == hashes[4])
+    assert len({known, *hashes, other_number}) == len(hashes) + 2
     monkeypatch.setattr("lowrank_tune.data.store.SLICE", 7)
     assert loaded(tmp_path, str(tmp_path / "a.jsonl"), cache="other").train.content_hash() == store.content_hash()
     says = store._arrays["says"].copy()
@@ -322,6 +324,12 @@ def test_batches_of_pairs(rows: list[tuple[str, str, str]], data: st.DataObject,
         first, this = list(whole[number - place % 2].ids), list(whole[number].ids)
         common = max(count for count in range(min(len(first), len(this))) if first[:count] == this[:count])
         assert batch.extra["shared"][place] == (common if place % 2 else 0)
+
+
+@pytest.mark.parametrize(("ids", "others", "shared"), [([1, 2, 3], [1, 2, 3, 4], 2), ([1, 2, 3, 4], [1, 2, 3], 2), ([1], [1, 2], 0),
+                                                       ([1, 2, 3], [1, 2, 3], 2), ([1, 2, 3], [2, 2, 3], 0)])  # fmt: skip
+def test_a_token_of_each_side_is_left_unshared(ids: list[int], others: list[int], shared: int) -> None:
+    assert _shared(Row(np.array(ids), []), Row(np.array(others), [])) == shared
 
 
 @settings(max_examples=25)
