@@ -14,7 +14,7 @@ import pytest
 from lowrank_tune.events import Event, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated, from_json
 from lowrank_tune.ui.card import Card
 from lowrank_tune.ui.frame import coded, fit, plain_text, width_of, wrap
-from lowrank_tune.ui.panes import View
+from lowrank_tune.ui.panes import View, chart_pane
 from lowrank_tune.ui.render import render, render_several
 from lowrank_tune.ui.screenshot import screenshot, until
 from lowrank_tune.ui.session import press
@@ -23,6 +23,8 @@ from tests.hostile import HOSTILE, is_inert
 
 HERE = Path(__file__).parent
 RECORDED = [event for line in (HERE / "recorded" / "demo.jsonl").read_text().splitlines() if (event := from_json(json.loads(line)))]
+DPO, REWARD = ([event for line in (HERE / "recorded" / f"{name}.jsonl").read_text().splitlines() if (event := from_json(json.loads(line)))]
+               for name in ("dpo", "reward"))  # fmt: skip
 START = RunStarted(name="x", algorithm="sft", model="m", roles={"policy": ["policy"]}, reference="the base", steps=100, time=0.0)
 
 
@@ -38,9 +40,18 @@ def steps(count: int, first: int = 1, begun: float = 0.0, **stats: float) -> lis
             for step in range(first, first + count)]  # fmt: skip
 
 
+def up_to(events: list[Event], step: int) -> list[Event]:
+    return events[: next(index for index, event in enumerate(events) if isinstance(event, StepDone) and event.step == step)]
+
+
 def middle() -> list[Event]:
     """The recorded run up to its 60th step."""
-    return RECORDED[: next(index for index, event in enumerate(RECORDED) if isinstance(event, StepDone) and event.step == 60)]
+    return up_to(RECORDED, 60)
+
+
+def chain() -> list[Event]:
+    """The recorded SFT run as the first stage of a chain, and the recorded DPO run, which was one's second."""
+    return [replace(event, stage=1, stages=2) if isinstance(event, RunStarted) else event for event in RECORDED] + DPO
 
 
 @pytest.mark.parametrize(("name", "width", "height", "view"), [
@@ -56,9 +67,23 @@ def test_snapshots(name: str, width: int, height: int, view: View) -> None:
     assert shown == file.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 20, 40, 120, len(RECORDED)])
-def test_every_size_is_filled_exactly(count: int) -> None:
-    state = state_after(RECORDED[:count])
+PICTURES = {"dpo": up_to(DPO, 40), "reward": REWARD, "chain": [*chain()[: len(RECORDED)], *up_to(DPO, 50)]}
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40)])
+@pytest.mark.parametrize("name", PICTURES)
+def test_snapshots_of_preferences(name: str, width: int, height: int) -> None:
+    shown = plain_text(render(state_after(PICTURES[name]), View(), width, height))
+    file = HERE / "snapshots" / f"dashboard_{name}_{width}x{height}.txt"
+    if os.environ.get("SNAPSHOTS"):
+        file.write_text(shown, encoding="utf-8")
+    assert shown == file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("events", [*(RECORDED[:count] for count in (0, 1, 3, 20, 40, 120, len(RECORDED))),
+                                    DPO[:12], up_to(DPO, 30), DPO, REWARD[:10], up_to(REWARD, 40), REWARD, chain()])  # fmt: skip
+def test_every_size_is_filled_exactly(events: list[Event]) -> None:
+    state = state_after(events)
     for width in (1, 20, 59, 60, 61, 75, 80, 99, 100, 133, 200, 300):
         for height in (1, 2, 14, 15, 16, 20, 24, 40, 61, 90):
             for view in (View(), View(help=True, ascii_only=True)):
@@ -85,7 +110,13 @@ def test_hostile_text_is_inert() -> None:
             Sampled(step=3, prompt=text, completion=text, finish=text, gold=text, role=text, time=7.0),
             Validated(step=3, stats={f"heldout_{text}_exact": 0.5, f"validation_{text}": 1.0}, time=8.0), Progress(what=text, done=1, total=2),
         ]  # fmt: skip
-        for state in (state_after(events), state_after([*events, RunEnded(status="failed", step=3, seconds=1.0, message=text, time=9.0)])):
+        pair = [replace(START, algorithm="reward", stage=2, stages=2, time=10.0), Sampled(step=3, prompt=text, completion=text, finish="stop",
+                role="chosen", reward=1.0, time=11.0), Sampled(step=3, prompt=text, completion=text, finish=text, role="rejected", time=11.0),
+                Validated(step=3, stats={f"pairs_{text}": 1.0, "pairs_accuracy": 0.5}, time=12.0)]  # fmt: skip
+        later = [replace(START, roles={"reference": [text]}, stage=3, stages=3, time=20.0),
+                 Sampled(step=0, prompt=text, completion=text, finish="stop", role="reference", time=21.0)]  # fmt: skip
+        for state in (state_after(events), state_after([*events, RunEnded(status="failed", step=3, seconds=1.0, message=text, time=9.0)]),
+                      state_after([*events, *pair]), state_after([*events, *pair, *later])):  # fmt: skip
             for width, height in ((80, 24), (120, 40), (40, 10)):
                 lines = render(state, View(), width, height)
                 assert is_inert(plain_text(lines)) and all(width_of(line) == width for line in lines)
@@ -112,6 +143,73 @@ def test_a_resumed_run_forgets_what_it_does_again() -> None:
     state = state_after([START, *steps(10), replace(START, resumed_from=6, time=5000.0), *steps(1, 7, 5000.0)])
     assert [step for step, _ in state.series["loss"].points] == [1, 2, 3, 4, 5, 6, 7]
     assert sum(state.phases.values()) <= 8 and "continued after step 6" in plain_text(render(state, View(), 80, 24))
+
+
+def ended(status: str = "done", step: int = 10, time: float = 11.0) -> RunEnded:
+    return RunEnded(status=status, step=step, seconds=10.0, time=time)  # type: ignore[arg-type]
+
+
+def answered(step: int, completion: str, role: str = "policy", time: float = 10.0, **more: float) -> Sampled:
+    return Sampled(step=step, prompt="1+1?", completion=completion, finish="stop", role=role, time=time, **more)  # type: ignore[arg-type]
+
+
+def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
+    first = replace(START, stage=1, stages=2, roles={"policy": ["policy"], "reference": []})
+    second = replace(START, algorithm="dpo", stage=2, stages=2, roles={"policy": ["sft", "policy"], "reference": ["sft"]}, time=200.0)
+    before = [first, answered(0, "three", "reference", 0.0), *steps(10, loss=9.0), answered(10, "two"),
+              Validated(step=10, stats={"heldout_sft_exact": 0.5, "validation_loss": 1.0}, best=True, time=10.0),
+              Note(message="watch out", level="warning", time=10.5), ended()]  # fmt: skip
+    state = state_after(before)
+    assert "stage 1 done in 0:10" in plain_text(render(state, View(), 80, 24)) and state.last("loss") == 9.0
+    state = state_after([*before, Progress(what="tokenising", done=1, total=2, time=100.0)])  # a day may lie between the stages
+    shown = plain_text(render(state, View(), 80, 24))
+    assert "  loading" in shown and "tokenising 1/2" in shown and state.ended is None and state.shares() == {}
+    state = state_after([*before, Progress(what="tokenising", done=1, total=2, time=100.0), second])
+    assert not state.series and state.step == 0 and state.best_step is state.seconds_left is None
+    assert state.shares() == {"loading": 1.0} and state.heldout == {"sft": {"exact": 0.5}}
+    state = state_after([*before, second, answered(0, "two!", "reference", 201.0), *steps(3, begun=201.0, loss=0.7), answered(3, "2", time=205.0)])
+    shown = plain_text(render(state, View(), 120, 40))
+    assert "stage 2 of 2: dpo" in shown and "sft 50.0 %" in shown and "watch out" in shown and state.series["loss"].points[0] == (1, 0.7)
+    assert [line.split()[-1] for line in shown.splitlines() if " three" in line or " two!" in line or " 2" in line[-4:]][:3] == ["three", "two!", "2"]
+    assert [who for who, _ in state.earlier["1+1?"]] == ["base", "sft"]
+    state.apply(ended("interrupted", time=210.0))
+    assert "stage 2 interrupted in 0:10" in plain_text(render(state, View(), 80, 24))
+
+
+def test_a_stage_that_is_continued_is_no_new_one() -> None:
+    first = replace(START, stage=1, stages=2)
+    state = state_after([first, *steps(10), ended("interrupted"), replace(first, resumed_from=6, time=5000.0), *steps(1, 7, 5000.0)])
+    assert [step for step, _ in state.series["loss"].points] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_both_sides_of_a_pair_with_their_scores() -> None:
+    start = replace(START, algorithm="reward")
+    looks = [answered(10, "yes", "chosen", reward=0.25), answered(10, "no", "rejected", reward=0.5),
+             answered(10, "sure", "chosen", reward=2.5), answered(10, "never", "rejected", reward=-1.5)]  # fmt: skip
+    shown = plain_text(render(state_after([start, *steps(10), *looks]), View(), 80, 24)).splitlines()
+    lines = [" ".join(line.split()) for line in shown]
+    assert any("pair 1 of 2" in line and line.endswith("1 of 2 right") for line in lines)
+    at = lines.index("chosen +0.250 yes")
+    assert lines[at - 1] == "1+1?" and lines[at + 1] == "rejected +0.500 no"
+    again = [answered(20, "yes", "chosen", reward=0.75), answered(20, "no", "rejected", reward=0.5)]
+    state = state_after([start, *looks, *again, Validated(step=20, stats={"pairs_accuracy": 0.875}, time=30.0)])
+    assert len(state.pairs) == 2 and "chosen     +0.750  yes" in plain_text(render(state, View(), 80, 24))
+    assert "held-out pairs right: 87.5 %" in plain_text(render(state, View(), 80, 24))
+    alone = state_after([start, answered(1, "x", "rejected", reward=1.0), answered(1, "y", "chosen", reward=1.0)])
+    assert not alone.pairs and "no answers yet" in plain_text(render(alone, View(), 80, 24))
+
+
+def test_two_sides_stand_in_one_chart_each_in_its_style() -> None:
+    state = state_after([replace(START, algorithm="dpo"), *steps(9, reward_chosen=1.0, reward_rejected=-2.0)])
+    lines = chart_pane(state, ("reward_chosen", "reward_rejected"), View(log_scale=True, ascii_only=True), 60, 12)
+    assert plain_text(lines[:1]) == " reward chosen 1.00 rejected -2.00\n"  # no log scale: one side is below 0
+    drawn = [(text.strip(), style) for line in lines[1:] for text, style in line if style in ("chosen", "rejected")]
+    assert len(drawn) == 2 and set(drawn[0][0]) == {"+"} and set(drawn[1][0]) == {"-"} and [style for _, style in drawn] == ["chosen", "rejected"]
+
+
+def test_names_with_underscores_are_read_whole() -> None:
+    state = state_after([START, Validated(step=0, stats={"heldout_my_sft_exact": 0.5, "heldout_my_sft_pass_at_8": 0.75}, time=1.0)])
+    assert state.heldout == {"my_sft": {"exact": 0.5, "pass_at_8": 0.75}}
 
 
 def test_long_series_stay_short_and_true() -> None:

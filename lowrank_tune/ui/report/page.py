@@ -99,8 +99,8 @@ def _told_of(record: Record) -> str:
     """What was trained, on what, and against what."""
     started, told = record.started, ""
     if started is not None:
-        told = f'<p class="sub"><b>{text(started.algorithm.upper())}</b> of <b>{text(started.model)}</b> on {text(started.device or "?")}; '
-        told += "</p>" if started.algorithm in WITHOUT_REFERENCE else f"reference: <b>{text(started.reference)}</b></p>"
+        told = f'<p class="sub"><b>{text(started.algorithm.upper())}</b> of <b>{text(started.model)}</b> on {text(started.device or "?")}'
+        told += "</p>" if started.algorithm in WITHOUT_REFERENCE else f"; reference: <b>{text(started.reference)}</b></p>"
         told += f'<p class="sub">continued after step {started.resumed_from:,}</p>' if started.resumed_from else ""
     return told
 

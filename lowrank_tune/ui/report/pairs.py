@@ -31,7 +31,7 @@ def scores(record: Record) -> str:
     points = {side: list(zip(tokens[side], sides[side], strict=False)) for side in SIDES}
     figures = inside(found, "figures")
     cards = [
-        _card("Reliability", "how often a pair is right, by how sure the model is of it; calibration error "
+        _card("Reliability", "how often a pair is right, by how sure the model is of it, with the number of pairs; calibration error "
                              f"{_told(figures, 'calibration_error')}", reliability(bins)),
         _card(f"{what.capitalize()} of both sides", "answers by what they are worth to the model", spread(sides), LEGEND),
         _card(f"{what.capitalize()} by length", f"tokens of an answer; correlation {_correlation(figures)}, the longer one is preferred in "

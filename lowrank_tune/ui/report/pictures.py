@@ -41,20 +41,20 @@ class Plane:
 
 
 def reliability(bins: Sequence[tuple[float, float, int]]) -> str:
-    """Share that is right (y) by confidence (x), the number of pairs beside each dot; on the dashed line confidence is what it says."""
+    """Share that is right (y) by confidence (x), a dot as large as its pairs are many; on the dashed line confidence is what it says. No
+    line joins the dots: one of few pairs says little, and must not look like a trend."""
     if not bins:
         return ""
-    plane = Plane(0.48, 1.02, -0.04, 1.08)
+    plane = Plane(0.48, 1.02, -0.06, 1.08)
     most = max(count for _, _, count in bins)
     parts = [plane.frame((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (0, 0.25, 0.5, 0.75, 1.0)),
-             f'<path class="ideal" d="M{plane.at((0.5, 0.5))}L{plane.at((1.0, 1.0))}"><title>perfectly calibrated</title></path>',
-             f'<path class="smooth" d="M{"L".join(plane.at((x, y)) for x, y, _ in bins)}"/>']  # fmt: skip
+             f'<path class="ideal" d="M{plane.at((0.5, 0.5))}L{plane.at((1.0, 1.0))}"><title>perfectly calibrated</title></path>']  # fmt: skip
     for confidence, right, count in bins:
-        x, y = plane.across(confidence), plane.down(right)
-        above = y > TOP + 24
-        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{3 + 5 * (count / most) ** 0.5:.1f}">'
+        x, y, size = plane.across(confidence), plane.down(right), 2.5 + 8 * (count / most) ** 0.5
+        label = y + size + 12 if y - size < TOP + 14 else y - size - 4
+        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}">'
                      f"<title>{count:,} pairs: confidence {confidence:.3f}, right {right:.3f}</title></circle>"
-                     f'<text class="tick" x="{x:.1f}" y="{y - 11 if above else y + 20:.1f}" text-anchor="middle">{count:,}</text>')  # fmt: skip
+                     f'<text class="tick" x="{x:.1f}" y="{label:.1f}" text-anchor="middle">{count:,}</text>')  # fmt: skip
     return "".join(parts) + "</svg>"
 
 
