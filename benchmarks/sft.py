@@ -5,9 +5,8 @@
     PYTHONPATH=. python benchmarks/sft.py --quick        # a minute; figures mean little
 
 All train the same base from the same adapters on the same batches in the same order, gradient checkpointing off, AdamW fused, linear
-schedule, clipping at 1. Each lives in a process of its own. They work in turns, a block of steps at a time, in changing order, so that
-whatever else the machine does hits all of them; a ratio is between blocks of one turn. Ours logs its first and last step (KL to the base
-is measured there): neither is in a block. The loss curves must agree to 1e-4 at every step.
+schedule, clipping at 1, in turns (`contest.py`). Ours logs its first and last step (KL to the base is measured there): neither is in a
+block. The loss curves must agree to 1e-4 at every step.
 
     ours           train.Loop, algorithms.sft.SFT, model.roles.Roles, 8 rows at once as the others
     ours-micro4    the same with the kit's default of 4 rows at once, sorted by length
@@ -22,95 +21,28 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import MEAN_LENGTH, memory_mib, ragged_rows, small_config
+import contest
+from common import MEAN_LENGTH, ragged_rows, small_config
+from contest import COOL_DOWN, WARM_UP, Contender, Record, Turns, load_model, pad, same_adapters, worst_difference
 
 ROWS, RATE, RANK, ALPHA = 8, 1e-3, 16, 32
-WARM_UP, COOL_DOWN = 2, 1
 CURVE, CURVE_STEPS = 1e-4, 20
 TARGETS = {"hand": 1.10, "hand-lean": 1.10, "trl": 0.6}
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a contender is told."""
-
-    folder: str
-    nf4: bool
-    steps: int
-    block: int
-    threads: int
-
+class Task(contest.Task):
     def batches(self) -> Iterator[list[tuple[list[int], list[bool]]]]:
         rows = ragged_rows(self.steps * ROWS)
         return (rows[start : start + ROWS] for start in range(0, len(rows), ROWS))
 
 
-@dataclass
-class Turns:
-    """Called after each step by a contender: at the border of a block it hands over its time and waits for its next turn."""
-
-    pipe: Connection
-    task: Task
-    done: int = 0
-    cpu: float = 0.0
-    wall: float = 0.0
-
-    def __call__(self) -> None:
-        self.done += 1
-        timed = self.done - WARM_UP
-        if timed < 0 or timed % self.task.block or self.done > self.task.steps - COOL_DOWN:
-            return
-        self.pipe.send((time.process_time() - self.cpu, time.perf_counter() - self.wall))
-        if self.done < self.task.steps - COOL_DOWN:
-            self.pipe.recv()
-        self.cpu, self.wall = time.process_time(), time.perf_counter()
-
-
-def load_model(task: Task) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from lowrank_tune.model.base import nf4
-
-    extra = {"quantization_config": nf4(torch.device("cpu"))} if task.nf4 else {}
-    return AutoModelForCausalLM.from_pretrained(task.folder, dtype=torch.float32, attn_implementation="sdpa", **extra)
-
-
-def same_adapters(model: Any) -> None:
-    """Fills the LoRA matrices with the same numbers whoever made them, and makes them fp32."""
-    import torch
-
-    for number, (name, parameter) in enumerate((n, p) for n, p in model.named_parameters() if "lora_" in n):
-        parameter.data = parameter.data.float()
-        if "lora_A" in name:
-            bound = parameter.shape[1] ** -0.5
-            parameter.data.uniform_(-bound, bound, generator=torch.Generator().manual_seed(number))
-        else:
-            parameter.data.zero_()
-
-
-def pad(rows: list[tuple[list[int], list[bool]]]) -> tuple[Any, Any, Any]:
-    """ids, attended, says; padded on the right."""
-    import torch
-
-    width = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in rows])
-    says = torch.tensor([row + [False] * (width - len(row)) for _, row in rows])
-    attended = torch.arange(width) < torch.tensor([len(row) for row, _ in rows])[:, None]
-    return ids, attended, says
-
-
-def ours(task: Task, turn: Callable[[], None], micro: int = ROWS, log_every: int = 1_000_000) -> list[float]:
+def ours(task: Task, turn: Turns, micro: int = ROWS, log_every: int = 1_000_000) -> list[float]:
     import torch
 
     from lowrank_tune import settings
@@ -138,19 +70,21 @@ def ours(task: Task, turn: Callable[[], None], micro: int = ROWS, log_every: int
         if isinstance(event, StepDone):
             losses.append(event.stats["loss"])
 
-    Loop(algorithm, parameters, make_optimizer(parameters, train, device), train, task.steps, 0, device, emit, lambda *_: turn()).run()
+    loop = Loop(algorithm, parameters, make_optimizer(parameters, train, device), train, task.steps, 0, device, emit, lambda *_: turn())
+    turn.loaded()
+    loop.run()
     return losses
 
 
-def ours_micro4(task: Task, turn: Callable[[], None]) -> list[float]:
+def ours_micro4(task: Task, turn: Turns) -> list[float]:
     return ours(task, turn, micro=4)
 
 
-def ours_logging(task: Task, turn: Callable[[], None]) -> list[float]:
+def ours_logging(task: Task, turn: Turns) -> list[float]:
     return ours(task, turn, log_every=1)
 
 
-def hand(task: Task, turn: Callable[[], None], lean: bool = False) -> list[float]:
+def hand(task: Task, turn: Turns, lean: bool = False) -> list[float]:
     import torch
     import torch.nn.functional as F
     from peft import LoraConfig, get_peft_model
@@ -163,6 +97,7 @@ def hand(task: Task, turn: Callable[[], None], lean: bool = False) -> list[float
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / task.steps)
     plain = model.get_base_model()
     losses = []
+    turn.loaded()
     for rows in task.batches():
         ids, attended, says = pad(rows)
         if lean:
@@ -182,18 +117,20 @@ def hand(task: Task, turn: Callable[[], None], lean: bool = False) -> list[float
     return losses
 
 
-def hand_lean(task: Task, turn: Callable[[], None]) -> list[float]:
+def hand_lean(task: Task, turn: Turns) -> list[float]:
     return hand(task, turn, lean=True)
 
 
-def trl(task: Task, turn: Callable[[], None]) -> list[float]:
+def trl(task: Task, turn: Turns) -> list[float]:
     import datasets
     from peft import LoraConfig
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     class Turn(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            turn.loaded()
+
         def on_step_end(self, *_: Any, **__: Any) -> None:
             turn()
 
@@ -207,8 +144,6 @@ def trl(task: Task, turn: Callable[[], None]) -> list[float]:
 
     rows = [{"input_ids": ids, "labels": [token if say else -100 for token, say in zip(ids, says, strict=True)]}
             for batch in task.batches() for ids, says in batch]  # fmt: skip
-    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, "<end>")),
-                                    pad_token="<pad>", eos_token="<end>")  # fmt: skip
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as out:
         config = SFTConfig(
@@ -217,68 +152,15 @@ def trl(task: Task, turn: Callable[[], None]) -> list[float]:
             use_cpu=True, logging_steps=10, report_to="none", save_strategy="no", train_sampling_strategy="sequential", max_length=None,
             pad_to_multiple_of=None, dataloader_pin_memory=False, disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True})  # fmt: skip
         lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0)
-        trainer = Kept(load_model(task), config, train_dataset=datasets.Dataset.from_list(rows), processing_class=words,
+        trainer = Kept(load_model(task), config, train_dataset=datasets.Dataset.from_list(rows), processing_class=contest.words(),
                        peft_config=lora, callbacks=[Turn()])  # fmt: skip
         same_adapters(trainer.model)
         trainer.train()
     return [float(loss) for loss in trainer.kept]
 
 
-CONTENDERS: dict[str, Callable[[Task, Callable[[], None]], list[float]]] = {
+CONTENDERS: dict[str, Contender] = {
     "ours": ours, "ours-micro4": ours_micro4, "ours-logging": ours_logging, "hand": hand, "hand-lean": hand_lean, "trl": trl}  # fmt: skip
-
-
-def work(name: str, task: Task, pipe: Connection) -> None:
-    """A contender's process."""
-    import os
-    import warnings
-
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
-    warnings.filterwarnings("ignore")
-    import contextlib
-
-    import torch
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.set_num_threads(task.threads)
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):  # the trainer prints its log lines
-        losses = CONTENDERS[name](task, Turns(pipe, task))
-    pipe.send((losses, memory_mib()))
-
-
-@dataclass
-class Record:
-    """What a contender did: CPU and wall seconds a step of each block, losses, peak memory."""
-
-    cpu: list[float] = field(default_factory=list)
-    wall: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    peak_mib: float = 0.0
-
-
-def compete(names: list[str], task: Task, repeats: int) -> dict[str, Record]:
-    context = multiprocessing.get_context("spawn")
-    pipes, processes, records = {}, [], {name: Record() for name in names}
-    for name in names:
-        here, there = context.Pipe()
-        process = context.Process(target=work, args=(name, task, there), daemon=True)
-        process.start()
-        there.close()
-        here.recv()  # the warm-up is over, and the process waits
-        pipes[name] = here
-        processes.append(process)
-    for repeat in range(repeats):
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            pipes[name].send(None)
-            cpu, wall = pipes[name].recv()
-            records[name].cpu.append(cpu / task.block)
-            records[name].wall.append(wall / task.block)
-            if repeat == repeats - 1:
-                records[name].losses, records[name].peak_mib = pipes[name].recv()
-    for process in processes:
-        process.join()
-    return records
 
 
 def save_base(folder: str) -> None:
@@ -311,16 +193,12 @@ def main(arguments: list[str] | None = None) -> int:
         saving.start()
         saving.join()
         task = Task(folder, options.nf4, WARM_UP + repeats * options.block + COOL_DOWN, options.block, options.threads)
-        records = compete(names, task, repeats)
+        records = contest.compete({name: CONTENDERS[name] for name in names}, task, repeats)
     report(records, task, {} if task.nf4 else TARGETS)
     if options.json:
-        Path(options.json).write_text(json.dumps({name: vars(record) for name, record in records.items()}, indent=2) + "\n", encoding="utf-8")
+        figures = {name: record.to_dict() for name, record in records.items()}
+        Path(options.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0 if curves_agree(records) else 1
-
-
-def worst_difference(records: dict[str, Record]) -> float:
-    curves = [record.losses for record in records.values()]
-    return max(max(losses) - min(losses) for losses in zip(*curves, strict=True))
 
 
 def curves_agree(records: dict[str, Record]) -> bool:
@@ -330,23 +208,10 @@ def curves_agree(records: dict[str, Record]) -> bool:
 def report(records: dict[str, Record], task: Task, targets: dict[str, float]) -> None:
     print(f"{ROWS} rows a step, {MEAN_LENGTH} tokens a row in the mean, {'NF4' if task.nf4 else 'fp32'} base, {task.threads} thread(s), "
           f"{len(next(iter(records.values())).cpu)} turns of {task.block} steps")  # fmt: skip
-    print(f"{'':<14}{'CPU s a step':>22}{'wall s a step':>22}{'peak MiB':>10}   ours against it: CPU, wall (median of turns)")
-    for name, record in records.items():
-        cells = [f"{min(times):.3f} / {statistics.median(times):.3f}" for times in (record.cpu, record.wall)]
-        print(f"{name:<14}{cells[0]:>22}{cells[1]:>22}{record.peak_mib:>10.0f}   {against(records, name, targets)}")
-    print("(seconds: least / median)")
+    contest.show_table(records, targets, {})
     curve = next(iter(records.values())).losses
     print(f"loss {curve[0]:.6f} -> {curve[-1]:.6f} over {len(curve)} steps; the curves differ by at most {worst_difference(records):.1e}: "
           + ("equal to 1e-4" if curves_agree(records) else f"NOT shown equal to {CURVE:.0e} over {CURVE_STEPS} steps"))  # fmt: skip
-
-
-def against(records: dict[str, Record], name: str, targets: dict[str, float]) -> str:
-    if "ours" not in records or name == "ours":
-        return ""
-    mine, other = records["ours"], records[name]
-    cpu, wall = (statistics.median(a / b for a, b in zip(x, y, strict=True)) for x, y in ((mine.cpu, other.cpu), (mine.wall, other.wall)))
-    target = f"  (target at most {targets[name]:.2f})" if name in targets else ""
-    return f"{cpu:.2f}, {wall:.2f}{target}"
 
 
 if __name__ == "__main__":
