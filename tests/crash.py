@@ -27,6 +27,8 @@ for line in sys.stdin:
     order = json.loads(line)
     child = os.fork()
     if child == 0:
+        if order["cache"] is not None:
+            os.environ["LOWRANK_TUNE_CACHE"] = order["cache"]
         if order["die_at"] is not None:
             calls = {"left": order["die_at"]}
             def dying(real):
@@ -59,9 +61,13 @@ class Nursery:
         self.process = subprocess.Popen([sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, recipe: dict[str, Any], out: Path, die_at: int | None = None, kill_after: float | None = None) -> int:
-        """One run; returns its wait status. `kill_after` seconds after its first event it gets SIGKILL."""
+        """One run; returns its wait status. `kill_after` seconds after its first event it gets SIGKILL.
+
+        A run on pairs has a cache of its own, kept over its starts, so that it may also die while that is written.
+        """
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps({"recipe": recipe, "out": str(out), "die_at": die_at}) + "\n")
+        cache = None if recipe["algorithm"] == "sft" else str(out) + "-cache"
+        self.process.stdin.write(json.dumps({"recipe": recipe, "out": str(out), "die_at": die_at, "cache": cache}) + "\n")
         self.process.stdin.flush()
         child = json.loads(self.process.stdout.readline())["pid"]
         if kill_after is not None:
@@ -97,11 +103,15 @@ def trace(folder: Path) -> dict[str, Any]:
     steps = [(e["step"], {k: v for k, v in e["stats"].items() if k not in UNSTEADY}) for e in events if e["event"] == "step"]
     told = [(e["step"], e["stats"]) for e in events if e["event"] == "validated"]
     samples = [(e["step"], e["role"], e["prompt"], e["completion"]) for e in events if e["event"] == "sampled"]
-    return {"steps": steps, "validated": told, "samples": samples, "final": (folder / "final" / "adapter_model.safetensors").read_bytes()}
+    scores = folder / "scores.json"  # what a run on pairs thinks of the held-out ones
+    return {"steps": steps, "validated": told, "samples": samples, "final": (folder / "final" / "adapter_model.safetensors").read_bytes(),
+            "scores": scores.read_bytes() if scores.exists() else None}  # fmt: skip
 
 
-def small_recipe(**train: Any) -> dict[str, Any]:
-    """A real QLoRA run of seconds: the tiny base in NF4, dropout on, ragged last steps, validation, samples."""
+def small_recipe(algorithm: str = "sft", **train: Any) -> dict[str, Any]:
+    """A real QLoRA run of seconds: the tiny base in NF4, dropout on (but for dpo), ragged last steps, validation, samples, scores."""
+    if algorithm != "sft":
+        return _on_pairs(algorithm, train)
     return {
         "name": "crash", "algorithm": "sft", "base": {"model": "tiny-tutor"}, "adapters": {"policy": {"r": 4, "dropout": 0.1}},
         "data": {"train": [{"dataset": "tutor", "rows": 60}], "validation_share": 0.1},
@@ -111,16 +121,30 @@ def small_recipe(**train: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _on_pairs(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
+    reward = algorithm == "reward"
+    spoken = {} if reward else {"heldout": {"dataset": "tutor", "split": "heldout"}, "prompts": 3, "max_new_tokens": 8}
+    return {
+        "name": "crash", "algorithm": algorithm, "base": {"model": "tiny-tutor"},
+        "adapters": {"reward": {"r": 4, "dropout": 0.1}} if reward else {"policy": {"r": 4}},
+        "data": {"train": [{"dataset": "tutor-preferences", "rows": 40}], "validation_share": 0.15, "max_length": 256},
+        **({"reward": {"centering": 0.01}} if reward else {"dpo": {"beta": 0.2, "sft": 0.3}}),
+        "train": {"steps": 10, "rows_per_step": 6, "micro_batch_size": 4, "learning_rate": 2e-3, "save_every": 2, "log_every": 2,
+                  "gradient_checkpointing": False, **train},
+        "evaluate": {"every": 4, "shown": 1, **spoken},
+    }  # fmt: skip
+
+
 def continue_to_the_end(nursery: Nursery, recipe: dict[str, Any], out: Path) -> None:
     status = nursery.run(recipe, out)
     assert status == 0, f"the continued run ended with wait status {status}"
 
 
-def sweep(kills: int, exits: int, seed: int) -> None:
+def sweep(kills: int, exits: int, seed: int, algorithm: str) -> None:
     """Kills at random moments (two in a row at times) and deaths at random calls; prints a line for each."""
     rng, nursery = random.Random(seed), Nursery()
     with tempfile.TemporaryDirectory() as scratch:
-        recipe, straight = small_recipe(), Path(scratch) / "straight"
+        recipe, straight = small_recipe(algorithm), Path(scratch) / "straight"
         continue_to_the_end(nursery, recipe, straight)
         times = [json.loads(line)["time"] for line in (straight / "events.jsonl").read_text().splitlines()]
         seconds, wanted = times[-1] - times[0], trace(straight)
@@ -128,7 +152,7 @@ def sweep(kills: int, exits: int, seed: int) -> None:
         for number in range(kills + exits):
             out, told = Path(scratch) / f"run-{number}", []
             for _ in range(rng.choice((1, 1, 2))):
-                how = {"kill_after": rng.uniform(0, seconds)} if number < kills else {"die_at": rng.randrange(220)}
+                how = {"kill_after": rng.uniform(0, seconds)} if number < kills else {"die_at": rng.randrange(rng.choice((40, 220)))}
                 told.append((how, nursery.run(recipe, out, **how)))
                 if (out / "summary.json").exists():
                     break
@@ -145,4 +169,5 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=15)
     parser.add_argument("--exits", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--algorithm", choices=("sft", "reward", "dpo"), default="sft")
     sweep(**vars(parser.parse_args()))

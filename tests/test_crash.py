@@ -1,11 +1,14 @@
-"""Killed anywhere, a run goes on as if nothing had happened: same steps, same figures, same final adapter, bit for bit."""
+"""Killed anywhere, a run goes on as if nothing had happened: same steps, same figures, same scores, same final adapter, bit for bit."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from crash import Nursery, continue_to_the_end, small_recipe, trace
+
+Straight = Callable[[str], dict[str, object]]
 
 
 @pytest.fixture(scope="module")
@@ -15,30 +18,49 @@ def nursery() -> Iterator[Nursery]:
     one.close()
 
 
+def recipe_of(algorithm: str) -> dict[str, Any]:
+    return small_recipe() if algorithm == "sft" else small_recipe(algorithm, steps=6)
+
+
 @pytest.fixture(scope="module")
-def straight(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    out = tmp_path_factory.mktemp("straight") / "run"
-    continue_to_the_end(nursery, small_recipe(), out)
-    return trace(out)
+def straight(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    """What an undisturbed run of an algorithm leaves."""
+    known: dict[str, dict[str, object]] = {}
+
+    def of(algorithm: str) -> dict[str, object]:
+        if algorithm not in known:
+            out = tmp_path_factory.mktemp("straight") / "run"
+            continue_to_the_end(nursery, recipe_of(algorithm), out)
+            known[algorithm] = trace(out)
+        return known[algorithm]
+
+    return of
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_a_random_moment(nursery: Nursery, straight: dict[str, object], tmp_path: Path, seed: int) -> None:
-    out = tmp_path / "run"
-    status = nursery.run(small_recipe(), out, kill_after=random.Random(seed).uniform(0.1, 3.0))
+@pytest.mark.parametrize(("algorithm", "seed"), [("sft", 0), ("sft", 1), ("sft", 2), ("reward", 3), ("dpo", 4)])
+def test_killed_at_a_random_moment(nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, seed: int) -> None:
+    wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
+    status = nursery.run(recipe, out, kill_after=random.Random(seed).uniform(0.1, 3.0 if algorithm == "sft" else 1.5))
     if status != 0:
-        continue_to_the_end(nursery, small_recipe(), out)
-    assert trace(out) == straight
+        continue_to_the_end(nursery, recipe, out)
+    assert trace(out) == wanted
 
 
-@pytest.mark.parametrize("die_at", [60, 97])
-def test_dies_in_a_write(nursery: Nursery, straight: dict[str, object], tmp_path: Path, die_at: int) -> None:
-    out = tmp_path / "run"
-    assert nursery.run(small_recipe(), out, die_at=die_at) != 0, "it should have died"
-    continue_to_the_end(nursery, small_recipe(), out)
-    assert trace(out) == straight
+@pytest.mark.parametrize(("algorithm", "die_at"), [("sft", 60), ("sft", 97), ("reward", 70), ("dpo", 20), ("dpo", 70)])
+def test_dies_in_a_write(nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, die_at: int) -> None:
+    wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
+    assert nursery.run(recipe, out, die_at=die_at) != 0, "it should have died"
+    continue_to_the_end(nursery, recipe, out)
+    assert trace(out) == wanted
 
 
-def test_a_changed_seed_would_be_noticed(nursery: Nursery, straight: dict[str, object], tmp_path: Path) -> None:
+def test_a_changed_seed_would_be_noticed(nursery: Nursery, straight: Straight, tmp_path: Path) -> None:
     continue_to_the_end(nursery, {**small_recipe(), "seed": 1}, tmp_path / "run")
-    assert trace(tmp_path / "run") != straight
+    assert trace(tmp_path / "run") != straight("sft")
+
+
+def test_scores_are_looked_at(straight: Straight) -> None:
+    assert straight("sft")["scores"] is None
+    for algorithm in ("reward", "dpo"):
+        scores = straight(algorithm)["scores"]
+        assert isinstance(scores, bytes) and b'"reliability"' in scores
