@@ -42,6 +42,7 @@ class Built:
     trained: tuple[str, ...]
     template: Template
     data: Prepared
+    validation: TokenStore | None
     heldout: list[Prompt]
     algorithm: Algorithm
     steps: int
@@ -82,7 +83,7 @@ def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = Non
     reference = _in_words(roles)
     kit = Kit(roles, lambda step: collated[data.train](order.rows(step)), reference, fresh=recipe.adapters[recipe.trained].path is None)
     steps = recipe.train.steps or order.steps_of(recipe.train.epochs or 1.0)
-    return Built(base, roles, (recipe.trained,), template, data, heldout, ALGORITHMS[recipe.algorithm](kit, recipe), steps, reference, hashes,
+    return Built(base, roles, (recipe.trained,), template, data, data.validation, heldout, ALGORITHMS[recipe.algorithm](kit, recipe), steps, reference, hashes,
                  micro_tokens, collated[data.validation] if data.validation is not None else collated[data.train])  # fmt: skip
 
 

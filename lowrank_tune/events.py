@@ -90,6 +90,17 @@ class Sampled(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Grouped(Event):
+    """The completions of one prompt of step `step` side by side, each `{"text", "reward", "advantage", "finish", "parts"}`."""
+
+    kind: ClassVar[str] = "group"
+    step: int
+    prompt: str
+    completions: list[Mapping[str, Any]]
+    gold: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Saved(Event):
     """A checkpoint is complete on disk."""
 
@@ -121,7 +132,7 @@ class RunEnded(Event):
 
 Emit = Callable[[Event], None]
 KINDS: dict[str, type[Event]] = {
-    kind.kind: kind for kind in (RunStarted, Progress, StepDone, Validated, Sampled, Saved, Note, RunEnded)
+    kind.kind: kind for kind in (RunStarted, Progress, StepDone, Validated, Sampled, Grouped, Saved, Note, RunEnded)
 }
 
 

@@ -259,6 +259,9 @@ class Evaluate(Settings):
     """Temperature of sampled answers."""
     max_new_tokens: Positive = 64
     """Longest answer in tokens."""
+    best_by: Literal["loss", "exact"] | None = None
+    """What makes a step the best: the lowest validation loss, or the most held-out questions answered exactly, one greedy answer each.
+    Where it is not given: `exact` for grpo with `heldout`, else `loss`."""
     shown: Annotated[int, Field(ge=0)] = 3
     """Prompts (held-out ones, else of validation rows) whose answers are shown at every evaluation."""
 
@@ -307,6 +310,11 @@ class Recipe(Settings):
     def pairs(self) -> bool:
         """Whether a row of the data is a chosen and a rejected answer."""
         return self.algorithm in ("reward", "dpo")
+
+    @property
+    def best_by(self) -> str:
+        """What makes a step the best."""
+        return self.evaluate.best_by or ("exact" if self.algorithm == "grpo" and self.evaluate.heldout else "loss")
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain data; `recipe.load` of it gives this recipe again."""

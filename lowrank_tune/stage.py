@@ -16,6 +16,7 @@ from lowrank_tune import settings
 from lowrank_tune.build import Built
 from lowrank_tune.checkpoint import Broken, RunFolder, Snapshot, flatten_optimizer, load, restore_optimizer, rotate, write_atomically
 from lowrank_tune.control import Control
+from lowrank_tune.data import Prepared
 from lowrank_tune.errors import RunFailed, UserError
 from lowrank_tune.evaluate import Answer, Question, answer, measure, questions_in, questions_of, score_pairs, validate
 from lowrank_tune.events import Emit, Event, Note, RunEnded, RunStarted, Sampled, Saved, Validated
@@ -33,7 +34,7 @@ class _Memory:
     """What the end of a run wants to know of its beginning and middle; saved with each checkpoint."""
 
     best_step: int | None = None
-    best_loss: float | None = None
+    best_score: float | None = None  # higher is better
     best: dict[str, float] = field(default_factory=dict)
     heldout: dict[str, dict[str, float]] = field(default_factory=dict)
     answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -58,7 +59,7 @@ class Stage:
         self.save_every = recipe.train.save_every or max(1, built.steps // SAVES)
         self.speaks = "policy" in built.trained  # a reward model only listens
         self.heldout = questions_of(built.heldout, built.template) if self.speaks else []
-        validation = built.data.validation
+        validation = built.validation
         shown = self.heldout or (questions_in(validation, built.template, recipe.evaluate.shown) if validation is not None else [])
         self.shown: list[Question] = shown[: recipe.evaluate.shown] if self.speaks else []
         self.summary: dict[str, Any] = {}
@@ -73,7 +74,8 @@ class Stage:
         base = built.base
         folder.write_json("base.json", {"model": base.name, "revision": base.revision, "bits": base.bits, "tensors": self.hashes,
                                        "adapters": self.adapters})  # fmt: skip
-        folder.write_json("data.json", survey(recipe, built.data, built.template, built.heldout).to_dict())
+        folder.write_json("data.json", survey(recipe, built.data, built.template, built.heldout).to_dict()
+                          if isinstance(built.data, Prepared) else built.data.report.to_dict())  # fmt: skip
 
     def train(self, training: Callable[[bool], None]) -> tuple[int, bool]:
         """Runs the loop; returns the step reached, and whether that is the last one."""
@@ -100,7 +102,7 @@ class Stage:
             self._write_final()
             if self.heldout:
                 self._measure(self.measured_as, "policy", step)
-            if self.recipe.pairs and self.built.data.validation is not None:
+            if self.recipe.pairs and self.built.validation is not None:
                 self._score_pairs(step)
         end = one_hash(base_hashes(self.built.base.model))
         frozen = {name: one_hash(_hashes(self.built.roles.adapter_tensors(name))) for name in self.adapters}
@@ -120,7 +122,7 @@ class Stage:
 
     def _score_pairs(self, step: int) -> None:
         """What the trained adapter thinks of the held-out pairs: for the report's calibration, and for the summary."""
-        built, validation = self.built, self.built.data.validation
+        built, validation = self.built, self.built.validation
         assert validation is not None
         scores = score_pairs(built.algorithm, built.roles, validation, built.validation_batch, built.micro_tokens, self.emit)  # type: ignore[arg-type]
         self.folder.write_json("scores.json", scores.to_dict())
@@ -151,18 +153,32 @@ class Stage:
         control.evaluate = control.save = False
 
     def _evaluate(self, step: int, counts: bool) -> bool:
-        """Validation loss and shown samples; returns whether it counts and is the best so far."""
-        built, better = self.built, False
-        if built.data.validation is not None:
-            stats = validate(built.algorithm, built.roles, built.data.validation, built.validation_batch, built.micro_tokens, self.emit)
-            better = counts and (self.memory.best_loss is None or stats["loss"] < self.memory.best_loss)
-            if better:
-                self.memory.best_step, self.memory.best_loss, self.memory.best = step, stats["loss"], stats
-            self.emit(Validated(step=step, stats={f"validation_{name}": value for name, value in stats.items()}, best=better))
-            if not self.speaks:
-                self._show_scores(step)
+        """Held-out rows, held-out questions where they decide, and shown samples; returns whether it counts and is the best so far."""
+        built, by = self.built, self.recipe.best_by
+        figures: dict[str, dict[str, float]] = {}
+        if built.validation is not None:
+            figures["validation"] = validate(built.algorithm, built.roles, built.validation, built.validation_batch, built.micro_tokens, self.emit)
+        if by == "exact":
+            figures["heldout_now"] = self._ask(1)
+        deciding = figures.get("heldout_now" if by == "exact" else "validation")
+        score = None if deciding is None else deciding["exact"] if by == "exact" else -deciding["loss"]
+        memory = self.memory
+        better = counts and deciding is not None and score is not None and (memory.best_score is None or score > memory.best_score)
+        if better and deciding is not None:
+            memory.best_step, memory.best_score, memory.best = step, score, deciding
+        if figures:
+            stats = {f"{part}_{name}": value for part, several in figures.items() for name, value in several.items()}
+            self.emit(Validated(step=step, stats=stats, best=better))
+        if built.validation is not None and not self.speaks:
+            self._show_scores(step)
         self._show("policy", step)
         return better
+
+    def _ask(self, samples: int) -> dict[str, float]:
+        """The policy's answers to the held-out questions, judged; one each is greedy."""
+        wanted = self.recipe.evaluate
+        sampling = Sampling(wanted.max_new_tokens, self.built.stop_ids, wanted.temperature if samples > 1 else 0.0, self.recipe.seed)
+        return measure(answer(self.built.roles, "policy", self.built.template, self.heldout, samples, sampling, self.emit))
 
     def _show(self, role: str, step: int) -> None:
         if self.shown:
@@ -172,7 +188,7 @@ class Stage:
 
     def _show_scores(self, step: int) -> None:
         """Both answers of a few held-out pairs with what they score."""
-        built, rows = self.built, self.built.data.validation
+        built, rows = self.built, self.built.validation
         assert rows is not None
         units = list(range(min(self.recipe.evaluate.shown, rows.units)))
         if not units:
@@ -242,7 +258,8 @@ class Stage:
                 return
             for name in self.built.trained:
                 self.built.roles.load_adapter_tensors(name, tensors[f"{name}/{WEIGHTS}"], str(self.folder.path))
-            self.emit(Note(message=f"final/ is the adapter of step {best}, which had the lowest validation loss"))
+            why = "answered most held-out questions" if self.recipe.best_by == "exact" else "had the lowest validation loss"
+            self.emit(Note(message=f"final/ is the adapter of step {best}, which {why}"))
 
     def _write_final(self) -> None:
         """What a user takes away: the first trained adapter at the folder's root, as PEFT wants it, any other in a folder of its name."""
