@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import VOCAB, load, reward_roles, same_bytes, shake
+from models import CPU, VOCAB, changed, load, reward_roles, same_bytes, shake
 from test_dpo import MARGINS, Plain, accumulated, by_key, far, far_from, pair_batch, pair_rows
 from torch import Tensor, nn
 
+from lowrank_tune import Recipe, run
+from lowrank_tune import runner as runner_module
 from lowrank_tune.algorithms import reward as reward_module
 from lowrank_tune.algorithms.kit import Kit
 from lowrank_tune.algorithms.reward import Reward, reward_loss
+from lowrank_tune.build import build
+from lowrank_tune.errors import UserError
+from lowrank_tune.events import RunEnded, StepDone
+from lowrank_tune.model.adapters import read_adapter
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch, to_floats
 
@@ -376,3 +386,91 @@ def test_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward_module, "reward_loss", lambda *given: reward_loss(*given).detach().requires_grad_())
     with pytest.raises(AssertionError):
         assert falls(reward_roles(load(16)))
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------------------------------
+
+
+def small_reward(**changes: Any) -> dict[str, Any]:
+    return {"name": "reward", "algorithm": "reward", "base": {"model": "tiny-tutor", "bits": 4},
+            "adapters": {"reward": {"r": 4, "dropout": 0.1}},
+            "data": {"train": [{"dataset": "tutor-preferences", "rows": 40}], "validation_share": 0.2, "max_length": 256},
+            "train": {"steps": 6, "rows_per_step": 8, "micro_batch_size": 4, "learning_rate": 2e-3, "log_every": 1,
+                      "gradient_checkpointing": False}, **changes}  # fmt: skip
+
+
+AGAIN = """
+import json, sys, torch
+from lowrank_tune import Recipe
+from lowrank_tune.build import build
+recipe, out = json.loads(sys.argv[1]), sys.argv[2]
+recipe["adapters"] = {"reward": {"path": out}}
+built = build(Recipe.from_dict(recipe), lambda event: None, torch.device("cpu"))
+with built.roles.quiet():
+    scores = built.algorithm.scores(built.validation_batch(list(range(built.data.validation.units))))
+head = built.roles.adapter_tensors("reward")["base_model.model.score.weight"]
+print(json.dumps({"head": head.flatten().tolist(), "scores": scores.tolist(), "fresh": built.algorithm.kit.fresh}))
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[Any]]:
+    """A run, and what its head and its scores of the held-out pairs were in memory at its end."""
+    out, kept, events, ended = tmp_path_factory.mktemp("runs") / "reward", list[Any](), list[Any](), dict[str, Any]()
+    real = runner_module.build
+
+    def listen(event: Any) -> None:
+        events.append(event)
+        if isinstance(event, RunEnded):
+            built = kept[0]
+            with built.roles.quiet():
+                batch = built.validation_batch(list(range(built.data.validation.units)))
+                ended.update(scores=built.algorithm.scores(batch), head=built.roles.heads["reward"].weight.detach().clone())
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(runner_module, "build", lambda *given, **more: kept.append(real(*given, **more)) or kept[-1])
+        run(Recipe.from_dict(small_reward()), out=out, ui="none", device=CPU, on_event=listen)
+    return out, ended, events
+
+
+def test_the_head_comes_back_bit_equal_in_a_new_process(finished: tuple[Path, dict[str, Any], list[Any]]) -> None:
+    out, ended, _ = finished
+    told = subprocess.run([sys.executable, "-c", AGAIN, json.dumps(small_reward()), str(out)], capture_output=True, text=True, timeout=300)
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout.splitlines()[-1])
+    assert ended["head"].abs().max() > 1e-3 and len(set(found["scores"])) > 4, "an untrained head would come back equal too"
+    assert same_bytes(torch.tensor([found["head"]]), ended["head"])
+    assert same_bytes(torch.tensor(found["scores"]), ended["scores"]) and found["fresh"] is False
+    saved = read_adapter(str(out), "adapters.reward.path", head=True)
+    assert saved.head is not None and saved.head.dtype == torch.float32 and same_bytes(saved.head, ended["head"])
+    with pytest.raises(UserError, match="is a reward adapter"):
+        read_adapter(str(out), "adapters.policy.path")
+
+
+def test_a_run_tells_and_keeps_its_scores(finished: tuple[Path, dict[str, Any], list[Any]]) -> None:
+    """From ln 2 and all ties; at the end scores.json is what the model in memory thinks, figures worked from it by hand."""
+    out, ended, events = finished
+    first = next(event for event in events if isinstance(event, StepDone)).stats
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["accuracy"] == 0.5 and "kl" not in first
+    told = json.loads((out / "scores.json").read_text())
+    chosen, rejected = ended["scores"][::2], ended["scores"][1::2]
+    assert told["chosen"] == pytest.approx(chosen.tolist(), abs=1e-4) and told["rejected"] == pytest.approx(rejected.tolist(), abs=1e-4)
+    figures = told["figures"]
+    assert figures["accuracy"] == pytest.approx(float((chosen > rejected).double().mean() + 0.5 * (chosen == rejected).double().mean()))
+    assert figures["margin"] == pytest.approx(float((chosen - rejected).mean()), abs=1e-5)
+    lengths = torch.tensor(told["chosen_tokens"] + told["rejected_tokens"]).double()
+    both = torch.cat([chosen, rejected]).double()
+    assert figures["length_correlation"] == pytest.approx(float(torch.corrcoef(torch.stack([both, lengths]))[0, 1]), abs=1e-6)
+    longer = [(c > r) == (m > n) for c, r, m, n in zip(chosen, rejected, told["chosen_tokens"], told["rejected_tokens"], strict=True) if m != n]
+    assert figures["prefers_longer"] == pytest.approx(sum(map(float, longer)) / len(longer))
+    assert sum(entry["pairs"] for entry in told["reliability"]) == told["pairs"] == len(chosen)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["heldout_pairs"] == figures and summary["base_hash"]["start"] == summary["base_hash"]["end"]
+
+
+def test_two_builds_with_one_seed_are_equal() -> None:
+    one, two, other = (build(Recipe.from_dict(small_reward(seed=seed)), lambda event: None, CPU) for seed in (5, 5, 6))
+    assert changed(one.roles.adapter_tensors("reward"), two.roles.adapter_tensors("reward")) == set()
+    assert changed(one.roles.adapter_tensors("reward"), other.roles.adapter_tensors("reward")) != set()
+    a, b, c = (built.algorithm.collect(0).batch for built in (one, two, other))
+    assert same_bytes(a.ids, b.ids) and not same_bytes(a.extra["row"], c.extra["row"]) and "reference" not in a.extra
