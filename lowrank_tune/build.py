@@ -76,8 +76,9 @@ def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = Non
     micro_tokens = min(max(4096, (recipe.train.micro_batch_size or 4) * recipe.data.max_length), 1 << 15)
     collated = {store: _collated(store, template.pad_id) for store in (data.train, data.validation) if store is not None}
     if recipe.algorithm == "dpo":
-        collated = {store: _with_reference(rows, reference_logps(roles, store, rows, micro_tokens, one_hash(hashes), cache_folder(), emit))
-                    for store, rows in collated.items()}  # fmt: skip
+        for store, rows in list(collated.items()):
+            sums = reference_logps(roles, store, rows, micro_tokens, one_hash(hashes), cache_folder(), emit)
+            collated[store] = _with_reference(rows, sums)
     weights = [source.weight for source in recipe.data.train]
     order = Order(data.train.unit_lengths, data.train.unit_source_of, weights, recipe.train, recipe.seed)
     reference = _in_words(roles)

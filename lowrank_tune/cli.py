@@ -96,7 +96,7 @@ def data_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", he
 @app.command("eval")
 def eval_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that trained a reward model.")],
                  file: Annotated[str, typer.Option("--file", help="Responses: rows with a prompt and an answer, or preference pairs.")],
-                 out: Annotated[Path | None, typer.Option("--out", help="File for the scores; RUN/scored-FILE.jsonl where it is not given.")] = None,
+                 out: Annotated[Path | None, typer.Option("--out", help="File for the scores; else RUN/scored-FILE.jsonl.")] = None,
                  debug: Debug = False) -> None:  # fmt: skip
     """Score a file of responses with the reward model of a run."""
     with _sentences(debug):

@@ -177,7 +177,7 @@ def run_chain(recipes: Chain, folder: RunFolder, console: _Console, begun: float
             continue
         recipe = recipes.recipe_of(number - 1, folders)
         place = Place(number, len(recipes.stages), name, _known(recipes, number, summaries))
-        shown = [event for earlier in range(1, number) for event in events_in(folder.path / f"{earlier}-{recipes.stages[earlier - 1].name}" / "events.jsonl")]
+        shown = [event for earlier in folders.values() for event in events_in(Path(earlier) / "events.jsonl")]
         with RunFolder.open(path, recipe.to_dict(), dump(recipe), differences, True, console.emit) as opened:
             try:
                 outcome, base = run_stage(recipe, opened, console, place, base, folder.console_log, shown)
@@ -222,9 +222,9 @@ def chain_summary(recipes: Chain, summaries: list[dict[str, Any]], seconds: floa
     merged = {key: {name: value for summary in summaries for name, value in summary.get(key, {}).items()}
               for key in ("heldout", "heldout_details", "answers")}  # fmt: skip
     done = len(summaries) == len(recipes.stages) and all(summary["status"] == "done" for summary in summaries)
-    return {"version": 1, "status": "done" if done else "interrupted", "name": recipes.name,
-            "algorithm": " -> ".join(stage.algorithm for stage in recipes.stages), "seconds": round(seconds, 1), "stages": stages, **merged,
-            "warnings": [f"{stage['name']}: {warning}" for stage, summary in zip(stages, summaries, strict=True) for warning in summary["warnings"]]}  # fmt: skip
+    warned = [f"{stage['name']}: {warning}" for stage, summary in zip(stages, summaries, strict=True) for warning in summary["warnings"]]
+    return {"version": 1, "status": "done" if done else "interrupted", "name": recipes.name, "algorithm": recipes.algorithm,
+            "seconds": round(seconds, 1), "stages": stages, **merged, "warnings": warned}  # fmt: skip
 
 
 class _Callback:

@@ -157,7 +157,8 @@ class Stage:
         built, by = self.built, self.recipe.best_by
         figures: dict[str, dict[str, float]] = {}
         if built.validation is not None:
-            figures["validation"] = validate(built.algorithm, built.roles, built.validation, built.validation_batch, built.micro_tokens, self.emit)
+            figures["validation"] = validate(built.algorithm, built.roles, built.validation, built.validation_batch, built.micro_tokens,
+                                             self.emit)  # fmt: skip
         if by == "exact":
             figures["heldout_now"] = self._ask(1)
         deciding = figures.get("heldout_now" if by == "exact" else "validation")

@@ -62,7 +62,8 @@ class Harvest:
     def stats(self) -> Stats:
         """What a person watches, as means."""
         rewards, lengths = self.rewards, self.batch.says.sum(dim=1)
-        own = {f"reward_{name}": Mean(self.parts[:, i].sum(), len(self.parts)) for i, name in enumerate(self.names)} if len(self.names) > 1 else {}
+        several = self.names if len(self.names) > 1 else ()
+        own = {f"reward_{name}": Mean(self.parts[:, i].sum(), len(self.parts)) for i, name in enumerate(several)}
         return {
             "reward": Mean(rewards.sum(), rewards.numel()), "reward_spread": Mean(rewards.std(dim=1, correction=0).sum(), len(rewards)), **own,
             "length": Mean(lengths.sum(), len(lengths)), "truncated": Mean(self.truncated.sum(), len(self.truncated)),
@@ -74,8 +75,9 @@ class Harvest:
         rows = wanted.repeat_interleave(n)
         places = rows.nonzero().squeeze(1)
         kept: list[int] = places.tolist()
-        return Harvest(self.batch.take(places, self.batch.ids.shape[1]), self.rewards[wanted], self.parts[rows], self.truncated[rows], self.names,
-                       [self.texts[i] for i in kept], [a for a, keep in zip(self.asked, wanted.tolist(), strict=True) if keep],
+        batch = self.batch.take(places, self.batch.ids.shape[1])
+        return Harvest(batch, self.rewards[wanted], self.parts[rows], self.truncated[rows], self.names, [self.texts[i] for i in kept],
+                        [a for a, keep in zip(self.asked, wanted.tolist(), strict=True) if keep],
                        self.seconds, self.earned[wanted])  # fmt: skip
 
     @classmethod
@@ -144,8 +146,9 @@ class Harvester:
         completions = [done[key] for key in range(len(asked) * n)]
         truncated = torch.tensor([one.finish == "length" for one in completions])
         seconds = {"rollout_seconds": rolled - begun, "score_seconds": time.perf_counter() - rolled}
-        harvest = Harvest(_batch([asked[one.prompt].ids for one in completions], completions, self.pad_id), rewards, parts, truncated, self.names,
-                          [texts[key] for key in range(len(completions))], asked, seconds)  # fmt: skip
+        batch = _batch([asked[one.prompt].ids for one in completions], completions, self.pad_id)
+        told = [texts[key] for key in range(len(completions))]
+        harvest = Harvest(batch, rewards, parts, truncated, self.names, told, asked, seconds)
         self.on_harvest(step, harvest)
         return harvest
 

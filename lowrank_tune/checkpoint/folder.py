@@ -129,7 +129,7 @@ class RunFolder:
         cures = f"Give another folder with --out, or delete {self.path}."
         self.continued = self._state() == "unfinished"
         # A run (of a chain: every stage) that never saved has nothing to lose: whoever mends a fault in its recipe starts again in the same folder.
-        if self.continued and any(path for kind in ("", "*/") for path in self.path.glob(f"{kind}checkpoints/step-*")):
+        if self.continued and (any(self.checkpoints.glob("step-*")) or any(self.path.glob("*/checkpoints/step-*"))):
             try:
                 old = json.loads((self.path / "run.json").read_bytes())["recipe"]
             except (OSError, ValueError, KeyError, TypeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,12 @@ def score_file(run: Path, file: str, emit: Emit, device: torch.device | None = N
     rows = data.train
     adapters = {**recipe.adapters, "reward": settings.Adapter(path=str(folder))}
     recipe = recipe.model_copy(update={"adapters": adapters, "train": recipe.train.model_copy(update={"gradient_checkpointing": False})})
-    saved = {name: read_adapter(wanted.path, f"adapters.{name}.path", head=name == "reward") for name, wanted in adapters.items() if wanted.path}
+    saved = {name: read_adapter(str(wanted.path), f"adapters.{name}.path", head=name == "reward") for name, wanted in adapters.items()}
     base = load_base(recipe.base, template.tokenizer, device)
     roles = load_roles(recipe, base, saved, _quiet)
     scores = torch.empty(len(rows))
-    for batch, places in held_out_batches(roles, rows, lambda units: collate_units(rows, units, template.pad_id), MICRO_TOKENS, "scoring", emit):
+    collated = partial(collate_units, rows, pad_id=template.pad_id)
+    for batch, places in held_out_batches(roles, rows, collated, MICRO_TOKENS, "scoring", emit):
         with roles.quiet():
             scores[places] = roles.last_scores("reward", batch).cpu()
     lengths = torch.tensor([rows.trained_of(row) for row in range(len(rows))])
@@ -67,7 +69,8 @@ def _reward_run(run: Path) -> tuple[settings.Recipe, Path]:
     if not isinstance(recipe, dict):
         raise UserError(f"{run} is no run folder: it holds no run.json that can be read")
     if isinstance(recipe.get("stages"), list):
-        stages = [folder for folder in sorted(run.glob("[0-9]*-*")) if inside(_object(folder / "run.json"), "recipe").get("algorithm") == "reward"]
+        folders = sorted(run.glob("[0-9]*-*"))
+        stages = [folder for folder in folders if inside(_object(folder / "run.json"), "recipe").get("algorithm") == "reward"]
         if not stages:
             raise UserError(f"{run} is a chain without a stage that trained a reward model")
         return _reward_run(stages[-1])

@@ -51,7 +51,8 @@ class PairScores:
     def to_dict(self) -> dict[str, Any]:
         """As JSON, for the report: figures, the reliability diagram, and the scores of the first pairs."""
         sides = {"chosen": self.chosen, "rejected": self.rejected, "chosen_tokens": self.chosen_tokens, "rejected_tokens": self.rejected_tokens}
-        bins = [{"confidence": confidence, "right": right, "pairs": count} for confidence, right, count in reliability(self.chosen - self.rejected)]
+        found = reliability(self.chosen - self.rejected)
+        bins = [{"confidence": confidence, "right": right, "pairs": count} for confidence, right, count in found]
         return {"version": 1, "pairs": len(self.chosen), "figures": self.figures(), "reliability": bins,
                 **{name: [round(value, 5) for value in side[:SHOWN_SCORES].tolist()] for name, side in sides.items()}}  # fmt: skip
 
