@@ -167,10 +167,12 @@ def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
     state = state_after([*before, Progress(what="tokenising", done=1, total=2, time=100.0), second])
     assert not state.series and state.step == 0 and state.best_step is state.seconds_left is None
     assert state.shares() == {"loading": 1.0} and state.heldout == {"sft": {"exact": 0.5}}
-    state = state_after([*before, second, answered(0, "two!", "reference", 201.0), *steps(3, begun=201.0, loss=0.7), answered(3, "2", time=205.0)])
+    now = [answered(0, "two!", "reference", 201.0), *steps(3, begun=201.0, loss=0.7), answered(3, "2", time=205.0)]
+    state = state_after([*before, second, *now])
     shown = plain_text(render(state, View(), 120, 40))
     assert "stage 2 of 2: dpo" in shown and "sft 50.0 %" in shown and "watch out" in shown and state.series["loss"].points[0] == (1, 0.7)
-    assert [line.split()[-1] for line in shown.splitlines() if " three" in line or " two!" in line or " 2" in line[-4:]][:3] == ["three", "two!", "2"]
+    told = [line.split()[-2:] for line in shown.splitlines() if line.endswith(("three", "two!", "step 3    2"))]
+    assert told == [["base", "three"], ["sft", "two!"], ["3", "2"]]
     assert [who for who, _ in state.earlier["1+1?"]] == ["base", "sft"]
     state.apply(ended("interrupted", time=210.0))
     assert "stage 2 interrupted in 0:10" in plain_text(render(state, View(), 80, 24))
@@ -204,7 +206,7 @@ def test_two_sides_stand_in_one_chart_each_in_its_style() -> None:
     lines = chart_pane(state, ("reward_chosen", "reward_rejected"), View(log_scale=True, ascii_only=True), 60, 12)
     assert plain_text(lines[:1]) == " reward chosen 1.00 rejected -2.00\n"  # no log scale: one side is below 0
     drawn = [(text.strip(), style) for line in lines[1:] for text, style in line if style in ("chosen", "rejected")]
-    assert len(drawn) == 2 and set(drawn[0][0]) == {"+"} and set(drawn[1][0]) == {"-"} and [style for _, style in drawn] == ["chosen", "rejected"]
+    assert [({*text}, style) for text, style in drawn] == [({"+"}, "chosen"), ({"-"}, "rejected")]
 
 
 def test_names_with_underscores_are_read_whole() -> None:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
+from lowrank_tune.algorithms import dpo
 from lowrank_tune.events import Note, RunEnded, RunStarted, StepDone, Validated
-from lowrank_tune.ui.diagnose import diagnose
+from lowrank_tune.ui.diagnose import COLLAPSED, diagnose
 from lowrank_tune.ui.state import State
 
 HEALTHY = {"loss": lambda s: 1 / (1 + s / 10), "grad_norm": lambda s: 0.5 + 0.1 * math.sin(s), "kl": lambda s: s / 100,
@@ -25,6 +26,22 @@ def after(steps: int, algorithm: str = "sft", validation: tuple[float, ...] = ()
         state.apply(StepDone(step=step, steps=steps, stats={name: of(step) for name, of in values.items()}, seconds=1.0, tokens=10))
     for index, value in enumerate(validation):
         state.apply(Validated(step=10 * (index + 1), stats={"validation_loss": value}))
+    return state
+
+
+PAIRS: Values = {"accuracy": lambda s: min(0.95, 0.5 + s / 40), "margin": lambda s: s / 10, "chosen_change": lambda s: -s / 100}
+"""Of a healthy run on pairs."""
+
+
+def told(state: State, **stats: float) -> State:
+    state.apply(Validated(step=state.step, stats=stats))
+    return state
+
+
+def checked(state: State, *accuracies: float) -> State:
+    """The same state after so many validations."""
+    for accuracy in accuracies:
+        told(state, validation_accuracy=accuracy)
     return state
 
 
@@ -48,8 +65,26 @@ def test_all_good_and_too_early() -> None:
         (after(40, loss=lambda s: 1 + s / 10), "bad: the loss rises"),
         (after(40, loss=lambda s: float("nan") if s == 40 else 1 / s), "bad: loss is not a number"),
         (after(40, grad_norm=lambda s: 0.5 if s < 38 else 50.0), "bad: the gradient norm explodes: 50, 100 times the usual"),
-        (after(40, kl=lambda s: 9.0), "warning: KL to the reference is 9 nats a token, above 5"),
+        (after(40, kl=lambda s: 9.0), "warning: KL to the reference is 9 nats a token, above 5: the policy has gone far; lower train"),
         (after(40, "grpo", kl=lambda s: 0.8), "warning: KL to the reference is 0.8 nats a token, above 0.5"),
+        (after(40, "dpo", kl=lambda s: 3.0, **PAIRS), "above 2: the policy has gone far; raise dpo.beta or lower train.learning_rate"),
+        (after(40, "dpo", **{**PAIRS, "chosen_change": lambda s: -s / 60}),
+         "bad: the chosen answers are unlearned: 0.65 nats a token less likely than under the reference: raise dpo.beta"),
+        (after(40, "dpo", **{**PAIRS, "accuracy": lambda s: 0.5, "margin": lambda s: 0.0}),
+         "not told apart: 50% of the training pairs are right, the margin does not grow: a higher train.learning_rate"),
+        (after(40, "dpo", **{**PAIRS, "accuracy": lambda s: 0.53}), "told apart: 53% of the training pairs are right, the margin grows slowly"),
+        (after(40, "reward", **{**PAIRS, "accuracy": lambda s: 0.2}),
+         "bad: the rejected answers win: 20% of the training pairs are right: are chosen"),
+        (after(40, "dpo", loss=lambda s: 0.693, **{**PAIRS, "accuracy": lambda s: 0.7}), "warning: the loss does not fall: 0.693 at first"),
+        (checked(after(40, "reward", **PAIRS), 0.6, 0.5, 0.52),
+         "warning: held-out pairs are not told apart: 54% are right, in training 95%: more or"),
+        (checked(after(40, "reward", **{**PAIRS, "accuracy": lambda s: 0.99}), 0.7, 0.9, 0.8, 0.82),
+         "warning: the reward model is sure of its training pairs (99% right) and worse at held-out ones (90% -> 81%): fewer steps"),
+        (told(after(40, "reward", **PAIRS), pairs_length_correlation=0.61),
+         "warning: the score follows the length of an answer (correlation +0.61): "
+         "longer ones win whatever they say: balance the lengths in the data"),
+        (told(after(40, "dpo", **PAIRS), pairs_length_correlation=-0.7),
+         "shorter ones win whatever they say: balance the lengths in the data, or set dpo.loss=sigmoid_norm"),
         (after(40, moved_share=lambda s: 0.0), "bad: nothing is learned: the last step moved 0.0% of the adapter"),
         (after(40, update_ratio=lambda s: 1e-12), "bad: nothing is learned"),
         (after(40, bad_steps=lambda s: 3.0), "warning: 3 of 40 steps had no finite loss or gradient and were skipped"),
@@ -71,10 +106,31 @@ def test_each_sentence(state: State, sentence: str) -> None:
         after(40, validation=(0.9, 0.5, 0.6, 0.6)),  # two worse ones may be chance
         after(40, validation=(0.9, 0.5, 0.501, 0.502, 0.501)),
         after(40, bad_steps=lambda s: 0.0),
+        after(40, "reward", **PAIRS),
+        after(40, "dpo", **PAIRS),
+        after(40, "dpo", **{**PAIRS, "chosen_change": lambda s: -0.45}),
+        after(40, "dpo", loss=lambda s: 0.2, **{**PAIRS, "accuracy": lambda s: 0.97}),  # told apart from the start: nowhere to fall
+        after(40, accuracy=lambda s: 0.5),  # of tokens: SFT has no pairs
+        checked(after(40, "reward", **{**PAIRS, "accuracy": lambda s: 0.99}), 0.88, 0.9, 0.88, 0.88),
+        checked(after(40, "dpo", **{**PAIRS, "accuracy": lambda s: 0.99}), 0.7, 0.9, 0.8, 0.82),
+        checked(after(40, "reward", **PAIRS), 0.5),  # one look may be chance
+        told(after(40, "reward", **PAIRS), pairs_length_correlation=0.49),
+        told(after(40, "reward", **PAIRS), pairs_length_correlation=math.nan),
     ],
 )
 def test_no_false_alarm(state: State) -> None:
     assert said(state).startswith("good: all good")
+
+
+def test_a_run_on_pairs_says_how_many_are_right() -> None:
+    assert "95% of the pairs right" in said(after(40, "dpo", **PAIRS))
+    assert "81% of the held-out pairs right" in said(checked(after(40, "reward", **PAIRS), 0.7, 0.81))
+    assert "right" not in said(after(40, accuracy=lambda s: 0.9))
+
+
+def test_the_limit_of_a_collapse_is_the_algorithms() -> None:
+    """Which this floor may not import, for it loads torch."""
+    assert COLLAPSED == dpo.COLLAPSED
 
 
 def test_dropped_rows_are_told() -> None:

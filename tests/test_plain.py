@@ -94,6 +94,36 @@ def test_statistics_in_order() -> None:
     assert show({"\x1b[2J": 1.0, "big": 1e7, "none": 0.0, "inf": math.inf}) == "\\x1b[2J 1.000  big 1.00e+07  none 0.000  inf inf"
 
 
+def test_what_a_line_of_preferences_says() -> None:
+    stats = {"loss": 0.6, "accuracy": 0.75, "margin": 0.5, "reward_chosen": 0.1, "reward_rejected": -0.4, "logp_chosen": -1.0,
+             "logp_rejected": -2.0, "chosen_change": -0.01, "kl": 0.02, "learning_rate": 1e-4}  # fmt: skip
+    assert show(stats) == "loss 0.600  accuracy 75.0 %  margin +0.500  chosen +0.100  rejected -0.400  kl 0.020  lr 1.0e-04"
+    assert show({"score_rejected": -1.0, "score_chosen": 2.0, "margin": 3.0}) == "margin +3.000  chosen +2.000  rejected -1.000"
+
+
+def test_validations_in_words() -> None:
+    pairs = {"pairs_accuracy": 0.9, "pairs_margin": 1.5, "pairs_calibration_error": 0.04, "pairs_length_correlation": 0.12,
+             "pairs_prefers_longer": 0.55}  # fmt: skip
+    assert shown(Validated(step=9, stats=pairs)) == (
+        "held-out pairs after step 9  accuracy 90.0 %  margin +1.500  calibration error 4.0 %  length correlation +0.12  "
+        "prefers the longer 55.0 %\n")
+    answers = {"heldout_my_sft_exact": 0.25, "heldout_my_sft_stopped": 1.0}
+    assert shown(Validated(step=9, stats=answers)) == "held-out answers of my_sft after step 9  exact 25.0 %  stopped 100.0 %\n"
+    mixed = {"validation_loss": 0.5, "pairs_accuracy": 0.9}
+    assert shown(Validated(step=9, stats=mixed, best=True)) == "validation after step 9  loss 0.500  pairs_accuracy 0.900  best so far\n"
+    assert shown(Validated(step=9, stats={})) == "validation after step 9  \n"
+
+
+def test_a_chain_and_its_pairs_in_lines() -> None:
+    start = RunStarted(name="x", algorithm="reward", model="m", roles={"reward": ["reward"], "reference": []}, reference="the base", steps=9,
+                       stage=2, stages=3)  # fmt: skip
+    sides = [Sampled(step=9, prompt="2+2?", completion=text, finish="stop", role=role, reward=reward)
+             for text, role, reward in (("four", "chosen", 1.25), ("five", "rejected", -0.5))]  # fmt: skip
+    assert shown(start, *sides, RunEnded(status="done", step=9, seconds=60.0)).splitlines() == [
+        "run x, stage 2 of 3: reward of m, 9 steps, 0 trained parameters", "  reward: reward", "  chosen   2+2? -> four  [score +1.250]",
+        "  rejected 2+2? -> five  [score -0.500]", "stage 2 of 3 done after step 9 in 1:00"]  # fmt: skip
+
+
 def test_remaining_time_counts_pauses() -> None:
     pace = Pace()
     assert pace.left(step(1, time=102.0, steps=11)) == 20.0  # the step's own seconds
@@ -225,3 +255,37 @@ def test_summary_says_how_and_where(tmp_path: Path) -> None:
         "  events.jsonl     everything that was measured",
     ]
     assert summary_table({}, tmp_path / "absent") == f"status     unknown\nin         {tmp_path / 'absent'}"
+
+
+def test_summary_of_pairs_and_of_a_chain(tmp_path: Path) -> None:
+    pairs = {"accuracy": 0.93, "calibration_error": 0.041, "length_correlation": -0.2}
+    figures = "accuracy 93.0 %  calibration error 4.1 %  length correlation -0.20"
+    lines = summary_table({"status": "done", "heldout_pairs": pairs}, tmp_path).splitlines()
+    assert lines == ["status     done", "held-out pairs", f"  {figures}", f"in         {tmp_path}"]
+    for name in ("1-sft", "report.html"):
+        (tmp_path / name).mkdir()
+    stages = [{"name": "sft", "folder": "1-sft", "algorithm": "sft", "status": "done", "step": 96, "steps": 96, "seconds": 70.0,
+               "last": {"loss": 0.4}, "best": {"loss": 0.2, "step": 54}},
+              {"name": "dpo", "folder": "2-dpo", "algorithm": "dpo", "status": "interrupted", "step": 3, "steps": 68,
+               "heldout_pairs": pairs}]  # fmt: skip
+    summary = {"status": "interrupted", "algorithm": "sft -> dpo", "seconds": 90.0, "stages": stages, "heldout": {"base": 0.016, "sft": 0.46},
+               "warnings": ["dpo: careful"]}  # fmt: skip
+    assert summary_table(summary, tmp_path).splitlines() == [
+        "status     interrupted", "seconds    1:30", "sft        sft: done, step 96 of 96 in 1:10", "  last       loss 0.400",
+        "  best       loss 0.200  (step 54)", "dpo        dpo: interrupted, step 3 of 68", "held-out exact answers", "  base         1.6 %",
+        "  sft          46.0 %", "held-out pairs", f"  dpo          {figures}", "warning    dpo: careful", f"in         {tmp_path}",
+        "  1-sft            stage sft: its own run folder, with its adapter in final",
+        "  report.html      curves, samples and warnings, for a browser",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_hostile_summary_is_inert(text: str, tmp_path: Path) -> None:
+    stage = {"name": text, "folder": text, "algorithm": text, "status": text, "step": text, "steps": 1, "seconds": text, "last": {text: 1.0},
+             "best": text, "heldout_pairs": {text: 1.0}}  # fmt: skip
+    summary = {"status": text, "stages": [stage, text, 1], "heldout": {text: 0.5, "x": {text: 0.5}}, "heldout_pairs": text,
+               "warnings": [text, 3]}  # fmt: skip
+    for each in (summary, {**summary, "stages": text, "heldout_pairs": {text: 1.0}, "warnings": text}):
+        out = summary_table(each, tmp_path)
+        assert not [char for char in out if char != "\n" and (unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or bidi(char))]
+        assert all(line and not line.startswith("c") for line in out.splitlines())

@@ -9,14 +9,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Note, RunEnded, StepDone
+from lowrank_tune.events import Event, Note, RunEnded, RunStarted, StepDone
 from lowrank_tune.sinks import line
 from lowrank_tune.ui.plain import clock
-from lowrank_tune.ui.watch import Tail, Watched, events_in, file_of, watch
+from lowrank_tune.ui.stages import stage_folders
+from lowrank_tune.ui.watch import Tail, Tails, Watched, events_in, file_of, files_of, watch
 from tests.test_live_screen import ENVIRON, Emulator, shell_is_sane
 
 RECORDED = (Path(__file__).parent / "recorded" / "demo.jsonl").read_bytes()
@@ -98,6 +100,111 @@ def test_a_pipe_gets_lines_without_an_escape_byte(run: Path) -> None:
     told = out.decode().splitlines()
     assert any(one.startswith("loading tiny-tutor") for one in told) and told[-1] == END and any("step 96/96" in one for one in told)
     assert b"no run to watch" in piped(str(run / "nothing")).communicate(timeout=60)[1]
+
+
+STARTS = [Note(message="a chain begins"), RunStarted(name="c", algorithm="sft", model="m", roles={}, reference="r", steps=2, stage=1, stages=2)]
+SECOND = RunStarted(name="c", algorithm="dpo", model="m", roles={}, reference="r", steps=2, stage=2, stages=2)
+
+
+def step(number: int) -> StepDone:
+    return StepDone(step=number, steps=2, stats={"loss": 1.0}, seconds=1.0, tokens=1)
+
+
+def ended(status: Literal["done", "interrupted", "failed"] = "done") -> RunEnded:
+    return RunEnded(status=status, step=2, seconds=2.0)
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Path:
+    """A chain of two stages of which none has begun."""
+    folder = tmp_path / "chain"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"version": 1, "recipe": {"name": "c", "stages": [{"name": "sft"}, {"name": "dpo"}]}}))
+    return folder
+
+
+def tell(folder: Path, *events: Event) -> None:
+    """Appends to a stage's events."""
+    folder.mkdir(exist_ok=True)
+    with (folder / "events.jsonl").open("ab") as file:
+        file.write(b"".join(map(line, events)))
+
+
+def test_a_chain_has_stages_and_a_run_is_its_own(chain: Path, run: Path) -> None:
+    assert stage_folders(chain) == [chain / "1-sft", chain / "2-dpo"] and stage_folders(run) == [run]
+    assert file_of(chain) == chain / "1-sft" / "events.jsonl"
+    for name in ("1-sft", "2-dpo"):
+        tell(chain / name, *STARTS)
+        assert file_of(chain) == chain / name / "events.jsonl" and stage_folders(chain / name) == [chain / name]
+
+
+@pytest.mark.parametrize("told", [b"", b"[[[", b"[]", b'{"recipe": 1}', b'{"recipe": {"stages": 3}}', b'{"recipe": {"stages": [1]}}', b"\xff",
+                                  b'{"recipe": {"stages": [{"name": "../../etc"}]}}', b'{"recipe": {"stages": [{"name": "a\\u0000"}]}}',
+                                  b'{"recipe": {"stages": []}}', b'{"recipe": {"stages": [{"name": "a"}, {}]}}', b"[" * 100_000])  # fmt: skip
+def test_what_is_no_chain(tmp_path: Path, told: bytes) -> None:
+    (tmp_path / "run.json").write_bytes(told)
+    assert stage_folders(tmp_path) == [tmp_path]
+    with pytest.raises(UserError, match="no run to watch"):
+        file_of(tmp_path)
+
+
+def test_the_screen_of_a_chain_moves_on_with_it(chain: Path) -> None:
+    watched = Watched(*files_of(chain))
+    assert not watched.poll() and watched.state.started is None
+    tell(chain / "1-sft", *STARTS, step(1), step(2), ended())
+    assert watched.poll() and watched.state.step == 2 and watched.state.ended is not None
+    tell(chain / "2-dpo", SECOND, step(1))
+    assert watched.poll() and watched.state.started == SECOND and watched.state.step == 1 and watched.state.ended is None
+    other = chain / "other"
+    other.write_bytes((chain / "1-sft" / "events.jsonl").read_bytes())
+    os.replace(other, chain / "1-sft" / "events.jsonl")  # begun anew: the whole chain is told again, in its order
+    assert watched.poll() and watched.state.started == SECOND and watched.state.step == 1 and not watched.poll()
+
+
+def test_stages_stay_in_order_where_the_first_is_long(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_tune.ui.watch.MOST_BYTES", 100)
+    tell(chain / "1-sft", *STARTS, step(1), step(2), ended())
+    tell(chain / "2-dpo", SECOND, step(1))
+    tails, seen = Tails(files_of(chain)), list[Event]()
+    for _ in range(200):
+        seen += tails.poll()[1]
+    assert [type(event) for event in seen] == [
+        Note, RunStarted, StepDone, StepDone, RunEnded, RunStarted, StepDone]  # fmt: skip
+    assert [event.stage for event in seen if isinstance(event, RunStarted)] == [1, 2]
+
+
+def test_a_pipe_follows_a_chain_to_the_end_of_its_last_stage(chain: Path) -> None:
+    tell(chain / "1-sft", *STARTS, step(1), step(2), ended())
+    process = piped(str(chain))
+    time.sleep(2.0)
+    assert process.poll() is None  # the end of a stage is not the end
+    tell(chain / "2-dpo", SECOND, step(1), step(2), ended())
+    out = process.communicate(timeout=60)[0].decode().splitlines()
+    assert "stage 1 of 2 done after step 2 in 0:02" in out and out[-1] == "stage 2 of 2 done after step 2 in 0:02"
+    assert out[0] == "a chain begins" and "\x1b" not in "".join(out)
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted"])
+def test_a_stage_that_breaks_ends_its_chain(chain: Path, run: Path, status: Literal["failed", "interrupted"]) -> None:
+    tell(chain / "1-sft", *STARTS, step(1), ended(status))
+    out = piped(str(chain), str(run)).communicate(timeout=60)[0].decode().splitlines()  # and the next run follows
+    assert f"stage 1 of 2 {status} after step 2 in 0:02" in out and out[-1] == END
+    tell(chain / "2-dpo", SECOND, ended())
+    assert piped(str(chain / "1-sft")).communicate(timeout=60)[0].decode().splitlines()[-1].startswith(f"stage 1 of 2 {status}")
+
+
+def test_a_chain_in_a_terminal(chain: Path) -> None:
+    emulator = Emulator("-m", "lowrank_tune", "watch", str(chain))
+    emulator.until("starting")
+    tell(chain / "1-sft", *STARTS, step(1))
+    emulator.until("stage 1 of 2: sft")
+    tell(chain / "1-sft", step(2), ended())
+    emulator.until("stage 1 done in 0:02")
+    tell(chain / "2-dpo", SECOND, step(1))
+    emulator.until("stage 2 of 2: dpo")
+    emulator.until("step 1/2 (50 %)")
+    emulator.press("q")
+    assert emulator.finish() == 0 and shell_is_sane(emulator)
 
 
 def test_a_pipe_follows_a_growing_file(run: Path) -> None:

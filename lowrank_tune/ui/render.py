@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowrank_tune.ui.diagnose import diagnose
-from lowrank_tune.ui.frame import Line, beside, fit, pad, said, wrap
+from lowrank_tune.ui.frame import Line, beside, fit, pad, said, width_of, wrap
 from lowrank_tune.ui.metrics import SIDE_TITLES, WITHOUT_REFERENCE
 from lowrank_tune.ui.panes import FOR_THE_RUN, KEYS, View, chart_names, chart_pane, help_pane, log_pane, sample_pane, written
 from lowrank_tune.ui.plain import SHOWN, clock
@@ -141,7 +141,7 @@ def _body(state: State, view: View, width: int, height: int) -> list[Line]:
     left_out = names[columns * rows :]
     grid = _charts(state, view, names[: columns * rows], columns, width, (rest - below - bool(left_out)) // rows)
     if left_out:
-        grid.append(_figures(state, left_out, view))
+        grid.append(_figures(state, left_out, view, width))
     return [*grid, *diagnoses, *_panes(state, view, width, height - len(grid) - len(diagnoses))]
 
 
@@ -155,16 +155,17 @@ def _charts(state: State, view: View, names: Sequence[Sequence[str]], columns: i
     return lines
 
 
-def _figures(state: State, charts: Sequence[Sequence[str]], view: View) -> Line:
-    """In one line what has no chart on a small screen."""
+def _figures(state: State, charts: Sequence[Sequence[str]], view: View, width: int) -> Line:
+    """In one line what has no chart on a small screen; sides of pairs last, for a figure that does not fit whole is left out."""
     line: Line = [(" ", "")]
-    for names in charts:
-        if len(names) > 1:
-            line.append((f"{SIDE_TITLES[names[0]]} ", "quiet"))
+    for names in sorted(charts, key=len):
+        part: Line = [(f"{SIDE_TITLES[names[0]]} ", "quiet")] if len(names) > 1 else []
         for name in names:
             label = SHOWN[name][0] if name in SHOWN else said(name, view.ascii_only)
             last = state.last(name)
-            line += [(f"{label} ", "quiet"), (f"{written(name, last)}   ", "")] if last is not None else []
+            part += [(f"{label} ", "quiet"), (f"{written(name, last)}   ", "")] if last is not None else []
+        if width_of(line) + width_of(part) <= width + 2:
+            line += part
     return line
 
 
