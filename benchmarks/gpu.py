@@ -1,6 +1,7 @@
-"""The kit on a real card: an NF4 model of a 7-8B shape with random weights, two timed steps of each algorithm, and what must hold.
+"""The kit on a real card: an NF4 model of a 7-8B shape with random weights, a few steps of each algorithm, and what must hold.
 
-    PYTHONPATH=. python benchmarks/gpu.py smoke                  # under 3 minutes on a card; memory capped to 24 GB where it has more
+    PYTHONPATH=. python benchmarks/gpu.py smoke                  # some minutes on a card; memory capped to 24 GB where it has more
+    PYTHONPATH=. python benchmarks/gpu.py smoke dpo --checkpointing off
     PYTHONPATH=. python benchmarks/gpu.py smoke --tiny           # the same code on the CPU, in seconds
 
 It needs torch, transformers, peft, accelerate and bitsandbytes, and nothing else: no network, no `datasets`, no pydantic. So it brings
@@ -14,24 +15,30 @@ import gc
 import json
 import math
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.reward import Reward
 from lowrank_tune.algorithms.sft import SFT
+from lowrank_tune.errors import RunFailed
 from lowrank_tune.events import Event, StepDone
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import Base, base_hashes, freeze, nf4, pick_device
+from lowrank_tune.model.heads import KEY as HEAD_KEY
 from lowrank_tune.model.logps import Head
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.train import Loop, Progress, make_optimizer
@@ -42,6 +49,12 @@ STEPS = WARM_UP + TIMED + 1
 """The first and the last step are logging steps (KL to the base, movement); the two between them are timed."""
 FP32_LOGITS = 2e-4
 """Most relative error of logits that left the matrix product in fp32. Rounded to bf16 they would be about 2e-3 off."""
+SHARED_LOGPS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Nats by which a shared prompt may move the log-prob of a token in the mean, or a score; another batch shape alone moves bf16 by 0.016."""
+SHARED_GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""The same for the gradient, relative."""
+LN2_OFF = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+"""How far the first loss of DPO and of a fresh reward model may be from ln 2."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -99,6 +112,7 @@ class Result:
     """What one algorithm did. `checks` are all true where the kit does what it promises."""
 
     algorithm: str
+    checkpointing: bool = True
     checks: dict[str, bool] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
 
@@ -143,22 +157,57 @@ def quantised_linear(linear: nn.Linear, dtype: torch.dtype, device: torch.device
     return made
 
 
-def random_rows(size: Size, vocabulary: int, step: int) -> Batch:
-    """Rows of random tokens; the second half of each is the assistant's. Every fourth row is a quarter shorter, so there is padding."""
-    generator = torch.Generator().manual_seed(step)
+def random_rows(size: Size, vocabulary: int, together: int = 1) -> Batch:
+    """Rows of random tokens; the second half of each is the assistant's. Every fourth row is a quarter shorter, so there is padding.
+
+    Rows of a pair (`together` 2) have the first half in common.
+    """
+    generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocabulary, (size.rows, size.length), generator=generator)
+    prompt = size.length // 2
+    first = torch.arange(size.rows) // together * together
+    ids[:, :prompt] = ids[first, :prompt]
+    ids[:, prompt] = 3 + torch.arange(size.rows) % (vocabulary - 3)  # so that what is in common ends here
     lengths = torch.tensor([size.length - size.length // 4 * (row % 4 == 3) for row in range(size.rows)])
     positions = torch.arange(size.length)
     attended = positions < lengths[:, None]
-    return Batch(ids, attended, attended & (positions >= size.length // 2))
+    batch = Batch(ids, attended, attended & (positions >= prompt))
+    if together > 1:
+        shared = torch.where(first == torch.arange(size.rows), 0, prompt)
+        batch.extra = {"shared": shared, "margin": torch.zeros(size.rows), "row": torch.arange(size.rows)}
+    return batch
 
 
-def sft(roles: Roles, rows: Callable[[int], Batch]) -> Algorithm:
+Rows = Callable[[int], Batch]
+
+
+def sft(roles: Roles, rows: Rows) -> Algorithm:
     return SFT(Kit(roles, rows))
 
 
-ALGORITHMS: dict[str, Callable[[Roles, Callable[[int], Batch]], Algorithm]] = {"sft": sft}
+def reward(roles: Roles, rows: Rows) -> Algorithm:
+    return Reward(Kit(roles, rows), centering=0.01)
+
+
+def dpo(roles: Roles, rows: Rows) -> Algorithm:
+    """With the log-probs of the reference computed before, a pair at a time: as a cache has them, in other shapes than training runs."""
+    known = {}
+    for step in range(STEPS):
+        batch = rows(step)
+        with roles.quiet():
+            parts = [roles.logps("reference", batch.take(torch.arange(at, at + 2)).to(roles.base.device)).logps.sum(dim=1).cpu()
+                     for at in range(0, len(batch), 2)]  # fmt: skip
+        batch.extra["reference"] = torch.cat(parts)
+        known[step] = batch
+    return DPO(Kit(roles, known.__getitem__))
+
+
+ALGORITHMS: dict[str, Callable[[Roles, Rows], Algorithm]] = {"sft": sft, "reward": reward, "dpo": dpo}
 """Name -> maker. An algorithm that lands adds its line here; what it needs beside rows it makes up in its maker."""
+TRAINED = {"reward": "reward"}
+"""The trained role, where it is not the policy."""
+HEADS, PAIRED = {"reward"}, {"reward", "dpo"}
+"""Roles with a scalar head, and algorithms that learn from pairs."""
 
 
 @contextmanager
@@ -178,17 +227,23 @@ def counted_forwards(model: Any) -> Iterator[list[int]]:
             handle.remove()
 
 
-def smoke(name: str, base: Base, size: Size) -> Result:
-    """Four steps of one algorithm with the kit's own loop and roles, and everything that must hold of them."""
-    result, device, model = Result(name), base.device, base.model
+def make_roles(base: Base, role: str, checkpointing: bool, seed: int = 0) -> Roles:
+    return Roles(base, {role: lora_config(Adapter(), base.model)}, [role], {role: [role], "reference": []},  # type: ignore[arg-type]
+                 checkpointing, seed, HEADS & {role})  # fmt: skip
+
+
+def smoke(name: str, base: Base, size: Size, checkpointing: bool = True) -> Result:
+    """Four steps of one algorithm with the kit's own loop and roles, on the same rows, and everything that must hold of them."""
+    result, device, model = Result(name, checkpointing), base.device, base.model
+    checks, figures = result.checks, result.figures
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     layers = list(model.get_decoder().layers)
     before = [base_hashes(layer) for layer in (layers[0], layers[-1])]
-    vocabulary = model.config.vocab_size
-    roles = Roles(base, {"policy": lora_config(Adapter(), model)}, ["policy"],  # type: ignore[arg-type]
-                  {"policy": ["policy"], "reference": []}, checkpointing=True)  # fmt: skip
-    parameters = roles.parameters("policy")
+    role, together = TRAINED.get(name, "policy"), 2 if name in PAIRED else 1
+    roles = make_roles(base, role, checkpointing)
+    parameters = roles.parameters(role)
     start = [parameter.detach().clone() for parameter in parameters]
-    train = Train(micro_batch_size=size.micro)
+    train = Train(micro_batch_size=size.micro // together)
     events: list[StepDone] = []
     borders: list[tuple[float, int]] = []
 
@@ -196,6 +251,8 @@ def smoke(name: str, base: Base, size: Size) -> Result:
         if isinstance(event, StepDone):
             events.append(event)
 
+    algorithm = ALGORITHMS[name](roles, lambda step: random_rows(size, model.config.vocab_size, together))
+    batch = algorithm.collect(0).batch
     reset_peak(device)
     with counted_forwards(model) as count:
 
@@ -203,27 +260,87 @@ def smoke(name: str, base: Base, size: Size) -> Result:
             synchronise(device)
             borders.append((time.perf_counter(), count[0]))
 
-        algorithm = ALGORITHMS[name](roles, lambda step: random_rows(size, vocabulary, step))
         loop = Loop(algorithm, parameters, make_optimizer(parameters, train, device),  # type: ignore[arg-type]
                     train, STEPS, 0, device, emit, at_border)  # type: ignore[arg-type]  # fmt: skip
-        loop.run()
+        try:
+            loop.run()
+        except RunFailed as fault:
+            print(f"{name}: {fault}", file=sys.stderr)
+            checks["ran, with the right reference"] = False
+            return result
+    figures["peak GiB"] = peak_gib(device)
     seconds, forwards = (borders[-2][i] - borders[WARM_UP - 1][i] for i in (0, 1))
-    batches = [random_rows(size, vocabulary, step) for step in range(WARM_UP, WARM_UP + TIMED)]
-    passes = sum(len(list(batch.split(train.micro_batch_size))) for batch in batches) * len(layers)
-    result.checks["loss is finite"] = all(math.isfinite(event.stats["loss"]) for event in events)
-    result.checks["policy starts at the base (KL 0)"] = abs(events[0].stats["kl"]) <= 1e-6
-    result.checks["adapters are fp32"] = all(parameter.dtype == torch.float32 for parameter in parameters)
-    result.checks["adapters moved"] = all(bool((now != then).any()) for now, then in zip(parameters, start, strict=True))
-    result.checks["base is unchanged"] = before == [base_hashes(layer) for layer in (layers[0], layers[-1])]
-    result.checks["layers were recomputed"] = forwards == 2 * passes
-    result.checks["linears are 4-bit"] = four_bit(layers[0])
-    result.checks.update(logits_check(roles, batches[0], result.figures))
-    tokens = sum(int(batch.attended.sum()) for batch in batches)
-    result.figures |= {"loss at first step": events[0].stats["loss"], "loss at last step": events[-1].stats["loss"],
-                       "seconds a step": seconds / TIMED, "tokens a second": tokens / seconds,
-                       "teraflop/s, recomputation counted": work(base, roles, batches, size.micro) / seconds / 1e12,
-                       "layer forwards a pass": forwards / passes, "peak GiB": peak_gib(device)}  # fmt: skip
+    micros = list(batch.split(size.micro, together=together))
+    losses = [event.stats["loss"] for event in events]
+    checks["ran, with the right reference"] = True
+    checks["loss is finite"] = all(math.isfinite(loss) for loss in losses)
+    checks["loss falls"] = losses[-1] < losses[0]
+    checks["adapters are fp32"] = all(parameter.dtype == torch.float32 for parameter in parameters)
+    checks["adapters moved"] = all(bool((now != then).any()) for now, then in zip(parameters, start, strict=True))
+    checks["base is unchanged"] = before == [base_hashes(layer) for layer in (layers[0], layers[-1])]
+    passes = TIMED * len(micros) * len(layers)
+    checks["layers were recomputed" if checkpointing else "layers ran once"] = forwards == (1 + checkpointing) * passes
+    checks["linears are 4-bit"] = four_bit(layers[0])
+    if "kl" in events[0].stats:
+        figures["KL after the last step but one"] = events[-1].stats["kl"]
+        checks["policy starts at the base (KL 0)"] = abs(events[0].stats["kl"]) <= 1e-6
+        checks["KL is not negative, and grows"] = events[-1].stats["kl"] > 0
+    if name in PAIRED:
+        checks["loss starts at ln 2"] = abs(losses[0] - math.log(2)) <= LN2_OFF[dtype]
+        sharing_check(roles, role, algorithm, micros[0].to(device), dtype, result)
+    checks.update(logits_check(roles, role, batch, figures))
+    tokens = TIMED * int(batch.attended.sum())
+    done = TIMED * work(base, roles, role, micros, checkpointing)
+    figures |= {"loss at first step": losses[0], "loss at last step": losses[-1], "seconds a step": seconds / TIMED,
+                "tokens a second": tokens / seconds, "teraflop/s": done / seconds / 1e12,
+                "layer forwards a pass": forwards / passes}  # fmt: skip
+    checks["saved and reloaded, it says the same"] = survives_saving(base, roles, role, micros[0].to(device))
     return result
+
+
+def voiced(roles: Roles, role: str, batch: Batch) -> Tensor:
+    """What a role says of rows, without a graph: scores (B,), or log-probs (B, T)."""
+    with roles.quiet():
+        return roles.last_scores(role, batch) if role in roles.heads else roles.logps(role, batch).logps
+
+
+def sharing_check(roles: Roles, role: str, algorithm: Algorithm, micro: Batch, dtype: torch.dtype, result: Result) -> None:
+    """A pair's prompt goes through the model once, and what comes out is what comes out of whole rows."""
+    tree = roles._tree(micro)
+    result.checks["prompts are shared"] = tree is not None
+    if tree is None:
+        return
+    result.figures["share of the rows' slots"] = tree.ids.numel() / micro.ids.numel()
+    micro.weight = algorithm.weigh(micro)
+    said, gradients = [], []
+    for roles.share in (False, True):
+        said.append(voiced(roles, role, micro))
+        for term in algorithm.terms(micro):
+            term.loss.backward()  # type: ignore[no-untyped-call]
+        gradients.append(torch.cat([parameter.grad.flatten().float() for parameter in roles.parameters(role) if parameter.grad is not None]))
+        for parameter in roles.parameters(role):
+            parameter.grad = None
+    difference = (said[0] - said[1]).abs()
+    apart = float(difference.mean() if said[0].ndim == 1 else difference[micro.scored].mean())
+    bent = float(torch.linalg.vector_norm(gradients[0] - gradients[1]) / torch.linalg.vector_norm(gradients[0]))
+    result.figures |= {"shared against whole, mean": apart, "shared against whole, gradient": bent}
+    result.checks["shared prompts change nothing"] = apart <= SHARED_LOGPS[dtype] and bent <= SHARED_GRADIENT[dtype]
+
+
+def survives_saving(base: Base, roles: Roles, role: str, batch: Batch) -> bool:
+    """Adapter and head through a file into roles that were made anew: what they say is the same bit for bit. Releases the roles."""
+    said, tensors = voiced(roles, role, batch), roles.adapter_tensors(role)
+    roles.release()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "adapter_model.safetensors"
+        save_file(tensors, file)
+        again = make_roles(base, role, checkpointing=False, seed=1)
+        differs = not torch.equal(voiced(again, role, batch), said)
+        again.load_adapter_tensors(role, load_file(file), str(file))
+    back = again.adapter_tensors(role)
+    same = all(torch.equal(back[name], tensor) for name, tensor in tensors.items()) and torch.equal(voiced(again, role, batch), said)
+    again.release()
+    return differs and same and (role not in HEADS or tensors[HEAD_KEY].dtype == torch.float32)
 
 
 def four_bit(layer: nn.Module) -> bool:
@@ -234,11 +351,11 @@ def four_bit(layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def logits_check(roles: Roles, batch: Batch, figures: dict[str, float]) -> dict[str, bool]:
+def logits_check(roles: Roles, role: str, batch: Batch, figures: dict[str, float]) -> dict[str, bool]:
     """The head's logits against an fp32 product of the same numbers, on 8 positions and the first 4,096 words."""
     one = batch.take(torch.tensor([0])).to(roles.base.device)
     with roles.quiet():
-        hidden = roles.hidden("policy", one)[0, :8]
+        hidden = roles.hidden(role, one)[0, :8]
     weight = roles.head.weight[:4096]
     ours = Head(weight).logits(hidden)
     truth = hidden.float() @ weight.float().T
@@ -251,22 +368,25 @@ def logits_check(roles: Roles, batch: Batch, figures: dict[str, float]) -> dict[
     return {"logits are fp32": ours.dtype == torch.float32, "logits left the product in fp32": exact}
 
 
-def work(base: Base, roles: Roles, batches: list[Batch], micro: int) -> float:
-    """Floating-point operations that the model's matrix products took in these steps, padding and recomputation counted.
+def work(base: Base, roles: Roles, role: str, micros: list[Batch], checkpointing: bool) -> float:
+    """Floating-point operations that the model's matrix products take for these micro-batches; padding and recomputation counted, a shared
+    prompt once.
 
-    A frozen linear is run forward, recomputed, and run backward for its input only: 3 products; an adapter has one more, for its own
+    A frozen linear is run forward, perhaps again, and backward for its input only: 2 or 3 products; an adapter has one more, for its own
     gradient. Attention is counted as causal, its backward twice its forward. The head sees scored positions only, twice.
     """
     config = base.model.config
     linears = [module for module in base.model.get_decoder().modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     linear = sum(module.in_features * module.out_features for module in linears)
-    adapter = sum(parameter.numel() for parameter in roles.parameters("policy"))
+    adapter = sum(parameter.numel() for name, parameter in roles.named_parameters(role).items() if "lora_" in name)
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    total = 0.0
-    for batch in batches:
-        for part in batch.split(micro):
-            rows, length = part.ids.shape
-            total += rows * length * (6.0 * linear + 8.0 * adapter + 4 * 2.0 * length * width * config.num_hidden_layers)
+    forwards, total = 1 + checkpointing, 0.0
+    for part in micros:
+        tree = roles._tree(part)
+        rows, length = part.ids.shape if tree is None else tree.ids.shape
+        attention = (forwards + 2) * 2.0 * length * width * config.num_hidden_layers
+        total += rows * length * (2.0 * (forwards + 1) * linear + 2.0 * (forwards + 2) * adapter + attention)
+        if role not in HEADS:
             total += int(part.scored.sum()) * 4.0 * config.vocab_size * config.hidden_size
     return total
 
@@ -331,22 +451,23 @@ def run_smoke(options: argparse.Namespace) -> int:
     machine = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "torch": torch.__version__,
                "bitsandbytes": bitsandbytes.__version__, "memory cap GiB": cap, "roof TFLOP/s": roof(device)}  # fmt: skip
     shape = dict(SHAPES["tiny" if options.tiny else options.shape])
+    reset_peak(device)
+    building = time.perf_counter()
+    config = AutoConfig.for_model(**shape, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    base = freeze(build_model(config, device), tokenizer=None, name="random", bits=4)
+    synchronise(device)
+    machine |= {"seconds to build": time.perf_counter() - building, "peak GiB while building": peak_gib(device)}
     results = []
     for name in options.algorithms or ALGORITHMS:
-        # A fresh base for each: roles wrap the base's modules for good.
-        reset_peak(device)
-        building = time.perf_counter()
-        config = AutoConfig.for_model(**shape, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-        base = freeze(build_model(config, device), tokenizer=None, name="random", bits=4)
-        synchronise(device)
-        building, built_gib = time.perf_counter() - building, peak_gib(device)
-        result = smoke(name, base, size)
-        result.figures |= {"seconds to build": building, "peak GiB while building": built_gib}
-        result.figures["share of the roof"] = result.figures["teraflop/s, recomputation counted"] / float(machine["roof TFLOP/s"])
-        if cap is not None:
-            result.checks["peak is under the cap"] = result.figures["peak GiB"] <= cap
-        results.append(result)
-        del base
+        for checkpointing in {"on": [True], "off": [False], "both": [True, False]}[options.checkpointing]:
+            # All stand on one base, one after the other. Where activations are kept, a pair at most goes through at once.
+            here = size if checkpointing else replace(size, micro=min(size.micro, 2))
+            result = smoke(name, base, here, checkpointing)
+            if "teraflop/s" in result.figures:
+                result.figures["share of the roof"] = result.figures["teraflop/s"] / float(machine["roof TFLOP/s"])
+            if cap is not None:
+                result.checks["peak is under the cap"] = result.figures.get("peak GiB", math.inf) <= cap
+            results.append(result)
     machine["seconds in all"] = time.perf_counter() - begun
     print_results(machine, results, "tiny" if options.tiny else options.shape, size)
     if options.json:
@@ -356,14 +477,15 @@ def run_smoke(options: argparse.Namespace) -> int:
 
 
 def print_results(machine: dict[str, Any], results: list[Result], shape: str, size: Size) -> None:
-    print(f"{shape}, NF4, random weights; {size.rows} rows of at most {size.length} tokens a step, {size.micro} at once, checkpointing on")
+    print(f"{shape}, NF4, random weights; {size.rows} rows of at most {size.length} tokens a step, {size.micro} at once, 2 where activations "
+          "are kept")  # fmt: skip
     print("; ".join(f"{name} {show(value)}" for name, value in machine.items() if value is not None))
     for result in results:
-        print(f"\n{result.algorithm}")
+        print(f"\n{result.algorithm}, checkpointing {'on' if result.checkpointing else 'off'}")
         for name, value in result.figures.items():
-            print(f"  {name:<34} {show(value):>14}")
+            print(f"  {name:<38} {show(value):>14}")
         for name, held in result.checks.items():
-            print(f"  {name:<34} {'yes' if held else 'NO':>14}")
+            print(f"  {name:<38} {'yes' if held else 'NO':>14}")
 
 
 def show(value: Any) -> str:
@@ -375,10 +497,11 @@ def show(value: Any) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("smoke", help="two timed steps of each algorithm on a 7-8B shape")
+    command = commands.add_parser("smoke", help="a few steps of each algorithm on a 7-8B shape")
     command.add_argument("algorithms", nargs="*", help=f"which ones; all where none is named: {', '.join(ALGORITHMS)}")
     command.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU, in fp32")
     command.add_argument("--shape", choices=[name for name in SHAPES if name != "tiny"], default="llama-3.1-8b")
+    command.add_argument("--checkpointing", choices=("on", "off", "both"), default="both", help="recompute activations")
     command.add_argument("--rows", type=int, default=8, help="rows of an optimizer step")
     command.add_argument("--micro-batch", type=int, default=4, help="rows at once")
     command.add_argument("--length", type=int, default=1024, help="tokens of a row")
