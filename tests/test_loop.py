@@ -7,15 +7,21 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from models import CPU, changed, llama_roles, ragged, same_bytes, sft_over, shake
+from models import CPU, changed, far, llama_roles, load, ragged, reward_roles, same_bytes, sft_over, shake
+from test_dpo import pair_batch, pair_rows
 from torch import Tensor, nn
 
 from lowrank_tune import settings
 from lowrank_tune import train as train_module
+from lowrank_tune.algorithms.dpo import DPO
+from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.reward import Reward
 from lowrank_tune.errors import RunFailed
 from lowrank_tune.events import Event, Note, StepDone
 from lowrank_tune.model.roles import Roles
@@ -32,6 +38,8 @@ class Toy:
         self.weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0, 0.5]))
         self.gradients, self.losses, self.parts = gradients or {}, losses or {}, parts
         self.step, self.observed, self.collected, self.asked = -1, list[int](), list[int](), 0
+        self.checks: list[tuple[int, list[float]]] = []
+        self.worries: Mapping[int, list[str]] = {}
 
     def collect(self, step: int) -> Experience:
         self.step = step
@@ -50,6 +58,16 @@ class Toy:
     def observe(self, micro: Batch) -> Stats:
         self.observed.append(self.step)
         return {"kl": Mean(0.0, 1)}
+
+    def measure(self, micro: Batch) -> Stats:
+        return {"loss": Mean(1.0, 1)}
+
+    def check(self, micro: Batch, step: int) -> None:
+        self.checks.append((step, self.weight.tolist()))
+        torch.rand(3)  # whatever it draws must not be missing later
+
+    def warnings(self, figures: Mapping[str, float]) -> Iterator[str]:
+        yield from self.worries.get(self.step, ())
 
     def go_on(self, stats: Stats) -> bool:
         self.asked += 1
@@ -314,44 +332,165 @@ def test_a_paused_loop_still_saves_on_demand() -> None:
     assert loop.run() and saved == [0, 1, 2]
 
 
+# --- the algorithm's own check and worries -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_each_start_is_checked_once_before_anything_moves(start: int) -> None:
+    toy = Toy()
+    begun = toy.weight.tolist()
+    loop, _ = toy_loop(toy, steps=4)
+    loop.progress.step = start
+    loop.run()
+    assert toy.checks == [(start, begun)]
+
+
+def test_a_check_that_fails_ends_the_run_before_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Toy, micro: Batch, step: int) -> None:
+        raise RunFailed("the reference is not what it must be")
+
+    monkeypatch.setattr(Toy, "check", refuse)
+    toy = Toy()
+    before = toy.weight.detach().clone()
+    loop, events = toy_loop(toy)
+    with pytest.raises(RunFailed, match="reference"):
+        loop.run()
+    assert same_bytes(before, toy.weight.detach()) and events == [] and not loop.optimizer.state
+
+
+def drawn_after_the_check(draws: bool) -> list[float]:
+    """What the step draws, where the check drew or not."""
+    toy, drawn = Toy(), list[float]()
+
+    def weigh(batch: Batch) -> Tensor:
+        drawn.append(float(torch.rand(())))
+        return batch.scored.float()
+
+    toy.weigh = weigh  # type: ignore[method-assign]
+    if not draws:
+        toy.check = lambda micro, step: None  # type: ignore[method-assign]
+    toy_loop(toy, steps=2)[0].run()
+    return drawn
+
+
+def test_a_check_leaves_the_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drawn_after_the_check(True) == drawn_after_the_check(False)
+    monkeypatch.setattr(train_module.torch.random, "fork_rng", lambda devices: nullcontext())
+    assert drawn_after_the_check(True) != drawn_after_the_check(False)
+
+
+def test_each_kind_of_worry_is_told_once() -> None:
+    toy = Toy(losses={3: math.nan})
+    toy.worries = {1: ["it collapses, by 0.6"], 2: ["it collapses, by 0.7", "it is flat, at 0"], 3: ["it is broken, now"]}
+    _, events = done(toy_loop(toy, steps=4))
+    assert warnings_of(events)[:2] == ["step 2: it collapses, by 0.6", "step 3: it is flat, at 0"]
+    assert not any("broken, now" in message for message in warnings_of(events)), "a step that changed nothing has no figures to worry about"
+
+
+def done(loop_and_events: tuple[Loop, list[Event]]) -> tuple[Loop, list[Event]]:
+    loop_and_events[0].run()
+    return loop_and_events
+
+
 # --- a step is drawn again just so -----------------------------------------------------------------------------------------------------
 
 
-def sft_loop(dropout: float = 0.3, steps: int = 4, **train: Any) -> tuple[Loop, Roles, list[Event]]:
-    roles = llama_roles(16, dropout=dropout, checkpointing=True)
-    loop, events = loop_over(sft_over(roles), roles.parameters("policy"), steps, **{"learning_rate": 1e-2, "micro_batch_size": 3} | train)
-    return loop, roles, events
+ALGORITHMS = ("sft", "reward", "dpo")
 
 
-def redrawn_step_differs() -> set[str]:
+def algorithm_over(name: str, dropout: float) -> tuple[Any, Roles, str]:
+    """An algorithm over a tiny model with rows of its own for every step, its roles, and the role that it trains."""
+    if name == "sft":
+        roles = llama_roles(16, dropout=dropout, checkpointing=True)
+        return sft_over(roles), roles, "policy"
+    if name == "reward":
+        roles = reward_roles(load(16), dropout=dropout, checkpointing=True)
+        return Reward(Kit(roles, pairs_of)), roles, "reward"
+    roles = llama_roles(16, checkpointing=True)  # dropout is a fault there
+
+    def rows(step: int) -> Batch:
+        batch = pairs_of(step)
+        with roles.quiet():
+            batch.extra["reference"] = roles.logps("reference", batch).logps.sum(dim=1)
+        return batch
+
+    return DPO(Kit(roles, rows), sft=0.1), roles, "policy"
+
+
+def pairs_of(step: int) -> Batch:
+    rows, says = pair_rows(seed=step)
+    return pair_batch(rows, says)
+
+
+def loop_of(name: str = "sft", dropout: float = 0.3, steps: int = 4, **train: Any) -> tuple[Loop, Roles, str, list[Event]]:
+    algorithm, roles, role = algorithm_over(name, dropout)
+    loop, events = loop_over(algorithm, roles.parameters(role), steps, **{"learning_rate": 1e-2, "micro_batch_size": 3} | train)
+    return loop, roles, role, events
+
+
+def redrawn_step_differs(name: str) -> set[str]:
     """Adapter tensors in which a run that was killed after step 2 and goes on differs from the straight run."""
-    straight, roles, _ = sft_loop()
+    straight, roles, role, _ = loop_of(name)
     kept: dict[str, Any] = {}
 
     def border(progress: Progress, last: bool) -> None:
         if progress.step == 2:
-            kept.update(tensors=roles.adapter_tensors("policy"), optimizer=copy.deepcopy(straight.optimizer.state_dict()))
+            kept.update(tensors=roles.adapter_tensors(role), optimizer=copy.deepcopy(straight.optimizer.state_dict()))
 
     straight.at_border = border
     straight.run()
-    again, others, _ = sft_loop()
+    again, others, _, _ = loop_of(name)
     torch.rand(5)  # the global stream stands elsewhere in a new process
-    others.load_adapter_tensors("policy", kept["tensors"], "here")
+    others.load_adapter_tensors(role, kept["tensors"], "here")
     again.optimizer.load_state_dict(kept["optimizer"])
     again.progress = Progress(step=2)
     again.run()
-    return changed(roles.adapter_tensors("policy"), others.adapter_tensors("policy"))
+    return changed(roles.adapter_tensors(role), others.adapter_tensors(role))
 
 
-def test_a_lost_step_is_drawn_again_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert redrawn_step_differs() == set()
-    monkeypatch.setattr(train_module, "step_seed", lambda seed, step: int(torch.randint(1 << 40, ())))
-    assert redrawn_step_differs() != set()
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_lost_step_is_drawn_again_bit_for_bit(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert redrawn_step_differs(name) == set()
+    if name != "dpo":  # which draws nothing at random but its rows
+        monkeypatch.setattr(train_module, "step_seed", lambda seed, step: int(torch.randint(1 << 40, ())))
+        assert redrawn_step_differs(name) != set()
 
 
-def test_a_step_without_its_optimizer_state_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_step_without_its_optimizer_state_is_seen(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
-    assert redrawn_step_differs() != set()
+    assert redrawn_step_differs(name) != set()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_any_micro_batch_size_learns_the_same(name: str) -> None:
+    """Three whole steps, optimizer and clipping included, with micro-batches of one unit, of two, of a token budget, and of all."""
+    found = []
+    by_tokens = {"micro_batch_size": None, "micro_batch_tokens": 30}
+    for split in ({"micro_batch_size": 1}, {"micro_batch_size": 2}, by_tokens, {"micro_batch_size": 50}):
+        loop, roles, role, events = loop_of(name, dropout=0.0, steps=3, **split)
+        shake(roles, role, size=0.05)
+        loop.algorithm.kit = replace(loop.algorithm.kit, fresh=False)  # type: ignore[attr-defined]
+        loop.optimizer = torch.optim.SGD(loop.parameters, lr=0.0)  # AdamW's first step is a sign, which noise around 0 turns
+        loop.run()
+        tensors = torch.cat([tensor.flatten() for tensor in roles.adapter_tensors(role).values()])
+        found.append((tensors, [event.stats["loss"] for event in steps_of(events)], [event.stats["grad_norm"] for event in steps_of(events)]))
+    for tensors, losses, norms in found[1:]:
+        assert far(tensors, found[0][0]) < 1e-6
+        assert losses == pytest.approx(found[0][1], rel=1e-5) and norms == pytest.approx(found[0][2], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_loop_learns_and_tells_the_same_figures_every_step(name: str) -> None:
+    """The trained tensors move, nothing else does, and each step has every figure of the algorithm, finite."""
+    loop, roles, role, events = loop_of(name, dropout=0.0)
+    frozen = {n: p.detach().clone() for n, p in roles.base.model.named_parameters() if not p.requires_grad}
+    before = roles.adapter_tensors(role)
+    loop.run()
+    assert changed(before, roles.adapter_tensors(role)) == before.keys()
+    assert changed(frozen, {n: p.detach() for n, p in roles.base.model.named_parameters() if not p.requires_grad}) == set()
+    assert len({frozenset(event.stats) for event in steps_of(events)}) == 1
+    assert all(math.isfinite(value) for event in steps_of(events) for value in event.stats.values())
 
 
 def test_seeds_of_steps_differ() -> None:
@@ -363,17 +502,17 @@ def test_seeds_of_steps_differ() -> None:
 # --- is anything learned? --------------------------------------------------------------------------------------------------------------
 
 
-def warned_about_learning(rate: float, schedule: str = "constant", steps: int = 8, **more: Any) -> list[str]:
-    loop, roles, events = sft_loop(dropout=0.0, steps=steps, learning_rate=rate, schedule=schedule, **more)
-    if more:
-        shake(roles, "policy")
+def warned_about_learning(rate: float, schedule: str = "constant", name: str = "sft") -> list[str]:
+    loop, _, _, events = loop_of(name, dropout=0.0, steps=8, learning_rate=rate, schedule=schedule)
     loop.run()
     return [message for message in warnings_of(events) if "nothing is being learned" in message]
 
 
-def test_a_rate_at_which_nothing_is_learned_is_told_once() -> None:
-    assert len(warned_about_learning(1e-30)) == 1
-    assert len(warned_about_learning(1e-12)) == 1
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_rate_at_which_nothing_is_learned_is_told_once(name: str) -> None:
+    assert len(warned_about_learning(1e-30, name=name)) == 1
+    assert len(warned_about_learning(1e-12, name=name)) == 1
+    assert warned_about_learning(1e-3, name=name) == []
 
 
 def test_a_rate_that_learns_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
