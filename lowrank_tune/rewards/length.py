@@ -1,0 +1,21 @@
+"""`length`: completions near a number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lowrank_tune.rewards.protocol import Item, Score
+
+
+@dataclass(frozen=True)
+class Length:
+    """1 up to `target_tokens`, falling in a straight line to 0 at twice as many."""
+
+    name: str
+    target_tokens: int
+    judges: ClassVar[bool] = False
+
+    def score(self, items: Sequence[Item]) -> list[Score]:
+        return [Score(min(1.0, max(0.0, 2.0 - item.tokens / self.target_tokens)), "graded") for item in items]

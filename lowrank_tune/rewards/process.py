@@ -1,0 +1,96 @@
+"""The parent's side of a worker: start it, ask it with a deadline, kill it with all that it started."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SCRIPT = Path(__file__).with_name("worker.py")
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+"""Sets come in one order in every worker and every run, the card stays the trainer's, and workers do not fight over cores."""
+
+
+class Overdue(Exception):
+    """No reply in time."""
+
+
+class Died(Exception):
+    """The worker ended without a reply; the message says how."""
+
+
+class Worker:
+    """One worker process. It must be made by a thread that lives as long as it: the kernel kills it when that thread ends."""
+
+    def __init__(self) -> None:
+        self._channel, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-P", "-B", str(SCRIPT), str(theirs.fileno()), str(os.getpid())]
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], env={**os.environ, **ENVIRONMENT}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, start_new_session=True,  # a session of its own: Ctrl-C is for the run, which finishes its step
+            )  # fmt: skip
+        self._unread = b""
+
+    def load(self, jobs: Sequence[Mapping[str, Any]], seconds: float) -> list[str | None]:
+        """Has the jobs loaded: for each a sentence where it could not be, else None."""
+        try:
+            faults: list[str | None] = self.ask(jobs, seconds)["faults"]
+        except Overdue:
+            raise Died(f"was not ready within {seconds:g} s") from None
+        return faults
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, message: object, seconds: float) -> dict[str, Any]:
+        """The worker's reply. Raises Overdue or Died; after either the worker is of no more use."""
+        deadline = time.monotonic() + seconds
+        try:
+            # What JSON has no word for (a date, bytes) arrives as text; ASCII, so that lone surrogates travel too.
+            self._wait(deadline)
+            self._channel.sendall(json.dumps(message, default=str).encode() + b"\n")
+            while b"\n" not in self._unread:
+                self._wait(deadline)
+                if not (more := self._channel.recv(1 << 16)):
+                    raise Died(self._how())
+                self._unread += more
+        except TimeoutError:
+            raise Overdue from None
+        except OSError:
+            raise Died(self._how()) from None
+        line, _, self._unread = self._unread.partition(b"\n")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def _wait(self, deadline: float) -> None:
+        self._channel.settimeout(max(1e-3, deadline - time.monotonic()))
+
+    def _how(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(1.0)
+            return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended its process with code {code}"
+        return "closed its connection"
+
+    def end(self) -> None:
+        """Ends the worker and what it started in its session; whoever waits for its reply is told that it died. From any thread."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RDWR)
+
+    def kill(self) -> None:
+        """Ends the worker and clears up after it. Only for the thread that asks it."""
+        self.end()
+        self._process.wait()
+        self._channel.close()

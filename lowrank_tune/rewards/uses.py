@@ -1,0 +1,100 @@
+"""From a recipe's `rewards` to rewards with names and weights, and from their scores to the figure that trains."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowrank_tune.errors import Fault, Faults, RunFailed, UserError, did_you_mean
+from lowrank_tune.rewards.answer import Answer
+from lowrank_tune.rewards.length import Length
+from lowrank_tune.rewards.own import is_own, read_own
+from lowrank_tune.rewards.protocol import Reward, Score
+from lowrank_tune.rewards.shape import Shape
+from lowrank_tune.settings import RewardUse
+
+KNOWN = ("answer", "format", "length")
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A reward under a name of its own, and what it counts for."""
+
+    name: str
+    weight: float
+    reward: Reward
+
+
+def make(uses: Sequence[RewardUse], folder: Path) -> list[Weighted]:
+    """The rewards of a recipe; files of functions are looked for from `folder`. Raises Faults with everything that is wrong."""
+    if not uses:
+        raise UserError("`rewards` is empty; name at least one, as `[{use: answer}]`")
+    made, faults = [], []
+    for place, (use, name) in enumerate(zip(uses, names(uses), strict=True)):
+        try:
+            made.append(Weighted(name, use.weight, _make(use, name, folder)))
+        except UserError as error:
+            faults.append(Fault(str(error), f"rewards.{place}"))
+    if faults:
+        raise Faults(faults)
+    return made
+
+
+def names(uses: Sequence[RewardUse]) -> list[str]:
+    """What the screen calls each: its word, or its function; a second one of a name is `answer-2`."""
+    seen: Counter[str] = Counter()
+    found = []
+    for use in uses:
+        word = use.use.rpartition(":")[2] if is_own(use.use) else use.use
+        seen[word] += 1
+        found.append(word if seen[word] == 1 else f"{word}-{seen[word]}")
+    return found
+
+
+def _make(use: RewardUse, name: str, folder: Path) -> Reward:
+    _check_settings(use)
+    if use.use == "answer":
+        return Answer(name)
+    if use.use == "length":
+        assert use.target_tokens is not None
+        return Length(name, use.target_tokens)
+    if use.use == "format":
+        assert use.pattern is not None
+        return Shape(name, _checked(use.pattern))
+    if is_own(use.use):
+        return read_own(name, use.use, folder)
+    raise UserError(f"unknown reward `{use.use}`{did_you_mean(use.use, KNOWN)} Known are {', '.join(KNOWN)}, and `./file.py:function`")
+
+
+def _check_settings(use: RewardUse) -> None:
+    """Each reward has the settings that it needs and no others."""
+    for setting, owner, value in (("pattern", "format", use.pattern), ("target_tokens", "length", use.target_tokens)):
+        if use.use == owner and value is None:
+            raise UserError(f"`{owner}` needs `{setting}`")
+        if use.use != owner and value is not None:
+            raise UserError(f"`{setting}` does nothing for `{use.use}`; it belongs to `{owner}`")
+    if use.weight == 0:
+        raise UserError(f"`{use.use}` has weight 0 and would change nothing; leave it out")
+
+
+def _checked(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"`pattern` is no regular expression: {error}") from None
+    return pattern
+
+
+def total(scores: Sequence[Score], weights: Sequence[float]) -> float:
+    """The weighted sum of a completion's scores.
+
+    A score without a value, an error or a timeout of the user's function, raises RunFailed: a reward that could not tell never counts as
+    wrong. A timeout with a value (`format`: not found to match in time) counts as what it says.
+    """
+    for score in scores:
+        if score.value is None:
+            raise RunFailed(f"rewards: {score.reason or score.verdict}")
+    return sum(weight * score.value for score, weight in zip(scores, weights, strict=True) if score.value is not None)

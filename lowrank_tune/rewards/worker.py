@@ -1,0 +1,184 @@
+"""A scoring worker: a plain script of the standard library, started by its path, so that it neither imports torch nor starts slowly.
+
+It reads one JSON object a line from a socket: first the jobs, which it loads, then completions. It answers each with one line. What the
+user's code prints goes nowhere, and it reads an empty input.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.abc
+import importlib.util
+import inspect
+import json
+import linecache
+import math
+import numbers
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+Grade = Callable[[Mapping[str, Any]], float]
+
+
+class Frozen(importlib.abc.ExecutionLoader):
+    """Loads a module from the text that the run read at its start: a file that is edited later changes nothing."""
+
+    def __init__(self, path: str, source: str) -> None:
+        self.path, self.source = path, source
+
+    def get_source(self, fullname: str) -> str:
+        return self.source
+
+    def get_filename(self, fullname: str) -> str:
+        return self.path
+
+
+class Refused(Exception):
+    """A job or a value that cannot be used, in words."""
+
+
+def load_file(path: str, source: str) -> ModuleType:
+    """The user's file as a module of its own, its folder on the import path as if it were run."""
+    name = f"reward_{hashlib.blake2b(path.encode(), digest_size=8).hexdigest()}"
+    if name in sys.modules:
+        return sys.modules[name]
+    folder = os.path.dirname(path)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    loader = Frozen(path, source)
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while it is made
+    linecache.cache[path] = (len(source), None, source.splitlines(True), path)  # so a fault shows the line that ran
+    try:
+        loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def own(job: Mapping[str, Any]) -> Grade:
+    """The user's function, checked for what can be checked without a completion."""
+    function = getattr(load_file(job["path"], job["source"]), job["function"], None)
+    if not callable(function):
+        raise Refused(f"has no function `{job['function']}`")
+    try:
+        inspect.signature(function).bind("", {})
+    except TypeError as error:
+        raise Refused(f"`{job['function']}` must take (completion, row): {error}") from None
+    except ValueError:  # some builtins tell no signature
+        pass
+
+    def grade(asked: Mapping[str, Any]) -> float:
+        random.seed(f"{asked['prompt']}\n{asked['completion']}")  # whatever it draws, no order of completions shows in it
+        return finite(function(asked["completion"], asked["row"]))
+
+    return grade
+
+
+def finite(value: object) -> float:
+    """The value as a finite float; bool, int, float and what numpy makes of them."""
+    if not isinstance(value, numbers.Real):
+        raise Refused(f"returned {quoted(value)}, which is no number" + (" (does every path return one?)" if value is None else ""))
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise Refused(f"returned {number}, which is no finite number")
+    return number
+
+
+def pattern(job: Mapping[str, Any]) -> Grade:
+    """Whether the whole completion matches."""
+    compiled = re.compile(job["pattern"])
+    return lambda asked: float(compiled.fullmatch(asked["completion"]) is not None)
+
+
+LOADERS: dict[str, Callable[[Mapping[str, Any]], Grade]] = {"own": own, "pattern": pattern}
+
+
+def described(error: BaseException, path: str) -> str:
+    """An exception in words, with the last line of the user's file that it went through."""
+    if isinstance(error, Refused):
+        return str(error)
+    if isinstance(error, SyntaxError) and error.filename == path:
+        return f"raised {type(error).__name__}: {error.msg} ({os.path.basename(path)}:{error.lineno})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    try:
+        message = str(error)
+    except Exception:
+        message = "(its message raises too)"
+    where = f" ({os.path.basename(path)}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    return f"raised {type(error).__name__}: {message[:200]}{where}"
+
+
+def quoted(value: object) -> str:
+    """A short repr, even of what has none."""
+    try:
+        return repr(value)[:80]
+    except Exception:
+        return f"a {type(value).__name__}"
+
+
+def load(job: Mapping[str, Any]) -> Grade | str:
+    """A job made ready, or why not."""
+    try:
+        return LOADERS[job["kind"]](job)
+    except BaseException as error:  # also SystemExit: a file that ends the process is a fault of that file
+        return described(error, job.get("path", ""))
+
+
+def work(grade: Grade, asked: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The reply to one completion."""
+    start = time.perf_counter()
+    try:
+        reply: dict[str, Any] = {"value": grade(asked)}
+    except BaseException as error:
+        reply = {"fault": described(error, path)}
+    return {**reply, "seconds": time.perf_counter() - start}
+
+
+def die_with_parent(parent: int) -> None:
+    """However the parent ends, this process does not outlive it, not even inside a loop of C code that nothing interrupts."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(1)
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Serves until the other end is closed."""
+    die_with_parent(parent)
+    os.set_inheritable(descriptor, False)
+    with socket.socket(fileno=descriptor) as channel, channel.makefile("rw", encoding="ascii", newline="\n") as lines:
+
+        def tell(reply: Mapping[str, Any]) -> None:
+            lines.write(json.dumps(reply) + "\n")
+            lines.flush()
+
+        jobs = json.loads(lines.readline() or "[]")
+        loaded = [load(job) for job in jobs]
+        tell({"faults": [grade if isinstance(grade, str) else None for grade in loaded]})
+        while line := lines.readline():
+            asked = json.loads(line)
+            grade = loaded[asked["job"]]
+            assert not isinstance(grade, str)
+            tell(work(grade, asked, jobs[asked["job"]].get("path", "")))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
