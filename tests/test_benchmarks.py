@@ -144,6 +144,11 @@ def test_startup() -> None:
 
 
 @pytest.mark.slow
+def test_rollout() -> None:
+    assert "greedy words equal for 100%" in run("rollout.py", "--tiny")
+
+
+@pytest.mark.slow
 def test_tokenise() -> None:
     assert "of the bare rate" in run("tokenise.py", "--quick")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lowrank_tune.rollout.stores import CohortStore, RecomputeStore, SlotStore, Store
 
-STORES: tuple[type[Store], ...] = (SlotStore, CohortStore)
-_CHOSEN: WeakKeyDictionary[Any, type[Store]] = WeakKeyDictionary()
+Kind = Callable[[Any], Store]
+STORES: tuple[Kind, ...] = (SlotStore, CohortStore)
+_CHOSEN: WeakKeyDictionary[Any, Kind] = WeakKeyDictionary()
 
 
 def store_for(model: Any) -> Store:
@@ -22,7 +23,7 @@ def store_for(model: Any) -> Store:
     return _CHOSEN[model](model)
 
 
-def agrees(kind: type[Store], model: Any) -> bool:
+def agrees(kind: Kind, model: Any) -> bool:
     """Whether two prompts of different lengths, one of them in two slots, read on as they do alone and without a cache."""
     try:
         found = _read_on(kind(model), model.get_input_embeddings().weight.shape[0])

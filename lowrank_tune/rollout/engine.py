@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout.choice import store_for
@@ -52,7 +52,8 @@ class Engine:
         if not prompts or n < 1 or sampling.max_new_tokens < 1:
             return
         model, stack = self.roles.base.model, [] if self.role == "base" else self.roles.stacks[self.role]
-        with self._speaking():
+        modules = list(model.modules())
+        with self._speaking(modules):
             store = store_for(model)
             columns = max(map(len, prompts)) + sampling.max_new_tokens
             slots = store.open(min(self.slots, n * len(prompts)), columns, self.cache_bytes)
@@ -60,13 +61,13 @@ class Engine:
         with fast_linears(model, stack, self.scratch_bytes) as linears:
             while not schedule.over:
                 # Between two yields the caller may use other roles and train: modes, adapters and modules are then as it left them.
-                with self._speaking(), linears:
+                with self._speaking(modules), linears:
                     finished = schedule.advance(stops)
                 yield from finished
 
     @contextmanager
-    def _speaking(self) -> Iterator[None]:
-        with self.roles.quiet(), self.roles.use(self.role), self.roles.base.autocast():
+    def _speaking(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        with _quiet(modules), self.roles.use(self.role), self.roles.base.autocast():
             yield
 
     def _say(self, hidden: Tensor, uniforms: list[float], sampling: Sampling) -> list[list[float]]:
@@ -74,9 +75,23 @@ class Engine:
         head, numbers = self.roles.head, torch.tensor(uniforms, dtype=torch.float64, device=hidden.device)
         at_once = max(1, LOGITS // head.weight.shape[0])
         parts = [draw(head.logits(part, sampling.temperature or 1.0), sampling, some)
-                 for part, some in zip(hidden.split(at_once), numbers.split(at_once), strict=True)]  # fmt: skip
+                 for part, some in zip(torch.split(hidden, at_once), torch.split(numbers, at_once), strict=True)]  # fmt: skip
         tokens, logps = (torch.cat(column) for column in zip(*parts, strict=True))
-        return torch.stack([tokens.double(), logps], dim=1).tolist()  # type: ignore[no-any-return]
+        return torch.stack([tokens.double(), logps], dim=1).tolist()
+
+
+@contextmanager
+def _quiet(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """As `Roles.quiet`, for a list of modules: its walk over the tree, there and back for every few steps, costs as much as a step."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.__dict__["training"] = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.__dict__["training"] = True
 
 
 def _memory_of(device: torch.device) -> int:

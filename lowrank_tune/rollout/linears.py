@@ -1,14 +1,17 @@
 """Faster linear modules for the time of a rollout on the CPU, with the adapters beside their base as ever.
 
 bitsandbytes unpacks a 4-bit weight on the CPU at every call: here that is done once, into a scratch of declared size. An adapter's two
-matrices cost PEFT seven small operations; here they are two, the scaling being folded into a copy. Nothing that is stored changes: only the
+matrices cost PEFT seven small operations; here they are two, the scaling being folded into a copy; query, key and value are one product, and so
+are gate and up. Nothing that is stored changes: only the
 `forward` of the modules is another one, while the context is entered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 Forward = Callable[[Tensor], Tensor]
+FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @contextmanager
@@ -32,19 +36,29 @@ def fast_linears(model: Any, stack: Sequence[str], limit: int) -> Iterator[Abstr
         linears.close()
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A linear module as plain tensors: weight (out, in), bias (out,), adapters down (in, r) and up (r, out)."""
+
+    module: Any
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor
+    up: Tensor
+
+
 class Linears(AbstractContextManager[None]):
     """The linear modules of a model with a stack of adapters, as the weights are now. `bytes` is the size of the scratch."""
 
     def __init__(self, model: nn.Module, stack: Sequence[str], limit: int) -> None:
         """`limit` bounds the bytes of the scratch: where the unpacked weights do not fit, bitsandbytes goes on unpacking."""
-        packed = [module for module in model.modules() if type(module) is Linear4bit]
-        self.bytes = sum(4 * module.in_features * module.out_features for module in packed)
-        self.bytes *= self.bytes <= limit
+        packed: list[Any] = [module for module in model.modules() if type(module) is Linear4bit]
+        size = sum(4 * module.in_features * module.out_features for module in packed)
+        self.bytes = size if size <= limit else 0
         self.forwards: list[tuple[nn.Module, Forward]] = []
         wrapped = {id(module.base_layer) for module in model.modules() if hasattr(module, "base_layer")}
-        for module in model.modules():
-            if id(module) not in wrapped and (forward := _forward_of(module, stack, self.bytes > 0)) is not None:
-                self.forwards.append((module, forward))
+        for family in _families(module for module in model.modules() if id(module) not in wrapped):
+            self._add([part for module in family if (part := _part_of(module, stack, self.bytes > 0)) is not None])
 
     def __enter__(self) -> None:
         for module, forward in self.forwards:
@@ -59,18 +73,73 @@ class Linears(AbstractContextManager[None]):
         self.forwards.clear()
         self.bytes = 0
 
+    def _add(self, parts: Sequence[_Part]) -> None:
+        own = all(type(_base_of(part.module)) is Linear4bit for part in parts)  # to join weights that are stored would double them
+        if len(parts) > 1 and own and len({part.weight.shape[1] for part in parts}) == 1:
+            joint = _Joint(parts)
+            self.forwards += [(part.module, partial(joint.say, index)) for index, part in enumerate(parts)]
+        else:
+            self.forwards += [(part.module, partial(_say, part.weight, part.bias, part.down, part.up)) for part in parts]
 
-def _forward_of(module: Any, stack: Sequence[str], unpack: bool) -> Forward | None:
-    """A faster forward, or None where there is none: other kinds of modules and of adapters, or hooks that must hear each call."""
-    base = getattr(module, "base_layer", module)
+
+class _Joint:
+    """Modules that one after another read the very same tensor: one product for all."""
+
+    def __init__(self, parts: Sequence[_Part]) -> None:
+        self.sizes = [len(part.weight) for part in parts]
+        self.weight, self.down = torch.cat([part.weight for part in parts]), torch.cat([part.down for part in parts], dim=1)
+        self.up = torch.block_diag(*(part.up for part in parts))  # type: ignore[no-untyped-call]
+        biases = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
+        self.bias = None if all(part.bias is None for part in parts) else torch.cat(biases)
+        self.heard: Tensor | None = None
+        self.said: tuple[Tensor, ...] = ()
+
+    def say(self, index: int, x: Tensor) -> Tensor:
+        if x is not self.heard:
+            self.said = torch.split(_say(self.weight, self.bias, self.down, self.up, x), self.sizes, dim=-1)
+            self.heard = x
+        said = self.said[index]
+        if index == len(self.sizes) - 1:  # nothing is kept beyond the last one
+            self.heard, self.said = None, ()
+        return said
+
+
+def _say(weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, x: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    y = nn.functional.linear(rows, weight, bias)
+    return (y.addmm_(rows @ down, up) if len(up) else y).view(*x.shape[:-1], -1)
+
+
+def _families(modules: Iterable[Any]) -> list[list[Any]]:
+    """Modules, those together that models have for query, key and value, and for gate and up."""
+    families, known = list[list[Any]](), set[int]()
+    for module in modules:
+        for names in FAMILIES:
+            family = [getattr(module, name) for name in names if hasattr(module, name)]
+            if len(family) == len(names) and known.isdisjoint(map(id, family)):
+                families.append(family)
+                known.update(map(id, family))
+        if id(module) not in known:
+            families.append([module])
+    return families
+
+
+def _base_of(module: Any) -> Any:
+    return getattr(module, "base_layer", module)
+
+
+def _part_of(module: Any, stack: Sequence[str], unpack: bool) -> _Part | None:
+    """None where there is no faster way: other kinds of modules and of adapters, or hooks that must hear each call."""
+    base = _base_of(module)
     if (base is not module and not _is_plain_lora(module, stack)) or any(_is_watched(one) for one in {module, base}):
         return None
-    adapters = _adapters(module, stack)
     if type(base) is Linear4bit and unpack and base.compute_dtype in (None, torch.float32):
-        return _forward(dequantize_4bit(base.weight.data, base.weight.quant_state).float(), base.bias, adapters)
-    if type(base) is nn.Linear and base.weight.dtype == torch.float32 and adapters is not None:
-        return _forward(base.weight, base.bias, adapters)
-    return None
+        weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float()
+    elif type(base) is nn.Linear and base.weight.dtype == torch.float32:
+        weight = base.weight
+    else:
+        return None
+    return _Part(module, weight, base.bias, *_adapters(module, stack, weight))
 
 
 def _is_watched(module: Any) -> bool:
@@ -86,23 +155,9 @@ def _is_plain_lora(module: Any, stack: Sequence[str]) -> bool:
     return plain and all(name not in module.lora_variant and module.lora_B[name].bias is None for name in mine)
 
 
-def _adapters(module: Any, stack: Sequence[str]) -> tuple[Tensor, Tensor] | None:
-    """All adapters of the stack as one: down (in, r) and up (r, out), scaled; None where there is none."""
+def _adapters(module: Any, stack: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
+    """All adapters of the stack as one: down (in, r) and up (r, out), scaled; r is 0 where there is none."""
     mine = [name for name in stack if name in getattr(module, "lora_A", ())]
-    if not mine:
-        return None
-    down = torch.cat([module.lora_A[name].weight.detach() for name in mine]).T
-    return down, torch.cat([module.lora_B[name].weight.detach() * module.scaling[name] for name in mine], dim=1).T.contiguous()
-
-
-def _forward(weight: Tensor, bias: Tensor | None, adapters: tuple[Tensor, Tensor] | None) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        return nn.functional.linear(x, weight, bias)
-
-    def with_adapters(x: Tensor) -> Tensor:
-        assert adapters is not None
-        rows = x.reshape(-1, x.shape[-1])
-        y = nn.functional.linear(rows, weight, bias).addmm_(rows @ adapters[0], adapters[1])
-        return y.view(*x.shape[:-1], -1)
-
-    return forward if adapters is None else with_adapters
+    downs = [module.lora_A[name].weight.detach() for name in mine] or [like.new_zeros(0, like.shape[1])]
+    ups = [module.lora_B[name].weight.detach() * module.scaling[name] for name in mine] or [like.new_zeros(like.shape[0], 0)]
+    return torch.cat(downs).T.contiguous(), torch.cat(ups, dim=1).T.contiguous()

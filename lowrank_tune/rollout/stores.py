@@ -6,9 +6,10 @@ A sequence lives in a slot, and the slots in use are always the first ones. A pr
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,8 +17,7 @@ from transformers import DynamicCache
 
 from lowrank_tune.rollout.cache import SlotCache, windows_of
 
-Decoder = Callable[..., Any]
-"""The model without its head: keyword arguments as transformers has them -> an output with `last_hidden_state`."""
+_TOKEN_BYTES: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
 
 
 class Store(Protocol):
@@ -52,7 +52,7 @@ class SlotStore:
     """
 
     def __init__(self, model: Any) -> None:
-        self.decoder: Decoder = model.get_decoder()
+        self.model, self.decoder = model, model.get_decoder()
         self.device, self.cache = model.device, SlotCache(windows_of(model))
         self.slots = self.columns = 0
 
@@ -62,10 +62,12 @@ class SlotStore:
         return self.slots
 
     def bytes_of(self, columns: int) -> int:
-        """Bytes of one slot, as a prompt of one token shows them."""
-        self.read([[0]])
-        layers = ((layer.fresh, layer.window) for layer in self.cache.layers)
-        return sum(min(columns, window or columns) * sum(one.nbytes for one in fresh) for fresh, window in layers)
+        """Bytes of one slot. What a token takes in each layer is learned from a prompt of one token, once for a model."""
+        if self.model not in _TOKEN_BYTES:
+            self.read([[0]])
+            _TOKEN_BYTES[self.model] = [sum(one.nbytes for one in layer.fresh) for layer in self.cache.layers]
+        token = zip(self.cache.layers, _TOKEN_BYTES[self.model], strict=True)
+        return sum(min(columns, layer.window or columns) * size for layer, size in token)
 
     def read(self, prompts: Sequence[Sequence[int]]) -> tuple[_Prompts, Tensor]:
         ids, lengths = _pad(prompts, self.device)
