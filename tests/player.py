@@ -1,4 +1,5 @@
-"""A run without a model, for tests of live screens: `player.py FOLDER [SECONDS]` plays the recorded events to the dashboard at that pace.
+"""A run without a model, for tests of live screens: `player.py FOLDER SECONDS` plays the recorded events to the dashboard at that pace;
+with `--chain` as the first of two stages, the recorded DPO run being the second.
 
 It obeys the control as the loop does, and leaves what it was asked in `FOLDER/asked.json`, which a sane end completes.
 """
@@ -9,15 +10,24 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from lowrank_tune.control import Control, asked_by_signals
-from lowrank_tune.events import Note, RunEnded, StepDone
+from lowrank_tune.events import Event, Note, RunEnded, RunStarted, StepDone
 from lowrank_tune.ui.tui import Tui
 from lowrank_tune.ui.watch import events_in
 
-RECORDED = Path(__file__).parent / "recorded" / "demo.jsonl"
+RECORDED = Path(__file__).parent / "recorded"
+
+
+def story(is_chain: bool) -> Iterator[Event]:
+    """What happens until the end of the run."""
+    for event in events_in(RECORDED / "demo.jsonl"):
+        yield replace(event, stage=1, stages=2) if is_chain and isinstance(event, RunStarted) else event
+    if is_chain:
+        yield from events_in(RECORDED / "dpo.jsonl")
 
 
 def main(folder: Path, pace: float) -> None:
@@ -26,8 +36,10 @@ def main(folder: Path, pace: float) -> None:
         screen = Tui(control, folder / "console.log")
         try:
             looping(True)
-            for event in events_in(RECORDED):
-                if isinstance(event, RunEnded):
+            stage = 1
+            for event in story("--chain" in sys.argv):
+                stage = event.stage if isinstance(event, RunStarted) else stage
+                if isinstance(event, RunEnded) and (stage == 2 or "--chain" not in sys.argv):
                     break
                 screen(replace(event, time=time.time()))
                 if isinstance(event, StepDone):

@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 
 from lowrank_tune import Recipe, UserError, run
 from lowrank_tune.cli import app
+from lowrank_tune.evaluate import PairScores
 from lowrank_tune.events import Event, Note, RunEnded, RunStarted, Sampled, StepDone, Validated
 from lowrank_tune.sinks import line
-from lowrank_tune.ui.report import page, read_record, write_report
+from lowrank_tune.ui.report import page, read_chain, read_record, write_report
 from lowrank_tune.ui.report.charts import Line, chart, short, smooth, thin
+from lowrank_tune.ui.report.pictures import reliability, scatter, spread
 
 VOID = {"meta", "input", "br", "img", "line", "path", "rect", "circle"}
 
@@ -58,8 +60,13 @@ def check(html: str) -> Parsed:
     assert is_inert(html) and html.encode("utf-8")
     parsed = Parsed(html)
     tags = [tag for tag, _ in parsed.tags]
-    assert tags.count("script") == tags.count("style") == 1 and not {"link", "iframe", "img", "object", "a", "base", "form"} & set(tags)
+    assert tags.count("script") == tags.count("style") == 1 and not {"link", "iframe", "img", "object", "base", "form"} & set(tags)
+    places = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(places) == len(set(places))
     for tag, attributes in parsed.tags:
+        if tag == "a":  # within the page alone
+            assert attributes.keys() == {"href"} and str(attributes["href"])[:1] == "#" and str(attributes["href"])[1:] in places
+            continue
         assert not {"src", "href", "xlink:href", "action"} & set(attributes), tag
         assert not any(name.startswith("on") or name == "style" for name in attributes), tag
     own = html[html.index("<style>") : html.index("</style>")] + html[html.rindex("<script>") :]
@@ -140,6 +147,179 @@ def test_hostile_text_is_inert_everywhere(tmp_path: Path) -> None:
         html = page(read_record(folder))
         check(html)
         assert len(html) < 400_000
+
+
+def scored(**changes: Any) -> dict[str, Any]:
+    """A `scores.json` as `PairScores.to_dict` writes it."""
+    bins = [{"confidence": 0.75, "right": 0.5, "pairs": 2}, {"confidence": 0.98, "right": 1.0, "pairs": 1}]
+    found = {"version": 1, "pairs": 3, "chosen": [1.0, 2.0, -1.0], "rejected": [0.0, -2.0, 1.5], "chosen_tokens": [9, 20, 30],
+             "rejected_tokens": [10, 12, 30], "reliability": bins,
+             "figures": {"accuracy": 0.667, "margin": 0.833, "calibration_error": 0.123, "length_correlation": -0.25,
+                         "prefers_longer": 0.5}}  # fmt: skip
+    return {**found, **changes}
+
+
+def pair(number: int, score: float = 1.0, text: str = "yes") -> list[Sampled]:
+    return [Sampled(step=number, prompt="1+1?", completion=words, finish="stop", role=role, reward=reward)
+            for words, role, reward in ((text, "chosen", score), ("no", "rejected", 0.25))]  # fmt: skip
+
+
+def test_what_is_written_of_scores_is_what_the_run_writes() -> None:
+    """The report reads what `PairScores` tells; a change there must not leave it empty."""
+    torch = pytest.importorskip("torch")
+    sides = {name: torch.tensor(scored()[name]) for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")}
+    told = PairScores(**sides).to_dict()
+    assert told.keys() == scored().keys() and told["figures"].keys() == scored()["figures"].keys()
+    assert all(each.keys() == {"confidence", "right", "pairs"} for each in told["reliability"])
+
+
+@pytest.mark.parametrize(("algorithm", "title", "word"), [
+    ("reward", "Scores of held-out pairs", "Score of both sides"), ("dpo", "Implicit rewards of held-out pairs", "Implicit reward by length"),
+])  # fmt: skip
+def test_scores_of_pairs_are_drawn(tmp_path: Path, algorithm: str, title: str, word: str) -> None:
+    summary = {"status": "done", "heldout_pairs": scored()["figures"]}
+    folder = write(tmp_path / "a", started(algorithm=algorithm), step(1, loss=0.7), RunEnded(status="done", step=1, seconds=1.0),
+                   scores=scored(), summary=summary)  # fmt: skip
+    html = page(read_record(folder))
+    told = check(html).text
+    for words in (title, word, "3 pairs", "Reliability", "calibration error 12.3 %", "correlation -0.25", "66.7 %",
+                  f"held-out pairs right, {algorithm}"):  # fmt: skip
+        assert words in told, words
+    assert "perfectly calibrated" in html and "2 pairs: confidence 0.750, right 0.500" in html
+    assert len(re.findall(r'<rect class="chosen"', html)) == len(re.findall(r'<rect class="rejected"', html)) == 3
+    dots = re.findall(r'<path class="dots (\w+)" d="([^"]*)"', html)
+    assert [(side, path.count("M")) for side, path in dots] == [("chosen", 3), ("rejected", 3)]
+    assert ("reference: the base" in told) is (algorithm == "dpo")
+
+
+def test_reliability_lies_where_it_says() -> None:
+    made = reliability([(0.5, 0.5, 4), (1.0, 1.0, 16)])
+    ideal = re.search(r'class="ideal" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"', made)
+    dots = re.findall(r'<circle class="dot" cx="([\d.]+)" cy="([\d.]+)" r="([\d.]+)"', made)
+    assert ideal is not None and [each[:2] for each in dots] == [ideal.groups()[:2], ideal.groups()[2:]]
+    assert float(dots[0][2]) < float(dots[1][2])
+    assert reliability([]) == spread({"chosen": [], "rejected": []}) == scatter({"chosen": [], "rejected": []}) == ""
+
+
+def test_a_histogram_counts_every_score() -> None:
+    made = spread({"chosen": [0.0, 1.0, 1.0, 5.0], "rejected": [-3.0]})
+    counts = [(int(count), side) for count, side in re.findall(r"<title>(\d+) (chosen|rejected):", made)]
+    assert sum(count for count, side in counts if side == "chosen") == 4 and (2, "chosen") in counts and (1, "rejected") in counts
+    assert spread({"chosen": [2.0], "rejected": [2.0]}).count("<rect") == 2
+
+
+@pytest.mark.parametrize("values", [[0.0], [1e-12, 1e12], [-1e29, 1e29], [5.0] * 2000])
+def test_pictures_of_any_numbers(values: list[float]) -> None:
+    points = [(float(place), value) for place, value in enumerate(values)]
+    for made in (spread({"chosen": values, "rejected": values}), scatter({"chosen": points, "rejected": points})):
+        assert "nan" not in made and "inf" not in made and len(made) < 60_000
+        numbers = [float(n) for path in re.findall(r' (?:d|x|y|cx|cy|height)="([^"]*)"', made) for n in re.findall(r"-?[\d.]+", path)]
+        assert all(-1 <= n <= 561 for n in numbers)
+
+
+def test_meanings_are_those_of_the_algorithm(tmp_path: Path) -> None:
+    stats = {"accuracy": 0.5, "loss": 0.7, "reward_chosen": 1.0, "reward_rejected": -1.0, "logp_chosen": -1.0, "logp_rejected": -2.0,
+             "score_chosen": 1.0, "score_rejected": 0.0, "margin": 2.0, "chosen_change": 0.0}  # fmt: skip
+    told = {}
+    for algorithm in ("sft", "reward", "dpo"):
+        record = read_record(write(tmp_path / algorithm, started(algorithm=algorithm), step(1, **stats), step(2, **stats)))
+        told[algorithm] = check(page(record)).text
+    assert "first choice" in told["sft"] and "first choice" not in told["reward"] + told["dpo"]
+    assert "whose chosen answer scores higher" in told["reward"] and "gained more against the reference" in told["dpo"]
+    assert "unlearned" in told["dpo"] and "implicit reward" in told["dpo"] and "reward rejected" not in told["dpo"]
+    assert "score rejected" not in told["reward"] and "reward rejected" in told["reward"]  # a stranger there, but shown
+
+
+def test_pairs_over_time(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", started(algorithm="reward"), step(1, loss=1.0), *pair(1, 0.125), *pair(1, 3.0, "two"), *pair(2, 4.0),
+                   pair(2)[1], pair(2)[0])  # fmt: skip
+    html = page(read_record(folder))
+    told = check(html).text
+    assert "Pairs and their scores over time" in told and "Samples over time" not in told
+    assert html.count("<summary>1+1?</summary>") == 2 and told.count("wrong") == 1 and told.count("right") == 2
+    assert told.index("+0.125") < told.index("+4.000") < told.index("+3.000") and told.count("step 2") == 1
+
+
+def test_how_the_sides_of_training_pairs_differ(tmp_path: Path) -> None:
+    data = {"sides": {"pairs": 4, "longer": 3, "shorter": 1, "equal": 0, "chosen": 20.5, "rejected": 10.0, "margins": 2}}
+    told = check(page(read_record(write(tmp_path / "a", started(), step(1, loss=1.0), data=data)))).text
+    assert "chosen is longer" in told and "75.0 %" in told and "20.5 tokens chosen, 10.0 rejected" in told
+    assert "Sides of the pairs" not in check(page(read_record(write(tmp_path / "b", started(), step(1, loss=1.0), data={"sides": None})))).text
+
+
+def chain_in(folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    recipe = {"name": "whole", "stages": [{"name": name} for name in names]}
+    (folder / "run.json").write_text(json.dumps({"version": 1, "recipe": recipe}))
+    return folder
+
+
+def told_stage(algorithm: str, who: dict[str, float], **more: Any) -> dict[str, Any]:
+    answers = {name: [{"prompt": "1+1?", "completion": f"of {name}", "gold": "2", "stopped": True}] for name in who}
+    details = {name: {"exact": share} for name, share in who.items()}
+    return {"status": "done", "algorithm": algorithm, "heldout": who, "heldout_details": details, "answers": answers, **more}
+
+
+def test_a_chain_has_one_page_over_all_its_stages(tmp_path: Path) -> None:
+    folder = chain_in(tmp_path / "chain", "sft", "dpo", "last")
+    with pytest.raises(UserError, match="no stage of this chain has begun"):
+        write_report(folder)
+    first = [started(stage=1, stages=3), step(1, loss=2.0), Note(message="mind", level="warning")]
+    write(folder / "1-sft", *first, RunEnded(status="done", step=1, seconds=60.0), summary=told_stage("sft", {"base": 0.1, "sft": 0.4}))
+    told = check(write_report(folder).read_text(encoding="utf-8")).text
+    assert "not ended" in told and "2-dpo: this stage has not begun" in told and "10.0 % \u2192 40.0 %" in told and "1-sft: mind" in told
+    second = [started(algorithm="dpo", stage=2, stages=3, reference="the base with sft"), step(1, loss=0.7), step(2, loss=0.6)]
+    write(folder / "2-dpo", *second, RunEnded(status="done", step=2, seconds=30.0), scores=scored(),
+          summary=told_stage("dpo", {"base": 0.1, "sft": 0.4, "dpo": 0.8}, heldout_pairs=scored()["figures"]))  # fmt: skip
+    write(folder / "3-last", started(name="last", stage=3, stages=3), RunEnded(status="failed", step=0, seconds=1.0, message="it fell over"))
+    html = write_report(folder).read_text(encoding="utf-8")
+    parsed = check(html)
+    for words in ("whole", "failed", "10.0 % \u2192 80.0 %", "of base", "of sft", "of dpo", "Stage 2 of 3: 2-dpo", "Implicit rewards", "66.7 %",
+                  "0.7 \u2192 0.6", "the base with sft", "it fell over", "1:31"):  # fmt: skip
+        assert words in parsed.text, words
+    assert parsed.text.count("of dpo") == 1  # the questions stand once, over all stages
+    assert [attributes["href"] for tag, attributes in parsed.tags if tag == "a"] == ["#stage-1", "#stage-2", "#stage-3"]
+    for name in ("1-sft", "2-dpo", "3-last"):
+        assert "<nav>" not in (folder / name / "report.html").read_text(encoding="utf-8")
+    record = read_chain(folder)
+    assert record.status == "failed" and list(record.stages) == ["1-sft", "2-dpo", "3-last"]
+
+
+def test_a_done_chain_is_done(tmp_path: Path) -> None:
+    folder = chain_in(tmp_path / "chain", "a", "b")
+    for name in ("1-a", "2-b"):
+        assert name == "1-a" or read_chain(folder).status == "not ended"
+        write(folder / name, started(), step(1, loss=1.0), RunEnded(status="done", step=1, seconds=1.0))
+    assert read_chain(folder).status == "done"
+
+
+def test_hostile_scores_and_stages_are_inert(tmp_path: Path) -> None:
+    for number, bad in enumerate(HOSTILE):
+        name = "".join(letter for letter in bad[:40] if letter not in "/\\\0" and not "\ud800" <= letter <= "\udfff").strip(".") or "x"
+        folder = chain_in(tmp_path / str(number), name)
+        events = [started(name=bad, algorithm="reward", roles={"reference": [bad]}), step(1, loss=1.0),
+                  Sampled(step=1, prompt=bad, completion=bad, finish=bad, role="chosen", reward=1.0),
+                  Sampled(step=1, prompt=bad, completion=bad, finish=bad, role="rejected"),
+                  Sampled(step=0, prompt=bad, completion=bad, finish=bad, role="reference")]  # fmt: skip
+        scores = scored(pairs=bad, figures={"accuracy": bad, bad: 1.0}, reliability=[{"confidence": bad, bad: 1}, bad])
+        write(folder / f"1-{name}", *events, scores=scores, data={"sides": {"pairs": 1, "longer": bad, "chosen": bad}},
+              summary={"heldout_pairs": {bad: bad}})  # fmt: skip
+        (folder / "run.json").write_text(json.dumps({"recipe": {"name": bad, "stages": [{"name": name}]}}))
+        html = write_report(folder).read_text(encoding="utf-8")
+        check(html)
+        assert len(html) < 400_000
+
+
+@pytest.mark.parametrize("junk", [
+    {"chosen": 3}, {"chosen": ["x"]}, {"chosen": [None]}, {"chosen": [], "rejected": []}, {"chosen_tokens": []},
+    {"rejected": [math.nan, 1.0, 2.0]},
+    {"reliability": [{"confidence": math.nan, "right": 0.5, "pairs": 1}, {"confidence": 9, "right": 1, "pairs": 1}]}, {"figures": []},
+    {"reliability": 3}, {"pairs": math.nan}, {"chosen": [math.inf, 1.0, 2.0]}, {"figures": {"accuracy": math.nan, "length_correlation": None}},
+])  # fmt: skip
+def test_damaged_scores(tmp_path: Path, junk: dict[str, Any]) -> None:
+    html = page(read_record(write(tmp_path / "a", started(algorithm="dpo"), step(1, loss=1.0), scores=scored(**junk))))
+    check(html)
+    assert "nan" not in re.sub(r"<title>.*?</title>", "", html[html.index("<main>") : html.rindex("<footer>")])
 
 
 def test_damaged_and_unfinished_folders(tmp_path: Path) -> None:

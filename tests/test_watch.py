@@ -19,7 +19,7 @@ from lowrank_tune.sinks import line
 from lowrank_tune.ui.plain import clock
 from lowrank_tune.ui.stages import stage_folders
 from lowrank_tune.ui.watch import Tail, Tails, Watched, events_in, file_of, files_of, watch
-from tests.test_live_screen import ENVIRON, Emulator, shell_is_sane
+from tests.test_live_screen import ENVIRON, PLAYER, Emulator, shell_is_sane
 
 RECORDED = (Path(__file__).parent / "recorded" / "demo.jsonl").read_bytes()
 END = f"done after step 96 in {clock(json.loads(RECORDED.splitlines()[-1])['seconds'])}"
@@ -191,6 +191,16 @@ def test_a_stage_that_breaks_ends_its_chain(chain: Path, run: Path, status: Lite
     assert f"stage 1 of 2 {status} after step 2 in 0:02" in out and out[-1] == END
     tell(chain / "2-dpo", SECOND, ended())
     assert piped(str(chain / "1-sft")).communicate(timeout=60)[0].decode().splitlines()[-1].startswith(f"stage 1 of 2 {status}")
+
+
+def test_the_dashboard_of_a_chain_that_runs(tmp_path: Path) -> None:
+    emulator = Emulator(PLAYER, str(tmp_path), "0.05", "--chain")
+    emulator.until("stage 1 of 2: sft")
+    emulator.until("stage 2 of 2: dpo")
+    emulator.until("/68 (")
+    emulator.press("q")
+    assert emulator.finish() == 0 and shell_is_sane(emulator)
+    assert json.loads((tmp_path / "asked.json").read_text()) == ["stop"] and b"interrupted after step 1" in emulator.raw
 
 
 def test_a_chain_in_a_terminal(chain: Path) -> None:
