@@ -21,6 +21,7 @@ PAIRS = {"train": [{"dataset": "tutor-preferences"}]}
 SFT: dict[str, Any] = {"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, "train": {"steps": 9}}
 REWARD: dict[str, Any] = {"algorithm": "reward", "data": PAIRS, "train": {"steps": 8}}
 DPO: dict[str, Any] = {"algorithm": "dpo", "data": PAIRS, "train": {"steps": 7}}
+GRPO: dict[str, Any] = {"algorithm": "grpo", "data": {"train": [{"dataset": "tutor"}]}, "train": {"steps": 6}, "rewards": [{"use": "answer"}]}
 RLHF: dict[str, Any] = {"name": "all", "seed": 3, "stages": [SFT, REWARD, DPO]}
 
 CHAIN = """\
@@ -97,6 +98,8 @@ def test_every_stage_equals_the_same_recipe_written_alone(write: Write) -> None:
     chained(SFT, DPO, description="null", train={"log_every": 2}, dpo={"loss": "robust", "label_smoothing": 0.3}),
     chained({**SFT, "adapters": {"low": {"path": "runs/low"}}}, {**DPO, "reference": "sft"}, name=""),
     chained(SFT, {**SFT, "name": "more", "adapters": {"policy": {"path": "runs/x"}}}, DPO), chained(DPO, REWARD, reference="base"),
+    chained(SFT, {**GRPO, "reference": "sft"}, {**DPO, "reference": "grpo"}), chained(SFT, GRPO, {**GRPO, "name": "more", "reference": "grpo"}),
+    chained(SFT, GRPO, train={"length_window": 3, "prompts_per_step": 2}, data={"max_length": 99, "max_prompt_length": 9}, grpo={"kl": 0}),
     chained(*({**SFT, "name": f"s{index}", "description": "é: 1"} for index in range(8))),
 ])  # fmt: skip
 def test_what_is_saved_replays(data: dict[str, Any], write: Write) -> None:
@@ -137,6 +140,16 @@ def test_a_stage_wins_over_what_is_common_and_null_takes_away(write: Write) -> N
     assert [stage.evaluate.shown for stage in chain.stages] == [4, 1, 3]
     gone = Chain.load(write(CHAIN.replace("extends: tiny-sft}", "extends: tiny-sft, evaluate: null}")))
     assert gone.stages[0].evaluate.heldout is None and gone.stages[1].evaluate.heldout is not None
+
+
+def test_common_settings_go_to_the_stages_that_use_them() -> None:
+    chain = Chain.from_dict(chained(SFT, GRPO, train={"rows_per_step": 8, "prompts_per_step": 2, "micro_batch_size": 3}, rollout={"slots": 5},
+                                    data={"validation_share": 0.5, "max_length": 99, "max_prompt_length": 9}))  # fmt: skip
+    sft, grpo = (stage.to_dict() for stage in chain.stages)
+    assert (sft["train"]["rows_per_step"], sft["data"]["validation_share"], sft["data"]["max_length"]) == (8, 0.5, 99)
+    assert (grpo["train"]["prompts_per_step"], grpo["data"]["max_prompt_length"], grpo["rollout"]["slots"]) == (2, 9, 5)
+    assert sft["train"]["micro_batch_size"] == grpo["train"]["micro_batch_size"] == 3
+    assert not {"rewards", "rollout", "grpo"} & set(sft) and not {"max_length", "validation_share", "validation"} & set(grpo["data"])
 
 
 def test_extends_of_chains_and_stages(write: Write) -> None:
@@ -228,7 +241,7 @@ def test_faults_of_a_single_stage_and_of_an_extended_file_name_the_stage(write: 
     both = faults_of(write("stages:\n  - {extends: above.yaml, train: {steps: 2}}\n  - {extends: above.yaml, train: {epochs: 2}, name: b}\n"))
     assert both == ["above.yaml:4: train.step: unknown key; did you mean `steps`?"]
     assert faults_of(write("train: {steps: 1}\nstages:\n  - algorithm: sft\n    data: {train: [{dataset: tutor}]}\n  - algorithm: sftt\n")) == [
-        "my.yaml:5: stages.sftt.algorithm: expected one of sft, reward, dpo, found 'sftt'; did you mean `sft`?",
+        "my.yaml:5: stages.sftt.algorithm: expected one of sft, reward, dpo, grpo, found 'sftt'; did you mean `sft`?",
         "my.yaml:5: stages.sftt.data: is missing",
     ]
 
@@ -252,6 +265,13 @@ CLASHES: dict[str, tuple[dict[str, Any], str]] = {
         chained({**SFT, "adapters": {"dpo": {"path": "a"}}}, DPO), "stages.dpo.name: is also the name of an adapter below this stage"),
     "another base": (chained(SFT, {**DPO, "base": {"model": "a/b"}}), "stages.dpo.base.model: is 'tiny-tutor' in stage sft"),
     "reference": (chained(SFT, {**DPO, "reference": "base"}), "stages.dpo.reference: will be `sft`"),
+    "reference of grpo": (chained(SFT, {**GRPO, "reference": "base"}), "stages.grpo.reference: will be `sft`"),
+    "above grpo": (chained(GRPO, {**SFT, "reference": "base"}), "stages.sft.reference: will be `grpo`"),
+    "rewards of a stage that has none": (chained({**SFT, "rewards": [{"use": "answer"}]}, GRPO), "stages.sft.rewards: does nothing for sft"),
+    "no rewards in a chain": (chained(SFT, {**GRPO, "rewards": []}), "stages.grpo.rewards: is missing: say what completions earn"),
+    "rows of grpo": (
+        chained(SFT, {**GRPO, "train": {"steps": 1, "rows_per_step": 4}}),
+        "stages.grpo.train.rows_per_step: does nothing for grpo (it belongs to sft, reward, dpo); there is `train.prompts_per_step`"),
     "a reward model is no reference": (chained(REWARD, {**DPO, "reference": "reward"}), "stages.dpo.reference: will be `base`"),
     "common, used by none": (chained(SFT, {**SFT, "name": "b"}, dpo={"beta": 0.3}), "dpo: does nothing for sft (it belongs to dpo)"),
     "own, of another stage": (chained({**SFT, "dpo": {"beta": 0.3}}, DPO), "stages.sft.dpo: does nothing for sft (it belongs to dpo)"),

@@ -72,7 +72,8 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made("dpo", reference="low", adapters={"low": {"path": "a"}, "policy": {}, "high": {"path": "b"}}), "reference: will be `high`",
         made("dpo", reference="high", adapters={"low": {"path": "a"}, "policy": {}, "high": {"path": "b"}})),
     "reference of sft": (made("sft", reference="policy"), "reference: will be `base`", made("sft", reference="sft", adapters=LOADED)),
-    "reference of a reward": (made("reward", reference="base"), "reference: does nothing for reward (it belongs to sft, dpo)", made("reward")),
+    "reference of a reward": (
+        made("reward", reference="base"), "reference: does nothing for reward (it belongs to sft, dpo, grpo)", made("reward")),
     "messages for a reward": (
         made("reward", {"dataset": "a.jsonl", "format": "messages"}),
         "data.train.0.format: reward learns from pairs, a chosen and a rejected answer; say `preference`, or leave it out",

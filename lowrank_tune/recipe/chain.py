@@ -20,6 +20,7 @@ from lowrank_tune.recipe.single import NO_MAPPING, Recipe, faults_in, in_order, 
 from lowrank_tune.recipe.stack import conflicts, finished_below, loaded_below
 from lowrank_tune.recipe.stages import HEADING, Draft, drafts
 from lowrank_tune.recipe.tree import Node, Place, from_python, nearest, plain
+from lowrank_tune.recipe.written import Finding
 
 
 class Heading(settings.Settings):
@@ -118,7 +119,7 @@ class Chain:
         return cls(head.name, head.description, tuple(_recipe(each) for each in data))
 
 
-def _judge_stage(draft: Draft, data: Mapping[str, Any], findings: Sequence[rules.Finding]) -> None:
+def _judge_stage(draft: Draft, data: Mapping[str, Any], findings: Sequence[Finding]) -> None:
     """The faults of one stage, where its settings stand."""
     told = faults_in(settings.Recipe, data, findings)
     draft.faults += [nearest(draft.tree, path).place.fault(message, path) for path, message in told]

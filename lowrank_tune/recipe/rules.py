@@ -10,24 +10,45 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
+from lowrank_tune.recipe import earned
 from lowrank_tune.recipe.tree import Path
+from lowrank_tune.recipe.written import Finding, entries, number, written
 from lowrank_tune.settings import Dpo, Recipe, trained_by
 
 ROWS = ("sft", "reward", "dpo")
 """The algorithms that learn from rows as they are."""
 PAIRS = ("reward", "dpo")
 """The algorithms whose rows are pairs of answers."""
+DRAWS = ("grpo",)
+"""The algorithms that learn from completions of their own."""
 USED_BY: dict[str, tuple[str, ...]] = {
     "train.rows_per_step": ROWS,
     "train.tokens_per_step": ROWS,
-    "train.micro_batch_tokens": ROWS,
     "train.length_window": ROWS,
+    "train.prompts_per_step": DRAWS,
+    "data.max_length": ROWS,
+    "data.max_prompt_length": DRAWS,
     "data.too_long": ROWS,
-    "reference": ("sft", "dpo"),
+    "data.validation": ROWS,
+    "data.validation_share": ROWS,
+    "reference": ("sft", "dpo", "grpo"),
     "reward": ("reward",),
     "dpo": ("dpo",),
+    "rewards": DRAWS,
+    "rollout": DRAWS,
+    "grpo": ("grpo",),
 }
 """Settings and whole sections that only some algorithms use. What is not listed is used by all of them."""
+INSTEAD = {
+    "train.rows_per_step": "`train.prompts_per_step`",
+    "train.prompts_per_step": "`train.rows_per_step`",
+    "data.max_length": "`data.max_prompt_length` and `rollout.max_new_tokens`",
+    "data.max_prompt_length": "`data.max_length`, which limits a prompt and its answer together",
+    "data.validation": "`evaluate.heldout`",
+    "reward": "`rewards`",
+    "rewards": "`reward`",
+}
+"""What says the same for the algorithms that do not use a setting, where something does."""
 
 RIVALS: tuple[tuple[Path, Path], ...] = (
     (("train", "steps"), ("train", "epochs")),
@@ -42,32 +63,6 @@ FILE = re.compile(r".*\.(jsonl?|csv|parquet)(\.gz)?")
 ALGORITHMS = get_args(Recipe.model_fields["algorithm"].annotation)
 LOSSES = get_args(Dpo.model_fields["loss"].annotation)
 BUILT_IN = {"tutor": "the built-in problems", "tutor-preferences": "the built-in pairs"}
-
-Finding = tuple[Path, str]
-
-
-def written(data: Any, *path: str | int) -> Any:
-    """The value at a path, or None; null counts as not written."""
-    for step in path:
-        if isinstance(data, dict):
-            data = data.get(step)
-        elif isinstance(data, list) and isinstance(step, int) and step < len(data):
-            data = data[step]
-        else:
-            return None
-    return data
-
-
-def number(value: Any) -> float | None:
-    """The value where it is a number; faults of type and range are told elsewhere."""
-    return float(value) if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e18) else None
-
-
-def entries(data: Any, *path: str) -> list[Any]:
-    """The list at a path, or an empty one."""
-    found = written(data, *path)
-    return found if isinstance(found, list) else []
-
 
 def adapters_of(data: Any) -> dict[str, Any]:
     """The adapters that were written."""
@@ -90,7 +85,13 @@ def foreign(data: Any) -> Iterator[Finding]:
     for key, users in USED_BY.items():
         path = tuple(key.split("."))
         if algorithm not in users and written(data, *path) is not None:
-            yield path, f"does nothing for {algorithm} (it belongs to {', '.join(users)})"
+            yield path, f"does nothing for {algorithm} (it belongs to {', '.join(users)}){_instead(key, algorithm)}"
+
+
+def _instead(key: str, algorithm: str) -> str:
+    """What this algorithm uses in place of a setting."""
+    meant = INSTEAD.get(key, "")
+    return f"; there is {meant}" if meant and algorithm in USED_BY.get(meant.split("`")[1], ALGORITHMS) else ""
 
 
 def without_robust(data: Any) -> Iterator[Finding]:
@@ -104,25 +105,39 @@ def without_robust(data: Any) -> Iterator[Finding]:
 
 def without_heldout(data: Any) -> Iterator[Finding]:
     """Held-out answers need prompts; the temperature needs sampling."""
+    neither = " neither `evaluate.heldout` nor validation rows" if validates(data) else "out `evaluate.heldout`"
     if written(data, "evaluate", "heldout") is None:
         for key in ("prompts", "samples", "temperature"):
             if written(data, "evaluate", key) is not None:
                 yield ("evaluate", key), "does nothing without `evaluate.heldout`"
         for key in ("every", "max_new_tokens", "shown"):
             if written(data, "evaluate", key) is not None and not has_validation(data):
-                yield ("evaluate", key), "does nothing with neither `evaluate.heldout` nor validation rows"
+                yield ("evaluate", key), f"does nothing with{neither}"
     elif written(data, "evaluate", "temperature") is not None and written(data, "evaluate", "samples") in (None, 1):
         yield ("evaluate", "temperature"), "does nothing with one sample, which is greedy; set `evaluate.samples` too"
 
 
+def validates(data: Any) -> bool:
+    """Whether the algorithm can have validation rows at all."""
+    return written(data, "algorithm") not in DRAWS
+
+
 def has_validation(data: Any) -> bool:
     """Whether validation rows exist: sources of their own, or a share (the default) of the training rows."""
-    return bool(written(data, "data", "validation")) or number(written(data, "data", "validation_share")) != 0.0
+    return validates(data) and (bool(written(data, "data", "validation")) or number(written(data, "data", "validation_share")) != 0.0)
 
 
 def without_validation(data: Any) -> Iterator[Finding]:
-    if written(data, "train", "final") == "best" and not has_validation(data):
-        yield ("train", "final"), "`best` needs validation rows, and there are none"
+    """The best step needs something to tell it by: the loss of validation rows, or held-out questions."""
+    by, asks = written(data, "evaluate", "best_by"), written(data, "evaluate", "heldout") is not None
+    if by == "exact" and written(data, "algorithm") == "reward":
+        yield ("evaluate", "best_by"), "`exact` needs answers, and a reward model gives none"
+    elif by == "exact" and not asks:
+        yield ("evaluate", "best_by"), "`exact` needs questions: `evaluate.heldout`"
+    elif by == "loss" and not has_validation(data):
+        yield ("evaluate", "best_by"), "`loss` needs validation rows, and there are none"
+    elif written(data, "train", "final") == "best" and not has_validation(data) and not (asks and (by == "exact" or not validates(data))):
+        yield ("train", "final"), f"`best` needs {'validation rows' if validates(data) else '`evaluate.heldout`'}, and there are none"
 
 
 def from_the_file(data: Any) -> Iterator[Finding]:
@@ -154,7 +169,7 @@ def of_sources(data: Any) -> Iterator[Finding]:
 
 
 IDLE: tuple[Callable[[Any], Iterator[Finding]], ...] = (
-    foreign, without_robust, without_heldout, without_validation, from_the_file, of_sources,
+    foreign, without_robust, without_heldout, without_validation, from_the_file, of_sources, earned.idle,
 )  # fmt: skip
 
 
@@ -162,7 +177,7 @@ def idle(data: Any) -> Iterator[Finding]:
     """Settings that were written and would do nothing. A resolved recipe is saved without them."""
     for rule in IDLE:
         yield from rule(data)
-    if written(data, "data", "validation") and written(data, "data", "validation_share") is not None:
+    if validates(data) and written(data, "data", "validation") and written(data, "data", "validation_share") is not None:
         yield ("data", "validation_share"), "contradicts `data.validation`: give one of the two"
 
 
@@ -220,14 +235,15 @@ def names(data: Any) -> Iterator[Finding]:
 
 
 def shapes(data: Any) -> Iterator[Finding]:
-    """Reward models and DPO learn from pairs, SFT from single answers, and held-out prompts are no pairs."""
+    """Reward models and DPO learn from pairs, SFT from single answers, GRPO from what it writes; and held-out prompts are no pairs."""
     algorithm = written(data, "algorithm")
     if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
         return
     for path, source in sources_of(data):
         dataset, format, asked = written(source, "dataset"), written(source, "format"), path == ("evaluate", "heldout")
         pairs = algorithm in PAIRS and not asked
-        whose = "held-out prompts have one gold answer" if asked else f"{algorithm} learns from {'pairs' if pairs else 'single answers'}"
+        learns = "pairs" if pairs else "completions that it draws itself" if algorithm in DRAWS else "single answers"
+        whose = "held-out prompts have one gold answer" if asked else f"{algorithm} learns from {learns}"
         if dataset == "tutor" and pairs:
             yield (*path, "dataset"), f"holds single answers, and {whose}; use tutor-preferences"
         elif dataset == "tutor-preferences" and not pairs:
@@ -237,7 +253,7 @@ def shapes(data: Any) -> Iterator[Finding]:
         elif pairs and format not in (None, "auto", "preference"):
             yield (*path, "format"), f"{whose}, a chosen and a rejected answer; say `preference`, or leave it out"
         elif format == "preference" and not pairs:
-            cure = "name the format of single answers" if asked else (
+            cure = "name the format of single answers" if asked or algorithm in DRAWS else (
                 "train with dpo or reward, or take the chosen ones: `prompt_completion` with columns: {completion: chosen}")  # fmt: skip
             yield (*path, "format"), f"means pairs, and {whose}; {cure}"
 
@@ -245,8 +261,9 @@ def shapes(data: Any) -> Iterator[Finding]:
 def steady(data: Any) -> Iterator[Finding]:
     """Where log-probs are compared, the same row must give the same value twice."""
     dropout = number(written(data, "adapters", "policy", "dropout"))
-    if written(data, "algorithm") == "dpo" and dropout is not None and dropout > 0:
-        yield ("adapters", "policy", "dropout"), "must be 0 with dpo: dropout is off wherever log-probs are compared"
+    algorithm = written(data, "algorithm")
+    if algorithm in ("dpo", "grpo") and dropout is not None and dropout > 0:
+        yield ("adapters", "policy", "dropout"), f"must be 0 with {algorithm}: dropout is off wherever log-probs are compared"
 
 
 def reference(data: Any, below: Sequence[str] = ()) -> Iterator[Finding]:
@@ -263,6 +280,6 @@ def reference(data: Any, below: Sequence[str] = ()) -> Iterator[Finding]:
 
 def findings(data: Any, below: Sequence[str] = ()) -> Iterator[Finding]:
     """All of the above."""
-    for rule in (idle, rivals, length, weights, names, shapes, steady):
+    for rule in (idle, rivals, length, weights, names, shapes, steady, earned.rewards, earned.golds):
         yield from rule(data)
     yield from reference(data, below)

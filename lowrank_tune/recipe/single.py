@@ -14,6 +14,7 @@ from lowrank_tune.errors import Fault, Faults, UserError
 from lowrank_tune.recipe import rules, wording
 from lowrank_tune.recipe.layers import OVERRIDE, apply, read_recipe, read_settings
 from lowrank_tune.recipe.tree import Node, Path, Place, from_python, nearest, plain
+from lowrank_tune.recipe.written import Finding
 
 MOST_FAULTS = 50
 NO_MAPPING = "a recipe must be a mapping"
@@ -78,7 +79,7 @@ class Recipe(settings.Recipe):
         return cls.model_validate(data)
 
 
-def faults_in(model: type[BaseModel], data: Any, findings: Iterable[rules.Finding] = ()) -> dict[tuple[Path, str], None]:
+def faults_in(model: type[BaseModel], data: Any, findings: Iterable[Finding] = ()) -> dict[tuple[Path, str], None]:
     """Faults of type and range, and those contradictions that are not told by them already."""
     found: dict[tuple[Path, str], None] = {}
     try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lowrank_tune.recipe.rules import Finding, adapters_of, written
+from lowrank_tune.recipe.rules import adapters_of
 from lowrank_tune.recipe.wording import found
+from lowrank_tune.recipe.written import Finding, written
 from lowrank_tune.settings import Base, trained_by
 
 Stages = Sequence[Mapping[str, Any]]

@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from lowrank_tune.recipe.rules import ALGORITHMS, USED_BY
 from lowrank_tune.recipe.tree import Path, dotted
 
 ALIASES: dict[str, str] = {
@@ -42,11 +43,34 @@ ALIASES: dict[str, str] = {
     "loss_type": "dpo.loss", "pref_loss": "dpo.loss", "dpo_loss": "dpo.loss", "rpo_alpha": "dpo.sft", "pref_ftx": "dpo.sft",
     "label_smoothing": "dpo.label_smoothing", "dpo_label_smoothing": "dpo.label_smoothing",
     "center_rewards_coefficient": "reward.centering", "truncation_mode": "data.too_long",
-    "max_completion_length": "evaluate.max_new_tokens", "num_generations": "evaluate.samples",
+    "max_completion_length": "evaluate.max_new_tokens", "num_generations": "evaluate.samples", "reward_funcs": "rewards",
+    "reward_functions": "rewards", "reward_fn": "rewards", "custom_reward_function": "rewards",
 }  # fmt: skip
 """Names of other kits, and where the same thing stands here."""
 
+ALIASES_OF: dict[str, dict[str, str]] = {
+    "grpo": {
+        "num_generations": "rollout.num_generations", "num_return_sequences": "rollout.num_generations",
+        "group_size": "rollout.num_generations", "rollout_n": "rollout.num_generations", "max_completion_length": "rollout.max_new_tokens",
+        "max_response_length": "rollout.max_new_tokens", "max_prompt_length": "data.max_prompt_length",
+        "max_num_seqs": "rollout.slots", "beta": "grpo.kl", "kl_coef": "grpo.kl", "kl_loss_coef": "grpo.kl", "init_kl_coef": "grpo.kl",
+        "kl_loss_type": "grpo.kl_estimator", "kl_penalty": "grpo.kl_estimator", "use_kl_in_reward": "grpo.kl_in", "use_kl_loss": "grpo.kl_in",
+        "epsilon": "grpo.clip", "cliprange": "grpo.clip", "clip_ratio": "grpo.clip", "clip_eps": "grpo.clip",
+        "epsilon_low": "grpo.clip_low", "clip_ratio_low": "grpo.clip_low", "epsilon_high": "grpo.clip_high",
+        "clip_ratio_high": "grpo.clip_high", "reward_weights": "rewards.0.weight", "loss_type": "grpo.loss",
+        "loss_agg_mode": "grpo.loss", "importance_sampling_level": "grpo.loss", "adv_estimator": "algorithm",
+        "num_iterations": "grpo.epochs", "ppo_epochs": "grpo.epochs", "mask_truncated_completions": "grpo.truncated",
+        "filter_groups": "grpo.dead_groups", "dynamic_sampling": "grpo.dead_groups", "batch_size": "train.prompts_per_step",
+        "train_batch_size": "train.prompts_per_step", "rollout_batch_size": "train.prompts_per_step", "temperature": "rollout.temperature",
+        "max_length": "data.max_prompt_length", "max_seq_length": "data.max_prompt_length",
+    },
+}  # fmt: skip
+"""What they mean with one algorithm alone."""
+
 NO_SECOND_MODEL = "there is no second model: the reference is the policy's stack without its top (`reference` says what you expect it to be)"
+SPREAD = "rewards are divided by their spread in the group, but for `grpo.loss`: dr_grpo"
+FULL = "training samples the full distribution, at `rollout.temperature`; held-out answers are greedy, or sampled at `evaluate.temperature`"
+IN_PROCESS = "completions are drawn in this process, from the very weights that are trained; `rollout.slots` says how many at once"
 NOT_SETTINGS: dict[str, str] = {
     "gradient_accumulation_steps": "it follows from `train.rows_per_step` and `train.micro_batch_size`",
     "gradient_accumulation": "it follows from `train.rows_per_step` and `train.micro_batch_size`",
@@ -74,7 +98,14 @@ NOT_SETTINGS: dict[str, str] = {
     "tf32": "precision follows from the device",
     "torch_dtype": "precision follows from the device",
     "dtype": "precision follows from the device",
-}
+    "scale_rewards": SPREAD,
+    "norm_adv_by_std_in_grpo": SPREAD,
+    "steps_per_generation": "every step draws its own completions, and `grpo.epochs` says how often they are used",
+    "generation_batch_size": "it follows from `train.prompts_per_step` and `rollout.num_generations`",
+    **dict.fromkeys(("top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size",
+                     "generation_kwargs", "sampling_params", "do_sample"), FULL),
+    **dict.fromkeys(("use_vllm", "fast_inference", "gpu_memory_utilization", "tensor_parallel_size", "rollout_engine"), IN_PROCESS),
+}  # fmt: skip
 """Names of other kits for what is no setting here, and why."""
 
 MOST_HINTS = 60
@@ -135,24 +166,30 @@ def all_paths(model: type[BaseModel], path: Path = ()) -> Iterator[Path]:
 
 
 @functools.cache
-def elsewhere(model: type[BaseModel]) -> dict[str, str]:
-    """Every setting's bare name, and where the first one of that name stands."""
-    return {str(each[-1]): dotted(each) for each in reversed(list(all_paths(model)))}
+def elsewhere(model: type[BaseModel], algorithm: str = "") -> dict[str, str]:
+    """Every setting's bare name, and where the first one of that name stands that the algorithm uses."""
+    every = [dotted(each) for each in all_paths(model)]
+    foreign = {key for key, users in USED_BY.items() if algorithm and algorithm not in users}
+    used = [each for each in every if not any(each == key or each.startswith(f"{key}.") for key in foreign)]
+    return {each.rpartition(".")[2]: each for each in reversed(used)}
 
 
-def unknown(model: type[BaseModel], path: Path) -> str:
+def unknown(model: type[BaseModel], path: Path, algorithm: str = "") -> str:
     """The sentence for a key that no one knows."""
     section, word = path[:-1], str(path[-1])
-    if word in NOT_SETTINGS:
-        return f"unknown key; {NOT_SETTINGS[word]}"
+    own = ALIASES_OF.get(algorithm, {}).get(word)
+    if own is None and (word in NOT_SETTINGS or word.startswith("vllm_")):
+        return f"unknown key; {NOT_SETTINGS.get(word, IN_PROCESS)}"
     here = keys_at(model, section)
     meant = ALIASES.get(word)
     near = get_close_matches(word, here, n=1, cutoff=0.6)
-    if meant is not None:
+    if own is not None:
+        near = [own.rpartition(".")[2] if own.rpartition(".")[0] == dotted(section) else own]
+    elif meant is not None:
         last = meant.rpartition(".")[2]
         near = [last] if last in here else near or [meant]
     elif not near:
-        names = elsewhere(model)
+        names = elsewhere(model, algorithm)
         near = [names[each] for each in get_close_matches(word, list(names), n=1, cutoff=0.8)]
     if near:
         return f"unknown key; did you mean `{near[0]}`?"
@@ -226,6 +263,8 @@ def sentence(model: type[BaseModel], error: ErrorDetails, path: Path, value: Any
 def sentences(model: type[BaseModel], data: Any, failed: ValidationError) -> Iterator[tuple[Path, str]]:
     """Each error once, with the path in the data as written (pydantic adds the tags of unions to it)."""
     told: set[Path] = set()
+    algorithm = data.get("algorithm") if isinstance(data, dict) else None
+    algorithm = algorithm if isinstance(algorithm, str) and algorithm in ALGORITHMS else ""
     for error in failed.errors(include_url=False, include_context=True):
         path: Path = ()
         value = data
@@ -243,6 +282,6 @@ def sentences(model: type[BaseModel], data: Any, failed: ValidationError) -> Ite
             continue
         told.add(path)
         if error["type"] == "extra_forbidden":
-            yield path, unknown(model, path) if len(told) <= MOST_HINTS else "unknown key"
+            yield path, unknown(model, path, algorithm) if len(told) <= MOST_HINTS else "unknown key"
         else:
             yield path, sentence(model, error, path, value)
