@@ -83,7 +83,8 @@ def own(job: Mapping[str, Any]) -> Grade:
         pass
 
     def grade(asked: Mapping[str, Any]) -> float:
-        random.seed(f"{asked['prompt']}\n{asked['completion']}")  # whatever it draws, no order of completions shows in it
+        # Whatever it draws, the order of completions does not show in it.
+        random.seed(f"{asked['prompt']}\n{asked['completion']}".encode(errors="surrogatepass"))
         return finite(function(asked["completion"], asked["row"]))
 
     return grade
