@@ -30,6 +30,7 @@ from common import small_config
 
 SLOTS, SAMPLES, RANK, ALPHA = 32, 8, 16, 32
 TARGETS = {"nf4": 3.0, "fp32": 1.5}
+BASES = ("small-fp32", "small-nf4", "tiny-fp32", "tiny-nf4")
 
 
 @dataclass(frozen=True)
@@ -180,14 +181,17 @@ def agreement(contenders: dict[str, Contender], work: Work) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bases", nargs="*", help=f"which ones; all where none is named: {', '.join(BASES)}")
     parser.add_argument("--repeats", type=int, default=7, help="turns")
     parser.add_argument("--tokens", type=int, default=64, help="most tokens of a completion")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="the tiny base in NF4 only, one turn, short completions")
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
     options = parser.parse_args(arguments)
+    if set(options.bases) - set(BASES):
+        parser.error(f"no base {', '.join(set(options.bases) - set(BASES))}; there are {', '.join(BASES)}")
     quieten(options.threads)
-    bases = [("tiny", "nf4")] if options.tiny else [("small", "fp32"), ("small", "nf4"), ("tiny", "fp32"), ("tiny", "nf4")]
+    bases = [tuple(base.split("-")) for base in options.bases or (["tiny-nf4"] if options.tiny else BASES)]
     tokens, count, repeats = (12, 4, 1) if options.tiny else (options.tokens, 16, options.repeats)
     print(f"{count} prompts, {SAMPLES} samples each, {SLOTS} at once, {options.threads} thread(s), {repeats} turns; "
           "tokens a second: median of turns")  # fmt: skip

@@ -491,7 +491,7 @@ def test_linears_of_a_rollout_compute_the_same(bits: int, rslora: bool) -> None:
         fast = linears.Linears(roles.base.model, roles.stacks["policy"], 1 << 30)
         assert len(fast.forwards) == 14
         with fast:
-            assert far(roles.base.model(input_ids=ids).logits, plain) < 1e-6
+            assert far(roles.base.model(input_ids=ids).logits, plain) < 1e-5  # sums in another order, in fp32
         assert torch.equal(roles.base.model(input_ids=ids).logits, plain)
         with linears.Linears(roles.base.model, roles.stacks["reference"], 1 << 30):
             assert far(roles.base.model(input_ids=ids).logits, plain) > 1e-2, "another stack must say something else, or this test is blind"

@@ -133,13 +133,12 @@ def _part_of(module: Any, stack: Sequence[str], unpack: bool) -> _Part | None:
     base = _base_of(module)
     if (base is not module and not _is_plain_lora(module, stack)) or any(_is_watched(one) for one in {module, base}):
         return None
-    if type(base) is Linear4bit and unpack and base.compute_dtype in (None, torch.float32):
-        weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float()
-    elif type(base) is nn.Linear and base.weight.dtype == torch.float32:
-        weight = base.weight
-    else:
+    packed = type(base) is Linear4bit and unpack and base.compute_dtype in (None, torch.float32)
+    if not packed and not (type(base) is nn.Linear and base.weight.dtype == torch.float32):
         return None
-    return _Part(module, weight, base.bias, *_adapters(module, stack, weight))
+    weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float() if packed else base.weight
+    down, up = _adapters(module, stack, weight)
+    return _Part(module, weight, base.bias, down, up) if packed or len(up) else None
 
 
 def _is_watched(module: Any) -> bool:
