@@ -1,15 +1,15 @@
-"""lowrank_tune: QLoRA fine-tuning for one consumer GPU. `from lowrank_tune import Recipe, run`. Importing this imports no torch."""
+"""lowrank_tune: QLoRA fine-tuning for one consumer GPU. `from lowrank_tune import Chain, Recipe, run`. Importing this imports no torch."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "UserError", "run"]
+__all__ = ["Chain", "Recipe", "UserError", "run"]
 
 if TYPE_CHECKING:
     from lowrank_tune.errors import UserError
-    from lowrank_tune.recipe import Recipe
+    from lowrank_tune.recipe import Chain, Recipe
     from lowrank_tune.runner import run
 
 
@@ -18,10 +18,10 @@ def __getattr__(name: str) -> Any:  # the heavy modules load at first use, so th
         from lowrank_tune.runner import run
 
         return run
-    if name == "Recipe":
-        from lowrank_tune.recipe import Recipe
+    if name in ("Chain", "Recipe"):
+        from lowrank_tune import recipe
 
-        return Recipe
+        return getattr(recipe, name)
     if name == "UserError":
         from lowrank_tune.errors import UserError
 

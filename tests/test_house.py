@@ -22,7 +22,7 @@ LAZY = ("__init__", "__main__", "cli")
 """Modules that load first-party code at first use, so that `--help` and a faulty recipe take a second."""
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "eval", "exec"}
-ROOT_NAMES = {"Recipe": "recipe", "run": "runner", "UserError": "errors"}
+ROOT_NAMES = {"Chain": "recipe", "Recipe": "recipe", "run": "runner", "UserError": "errors"}
 
 
 def floor_of(file: Path, package: Path) -> str:
