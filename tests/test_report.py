@@ -319,6 +319,7 @@ def test_hostile_scores_and_stages_are_inert(tmp_path: Path) -> None:
 def test_damaged_scores(tmp_path: Path, junk: dict[str, Any]) -> None:
     html = page(read_record(write(tmp_path / "a", started(algorithm="dpo"), step(1, loss=1.0), scores=scored(**junk))))
     check(html)
+    assert "confidence 9" not in html  # that is none
     assert "nan" not in re.sub(r"<title>.*?</title>", "", html[html.index("<main>") : html.rindex("<footer>")])
 
 
