@@ -5,24 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lowrank_tune.data import Asked
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout import Engine
 from lowrank_tune.types import Batch, Completion, Mean, Sampling, Stats
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A prompt as ids and as a person reads it, the gold answer where there is one, and the row that it comes from."""
-
-    ids: Sequence[int]
-    text: str
-    gold: str | None
-    row: Mapping[str, Any]
 
 
 class Scoring(Protocol):
