@@ -326,7 +326,7 @@ def step_error(drawn: tuple[list[list[float]], list[list[bool]], list[float]], k
         slopes[place] = slope
     sizes = {name: 1 + sum(map(abs, values)) for name, values in figures.items()}  # what cancels in a sum is still rounded in it
     errors = [abs(loss - expected) / (sizes["loss"] + abs(expected))]
-    errors += [float((roles.leaf.grad - slopes).abs().max() / (s + slopes.abs().max() + 1e-30))]
+    errors += [float((roles.leaf.grad - slopes).abs().max() / (s + slopes.abs().max() + 1e-9 * beta))]  # 1 - sigma is rounded
     errors += [abs(stats[name] - sum(values) / len(values)) / sizes[name] for name, values in figures.items()]
     return max(each if each == each else math.inf for each in errors)
 
