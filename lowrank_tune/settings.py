@@ -132,7 +132,8 @@ class Train(Settings):
     tokens_per_step: Positive | None = None
     """Or: as many rows as fit this many tokens."""
     micro_batch_size: Positive | None = None
-    """Rows that go through the model at once (4 unless `micro_batch_tokens` is given). Changes memory and speed, never the gradient."""
+    """Rows (completions, where they are drawn) that go through the model at once (4 unless `micro_batch_tokens` is given). Changes memory
+    and speed, never the gradient."""
     micro_batch_tokens: Positive | None = None
     """Or: as many rows as fit this many tokens, padding counted."""
     length_window: Positive = 1
@@ -310,6 +311,11 @@ class Recipe(Settings):
     def pairs(self) -> bool:
         """Whether a row of the data is a chosen and a rejected answer."""
         return self.algorithm in ("reward", "dpo")
+
+    @property
+    def needs_gold(self) -> bool:
+        """Whether a reward compares completions with gold answers."""
+        return any(reward.use == "answer" for reward in self.rewards)
 
     @property
     def best_by(self) -> str:

@@ -201,6 +201,11 @@ def test_what_is_saved_holds_only_what_is_used() -> None:
     assert "(?s)a: .*" in dump(recipe) and from_dict(saved) == recipe
 
 
+def test_whether_golds_are_needed() -> None:
+    assert from_dict(made()).needs_gold and from_dict(made(rewards=[OWN, {"use": "answer"}])).needs_gold
+    assert not from_dict(made(rewards=[OWN])).needs_gold and not from_dict(made("sft")).needs_gold
+
+
 def test_saved_cispo_has_one_bound() -> None:
     assert {"clip", "clip_low", "clip_high"} & set(from_dict(made(grpo={"loss": "cispo"})).to_dict()["grpo"]) == set()
     assert from_dict(made(grpo={"loss": "dapo"})).to_dict()["grpo"]["clip"] == 0.2

@@ -24,6 +24,7 @@ from lowrank_tune.events import Emit, Note, Progress
 from lowrank_tune.types import Message
 
 TOLD = 2048  # rows between two reports of progress
+NO_GOLD = "no gold answer, which a reward compares with"
 OTHERS = 3  # a tag beside those of `mixture`, which keeps the random streams apart
 
 
@@ -100,10 +101,10 @@ def asked_order(found: AskedSet, data: settings.Data, train: settings.Train, see
     return AskedOrder(found, data, train, seed)
 
 
-def load_asked(data: settings.Data, template: Template, seed: int, emit: Emit, judge: bool = True) -> AskedSet:
-    """The prompts of all training sources. Raises `UserError` where too many rows of one give none.
+def load_asked(data: settings.Data, template: Template, seed: int, emit: Emit, judge: bool = True, needs_gold: bool = False) -> AskedSet:
+    """The prompts of all training sources; with `needs_gold` those alone that have a gold answer to compare with.
 
-    Without `judge` these rows are only reported, however many.
+    Raises `UserError` where too many rows of one source give none. Without `judge` these rows are only reported, however many.
     """
     asked: list[Asked] = []
     places: list[Place] = []
@@ -111,7 +112,7 @@ def load_asked(data: settings.Data, template: Template, seed: int, emit: Emit, j
     keys: set[int] = set()
     reports: list[SourceReport] = []
     for number, source in enumerate(data.train):
-        report = _load_one(source, data, template, seed, emit, asked, places, keys)
+        report = _load_one(source, data, template, seed, emit, needs_gold, asked, places, keys)
         if judge:
             report.check(data.max_rejected_share)
         source_of += [number] * report.used
@@ -121,8 +122,8 @@ def load_asked(data: settings.Data, template: Template, seed: int, emit: Emit, j
     return AskedSet(asked, places, np.array(source_of, dtype=np.int32), lengths, told)
 
 
-def _load_one(source: settings.Source, data: settings.Data, template: Template, seed: int, emit: Emit, asked: list[Asked], places: list[Place],
-              keys: set[int]) -> SourceReport:  # fmt: skip
+def _load_one(source: settings.Source, data: settings.Data, template: Template, seed: int, emit: Emit, needs_gold: bool, asked: list[Asked],
+              places: list[Place], keys: set[int]) -> SourceReport:  # fmt: skip
     """Adds the prompts of one source to those of the others."""
     rows = read(source, seed)
     shape = shape_of(source, rows, pairs=False)
@@ -134,6 +135,8 @@ def _load_one(source: settings.Source, data: settings.Data, template: Template, 
             emit(Progress(what=f"reading the prompts of {rows.name}", done=report.read, total=len(rows)))
         report.read += 1
         made = raw if isinstance(raw, RowFault) else _asked(raw, source, shape, data, template, report)
+        if not isinstance(made, RowFault) and needs_gold and made[0].gold is None:
+            made = RowFault(NO_GOLD)
         if isinstance(made, RowFault):
             report.drop(made.reason, str(place))
             continue

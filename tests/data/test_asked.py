@@ -17,6 +17,7 @@ from tokenizers_for_tests import CHATML, LLAMA3, NO_SYSTEM, SHARED, tiny, tokeni
 
 from lowrank_tune.algorithms import harvest
 from lowrank_tune.data import Asked, AskedReport, AskedSet, Place, Template, asked_order, load_asked, prompts
+from lowrank_tune.data.asked import NO_GOLD
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, Note, Progress
 from lowrank_tune.settings import Data, Source, Train
@@ -131,6 +132,16 @@ def test_several_sources_in_their_order(tmp_path: Path) -> None:
     assert lines[-1] == (f"15 prompts to draw completions for, 4 of them repeat an earlier one; mixed by prompt counts: {one} 40 %, "
                          f"{other} 26.7 %, tutor 33.3 %")  # fmt: skip
     assert json.loads(json.dumps(made.report.to_dict()))["train_rows"] == 15
+
+
+def test_golds_that_a_reward_needs(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [*ROWS, {"question": "Why?", "answer": "So."}])
+    assert len(found(path)) == 13
+    data = Data(train=(Source(dataset=path),))
+    made = load_asked(data, TEMPLATE, 0, lambda event: None, needs_gold=True)
+    assert len(made) == 12 and {why: gone.places for why, gone in made.report.train[0].dropped.items()} == {NO_GOLD: [f"{path}:13"]}
+    with pytest.raises(UserError, match="1 of 13 rows cannot be used: 1: no gold answer"):
+        load_asked(data.model_copy(update={"max_rejected_share": 0.05}), TEMPLATE, 0, lambda event: None, needs_gold=True)
 
 
 def test_preferences_are_refused(tmp_path: Path) -> None:
