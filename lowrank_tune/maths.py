@@ -8,6 +8,11 @@ from torch import Tensor
 from lowrank_tune.types import Mean
 
 
+def step_seed(seed: int, step: int) -> int:
+    """A seed for each step of each run; odd multipliers keep neighbours apart."""
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 63)
+
+
 def token_mean_weights(says: Tensor) -> Tensor:
     """(B, T) bool -> (B, T) fp32: 1 / (tokens of the whole step) on each token. A step without tokens weighs nothing."""
     return says.float() / says.sum().clamp_min(1)

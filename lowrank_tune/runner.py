@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -135,6 +135,7 @@ def run_stage(recipe: settings.Recipe, folder: RunFolder, console: _Console, pla
     """One algorithm in its folder, from its newest checkpoint to its end. The base comes back without any adapter, for the next stage."""
     begun, emit, listener, step = time.time(), console.emit, console.listener, 0
     files: list[JsonLines] = []
+    closing = ExitStack()
     try:
         found = newest(folder.checkpoints, emit)
         step = found[0] if found else 0
@@ -143,7 +144,8 @@ def run_stage(recipe: settings.Recipe, folder: RunFolder, console: _Console, pla
             emit.attach(files[-1], listener.earlier or ())
         listener.begin(events_in(folder.events))
         console.show(console_log or folder.console_log, chain(before, events_in(folder.events)))
-        built = build(recipe, emit, console.device, base)
+        built = build(recipe, emit, console.device, base, fresh=found is None)
+        closing.callback(built.close)
         stage = Stage(recipe, folder, built, emit, console.control, found, (place.number, place.count), place.name, place.earlier)
         step, finished = stage.train(console.training)
         stage.finish(finished, begun, listener.last, listener.warnings)
@@ -158,6 +160,7 @@ def run_stage(recipe: settings.Recipe, folder: RunFolder, console: _Console, pla
         listener.tell_end(emit, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", step, time.time() - begun, told)
         raise
     finally:
+        closing.close()
         for file in files:
             emit.detach(file)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lowrank_tune.errors import RunFailed
 from lowrank_tune.events import Emit, Note, StepDone
+from lowrank_tune.maths import step_seed
 from lowrank_tune.types import Algorithm, Batch, Mean, Stats, add_stats, to_floats
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
@@ -172,11 +173,6 @@ class Loop:
             if kind not in self.told:
                 self.told.add(kind)
                 self.emit(Note(level="warning", message=f"step {self.progress.step}: {message}"))
-
-
-def step_seed(seed: int, step: int) -> int:
-    """A seed for each step of each run; odd multipliers keep neighbours apart."""
-    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 63)
 
 
 def rate_at(step: int, steps: int, warmup: int, schedule: str) -> float:

@@ -118,7 +118,9 @@ class GRPO:
             # A step in which nothing can be told apart still has its KL; without one it changes nothing.
             harvest = harvest.pick(alive) if bool(alive.any()) else harvest
         batch = harvest.batch
-        batch.extra["advantage"] = group_advantages(harvest.earned, divide=self.loss != "dr_grpo").flatten()
+        advantages = group_advantages(harvest.earned, divide=self.loss != "dr_grpo")
+        self.harvester.show(step, harvest, advantages)
+        batch.extra["advantage"] = advantages.flatten()
         if self.truncated == "mask":
             batch.says &= ~harvest.truncated[:, None]
         if self.epochs > 1 and self.old == "recomputed":

@@ -115,7 +115,8 @@ class Harvester:
     slots: int
     micro_tokens: int
     seed_of: Callable[[int], int]
-    on_harvest: Callable[[int, Harvest], None] = lambda step, harvest: None
+    show: Callable[[int, Harvest, Tensor], None] = lambda step, harvest, advantages: None
+    """Is told of each step's harvest, with the advantages (groups, n)."""
 
     def draw(self, step: int, draw: int, count: int | None = None) -> Harvest:
         """The completions of a step's prompts, grouped in the prompts' order, with their rewards."""
@@ -139,9 +140,7 @@ class Harvester:
         seconds = {"rollout_seconds": rolled - begun, "score_seconds": time.perf_counter() - rolled}
         batch = _batch([asked[one.prompt].ids for one in completions], completions, self.pad_id)
         told = [texts[key] for key in range(len(completions))]
-        harvest = Harvest(batch, rewards, parts, truncated, self.names, told, asked, seconds)
-        self.on_harvest(step, harvest)
-        return harvest
+        return Harvest(batch, rewards, parts, truncated, self.names, told, asked, seconds)
 
     def logps(self, role: str, batch: Batch) -> Tensor:
         """Log-probs of what was written by a role, no gradient, (B, T) on the CPU."""

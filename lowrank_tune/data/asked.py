@@ -36,6 +36,8 @@ class Asked:
     text: str
     gold: str | None
     row: Mapping[str, Any]
+    answer: str | None = None
+    """The row's own answer, where it has one."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,8 @@ def _asked(raw: Raw, source: settings.Source, shape: str, data: settings.Data, t
     if len(ids) > data.max_prompt_length:
         return RowFault(f"longer than data.max_prompt_length ({data.max_prompt_length} tokens)")
     # An array, for a list of as many numbers is nine times as large.
-    return Asked(array("i", ids), messages[-1].content, talk.gold, raw), talk_key(messages)
+    answer = talk.messages[-1].content if talk.messages[-1].role == "assistant" else None
+    return Asked(array("i", ids), messages[-1].content, talk.gold, raw, answer), talk_key(messages)
 
 
 def _ids(messages: Sequence[Message], template: Template) -> list[int] | RowFault:

@@ -14,7 +14,8 @@ from lowrank_tune.algorithms.kit import Kit
 from lowrank_tune.algorithms.reference import reference_logps
 from lowrank_tune.algorithms.reward import Reward
 from lowrank_tune.algorithms.sft import SFT
-from lowrank_tune.data import Order, Prepared, Prompt, Template, TokenStore, collate_units, load, prompts
+from lowrank_tune.build.online import Scoring, check_rewards, grpo, load_prompts, make_harvester, try_groups
+from lowrank_tune.data import AskedSet, Order, Prepared, Prompt, Template, TokenStore, asked_order, collate_units, load, prompts
 from lowrank_tune.data.tokenise import cache_folder
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, Note, Progress
@@ -35,13 +36,13 @@ HEADS = {"reward"}
 @dataclass(frozen=True)
 class Built:
     """All that one run needs, loaded. `trained` are the roles whose top adapter is trained, each named as its role; `hashes` those of the
-    base's tensors before the run; `validation_batch(units)` collates held-out rows."""
+    base's tensors before the run; `validation_batch(units)` collates held-out rows; `close` ends the workers of the rewards."""
 
     base: Base
     roles: Roles
     trained: tuple[str, ...]
     template: Template
-    data: Prepared
+    data: Prepared | AskedSet
     validation: TokenStore | None
     heldout: list[Prompt]
     algorithm: Algorithm
@@ -50,30 +51,30 @@ class Built:
     hashes: dict[str, str]
     micro_tokens: int
     validation_batch: Callable[[Sequence[int]], Batch]
+    close: Callable[[], None] = lambda: None
 
     @property
     def stop_ids(self) -> frozenset[int]:
         return self.base.end_ids | self.template.end_ids
 
 
-def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = None, base: Base | None = None) -> Built:
+def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = None, base: Base | None = None, fresh: bool = True) -> Built:
     """Loads what is cheap to check first: adapters' folders, tokenizer, data, and only then the base, where none is given: the stages of a
-    chain share one. Raises UserError."""
+    chain share one. A `fresh` run also tries its rewards on completions of its policy. Raises UserError."""
     saved = {name: read_adapter(wanted.path, f"adapters.{name}.path", head=name in HEADS)
              for name, wanted in recipe.adapters.items() if wanted.path}  # fmt: skip
     template = Template.of(base.tokenizer if base else load_tokenizer(recipe.base))
     emit(Note(message=template.describe()))
+    if recipe.algorithm == "grpo":
+        return _build_online(recipe, emit, device, base, fresh, saved, template)
     data = load(recipe.data, template, recipe.seed, emit, pairs=recipe.pairs)
     for line in data.report.lines():
         emit(Note(message=line, level="warning" if "; dropped " in line else "info"))
     heldout = _heldout(recipe, template)
-    if base is None:
-        emit(Progress(what=f"loading {recipe.base.model}", done=0, total=1))
-        base = load_base(recipe.base, template.tokenizer, device)
-        emit(Progress(what=f"loading {recipe.base.model}", done=1, total=1))
+    base = base or _load_base(recipe, template, device, emit)
     hashes = base_hashes(base.model)
     roles = load_roles(recipe, base, saved, emit)
-    micro_tokens = min(max(4096, (recipe.train.micro_batch_size or 4) * recipe.data.max_length), 1 << 15)
+    micro_tokens = _micro_tokens(recipe, recipe.data.max_length)
     collated = {store: _collated(store, template.pad_id) for store in (data.train, data.validation) if store is not None}
     if recipe.algorithm == "dpo":
         for store, rows in list(collated.items()):
@@ -86,6 +87,50 @@ def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = Non
     steps = recipe.train.steps or order.steps_of(recipe.train.epochs or 1.0)
     return Built(base, roles, (recipe.trained,), template, data, data.validation, heldout, ALGORITHMS[recipe.algorithm](kit, recipe), steps, reference, hashes,
                  micro_tokens, collated[data.validation] if data.validation is not None else collated[data.train])  # fmt: skip
+
+
+def _build_online(recipe: settings.Recipe, emit: Emit, device: torch.device | None, base: Base | None, fresh: bool,
+                  saved: Mapping[str, SavedAdapter], template: Template) -> Built:  # fmt: skip
+    """The same for an algorithm that writes its own rows: prompts and rewards instead of rows."""
+    data, heldout = load_prompts(recipe, template, emit), _heldout(recipe, template)
+    scoring = Scoring(recipe, template)
+    try:
+        check_rewards(scoring, data, recipe.seed, emit)
+        base = base or _load_base(recipe, template, device, emit)
+        hashes, roles = base_hashes(base.model), load_roles(recipe, base, saved, emit)
+        stop_ids = base.end_ids | template.end_ids
+        if fresh:
+            try_groups(recipe, roles, template, data, scoring, stop_ids, emit)
+        micro_tokens = _micro_tokens(recipe, recipe.data.max_prompt_length + recipe.rollout.max_new_tokens)
+        harvester = make_harvester(recipe, roles, template, data, scoring, stop_ids, micro_tokens, emit)
+    except BaseException:
+        scoring.close()
+        raise
+    reference = _in_words(roles)
+    kit = Kit(roles, _no_rows, reference, fresh=recipe.adapters[recipe.trained].path is None)
+    steps = recipe.train.steps or asked_order(data, recipe.data, recipe.train, recipe.seed).steps_of(recipe.train.epochs or 1.0)
+    return Built(base, roles, (recipe.trained,), template, data, None, heldout, grpo(recipe, kit, harvester), steps, reference, hashes,
+                 micro_tokens, _no_units, scoring.close)  # fmt: skip
+
+
+def _no_rows(step: int) -> Batch:
+    raise AssertionError("the policy writes its own rows")
+
+
+def _no_units(units: Sequence[int]) -> Batch:
+    raise AssertionError("there are no held-out rows")
+
+
+def _load_base(recipe: settings.Recipe, template: Template, device: torch.device | None, emit: Emit) -> Base:
+    emit(Progress(what=f"loading {recipe.base.model}", done=0, total=1))
+    base = load_base(recipe.base, template.tokenizer, device)
+    emit(Progress(what=f"loading {recipe.base.model}", done=1, total=1))
+    return base
+
+
+def _micro_tokens(recipe: settings.Recipe, longest: int) -> int:
+    """Tokens that go through the model at once where no gradient is kept."""
+    return min(max(4096, (recipe.train.micro_batch_size or 4) * longest), 1 << 15)
 
 
 def _heldout(recipe: settings.Recipe, template: Template) -> list[Prompt]:

@@ -1,0 +1,136 @@
+"""The wiring of algorithms that write their own rows: prompts, rewards on the side, the harvester, and a look at both before any training."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from lowrank_tune import settings
+from lowrank_tune.algorithms.grpo import GRPO
+from lowrank_tune.algorithms.harvest import Harvest, Harvester
+from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.data import Asked, AskedSet, Template, asked_order, load_asked
+from lowrank_tune.errors import UserError
+from lowrank_tune.events import Emit, Grouped, Note, Progress
+from lowrank_tune.maths import step_seed
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.rewards import Item, Score, Scorer, Weighted, dead_share, examine, garbage, make, total
+from lowrank_tune.rollout import Engine
+from lowrank_tune.types import Completion, Sampling
+
+LOOKED_AT = 48  # reference answers that the rewards are tried on
+TRIED, TRIES = 16, 4  # prompts, and completions of each, that tell how many groups will be dead
+TRIAL, HARVEST = 1 << 20, 1 << 21  # tags that keep the seeds of trial and harvests apart
+
+
+def load_prompts(recipe: settings.Recipe, template: Template, emit: Emit) -> AskedSet:
+    """The prompts to draw completions for. Raises UserError."""
+    found = load_asked(recipe.data, template, recipe.seed, emit, needs_gold=any(use.use == "answer" for use in recipe.rewards))
+    for line in found.report.lines():
+        emit(Note(message=line, level="warning" if "; dropped " in line else "info"))
+    return found
+
+
+class Scoring:
+    """The recipe's rewards on their workers, for a harvester."""
+
+    def __init__(self, recipe: settings.Recipe, template: Template) -> None:
+        self.weighted: list[Weighted] = make(recipe.rewards, Path.cwd())
+        self.weights = [each.weight for each in self.weighted]
+        self.template = template
+        self.scorer: Scorer[int] = Scorer([each.reward for each in self.weighted])
+
+    def submit(self, key: int, asked: Asked, text: str, completion: Completion) -> None:
+        stopped = completion.finish == "stop" and not self.template.marks_in(completion.ids[:-1])
+        self.scorer.submit(key, Item(asked.text, text, asked.gold, asked.row, stopped, len(completion.ids)))
+
+    def collect(self) -> Mapping[int, Sequence[float]]:
+        return {key: self._values(scores) for key, scores in self.scorer.collect().items()}
+
+    def _values(self, scores: Sequence[Score]) -> list[float]:
+        total(scores, self.weights)  # raises where one could not tell
+        return [float(score.value) for score in scores if score.value is not None]
+
+    def close(self) -> None:
+        self.scorer.close()
+
+
+def check_rewards(scoring: Scoring, prompts: AskedSet, seed: int, emit: Emit) -> None:
+    """Reference answers against garbage: a reward that cannot tell them apart teaches nothing. Raises UserError."""
+    answered = [one for one in prompts.asked if one.answer]
+    if not answered:
+        emit(Note(message="the rows hold no reference answers, so the rewards were not tried on any", level="warning"))
+        return
+    some = random.Random(f"rewards-{seed}").sample(answered, min(LOOKED_AT, len(answered)))
+    right = [Item(one.text, str(one.answer), one.gold, one.row, True, max(1, len(str(one.answer)) // 4)) for one in some]
+    with Scorer[tuple[str, int]]([each.reward for each in scoring.weighted]) as scorer:
+        report = examine(scoring.weighted, right, garbage(right, seed), scorer)
+    for line in report.lines():
+        emit(Note(message=line))
+    if fault := report.fault():
+        raise UserError(fault)
+
+
+def make_harvester(recipe: settings.Recipe, roles: Roles, template: Template, prompts: AskedSet, scoring: Scoring, stop_ids: frozenset[int],
+                   micro_tokens: int, emit: Emit) -> Harvester:  # fmt: skip
+    """Draws completions of the recipe's prompts, step by step."""
+    order = asked_order(prompts, recipe.data, recipe.train, recipe.seed)
+    wanted = recipe.rollout
+
+    def prompts_of(step: int, draw: int, count: int | None) -> list[Asked]:
+        rows = order.rows(step) if draw == 0 else order.others(step, draw, count or 1)
+        return [prompts.asked[row] for row in rows]
+
+    def show(step: int, harvest: Harvest, advantages: Tensor) -> None:
+        emit(Grouped(step=step + 1, prompt=harvest.asked[0].text, gold=harvest.asked[0].gold, completions=_completions(harvest, advantages)))
+
+    return Harvester(
+        roles, prompts_of, scoring, [each.name for each in scoring.weighted], scoring.weights, template.decode, stop_ids, template.pad_id,
+        wanted.num_generations, wanted.max_new_tokens, wanted.temperature, wanted.slots, micro_tokens,
+        lambda number: step_seed(recipe.seed, HARVEST + number), show)  # fmt: skip
+
+
+def _completions(harvest: Harvest, advantages: Tensor) -> list[Mapping[str, object]]:
+    """The first group, as the screen shows it."""
+    n = harvest.rewards.shape[1]
+    return [{"text": harvest.texts[i], "reward": float(harvest.rewards[0, i]), "advantage": float(advantages[0, i]),
+             "finish": "length" if bool(harvest.truncated[i]) else "stop",
+             "parts": dict(zip(harvest.names, harvest.parts[i].tolist(), strict=True))} for i in range(n)]  # fmt: skip
+
+
+def grpo(recipe: settings.Recipe, kit: Kit, harvester: Harvester) -> GRPO:
+    """The algorithm of the recipe."""
+    wanted = recipe.grpo
+    low = wanted.clip if wanted.clip_low is None else wanted.clip_low
+    high = wanted.clip_high
+    if high is None and wanted.loss not in ("dapo", "cispo"):
+        high = wanted.clip
+    return GRPO(kit, harvester, wanted.loss, low, high, wanted.kl, wanted.kl_in, wanted.kl_estimator, wanted.epochs, wanted.old,
+                wanted.mismatch_limit, wanted.truncated, wanted.penalty, wanted.dead_groups)  # fmt: skip
+
+
+def try_groups(recipe: settings.Recipe, roles: Roles, template: Template, prompts: AskedSet, scoring: Scoring, stop_ids: frozenset[int],
+               emit: Emit) -> None:  # fmt: skip
+    """Says before the first step how many groups will teach nothing, from a few completions of a few prompts."""
+    asked = random.Random(f"trial-{recipe.seed}").sample(prompts.asked, min(TRIED, len(prompts.asked)))
+    sampling = Sampling(recipe.rollout.max_new_tokens, stop_ids, recipe.rollout.temperature, step_seed(recipe.seed, TRIAL))
+    what = "trying a few prompts"
+    for done, completion in enumerate(Engine(roles, "policy", recipe.rollout.slots).generate([one.ids for one in asked], TRIES, sampling), 1):
+        body = completion.ids[:-1] if completion.finish == "stop" else completion.ids
+        scoring.submit(completion.prompt * TRIES + completion.sample, asked[completion.prompt], template.decode(body), completion)
+        if done % TRIES == 0:
+            emit(Progress(what=what, done=done, total=len(asked) * TRIES))
+    earned = {key: sum(w * v for w, v in zip(scoring.weights, values, strict=True)) for key, values in scoring.collect().items()}
+    best, least = max(earned.values()), min(earned.values())
+    n = recipe.rollout.num_generations
+    if best - least <= 1e-6:
+        emit(Note(level="warning", message=f"{len(earned)} completions of {len(asked)} prompts all earn {best:.3g}: with rewards like these no "
+                                           "group has a signal; an easier task, a partial reward or an SFT adapter below would give one"))  # fmt: skip
+        return
+    rates = [sum(earned[at * TRIES + i] > (best + least) / 2 for i in range(TRIES)) / TRIES for at in range(len(asked))]
+    dead = dead_share(rates, n, TRIES)
+    told = f"{sum(rates) / len(rates):.0%} of {len(earned)} trial completions earn more than half: about {dead:.0%} of groups of {n} will be dead"
+    emit(Note(message=told, level="warning" if dead > 0.6 else "info"))
