@@ -245,6 +245,7 @@ def test_functions_are_found_by_any_path_and_files_of_one_name_stay_apart(tmp_pa
     (tmp_path / "a" / "helper.py").write_text("value = 5\n")
     (tmp_path / "a" / "uses.py").write_text("import helper\ndef grade(completion, row): return helper.value\n")
     monkeypatch.chdir(tmp_path / "a")
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     uses = [RewardUse(use=use) for use in ("./mine.py:grade", f"{tmp_path}/b/mine.py:grade", "../b/mine.py:grade", "uses.py:grade")]
     made = make(uses, Path())
     assert [each.name for each in made] == ["grade", "grade-2", "grade-3", "grade-4"]
@@ -341,16 +342,19 @@ def test_no_worker_outlives_the_run(folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     runs = [subprocess.Popen([sys.executable, "-c", RUN % last, "spins", "spin"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                              text=True, env=environment, start_new_session=True) for last, _ in ENDS.values()]  # fmt: skip
-    for run, (end, (_, number)) in zip(runs, ENDS.items(), strict=True):
+    workers = [[int(pid) for pid in run.stdout.readline().split()] for run in runs if run.stdout is not None]
+    outlived = []
+    for run, pids, (end, (_, number)) in zip(runs, workers, ENDS.items(), strict=True):
+        if number is not None:
+            assert len(pids) == 2 and all(map(lives, pids)), end
+            os.killpg(run.pid, number)  # as a terminal does: to the whole group
         with run:
-            assert run.stdout is not None
-            pids = [int(pid) for pid in run.stdout.readline().split()]
-            assert len(pids) == 2, end
-            if number is not None:
-                assert all(map(lives, pids)), end
-                os.killpg(run.pid, number)  # as a terminal does: to the whole group
             run.wait(20.0)
-        assert within(3.0, lambda pids=pids: not any(map(lives, pids))), end  # type: ignore[misc]
+        if not within(3.0, lambda pids=pids: not any(map(lives, pids))):  # type: ignore[misc]
+            outlived.append(end)
+            for pid in filter(lives, pids):
+                os.kill(pid, signal.SIGKILL)
+    assert outlived == []
 
 
 def test_preflight_of_own_functions(folder: Path) -> None:
