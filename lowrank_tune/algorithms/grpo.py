@@ -134,9 +134,9 @@ class GRPO:
         batch = harvest.batch
         if self.kl:
             if self.kl_in == "reward" or self.kl_estimator != "exact":
-                batch.extra["reference"] = self.harvester.logps("reference", batch)
+                batch.extra["reference_logps"] = self.harvester.logps("reference", batch)
             if self.kl_in == "reward":
-                k1 = where_says(batch.extra["sampler"] - batch.extra["reference"], batch.scored).sum(dim=1)
+                k1 = where_says(batch.extra["sampler"] - batch.extra["reference_logps"], batch.scored).sum(dim=1)
                 harvest.earned = harvest.earned - self.kl * k1.view_as(harvest.earned)
         if self.truncated == "penalise":
             harvest.earned = harvest.earned - self.penalty * harvest.truncated.view_as(harvest.earned).float()
@@ -161,10 +161,10 @@ class GRPO:
             if self.kl_estimator == "exact":
                 penalty = self.kit.roles.exact_kl("policy", "reference", micro, temperature, gradient=True)
             else:
-                penalty = kl_penalty(self.kl_estimator, logps, old, extra["reference"], scored)
+                penalty = kl_penalty(self.kl_estimator, logps, old, extra["reference_logps"], scored)
             per_token = per_token + self.kl * penalty
-        if "reference" in extra:
-            stats["kl"] = mean_over(kl_penalty("k3", logps, old, extra["reference"], scored), scored)
+        if "reference_logps" in extra:
+            stats["kl"] = mean_over(kl_penalty("k3", logps, old, extra["reference_logps"], scored), scored)
         if self._first_pass:
             stats["mismatch"] = mean_over((logps - extra["sampler"]).abs(), scored)
         loss = (where_says(per_token, scored) * where_says(micro.weight, scored)).sum()
@@ -174,7 +174,7 @@ class GRPO:
         raise AssertionError("held-out rows of GRPO are questions, not rows")
 
     def observe(self, micro: Batch) -> Stats:
-        if "reference" in micro.extra:
+        if "reference_logps" in micro.extra:
             return {}  # the loss has it on every step
         return {"kl": mean_over(self.kit.roles.exact_kl("policy", "reference", micro, self.harvester.temperature), micro.scored)}
 
