@@ -160,8 +160,8 @@ class Stage:
             figures["validation"] = validate(built.algorithm, built.roles, built.validation, built.validation_batch, built.micro_tokens,
                                              self.emit)  # fmt: skip
         if by == "exact":
-            figures["heldout_now"] = self._ask(1)
-        deciding = figures.get("heldout_now" if by == "exact" else "validation")
+            figures["heldout_policy"] = self._ask(1)
+        deciding = figures.get("heldout_policy" if by == "exact" else "validation")
         score = None if deciding is None else deciding["exact"] if by == "exact" else -deciding["loss"]
         memory = self.memory
         better = counts and deciding is not None and score is not None and (memory.best_score is None or score > memory.best_score)
