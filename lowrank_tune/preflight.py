@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lowrank_tune import settings
 from lowrank_tune.data import Census, Order, Prepared, Prompt, Report, RowFault, Template, TokenStore, census, load, prompts
+from lowrank_tune.data.asked import AskedSet, asked_order, load_asked
 from lowrank_tune.data.balance import Sides, contradicting, sides
 from lowrank_tune.data.pairs import EQUAL
 from lowrank_tune.data.report import EXAMPLES, SourceReport
@@ -23,9 +24,10 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit
 from lowrank_tune.model.base import load_tokenizer
 
+HEARD = "kept; held-out answers flatter"
 BINS = 12  # of the histogram of lengths, about
 SHOWN_ROWS, SHOWN_CHARACTERS = 3, 1600
-TOO_LONG = "longer than data.max_length"
+TOO_LONG = ("longer than data.max_length", "longer than data.max_prompt_length")
 NO_TARGET = ("nothing in it is trained", "no assistant turn", "no answer", "empty answer", "no turns", "column `answer` is null",
              "column `output` is null", "column `solution` is null", "column `response` is null", "column `completion` is null",
              "column `chosen` is null", "column `rejected` is null", "no column `chosen`", "no column `rejected`")  # fmt: skip
@@ -35,7 +37,7 @@ NO_TARGET = ("nothing in it is trained", "no assistant turn", "no answer", "empt
 class Part:
     """A source in the mixture: what lies in it, and what an epoch draws from it. `weight` is its share of the rows drawn.
 
-    With preferences a row is a pair, and its tokens are those of both sides.
+    With preferences a row is a pair, and its tokens are those of both sides. Where completions are drawn a row is a prompt.
     """
 
     name: str
@@ -104,17 +106,24 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Example:
-    """A row as the model will read it: stretches of text, each with whether it is trained. The sides of a pair follow each other."""
+    """A row as the model will read it: stretches of text, each with whether it is trained. The sides of a pair follow each other.
+
+    Of a prompt that completions are drawn for, `gold` is the gold answer, where it has one.
+    """
 
     place: str
     tokens: int
     trained: int
     segments: tuple[tuple[bool, str], ...]
+    gold: str | None = None
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """The whole picture. `faults`: sentences that say why training must not begin; none where it may. `sides`: only of preferences."""
+    """The whole picture. `faults`: sentences that say why training must not begin; none where it may. `sides`: only of preferences.
+
+    Where completions are drawn nothing says how an answer ends: `ends` is None, and `draws` says what is drawn.
+    """
 
     report: Report
     template: str
@@ -122,11 +131,12 @@ class Preflight:
     parts: tuple[Part, ...]
     lengths: Lengths
     troubles: tuple[Trouble, ...]
-    ends: Ends
+    ends: Ends | None
     epoch: Epoch
     examples: tuple[Example, ...]
     faults: tuple[str, ...]
     sides: Sides | None = None
+    draws: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: the report's own keys, and the picture beside them."""
@@ -136,10 +146,12 @@ class Preflight:
 def examine(recipe: settings.Recipe, emit: Emit, cache: Path | None = None) -> Preflight:
     """Reads and tokenises everything. Raises `UserError` only where there is nothing to show."""
     template = Template.of(load_tokenizer(recipe.base))
-    data = load(recipe.data, template, recipe.seed, emit, cache, judge=False, pairs=recipe.pairs)
     wanted = recipe.evaluate
     heldout = prompts(wanted.heldout, wanted.prompts, recipe.seed, recipe.data.system) if wanted.heldout else []
-    return survey(recipe, data, template, heldout)
+    if recipe.algorithm == "grpo":
+        asked = load_asked(recipe.data, template, recipe.seed, emit, judge=False, needs_gold=recipe.needs_gold)
+        return survey_asked(recipe, asked, template, heldout)
+    return survey(recipe, load(recipe.data, template, recipe.seed, emit, cache, judge=False, pairs=recipe.pairs), template, heldout)
 
 
 def survey(recipe: settings.Recipe, data: Prepared, template: Template, heldout: Sequence[Prompt] = ()) -> Preflight:
@@ -147,17 +159,30 @@ def survey(recipe: settings.Recipe, data: Prepared, template: Template, heldout:
     counted = census(data.train, template.end_ids)
     ends = _ends(counted, template, data.train.together)
     parts, epoch = _mixture(recipe, data, counted)
+    lengths = _lengths(_all_lengths(data), data.report, recipe.data.max_length)
     return Preflight(
         report=data.report, template=template.describe(), weighted_by=_weighted_by(recipe.data.train), parts=parts,
-        lengths=_lengths(data, recipe.data.max_length), troubles=tuple(_troubles(data, counted, template, heldout)), ends=ends,
+        lengths=lengths, troubles=tuple(_troubles(data, counted, template, heldout)), ends=ends,
         epoch=epoch, examples=tuple(_examples(data.train, template)), faults=tuple(_faults(recipe, data, ends)),
         sides=sides(data.train, counted) if data.train.together > 1 else None)  # fmt: skip
 
 
-def _weighted_by(sources: Sequence[settings.Source]) -> str:
+def survey_asked(recipe: settings.Recipe, found: AskedSet, template: Template, heldout: Sequence[Prompt] = ()) -> Preflight:
+    """The picture of the prompts that completions are drawn for."""
+    parts, epoch = _asked_mixture(recipe, found)
+    rollout = recipe.rollout
+    return Preflight(
+        report=found.report, template=template.describe(), weighted_by=_weighted_by(recipe.data.train, "prompt"), parts=parts,
+        lengths=_lengths(found.lengths, found.report, recipe.data.max_prompt_length),
+        troubles=tuple(_asked_troubles(found, template, heldout)), ends=None, epoch=epoch, examples=tuple(_asked_examples(found, template)),
+        faults=tuple(_too_few(found.report, recipe)),
+        draws=f"{rollout.num_generations:,} completions of each prompt, of up to {rollout.max_new_tokens:,} tokens")  # fmt: skip
+
+
+def _weighted_by(sources: Sequence[settings.Source], unit: str = "row") -> str:
     if len(sources) == 1:
         return "one source"
-    return "weights of the recipe" if sources[0].weight is not None else "row counts: no source has a weight"
+    return "weights of the recipe" if sources[0].weight is not None else f"{unit} counts: no source has a weight"
 
 
 def _mixture(recipe: settings.Recipe, data: Prepared, counted: Census) -> tuple[tuple[Part, ...], Epoch]:
@@ -192,9 +217,27 @@ def _drawn(recipe: settings.Recipe, train: TokenStore) -> tuple[NDArray[np.int64
     return rows, order.steps_per_epoch, recipe.train.steps or order.steps_of(recipe.train.epochs or 1.0)
 
 
-def _lengths(data: Prepared, limit: int) -> Lengths:
-    lengths = np.concatenate([data.train.lengths, *([data.validation.lengths] if data.validation is not None else [])])
-    sources = (*data.report.train, *data.report.validation)
+def _asked_mixture(recipe: settings.Recipe, found: AskedSet) -> tuple[tuple[Part, ...], Epoch]:
+    """The same of prompts."""
+    weights, total = [source.weight for source in recipe.data.train], max(1, len(found))
+    drawn, steps, all_steps = np.zeros(0, np.int64), 0, 0
+    if len(found) and (weights[0] is None or all(told.used for told in found.report.train)):
+        order = asked_order(found, recipe.data, recipe.train, recipe.seed)
+        drawn, steps = np.concatenate([order.rows(step) for step in range(order.steps_per_epoch)]), order.steps_per_epoch
+        all_steps = recipe.train.steps or order.steps_of(recipe.train.epochs or 1.0)
+    tokens = np.bincount(found.source_of[drawn], weights=found.lengths[drawn], minlength=len(weights))
+    parts = tuple(Part(told.name, told.format, told.read, told.used, told.golds, told.used, told.tokens, 0,
+                       told.used / total if weight is None else weight, int(tokens[number]), 0)
+                  for number, (told, weight) in enumerate(zip(found.report.train, weights, strict=True)))  # fmt: skip
+    return parts, Epoch(len(drawn), int(tokens.sum()), 0, steps, all_steps)
+
+
+def _all_lengths(data: Prepared) -> NDArray[np.int64]:
+    return np.concatenate([data.train.lengths, *([data.validation.lengths] if data.validation is not None else [])])
+
+
+def _lengths(lengths: NDArray[np.int64], report: Report, limit: int) -> Lengths:
+    sources = (*report.train, *report.validation)
     dropped = sum(gone.count for source in sources for reason, gone in source.dropped.items() if reason.startswith(TOO_LONG))
     over = dropped + sum(source.truncated for source in sources)
     longest = max([source.longest for source in sources], default=0)
@@ -219,7 +262,7 @@ def _troubles(data: Prepared, counted: Census, template: Template, heldout: Sequ
     truncated = tuple(place for source in sources for place in source.truncated_places)[:EXAMPLES]
     unended = _units(np.flatnonzero(counted.unended), data.train)
     found = [
-        *_dropped(sources, data.train.together > 1),
+        *_dropped(sources, ("too long", "without a target", *([EQUAL] if data.train.together > 1 else []))),
         Trouble("too long, without the oldest turns of the prompt" if data.train.together > 1 else "too long, shortened to whole turns",
                 sum(source.truncated for source in sources), "kept, shortened", truncated),
         Trouble("without an end token behind an answer", len(unended), "kept", _places(data.train, unended)),
@@ -230,25 +273,47 @@ def _troubles(data: Prepared, counted: Census, template: Template, heldout: Sequ
     return [*found, _known_questions(data.train, counted, template, heldout)] if heldout else found
 
 
-def _dropped(sources: Sequence[SourceReport], pairs: bool) -> list[Trouble]:
-    """One entry a reason, most frequent first; too long, without a target and (of pairs) ties stand there even where no row is."""
+def _asked_troubles(found: AskedSet, template: Template, heldout: Sequence[Prompt]) -> list[Trouble]:
+    """The same of prompts. One that repeats an earlier prompt is drawn for more often than others."""
+    golden = [index for index, one in enumerate(found.asked) if one.gold is None]
+    seen: set[tuple[int, ...]] = set()
+    again, known = [], []
+    heard = _ids_of(heldout, template)
+    for index, ids in enumerate(tuple(one.ids) for one in found.asked):
+        again += [index] * (ids in seen)
+        known += [index] * (ids in heard)
+        seen.add(ids)
+    told = [
+        *_dropped(found.report.train, ("too long",)),
+        Trouble("without a gold answer", len(golden), "kept", _asked_places(found, golden)),
+        Trouble("repeating an earlier prompt", len(again), "kept; drawn for as often as it stands there", _asked_places(found, again)),
+    ]
+    return [*told, Trouble("asking a held-out question", len(known), HEARD, _asked_places(found, known))] if heldout else told
+
+
+def _asked_places(found: AskedSet, numbers: Sequence[int]) -> tuple[str, ...]:
+    return tuple(str(found.places[number]) for number in numbers[:EXAMPLES])
+
+
+def _dropped(sources: Sequence[SourceReport], always: Sequence[str]) -> list[Trouble]:
+    """One entry a reason, most frequent first; what is `always` told stands there even where no row is."""
     counts: dict[str, list[Any]] = {}
     for source in sources:
         for reason, gone in source.dropped.items():
-            entry = counts.setdefault(_kind(reason), [0, []])
+            entry = counts.setdefault(_kind(reason, "without a target" in always), [0, []])
             entry[0] += gone.count
             entry[1] += gone.places
-    for kind in ("too long", "without a target", *([EQUAL] if pairs else [])):
+    for kind in always:
         if not any(entry.startswith(kind) for entry in counts):
             counts[kind] = [0, []]
     ranked = sorted(counts.items(), key=lambda item: -item[1][0])
     return [Trouble(kind, count, "dropped", tuple(places[:EXAMPLES])) for kind, (count, places) in ranked]
 
 
-def _kind(reason: str) -> str:
+def _kind(reason: str, targets: bool) -> str:
     if reason.startswith(TOO_LONG):
         return f"too long: {reason}"
-    return f"without a target: {reason}" if reason.startswith(NO_TARGET) else reason
+    return f"without a target: {reason}" if targets and reason.startswith(NO_TARGET) else reason
 
 
 def _places(rows: TokenStore, units: NDArray[Any]) -> tuple[str, ...]:
@@ -292,17 +357,23 @@ def _shared(data: Prepared) -> tuple[str, ...]:
 
 def _known_questions(rows: TokenStore, counted: Census, template: Template, heldout: Sequence[Prompt]) -> Trouble:
     """Training rows that begin with a held-out question: its answer was seen."""
+    asked = _ids_of(heldout, template)
+    # Rows whose prompt is as long as one of these, before any is looked at; both sides of a pair have the same.
+    likely = np.flatnonzero(np.isin(counted.prompt, list({len(ids) for ids in asked})))
+    asking = [row for row in likely if tuple(map(int, rows[int(row)].ids[: counted.prompt[row]])) in asked]
+    known = _units(np.array(asking, dtype=np.int64), rows)
+    return Trouble("asking a held-out question", len(known), HEARD, _places(rows, known))
+
+
+def _ids_of(heldout: Sequence[Prompt], template: Template) -> set[tuple[int, ...]]:
+    """The held-out questions as the base reads them."""
     asked: set[tuple[int, ...]] = set()
     for prompt in heldout:
         try:
             asked.add(tuple(template.prompt(prompt.messages)))
         except (UserError, RowFault):
             continue  # it will not be asked either
-    # Rows whose prompt is as long as one of these, before any is looked at; both sides of a pair have the same.
-    likely = np.flatnonzero(np.isin(counted.prompt, list({len(ids) for ids in asked})))
-    asking = [row for row in likely if tuple(map(int, rows[int(row)].ids[: counted.prompt[row]])) in asked]
-    known = _units(np.array(asking, dtype=np.int64), rows)
-    return Trouble("asking a held-out question", len(known), "kept; held-out answers flatter", _places(rows, known))
+    return asked
 
 
 def _ends(counted: Census, template: Template, together: int) -> Ends:
@@ -313,11 +384,25 @@ def _ends(counted: Census, template: Template, together: int) -> Ends:
 
 def _examples(rows: TokenStore, template: Template) -> list[Example]:
     """The first row or pair of each source, then those that follow in the first one."""
-    firsts = list(np.unique(rows.unit_source_of, return_index=True)[1]) if len(rows) else []
-    picked = list(dict.fromkeys([*map(int, firsts), *range(min(rows.units, SHOWN_ROWS))]))[:SHOWN_ROWS]
     names = ("",) if rows.together == 1 else (", chosen", ", rejected")
     return [Example(rows.place_of(row) + name, int(rows.lengths[row]), rows.trained_of(row), _segments(rows, row, template))
-            for unit in picked for row, name in enumerate(names, start=unit * rows.together)]  # fmt: skip
+            for unit in _picked(rows.unit_source_of) for row, name in enumerate(names, start=unit * rows.together)]  # fmt: skip
+
+
+def _asked_examples(found: AskedSet, template: Template) -> list[Example]:
+    """The same of prompts, with their gold answers."""
+    shown = [(str(found.places[number]), found.asked[number]) for number in _picked(found.source_of)]
+    return [Example(place, len(one.ids), 0, ((False, _cut(template.decode(list(one.ids), marks=True), SHOWN_CHARACTERS)),), one.gold)
+            for place, one in shown]  # fmt: skip
+
+
+def _picked(source_of: NDArray[Any]) -> list[int]:
+    firsts = np.unique(source_of, return_index=True)[1]
+    return list(dict.fromkeys([*map(int, firsts), *range(min(len(source_of), SHOWN_ROWS))]))[:SHOWN_ROWS]
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most // 2] + " [...] " + text[-most // 2 :]
 
 
 def _segments(rows: TokenStore, number: int, template: Template) -> tuple[tuple[bool, str], ...]:
@@ -326,13 +411,17 @@ def _segments(rows: TokenStore, number: int, template: Template) -> tuple[tuple[
     segments: list[tuple[bool, str]] = []
     for start, end in zip(edges, edges[1:], strict=False):
         text = template.decode([int(token) for token in row.ids[start:end]], marks=True)
-        segments.append((bool(row.says[start]), text if len(text) <= left else text[: left // 2] + " [...] " + text[-left // 2 :]))
+        segments.append((bool(row.says[start]), _cut(text, left)))
         left = max(200, left - len(text))
     return tuple(segments)
 
 
 def _faults(recipe: settings.Recipe, data: Prepared, ends: Ends) -> list[str]:
-    told = [fault for source in (*data.report.train, *data.report.validation) if (fault := source.fault(recipe.data.max_rejected_share))]
+    told = _too_few(data.report, recipe)
     if data.report.train_rows and not ends.trained:
         told.append("no end token is trained: the model would never learn to stop; the chat template closes no answer with one")
     return told
+
+
+def _too_few(report: Report, recipe: settings.Recipe) -> list[str]:
+    return [fault for source in (*report.train, *report.validation) if (fault := source.fault(recipe.data.max_rejected_share))]

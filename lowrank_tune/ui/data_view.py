@@ -1,6 +1,6 @@
 """The preflight in the terminal: mixture, lengths, what is wrong with which rows, the end token, and three rows with their loss mask.
 
-Of preferences: how the sides differ, and three pairs side by side.
+Of preferences: how the sides differ, and three pairs side by side. Of prompts that completions are drawn for: three with their gold answers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_tune.data.balance import Sides
-from lowrank_tune.preflight import Example, Lengths, Part, Preflight, Trouble
+from lowrank_tune.preflight import Ends, Example, Lengths, Part, Preflight, Trouble
 from lowrank_tune.ui import inert
 
 BAR = 24
@@ -28,23 +28,26 @@ def show(found: Preflight, title: str, console: Console) -> None:
     plain = not console.encoding.lower().startswith("utf")
     with console.capture() as captured:
         console.print(preflight_view(found, title, plain=plain))
-    told = captured.get().replace("…", "~") if plain else captured.get()  # rich's mark of a cell that is cut
+    told = captured.get()
+    if plain:  # rich's mark of a cell that is cut; names and gold answers may hold more that no ASCII has
+        told = told.replace("…", "~").encode("ascii", "backslashreplace").decode()
     console.file.write("".join(f"{line.rstrip()}\n" for line in told.split("\n")[:-1]))
 
 
 def preflight_view(found: Preflight, title: str, plain: bool = False) -> RenderableType:
     """The picture as one renderable. `plain`: ASCII alone."""
-    unit = "row" if found.sides is None else "pair"
+    unit = "prompt" if found.draws else "row" if found.sides is None else "pair"
     brackets = "[[ ]]" if plain else "⟦ ⟧"
+    reads = "what the model is asked" if found.draws else f"what the model reads; trained is what stands in {brackets}"
     parts: list[RenderableType] = [Text(inert(title), HEAD), Text(inert(found.template), QUIET)]
     for name, body in (
         (f"Mixture, by {found.weighted_by}", _mixture(found, unit, plain)),
-        (f"Lengths in tokens, limit {found.lengths.limit:,}", _lengths(found.lengths, "row" if unit == "row" else "side", plain)),
+        (f"Lengths in tokens, limit {found.lengths.limit:,}", _lengths(found.lengths, "side" if unit == "pair" else unit, plain)),
         (f"{unit.title()}s", _troubles(found.troubles)),
         *([] if found.sides is None else [("Sides", _sides(found.sides, plain))]),
-        ("End token", _ends(found, unit)),
+        *([] if found.ends is None else [("End token", _ends(found.ends, unit))]),
         ("Steps", _steps(found, unit)),
-        (f"Examples: what the model reads; trained is what stands in {brackets}", _examples(found, plain)),
+        (f"Examples: {reads}", _examples(found, plain)),
         ("Verdict", _verdict(found.faults)),
     ):
         parts += [Text(), Text(name, HEAD), Padding(body, (0, 0, 0, 2), expand=False)]
@@ -72,7 +75,7 @@ def _mixture(found: Preflight, unit: str, plain: bool) -> RenderableType:
     tables: list[RenderableType] = []
     totals = [sum(values) for values in zip(*((part.rows, part.tokens, part.trained) for part in found.parts), strict=True)]
     for part in found.parts:
-        golds = f", {part.golds:,} with a gold answer" if unit == "row" else ""
+        golds = f", {part.golds:,} with a gold answer" if unit != "pair" else ""
         tables.append(Text.assemble((inert(part.name, 90), "cyan"), (f"  {part.format}, {part.used:,} of {part.read:,} {unit}s used", QUIET),
                                     (golds, QUIET)))  # fmt: skip
         tables.append(Padding(_measures(part, totals, unit, plain), (0, 0, 0, 2), expand=False))
@@ -82,6 +85,8 @@ def _mixture(found: Preflight, unit: str, plain: bool) -> RenderableType:
 def _measures(part: Part, totals: Sequence[int], unit: str, plain: bool) -> Table:
     table = _grid("l", "l", "r", "r")
     for name, value, total in zip((f"{unit}s", "tokens", "trained tokens"), (part.rows, part.tokens, part.trained), totals, strict=True):
+        if unit == "prompt" and name == "trained tokens":
+            continue
         share = value / total if total else 0.0
         table.add_row(name, Text(bar(share, plain=plain), "cyan"), f"{100 * share:.1f} %", f"{value:,}")
     table.add_row("weight w_s", Text(bar(part.weight, plain=plain), "magenta"), f"{100 * part.weight:.1f} %", f"{part.weight:.4f}")
@@ -121,8 +126,7 @@ def _joined(places: Sequence[str]) -> str:
     return ", ".join(told)
 
 
-def _ends(found: Preflight, unit: str) -> Text:
-    ends = found.ends
+def _ends(ends: Ends, unit: str) -> Text:
     if not ends.trained:
         return Text("NO: no end token is trained; the model would never learn to stop", f"{HEAD} red")
     names = ", ".join(f"{inert(name)} ({count:,} times)" for name, count in ends.tokens.items())
@@ -134,6 +138,10 @@ def _steps(found: Preflight, unit: str) -> Text:
     epoch = found.epoch
     if not epoch.steps:
         return Text("none: there is nothing to train on", BAD)
+    if found.draws:
+        return Text(f"an epoch has {epoch.rows:,} prompts, {epoch.tokens:,} tokens, in {epoch.steps:,} steps of about "
+                    f"{epoch.rows / epoch.steps:,.1f} prompts\n"
+                    f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs; it draws {found.draws}")  # fmt: skip
     share = epoch.trained / epoch.tokens if epoch.tokens else 0.0
     return Text(f"an epoch has {epoch.rows:,} {unit}s, {epoch.tokens:,} tokens, {epoch.trained:,} of them trained ({100 * share:.1f} %)\n"
                 f"in {epoch.steps:,} steps of about {epoch.rows / epoch.steps:,.1f} {unit}s and {epoch.tokens / epoch.steps:,.0f} tokens; "
@@ -156,12 +164,15 @@ def _examples(found: Preflight, plain: bool) -> RenderableType:
     if found.sides is not None:
         shown: list[RenderableType] = [_Pair(*pair, plain) for pair in zip(found.examples[::2], found.examples[1::2], strict=True)]
     else:
-        shown = [part for example in found.examples for part in (_head(example), Padding(_written(example.segments, plain), (0, 0, 1, 2),
-                                                                                         expand=False))]  # fmt: skip
+        shown = [part for example in found.examples for part in (
+            _head(example, bool(found.draws)), Padding(_written(example.segments, plain), (0, 0, 1, 2), expand=False))]  # fmt: skip
     return Group(*shown) if shown else Text("none", QUIET)
 
 
-def _head(example: Example) -> Text:
+def _head(example: Example, asked: bool = False) -> Text:
+    if asked:
+        gold = "no gold answer" if example.gold is None else f"gold answer {inert(example.gold, 120)}"
+        return Text(f"{inert(example.place, 120)}, {example.tokens:,} tokens, {gold}", QUIET)
     return Text(f"{inert(example.place, 120)}, {example.tokens:,} tokens, {example.trained:,} trained", QUIET)
 
 
