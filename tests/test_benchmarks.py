@@ -54,12 +54,12 @@ def gpu() -> Iterator[ModuleType]:
     torch.set_num_threads(threads)
 
 
-def tiny(gpu: ModuleType) -> Any:
+def tiny(gpu: ModuleType, algorithm: str = "sft") -> Any:
     """One tiny smoke run's result."""
     torch.manual_seed(0)
     config = gpu.AutoConfig.for_model(**gpu.SHAPES["tiny"], tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     base = gpu.freeze(gpu.build_model(config, torch.device("cpu")), tokenizer=None, name="random", bits=4)
-    return gpu.smoke("sft", base, gpu.Size(4, 2, 48))
+    return gpu.smoke(algorithm, base, gpu.Size(4, 2, 48))
 
 
 def failed(result: Any) -> list[str]:
@@ -72,10 +72,13 @@ def test_smoke_needs_only_what_such_a_machine_has(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tokens a second" in done.stdout
-    (result,) = json.loads(file.read_text())["results"]
-    assert result["algorithm"] == "sft" and len(result["checks"]) >= 9 and all(result["checks"].values())
-    assert result["figures"]["layer forwards a pass"] == 2.0
-    assert result["figures"]["relative error of logits"] < 1e-5
+    results = json.loads(file.read_text())["results"]
+    assert [result["algorithm"] for result in results] == ["sft", "sft", "reward", "reward", "dpo", "dpo"]
+    for result in results:
+        assert len(result["checks"]) >= 11 and all(result["checks"].values())
+        assert result["figures"]["layer forwards a pass"] == 1.0 + result["checkpointing"]
+        assert result["figures"]["relative error of logits"] < 1e-5
+    assert all("shared prompts change nothing" in result["checks"] for result in results[2:])
 
 
 def test_smoke_without_a_card_says_so(gpu: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +126,46 @@ def test_smoke_finds_linears_that_are_not_quantised(gpu: ModuleType, monkeypatch
     assert failed(tiny(gpu)) == ["linears are 4-bit"]
 
 
+def test_smoke_finds_a_wrong_reference(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A policy that is not its reference at the start, in a single element; and stale log-probs in the cache."""
+
+    def spoiling(roles: Any, rows: Any) -> Any:
+        made = gpu.dpo(roles, rows)
+        with torch.no_grad():
+            next(p for name, p in roles.named_parameters("policy").items() if "lora_B" in name)[0, 0] = 1e-3
+        return made
+
+    def stale(roles: Any, rows: Any) -> Any:
+        made = gpu.dpo(roles, rows)
+        made.kit.rows(0).extra["reference"][0] += 0.01
+        return made
+
+    for maker, words in ((spoiling, "before the first step policy and reference"), (stale, "cached log-probs of the reference")):
+        monkeypatch.setitem(gpu.ALGORITHMS, "dpo", maker)
+        assert failed(tiny(gpu, "dpo")) == ["ran, with the right reference"]
+        assert words in capsys.readouterr().err
+
+
+def test_smoke_finds_prompts_shared_wrongly(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = gpu.Roles._decode
+
+    def moved(self: Any, ids: Any, mask: Any, positions: Any) -> Any:
+        """Every token of a packed row stands one place further."""
+        shift = positions is not None and bool((positions[:, 1:] < positions[:, :-1]).any())
+        return decode(self, ids, mask, positions + (positions > 9) if shift else positions)
+
+    monkeypatch.setattr(gpu.Roles, "_decode", moved)
+    monkeypatch.setattr(gpu.Roles, "_longest_shareable", 1 << 20)  # its own check would find this
+    assert failed(tiny(gpu, "reward")) == ["shared prompts change nothing"]
+
+
+def test_smoke_finds_a_head_that_is_lost(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = gpu.save_file
+    monkeypatch.setattr(gpu, "save_file", lambda tensors, file: save(
+        {name: torch.zeros_like(tensor) if name == gpu.HEAD_KEY else tensor for name, tensor in tensors.items()}, file))  # fmt: skip
+    assert failed(tiny(gpu, "reward")) == ["saved and reloaded, it says the same"]
+
+
 def test_the_true_shapes_have_their_sizes(gpu: ModuleType) -> None:
     for shape, billions in (("llama-3.1-8b", 8.03), ("qwen2.5-7b", 7.62)):
         with torch.device("meta"):
@@ -164,3 +207,23 @@ def test_sft_curves_agree(words: list[str]) -> None:
     if "trl" in words:
         pytest.importorskip("trl")
     assert "equal to 1e-4" in run("sft.py", *words)
+
+
+def test_dpo_curves_agree(tmp_path: Path) -> None:
+    """Ours with and without sharing and both loops by hand do the same steps; every figure is there."""
+    file = tmp_path / "dpo.json"
+    assert "equal to 1e-5" in run("dpo.py", "--tiny", "--json", str(file))
+    records = json.loads(file.read_text())["without checkpointing"]
+    assert list(records) == ["ours", "ours-apart", "hand", "hand-lean"]
+    for record in records.values():
+        assert len(record["cpu"]) == len(record["wall"]) == 2 and min(record["cpu"] + record["wall"]) > 0
+        assert len(record["losses"]) == 8 and record["losses"][0] == pytest.approx(0.693147, abs=1e-5)
+        assert min(record["memory"].values()) > 0
+    assert records["ours"]["memory"]["tensors"] < records["ours-apart"]["memory"]["tensors"] < records["hand"]["memory"]["tensors"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["ours", "trl", "trl-compact"], ["ours", "hand", "trl", "--checkpointing", "on"]])
+def test_dpo_curves_agree_with_trl(words: list[str]) -> None:
+    pytest.importorskip("trl")
+    assert "equal to 1e-5" in run("dpo.py", "--tiny", *words)
