@@ -59,11 +59,11 @@ def run_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", hel
 
 @app.command()
 def demo(overrides: Overrides = None, out: Out = None, ui: Ui = Screen.auto, debug: Debug = False) -> None:
-    """Fine-tune the tiny base that ships with the package, without GPU or network, and compare before and after."""
+    """Teach the tiny base that ships with the package, without GPU or network, by SFT and then by GRPO, and compare before and after."""
     with _sentences(debug):
-        from lowrank_tune.recipe import Recipe
+        from lowrank_tune.recipe import load_any
 
-        loaded = Recipe.load("tiny-sft", "name=demo", *(overrides or []))
+        loaded = load_any("tiny-rlvr", "name=demo", *(overrides or []))
         with _starting():
             from lowrank_tune.runner import run
 

@@ -32,8 +32,8 @@ from lowrank_tune.algorithms.step_zero import check_reference
 from lowrank_tune.maths import mean_of, mean_over, pair_weights, share_right, token_mean_weights, where_says
 from lowrank_tune.types import Batch, Experience, Mean, Stats, Term
 
-COLLAPSED = -0.5
-"""Nats a token by which the chosen answers may become less likely than under the reference before a person is told."""
+COLLAPSED, IN_A_ROW = -0.5, 3
+"""Nats a token by which the chosen answers may become less likely than under the reference, for so many steps, before a person is told."""
 
 
 def dpo_loss(kind: str, chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float, chosen_tokens: Tensor,
@@ -64,6 +64,7 @@ class DPO:
 
     def __init__(self, kit: Kit, loss: str = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0, sft: float = 0.0) -> None:
         self.kit, self.loss, self.beta, self.label_smoothing, self.sft = kit, loss, beta, label_smoothing, sft
+        self._collapsed = 0  # steps in a row
 
     def collect(self, step: int) -> Experience:
         batch = self.kit.rows(step)
@@ -110,7 +111,8 @@ class DPO:
         check_reference(self.kit.roles, micro, same=self.kit.fresh and step == 0, words=self.kit.reference)
 
     def warnings(self, figures: Mapping[str, float]) -> Iterator[str]:
-        if figures["chosen_change"] < COLLAPSED:
+        self._collapsed = self._collapsed + 1 if figures["chosen_change"] < COLLAPSED else 0
+        if self._collapsed >= IN_A_ROW:
             yield (f"the chosen answers have become less likely than under the reference, by {-figures['chosen_change']:.2f} nats a token: "
                    "the margin grows because both sides are unlearned; raise dpo.beta, lower train.learning_rate, or set dpo.sft")  # fmt: skip
 

@@ -61,7 +61,7 @@ class Built:
 def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = None, base: Base | None = None, fresh: bool = True) -> Built:
     """Loads what is cheap to check first: adapters' folders, tokenizer, data, and only then the base, where none is given: the stages of a
     chain share one. A `fresh` run also tries its rewards on completions of its policy. Raises UserError."""
-    saved = {name: read_adapter(wanted.path, f"adapters.{name}.path", head=name in HEADS)
+    saved = {name: read_adapter(wanted.path, f"adapters.{name}.path", head=name in HEADS and name == recipe.trained)
              for name, wanted in recipe.adapters.items() if wanted.path}  # fmt: skip
     template = Template.of(base.tokenizer if base else load_tokenizer(recipe.base))
     emit(Note(message=template.describe()))
