@@ -22,7 +22,7 @@ from lowrank_tune.evaluate import Answer, Question, answer, measure, questions_i
 from lowrank_tune.events import Emit, Event, Note, RunEnded, RunStarted, Sampled, Saved, Validated
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
 from lowrank_tune.model.base import base_hashes, hash_of, one_hash
-from lowrank_tune.preflight import survey
+from lowrank_tune.preflight import survey, survey_asked
 from lowrank_tune.train import Loop, Progress, make_optimizer
 from lowrank_tune.types import Sampling
 
@@ -74,8 +74,9 @@ class Stage:
         base = built.base
         folder.write_json("base.json", {"model": base.name, "revision": base.revision, "bits": base.bits, "tensors": self.hashes,
                                        "adapters": self.adapters})  # fmt: skip
-        folder.write_json("data.json", survey(recipe, built.data, built.template, built.heldout).to_dict()
-                          if isinstance(built.data, Prepared) else built.data.report.to_dict())  # fmt: skip
+        seen = (survey(recipe, built.data, built.template, built.heldout) if isinstance(built.data, Prepared)
+                else survey_asked(recipe, built.data, built.template, built.heldout))  # fmt: skip
+        folder.write_json("data.json", seen.to_dict())
 
     def train(self, training: Callable[[bool], None]) -> tuple[int, bool]:
         """Runs the loop; returns the step reached, and whether that is the last one."""

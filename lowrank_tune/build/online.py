@@ -28,7 +28,7 @@ TRIAL, HARVEST = 1 << 20, 1 << 21  # tags that keep the seeds of trial and harve
 
 def load_prompts(recipe: settings.Recipe, template: Template, emit: Emit) -> AskedSet:
     """The prompts to draw completions for. Raises UserError."""
-    found = load_asked(recipe.data, template, recipe.seed, emit, needs_gold=any(use.use == "answer" for use in recipe.rewards))
+    found = load_asked(recipe.data, template, recipe.seed, emit, needs_gold=recipe.needs_gold)
     for line in found.report.lines():
         emit(Note(message=line, level="warning" if "; dropped " in line else "info"))
     return found
