@@ -165,7 +165,9 @@ class Stage:
         deciding = figures.get("heldout_policy" if by == "exact" else "validation")
         score = None if deciding is None else deciding["exact"] if by == "exact" else -deciding["loss"]
         memory = self.memory
-        better = counts and deciding is not None and score is not None and (memory.best_score is None or score > memory.best_score)
+        # Of steps with as many right answers the later one counts: a greedy score saturates while what is sampled still grows better.
+        ahead = score is not None and (memory.best_score is None or score > memory.best_score or (by == "exact" and score == memory.best_score))
+        better = counts and deciding is not None and ahead
         if better and deciding is not None:
             memory.best_step, memory.best_score, memory.best = step, score, deciding
         if figures:
