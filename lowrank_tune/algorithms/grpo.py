@@ -102,7 +102,7 @@ class GRPO:
         self.high = CLIP_HIGH.get(loss, 0.2) if high is None else high
         self.kl, self.kl_in, self.kl_estimator, self.epochs, self.old = kl, kl_in, kl_estimator, epochs, old
         self.mismatch_limit, self.truncated, self.penalty, self.dead_groups = mismatch_limit, truncated, penalty, dead_groups
-        self._first_pass, self._rows = True, 1
+        self._first_pass, self._rows, self._idle = True, 1, False
 
     def collect(self, step: int) -> Experience:
         harvests = [self._draw(step, 0)]
@@ -115,8 +115,9 @@ class GRPO:
         harvest = Harvest.join(harvests, self.harvester.pad_id)
         if self.dead_groups != "keep":
             alive = ~dead(harvest.earned)
-            # A step in which nothing can be told apart still has its KL; without one it changes nothing.
-            harvest = harvest.pick(alive) if bool(alive.any()) else harvest
+            # Where nothing can be told apart the step weighs nothing: what KL alone leaves is noise there, and Adam walks at its full rate.
+            self._idle = not bool(alive.any())
+            harvest = harvest if self._idle else harvest.pick(alive)
         batch = harvest.batch
         advantages = group_advantages(harvest.earned, divide=self.loss != "dr_grpo")
         self.harvester.show(step, harvest, advantages)
@@ -144,6 +145,8 @@ class GRPO:
 
     def weigh(self, batch: Batch) -> Tensor:
         scored, self._rows = batch.scored, len(batch)
+        if self._idle:
+            return torch.zeros(scored.shape)
         if self.loss in ("dapo", "cispo"):
             return token_mean_weights(scored)
         lengths = scored.sum(dim=1, keepdim=True).clamp_min(1) if self.loss != "dr_grpo" else self.harvester.max_new_tokens
