@@ -51,7 +51,7 @@ for line in sys.stdin:
     _, status = os.waitpid(child, 0)
     print(json.dumps({"status": status}), flush=True)
 """
-UNSTEADY = {"tokens_per_second", "memory_gib"}
+UNSTEADY = {"tokens_per_second", "memory_gib", "rollout_seconds", "score_seconds"}
 
 
 class Nursery:
@@ -66,7 +66,7 @@ class Nursery:
         A run on pairs has a cache of its own, kept over its starts, so that it may also die while that is written.
         """
         assert self.process.stdin and self.process.stdout
-        cache = None if recipe["algorithm"] == "sft" else str(out) + "-cache"
+        cache = None if recipe["algorithm"] in ("sft", "grpo") else str(out) + "-cache"
         self.process.stdin.write(json.dumps({"recipe": recipe, "out": str(out), "die_at": die_at, "cache": cache}) + "\n")
         self.process.stdin.flush()
         child = json.loads(self.process.stdout.readline())["pid"]
@@ -103,13 +103,17 @@ def trace(folder: Path) -> dict[str, Any]:
     steps = [(e["step"], {k: v for k, v in e["stats"].items() if k not in UNSTEADY}) for e in events if e["event"] == "step"]
     told = [(e["step"], e["stats"]) for e in events if e["event"] == "validated"]
     samples = [(e["step"], e["role"], e["prompt"], e["completion"]) for e in events if e["event"] == "sampled"]
+    groups = {e["step"]: (e["prompt"], e["completions"]) for e in events if e["event"] == "group"}
     scores = folder / "scores.json"  # what a run on pairs thinks of the held-out ones
-    return {"steps": steps, "validated": told, "samples": samples, "final": (folder / "final" / "adapter_model.safetensors").read_bytes(),
+    final = (folder / "final" / "adapter_model.safetensors").read_bytes()
+    return {"steps": steps, "validated": told, "samples": samples, "groups": groups, "final": final,
             "scores": scores.read_bytes() if scores.exists() else None}  # fmt: skip
 
 
 def small_recipe(algorithm: str = "sft", **train: Any) -> dict[str, Any]:
-    """A real QLoRA run of seconds: the tiny base in NF4, dropout on (but for dpo), ragged last steps, validation, samples, scores."""
+    """A real QLoRA run of seconds: the tiny base in NF4, dropout on (but for dpo and grpo), ragged last steps, validation, samples, scores."""
+    if algorithm == "grpo":
+        return _on_prompts(train)
     if algorithm != "sft":
         return _on_pairs(algorithm, train)
     return {
@@ -132,6 +136,20 @@ def _on_pairs(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
         "train": {"steps": 10, "rows_per_step": 6, "micro_batch_size": 4, "learning_rate": 2e-3, "save_every": 2, "log_every": 2,
                   "gradient_checkpointing": False, **train},
         "evaluate": {"every": 4, "shown": 1, **spoken},
+    }  # fmt: skip
+
+
+def _on_prompts(train: dict[str, Any]) -> dict[str, Any]:
+    """Rewards that tell any completions apart, dead groups replaced, a prompt order that goes round, two passes over a harvest."""
+    return {
+        "name": "crash", "algorithm": "grpo", "base": {"model": "tiny-tutor"}, "adapters": {"policy": {"r": 4}},
+        "data": {"train": [{"dataset": "tutor", "rows": 10}]},
+        "rewards": [{"use": "answer"}, {"use": "length", "target_tokens": 6, "weight": 0.5}],
+        "rollout": {"num_generations": 4, "max_new_tokens": 10, "slots": 8},
+        "grpo": {"epochs": 2, "dead_groups": "resample"},
+        "train": {"steps": 8, "prompts_per_step": 3, "micro_batch_size": 5, "learning_rate": 2e-3, "save_every": 2, "log_every": 2,
+                  "gradient_checkpointing": False, **train},
+        "evaluate": {"every": 4, "shown": 1, "heldout": {"dataset": "tutor", "split": "heldout"}, "prompts": 3, "max_new_tokens": 8},
     }  # fmt: skip
 
 
@@ -169,5 +187,5 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=15)
     parser.add_argument("--exits", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--algorithm", choices=("sft", "reward", "dpo"), default="sft")
+    parser.add_argument("--algorithm", choices=("sft", "reward", "dpo", "grpo"), default="sft")
     sweep(**vars(parser.parse_args()))

@@ -1,4 +1,4 @@
-"""Killed anywhere, a run goes on as if nothing had happened: same steps, same figures, same scores, same final adapter, bit for bit."""
+"""Killed anywhere, a run goes on as if nothing had been: same steps, figures, completions, scores and final adapter, bit for bit."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -37,16 +37,16 @@ def straight(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Stra
     return of
 
 
-@pytest.mark.parametrize(("algorithm", "seed"), [("sft", 0), ("sft", 1), ("sft", 2), ("reward", 3), ("dpo", 4)])
+@pytest.mark.parametrize(("algorithm", "seed"), [("sft", 0), ("sft", 1), ("sft", 2), ("reward", 3), ("dpo", 4), ("grpo", 5), ("grpo", 6)])
 def test_killed_at_a_random_moment(nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, seed: int) -> None:
     wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
-    status = nursery.run(recipe, out, kill_after=random.Random(seed).uniform(0.1, 3.0 if algorithm == "sft" else 1.5))
+    status = nursery.run(recipe, out, kill_after=random.Random(seed).uniform(0.1, 3.0 if algorithm in ("sft", "grpo") else 1.5))
     if status != 0:
         continue_to_the_end(nursery, recipe, out)
     assert trace(out) == wanted
 
 
-@pytest.mark.parametrize(("algorithm", "die_at"), [("sft", 60), ("sft", 97), ("reward", 70), ("dpo", 20), ("dpo", 70)])
+@pytest.mark.parametrize(("algorithm", "die_at"), [("sft", 60), ("sft", 97), ("reward", 70), ("dpo", 20), ("dpo", 70), ("grpo", 70)])
 def test_dies_in_a_write(nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, die_at: int) -> None:
     wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
     assert nursery.run(recipe, out, die_at=die_at) != 0, "it should have died"
@@ -60,7 +60,7 @@ def test_a_changed_seed_would_be_noticed(nursery: Nursery, straight: Straight, t
 
 
 def test_scores_are_looked_at(straight: Straight) -> None:
-    assert straight("sft")["scores"] is None
+    assert straight("sft")["scores"] is None and straight("grpo")["groups"].keys() == set(range(1, 7))  # type: ignore[attr-defined]
     for algorithm in ("reward", "dpo"):
         scores = straight(algorithm)["scores"]
         assert isinstance(scores, bytes) and b'"reliability"' in scores
