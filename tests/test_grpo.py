@@ -1,0 +1,663 @@
+"""Laws of GRPO: advantages by hand, every loss and its gradient in float64 and through a plain model, one gradient whatever the split, groups
+without signal, the sampler's own log-probs, and whole runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import CPU, VOCAB, changed, clear, far, gradients, llama_roles, make_batch, shake
+from safetensors.torch import load_file
+from test_dpo import Plain, by_key, far_from
+from torch import Tensor
+
+from lowrank_tune import Recipe, run
+from lowrank_tune import runner as runner_module
+from lowrank_tune.algorithms import grpo as grpo_module
+from lowrank_tune.algorithms.grpo import GRPO, MOST_DRAWS, dead, group_advantages, kl_penalty, policy_loss
+from lowrank_tune.algorithms.harvest import Harvest, Harvester
+from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.data import Asked
+from lowrank_tune.errors import RunFailed
+from lowrank_tune.events import Grouped, StepDone
+from lowrank_tune.model.adapters import WEIGHTS
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.types import Batch, Completion, add_stats, to_floats
+
+KINDS = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
+ESTIMATORS = ("k3_ratio", "k3", "k2", "exact")
+HIGH = {"dapo": 0.28, "cispo": 1.1}  # low enough to be met here
+LONGEST = 12
+
+# --- advantages ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_advantages_by_hand() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
+    s = 0.5 + 1e-4  # 1/n: each is half away from a half
+    t = math.sqrt((1.5**2 + 3 * 0.5**2) / 4) + 1e-4
+    expected = [[0.5 / s, -0.5 / s, -0.5 / s, 0.5 / s], [1.5 / t, -0.5 / t, -0.5 / t, -0.5 / t], [0.0] * 4]
+    assert torch.allclose(group_advantages(rewards), torch.tensor(expected), rtol=1e-6, atol=0)
+    assert group_advantages(rewards, divide=False).tolist() == [[0.5, -0.5, -0.5, 0.5], [1.5, -0.5, -0.5, -0.5], [0.0] * 4]
+    assert dead(rewards).tolist() == [False, False, True]
+
+
+def test_seven_equal_rewards_are_exactly_nothing() -> None:
+    rewards = torch.full((1, 7), 0.7)
+    assert group_advantages(rewards).tolist() == [[0.0] * 7] and group_advantages(rewards, divide=False).tolist() == [[0.0] * 7]
+    naive = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
+    assert naive.any(), "the plain formula in fp32 is no longer a trap"
+    assert dead(torch.tensor([[0.1 + 0.2, 0.3], [0.3, 0.3 + 1e-5]], dtype=torch.float64)).tolist() == [True, False]
+
+
+REWARD = st.floats(-100, 100, width=32)
+
+
+@given(st.integers(1, 5).flatmap(lambda n: st.lists(st.lists(REWARD, min_size=n + 1, max_size=n + 1), min_size=1, max_size=4)))
+def test_advantages_equal_numpy(rewards: list[list[float]]) -> None:
+    for divide in (True, False):
+        found = group_advantages(torch.tensor(rewards, dtype=torch.float64), divide).double().numpy()
+        for got, group in zip(found, np.array(rewards), strict=True):
+            wanted = (group - group.mean()) / (group.std() + 1e-4 if divide else 1.0)
+            if np.ptp(group) <= 1e-6:
+                assert (got == 0).all()
+            else:
+                assert np.allclose(got, wanted, rtol=1e-6, atol=1e-6 * abs(wanted).max())
+
+
+# --- the oracle: per token, in float64, derivatives worked by hand -------------------------------------------------------------------------
+
+
+def oracle(kind: str, rows: Sequence[tuple[Any, Any, Any]], advantages: Sequence[float], low: float, high: float, kl: float,
+           estimator: str) -> tuple[float, list[list[float]], list[float]]:  # fmt: skip
+    """(log-probs, old, reference) of each row's own tokens -> loss, its derivatives by the log-probs, and each row's weight of a token.
+
+    The KL over the whole vocabulary is not a function of these; its weight is."""
+    total = sum(len(logps) for logps, _, _ in rows)
+    loss, slopes, weights = 0.0, [], []
+    for (logps, old, reference), a in zip(rows, advantages, strict=True):
+        n = len(logps)
+        w = {"dapo": 1 / max(1, total), "cispo": 1 / max(1, total), "dr_grpo": 1 / (len(rows) * LONGEST)}.get(kind, 1 / (len(rows) * max(1, n)))
+        mean = sum(p - o for p, o in zip(logps, old, strict=True)) / max(1, n)
+        row = []
+        for p, o, q in zip(logps, old, reference, strict=True):
+            ratio, r = math.exp(p - o), math.exp(mean if kind == "gspo" else p - o)
+            if kind == "cispo":
+                value, slope = -min(r, high) * a * p, -min(r, high) * a
+            elif a > 0 and r > 1 + high:
+                value, slope = -(1 + high) * a, 0.0
+            elif a < 0 and r < 1 - low:
+                value, slope = -(1 - low) * a, 0.0
+            else:  # every token of a sequence moves its ratio by 1/n, and stands in n equal terms: one again
+                value, slope = -r * a, -r * a
+            d = q - p
+            k3 = math.exp(d) - d - 1
+            if estimator == "k3":
+                value, slope = value + kl * k3, slope + kl * (1 - math.exp(d))
+            elif estimator == "k3_ratio":
+                value, slope = value + kl * k3 * ratio, slope + kl * ratio * (k3 + 1 - math.exp(d))
+            elif estimator == "k2":
+                value, slope = value + kl * d * d / 2, slope - kl * d
+            loss += w * value
+            row.append(w * slope)
+        slopes.append(row)
+        weights.append(w)
+    return loss, slopes, weights
+
+
+def tokens_of(seed: int, lengths: Sequence[int] = (5, 2, 9, 1, 4, 0)) -> tuple[list[tuple[Any, Any, Any]], list[float]]:
+    """Rows of log-probs, old ones and reference ones, with ratios on both sides of the clip; and advantages of both signs."""
+    stream = np.random.default_rng(seed)
+    rows = []
+    for n in lengths:
+        logps = -stream.exponential(2.0, n)
+        rows.append((logps, logps + stream.normal(0, 0.3, n), logps + stream.normal(0, 0.8, n)))
+    return rows, [float(a) for a in np.where(np.arange(len(lengths)) % 2, -1, 1) * stream.uniform(0.2, 2, len(lengths))]
+
+
+def laid(rows: Sequence[tuple[Any, Any, Any]], dtype: torch.dtype, filler: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same as (B, T) tensors with gaps before, inside and after; what stands in the gaps is `filler`."""
+    width = 2 * max(len(row[0]) for row in rows) + 3
+    says = torch.zeros(len(rows), width, dtype=torch.bool)
+    three = [torch.full((len(rows), width), filler, dtype=dtype) for _ in range(3)]
+    for i, row in enumerate(rows):
+        places = [2 + 2 * t + i % 2 for t in range(len(row[0]))]
+        says[i, places] = True
+        for into, values in zip(three, row, strict=True):
+            into[i, places] = torch.tensor(values, dtype=dtype)
+    return *three, says  # type: ignore[return-value]
+
+
+def weights_of(kind: str, says: Tensor) -> Tensor:
+    """What `weigh` gives, for a mask alone."""
+    algorithm = GRPO(None, Fake(None, []), kind)  # type: ignore[arg-type]
+    return algorithm.weigh(Batch(torch.zeros(says.shape, dtype=torch.long), torch.ones_like(says), says))
+
+
+def pure_error(kind: str, estimator: str, dtype: torch.dtype, filler: float = 0.0, seed: int = 0) -> float:
+    """Largest distance from the oracle, of the loss and of every slope, against the largest of them."""
+    rows, advantages = tokens_of(seed)
+    low, high = 0.2, HIGH.get(kind, 0.2)
+    logps, old, reference, says = laid(rows, dtype, filler)
+    logps.requires_grad_()
+    found, _ = grpo_module.policy_loss(kind, logps, old, torch.tensor(advantages, dtype=dtype), says, low, high)
+    found = found + 0.3 * grpo_module.kl_penalty(estimator, logps, old, reference, says)
+    loss = (found * weights_of(kind, says)).sum()
+    (slope,) = torch.autograd.grad(loss, logps)
+    expected, slopes, _ = oracle(kind, rows, advantages, low, high, 0.3, estimator)
+    flat = torch.tensor([s for row in slopes for s in row], dtype=torch.float64)
+    wrong = max(abs(float(loss.detach()) - expected) / abs(expected), float((slope[says].double() - flat).abs().max() / flat.abs().max()))
+    outside = float(slope[~says].abs().max())
+    return wrong if wrong == wrong and outside == 0 else math.inf
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("estimator", ESTIMATORS[:3])
+def test_loss_and_gradient_equal_the_formulas(kind: str, estimator: str) -> None:
+    for seed in range(8):
+        assert pure_error(kind, estimator, torch.float64, seed=seed) < 3e-7, "weights alone are fp32"
+        assert pure_error(kind, estimator, torch.float32, seed=seed) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("filler", [math.nan, math.inf, -math.inf, 1e38])
+def test_what_stands_in_masked_slots_does_nothing(kind: str, filler: float) -> None:
+    for estimator in ESTIMATORS[:3]:
+        assert pure_error(kind, estimator, torch.float32, filler) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_oracle_knows_its_own_slope(kind: str) -> None:
+    """Central differences; cispo's weight is held still, as its formula says."""
+    rows, advantages = tokens_of(3)
+    for estimator in ("k3", "k3_ratio", "k2"):
+        _, slopes, _ = oracle(kind, rows, advantages, 0.2, 0.2, 0.3, estimator)
+        for i, t in ((0, 1), (2, 4), (4, 0)):
+
+            def at(h: float, i: int = i, t: int = t, estimator: str = estimator) -> float:
+                moved = [tuple(part.copy() for part in row) for row in rows]
+                moved[i][0][t] += h
+                if kind != "cispo":
+                    return oracle(kind, moved, advantages, 0.2, 0.2, 0.3, estimator)[0]
+                held = [(row[0], row[1], row[2]) for row in rows]
+                weight = min(math.exp(held[i][0][t] - held[i][1][t]), 0.2)
+                kl = oracle("cispo", moved, [0.0] * 6, 0.2, 0.2, 0.3, estimator)[0]
+                return kl - weight * advantages[i] * moved[i][0][t] / sum(len(row[0]) for row in rows)
+
+            assert (at(1e-6) - at(-1e-6)) / 2e-6 == pytest.approx(slopes[i][t], abs=1e-8)
+
+
+def _no_clip(kind: str, logps: Tensor, old: Tensor, advantage: Tensor, says: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    return policy_loss(kind, logps, old, advantage, says, 1.0, 1e9)
+
+
+def _sides_swapped(kind: str, logps: Tensor, old: Tensor, advantage: Tensor, says: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    return policy_loss(kind, logps, old, advantage, says, high / 2, low / 2)
+
+
+def _masked_by_zero(kind: str, logps: Tensor, old: Tensor, advantage: Tensor, says: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    value, stopped = policy_loss(kind, logps, old, advantage, torch.ones_like(says), low, high)
+    return value * says, stopped
+
+
+@pytest.mark.parametrize("bug", [_no_clip, _sides_swapped])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_clip_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str, bug: Any) -> None:
+    monkeypatch.setattr(grpo_module, "policy_loss", bug)
+    assert max(pure_error(kind, "k3", torch.float64, seed=seed) for seed in range(3)) > 1e-3
+
+
+def test_masking_by_zero_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo_module, "policy_loss", _masked_by_zero)
+    assert pure_error("grpo", "k3", torch.float32) < 1e-6 < pure_error("grpo", "k3", torch.float32, math.nan)
+
+
+def test_a_wrong_kl_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo_module, "kl_penalty", lambda name, *rest: kl_penalty("k3" if name == "k3_ratio" else "k3_ratio", *rest))
+    assert min(pure_error("grpo", estimator, torch.float64) for estimator in ("k3", "k3_ratio")) > 1e-3
+
+
+def test_tokens_that_the_clip_stops_are_counted() -> None:
+    ratios, advantages = torch.tensor([[0.5, 0.9, 1.1, 1.5, 9.0]] * 2), torch.tensor([1.0, -1.0])
+    says = torch.tensor([[True, True, True, True, False]] * 2)
+    stopped = policy_loss("grpo", ratios.log(), torch.zeros(2, 5), advantages, says, 0.2, 0.3)[1]
+    assert stopped.tolist() == [[False, False, False, True, False], [True, False, False, False, False]]
+    assert policy_loss("cispo", ratios.log(), torch.zeros(2, 5), advantages, says, 0.2, 1.2)[1].tolist() == [[False] * 3 + [True, False]] * 2
+    assert not policy_loss("grpo", ratios.log(), ratios.log(), advantages, says, 0.2, 0.3)[1].any()
+
+
+# --- whose gradient is it? Enumeration of a vocabulary of five -------------------------------------------------------------------------------
+
+
+def expected_slope(estimator: str, z: Tensor, q: Tensor) -> tuple[float, Tensor]:
+    """E_p of the estimator and of its gradient by the logits, where old is the policy itself: every token once, by its odds."""
+    logps = torch.log_softmax(z, 0)
+    old, says = logps.detach(), torch.ones(1, len(z), dtype=torch.bool)
+    each = grpo_module.kl_penalty(estimator, logps[None], old[None], q[None], says)
+    mean = (old.exp() * each[0]).sum()
+    return float(mean.detach()), torch.autograd.grad(mean, z, retain_graph=True)[0]
+
+
+def kl_and_slope(z: Tensor, q: Tensor, forward: bool) -> tuple[float, Tensor]:
+    p = torch.log_softmax(z, 0)
+    kl = (q.exp() * (q - p)).sum() if forward else (p.exp() * (p - q)).sum()
+    return float(kl.detach()), torch.autograd.grad(kl, z, retain_graph=True)[0]
+
+
+def test_the_gradient_of_each_estimator_is_that_of_its_kl() -> None:
+    for seed in range(10):
+        stream = torch.Generator().manual_seed(seed)
+        z, q = torch.randn(5, generator=stream, dtype=torch.float64), torch.log_softmax(torch.randn(5, generator=stream).double(), 0)
+        z.requires_grad_()
+        reverse, forward = kl_and_slope(z, q, False), kl_and_slope(z, q, True)
+        for estimator, (value, slope), honest in (("k3_ratio", reverse, True), ("k3", forward, False), ("k2", reverse, False)):
+            mean, found = expected_slope(estimator, z, q)
+            assert far(found, slope) < 1e-10, estimator
+            assert not honest or mean == pytest.approx(value, abs=1e-12)
+        assert expected_slope("k3", z, q)[0] == pytest.approx(reverse[0], abs=1e-12)  # its value is honest, its gradient is another's
+        assert far(expected_slope("k3", z, q)[1], reverse[1]) > 1e-2
+
+
+# --- through a model ---------------------------------------------------------------------------------------------------------------------
+
+
+class Fake(Harvester):
+    """Draws completions that a test made: random ids, with rewards by the draw; the log-probs are the roles' own."""
+
+    def __init__(self, roles: Any, rewards: Sequence[Sequence[Sequence[float]]], temperature: float = 1.0, cut: Sequence[int] = (),
+                 drift: float = 0.0, **how: Any) -> None:  # fmt: skip
+        super().__init__(roles, None, None, ("answer",), (1.0,), str, frozenset({1}), 0, 0, LONGEST, temperature, 8, 40, int,  # type: ignore[arg-type]
+                         lambda *told: self.shown.append(told))  # fmt: skip
+        self.rewards, self.cut, self.drift, self.how = rewards, cut, drift, how
+        self.shown: list[tuple[Any, ...]] = []
+        self.asked_for: list[int | None] = []
+
+    def draw(self, step: int, draw: int, count: int | None = None) -> Harvest:
+        self.asked_for.append(count)
+        rewards = torch.tensor(self.rewards[draw][:count], dtype=torch.float64)
+        groups, n = rewards.shape
+        rows, says = written(groups, n, seed=100 * step + draw)
+        batch = make_batch(rows, says, **self.how)
+        noise = torch.randn(batch.ids.shape, generator=torch.Generator().manual_seed(step))
+        batch.extra["sampler"] = self.logps("policy", batch) + self.drift * noise if self.roles is not None else torch.zeros(batch.ids.shape)
+        truncated = torch.tensor([i in self.cut for i in range(groups * n)])
+        asked = [Asked([2], f"prompt {draw}.{group}", None, {}) for group in range(groups)]
+        return Harvest(batch, rewards, rewards.view(-1, 1), truncated, self.names, [""] * (groups * n), asked)
+
+
+def written(groups: int, n: int, seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
+    """Completions of 1 to 11 tokens, groups with one prompt; pad and end ids stand inside."""
+    stream, rows, says = np.random.default_rng(seed), [], []
+    for _ in range(groups):
+        prompt = stream.integers(0, VOCAB, stream.integers(1, 6)).tolist()
+        for _ in range(n):
+            length = int(stream.integers(1, LONGEST))
+            rows.append([*prompt, *stream.integers(0, VOCAB, length).tolist()])
+            says.append([False] * len(prompt) + [True] * length)
+    return rows, says
+
+
+LIVE = [[[1.0, 0.0, 0.0], [0.2, 0.9, 0.4]]]
+
+
+@pytest.fixture(scope="module")
+def roles() -> Roles:
+    """fp32, a frozen SFT adapter below the policy, both with weights that matter."""
+    found = llama_roles(16, lower=["sft"])
+    shake(found, "sft", size=0.05)
+    shake(found, "policy", size=0.05, seed=2)
+    return found
+
+
+def over(roles: Roles, kind: str = "grpo", rewards: Any = LIVE, fake: Mapping[str, Any] = {}, **how: Any) -> GRPO:
+    kit = Kit(roles, None, fresh=False)  # type: ignore[arg-type]
+    return GRPO(kit, Fake(roles, rewards, **fake), kind, high=HIGH.get(kind), **how)
+
+
+def one_pass(algorithm: GRPO, part: Batch, **split: int | None) -> tuple[float, Tensor, dict[str, float]]:
+    clear(algorithm.kit.roles)
+    part.weight = algorithm.weigh(part)
+    loss, stats = 0.0, {}
+    for micro in part.split(**split or {"rows": 4}):
+        for term in algorithm.terms(micro):
+            term.loss.backward()
+            loss += float(term.loss.detach().double())
+            add_stats(stats, term.stats)
+    return loss, gradients(algorithm.kit.roles), to_floats(stats)
+
+
+def model_error(roles: Roles, kind: str, estimator: str, temperature: float = 0.7) -> tuple[float, float]:
+    """Distance of loss and gradient of a whole step from transformers' logits in float64; old log-probs that are not the policy's."""
+    algorithm = over(roles, kind, fake={"temperature": temperature}, kl=0.3, kl_estimator=estimator)
+    part = algorithm.collect(0).batch
+    part.extra["old"] = part.extra["sampler"] + 0.3 * torch.randn(part.ids.shape, generator=torch.Generator().manual_seed(0))
+    loss, _, _ = one_pass(algorithm, part)
+    mine = by_key(roles, "policy")
+    plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
+    kept, rows = [], []
+    for i in range(len(part)):
+        ids = part.ids[i][part.attended[i]].tolist()
+        places = part.says[i].nonzero().squeeze(1)
+        p = torch.log_softmax(plain.run(ids).logits[0] / temperature, dim=1)[places - 1]
+        with torch.no_grad():
+            q = torch.log_softmax(plain.run(ids, policy=False).logits[0] / temperature, dim=1)[places - 1]
+        token = part.ids[i][places][:, None]
+        logps = p.gather(1, token).squeeze(1)
+        kept.append((logps, (p.exp() * (p - q)).sum()))
+        rows.append((logps.tolist(), part.extra["old"][i][places].tolist(), q.gather(1, token).squeeze(1).tolist()))
+    advantages = part.extra["advantage"].tolist()
+    expected, slopes, weights = oracle(kind, rows, advantages, 0.2, HIGH.get(kind, 0.2), 0.3, estimator)
+    total = torch.zeros((), dtype=torch.float64)
+    for (logps, exact), slope, weight in zip(kept, slopes, weights, strict=True):
+        total = total + (logps * torch.tensor(slope, dtype=torch.float64)).sum()
+        if estimator == "exact":
+            total = total + 0.3 * weight * exact
+            expected += 0.3 * weight * float(exact.detach())
+    total.backward()
+    return abs(loss - expected) / abs(expected), far_from(mine, plain.gradient())
+
+
+@pytest.mark.parametrize(("kind", "estimator"), [("grpo", "k3_ratio"), ("dapo", "k3"), ("dr_grpo", "k2"), ("gspo", "exact"),
+                                                 ("cispo", "exact")])  # fmt: skip
+def test_through_a_model(roles: Roles, kind: str, estimator: str) -> None:
+    loss, gradient = model_error(roles, kind, estimator)
+    assert loss < 1e-5 and gradient < 1e-5
+
+
+def test_bugs_of_a_whole_step_are_seen(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = Roles.exact_kl
+    monkeypatch.setattr(Roles, "exact_kl", lambda self, p, q, *rest, gradient: exact(self, p, q, *rest, gradient=gradient).detach())
+    assert model_error(roles, "grpo", "exact")[1] > 1e-3
+    monkeypatch.undo()
+    logps = Roles.logps
+    monkeypatch.setattr(Roles, "logps", lambda self, role, batch, temperature=1.0: logps(self, role, batch))
+    assert model_error(roles, "grpo", "k3")[1] > 1e-3
+
+
+# --- laws --------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_micro_batch_size_gives_one_gradient(roles: Roles, kind: str) -> None:
+    found = []
+    for split in ({"rows": 1}, {"rows": 4}, {"tokens": 30}, {"rows": 99}):
+        algorithm = over(roles, kind, fake={"drift": 0.2}, old="sampler", kl_estimator="exact" if kind == "dapo" else "k3_ratio")
+        found.append(one_pass(algorithm, algorithm.collect(0).batch, **split))
+    for loss, gradient, stats in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5, abs=1e-7) and far(gradient, found[0][1]) < 1e-5
+        assert stats == pytest.approx(found[0][2], rel=1e-5, abs=1e-6)
+    assert found[0][2]["loss"] == pytest.approx(found[0][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing(roles: Roles, kind: str) -> None:
+    found = []
+    for how in ({}, {"more": 5}, {"filler": 31}, {"more": 3, "filler": 1}):
+        algorithm = over(roles, kind, fake=how, epochs=2)
+        found.append(one_pass(algorithm, algorithm.collect(0).batch))
+    for loss, gradient, stats in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5, abs=1e-7) and far(gradient, found[0][1]) < 1e-5
+        assert stats == pytest.approx(found[0][2], rel=1e-4, abs=1e-6)
+
+
+def test_weights_add_up() -> None:
+    says = torch.zeros(3, 9, dtype=torch.bool)
+    says[0, 1:3], says[1, 2:9] = True, True
+    assert weights_of("grpo", says).sum(dim=1).tolist() == pytest.approx([1 / 3, 1 / 3, 0.0])
+    assert weights_of("dapo", says)[says].tolist() == pytest.approx([1 / 9] * 9)
+    assert weights_of("dr_grpo", says)[says].tolist() == pytest.approx([1 / (3 * LONGEST)] * 9)
+    assert torch.equal(weights_of("gspo", says), weights_of("grpo", says)) and torch.equal(weights_of("cispo", says), weights_of("dapo", says))
+
+
+def test_the_first_of_several_passes_has_ratio_one(roles: Roles) -> None:
+    algorithm = over(roles, "grpo", epochs=3, kl=0.0)
+    experience = algorithm.collect(0)
+    parts = list(experience.parts())
+    assert len(parts) == 3 and all(part is experience.batch for part in parts)
+    part = parts[0]
+    policy = roles.logps("policy", part).logps.detach()
+    assert float((policy - part.extra["old"])[part.scored].abs().max()) < 1e-5
+    several, _, stats = one_pass(algorithm, part)
+    assert stats["clip_fraction"] == 0.0 and "mismatch" in stats
+    single = over(roles, "grpo", kl=0.0)
+    alone = one_pass(single, single.collect(0).batch)
+    assert "old" not in single.collect(0).batch.extra and several == pytest.approx(alone[0], abs=1e-6)
+    kept = roles.adapter_tensors("policy")
+    try:
+        shake(roles, "policy", size=0.3, seed=9)
+        assert algorithm.go_on({}) is True
+        _, _, later = one_pass(algorithm, part)
+        assert later["clip_fraction"] > 0.1 and "mismatch" not in later, "old is of the policy that wrote, whatever came since"
+    finally:
+        roles.load_adapter_tensors("policy", kept, "here")
+
+
+@pytest.mark.parametrize(("truncated", "rows"), [("keep", 6), ("mask", 4)])
+def test_completions_that_were_cut(roles: Roles, truncated: str, rows: int) -> None:
+    algorithm = over(roles, fake={"cut": (0, 4)}, truncated=truncated)
+    part = algorithm.collect(0).batch
+    assert int(part.scored.any(dim=1).sum()) == rows and len(part) == 6
+    assert torch.equal(part.extra["advantage"].view(2, 3), group_advantages(torch.tensor(LIVE[0])))
+    weight = algorithm.weigh(part)
+    assert weight.sum() == pytest.approx(rows / 6), "a masked completion still counts among N"
+    assert (weight[[0, 4]].sum() == 0) == (truncated == "mask")
+
+
+def test_a_cut_completion_pays(roles: Roles) -> None:
+    algorithm = over(roles, rewards=[[[0.5] * 3, [0.0, 1.0, 1.0]]], fake={"cut": (1, 5)}, truncated="penalise", penalty=0.5)
+    experience = algorithm.collect(0)
+    expected = group_advantages(torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.5]]))
+    assert torch.allclose(experience.batch.extra["advantage"].view(2, 3), expected)
+    assert to_floats(experience.stats)["reward"] == pytest.approx(3.5 / 6) and to_floats(experience.stats)["dead_groups"] == 0.5
+
+
+def test_all_cut_and_masked_is_a_step_of_nothing(roles: Roles) -> None:
+    for kind in KINDS:
+        algorithm = over(roles, kind, fake={"cut": range(6)}, truncated="mask")
+        loss, gradient, _ = one_pass(algorithm, algorithm.collect(0).batch)
+        assert loss == 0.0 and not gradient.any()
+
+
+MIXED = [[[0.7] * 3, [0.0, 1.0, 0.0], [0.1] * 3, [1.0] * 3], [[0.3] * 3, [1.0, 0.0, 0.0], [0.0] * 3], [[0.0, 0.0, 1.0], [0.5] * 3],
+         [[0.2] * 3], [[1.0, 0.0, 0.0]]]  # fmt: skip
+
+
+@pytest.mark.parametrize(("how", "groups", "draws"), [("keep", [0, 1, 2, 3], [None]), ("drop", [1], [None]),
+                                                      ("resample", None, [None, 3, 2, 1])])  # fmt: skip
+def test_dead_groups(roles: Roles, how: str, groups: Any, draws: Any) -> None:
+    assert MOST_DRAWS == 4, "the last of these draws is never made"
+    algorithm = over(roles, rewards=MIXED, dead_groups=how)
+    experience = algorithm.collect(0)
+    harvest, advantages = algorithm.harvester.shown[0][1:]
+    assert algorithm.harvester.asked_for == draws
+    told = [one.text for one in harvest.asked]
+    assert told == (["prompt 0.1", "prompt 1.1", "prompt 2.0"] if how == "resample" else [f"prompt 0.{i}" for i in groups])
+    assert len(experience.batch) == 3 * len(told) == advantages.numel()
+    assert torch.equal(advantages.flatten(), experience.batch.extra["advantage"])
+    where = dead(harvest.earned)
+    assert not advantages[where].any() and advantages[~where].all() and int(where.sum()) == (3 if how == "keep" else 0)
+    stats = to_floats(experience.stats)
+    assert stats["dead_groups"] == pytest.approx(7 / 10 if how == "resample" else 3 / 4)
+    loss, gradient, _ = one_pass(algorithm, experience.batch)
+    assert math.isfinite(loss) and gradient.any()
+
+
+def test_resampled_rows_are_the_rows_that_were_drawn(roles: Roles) -> None:
+    """Joined to one width: ids, masks and log-probs of each row are what its own draw had."""
+    algorithm = over(roles, rewards=MIXED, dead_groups="resample")
+    part = algorithm.collect(0).batch
+    rows = [row for draw, group, n in ((0, 1, 4), (1, 1, 3), (2, 0, 2)) for row in written(n, 3, seed=draw)[0][3 * group : 3 * group + 3]]
+    assert [part.ids[i][part.attended[i]].tolist() for i in range(9)] == rows
+    alone = algorithm.harvester.logps("policy", part)
+    assert float((part.extra["sampler"] - alone)[part.scored].abs().max()) < 1e-5 and not part.extra["sampler"][~part.scored].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("how", "kl"), [("keep", 0.0), ("drop", 0.0), ("drop", 0.5), ("resample", 0.5)])
+def test_a_step_of_dead_groups_changes_nothing(roles: Roles, kind: str, how: str, kl: float) -> None:
+    """With `drop` KL neither: what is left of it near the reference is rounding noise, which Adam would blow up to a whole step."""
+    algorithm = over(roles, kind, rewards=[[[0.7] * 7, [0.1] * 7]] * 4, kl=kl, dead_groups=how)
+    loss, gradient, stats = one_pass(algorithm, algorithm.collect(0).batch)
+    assert loss == 0.0 and not gradient.any() and not gradient.isnan().any() and all(map(math.isfinite, stats.values()))
+    algorithm.harvester.rewards = LIVE * 4
+    assert one_pass(algorithm, algorithm.collect(1).batch)[1].any(), "the next step is one again"
+
+
+def test_dead_groups_that_are_kept_have_their_kl(roles: Roles) -> None:
+    algorithm = over(roles, rewards=[[[0.7] * 7]], kl=0.5, dead_groups="keep")
+    loss, gradient, stats = one_pass(algorithm, algorithm.collect(0).batch)
+    assert loss > 0 and gradient.any() and stats["kl"] > 0
+    assert list(algorithm.warnings({"dead_groups": 0.79})) == [] and "90%" in next(algorithm.warnings({"dead_groups": 0.9}))
+
+
+def test_kl_in_the_reward(roles: Roles) -> None:
+    algorithm = over(roles, rewards=[[[0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]], fake={"drift": 0.1}, kl=0.4, kl_in="reward")
+    experience = algorithm.collect(0)
+    part = experience.batch
+    rewards = []
+    for i, reward in enumerate([0.5, 0.5, 0.5, 1.0, 0.0, 0.0]):
+        places = part.says[i].nonzero().squeeze(1).tolist()
+        rewards.append(reward - 0.4 * sum(float(part.extra["sampler"][i, t]) - float(part.extra["reference_logps"][i, t]) for t in places))
+    expected = group_advantages(torch.tensor(rewards).view(2, 3))
+    assert torch.allclose(part.extra["advantage"].view(2, 3), expected, atol=1e-4) and expected.all()
+    assert to_floats(experience.stats)["reward"] == pytest.approx(2.5 / 6) and to_floats(experience.stats)["dead_groups"] == 0.5
+    loss, gradient, stats = one_pass(algorithm, part)
+    alone = over(roles, kl=0.0)
+    again = one_pass(alone, part)
+    assert loss == again[0] and torch.equal(gradient, again[1]) and stats["kl"] > 0, "the loss has no second KL"
+
+
+# --- the sampler's own log-probs -----------------------------------------------------------------------------------------------------------
+
+
+class Lengths:
+    """A reward that differs: the number of tokens."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, list[float]] = {}
+
+    def submit(self, key: int, asked: Asked, text: str, completion: Completion) -> None:
+        self.kept[key] = [float(len(completion.ids))]
+
+    def collect(self) -> Mapping[int, Sequence[float]]:
+        kept, self.kept = self.kept, {}
+        return kept
+
+
+def real_harvester(roles: Roles) -> Harvester:
+    prompts = [Asked([2, 5, 9, 40], "a", None, {}), Asked([2, 7], "b", None, {}), Asked([3] * 9, "c", None, {})]
+    return Harvester(roles, lambda step, draw, count: prompts, Lengths(), ("length",), (1.0,), str, frozenset({1}), 0, 4, LONGEST, 0.8, 5, 64,
+                     lambda number: number)  # fmt: skip
+
+
+def first_pass(roles: Roles, temperature: float = 0.8, old: str = "sampler") -> tuple[GRPO, dict[str, float]]:
+    """A step on the real engine, at 0.8; the update at `temperature`."""
+    algorithm = GRPO(Kit(roles, None, fresh=False), real_harvester(roles), old=old, kl=0.0)  # type: ignore[arg-type]
+    part = algorithm.collect(0).batch
+    algorithm.harvester.temperature = temperature
+    return algorithm, one_pass(algorithm, part)[2] | {"dead_groups": 0.0}
+
+
+def test_the_sampler_and_the_policy_agree(roles: Roles) -> None:
+    algorithm, stats = first_pass(roles)
+    assert stats["mismatch"] < 1e-5 and stats["clip_fraction"] == 0.0 and list(algorithm.warnings(stats)) == []
+
+
+@pytest.mark.parametrize("old", ["sampler", "recomputed"])
+def test_another_temperature_stops_the_run(roles: Roles, old: str) -> None:
+    algorithm, stats = first_pass(roles, 0.4, old)
+    assert stats["mismatch"] > 0.1
+    with pytest.raises(RunFailed, match="grpo.mismatch_limit"):
+        list(algorithm.warnings(stats))
+    algorithm.mismatch_limit = 50.0
+    assert list(algorithm.warnings(stats)) == []
+
+
+def test_the_sampler_is_the_plain_model(roles: Roles) -> None:
+    part = real_harvester(roles).draw(0, 0).batch
+    plain = Plain([roles.adapter_tensors("sft"), roles.adapter_tensors("policy")])
+    for i in range(len(part)):
+        ids, places = part.ids[i][part.attended[i]], part.says[i].nonzero().squeeze(1)
+        with torch.no_grad():
+            p = torch.log_softmax(plain.run(ids.tolist(), policy=False).logits[0] / 0.8, dim=1)
+        assert torch.allclose(p[places - 1, ids[places]].float(), part.extra["sampler"][i][places], atol=1e-4)
+
+
+# --- whole runs ----------------------------------------------------------------------------------------------------------------------------
+
+
+def small(sft: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "name": "grpo", "algorithm": "grpo", "base": {"model": "tiny-tutor", "bits": 4},
+        "adapters": {"sft": {"path": str(sft)}, "policy": {"r": 4}}, "data": {"train": [{"dataset": "tutor", "rows": 20}]},
+        "rewards": [{"use": "answer"}, {"use": "length", "target_tokens": 5, "weight": 0.5}],
+        "rollout": {"num_generations": 4, "max_new_tokens": 10},
+        "train": {"steps": 2, "prompts_per_step": 3, "micro_batch_size": 5, "learning_rate": 5e-3, "gradient_checkpointing": False}, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sft_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short SFT run, whose adapter stays frozen below."""
+    recipe = {"name": "sft", "algorithm": "sft", "base": {"model": "tiny-tutor", "bits": 4}, "adapters": {"policy": {"r": 4}},
+              "data": {"train": [{"dataset": "tutor", "rows": 40}]},
+              "train": {"steps": 3, "rows_per_step": 8, "learning_rate": 5e-3, "gradient_checkpointing": False}}  # fmt: skip
+    out = tmp_path_factory.mktemp("below") / "sft"
+    run(Recipe.from_dict(recipe), out=out, ui="none", device=CPU)
+    return out
+
+
+def told(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
+    events: list[Any] = []
+    return run(Recipe.from_dict(recipe), out=out, ui="none", device=CPU, on_event=events.append), events
+
+
+def figures(events: Sequence[Any]) -> list[dict[str, float]]:
+    unsteady = {"tokens_per_second", "memory_gib", "rollout_seconds", "score_seconds"}
+    return [{k: v for k, v in event.stats.items() if k not in unsteady} for event in events if isinstance(event, StepDone)]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_frozen_adapter_and_the_base_stay_and_two_runs_are_equal(cache: Path, tmp_path: Path, sft_run: Path) -> None:
+    files = {path: path.read_bytes() for path in sft_run.rglob("*") if path.is_file()}
+    outcome, events = told(small(sft_run), tmp_path / "one")
+    ended = load_file(tmp_path / "one" / "final" / WEIGHTS)
+    assert {path: path.read_bytes() for path in sft_run.rglob("*") if path.is_file()} == files
+    below = json.loads((sft_run / "summary.json").read_text())
+    assert outcome.summary["base_hash"]["end"] == outcome.summary["base_hash"]["start"] == below["base_hash"]["end"]
+    assert set(outcome.summary["adapter_hashes"]) == {"sft"}
+    steps = figures(events)
+    assert 0 <= steps[0]["kl"] < 1e-9 < steps[1]["kl"] and steps[0]["mismatch"] < 1e-5
+    assert all(tensor.any() for key, tensor in ended.items() if "lora_B" in key), "nothing was trained: the test saw nothing"
+    _, again = told(small(sft_run), tmp_path / "two")
+    assert figures(again) == steps and changed(ended, load_file(tmp_path / "two" / "final" / WEIGHTS)) == set()
+    groups = [[(event.step, event.prompt, event.completions) for event in which if isinstance(event, Grouped)] for which in (events, again)]
+    assert groups[0] == groups[1] and len(groups[0]) == 2
+    _, other = told(small(sft_run, seed=1, train={**small(sft_run)["train"], "steps": 1}), tmp_path / "three")
+    assert figures(other)[0]["reward"] != steps[0]["reward"] or figures(other)[0]["length"] != steps[0]["length"]
+
+
+def test_a_policy_that_is_not_its_reference_is_refused(cache: Path, tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = runner_module.build
+
+    def shaken(*given: Any, **more: Any) -> Any:
+        built = real(*given, **more)
+        shake(built.roles, "policy", size=0.05)
+        return built
+
+    monkeypatch.setattr(runner_module, "build", shaken)
+    with pytest.raises(RunFailed, match="the reference is not what it must be"):
+        told(small(sft_run), tmp_path / "run")
