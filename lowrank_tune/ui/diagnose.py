@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Literal
 
+from lowrank_tune.ui.metrics import WRITES
 from lowrank_tune.ui.state import State
 
 FEW_STEPS = 20  # before that nothing is said about trends
@@ -19,6 +20,8 @@ KL_BAND = {"sft": 5.0, "reward": 5.0, "dpo": 2.0, "grpo": 0.5, "ppo": 0.5}
 """Nats a token between policy and reference. SFT is meant to move away; what optimises a reward is not."""
 KL_CURES = {"dpo": "raise dpo.beta or lower train.learning_rate", "grpo": "raise grpo.kl or lower train.learning_rate",
             "ppo": "raise ppo.kl or lower train.learning_rate"}  # fmt: skip
+LIVELY, RISE, NEAR_TOP = 0.02, 0.02, 0.9  # nats of entropy; shares of the span of rewards: a rise, and near its top
+CUT_OFF, DEAD, SPREAD, DRIFT, GAMED = 0.2, 0.8, 0.02, 0.02, 0.1  # shares; of the span of rewards; nats a token; share of questions
 LEARNS_BY_LOSS, LEARNS_FROM_PAIRS = ("sft", "reward", "dpo"), ("reward", "dpo")
 COLLAPSED = -0.5
 """Nats a token that the chosen answers lost against the reference: as `algorithms.dpo` has it, which loads torch."""
@@ -178,9 +181,99 @@ def follows_length(state: State) -> Iterator[Diagnosis]:
                                    f"{longer} ones win whatever they say: {cure}")  # fmt: skip
 
 
+def _course(state: State) -> tuple[float, float, float] | None:
+    """The reward of the first and of the last quarter, and the span of what can be earned as far as it was seen; None before there is
+    enough to judge by."""
+    values = _values(state, "reward")
+    if len(values) < FEW_STEPS:
+        return None
+    quarter = len(values) // 4
+    least, most = state.earned or (min(values), max(values))
+    return fmean(values[:quarter]), fmean(values[-quarter:]), max(most - least, max(values) - min(values))
+
+
+def _is_near_top(state: State) -> bool:
+    """Whether almost all that a completion of a group ever earned is earned on average: then little variety is left, and rightly so."""
+    course, values = _course(state), _values(state, "reward")
+    if course is None:
+        return False
+    _, last, span = course
+    most = max([*values, *(state.earned or ())])
+    return span > 0 and last >= most - (1 - NEAR_TOP) * span
+
+
+def reward_not_rising(state: State) -> Iterator[Diagnosis]:
+    if (course := _course(state)) is None or _is_near_top(state):
+        return
+    first, last, span = course
+    if span > 0 and last <= first + RISE * span:
+        falls = last < first - 0.1 * span
+        went = "the reward falls" if falls else "the reward does not rise"
+        cure = "lower train.learning_rate or raise grpo.kl" if falls else "a higher train.learning_rate, larger groups, or an easier task"
+        yield Diagnosis("bad" if falls else "warning", f"{went}: {_number(first)} at first, {_number(last)} now: {cure}")
+
+
+def entropy_collapsed(state: State) -> Iterator[Diagnosis]:
+    """A policy that always says the same has nothing to choose from; where it earns almost everything that is as it should be."""
+    values, rewards = _values(state, "entropy"), _values(state, "reward")
+    if len(rewards) < FEW_STEPS or not (now := _late(values)) < LIVELY or _is_near_top(state):
+        return
+    quarter = len(rewards) // 4
+    course = _course(state)
+    if course is not None and fmean(rewards[-quarter:]) <= fmean(rewards[-2 * quarter : -quarter]) + RISE * course[2]:
+        yield Diagnosis("bad", f"entropy has collapsed to {_number(now)} nats a token while the reward stalls: the policy tries nothing new: "
+                               "raise grpo.kl, grpo.clip_high or rollout.temperature, or lower train.learning_rate")  # fmt: skip
+
+
+def cut_off(state: State) -> Iterator[Diagnosis]:
+    """Completions that run into the limit, more of them as they grow."""
+    shares, lengths = _values(state, "truncated"), _values(state, "length")
+    if not shares or (now := fmean(shares[-5:])) <= CUT_OFF:
+        return
+    first, last = (fmean(lengths[:5]), fmean(lengths[-5:])) if lengths else (0.0, 0.0)
+    grown = f", which grew from {_number(first)} to {_number(last)} tokens" if last > 1.2 * first else ""
+    yield Diagnosis("warning", f"{now:.0%} of the completions are cut off by the limit{grown}: raise rollout.max_new_tokens, "
+                               "or set grpo.truncated to penalise")  # fmt: skip
+
+
+def no_signal(state: State) -> Iterator[Diagnosis]:
+    """Groups in which all earn the same. At the top that is success."""
+    dead, spread, course = _late(_values(state, "dead_groups")), _late(_values(state, "reward_spread")), _course(state)
+    if course is None or _is_near_top(state):
+        return
+    cure = "raise rollout.num_generations or rollout.temperature, set grpo.dead_groups to resample, or begin from an SFT adapter"
+    if course[2] == 0:
+        yield Diagnosis("bad", f"every completion earns {_number(course[1])}, so that there is nothing to learn: an easier task, "
+                               "a partial reward, or an SFT adapter below")  # fmt: skip
+    elif dead > DEAD:
+        yield Diagnosis("warning", f"{dead:.0%} of the groups are dead: all their completions earn the same and teach nothing: {cure}")
+    elif spread < SPREAD * course[2]:
+        yield Diagnosis("warning", f"rewards within a group hardly differ (spread {_number(spread)}): {cure}")
+
+
+def sampler_drifts(state: State) -> Iterator[Diagnosis]:
+    """Sampling and training should give a token the same log-prob; the run stops at grpo.mismatch_limit."""
+    values = _values(state, "mismatch")
+    if values and (now := fmean(values[-3:])) > DRIFT:
+        yield Diagnosis("warning", f"sampling and training disagree by {_number(now)} nats a token: ratios compare what was never drawn: "
+                                   "set grpo.old to sampler, or look at the precision of the base")  # fmt: skip
+
+
+def reward_gamed(state: State) -> Iterator[Diagnosis]:
+    """The reward rises while held-out answers get worse."""
+    course, exact = _course(state), _values(state, "heldout_exact")
+    if course is None or len(exact) < EVALUATIONS_PAST_BEST:
+        return
+    first, last, span = course
+    if last > first + RISE * span and (now := fmean(exact[-2:])) < max(exact) - GAMED:
+        yield Diagnosis("bad", f"the reward rises and held-out answers get worse ({max(exact):.0%} -> {now:.0%} exact): it pays for something "
+                               "else than being right: look at the groups and at the reward")  # fmt: skip
+
+
 CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
     not_finite, gradient_exploding, nothing_learned, chosen_unlearned, pairs_not_told_apart, loss_not_falling, overconfident, validation_rising,
-    kl_above_band, follows_length, bad_steps, rows_dropped,
+    no_signal, entropy_collapsed,
+    reward_not_rising, reward_gamed, cut_off, sampler_drifts, kl_above_band, follows_length, bad_steps, rows_dropped,
 )  # fmt: skip
 
 
@@ -191,6 +284,10 @@ def _well(state: State) -> Diagnosis:
     if len(values) < FEW_STEPS:
         early = f"too early to judge: {len(values)} of the first {FEW_STEPS} steps"
         return Diagnosis("", early if values else "no step yet: the curves come with the first one")
+    if (course := _course(state)) is not None and _algorithm(state) in WRITES:
+        exact = _values(state, "heldout_exact")
+        told = f", held-out exact {exact[0]:.0%} -> {exact[-1]:.0%}" if len(exact) > 1 else ""
+        return Diagnosis("good", f"all good: reward {_number(course[0])} -> {_number(course[1])}{told}")
     quarter = len(values) // 4
     told = f"loss {_number(fmean(values[:quarter]))} -> {_number(fmean(values[-quarter:]))}"
     if len(checked) > 1:

@@ -9,7 +9,8 @@ import termios
 from contextlib import suppress
 from typing import Any
 
-_SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;?<]*[@-~]|O.|.)?", re.DOTALL)  # arrows, function keys, Alt with a key
+_SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;?<]*[@-~]|O.|[^\x1b])", re.DOTALL)  # arrows, function keys, Alt with a key
+ESCAPE = "\x1b"
 
 
 class Keyboard:
@@ -42,7 +43,7 @@ class Keyboard:
         self._before = None
 
     def read(self, timeout: float) -> str:
-        """The keys pressed since the last call, after waiting for one at most so many seconds; escape sequences are no keys."""
+        """The keys pressed since the last call, after waiting for one at most so many seconds: Esc is one, a sequence is not."""
         descriptor = self.descriptor if self._before is not None else None
         ready, _, _ = select.select([self._woken] if descriptor is None else [self._woken, descriptor], [], [], timeout)
         if self._woken in ready:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 CHARTS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -10,14 +11,15 @@ CHARTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "reward": (("loss",), ("accuracy",), ("score_chosen", "score_rejected"), ("margin",), ("grad_norm",), ("learning_rate",)),
     "dpo": (("loss",), ("reward_chosen", "reward_rejected"), ("accuracy",), ("kl",), ("logp_chosen", "logp_rejected"), ("margin",),
             ("grad_norm",), ("learning_rate",)),
-    "grpo": (("reward",), ("kl",), ("entropy",), ("grad_norm",), ("learning_rate",), ("loss",)),
+    "grpo": (("reward",), ("heldout_exact",), ("kl",), ("entropy",), ("length",), ("dead_groups",), ("truncated",), ("clip_fraction",),
+             ("grad_norm",), ("learning_rate",), ("loss",)),
     "ppo": (("reward",), ("kl",), ("value_loss",), ("entropy",), ("grad_norm",), ("learning_rate",)),
 }  # fmt: skip
 """The charts of an algorithm, the most telling first: what a small screen shows. Two names are two lines in one chart."""
 
 TITLES = {
     "loss": "loss", "kl": "KL to the reference", "grad_norm": "gradient norm", "learning_rate": "learning rate",
-    "score_chosen": "score", "reward_chosen": "implicit reward", "logp_chosen": "log-prob a token",
+    "score_chosen": "score", "reward_chosen": "implicit reward", "logp_chosen": "log-prob a token", "heldout_exact": "held-out exact, greedy",
 }  # fmt: skip
 """Of a chart, by its first name."""
 SIDE_TITLES = {"score_chosen": "score", "reward_chosen": "reward", "logp_chosen": "log-prob"}
@@ -25,6 +27,14 @@ SIDE_TITLES = {"score_chosen": "score", "reward_chosen": "reward", "logp_chosen"
 
 WITHOUT_REFERENCE = ("reward",)
 """Algorithms that compare the model with nothing."""
+WRITES = ("grpo",)
+"""Algorithms that learn from what the policy writes: their steps have phases, and groups to look at."""
+PHASES = ("rollout", "score", "update")
+"""Of a step of such an algorithm: drawing completions, waiting for their rewards, and the rest."""
+POLICY = "policy"
+"""Who answers held-out questions while it is trained. It is no stage: what a stage came to is measured at its end."""
+BAND = {"reward": "reward_spread"}
+"""Statistics that are drawn with another one as a band around them."""
 
 SIDES = {"chosen": "chosen", "rejected": "rejected"}
 
@@ -57,6 +67,21 @@ OWN_MEANINGS = {
         "logp_chosen": "how likely the policy finds both sides, nats a token",
         "chosen_change": "log-probability of the chosen answers against the reference, nats a token; far below 0 they are unlearned",
     },
+    "grpo": {
+        "reward": "mean reward of the completions, before any KL is taken off",
+        "heldout_exact": "share of held-out questions that the policy answers exactly, greedily (pass@1)",
+        "heldout_length": "tokens of an answer to a held-out question",
+        "reward_spread": "how far rewards within a group lie apart (standard deviation); near 0 there is nothing to learn from",
+        "length": "tokens of a completion",
+        "dead_groups": "share of groups whose completions all earn the same; they teach nothing",
+        "truncated": "share of completions that the limit cut off",
+        "clip_fraction": "share of tokens where the clip stops the gradient",
+        "mismatch": "how far the log-probs of sampling and of training lie apart, nats a token; should be near 0",
+        "entropy": "how undecided the policy is, nats a token; near 0 it tries nothing new",
+        "loss": "the policy's loss; with advantages around 0 it says little",
+        "rollout_seconds": "seconds of a step in which completions were drawn",
+        "score_seconds": "seconds of a step spent waiting for rewards",
+    },
 }
 """Where an algorithm means something else by a name, or has names of its own."""
 
@@ -73,6 +98,20 @@ def meanings_of(algorithm: str) -> dict[str, str]:
     leading = [names[0] for names in CHARTS[algorithm]] if own else []
     known = {**MEANINGS, **own}
     return {name: known[name] for name in [*leading, *own, *MEANINGS] if name in known}
+
+
+def reward_names(names: Iterable[str]) -> list[str]:
+    """Of several rewards each one's own statistic: `reward_NAME`."""
+    return [name for name in names if name.startswith("reward_") and name not in ("reward_spread", "reward_chosen", "reward_rejected")]
+
+
+def phases_of(stats: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Seconds of each phase of a step; nothing where the step has none."""
+    told = [stats.get(f"{phase}_seconds") for phase in PHASES[:2]]
+    if not all(isinstance(value, (int, float)) and value >= 0 for value in told):
+        return {}
+    rollout, score = (float(value) for value in told if value is not None)
+    return dict(zip(PHASES, (rollout, score, max(0.0, seconds - rollout - score)), strict=True))
 
 
 def side_of(name: str) -> str:

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from lowrank_tune.events import Sampled
 from lowrank_tune.ui.charts import Curve, chart, short, smooth
 from lowrank_tune.ui.frame import Line, said, width_of, wrap
-from lowrank_tune.ui.metrics import SIDE_TITLES, TITLES, charts_of, side_of
+from lowrank_tune.ui.metrics import BAND, SIDE_TITLES, TITLES, WRITES, charts_of, reward_names, side_of
 from lowrank_tune.ui.plain import SHOWN, clock, number, percent, signed
 from lowrank_tune.ui.state import Pair, State
 
 SMOOTHINGS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 KEYS = {
-    "q": "save and quit", "p": "pause, and go on", "s": "save now", "e": "evaluate now", "n": "next question", "l": "log scale",
-    "+": "smoother curves", "-": "less smooth", "?": "this help",
+    "q": "save and quit", "p": "pause, and go on", "s": "save now", "e": "evaluate now", "n": "next question",
+    "g": "the completions of the newest group; g or Esc leaves", "l": "log scale", "+": "smoother curves", "-": "less smooth", "?": "this help",
 }  # fmt: skip
+PLAINLY = ("accuracy", "learning_rate", "heldout_exact", "dead_groups", "truncated", "clip_fraction", "length")
 QUESTION_LINES = 4  # that a further question needs
 BESIDE = 23  # cells of a pane's title that its right part must leave
 FOR_THE_RUN = "qpse"  # what only the run's own screen can do; in `watch`, q leaves the screen alone
@@ -30,6 +31,7 @@ class View:
     smoothing: int = 2
     sample: int = 0
     help: bool = False
+    group: bool = False
     ascii_only: bool = False
     mine: bool = True
     keys: bool = True
@@ -38,11 +40,20 @@ class View:
     card: str = ""
 
 
+def keys_of(state: State, view: View) -> list[str]:
+    """The keys that do something here."""
+    writes = state.group is not None or (state.started is not None and state.started.algorithm in WRITES)
+    return [key for key in KEYS if (view.mine or key not in FOR_THE_RUN or key == "q") and (writes or key != "g")]
+
+
 def chart_names(state: State) -> list[tuple[str, ...]]:
-    """The charts to draw: those of the algorithm that were measured, then reward where there is one."""
+    """The charts to draw: those of the algorithm that were measured, then what it does not always have. Several rewards share one."""
     wanted = charts_of(state.started.algorithm if state.started else "sft")
     names = [chart for names in wanted if (chart := tuple(name for name in names if measured(state, name)))]
-    return names if "reward" not in state.series or ("reward",) in names else [*names, ("reward",)]
+    names += [(name,) for name in ("reward", "heldout_exact") if name in state.series and (name,) not in names]
+    if len(several := tuple(reward_names(state.series))) > 1 and state.started is not None and state.started.algorithm in WRITES:
+        names.insert(min(3, len(names)), several)
+    return names
 
 
 def measured(state: State, name: str) -> bool:
@@ -51,29 +62,58 @@ def measured(state: State, name: str) -> bool:
 
 def written(name: str, value: float) -> str:
     """A value as the plain lines write it, without more digits than a glance takes in."""
-    return SHOWN[name][1](value) if name in ("accuracy", "learning_rate") else short(value) if value == value else "nan"
+    return SHOWN[name][1](value) if name in PLAINLY else short(value) if value == value else "nan"
 
 
 def chart_pane(state: State, names: Sequence[str], view: View, width: int, height: int) -> list[Line]:
-    """A title with the last values, and the chart. One statistic: its values dim, their average bright, validation in a second colour.
-    Two are the sides of a pair: the averages of both, each in its colour."""
+    """A title with the last values, and the chart. One statistic: its values dim, their average bright, validation in a second colour; or a
+    band around it. Two are the sides of a pair, more are rewards: the averages of all, each in its colour."""
     told = (SIDE_TITLES if len(names) > 1 else TITLES).get(names[0]) or said(names[0], view.ascii_only).replace("_", " ")
+    told = "rewards" if len(names) > 1 and names[0] in reward_names(names) else told
     title: Line = [(f" {told} ", "title")]
-    curves = [curve for name in names for curve in _curves(state, name, view, paired=len(names) > 1)]
+    looks = dict(zip(names, _looks(names), strict=True))
+    curves = [curve for name in names for curve in _curves(state, name, view, looks[name])]
     log = view.log_scale and (len(names) == 1 or all(y > 0 for curve in curves for _, y in curve.points))
     title.append(("log " if log else "", "quiet"))
     for name in names:
-        title += _last_values(state, name, paired=len(names) > 1)
+        title += _last_values(state, name, looks[name], view)
     return [title, *chart(curves, width, height - 1, log, view.ascii_only)]
 
 
-def _curves(state: State, name: str, view: View, paired: bool) -> list[Curve]:
+LOOKS = (("first", "*"), ("second", "o"), ("chosen", "+"), ("rejected", "-"))
+"""Style and sign of the lines of rewards that share a chart; the fifth looks as the first."""
+Look = tuple[str, str, str]
+
+
+def _looks(names: Sequence[str]) -> list[Look | None]:
+    """Label, style and sign of each of several lines; a single one has none."""
+    if len(names) < 2:
+        return [None for _ in names]
+    if all(sides := [side_of(name) for name in names]):
+        return [(side, side, "+" if side == "chosen" else "-") for side in sides]
+    return [(name.removeprefix("reward_"), *LOOKS[place % len(LOOKS)]) for place, name in enumerate(names)]
+
+
+def _band(state: State, name: str, weight: float) -> list[Curve]:
+    """The average of a statistic with that of its spread above and below."""
+    series, spread = state.series.get(name), state.series.get(BAND.get(name, ""))
+    if series is None or spread is None:
+        return []
+    both = [(x, y, around) for (x, y), (_, around) in zip(series.points, spread.points, strict=False)]
+    return [Curve(smooth([(x, y + sign * around) for x, y, around in both], weight), "quiet", ".") for sign in (1, -1)]
+
+
+def _curves(state: State, name: str, view: View, look: Look | None) -> list[Curve]:
     series, checked, weight = state.series.get(name), state.series.get(f"validation_{name}"), SMOOTHINGS[view.smoothing]
-    if paired:
+    if look is not None:
         shown = series or checked
-        return [] if shown is None else [Curve(smooth(shown.points, weight), side_of(name), "+" if side_of(name) == "chosen" else "-")]
-    curves = []
-    if series is not None:
+        return [] if shown is None else [Curve(smooth(shown.points, weight), look[1], look[2])]
+    if series is not None and name == "heldout_exact":  # measured seldom: each point counts
+        return [Curve(series.points, "first", "*")]
+    curves = _band(state, name, weight)
+    if curves and series is not None:
+        curves.append(Curve(smooth(series.points, weight), "first", "*"))
+    elif series is not None:
         curves += [Curve([*series.points], "quiet", ".", line=False)] if weight else []
         curves.append(Curve(smooth(series.points, weight), "first", "*"))
     if checked is not None:
@@ -81,12 +121,14 @@ def _curves(state: State, name: str, view: View, paired: bool) -> list[Curve]:
     return curves
 
 
-def _last_values(state: State, name: str, paired: bool) -> Line:
+def _last_values(state: State, name: str, look: Look | None, view: View) -> Line:
     series, checked = state.series.get(name), state.series.get(f"validation_{name}")
-    if paired:
+    if look is not None:
         shown = series or checked
-        return [] if shown is None else [(f"{side_of(name)} ", "quiet"), (f"{written(name, shown.last)} ", side_of(name))]
+        return [] if shown is None else [(f"{said(look[0], view.ascii_only, 16)} ", "quiet"), (f"{written(name, shown.last)} ", look[1])]
     values: Line = [(written(name, series.last), "first")] if series is not None else []
+    if (spread := state.last(BAND.get(name, ""))) is not None:
+        values.append((f" {'+-' if view.ascii_only else chr(0xB1)} {written(name, spread)}", "quiet"))
     return values + ([("  validation ", "quiet"), (written(name, checked.last), "second")] if checked is not None else [])
 
 
@@ -120,6 +162,7 @@ def sample_pane(state: State, view: View, width: int, height: int) -> list[Line]
 def _exact(state: State, view: View, width: int) -> str:
     """The held-out figures of all who were asked; where that is too long, of the first and the last."""
     figures = [f"{said(who, view.ascii_only, 12)} {percent(stats['exact'])}" for who, stats in state.heldout.items() if "exact" in stats]
+    figures += [f"now {percent(state.now['exact'])} (greedy)"] if "exact" in state.now else []
     ends = figures if len(figures) < 3 else [figures[0], figures[-1]]
     for told in (f"held-out exact: {', '.join(figures)}", f"exact: {', '.join(figures)}", f"exact: {', '.join(ends)}"):
         if figures and len(told) <= width:
@@ -214,12 +257,11 @@ def log_pane(state: State, view: View, width: int, height: int) -> list[Line]:
     return lines[:height]
 
 
-def help_pane(view: View, width: int, height: int) -> list[Line]:
+def help_pane(state: State, view: View, width: int, height: int) -> list[Line]:
     """The keys, and how to read the screen."""
     lines = [heading("help", width, view)]
-    for key, what in KEYS.items():
-        if view.mine or key not in FOR_THE_RUN or key == "q":
-            lines.append([("  ", ""), (f" {key} ", "key"), (f"  {what if view.mine or key != 'q' else 'leave; the run goes on'}", "")])
+    for key in keys_of(state, view):
+        lines.append([("  ", ""), (f" {key} ", "key"), (f"  {KEYS[key] if view.mine or key != 'q' else 'leave; the run goes on'}", "")])
     lines.append([("", "")])
     for text in (
         "Dots are measured values, the bright line is their moving average, the second colour is the validation part.",

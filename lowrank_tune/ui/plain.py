@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from rich.progress import Progress as Bar
 
 from lowrank_tune.events import Event, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
 from lowrank_tune.ui import inert
-from lowrank_tune.ui.metrics import SIDES, WITHOUT_REFERENCE, heldout_parts
+from lowrank_tune.ui.metrics import POLICY, SIDES, WITHOUT_REFERENCE, heldout_parts, reward_names
 
 _STYLES = {"warning": "33", "good": "32", "quiet": "2"}  # yellow, green, dim
 
@@ -34,6 +35,9 @@ def signed(value: float) -> str:
 
 
 SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
+    "reward": ("reward", number),
+    "reward_spread": ("spread", number),
+    "heldout_exact": ("held-out exact", percent),
     "loss": ("loss", number),
     "accuracy": ("accuracy", percent),
     "margin": ("margin", signed),
@@ -49,33 +53,47 @@ SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
     "prefers_longer": ("prefers the longer", percent),
     "exact": ("exact", percent),
     "stopped": ("stopped", percent),
-    "entropy": ("entropy", number),
+    "pass": ("pass", percent),
     "kl": ("kl", number),
+    "length": ("length", "{:.1f}".format),
+    "truncated": ("cut off", percent),
+    "dead_groups": ("dead groups", percent),
+    "entropy": ("entropy", number),
+    "clip_fraction": ("clipped", percent),
     "learning_rate": ("lr", "{:.1e}".format),
     "grad_norm": ("grad", number),
     "update_ratio": ("update", "{:.1e}".format),
     "moved_share": ("moved", percent),
     "bad_steps": ("skipped", "{:.0f}".format),
     "": ("", str),  # statistics without a line here come in this place, under their own names
+    "rollout_seconds": ("rollout", "{:.1f} s".format),
     "tokens_per_second": ("tokens/s", "{:,.0f}".format),
     "memory_gib": ("memory", "{:.1f} GiB".format),
 }
 """How a statistic is named and written, in the order of the line."""
 
-UNSAID = {"logp_chosen", "logp_rejected", "chosen_change"}
+UNSAID = {"logp_chosen", "logp_rejected", "chosen_change", "mismatch", "score_seconds", "heldout_stopped", "heldout_length"}
 """What would make the line of a step too long, and says little by itself: the screen and the report draw it."""
+ONLY_WHERE_ANY = {"bad_steps", "truncated", "clip_fraction"}
+"""Said only where it is not 0."""
+_PASS = re.compile(r"pass_at_(\d{1,6})")
 
 
 def show(stats: Mapping[str, float]) -> str:
-    """`loss 1.234  lr 2.0e-04 ...`; skipped steps only where there are any."""
-    parts = []
+    """`loss 1.234  lr 2.0e-04 ...`; where completions are rewarded, that comes first, and the loss, which says nothing then, is left out."""
+    parts, rewards, passes = [], reward_names(stats), {name: found[1] for name in stats if (found := _PASS.fullmatch(name))}
+    others = [name for name in stats if name not in {*SHOWN, *UNSAID, *rewards, *passes}]
     for name, (label, write) in SHOWN.items():
-        if name in UNSAID:
+        if name in UNSAID or (name == "loss" and "reward" in stats):
             continue
-        if not name:
-            parts += [f"{inert(other)} {number(value)}" for other, value in stats.items() if other not in SHOWN]
-        elif name in stats and (name != "bad_steps" or stats[name]):
+        if name == "pass":
+            parts += [f"pass@{count} {percent(stats[each])}" for each, count in passes.items()]
+        elif not name:
+            parts += [f"{inert(other)} {number(stats[other])}" for other in others]
+        elif name in stats and (name not in ONLY_WHERE_ANY or stats[name]):
             parts.append(f"{label} {write(stats[name])}")
+        if name == "reward_spread":
+            parts += [f"{inert(each.removeprefix('reward_'))} {number(stats[each])}" for each in rewards]
     return "  ".join(parts)
 
 
@@ -86,8 +104,11 @@ def validation_line(event: Validated, colon: str = "") -> str:
         what, stats = "held-out pairs", {name.removeprefix("pairs_"): value for name, value in stats.items()}
     elif stats and all(name.startswith("heldout_") for name in stats):
         names = {name: heldout_parts(name) for name in stats}
-        what = f"held-out answers of {inert(', '.join(dict.fromkeys(who for who, _ in names.values())), 60)}"
+        told = [f"the {POLICY}" if who == POLICY else who for who, _ in names.values()]
+        what = f"held-out answers of {inert(', '.join(dict.fromkeys(told)), 60)}"
         stats = {names[name][1]: value for name, value in stats.items()}
+    else:
+        stats = {name.replace(f"heldout_{POLICY}_", "heldout_", 1): value for name, value in stats.items()}
     return f"{what} after step {event.step}{colon or '  '}{show(stats)}" + ("  best so far" if event.best else "")
 
 

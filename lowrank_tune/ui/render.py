@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 from lowrank_tune.ui.diagnose import diagnose
 from lowrank_tune.ui.frame import Line, beside, fit, pad, said, width_of, wrap
+from lowrank_tune.ui.group_pane import group_pane
 from lowrank_tune.ui.metrics import SIDE_TITLES, WITHOUT_REFERENCE
-from lowrank_tune.ui.panes import FOR_THE_RUN, KEYS, View, chart_names, chart_pane, help_pane, log_pane, sample_pane, written
+from lowrank_tune.ui.panes import View, chart_names, chart_pane, help_pane, keys_of, log_pane, sample_pane, written
 from lowrank_tune.ui.plain import SHOWN, clock
 from lowrank_tune.ui.state import State
 
 LEAST_WIDTH, LEAST_HEIGHT = 60, 15
 CHART_WIDTH, CHART_HEIGHT, MOST_COLUMNS = 36, 9, 3
 SIDE_BY_SIDE = 100  # from here on log and answers stand next to each other
-SHORT = {"q": "quit", "p": "pause", "s": "save", "e": "eval", "n": "next", "l": "log", "+": "", "-": "smooth", "?": "help"}
+SHORT = {"q": "quit", "p": "pause", "s": "save", "e": "eval", "n": "next", "g": "group", "l": "log", "+": "", "-": "smooth", "?": "help"}
 SILENT = 60.0  # seconds without an event, after which the header says so
 
 
@@ -22,10 +23,11 @@ def render(state: State, view: View, width: int, height: int) -> list[Line]:
     """Exactly `height` lines of `width` cells."""
     if width < LEAST_WIDTH or height < LEAST_HEIGHT:
         return pad(_small(state, view, width), width, height)
-    head = [_title(state, view, width), _roles(state, view), _progress(state, view, width), _resources(state, view)]
+    head = [_title(state, view, width), _roles(state, view), _progress(state, view, width), _resources(state, view, width)]
     body_height = height - len(head) - 1
-    body = help_pane(view, width, body_height) if view.help else _body(state, view, width, body_height)
-    return [*pad(head, width, len(head)), *pad(body, width, body_height), fit(_footer(view, width), width)]
+    pane = help_pane if view.help else group_pane if view.group else _body
+    body = pane(state, view, width, body_height)
+    return [*pad(head, width, len(head)), *pad(body, width, body_height), fit(_footer(state, view, width), width)]
 
 
 def render_several(states: Sequence[State], view: View, width: int, height: int) -> list[Line]:
@@ -109,8 +111,8 @@ def _progress(state: State, view: View, width: int) -> Line:
     return [(" ", ""), *_bar(share, max(8, width - len(told) - 1), view), (told, "")]
 
 
-def _resources(state: State, view: View) -> Line:
-    """Memory against the card, and where the time goes."""
+def _resources(state: State, view: View, width: int) -> Line:
+    """Memory against the card, and where the time goes: that of the steps by their phases, and that of the run."""
     line: Line = []
     if (used := state.memory_gib) is not None:
         total = state.started.memory_total_gib if state.started else 0.0
@@ -122,9 +124,13 @@ def _resources(state: State, view: View) -> Line:
             line += [(f"{used:.1f} GiB", "")]
     if view.card:
         line += [(f"  {said(view.card, view.ascii_only)}", "quiet")]
-    shares = {name: share for name, share in state.shares().items() if share >= 0.01}
+    if within := state.shares_within():
+        line += [("   step ", "quiet"), ("  ".join(f"{name} {share:.0%}" for name, share in within.items()), "")]
+    shares = [f"{name} {share:.0%}" for name, share in state.shares().items() if share >= 0.01]
+    while within and shares and width_of(line) + len("   time ") + len("  ".join(shares)) > width:
+        shares.pop()  # a narrow screen keeps the largest ones
     if shares:
-        line += [("   time ", "quiet"), ("  ".join(f"{name} {share:.0%}" for name, share in shares.items()), "")]
+        line += [("   time ", "quiet"), ("  ".join(shares), "")]
     return line
 
 
@@ -159,9 +165,9 @@ def _figures(state: State, charts: Sequence[Sequence[str]], view: View, width: i
     """In one line what has no chart on a small screen; sides of pairs last, for a figure that does not fit whole is left out."""
     line: Line = [(" ", "")]
     for names in sorted(charts, key=len):
-        part: Line = [(f"{SIDE_TITLES[names[0]]} ", "quiet")] if len(names) > 1 else []
+        part: Line = [(f"{SIDE_TITLES.get(names[0], 'rewards:')} ", "quiet")] if len(names) > 1 else []
         for name in names:
-            label = SHOWN[name][0] if name in SHOWN else said(name, view.ascii_only)
+            label = SHOWN[name][0] if name in SHOWN else said(name.removeprefix("reward_"), view.ascii_only, 20)
             last = state.last(name)
             part += [(f"{label} ", "quiet"), (f"{written(name, last)}   ", "")] if last is not None else []
         if width_of(line) + width_of(part) <= width + 2:
@@ -191,14 +197,13 @@ def _panes(state: State, view: View, width: int, height: int) -> list[Line]:
     return [*pad(sample_pane(state, view, width, above), width, above), *log_pane(state, view, width, height - above)]
 
 
-def _footer(view: View, width: int) -> Line:
+def _footer(state: State, view: View, width: int) -> Line:
     if not view.keys:
         return [(" no keyboard here: Ctrl-C saves and quits", "quiet")]
     line: Line = [(" ", "")]
     wide = width >= SIDE_BY_SIDE
-    for key in KEYS:
-        if view.mine or key not in FOR_THE_RUN or key == "q":
-            line += [(f" {key} " if wide else key, "key"), (f" {SHORT[key]} " + " " * wide if SHORT[key] else "", "")]
+    for key in keys_of(state, view):
+        line += [(f" {key} " if wide else key, "key"), (f" {SHORT[key]} " + " " * wide if SHORT[key] else "", "")]
     return line
 
 

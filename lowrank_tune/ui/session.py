@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowrank_tune.ui.frame import Line
-from lowrank_tune.ui.keys import Keyboard
+from lowrank_tune.ui.keys import ESCAPE, Keyboard
 from lowrank_tune.ui.panes import SMOOTHINGS, View
 from lowrank_tune.ui.terminal import Terminal, ascii_only
 
@@ -30,6 +30,10 @@ def press(view: View, key: str) -> View:
         return replace(view, smoothing=max(view.smoothing - 1, 0))
     if key == "l":
         return replace(view, log_scale=not view.log_scale)
+    if key == "g":
+        return replace(view, group=not view.group, help=False)
+    if key == ESCAPE:
+        return replace(view, group=False, help=False)
     if key == "n":
         return replace(view, sample=view.sample + 1)
     return replace(view, help=not view.help) if key in "?h" else view

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lowrank_tune.events import Event, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
-from lowrank_tune.ui.metrics import SIDES, below, heldout_parts
+from lowrank_tune.events import Event, Grouped, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
+from lowrank_tune.ui.groups import Group, read_group
+from lowrank_tune.ui.metrics import POLICY, SIDES, below, heldout_parts, phases_of
 from lowrank_tune.ui.plain import Pace, validation_line
 
 MOST_POINTS, LOG_LINES, SPEED_STEPS = 1000, 200, 20
@@ -89,11 +91,16 @@ class State:
     earlier: dict[str, list[tuple[str, Sampled]]] = field(default_factory=dict)  # by question: who answered in the stages before
     pairs: dict[tuple[str, str, str], Pair] = field(default_factory=dict)
     scored: dict[str, dict[str, float]] = field(default_factory=dict)  # by algorithm: figures of all held-out pairs
+    now: dict[str, float] = field(default_factory=dict)  # held-out figures of the policy while it is trained
+    group: Group | None = None
+    earned: tuple[float, float] | None = None  # the least and the most that a completion of a group has earned
     loading: bool = True
     phases: dict[str, float] = field(default_factory=dict)
+    within: dict[str, float] = field(default_factory=dict)  # seconds of the phases within the steps, of this start
     warnings: deque[Said] = field(default_factory=lambda: deque(maxlen=WARNING_LINES))
     log: deque[Said] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
     _half: Sampled | None = None
+    _unspent: float = 0.0
     _pace: Pace = field(default_factory=Pace)
     _speed: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=SPEED_STEPS))
 
@@ -101,6 +108,7 @@ class State:
         """Takes an event in."""
         if self.begun is None or self.ended is not None:  # after an end a new start follows: the pause between was no work
             self.begun, self.last_time, self.ended, self.loading, self.phases = event.time, event.time, None, True, {}
+            self.within, self._unspent = {}, 0.0
         self._spend(event)
         self.last_time = max(self.last_time, event.time)
         if not isinstance(event, (Progress, Note)):
@@ -115,6 +123,8 @@ class State:
             self._validated(event)
         elif isinstance(event, Sampled):
             self._sampled(event)
+        elif isinstance(event, Grouped):
+            self._grouped(event)
         elif isinstance(event, Saved):
             self.saved_step = event.step
             self._say(event.time, f"saved step {event.step}")
@@ -141,6 +151,11 @@ class State:
         total = sum(self.phases.values())
         return {name: spent / total for name, spent in sorted(self.phases.items(), key=lambda item: -item[1])} if total else {}
 
+    def shares_within(self) -> dict[str, float]:
+        """The share of each phase in the time of the steps, in their order."""
+        total = sum(self.within.values())
+        return {name: spent / total for name, spent in self.within.items()} if total else {}
+
     def below(self) -> str:
         """Who the reference is, by name."""
         return below(self.started.roles) if self.started is not None else "base"
@@ -153,7 +168,7 @@ class State:
         self._pace, self.seconds_left = Pace(), None
         self._speed.clear()
         if event.resumed_from:
-            self.begun, self.phases = event.time, {}  # how long the run lay still is not known
+            self.begun, self.phases, self.within = event.time, {}, {}  # how long the run lay still is not known
             self._say(event.time, f"continued after step {event.resumed_from}")
         for series in self.series.values():
             series.cut(event.resumed_from)
@@ -166,6 +181,7 @@ class State:
             kept += [(self.below(), one) for one in answers[:1] if one.role == "reference" and self.below() not in known]
             kept += [(stage.algorithm, one) for one in answers[-1:] if one.role != "reference"]
         self.answers, self.pairs, self.series, self._half = {}, {}, {}, None
+        self.now, self.group, self.earned = {}, None, None
         self.saved_step = self.best_step = None
 
     def _sampled(self, event: Sampled) -> None:
@@ -179,7 +195,16 @@ class State:
             self.pairs[event.prompt, self._half.completion, event.completion] = Pair(self._half, event)
             self._half = None
 
+    def _grouped(self, event: Grouped) -> None:
+        self.group = read_group(event)
+        rewards = [one.reward for one in self.group.completions if math.isfinite(one.reward)]
+        if rewards:
+            least, most = self.earned or (rewards[0], rewards[0])
+            self.earned = min(least, *rewards), max(most, *rewards)
+
     def _step(self, event: StepDone) -> None:
+        for name, seconds in phases_of(event.stats, event.seconds).items():
+            self.within[name] = self.within.get(name, 0.0) + seconds
         self.step, self.steps = event.step, event.steps
         self.seconds_left = self._pace.left(event)
         self._speed.append((event.tokens, event.seconds))
@@ -187,15 +212,20 @@ class State:
 
     def _validated(self, event: Validated) -> None:
         heldout = {name: value for name, value in event.stats.items() if name.startswith("heldout_")}
-        for name, value in heldout.items():
-            who, what = heldout_parts(name)
-            self.heldout.setdefault(who, {})[what] = value
+        parts = {heldout_parts(name): value for name, value in heldout.items()}
+        now = {what: value for (who, what), value in parts.items() if who == POLICY}
+        for (who, what), value in parts.items():
+            if who != POLICY:
+                self.heldout.setdefault(who, {})[what] = value
+        if heldout:
+            self.now = now  # what is measured at the end takes its place
+        self._measured(event.step, {f"heldout_{what}": value for what, value in now.items()})
         if event.best:
             self.best_step = event.step
         if pairs := {name.removeprefix("pairs_"): value for name, value in event.stats.items() if name.startswith("pairs_")}:
             self.scored.setdefault(self.started.algorithm if self.started else "", {}).update(pairs)
         self._measured(event.step, {name: value for name, value in event.stats.items() if name not in heldout})
-        if len(heldout) < len(event.stats):
+        if now or len(heldout) < len(event.stats):
             self._say(event.time, validation_line(event, ": "))
 
     def _measured(self, step: int, stats: Mapping[str, float]) -> None:
@@ -218,8 +248,11 @@ class State:
 
     def _spend(self, event: Event) -> None:
         """The time since the last event belongs to what this one tells of; a step says itself how long it took."""
-        spent = max(0.0, event.time - self.last_time)
-        if isinstance(event, StepDone):
+        was_amid = self._unspent > 0
+        spent, self._unspent = max(0.0, event.time - self.last_time) + self._unspent, 0.0
+        if isinstance(event, Grouped) or (isinstance(event, Note) and was_amid):
+            self._unspent = spent  # it comes amid a step, which tells of its time when it is done
+        elif isinstance(event, StepDone):
             self._add(TRAINING, min(spent, event.seconds))
             self._add(OTHER, spent - min(spent, event.seconds))
         elif isinstance(event, Saved):

@@ -1,0 +1,80 @@
+"""The group inspector: what the policy wrote to one prompt, best paid first, and what each completion earned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from lowrank_tune.ui.frame import Line, said, wrap
+from lowrank_tune.ui.groups import Group, Written
+from lowrank_tune.ui.panes import View, heading
+from lowrank_tune.ui.plain import number, signed
+from lowrank_tune.ui.state import State
+
+LABEL = " {:>8} {:>9}  {:<6} {:<4} "
+INDENT = len(LABEL.format("", "", "", ""))
+MOST_ROWS = 8  # of one completion
+
+
+def group_pane(state: State, view: View, width: int, height: int) -> list[Line]:
+    """The newest group. Completions that find no room stand on further pages."""
+    group = state.group
+    if group is None:
+        told = " no completions yet: they come with the first step of an algorithm that has rewards"
+        return [heading("group", width, view), [(told, "quiet")]]
+    asked = wrap(said(group.prompt, view.ascii_only, 3 * width), width - 2, max(1, min(3, height // 6)))
+    head: list[Line] = [[(f" {text}", "strong")] for text in asked]
+    if group.gold is not None:
+        head[-1:] = [[*head[-1], (f"  [gold {said(group.gold, view.ascii_only, 24)}]", "quiet")]] if head else []
+    head.append([(LABEL.format("reward", "advantage", "end", ""), "quiet"), ("completion", "quiet")])
+    pages = _pages(group.completions, view, width, max(1, height - len(head) - 2))
+    place = view.sample % len(pages)
+    told = f"page {place + 1} of {len(pages)}, n turns" if len(pages) > 1 else "no signal: all earn the same" if group.is_dead else ""
+    lines = [heading(f"group of step {group.step}: {group.count} completions", width, view, told), *head]
+    for block in pages[place]:
+        lines += block
+    return [*lines[: height - 1], [(" " + _spread(group), "quiet")]]
+
+
+def _pages(completions: Sequence[Written], view: View, width: int, room: int) -> list[list[list[Line]]]:
+    """Completions as blocks of lines, shared out over as few pages as hold them; each may fill what an equal share leaves it."""
+    most = max(2, min(MOST_ROWS, room // max(1, len(completions))))
+    pages: list[list[list[Line]]] = [[]]
+    left = room
+    for one in completions:
+        block = _block(one, view, width, min(most, room))
+        if len(block) > left and pages[-1]:
+            pages.append([])
+            left = room
+        pages[-1].append(block)
+        left -= len(block)
+    return pages
+
+
+def _block(one: Written, view: View, width: int, most: int) -> list[Line]:
+    """A completion: its figures, then its words; where several rewards make one up, each of them."""
+    style = "chosen" if one.advantage > 0 else "rejected" if one.advantage < 0 else "quiet"
+    times = f"x{one.times}" if one.times > 1 else ""
+    end = "cut" if one.finish == "length" else said(one.finish, view.ascii_only, 6)
+    label = LABEL.format(_figure(number, one.reward), _figure(signed, one.advantage), end, times)
+    parts = "  ".join(f"{said(name, view.ascii_only, 20)} {_figure(number, value)}" for name, value in one.parts) if len(one.parts) > 1 else ""
+    rows = wrap(said(one.text, view.ascii_only, most * width), width - INDENT - 1, max(1, most - bool(parts))) or ["(empty)"]
+    lines: list[Line] = [[(label if row == 0 else " " * INDENT, style), (part, "")] for row, part in enumerate(rows)]
+    if parts and len(lines) < most:
+        lines.append([(" " * INDENT, ""), (parts, "quiet")])
+    return lines
+
+
+def _figure(write: Callable[[float], str], value: float) -> str:
+    return write(value)[:9] if math.isfinite(value) else "?"
+
+
+def _spread(group: Group) -> str:
+    """What the group as a whole earned."""
+    rewards = [one.reward for one in group.completions for _ in range(one.times) if math.isfinite(one.reward)]
+    if not rewards:
+        return "nothing is known of the rewards"
+    mean = sum(rewards) / len(rewards)
+    cut = sum(one.times for one in group.completions if one.finish == "length")
+    told = f"mean reward {number(mean)}, from {number(min(rewards))} to {number(max(rewards))}; {cut} of {group.count} cut off"
+    return f"{told}; g or Esc leaves"
