@@ -85,8 +85,9 @@ def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = Non
     reference = _in_words(roles)
     kit = Kit(roles, lambda step: collated[data.train](order.rows(step)), reference, fresh=recipe.adapters[recipe.trained].path is None)
     steps = recipe.train.steps or order.steps_of(recipe.train.epochs or 1.0)
-    return Built(base, roles, (recipe.trained,), template, data, data.validation, heldout, ALGORITHMS[recipe.algorithm](kit, recipe), steps, reference, hashes,
-                 micro_tokens, collated[data.validation] if data.validation is not None else collated[data.train])  # fmt: skip
+    algorithm = ALGORITHMS[recipe.algorithm](kit, recipe)
+    return Built(base, roles, (recipe.trained,), template, data, data.validation, heldout, algorithm, steps, reference, hashes, micro_tokens,
+                 collated[data.validation] if data.validation is not None else collated[data.train])  # fmt: skip
 
 
 def _build_online(recipe: settings.Recipe, emit: Emit, device: torch.device | None, base: Base | None, fresh: bool,

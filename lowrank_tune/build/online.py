@@ -127,10 +127,11 @@ def try_groups(recipe: settings.Recipe, roles: Roles, template: Template, prompt
     best, least = max(earned.values()), min(earned.values())
     n = recipe.rollout.num_generations
     if best - least <= 1e-6:
-        emit(Note(level="warning", message=f"{len(earned)} completions of {len(asked)} prompts all earn {best:.3g}: with rewards like these no "
-                                           "group has a signal; an easier task, a partial reward or an SFT adapter below would give one"))  # fmt: skip
+        emit(Note(level="warning", message=f"{len(earned)} completions of {len(asked)} prompts all earn {best:.3g}: such groups have no signal; "
+                                           "an easier task, a partial reward or an SFT adapter below would give one"))  # fmt: skip
         return
     rates = [sum(earned[at * TRIES + i] > (best + least) / 2 for i in range(TRIES)) / TRIES for at in range(len(asked))]
     dead = dead_share(rates, n, TRIES)
-    told = f"{sum(rates) / len(rates):.0%} of {len(earned)} trial completions earn more than half: about {dead:.0%} of groups of {n} will be dead"
+    told = f"{sum(rates) / len(rates):.0%} of {len(earned)} trial completions earn more than half: "
+    told += f"about {dead:.0%} of groups of {n} will be dead"
     emit(Note(message=told, level="warning" if dead > 0.6 else "info"))

@@ -128,7 +128,7 @@ class RunFolder:
         """Checks that an unfinished run may be continued, and writes what the folder is. `run.json` comes first: it makes it a run."""
         cures = f"Give another folder with --out, or delete {self.path}."
         self.continued = self._state() == "unfinished"
-        # A run (of a chain: every stage) that never saved has nothing to lose: whoever mends a fault in its recipe starts again in the same folder.
+        # A run (of a chain: all stages) that never saved has nothing to lose: whoever mends its recipe starts again in the same folder.
         if self.continued and (any(self.checkpoints.glob("step-*")) or any(self.path.glob("*/checkpoints/step-*"))):
             try:
                 old = json.loads((self.path / "run.json").read_bytes())["recipe"]
