@@ -70,7 +70,8 @@ OWN_MEANINGS = {
     "grpo": {
         "reward": "mean reward of the completions, before any KL is taken off",
         "heldout_exact": "share of held-out questions that the policy answers exactly, greedily (pass@1)",
-        "heldout_length": "tokens of an answer to a held-out question",
+        "heldout_stopped": "share of those answers that end by themselves",
+        "heldout_length": "tokens of such an answer",
         "reward_spread": "how far rewards within a group lie apart (standard deviation); near 0 there is nothing to learn from",
         "length": "tokens of a completion",
         "dead_groups": "share of groups whose completions all earn the same; they teach nothing",

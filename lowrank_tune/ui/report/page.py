@@ -7,9 +7,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
-from lowrank_tune.ui.metrics import WITHOUT_REFERENCE
+from lowrank_tune.ui.metrics import WITHOUT_REFERENCE, WRITES
 from lowrank_tune.ui.plain import clock, percent
-from lowrank_tune.ui.report import pairs, sections
+from lowrank_tune.ui.report import groups, pairs, sections
 from lowrank_tune.ui.report.charts import short
 from lowrank_tune.ui.report.record import ChainRecord, Record
 from lowrank_tune.ui.report.words import inside, number_in, text
@@ -45,8 +45,8 @@ def _document(title: str, body: str, source: str) -> str:
 
 def _body(record: Record) -> str:
     """What a run has to show below its figures."""
-    parts = [sections.curves(record), pairs.scores(record), sections.samples(record), sections.data(record), sections.recipe(record),
-             sections.environment(record), sections.notes(record)]  # fmt: skip
+    parts = [sections.curves(record), groups.phases(record), groups.over_time(record), pairs.scores(record), sections.samples(record),
+             sections.data(record), sections.recipe(record), sections.environment(record), sections.notes(record)]  # fmt: skip
     return "\n".join(part for part in parts if part)
 
 
@@ -174,7 +174,9 @@ def _loss_tiles(record: Record) -> list[str]:
     if checks := {step: value for step, value in record.checks.get("validation_loss", {}).items() if value == value}:
         best = min(checks, key=lambda step: checks[step])
         tiles.append(_tile(short(checks[best]), f"best validation loss, step {best:,}"))
-    if loss := record.series.get("loss"):
+    if record.started and record.started.algorithm in WRITES and (reward := record.series.get("reward")):
+        tiles.append(_tile(f"{reward[min(reward)]:.3f} \u2192 {reward[max(reward)]:.3f}", "reward, first and last step"))
+    elif loss := record.series.get("loss"):
         tiles.append(_tile(f"{loss[min(loss)]:.3f} \u2192 {loss[max(loss)]:.3f}", "loss, first and last step"))
     kl = inside(record.summary, "last").get("kl")
     if isinstance(kl, (int, float)):

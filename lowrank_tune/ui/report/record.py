@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Event, Note, RunEnded, RunStarted, Sampled, StepDone, Validated, from_json
+from lowrank_tune.events import Event, Grouped, Note, RunEnded, RunStarted, Sampled, StepDone, Validated, from_json
+from lowrank_tune.ui.groups import Group, read_group
+from lowrank_tune.ui.metrics import POLICY, phases_of
 from lowrank_tune.ui.stages import EVENTS, stage_folders
 
 Points = dict[int, float]  # step -> value
+MOST_GROUPS = 64  # that are kept of a run, spread over it
 
 
 @dataclass
@@ -29,6 +32,9 @@ class Record:
     series: dict[str, Points] = field(default_factory=dict)
     checks: dict[str, Points] = field(default_factory=dict)
     samples: list[Sampled] = field(default_factory=list)
+    groups: dict[int, Group] = field(default_factory=dict)
+    newest: Group | None = None
+    phases: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     summary: Mapping[str, Any] = field(default_factory=dict)
@@ -36,6 +42,7 @@ class Record:
     base: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
     recipe: str = ""
+    _every: int = 1
 
     @property
     def status(self) -> str:
@@ -49,8 +56,15 @@ class Record:
         elif isinstance(event, StepDone):
             self.step, self.tokens = event.step, self.tokens + event.tokens
             _keep(self.series, event.stats, event.step)
+            for name, seconds in phases_of(event.stats, event.seconds).items():
+                self.phases[name] = self.phases.get(name, 0.0) + seconds
         elif isinstance(event, Validated):
-            _keep(self.checks, event.stats, event.step)
+            own = f"heldout_{POLICY}_"
+            _keep(self.checks, {name: value for name, value in event.stats.items() if not name.startswith(own)}, event.step)
+            now = {name.replace(own, "heldout_", 1): value for name, value in event.stats.items() if name.startswith(own)}
+            _keep(self.series, now, event.step)  # a curve, and no stage's figure
+        elif isinstance(event, Grouped):
+            self._grouped(read_group(event))
         elif isinstance(event, Sampled):
             self.samples.append(event)
         elif isinstance(event, Note):
@@ -59,6 +73,17 @@ class Record:
                 kept.append(event.message)
         elif isinstance(event, RunEnded):
             self.ended = event
+
+
+    def _grouped(self, group: Group) -> None:
+        """Of a long run every second, fourth, ... group; the newest always."""
+        self.newest = group
+        if group.step % self._every == 0 or not self.groups:
+            self.groups[group.step] = group
+        while len(self.groups) > MOST_GROUPS:
+            self._every *= 2
+            first = next(iter(self.groups))
+            self.groups = {step: kept for step, kept in self.groups.items() if step == first or step % self._every == 0}
 
 
 @dataclass(frozen=True)

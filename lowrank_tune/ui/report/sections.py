@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank_tune.evaluate import is_exact
 from lowrank_tune.events import Sampled
-from lowrank_tune.ui.metrics import SIDES, TITLES, below, heldout_parts, meanings_of, partner_of
+from lowrank_tune.ui.metrics import SIDES, TITLES, WRITES, below, heldout_parts, meanings_of, partner_of, reward_names
 from lowrank_tune.ui.plain import number, percent
 from lowrank_tune.ui.report import pairs as of_pairs
 from lowrank_tune.ui.report.charts import Line, bar, chart, histogram, hover_data, lines_of, short, sides_of
@@ -16,6 +16,7 @@ from lowrank_tune.ui.report.record import ChainRecord, Record
 from lowrank_tune.ui.report.words import block, entries, inside, number_in, pairs, table, text
 
 HEADS = {"": "(all)", "exact": "exact answers (pass@1)", "stopped": "stops by itself", "length": "tokens an answer"}
+NOT_LOG = ("accuracy", "moved_share", "heldout_exact", "heldout_stopped", "truncated", "dead_groups", "clip_fraction")
 MOST_SAMPLES = 24  # of one prompt over a run
 
 
@@ -24,6 +25,11 @@ def curves(record: Record) -> str:
     algorithm = record.started.algorithm if record.started else "sft"
     meanings, checked = meanings_of(algorithm), {name.removeprefix("validation_") for name in record.checks}
     partners = {other for name in meanings if (other := partner_of(algorithm, name)) is not None}
+    if algorithm in WRITES:  # of several rewards each one's own curve stands right behind the whole
+        known, meanings = meanings, {}
+        for name, meaning in known.items():
+            meanings[name] = meaning
+            meanings |= {each: "this reward by itself" for each in sorted(reward_names(record.series)) if name == "reward"}
     names = [*meanings, *sorted({*record.series, *checked} - set(meanings) - partners)]
     cards = [_curve(name, meanings.get(name, ""), partner_of(algorithm, name), record) for name in names]
     cards = [card for card in cards if card]
@@ -32,13 +38,13 @@ def curves(record: Record) -> str:
 
 def _curve(name: str, meaning: str, partner: str | None, record: Record) -> str:
     points, checks = record.series.get(name, {}), record.checks.get(f"validation_{name}", {})
-    if name.startswith(("heldout_", "pairs_")) or (name == "bad_steps" and not any(points.values())):
+    if (name.startswith(("heldout_", "pairs_")) and not points) or (name == "bad_steps" and not any(points.values())):
         return ""
     lines = lines_of(name, points, checks, f"validation {name}")
-    title = name.replace("_", " ")
+    title = name.replace("_", " ").replace("heldout", "held-out")
     if partner is not None:
         lines, title = sides_of({each: record.series.get(each) or record.checks.get(f"validation_{each}", {}) for each in (name, partner)}), ""
-    return _chart_card(title or TITLES[name], meaning, lines, name not in ("accuracy", "moved_share"), points or checks)
+    return _chart_card(title or TITLES[name], meaning, lines, name not in NOT_LOG, points or checks)
 
 
 def _chart_card(title: str, meaning: str, lines: Sequence[Line], may_log: bool, points: Mapping[int, float]) -> str:
@@ -134,12 +140,17 @@ def stage_table(chain: ChainRecord) -> str:
         if record is None or record.started is None:
             rows.append([text(folder), "", "not begun" if record is None else text(record.status), "", "", "", ""])
             continue
-        loss, right = record.series.get("loss", {}), inside(record.summary, "heldout_pairs")
+        writes, right = record.started.algorithm in WRITES, inside(record.summary, "heldout_pairs")
+        course = record.series.get("reward" if writes else "loss", {})
         rows.append([text(folder), text(record.started.algorithm), text(record.status), text(record.started.reference),
-                     f"{record.step:,} / {record.started.steps:,}", f"{short(loss[min(loss)])} \u2192 {short(loss[max(loss)])}" if loss else "",
+                     f"{record.step:,} / {record.started.steps:,}", _went(course, "reward " if writes else ""),
                      percent(number_in(right, "accuracy")) if "accuracy" in right else ""])  # fmt: skip
-    head = ["stage", "algorithm", "status", "reference", "steps", "loss", "held-out pairs right"]
+    head = ["stage", "algorithm", "status", "reference", "steps", "loss, or reward", "held-out pairs right"]
     return f'<h2>Stages</h2><div class="card">{table(head, rows)}</div>'
+
+
+def _went(points: Mapping[int, float], what: str) -> str:
+    return f"{what}{short(points[min(points)])} \u2192 {short(points[max(points)])}" if points else ""
 
 
 def samples(record: Record) -> str:

@@ -1,0 +1,67 @@
+"""The parts of the page that are about completions the policy wrote itself: where a step's time went, and groups over the run."""
+
+from __future__ import annotations
+
+import math
+
+from lowrank_tune.ui.groups import Group, Written
+from lowrank_tune.ui.plain import number, percent, signed
+from lowrank_tune.ui.report.charts import bar
+from lowrank_tune.ui.report.record import Record
+from lowrank_tune.ui.report.words import block, table, text
+
+PHASES = {"rollout": "completions are drawn", "score": "rewards are waited for; most are computed while others are drawn",
+          "update": "log-probs, gradients, the optimizer"}  # fmt: skip
+SHOWN = 3  # groups: the first, one in the middle, the last
+MOST_COMPLETIONS = 16  # of a group
+
+
+def phases(record: Record) -> str:
+    """The share of each phase in the time of all steps."""
+    total = sum(record.phases.values())
+    if not total:
+        return ""
+    rows = [[f'{text(name)} <span class="soft">{text(PHASES.get(name, ""))}</span>', bar(spent / total), percent(spent / total),
+             f"{spent:,.1f} s"] for name, spent in record.phases.items()]  # fmt: skip
+    return f'<h2>Where the time of the steps went</h2><div class="card">{table(["", "share", "", ""], rows, [2, 3])}</div>'
+
+
+def over_time(record: Record) -> str:
+    """A few groups, the first to the last: what was written, and what it earned."""
+    found = [*record.groups.values()]
+    if record.newest is not None and (not found or found[-1].step != record.newest.step):
+        found.append(record.newest)
+    if not found:
+        return ""
+    places = sorted({round(at * (len(found) - 1) / (SHOWN - 1)) for at in range(SHOWN)})
+    parts = [_group(found[place], is_open=place in (0, len(found) - 1)) for place in places]
+    return f'<h2>Groups over time <span class="soft">the completions of one prompt of a step</span></h2>{"".join(parts)}'
+
+
+def _group(group: Group, is_open: bool) -> str:
+    gold = f' <span class="soft">gold {text(group.gold, 80)}</span>' if group.gold is not None else ""
+    several = any(len(one.parts) > 1 for one in group.completions)
+    rows = [[_figure(one.reward), _advantage(one.advantage), _words(one, several), f"{one.times} \u00d7"]
+            for one in group.completions[:MOST_COMPLETIONS]]  # fmt: skip
+    left = len(group.completions) - len(rows)
+    more = f'<p class="soft">{left} other completions are left out</p>' if left else ""
+    told = ' <span class="soft">no signal: all earn the same</span>' if group.is_dead else ""
+    return (f"<details{' open' if is_open else ''}><summary>step {group.step:,}: {text(group.prompt, 300)}{gold}{told}</summary>"
+            f"{table(['reward', 'advantage', 'completion', ''], rows, [0, 1, 3])}{more}</details>")  # fmt: skip
+
+
+def _figure(value: float) -> str:
+    return number(value) if math.isfinite(value) else "?"
+
+
+def _advantage(value: float) -> str:
+    if not math.isfinite(value):
+        return "?"
+    return f'<span class="{"yes" if value > 0 else "no" if value < 0 else "zero"}">{signed(value)}</span>'
+
+
+def _words(one: Written, several: bool) -> str:
+    """The completion, whether it was cut off, and what each of several rewards gave."""
+    facts = ["cut off by the limit"] if one.finish == "length" else []
+    facts += [f"{text(name, 60)} {_figure(value)}" for name, value in one.parts] if several else []
+    return f'<div class="text">{block(one.text, 1500)}</div>' + (f'<span class="soft">{", ".join(facts)}</span>' if facts else "")
