@@ -190,8 +190,9 @@ class GRPO:
             raise RunFailed(f"the sampler's log-probs and the policy's differ by {figures['mismatch']:.3f} nats a token, more than "
                             f"grpo.mismatch_limit, {self.mismatch_limit:g}: ratios would compare what was never drawn")  # fmt: skip
         if figures["dead_groups"] >= 0.8:
-            yield (f"most groups have equal rewards and teach nothing, {figures['dead_groups']:.0%} of this step's: the task is too hard or "
-                   "too easy, or groups too small; look at the rewards, raise rollout.num_generations, or begin from an SFT adapter")  # fmt: skip
+            yield (f"most groups have equal rewards and teach nothing, {figures['dead_groups']:.0%} of this step's: the task is too hard "
+                   "or too easy, or groups too small; look at the rewards, raise rollout.num_generations, or begin from an SFT "
+                   "adapter")  # fmt: skip
 
     def go_on(self, stats: Stats) -> bool:
         self._first_pass = False
