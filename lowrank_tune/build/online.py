@@ -127,8 +127,8 @@ def try_groups(recipe: settings.Recipe, roles: Roles, template: Template, prompt
     best, least = max(earned.values()), min(earned.values())
     n = recipe.rollout.num_generations
     if best - least <= 1e-6:
-        emit(Note(level="warning", message=f"{len(earned)} completions of {len(asked)} prompts all earn {best:.3g}: such groups have no signal; "
-                                           "an easier task, a partial reward or an SFT adapter below would give one"))  # fmt: skip
+        told = f"{len(earned)} completions of {len(asked)} prompts all earn {best:.3g}: such groups have no signal; "
+        emit(Note(level="warning", message=told + "an easier task, a partial reward or an SFT adapter below would give one"))
         return
     rates = [sum(earned[at * TRIES + i] > (best + least) / 2 for i in range(TRIES)) / TRIES for at in range(len(asked))]
     dead = dead_share(rates, n, TRIES)
