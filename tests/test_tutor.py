@@ -123,3 +123,28 @@ def test_rounding_in_the_maker_is_that_of_bitsandbytes() -> None:
     weight = torch.randn(64, 192, generator=torch.Generator().manual_seed(0))
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     assert (functional.dequantize_4bit(packed, state) - round_to_nf4(weight)).abs().max() < 1e-6
+
+
+def test_no_preference_of_the_training_split_shows_a_heldout_problem() -> None:
+    """Neither its question nor, where an answer runs on, the next one."""
+    held = {(p.sign, *sorted((p.a, p.b))) for p in every_problem() if problems.is_heldout(p)}
+    rows = problems.preferences(4000, seed=0, split="train")
+    asked = [line for row in rows for line in (row["prompt"], *row["rejected"].split("\n")[1:2])]
+    seen = [(sign_of(question), *sorted(numbers_in(question))) for question in asked]
+    assert len(seen) > 4200 and not set(seen) & held
+    outside = problems.preferences(200, seed=0, split="heldout")
+    assert all((sign_of(row["prompt"]), *sorted(numbers_in(row["prompt"]))) in held for row in outside)
+
+
+def test_the_chosen_side_is_right_and_the_other_one_is_not_it() -> None:
+    for row in problems.preferences(2000, seed=3, split="train"):
+        a, b = numbers_in(row["prompt"])
+        answer = {"+": a + b, "-": a - b, "*": a * b}[sign_of(row["prompt"])]
+        assert problems.final_number(row["chosen"]) == answer and row["chosen"] != row["rejected"]
+        wrong = problems.final_number(row["rejected"]) != answer
+        repeats = len(re.findall(r"=", row["rejected"])) > len(re.findall(r"=", row["chosen"]))
+        assert wrong or repeats, row
+
+
+def test_preferences_are_the_same_for_the_same_seed() -> None:
+    assert problems.preferences(50, 1, "train") == problems.preferences(50, 1, "train") != problems.preferences(50, 2, "train")
