@@ -139,7 +139,7 @@ def test_no_preference_of_the_training_split_shows_a_heldout_problem() -> None:
 def test_the_chosen_side_is_right_and_the_other_one_is_not_it() -> None:
     for row in problems.preferences(2000, seed=3, split="train"):
         a, b = numbers_in(row["prompt"])
-        answer = {"+": a + b, "-": a - b, "*": a * b}[sign_of(row["prompt"])]
+        answer = {"+": a + b, "-": abs(a - b), "*": a * b}[sign_of(row["prompt"])]
         assert problems.final_number(row["chosen"]) == answer and row["chosen"] != row["rejected"]
         wrong = problems.final_number(row["rejected"]) != answer
         repeats = len(re.findall(r"=", row["rejected"])) > len(re.findall(r"=", row["chosen"]))
