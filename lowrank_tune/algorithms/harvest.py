@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from lowrank_tune.data import Asked
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout import Engine
 from lowrank_tune.types import Batch, Completion, Mean, Sampling, Stats
+
+if TYPE_CHECKING:  # an algorithm must run where pydantic is not installed (benchmarks/gpu.py)
+    from lowrank_tune.data import Asked
 
 
 class Scoring(Protocol):
