@@ -110,6 +110,60 @@ def test_exact_kl_equals_float64(rows: int, width: int, vocab: int, size: float,
         assert torch.equal(chunked_kl(head, mine, mine, temperature), torch.zeros(rows))
 
 
+def error_of_kl_slope(head: Head, mine: Tensor, other: Tensor, temperature: float) -> float:
+    """Largest error of the gradient of exact KL by the hidden states, against float64 through the whole vocabulary."""
+    upstream = torch.linspace(-1, 2, len(mine))
+    leaf, theirs = mine.clone().requires_grad_(), mine.double().requires_grad_()
+    (logps_module.chunked_kl(head, leaf, other, temperature) * upstream).sum().backward()
+    p, q = (torch.log_softmax(full_logits(head, hidden, temperature), dim=-1) for hidden in (theirs, other))
+    ((p.exp() * (p - q)).sum(dim=-1) * upstream.double()).sum().backward()
+    if leaf.grad is None or leaf.grad.shape != mine.shape:
+        return float("inf")
+    if not len(mine):
+        return 0.0
+    # fp32 logits are off by some eps of their size, and so are p and log p - log q, before they are multiplied with the head.
+    reach = 1 + float(max(p.detach().abs().max(), q.detach().abs().max()))
+    worst = float((leaf.grad - theirs.grad).abs().max()) / (reach * reach * float(head.weight.abs().max()) * head.scale / temperature)
+    return worst if worst == worst else float("inf")
+
+
+@settings(max_examples=80)
+@given(**SHAPES)
+def test_the_gradient_of_exact_kl_equals_float64(rows: int, width: int, vocab: int, size: float, bias: bool, scale: float, cap: float | None,
+                                                 temperature: float, chunk: int, seed: int) -> None:  # fmt: skip
+    head, mine, _ = make_head(rows, width, vocab, size, bias, scale, cap, seed)
+    other = mine + 0.3 * torch.randn(mine.shape, generator=torch.Generator().manual_seed(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logps_module, "CHUNK_LOGITS", chunk)
+        assert error_of_kl_slope(head, mine, other, temperature) < 5e-6
+        leaf = mine.clone().requires_grad_()
+        chunked_kl(head, leaf, mine, temperature).sum().backward()
+        assert leaf.grad is not None and not leaf.grad.any(), "at the reference itself there is no slope at all"
+
+
+def _slope_of_log_odds(ctx: Any, grad: Tensor) -> Any:
+    (slope,) = ctx.saved_tensors
+    return slope * grad[:, None].abs(), None, None, None
+
+
+@pytest.mark.parametrize("bug", ["sign", "temperature", "scale", "cap"])
+def test_bugs_in_the_gradient_of_kl_are_seen(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    head, mine, _ = make_head(6, 8, 40, 0.7, False, 0.5, 5.0)
+    other = mine.flip(0)
+    assert error_of_kl_slope(head, mine, other, 0.7) < 5e-6
+    if bug == "sign":
+        monkeypatch.setattr(logps_module._ChunkedKL, "backward", staticmethod(_slope_of_log_odds))
+    else:
+        wrong = {"scale": 0.6, "softcap": 9.0} if bug == "scale" else {"softcap": None} if bug == "cap" else {}
+        real = logps_module._ChunkedKL.forward
+
+        def forward(ctx: Any, hidden: Tensor, reference: Tensor, given: Head, temperature: float) -> Tensor:
+            return real(ctx, hidden, reference, replace(given, **wrong), 1.0 if bug == "temperature" else temperature)
+
+        monkeypatch.setattr(logps_module._ChunkedKL, "forward", staticmethod(forward))
+    assert error_of_kl_slope(head, mine, other, 0.7) > 1e-3
+
+
 def test_kl_the_wrong_way_round_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     head, mine, _ = make_head(5, 8, 40, 1.0, False, 1.0, None)
     other = mine.flip(0)
