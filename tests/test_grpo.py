@@ -3,6 +3,8 @@ without signal, the sampler's own log-probs, and whole runs."""
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -27,7 +29,7 @@ from lowrank_tune.algorithms.harvest import Harvest, Harvester
 from lowrank_tune.algorithms.kit import Kit
 from lowrank_tune.data import Asked
 from lowrank_tune.errors import RunFailed
-from lowrank_tune.events import Grouped, StepDone
+from lowrank_tune.events import Grouped, Note, StepDone
 from lowrank_tune.model.adapters import WEIGHTS
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch, Completion, add_stats, to_floats
@@ -661,3 +663,27 @@ def test_a_policy_that_is_not_its_reference_is_refused(cache: Path, tmp_path: Pa
     monkeypatch.setattr(runner_module, "build", shaken)
     with pytest.raises(RunFailed, match="the reference is not what it must be"):
         told(small(sft_run), tmp_path / "run")
+
+
+GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl.gz"
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="needs the real data")
+def test_real_questions_that_are_too_hard(cache: Path, tmp_path: Path) -> None:
+    """200 of GSM8K, which the tiny base cannot answer: rewards are counted honestly, a person is told, and nothing moves on noise."""
+    with gzip.open(GSM8K, "rt", encoding="utf-8") as lines:
+        (tmp_path / "gsm8k.jsonl").write_text("".join(itertools.islice(lines, 200)), encoding="utf-8")
+    recipe = {"name": "gsm8k", "algorithm": "grpo", "base": {"model": "tiny-tutor"}, "adapters": {"policy": {"r": 4}},
+              "data": {"train": [{"dataset": str(tmp_path / "gsm8k.jsonl")}], "max_prompt_length": 512}, "rewards": [{"use": "answer"}],
+              "rollout": {"num_generations": 4, "max_new_tokens": 48},
+              "train": {"steps": 2, "prompts_per_step": 4, "micro_batch_size": 8, "gradient_checkpointing": False}}  # fmt: skip
+    outcome, events = told(recipe, tmp_path / "run")
+    notes = [(event.level, event.message) for event in events if isinstance(event, Note)]
+    steps = figures(events)
+    assert outcome.summary["status"] == "done" and len(steps) == 2
+    assert any("prompts of 200 of 200 rows" in text and "200 with a gold answer" in text for _, text in notes)
+    assert all(step["reward"] <= 0.2 and step["dead_groups"] >= 0.5 for step in steps)
+    assert any(level == "warning" and ("signal" in text or "will be dead" in text) for level, text in notes)
+    if all(step["dead_groups"] == 1.0 for step in steps):
+        assert any(level == "warning" and "most groups have equal rewards and teach nothing, 100%" in text for level, text in notes)
+        assert not any(t.any() for key, t in load_file(tmp_path / "run" / "final" / WEIGHTS).items() if "lora_B" in key)
