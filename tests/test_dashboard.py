@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lowrank_tune.events import Event, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated, from_json
+from lowrank_tune.events import Event, Grouped, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated, from_json
 from lowrank_tune.ui.card import Card
 from lowrank_tune.ui.frame import coded, fit, plain_text, width_of, wrap
 from lowrank_tune.ui.panes import View, chart_pane
@@ -22,9 +22,14 @@ from lowrank_tune.ui.state import MOST_POINTS, Series, State
 from tests.hostile import HOSTILE, is_inert
 
 HERE = Path(__file__).parent
-RECORDED = [event for line in (HERE / "recorded" / "demo.jsonl").read_text().splitlines() if (event := from_json(json.loads(line)))]
-DPO, REWARD = ([event for line in (HERE / "recorded" / f"{name}.jsonl").read_text().splitlines() if (event := from_json(json.loads(line)))]
-               for name in ("dpo", "reward"))  # fmt: skip
+
+
+def recorded(name: str) -> list[Event]:
+    lines = (HERE / "recorded" / f"{name}.jsonl").read_text().splitlines()
+    return [event for line in lines if (event := from_json(json.loads(line)))]
+
+
+RECORDED, DPO, REWARD, GRPO = (recorded(name) for name in ("demo", "dpo", "reward", "grpo"))
 START = RunStarted(name="x", algorithm="sft", model="m", roles={"policy": ["policy"]}, reference="the base", steps=100, time=0.0)
 
 
@@ -80,13 +85,26 @@ def test_snapshots_of_preferences(name: str, width: int, height: int) -> None:
     assert shown == file.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40)])
+@pytest.mark.parametrize(("name", "step", "view"), [
+    ("grpo", 22, View()), ("grpo_group", 13, View(group=True)), ("grpo_help", 22, View(help=True)),
+])  # fmt: skip
+def test_snapshots_of_rollouts(name: str, step: int, view: View, width: int, height: int) -> None:
+    shown = plain_text(render(state_after(up_to(GRPO, step)), view, width, height))
+    file = HERE / "snapshots" / f"dashboard_{name}_{width}x{height}.txt"
+    if os.environ.get("SNAPSHOTS"):
+        file.write_text(shown, encoding="utf-8")
+    assert shown == file.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("events", [*(RECORDED[:count] for count in (0, 1, 3, 20, 40, 120, len(RECORDED))),
-                                    DPO[:12], up_to(DPO, 30), DPO, REWARD[:10], up_to(REWARD, 40), REWARD, chain()])  # fmt: skip
+                                    DPO[:12], up_to(DPO, 30), DPO, REWARD[:10], up_to(REWARD, 40), REWARD, chain(),
+                                    up_to(GRPO, 9), GRPO])  # fmt: skip
 def test_every_size_is_filled_exactly(events: list[Event]) -> None:
     state = state_after(events)
     for width in (1, 20, 59, 60, 61, 75, 80, 99, 100, 133, 200, 300):
         for height in (1, 2, 14, 15, 16, 20, 24, 40, 61, 90):
-            for view in (View(), View(help=True, ascii_only=True)):
+            for view in (View(), View(help=True, ascii_only=True), View(group=True), View(group=True, ascii_only=True, sample=3)):
                 lines = render(state, view, width, height)
                 assert len(lines) == height and all(width_of(line) == width for line in lines)
                 assert not view.ascii_only or plain_text(lines).isascii()
@@ -115,14 +133,18 @@ def test_hostile_text_is_inert() -> None:
                 Validated(step=3, stats={f"pairs_{text}": 1.0, "pairs_accuracy": 0.5}, time=12.0)]  # fmt: skip
         later = [replace(START, roles={"reference": [text]}, stage=3, stages=3, time=20.0),
                  Sampled(step=0, prompt=text, completion=text, finish="stop", role="reference", time=21.0)]  # fmt: skip
-        for state in (state_after(events), state_after([*events, RunEnded(status="failed", step=3, seconds=1.0, message=text, time=9.0)]),
+        told = {"text": text, "reward": 1.0, "advantage": 1.0, "finish": text, "parts": {text: 1.0, "b": 2.0}}
+        group = [Grouped(step=3, prompt=text, gold=text, time=13.0, completions=[told, {**told, "reward": text, "parts": text}, text]),
+                 *steps(3, begun=13.0, **{"reward": 1.0, f"reward_{text}": 1.0, "reward_b": 1.0})]  # type: ignore[list-item]  # fmt: skip
+        for state in (state_after(events), state_after([*events, replace(START, algorithm="grpo"), *group]),
+                      state_after([*events, RunEnded(status="failed", step=3, seconds=1.0, message=text, time=9.0)]),
                       state_after([*events, *pair]), state_after([*events, *pair, *later])):  # fmt: skip
-            for width, height in ((80, 24), (120, 40), (40, 10)):
-                lines = render(state, View(), width, height)
+            for width, height, view in ((80, 24, View()), (120, 40, View()), (40, 10, View()), (80, 24, View(group=True))):
+                lines = render(state, view, width, height)
                 assert is_inert(plain_text(lines)) and all(width_of(line) == width for line in lines)
                 codes = "".join(coded(line, True) for line in lines)
                 assert is_inert("".join(part.partition("m")[2] for part in ("m" + codes).split("\x1b[")))  # no escape but for our colours
-                assert plain_text(render(state, View(ascii_only=True), width, height)).isascii()
+                assert plain_text(render(state, replace(view, ascii_only=True), width, height)).isascii()
 
 
 def test_no_color_has_no_colour() -> None:
@@ -251,6 +273,93 @@ def test_keys_change_the_view() -> None:
 def test_reward_is_drawn_where_there_is_one() -> None:
     state = state_after([replace(START, algorithm="grpo"), *steps(30, reward=0.5, kl=0.01, loss=0.0, entropy=1.0)])
     assert "reward" in plain_text(render(state, View(), 80, 24))
+
+
+def wrote(text: str, reward: float, advantage: float, finish: str = "stop", **parts: float) -> dict[str, object]:
+    return {"text": text, "reward": reward, "advantage": advantage, "finish": finish, "parts": parts or {"answer": reward}}
+
+
+def told_group(step: int, *completions: dict[str, object], time: float = 1.0) -> Grouped:
+    return Grouped(step=step, prompt="1+1?", gold="2", completions=list(completions), time=time)
+
+
+def lines_of(state: State, view: View, width: int = 80, height: int = 24) -> list[str]:
+    return [" ".join(line.split()) for line in plain_text(render(state, view, width, height)).splitlines()]
+
+
+def test_a_group_is_seen_best_paid_first_and_equal_completions_once() -> None:
+    start = replace(START, algorithm="grpo")
+    group = told_group(7, wrote("five", 0.0, -1.0), wrote("two", 1.0, 1.0), wrote("five", 0.0, -1.0), wrote("on and on", -0.5, -2.0, "length"))
+    state = state_after([start, told_group(6, wrote("old", 0.0, 0.0)), *steps(6, reward=0.5), group])
+    lines = lines_of(state, View(group=True))
+    at = lines.index("1+1? [gold 2]")
+    assert lines[at - 1].startswith("\u2500\u2500 group of step 7: 4 completions") and "old" not in lines
+    assert lines[at + 2 : at + 5] == ["1.000 +1.000 stop two", "0.000 -1.000 stop x2 five", "-0.500 -2.000 cut on and on"]
+    assert lines[at + 5] == "mean reward 0.125, from -0.500 to 1.000; 1 of 4 cut off; g or Esc leaves"
+    dead = state_after([start, told_group(1, wrote("x", 1.0, 0.0))])
+    assert "no signal: all earn the same" in plain_text(render(dead, View(group=True), 80, 24))
+
+
+def test_several_rewards_of_a_completion_are_named_and_many_completions_have_pages() -> None:
+    start = replace(START, algorithm="grpo")
+    state = state_after([start, told_group(1, wrote("two", 1.5, 1.0, answer=1.0, format=0.5))])
+    assert "answer 1.000 format 0.500" in lines_of(state, View(group=True))
+    state = state_after([start, told_group(1, *(wrote(f"number {n}, " + "word " * 60, n / 64, 1.0) for n in range(64)))])
+    seen = set()
+    for page in range(64):
+        lines = lines_of(state, View(group=True, sample=page))
+        seen |= {n for n in range(64) for line in lines if f" number {n}, word" in line}
+    assert seen == set(range(64)) and any("page 2 of" in line for line in lines_of(state, View(group=True, sample=1)))
+
+
+def test_keys_open_and_leave_the_group() -> None:
+    view = press(View(), "g")
+    assert view.group and not press(view, "g").group and not press(view, "\x1b").group and not press(View(help=True), "\x1b").help
+    assert press(View(help=True), "g") == View(group=True)
+    sft, grpo = state_after(RECORDED), state_after(GRPO)
+    assert "newest group" in plain_text(render(grpo, View(help=True, mine=False), 80, 24))
+    assert " g group" in plain_text(render(grpo, View(), 80, 24))
+    assert "newest group" not in plain_text(render(sft, View(help=True), 80, 24)) and "group" not in plain_text(render(sft, View(), 80, 24))
+    assert "no completions yet" in plain_text(render(sft, View(group=True), 80, 24))
+
+
+def test_the_phases_of_a_step_share_its_time() -> None:
+    """A group is told amid its step: the time before it belongs to the step all the same."""
+    stats = {"reward": 0.5, "rollout_seconds": 3.0, "score_seconds": 1.0}
+    events = [replace(START, algorithm="grpo"), told_group(1, wrote("x", 0.0, 0.0), time=4.0), Note(message="amid", time=5.0),
+              StepDone(step=1, steps=9, stats=stats, seconds=10.0, tokens=5, time=10.0)]  # fmt: skip
+    state = state_after(events)
+    assert state.shares_within() == {"rollout": 0.3, "score": 0.1, "update": 0.6} and state.shares() == {"training": 1.0}
+    assert "step rollout 30% score 10% update 60%" in " ".join(lines_of(state, View()))
+    assert state_after([START, *steps(3)]).shares_within() == {}
+
+
+def test_held_out_answers_while_training_are_a_curve_and_no_stage() -> None:
+    def measured(step: int, who: str, exact: float, time: float) -> Validated:
+        return Validated(step=step, stats={f"heldout_{who}_exact": exact, f"heldout_{who}_length": 9.0}, time=time, best=who == "policy")
+
+    events = [replace(START, algorithm="grpo"), measured(0, "sft", 0.25, 1.0), *steps(4, reward=0.5), measured(4, "policy", 0.5, 5.0),
+              answered(4, "2"), measured(8, "policy", 0.75, 11.0)]  # fmt: skip
+    state = state_after(events)
+    assert list(state.heldout) == ["sft"] and state.series["heldout_exact"].points == [(4, 0.5), (8, 0.75)] and state.best_step == 8
+    shown = plain_text(render(state, View(), 120, 40))
+    for words in ("held-out exact, greedy 75.0 %", "sft 25.0 %, now 75.0 % (greedy)", "answers of the policy after step"):
+        assert words in shown
+    state.apply(measured(8, "grpo", 0.625, 12.0))
+    assert list(state.heldout) == ["sft", "grpo"] and "now" not in plain_text(render(state, View(), 120, 40))
+    sft = state_after([START, *steps(4), measured(4, "policy", 0.5, 5.0)])  # any algorithm may keep its best by answers
+    assert "held-out exact, greedy 50.0 %" in plain_text(render(sft, View(), 120, 40))
+
+
+def test_several_rewards_share_a_chart_and_the_whole_has_a_band() -> None:
+    stats = {"reward": 1.0, "reward_spread": 0.25, "reward_answer": 0.75, "reward_chosen_words": 0.5, "reward_zeta": 0.125}
+    state = state_after([replace(START, algorithm="grpo"), *steps(9, **stats)])
+    shown = plain_text(render(state, View(ascii_only=True), 120, 40))
+    assert "reward 1.00 +- 0.250" in shown and "rewards answer 0.750 chosen words" not in shown
+    assert "rewards answer 0.750 chosen_words 0.500 zeta 0.125" in " ".join(shown.split())
+    lines = chart_pane(state, ("reward",), View(ascii_only=True), 60, 12)
+    drawn = {(sign, style) for line in lines[1:] for text, style in line if style in ("quiet", "first") for sign in text if sign in ".*"}
+    assert {("*", "first"), (".", "quiet")} <= drawn and plain_text(lines).count("1.25") == 1  # the band's upper edge
 
 
 def test_wrapping_and_fitting_by_cells() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from lowrank_tune.algorithms import dpo
-from lowrank_tune.events import Note, RunEnded, RunStarted, StepDone, Validated
+from lowrank_tune.events import Grouped, Note, RunEnded, RunStarted, StepDone, Validated
 from lowrank_tune.ui.diagnose import COLLAPSED, diagnose
 from lowrank_tune.ui.state import State
 
@@ -42,6 +42,22 @@ def checked(state: State, *accuracies: float) -> State:
     """The same state after so many validations."""
     for accuracy in accuracies:
         told(state, validation_accuracy=accuracy)
+    return state
+
+
+ROLLOUTS: Values = {"loss": lambda s: 1e-4, "reward": lambda s: min(0.7, 0.2 + s / 50), "reward_spread": lambda s: 0.4,
+                    "dead_groups": lambda s: 0.2, "truncated": lambda s: 0.05, "length": lambda s: 20 + s / 4, "entropy": lambda s: 0.3,
+                    "kl": lambda s: s / 400, "mismatch": lambda s: 1e-6}  # fmt: skip
+"""Of a healthy run on rewards between 0 and 1."""
+
+
+def rolled(steps: int = 40, earned: tuple[float, ...] = (0.0, 1.0), exact: tuple[float, ...] = (), **changed: Callable[[int], float]) -> State:
+    """A state after so many steps of GRPO, whose newest group earned this."""
+    state = after(steps, "grpo", **{**ROLLOUTS, **changed})
+    told = [{"text": "x", "reward": reward, "advantage": 0.0, "finish": "stop", "parts": {}} for reward in earned]
+    state.apply(Grouped(step=steps, prompt="p", completions=told))
+    for place, value in enumerate(exact):
+        state.apply(Validated(step=10 * (place + 1), stats={"heldout_policy_exact": value}))
     return state
 
 
@@ -85,6 +101,19 @@ def test_all_good_and_too_early() -> None:
          "longer ones win whatever they say: balance the lengths in the data"),
         (told(after(40, "dpo", **PAIRS), pairs_length_correlation=-0.7),
          "shorter ones win whatever they say: balance the lengths in the data, or set dpo.loss=sigmoid_norm"),
+        (rolled(kl=lambda s: 0.8), "warning: KL to the reference is 0.8 nats a token, above 0.5: the policy has gone far; raise grpo.kl"),
+        (rolled(entropy=lambda s: 0.3 / s**2, reward=lambda s: min(0.5, 0.2 + s / 50)),
+         "nats a token while the reward stalls: the policy tries nothing new: raise grpo.kl"),
+        (rolled(reward=lambda s: 0.3), "warning: the reward does not rise: 0.3 at first, 0.3 now: a higher train.learning_rate"),
+        (rolled(reward=lambda s: 0.8 - s / 60), "bad: the reward falls: 0.708 at first, 0.208 now: lower train.learning_rate"),
+        (rolled(dead_groups=lambda s: 0.9), "warning: 90% of the groups are dead: all their completions earn the same and teach nothing"),
+        (rolled(reward_spread=lambda s: 0.005), "warning: rewards within a group hardly differ (spread 0.005): raise rollout"),
+        (rolled(earned=(0.0, 0.0), reward=lambda s: 0.0, dead_groups=lambda s: 1.0, reward_spread=lambda s: 0.0),
+         "bad: every completion earns 0, so that there is nothing to learn: an easier task, a partial reward"),
+        (rolled(truncated=lambda s: s / 100, length=lambda s: 20.0 + s),
+         "warning: 38% of the completions are cut off by the limit, which grew from 23 to 58 tokens: raise rollout.max_new_tokens"),
+        (rolled(mismatch=lambda s: 0.05), "warning: sampling and training disagree by 0.05 nats a token"),
+        (rolled(exact=(0.5, 0.7, 0.5, 0.4)), "bad: the reward rises and held-out answers get worse (70% -> 45% exact): it pays for something"),
         (after(40, moved_share=lambda s: 0.0), "bad: nothing is learned: the last step moved 0.0% of the adapter"),
         (after(40, update_ratio=lambda s: 1e-12), "bad: nothing is learned"),
         (after(40, bad_steps=lambda s: 3.0), "warning: 3 of 40 steps had no finite loss or gradient and were skipped"),
@@ -115,6 +144,12 @@ def test_each_sentence(state: State, sentence: str) -> None:
         checked(after(40, "dpo", **{**PAIRS, "accuracy": lambda s: 0.99}), 0.7, 0.9, 0.8, 0.82),
         checked(after(40, "reward", **PAIRS), 0.5),  # one look may be chance
         told(after(40, "reward", **PAIRS), pairs_length_correlation=0.49),
+        rolled(),
+        rolled(reward=lambda s: 0.99, entropy=lambda s: 1e-4, dead_groups=lambda s: 0.95, reward_spread=lambda s: 0.005),  # all but solved
+        rolled(entropy=lambda s: 1e-3, reward=lambda s: s / 60),  # sure, and still learning
+        rolled(truncated=lambda s: 0.9 if s == 3 else 0.0),
+        rolled(exact=(0.5, 0.7, 0.66, 0.65)),
+        rolled(earned=(-5.0, 5.0), reward=lambda s: -2 + s / 10, reward_spread=lambda s: 2.0),
         told(after(40, "reward", **PAIRS), pairs_length_correlation=math.nan),
     ],
 )
@@ -126,6 +161,11 @@ def test_a_run_on_pairs_says_how_many_are_right() -> None:
     assert "95% of the pairs right" in said(after(40, "dpo", **PAIRS))
     assert "81% of the held-out pairs right" in said(checked(after(40, "reward", **PAIRS), 0.7, 0.81))
     assert "right" not in said(after(40, accuracy=lambda s: 0.9))
+
+
+def test_a_run_on_rewards_says_what_was_earned() -> None:
+    assert said(rolled(exact=(0.25, 0.75))) == "good: all good: reward 0.31 -> 0.7, held-out exact 25% -> 75%"
+    assert "too early" in said(rolled(15, dead_groups=lambda s: 1.0))
 
 
 def test_the_limit_of_a_collapse_is_the_algorithms() -> None:

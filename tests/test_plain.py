@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_tune.events import Event, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
+from lowrank_tune.events import Event, Grouped, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
 from lowrank_tune.ui import inert
 from lowrank_tune.ui.plain import Pace, Plain, clock, show, summary_table
 
@@ -112,6 +112,27 @@ def test_validations_in_words() -> None:
     mixed = {"validation_loss": 0.5, "pairs_accuracy": 0.9}
     assert shown(Validated(step=9, stats=mixed, best=True)) == "validation after step 9  loss 0.500  pairs_accuracy 0.900  best so far\n"
     assert shown(Validated(step=9, stats={})) == "validation after step 9  \n"
+
+
+def test_what_a_line_of_rollouts_says() -> None:
+    stats = {"loss": 1e-4, "reward_spread": 0.25, "reward": 0.75, "length": 18.04, "truncated": 0.0, "rollout_seconds": 0.98765, "kl": 0.02,
+             "score_seconds": 0.0006, "dead_groups": 0.0625, "mismatch": 1e-7, "entropy": 0.5, "clip_fraction": 0.0,
+             "learning_rate": 1e-4}  # fmt: skip
+    assert show(stats) == "reward 0.750  spread 0.250  kl 0.020  length 18.0  dead groups 6.2 %  entropy 0.500  lr 1.0e-04  rollout 1.0 s"
+    several = {"reward": 0.75, "reward_answer": 0.5, "reward_\x1b[2J": 0.25, "truncated": 0.5, "clip_fraction": 0.25}
+    assert show(several) == "reward 0.750  answer 0.500  \\x1b[2J 0.250  cut off 50.0 %  clipped 25.0 %"
+    group = Grouped(step=1, prompt="1+1?", completions=[{"text": "2", "reward": 1.0, "advantage": 0.0, "finish": "stop", "parts": {}}])
+    assert shown(group) == ""  # the lines would drown in them
+
+
+def test_held_out_answers_of_the_policy() -> None:
+    told = {"heldout_policy_exact": 0.5, "heldout_policy_stopped": 1.0, "heldout_policy_length": 33.69}
+    line = "held-out answers of the policy after step 4  exact 50.0 %  stopped 100.0 %  length 33.7  best so far\n"
+    assert shown(Validated(step=4, stats=told, best=True)) == line
+    mixed = {"validation_loss": 0.5, **told}
+    assert shown(Validated(step=4, stats=mixed)) == "validation after step 4  held-out exact 50.0 %  loss 0.500\n"
+    final = {"heldout_grpo_exact": 0.5, "heldout_grpo_pass_at_8": 1.0}
+    assert shown(Validated(step=4, stats=final)) == "held-out answers of grpo after step 4  exact 50.0 %  pass@8 100.0 %\n"
 
 
 def test_a_chain_and_its_pairs_in_lines() -> None:

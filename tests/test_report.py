@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from lowrank_tune import Recipe, UserError, run
 from lowrank_tune.cli import app
 from lowrank_tune.evaluate import PairScores
-from lowrank_tune.events import Event, Note, RunEnded, RunStarted, Sampled, StepDone, Validated
+from lowrank_tune.events import Event, Grouped, Note, RunEnded, RunStarted, Sampled, StepDone, Validated
 from lowrank_tune.sinks import line
 from lowrank_tune.ui.report import page, read_chain, read_record, write_report
 from lowrank_tune.ui.report.charts import Line, chart, short, smooth, thin
@@ -245,6 +245,72 @@ def test_how_the_sides_of_training_pairs_differ(tmp_path: Path) -> None:
     told = check(page(read_record(write(tmp_path / "a", started(), step(1, loss=1.0), data=data)))).text
     assert "chosen is longer" in told and "75.0 %" in told and "20.5 tokens chosen, 10.0 rejected" in told
     assert "Sides of the pairs" not in check(page(read_record(write(tmp_path / "b", started(), step(1, loss=1.0), data={"sides": None})))).text
+
+
+def group(number: int, **changes: Any) -> Grouped:
+    told = [{"text": f"wrote in {number}", "reward": 1.0, "advantage": 1.5, "finish": "stop", "parts": {"answer": 1.0}}] * 3
+    told.append({"text": "on and on", "reward": 0.0, "advantage": -0.5, "finish": "length", "parts": {"answer": 0.0}})
+    return Grouped(**{"step": number, "prompt": f"question {number}?", "gold": "2", "completions": told, **changes})
+
+
+def rollouts(count: int = 9) -> list[Event]:
+    stats = {"loss": 1e-4, "reward": 0.5, "reward_answer": 0.4, "reward_format": 0.1, "reward_spread": 0.2, "length": 20.0, "kl": 0.1,
+             "dead_groups": 0.0, "rollout_seconds": 0.03, "score_seconds": 0.01}  # fmt: skip
+    events: list[Event] = [started(algorithm="grpo", roles={"policy": ["sft", "policy"], "reference": ["sft"]}, reference="the base with sft")]
+    for number in range(1, count + 1):
+        events += [group(number), step(number, **{**stats, "reward": number / 10})]
+    return [*events, Validated(step=1, stats={"heldout_policy_exact": 0.5}), Validated(step=9, stats={"heldout_policy_exact": 0.75})]
+
+
+def test_rollouts_are_reported(tmp_path: Path) -> None:
+    final = Validated(step=9, stats={"heldout_sft_exact": 0.25, "heldout_grpo_exact": 0.625})
+    html = page(read_record(write(tmp_path / "a", *rollouts(), final, RunEnded(status="done", step=9, seconds=1.0))))
+    told = check(html).text
+    for words in ("0.100 \u2192 0.900", "reward, first and last step", "held-out exact", "answers exactly, greedily (pass@1)",
+                  "tokens of a completion", "they teach nothing", "this reward by itself", "Where the time of the steps went",
+                  "Groups over time", "25.0 % \u2192 62.5 %"):  # fmt: skip
+        assert words in told, words
+    assert re.findall(r"<th>(\w*)</th>", html[html.index("Held-out questions") :])[:3] == ["", "sft", "grpo"]  # the policy is no stage
+    assert re.findall(r"question (\d)\?", told) == ["1", "5", "9"] and told.count("3 \u00d7") == 3 and told.count("cut off by the limit") == 3
+    phases = told[told.index("Where the time") : told.index("Groups over time")]
+    assert [share for share in re.findall(r"[\d.]+ %", phases)] == ["30.0 %", "10.0 %", "60.0 %"]
+    assert "Groups over time" not in check(page(read_record(write(tmp_path / "b", started(), step(1, loss=1.0))))).text
+
+
+def test_of_many_groups_the_first_and_the_last_stay(tmp_path: Path) -> None:
+    record = read_record(write(tmp_path / "a", *rollouts(1001)))
+    kept = list(record.groups)
+    assert len(kept) <= 64 and kept[0] == 1 and kept[-1] > 900 and record.newest is not None and record.newest.step == 1001
+    told = check(page(record)).text
+    assert "question 1?" in told and "question 1001?" in told and re.search(r"question 5\d\d\?|question 4\d\d\?", told)
+
+
+@pytest.mark.parametrize("junk", [
+    3, "x", [3], [{}], [{"text": 3, "reward": "x", "advantage": None, "finish": [], "parts": [1]}], [{"reward": 1e308}],
+])  # fmt: skip
+def test_damaged_groups(tmp_path: Path, junk: Any) -> None:
+    check(page(read_record(write(tmp_path / "a", started(algorithm="grpo"), group(1, completions=junk, gold=3), step(1, reward=1.0)))))
+
+
+def test_hostile_groups_are_inert(tmp_path: Path) -> None:
+    for number, bad in enumerate(HOSTILE):
+        told = [{"text": bad, "reward": 1.0, "advantage": 0.5, "finish": bad, "parts": {bad: 1.0, "b": 0.0}}, {"text": bad, "parts": bad}]
+        stats = {"reward": 1.0, f"reward_{bad[:99]}": 1.0}
+        events = [started(algorithm="grpo"), group(1, prompt=bad, gold=bad, completions=told), step(1, **stats)]
+        html = page(read_record(write(tmp_path / str(number), *events)))
+        check(html)
+        assert len(html) < 400_000
+
+
+def test_a_chain_to_rollouts_has_its_stages_and_no_policy(tmp_path: Path) -> None:
+    folder = chain_in(tmp_path / "chain", "sft", "grpo")
+    write(folder / "1-sft", started(stage=1, stages=2), step(1, loss=2.0), RunEnded(status="done", step=1, seconds=60.0),
+          summary=told_stage("sft", {"base": 0.1, "sft": 0.4}))  # fmt: skip
+    write(folder / "2-grpo", *rollouts(), Validated(step=9, stats={"heldout_grpo_exact": 0.9}), RunEnded(status="failed", step=9, seconds=1.0))
+    html = write_report(folder).read_text(encoding="utf-8")
+    told = check(html).text
+    assert re.findall(r"<th>(\w*)</th>", html[html.index("Held-out questions") :])[:4] == ["", "base", "sft", "grpo"]
+    assert "SFT \u2192 GRPO" in told and "reward 0.1 \u2192 0.9" in told and "10.0 % \u2192 90.0 %" in told
 
 
 def chain_in(folder: Path, *names: str) -> Path:

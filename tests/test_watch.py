@@ -217,6 +217,19 @@ def test_a_chain_in_a_terminal(chain: Path) -> None:
     assert emulator.finish() == 0 and shell_is_sane(emulator)
 
 
+def test_a_group_is_looked_at_and_left(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_bytes((Path(__file__).parent / "recorded" / "grpo.jsonl").read_bytes())
+    emulator = Emulator("-m", "lowrank_tune", "watch", str(tmp_path))
+    emulator.until("step 24/24")
+    for leave in ("g", "\x1b"):
+        emulator.press("g")
+        emulator.until("group of step 24: 8 completions")
+        emulator.press(leave)
+        emulator.until(lambda: "group of step" not in emulator.text() and "question 1 of 4" in emulator.text())
+    emulator.press("q")
+    assert emulator.finish() == 0 and shell_is_sane(emulator)
+
+
 def test_a_pipe_follows_a_growing_file(run: Path) -> None:
     lines = RECORDED.splitlines(keepends=True)
     path = run / "events.jsonl"

@@ -219,6 +219,6 @@ def _small(state: State, view: View, width: int) -> list[Line]:
         lines.append([(f"step {state.step}/{state.steps}{left}", "")])
     names = [name for name in (*(name for chart in chart_names(state) for name in chart), "validation_loss") if name in state.series]
     for name in names[:4]:
-        lines.append([(f"{name.replace('_', ' ')} {written(name, state.series[name].last)}", "")])
+        lines.append([(f"{said(name, view.ascii_only, 40).replace('_', ' ')} {written(name, state.series[name].last)}", "")])
     lines += [[(part, diagnosis.level)] for diagnosis in diagnose(state) for part in wrap(said(diagnosis.text, view.ascii_only), width, 2)]
     return lines + [[(said(entry.text, view.ascii_only), "warning")] for entry in reversed(state.warnings)]
