@@ -15,11 +15,13 @@ import pytest
 import torch
 from models import CPU, changed, far, llama_roles, load, ragged, reward_roles, same_bytes, sft_over, shake
 from test_dpo import pair_batch, pair_rows
+from test_grpo import LIVE, Fake
 from torch import Tensor, nn
 
 from lowrank_tune import settings
 from lowrank_tune import train as train_module
 from lowrank_tune.algorithms.dpo import DPO
+from lowrank_tune.algorithms.grpo import GRPO
 from lowrank_tune.algorithms.kit import Kit
 from lowrank_tune.algorithms.reward import Reward
 from lowrank_tune.errors import RunFailed
@@ -395,7 +397,7 @@ def done(loop_and_events: tuple[Loop, list[Event]]) -> tuple[Loop, list[Event]]:
 # --- a step is drawn again just so -----------------------------------------------------------------------------------------------------
 
 
-ALGORITHMS = ("sft", "reward", "dpo")
+ALGORITHMS = ("sft", "reward", "dpo", "grpo")
 
 
 def algorithm_over(name: str, dropout: float) -> tuple[Any, Roles, str]:
@@ -407,6 +409,9 @@ def algorithm_over(name: str, dropout: float) -> tuple[Any, Roles, str]:
         roles = reward_roles(load(16), dropout=dropout, checkpointing=True)
         return Reward(Kit(roles, pairs_of)), roles, "reward"
     roles = llama_roles(16, checkpointing=True)  # dropout is a fault there
+    if name == "grpo":
+        harvester = Fake(roles, LIVE, drift=0.2)
+        return GRPO(Kit(roles, pairs_of), harvester, old="sampler", mismatch_limit=1.0, truncated="penalise"), roles, "policy"
 
     def rows(step: int) -> Batch:
         batch = pairs_of(step)
@@ -451,7 +456,7 @@ def redrawn_step_differs(name: str) -> set[str]:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_lost_step_is_drawn_again_bit_for_bit(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert redrawn_step_differs(name) == set()
-    if name != "dpo":  # which draws nothing at random but its rows
+    if name not in ("dpo", "grpo"):  # which draw nothing from the global stream
         monkeypatch.setattr(train_module, "step_seed", lambda seed, step: int(torch.randint(1 << 40, ())))
         assert redrawn_step_differs(name) != set()
 
