@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 NURSERY = r"""
-import json, os, sys
+import importlib, json, os, signal, sys
 from lowrank_tune.recipe import Recipe
 from lowrank_tune.runner import run
 
@@ -40,6 +40,15 @@ for line in sys.stdin:
                 return call
             for name in ("write", "fsync", "replace", "rename"):
                 setattr(os, name, dying(getattr(os, name)))
+        if order["die_in"] is not None:
+            (module, kind, method), count = order["die_in"]["where"], {"left": order["die_in"]["call"]}
+            owner = getattr(importlib.import_module(module), kind)
+            def last(*arguments, real=getattr(owner, method), **keywords):
+                count["left"] -= 1
+                if count["left"] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments, **keywords)
+            setattr(owner, method, last)
         try:
             run(Recipe.from_dict(order["recipe"]), out=order["out"], ui="none")
         except BaseException as error:
@@ -60,14 +69,15 @@ class Nursery:
     def __init__(self) -> None:
         self.process = subprocess.Popen([sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, recipe: dict[str, Any], out: Path, die_at: int | None = None, kill_after: float | None = None) -> int:
-        """One run; returns its wait status. `kill_after` seconds after its first event it gets SIGKILL.
+    def run(self, recipe: dict[str, Any], out: Path, die_at: int | None = None, kill_after: float | None = None,
+            die_in: dict[str, Any] | None = None) -> int:  # fmt: skip
+        """One run; returns its wait status. `kill_after` seconds after its first event it gets SIGKILL, or in the `call`-th call `where`.
 
         A run on pairs has a cache of its own, kept over its starts, so that it may also die while that is written.
         """
         assert self.process.stdin and self.process.stdout
         cache = None if recipe["algorithm"] in ("sft", "grpo") else str(out) + "-cache"
-        self.process.stdin.write(json.dumps({"recipe": recipe, "out": str(out), "die_at": die_at, "cache": cache}) + "\n")
+        self.process.stdin.write(json.dumps({"recipe": recipe, "out": str(out), "die_at": die_at, "cache": cache, "die_in": die_in}) + "\n")
         self.process.stdin.flush()
         child = json.loads(self.process.stdout.readline())["pid"]
         if kill_after is not None:
@@ -151,6 +161,15 @@ def _on_prompts(train: dict[str, Any]) -> dict[str, Any]:
                   "gradient_checkpointing": False, **train},
         "evaluate": {"every": 4, "shown": 1, "heldout": {"dataset": "tutor", "split": "heldout"}, "prompts": 3, "max_new_tokens": 8},
     }  # fmt: skip
+
+
+PHASES = {
+    "rollout": ("lowrank_tune.build.online", "Scoring", "submit"),  # as a completion ends, others still decode
+    "scoring": ("lowrank_tune.build.online", "Scoring", "collect"),
+    "update": ("lowrank_tune.algorithms.grpo", "GRPO", "terms"),
+    "between passes": ("lowrank_tune.algorithms.grpo", "GRPO", "go_on"),
+}
+"""Where a run of GRPO can be killed: module, class and method. Saving is where writes, fsyncs and renames are."""
 
 
 def continue_to_the_end(nursery: Nursery, recipe: dict[str, Any], out: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash import Nursery, continue_to_the_end, small_recipe, trace
+from crash import PHASES, Nursery, continue_to_the_end, small_recipe, trace
 
 Straight = Callable[[str], dict[str, object]]
 
@@ -37,7 +37,7 @@ def straight(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Stra
     return of
 
 
-@pytest.mark.parametrize(("algorithm", "seed"), [("sft", 0), ("sft", 1), ("sft", 2), ("reward", 3), ("dpo", 4), ("grpo", 5), ("grpo", 6)])
+@pytest.mark.parametrize(("algorithm", "seed"), [("sft", 0), ("sft", 1), ("sft", 2), ("reward", 3), ("dpo", 4), ("grpo", 5)])
 def test_killed_at_a_random_moment(nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, seed: int) -> None:
     wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
     status = nursery.run(recipe, out, kill_after=random.Random(seed).uniform(0.1, 3.0 if algorithm in ("sft", "grpo") else 1.5))
@@ -50,6 +50,15 @@ def test_killed_at_a_random_moment(nursery: Nursery, straight: Straight, tmp_pat
 def test_dies_in_a_write(nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, die_at: int) -> None:
     wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
     assert nursery.run(recipe, out, die_at=die_at) != 0, "it should have died"
+    continue_to_the_end(nursery, recipe, out)
+    assert trace(out) == wanted
+
+
+@pytest.mark.parametrize(("phase", "call"), [("rollout", 70), ("scoring", 4), ("update", 9), ("between passes", 5)])
+def test_killed_in_each_phase_of_grpo(nursery: Nursery, straight: Straight, tmp_path: Path, phase: str, call: int) -> None:
+    wanted, recipe, out = straight("grpo"), recipe_of("grpo"), tmp_path / "run"
+    assert nursery.run(recipe, out, die_in={"where": PHASES[phase], "call": call}) == 9, "it should have been killed"
+    assert not (out / "final").exists()
     continue_to_the_end(nursery, recipe, out)
     assert trace(out) == wanted
 
