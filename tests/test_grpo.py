@@ -292,7 +292,7 @@ class Fake(Harvester):
         batch.extra["sampler"] = self.logps("policy", batch) + self.drift * noise if self.roles is not None else torch.zeros(batch.ids.shape)
         truncated = torch.tensor([i in self.cut for i in range(groups * n)])
         asked = [Asked([2], f"prompt {draw}.{group}", None, {}) for group in range(groups)]
-        return Harvest(batch, rewards, rewards.view(-1, 1), truncated, self.names, [""] * (groups * n), asked)
+        return Harvest(batch, rewards, rewards.view(-1, 1), truncated, self.names, [""] * (groups * n), asked, {"rollout_seconds": 2.0})
 
 
 def written(groups: int, n: int, seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
@@ -488,6 +488,7 @@ def test_dead_groups(roles: Roles, how: str, groups: Any, draws: Any) -> None:
     assert not advantages[where].any() and advantages[~where].all() and int(where.sum()) == (3 if how == "keep" else 0)
     stats = to_floats(experience.stats)
     assert stats["dead_groups"] == pytest.approx(7 / 10 if how == "resample" else 3 / 4)
+    assert stats["rollout_seconds"] == 2.0 * len(draws), "the time of every draw"
     loss, gradient, _ = one_pass(algorithm, experience.batch)
     assert math.isfinite(loss) and gradient.any()
 

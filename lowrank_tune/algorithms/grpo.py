@@ -112,6 +112,7 @@ class GRPO:
         stats: Stats = {}
         for harvest in harvests:
             add_stats(stats, harvest.stats() | {"dead_groups": Mean(dead(harvest.rewards).sum(), harvest.groups)})
+        stats |= {name: Mean(stats[name].total, 1) for name in harvests[0].seconds}  # of all draws together
         harvest = Harvest.join(harvests, self.harvester.pad_id)
         if self.dead_groups != "keep":
             alive = ~dead(harvest.earned)
