@@ -292,7 +292,8 @@ class Fake(Harvester):
         batch.extra["sampler"] = self.logps("policy", batch) + self.drift * noise if self.roles is not None else torch.zeros(batch.ids.shape)
         truncated = torch.tensor([i in self.cut for i in range(groups * n)])
         asked = [Asked([2], f"prompt {draw}.{group}", None, {}) for group in range(groups)]
-        return Harvest(batch, rewards, rewards.view(-1, 1), truncated, self.names, [""] * (groups * n), asked, {"rollout_seconds": 2.0})
+        texts = [f"prompt {draw}.{group} answer {i}" for group in range(groups) for i in range(n)]
+        return Harvest(batch, rewards, rewards.view(-1, 1), truncated, self.names, texts, asked, {"rollout_seconds": 2.0})
 
 
 def written(groups: int, n: int, seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
@@ -482,6 +483,8 @@ def test_dead_groups(roles: Roles, how: str, groups: Any, draws: Any) -> None:
     assert algorithm.harvester.asked_for == draws
     told = [one.text for one in harvest.asked]
     assert told == (["prompt 0.1", "prompt 1.1", "prompt 2.0"] if how == "resample" else [f"prompt 0.{i}" for i in groups])
+    assert harvest.texts == [f"{prompt} answer {i}" for prompt in told for i in range(3)]
+    assert torch.equal(harvest.parts.view_as(harvest.rewards), harvest.rewards) and len(harvest.truncated) == 3 * len(told)
     assert len(experience.batch) == 3 * len(told) == advantages.numel()
     assert torch.equal(advantages.flatten(), experience.batch.extra["advantage"])
     where = dead(harvest.earned)
