@@ -135,7 +135,7 @@ def test_hostile_text_is_inert() -> None:
                  Sampled(step=0, prompt=text, completion=text, finish="stop", role="reference", time=21.0)]  # fmt: skip
         told = {"text": text, "reward": 1.0, "advantage": 1.0, "finish": text, "parts": {text: 1.0, "b": 2.0}}
         group = [Grouped(step=3, prompt=text, gold=text, time=13.0, completions=[told, {**told, "reward": text, "parts": text}, text]),
-                 *steps(3, begun=13.0, **{"reward": 1.0, f"reward_{text}": 1.0, "reward_b": 1.0})]  # type: ignore[list-item]  # fmt: skip
+                 *steps(3, begun=13.0, **{"reward": 1.0, f"reward_{text}": 1.0, "reward_b": 1.0})]  # fmt: skip
         for state in (state_after(events), state_after([*events, replace(START, algorithm="grpo"), *group]),
                       state_after([*events, RunEnded(status="failed", step=3, seconds=1.0, message=text, time=9.0)]),
                       state_after([*events, *pair]), state_after([*events, *pair, *later])):  # fmt: skip
