@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowrank_tune.algorithms.dpo import DPO
+from lowrank_tune.algorithms.grpo import GRPO
+from lowrank_tune.algorithms.harvest import Harvester
 from lowrank_tune.algorithms.kit import Kit
 from lowrank_tune.algorithms.reward import Reward
 from lowrank_tune.algorithms.sft import SFT
@@ -42,7 +44,7 @@ from lowrank_tune.model.heads import KEY as HEAD_KEY
 from lowrank_tune.model.logps import Head
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.train import Loop, Progress, make_optimizer
-from lowrank_tune.types import Algorithm, Batch
+from lowrank_tune.types import Algorithm, Batch, Completion, Experience
 
 WARM_UP, TIMED = 1, 2
 STEPS = WARM_UP + TIMED + 1
@@ -55,6 +57,12 @@ SHARED_GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """The same for the gradient, relative."""
 LN2_OFF = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 """How far the first loss of DPO and of a fresh reward model may be from ln 2."""
+MISMATCH = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Nats a token, in the mean, between what the sampler said of a token and what the policy says of it: decoding has other batch shapes."""
+NO_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
+"""KL of a policy that is its reference, where the two went through in other batch shapes: half the square of such a difference."""
+MOST_NEW = 128
+"""Tokens of a completion."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -202,12 +210,50 @@ def dpo(roles: Roles, rows: Rows) -> Algorithm:
     return DPO(Kit(roles, known.__getitem__))
 
 
-ALGORITHMS: dict[str, Callable[[Roles, Rows], Algorithm]] = {"sft": sft, "reward": reward, "dpo": dpo}
+@dataclass(frozen=True)
+class Asked:
+    """Stands for `data.Asked`, whose floor needs pydantic."""
+
+    ids: list[int]
+    text: str = ""
+    gold: None = None
+
+
+class MeanId:
+    """A reward made of ids alone, which no two completions earn alike: the mean id."""
+
+    def __init__(self) -> None:
+        self.scores: dict[int, list[float]] = {}
+
+    def submit(self, key: int, asked: Any, text: str, completion: Completion) -> None:
+        self.scores[key] = [sum(completion.ids) / len(completion.ids)]
+
+    def collect(self) -> Mapping[int, Sequence[float]]:
+        scores, self.scores = self.scores, {}
+        return scores
+
+
+def grpo(roles: Roles, rows: Rows) -> Algorithm:
+    """The prompts are the first halves of the rows, one for each group; nothing ends a completion but its length."""
+    size, length = len(rows(0)), rows(0).ids.shape[1]
+    group = max(2, size // 2)
+
+    def prompts(step: int, draw: int, count: int | None) -> list[Asked]:
+        ids = rows(step).ids.roll(step, dims=1).tolist()
+        return [Asked(ids[row][: length // 2 - row]) for row in range(size // group)]
+
+    new = min(length // 2, MOST_NEW)
+    harvester = Harvester(roles, prompts, MeanId(), ["mean id"], [1.0], lambda ids: "", frozenset(), 0, group, new,  # type: ignore[arg-type]
+                          1.0, 64, size * length, lambda number: number)  # fmt: skip
+    return GRPO(Kit(roles, rows), harvester, dead_groups="keep")
+
+
+ALGORITHMS: dict[str, Callable[[Roles, Rows], Algorithm]] = {"sft": sft, "reward": reward, "dpo": dpo, "grpo": grpo}
 """Name -> maker. An algorithm that lands adds its line here; what it needs beside rows it makes up in its maker."""
 TRAINED = {"reward": "reward"}
 """The trained role, where it is not the policy."""
-HEADS, PAIRED = {"reward"}, {"reward", "dpo"}
-"""Roles with a scalar head, and algorithms that learn from pairs."""
+HEADS, PAIRED, ONLINE = {"reward"}, {"reward", "dpo"}, {"grpo"}
+"""Roles with a scalar head, algorithms that learn from pairs, and those that write their own rows."""
 
 
 @contextmanager
@@ -245,7 +291,7 @@ def smoke(name: str, base: Base, size: Size, checkpointing: bool = True) -> Resu
     start = [parameter.detach().clone() for parameter in parameters]
     train = Train(micro_batch_size=size.micro // together)
     events: list[StepDone] = []
-    borders: list[tuple[float, int]] = []
+    borders: list[tuple[float, int, float]] = []
 
     def emit(event: Event) -> None:
         if isinstance(event, StepDone):
@@ -255,10 +301,21 @@ def smoke(name: str, base: Base, size: Size, checkpointing: bool = True) -> Resu
     batch = algorithm.collect(0).batch
     reset_peak(device)
     with counted_forwards(model) as count:
+        collect, collecting = algorithm.collect, 0.0
+
+        def apart(step: int) -> Experience:
+            """A rollout's forwards are not the update's, nor is its time."""
+            nonlocal collecting
+            begun, known = time.perf_counter(), count[0]
+            experience = collect(step)
+            collecting, count[0] = collecting + time.perf_counter() - begun, known
+            return experience
+
+        algorithm.collect = apart  # type: ignore[method-assign]
 
         def at_border(progress: Progress, last: bool) -> None:
             synchronise(device)
-            borders.append((time.perf_counter(), count[0]))
+            borders.append((time.perf_counter(), count[0], collecting))
 
         loop = Loop(algorithm, parameters, make_optimizer(parameters, train, device),  # type: ignore[arg-type]
                     train, STEPS, 0, device, emit, at_border)  # type: ignore[arg-type]  # fmt: skip
@@ -269,12 +326,16 @@ def smoke(name: str, base: Base, size: Size, checkpointing: bool = True) -> Resu
             checks["ran, with the right reference"] = False
             return result
     figures["peak GiB"] = peak_gib(device)
-    seconds, forwards = (borders[-2][i] - borders[WARM_UP - 1][i] for i in (0, 1))
+    seconds, forwards, collected = (borders[-2][i] - borders[WARM_UP - 1][i] for i in range(3))
     micros = list(batch.split(size.micro, together=together))
     losses = [event.stats["loss"] for event in events]
     checks["ran, with the right reference"] = True
     checks["loss is finite"] = all(math.isfinite(loss) for loss in losses)
-    checks["loss falls"] = losses[-1] < losses[0]
+    if name in ONLINE:
+        online_check(algorithm, batch, events, dtype, result)
+        figures["seconds of collecting a step"] = collected / TIMED
+    else:
+        checks["loss falls"] = losses[-1] < losses[0]
     checks["adapters are fp32"] = all(parameter.dtype == torch.float32 for parameter in parameters)
     checks["adapters moved"] = all(bool((now != then).any()) for now, then in zip(parameters, start, strict=True))
     checks["base is unchanged"] = before == [base_hashes(layer) for layer in (layers[0], layers[-1])]
@@ -283,7 +344,7 @@ def smoke(name: str, base: Base, size: Size, checkpointing: bool = True) -> Resu
     checks["linears are 4-bit"] = four_bit(layers[0])
     if "kl" in events[0].stats:
         figures["KL after the last step but one"] = events[-1].stats["kl"]
-        checks["policy starts at the base (KL 0)"] = abs(events[0].stats["kl"]) <= 1e-6
+        checks["policy starts at the base (KL 0)"] = abs(events[0].stats["kl"]) <= (NO_KL[dtype] if name in ONLINE else 1e-6)
         checks["KL is not negative, and grows"] = events[-1].stats["kl"] > 0
     if name in PAIRED:
         checks["loss starts at ln 2"] = abs(losses[0] - math.log(2)) <= LN2_OFF[dtype]
@@ -292,10 +353,20 @@ def smoke(name: str, base: Base, size: Size, checkpointing: bool = True) -> Resu
     tokens = TIMED * int(batch.attended.sum())
     done = TIMED * work(base, roles, role, micros, checkpointing)
     figures |= {"loss at first step": losses[0], "loss at last step": losses[-1], "seconds a step": seconds / TIMED,
-                "tokens a second": tokens / seconds, "teraflop/s": done / seconds / 1e12,
+                "tokens a second": tokens / (seconds - collected), "teraflop/s": done / (seconds - collected) / 1e12,
                 "layer forwards a pass": forwards / passes}  # fmt: skip
     checks["saved and reloaded, it says the same"] = survives_saving(base, roles, role, micros[0].to(device))
     return result
+
+
+def online_check(algorithm: Any, batch: Batch, events: list[StepDone], dtype: torch.dtype, result: Result) -> None:
+    """Completions are whole, groups can be told apart, and what the sampler said of its tokens is what the policy says of them."""
+    mismatch = max(event.stats["mismatch"] for event in events)
+    result.figures |= {"sampler against policy, mean": mismatch, "mean entropy": events[0].stats["entropy"]}
+    result.figures["tokens decoded a second"] = float(batch.says.sum()) / min(event.stats["rollout_seconds"] for event in events)
+    result.checks["sampler and policy agree"] = mismatch <= MISMATCH[dtype]
+    result.checks["completions are whole"] = bool((batch.says.sum(dim=1) == algorithm.harvester.max_new_tokens).all())
+    result.checks["no group is dead"] = all(event.stats["dead_groups"] == 0 for event in events)
 
 
 def voiced(roles: Roles, role: str, batch: Batch) -> Tensor:

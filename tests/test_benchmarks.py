@@ -66,19 +66,29 @@ def failed(result: Any) -> list[str]:
     return [name for name, held in result.checks.items() if not held]
 
 
-def test_smoke_needs_only_what_such_a_machine_has(tmp_path: Path) -> None:
+EVERY = ["sft", "reward", "dpo", "grpo"]
+
+
+@pytest.mark.parametrize("algorithms, checkpointing", [
+    (["grpo"], "on"), pytest.param(EVERY, "both", marks=pytest.mark.slow)])  # fmt: skip
+def test_smoke_needs_only_what_such_a_machine_has(tmp_path: Path, algorithms: list[str], checkpointing: str) -> None:
     file = tmp_path / "smoke.json"
-    words = [sys.executable, "-c", BLOCKED, "smoke", "--tiny", "--json", str(file)]
+    words = [sys.executable, "-c", BLOCKED, "smoke", *algorithms, "--tiny", "--checkpointing", checkpointing, "--json", str(file)]
     done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tokens a second" in done.stdout
     results = json.loads(file.read_text())["results"]
-    assert [result["algorithm"] for result in results] == ["sft", "sft", "reward", "reward", "dpo", "dpo"]
+    each = 2 if checkpointing == "both" else 1
+    assert [result["algorithm"] for result in results] == [name for name in algorithms for _ in range(each)]
     for result in results:
         assert len(result["checks"]) >= 11 and all(result["checks"].values())
         assert result["figures"]["layer forwards a pass"] == 1.0 + result["checkpointing"]
         assert result["figures"]["relative error of logits"] < 1e-5
-    assert all("shared prompts change nothing" in result["checks"] for result in results[2:])
+        if result["algorithm"] in ("reward", "dpo"):
+            assert "shared prompts change nothing" in result["checks"]
+        if result["algorithm"] == "grpo":
+            assert {"policy starts at the base (KL 0)", "sampler and policy agree", "no group is dead"} <= set(result["checks"])
+            assert result["figures"]["sampler against policy, mean"] < 1e-5
 
 
 def test_smoke_without_a_card_says_so(gpu: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +156,23 @@ def test_smoke_finds_a_wrong_reference(gpu: ModuleType, monkeypatch: pytest.Monk
         assert words in capsys.readouterr().err
 
 
+def test_smoke_finds_a_sampler_that_lies(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lying(roles: Any, rows: Any) -> Any:
+        made = gpu.grpo(roles, rows)
+        draw = made.harvester.draw
+
+        def drawn(*arguments: Any) -> Any:
+            harvest = draw(*arguments)
+            harvest.batch.extra["sampler"] = harvest.batch.extra["sampler"] - 1e-3
+            return harvest
+
+        made.harvester.draw = drawn
+        return made
+
+    monkeypatch.setitem(gpu.ALGORITHMS, "grpo", lying)
+    assert failed(tiny(gpu, "grpo")) == ["sampler and policy agree"]
+
+
 def test_smoke_finds_prompts_shared_wrongly(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = gpu.Roles._decode
 
@@ -209,17 +236,19 @@ def test_sft_curves_agree(words: list[str]) -> None:
     assert "equal to 1e-4" in run("sft.py", *words)
 
 
-def test_dpo_curves_agree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [["ours", "hand"], pytest.param(["ours", "ours-apart", "hand", "hand-lean"], marks=pytest.mark.slow)])
+def test_dpo_curves_agree(tmp_path: Path, names: list[str]) -> None:
     """Ours with and without sharing and both loops by hand do the same steps; every figure is there."""
     file = tmp_path / "dpo.json"
-    assert "equal to 1e-5" in run("dpo.py", "--tiny", "--json", str(file))
+    assert "equal to 1e-5" in run("dpo.py", *names, "--tiny", "--json", str(file))
     records = json.loads(file.read_text())["without checkpointing"]
-    assert list(records) == ["ours", "ours-apart", "hand", "hand-lean"]
+    assert list(records) == names
     for record in records.values():
         assert len(record["cpu"]) == len(record["wall"]) == 2 and min(record["cpu"] + record["wall"]) > 0
         assert len(record["losses"]) == 8 and record["losses"][0] == pytest.approx(0.693147, abs=1e-5)
         assert min(record["memory"].values()) > 0
-    assert records["ours"]["memory"]["tensors"] < records["ours-apart"]["memory"]["tensors"] < records["hand"]["memory"]["tensors"]
+    tensors = [records[name]["memory"]["tensors"] for name in names if name != "hand-lean"]
+    assert tensors == sorted(tensors) and len(set(tensors)) == len(tensors)
 
 
 @pytest.mark.slow
@@ -227,3 +256,21 @@ def test_dpo_curves_agree(tmp_path: Path) -> None:
 def test_dpo_curves_agree_with_trl(words: list[str]) -> None:
     pytest.importorskip("trl")
     assert "equal to 1e-5" in run("dpo.py", "--tiny", *words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [["ours"], ["ours", "ours-micro-4", "trl"]])
+def test_grpo(tmp_path: Path, names: list[str]) -> None:
+    """All take their steps, with the time of each split up, and draw the same number of tokens (asserted in the benchmark)."""
+    if "trl" in names:
+        pytest.importorskip("trl")
+    file = tmp_path / "grpo.json"
+    assert "rollout" in run("grpo.py", *names, "--tiny", "--json", str(file))
+    records = json.loads(file.read_text())
+    assert list(records) == names
+    for record in records.values():
+        assert len(record["losses"]) == 6 and all(0 < reward < 1 for reward in record["losses"])
+        assert len(record["cpu"]) == len(record["split"]) == 2
+        for step, cpu in zip(record["split"], record["cpu"], strict=True):
+            assert set(step) == {"rollout", "scoring", "update"} and min(step.values()) > 0
+            assert sum(step.values()) == pytest.approx(cpu, rel=0.05, abs=0.01)
