@@ -672,6 +672,7 @@ def test_a_policy_that_is_not_its_reference_is_refused(cache: Path, tmp_path: Pa
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl.gz"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.exists(), reason="needs the real data")
 def test_real_questions_that_are_too_hard(cache: Path, tmp_path: Path) -> None:
     """200 of GSM8K, which the tiny base cannot answer: rewards are counted honestly, a person is told, and nothing moves on noise."""
