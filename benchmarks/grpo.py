@@ -5,14 +5,14 @@
 
 Both train the same base from the same adapters on the same prompts in the same order: 4 prompts a step, 8 completions each at temperature 1,
 every one of the same number of tokens (the end token is an id that the model does not have, so both look for it and none finds it). The same
-reward function, the share of even ids; loss `grpo`, clip 0.2, KL 0.05 to the base in the loss (k3 times the ratio), all rows at once, one
-update a harvest, no gradient checkpointing, AdamW fused, linear schedule, clipping at 1, in turns (`contest.py`). TRL's adapters are put
-back to fp32, its dropout is off, it logs every 10 steps. Completions are sampled, so the curves cannot be equal; the reward that both reach
-is told. The shares are of CPU seconds: rollout (prompts to completions, text included), scoring (rewards, and the log-probs of the
-reference), update (everything else).
+reward function, the share of even ids; loss `grpo`, clip 0.2, KL 0.05 to the base in the loss (k3 times the ratio), 32 rows at once
+(`--micro`), one update a harvest, no gradient checkpointing, AdamW fused, linear schedule, clipping at 1, in turns (`contest.py`). TRL's
+adapters are put back to fp32, its dropout is off, it logs every 10 steps. Completions are sampled, so the curves cannot be equal; the
+reward that both reach is told. The shares are of CPU seconds: rollout (prompts to completions, text included), scoring (rewards, and the
+log-probs of the reference), update (everything else).
 
-    ours           slots for all sequences, one thread, rewards scored in the process itself so that their time is counted
-    ours-micro-4   the same with the kit's default micro-batch of 4 rows
+    ours    slots for all sequences; rewards scored in the process itself, so that their time is counted
+    trl     GRPOTrainer; with `--micro` it accumulates gradients as ours does
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def words(size: int) -> Any:
 
     vocabulary = {"<pad>": 0, **{str(token): token for token in range(1, size)}, "<end>": size}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, "<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
 
 
@@ -88,11 +88,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Task(contest.Task):
-    """Its folder holds `work.json` beside the base: prompts, tokens of a completion, the size of the vocabulary."""
+    """Its folder holds `work.json` beside the base: prompts, tokens of a completion, the size of the vocabulary, rows at once."""
 
-    def work(self) -> tuple[list[list[int]], int, int]:
+    def work(self) -> tuple[list[list[int]], int, int, int]:
         found = json.loads((Path(self.folder) / "work.json").read_text(encoding="utf-8"))
-        return found["prompts"], found["new"], found["vocabulary"]
+        return found["prompts"], found["new"], found["vocabulary"], found["micro"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Scoring:
         return {key: [value] for key, value in zip(said, even(list(said.values())), strict=True)}
 
 
-def ours(task: Task, turn: Turns, micro: int = PROMPTS * GROUP, name: str = "ours") -> list[float]:
+def ours(task: Task, turn: Turns) -> list[float]:
     import torch
 
     from lowrank_tune import settings
@@ -132,8 +132,8 @@ def ours(task: Task, turn: Turns, micro: int = PROMPTS * GROUP, name: str = "our
     from lowrank_tune.model.roles import Roles
     from lowrank_tune.train import Loop, make_optimizer
 
-    prompts, new, vocabulary = task.work()
-    device, tokenizer, clock, scoring = torch.device("cpu"), words(vocabulary), Clock(task, name), Scoring()
+    prompts, new, vocabulary, micro = task.work()
+    device, tokenizer, clock, scoring = torch.device("cpu"), words(vocabulary), Clock(task, "ours"), Scoring()
     base = load_base(settings.Base(model=task.folder, bits=16), tokenizer=None, device=device)
     config = lora_config(settings.Adapter(r=RANK, alpha=ALPHA), base.model)
     roles = Roles(base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []}, checkpointing=False)
@@ -169,17 +169,13 @@ def ours(task: Task, turn: Turns, micro: int = PROMPTS * GROUP, name: str = "our
     return rewards
 
 
-def ours_micro_4(task: Task, turn: Turns) -> list[float]:
-    return ours(task, turn, 4, "ours-micro-4")
-
-
 def trl(task: Task, turn: Turns) -> list[float]:
     import datasets
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    prompts, new, vocabulary = task.work()
+    prompts, new, vocabulary, micro = task.work()
     clock, rewards = Clock(task, "trl"), []
 
     class Turn(TrainerCallback):
@@ -204,8 +200,9 @@ def trl(task: Task, turn: Turns) -> list[float]:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
-            output_dir=out, max_steps=task.steps, per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP, max_completion_length=new,
-            learning_rate=RATE, lr_scheduler_type="linear", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused",
+            output_dir=out, max_steps=task.steps, per_device_train_batch_size=micro, gradient_accumulation_steps=PROMPTS * GROUP // micro,
+            num_generations=GROUP, max_completion_length=new, learning_rate=RATE, lr_scheduler_type="linear",
+            warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused",
             gradient_checkpointing=False, bf16=False, use_cpu=True, logging_steps=10, report_to="none", save_strategy="no",
             shuffle_dataset=False, pad_to_multiple_of=None, dataloader_pin_memory=False, disable_tqdm=True, disable_dropout=True,
             temperature=1.0, beta=KL, loss_type="grpo", epsilon=0.2)  # fmt: skip
@@ -219,7 +216,7 @@ def trl(task: Task, turn: Turns) -> list[float]:
     return rewards
 
 
-CONTENDERS: dict[str, Contender] = {"ours": ours, "ours-micro-4": ours_micro_4, "trl": trl}  # type: ignore[dict-item]
+CONTENDERS: dict[str, Contender] = {"ours": ours, "trl": trl}  # type: ignore[dict-item]
 
 
 def save_base(folder: str, shape: Mapping[str, int]) -> None:
@@ -243,15 +240,16 @@ def made_up(count: int, vocabulary: int, longest: int) -> list[list[int]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("contenders", nargs="*", help=f"which ones; ours and trl where none is named; there are {', '.join(CONTENDERS)}")
+    parser.add_argument("contenders", nargs="*", help=f"which ones; all where none is named: {', '.join(CONTENDERS)}")
     parser.add_argument("--repeats", type=int, default=7, help="turns")
     parser.add_argument("--block", type=int, default=2, help="steps of a turn")
     parser.add_argument("--new", type=int, default=64, help="tokens of every completion")
+    parser.add_argument("--micro", type=int, choices=(4, 8, 16, 32), default=PROMPTS * GROUP, help="rows at once (TRL's scoring too)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each contender; only one works at a time")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, 2 turns of 1 step, short completions")
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
     options = parser.parse_args(arguments)
-    names = options.contenders or ["ours", "trl"]
+    names = options.contenders or list(CONTENDERS)
     if set(names) - set(CONTENDERS):
         parser.error(f"no contender {', '.join(set(names) - set(CONTENDERS))}; there are {', '.join(CONTENDERS)}")
     shape, longest = {"vocab_size": VOCABULARY}, 72
@@ -261,12 +259,13 @@ def main(arguments: list[str] | None = None) -> int:
     steps = WARM_UP + options.repeats * options.block + COOL_DOWN
     prompts = made_up(steps * PROMPTS, shape["vocab_size"], longest)
     print(f"{PROMPTS} prompts a step of {statistics.mean(map(len, prompts)):.0f} tokens in the mean, {GROUP} completions each of {options.new} "
-          f"tokens; fp32, {options.threads} thread(s), {options.repeats} turns of {options.block} steps")  # fmt: skip
+          f"tokens, {options.micro} rows at once; fp32, {options.threads} thread(s), {options.repeats} turns of {options.block} "
+          "steps")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         saving = multiprocessing.get_context("spawn").Process(target=save_base, args=(folder, shape))
         saving.start()
         saving.join()
-        work = {"prompts": prompts, "new": options.new, "vocabulary": shape["vocab_size"]}
+        work = {"prompts": prompts, "new": options.new, "vocabulary": shape["vocab_size"], "micro": options.micro}
         (Path(folder) / "work.json").write_text(json.dumps(work), encoding="utf-8")
         task = Task(folder, False, steps, options.block, options.threads)
         records = contest.compete({name: CONTENDERS[name] for name in names}, task, options.repeats)

@@ -259,13 +259,13 @@ def test_dpo_curves_agree_with_trl(words: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [["ours"], ["ours", "ours-micro-4", "trl"]])
-def test_grpo(tmp_path: Path, names: list[str]) -> None:
+@pytest.mark.parametrize("names, micro", [(["ours"], "32"), (["ours", "trl"], "8")])
+def test_grpo(tmp_path: Path, names: list[str], micro: str) -> None:
     """All take their steps, with the time of each split up, and draw the same number of tokens (asserted in the benchmark)."""
     if "trl" in names:
         pytest.importorskip("trl")
     file = tmp_path / "grpo.json"
-    assert "rollout" in run("grpo.py", *names, "--tiny", "--json", str(file))
+    assert "rollout" in run("grpo.py", *names, "--tiny", "--micro", micro, "--json", str(file))
     records = json.loads(file.read_text())
     assert list(records) == names
     for record in records.values():
