@@ -309,8 +309,8 @@ def test_suspended_and_continued_in_tmux(tmux: Tmux) -> None:
 @pytest.mark.slow
 def test_a_background_job_is_not_stopped_and_draws_nothing(tmux: Tmux, tmp_path: Path) -> None:
     tmux.type(f"clear; {sys.executable} -m lowrank_tune demo --out run train.steps=3 evaluate.samples=1 evaluate.prompts=4 &")
-    tmux.until("checkpoints")
-    assert "status     done" in tmux.text() and "q quit" not in tmux.text()
+    tmux.until("the recipe, complete")
+    assert "q quit" not in tmux.text()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "done"
 
 
@@ -327,7 +327,7 @@ def test_a_real_run_in_tmux_is_stopped_continued_and_left(tmux: Tmux, tmp_path: 
         tmux("send-keys", way)
         tmux.until("code 130")
         assert "interrupted and saved" in tmux.text()
-        found = newest(tmp_path / "run" / "checkpoints", lambda event: pytest.fail(str(event)))
+        found = newest(tmp_path / "run" / "1-sft" / "checkpoints", lambda event: pytest.fail(str(event)))
         assert found is not None and found[0] > reached
         reached = found[0]
     tmux.type(f"clear; {demo}")
@@ -340,5 +340,5 @@ def test_a_real_run_in_tmux_is_stopped_continued_and_left(tmux: Tmux, tmp_path: 
     while Path(f"/proc/{process}").exists():
         assert time.monotonic() < end
         time.sleep(0.2)
-    found = newest(tmp_path / "run" / "checkpoints", lambda event: pytest.fail(str(event)))
+    found = newest(tmp_path / "run" / "1-sft" / "checkpoints", lambda event: pytest.fail(str(event)))
     assert found is not None and found[0] > reached and json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"

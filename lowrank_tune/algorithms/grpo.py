@@ -39,6 +39,7 @@ from lowrank_tune.types import Batch, Experience, Mean, Stats, Term, add_stats
 EPSILON = 1e-4
 EQUAL = 1e-6
 CLIP_HIGH = {"dapo": 0.28, "cispo": 5.0}
+RISEN = 0.05  # above the first step's reward: something was learned
 MOST_DRAWS = 4  # harvests of one step, where dead groups are replaced
 
 
@@ -103,6 +104,7 @@ class GRPO:
         self.kl, self.kl_in, self.kl_estimator, self.epochs, self.old = kl, kl_in, kl_estimator, epochs, old
         self.mismatch_limit, self.truncated, self.penalty, self.dead_groups = mismatch_limit, truncated, penalty, dead_groups
         self._first_pass, self._rows, self._idle = True, 1, False
+        self._first_reward: float | None = None
 
     def collect(self, step: int) -> Experience:
         harvests = [self._draw(step, 0)]
@@ -190,7 +192,8 @@ class GRPO:
         if figures.get("mismatch", 0.0) > self.mismatch_limit:
             raise RunFailed(f"the sampler's log-probs and the policy's differ by {figures['mismatch']:.3f} nats a token, more than "
                             f"grpo.mismatch_limit, {self.mismatch_limit:g}: ratios would compare what was never drawn")  # fmt: skip
-        if figures["dead_groups"] >= 0.8:
+        self._first_reward = figures["reward"] if self._first_reward is None else self._first_reward
+        if figures["dead_groups"] >= 0.8 and figures["reward"] <= self._first_reward + RISEN:  # groups that all became right are no trouble
             yield (f"most groups have equal rewards and teach nothing, {figures['dead_groups']:.0%} of this step's: the task is too hard "
                    "or too easy, or groups too small; look at the rewards, raise rollout.num_generations, or begin from an SFT "
                    "adapter")  # fmt: skip
