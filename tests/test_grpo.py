@@ -571,7 +571,7 @@ def first_pass(roles: Roles, temperature: float = 0.8, old: str = "sampler") -> 
     algorithm = GRPO(Kit(roles, None, fresh=False), real_harvester(roles), old=old, kl=0.0)  # type: ignore[arg-type]
     part = algorithm.collect(0).batch
     algorithm.harvester.temperature = temperature
-    return algorithm, one_pass(algorithm, part)[2] | {"dead_groups": 0.0}
+    return algorithm, one_pass(algorithm, part)[2] | {"dead_groups": 0.0, "reward": 0.5}
 
 
 def test_the_sampler_and_the_policy_agree(roles: Roles) -> None:

@@ -321,7 +321,8 @@ def test_close_does_not_wait_for_what_hangs(folder: Path) -> None:
 
 
 RUN = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background may ignore it
 from pathlib import Path
 from lowrank_tune.rewards import Item, Scorer, make
 from lowrank_tune.settings import RewardUse
@@ -348,8 +349,13 @@ def test_no_worker_outlives_the_run(folder: Path) -> None:
         if number is not None:
             assert len(pids) == 2 and all(map(lives, pids)), end
             os.killpg(run.pid, number)  # as a terminal does: to the whole group
-        with run:
+        try:
             run.wait(20.0)
+        except subprocess.TimeoutExpired:
+            outlived.append(f"the run itself, {end}")
+            run.kill()
+        if run.stdout is not None:
+            run.stdout.close()
         if not within(3.0, lambda pids=pids: not any(map(lives, pids))):  # type: ignore[misc]
             outlived.append(end)
             for pid in filter(lives, pids):

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, LLAMA3, NO_SYSTEM, SHARED, tiny, tokenizer
 
-from lowrank_tune.algorithms import harvest
 from lowrank_tune.data import Asked, AskedReport, AskedSet, Place, Template, asked_order, load_asked, prompts
 from lowrank_tune.data.asked import NO_GOLD
 from lowrank_tune.errors import UserError
@@ -47,10 +46,6 @@ def test_a_row_becomes_a_prompt(tmp_path: Path) -> None:
     report = made.report.train[0]
     assert (report.read, report.used, report.rejected, report.golds, report.format) == (12, 12, 0, 12, "question_answer")
     assert report.tokens == made.lengths.sum() and report.longest == made.lengths.max() and made.report.train_rows == len(made) == 12
-
-
-def test_harvest_knows_the_same_class() -> None:
-    assert harvest.Asked is Asked
 
 
 CONVERSATIONS: dict[str, tuple[Any, list[Message]]] = {
