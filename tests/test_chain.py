@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from typer.testing import CliRunner
 import lowrank_tune.runner as runner
 from lowrank_tune import Chain, UserError, run
 from lowrank_tune.cli import app
+from lowrank_tune.evaluate import questions_in
 from lowrank_tune.events import Event, Note, RunStarted, StepDone
 from lowrank_tune.recipe import dump
+from lowrank_tune.types import Row
 
 STAGES = ("1-warm", "2-score", "3-dpo", "4-grpo")
 
@@ -142,6 +145,15 @@ def test_scoring_with_something_else_is_refused(finished: tuple[Path, list[Event
     folder = finished[0] / run_of if run_of else tmp_path
     told = CliRunner().invoke(app, ["eval", str(folder), "--file", "x.jsonl"])
     assert told.exit_code == 2 and sentence in told.output
+
+
+def test_a_pair_is_asked_once() -> None:
+    """Both of its rows begin with the same question."""
+    pairs = {"together": 2, "units": 2, "__len__": lambda self: 4}
+    store = type("Store", (), {**pairs, "__getitem__": lambda self, row: Row([row // 2, 9, row], [False, True, True])})()
+    template = SimpleNamespace(decode=lambda ids: f"question {ids[0]}")
+    assert [one.text for one in questions_in(store, template, 5)] == ["question 0", "question 1"]  # type: ignore[arg-type]
+    assert [one.ids for one in questions_in(store, template, 1)] == [[0]]  # type: ignore[arg-type]
 
 
 def test_the_command_line_runs_a_chain_and_shows_its_data(tmp_path: Path, cache: None) -> None:

@@ -43,9 +43,9 @@ def questions_of(prompts: Sequence[Prompt], template: Template) -> list[Question
 
 
 def questions_in(rows: TokenStore, template: Template, count: int) -> list[Question]:
-    """The first rows of a validation part, each up to where the assistant first speaks."""
+    """The first rows (of pairs, the chosen ones) of a validation part, each up to where the assistant first speaks."""
     questions = []
-    for row in (rows[index] for index in range(min(count, len(rows)))):
+    for row in (rows[unit * rows.together] for unit in range(min(count, rows.units))):
         ids = [int(token) for token in row.ids[: list(row.says).index(True)]]
         questions.append(Question(ids, template.decode(ids), None))
     return questions
