@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,6 @@ from lowrank_tune.rewards.own import is_own, read_own
 from lowrank_tune.rewards.protocol import Reward, Score
 from lowrank_tune.rewards.shape import Shape
 from lowrank_tune.settings import RewardUse
-
-KNOWN = ("answer", "format", "length")
 
 
 @dataclass(frozen=True)
@@ -55,29 +53,37 @@ def names(uses: Sequence[RewardUse]) -> list[str]:
 
 
 def _make(use: RewardUse, name: str, folder: Path) -> Reward:
+    if not is_own(use.use) and use.use not in MAKERS:
+        known = f"Known are {', '.join(MAKERS)}, and `./file.py:function`"
+        raise UserError(f"unknown reward `{use.use}`{did_you_mean(use.use, tuple(MAKERS))} {known}")
     _check_settings(use)
-    if use.use == "answer":
-        return Answer(name)
-    if use.use == "length":
-        assert use.target_tokens is not None
-        return Length(name, use.target_tokens)
-    if use.use == "format":
-        assert use.pattern is not None
-        return Shape(name, _checked(use.pattern))
-    if is_own(use.use):
-        return read_own(name, use.use, folder)
-    raise UserError(f"unknown reward `{use.use}`{did_you_mean(use.use, KNOWN)} Known are {', '.join(KNOWN)}, and `./file.py:function`")
+    return read_own(name, use.use, folder) if is_own(use.use) else MAKERS[use.use](use, name)
 
 
 def _check_settings(use: RewardUse) -> None:
     """Each reward has the settings that it needs and no others."""
-    for setting, owner, value in (("pattern", "format", use.pattern), ("target_tokens", "length", use.target_tokens)):
-        if use.use == owner and value is None:
-            raise UserError(f"`{owner}` needs `{setting}`")
-        if use.use != owner and value is not None:
-            raise UserError(f"`{setting}` does nothing for `{use.use}`; it belongs to `{owner}`")
+    for setting, owners in OWNERS.items():
+        value = getattr(use, setting)
+        if use.use in owners and value is None and setting not in OPTIONAL:
+            raise UserError(f"`{use.use}` needs `{setting}`")
+        if use.use not in owners and value is not None:
+            raise UserError(f"`{setting}` does nothing for `{use.use}`; it belongs to {' and '.join(f'`{owner}`' for owner in owners)}")
     if use.weight == 0:
         raise UserError(f"`{use.use}` has weight 0 and would change nothing; leave it out")
+
+
+def _answer(use: RewardUse, name: str) -> Reward:
+    return Answer(name)
+
+
+def _length(use: RewardUse, name: str) -> Reward:
+    assert use.target_tokens is not None
+    return Length(name, use.target_tokens)
+
+
+def _format(use: RewardUse, name: str) -> Reward:
+    assert use.pattern is not None
+    return Shape(name, _checked(use.pattern))
 
 
 def _checked(pattern: str) -> str:
@@ -86,6 +92,13 @@ def _checked(pattern: str) -> str:
     except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"`pattern` is no regular expression: {error}") from None
     return pattern
+
+
+MAKERS: Mapping[str, Callable[[RewardUse, str], Reward]] = {"answer": _answer, "format": _format, "length": _length}
+"""How each reward that a recipe can name is made, from its settings and its name on the screen."""
+OWNERS: Mapping[str, tuple[str, ...]] = {"pattern": ("format",), "target_tokens": ("length",)}
+"""Whose each setting of `RewardUse` is; it is needed there unless it is in OPTIONAL, and a fault elsewhere."""
+OPTIONAL: frozenset[str] = frozenset()
 
 
 def total(scores: Sequence[Score], weights: Sequence[float]) -> float:

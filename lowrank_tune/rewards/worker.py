@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib
 import importlib.abc
 import importlib.util
 import inspect
@@ -28,7 +29,8 @@ from types import ModuleType
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
-Grade = Callable[[Mapping[str, Any]], float]
+Grade = Callable[[Mapping[str, Any]], Any]
+"""One completion judged: a figure, or for a verifier of the kit whatever its `judge` reads, as plain data."""
 
 
 class Frozen(importlib.abc.ExecutionLoader):
@@ -109,7 +111,16 @@ def pattern(job: Mapping[str, Any]) -> Grade:
     return lambda asked: float(compiled.fullmatch(asked["completion"]) is not None)
 
 
-LOADERS: dict[str, Callable[[Mapping[str, Any]], Grade]] = {"own": own, "pattern": pattern}
+def verifier(job: Mapping[str, Any]) -> Grade:
+    """A verifier of the kit: `load(job)` of the module that the job names, as `lowrank_tune.rewards.judges.math`."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    if root not in sys.path:
+        sys.path.append(root)
+    grade: Grade = importlib.import_module(job["module"]).load(job)
+    return grade
+
+
+LOADERS: dict[str, Callable[[Mapping[str, Any]], Grade]] = {"own": own, "pattern": pattern, "verifier": verifier}
 
 
 def described(error: BaseException, path: str) -> str:
