@@ -69,6 +69,10 @@ class Worked(ABC):
         """The score where no worker is needed for it."""
         return None
 
+    def ask(self, item: Item) -> Mapping[str, Any]:
+        """What the worker is told of a completion, as plain data."""
+        return {"prompt": item.prompt, "completion": item.completion, "row": dict(item.row)}
+
     @abstractmethod
     def judge(self, item: Item, reply: Reply) -> Score:
         """The score from a worker's reply."""

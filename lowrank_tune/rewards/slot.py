@@ -80,17 +80,24 @@ class Slot(threading.Thread):
         assert self.worker is not None
         item, reward = task.item, task.reward
         limit = min(self._board.timeout_seconds, reward.limit)
-        asked = {"job": task.job, "prompt": item.prompt, "completion": item.completion, "row": dict(item.row)}
         try:
-            reply = self.worker.ask(asked, limit)
+            reply = self.worker.ask({"job": task.job, "seconds": limit, **reward.ask(item)}, limit)
         except Overdue:
             score = replace(reward.overdue(item, limit), seconds=limit)
         except Died as death:
             score = reward.lost(item, str(death))
         else:
-            self._board.store(task, replace(reward.judge(item, reply), seconds=reply["seconds"]))
+            score = reward.overdue(item, limit) if reply.get("late") else reward.judge(item, reply)
+            self._board.store(task, replace(score, seconds=reply["seconds"]))
+            if reply.get("worn"):
+                self._renew()
             return
         self._drop()
         self._board.store(task, score)  # before the next worker starts: a last completion does not wait for it
+        self._renew()
+
+    def _renew(self) -> None:
+        """Another worker in the place of one that is lost, or that a verifier has left large."""
+        self._drop()
         if not self._ended.is_set():
             self._board.warmed(self._warm())

@@ -6,6 +6,7 @@ user's code prints goes nowhere, and it reads an empty input.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib
@@ -19,16 +20,22 @@ import numbers
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+MEGABYTE = 1 << 20
+VERIFIER_MEGABYTES = 512  # what one judged call of a verifier of the kit may add to this process
+WORN_MEGABYTES = 256  # a process that verifiers have made larger by this is replaced
+EARLIER = 0.9  # a verifier is interrupted a little before the parent kills this process
+AGAIN_SECONDS = 0.05  # the alarm repeats: a bare `except` or a destructor may swallow the first
 Grade = Callable[[Mapping[str, Any]], Any]
 """One completion judged: a figure, or for a verifier of the kit whatever its `judge` reads, as plain data."""
 
@@ -44,6 +51,10 @@ class Frozen(importlib.abc.ExecutionLoader):
 
     def get_filename(self, fullname: str) -> str:
         return self.path
+
+
+class Late(BaseException):
+    """The time is over; no `except Exception` of a library takes it for its own."""
 
 
 class Refused(Exception):
@@ -112,12 +123,80 @@ def pattern(job: Mapping[str, Any]) -> Grade:
 
 
 def verifier(job: Mapping[str, Any]) -> Grade:
-    """A verifier of the kit: `load(job)` of the module that the job names, as `lowrank_tune.rewards.judges.math`."""
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    """A verifier of the kit: `load(job)` of the module that the job names, as `lowrank_tune.rewards.judges.math`, within limits."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    root = os.path.dirname(os.path.dirname(folder))
     if root not in sys.path:
         sys.path.append(root)
-    grade: Grade = importlib.import_module(job["module"]).load(job)
-    return grade
+    with bare("lowrank_tune.rewards", folder):
+        grade = importlib.import_module(job["module"]).load(job)
+    return Limited(grade, job.get("megabytes", VERIFIER_MEGABYTES))
+
+
+@contextlib.contextmanager
+def bare(name: str, folder: str) -> Iterator[None]:
+    """A package without what its `__init__` imports: it brings torch in, seconds and 300 MB for each worker."""
+    if name in sys.modules:
+        yield
+        return
+    package = ModuleType(name)
+    package.__path__ = [folder]
+    sys.modules[name] = package
+    try:
+        yield
+    finally:
+        del sys.modules[name]  # for a user's file that imports the real one
+
+
+class Limited:
+    """A verifier with an alarm clock and a limit on memory around each call; the user's functions in this process keep theirs.
+
+    Too late is Late, too much memory MemoryError. `grown`: MB that its calls have added to the peak of this process (libraries catch
+    MemoryError, so a call that answered may have met the limit); `steep`: its last call added more than half of what it may.
+    """
+
+    def __init__(self, grade: Grade, megabytes: int) -> None:
+        self.grade, self.megabytes, self.grown, self.steep = grade, megabytes, 0.0, False
+
+    def __call__(self, asked: Mapping[str, Any]) -> Any:
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        before = peak_megabytes()
+
+        def restore() -> None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+        try:
+            try:
+                self._limit(asked["seconds"] * EARLIER, soft, hard)
+                return self.grade(asked)
+            finally:
+                restore()
+        except Late:
+            restore()  # the alarm may have rung within the line above
+            raise
+        finally:
+            added = peak_megabytes() - before
+            self.grown, self.steep = self.grown + added, added > self.megabytes / 2
+
+    def _limit(self, seconds: float, soft: int, hard: int) -> None:
+        if sys.platform == "linux":
+            with open("/proc/self/statm", encoding="ascii") as status:
+                pages = int(status.read().split()[0])
+            most = pages * resource.getpagesize() + self.megabytes * MEGABYTE
+            known = [limit for limit in (most, soft, hard) if limit != resource.RLIM_INFINITY]
+            resource.setrlimit(resource.RLIMIT_AS, (min(known), hard))
+        signal.signal(signal.SIGALRM, too_late)
+        signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)
+
+
+def too_late(*_: object) -> None:
+    raise Late
+
+
+def peak_megabytes() -> float:
+    """The most memory that this process has held at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else MEGABYTE)
 
 
 LOADERS: dict[str, Callable[[Mapping[str, Any]], Grade]] = {"own": own, "pattern": pattern, "verifier": verifier}
@@ -159,8 +238,12 @@ def work(grade: Grade, asked: Mapping[str, Any], path: str) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         reply: dict[str, Any] = {"value": grade(asked)}
+    except Late:
+        reply = {"late": True}
     except BaseException as error:
         reply = {"fault": described(error, path)}
+    if isinstance(grade, Limited):
+        reply |= {"steep": grade.steep, "worn": grade.grown > WORN_MEGABYTES}
     return {**reply, "seconds": time.perf_counter() - start}
 
 
