@@ -15,7 +15,7 @@ import lowrank_tune
 
 PACKAGE = Path(lowrank_tune.__file__).parent
 ORDER = (
-    "errors events settings types dist maths tutor model data rollout rewards algorithms recipe checkpoint build preflight plan "
+    "errors events patterns settings types dist maths tutor model data rollout rewards algorithms recipe checkpoint build preflight plan "
     "evaluate control train stage export sinks ui runner chat doctor cli"
 ).split()
 LAZY = ("__init__", "__main__", "cli")

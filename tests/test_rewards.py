@@ -140,8 +140,8 @@ def test_make_tells_all_faults_at_once(tmp_path: Path) -> None:
     with pytest.raises(Faults) as caught:
         make(uses, tmp_path)
     told = [(fault.key, fault.message) for fault in caught.value.faults]
-    wanted = ["did you mean `answer`", "needs `pattern`", "no regular expression", "needs `target_tokens`", "does nothing for `answer`",
-              "No such file", "./file.py:function", "not UTF-8", "weight 0"]  # fmt: skip
+    wanted = ["did you mean `answer`", "needs `pattern`", "`pattern` is no regular expression of RE2: missing )", "needs `target_tokens`",
+              "does nothing for `answer`", "No such file", "./file.py:function", "not UTF-8", "weight 0"]  # fmt: skip
     assert [key for key, _ in told] == [f"rewards.{place}" for place in range(9)]
     assert all(words in message for words, (_, message) in zip(wanted, told, strict=True)), told
     with pytest.raises(UserError, match="empty"):
@@ -149,7 +149,7 @@ def test_make_tells_all_faults_at_once(tmp_path: Path) -> None:
 
 
 def test_total_weighs_and_never_makes_a_zero_of_a_fault() -> None:
-    scores = [Score(1.0, "pass"), Score(0.5, "graded"), Score(0.0, "timeout")]
+    scores = [Score(1.0, "pass"), Score(0.5, "graded"), Score(0.0, "fail")]
     assert total(scores, [1.0, -0.5, 3.0]) == 0.75
     for verdict in ("error", "timeout"):
         with pytest.raises(RunFailed, match="because"):

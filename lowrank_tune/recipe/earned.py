@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any, get_args
 
+from lowrank_tune.errors import UserError
+from lowrank_tune.patterns import compiled
 from lowrank_tune.recipe.written import Finding, entries, number, written
 from lowrank_tune.settings import Grpo
 
-REWARDS = ("answer", "format", "length")
-NEEDS = {"pattern": ("format", "the regular expression that the whole completion must match, as '(?s).*Answer: .*'"),
-         "target_tokens": ("length", "up to how many tokens earn 1")}  # fmt: skip
-"""Settings of a reward: whose they are, and what they say. That reward needs it, and no other has it."""
+REWARDS = ("answer", "format", "regex", "length", "repetition")
+NEEDS = {"pattern": (("format", "regex"), "the regular expression that the whole completion must match, as '(?s).*Answer: .*'"),
+         "target_tokens": (("length",), "up to how many tokens earn 1"), "ngram": (("repetition",), "")}  # fmt: skip
+"""Settings of a reward: whose they are, and what they say. Those need it, unless there is nothing to say, and no other has it."""
 MEANT = {"accuracy": "answer", "accuracy_reward": "answer", "correctness": "answer", "exact_match": "answer", "think_format_reward": "format"}
 """Names of other kits' rewards."""
 LOSSES = get_args(Grpo.model_fields["loss"].annotation)
@@ -35,9 +35,9 @@ def idle(data: Any) -> Iterator[Finding]:
             yield ("grpo", "penalty"), "does nothing without `grpo.truncated`: penalise"
         for index, reward in enumerate(entries(data, "rewards")):
             use = written(reward, "use")
-            for key, (owner, _) in NEEDS.items():
-                if written(reward, key) is not None and isinstance(use, str) and use != owner:
-                    yield ("rewards", index, key), f"does nothing for this reward; it belongs to `{owner}`"
+            for key, (owners, _) in NEEDS.items():
+                if written(reward, key) is not None and isinstance(use, str) and use not in owners:
+                    yield ("rewards", index, key), f"does nothing for this reward; it belongs to {' and '.join(f'`{one}`' for one in owners)}"
 
 
 def _idle_clips(data: Any) -> Iterator[Finding]:
@@ -74,10 +74,10 @@ def rewards(data: Any) -> Iterator[Finding]:
         use = written(reward, "use")
         if isinstance(use, str) and (why := _no_reward(use)):
             yield ("rewards", index, "use"), why
-        for key, (owner, says) in NEEDS.items():
-            if use == owner and written(reward, key) is None:
+        for key, (owners, says) in NEEDS.items():
+            if says and use in owners and written(reward, key) is None:
                 yield ("rewards", index, key), f"is missing: {says}"
-        if isinstance(pattern := written(reward, "pattern"), str) and use == "format" and (why := _no_pattern(pattern)):
+        if isinstance(pattern := written(reward, "pattern"), str) and use in NEEDS["pattern"][0] and (why := _no_pattern(pattern)):
             yield ("rewards", index, "pattern"), why
     weights = [1.0 if (weight := written(reward, "weight")) is None else number(weight) for reward in listed]
     if listed and not any(weight is None or weight for weight in weights):
@@ -98,12 +98,9 @@ def _no_reward(use: str) -> str:
 def _no_pattern(pattern: str) -> str:
     """Why a text is no regular expression, or an empty string."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what a later Python may read otherwise
-            re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        told = str(error) or "it is nested too deep"
-        return f"is no regular expression: {told if told.isprintable() else ascii(told)}"[:200]
+        compiled(pattern)
+    except UserError as error:
+        return str(error)
     return ""
 
 

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lowrank_tune.errors import Fault, Faults, RunFailed, UserError, did_you_mean
 from lowrank_tune.rewards.answer import Answer
 from lowrank_tune.rewards.length import Length
 from lowrank_tune.rewards.own import is_own, read_own
 from lowrank_tune.rewards.protocol import Reward, Score
+from lowrank_tune.rewards.repetition import NGRAM, Repetition
 from lowrank_tune.rewards.shape import Shape
 from lowrank_tune.settings import RewardUse
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """A reward under a name of its own, and what it counts for."""
+    """A reward under a name of its own, what it counts for, and what becomes of a completion on which it fails."""
 
     name: str
     weight: float
     reward: Reward
+    on_error: Literal["stop", "drop"] = "drop"
 
 
 def make(uses: Sequence[RewardUse], folder: Path) -> list[Weighted]:
@@ -33,7 +35,7 @@ def make(uses: Sequence[RewardUse], folder: Path) -> list[Weighted]:
     made, faults = [], []
     for place, (use, name) in enumerate(zip(uses, names(uses), strict=True)):
         try:
-            made.append(Weighted(name, use.weight, _make(use, name, folder)))
+            made.append(Weighted(name, use.weight, _make(use, name, folder), use.on_error or ("stop" if is_own(use.use) else "drop")))
         except UserError as error:
             faults.append(Fault(str(error), f"rewards.{place}"))
     if faults:
@@ -57,7 +59,7 @@ def _make(use: RewardUse, name: str, folder: Path) -> Reward:
         known = f"Known are {', '.join(MAKERS)}, and `./file.py:function`"
         raise UserError(f"unknown reward `{use.use}`{did_you_mean(use.use, tuple(MAKERS))} {known}")
     _check_settings(use)
-    return read_own(name, use.use, folder) if is_own(use.use) else MAKERS[use.use](use, name)
+    return read_own(name, use.use, folder) if is_own(use.use) else MAKERS[use.use](use, name, folder)
 
 
 def _check_settings(use: RewardUse) -> None:
@@ -72,40 +74,39 @@ def _check_settings(use: RewardUse) -> None:
         raise UserError(f"`{use.use}` has weight 0 and would change nothing; leave it out")
 
 
-def _answer(use: RewardUse, name: str) -> Reward:
+def _answer(use: RewardUse, name: str, folder: Path) -> Reward:
     return Answer(name)
 
 
-def _length(use: RewardUse, name: str) -> Reward:
+def _length(use: RewardUse, name: str, folder: Path) -> Reward:
     assert use.target_tokens is not None
     return Length(name, use.target_tokens)
 
 
-def _format(use: RewardUse, name: str) -> Reward:
+def _format(use: RewardUse, name: str, folder: Path) -> Reward:
     assert use.pattern is not None
-    return Shape(name, _checked(use.pattern))
-
-
-def _checked(pattern: str) -> str:
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UserError(f"`pattern` is no regular expression: {error}") from None
-    return pattern
+        return Shape(name, use.pattern, whole=use.use == "format")
+    except UserError as error:
+        raise UserError(f"`pattern` {error}") from None
 
 
-MAKERS: Mapping[str, Callable[[RewardUse, str], Reward]] = {"answer": _answer, "format": _format, "length": _length}
-"""How each reward that a recipe can name is made, from its settings and its name on the screen."""
-OWNERS: Mapping[str, tuple[str, ...]] = {"pattern": ("format",), "target_tokens": ("length",)}
+def _repetition(use: RewardUse, name: str, folder: Path) -> Reward:
+    return Repetition(name, NGRAM if use.ngram is None else use.ngram)
+
+
+MAKERS: Mapping[str, Callable[[RewardUse, str, Path], Reward]] = {
+    "answer": _answer, "format": _format, "regex": _format, "length": _length, "repetition": _repetition}  # fmt: skip
+"""How each reward that a recipe can name is made, from its settings, its name on the screen, and the folder of its files."""
+OWNERS: Mapping[str, tuple[str, ...]] = {"pattern": ("format", "regex"), "target_tokens": ("length",), "ngram": ("repetition",)}
 """Whose each setting of `RewardUse` is; it is needed there unless it is in OPTIONAL, and a fault elsewhere."""
-OPTIONAL: frozenset[str] = frozenset()
+OPTIONAL: frozenset[str] = frozenset({"ngram"})
 
 
 def total(scores: Sequence[Score], weights: Sequence[float]) -> float:
     """The weighted sum of a completion's scores.
 
-    A score without a value, an error or a timeout of the user's function, raises RunFailed: a reward that could not tell never counts as
-    wrong. A timeout with a value (`format`: not found to match in time) counts as what it says.
+    A score without a value, an error or a timeout, raises RunFailed: a reward that could not tell never counts as wrong.
     """
     for score in scores:
         if score.value is None:

@@ -1,0 +1,33 @@
+"""`repetition`: how little a completion repeats itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lowrank_tune.rewards.protocol import Item, Score
+
+NGRAM = 4
+WORD = re.compile(r"[\u0e00-\u0eff\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]|\w{1,16}|[^\w\s]")
+"""A word, a sign, or a letter of a script that sets no spaces. Long words are cut, so that `aaaa...` repeats itself too."""
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """The share of distinct ones among the sequences of `ngram` words, without case: 1 where none comes twice or the text is shorter."""
+
+    name: str
+    ngram: int = NGRAM
+    judges: ClassVar[bool] = False
+
+    def score(self, items: Sequence[Item]) -> list[Score]:
+        return [Score(distinct(item.completion, self.ngram), "graded") for item in items]
+
+
+def distinct(text: str, ngram: int) -> float:
+    """The share of distinct n-grams, in time and memory linear in the text (times `ngram`)."""
+    words = [word.casefold() for word in WORD.findall(text)]
+    count = len(words) - ngram + 1
+    return len(set(zip(*(words[start:] for start in range(ngram)), strict=False))) / count if count > 1 else 1.0

@@ -1,0 +1,120 @@
+"""Rules of how a completion is written: patterns, JSON schemas, repetition. Any text at all is judged, at once."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowrank_tune.errors import Faults
+from lowrank_tune.patterns import encoded
+from lowrank_tune.recipe import earned
+from lowrank_tune.rewards import Item, Reward, Scorer, make, total, uses
+from lowrank_tune.settings import RewardUse
+
+MEGABYTE = 1_000_000
+HOSTILE = {
+    "empty": "", "nul": "\x00" * MEGABYTE, "surrogates": "\ud800" * MEGABYTE, "bidi": "\u202e\u2066abc" * 200_000,
+    "letter": "a" * MEGABYTE, "lines": "\n" * MEGABYTE, "words": "word " * 200_000, "braces": "{" * MEGABYTE, "brackets": "[" * MEGABYTE,
+    "quotes": '"' * MEGABYTE, "fences": "```json\n" * 100_000, "digits": "9" * MEGABYTE, "deep": '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "escapes": "\x1b]52;c;AAAA\x07" * 50_000,
+}  # fmt: skip
+
+
+def item(completion: str, **row: Any) -> Item:
+    return Item("Say it.", completion, None, row, True, 5)
+
+
+def one(use: str, folder: Path = Path(), **settings: Any) -> Reward:
+    return make([RewardUse(use=use, **settings)], folder)[0].reward
+
+
+def values(reward: Reward, *completions: str) -> list[float | None]:
+    return [score.value for score in reward.score([item(text) for text in completions])]
+
+
+def refusal(use: str, folder: Path = Path(), **settings: Any) -> str:
+    with pytest.raises(Faults) as caught:
+        one(use, folder, **settings)
+    return str(caught.value)
+
+
+def test_a_format_is_of_the_whole_completion_and_a_regex_of_any_part() -> None:
+    texts = ("So it is 72.", "So it is 72. Yes.", " So it is 72.", "So it is 72.\n", "no")
+    assert values(one("format", pattern=r"So it is \d+\."), *texts) == [1, 0, 0, 0, 0]
+    assert values(one("regex", pattern=r"So it is \d+\."), *texts) == [1, 1, 1, 1, 0]
+    assert values(one("regex", pattern=r"72\.$"), *texts) == [1, 0, 1, 0, 0]
+    [passed, failed] = one("format", pattern="a.c").score([item("abc"), item("a\nc")])
+    assert (passed.verdict, failed.verdict, failed.reason) == ("pass", "fail", "does not match the pattern")
+
+
+def test_patterns_know_letters_of_all_scripts_and_what_is_no_text() -> None:
+    assert values(one("format", pattern=r"\pL+"), "\u00e9\u4e2d\U00010400", "a1") == [1, 0]
+    assert values(one("format", pattern="(?s)a.b"), "a\ud800b", "a\x00b", "a\U0001f600b", "ab") == [1, 1, 1, 0]
+    assert encoded("\ud83d\ude00") == "\U0001f600".encode() and encoded("\udc00x") == "\ufffdx".encode()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("a(?=b)", "has lookaround"), ("(?<!b)a", "has lookaround"), (r"(a)\1", "has backreferences"), ("(?P<n>a)(?P=n)", "has backreferences"),
+        ("a++", "possessive"), ("(?>a)", "possessive"), (r"a\Z", r"write `\z`"), (r"\u0041", "write the character itself"), ("(a", "missing )"),
+        ("a{1001}", "invalid repetition size"), (r"(\pL{30}){30}", "too large"), ("\ud800", "UTF-8"),
+    ],
+)  # fmt: skip
+def test_what_re2_does_not_know_is_refused_in_a_sentence(pattern: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    use = RewardUse.model_construct(use="regex", pattern=pattern, weight=1.0)  # a recipe holds no surrogate
+    with pytest.raises(Faults) as caught:
+        make([use], Path())
+    assert words in str(caught.value) and str(caught.value).startswith("rewards.0: `pattern` ") and len(caught.value.faults) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [("(a+)+b", "a" * MEGABYTE), ("(a|aa)+$", "a" * MEGABYTE + "!"), (r"(\w+\s?)*\.", "word " * 200_000 + "!"), ("(.*)*x", "y" * MEGABYTE)],
+)
+def test_no_pattern_runs_away(pattern: str, text: str) -> None:
+    start = time.process_time()
+    assert values(one("format", pattern=pattern), text) == values(one("regex", pattern=pattern + "Q"), text) == [0.0]
+    assert time.process_time() - start < 2.0
+
+
+def test_repetition_is_the_share_of_distinct_ngrams() -> None:
+    reward = one("repetition", ngram=2)
+    # `a b a b a` has (a b) (b a) (a b) (b a), of which 2 are distinct
+    assert values(reward, "", "one", "one two", "one two three", "a b a b a", "A b, a B,") == [1, 1, 1, 1, 0.5, 3 / 5]
+    assert values(one("repetition"), "a b c d a b c d") == [4 / 5] and values(one("repetition"), "word " * 10_003) == [1e-4]
+    assert values(one("repetition"), "a" * 1600)[0] == pytest.approx(1 / 97) and values(one("repetition"), "\u4e2d" * 103) == [0.01]
+    assert reward.score([item("a")])[0].verdict == "graded" and reward.judges is False
+
+
+def test_the_recipe_and_the_rewards_know_the_same_settings() -> None:
+    assert set(earned.REWARDS) == set(uses.MAKERS)
+    assert {key: set(owners) for key, (owners, _) in earned.NEEDS.items()} == {key: set(owners) for key, owners in uses.OWNERS.items()}
+    assert {key for key, (_, says) in earned.NEEDS.items() if not says} == set(uses.OPTIONAL)
+    every = [{"use": use} for use in uses.MAKERS]
+    assert [list(earned.rewards({"algorithm": "grpo", "rewards": [each]}))[:1] for each in every if each["use"] == "repetition"] == [[]]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_completions_are_judged_at_once(name: str) -> None:
+    start = time.process_time()
+    for reward in (one("format", pattern="(?s)x.*y"), one("regex", pattern=r"\d+ apples|x{3}"), one("repetition")):
+        [score] = reward.score([item(HOSTILE[name])])
+        assert score.value is not None and 0.0 <= score.value <= 1.0 and score.reason.isprintable()
+    assert time.process_time() - start < 2.5
+
+
+def test_rules_weigh_together_each_under_its_name() -> None:
+    weighted = make([RewardUse(use="regex", pattern="sorry", weight=-0.5), RewardUse(use="format", pattern="(?s).*\\."),
+                     RewardUse(use="repetition", weight=0.25), RewardUse(use="regex", pattern="72")], Path())  # fmt: skip
+    assert [each.name for each in weighted] == ["regex", "format", "repetition", "regex-2"]
+    with Scorer[int]([each.reward for each in weighted]) as scorer:
+        scorer.submit(0, item("I am sorry, it is 72."))
+        scorer.submit(1, item("It is 72"))
+        scores = scorer.collect()
+        assert scorer.pids == []
+    assert [total(scores[key], [each.weight for each in weighted]) for key in (0, 1)] == [-0.5 + 1 + 0.25 + 1, 0.25 + 1]
