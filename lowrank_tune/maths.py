@@ -44,6 +44,41 @@ def mean_of(values: Tensor) -> Mean:
     return Mean(values.detach().float().sum(), values.numel())
 
 
+def gae(rewards: Tensor, values: Tensor, says: Tensor, after: Tensor, gamma: float = 1.0, lam: float = 0.95) -> Tensor:
+    """Generalised advantage estimation (arXiv:1506.02438, equation 16) over the tokens of the mask; (B, T) fp32, 0 outside it.
+
+    rewards (B, T): what token t earns; values (B, T): what is still to be earned before token t; after (B,): the same behind the last
+    token, 0 for a completion that ended, the value of what was written where it was cut. Slots outside the mask are passed over, wherever
+    they stand and whatever they hold.
+    """
+    rewards, values = where_says(rewards, says).double(), where_says(values, says).double()
+    advantages = torch.zeros_like(rewards)
+    following, running = after.double(), torch.zeros_like(after, dtype=torch.float64)
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        here = says[:, t]
+        running = torch.where(here, rewards[:, t] + gamma * following - values[:, t] + gamma * lam * running, running)
+        following = torch.where(here, values[:, t], following)
+        advantages[:, t] = where_says(running, here)
+    return advantages.float()
+
+
+def whiten(values: Tensor, says: Tensor) -> Tensor:
+    """Mean 0 and variance 1 (1/n) over the mask, (B, T) fp32, 0 outside it; values that are all equal (within 1e-6) become exactly 0."""
+    chosen = values[says].double()
+    if not len(chosen) or float(chosen.max() - chosen.min()) <= 1e-6:
+        return torch.zeros_like(values)
+    spread = chosen.var(correction=0).sqrt()
+    return where_says(((values.double() - chosen.mean()) / spread).float(), says)
+
+
+def explained_variance(values: Tensor, returns: Tensor, says: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over the mask: 1 for values that foretell everything, 0 for constant ones; nan where
+    returns do not vary."""
+    wanted, found = returns[says].double(), values[says].double()
+    spread = float(wanted.var(correction=0)) if len(wanted) else 0.0
+    return 1.0 - float((wanted - found).var(correction=0)) / spread if spread else float("nan")
+
+
 def reliability(difference: Tensor, bins: int = 10) -> list[tuple[float, float, int]]:
     """How far the confidence of a preference model can be believed: (mean confidence, share that is right, pairs) of each bin.
 

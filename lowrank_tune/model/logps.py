@@ -76,6 +76,11 @@ def chunked_kl(head: Head, hidden: Tensor, reference: Tensor, temperature: float
     return _ChunkedKL.apply(hidden, reference, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
 
 
+def chunked_entropy(head: Head, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+    """The entropy of each of N distributions, from hidden states; (N,) fp32, with a gradient."""
+    return _ChunkedEntropy.apply(hidden, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
+
+
 def _chunks(rows: Tensor, head: Head) -> tuple[Tensor, ...]:
     return torch.split(rows, max(1, CHUNK_LOGITS // head.weight.shape[0])) if len(rows) else ()
 
@@ -129,6 +134,34 @@ class _ChunkedKL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (slope,) = ctx.saved_tensors
         return (slope * grad[:, None]).to(slope.dtype), None, None, None
+
+
+class _ChunkedEntropy(torch.autograd.Function):
+    """d H / d z = -p (log p + H), taken as above while the logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Head, temperature: float) -> Tensor:
+        entropies, slopes = [hidden.new_zeros(0, dtype=torch.float32)], []
+        for chunk in _chunks(hidden, head):
+            z = head.logits(chunk, temperature)
+            p = torch.log_softmax(z, dim=-1)
+            odds = p.exp()
+            entropy = -(odds * p).sum(dim=-1)
+            entropies.append(entropy)
+            if ctx.needs_input_grad[0]:
+                slope = -odds * (p + entropy[:, None])
+                if head.softcap is not None:
+                    slope *= 1 - (z * temperature / head.softcap) ** 2
+                dtype = head.weight.dtype if head.weight.is_cuda else torch.float32
+                slopes.append((slope.to(dtype) @ head.weight.to(dtype)).float() * (head.scale / temperature))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.cat(slopes).to(hidden.dtype) if slopes else torch.zeros_like(hidden))
+        return torch.cat(entropies)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return (slope * grad[:, None]).to(slope.dtype), None, None
 
 
 def _one_chunk(head: Head, hidden: Tensor, targets: Tensor, temperature: float, logps: Tensor, entropy: Tensor, likeliest: Tensor,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowrank_tune.errors import UserError
 from lowrank_tune.model import heads as scalar
 from lowrank_tune.model.base import Base
-from lowrank_tune.model.logps import check_head, chunked_kl, chunked_logps, head_of
+from lowrank_tune.model.logps import check_head, chunked_entropy, chunked_kl, chunked_logps, head_of
 from lowrank_tune.model.tree import Tree, agrees, longest_shareable, mask_for, plant
 from lowrank_tune.types import Batch, LogProbs
 
@@ -46,7 +46,8 @@ class Roles:
 
     `adapters` in the order they lie, all fresh (and a fresh adapter changes nothing: its B is zero) until `load_adapter_tensors`. Only
     those in `trainable` ever get a gradient. `heads` are roles with a scalar head: it belongs to the adapter of the role's own name, the
-    top of its stack, and trains and is saved with it. `share` False has every row go through the model whole.
+    top of its stack, and trains and is saved with it; or, where no adapter has that name, it stands alone on a stack that others train.
+    `share` False has every row go through the model whole.
     """
 
     def __init__(self, base: Base, adapters: Mapping[str, LoraConfig], trainable: Iterable[str], stacks: Mapping[str, list[str]],
@@ -67,7 +68,7 @@ class Roles:
         assert self._peft is not None, "roles without an adapter"
         self.head = head_of(base.model)
         self.heads = {role: scalar.ScalarHead(self.head.weight.shape[1], base.device) for role in heads}
-        assert all(self.stacks[role][-1:] == [PREFIX + role] for role in self.heads), "a head belongs to the top adapter of its own role"
+        assert all(self.stacks[role][-1:] == [PREFIX + role] for role in self.heads if role in adapters), "a head belongs to its role's top"
         self._pin()
         self._freeze_all_but_trainable()
         self._checkpointing = checkpointing
@@ -97,7 +98,7 @@ class Roles:
 
     def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
         """The same by name, a scalar head last."""
-        top = self.stacks[role][-1]
+        top = PREFIX + role if role in self.heads else self.stacks[role][-1]
         return {name: p for name, p in self._all_parameters() if p.requires_grad and f".{top}." in name}
 
     def _all_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -141,16 +142,19 @@ class Roles:
                 longest *= agrees(self._decode, self.head.weight.shape[0], model.dtype, self.base.device)
         return longest
 
-    def logps(self, role: str, batch: Batch, temperature: float = 1.0) -> LogProbs:
+    def logps(self, role: str, batch: Batch, temperature: float = 1.0, entropy_gradient: bool = False) -> LogProbs:
         """log p(token t | before) and entropy where `says`, else 0; (B, T) fp32. The shift by one happens here."""
-        logps, entropy, _ = self.scored(role, batch, temperature)
+        logps, entropy, _ = self.scored(role, batch, temperature, entropy_gradient)
         return LogProbs(logps, entropy)
 
-    def scored(self, role: str, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs and entropies as `logps`, and whether the token is the likeliest one; (B, T) each."""
+    def scored(self, role: str, batch: Batch, temperature: float = 1.0, entropy_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs and entropies as `logps`, and whether the token is the likeliest one; (B, T) each. Entropies have a gradient only where
+        one is asked for: it costs a second pass through the head."""
         rows, columns = batch.scored.nonzero(as_tuple=True)
         hidden = self.hidden(role, batch)[rows, columns - 1]
         values = chunked_logps(self.head, hidden, batch.ids[rows, columns], temperature)
+        if entropy_gradient:
+            values = values[0], chunked_entropy(self.head, hidden, temperature), values[2]
         return tuple(_scatter(value, rows, columns, batch.ids.shape) for value in values)  # type: ignore[return-value]
 
     def exact_kl(self, role: str, reference: str, batch: Batch, temperature: float = 1.0, gradient: bool = False) -> Tensor:
@@ -175,7 +179,9 @@ class Roles:
 
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
         """The adapter's weights, its head's too, under the names of PEFT's file format. They are counted: none may be lost."""
-        tensors = get_peft_model_state_dict(self._peft, adapter_name=PREFIX + name, save_embedding_layers=False)
+        tensors = {}
+        if PREFIX + name in self._peft.peft_config:
+            tensors = get_peft_model_state_dict(self._peft, adapter_name=PREFIX + name, save_embedding_layers=False)
         if name in self.heads:
             tensors[scalar.KEY] = self.heads[name].weight
         expected = sum(f".{PREFIX}{name}." in key for key, _ in self._all_parameters())
@@ -193,13 +199,14 @@ class Roles:
             with torch.no_grad():
                 self.heads[name].weight.copy_(tensors[scalar.KEY])
         lora = {key: tensor for key, tensor in tensors.items() if key != scalar.KEY}
-        set_peft_model_state_dict(self._peft, lora, adapter_name=PREFIX + name)
-        self._pin()
-        self._freeze_all_but_trainable()
+        if lora:
+            set_peft_model_state_dict(self._peft, lora, adapter_name=PREFIX + name)
+            self._pin()
+            self._freeze_all_but_trainable()
 
     def adapter_config(self, name: str) -> dict[str, Any]:
-        """The adapter's `adapter_config.json`."""
-        config = self._peft.peft_config[PREFIX + name].to_dict()
+        """The adapter's `adapter_config.json`; of a head that stands alone, what there is to say of it."""
+        config = self._peft.peft_config[PREFIX + name].to_dict() if PREFIX + name in self._peft.peft_config else {}
         config.update(base_model_name_or_path=self.base.name, revision=self.base.revision, inference_mode=True)
         if name in self.heads:
             config.update(scalar.WRITTEN)
