@@ -11,24 +11,28 @@ dr_grpo   w = 1 / (N max_new_tokens), A = R - mean R: neither length nor spread 
 gspo      grpo's weights, rho of the whole sequence: exp of the mean log-ratio a token                         arXiv:2507.18071
 cispo     dapo's weights, -sg(min(rho, high)) A log p: the weight is clipped, no gradient is lost; high 5      arXiv:2506.13585
 
-A group whose rewards are all equal (within 1e-6) has A = 0 exactly. KL in the loss a token, d = log ref - log p:
+A completion that no reward can be told for (`failures.py`) leaves its group before anything is counted. A group whose rewards are all equal
+(within 1e-6), or that has no two left, has A = 0 exactly. KL in the loss a token, d = log ref - log p:
 k3_ratio (e^d - d - 1) rho, whose gradient is that of KL(p || ref); k3 without rho; k2 d^2 / 2; exact, over the whole vocabulary. KL in
 the reward: R_i loses lambda sum_t (log p_old - log ref).
 
 Metrics: `reward` R before any KL, `reward_spread` its std in a group, `reward_NAME` each reward by itself; `dead_groups` the share of
 groups without signal; `length` tokens a completion, `truncated` the share cut by the limit; `kl` to the reference, nats a token;
 `entropy` nats; `clip_fraction` the share of tokens where the clip stops the gradient; `mismatch` mean |log p - log p_sampler| in the
-first pass; `loss` is L; `rollout_seconds` and `score_seconds` the time of collecting.
+first pass; `loss` is L; `rollout_seconds` and `score_seconds` the time of collecting; `score_errors` and `score_timeouts` how many
+completions of the step a reward failed on, from the first such on.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lowrank_tune.algorithms.failures import Unscored
 from lowrank_tune.algorithms.harvest import Harvest, Harvester
 from lowrank_tune.algorithms.kit import Kit
 from lowrank_tune.algorithms.step_zero import check_reference
@@ -43,17 +47,26 @@ RISEN = 0.05  # above the first step's reward: something was learned
 MOST_DRAWS = 4  # harvests of one step, where dead groups are replaced
 
 
-def group_advantages(rewards: Tensor, divide: bool = True) -> Tensor:
-    """Rewards (groups, n) -> advantages (groups, n); exactly 0 for a group of equal rewards."""
+def group_advantages(rewards: Tensor, divide: bool = True, scored: Tensor | None = None) -> Tensor:
+    """Rewards (groups, n) -> advantages (groups, n); exactly 0 for a group of equal rewards, and where `scored` is False."""
     rewards = rewards.double()
+    if scored is not None and not bool(scored.all()):  # such a group is what is left of it
+        found = torch.zeros(rewards.shape)
+        for group in scored.any(dim=1).nonzero().flatten().tolist():
+            found[group, scored[group]] = group_advantages(rewards[group, scored[group]][None], divide)[0]
+        return found
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if divide:
         centred = centred / (rewards.std(dim=1, keepdim=True, correction=0) + EPSILON)
     return torch.where(dead(rewards)[:, None], torch.zeros_like(centred), centred).float()
 
 
-def dead(rewards: Tensor) -> Tensor:
-    """(groups, n) -> (groups,) bool: all equal, so that there is nothing to learn from."""
+def dead(rewards: Tensor, scored: Tensor | None = None) -> Tensor:
+    """(groups, n) -> (groups,) bool: all that is `scored` is equal, or one completion at most, so that there is nothing to learn from."""
+    if scored is not None:
+        rewards = torch.where(scored, rewards, torch.inf)
+        least, most = rewards.amin(dim=1), torch.where(scored, rewards, -torch.inf).amax(dim=1)
+        return most - least <= EQUAL
     return rewards.amax(dim=1) - rewards.amin(dim=1) <= EQUAL
 
 
@@ -105,6 +118,7 @@ class GRPO:
         self.mismatch_limit, self.truncated, self.penalty, self.dead_groups = mismatch_limit, truncated, penalty, dead_groups
         self._first_pass, self._rows, self._idle = True, 1, False
         self._first_reward: float | None = None
+        self._drawn, self._lost = 0, list[Unscored]()
 
     def collect(self, step: int) -> Experience:
         harvests = [self._draw(step, 0)]
@@ -113,24 +127,31 @@ class GRPO:
             harvests.append(self._draw(step, len(harvests), missing))
         stats: Stats = {}
         for harvest in harvests:
-            add_stats(stats, harvest.stats() | {"dead_groups": Mean(dead(harvest.rewards).sum(), harvest.groups)})
+            add_stats(stats, harvest.stats() | {"dead_groups": Mean(dead(harvest.rewards, harvest.scored).sum(), harvest.groups)})
         stats |= {name: Mean(stats[name].total, 1) for name in harvests[0].seconds}  # of all draws together
         harvest = Harvest.join(harvests, self.harvester.pad_id)
-        if self.dead_groups != "keep":
-            alive = ~dead(harvest.earned)
-            # Where nothing can be told apart the step weighs nothing: what KL alone leaves is noise there, and Adam walks at its full rate.
-            self._idle = not bool(alive.any())
-            harvest = harvest if self._idle else harvest.pick(alive)
-        batch = harvest.batch
-        advantages = group_advantages(harvest.earned, divide=self.loss != "dr_grpo")
+        self._drawn, self._lost = len(harvest.unscored), [one for one in harvest.unscored if one is not None]
+        stats |= self.harvester.failures.stats(self._lost)
+        # Where nothing can be told apart the step weighs nothing: what KL alone leaves is noise there, and Adam walks at its full rate.
+        alive = ~dead(harvest.earned, harvest.scored) if self.dead_groups != "keep" else harvest.scored.any(dim=1)
+        self._idle = not bool(alive.any())
+        harvest = harvest if self._idle or bool(alive.all()) else harvest.pick(alive)
+        advantages = group_advantages(harvest.earned, self.loss != "dr_grpo", harvest.scored)
         self.harvester.show(step, harvest, advantages)
-        batch.extra["advantage"] = advantages.flatten()
-        if self.truncated == "mask":
-            batch.says &= ~harvest.truncated[:, None]
+        batch = self._batch(harvest, advantages)
         if self.epochs > 1 and self.old == "recomputed":
             batch.extra["old"] = self.harvester.logps("policy", batch)
         self._first_pass = True
         return Harvested(batch, stats, self.epochs)
+
+    def _batch(self, harvest: Harvest, advantages: Tensor) -> Batch:
+        """What is trained on: the rows that were scored, with their advantages."""
+        batch, scored = harvest.batch, harvest.scored.flatten()
+        batch.extra["advantage"] = advantages.flatten()
+        if self.truncated == "mask":
+            batch.says &= ~harvest.truncated[:, None]
+        gone = not bool(scored.all()) and not self._idle
+        return batch.take(scored.nonzero().squeeze(1)) if gone else batch
 
     def _draw(self, step: int, draw: int, prompts: int | None = None) -> Harvest:
         """Completions with what they earn: reward, minus the penalty of being cut, minus the KL where that stands in the reward."""
@@ -192,8 +213,11 @@ class GRPO:
         if figures.get("mismatch", 0.0) > self.mismatch_limit:
             raise RunFailed(f"the sampler's log-probs and the policy's differ by {figures['mismatch']:.3f} nats a token, more than "
                             f"grpo.mismatch_limit, {self.mismatch_limit:g}: ratios would compare what was never drawn")  # fmt: skip
-        self._first_reward = figures["reward"] if self._first_reward is None else self._first_reward
-        if figures["dead_groups"] >= 0.8 and figures["reward"] <= self._first_reward + RISEN:  # groups that all became right are no trouble
+        yield from self.harvester.failures.warnings(self._lost, self._drawn)
+        if self._first_reward is None and not math.isnan(figures["reward"]):
+            self._first_reward = figures["reward"]
+        first = math.inf if self._first_reward is None else self._first_reward
+        if figures["dead_groups"] >= 0.8 and figures["reward"] <= first + RISEN:  # groups that all became right are no trouble
             yield (f"most groups have equal rewards and teach nothing, {figures['dead_groups']:.0%} of this step's: the task is too hard "
                    "or too easy, or groups too small; look at the rewards, raise rollout.num_generations, or begin from an SFT "
                    "adapter")  # fmt: skip
@@ -203,7 +227,7 @@ class GRPO:
         return True
 
     def state(self) -> dict[str, float]:
-        return {}
+        return self.harvester.failures.state()
 
     def restore(self, state: Mapping[str, float]) -> None:
-        assert not state, "grpo keeps no state"
+        self.harvester.failures.restore(state)

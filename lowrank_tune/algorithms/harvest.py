@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from lowrank_tune.algorithms.failures import Failures, Unscored
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout import Engine
 from lowrank_tune.types import Batch, Completion, Mean, Sampling, Stats
@@ -19,16 +21,18 @@ if TYPE_CHECKING:  # an algorithm must run where pydantic is not installed (benc
 
 
 class Scoring(Protocol):
-    """Scores completions on the side: `submit` as each finishes, `collect` waits for the rest. A value for each reward, by key."""
+    """Scores completions on the side: `submit` as each finishes, `collect` waits for the rest. By key a value for each reward, or why there
+    is none."""
 
     def submit(self, key: int, asked: Asked, text: str, completion: Completion) -> None: ...
-    def collect(self) -> Mapping[int, Sequence[float]]: ...
+    def collect(self) -> Mapping[int, Sequence[float] | Unscored]: ...
 
 
 @dataclass
 class Harvest:
     """Groups of completions. `batch` has prompt and completion in each row, groups adjacent, with `extra["sampler"]`, the log-probs that
-    the completions were drawn with; rewards, and what was `earned` after penalties (groups, n); `parts` (B, rewards) before weighting."""
+    the completions were drawn with; rewards, and what was `earned` after penalties (groups, n); `parts` (B, rewards) before weighting.
+    `unscored` (B of them) says of what no reward can be told for why; rewards, earned and parts are nan there."""
 
     batch: Batch
     rewards: Tensor
@@ -39,26 +43,38 @@ class Harvest:
     asked: list[Asked]
     seconds: dict[str, float] = field(default_factory=dict)
     earned: Tensor = field(default_factory=lambda: torch.zeros(0))
+    unscored: list[Unscored | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.earned.numel():
             self.earned = self.rewards
+        self.unscored = self.unscored or [None] * len(self.batch)
+
+    @property
+    def scored(self) -> Tensor:
+        """(groups, n) bool."""
+        return torch.tensor([one is None for one in self.unscored]).view_as(self.rewards)
 
     @property
     def groups(self) -> int:
         return len(self.rewards)
 
-    def live(self, dead: Callable[[Tensor], Tensor]) -> int:
+    def live(self, dead: Callable[[Tensor, Tensor], Tensor]) -> int:
         """How many groups have a signal."""
-        return self.groups - int(dead(self.earned).sum())
+        return self.groups - int(dead(self.earned, self.scored).sum())
 
     def stats(self) -> Stats:
-        """What a person watches, as means."""
-        rewards, lengths = self.rewards, self.batch.says.sum(dim=1)
+        """What a person watches, as means. Of rewards, over what was scored."""
+        rewards, scored, lengths = self.rewards, self.scored, self.batch.says.sum(dim=1)
+        parts, spreads = self.parts, rewards.std(dim=1, correction=0)
+        if not bool(scored.all()):
+            left = [group[told] for group, told in zip(rewards, scored, strict=True) if bool(told.any())]
+            spreads = torch.tensor([float(group.std(correction=0)) for group in left], dtype=rewards.dtype)
+            rewards, parts = rewards[scored], parts[scored.flatten()]
         several = self.names if len(self.names) > 1 else ()
-        own = {f"reward_{name}": Mean(self.parts[:, i].sum(), len(self.parts)) for i, name in enumerate(several)}
+        own = {f"reward_{name}": Mean(parts[:, i].sum(), len(parts)) for i, name in enumerate(several)}
         return {
-            "reward": Mean(rewards.sum(), rewards.numel()), "reward_spread": Mean(rewards.std(dim=1, correction=0).sum(), len(rewards)), **own,
+            "reward": Mean(rewards.sum(), rewards.numel()), "reward_spread": Mean(spreads.sum(), len(spreads)), **own,
             "length": Mean(lengths.sum(), len(lengths)), "truncated": Mean(self.truncated.sum(), len(self.truncated)),
             **{name: Mean(value, 1) for name, value in self.seconds.items()}}  # fmt: skip
 
@@ -71,7 +87,7 @@ class Harvest:
         batch = self.batch.take(places, self.batch.ids.shape[1])
         return Harvest(batch, self.rewards[wanted], self.parts[rows], self.truncated[rows], self.names, [self.texts[i] for i in kept],
                         [a for a, keep in zip(self.asked, wanted.tolist(), strict=True) if keep],
-                       self.seconds, self.earned[wanted])  # fmt: skip
+                       self.seconds, self.earned[wanted], [self.unscored[i] for i in kept])  # fmt: skip
 
     @classmethod
     def join(cls, several: Sequence[Harvest], pad_id: int) -> Harvest:
@@ -86,7 +102,8 @@ class Harvest:
         rewards, parts, truncated, earned = (torch.cat([getattr(one, name) for one in several])
                                              for name in ("rewards", "parts", "truncated", "earned"))  # fmt: skip
         return cls(batch, rewards, parts, truncated, several[0].names, [text for one in several for text in one.texts],
-                   [asked for one in several for asked in one.asked], several[0].seconds, earned)
+                   [asked for one in several for asked in one.asked], several[0].seconds, earned,
+                   [lost for one in several for lost in one.unscored])  # fmt: skip
 
 
 def _widened(batch: Batch, width: int, pad_id: int) -> Batch:
@@ -119,6 +136,7 @@ class Harvester:
     seed_of: Callable[[int], int]
     show: Callable[[int, Harvest, Tensor], None] = lambda step, harvest, advantages: None
     """Is told of each step's harvest, with the advantages (groups, n)."""
+    failures: Failures = field(default_factory=Failures)
 
     def draw(self, step: int, draw: int, count: int | None = None) -> Harvest:
         """The completions of a step's prompts, grouped in the prompts' order, with their rewards."""
@@ -135,14 +153,16 @@ class Harvester:
             self.scoring.submit(key, asked[completion.prompt], texts[key], completion)
         rolled = time.perf_counter()
         scores = self.scoring.collect()
-        parts = torch.tensor([list(scores[key]) for key in range(len(asked) * n)], dtype=torch.float64)
+        unscored = [one if isinstance(one := scores[key], Unscored) else None for key in range(len(asked) * n)]
+        self.failures.count(unscored)
+        parts = torch.tensor([_values(scores[key], len(self.weights)) for key in range(len(asked) * n)], dtype=torch.float64)
         rewards = (parts @ torch.tensor(list(self.weights), dtype=torch.float64)).view(len(asked), n)
         completions = [done[key] for key in range(len(asked) * n)]
         truncated = torch.tensor([one.finish == "length" for one in completions])
         seconds = {"rollout_seconds": rolled - begun, "score_seconds": time.perf_counter() - rolled}
         batch = _batch([asked[one.prompt].ids for one in completions], completions, self.pad_id)
         told = [texts[key] for key in range(len(completions))]
-        return Harvest(batch, rewards, parts, truncated, self.names, told, asked, seconds)
+        return Harvest(batch, rewards, parts, truncated, self.names, told, asked, seconds, unscored=unscored)
 
     def logps(self, role: str, batch: Batch) -> Tensor:
         """Log-probs of what was written by a role, no gradient, (B, T) on the CPU."""
@@ -155,6 +175,11 @@ class Harvester:
             with self.roles.quiet():
                 found[places] = self.roles.logps(role, part, self.temperature).logps.cpu()
         return found
+
+
+def _values(found: Sequence[float] | Unscored, count: int) -> list[float]:
+    """Not a number is what nobody can take for a reward."""
+    return [math.nan] * count if isinstance(found, Unscored) else list(found)
 
 
 def _batch(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], pad_id: int) -> Batch:

@@ -9,15 +9,16 @@ from pathlib import Path
 from torch import Tensor
 
 from lowrank_tune import settings
+from lowrank_tune.algorithms.failures import Failures, Unscored, in_words
 from lowrank_tune.algorithms.grpo import GRPO
 from lowrank_tune.algorithms.harvest import Harvest, Harvester
 from lowrank_tune.algorithms.kit import Kit
 from lowrank_tune.data import Asked, AskedSet, Template, asked_order, load_asked
-from lowrank_tune.errors import UserError
+from lowrank_tune.errors import RunFailed, UserError
 from lowrank_tune.events import Emit, Grouped, Note, Progress
 from lowrank_tune.maths import step_seed
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.rewards import Item, Score, Scorer, Weighted, dead_share, examine, garbage, make, total
+from lowrank_tune.rewards import Item, Score, Scorer, Weighted, dead_share, examine, failed, garbage, make
 from lowrank_tune.rollout import Engine
 from lowrank_tune.types import Completion, Sampling
 
@@ -47,12 +48,16 @@ class Scoring:
         stopped = completion.finish == "stop" and not self.template.marks_in(completion.ids[:-1])
         self.scorer.submit(key, Item(asked.text, text, asked.gold, asked.row, stopped, len(completion.ids)))
 
-    def collect(self) -> Mapping[int, Sequence[float]]:
+    def collect(self) -> Mapping[int, Sequence[float] | Unscored]:
         return {key: self._values(scores) for key, scores in self.scorer.collect().items()}
 
-    def _values(self, scores: Sequence[Score]) -> list[float]:
-        total(scores, self.weights)  # raises where one could not tell
-        return [float(score.value) for score in scores if score.value is not None]
+    def _values(self, scores: Sequence[Score]) -> list[float] | Unscored:
+        if (lost := failed(self.weighted, scores)) is None:
+            return [float(score.value) for score in scores if score.value is not None]
+        who, score = lost
+        if who.on_error == "stop":
+            raise RunFailed(f"rewards: {score.reason or score.verdict}")
+        return Unscored(who.name, "timeout" if score.verdict == "timeout" else "error", score.reason or score.verdict)
 
     def close(self) -> None:
         self.scorer.close()
@@ -90,15 +95,21 @@ def make_harvester(recipe: settings.Recipe, roles: Roles, template: Template, pr
     return Harvester(
         roles, prompts_of, scoring, [each.name for each in scoring.weighted], scoring.weights, template.decode, stop_ids, template.pad_id,
         wanted.num_generations, wanted.max_new_tokens, wanted.temperature, wanted.slots, micro_tokens,
-        lambda number: step_seed(recipe.seed, HARVEST + number), show)  # fmt: skip
+        lambda number: step_seed(recipe.seed, HARVEST + number), show, Failures(wanted.max_unscored_share))  # fmt: skip
 
 
 def _completions(harvest: Harvest, advantages: Tensor) -> list[Mapping[str, object]]:
     """The first group, as the screen shows it."""
     n = harvest.rewards.shape[1]
-    return [{"text": harvest.texts[i], "reward": float(harvest.rewards[0, i]), "advantage": float(advantages[0, i]),
-             "finish": "length" if bool(harvest.truncated[i]) else "stop",
-             "parts": dict(zip(harvest.names, harvest.parts[i].tolist(), strict=True))} for i in range(n)]  # fmt: skip
+    return [_completion(harvest, advantages, i) for i in range(n)]
+
+
+def _completion(harvest: Harvest, advantages: Tensor, i: int) -> Mapping[str, object]:
+    told: dict[str, object] = {"text": harvest.texts[i], "finish": "length" if bool(harvest.truncated[i]) else "stop"}
+    if (lost := harvest.unscored[i]) is not None:
+        return told | {"reward": None, "advantage": None, "unscored": f"{lost.reward}: {lost.reason}", "parts": {}}
+    return told | {"reward": float(harvest.rewards[0, i]), "advantage": float(advantages[0, i]),
+                   "parts": dict(zip(harvest.names, harvest.parts[i].tolist(), strict=True))}  # fmt: skip
 
 
 def grpo(recipe: settings.Recipe, kit: Kit, harvester: Harvester) -> GRPO:
@@ -123,14 +134,22 @@ def try_groups(recipe: settings.Recipe, roles: Roles, template: Template, prompt
         scoring.submit(completion.prompt * TRIES + completion.sample, asked[completion.prompt], template.decode(body), completion)
         if done % TRIES == 0:
             emit(Progress(what=what, done=done, total=len(asked) * TRIES))
-    earned = {key: sum(w * v for w, v in zip(scoring.weights, values, strict=True)) for key, values in scoring.collect().items()}
+    found = scoring.collect()
+    lost = [values for values in found.values() if isinstance(values, Unscored)]
+    if lost:
+        emit(Note(level="warning", message=f"{len(lost)} of {len(found)} trial completions could not be scored: {in_words(lost)}"))
+    earned = {key: sum(w * v for w, v in zip(scoring.weights, values, strict=True)) for key, values in found.items()
+              if not isinstance(values, Unscored)}  # fmt: skip
+    if not earned:
+        raise UserError(f"rewards: none of {len(found)} trial completions could be scored: {in_words(lost)}")
     best, least = max(earned.values()), min(earned.values())
     n = recipe.rollout.num_generations
     if best - least <= 1e-6:
         told = f"{len(earned)} completions of {len(asked)} prompts all earn {best:.3g}: such groups have no signal; "
         emit(Note(level="warning", message=told + "an easier task, a partial reward or an SFT adapter below would give one"))
         return
-    rates = [sum(earned[at * TRIES + i] > (best + least) / 2 for i in range(TRIES)) / TRIES for at in range(len(asked))]
+    tries = [[earned[key] for key in range(at * TRIES, (at + 1) * TRIES) if key in earned] for at in range(len(asked))]
+    rates = [sum(value > (best + least) / 2 for value in several) / len(several) for several in tries if several]
     dead = dead_share(rates, n, TRIES)
     told = f"{sum(rates) / len(rates):.0%} of {len(earned)} trial completions earn more than half: "
     told += f"about {dead:.0%} of groups of {n} will be dead"

@@ -5,14 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 SHOWN = 80  # characters of a text that a sentence quotes
 
 
 @dataclass(frozen=True)
 class Item:
-    """One completion to score. `row` is the whole row of the data, `stopped`: it ended by itself, `tokens`: its length."""
+    """One completion to score. `row` is the whole row of the data, `stopped`: it ended by itself, `tokens`: its length. `ids`: prompt and
+    completion as the base reads them, where they are known: a learned reward reads them too."""
 
     prompt: str
     completion: str
@@ -20,6 +21,7 @@ class Item:
     row: Mapping[str, Any]
     stopped: bool
     tokens: int
+    ids: Sequence[int] = ()
 
     def __str__(self) -> str:
         return f"the completion {shown(self.completion)} of the prompt {shown(self.prompt)}"
@@ -30,7 +32,7 @@ class Score:
     """What one reward gives one completion.
 
     pass, fail: right or wrong; graded: a figure in between. error, timeout: the reward itself could not tell. `value` None never becomes
-    a number: `total` stops the run with `reason`.
+    a number: by the reward's `on_error` the completion leaves its group, or the run stops, with `reason`.
     """
 
     value: float | None
@@ -46,6 +48,22 @@ class Reward(Protocol):
     def name(self) -> str: ...
     @property
     def judges(self) -> bool: ...
+    def score(self, items: Sequence[Item]) -> list[Score]: ...
+
+
+@runtime_checkable
+class Choosy(Protocol):
+    """A reward that can say of a row, before anything is drawn, that nothing could be judged by it: a gold answer that cannot be read."""
+
+    def unusable(self, item: Item) -> str | None:
+        """Why, in a few words that are the same for all such rows; None where it is of use. Cheap, and never raises: every row is asked.
+        The completion of `item` is empty."""
+
+
+class Whole(ABC):
+    """A reward that scores all completions of a harvest together, in this process, once the last has come: a learned one."""
+
+    @abstractmethod
     def score(self, items: Sequence[Item]) -> list[Score]: ...
 
 

@@ -58,6 +58,7 @@ def _block(one: Written, view: View, width: int, most: int) -> list[Line]:
     end = "cut" if one.finish == "length" else said(one.finish, view.ascii_only, 6)
     label = LABEL.format(_figure(number, one.reward), _figure(signed, one.advantage), end, times)
     parts = "  ".join(f"{said(name, view.ascii_only, 20)} {_figure(number, value)}" for name, value in one.parts) if len(one.parts) > 1 else ""
+    parts = f"not scored: {said(one.unscored, view.ascii_only, width)}" if one.unscored else parts
     rows = wrap(said(one.text, view.ascii_only, most * width), width - INDENT - 1, max(1, most - bool(parts))) or ["(empty)"]
     lines: list[Line] = [[(label if row == 0 else " " * INDENT, style), (part, "")] for row, part in enumerate(rows)]
     if parts and len(lines) < most:

@@ -20,6 +20,8 @@ class Written:
     finish: str
     parts: tuple[tuple[str, float], ...]
     times: int = 1
+    unscored: str = ""
+    """Which reward failed on it, and why: it is no part of its group."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Group:
     @property
     def is_dead(self) -> bool:
         """All earned the same, so that there is nothing to learn."""
-        return all(one.advantage == 0 for one in self.completions)
+        return all(one.advantage == 0 for one in self.completions if not one.unscored)
 
 
 def read_group(event: Grouped) -> Group:
@@ -48,7 +50,7 @@ def read_group(event: Grouped) -> Group:
         if isinstance(each, Mapping):
             one = _written(each)
             counted[one] = counted.get(one, 0) + 1
-    several = [Written(one.text, one.reward, one.advantage, one.finish, one.parts, times) for one, times in counted.items()]
+    several = [Written(one.text, one.reward, one.advantage, one.finish, one.parts, times, one.unscored) for one, times in counted.items()]
     several.sort(key=lambda one: (-one.reward if math.isfinite(one.reward) else math.inf, -one.times))
     return Group(event.step, str(event.prompt), None if event.gold is None else str(event.gold), tuple(several))
 
@@ -56,7 +58,8 @@ def read_group(event: Grouped) -> Group:
 def _written(each: Mapping[str, Any]) -> Written:
     parts = each.get("parts")
     told = tuple((str(name), _number(value)) for name, value in parts.items()) if isinstance(parts, Mapping) else ()
-    return Written(str(each.get("text", "")), _number(each.get("reward")), _number(each.get("advantage")), str(each.get("finish", "")), told)
+    return Written(str(each.get("text", "")), _number(each.get("reward")), _number(each.get("advantage")), str(each.get("finish", "")), told,
+                   unscored=str(each.get("unscored", "")))  # fmt: skip
 
 
 def _number(value: Any) -> float:

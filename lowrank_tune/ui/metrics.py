@@ -82,6 +82,8 @@ OWN_MEANINGS = {
         "loss": "the policy's loss; with advantages around 0 it says little",
         "rollout_seconds": "seconds of a step in which completions were drawn",
         "score_seconds": "seconds of a step spent waiting for rewards",
+        "score_errors": "completions of a step on which a reward failed; they leave their groups",
+        "score_timeouts": "completions of a step on which a reward took too long; they leave their groups",
     },
 }
 """Where an algorithm means something else by a name, or has names of its own."""

@@ -64,4 +64,5 @@ def _words(one: Written, several: bool) -> str:
     """The completion, whether it was cut off, and what each of several rewards gave."""
     facts = ["cut off by the limit"] if one.finish == "length" else []
     facts += [f"{text(name, 60)} {_figure(value)}" for name, value in one.parts] if several else []
+    facts += [f"not scored: {text(one.unscored, 300)}"] if one.unscored else []
     return f'<div class="text">{block(one.text, 1500)}</div>' + (f'<span class="soft">{", ".join(facts)}</span>' if facts else "")

@@ -1,0 +1,316 @@
+"""Laws of what a reward cannot judge: it is never a 0. The completion leaves its group as if it had never been drawn, or the run stops."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import CPU, llama_roles, make_batch, shake
+from test_grpo import KINDS, Fake, one_pass, over, written
+from torch import Tensor
+
+from lowrank_tune import Recipe, run
+from lowrank_tune import runner as runner_module
+from lowrank_tune.algorithms.failures import FEW, Failures, Unscored
+from lowrank_tune.algorithms.grpo import dead, group_advantages
+from lowrank_tune.algorithms.harvest import Harvest
+from lowrank_tune.build.online import Scoring
+from lowrank_tune.control import Control
+from lowrank_tune.data import Asked
+from lowrank_tune.errors import RunFailed
+from lowrank_tune.events import Grouped, Note, StepDone
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.rewards import Score
+from lowrank_tune.types import Batch, Completion, to_floats
+
+LOST = Unscored("answer", "error", "because")
+LATE = Unscored("answer", "timeout", "too slow")
+
+# --- advantages ------------------------------------------------------------------------------------------------------------------------
+
+GROUPS = st.integers(1, 6).flatmap(lambda n: st.lists(st.lists(
+    st.tuples(st.floats(-50, 50, width=32), st.booleans()), min_size=n, max_size=n), min_size=1, max_size=4))  # fmt: skip
+
+
+@given(GROUPS)
+def test_a_dropped_completion_never_was(groups: list[list[tuple[float, bool]]]) -> None:
+    rewards = torch.tensor([[value if told else math.nan for value, told in group] for group in groups], dtype=torch.float64)
+    scored = torch.tensor([[told for _, told in group] for group in groups])
+    for divide in (True, False):
+        found = group_advantages(rewards, divide, scored)
+        assert not found.isnan().any() and not found[~scored].any()
+        for number, group in enumerate(groups):
+            left = np.array([value for value, told in group if told])
+            mine = found[number, scored[number]]
+            assert bool(dead(rewards, scored)[number]) == (len(left) < 2 or bool(np.ptp(left) <= 1e-6))
+            if len(left) < 2 or np.ptp(left) <= 1e-6:
+                assert not mine.any()
+                continue
+            expected = (left - left.mean()) / (left.std() + 1e-4 if divide else 1.0)
+            assert np.allclose(mine.numpy(), expected, rtol=1e-6, atol=1e-6 * abs(expected).max())
+            assert torch.equal(mine, group_advantages(torch.tensor(left)[None], divide)[0])
+
+
+def test_nothing_dropped_changes_no_bit() -> None:
+    rewards = torch.randn(7, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    every = torch.ones(7, 9, dtype=torch.bool)
+    assert torch.equal(group_advantages(rewards, True, every), group_advantages(rewards)) and torch.equal(dead(rewards, every), dead(rewards))
+
+
+# --- through a model ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def roles() -> Roles:
+    found = llama_roles(16, lower=["sft"])
+    shake(found, "sft", size=0.05)
+    shake(found, "policy", size=0.05, seed=2)
+    return found
+
+
+class Dropping(Fake):
+    """The same completions, of which some are without a reward; or, with `never`, without those completions."""
+
+    def __init__(self, roles: Any, rewards: Any, lost: Sequence[int] = (), never: bool = False, **how: Any) -> None:
+        super().__init__(roles, rewards, **how)
+        self.lost, self.never = lost, never
+
+    def logps(self, role: str, batch: Batch) -> Tensor:
+        """Row by row, each at its own width: rounding does not know which other rows there are."""
+        found = torch.zeros(batch.ids.shape)
+        for i in range(len(batch)):
+            alone = super().logps(role, batch.take(torch.tensor([i])))
+            found[i, : alone.shape[1]] = alone[0]
+        return found
+
+    def draw(self, step: int, draw: int, count: int | None = None) -> Harvest:
+        rewards = torch.tensor(self.rewards[draw][:count], dtype=torch.float64)
+        groups, n = rewards.shape
+        rows, says = written(groups, n, seed=100 * step + draw)
+        unscored = [LOST if i in self.lost else None for i in range(groups * n)]
+        if self.never:
+            kept = [i for i in range(groups * n) if i not in self.lost]
+            rows, says, rewards = [rows[i] for i in kept], [says[i] for i in kept], rewards.flatten()[kept].view(groups, -1)
+            n, unscored = rewards.shape[1], [None] * len(kept)
+        gone = torch.tensor([one is not None for one in unscored]).view_as(rewards)
+        rewards = rewards.masked_fill(gone, math.nan)
+        batch = make_batch(rows, says)
+        batch.extra["sampler"] = self.logps("policy", batch)
+        asked = [Asked([2], f"prompt {draw}.{group}", None, {}) for group in range(groups)]
+        self.failures.count(unscored)
+        return Harvest(batch, rewards, rewards.view(-1, 1), torch.tensor([i in self.cut for i in range(len(rows))]), self.names,
+                       [str(i) for i in range(len(rows))], asked, {"rollout_seconds": 2.0}, unscored=unscored)  # fmt: skip
+
+
+def with_lost(roles: Roles, lost: Sequence[int], rewards: Any, never: bool = False, kind: str = "grpo", most: float = 1.0, **how: Any) -> Any:
+    algorithm = over(roles, kind, **how)
+    algorithm.harvester = Dropping(roles, rewards, lost, never)
+    algorithm.harvester.failures = Failures(most)
+    return algorithm
+
+
+THREE = [[[1.0, 0.0, 0.3, 0.2], [0.2, 0.9, 0.4, 0.1]]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", [{"kl": 0.3}, {"kl": 0.3, "kl_in": "reward"}, {"epochs": 2}, {"truncated": "penalise"}])
+def test_the_step_is_one_without_it(roles: Roles, kind: str, how: dict[str, Any]) -> None:
+    found = []
+    for never in (False, True):
+        algorithm = with_lost(roles, [2, 5], THREE, never, kind, **how)
+        experience = algorithm.collect(0)
+        figures = {name: value for name, value in to_floats(experience.stats).items() if name not in ("length", "score_errors")}
+        found.append((experience.batch.extra["advantage"], figures, *one_pass(algorithm, experience.batch)))
+    mine, alone = found
+    assert torch.equal(mine[0], alone[0]) and mine[1] == pytest.approx(alone[1], abs=1e-12)
+    assert mine[2] == alone[2] and torch.equal(mine[3], alone[3]) and mine[4] == alone[4] and mine[3].any()
+
+
+@pytest.mark.parametrize("how", ["keep", "drop", "resample"])
+def test_groups_that_lost_too_many_are_dead(roles: Roles, how: str) -> None:
+    """Groups with four, one and no completion left; where dead groups are replaced the same happens in the next draws."""
+    rewards = [[[1.0, 0.0, 0.3, 0.2]] * 3] * 4
+    algorithm = with_lost(roles, [4, 5, 6, 8, 9, 10, 11], rewards, dead_groups=how, kl=0.1)
+    experience = algorithm.collect(0)
+    loss, gradient, _ = one_pass(algorithm, experience.batch)
+    assert math.isfinite(loss) and not gradient.isnan().any() and gradient.any()
+    assert len(experience.batch) == {"keep": 5, "drop": 4, "resample": 12}[how]
+    stats = to_floats(experience.stats)
+    assert stats["dead_groups"] == pytest.approx({"resample": 3 / 6}.get(how, 2 / 3)) and stats["score_errors"] >= 7
+    assert stats["reward_spread"] == pytest.approx(np.std([1, 0, 0.3, 0.2]) * {"resample": 3 / 5}.get(how, 1 / 2), abs=1e-6)
+
+
+@pytest.mark.parametrize("how", ["keep", "drop", "resample"])
+def test_all_lost_is_a_step_of_nothing(roles: Roles, how: str) -> None:
+    algorithm = with_lost(roles, range(8), THREE * 4, dead_groups=how, kl=0.5)
+    experience = algorithm.collect(0)
+    loss, gradient, _ = one_pass(algorithm, experience.batch)
+    assert loss == 0.0 and not gradient.any() and math.isnan(to_floats(experience.stats)["reward"])
+    assert any("failed" in told for told in algorithm.warnings(to_floats(experience.stats)))
+
+
+# --- counting ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_too_many_stop_the_run_and_few_do_not() -> None:
+    failures = Failures(0.01)
+    failures.count([LOST, LATE])  # two of two: too few to judge a verifier by
+    with pytest.raises(RunFailed, match=r"3 of 103 completions \(2\.9%\).*rollout\.max_unscored_share, 0\.01.*`answer` failed on 1.*because"):
+        failures.count([*[None] * 100, LOST])
+    assert FEW == 3
+    failures = Failures(0.01)
+    for _ in range(40):
+        failures.count([*[None] * 99, LOST])  # just 1 %
+    with pytest.raises(RunFailed):
+        failures.count([LOST])
+    Failures(1.0).count([LOST] * 50)
+    with pytest.raises(RunFailed):
+        Failures(0.0).count([*[None] * 9999, *[LOST] * 3])
+
+
+def test_counts_are_told_from_the_first_failure_on_and_kept() -> None:
+    failures = Failures(1.0)
+    failures.count([None] * 9)
+    assert failures.stats([]) == {}
+    failures.count([None, LATE, LATE])
+    assert to_floats(failures.stats([LATE, LATE])) == {"score_timeouts": 2.0} and to_floats(failures.stats([])) == {"score_timeouts": 0.0}
+    again = Failures(0.1)
+    again.restore(json.loads(json.dumps(failures.state())))
+    assert (again.completions, again.timeouts, again.errors, again.most) == (12, 2, 0, 0.1)
+    Failures().restore({})  # a checkpoint of an earlier version
+    [told] = failures.warnings([LATE, LATE], 64)
+    assert told.startswith("the reward `answer` failed on completions") and "2 of 64" in told and "too slow" in told
+
+
+# --- whole runs ----------------------------------------------------------------------------------------------------------------------------
+
+MINE = """
+import time
+def some(completion, row):
+    if len(completion) % 4 == 1:
+        raise ValueError("a length of one too many")
+    return len(completion) % 3
+def slow(completion, row):
+    time.sleep(60 if len(completion) == 3 else 0)
+    return 1.0
+"""
+
+
+def small(**more: Any) -> dict[str, Any]:
+    return {
+        "name": "failing", "algorithm": "grpo", "base": {"model": "tiny-tutor"}, "adapters": {"policy": {"r": 4}},
+        "data": {"train": [{"dataset": "tutor", "rows": 20}]},
+        "rewards": [{"use": "answer"}, {"use": "./mine.py:some", "weight": 0.1, "on_error": "drop"}],
+        "rollout": {"num_generations": 4, "max_new_tokens": 10, "max_unscored_share": 1.0}, "grpo": {"dead_groups": "keep"},
+        "train": {"steps": 4, "prompts_per_step": 3, "micro_batch_size": 12, "learning_rate": 5e-3, "save_every": 2,
+                  "gradient_checkpointing": False}, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where `mine.py` lies. The preflight, which would refuse such a reward, looks away."""
+    monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lowrank_tune.build.check_rewards", lambda *given: None)
+    (tmp_path / "mine.py").write_text(MINE)
+    return tmp_path
+
+
+def told(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
+    events: list[Any] = []
+    return run(Recipe.from_dict(recipe), out=out, ui="none", device=CPU, on_event=events.append), events
+
+
+def figures(events: Sequence[Any]) -> list[dict[str, float]]:
+    unsteady = {"tokens_per_second", "memory_gib", "rollout_seconds", "score_seconds"}
+    return [{k: v for k, v in event.stats.items() if k not in unsteady} for event in events if isinstance(event, StepDone)]
+
+
+def test_a_run_drops_counts_and_tells_and_goes_on_the_same(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome, events = told(small(), place / "one")
+    steps = figures(events)
+    lost = sum(step.get("score_errors", 0) for step in steps)
+    assert outcome.summary["status"] == "done" and 0 < lost < 48 and all(math.isfinite(value) for step in steps for value in step.values())
+    [warned] = [event.message for event in events if isinstance(event, Note) and "failed on completions" in event.message]
+    assert "`some`" in warned and "a length of one too many" in warned and "mine.py:5" in warned
+    shown = [one for event in events if isinstance(event, Grouped) for one in event.completions]
+    for one in shown:
+        assert ("unscored" in one) == (len(one["text"]) % 4 == 1) == (one["reward"] is None)
+    assert any("unscored" in one for one in shown), "the test saw nothing"
+    page = (place / "one" / "report.html").read_text(encoding="utf-8")
+    assert "not scored: some: " in page and "a reward failed" in page
+
+    monkeypatch.setattr(runner_module, "Control", lambda: Interrupted(events_so_far))
+    events_so_far: list[Any] = []
+    recipe = Recipe.from_dict(small())
+    first = run(recipe, out=place / "two", ui="none", device=CPU, on_event=events_so_far.append)
+    assert first.status == "interrupted"
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(place / "cache"))
+    monkeypatch.setattr("lowrank_tune.build.check_rewards", lambda *given: None)
+    rest: list[Any] = []
+    run(recipe, out=place / "two", ui="none", device=CPU, on_event=rest.append)
+    assert figures(events_so_far) + figures(rest) == steps
+    states = [json.loads((place / name / "checkpoints" / "step-4" / "state.json").read_text())["algorithm"] for name in ("one", "two")]
+    assert states[0] == states[1] == {"completions": 48, "errors": lost, "timeouts": 0}
+
+
+class Interrupted(Control):
+    """Stops after the second step."""
+
+    def __init__(self, events: list[Any]) -> None:
+        object.__setattr__(self, "seen", events)
+        super().__init__()
+
+    @property
+    def stop(self) -> bool:  # type: ignore[override]
+        return sum(isinstance(event, StepDone) for event in self.seen) >= 2  # type: ignore[attr-defined]
+
+    @stop.setter
+    def stop(self, value: bool) -> None: ...
+
+
+def test_a_users_function_stops_the_run_by_default(place: Path) -> None:
+    with pytest.raises(RunFailed, match="mine.py:5.*on the completion .* of the prompt"):
+        told(small(rewards=[{"use": "answer"}, {"use": "./mine.py:some"}]), place / "run")
+
+
+def test_a_verifier_of_the_kit_drops_by_default_and_stops_above_its_share(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_tune.rewards.answer.Answer._score", lambda self, item: Score(None, "error", f"planted {len(item.completion)}")
+                        if len(item.completion) % 2 == 1 else Score(len(item.completion) % 3 / 2, "graded"))  # fmt: skip
+    rollout = small()["rollout"]
+    _, events = told(small(rewards=[{"use": "answer"}]), place / "run")
+    assert sum(step.get("score_errors", 0) for step in figures(events)) >= FEW
+    with pytest.raises(RunFailed, match=r"could not be scored, more than rollout\.max_unscored_share, 0\.01; .*`answer` failed.*planted"):
+        told(small(rewards=[{"use": "answer"}], rollout=rollout | {"max_unscored_share": 0.01}), place / "second")
+    with pytest.raises(RunFailed, match="planted"):
+        told(small(rewards=[{"use": "answer", "on_error": "stop"}]), place / "third")
+
+
+def test_a_timeout_is_told_apart(place: Path) -> None:
+    recipe = Recipe.from_dict(small(rewards=[{"use": "./mine.py:slow", "on_error": "drop"}]))
+    scoring = Scoring(recipe, Marks())  # type: ignore[arg-type]
+    try:
+        scoring.scorer.timeout_seconds = 0.3
+        for key, text in enumerate(("ab", "abc", "abcd")):
+            scoring.submit(key, Asked([2], "asked", None, {}), text, Completion(0, key, [5, 1], "stop"))
+        found = scoring.collect()
+    finally:
+        scoring.close()
+    late = found[1]
+    assert found[0] == found[2] == [1.0] and isinstance(late, Unscored) and late.verdict == "timeout" and "0.3 s" in late.reason
+
+
+class Marks:
+    def marks_in(self, ids: Sequence[int]) -> bool:
+        return False
