@@ -68,7 +68,9 @@ class Roles:
         assert self._peft is not None, "roles without an adapter"
         self.head = head_of(base.model)
         self.heads = {role: scalar.ScalarHead(self.head.weight.shape[1], base.device) for role in heads}
-        assert all(self.stacks[role][-1:] == [PREFIX + role] for role in self.heads if role in adapters), "a head belongs to its role's top"
+        alone = self.trainable - adapters.keys()
+        assert all(role in alone or self.stacks[role][-1:] == [PREFIX + role] for role in self.heads), (
+            "a head belongs to the top adapter of its own role, or is trained alone")  # fmt: skip
         self._pin()
         self._freeze_all_but_trainable()
         self._checkpointing = checkpointing
