@@ -1,0 +1,110 @@
+"""Two answers compared by algebra, in a worker process: latex2sympy2_extended reads them, math-verify compares what it read.
+
+The process's own alarm clock and limit on memory stand around each call (`rewards/worker.py`), so those of math-verify are off: they count
+whole seconds and take what they interrupt for a wrong answer.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy, normalize_latex
+from math_verify import verify
+from math_verify.grader import should_treat_as_complex
+
+Answer = dict[str, Any]
+NORMAL = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+CONVERSION = ConversionConfig(lowercase_symbols=False)
+NODES, LARGEST, LARGEST_POWER = 2000, 1e4, 1000.0  # parts of an answer; decimal digits of a number in it; power of what is no number
+PLACES = 6  # decimals that a rounded answer must have right; significant digits where the gold answer is below 1
+
+
+class Unreadable(Exception):
+    """An answer that is no mathematics, or more than can be computed."""
+
+
+def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Answer]:
+    """Reads a few answers at once: the parser builds its tables with them, and the first completion does not wait for that."""
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    for text in (r"\frac{\sqrt{3}}{2}+x^{2}", r"(1,\pi]\cup\{2\}", r"x\leq 3", r"\begin{pmatrix}1\\2\end{pmatrix}"):
+        read(text)
+    return grade
+
+
+def grade(asked: Mapping[str, Any]) -> Answer:
+    """`same`: whether the answers are equal; else `gold` or `found`: why that one cannot be read."""
+    try:
+        gold = read(asked["gold"])
+    except Unreadable as why:
+        return {"gold": str(why)}
+    try:
+        found = read(asked["found"])
+    except Unreadable as why:
+        return {"found": str(why)}
+    return {"same": same(gold, found)}
+
+
+def same(gold: Any, found: Any) -> bool:
+    """Whether an answer is the gold one; the order matters to math-verify, which takes `x = 5` for 5 where the gold answer is 5."""
+    size = abs(gold.evalf(15)) if getattr(gold, "is_number", False) else None
+    if size is not None and size.is_comparable and 0 < size < 1 and getattr(found, "is_number", False):
+        return bool(abs(sympy.N(gold - found, 15, maxn=1000)) < size * 10.0**-PLACES if _rounded(found) else _zero(gold - found))
+    return bool(verify(gold, found, float_rounding=PLACES, timeout_seconds=None, raise_on_error=True))
+
+
+def _rounded(expression: Any) -> bool:
+    return bool(expression.has(sympy.Float))
+
+
+def _zero(difference: Any) -> bool:
+    return bool(sympy.N(difference, 30, maxn=300, chop=False) == 0 or sympy.simplify(difference) == 0)
+
+
+@functools.lru_cache(256)
+def read(text: str) -> Any:
+    """A LaTeX answer as sympy has it. Raises Unreadable."""
+    try:
+        expression = latex2sympy(normalize_latex(text, NORMAL), is_real=not should_treat_as_complex(text), convert_degrees=False,
+                                 normalization_config=None, conversion_config=CONVERSION)  # fmt: skip
+    except (MemoryError, RecursionError):
+        raise
+    except Exception as error:  # the parser raises bare Exceptions; whatever it stumbles over is no answer that can be compared
+        raise Unreadable("is not read as mathematics") from error
+    if not isinstance(expression, (sympy.Basic, sympy.MatrixBase)):
+        raise Unreadable("is not read as mathematics")
+    check(expression if isinstance(expression, sympy.Basic) else sympy.ImmutableMatrix(expression))
+    return expression
+
+
+def check(expression: Any) -> None:
+    """Refuses what has no value, or would take ages to compute."""
+    parts = sum(1 for _ in sympy.preorder_traversal(expression))
+    if parts > NODES:
+        raise Unreadable(f"has {parts} parts (at most {NODES})")
+    if expression.has(sympy.nan, sympy.zoo):
+        raise Unreadable("has no value")
+    if digits(expression) > LARGEST:
+        raise Unreadable(f"has numbers of more than {LARGEST:.0f} digits")
+
+
+def digits(part: Any) -> float:
+    """About how many decimal digits the largest number has that computing an expression makes, infinity included; an upper bound."""
+    if isinstance(part, sympy.Rational):
+        return max(part.p.bit_length(), part.q.bit_length()) * math.log10(2)
+    inner = [digits(argument) for argument in part.args]
+    most = max(inner, default=0.0)
+    if isinstance(part, sympy.Pow):
+        base, power = inner
+        if part.base.free_symbols and 10 ** min(power, 300) > LARGEST_POWER and not part.exp.free_symbols:
+            return math.inf
+        return float(max(base, 1.0) * 10 ** min(power, 300))
+    if isinstance(part, (sympy.factorial, sympy.binomial, sympy.gamma, sympy.exp, sympy.factorial2)):
+        return 10 ** min(most, 300) * max(most, 1.0)
+    if isinstance(part, (sympy.Mul, sympy.Add, sympy.MatMul)):
+        return sum(inner)
+    return most
