@@ -1,0 +1,136 @@
+"""The worker's side of `python_tests`: which code a completion holds, which tests a row holds, and one check of one on the other.
+
+Rows are HumanEval-shaped (`prompt`, `test` with a function `check`, `entry_point`) or MBPP-shaped (`test_list` of assertions, with
+`test_setup_code`, `test_imports` and `challenge_test_list` where there are any, and the reference solution in `code`).
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank_tune.rewards.sandbox.check import Pair
+
+FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.S | re.M)
+PYTHON = ("python", "py", "python3")
+
+
+class Unusable(Exception):
+    """A row without tests that can be run; the message says what it lacks."""
+
+
+@dataclass(frozen=True)
+class Tests:
+    """The tests of a row as one text, and what stands before the code: `prompt` begins the function `entry`, or both are empty."""
+
+    prompt: str
+    entry: str
+    text: str
+
+
+def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, str]]:
+    """Checks at the level of the job. The next pair of processes starts while the trainer does something else."""
+    ready = [Pair(job["level"], job["seconds"])]
+
+    def grade(asked: Mapping[str, Any]) -> dict[str, str]:
+        tests = tests_of(asked["row"])
+        pair = ready.pop() if ready else Pair(job["level"], job["seconds"])
+        ended = pair.check(tests.prompt, code_of(asked["completion"]), tests.entry, tests.text)
+        ready.append(Pair(job["level"], job["seconds"]))
+        return {"outcome": ended.outcome, "reason": ended.reason}
+
+    return grade
+
+
+def code_of(completion: str) -> str:
+    """The code of a completion: its last fence that says it is Python, else its last fence, else all of it."""
+    fences = FENCE.findall(completion)
+    named = [code for language, code in fences if language.lower() in PYTHON]
+    if named or fences:
+        return str((named or [code for _, code in fences])[-1])
+    return completion
+
+
+def tests_of(row: Mapping[str, Any]) -> Tests:
+    """The tests of a row. Raises Unusable."""
+    test, listed = row.get("test"), row.get("test_list")
+    if isinstance(test, str) and row.get("entry_point"):
+        return _of_function(str(row.get("prompt") or ""), test, str(row["entry_point"]))
+    if listed:
+        return _of_list(row, [*_texts(listed), *_texts(row.get("challenge_test_list"))])
+    raise Unusable("it has neither `test` with `entry_point` nor a `test_list`")
+
+
+def _of_function(prompt: str, test: str, entry: str) -> Tests:
+    """HumanEval: imports and helpers of the prompt, the tests, then `check` called with the solution's function."""
+    if not entry.isidentifier():
+        raise Unusable(f"its `entry_point` {entry!r} is no name")
+    if not any(isinstance(each, ast.FunctionDef) and each.name == "check" for each in _parsed(test, "`test`").body):
+        raise Unusable("its `test` has no function `check`")
+    text = f"{_whole(prompt)}\n{entry} = __solution__({entry!r})\n{test}\ncheck({entry})\n"
+    _asserting(_parsed(text, "`prompt` and `test`"))
+    return Tests(prompt, entry, text)
+
+
+def _of_list(row: Mapping[str, Any], tests: Sequence[str]) -> Tests:
+    """MBPP: the imports of the reference, the names that the tests take from the solution, the setup, the tests."""
+    before = [*_texts(row.get("test_imports")), str(row.get("test_setup_code") or "")]
+    tree = _parsed("\n".join([*before, *tests]), "`test_list`")
+    _asserting(tree)
+    reference = _tree(str(row.get("code") or ""))
+    imports = [ast.unparse(each) for each in reference.body if isinstance(each, (ast.Import, ast.ImportFrom))] if reference else []
+    wanted = _loaded(tree) & (_made(reference) if reference else _loaded(tree) - _made(tree) - set(dir(builtins)))
+    names = [f"{name} = __solution__({name!r})" for name in sorted(wanted)]
+    if not names:
+        raise Unusable("its tests use nothing of the solution")
+    return Tests("", "", "\n".join([*imports, *names, *before, *tests]))
+
+
+def _texts(value: object) -> list[str]:
+    """A list of texts, also as the JSON that some data sets hold."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return [str(value)] if str(value).strip() else []
+    return [str(each).replace("\r\n", "\n") for each in value] if isinstance(value, (list, tuple)) else []
+
+
+def _whole(prompt: str) -> str:
+    """A prompt that ends with a function's first line or docstring, as whole statements."""
+    return prompt if _tree(prompt) is not None else f"{prompt.rstrip()}\n    pass\n" if _tree(f"{prompt.rstrip()}\n    pass\n") else ""
+
+
+def _tree(source: str) -> ast.Module | None:
+    try:
+        return ast.parse(source.replace("\r\n", "\n"))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _parsed(source: str, what: str) -> ast.Module:
+    tree = _tree(source)
+    if tree is None:
+        raise Unusable(f"its {what} is no Python")
+    return tree
+
+
+def _asserting(tree: ast.Module) -> None:
+    if not any(isinstance(each, (ast.Assert, ast.Raise)) for each in ast.walk(tree)):
+        raise Unusable("its tests assert nothing")
+
+
+def _loaded(tree: ast.Module) -> set[str]:
+    return {each.id for each in ast.walk(tree) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load)}
+
+
+def _made(tree: ast.Module) -> set[str]:
+    """Names that a text's top statements make, imports left out."""
+    made = {each.name for each in tree.body if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+    stored = (each for statement in tree.body if isinstance(statement, (ast.Assign, ast.AnnAssign)) for each in ast.walk(statement))
+    return made | {each.id for each in stored if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}

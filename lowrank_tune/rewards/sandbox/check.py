@@ -1,0 +1,99 @@
+"""One check: the code in a solver, the tests in a tester, and this process between them, which alone says how it ended."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from lowrank_tune.rewards.sandbox.channel import LONGEST, Closed, Late, TooLong
+from lowrank_tune.rewards.sandbox.launch import Confined, Foreign, Level, Unconfined
+from lowrank_tune.rewards.sandbox.values import Unreadable, decode, encode
+
+SECONDS = 6.0  # of the wall clock for the code and its tests together
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a check ended. pass, fail: the code is right or wrong. fault: the row's tests are to blame. error: we are."""
+
+    outcome: Literal["pass", "fail", "fault", "error"]
+    reason: str = ""
+
+
+class Wrong(Exception):
+    """The code has failed; the message says why."""
+
+
+class Pair:
+    """A solver and a tester, confined and waiting: made before they are needed, used once."""
+
+    def __init__(self, level: Level, seconds: float = SECONDS) -> None:
+        self.seconds = seconds
+        self._solver, self._tester = Confined("solver", level), Confined("tester", level)
+
+    def check(self, prompt: str, code: str, entry: str, tests: str) -> Ended:
+        """Runs the tests on the code. `prompt` and `entry`: see `solver.whole`. Ends both processes."""
+        try:
+            self._solver.ready()
+            self._tester.ready()
+            return self._converse(encode({"prompt": prompt, "code": code, "entry": entry}), encode(tests))
+        except Wrong as wrong:
+            return Ended("fail", str(wrong))
+        except Unconfined as fault:
+            return Ended("error", f"the sandbox did not start: {fault}")
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Ends both processes. Once they have ended it does nothing."""
+        self._solver.end()
+        self._tester.end()
+
+    def _converse(self, code: bytes, tests: bytes) -> Ended:
+        """Hands requests of the tester to the solver and its answers back, until the tester tells the end."""
+        deadline = time.monotonic() + self.seconds
+        loaded = decode(self._answer(code, deadline))
+        if loaded[0] != "loaded":
+            raise Wrong(f"raised {loaded[1][0]}: {loaded[2]}")
+        message, calls = self._told(tests, deadline, 0), 0
+        while message[:1] != b"V":
+            calls += 1
+            message = self._told(self._answer(message[1:], deadline), deadline, calls)
+        outcome, reason = decode(message[1:])
+        return Ended(outcome, reason)
+
+    def _answer(self, request: bytes, deadline: float) -> bytes:
+        """What the solver says. Whatever else it does is the code's doing. Raises Wrong."""
+        try:
+            self._solver.send(request, deadline)
+            return self._solver.receive(deadline)
+        except Late:
+            raise Wrong(f"did not end within {self.seconds:g} s") from None
+        except Closed:
+            raise Wrong(f"the code {self._solver.end()}") from None
+        except TooLong:
+            raise Wrong(f"returned more than {LONGEST >> 20} MiB") from None
+        except Foreign:
+            raise Wrong("wrote to the stream of its results") from None
+
+    def _told(self, answer: bytes, deadline: float, calls: int) -> bytes:
+        """What the tester says next. It is ours, but what it compares came from the code: late or out of memory, it is the code's fault too."""
+        try:
+            self._tester.send(answer, deadline)
+            return self._tester.receive(deadline)
+        except Late:
+            if calls:
+                raise Wrong(f"did not end within {self.seconds:g} s") from None
+            raise Unconfined("the tests did not begin in time") from None
+        except (Closed, TooLong, Foreign):
+            raise Unconfined(f"the process of the tests {self._tester.end()}") from None
+
+
+def readable(answer: bytes) -> bool:
+    """Whether bytes are a value."""
+    try:
+        decode(answer)
+    except Unreadable:
+        return False
+    return True

@@ -1,0 +1,103 @@
+"""What a process does to itself, in this order, before it takes in any code that it must not trust."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+from lowrank_tune.rewards.sandbox import landlock, namespaces, seccomp, view
+from lowrank_tune.rewards.sandbox.kernel import PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, control, die_with, drop_capabilities
+
+NOBODY = 65534
+OTHERS_READ = 0o004
+OPEN_FILES = 64
+STACK = 8 << 20
+
+
+def confine(level: str, descriptor: int, parent: int, memory: int, seconds: int, tasks: int) -> dict[str, object]:
+    """Confines this process at the level; `descriptor` stays open. Returns what was reached. Raises OSError where a step is refused.
+
+    `memory` in bytes; `seconds` of CPU; `tasks`: how many its user may have in all, threads count too (0: no limit).
+    """
+    paths = view.library_paths()
+    readable = view.readable(paths)
+    if level != "bubblewrap":  # which sees to it itself
+        die_with(parent)
+    if level == "namespaces":
+        namespaces.take(readable)
+        _go_on_in_child(descriptor)
+        parent = 0  # it cannot be seen from in there
+    held = landlock.opened(readable), landlock.opened(view.WRITABLE)  # while they can be
+    _keep_reading(paths)
+    _become_nobody()
+    if level != "bubblewrap":
+        die_with(parent)  # again: a new process, or a new user, has forgotten it
+    if level != "none":
+        drop_capabilities()
+    control(PR_SET_NO_NEW_PRIVS)
+    _limit(memory, seconds, tasks)
+    os.environ.clear()
+    return {"level": level, "uid": os.getuid(), "landlock": restrict(level, *held)}
+
+
+def restrict(level: str, readable: list[int], writable: list[int]) -> int:
+    """Landlock where the level needs it or the kernel has it, then the filter of system calls. The version of Landlock, or 0."""
+    known = 0
+    if level == "landlock" or (level != "none" and landlock.version()):
+        known = landlock.restrict(readable, writable)
+    for descriptor in (*readable, *writable):
+        os.close(descriptor)
+    if level != "none":
+        seccomp.restrict()
+    return known
+
+
+def _go_on_in_child(descriptor: int) -> None:
+    """Returns in a child, the first process of its namespace; this one waits for it and ends as it does."""
+    if child := os.fork():
+        os.close(descriptor)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os._exit(code if code >= 0 else 128 - code)
+
+
+def _keep_reading(paths: list[str]) -> None:
+    """Imports go on where nobody may not pass the folders that lead to the standard library, as /root: through open folders."""
+    ways = {path: path for path in paths}
+    if os.geteuid() == 0 and not all(_passable(path) for path in paths):
+        ways = {path: f"/proc/self/fd/{os.open(path, os.O_PATH)}" if os.path.isdir(path) else path for path in paths}
+    packages = [module for module in sys.modules.values() if isinstance(getattr(module, "__path__", None), list)]
+    for package in packages:  # what of them is not imported yet comes from the same place
+        package.__path__[:] = map(os.path.realpath, package.__path__)
+        for path, way in ways.items():
+            package.__path__[:] = [way + place[len(path) :] if place.startswith(path + "/") else place for place in package.__path__]
+    sys.path[:] = ways.values()
+    sys.path_importer_cache.clear()
+
+
+def _passable(path: str) -> bool:
+    while path != "/":
+        if not os.stat(path).st_mode & 0o001 and os.path.isdir(path):
+            return False
+        path = os.path.dirname(path)
+    return True
+
+
+def _become_nobody() -> None:
+    """A superuser becomes nobody, unless the standard library is closed to others; without its rights it is then bound by the rest."""
+    if os.geteuid() == 0 and os.stat(os.__file__).st_mode & OTHERS_READ:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        control(PR_SET_DUMPABLE, 1)  # or /proc/self would belong to root and the open folders could not be used
+
+
+def _limit(memory: int, seconds: int, tasks: int) -> None:
+    sizes = {resource.RLIMIT_AS: memory, resource.RLIMIT_CPU: seconds, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0,
+             resource.RLIMIT_NOFILE: OPEN_FILES, resource.RLIMIT_STACK: STACK, resource.RLIMIT_MSGQUEUE: 0}  # fmt: skip
+    if tasks:
+        sizes[resource.RLIMIT_NPROC] = tasks
+    for which, size in sizes.items():
+        hard = resource.getrlimit(which)[1]
+        size = size if hard == resource.RLIM_INFINITY else min(size, hard)
+        resource.setrlimit(which, (size, size))

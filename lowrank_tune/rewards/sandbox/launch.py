@@ -1,0 +1,168 @@
+"""Starts confined processes and speaks with them. For a process that the worker of a pool is: it must live as long as they."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import secrets
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lowrank_tune.rewards.sandbox import view
+from lowrank_tune.rewards.sandbox.channel import Channel, Closed
+from lowrank_tune.rewards.sandbox.talk import NONCE
+from lowrank_tune.rewards.sandbox.values import Unreadable, decode
+
+Level = Literal["namespaces", "bubblewrap", "landlock", "none"]
+Role = Literal["solver", "tester"]
+FOLDER = Path(__file__).resolve().parent
+MEMORY = 1 << 30  # bytes of address space
+CPU_SECONDS = 20
+MORE_TASKS = 512  # processes and threads beside those that the user has anyway
+START_SECONDS = 20.0
+ENDING_SECONDS = 0.5  # between the end of a stream and that of the process
+PACKAGE = "lowrank_tune.rewards.sandbox"
+BOOT = f"""import sys
+for name in ("lowrank_tune", "lowrank_tune.rewards", "{PACKAGE}"):
+    sys.modules[name] = type(sys)(name)
+    sys.modules[name].__path__ = [sys.argv[1]]
+from {PACKAGE}.child import main
+main(*sys.argv[2:])"""
+"""What a confined Python runs first: this package alone, without those around it, which need more than the standard library."""
+
+
+class Unconfined(Exception):
+    """A process could not be confined at its level; the message says why."""
+
+
+class Foreign(Exception):
+    """A message that does not carry the nonce and its number: the code itself wrote to where its results go."""
+
+
+class Confined:
+    """One process at a level. It waits for its first message, confined, from the start on."""
+
+    def __init__(self, role: Role, level: Level, memory: int = MEMORY) -> None:
+        mine, theirs = socket.socketpair()
+        self._channel, self._nonce, self._heard = Channel(mine), secrets.token_bytes(NONCE), 0
+        numbers = [theirs.fileno(), os.getpid(), memory, CPU_SECONDS, most_tasks()]
+        with theirs:
+            self._process = subprocess.Popen(
+                [*python(level), role, level, *map(str, numbers)], pass_fds=[theirs.fileno()], cwd="/", start_new_session=True,
+                env={"PYTHONHASHSEED": "0"},  # sets come in one order; the process forgets it
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+
+    def ready(self) -> Mapping[str, Any]:
+        """What it reached, once it is confined. Raises Unconfined."""
+        deadline = time.monotonic() + START_SECONDS
+        try:
+            reached: Mapping[str, Any] = decode(self._channel.receive(deadline))
+            self._channel.send(self._nonce, deadline)
+        except (Closed, Unreadable):
+            raise Unconfined(f"it {self.end()}") from None
+        if "fault" in reached:
+            raise Unconfined(reached["fault"])
+        return reached
+
+    def send(self, message: bytes, deadline: float) -> None:
+        """Raises Late or Closed."""
+        self._channel.send(message, deadline)
+
+    def receive(self, deadline: float) -> bytes:
+        """The next message. Raises Late, Closed, TooLong, or Foreign."""
+        message = self._channel.receive(deadline)
+        self._heard += 1
+        head = self._nonce + struct.pack("<I", self._heard)
+        if not message.startswith(head):
+            raise Foreign
+        return message[len(head) :]
+
+    def end(self) -> str:
+        """Ends it, with all that it started where that was possible at all; how it had ended by itself, where it had."""
+        patience = time.monotonic() + (ENDING_SECONDS if self._channel.closed() else 0)
+        while not (found := self._finished()) and time.monotonic() < patience:
+            time.sleep(0.002)
+        if self._process.returncode is None:  # not waited for yet: its number is still its own
+            for kill in (os.killpg, os.kill):  # the group where it has made one by now
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    kill(self._process.pid, signal.SIGKILL)
+        code = self._process.wait()
+        self._channel.close()
+        return ended(code if found else None)
+
+    def _finished(self) -> bool:
+        """Whether it has ended; it stays to be waited for."""
+        if self._process.returncode is not None:
+            return True
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
+def ended(code: int | None) -> str:
+    """How a process ended, for a sentence."""
+    if code is None:
+        return "closed its connection"
+    number = -code if code < 0 else code - 128  # those that wait for another tell its signal so
+    if number in signal.valid_signals() and number:
+        return f"was killed by {signal.Signals(number).name}"
+    return f"ended its process with code {code}"
+
+
+@functools.cache
+def interpreter() -> str:
+    """The Python that this one is, without a virtual environment."""
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+@functools.cache
+def python(level: Level) -> tuple[str, ...]:
+    """The command of a confined Python, up to the arguments of `child.main`.
+
+    It is isolated as by -I, by hand: -I would ignore PYTHONHASHSEED too.
+    """
+    flags = ("-P", "-s", "-S", "-B", "-X", "utf8", "-c", BOOT)
+    if level == "bubblewrap":
+        return (*bubblewrap(), interpreter(), *flags, "/kit")
+    return (interpreter(), *flags, str(FOLDER))
+
+
+def bubblewrap() -> list[str]:
+    """The command of bubblewrap, with the view of `view` and this package."""
+    library = os.path.realpath(os.path.dirname(os.__file__))
+    command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--die-with-parent",
+               "--as-pid-1"]  # fmt: skip
+    command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if os.geteuid() == 0 else ["--unshare-user", "--uid", "65534", "--gid", "65534"]
+    shown = [*view.readable([library]), interpreter()]
+    for folder in sorted({str(folder) for path in shown for folder in Path(path).parents} - {"/"}):
+        command += ["--perms", "0755", "--dir", folder]  # or folders that were closed to others outside would be so inside
+    for path in shown:
+        command += ["--dev-bind" if path in view.DEVICES else "--ro-bind", path, path]
+    for name, target in view.links():
+        command += ["--symlink", target, name]
+    return [*command, "--ro-bind", str(FOLDER), "/kit", "--chdir", "/", "--"]
+
+
+@functools.cache
+def most_tasks() -> int:
+    """How many processes and threads the confined user may have in all: what it has now, and some more."""
+    wanted = str(os.geteuid() or 65534)
+    count = 0
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            status = (process / "status").read_text()
+        except OSError:  # it has ended
+            continue
+        fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+        if fields.get("Uid", "").split()[:1] == [wanted]:
+            count += int(fields.get("Threads", "1"))
+    return count + MORE_TASKS

@@ -1,0 +1,114 @@
+"""A list of the system calls that remain. Everything else is answered with EPERM: no process, program, socket, signal to others, no mount.
+
+A process that cannot start another leaves nothing behind when it is killed, whatever the level of the sandbox.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+
+from lowrank_tune.rewards.sandbox.kernel import LIBC, PR_SET_SECCOMP, checked
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06  # of classic BPF: words loaded absolutely, jumps against a constant
+NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
+ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000
+FILTER_MODE = 2
+FOREIGN = 0x40000000  # x86-64 numbers from here on belong to another calling convention
+AF_UNIX = 1
+THREAD_FLAGS = (0x3D0F00, 0x7D0F00)  # what pthread_create of glibc and of musl gives to clone(2)
+FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030)  # duplicates, flags and locks; not F_SETOWN, which sends signals
+IOCTL = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)  # is it a terminal, bytes waiting, blocking, close on exec
+
+X86_64 = {
+    "read": 0, "write": 1, "readv": 19, "writev": 20, "pread64": 17, "pwrite64": 18, "close": 3, "close_range": 436, "openat": 257, "open": 2,
+    "stat": 4, "fstat": 5, "lstat": 6, "newfstatat": 262, "statx": 332, "access": 21, "faccessat": 269, "faccessat2": 439, "lseek": 8,
+    "getcwd": 79, "chdir": 80, "fchdir": 81, "readlink": 89, "readlinkat": 267, "getdents64": 217, "fcntl": 72, "flock": 73, "dup": 32,
+    "dup2": 33, "dup3": 292, "pipe": 22, "pipe2": 293, "poll": 7, "ppoll": 271, "select": 23, "pselect6": 270, "epoll_create": 213,
+    "epoll_create1": 291, "epoll_ctl": 233, "epoll_wait": 232, "epoll_pwait": 281, "eventfd2": 290, "fadvise64": 221, "statfs": 137,
+    "fstatfs": 138, "mmap": 9, "munmap": 11, "mprotect": 10, "mremap": 25, "madvise": 28, "brk": 12, "mincore": 27, "membarrier": 324,
+    "futex": 202, "set_robust_list": 273, "get_robust_list": 274, "set_tid_address": 218, "rseq": 334, "arch_prctl": 158, "exit": 60,
+    "exit_group": 231, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "rt_sigpending": 127, "rt_sigsuspend": 130,
+    "rt_sigtimedwait": 128, "sigaltstack": 131, "restart_syscall": 219, "pause": 34, "alarm": 37, "getitimer": 36, "setitimer": 38,
+    "nanosleep": 35, "clock_nanosleep": 230, "clock_gettime": 228, "clock_getres": 229, "gettimeofday": 96, "time": 201, "times": 100,
+    "getrusage": 98, "getpid": 39, "gettid": 186, "getppid": 110, "getuid": 102, "geteuid": 107, "getgid": 104, "getegid": 108,
+    "getgroups": 115, "getresuid": 118, "getresgid": 120, "getpgrp": 111, "getpgid": 121, "getsid": 124, "uname": 63, "sysinfo": 99,
+    "getrandom": 318, "getrlimit": 97, "getpriority": 140, "sched_yield": 24, "sched_getaffinity": 204, "getcpu": 309, "umask": 95,
+    "wait4": 61, "waitid": 247, "clone": 56, "kill": 62, "tkill": 200, "tgkill": 234, "prlimit64": 302, "ioctl": 16, "socketpair": 53,
+    "clone3": 435,
+}  # fmt: skip
+AARCH64 = {
+    "read": 63, "write": 64, "readv": 65, "writev": 66, "pread64": 67, "pwrite64": 68, "close": 57, "close_range": 436, "openat": 56,
+    "fstat": 80, "newfstatat": 79, "statx": 291, "faccessat": 48, "faccessat2": 439, "lseek": 62, "getcwd": 17, "chdir": 49, "fchdir": 50,
+    "readlinkat": 78, "getdents64": 61, "fcntl": 25, "flock": 32, "dup": 23, "dup3": 24, "pipe2": 59, "ppoll": 73, "pselect6": 72,
+    "epoll_create1": 20, "epoll_ctl": 21, "epoll_pwait": 22, "eventfd2": 19, "fadvise64": 223, "statfs": 43, "fstatfs": 44, "mmap": 222,
+    "munmap": 215, "mprotect": 226, "mremap": 216, "madvise": 233, "brk": 214, "mincore": 232, "membarrier": 283, "futex": 98,
+    "set_robust_list": 99, "get_robust_list": 100, "set_tid_address": 96, "rseq": 293, "exit": 93, "exit_group": 94, "rt_sigaction": 134,
+    "rt_sigprocmask": 135, "rt_sigreturn": 139, "rt_sigpending": 136, "rt_sigsuspend": 133, "rt_sigtimedwait": 137, "sigaltstack": 132,
+    "restart_syscall": 128, "getitimer": 102, "setitimer": 103, "nanosleep": 101, "clock_nanosleep": 115, "clock_gettime": 113,
+    "clock_getres": 114, "gettimeofday": 169, "times": 153, "getrusage": 165, "getpid": 172, "gettid": 178, "getppid": 173, "getuid": 174,
+    "geteuid": 175, "getgid": 176, "getegid": 177, "getgroups": 158, "getresuid": 148, "getresgid": 150, "getpgid": 155, "getsid": 156,
+    "uname": 160, "sysinfo": 179, "getrandom": 278, "getrlimit": 163, "getpriority": 141, "sched_yield": 124, "sched_getaffinity": 123,
+    "getcpu": 168, "umask": 166, "wait4": 260, "waitid": 95, "clone": 220, "kill": 129, "tkill": 130, "tgkill": 131, "prlimit64": 261,
+    "ioctl": 29, "socketpair": 199, "clone3": 435,
+}  # fmt: skip
+MACHINES = {"x86_64": (0xC000003E, X86_64), "aarch64": (0xC00000B7, AARCH64)}
+"""What uname(2) says: the kernel's word for it in a filter, and the numbers of the calls that remain."""
+
+
+class Program(ctypes.Structure):
+    """struct sock_fprog."""
+
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+
+
+def known() -> bool:
+    """Whether there is a list for this machine."""
+    return os.uname().machine in MACHINES
+
+
+def narrowed() -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Calls that remain only where an argument (by its place, lower 32 bits) is one of these values."""
+    own = (os.getpid(),)
+    return {"clone": (0, THREAD_FLAGS), "kill": (0, own), "tkill": (0, own), "tgkill": (0, own), "prlimit64": (0, (0,)), "fcntl": (1, FCNTL),
+            "ioctl": (1, IOCTL), "socketpair": (0, (AF_UNIX,))}  # fmt: skip
+
+
+def program() -> bytes:
+    """The filter for this process: struct sock_filter after struct sock_filter."""
+    architecture, numbers = MACHINES[os.uname().machine]
+    lines = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, NUMBER),
+             (AT_LEAST, 0, 1, FOREIGN), (RETURN, 0, 0, KILL)]  # fmt: skip
+    rules = narrowed()
+    for name, number in numbers.items():
+        lines += _lines(number, REFUSE | errno.ENOSYS if name == "clone3" else ALLOW, rules.get(name))
+    lines.append((RETURN, 0, 0, REFUSE | errno.EPERM))
+    return b"".join(struct.pack("<HBBI", *line) for line in lines)
+
+
+def _lines(number: int, answer: int, rule: tuple[int, tuple[int, ...]] | None) -> Iterator[tuple[int, int, int, int]]:
+    """One call: on to its answer where the number is its own, else past it. clone3 hides its flags, so the C library must use clone."""
+    if rule is None:
+        yield from ((EQUAL, 0, 1, number), (RETURN, 0, 0, answer))
+        return
+    place, values = rule
+    yield EQUAL, 0, len(values) + 3, number
+    yield LOAD, 0, 0, ARGUMENTS + 8 * place
+    for left, value in zip(range(len(values), 0, -1), values, strict=True):
+        yield EQUAL, left, 0, value
+    yield RETURN, 0, 0, REFUSE | errno.EPERM
+    yield RETURN, 0, 0, answer
+
+
+def restrict() -> None:
+    """Installs the filter. PR_SET_NO_NEW_PRIVS must be set, and this must be the only thread."""
+    code = program()
+    held = ctypes.create_string_buffer(code, len(code))
+    made = Program(len(code) // 8, ctypes.addressof(held))
+    checked(LIBC.prctl(PR_SET_SECCOMP, FILTER_MODE, ctypes.byref(made), 0, 0), "seccomp")

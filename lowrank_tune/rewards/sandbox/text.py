@@ -1,0 +1,35 @@
+"""A module made from text, without a file."""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import SourceFileLoader
+
+TYPE_CHECKING = False  # the modules below cost a start more than all the rest
+if TYPE_CHECKING:
+    from typing import Any
+
+ModuleType = type(sys)
+
+
+class Text(SourceFileLoader):
+    """Loads a module from `source`."""
+
+    def __init__(self, name: str, source: bytes) -> None:
+        super().__init__(name, f"<{name}>")
+        self.source = source
+
+    def get_data(self, path: str) -> bytes:
+        return self.source
+
+    def path_stats(self, path: str) -> dict[str, Any]:
+        raise OSError  # nothing is cached
+
+
+def load(name: str, source: str, given: dict[str, Any], loader: type[Text] = Text) -> ModuleType:
+    """The module that the text makes, with the names `given` in it from the start. Raises what the text raises."""
+    module = ModuleType(name)
+    module.__dict__.update(given)
+    sys.modules[name] = module  # dataclasses look their module up while it is made
+    loader(name, source.encode("utf-8", "surrogatepass")).exec_module(module)
+    return module

@@ -1,0 +1,175 @@
+"""Plain values as bytes and back. What is read is built from exact types of the standard library: nothing in it can act when compared.
+
+Only exact types are written; an object of any other type, subclasses too, is handed to `other`, which gives it a number or refuses it.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+
+TYPE_CHECKING = False  # the modules below cost a start more than all the rest
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    Other = Callable[[Any], int]
+    Found = Callable[[int], Any]
+
+DEEPEST = 100  # levels of nesting
+CONTAINERS: dict[type, bytes] = {list: b"l", tuple: b"t", set: b"S", frozenset: b"Z"}
+KINDS = {type(None): b"N", bool: b"B", int: b"i", float: b"d", complex: b"c", str: b"s", bytes: b"b", bytearray: b"y", dict: b"m", range: b"r",
+         type(Ellipsis): b"E", **CONTAINERS}  # fmt: skip
+LIBRARY: dict[bytes, tuple[str, str]] = {b"C": ("collections", "Counter"), b"O": ("collections", "OrderedDict"), b"Q": ("collections", "deque"),
+           b"D": ("collections", "defaultdict"), b"X": ("decimal", "Decimal"), b"F": ("fractions", "Fraction")}  # fmt: skip
+"""Types that are looked for only where their module was imported anyway."""
+
+
+class Unplain(Exception):
+    """A value that cannot be written; the message names its type."""
+
+
+class Unreadable(Exception):
+    """Bytes that are no value."""
+
+
+def refuse(value: Any) -> int:
+    """The `other` of who takes plain values only."""
+    raise Unplain(f"a {type(value).__name__}")
+
+
+def encode(value: Any, other: Other = refuse) -> bytes:
+    """The value as bytes. Raises Unplain where `other` does, and for what is nested too deeply or in itself."""
+    parts: list[bytes] = []
+    _write(value, parts, other, 0)
+    return b"".join(parts)
+
+
+def _write(value: Any, parts: list[bytes], other: Other, depth: int) -> None:
+    if depth > DEEPEST:
+        raise Unplain("a value that is nested too deeply")
+    kind = KINDS.get(type(value)) or _library_kind(value)
+    if kind is None:
+        parts.append(b"o%d;" % other(value))
+    elif kind in b"mCOD":
+        parts.append(b"%s%d;" % (kind, len(value)))
+        for pair in value.items():
+            _write(pair[0], parts, other, depth + 1)
+            _write(pair[1], parts, other, depth + 1)
+    elif kind in b"ltSZQ":
+        parts.append(b"%s%d;" % (kind, len(value)))
+        for each in value:
+            _write(each, parts, other, depth + 1)
+    else:
+        parts.append(kind + _leaf(kind, value))
+
+
+def _library_kind(value: Any) -> bytes | None:
+    for kind, (module, name) in LIBRARY.items():
+        if module in sys.modules and type(value) is getattr(sys.modules[module], name, None):
+            return kind
+    return None
+
+
+def _leaf(kind: bytes, value: Any) -> bytes:
+    if kind in b"NE":
+        return b""
+    if kind == b"B":
+        return b"1" if value else b"0"
+    if kind == b"i":
+        return b"%s;" % format(value, "x").encode()  # hexadecimal: no limit of digits, and as fast for long ones
+    if kind == b"d":
+        return struct.pack("<d", value)
+    if kind == b"c":
+        return struct.pack("<dd", value.real, value.imag)
+    if kind == b"r":
+        return b"".join(_leaf(b"i", part) for part in (value.start, value.stop, value.step))
+    if kind in b"by":
+        return b"%d;%s" % (len(value), bytes(value))
+    text = (value if kind == b"s" else str(value)).encode("utf-8", "surrogatepass")
+    return b"%d;%s" % (len(text), text)
+
+
+def decode(data: bytes, found: Found | None = None) -> Any:
+    """The value; a number of an `other` is given to `found`. Raises Unreadable for anything that `encode` does not write."""
+    reader = Reader(data, found)
+    try:
+        value = reader.value(0)
+    except (ValueError, TypeError, KeyError, struct.error, ArithmeticError) as error:
+        raise Unreadable(f"{type(error).__name__}: {error}") from None
+    if reader.place != len(data):
+        raise Unreadable("there is more behind the value")
+    return value
+
+
+class Reader:
+    """Reads one value from `data`, from `place` on."""
+
+    def __init__(self, data: bytes, found: Found | None) -> None:
+        self.data, self.found, self.place = data, found, 0
+
+    def take(self, count: int) -> bytes:
+        if count < 0 or self.place + count > len(self.data):
+            raise Unreadable("it ends too early")
+        self.place += count
+        return self.data[self.place - count : self.place]
+
+    def number(self, base: int = 10) -> int:
+        end = self.data.find(b";", self.place)
+        if end < 0:
+            raise Unreadable("a number has no end")
+        text = self.take(end - self.place)
+        self.place += 1
+        if not text.lstrip(b"-").isalnum():  # int() would take spaces and underscores too
+            raise Unreadable("no number")
+        return int(text, base)
+
+    def value(self, depth: int) -> Any:
+        if depth > DEEPEST:
+            raise Unreadable("it is nested too deeply")
+        kind = self.take(1)
+        if kind in b"mCOD":
+            pairs = [(self.value(depth + 1), self.value(depth + 1)) for _ in range(self.number())]
+            return self._mapping(kind, pairs)
+        if kind in b"ltSZQ":
+            items = [self.value(depth + 1) for _ in range(self.number())]
+            return next((make(items) for make, tag in CONTAINERS.items() if tag == kind), None) if kind != b"Q" else library(kind)(items)
+        return self._leaf(kind)
+
+    def _mapping(self, kind: bytes, pairs: list[tuple[Any, Any]]) -> Any:
+        if kind == b"m":
+            return dict(pairs)
+        if kind == b"D":
+            return library(kind)(None, pairs)
+        return library(kind)(dict(pairs) if kind == b"C" else pairs)
+
+    def _leaf(self, kind: bytes) -> Any:
+        if kind in b"NE":
+            return None if kind == b"N" else ...
+        if kind == b"B":
+            return {b"1": True, b"0": False}[self.take(1)]
+        if kind == b"i":
+            return self.number(16)
+        if kind == b"d":
+            return struct.unpack("<d", self.take(8))[0]
+        if kind == b"c":
+            return complex(*struct.unpack("<dd", self.take(16)))
+        if kind == b"r":
+            return range(self.number(16), self.number(16), self.number(16))
+        if kind == b"o" and self.found is not None:
+            return self.found(self.number())
+        if kind not in b"sbyXF":
+            raise Unreadable(f"unknown kind {kind!r}")
+        raw = self.take(self.number())
+        if kind in b"by":
+            return raw if kind == b"b" else bytearray(raw)
+        text = raw.decode("utf-8", "surrogatepass")
+        return text if kind == b"s" else library(kind)(text)
+
+
+def library(kind: bytes) -> Callable[..., Any]:
+    """The type of the standard library that a letter stands for; imported where one comes."""
+    module, name = LIBRARY[kind]
+    __import__(module)
+    made: Callable[..., Any] = getattr(sys.modules[module], name)
+    return made
