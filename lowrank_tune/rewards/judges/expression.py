@@ -1,0 +1,279 @@
+r"""A grammar of expressions, in LaTeX or as one types them, read into plain tuples: no `eval`, no sympify, no name that does anything.
+
+Numbers (decimals are exact fractions), letters with an index, pi, e, i, Greek letters; + - * / ^ ** ! | |, \frac, \binom, \sqrt[n], \cdot,
+\times, \div; the functions of `FUNCTIONS` (log is the natural one), also as \sin^2 x and \log_b x. A product may be written without a
+sign, and a letter is one variable: xy is x times y. Of `f(x) = ...` or `y = ...` the right side counts. Anything else is Unreadable. The
+caps on length, depth, number of parts and of digits are checked while reading, so reading is linear.
+
+A node is ("number", Fraction), ("name", str), or (operator, node, ...), which is add, multiply, divide, power, negative, factorial,
+binomial, root, logarithm, or a function.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Any
+
+Node = tuple[Any, ...]
+LONGEST, DEPTH, NODES, DIGITS = 1000, 60, 500, 100  # characters, brackets in brackets, parts, digits of a number
+
+FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt abs floor ceil".split())
+OTHER_NAMES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lfloor": "floor", "lceil": "ceil"}
+GREEK = frozenset("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi chi psi "
+                  "omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell".split())  # fmt: skip
+CLOSING = {"(": ")", "[": "]", "{": "}", "lfloor": "rfloor", "lceil": "rceil"}
+IGNORED = re.compile(r"(?:\s|\\[,;:! ]|\\q?quad(?![a-zA-Z])|\\(?:left|right|displaystyle)(?![a-zA-Z])|~)+")
+TOKEN = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?|\.[0-9]+)|\\(?P<command>[a-zA-Z]+)|(?P<sign>\*\*|[-+*/^!_|()\[\]{}=])|(?P<word>[a-zA-Z]+)")
+LEFT_SIDE = re.compile(r"^\s*[a-zA-Z]\w?(?:_\{?\w{1,3}\}?)?\s*(?:\([^()=]{1,20}\))?\s*=(?!=)")
+PLAIN = (("\u2212", "-"), ("\u00d7", "*"), ("\u00b7", "*"), ("\u22c5", "*"), ("\u00f7", "/"), ("\u03c0", r"\pi "), ("\u00b2", "^2"),
+         ("\u00b3", "^3"), ("\u221a", r"\sqrt "), ("\\{", "{"), ("\\}", "}"), ("$", ""))  # fmt: skip
+
+
+class Unreadable(Exception):
+    """Why a text is no expression of this grammar, or more than is computed."""
+
+
+def read(text: str) -> Node:
+    """The tree of an expression. Raises Unreadable."""
+    if len(text) > LONGEST:
+        raise Unreadable(f"is longer than {LONGEST} characters")
+    for sign, plain in PLAIN:
+        text = text.replace(sign, plain)
+    text = LEFT_SIDE.sub("", text.strip()).rstrip(" .,;")
+    parser = Parser(tokens(text))
+    tree = parser.sum()
+    if parser.kind() != "end":
+        raise Unreadable(f"is not read beyond {parser.token[1]!r}")
+    return tree
+
+
+def tokens(text: str) -> list[tuple[str, str]]:
+    """(kind, text) of each token; words are cut into known functions and single letters."""
+    found: list[tuple[str, str]] = []
+    place = 0
+    while place < len(text):
+        if skipped := IGNORED.match(text, place):
+            place = skipped.end()
+            continue
+        match = TOKEN.match(text, place)
+        if match is None:
+            raise Unreadable(f"holds {text[place : place + 1]!r}, which no expression does")
+        place = match.end()
+        kind = str(match.lastgroup)
+        if kind == "number" and len(match[0]) > DIGITS:
+            raise Unreadable(f"has a number of more than {DIGITS} digits")
+        if kind == "word":
+            found += _word(match["word"])
+        elif kind == "command":
+            found.append(_command(match["command"]))
+        else:
+            found.append((kind, "^" if match[0] == "**" else match[0]))
+    return [*found, ("end", "its end")]
+
+
+def _word(word: str) -> list[tuple[str, str]]:
+    name = OTHER_NAMES.get(word, word)
+    if name in FUNCTIONS:
+        return [("function", name)]
+    if name == "pi" or name in GREEK:
+        return [("name", name)]
+    if len(word) > 3:
+        raise Unreadable(f"holds the word {word[:20]!r}")
+    return [("name", letter) for letter in word]
+
+
+def _command(command: str) -> tuple[str, str]:
+    name = OTHER_NAMES.get(command, command)
+    if name in ("dfrac", "tfrac", "cfrac"):
+        name = "frac"
+    if name in ("cdot", "times", "ast"):
+        return "sign", "*"
+    if name == "div":
+        return "sign", "/"
+    if name in ("vert", "lvert", "rvert", "mid"):
+        return "sign", "|"
+    if name == "pi" or name in GREEK:
+        return "name", name
+    if command in CLOSING or command in CLOSING.values():
+        return "sign", command
+    if name in FUNCTIONS or name in ("frac", "binom"):
+        return "function", name
+    raise Unreadable(f"holds \\{command[:20]}, which is none of the grammar")
+
+
+class Parser:
+    """Recursive descent; each method reads what its name says and leaves `place` behind it."""
+
+    def __init__(self, found: list[tuple[str, str]]) -> None:
+        self.tokens, self.place, self.depth, self.parts = found, 0, 0, 0
+        self.bars = 0
+
+    @property
+    def token(self) -> tuple[str, str]:
+        return self.tokens[self.place]
+
+    def kind(self) -> str:
+        return self.token[0]
+
+    def take(self, sign: str) -> bool:
+        """Whether the next token is that sign; then it is read."""
+        if self.token == ("sign", sign):
+            self.place += 1
+            return True
+        return False
+
+    def need(self, sign: str) -> None:
+        if not self.take(sign):
+            raise Unreadable(f"has {self.token[1]!r} where {sign!r} should be")
+
+    def node(self, *parts: Any) -> Node:
+        self.parts += 1
+        if self.parts > NODES:
+            raise Unreadable(f"has more than {NODES} parts")
+        return parts
+
+    def sum(self) -> Node:
+        tree = self.signed()
+        while self.token in (("sign", "+"), ("sign", "-")):
+            tree = self.node("add", tree, self.signed())
+        return tree
+
+    def signed(self) -> Node:
+        negative = False
+        while self.token in (("sign", "+"), ("sign", "-")):
+            negative ^= self.token[1] == "-"
+            self.place += 1
+        tree = self.product()
+        return self.node("negative", tree) if negative else tree
+
+    def product(self) -> Node:
+        tree = self.factor()
+        while True:
+            if self.take("*"):
+                tree = self.node("multiply", tree, self.operand())
+            elif self.take("/"):
+                tree = self.node("divide", tree, self.operand())
+            elif self.begins():
+                if self.kind() == "number" and self.tokens[self.place - 1][0] == "number":
+                    raise Unreadable("has two numbers side by side")
+                tree = self.node("multiply", tree, self.factor())
+            else:
+                return tree
+
+    def operand(self) -> Node:
+        """What follows * or /: it may have a sign of its own."""
+        if self.take("-"):
+            return self.node("negative", self.factor())
+        self.take("+")
+        return self.factor()
+
+    def begins(self) -> bool:
+        """Whether a factor begins here, so that a product is meant."""
+        kind, text = self.token
+        if kind == "sign":
+            return text in CLOSING or (text == "|" and not self.bars)
+        return kind != "end"
+
+    def factor(self) -> Node:
+        tree = self.atom()
+        if self.take("!"):
+            if self.take("!"):
+                raise Unreadable("has a double factorial")
+            tree = self.node("factorial", tree)
+        return self.node("power", tree, self.exponent()) if self.take("^") else tree
+
+    def exponent(self) -> Node:
+        """A group, or one signed factor: 2^-1, 2^3^2 = 2^(3^2). In LaTeX x^10 is x^1 0; as people write it, it is x^10."""
+        self.deeper()
+        negative = self.take("-")
+        tree = self.factor()
+        self.depth -= 1
+        return self.node("negative", tree) if negative else tree
+
+    def deeper(self) -> None:
+        self.depth += 1
+        if self.depth > DEPTH:
+            raise Unreadable(f"is nested more than {DEPTH} deep")
+
+    def atom(self) -> Node:
+        self.deeper()
+        tree = self._atom()
+        self.depth -= 1
+        return tree
+
+    def _atom(self) -> Node:
+        kind, text = self.token
+        self.place += 1
+        if kind == "number":
+            return self.node("number", Fraction(text))
+        if kind == "name":
+            return self.node("name", text + self.index())
+        if kind == "function":
+            return self.function(text)
+        if kind == "sign" and text == "|":
+            self.bars += 1
+            inner = self.sum()
+            self.bars -= 1
+            self.need("|")
+            return self.node("abs", inner)
+        if kind == "sign" and text in CLOSING:
+            bars, self.bars = self.bars, 0
+            inner = self.sum()
+            self.bars = bars
+            self.need(CLOSING[text])
+            return self.node({"lfloor": "floor", "lceil": "ceil"}[text], inner) if text in ("lfloor", "lceil") else inner
+        raise Unreadable(f"has {text!r} where a number, a letter or a bracket should be")
+
+    def index(self) -> str:
+        """The index of a letter: x_1, x_{12}, x_n."""
+        if not self.take("_"):
+            return ""
+        braced = self.take("{")
+        kind, text = self.token
+        if kind not in ("number", "name"):
+            raise Unreadable(f"has the index {text!r}")
+        self.place += 1
+        if braced:
+            self.need("}")
+        return f"_{text}"
+
+    def function(self, name: str) -> Node:
+        if name in ("frac", "binom"):
+            return self.node({"frac": "divide", "binom": "binomial"}[name], self.argument(), self.argument())
+        if name == "sqrt":
+            if self.take("["):
+                degree = self.sum()
+                self.need("]")
+                return self.node("root", self.argument(), degree)
+            return self.node("sqrt", self.argument())
+        base = self.argument() if name == "log" and self.take("_") else None
+        power = self.exponent() if self.take("^") else None
+        if power is not None and power[0] == "negative":
+            raise Unreadable(f"has {name} to a negative power, which some read as its inverse")
+        inner = self.operands()
+        tree = self.node("logarithm", inner, base) if base is not None else self.node(name, inner)
+        return tree if power is None else self.node("power", tree, power)
+
+    def argument(self) -> Node:
+        r"""What \frac, \sqrt and an index take: a group or one token; of several digits the first, as in \frac12."""
+        kind, text = self.token
+        if kind == "number" and len(text) > 1 and text.isdigit() and self.tokens[self.place - 1][1] in ("frac", "binom"):
+            self.tokens[self.place : self.place + 1] = [("number", text[0]), ("number", text[1:])]
+        return self.atom()
+
+    def operands(self) -> Node:
+        """What a function without brackets takes: the factors up to the next sign or function, as in sin 2x cos x."""
+        tree = self.factor()
+        if self.tokens[self.place - 1][1] in (")", "]", "}"):
+            return tree
+        while self.begins() and self.kind() in ("number", "name"):
+            tree = self.node("multiply", tree, self.factor())
+        return tree
+
+
+def names(tree: Node) -> set[str]:
+    """The variables of a tree; pi, e and i are none."""
+    if tree[0] == "name":
+        return {tree[1]} - {"pi", "e", "i"}
+    return set().union(*(names(part) for part in tree[1:] if isinstance(part, tuple)))

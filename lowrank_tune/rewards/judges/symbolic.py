@@ -1,0 +1,211 @@
+"""Two expressions compared in a worker process: their values at random points, then sympy.
+
+Values are taken with 60 digits at points that are drawn from the texts, so a verdict never changes. A point at which either expression
+is undefined, not real or larger than 10 ** 10,000 is drawn again; where one holds the letter i, complex values count. Values that differ
+by more than 1e-30 of their size, with 300 digits too, are a proof that the expressions differ; equal values at 5 points are as good as one
+that they do not, but for a difference made too small to see: sympy then looks for a constant that is left.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+import mpmath
+import sympy
+
+from lowrank_tune.rewards.judges.budget import within
+from lowrank_tune.rewards.judges.expression import Node, Unreadable, names, read
+
+POINTS, DRAWS = 5, 60  # points that are compared, and at most drawn
+EXACT, MORE = 60, 300  # decimal digits of a value, and where values differ
+ALIKE, NOTHING = 1e-30, mpmath.mpf(10) ** -200  # of their size; what is left of a difference of 0 with MORE digits
+LARGEST = 10_000  # decimal digits of a value
+MOST_FACTORIAL = 10_000
+SIMPLIFY_SECONDS = 1.0
+RANGES = ((0.2, 3.0), (-4.0, 4.0), (0.05, 0.95), (3.0, 20.0))
+Answer = dict[str, Any]
+Point = Mapping[str, Any]
+
+
+class Undefined(Exception):
+    """An expression has no value at a point, or too large a one."""
+
+
+def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Answer]:
+    """One comparison at once: what sympy loads late is there when the first completion comes."""
+    grade({"gold": "(x+1)^2", "found": "x^2+2x+1", "seconds": 10})
+    return grade
+
+
+def grade(asked: Mapping[str, Any]) -> Answer:
+    """`same`, and `confirmed` where sympy reduced the difference to 0; else `gold` or `found`: why that one cannot be used."""
+    try:
+        gold = read(asked["gold"])
+    except Unreadable as why:
+        return {"gold": str(why)}
+    try:
+        found = read(asked["found"])
+    except Unreadable as why:
+        return {"found": str(why)}
+    return compare(gold, found, f"{asked['gold']}\n{asked['found']}")
+
+
+def compare(gold: Node, found: Node, seed: str) -> Answer:
+    """The verdict on two trees."""
+    rng = random.Random(seed.encode(errors="surrogatepass"))
+    both = sorted(names(gold) | names(found))
+    is_complex = _holds(gold, "i") or _holds(found, "i")
+    defined = common = 0
+    for point in points(rng, both):
+        wanted = _try(gold, point, is_complex, EXACT)
+        if wanted is None:
+            continue
+        defined += 1
+        got = _try(found, point, is_complex, EXACT)
+        if got is None:
+            continue
+        common += 1
+        if abs(got - wanted) > ALIKE * max(abs(got), abs(wanted)) and _differ(gold, found, point, is_complex):
+            return {"same": False}
+        if common == POINTS:
+            break
+    if defined < POINTS:
+        return {"gold": f"has a real value at only {defined} of {DRAWS} random points"}
+    if common < POINTS:
+        return {"found": "has no real value where the gold answer has one"}
+    return _symbolic(gold, found)
+
+
+def points(rng: random.Random, variables: list[str]) -> Iterator[Point]:
+    """Random points: small positive, any sign, between 0 and 1, larger, and whole numbers, in turn."""
+    for draw in range(DRAWS):
+        kind = draw % (len(RANGES) + 1)
+        yield {name: mpmath.mpf(rng.uniform(*RANGES[kind]) if kind < len(RANGES) else rng.randint(1, 12)) for name in variables}
+
+
+def _try(tree: Node, point: Point, is_complex: bool, digits: int) -> Any:
+    """The value of a tree at a point, or None."""
+    with mpmath.workdps(digits):
+        try:
+            value = evaluate(tree, point)
+        except (Undefined, ZeroDivisionError, ValueError, OverflowError, mpmath.libmp.NoConvergence):
+            return None
+        if not is_complex and abs(mpmath.im(value)) > abs(value) * mpmath.mpf(10) ** (-digits // 2):
+            return None
+        return mpmath.mpmathify(value) if is_complex else mpmath.re(value)
+
+
+def _differ(gold: Node, found: Node, point: Point, is_complex: bool) -> bool:
+    """Whether values still differ with so many digits that what cancels cannot hide them."""
+    wanted, got = (_try(tree, point, is_complex, MORE) for tree in (gold, found))
+    if wanted is None or got is None:
+        return True
+    with mpmath.workdps(MORE):
+        return bool(abs(got - wanted) > max(NOTHING, ALIKE * max(abs(got), abs(wanted))))
+
+
+def evaluate(tree: Node, point: Point) -> Any:
+    """The value of a tree as mpmath has it; every part has to be finite and of at most LARGEST digits. Raises Undefined."""
+    kind = tree[0]
+    if kind == "number":
+        return mpmath.mpf(tree[1].numerator) / tree[1].denominator
+    if kind == "name":
+        return CONSTANTS[tree[1]]() if tree[1] in CONSTANTS else point[tree[1]]
+    parts = [evaluate(part, point) for part in tree[1:]]
+    value = VALUES[kind](*parts)
+    if not mpmath.isfinite(value) or (value != 0 and mpmath.mag(value) > LARGEST * 3.33):
+        raise Undefined
+    return value
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if base != 0 and abs(mpmath.re(exponent * mpmath.log(base))) > LARGEST * 2.4:
+        raise Undefined
+    return mpmath.power(base, exponent)
+
+
+def _root(inner: Any, degree: Any) -> Any:
+    if degree == 0:
+        raise Undefined
+    if mpmath.im(inner) == 0 and mpmath.re(inner) < 0 and mpmath.isint(degree) and int(degree) % 2:  # the real root, as people mean it
+        return -_power(-inner, 1 / degree)
+    return _power(inner, 1 / degree)
+
+
+def _factorial(inner: Any) -> Any:
+    if abs(inner) > MOST_FACTORIAL:
+        raise Undefined
+    return mpmath.factorial(inner)
+
+
+def _exp(inner: Any) -> Any:
+    if abs(inner) > LARGEST * 2.4:
+        raise Undefined
+    return mpmath.exp(inner)
+
+
+def _binomial(whole: Any, part: Any) -> Any:
+    if max(abs(whole), abs(part)) > MOST_FACTORIAL:
+        raise Undefined
+    return mpmath.binomial(whole, part)
+
+
+CONSTANTS: dict[str, Callable[[], Any]] = {"pi": lambda: +mpmath.pi, "e": lambda: +mpmath.e, "i": lambda: mpmath.mpc(0, 1)}
+VALUES: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b, "multiply": lambda a, b: a * b, "divide": lambda a, b: a / b, "negative": lambda a: -a, "power": _power,
+    "root": _root, "sqrt": mpmath.sqrt, "factorial": _factorial, "binomial": _binomial, "logarithm": lambda a, b: mpmath.log(a) / mpmath.log(b),
+    "exp": _exp, "ln": mpmath.log, "log": mpmath.log, "abs": abs, "floor": mpmath.floor, "ceil": mpmath.ceil, "sin": mpmath.sin,
+    "cos": mpmath.cos, "tan": mpmath.tan, "cot": mpmath.cot, "sec": mpmath.sec, "csc": mpmath.csc, "arcsin": mpmath.asin,
+    "arccos": mpmath.acos, "arctan": mpmath.atan, "sinh": lambda a: (_exp(a) - _exp(-a)) / 2, "cosh": lambda a: (_exp(a) + _exp(-a)) / 2,
+    "tanh": mpmath.tanh}  # fmt: skip
+
+
+def _symbolic(gold: Node, found: Node) -> Answer:
+    """Sympy on two expressions with the same values: 0 confirms, a constant too small to be seen refutes, anything else leaves it there."""
+    if gold == found:
+        return {"same": True, "confirmed": True}
+    if _fits(gold) and _fits(found):
+        left = within(SIMPLIFY_SECONDS, lambda: sympy.simplify(build(gold) - build(found)))
+        if left is not None and left.is_zero:
+            return {"same": True, "confirmed": True}
+        if left is not None and left.is_number and 0 < abs(left.evalf(15)) < ALIKE:
+            return {"same": False}
+    return {"same": True, "confirmed": False}
+
+
+def _fits(tree: Node) -> bool:
+    """Whether no power in a tree is one that sympy might write out: only of numbers or up to the 100th."""
+    if tree[0] == "power":
+        exponent = _try(tree[2], {}, True, 15) if not names(tree[2]) else mpmath.mpf(0)
+        if exponent is None or abs(exponent) > (1000 if not names(tree[1]) else 100):
+            return False
+    if tree[0] in ("factorial", "binomial") and not names(tree) and (_try(tree, {}, False, 15) or mpmath.inf) > mpmath.mpf(10) ** 1000:
+        return False
+    return all(_fits(part) for part in tree[1:] if isinstance(part, tuple))
+
+
+def build(tree: Node) -> Any:
+    """The tree as sympy has it, with real variables."""
+    kind = tree[0]
+    if kind == "number":
+        value: Fraction = tree[1]
+        return sympy.Rational(value.numerator, value.denominator)
+    if kind == "name":
+        return SYMBOLS[tree[1]] if tree[1] in SYMBOLS else sympy.Symbol(tree[1], real=True)
+    return EXPRESSIONS[kind](*(build(part) for part in tree[1:]))
+
+
+SYMBOLS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I}
+EXPRESSIONS: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b, "multiply": lambda a, b: a * b, "divide": lambda a, b: a / b, "negative": lambda a: -a,
+    "power": lambda a, b: a**b, "root": sympy.real_root, "sqrt": sympy.sqrt, "factorial": sympy.factorial, "binomial": sympy.binomial,
+    "logarithm": sympy.log, "exp": sympy.exp, "ln": sympy.log, "log": sympy.log, "abs": sympy.Abs, "floor": sympy.floor,
+    "ceil": sympy.ceiling, "sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan, "cot": sympy.cot, "sec": sympy.sec, "csc": sympy.csc,
+    "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan, "sinh": sympy.sinh, "cosh": sympy.cosh, "tanh": sympy.tanh}  # fmt: skip
+
+
+def _holds(tree: Node, name: str) -> bool:
+    return tree == ("name", name) or any(_holds(part, name) for part in tree[1:] if isinstance(part, tuple))
