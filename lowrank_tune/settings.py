@@ -37,6 +37,15 @@ def trained_by(algorithm: object) -> str:
     return TRAINED.get(algorithm, "policy") if isinstance(algorithm, str) else "policy"
 
 
+ASIDE: dict[str, tuple[str, ...]] = {"ppo": ("value",)}
+"""Adapters that an algorithm has for roles of their own: they lie in no policy's stack."""
+
+
+def aside(algorithm: object) -> tuple[str, ...]:
+    """The adapters of an algorithm that lie beside its policy's stack."""
+    return ASIDE.get(algorithm, ()) if isinstance(algorithm, str) else ()
+
+
 class Settings(BaseModel):
     """Unknown keys, wrong types and later changes are errors."""
 
@@ -153,7 +162,7 @@ class Train(Settings):
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     """Decay of the second moment."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down to this norm, those of a value by themselves."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     max_bad_steps: Positive = 5
@@ -188,12 +197,15 @@ class Dpo(Settings):
     """Weight of an SFT term on the chosen answers, against their unlearning."""
 
 
+UNSAFE_CODE: Final = "code that a model wrote may do anything on this machine"
+
+
 class RewardUse(Settings):
     """One reward of several. What a completion earns is the weighted sum."""
 
     use: Line
-    """`answer` (the final answer equals the gold one); `smt` and `lean` (proved); `format`, `regex`, `json_schema`, `length`, `repetition` (how
-    it is written); or your own function: `./file.py:name`."""
+    """`answer` (the final answer equals the gold one); `python_tests` (the code passes the row's tests); `smt` and `lean` (proved); `format`, `regex`, `json_schema`, `length`, `repetition` (how
+    it is written); `reward_model` (the learned score of `adapters.reward`); or your own function: `./file.py:name`."""
     weight: float = 1.0
     """What it counts for; a negative weight punishes."""
     pattern: Line | None = None
@@ -211,13 +223,15 @@ class RewardUse(Settings):
     """For `smt`: what a completion tells: whether the row's constraints can be met, values that meet them, or an inductive invariant."""
     program: Words | None = None
     """For `lean`: the command that checks a file; [lean] where it is not given, [lake, --dir, ./project, env, lean] for one with Mathlib."""
+    accept_unsafe_code: Literal["code that a model wrote may do anything on this machine"] | None = None
+    """For `python_tests`, where the machine has no sandbox for code: this sentence, word for word, lets it run without one."""
 
 
 class Rollout(Settings):
     """How completions are drawn while training: always from the full distribution."""
 
-    num_generations: Annotated[int, Field(ge=2, le=1024)] = 8
-    """Completions of each prompt: a group."""
+    num_generations: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Completions of each prompt: a group, for grpo of 2 at least."""
     max_new_tokens: Positive = 256
     """Longest completion in tokens."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
@@ -259,6 +273,47 @@ class Grpo(Settings):
     """A group of equal rewards has no advantage: kept for its KL, left out of the update, or replaced by other prompts."""
 
 
+class Ppo(Settings):
+    """What `algorithm: ppo` optimises."""
+
+    clip: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """How far the ratio to the policy that wrote may move before the gradient stops."""
+    entropy: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of an entropy bonus; it costs a second pass through the output head."""
+    epochs: Positive = 4
+    """Passes over each harvest of completions."""
+    minibatches: Positive = 1
+    """Optimizer steps of each pass, each on its share of the harvest."""
+    update_kl_limit: Annotated[float, Field(gt=0.0)] | None = None
+    """Nats a token between the policy that wrote and the updated one, above which the rest of a harvest's passes is left out."""
+    kl: Annotated[float, Field(ge=0.0)] = 0.05
+    """Weight of the KL to the reference, a part of every token's reward; with `kl_target` where it begins."""
+    kl_target: Annotated[float, Field(gt=0.0)] | None = None
+    """Nats a token of KL to the reference that the weight is steered to. Without it the weight stays."""
+    kl_gain: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """How fast the weight is steered: by a fifth of this a step at most."""
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Discount of what is earned a token later."""
+    gae_lambda: Share = 0.95
+    """Generalised advantage estimation: 1 trusts what was earned, 0 the value."""
+    truncated: Literal["penalise", "bootstrap", "keep"] = "penalise"
+    """A completion without an end loses `penalty`; or has no score, and its value stands for what is to come; or is scored as it is."""
+    penalty: Annotated[float, Field(gt=0.0)] = 1.0
+    """For `truncated: penalise`."""
+    value: Literal["adapter", "trunk"] = "adapter"
+    """What values tokens: an adapter with a head of its own, or a head on the policy's trunk, whose loss moves the policy's adapter too."""
+    value_from: Literal["policy", "reward"] = "policy"
+    """Where the value's adapter begins: fresh on what lies below the policy, or as a copy of the adapter `reward` with its head."""
+    value_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
+    """Peak learning rate of the value; `train.learning_rate` where it is not given."""
+    value_weight: Annotated[float, Field(gt=0.0)] = 0.1
+    """For `value: trunk`: weight of the value's loss beside the policy's."""
+    value_clip: Annotated[float, Field(ge=0.0)] = 0.2
+    """How far a value may move from what it was when the harvest came, before its gradient stops; 0 for any way."""
+    mismatch_limit: Annotated[float, Field(gt=0.0)] = 0.1
+    """Nats a token between the sampler's log-probs and the policy's, at which the run stops."""
+
+
 class Evaluate(Settings):
     """Held-out measurements while training."""
 
@@ -276,7 +331,7 @@ class Evaluate(Settings):
     """Longest answer in tokens."""
     best_by: Literal["loss", "exact"] | None = None
     """What makes a step the best: the lowest validation loss, or the most held-out questions answered exactly, one greedy answer each.
-    Where it is not given: `exact` for grpo with `heldout`, else `loss`."""
+    Where it is not given: `exact` for grpo and ppo with `heldout`, else `loss`."""
     shown: Annotated[int, Field(ge=0)] = 3
     """Prompts (held-out ones, else of validation rows) whose answers are shown at every evaluation."""
 
@@ -288,14 +343,15 @@ class Recipe(Settings):
     """Name of the run and of its folder under `runs/`; the recipe file's name where it is not given."""
     description: str = ""
     """One line for `lowrank-tune presets`."""
-    algorithm: Literal["sft", "reward", "dpo", "grpo"]
+    algorithm: Literal["sft", "reward", "dpo", "ppo", "grpo"]
     """What is optimised."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seeds everything."""
     base: Base = Base()
     """The frozen base."""
     adapters: dict[str, Adapter] = Field(default_factory=dict, json_schema_extra={"propertyNames": {"pattern": "^[a-z][a-z0-9_]{0,39}$"}})
-    """`policy` (for a reward model: `reward`) is trained; every other one needs a `path` and lies frozen below it, in this order."""
+    """`policy` (for a reward model: `reward`) is trained; every other one needs a `path` and lies frozen below it, in this order. For ppo
+    `value` is trained too, by default in the policy's shape; with a `path` it goes on from there."""
     reference: Line | None = None
     """What the policy is held to and compared with, as a check: `base`, or the frozen adapter right below the policy. It is always the
     policy's stack without its top; a recipe that says otherwise is refused."""
@@ -313,6 +369,8 @@ class Recipe(Settings):
     """How completions are drawn while training."""
     grpo: Grpo = Grpo()
     """What `algorithm: grpo` optimises."""
+    ppo: Ppo = Ppo()
+    """What `algorithm: ppo` optimises."""
     evaluate: Evaluate = Evaluate()
     """Held-out measurements."""
 
@@ -320,6 +378,11 @@ class Recipe(Settings):
     def trained(self) -> str:
         """The adapter that is trained."""
         return trained_by(self.algorithm)
+
+    @property
+    def aside(self) -> tuple[str, ...]:
+        """The adapters that lie in no policy's stack, but for the reward model's."""
+        return aside(self.algorithm)
 
     @property
     def pairs(self) -> bool:
@@ -334,7 +397,7 @@ class Recipe(Settings):
     @property
     def best_by(self) -> str:
         """What makes a step the best."""
-        return self.evaluate.best_by or ("exact" if self.algorithm == "grpo" and self.evaluate.heldout else "loss")
+        return self.evaluate.best_by or ("exact" if self.algorithm in ("grpo", "ppo") and self.evaluate.heldout else "loss")
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain data; `recipe.load` of it gives this recipe again."""

@@ -1,4 +1,4 @@
-"""Rules of `algorithm: grpo` alone: what completions earn, and which of its settings do nothing beside others. Like `rules`, of plain data."""
+"""Rules of what completions earn, and of `algorithm: grpo`: which settings do nothing beside others. Like `rules`, of plain data."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from lowrank_tune.patterns import compiled
 from lowrank_tune.recipe.written import Finding, entries, number, written
 from lowrank_tune.settings import Grpo
 
-REWARDS = ("answer", "format", "regex", "length", "repetition")
+DRAWS = ("grpo", "ppo")
+"""The algorithms that learn from completions of their own."""
+REWARDS = ("answer", "math_answer", "symbolic", "python_tests", "smt", "lean", "format", "regex", "json_schema", "length", "repetition",
+           "reward_model")  # fmt: skip
 NEEDS = {"pattern": (("format", "regex"), "the regular expression that the whole completion must match, as '(?s).*Answer: .*'"),
-         "target_tokens": (("length",), "up to how many tokens earn 1"), "ngram": (("repetition",), "")}  # fmt: skip
+         "target_tokens": (("length",), "up to how many tokens earn 1"), "ngram": (("repetition",), ""),
+         "json_schema": (("json_schema",), "the schema, or where it is, as `./schema.json`"), "accept_unsafe_code": (("python_tests",), ""),
+         "kind": (("smt",), "what a completion tells: `statement`, `witness` or `invariant`"), "program": (("lean",), "")}  # fmt: skip
 """Settings of a reward: whose they are, and what they say. Those need it, unless there is nothing to say, and no other has it."""
 MEANT = {"accuracy": "answer", "accuracy_reward": "answer", "correctness": "answer", "exact_match": "answer", "think_format_reward": "format"}
 """Names of other kits' rewards."""
@@ -26,6 +31,11 @@ def is_grpo(data: Any) -> bool:
     return bool(written(data, "algorithm") == "grpo")
 
 
+def draws(data: Any) -> bool:
+    """Whether it learns from completions of its own."""
+    return written(data, "algorithm") in DRAWS
+
+
 def idle(data: Any) -> Iterator[Finding]:
     """Settings that were written and do nothing beside others."""
     if is_grpo(data):
@@ -33,6 +43,10 @@ def idle(data: Any) -> Iterator[Finding]:
         yield from _idle_kl(data)
         if written(data, "grpo", "penalty") is not None and written(data, "grpo", "truncated") in (None, "keep", "mask"):
             yield ("grpo", "penalty"), "does nothing without `grpo.truncated`: penalise"
+    if draws(data):
+        listed = [written(reward, "on_error") or ("stop" if _is_own(written(reward, "use")) else "drop") for reward in entries(data, "rewards")]
+        if listed and set(listed) == {"stop"} and written(data, "rollout", "max_unscored_share") is not None:
+            yield ("rollout", "max_unscored_share"), "does nothing where every reward stops the run at its first failure (`on_error`)"
         for index, reward in enumerate(entries(data, "rewards")):
             use = written(reward, "use")
             for key, (owners, _) in NEEDS.items():
@@ -65,7 +79,7 @@ def _idle_kl(data: Any) -> Iterator[Finding]:
 
 def rewards(data: Any) -> Iterator[Finding]:
     """Completions earn something, and every reward can be computed."""
-    if not is_grpo(data):
+    if not draws(data):
         return
     if written(data, "rewards") in (None, []):
         yield ("rewards",), "is missing: say what completions earn, as in `rewards: [{use: answer}]`"
@@ -84,11 +98,15 @@ def rewards(data: Any) -> Iterator[Finding]:
         yield ("rewards", 0, "weight"), "the weights of the rewards are all 0, so that nothing would be learned"
 
 
+def _is_own(use: Any) -> bool:
+    return isinstance(use, str) and (":" in use or use.endswith(".py"))
+
+
 def _no_reward(use: str) -> str:
     """Why a word names no reward, or an empty string."""
     if use in REWARDS:
         return ""
-    if ":" in use or use.endswith(".py"):
+    if _is_own(use):
         file, _, function = use.rpartition(":")
         return "" if file.endswith(".py") and function.isidentifier() else "is no function in a file; write it as `./file.py:function`"
     near = [MEANT[use]] if use in MEANT else get_close_matches(use[:80], REWARDS, n=1, cutoff=0.6)
@@ -106,7 +124,7 @@ def _no_pattern(pattern: str) -> str:
 
 def golds(data: Any) -> Iterator[Finding]:
     """Whether an answer is right cannot be told without gold answers."""
-    if is_grpo(data) and any(written(reward, "use") == "answer" for reward in entries(data, "rewards")):
+    if draws(data) and any(written(reward, "use") == "answer" for reward in entries(data, "rewards")):
         for index, source in enumerate(entries(data, "data", "train")):
             if written(source, "gold") == "none" and written(source, "dataset") != "tutor":
                 yield ("data", "train", index, "gold"), "leaves the reward `answer` nothing to compare with"

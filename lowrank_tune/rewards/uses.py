@@ -10,11 +10,16 @@ from typing import Literal
 
 from lowrank_tune.errors import Fault, Faults, RunFailed, UserError, did_you_mean
 from lowrank_tune.rewards.answer import Answer
+from lowrank_tune.rewards.json_schema import read_schema
 from lowrank_tune.rewards.length import Length
+from lowrank_tune.rewards.math_answer import make_math_answer
 from lowrank_tune.rewards.own import is_own, read_own
 from lowrank_tune.rewards.protocol import Reward, Score
+from lowrank_tune.rewards.python_tests import PythonTests
 from lowrank_tune.rewards.repetition import NGRAM, Repetition
+from lowrank_tune.rewards.reward_model import RewardModel
 from lowrank_tune.rewards.shape import Shape
+from lowrank_tune.rewards.symbolic import make_symbolic
 from lowrank_tune.settings import RewardUse
 
 
@@ -78,6 +83,22 @@ def _answer(use: RewardUse, name: str, folder: Path) -> Reward:
     return Answer(name)
 
 
+def _math_answer(use: RewardUse, name: str, folder: Path) -> Reward:
+    return make_math_answer(name)
+
+
+def _python_tests(use: RewardUse, name: str, folder: Path) -> Reward:
+    return PythonTests(name, use.accept_unsafe_code is not None)
+
+
+def _reward_model(use: RewardUse, name: str, folder: Path) -> Reward:
+    return RewardModel(name)
+
+
+def _symbolic(use: RewardUse, name: str, folder: Path) -> Reward:
+    return make_symbolic(name)
+
+
 def _length(use: RewardUse, name: str, folder: Path) -> Reward:
     assert use.target_tokens is not None
     return Length(name, use.target_tokens)
@@ -95,12 +116,20 @@ def _repetition(use: RewardUse, name: str, folder: Path) -> Reward:
     return Repetition(name, NGRAM if use.ngram is None else use.ngram)
 
 
+def _json_schema(use: RewardUse, name: str, folder: Path) -> Reward:
+    assert use.json_schema is not None
+    return read_schema(name, use.json_schema, folder)
+
+
 MAKERS: Mapping[str, Callable[[RewardUse, str, Path], Reward]] = {
-    "answer": _answer, "format": _format, "regex": _format, "length": _length, "repetition": _repetition}  # fmt: skip
+    "answer": _answer, "math_answer": _math_answer, "symbolic": _symbolic, "format": _format, "regex": _format,
+    "json_schema": _json_schema, "length": _length, "repetition": _repetition, "python_tests": _python_tests, "reward_model": _reward_model}  # fmt: skip
 """How each reward that a recipe can name is made, from its settings, its name on the screen, and the folder of its files."""
-OWNERS: Mapping[str, tuple[str, ...]] = {"pattern": ("format", "regex"), "target_tokens": ("length",), "ngram": ("repetition",)}
+OWNERS: Mapping[str, tuple[str, ...]] = {
+    "pattern": ("format", "regex"), "target_tokens": ("length",), "ngram": ("repetition",), "accept_unsafe_code": ("python_tests",),
+    "json_schema": ("json_schema",)}  # fmt: skip
 """Whose each setting of `RewardUse` is; it is needed there unless it is in OPTIONAL, and a fault elsewhere."""
-OPTIONAL: frozenset[str] = frozenset({"ngram"})
+OPTIONAL: frozenset[str] = frozenset({"accept_unsafe_code", "ngram"})
 
 
 def total(scores: Sequence[Score], weights: Sequence[float]) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,92 @@ def test_repetition_is_the_share_of_distinct_ngrams() -> None:
     assert values(one("repetition"), "a b c d a b c d") == [4 / 5] and values(one("repetition"), "word " * 10_003) == [1e-4]
     assert values(one("repetition"), "a" * 1600)[0] == pytest.approx(1 / 97) and values(one("repetition"), "\u4e2d" * 103) == [0.01]
     assert reward.score([item("a")])[0].verdict == "graded" and reward.judges is False
+
+
+SCHEMA = {"type": "object", "required": ["name"], "additionalProperties": False,
+          "properties": {"name": {"type": "string", "pattern": "^[a-z]+$"}, "age": {"type": "integer", "minimum": 0},
+                         "in": {"$ref": "#/$defs/place"}}, "$defs": {"place": {"enum": ["Rome", "Oslo"]}}}  # fmt: skip
+FENCED = "Here:\n```json\n%s\n```\nThat is all."
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ('{"name": "ann"}', 1), (' {"name": "ann", "age": 3, "in": "Oslo"}\n', 1), (FENCED % '{"name": "ann"}', 1),
+        ('{"name": "ann", "age": 3.0}', 1),
+        ('```\n{"name": "x"}\n```', 1), (FENCED % "{}" + FENCED % '{"name": "ann"}', 1), ('{"name": "\\u0061nn"}', 1),
+        (FENCED % '{"name": "ann"}' + FENCED % "{}", 0), ('```json\n{"name": "ann"}', 0), ('It is {"name": "ann"}', 0),
+        ('{"name": "ann"} {}', 0),
+        ('```python\n{"name": "ann"}\n```', 0), ('{"name": "Ann"}', 0), ('{"name": "ann", "age": -1}', 0), ('{"name": "ann", "in": "Bonn"}', 0),
+        ('{"name": "ann", "age": true}', 0), ('{"name": "ann", "more": 1}', 0), ('{"name": "ann", "age": NaN}', 0), ("[]", 0),
+        ('"ann"', 0), ("", 0),
+        ('{"name": "x y", "name": "ann"}', 0), ('{"name": "ann", "age": 1e999}', 0), ('{"name": "ann", "age": 1%s}' % ("0" * 400), 0),
+        ("{'name': 'ann'}", 0), ('{"name": "ann",}', 0), ('{"name": "\x00"}', 0),
+    ],
+)  # fmt: skip
+def test_a_completion_is_json_under_a_schema(text: str, right: int, schema_worker: Scorer[int]) -> None:
+    schema_worker.submit(0, item(text))
+    score = schema_worker.collect()[0][0]
+    assert (score.value, score.verdict) == (right, "pass" if right else "fail"), score.reason
+
+
+@pytest.fixture(scope="module")
+def schema_worker() -> Iterator[Scorer[int]]:
+    with Scorer[int]([one("json_schema", json_schema=SCHEMA)], workers=1) as scorer:
+        yield scorer
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_json_is_no_json(name: str, schema_worker: Scorer[int]) -> None:
+    start = time.monotonic()
+    for text in (HOSTILE[name], HOSTILE[name][:190_000], FENCED % HOSTILE[name][:190_000], FENCED % ('{"name":' * 50 + HOSTILE[name][:90_000])):
+        schema_worker.submit(0, item(text))
+        [score] = schema_worker.collect()[0]
+        assert (score.value, score.verdict) == (0.0, "fail") and score.reason.isprintable() and len(score.reason) < 500
+    assert time.monotonic() - start < 5.0
+
+
+def test_a_pattern_of_a_schema_that_runs_away_is_a_timeout_and_never_a_zero() -> None:
+    reward = one("json_schema", json_schema={"pattern": "^(a+)+b$"})
+    with Scorer[int]([reward], workers=1, timeout_seconds=0.4) as scorer:
+        for number, text in enumerate(('"aab"', '"' + "a" * 60 + '"', '"aac"')):
+            scorer.submit(number, item(text))
+        scores = [found[0] for found in scorer.collect().values()]
+    assert [(score.value, score.verdict) for score in scores] == [(1.0, "pass"), (None, "timeout"), (0.0, "fail")]
+    assert "0.4 s" in scores[1].reason and scores[1].reason.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"type": "strin"}, "is no JSON schema: at $.type"), ({"pattern": "("}, "is no JSON schema: at $.pattern"),
+        ({"$ref": "#"}, "without end"),
+        ({"$ref": "https://example.com/s.json"}, "refers to https://example.com/s.json, which is not in it; nothing is fetched"),
+        ({"properties": {"a": {"$ref": "other.json"}}}, "refers to other.json"), ({"items": {"$ref": "#/$defs/no"}}, "/$defs/no"),
+        ({"$schema": "https://example.com/draft"}, "a `$schema` that is not known"), ("./none.json", "cannot be read"),
+        ("./bad.json", "is no JSON"),
+        ("./list.json", "neither an object"), ({"minimum": "3"}, "is no JSON schema"),
+    ],
+)  # fmt: skip
+def test_a_schema_is_checked_before_anything_runs(schema: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "list.json").write_text("[]")
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    told = refusal("json_schema", tmp_path, json_schema=schema)
+    assert words in told and told.startswith("rewards.0: ") and "\n" not in told
+
+
+def test_schemas_come_from_files_refer_to_themselves_and_say_their_draft(tmp_path: Path) -> None:
+    tree = {"$id": "https://example.com/tree", "type": "array", "items": {"$ref": "#"}}
+    old = {"$schema": "http://json-schema.org/draft-04/schema#", "minimum": 3, "exclusiveMinimum": True}
+    (tmp_path / "tree.json").write_text(json.dumps(tree))
+    assert values(one("json_schema", tmp_path, json_schema="./tree.json"), "[[], [[]]]", "[[1]]", "[" * 60 + "]" * 60) == [1, 0, 1]
+    assert values(one("json_schema", json_schema=old), "3", "4") == [0, 1]
+
+
+def test_without_its_package_a_reward_is_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "needs jsonschema; install it with `pip install 'lowrank-tune[verifiers]'`" in refusal("json_schema", json_schema=SCHEMA)
 
 
 def test_the_recipe_and_the_rewards_know_the_same_settings() -> None:
