@@ -148,7 +148,7 @@ def examine(recipe: settings.Recipe, emit: Emit, cache: Path | None = None) -> P
     template = Template.of(load_tokenizer(recipe.base))
     wanted = recipe.evaluate
     heldout = prompts(wanted.heldout, wanted.prompts, recipe.seed, recipe.data.system) if wanted.heldout else []
-    if recipe.algorithm == "grpo":
+    if recipe.algorithm in ("grpo", "ppo"):
         asked = load_asked(recipe.data, template, recipe.seed, emit, judge=False, needs_gold=recipe.needs_gold)
         return survey_asked(recipe, asked, template, heldout)
     return survey(recipe, load(recipe.data, template, recipe.seed, emit, cache, judge=False, pairs=recipe.pairs), template, heldout)

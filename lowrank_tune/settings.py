@@ -5,7 +5,7 @@ Names are those that users of the Hugging Face libraries already know. `recipe.p
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -204,8 +204,9 @@ class RewardUse(Settings):
     """One reward of several. What a completion earns is the weighted sum."""
 
     use: Line
-    """`answer` (the final answer equals the gold one); `python_tests` (the code passes the row's tests); `smt` and `lean` (proved); `format`, `regex`, `json_schema`, `length`, `repetition` (how
-    it is written); `reward_model` (the learned score of `adapters.reward`); or your own function: `./file.py:name`."""
+    """`answer` (the final answer equals the gold one); `python_tests` (the code passes the row's tests); `smt` and `lean` (proved);
+    `format`, `regex`, `json_schema`, `length`, `repetition` (how it is written); `reward_model` (the learned score of `adapters.reward`);
+    or your own function: `./file.py:name`."""
     weight: float = 1.0
     """What it counts for; a negative weight punishes."""
     pattern: Line | None = None

@@ -14,6 +14,7 @@ import torch
 
 from lowrank_tune import settings
 from lowrank_tune.build import Built
+from lowrank_tune.build.learned import ROLE
 from lowrank_tune.checkpoint import Broken, RunFolder, Snapshot, flatten_optimizer, load, restore_optimizer, rotate, write_atomically
 from lowrank_tune.control import Control
 from lowrank_tune.data import Prepared
@@ -51,10 +52,13 @@ class Stage:
         self.place, self.measured_as = place, name or recipe.algorithm
         known = earlier or {}
         self.memory = _Memory(heldout=dict(known.get("heldout", {})), answers=dict(known.get("answers", {})))
-        named = {name: parameter for role in built.trained for name, parameter in built.roles.named_parameters(role).items()}
-        self.names, parameters = list(named), list(named.values())
-        self.loop = Loop(built.algorithm, parameters, make_optimizer(parameters, recipe.train, built.base.device), recipe.train, built.steps,
-                         recipe.seed, built.base.device, emit, self._at_border, control)  # fmt: skip
+        named = {role: built.roles.named_parameters(role) for role in built.trained}
+        self.names = [name for parameters in named.values() for name in parameters]
+        parameters = [parameter for several in named.values() for parameter in several.values()]
+        grouped = [{"params": list(several.values()), "share": built.rates.get(role, 1.0)} for role, several in named.items()]
+        optimizer = make_optimizer(grouped if len(grouped) > 1 else parameters, recipe.train, built.base.device)
+        self.loop = Loop(built.algorithm, parameters, optimizer, recipe.train, built.steps, recipe.seed, built.base.device, emit,
+                         self._at_border, control)  # fmt: skip
         self.evaluate_every = recipe.evaluate.every or max(1, built.steps // EVALUATIONS)
         self.save_every = recipe.train.save_every or max(1, built.steps // SAVES)
         self.speaks = "policy" in built.trained  # a reward model only listens
@@ -93,7 +97,7 @@ class Stage:
     @property
     def below(self) -> str:
         """What the policy starts from, by name: the base, or the frozen adapter right below it."""
-        return next((name for name in reversed(self.recipe.adapters) if name not in self.built.trained), "base")
+        return next((name for name in reversed(self.recipe.adapters) if name not in (*self.built.trained, ROLE)), "base")
 
     def finish(self, finished: bool, begun: float, last: dict[str, float], warnings: list[str]) -> None:
         """The best adapter becomes `final/`, answers the held-out prompts, and the summary is written."""

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class Loop:
         logged = (step + 1) % self.train.log_every == 0 or step in (0, self.steps - 1)
         rate = self.train.learning_rate * rate_at(step, self.steps, self.train.warmup_steps, self.train.schedule)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("share", 1.0)
         experience = self.algorithm.collect(step)
         if not self.checked:
             self._check(experience.batch, step)
@@ -142,9 +142,13 @@ class Loop:
                 term.loss.backward()  # type: ignore[no-untyped-call]
                 loss += term.loss.detach()
                 add_stats(stats, term.stats)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.train.max_grad_norm)
-        total, size = torch.stack([loss, norm.to(self.device)]).tolist()
+        total, size = torch.stack([loss, self._clip().to(self.device)]).tolist()
         return stats, total, size
+
+    def _clip(self) -> Tensor:
+        """Clips the gradients of each group of parameters; returns the norm of all before that."""
+        norms = [nn.utils.clip_grad_norm_(group["params"], self.train.max_grad_norm) for group in self.optimizer.param_groups]
+        return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
     def _skip(self, step: int, norm: float) -> None:
         self.progress.bad_steps += 1
@@ -194,8 +198,12 @@ def movement(parameters: list[nn.Parameter], before: list[Tensor]) -> Stats:
     return {"moved_share": Mean(moved, sum(p.numel() for p in parameters)), "update_ratio": Mean(update, weight)}
 
 
-def make_optimizer(parameters: list[nn.Parameter], train: settings.Train, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101) on the fp32 masters, fused; or bitsandbytes' 8-bit and paged ones. Raises RunFailed where they need CUDA."""
+def make_optimizer(parameters: list[nn.Parameter] | list[dict[str, Any]], train: settings.Train,
+                   device: torch.device) -> torch.optim.Optimizer:  # fmt: skip
+    """AdamW (arXiv:1711.05101) on the fp32 masters, fused; or bitsandbytes' 8-bit and paged ones. Raises RunFailed where they need CUDA.
+
+    Groups of parameters (torch's `{"params": [...]}`) may have a `share`: what their learning rate is to the run's.
+    """
     betas, decay = (train.adam_beta1, train.adam_beta2), train.weight_decay
     if train.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=train.learning_rate, betas=betas, weight_decay=decay, fused=True)

@@ -64,6 +64,22 @@ ALIASES_OF: dict[str, dict[str, str]] = {
         "train_batch_size": "train.prompts_per_step", "rollout_batch_size": "train.prompts_per_step", "temperature": "rollout.temperature",
         "max_length": "data.max_prompt_length", "max_seq_length": "data.max_prompt_length",
     },
+    "ppo": {
+        "num_generations": "rollout.num_generations", "num_return_sequences": "rollout.num_generations",
+        "max_completion_length": "rollout.max_new_tokens", "max_response_length": "rollout.max_new_tokens",
+        "response_length": "rollout.max_new_tokens", "max_prompt_length": "data.max_prompt_length", "max_num_seqs": "rollout.slots",
+        "beta": "ppo.kl", "kl_coef": "ppo.kl", "init_kl_coef": "ppo.kl", "kl_loss_coef": "ppo.kl", "target": "ppo.kl_target",
+        "target_kl": "ppo.kl_target", "adap_kl_ctrl": "ppo.kl_target", "horizon": "ppo.kl_gain", "cliprange": "ppo.clip",
+        "clip_range": "ppo.clip", "epsilon": "ppo.clip", "clip_eps": "ppo.clip", "clip_ratio": "ppo.clip", "cliprange_value": "ppo.value_clip",
+        "clip_range_vf": "ppo.value_clip", "vf_clip": "ppo.value_clip", "vf_coef": "ppo.value_weight", "value_loss_coef": "ppo.value_weight",
+        "ent_coef": "ppo.entropy", "entropy_coef": "ppo.entropy", "entropy_coeff": "ppo.entropy", "lam": "ppo.gae_lambda",
+        "lambd": "ppo.gae_lambda", "lambda": "ppo.gae_lambda", "num_ppo_epochs": "ppo.epochs", "ppo_epochs": "ppo.epochs",
+        "num_mini_batches": "ppo.minibatches", "missing_eos_penalty": "ppo.penalty", "critic_lr": "ppo.value_learning_rate",
+        "critic_learning_rate": "ppo.value_learning_rate", "temperature": "rollout.temperature", "reward_model_path": "adapters.reward.path",
+        "reward_model": "adapters.reward.path", "value_model_path": "adapters.value.path", "batch_size": "train.prompts_per_step",
+        "train_batch_size": "train.prompts_per_step", "rollout_batch_size": "train.prompts_per_step",
+        "max_length": "data.max_prompt_length", "max_seq_length": "data.max_prompt_length",
+    },
 }  # fmt: skip
 """What they mean with one algorithm alone."""
 

@@ -13,13 +13,15 @@ CHARTS: dict[str, tuple[tuple[str, ...], ...]] = {
             ("grad_norm",), ("learning_rate",)),
     "grpo": (("reward",), ("heldout_exact",), ("kl",), ("entropy",), ("length",), ("dead_groups",), ("truncated",), ("clip_fraction",),
              ("grad_norm",), ("learning_rate",), ("loss",)),
-    "ppo": (("reward",), ("kl",), ("value_loss",), ("entropy",), ("grad_norm",), ("learning_rate",)),
+    "ppo": (("reward",), ("heldout_exact",), ("kl",), ("explained_variance",), ("value_loss",), ("entropy",), ("length",), ("truncated",),
+            ("kl_coefficient",), ("clip_fraction", "value_clip_fraction"), ("update_kl",), ("grad_norm",), ("learning_rate",)),
 }  # fmt: skip
 """The charts of an algorithm, the most telling first: what a small screen shows. Two names are two lines in one chart."""
 
 TITLES = {
     "loss": "loss", "kl": "KL to the reference", "grad_norm": "gradient norm", "learning_rate": "learning rate",
     "score_chosen": "score", "reward_chosen": "implicit reward", "logp_chosen": "log-prob a token", "heldout_exact": "held-out exact, greedy",
+    "kl_coefficient": "weight of the KL", "clip_fraction": "tokens at the clip", "update_kl": "KL within a step",
 }  # fmt: skip
 """Of a chart, by its first name."""
 SIDE_TITLES = {"score_chosen": "score", "reward_chosen": "reward", "logp_chosen": "log-prob"}
@@ -27,7 +29,7 @@ SIDE_TITLES = {"score_chosen": "score", "reward_chosen": "reward", "logp_chosen"
 
 WITHOUT_REFERENCE = ("reward",)
 """Algorithms that compare the model with nothing."""
-WRITES = ("grpo",)
+WRITES = ("grpo", "ppo")
 """Algorithms that learn from what the policy writes: their steps have phases, and groups to look at."""
 PHASES = ("rollout", "score", "update")
 """Of a step of such an algorithm: drawing completions, waiting for their rewards, and the rest."""
@@ -77,6 +79,27 @@ OWN_MEANINGS = {
         "dead_groups": "share of groups whose completions all earn the same; they teach nothing",
         "truncated": "share of completions that the limit cut off",
         "clip_fraction": "share of tokens where the clip stops the gradient",
+        "mismatch": "how far the log-probs of sampling and of training lie apart, nats a token; should be near 0",
+        "entropy": "how undecided the policy is, nats a token; near 0 it tries nothing new",
+        "loss": "the policy's loss; with advantages around 0 it says little",
+        "rollout_seconds": "seconds of a step in which completions were drawn",
+        "score_seconds": "seconds of a step spent waiting for rewards",
+    },
+    "ppo": {
+        "reward": "mean reward of the completions, before penalties and before any KL is taken off",
+        "score": "what stands at the last token: the reward, less the penalty of completions without an end",
+        "heldout_exact": "share of held-out questions that the policy answers exactly, greedily (pass@1)",
+        "heldout_stopped": "share of those answers that end by themselves",
+        "heldout_length": "tokens of such an answer",
+        "kl_coefficient": "weight of the KL in the reward; it moves where a target is set",
+        "update_kl": "how far a step's passes move the policy from the one that wrote, nats a token",
+        "value": "what the value expects, in the mean over tokens",
+        "value_loss": "squared error of the value, halved",
+        "explained_variance": "share of what the returns vary that the value foretells; 1 is all, 0 no more than their mean, below 0 harm",
+        "clip_fraction": "share of tokens where the clip stops the policy's gradient, and the value's",
+        "reward_spread": "how far rewards of one prompt lie apart (standard deviation)",
+        "length": "tokens of a completion",
+        "truncated": "share of completions without an end: the limit cut them off",
         "mismatch": "how far the log-probs of sampling and of training lie apart, nats a token; should be near 0",
         "entropy": "how undecided the policy is, nats a token; near 0 it tries nothing new",
         "loss": "the policy's loss; with advantages around 0 it says little",
