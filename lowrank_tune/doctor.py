@@ -50,7 +50,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     findings: list[Finding] = []
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "Python": python, "versions": versions, "CUDA": card, "4 bits": four_bits, "disk": lambda: disk(environ), "hub": lambda: hub(environ),
-        "terminal": lambda: terminal(environ), "system": system}  # fmt: skip
+        "terminal": lambda: terminal(environ), "system": system, "sandbox": sandbox}  # fmt: skip
     for name, check in checks.items():
         try:
             findings += check()
@@ -240,3 +240,14 @@ def system() -> Iterator[Finding]:
         yield Finding("ok", "system", f"Linux {release}, {os.cpu_count()} cores")
     else:
         yield Finding("warning", "system", platform.system(), "tested on Linux and WSL2 only")
+
+
+def sandbox() -> Iterator[Finding]:
+    """What code of a model would run in: tried, not read off."""
+    levels: Any = importlib.import_module("lowrank_tune.rewards.sandbox.levels")  # its package brings torch in
+    offer = levels.strongest()
+    if offer is not None:
+        yield Finding("ok", "sandbox", f"for code that a model wrote: {offer}")
+    else:
+        yield Finding("warning", "sandbox", f"none for code that a model wrote ({levels.why_none()})",
+                      "`python_tests` needs Linux 5.13 or newer with Landlock, or bubblewrap, or user namespaces")  # fmt: skip

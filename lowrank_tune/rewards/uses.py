@@ -123,7 +123,8 @@ def _json_schema(use: RewardUse, name: str, folder: Path) -> Reward:
 
 MAKERS: Mapping[str, Callable[[RewardUse, str, Path], Reward]] = {
     "answer": _answer, "math_answer": _math_answer, "symbolic": _symbolic, "format": _format, "regex": _format,
-    "json_schema": _json_schema, "length": _length, "repetition": _repetition, "python_tests": _python_tests, "reward_model": _reward_model}  # fmt: skip
+    "json_schema": _json_schema, "length": _length, "repetition": _repetition, "python_tests": _python_tests,
+    "reward_model": _reward_model}  # fmt: skip
 """How each reward that a recipe can name is made, from its settings, its name on the screen, and the folder of its files."""
 OWNERS: Mapping[str, tuple[str, ...]] = {
     "pattern": ("format", "regex"), "target_tokens": ("length",), "ngram": ("repetition",), "accept_unsafe_code": ("python_tests",),

@@ -20,6 +20,9 @@ FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)",
 PYTHON = ("python", "py", "python3")
 
 
+SHARE = 0.6  # of the time of a check, for the code and its tests; the rest is for the start
+
+
 class Unusable(Exception):
     """A row without tests that can be run; the message says what it lacks."""
 
@@ -35,14 +38,19 @@ class Tests:
 
 def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, str]]:
     """Checks at the level of the job. The next pair of processes starts while the trainer does something else."""
-    ready = [Pair(job["level"], job["seconds"])]
+    held = [Pair(job["level"])]
 
     def grade(asked: Mapping[str, Any]) -> dict[str, str]:
         tests = tests_of(asked["row"])
-        pair = ready.pop() if ready else Pair(job["level"], job["seconds"])
-        ended = pair.check(tests.prompt, code_of(asked["completion"]), tests.entry, tests.text)
-        ready.append(Pair(job["level"], job["seconds"]))
+        if held[0].used:  # an alarm has cut the last check short
+            renew()
+        ended = held[0].check(tests.prompt, code_of(asked["completion"]), tests.entry, tests.text, asked["seconds"] * SHARE)
+        renew()
         return {"outcome": ended.outcome, "reason": ended.reason}
+
+    def renew() -> None:
+        held[0].end()
+        held[0] = Pair(job["level"])
 
     return grade
 
@@ -69,7 +77,7 @@ def tests_of(row: Mapping[str, Any]) -> Tests:
 def _of_function(prompt: str, test: str, entry: str) -> Tests:
     """HumanEval: imports and helpers of the prompt, the tests, then `check` called with the solution's function."""
     if not entry.isidentifier():
-        raise Unusable(f"its `entry_point` {entry!r} is no name")
+        raise Unusable("its `entry_point` is no name")
     if not any(isinstance(each, ast.FunctionDef) and each.name == "check" for each in _parsed(test, "`test`").body):
         raise Unusable("its `test` has no function `check`")
     text = f"{_whole(prompt)}\n{entry} = __solution__({entry!r})\n{test}\ncheck({entry})\n"

@@ -10,8 +10,6 @@ from lowrank_tune.rewards.sandbox.channel import LONGEST, Closed, Late, TooLong
 from lowrank_tune.rewards.sandbox.launch import Confined, Foreign, Level, Unconfined
 from lowrank_tune.rewards.sandbox.values import Unreadable, decode, encode
 
-SECONDS = 6.0  # of the wall clock for the code and its tests together
-
 
 @dataclass(frozen=True)
 class Ended:
@@ -28,12 +26,14 @@ class Wrong(Exception):
 class Pair:
     """A solver and a tester, confined and waiting: made before they are needed, used once."""
 
-    def __init__(self, level: Level, seconds: float = SECONDS) -> None:
-        self.seconds = seconds
+    def __init__(self, level: Level) -> None:
+        self.used, self.seconds = False, 0.0
         self._solver, self._tester = Confined("solver", level), Confined("tester", level)
 
-    def check(self, prompt: str, code: str, entry: str, tests: str) -> Ended:
-        """Runs the tests on the code. `prompt` and `entry`: see `solver.whole`. Ends both processes."""
+    def check(self, prompt: str, code: str, entry: str, tests: str, seconds: float) -> Ended:
+        """Runs the tests on the code, both together within so many seconds of the wall clock. `prompt` and `entry`: see `solver.whole`.
+        Ends both processes."""
+        self.used, self.seconds = True, seconds
         try:
             self._solver.ready()
             self._tester.ready()
@@ -53,7 +53,10 @@ class Pair:
     def _converse(self, code: bytes, tests: bytes) -> Ended:
         """Hands requests of the tester to the solver and its answers back, until the tester tells the end."""
         deadline = time.monotonic() + self.seconds
-        loaded = decode(self._answer(code, deadline))
+        try:
+            loaded = decode(self._answer(code, deadline))
+        except Unreadable:
+            raise Wrong("wrote to the stream of its results") from None
         if loaded[0] != "loaded":
             raise Wrong(f"raised {loaded[1][0]}: {loaded[2]}")
         message, calls = self._told(tests, deadline, 0), 0
@@ -88,12 +91,3 @@ class Pair:
             raise Unconfined("the tests did not begin in time") from None
         except (Closed, TooLong, Foreign):
             raise Unconfined(f"the process of the tests {self._tester.end()}") from None
-
-
-def readable(answer: bytes) -> bool:
-    """Whether bytes are a value."""
-    try:
-        decode(answer)
-    except Unreadable:
-        return False
-    return True

@@ -24,7 +24,7 @@ def serve(talk: Talk) -> None:
         talk.tell(raised(error))
         return
     talk.tell(encode(["loaded"]))
-    held = Held(vars(module))
+    held = Held(module.__dict__)
     while True:
         request = talk.hear()
         try:
@@ -78,7 +78,7 @@ class Held:
             return setattr(target, *rest)
         if what == "item":
             return target[rest[0]]
-        return {"iter": iter, "len": len}[what](target)
+        return iter(target) if what == "iter" else len(target)
 
 
 def each(iterator: Any) -> list[Any]:

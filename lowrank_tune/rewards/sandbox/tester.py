@@ -76,7 +76,7 @@ def where(error: BaseException, source: str) -> str:
 class Compared(text.Text):
     """Tests whose == and != also look at types."""
 
-    def source_to_code(self, data: Any, path: Any = "<tests>", *, _optimize: int = -1) -> Any:
+    def source_to_code(self, data: Any, path: Any = "<tests>", *, _optimize: int = -1) -> Any:  # type: ignore[override]
         return compile(ast.fix_missing_locations(Comparisons().visit(ast.parse(data))), "<tests>", "exec", dont_inherit=True, optimize=0)
 
 

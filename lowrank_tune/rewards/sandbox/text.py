@@ -7,9 +7,8 @@ from importlib.machinery import SourceFileLoader
 
 TYPE_CHECKING = False  # the modules below cost a start more than all the rest
 if TYPE_CHECKING:
+    from types import ModuleType
     from typing import Any
-
-ModuleType = type(sys)
 
 
 class Text(SourceFileLoader):
@@ -28,7 +27,7 @@ class Text(SourceFileLoader):
 
 def load(name: str, source: str, given: dict[str, Any], loader: type[Text] = Text) -> ModuleType:
     """The module that the text makes, with the names `given` in it from the start. Raises what the text raises."""
-    module = ModuleType(name)
+    module = type(sys)(name)
     module.__dict__.update(given)
     sys.modules[name] = module  # dataclasses look their module up while it is made
     loader(name, source.encode("utf-8", "surrogatepass")).exec_module(module)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 DEEPEST = 100  # levels of nesting
 CONTAINERS: dict[type, bytes] = {list: b"l", tuple: b"t", set: b"S", frozenset: b"Z"}
 KINDS = {type(None): b"N", bool: b"B", int: b"i", float: b"d", complex: b"c", str: b"s", bytes: b"b", bytearray: b"y", dict: b"m", range: b"r",
-         type(Ellipsis): b"E", **CONTAINERS}  # fmt: skip
+         type(Ellipsis): b"E", type: b"T", **CONTAINERS}  # fmt: skip
+TYPES = {each.__name__: each for each in KINDS if each is not type}
+"""Types that are values themselves: a test may ask for all that is no `int`."""
 LIBRARY: dict[bytes, tuple[str, str]] = {b"C": ("collections", "Counter"), b"O": ("collections", "OrderedDict"), b"Q": ("collections", "deque"),
            b"D": ("collections", "defaultdict"), b"X": ("decimal", "Decimal"), b"F": ("fractions", "Fraction")}  # fmt: skip
 """Types that are looked for only where their module was imported anyway."""
@@ -49,7 +51,7 @@ def _write(value: Any, parts: list[bytes], other: Other, depth: int) -> None:
     if depth > DEEPEST:
         raise Unplain("a value that is nested too deeply")
     kind = KINDS.get(type(value)) or _library_kind(value)
-    if kind is None:
+    if kind is None or (kind == b"T" and TYPES.get(value.__name__) is not value):
         parts.append(b"o%d;" % other(value))
     elif kind in b"mCOD":
         parts.append(b"%s%d;" % (kind, len(value)))
@@ -86,7 +88,7 @@ def _leaf(kind: bytes, value: Any) -> bytes:
         return b"".join(_leaf(b"i", part) for part in (value.start, value.stop, value.step))
     if kind in b"by":
         return b"%d;%s" % (len(value), bytes(value))
-    text = (value if kind == b"s" else str(value)).encode("utf-8", "surrogatepass")
+    text = (value if kind == b"s" else value.__name__ if kind == b"T" else str(value)).encode("utf-8", "surrogatepass")
     return b"%d;%s" % (len(text), text)
 
 
@@ -158,13 +160,13 @@ class Reader:
             return range(self.number(16), self.number(16), self.number(16))
         if kind == b"o" and self.found is not None:
             return self.found(self.number())
-        if kind not in b"sbyXF":
+        if kind not in b"sbyXFT":
             raise Unreadable(f"unknown kind {kind!r}")
         raw = self.take(self.number())
         if kind in b"by":
             return raw if kind == b"b" else bytearray(raw)
         text = raw.decode("utf-8", "surrogatepass")
-        return text if kind == b"s" else library(kind)(text)
+        return text if kind == b"s" else TYPES[text] if kind == b"T" else library(kind)(text)
 
 
 def library(kind: bytes) -> Callable[..., Any]:
