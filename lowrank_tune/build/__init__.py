@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from lowrank_tune import settings
 from lowrank_tune.algorithms.dpo import DPO
+from lowrank_tune.algorithms.harvest import Harvester
 from lowrank_tune.algorithms.kit import Kit
 from lowrank_tune.algorithms.reference import reference_logps
 from lowrank_tune.algorithms.reward import Reward
 from lowrank_tune.algorithms.sft import SFT
-from lowrank_tune.build.online import Scoring, check_rewards, grpo, load_prompts, make_harvester, try_groups
+from lowrank_tune.build.learned import ROLE, below_reward
+from lowrank_tune.build.online import Scoring, check_rewards, grpo, load_prompts, make_harvester, ppo, try_groups
 from lowrank_tune.data import AskedSet, Order, Prepared, Prompt, Template, TokenStore, asked_order, collate_units, load, prompts
 from lowrank_tune.data.tokenise import cache_folder
 from lowrank_tune.errors import UserError
@@ -29,8 +33,10 @@ ALGORITHMS: dict[str, Callable[[Kit, settings.Recipe], Algorithm]] = {
     "reward": lambda kit, recipe: Reward(kit, recipe.reward.centering),
     "dpo": lambda kit, recipe: DPO(kit, recipe.dpo.loss, recipe.dpo.beta, recipe.dpo.label_smoothing, recipe.dpo.sft),
 }
-HEADS = {"reward"}
+HEADS = {"reward", "value"}
 """Roles with a scalar head."""
+ONLINE: dict[str, Callable[[settings.Recipe, Kit, Harvester], Algorithm]] = {"grpo": grpo, "ppo": ppo}
+"""Those that write their own rows."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class Built:
     micro_tokens: int
     validation_batch: Callable[[Sequence[int]], Batch]
     close: Callable[[], None] = lambda: None
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Of a trained role: what its learning rate is to the run's, where it is another one."""
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -61,11 +69,11 @@ class Built:
 def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = None, base: Base | None = None, fresh: bool = True) -> Built:
     """Loads what is cheap to check first: adapters' folders, tokenizer, data, and only then the base, where none is given: the stages of a
     chain share one. A `fresh` run also tries its rewards on completions of its policy. Raises UserError."""
-    saved = {name: read_adapter(wanted.path, f"adapters.{name}.path", head=name in HEADS and name == recipe.trained)
+    saved = {name: read_adapter(wanted.path, f"adapters.{name}.path", head=name == ROLE or name in recipe.aside)
              for name, wanted in recipe.adapters.items() if wanted.path}  # fmt: skip
     template = Template.of(base.tokenizer if base else load_tokenizer(recipe.base))
     emit(Note(message=template.describe()))
-    if recipe.algorithm == "grpo":
+    if recipe.algorithm in ONLINE:
         return _build_online(recipe, emit, device, base, fresh, saved, template)
     data = load(recipe.data, template, recipe.seed, emit, pairs=recipe.pairs)
     for line in data.report.lines():
@@ -96,13 +104,17 @@ def _build_online(recipe: settings.Recipe, emit: Emit, device: torch.device | No
     data, heldout = load_prompts(recipe, template, emit), _heldout(recipe, template)
     scoring = Scoring(recipe, template)
     try:
-        check_rewards(scoring, data, recipe.seed, emit)
+        if not scoring.learned:
+            check_rewards(scoring, data, recipe.seed, emit)
         base = base or _load_base(recipe, template, device, emit)
         hashes, roles = base_hashes(base.model), load_roles(recipe, base, saved, emit)
         stop_ids = base.end_ids | template.end_ids
-        if fresh:
-            try_groups(recipe, roles, template, data, scoring, stop_ids, emit)
         micro_tokens = _micro_tokens(recipe, recipe.data.max_prompt_length + recipe.rollout.max_new_tokens)
+        if scoring.learned:
+            scoring.attach(roles, micro_tokens)
+            check_rewards(scoring, data, recipe.seed, emit)
+        if fresh and recipe.algorithm == "grpo":
+            try_groups(recipe, roles, template, data, scoring, stop_ids, emit)
         harvester = make_harvester(recipe, roles, template, data, scoring, stop_ids, micro_tokens, emit)
     except BaseException:
         scoring.close()
@@ -110,8 +122,11 @@ def _build_online(recipe: settings.Recipe, emit: Emit, device: torch.device | No
     reference = _in_words(roles)
     kit = Kit(roles, _no_rows, reference, fresh=recipe.adapters[recipe.trained].path is None)
     steps = recipe.train.steps or asked_order(data, recipe.data, recipe.train, recipe.seed).steps_of(recipe.train.epochs or 1.0)
-    return Built(base, roles, (recipe.trained,), template, data, None, heldout, grpo(recipe, kit, harvester), steps, reference, hashes,
-                 micro_tokens, _no_units, scoring.close)  # fmt: skip
+    trained = (recipe.trained, "value") if recipe.algorithm == "ppo" else (recipe.trained,)
+    rates = {"value": (recipe.ppo.value_learning_rate or recipe.train.learning_rate) / recipe.train.learning_rate}
+    algorithm = ONLINE[recipe.algorithm](recipe, kit, harvester)
+    return Built(base, roles, trained, template, data, None, heldout, algorithm, steps, reference, hashes, micro_tokens, _no_units,
+                 scoring.close, rates)  # fmt: skip
 
 
 def _no_rows(step: int) -> Batch:
@@ -148,20 +163,47 @@ def _heldout(recipe: settings.Recipe, template: Template) -> list[Prompt]:
 
 
 def load_roles(recipe: settings.Recipe, base: Base, saved: Mapping[str, SavedAdapter], emit: Emit) -> Roles:
-    """The stacks: frozen adapters in the recipe's order, the trained one on top of them; without it, the reference."""
-    top = recipe.trained
-    lower = [name for name in recipe.adapters if name != top]
-    configs = {name: saved[name].config if name in saved else lora_config(recipe.adapters[name], base.model) for name in (*lower, top)}
-    roles = Roles(base, configs, trainable=[top], stacks={top: [*lower, top], "reference": lower},
-                  checkpointing=recipe.train.gradient_checkpointing, seed=recipe.seed, heads=HEADS & {top})  # fmt: skip
+    """The stacks: frozen adapters in the recipe's order, the trained one on top of them; without it, the reference. A reward model that is
+    not trained speaks beside them, over those that it was trained over; so does PPO's value, or it is a head on the policy's own stack."""
+    top, aside = recipe.trained, recipe.aside
+    lower = [name for name in recipe.adapters if name not in (top, ROLE, *aside)]
+    stacks = {top: [*lower, top], "reference": lower}
+    if ROLE in recipe.adapters and top != ROLE:
+        stacks[ROLE] = [*below_reward(saved, lower), ROLE]
+    names = list(dict.fromkeys([*lower, top, *stacks.get(ROLE, ())]))
+    configs = {name: saved[name].config if name in saved else lora_config(recipe.adapters[name], base.model) for name in names}
+    if "value" in aside:
+        stacks["value"] = _value_stack(recipe, stacks)
+        if recipe.ppo.value == "adapter":
+            configs["value"] = _value_config(recipe, base, saved, configs)
+    roles = Roles(base, configs, trainable=[top, *aside], stacks=stacks, checkpointing=recipe.train.gradient_checkpointing, seed=recipe.seed,
+                  heads=HEADS & stacks.keys())  # fmt: skip
     for name, adapter in saved.items():
         roles.load_adapter_tensors(name, adapter.tensors, f"adapters.{name}.path: {adapter.folder}")
         if adapter.base_name not in (None, recipe.base.model):
             message = f"the adapter in {adapter.folder} says it was made for {adapter.base_name}, not {recipe.base.model}"
             emit(Note(level="warning", message=message))
+    if "value" in configs and "value" not in saved and recipe.ppo.value_from == "reward":
+        roles.load_adapter_tensors("value", saved[ROLE].tensors, f"adapters.{ROLE}.path: {saved[ROLE].folder}")
     if top in saved:
         emit(Note(message=f"the {top} adapter goes on from {saved[top].folder}: it need not agree with {_in_words(roles)}"))
     return roles
+
+
+def _value_stack(recipe: settings.Recipe, stacks: Mapping[str, list[str]]) -> list[str]:
+    """What the value speaks with: the policy's stack, or what lies below the policy, or below the reward model that it is a copy of."""
+    if recipe.ppo.value == "trunk":
+        return stacks["policy"]
+    return [*(stacks[ROLE][:-1] if recipe.ppo.value_from == "reward" else stacks["reference"]), "value"]
+
+
+def _value_config(recipe: settings.Recipe, base: Base, saved: Mapping[str, SavedAdapter], configs: Mapping[str, LoraConfig]) -> LoraConfig:
+    """The value's shape: the reward model's where it is a copy, else its own where it has one, else the policy's."""
+    if "value" in saved:
+        return saved["value"].config
+    if recipe.ppo.value_from == "reward":
+        return deepcopy(configs[ROLE])
+    return lora_config(recipe.adapters["value"], base.model) if "value" in recipe.adapters else deepcopy(configs["policy"])
 
 
 def _in_words(roles: Roles) -> str:

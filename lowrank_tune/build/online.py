@@ -13,12 +13,15 @@ from lowrank_tune.algorithms.failures import Failures, Unscored, in_words
 from lowrank_tune.algorithms.grpo import GRPO
 from lowrank_tune.algorithms.harvest import Harvest, Harvester
 from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.ppo import PPO, Critic, Discount, Leash, Update
+from lowrank_tune.build.learned import answer_ids, closed, closing, score_rows
 from lowrank_tune.data import Asked, AskedSet, Template, asked_order, load_asked
 from lowrank_tune.errors import RunFailed, UserError
 from lowrank_tune.events import Emit, Grouped, Note, Progress
 from lowrank_tune.maths import step_seed
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rewards import Item, Score, Scorer, Weighted, dead_share, examine, failed, garbage, make
+from lowrank_tune.rewards.reward_model import RewardModel
 from lowrank_tune.rollout import Engine
 from lowrank_tune.types import Completion, Sampling
 
@@ -42,11 +45,24 @@ class Scoring:
         self.weighted: list[Weighted] = make(recipe.rewards, Path.cwd())
         self.weights = [each.weight for each in self.weighted]
         self.template = template
+        self.learned = [each.reward for each in self.weighted if isinstance(each.reward, RewardModel)]
+        self._end = closing(template) if self.learned else []
         self.scorer: Scorer[int] = Scorer([each.reward for each in self.weighted])
 
     def submit(self, key: int, asked: Asked, text: str, completion: Completion) -> None:
         stopped = completion.finish == "stop" and not self.template.marks_in(completion.ids[:-1])
-        self.scorer.submit(key, Item(asked.text, text, asked.gold, asked.row, stopped, len(completion.ids)))
+        ids = [*asked.ids, *closed(completion.ids, self._end)] if self.learned else []
+        self.scorer.submit(key, Item(asked.text, text, asked.gold, asked.row, stopped, len(completion.ids), ids))
+
+    def attach(self, roles: Roles, micro_tokens: int) -> None:
+        """Gives the learned rewards the base to read with."""
+        for reward in self.learned:
+            reward.read = lambda rows: score_rows(roles, rows, self.template.pad_id, micro_tokens)
+
+    def item(self, asked: Asked, text: str) -> Item:
+        """An answer that nobody drew, as if it had been: it ended by itself."""
+        said = answer_ids(self.template, text) if self.learned else []
+        return Item(asked.text, text, asked.gold, asked.row, True, max(1, len(text) // 4), [*asked.ids, *said] if said else ())
 
     def collect(self) -> Mapping[int, Sequence[float] | Unscored]:
         return {key: self._values(scores) for key, scores in self.scorer.collect().items()}
@@ -70,11 +86,17 @@ def check_rewards(scoring: Scoring, prompts: AskedSet, seed: int, emit: Emit) ->
         emit(Note(message="the rows hold no reference answers, so the rewards were not tried on any", level="warning"))
         return
     some = random.Random(f"rewards-{seed}").sample(answered, min(LOOKED_AT, len(answered)))
-    right = [Item(one.text, str(one.answer), one.gold, one.row, True, max(1, len(str(one.answer)) // 4)) for one in some]
+    right = [scoring.item(one, str(one.answer)) for one in some]
+    wrong = garbage(right, seed)
+    if scoring.learned:
+        per = {id(item.row): one for item, one in zip(right, some, strict=True)}
+        wrong = [scoring.item(per[id(item.row)], item.completion) for item in wrong]
     with Scorer[tuple[str, int]]([each.reward for each in scoring.weighted]) as scorer:
-        report = examine(scoring.weighted, right, garbage(right, seed), scorer)
+        report = examine(scoring.weighted, right, wrong, scorer)
     for line in report.lines():
         emit(Note(message=line))
+    if doubt := report.doubt():
+        emit(Note(message=doubt, level="warning"))
     if fault := report.fault():
         raise UserError(fault)
 
@@ -121,6 +143,15 @@ def grpo(recipe: settings.Recipe, kit: Kit, harvester: Harvester) -> GRPO:
         high = wanted.clip
     return GRPO(kit, harvester, wanted.loss, low, high, wanted.kl, wanted.kl_in, wanted.kl_estimator, wanted.epochs, wanted.old,
                 wanted.mismatch_limit, wanted.truncated, wanted.penalty, wanted.dead_groups)  # fmt: skip
+
+
+def ppo(recipe: settings.Recipe, kit: Kit, harvester: Harvester) -> PPO:
+    """The algorithm of the recipe."""
+    wanted = recipe.ppo
+    critic = Critic(wanted.value_weight if wanted.value == "trunk" else 1.0, wanted.value_clip)
+    return PPO(kit, harvester, critic, Discount(wanted.gamma, wanted.gae_lambda, wanted.truncated, wanted.penalty),
+               Leash(wanted.kl, wanted.kl_target, wanted.kl_gain, wanted.update_kl_limit),
+               Update(wanted.clip, wanted.entropy, wanted.epochs, wanted.minibatches, wanted.mismatch_limit))  # fmt: skip
 
 
 def try_groups(recipe: settings.Recipe, roles: Roles, template: Template, prompts: AskedSet, scoring: Scoring, stop_ids: frozenset[int],

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from lowrank_tune import settings
 from lowrank_tune.errors import Fault, Faults, UserError
-from lowrank_tune.recipe import rules
+from lowrank_tune.recipe import learned, rules
 from lowrank_tune.recipe.layers import Setting, apply, read_recipe, read_settings
 from lowrank_tune.recipe.single import NO_MAPPING, Recipe, faults_in, in_order, name_of
-from lowrank_tune.recipe.stack import conflicts, finished_below, loaded_below
+from lowrank_tune.recipe.stack import conflicts, finished_below, lender, loaded_below
 from lowrank_tune.recipe.stages import HEADING, Draft, drafts
 from lowrank_tune.recipe.tree import Node, Place, from_python, nearest, plain
 from lowrank_tune.recipe.written import Finding
@@ -97,7 +97,9 @@ class Chain:
         own, trained = every[index], self.stages[index].trained
         frozen = {name: adapter for name, adapter in own["adapters"].items() if name != trained}
         finished = {name: {"path": folders[name]} for name in finished_below(every, index)}
-        adapters = {**frozen, **loaded_below(every, index), **finished, trained: own["adapters"][trained]}
+        lent = lender(every, index)
+        judge = {learned.ROLE: {"path": folders[lent]}} if lent else {}
+        adapters = {**frozen, **loaded_below(every, index), **finished, **judge, trained: own["adapters"][trained]}
         return Recipe.from_dict({**own, "adapters": adapters})
 
     @classmethod
@@ -111,12 +113,16 @@ class Chain:
         for index, draft in enumerate(made):
             if not draft.lost:
                 others = conflicts(data, index) if not any(each.lost for each in made) else ()
-                _judge_stage(draft, data[index], [*rules.findings(data[index], finished_below(data, index)), *others])
+                _judge_stage(draft, data[index], [*_findings(data, index), *others])
         faults += _told(made)
         if faults:
             raise Faults(in_order(faults, tree.place.file))
         head = Heading.model_validate(plain(heading))
-        return cls(head.name, head.description, tuple(_recipe(each) for each in data))
+        return cls(head.name, head.description, tuple(_recipe(each, lender(data, index) is not None) for index, each in enumerate(data)))
+
+
+def _findings(data: Sequence[Mapping[str, Any]], index: int) -> Iterator[Finding]:
+    return rules.findings(data[index], finished_below(data, index), lender(data, index) is not None)
 
 
 def _judge_stage(draft: Draft, data: Mapping[str, Any], findings: Sequence[Finding]) -> None:
@@ -135,8 +141,12 @@ def _told(made: Sequence[Draft]) -> list[Fault]:
     ]  # fmt: skip
 
 
-def _recipe(data: dict[str, Any]) -> Recipe:
-    """A stage that was judged. Its `reference` names what only the chain lays below it, so it is set past the recipe's own rules."""
-    claimed = data.get("reference")
-    recipe = Recipe.model_validate({key: value for key, value in data.items() if key != "reference"})
-    return recipe if claimed is None else recipe.model_copy(update={"reference": claimed})
+def _recipe(data: dict[str, Any], lent: bool) -> Recipe:
+    """A stage that was judged. Its `reference` and, where it is `lent`, its reward model name what only the chain knows of: they are set past
+    the recipe's own rules."""
+    claimed, adapters = data.get("reference"), data.get("adapters") or {}
+    stands_in = {"adapters": {**adapters, learned.ROLE: {"path": "."}}} if lent else {}
+    recipe = Recipe.model_validate({key: value for key, value in (data | stands_in).items() if key != "reference"})
+    own = {name: adapter for name, adapter in recipe.adapters.items() if name != learned.ROLE}
+    changes = {**({"adapters": own} if lent else {}), **({"reference": claimed} if claimed is not None else {})}
+    return recipe.model_copy(update=changes) if changes else recipe

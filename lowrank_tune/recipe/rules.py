@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
-from lowrank_tune.recipe import earned
+from lowrank_tune.recipe import earned, learned, valued
 from lowrank_tune.recipe.tree import Path
 from lowrank_tune.recipe.written import Finding, entries, number, written
 from lowrank_tune.settings import Dpo, Recipe, trained_by
@@ -19,8 +19,7 @@ ROWS = ("sft", "reward", "dpo")
 """The algorithms that learn from rows as they are."""
 PAIRS = ("reward", "dpo")
 """The algorithms whose rows are pairs of answers."""
-DRAWS = ("grpo",)
-"""The algorithms that learn from completions of their own."""
+DRAWS = earned.DRAWS
 USED_BY: dict[str, tuple[str, ...]] = {
     "train.rows_per_step": ROWS,
     "train.tokens_per_step": ROWS,
@@ -31,12 +30,13 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "data.too_long": ROWS,
     "data.validation": ROWS,
     "data.validation_share": ROWS,
-    "reference": ("sft", "dpo", "grpo"),
+    "reference": ("sft", "dpo", *DRAWS),
     "reward": ("reward",),
     "dpo": ("dpo",),
     "rewards": DRAWS,
     "rollout": DRAWS,
     "grpo": ("grpo",),
+    "ppo": ("ppo",),
 }
 """Settings and whole sections that only some algorithms use. What is not listed is used by all of them."""
 INSTEAD = {
@@ -142,11 +142,11 @@ def without_validation(data: Any) -> Iterator[Finding]:
 
 def from_the_file(data: Any) -> Iterator[Finding]:
     """An adapter that is loaded brings its own shape; a frozen one has no dropout either."""
-    trained = trained_by(written(data, "algorithm"))
+    trained = valued.trained(data)
     for name, adapter in adapters_of(data).items():
         if written(adapter, "path") is None:
             continue
-        for key in ("r", "alpha", "target_modules", "rslora", *(() if name == trained else ("dropout",))):
+        for key in ("r", "alpha", "target_modules", "rslora", *(() if name in trained else ("dropout",))):
             if written(adapter, key) is not None:
                 what = "does nothing for a frozen adapter" if key == "dropout" else "comes from the file at `path`"
                 yield ("adapters", name, key), f"{what}; leave it out"
@@ -169,7 +169,7 @@ def of_sources(data: Any) -> Iterator[Finding]:
 
 
 IDLE: tuple[Callable[[Any], Iterator[Finding]], ...] = (
-    foreign, without_robust, without_heldout, without_validation, from_the_file, of_sources, earned.idle,
+    foreign, without_robust, without_heldout, without_validation, from_the_file, of_sources, earned.idle, valued.idle,
 )  # fmt: skip
 
 
@@ -221,7 +221,7 @@ def names(data: Any) -> Iterator[Finding]:
             yield ("adapters", name), "is no name for an adapter: small letters, digits and _, a letter first, at most 40"
         elif name == "base":
             yield ("adapters", name), "is no name for an adapter: `base` is the base itself"
-        elif name != trained and written(adapter, "path") is None:
+        elif name not in valued.trained(data) and written(adapter, "path") is None:
             meant = f"; did you mean `adapters.{trained}`?" if name in ("policy", "reward") else ""
             whom = "" if trained == "policy" and not meant else f" by {algorithm}"
             yield ("adapters", name, "path"), f"is missing: only `{trained}` is trained{whom}, every other adapter is loaded{meant}"
@@ -262,7 +262,7 @@ def steady(data: Any) -> Iterator[Finding]:
     """Where log-probs are compared, the same row must give the same value twice."""
     dropout = number(written(data, "adapters", "policy", "dropout"))
     algorithm = written(data, "algorithm")
-    if algorithm in ("dpo", "grpo") and dropout is not None and dropout > 0:
+    if algorithm in ("dpo", *DRAWS) and dropout is not None and dropout > 0:
         yield ("adapters", "policy", "dropout"), f"must be 0 with {algorithm}: dropout is off wherever log-probs are compared"
 
 
@@ -271,15 +271,17 @@ def reference(data: Any, below: Sequence[str] = ()) -> Iterator[Finding]:
     claimed = written(data, "reference")
     if trained_by(written(data, "algorithm")) != "policy" or not isinstance(claimed, str):
         return
-    frozen = [*(name for name in adapters_of(data) if name != "policy"), *below]
+    frozen = [*(name for name in adapters_of(data) if name not in (*valued.trained(data), learned.ROLE)), *below]
     truth = frozen[-1] if frozen else "base"
     if claimed != truth:
         words = f"`{truth}`, the adapter right below it" if frozen else "`base`, as no adapter lies below it"
         yield ("reference",), f"will be {words}: it is always the policy's stack without its top; write that, or leave it out"
 
 
-def findings(data: Any, below: Sequence[str] = ()) -> Iterator[Finding]:
-    """All of the above."""
+def findings(data: Any, below: Sequence[str] = (), lent: bool = False) -> Iterator[Finding]:
+    """All of the above. `lent`: an earlier stage of a chain trains the reward model."""
     for rule in (idle, rivals, length, weights, names, shapes, steady, earned.rewards, earned.golds):
         yield from rule(data)
+    yield from valued.findings(data, lent)
+    yield from learned.findings(data, lent)
     yield from reference(data, below)

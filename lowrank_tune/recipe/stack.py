@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from lowrank_tune.recipe import learned
 from lowrank_tune.recipe.rules import adapters_of
 from lowrank_tune.recipe.wording import found
 from lowrank_tune.recipe.written import Finding, written
@@ -16,12 +17,21 @@ Stages = Sequence[Mapping[str, Any]]
 
 def loaded_below(stages: Stages, index: int) -> dict[str, Any]:
     """The adapters that earlier policies brought from files. A policy was trained over them and means nothing without them."""
-    return {name: adapter for stage in _policies(stages, index) for name, adapter in adapters_of(stage).items() if name != "policy"}
+    return {name: adapter for stage in _policies(stages, index) for name, adapter in adapters_of(stage).items()
+            if name not in ("policy", learned.ROLE)}  # fmt: skip
 
 
 def finished_below(stages: Stages, index: int) -> list[str]:
     """The earlier stages whose policy lies frozen below this stage, the lowest first."""
     return [stage["name"] for stage in _policies(stages, index)]
+
+
+def lender(stages: Stages, index: int) -> str | None:
+    """The earlier stage whose reward model this stage takes, where it asks for one and names none itself: the last that trained one."""
+    stage = stages[index]
+    if not learned.asks(stage) or written(stage, "adapters", learned.ROLE) is not None:
+        return None
+    return next((each["name"] for each in reversed(stages[:index]) if trained_by(each.get("algorithm")) == learned.ROLE), None)
 
 
 def _policies(stages: Stages, index: int) -> list[Mapping[str, Any]]:
@@ -40,6 +50,8 @@ def conflicts(stages: Stages, index: int) -> Iterator[Finding]:
             yield ("adapters", name), "is also the name of an earlier stage, whose adapter lies below; rename one of them"
         elif name in loaded and (name == trained or written(own[name], "path") != written(loaded[name], "path")):
             yield ("adapters", name), "is also the name of another adapter, which lies below as an earlier stage loads it; rename one of them"
+    if stage["name"] == learned.ROLE and trained != learned.ROLE:
+        yield ("name",), f"is no name for a stage of {stage.get('algorithm')}: `{learned.ROLE}` is the reward model"
     if stage["name"] in {*own, *loaded} - {trained}:
         yield ("name",), "is also the name of an adapter below this stage; rename one of them"
 

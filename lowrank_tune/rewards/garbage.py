@@ -20,7 +20,7 @@ def garbage(right: Sequence[Item], seed: int = 0) -> list[Item]:
         texts = ["", " ".join(rng.choices(WORDS, k=12)), f"The answer is {_wrong_number(item.gold, rng)}.", item.prompt]
         others = [other for other in right[place + 1 :] + right[:place] if other.gold != item.gold][:1]
         texts += [other.completion for other in others]
-        found += [replace(item, completion=text, tokens=max(1, len(text) // 4)) for text in texts]
+        found += [replace(item, completion=text, tokens=max(1, len(text) // 4), ids=()) for text in texts]
     return found
 
 

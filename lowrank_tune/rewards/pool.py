@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from lowrank_tune.errors import Fault, Faults
-from lowrank_tune.rewards.protocol import Item, Reward, Score, Worked
+from lowrank_tune.rewards.protocol import Item, Reward, Score, Whole, Worked
 from lowrank_tune.rewards.slot import Slot, Task
 
 TIMEOUT_SECONDS = 10.0
@@ -26,8 +26,8 @@ Key = TypeVar("Key", bound=Hashable)
 class Scorer(Generic[Key]):
     """Scores completions with several rewards. Use it as a context manager: no worker outlives it.
 
-    Rewards that cannot hang are computed at once, in this process; for the others `workers` processes are kept. Making it waits until these
-    are warm, and raises Faults where a job cannot be loaded.
+    Rewards that cannot hang are computed at once, in this process, or by `collect` for all completions together; for the others `workers`
+    processes are kept. Making it waits until these are warm, and raises Faults where a job cannot be loaded.
     """
 
     def __init__(self, rewards: Sequence[Reward], workers: int = 2, timeout_seconds: float = TIMEOUT_SECONDS,
@@ -36,6 +36,7 @@ class Scorer(Generic[Key]):
         self.timeout_seconds, self.start_seconds = timeout_seconds, start_seconds
         self.jobs: list[Mapping[str, Any]] = [reward.job() for reward in self.rewards if isinstance(reward, Worked)]
         self._scores: dict[Key, list[Score | None]] = {}
+        self._together: dict[Key, Item] = {}
         self._pending = 0
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
@@ -71,6 +72,8 @@ class Scorer(Generic[Key]):
             if isinstance(reward, Worked):
                 self._hand_on(Task(key, item, place, job, reward))
                 job += 1
+            elif isinstance(reward, Whole):
+                self._together[key] = item
             else:
                 start = time.perf_counter()
                 score = reward.score([item])[0]
@@ -87,6 +90,11 @@ class Scorer(Generic[Key]):
 
     def collect(self) -> dict[Key, list[Score]]:
         """Waits for all that was submitted: for each key one score a reward, in the order of submission."""
+        keys, items, self._together = list(self._together), list(self._together.values()), {}
+        for place, reward in enumerate(self.rewards):
+            if isinstance(reward, Whole) and items:  # while the workers are busy
+                for key, score in zip(keys, reward.score(items), strict=True):
+                    self._scores[key][place] = score
         self._wait(lambda: not self._pending)
         done = {key: [score for score in scores if score is not None] for key, scores in self._scores.items()}
         self._scores = {}

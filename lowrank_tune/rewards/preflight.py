@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from lowrank_tune.rewards.pool import Scorer
-from lowrank_tune.rewards.protocol import Item, Score
+from lowrank_tune.rewards.protocol import Item, Score, Whole
 from lowrank_tune.rewards.uses import Weighted
 
 CHANCE, SURE, SURPRISES = 0.5, 0.9, 4.0
@@ -41,6 +41,8 @@ class Report:
     needed: float
     broken: list[str]
     missed: list[str]
+    learned: bool = False
+    """A learned reward is among them: it follows what is liked, which references need not be."""
 
     def fault(self) -> str | None:
         """Why training must not begin."""
@@ -50,6 +52,14 @@ class Report:
         for figures in self.rewards:
             if figures.judges and (fault := self._blind(figures, f"`{figures.name}`")):
                 return fault
+        return None if self.learned else self._blinded()
+
+    def doubt(self) -> str | None:
+        """What a person should look at before going on."""
+        told = self._blinded() if self.learned else None
+        return f"{told}: a learned reward that does not care is no guide" if told else None
+
+    def _blinded(self) -> str | None:
         return self._blind(self.sum, "the weighted sum of all") if self.sum else None
 
     def _blind(self, figures: Figures, who: str) -> str | None:
@@ -92,7 +102,8 @@ def examine(weighted: Sequence[Weighted], right: Sequence[Item], wrong: Sequence
     both = _figures("sum", True, [Score(value, "graded") for value in sums], len(right))
     missed = [f"`{each.name}` says of {item}: {score.reason}" for item, scores in zip(right, rows, strict=False)
               for each, score in zip(weighted, scores, strict=True) if each.reward.judges and score.verdict == "fail"]  # fmt: skip
-    return Report(rewards, None if broken else replace(both, verdicts={}), needed(len(right), len(wrong)), broken, missed)
+    return Report(rewards, None if broken else replace(both, verdicts={}), needed(len(right), len(wrong)), broken, missed,
+                  any(isinstance(each.reward, Whole) for each in weighted))  # fmt: skip
 
 
 def _figures(name: str, judges: bool, scores: Sequence[Score], count: int) -> Figures:
