@@ -241,7 +241,7 @@ def test_faults_of_a_single_stage_and_of_an_extended_file_name_the_stage(write: 
     both = faults_of(write("stages:\n  - {extends: above.yaml, train: {steps: 2}}\n  - {extends: above.yaml, train: {epochs: 2}, name: b}\n"))
     assert both == ["above.yaml:4: train.step: unknown key; did you mean `steps`?"]
     assert faults_of(write("train: {steps: 1}\nstages:\n  - algorithm: sft\n    data: {train: [{dataset: tutor}]}\n  - algorithm: sftt\n")) == [
-        "my.yaml:5: stages.sftt.algorithm: expected one of sft, reward, dpo, grpo, found 'sftt'; did you mean `sft`?",
+        "my.yaml:5: stages.sftt.algorithm: expected one of sft, reward, dpo, ppo, grpo, found 'sftt'; did you mean `sft`?",
         "my.yaml:5: stages.sftt.data: is missing",
     ]
 

@@ -172,7 +172,7 @@ def test_overrides(write: Write) -> None:
 
 @pytest.mark.parametrize("text", [
     "train.steps=", "=5", "train..steps=5", "train.steps=[1", "train.steps=[1, &a 2]", "seed.x=1", "nothing.at.all=1", "data.train.x=1",
-    "data.train=[]", "train.steps='5'", "train=5", "extends=x", "data.system=\x00", "train.steps={a: 1}\nb: 2", "algorithm=ppo",
+    "data.train=[]", "train.steps='5'", "train=5", "extends=x", "data.system=\x00", "train.steps={a: 1}\nb: 2", "algorithm=rloo",
     "data.train.99999999999999999999.rows=1", "train.steps=" + "9" * 5000, "data.train.-1.rows=1", "adapters.Bad={}", "name=../x",
 ])  # fmt: skip
 def test_faulty_overrides(text: str) -> None:

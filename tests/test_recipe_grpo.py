@@ -35,16 +35,16 @@ def from_file(**source: Any) -> dict[str, Any]:
 
 
 RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
-    "rewards of sft": (made("sft", rewards=[{"use": "answer"}]), "rewards: does nothing for sft (it belongs to grpo)", made("sft")),
-    "rewards of a reward model": (made("reward", rewards=[OWN]), "rewards: does nothing for reward (it belongs to grpo); there is `reward`",
+    "rewards of sft": (made("sft", rewards=[{"use": "answer"}]), "rewards: does nothing for sft (it belongs to grpo, ppo)", made("sft")),
+    "rewards of a reward model": (made("reward", rewards=[OWN]), "rewards: does nothing for reward (it belongs to grpo, ppo); there is `reward`",
                                   made("reward", reward={"centering": 0.1})),
     "reward section": (made(reward={"centering": 0.1}), "reward: does nothing for grpo (it belongs to reward); there is `rewards`", made()),
     "dpo section": (made(dpo={"beta": 0.1}), "dpo: does nothing for grpo (it belongs to dpo)", made(grpo={"kl": 0.1})),
     "grpo section": (made("dpo", grpo={}), "grpo: does nothing for dpo (it belongs to grpo)", made(grpo={})),
-    "rollout section": (made("sft", rollout={"slots": 4}), "rollout: does nothing for sft (it belongs to grpo)", made(rollout={"slots": 4})),
-    "prompts of sft": (made("sft", train={"prompts_per_step": 4}), "train.prompts_per_step: does nothing for sft (it belongs to grpo); there "
+    "rollout section": (made("sft", rollout={"slots": 4}), "rollout: does nothing for sft (it belongs to grpo, ppo)", made(rollout={"slots": 4})),
+    "prompts of sft": (made("sft", train={"prompts_per_step": 4}), "train.prompts_per_step: does nothing for sft (it belongs to grpo, ppo); there "
                        "is `train.rows_per_step`", made("sft", train={"rows_per_step": 4})),
-    "prompt length of dpo": (made("dpo", data={"max_prompt_length": 99}), "data.max_prompt_length: does nothing for dpo (it belongs to grpo); "
+    "prompt length of dpo": (made("dpo", data={"max_prompt_length": 99}), "data.max_prompt_length: does nothing for dpo (it belongs to grpo, ppo); "
                              "there is `data.max_length`, which limits", made("dpo", data={"max_length": 99})),
     "rows": (made(train={"rows_per_step": 4}), f"train.rows_per_step: does nothing for grpo {ROWS}; there is `train.prompts_per_step`",
              made(train={"prompts_per_step": 4})),

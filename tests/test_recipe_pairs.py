@@ -73,7 +73,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made("dpo", reference="high", adapters={"low": {"path": "a"}, "policy": {}, "high": {"path": "b"}})),
     "reference of sft": (made("sft", reference="policy"), "reference: will be `base`", made("sft", reference="sft", adapters=LOADED)),
     "reference of a reward": (
-        made("reward", reference="base"), "reference: does nothing for reward (it belongs to sft, dpo, grpo)", made("reward")),
+        made("reward", reference="base"), "reference: does nothing for reward (it belongs to sft, dpo, grpo, ppo)", made("reward")),
     "messages for a reward": (
         made("reward", {"dataset": "a.jsonl", "format": "messages"}),
         "data.train.0.format: reward learns from pairs, a chosen and a rejected answer; say `preference`, or leave it out",
@@ -186,7 +186,7 @@ def test_the_smoothing_of_the_robust_loss_is_saved() -> None:
     assert from_dict(recipe.to_dict()).dpo.label_smoothing == 0.3
 
 
-@pytest.mark.parametrize("algorithm", [[], {}, None, 7, "ppo", "\ud800"])
+@pytest.mark.parametrize("algorithm", [[], {}, None, 7, "rloo", "\ud800"])
 @pytest.mark.parametrize("place", ["adapters", "reference", "reward", "dpo", "evaluate"])
 def test_an_algorithm_that_is_none(algorithm: Any, place: str) -> None:
     """Whatever else is wrong, the algorithm is told, and its rules do not break."""
