@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowrank_tune import settings
+from lowrank_tune.build.online import judged_rows
 from lowrank_tune.data import Census, Order, Prepared, Prompt, Report, RowFault, Template, TokenStore, census, load, prompts
 from lowrank_tune.data.asked import AskedSet, asked_order, load_asked
 from lowrank_tune.data.balance import Sides, contradicting, sides
@@ -149,7 +150,8 @@ def examine(recipe: settings.Recipe, emit: Emit, cache: Path | None = None) -> P
     wanted = recipe.evaluate
     heldout = prompts(wanted.heldout, wanted.prompts, recipe.seed, recipe.data.system) if wanted.heldout else []
     if recipe.algorithm in ("grpo", "ppo"):
-        asked = load_asked(recipe.data, template, recipe.seed, emit, judge=False, needs_gold=recipe.needs_gold)
+        asked = load_asked(recipe.data, template, recipe.seed, emit, judge=False, needs_gold=recipe.needs_gold,
+                           unusable=judged_rows(recipe))  # fmt: skip
         return survey_asked(recipe, asked, template, heldout)
     return survey(recipe, load(recipe.data, template, recipe.seed, emit, cache, judge=False, pairs=recipe.pairs), template, heldout)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -20,7 +20,9 @@ from lowrank_tune.errors import RunFailed, UserError
 from lowrank_tune.events import Emit, Grouped, Note, Progress
 from lowrank_tune.maths import step_seed
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.rewards import Item, Score, Scorer, Weighted, dead_share, examine, failed, garbage, make
+from lowrank_tune.rewards import Item, Score, Scorer, Weighted, dead_share, examine, failed, garbage, make, unusable
+from lowrank_tune.rewards.own import is_own
+from lowrank_tune.rewards.protocol import Noted
 from lowrank_tune.rewards.reward_model import RewardModel
 from lowrank_tune.rollout import Engine
 from lowrank_tune.types import Completion, Sampling
@@ -32,10 +34,17 @@ TRIAL, HARVEST = 1 << 20, 1 << 21  # tags that keep the seeds of trial and harve
 
 def load_prompts(recipe: settings.Recipe, template: Template, emit: Emit) -> AskedSet:
     """The prompts to draw completions for. Raises UserError."""
-    found = load_asked(recipe.data, template, recipe.seed, emit, needs_gold=recipe.needs_gold)
+    found = load_asked(recipe.data, template, recipe.seed, emit, needs_gold=recipe.needs_gold, unusable=judged_rows(recipe))
     for line in found.report.lines():
         emit(Note(message=line, level="warning" if "; dropped " in line else "info"))
     return found
+
+
+def judged_rows(recipe: settings.Recipe) -> Callable[[Asked], str | None]:
+    """Of each row of the data, why no reward could judge by it."""
+    kits = [use for use in recipe.rewards if not is_own(use.use)]
+    weighted = make(kits, Path.cwd()) if kits else []
+    return lambda one: unusable(weighted, Item(one.text, "", one.gold, one.row, True, 1))
 
 
 class Scoring:
@@ -81,6 +90,9 @@ class Scoring:
 
 def check_rewards(scoring: Scoring, prompts: AskedSet, seed: int, emit: Emit) -> None:
     """Reference answers against garbage: a reward that cannot tell them apart teaches nothing. Raises UserError."""
+    for each in scoring.weighted:
+        if isinstance(each.reward, Noted):
+            emit(Note(message=each.reward.note()))
     answered = [one for one in prompts.asked if one.answer]
     if not answered:
         emit(Note(message="the rows hold no reference answers, so the rewards were not tried on any", level="warning"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,8 +103,10 @@ def asked_order(found: AskedSet, data: settings.Data, train: settings.Train, see
     return AskedOrder(found, data, train, seed)
 
 
-def load_asked(data: settings.Data, template: Template, seed: int, emit: Emit, judge: bool = True, needs_gold: bool = False) -> AskedSet:
-    """The prompts of all training sources; with `needs_gold` those alone that have a gold answer to compare with.
+def load_asked(data: settings.Data, template: Template, seed: int, emit: Emit, judge: bool = True, needs_gold: bool = False,
+               unusable: Callable[[Asked], str | None] | None = None) -> AskedSet:  # fmt: skip
+    """The prompts of all training sources; with `needs_gold` those alone that have a gold answer to compare with. `unusable` says of a row why
+    no reward could judge by it.
 
     Raises `UserError` where too many rows of one source give none. Without `judge` these rows are only reported, however many.
     """
@@ -114,7 +116,7 @@ def load_asked(data: settings.Data, template: Template, seed: int, emit: Emit, j
     keys: set[int] = set()
     reports: list[SourceReport] = []
     for number, source in enumerate(data.train):
-        report = _load_one(source, data, template, seed, emit, needs_gold, asked, places, keys)
+        report = _load_one(source, data, template, seed, emit, needs_gold, unusable, asked, places, keys)
         if judge:
             report.check(data.max_rejected_share)
         source_of += [number] * report.used
@@ -124,8 +126,9 @@ def load_asked(data: settings.Data, template: Template, seed: int, emit: Emit, j
     return AskedSet(asked, places, np.array(source_of, dtype=np.int32), lengths, told)
 
 
-def _load_one(source: settings.Source, data: settings.Data, template: Template, seed: int, emit: Emit, needs_gold: bool, asked: list[Asked],
-              places: list[Place], keys: set[int]) -> SourceReport:  # fmt: skip
+def _load_one(source: settings.Source, data: settings.Data, template: Template, seed: int, emit: Emit, needs_gold: bool,
+              unusable: Callable[[Asked], str | None] | None, asked: list[Asked], places: list[Place],
+              keys: set[int]) -> SourceReport:  # fmt: skip
     """Adds the prompts of one source to those of the others."""
     rows = read(source, seed)
     shape = shape_of(source, rows, pairs=False)
@@ -139,6 +142,8 @@ def _load_one(source: settings.Source, data: settings.Data, template: Template, 
         made = raw if isinstance(raw, RowFault) else _asked(raw, source, shape, data, template, report)
         if not isinstance(made, RowFault) and needs_gold and made[0].gold is None:
             made = RowFault(NO_GOLD)
+        if not isinstance(made, RowFault) and unusable is not None and (why := unusable(made[0])) is not None:
+            made = RowFault(why)
         if isinstance(made, RowFault):
             report.drop(made.reason, str(place))
             continue

@@ -37,8 +37,9 @@ class MathAnswer(Worked):
     def job(self) -> Mapping[str, Any]:
         return {"kind": "verifier", "module": "lowrank_tune.rewards.judges.math", "use": self.name}
 
-    def unusable(self, gold: str | None) -> str | None:
+    def unusable(self, item: Item) -> str | None:
         """Why a gold answer is none, as far as that shows without a worker; `\\boxed{gold}` scored as a completion shows the rest."""
+        gold = item.gold
         if gold is None or not gold.strip():
             return "there is none"
         if why := excess(gold):
@@ -53,7 +54,7 @@ class MathAnswer(Worked):
         return None
 
     def early(self, item: Item) -> Score | None:
-        if why := self.unusable(item.gold):
+        if why := self.unusable(item):
             return self._no_gold(item, why)
         if not item.stopped:
             return Score(0.0, "fail", "did not stop")

@@ -60,6 +60,13 @@ class Choosy(Protocol):
         The completion of `item` is empty."""
 
 
+@runtime_checkable
+class Noted(Protocol):
+    """A reward that has something to tell at the start of a run."""
+
+    def note(self) -> str: ...
+
+
 class Whole(ABC):
     """A reward that scores all completions of a harvest together, in this process, once the last has come: a learned one."""
 

@@ -34,14 +34,14 @@ class Symbolic(Worked):
     def job(self) -> Mapping[str, Any]:
         return {"kind": "verifier", "module": "lowrank_tune.rewards.judges.symbolic", "use": self.name}
 
-    def unusable(self, gold: str | None) -> str | None:
+    def unusable(self, item: Item) -> str | None:
         """Why a gold expression is none, as far as that shows without its values."""
-        if gold is None or not gold.strip():
+        if item.gold is None or not item.gold.strip():
             return "there is none"
-        return _unreadable(gold)
+        return _unreadable(item.gold)
 
     def early(self, item: Item) -> Score | None:
-        if why := self.unusable(item.gold):
+        if why := self.unusable(item):
             return self._no_gold(item, why)
         if not item.stopped:
             return Score(0.0, "fail", "did not stop")
