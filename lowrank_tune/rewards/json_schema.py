@@ -67,10 +67,10 @@ def read_schema(name: str, written: str | Mapping[str, Any], folder: Path) -> Js
     return JsonSchema(name, schema)
 
 
-def needs(name: str, package: str) -> None:
+def needs(name: str, module: str, package: str = "") -> None:
     """Raises UserError where an optional package of the extra `verifiers` is missing."""
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"`{name}` needs {package}; install it with `pip install 'lowrank-tune[verifiers]'`")
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"`{name}` needs {package or module}; install it with `pip install 'lowrank-tune[verifiers]'`")
 
 
 def _from_file(path: Path) -> Any:

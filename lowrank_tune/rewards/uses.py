@@ -10,7 +10,7 @@ from typing import Literal
 
 from lowrank_tune.errors import Fault, Faults, RunFailed, UserError, did_you_mean
 from lowrank_tune.rewards.answer import Answer
-from lowrank_tune.rewards.json_schema import read_schema
+from lowrank_tune.rewards.json_schema import needs, read_schema
 from lowrank_tune.rewards.length import Length
 from lowrank_tune.rewards.math_answer import make_math_answer
 from lowrank_tune.rewards.own import is_own, read_own
@@ -19,6 +19,7 @@ from lowrank_tune.rewards.python_tests import PythonTests
 from lowrank_tune.rewards.repetition import NGRAM, Repetition
 from lowrank_tune.rewards.reward_model import RewardModel
 from lowrank_tune.rewards.shape import Shape
+from lowrank_tune.rewards.smt import Smt
 from lowrank_tune.rewards.symbolic import make_symbolic
 from lowrank_tune.settings import RewardUse
 
@@ -121,14 +122,20 @@ def _json_schema(use: RewardUse, name: str, folder: Path) -> Reward:
     return read_schema(name, use.json_schema, folder)
 
 
+def _smt(use: RewardUse, name: str, folder: Path) -> Reward:
+    assert use.kind is not None
+    needs(name, "z3", "z3-solver")
+    return Smt(name, use.kind)
+
+
 MAKERS: Mapping[str, Callable[[RewardUse, str, Path], Reward]] = {
     "answer": _answer, "math_answer": _math_answer, "symbolic": _symbolic, "format": _format, "regex": _format,
     "json_schema": _json_schema, "length": _length, "repetition": _repetition, "python_tests": _python_tests,
-    "reward_model": _reward_model}  # fmt: skip
+    "reward_model": _reward_model, "smt": _smt}  # fmt: skip
 """How each reward that a recipe can name is made, from its settings, its name on the screen, and the folder of its files."""
 OWNERS: Mapping[str, tuple[str, ...]] = {
     "pattern": ("format", "regex"), "target_tokens": ("length",), "ngram": ("repetition",), "accept_unsafe_code": ("python_tests",),
-    "json_schema": ("json_schema",)}  # fmt: skip
+    "json_schema": ("json_schema",), "kind": ("smt",)}  # fmt: skip
 """Whose each setting of `RewardUse` is; it is needed there unless it is in OPTIONAL, and a fault elsewhere."""
 OPTIONAL: frozenset[str] = frozenset({"accept_unsafe_code", "ngram"})
 
