@@ -76,7 +76,7 @@ class Nursery:
         A run on pairs has a cache of its own, kept over its starts, so that it may also die while that is written.
         """
         assert self.process.stdin and self.process.stdout
-        cache = None if recipe["algorithm"] in ("sft", "grpo") else str(out) + "-cache"
+        cache = None if recipe["algorithm"] in ("sft", "grpo", "ppo") else str(out) + "-cache"
         self.process.stdin.write(json.dumps({"recipe": recipe, "out": str(out), "die_at": die_at, "cache": cache, "die_in": die_in}) + "\n")
         self.process.stdin.flush()
         child = json.loads(self.process.stdout.readline())["pid"]
@@ -115,15 +115,15 @@ def trace(folder: Path) -> dict[str, Any]:
     samples = [(e["step"], e["role"], e["prompt"], e["completion"]) for e in events if e["event"] == "sampled"]
     groups = {e["step"]: (e["prompt"], e["completions"]) for e in events if e["event"] == "group"}
     scores = folder / "scores.json"  # what a run on pairs thinks of the held-out ones
-    final = (folder / "final" / "adapter_model.safetensors").read_bytes()
+    final = {str(file.relative_to(folder)): file.read_bytes() for file in sorted((folder / "final").rglob("adapter_model.safetensors"))}
     return {"steps": steps, "validated": told, "samples": samples, "groups": groups, "final": final,
             "scores": scores.read_bytes() if scores.exists() else None}  # fmt: skip
 
 
 def small_recipe(algorithm: str = "sft", **train: Any) -> dict[str, Any]:
-    """A real QLoRA run of seconds: the tiny base in NF4, dropout on (but for dpo and grpo), ragged last steps, validation, samples, scores."""
-    if algorithm == "grpo":
-        return _on_prompts(train)
+    """A real QLoRA run of seconds: the tiny base in NF4, dropout on (but for dpo, ppo and grpo), ragged last steps, validation, samples, scores."""
+    if algorithm in ("grpo", "ppo"):
+        return _on_prompts(algorithm, train)
     if algorithm != "sft":
         return _on_pairs(algorithm, train)
     return {
@@ -149,14 +149,17 @@ def _on_pairs(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _on_prompts(train: dict[str, Any]) -> dict[str, Any]:
-    """Rewards that tell any completions apart, dead groups replaced, a prompt order that goes round, two passes over a harvest."""
+def _on_prompts(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
+    """Rewards that tell any completions apart, a prompt order that goes round, two passes over a harvest; of GRPO dead groups replaced, of PPO
+    minibatches, a weight of the KL that is steered, and passes that end early."""
+    own = {"grpo": {"epochs": 2, "dead_groups": "resample"},
+           "ppo": {"epochs": 2, "minibatches": 2, "kl_target": 0.01, "update_kl_limit": 0.002, "value_learning_rate": 1e-2}}  # fmt: skip
     return {
-        "name": "crash", "algorithm": "grpo", "base": {"model": "tiny-tutor"}, "adapters": {"policy": {"r": 4}},
+        "name": "crash", "algorithm": algorithm, "base": {"model": "tiny-tutor"}, "adapters": {"policy": {"r": 4}},
         "data": {"train": [{"dataset": "tutor", "rows": 10}]},
         "rewards": [{"use": "answer"}, {"use": "length", "target_tokens": 6, "weight": 0.5}],
         "rollout": {"num_generations": 4, "max_new_tokens": 10, "slots": 8},
-        "grpo": {"epochs": 2, "dead_groups": "resample"},
+        algorithm: own[algorithm],
         "train": {"steps": 8, "prompts_per_step": 3, "micro_batch_size": 5, "learning_rate": 2e-3, "save_every": 2, "log_every": 2,
                   "gradient_checkpointing": False, **train},
         "evaluate": {"every": 4, "shown": 1, "heldout": {"dataset": "tutor", "split": "heldout"}, "prompts": 3, "max_new_tokens": 8},
@@ -168,8 +171,11 @@ PHASES = {
     "scoring": ("lowrank_tune.build.online", "Scoring", "collect"),
     "update": ("lowrank_tune.algorithms.grpo", "GRPO", "terms"),
     "between passes": ("lowrank_tune.algorithms.grpo", "GRPO", "go_on"),
+    "valuing": ("lowrank_tune.algorithms.ppo", "PPO", "_values"),
+    "update of ppo": ("lowrank_tune.algorithms.ppo", "PPO", "_value_term"),  # the policy's gradient is there, the value's is not
+    "between passes of ppo": ("lowrank_tune.algorithms.ppo", "PPO", "go_on"),
 }
-"""Where a run of GRPO can be killed: module, class and method. Saving is where writes, fsyncs and renames are."""
+"""Where a run of GRPO or PPO can be killed: module, class and method. Saving is where writes, fsyncs and renames are."""
 
 
 def continue_to_the_end(nursery: Nursery, recipe: dict[str, Any], out: Path) -> None:
@@ -206,5 +212,5 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=15)
     parser.add_argument("--exits", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--algorithm", choices=("sft", "reward", "dpo", "grpo"), default="sft")
+    parser.add_argument("--algorithm", choices=("sft", "reward", "dpo", "grpo", "ppo"), default="sft")
     sweep(**vars(parser.parse_args()))

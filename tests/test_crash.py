@@ -37,16 +37,16 @@ def straight(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Stra
     return of
 
 
-@pytest.mark.parametrize(("algorithm", "seed"), [("sft", 0), ("sft", 1), ("sft", 2), ("reward", 3), ("dpo", 4), ("grpo", 5)])
+@pytest.mark.parametrize(("algorithm", "seed"), [("sft", 0), ("sft", 1), ("sft", 2), ("reward", 3), ("dpo", 4), ("grpo", 5), ("ppo", 6)])
 def test_killed_at_a_random_moment(nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, seed: int) -> None:
     wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
-    status = nursery.run(recipe, out, kill_after=random.Random(seed).uniform(0.1, 3.0 if algorithm in ("sft", "grpo") else 1.5))
+    status = nursery.run(recipe, out, kill_after=random.Random(seed).uniform(0.1, 3.0 if algorithm in ("sft", "grpo", "ppo") else 1.5))
     if status != 0:
         continue_to_the_end(nursery, recipe, out)
     assert trace(out) == wanted
 
 
-@pytest.mark.parametrize(("algorithm", "die_at"), [("sft", 60), ("sft", 97), ("reward", 70), ("dpo", 20), ("dpo", 70), ("grpo", 70)])
+@pytest.mark.parametrize(("algorithm", "die_at"), [("sft", 60), ("sft", 97), ("reward", 70), ("dpo", 20), ("dpo", 70), ("grpo", 70), ("ppo", 70)])
 def test_dies_in_a_write(nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, die_at: int) -> None:
     wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
     assert nursery.run(recipe, out, die_at=die_at) != 0, "it should have died"
@@ -61,6 +61,23 @@ def test_killed_in_each_phase_of_grpo(nursery: Nursery, straight: Straight, tmp_
     assert not (out / "final").exists()
     continue_to_the_end(nursery, recipe, out)
     assert trace(out) == wanted
+
+
+@pytest.mark.parametrize(("phase", "call"), [("rollout", 40), ("scoring", 3), ("valuing", 4), ("update of ppo", 13),
+                                             ("between passes of ppo", 7)])  # fmt: skip
+def test_killed_in_each_phase_of_ppo(nursery: Nursery, straight: Straight, tmp_path: Path, phase: str, call: int) -> None:
+    wanted, recipe, out = straight("ppo"), recipe_of("ppo"), tmp_path / "run"
+    assert nursery.run(recipe, out, die_in={"where": PHASES[phase], "call": call}) == 9, "it should have been killed"
+    assert not (out / "final").exists()
+    continue_to_the_end(nursery, recipe, out)
+    assert trace(out) == wanted
+
+
+def test_what_is_compared_of_ppo(straight: Straight) -> None:
+    """Both adapters, and a coefficient that moved: a state that was not saved would show."""
+    found = straight("ppo")
+    assert set(found["final"]) == {"final/adapter_model.safetensors", "final/value/adapter_model.safetensors"}  # type: ignore[call-overload]
+    assert len({stats["kl_coefficient"] for _, stats in found["steps"]}) == 6  # type: ignore[attr-defined]
 
 
 def test_a_changed_seed_would_be_noticed(nursery: Nursery, straight: Straight, tmp_path: Path) -> None:
