@@ -121,7 +121,7 @@ def trace(folder: Path) -> dict[str, Any]:
 
 
 def small_recipe(algorithm: str = "sft", **train: Any) -> dict[str, Any]:
-    """A real QLoRA run of seconds: the tiny base in NF4, dropout on (but for dpo, ppo and grpo), ragged last steps, validation, samples, scores."""
+    """A real QLoRA run of seconds: the tiny base in NF4, dropout on where it may be, ragged last steps, validation, samples, scores."""
     if algorithm in ("grpo", "ppo"):
         return _on_prompts(algorithm, train)
     if algorithm != "sft":

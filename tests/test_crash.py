@@ -46,7 +46,8 @@ def test_killed_at_a_random_moment(nursery: Nursery, straight: Straight, tmp_pat
     assert trace(out) == wanted
 
 
-@pytest.mark.parametrize(("algorithm", "die_at"), [("sft", 60), ("sft", 97), ("reward", 70), ("dpo", 20), ("dpo", 70), ("grpo", 70), ("ppo", 70)])
+@pytest.mark.parametrize(("algorithm", "die_at"), [("sft", 60), ("sft", 97), ("reward", 70), ("dpo", 20), ("dpo", 70), ("grpo", 70),
+                                                  ("ppo", 70)])  # fmt: skip
 def test_dies_in_a_write(nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, die_at: int) -> None:
     wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
     assert nursery.run(recipe, out, die_at=die_at) != 0, "it should have died"

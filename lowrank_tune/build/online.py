@@ -52,6 +52,7 @@ class Scoring:
 
     def __init__(self, recipe: settings.Recipe, template: Template) -> None:
         self.weighted: list[Weighted] = make(recipe.rewards, Path.cwd())
+        self.most = recipe.rollout.max_unscored_share
         self.weights = [each.weight for each in self.weighted]
         self.template = template
         self.learned = [each.reward for each in self.weighted if isinstance(each.reward, RewardModel)]
@@ -103,8 +104,7 @@ def check_rewards(scoring: Scoring, prompts: AskedSet, seed: int, emit: Emit) ->
     if scoring.learned:
         per = {id(item.row): one for item, one in zip(right, some, strict=True)}
         wrong = [scoring.item(per[id(item.row)], item.completion) for item in wrong]
-    with Scorer[tuple[str, int]]([each.reward for each in scoring.weighted]) as scorer:
-        report = examine(scoring.weighted, right, wrong, scorer)
+    report = examine(scoring.weighted, right, wrong, scoring.scorer, scoring.most)
     for line in report.lines():
         emit(Note(message=line))
     if doubt := report.doubt():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lowrank_tune.recipe import learned
+from lowrank_tune.recipe import learned, valued
 from lowrank_tune.recipe.rules import adapters_of
 from lowrank_tune.recipe.wording import found
 from lowrank_tune.recipe.written import Finding, written
@@ -18,7 +18,7 @@ Stages = Sequence[Mapping[str, Any]]
 def loaded_below(stages: Stages, index: int) -> dict[str, Any]:
     """The adapters that earlier policies brought from files. A policy was trained over them and means nothing without them."""
     return {name: adapter for stage in _policies(stages, index) for name, adapter in adapters_of(stage).items()
-            if name not in ("policy", learned.ROLE)}  # fmt: skip
+            if name not in (*valued.trained(stage), learned.ROLE)}  # fmt: skip
 
 
 def finished_below(stages: Stages, index: int) -> list[str]:
