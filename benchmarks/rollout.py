@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no base {', '.join(set(options.bases) - set(BASES))}; there are {', '.join(BASES)}")
     quieten(options.threads)
     bases = [tuple(base.split("-")) for base in options.bases or (["tiny-nf4"] if options.tiny else BASES)]
-    tokens, count, repeats = (12, 4, 1) if options.tiny else (options.tokens, 16, options.repeats)
+    tokens, count, repeats = (12, 4, 1) if options.tiny else (options.tokens, 32, options.repeats)
     print(f"{count} prompts, {SAMPLES} samples each, {SLOTS} at once, {options.threads} thread(s), {repeats} turns; "
           "tokens a second: median of turns")  # fmt: skip
     figures, agreed = {}, []

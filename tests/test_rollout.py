@@ -12,11 +12,12 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from models import VOCAB, all_tensors, changed, counting, far, llama_roles, load, make_batch, roles_over, shake, whole
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lowrank_tune.errors import RunFailed
 from lowrank_tune.model.logps import Head
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.rollout import Engine, choice, linears, sampler, schedule
+from lowrank_tune.rollout import Engine, attention, choice, linears, norms, sampler, schedule
 from lowrank_tune.rollout.stores import CohortStore, RecomputeStore, SlotStore, Store
 from lowrank_tune.types import Completion, Sampling
 
@@ -489,7 +490,7 @@ def test_linears_of_a_rollout_compute_the_same(bits: int, rslora: bool) -> None:
     with roles.quiet(), roles.use("policy"):
         plain = roles.base.model(input_ids=ids).logits
         fast = linears.Linears(roles.base.model, roles.stacks["policy"], 1 << 30)
-        assert len(fast.forwards) == 14
+        assert len(fast.forwards) == 14 + 5, "linears and norms"
         with fast:
             assert far(roles.base.model(input_ids=ids).logits, plain) < 1e-5  # sums in another order, in fp32
         assert torch.equal(roles.base.model(input_ids=ids).logits, plain)
@@ -533,3 +534,55 @@ def test_an_exception_in_the_model_restores_everything() -> None:
 def test_nothing_to_do() -> None:
     roles = speaking(16)
     assert run(roles, prompts=[]) == {} and run(roles, n=0) == {}
+
+
+# --- attention and norms of a rollout ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("additive", [False, True])
+def test_one_query_attends_as_softmax_does(heads: int, additive: bool) -> None:
+    """Against a float64 loop over rows and heads; query heads share keys in groups; a slice of a longer cache is not contiguous."""
+    query, key, value = torch.randn(3, 6, 1, 8), torch.randn(4, heads, 9, 8)[:3, :, :7], torch.randn(4, heads, 9, 8)[:3, :, :7]
+    lengths = [7, 1, 4]
+    seen = torch.tensor([[column < length for column in range(7)] for length in lengths])[:, None, None]
+    mask = torch.where(seen, 0.0, -torch.inf) if additive else seen
+    found, _ = attention.one_query(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    for row, length in enumerate(lengths):
+        for head in range(6):
+            mine = head * heads // 6
+            weights = (0.3 * key[row, mine, :length].double() @ query[row, head, 0].double()).softmax(0)
+            assert far(found[row, 0, head], (weights @ value[row, mine, :length].double()).float()) < 1e-6
+
+
+def test_attention_is_what_it_was_between_completions() -> None:
+    roles = speaking(16)
+    config = roles.base.model.get_decoder().config
+    before = config._attn_implementation
+    generator = Engine(roles, "policy").generate(PROMPTS, 2, Sampling(12, frozenset(range(2, 30))))
+    next(generator)
+    assert config._attn_implementation == before == "sdpa"
+    with attention.batched_attention(roles.base.model):
+        assert config._attn_implementation == attention.NAME
+    assert config._attn_implementation == before
+
+
+class PlusOneRMSNorm(LlamaRMSNorm):  # type: ignore[misc]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * (1 + weight)  # type: ignore[no-any-return]
+
+
+class MeanRMSNorm(LlamaRMSNorm):  # type: ignore[misc]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x - x.mean(-1, keepdim=True))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("kind", "fused"), [(LlamaRMSNorm, True), (PlusOneRMSNorm, True), (MeanRMSNorm, False)])
+def test_norms_are_fused_where_they_say_the_same(kind: type[torch.nn.Module], fused: bool) -> None:
+    norm = kind(16, 1e-2)  # an epsilon that shows
+    torch.nn.init.normal_(norm.weight)
+    found = dict(norms.fused_norms(torch.nn.ModuleList([norm, torch.nn.LayerNorm(16)])))
+    assert list(found) == ([norm] if fused else [])
+    x = 0.1 * torch.randn(3, 2, 16)
+    assert not fused or far(found[norm](x), norm(x)) < 1e-6

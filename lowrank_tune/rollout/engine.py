@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_tune.model.roles import Roles
+from lowrank_tune.rollout.attention import batched_attention
 from lowrank_tune.rollout.choice import store_for
 from lowrank_tune.rollout.linears import fast_linears
 from lowrank_tune.rollout.sampler import draw
@@ -61,7 +62,7 @@ class Engine:
         with fast_linears(model, stack, self.scratch_bytes) as linears:
             while not schedule.over:
                 # Between two yields the caller may use other roles and train: modes, adapters and modules are then as it left them.
-                with self._speaking(modules), linears:
+                with self._speaking(modules), linears, batched_attention(model):
                     finished = schedule.advance(stops)
                 yield from finished
 

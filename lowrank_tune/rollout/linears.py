@@ -1,9 +1,9 @@
-"""Faster linear modules for the time of a rollout on the CPU, with the adapters beside their base as ever.
+"""Faster linear modules, and norms, for the time of a rollout on the CPU.
 
-bitsandbytes unpacks a 4-bit weight on the CPU at every call: here that is done once, into a scratch of declared size. An adapter's two
-matrices cost PEFT seven small operations; here they are two, the scaling being folded into a copy; query, key and value are one product, and so
-are gate and up. Nothing that is stored changes: only the
-`forward` of the modules is another one, while the context is entered.
+bitsandbytes unpacks a 4-bit weight on the CPU at every call: here that is done once, into a scratch of declared size, in fp32, to which the
+adapters are added; query, key and value are one product, and so are gate and up. A weight that is stored in fp32 is not copied: its adapter
+stays beside it, two small products where PEFT makes seven operations. Nothing that is stored changes, and no sum goes back into the base:
+only the `forward` of the modules is another one, while the context is entered, and the scratch dies with the rollout.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
+
+from lowrank_tune.rollout.norms import fused_norms
 
 Forward = Callable[[Tensor], Tensor]
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -38,7 +40,7 @@ def fast_linears(model: Any, stack: Sequence[str], limit: int) -> Iterator[Abstr
 
 @dataclass(frozen=True)
 class _Part:
-    """A linear module as plain tensors: weight (out, in), bias (out,), adapters down (in, r) and up (r, out)."""
+    """A linear module as plain tensors: weight (out, in), bias (out,), adapters down (in, r) and up (r, out); r is 0 where they are added."""
 
     module: Any
     weight: Tensor
@@ -59,6 +61,7 @@ class Linears(AbstractContextManager[None]):
         wrapped = {id(module.base_layer) for module in model.modules() if hasattr(module, "base_layer")}
         for family in _families(module for module in model.modules() if id(module) not in wrapped):
             self._add([part for module in family if (part := _part_of(module, stack, self.bytes > 0)) is not None])
+        self.forwards += fused_norms(model)
 
     def __enter__(self) -> None:
         for module, forward in self.forwards:
@@ -79,16 +82,15 @@ class Linears(AbstractContextManager[None]):
             joint = _Joint(parts)
             self.forwards += [(part.module, partial(joint.say, index)) for index, part in enumerate(parts)]
         else:
-            self.forwards += [(part.module, partial(_say, part.weight, part.bias, part.down, part.up)) for part in parts]
+            self.forwards += [(part.module, _forward_of(part)) for part in parts]
 
 
 class _Joint:
-    """Modules that one after another read the very same tensor: one product for all."""
+    """Modules with their adapters added that one after another read the very same tensor: one product for all."""
 
     def __init__(self, parts: Sequence[_Part]) -> None:
         self.sizes = [len(part.weight) for part in parts]
-        self.weight, self.down = torch.cat([part.weight for part in parts]), torch.cat([part.down for part in parts], dim=1)
-        self.up = torch.block_diag(*(part.up for part in parts))  # type: ignore[no-untyped-call]
+        self.weight = torch.cat([part.weight for part in parts])
         biases = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
         self.bias = None if all(part.bias is None for part in parts) else torch.cat(biases)
         self.heard: Tensor | None = None
@@ -96,7 +98,7 @@ class _Joint:
 
     def say(self, index: int, x: Tensor) -> Tensor:
         if x is not self.heard:
-            self.said = torch.split(_say(self.weight, self.bias, self.down, self.up, x), self.sizes, dim=-1)
+            self.said = torch.split(_linear(self.weight, self.bias, x), self.sizes, dim=-1)
             self.heard = x
         said = self.said[index]
         if index == len(self.sizes) - 1:  # nothing is kept beyond the last one
@@ -104,10 +106,19 @@ class _Joint:
         return said
 
 
-def _say(weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, x: Tensor) -> Tensor:
+def _forward_of(part: _Part) -> Forward:
+    if not len(part.up):
+        return partial(_linear, part.weight, part.bias)
+    return partial(_with_adapter, part.weight, part.bias, part.down, part.up)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+
+def _with_adapter(weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    y = nn.functional.linear(rows, weight, bias)
-    return (y.addmm_(rows @ down, up) if len(up) else y).view(*x.shape[:-1], -1)
+    return nn.functional.linear(rows, weight, bias).addmm_(rows @ down, up).view(*x.shape[:-1], -1)
 
 
 def _families(modules: Iterable[Any]) -> list[list[Any]]:
@@ -138,6 +149,8 @@ def _part_of(module: Any, stack: Sequence[str], unpack: bool) -> _Part | None:
         return None
     weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float() if packed else base.weight
     down, up = _adapters(module, stack, weight)
+    if packed:
+        weight, down, up = weight.addmm_(up.T, down.T), down[:, :0], up[:0]
     return _Part(module, weight, base.bias, down, up) if packed or len(up) else None
 
 

@@ -111,8 +111,8 @@ class Schedule:
         self.rows[slot : slot + 1] = [row]
 
     def _read_ahead(self, free: int) -> None:
-        """Reads the next prompts, for the free slots and for some more that will be free soon."""
-        wanted, width = -(-max(free, self.slots // 4) // self.n), 0
+        """Reads the next prompts, for the free slots and for some that will be free later: together they are read faster."""
+        wanted, width = max(-(-free // self.n), self.slots // 4), 0  # prompts: what waits takes no more than a quarter of the slots
         chosen: list[int] = []
         while self.waiting and len(chosen) < wanted:
             width = max(width, len(self.prompts[self.waiting[0]]))

@@ -55,6 +55,8 @@ class SlotStore:
         self.model, self.decoder = model, model.get_decoder()
         self.device, self.cache = model.device, SlotCache(windows_of(model))
         self.slots = self.columns = 0
+        # In four dimensions transformers hands a mask on as it is; with windows, it cuts one of two dimensions to each layer's width.
+        self.ready_masks = self.device.type == "cpu" and model.dtype == torch.float32 and not any(one.window for one in self.cache.layers)
 
     def open(self, slots: int, columns: int, limit: int) -> int:
         # A quarter as much may be held by prompts that were read ahead and wait for their slots.
@@ -92,6 +94,8 @@ class SlotStore:
         width = max(positions) + 1
         self.cache.decode(places[:, 0], width)
         mask = torch.arange(width, device=self.device) <= places
+        if self.ready_masks:
+            mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)[:, None, None]
         output = self.decoder(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=self.cache, use_cache=True)
         return output.last_hidden_state[:, 0]  # type: ignore[no-any-return]
 
