@@ -28,7 +28,8 @@ class RewardModel(Whole):
     def score(self, items: Sequence[Item]) -> list[Score]:
         assert self.read is not None, "the base is loaded before anything is scored"
         begun, known = time.perf_counter(), [place for place, item in enumerate(items) if item.ids]
-        found: list[Score] = [Score(None, "error", f"`{self.name}` cannot read {item}: it has no prompt, or the chat template refuses it") for item in items]
+        why = "it has no prompt, or the chat template refuses it"
+        found: list[Score] = [Score(None, "error", f"`{self.name}` cannot read {item}: {why}") for item in items]
         for place, value in zip(known, self.read([items[place].ids for place in known]), strict=True):
             found[place] = self._told(value, items[place])
         seconds = (time.perf_counter() - begun) / max(1, len(items))
