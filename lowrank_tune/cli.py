@@ -121,6 +121,51 @@ def eval_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder
         print(f"all scores: {target}")
 
 
+@app.command("verify")
+def verify_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file, with rewards.")],
+                   overrides: Overrides = None,
+                   file: Annotated[str | None, typer.Option("--file", help="Responses: rows of the data with a column completion, response "
+                                                            "or completions. Without it: the reference answers of the data.")] = None,
+                   limit: Annotated[int | None, typer.Option("--limit", min=1, help="Judge only so many.")] = None,
+                   out: Annotated[Path | None, typer.Option("--out", help="File for what each reward said of each response.")] = None,
+                   debug: Debug = False) -> None:  # fmt: skip
+    """Run the rewards over a file of responses: verdicts, times, disagreement. Ends with 1 where a run would stop at these failures."""
+    with _sentences(debug):
+        from lowrank_tune.recipe import Chain, load_any
+
+        loaded = load_any(recipe, *(overrides or []))
+        stages = [stage for stage in (loaded.stages if isinstance(loaded, Chain) else (loaded,)) if stage.rewards]
+        if not stages:
+            raise UserError(f"{recipe} has no rewards: no algorithm of it learns from completions")
+        if out is not None and (out.is_dir() or not out.parent.is_dir()):
+            raise UserError(f"{out}: {'is a folder' if out.is_dir() else 'there is no such folder'}; name a file for the verdicts")
+        with _starting():
+            from lowrank_tune.ui.plain import Plain
+            from lowrank_tune.ui.verify_view import show
+            from lowrank_tune.verify import verify
+
+        status, lines = 0, list[str]()
+        for stage in stages:
+            plain = Plain(sys.stderr)
+            try:
+                found = verify(stage, file, limit, plain)
+            finally:
+                plain.close()
+            show(found, f"{stage.name}, {file or 'reference answers'}", Console(highlight=False))
+            lines += [json.dumps({**({"stage": stage.name} if len(stages) > 1 else {}), **line}) for line in found.lines()]
+            status = INTERRUPTED if found.interrupted else max(status, int(found.stops() is not None))
+            if found.interrupted:
+                break
+        if out is not None:
+            try:
+                out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+            print(f"all verdicts: {out}")
+        if status:
+            raise typer.Exit(status)
+
+
 @app.command("report")
 def report_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")], debug: Debug = False) -> None:
     """Write RUN/report.html anew: curves, samples, data, recipe, in one file for a browser."""

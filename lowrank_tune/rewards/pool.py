@@ -82,11 +82,12 @@ class Scorer(Generic[Key]):
     def _hand_on(self, task: Task) -> None:
         with self._changed:
             self._pending += 1
+        start = time.perf_counter()
         score = task.reward.early(task.item)
         if score is None:
             self._tasks.put(task)
         else:
-            self.store(task, score)
+            self.store(task, replace(score, seconds=time.perf_counter() - start))
 
     def collect(self) -> dict[Key, list[Score]]:
         """Waits for all that was submitted: for each key one score a reward, in the order of submission."""

@@ -14,7 +14,7 @@ from lowrank_tune.rewards.pool import Scorer
 from lowrank_tune.rewards.protocol import Item, Score
 from lowrank_tune.rewards.uses import Weighted
 
-AT_ONCE = 32  # completions between two reports of progress
+AT_ONCE = 16  # completions between two reports of progress
 RIGHT = 0.5
 FEW = 3
 """As in a run: one or two failures say nothing of a verifier."""
