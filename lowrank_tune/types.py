@@ -66,7 +66,8 @@ class Batch:
     ids (B, T) long; attended (B, T) bool: a real token; says (B, T) bool: a token that the loss is about (SFT: the assistant says it;
     RL: the policy wrote it); weight (B, T) fp32, or (B,) where whole rows are weighed: set by an algorithm's `weigh`, once for the whole
     optimizer step, before any split; extra: further tensors with B rows, (B,) or (B, T): of pairs `margin`, `row` (its number in the
-    data) and `shared` (leading tokens that a row has in common with the first row of its pair), and what an algorithm brings.
+    data); of pairs and groups `shared` (leading tokens that a row has in common with the first row of its pair or group; 0 begins one);
+    and what an algorithm brings.
     """
 
     ids: Tensor
@@ -106,18 +107,31 @@ class Batch:
     def split(self, rows: int | None = None, tokens: int | None = None, together: int = 1) -> Iterator[Batch]:
         """Micro-batches of at most `rows` rows, or of at most `tokens` tokens with padding, of rows of similar length, longest first.
 
-        `together` adjacent rows stay in one micro-batch (2 for pairs). A unit larger than the budget comes alone.
+        `together` adjacent rows stay in one micro-batch (2 for pairs). A unit larger than the budget comes alone. Units that share a
+        beginning with their neighbours (`shared`) stay next to them, so that a micro-batch reads it once for many.
         """
         lengths: list[int] = self.lengths.view(-1, together).amax(dim=1).tolist()
         units: list[int] = []
-        for unit in sorted(range(len(lengths)), key=lambda unit: -lengths[unit]):
-            count = (len(units) + 1) * together
-            if units and ((rows is not None and count > rows) or (tokens is not None and count * lengths[units[0]] > tokens)):
-                yield self._units(units, together, lengths[units[0]])
-                units = []
+        width = 0
+        for unit in self._order(lengths, together):
+            count, wider = (len(units) + 1) * together, max(width, lengths[unit])
+            if units and ((rows is not None and count > rows) or (tokens is not None and count * wider > tokens)):
+                yield self._units(units, together, width)
+                units, wider = [], lengths[unit]
             units.append(unit)
+            width = wider
         if units:
-            yield self._units(units, together, lengths[units[0]])
+            yield self._units(units, together, width)
+
+    def _order(self, lengths: Sequence[int], together: int) -> list[int]:
+        """Units by falling length of the longest one of their family: those that share a beginning; without such, of their own."""
+        family = list(range(len(lengths)))
+        if "shared" in self.extra:
+            family = (self.extra["shared"][::together] == 0).cumsum(0).tolist()
+        longest: dict[int, int] = {}
+        for unit, length in enumerate(lengths):
+            longest[family[unit]] = max(length, longest.get(family[unit], 0))
+        return sorted(range(len(lengths)), key=lambda unit: (-longest[family[unit]], family[unit], -lengths[unit]))
 
     def _units(self, units: Sequence[int], together: int, width: int) -> Batch:
         return self.take(torch.tensor([unit * together + i for unit in units for i in range(together)], device=self.ids.device), width)

@@ -30,6 +30,7 @@ from lowrank_tune.algorithms.kit import Kit
 from lowrank_tune.data import Asked
 from lowrank_tune.errors import RunFailed
 from lowrank_tune.events import Grouped, Note, StepDone
+from lowrank_tune.model import roles as roles_module
 from lowrank_tune.model.adapters import WEIGHTS
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch, Completion, add_stats, to_floats
@@ -560,10 +561,32 @@ class Lengths:
         return kept
 
 
-def real_harvester(roles: Roles) -> Harvester:
-    prompts = [Asked([2, 5, 9, 40], "a", None, {}), Asked([2, 7], "b", None, {}), Asked([3] * 9, "c", None, {})]
+def real_harvester(roles: Roles, long: bool = False) -> Harvester:
+    times = 6 if long else 1
+    prompts = [Asked([2, 5, 9, 40] * times, "a", None, {}), Asked([2, 7] * times, "b", None, {}), Asked([3] * 9 * times, "c", None, {})]
     return Harvester(roles, lambda step, draw, count: prompts, Lengths(), ("length",), (1.0,), str, frozenset({1}), 0, 4, LONGEST, 0.8, 5, 64,
                      lambda number: number)  # fmt: skip
+
+
+def test_a_group_reads_its_prompt_once_and_nothing_changes(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference, old log-probs and gradient with shared prompts are those of rows apart; groups stay next to each other in any split."""
+    planted = list[int]()
+    real = roles_module.plant
+    monkeypatch.setattr(roles_module, "plant", lambda *given: (tree := real(*given), planted.append(tree is not None))[0])
+    found = []
+    for share, split in ((False, {"rows": 4}), (True, {"rows": 4}), (True, {"rows": 3}), (True, {"tokens": 90}), (True, {"rows": 99})):
+        monkeypatch.setattr(roles, "share", share)
+        algorithm = GRPO(Kit(roles, None, fresh=False), real_harvester(roles, long=True), kl=0.3, epochs=2)  # type: ignore[arg-type]
+        part = algorithm.collect(0).batch
+        planted.clear()
+        found.append((one_pass(algorithm, part, **split), part.extra["reference_logps"], part.extra["old"]))
+        assert any(planted) == share
+        micros = [micro.extra["shared"] for micro in part.split(**split)]
+        assert sum(int((shared[1:] == 0).sum()) for shared in micros) == 3 - sum(int(shared[0] == 0) for shared in micros)
+    for (loss, gradient, stats), reference, old in found[1:]:
+        assert loss == pytest.approx(found[0][0][0], rel=1e-4, abs=1e-6) and far(gradient, found[0][0][1]) < 1e-5
+        assert stats == pytest.approx(found[0][0][2], rel=1e-4, abs=1e-6)
+        assert torch.allclose(reference, found[0][1], atol=1e-5) and torch.allclose(old, found[0][2], atol=1e-5)
 
 
 def first_pass(roles: Roles, temperature: float = 0.8, old: str = "sampler") -> tuple[GRPO, dict[str, float]]:

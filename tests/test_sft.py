@@ -121,6 +121,13 @@ def test_a_split_loses_nothing(lengths: list[int], rows: int | None, tokens: int
     batch = ragged(lengths, seed=seed)
     batch.extra = {"row": torch.arange(len(batch)), "token": batch.attended.long() * torch.arange(1, batch.ids.shape[1] + 1)}
     assert wrong_split(batch, rows, tokens, together) == []
+    stream = torch.Generator().manual_seed(seed)
+    batch.extra["shared"] = torch.where(torch.rand(len(batch), generator=stream) < 0.4, 0, 3)  # of pairs and groups, torn ones too
+    assert wrong_split(batch, rows, tokens, together) == []
+    family = (batch.extra["shared"][::together] == 0).cumsum(0)
+    heads = [int(row) // together for micro in batch.split(rows, tokens, together) for row in micro.extra["row"][::together]]
+    told = [int(family[head]) for head in heads]
+    assert [one for place, one in enumerate(told) if place == 0 or told[place - 1] != one] == list(dict.fromkeys(told)), "a family is apart"
 
 
 def test_a_split_that_cuts_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,8 @@ class Harvester:
         at_once = max(1, self.micro_tokens // columns)
         for start in range(0, rows, at_once):
             places = torch.arange(start, min(start + at_once, rows))
-            part = Batch(batch.ids[places], batch.attended[places], batch.says[places]).to(self.roles.base.device)
+            shared = {"shared": batch.extra["shared"][places]} if "shared" in batch.extra else {}
+            part = Batch(batch.ids[places], batch.attended[places], batch.says[places], extra=shared).to(self.roles.base.device)
             with self.roles.quiet():
                 found[places] = self.roles.logps(role, part, self.temperature).logps.cpu()
         return found
@@ -187,11 +188,12 @@ def _batch(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], 
     width = max(len(prompt) + len(one.ids) for prompt, one in zip(prompts, completions, strict=True))
     ids = torch.full((len(completions), width), pad_id, dtype=torch.long)
     attended, says = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-    sampler = torch.zeros(ids.shape)
+    sampler, shared = torch.zeros(ids.shape), torch.zeros(len(completions), dtype=torch.long)
     for row, (prompt, one) in enumerate(zip(prompts, completions, strict=True)):
         start, end = len(prompt), len(prompt) + len(one.ids)
         ids[row, :start], ids[row, start:end] = torch.tensor(list(prompt)), torch.tensor(one.ids)
         attended[row, :end], says[row, start:end] = True, True
+        shared[row] = start if row and completions[row - 1].prompt == one.prompt else 0
         assert one.logps is not None, "the engine keeps log-probs"
         sampler[row, start:end] = torch.tensor(one.logps)
-    return Batch(ids, attended, says, extra={"sampler": sampler})
+    return Batch(ids, attended, says, extra={"sampler": sampler, "shared": shared})
