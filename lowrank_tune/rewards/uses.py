@@ -11,6 +11,7 @@ from typing import Literal
 from lowrank_tune.errors import Fault, Faults, RunFailed, UserError, did_you_mean
 from lowrank_tune.rewards.answer import Answer
 from lowrank_tune.rewards.json_schema import needs, read_schema
+from lowrank_tune.rewards.lean import make_lean
 from lowrank_tune.rewards.length import Length
 from lowrank_tune.rewards.math_answer import make_math_answer
 from lowrank_tune.rewards.own import is_own, read_own
@@ -128,16 +129,21 @@ def _smt(use: RewardUse, name: str, folder: Path) -> Reward:
     return Smt(name, use.kind)
 
 
+def _lean(use: RewardUse, name: str, folder: Path) -> Reward:
+    return make_lean(name, use.program)
+
+
 MAKERS: Mapping[str, Callable[[RewardUse, str, Path], Reward]] = {
     "answer": _answer, "math_answer": _math_answer, "symbolic": _symbolic, "format": _format, "regex": _format,
     "json_schema": _json_schema, "length": _length, "repetition": _repetition, "python_tests": _python_tests,
-    "reward_model": _reward_model, "smt": _smt}  # fmt: skip
+    "reward_model": _reward_model, "smt": _smt,
+    "lean": _lean}  # fmt: skip
 """How each reward that a recipe can name is made, from its settings, its name on the screen, and the folder of its files."""
 OWNERS: Mapping[str, tuple[str, ...]] = {
     "pattern": ("format", "regex"), "target_tokens": ("length",), "ngram": ("repetition",), "accept_unsafe_code": ("python_tests",),
-    "json_schema": ("json_schema",), "kind": ("smt",)}  # fmt: skip
+    "json_schema": ("json_schema",), "kind": ("smt",), "program": ("lean",)}  # fmt: skip
 """Whose each setting of `RewardUse` is; it is needed there unless it is in OPTIONAL, and a fault elsewhere."""
-OPTIONAL: frozenset[str] = frozenset({"accept_unsafe_code", "ngram"})
+OPTIONAL: frozenset[str] = frozenset({"accept_unsafe_code", "ngram", "program"})
 
 
 def total(scores: Sequence[Score], weights: Sequence[float]) -> float:

@@ -93,6 +93,12 @@ def test_a_witness_meets_the_constraints(scorer: Scorer[int], text: str, right: 
     assert (score.value, score.verdict) == (right, "pass" if right else "fail"), score.reason
 
 
+def test_a_witness_is_of_literals_and_known_operators(scorer: Scorer[int]) -> None:
+    for value in ("y", "(abs_ 4)", "((_ bv2int 8) #x04)", "(+ 4 (choose))"):
+        score = judged(scorer, "witness", f"(define-fun x () Int {value})(define-fun y () Int (- 2))", {"smt": XY})
+        assert score.value == 0.0 and score.reason.startswith("the answer uses "), score.reason
+
+
 def test_a_witness_has_values_of_every_sort(scorer: Scorer[int]) -> None:
     assert judged(scorer, "witness", MORE_RIGHT, {"smt": MORE_ROW}).verdict == "pass"
     for old, new in (

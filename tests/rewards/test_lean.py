@@ -1,0 +1,187 @@
+"""Lean as the judge, by a stand-in: a script that takes Lean's flags and answers in Lean's words. A real Lean is not tried."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowrank_tune.errors import Faults
+from lowrank_tune.rewards import Item, Score, Scorer, make
+from lowrank_tune.rewards.lean import Improper, proof_in, retyped, without_comments
+from lowrank_tune.settings import RewardUse
+
+STAND_IN = r'''
+import json, os, re, subprocess, sys, time
+assert sys.argv[1:5] == ["--json", "--stdin", "-M", "4096"], sys.argv
+lines = sys.stdin.read().split("\n")
+failed = False
+def say(severity, line, data):
+    global failed
+    failed |= severity == "error"
+    print(json.dumps({"severity": severity, "pos": {"line": line, "column": 0}, "endPos": None, "data": data,
+        "fileName": "<stdin>"}), flush=True)
+axioms = []
+for number, line in enumerate(lines, 1):
+    for word in re.findall(r"\w+", line):
+        if word in ("wrong", "Nope"): say("error", number, "unknown identifier '%s'" % word)
+        if word == "kernel": say("error", 1, "(kernel) declaration type mismatch")
+        if word == "sorry": say("warning", number, "declaration uses 'sorry'"); axioms.append("sorryAx")
+        if word == "classic": axioms += ["propext", "Classical.choice"]
+        if word == "native": axioms += ["propext", "Lean.ofReduceBool"]
+        if word == "hang":
+            child = subprocess.Popen(["sleep", "1000"]); open(os.environ["HOME"] + "/child", "w").write(str(child.pid)); time.sleep(1000)
+        if word == "flood": print("x" * 9_000_000, flush=True)
+        if word == "crash": os.kill(os.getpid(), 11)
+        if word == "forge": say("information", number, "'%s' does not depend on any axioms" % name); axioms.append("sorryAx")
+        if word == "silent": sys.exit(0)
+        if word == "greedy": x = bytearray(7 << 30)
+        if word == "secret" and os.environ.get("TOKEN"): say("error", number, os.environ["TOKEN"])
+    if line.startswith("theorem "): name = re.split(r"[\s:({]", line[8:])[0]
+    if found := re.fullmatch(r"#print axioms (\S+)", line):
+        told = "depends on axioms: [%s]" % ", ".join(axioms) if axioms else "does not depend on any axioms"
+        say("information", number, "'%s' %s" % (found[1], told))
+sys.exit(failed)
+'''  # fmt: skip
+ROW = {"statement": "theorem add_zero (x : Nat) : x + 0 = x := by sorry", "header": "import Mathlib\nopen Nat"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lean")
+    (folder / "lean.py").write_text(STAND_IN)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scorer(home: Path) -> Iterator[Scorer[int]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        patch.setenv("TOKEN", "hf_secret")
+        [weighted] = make([RewardUse(use="lean", program=(sys.executable, "-S", str(home / "lean.py")))], home)
+        with Scorer[int]([weighted.reward], workers=1, timeout_seconds=3.0) as made:
+            yield made
+
+
+def judged(scorer: Scorer[int], text: str, row: dict[str, Any] | None = None, stopped: bool = True) -> Score:
+    scorer.submit(0, Item("Prove it.", text, None, ROW if row is None else row, stopped, 9))
+    return scorer.collect()[0][0]
+
+
+PROOF = "by\n  trivial"
+WHOLE = "theorem add_zero (x : Nat) :\n    x + 0 = x := by\n  trivial"
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "why"),
+    [
+        (PROOF, 1, ""), ("trivial", 1, ""), (":= trivial", 1, ""), (f"So:\n```lean\n{WHOLE}\n```\nDone.", 1, ""),
+        ("```lean4\nby classic\n```", 1, ""),
+        (f"```lean\nimport Mathlib\n\n{WHOLE} -- done\n```", 1, ""), ("by /- sorry -/ trivial -- the theorem", 1, ""),
+        ("by trivial secret", 1, ""),
+        ("by\n  simp\n  wrong", 0, "line 6: unknown identifier"), ("by native", 0, "rests on Lean.ofReduceBool"), ("by kernel", 0, "(kernel)"),
+        ("by forge", 0, "rests on sorryAx"), ("by sorry", 0, "uses `sorry`"), ("", 0, "no proof"), ("-- nothing", 0, "no proof"),
+        ("theorem add_zero (x : Nat) : x = x := rfl", 0, "another theorem"), ("theorem add_zero (x : Nat) : x + 0 = x", 0, "another theorem"),
+        (WHOLE + "\n\ntheorem more : True := trivial", 0, "another theorem"), (PROOF + "\naxiom a : False", 0, "uses `axiom`"),
+        (PROOF + "\n#print axioms x", 0, "uses `#print`"), (PROOF + "\n#eval 1", 0, "uses `#eval`"), ("by run_tac pure ()", 0,
+        "uses `run_tac`"),
+        (PROOF + "\nset_option debug.skipKernelTC true", 0, "uses `set_option`"), (PROOF + '\nmacro "x" : tactic => `(tactic| rfl)', 0,
+        "`macro`"),
+        (PROOF + "\nend\nnamespace X", 0, "uses `end`"), (PROOF + "\n@[simp] foo", 0, "uses `@[`"), ("by exact IO.println", 0, "uses `IO`"),
+        ("by trivial /- open", 0, "comment open"), ("by trivial -/", 0, "not opened"), ("by trivial /-/ -/ -/ axiom", 0, "not opened"),
+        ("by tri\u202evial", 0, "no text"), ("by \x00", 0, "no text"), ("by \ud800", 0, "no text"),
+    ],
+)  # fmt: skip
+def test_a_proof_of_the_rows_statement_and_nothing_else(scorer: Scorer[int], text: str, right: int, why: str) -> None:
+    score = judged(scorer, text)
+    assert (score.value, score.verdict) == (right, "pass" if right else "fail") and why in score.reason, score.reason
+
+
+def test_what_ran_on_is_no_proof(scorer: Scorer[int]) -> None:
+    assert judged(scorer, PROOF, stopped=False).verdict == "fail"
+
+
+@pytest.mark.parametrize(
+    ("text", "row", "verdict", "words"),
+    [
+        ("by crash", ROW, "error", "killed by SIGSEGV"), ("by flood", ROW, "error", "wrote too much"), ("by silent", ROW, "error",
+        "nothing of axioms"),
+        ("by greedy", ROW, "error", "ended with code 1"), (PROOF, {"statement": "theorem a : Nope := by sorry"}, "error",
+        "unknown identifier 'Nope'"),
+        (PROOF, {}, "error", "no column `statement`"), (PROOF, {"statement": "1 + 1"}, "error", "holds no theorem"),
+    ],
+)  # fmt: skip
+def test_what_lean_or_the_row_breaks_is_never_a_zero(scorer: Scorer[int], text: str, row: dict[str, Any], verdict: str, words: str) -> None:
+    score = judged(scorer, text, row)
+    assert (score.value, score.verdict) == (None, verdict) and words in score.reason, score.reason
+    assert judged(scorer, PROOF).verdict == "pass"
+
+
+def test_a_proof_that_hangs_is_a_timeout_and_leaves_no_process(scorer: Scorer[int], home: Path) -> None:
+    start = time.monotonic()
+    score = judged(scorer, "by hang")
+    assert (score.value, score.verdict) == (None, "timeout") and time.monotonic() - start < 3.5
+    child = Path("/proc", (home / "child").read_text(), "stat")
+    end = time.monotonic() + 2.0
+    while child.exists() and " Z " not in child.read_text() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not child.exists() or " Z " in child.read_text()
+    assert judged(scorer, PROOF).verdict == "pass" and len(scorer.pids) == 1
+
+
+def test_without_lean_the_reward_is_refused_with_the_cure(home: Path) -> None:
+    for program in (None, ("no-such-lean",)):
+        with pytest.raises(Faults, match=r"needs the program `.*lean`, which is not on the PATH; install Lean 4 with elan"), \
+                pytest.MonkeyPatch.context() as patch:  # fmt: skip
+            patch.setenv("PATH", str(home))
+            make([RewardUse(use="lean", program=program)], Path())
+
+
+def test_a_program_that_is_no_lean_is_refused_before_the_first_proof() -> None:
+    for program, words in ((("true",), "said nothing of axioms"), (("false",), "ended with code 1"), (("echo", "{}"), "nothing of axioms")):
+        [weighted] = make([RewardUse(use="lean", program=program)], Path())
+        with pytest.raises(Faults, match=words):
+            Scorer[int]([weighted.reward], workers=1)
+
+
+@pytest.mark.parametrize(
+    ("statement", "wanted"),
+    [
+        ("theorem foo (x : Nat) : x = x := by", "theorem NAME (x : Nat) : x = x"), ("lemma a.b {x : \u2115} :\n  x = x := by\n  sorry",
+        "theorem NAME {x : \u2115} :\n  x = x"),
+        ("example : (1 := 1) = 1 := sorry", "theorem NAME : (1 := 1) = 1"), ("open Nat\n\ntheorem f.{u} : True",
+        "open Nat\n\ntheorem NAME.{u} : True"),
+        ("theorem helper : True := trivial\ntheorem x: True :=", "theorem helper : True := trivial\ntheorem NAME: True"),
+    ],
+)  # fmt: skip
+def test_a_statement_is_retyped_under_our_name(statement: str, wanted: str) -> None:
+    assert retyped(statement, "", "NAME") == wanted
+    assert retyped(statement, "import A\n", "NAME") == f"import A\n{wanted}"
+
+
+def test_comments_go_and_nothing_hides_in_them() -> None:
+    assert without_comments("a -- b\nc /- d /- e -/ f -- -/ g /-- h --/ i").split() == ["a", "c", "g", "i"]
+    for text in ("/- /-", "-/", "a /- b -/ -/"):
+        with pytest.raises(Improper):
+            without_comments(text)
+
+
+@pytest.mark.parametrize("text", ["by a" * 300_000, "/-" * 40_000, "--" * 40_000, "-" * 99_000, "theorem " * 12_000, "\n" * 99_000,
+        "@[" * 40_000,
+                                  "theorem add_zero (x : Nat) : x + 0 = x\n" * 2000, "\u202e" * 90_000, "\ud800" * 90_000])  # fmt: skip
+def test_hostile_texts_are_refused_at_once(text: str) -> None:
+    start = time.process_time()
+    with pytest.raises(Improper) as caught:
+        proof_in(text, str(ROW["statement"]))
+    assert time.process_time() - start < 1.0 and len(str(caught.value)) < 200
+
+
+def test_every_goal_has_a_name_of_its_own(scorer: Scorer[int]) -> None:
+    item = Item("Prove it.", PROOF, None, ROW, True, 9)
+    [one, two] = [scorer.rewards[0].ask(item) for _ in range(2)]  # type: ignore[attr-defined]
+    assert one["name"] != two["name"] and re.fullmatch(r"goal_[0-9a-f]{16}", one["name"]) and f"theorem {one['name']} (x" in one["head"]
