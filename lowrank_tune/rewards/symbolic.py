@@ -1,6 +1,6 @@
 r"""`symbolic`: the final expression of a completion equals the gold expression, whatever its form: (x+1)^2 and x^2 + 2x + 1.
 
-What a pass means exactly: both expressions have the same value, to 30 digits, at 5 random points at which both are defined and real
+What a pass means exactly: both expressions have the same value, to 200 digits, at 5 random points at which both are defined and real
 (complex where one holds the letter i), and sympy found no difference; so x^2/x passes for x, and \sqrt{x}^2 too. What a fail means: at one
 of these points the values differ, or sympy found a constant difference, or the answer is outside the grammar of
 `judges/expression.py`, or undefined where the gold expression is defined. Decimals are exact: 0.33 is not 1/3. In the grammar nothing is

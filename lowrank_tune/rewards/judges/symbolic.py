@@ -1,9 +1,9 @@
 """Two expressions compared in a worker process: their values at random points, then sympy.
 
-Values are taken with 60 digits at points that are drawn from the texts, so a verdict never changes. A point at which either expression
-is undefined, not real or larger than 10 ** 10,000 is drawn again; where one holds the letter i, complex values count. Values that differ
-by more than 1e-30 of their size, with 300 digits too, are a proof that the expressions differ; equal values at 5 points are as good as one
-that they do not, but for a difference made too small to see: sympy then looks for a constant that is left.
+Values are taken at points that are drawn from the texts, so a verdict never changes. A point at which either expression is undefined, not
+real or larger than 10 ** 10,000 is drawn again; where one holds the letter i, complex values count. Values of 300 digits that differ by
+more than 1e-200 of their size are a proof that the expressions differ; equal values at 5 points are as good as one that they do not, but
+for a difference made too small to see: sympy then looks for a constant that is left.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from lowrank_tune.rewards.judges.budget import within
 from lowrank_tune.rewards.judges.expression import Node, Unreadable, names, read
 
 POINTS, DRAWS = 5, 60  # points that are compared, and at most drawn
-EXACT, MORE = 60, 300  # decimal digits of a value, and where values differ
-ALIKE, NOTHING = 1e-30, mpmath.mpf(10) ** -200  # of their size; what is left of a difference of 0 with MORE digits
+DIGITS = 300  # decimal digits of a value; what cancels may take a third of them
+ALIKE = mpmath.mpf(10) ** -200  # of their size values may differ; nearer to 0 than this a difference is none
+SMALL = 1e-20  # of the gold value is a constant that values do not show; a larger one is sympy meaning another root
 LARGEST = 10_000  # decimal digits of a value
 MOST_FACTORIAL = 10_000
 SIMPLIFY_SECONDS = 1.0
@@ -59,24 +60,27 @@ def compare(gold: Node, found: Node, seed: str) -> Answer:
     both = sorted(names(gold) | names(found))
     is_complex = _holds(gold, "i") or _holds(found, "i")
     defined = common = 0
+    size = mpmath.mpf(0)
     for point in points(rng, both):
-        wanted = _try(gold, point, is_complex, EXACT)
+        wanted = _try(gold, point, is_complex)
         if wanted is None:
             continue
         defined += 1
-        got = _try(found, point, is_complex, EXACT)
+        got = _try(found, point, is_complex)
         if got is None:
             continue
         common += 1
-        if abs(got - wanted) > ALIKE * max(abs(got), abs(wanted)) and _differ(gold, found, point, is_complex):
-            return {"same": False}
+        with mpmath.workdps(DIGITS):
+            if abs(got - wanted) > ALIKE * max(abs(got), abs(wanted), 1):
+                return {"same": False}
+        size = max(size, abs(wanted))
         if common == POINTS:
             break
     if defined < POINTS:
         return {"gold": f"has a real value at only {defined} of {DRAWS} random points"}
     if common < POINTS:
         return {"found": "has no real value where the gold answer has one"}
-    return _symbolic(gold, found)
+    return _symbolic(gold, found, size)
 
 
 def points(rng: random.Random, variables: list[str]) -> Iterator[Point]:
@@ -86,7 +90,7 @@ def points(rng: random.Random, variables: list[str]) -> Iterator[Point]:
         yield {name: mpmath.mpf(rng.uniform(*RANGES[kind]) if kind < len(RANGES) else rng.randint(1, 12)) for name in variables}
 
 
-def _try(tree: Node, point: Point, is_complex: bool, digits: int) -> Any:
+def _try(tree: Node, point: Point, is_complex: bool, digits: int = DIGITS) -> Any:
     """The value of a tree at a point, or None."""
     with mpmath.workdps(digits):
         try:
@@ -96,15 +100,6 @@ def _try(tree: Node, point: Point, is_complex: bool, digits: int) -> Any:
         if not is_complex and abs(mpmath.im(value)) > abs(value) * mpmath.mpf(10) ** (-digits // 2):
             return None
         return mpmath.mpmathify(value) if is_complex else mpmath.re(value)
-
-
-def _differ(gold: Node, found: Node, point: Point, is_complex: bool) -> bool:
-    """Whether values still differ with so many digits that what cancels cannot hide them."""
-    wanted, got = (_try(tree, point, is_complex, MORE) for tree in (gold, found))
-    if wanted is None or got is None:
-        return True
-    with mpmath.workdps(MORE):
-        return bool(abs(got - wanted) > max(NOTHING, ALIKE * max(abs(got), abs(wanted))))
 
 
 def evaluate(tree: Node, point: Point) -> Any:
@@ -163,7 +158,7 @@ VALUES: dict[str, Callable[..., Any]] = {
     "tanh": mpmath.tanh}  # fmt: skip
 
 
-def _symbolic(gold: Node, found: Node) -> Answer:
+def _symbolic(gold: Node, found: Node, size: Any) -> Answer:
     """Sympy on two expressions with the same values: 0 confirms, a constant too small to be seen refutes, anything else leaves it there."""
     if gold == found:
         return {"same": True, "confirmed": True}
@@ -171,7 +166,7 @@ def _symbolic(gold: Node, found: Node) -> Answer:
         left = within(SIMPLIFY_SECONDS, lambda: sympy.simplify(build(gold) - build(found)))
         if left is not None and left.is_zero:
             return {"same": True, "confirmed": True}
-        if left is not None and left.is_number and 0 < abs(left.evalf(15)) < ALIKE:
+        if left is not None and left.is_number and 0 < abs(sympy.N(left, 15, maxn=1000)) < max(SMALL * size, ALIKE):
             return {"same": False}
     return {"same": True, "confirmed": False}
 

@@ -1,0 +1,36 @@
+"""A verifier for tests that takes too much: what the limits around a verifier's call are for. `completion` says of what."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
+    kept: list[bytearray] = []
+
+    def grade(asked: Mapping[str, Any]) -> Any:
+        word = asked["completion"]
+        if word == "memory":
+            return len(bytearray(3 << 30))
+        if word == "hidden":  # as a library does that takes a want of memory for a reason to try something else
+            try:
+                bytearray(3 << 30)
+            except MemoryError:
+                pass
+            return len(bytearray(b"\x01") * (300 << 20)) > 0
+        if word == "keeps":
+            kept.append(bytearray(b"\x01") * (300 << 20))
+        while word == "spins":
+            try:
+                pass
+            except Exception:
+                pass
+        if word == "deaf":
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        while word == "deaf":
+            pass
+        return 1.0
+
+    return grade

@@ -1,0 +1,365 @@
+"""`math_answer`: exact where it can be, algebra where it must be, and nothing that a completion says makes it hang, flood or lie."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import re
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowrank_tune.data.gold import find_gold
+from lowrank_tune.errors import UserError
+from lowrank_tune.rewards import Item, Score, Scorer, make
+from lowrank_tune.rewards.judges.budget import within
+from lowrank_tune.rewards.math_answer import MathAnswer, make_math_answer
+from lowrank_tune.rewards.own import Own
+from lowrank_tune.rewards.protocol import Worked
+from lowrank_tune.rewards.worker import Late, Limited
+from lowrank_tune.rewards.written import decided, excess, final
+from lowrank_tune.settings import RewardUse
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bombs import NAMES_AND_TEXTS, boxed  # noqa: E402
+
+pytest.importorskip("math_verify")
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+ROWS = 60  # of each data set in the fast tests
+LIMIT, SLACK = 1.0, 0.5
+MEGABYTES = 1024  # that no worker may exceed
+SAMPLE = ("power of three", "tower of 200", "factorial of a factorial", "power of a polynomial", "sum over a billion", "deeper brackets",
+          "a million spaces", "arabic digits", "null byte", "lone surrogate", "python", "text without end")  # fmt: skip
+
+
+def item(completion: str, gold: str | None, stopped: bool = True) -> Item:
+    return Item("What is it?", completion, gold, {"id": 7}, stopped, 10)
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Iterator[Scorer[Any]]:
+    with Scorer[Any]([MathAnswer()], 1, LIMIT) as warm:
+        yield warm
+
+
+def scores(scorer: Scorer[Any], items: Sequence[Item]) -> list[Score]:
+    for number, each in enumerate(items):
+        scorer.submit(number, each)
+    return [found[0] for found in scorer.collect().values()]
+
+
+SAME = [
+    ("1,234", "1234"), ("0.75", r"\frac{3}{4}"), ("50%", "0.5"), (r"10\text{ cm}", "10"), (r"90^\circ", "90"), (r"\text{B}", "(B)"),
+    (r"\textbf{(C)}\ 15", "C"), ("C", r"\text{C: } 15"), ("15", r"\textbf{(C)}\ 15"), ("D, A", "A and D"), ("evelyn", r"\text{Evelyn}"),
+    ("(1, -2)", "(1,-2)"), ("2, 1", "1,2"), (r"\{2,1\}", "1, 2"), (r"\lt", "<"), ("x = 5", "5"), (r"12{,}500", "12500"),
+]  # fmt: skip
+DIFFERENT = [
+    ("1234.5", "1234"), ("2c", "C"), ("(2,1)", "(1,2)"), ("[1,2]", r"\text{B}"), ("1,2,3", "1,2"), ("B", "C"), ("17", "C"),
+    (r"\text{odd}", r"\text{even}"), ("dod", r"\text{odd}"), (">", r"\lt"), ("5", ".5"), ("(3,1)", "(5,2)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "gold", "right"), [(*each, True) for each in SAME] + [(*each, False) for each in DIFFERENT])
+def test_what_needs_no_algebra_is_decided_here_and_now(found: str, gold: str, right: bool) -> None:
+    assert decided(found, gold) is right
+    score = MathAnswer().early(item(boxed(found), gold))
+    assert score is not None and score.verdict == ("pass" if right else "fail")
+
+
+ALGEBRA = [
+    (r"10\text{ cm}^2", "10", True), (r"\frac{\sqrt{8}}{2}", r"\sqrt{2}", True),
+    (r"\sqrt3/2", r"\dfrac{\sqrt{3}}{2}", True), ("x^2+2x+1", "(x+1)^2", True),
+    (r"2\pi", r"\pi \cdot 2", True), ("x>1", r"(1,\infty)", False), (r"(1,\infty)", "x>1", True), ("5 > x", "x < 5", True),
+    (r"-3, 3", r"\pm 3", True), ("3", r"\pm 3", False), ("2x", "y = 2x", True), (r"\frac \pi4", r"\frac{\pi}{4}", True),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1 \\ 2\end{bmatrix}", True), (r"3\sqrt{2} \text{ cm}", r"3\sqrt{2}", True),
+    (r"\{x \mid 0 < x \leqslant 2\}", r"0 < x \le 2", True), ("2.236068", r"\sqrt{5}", True), ("2.2361", r"\sqrt{5}", False),
+    ("x^2+2x", "(x+1)^2", False), (r"\frac{0}{0}", r"\sqrt{2}", False), ("2y", "2x", False), ("X", "x", False),
+    ("0.0", "e^{-20}", False), ("0", "e^{-50}", False), ("e^{-60}", "e^{-50}", False), (r"\frac{1}{e^{50}}", "e^{-50}", True),
+    ("3x + 2d", "3x+2", False), ("[1,2]", "(1,2)", False), ("1-2i", "1+2i", False), ("2i+1", "1+2i", True),
+    (r"(4,5)\cup(0,3)", r"(0,3)\cup(4,5)", True),
+]  # fmt: skip
+
+
+def test_what_needs_algebra_is_told_by_the_worker(scorer: Scorer[Any]) -> None:
+    """math-verify takes (1, oo) for an answer where the gold one is x > 1, and not the other way round."""
+    found = scores(scorer, [item(boxed(answer), gold) for answer, gold, _ in ALGEBRA])
+    wrong = [(each, score) for each, score in zip(ALGEBRA, found, strict=True) if score.verdict != ("pass" if each[2] else "fail")]
+    assert not wrong
+    assert all(score.seconds < LIMIT for score in found)
+
+
+def test_where_the_answer_stands() -> None:
+    told = {r"so \boxed{1} and \boxed{\frac{1}{2}}.": r"\frac{1}{2}", "#### 1\n#### 72": "72", "The answer is $x=3$ apples.": "x=3",
+            "Answer: 12.5.": "12.5",
+            r"So it is $\sqrt{5}$.": r"\sqrt{5}", "It is $5$ or 7": "7", r"Thus \(y^2\).": "y^2", "72": "72"}  # fmt: skip
+    assert {text: final(text) for text in told} == told
+
+
+def test_a_completion_that_was_cut_off_has_not_answered() -> None:
+    assert MathAnswer().early(item(boxed("5"), "5", stopped=False)) == Score(0.0, "fail", "did not stop")
+
+
+@pytest.mark.parametrize("gold", [None, "", "  ", "Part (b):", "Part 2 of it", r"\text{Yes, it is possible to win}", "9" * 300, "x" * 1001])
+def test_a_gold_answer_that_is_none_is_told_without_a_worker(gold: str | None) -> None:
+    score = MathAnswer().early(item(boxed("5"), gold))
+    assert (
+        score is not None
+        and score.value is None
+        and score.verdict == "error"
+        and (MathAnswer().unusable(item("", gold)) or "?") in score.reason
+    )
+
+
+def test_a_gold_answer_that_algebra_cannot_read_is_an_error_even_where_the_texts_agree(scorer: Scorer[Any]) -> None:
+    gold = r"\begin{cases} 1 & n=1 \\ 2 & n>1 \end{cases}"
+    right, wrong = scores(scorer, [item(boxed(gold), gold), item(boxed("5"), gold)])
+    for score in (right, wrong):
+        assert (score.value, score.verdict) == (None, "error")
+        assert "the gold answer" in score.reason and "is not read as mathematics" in score.reason and "cases" in score.reason
+
+
+def test_an_answer_that_algebra_cannot_read_is_wrong(scorer: Scorer[Any]) -> None:
+    [score] = scores(scorer, [item(boxed(r"\begin{cases} 1 & n=1 \end{cases}"), r"\sqrt{2}")])
+    assert (score.value, score.verdict) == (0.0, "fail") and "is not read as mathematics" in score.reason
+
+
+def test_exact_cases_take_microseconds_and_algebra_milliseconds(scorer: Scorer[Any]) -> None:
+    reward, start = MathAnswer(), time.perf_counter()
+    for number in range(300):
+        reward.early(item(f"It is #### {number}", "17"))
+    assert (time.perf_counter() - start) / 300 < 2e-3
+    seconds = sorted(score.seconds for score in scores(scorer, [item(boxed(rf"{n}\sqrt{{2}}"), r"7\sqrt{2}") for n in range(20)]))
+    assert seconds[10] < 0.1
+
+
+def test_excess() -> None:
+    assert excess(r"\frac{\sqrt{2}}{2^{x^{2}}}") is None and excess("1" * 200) is None
+    assert all(excess(text) for text in ("1" * 201, "(" * 31, "2^{2^{2^{2^{2}}}}", "x" * 1001, "5!!!", "\x00"))
+
+
+def test_recipes_name_it_and_a_missing_package_has_a_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    [made] = make([RewardUse(use="math_answer")], tmp_path)
+    assert made.reward == MathAnswer("math_answer") and made.name == "math_answer"
+    monkeypatch.setattr("lowrank_tune.rewards.math_answer.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"`math_answer` needs .*math_verify.*pip install 'lowrank-tune\[verifiers\]'"):
+        make_math_answer("math_answer")
+
+
+# hostile answers
+
+
+def peak(pid: int) -> float:
+    """The most memory, MB, that a process has held."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def detonate(reward: Worked, gold: str, bombs: Sequence[tuple[str, str]], warm: Item) -> list[str]:
+    """What went wrong: a bomb that took too long, too much memory, or was taken for the answer."""
+    faults = []
+    with Scorer[str]([reward], 1, LIMIT) as scorer:
+        for name, text in bombs:
+            scorer.submit("warm", warm)
+            [before] = scorer.collect()["warm"]
+            [pid] = scorer.pids
+            start = time.monotonic()
+            scorer.submit(name, item(boxed(text), gold))
+            [score] = scorer.collect()[name]
+            took = time.monotonic() - start
+            held = peak(pid) if Path(f"/proc/{pid}/status").exists() and took < LIMIT else 0.0
+            if before.verdict != "pass" or took > LIMIT + SLACK or held > MEGABYTES or score.verdict == "pass" or score.value == 1:
+                faults.append(f"{name}: {score}, {took:.2f} s, {held:.0f} MB, before it {before}")
+            if score.verdict in ("error", "timeout") and score.value is not None:
+                faults.append(f"{name}: {score}")
+    return faults
+
+
+def from_a_thread(call: Any) -> Any:
+    told: list[Any] = []
+    thread = threading.Thread(target=lambda: told.append(call()))
+    thread.start()
+    thread.join()
+    return told[0]
+
+
+WARM = item(boxed(r"\frac{\sqrt{8}}{2}"), r"\sqrt{2}")
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_hostile_answers_end_in_time(threaded: bool) -> None:
+    bombs = [each for each in NAMES_AND_TEXTS if each[0] in SAMPLE][threaded::2]
+    assert bombs
+    call = lambda: detonate(MathAnswer(), "x+1", bombs, WARM)  # noqa: E731
+    assert (from_a_thread(call) if threaded else call()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("gold", ["x+1", "12"])
+def test_all_hostile_answers_end_in_time(threaded: bool, gold: str) -> None:
+    assert len(NAMES_AND_TEXTS) >= 60 and len(dict(NAMES_AND_TEXTS)) == len(NAMES_AND_TEXTS)
+    call = lambda: detonate(MathAnswer(), gold, NAMES_AND_TEXTS, WARM)  # noqa: E731
+    assert (from_a_thread(call) if threaded else call()) == []
+
+
+# the limits around a verifier
+
+
+@dataclass(frozen=True)
+class Greedy(MathAnswer):
+    def job(self) -> dict[str, Any]:
+        return {"kind": "verifier", "module": "greedy"}
+
+    def early(self, item: Item) -> Score | None:
+        return None
+
+    def ask(self, item: Item) -> dict[str, Any]:
+        return {"completion": item.completion}
+
+    def judge(self, item: Item, reply: Any) -> Score:
+        return self.lost(item, reply["fault"]) if "fault" in reply else Score(reply["value"], "graded", "steep" if reply["steep"] else "")
+
+
+@pytest.fixture(scope="module")
+def greedy() -> Iterator[Scorer[Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        own = Own("own", "own.py:f", Path("/own.py"), "import mmap\ndef f(completion, row): return len(mmap.mmap(-1, 800 << 20)) >> 20", "f")
+        with Scorer[Any]([Greedy(), own], 1, LIMIT) as scorer:
+            yield scorer
+
+
+def serve(scorer: Scorer[Any], word: str) -> tuple[Score, Score, bool]:
+    """What the verifier and the user's function said, and whether the worker was replaced."""
+    before = scorer.pids
+    scorer.submit(0, item(word, "1"))
+    verifier, own = scorer.collect()[0]
+    scorer.submit(1, item("fine", "1"))
+    assert [score.value for score in scorer.collect()[1]] == [1.0, 800.0]
+    assert len(scorer.pids) == 1
+    return verifier, own, scorer.pids != before
+
+
+def test_a_verifier_has_limits_and_a_user_s_function_keeps_its_memory(greedy: Scorer[Any]) -> None:
+    score, own, replaced = serve(greedy, "memory")
+    assert score.value is None and score.verdict == "error" and "MemoryError" in score.reason and not replaced
+    assert own.value == 800.0
+    score, _, replaced = serve(greedy, "spins")  # its own alarm clock ends it: the process lives on
+    assert (score.value, score.verdict) == (None, "timeout") and score.seconds < LIMIT and not replaced
+    score, _, replaced = serve(greedy, "deaf")
+    assert (score.value, score.verdict) == (None, "timeout") and replaced
+    score, _, replaced = serve(greedy, "hidden")
+    assert score.value == 1.0 and score.reason == "steep"
+
+
+def test_a_worker_that_a_verifier_left_large_is_replaced(greedy: Scorer[Any]) -> None:
+    score, _, replaced = serve(greedy, "keeps")
+    assert score.value == 1.0 and replaced
+
+
+def test_a_wrong_answer_that_met_the_limit_of_memory_is_an_error() -> None:
+    reply = {"value": {"same": False}, "steep": True, "seconds": 0.1}
+    assert MathAnswer().judge(item(boxed("x"), "y+1"), reply).verdict == "error"
+    assert MathAnswer().judge(item(boxed("x"), "y+1"), {**reply, "steep": False}).verdict == "fail"
+
+
+def test_limits_are_gone_behind_the_call() -> None:
+    def spin(asked: Any) -> None:
+        while True:
+            pass
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    old = signal.getsignal(signal.SIGALRM)
+    try:
+        start = time.monotonic()
+        with pytest.raises(Late):
+            Limited(spin, 512)({"seconds": 0.2})
+        assert time.monotonic() - start < 0.5
+        assert resource.getrlimit(resource.RLIMIT_AS) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+        inner: list[Any] = []
+        with pytest.raises(Late):  # a part that gives up early leaves the clock of the whole call running
+            Limited(lambda asked: [inner.append(within(0.1, lambda: spin(None))), spin(None)], 512)({"seconds": 0.4})
+        assert inner == [None] and time.monotonic() - start < 1.0
+    finally:
+        signal.signal(signal.SIGALRM, old)
+
+
+def test_a_worker_does_not_load_torch(scorer: Scorer[Any]) -> None:
+    assert "libtorch" not in Path(f"/proc/{scorer.pids[0]}/maps").read_text()
+
+
+# real rows
+
+
+def rows(name: str) -> Iterator[tuple[str, str, str | None]]:
+    """(problem, solution, gold) of a data set; SVAMP's solution is its equation."""
+    if name == "svamp":
+        for row in json.loads((DATA / "svamp" / "SVAMP.json").read_text()):
+            yield f"{row['Body']} {row['Question']}", f"{row['Equation']} = {row['Answer']}", str(row["Answer"])
+        return
+    file, problem, solution = {"gsm8k": ("gsm8k/train", "question", "answer"), "gsm8k-test": ("gsm8k/test", "question", "answer"),
+                               "math": ("math/test", "problem", "solution"),
+                               "numinamath": ("numinamath_cot_1k/train_first1000", "problem", "solution")}[name]  # fmt: skip
+    for line in gzip.decompress((DATA / f"{file}.jsonl.gz").read_bytes()).decode().split("\n"):
+        if line:
+            row = json.loads(line)
+            yield row[problem], row[solution], find_gold(row, {}, "auto", row[solution], whole=False)
+
+
+ALLOWED = {"gsm8k": 0, "gsm8k-test": 0, "svamp": 0, "math": 0, "numinamath": 0.11}
+"""The share of rows whose gold answer is none, or not that of the solution: proofs, headings, statements in prose."""
+
+
+def sweep(scorer: Scorer[Any], name: str, most: int | None) -> tuple[list[str], list[str]]:
+    """The misses on a data set, and the answers of the next row that were taken for a row's own."""
+    found = list(islice(rows(name), most))
+    for number, (problem, solution, gold) in enumerate(found):
+        if gold is not None:
+            scorer.submit((number, "own"), Item(problem, solution, gold, {}, True, 1))
+            scorer.submit((number, "next"), Item(problem, found[(number + 1) % len(found)][1], gold, {}, True, 1))
+    told = scorer.collect()
+    misses = [f"{number}: {score}" for (number, kind), [score] in told.items() if kind == "own" and score.verdict != "pass"]
+    false = [f"{found[number][2]} | {final(found[(number + 1) % len(found)][1])}" for (number, kind), [score] in told.items()
+             if kind == "next" and score.verdict == "pass"]  # fmt: skip
+    return misses, [each for each in false if not _alike(*each.split(" | ", 1))]
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two answers are plainly the same: the same text, letter or number."""
+    plain = [re.sub(r"\\textbf|\\text|[ {}(),$\\%]", "", text) for text in (one, other)]
+    try:
+        return float(plain[0]) == float(plain[1])
+    except ValueError:
+        return plain[0][:1] == plain[1][:1] and plain[0][:1].isupper() or plain[0] == plain[1]
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the real rows are not here")
+@pytest.mark.parametrize("name", list(ALLOWED))
+def test_solutions_verify_against_their_own_answers(scorer: Scorer[Any], name: str) -> None:
+    misses, false = sweep(scorer, name, ROWS)
+    assert len(misses) <= ALLOWED[name] * ROWS and not false, (misses, false)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.exists(), reason="the real rows are not here")
+@pytest.mark.parametrize("name", list(ALLOWED))
+def test_all_solutions_verify_against_their_own_answers(name: str) -> None:
+    count = sum(1 for _ in rows(name))
+    with Scorer[Any]([MathAnswer()], 2) as patient:
+        misses, false = sweep(patient, name, None)
+    assert len(misses) <= ALLOWED[name] * count, misses
+    assert len(false) <= 0.002 * count, false
+
+
+def test_the_packages_are_those_of_the_extra() -> None:
+    assert all(importlib.util.find_spec(name) for name in ("math_verify", "latex2sympy2_extended", "sympy"))
