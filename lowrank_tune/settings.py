@@ -304,7 +304,8 @@ class Ppo(Settings):
     value: Literal["adapter", "trunk"] = "adapter"
     """What values tokens: an adapter with a head of its own, or a head on the policy's trunk, whose loss moves the policy's adapter too."""
     value_from: Literal["policy", "reward"] = "policy"
-    """Where the value's adapter begins: fresh on what lies below the policy, or as a copy of the adapter `reward` with its head."""
+    """Where the value's adapter begins: fresh on what lies below the policy, or as a copy of the adapter `reward` with its head, which
+    then foretells the weighted score."""
     value_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     """Peak learning rate of the value; `train.learning_rate` where it is not given."""
     value_weight: Annotated[float, Field(gt=0.0)] = 0.1

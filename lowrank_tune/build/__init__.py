@@ -25,6 +25,7 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, Note, Progress
 from lowrank_tune.model.adapters import SavedAdapter, lora_config, read_adapter
 from lowrank_tune.model.base import Base, base_hashes, load_base, load_tokenizer, one_hash
+from lowrank_tune.model.heads import KEY
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Algorithm, Batch
 
@@ -184,7 +185,9 @@ def load_roles(recipe: settings.Recipe, base: Base, saved: Mapping[str, SavedAda
             message = f"the adapter in {adapter.folder} says it was made for {adapter.base_name}, not {recipe.base.model}"
             emit(Note(level="warning", message=message))
     if "value" in configs and "value" not in saved and recipe.ppo.value_from == "reward":
-        roles.load_adapter_tensors("value", saved[ROLE].tensors, f"adapters.{ROLE}.path: {saved[ROLE].folder}")
+        said = sum(reward.weight for reward in recipe.rewards if reward.use == "reward_model")
+        scaled = {key: tensor * said if key == KEY else tensor for key, tensor in saved[ROLE].tensors.items()}
+        roles.load_adapter_tensors("value", scaled, f"adapters.{ROLE}.path: {saved[ROLE].folder}")
     if top in saved:
         emit(Note(message=f"the {top} adapter goes on from {saved[top].folder}: it need not agree with {_in_words(roles)}"))
     return roles

@@ -35,7 +35,7 @@ def idle(data: Any) -> Iterator[Finding]:
             yield ("adapters", "value"), "does nothing with `ppo.value`: trunk, a head on the policy's trunk; leave it out"
         return
     if written(data, "ppo", "value_weight") is not None:
-        yield ("ppo", "value_weight"), "does nothing with `ppo.value`: adapter, which shares nothing with the policy; say `ppo.value_learning_rate`"
+        yield ("ppo", "value_weight"), "does nothing with `ppo.value`: adapter, which shares nothing; there is `ppo.value_learning_rate`"
     if path is not None and written(data, "ppo", "value_from") is not None:
         yield ("ppo", "value_from"), "does nothing beside `adapters.value.path`, where the value goes on from"
     elif written(data, "ppo", "value_from") == "reward" and isinstance(value, dict):
