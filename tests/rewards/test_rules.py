@@ -162,7 +162,7 @@ def test_a_pattern_of_a_schema_that_runs_away_is_a_timeout_and_never_a_zero() ->
 def test_a_schema_is_checked_before_anything_runs(schema: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
-    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("the network was asked"))
     told = refusal("json_schema", tmp_path, json_schema=schema)
     assert words in told and told.startswith("rewards.0: ") and "\n" not in told
 
