@@ -34,6 +34,7 @@ from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.grpo import GRPO
 from lowrank_tune.algorithms.harvest import Harvester
 from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.ppo import PPO
 from lowrank_tune.algorithms.reward import Reward
 from lowrank_tune.algorithms.sft import SFT
 from lowrank_tune.errors import RunFailed
@@ -235,6 +236,16 @@ class MeanId:
 
 def grpo(roles: Roles, rows: Rows) -> Algorithm:
     """The prompts are the first halves of the rows, one for each group; nothing ends a completion but its length."""
+    return GRPO(Kit(roles, rows), drawing(roles, rows), dead_groups="keep")
+
+
+def ppo(roles: Roles, rows: Rows) -> Algorithm:
+    """The same completions; a value of its own, and one pass over each harvest."""
+    return PPO(Kit(roles, rows), drawing(roles, rows))
+
+
+def drawing(roles: Roles, rows: Rows) -> Harvester:
+    """Completions of the first halves of rows, two groups of them."""
     size, length = len(rows(0)), rows(0).ids.shape[1]
     group = max(2, size // 2)
 
@@ -243,16 +254,15 @@ def grpo(roles: Roles, rows: Rows) -> Algorithm:
         return [Asked(ids[row][: length // 2 - row]) for row in range(size // group)]
 
     new = min(length // 2, MOST_NEW)
-    harvester = Harvester(roles, prompts, MeanId(), ["mean id"], [1.0], lambda ids: "", frozenset(), 0, group, new,  # type: ignore[arg-type]
-                          1.0, 64, size * length, lambda number: number)  # fmt: skip
-    return GRPO(Kit(roles, rows), harvester, dead_groups="keep")
+    return Harvester(roles, prompts, MeanId(), ["mean id"], [1.0], lambda ids: "", frozenset(), 0, group, new,  # type: ignore[arg-type]
+                     1.0, 64, size * length, lambda number: number)  # fmt: skip
 
 
-ALGORITHMS: dict[str, Callable[[Roles, Rows], Algorithm]] = {"sft": sft, "reward": reward, "dpo": dpo, "grpo": grpo}
+ALGORITHMS: dict[str, Callable[[Roles, Rows], Algorithm]] = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "grpo": grpo}
 """Name -> maker. An algorithm that lands adds its line here; what it needs beside rows it makes up in its maker."""
-TRAINED = {"reward": "reward"}
-"""The trained role, where it is not the policy."""
-HEADS, PAIRED, ONLINE = {"reward"}, {"reward", "dpo"}, {"grpo"}
+TRAINED = {"reward": ("reward",), "ppo": ("policy", "value")}
+"""The trained roles, where it is not the policy alone."""
+HEADS, PAIRED, ONLINE = {"reward", "value"}, {"reward", "dpo"}, {"ppo", "grpo"}
 """Roles with a scalar head, algorithms that learn from pairs, and those that write their own rows."""
 
 
@@ -273,9 +283,9 @@ def counted_forwards(model: Any) -> Iterator[list[int]]:
             handle.remove()
 
 
-def make_roles(base: Base, role: str, checkpointing: bool, seed: int = 0) -> Roles:
-    return Roles(base, {role: lora_config(Adapter(), base.model)}, [role], {role: [role], "reference": []},  # type: ignore[arg-type]
-                 checkpointing, seed, HEADS & {role})  # fmt: skip
+def make_roles(base: Base, names: Sequence[str], checkpointing: bool, seed: int = 0) -> Roles:
+    adapters = {name: lora_config(Adapter(), base.model) for name in names}  # type: ignore[arg-type]
+    return Roles(base, adapters, names, {**{name: [name] for name in names}, "reference": []}, checkpointing, seed, HEADS & set(names))
 
 
 def smoke(name: str, base: Base, size: Size, checkpointing: bool = True) -> Result:
@@ -285,9 +295,9 @@ def smoke(name: str, base: Base, size: Size, checkpointing: bool = True) -> Resu
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     layers = list(model.get_decoder().layers)
     before = [base_hashes(layer) for layer in (layers[0], layers[-1])]
-    role, together = TRAINED.get(name, "policy"), 2 if name in PAIRED else 1
-    roles = make_roles(base, role, checkpointing)
-    parameters = roles.parameters(role)
+    trained, together = TRAINED.get(name, ("policy",)), 2 if name in PAIRED else 1
+    role, roles = trained[0], make_roles(base, trained, checkpointing)
+    parameters = [parameter for each in trained for parameter in roles.parameters(each)]
     start = [parameter.detach().clone() for parameter in parameters]
     train = Train(micro_batch_size=size.micro // together)
     events: list[StepDone] = []
@@ -339,7 +349,7 @@ def smoke(name: str, base: Base, size: Size, checkpointing: bool = True) -> Resu
     checks["adapters are fp32"] = all(parameter.dtype == torch.float32 for parameter in parameters)
     checks["adapters moved"] = all(bool((now != then).any()) for now, then in zip(parameters, start, strict=True))
     checks["base is unchanged"] = before == [base_hashes(layer) for layer in (layers[0], layers[-1])]
-    passes = TIMED * len(micros) * len(layers)
+    passes = TIMED * len(micros) * len(layers) * len(trained)
     checks["layers were recomputed" if checkpointing else "layers ran once"] = forwards == (1 + checkpointing) * passes
     checks["linears are 4-bit"] = four_bit(layers[0])
     if "kl" in events[0].stats:
@@ -351,11 +361,11 @@ def smoke(name: str, base: Base, size: Size, checkpointing: bool = True) -> Resu
         sharing_check(roles, role, algorithm, micros[0].to(device), dtype, result)
     checks.update(logits_check(roles, role, batch, figures))
     tokens = TIMED * int(batch.attended.sum())
-    done = TIMED * work(base, roles, role, micros, checkpointing)
+    done = TIMED * sum(work(base, roles, each, micros, checkpointing) for each in trained)
     figures |= {"loss at first step": losses[0], "loss at last step": losses[-1], "seconds a step": seconds / TIMED,
                 "tokens a second": tokens / (seconds - collected), "teraflop/s": done / (seconds - collected) / 1e12,
                 "layer forwards a pass": forwards / passes}  # fmt: skip
-    checks["saved and reloaded, it says the same"] = survives_saving(base, roles, role, micros[0].to(device))
+    checks["saved and reloaded, it says the same"] = survives_saving(base, roles, trained, micros[0].to(device))
     return result
 
 
@@ -366,7 +376,11 @@ def online_check(algorithm: Any, batch: Batch, events: list[StepDone], dtype: to
     result.figures["tokens decoded a second"] = float(batch.says.sum()) / min(event.stats["rollout_seconds"] for event in events)
     result.checks["sampler and policy agree"] = mismatch <= MISMATCH[dtype]
     result.checks["completions are whole"] = bool((batch.says.sum(dim=1) == algorithm.harvester.max_new_tokens).all())
-    result.checks["no group is dead"] = all(event.stats["dead_groups"] == 0 for event in events)
+    if result.algorithm == "grpo":
+        result.checks["no group is dead"] = all(event.stats["dead_groups"] == 0 for event in events)
+    else:
+        result.figures |= {name: events[-1].stats[name] for name in ("value_loss", "explained_variance", "update_kl")}
+        result.checks["ratios begin at 1"] = events[0].stats["clip_fraction"] <= 0.01 and events[0].stats["value_clip_fraction"] == 0
 
 
 def voiced(roles: Roles, role: str, batch: Batch) -> Tensor:
@@ -398,20 +412,22 @@ def sharing_check(roles: Roles, role: str, algorithm: Algorithm, micro: Batch, d
     result.checks["shared prompts change nothing"] = apart <= SHARED_LOGPS[dtype] and bent <= SHARED_GRADIENT[dtype]
 
 
-def survives_saving(base: Base, roles: Roles, role: str, batch: Batch) -> bool:
-    """Adapter and head through a file into roles that were made anew: what they say is the same bit for bit. Releases the roles."""
-    said, tensors = voiced(roles, role, batch), roles.adapter_tensors(role)
+def survives_saving(base: Base, roles: Roles, names: Sequence[str], batch: Batch) -> bool:
+    """Adapters and heads through files into roles that were made anew: what they say is the same bit for bit. Releases the roles."""
+    said, tensors = [voiced(roles, name, batch) for name in names], [roles.adapter_tensors(name) for name in names]
     roles.release()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "adapter_model.safetensors"
-        save_file(tensors, file)
-        again = make_roles(base, role, checkpointing=False, seed=1)
-        differs = not torch.equal(voiced(again, role, batch), said)
-        again.load_adapter_tensors(role, load_file(file), str(file))
-    back = again.adapter_tensors(role)
-    same = all(torch.equal(back[name], tensor) for name, tensor in tensors.items()) and torch.equal(voiced(again, role, batch), said)
+    again, good = make_roles(base, names, checkpointing=False, seed=1), True
+    for name, before, saved in zip(names, said, tensors, strict=True):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "adapter_model.safetensors"
+            save_file(saved, file)
+            good &= not torch.equal(voiced(again, name, batch), before)
+            again.load_adapter_tensors(name, load_file(file), str(file))
+        back = again.adapter_tensors(name)
+        good &= all(torch.equal(back[key], tensor) for key, tensor in saved.items()) and torch.equal(voiced(again, name, batch), before)
+        good &= name not in HEADS or saved[HEAD_KEY].dtype == torch.float32
     again.release()
-    return differs and same and (role not in HEADS or tensors[HEAD_KEY].dtype == torch.float32)
+    return good
 
 
 def four_bit(layer: nn.Module) -> bool:

@@ -66,11 +66,11 @@ def failed(result: Any) -> list[str]:
     return [name for name, held in result.checks.items() if not held]
 
 
-EVERY = ["sft", "reward", "dpo", "grpo"]
+EVERY = ["sft", "reward", "dpo", "ppo", "grpo"]
 
 
 @pytest.mark.parametrize("algorithms, checkpointing", [
-    (["grpo"], "on"), pytest.param(EVERY, "both", marks=pytest.mark.slow)])  # fmt: skip
+    (["grpo", "ppo"], "on"), pytest.param(EVERY, "both", marks=pytest.mark.slow)])  # fmt: skip
 def test_smoke_needs_only_what_such_a_machine_has(tmp_path: Path, algorithms: list[str], checkpointing: str) -> None:
     file = tmp_path / "smoke.json"
     words = [sys.executable, "-c", BLOCKED, "smoke", *algorithms, "--tiny", "--checkpointing", checkpointing, "--json", str(file)]
@@ -88,6 +88,9 @@ def test_smoke_needs_only_what_such_a_machine_has(tmp_path: Path, algorithms: li
             assert "shared prompts change nothing" in result["checks"]
         if result["algorithm"] == "grpo":
             assert {"policy starts at the base (KL 0)", "sampler and policy agree", "no group is dead"} <= set(result["checks"])
+        if result["algorithm"] == "ppo":
+            assert {"policy starts at the base (KL 0)", "sampler and policy agree", "ratios begin at 1"} <= set(result["checks"])
+        if result["algorithm"] in ("ppo", "grpo"):
             assert result["figures"]["sampler against policy, mean"] < 1e-5
 
 
