@@ -146,12 +146,11 @@ class GRPO:
 
     def _batch(self, harvest: Harvest, advantages: Tensor) -> Batch:
         """What is trained on: the rows that were scored, with their advantages."""
-        batch, scored = harvest.batch, harvest.scored.flatten()
+        batch = harvest.batch
         batch.extra["advantage"] = advantages.flatten()
         if self.truncated == "mask":
             batch.says &= ~harvest.truncated[:, None]
-        gone = not bool(scored.all()) and not self._idle
-        return batch.take(scored.nonzero().squeeze(1)) if gone else batch
+        return batch if self._idle or bool(harvest.scored.all()) else harvest.told()
 
     def _draw(self, step: int, draw: int, prompts: int | None = None) -> Harvest:
         """Completions with what they earn: reward, minus the penalty of being cut, minus the KL where that stands in the reward."""

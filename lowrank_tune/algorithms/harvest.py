@@ -59,6 +59,15 @@ class Harvest:
     def groups(self) -> int:
         return len(self.rewards)
 
+    def told(self) -> Batch:
+        """The rows that were scored."""
+        rows = self.scored.flatten().nonzero().squeeze(1)
+        batch, group = self.batch.take(rows), rows // self.rewards.shape[1]
+        if "shared" in batch.extra:  # where a group has lost its first row, another one is that now
+            begins = torch.ones_like(rows, dtype=torch.bool).index_put((torch.arange(1, len(rows)),), group[1:] != group[:-1])
+            batch.extra["shared"] = batch.extra["shared"].masked_fill(begins, 0)
+        return batch
+
     def live(self, dead: Callable[[Tensor, Tensor], Tensor]) -> int:
         """How many groups have a signal."""
         return self.groups - int(dead(self.earned, self.scored).sum())

@@ -14,14 +14,14 @@ CHARTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "grpo": (("reward",), ("heldout_exact",), ("kl",), ("entropy",), ("length",), ("dead_groups",), ("truncated",), ("clip_fraction",),
              ("grad_norm",), ("learning_rate",), ("loss",)),
     "ppo": (("reward",), ("heldout_exact",), ("kl",), ("explained_variance",), ("value_loss",), ("entropy",), ("length",), ("truncated",),
-            ("kl_coefficient",), ("clip_fraction", "value_clip_fraction"), ("update_kl",), ("grad_norm",), ("learning_rate",)),
+            ("kl_coefficient",), ("clip_fraction",), ("value_clip_fraction",), ("update_kl",), ("grad_norm",), ("learning_rate",)),
 }  # fmt: skip
 """The charts of an algorithm, the most telling first: what a small screen shows. Two names are two lines in one chart."""
 
 TITLES = {
     "loss": "loss", "kl": "KL to the reference", "grad_norm": "gradient norm", "learning_rate": "learning rate",
     "score_chosen": "score", "reward_chosen": "implicit reward", "logp_chosen": "log-prob a token", "heldout_exact": "held-out exact, greedy",
-    "kl_coefficient": "weight of the KL", "clip_fraction": "tokens at the clip", "update_kl": "KL within a step",
+    "kl_coefficient": "weight of the KL", "update_kl": "KL within a step",
 }  # fmt: skip
 """Of a chart, by its first name."""
 SIDE_TITLES = {"score_chosen": "score", "reward_chosen": "reward", "logp_chosen": "log-prob"}
@@ -74,6 +74,7 @@ OWN_MEANINGS = {
         "heldout_exact": "share of held-out questions that the policy answers exactly, greedily (pass@1)",
         "heldout_stopped": "share of those answers that end by themselves",
         "heldout_length": "tokens of such an answer",
+        "heldout_repetition": "share of sequences of four words that the same answer had already",
         "reward_spread": "how far rewards within a group lie apart (standard deviation); near 0 there is nothing to learn from",
         "length": "tokens of a completion",
         "dead_groups": "share of groups whose completions all earn the same; they teach nothing",
@@ -84,6 +85,8 @@ OWN_MEANINGS = {
         "loss": "the policy's loss; with advantages around 0 it says little",
         "rollout_seconds": "seconds of a step in which completions were drawn",
         "score_seconds": "seconds of a step spent waiting for rewards",
+        "score_errors": "completions of a step on which a reward failed; they leave their groups",
+        "score_timeouts": "completions of a step on which a reward took too long; they leave their groups",
     },
     "ppo": {
         "reward": "mean reward of the completions, before penalties and before any KL is taken off",
@@ -91,12 +94,14 @@ OWN_MEANINGS = {
         "heldout_exact": "share of held-out questions that the policy answers exactly, greedily (pass@1)",
         "heldout_stopped": "share of those answers that end by themselves",
         "heldout_length": "tokens of such an answer",
+        "heldout_repetition": "share of sequences of four words that the same answer had already",
         "kl_coefficient": "weight of the KL in the reward; it moves where a target is set",
         "update_kl": "how far a step's passes move the policy from the one that wrote, nats a token",
         "value": "what the value expects, in the mean over tokens",
         "value_loss": "squared error of the value, halved",
         "explained_variance": "share of what the returns vary that the value foretells; 1 is all, 0 no more than their mean, below 0 harm",
-        "clip_fraction": "share of tokens where the clip stops the policy's gradient, and the value's",
+        "clip_fraction": "share of tokens where the clip stops the policy's gradient",
+        "value_clip_fraction": "share of tokens where the clip stops the value's gradient",
         "reward_spread": "how far rewards of one prompt lie apart (standard deviation)",
         "length": "tokens of a completion",
         "truncated": "share of completions without an end: the limit cut them off",
@@ -111,7 +116,7 @@ OWN_MEANINGS = {
 }
 """Where an algorithm means something else by a name, or has names of its own."""
 
-_HELDOUT = re.compile(r"heldout_(.+)_(exact|stopped|length|pass_at_\d+)", re.DOTALL)
+_HELDOUT = re.compile(r"heldout_(.+)_(exact|stopped|length|repetition|pass_at_\d+)", re.DOTALL)
 
 
 def charts_of(algorithm: str) -> tuple[tuple[str, ...], ...]:

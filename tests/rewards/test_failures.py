@@ -22,12 +22,14 @@ from lowrank_tune import runner as runner_module
 from lowrank_tune.algorithms.failures import FEW, Failures, Unscored
 from lowrank_tune.algorithms.grpo import dead, group_advantages
 from lowrank_tune.algorithms.harvest import Harvest
-from lowrank_tune.build.online import Scoring
+from lowrank_tune.build.online import Scoring, load_prompts
 from lowrank_tune.control import Control
-from lowrank_tune.data import Asked
-from lowrank_tune.errors import RunFailed
+from lowrank_tune.data import Asked, Template
+from lowrank_tune.errors import RunFailed, UserError
 from lowrank_tune.events import Grouped, Note, StepDone
+from lowrank_tune.model.base import load_tokenizer
 from lowrank_tune.model.roles import Roles
+from lowrank_tune.preflight import examine
 from lowrank_tune.rewards import Score
 from lowrank_tune.types import Batch, Completion, to_floats
 
@@ -132,6 +134,14 @@ def test_the_step_is_one_without_it(roles: Roles, kind: str, how: dict[str, Any]
     mine, alone = found
     assert torch.equal(mine[0], alone[0]) and mine[1] == pytest.approx(alone[1], abs=1e-12)
     assert mine[2] == alone[2] and torch.equal(mine[3], alone[3]) and mine[4] == alone[4] and mine[3].any()
+
+
+def test_a_group_that_lost_its_first_row_begins_with_the_next(roles: Roles) -> None:
+    """Else its rows would count as the family of the group before, and read their prompt once a row."""
+    algorithm = with_lost(roles, [4, 5, 9], [THREE[0] + THREE[0][:1]])
+    harvest = algorithm.harvester.draw(0, 0)
+    harvest.batch.extra["shared"] = torch.tensor([0, 3, 3, 3] * 3)
+    assert harvest.told().extra["shared"].tolist() == [0, 3, 3, 3, 0, 3, 0, 3, 3]
 
 
 @pytest.mark.parametrize("how", ["keep", "drop", "resample"])
@@ -294,7 +304,7 @@ def test_a_verifier_of_the_kit_drops_by_default_and_stops_above_its_share(place:
     with pytest.raises(RunFailed, match=r"could not be scored, more than rollout\.max_unscored_share, 0\.01; .*`answer` failed.*planted"):
         told(small(rewards=[{"use": "answer"}], rollout=rollout | {"max_unscored_share": 0.01}), place / "second")
     with pytest.raises(RunFailed, match="planted"):
-        told(small(rewards=[{"use": "answer", "on_error": "stop"}]), place / "third")
+        told(small(rewards=[{"use": "answer", "on_error": "stop"}], rollout={"num_generations": 4, "max_new_tokens": 10}), place / "third")
 
 
 def test_a_timeout_is_told_apart(place: Path) -> None:
@@ -309,6 +319,24 @@ def test_a_timeout_is_told_apart(place: Path) -> None:
         scoring.close()
     late = found[1]
     assert found[0] == found[2] == [1.0] and isinstance(late, Unscored) and late.verdict == "timeout" and "0.3 s" in late.reason
+
+
+def test_rows_that_no_reward_could_judge_by_are_data_faults(place: Path) -> None:
+    """Found among all rows before anything is drawn: dropped and told with their lines, or refused where they are many."""
+    prose = "a very long story of many words that no rule whatsoever can compare with anything that is written"
+    golds = ["5", prose, "7", "", "8", "9", "10", "11"]
+    (place / "rows.jsonl").write_text("\n".join(json.dumps({"question": f"{n}?", "gold": gold, "answer": "x"}) for n, gold in enumerate(golds)))
+    data = {"train": [{"dataset": "rows.jsonl", "gold": "gold"}], "max_rejected_share": 0.3}
+    recipe = Recipe.from_dict(small(rewards=[{"use": "math_answer"}, {"use": "length", "target_tokens": 9}], data=data))
+    template, told_so = Template.of(load_tokenizer(recipe.base)), list[Any]()
+    found = load_prompts(recipe, template, told_so.append)
+    assert [one.gold for one in found.asked] == ["5", "7", "8", "9", "10", "11"]
+    [line] = [event.message for event in told_so if isinstance(event, Note) and event.level == "warning"]
+    assert "line 2" in line and "line 4" in line and line.count("`math_answer` cannot judge by it") == 2
+    assert any("`math_answer`" in trouble.what and trouble.count == 1 for trouble in examine(recipe, lambda event: None).troubles)
+    few = Recipe.from_dict({**recipe.to_dict(), "data": {**data, "max_rejected_share": 0.1}})
+    with pytest.raises(UserError, match="2 of 8 rows cannot be used.*`math_answer` cannot judge by it"):
+        load_prompts(few, template, told_so.append)
 
 
 class Marks:

@@ -22,6 +22,7 @@ from lowrank_tune.model.base import load_tokenizer
 from lowrank_tune.rewards import Item, Scorer, make
 from lowrank_tune.settings import Base, RewardUse
 from lowrank_tune.types import Message
+from lowrank_tune.verify import verify
 
 FEW = {"micro_batch_size": 8, "steps": 2, "learning_rate": 5e-3, "gradient_checkpointing": False}
 ROWS, PAIRS = {"train": [{"dataset": "tutor", "rows": 40}]}, {"train": [{"dataset": "tutor-preferences", "rows": 24}]}
@@ -65,6 +66,18 @@ def test_scores_are_those_of_the_reward_models_own_run(finished: tuple[Path, lis
         assert one["reward"] == pytest.approx(one["parts"]["reward_model"] + 0.1 * one["parts"]["length"])
     steps = [event.stats for event in heard if isinstance(event, StepDone) and "reward_reward_model" in event.stats]
     assert len(steps) == 2
+
+
+def test_verify_reads_as_the_run_did(finished: tuple[Path, list[Event], list[str]], tmp_path: Path) -> None:
+    """What stands in the record of the run comes out of a file of its completions again: ended ones and cut ones."""
+    out, heard, _ = finished
+    shown = [(event.prompt, one) for event in heard if isinstance(event, Grouped) for one in event.completions]
+    rows = [json.dumps({"prompt": prompt, "completions": [one]}) for prompt, one in shown]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, json.dumps({"completion": "of no prompt"})]))
+    found = verify(Recipe.from_dict(below(out, "warm", "dpo", "reward")), str(tmp_path / "rows.jsonl"), None, lambda event: None, CPU)
+    values = [scores[0].value for scores in found.rows]
+    assert values[:-1] == pytest.approx([one["parts"]["reward_model"] for _, one in shown], abs=1e-5)
+    assert values[-1] is None and "it has no prompt" in found.rows[-1][0].reason
 
 
 def test_one_base_and_a_reward_model_that_stays_what_it_was(finished: tuple[Path, list[Event], list[str]]) -> None:
