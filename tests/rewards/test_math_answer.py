@@ -98,6 +98,11 @@ def test_what_needs_algebra_is_told_by_the_worker(scorer: Scorer[Any]) -> None:
     assert all(score.seconds < LIMIT for score in found)
 
 
+def test_a_wrong_answer_that_algebra_would_try_for_ever_is_told_by_its_value(scorer: Scorer[Any]) -> None:
+    hard = r"(\sqrt{2}+\sqrt{3}+\sqrt{5}+\sqrt{7}+\sqrt{11})^{40}"
+    assert [score.verdict for score in scores(scorer, [item(boxed(hard), r"2\sqrt{3}"), item(boxed("(x+y+z+w)^{500}"), "x+1")])] == ["fail"] * 2
+
+
 def test_where_the_answer_stands() -> None:
     told = {r"so \boxed{1} and \boxed{\frac{1}{2}}.": r"\frac{1}{2}", "#### 1\n#### 72": "72", "The answer is $x=3$ apples.": "x=3",
             "Answer: 12.5.": "12.5",
