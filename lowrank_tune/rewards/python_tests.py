@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.rewards.judges.python_tests import Unusable, tests_of
+from lowrank_tune.rewards.judges.python_tests import Unusable, row_tests
 from lowrank_tune.rewards.pool import alone
 from lowrank_tune.rewards.protocol import Item, Reply, Score, Worked
 from lowrank_tune.rewards.sandbox.launch import Level
@@ -58,7 +58,7 @@ class PythonTests(Worked):
     def unusable(self, item: Item) -> str | None:
         """Why the row's tests are none."""
         try:
-            tests_of(item.row)
+            row_tests(item.row)
         except Unusable as why:
             return str(why)
         return None

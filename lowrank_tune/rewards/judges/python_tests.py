@@ -9,14 +9,12 @@ from __future__ import annotations
 import ast
 import builtins
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lowrank_tune.rewards.sandbox.check import Pair
 
-FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.S | re.M)
 PYTHON = ("python", "py", "python3")
 
 
@@ -41,7 +39,7 @@ def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, str]
     held = [Pair(job["level"])]
 
     def grade(asked: Mapping[str, Any]) -> dict[str, str]:
-        tests = tests_of(asked["row"])
+        tests = row_tests(asked["row"])
         if held[0].used:  # an alarm has cut the last check short
             renew()
         ended = held[0].check(tests.prompt, code_of(asked["completion"]), tests.entry, tests.text, asked["seconds"] * SHARE)
@@ -56,15 +54,29 @@ def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, str]
 
 
 def code_of(completion: str) -> str:
-    """The code of a completion: its last fence that says it is Python, else its last fence, else all of it."""
-    fences = FENCE.findall(completion)
-    named = [code for language, code in fences if language.lower() in PYTHON]
-    if named or fences:
-        return str((named or [code for _, code in fences])[-1])
-    return completion
+    """The code of a completion: its last fence that says it is Python, else its last fence, else all of it. A last fence may be open."""
+    found = fences(completion)
+    named = [code for language, code in found if language in PYTHON]
+    return (named or [code for _, code in found] or [completion])[-1]
 
 
-def tests_of(row: Mapping[str, Any]) -> Tests:
+def fences(text: str) -> list[tuple[str, str]]:
+    """What stands between lines of three backticks, with the first word behind the opening ones, in small letters."""
+    found, opening, language = [], -1, ""
+    lines = text.split("\n")
+    for number, line in enumerate([*lines, "```"]):
+        mark = line.strip(" \t\r")
+        if not mark.startswith("```"):
+            continue
+        if opening < 0:
+            opening, language = number, (mark[3:].split(maxsplit=1) or [""])[0].lower()
+        else:
+            found.append((language, "".join(f"{each}\n" for each in lines[opening + 1 : number])))
+            opening = -1
+    return found
+
+
+def row_tests(row: Mapping[str, Any]) -> Tests:
     """The tests of a row. Raises Unusable."""
     test, listed = row.get("test"), row.get("test_list")
     if isinstance(test, str) and row.get("entry_point"):

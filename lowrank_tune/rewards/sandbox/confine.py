@@ -22,17 +22,16 @@ def confine(level: str, descriptor: int, parent: int, memory: int, seconds: int,
     """
     paths = view.library_paths()
     readable = view.readable(paths)
-    if level != "bubblewrap":  # which sees to it itself
+    if level != "bubblewrap":  # whose first process is bound to this one's parent, and takes all in its namespace with it
         die_with(parent)
     if level == "namespaces":
         namespaces.take(readable)
         _go_on_in_child(descriptor)
-        parent = 0  # it cannot be seen from in there
     held = landlock.opened(readable), landlock.opened(view.WRITABLE)  # while they can be
     _keep_reading(paths)
     _become_nobody()
-    if level != "bubblewrap":
-        die_with(parent)  # again: a new process, or a new user, has forgotten it
+    if level != "bubblewrap":  # again: a new process, and a new user, has forgotten it
+        die_with(0 if level == "namespaces" else parent)  # the parent of the first process of a namespace cannot be seen: it is 0
     if level != "none":
         drop_capabilities()
     control(PR_SET_NO_NEW_PRIVS)

@@ -137,11 +137,11 @@ def python(level: Level) -> tuple[str, ...]:
 def bubblewrap() -> list[str]:
     """The command of bubblewrap, with the view of `view` and this package."""
     library = os.path.realpath(os.path.dirname(os.__file__))
-    command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--die-with-parent",
-               "--as-pid-1"]  # fmt: skip
-    command += (
-        ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if os.geteuid() == 0 else ["--unshare-user", "--uid", "65534", "--gid", "65534"]
-    )
+    command = ["bwrap", *(f"--unshare-{each}" for each in ("pid", "net", "ipc", "uts", "cgroup-try")), "--die-with-parent"]
+    if os.geteuid() == 0:
+        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # to become nobody
+    else:
+        command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     shown = [*view.readable([library]), interpreter()]
     for folder in sorted({str(folder) for path in shown for folder in Path(path).parents} - {"/"}):
         command += ["--perms", "0755", "--dir", folder]  # or folders that were closed to others outside would be so inside

@@ -116,19 +116,23 @@ class Line:
             raise Fault(f"the tests hand {error} to the solution") from None
         self._talk.tell(b"C" + request)
         try:
-            kind, *answer = decode(self._talk.hear(), lambda number: Remote(self, number))
+            answer = decode(self._talk.hear(), lambda number: Remote(self, number))
         except Unreadable as error:
             raise Foul(f"returned what cannot be read: {error}") from None
-        if kind == "raised":
-            raise_again(*answer)
-        value, same, changed = answer
-        if what == "call":
-            self.calls += 1
-            given = [*rest[0], *rest[1].values()]
-            for place, new in changed.items():
-                change(given[place], new)
-            return given[same] if same >= 0 else value
-        return value
+        given = [*rest[0], *rest[1].values()] if what == "call" else []
+        self.calls += what == "call"
+        return self._taken(answer, given)
+
+    def _taken(self, answer: Any, given: list[Any]) -> Any:
+        """The value of an answer, with its changes made to the arguments. Whatever it may hold, it came from the solution."""
+        match answer:
+            case ["raised", [str(first), *names], str(message)]:
+                raise_again([first, *(name for name in names if type(name) is str)], message)
+            case ["value", value, int(same), dict(changed)] if -1 <= same < len(given) and set(changed) <= set(range(len(given))):
+                for place, new in changed.items():
+                    change(given[place], new)
+                return given[same] if same >= 0 else value
+        raise Foul("wrote to the stream of its results")
 
     def _number(self, value: Any) -> int:
         if type(value) is not Remote:
@@ -150,8 +154,8 @@ PLAIN = {bool, int, float, str, bytes, list, tuple, dict, set, frozenset, type(N
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Equality as Python has it, except that True is not 1, at any depth that == would look at."""
-    if isinstance(one, bool) != isinstance(other, bool):
+    """Equality as Python has it, except that True is not 1, nor is 1 + 0j, within lists, tuples and values of dicts too."""
+    if any(isinstance(one, kind) != isinstance(other, kind) for kind in (bool, complex)):
         return False
     if type(one) is type(other) and isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(alike(*pair) for pair in zip(one, other, strict=True))

@@ -1,0 +1,281 @@
+"""`python_tests`: right programs pass, wrong ones and cheats fail, faults of rows and of the sandbox are errors and never a 0."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import cheats
+import pytest
+
+from lowrank_tune import doctor
+from lowrank_tune.errors import Faults, UserError
+from lowrank_tune.rewards import Item, Score, Scorer, make
+from lowrank_tune.rewards import python_tests as reward_module
+from lowrank_tune.rewards.judges.python_tests import Unusable, code_of, row_tests
+from lowrank_tune.rewards.python_tests import PythonTests
+from lowrank_tune.rewards.sandbox import levels
+from lowrank_tune.rewards.sandbox.check import Pair
+from lowrank_tune.settings import UNSAFE_CODE, RewardUse
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+needs_sandbox = pytest.mark.skipif(levels.strongest() is None, reason="this machine has no sandbox for code")
+UNEQUAL = {414: "the reference returns 0 where the tests expect False"}
+"""MBPP rows whose own reference fails, and why."""
+
+
+def item(completion: str, row: Mapping[str, Any] = cheats.FUNCTION, stopped: bool = True) -> Item:
+    return Item("Write it.", completion, None, row, stopped, 5)
+
+
+def judged(items: list[Item], timeout: float = 10.0, workers: int = 2) -> list[Score]:
+    with Scorer[int]([PythonTests()], workers, timeout) as scorer:
+        for number, each in enumerate(items):
+            scorer.submit(number, each)
+        return [scores[0] for scores in scorer.collect().values()]
+
+
+def verdicts(*items: Item) -> list[str]:
+    return [score.verdict for score in judged(list(items))]
+
+
+def row(*tests: str, code: str = "def f(x):\n    return x", **more: Any) -> dict[str, Any]:
+    return {"code": code, "test_list": list(tests), **more}
+
+
+@needs_sandbox
+def test_right_programs_pass() -> None:
+    fence = f"Here:\n```python\n{cheats.RIGHT}```\nIt is right."
+    body = "    return max(numbers)\n"
+    assert verdicts(*[item(text, each) for each in cheats.ROWS for text in (cheats.RIGHT, fence)]) == ["pass"] * 4
+    assert verdicts(item(body), item(f"```\n{body}```"), item("return max(numbers)")) == ["pass"] * 3
+
+
+@needs_sandbox
+@pytest.mark.parametrize("kind", ["cheats", "wrong"])
+def test_some_cheats_and_wrong_programs_fail(kind: str) -> None:
+    """A third of each on one shape of row; all of them on both below."""
+    texts = list(cheats.CHEATS.values())[::3] if kind == "cheats" else [cheats.body(text) for text in list(cheats.WRONG.values())[::3]]
+    assert [score.verdict for score in judged([*map(item, texts)], timeout=2.5)] == ["fail"] * len(texts)
+
+
+@needs_sandbox
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", cheats.ROWS, ids=["function", "list"])
+def test_every_cheat_and_wrong_program_fails(shape: dict[str, Any]) -> None:
+    assert len(cheats.CHEATS) >= 30 and len(cheats.WRONG) >= 30
+    texts = cheats.CHEATS | {name: cheats.body(text) for name, text in cheats.WRONG.items()} | cheats.NOT_CODE
+    scores = dict(zip(texts, judged([item(text, shape) for text in texts.values()]), strict=True))
+    assert {name: score for name, score in scores.items() if score.verdict != "fail" or score.value != 0.0} == {}
+
+
+CASES = [
+    ("True is not 1", "assert f(1) == True", "def f(x): return x", "fail"),
+    ("nor is it in a list", "assert f(1) == [True]", "def f(x): return [x]", "fail"),
+    ("a whole float is its number", "assert f(1) == 1", "def f(x): return 1.0", "pass"),
+    ("a list is no tuple", "assert f(1) == (1,)", "def f(x): return [1]", "fail"),
+    ("unequal", "assert f(1) != 2", "def f(x): return 2", "fail"),
+    ("unequal, and is", "assert f(1) != 2", "def f(x): return 1", "pass"),
+    ("an object is not unequal either", "assert f(1) != 2", "def f(x): return object()", "fail"),
+    ("an object is not true", "assert f(1)", "def f(x): return object()", "fail"),
+    ("sets", "assert set(f(1)) == {1, 2}", "def f(x): return [2, 1, 1]", "pass"),
+    ("a generator, through list", "assert list(f(3)) == [0, 1, 2]", "def f(x): yield from range(x)", "pass"),
+    ("a generator itself", "assert f(3) == [0, 1, 2]", "def f(x): yield from range(x)", "fail"),
+    ("in place", "x = [3, 1]\nf(x)\nassert x == [1, 3]", "def f(x): x.sort()", "pass"),
+    ("not in place", "x = [3, 1]\nf(x)\nassert x == [1, 3]", "def f(x): return sorted(x)", "fail"),
+    ("a dict in place", "x = {'a': [1]}\nf(x)\nassert x == {'a': [1, 2], 'b': 3}", "def f(x):\n    x['a'].append(2)\n    x['b'] = 3", "pass"),
+    ("the same object", "x = [1]\nassert f(x) is x", "def f(x): return x", "pass"),
+    ("a copy", "x = [1]\nassert f(x) is not x", "def f(x): return x", "fail"),
+    ("nan", "import math\nassert math.isnan(f(1))", "def f(x): return float('nan')", "pass"),
+    ("infinity", "assert f(1) == float('-inf')", "def f(x): return -float('inf')", "pass"),
+    ("near", "import math\nassert math.isclose(f(1), 0.3)", "def f(x): return 0.1 + 0.2", "pass"),
+    ("a great number", "assert f(10) == 10 ** 20000", "def f(x): return x ** 20000", "pass"),
+    ("a text of surrogates", "assert f('\\ud800') == '\\ud800\\x00'", "def f(x): return x + '\\x00'", "pass"),
+    ("an exception that is expected", "try:\n    f(1)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'no'",
+     "def f(x): raise ValueError('no')", "pass"),
+    ("of a class below it", "try:\n    f(1)\n    assert False\nexcept LookupError:\n    pass",
+     "class Mine(KeyError): pass\ndef f(x): raise Mine('no')", "pass"),
+    ("another exception", "try:\n    f(1)\n    assert False\nexcept ValueError:\n    pass", "def f(x): raise TypeError('no')", "fail"),
+    ("none where one is expected", "try:\n    f(1)\n    assert False\nexcept ValueError:\n    pass", "def f(x): pass", "fail"),
+    ("an end of all loops", "assert [1] == list(map(f, [1, 2])) or all(map(f, [1]))", "def f(x): raise StopIteration", "fail"),
+    ("objects of the solution", "p = P(3)\np.x = 4\nassert f(p) == 4 and p.x == 4 and p.twice() == 8",
+     "class P:\n    def __init__(self, x): self.x = x\n    def twice(self): return 2 * self.x\ndef f(x): return x.x", "pass"),
+    ("types as arguments", "assert f(int) == 0", "def f(x): return x()", "pass"),
+    ("named arguments", "assert f(x=2) == 2", "def f(x): return x", "pass"),
+    ("deep recursion", "assert f(800) == 800", "def f(x): return 1 + f(x - 1) if x else 0", "pass"),
+    ("prints and reads", "assert f(1) == 1", "def f(x):\n    print('x' * 1000000)\n    try: input()\n    except EOFError: return x", "pass"),
+    ("a main part that is not run", "assert f(1) == 1", "def f(x): return x\nif __name__ == '__main__':\n    1 / 0", "pass"),
+    ("crashes", "assert f(1) == 1", "import ctypes\ndef f(x): return ctypes.string_at(0)", "fail"),
+    ("too much memory", "assert f(1) == 1", "def f(x): return len(bytearray(4 << 30)) and 1", "fail"),
+    ("an endless value", "assert f(1) == 1", "def f(x): return 'x' * (64 << 20)", "fail"),
+    ("missing", "assert f(1) == 1", "def g(x): return 1", "fail"),
+]  # fmt: skip
+
+
+@needs_sandbox
+def test_what_tests_mean() -> None:
+    items = [item(code, row(test, code="def f(x): pass\nclass P: pass")) for _, test, code, _ in CASES]
+    assert {case[0]: (score.verdict, score.reason) for case, score in zip(CASES, judged(items), strict=True) if score.verdict != case[3]} == {}
+
+
+@needs_sandbox
+def test_reasons_say_what_happened() -> None:
+    texts = [
+        "def f(x): return 2",
+        "def f(x): return 1 / 0",
+        "import os\nos._exit(3)",
+        "import ctypes\nctypes.string_at(0)",
+        "f = \x1b",
+        "while 1: pass",
+    ]
+    scores = judged([item(text, row("assert f(1) == 1")) for text in texts], timeout=2.5)
+    said = ["assert f(1) == 1: got 2", "raised ZeroDivisionError: division by zero", "the code ended its process with code 3",
+            "the code was killed by SIGSEGV", "raised SyntaxError: ", "did not end within 1.5 s"]  # fmt: skip
+    assert all(score.verdict == "fail" and score.reason.startswith(words) for score, words in zip(scores, said, strict=True)), scores
+    assert "\x1b" not in "".join(score.reason for score in scores)
+
+
+FAULTY = [
+    ({}, "it has neither `test` with `entry_point` nor a `test_list`"),
+    ({"test_list": []}, "it has neither `test` with `entry_point` nor a `test_list`"),
+    (row("f(1)"), "its tests assert nothing"),
+    (row("assert f(1 == 1"), "its `test_list` is no Python"),
+    (row("assert 1 == 1"), "its tests use nothing of the solution"),
+    ({**cheats.FUNCTION, "test": "assert largest([1]) == 1"}, "its `test` has no function `check`"),
+    ({**cheats.FUNCTION, "test": "def check(candidate):\n    candidate([1])"}, "its tests assert nothing"),
+    ({**cheats.FUNCTION, "entry_point": "1largest"}, "its `entry_point` is no name"),
+]
+
+
+@pytest.mark.parametrize(("bad", "why"), FAULTY)
+def test_rows_without_tests_are_faults_of_the_data(bad: dict[str, Any], why: str) -> None:
+    reward = PythonTests()
+    assert reward.unusable(item("", bad)) == why
+    score = reward.early(item("def f(x): return x", bad))
+    assert score is not None and score.value is None and score.verdict == "error" and why in score.reason
+    assert reward.unusable(item("", cheats.FUNCTION)) is None and reward.unusable(item("", cheats.LISTED)) is None
+
+
+@needs_sandbox
+def test_tests_that_cannot_run_are_errors_and_not_zeros() -> None:
+    rows = [row("assert f(1) == unknown_name"), row("import no_such_module", "assert f(1) == 1"), row("assert f(lambda: 1) == 1"),
+            row("if False:\n    assert f(1) == 1"), row("x = 1 / 0", "assert f(1) == 1")]  # fmt: skip
+    scores = judged([item("def f(x): return x", each) for each in rows])
+    assert [(score.value, score.verdict) for score in scores] == [(None, "error")] * len(rows), scores
+
+
+@needs_sandbox
+def test_a_sandbox_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowrank_tune.rewards.sandbox import launch
+
+    monkeypatch.setattr(launch, "python", lambda level: ("/bin/false",))
+    ended = Pair("landlock").check("", "x = 1", "", "assert 1", 1.0)
+    assert ended.outcome == "error" and ended.reason.startswith("the sandbox did not start: it ended its process with code 1")
+    score = PythonTests().judge(item("x"), {"value": {"outcome": "error", "reason": ended.reason}, "seconds": 0.1})
+    assert score.value is None and score.verdict == "error"
+
+
+def test_what_the_worker_does_not_say_is_an_error_or_a_timeout() -> None:
+    reward = PythonTests()
+    assert [reward.overdue(item("x"), 3.0).verdict, reward.lost(item("x"), "was killed by SIGKILL").verdict] == ["timeout", "error"]
+    assert reward.overdue(item("x"), 3.0).value is None and reward.judge(item("x"), {"fault": "raised X", "seconds": 0.0}).value is None
+
+
+def test_a_completion_that_did_not_stop_fails() -> None:
+    score = PythonTests().early(item(cheats.RIGHT, stopped=False))
+    assert score is not None and (score.value, score.verdict, score.reason) == (0.0, "fail", "did not stop")
+
+
+@pytest.mark.parametrize(
+    ("completion", "code"),
+    [
+        ("x = 1", "x = 1"),
+        ("a\n```python\nx = 1\n```\nb", "x = 1\n"),
+        ("```py\nx = 1\n```\n```text\nout\n```", "x = 1\n"),
+        ("```\nx = 1\n```\n```\nx = 2\n```", "x = 2\n"),
+        ("```Python\nx = 1\n```\n```python\nx = 2\n```", "x = 2\n"),
+        ("```python\nx = 1", "x = 1\n"),
+        ("```python title=a\n    x = 1\n    ```", "    x = 1\n"),
+        ("", ""),
+    ],
+)
+def test_the_code_of_a_completion(completion: str, code: str) -> None:
+    assert code_of(completion) == code
+
+
+@pytest.mark.parametrize(
+    "text", ["```python\n" * 100_000, "`" * 1_000_000, " " * 1_000_000, "```" + "a" * 1_000_000, "\n```x" * 200_000, " ```\n" * 200_000]
+)
+def test_the_code_of_a_hostile_completion_is_found_at_once(text: str) -> None:
+    start = time.perf_counter()
+    code_of(text)
+    assert time.perf_counter() - start < 1.0
+
+
+def test_expected_values_are_not_in_what_the_solver_gets() -> None:
+    """The only texts that reach it are the prompt and the code."""
+    tests = row_tests({**cheats.LISTED, "test_list": ["assert largest([3, 9, 2]) == 987654321"]})
+    assert (tests.prompt, tests.entry) == ("", "") and "987654321" in tests.text
+    with pytest.raises(Unusable):
+        row_tests({"prompt": "x", "text": "y"})
+
+
+def test_below_the_floor_code_is_refused_unless_accepted_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_module, "strongest", lambda: None)
+    monkeypatch.setattr(reward_module, "why_none", lambda: "landlock: not in this kernel")
+    plain = make([RewardUse(use="python_tests")], Path())[0].reward
+    with pytest.raises(UserError, match="no sandbox for it .landlock: not in this kernel.*accept_unsafe_code: code that a model wrote"):
+        Scorer[int]([plain])
+    accepted = make([RewardUse(use="python_tests", accept_unsafe_code=UNSAFE_CODE)], Path())[0].reward
+    assert isinstance(accepted, PythonTests) and accepted.job()["level"] == "none" and "WITHOUT" in accepted.note()
+    assert [score.verdict for score in accepted.score([item(cheats.RIGHT), item(cheats.ZERO)])] == ["pass", "fail"]
+    with pytest.raises(ValueError, match="accept_unsafe_code"):
+        RewardUse(use="python_tests", accept_unsafe_code="yes")  # type: ignore[arg-type]
+    with pytest.raises(Faults, match="does nothing for `answer`"):
+        make([RewardUse(use="answer", accept_unsafe_code=UNSAFE_CODE)], Path())
+
+
+def test_the_doctor_tells_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list(doctor.sandbox())[0]
+    assert found.level == ("ok" if levels.strongest() else "warning")
+    monkeypatch.setattr(levels, "strongest", lambda: None)
+    monkeypatch.setattr(levels, "why_none", lambda: "landlock: not here")
+    assert list(doctor.sandbox())[0].level == "warning"
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    file = {"humaneval": DATA / "humaneval" / "HumanEval.jsonl.gz", "mbpp": DATA / "mbpp" / "mbpp.jsonl.gz"}[name]
+    if not file.is_file():
+        pytest.skip("needs ../shared")
+    with gzip.open(file, "rt") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def references(name: str, rows: list[dict[str, Any]]) -> list[Item]:
+    return [item(each["canonical_solution"] if name == "humaneval" else each["code"], each) for each in rows]
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", ["humaneval", "mbpp"])
+def test_some_reference_solutions_pass(name: str) -> None:
+    rows = rows_of(name)
+    some = [*rows[::12]] if name == "humaneval" else [*rows[::75], rows[366], rows[532], rows[595]]
+    assert {score.verdict for score in judged(references(name, some))} == {"pass"}
+
+
+@needs_sandbox
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["humaneval", "mbpp"])
+def test_all_reference_solutions_pass(name: str) -> None:
+    rows = rows_of(name)
+    start = time.perf_counter()
+    scores = judged(references(name, rows))
+    rate, median = len(rows) / (time.perf_counter() - start), statistics.median(score.seconds for score in scores)
+    print(f"{name}: {rate:.1f} checks a second with 2 workers, median {1e3 * median:.0f} ms")
+    missed = {each["task_id"]: score for each, score in zip(rows, scores, strict=True) if score.verdict != "pass"}
+    assert set(missed) == (set(UNEQUAL) if name == "mbpp" else set()), missed

@@ -1,0 +1,264 @@
+"""The sandbox: attacks at every level that this machine offers, as this user and as nobody; values and messages that are hostile."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter, OrderedDict, defaultdict, deque
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import attacks
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowrank_tune.rewards.sandbox import levels
+from lowrank_tune.rewards.sandbox.channel import LONGEST, Channel, Closed, Late, TooLong
+from lowrank_tune.rewards.sandbox.launch import FOLDER, PACKAGE, Confined, Level
+from lowrank_tune.rewards.sandbox.values import DEEPEST, Unplain, Unreadable, decode, encode
+
+SOME = ("forks", "secret file", "parent's memory", "TCP", "disk", "signals to a sibling", "mount", "crash", "flood of everything")
+ALONE = f"""import sys
+for name in ("lowrank_tune", "lowrank_tune.rewards", "{PACKAGE}"):
+    sys.modules[name] = type(sys)(name)
+    sys.modules[name].__path__ = [{str(FOLDER)!r}]
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+"""
+"""The package of the sandbox without those around it."""
+
+
+@pytest.fixture(params=levels.LEVELS)
+def level(request: pytest.FixtureRequest) -> Level:
+    if fault := levels.attempt(request.param).fault:
+        pytest.skip(fault)
+    return request.param  # type: ignore[no-any-return]
+
+
+def test_attacks_are_stopped_and_the_control_is_not(level: Level) -> None:
+    assert attacks.assault(level, SOME) == {}
+
+
+@pytest.mark.slow
+def test_every_attack_is_stopped(level: Level) -> None:
+    assert len(attacks.QUICK) + len(attacks.SLOW) >= 25
+    assert attacks.assault(level, [*attacks.QUICK, *attacks.SLOW]) == {}
+
+
+def test_attacks_would_get_through_without_a_sandbox() -> None:
+    """Without this the tests above would say nothing. None of these changes anything."""
+    names = ("forks", "secret file", "TCP", "homes", "Unix socket", "vfork and posix_spawn")
+    assert set(attacks.assault("none", names)) == {*names}
+
+
+@functools.cache
+def python_of_nobody() -> str | None:
+    """An interpreter that the user nobody may run, and this package with it."""
+    for path in (os.path.realpath(sys.executable), "/usr/bin/python3", "/usr/local/bin/python3"):
+        code = f"import os, sys; open({str(FOLDER / 'child.py')!r}); sys.exit(sys.version_info < (3, 11))"
+        try:
+            if subprocess.run([path, "-c", code], user=65534, group=65534, extra_groups=[], capture_output=True).returncode == 0:
+                return path
+        except OSError:
+            continue
+    return None
+
+
+def as_nobody(*names: str) -> dict[str, Any]:
+    if os.geteuid() != 0:
+        pytest.skip("these tests run as an ordinary user already")
+    if (python := python_of_nobody()) is None:
+        pytest.skip("nobody may run no Python 3.11 here, or not read this checkout")
+    command = [python, "-P", "-s", "-S", "-B", "-c", ALONE + "import attacks; attacks.main(sys.argv[1:])", *names]
+    done = subprocess.run(command, user=65534, group=65534, extra_groups=[], capture_output=True, text=True, cwd="/", check=True)
+    told: dict[str, Any] = json.loads(done.stdout)
+    assert told["user"] == 65534
+    return told["levels"]  # type: ignore[no-any-return]
+
+
+def stopped_at(told: dict[str, Any]) -> list[str]:
+    """The levels that there are; a text says why one is none."""
+    assert {level: through for level, through in told.items() if through and not isinstance(through, str)} == {}
+    return [level for level, through in told.items() if through == {}]
+
+
+def test_attacks_without_privileges() -> None:
+    assert stopped_at(as_nobody("forks", "secret file", "TCP", "signals to a sibling", "unshare")) or levels.strongest() is None
+
+
+@pytest.mark.slow
+def test_every_attack_without_privileges() -> None:
+    assert stopped_at(as_nobody()) or levels.strongest() is None
+
+
+def test_a_process_dies_with_its_parent(level: Level) -> None:
+    """Even one that has been handed nothing yet, and one that spins."""
+    code = f"""import time
+from lowrank_tune.rewards.sandbox.launch import Confined
+from lowrank_tune.rewards.sandbox.values import encode
+made = Confined("solver", {level!r})
+made.ready()
+made.send(encode({{"prompt": "", "code": "while True: pass", "entry": ""}}), time.monotonic() + 5)
+print(made._process.pid, flush=True)
+time.sleep(0.2)"""
+    done = subprocess.run([sys.executable, "-c", ALONE + code], capture_output=True, text=True, check=True)
+    pid, end = int(done.stdout), time.monotonic() + 5
+    while group_lives(pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not group_lives(pid)
+
+
+def group_lives(group: int) -> bool:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, of = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(of) == group and state != "Z":
+            return True
+    return False
+
+
+def test_an_ended_process_leaves_nothing(level: Level) -> None:
+    made = Confined("solver", level)
+    made.ready()
+    pid = made._process.pid
+    made.end()
+    end = time.monotonic() + 2
+    while group_lives(pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not group_lives(pid)
+    assert made.end() == "was killed by SIGKILL"
+
+
+def test_a_level_with_an_open_door_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a level claims is tried: where something works that must not, it does not count."""
+    monkeypatch.setattr(levels, "PROBE", levels.PROBE.replace('"opens sockets": lambda: socket.socket(', '"sums": lambda: max('))
+    found = [levels.attempt.__wrapped__(each) for each in levels.LEVELS]
+    assert (
+        all(offer.fault for offer in found) and any(offer.fault == "code at this level sums" for offer in found) or levels.strongest() is None
+    )
+
+
+# Values.
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary() | st.complex_numbers(allow_nan=False)
+    | st.integers(0, 10**6000) | st.characters(categories=["Cs"]),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner) | st.sets(st.integers())
+    | st.frozensets(st.text()),
+    max_leaves=20,
+)  # fmt: skip
+
+
+def exact(value: Any) -> Any:
+    """The value with every type spelt out, since 1 == True == 1.0."""
+    if isinstance(value, dict):
+        return type(value), [(exact(key), exact(each)) for key, each in value.items()]
+    if isinstance(value, (list, tuple, deque)):
+        return type(value), [exact(each) for each in value]
+    if isinstance(value, (set, frozenset)):
+        return type(value), sorted(map(repr, map(exact, value)))
+    return type(value), repr(value) if abs(value if isinstance(value, int) else 0) < 10**4000 else value
+
+
+@given(PLAIN)
+def test_values_come_back_as_they_went(value: Any) -> None:
+    assert exact(decode(encode(value))) == exact(value)
+
+
+def test_values_of_the_library_come_back() -> None:
+    values = [Counter("abca"), OrderedDict(a=1), deque([1, 2]), Decimal("1.50"), Fraction(1, 3), range(1, 9, 3), bytearray(b"x"), int, ...]
+    back = decode(encode(values))
+    assert back == values and [type(each) for each in back] == [type(each) for each in values]
+    made = defaultdict(list, a=[1])
+    assert decode(encode(made)) == made
+    assert math.isnan(decode(encode(math.nan))) and math.copysign(1, decode(encode(-0.0))) == -1
+
+
+class Equal:
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class Number(int):
+    pass
+
+
+def ring() -> list[Any]:
+    made: list[Any] = []
+    made.append(made)
+    return made
+
+
+@pytest.mark.parametrize("value", [object(), Equal(), Number(3), [Number(3)], {"a": Equal()}, len, Equal, ring(), type("int", (), {})])
+def test_other_values_are_refused(value: object) -> None:
+    with pytest.raises(Unplain):
+        encode(value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"i", b"i1", b"i 1;", b"i1_0;", b"l3;NN", b"l99999999999;", b"s5;abc", b"s-1;", b"s1;\xff", b"B2", b"m1;l0;N", b"S1;l0;", b"o1;",
+     b"?",     b"NN", b"l1;" * (DEEPEST + 5) + b"N", b"l1;" * 100_000, b"Xx", b"X3;abc", b"T4;open", b"r0;1;0;", b"F3;1/0", b"d\x00"],
+)  # fmt: skip
+def test_bytes_that_are_no_value_are_refused(data: bytes) -> None:
+    with pytest.raises(Unreadable):
+        decode(data)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_read_or_refused(data: bytes) -> None:
+    try:
+        decode(data, lambda number: number)
+    except Unreadable:
+        pass
+
+
+# Messages.
+
+
+@pytest.fixture
+def ends() -> Any:
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+        yield Channel(mine), theirs
+
+
+def test_a_channel_has_a_deadline_and_a_longest_message(ends: tuple[Channel, socket.socket]) -> None:
+    channel, theirs = ends
+    start = time.monotonic()
+    with pytest.raises(Late):
+        channel.receive(start + 0.05)
+    theirs.sendall(struct.pack("<I", 5) + b"hel")
+    with pytest.raises(Late):  # a beginning is not a message
+        channel.receive(time.monotonic() + 0.05)
+    theirs.sendall(b"lo" + struct.pack("<I", 0))
+    assert channel.receive(time.monotonic() + 1) == b"hello" and channel.receive(time.monotonic() + 1) == b""
+    with pytest.raises(Late):  # the other side does not read
+        channel.send(bytes(64 << 20), time.monotonic() + 0.05)
+    theirs.sendall(struct.pack("<I", LONGEST + 1))
+    with pytest.raises(TooLong):
+        channel.receive(time.monotonic() + 1)
+    assert time.monotonic() - start < 2
+
+
+def test_a_channel_that_is_closed_says_so(ends: tuple[Channel, socket.socket]) -> None:
+    channel, theirs = ends
+    assert not channel.closed()
+    theirs.close()
+    assert channel.closed()
+    with pytest.raises(Closed):
+        channel.receive(time.monotonic() + 1)
