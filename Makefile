@@ -5,6 +5,8 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 CPU_INDEX = https://download.pytorch.org/whl/cpu
 OFFLINE = HF_HUB_OFFLINE=1
+# Two files of tests at a time: a test uses one core.
+BESIDE = -n 2 --dist loadfile
 FAST = not slow and not gpu and not network
 SLOW = (slow or gpu) and not network
 
@@ -18,13 +20,13 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/lowrank-tune demo
 
 test: $(VENV)/.installed-dev
-	$(OFFLINE) $(VENV)/bin/python -m pytest -m "$(FAST)"
+	$(OFFLINE) $(VENV)/bin/python -m pytest $(BESIDE) -m "$(FAST)"
 
 test-all: test test-slow
 
 # pytest ends with 5 where no test carries the mark: that is no failure.
 test-slow: $(VENV)/.installed-trl
-	$(OFFLINE) $(VENV)/bin/python -m pytest -m "$(SLOW)" || test $$? -eq 5
+	$(OFFLINE) $(VENV)/bin/python -m pytest $(BESIDE) -m "$(SLOW)" || test $$? -eq 5
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
@@ -33,7 +35,7 @@ lint: $(VENV)/.installed-dev
 check: lint test
 
 test-oldest: $(OLDEST)/.installed-dev
-	$(OFFLINE) $(OLDEST)/bin/python -m pytest -m "$(FAST)"
+	$(OFFLINE) $(OLDEST)/bin/python -m pytest $(BESIDE) -m "$(FAST)"
 
 # An environment is made once; the stamps install again when the dependencies change.
 %/bin/python:
