@@ -334,6 +334,9 @@ class Evaluate(Settings):
     best_by: Literal["loss", "exact"] | None = None
     """What makes a step the best: the lowest validation loss, or the most held-out questions answered exactly, one greedy answer each.
     Where it is not given: `exact` for grpo and ppo with `heldout`, else `loss`."""
+    on_hacking: Literal["warn", "stop"] = "warn"
+    """What to do where the reward rises and held-out answers get worse by more than their noise: say so; or end the run there too, with the
+    best step as its result. For grpo and ppo with `heldout`."""
     shown: Annotated[int, Field(ge=0)] = 3
     """Prompts (held-out ones, else of validation rows) whose answers are shown at every evaluation."""
 

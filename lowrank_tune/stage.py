@@ -20,10 +20,12 @@ from lowrank_tune.control import Control
 from lowrank_tune.data import Prepared
 from lowrank_tune.errors import RunFailed, UserError
 from lowrank_tune.evaluate import Answer, Question, answer, measure, questions_in, questions_of, score_pairs, validate
-from lowrank_tune.events import Emit, Event, Note, RunEnded, RunStarted, Sampled, Saved, Validated
+from lowrank_tune.events import Emit, Event, Note, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
+from lowrank_tune.hacking import Watch, noise_of
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
 from lowrank_tune.model.base import base_hashes, hash_of, one_hash
 from lowrank_tune.preflight import survey, survey_asked
+from lowrank_tune.rewards.repetition import NGRAM, distinct
 from lowrank_tune.train import Loop, Progress, make_optimizer
 from lowrank_tune.types import Sampling
 
@@ -51,13 +53,14 @@ class Stage:
         self.recipe, self.folder, self.built, self.emit = recipe, folder, built, emit
         self.place, self.measured_as = place, name or recipe.algorithm
         known = earlier or {}
+        self.watch = Watch()
         self.memory = _Memory(heldout=dict(known.get("heldout", {})), answers=dict(known.get("answers", {})))
         named = {role: built.roles.named_parameters(role) for role in built.trained}
         self.names = [name for parameters in named.values() for name in parameters]
         parameters = [parameter for several in named.values() for parameter in several.values()]
         grouped = [{"params": list(several.values()), "share": built.rates.get(role, 1.0)} for role, several in named.items()]
         optimizer = make_optimizer(grouped if len(grouped) > 1 else parameters, recipe.train, built.base.device)
-        self.loop = Loop(built.algorithm, parameters, optimizer, recipe.train, built.steps, recipe.seed, built.base.device, emit,
+        self.loop = Loop(built.algorithm, parameters, optimizer, recipe.train, built.steps, recipe.seed, built.base.device, self._hear,
                          self._at_border, control)  # fmt: skip
         self.evaluate_every = recipe.evaluate.every or max(1, built.steps // EVALUATIONS)
         self.save_every = recipe.train.save_every or max(1, built.steps // SAVES)
@@ -121,6 +124,7 @@ class Stage:
             "heldout": {name: stats["exact"] for name, stats in self.memory.heldout.items()}, "heldout_details": self.memory.heldout,
             "answers": self.memory.answers,
             **({"heldout_pairs": self.pairs} if self.pairs else {}),
+            **({"hacking": {"step": self.watch.spoke, "ended": self.watch.ended}} if self.watch.spoke is not None else {}),
             "base_hash": {"start": one_hash(self.hashes), "end": end}, "adapter_hashes": self.adapters, "warnings": warnings}  # fmt: skip
         self.emit(RunEnded(status=status, step=step, seconds=time.time() - begun))
         self.folder.write_json("summary.json", self.summary)
@@ -151,6 +155,7 @@ class Stage:
         self.border = step
         if due and (step % self.evaluate_every == 0 or last):
             better = self._evaluate(step, counts=True)
+            last = last or self.loop.enough
         elif control.evaluate:
             self._evaluate(step, counts=False)
         if (due and (step % self.save_every == 0 or last or better) or control.save) and self.saved != step:
@@ -165,7 +170,7 @@ class Stage:
             figures["validation"] = validate(built.algorithm, built.roles, built.validation, built.validation_batch, built.micro_tokens,
                                              self.emit)  # fmt: skip
         if by == "exact":
-            figures["heldout_policy"] = self._ask(1)
+            figures["heldout_policy"] = self._ask()
         deciding = figures.get("heldout_policy" if by == "exact" else "validation")
         score = None if deciding is None else deciding["exact"] if by == "exact" else -deciding["loss"]
         memory = self.memory
@@ -176,17 +181,40 @@ class Stage:
             memory.best_step, memory.best_score, memory.best = step, score, deciding
         if figures:
             stats = {f"{part}_{name}": value for part, several in figures.items() for name, value in several.items()}
+            if by == "exact":
+                stats["gold_noise"] = noise_of(figures["heldout_policy"]["exact"], len(self.heldout))
             self.emit(Validated(step=step, stats=stats, best=better))
+        if counts and by == "exact":
+            self._watch_reward(step, figures["heldout_policy"]["exact"])
         if built.validation is not None and not self.speaks:
             self._show_scores(step)
         self._show("policy", step)
         return better
 
-    def _ask(self, samples: int) -> dict[str, float]:
-        """The policy's answers to the held-out questions, judged; one each is greedy."""
-        wanted = self.recipe.evaluate
-        sampling = Sampling(wanted.max_new_tokens, self.built.stop_ids, wanted.temperature if samples > 1 else 0.0, self.recipe.seed)
-        return measure(answer(self.built.roles, "policy", self.built.template, self.heldout, samples, sampling, self.emit))
+    def _ask(self) -> dict[str, float]:
+        """The policy's answers to the held-out questions, one greedy answer each, judged; and how much they repeat themselves."""
+        sampling = Sampling(self.recipe.evaluate.max_new_tokens, self.built.stop_ids, 0.0, self.recipe.seed)
+        answers = answer(self.built.roles, "policy", self.built.template, self.heldout, 1, sampling, self.emit)
+        repeated = [1 - distinct(one.text, NGRAM) for several in answers for one in several]
+        return {**measure(answers), "repetition": sum(repeated) / len(repeated)}
+
+    def _hear(self, event: Event) -> None:
+        """What the loop tells goes on to all; the watch over the reward remembers each step."""
+        if isinstance(event, StepDone):
+            self.watch.step(event.stats)
+        self.emit(event)
+
+    def _watch_reward(self, step: int, exact: float) -> None:
+        """Says it once where the reward rises and held-out answers get worse; and ends the run there, where the recipe wants that."""
+        parting = self.watch.look(step, exact, len(self.heldout), self.memory.heldout.get(self.below, {}).get("exact"))
+        if parting is None:
+            return
+        if self.watch.spoke is None:
+            self.watch.spoke = step
+            self.emit(Note(level="warning", message=f"step {step}: {parting.words}"))
+        if self.recipe.evaluate.on_hacking == "stop" and step < self.built.steps:
+            self.watch.ended = self.loop.enough = True
+            self.emit(Note(message=f"the run ends after step {step} of {self.built.steps}, as evaluate.on_hacking says"))
 
     def _show(self, role: str, step: int) -> None:
         if self.shown:
@@ -237,7 +265,7 @@ class Stage:
             documents={**{f"{name}/{CONFIG}": roles.adapter_config(name) for name in self.built.trained}, "optimizer.json": document,
                        "state.json": {"progress": self.loop.progress.to_dict(), "memory": vars(self.memory),
                                       "algorithm": self.built.algorithm.state(), "base": one_hash(self.hashes), "adapters": self.adapters,
-                                      "threads": torch.get_num_threads()}})  # fmt: skip
+                                      "threads": torch.get_num_threads(), "watch": vars(self.watch)}})  # fmt: skip
         path = write_atomically(self.folder.checkpoint(step), snapshot)
         self.saved = step
         rotate(self.folder.checkpoints, self.recipe.train.keep, self.memory.best_step)
@@ -254,6 +282,8 @@ class Stage:
         self.loop.optimizer.load_state_dict(optimizer)
         self.loop.progress = Progress(**state["progress"])
         self.memory = _Memory(**state["memory"])
+        self.watch = Watch(**state.get("watch", {}))
+        self.loop.enough = self.watch.ended
         self.built.algorithm.restore(state["algorithm"])
 
     def _take_best(self) -> None:

@@ -46,7 +46,8 @@ class Progress:
 @dataclass
 class Loop:
     """One run's loop. `at_border(done, last)` evaluates and saves what is due after a step, or what `control` asks for; it is called
-    between steps, where nothing is half done, and again at the same border for wishes that came meanwhile."""
+    between steps, where nothing is half done, and again at the same border for wishes that came meanwhile. It may say `enough`, which ends
+    the run as its last step does."""
 
     algorithm: Algorithm
     parameters: list[nn.Parameter]
@@ -61,10 +62,11 @@ class Loop:
     progress: Progress = field(default_factory=Progress)
     checked: bool = False
     told: set[str] = field(default_factory=set)
+    enough: bool = False
 
     def run(self) -> bool:
         """Runs to the last step. Returns False where it was asked to stop before; all is saved by then."""
-        while self.progress.step < self.steps:
+        while self.progress.step < self.steps and not self.enough:
             self._wait_while_paused()
             if self.control.stop:  # asked at any moment, while the border evaluated too
                 self.control.save = True

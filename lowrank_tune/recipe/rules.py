@@ -35,6 +35,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "dpo": ("dpo",),
     "rewards": DRAWS,
     "rollout": DRAWS,
+    "evaluate.on_hacking": DRAWS,
     "grpo": ("grpo",),
     "ppo": ("ppo",),
 }
@@ -107,7 +108,7 @@ def without_heldout(data: Any) -> Iterator[Finding]:
     """Held-out answers need prompts; the temperature needs sampling."""
     neither = " neither `evaluate.heldout` nor validation rows" if validates(data) else "out `evaluate.heldout`"
     if written(data, "evaluate", "heldout") is None:
-        for key in ("prompts", "samples", "temperature"):
+        for key in ("prompts", "samples", "temperature", *(() if validates(data) else ("on_hacking",))):
             if written(data, "evaluate", key) is not None:
                 yield ("evaluate", key), "does nothing without `evaluate.heldout`"
         for key in ("every", "max_new_tokens", "shown"):

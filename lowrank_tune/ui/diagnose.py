@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Literal
 
+from lowrank_tune.hacking import parting
+from lowrank_tune.ui.gold import drifts, looks_of, values_of
 from lowrank_tune.ui.metrics import WRITES
 from lowrank_tune.ui.state import State
 
@@ -20,8 +22,9 @@ KL_BAND = {"sft": 5.0, "reward": 5.0, "dpo": 2.0, "grpo": 0.5, "ppo": 0.5}
 """Nats a token between policy and reference. SFT is meant to move away; what optimises a reward is not."""
 KL_CURES = {"dpo": "raise dpo.beta or lower train.learning_rate", "grpo": "raise grpo.kl or lower train.learning_rate",
             "ppo": "raise ppo.kl or lower train.learning_rate"}  # fmt: skip
+LIVELIER = {"grpo": "grpo.kl, grpo.clip_high", "ppo": "ppo.kl, ppo.entropy"}
 LIVELY, RISE, NEAR_TOP = 0.02, 0.02, 0.9  # nats of entropy; shares of the span of rewards: a rise, and near its top
-CUT_OFF, DEAD, SPREAD, DRIFT, GAMED = 0.2, 0.8, 0.02, 0.02, 0.1  # shares; of the span of rewards; nats a token; share of questions
+CUT_OFF, DEAD, SPREAD, DRIFT = 0.2, 0.8, 0.02, 0.02  # shares; of the span of rewards; nats a token
 LEARNS_BY_LOSS, LEARNS_FROM_PAIRS = ("sft", "reward", "dpo"), ("reward", "dpo")
 COLLAPSED = -0.5
 """Nats a token that the chosen answers lost against the reference: as `algorithms.dpo` has it, which loads torch."""
@@ -42,12 +45,6 @@ def diagnose(state: State) -> list[Diagnosis]:
     found = [diagnosis for check in CHECKS for diagnosis in check(state)]
     found.sort(key=lambda diagnosis: ("bad", "warning").index(diagnosis.level))
     return found or [_well(state)]
-
-
-def _values(state: State, name: str) -> list[float]:
-    """The finite values of a statistic."""
-    series = state.series.get(name)
-    return [value for _, value in series.points if math.isfinite(value)] if series else []
 
 
 def _number(value: float) -> str:
@@ -77,10 +74,10 @@ def bad_steps(state: State) -> Iterator[Diagnosis]:
 
 def loss_not_falling(state: State) -> Iterator[Diagnosis]:
     """Compares the first and the last quarter; a loss that is almost 0, or of pairs that are told apart already, has nowhere to fall."""
-    values, algorithm = _values(state, "loss"), _algorithm(state)
+    values, algorithm = values_of(state, "loss"), _algorithm(state)
     if len(values) < FEW_STEPS or algorithm not in LEARNS_BY_LOSS:
         return
-    if algorithm in LEARNS_FROM_PAIRS and _late(_values(state, "accuracy")) > 0.9:
+    if algorithm in LEARNS_FROM_PAIRS and _late(values_of(state, "accuracy")) > 0.9:
         return
     quarter = len(values) // 4
     first, last = fmean(values[:quarter]), fmean(values[-quarter:])
@@ -92,7 +89,7 @@ def loss_not_falling(state: State) -> Iterator[Diagnosis]:
 
 def gradient_exploding(state: State) -> Iterator[Diagnosis]:
     """The last three norms against the median of all before: one high step is noise."""
-    values = _values(state, "grad_norm")
+    values = values_of(state, "grad_norm")
     if len(values) < FEW_STEPS:
         return
     usual, now = median(values[:-3]), min(values[-3:])
@@ -101,7 +98,7 @@ def gradient_exploding(state: State) -> Iterator[Diagnosis]:
 
 
 def kl_above_band(state: State) -> Iterator[Diagnosis]:
-    values, cure = _values(state, "kl"), KL_CURES.get(_algorithm(state), "lower train.learning_rate or train fewer steps")
+    values, cure = values_of(state, "kl"), KL_CURES.get(_algorithm(state), "lower train.learning_rate or train fewer steps")
     band = KL_BAND.get(_algorithm(state), KL_BAND["sft"])
     if values and (now := fmean(values[-3:])) > band:
         yield Diagnosis("warning", f"KL to the reference is {_number(now)} nats a token, above {_number(band)}: "
@@ -109,7 +106,7 @@ def kl_above_band(state: State) -> Iterator[Diagnosis]:
 
 
 def nothing_learned(state: State) -> Iterator[Diagnosis]:
-    moved, sizes, rates = (_values(state, name) for name in ("moved_share", "update_ratio", "learning_rate"))
+    moved, sizes, rates = (values_of(state, name) for name in ("moved_share", "update_ratio", "learning_rate"))
     if len(moved) < LOOKS or (rates and rates[-1] < SMALL_RATE * max(rates)):
         return
     still = all(share < FEW_MOVED for share in moved[-LOOKS:]) or all(size < TINY_UPDATE for size in sizes[-LOOKS:])
@@ -138,7 +135,7 @@ def validation_rising(state: State) -> Iterator[Diagnosis]:
 
 def chosen_unlearned(state: State) -> Iterator[Diagnosis]:
     """DPO's collapse: the margin grows while both sides become less likely."""
-    values = _values(state, "chosen_change")
+    values = values_of(state, "chosen_change")
     if values and (now := fmean(values[-3:])) < COLLAPSED:
         yield Diagnosis("bad", f"the chosen answers are unlearned: {_number(-now)} nats a token less likely than under the reference: "
                                "raise dpo.beta, lower train.learning_rate, or set dpo.sft")  # fmt: skip
@@ -148,7 +145,7 @@ def pairs_not_told_apart(state: State) -> Iterator[Diagnosis]:
     """A coin is right half of the time. Held-out pairs decide for a reward model, for it can learn its training pairs by heart."""
     if _algorithm(state) not in LEARNS_FROM_PAIRS:
         return
-    right, checked, margins = (_values(state, name) for name in ("accuracy", "validation_accuracy", "margin"))
+    right, checked, margins = (values_of(state, name) for name in ("accuracy", "validation_accuracy", "margin"))
     trained, held_out = _late(right), fmean(checked[-3:]) if len(checked) > 1 and len(right) >= FEW_STEPS else math.nan
     swapped = "are chosen and rejected swapped? see lowrank-tune data"
     if trained < 0.5 - COIN:
@@ -165,7 +162,7 @@ def pairs_not_told_apart(state: State) -> Iterator[Diagnosis]:
 
 def overconfident(state: State) -> Iterator[Diagnosis]:
     """A reward model that knows its training pairs by heart becomes worse at others, and surer of it."""
-    trained, checked = _late(_values(state, "accuracy")), _values(state, "validation_accuracy")
+    trained, checked = _late(values_of(state, "accuracy")), values_of(state, "validation_accuracy")
     if _algorithm(state) == "reward" and trained >= SURE and len(checked) > 2 and (now := fmean(checked[-2:])) < max(checked) - GAP:
         yield Diagnosis("warning", f"the reward model is sure of its training pairs ({trained:.0%} right) and worse at held-out ones "
                                    f"({max(checked):.0%} -> {now:.0%}): fewer steps, a lower train.learning_rate, or more pairs")  # fmt: skip
@@ -184,7 +181,7 @@ def follows_length(state: State) -> Iterator[Diagnosis]:
 def _course(state: State) -> tuple[float, float, float] | None:
     """The reward of the first and of the last quarter, and the span of what can be earned as far as it was seen; None before there is
     enough to judge by."""
-    values = _values(state, "reward")
+    values = values_of(state, "reward")
     if len(values) < FEW_STEPS:
         return None
     quarter = len(values) // 4
@@ -194,7 +191,7 @@ def _course(state: State) -> tuple[float, float, float] | None:
 
 def _is_near_top(state: State) -> bool:
     """Whether almost all that a completion of a group ever earned is earned on average: then little variety is left, and rightly so."""
-    course, values = _course(state), _values(state, "reward")
+    course, values = _course(state), values_of(state, "reward")
     if course is None:
         return False
     _, last, span = course
@@ -209,42 +206,46 @@ def reward_not_rising(state: State) -> Iterator[Diagnosis]:
     if span > 0 and last <= first + RISE * span:
         falls = last < first - 0.1 * span
         went = "the reward falls" if falls else "the reward does not rise"
-        cure = "lower train.learning_rate or raise grpo.kl" if falls else "a higher train.learning_rate, larger groups, or an easier task"
+        falling = f"lower train.learning_rate or raise {_algorithm(state)}.kl"
+        cure = falling if falls else "a higher train.learning_rate, larger groups, or an easier task"
         yield Diagnosis("bad" if falls else "warning", f"{went}: {_number(first)} at first, {_number(last)} now: {cure}")
 
 
 def entropy_collapsed(state: State) -> Iterator[Diagnosis]:
     """A policy that always says the same has nothing to choose from; where it earns almost everything that is as it should be."""
-    values, rewards = _values(state, "entropy"), _values(state, "reward")
+    values, rewards = values_of(state, "entropy"), values_of(state, "reward")
     if len(rewards) < FEW_STEPS or not (now := _late(values)) < LIVELY or _is_near_top(state):
         return
     quarter = len(rewards) // 4
     course = _course(state)
     if course is not None and fmean(rewards[-quarter:]) <= fmean(rewards[-2 * quarter : -quarter]) + RISE * course[2]:
         yield Diagnosis("bad", f"entropy has collapsed to {_number(now)} nats a token while the reward stalls: the policy tries nothing new: "
-                               "raise grpo.kl, grpo.clip_high or rollout.temperature, or lower train.learning_rate")  # fmt: skip
+                               f"raise {LIVELIER.get(_algorithm(state), '')} or rollout.temperature, or lower "
+                               "train.learning_rate")  # fmt: skip
 
 
 def cut_off(state: State) -> Iterator[Diagnosis]:
     """Completions that run into the limit, more of them as they grow."""
-    shares, lengths = _values(state, "truncated"), _values(state, "length")
+    shares, lengths = values_of(state, "truncated"), values_of(state, "length")
     if not shares or (now := fmean(shares[-5:])) <= CUT_OFF:
         return
     first, last = (fmean(lengths[:5]), fmean(lengths[-5:])) if lengths else (0.0, 0.0)
     grown = f", which grew from {_number(first)} to {_number(last)} tokens" if last > 1.2 * first else ""
     yield Diagnosis("warning", f"{now:.0%} of the completions are cut off by the limit{grown}: raise rollout.max_new_tokens, "
-                               "or set grpo.truncated to penalise")  # fmt: skip
+                               f"or set {_algorithm(state)}.truncated to penalise")  # fmt: skip
 
 
 def no_signal(state: State) -> Iterator[Diagnosis]:
     """Groups in which all earn the same. At the top that is success."""
-    dead, spread, course = _late(_values(state, "dead_groups")), _late(_values(state, "reward_spread")), _course(state)
+    dead, spread, course = _late(values_of(state, "dead_groups")), _late(values_of(state, "reward_spread")), _course(state)
     if course is None or _is_near_top(state):
         return
     cure = "raise rollout.num_generations or rollout.temperature, set grpo.dead_groups to resample, or begin from an SFT adapter"
     if course[2] == 0:
         yield Diagnosis("bad", f"every completion earns {_number(course[1])}, so that there is nothing to learn: an easier task, "
                                "a partial reward, or an SFT adapter below")  # fmt: skip
+    elif _algorithm(state) != "grpo":
+        return  # nothing is compared within a group
     elif dead > DEAD:
         yield Diagnosis("warning", f"{dead:.0%} of the groups are dead: all their completions earn the same and teach nothing: {cure}")
     elif spread < SPREAD * course[2]:
@@ -253,21 +254,19 @@ def no_signal(state: State) -> Iterator[Diagnosis]:
 
 def sampler_drifts(state: State) -> Iterator[Diagnosis]:
     """Sampling and training should give a token the same log-prob; the run stops at grpo.mismatch_limit."""
-    values = _values(state, "mismatch")
+    values = values_of(state, "mismatch")
     if values and (now := fmean(values[-3:])) > DRIFT:
+        cure = "set grpo.old to sampler, or " if _algorithm(state) == "grpo" else ""
         yield Diagnosis("warning", f"sampling and training disagree by {_number(now)} nats a token: ratios compare what was never drawn: "
-                                   "set grpo.old to sampler, or look at the precision of the base")  # fmt: skip
+                                   f"{cure}look at the precision of the base")  # fmt: skip
 
 
 def reward_gamed(state: State) -> Iterator[Diagnosis]:
-    """The reward rises while held-out answers get worse."""
-    course, exact = _course(state), _values(state, "heldout_exact")
-    if course is None or len(exact) < EVALUATIONS_PAST_BEST:
-        return
-    first, last, span = course
-    if last > first + RISE * span and (now := fmean(exact[-2:])) < max(exact) - GAMED:
-        yield Diagnosis("bad", f"the reward rises and held-out answers get worse ({max(exact):.0%} -> {now:.0%} exact): it pays for something "
-                               "else than being right: look at the groups and at the reward")  # fmt: skip
+    """The reward rises while held-out answers get worse: the rule by which the run itself judges, and what has changed in the answers."""
+    rewards = values_of(state, "reward")
+    found = parting(looks_of(state), max(rewards) - min(rewards)) if rewards else None
+    if found is not None:
+        yield Diagnosis("bad", "; ".join([found.words, *drifts(state)]))
 
 
 CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
@@ -280,18 +279,18 @@ CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
 def _well(state: State) -> Diagnosis:
     if state.ended is not None and state.ended.status == "failed":
         return Diagnosis("", "the run failed; the last lines of the log say why")
-    values, checked = _values(state, "loss"), _values(state, "validation_loss")
+    values, checked = values_of(state, "loss"), values_of(state, "validation_loss")
     if len(values) < FEW_STEPS:
         early = f"too early to judge: {len(values)} of the first {FEW_STEPS} steps"
         return Diagnosis("", early if values else "no step yet: the curves come with the first one")
     if (course := _course(state)) is not None and _algorithm(state) in WRITES:
-        exact = _values(state, "heldout_exact")
+        exact = values_of(state, "heldout_exact")
         told = f", held-out exact {exact[0]:.0%} -> {exact[-1]:.0%}" if len(exact) > 1 else ""
         return Diagnosis("good", f"all good: reward {_number(course[0])} -> {_number(course[1])}{told}")
     quarter = len(values) // 4
     told = f"loss {_number(fmean(values[:quarter]))} -> {_number(fmean(values[-quarter:]))}"
     if len(checked) > 1:
         told += f", validation {_number(checked[0])} -> {_number(checked[-1])}"
-    if _algorithm(state) in LEARNS_FROM_PAIRS and (right := _values(state, "validation_accuracy") or _values(state, "accuracy")):
+    if _algorithm(state) in LEARNS_FROM_PAIRS and (right := values_of(state, "validation_accuracy") or values_of(state, "accuracy")):
         told += f", {right[-1]:.0%} of the {'held-out ' if 'validation_accuracy' in state.series else ''}pairs right"
     return Diagnosis("good", f"all good: {told}")

@@ -58,6 +58,10 @@ SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
     "length": ("length", "{:.1f}".format),
     "truncated": ("cut off", percent),
     "dead_groups": ("dead groups", percent),
+    "score": ("score", number),
+    "kl_coefficient": ("KL weight", number),
+    "value_loss": ("value loss", number),
+    "explained_variance": ("explained", "{:.2f}".format),
     "entropy": ("entropy", number),
     "clip_fraction": ("clipped", percent),
     "learning_rate": ("lr", "{:.1e}".format),
@@ -74,7 +78,8 @@ SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 """How a statistic is named and written, in the order of the line."""
 
-UNSAID = {"logp_chosen", "logp_rejected", "chosen_change", "mismatch", "score_seconds", "heldout_stopped", "heldout_length"}
+UNSAID = {"logp_chosen", "logp_rejected", "chosen_change", "mismatch", "score_seconds", "heldout_stopped", "heldout_length",
+          "heldout_repetition", "gold_noise", "value", "value_clip_fraction", "update_kl"}  # fmt: skip
 """What would make the line of a step too long, and says little by itself: the screen and the report draw it."""
 ONLY_WHERE_ANY = {"bad_steps", "truncated", "clip_fraction", "score_errors", "score_timeouts"}
 """Said only where it is not 0."""

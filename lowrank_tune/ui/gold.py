@@ -1,0 +1,53 @@
+"""Gold beside the reward: what the watch over it looks at, taken from what a screen knows. Pure: state in, figures and words out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from statistics import fmean
+
+from lowrank_tune.hacking import RECENT, UNKNOWN_NOISE, Look
+from lowrank_tune.ui.state import State
+
+GROWN, REPEATS = 1.3, 0.1  # times; share of word sequences
+
+
+def looks_of(state: State) -> list[Look]:
+    """The evaluations of the held-out questions, each with the mean reward of the steps since the one before; first the reference's."""
+    exact, reward, noise = (state.series[name].points if name in state.series else [] for name in ("heldout_exact", "reward", "gold_noise"))
+    errors, looks, since = dict(noise), list[Look](), 0.0
+    before = state.heldout.get(state.below(), {}).get("exact")
+    if before is not None and reward:
+        looks.append(Look(0, reward[0][1], before))
+    for step, share in exact:
+        earned = [value for at, value in reward if since < at <= step and math.isfinite(value)]
+        if earned:
+            looks.append(Look(int(step), fmean(earned), share, errors.get(step, UNKNOWN_NOISE)))
+            since = step
+    return looks
+
+
+def drifts(state: State) -> Iterator[str]:
+    """How the held-out answers have changed besides; where they were not measured, the completions."""
+    lengths = values_of(state, "heldout_length") or values_of(state, "length")
+    if len(lengths) > RECENT and lengths[0] > 0:
+        first, now = lengths[0], fmean(lengths[-RECENT:])
+        if not 1 / GROWN < now / first < GROWN:
+            yield f"answers {'grew' if now > first else 'shrank'} from {first:.3g} to {now:.3g} tokens"
+    repeated = values_of(state, "heldout_repetition")
+    if len(repeated) > RECENT and (now := fmean(repeated[-RECENT:])) > repeated[0] + REPEATS:
+        yield f"{now:.0%} of their word sequences come again, {repeated[0]:.0%} at first"
+
+
+def values_of(state: State, name: str) -> list[float]:
+    """The finite values of a statistic."""
+    series = state.series.get(name)
+    return [value for _, value in series.points if math.isfinite(value)] if series else []
+
+
+def frontier(state: State) -> list[tuple[float, float]]:
+    """What the reward was where the policy had gone so far: (KL in nats a token, reward) of the steps at which both were measured."""
+    if not {"kl", "reward"} <= state.series.keys():
+        return []
+    rewards = dict(state.series["reward"].points)
+    return [(kl, rewards[step]) for step, kl in state.series["kl"].points if step in rewards and math.isfinite(kl + rewards[step])]
