@@ -253,13 +253,13 @@ CLASHES: dict[str, tuple[dict[str, Any], str]] = {
     "letters": (chained({**SFT, "name": "My stage"}), "stages.0.name: is no name for a stage: small letters"),
     "number": (chained({**SFT, "name": 7}), "stages.0.name: is no name for a stage: small letters"),
     "policy": (chained({**SFT, "name": "policy"}, DPO), "stages.dpo.adapters.policy: is also the name of an earlier stage"),
-    "reward": (chained({**SFT, "name": "reward"}, {**REWARD, "name": "r"}), "stages.r.adapters.reward: is also the name of an earlier stage"),
+    "reward": (chained({**SFT, "name": "reward"}, {**REWARD, "name": "r"}), "stages.reward.name: is no name for a stage of sft"),
     "adapter": (chained(SFT, {**DPO, "adapters": {"sft": {"path": "a"}}}), "stages.dpo.adapters.sft: is also the name of an earlier stage"),
     "two of one name": (
         chained({**SFT, "adapters": {"low": {"path": "a"}}}, {**DPO, "adapters": {"low": {"path": "b"}}}),
         "stages.dpo.adapters.low: is also the name of another adapter"),
     "trained and loaded": (
-        chained({**SFT, "adapters": {"reward": {"path": "a"}}}, REWARD), "stages.reward.adapters.reward: is also the name of another adapter"),
+        chained({**SFT, "adapters": {"reward": {"path": "a"}}}, REWARD), "stages.sft.adapters.reward: does nothing without the reward"),
     "its own": (chained({**SFT, "adapters": {"sft": {"path": "a"}}}), "stages.sft.name: is also the name of an adapter below this stage"),
     "loaded before": (
         chained({**SFT, "adapters": {"dpo": {"path": "a"}}}, DPO), "stages.dpo.name: is also the name of an adapter below this stage"),

@@ -46,7 +46,7 @@ def conflicts(stages: Stages, index: int) -> Iterator[Finding]:
     loaded, finished, trained = loaded_below(stages, index), finished_below(stages, index), trained_by(stage.get("algorithm"))
     own = adapters_of(stage)
     for name in dict.fromkeys([*own, trained]):
-        if name in finished:
+        if name in finished and name != learned.ROLE:  # which is told where it is given
             yield ("adapters", name), "is also the name of an earlier stage, whose adapter lies below; rename one of them"
         elif name in loaded and (name == trained or written(own[name], "path") != written(loaded[name], "path")):
             yield ("adapters", name), "is also the name of another adapter, which lies below as an earlier stage loads it; rename one of them"
