@@ -27,6 +27,7 @@ UNICODE = str.maketrans({"\u2212": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot 
 SPACES = re.compile(r"(?<!\\)\\[!,;: ]|\\q?quad\b|~|\s+")
 SETTING = re.compile(r"\\(?:left|right)(?![a-z])\.?|\\(?:displaystyle|limits)\b|\^ ?\{? ?\\circ ?\}?|\\?\$|(?<!\\)\\[()\[\]]")
 SAME = ((re.compile(r"\\[dtc]frac(?![a-z])"), r"\\frac"), (re.compile(r"\\(leq|geq)slant(?![a-z])"), r"\\\1"), (re.compile(r"\\_"), "_"),
+        (re.compile(r"(?<![\\a-zA-Z])infinity\b"), r"\\infty"),
         (re.compile(r"\\(?:textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|rm)(?=\{)"), r"\\text"), (re.compile(r"\{,\}"), ","),
         (re.compile(r"\\lt(?![a-z])"), "<"), (re.compile(r"\\gt(?![a-z])"), ">"), (re.compile(r"(?<=\d),\\!(?=\d{3})"), ""))  # fmt: skip
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
@@ -41,6 +42,7 @@ MATHS_WORDS = frozenset("sqrt frac sin cos tan log exp min max mod and".split())
 UNIT = re.compile(r"(?<=[\d})a-z]) ?\\text ?\{ ?(?! ?(?:and|or|if|hundred|thousand|[mbtr]+illion|dozen)\b)[^{}]*\}(?: ?\^ ?\{?[23]\}?)?$")
 BUILDER = re.compile(r"\\\{ ?[a-zA-Z] ?(?:\\mid|\\vert|\\in ?\\mathbb ?\{?R\}? ?\||\|) ?([^|]*)\\\}")
 BARE_FRACTION = re.compile(r"\\frac ?(\\[a-zA-Z]+|\w) ?(\\[a-zA-Z]+|\w)(?![\w{])")
+BASED = re.compile(r"(?P<digits>[0-9]{1,100})(?: ?_ ?\{?(?P<base>[0-9]{1,2})\}?)?")
 OPEN, CLOSE = "([{", ")]}"
 
 
@@ -109,10 +111,12 @@ def decided(found: str, gold: str) -> bool | None:
         if got is not None:
             return got.letters == wanted.letters
         if not wanted.rest:
-            return False
+            return folded(found).upper() in wanted.letters
         gold = wanted.rest
     elif got is not None and got.rest:
         found = got.rest
+    if (in_base := _in_base(found, gold)) is not None:
+        return in_base
     number, goal = value_of(found), value_of(gold)
     if number is not None and goal is not None:
         return number.equals(goal)
@@ -172,6 +176,17 @@ def choice(text: str) -> Choice | None:
     if (found := LETTER.match(plain)) is None:
         return None
     return Choice(frozenset((found[1] or found[2] or found[3]).upper()), plain[found.end() :].lstrip(" :").rstrip(" .:"))
+
+
+def _in_base(found: str, gold: str) -> bool | None:
+    """Two numbers of which one names its base, as 101_2: the same digits where the gold one does, else the same number."""
+    got, wanted = (BASED.fullmatch(text) for text in (found, gold))
+    if got is None or wanted is None or not (got["base"] or wanted["base"]):
+        return None
+    if wanted["base"]:
+        return got["digits"].lstrip("0") == wanted["digits"].lstrip("0") and got["base"] in (None, wanted["base"])
+    base = int(got["base"])
+    return 1 < base <= 36 and all(int(letter) < base for letter in got["digits"]) and int(got["digits"], base) == int(wanted["digits"])
 
 
 def _lists(found: str, gold: str) -> bool | None:

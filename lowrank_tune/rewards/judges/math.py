@@ -58,7 +58,7 @@ def same(gold: Any, found: Any) -> bool:
     size = abs(gold.evalf(15)) if getattr(gold, "is_number", False) else None
     if size is not None and size.is_comparable and 0 < size < 1 and getattr(found, "is_number", False):
         return bool(abs(sympy.N(gold - found, 15, maxn=1000)) < size * 10.0**-PLACES if _rounded(found) else _zero(gold - found))
-    return bool(verify(gold, found, float_rounding=PLACES, timeout_seconds=None, raise_on_error=True))
+    return bool(verify(gold, found, float_rounding=PLACES, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True))
 
 
 def apart(gold: Any, found: Any) -> bool:
@@ -69,7 +69,7 @@ def apart(gold: Any, found: Any) -> bool:
     letters = sorted(gold.free_symbols | found.free_symbols, key=str)
     for point in (0.7312, 1.3871):
         values = [each.evalf(15, subs={letter: point + 0.0731 * n for n, letter in enumerate(letters)}) for each in plain]
-        if not all(value.is_comparable for value in values):
+        if not all(value.is_comparable and value.is_finite for value in values):
             return False
         if abs(values[0] - values[1]) > FAR * max(abs(values[0]), abs(values[1])):
             return True
@@ -99,7 +99,13 @@ def read(text: str) -> Any:
     if not isinstance(expression, (sympy.Basic, sympy.MatrixBase)):
         raise Unreadable("is not read as mathematics")
     check(expression if isinstance(expression, sympy.Basic) else sympy.ImmutableMatrix(expression))
-    return expression
+    return expression if isinstance(expression, sympy.Float) else exact(expression)
+
+
+def exact(expression: Any) -> Any:
+    """With fractions for decimals: 2^{0.5} is the root of 2. A decimal alone stays one: it may be a rounded answer."""
+    decimals = expression.atoms(sympy.Float) if isinstance(expression, sympy.Expr) else ()
+    return expression.xreplace({decimal: sympy.Rational(str(decimal)) for decimal in decimals}) if decimals else expression
 
 
 def check(expression: Any) -> None:
