@@ -51,9 +51,10 @@ ROLLOUTS: Values = {"loss": lambda s: 1e-4, "reward": lambda s: min(0.7, 0.2 + s
 """Of a healthy run on rewards between 0 and 1."""
 
 
-def rolled(steps: int = 40, earned: tuple[float, ...] = (0.0, 1.0), exact: tuple[float, ...] = (), **changed: Callable[[int], float]) -> State:
+def rolled(steps: int = 40, earned: tuple[float, ...] = (0.0, 1.0), exact: tuple[float, ...] = (), algorithm: str = "grpo",
+           **changed: Callable[[int], float]) -> State:  # fmt: skip
     """A state after so many steps of GRPO, whose newest group earned this."""
-    state = after(steps, "grpo", **{**ROLLOUTS, **changed})
+    state = after(steps, algorithm, **{**ROLLOUTS, **changed})
     told = [{"text": "x", "reward": reward, "advantage": 0.0, "finish": "stop", "parts": {}} for reward in earned]
     state.apply(Grouped(step=steps, prompt="p", completions=told))
     for place, value in enumerate(exact):
@@ -182,3 +183,16 @@ def test_dropped_rows_are_told() -> None:
 def test_the_worst_comes_first() -> None:
     state = after(40, kl=lambda s: 9.0, grad_norm=lambda s: 0.5 if s < 38 else 50.0)
     assert [diagnosis.level for diagnosis in diagnose(state)] == ["bad", "warning"]
+
+
+def test_cures_of_ppo_are_its_own() -> None:
+    """Nothing is compared within a group, and no cure names a setting of another algorithm."""
+
+    def of(**changed: Callable[[int], float]) -> str:
+        return said(rolled(algorithm="ppo", **changed))
+
+    assert "raise ppo.kl" in of(reward=lambda s: 0.8 - s / 60) and "ppo.truncated to penalise" in of(truncated=lambda s: 0.9)
+    assert "raise ppo.kl, ppo.entropy" in of(entropy=lambda s: 0.3 / s**2, reward=lambda s: min(0.5, 0.2 + s / 50))
+    assert "look at the precision" in of(mismatch=lambda s: 0.05) and "groups" not in of(reward_spread=lambda s: 0.0)
+    falling = {"reward": lambda s: 0.8 - s / 60, "entropy": lambda s: 0.3 / s**2}
+    assert "grpo" not in of(mismatch=lambda s: 0.05, truncated=lambda s: 0.9, kl=lambda s: 0.8, **falling)

@@ -23,6 +23,7 @@ from lowrank_tune import train as train_module
 from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.grpo import GRPO
 from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.ppo import PPO, Update
 from lowrank_tune.algorithms.reward import Reward
 from lowrank_tune.errors import RunFailed
 from lowrank_tune.events import Event, Note, StepDone
@@ -397,7 +398,7 @@ def done(loop_and_events: tuple[Loop, list[Event]]) -> tuple[Loop, list[Event]]:
 # --- a step is drawn again just so -----------------------------------------------------------------------------------------------------
 
 
-ALGORITHMS = ("sft", "reward", "dpo", "grpo")
+ALGORITHMS = ("sft", "reward", "dpo", "grpo", "ppo")
 
 
 def algorithm_over(name: str, dropout: float) -> tuple[Any, Roles, str]:
@@ -408,6 +409,10 @@ def algorithm_over(name: str, dropout: float) -> tuple[Any, Roles, str]:
     if name == "reward":
         roles = reward_roles(load(16), dropout=dropout, checkpointing=True)
         return Reward(Kit(roles, pairs_of)), roles, "reward"
+    if name == "ppo":
+        roles = llama_roles(16, checkpointing=True, extra=["value"], trainable=["policy", "value"],
+                            stacks={"policy": ["policy"], "reference": [], "value": ["value"]}, heads=["value"])  # fmt: skip
+        return PPO(Kit(roles, pairs_of), Fake(roles, LIVE), update=Update(epochs=2, minibatches=2)), roles, "policy"
     roles = llama_roles(16, checkpointing=True)  # dropout is a fault there
     if name == "grpo":
         harvester = Fake(roles, LIVE, drift=0.2)
@@ -456,7 +461,7 @@ def redrawn_step_differs(name: str) -> set[str]:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_lost_step_is_drawn_again_bit_for_bit(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert redrawn_step_differs(name) == set()
-    if name not in ("dpo", "grpo"):  # which draw nothing from the global stream
+    if name not in ("dpo", "grpo", "ppo"):  # which draw nothing from the global stream
         monkeypatch.setattr(train_module, "step_seed", lambda seed, step: int(torch.randint(1 << 40, ())))
         assert redrawn_step_differs(name) != set()
 
