@@ -2,7 +2,8 @@
 
 The code runs in one confined process and the tests in another, with the worker between them: what the tests expect is never where the code
 is, values arrive as exact plain types, and the tester alone compares. Tests that pass earn 1; a wrong value, a missing one, an exception, a
-crash, or no end in time earns 0; a row whose tests are at fault, or a sandbox that does not start, is an error and never a 0.
+crash, or no end in time earns 0. A row whose tests are at fault, a sandbox that does not start, or a machine too busy to have let the code
+run is an error or a timeout, and never a 0.
 
 The code is the last fence of the completion that is marked as Python, else its last fence, else all of it. Where the row's prompt begins a
 function, the code may be its body. A completion that did not stop by itself has not answered. Only the standard library can be imported.
@@ -74,7 +75,7 @@ class PythonTests(Worked):
         outcome, reason = reply["value"]["outcome"], inert(reply["value"]["reason"])
         if outcome in ("pass", "fail"):
             return Score(float(outcome == "pass"), outcome, reason)
-        return self.lost(item, reason)
+        return Score(None, "timeout", f"`{self.name}`: {reason}, on {item}") if outcome == "late" else self.lost(item, reason)
 
     def overdue(self, item: Item, seconds: float) -> Score:
         return Score(None, "timeout", f"`{self.name}`: the check was not over within {seconds:g} s on {item}")

@@ -184,7 +184,7 @@ WRONG = {
     "prints": "print(max(numbers))", "constant": "return 9", "boolean": "return True", "raises": "raise ValueError('no')",
     "bytes": "return bytes(max(numbers))", "divides": "return 1 / 0", "unknown name": "return maximum(numbers)",
     "recursion": "return largest(numbers[1:])",
-    "never ends": "while True:\n        pass", "no such module": "import numpy\n    return numpy.max(numbers)",
+    "never ends": "import time\n    time.sleep(1000)", "no such module": "import numpy\n    return numpy.max(numbers)",
     "float text": "return f'{max(numbers)}'",
     "complex": "return complex(max(numbers))  if len(numbers) > 1 else None", "sorts in place": "numbers.sort()\n    return numbers[0]",
     "mutates": "numbers.append(max(numbers) + 1)\n    return numbers[-1]",

@@ -21,6 +21,8 @@ from lowrank_tune.rewards.judges.python_tests import Unusable, code_of, row_test
 from lowrank_tune.rewards.python_tests import PythonTests
 from lowrank_tune.rewards.sandbox import levels
 from lowrank_tune.rewards.sandbox.check import Pair
+from lowrank_tune.rewards.sandbox.launch import Confined
+from lowrank_tune.rewards.sandbox.values import encode
 from lowrank_tune.settings import UNSAFE_CODE, RewardUse
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -131,7 +133,7 @@ def test_reasons_say_what_happened() -> None:
         "import os\nos._exit(3)",
         "import ctypes\nctypes.string_at(0)",
         "f = \x1b",
-        "while 1: pass",
+        "import time\ntime.sleep(1000)",
     ]
     scores = judged([item(text, row("assert f(1) == 1")) for text in texts], timeout=2.5)
     said = ["assert f(1) == 1: got 2", "raised ZeroDivisionError: division by zero", "the code ended its process with code 3",
@@ -178,6 +180,38 @@ def test_a_sandbox_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPat
     assert ended.outcome == "error" and ended.reason.startswith("the sandbox did not start: it ended its process with code 1")
     score = PythonTests().judge(item("x"), {"value": {"outcome": "error", "reason": ended.reason}, "seconds": 0.1})
     assert score.value is None and score.verdict == "error"
+
+
+@needs_sandbox
+def test_a_machine_that_is_too_busy_is_not_the_codes_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code that never had a processor for long may be right; that which had one, or slept, is wrong."""
+    found = {}
+    for ran, waited in ((0.1, 0.5), (0.4, 0.5), (0.1, 0.0), (0.0, 0.0)):
+        monkeypatch.setattr(Confined, "times", lambda self, both=(ran, waited): both)
+        strongest = levels.strongest()
+        assert strongest is not None
+        found[ran, waited] = Pair(strongest.level).check("", "import time\ntime.sleep(100)", "", "assert 1", 0.5).outcome
+    assert found == {(0.1, 0.5): "late", (0.4, 0.5): "fail", (0.1, 0.0): "fail", (0.0, 0.0): "fail"}
+    score = PythonTests().judge(item("x"), {"value": {"outcome": "late", "reason": "too busy"}, "seconds": 6.0})
+    assert score.value is None and score.verdict == "timeout"
+
+
+@needs_sandbox
+def test_times_of_a_process_are_its_own() -> None:
+    strongest = levels.strongest()
+    assert strongest is not None
+    solver = Confined("solver", strongest.level)
+    solver.ready()
+    if not Path("/proc/self/schedstat").exists():
+        pytest.skip("the kernel does not count the time that a process waits")
+    before, start = solver.times(), time.monotonic()
+    solver.send(encode({"prompt": "", "code": "while True: pass", "entry": ""}), start + 5)
+    time.sleep(0.5)
+    after = solver.times()
+    took = time.monotonic() - start
+    solver.end()
+    spent = sum(after) - sum(before)
+    assert after[0] > before[0] and 0.5 * 0.8 < spent < took + 0.1, (before, after)
 
 
 def test_what_the_worker_does_not_say_is_an_error_or_a_timeout() -> None:
@@ -278,4 +312,5 @@ def test_all_reference_solutions_pass(name: str) -> None:
     rate, median = len(rows) / (time.perf_counter() - start), statistics.median(score.seconds for score in scores)
     print(f"{name}: {rate:.1f} checks a second with 2 workers, median {1e3 * median:.0f} ms")
     missed = {each["task_id"]: score for each, score in zip(rows, scores, strict=True) if score.verdict != "pass"}
-    assert set(missed) == (set(UNEQUAL) if name == "mbpp" else set()), missed
+    right = {number: score for number, score in missed.items() if score.verdict != "timeout"}  # a busy machine says nothing
+    assert set(right) == (set(UNEQUAL) if name == "mbpp" else set()) and len(missed) - len(right) <= 2, missed

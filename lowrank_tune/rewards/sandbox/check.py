@@ -10,17 +10,23 @@ from lowrank_tune.rewards.sandbox.channel import LONGEST, Closed, Late, TooLong
 from lowrank_tune.rewards.sandbox.launch import Confined, Foreign, Level, Unconfined
 from lowrank_tune.rewards.sandbox.values import Unreadable, decode, encode
 
+STARVED, LITTLE = 0.2, 0.5  # shares of its time that code waited for a processor, and had less of one: then its end says nothing of it
+
 
 @dataclass(frozen=True)
 class Ended:
-    """How a check ended. pass, fail: the code is right or wrong. fault: the row's tests are to blame. error: we are."""
+    """How a check ended. pass, fail: the code is right or wrong. fault: the row's tests are to blame. late: the machine is. error: we are."""
 
-    outcome: Literal["pass", "fail", "fault", "error"]
+    outcome: Literal["pass", "fail", "fault", "late", "error"]
     reason: str = ""
 
 
 class Wrong(Exception):
     """The code has failed; the message says why."""
+
+
+class Starved(Exception):
+    """The time is over, and for much of it other processes had the processors; the message says how much."""
 
 
 class Pair:
@@ -40,6 +46,8 @@ class Pair:
             return self._converse(encode({"prompt": prompt, "code": code, "entry": entry}), encode(tests))
         except Wrong as wrong:
             return Ended("fail", str(wrong))
+        except Starved as starved:
+            return Ended("late", str(starved))
         except Unconfined as fault:
             return Ended("error", f"the sandbox did not start: {fault}")
         finally:
@@ -72,7 +80,7 @@ class Pair:
             self._solver.send(request, deadline)
             return self._solver.receive(deadline)
         except Late:
-            raise Wrong(f"did not end within {self.seconds:g} s") from None
+            raise self._overdue(self._solver) from None
         except Closed:
             raise Wrong(f"the code {self._solver.end()}") from None
         except TooLong:
@@ -87,7 +95,16 @@ class Pair:
             return self._tester.receive(deadline)
         except Late:
             if calls:
-                raise Wrong(f"did not end within {self.seconds:g} s") from None
+                raise self._overdue(self._tester) from None
             raise Unconfined("the tests did not begin in time") from None
         except (Closed, TooLong, Foreign):
             raise Unconfined(f"the process of the tests {self._tester.end()}") from None
+
+    def _overdue(self, one: Confined) -> Exception:
+        """Whose doing it is that the time is over."""
+        ran, waited = one.times()
+        if waited > STARVED * self.seconds and ran < LITTLE * self.seconds:
+            return Starved(
+                f"the machine is too busy: in {self.seconds:g} s the code ran for {ran:.1f} s and waited {waited:.1f} s for a processor"
+            )
+        return Wrong(f"did not end within {self.seconds:g} s")

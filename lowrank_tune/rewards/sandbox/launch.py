@@ -86,6 +86,17 @@ class Confined:
             raise Foreign
         return message[len(head) :]
 
+    def times(self) -> tuple[float, float]:
+        """Seconds that it has run on a processor, and that it was ready to and had to wait for one; zeros where the kernel does not count."""
+        ran, waited = 0, 0
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # a process that has ended meanwhile
+                if int(status.read_text().rpartition(")")[2].split()[2]) == self._process.pid:  # its group: with namespaces it is several
+                    for task in status.parent.glob("task/*/schedstat"):
+                        each = task.read_text().split()
+                        ran, waited = ran + int(each[0]), waited + int(each[1])
+        return ran / 1e9, waited / 1e9
+
     def end(self) -> str:
         """Ends it, with all that it started where that was possible at all; how it had ended by itself, where it had."""
         patience = time.monotonic() + (ENDING_SECONDS if self._channel.closed() else 0)
