@@ -32,8 +32,7 @@ def confine(level: str, descriptor: int, parent: int, memory: int, seconds: int,
     _become_nobody()
     if level != "bubblewrap":  # again: a new process, and a new user, has forgotten it
         die_with(0 if level == "namespaces" else parent)  # the parent of the first process of a namespace cannot be seen: it is 0
-    if level != "none":
-        drop_capabilities()
+    drop_capabilities()
     control(PR_SET_NO_NEW_PRIVS)
     _limit(memory, seconds, tasks)
     os.environ.clear()
@@ -83,11 +82,15 @@ def _passable(path: str) -> bool:
 
 
 def _become_nobody() -> None:
-    """A superuser becomes nobody, unless the standard library is closed to others; without its rights it is then bound by the rest."""
+    """A superuser becomes nobody, unless the standard library is closed to others, or this system knows no nobody, as some user namespaces.
+    Then it stays what it is, without its rights, bound by the rest."""
     if os.geteuid() == 0 and os.stat(os.__file__).st_mode & OTHERS_READ:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        try:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+        except OSError:
+            return  # what it told of itself says so
         control(PR_SET_DUMPABLE, 1)  # or /proc/self would belong to root and the open folders could not be used
 
 
