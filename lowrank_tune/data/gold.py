@@ -9,6 +9,7 @@ from typing import Any
 GOLD_COLUMNS = ("gold", "expected_answer", "ground_truth", "final_answer")
 GROUPED = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+HASHES_END = re.compile(r"####[^\n]*+(?:\s*\nThe answer is[^\n]*+)?\s*\Z")  # GSM8K's end, and MetaMathQA's
 WHOLE_NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?%?")
 
 
@@ -27,7 +28,7 @@ def find_gold(row: Mapping[str, Any], columns: Mapping[str, str], how: str, answ
     column = _column(row, columns)
     if how == "gold":
         return column
-    found = after_hashes(answer)
+    found = after_hashes(answer) if HASHES_END.search(answer) else None  # elsewhere it is a heading of Markdown
     if found is None:
         found = column
     if found is None:

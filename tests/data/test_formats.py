@@ -73,6 +73,7 @@ def test_a_person_who_writes_twice_is_joined() -> None:
 
 
 @pytest.mark.parametrize(("row", "how", "gold"), [
+    ({"answer": "#### Step 2:\nSo \\boxed{5}."}, "auto", "5"), ({"answer": "#### Part (a)\nIt holds."}, "auto", None),
     ({"answer": "So 5.\n#### 1,234"}, "auto", "1234"), ({"answer": "x #### -3 \nThe answer is: -3"}, "auto", "-3"),
     ({"answer": "5 apples"}, "auto", None),
     ({"answer": "-12,000.5"}, "auto", "-12000.5"), ({"answer": r"\boxed{1} or \boxed{\frac{1}{2}}."}, "auto", r"\frac{1}{2}"),
