@@ -175,6 +175,17 @@ def report_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Fold
         print(write_report(run))
 
 
+@app.command("compare")
+def compare_command(runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of runs or chains, finished or not.")],
+                    html: Annotated[Path | None, typer.Option("--html", help="File for the page; else compare.html beside RUN.")] = None,
+                    debug: Debug = False) -> None:  # fmt: skip
+    """Put runs side by side: curves, held-out results, and where their recipes differ; here, and as one page for a browser."""
+    with _sentences(debug):
+        from lowrank_tune.ui.compare import compare
+
+        print(f"the page: {compare(runs, html)}")
+
+
 @app.command("doctor")
 def doctor_command(debug: Debug = False) -> None:
     """Check this machine: Python, torch, the card, 4-bit arithmetic, versions, disk, terminal. Ends with 1 where something needed fails."""

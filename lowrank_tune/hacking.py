@@ -30,18 +30,18 @@ class Look:
 
 @dataclass(frozen=True)
 class Parting:
-    """Gold was best after step `since`, and has fallen; the reward at first, then, and now."""
+    """Gold was best after step `since`, and has fallen; the reward at first and now."""
 
     since: int
     best: float
     now: float
-    rewards: tuple[float, float, float]
+    rewards: tuple[float, float]
 
     @property
     def words(self) -> str:
         return (f"the reward rises and held-out answers get worse ({self.best:.0%} -> {self.now:.0%} exact): it pays for something else than "
-                f"being right ({self.rewards[0]:.3g} at first, {self.rewards[1]:.3g} when they were best after step {self.since}, "
-                f"{self.rewards[2]:.3g} now): look at the groups and at the reward")  # fmt: skip
+                f"being right (reward {self.rewards[0]:.3g} -> {self.rewards[1]:.3g}, best answers after step {self.since}): look at the groups "
+                "and at the reward")  # fmt: skip
 
 
 def noise_of(share: float, questions: int) -> float:
@@ -61,7 +61,7 @@ def parting(looks: Sequence[Look], span: float) -> Parting | None:
     noise = math.sqrt(best.noise**2 + math.fsum(look.noise**2 for look in recent) / RECENT**2)
     falls = best.exact - now > max(LEAST_LOSS, CLEARLY * noise)
     rises = reward > looks[0].reward + RISE * span and reward >= best.reward - RISE * span
-    return Parting(best.step, best.exact, now, (looks[0].reward, best.reward, reward)) if falls and rises else None
+    return Parting(best.step, best.exact, now, (looks[0].reward, reward)) if falls and rises else None
 
 
 @dataclass

@@ -6,7 +6,7 @@ Raw values are dim dots; their exponential moving average is the bright line. A 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lowrank_tune.ui.frame import Line
@@ -120,9 +120,14 @@ def _join(canvas: Canvas, curve: Curve, start: tuple[int, int], end: tuple[int, 
         canvas.dot(round(x0 + share * (x1 - x0)), round(y0 + share * (y1 - y0)), curve.style, curve.sign)
 
 
-def chart(curves: Sequence[Curve], width: int, height: int, log: bool = False, ascii_only: bool = False) -> list[Line]:
-    """`height` lines of `width` cells: the curves, the values of the y axis at its left, the steps below. Log falls back to linear where
-    no value is positive."""
+def whole(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def chart(curves: Sequence[Curve], width: int, height: int, log: bool = False, ascii_only: bool = False,
+          across: Callable[[float], str] = whole) -> list[Line]:  # fmt: skip
+    """`height` lines of `width` cells: the curves, the values of the y axis at its left, the steps below (`across` writes them). Log falls
+    back to linear where no value is positive."""
     area = span(curves, log) or span(curves, False)
     plot_width, plot_height = width - LABEL - 1, height - 1
     if plot_width < 4 or plot_height < 2:
@@ -143,11 +148,10 @@ def chart(curves: Sequence[Curve], width: int, height: int, log: bool = False, a
     for row, line in enumerate(canvas.lines()):
         label = short(labels[row]) if row in labels else ""
         lines.append([(f"{label:>{LABEL - 1}} {edge}", "quiet"), *line])
-    return [*lines, _steps_axis(left, right, plot_width)]
+    return [*lines, _steps_axis(across(left), across(right), plot_width)]
 
 
-def _steps_axis(left: float, right: float, width: int) -> Line:
-    first, last = f"{left:.0f}", f"{right:.0f}"
+def _steps_axis(first: str, last: str, width: int) -> Line:
     between = width - len(first) - len(last)
-    text = f"{first}{' ' * between}{last}" if between > 0 and right > left else last.rjust(width)
+    text = f"{first}{' ' * between}{last}" if between > 0 and first != last else last.rjust(width)
     return [(" " * (LABEL + 1) + text, "quiet")]

@@ -26,6 +26,8 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "second": ("93", "", "bright_yellow"),
     "chosen": ("92", "1", "bright_green"),
     "rejected": ("91", "", "bright_red"),
+    "third": ("95", "1", "bright_magenta"),
+    "fourth": ("94", "", "bright_blue"),
     "bar": ("36", "1", "cyan"),
 }
 """Each style as an escape code with colours, as one without (NO_COLOR), and as rich names it for pictures."""

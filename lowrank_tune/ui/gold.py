@@ -45,9 +45,14 @@ def values_of(state: State, name: str) -> list[float]:
     return [value for _, value in series.points if math.isfinite(value)] if series else []
 
 
-def frontier(state: State) -> list[tuple[float, float]]:
-    """What the reward was where the policy had gone so far: (KL in nats a token, reward) of the steps at which both were measured."""
-    if not {"kl", "reward"} <= state.series.keys():
-        return []
-    rewards = dict(state.series["reward"].points)
-    return [(kl, rewards[step]) for step, kl in state.series["kl"].points if step in rewards and math.isfinite(kl + rewards[step])]
+def frontier(state: State, name: str = "reward") -> list[tuple[float, float]]:
+    """What a statistic was where the policy had gone so far: (KL in nats a token, value). KL is that of the step, or what was measured last
+    before it."""
+    kl, values = state.series.get("kl"), state.series.get(name)
+    far, found, place = [point for point in kl.points if math.isfinite(point[1])] if kl else [], list[tuple[float, float]](), 0
+    for step, value in values.points if values else ():
+        while place < len(far) and far[place][0] <= step:
+            place += 1
+        if math.isfinite(value) and place and (name != "reward" or far[place - 1][0] == step):
+            found.append((far[place - 1][1], value))
+    return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lowrank_tune.events import Sampled
 from lowrank_tune.ui.charts import Curve, chart, short, smooth
 from lowrank_tune.ui.frame import Line, said, width_of, wrap
+from lowrank_tune.ui.gold import frontier
 from lowrank_tune.ui.metrics import BAND, SIDE_TITLES, TITLES, WRITES, charts_of, reward_names, side_of
 from lowrank_tune.ui.plain import SHOWN, clock, number, percent, signed
 from lowrank_tune.ui.state import Pair, State
@@ -18,6 +19,7 @@ KEYS = {
     "g": "the completions of the newest group; g or Esc leaves", "l": "log scale", "+": "smoother curves", "-": "less smooth", "?": "this help",
 }  # fmt: skip
 PLAINLY = ("accuracy", "learning_rate", "heldout_exact", "dead_groups", "truncated", "clip_fraction", "length")
+FRONTIER, FRONTIER_AT, FEW_FAR = "reward against KL", 5, 3  # a chart over no steps: its place among the others, and the points it needs
 QUESTION_LINES = 4  # that a further question needs
 BESIDE = 23  # cells of a pane's title that its right part must leave
 FOR_THE_RUN = "qpse"  # what only the run's own screen can do; in `watch`, q leaves the screen alone
@@ -53,6 +55,8 @@ def chart_names(state: State) -> list[tuple[str, ...]]:
     names += [(name,) for name in ("reward", "heldout_exact") if name in state.series and (name,) not in names]
     if len(several := tuple(reward_names(state.series))) > 1 and state.started is not None and state.started.algorithm in WRITES:
         names.insert(min(3, len(names)), several)
+    if state.started is not None and state.started.algorithm in WRITES and len(frontier(state)) >= FEW_FAR:
+        names.insert(min(FRONTIER_AT, len(names)), (FRONTIER,))
     return names
 
 
@@ -68,6 +72,8 @@ def written(name: str, value: float) -> str:
 def chart_pane(state: State, names: Sequence[str], view: View, width: int, height: int) -> list[Line]:
     """A title with the last values, and the chart. One statistic: its values dim, their average bright, validation in a second colour; or a
     band around it. Two are the sides of a pair, more are rewards: the averages of all, each in its colour."""
+    if names == (FRONTIER,):
+        return _frontier_pane(state, view, width, height)
     told = (SIDE_TITLES if len(names) > 1 else TITLES).get(names[0]) or said(names[0], view.ascii_only).replace("_", " ")
     told = "rewards" if len(names) > 1 and names[0] in reward_names(names) else told
     title: Line = [(f" {told} ", "title")]
@@ -78,6 +84,18 @@ def chart_pane(state: State, names: Sequence[str], view: View, width: int, heigh
     for name in names:
         title += _last_values(state, name, looks[name], view)
     return [title, *chart(curves, width, height - 1, log, view.ascii_only)]
+
+
+def _frontier_pane(state: State, view: View, width: int, height: int) -> list[Line]:
+    """The reward by the KL to the reference; held-out exact answers are stretched to the same height, for only their course counts here."""
+    earned, gold = frontier(state), frontier(state, "heldout_exact")
+    low, high = min(y for _, y in earned), max(y for _, y in earned)
+    curves = [Curve(earned, "first", "*")]
+    title: Line = [(" reward against KL  ", "title"), ("reward", "first")]
+    if gold and (most := max(y for _, y in gold)) > (least := min(y for _, y in gold)):
+        curves.append(Curve([(x, low + (y - least) / (most - least) * (high - low)) for x, y in gold], "second", "o"))
+        title.append(("  exact", "second"))
+    return [title, *chart(curves, width, height - 1, False, view.ascii_only, across=short)]
 
 
 LOOKS = (("first", "*"), ("second", "o"), ("chosen", "+"), ("rejected", "-"))

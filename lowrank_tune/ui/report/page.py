@@ -9,7 +9,7 @@ from importlib.resources import files
 
 from lowrank_tune.ui.metrics import WITHOUT_REFERENCE, WRITES
 from lowrank_tune.ui.plain import clock, percent
-from lowrank_tune.ui.report import groups, pairs, sections
+from lowrank_tune.ui.report import frontier, groups, pairs, sections
 from lowrank_tune.ui.report.charts import short
 from lowrank_tune.ui.report.record import ChainRecord, Record
 from lowrank_tune.ui.report.words import inside, number_in, text
@@ -19,20 +19,20 @@ PAIRED = ("reward", "dpo")
 
 def page(record: Record) -> str:
     """The page of a run."""
-    body = f"{_header(record)}{_alerts(_troubles(record), record.status)}{_tiles(record)}\n{sections.heldout(record)}\n{_body(record)}"
-    return _document(f"{_name(record)}, {record.status}", body, f"{record.folder.name}/events.jsonl")
+    body = f"{_header(record)}{alerts(troubles(record), record.status)}{_tiles(record)}\n{sections.heldout(record)}\n{_body(record)}"
+    return document(f"{_name(record)}, {record.status}", body, f"{record.folder.name}/events.jsonl")
 
 
 def chain_page(chain: ChainRecord) -> str:
     """The page of a chain: what came of all stages together, then each of them."""
     places = {folder: f"stage-{number}" for number, folder in enumerate(chain.stages, 1)}
-    body = "\n".join([_chain_header(chain), _alerts(_chain_troubles(chain), chain.status), _contents(chain, places), _chain_tiles(chain),
+    body = "\n".join([_chain_header(chain), alerts(_chain_troubles(chain), chain.status), _contents(chain, places), _chain_tiles(chain),
                       sections.heldout_of_chain(chain), sections.stage_table(chain),
                       *(_stage(folder, record, places[folder], len(places)) for folder, record in chain.stages.items())])  # fmt: skip
-    return _document(f"{chain.name}, {chain.status}", body, f"the stages of {chain.folder.name}")
+    return document(f"{chain.name}, {chain.status}", body, f"the stages of {chain.folder.name}")
 
 
-def _document(title: str, body: str, source: str) -> str:
+def document(title: str, body: str, source: str) -> str:
     """One file, no address in it, and a policy that would not let it load anything."""
     style, script = (files("lowrank_tune.ui.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -45,8 +45,8 @@ def _document(title: str, body: str, source: str) -> str:
 
 def _body(record: Record) -> str:
     """What a run has to show below its figures."""
-    parts = [sections.curves(record), groups.phases(record), groups.over_time(record), pairs.scores(record), sections.samples(record),
-             sections.data(record), sections.recipe(record), sections.environment(record), sections.notes(record)]  # fmt: skip
+    parts = [sections.curves(record), frontier.section(record), groups.phases(record), groups.over_time(record), pairs.scores(record),
+             sections.samples(record), sections.data(record), sections.recipe(record), sections.environment(record), sections.notes(record)]  # fmt: skip
     return "\n".join(part for part in parts if part)
 
 
@@ -57,7 +57,7 @@ def _stage(folder: str, record: Record | None, place: str, count: int) -> str:
         return f'<details class="stage" id="{place}"><summary>Stage {number} of {count}: {text(folder)}</summary><p>not begun</p></details>'
     pill = f'<span class="pill {text(record.status)}">{text(record.status)}</span>'
     return (f'<details class="stage" id="{place}" open><summary>Stage {number} of {count}: {text(folder)} {pill}</summary>\n'
-            f"{_told_of(record)}{_alerts(_troubles(record), record.status)}{_tiles(record)}\n{_body(record)}</details>")  # fmt: skip
+            f"{_told_of(record)}{alerts(troubles(record), record.status)}{_tiles(record)}\n{_body(record)}</details>")  # fmt: skip
 
 
 def _chain_header(chain: ChainRecord) -> str:
@@ -74,7 +74,7 @@ def _contents(chain: ChainRecord, places: Mapping[str, str]) -> str:
 
 
 def _chain_troubles(chain: ChainRecord) -> list[str]:
-    told = [f"{folder}: {trouble}" for folder, record in chain.stages.items() if record is not None for trouble in _troubles(record)]
+    told = [f"{folder}: {trouble}" for folder, record in chain.stages.items() if record is not None for trouble in troubles(record)]
     return told + [f"{folder}: this stage has not begun" for folder, record in chain.stages.items() if record is None]
 
 
@@ -105,7 +105,7 @@ def _told_of(record: Record) -> str:
     return told
 
 
-def _troubles(record: Record) -> list[str]:
+def troubles(record: Record) -> list[str]:
     """Warnings, and how the run broke."""
     told = [str(each) for each in record.summary.get("warnings") or ()] if isinstance(record.summary.get("warnings"), list) else []
     told = list(dict.fromkeys([*told, *record.warnings]))
@@ -119,7 +119,7 @@ def _troubles(record: Record) -> list[str]:
     return told
 
 
-def _alerts(told: Sequence[str], status: str) -> str:
+def alerts(told: Sequence[str], status: str) -> str:
     kind = "alerts failed" if status == "failed" else "alerts"
     return f'<ul class="{kind}">{"".join(f"<li>{text(each, 800)}</li>" for each in told)}</ul>' if told else ""
 

@@ -16,7 +16,8 @@ from lowrank_tune.ui.report.record import ChainRecord, Record
 from lowrank_tune.ui.report.words import block, entries, inside, number_in, pairs, table, text
 
 HEADS = {"": "(all)", "exact": "exact answers (pass@1)", "stopped": "stops by itself", "length": "tokens an answer"}
-NOT_LOG = ("accuracy", "moved_share", "heldout_exact", "heldout_stopped", "truncated", "dead_groups", "clip_fraction")
+NOT_LOG = ("accuracy", "moved_share", "heldout_exact", "heldout_stopped", "truncated", "dead_groups", "clip_fraction", "value_clip_fraction",
+           "explained_variance")  # fmt: skip
 MOST_SAMPLES = 24  # of one prompt over a run
 
 
@@ -44,10 +45,10 @@ def _curve(name: str, meaning: str, partner: str | None, record: Record) -> str:
     title = name.replace("_", " ").replace("heldout", "held-out")
     if partner is not None:
         lines, title = sides_of({each: record.series.get(each) or record.checks.get(f"validation_{each}", {}) for each in (name, partner)}), ""
-    return _chart_card(title or TITLES[name], meaning, lines, name not in NOT_LOG, points or checks)
+    return chart_card(title or TITLES[name], meaning, lines, name not in NOT_LOG, points or checks)
 
 
-def _chart_card(title: str, meaning: str, lines: Sequence[Line], may_log: bool, points: Mapping[int, float]) -> str:
+def chart_card(title: str, meaning: str, lines: Sequence[Line], may_log: bool, points: Mapping[int, float]) -> str:
     svg = chart(lines)
     if not svg:
         return ""

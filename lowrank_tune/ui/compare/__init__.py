@@ -1,0 +1,40 @@
+"""`lowrank-tune compare`: several runs and chains side by side, in the terminal and as one page, from what they left in their folders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from lowrank_tune.checkpoint import write_file
+from lowrank_tune.ui.compare.page import compare_page
+from lowrank_tune.ui.compare.screen import Paper, screen
+from lowrank_tune.ui.compare.side import Side, read_sides
+from lowrank_tune.ui.frame import coded, plain_text
+from lowrank_tune.ui.terminal import ascii_only
+
+__all__ = ["Paper", "Side", "compare", "compare_page", "read_sides", "screen"]
+
+PIPED_WIDTH = 120
+
+
+def compare(runs: Sequence[Path], html: Path | None = None, file: TextIO | None = None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Writes the comparison to `file` and the page to `html`, by default `compare.html` beside the first run; returns where the page is.
+
+    Raises UserError where something is no run, or the page cannot be written.
+    """
+    sides, out = read_sides(runs), sys.stdout if file is None else file
+    target = html or sides[0].folder.resolve().parent / "compare.html"
+    on_terminal = out.isatty() and environ.get("TERM", "dumb") != "dumb"
+    colour = on_terminal and not environ.get("NO_COLOR")
+    width = shutil.get_terminal_size((PIPED_WIDTH, 24)).columns if on_terminal or "COLUMNS" in environ else PIPED_WIDTH
+    lines = screen(sides, Paper(max(40, width), signs=not colour, ascii_only=ascii_only(out, environ)))
+    told = "\n".join(coded(line, colour) for line in lines) + "\n" if on_terminal else plain_text(lines)
+    encoding = getattr(out, "encoding", None) or "utf-8"
+    out.write(told.encode(encoding, "backslashreplace").decode(encoding))
+    out.flush()
+    write_file(target, compare_page(sides).encode("utf-8", "backslashreplace"))
+    return target
