@@ -134,10 +134,12 @@ def test_reasons_say_what_happened() -> None:
         "import ctypes\nctypes.string_at(0)",
         "f = \x1b",
         "import time\ntime.sleep(1000)",
+        cheats.CHEATS["speaks for the tester at once"],
     ]
     scores = judged([item(text, row("assert f(1) == 1")) for text in texts], timeout=2.5)
     said = ["assert f(1) == 1: got 2", "raised ZeroDivisionError: division by zero", "the code ended its process with code 3",
-            "the code was killed by SIGSEGV", "raised SyntaxError: ", "did not end within 1.5 s"]  # fmt: skip
+            "the code was killed by SIGSEGV", "raised SyntaxError: ", "did not end within 1.5 s",
+            "wrote to the stream of its results"]  # fmt: skip
     assert all(score.verdict == "fail" and score.reason.startswith(words) for score, words in zip(scores, said, strict=True)), scores
     assert "\x1b" not in "".join(score.reason for score in scores)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
@@ -22,9 +23,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_tune.rewards.sandbox import levels
+from lowrank_tune.rewards.sandbox import landlock, levels, seccomp
 from lowrank_tune.rewards.sandbox.channel import LONGEST, Channel, Closed, Late, TooLong
-from lowrank_tune.rewards.sandbox.launch import FOLDER, PACKAGE, Confined, Level
+from lowrank_tune.rewards.sandbox.launch import FOLDER, PACKAGE, Confined, Foreign, Level
 from lowrank_tune.rewards.sandbox.values import DEEPEST, Unplain, Unreadable, decode, encode
 
 SOME = ("forks", "secret file", "parent's memory", "TCP", "disk", "signals to a sibling", "mount", "crash", "flood of everything")
@@ -42,6 +43,13 @@ def level(request: pytest.FixtureRequest) -> Level:
     if fault := levels.attempt(request.param).fault:
         pytest.skip(fault)
     return request.param  # type: ignore[no-any-return]
+
+
+def test_the_floor_is_there_where_the_kernel_has_it() -> None:
+    """Without this a broken sandbox would be skipped below as one that the machine lacks."""
+    if not landlock.version() or not seccomp.known() or "Seccomp:" not in Path("/proc/self/status").read_text():
+        pytest.skip("no Landlock or no seccomp here")
+    assert levels.attempt("landlock").fault == "" and levels.strongest() is not None
 
 
 def test_attacks_are_stopped_and_the_control_is_not(level: Level) -> None:
@@ -140,6 +148,27 @@ def test_an_ended_process_leaves_nothing(level: Level) -> None:
     assert made.end() == "was killed by SIGKILL"
 
 
+FORGED = """
+import os, struct
+message = PREFIX + b"l1;s6;loaded"
+for number in range(3, 64):
+    try:
+        os.write(number, struct.pack("<I", len(message)) + message)
+    except OSError:
+        pass
+"""
+
+
+@pytest.mark.parametrize("prefix", ["b''", "bytes(16) + struct.pack('<I', 1)"])
+def test_a_message_without_the_nonce_is_not_taken(level: Level, prefix: str) -> None:
+    solver, deadline = Confined("solver", level), time.monotonic() + 20
+    solver.ready()
+    solver.send(encode({"prompt": "", "code": FORGED.replace("PREFIX", prefix), "entry": ""}), deadline)
+    with pytest.raises(Foreign):
+        solver.receive(deadline)
+    solver.end()
+
+
 def test_a_level_with_an_open_door_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a level claims is tried: where something works that must not, it does not count."""
     monkeypatch.setattr(levels, "PROBE", levels.PROBE.replace('"opens sockets": lambda: socket.socket(', '"sums": lambda: max('))
@@ -147,6 +176,46 @@ def test_a_level_with_an_open_door_is_none(monkeypatch: pytest.MonkeyPatch) -> N
     assert (
         all(offer.fault for offer in found) and any(offer.fault == "code at this level sums" for offer in found) or levels.strongest() is None
     )
+
+
+# The filter of system calls, read as the kernel reads it.
+
+
+def answer(number: int, *arguments: int, architecture: int | None = None) -> int:
+    """What the filter says to a call: classic BPF, the four instructions that it uses."""
+    known, _ = seccomp.MACHINES[os.uname().machine]
+    data = struct.pack("<IIQ6Q", number, known if architecture is None else architecture, 0, *arguments, *[0] * (6 - len(arguments)))
+    lines, place, loaded = list(struct.iter_unpack("<HBBI", seccomp.program())), 0, 0
+    while True:
+        code, true, false, value = lines[place]
+        place += 1
+        if code == 0x20:
+            (loaded,) = struct.unpack_from("<I", data, value)
+        elif code == 0x06:
+            return int(value)
+        else:
+            assert code in (0x15, 0x35)
+            place += true if (loaded == value if code == 0x15 else loaded >= value) else false
+
+
+@pytest.mark.skipif(not seccomp.known(), reason="no list of system calls for this machine")
+def test_the_filter_lets_through_what_it_should_and_no_more() -> None:
+    allow, refuse, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
+    numbers = seccomp.MACHINES[os.uname().machine][1]
+    plain = {name for name in numbers if name not in seccomp.narrowed() and name != "clone3"}
+    assert {name for name in plain if answer(numbers[name]) != allow} == set() and len(plain) > 60
+    own, other = os.getpid(), os.getppid()
+    for name in ("kill", "tkill", "tgkill"):
+        assert [answer(numbers[name], pid & 0xFFFFFFFF, 9) for pid in (own, other, 0, 1, -1, -own)] == [allow, *[refuse] * 5]
+    assert [answer(numbers["clone"], flags) for flags in (0x3D0F00, 0x7D0F00, 17, 0x10000011, 0x4111)] == [allow, allow, *[refuse] * 3]
+    assert [answer(numbers["prlimit64"], pid) for pid in (0, own)] == [allow, refuse]
+    assert [answer(numbers["fcntl"], 3, command) for command in (1, 4, 8, 10, 15)] == [allow, allow, refuse, refuse, refuse]
+    assert [answer(numbers["ioctl"], 0, command) for command in (0x5401, 0x5412)] == [allow, refuse]
+    assert [answer(numbers["socketpair"], family) for family in (1, 2)] == [allow, refuse]
+    assert answer(numbers["clone3"]) == 0x00050000 | errno.ENOSYS
+    left = set(range(1024)) - set(numbers.values())
+    assert {answer(number) for number in left} == {refuse}
+    assert answer(numbers["read"], architecture=0x40000003) == kill and answer(0x40000000) == kill
 
 
 # Values.
