@@ -20,7 +20,7 @@ from typing import Any
 
 from lowrank_tune.rewards.sandbox import seccomp
 from lowrank_tune.rewards.sandbox.channel import Closed, Late, TooLong
-from lowrank_tune.rewards.sandbox.launch import Confined, Foreign, Level, Unconfined, ended
+from lowrank_tune.rewards.sandbox.launch import Confined, Foreign, Level, Unconfined
 from lowrank_tune.rewards.sandbox.values import Unreadable, decode, encode
 
 LEVELS: tuple[Level, ...] = ("namespaces", "bubblewrap", "landlock")
@@ -116,6 +116,3 @@ def doors(solver: Confined) -> list[str]:
         solver.send(b"l4;" + encode("call") + b"o0;" + encode([secret, folder, os.getpid()]) + encode({}), deadline)
         answer = decode(solver.receive(deadline))
     return list(answer[1]) if answer[0] == "value" else [f"cannot run ({answer})"]
-
-
-__all__ = ["LEVELS", "Offer", "attempt", "doors", "ended", "strongest", "why_none"]
