@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 RECENT = 2  # looks whose mean is "now": one bad evaluation is noise
-CLEARLY = 2.5  # standard errors that gold has to lose; the best of several looks is above its truth by one or two of them by chance alone
+CLEARLY = 3.5  # standard errors that gold has to lose: the best of ten looks is above its truth by half of that by chance alone
 LEAST_LOSS = 0.02  # share of questions: below that nobody cares
 RISE = 0.1  # of the span of the steps' mean rewards
 UNKNOWN_NOISE = 0.05  # at most, with a hundred questions
@@ -40,8 +40,8 @@ class Parting:
     @property
     def words(self) -> str:
         return (f"the reward rises and held-out answers get worse ({self.best:.0%} -> {self.now:.0%} exact): it pays for something else than "
-                f"being right (reward {self.rewards[0]:.3g} -> {self.rewards[1]:.3g}, best answers after step {self.since}): look at the groups "
-                "and at the reward")  # fmt: skip
+                f"being right (reward {self.rewards[0]:.3g} -> {self.rewards[1]:.3g}, best answers after step {self.since}): look at the "
+                "groups and at the reward")  # fmt: skip
 
 
 def noise_of(share: float, questions: int) -> float:

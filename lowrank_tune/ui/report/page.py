@@ -46,7 +46,8 @@ def document(title: str, body: str, source: str) -> str:
 def _body(record: Record) -> str:
     """What a run has to show below its figures."""
     parts = [sections.curves(record), frontier.section(record), groups.phases(record), groups.over_time(record), pairs.scores(record),
-             sections.samples(record), sections.data(record), sections.recipe(record), sections.environment(record), sections.notes(record)]  # fmt: skip
+             sections.samples(record), sections.data(record), sections.recipe(record), sections.environment(record),
+             sections.notes(record)]  # fmt: skip
     return "\n".join(part for part in parts if part)
 
 
