@@ -22,6 +22,7 @@ from lowrank_tune.checkpoint import RunFolder, newest
 from lowrank_tune.control import Control, asked_by_signals
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, Event, Note, RunEnded, Sampled, StepDone
+from lowrank_tune.export import final_folder
 from lowrank_tune.model.base import Base
 from lowrank_tune.recipe import Chain, differences, dump, load_any
 from lowrank_tune.sinks import JsonLines, Tee
@@ -148,7 +149,7 @@ def run_stage(recipe: settings.Recipe, folder: RunFolder, console: _Console, pla
         closing.callback(built.close)
         stage = Stage(recipe, folder, built, emit, console.control, found, (place.number, place.count), place.name, place.earlier)
         step, finished = stage.train(console.training)
-        stage.finish(finished, begun, listener.last, listener.warnings)
+        stage.finish(finished, begun, listener.last, listener.warnings, final_folder)
         built.roles.release()
         return Outcome("done" if finished else "interrupted", folder.path, stage.summary), built.base
     except torch.OutOfMemoryError as error:

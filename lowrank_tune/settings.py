@@ -175,6 +175,9 @@ class Train(Settings):
     """Newest checkpoints kept, besides the best."""
     final: Literal["best", "last"] = "best"
     """Which adapter becomes `final/`: the one with the lowest validation loss, or the last."""
+    final_stack: Literal["folded", "apart"] = "folded"
+    """Where frozen adapters lie below the trained one: `final/` is all of them folded into one adapter, exactly, whose rank is the sum of
+    theirs; or each stays apart in a folder of its own, to be loaded together."""
 
 
 class RewardModel(Settings):

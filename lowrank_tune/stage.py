@@ -79,8 +79,8 @@ class Stage:
         if found:
             self._restore(found[1])
         base = built.base
-        folder.write_json("base.json", {"model": base.name, "revision": base.revision, "bits": base.bits, "tensors": self.hashes,
-                                       "adapters": self.adapters})  # fmt: skip
+        folder.write_json("base.json", {"model": base.name, "revision": base.revision, "bits": base.bits, "device": base.device.type,
+                                       "tensors": self.hashes, "adapters": self.adapters})  # fmt: skip
         seen = (survey(recipe, built.data, built.template, built.heldout) if isinstance(built.data, Prepared)
                 else survey_asked(recipe, built.data, built.template, built.heldout))  # fmt: skip
         folder.write_json("data.json", seen.to_dict())
@@ -102,12 +102,11 @@ class Stage:
         """What the policy starts from, by name: the base, or the frozen adapter right below it."""
         return next((name for name in reversed(self.recipe.adapters) if name not in (*self.built.trained, ROLE)), "base")
 
-    def finish(self, finished: bool, begun: float, last: dict[str, float], warnings: list[str]) -> None:
-        """The best adapter becomes `final/`, answers the held-out prompts, and the summary is written."""
+    def finish(self, finished: bool, begun: float, last: dict[str, float], warnings: list[str], leave: Callable[[Stage], Snapshot]) -> None:
+        """The best adapter answers the held-out prompts, what is to `leave` of it becomes `final/`, and the summary is written."""
         step = self.loop.progress.step
         if finished:
             self._take_best()
-            self._write_final()
             if self.heldout:
                 self._measure(self.measured_as, "policy", step)
             if self.recipe.pairs and self.built.validation is not None:
@@ -126,6 +125,8 @@ class Stage:
             **({"heldout_pairs": self.pairs} if self.pairs else {}),
             **({"hacking": {"step": self.watch.spoke, "ended": self.watch.ended}} if self.watch.spoke is not None else {}),
             "base_hash": {"start": one_hash(self.hashes), "end": end}, "adapter_hashes": self.adapters, "warnings": warnings}  # fmt: skip
+        if finished:
+            write_atomically(self.folder.final, leave(self))
         self.emit(RunEnded(status=status, step=step, seconds=time.time() - begun))
         self.folder.write_json("summary.json", self.summary)
 
@@ -298,15 +299,6 @@ class Stage:
                 self.built.roles.load_adapter_tensors(name, tensors[f"{name}/{WEIGHTS}"], str(self.folder.path))
             why = "answered most held-out questions" if self.recipe.best_by == "exact" else "had the lowest validation loss"
             self.emit(Note(message=f"final/ is the adapter of step {best}, which {why}"))
-
-    def _write_final(self) -> None:
-        """What a user takes away: the first trained adapter at the folder's root, as PEFT wants it, any other in a folder of its name."""
-        snapshot = Snapshot()
-        for place, name in enumerate(self.built.trained):
-            where = "" if place == 0 else f"{name}/"
-            snapshot.tensors[where + WEIGHTS] = self.built.roles.adapter_tensors(name)
-            snapshot.documents[where + CONFIG] = self.built.roles.adapter_config(name)
-        write_atomically(self.folder.final, snapshot)
 
 
 def _hashes(tensors: dict[str, torch.Tensor]) -> dict[str, str]:

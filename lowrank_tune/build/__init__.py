@@ -24,7 +24,7 @@ from lowrank_tune.data.tokenise import cache_folder
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, Note, Progress
 from lowrank_tune.model.adapters import SavedAdapter, lora_config, read_adapter
-from lowrank_tune.model.base import Base, base_hashes, load_base, load_tokenizer, one_hash
+from lowrank_tune.model.base import Base, base_hashes, hash_of, load_base, load_tokenizer, one_hash
 from lowrank_tune.model.heads import KEY
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Algorithm, Batch
@@ -72,6 +72,7 @@ def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = Non
     chain share one. A `fresh` run also tries its rewards on completions of its policy. Raises UserError."""
     saved = {name: read_adapter(wanted.path, f"adapters.{name}.path", head=name == ROLE or name in recipe.aside)
              for name, wanted in recipe.adapters.items() if wanted.path}  # fmt: skip
+    _lay(recipe, saved, emit)
     template = Template.of(base.tokenizer if base else load_tokenizer(recipe.base))
     emit(Note(message=template.describe()))
     if recipe.algorithm in ONLINE:
@@ -130,6 +131,23 @@ def _build_online(recipe: settings.Recipe, emit: Emit, device: torch.device | No
                  scoring.close, rates)  # fmt: skip
 
 
+def _lay(recipe: settings.Recipe, saved: dict[str, SavedAdapter], emit: Emit) -> None:
+    """An adapter that was trained over others lies over the same ones again, told by content; where this recipe loads none of them, it is
+    taken with them folded into it. Raises UserError where only some are there. (The reward model has a stack of its own.)"""
+    contents: dict[str, str] = {}
+    for name in [name for name in recipe.adapters if name in saved and name not in (*recipe.aside, *({ROLE} - {recipe.trained}))]:
+        below, path, key = saved[name].below, str(recipe.adapters[name].path), f"adapters.{name}.path"
+        missing = [other for other, content in below.items() if content not in contents]
+        if missing and len(missing) < len(below):
+            there = ", ".join(other for other in below if other not in missing)
+            raise UserError(f"{key}: the adapter in {path} was trained over {', '.join(below)}, and this recipe loads only {there} below it: "
+                            f"add `adapters.{missing[0]}.path`, or leave all of them out and it is taken with them folded into it")  # fmt: skip
+        if missing:
+            saved[name] = read_adapter(path, key, head=saved[name].head is not None, whole=True)
+            emit(Note(message=f"{key}: taken with {', '.join(below)} folded into it, which it was trained over"))
+        contents[one_hash({part: hash_of(tensor.float()) for part, tensor in saved[name].tensors.items()})] = name
+
+
 def _no_rows(step: int) -> Batch:
     raise AssertionError("the policy writes its own rows")
 
@@ -181,7 +199,7 @@ def load_roles(recipe: settings.Recipe, base: Base, saved: Mapping[str, SavedAda
                   heads=HEADS & stacks.keys())  # fmt: skip
     for name, adapter in saved.items():
         roles.load_adapter_tensors(name, adapter.tensors, f"adapters.{name}.path: {adapter.folder}")
-        if adapter.base_name not in (None, recipe.base.model):
+        if adapter.base_name not in (None, recipe.base.model, recipe.base.model.partition("@")[0]):
             message = f"the adapter in {adapter.folder} says it was made for {adapter.base_name}, not {recipe.base.model}"
             emit(Note(level="warning", message=message))
     if "value" in configs and "value" not in saved and recipe.ppo.value_from == "reward":

@@ -39,10 +39,12 @@ class Broken(UserError):
 
 @dataclass
 class Snapshot:
-    """What a checkpoint holds, by file name relative to its folder: `*.safetensors` files of named tensors, and `*.json` documents."""
+    """What a checkpoint holds, by file name relative to its folder: `*.safetensors` files of named tensors, `*.json` documents, and `others`
+    as they are."""
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     documents: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, bytes] = field(default_factory=dict)
 
 
 def write_atomically(target: Path, snapshot: Snapshot) -> Path:
@@ -97,6 +99,9 @@ def _files(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
     for name, document in snapshot.documents.items():
         assert name.endswith(".json") and _inside(name) and name != MANIFEST, name
         yield name, json.dumps(document, indent=1).encode()  # Python's NaN and Infinity: a state comes back exactly
+    for name, data in snapshot.others.items():
+        assert _inside(name) and name != MANIFEST and name not in (*snapshot.tensors, *snapshot.documents), name
+        yield name, data
 
 
 def _inside(name: str) -> bool:
@@ -140,8 +145,10 @@ def load(path: Path, name: str | None = None) -> Snapshot:
                 raise Broken(path, f"the content of {file} has changed")
             if file.endswith(".safetensors"):
                 snapshot.tensors[file] = safetensors.torch.load(data)
-            else:
+            elif file.endswith(".json"):
                 snapshot.documents[file] = json.loads(data)
+            else:
+                snapshot.others[file] = data
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise Broken(path, f"it cannot be understood ({error})") from error
     return snapshot

@@ -67,6 +67,11 @@ class Template:
         """Whether any of these ids is a control token."""
         return not self._backend.control.isdisjoint(ids)
 
+    @property
+    def jinja(self) -> str:
+        """The same as a chat template for other software, which renders a text and then encodes it whole."""
+        return self._scheme.jinja
+
     def describe(self) -> str:
         """One sentence for the start-up line."""
         ends = ", ".join(f"`{self._backend.name(number)}`" for number in sorted(self.end_ids))

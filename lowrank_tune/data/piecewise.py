@@ -31,6 +31,14 @@ class KitMarks:
         self.end_ids = frozenset({self.eos, self.end_of_turn})
         self.about = "the kit's own template"
 
+    @property
+    def jinja(self) -> str:
+        """The same for software that knows chat templates: text and control tokens stand apart, so the ids are the same."""
+        marks = f"'system': {kit.SYSTEM!r}, 'user': {kit.USER!r}, 'assistant': {kit.ASSISTANT!r}"
+        return (f"{{% set marks = {{{marks}}} %}}{{{{ {kit.BOS!r} }}}}"
+                f"{{% for m in messages %}}{{{{ marks[m['role']] + m['content'] + {kit.END_OF_TURN!r} }}}}{{% endfor %}}"
+                f"{{% if add_generation_prompt %}}{{{{ {kit.ASSISTANT!r} }}}}{{% endif %}}")  # fmt: skip
+
     @staticmethod
     def fits(backend: Backend) -> bool:
         """Whether the vocabulary has all the marks."""
@@ -81,6 +89,17 @@ class PlainWords:
         self.end_ids = frozenset({self.eos})
         self.about = (f"plain words ({self.markers['user']!r}, {self.markers['assistant']!r}), because the base has no chat template; "
                       "rows whose own text holds such a marker are dropped")  # fmt: skip
+
+    @property
+    def jinja(self) -> str:
+        """The same for software that knows chat templates. It encodes the text whole: a base whose tokens join a marker's line break with
+        what stands before may then see other ids there, and the same words."""
+        marks = ", ".join(f"{role!r}: {marker!r}" for role, marker in self.markers.items())
+        asks = self.markers["assistant"].rstrip(" ")
+        return (("" if self.bos is None else "{{ bos_token }}") + f"{{% set marks = {{{marks}}} %}}{{% for m in messages %}}"
+                f"{{% if m['role'] == 'assistant' %}}{{{{ {asks!r} + m['content'] + eos_token }}}}"
+                "{% elif loop.first %}{{ marks[m['role']].lstrip() + m['content'] }}{% else %}{{ marks[m['role']] + m['content'] }}{% endif %}"
+                f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {asks!r} }}}}{{% endif %}}")  # fmt: skip
 
     def spoils(self, messages: Talk) -> str | None:
         """Why these turns cannot be rendered; None where they can."""

@@ -57,6 +57,11 @@ class OwnTemplate:
         self._learn_habits()
         self._learn_marks()
 
+    @property
+    def jinja(self) -> str:
+        """The template as it came."""
+        return str(self.backend.tokenizer.chat_template)
+
     def _learn_habits(self) -> None:
         """Tries the template on made-up talks: what it needs, what it refuses, what it rewrites."""
         talk = [Message("user", QUESTION), Message("assistant", ANSWER)]

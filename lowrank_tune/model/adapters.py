@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (b
     from lowrank_tune import settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+STACK = "stack.json"
+"""Beside a run's final adapter where frozen ones lay below it: `stack` (names, lowest first), `below` (hashes of the frozen ones by name), and
+`folded`: whether the root is all of them in one, and the trained one alone lies in a folder of its name; else the root is the trained one
+alone, and the others lie in folders of theirs."""
 
 
 FOREIGN = ("use_dora", "use_qalora", "alora_invocation_tokens", "trainable_token_indices", "layer_replication", "target_parameters",
@@ -59,6 +63,8 @@ class SavedAdapter:
     config: LoraConfig
     tensors: dict[str, Tensor]
     base_name: str | None
+    below: dict[str, str] = field(default_factory=dict)
+    """Frozen adapters that it was trained over and means nothing without, by name, lowest first: hashes of their content."""
 
     @property
     def head(self) -> Tensor | None:
@@ -66,10 +72,11 @@ class SavedAdapter:
         return self.tensors.get(KEY)
 
 
-def read_adapter(path: str, key: str, head: bool = False) -> SavedAdapter:
+def read_adapter(path: str, key: str, head: bool = False, whole: bool = False) -> SavedAdapter:
     """Reads the adapter in a folder, or in a run's `final/`: one with a scalar head (a reward model's) or, by default, without.
 
-    `key` is the setting that named it. Raises UserError in one sentence.
+    Of a run over frozen adapters it is the trained one alone, to lie over them again; `whole` is all of them folded into one, where the run
+    left that. `key` is the setting that named it. Raises UserError in one sentence.
     """
     given = Path(path).expanduser()
     if not given.is_dir():
@@ -79,6 +86,13 @@ def read_adapter(path: str, key: str, head: bool = False) -> SavedAdapter:
         unfinished = (given / "run.json").exists()
         why = "is a run that has not ended: let it end first" if unfinished else f"holds no {CONFIG}, so it is no adapter"
         raise UserError(f"{key}: {path} {why}")
+    below = dict[str, str]()
+    if (folder / STACK).exists():
+        stack = stack_of(folder, key)
+        if whole and not stack.folded:
+            raise UserError(f"{key}: {folder} holds its adapters apart, and they mean nothing alone: load {', '.join(stack.below)} below it")
+        below = {} if whole else stack.below
+        folder = folder / stack.names[-1] if stack.folded and not whole else folder
     if not (folder / WEIGHTS).exists():
         raise UserError(f"{key}: {folder} holds no {WEIGHTS}; other formats can run code when they are read and are not loaded")
     try:
@@ -86,9 +100,30 @@ def read_adapter(path: str, key: str, head: bool = False) -> SavedAdapter:
         tensors = load_file(folder / WEIGHTS)
     except (ValueError, OSError, SafetensorError) as error:
         raise UserError(f"{key}: the adapter in {folder} is broken: {error}") from error
-    saved = SavedAdapter(folder, _config(raw, key, folder), tensors, raw.get("base_model_name_or_path"))
+    saved = SavedAdapter(folder, _config(raw, key, folder), tensors, raw.get("base_model_name_or_path"), below)
     _check_head(saved, raw.get("modules_to_save") or [], key, head)
     return saved
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What `STACK` says."""
+
+    names: list[str]
+    below: dict[str, str]
+    folded: bool
+
+
+def stack_of(folder: Path, key: str) -> Stack:
+    """The stack that a run's final adapter is the top of. Raises UserError for a file that cannot be understood."""
+    try:
+        found = json.loads((folder / STACK).read_bytes())
+        names, below = [str(name) for name in found["stack"]], {str(name): str(content) for name, content in found["below"].items()}
+        if names[:-1] == list(below) and all(name and "/" not in name and name not in (".", "..") for name in names):
+            return Stack(names, below, bool(found["folded"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{key}: {folder / STACK} is broken: {type(error).__name__}: {error}") from error
+    raise UserError(f"{key}: {folder / STACK} is broken: its names do not fit together")
 
 
 def _check_head(saved: SavedAdapter, modules: Any, key: str, wanted: bool) -> None:
@@ -119,7 +154,7 @@ def _config(raw: Any, key: str, folder: Path) -> LoraConfig:
     for name, good in SHAPES.items():
         if name in raw and not good(raw[name]):
             raise UserError(f"{key}: the adapter in {folder} is broken: {name} is {raw[name]!r}")
-    known = {f.name for f in fields(LoraConfig)} - {"runtime_config", "inference_mode", "modules_to_save"}
+    known = {each.name for each in fields(LoraConfig)} - {"runtime_config", "inference_mode", "modules_to_save"}
     kept = {name: value for name, value in raw.items() if name in known}
     return LoraConfig(**kept | {"init_lora_weights": True, "task_type": "CAUSAL_LM"})
 

@@ -6,6 +6,7 @@ Precision is decided here and nowhere else. CUDA: weights, compute and autocast 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import bitsandbytes
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PretrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from lowrank_tune.errors import UserError
@@ -79,6 +81,28 @@ def load_base(wanted: settings.Base, tokenizer: Any, device: torch.device | None
         _check_weights(model, found, wanted.model)
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
     return freeze(model, tokenizer, name=wanted.model, revision=revision, bits=4 if quantised else wanted.bits)
+
+
+def weight_files(wanted: settings.Base) -> dict[str, Path]:
+    """The file of each tensor of the base as its author published it. Raises UserError as `load_base`."""
+    with _telling(wanted) as (place, arguments):
+        index = cached_file(place, SAFE_WEIGHTS_INDEX_NAME, revision=arguments["revision"], _raise_exceptions_for_missing_entries=False)
+        if index is None:
+            single = Path(str(cached_file(place, SAFE_WEIGHTS_NAME, revision=arguments["revision"])))
+            with safe_open(single, framework="pt") as opened:
+                return dict.fromkeys(opened.keys(), single)
+        named = json.loads(Path(str(index)).read_bytes())["weight_map"]
+        found = {file: Path(str(cached_file(place, file, revision=arguments["revision"]))) for file in set(named.values())}
+        return {name: found[file] for name, file in named.items()}
+
+
+def count_weights(wanted: settings.Base) -> int:
+    """Numbers in the base's weights, a tied head counted once, without reading any. Raises UserError as `load_base`."""
+    with _telling(wanted) as (place, arguments):
+        config = AutoConfig.from_pretrained(place, **arguments)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=arguments["trust_remote_code"])
+        return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _check_weights(model: Any, found: dict[str, Any], name: str) -> None:

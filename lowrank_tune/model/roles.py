@@ -206,10 +206,15 @@ class Roles:
             self._pin()
             self._freeze_all_but_trainable()
 
+    def scalings(self, name: str) -> dict[str, float]:
+        """What an adapter's product B A is multiplied by, of each module that it changes."""
+        return {place: float(module.scaling[PREFIX + name]) for place, module in self.base.model.named_modules()
+                if isinstance(module, LoraLayer) and PREFIX + name in module.scaling}  # fmt: skip
+
     def adapter_config(self, name: str) -> dict[str, Any]:
         """The adapter's `adapter_config.json`; of a head that stands alone, what there is to say of it."""
         config = self._peft.peft_config[PREFIX + name].to_dict() if PREFIX + name in self._peft.peft_config else {}
-        config.update(base_model_name_or_path=self.base.name, revision=self.base.revision, inference_mode=True)
+        config.update(base_model_name_or_path=self.base.name.partition("@")[0], revision=self.base.revision, inference_mode=True)
         if name in self.heads:
             config.update(scalar.WRITTEN)
         return {key: sorted(value) if isinstance(value, set) else getattr(value, "value", value) for key, value in sorted(config.items())}

@@ -279,6 +279,13 @@ def reference(data: Any, below: Sequence[str] = ()) -> Iterator[Finding]:
         yield ("reference",), f"will be {words}: it is always the policy's stack without its top; write that, or leave it out"
 
 
+def stacked(data: Any, below: Sequence[str] = ()) -> Iterator[Finding]:
+    """Only what lies on something can be kept apart from it."""
+    beside = {learned.ROLE, *valued.trained(data)}
+    if written(data, "train", "final_stack") == "apart" and not below and not adapters_of(data).keys() - beside:
+        yield ("train", "final_stack"), "`apart` does nothing here: no frozen adapter lies below the trained one"
+
+
 def findings(data: Any, below: Sequence[str] = (), lent: bool = False) -> Iterator[Finding]:
     """All of the above. `lent`: an earlier stage of a chain trains the reward model."""
     for rule in (idle, rivals, length, weights, names, shapes, steady, earned.rewards, earned.golds):
@@ -286,3 +293,4 @@ def findings(data: Any, below: Sequence[str] = (), lent: bool = False) -> Iterat
     yield from valued.findings(data, lent)
     yield from learned.findings(data, lent)
     yield from reference(data, below)
+    yield from stacked(data, below)

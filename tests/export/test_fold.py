@@ -1,0 +1,94 @@
+"""A stack folded into one adapter is the same function, and `final/` answers in plain PEFT as the run did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import ARCHITECTURES, far, random_model, roles_over, shake, whole
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+
+from lowrank_tune.export.fold import Part, fold, why_not
+from lowrank_tune.export.folder import part_of
+from lowrank_tune.model.roles import Roles
+
+IDS = torch.tensor([[5, 9, 33, 7, 21, 60, 3]])
+
+
+def stack(kind: str = "llama", **configs: LoraConfig) -> Roles:
+    """A stack of these adapters, lowest first, with weights that matter."""
+    names = list(configs)
+    roles = Roles(whole(kind), configs, trainable=names[-1:], stacks={"policy": names})
+    for seed, name in enumerate(names):
+        shake(roles, name, seed=seed + 1)
+    return roles
+
+
+def lora(*targets: str, **more: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 16.0, "target_modules": sorted(targets), "task_type": "CAUSAL_LM"} | more)
+
+
+def said(roles: Roles, role: str = "policy") -> torch.Tensor:
+    with roles.quiet(), roles.use(role):
+        return torch.as_tensor(roles.base.model(input_ids=IDS).logits).clone()
+
+
+def in_plain_peft(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], kind: str = "llama") -> torch.Tensor:
+    """What software that never heard of this kit makes of the two files."""
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with torch.no_grad():
+        return torch.as_tensor(PeftModel.from_pretrained(random_model(kind), folder).eval()(input_ids=IDS).logits)
+
+
+MIXED = {
+    "alike": (lora("q_proj", "v_proj"), lora("q_proj", "v_proj")),
+    "rslora below": (lora("q_proj", "v_proj", use_rslora=True, r=3), lora("q_proj", "v_proj")),
+    "rslora on top, other ranks": (lora("q_proj", r=2), lora("q_proj", "up_proj", use_rslora=True, r=7)),
+    "patterns": (lora("q_proj", "v_proj", rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 5}), lora("o_proj")),
+    "layers": (lora("q_proj", layers_to_transform=[1]), lora("v_proj")),
+    "three": (lora("q_proj"), lora("k_proj", use_rslora=True), lora("q_proj", "k_proj", lora_alpha=3.0)),
+    "alone with rslora": (lora("q_proj", use_rslora=True, r=5),),
+    "alone with patterns": (lora("q_proj", "v_proj", rank_pattern={"v_proj": 9}, use_rslora=True),),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_a_folded_stack_is_the_same_function(kind: str, tmp_path: Path) -> None:
+    names = ("below", "middle", "policy")[3 - len(MIXED[kind]) :]
+    roles = stack(**dict(zip(names, MIXED[kind], strict=True)))
+    config, tensors = fold([part_of(roles, name) for name in names])
+    tuned, bare = said(roles), said(roles, "base")
+    assert far(in_plain_peft(tmp_path / "folded", config, tensors), tuned) < 2e-6 and far(bare, tuned) > 0.05
+    # what llama.cpp computes: alpha over the rank of each tensor, whatever else the configuration says; and vLLM: alpha over r
+    assert not config["use_rslora"] and not config.get("rank_pattern") and not config.get("alpha_pattern")
+    assert {len(tensor) for key, tensor in tensors.items() if "lora_A" in key} == {config["r"]}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES[1:6])
+def test_of_every_family(kind: str, tmp_path: Path) -> None:
+    roles = roles_over(whole(kind), lower=["sft"], rslora=True)
+    shake(roles, "sft", "policy")
+    config, tensors = fold([part_of(roles, name) for name in ("sft", "policy")])
+    assert config["r"] == 8 and config["target_modules"] == sorted(config["target_modules"]) and "q_proj" in config["target_modules"]
+    assert far(in_plain_peft(tmp_path / "folded", config, tensors, kind), said(roles)) < 2e-6
+
+
+def test_the_top_alone_is_another_function(tmp_path: Path) -> None:
+    roles = stack(sft=lora("q_proj"), policy=lora("q_proj"))
+    config, tensors = fold([part_of(roles, "policy")])
+    assert far(in_plain_peft(tmp_path / "top", config, tensors), said(roles)) > 0.01
+
+
+def test_what_cannot_be_folded_is_named() -> None:
+    part = Part(
+        {}, {"base_model.model.lm_head.lora_A.weight": torch.zeros(1, 1), "base_model.model.x.lora_magnitude_vector": torch.zeros(1)}, {}
+    )
+    assert why_not([part]) == "base_model.model.x.lora_magnitude_vector is no matrix of a linear module"
+    with pytest.raises(AssertionError):
+        fold([part])
