@@ -25,8 +25,8 @@ RECORDED = Path(__file__).parent / "recorded"
 RECIPE = {"name": "a", "algorithm": "sft", "seed": 0, "train": {"steps": 9, "learning_rate": 1e-3}}
 
 
-def finished(folder: Path, algorithm: str = "sft", exact: float = 0.5, recipe: dict[str, Any] | None = None, losses: tuple[float, ...] = (3.0, 1.0),
-             **facts: Any) -> Path:  # fmt: skip
+def finished(folder: Path, algorithm: str = "sft", exact: float = 0.5, recipe: dict[str, Any] | None = None,
+             losses: tuple[float, ...] = (3.0, 1.0), **facts: Any) -> Path:  # fmt: skip
     """A run that has ended, with its summary and its recipe."""
     events: list[Event] = [started(algorithm=algorithm, steps=len(losses))]
     events += [step(number, loss=loss, kl=0.1 * number, length=10.0 * number) for number, loss in enumerate(losses, 1)]
@@ -213,7 +213,8 @@ def test_hostile_text_is_inert(tmp_path: Path) -> None:
         events = [started(name=bad, model=bad, reference=bad, algorithm=bad), Note(message=bad, level="warning"),
                   step(1, **{bad: 1.0, "loss": 1.0, "kl": 1.0}), step(2, **{bad: 2.0, "loss": 1.0, "kl": 2.0}),
                   Validated(step=1, stats={f"heldout_{bad}_exact": 0.5, "heldout_base_exact": 0.1}),
-                  Sampled(step=1, prompt=bad, completion=bad, finish="stop"), RunEnded(status="failed", step=1, seconds=1.0, message=bad)]  # fmt: skip
+                  Sampled(step=1, prompt=bad, completion=bad, finish="stop"),
+                  RunEnded(status="failed", step=1, seconds=1.0, message=bad)]  # fmt: skip
         folder = write(tmp_path / f"<i>&'\x1b\u202e{number}", *events, run={"recipe": {"algorithm": bad, bad: {bad: bad}}},
                        summary={"status": "failed", "heldout_details": {bad: {bad: 0.1, "exact": bad}}, "hacking": bad})  # fmt: skip
         sides = read_sides([folder, good])
