@@ -470,11 +470,12 @@ def step_error(roles: Roles, temperature: float = 0.7, **parts: Any) -> float:
     policy = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
     value = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("value"))
     head = value.trained["base_model.model.score.weight"][0]
-    how, rows = algorithm.discount, []
+    how, rows, undecided = algorithm.discount, [], torch.zeros((), dtype=torch.float64)
     for i, score in enumerate([reward for group in EARNED[0] for reward in group]):
         ids, places = part.ids[i][part.attended[i]], part.says[i].nonzero().squeeze(1)
-        p, q = (torch.log_softmax(policy.run(ids.tolist(), mine).logits[0] / temperature, dim=1)[places - 1, ids[places]]
-                for mine in (True, False))  # fmt: skip
+        whole, other = (torch.log_softmax(policy.run(ids.tolist(), mine).logits[0] / temperature, dim=1)[places - 1] for mine in (True, False))
+        p, q = (each.gather(1, ids[places][:, None])[:, 0] for each in (whole, other))
+        undecided = undecided - (whole.exp() * whole).sum()
         v = value.run(ids.tolist()).hidden_states[-1][0] @ head
         cut, bootstrap = i in CUT, how.truncated == "bootstrap"
         ending = 0.0 if cut and bootstrap else score - how.penalty * (cut and how.truncated == "penalise")
@@ -491,7 +492,9 @@ def step_error(roles: Roles, temperature: float = 0.7, **parts: Any) -> float:
     told = [(p.tolist(), part.extra["old"][i][part.says[i]].tolist(), (a - flat.mean()) / flat.std(), v.tolist(),
              part.extra["values"][i][part.says[i]].tolist(), g) for i, (p, v, a, g) in enumerate(rows)]  # fmt: skip
     one, slopes, other, value_slopes = oracle(told, algorithm.update.clip, algorithm.critic.clip, 1 / len(flat))
-    (torch.cat([row[0] for row in rows]) @ torch.tensor(slopes, dtype=torch.float64)).backward()
+    bonus = -algorithm.update.entropy / len(flat) * undecided
+    one += float(bonus.detach())
+    (torch.cat([row[0] for row in rows]) @ torch.tensor(slopes, dtype=torch.float64) + bonus).backward()
     (torch.cat([row[1] for row in rows]) @ torch.tensor(value_slopes, dtype=torch.float64)).backward()
     apart = [far_from(mine[0], policy.gradient()), far_from(mine[1], value.gradient()), abs(losses[0] - one) / abs(one),
              abs(losses[1] - other) / other,
@@ -501,7 +504,7 @@ def step_error(roles: Roles, temperature: float = 0.7, **parts: Any) -> float:
 
 @pytest.mark.parametrize("truncated", ["penalise", "bootstrap", "keep"])
 def test_a_whole_step(own: Roles, truncated: str) -> None:
-    assert step_error(own, discount=Discount(0.9, 0.8, truncated, 0.7)) < 2e-5
+    assert step_error(own, discount=Discount(0.9, 0.8, truncated, 0.7), update=Update(entropy=0.2 * (truncated == "keep"))) < 2e-5
 
 
 def test_bugs_of_a_whole_step_are_seen(own: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -513,6 +516,10 @@ def test_bugs_of_a_whole_step_are_seen(own: Roles, monkeypatch: pytest.MonkeyPat
     assert with_bug("before_each", lambda states: states) > 1e-3, "the value of a state that has seen the token already"
     assert with_bug("where_says", lambda values, says: values) > 1e-3, "what stands in prompts counted among the returns"
     assert with_bug("whiten", lambda values, says: values) > 1e-3
+    assert step_error(own, update=Update(entropy=0.2)) < 2e-5
+    with monkeypatch.context() as patch:
+        patch.setattr("lowrank_tune.model.roles.chunked_entropy", lambda *how: chunked_entropy(*how).detach())
+        assert step_error(own, update=Update(entropy=0.2)) > 1e-3, "an entropy without its gradient"
     logps = Roles.logps
     assert with_bug("logps", lambda self, role, batch, temperature=1.0, **more: logps(self, role, batch, **more), Roles) > 1e-3
 
