@@ -36,6 +36,13 @@ class Screen(StrEnum):
     plain = "plain"
 
 
+class MergeBase(StrEnum):
+    """`dequantized`: the weights that were trained over; `original`: those that the base's author published."""
+
+    dequantized = "dequantized"
+    original = "original"
+
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as train.learning_rate=1e-4.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME where it is not given.")]
 Ui = Annotated[Screen, typer.Option("--ui", help="What to draw.")]
@@ -164,6 +171,32 @@ def verify_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", 
             print(f"all verdicts: {out}")
         if status:
             raise typer.Exit(status)
+
+
+@app.command("merge")
+def merge_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")],
+                  out: Annotated[Path | None, typer.Option("--out", help="Folder of the merged model; else RUN/merged.")] = None,
+                  base: Annotated[MergeBase, typer.Option("--base", help="Weights to merge into: what was trained, or the original.")]
+                  = MergeBase.dequantized, debug: Debug = False) -> None:  # fmt: skip
+    """Merge what a run trained into its base, in bf16, and compare the result with what was trained. Ends with 1 where they differ."""
+    with _sentences(debug):
+        with _starting():
+            from lowrank_tune.export import Proof, merge
+            from lowrank_tune.ui.plain import Plain
+
+        plain = Plain(sys.stderr)
+
+        def show(proof: Proof) -> None:
+            plain.close()
+            table = Table("trained against merged", "", box=None)
+            for name, value in proof.table():
+                table.add_row(Text(name), Text(value))
+            Console(highlight=False).print(table)
+
+        try:
+            print(f"merged: {merge(run, out, base.value, plain, show).folder}")
+        finally:
+            plain.close()
 
 
 @app.command("report")

@@ -197,6 +197,20 @@ def _use_reward(base: settings.Base, revision: str | None) -> list[str]:
             "vLLM, llama.cpp and Ollama serve no adapter with a head of its own.", ""]  # fmt: skip
 
 
+def merged_card(recipe: settings.Recipe, kind: str, table: Sequence[tuple[str, str]]) -> str:
+    """`README.md` of a merged model: what was added to what, and the comparison with what was trained."""
+    base = recipe.base.model.partition("@")[0]
+    into = "the dequantised 4-bit weights that it was trained over" if kind == "dequantized" else "the original weights of the base"
+    if recipe.base.bits != 4:
+        into = "the weights that it was trained over"
+    return "\n".join([
+        heading(recipe, "transformers", ["lowrank-tune", "merged", recipe.algorithm], relation="finetune"),
+        f"# {recipe.name or recipe.algorithm}", "", f"`{base}` with an adapter trained by `{recipe.algorithm}`, merged into {into}; bf16.", "", "## Trained against merged", "",
+        "| | |", "|---|---|", *(f"| {name.replace('|', chr(92) + '|')} | {value} |" for name, value in table), "",
+        "It loads like any model of its kind: `AutoModelForCausalLM.from_pretrained`, `vllm serve`, or llama.cpp's `convert_hf_to_gguf.py`.",
+        "", "## The recipe", "", "```yaml", recipe_text(recipe), "```", "", f"Made with lowrank_tune {__version__}.", ""])  # fmt: skip
+
+
 def recipe_text(recipe: settings.Recipe) -> str:
     """The recipe in YAML, with adapters by the names of their folders: where on a machine those lie is nobody's business."""
     facts = recipe.to_dict()

@@ -52,7 +52,7 @@ def final_folder(stage: Stage) -> Snapshot:
         _add(found, name, part_of(roles, name))
     found.others |= tokenizer_files(built)
     if "policy" in built.trained:
-        found.documents["generation_config.json"] = generation_config(built.base, built)
+        found.documents["generation_config.json"] = generation_config(built.base, built.stop_ids, built.template.pad_id)
     said = Adapters(names, folded, root[0], speaks="policy" in built.trained)
     text = card(stage.recipe, stage.summary, built.base.revision, said, names_of_ends(built))
     found.others["README.md"] = text.encode("utf-8", "replace")
@@ -88,11 +88,11 @@ def files_of_tokenizer(tokenizer: Any, template: str) -> dict[str, bytes]:
     return files | {"tokenizer_config.json": json.dumps(kept, indent=2, ensure_ascii=False).encode()}
 
 
-def generation_config(base: Base, built: Built) -> dict[str, Any]:
+def generation_config(base: Base, ends: frozenset[int], pad: int) -> dict[str, Any]:
     """The base's own, with every token that ends an answer: its end tokens and those of the chat template."""
     found = base.model.generation_config.to_diff_dict() if base.model.generation_config is not None else {}
     kept = {key: value for key, value in found.items() if not key.startswith("_")}
-    return {**kept, "eos_token_id": sorted(built.stop_ids), "pad_token_id": built.template.pad_id}
+    return {**kept, "eos_token_id": sorted(ends), "pad_token_id": pad}
 
 
 def names_of_ends(built: Built) -> list[str]:

@@ -1,0 +1,119 @@
+"""Runs that have ended, and the adapters that they left, loaded over their base again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+
+from lowrank_tune import settings
+from lowrank_tune.errors import UserError
+from lowrank_tune.export.fold import Part, why_not
+from lowrank_tune.model.adapters import STACK, SavedAdapter, read_adapter, stack_of
+from lowrank_tune.model.base import Base, base_hashes
+from lowrank_tune.model.roles import PREFIX, Roles
+from lowrank_tune.recipe import from_dict
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run, or the last stage of a chain that trained a policy: its folder, its recipe, and its `base.json`."""
+
+    path: Path
+    recipe: settings.Recipe
+    facts: Mapping[str, Any]
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    @property
+    def base(self) -> settings.Base:
+        """The base to load, at the very revision that was trained on."""
+        wanted, revision = self.recipe.base, self.facts.get("revision")
+        pinned = f"{wanted.model}@{revision}" if isinstance(revision, str) and "@" not in wanted.model else wanted.model
+        return wanted.model_copy(update={"model": pinned})
+
+
+def finished_run(run: Path) -> Finished:
+    """The run in a folder. Raises UserError where there is none, where it has not ended, or where it trained no policy."""
+    recipe = _object(run / "run.json").get("recipe")
+    if not isinstance(recipe, dict):
+        raise UserError(f"{run}: there is no such run" if not run.is_dir() else f"{run} is no run: it holds no run.json that can be read")
+    if isinstance(recipe.get("stages"), list):
+        stages = [stage for stage in recipe["stages"] if isinstance(stage, dict)]
+        writers = [number for number, stage in enumerate(stages, 1) if settings.trained_by(stage.get("algorithm")) == "policy"]
+        if not writers:
+            raise UserError(f"{run} is a chain without a stage that trained a policy")
+        stage = run / f"{writers[-1]}-{stages[writers[-1] - 1].get('name')}"
+        if not stage.is_dir():
+            raise UserError(f"{run} has not ended: its stage {stage.name} has not begun; the same command that began it goes on with it")
+        return finished_run(stage)
+    if settings.trained_by(recipe.get("algorithm")) != "policy":
+        raise UserError(f"{run} trained a reward model, which scores and does not write; only a policy can be merged")
+    if not (run / "final").is_dir():
+        raise UserError(f"{run} has not ended, so there is nothing to take yet: the same command that began it goes on with it")
+    return Finished(run, from_dict(recipe), _object(run / "base.json"))
+
+
+def check_base(found: Finished, base: Base) -> None:
+    """Compares the base at hand with the one that was trained, tensor by tensor. Raises UserError where they differ."""
+    then, device = found.facts.get("tensors"), found.facts.get("device", base.device.type)
+    if not isinstance(then, dict) or not then:
+        raise UserError(f"{found.path / 'base.json'} holds no hashes of the base, so nothing tells whether this is the one that was trained")
+    if device != base.device.type:
+        raise UserError(f"{found.path} was trained on {device} and this machine would load the base on {base.device.type}, where its 4-bit "
+                        "weights cannot be compared: merge where it was trained")  # fmt: skip
+    now = base_hashes(base.model)
+    other = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    if other:
+        raise UserError(f"{base.name} is not the base that {found.path} was trained on: {len(other)} of its {len(now)} tensors differ, "
+                        f"{other[0]} for one; put the trained one back")  # fmt: skip
+
+
+def adapters_in(final: Path) -> dict[str, SavedAdapter]:
+    """The adapters that together are the policy, lowest first: one where they were folded. Raises UserError."""
+    key = str(final)
+    if (final / STACK).exists() and not (stack := stack_of(final, key)).folded:
+        return {name: read_adapter(str(final / name), key) for name in stack.names[:-1]} | {stack.names[-1]: read_adapter(key, key)}
+    return {"policy": read_adapter(key, key, whole=True)}
+
+
+def roles_of(saved: Mapping[str, SavedAdapter], base: Base) -> Roles:
+    """The policy over its base, nothing of it trainable."""
+    roles = Roles(base, {name: adapter.config for name, adapter in saved.items()}, trainable=[], stacks={"policy": list(saved)})
+    for name, adapter in saved.items():
+        roles.load_adapter_tensors(name, adapter.tensors, str(adapter.folder))
+    return roles
+
+
+def parts_of(roles: Roles) -> list[Part]:
+    """The policy's adapters with their scales. Raises UserError for what cannot be added to a weight."""
+    names = [name.removeprefix(PREFIX) for name in roles.stacks["policy"]]
+    parts = [Part(roles.adapter_config(name), roles.adapter_tensors(name), roles.scalings(name)) for name in names]
+    if (reason := why_not(parts)) is not None:
+        raise UserError(f"this adapter cannot be merged: {reason}")
+    model = roles.base.model
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    for place in dict.fromkeys(place for part in parts for place in part.scalings):
+        module = model.get_submodule(place)
+        layer = module.base_layer
+        if not isinstance(layer, (nn.Linear, Linear4bit)):
+            raise UserError(f"this adapter cannot be merged: {place} is a {type(layer).__name__}, and only linear modules are known here")
+        if module is head and layer.weight is embedding.weight:
+            raise UserError(f"this adapter cannot be merged: it changes the output head {place}, whose weight is also the embedding's "
+                            "(they are tied), so a merged head would change what is read too; use the adapter as it is")  # fmt: skip
+    return parts
+
+
+def _object(file: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
