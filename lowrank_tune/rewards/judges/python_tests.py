@@ -104,7 +104,8 @@ def _of_list(row: Mapping[str, Any], tests: Sequence[str]) -> Tests:
     _asserting(tree)
     reference = _tree(str(row.get("code") or ""))
     imports = [ast.unparse(each) for each in reference.body if isinstance(each, (ast.Import, ast.ImportFrom))] if reference else []
-    wanted = _loaded(tree) & (_made(reference) if reference else _loaded(tree) - _made(tree) - set(dir(builtins)))
+    # Without a reference that makes any of them, whatever nobody else makes is the solution's.
+    wanted = _loaded(tree) & (_made(reference) if reference else set()) or _loaded(tree) - _made(tree) - set(dir(builtins))
     names = [f"{name} = __solution__({name!r})" for name in sorted(wanted)]
     if not names:
         raise Unusable("its tests use nothing of the solution")
