@@ -205,7 +205,8 @@ def merged_card(recipe: settings.Recipe, kind: str, table: Sequence[tuple[str, s
         into = "the weights that it was trained over"
     return "\n".join([
         heading(recipe, "transformers", ["lowrank-tune", "merged", recipe.algorithm], relation="finetune"),
-        f"# {recipe.name or recipe.algorithm}", "", f"`{base}` with an adapter trained by `{recipe.algorithm}`, merged into {into}; bf16.", "", "## Trained against merged", "",
+        f"# {recipe.name or recipe.algorithm}", "", f"`{base}` with an adapter trained by `{recipe.algorithm}`, merged into {into}; bf16.",
+        "", "## Trained against merged", "",
         "| | |", "|---|---|", *(f"| {name.replace('|', chr(92) + '|')} | {value} |" for name, value in table), "",
         "It loads like any model of its kind: `AutoModelForCausalLM.from_pretrained`, `vllm serve`, or llama.cpp's `convert_hf_to_gguf.py`.",
         "", "## The recipe", "", "```yaml", recipe_text(recipe), "```", "", f"Made with lowrank_tune {__version__}.", ""])  # fmt: skip

@@ -93,21 +93,17 @@ def roles_of(saved: Mapping[str, SavedAdapter], base: Base) -> Roles:
 
 
 def parts_of(roles: Roles) -> list[Part]:
-    """The policy's adapters with their scales. Raises UserError for what cannot be added to a weight."""
+    """The policy's adapters with their scales. Raises UserError for what cannot be added to a weight. (An adapter on the output head is
+    refused by `Roles`: where the head is tied, a merged one would change what is read too.)"""
     names = [name.removeprefix(PREFIX) for name in roles.stacks["policy"]]
     parts = [Part(roles.adapter_config(name), roles.adapter_tensors(name), roles.scalings(name)) for name in names]
     if (reason := why_not(parts)) is not None:
         raise UserError(f"this adapter cannot be merged: {reason}")
     model = roles.base.model
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     for place in dict.fromkeys(place for part in parts for place in part.scalings):
-        module = model.get_submodule(place)
-        layer = module.base_layer
+        layer = model.get_submodule(place).base_layer
         if not isinstance(layer, (nn.Linear, Linear4bit)):
             raise UserError(f"this adapter cannot be merged: {place} is a {type(layer).__name__}, and only linear modules are known here")
-        if module is head and layer.weight is embedding.weight:
-            raise UserError(f"this adapter cannot be merged: it changes the output head {place}, whose weight is also the embedding's "
-                            "(they are tied), so a merged head would change what is read too; use the adapter as it is")  # fmt: skip
     return parts
 
 

@@ -66,7 +66,7 @@ def merge(run: Path, out: Path | None, kind: Kind, emit: Emit, show: Callable[[P
     roles = roles_of(saved, base)
     parts = parts_of(roles)
     ends = base.end_ids | template.end_ids
-    asked = probes(found.recipe, template, base, emit)
+    asked = probes(found.recipe, template, emit)
     heard = hear(roles, asked, ends, emit)
     roles.release()
     with telling(target):

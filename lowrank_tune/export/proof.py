@@ -2,7 +2,8 @@
 
 The trained model answers first, and what it thought at each place is kept (its logits at the last places of each text, in fp32 and in the
 main memory, as many as `KEPT_BYTES` holds); then it can go, and the merged one reads the same texts. Its greedy answer is the same as long
-as its likeliest token is; where the two first part, a gap of less than `NEAR_TIE` between the trained model's first two choices excuses it.
+as its likeliest token is; where the two first part, a near-tie of the trained model's first two choices excuses it: a gap under `NEAR_TIE`, or
+under two steps of bf16 at that size, which no software that runs in bf16 could tell apart.
 """
 
 from __future__ import annotations
@@ -102,17 +103,18 @@ class Proof:
                 ("measured on", f"{self.places:,} tokens; {self.origin}")]  # fmt: skip
 
 
-def probes(recipe: settings.Recipe, template: Template, base: Base, emit: Emit) -> Probes:
-    """Held-out prompts and rows of the recipe; where its data is no longer there, the kit's own problems."""
+def probes(recipe: settings.Recipe, template: Template, emit: Emit) -> Probes:
+    """Held-out prompts and rows of the recipe; where they are few, or its data is no longer there, the kit's own problems beside them."""
     try:
         found = _of_recipe(recipe, template)
     except UserError as error:
         emit(Note(level="warning", message=f"the run's own data cannot be read ({error}): compared on the kit's problems"))
         found = Probes([], [], "")
-    if found.prompts:
+    if len(found.prompts) == PROMPTS:
         return found
-    built_in = prompts(settings.Source(dataset="tutor", split="heldout"), PROMPTS, recipe.seed)
-    return Probes(_asked(built_in, template), [], "the kit's own problems")
+    built_in = _asked(prompts(settings.Source(dataset="tutor", split="heldout"), PROMPTS, recipe.seed), template)
+    origin = f"{found.origin} and the kit's problems" if found.prompts else "the kit's problems"
+    return Probes([*found.prompts, *built_in][:PROMPTS], found.rows, origin)
 
 
 def _of_recipe(recipe: settings.Recipe, template: Template) -> Probes:
@@ -222,8 +224,9 @@ def _parting(trained: Tensor, merged: Tensor, said: Tensor) -> str:
     parted = (merged.argmax(dim=-1) != said).nonzero()
     if not len(parted):
         return "same"
-    first, second = trained[int(parted[0])].topk(2).values
-    return "near-tie" if float(first - second) < NEAR_TIE else "parted"
+    first, second = (float(value) for value in trained[int(parted[0])].topk(2).values)
+    step = 2.0 ** (math.frexp(max(abs(first), abs(second)))[1] - 8)  # between neighbours in bf16, which has 8 binary digits
+    return "near-tie" if first - second < max(NEAR_TIE, 2 * step) else "parted"
 
 
 def _foretold(base: Base, ids: Sequence[int]) -> Tensor:

@@ -100,6 +100,8 @@ def read_adapter(path: str, key: str, head: bool = False, whole: bool = False) -
         tensors = load_file(folder / WEIGHTS)
     except (ValueError, OSError, SafetensorError) as error:
         raise UserError(f"{key}: the adapter in {folder} is broken: {error}") from error
+    if strange := sorted(name for name in tensors if "lora_embedding" in name):
+        raise UserError(f"{key}: {folder} changes the embedding ({strange[0]}), which this kit does not load: only linear modules")
     saved = SavedAdapter(folder, _config(raw, key, folder), tensors, raw.get("base_model_name_or_path"), below)
     _check_head(saved, raw.get("modules_to_save") or [], key, head)
     return saved

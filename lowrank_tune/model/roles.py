@@ -53,7 +53,8 @@ class Roles:
     def __init__(self, base: Base, adapters: Mapping[str, LoraConfig], trainable: Iterable[str], stacks: Mapping[str, list[str]],
                  checkpointing: bool = False, seed: int = 0, heads: Iterable[str] = ()) -> None:  # fmt: skip
         self.base, self.stacks = base, {role: [PREFIX + name for name in stack] for role, stack in stacks.items()}
-        self.trainable, self.share = frozenset(trainable), True
+        self.trainable, self.share, self.heads = frozenset(trainable), True, dict[str, scalar.ScalarHead]()
+        self._checkpointing = False
         self._active: list[str] = []
         torch.manual_seed(seed)
         self._peft: Any = None
@@ -66,6 +67,9 @@ class Roles:
             except (ValueError, TypeError) as error:  # of a loaded one: fresh configurations were made for this base
                 raise UserError(f"adapters.{name}: this adapter does not fit {base.name}: {str(error).splitlines()[0]}") from error
         assert self._peft is not None, "roles without an adapter"
+        if isinstance(base.model.get_output_embeddings(), LoraLayer):  # logits are made from its frozen weight, often the embedding's too
+            self.release()
+            raise UserError(f"adapters: one of them changes the output head of {base.name}, which this kit keeps as it is")
         self.head = head_of(base.model)
         self.heads = {role: scalar.ScalarHead(self.head.weight.shape[1], base.device) for role in heads}
         alone = self.trainable - adapters.keys()

@@ -1,0 +1,225 @@
+"""What leaves a run is what was trained: merged models and adapters, read back, against the run; and planted faults that must be caught."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from export_runs import IDS, Made, kl, make_run
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from lowrank_tune import UserError
+from lowrank_tune.cli import app
+from lowrank_tune.errors import RunFailed
+from lowrank_tune.export import Proof, merge
+
+CHILD = """
+import json, sys, torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
+ids, orders, out = json.loads(sys.argv[1])
+said = {}
+for name, base, adapter, bits in orders:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **({"quantization_config": four} if bits == 4 else {}))
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False
+    model = (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
+    with torch.no_grad():
+        said[name] = model(input_ids=torch.tensor(ids)).logits[0].float().contiguous()
+save_file(said, out)
+"""
+
+
+def quiet(event: object) -> None:
+    pass
+
+
+def merged(made: Made, out: Path, base: Any = "dequantized", **more: Any) -> Proof:
+    return merge(made.run, out, base, quiet, quiet, torch.device("cpu"), **more).proof
+
+
+def read_back(folder: Path) -> torch.Tensor:
+    """What plain transformers makes of a merged model, (T, V)."""
+    with torch.no_grad():
+        return torch.as_tensor(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=IDS).logits[0])
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make_run(tmp_path_factory.mktemp("untied"), "llama", tied=False, lower=("sft",), rslora=True)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make_run(tmp_path_factory.mktemp("tied"), "qwen2", tied=True)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def test_merged_is_what_was_trained_in_several_shards(untied: Made, tmp_path: Path) -> None:
+    proof = merged(untied, tmp_path / "out", shard=60_000)
+    assert kl(untied.said, read_back(tmp_path / "out")) < 1e-3 and proof.kl < 1e-3 and proof.parted == 0
+    assert proof.same + proof.near_ties == proof.prompts and proof.rows > 0 and abs(proof.trained_loss - proof.merged_loss) < 0.01
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3 and "lm_head.weight" in index["weight_map"]
+    tensors = [tensor for file in (tmp_path / "out").glob("*.safetensors") for tensor in load_file(file).values()]
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors) and {t.dtype for t in tensors} == {torch.bfloat16}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config and config["tie_word_embeddings"] is False
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 6]
+    assert "KL(trained" in (tmp_path / "out" / "README.md").read_text()
+    for file in (tmp_path / "out").iterdir():
+        assert str(untied.run).encode() not in file.read_bytes() and b"somebody" not in file.read_bytes(), file
+
+
+def test_a_tied_head_stays_tied_and_the_original_weights_are_another_model(tied: Made, tmp_path: Path) -> None:
+    proof = merged(tied, tmp_path / "dequantized")
+    assert proof.kl < 1e-3 and kl(tied.said, read_back(tmp_path / "dequantized")) < 1e-3
+    names = load_file(tmp_path / "dequantized" / "model.safetensors").keys()
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    other = merged(tied, tmp_path / "original", "original")
+    with torch.no_grad():
+        whole = AutoModelForCausalLM.from_pretrained(tied.base, dtype=torch.float32)
+        oracle = PeftModel.from_pretrained(whole, tied.run / "final").eval()(input_ids=IDS).logits[0]
+    assert kl(oracle, read_back(tmp_path / "original")) < 1e-3, "the original weights with the adapter"
+    assert other.kl > 1e-2 > 1e-3 > proof.kl
+
+
+def swap_end(real: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    return lambda *arguments: real(*arguments) | {"eos_token_id": [2, 7]}
+
+
+def drop_head(real: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    return lambda base: {name: facts for name, facts in real(base).items() if name != "lm_head.weight"}
+
+
+def lose_adapter(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda name, weight, deltas: real(name, weight, [])
+
+
+@pytest.mark.parametrize(("where", "fault", "sentence"), [
+    ("dequantised", None, "KL.trained .. merged. is"), ("layout", drop_head, "cannot be read back.*lm_head"),
+    ("generation_config", swap_end, "its answers end at other tokens"),
+    ("merged_weight", lose_adapter, "KL.trained .. merged. is"),
+])  # fmt: skip
+def test_a_planted_wrong_merge_is_caught(untied: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, fault: Any,
+                                         sentence: str) -> None:  # fmt: skip
+    module = sys.modules["lowrank_tune.export.merge"]
+    if fault is None:  # original weights where dequantised ones were claimed
+        found = module.finished_run(untied.run)  # type: ignore[attr-defined]
+        monkeypatch.setattr(module, "dequantised", lambda base: module.originals(found, base))  # type: ignore[attr-defined]
+    else:
+        monkeypatch.setattr(module, where, fault(getattr(module, where)))
+    with pytest.raises(RunFailed, match=sentence):
+        merged(untied, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [], "nothing half-written stays"
+
+
+def copy_of(made: Made, place: Path) -> Path:
+    shutil.copytree(made.run, place)
+    return place
+
+
+def test_what_cannot_be_merged_is_told_in_a_sentence(untied: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(run: Path, *more: str) -> str:
+        done = CliRunner().invoke(app, ["merge", str(run), *more])
+        assert done.exit_code == 2 and done.output.count("\n") == 1, done.output
+        return done.output
+
+    assert "there is no such run" in told(tmp_path / "nowhere")
+    assert "is no run: it holds no run.json" in told(tmp_path)
+    (tmp_path / "there").mkdir()
+    assert "exists; give another folder with --out" in told(untied.run, "--out", str(tmp_path / "there"))
+    unfinished = copy_of(untied, tmp_path / "unfinished")
+    shutil.rmtree(unfinished / "final")
+    assert "has not ended" in told(unfinished)
+    changed = copy_of(untied, tmp_path / "changed")
+    facts = json.loads((changed / "base.json").read_text())
+    facts["tensors"]["model.layers.1.mlp.up_proj.weight"] = "0" * 32
+    (changed / "base.json").write_text(json.dumps(facts))
+    assert re.search(r": 1 of its \d\d tensors differ, model.layers.1.mlp.up_proj.weight for one", told(changed))
+    gone = copy_of(untied, tmp_path / "gone")
+    facts = json.loads((gone / "run.json").read_text())
+    facts["recipe"]["base"]["model"] = str(tmp_path / "no-base")
+    (gone / "run.json").write_text(json.dumps(facts))
+    assert "there is no folder" in told(gone)
+    reward = copy_of(untied, tmp_path / "reward")
+    facts["recipe"]["algorithm"] = "reward"
+    (reward / "run.json").write_text(json.dumps(facts))
+    assert "trained a reward model" in told(reward)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(total=1, used=1, free=0))
+    assert "GiB are free there" in told(untied.run)
+    assert not list(untied.run.glob("*merged*")) and not list(tmp_path.glob(".tmp*"))
+
+
+@pytest.mark.parametrize(("module", "tie", "sentence"), [
+    ("lm_head", True, "one of them changes the output head"), ("model.embed_tokens", False, "changes the embedding .*lora_embedding_A"),
+])  # fmt: skip
+def test_modules_that_cannot_be_merged(untied: Made, tied: Made, tmp_path: Path, module: str, tie: bool, sentence: str) -> None:
+    made = tied if tie else untied
+    final = copy_of(made, tmp_path / "run") / "final"
+    config = json.loads((final / "adapter_config.json").read_text())
+    vocabulary, width = load_file(made.base / "model.safetensors")["model.embed_tokens.weight"].shape
+    names = ("lora_A.weight", "lora_B.weight") if tie else ("lora_embedding_A", "lora_embedding_B")
+    into, out = (width, vocabulary) if tie else (vocabulary, width)
+    added = {f"base_model.model.{module}.{names[0]}": torch.zeros(config["r"], into),
+             f"base_model.model.{module}.{names[1]}": torch.zeros(out, config["r"])}  # fmt: skip
+    save_file(load_file(final / "adapter_model.safetensors") | added, final / "adapter_model.safetensors")
+    (final / "adapter_config.json").write_text(json.dumps(config | {"target_modules": [*config["target_modules"], module.rpartition(".")[2]]}))
+    with pytest.raises(UserError, match=sentence):
+        merged(Made(final.parent, made.base, made.said), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stack_kept_apart_is_merged_whole(tmp_path: Path) -> None:
+    made = make_run(tmp_path, "llama", lower=("sft",), stack="apart")
+    assert not json.loads((made.run / "final" / "stack.json").read_text())["folded"] and (made.run / "final" / "sft").is_dir()
+    merged(made, tmp_path / "out")
+    assert kl(made.said, read_back(tmp_path / "out")) < 1e-3
+
+
+@pytest.mark.slow
+def test_round_trips_in_a_new_process(tmp_path: Path) -> None:
+    """Adapter, folded stack, and merged into both bases; tied and untied, of four families."""
+    orders, runs = list[tuple[str, str, str, int]](), dict[str, Made]()
+    for kind in ("llama", "qwen2", "mistral", "gemma2"):
+        for tie in (False, True):
+            name = f"{kind} {tie}"
+            place = tmp_path / name.replace(" ", "-")
+            made = runs[name] = make_run(place, kind, tie, lower=("sft",), rslora=tie)
+            alone = runs[f"{name} alone"] = make_run(place / "alone", kind, tie, rslora=not tie)
+            proof = merged(made, place / "dequantized")
+            assert proof.kl <= 1e-3 and proof.parted == 0 and proof.prompts == 50, (name, proof)
+            merged(made, place / "original", "original")
+            orders += [(f"{name} folded", str(made.base), str(made.run / "final"), 4), (f"{name} dequantized", str(place / "dequantized"), "", 16),
+                       (f"{name} original", str(place / "original"), "", 16), (f"{name} oracle", str(made.base), str(made.run / "final"), 16),
+                       (f"{name} alone", str(alone.base), str(alone.run / "final"), 4)]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps([IDS.tolist(), orders, str(tmp_path / "said")])], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = load_file(tmp_path / "said")
+    for name, made in runs.items():
+        if name.endswith("alone"):
+            assert kl(made.said, said[name]) < 1e-8, name
+            continue
+        assert kl(made.said, said[f"{name} folded"]) < 1e-8, name
+        assert kl(made.said, said[f"{name} dequantized"]) <= 1e-3, name
+        assert kl(said[f"{name} oracle"], said[f"{name} original"]) <= 1e-3 < kl(made.said, said[f"{name} original"]), name
