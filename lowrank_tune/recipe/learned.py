@@ -21,7 +21,7 @@ def findings(data: Any, lent: bool = False) -> Iterator[Finding]:
     if not isinstance(written(data, "algorithm"), str) or trained_by(written(data, "algorithm")) == ROLE:
         return
     given = written(data, "adapters", ROLE)
-    if given is not None and not asks(data):
+    if written(given, "path") is not None and not asks(data):  # without a path it is none, and that is told already
         yield ("adapters", ROLE), f"does nothing without the reward `{USE}`; no other stack takes the adapter of a reward model"
     for index, reward in enumerate(entries(data, "rewards")):
         if given is None and not lent and written(reward, "use") == USE:
