@@ -20,6 +20,7 @@ KEYS = {
 }  # fmt: skip
 PLAINLY = ("accuracy", "learning_rate", "heldout_exact", "dead_groups", "truncated", "clip_fraction", "length")
 FRONTIER, FRONTIER_AT, FEW_FAR = "reward against KL", 5, 3  # a chart over no steps: its place among the others, and the points it needs
+LEAST_SPAN = 0.2  # share of held-out questions
 QUESTION_LINES = 4  # that a further question needs
 BESIDE = 23  # cells of a pane's title that its right part must leave
 FOR_THE_RUN = "qpse"  # what only the run's own screen can do; in `watch`, q leaves the screen alone
@@ -92,7 +93,9 @@ def _frontier_pane(state: State, view: View, width: int, height: int) -> list[Li
     low, high = min(y for _, y in earned), max(y for _, y in earned)
     curves = [Curve(earned, "first", "*")]
     title: Line = [(" reward against KL  ", "title"), ("reward", "first")]
-    if gold and (most := max(y for _, y in gold)) > (least := min(y for _, y in gold)):
+    if gold:
+        most = max(y for _, y in gold)
+        least = min(most - LEAST_SPAN, *(y for _, y in gold))  # a wiggle of two points shall not fill the pane
         curves.append(Curve([(x, low + (y - least) / (most - least) * (high - low)) for x, y in gold], "second", "o"))
         title.append(("  exact", "second"))
     return [title, *chart(curves, width, height - 1, False, view.ascii_only, across=short)]
