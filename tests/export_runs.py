@@ -60,7 +60,7 @@ def make_run(place: Path, kind: str = "llama", tied: bool = False, lower: tuple[
     wanted = settings.Adapter(r=4, alpha=8.0, rslora=rslora, **more)
     roles = Roles(base, {name: lora_config(wanted, base.model) for name in names}, ["policy"], {"policy": names, "reference": list(lower)})
     for seed, name in enumerate(names):
-        shake(roles, name, seed=seed + 1, size=0.12)
+        shake(roles, name, seed=seed + 1, size=0.09)
     with roles.quiet(), roles.use("policy"):
         said = base.model(input_ids=IDS).logits[0].clone()
     contents = {name: one_hash({key: hash_of(tensor) for key, tensor in roles.adapter_tensors(name).items()}) for name in lower}

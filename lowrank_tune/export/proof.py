@@ -30,6 +30,9 @@ from lowrank_tune.types import Row, Sampling
 LIMIT = 1e-3
 """Nats a token of KL(trained || merged), in the weights that were trained over."""
 NEAR_TIE = 0.05
+PARTED = 0.04
+"""Share of greedy answers that may part at a wider gap: bf16 weights move a logit by more than `NEAR_TIE` now and then, and what is wrong
+parts many."""
 PROMPTS, ROWS, ANSWER, LONGEST = 50, 50, 32, 1024
 KEPT_BYTES = 1 << 30
 
@@ -85,7 +88,7 @@ class Proof:
             found.append("its logits are not finite")
         if exact and not self.kl <= LIMIT:
             found.append(f"KL(trained || merged) is {self.kl:.2e} nats a token, above {LIMIT:g}")
-        if exact and self.parted:
+        if exact and self.parted > PARTED * self.prompts:
             found.append(f"{self.parted} of {self.prompts} greedy answers part where the trained model had no near-tie")
         if not self.ends_agree:
             found.append("its answers end at other tokens")

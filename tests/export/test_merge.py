@@ -207,13 +207,14 @@ def test_round_trips_in_a_new_process(tmp_path: Path) -> None:
             alone = runs[f"{name} alone"] = make_run(place / "alone", kind, tie, rslora=not tie)
             proof = merged(made, place / "dequantized")
             assert proof.kl <= 1e-3 and proof.parted == 0 and proof.prompts == 50, (name, proof)
+            print(f"{name}: {proof.table()}")
             merged(made, place / "original", "original")
-            orders += [(f"{name} folded", str(made.base), str(made.run / "final"), 4), (f"{name} dequantized", str(place / "dequantized"), "", 16),
-                       (f"{name} original", str(place / "original"), "", 16), (f"{name} oracle", str(made.base), str(made.run / "final"), 16),
+            final = str(made.run / "final")
+            orders += [(f"{name} folded", str(made.base), final, 4), (f"{name} oracle", str(made.base), final, 16),
+                       *((f"{name} {taken}", str(place / taken), "", 16) for taken in ("dequantized", "original")),
                        (f"{name} alone", str(alone.base), str(alone.run / "final"), 4)]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps([IDS.tolist(), orders, str(tmp_path / "said")])], capture_output=True, text=True
-    )
+    wanted = json.dumps([IDS.tolist(), orders, str(tmp_path / "said")])
+    done = subprocess.run([sys.executable, "-c", CHILD, wanted], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = load_file(tmp_path / "said")
     for name, made in runs.items():
