@@ -1,0 +1,163 @@
+"""`final/` as software that never heard of this kit finds it: card, tokenizer, template, end tokens, and what later runs read of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from export_runs import IDS, Made, kl, make_run
+from models import TOKENIZER
+from peft import PeftModel
+from transformers import AutoTokenizer, GenerationConfig
+
+from lowrank_tune import Recipe, UserError, settings
+from lowrank_tune.build import _lay
+from lowrank_tune.checkpoint import load
+from lowrank_tune.data import Template
+from lowrank_tune.events import Event, Note
+from lowrank_tune.export.card import Adapters, card, rank_limit
+from lowrank_tune.model.adapters import SavedAdapter, read_adapter
+from lowrank_tune.model.base import load_base
+from lowrank_tune.recipe import dump
+from lowrank_tune.types import Message
+
+TALK = [Message("system", "Be kind."), Message("user", "What is 12 + 30?"), Message("assistant", "It is 42."), Message("user", "$5?")]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make_run(tmp_path_factory.mktemp("folded"), lower=("warm", "sft"), rslora=True)
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make_run(tmp_path_factory.mktemp("apart"), lower=("sft",), stack="apart")
+
+
+def code_of(text: str) -> str:
+    """The Python that a card shows."""
+    return text.partition("```python\n")[2].partition("```")[0]
+
+
+def written(adapters: Adapters, **changes: Any) -> str:
+    recipe = Recipe.from_dict({"name": "mine", "algorithm": "sft", "data": {"train": [{"dataset": "openai/gsm8k", "name": "main"}]},
+                               "base": {"model": "Qwen/Qwen3-4B@abc123"}, "train": {"steps": 7}} | changes)  # fmt: skip
+    return card(recipe, {"step": 7, "heldout_details": {"base": {"exact": 0.25}, "sft": {"exact": 0.75}}}, "abc123", adapters, ["<|im_end|>"])
+
+
+def config(rank: int) -> dict[str, Any]:
+    return {"r": rank, "lora_alpha": 32.0, "target_modules": ["q_proj", "v_proj"]}
+
+
+def test_a_card_says_what_the_hub_and_a_person_want_to_know() -> None:
+    text = written(Adapters(["sft", "policy"], True, config(24), speaks=True))
+    facts = yaml.safe_load(text.split("---")[1])
+    assert facts["base_model"] == "Qwen/Qwen3-4B" and facts["library_name"] == "peft" and facts["datasets"] == ["openai/gsm8k"]
+    for part in ("`abc123`", "folded into this one", "Rank 24, alpha 32, on q_proj, v_proj", "| sft | 0.75 |", "7 steps", "<|im_end|>",
+                 "llama-cli", "FROM ./base.gguf", "vllm serve Qwen/Qwen3-4B", 'revision="abc123"'):  # fmt: skip
+        assert part in text, part
+    compile(code_of(text), "card", "exec")
+    assert yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])["train"]["steps"] == 7
+
+
+@pytest.mark.parametrize(("rank", "limit"), [(8, None), (16, None), (17, 32), (32, 32), (65, 128), (257, 320)])
+def test_vllms_limit_is_named_where_it_must_be_raised(rank: int, limit: int | None) -> None:
+    text = written(Adapters(["policy"], True, config(rank), speaks=True))
+    assert (f"--max-lora-rank {limit} " in text) if limit else ("--max-lora-rank" not in text)
+    assert rank_limit(513) is None and "lowrank-tune merge" in written(Adapters(["policy"], True, config(600), speaks=True))
+    assert "--enable-lora" not in written(Adapters(["policy"], True, config(600), speaks=True))
+
+
+def test_a_card_of_files_names_nothing_of_the_hub(folded: Made) -> None:
+    text = (folded.run / "final" / "README.md").read_text()
+    facts = yaml.safe_load(text.split("---")[1])
+    assert "base_model" not in facts and "datasets" not in facts
+    assert "somebody" not in text and "path: sft/final" in text, "where earlier runs lie is nobody's business"
+    assert str(folded.base) in text, "but what the user named as the base stays"
+
+
+def test_final_holds_all_that_is_needed_and_names_no_machine(folded: Made) -> None:
+    final = folded.run / "final"
+    load(final, "final")
+    reloaded = AutoTokenizer.from_pretrained(final)
+    asked = reloaded.apply_chat_template([{"role": m.role, "content": m.content} for m in TALK], add_generation_prompt=True, return_dict=False)
+    assert list(asked) == Template.of(AutoTokenizer.from_pretrained(folded.base)).prompt(TALK)
+    ends = GenerationConfig.from_pretrained(final).eos_token_id
+    assert [reloaded.convert_ids_to_tokens(one) for one in ends] == ["<|end_of_text|>", "<|end_of_turn|>"]
+    for file in ("tokenizer_config.json", "tokenizer.json", "generation_config.json", "policy/adapter_config.json", "stack.json"):
+        told = (final / file).read_text()
+        assert str(folded.run) not in told and "somebody" not in told and "/tmp" not in told.replace(str(folded.base), ""), file
+
+
+def test_the_python_of_the_card_works_for_a_stack_kept_apart(apart: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = code_of((apart.run / "final" / "README.md").read_text())
+    assert "set_adapter" in code and "adapter/sft" in code
+    base = load_base(settings.Base(model=str(apart.base)), TOKENIZER, CPU)
+    lines = [line.replace("./adapter", str(apart.run / "final")) for line in code.splitlines() if line.startswith("model")]
+    place: dict[str, Any] = {"PeftModel": PeftModel, "base": base.model}
+    for line in lines:
+        exec(line, place)
+    with torch.no_grad():
+        assert kl(apart.said, place["model"].eval()(input_ids=IDS).logits[0]) < 1e-8
+
+
+# ---- what later runs read
+
+
+def laid(made: Made, *frozen: tuple[str, SavedAdapter]) -> tuple[dict[str, SavedAdapter], list[Event]]:
+    """The adapters of a recipe that goes on from `made` over these."""
+    path, heard = str(made.run), list[Event]()
+    adapters = {**{name: {"path": str(one.folder)} for name, one in frozen}, "policy": {"path": path}}
+    recipe = Recipe.from_dict({"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, "train": {"steps": 1}, "adapters": adapters})
+    saved = {**dict(frozen), "policy": read_adapter(path, "adapters.policy.path")}
+    _lay(recipe, saved, heard.append)
+    return saved, heard
+
+
+def lower_of(made: Made, name: str, kept: Made) -> SavedAdapter:
+    """A frozen adapter as it lay below: another run of the same seed keeps it apart."""
+    return read_adapter(str(kept.run / "final" / name), "x")
+
+
+def test_a_run_goes_on_from_its_own_adapter_over_the_same_ones(apart: Made, tmp_path: Path) -> None:
+    made = make_run(tmp_path, lower=("sft",))
+    sft = lower_of(made, "sft", apart)
+    saved, heard = laid(made, ("sft", sft))
+    assert saved["policy"].config.r == 4 and not heard and saved["policy"].folder == made.run / "final" / "policy"
+    saved, heard = laid(made)
+    assert saved["policy"].config.r == 8 and [event for event in heard if isinstance(event, Note)][0].message.endswith(
+        "taken with sft folded into it, which it was trained over")  # fmt: skip
+    with pytest.raises(UserError, match="holds its adapters apart, and they mean nothing alone: load sft below it"):
+        laid(apart)
+
+
+def test_half_a_stack_is_refused(folded: Made, tmp_path: Path) -> None:
+    kept = make_run(tmp_path, lower=("warm", "sft"), rslora=True, stack="apart")
+    both = [(name, lower_of(folded, name, kept)) for name in ("warm", "sft")]
+    assert laid(folded, *both)[0]["policy"].config.r == 4
+    with pytest.raises(UserError, match="was trained over warm, sft, and this recipe loads only sft below it: add `adapters.warm.path`"):
+        laid(folded, both[1])
+    assert laid(folded)[0]["policy"].config.r == 12
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"stack": ["a"], "below": {"b": "0"}}', '{"stack": ["..", "p"], "below": {"..": "0"}}', "nonsense"]
+)
+def test_a_broken_stack_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    (tmp_path / "stack.json").write_text(text)
+    with pytest.raises(UserError, match=r"stack\.json is broken"):
+        read_adapter(str(tmp_path), "adapters.sft.path")
+
+
+def test_apart_without_a_stack_is_a_fault() -> None:
+    data = {"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, "train": {"steps": 1, "final_stack": "apart"}}
+    with pytest.raises(UserError, match=r"train\.final_stack: `apart` does nothing here"):
+        Recipe.from_dict(data)
+    over = Recipe.from_dict(data | {"adapters": {"sft": {"path": "runs/sft"}}})
+    assert "final_stack: apart" in dump(over)
