@@ -31,8 +31,8 @@ from lowrank_tune.export.card import merged_card
 from lowrank_tune.export.finished import Finished, adapters_in, check_base, finished_run, parts_of, roles_of
 from lowrank_tune.export.fold import Part
 from lowrank_tune.export.folder import files_of_tokenizer, generation_config
-from lowrank_tune.export.proof import Proof, hear, probes, prove
-from lowrank_tune.model.base import Base, count_weights, load_base, load_tokenizer, weight_files
+from lowrank_tune.export.proof import Proof, hear, place_for, probes, prove
+from lowrank_tune.model.base import Base, count_weights, load_base, load_tokenizer, pick_device, weight_files
 
 Kind = Literal["dequantized", "original"]
 SHARD = 4 << 30  # bytes
@@ -57,7 +57,9 @@ def merge(run: Path, out: Path | None, kind: Kind, emit: Emit, show: Callable[[P
     target = out or found.path / ("merged" if kind == "dequantized" else "merged-original")
     if os.path.lexists(target):
         raise UserError(f"{target} exists; give another folder with --out")
-    _check_room(target, 2 * count_weights(found.base))
+    weights = count_weights(found.base)
+    _check_room(target, 2 * weights)
+    place = place_for(weights, device or pick_device(), emit)
     template = Template.of(load_tokenizer(found.base))
     saved = adapters_in(found.final)
     base = load_base(found.base, template.tokenizer, device)
@@ -79,7 +81,7 @@ def merge(run: Path, out: Path | None, kind: Kind, emit: Emit, show: Callable[[P
             _write_rest(fresh, found, base, template, ends)
             device = base.device
             del base, roles, source
-            proof = prove(fresh, heard, ends, device, emit)
+            proof = prove(fresh, heard, ends, place, emit)
             show(proof)
             if faults := proof.faults(kind == "dequantized"):
                 raise RunFailed(f"the merged model is not what was trained, and nothing is left of it: {'; '.join(faults)}")

@@ -25,6 +25,7 @@ from lowrank_tune.events import Emit, Note, Progress
 from lowrank_tune.model.base import Base, load_base, load_tokenizer
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout import Engine
+from lowrank_tune.rollout.engine import memory_of
 from lowrank_tune.types import Row, Sampling
 
 LIMIT = 1e-3
@@ -35,6 +36,7 @@ PARTED = 0.04
 parts many."""
 PROMPTS, ROWS, ANSWER, LONGEST = 50, 50, 32, 1024
 KEPT_BYTES = 1 << 30
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -157,11 +159,25 @@ def hear(roles: Roles, asked: Probes, ends: frozenset[int], emit: Emit) -> Heard
     return Heard(texts, [len(prompt) for prompt in asked.prompts], kept, asked.rows, losses.mean, asked.origin)
 
 
-def prove(folder: Path, heard: Heard, ends: frozenset[int], device: torch.device, emit: Emit) -> Proof:
+def place_for(weights: int, device: torch.device, emit: Emit) -> tuple[torch.device, torch.dtype]:
+    """Where a model of so many weights can be read back, and in which precision: the device of the run; or in bf16 the main memory, where a
+    card that trained it in 4 bits is too small for 16. Raises UserError where neither holds it."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    needed, there = weights * dtype.itemsize + (1 << 30), memory_of(device)
+    if device.type == "cuda" and needed > there:
+        emit(Note(message=f"the merged model needs {needed / 2**30:.0f} GiB and the card has {there / 2**30:.0f}: it is compared on the CPU"))
+        device, there = CPU, memory_of(CPU)
+    if needed > there:
+        raise UserError(f"the merged model must be read back to be compared, which needs {needed / 2**30:.0f} GiB of memory, and this machine "
+                        f"has {there / 2**30:.0f}; merge on a larger one, or use the adapter as it is")  # fmt: skip
+    return device, dtype
+
+
+def prove(folder: Path, heard: Heard, ends: frozenset[int], place: tuple[torch.device, torch.dtype], emit: Emit) -> Proof:
     """Reads the merged model back as a user would, and lets it read the same. Raises RunFailed where it cannot even be read."""
     wanted = settings.Base(model=str(folder), bits=16)
     try:
-        base = load_base(wanted, load_tokenizer(wanted), device)
+        base = load_base(wanted, load_tokenizer(wanted), *place)
     except UserError as error:
         raise RunFailed(f"the merged model cannot be read back, and nothing is left of it: {error}") from error
     base.model.eval()

@@ -66,8 +66,9 @@ def load_tokenizer(wanted: settings.Base) -> Any:
         return AutoTokenizer.from_pretrained(place, **arguments)
 
 
-def load_base(wanted: settings.Base, tokenizer: Any, device: torch.device | None = None) -> Base:
-    """Loads and freezes it. Raises UserError with one sentence for whatever a person can mend."""
+def load_base(wanted: settings.Base, tokenizer: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Base:
+    """Loads and freezes it, in the device's own `dtype` where none is given. Raises UserError with one sentence for whatever a person can
+    mend."""
     _be_quiet()
     device = device or pick_device()
     with _telling(wanted) as (place, arguments):
@@ -77,7 +78,7 @@ def load_base(wanted: settings.Base, tokenizer: Any, device: torch.device | None
             arguments["quantization_config"] = nf4(device)
         model, found = AutoModelForCausalLM.from_pretrained(
             place, config=config, use_safetensors=True, device_map={"": device}, output_loading_info=True, ignore_mismatched_sizes=True,
-            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, **arguments)  # fmt: skip
+            dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), **arguments)  # fmt: skip
         _check_weights(model, found, wanted.model)
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
     return freeze(model, tokenizer, name=wanted.model, revision=revision, bits=4 if quantised else wanted.bits)

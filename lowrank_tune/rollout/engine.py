@@ -35,7 +35,7 @@ class Engine:
     def __init__(self, roles: Roles, role: str, slots: int = 256, cache_bytes: int | None = None, scratch_bytes: int | None = None,
                  decode: Decode | None = None) -> None:  # fmt: skip
         self.roles, self.role, self.slots, self.decode = roles, role, slots, decode
-        quarter = _memory_of(roles.base.device) // 4
+        quarter = memory_of(roles.base.device) // 4
         self.cache_bytes = quarter if cache_bytes is None else cache_bytes
         self.scratch_bytes = quarter if scratch_bytes is None else scratch_bytes
 
@@ -95,7 +95,7 @@ def _quiet(modules: Sequence[nn.Module]) -> Iterator[None]:
             module.__dict__["training"] = True
 
 
-def _memory_of(device: torch.device) -> int:
+def memory_of(device: torch.device) -> int:
     """Bytes that there are, used or not."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)

@@ -164,6 +164,10 @@ def test_what_cannot_be_merged_is_told_in_a_sentence(untied: Made, tmp_path: Pat
     facts["recipe"]["algorithm"] = "reward"
     (reward / "run.json").write_text(json.dumps(facts))
     assert "trained a reward model" in told(reward)
+    module = sys.modules["lowrank_tune.export.proof"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "memory_of", lambda device: 1 << 29)
+        assert "must be read back to be compared, which needs 1 GiB of memory" in told(untied.run)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(total=1, used=1, free=0))
     assert "GiB are free there" in told(untied.run)
     assert not list(untied.run.glob("*merged*")) and not list(tmp_path.glob(".tmp*"))
@@ -193,6 +197,17 @@ def test_a_stack_kept_apart_is_merged_whole(tmp_path: Path) -> None:
     assert not json.loads((made.run / "final" / "stack.json").read_text())["folded"] and (made.run / "final" / "sft").is_dir()
     merged(made, tmp_path / "out")
     assert kl(made.said, read_back(tmp_path / "out")) < 1e-3
+
+
+def test_a_card_too_small_for_16_bits_is_told_and_the_main_memory_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, heard = sys.modules["lowrank_tune.export.proof"], list[Any]()
+    monkeypatch.setattr(module, "memory_of", lambda device: (24 if device.type == "cuda" else 64) << 30)
+    place = module.place_for  # type: ignore[attr-defined]
+    assert place(8 << 30, torch.device("cuda"), heard.append) == (torch.device("cuda"), torch.bfloat16) and not heard
+    assert place(14 << 30, torch.device("cuda"), heard.append) == (torch.device("cpu"), torch.bfloat16)
+    assert "needs 29 GiB and the card has 24: it is compared on the CPU" in heard[0].message
+    with pytest.raises(UserError, match="needs 141 GiB of memory, and this machine has 64"):
+        place(70 << 30, torch.device("cuda"), heard.append)
 
 
 @pytest.mark.slow
