@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,6 +199,16 @@ def test_a_stack_kept_apart_is_merged_whole(tmp_path: Path) -> None:
     assert not json.loads((made.run / "final" / "stack.json").read_text())["folded"] and (made.run / "final" / "sft").is_dir()
     merged(made, tmp_path / "out")
     assert kl(made.said, read_back(tmp_path / "out")) < 1e-3
+
+
+def test_what_a_proof_does_not_let_pass() -> None:
+    good = Proof(50, 2000, 9e-4, 0.09, 0.2, 45, 3, 2, 1.0, 1.0, 50, True, "rows")
+    assert good.faults(True) == []
+    for change, sentence in (({"kl": 1.1e-3}, "above 0.001"), ({"kl": math.nan}, "not finite"), ({"worst_kl": 0.3}, "at one token"),
+                             ({"worst_kl": math.nan}, "at one token"), ({"parted": 3}, "no near-tie"),
+                             ({"ends_agree": False}, "end at other")):  # fmt: skip
+        assert sentence in "; ".join(replace(good, **change).faults(True)), change
+    assert replace(good, kl=0.2, worst_kl=5.0, parted=40).faults(False) == [] and replace(good, ends_agree=False).faults(False)
 
 
 def test_a_card_too_small_for_16_bits_is_told_and_the_main_memory_taken(monkeypatch: pytest.MonkeyPatch) -> None:
