@@ -37,7 +37,14 @@ def straight(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Stra
     return of
 
 
-@pytest.mark.parametrize(("algorithm", "seed"), [("sft", 0), ("sft", 1), ("sft", 2), ("reward", 3), ("dpo", 4), ("grpo", 5), ("ppo", 6)])
+def slow(*values: Any) -> Any:
+    """The same on the slower tier."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "seed"), [("sft", 0), slow("sft", 1), slow("sft", 2), slow("reward", 3), ("dpo", 4), ("grpo", 5), slow("ppo", 6)]
+)
 def test_killed_at_a_random_moment(nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, seed: int) -> None:
     wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
     status = nursery.run(recipe, out, kill_after=random.Random(seed).uniform(0.1, 3.0 if algorithm in ("sft", "grpo", "ppo") else 1.5))
@@ -46,8 +53,8 @@ def test_killed_at_a_random_moment(nursery: Nursery, straight: Straight, tmp_pat
     assert trace(out) == wanted
 
 
-@pytest.mark.parametrize(("algorithm", "die_at"), [("sft", 60), ("sft", 97), ("reward", 70), ("dpo", 20), ("dpo", 70), ("grpo", 70),
-                                                  ("ppo", 70)])  # fmt: skip
+@pytest.mark.parametrize(("algorithm", "die_at"), [("sft", 60), slow("sft", 97), slow("reward", 70), slow("dpo", 20), ("dpo", 70),
+                                                  slow("grpo", 70), ("ppo", 70)])  # fmt: skip
 def test_dies_in_a_write(nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, die_at: int) -> None:
     wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
     assert nursery.run(recipe, out, die_at=die_at) != 0, "it should have died"
@@ -55,7 +62,7 @@ def test_dies_in_a_write(nursery: Nursery, straight: Straight, tmp_path: Path, a
     assert trace(out) == wanted
 
 
-@pytest.mark.parametrize(("phase", "call"), [("rollout", 70), ("scoring", 4), ("update", 9), ("between passes", 5)])
+@pytest.mark.parametrize(("phase", "call"), [("rollout", 70), slow("scoring", 4), ("update", 9), slow("between passes", 5)])
 def test_killed_in_each_phase_of_grpo(nursery: Nursery, straight: Straight, tmp_path: Path, phase: str, call: int) -> None:
     wanted, recipe, out = straight("grpo"), recipe_of("grpo"), tmp_path / "run"
     assert nursery.run(recipe, out, die_in={"where": PHASES[phase], "call": call}) == 9, "it should have been killed"
@@ -64,8 +71,8 @@ def test_killed_in_each_phase_of_grpo(nursery: Nursery, straight: Straight, tmp_
     assert trace(out) == wanted
 
 
-@pytest.mark.parametrize(("phase", "call"), [("rollout", 40), ("scoring", 3), ("valuing", 4), ("update of ppo", 13),
-                                             ("between passes of ppo", 7)])  # fmt: skip
+@pytest.mark.parametrize(("phase", "call"), [slow("rollout", 40), slow("scoring", 3), ("valuing", 4), ("update of ppo", 13),
+                                             slow("between passes of ppo", 7)])  # fmt: skip
 def test_killed_in_each_phase_of_ppo(nursery: Nursery, straight: Straight, tmp_path: Path, phase: str, call: int) -> None:
     wanted, recipe, out = straight("ppo"), recipe_of("ppo"), tmp_path / "run"
     assert nursery.run(recipe, out, die_in={"where": PHASES[phase], "call": call}) == 9, "it should have been killed"

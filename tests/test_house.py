@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -91,17 +92,19 @@ def safety_faults(tree: ast.Module) -> Iterator[str]:
                     yield f"{node.lineno}: sets {keyword.arg}=True"
 
 
+@lru_cache(None)
+def faults_in(place: str, floor: str, text: str) -> tuple[str, ...]:
+    """Those of one file; known texts are not read again."""
+    if floor not in ORDER and floor not in LAZY:
+        return (f"{place}:1: {floor} has no place in the order",)
+    tree = ast.parse(text)
+    return tuple(f"{place}:{fault}" for fault in (*order_faults(tree, floor), *safety_faults(tree)))
+
+
 def house_faults(package: Path) -> list[str]:
     """Every fault of a package, as `file:line: what`."""
-    faults = []
-    for file in sorted(package.rglob("*.py")):
-        floor, place = floor_of(file, package), file.relative_to(package).as_posix()
-        tree = ast.parse(file.read_text())
-        if floor not in ORDER and floor not in LAZY:
-            faults.append(f"{place}:1: {floor} has no place in the order")
-            continue
-        faults += [f"{place}:{fault}" for fault in (*order_faults(tree, floor), *safety_faults(tree))]
-    return faults
+    files = sorted(package.rglob("*.py"))
+    return [fault for file in files for fault in faults_in(file.relative_to(package).as_posix(), floor_of(file, package), file.read_text())]
 
 
 def test_the_house_stands() -> None:
