@@ -43,7 +43,8 @@ def slow(*values: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "seed"), [("sft", 0), slow("sft", 1), slow("sft", 2), slow("reward", 3), ("dpo", 4), ("grpo", 5), slow("ppo", 6)]
+    ("algorithm", "seed"),
+    [("sft", 0), slow("sft", 1), slow("sft", 2), slow("reward", 3), ("dpo", 4), ("grpo", 5), slow("ppo", 6)],
 )
 def test_killed_at_a_random_moment(nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, seed: int) -> None:
     wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
