@@ -76,9 +76,13 @@ def check_base(found: Finished, base: Base) -> None:
                         f"{other[0]} for one; put the trained one back")  # fmt: skip
 
 
-def adapters_in(final: Path) -> dict[str, SavedAdapter]:
+def adapters_in(found: Finished) -> dict[str, SavedAdapter]:
     """The adapters that together are the policy, lowest first: one where they were folded. Raises UserError."""
-    key = str(final)
+    final, recipe, key = found.final, found.recipe, str(found.final)
+    lower = [name for name in recipe.adapters if name not in (recipe.trained, *recipe.aside, "reward")]
+    if lower and not (final / STACK).exists():
+        raise UserError(f"{final} holds the adapter {recipe.trained} without {', '.join(lower)}, which it was trained over (an older version "
+                        "of this program left it so): run the recipe again")  # fmt: skip
     if (final / STACK).exists() and not (stack := stack_of(final, key)).folded:
         return {name: read_adapter(str(final / name), key) for name in stack.names[:-1]} | {stack.names[-1]: read_adapter(key, key)}
     return {"policy": read_adapter(key, key, whole=True)}

@@ -50,7 +50,11 @@ def final_folder(stage: Stage) -> Snapshot:
             _add(found, name, part)
     for name in aside:
         _add(found, name, part_of(roles, name))
-    found.others |= tokenizer_files(built)
+    try:
+        found.others |= tokenizer_files(built)
+    except (OSError, ValueError, TypeError, NotImplementedError, AttributeError) as error:  # what was trained must not be lost over this
+        message = f"final/ has no tokenizer: the base's cannot save itself ({type(error).__name__}: {error}); use the base's own"
+        stage.emit(Note(level="warning", message=message))
     if "policy" in built.trained:
         found.documents["generation_config.json"] = generation_config(built.base, built.stop_ids, built.template.pad_id)
     said = Adapters(names, folded, root[0], speaks="policy" in built.trained)

@@ -61,7 +61,7 @@ def merge(run: Path, out: Path | None, kind: Kind, emit: Emit, show: Callable[[P
     _check_room(target, 2 * weights)
     place = place_for(weights, device or pick_device(), emit)
     template = Template.of(load_tokenizer(found.base))
-    saved = adapters_in(found.final)
+    saved = adapters_in(found)
     base = load_base(found.base, template.tokenizer, device)
     check_base(found, base)
     source = originals(found, base) if kind == "original" and found.recipe.base.bits == 4 else dequantised(base)

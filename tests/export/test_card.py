@@ -94,6 +94,15 @@ def test_final_holds_all_that_is_needed_and_names_no_machine(folded: Made) -> No
         assert str(folded.run) not in told and "somebody" not in told and "/tmp" not in told.replace(str(folded.base), ""), file
 
 
+def test_a_tokenizer_that_cannot_be_saved_costs_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(built: Any) -> dict[str, bytes]:
+        raise NotImplementedError("no vocabulary file")
+
+    monkeypatch.setattr("lowrank_tune.export.folder.tokenizer_files", broken)
+    made = make_run(tmp_path)
+    assert (made.run / "final" / "adapter_model.safetensors").exists() and not (made.run / "final" / "tokenizer.json").exists()
+
+
 def test_the_python_of_the_card_works_for_a_stack_kept_apart(apart: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     code = code_of((apart.run / "final" / "README.md").read_text())
     assert "set_adapter" in code and "adapter/sft" in code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -134,6 +135,21 @@ def test_a_planted_wrong_merge_is_caught(untied: Made, tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == [], "nothing half-written stays"
 
 
+def test_a_disk_that_fills_up_leaves_nothing(untied: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = list[Path]()
+
+    def filling(tensors: Any, file: Path, **more: Any) -> None:
+        written.append(file)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, file, **more)
+
+    monkeypatch.setattr(sys.modules["lowrank_tune.export.merge"], "save_file", filling)
+    with pytest.raises(RunFailed, match="the disk is full"):
+        merged(untied, tmp_path / "out", shard=60_000)
+    assert len(written) == 2 and list(tmp_path.iterdir()) == []
+
+
 def copy_of(made: Made, place: Path) -> Path:
     shutil.copytree(made.run, place)
     return place
@@ -162,6 +178,9 @@ def test_what_cannot_be_merged_is_told_in_a_sentence(untied: Made, tmp_path: Pat
     facts["recipe"]["base"]["model"] = str(tmp_path / "no-base")
     (gone / "run.json").write_text(json.dumps(facts))
     assert "there is no folder" in told(gone)
+    older = copy_of(untied, tmp_path / "older")
+    (older / "final" / "stack.json").unlink()
+    assert "holds the adapter policy without sft, which it was trained over" in told(older)
     reward = copy_of(untied, tmp_path / "reward")
     facts["recipe"]["algorithm"] = "reward"
     (reward / "run.json").write_text(json.dumps(facts))
