@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from export_runs import IDS, Made, kl, make_run
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner
 
 from lowrank_tune import UserError
@@ -90,6 +91,18 @@ def test_merged_is_what_was_trained_in_several_shards(untied: Made, tmp_path: Pa
     assert "KL(trained" in (tmp_path / "out" / "README.md").read_text()
     for file in (tmp_path / "out").iterdir():
         assert str(untied.run).encode() not in file.read_bytes() and b"somebody" not in file.read_bytes(), file
+
+
+def test_each_weight_is_rounded_once(untied: Made, tmp_path: Path) -> None:
+    merged(untied, tmp_path / "out")
+    found, lora = load_file(tmp_path / "out" / "model.safetensors"), load_file(untied.run / "final" / "adapter_model.safetensors")
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = AutoModelForCausalLM.from_pretrained(untied.base, dtype=torch.float32, quantization_config=four)
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        packed = base.get_submodule(name).weight
+        a, b = (lora[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+        exact = dequantize_4bit(packed.data, packed.quant_state).double() + b @ a  # the folded adapter's scale is 1
+        assert (found[f"{name}.weight"] == exact.to(torch.bfloat16)).float().mean() > 0.999, name
 
 
 def test_a_tied_head_stays_tied_and_the_original_weights_are_another_model(tied: Made, tmp_path: Path) -> None:
