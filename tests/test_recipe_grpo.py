@@ -34,17 +34,18 @@ def from_file(**source: Any) -> dict[str, Any]:
     return {"train": [{"dataset": "a.jsonl", **source}]}
 
 
+OURS = "(it belongs to grpo, ppo)"
 RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
-    "rewards of sft": (made("sft", rewards=[{"use": "answer"}]), "rewards: does nothing for sft (it belongs to grpo, ppo)", made("sft")),
-    "rewards of a reward model": (made("reward", rewards=[OWN]), "rewards: does nothing for reward (it belongs to grpo, ppo); there is `reward`",
+    "rewards of sft": (made("sft", rewards=[{"use": "answer"}]), f"rewards: does nothing for sft {OURS}", made("sft")),
+    "rewards of a reward model": (made("reward", rewards=[OWN]), f"rewards: does nothing for reward {OURS}; there is `reward`",
                                   made("reward", reward={"centering": 0.1})),
     "reward section": (made(reward={"centering": 0.1}), "reward: does nothing for grpo (it belongs to reward); there is `rewards`", made()),
     "dpo section": (made(dpo={"beta": 0.1}), "dpo: does nothing for grpo (it belongs to dpo)", made(grpo={"kl": 0.1})),
     "grpo section": (made("dpo", grpo={}), "grpo: does nothing for dpo (it belongs to grpo)", made(grpo={})),
-    "rollout section": (made("sft", rollout={"slots": 4}), "rollout: does nothing for sft (it belongs to grpo, ppo)", made(rollout={"slots": 4})),
-    "prompts of sft": (made("sft", train={"prompts_per_step": 4}), "train.prompts_per_step: does nothing for sft (it belongs to grpo, ppo); there "
+    "rollout section": (made("sft", rollout={"slots": 4}), f"rollout: does nothing for sft {OURS}", made(rollout={"slots": 4})),
+    "prompts of sft": (made("sft", train={"prompts_per_step": 4}), f"train.prompts_per_step: does nothing for sft {OURS}; there "
                        "is `train.rows_per_step`", made("sft", train={"rows_per_step": 4})),
-    "prompt length of dpo": (made("dpo", data={"max_prompt_length": 99}), "data.max_prompt_length: does nothing for dpo (it belongs to grpo, ppo); "
+    "prompt length of dpo": (made("dpo", data={"max_prompt_length": 99}), f"data.max_prompt_length: does nothing for dpo {OURS}; "
                              "there is `data.max_length`, which limits", made("dpo", data={"max_length": 99})),
     "rows": (made(train={"rows_per_step": 4}), f"train.rows_per_step: does nothing for grpo {ROWS}; there is `train.prompts_per_step`",
              made(train={"prompts_per_step": 4})),

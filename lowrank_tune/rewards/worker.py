@@ -19,7 +19,6 @@ import math
 import numbers
 import os
 import random
-import re
 import resource
 import signal
 import socket
@@ -116,12 +115,6 @@ def finite(value: object) -> float:
     return number
 
 
-def pattern(job: Mapping[str, Any]) -> Grade:
-    """Whether the whole completion matches."""
-    compiled = re.compile(job["pattern"])
-    return lambda asked: float(compiled.fullmatch(asked["completion"]) is not None)
-
-
 def verifier(job: Mapping[str, Any]) -> Grade:
     """A verifier of the kit: `load(job)` of the module that the job names, as `lowrank_tune.rewards.judges.math`, within limits."""
     folder = os.path.dirname(os.path.abspath(__file__))
@@ -202,7 +195,7 @@ def peak_megabytes() -> float:
         return int(status.read().partition("VmHWM:")[2].split()[0]) / 1024
 
 
-LOADERS: dict[str, Callable[[Mapping[str, Any]], Grade]] = {"own": own, "pattern": pattern, "verifier": verifier}
+LOADERS: dict[str, Callable[[Mapping[str, Any]], Grade]] = {"own": own, "verifier": verifier}
 
 
 def described(error: BaseException, path: str) -> str:
