@@ -20,7 +20,7 @@ from typing import Any
 
 NURSERY = r"""
 import importlib, json, os, signal, sys
-from lowrank_tune.recipe import Recipe
+from lowrank_tune.recipe import Chain, Recipe
 from lowrank_tune.runner import run
 
 for line in sys.stdin:
@@ -50,7 +50,8 @@ for line in sys.stdin:
                 return real(*arguments, **keywords)
             setattr(owner, method, last)
         try:
-            run(Recipe.from_dict(order["recipe"]), out=order["out"], ui="none")
+            kind = Chain if "stages" in order["recipe"] else Recipe
+            run(kind.from_dict(order["recipe"]), out=order["out"], ui="none")
         except BaseException as error:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
             sys.stderr.flush()
@@ -71,12 +72,12 @@ class Nursery:
 
     def run(self, recipe: dict[str, Any], out: Path, die_at: int | None = None, kill_after: float | None = None,
             die_in: dict[str, Any] | None = None) -> int:  # fmt: skip
-        """One run; returns its wait status. `kill_after` seconds after its first event it gets SIGKILL, or in the `call`-th call `where`.
+        """One run or chain; returns its wait status. `kill_after` seconds after its first event it gets SIGKILL, or in the `call`-th call `where`.
 
         A run on pairs has a cache of its own, kept over its starts, so that it may also die while that is written.
         """
         assert self.process.stdin and self.process.stdout
-        cache = None if recipe["algorithm"] in ("sft", "grpo", "ppo") else str(out) + "-cache"
+        cache = None if recipe.get("algorithm") in ("sft", "grpo", "ppo") else str(out) + "-cache"
         self.process.stdin.write(json.dumps({"recipe": recipe, "out": str(out), "die_at": die_at, "cache": cache, "die_in": die_in}) + "\n")
         self.process.stdin.flush()
         child = json.loads(self.process.stdout.readline())["pid"]
@@ -174,8 +175,11 @@ PHASES = {
     "valuing": ("lowrank_tune.algorithms.ppo", "PPO", "_values"),
     "update of ppo": ("lowrank_tune.algorithms.ppo", "PPO", "_value_term"),  # the policy's gradient is there, the value's is not
     "between passes of ppo": ("lowrank_tune.algorithms.ppo", "PPO", "go_on"),
+    "start of a stage": ("lowrank_tune.stage", "Stage", "__init__"),  # the stage before has left all that it leaves
+    "a step": ("lowrank_tune.train", "Loop", "_step"),
+    "end of a stage": ("lowrank_tune.stage", "Stage", "finish"),  # all steps are done and saved, and final/ is not there
 }
-"""Where a run of GRPO or PPO can be killed: module, class and method. Saving is where writes, fsyncs and renames are."""
+"""Where a run or a chain can be killed: module, class and method. Saving is where writes, fsyncs and renames are."""
 
 
 def continue_to_the_end(nursery: Nursery, recipe: dict[str, Any], out: Path) -> None:
