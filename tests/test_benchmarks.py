@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -217,8 +218,31 @@ def test_startup() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a sandbox for code needs Linux")
+def test_verifiers() -> None:
+    told = run("verifiers.py", "--count", "4", "--workers", "1")
+    assert "4 of 4 pass" in told and told.count("40 of 40 pass") == 2
+
+
 def test_rollout() -> None:
     assert "greedy words equal for 100%" in run("rollout.py", "--tiny")
+
+
+def test_algorithms(tmp_path: Path) -> None:
+    """All five run over one SFT adapter, a row each; what is there is not run again, and the picture has a curve of each."""
+    words = ("algorithms.py", "--tiny", "--out", str(tmp_path / "out"))
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in run(*words).splitlines() if line.startswith("| ")}
+    assert list(rows) == ["algorithm", "SFT", "Reward model", "DPO", "GRPO", "PPO"]
+    assert [rows[name][0].strip() for name in ("SFT", "DPO", "GRPO", "PPO")] == ["base", "sft", "sft", "sft"]
+    assert rows["SFT"][2] == rows["DPO"][1] == rows["GRPO"][1] == rows["PPO"][1], "they do not begin as what SFT left"
+    assert [rows[name][8].strip() for name in ("DPO", "GRPO", "PPO")] == ["0", "32", "16"]
+    assert all(float(rows[name][4]) > 0 for name in ("SFT", "DPO"))
+    left = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    again = run(*words, "--picture", str(tmp_path / "curves.svg"))
+    assert again.count("\n") == 7 and {file: file.read_bytes() for file in left} == left
+    drawn = ElementTree.parse(tmp_path / "curves.svg").getroot()
+    curves = [chart for chart in drawn.iter("{http://www.w3.org/2000/svg}svg") if chart.get("class") == "chart lin"]
+    assert len(curves) == 5 and all(chart.find("{http://www.w3.org/2000/svg}path") is not None for chart in curves)
 
 
 @pytest.mark.slow
