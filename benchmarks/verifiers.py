@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from lowrank_tune.errors import UserError
 from lowrank_tune.rewards import Item, Scorer, make
 from lowrank_tune.rewards.sandbox.launch import Confined
 from lowrank_tune.rewards.sandbox.levels import LEVELS, attempt
@@ -48,7 +49,10 @@ def starts(count: int) -> None:
 
 
 def rate(use: str, items: list[Item], workers: int) -> None:
-    [weighted] = make([RewardUse(use=use)], Path())
+    try:
+        [weighted] = make([RewardUse(use=use)], Path())
+    except UserError as error:
+        return print(error)
     with Scorer[int]([weighted.reward], workers) as scorer:
         for number, item in enumerate(items[: 2 * workers]):
             scorer.submit(number, item)

@@ -218,10 +218,9 @@ def test_startup() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="a sandbox for code needs Linux")
 def test_verifiers() -> None:
     told = run("verifiers.py", "--count", "4", "--workers", "1")
-    assert "4 of 4 pass" in told and told.count("40 of 40 pass") == 2
+    assert ("(median; 1 workers; 4 of 4 pass)" in told) != ("no sandbox" in told) and told.count("40 of 40 pass") == 2
 
 
 def test_rollout() -> None:
