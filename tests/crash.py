@@ -72,7 +72,8 @@ class Nursery:
 
     def run(self, recipe: dict[str, Any], out: Path, die_at: int | None = None, kill_after: float | None = None,
             die_in: dict[str, Any] | None = None) -> int:  # fmt: skip
-        """One run or chain; returns its wait status. `kill_after` seconds after its first event it gets SIGKILL, or in the `call`-th call `where`.
+        """One run or chain; returns its wait status. `kill_after` seconds after its first event it gets SIGKILL, or in a call of `where`, after
+        `call` others.
 
         A run on pairs has a cache of its own, kept over its starts, so that it may also die while that is written.
         """

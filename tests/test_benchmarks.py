@@ -227,6 +227,7 @@ def test_rollout() -> None:
     assert "greedy words equal for 100%" in run("rollout.py", "--tiny")
 
 
+@pytest.mark.slow
 def test_algorithms(tmp_path: Path) -> None:
     """All five run over one SFT adapter, a row each; what is there is not run again, and the picture has a curve of each."""
     words = ("algorithms.py", "--tiny", "--out", str(tmp_path / "out"))
@@ -235,7 +236,9 @@ def test_algorithms(tmp_path: Path) -> None:
     assert [rows[name][0].strip() for name in ("SFT", "DPO", "GRPO", "PPO")] == ["base", "sft", "sft", "sft"]
     assert rows["SFT"][2] == rows["DPO"][1] == rows["GRPO"][1] == rows["PPO"][1], "they do not begin as what SFT left"
     assert [rows[name][8].strip() for name in ("DPO", "GRPO", "PPO")] == ["0", "32", "16"]
-    assert all(float(rows[name][4]) > 0 for name in ("SFT", "DPO"))
+    figures = json.loads((tmp_path / "out" / "figures.json").read_bytes())
+    assert all(figures[name]["kl"] > 0 for name in ("sft", "dpo", "grpo", "ppo")) and figures["reward"]["kl"] is None
+    assert all(0 < figure["cpu"] and 0 < figure["wall"] and figure["steps"] == 2 for figure in figures.values())
     left = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
     again = run(*words, "--picture", str(tmp_path / "curves.svg"))
     assert again.count("\n") == 7 and {file: file.read_bytes() for file in left} == left
