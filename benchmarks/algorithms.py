@@ -26,6 +26,7 @@ from lowrank_tune.rollout import Engine
 from lowrank_tune.stage import Stage
 from lowrank_tune.train import Loop
 from lowrank_tune.types import Batch, Sampling
+from lowrank_tune.ui.plain import percent
 from lowrank_tune.ui.report.charts import HEIGHT, WIDTH, Line, chart, lines_of
 from lowrank_tune.ui.report.record import Record, read_record
 
@@ -130,12 +131,12 @@ def table(out: Path, found: dict[str, dict[str, Any]]) -> str:
     for name in FOLDERS:
         seen, summary = found[name], summary_of(out, name)
         if name == "reward":
-            cells = [seen["below"], "", f"pairs right: {summary['heldout_pairs']['accuracy']:.1%}", "", ""]
+            cells = [seen["below"], "", f"pairs right: {percent(summary['heldout_pairs']['accuracy'])}", "", ""]
         else:
             details = summary["heldout_details"]
             after = details[name]
             pass_at = next(value for key, value in after.items() if key.startswith("pass_at_"))
-            cells = [seen["below"], f"{details[seen['below']]['exact']:.1%}", f"{after['exact']:.1%}", f"{pass_at:.1%}", f"{seen['kl']:.3f}"]
+            cells = [seen["below"], percent(details[seen["below"]]["exact"]), percent(after["exact"]), percent(pass_at), f"{seen['kl']:.3f}"]
         cells += [f"{seen['steps']:,}", f"{seen['wall']:.0f}", f"{seen['cpu']:.0f}", f"{seen['drawn']:,}", f"{seen['load']:.1f}"]
         lines.append("| " + " | ".join([TITLES[name], *cells]) + " |")
     return "\n".join(lines)
@@ -145,14 +146,14 @@ def table(out: Path, found: dict[str, dict[str, Any]]) -> str:
 
 CURVES = {"sft": ("loss", "", "loss, nats a token"), "reward": ("accuracy", "validation_accuracy", "pairs the right way round"),
           "dpo": ("margin", "validation_margin", "margin of chosen over rejected"), "grpo": ("reward", "heldout_exact", "reward"),
-          "ppo": ("reward", "heldout_exact", "reward of the learned judge")}  # fmt: skip
+          "ppo": ("reward", "heldout_exact", "learned reward")}  # fmt: skip
 """Of each algorithm the statistic of the steps, that of the held-out checks, and what the first one is called."""
-CHECKS = {"heldout_exact": "held-out exact", "validation_accuracy": "held out", "validation_margin": "held out"}
+CHECKS = {"heldout_exact": "held-out exact, greedy", "validation_accuracy": "held out", "validation_margin": "held out"}
 CARD, TALL, GAP = 290, 168, 14
 STYLE = (
     "text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;fill:#14171c}.soft{fill:#5d6673;font-size:11px}"
     ".title{font-size:14px;font-weight:650}.grid{stroke:#e3e6eb}.tick{fill:#5d6673;font-size:21px}path{fill:none;stroke-linejoin:round}"
-    ".raw{stroke:#a9c3f7;stroke-width:2}.smooth{stroke:#2f6fed;stroke-width:4}circle.check{fill:#e2711d;stroke:none}.cross{display:none}"
+    ".raw{stroke:#a9c3f7;stroke-width:2}.smooth{stroke:#2f6fed;stroke-width:4}circle.check{fill:#e2711d;stroke:none}.cross{display:none}.chart{overflow:visible}"
     ".check{stroke:#e2711d;stroke-width:3;stroke-dasharray:8 6}.card{fill:#fff;stroke:#e3e6eb}.fill{fill:#2f6fed}.track{fill:#eceff3}"
 )
 
@@ -189,7 +190,7 @@ def _results(out: Path) -> str:
         y = 42 + 24 * place
         parts.append(f'<text class="soft" x="14" y="{y + 10}">{name}</text><rect class="track" x="60" y="{y}" width="160" height="12" rx="3"/>'
                      f'<rect class="fill" x="60" y="{y}" width="{160 * share:.1f}" height="12" rx="3"/>'
-                     f'<text class="soft" x="{CARD - 14}" y="{y + 10}" text-anchor="end">{share:.1%}</text>')  # fmt: skip
+                     f'<text class="soft" x="{CARD - 14}" y="{y + 10}" text-anchor="end">{percent(share)}</text>')  # fmt: skip
     return "".join(parts)
 
 
