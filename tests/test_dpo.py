@@ -1035,7 +1035,7 @@ def run_small(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
     return run(Recipe.from_dict(recipe), out=out, ui="none", device=CPU, on_event=events.append), events
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "robust"])
+@pytest.mark.parametrize("loss", ["sigmoid", pytest.param("robust", marks=pytest.mark.slow)])
 def test_a_run_starts_at_ln_2_and_kl_0(cache: Path, tmp_path: Path, loss: str) -> None:
     events = run_small(small_dpo(dpo={"loss": loss}), tmp_path / "run")[1]
     first = next(event for event in events if isinstance(event, StepDone)).stats
@@ -1059,7 +1059,7 @@ def _top_not_zero(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(build_module, "load_roles", roles_of)
 
 
-@pytest.mark.parametrize("tamper", [_sums_off, _top_not_zero])
+@pytest.mark.parametrize("tamper", [_top_not_zero, pytest.param(_sums_off, marks=pytest.mark.slow)])
 def test_a_run_with_a_wrong_reference_stops_before_its_first_step(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                                  tamper: Any) -> None:  # fmt: skip
     tamper(monkeypatch)

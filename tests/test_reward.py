@@ -433,6 +433,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return out, ended, events
 
 
+@pytest.mark.slow
 def test_the_head_comes_back_bit_equal_in_a_new_process(finished: tuple[Path, dict[str, Any], list[Any]]) -> None:
     out, ended, _ = finished
     told = subprocess.run([sys.executable, "-c", AGAIN, json.dumps(small_reward()), str(out)], capture_output=True, text=True, timeout=300)

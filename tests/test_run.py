@@ -220,7 +220,7 @@ def test_it_runs_outside_the_main_thread(tmp_path: Path) -> None:
     assert outcomes and outcomes[0].status == "done"
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("sent", [signal.SIGINT, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGTERM, signal.SIGHUP))])
 def test_a_signal_ends_the_process_with_130_and_a_checkpoint(tmp_path: Path, sent: signal.Signals) -> None:
     recipe, out = write_recipe(tmp_path, small_recipe(steps=400, save_every=400)), tmp_path / "run"
     command = [sys.executable, "-m", "lowrank_tune", "run", recipe, "--out", str(out), "--ui", "plain"]
