@@ -36,7 +36,8 @@ from bombs import NAMES_AND_TEXTS, boxed  # noqa: E402
 pytest.importorskip("math_verify")
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 ROWS = 60  # of each data set in the fast tests
-LIMIT, SLACK = 2.0, 0.5
+LIMIT, SLACK = 1.0, 0.5
+BUSY = 3.0  # seconds that a busy machine may need for what is quick
 MEGABYTES = 1024  # that no worker may exceed
 SAMPLE = ("power of three", "tower of 200", "factorial of a factorial", "power of a polynomial", "sum over a billion", "deeper brackets",
           "a million spaces", "arabic digits", "null byte", "lone surrogate", "python", "text without end")  # fmt: skip
@@ -245,7 +246,7 @@ def greedy() -> Iterator[Scorer[Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))
         own = Own("own", "own.py:f", Path("/own.py"), "import mmap\ndef f(completion, row): return len(mmap.mmap(-1, 800 << 20)) >> 20", "f")
-        with Scorer[Any]([Greedy(), own], 1, LIMIT) as scorer:
+        with Scorer[Any]([Greedy(), own], 1, BUSY) as scorer:
             yield scorer
 
 
@@ -265,7 +266,7 @@ def test_a_verifier_has_limits_and_a_user_s_function_keeps_its_memory(greedy: Sc
     assert score.value is None and score.verdict == "error" and "MemoryError" in score.reason and not replaced
     assert own.value == 800.0
     score, _, replaced = serve(greedy, "spins")  # its own alarm clock ends it: the process lives on
-    assert (score.value, score.verdict) == (None, "timeout") and score.seconds < LIMIT and not replaced
+    assert (score.value, score.verdict) == (None, "timeout") and score.seconds < BUSY and not replaced
     score, _, replaced = serve(greedy, "deaf")
     assert (score.value, score.verdict) == (None, "timeout") and replaced
     score, _, replaced = serve(greedy, "hidden")
