@@ -227,7 +227,9 @@ def test_ctrl_c_prints_what_is_done(place: Path) -> None:
     made = preset(place, "use: './mine.py:slow'")
     write([{"gold": "5", "completion": str(n)} for n in range(400)])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", "from lowrank_tune.cli import main; main()", "verify", made, "--file", "r.jsonl", "--out", "o.jsonl"]
+    # Whoever runs the tests in the background ignores SIGINT, and children inherit that.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from lowrank_tune.cli import main; main()"
+    command = [sys.executable, "-c", start, "verify", made, "--file", "r.jsonl", "--out", "o.jsonl"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
     began = time.monotonic()
     while not any("rewards/worker.py" in line for line in children(child.pid)) and time.monotonic() - began < 60:
