@@ -183,6 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bases", nargs="*", help=f"which ones; all where none is named: {', '.join(BASES)}")
     parser.add_argument("--repeats", type=int, default=7, help="turns")
+    parser.add_argument("--prompts", type=int, default=32, help="with more, the last sequences, which speak alone, weigh less")
     parser.add_argument("--tokens", type=int, default=64, help="most tokens of a completion")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="the tiny base in NF4 only, one turn, short completions")
@@ -192,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no base {', '.join(set(options.bases) - set(BASES))}; there are {', '.join(BASES)}")
     quieten(options.threads)
     bases = [tuple(base.split("-")) for base in options.bases or (["tiny-nf4"] if options.tiny else BASES)]
-    tokens, count, repeats = (12, 4, 1) if options.tiny else (options.tokens, 32, options.repeats)
+    tokens, count, repeats = (12, 4, 1) if options.tiny else (options.tokens, options.prompts, options.repeats)
     print(f"{count} prompts, {SAMPLES} samples each, {SLOTS} at once, {options.threads} thread(s), {repeats} turns; "
           "tokens a second: median of turns")  # fmt: skip
     figures, agreed = {}, []
