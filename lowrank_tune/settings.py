@@ -207,7 +207,8 @@ class RewardUse(Settings):
     """One reward of several. What a completion earns is the weighted sum."""
 
     use: Line
-    """`answer` (the final answer equals the gold one); `python_tests` (the code passes the row's tests); `smt` and `lean` (proved);
+    """`answer` and `math_answer` (the final answer equals the gold one, exactly or as mathematics); `symbolic` (an equal expression);
+    `python_tests` (the code passes the row's tests); `smt` and `lean` (proved);
     `format`, `regex`, `json_schema`, `length`, `repetition` (how it is written); `reward_model` (the learned score of `adapters.reward`);
     or your own function: `./file.py:name`."""
     weight: float = 1.0
