@@ -1,0 +1,28 @@
+"""The command line. Torch is imported only by the commands that need it, so that help and a faulty recipe take a second."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lowrank_tune import __version__
+from lowrank_tune.cli import before, judging, looking, recipes, taking, training
+from lowrank_tune.cli.common import app
+
+__all__ = ["app", "before", "judging", "looking", "main", "recipes", "taking", "training"]
+
+STORY = "demo run plan data verify watch report compare chat eval merge export doctor schema".split()
+"""The commands as `--help` lists them: from the first run to what is taken home."""
+app.registered_commands.sort(key=lambda command: STORY.index(command.name or ""))
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    app()

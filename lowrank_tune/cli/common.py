@@ -1,0 +1,66 @@
+"""What the commands share: the app, options by name, and sentences instead of tracebacks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lowrank_tune.errors import UserError
+
+INTERRUPTED = 130
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  help="QLoRA fine-tuning for one consumer GPU: one frozen 4-bit base, many voices.")  # fmt: skip
+
+
+class Screen(StrEnum):
+    """`auto` is the best that the terminal can show; `tui` also on a build server; `plain` one line a step."""
+
+    auto = "auto"
+    tui = "tui"
+    plain = "plain"
+
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as train.learning_rate=1e-4.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME where it is not given.")]
+Ui = Annotated[Screen, typer.Option("--ui", help="What to draw.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Torch and transformers take seconds to import; a person at a terminal sees that something is going on."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status("starting: torch and transformers take a few seconds"):
+        yield
+
+
+@contextmanager
+def sentences(debug: bool) -> Iterator[None]:
+    """People see sentences: what a `UserError` says, and of our own mistakes their name and how to see more."""
+    try:
+        yield
+    except UserError as error:
+        if debug:
+            raise
+        print(str(error), file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        print("interrupted; what was saved is valid, and the same command continues from there", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from error
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        print(f"internal error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        raise typer.Exit(1) from error

@@ -1,0 +1,40 @@
+"""Look at runs: live, as a page, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowrank_tune.cli.common import Debug, Screen, Ui, app, sentences
+
+
+@app.command("watch")
+def watch_command(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or their events.jsonl.")],
+                  ui: Ui = Screen.auto, debug: Debug = False) -> None:  # fmt: skip
+    """Show runs that happen elsewhere, or happened; several beside each other."""
+    with sentences(debug):
+        from lowrank_tune.ui.watch import watch
+
+        watch(runs, plain=ui == Screen.plain)
+
+
+@app.command("report")
+def report_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")], debug: Debug = False) -> None:
+    """Write RUN/report.html anew: curves, samples, data, recipe, in one file for a browser."""
+    with sentences(debug):
+        from lowrank_tune.ui.report import write_report
+
+        print(write_report(run))
+
+
+@app.command("compare")
+def compare_command(runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of runs or chains, finished or not.")],
+                    html: Annotated[Path | None, typer.Option("--html", help="File for the page; else compare.html beside RUN.")] = None,
+                    debug: Debug = False) -> None:  # fmt: skip
+    """Put runs side by side: curves, held-out results, and where their recipes differ; here, and as one page for a browser."""
+    with sentences(debug):
+        from lowrank_tune.ui.compare import compare
+
+        print(f"the page: {compare(runs, html)}")

@@ -1,0 +1,48 @@
+"""Take home what a run made."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lowrank_tune.cli.common import Debug, app, sentences, starting
+
+
+class MergeBase(StrEnum):
+    """`dequantized`: the weights that were trained over; `original`: those that the base's author published."""
+
+    dequantized = "dequantized"
+    original = "original"
+
+
+@app.command("merge")
+def merge_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")],
+                  out: Annotated[Path | None, typer.Option("--out", help="Folder of the merged model; else RUN/merged.")] = None,
+                  base: Annotated[MergeBase, typer.Option("--base", help="Weights to merge into: what was trained, or the original.")]
+                  = MergeBase.dequantized, debug: Debug = False) -> None:  # fmt: skip
+    """Merge what a run trained into its base, in bf16, and compare the result with what was trained. Ends with 1 where they differ."""
+    with sentences(debug):
+        with starting():
+            from lowrank_tune.export import Proof, merge
+            from lowrank_tune.ui.plain import Plain
+
+        plain = Plain(sys.stderr)
+
+        def show(proof: Proof) -> None:
+            plain.close()
+            table = Table("trained against merged", "", box=None)
+            for name, value in proof.table():
+                table.add_row(Text(name), Text(value))
+            Console(highlight=False).print(table)
+
+        try:
+            print(f"merged: {merge(run, out, base.value, plain, show).folder}")
+        finally:
+            plain.close()

@@ -1,0 +1,56 @@
+"""Where rows come from and which are used."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lowrank_tune.settings.common import NOT_EMPTY, Line, Positive, Settings, Share
+
+
+class Source(Settings):
+    """One source of rows."""
+
+    dataset: Line
+    """A hub id, `id@revision`, a file (JSON, JSON lines, CSV, Parquet; gz too), a folder, `tutor` (the built-in problems) or
+    `tutor-preferences` (pairs of answers to them)."""
+    name: Line | None = None
+    """Configuration of a hub data set (`main` of openai/gsm8k)."""
+    split: Line = "train"
+    """Split of a hub data set or of the built-in ones (train, heldout)."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "preference"] = "auto"
+    """Shape of a row. `auto` looks at the columns and says what it found. `preference` is a chosen and a rejected answer."""
+    columns: dict[Line, Line] = Field(default_factory=dict)
+    """Renames columns: the format's name to the data's name, as `{question: problem, answer: solution}`."""
+    gold: Literal["auto", "none", "answer", "hashes", "boxed", "last_number", "gold"] = "auto"
+    """Where the gold answer stands: after `####`, in the last box, the last number, the whole answer, or a column `gold`."""
+    rows: Positive | None = None
+    """Takes this many rows, drawn with the seed."""
+    weight: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Share of the rows drawn from this source. All sources have one, and they sum to 1; or none has, and row counts decide."""
+
+
+Sources = Annotated[tuple[Source, ...], Field(strict=False)]
+
+
+class Data(Settings):
+    """What is trained on."""
+
+    train: Annotated[tuple[Source, ...], *NOT_EMPTY]
+    """Sources of the training rows."""
+    validation: Sources = ()
+    """Sources of the validation rows. Without them `validation_share` of the training rows is set aside."""
+    validation_share: Annotated[float, Field(ge=0.0, lt=0.9)] = 0.05
+    """Share of the training rows set aside for validation; 0 for none."""
+    system: str | None = None
+    """A system prompt for rows that bring none."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Longest row in tokens."""
+    max_prompt_length: Annotated[int, Field(ge=1)] = 512
+    """Longest prompt in tokens, where completions are drawn; a longer one is dropped and counted."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """A longer row is dropped and counted; or cut at the last whole turn that fits, and dropped where none does. A pair is cut at the
+    front: the oldest exchanges of its prompt go, the same on both sides; no answer is ever cut."""
+    max_rejected_share: Share = 0.1
+    """Stops before training when more than this share of the rows is unusable."""

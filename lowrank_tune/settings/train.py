@@ -1,0 +1,88 @@
+"""The loop, and what is measured beside it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lowrank_tune.settings.common import Positive, Settings
+from lowrank_tune.settings.data import Source
+
+
+class Train(Settings):
+    """The loop."""
+
+    steps: Positive | None = None
+    """Optimizer steps. Give this or `epochs`."""
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Passes over the training rows."""
+    rows_per_step: Positive | None = None
+    """Rows of one optimizer step (16 unless `tokens_per_step` is given). With preferences a row is a pair."""
+    prompts_per_step: Positive = 16
+    """Prompts of one optimizer step, where completions are drawn."""
+    tokens_per_step: Positive | None = None
+    """Or: as many rows as fit this many tokens."""
+    micro_batch_size: Positive | None = None
+    """Rows (completions, where they are drawn) that go through the model at once (4 unless `micro_batch_tokens` is given). Changes memory
+    and speed, never the gradient."""
+    micro_batch_tokens: Positive | None = None
+    """Or: as many rows as fit this many tokens, padding counted."""
+    length_window: Positive = 1
+    """Rows are sorted by length within a window of this many steps, so that rows of a step need little padding."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the rate rises from 0."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW in fp32; bitsandbytes' 8-bit and paged ones need CUDA."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's decoupled decay."""
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    """Decay of the second moment."""
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Gradients are scaled down to this norm, those of a value by themselves."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    max_bad_steps: Positive = 5
+    """Stops after this many steps in a row whose loss or gradient is not finite; each is skipped and counted."""
+    log_every: Positive = 10
+    """Steps between lines of the console. On these steps KL to the reference is measured too, which costs forwards of a micro-batch."""
+    save_every: Positive | None = None
+    """Steps between checkpoints; about ten over the run where it is not given."""
+    keep: Positive = 2
+    """Newest checkpoints kept, besides the best."""
+    final: Literal["best", "last"] = "best"
+    """Which adapter becomes `final/`: the one with the lowest validation loss, or the last."""
+    final_stack: Literal["folded", "apart"] = "folded"
+    """Where frozen adapters lie below the trained one: `final/` is all of them folded into one adapter, exactly, whose rank is the sum of
+    theirs; or each stays apart in a folder of its own, to be loaded together."""
+
+
+class Evaluate(Settings):
+    """Held-out measurements while training."""
+
+    every: Positive | None = None
+    """Steps between evaluations; about ten over the run where it is not given."""
+    heldout: Source | None = None
+    """Prompts with gold answers: the model answers them before and after the run, and exact answers and proper stops are counted."""
+    prompts: Positive = 100
+    """How many of them."""
+    samples: Positive = 1
+    """Answers for each prompt: 1 is greedy, more are sampled and give pass@1 and pass@k."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Temperature of sampled answers."""
+    max_new_tokens: Positive = 64
+    """Longest answer in tokens."""
+    best_by: Literal["loss", "exact"] | None = None
+    """What makes a step the best: the lowest validation loss, or the most held-out questions answered exactly, one greedy answer each.
+    Where it is not given: `exact` for grpo and ppo with `heldout`, else `loss`."""
+    on_hacking: Literal["warn", "stop"] = "warn"
+    """What to do where the reward rises and held-out answers get worse by more than their noise: say so; or end the run there too, with the
+    best step as its result. For grpo and ppo with `heldout`."""
+    shown: Annotated[int, Field(ge=0)] = 3
+    """Prompts (held-out ones, else of validation rows) whose answers are shown at every evaluation."""
