@@ -19,3 +19,6 @@ ACTIVE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e
 def is_inert(text: str) -> bool:
     """No character that acts on what stands around it, but for the newline."""
     return ACTIVE.search(text) is None
+
+RUNAWAY = 15.0
+"""Seconds of processor time. What is answered at once takes a hundredth of them, what runs away never ends; a busy machine lies between."""

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from lowrank_tune.errors import Faults, UserError
 from lowrank_tune.recipe import Chain, Recipe, differences, dump, load_any, presets, schema
+from tests.hostile import RUNAWAY
 
 Write = Callable[..., str]
 PAIRS = {"train": [{"dataset": "tutor-preferences"}]}
@@ -403,7 +404,7 @@ def test_hostile_file(case: str, write: Write) -> None:
     path = write(text, "bad.yaml")
     start = time.process_time()
     lines = faults_of(path)
-    assert time.process_time() - start < 2.0
+    assert time.process_time() - start < RUNAWAY
     assert all(line.startswith("bad.yaml") and len(line) < 400 and line.isprintable() for line in lines)
     assert len(lines) <= 51 and any(said in line for line in lines), lines
 

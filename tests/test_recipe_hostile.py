@@ -9,6 +9,7 @@ import pytest
 
 from lowrank_tune.errors import Faults
 from lowrank_tune.recipe import load
+from tests.hostile import RUNAWAY
 
 GOOD = b"algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {steps: 5}\n"
 BOMB = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
@@ -103,7 +104,7 @@ def test_hostile_file(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(lines) == len(caught.value.faults) <= 51
     assert any(said in line for line in lines), lines
     assert all(len(line) < 400 and line.isprintable() for line in lines)
-    assert seconds < 0.4, f"{seconds:.2f} s"
+    assert seconds < RUNAWAY, f"{seconds:.2f} s"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from lowrank_tune.rewards.protocol import Reward
 from lowrank_tune.rewards.uses import Weighted
 from lowrank_tune.settings import RewardUse
 from lowrank_tune.tutor.problems import draw
+from tests.hostile import RUNAWAY
 
 
 def item(completion: str, gold: str | None = "72", stopped: bool = True, tokens: int = 10, prompt: str = "What is 40 + 32?") -> Item:
@@ -108,7 +109,7 @@ def test_hostile_completions_are_answered_at_once(name: str) -> None:
     for gold in ("72", "Paris"):
         score = one(Answer(), item(HOSTILE[name], gold))
         assert score.value == 0.0 and score.reason.isprintable()
-    assert time.process_time() - start < 1.5
+    assert time.process_time() - start < RUNAWAY
 
 
 def test_the_answer_stands_at_the_end() -> None:

@@ -236,7 +236,7 @@ def test_ctrl_c_prints_what_is_done(place: Path) -> None:
         time.sleep(0.1)
     time.sleep(4.0)
     child.send_signal(signal.SIGINT)
-    out, errors = child.communicate(timeout=30)
+    out, errors = child.communicate(timeout=120)
     assert child.returncode == 130 and "of 400, interrupted" in out and "Traceback" not in errors, (out, errors)
     assert 16 <= len(Path("o.jsonl").read_text().splitlines()) < 400
 

@@ -1,9 +1,9 @@
 """`python_tests`: the code of a completion passes the unit tests of its row (HumanEval- or MBPP-shaped), in a sandbox.
 
 The code runs in one confined process and the tests in another, with the worker between them: what the tests expect is never where the code
-is, values arrive as exact plain types, and the tester alone compares. Tests that pass earn 1; a wrong value, a missing one, an exception, a
-crash, or no end in time earns 0. A row whose tests are at fault, a sandbox that does not start, or a machine too busy to have let the code
-run is an error or a timeout, and never a 0.
+is, values arrive as exact plain types, and the tester alone compares, types too, unless the row's own reference fails by a type (MBPP has
+one that returns 0 for False). Tests that pass earn 1; a wrong value, a missing one, an exception, a crash, or no end in time earns 0. A row
+whose tests are at fault, a sandbox that does not start, or a machine too busy to have let the code run is an error or a timeout, and never a 0.
 
 The code is the last fence of the completion that is marked as Python, else its last fence, else all of it. Where the row's prompt begins a
 function, the code may be its body. A completion that did not stop by itself has not answered. Only the standard library can be imported.

@@ -15,6 +15,7 @@ from lowrank_tune.errors import Faults
 from lowrank_tune.rewards import Item, Score, Scorer, make
 from lowrank_tune.rewards.lean import Improper, proof_in, retyped, without_comments
 from lowrank_tune.settings import RewardUse
+from tests.hostile import RUNAWAY
 
 STAND_IN = r'''
 import json, os, re, subprocess, sys, time
@@ -178,7 +179,7 @@ def test_hostile_texts_are_refused_at_once(text: str) -> None:
     start = time.process_time()
     with pytest.raises(Improper) as caught:
         proof_in(text, str(ROW["statement"]))
-    assert time.process_time() - start < 1.0 and len(str(caught.value)) < 200
+    assert time.process_time() - start < RUNAWAY and len(str(caught.value)) < 200
 
 
 def test_every_goal_has_a_name_of_its_own(scorer: Scorer[int]) -> None:

@@ -29,6 +29,7 @@ from lowrank_tune.rewards.protocol import Worked
 from lowrank_tune.rewards.worker import Late, Limited
 from lowrank_tune.rewards.written import decided, excess, final
 from lowrank_tune.settings import RewardUse
+from tests.hostile import RUNAWAY
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bombs import NAMES_AND_TEXTS, boxed  # noqa: E402
@@ -144,13 +145,13 @@ def test_an_answer_that_algebra_cannot_read_is_wrong(scorer: Scorer[Any]) -> Non
     assert (score.value, score.verdict) == (0.0, "fail") and "is not read as mathematics" in score.reason
 
 
-def test_exact_cases_take_microseconds_and_algebra_milliseconds(scorer: Scorer[Any]) -> None:
-    reward, start = MathAnswer(), time.perf_counter()
+def test_exact_cases_and_algebra_take_no_time_to_speak_of(scorer: Scorer[Any]) -> None:
+    reward, start = MathAnswer(), time.process_time()
     for number in range(300):
         reward.early(item(f"It is #### {number}", "17"))
-    assert (time.perf_counter() - start) / 300 < 2e-3
+    assert time.process_time() - start < RUNAWAY
     seconds = sorted(score.seconds for score in scores(scorer, [item(boxed(rf"{n}\sqrt{{2}}"), r"7\sqrt{2}") for n in range(20)]))
-    assert seconds[10] < 0.1
+    assert seconds[10] < LIMIT / 2
 
 
 def test_excess() -> None:

@@ -24,11 +24,10 @@ from lowrank_tune.rewards.sandbox.check import Pair
 from lowrank_tune.rewards.sandbox.launch import Confined
 from lowrank_tune.rewards.sandbox.values import encode
 from lowrank_tune.settings import UNSAFE_CODE, RewardUse
+from tests.hostile import RUNAWAY
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_sandbox = pytest.mark.skipif(levels.strongest() is None, reason="this machine has no sandbox for code")
-UNEQUAL = {414: "the reference returns 0 where the tests expect False"}
-"""MBPP rows whose own reference fails, and why."""
 
 
 def item(completion: str, row: Mapping[str, Any] = cheats.FUNCTION, stopped: bool = True) -> Item:
@@ -123,6 +122,18 @@ CASES = [
 def test_what_tests_mean() -> None:
     items = [item(code, row(test, code="def f(x): pass\nclass P: pass")) for _, test, code, _ in CASES]
     assert {case[0]: (score.verdict, score.reason) for case, score in zip(CASES, judged(items), strict=True) if score.verdict != case[3]} == {}
+
+
+@needs_sandbox
+def test_types_count_as_far_as_the_reference_minds_them() -> None:
+    """Where a row's own reference says 0 for False, so may a completion; nothing else is forgiven, and no other row."""
+    tests = ("assert f(1) == True", "assert f(0) == False", "assert f(2) == [False]")
+    loose, strict = (row(*tests, code=f"def f(x): return {back}") for back in ("[0] if x == 2 else x", "[False] if x == 2 else x == 1"))
+    codes = ["def f(x): return [0] if x == 2 else x", "def f(x): return [0] if x == 2 else 0", "def f(x): return (0,) if x == 2 else x",
+             "def f(x): return [False] if x == 2 else x == 1"]  # fmt: skip
+    assert verdicts(*(item(code, loose) for code in codes)) == ["pass", "fail", "fail", "pass"]
+    assert verdicts(*(item(code, strict) for code in codes)) == ["fail", "fail", "fail", "pass"]
+    assert verdicts(item(codes[0], {"test_list": list(tests), "test_setup_code": ""})) == ["fail"]
 
 
 @needs_sandbox
@@ -248,9 +259,9 @@ def test_the_code_of_a_completion(completion: str, code: str) -> None:
     "text", ["```python\n" * 100_000, "`" * 1_000_000, " " * 1_000_000, "```" + "a" * 1_000_000, "\n```x" * 200_000, " ```\n" * 200_000]
 )
 def test_the_code_of_a_hostile_completion_is_found_at_once(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     code_of(text)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < RUNAWAY
 
 
 def test_expected_values_are_not_in_what_the_solver_gets() -> None:
@@ -300,7 +311,7 @@ def references(name: str, rows: list[dict[str, Any]]) -> list[Item]:
 @pytest.mark.parametrize("name", ["humaneval", "mbpp"])
 def test_some_reference_solutions_pass(name: str) -> None:
     rows = rows_of(name)
-    some = [*rows[::12]] if name == "humaneval" else [*rows[::75], rows[366], rows[532], rows[595]]
+    some = [*rows[::12]] if name == "humaneval" else [*rows[::75], rows[366], rows[413], rows[532], rows[595]]
     assert {score.verdict for score in judged(references(name, some))} == {"pass"}
 
 
@@ -315,4 +326,4 @@ def test_all_reference_solutions_pass(name: str) -> None:
     print(f"{name}: {rate:.1f} checks a second with 2 workers, median {1e3 * median:.0f} ms")
     missed = {each["task_id"]: score for each, score in zip(rows, scores, strict=True) if score.verdict != "pass"}
     right = {number: score for number, score in missed.items() if score.verdict != "timeout"}  # a busy machine says nothing
-    assert set(right) == (set(UNEQUAL) if name == "mbpp" else set()) and len(missed) - len(right) <= 2, missed
+    assert not right and len(missed) <= 2, missed

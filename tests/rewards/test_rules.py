@@ -15,6 +15,7 @@ from lowrank_tune.patterns import encoded
 from lowrank_tune.recipe import earned
 from lowrank_tune.rewards import Item, Reward, Scorer, make, total, uses
 from lowrank_tune.settings import RewardUse
+from tests.hostile import RUNAWAY
 
 MEGABYTE = 1_000_000
 HOSTILE = {
@@ -81,7 +82,7 @@ def test_what_re2_does_not_know_is_refused_in_a_sentence(pattern: str, words: st
 def test_no_pattern_runs_away(pattern: str, text: str) -> None:
     start = time.process_time()
     assert values(one("format", pattern=pattern), text) == values(one("regex", pattern=pattern + "Q"), text) == [0.0]
-    assert time.process_time() - start < 2.0
+    assert time.process_time() - start < RUNAWAY
 
 
 def test_repetition_is_the_share_of_distinct_ngrams() -> None:
@@ -194,7 +195,7 @@ def test_hostile_completions_are_judged_at_once(name: str) -> None:
     for reward in (one("format", pattern="(?s)x.*y"), one("regex", pattern=r"\d+ apples|x{3}"), one("repetition")):
         [score] = reward.score([item(HOSTILE[name])])
         assert score.value is not None and 0.0 <= score.value <= 1.0 and score.reason.isprintable()
-    assert time.process_time() - start < 2.5
+    assert time.process_time() - start < RUNAWAY
 
 
 def test_rules_weigh_together_each_under_its_name() -> None:

@@ -20,6 +20,7 @@ from lowrank_tune.rewards import Score, Scorer, make
 from lowrank_tune.rewards.judges.expression import DEPTH, LONGEST, Unreadable, names, read
 from lowrank_tune.rewards.symbolic import Symbolic, make_symbolic
 from lowrank_tune.settings import RewardUse
+from tests.hostile import RUNAWAY
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bombs import NAMES_AND_TEXTS, boxed  # noqa: E402
@@ -136,12 +137,12 @@ def test_what_the_grammar_does_not_know_is_unreadable(text: str) -> None:
 
 @given(st.text(alphabet="x1(){}[]|^_!+-*/\\ fracsqrtinlogbpe.,=", max_size=60) | st.text(max_size=40))
 def test_reading_any_text_gives_a_tree_or_unreadable(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         read(text)
     except Unreadable as why:
         assert str(why)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < RUNAWAY
 
 
 def test_recipes_name_it_and_a_missing_package_has_a_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,18 +11,27 @@ import builtins
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from lowrank_tune.rewards.sandbox.check import Pair
+from lowrank_tune.rewards.sandbox.check import Ended, Pair
 
 PYTHON = ("python", "py", "python3")
 
 
 SHARE = 0.6  # of the time of a check, for the code and its tests; the rest is for the start
+REMEMBERED = 1024  # rows of which is known whether their own reference minds types
 
 
 class Unusable(Exception):
     """A row without tests that can be run; the message says what it lacks."""
+
+
+class Unsettled(Exception):
+    """Whether types count for a row could not be found out: the machine was too busy, or the sandbox did not start."""
+
+    def __init__(self, ended: Ended) -> None:
+        self.ended = ended
 
 
 @dataclass(frozen=True)
@@ -39,18 +48,40 @@ def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, str]
     held = [Pair(job["level"])]
 
     def grade(asked: Mapping[str, Any]) -> dict[str, str]:
-        tests = row_tests(asked["row"])
+        tests, code, seconds = row_tests(asked["row"]), code_of(asked["completion"]), asked["seconds"] * SHARE
+        ended = check(tests, code, seconds, True)
+        if ended.mistyped and (reference := reference_of(asked["row"])):
+            try:
+                ended = check(tests, code, seconds, False) if careless(tests, reference, seconds) else ended
+            except Unsettled as unsettled:
+                ended = unsettled.ended
+        return {"outcome": ended.outcome, "reason": ended.reason}
+
+    @lru_cache(REMEMBERED)
+    def careless(tests: Tests, reference: str, seconds: float) -> bool:
+        """Whether the row's own reference fails its tests by a type alone, as one that returns 0 for False: types do not count there."""
+        ended = check(tests, reference, seconds, True)
+        if ended.outcome in ("late", "error"):
+            raise Unsettled(ended)
+        return ended.mistyped
+
+    def check(tests: Tests, code: str, seconds: float, strict: bool) -> Ended:
         if held[0].used:  # an alarm has cut the last check short
             renew()
-        ended = held[0].check(tests.prompt, code_of(asked["completion"]), tests.entry, tests.text, asked["seconds"] * SHARE)
+        ended = held[0].check(tests.prompt, code, tests.entry, tests.text, seconds, strict)
         renew()
-        return {"outcome": ended.outcome, "reason": ended.reason}
+        return ended
 
     def renew() -> None:
         held[0].end()
         held[0] = Pair(job["level"])
 
     return grade
+
+
+def reference_of(row: Mapping[str, Any]) -> str:
+    """The row's own solution; empty where it has none."""
+    return str(row.get("canonical_solution") or row.get("code") or "").replace("\r\n", "\n")
 
 
 def code_of(completion: str) -> str:

@@ -15,10 +15,12 @@ STARVED, LITTLE = 0.2, 0.5  # shares of its time that code waited for a processo
 
 @dataclass(frozen=True)
 class Ended:
-    """How a check ended. pass, fail: the code is right or wrong. fault: the row's tests are to blame. late: the machine is. error: we are."""
+    """How a check ended. pass, fail: the code is right or wrong. fault: the row's tests are to blame. late: the machine is. error: we are.
+    `mistyped`: what failed is equal to what was expected, but for its type."""
 
     outcome: Literal["pass", "fail", "fault", "late", "error"]
     reason: str = ""
+    mistyped: bool = False
 
 
 class Wrong(Exception):
@@ -36,14 +38,14 @@ class Pair:
         self.used, self.seconds = False, 0.0
         self._solver, self._tester = Confined("solver", level), Confined("tester", level)
 
-    def check(self, prompt: str, code: str, entry: str, tests: str, seconds: float) -> Ended:
+    def check(self, prompt: str, code: str, entry: str, tests: str, seconds: float, strict: bool = True) -> Ended:
         """Runs the tests on the code, both together within so many seconds of the wall clock. `prompt` and `entry`: see `solver.whole`.
-        Ends both processes."""
+        `strict`: types count. Ends both processes."""
         self.used, self.seconds = True, seconds
         try:
             self._solver.ready()
             self._tester.ready()
-            return self._converse(encode({"prompt": prompt, "code": code, "entry": entry}), encode(tests))
+            return self._converse(encode({"prompt": prompt, "code": code, "entry": entry}), encode([tests, strict]))
         except Wrong as wrong:
             return Ended("fail", str(wrong))
         except Starved as starved:
@@ -71,8 +73,7 @@ class Pair:
         while message[:1] != b"V":
             calls += 1
             message = self._told(self._answer(message[1:], deadline), deadline, calls)
-        outcome, reason = decode(message[1:])
-        return Ended(outcome, reason)
+        return Ended(*decode(message[1:]))
 
     def _answer(self, request: bytes, deadline: float) -> bytes:
         """What the solver says. Whatever else it does is the code's doing. Raises Wrong."""

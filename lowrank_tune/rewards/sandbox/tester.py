@@ -33,10 +33,10 @@ class Fault(Exception):
 
 def serve(talk: Talk) -> None:
     """Runs one row's tests and tells how they ended: pass, fail, or fault where the row is to blame; and why."""
-    source = decode(talk.hear())
-    line = Line(talk)
+    source, strict = decode(talk.hear())
+    line = Line(talk, strict)
     outcome, reason = run(source, line)
-    talk.tell(b"V" + encode([outcome, reason]))
+    talk.tell(b"V" + encode([outcome, reason, line.mistyped and outcome == "fail"]))
 
 
 def run(source: str, line: Line) -> tuple[str, str]:
@@ -97,12 +97,12 @@ class Foreign(Exception):
 
 
 class Line:
-    """The requests to the solver."""
+    """The requests to the solver. `mistyped`: the last values that were not the same were equal but for their types."""
 
-    def __init__(self, talk: Talk) -> None:
-        self._talk = talk
+    def __init__(self, talk: Talk, strict: bool) -> None:
+        self._talk, self._strict = talk, strict
         self.calls = 0
-        self.seen = ""
+        self.seen, self.mistyped = "", False
 
     def name(self, name: str) -> Any:
         """What the solution calls so."""
@@ -141,13 +141,14 @@ class Line:
         return number
 
     def same(self, one: Any, other: Any) -> bool:
-        """Whether two values are equal, types too; the solution's objects equal nothing."""
+        """Whether two values are equal, types too where they count; the solution's objects equal nothing."""
         if type(one) is Remote or type(other) is Remote:
             raise Foul("returned what is no plain data")
-        equal = alike(one, other) if type(one) in PLAIN or type(other) in PLAIN else bool(one == other)
-        if not equal:
-            self.seen = f": got {shorter(one)}"
-        return equal
+        equal = bool(one == other)
+        same = alike(one, other) if self._strict and (type(one) in PLAIN or type(other) in PLAIN) else equal
+        if not same:
+            self.seen, self.mistyped = f": got {shorter(one)}", equal
+        return same
 
 
 PLAIN = {bool, int, float, str, bytes, list, tuple, dict, set, frozenset, type(None)}
