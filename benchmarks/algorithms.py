@@ -26,7 +26,7 @@ from lowrank_tune.rollout import Engine
 from lowrank_tune.stage import Stage
 from lowrank_tune.train import Loop
 from lowrank_tune.types import Batch, Sampling
-from lowrank_tune.ui.plain import percent
+from lowrank_tune.ui.figures import percent
 from lowrank_tune.ui.report.charts import HEIGHT, WIDTH, Line, chart, lines_of
 from lowrank_tune.ui.report.record import Record, read_record
 

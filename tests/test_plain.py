@@ -16,7 +16,9 @@ import pytest
 
 from lowrank_tune.events import Event, Grouped, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
 from lowrank_tune.ui import inert
-from lowrank_tune.ui.plain import Pace, Plain, clock, show, summary_table
+from lowrank_tune.ui.figures import Pace, clock, show
+from lowrank_tune.ui.plain import Plain
+from lowrank_tune.ui.summary import summary_table
 
 STATS = {"loss": 1.234, "learning_rate": 2e-4, "grad_norm": 0.83, "memory_gib": 1.2}
 HOSTILE = [

@@ -16,7 +16,7 @@ import pytest
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, Note, RunEnded, RunStarted, StepDone
 from lowrank_tune.sinks import line
-from lowrank_tune.ui.plain import clock
+from lowrank_tune.ui.figures import clock
 from lowrank_tune.ui.stages import stage_folders
 from lowrank_tune.ui.watch import Tail, Tails, Watched, events_in, file_of, files_of, watch
 from tests.test_live_screen import ENVIRON, PLAYER, Emulator, shell_is_sane

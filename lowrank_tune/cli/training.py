@@ -46,7 +46,7 @@ def demo(overrides: Overrides = None, out: Out = None, ui: Ui = Screen.auto, deb
 
 
 def _end(outcome: Outcome) -> None:
-    from lowrank_tune.ui.plain import summary_table
+    from lowrank_tune.ui.summary import summary_table
 
     print(summary_table(outcome.summary, outcome.folder))
     if outcome.status == "interrupted":

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from lowrank_tune.ui.figures import number, signed
 from lowrank_tune.ui.frame import Line, said, wrap
 from lowrank_tune.ui.groups import Group, Written
 from lowrank_tune.ui.panes import View, heading
-from lowrank_tune.ui.plain import number, signed
 from lowrank_tune.ui.state import State
 
 LABEL = " {:>8} {:>9}  {:<6} {:<4} "

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from lowrank_tune.events import Sampled
 from lowrank_tune.ui.charts import Curve, chart, short, smooth
+from lowrank_tune.ui.figures import SHOWN, clock, number, percent, signed
 from lowrank_tune.ui.frame import Line, said, width_of, wrap
 from lowrank_tune.ui.gold import frontier
 from lowrank_tune.ui.metrics import BAND, SIDE_TITLES, TITLES, WRITES, charts_of, reward_names, side_of
-from lowrank_tune.ui.plain import SHOWN, clock, number, percent, signed
 from lowrank_tune.ui.state import Pair, State
 
 SMOOTHINGS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -16,131 +14,10 @@ from rich.progress import Progress as Bar
 
 from lowrank_tune.events import Event, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
 from lowrank_tune.ui import inert
-from lowrank_tune.ui.metrics import POLICY, SIDES, WITHOUT_REFERENCE, heldout_parts, reward_names
+from lowrank_tune.ui.figures import Pace, clock, number, show, signed, validation_line
+from lowrank_tune.ui.metrics import SIDES, WITHOUT_REFERENCE
 
 _STYLES = {"warning": "33", "good": "32", "quiet": "2"}  # yellow, green, dim
-
-
-def number(value: float) -> str:
-    """Three decimals, or the exponent where those would show nothing."""
-    return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 1e5 or value != value else f"{value:.2e}"
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def signed(value: float) -> str:
-    return f"{value:+.3f}"
-
-
-SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
-    "reward": ("reward", number),
-    "reward_spread": ("spread", number),
-    "heldout_exact": ("held-out exact", percent),
-    "loss": ("loss", number),
-    "accuracy": ("accuracy", percent),
-    "margin": ("margin", signed),
-    "score_chosen": ("chosen", signed),
-    "score_rejected": ("rejected", signed),
-    "reward_chosen": ("chosen", signed),
-    "reward_rejected": ("rejected", signed),
-    "chosen_change": ("chosen a token", signed),
-    "logp_chosen": ("chosen", number),
-    "logp_rejected": ("rejected", number),
-    "calibration_error": ("calibration error", percent),
-    "length_correlation": ("length correlation", "{:+.2f}".format),
-    "prefers_longer": ("prefers the longer", percent),
-    "exact": ("exact", percent),
-    "stopped": ("stopped", percent),
-    "pass": ("pass", percent),
-    "kl": ("kl", number),
-    "length": ("length", "{:.1f}".format),
-    "truncated": ("cut off", percent),
-    "dead_groups": ("dead groups", percent),
-    "score": ("score", number),
-    "kl_coefficient": ("KL weight", number),
-    "value_loss": ("value loss", number),
-    "explained_variance": ("explained", "{:.2f}".format),
-    "entropy": ("entropy", number),
-    "clip_fraction": ("clipped", percent),
-    "learning_rate": ("lr", "{:.1e}".format),
-    "grad_norm": ("grad", number),
-    "update_ratio": ("update", "{:.1e}".format),
-    "moved_share": ("moved", percent),
-    "bad_steps": ("skipped", "{:.0f}".format),
-    "score_errors": ("reward errors", "{:.0f}".format),
-    "score_timeouts": ("reward timeouts", "{:.0f}".format),
-    "": ("", str),  # statistics without a line here come in this place, under their own names
-    "rollout_seconds": ("rollout", "{:.1f} s".format),
-    "tokens_per_second": ("tokens/s", "{:,.0f}".format),
-    "memory_gib": ("memory", "{:.1f} GiB".format),
-}
-"""How a statistic is named and written, in the order of the line."""
-
-UNSAID = {"logp_chosen", "logp_rejected", "chosen_change", "mismatch", "score_seconds", "heldout_stopped", "heldout_length",
-          "heldout_repetition", "gold_noise", "value", "value_clip_fraction", "update_kl"}  # fmt: skip
-"""What would make the line of a step too long, and says little by itself: the screen and the report draw it."""
-ONLY_WHERE_ANY = {"bad_steps", "truncated", "clip_fraction", "score_errors", "score_timeouts"}
-"""Said only where it is not 0."""
-_PASS = re.compile(r"pass_at_(\d{1,6})")
-
-
-def show(stats: Mapping[str, float]) -> str:
-    """`loss 1.234  lr 2.0e-04 ...`; where completions are rewarded, that comes first, and the loss, which says nothing then, is left out."""
-    parts, rewards, passes = [], reward_names(stats), {name: found[1] for name in stats if (found := _PASS.fullmatch(name))}
-    others = [name for name in stats if name not in {*SHOWN, *UNSAID, *rewards, *passes}]
-    for name, (label, write) in SHOWN.items():
-        if name in UNSAID or (name == "loss" and "reward" in stats):
-            continue
-        if name == "pass":
-            parts += [f"pass@{count} {percent(stats[each])}" for each, count in passes.items()]
-        elif not name:
-            parts += [f"{inert(other)} {number(stats[other])}" for other in others]
-        elif name in stats and (name not in ONLY_WHERE_ANY or stats[name]):
-            parts.append(f"{label} {write(stats[name])}")
-        if name == "reward_spread":
-            parts += [f"{inert(each.removeprefix('reward_'))} {number(stats[each])}" for each in rewards]
-    return "  ".join(parts)
-
-
-def validation_line(event: Validated, colon: str = "") -> str:
-    """A validation in words: of held-out rows, of answers to held-out questions, or of scores of held-out pairs."""
-    what, stats = "validation", {name.removeprefix("validation_"): value for name, value in event.stats.items()}
-    if stats and all(name.startswith("pairs_") for name in stats):
-        what, stats = "held-out pairs", {name.removeprefix("pairs_"): value for name, value in stats.items()}
-    elif stats and all(name.startswith("heldout_") for name in stats):
-        names = {name: heldout_parts(name) for name in stats}
-        told = [f"the {POLICY}" if who == POLICY else who for who, _ in names.values()]
-        what = f"held-out answers of {inert(', '.join(dict.fromkeys(told)), 60)}"
-        stats = {names[name][1]: value for name, value in stats.items()}
-    else:
-        stats = {name.replace(f"heldout_{POLICY}_", "heldout_", 1): value for name, value in stats.items()}
-    return f"{what} after step {event.step}{colon or '  '}{show(stats)}" + ("  best so far" if event.best else "")
-
-
-def clock(seconds: float) -> str:
-    """0:42, 12:05, 3:07:30."""
-    whole = max(0, round(seconds))
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-class Pace:
-    """Wall time a step over the last fifth of the run: about two evaluations lie in it, so their pauses count too."""
-
-    def __init__(self) -> None:
-        self._marks: deque[tuple[int, float]] = deque()
-
-    def left(self, event: StepDone) -> float:
-        """Seconds until the last step."""
-        if not self._marks or event.step <= self._marks[-1][0]:
-            self._marks = deque([(event.step - 1, event.time - event.seconds)])
-        self._marks.append((event.step, event.time))
-        while len(self._marks) > max(20, event.steps // 5):
-            self._marks.popleft()
-        (first, since), (last, until) = self._marks[0], self._marks[-1]
-        return (event.steps - last) * (until - since) / (last - first)
 
 
 class Plain:
@@ -264,97 +141,3 @@ class Plain:
             self._bar.refresh()
         if over:
             self.close()
-
-
-def summary_table(summary: Mapping[str, Any], folder: Path) -> str:
-    """The end of a run or a chain in lines: how it ended, its metrics, held-out figures, warnings, and where everything lies. Inert."""
-    lines = [f"status     {inert(str(summary.get('status', 'unknown')))}", *_figures_of(summary)]
-    stages = [stage for stage in _listed(summary, "stages") if isinstance(stage, Mapping)]
-    for stage in stages:
-        lines += _stage_lines(stage)
-    lines += _heldout_lines(summary)
-    scored = {str(stage.get("name", "?")): stage.get("heldout_pairs") for stage in stages} or {"": summary.get("heldout_pairs")}
-    lines += _pairs_lines(scored)
-    lines += [f"warning    {inert(str(text), 200)}" for text in _listed(summary, "warnings")]
-    lines.append(f"in         {inert(str(folder))}")
-    places = {str(stage["folder"]): f"stage {inert(str(stage.get('name', '?')), 60)}: its own run folder, with its adapter in final"
-              for stage in stages if isinstance(stage.get("folder"), str)}  # fmt: skip
-    lines += [f"  {inert(name, 60):16} {what}" for name, what in {**places, **_PLACES}.items() if _lies(folder, name)]
-    return "\n".join(lines)
-
-
-def _listed(data: Mapping[str, Any], name: str) -> list[Any]:
-    found = data.get(name)
-    return found if isinstance(found, list) else []
-
-
-def _lies(folder: Path, name: str) -> bool:
-    try:
-        return (folder / name).exists()
-    except (OSError, ValueError):  # a name that is none
-        return False
-
-
-def _numbers(data: Any) -> dict[str, float]:
-    """The numbers of an object that anyone may have edited."""
-    if not isinstance(data, Mapping):
-        return {}
-    return {str(key): float(value) for key, value in data.items() if isinstance(value, (int, float))}
-
-
-def _figures_of(summary: Mapping[str, Any]) -> list[str]:
-    """Steps, seconds, the last and the best values of a run."""
-    lines = []
-    for name in ("step", "steps", "seconds"):
-        if isinstance(value := summary.get(name), (int, float)):
-            lines.append(f"{name:10} {clock(value) if name == 'seconds' else f'{value:,}'}")
-    return lines + _last_and_best(summary)
-
-
-def _last_and_best(summary: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for name in ("last", "best"):
-        if stats := _numbers(summary.get(name)):
-            at = f"  (step {stats['step']:.0f})" if "step" in stats else ""
-            lines.append(f"{name:10} {show({key: value for key, value in stats.items() if key != 'step'})}{at}")
-    return lines
-
-
-def _stage_lines(stage: Mapping[str, Any]) -> list[str]:
-    """A stage of a chain: how it ended, and below it its last and best values."""
-    name, algorithm, status = (inert(str(stage.get(key, "?")), 60) for key in ("name", "algorithm", "status"))
-    numbers = _numbers({key: stage.get(key) for key in ("step", "steps", "seconds")})
-    where = f", step {numbers['step']:,.0f} of {numbers['steps']:,.0f}" if {"step", "steps"} <= numbers.keys() else ""
-    lasted = f" in {clock(numbers['seconds'])}" if "seconds" in numbers else ""
-    return [f"{name:10} {algorithm}: {status}{where}{lasted}", *(f"  {line}" for line in _last_and_best(stage))]
-
-
-def _heldout_lines(summary: Mapping[str, Any]) -> list[str]:
-    heldout = summary.get("heldout")
-    if not isinstance(heldout, Mapping) or not heldout:
-        return []
-    lines = ["held-out exact answers"]
-    for who, value in heldout.items():
-        shares = value if isinstance(value, Mapping) else {"": value}
-        words = "  ".join(f"{key} {percent(share)}".strip() for key, share in shares.items() if isinstance(share, (int, float)))
-        lines.append(f"  {inert(str(who), 60):12} {inert(words)}")
-    return lines
-
-
-def _pairs_lines(scored: Mapping[str, Any]) -> list[str]:
-    """How well held-out pairs are told apart, by stage; `accuracy` is the share of pairs that are right."""
-    found = {name: figures for name, value in scored.items() if (figures := _numbers(value))}
-    lines = [f"  {f'{inert(name, 60):12} ' if name else ''}{show(figures)}" for name, figures in found.items()]
-    return ["held-out pairs", *lines] if lines else []
-
-
-_PLACES = {
-    "final": "the adapter, to load, merge or export",
-    "report.html": "curves, samples and warnings, for a browser",
-    "summary.json": "this table for programs",
-    "samples.jsonl": "what the model answered, step by step",
-    "events.jsonl": "everything that was measured",
-    "checkpoints": "where the run can be continued",
-    "recipe.yaml": "the recipe, complete: it repeats the run",
-    "console.log": "what libraries printed",
-}

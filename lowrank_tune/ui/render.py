@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowrank_tune.ui.diagnose import diagnose
+from lowrank_tune.ui.figures import SHOWN, clock
 from lowrank_tune.ui.frame import Line, beside, fit, pad, said, width_of, wrap
 from lowrank_tune.ui.group_pane import group_pane
 from lowrank_tune.ui.metrics import SIDE_TITLES, WITHOUT_REFERENCE
 from lowrank_tune.ui.panes import View, chart_names, chart_pane, help_pane, keys_of, log_pane, sample_pane, written
-from lowrank_tune.ui.plain import SHOWN, clock
 from lowrank_tune.ui.state import State
 
 LEAST_WIDTH, LEAST_HEIGHT = 60, 15

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from lowrank_tune.evaluate import PairScores, Response
 from lowrank_tune.ui import inert
-from lowrank_tune.ui.plain import number, percent
+from lowrank_tune.ui.figures import number, percent
 
 SHOWN = 3
 PAIRS = {

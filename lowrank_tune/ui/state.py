@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lowrank_tune.events import Event, Grouped, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
+from lowrank_tune.ui.figures import Pace, validation_line
 from lowrank_tune.ui.groups import Group, read_group
 from lowrank_tune.ui.metrics import POLICY, SIDES, below, heldout_parts, phases_of
-from lowrank_tune.ui.plain import Pace, validation_line
 
 MOST_POINTS, LOG_LINES, SPEED_STEPS = 1000, 200, 20
 WARNING_LINES = 50

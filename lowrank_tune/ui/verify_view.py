@@ -8,7 +8,7 @@ from rich.text import Text
 
 from lowrank_tune.rewards.verdicts import Clash, clashes, verdicts
 from lowrank_tune.ui import inert
-from lowrank_tune.ui.plain import number
+from lowrank_tune.ui.figures import number
 from lowrank_tune.verify import Response, Verified
 
 SHOWN = 3

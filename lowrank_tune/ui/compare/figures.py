@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, median
 
 from lowrank_tune.ui.compare.side import Side
+from lowrank_tune.ui.figures import clock, number, percent
 from lowrank_tune.ui.metrics import POLICY, WITHOUT_REFERENCE, WRITES
-from lowrank_tune.ui.plain import clock, number, percent
 from lowrank_tune.ui.report.record import Points
 from lowrank_tune.ui.report.sections import stages_of, stages_of_chain
 from lowrank_tune.ui.report.words import inside, number_in

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from lowrank_tune.ui.figures import number, percent, signed
 from lowrank_tune.ui.groups import Group, Written
-from lowrank_tune.ui.plain import number, percent, signed
 from lowrank_tune.ui.report.charts import bar
 from lowrank_tune.ui.report.record import Record
 from lowrank_tune.ui.report.words import block, table, text

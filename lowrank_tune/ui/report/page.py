@@ -7,8 +7,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
+from lowrank_tune.ui.figures import clock, percent
 from lowrank_tune.ui.metrics import WITHOUT_REFERENCE, WRITES
-from lowrank_tune.ui.plain import clock, percent
 from lowrank_tune.ui.report import frontier, groups, pairs, sections
 from lowrank_tune.ui.report.charts import short
 from lowrank_tune.ui.report.record import ChainRecord, Record

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowrank_tune.events import Sampled
+from lowrank_tune.ui.figures import percent, signed
 from lowrank_tune.ui.metrics import SIDES
-from lowrank_tune.ui.plain import percent, signed
 from lowrank_tune.ui.report.charts import bar, short
 from lowrank_tune.ui.report.pictures import reliability, scatter, spread
 from lowrank_tune.ui.report.record import Record

@@ -8,8 +8,8 @@ from typing import Any
 
 from lowrank_tune.evaluate import is_exact
 from lowrank_tune.events import Sampled
+from lowrank_tune.ui.figures import number, percent
 from lowrank_tune.ui.metrics import SIDES, TITLES, WRITES, below, heldout_parts, meanings_of, partner_of, reward_names
-from lowrank_tune.ui.plain import number, percent
 from lowrank_tune.ui.report import pairs as of_pairs
 from lowrank_tune.ui.report.charts import Line, bar, chart, histogram, hover_data, lines_of, short, sides_of
 from lowrank_tune.ui.report.record import ChainRecord, Record
