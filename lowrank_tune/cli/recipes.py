@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from lowrank_tune.cli.common import Debug, app, sentences
 from lowrank_tune.errors import UserError
 
 presets = typer.Typer(invoke_without_command=True, help="List the presets, or print or copy one to start your own from.")
 app.add_typer(presets, name="presets")
+WIDEST = 23  # letters of the longest name
 Preset = Annotated[str, typer.Argument(help="A preset's name, as `lowrank-tune presets` lists them.")]
 
 
@@ -25,21 +25,26 @@ def list_presets(context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     with sentences(False):
-        from lowrank_tune.recipe import presets as all_presets
+        from lowrank_tune.recipe import shelf
 
-        table = Table("preset", "algorithm", "what it is", box=None)
-        for preset, description, algorithm in all_presets():
-            table.add_row(preset, algorithm, description)
-        Console().print(table)
+        for group, members in groupby(shelf(), key=lambda preset: preset.group):
+            print(group)
+            for base, several in groupby(members, key=lambda preset: preset.base):
+                print(f"  {base}")
+                for preset in several:
+                    peak = "" if preset.peak_gib is None else f"{preset.peak_gib:.1f} GiB"
+                    print(f"    {preset.name:<{WIDEST}}  {peak:>8}  {preset.description}")
+        print("`presets show NAME` prints one, `presets copy NAME FILE` makes it yours.")
 
 
 @presets.command("show")
-def show_preset(name: Preset, debug: Debug = False) -> None:
-    """Print a preset."""
+def show_preset(name: Preset, whole: Annotated[bool, typer.Option("--whole", help="With all that it extends, and every default.")] = False,
+                debug: Debug = False) -> None:  # fmt: skip
+    """Print a preset as it is written; with --whole the complete recipe, every setting of it."""
     with sentences(debug):
-        from lowrank_tune.recipe import find_preset
+        from lowrank_tune.recipe import dump, find_preset, load_any
 
-        sys.stdout.write(find_preset(name).read_text(encoding="utf-8"))
+        sys.stdout.write(dump(load_any(name)) if whole else find_preset(name).read_text(encoding="utf-8"))
 
 
 @presets.command("copy")

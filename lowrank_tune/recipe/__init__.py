@@ -18,12 +18,13 @@ import yaml
 from lowrank_tune import settings
 from lowrank_tune.recipe import wording
 from lowrank_tune.recipe.chain import Chain
-from lowrank_tune.recipe.layers import find_preset, preset_names, read_recipe
+from lowrank_tune.recipe.layers import find_preset, read_recipe
 from lowrank_tune.recipe.rules import NAME
+from lowrank_tune.recipe.shelf import Preset, shelf
 from lowrank_tune.recipe.single import Recipe
 from lowrank_tune.recipe.tree import dotted, leaves
 
-__all__ = ["Chain", "Recipe", "differences", "dump", "find_preset", "from_dict", "load", "load_any", "presets", "schema"]
+__all__ = ["Chain", "Preset", "Recipe", "differences", "dump", "find_preset", "from_dict", "load", "load_any", "presets", "schema", "shelf"]
 
 MAY_CHANGE = frozenset({
     "name", "description", "train.steps", "train.epochs", "train.log_every", "train.save_every", "train.keep",
@@ -70,9 +71,8 @@ def dump(recipe: settings.Recipe | Chain) -> str:
 
 
 def presets() -> list[tuple[str, str, str]]:
-    """Name, description and algorithm of every preset; of a chain, all its algorithms."""
-    loaded = [(name, load_any(name)) for name in preset_names()]
-    return [(name, recipe.description, recipe.algorithm) for name, recipe in loaded]
+    """Name, description and algorithm of every preset, by name; of a chain, all its algorithms."""
+    return sorted((preset.name, preset.description, " -> ".join(preset.algorithms)) for preset in shelf())
 
 
 def schema() -> dict[str, Any]:
