@@ -21,6 +21,7 @@ from lowrank_tune.algorithms.kit import Kit
 from lowrank_tune.algorithms.sft import SFT
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import Base, freeze, load_base
+from lowrank_tune.model.memory import Checkpointing
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch
 
@@ -86,9 +87,9 @@ def whole(kind: str, **changes: Any) -> Base:
     return freeze(random_model(kind, **changes), TOKENIZER, name=kind, bits=16)
 
 
-def roles_over(base: Base, lower: Sequence[str] = (), dropout: float = 0.0, checkpointing: bool = False, seed: int = 0,
+def roles_over(base: Base, lower: Sequence[str] = (), dropout: float = 0.0, checkpointing: Checkpointing = False, seed: int = 0,
                trainable: Sequence[str] = ("policy",), stacks: Mapping[str, list[str]] | None = None, extra: Sequence[str] = (),
-               heads: Sequence[str] = (), only: str = "policy", **lora: Any) -> Roles:  # fmt: skip
+               heads: Sequence[str] = (), only: str = "policy", offload: bool = False, **lora: Any) -> Roles:  # fmt: skip
     """Roles with `policy`, or `only`, on top of `lower`; `extra` are further adapters, `heads` the roles with a scalar head."""
     wanted = settings.Adapter(**{"r": 4, "alpha": 16.0, "dropout": dropout} | lora)
     names = (*lower, only, *extra)
@@ -97,7 +98,7 @@ def roles_over(base: Base, lower: Sequence[str] = (), dropout: float = 0.0, chec
     else:
         configs = {name: lora_config(wanted, base.model) for name in names}
     stacks = stacks or {only: [*lower, only], "reference": list(lower)}
-    return Roles(base, configs, trainable=trainable, stacks=stacks, checkpointing=checkpointing, seed=seed, heads=heads)
+    return Roles(base, configs, trainable=trainable, stacks=stacks, checkpointing=checkpointing, seed=seed, heads=heads, offload=offload)
 
 
 def llama_roles(bits: int = 4, **more: Any) -> Roles:

@@ -401,19 +401,20 @@ def done(loop_and_events: tuple[Loop, list[Event]]) -> tuple[Loop, list[Event]]:
 ALGORITHMS = ("sft", "reward", "dpo", "grpo", "ppo")
 
 
-def algorithm_over(name: str, dropout: float) -> tuple[Any, Roles, str]:
+def algorithm_over(name: str, dropout: float, **more: Any) -> tuple[Any, Roles, str]:
     """An algorithm over a tiny model with rows of its own for every step, its roles, and the role that it trains."""
+    more = {"checkpointing": True} | more
     if name == "sft":
-        roles = llama_roles(16, dropout=dropout, checkpointing=True)
+        roles = llama_roles(16, dropout=dropout, **more)
         return sft_over(roles), roles, "policy"
     if name == "reward":
-        roles = reward_roles(load(16), dropout=dropout, checkpointing=True)
+        roles = reward_roles(load(16), dropout=dropout, **more)
         return Reward(Kit(roles, pairs_of)), roles, "reward"
     if name == "ppo":
-        roles = llama_roles(16, checkpointing=True, extra=["value"], trainable=["policy", "value"],
-                            stacks={"policy": ["policy"], "reference": [], "value": ["value"]}, heads=["value"])  # fmt: skip
+        roles = llama_roles(16, extra=["value"], trainable=["policy", "value"],
+                            stacks={"policy": ["policy"], "reference": [], "value": ["value"]}, heads=["value"], **more)  # fmt: skip
         return PPO(Kit(roles, pairs_of), Fake(roles, LIVE), update=Update(epochs=2, minibatches=2)), roles, "policy"
-    roles = llama_roles(16, checkpointing=True)  # dropout is a fault there
+    roles = llama_roles(16, **more)  # dropout is a fault there
     if name == "grpo":
         harvester = Fake(roles, LIVE, drift=0.2)
         return GRPO(Kit(roles, pairs_of), harvester, old="sampler", mismatch_limit=1.0, truncated="penalise"), roles, "policy"

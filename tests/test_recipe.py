@@ -88,7 +88,8 @@ def test_every_fault_at_once(write: Write) -> None:
         "my.yaml:15: train.optimizer: expected one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, found 'adam'; did you mean `adamw`?",
         "my.yaml:16: train.log_every: must be at least 1, found 0",
         "my.yaml:17: train.weight_decay: must be a finite number, found nan",
-        "my.yaml:18: train.gradient_checkpointing: expected true or false, found 'off' (write `false`)",
+        "my.yaml:18: train.gradient_checkpointing: expected true or false or one of none, all, auto or a whole number, found 'off' "
+        "(write `false`)",
         "my.yaml:19: train.gradient_accumulation_steps: unknown key; it follows from `train.rows_per_step` and `train.micro_batch_size`",
         "my.yaml:21: evaluate.samples: does nothing without `evaluate.heldout`",
         "my.yaml:22: output_dir: unknown key; the run's folder is `runs/NAME`, or given by --out",

@@ -390,7 +390,7 @@ def test_checkpointing_changes_no_gradient(bits: int, stacks: dict[str, list[str
     assert error_of_checkpointing(bits, stacks, used) <= 1e-6
 
 
-def _checkpoint_without_voice(self: Roles) -> None:
+def _checkpoint_without_voice(self: Roles, *_: Any) -> None:
     model = self.base.model
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -398,7 +398,7 @@ def _checkpoint_without_voice(self: Roles) -> None:
 
 
 @pytest.mark.parametrize("stacks", [STACKS, DEEP], ids=["one", "two"])
-@pytest.mark.parametrize("bug", [_checkpoint_without_voice, lambda self: None], ids=["no voice", "no recomputation"])
+@pytest.mark.parametrize("bug", [_checkpoint_without_voice, lambda self, *_: None], ids=["no voice", "no recomputation"])
 def test_recomputation_under_another_role_is_seen(monkeypatch: pytest.MonkeyPatch, bug: Any, stacks: dict[str, list[str]]) -> None:
     monkeypatch.setattr(Roles, "_checkpoint", bug)
     for used in ROLES_USED:
@@ -782,7 +782,7 @@ def release_without(line: str) -> Callable[[Roles], None]:
 
 @pytest.mark.parametrize(("line", "sign"), [
     ("setattr(model.get_submodule(parent), child, module.base_layer)", "modules"), ("del model.peft_config", "attribute .peft_config"),
-    ("disable()", "mode"), ("self.heads.clear()", "alive"), ("model.train()", "mode"),
+    ("keep_all(model)", "mode"), ("self.heads.clear()", "alive"), ("model.train()", "mode"),
 ])  # fmt: skip
 def test_a_release_that_forgets_something_is_seen(monkeypatch: pytest.MonkeyPatch, line: str, sign: str) -> None:
     monkeypatch.setattr(Roles, "release", release_without(line))

@@ -196,7 +196,7 @@ def load_roles(recipe: settings.Recipe, base: Base, saved: Mapping[str, SavedAda
         if recipe.ppo.value == "adapter":
             configs["value"] = _value_config(recipe, base, saved, configs)
     roles = Roles(base, configs, trainable=[top, *aside], stacks=stacks, checkpointing=recipe.train.gradient_checkpointing, seed=recipe.seed,
-                  heads=HEADS & stacks.keys())  # fmt: skip
+                  heads=HEADS & stacks.keys(), offload=recipe.train.activation_offloading)  # fmt: skip
     for name, adapter in saved.items():
         roles.load_adapter_tensors(name, adapter.tensors, f"adapters.{name}.path: {adapter.folder}")
         if adapter.base_name not in (None, recipe.base.model, recipe.base.model.partition("@")[0]):

@@ -21,6 +21,7 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.model import heads as scalar
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.logps import check_head, chunked_entropy, chunked_kl, chunked_logps, head_of
+from lowrank_tune.model.memory import Checkpointing, checkpoint_layers, keep_all
 from lowrank_tune.model.tree import Tree, agrees, longest_shareable, mask_for, plant
 from lowrank_tune.types import Batch, LogProbs
 
@@ -47,11 +48,12 @@ class Roles:
     `adapters` in the order they lie, all fresh (and a fresh adapter changes nothing: its B is zero) until `load_adapter_tensors`. Only
     those in `trainable` ever get a gradient. `heads` are roles with a scalar head: it belongs to the adapter of the role's own name, the
     top of its stack, and trains and is saved with it; or, where no adapter has that name, it stands alone on a stack that others train.
-    `share` False has every row go through the model whole.
+    `share` False has every row go through the model whole. `checkpointing` says which layers are recomputed in the backward pass, `offload`
+    that what they keep waits in the machine's memory (`model/memory.py`).
     """
 
     def __init__(self, base: Base, adapters: Mapping[str, LoraConfig], trainable: Iterable[str], stacks: Mapping[str, list[str]],
-                 checkpointing: bool = False, seed: int = 0, heads: Iterable[str] = ()) -> None:  # fmt: skip
+                 checkpointing: Checkpointing = False, seed: int = 0, heads: Iterable[str] = (), offload: bool = False) -> None:  # fmt: skip
         self.base, self.stacks = base, {role: [PREFIX + name for name in stack] for role, stack in stacks.items()}
         self.trainable, self.share, self.heads = frozenset(trainable), True, dict[str, scalar.ScalarHead]()
         self._checkpointing = False
@@ -77,9 +79,7 @@ class Roles:
             "a head belongs to the top adapter of its own role, or is trained alone")  # fmt: skip
         self._pin()
         self._freeze_all_but_trainable()
-        self._checkpointing = checkpointing
-        if checkpointing:
-            self._checkpoint()
+        self._checkpoint(checkpointing, offload)
         with self.use("base"):
             check_head(base.model, self.head)
 
@@ -240,12 +240,9 @@ class Roles:
                 if name not in names and isinstance(dropout, nn.Dropout):
                     dropout.p = 0.0  # a frozen adapter's dropout would still fire in train mode
 
-    def _checkpoint(self) -> None:
-        model, active = self.base.model, self._active
-        # transformers renamed it and drops the old name in version 6; the defaults are replaced by what is passed, so both stand here.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), _Voice(active, active))})
-        model.disable_input_require_grads()
+    def _checkpoint(self, wanted: Checkpointing, offload: bool) -> None:
+        active = self._active
+        self._checkpointing = checkpoint_layers(self.base.model, wanted, offload, lambda: (nullcontext(), _Voice(active, active)))
 
     def release(self) -> None:
         """Takes every adapter off the base, which is then as it was loaded: the next `Roles` can stand on it. These have no use after."""
@@ -256,8 +253,7 @@ class Roles:
                 setattr(model.get_submodule(parent), child, module.base_layer)
         del model.peft_config
         if self._checkpointing:
-            disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-            disable()
+            keep_all(model)
         model.train()
         self._peft = None
         self.heads.clear()

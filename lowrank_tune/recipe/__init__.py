@@ -19,6 +19,7 @@ from lowrank_tune import settings
 from lowrank_tune.recipe import wording
 from lowrank_tune.recipe.chain import Chain
 from lowrank_tune.recipe.layers import find_preset, read_recipe
+from lowrank_tune.recipe.memory import SIZES
 from lowrank_tune.recipe.rules import NAME
 from lowrank_tune.recipe.shelf import Preset, shelf
 from lowrank_tune.recipe.single import Recipe
@@ -28,9 +29,9 @@ __all__ = ["Chain", "Preset", "Recipe", "differences", "dump", "find_preset", "f
 
 MAY_CHANGE = frozenset({
     "name", "description", "train.steps", "train.epochs", "train.log_every", "train.save_every", "train.keep",
-    "evaluate.every", "evaluate.shown",
+    "evaluate.every", "evaluate.shown", *SIZES,
 })  # fmt: skip
-"""What a continued run may set anew: its end, its logging and its saving. Of a chain, each stage may."""
+"""What a continued run may set anew: its end, its logging and its saving, and what decides over its memory. Of a chain, each stage may."""
 
 
 def load(preset_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

@@ -36,6 +36,8 @@ ALIASES: dict[str, str] = {
     "lr_scheduler": "train.schedule", "lr_scheduler_type": "train.schedule", "warmup": "train.warmup_steps", "optim": "train.optimizer",
     "adam_beta_1": "train.adam_beta1", "max_norm": "train.max_grad_norm", "grad_clip": "train.max_grad_norm",
     "use_gradient_checkpointing": "train.gradient_checkpointing", "grad_checkpoint": "train.gradient_checkpointing",
+    "enable_activation_checkpointing": "train.gradient_checkpointing", "activation_checkpointing": "train.gradient_checkpointing",
+    "enable_activation_offloading": "train.activation_offloading", "gradient_checkpointing_offload": "train.activation_offloading",
     "logging_steps": "train.log_every", "save_steps": "train.save_every", "save_total_limit": "train.keep",
     "eval_steps": "evaluate.every", "eval": "evaluate", "training": "train", "method": "algorithm", "stage": "algorithm",
     "run_name": "name", "experiment": "name", "random_seed": "seed", "data_seed": "seed",
@@ -250,7 +252,7 @@ def hint(model: type[BaseModel], path: Path, value: Any) -> str:
     kinds = kinds_at(model, path)
     if kinds == [str] and isinstance(value, (int, float)):
         return " (put it in quotes)"
-    if kinds == [bool] and isinstance(value, str) and value.lower() in ("yes", "on", "true", "no", "off", "false"):
+    if bool in kinds and isinstance(value, str) and value.lower() in ("yes", "on", "true", "no", "off", "false"):
         return f" (write `{'true' if value.lower() in ('yes', 'on', 'true') else 'false'}`)"
     choices = [str(each) for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)]
     near = get_close_matches(value, choices, n=1, cutoff=0.6) if isinstance(value, str) and len(choices) > 1 else []

@@ -46,8 +46,15 @@ class Train(Settings):
     """Decay of the second moment."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     """Gradients are scaled down to this norm, those of a value by themselves."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["none", "all", "auto"] | Annotated[int, Field(ge=0)] = True
+    """Recompute activations in the backward pass: less memory, about a third more time. `all` layers (or true), `none` (or false), the first
+    N of them, or `auto`: as few as fit where the run is planned, else all. Never changes the gradient."""
+    activation_offloading: bool = False
+    """Keep what recomputed layers begin with in the machine's memory instead of the card's: longer rows, a little more time."""
+    memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = None
+    """Memory of the card that the run may use, in GiB; all of it where it is not given. The keys and values of rollouts share it with the
+    update, so it decides how many sequences are decoded at once. Without a card it bounds those alone, a quarter of the machine's memory by
+    default."""
     max_bad_steps: Positive = 5
     """Stops after this many steps in a row whose loss or gradient is not finite; each is skipped and counted."""
     log_every: Positive = 10

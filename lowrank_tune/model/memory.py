@@ -1,0 +1,63 @@
+"""Which activations are kept, which are computed again in the backward pass, and which wait in the machine's memory.
+
+A layer that is recomputed keeps its input alone; the others keep all that their backward pass needs. The *first* N layers are recomputed:
+backward comes to them last, when what the others kept has been let go. What a recomputed layer keeps can be moved to pinned memory of the
+machine until then. None of this changes a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Literal
+
+from torch.autograd.graph import save_on_cpu
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lowrank_tune.errors import UserError
+
+Checkpointing = bool | int | Literal["none", "all", "auto"]
+"""Which layers are recomputed: none or all, the first N, or `auto`, which is all until something plans it."""
+
+
+def layers_recomputed(wanted: Checkpointing, layers: int) -> int:
+    """How many of a model's `layers` are recomputed, counted from the first."""
+    if isinstance(wanted, bool) or isinstance(wanted, str):
+        return layers if wanted in (True, "all", "auto") else 0
+    return min(wanted, layers)
+
+
+def checkpoint_layers(model: Any, wanted: Checkpointing, offload: bool,
+                      contexts: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]) -> bool:  # fmt: skip
+    """Makes layers of a model recompute, and with `offload` keep their inputs in the machine's memory; `contexts` gives what the forward
+    pass and the recomputation run under. Returns whether any layer does. Raises UserError for a model whose layers cannot differ."""
+    layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+    count = layers_recomputed(wanted, len(layers) or 1)
+    if not count:
+        return False
+    if not layers and not isinstance(wanted, (bool, str)):
+        raise UserError(f"train.gradient_checkpointing: {model.config.model_type} models recompute all layers or none; say all or none")
+    # transformers renamed it and drops the old name in version 6; the defaults are replaced by what is passed, so both stand here.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": contexts})
+    model.disable_input_require_grads()
+    for layer in layers[count:]:
+        layer.gradient_checkpointing = False
+    if offload:
+        for module in model.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = partial(_offloaded, module._gradient_checkpointing_func)
+    return True
+
+
+def keep_all(model: Any) -> None:
+    """The opposite of `checkpoint_layers`."""
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    disable()
+
+
+def _offloaded(checkpoint: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    # Without a card there is nothing to pin, and the copy is a plain one: the same path, so that tests walk it.
+    with save_on_cpu(pin_memory=True):
+        return checkpoint(*arguments, **named)
