@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lowrank_tune import early
 from lowrank_tune.ui import inert
 
 GIB = 1 << 30
@@ -50,7 +51,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     findings: list[Finding] = []
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "Python": python, "versions": versions, "CUDA": card, "4 bits": four_bits, "disk": lambda: disk(environ), "hub": lambda: hub(environ),
-        "terminal": lambda: terminal(environ), "system": system, "sandbox": sandbox}  # fmt: skip
+        "terminal": lambda: terminal(environ), "system": system, "sandbox": sandbox, "unsloth": unsloth}  # fmt: skip
     for name, check in checks.items():
         try:
             findings += check()
@@ -251,3 +252,22 @@ def sandbox() -> Iterator[Finding]:
     else:
         yield Finding("warning", "sandbox", f"none for code that a model wrote ({levels.why_none()})",
                       "`python_tests` needs Linux 5.13 or newer with Landlock, or bubblewrap, or user namespaces")  # fmt: skip
+
+
+def unsloth() -> Iterator[Finding]:
+    """The other backend of the base. It is optional, so what is wrong with it is no fault; and it is not imported here, as it would have to
+    come before torch."""
+    version = early.installed()
+    if version is None:
+        yield Finding("ok", "unsloth", "not installed; it is optional (base.backend: unsloth)")
+        return
+    if wrong := early.misfits():
+        yield Finding("warning", "unsloth", f"{version}, which needs {', '.join(wrong)}",
+                      f"`base.backend: unsloth` is refused here: {early.INSTALL}")  # fmt: skip
+        return
+    torch: Any = importlib.import_module("torch")
+    if torch.cuda.is_available():
+        yield Finding("ok", "unsloth", f"{version}, with packages that fit")
+    else:
+        yield Finding("warning", "unsloth", f"{version}, and there is no card",
+                      "`base.backend: unsloth` works without one, and is no faster than plain there")  # fmt: skip

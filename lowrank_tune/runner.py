@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from lowrank_tune import settings
+from lowrank_tune import early, settings
 from lowrank_tune.build import build
 from lowrank_tune.checkpoint import RunFolder, newest
 from lowrank_tune.control import Control, asked_by_signals
@@ -24,7 +24,7 @@ from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, Event, Note, RunEnded, Sampled, StepDone
 from lowrank_tune.export import final_folder
 from lowrank_tune.model.base import Base
-from lowrank_tune.recipe import Chain, differences, dump, load_any
+from lowrank_tune.recipe import Chain, backends_of, differences, dump, load_any
 from lowrank_tune.sinks import JsonLines, Tee
 from lowrank_tune.stage import Stage
 from lowrank_tune.ui.plain import Plain
@@ -83,6 +83,7 @@ def run(recipe: settings.Recipe | Chain | str | Path, *overrides: str, out: str 
     Raises UserError (a sentence for the person) and KeyboardInterrupt at a second Ctrl-C. `on_event` sees every event.
     """
     loaded = recipe if isinstance(recipe, (settings.Recipe, Chain)) else load_any(recipe, *overrides)
+    early.import_first(backends_of(loaded))  # refused here where nobody did it in time
     control, begun = Control(), time.time()
     with asked_by_signals(control) as training:  # around the screen too, which must be taken down whatever comes
         console = _Console(control, training, ui, device, on_event)

@@ -23,7 +23,7 @@ from lowrank_tune.evaluate import Answer, Question, answer, measure, questions_i
 from lowrank_tune.events import Emit, Event, Note, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
 from lowrank_tune.hacking import Watch, noise_of
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
-from lowrank_tune.model.base import base_hashes, hash_of, one_hash
+from lowrank_tune.model.base import hash_of, one_hash
 from lowrank_tune.preflight import survey, survey_asked
 from lowrank_tune.rewards.repetition import NGRAM, distinct
 from lowrank_tune.train import Loop, Progress, make_optimizer
@@ -111,7 +111,7 @@ class Stage:
                 self._measure(self.measured_as, "policy", step)
             if self.recipe.pairs and self.built.validation is not None:
                 self._score_pairs(step)
-        end = one_hash(base_hashes(self.built.base.model))
+        end = one_hash(self.built.base.hashes())
         frozen = {name: one_hash(_hashes(self.built.roles.adapter_tensors(name))) for name in self.adapters}
         if end != one_hash(self.hashes) or frozen != self.adapters:
             raise RunFailed("the frozen base, or a frozen adapter, is not what it was at the start of the run: please report it")

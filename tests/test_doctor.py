@@ -54,6 +54,19 @@ def test_what_is_broken_is_a_fault_with_a_cure(monkeypatch: pytest.MonkeyPatch, 
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
 
 
+def test_unsloth_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(version: str | None, wrong: list[str], card: bool = False) -> Finding:
+        monkeypatch.setattr(doctor.early, "installed", lambda: version)
+        monkeypatch.setattr(doctor.early, "misfits", lambda: wrong)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: card)
+        return next(doctor.unsloth())
+
+    assert told(None, []).level == "ok" and "not installed" in told(None, []).found
+    assert told("2026.10.9", ["trl<=1.15.0 (1.16.0 is installed)"]).found == "2026.10.9, which needs trl<=1.15.0 (1.16.0 is installed)"
+    assert "refused here" in told("2026.10.9", ["trl<=1.15.0 (1.16.0 is installed)"]).cure
+    assert "no card" in told("2026.10.9", []).found and told("2026.10.9", [], card=True).level == "ok"
+
+
 def test_bounds() -> None:
     assert set(doctor.NEEDED) <= {name if name != "pyyaml" else "PyYAML" for name in doctor.requirements()}
     for version, bounds, fits in (("2.9", ">=2.9,<3", True), ("3.0.0", ">=2.9,<3", False), ("2.13.0+cpu", ">=2.9", True),

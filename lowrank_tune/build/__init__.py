@@ -23,8 +23,9 @@ from lowrank_tune.data import AskedSet, Order, Prepared, Prompt, Template, Token
 from lowrank_tune.data.tokenise import cache_folder
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, Note, Progress
+from lowrank_tune.model import unsloth
 from lowrank_tune.model.adapters import SavedAdapter, lora_config, read_adapter
-from lowrank_tune.model.base import Base, base_hashes, hash_of, load_base, load_tokenizer, one_hash
+from lowrank_tune.model.base import Base, hash_of, load_base, load_tokenizer, one_hash
 from lowrank_tune.model.heads import KEY
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Algorithm, Batch
@@ -82,9 +83,9 @@ def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = Non
         emit(Note(message=line, level="warning" if "; dropped " in line else "info"))
     heldout = _heldout(recipe, template)
     base = base or _load_base(recipe, template, device, emit)
-    hashes = base_hashes(base.model)
+    hashes = base.hashes()
     roles = load_roles(recipe, base, saved, emit)
-    micro_tokens = _micro_tokens(recipe, recipe.data.max_length)
+    micro_tokens = _micro_tokens(recipe, _longest(recipe))
     collated = {store: _collated(store, template.pad_id) for store in (data.train, data.validation) if store is not None}
     if recipe.algorithm == "dpo":
         for store, rows in list(collated.items()):
@@ -109,9 +110,9 @@ def _build_online(recipe: settings.Recipe, emit: Emit, device: torch.device | No
         if not scoring.learned:
             check_rewards(scoring, data, recipe.seed, emit)
         base = base or _load_base(recipe, template, device, emit)
-        hashes, roles = base_hashes(base.model), load_roles(recipe, base, saved, emit)
+        hashes, roles = base.hashes(), load_roles(recipe, base, saved, emit)
         stop_ids = base.end_ids | template.end_ids
-        micro_tokens = _micro_tokens(recipe, recipe.data.max_prompt_length + recipe.rollout.max_new_tokens)
+        micro_tokens = _micro_tokens(recipe, _longest(recipe))
         if scoring.learned:
             scoring.attach(roles, micro_tokens)
             check_rewards(scoring, data, recipe.seed, emit)
@@ -158,9 +159,17 @@ def _no_units(units: Sequence[int]) -> Batch:
 
 def _load_base(recipe: settings.Recipe, template: Template, device: torch.device | None, emit: Emit) -> Base:
     emit(Progress(what=f"loading {recipe.base.model}", done=0, total=1))
-    base = load_base(recipe.base, template.tokenizer, device)
+    if recipe.base.backend == "unsloth":
+        base = unsloth.load_base(recipe.base, template.tokenizer, _longest(recipe), device)
+    else:
+        base = load_base(recipe.base, template.tokenizer, device)
     emit(Progress(what=f"loading {recipe.base.model}", done=1, total=1))
     return base
+
+
+def _longest(recipe: settings.Recipe) -> int:
+    """Tokens of the longest row that is trained on."""
+    return recipe.data.max_prompt_length + recipe.rollout.max_new_tokens if recipe.algorithm in ONLINE else recipe.data.max_length
 
 
 def _micro_tokens(recipe: settings.Recipe, longest: int) -> int:
@@ -206,6 +215,9 @@ def load_roles(recipe: settings.Recipe, base: Base, saved: Mapping[str, SavedAda
         said = sum(reward.weight for reward in recipe.rewards if reward.use == "reward_model")
         scaled = {key: tensor * said if key == KEY else tensor for key, tensor in saved[ROLE].tensors.items()}
         roles.load_adapter_tensors("value", scaled, f"adapters.{ROLE}.path: {saved[ROLE].folder}")
+    if base.backend == "unsloth":
+        unsloth.check(roles, top)
+        emit(Note(message="unsloth runs the base, and computes what transformers does; completions are drawn by transformers' own code"))
     if top in saved:
         emit(Note(message=f"the {top} adapter goes on from {saved[top].folder}: it need not agree with {_in_words(roles)}"))
     return roles

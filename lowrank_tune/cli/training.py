@@ -20,10 +20,12 @@ def run_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", hel
                 overrides: Overrides = None, out: Out = None, ui: Ui = Screen.auto, debug: Debug = False) -> None:  # fmt: skip
     """Run a recipe; the same command again continues it."""
     with sentences(debug):
-        from lowrank_tune.recipe import load_any
+        from lowrank_tune.early import import_first
+        from lowrank_tune.recipe import backends_of, load_any
 
         loaded = load_any(recipe, *(overrides or []))
         with starting():
+            import_first(backends_of(loaded))  # before torch
             from lowrank_tune.runner import run
 
         _end(run(loaded, out=out, ui=ui))

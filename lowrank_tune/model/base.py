@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
@@ -43,10 +43,19 @@ class Base:
     device: torch.device
     bits: int
     end_ids: frozenset[int]
+    backend: str = "plain"
+    """Whose code runs the model's forward: `plain` is transformers' own."""
+    as_written: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """What to enter where the model must run by transformers' own code, whatever the backend."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 autocast on CUDA, nothing on the CPU."""
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+    def hashes(self) -> dict[str, str]:
+        """`base_hashes`, the same whatever the backend."""
+        with self.as_written():
+            return base_hashes(self.model)
 
 
 def pick_device() -> torch.device:
@@ -61,19 +70,19 @@ def pick_device() -> torch.device:
 
 def load_tokenizer(wanted: settings.Base) -> Any:
     """The base's tokenizer alone, so that data can be judged before gigabytes are read. Raises UserError as `load_base`."""
-    _be_quiet()
-    with _telling(wanted) as (place, arguments):
+    be_quiet()
+    with telling(wanted) as (place, arguments):
         return AutoTokenizer.from_pretrained(place, **arguments)
 
 
 def load_base(wanted: settings.Base, tokenizer: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Base:
     """Loads and freezes it, in the device's own `dtype` where none is given. Raises UserError with one sentence for whatever a person can
     mend."""
-    _be_quiet()
+    be_quiet()
     device = device or pick_device()
-    with _telling(wanted) as (place, arguments):
+    with telling(wanted) as (place, arguments):
         config = AutoConfig.from_pretrained(place, **arguments)
-        quantised = _check_quantisation(config, wanted)
+        quantised = check_quantisation(config, wanted)
         if wanted.bits == 4 and not quantised:
             arguments["quantization_config"] = nf4(device)
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -86,7 +95,7 @@ def load_base(wanted: settings.Base, tokenizer: Any, device: torch.device | None
 
 def weight_files(wanted: settings.Base) -> dict[str, Path]:
     """The file of each tensor of the base as its author published it. Raises UserError as `load_base`."""
-    with _telling(wanted) as (place, arguments):
+    with telling(wanted) as (place, arguments):
         index = cached_file(place, SAFE_WEIGHTS_INDEX_NAME, revision=arguments["revision"], _raise_exceptions_for_missing_entries=False)
         if index is None:
             single = Path(str(cached_file(place, SAFE_WEIGHTS_NAME, revision=arguments["revision"])))
@@ -99,7 +108,7 @@ def weight_files(wanted: settings.Base) -> dict[str, Path]:
 
 def count_weights(wanted: settings.Base) -> int:
     """Numbers in the base's weights, a tied head counted once, without reading any. Raises UserError as `load_base`."""
-    with _telling(wanted) as (place, arguments):
+    with telling(wanted) as (place, arguments):
         config = AutoConfig.from_pretrained(place, **arguments)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=arguments["trust_remote_code"])
@@ -177,7 +186,8 @@ def _digest(tensors: list[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
+    """The libraries' own chatter goes."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what they come to is told in one sentence
@@ -186,7 +196,7 @@ def _be_quiet() -> None:
 
 
 @contextmanager
-def _telling(wanted: settings.Base) -> Iterator[tuple[str, dict[str, Any]]]:
+def telling(wanted: settings.Base) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where the model lies and how to ask for it; what the libraries raise inside becomes one sentence."""
     name, _, revision = wanted.model.partition("@")
     place = str(files("lowrank_tune.tutor") / "base") if name == TINY else _existing_folder(name) or name
@@ -220,7 +230,7 @@ def _existing_folder(name: str) -> str | None:
     return None
 
 
-def _check_quantisation(config: Any, wanted: settings.Base) -> bool:
+def check_quantisation(config: Any, wanted: settings.Base) -> bool:
     """Whether the repository is quantised already: with bitsandbytes in 4 bits, or it is refused."""
     quantised = getattr(config, "quantization_config", None)
     if quantised is None:

@@ -48,14 +48,14 @@ class Roles:
     `adapters` in the order they lie, all fresh (and a fresh adapter changes nothing: its B is zero) until `load_adapter_tensors`. Only
     those in `trainable` ever get a gradient. `heads` are roles with a scalar head: it belongs to the adapter of the role's own name, the
     top of its stack, and trains and is saved with it; or, where no adapter has that name, it stands alone on a stack that others train.
-    `share` False has every row go through the model whole. `checkpointing` says which layers are recomputed in the backward pass, `offload`
-    that what they keep waits in the machine's memory (`model/memory.py`).
+    `share` False has every row go through the model whole, as it must where another backend ignores masks. `checkpointing` says which layers
+    are recomputed in the backward pass, `offload` that what they keep waits in the machine's memory (`model/memory.py`).
     """
 
     def __init__(self, base: Base, adapters: Mapping[str, LoraConfig], trainable: Iterable[str], stacks: Mapping[str, list[str]],
                  checkpointing: Checkpointing = False, seed: int = 0, heads: Iterable[str] = (), offload: bool = False) -> None:  # fmt: skip
         self.base, self.stacks = base, {role: [PREFIX + name for name in stack] for role, stack in stacks.items()}
-        self.trainable, self.share, self.heads = frozenset(trainable), True, dict[str, scalar.ScalarHead]()
+        self.trainable, self.share, self.heads = frozenset(trainable), base.backend == "plain", dict[str, scalar.ScalarHead]()
         self._checkpointing = False
         self._active: list[str] = []
         torch.manual_seed(seed)

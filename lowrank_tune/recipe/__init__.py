@@ -25,7 +25,10 @@ from lowrank_tune.recipe.shelf import Preset, shelf
 from lowrank_tune.recipe.single import Recipe
 from lowrank_tune.recipe.tree import dotted, leaves
 
-__all__ = ["Chain", "Preset", "Recipe", "differences", "dump", "find_preset", "from_dict", "load", "load_any", "presets", "schema", "shelf"]
+__all__ = [
+    "Chain", "Preset", "Recipe", "backends_of", "differences", "dump", "find_preset", "from_dict", "load", "load_any", "presets", "schema",
+    "shelf",
+]  # fmt: skip
 
 MAY_CHANGE = frozenset({
     "name", "description", "train.steps", "train.epochs", "train.log_every", "train.save_every", "train.keep",
@@ -44,6 +47,11 @@ def load_any(preset_or_path: str | os.PathLike[str], *overrides: str) -> Recipe 
     tree, faults, stem = read_recipe(os.fspath(preset_or_path))
     kind: type[Recipe] | type[Chain] = Chain if "stages" in tree.value else Recipe
     return kind.of_tree(tree, faults, stem, overrides)
+
+
+def backends_of(recipe: settings.Recipe | Chain) -> set[str]:
+    """Whose code is to run the bases of a recipe, or of a chain's stages."""
+    return {stage.base.backend for stage in (recipe.stages if isinstance(recipe, Chain) else (recipe,))}
 
 
 def from_dict(data: Mapping[str, Any]) -> Recipe:

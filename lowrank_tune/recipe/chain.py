@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from lowrank_tune import settings
 from lowrank_tune.errors import Fault, Faults, UserError
-from lowrank_tune.recipe import learned, rules
+from lowrank_tune.recipe import backend, learned, rules
 from lowrank_tune.recipe.layers import Setting, apply, read_recipe, read_settings
 from lowrank_tune.recipe.single import NO_MAPPING, Recipe, faults_in, in_order, name_of
 from lowrank_tune.recipe.stack import conflicts, finished_below, lender, loaded_below
@@ -51,7 +51,8 @@ class Chain:
         if not self.stages:
             faults.append(Fault("must have at least one entry", "stages"))
         for index, stage in enumerate(self.stages):
-            found = [*conflicts(data, index), *rules.reference(data[index], finished_below(data, index))]
+            below, lent = finished_below(data, index), lender(data, index) is not None
+            found = [*conflicts(data, index), *rules.reference(data[index], below), *backend.findings(data[index], below, lent)]
             faults += [Place().fault(message, ("stages", stage.name, *path)) for path, message in found]
         if faults:
             raise Faults(faults)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
-from lowrank_tune.recipe import earned, learned, memory, valued
+from lowrank_tune.recipe import backend, earned, learned, memory, valued
 from lowrank_tune.recipe.tree import Path
 from lowrank_tune.recipe.written import Finding, entries, number, written
 from lowrank_tune.settings import Dpo, Recipe, trained_by
@@ -292,5 +292,6 @@ def findings(data: Any, below: Sequence[str] = (), lent: bool = False) -> Iterat
         yield from rule(data)
     yield from valued.findings(data, lent)
     yield from learned.findings(data, lent)
+    yield from backend.findings(data, below, lent)
     yield from reference(data, below)
     yield from stacked(data, below)

@@ -68,7 +68,7 @@ class Engine:
 
     @contextmanager
     def _speaking(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        with _quiet(modules), self.roles.use(self.role), self.roles.base.autocast():
+        with _quiet(modules), self.roles.use(self.role), self.roles.base.autocast(), self.roles.base.as_written():
             yield
 
     def _say(self, hidden: Tensor, uniforms: list[float], sampling: Sampling) -> list[list[float]]:

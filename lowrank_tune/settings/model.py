@@ -33,6 +33,8 @@ class Base(Settings):
     """A hub id, `id@revision`, a folder, or `tiny-tutor`, which ships with the package."""
     bits: Literal[4, 16] = 4
     """4: NF4 with double quantisation. 16: not quantised."""
+    backend: Literal["plain", "unsloth"] = "plain"
+    """Whose code runs the base: transformers', or unsloth's (sft, and dpo and grpo with the base as reference; an environment of its own)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for repositories that you trust as you trust your shell."""
 

@@ -1,0 +1,157 @@
+"""The base as unsloth loads it (`base.backend: unsloth`): its attention, rotary embeddings and norms on a card, PEFT's adapters on top.
+
+unsloth must have been imported before (`early.import_first`). Its habits that matter here: it swaps a base for its own copy of it, cuts rows
+that are longer than it was told, ignores masks while it trains, gives no logits where it is given labels, and has a cache of its own. So the
+base is asked for by its exact name, the longest row is said, rows go through whole and padded on the right, log-probs come from hidden
+states, completions are drawn with transformers' own forwards, and before the first step the two are compared.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import bitsandbytes
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from lowrank_tune.errors import UserError
+from lowrank_tune.model.base import Base, be_quiet, check_quantisation, freeze, pick_device, telling, weight_files
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.types import Batch
+
+if TYPE_CHECKING:  # as in `base`
+    from lowrank_tune import settings
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Models that unsloth has forwards of its own for, and that were read through for this."""
+LOGPS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Nats a token, in the mean, by which unsloth's forward may differ from transformers'; another batch shape alone moves bf16 by 0.016."""
+GRADIENT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""The same for the adapter's gradient, relative."""
+
+
+def load_base(wanted: settings.Base, tokenizer: Any, longest: int, device: torch.device | None = None) -> Base:
+    """As `base.load_base`; `longest` is the longest row in tokens that will be trained on. Raises UserError."""
+    unsloth: Any = sys.modules["unsloth"]
+    be_quiet()
+    device = device or pick_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with telling(wanted) as (place, arguments), redirect_stdout(sys.stderr):
+        config = AutoConfig.from_pretrained(place, **arguments)
+        if config.model_type not in FAMILIES:
+            raise UserError(f"base.backend: `unsloth` is used for {', '.join(FAMILIES)} models, and {wanted.model} is {config.model_type}; "
+                            "use `plain`, or leave it out")  # fmt: skip
+        four_bits = check_quantisation(config, wanted) or wanted.bits == 4
+        try:
+            model, _ = unsloth.FastLanguageModel.from_pretrained(
+                model_name=place, max_seq_length=longest, dtype=dtype, load_in_4bit=four_bits, use_exact_model_name=True,
+                device_map={"": device}, use_gradient_checkpointing=False, **arguments)  # fmt: skip
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+            raise UserError(f"base.backend: unsloth cannot load {wanted.model}: {_first_line(error)}; use `plain`") from error
+    _check(model, config, wanted, four_bits)
+    revision = arguments["revision"] or getattr(config, "_commit_hash", None)
+    base = freeze(model, tokenizer, name=wanted.model, revision=revision, bits=4 if four_bits else 16)
+    return replace(base, backend="unsloth", as_written=_as_written(model))
+
+
+def _check(model: Any, config: Any, wanted: settings.Base, four_bits: bool) -> None:
+    """What unsloth does without a word: other weights, weights that are missing, a longer vocabulary, 16 bits where 4 were asked for."""
+    linears = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    if four_bits != bool(linears):
+        raise UserError(f"base.backend: unsloth loaded {wanted.model} {'without' if four_bits else 'in'} 4 bits, which was not asked for; "
+                        "use `plain`")  # fmt: skip
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows != config.vocab_size:
+        raise UserError(f"base.backend: unsloth made {rows:,} of the {config.vocab_size:,} words of {wanted.model}; use `plain`")
+    missing = {name for name, _ in model.named_parameters()} - weight_files(wanted).keys()
+    if missing:
+        raise UserError(f"base.model: {wanted.model} cannot be loaded: {len(missing)} of its weights are not there, {min(missing)} for one")
+
+
+def _as_written(model: Any) -> Callable[[], AbstractContextManager[Any]]:
+    """A context in which the model runs by transformers' own code. unsloth's forwards run only in modules that it has marked; what else it
+    replaced is the module of rotary embeddings. Without a card it replaces nothing."""
+    marked = [module for module in model.modules() if getattr(module, "_unsloth_fast_path", False)]
+    if not marked:
+        return nullcontext
+    decoder, rotary = model.get_decoder(), _own_rotary(model)
+
+    @contextmanager
+    def as_written() -> Iterator[None]:
+        before = decoder.rotary_emb
+        for module in marked:
+            module.__dict__["_unsloth_fast_path"] = False
+        decoder.rotary_emb = rotary
+        try:
+            yield
+        finally:
+            decoder.rotary_emb = before
+            for module in marked:
+                module.__dict__["_unsloth_fast_path"] = True
+
+    return as_written
+
+
+def _own_rotary(model: Any) -> nn.Module:
+    """The rotary embeddings as transformers makes them: the class that unsloth put its own in the place of, which it keeps."""
+    decoder = model.get_decoder()
+    modeling, name = sys.modules[type(decoder).__module__], type(decoder).__name__.removesuffix("Model") + "RotaryEmbedding"
+    replaced: dict[str, Any] = getattr(modeling, "_unsloth_pre_patch_originals", ({},))[0]
+    kind = replaced.get(name) or getattr(modeling, name)
+    with model.device:
+        return kind(config=model.config)  # type: ignore[no-any-return]
+
+
+def check(roles: Roles, role: str) -> None:
+    """Runs a few tokens forward and backward through unsloth and through transformers, with an adapter that does something. Raises
+    UserError where they disagree. Adapters and gradients are then as they were."""
+    base, named = roles.base, roles.named_parameters(role)
+    ups = [parameter for name, parameter in named.items() if "lora_B" in name]
+    kept = [parameter.detach().clone() for parameter in ups]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter in ups:
+                parameter.add_((torch.randn(parameter.shape, generator=generator) * 1e-2).to(parameter.device))
+        batch = _few_rows(roles.head.weight.shape[0], generator).to(base.device)
+        logps, gradient = _said(roles, role, batch)
+        with base.as_written():
+            other_logps, other_gradient = _said(roles, role, batch)
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(ups, kept, strict=True):
+                parameter.copy_(value)
+        for parameter in named.values():
+            parameter.grad = None
+    apart = float((logps - other_logps)[batch.scored].abs().mean())
+    bent = float(torch.linalg.vector_norm(gradient - other_gradient) / torch.linalg.vector_norm(other_gradient))
+    dtype = torch.bfloat16 if base.device.type == "cuda" else torch.float32
+    if not (apart <= LOGPS[dtype] and bent <= GRADIENT[dtype]):
+        raise UserError(f"base.backend: unsloth does not compute what transformers does here: log-probs are {apart:.2g} nats a token apart, "
+                        f"the gradient is {bent:.1%} off; use `plain`, or leave it out")  # fmt: skip
+
+
+def _few_rows(vocabulary: int, generator: torch.Generator) -> Batch:
+    """Two rows of 24 tokens, the second one padded."""
+    ids = torch.randint(0, vocabulary, (2, 24), generator=generator)
+    attended = torch.arange(24) < torch.tensor([[24], [17]])
+    return Batch(ids, attended, attended & (torch.arange(24) >= 8))
+
+
+def _said(roles: Roles, role: str, batch: Batch) -> tuple[Tensor, Tensor]:
+    logps = roles.logps(role, batch).logps
+    logps.sum().backward()  # type: ignore[no-untyped-call]
+    parts = []
+    for parameter in roles.parameters(role):
+        parts.append(torch.zeros_like(parameter).flatten() if parameter.grad is None else parameter.grad.flatten())
+        parameter.grad = None
+    return logps.detach(), torch.cat(parts)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
