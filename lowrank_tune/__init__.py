@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = ["Chain", "Recipe", "UserError", "run"]
+
+# Said at its import, on CPUs whose fused kernel could be downloaded: this kit switches that kernel off (it has no gradient).
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     import torch

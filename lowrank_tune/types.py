@@ -226,3 +226,12 @@ class Completion:
     ids: list[int]
     finish: Literal["stop", "length", "budget"]
     logps: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token as it is drawn: sample `sample` of prompt number `prompt` says `id`."""
+
+    prompt: int
+    sample: int
+    id: int

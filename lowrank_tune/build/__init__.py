@@ -73,7 +73,7 @@ def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = Non
     chain share one. A `fresh` run also tries its rewards on completions of its policy. Raises UserError."""
     saved = {name: read_adapter(wanted.path, f"adapters.{name}.path", head=name == ROLE or name in recipe.aside)
              for name, wanted in recipe.adapters.items() if wanted.path}  # fmt: skip
-    _lay(recipe, saved, emit)
+    lay(recipe, saved, emit)
     template = Template.of(base.tokenizer if base else load_tokenizer(recipe.base))
     emit(Note(message=template.describe()))
     if recipe.algorithm in ONLINE:
@@ -132,7 +132,7 @@ def _build_online(recipe: settings.Recipe, emit: Emit, device: torch.device | No
                  scoring.close, rates)  # fmt: skip
 
 
-def _lay(recipe: settings.Recipe, saved: dict[str, SavedAdapter], emit: Emit) -> None:
+def lay(recipe: settings.Recipe, saved: dict[str, SavedAdapter], emit: Emit) -> None:
     """An adapter that was trained over others lies over the same ones again, told by content; where this recipe loads none of them, it is
     taken with them folded into it. Raises UserError where only some are there. (The reward model has a stack of its own.)"""
     contents: dict[str, str] = {}

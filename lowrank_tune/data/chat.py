@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,11 @@ class Template:
     def marks_in(self, ids: Sequence[int]) -> bool:
         """Whether any of these ids is a control token."""
         return not self._backend.control.isdisjoint(ids)
+
+    @property
+    def turn_marks(self) -> re.Pattern[str] | None:
+        """What an answer must not hold, for it begins another turn: of bases whose markers are plain words. Else control tokens do that."""
+        return self._scheme.marker_pattern if isinstance(self._scheme, PlainWords) else None
 
     @property
     def jinja(self) -> str:

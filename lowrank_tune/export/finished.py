@@ -83,9 +83,14 @@ def adapters_in(found: Finished) -> dict[str, SavedAdapter]:
     if lower and not (final / STACK).exists():
         raise UserError(f"{final} holds the adapter {recipe.trained} without {', '.join(lower)}, which it was trained over (an older version "
                         "of this program left it so): run the recipe again")  # fmt: skip
-    if (final / STACK).exists() and not (stack := stack_of(final, key)).folded:
-        return {name: read_adapter(str(final / name), key) for name in stack.names[:-1]} | {stack.names[-1]: read_adapter(key, key)}
-    return {"policy": read_adapter(key, key, whole=True)}
+    return adapters_at(final, key)
+
+
+def adapters_at(folder: Path, key: str) -> dict[str, SavedAdapter]:
+    """The same of a `final/` folder, or of any adapter's, wherever it lies."""
+    if (folder / STACK).exists() and not (stack := stack_of(folder, key)).folded:
+        return {name: read_adapter(str(folder / name), key) for name in stack.names[:-1]} | {stack.names[-1]: read_adapter(str(folder), key)}
+    return {"policy": read_adapter(str(folder), key, whole=True)}
 
 
 def roles_of(saved: Mapping[str, SavedAdapter], base: Base) -> Roles:

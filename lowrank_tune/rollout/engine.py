@@ -7,8 +7,9 @@ its neighbours. A prompt is read once for all its samples; a sequence that ends 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ from lowrank_tune.rollout.linears import fast_linears
 from lowrank_tune.rollout.sampler import draw
 from lowrank_tune.rollout.schedule import Schedule
 from lowrank_tune.rollout.stop import Decode, Stops
-from lowrank_tune.types import Completion, Sampling
+from lowrank_tune.types import Completion, Sampling, Token
 
+T = TypeVar("T")
 LOGITS = 1 << 24  # made at once: 64 MiB in fp32
 
 
@@ -44,12 +46,20 @@ class Engine:
 
         Raises ValueError for an empty prompt and for stop strings without `decode`, RunFailed for logits that are not finite.
         """
-        stops = Stops(sampling, self.decode)
+        return self._run(prompts, n, sampling, self._stops(prompts, sampling), Schedule.advance)
+
+    def stream(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> Generator[Token | Completion, None, None]:
+        """The same token by token, as they are drawn; a `Completion` follows the last token of each. For somebody who watches: between two
+        tokens everything is as the caller left it, so streams of several roles may alternate. Closing the iterator ends it."""
+        return self._run(prompts, n, sampling, self._stops(prompts, sampling), Schedule.tokens)
+
+    def _stops(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Stops:
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("an empty prompt: there is nothing to go on from")
-        return self._generate(prompts, n, sampling, stops)
+        return Stops(sampling, self.decode)
 
-    def _generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, stops: Stops) -> Iterator[Completion]:
+    def _run(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, stops: Stops, go_on: Callable[[Schedule, Stops], list[T]]
+             ) -> Generator[T, None, None]:  # fmt: skip
         if not prompts or n < 1 or sampling.max_new_tokens < 1:
             return
         model, stack = self.roles.base.model, [] if self.role == "base" else self.roles.stacks[self.role]
@@ -63,8 +73,8 @@ class Engine:
             while not schedule.over:
                 # Between two yields the caller may use other roles and train: modes, adapters and modules are then as it left them.
                 with self._speaking(modules), linears, batched_attention(model):
-                    finished = schedule.advance(stops)
-                yield from finished
+                    told = go_on(schedule, stops)
+                yield from told
 
     @contextmanager
     def _speaking(self, modules: Sequence[nn.Module]) -> Iterator[None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lowrank_tune.errors import RunFailed
 from lowrank_tune.rollout.stop import Stops
 from lowrank_tune.rollout.stores import Store
-from lowrank_tune.types import Completion, Sampling
+from lowrank_tune.types import Completion, Sampling, Token
 
 DRAWS = 64  # numbers that a stream is asked for at a time
 PREFILL_TOKENS = 4096  # of prompts read in one forward pass, with padding
@@ -51,7 +51,7 @@ class _Read:
 
 
 class Schedule:
-    """The sequences of one call. `advance` goes on until some of them end."""
+    """The sequences of one call. `advance` goes on until some of them end, `tokens` for one turn."""
 
     def __init__(self, store: Store, say: Say, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, slots: int) -> None:
         self.store, self.say, self.prompts, self.n, self.seed, self.slots = store, say, prompts, n, sampling.seed, slots
@@ -60,6 +60,8 @@ class Schedule:
         self.waiting = deque(sorted(range(len(prompts)), key=lambda index: len(prompts[index])))
         self.read = deque[_Read]()
         self.rows: list[_Row | None] = []
+        self.spoke: list[_Row] = []
+        """The sequences that the last turn gave a token, which is the last of their ids."""
 
     @property
     def over(self) -> bool:
@@ -70,17 +72,26 @@ class Schedule:
         return sum(row is not None for row in self.rows)
 
     def advance(self, stops: Stops) -> list[Completion]:
-        """Admits, or makes one step after another, until at least one sequence has ended."""
+        """One turn after another, until at least one sequence has ended."""
         finished: list[Completion] = []
         while not finished and not self.over:
-            if self.room < max(1, self.speaking):
-                return self._cut()
-            slots = self._admit()
-            if not slots:
-                self._close_ranks()
-                slots = self._step()
-            finished = self._settle(slots, stops)
+            finished = self.turn(stops)
         return finished
+
+    def turn(self, stops: Stops) -> list[Completion]:
+        """Admits, or makes one step; the sequences that ended with it."""
+        if self.room < max(1, self.speaking):
+            return self._cut()
+        slots = self._admit()
+        if not slots:
+            self._close_ranks()
+            slots = self._step()
+        return self._settle(slots, stops)
+
+    def tokens(self, stops: Stops) -> list[Token | Completion]:
+        """One turn: the tokens that it drew, and the sequences that ended with them."""
+        finished = self.turn(stops)
+        return [*(Token(row.prompt, row.sample, row.ids[-1]) for row in self.spoke), *finished]
 
     def _admit(self) -> list[int]:
         """Puts waiting sequences into free slots; each says its first token. The slots taken."""
@@ -149,6 +160,7 @@ class Schedule:
             row.ids.append(int(token))
             row.logps.append(logp)
         self.room -= len(rows)
+        self.spoke = rows
 
     def _settle(self, slots: Sequence[int], stops: Stops) -> list[Completion]:
         finished = []
@@ -164,7 +176,7 @@ class Schedule:
         begun = [row.ended("budget") for row in self.rows if row is not None]
         unbegun = [(one.prompt, sample) for one in self.read for sample in one.samples]
         unbegun += [(prompt, sample) for prompt in self.waiting for sample in range(self.n)]
-        self.rows, self.read, self.waiting = [], deque(), deque()
+        self.rows, self.read, self.waiting, self.spoke = [], deque(), deque(), []
         return begun + [Completion(prompt, sample, [], "budget", []) for prompt, sample in unbegun]
 
 

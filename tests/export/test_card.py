@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, GenerationConfig
 
 from lowrank_tune import Recipe, UserError, settings
-from lowrank_tune.build import _lay
+from lowrank_tune.build import lay
 from lowrank_tune.checkpoint import load
 from lowrank_tune.data import Template
 from lowrank_tune.events import Event, Note
@@ -124,7 +124,7 @@ def laid(made: Made, *frozen: tuple[str, SavedAdapter]) -> tuple[dict[str, Saved
     adapters = {**{name: {"path": str(one.folder)} for name, one in frozen}, "policy": {"path": path}}
     recipe = Recipe.from_dict({"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, "train": {"steps": 1}, "adapters": adapters})
     saved = {**dict(frozen), "policy": read_adapter(path, "adapters.policy.path")}
-    _lay(recipe, saved, heard.append)
+    lay(recipe, saved, heard.append)
     return saved, heard
 
 

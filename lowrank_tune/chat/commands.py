@@ -1,0 +1,59 @@
+"""What a line that begins with a slash means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowrank_tune.errors import UserError, did_you_mean
+
+HELP = {
+    "/base": "[QUESTION] answers come from the base, adapters off",
+    "/tuned": "[QUESTION] answers come with the adapters on",
+    "/both": "[QUESTION] both answer, side by side where the terminal has 100 columns",
+    "/system": "[TEXT|off] show, set or remove the system prompt",
+    "/set": "[NAME VALUE] show or change how answers are drawn: temperature, top_p, top_k, min_p, max_new_tokens, seed",
+    "/retry": "ask the last question again",
+    "/undo": "take back the last question and its answers",
+    "/reset": "forget the conversation",
+    "/save": "FILE [base|tuned] add the conversation to FILE as a training row (JSON lines, `messages`)",
+    "/help": "this list",
+    "/quit": "end, as Ctrl-D does; Ctrl-C stops an answer",
+}
+ALSO = {"/exit": "/quit", "/bye": "/quit", "/clear": "/reset", "/regenerate": "/retry", "/?": "/help"}
+NOTHING_BEHIND = ("/retry", "/undo", "/reset", "/help", "/quit")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's name, and what stands behind it."""
+
+    name: str
+    rest: str
+
+
+def parse(line: str) -> Command | str:
+    """A command, or the question that a line is: two slashes at its beginning stand for one. Raises UserError for an unknown command."""
+    text = line.strip()
+    if not text.startswith("/"):
+        return text
+    if text.startswith("//"):
+        return text[1:]
+    name, _, rest = text.partition(" ")
+    name, rest = ALSO.get(name, name), rest.strip()
+    if name not in HELP:
+        near = did_you_mean(name, [*HELP, *ALSO])
+        raise UserError(f"there is no command {name}{near or ';'} /help lists them, and a question that begins with a slash is written //...")
+    if rest and name in NOTHING_BEHIND:
+        raise UserError(f"{name} takes nothing behind it")
+    return Command(name, rest)
+
+
+def help_lines() -> list[str]:
+    """One line a command."""
+    lines = []
+    for name, words in HELP.items():
+        first, _, rest = words.partition(" ")
+        takes = first if first.startswith("[") or first.isupper() else ""
+        lines.append((name, takes, words) if not takes else (name, takes, rest))
+    told = [f"{name} {takes}".ljust(22) + f" {words}" for name, takes, words in lines]
+    return [*told, '"""' + " " * 20 + 'begins a question of many lines, which ends with """']

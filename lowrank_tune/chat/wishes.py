@@ -1,0 +1,66 @@
+"""How answers are drawn: the settings of a chat, from flags and from `/set`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+from lowrank_tune.errors import UserError, did_you_mean
+from lowrank_tune.types import Sampling
+
+BOUNDS: dict[str, tuple[float, float, str]] = {
+    "temperature": (0.0, 100.0, "0 for the likeliest answer, or more"),
+    "top_p": (0.0, 1.0, "above 0, up to 1"),
+    "top_k": (0, 10**9, "0 for all tokens, or a number of them"),
+    "min_p": (0.0, 1.0, "from 0 to 1"),
+    "max_new_tokens": (1, 10**9, "at least 1"),
+    "seed": (0, 2**63 - 1, "0 or more"),
+}
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """The default is greedy, as held-out questions are asked while a run trains. Raises UserError for values out of bounds."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_new_tokens: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (least, most, words) in BOUNDS.items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and least <= value <= most) or (name == "top_p" and value == 0):
+                raise UserError(f"{name}: {value} cannot be; {words}")
+
+    def changed(self, name: str, value: str) -> Wishes:
+        """With one of them as a person wrote it. Raises UserError."""
+        known = {field.name for field in fields(self)}
+        name = name.replace("-", "_").strip()
+        if name not in known:
+            raise UserError(f"there is no setting `{name}`{did_you_mean(name, sorted(known))} Settings: {', '.join(BOUNDS)}")
+        kind = type(getattr(self, name))
+        try:
+            return replace(self, **{name: kind(value)})
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"{name}: {value!r} is no {'number' if kind is float else 'whole number'}; {BOUNDS[name][2]}") from error
+
+    def sampling(self, stop_ids: frozenset[int], limit: int, seed: int) -> Sampling:
+        """For one answer of at most `limit` tokens."""
+        return Sampling(limit, stop_ids, self.temperature, seed, self.top_k, self.top_p, self.min_p)
+
+    def told(self, name: str) -> str:
+        """A setting, and what must be known of it."""
+        name = name.replace("-", "_")
+        useless = self.temperature == 0 and name in ("top_p", "top_k", "min_p", "seed")
+        return f"{name} = {self._written(name)}" + ("; at temperature 0 it changes nothing" if useless else "")
+
+    def _written(self, name: str) -> str:
+        value = getattr(self, name)
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    def lines(self) -> list[str]:
+        """Each with what it may be."""
+        return [f"{name} = {self._written(name)}  ({words})" for name, (_, _, words) in BOUNDS.items()]
