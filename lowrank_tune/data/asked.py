@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from lowrank_tune.data.mixture import Order
 from lowrank_tune.data.report import Report, SourceReport
 from lowrank_tune.data.sources import Place, read
 from lowrank_tune.data.store import talk_key
-from lowrank_tune.data.tokenise import conversation, shape_of
+from lowrank_tune.data.tokenise import conversation, shape_of, too_few
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, Note, Progress
 from lowrank_tune.types import Message
@@ -119,6 +120,8 @@ def load_asked(data: settings.Data, template: Template, seed: int, emit: Emit, j
         report = _load_one(source, data, template, seed, emit, needs_gold, unusable, asked, places, keys)
         if judge:
             report.check(data.max_rejected_share)
+        if short := too_few(source, report):
+            emit(Note(message=short, level="warning"))
         source_of += [number] * report.used
         reports.append(report)
     lengths = np.array([len(one.ids) for one in asked], dtype=np.int64)
@@ -135,7 +138,7 @@ def _load_one(source: settings.Source, data: settings.Data, template: Template, 
     emit(Note(message=f"{rows.name}: {len(rows)} rows of the shape `{shape}`"))
     report = SourceReport(rows.name, shape, weight=source.weight)
     own: set[int] = set()
-    for place, raw in rows:
+    for place, raw in chain.from_iterable(rows.filled(lambda: report.used)):
         if report.read % TOLD == 0:
             emit(Progress(what=f"reading the prompts of {rows.name}", done=report.read, total=len(rows)))
         report.read += 1

@@ -11,14 +11,20 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import compress
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, Protocol, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lowrank_tune.data.formats import RowFault
 from lowrank_tune.errors import UserError
 
+T = TypeVar("T")
 Raw = Mapping[str, Any]
+Picked = NDArray[np.bool_] | None
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 BOM = b"\xef\xbb\xbf"
 
@@ -32,13 +38,18 @@ class Part(Protocol):
         """The line of every row, cheaply."""
         ...
 
-    def rows(self, wanted: Collection[int] | None) -> Iterator[tuple[int, Raw | RowFault]]:
-        """Rows with their lines: all, or those whose lines are wanted."""
+    def rows(self, picked: Picked) -> Iterator[tuple[int, Raw | RowFault]]:
+        """Rows with their lines: all, or those that are picked, told by their numbers from 0."""
         ...
 
     def content_key(self) -> str:
         """Changes with the contents."""
         ...
+
+
+def pick(numbered: Iterable[T], picked: Picked) -> Iterator[T]:
+    """All, or those that are picked."""
+    return iter(numbered) if picked is None else compress(numbered, picked.data)
 
 
 def open_file(path: Path, name: str) -> Part:
@@ -117,8 +128,8 @@ class _Lines(_File):
     def lines(self) -> Iterator[int]:
         return (line for line, _ in self._texts())
 
-    def rows(self, wanted: Collection[int] | None) -> Iterator[tuple[int, Raw | RowFault]]:
-        return ((line, parse_line(text)) for line, text in self._texts() if wanted is None or line in wanted)
+    def rows(self, picked: Picked) -> Iterator[tuple[int, Raw | RowFault]]:
+        return ((line, parse_line(text)) for line, text in pick(self._texts(), picked))
 
 
 def parse_line(text: bytes) -> Raw | RowFault:
@@ -142,10 +153,9 @@ class _Array(_File):
     def lines(self) -> Iterator[int]:
         return iter(range(1, len(self.array) + 1))
 
-    def rows(self, wanted: Collection[int] | None) -> Iterator[tuple[int, Raw | RowFault]]:
-        for line, row in enumerate(self.array, start=1):
-            if wanted is None or line in wanted:
-                yield line, row if isinstance(row, dict) else RowFault("not an object with columns")
+    def rows(self, picked: Picked) -> Iterator[tuple[int, Raw | RowFault]]:
+        for line, row in pick(enumerate(self.array, start=1), picked):
+            yield line, row if isinstance(row, dict) else RowFault("not an object with columns")
 
 
 class _Table(_File):
@@ -171,8 +181,8 @@ class _Table(_File):
     def lines(self) -> Iterator[int]:
         return (line for line, _ in self._read())
 
-    def rows(self, wanted: Collection[int] | None) -> Iterator[tuple[int, Raw | RowFault]]:
-        return ((line, row) for line, row in self._read() if wanted is None or line in wanted)
+    def rows(self, picked: Picked) -> Iterator[tuple[int, Raw | RowFault]]:
+        return pick(self._read(), picked)
 
 
 class _Parquet(_File):
@@ -193,10 +203,10 @@ class _Parquet(_File):
     def lines(self) -> Iterator[int]:
         return iter(range(1, int(self._file.metadata.num_rows) + 1))
 
-    def rows(self, wanted: Collection[int] | None) -> Iterator[tuple[int, Raw | RowFault]]:
-        line = 0
+    def rows(self, picked: Picked) -> Iterator[tuple[int, Raw | RowFault]]:
+        first = 0
         for batch in self._file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                line += 1
-                if wanted is None or line in wanted:
-                    yield line, row
+            numbers = np.arange(len(batch)) if picked is None else np.flatnonzero(picked[first : first + len(batch)])
+            taken = batch if picked is None else batch.take(numbers)  # what is not picked never becomes Python objects
+            yield from zip((numbers + first + 1).tolist(), taken.to_pylist(), strict=True)
+            first += len(batch)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
+from lowrank_tune.data.files import Picked
 from lowrank_tune.data.formats import RowFault
 from lowrank_tune.errors import UserError
 from lowrank_tune.settings import Source
@@ -35,11 +38,12 @@ class HubRows:
         """The number of every row, from 1."""
         return iter(range(1, len(self._data) + 1))
 
-    def rows(self, wanted: Collection[int] | None) -> Iterator[tuple[int, Mapping[str, Any] | RowFault]]:
+    def rows(self, picked: Picked) -> Iterator[tuple[int, Mapping[str, Any] | RowFault]]:
         """Rows with their numbers; a draw reads only what is drawn."""
-        data = self._data if wanted is None else self._data.select([line - 1 for line in sorted(wanted)])
-        lines = self.lines() if wanted is None else iter(sorted(wanted))
-        return zip(lines, data, strict=True)
+        if picked is None:
+            return zip(self.lines(), self._data, strict=True)
+        numbers = np.flatnonzero(picked)
+        return zip((numbers + 1).tolist(), self._data.select(numbers), strict=True)
 
     def content_key(self) -> str:
         """Changes with revision, configuration and split."""

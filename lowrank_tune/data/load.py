@@ -57,8 +57,8 @@ def load(data: settings.Data, template: Template, seed: int, emit: Emit, cache: 
     train = every
     if data.validation:
         validation = tokenise(data.validation, data, template, seed, emit, cache, judge, pairs)
-    elif data.validation_share:
-        is_aside = aside(every.unit_keys, data.validation_share, seed)
+    elif data.validation_rows or data.validation_share:
+        is_aside = aside(every.unit_keys, data.validation_rows or data.validation_share, seed)
         train = every.take_units(np.flatnonzero(~is_aside))
         validation = every.take_units(np.flatnonzero(is_aside)) if is_aside.any() else None
     weighted = [source for source, given in enumerate(data.train) if given.weight is not None]
@@ -69,7 +69,7 @@ def load(data: settings.Data, template: Template, seed: int, emit: Emit, cache: 
     report = Report(
         train=tuple(replace(made, weight=given.weight) for made, given in zip(every.reports, data.train, strict=True)),
         validation=tuple(validation.reports) if validation is not None and data.validation else (),
-        train_rows=train.units, validation_rows=0 if validation is None else validation.units,
+        expected_tokens=data.expected_tokens, train_rows=train.units, validation_rows=0 if validation is None else validation.units,
         duplicates=every.units - len(np.unique(every.unit_keys)), shared=shared, mixture=_mixture(data.train, train))  # fmt: skip
     if shared:
         emit(Note(level="warning", message=f"{shared} validation {report.unit}s also stand in the training {report.unit}s; the validation loss "
@@ -111,13 +111,14 @@ def _prompt(raw: Raw, source: settings.Source, shape: str, system: str | None) -
     return Prompt(talk.messages[:-1] if talk.messages[-1].role == "assistant" else talk.messages, talk.gold, raw)
 
 
-def aside(keys: NDArray[np.uint64], share: float, seed: int) -> NDArray[np.bool_]:
-    """Which rows are set aside: about `share` of them, at least one and never all. Equal conversations go to one side."""
+def aside(keys: NDArray[np.uint64], wanted: float, seed: int) -> NDArray[np.bool_]:
+    """Which rows are set aside: a whole number of them, or about a share; at least one and never all. Equal conversations go to one side, so
+    that a number may be missed where there are some."""
     unique, group_of, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     if len(unique) < 2:
         return np.zeros(len(keys), dtype=bool)
     ranking = np.argsort(_mixed(unique, seed), kind="stable")
-    wanted = share * len(keys)
+    wanted = wanted if wanted >= 1 else wanted * len(keys)
     before = np.cumsum(sizes[ranking]) - sizes[ranking]
     groups = ranking[: min(max(1, int((before + sizes[ranking] / 2 <= wanted).sum())), len(unique) - 1)]
     is_aside = np.zeros(len(unique), dtype=bool)

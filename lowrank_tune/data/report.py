@@ -98,7 +98,8 @@ class SourceReport:
 class Report:
     """All sources; with preferences a row is a pair.
 
-    `duplicates`: train rows that repeat an earlier one. `shared`: validation rows that also stand in the training rows.
+    `duplicates`: train rows that repeat an earlier one. `shared`: validation rows that also stand in the training rows. `expected_tokens`: of
+    all rows of `train`, those set aside included, as the recipe tells.
     """
 
     train: tuple[SourceReport, ...]
@@ -108,6 +109,7 @@ class Report:
     duplicates: int = 0
     shared: int = 0
     mixture: str = ""
+    expected_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -127,7 +129,14 @@ class Report:
             line += f", {source.truncated} truncated" if source.truncated else ""
             told.append(line + (f"; dropped {source.reasons()}" if source.dropped else ""))
         told.append(f"{self.train_rows} {self.unit}s to train on, {self.validation_rows} to validate; {self.mixture}")
-        return told
+        return [*told, *([beside] if (beside := self.expected()) else [])]
+
+    def expected(self) -> str:
+        """The tokens measured beside those that the recipe expects, in words; empty where it expects none."""
+        if self.expected_tokens is None:
+            return ""
+        measured = sum(source.tokens for source in self.train)
+        return f"{measured:,} tokens measured, {self.expected_tokens:,} expected ({100 * (measured / self.expected_tokens - 1):+.1f} %)"
 
 
 def _lines(dropped: Dropped) -> str:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import itertools
-import random
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lowrank_tune.data.files import SUFFIXES, Part, Raw, open_file
+import numpy as np
+from numpy.typing import NDArray
+
+from lowrank_tune.data.files import SUFFIXES, Part, Picked, Raw, open_file, pick
 from lowrank_tune.data.formats import RowFault
 from lowrank_tune.data.hub import HubRows
 from lowrank_tune.errors import UserError, did_you_mean
 from lowrank_tune.settings import Source
 from lowrank_tune.tutor import problems
 
+ROWS = 4  # a tag beside those of `mixture`, which keeps the random streams apart
 TUTOR = ("tutor", "tutor-preferences")
 TUTOR_ROWS = {"train": 400, "heldout": 200}
 
@@ -35,35 +38,51 @@ Chunk = Sequence[tuple[Place, Raw | RowFault]]
 
 
 class Rows:
-    """The rows of a source, all or a draw of them, in their own order."""
+    """The rows of a source, all or a draw of them, in their own order.
+
+    A draw is the beginning of one permutation of all rows, so that it can go on where it ended: `filled`.
+    """
 
     def __init__(self, name: str, parts: Sequence[Part], count: int | None = None, seed: int = 0) -> None:
         self.name, self._parts = name, tuple(parts)
-        self._wanted: list[set[int]] | None = None
-        lengths = [sum(1 for _ in part.lines()) for part in self._parts]
-        self._count = sum(lengths)
-        if not self._count:
+        self._lengths = [sum(1 for _ in part.lines()) for part in self._parts]
+        self._start, self._end, self._asked = 0, sum(self._lengths), count
+        if not self._end:
             raise UserError(f"{name}: it is empty; expected JSON lines, a JSON array, CSV or Parquet with at least one row")
-        if count is not None and count < self._count:
-            self._draw(count, seed)
-
-    def _draw(self, count: int, seed: int) -> None:
-        picked = set(random.Random(f"rows-{seed}").sample(range(self._count), count))
-        numbers = itertools.count()
-        self._wanted = [{line for line in part.lines() if next(numbers) in picked} for part in self._parts]
-        self._count = count
+        self._drawn: NDArray[np.int64] | None = None
+        if count is not None and count < self._end:
+            self._drawn, self._seed = np.random.default_rng([ROWS, seed]).permutation(self._end), seed
+            self._end = count
 
     def __len__(self) -> int:
-        return self._count
+        return self._end - self._start
 
     def __iter__(self) -> Iterator[tuple[Place, Raw | RowFault]]:
-        for index, part in enumerate(self._parts):
-            for line, row in part.rows(None if self._wanted is None else self._wanted[index]):
+        picked = None
+        if self._drawn is not None:
+            picked = np.zeros(len(self._drawn), dtype=np.bool_)
+            picked[self._drawn[self._start : self._end]] = True
+        first = 0
+        for part, length in zip(self._parts, self._lengths, strict=True):
+            for line, row in part.rows(None if picked is None else picked[first : first + length]):
                 yield Place(part.name, line), row
+            first += length
+
+    def filled(self, used: Callable[[], int]) -> Iterator[Rows]:
+        """These rows, then as many further ones of the draw as are still missing when `used` tells how many could be used."""
+        part = self
+        yield part
+        while self._drawn is not None and self._asked is not None:
+            missing = min(self._asked - used(), len(self._drawn) - part._end)
+            if missing <= 0:
+                return
+            part = copy.copy(part)
+            part._start, part._end = part._end, part._end + missing
+            yield part
 
     def content_key(self) -> str:
         """Changes with the contents of the files, and with the draw."""
-        drawn = "" if self._wanted is None else hashlib.blake2b(repr([sorted(wanted) for wanted in self._wanted]).encode()).hexdigest()
+        drawn = "" if self._drawn is None else f" {self._asked} drawn with {self._seed}"
         return " ".join([part.name + part.content_key() for part in self._parts]) + drawn
 
 
@@ -130,8 +149,8 @@ class _Tutor:
     def lines(self) -> Iterator[int]:
         return iter(range(1, len(self._rows) + 1))
 
-    def rows(self, wanted: Collection[int] | None) -> Iterator[tuple[int, Raw | RowFault]]:
-        return ((line, row) for line, row in enumerate(self._rows, start=1) if wanted is None or line in wanted)
+    def rows(self, picked: Picked) -> Iterator[tuple[int, Raw | RowFault]]:
+        return pick(enumerate(self._rows, start=1), picked)
 
     def content_key(self) -> str:
         return hashlib.blake2b(repr(self._rows).encode()).hexdigest()

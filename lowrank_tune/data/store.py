@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Self, cast
@@ -28,6 +30,7 @@ from lowrank_tune.types import Message, Row
 ARRAYS: dict[str, str] = {"ids": "<i4", "says": "|b1", "starts": "<i8", "sources": "<i4", "files": "<i4", "lines": "<i8", "keys": "<u8",
                           "talks": "<u8", "margins": "<f4", "golds": "|u1", "gold_starts": "<i8", "has_gold": "|b1"}  # fmt: skip
 SLICE = 8192  # rows hashed at a time: a store may be larger than memory
+TOUCHED = 1024  # rows read, after which their pages are given back
 MOST_CHECKED = 1 << 30  # bytes; reading more than this at every start would cost longer than a broken cache is likely
 
 
@@ -174,18 +177,38 @@ class TokenStore:
         starts = arrays["starts"]
         self.lengths: NDArray[np.int64] = np.asarray(starts[picked + 1] - starts[picked])
         self.source_of: NDArray[np.int32] = np.asarray(arrays["sources"][picked])
-        self.line_of: NDArray[np.int64] = np.asarray(arrays["lines"][picked])
-        self.keys: NDArray[np.uint64] = np.asarray(arrays["keys"][picked])
-        """Equal for equal conversations; of pairs for equal pairs, on both rows."""
-        self.talks: NDArray[np.uint64] = np.asarray(arrays["talks"][picked])
-        """Of each row alone: equal for equal conversations."""
-        self.margins: NDArray[np.float32] = np.asarray(arrays["margins"][picked])
-        """By how much the chosen one should be ahead, on both rows of a pair; 0 where nothing says so."""
         self.units = len(picked) // together
-        self.unit_lengths: NDArray[np.int64] = self.lengths.reshape(-1, together).sum(axis=1)
+        self.unit_lengths: NDArray[np.int64] = self.lengths if together == 1 else self.lengths.reshape(-1, together).sum(axis=1)
         """Tokens of all rows of each unit."""
         self.unit_source_of: NDArray[np.int32] = self.source_of[::together]
-        self.unit_keys: NDArray[np.uint64] = self.keys[::together]
+        self._touched = 0
+
+    # What follows is asked for now and then: it is read where it is asked for, and not kept.
+
+    @property
+    def line_of(self) -> NDArray[np.int64]:
+        """The line that each row comes from."""
+        return np.asarray(self._arrays["lines"][self.picked])
+
+    @property
+    def keys(self) -> NDArray[np.uint64]:
+        """Equal for equal conversations; of pairs for equal pairs, on both rows."""
+        return np.asarray(self._arrays["keys"][self.picked])
+
+    @property
+    def unit_keys(self) -> NDArray[np.uint64]:
+        """The same, one a unit."""
+        return self.keys[:: self.together]
+
+    @property
+    def talks(self) -> NDArray[np.uint64]:
+        """Of each row alone: equal for equal conversations."""
+        return np.asarray(self._arrays["talks"][self.picked])
+
+    @cached_property
+    def margins(self) -> NDArray[np.float32]:
+        """By how much the chosen one should be ahead, on both rows of a pair; 0 where nothing says so."""
+        return np.asarray(self._arrays["margins"][self.picked])
 
     @classmethod
     def open(cls, folder: Path) -> TokenStore | None:
@@ -208,6 +231,9 @@ class TokenStore:
     def __getitem__(self, index: int) -> Row:
         row = self.picked[index]
         start, end = self._arrays["starts"][row], self._arrays["starts"][row + 1]
+        self._touched += 1
+        if self._touched % TOUCHED == 0:
+            self._give_back()
         # Arrays behave as the sequences that a `Row` holds.
         return Row(cast(Sequence[int], self._arrays["ids"][start:end]), cast(Sequence[bool], self._arrays["says"][start:end]))
 
@@ -239,7 +265,16 @@ class TokenStore:
         lengths, firsts = self.lengths[start:end], self._arrays["starts"][self.picked[start:end]]
         behind = np.cumsum(lengths)
         where = np.repeat(firsts - (behind - lengths), lengths) + np.arange(behind[-1] if len(behind) else 0)
-        return np.asarray(self._arrays["ids"][where]), np.asarray(self._arrays["says"][where]), lengths
+        ids, says = np.asarray(self._arrays["ids"][where]), np.asarray(self._arrays["says"][where])
+        self._give_back()
+        return ids, says, lengths
+
+    def _give_back(self) -> None:
+        """Tells the kernel that what was read of the large files need not stay in this process: it would count as its memory."""
+        for name in ("ids", "says"):
+            mapped = self._arrays[name].base
+            if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def gold_of(self, index: int) -> str | None:
         """The gold answer of a row."""
@@ -251,7 +286,7 @@ class TokenStore:
 
     def place_of(self, index: int) -> str:
         """Where the row came from: `file:line`."""
-        return f"{self.files[int(self._arrays['files'][self.picked[index]])]}:{int(self.line_of[index])}"
+        return f"{self.files[int(self._arrays['files'][self.picked[index]])]}:{int(self._arrays['lines'][self.picked[index]])}"
 
     def trained_of(self, index: int) -> int:
         """How many tokens of the row are trained."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from lowrank_tune import settings
+from lowrank_tune.data.boxed import with_box
 from lowrank_tune.data.chat import Template
 from lowrank_tune.data.files import Raw
 from lowrank_tune.data.formats import Conversation, RowFault, detect, to_conversation, with_system
@@ -21,8 +25,8 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, Note, Progress
 from lowrank_tune.types import Row
 
-VERSION = 3  # of the rules that turn a row into ids, and of what is told of it: raise it when they change
-CHUNK = 2048
+VERSION = 4  # of the rules that turn a row into ids, and of what is told of it: raise it when they change
+CHUNK = 512  # rows at a time: as Python numbers, long ones take a hundred times the room that they take on disk
 
 
 def tokenise(sources: Sequence[settings.Source], data: settings.Data, template: Template, seed: int, emit: Emit,
@@ -41,10 +45,12 @@ def tokenise(sources: Sequence[settings.Source], data: settings.Data, template: 
             reports = [_tokenise_one(number, source, shapes[number], opened[number], data, template, writer, files, emit)
                        for number, source in enumerate(sources)]  # fmt: skip
             store = writer.finish(list(files), reports)
-    for report in store.reports:
+    for source, report in zip(sources, store.reports, strict=True):
         if judge:
             report.check(data.max_rejected_share)
         emit(Note(message=f"{report.name}: {report.read} rows of the shape `{report.format}`"))
+        if short := too_few(source, report):
+            emit(Note(message=short, level="warning"))
     return store
 
 
@@ -83,7 +89,8 @@ def _detected(source: settings.Source, rows: Rows, pairs: bool) -> str:
 
 def _key(sources: Sequence[settings.Source], shapes: Sequence[str], opened: Sequence[Rows], data: settings.Data, template: Template,
          pairs: bool) -> str:  # fmt: skip
-    parts = [[rows.content_key(), shape, source.columns, source.gold] for source, shape, rows in zip(sources, shapes, opened, strict=True)]
+    parts = [[rows.content_key(), shape, source.columns, source.gold, source.final_answer]
+             for source, shape, rows in zip(sources, shapes, opened, strict=True)]  # fmt: skip
     together = 2 if pairs else 1
     described = json.dumps([VERSION, template.fingerprint, data.max_length, data.too_long, data.system, together, parts], sort_keys=True)
     return hashlib.blake2b(described.encode("utf-8", "replace"), digest_size=16).hexdigest()
@@ -92,11 +99,10 @@ def _key(sources: Sequence[settings.Source], shapes: Sequence[str], opened: Sequ
 def _tokenise_one(number: int, source: settings.Source, shape: str, rows: Rows, data: settings.Data, template: Template, writer: StoreWriter,
                   files: dict[str, int], emit: Emit) -> SourceReport:  # fmt: skip
     report = SourceReport(rows.name, shape, weight=source.weight)
-    seen: set[int] = set()
+    keys = array("Q")
     what = f"tokenising {rows.name}"
     emit(Progress(what=what, done=0, total=len(rows)))
-    walk = iter(rows)
-    while chunk := list(islice(walk, CHUNK)):
+    for chunk, total in chunks(rows, report):
         report.read += len(chunk)
         kept: list[Entry] = []
         places: list[tuple[int, int]] = []
@@ -106,16 +112,33 @@ def _tokenise_one(number: int, source: settings.Source, shape: str, rows: Rows, 
                 report.drop(entry.reason, str(place))
                 writer.drop(place, entry.reason)
                 continue
-            report.duplicates += entry.key in seen
-            seen.add(entry.key)
+            keys.append(entry.key)
             report.use(entry.rows, entry.gold is not None)
             kept.append(entry)
             places.append((files.setdefault(place.file, len(files)), place.line))
         if kept:
             writer.add(kept, number, places)
-        emit(Progress(what=what, done=report.read, total=len(rows)))
+        emit(Progress(what=what, done=report.read, total=total))
     assert report.used + report.rejected == report.read
+    report.duplicates = len(keys) - len(np.unique(np.frombuffer(keys, dtype=np.uint64))) if keys else 0
     return report
+
+
+def chunks(rows: Rows, report: SourceReport) -> Iterator[tuple[Chunk, int]]:
+    """The rows of a source in chunks, each with how many will have been read in all; then others in place of those that could not be used."""
+    read = 0
+    for part in rows.filled(lambda: report.used):
+        read += len(part)
+        walk = iter(part)
+        while chunk := list(islice(walk, CHUNK)):
+            yield chunk, read
+
+
+def too_few(source: settings.Source, report: SourceReport) -> str | None:
+    """Why there are fewer rows than the recipe asks for."""
+    if source.rows is None or report.used >= source.rows:
+        return None
+    return f"{report.name}: the recipe asks for {source.rows:,} rows, and {report.used:,} of the {report.read:,} that there are can be used"
 
 
 def _encode(chunk: Chunk, source: settings.Source, shape: str, data: settings.Data, template: Template,
@@ -144,6 +167,7 @@ def conversation(raw: Raw, source: settings.Source, shape: str, system: str | No
         talk = to_conversation(raw, shape, source.columns, source.gold, answered=answered)
     except RowFault as fault:
         return fault
+    talk = with_box(talk) if source.final_answer == "boxed" else talk
     return Conversation(with_system(talk.messages, system), talk.gold)
 
 

@@ -30,6 +30,8 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "data.too_long": ROWS,
     "data.validation": ROWS,
     "data.validation_share": ROWS,
+    "data.validation_rows": ROWS,
+    "data.expected_tokens": ROWS,
     "reference": ("sft", "dpo", *DRAWS),
     "reward": ("reward",),
     "dpo": ("dpo",),
@@ -56,6 +58,8 @@ RIVALS: tuple[tuple[Path, Path], ...] = (
     (("train", "rows_per_step"), ("train", "tokens_per_step")),
     (("train", "micro_batch_size"), ("train", "micro_batch_tokens")),
     (("data", "validation"), ("data", "validation_share")),
+    (("data", "validation"), ("data", "validation_rows")),
+    (("data", "validation_rows"), ("data", "validation_share")),
 )
 """Two ways to say one thing: both at once are a fault, and in a later layer one replaces the other."""
 
@@ -125,7 +129,8 @@ def validates(data: Any) -> bool:
 
 def has_validation(data: Any) -> bool:
     """Whether validation rows exist: sources of their own, or a share (the default) of the training rows."""
-    return validates(data) and (bool(written(data, "data", "validation")) or number(written(data, "data", "validation_share")) != 0.0)
+    given = any(written(data, "data", key) for key in ("validation", "validation_rows"))
+    return validates(data) and (given or number(written(data, "data", "validation_share")) != 0.0)
 
 
 def without_validation(data: Any) -> Iterator[Finding]:
@@ -158,9 +163,12 @@ def of_sources(data: Any) -> Iterator[Finding]:
     for path, source in sources_of(data):
         if path[1] != "train" and written(source, "weight") is not None:
             yield (*path, "weight"), "does nothing here; only training sources are mixed"
+        if written(source, "final_answer") is not None and (path[1] == "heldout" or written(data, "algorithm") in PAIRS):
+            what = "for held-out prompts, which no answer is trained of" if path[1] == "heldout" else "for pairs, which stay as they are"
+            yield (*path, "final_answer"), f"does nothing {what}"
         dataset = written(source, "dataset")
         if isinstance(dataset, str) and dataset in BUILT_IN:
-            for key in ("name", "format", "columns", "gold"):
+            for key in ("name", "format", "columns", "gold", "final_answer"):
                 if written(source, key) not in (None, {}):
                     yield (*path, key), f"does nothing for `{dataset}`, {BUILT_IN[dataset]}"
         elif isinstance(dataset, str) and FILE.fullmatch(dataset) and written(source, "name") is not None:
@@ -178,8 +186,9 @@ def idle(data: Any) -> Iterator[Finding]:
     """Settings that were written and would do nothing. A resolved recipe is saved without them."""
     for rule in IDLE:
         yield from rule(data)
-    if validates(data) and written(data, "data", "validation") and written(data, "data", "validation_share") is not None:
-        yield ("data", "validation_share"), "contradicts `data.validation`: give one of the two"
+    for key in ("validation", "validation_rows"):
+        if validates(data) and written(data, "data", key) and written(data, "data", "validation_share") is not None:
+            yield ("data", "validation_share"), f"contradicts `data.{key}`: give one of the two"
 
 
 def rivals(data: Any) -> Iterator[Finding]:

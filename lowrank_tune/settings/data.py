@@ -26,7 +26,9 @@ class Source(Settings):
     gold: Literal["auto", "none", "answer", "hashes", "boxed", "last_number", "gold"] = "auto"
     """Where the gold answer stands: after `####`, in the last box, the last number, the whole answer, or a column `gold`."""
     rows: Positive | None = None
-    """Takes this many rows, drawn with the seed."""
+    """Takes this many rows, drawn with the seed. One that cannot be used gives way to another of the draw, as long as there are more."""
+    final_answer: Literal["boxed"] | None = None
+    """Puts the final answer of a reply in a box, where `####` or `The answer is:` at its end says which it is; other replies stay."""
     weight: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Share of the rows drawn from this source. All sources have one, and they sum to 1; or none has, and row counts decide."""
 
@@ -43,6 +45,10 @@ class Data(Settings):
     """Sources of the validation rows. Without them `validation_share` of the training rows is set aside."""
     validation_share: Annotated[float, Field(ge=0.0, lt=0.9)] = 0.05
     """Share of the training rows set aside for validation; 0 for none."""
+    validation_rows: Positive | None = None
+    """Or: so many of the training rows."""
+    expected_tokens: Positive | None = None
+    """Tokens of all training rows as the recipe's author counted them; shown beside what is measured."""
     system: str | None = None
     """A system prompt for rows that bring none."""
     max_length: Annotated[int, Field(ge=8)] = 1024

@@ -79,7 +79,8 @@ def _mixture(found: Preflight, unit: str, plain: bool) -> RenderableType:
         tables.append(Text.assemble((inert(part.name, 90), "cyan"), (f"  {part.format}, {part.used:,} of {part.read:,} {unit}s used", QUIET),
                                     (golds, QUIET)))  # fmt: skip
         tables.append(Padding(_measures(part, totals, unit, plain), (0, 0, 0, 2), expand=False))
-    return Group(*tables)
+    beside = found.report.expected()
+    return Group(*tables, *([Text(beside, QUIET)] if beside else []))
 
 
 def _measures(part: Part, totals: Sequence[int], unit: str, plain: bool) -> Table:
