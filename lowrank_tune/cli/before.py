@@ -22,12 +22,23 @@ def data_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", he
         from lowrank_tune.recipe import Chain, load_any
 
         loaded = load_any(recipe, *(overrides or []))
-        from lowrank_tune.preflight import examine
-        from lowrank_tune.ui.data_view import show
+        with starting():
+            from lowrank_tune.events import Event, Note, Progress
+            from lowrank_tune.preflight import examine
+            from lowrank_tune.ui.data_view import show
+            from lowrank_tune.ui.plain import Plain
+
+        def tell(event: Event) -> None:
+            if isinstance(event, Progress) or isinstance(event, Note) and event.level == "warning":
+                plain(event)
 
         faulty = False
         for stage in loaded.stages if isinstance(loaded, Chain) else (loaded,):
-            found = examine(stage, lambda event: None)
+            plain = Plain(sys.stderr)
+            try:
+                found = examine(stage, tell)
+            finally:
+                plain.close()
             show(found, f"{stage.name}: {stage.algorithm} of {stage.base.model}", Console(highlight=False))
             faulty = faulty or bool(found.faults)
         if faulty:

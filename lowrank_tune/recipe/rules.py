@@ -194,7 +194,7 @@ def idle(data: Any) -> Iterator[Finding]:
 def rivals(data: Any) -> Iterator[Finding]:
     """Two ways to say one thing, said at once."""
     for one, other in RIVALS:
-        if other != ("data", "validation_share") and written(data, *one) is not None and written(data, *other) is not None:
+        if other != ("data", "validation_share") and written(data, *one) not in (None, []) and written(data, *other) is not None:
             yield other, f"contradicts `{'.'.join(map(str, one))}`: give one of the two"
 
 
