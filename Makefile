@@ -7,8 +7,8 @@ CPU_INDEX = https://download.pytorch.org/whl/cpu
 OFFLINE = HF_HUB_OFFLINE=1
 # Two files of tests at a time: a test uses one core.
 BESIDE = -n 2 --dist loadfile
-FAST = not slow and not gpu and not network and not unsloth
-SLOW = (slow or gpu) and not network and not unsloth
+FAST = not slow and not gpu and not network and not unsloth and not llamacpp
+SLOW = (slow or gpu) and not network and not unsloth and not llamacpp
 
 .PHONY: demo test test-all test-slow check lint test-oldest clean help
 .DELETE_ON_ERROR:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,14 @@ class MergeBase(StrEnum):
     original = "original"
 
 
+def proof_table(rows: Sequence[tuple[str, str]]) -> Table:
+    """How a merged model compares with what was trained."""
+    table = Table("trained against merged", "", box=None)
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    return table
+
+
 @app.command("merge")
 def merge_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")],
                   out: Annotated[Path | None, typer.Option("--out", help="Folder of the merged model; else RUN/merged.")] = None,
@@ -37,10 +46,7 @@ def merge_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folde
 
         def show(proof: Proof) -> None:
             plain.close()
-            table = Table("trained against merged", "", box=None)
-            for name, value in proof.table():
-                table.add_row(Text(name), Text(value))
-            Console(highlight=False).print(table)
+            Console(highlight=False).print(proof_table(proof.table()))
 
         try:
             print(f"merged: {merge(run, out, base.value, plain, show).folder}")

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from lowrank_tune import __version__, settings
+from lowrank_tune.export.ollama import quoted
 from lowrank_tune.model.base import TINY
 
 LIMITS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -147,7 +148,8 @@ def _use_writer(base: settings.Base, adapters: Adapters, ends: Sequence[str]) ->
              "**PEFT**, with this folder as `./adapter`:", "", "```python", *_peft(base, adapters), "```", ""]  # fmt: skip
     if len(adapters.names) > 1 and not adapters.folded:
         return [*lines, "vLLM, llama.cpp and Ollama take one adapter at a time, and these are several: run the recipe with "
-                "`train.final_stack: folded`, or merge them into the base with `lowrank-tune merge`.", ""]  # fmt: skip
+                "`train.final_stack: folded`, merge them into the base with `lowrank-tune merge`, or fold them into a GGUF adapter with "
+                "`lowrank-tune export RUN --to gguf-lora`.", ""]  # fmt: skip
     return [*lines, *_vllm(_place(base), int(adapters.config["r"])), *_llama_cpp(ends)]
 
 
@@ -178,14 +180,15 @@ def _peft(base: settings.Base, adapters: Adapters) -> list[str]:
 
 
 def _llama_cpp(ends: Sequence[str]) -> list[str]:
-    return ["**llama.cpp**, with its own converters; `./base` is a folder with the base's files:", "", "```sh",
+    return ["**llama.cpp** and **Ollama** take one GGUF file best, base and adapter merged: `lowrank-tune export RUN --to gguf` or "
+            "`--to ollama` makes it of the run, with a Modelfile, and measures what the merge changes. Or the adapter alone (`--to gguf-lora`), over a base; "
+            "llama.cpp's own converters make the same of this folder and of a folder `./base` with the base's files:", "", "```sh",
             "python convert_hf_to_gguf.py ./base --outfile base.gguf",
             "python convert_lora_to_gguf.py ./adapter --base ./base --outfile adapter.gguf",
             "llama-cli -m base.gguf --lora adapter.gguf", "```", "",
-            "**Ollama**, with the two files that llama.cpp's converters made; `ollama create tuned -f Modelfile`:", "", "```",
-            "FROM ./base.gguf", "ADAPTER ./adapter.gguf", *(f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}" for end in ends), "```", "",
-            "A base that is quantised otherwise than in training answers a little differently: "
-            "`lowrank-tune merge` makes one model of both and measures the difference.", ""]  # fmt: skip
+            "with Ollama by `ollama create tuned -f Modelfile`:", "", "```",
+            "FROM ./base.gguf", "ADAPTER ./adapter.gguf", *(f"PARAMETER stop {quoted(end)}" for end in ends), "```", "",
+            "A base that is quantised otherwise than in training answers a little differently.", ""]  # fmt: skip
 
 
 def _use_reward(base: settings.Base, revision: str | None) -> list[str]:
@@ -208,7 +211,8 @@ def merged_card(recipe: settings.Recipe, kind: str, table: Sequence[tuple[str, s
         f"# {recipe.name or recipe.algorithm}", "", f"`{base}` with an adapter trained by `{recipe.algorithm}`, merged into {into}; bf16.",
         "", "## Trained against merged", "",
         "| | |", "|---|---|", *(f"| {name.replace('|', chr(92) + '|')} | {value} |" for name, value in table), "",
-        "It loads like any model of its kind: `AutoModelForCausalLM.from_pretrained`, `vllm serve`, or llama.cpp's `convert_hf_to_gguf.py`.",
+        "It loads like any model of its kind: `AutoModelForCausalLM.from_pretrained`, `vllm serve`; `lowrank-tune export RUN --to gguf` "
+        "makes a file for llama.cpp of it.",
         "", "## The recipe", "", "```yaml", recipe_text(recipe), "```", "", f"Made with lowrank_tune {__version__}.", ""])  # fmt: skip
 
 

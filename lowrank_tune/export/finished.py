@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +39,13 @@ class Finished:
         wanted, revision = self.recipe.base, self.facts.get("revision")
         pinned = f"{wanted.model}@{revision}" if isinstance(revision, str) and "@" not in wanted.model else wanted.model
         return wanted.model_copy(update={"model": pinned})
+
+    def fingerprint(self) -> str:
+        """Of the adapter's files in `final/`."""
+        digest = hashlib.blake2b(digest_size=16)
+        for file in sorted(self.final.rglob("adapter_*")):
+            digest.update(str(file.relative_to(self.final)).encode() + file.read_bytes())
+        return digest.hexdigest()
 
 
 def finished_run(run: Path) -> Finished:

@@ -8,6 +8,7 @@ read one rank and one alpha for the whole adapter, and no `rank_pattern`, and ll
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,22 @@ class Part:
         names = [key.removeprefix(PREFIX).removesuffix(A) for key in self.tensors if key.endswith(A)]
         return {name: (self.tensors[PREFIX + name + A].float(), self.tensors[PREFIX + name + B].float() * self.scalings[name])
                 for name in names}  # fmt: skip
+
+
+def saved_part(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Part:
+    """An adapter as it lies on disk, without the model that it belongs to: what PEFT would make of its ranks, alphas and patterns."""
+    scalings = {}
+    for key, tensor in tensors.items():
+        if key.endswith(A):
+            name = key.removeprefix(PREFIX).removesuffix(A)
+            alpha = float(_by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]))
+            scalings[name] = alpha / (len(tensor) ** 0.5 if config.get("use_rslora") else len(tensor))
+    return Part(config, tensors, scalings)
+
+
+def _by_pattern(patterns: Mapping[str, float] | None, name: str, otherwise: float) -> float:
+    """The entry of the first pattern that matches the end of a module's name."""
+    return next((value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name)), otherwise)
 
 
 def why_not(parts: Sequence[Part]) -> str | None:

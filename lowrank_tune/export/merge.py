@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Literal
@@ -31,12 +31,12 @@ from lowrank_tune.export.card import merged_card
 from lowrank_tune.export.finished import Finished, adapters_in, check_base, finished_run, parts_of, roles_of
 from lowrank_tune.export.fold import Part
 from lowrank_tune.export.folder import files_of_tokenizer, generation_config
+from lowrank_tune.export.place import check_room, tidy
 from lowrank_tune.export.proof import Proof, hear, place_for, probes, prove
 from lowrank_tune.model.base import Base, count_weights, load_base, load_tokenizer, pick_device, weight_files
 
 Kind = Literal["dequantized", "original"]
 SHARD = 4 << 30  # bytes
-SPARE = 64 << 20  # bytes for tokenizer and configuration
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def merge(run: Path, out: Path | None, kind: Kind, emit: Emit, show: Callable[[P
     if os.path.lexists(target):
         raise UserError(f"{target} exists; give another folder with --out")
     weights = count_weights(found.base)
-    _check_room(target, 2 * weights)
+    check_room(target, 2 * weights, "the merged model")
     place = place_for(weights, device or pick_device(), emit)
     template = Template.of(load_tokenizer(found.base))
     saved = adapters_in(found)
@@ -73,7 +73,7 @@ def merge(run: Path, out: Path | None, kind: Kind, emit: Emit, show: Callable[[P
     roles.release()
     with telling(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _tidy(target)
+        tidy(target)
         fresh = target.with_name(f".tmp-{target.name}-{token_hex(4)}")
         try:
             fresh.mkdir()
@@ -86,7 +86,8 @@ def merge(run: Path, out: Path | None, kind: Kind, emit: Emit, show: Callable[[P
             if faults := proof.faults(kind == "dequantized"):
                 raise RunFailed(f"the merged model is not what was trained, and nothing is left of it: {'; '.join(faults)}")
             _write(fresh / "README.md", merged_card(found.recipe, kind, proof.table()).encode("utf-8", "replace"))
-            _write(fresh / "merge.json", json.dumps({"version": 1, "base": kind, **proof.to_dict()}, indent=2).encode())
+            facts = {"version": 1, "base": kind, "adapter": found.fingerprint(), **proof.to_dict()}
+            _write(fresh / "merge.json", json.dumps(facts, indent=2).encode())
             for file in fresh.iterdir():
                 shutil.copymode(fresh / "README.md", file)  # safetensors makes files that only their owner reads
                 _sync(file)
@@ -98,18 +99,16 @@ def merge(run: Path, out: Path | None, kind: Kind, emit: Emit, show: Callable[[P
     return Merged(target, proof)
 
 
-def _tidy(target: Path) -> None:
-    """Removes what an earlier merge into the same place left when it was killed."""
-    for leftover in target.parent.glob(f".tmp-{target.name}-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _check_room(target: Path, needed: int) -> None:
-    place = next((parent for parent in target.resolve().parents if parent.is_dir()), Path("/"))
-    free = shutil.disk_usage(place).free
-    if free < needed + SPARE:
-        raise UserError(f"{target}: the merged model needs {(needed + SPARE) / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free there; "
-                        "give another folder with --out, or make room")  # fmt: skip
+def merged_before(found: Finished, kind: Kind) -> Merged | None:
+    """The merged model that an earlier `merge` left in the run, where it holds the adapter that is there now."""
+    folder = found.path / ("merged" if kind == "dequantized" else "merged-original")
+    try:
+        facts = json.loads((folder / "merge.json").read_bytes())
+        if (facts["base"], facts["adapter"]) != (kind, found.fingerprint()):
+            return None
+        return Merged(folder, Proof(**{field.name: facts[field.name] for field in fields(Proof)}))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def layout(base: Base) -> dict[str, tuple[torch.Size, bool]]:

@@ -75,6 +75,13 @@ def load_tokenizer(wanted: settings.Base) -> Any:
         return AutoTokenizer.from_pretrained(place, **arguments)
 
 
+def load_config(wanted: settings.Base) -> Any:
+    """The base's configuration alone. Raises UserError as `load_base`."""
+    _be_quiet()
+    with _telling(wanted) as (place, arguments):
+        return AutoConfig.from_pretrained(place, **arguments)
+
+
 def load_base(wanted: settings.Base, tokenizer: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Base:
     """Loads and freezes it, in the device's own `dtype` where none is given. Raises UserError with one sentence for whatever a person can
     mend."""

