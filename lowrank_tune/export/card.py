@@ -181,8 +181,8 @@ def _peft(base: settings.Base, adapters: Adapters) -> list[str]:
 
 def _llama_cpp(ends: Sequence[str]) -> list[str]:
     return ["**llama.cpp** and **Ollama** take one GGUF file best, base and adapter merged: `lowrank-tune export RUN --to gguf` or "
-            "`--to ollama` makes it of the run, with a Modelfile, and measures what the merge changes. Or the adapter alone (`--to gguf-lora`), over a base; "
-            "llama.cpp's own converters make the same of this folder and of a folder `./base` with the base's files:", "", "```sh",
+            "`--to ollama` makes it of the run, with a Modelfile, and measures what merging changes. Or the adapter (`--to gguf-lora`), "
+            "over a base; llama.cpp's own converters make the same of this folder and of a folder `./base` with the base's files:", "", "```sh",
             "python convert_hf_to_gguf.py ./base --outfile base.gguf",
             "python convert_lora_to_gguf.py ./adapter --base ./base --outfile adapter.gguf",
             "llama-cli -m base.gguf --lora adapter.gguf", "```", "",

@@ -77,8 +77,8 @@ def load_tokenizer(wanted: settings.Base) -> Any:
 
 def load_config(wanted: settings.Base) -> Any:
     """The base's configuration alone. Raises UserError as `load_base`."""
-    _be_quiet()
-    with _telling(wanted) as (place, arguments):
+    be_quiet()
+    with telling(wanted) as (place, arguments):
         return AutoConfig.from_pretrained(place, **arguments)
 
 
