@@ -67,8 +67,8 @@ def closed(ids: Sequence[int], end: Sequence[int]) -> list[int]:
     return [*ids, *(() if place is None else end[place + 1 :])]
 
 
-def score_rows(roles: Roles, rows: Sequence[Sequence[int]], pad_id: int, micro_tokens: int) -> list[float]:
-    """The reward role's score of each row, batched by length."""
+def score_rows(roles: Roles, rows: Sequence[Sequence[int]], pad_id: int, micro_tokens: int, role: str = ROLE) -> list[float]:
+    """The role's score of each row, batched by length."""
     found = [0.0] * len(rows)
     waiting = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
     while waiting:
@@ -76,7 +76,7 @@ def score_rows(roles: Roles, rows: Sequence[Sequence[int]], pad_id: int, micro_t
         part, waiting = waiting[:count], waiting[count:]
         batch = collate([Row(rows[place], [False] * len(rows[place])) for place in part], pad_id).to(roles.base.device)
         with roles.quiet():
-            scores = roles.last_scores(ROLE, batch)
+            scores = roles.last_scores(role, batch)
         for place, score in zip(part, torch.as_tensor(scores).tolist(), strict=True):
             found[place] = score
     return found

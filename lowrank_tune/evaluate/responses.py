@@ -43,7 +43,7 @@ def score_file(run: Path, file: str, emit: Emit, device: torch.device | None = N
 
     Raises UserError where the run trained no reward model, or the file holds no row that can be scored; rows that cannot are told.
     """
-    recipe, folder = _reward_run(run)
+    recipe, folder = reward_run(run)
     template = Template.of(load_tokenizer(recipe.base))
     data, pairs = _rows(recipe, file, template, emit)
     rows = data.train
@@ -62,7 +62,7 @@ def score_file(run: Path, file: str, emit: Emit, device: torch.device | None = N
     return told, PairScores(scores[::2], scores[1::2], lengths[::2], lengths[1::2]) if pairs else None
 
 
-def _reward_run(run: Path) -> tuple[settings.Recipe, Path]:
+def reward_run(run: Path) -> tuple[settings.Recipe, Path]:
     """The recipe and folder of the run, or of the reward stage of a chain."""
     facts = _object(run / "run.json")
     recipe = facts.get("recipe")
@@ -73,7 +73,7 @@ def _reward_run(run: Path) -> tuple[settings.Recipe, Path]:
         stages = [folder for folder in folders if inside(_object(folder / "run.json"), "recipe").get("algorithm") == "reward"]
         if not stages:
             raise UserError(f"{run} is a chain without a stage that trained a reward model")
-        return _reward_run(stages[-1])
+        return reward_run(stages[-1])
     if recipe.get("algorithm") != "reward":
         raise UserError(f"{run} is a run of {recipe.get('algorithm')}; only `algorithm: reward` trains a model that scores responses")
     if not (run / "final").is_dir():

@@ -41,12 +41,14 @@ class Engine:
         self.cache_bytes = quarter if cache_bytes is None else cache_bytes
         self.scratch_bytes = quarter if scratch_bytes is None else scratch_bytes
 
-    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> Iterator[Completion]:
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling,
+                 numbers: Sequence[int] | None = None) -> Iterator[Completion]:  # fmt: skip
         """`n` completions of each prompt, in the order in which they finish. Adapters speak as they are when the first one is asked for.
 
+        `numbers` name the random streams of the prompts where these are a part of more; by default they are their places here.
         Raises ValueError for an empty prompt and for stop strings without `decode`, RunFailed for logits that are not finite.
         """
-        return self._run(prompts, n, sampling, self._stops(prompts, sampling), Schedule.advance)
+        return self._run(prompts, n, sampling, self._stops(prompts, sampling), Schedule.advance, numbers)
 
     def stream(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> Generator[Token | Completion, None, None]:
         """The same token by token, as they are drawn; a `Completion` follows the last token of each. For somebody who watches: between two
@@ -58,8 +60,8 @@ class Engine:
             raise ValueError("an empty prompt: there is nothing to go on from")
         return Stops(sampling, self.decode)
 
-    def _run(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, stops: Stops, go_on: Callable[[Schedule, Stops], list[T]]
-             ) -> Generator[T, None, None]:  # fmt: skip
+    def _run(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, stops: Stops, go_on: Callable[[Schedule, Stops], list[T]],
+             numbers: Sequence[int] | None = None) -> Generator[T, None, None]:  # fmt: skip
         if not prompts or n < 1 or sampling.max_new_tokens < 1:
             return
         model, stack = self.roles.base.model, [] if self.role == "base" else self.roles.stacks[self.role]
@@ -68,7 +70,8 @@ class Engine:
             store = store_for(model)
             columns = max(map(len, prompts)) + sampling.max_new_tokens
             slots = store.open(min(self.slots, n * len(prompts)), columns, self.cache_bytes)
-        schedule = Schedule(store, lambda hidden, uniforms: self._say(hidden, uniforms, sampling), prompts, n, sampling, slots)
+        schedule = Schedule(store, lambda hidden, uniforms: self._say(hidden, uniforms, sampling), prompts, n, sampling, slots,
+                            numbers or range(len(prompts)))  # fmt: skip
         with fast_linears(model, stack, self.scratch_bytes) as linears:
             while not schedule.over:
                 # Between two yields the caller may use other roles and train: modes, adapters and modules are then as it left them.

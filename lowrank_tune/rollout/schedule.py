@@ -53,8 +53,10 @@ class _Read:
 class Schedule:
     """The sequences of one call. `advance` goes on until some of them end, `tokens` for one turn."""
 
-    def __init__(self, store: Store, say: Say, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, slots: int) -> None:
+    def __init__(self, store: Store, say: Say, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, slots: int,
+                 numbers: Sequence[int]) -> None:  # fmt: skip
         self.store, self.say, self.prompts, self.n, self.seed, self.slots = store, say, prompts, n, sampling.seed, slots
+        self.numbers = numbers
         self.room = math.inf if sampling.budget is None else sampling.budget
         # Prompts of similar length are read together.
         self.waiting = deque(sorted(range(len(prompts)), key=lambda index: len(prompts[index])))
@@ -118,7 +120,7 @@ class Schedule:
 
     def _seat(self, slot: int, read: _Read) -> None:
         sample = read.samples.popleft()
-        row = _Row(read.prompt, sample, len(self.prompts[read.prompt]), _uniforms(_stream(self.seed, read.prompt, sample)))
+        row = _Row(read.prompt, sample, len(self.prompts[read.prompt]), _uniforms(_stream(self.seed, self.numbers[read.prompt], sample)))
         self.rows[slot : slot + 1] = [row]
 
     def _read_ahead(self, free: int) -> None:

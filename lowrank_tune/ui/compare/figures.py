@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
 
+from lowrank_tune.ui import evals_view
 from lowrank_tune.ui.compare.side import Side
 from lowrank_tune.ui.figures import clock, number, percent
 from lowrank_tune.ui.metrics import POLICY, WITHOUT_REFERENCE, WRITES
@@ -19,7 +20,14 @@ ARROW = " \u2192 "
 def rows(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
     """Label and a cell a side; what no side has is left out."""
     made = [(label, [write(side) for side in sides]) for label, write in ROWS]
-    return [(label, cells) for label, cells in made if any(cells)]
+    return [(label, cells) for label, cells in [*made, *_evaluations(sides)] if any(cells)]
+
+
+def _evaluations(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
+    """The last voice of each side's newest evaluation: its figures with their intervals, and what they are of."""
+    told = [dict(evals_view.of_last_voice(side.evaluation)) if side.evaluation is not None else {} for side in sides]
+    names = dict.fromkeys(name for each in told for name in each)
+    return [(name, [each.get(name, "") for each in told]) for name in names]
 
 
 def heldout(side: Side) -> dict[str, dict[str, float]]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.errors import UserError
+from lowrank_tune.evals import Record as Evaluated
+from lowrank_tune.evals import read_records
 from lowrank_tune.recipe.tree import dotted, leaves
 from lowrank_tune.ui.metrics import charts_of
 from lowrank_tune.ui.report.record import ChainRecord, Points, Record, read_chain, read_record
@@ -33,6 +35,8 @@ class Side:
     records: Sequence[Record]
     chain: ChainRecord | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Evaluated | None = None
+    """The newest evaluation of `lowrank-tune eval`."""
 
     @property
     def last(self) -> Record:
@@ -61,10 +65,11 @@ def read_sides(paths: Sequence[Path]) -> list[Side]:
 
 
 def _side(folder: Path, label: str) -> Side:
+    evaluation = next(reversed(read_records(folder)), None)
     if not is_chain(folder):
-        return Side(label, folder, [read_record(folder)], None, _recipe(folder))
+        return Side(label, folder, [read_record(folder)], None, _recipe(folder), evaluation)
     chain = read_chain(folder)
-    return Side(label, folder, chain.begun, chain, _recipe(folder))
+    return Side(label, folder, chain.begun, chain, _recipe(folder), evaluation)
 
 
 def labels_of(folders: Sequence[Path]) -> list[str]:

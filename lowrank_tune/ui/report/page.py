@@ -9,7 +9,7 @@ from importlib.resources import files
 
 from lowrank_tune.ui.figures import clock, percent
 from lowrank_tune.ui.metrics import WITHOUT_REFERENCE, WRITES
-from lowrank_tune.ui.report import frontier, groups, pairs, sections
+from lowrank_tune.ui.report import evaluations, frontier, groups, pairs, sections
 from lowrank_tune.ui.report.charts import short
 from lowrank_tune.ui.report.record import ChainRecord, Record
 from lowrank_tune.ui.report.words import inside, number_in, text
@@ -19,7 +19,8 @@ PAIRED = ("reward", "dpo")
 
 def page(record: Record) -> str:
     """The page of a run."""
-    body = f"{_header(record)}{alerts(troubles(record), record.status)}{_tiles(record)}\n{sections.heldout(record)}\n{_body(record)}"
+    body = (f"{_header(record)}{alerts(troubles(record), record.status)}{_tiles(record)}\n{sections.heldout(record)}\n"
+            f"{evaluations.section(record.folder)}\n{_body(record)}")  # fmt: skip
     return document(f"{_name(record)}, {record.status}", body, f"{record.folder.name}/events.jsonl")
 
 
@@ -27,7 +28,7 @@ def chain_page(chain: ChainRecord) -> str:
     """The page of a chain: what came of all stages together, then each of them."""
     places = {folder: f"stage-{number}" for number, folder in enumerate(chain.stages, 1)}
     body = "\n".join([_chain_header(chain), alerts(_chain_troubles(chain), chain.status), _contents(chain, places), _chain_tiles(chain),
-                      sections.heldout_of_chain(chain), sections.stage_table(chain),
+                      sections.heldout_of_chain(chain), evaluations.section(chain.folder), sections.stage_table(chain),
                       *(_stage(folder, record, places[folder], len(places)) for folder, record in chain.stages.items())])  # fmt: skip
     return document(f"{chain.name}, {chain.status}", body, f"the stages of {chain.folder.name}")
 
