@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from lowrank_tune import early, settings
+from lowrank_tune import early, settings, trackers
 from lowrank_tune.build import build
 from lowrank_tune.checkpoint import RunFolder, newest
 from lowrank_tune.control import Control, asked_by_signals
@@ -25,7 +25,7 @@ from lowrank_tune.events import Emit, Event, Note, RunEnded, Sampled, StepDone
 from lowrank_tune.export import final_folder
 from lowrank_tune.model.base import Base
 from lowrank_tune.recipe import Chain, backends_of, differences, dump, load_any
-from lowrank_tune.sinks import JsonLines, Tee
+from lowrank_tune.sinks import JsonLines, Sink, Tee
 from lowrank_tune.stage import Stage
 from lowrank_tune.ui.plain import Plain
 from lowrank_tune.ui.report import write_report
@@ -84,6 +84,7 @@ def run(recipe: settings.Recipe | Chain | str | Path, *overrides: str, out: str 
     """
     loaded = recipe if isinstance(recipe, (settings.Recipe, Chain)) else load_any(recipe, *overrides)
     early.import_first(backends_of(loaded))  # refused here where nobody did it in time
+    trackers.check(name for one in (loaded.stages if isinstance(loaded, Chain) else (loaded,)) for name in one.train.trackers)
     control, begun = Control(), time.time()
     with asked_by_signals(control) as training:  # around the screen too, which must be taken down whatever comes
         console = _Console(control, training, ui, device, on_event)
@@ -136,14 +137,20 @@ def run_stage(recipe: settings.Recipe, folder: RunFolder, console: _Console, pla
               console_log: Path | None = None, before: Iterable[Event] = ()) -> tuple[Outcome, Base]:  # fmt: skip
     """One algorithm in its folder, from its newest checkpoint to its end. The base comes back without any adapter, for the next stage."""
     begun, emit, listener, step = time.time(), console.emit, console.listener, 0
-    files: list[JsonLines] = []
+    files: list[Sink] = []
     closing = ExitStack()
     try:
         found = newest(folder.checkpoints, emit)
         step = found[0] if found else 0
+        name = f"{folder.path.resolve().parent.name}-{folder.path.name}" if place.count > 1 else folder.path.resolve().name
+        before_cut = list(events_in(folder.events)) if recipe.train.trackers else []
         for path, only in ((folder.events, ()), (folder.samples, (Sampled,))):
             files.append(JsonLines(path, step if found else None, only=only))
             emit.attach(files[-1], listener.earlier or ())
+        for tracker in trackers.begin(recipe.train.trackers, recipe.train.project, name, folder.path, recipe.to_dict(),
+                                      step if found else None, before_cut):  # fmt: skip
+            files.append(tracker)
+            emit.attach(tracker)
         listener.begin(events_in(folder.events))
         console.show(console_log or folder.console_log, chain(before, events_in(folder.events)))
         built = build(recipe, emit, console.device, base, fresh=found is None)

@@ -32,7 +32,7 @@ __all__ = [
 
 MAY_CHANGE = frozenset({
     "name", "description", "train.steps", "train.epochs", "train.log_every", "train.save_every", "train.keep",
-    "evaluate.every", "evaluate.shown", *SIZES,
+    "evaluate.every", "evaluate.shown", "train.report_to", "train.project", *SIZES,
 })  # fmt: skip
 """What a continued run may set anew: its end, its logging and its saving, and what decides over its memory. Of a chain, each stage may."""
 
@@ -111,7 +111,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: was {_said(before, key)}, is {_said(after, key)}"
         for key in changed
-        if (key.split(".", 2)[2] if key.startswith("stages.") else key) not in MAY_CHANGE
+        if re.sub(r"^stages\.[^.]*\.|\.\d+$", "", key) not in MAY_CHANGE
     ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
-from lowrank_tune.recipe import backend, earned, learned, memory, valued
+from lowrank_tune.recipe import backend, earned, learned, memory, tracked, valued
 from lowrank_tune.recipe.tree import Path
 from lowrank_tune.recipe.written import Finding, entries, number, written
 from lowrank_tune.settings import Dpo, Recipe, trained_by
@@ -179,6 +179,7 @@ def of_sources(data: Any) -> Iterator[Finding]:
 
 IDLE: tuple[Callable[[Any], Iterator[Finding]], ...] = (
     foreign, without_robust, without_heldout, without_validation, from_the_file, of_sources, earned.idle, valued.idle, memory.idle,
+    tracked.idle,
 )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ ALIASES: dict[str, str] = {
     "enable_activation_checkpointing": "train.gradient_checkpointing", "activation_checkpointing": "train.gradient_checkpointing",
     "enable_activation_offloading": "train.activation_offloading", "gradient_checkpointing_offload": "train.activation_offloading",
     "logging_steps": "train.log_every", "save_steps": "train.save_every", "save_total_limit": "train.keep",
+    "log_with": "train.report_to", "trackers": "train.report_to", "wandb_project": "train.project", "trackio_project": "train.project",
     "eval_steps": "evaluate.every", "eval": "evaluate", "training": "train", "method": "algorithm", "stage": "algorithm",
     "run_name": "name", "experiment": "name", "random_seed": "seed", "data_seed": "seed",
     "rl": "algorithm", "ranking": "data.train.0.format", "beta": "dpo.beta", "dpo_beta": "dpo.beta", "pref_beta": "dpo.beta",

@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lowrank_tune.settings.common import Positive, Settings
+from lowrank_tune.settings.common import Line, Positive, Settings
 from lowrank_tune.settings.data import Source
+
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 class Train(Settings):
@@ -68,6 +70,16 @@ class Train(Settings):
     final_stack: Literal["folded", "apart"] = "folded"
     """Where frozen adapters lie below the trained one: `final/` is all of them folded into one adapter, exactly, whose rank is the sum of
     theirs; or each stays apart in a folder of its own, to be loaded together."""
+    report_to: Tracker | Annotated[tuple[Tracker, ...], Field(strict=False)] = ()
+    """Experiment trackers that are told steps, held-out figures and settings too: tensorboard (files in the run's folder), wandb, trackio,
+    mlflow; one, or several in a list."""
+    project: Line = "lowrank-tune"
+    """The project (of mlflow: the experiment) that wandb, trackio and mlflow file the run under."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """`report_to` as a list."""
+        return (self.report_to,) if isinstance(self.report_to, str) else self.report_to
 
 
 class Evaluate(Settings):
