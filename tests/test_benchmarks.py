@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -16,6 +16,15 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from lowrank_tune.model import memory
+from lowrank_tune.model.heads import KEY
+from lowrank_tune.model.logps import Head
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.train import make_optimizer
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks"
@@ -32,7 +41,8 @@ class Block(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Block())
 sys.path.insert(0, {str(FOLDER)!r})
 import gpu
-sys.exit(gpu.main(sys.argv[1:]))
+words = " ".join(sys.argv[1:]).split(" then ")
+sys.exit(max(gpu.main(each.split()) for each in words))
 """
 
 
@@ -44,23 +54,28 @@ def run(name: str, *words: str) -> str:
 
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("benchmarks_gpu", FOLDER / "gpu.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # over such small matrices two mostly wait for each other
-    yield module
-    torch.set_num_threads(threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        module = importlib.import_module("gpu")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # over such small matrices two mostly wait for each other
+        yield module
+        torch.set_num_threads(threads)
+
+
+def part(name: str) -> ModuleType:
+    """A module of `benchmarks/card/`; `gpu` has made it importable."""
+    return importlib.import_module(f"card.{name}")
+
+
+def tiny_base(bf16: bool = False) -> Any:
+    torch.manual_seed(0)
+    return part("base").random_base("tiny", torch.device("cpu"), bf16)
 
 
 def tiny(gpu: ModuleType, algorithm: str = "sft") -> Any:
     """One tiny smoke run's result."""
-    torch.manual_seed(0)
-    config = gpu.AutoConfig.for_model(**gpu.SHAPES["tiny"], tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    base = gpu.freeze(gpu.build_model(config, torch.device("cpu")), tokenizer=None, name="random", bits=4)
-    return gpu.smoke(algorithm, base, gpu.Size(4, 2, 48))
+    return part("smoke").smoke(algorithm, tiny_base(), part("made").Size(4, 2, 48))
 
 
 def failed(result: Any) -> list[str]:
@@ -71,19 +86,33 @@ EVERY = ["sft", "reward", "dpo", "ppo", "grpo"]
 
 
 @pytest.mark.parametrize("algorithms, checkpointing", [
-    (["grpo", "ppo"], "on"), pytest.param(EVERY, "both", marks=pytest.mark.slow)])  # fmt: skip
-def test_smoke_needs_only_what_such_a_machine_has(tmp_path: Path, algorithms: list[str], checkpointing: str) -> None:
-    file = tmp_path / "smoke.json"
-    words = [sys.executable, "-c", BLOCKED, "smoke", *algorithms, "--tiny", "--checkpointing", checkpointing, "--json", str(file)]
-    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+    (["grpo", "ppo"], "on"), pytest.param([*EVERY, "memory"], "both", marks=pytest.mark.slow)])  # fmt: skip
+def test_it_needs_only_what_such_a_machine_has(gpu: ModuleType, tmp_path: Path, algorithms: list[str], checkpointing: str) -> None:
+    file = tmp_path / "card.jsonl"
+    cells = [name for name in algorithms if name != "memory"]
+    words = ["smoke", *algorithms, "--checkpointing", checkpointing, "--tiny", "--json", str(file), "then",
+             "cells", *cells, "--tiny", "--json", str(file)]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", BLOCKED, *words], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "tokens a second" in done.stdout
-    results = json.loads(file.read_text())["results"]
-    each = 2 if checkpointing == "both" else 1
-    assert [result["algorithm"] for result in results] == [name for name in algorithms for _ in range(each)]
+    records = part("tables").read(str(file))
+    check_smoke([record for record in records if record["kind"] == "smoke"], algorithms, 2 if checkpointing == "both" else 1)
+    measured = [record for record in records if record["kind"] == "cell"]
+    assert {record["algorithm"] for record in measured} == set(cells)
+    for record in measured:
+        assert record["loss is finite"] and record["planned GiB"] is None
+        assert 0 < record["share of roof"] < 1 and record["update tokens/s"] > 0
+        assert ("rollout tokens/s" in record) == (record["algorithm"] in ("grpo", "ppo"))
+    table = part("tables").markdown(records)
+    assert "| ppo 2x24 |  | 0." in table and f"| grpo | {'on' if checkpointing == 'on' else 'off'} | 15 of 15 |" in table
+
+
+def check_smoke(results: list[dict[str, Any]], algorithms: list[str], each: int) -> None:
+    assert [result["algorithm"] for result in results] == [name for name in algorithms for _ in range(1 if name == "memory" else each)]
     for result in results:
-        assert len(result["checks"]) >= 11 and all(result["checks"].values())
-        assert result["figures"]["layer forwards a pass"] == 1.0 + result["checkpointing"]
+        assert all(result["checks"].values())
+        if result["algorithm"] == "memory":
+            continue
+        assert len(result["checks"]) >= 11 and result["figures"]["layer forwards a pass"] == 1.0 + result["checkpointing"]
         assert result["figures"]["relative error of logits"] < 1e-5
         if result["algorithm"] in ("reward", "dpo"):
             assert "shared prompts change nothing" in result["checks"]
@@ -95,39 +124,51 @@ def test_smoke_needs_only_what_such_a_machine_has(tmp_path: Path, algorithms: li
             assert result["figures"]["sampler against policy, mean"] < 1e-5
 
 
+@pytest.mark.slow
+def test_the_whole_proof(tmp_path: Path) -> None:
+    """Its parts are processes of their own; what it says at the end counts all of them."""
+    file = tmp_path / "proof.jsonl"
+    words = [sys.executable, str(FOLDER / "gpu.py"), "proof", "--tiny", "--json", str(file)]
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+    assert done.returncode == 0 and "every check held" in done.stdout, done.stdout + done.stderr
+
+
 def test_smoke_without_a_card_says_so(gpu: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["smoke"]) == 2
-    assert "--tiny" in capsys.readouterr().err
+    for command in ("smoke", "cells"):
+        with pytest.raises(SystemExit, match="2"):
+            gpu.main([command])
+        assert "--tiny" in capsys.readouterr().err
+    assert gpu.main(["smoke", "sftt", "--tiny"]) == 2 and "no algorithm sftt" in capsys.readouterr().err
 
 
 def test_smoke_finds_missing_recomputation(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.Roles, "_checkpoint", lambda self: None)
+    monkeypatch.setattr(Roles, "_checkpoint", lambda self, wanted, offload: None)
     assert failed(tiny(gpu)) == ["layers were recomputed"]
 
 
 def test_smoke_finds_a_changed_base(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoiling(roles: Any, rows: Any) -> Any:
+    def spoiling(roles: Any, rows: Any, size: Any) -> Any:
         def spoiled(step: int) -> Any:
             weight = next(p for name, p in roles.base.model.named_parameters() if "layers.0" in name and p.dtype == torch.uint8)
             weight.data[0] ^= int(step == 2)  # one bit, once
             return rows(step)
 
-        return gpu.sft(roles, spoiled)
+        return part("makers").sft(roles, spoiled, size)
 
-    monkeypatch.setitem(gpu.ALGORITHMS, "sft", spoiling)
+    monkeypatch.setitem(part("makers").ALGORITHMS, "sft", spoiling)
     assert failed(tiny(gpu)) == ["base is unchanged"]
 
 
 def test_smoke_finds_rounded_logits(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = gpu.Head.logits
-    monkeypatch.setattr(gpu.Head, "logits", lambda self, *arguments: exact(self, *arguments).bfloat16().float())
+    exact = Head.logits
+    monkeypatch.setattr(Head, "logits", lambda self, *arguments: exact(self, *arguments).bfloat16().float())
     assert failed(tiny(gpu)) == ["logits left the product in fp32"]
 
 
 def test_smoke_finds_adapters_that_stay(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = gpu.make_optimizer
-    monkeypatch.setattr(gpu, "make_optimizer", lambda parameters, *rest: make(parameters[1:], *rest))
+    make = make_optimizer
+    monkeypatch.setattr(part("course"), "make_optimizer", lambda parameters, *rest: make(parameters[1:], *rest))
     assert failed(tiny(gpu)) == ["adapters moved"]
 
 
@@ -136,33 +177,33 @@ def test_smoke_finds_linears_that_are_not_quantised(gpu: ModuleType, monkeypatch
         made = torch.nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device, dtype)
         return made.requires_grad_(False)
 
-    monkeypatch.setattr(gpu, "quantised_linear", plain)
+    monkeypatch.setattr(part("base"), "quantised_linear", plain)
     assert failed(tiny(gpu)) == ["linears are 4-bit"]
 
 
 def test_smoke_finds_a_wrong_reference(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A policy that is not its reference at the start, in a single element; and stale log-probs in the cache."""
 
-    def spoiling(roles: Any, rows: Any) -> Any:
-        made = gpu.dpo(roles, rows)
+    def spoiling(roles: Any, rows: Any, size: Any) -> Any:
+        made = part("makers").dpo(roles, rows, size)
         with torch.no_grad():
             next(p for name, p in roles.named_parameters("policy").items() if "lora_B" in name)[0, 0] = 1e-3
         return made
 
-    def stale(roles: Any, rows: Any) -> Any:
-        made = gpu.dpo(roles, rows)
+    def stale(roles: Any, rows: Any, size: Any) -> Any:
+        made = part("makers").dpo(roles, rows, size)
         made.kit.rows(0).extra["reference"][0] += 0.01
         return made
 
     for maker, words in ((spoiling, "before the first step policy and reference"), (stale, "cached log-probs of the reference")):
-        monkeypatch.setitem(gpu.ALGORITHMS, "dpo", maker)
+        monkeypatch.setitem(part("makers").ALGORITHMS, "dpo", maker)
         assert failed(tiny(gpu, "dpo")) == ["ran, with the right reference"]
         assert words in capsys.readouterr().err
 
 
 def test_smoke_finds_a_sampler_that_lies(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lying(roles: Any, rows: Any) -> Any:
-        made = gpu.grpo(roles, rows)
+    def lying(roles: Any, rows: Any, size: Any) -> Any:
+        made = part("makers").grpo(roles, rows, size)
         draw = made.harvester.draw
 
         def drawn(*arguments: Any) -> Any:
@@ -173,35 +214,97 @@ def test_smoke_finds_a_sampler_that_lies(gpu: ModuleType, monkeypatch: pytest.Mo
         made.harvester.draw = drawn
         return made
 
-    monkeypatch.setitem(gpu.ALGORITHMS, "grpo", lying)
+    monkeypatch.setitem(part("makers").ALGORITHMS, "grpo", lying)
     assert failed(tiny(gpu, "grpo")) == ["sampler and policy agree"]
 
 
 def test_smoke_finds_prompts_shared_wrongly(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = gpu.Roles._decode
+    decode = Roles._decode
 
     def moved(self: Any, ids: Any, mask: Any, positions: Any) -> Any:
         """Every token of a packed row stands one place further."""
         shift = positions is not None and bool((positions[:, 1:] < positions[:, :-1]).any())
         return decode(self, ids, mask, positions + (positions > 9) if shift else positions)
 
-    monkeypatch.setattr(gpu.Roles, "_decode", moved)
-    monkeypatch.setattr(gpu.Roles, "_longest_shareable", 1 << 20)  # its own check would find this
+    monkeypatch.setattr(Roles, "_decode", moved)
+    monkeypatch.setattr(Roles, "_longest_shareable", 1 << 20)  # its own check would find this
     assert failed(tiny(gpu, "reward")) == ["shared prompts change nothing"]
 
 
 def test_smoke_finds_a_head_that_is_lost(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = gpu.save_file
-    monkeypatch.setattr(gpu, "save_file", lambda tensors, file: save(
-        {name: torch.zeros_like(tensor) if name == gpu.HEAD_KEY else tensor for name, tensor in tensors.items()}, file))  # fmt: skip
+    save = save_file
+    monkeypatch.setattr(part("smoke"), "save_file", lambda tensors, file: save(
+        {name: torch.zeros_like(tensor) if name == KEY else tensor for name, tensor in tensors.items()}, file))  # fmt: skip
     assert failed(tiny(gpu, "reward")) == ["saved and reloaded, it says the same"]
 
 
 def test_the_true_shapes_have_their_sizes(gpu: ModuleType) -> None:
-    for shape, billions in (("llama-3.1-8b", 8.03), ("qwen2.5-7b", 7.62)):
+    for shape, billions in (("llama-3.1-8b", 8.03), ("qwen2.5-7b", 7.62), ("qwen3-8b", 8.19), ("mistral-7b", 7.25)):
         with torch.device("meta"):
-            model = gpu.AutoModelForCausalLM.from_config(gpu.AutoConfig.for_model(**gpu.SHAPES[shape], tie_word_embeddings=False))
+            model = AutoModelForCausalLM.from_config(part("base").config_of(shape))
         assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(billions * 1e9, rel=2e-3)
+
+
+@pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen2.5-7b", "qwen3-8b", "mistral-7b"])
+def test_a_base_is_built_as_transformers_builds_one(gpu: ModuleType, shape: str) -> None:
+    """The same kinds of module in the same places, rotary frequencies and all, of every family; at a small size."""
+    config = part("base").config_of(shape)
+    config.update({"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 97, "num_attention_heads": 4,
+                   "num_key_value_heads": 2, "head_dim": 16})  # fmt: skip
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2]
+    made = part("base").build_model(config, torch.device("cpu"), torch.bfloat16)
+    usual = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    assert {name: buffer.tolist() for name, buffer in made.named_buffers()} == {name: buffer.tolist() for name, buffer in usual.named_buffers()}
+    for (name, mine), (other, theirs) in zip(made.named_modules(), usual.named_modules(), strict=True):
+        assert name == other and isinstance(mine, type(theirs))
+        if isinstance(mine, torch.nn.Linear) and "lm_head" not in name:
+            weight = dequantize_4bit(mine.weight.data, mine.weight.quant_state)
+            assert weight.shape == theirs.weight.shape and weight.dtype == torch.bfloat16 and 0.01 < float(weight.float().std()) < 0.03
+    assert torch.isfinite(made(input_ids=torch.arange(8)[None]).logits).all()
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reward", "dpo", "ppo"))])
+def test_smoke_holds_in_a_cards_arithmetic(gpu: ModuleType, algorithm: str) -> None:
+    """bf16 weights under bf16 autocast, which the CPU can do too."""
+    base = tiny_base(bf16=True)
+    result = part("smoke").smoke(algorithm, base, part("made").Size(4, 2, 48))
+    assert base.model.dtype == torch.bfloat16 and failed(result) == []
+    if algorithm == "grpo":
+        assert 1e-5 < result.figures["sampler against policy, mean"] < 0.05, "it was fp32 after all"
+
+
+def test_every_way_to_save_memory_gives_the_same_gradient(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = part("features").features(tiny_base(), part("made").Size(4, 2, 48))
+    assert failed(result) == [] and sum("the same gradient" in name for name in result.checks) == 3
+    monkeypatch.setattr(memory, "_offloaded", lambda checkpoint, *given, **named: 1.01 * checkpoint(*given, **named))
+    assert failed(part("features").features(tiny_base(), part("made").Size(4, 2, 48))) == ["the same gradient, all, inputs offloaded"]
+
+
+def test_what_does_not_fit_is_told(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell that runs out of memory, and the next one on the same base."""
+    cells, base = part("cells"), tiny_base()
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(part("course").Loop, "run", full)
+        record = cells.measure(cells.TINY_CELLS[0], base, (1.0, 1.0), 20.0)
+    assert record["failed"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB." and record["planned GiB"] == 20.0
+    fits = cells.measure(cells.TINY_CELLS[0], base, (1.0, 1.0), 2.0) | {"measured GiB": 2.1}
+    table = part("tables").cell_table([record, fits, {"cell": fits["cell"], "side": "TRL", "failed": "out of memory: CUDA"}])
+    assert "| sft 2x48 | 20.00 | OutOfMemoryError: CUDA out" in table and "| 2.00 | 2.10 | +5.0% |" in table and "| out of memory |" in table
+
+
+@pytest.mark.slow
+def test_trl_over_the_same_cells(tmp_path: Path) -> None:
+    for name in ("trl", "datasets"):
+        pytest.importorskip(name)
+    run("gpu.py", "trl", "--tiny", "--json", str(tmp_path / "trl.jsonl"))
+    records = [json.loads(line) for line in (tmp_path / "trl.jsonl").read_text().splitlines()][1:]
+    assert [record["algorithm"] for record in records] == ["sft", "dpo", "grpo"]
+    assert all(record["side"] == "TRL" and record["seconds a step"] > 0 and "failed" not in record for record in records)
 
 
 def test_memory_is_capped_only_on_larger_cards(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +312,7 @@ def test_memory_is_capped_only_on_larger_cards(gpu: ModuleType, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: fractions.append(fraction))
     for total, cap in ((80e9, 24e9), (16e9, None)):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, total=total: argparse.Namespace(total_memory=total))
-        assert gpu.cap_memory(torch.device("cuda"), 24.0) == (cap / 2**30 if cap else None)
+        assert part("machine").cap_memory(torch.device("cuda"), 24.0) == (cap / 2**30 if cap else None)
     assert fractions == [pytest.approx(0.3)]
 
 

@@ -1,0 +1,1 @@
+"""The kit on a real card (`benchmarks/gpu.py`)."""
