@@ -264,6 +264,19 @@ def test_what_it_does_in_silence_is_refused(stand_in: StandIn, tmp_path: Path) -
         loaded()
 
 
+def test_an_unsloth_that_works_otherwise_is_refused(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is marked, or what was replaced is not kept, transformers' own code could not be told from unsloth's."""
+    model = loaded().model
+    monkeypatch.setattr(modeling_llama, "_unsloth_pre_patch_originals", ({}, {}))
+    with pytest.raises(UserError, match="replaces transformers' code in another way"):
+        unsloth._as_written(model, CPU)
+    for module in model.modules():
+        del module._unsloth_fast_path
+    unsloth._as_written(model, CPU)
+    with pytest.raises(UserError, match="replaces transformers' code in another way"):
+        unsloth._as_written(model, torch.device("cuda"))
+
+
 @pytest.mark.skipif(not HERE, reason="unsloth is not installed")
 @pytest.mark.unsloth
 @pytest.mark.parametrize(("preset", "overrides"), [

@@ -33,6 +33,8 @@ LOGPS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Nats a token, in the mean, by which unsloth's forward may differ from transformers'; another batch shape alone moves bf16 by 0.016."""
 GRADIENT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """The same for the adapter's gradient, relative."""
+UNKNOWN = ("base.backend: this unsloth replaces transformers' code in another way than this kit knows: install the version in "
+           "constraints/unsloth.txt, or use `plain`")  # fmt: skip
 
 
 def load_base(wanted: settings.Base, tokenizer: Any, longest: int, device: torch.device | None = None) -> Base:
@@ -51,12 +53,14 @@ def load_base(wanted: settings.Base, tokenizer: Any, longest: int, device: torch
             model, _ = unsloth.FastLanguageModel.from_pretrained(
                 model_name=place, max_seq_length=longest, dtype=dtype, load_in_4bit=four_bits, use_exact_model_name=True,
                 device_map={"": device}, use_gradient_checkpointing=False, **arguments)  # fmt: skip
+        except torch.OutOfMemoryError:  # is a RuntimeError, and has an exit code of its own
+            raise
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
             raise UserError(f"base.backend: unsloth cannot load {wanted.model}: {_first_line(error)}; use `plain`") from error
     _check(model, config, wanted, four_bits)
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
     base = freeze(model, tokenizer, name=wanted.model, revision=revision, bits=4 if four_bits else 16)
-    return replace(base, backend="unsloth", as_written=_as_written(model))
+    return replace(base, backend="unsloth", as_written=_as_written(model, device))
 
 
 def _check(model: Any, config: Any, wanted: settings.Base, four_bits: bool) -> None:
@@ -73,10 +77,12 @@ def _check(model: Any, config: Any, wanted: settings.Base, four_bits: bool) -> N
         raise UserError(f"base.model: {wanted.model} cannot be loaded: {len(missing)} of its weights are not there, {min(missing)} for one")
 
 
-def _as_written(model: Any) -> Callable[[], AbstractContextManager[Any]]:
+def _as_written(model: Any, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """A context in which the model runs by transformers' own code. unsloth's forwards run only in modules that it has marked; what else it
-    replaced is the module of rotary embeddings. Without a card it replaces nothing."""
+    replaced is the module of rotary embeddings. Without a card it replaces nothing. Raises UserError where it works otherwise."""
     marked = [module for module in model.modules() if getattr(module, "_unsloth_fast_path", False)]
+    if not marked and device.type == "cuda":
+        raise UserError(UNKNOWN)
     if not marked:
         return nullcontext
     decoder, rotary = model.get_decoder(), _own_rotary(model)
@@ -103,6 +109,8 @@ def _own_rotary(model: Any) -> nn.Module:
     modeling, name = sys.modules[type(decoder).__module__], type(decoder).__name__.removesuffix("Model") + "RotaryEmbedding"
     replaced: dict[str, Any] = getattr(modeling, "_unsloth_pre_patch_originals", ({},))[0]
     kind = replaced.get(name) or getattr(modeling, name)
+    if not kind.__module__.startswith("transformers."):
+        raise UserError(UNKNOWN)
     with model.device:
         return kind(config=model.config)  # type: ignore[no-any-return]
 
