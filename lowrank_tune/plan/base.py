@@ -1,0 +1,68 @@
+"""A base of a few layers without weights, from its configuration alone: bitsandbytes' own 4-bit modules over meta tensors."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import bitsandbytes
+import torch
+from bitsandbytes.functional import QuantState
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from lowrank_tune.model.base import Base, freeze, nf4
+
+BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes' defaults: weights of one scale, and scales of one scale
+
+
+def shallow(config: Any, layers: int) -> Any:
+    """The configuration with so many layers, the first ones."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    for name in ("layer_types", "mlp_layer_types"):
+        if getattr(text, name, None):
+            setattr(text, name, list(getattr(text, name))[:layers])
+    return config
+
+
+def bare_base(config: Any, name: str, bits: int, device: torch.device) -> Base:
+    """The frozen base as `load_base` would make it of this configuration, on meta tensors. Enter `pretending` first."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if bits == 4:
+            quantizer = Bnb4BitHfQuantizer(nf4(device))
+            quantizer.pre_quantized = False
+            quantizer._process_model_before_weight_loading(model, None)
+            for module in model.modules():
+                if isinstance(module, bitsandbytes.nn.Linear4bit):
+                    _quantise(module, dtype)
+    return freeze(model, None, name=name, bits=bits)
+
+
+def _quantise(module: Any, dtype: torch.dtype) -> None:
+    shape = torch.Size((module.out_features, module.in_features))
+    blocks = math.ceil(shape.numel() / BLOCK)
+    nested = QuantState(torch.empty(math.ceil(blocks / NESTED_BLOCK)), code=torch.empty(256), blocksize=NESTED_BLOCK, dtype=torch.float32)
+    state = QuantState(torch.empty(blocks, dtype=torch.uint8), shape=shape, code=torch.empty(16), blocksize=BLOCK, quant_type="nf4",
+                       dtype=dtype, offset=torch.empty(()), state2=nested)  # fmt: skip
+    packed = torch.empty(math.ceil(shape.numel() / 2), 1, dtype=torch.uint8)
+    module.weight = bitsandbytes.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=module)
+    module.quant_state = state
+    if module.bias is not None:
+        module.bias = nn.Parameter(torch.empty(module.out_features, dtype=dtype), requires_grad=False)
+
+
+def stored(model: Any) -> list[torch.Tensor]:
+    """All tensors that a base keeps: packed weights with their scales, and buffers."""
+    found = []
+    for tensor in (*model.parameters(), *model.buffers()):
+        found.append(tensor)
+        state = getattr(tensor, "quant_state", None)
+        if state is not None:
+            found += [state.absmax, state.code] + ([state.state2.absmax, state.state2.code, state.offset] if state.nested else [])
+    return found

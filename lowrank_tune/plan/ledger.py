@@ -1,0 +1,127 @@
+"""Who holds how many bytes, at every moment of a program that runs on meta tensors: each storage is counted from its birth to its death."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+FEW_ROWS = 8
+"""Up to so many rows bitsandbytes' CUDA kernels read a 4-bit weight as it is; for more, some unpack it first (`backends/cuda/ops.py`)."""
+aten = torch.ops.aten
+bits = torch.ops.bitsandbytes
+Moment = tuple[str, ...]
+
+
+class Ledger(TorchDispatchMode):
+    """While it is entered, counts the storages that operations make. `peaks` holds of each `moment` what was alive at its highest point.
+
+    `block` is what the device's allocator rounds up to. A storage is booked under `purpose`, or under `logits` where it has a side as long
+    as the vocabulary.
+    """
+
+    def __init__(self, device: str, vocabulary: int) -> None:
+        super().__init__()
+        self.device, self.vocabulary, self.block = device, vocabulary, 512 if device == "cuda" else 1
+        self.live: Counter[str] = Counter()
+        self.total = 0
+        self.peaks: dict[Moment, dict[str, int]] = {}
+        self.moment: Moment = ("start",)
+        self.purpose = "activations"
+        self._highest = -1
+        self._alive: dict[int, tuple[weakref.ref[Any], int, str]] = {}
+
+    def at(self, *moment: str) -> None:
+        """From here on it is this moment."""
+        self.moment = moment
+        self._highest = sum(self.peaks[moment].values()) if moment in self.peaks else -1
+        self._look()
+
+    def rename(self, tensors: Iterable[Tensor | None], purpose: str) -> None:
+        """Books these under another purpose."""
+        for tensor in tensors:
+            if tensor is not None and (found := self._alive.get(tensor.untyped_storage()._cdata)) is not None:
+                ref, size, before = found
+                self._alive[tensor.untyped_storage()._cdata] = ref, size, purpose
+                self.live[before] -= size
+                self.live[purpose] += size
+
+    def count(self, tensors: Iterable[Tensor], purpose: str) -> None:
+        """Counts what was made before, and lives."""
+        before, self.purpose = self.purpose, purpose
+        for tensor in tensors:
+            self._note(tensor, purpose)
+        self.purpose = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        with torch._C.DisableTorchFunction():  # what torch does below must see meta tensors as they are
+            return self._do(func, args, kwargs or {})
+
+    def _do(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if func is bits.gemm_4bit.default:
+            with self:
+                if (done := _unpacked(self.device, *args, **kwargs)) is not None:
+                    return done
+        leaves = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        if any(one.is_meta for one in leaves) and not all(one.is_meta for one in leaves):
+            if func._schema.is_mutable and not leaves[0].is_meta:
+                return leaves[0]  # numbers that there are none of, into real ones: they stay as they are
+            args, kwargs = _indices(func, args), dict(kwargs)
+            args, kwargs = tree_map_only(Tensor, _without_numbers, (args, kwargs))
+        out = func(*args, **kwargs)
+        for one in tree_leaves(out):
+            if isinstance(one, Tensor):
+                self._note(one)
+        return out
+
+    def _note(self, tensor: Tensor, purpose: str | None = None) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        size = -(-storage.nbytes() // self.block) * self.block
+        what = purpose or ("logits" if self.vocabulary in tensor.shape else self.purpose)
+        self._alive[key] = weakref.ref(storage, lambda _, key=key: self._gone(key)), size, what
+        self.live[what] += size
+        self.total += size
+        self._look()
+
+    def _look(self) -> None:
+        if self.total > self._highest:
+            self._highest = self.total
+            self.peaks[self.moment] = dict(self.live)
+
+    def _gone(self, key: int) -> None:
+        _, size, what = self._alive.pop(key)
+        self.live[what] -= size
+        self.total -= size
+
+
+def _without_numbers(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_meta else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _indices(func: Any, args: Sequence[Any]) -> Sequence[Any]:
+    """How many numbers a mask picks is known only while it is real."""
+    if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default) and any(
+            one is not None and one.dtype == torch.bool and not one.is_meta for one in args[1]):  # fmt: skip
+        places = [part for one in args[1] for part in (one.nonzero(as_tuple=True) if one is not None and one.dtype == torch.bool else (one,))]
+        return [args[0], places, *args[2:]]
+    return args
+
+
+def _unpacked(device: str, x: Tensor, weight: Tensor, shape: Sequence[int], absmax: Tensor, blocksize: int, kind: str,
+              bias: Tensor | None = None, absmax_8bit: Tensor | None = None, absmax_code: Tensor | None = None,
+              absmax_offset: Tensor | None = None) -> Tensor | None:  # fmt: skip
+    """The product as bitsandbytes' default kernel forms it, with the weight unpacked; None where a kernel reads it as it is."""
+    if device == "cuda" and x.numel() // x.shape[-1] <= FEW_ROWS:
+        return None
+    if absmax_8bit is not None:
+        absmax = bits.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
+    return torch.nn.functional.linear(x, bits.dequantize_4bit.default(weight, absmax, blocksize, kind, shape, x.dtype), bias)

@@ -1,0 +1,165 @@
+"""The recipe's own code on tensors without numbers, as if it ran on the device that is planned for.
+
+Floating-point tensors live on torch's `meta` device: a shape and no bytes. Whole numbers and masks are few and real, so that code which asks
+them for values (how many tokens are scored, which prompts rows share) goes the way that it goes in a run. Meta tensors say that they are on
+the planned device; what asks them for numbers hears 0, and yes. Under CUDA's autocast they are cast as torch casts them
+(`torch/amp`: half precision for products, fp32 for sums that need it), which torch itself does on no meta tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+from lowrank_tune.plan.attention import attend
+
+META = torch.device("meta")
+HALVED = {F.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm,
+          torch.Tensor.bmm, F.scaled_dot_product_attention, torch.conv1d, F.conv1d}  # fmt: skip
+WIDENED = {torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.rsqrt, torch.Tensor.rsqrt, torch.exp, torch.Tensor.exp, torch.log,
+           torch.Tensor.log, torch.cumsum, torch.Tensor.cumsum, torch.sum, torch.Tensor.sum, torch.prod, torch.Tensor.prod, torch.softmax,
+           torch.Tensor.softmax, F.softmax, torch.log_softmax, F.log_softmax, F.layer_norm, F.softplus}  # fmt: skip
+"""What CUDA's autocast runs in half precision, and in fp32."""
+
+
+class Pretend(TorchFunctionMode):
+    """While it is entered, meta tensors are taken to be on `device`."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.planned = device
+        self.casts: dict[int, tuple[Tensor, Tensor]] = {}  # autocast's own cache of weights, which ends with its outermost context
+        self.answers: dict[Any, Callable[..., Any]] = {
+            torch.Tensor.device.__get__: lambda x: device if x.is_meta else x.device,  # type: ignore[attr-defined]
+            torch.Tensor.is_cuda.__get__: lambda x: device.type == "cuda" and x.is_meta,  # type: ignore[attr-defined]
+            torch.Tensor.is_cpu.__get__: lambda x: device.type == "cpu" or not x.is_meta,  # type: ignore[attr-defined]
+            torch.Tensor.get_device: lambda x: 0 if device.type == "cuda" and x.is_meta else x.get_device(),
+            torch.Tensor.to: self._to, torch.Tensor.cpu: lambda x, **_: self._to(x, "cpu"), torch.Tensor.tolist: lambda x: _host(x).tolist(),
+            torch.Tensor.item: lambda x: bool_or_zero(x), torch.Tensor.__bool__: lambda x: bool(bool_or_zero(x)),
+            torch.Tensor.__float__: lambda x: float(bool_or_zero(x)), torch.Tensor.__int__: lambda x: int(bool_or_zero(x)),
+            torch.equal: lambda a, b: _agree(torch.equal, a, b), torch.allclose: lambda a, b, **how: _agree(torch.allclose, a, b, **how),
+            F.scaled_dot_product_attention: lambda *a, **k: attend(device.type, *a, **k)}  # fmt: skip
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if self.planned.type == "cuda" and (func in HALVED or func in WIDENED) and torch.is_autocast_enabled("cuda"):
+            args, kwargs = self._cast(func, args, kwargs)
+        if (answer := self.answers.get(func)) is not None:
+            return answer(*args, **kwargs)
+        if kwargs.get("device") is not None and _type(kwargs["device"]) == self.planned.type:
+            return self._make(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def through(self, module: Any, before: Callable[[], None]) -> None:
+        """Has a module run under this mode also where a backward pass computes it again, which autograd does without any mode; and is told
+        `before` each time."""
+        plain = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            before()
+            with nullcontext() if _get_current_function_mode() is self else self:
+                return plain(*args, **kwargs)
+
+        module.forward = forward
+
+    def _make(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What is made on the planned device: numbers are real where they are whole, else they are none."""
+        dtype, rest = kwargs.get("dtype"), {key: value for key, value in kwargs.items() if key != "device"}
+        if func in (torch.tensor, torch.as_tensor):
+            given = args[0] if args else kwargs["data"]
+            if isinstance(given, Tensor) and given.is_meta:
+                return given if dtype is None else given.to(dtype)
+            made = func(*args, **rest)
+            return torch.empty_like(made, device=META) if made.is_floating_point() else made
+        whole = not dtype.is_floating_point if dtype is not None else _makes_whole(func, args, kwargs)
+        return func(*args, **rest, device=torch.device("cpu") if whole else META)
+
+    def _to(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args and isinstance(args[0], Tensor):
+            args = (self.planned if args[0].is_meta else args[0].device, args[0].dtype, *args[1:])
+        named, dtype = kwargs.get("device"), kwargs.get("dtype")
+        target = named if named is not None else next((one for one in args if isinstance(one, (str, torch.device))), None)
+        dtype = dtype if dtype is not None else next((one for one in args if isinstance(one, torch.dtype)), None)
+        kind = self.planned.type if target is None and x.is_meta else "cpu" if target is None else _type(target)
+        if kind == "meta":
+            return x.to(target, dtype)
+        if kind == self.planned.type == "cuda" and not x.is_meta:
+            x = torch.empty_like(x, device=META) if x.is_floating_point() else x.clone()
+        elif kind == "cpu" != self.planned.type and x.is_meta:
+            x = _host(x)
+        return x if dtype is None or dtype == x.dtype else x.to(dtype)
+
+    def _cast(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        if func in HALVED:
+            return [self._halved(one) for one in args], {key: self._halved(one) for key, one in kwargs.items()}
+        if kwargs.get("dtype") is not None:
+            return list(args), dict(kwargs)
+        return [one.float() if _is_half(one) else one for one in args], {key: one.float() if _is_half(one) else one for key, one in kwargs.items()}
+
+    def _halved(self, x: Any) -> Any:
+        """As autocast casts: the weights that are trained once, until its outermost context ends."""
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype in (torch.bfloat16, torch.float64):
+            return x
+        if not (x.requires_grad and x.is_leaf and torch.is_autocast_cache_enabled()):
+            return x.to(torch.bfloat16)
+        if id(x) not in self.casts:
+            self.casts[id(x)] = x, x.to(torch.bfloat16)
+        return self.casts[id(x)][1]
+
+
+@contextmanager
+def pretending(device: torch.device) -> Iterator[Pretend]:
+    """Enters the mode. Where torch has no card, its autocast for CUDA would switch itself off: here it is told that there is one."""
+    mode, clear = Pretend(device), torch.clear_autocast_cache
+
+    def forget() -> None:
+        mode.casts.clear()
+        clear()
+
+    with ExitStack() as entered:
+        if device.type == "cuda":
+            entered.enter_context(patch("torch.clear_autocast_cache", forget))
+            if not torch.cuda.is_available():
+                entered.enter_context(patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
+                entered.enter_context(patch("torch.cuda.is_bf16_supported", lambda including_emulation=True: True))
+        yield entered.enter_context(mode)
+
+
+def bool_or_zero(x: Tensor) -> Any:
+    """The number that a tensor of one element holds; of a meta tensor yes, or 0."""
+    if not x.is_meta:
+        return x.item()
+    return True if x.dtype == torch.bool else 0.0 if x.is_floating_point() else 0
+
+
+def _host(x: Tensor) -> Tensor:
+    return (torch.ones if x.dtype == torch.bool else torch.zeros)(x.shape, dtype=x.dtype) if x.is_meta else x
+
+
+def _agree(compare: Callable[..., bool], a: Tensor, b: Tensor, **how: Any) -> bool:
+    return True if a.is_meta or b.is_meta else compare(a, b, **how)
+
+
+def _type(device: Any) -> str:
+    return "cuda" if isinstance(device, int) else torch.device(device).type
+
+
+def _makes_whole(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a factory that was told no dtype makes whole numbers or masks."""
+    if func is torch.arange:
+        return all(isinstance(one, int) for one in (*args, *(kwargs[key] for key in ("start", "end", "step") if key in kwargs)))
+    if func is torch.full:
+        return not isinstance(kwargs.get("fill_value", args[1] if len(args) > 1 else 0.0), float)
+    kept = args[0] if args and isinstance(args[0], Tensor) else None  # `zeros_like` and `new_zeros` keep the dtype
+    return kept is not None and not kept.is_floating_point()
+
+
+def _is_half(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16)
