@@ -17,7 +17,7 @@ import lowrank_tune
 PACKAGE = Path(lowrank_tune.__file__).parent
 ORDER = (
     "errors events hacking patterns early settings types dist maths tutor model data rollout rewards algorithms recipe checkpoint build "
-    "preflight plan evaluate verify control train stage export evals sinks trackers ui runner chat doctor cli"
+    "preflight evaluate verify control train plan stage export evals sinks trackers ui runner chat doctor cli"
 ).split()
 LAZY = ("__init__", "__main__", "cli")
 """Modules that load first-party code at first use, so that `--help` and a faulty recipe take a second."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from lowrank_tune import settings
@@ -19,12 +17,13 @@ from lowrank_tune.algorithms.reward import Reward
 from lowrank_tune.algorithms.sft import SFT
 from lowrank_tune.build.learned import ROLE, below_reward
 from lowrank_tune.build.online import Scoring, check_rewards, grpo, load_prompts, make_harvester, ppo, try_groups
+from lowrank_tune.build.stacks import HEADS, lay_out, lower_of
 from lowrank_tune.data import AskedSet, Order, Prepared, Prompt, Template, TokenStore, asked_order, collate_units, load, prompts
 from lowrank_tune.data.tokenise import cache_folder
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, Note, Progress
 from lowrank_tune.model import unsloth
-from lowrank_tune.model.adapters import SavedAdapter, lora_config, read_adapter
+from lowrank_tune.model.adapters import SavedAdapter, read_adapter
 from lowrank_tune.model.base import Base, hash_of, load_base, load_tokenizer, one_hash
 from lowrank_tune.model.heads import KEY
 from lowrank_tune.model.roles import Roles
@@ -35,8 +34,6 @@ ALGORITHMS: dict[str, Callable[[Kit, settings.Recipe], Algorithm]] = {
     "reward": lambda kit, recipe: Reward(kit, recipe.reward.centering),
     "dpo": lambda kit, recipe: DPO(kit, recipe.dpo.loss, recipe.dpo.beta, recipe.dpo.label_smoothing, recipe.dpo.sft),
 }
-HEADS = {"reward", "value"}
-"""Roles with a scalar head."""
 ONLINE: dict[str, Callable[[settings.Recipe, Kit, Harvester], Algorithm]] = {"grpo": grpo, "ppo": ppo}
 """Those that write their own rows."""
 
@@ -85,7 +82,7 @@ def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = Non
     base = base or _load_base(recipe, template, device, emit)
     hashes = base.hashes()
     roles = load_roles(recipe, base, saved, emit)
-    micro_tokens = _micro_tokens(recipe, _longest(recipe))
+    micro_tokens = micro_tokens_of(recipe, _longest(recipe))
     collated = {store: _collated(store, template.pad_id) for store in (data.train, data.validation) if store is not None}
     if recipe.algorithm == "dpo":
         for store, rows in list(collated.items()):
@@ -112,7 +109,7 @@ def _build_online(recipe: settings.Recipe, emit: Emit, device: torch.device | No
         base = base or _load_base(recipe, template, device, emit)
         hashes, roles = base.hashes(), load_roles(recipe, base, saved, emit)
         stop_ids = base.end_ids | template.end_ids
-        micro_tokens = _micro_tokens(recipe, _longest(recipe))
+        micro_tokens = micro_tokens_of(recipe, _longest(recipe))
         if scoring.learned:
             scoring.attach(roles, micro_tokens)
             check_rewards(scoring, data, recipe.seed, emit)
@@ -172,7 +169,7 @@ def _longest(recipe: settings.Recipe) -> int:
     return recipe.data.max_prompt_length + recipe.rollout.max_new_tokens if recipe.algorithm in ONLINE else recipe.data.max_length
 
 
-def _micro_tokens(recipe: settings.Recipe, longest: int) -> int:
+def micro_tokens_of(recipe: settings.Recipe, longest: int) -> int:
     """Tokens that go through the model at once where no gradient is kept."""
     return min(max(4096, (recipe.train.micro_batch_size or 4) * longest), 1 << 15)
 
@@ -191,21 +188,12 @@ def _heldout(recipe: settings.Recipe, template: Template) -> list[Prompt]:
 
 
 def load_roles(recipe: settings.Recipe, base: Base, saved: Mapping[str, SavedAdapter], emit: Emit) -> Roles:
-    """The stacks: frozen adapters in the recipe's order, the trained one on top of them; without it, the reference. A reward model that is
-    not trained speaks beside them, over those that it was trained over; so does PPO's value, or it is a head on the policy's own stack."""
-    top, aside = recipe.trained, recipe.aside
-    lower = [name for name in recipe.adapters if name not in (top, ROLE, *aside)]
-    stacks = {top: [*lower, top], "reference": lower}
-    if ROLE in recipe.adapters and top != ROLE:
-        stacks[ROLE] = [*below_reward(saved, lower), ROLE]
-    names = list(dict.fromkeys([*lower, top, *stacks.get(ROLE, ())]))
-    configs = {name: saved[name].config if name in saved else lora_config(recipe.adapters[name], base.model) for name in names}
-    if "value" in aside:
-        stacks["value"] = _value_stack(recipe, stacks)
-        if recipe.ppo.value == "adapter":
-            configs["value"] = _value_config(recipe, base, saved, configs)
-    roles = Roles(base, configs, trainable=[top, *aside], stacks=stacks, checkpointing=recipe.train.gradient_checkpointing, seed=recipe.seed,
-                  heads=HEADS & stacks.keys(), offload=recipe.train.activation_offloading)  # fmt: skip
+    """The stacks of the recipe over the base (`lay_out`), with the weights of the adapters that were `saved`."""
+    top, lower = recipe.trained, lower_of(recipe)
+    below = below_reward(saved, lower) if ROLE in recipe.adapters and top != ROLE else []
+    configs, stacks = lay_out(recipe, base.model, {name: adapter.config for name, adapter in saved.items()}, below)
+    roles = Roles(base, configs, trainable=[top, *recipe.aside], stacks=stacks, checkpointing=recipe.train.gradient_checkpointing,
+                  seed=recipe.seed, heads=HEADS & stacks.keys(), offload=recipe.train.activation_offloading)  # fmt: skip
     for name, adapter in saved.items():
         roles.load_adapter_tensors(name, adapter.tensors, f"adapters.{name}.path: {adapter.folder}")
         if adapter.base_name not in (None, recipe.base.model, recipe.base.model.partition("@")[0]):
@@ -221,22 +209,6 @@ def load_roles(recipe: settings.Recipe, base: Base, saved: Mapping[str, SavedAda
     if top in saved:
         emit(Note(message=f"the {top} adapter goes on from {saved[top].folder}: it need not agree with {_in_words(roles)}"))
     return roles
-
-
-def _value_stack(recipe: settings.Recipe, stacks: Mapping[str, list[str]]) -> list[str]:
-    """What the value speaks with: the policy's stack, or what lies below the policy, or below the reward model that it is a copy of."""
-    if recipe.ppo.value == "trunk":
-        return stacks["policy"]
-    return [*(stacks[ROLE][:-1] if recipe.ppo.value_from == "reward" else stacks["reference"]), "value"]
-
-
-def _value_config(recipe: settings.Recipe, base: Base, saved: Mapping[str, SavedAdapter], configs: Mapping[str, LoraConfig]) -> LoraConfig:
-    """The value's shape: the reward model's where it is a copy, else its own where it has one, else the policy's."""
-    if "value" in saved:
-        return saved["value"].config
-    if recipe.ppo.value_from == "reward":
-        return deepcopy(configs[ROLE])
-    return lora_config(recipe.adapters["value"], base.model) if "value" in recipe.adapters else deepcopy(configs["policy"])
 
 
 def _in_words(roles: Roles) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
-FLASH_ALIGNED = 8  # CUDA's kernels pad the width of a head to it
+FLASH = 1  # torch's number of the backend (`torch.nn.attention.SDPBackend`)
+FLASH_ALIGNED, FLASH_WIDEST = 8, 256  # CUDA's kernels pad the width of a head to the first, up to the second
 
 
 def attend(device: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
@@ -20,25 +19,33 @@ def attend(device: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Te
     query, key, value = (one if one.is_meta else one.to("meta") for one in (query, key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device="meta")  # torch turns it into what is added to the scores
+    how = (dropout_p, is_causal)
     if device == "cpu":
-        if _flash_on_cpu(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
-            if enable_gqa and key.shape[1] != query.shape[1]:
-                key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], 1) for one in (key, value))
-            return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]  # type: ignore[no-any-return]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if _flash_on_cpu(query, key, value, attn_mask, *how, scale, enable_gqa):
+            return _first(aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, *how, attn_mask=attn_mask, scale=scale))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *how, scale=scale, enable_gqa=enable_gqa)
     width = query.shape[-1]
-    query, key, value = (F.pad(one, (0, -one.shape[-1] % FLASH_ALIGNED)) if one.shape[-1] % FLASH_ALIGNED else one for one in (query, key, value))
-    if attn_mask is None and width <= 256 and query.dtype != torch.float32:
-        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale or width**-0.5)[0][..., :width]  # type: ignore[no-any-return]
+    scale = width**-0.5 if scale is None else scale
+    query, key, value = (_aligned(one) for one in (query, key, value))
+    if attn_mask is None and width <= FLASH_WIDEST and query.dtype != torch.float32:
+        return _first(aten._scaled_dot_product_flash_attention(query, key, value, *how, scale=scale))[..., :width]
     if attn_mask is not None:
         attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     kept = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
-    return aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, kept, dropout_p, is_causal, scale=scale or width**-0.5)[0][..., :width]  # type: ignore[no-any-return]
+    return _first(aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, kept, *how, scale=scale))[..., :width]
 
 
-def _flash_on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *how: Any) -> bool:
+def _first(found: tuple[Tensor, ...]) -> Tensor:
+    return found[0]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return F.pad(x, (0, -x.shape[-1] % FLASH_ALIGNED)) if x.shape[-1] % FLASH_ALIGNED else x
+
+
+def _flash_on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: float | None,
+                  gqa: bool) -> bool:  # fmt: skip
     """Asks torch, of real tensors of the same shapes, whose pages nobody ever touches."""
-    dropout, causal, scale, gqa = how
-    real = [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, requires_grad=one.requires_grad) for one in (query, key, value)]
+    q, k, v = (torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, requires_grad=one.requires_grad) for one in (query, key, value))
     real_mask = None if mask is None else torch.empty(mask.shape, dtype=mask.dtype)
-    return bool(torch._fused_sdp_choice(*real, real_mask, dropout, causal, scale=scale, enable_gqa=gqa) == 1)
+    return torch._fused_sdp_choice(q, k, v, real_mask, dropout, causal, scale=scale, enable_gqa=gqa) == FLASH

@@ -4,28 +4,57 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import torch
 from bitsandbytes.functional import QuantState
+from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from lowrank_tune.model.base import Base, freeze, nf4
+from lowrank_tune import settings
+from lowrank_tune.model.adapters import lora_config
+from lowrank_tune.model.base import Base, check_quantisation, freeze, load_config, nf4
+from lowrank_tune.model.shapes import config_of
 
 BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes' defaults: weights of one scale, and scales of one scale
 
 
-def shallow(config: Any, layers: int) -> Any:
-    """The configuration with so many layers, the first ones."""
+@dataclass(frozen=True)
+class Layer:
+    """What tells a layer's memory from another's: its kind of attention, where a model has several, and whether it is recomputed."""
+
+    kind: str = ""
+    recomputed: bool = True
+
+
+def config_for(wanted: settings.Base) -> Any:
+    """The base's configuration: of the bases that presets name, from the package; else as `load_config` finds it. Raises UserError."""
+    carried = None if Path(wanted.model.partition("@")[0]).expanduser().is_dir() else config_of(wanted.model)
+    config = load_config(wanted) if carried is None else AutoConfig.for_model(**carried)
+    check_quantisation(config, wanted)
+    return config
+
+
+def layers_of(config: Any, recomputed: int) -> list[Layer]:
+    """All layers of a model, the first so many of which are recomputed."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
+    return [Layer(kind, number < recomputed) for number, kind in enumerate(kinds)]
+
+
+def shallow(config: Any, layers: Sequence[Layer]) -> Any:
+    """The configuration of a model of these layers alone."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
-    text.num_hidden_layers = layers
-    for name in ("layer_types", "mlp_layer_types"):
-        if getattr(text, name, None):
-            setattr(text, name, list(getattr(text, name))[:layers])
+    text.num_hidden_layers = len(layers)
+    if getattr(text, "layer_types", None):
+        text.layer_types = [layer.kind for layer in layers]
     return config
 
 
@@ -66,3 +95,9 @@ def stored(model: Any) -> list[torch.Tensor]:
         if state is not None:
             found += [state.absmax, state.code] + ([state.state2.absmax, state.state2.code, state.offset] if state.nested else [])
     return found
+
+
+def bare_shape(wanted: settings.Base, adapter: settings.Adapter) -> LoraConfig:
+    """The LoRA that settings stand for, of an adapter that is not there yet."""
+    with torch.device("meta"):
+        return lora_config(adapter, AutoModelForCausalLM.from_config(shallow(config_for(wanted), [Layer()])))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ bits = torch.ops.bitsandbytes
 Moment = tuple[str, ...]
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, counts the storages that operations make. `peaks` holds of each `moment` what was alive at its highest point.
 
     `block` is what the device's allocator rounds up to. A storage is booked under `purpose`, or under `logits` where it has a side as long
@@ -27,7 +29,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, device: str, vocabulary: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.vocabulary, self.block = device, vocabulary, 512 if device == "cuda" else 1
         self.live: Counter[str] = Counter()
         self.total = 0
@@ -52,12 +54,14 @@ class Ledger(TorchDispatchMode):
                 self.live[before] -= size
                 self.live[purpose] += size
 
-    def count(self, tensors: Iterable[Tensor], purpose: str) -> None:
-        """Counts what was made before, and lives."""
+    @contextmanager
+    def named(self, purpose: str) -> Iterator[None]:
+        """What is made meanwhile is booked under this purpose."""
         before, self.purpose = self.purpose, purpose
-        for tensor in tensors:
-            self._note(tensor, purpose)
-        self.purpose = before
+        try:
+            yield
+        finally:
+            self.purpose = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         with torch._C.DisableTorchFunction():  # what torch does below must see meta tensors as they are
@@ -74,20 +78,22 @@ class Ledger(TorchDispatchMode):
                 return leaves[0]  # numbers that there are none of, into real ones: they stay as they are
             args, kwargs = _indices(func, args), dict(kwargs)
             args, kwargs = tree_map_only(Tensor, _without_numbers, (args, kwargs))
+        if func is aten._to_copy.default and args[0].is_meta:
+            kwargs = {key: value for key, value in kwargs.items() if key != "device"}  # there is nothing to take elsewhere
         out = func(*args, **kwargs)
         for one in tree_leaves(out):
             if isinstance(one, Tensor):
                 self._note(one)
         return out
 
-    def _note(self, tensor: Tensor, purpose: str | None = None) -> None:
+    def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._alive:
             return
         size = -(-storage.nbytes() // self.block) * self.block
-        what = purpose or ("logits" if self.vocabulary in tensor.shape else self.purpose)
-        self._alive[key] = weakref.ref(storage, lambda _, key=key: self._gone(key)), size, what
+        what = "logits" if self.purpose == "activations" and self.vocabulary in tensor.shape else self.purpose
+        self._alive[key] = weakref.ref(storage, partial(self._gone, key)), size, what
         self.live[what] += size
         self.total += size
         self._look()
@@ -97,7 +103,7 @@ class Ledger(TorchDispatchMode):
             self._highest = self.total
             self.peaks[self.moment] = dict(self.live)
 
-    def _gone(self, key: int) -> None:
+    def _gone(self, key: int, _: object) -> None:
         _, size, what = self._alive.pop(key)
         self.live[what] -= size
         self.total -= size

@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from lowrank_tune.plan.attention import attend
 
 META = torch.device("meta")
-HALVED = {F.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm,
-          torch.Tensor.bmm, F.scaled_dot_product_attention, torch.conv1d, F.conv1d}  # fmt: skip
+HALVED = {F.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.Tensor.matmul, torch.Tensor.__matmul__,
+          torch.Tensor.mm, torch.Tensor.bmm, F.scaled_dot_product_attention, torch.conv1d, F.conv1d}  # fmt: skip
 WIDENED = {torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.rsqrt, torch.Tensor.rsqrt, torch.exp, torch.Tensor.exp, torch.log,
            torch.Tensor.log, torch.cumsum, torch.Tensor.cumsum, torch.sum, torch.Tensor.sum, torch.prod, torch.Tensor.prod, torch.softmax,
            torch.Tensor.softmax, F.softmax, torch.log_softmax, F.log_softmax, F.layer_norm, F.softplus}  # fmt: skip
@@ -37,13 +37,13 @@ class Pretend(TorchFunctionMode):
         self.planned = device
         self.casts: dict[int, tuple[Tensor, Tensor]] = {}  # autocast's own cache of weights, which ends with its outermost context
         self.answers: dict[Any, Callable[..., Any]] = {
-            torch.Tensor.device.__get__: lambda x: device if x.is_meta else x.device,  # type: ignore[attr-defined]
-            torch.Tensor.is_cuda.__get__: lambda x: device.type == "cuda" and x.is_meta,  # type: ignore[attr-defined]
-            torch.Tensor.is_cpu.__get__: lambda x: device.type == "cpu" or not x.is_meta,  # type: ignore[attr-defined]
+            _getter("device"): lambda x: device if x.is_meta else x.device,
+            _getter("is_cuda"): lambda x: device.type == "cuda" and x.is_meta,
+            _getter("is_cpu"): lambda x: device.type == "cpu" or not x.is_meta,
             torch.Tensor.get_device: lambda x: 0 if device.type == "cuda" and x.is_meta else x.get_device(),
             torch.Tensor.to: self._to, torch.Tensor.cpu: lambda x, **_: self._to(x, "cpu"), torch.Tensor.tolist: lambda x: _host(x).tolist(),
-            torch.Tensor.item: lambda x: bool_or_zero(x), torch.Tensor.__bool__: lambda x: bool(bool_or_zero(x)),
-            torch.Tensor.__float__: lambda x: float(bool_or_zero(x)), torch.Tensor.__int__: lambda x: int(bool_or_zero(x)),
+            torch.Tensor.item: lambda x: _number(x), torch.Tensor.__bool__: lambda x: bool(_number(x)),
+            torch.Tensor.__float__: lambda x: float(_number(x)), torch.Tensor.__int__: lambda x: int(_number(x)),
             torch.equal: lambda a, b: _agree(torch.equal, a, b), torch.allclose: lambda a, b, **how: _agree(torch.allclose, a, b, **how),
             F.scaled_dot_product_attention: lambda *a, **k: attend(device.type, *a, **k)}  # fmt: skip
 
@@ -64,7 +64,7 @@ class Pretend(TorchFunctionMode):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             before()
-            with nullcontext() if _get_current_function_mode() is self else self:
+            with nullcontext() if _get_current_function_mode() is self else self:  # type: ignore[no-untyped-call]
                 return plain(*args, **kwargs)
 
         module.forward = forward
@@ -101,7 +101,7 @@ class Pretend(TorchFunctionMode):
             return [self._halved(one) for one in args], {key: self._halved(one) for key, one in kwargs.items()}
         if kwargs.get("dtype") is not None:
             return list(args), dict(kwargs)
-        return [one.float() if _is_half(one) else one for one in args], {key: one.float() if _is_half(one) else one for key, one in kwargs.items()}
+        return [_widened(one) for one in args], {key: _widened(one) for key, one in kwargs.items()}
 
     def _halved(self, x: Any) -> Any:
         """As autocast casts: the weights that are trained once, until its outermost context ends."""
@@ -132,7 +132,12 @@ def pretending(device: torch.device) -> Iterator[Pretend]:
         yield entered.enter_context(mode)
 
 
-def bool_or_zero(x: Tensor) -> Any:
+def _getter(name: str) -> Any:
+    """What a mode is asked about where somebody reads a property of a tensor."""
+    return getattr(torch.Tensor, name).__get__
+
+
+def _number(x: Tensor) -> Any:
     """The number that a tensor of one element holds; of a meta tensor yes, or 0."""
     if not x.is_meta:
         return x.item()
@@ -161,5 +166,5 @@ def _makes_whole(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> b
     return kept is not None and not kept.is_floating_point()
 
 
-def _is_half(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16)
+def _widened(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x

@@ -37,9 +37,8 @@ class Engine:
     def __init__(self, roles: Roles, role: str, slots: int = 256, cache_bytes: int | None = None, scratch_bytes: int | None = None,
                  decode: Decode | None = None) -> None:  # fmt: skip
         self.roles, self.role, self.slots, self.decode = roles, role, slots, decode
-        quarter = memory_of(roles.base.device) // 4
-        self.cache_bytes = quarter if cache_bytes is None else cache_bytes
-        self.scratch_bytes = quarter if scratch_bytes is None else scratch_bytes
+        self.cache_bytes = memory_of(roles.base.device) // 4 if cache_bytes is None else cache_bytes
+        self.scratch_bytes = memory_of(roles.base.device) // 4 if scratch_bytes is None else scratch_bytes
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling,
                  numbers: Sequence[int] | None = None) -> Iterator[Completion]:  # fmt: skip

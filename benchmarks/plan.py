@@ -1,0 +1,179 @@
+"""The memory planner against what a run holds: `python benchmarks/plan.py`.
+
+For tiny models of five shapes and all algorithms, two optimizer steps of the real loop on the CPU, and a rollout of the real engine, under
+torch's profiler: bytes are the sums of the records of the CPU allocator, over what was alive before (storages of all tensors that Python's
+garbage collector knows). Beside it what the planner says, told to plan for the CPU. Nothing here is the planner's but the line that asks it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lowrank_tune import Recipe
+from lowrank_tune.algorithms.harvest import Harvest, Harvester
+from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.build import ALGORITHMS, ONLINE, load_roles
+from lowrank_tune.model.base import load_base
+from lowrank_tune.plan.planner import phases_of, scene_of
+from lowrank_tune.rollout import Engine
+from lowrank_tune.train import Loop, make_optimizer
+from lowrank_tune.types import Batch, Sampling
+
+CPU = torch.device("cpu")
+PROMPT, NEW, LENGTH, MICRO, GROUP, PROMPTS, SLOTS = 32, 64, 96, 3, 4, 3, 8
+COMMON = dict(vocab_size=1000, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+              max_position_embeddings=512, pad_token_id=0, bos_token_id=2, eos_token_id=1)  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False},
+    "mistral": {"tie_word_embeddings": False, "sliding_window": None, "num_key_value_heads": 1},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": False, "head_dim": 48},
+    "gemma2": {"tie_word_embeddings": True, "head_dim": 32, "query_pre_attn_scalar": 32, "num_key_value_heads": 1},
+}
+LOOP = {"measuring KL", "update", "update of the value", "optimizer", "old and reference", "first check"}
+"""Phases that two steps of the loop go through."""
+
+
+def held() -> int:
+    """Bytes of all storages that any tensor of this process keeps alive."""
+    found: dict[int, int] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lazily imported modules are objects too, and some of them warn when they are looked at
+        for one in gc.get_objects():
+            if isinstance(one, torch.Tensor) and one.device.type == "cpu":
+                storage = one.untyped_storage()
+                found[storage.data_ptr()] = max(found.get(storage.data_ptr(), 0), storage.nbytes())
+    return sum(found.values())
+
+
+def peak_of(work: Callable[[], Any]) -> int:
+    """The most bytes that were alive at once while `work` ran, what was there before included."""
+    gc.collect()
+    before = held()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    total = highest = 0
+    records = record.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted((one for one in records if one.name() == "[memory]"), key=lambda one: one.start_ns()):
+        total += event.nbytes()
+        highest = max(highest, total)
+    return before + highest
+
+
+def saved_model(kind: str, folder: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **COMMON | SHAPES[kind])
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+
+
+def recipe_of(algorithm: str, model: str, checkpointing: bool | int, bits: int = 4) -> Recipe:
+    pairs, online = algorithm in ("reward", "dpo"), algorithm in ("grpo", "ppo")
+    data: dict[str, Any] = {"train": [{"dataset": "tutor-preferences" if pairs else "tutor"}]}
+    train: dict[str, Any] = {"steps": 2, "micro_batch_size": MICRO, "gradient_checkpointing": checkpointing, "log_every": 1}
+    more: dict[str, Any] = {}
+    if online:
+        data["max_prompt_length"], train["prompts_per_step"] = PROMPT, PROMPTS
+        more = {"rewards": [{"use": "answer"}], "rollout": {"num_generations": GROUP, "max_new_tokens": NEW, "slots": SLOTS}}
+    else:
+        data["max_length"], train["rows_per_step"] = LENGTH, 2 * MICRO
+    return Recipe.from_dict({"algorithm": algorithm, "base": {"model": model, "bits": bits}, "data": data, "train": train, **more})
+
+
+def rows(count: int, prompt: int, family: int, **extra: torch.Tensor) -> Batch:
+    """Rows of one length; families share a prompt."""
+    ids = torch.randint(3, 900, (count, LENGTH), generator=torch.Generator().manual_seed(1))
+    ids[:, :prompt] = ids[torch.arange(count) // family * family, :prompt]
+    says = torch.ones_like(ids, dtype=torch.bool)
+    says[:, :prompt] = False
+    if family > 1:
+        extra["shared"] = torch.tensor([0 if row % family == 0 else prompt for row in range(count)])
+    return Batch(ids, torch.ones_like(says), says, extra=extra)
+
+
+class Written(Harvester):
+    """Completions that were written before."""
+
+    def draw(self, step: int, draw: int, count: int | None = None) -> Harvest:
+        batch = rows(PROMPTS * GROUP, PROMPT, GROUP, sampler=torch.full((PROMPTS * GROUP, LENGTH), -7.0))
+        rewards = torch.rand(PROMPTS, GROUP, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        return Harvest(batch, rewards, rewards.view(-1, 1), torch.zeros(len(batch), dtype=torch.bool), ["all"], [""] * len(batch), [])
+
+
+def measured(recipe: Recipe, rollout: bool = False) -> int:
+    """The peak of two real steps; or of a real rollout."""
+    base = load_base(recipe.base, SimpleNamespace(eos_token_id=1), CPU)
+    roles, count = load_roles(recipe, base, {}, lambda event: None), 2 * MICRO
+    if rollout:
+        engine, sampling = Engine(roles, "policy", SLOTS, scratch_bytes=1 << 40), Sampling(NEW, frozenset())
+        return peak_of(lambda: list(engine.generate([[7] * PROMPT] * PROMPTS, GROUP, sampling)))
+    if recipe.algorithm == "sft":
+        kit = Kit(roles, lambda step: rows(count, 1, 1))
+    else:
+        extra = {"margin": torch.zeros(2 * count), "row": torch.arange(2 * count)}
+        reference = {"reference": torch.zeros(2 * count)} if recipe.algorithm == "dpo" else {}
+        kit = Kit(roles, lambda step: rows(2 * count, 0, 2, **extra, **reference))
+    if recipe.algorithm in ONLINE:
+        harvester = Written(roles, None, None, ["all"], [1.0], str, frozenset(), 0, GROUP, NEW, 1.0, SLOTS, 4096, lambda number: 0)  # type: ignore[arg-type]
+        algorithm: Any = ONLINE[recipe.algorithm](recipe, kit, harvester)
+        (algorithm.update if recipe.algorithm == "ppo" else algorithm).mismatch_limit = 1e9
+    else:
+        algorithm = ALGORITHMS[recipe.algorithm](kit, recipe)
+    parameters = [parameter for role in (recipe.trained, *recipe.aside) for parameter in roles.parameters(role)]
+    optimizer = make_optimizer(parameters, recipe.train, CPU)
+    checked = recipe.algorithm == "dpo"  # its reference is made up
+    loop = Loop(algorithm, parameters, optimizer, recipe.train, 2, 0, CPU, lambda event: None, lambda progress, last: None, checked=checked)
+    return peak_of(loop.run)
+
+
+def planned(recipe: Recipe, rollout: bool = False) -> int:
+    """What the planner says of the same."""
+    scene = scene_of(recipe, CPU, 0, {})
+    scene = replace(scene, sizes=replace(scene.sizes, harvest=PROMPTS * GROUP if recipe.algorithm in ONLINE else 0))
+    return max(phase.total for phase in phases_of(scene) if (phase.name == "rollout") == rollout and (rollout or phase.name in LOOP))
+
+
+def cells(shapes: list[str], algorithms: list[str], settings: list[bool | int]) -> Iterator[tuple[str, str, str, int, int]]:
+    """Shape, algorithm, recomputation, bytes measured, bytes planned."""
+    for shape in shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            saved_model(shape, folder)
+            for algorithm in algorithms:
+                if algorithm == "rollout":
+                    recipe = recipe_of("grpo", folder, True)
+                    yield shape, "rollout", "", measured(recipe, True), planned(recipe, True)
+                    continue
+                for setting in settings:
+                    recipe = recipe_of(algorithm, folder, setting)
+                    yield shape, algorithm, {True: "all", False: "none"}.get(setting, str(setting)), measured(recipe), planned(recipe)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--algorithms", nargs="+", default=["sft", "reward", "dpo", "grpo", "ppo", "rollout"])
+    parser.add_argument("--layers", nargs="+", default=["all", "none", "2"], help="layers that are recomputed")
+    wanted = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    settings: list[bool | int] = [{"all": True, "none": False}[one] if one in ("all", "none") else int(one) for one in wanted.layers]
+    print("| shape | algorithm | recomputed | measured, MiB | planned, MiB | off by |\n|---|---|---|---|---|---|")
+    worst = 0.0
+    for shape, algorithm, layers, found, said in cells(wanted.shapes, wanted.algorithms, settings):
+        worst = max(worst, abs(said / found - 1))
+        print(f"| {shape} | {algorithm} | {layers} | {found / 2**20:.2f} | {said / 2**20:.2f} | {said / found - 1:+.2%} |", flush=True)
+    print(f"\nworst: {worst:.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""An optimizer with its moments, before anything was learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank_tune import settings
+from lowrank_tune.train import make_optimizer
+
+SMALL = 4096  # elements of a tensor up to which bitsandbytes keeps 32 bits
+PAGED_FROM = 100_000
+BLOCK = 256
+
+
+def planned_optimizer(parameters: list[nn.Parameter], train: settings.Train, device: torch.device) -> Any:
+    """The recipe's optimizer after its first step, on meta tensors. Those of bitsandbytes have kernels for cards alone: their moments are made
+    as it makes them (`optim/optimizer.py`), and the step of another one stands for theirs, which all happen in place."""
+    if train.optimizer == "adamw" or device.type != "cuda":
+        optimizer = make_optimizer(parameters, train.model_copy(update={"optimizer": "adamw"}), device)
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return optimizer
+    stand_in = torch.optim.SGD(parameters, lr=0.0)
+    stand_in.kept = [moment for parameter in parameters for moment in _moments(parameter, train.optimizer)]  # type: ignore[attr-defined]
+    return stand_in
+
+
+def _moments(parameter: nn.Parameter, kind: str) -> list[torch.Tensor]:
+    """Paged moments live in the machine's memory and visit the card by pages."""
+    count = parameter.numel()
+    if "8bit" in kind and count >= SMALL:
+        scales = [torch.empty(-(-count // BLOCK), device="meta") for _ in range(2)]
+        paged = "paged" in kind and count >= PAGED_FROM
+        return scales if paged else [*scales, *(torch.empty(count, dtype=torch.uint8, device="meta") for _ in range(2))]
+    return [] if "paged" in kind and count >= PAGED_FROM else [torch.empty(count, device="meta") for _ in range(2)]

@@ -1,0 +1,114 @@
+"""A recipe's plan: its phases on the whole model, from rehearsals on a few layers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from lowrank_tune import settings
+from lowrank_tune.build import ONLINE
+from lowrank_tune.model.memory import layers_recomputed
+from lowrank_tune.plan.base import config_for, layers_of
+from lowrank_tune.plan.depth import Peaks, deep
+from lowrank_tune.plan.figures import Phase, Plan
+from lowrank_tune.plan.rehearsal import Scene, rehearse
+from lowrank_tune.plan.rollouts import Decoding
+from lowrank_tune.plan.rows import Sizes, sizes_of
+
+ASKED_AT_ONCE = 256  # held-out questions that are answered at once (`evaluate.answer`)
+SHARE = 4  # of the memory: what keys and values may take
+
+
+def scene_of(recipe: settings.Recipe, device: torch.device, vram: int, loaded: Mapping[str, LoraConfig], below_reward: Sequence[str] = (),
+             sizes: Sizes | None = None) -> Scene:  # fmt: skip
+    """All that is to be rehearsed. Raises UserError for a base whose configuration cannot be had."""
+    config = config_for(recipe.base)
+    return Scene(recipe, config, device, sizes or sizes_of(recipe), loaded, below_reward, _rollouts(recipe, config, device, vram))
+
+
+def recomputed_of(scene: Scene) -> int:
+    """Layers that are recomputed."""
+    return layers_recomputed(scene.recipe.train.gradient_checkpointing, scene.config.get_text_config().num_hidden_layers)
+
+
+def peaks_of(scene: Scene, recomputed: int, only_update: bool = False) -> Peaks:
+    """Of all moments of the whole model."""
+    return deep(lambda layers: rehearse(scene, layers, only_update), layers_of(scene.config, recomputed))
+
+
+def phases_of(scene: Scene) -> tuple[Phase, ...]:
+    """Each phase of the recipe as it stands, at its highest moment."""
+    return phases_in(peaks_of(scene, recomputed_of(scene)))
+
+
+def plan_of(scene: Scene, vram: int, name: str) -> Plan:
+    """The plan as the recipe stands."""
+    recipe, recomputed = scene.recipe, recomputed_of(scene)
+    phases = phases_of(scene)
+    layers = scene.config.get_text_config().num_hidden_layers
+    return Plan(name, recipe.algorithm, recipe.base.model, recipe.base.bits, scene.device.type, layers, recomputed, scene.sizes, phases, vram)
+
+
+def phases_in(peaks: Peaks) -> tuple[Phase, ...]:
+    """Each phase at its highest moment, in their order."""
+    found: dict[str, Phase] = {}
+    for moment, peak in peaks.items():
+        phase = Phase(moment[0], peak, _where(moment[1:]))
+        if phase.total > (found[moment[0]].total if moment[0] in found else -1):
+            found[moment[0]] = phase
+    return tuple(phase for name, phase in found.items() if name != "end")
+
+
+def _where(place: Sequence[str]) -> str:
+    match list(place):
+        case ["after"]:
+            return "output head"
+        case [direction, "first" | "last" as which]:
+            return f"{direction}, {which} layer"
+        case [direction, _]:
+            return direction
+    return ""
+
+
+def _rollouts(recipe: settings.Recipe, config: Any, device: torch.device, vram: int) -> dict[str, Decoding]:
+    """Completions of training, and answers to held-out questions."""
+    train, rollout, wanted = recipe.train, recipe.rollout, recipe.evaluate
+    found: dict[str, Decoding] = {}
+    limit, scratch = (vram or machine_memory()) // SHARE, 0 if device.type == "cuda" else machine_memory() // SHARE
+
+    def decoding(slots: int, prompts: int, new: int) -> Decoding:
+        columns = recipe.data.max_prompt_length + new
+        fit = max(1, min(slots, limit * 4 // 5 // _bytes_of(config, columns, device)))
+        return Decoding("policy", fit, recipe.data.max_prompt_length, new, prompts, limit, scratch)
+
+    if recipe.algorithm in ONLINE:
+        count = train.prompts_per_step * rollout.num_generations
+        found["rollout"] = decoding(min(rollout.slots, count), train.prompts_per_step, rollout.max_new_tokens)
+    if wanted.heldout is not None and recipe.trained == "policy":
+        found["held-out answers"] = decoding(min(ASKED_AT_ONCE, wanted.prompts * wanted.samples), wanted.prompts, wanted.max_new_tokens)
+    return found
+
+
+def _bytes_of(config: Any, columns: int, device: torch.device) -> int:
+    """Keys and values of one sequence of so many tokens."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    size = 2 if device.type == "cuda" else 4
+    window = getattr(text, "sliding_window", None) or columns
+    return sum(2 * size * heads * width * (min(window, columns) if "sliding" in layer.kind else columns) for layer in layers_of(config, 0))
+
+
+def machine_memory() -> int:
+    """Bytes of the machine, used or not."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def with_units(scene: Scene, units: int) -> Scene:
+    """The same with another micro-batch."""
+    return replace(scene, sizes=sizes_of(scene.recipe, units))

@@ -1,0 +1,75 @@
+"""Laws of the memory planner: what it says is what torch's allocator records, whatever the model, the algorithm, and what is recomputed."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lowrank_tune.cli import app
+from lowrank_tune.model import shapes
+from lowrank_tune.plan import plan
+from lowrank_tune.recipe import load_any
+
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "plan.py"
+CLOSE = 0.03
+
+
+def benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location("planned_and_measured", BENCHMARK)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def off(shape: str, algorithms: list[str], layers: list[bool | int]) -> dict[tuple[str, ...], float]:
+    """By how much the planner is off, of each cell."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {tuple(cell[:3]): cell[4] / cell[3] - 1 for cell in benchmark().cells([shape], algorithms, layers)}
+
+
+@pytest.mark.parametrize(("shape", "algorithm", "layers"), [("qwen2", "sft", False), ("llama", "grpo", 2)])
+def test_what_is_planned_is_what_is_measured(shape: str, algorithm: str, layers: bool | int) -> None:
+    found = off(shape, [algorithm], [layers])
+    assert len(found) == 1 and all(abs(one) < CLOSE for one in found.values()), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["llama", "mistral", "qwen2", "qwen3", "gemma2"])
+def test_what_is_planned_is_what_is_measured_everywhere(shape: str) -> None:
+    found = off(shape, ["sft", "reward", "dpo", "grpo", "ppo", "rollout"], [True, False, 2])
+    assert len(found) == 16 and all(abs(one) < CLOSE for one in found.values()), found
+
+
+def test_a_plan_needs_neither_weights_nor_a_card() -> None:
+    (found,) = plan(load_any("qwen2.5-7b-sft"), 24.0)
+    config = shapes.config_of("Qwen/Qwen2.5-7B-Instruct")
+    assert config is not None and found.layers == config["num_hidden_layers"] and found.fits
+    embeddings = 2 * 2 * config["vocab_size"] * config["hidden_size"]
+    linear = config["num_hidden_layers"] * config["hidden_size"] * (2 * config["hidden_size"] + 2 * 512 + 3 * config["intermediate_size"])
+    expected = embeddings + linear * (0.5 + 1 / 64 + 4 / 64 / 256)  # NF4 with double quantisation: arXiv:2305.14314
+    weights = found.binding.bytes["weights"]
+    assert abs(weights / expected - 1) < 0.001
+    lora = 16 * config["num_hidden_layers"] * (4 * config["hidden_size"] + 2 * (config["hidden_size"] + 512) + 3 * (
+        config["hidden_size"] + config["intermediate_size"]))  # fmt: skip
+    assert abs(found.binding.bytes["adapters"] / (4 * lora) - 1) < 0.01 and abs(found.binding.bytes["optimizer"] / (8 * lora) - 1) < 0.01
+
+
+def test_the_command_says_whether_it_fits() -> None:
+    done = CliRunner().invoke(app, ["plan", "qwen2.5-7b-sft", "--vram", "10"])
+    assert done.exit_code == 2 and "does not fit" in done.output
+    unknown = CliRunner().invoke(app, ["plan", "qwen2.5-7b-sft", "base.model=./nowhere"])
+    assert unknown.exit_code == 2 and unknown.output.strip().count("\n") == 0 and "there is no folder ./nowhere" in unknown.output
+
+
+def test_nothing_is_left_as_the_planner_made_it() -> None:
+    before = torch.clear_autocast_cache
+    list(plan(load_any("tiny-sft"), 24.0))
+    assert torch.clear_autocast_cache is before and torch.ones(1).device.type == "cpu" and not torch.is_autocast_enabled("cuda")
