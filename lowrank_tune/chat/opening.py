@@ -12,7 +12,7 @@ from lowrank_tune.build import lay
 from lowrank_tune.chat.speaker import Speaker
 from lowrank_tune.chat.target import Target, find
 from lowrank_tune.data import Template
-from lowrank_tune.errors import UserError
+from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, Note, Progress
 from lowrank_tune.export.finished import Finished, adapters_at, adapters_in, check_base, roles_of
 from lowrank_tune.model.adapters import SavedAdapter, lora_config, read_adapter
@@ -40,6 +40,8 @@ def open_speaker(name: str, emit: Emit, bits: int | None = None, base: str | Non
         if target.model:
             raise
         raise UserError(f"{name}: its base cannot be loaded; --base names another place for it. {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"out of memory while {wanted.model} was loaded: {str(error).splitlines()[0]}") from error
     if target.run is not None:
         _check(target.run, loaded, emit)
     # Roles need an adapter, and a model alone has none: a fresh one that no stack holds is never heard.

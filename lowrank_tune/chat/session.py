@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -18,35 +18,69 @@ from lowrank_tune.maths import step_seed
 from lowrank_tune.types import Message
 from lowrank_tune.ui.talk import Screen, Shown
 
+ENOUGH = 3  # times that Ctrl-C is pressed during one answer
+
 
 class Session:
-    """`run` reads until the end. At a terminal a fault is told and the talk goes on; elsewhere it ends with it."""
+    """`run` reads until the end. At a terminal a fault is told and the talk goes on; elsewhere it ends with it.
+
+    Ctrl-C stops an answer between two tokens, where nothing is half done.
+    """
 
     def __init__(self, speaker: Speaker, screen: Screen, wishes: Wishes, voice: str, system: str | None) -> None:
         self.speaker, self.screen, self.wishes = speaker, screen, wishes
         self.talk, self.voices = Talk(), self._voices(voice)
         self._forgotten: dict[Voice, int] = {}
+        self._presses = 0  # of Ctrl-C, since the last line was read
         self._set_system(system)
 
     def run(self) -> None:
-        """Raises UserError where nobody types, KeyboardInterrupt where an answer was to be stopped there or twice."""
+        """Raises UserError where nobody types, KeyboardInterrupt where an answer was to be stopped there, or again and again."""
         while True:
             try:
-                line = self.screen.input.read()
+                line = self._read()
                 if line is None:
-                    break
-                if line.strip() and not self.take(line):
                     return
-            except KeyboardInterrupt:
-                if not self.screen.live:
-                    raise
-                self.screen.note("\nCtrl-D or /quit ends")
+                with self._stoppable():
+                    if line.strip() and not self.take(line):
+                        return
             except UserError as error:
                 if not self.screen.live:
                     raise
                 self.screen.note(str(error), "warning")
-        if self.screen.live:
-            self.screen.write("\n")
+
+    def _read(self) -> str | None:
+        """A line; None at the end. Ctrl-C at an empty prompt says how to leave."""
+        while True:
+            try:
+                line = self.screen.input.read()
+            except KeyboardInterrupt:
+                if not self.screen.live:
+                    raise
+                self.screen.note("\nCtrl-D or /quit ends")
+                continue
+            if line is None and self.screen.live:
+                self.screen.write("\n")
+            return line
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """While a line is obeyed, Ctrl-C is only counted. The third one ends the program: something hangs."""
+
+        def count(number: int, frame: object) -> None:
+            self._presses += 1
+            if self._presses >= ENOUGH:
+                raise KeyboardInterrupt
+
+        self._presses = 0
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may handle signals
+            return
+        before = signal.signal(signal.SIGINT, count)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def take(self, line: str) -> bool:
         """A question or a command; False where it was to quit. Raises UserError."""
@@ -107,21 +141,21 @@ class Session:
         drawn = [Answering(self.speaker, voice, one.ids, self.wishes.sampling(self.speaker.stop_ids, one.limit, seed))
                  for voice, one in fitted.items()]  # fmt: skip
         shown = self.screen.answers([one.voice for one in drawn])
-        with self.screen.speaking(), _stoppable() as stopped:
+        with self.screen.speaking():
             try:
                 for batch in [drawn] if shown.together else [[one] for one in drawn]:
-                    self._draw(batch, drawn, shown, stopped, exchange)
+                    if not self._presses:
+                        self._draw(batch, drawn, shown, exchange)
             finally:
                 for one in drawn:
                     one.close()
-        if stopped() and not self.screen.live:
+        if self._presses and not self.screen.live:
             raise KeyboardInterrupt
 
-    def _draw(self, batch: Sequence[Answering], drawn: Sequence[Answering], shown: Shown, stopped: Callable[[], bool],
-              exchange: Exchange) -> None:  # fmt: skip
+    def _draw(self, batch: Sequence[Answering], drawn: Sequence[Answering], shown: Shown, exchange: Exchange) -> None:
         """Token by token, in turn, until all have ended or it is stopped. What was said counts, however it ended."""
         running = {drawn.index(one): iter(one) for one in batch}
-        while running and not stopped():
+        while running and not self._presses:
             for number, pieces in list(running.items()):
                 piece = next(pieces, None)
                 if piece is not None:
@@ -225,24 +259,3 @@ def _facts(one: Answering, most: int) -> tuple[str, bool]:
     if not one.text.strip():
         return "[no words: it ended at once]", True
     return f"[{pace}{', ended where its text begins another turn' if one.finish == 'turn' else ''}]", False
-
-
-@contextmanager
-def _stoppable() -> Iterator[Callable[[], bool]]:
-    """While an answer comes, the first Ctrl-C only says so; a second one raises KeyboardInterrupt."""
-    asked = False
-
-    def handle(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: asked
-        return
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)

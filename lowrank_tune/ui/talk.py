@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import termios
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,8 +99,12 @@ class Screen:
         return self._styled(f"{voice}>" if self.live else f"{voice}:", VOICES.get(voice, "strong"))
 
     def size(self) -> tuple[int, int]:
-        columns, lines = shutil.get_terminal_size()
-        return columns, lines
+        """Columns and lines, asked each time: it follows every resize."""
+        with suppress(OSError, ValueError):
+            columns, lines = os.get_terminal_size(sys.stdout.fileno())
+            if columns > 0 and lines > 0:
+                return columns, lines
+        return 80, 24
 
 
 class Below:
