@@ -344,6 +344,30 @@ def test_an_unfinished_run_speaks_with_its_checkpoint(made: Made, tmp_path: Path
         find(str(run / "checkpoints/step-10"))
 
 
+def test_an_unfinished_run_speaks_over_what_it_was_trained_over(made: Made, tmp_path: Path) -> None:
+    """Both adapters together: neither of them alone says the same."""
+    run = unfinished(made, tmp_path, (3,))
+    facts = json.loads((run / "run.json").read_text())
+    policy = facts["recipe"]["adapters"]["policy"]
+    facts["recipe"]["adapters"] = {"sft": {"path": str(tmp_path / "sft")}, "policy": policy}
+    (run / "run.json").write_text(json.dumps(facts))
+    both = open_speaker(str(run), silent, device=CPU)
+    assert both.roles.stacks["policy"] == ["lt_sft", "lt_policy"]
+    top = shutil.copytree(run / "checkpoints/step-3/policy", tmp_path / "top")
+    alone = [open_speaker(str(place), silent, device=CPU) for place in (tmp_path / "sft", top)]
+    question = [Message("user", QUESTIONS[0])]
+    hidden = []
+    for one in (*alone, both):
+        with one.roles.quiet(), one.roles.use("policy"):
+            hidden.append(one.roles.base.model.get_submodule("model.layers.0.self_attn.q_proj")(torch.ones(1, 1, 64))[0, 0])
+        with one.roles.quiet(), one.roles.use("base"):
+            base = one.roles.base.model.get_submodule("model.layers.0.self_attn.q_proj")(torch.ones(1, 1, 64))[0, 0]
+    assert torch.allclose(hidden[2], hidden[0] + hidden[1] - base, atol=1e-4) and not torch.allclose(hidden[2], hidden[1], atol=1e-3)
+    talk, stage = session(both)
+    talk.take(QUESTIONS[0])
+    assert stage.said[0][0] == said_by_engine(both, "policy", question)
+
+
 def test_of_a_chain_the_last_stage_speaks_that_has_words(made: Made, tmp_path: Path) -> None:
     stages = [{"name": "sft", "algorithm": "sft"}, {"name": "reward", "algorithm": "reward"}, {"name": "ppo", "algorithm": "ppo"}]
     (tmp_path / "run.json").write_text(json.dumps({"recipe": {"stages": stages}}))
