@@ -82,4 +82,4 @@ class Columns:
         self.write("".join(out))
 
     def _row(self, cells: Sequence[Sequence[Line]], width: int) -> str:
-        return coded(beside(cells, [width] * len(cells), 1, self.gap)[0], self.colour)
+        return coded(beside(cells, [width] * len(cells), 1, self.gap)[0], self.colour).rstrip()  # a narrower terminal breaks blanks too
