@@ -356,6 +356,14 @@ def test_tokenise() -> None:
 
 
 @pytest.mark.slow
+def test_data_scale(tmp_path: Path) -> None:
+    told = run("data_scale.py", "--rows", "400", "--folder", str(tmp_path))
+    assert told.count("loaded") == 2 and "fit to train on" in told and "meta" in told.lower() and "403,406,096 expected" in told
+    first, second = told.split("second start")
+    assert "rows read" in first and "rows read" not in second, "the second start tokenised again"
+
+
+@pytest.mark.slow
 def test_logps_memory() -> None:
     assert "stays under" in run("logps_memory.py", "--quick")
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hub_rows import SHAPES as ALL_SHAPES
+from hub_rows import write_rows
 from tokenizers_for_tests import CHATML, tiny
 
 from lowrank_tune.data import Template, load, load_asked, read
@@ -21,28 +23,15 @@ from lowrank_tune.recipe import Recipe
 from lowrank_tune.settings import Data, Source
 
 TEMPLATE = Template.of(tiny(CHATML))
-SHAPES: dict[str, Any] = {
-    "AI-MO/NuminaMath-CoT": lambda n: {"source": "x", "problem": f"Find {n} + 1.", "solution": f"It is $\\boxed{{{n + 1}}}$.", "messages": [
-        {"content": f"Find {n} + 1.", "role": "user"}, {"content": f"It is $\\boxed{{{n + 1}}}$.", "role": "assistant"}]},
-    "nvidia/OpenMathInstruct-2": lambda n: {"problem": f"Solve x = {n}.", "generated_solution": f"So \\boxed{{{n}}}.",
-                                            "expected_answer": str(n), "problem_source": "augmented_math"},
-    "HuggingFaceH4/ultrachat_200k": lambda n: {"prompt": f"Hi {n}", "prompt_id": f"{n:064x}", "messages": [
-        {"content": f"Hi {n}", "role": "user"}, {"content": "Hello.", "role": "assistant"},
-        {"content": "And?", "role": "user"}, {"content": f"That is all, {n}.", "role": "assistant"}]},
-    "microsoft/orca-math-word-problems-200k": lambda n: {"question": f"{n} people, one leaves?", "answer": f"Then {n - 1} people are left."},
-    "meta-math/MetaMathQA": lambda n: {"type": "GSM_AnsAug", "query": f"Twice {n}?", "original_question": f"Twice {n}?",
-                                       "response": f"It is 2 * {n}.\n#### {2 * n}\nThe answer is: {2 * n}"},
-}  # fmt: skip
-"""Rows as the authors publish them, from a number."""
+SHAPES = {source.dataset: ALL_SHAPES[source.dataset] for source in Recipe.load("myllm-sft").data.train}
 
 
 def myllm(folder: Path, *overrides: str, most: int = 4) -> Recipe:
-    """The preset over local files of these shapes: of each source as many thousandths of its rows, and a few more to draw from."""
+    """The preset over local files of these shapes: of each source the same small share of its rows, and a few more to draw from."""
     sources = []
     for source in Recipe.load("myllm-sft").data.train:
-        file = folder / f"{source.dataset.split('/')[1]}.jsonl"
         rows = (source.rows or 0) * most // 20_000
-        file.write_text("".join(json.dumps(SHAPES[source.dataset](n)) + "\n" for n in range(2, rows + 12)))
+        file = write_rows(folder, source.dataset, range(2, rows + 12))
         kept = source.model_dump(mode="json", exclude={"name", "split"}, exclude_none=True)
         sources.append({**kept, "dataset": str(file), "rows": rows})
     return Recipe.load("myllm-sft", f"data.train={json.dumps(sources)}", "data.validation_rows=7", *overrides)

@@ -1,0 +1,142 @@
+"""Every preset runs two steps: base, tokenizer and data swapped for tiny local ones, every other setting kept."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_rows import write_rows
+from models import random_model
+from test_presets import HUB, NAMES, stages_of
+from torch import Tensor
+
+from lowrank_tune import run
+from lowrank_tune.data import Template
+from lowrank_tune.model.base import load_tokenizer
+from lowrank_tune.recipe import Chain, Recipe, load_any
+from lowrank_tune.settings import Base
+from lowrank_tune.types import Message
+
+ENDS = 0.15  # a token of this model is an end token with about this probability, so that completions are short whatever their limit
+STEPS = ("train.steps=2", "train.warmup_steps=1")
+TINY = [name for name in NAMES if name.startswith("tiny-")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, and rows of every data set."""
+    folder = tmp_path_factory.mktemp("presets")
+    for dataset in HUB:
+        write_rows(folder, dataset, range(2, 82))
+    (folder / "heldout").mkdir()
+    write_rows(folder / "heldout", "openai/gsm8k", range(100, 108))
+    make_base(folder / "base")
+    return folder
+
+
+def make_base(folder: Path) -> None:
+    """A random Llama with the tutor's tokenizer and room for long rows, that ends what it says after a few tokens."""
+    tokenizer = load_tokenizer(Base())
+    model = random_model("llama", gain=1.0, vocab_size=len(tokenizer), max_position_embeddings=8192)
+    ends = sorted(Template.of(tokenizer).end_ids)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 2.0  # a feature that is always there, and that no layer writes to
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+        model.lm_head.weight[:, 0] = 0.0
+        ids = torch.randint(0, len(tokenizer), (4, 64), generator=torch.Generator().manual_seed(0))
+        low, high = -10.0, 10.0
+        while high - low > 0.01:
+            model.lm_head.weight[ends, 0] = (low + high) / 2
+            low, high = ((low + high) / 2, high) if _ending(model, ids, ends) < ENDS else (low, (low + high) / 2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _ending(model: Any, ids: Tensor, ends: list[int]) -> float:
+    return float(model(input_ids=ids).logits.softmax(-1)[..., ends].sum(-1).mean())
+
+
+def sources(given: Any, folder: Path) -> str:
+    """The same sources, as files of their own shape."""
+    kept = [source.model_dump(mode="json", exclude={"name", "split"}, exclude_none=True) for source in given]
+    return json.dumps([{**source, "dataset": str(folder / f"{source['dataset'].split('/')[1]}.jsonl")} for source in kept])
+
+
+def swapped(name: str, folder: Path) -> Recipe | Chain:
+    """The preset over the tiny base and the local rows."""
+    overrides = [f"base.model={folder / 'base'}", *STEPS]
+    loaded = load_any(name)
+    for stage in stages_of(name):
+        where = f"stages.{stage.name}." if isinstance(loaded, Chain) else ""
+        overrides.append(f"{where}data.train={sources(stage.data.train, folder)}")
+        if stage.evaluate.heldout is not None:
+            overrides.append(f"{where}evaluate.heldout={json.dumps({'dataset': str(folder / 'heldout' / 'gsm8k.jsonl')})}")
+        if "sft" in stage.adapters:
+            overrides.append(f"{where}adapters.sft.path={_sft_of(folder)}")
+    return load_any(name, *overrides)
+
+
+@functools.cache
+def _sft_of(folder: Path) -> str:
+    """A run that the second step of MyLLM can stand on."""
+    done = run(swapped("myllm-sft", folder), out=folder / "myllm-sft-below", ui="none")
+    assert done.status == "done"
+    return str(folder / "myllm-sft-below")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TINY])
+def test_a_preset_runs_two_steps(name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(place / "cache"))
+    recipe = swapped(name, place)
+    for stage, preset in zip(recipe.stages if isinstance(recipe, Chain) else (recipe,), stages_of(name), strict=True):
+        assert kept(stage) == kept(preset)
+    outcome = run(recipe, out=tmp_path / "run", ui="none")
+    assert outcome.status == "done"
+    for stage in stages_of(name):
+        folder = next((tmp_path / "run").glob(f"*{stage.name}")) if isinstance(recipe, Chain) else tmp_path / "run"
+        steps = [event for event in map(json.loads, (folder / "events.jsonl").read_text().splitlines()) if event["event"] == "step"]
+        assert [event["step"] for event in steps] == [1, 2] and not any(event["stats"].get("bad_steps") for event in steps)
+        assert (folder / "final" / "adapter_config.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_preset_runs_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base and data of these ship with the package, so nothing is swapped; two steps of each stage show that it begins."""
+    monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
+    recipe = load_any(name, "train.steps=2", *(() if name == "tiny-reward" else (_few(name))))
+    assert run(recipe, out=tmp_path / "run", ui="none").status == "done"
+
+
+def _few(name: str) -> tuple[str, ...]:
+    """Fewer held-out answers, which take minutes."""
+    loaded = load_any(name)
+    stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
+    where = [f"stages.{stage.name}." if isinstance(loaded, Chain) else "" for stage in stages if stage.evaluate.heldout]
+    return tuple(f"{each}evaluate.{key}" for each in where for key in ("prompts=8", "samples=2"))
+
+
+def kept(recipe: Any) -> dict[str, Any]:
+    """All that is not swapped."""
+    told = recipe.to_dict()
+    swapped = {"base": ("model",), "data": ("train",), "train": ("steps", "epochs", "warmup_steps"), "evaluate": ("heldout",)}
+    for section, key in ((section, key) for section, keys in swapped.items() for key in keys):
+        told[section].pop(key, None)
+    told["adapters"] = {name: {key: value for key, value in each.items() if key != "path"} for name, each in told["adapters"].items()}
+    return {key: value for key, value in told.items() if key not in ("name", "description")}
+
+
+def test_a_model_that_ends(place: Path) -> None:
+    from transformers import AutoModelForCausalLM  # heavy, and only here
+
+    tokenizer = load_tokenizer(Base(model=str(place / "base")))
+    template = Template.of(tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(place / "base").eval()
+    ids = torch.tensor([template.prompt([Message("user", "Say 5.")])])
+    assert 0.02 < _ending(model, ids, sorted(template.end_ids)) < 0.6
