@@ -147,6 +147,9 @@ class Stage:
             reference=built.reference, steps=built.steps, resumed_from=self.step_at_start,
             trainable=sum(p.numel() for p in self.loop.parameters), device=_device_name(built.base.device), versions=_versions(),
             memory_total_gib=_memory_total_gib(built.base.device), stage=self.place[0], stages=self.place[1]))  # fmt: skip
+        if (warmup := self.recipe.train.warmup_steps) >= built.steps:
+            self.emit(Note(level="warning", message=f"train.warmup_steps: {warmup}, of {built.steps} steps in all: the learning rate never "
+                                                    "reaches its peak; warm up for fewer, or train longer"))  # fmt: skip
 
     def _at_border(self, progress: Progress, last: bool) -> None:
         """What is due at this step, once; and what a person asked for, which never decides what the best step is: the final adapter

@@ -57,6 +57,7 @@ def make_base(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+@torch.no_grad()
 def _ending(model: Any, ids: Tensor, ends: list[int]) -> float:
     return float(model(input_ids=ids).logits.softmax(-1)[..., ends].sum(-1).mean())
 
@@ -130,6 +131,17 @@ def kept(recipe: Any) -> dict[str, Any]:
         told[section].pop(key, None)
     told["adapters"] = {name: {key: value for key, value in each.items() if key != "path"} for name, each in told["adapters"].items()}
     return {key: value for key, value in told.items() if key not in ("name", "description")}
+
+
+@pytest.mark.slow
+def test_a_warm_up_that_never_ends_is_told(tmp_path: Path) -> None:
+    """Few rows of one's own behind a preset for many: its epochs are fewer steps than its warm-up."""
+    told: list[Any] = []
+    few = ("data.train=[{dataset: tutor, rows: 16}]", "train.epochs=1", "train.warmup_steps=40", "evaluate.heldout=null",
+           "evaluate.prompts=null", "evaluate.samples=null", "evaluate.shown=0", "evaluate.max_new_tokens=null")  # fmt: skip
+    assert run("tiny-sft", *few, out=tmp_path / "run", ui="none", on_event=told.append).status == "done"
+    warned = [event.message for event in told if getattr(event, "level", "") == "warning"]
+    assert any("train.warmup_steps: 40, of 1 steps in all" in message for message in warned), warned
 
 
 def test_a_model_that_ends(place: Path) -> None:
