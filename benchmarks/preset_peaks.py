@@ -1,0 +1,96 @@
+"""The planned peak of every preset, held against the comment in its file; no weights, no network, no GPU.
+
+    PYTHONPATH=. python benchmarks/preset_peaks.py                    # every preset: planned, told in its file, fits 24 GiB or not
+    PYTHONPATH=. python benchmarks/preset_peaks.py qwen3-8b-grpo ...  # some of them
+    PYTHONPATH=. python benchmarks/preset_peaks.py --write --table    # puts the comments into presets/, prints the table of the README
+
+Planned is what the card must have: tensors at the highest point of the run (of a chain, of its worst stage), the CUDA context and what the
+allocator cannot use. Ends with 1 where a comment is off by more than 1 % or a preset does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from lowrank_tune.plan import GIB, plan
+from lowrank_tune.recipe import Preset, find_preset, load_any, shelf
+
+CARD_GIB = 24.0
+WITHIN = 0.01
+COMMENT = re.compile(r"^# Planned peak: .*\n", re.MULTILINE)
+COLUMNS = ("sft", "reward", "dpo", "grpo", "ppo", "preference", "rlvr", "rlhf")
+
+
+def planned(name: str) -> tuple[float, str]:
+    """GiB that the card must have, and where that is: the phase, of a chain behind the stage."""
+    # An adapter that another preset trains is planned as the stage below it: no run of it is here.
+    below = load_any(name).to_dict().get("adapters", {}).get("sft", {}).get("path")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "chain.yaml"
+        if below:
+            top = f"{{name: top, extends: {name}, adapters: {{sft: null}}}}"
+            file.write_text(f"stages:\n- {{name: sft, extends: {Path(below).name}}}\n- {top}\n", encoding="utf-8")
+        plans = list(plan(load_any(str(file) if below else name), CARD_GIB))
+    worst = plans[-1] if below else max(plans, key=lambda one: one.needed)
+    return worst.needed / GIB, f"{worst.name}, {worst.binding.name}" if len(plans) > 1 and not below else worst.binding.name
+
+
+def comment_of(gib: float, where: str) -> str:
+    return f"# Planned peak: {gib:.1f} GiB ({where}); not yet measured on a card.\n"
+
+
+def with_comment(text: str, comment: str) -> str:
+    """The file with this line in place of the one that it has, or above everything but its first comment."""
+    if COMMENT.search(text):
+        return COMMENT.sub(lambda _: comment, text, count=1)
+    body = next((place for place in re.finditer(r"^(?!#)", text, re.MULTILINE)), None)
+    at = body.start() if body else 0
+    return text[:at] + comment + text[at:]
+
+
+def table(found: dict[str, float]) -> str:
+    """Markdown: bases down, what is done to them across."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, gib in found.items():
+        base, _, what = name.rpartition("-")
+        rows.setdefault(base, {})[what] = gib
+    lines = [f"| `NAME-` | {' | '.join(f'`{what}`' for what in COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
+    told = {base: [f"{cells[what]:.1f}" if what in cells else "" for what in COLUMNS] for base, cells in rows.items()}
+    lines += [f"| `{base}` | {' | '.join(cells)} |" for base, cells in told.items()]
+    return "\n".join(lines)
+
+
+def wanted(names: list[str]) -> list[Preset]:
+    return [preset for preset in shelf() if (preset.name in names if names else preset.billions)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="PRESET", help="all for cards where none is given")
+    parser.add_argument("--write", action="store_true", help="put the planned peak into the presets' files")
+    parser.add_argument("--table", action="store_true", help="print the README's table")
+    options = parser.parse_args(arguments)
+    found: dict[str, float] = {}
+    wrong = 0
+    for preset in wanted(options.names):
+        gib, where = planned(preset.name)
+        found[preset.name] = gib
+        if options.write:
+            file = find_preset(preset.name)
+            file.write_text(with_comment(file.read_text(encoding="utf-8"), comment_of(gib, where)), encoding="utf-8")
+        told = gib if options.write else preset.peak_gib
+        off = told is None or abs(told - gib) > max(WITHIN * gib, 0.051)
+        wrong += off or gib > CARD_GIB
+        verdict = "does not fit" if gib > CARD_GIB else "off" if off else "ok"
+        print(f"{preset.name:<24}{gib:6.2f} GiB planned ({where}), told {told}: {verdict}", flush=True)
+    if options.table:
+        print(table(found))
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
