@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,12 @@ def run(recipe: settings.Recipe | Chain | str | Path, *overrides: str, out: str 
     from lowrank_tune.runner import run as started
 
     return started(loaded, out=out, ui=ui, device=device, on_event=on_event)
+
+
+# Blocks of a card's memory that can grow lose little between phases of other sizes. Torch reads this once, before its first use of the card,
+# so it is set before anything below imports torch; what the user has set stands.
+if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def __getattr__(name: str) -> Any:  # the heavy modules load at first use, so that `--help` and a faulty recipe take a second

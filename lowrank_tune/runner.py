@@ -24,7 +24,9 @@ from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, Event, Note, RunEnded, Sampled, StepDone
 from lowrank_tune.export import final_folder
 from lowrank_tune.model.base import Base
+from lowrank_tune.model.recovery import DoesNotFit, is_out_of_memory, let_go
 from lowrank_tune.recipe import Chain, backends_of, differences, dump, load_any
+from lowrank_tune.recipe.memory import advice
 from lowrank_tune.sinks import JsonLines, Sink, Tee
 from lowrank_tune.stage import Stage
 from lowrank_tune.ui.plain import Plain
@@ -160,18 +162,26 @@ def run_stage(recipe: settings.Recipe, folder: RunFolder, console: _Console, pla
         stage.finish(finished, begun, listener.last, listener.warnings, final_folder)
         built.roles.release()
         return Outcome("done" if finished else "interrupted", folder.path, stage.summary), built.base
-    except torch.OutOfMemoryError as error:
-        advice = "try train.micro_batch_size=1, train.gradient_checkpointing=true or a smaller data.max_length"
-        listener.tell_end(emit, "failed", step, time.time() - begun, "out of memory")
-        raise OutOfMemory(f"out of memory: {str(error).splitlines()[0]}; {advice}") from error
     except BaseException as error:
+        if is_out_of_memory(error) or isinstance(error, DoesNotFit):
+            error = _out_of_memory(error, recipe)
         told = str(error) if isinstance(error, UserError) else type(error).__name__
         listener.tell_end(emit, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", step, time.time() - begun, told)
-        raise
+        raise error
     finally:
         closing.close()
         for file in files:
             emit.detach(file)
+
+
+def _out_of_memory(error: BaseException, recipe: settings.Recipe) -> OutOfMemory:
+    """The sentence with what to type. What the failed attempt held is let go: the process may go on."""
+    said, kind, tokens = str(error).splitlines() or [""], "", 0
+    if isinstance(error, DoesNotFit):
+        kind, tokens = error.kind, error.tokens
+    let_go(error)
+    first = said[0] if said[0].startswith("out of memory") else f"out of memory: {said[0]}"
+    return OutOfMemory(f"{first}; {advice(recipe, kind, tokens, torch.cuda.is_available())}")
 
 
 def run_chain(recipes: Chain, folder: RunFolder, console: _Console, begun: float) -> Outcome:

@@ -24,7 +24,9 @@ from lowrank_tune.events import Emit, Event, Note, RunEnded, RunStarted, Sampled
 from lowrank_tune.hacking import Watch, noise_of
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
 from lowrank_tune.model.base import hash_of, one_hash
+from lowrank_tune.model.optimizers import load_optimizer
 from lowrank_tune.preflight import survey, survey_asked
+from lowrank_tune.recipe.memory import memory_settings
 from lowrank_tune.rewards.repetition import NGRAM, distinct
 from lowrank_tune.train import Loop, Progress, make_optimizer
 from lowrank_tune.types import Sampling
@@ -61,7 +63,7 @@ class Stage:
         grouped = [{"params": list(several.values()), "share": built.rates.get(role, 1.0)} for role, several in named.items()]
         optimizer = make_optimizer(grouped if len(grouped) > 1 else parameters, recipe.train, built.base.device)
         self.loop = Loop(built.algorithm, parameters, optimizer, recipe.train, built.steps, recipe.seed, built.base.device, self._hear,
-                         self._at_border, control)  # fmt: skip
+                         self._at_border, control, limits=built.roles.limits)  # fmt: skip
         self.evaluate_every = recipe.evaluate.every or max(1, built.steps // EVALUATIONS)
         self.save_every = recipe.train.save_every or max(1, built.steps // SAVES)
         self.speaks = "policy" in built.trained  # a reward model only listens
@@ -269,7 +271,8 @@ class Stage:
             documents={**{f"{name}/{CONFIG}": roles.adapter_config(name) for name in self.built.trained}, "optimizer.json": document,
                        "state.json": {"progress": self.loop.progress.to_dict(), "memory": vars(self.memory),
                                       "algorithm": self.built.algorithm.state(), "base": one_hash(self.hashes), "adapters": self.adapters,
-                                      "threads": torch.get_num_threads(), "watch": vars(self.watch)}})  # fmt: skip
+                                      "threads": torch.get_num_threads(), "watch": vars(self.watch),
+                                      "limits": {"under": self._memory_settings(), **roles.limits.to_dict()}}})  # fmt: skip
         path = write_atomically(self.folder.checkpoint(step), snapshot)
         self.saved = step
         rotate(self.folder.checkpoints, self.recipe.train.keep, self.memory.best_step)
@@ -283,12 +286,19 @@ class Stage:
         for name in self.built.trained:
             self.built.roles.load_adapter_tensors(name, snapshot.tensors[f"{name}/{WEIGHTS}"], str(self.folder.path))
         optimizer = restore_optimizer(snapshot.tensors["optimizer.safetensors"], snapshot.documents["optimizer.json"], self.names)
-        self.loop.optimizer.load_state_dict(optimizer)
+        load_optimizer(self.loop.optimizer, optimizer)
         self.loop.progress = Progress(**state["progress"])
         self.memory = _Memory(**state["memory"])
         self.watch = Watch(**state.get("watch", {}))
+        limits = dict(state.get("limits", {}))
+        if limits.pop("under", None) == self._memory_settings():  # with other settings, or on another card, what did not fit may
+            self.built.roles.limits.restore(limits)
         self.loop.enough = self.watch.ended
         self.built.algorithm.restore(state["algorithm"])
+
+    def _memory_settings(self) -> dict[str, Any]:
+        device = self.built.base.device
+        return {**memory_settings(self.recipe), "device": _device_name(device), "gib": round(_memory_total_gib(device), 1)}
 
     def _take_best(self) -> None:
         best = self.memory.best_step

@@ -1,29 +1,34 @@
 """The loop. It knows no algorithm, no display and no file format: it emits events and polls a `Control`.
 
-A step: collect, weigh, one backward for each term of each micro-batch, clip, step. A step whose loss or gradient is not finite changes
-nothing and is counted. Each step draws its random numbers from the seed and its own number, so a step that was lost to a crash is drawn
-again just so.
+A step: collect, weigh, one backward for each term of each micro-batch, clip, step. A micro-batch that memory is too short for is done again
+in halves, which have the same gradient. A step whose loss or gradient is not finite changes nothing and is counted. Each step draws its
+random numbers from the seed and its own number, so a step that was lost to a crash is drawn again just so.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_tune.control import Control
 from lowrank_tune.errors import RunFailed
 from lowrank_tune.events import Emit, Note, StepDone
 from lowrank_tune.maths import step_seed
+from lowrank_tune.model.optimizers import make_optimizer
+from lowrank_tune.model.recovery import Limits, added_whole
 from lowrank_tune.types import Algorithm, Batch, Mean, Stats, add_stats, to_floats
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune import settings
-from lowrank_tune.control import Control
+
+T = TypeVar("T")
+__all__ = ["Loop", "Progress", "make_optimizer", "memory_gib", "movement", "rate_at"]
 
 # A B that starts at 0 moves at any rate, so the share alone is not enough; and at the end of a schedule it is right to stand still.
 FEW_MOVED, TINY_UPDATE, SMALL_RATE, LOOKS_BEFORE_WARNING = 0.5, 1e-8, 0.01, 3
@@ -63,6 +68,7 @@ class Loop:
     checked: bool = False
     told: set[str] = field(default_factory=set)
     enough: bool = False
+    limits: Limits = field(default_factory=Limits)
 
     def run(self) -> bool:
         """Runs to the last step. Returns False where it was asked to stop before; all is saved by then."""
@@ -73,6 +79,7 @@ class Loop:
                 self.at_border(self.progress, False)
                 return False
             self._step()
+            self.limits.when = f"after step {self.progress.step}: "
             self.at_border(self.progress, self.progress.step == self.steps)
         return True
 
@@ -85,6 +92,7 @@ class Loop:
     def _step(self) -> None:
         begun, step = time.perf_counter(), self.progress.step
         torch.manual_seed(step_seed(self.seed, step))
+        self.limits.when = f"step {step + 1}: "
         logged = (step + 1) % self.train.log_every == 0 or step in (0, self.steps - 1)
         rate = self.train.learning_rate * rate_at(step, self.steps, self.train.warmup_steps, self.train.schedule)
         for group in self.optimizer.param_groups:
@@ -94,7 +102,7 @@ class Loop:
             self._check(experience.batch, step)
         stats: Stats = dict(experience.stats)
         if logged:
-            add_stats(stats, self.algorithm.observe(next(self._micros(experience.batch)).to(self.device)))
+            self._observe(experience.batch, stats)
         tokens = 0
         for part in experience.parts():
             part_stats, loss, norm = self._accumulate(part)
@@ -122,17 +130,37 @@ class Loop:
         values |= {"learning_rate": rate, "memory_gib": memory_gib(self.device), "tokens_per_second": tokens / seconds}
         if self.progress.bad_steps:
             values["bad_steps"] = self.progress.bad_steps
+        if self.limits.times:
+            values["out_of_memory"] = self.limits.times
         self.emit(StepDone(step=self.progress.step, steps=self.steps, stats=values, seconds=seconds, tokens=tokens, logged=logged))
 
     def _check(self, batch: Batch, step: int) -> None:
         """Once a start. The random state stays as it was: a continued run must draw what the straight one drew."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            self.algorithm.check(next(self._micros(batch)).to(self.device), step)
+            for _ in self._in_pieces(next(self._micros(batch)), lambda micro: self.algorithm.check(micro, step)):
+                pass
         self.checked = True
+
+    def _observe(self, batch: Batch, stats: Stats) -> None:
+        """Adds what the algorithm measures on one micro-batch."""
+        for found in self._in_pieces(next(self._micros(batch)), self.algorithm.observe):
+            add_stats(stats, found)
 
     def _micros(self, batch: Batch) -> Iterator[Batch]:
         together, size = self.algorithm.together, self.train.micro_batch_size
-        return batch.split(None if size is None else size * together, self.train.micro_batch_tokens, together)
+        tokens = self.limits.within("update_tokens", self.train.micro_batch_tokens)
+        return batch.split(None if size is None else size * together, tokens, together)
+
+    def _in_pieces(self, micro: Batch, work: Callable[[Batch], T]) -> Iterator[T]:
+        """What `work` makes of a micro-batch on the device, or of pieces of it, where memory is too short for all of it."""
+        together, width = self.algorithm.together, micro.ids.shape[1]
+
+        def on_device(units: Sequence[int]) -> T:
+            whole = len(units) * together == len(micro)
+            return work((micro if whole else micro.take(_rows(units, together))).to(self.device))
+
+        for _, done in self.limits.pieces("update_tokens", range(len(micro) // together), together * width, on_device, together):
+            yield done
 
     def _accumulate(self, part: Batch) -> tuple[Stats, float, float]:
         """Adds up the gradients of all micro-batches and clips them; returns the statistics, the loss, and the norm before clipping."""
@@ -140,12 +168,21 @@ class Loop:
         stats: Stats = {}
         loss = torch.zeros((), device=self.device)
         for micro in self._micros(part):
-            for term in self.algorithm.terms(micro.to(self.device)):
+            for more, counted in self._in_pieces(micro, self._backward):
+                loss += more
+                add_stats(stats, counted)
+        total, size = torch.stack([loss, self._clip().to(self.device)]).tolist()
+        return stats, total, size
+
+    def _backward(self, micro: Batch) -> tuple[Tensor, Stats]:
+        """Adds the gradients of a micro-batch, all or none of them; returns its loss and its statistics."""
+        loss, stats = torch.zeros((), device=self.device), Stats()
+        with added_whole(self.parameters):
+            for term in self.algorithm.terms(micro):
                 term.loss.backward()  # type: ignore[no-untyped-call]
                 loss += term.loss.detach()
                 add_stats(stats, term.stats)
-        total, size = torch.stack([loss, self._clip().to(self.device)]).tolist()
-        return stats, total, size
+        return loss, stats
 
     def _clip(self) -> Tensor:
         """Clips the gradients of each group of parameters; returns the norm of all before that."""
@@ -181,6 +218,10 @@ class Loop:
                 self.emit(Note(level="warning", message=f"step {self.progress.step}: {message}"))
 
 
+def _rows(units: Sequence[int], together: int) -> Tensor:
+    return torch.tensor([unit * together + i for unit in units for i in range(together)])
+
+
 def rate_at(step: int, steps: int, warmup: int, schedule: str) -> float:
     """Share of the peak learning rate at a step, 0-based: a linear warm-up, then cosine or linear to 0 after the last step, or constant."""
     if step < warmup:
@@ -198,23 +239,6 @@ def movement(parameters: list[nn.Parameter], before: list[Tensor]) -> Stats:
     update = torch.stack([(p.detach() - b).square().sum() for p, b in zip(parameters, before, strict=True)]).sum().sqrt()
     weight = torch.stack([b.square().sum() for b in before]).sum().sqrt()
     return {"moved_share": Mean(moved, sum(p.numel() for p in parameters)), "update_ratio": Mean(update, weight)}
-
-
-def make_optimizer(parameters: list[nn.Parameter] | list[dict[str, Any]], train: settings.Train,
-                   device: torch.device) -> torch.optim.Optimizer:  # fmt: skip
-    """AdamW (arXiv:1711.05101) on the fp32 masters, fused; or bitsandbytes' 8-bit and paged ones. Raises RunFailed where they need CUDA.
-
-    Groups of parameters (torch's `{"params": [...]}`) may have a `share`: what their learning rate is to the run's.
-    """
-    betas, decay = (train.adam_beta1, train.adam_beta2), train.weight_decay
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=train.learning_rate, betas=betas, weight_decay=decay, fused=True)
-    if device.type != "cuda":
-        raise RunFailed(f"train.optimizer: {train.optimizer} needs CUDA; adamw runs everywhere")
-    import bitsandbytes.optim as optim  # heavy, and asked for by few
-
-    kinds = {"adamw_8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW32bit, "paged_adamw_8bit": optim.PagedAdamW8bit}
-    return kinds[train.optimizer](parameters, lr=train.learning_rate, betas=betas, weight_decay=decay)  # type: ignore[no-any-return]
 
 
 def memory_gib(device: torch.device) -> float:

@@ -233,12 +233,6 @@ def test_a_schedule_that_is_one_step_late_is_seen(monkeypatch: pytest.MonkeyPatc
         assert schedule_error(schedule, warmup, steps, expected) > 1e-3
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
-def test_optimizers_that_need_cuda_are_refused_elsewhere(optimizer: Any) -> None:
-    with pytest.raises(RunFailed, match=f"^train.optimizer: {optimizer} needs CUDA; adamw runs everywhere$"):
-        make_optimizer([nn.Parameter(torch.zeros(2))], settings.Train(optimizer=optimizer), CPU)
-
-
 def test_adamw_by_hand() -> None:
     """The first AdamW step moves each element by the rate, against its gradient's sign, after the decay."""
     parameter = nn.Parameter(torch.tensor([1.0, -2.0]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -177,14 +177,25 @@ class Harvester:
         """Log-probs of what was written by a role, no gradient, (B, T) on the CPU."""
         rows, columns = batch.ids.shape
         found = torch.zeros(rows, columns)
-        at_once = max(1, self.micro_tokens // columns)
-        for start in range(0, rows, at_once):
-            places = torch.arange(start, min(start + at_once, rows))
+
+        def read(units: Sequence[int]) -> Tensor:
+            places = torch.tensor(list(units))
             shared = {"shared": batch.extra["shared"][places]} if "shared" in batch.extra else {}
             part = Batch(batch.ids[places], batch.attended[places], batch.says[places], extra=shared).to(self.roles.base.device)
             with self.roles.quiet():
-                found[places] = self.roles.logps(role, part, self.temperature).logps.cpu()
+                return self.roles.logps(role, part, self.temperature).logps.cpu()
+
+        for units, logps in in_micro_batches(self.roles, rows, columns, self.micro_tokens, read):
+            found[units[0] : units[-1] + 1] = logps
         return found
+
+
+def in_micro_batches(roles: Roles, rows: int, columns: int, micro_tokens: int,
+                     read: Callable[[Sequence[int]], Tensor]) -> Iterator[tuple[Sequence[int], Tensor]]:  # fmt: skip
+    """What `read` makes of neighbouring rows, as many at once as fit `micro_tokens` and the memory."""
+    at_once = max(1, micro_tokens // columns)
+    for start in range(0, rows, at_once):
+        yield from roles.limits.pieces("forward_tokens", range(start, min(start + at_once, rows)), columns, read)
 
 
 def _values(found: Sequence[float] | Unscored, count: int) -> list[float]:

@@ -26,14 +26,14 @@ completion; `truncated` the share without an end; `mismatch` mean |log old - log
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lowrank_tune.algorithms.failures import Unscored
-from lowrank_tune.algorithms.harvest import Harvester
+from lowrank_tune.algorithms.harvest import Harvester, in_micro_batches
 from lowrank_tune.algorithms.kit import Kit
 from lowrank_tune.algorithms.step_zero import check_reference
 from lowrank_tune.errors import RunFailed
@@ -207,10 +207,15 @@ class PPO:
         """The value before each token (B, T), and behind the last one (B,); no gradient, on the CPU."""
         roles, (rows, columns) = self.kit.roles, batch.ids.shape
         states = torch.zeros(rows, columns)
-        for places in torch.split(torch.arange(rows), max(1, self.harvester.micro_tokens // columns)):
-            part = Batch(batch.ids[places], batch.attended[places], batch.says[places]).to(roles.base.device)
+
+        def read(units: Sequence[int]) -> Tensor:
+            here = slice(units[0], units[-1] + 1)
+            part = Batch(batch.ids[here], batch.attended[here], batch.says[here]).to(roles.base.device)
             with roles.quiet():
-                states[places] = roles.scores(self.critic.role, part).cpu()
+                return roles.scores(self.critic.role, part).cpu()
+
+        for units, found in in_micro_batches(roles, rows, columns, self.harvester.micro_tokens, read):
+            states[units[0] : units[-1] + 1] = found
         return before_each(states), states.gather(1, (batch.lengths - 1).clamp_min(0)[:, None]).squeeze(1)
 
     def weigh(self, batch: Batch) -> Tensor:

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lowrank_tune.data import TokenStore
-from lowrank_tune.data.budget import by_tokens
+from lowrank_tune.data.budget import in_pieces
 from lowrank_tune.errors import RunFailed
 from lowrank_tune.events import Emit, Note, Progress
 from lowrank_tune.model.roles import Roles
@@ -41,12 +41,13 @@ def reference_logps(roles: Roles, rows: TokenStore, collated: Callable[[Sequence
         return found
     sums = torch.full((len(rows),), float("nan"))
     what, done = "log-probs of the reference", 0
-    for units in by_tokens(rows, micro_tokens):
-        batch = collated(units).to(roles.base.device)
+
+    def read(units: Sequence[int]) -> Tensor:
         with roles.quiet():
-            logps = roles.logps("reference", batch).logps.sum(dim=1).cpu()
-        places = torch.tensor([unit * rows.together + i for unit in units for i in range(rows.together)])
-        sums[places] = logps
+            return roles.logps("reference", collated(units).to(roles.base.device)).logps.sum(dim=1).cpu()
+
+    for units, logps in in_pieces(roles.limits, rows, micro_tokens, read):
+        sums[torch.tensor([unit * rows.together + i for unit in units for i in range(rows.together)])] = logps
         before, done = done, done + len(units)
         if done * TOLD // rows.units != before * TOLD // rows.units:
             emit(Progress(what=what, done=done, total=rows.units))

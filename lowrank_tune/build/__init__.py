@@ -26,6 +26,8 @@ from lowrank_tune.model import unsloth
 from lowrank_tune.model.adapters import SavedAdapter, read_adapter
 from lowrank_tune.model.base import Base, hash_of, load_base, load_tokenizer, one_hash
 from lowrank_tune.model.heads import KEY
+from lowrank_tune.model.memory import keep_to
+from lowrank_tune.model.recovery import Limits
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Algorithm, Batch
 
@@ -156,6 +158,7 @@ def _no_units(units: Sequence[int]) -> Batch:
 
 def _load_base(recipe: settings.Recipe, template: Template, device: torch.device | None, emit: Emit) -> Base:
     emit(Progress(what=f"loading {recipe.base.model}", done=0, total=1))
+    keep_to(recipe.train.memory_budget_gib)
     if recipe.base.backend == "unsloth":
         base = unsloth.load_base(recipe.base, template.tokenizer, _longest(recipe), device)
     else:
@@ -194,6 +197,7 @@ def load_roles(recipe: settings.Recipe, base: Base, saved: Mapping[str, SavedAda
     configs, stacks = lay_out(recipe, base.model, {name: adapter.config for name, adapter in saved.items()}, below)
     roles = Roles(base, configs, trainable=[top, *recipe.aside], stacks=stacks, checkpointing=recipe.train.gradient_checkpointing,
                   seed=recipe.seed, heads=HEADS & stacks.keys(), offload=recipe.train.activation_offloading)  # fmt: skip
+    roles.limits = Limits(budget_bytes=int((recipe.train.memory_budget_gib or 0) * 2**30), emit=emit)
     for name, adapter in saved.items():
         roles.load_adapter_tensors(name, adapter.tensors, f"adapters.{name}.path: {adapter.folder}")
         if adapter.base_name not in (None, recipe.base.model, recipe.base.model.partition("@")[0]):

@@ -70,13 +70,17 @@ def closed(ids: Sequence[int], end: Sequence[int]) -> list[int]:
 def score_rows(roles: Roles, rows: Sequence[Sequence[int]], pad_id: int, micro_tokens: int, role: str = ROLE) -> list[float]:
     """The role's score of each row, batched by length."""
     found = [0.0] * len(rows)
+
+    def read(part: Sequence[int]) -> list[float]:
+        batch = collate([Row(rows[place], [False] * len(rows[place])) for place in part], pad_id).to(roles.base.device)
+        with roles.quiet():
+            return torch.as_tensor(roles.last_scores(role, batch)).tolist()
+
     waiting = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
     while waiting:
         count = max(1, micro_tokens // max(1, len(rows[waiting[0]])))
         part, waiting = waiting[:count], waiting[count:]
-        batch = collate([Row(rows[place], [False] * len(rows[place])) for place in part], pad_id).to(roles.base.device)
-        with roles.quiet():
-            scores = roles.last_scores(role, batch)
-        for place, score in zip(part, torch.as_tensor(scores).tolist(), strict=True):
-            found[place] = score
+        for some, scores in roles.limits.pieces("forward_tokens", part, len(rows[part[0]]), read):
+            for place, score in zip(some, scores, strict=True):
+                found[place] = score
     return found

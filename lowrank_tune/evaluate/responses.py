@@ -16,7 +16,7 @@ from lowrank_tune.build import load_roles
 from lowrank_tune.data import Prepared, Template, TokenStore, collate_units, load, read
 from lowrank_tune.data.tokenise import shape_of
 from lowrank_tune.errors import UserError
-from lowrank_tune.evaluate.rows import PairScores, held_out_batches
+from lowrank_tune.evaluate.rows import PairScores, held_out
 from lowrank_tune.events import Emit, Note
 from lowrank_tune.model.adapters import read_adapter
 from lowrank_tune.model.base import load_base, load_tokenizer
@@ -54,9 +54,8 @@ def score_file(run: Path, file: str, emit: Emit, device: torch.device | None = N
     roles = load_roles(recipe, base, saved, _quiet)
     scores = torch.empty(len(rows))
     collated = partial(collate_units, rows, pad_id=template.pad_id)
-    for batch, places in held_out_batches(roles, rows, collated, MICRO_TOKENS, "scoring", emit):
-        with roles.quiet():
-            scores[places] = roles.last_scores("reward", batch).cpu()
+    for found, places in held_out(roles, rows, collated, partial(roles.last_scores, "reward"), MICRO_TOKENS, "scoring", emit):
+        scores[places] = found.cpu()
     lengths = torch.tensor([rows.trained_of(row) for row in range(len(rows))])
     told = [_response(rows, row, float(scores[row]), pairs, template) for row in range(len(rows))]
     return told, PairScores(scores[::2], scores[1::2], lengths[::2], lengths[1::2]) if pairs else None

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowrank_tune.data import TokenStore
-from lowrank_tune.data.budget import by_tokens
+from lowrank_tune.data.budget import in_pieces
 from lowrank_tune.events import Emit, Progress
 from lowrank_tune.maths import calibration_error, correlation, reliability, share_right
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Algorithm, Batch, Stats, add_stats, to_floats
 
+T = TypeVar("T")
 TOLD = 20  # times that a long job tells how far it is
 SHOWN_SCORES = 2000  # pairs whose scores are kept for the report
 Collated = Callable[[Sequence[int]], Batch]
@@ -60,28 +61,35 @@ class PairScores:
 def validate(algorithm: Algorithm, roles: Roles, rows: TokenStore, collated: Collated, micro_tokens: int, emit: Emit) -> dict[str, float]:
     """What the algorithm measures on held-out rows, means over all of them; dropout off."""
     stats: Stats = {}
-    for batch, _ in held_out_batches(roles, rows, collated, micro_tokens, "validating", emit):
-        with roles.quiet():
-            add_stats(stats, algorithm.measure(batch))
+    for measured, _ in held_out(roles, rows, collated, algorithm.measure, micro_tokens, "validating", emit):
+        add_stats(stats, measured)
     return to_floats(stats)
 
 
 def score_pairs(algorithm: PairAlgorithm, roles: Roles, rows: TokenStore, collated: Collated, micro_tokens: int, emit: Emit) -> PairScores:
     """What the algorithm thinks of both sides of every pair, and how long they are."""
     scores, lengths = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.long)
-    for batch, places in held_out_batches(roles, rows, collated, micro_tokens, "scoring held-out pairs", emit):
-        with roles.quiet():
-            scores[places] = algorithm.scores(batch).float().cpu()
-        lengths[places] = batch.scored.sum(dim=1).cpu()
+
+    def read(batch: Batch) -> tuple[Tensor, Tensor]:
+        return algorithm.scores(batch).float().cpu(), batch.scored.sum(dim=1).cpu()
+
+    for found, places in held_out(roles, rows, collated, read, micro_tokens, "scoring held-out pairs", emit):
+        scores[places], lengths[places] = found
     return PairScores(scores[::2], scores[1::2], lengths[::2], lengths[1::2])
 
 
-def held_out_batches(roles: Roles, rows: TokenStore, collated: Collated, micro_tokens: int, what: str,
-                     emit: Emit) -> Iterator[tuple[Batch, Tensor]]:  # fmt: skip
-    """All units of a store in batches of similar length, longest first, on the device of the base; and which rows of the store they are."""
+def held_out(roles: Roles, rows: TokenStore, collated: Collated, work: Callable[[Batch], T], micro_tokens: int, what: str,
+             emit: Emit) -> Iterator[tuple[T, Tensor]]:  # fmt: skip
+    """What `work` makes, without gradient or dropout, of all units of a store in batches of similar length, longest first, on the device of
+    the base; and of which rows of the store."""
+
+    def read(units: Sequence[int]) -> T:
+        with roles.quiet():
+            return work(collated(units).to(roles.base.device))
+
     done = 0
-    for part in by_tokens(rows, micro_tokens):
-        yield collated(part).to(roles.base.device), torch.tensor([unit * rows.together + i for unit in part for i in range(rows.together)])
+    for part, found in in_pieces(roles.limits, rows, micro_tokens, read):
+        yield found, torch.tensor([unit * rows.together + i for unit in part for i in range(rows.together)])
         before, done = done, done + len(part)
         if done * TOLD // rows.units != before * TOLD // rows.units:
             emit(Progress(what=what, done=done, total=rows.units))

@@ -168,17 +168,22 @@ def one_hash(hashes: dict[str, str]) -> str:
     return hashlib.blake2b("\n".join(f"{name} {hashes[name]}" for name in sorted(hashes)).encode(), digest_size=16).hexdigest()
 
 
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes of a weight as it is stored, with the scales of one in 4 bits."""
+    return sum(one.nbytes for one in _with_scales(tensor))
+
+
 def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if "lora_" in name:
-            continue
-        tensors = [tensor]
-        state = getattr(tensor, "quant_state", None)
-        if state is not None:
-            tensors += [state.absmax]
-            if state.nested:
-                tensors += [state.state2.absmax, state.offset]
-        yield name.replace("base_layer.", "").removeprefix("base_model.model."), tensors
+        if "lora_" not in name:
+            yield name.replace("base_layer.", "").removeprefix("base_model.model."), _with_scales(tensor)
+
+
+def _with_scales(tensor: Tensor) -> list[Tensor]:
+    state = getattr(tensor, "quant_state", None)
+    if state is None:
+        return [tensor]
+    return [tensor, state.absmax, *([state.state2.absmax, state.offset] if state.nested else ())]
 
 
 def hash_of(tensor: Tensor) -> str:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from lowrank_tune.errors import UserError
 from lowrank_tune.model import heads as scalar
-from lowrank_tune.model.base import Base
+from lowrank_tune.model.base import Base, stored_bytes
 from lowrank_tune.model.logps import check_head, chunked_entropy, chunked_kl, chunked_logps, head_of
 from lowrank_tune.model.memory import Checkpointing, checkpoint_layers, keep_all
+from lowrank_tune.model.recovery import Limits
 from lowrank_tune.model.tree import Tree, agrees, longest_shareable, mask_for, plant
 from lowrank_tune.types import Batch, LogProbs
 
@@ -56,7 +57,7 @@ class Roles:
                  checkpointing: Checkpointing = False, seed: int = 0, heads: Iterable[str] = (), offload: bool = False) -> None:  # fmt: skip
         self.base, self.stacks = base, {role: [PREFIX + name for name in stack] for role, stack in stacks.items()}
         self.trainable, self.share, self.heads = frozenset(trainable), base.backend == "plain", dict[str, scalar.ScalarHead]()
-        self._checkpointing = False
+        self._checkpointing, self.limits = False, Limits()
         self._active: list[str] = []
         torch.manual_seed(seed)
         self._peft: Any = None
@@ -97,6 +98,12 @@ class Roles:
                 yield
         finally:
             self.base.model.train(before)
+
+    def resident_bytes(self) -> int:
+        """What stays on the device for the whole run: the base as it is stored, adapters and heads, and two moments of what is trained."""
+        size = sum(stored_bytes(parameter) for parameter in (*self.base.model.parameters(), *self.base.model.buffers()))
+        trained = sum(parameter.nbytes for _, parameter in self._all_parameters() if parameter.requires_grad)
+        return size + 2 * trained + sum(head.weight.nbytes for head in self.heads.values())
 
     def parameters(self, role: str) -> list[nn.Parameter]:
         """The trainable parameters of a role, in the order of `named_parameters`."""

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_tune.model.recovery import is_out_of_memory
 from lowrank_tune.types import Batch
 
 WORTH = 0.9
@@ -119,6 +120,8 @@ def agrees(decode: Decode, vocabulary: int, dtype: torch.dtype, device: torch.de
     apart = decode(ids, None, None).float()
     try:
         packed = tree.rows(decode(tree.ids, tree.mask, tree.positions)).float()
-    except Exception:  # whatever a foreign model makes of a mask with four dimensions: its prompts are not shared
+    except Exception as error:  # whatever a foreign model makes of a mask with four dimensions: its prompts are not shared
+        if is_out_of_memory(error):
+            raise
         return False
     return bool(torch.linalg.vector_norm(packed - apart) <= TOLERANCE.get(dtype, LOOSE) * torch.linalg.vector_norm(apart))

@@ -1,4 +1,4 @@
-"""Rules about memory, of plain data like `rules`."""
+"""Settings about memory: which may change, which would do nothing, and what to change when it ran out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lowrank_tune.recipe.written import Finding, written
+from lowrank_tune.settings import Recipe
 
 SIZES = ("train.micro_batch_size", "train.micro_batch_tokens", "train.gradient_checkpointing", "train.activation_offloading",
          "train.memory_budget_gib", "rollout.slots")  # fmt: skip
@@ -17,3 +18,38 @@ def idle(data: Any) -> Iterator[Finding]:
     wanted = written(data, "train", "gradient_checkpointing")
     if written(data, "train", "activation_offloading") is True and (wanted == "none" or (wanted == 0 and isinstance(wanted, int))):
         yield ("train", "activation_offloading"), "does nothing without `train.gradient_checkpointing`: it moves what recomputed layers keep"
+
+
+def memory_settings(recipe: Recipe) -> dict[str, Any]:
+    """What decides over memory, as a recipe has it."""
+    sections = {"train": recipe.train, "rollout": recipe.rollout}
+    return {key: getattr(sections[key.partition(".")[0]], key.partition(".")[2]) for key in SIZES}
+
+
+def advice(recipe: Recipe, kind: str, tokens: int, on_card: bool) -> str:
+    """What to type after memory ran out in a piece of work that cannot be split (`kind` as in `Limits`, or any other word), `tokens` its
+    length. First what a run may change when it goes on, then what makes it another run."""
+    go_on, anew = list[str](), list[str]()
+    train, drawn = recipe.train, recipe.algorithm in ("grpo", "ppo")
+    updates = kind not in ("forward_tokens", "cache_tokens")
+    if updates and train.gradient_checkpointing not in (True, "all", "auto"):
+        go_on.append("train.gradient_checkpointing=true")
+    if updates and on_card and not train.activation_offloading:
+        go_on.append("train.activation_offloading=true")
+    if updates and kind != "update_tokens" and train.micro_batch_size != 1:
+        go_on.append("train.micro_batch_size=1")
+    if train.memory_budget_gib is not None:
+        go_on.append("a larger train.memory_budget_gib")
+    if recipe.base.bits == 16:
+        anew.append("base.bits=4")
+    if updates and on_card and train.optimizer == "adamw":
+        anew.append("train.optimizer=paged_adamw_8bit")
+    if drawn:
+        anew.append(f"rollout.max_new_tokens={max(1, recipe.rollout.max_new_tokens // 2)}")
+        anew.append(f"data.max_prompt_length={max(1, recipe.data.max_prompt_length // 2)}")
+    elif kind == "cache_tokens":
+        anew.append(f"evaluate.max_new_tokens={max(1, recipe.evaluate.max_new_tokens // 2)}")
+    else:
+        anew.append(f"data.max_length={max(8, min(recipe.data.max_length, tokens or recipe.data.max_length) // 2)}")
+    told = [f"the same command with {' '.join(go_on)} continues"] if go_on else []
+    return "; ".join([*told, f"a new run (--out) may have {' or '.join(anew)}"])

@@ -1,7 +1,8 @@
 """The rollout engine: completions as they finish, with the log-probs of the distribution that they were drawn from.
 
 Each sequence has its own random stream, made of the seed, the prompt's number and the sample's number, so what it says does not hang on
-its neighbours. A prompt is read once for all its samples; a sequence that ends leaves its slot to the next one at once.
+its neighbours. A prompt is read once for all its samples; a sequence that ends leaves its slot to the next one at once. Where memory runs
+short, what had not ended is drawn again from the same random numbers, half as many sequences at once.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_tune.errors import OutOfMemory
+from lowrank_tune.model.recovery import is_out_of_memory, let_go
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout.attention import batched_attention
 from lowrank_tune.rollout.choice import store_for
@@ -25,19 +29,39 @@ from lowrank_tune.types import Completion, Sampling, Token
 
 T = TypeVar("T")
 LOGITS = 1 << 24  # made at once: 64 MiB in fp32
+USABLE = 0.92  # of a card: the rest is lost between blocks
+WORKING = 3 << 29  # CUDA's context and libraries, logits, and the activations of a prompt that is read: 1.5 GiB
+
+
+@dataclass
+class _Known:
+    """What outlives an attempt: how many sequences are decoded at once, the samples of prompts that have ended, their tokens, and whether
+    somebody saw tokens of others, which cannot be drawn again then."""
+
+    slots: int
+    ended: set[tuple[int, int]] = field(default_factory=set)
+    spent: int = 0
+    shown: bool = False
+
+    def note(self, one: object) -> None:
+        if isinstance(one, Completion):
+            self.ended.add((one.prompt, one.sample))
+            self.spent += len(one.ids)
+        else:
+            self.shown = True
 
 
 class Engine:
     """Decodes with a role. At most `slots` sequences at once, and no more than fit `cache_bytes` of keys and values (but always one).
 
-    On the CPU 4-bit weights are unpacked for the time of a call where they fit `scratch_bytes`. Both are by default a quarter of the
-    device's memory, of all of it: what is free now would make one run differ from the next. `decode` is for stop strings.
+    On the CPU 4-bit weights are unpacked for the time of a call where they fit `scratch_bytes`, a quarter of the machine's memory by default.
+    `cache_bytes` is by default what `cache_room` says. `decode` is for stop strings.
     """
 
     def __init__(self, roles: Roles, role: str, slots: int = 256, cache_bytes: int | None = None, scratch_bytes: int | None = None,
                  decode: Decode | None = None) -> None:  # fmt: skip
         self.roles, self.role, self.slots, self.decode = roles, role, slots, decode
-        self.cache_bytes = memory_of(roles.base.device) // 4 if cache_bytes is None else cache_bytes
+        self.cache_bytes = cache_room(roles) if cache_bytes is None else cache_bytes
         self.scratch_bytes = memory_of(roles.base.device) // 4 if scratch_bytes is None else scratch_bytes
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling,
@@ -63,20 +87,37 @@ class Engine:
              numbers: Sequence[int] | None = None) -> Generator[T, None, None]:  # fmt: skip
         if not prompts or n < 1 or sampling.max_new_tokens < 1:
             return
+        limits, columns = self.roles.limits, max(map(len, prompts)) + sampling.max_new_tokens
+        known = _Known(limits.most("cache_tokens", columns, min(self.slots, n * len(prompts))))
+        while True:
+            try:
+                yield from self._drawn(prompts, n, sampling, stops, go_on, numbers, columns, known)
+                return
+            except Exception as error:
+                if not is_out_of_memory(error) or isinstance(error, OutOfMemory) or known.shown:
+                    raise
+                let_go(error)
+            limits.ran_short("cache_tokens", known.slots, columns)
+            known.slots = limits.most("cache_tokens", columns, n * len(prompts) - len(known.ended))
+
+    def _drawn(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, stops: Stops, go_on: Callable[[Schedule, Stops], list[T]],
+               numbers: Sequence[int] | None, columns: int, known: _Known) -> Iterator[T]:  # fmt: skip
+        """All that has not ended yet."""
         model, stack = self.roles.base.model, [] if self.role == "base" else self.roles.stacks[self.role]
         modules = list(model.modules())
         with self._speaking(modules):
             store = store_for(model)
-            columns = max(map(len, prompts)) + sampling.max_new_tokens
-            slots = store.open(min(self.slots, n * len(prompts)), columns, self.cache_bytes)
-        schedule = Schedule(store, lambda hidden, uniforms: self._say(hidden, uniforms, sampling), prompts, n, sampling, slots,
-                            numbers or range(len(prompts)))  # fmt: skip
+            known.slots = store.open(known.slots, columns, self.cache_bytes)
+        schedule = Schedule(store, lambda hidden, uniforms: self._say(hidden, uniforms, sampling), prompts, n, sampling, known.slots,
+                            numbers or range(len(prompts)), known.ended, known.spent)  # fmt: skip
         with fast_linears(model, stack, self.scratch_bytes) as linears:
             while not schedule.over:
                 # Between two yields the caller may use other roles and train: modes, adapters and modules are then as it left them.
                 with self._speaking(modules), linears, batched_attention(model):
                     told = go_on(schedule, stops)
-                yield from told
+                for one in told:
+                    known.note(one)
+                    yield one
 
     @contextmanager
     def _speaking(self, modules: Sequence[nn.Module]) -> Iterator[None]:
@@ -105,6 +146,18 @@ def _quiet(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.__dict__["training"] = True
+
+
+def cache_room(roles: Roles) -> int:
+    """Bytes for keys and values. On a card all that the run may use, but for what stays there and some to work with: while sequences are
+    decoded, no activation of an update lives. Else a budget, or a quarter of the machine's memory. What is free now does not count: it would
+    make one run differ from the next.
+    """
+    budget, device = roles.limits.budget_bytes, roles.base.device
+    if device.type != "cuda":
+        return budget or memory_of(device) // 4
+    budget = min(budget or memory_of(device), memory_of(device))
+    return max(int(budget * USABLE) - roles.resident_bytes() - WORKING, budget // 16)
 
 
 def memory_of(device: torch.device) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,12 +54,14 @@ class Schedule:
     """The sequences of one call. `advance` goes on until some of them end, `tokens` for one turn."""
 
     def __init__(self, store: Store, say: Say, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, slots: int,
-                 numbers: Sequence[int]) -> None:  # fmt: skip
+                 numbers: Sequence[int], ended: Collection[tuple[int, int]] = (), spent: int = 0) -> None:  # fmt: skip
+        """`ended` are samples of prompts that need not be drawn any more, `spent` the tokens of them."""
         self.store, self.say, self.prompts, self.n, self.seed, self.slots = store, say, prompts, n, sampling.seed, slots
         self.numbers = numbers
-        self.room = math.inf if sampling.budget is None else sampling.budget
+        self.room = math.inf if sampling.budget is None else sampling.budget - spent
+        self.samples = [[sample for sample in range(n) if (prompt, sample) not in ended] for prompt in range(len(prompts))]
         # Prompts of similar length are read together.
-        self.waiting = deque(sorted(range(len(prompts)), key=lambda index: len(prompts[index])))
+        self.waiting = deque(sorted((i for i, samples in enumerate(self.samples) if samples), key=lambda index: len(prompts[index])))
         self.read = deque[_Read]()
         self.rows: list[_Row | None] = []
         self.spoke: list[_Row] = []
@@ -133,7 +135,7 @@ class Schedule:
                 break
             chosen.append(self.waiting.popleft())
         kept, hidden = self.store.read([self.prompts[index] for index in chosen])
-        self.read += [_Read(index, deque(range(self.n)), kept, row, hidden[row]) for row, index in enumerate(chosen)]
+        self.read += [_Read(index, deque(self.samples[index]), kept, row, hidden[row]) for row, index in enumerate(chosen)]
 
     def _close_ranks(self) -> None:
         """The last sequences move into the slots that were left: a step reads the first slots only."""
@@ -177,7 +179,7 @@ class Schedule:
         """Everything ends where it is, what has not begun too."""
         begun = [row.ended("budget") for row in self.rows if row is not None]
         unbegun = [(one.prompt, sample) for one in self.read for sample in one.samples]
-        unbegun += [(prompt, sample) for prompt in self.waiting for sample in range(self.n)]
+        unbegun += [(prompt, sample) for prompt in self.waiting for sample in self.samples[prompt]]
         self.rows, self.read, self.waiting, self.spoke = [], deque(), deque(), []
         return begun + [Completion(prompt, sample, [], "budget", []) for prompt, sample in unbegun]
 

@@ -59,6 +59,7 @@ SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
     "update_ratio": ("update", "{:.1e}".format),
     "moved_share": ("moved", percent),
     "bad_steps": ("skipped", "{:.0f}".format),
+    "out_of_memory": ("short of memory", "{:.0f}".format),
     "score_errors": ("reward errors", "{:.0f}".format),
     "score_timeouts": ("reward timeouts", "{:.0f}".format),
     "": ("", str),  # statistics without a line here come in this place, under their own names
@@ -71,7 +72,7 @@ SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
 UNSAID = {"logp_chosen", "logp_rejected", "chosen_change", "mismatch", "score_seconds", "heldout_stopped", "heldout_length",
           "heldout_repetition", "gold_noise", "value", "value_clip_fraction", "update_kl"}  # fmt: skip
 """What would make the line of a step too long, and says little by itself: the screen and the report draw it."""
-ONLY_WHERE_ANY = {"bad_steps", "truncated", "clip_fraction", "score_errors", "score_timeouts"}
+ONLY_WHERE_ANY = {"bad_steps", "out_of_memory", "truncated", "clip_fraction", "score_errors", "score_timeouts"}
 """Said only where it is not 0."""
 _PASS = re.compile(r"pass_at_(\d{1,6})")
 

@@ -53,6 +53,7 @@ MEANINGS = {
     "tokens_per_second": "tokens of the step by its wall time",
     "memory_gib": "peak memory, GiB",
     "bad_steps": "steps that were not finite and changed nothing",
+    "out_of_memory": "times that memory ran short; the work was done again in parts",
 }
 OWN_MEANINGS = {
     "reward": {

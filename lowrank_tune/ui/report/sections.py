@@ -39,7 +39,7 @@ def curves(record: Record) -> str:
 
 def _curve(name: str, meaning: str, partner: str | None, record: Record) -> str:
     points, checks = record.series.get(name, {}), record.checks.get(f"validation_{name}", {})
-    if (name.startswith(("heldout_", "pairs_")) and not points) or (name == "bad_steps" and not any(points.values())):
+    if (name.startswith(("heldout_", "pairs_")) and not points) or (name in ("bad_steps", "out_of_memory") and not any(points.values())):
         return ""
     lines = lines_of(name, points, checks, f"validation {name}")
     title = name.replace("_", " ").replace("heldout", "held-out")

@@ -1,0 +1,178 @@
+"""Out of memory: noticed, cleaned up after, done again in smaller pieces, and remembered for the rest of the run.
+
+Weights are fixed before a batch is split, so any split has the same gradient: what ran short is begun again in halves, until it fits or a
+single row does not. What the failed attempt had added to gradients is taken back first.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_tune.errors import OutOfMemory
+from lowrank_tune.events import Emit, Event, Note
+
+SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "_status_alloc_failed")
+"""What says so in an error that is no `OutOfMemoryError`: CUDA's own, cuBLAS', and that of the CPU's allocator."""
+Kind = Literal["update_tokens", "forward_tokens", "cache_tokens"]
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class DoesNotFit(OutOfMemory):
+    """The smallest piece of work is too large: a row of `tokens` tokens, or a pair. `kind` says of what work."""
+
+    def __init__(self, kind: Kind, what: str, tokens: int) -> None:
+        super().__init__(f"out of memory: {what} of {tokens:,} tokens does not fit by itself")
+        self.kind, self.tokens = kind, tokens
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the card, or the machine, has no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+
+
+def let_go(error: BaseException | None) -> None:
+    """Drops what the frames of a failed attempt hold: activations, and graphs that hold others. The memory goes back to the device."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
+    if _on_card():
+        torch.cuda.empty_cache()
+
+
+def _on_card() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def added_whole(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The gradients of what happens inside are added where it ends well; where it raises, all are as before, though a backward pass that
+    died in its middle had added some. They are summed apart, which costs the size of the adapters, when activations are gone."""
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    except BaseException:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+        raise
+    sums: list[Tensor] = []
+    more: list[Tensor] = []
+    for parameter, gradient in zip(parameters, before, strict=True):
+        if gradient is not None:
+            if parameter.grad is not None:
+                sums.append(gradient)
+                more.append(parameter.grad)
+            parameter.grad = gradient
+    if sums:
+        torch._foreach_add_(sums, more)
+
+
+def _silent(event: Event) -> None:
+    pass
+
+
+@dataclass
+class Limits:
+    """How much at once has turned out to fit, in tokens with padding: of an update, of a pass without gradient, and of keys and values that
+    are decoded with. 0: no limit is known. `times` counts how often memory ran short. All this is saved with a checkpoint.
+
+    `budget_bytes` is what the run may use, 0 for all; `when` begins what is told.
+    """
+
+    update_tokens: int = 0
+    forward_tokens: int = 0
+    cache_tokens: int = 0
+    times: int = 0
+    budget_bytes: int = 0
+    emit: Emit = field(default=_silent, repr=False)
+    when: str = ""
+
+    def to_dict(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("update_tokens", "forward_tokens", "cache_tokens", "times")}
+
+    def restore(self, saved: Mapping[str, int]) -> None:
+        """Adds what an earlier start of the run had found out."""
+        self.times += saved.get("times", 0)
+        for name in ("update_tokens", "forward_tokens", "cache_tokens"):
+            setattr(self, name, min((limit for limit in (getattr(self, name), saved.get(name, 0)) if limit), default=0))
+
+    def most(self, kind: Kind, tokens: int, wanted: int) -> int:
+        """How many units of so many tokens at once, of those wanted; one is always tried."""
+        limit: int = getattr(self, kind)
+        return max(1, min(wanted, limit // max(1, tokens))) if limit else wanted
+
+    def within(self, kind: Kind, tokens: int | None) -> int | None:
+        """A budget of tokens, or what is known to fit where that is less; None for none."""
+        return min((limit for limit in (getattr(self, kind), tokens) if limit), default=None)
+
+    def pieces(self, kind: Kind, units: Sequence[U], tokens: int, work: Callable[[Sequence[U]], T],
+               together: int = 1) -> Iterator[tuple[Sequence[U], T]]:  # fmt: skip
+        """What `work` makes of the units, each of them `tokens` tokens, in as many pieces as it takes, and of which units.
+
+        `work` must leave nothing behind where it raises. A unit is `together` rows. Raises DoesNotFit where a single unit is too much.
+        """
+        waiting = deque([units])
+        while waiting:
+            some = waiting.popleft()
+            most = self.most(kind, tokens, len(some))
+            if len(some) > most:
+                waiting.extendleft(some[start : start + most] for start in reversed(range(0, len(some), most)))
+                continue
+            done = _attempt(work, some)
+            if done is None and len(some) == 1:  # what was let go may have been all that it lacked
+                done = _attempt(work, some)
+            if done is not None:
+                yield some, done[0]
+                continue
+            self.ran_short(kind, len(some), tokens, together)
+            waiting.appendleft(some)
+
+    def ran_short(self, kind: Kind, units: int, tokens: int, together: int = 1) -> None:
+        """So many units at once were too much: half as many from here on. Says so; raises DoesNotFit where there is no half."""
+        self.times += 1
+        if units == 1:
+            what = "a sequence" if kind == "cache_tokens" else "a pair" if together == 2 else "a row"
+            raise DoesNotFit(kind, what, tokens)
+        setattr(self, kind, -(-units // 2) * tokens)
+        self.emit(Note(level="warning", message=f"{self.when}{_told(kind, units * together, tokens // together, getattr(self, kind))}"))
+
+
+def _told(kind: Kind, rows: int, width: int, limit: int) -> str:
+    if kind == "cache_tokens":
+        return (f"out of memory while decoding {rows} sequences of up to {width:,} tokens: those that had not ended are drawn again from the "
+                f"same random numbers, {limit // width} at once")  # fmt: skip
+    if kind == "forward_tokens":
+        return (f"out of memory while reading {rows} rows of {width:,} tokens: read again in halves; from here on at most {limit:,} tokens "
+                "at once")  # fmt: skip
+    return (f"out of memory with a micro-batch of {rows} rows of {width:,} tokens: done again in halves, with the same gradient; from here "
+            f"on it has at most {limit:,} tokens, and `train.micro_batch_tokens={limit}` would begin so")  # fmt: skip
+
+
+def _attempt(work: Callable[[U], T], units: U) -> tuple[T] | None:
+    """What `work` gives, in a tuple; None where memory ran short. Random numbers are then as before, and nothing of it is held."""
+    device = torch.cuda.get_rng_state() if _on_card() else None
+    before = torch.get_rng_state()
+    try:
+        return (work(units),)
+    except Exception as error:
+        if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
+            raise
+        let_go(error)
+    torch.set_rng_state(before)
+    if device is not None:
+        torch.cuda.set_rng_state(device)
+    return None
