@@ -105,8 +105,9 @@ def _longest(recipe: settings.Recipe | None, wanted: settings.Evaluate) -> int:
 
 def evaluate(given: str, options: Options, emit: Emit, device: torch.device | None = None) -> Evaluation:
     """Measures a run, a chain, an adapter or a model. Ctrl-C keeps what was measured. Raises UserError, what is cheap to check first."""
+    manager: Any = None
     if options.tasks:
-        harness.check(options.tasks, options.tasks_path)
+        manager = harness.known(options.tasks, options.tasks_path)
     elif options.tasks_path is not None or options.limit is not None:
         raise UserError("--tasks-path and --limit belong to --tasks, which is not given")
     if (options.name or options.split) and options.on is None:
@@ -125,7 +126,7 @@ def evaluate(given: str, options: Options, emit: Emit, device: torch.device | No
         check_bases(subject, judge, base, emit)
         roles = roles_for(subject, judge, base)
         marking.attach(roles)
-        return _Work(subject, options, drawn, asked, judge, emit).do(roles, base, template, marking)
+        return _Work(subject, options, drawn, asked, judge, manager, emit).do(roles, base, template, marking)
 
 
 def _load(subject: Subject, template: Template, device: torch.device | None, emit: Emit) -> Base:
@@ -155,6 +156,7 @@ class _Work:
     drawn: Drawn
     asked: Asked
     judge: Judge | None
+    manager: Any
     emit: Emit
     begun: float = field(default_factory=time.time)
 
@@ -178,7 +180,7 @@ class _Work:
 
     def _tasks(self) -> harness.Tasks:
         options = self.options
-        return harness.Tasks(options.tasks, options.tasks_path, options.limit, options.confidence, self.drawn.seed, options.chat)
+        return harness.Tasks(options.tasks, options.limit, options.confidence, self.drawn.seed, options.chat, self.manager)
 
     def _usable(self, marking: Marking) -> list[Any]:
         """The questions that answers can be judged of; the others are told."""

@@ -31,54 +31,53 @@ BATCH = 8  # rows at once on a CPU; on a card the harness finds out how many fit
 
 @dataclass(frozen=True)
 class Tasks:
-    """Which tasks, by their names in the harness or in YAML files under `path`; `limit` documents of each; `chat`: asked in the chat
+    """Which tasks, by their names in the harness or in the user's own YAML files; `limit` documents of each; `chat`: asked in the chat
     template that the model was trained with."""
 
     names: tuple[str, ...]
-    path: Path | None
     limit: int | None
     level: float
     seed: int
-    chat: bool = False
+    chat: bool
+    manager: Any
+    """The harness's own register, as `known` made it."""
 
 
-def check(names: Sequence[str], path: Path | None) -> None:
-    """Raises UserError, before anything is loaded, where the harness is missing or does not know a task."""
+def known(names: Sequence[str], path: Path | None) -> Any:
+    """The harness's register of tasks, with those of a folder. Raises UserError, before anything is loaded, where the harness is missing or
+    does not know one of these."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(MISSING)
     if path is not None and not path.is_dir():
         raise UserError(f"--tasks-path: {path} is no folder; it should hold the YAML files of your tasks")
-    known = _manager(path).all_tasks
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        where = f" nor under {path}" if path is not None else ""
-        raise UserError(f"--tasks: there is no task `{unknown[0]}` in lm-evaluation-harness{where}{did_you_mean(unknown[0], known)}")
-
-
-def _manager(path: Path | None) -> Any:
     from lm_eval.tasks import TaskManager  # an extra, and it takes seconds
 
-    return TaskManager(include_path=str(path) if path is not None else None)
+    manager = TaskManager(include_path=str(path) if path is not None else None)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        where = f" nor under {path}" if path is not None else ""
+        raise UserError(f"--tasks: there is no task `{unknown[0]}` in lm-evaluation-harness{where}"
+                        f"{did_you_mean(unknown[0], manager.all_tasks)}")  # fmt: skip
+    return manager
 
 
 def measure(roles: Roles, base: Base, template: Template, voices: Sequence[str], tasks: Tasks, emit: Emit) -> tuple[dict[str, Figures], bool]:
     """Every task for every voice. Ctrl-C keeps the voices that are done, and says so by True."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about how it was called, which is settled here
     found: dict[str, Figures] = {}
-    manager = _manager(tasks.path)
     what = f"tasks {', '.join(tasks.names)}"
     try:
         for done, voice in enumerate(voices):
             emit(Progress(what=what, done=done, total=len(voices)))
             with roles.quiet(), roles.use(role_of(voice)), base.autocast():
-                found[voice] = _figures(_results(base, template, manager, tasks), tasks)
+                found[voice] = _figures(_results(base, template, tasks), tasks)
         emit(Progress(what=what, done=len(voices), total=len(voices)))
     except KeyboardInterrupt:
         return found, True
     return found, False
 
 
-def _results(base: Base, template: Template, manager: Any, tasks: Tasks) -> Mapping[str, Any]:
+def _results(base: Base, template: Template, tasks: Tasks) -> Mapping[str, Any]:
     from lm_eval import simple_evaluate  # an extra, and it takes seconds
     from lm_eval.models.huggingface import HFLM
 
@@ -87,7 +86,7 @@ def _results(base: Base, template: Template, manager: Any, tasks: Tasks) -> Mapp
     model = HFLM(pretrained=base.model, tokenizer=tokenizer, backend="causal", batch_size="auto" if base.device.type == "cuda" else BATCH)
     try:
         return dict(simple_evaluate(
-            model, tasks=list(tasks.names), task_manager=manager, limit=tasks.limit, bootstrap_iters=BOOTSTRAPS, log_samples=True,
+            model, tasks=list(tasks.names), task_manager=tasks.manager, limit=tasks.limit, bootstrap_iters=BOOTSTRAPS, log_samples=True,
             apply_chat_template=tasks.chat, random_seed=tasks.seed, numpy_random_seed=tasks.seed, torch_random_seed=tasks.seed,
             fewshot_random_seed=tasks.seed))  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, ImportError, AssertionError, AttributeError, RuntimeError) as error:

@@ -77,6 +77,9 @@ def _of_run(path: Path, emit: Emit) -> Subject:
     recipe = _object(path / "run.json").get("recipe")
     stages = recipe.get("stages") if isinstance(recipe, dict) else None
     if not isinstance(stages, list):
+        if isinstance(recipe, dict) and settings.trained_by(recipe.get("algorithm")) != "policy":
+            raise UserError(f"{path} trained a reward model, which does not answer: score responses with it by --file, or let it judge the "
+                            f"answers of another run, as eval RUN --judge {path}")  # fmt: skip
         found = finished_run(path)
         voices: dict[str, Stack] = {found.recipe.algorithm: adapters_in(found)}
         return Subject(path.resolve().name, "run", found.base, voices, path, found.recipe, found.facts, _learned(found.recipe))

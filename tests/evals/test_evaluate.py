@@ -296,7 +296,7 @@ def test_wrong_input_is_one_sentence(made: Made, judge: Path, tmp_path: Path) ->
     assert "a judge must share the base" in fails("tiny-tutor", "--on", "tutor", "--judge", str(judge))
     assert "--tasks-path and --limit belong to --tasks" in fails(run, "--limit", "3")
     assert "leave --on out" in fails(run, "--file", "x.jsonl", "--on", "tutor")
-    assert "scores and does not write" in fails(str(judge))
+    assert "trained a reward model, which does not answer" in fails(str(judge))
     assert "there is no such folder" in fails(run, "--out", str(tmp_path / "no" / "x.jsonl"))
 
 
