@@ -170,6 +170,7 @@ def test_sparse_progress_in_a_pipe() -> None:
     assert progress(*((done, done * 0.01) for done in range(101))) == ["loading: 100/100 (100 %)"]
     assert len(progress(*((done, done * 1.0) for done in range(101)))) == 10
     assert len(progress(*((done, done * 1000.0 / 10_000) for done in range(10_001)), total=10_000)) == 17  # every minute, and the end
+    assert progress((0, 0.0), (25, 50.0), (50, 60.0)) == ["loading: 25/100 (25 %)  ETA 2:30", "loading: 50/100 (50 %)  ETA 0:20"]
     assert progress((0, 0.0), (0, 100.0)) == []
     assert progress((0, 0.0), total=0) == ["loading: 0/0 (100 %)"]
     assert progress((100, 0.0), (100, 1.0)) == ["loading: 100/100 (100 %)"] * 2  # the same job once more

@@ -115,14 +115,15 @@ class Plain:
         """At the end of a job; before it a line for each tenth, but at most every 5 s; and where a tenth takes long, every minute."""
         share = event.done / event.total if event.total else 1.0
         told, when = self._told.setdefault(event.what, (0.0, event.time))
-        waited = event.time - when
+        waited, left = event.time - when, ""
         if event.done >= event.total:
             del self._told[event.what]
         elif (share - told >= 0.1 and waited >= 5) or (share > told and waited >= 60):
             self._told[event.what] = (share, event.time)
+            left = f"  ETA {clock((1 - share) * waited / (share - told))}"
         else:
             return
-        self._say(f"{event.what}: {event.done:,}/{event.total:,} ({100 * share:.0f} %)")
+        self._say(f"{event.what}: {event.done:,}/{event.total:,} ({100 * share:.0f} %){left}")
 
     def _draw(self, event: Progress) -> None:
         what = inert(event.what, 40)
