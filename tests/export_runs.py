@@ -33,10 +33,11 @@ class Made:
     said: torch.Tensor
 
 
-def make_base(folder: Path, kind: str, tied: bool, **changes: Any) -> Path:
-    """A random model with the tokenizer of the package's tiny base, which has no template of its own."""
+def make_base(folder: Path, kind: str, tied: bool, spare: int = 0, **changes: Any) -> Path:
+    """A random model with the tokenizer of the package's tiny base, which has no template of its own; `spare` rows stand for no token."""
     tokenizer = load_tokenizer(settings.Base(model=TINY))
-    shape = {"vocab_size": len(tokenizer), "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | changes
+    shape = {"vocab_size": len(tokenizer) + spare, "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    shape |= changes
     model = random_model(kind, gain=1.0, **shape)
     if tied:  # else its logits are so large that bf16 cannot hold them apart
         with torch.no_grad():
@@ -47,9 +48,9 @@ def make_base(folder: Path, kind: str, tied: bool, **changes: Any) -> Path:
 
 
 def make_run(place: Path, kind: str = "llama", tied: bool = False, lower: tuple[str, ...] = (), rslora: bool = False, bits: int = 4,
-             stack: str = "folded", **more: Any) -> Made:  # fmt: skip
+             stack: str = "folded", spare: int = 0, **more: Any) -> Made:  # fmt: skip
     """A run of `kind` whose policy lies on `lower`."""
-    base_folder = make_base(place / "base", kind, tied)
+    base_folder = make_base(place / "base", kind, tied, spare)
     recipe = Recipe.from_dict({
         "name": "tried", "algorithm": "sft", "base": {"model": str(base_folder), "bits": bits}, "train": {"steps": 1, "final_stack": stack},
         "adapters": {**{name: {"path": f"/home/somebody/runs/{name}/final"} for name in lower}, "policy": {"r": 4, "rslora": rslora}},

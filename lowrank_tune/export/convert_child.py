@@ -1,6 +1,9 @@
-"""Run as a program of its own (`python convert_child.py CONVERTER PRE ...`): llama.cpp's converter, told how a tokenizer that it does not know
-cuts a text into words. It knows tokenizers by a hash of what they make of one text, so one that was trained at home is strange to it even
-where its rules are those of a known one; PRE is the name of these rules, and is used for strange ones only."""
+"""Run as a program of its own (`python convert_child.py CONVERTER PRE BOS ...`): llama.cpp's converter, told two things that it may not know.
+
+It knows tokenizers by a hash of what they make of one text, so one that was trained at home is strange to it even where it cuts words by the
+rules of a known one; PRE is llama.cpp's name of these rules (empty for none), and is used for strange ones only. BOS (0 or 1) says whether the
+tokenizer puts its first token before every text, for a file that would leave that open: what runs it would guess, and not all guess alike.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,36 @@ from pathlib import Path
 from typing import Any
 
 
-def main(converter: str, pre: str, *arguments: str) -> None:
+def main(converter: str, pre: str, bos: str, *arguments: str) -> None:
     folder = Path(converter).parent
     sys.path[:0] = [str(folder), str(folder / "gguf-py")]
-    try:
-        text_model: Any = importlib.import_module("conversion.base").TextModel
-    except ModuleNotFoundError:  # an older llama.cpp, where the converter is one file: it is run as it is
-        text_model = None
-    if text_model is not None:
-        known = text_model.get_vocab_base_pre
-
-        def told(self: Any, tokenizer: Any) -> str:
-            try:
-                return str(known(self, tokenizer))
-            except NotImplementedError:
-                return pre
-
-        text_model.get_vocab_base_pre = told
+    _settle_bos(importlib.import_module("gguf").SpecialVocab, bos == "1")
+    if pre and (folder / "conversion").is_dir():  # an older llama.cpp's converter is one file, which is run as it is
+        _name_words(importlib.import_module("conversion.base").TextModel, pre)
     sys.argv = [converter, *arguments]
     runpy.run_path(converter, run_name="__main__")
+
+
+def _name_words(text_model: Any, pre: str) -> None:
+    known = text_model.get_vocab_base_pre
+
+    def told(self: Any, tokenizer: Any) -> str:
+        try:
+            return str(known(self, tokenizer))
+        except NotImplementedError:
+            return pre
+
+    text_model.get_vocab_base_pre = told
+
+
+def _settle_bos(vocabulary: Any, adds: bool) -> None:
+    write = vocabulary.add_to_gguf
+
+    def told(self: Any, *arguments: Any, **more: Any) -> None:
+        self.add_special_token.setdefault("bos", adds)
+        write(self, *arguments, **more)
+
+    vocabulary.add_to_gguf = told
 
 
 if __name__ == "__main__":

@@ -21,10 +21,14 @@ BITS = {"f32": (32.0, 0), "f16": (16.0, 1), "bf16": (16.0, 32), "q8_0": (8.5, 7)
 """Bits a weight, about, and llama.cpp's number of each type."""
 DIRECT = ("f32", "f16", "bf16", "q8_0")
 """What the converter writes by itself."""
-WORDS = {"smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
-                                                          {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]},
-         "gpt-2": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}}  # fmt: skip
-"""How text is cut into words before BPE: rules that a tokenizer.json may state, and llama.cpp's name of the same ones."""
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+WORDS: dict[str, tuple[Any, Any]] = {
+    "gpt-2": (None, BYTES), "smollm": (None, {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]}),
+    "qwen2": ({"type": "NFC"}, {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False}, BYTES | {"use_regex": False}]})}  # fmt: skip
+"""How text is normalised, and cut into words before BPE: rules that a tokenizer.json may state, by llama.cpp's name of the same ones. (The
+normalising of Qwen2 it leaves out, for Qwen's own models too.)"""
 
 
 def room_for(weights: int, kind: str) -> int:
@@ -37,9 +41,9 @@ def words_of(merged: Path) -> str | None:
     """llama.cpp's name of the rules by which this tokenizer cuts words; None where they are none of `WORDS`, or it is no BPE."""
     try:
         raw = json.loads((merged / "tokenizer.json").read_bytes())
-        if raw["model"]["type"] != "BPE" or raw.get("normalizer") or raw["model"].get("byte_fallback"):
+        if raw["model"]["type"] != "BPE" or raw["model"].get("byte_fallback"):
             return None
-        stated = _without_offsets(raw["pre_tokenizer"])
+        stated = (raw.get("normalizer"), _without_offsets(raw["pre_tokenizer"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return next((name for name, rules in WORDS.items() if rules == stated), None)
@@ -51,14 +55,13 @@ def _without_offsets(rules: Any) -> Any:
     return [_without_offsets(rule) for rule in rules] if isinstance(rules, list) else rules
 
 
-def convert(folder: Path, merged: Path, file: Path, kind: str, name: str, emit: Emit) -> None:
-    """Runs the converter in `folder` on a merged model. Raises RunFailed with what it said, UserError for a model that it does not know."""
-    arguments = [str(merged), "--outfile", str(file), "--outtype", kind, "--model-name", name]
-    words = words_of(merged)
-    if words is None:
-        command = [sys.executable, str(folder / CONVERTER), *arguments]
-    else:
-        command = [sys.executable, "-P", str(Path(__file__).with_name("convert_child.py")), str(folder / CONVERTER), words, *arguments]
+def convert(folder: Path, merged: Path, file: Path, kind: str, name: str, adds_bos: bool, emit: Emit) -> None:
+    """Runs the converter in `folder` on a merged model; `adds_bos`: its tokenizer puts its first token before every text.
+
+    Raises RunFailed with what it said, UserError for a model that it does not know."""
+    child = Path(__file__).with_name("convert_child.py")
+    command = [sys.executable, "-P", str(child), str(folder / CONVERTER), words_of(merged) or "", str(int(adds_bos)),
+               str(merged), "--outfile", str(file), "--outtype", kind, "--model-name", name]  # fmt: skip
     code, said = run_tool(command, f"llama.cpp writes {kind}", r"Writing:\s+(\d+)%()", emit)
     text = "\n".join(said)
     if code == 0 and file.is_file():
@@ -102,5 +105,6 @@ def run_tool(command: Sequence[str], what: str, pattern: str, emit: Emit) -> tup
 
 
 def _last(said: Sequence[str]) -> str:
-    errors = [line for line in said if re.search(r"error|exception|failed", line, re.IGNORECASE)]
-    return (errors or said or ["it said nothing"])[-1].strip()
+    errors = [line for line in said if re.search(r"error|exception|failed", line, re.IGNORECASE)] or list(said) or ["it said nothing"]
+    asserted = [line.strip() for line in said if line.strip().startswith("assert ")]
+    return f"{errors[-1].strip()}: {asserted[-1]}" if asserted and errors[-1].strip() == "AssertionError" else errors[-1].strip()

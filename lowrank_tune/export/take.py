@@ -24,7 +24,7 @@ from lowrank_tune.export.fold import fold, saved_part, why_not
 from lowrank_tune.export.gguf_lora import TYPES, gguf_module, gguf_tensors, shape_of, write_gguf_lora
 from lowrank_tune.export.gguf_model import BITS, DIRECT, convert, quantise, room_for
 from lowrank_tune.export.hub import LEFT_OUT, Upload, push
-from lowrank_tune.export.merge import Kind, Merged, merge, merged_before
+from lowrank_tune.export.merge import Kind, merge, merged_before
 from lowrank_tune.export.ollama import Modelfile
 from lowrank_tune.export.place import check_ours, check_room, export_folder
 from lowrank_tune.export.proof import Proof
@@ -145,22 +145,23 @@ def _model(found: Finished, order: Order, target: Path, emit: Emit, show: Callab
             emit(Note(message=f"{before.folder} holds this adapter already merged, and is taken"))
             show(before.proof)
         merged = before or merge(found.path, folder / "merged", order.base, emit, show, device)
-        _convert(converter, tool, merged, folder, folder / file, kind, found.recipe.name or found.recipe.algorithm, emit)
+        _convert(found, converter, tool, merged.folder, folder / file, kind, emit)
         shutil.rmtree(folder / "merged", ignore_errors=True)
         if order.to == "ollama":
             (folder / "Modelfile").write_text(_modelfile(found, order, f"./{file}", None, folder / file, emit), encoding="utf-8")
         _write_card(folder, model_card(found.recipe, file, kind, order.base, merged.proof.table(), ends, order.to == "ollama"))
 
 
-def _convert(converter: Path, tool: llama_cpp.Quantiser | None, merged: Merged, folder: Path, file: Path, kind: str, name: str,
-             emit: Emit) -> None:  # fmt: skip
+def _convert(found: Finished, converter: Path, tool: llama_cpp.Quantiser | None, merged: Path, file: Path, kind: str, emit: Emit) -> None:
+    """The file of a merged model; the small types by way of one in 16 bits."""
+    name, adds_bos = found.recipe.name or found.recipe.algorithm, bool(_bos(load_tokenizer(found.base), None))
     if kind in DIRECT:
-        convert(converter, merged.folder, file, kind, name, emit)
+        convert(converter, merged, file, kind, name, adds_bos, emit)
         return
     assert tool is not None
-    wide = folder / "wide.gguf"
-    convert(converter, merged.folder, wide, "bf16", name, emit)
-    shutil.rmtree(folder / "merged", ignore_errors=True)
+    wide = file.with_name("wide.gguf")
+    convert(converter, merged, wide, "bf16", name, adds_bos, emit)
+    shutil.rmtree(file.with_name("merged"), ignore_errors=True)  # the room is wanted
     quantise(tool, wide, file, kind, emit)
     wide.unlink()
 

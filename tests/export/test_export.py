@@ -19,7 +19,7 @@ from export_runs import IDS, Made, kl, make_run
 from models import CPU
 from peft import PeftModel
 from test_gguf_lora import by_llama_cpp, by_peft
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Tokenizer
 from typer.testing import CliRunner
 
 from lowrank_tune import UserError
@@ -253,11 +253,13 @@ def test_what_a_tool_says_becomes_progress_and_a_sentence(tmp_path: Path) -> Non
             ("raise SystemExit('ERROR: out of luck')", "failed .exit code 1.: ERROR: out of luck", RunFailed)):  # fmt: skip
         (tmp_path / "convert_hf_to_gguf.py").write_text(script)
         with pytest.raises(kind, match=sentence):
-            convert(tmp_path, tmp_path, tmp_path / "x.gguf", "f16", "mine", quiet)
+            convert(tmp_path, tmp_path, tmp_path / "x.gguf", "f16", "mine", False, quiet)
 
 
 def test_how_words_are_cut_is_read_only_where_the_rules_are_the_same(mistral: Made, tmp_path: Path) -> None:
     assert words_of(mistral.base) == "smollm"
+    Qwen2Tokenizer().save_pretrained(tmp_path)
+    assert words_of(tmp_path) == "qwen2"
     raw = json.loads((mistral.base / "tokenizer.json").read_text())
     digits, bytes_ = raw["pre_tokenizer"]["pretokenizers"]
     for changes, name in (({"pre_tokenizer": bytes_}, "gpt-2"), ({"pre_tokenizer": digits}, None), ({"normalizer": {"type": "NFC"}}, None),

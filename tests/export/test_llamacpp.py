@@ -11,21 +11,33 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
-from models import random_model, roles_over, shake, whole
+import torch
+from export_runs import make_run
+from models import CPU, random_model, roles_over, shake, whole
+from peft import PeftModel
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_tune import UserError
 from lowrank_tune.export.fold import fold
 from lowrank_tune.export.folder import part_of
 from lowrank_tune.export.gguf_lora import shape_of, write_gguf_lora
+from lowrank_tune.export.gguf_model import convert
 from lowrank_tune.export.llama_cpp import LORA_CONVERTER, converter_folder
+from lowrank_tune.export.merge import merge
+from lowrank_tune.export.take import Order, export
 
 pytestmark = pytest.mark.llamacpp
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+
+
+def quiet(event: object) -> None:
+    pass
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +79,99 @@ def test_tensors_are_bit_for_bit_those_of_llama_cpps_converter(scripts: Path, ki
         assert np.array_equal(tensor.data.view(np.uint8), other.data.view(np.uint8)), name
     for key in ("general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"):
         assert ours.get_field(key).contents() == theirs.get_field(key).contents(), key
+
+
+# ---- what llama.cpp's library computes
+
+PROMPTS = 20
+
+
+def prompts(vocabulary: int) -> list[list[int]]:
+    stream = torch.Generator().manual_seed(7)
+    return [torch.randint(7, vocabulary, (3 + 4 * number,), generator=stream).tolist() for number in range(PROMPTS)]
+
+
+def by_llama_cpp(model: Path, asked: list[list[int]], adapter: Path | None = None) -> torch.Tensor:
+    """(prompts, V): logits behind each prompt, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", LLAMA, str(model), str(adapter or ""), str(model) + ".npy"], input=json.dumps(asked),
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.tensor(np.load(str(model) + ".npy"))
+
+
+LLAMA = """
+import json, sys
+import llama_cpp, numpy
+model, adapter, out = sys.argv[1:]
+llm = llama_cpp.Llama(model_path=model, lora_path=adapter or None, n_ctx=256, n_threads=1, verbose=False, logits_all=True,
+                      type_k=0, type_v=0)  # the cache in fp32: the file is what is judged
+said = []
+for ids in json.load(sys.stdin):
+    llm.reset()
+    llm.eval(ids)
+    said.append(llm.scores[len(ids) - 1].copy())
+numpy.save(out, numpy.array(said))
+"""
+
+
+TOKENS = """
+import json, sys, llama_cpp
+llm = llama_cpp.Llama(sys.argv[1], vocab_only=True, verbose=False)
+print(json.dumps([llm.tokenize(text.encode(), add_bos=False, special=True) for text in json.load(sys.stdin)]))
+"""
+
+
+def by_transformers(model: Any, asked: list[list[int]]) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.stack([model.eval()(input_ids=torch.tensor([ids])).logits[0, -1] for ids in asked])
+
+
+@pytest.fixture(scope="module")
+def library() -> None:
+    pytest.importorskip("llama_cpp")
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_files_answer_in_llama_cpp_as_in_transformers(library: None, scripts: Path, kind: str, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """The merged model, and the adapter over the base in 16 bits; and what transformers itself reads of the file, where it reads rightly."""
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(scripts))
+    made = make_run(tmp_path, kind, tied=kind in ("qwen2", "gemma3_text"), lower=("sft",), rslora=True, spare=13 if kind == "qwen2" else 0)
+    merged = merge(made.run, None, "dequantized", quiet, quiet, CPU).folder
+    exported = [Path(export(made.run, Order(to, tmp_path / to, kind=type), quiet, quiet, quiet, CPU))
+                for to, type in (("gguf", "f32"), ("gguf-lora", None))]  # fmt: skip
+    file, adapter = exported[0] / "tried-f32.gguf", exported[1] / "tried-lora-f32.gguf"
+    assert b"somebody" not in file.read_bytes() and str(made.run).encode() not in file.read_bytes()
+    convert(scripts, made.base, tmp_path / "base.gguf", "f32", "base", False, quiet)
+    whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    over = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32), made.run / "final")
+    asked = prompts(whole.config.vocab_size)
+    for what, ours, theirs in (("merged", by_transformers(whole, asked), by_llama_cpp(file, asked)),
+                               ("adapter", by_transformers(over, asked), by_llama_cpp(tmp_path / "base.gguf", asked, adapter))):  # fmt: skip
+        far, same = float((ours - theirs).abs().max()), int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        print(f"{kind}, {what}: largest difference of two logits {far:.1e} of {float(ours.abs().max()):.1f}, argmax {same} of {PROMPTS}")
+        assert far < 1e-2 and same == PROMPTS
+    assert float((by_llama_cpp(tmp_path / "base.gguf", asked) - by_transformers(over, asked)).abs().max()) > 0.5, "the adapter matters"
+    if kind in ("llama", "qwen2"):
+        read = AutoModelForCausalLM.from_pretrained(exported[0], gguf_file=file.name, dtype=torch.float32)
+        far = float((by_transformers(read, asked) - by_transformers(whole, asked)).abs().max())
+        print(f"{kind}, by transformers from the file: {far:.1e}")
+        assert far < 1e-4
+
+
+def test_quantised_and_tokenised_alike(library: None, scripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(scripts))
+    made = make_run(tmp_path, "llama")
+    folder = Path(export(made.run, Order("ollama", tmp_path / "out", kind="q4_k_m", system="Be kind."), quiet, quiet, quiet, CPU))
+    assert {path.name for path in folder.iterdir()} == {"Modelfile", "README.md", "export.json", "tried-q4_k_m.gguf"}
+    reader = gguf.GGUFReader(folder / "tried-q4_k_m.gguf")
+    assert reader.get_field("general.file_type").contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
+    assert reader.get_field("tokenizer.ggml.pre").contents() == "smollm" and not reader.get_field("tokenizer.ggml.add_bos_token").contents()
+    assert "FROM ./tried-q4_k_m.gguf" in (folder / "Modelfile").read_text()
+    texts = ["Hello  world, it's 12345 + 6.7!", " a\n\n\tb  ", "Zoë's 3 ½ naïve — ok?  ",
+             "<|user|>What is 12 + 30?<|end_of_turn|><|assistant|>"]
+    done = subprocess.run([sys.executable, "-c", TOKENS, str(folder / "tried-q4_k_m.gguf")], input=json.dumps(texts), capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tokenizer = AutoTokenizer.from_pretrained(made.base)
+    assert json.loads(done.stdout.splitlines()[-1]) == [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
