@@ -3,6 +3,7 @@
     PYTHONPATH=. python benchmarks/gpu.py                        # the proof: all of it, under 10 minutes on a card
     PYTHONPATH=. python benchmarks/gpu.py smoke dpo --checkpointing off
     PYTHONPATH=. python benchmarks/gpu.py cells --shape qwen2.5-7b
+    PYTHONPATH=. python benchmarks/gpu.py plan --out plans.json  # for a machine without pydantic: `proof --plans plans.json`
     PYTHONPATH=. python benchmarks/gpu.py table card.jsonl       # Markdown for RESULTS.md of what was measured
     PYTHONPATH=. python benchmarks/gpu.py proof --tiny           # the same code on the CPU, in a minute
 
@@ -42,12 +43,16 @@ MEMORY = "memory"
 """What `smoke` also takes as a name: the ways to save memory."""
 
 
+def no_card() -> int:
+    print("There is no CUDA card here. `--tiny` runs the same code on the CPU.", file=sys.stderr)
+    return 2
+
+
 def open_card(options: argparse.Namespace, what: str) -> tuple[torch.device, dict[str, Any], str]:
     """The device under its cap, what there is to say of it, and the shape. Exits with 2 where there is no card."""
     device = torch.device("cpu") if options.tiny else pick_device()
     if device.type == "cpu" and not options.tiny:
-        print("There is no CUDA card here. `--tiny` runs the same code on the CPU.", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(no_card())
     if options.tiny:
         torch.set_num_threads(1)  # two threads over such small matrices mostly wait for each other
     # PEFT asks transformers by a name that is deprecated there.
@@ -75,7 +80,7 @@ def run_smoke(options: argparse.Namespace) -> int:
     base = timed_base(shape, device, machine, options.bf16)
     print(f"{size.rows} rows of at most {size.length} tokens a step, {size.micro} at once, 2 where activations are kept")
     results = []
-    for result in smoked(options, base, size):
+    for result in smoked(options, base, size, machine["memory cap GiB"]):
         if "teraflop/s" in result.figures:
             result.figures["share of the roof"] = result.figures["teraflop/s"] / float(machine["roof TFLOP/s"])
         if machine["memory cap GiB"] is not None and "peak GiB" in result.figures:
@@ -86,11 +91,11 @@ def run_smoke(options: argparse.Namespace) -> int:
     return 0 if all(all(result.checks.values()) for result in results) else 1
 
 
-def smoked(options: argparse.Namespace, base: Base, size: Size) -> Iterator[Result]:
+def smoked(options: argparse.Namespace, base: Base, size: Size, cap: float | None) -> Iterator[Result]:
     """All stand on one base, one after the other."""
     for name in options.algorithms or [*ALGORITHMS, MEMORY]:
         if name == MEMORY:
-            yield features(base, size)
+            yield features(base, size, cap)
             continue
         for checkpointing in {"on": [True], "off": [False], "both": [True, False]}[options.checkpointing]:
             # Where activations are kept, a pair at most goes through at once.
@@ -113,7 +118,10 @@ def run_cells(options: argparse.Namespace) -> int:
         for name, value in record.items():
             if isinstance(value, (float, str)) and name not in ("kind", "run", "cell", "algorithm", "checkpointing", "optimizer"):
                 print(f"  {name:<48} {tables.show(value):>14}")
-        good &= record.get("loss is finite", False)
+        held = {name: value for name, value in record.items() if isinstance(value, bool) and name != "offload"}
+        for name, value in held.items():
+            print(f"  {name:<48} {'yes' if value else 'NO':>14}")
+        good &= "failed" not in record and all(held.values())
     return 0 if good else 1
 
 
@@ -138,12 +146,20 @@ def run_trl(options: argparse.Namespace) -> int:
 
 def run_proof(options: argparse.Namespace) -> int:
     """Each part in a process of its own: what one leaves in the card's memory must not be another's."""
+    if not options.tiny and not torch.cuda.is_available():
+        return no_card()
     begun, worst = time.perf_counter(), 0
     file = options.json or f"card-{TINY if options.tiny else options.shape}.jsonl"
     Path(file).unlink(missing_ok=True)
+    plans = options.plans or f"{Path(file).with_suffix('')}-plans.json"
+    if not options.plans and not options.tiny:  # what is planned is a card's memory
+        Path(plans).unlink(missing_ok=True)
+        words = [sys.executable, __file__, "plan", "--shape", options.shape, "--cap-gb", str(options.cap_gb), "--out", plans]
+        print("== plan", flush=True)
+        worst = subprocess.run(words).returncode
     passed_on = ["--shape", options.shape, "--cap-gb", str(options.cap_gb), "--json", file, *(["--tiny"] if options.tiny else []),
                  *(["--bf16"] if options.bf16 else [])]  # fmt: skip
-    for part, more in (("smoke", []), ("cells", ["--plans", options.plans] if options.plans else []), ("trl", [])):
+    for part, more in (("smoke", []), ("cells", ["--plans", plans] if Path(plans).exists() else []), ("trl", [])):
         print(f"\n== {part}", flush=True)
         worst = max(worst, subprocess.run([sys.executable, __file__, part, *passed_on, *more]).returncode)
         if worst == 2:
@@ -151,6 +167,17 @@ def run_proof(options: argparse.Namespace) -> int:
     print(f"\n{tables.markdown(tables.read(file))}\n{file}: all figures; {time.perf_counter() - begun:.0f} s in all; "
           f"{'every check held' if worst == 0 else 'NOT every check held'}")  # fmt: skip
     return worst
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Where the whole kit is: the plans of the cells, also for a machine without it."""
+    if missing := planned.missing():
+        print(f"nothing is planned here: {' and '.join(missing)} not installed; --plans takes what `plan` wrote elsewhere")
+        return 0
+    text = planned.written(cells.CELLS, options.shape, options.cap_gb)
+    Path(options.out).write_text(text, encoding="utf-8")
+    print(text, end="")
+    return 0
 
 
 def run_table(options: argparse.Namespace) -> int:
@@ -164,6 +191,7 @@ def parser() -> argparse.ArgumentParser:
     kinds: dict[str, tuple[Any, str]] = {
         "proof": (run_proof, "smoke, cells and trl, one after the other, and the tables"), "smoke": (run_smoke, "what must hold"),
         "cells": (run_cells, "memory and speed"), "trl": (run_trl, "TRL over the same cells"),
+        "plan": (run_plan, "what the memory planner says of the cells: the whole kit, and no card"),
         "table": (run_table, "Markdown of JSON lines")}  # fmt: skip
     for name, (work, told) in kinds.items():
         command = commands.add_parser(name, help=told)
@@ -173,11 +201,14 @@ def parser() -> argparse.ArgumentParser:
             continue
         command.add_argument("--shape", choices=list(SHAPES), default="llama-3.1-8b")
         command.add_argument("--cap-gb", type=float, default=24.0, help="memory that may be used, in gigabytes of 1e9 bytes")
+        if name == "plan":
+            command.add_argument("--out", required=True, metavar="FILE")
+            continue
         command.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
         command.add_argument("--bf16", action="store_true", help="with --tiny: bf16 weights under bf16 autocast, as on a card")
         command.add_argument("--json", metavar="FILE", help="add all figures to this file, a JSON object a line")
         if name in ("proof", "cells"):
-            command.add_argument("--plans", metavar="FILE", help="planned peaks, as `card/planned.py` reads them")
+            command.add_argument("--plans", metavar="FILE", help="what `plan` wrote, where the planner cannot run")
         if name in ("smoke", "cells"):
             also = f", {MEMORY}" if name == "smoke" else ""
             command.add_argument("algorithms", nargs="*", help=f"which ones; all where none is named: {', '.join(ALGORITHMS)}{also}")

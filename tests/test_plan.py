@@ -62,6 +62,17 @@ def test_a_plan_needs_neither_weights_nor_a_card() -> None:
     assert abs(found.binding.bytes["adapters"] / (4 * lora) - 1) < 0.01 and abs(found.binding.bytes["optimizer"] / (8 * lora) - 1) < 0.01
 
 
+def test_what_is_offloaded_is_not_on_the_card() -> None:
+    """Of each layer the input of its rows waits elsewhere, all but the one that is being computed again. The highest point is then at the
+    first layer, when all others have their gradients."""
+    rows = ["data.max_length=2048", "train.micro_batch_size=2"]
+    plans = {kept: next(plan(load_any("qwen2.5-7b-sft", *rows, f"train.activation_offloading={kept}"), 24.0)) for kept in ("false", "true")}
+    config = shapes.config_of("Qwen/Qwen2.5-7B-Instruct")
+    assert config is not None
+    inputs = (config["num_hidden_layers"] - 1) * 2 * 2048 * config["hidden_size"] * 2
+    assert inputs - plans["true"].binding.bytes["gradients"] <= plans["false"].peak - plans["true"].peak <= inputs
+
+
 def test_the_command_says_whether_it_fits() -> None:
     done = CliRunner().invoke(app, ["plan", "qwen2.5-7b-sft", "--vram", "10"])
     assert done.exit_code == 2 and "does not fit" in done.output

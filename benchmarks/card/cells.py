@@ -19,6 +19,8 @@ from lowrank_tune.model.base import Base
 from lowrank_tune.model.memory import Checkpointing, layers_recomputed
 from lowrank_tune.model.roles import Roles
 
+PLAN_OFF = 0.05
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -78,8 +80,10 @@ def measure(cell: Cell, base: Base, roofs: tuple[float, float], planned: float |
         parameters = [parameter for each in trained for parameter in roles.parameters(each)]
         free(base.device)
         reset_peak(base.device)
-        ran = course.run(algorithm, parameters, Train(micro_batch_size=cell.micro, optimizer=cell.optimizer), base, STEPS)
+        ran = course.run(algorithm, roles, parameters, Train(micro_batch_size=cell.micro, optimizer=cell.optimizer), STEPS)
         record |= figures(cell, base, roles, ran, roofs)
+        if planned is not None:
+            record["the plan is within 5 %"] = abs(record["measured GiB"] / planned - 1) <= PLAN_OFF
     except (torch.OutOfMemoryError, UserError) as error:
         record["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     finally:
@@ -99,7 +103,7 @@ def figures(cell: Cell, base: Base, roles: Roles, ran: Course, roofs: tuple[floa
         "measured GiB": ran.peak, **{f"{phase} GiB": gib for phase, gib in ran.peaks.items()}, "reserved GiB": reserved_gib(base.device),
         "update tokens/s": int(batch.attended.sum()) / seconds, "update TFLOP/s": done / seconds / 1e12,
         "share of roof": done / seconds / 1e12 / roofs[0], "seconds a step": seconds + collecting,
-        "loss is finite": all(math.isfinite(event.stats["loss"]) for event in ran.events)}  # fmt: skip
+        "memory sufficed": ran.short == 0, "loss is finite": all(math.isfinite(event.stats["loss"]) for event in ran.events)}  # fmt: skip
     if cell.algorithm in ONLINE:
         drawing = mean([event.stats["rollout_seconds"] for event in ran.events[timed]])
         found |= {"rollout tokens/s": int(batch.says.sum()) / drawing, "rollout seconds": drawing,

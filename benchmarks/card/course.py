@@ -13,7 +13,7 @@ from torch import nn
 from card.machine import peak_gib, reset_peak, synchronise
 from card.made import Train
 from lowrank_tune.events import Event, StepDone
-from lowrank_tune.model.base import Base
+from lowrank_tune.model.roles import Roles
 from lowrank_tune.train import Loop, Progress, make_optimizer
 from lowrank_tune.types import Algorithm, Batch, Experience
 
@@ -29,6 +29,8 @@ class Course:
     forwards: list[int] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
     peaks: dict[str, float] = field(default_factory=dict)
+    short: int = 0
+    """How often memory ran short, and work was done again in halves."""
 
     def note(self, phase: str, gib: float) -> None:
         self.peaks[phase] = max(self.peaks.get(phase, 0.0), gib)
@@ -38,9 +40,9 @@ class Course:
         return max(self.peaks.values())
 
 
-def run(algorithm: Algorithm, parameters: list[nn.Parameter], train: Train, base: Base, steps: int) -> Course:
+def run(algorithm: Algorithm, roles: Roles, parameters: list[nn.Parameter], train: Train, steps: int) -> Course:
     """Raises RunFailed and torch.OutOfMemoryError as the loop does."""
-    course, device = Course(), base.device
+    course, base, device = Course(), roles.base, roles.base.device
     collect, begun, known = algorithm.collect, 0.0, 0
 
     def mark() -> float:
@@ -72,7 +74,8 @@ def run(algorithm: Algorithm, parameters: list[nn.Parameter], train: Train, base
     with counted_forwards(base.model) as count:
         algorithm.collect = apart  # type: ignore[method-assign]
         Loop(algorithm, parameters, make_optimizer(parameters, train, device),  # type: ignore[arg-type]
-             train, steps, 0, device, emit, at_border).run()  # type: ignore[arg-type]  # fmt: skip
+             train, steps, 0, device, emit, at_border, limits=roles.limits).run()  # type: ignore[arg-type]  # fmt: skip
+    course.short = roles.limits.times
     return course
 
 

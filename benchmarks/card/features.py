@@ -8,19 +8,20 @@ from torch import Tensor
 from card.machine import free, peak_gib, reset_peak
 from card.made import Size, Train, random_rows
 from card.makers import make_roles, sft
+from card.shortage import shortage
 from card.smoke import Result
-from lowrank_tune.errors import RunFailed
+from lowrank_tune.errors import UserError
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.memory import Checkpointing
 from lowrank_tune.train import make_optimizer
 
-EQUAL = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
+EQUAL = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Relative difference of gradients of the same arithmetic; on a card the backward of attention adds up in any order."""
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 
 
-def features(base: Base, size: Size) -> Result:
-    """Recomputation of all layers, of half of them, of none; their inputs in the machine's memory; and the optimizers."""
+def features(base: Base, size: Size, cap_gib: float | None = None) -> Result:
+    """Recomputation of all layers, of half of them, of none; inputs in the machine's memory; the optimizers; and memory that runs short."""
     result, layers = Result("memory"), len(base.model.get_decoder().layers)
     ways: dict[str, tuple[Checkpointing, bool]] = {
         "none recomputed": ("none", False), "half recomputed": (layers // 2, False), "all recomputed": ("all", False),
@@ -40,6 +41,7 @@ def features(base: Base, size: Size) -> Result:
         moved = optimizer_moves(base, size, name)
         if moved is not None:
             result.checks[f"{name} moves all adapters"] = moved
+    shortage(base, size, cap_gib, EQUAL[base.model.dtype], result)
     return result
 
 
@@ -69,7 +71,7 @@ def optimizer_moves(base: Base, size: Size, kind: str) -> bool | None:
     parameters = roles.parameters("policy")
     try:
         optimizer = make_optimizer(parameters, Train(1, optimizer=kind), base.device)  # type: ignore[arg-type]
-    except RunFailed:
+    except UserError:
         roles.release()
         return None
     before = [parameter.detach().clone() for parameter in parameters]

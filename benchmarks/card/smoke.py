@@ -67,7 +67,7 @@ def smoke(name: str, base: Base, size: Size, checkpointing: bool = True) -> Resu
     batch = algorithm.collect(0).batch
     free(device)
     try:
-        ran = course.run(algorithm, parameters, Train(micro_batch_size=size.micro // together), base, STEPS)
+        ran = course.run(algorithm, roles, parameters, Train(micro_batch_size=size.micro // together), STEPS)
     except RunFailed as fault:
         print(f"{name}: {fault}", file=sys.stderr)
         checks["ran, with the right reference"] = False
@@ -79,6 +79,7 @@ def smoke(name: str, base: Base, size: Size, checkpointing: bool = True) -> Resu
     micros = list(batch.split(size.micro, together=together))
     losses = [event.stats["loss"] for event in events]
     checks["ran, with the right reference"] = True
+    checks["memory sufficed"] = ran.short == 0
     checks["loss is finite"] = all(math.isfinite(loss) for loss in losses)
     if name in ONLINE:
         online_check(algorithm, batch, events, dtype, result)

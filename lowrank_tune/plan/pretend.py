@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from lowrank_tune.plan.attention import attend
+from lowrank_tune.plan.elsewhere import Elsewhere
 
 META = torch.device("meta")
 HALVED = {F.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.Tensor.matmul, torch.Tensor.__matmul__,
@@ -126,6 +127,7 @@ def pretending(device: torch.device) -> Iterator[Pretend]:
     with ExitStack() as entered:
         if device.type == "cuda":
             entered.enter_context(patch("torch.clear_autocast_cache", forget))
+            entered.enter_context(patch("lowrank_tune.model.memory.save_on_cpu", Elsewhere))
             if not torch.cuda.is_available():
                 entered.enter_context(patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
                 entered.enter_context(patch("torch.cuda.is_bf16_supported", lambda including_emulation=True: True))
