@@ -96,12 +96,12 @@ def of_last_voice(record: Record) -> Iterator[tuple[str, str]]:
     for name, figure in record.figures.get(voice, {}).items():
         yield f"eval: {label_of(name)}", _cell(name, figure)
     for by, figure in record.wins.get(voice, {}).items():
-        yield f"eval: wins over base ({by})", _cell("stopped", figure)
+        yield f"eval: wins ({by})", _cell("stopped", figure)
     for name, figure in record.tasks.get(voice, {}).items():
         yield f"eval: {name}", _cell(name, figure)
-    cut = ", interrupted" if record.interrupted else ""
     if record.planned:
-        yield "eval: of", f"{inert(voice, 40)} on {inert(record.origin, 60)}, {record.prompts:,} prompts{cut}"
+        yield "eval: of", f"{inert(voice, 40)}, {inert(record.origin, 60)}"
+        yield "eval: prompts", f"{record.prompts:,}" + (", interrupted" if record.interrupted else "")
 
 
 def _cell(name: str, figure: Figure) -> str:

@@ -261,7 +261,7 @@ def test_results_are_added_to_the_run_and_shown(made: Made, tmp_path: Path) -> N
     assert write_report(other).exists(), "what anyone may have edited breaks no page"
     table = dict(compared(read_sides([run, other])))
     assert table["eval: pass@1"][0].startswith("0.0 % (0.0 to ") and table["eval: pass@1"][1] == ""
-    assert table["eval: of"][0] == "sft on tutor heldout, 4 prompts"
+    assert table["eval: of"][0] == "sft, tutor heldout" and table["eval: prompts"] == ["4", ""]
 
 
 def test_a_hostile_record_is_inert() -> None:
