@@ -33,7 +33,7 @@ class Route(StrEnum):
     adapter = "adapter"
 
 
-TYPE_HELP = "Numbers of the GGUF: f32, f16, bf16, q8_0, or with llama.cpp's quantiser q6_k, q5_k_m, q4_k_m, ... Else bf16, for Ollama q8_0."
+TYPE_HELP = "Numbers of the GGUF: f32, f16, bf16, q8_0, or with llama.cpp's quantiser q6_k, q5_k_m, q4_k_m, ... Else f16, for Ollama q8_0."
 LLAMA_HELP = "Folder of llama.cpp, or the source package of llama-cpp-python; else LLAMA_CPP_DIR, else it is fetched once."
 
 

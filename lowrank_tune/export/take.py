@@ -32,7 +32,7 @@ from lowrank_tune.export.turns import turns_of
 from lowrank_tune.model.base import count_weights, load_base, load_config, load_tokenizer, pick_device
 
 To = Literal["gguf", "gguf-lora", "ollama", "peft", "hub"]
-USUAL = {"gguf": "bf16", "gguf-lora": "f32", "ollama": "q8_0", "adapter": "f32"}
+USUAL = {"gguf": "f16", "gguf-lora": "f32", "ollama": "q8_0", "adapter": "f32"}
 
 
 @dataclass(frozen=True)
