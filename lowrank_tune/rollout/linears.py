@@ -40,7 +40,10 @@ def fast_linears(model: Any, stack: Sequence[str], limit: int) -> Iterator[Abstr
 
 @dataclass(frozen=True)
 class _Part:
-    """A linear module as plain tensors: weight (out, in), bias (out,), adapters down (in, r) and up (r, out); r is 0 where they are added."""
+    """A linear module as plain tensors: weight (in, out), bias (out,), adapters down (in, r) and up (r, out); r is 0 where they are added.
+
+    The scratch lies in memory as (in, out), which the products of a few rows read faster; a weight that is stored is a view.
+    """
 
     module: Any
     weight: Tensor
@@ -78,7 +81,7 @@ class Linears(AbstractContextManager[None]):
 
     def _add(self, parts: Sequence[_Part]) -> None:
         own = all(type(_base_of(part.module)) is Linear4bit for part in parts)  # to join weights that are stored would double them
-        if len(parts) > 1 and own and len({part.weight.shape[1] for part in parts}) == 1:
+        if len(parts) > 1 and own and len({len(part.weight) for part in parts}) == 1:
             joint = _Joint(parts)
             self.forwards += [(part.module, partial(joint.say, index)) for index, part in enumerate(parts)]
         else:
@@ -89,9 +92,9 @@ class _Joint:
     """Modules with their adapters added that one after another read the very same tensor: one product for all."""
 
     def __init__(self, parts: Sequence[_Part]) -> None:
-        self.sizes = [len(part.weight) for part in parts]
-        self.weight = torch.cat([part.weight for part in parts])
-        biases = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
+        self.sizes = [part.weight.shape[1] for part in parts]
+        self.weight = torch.cat([part.weight for part in parts], dim=1)
+        biases = [part.weight.new_zeros(size) if part.bias is None else part.bias for part, size in zip(parts, self.sizes, strict=True)]
         self.bias = None if all(part.bias is None for part in parts) else torch.cat(biases)
         self.heard: Tensor | None = None
         self.said: tuple[Tensor, ...] = ()
@@ -113,12 +116,16 @@ def _forward_of(part: _Part) -> Forward:
 
 
 def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    return nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    return _product(weight, bias, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
 
 def _with_adapter(weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    return nn.functional.linear(rows, weight, bias).addmm_(rows @ down, up).view(*x.shape[:-1], -1)
+    return _product(weight, bias, rows).addmm_(rows @ down, up).view(*x.shape[:-1], -1)
+
+
+def _product(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+    return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
 
 
 def _families(modules: Iterable[Any]) -> list[list[Any]]:
@@ -147,10 +154,10 @@ def _part_of(module: Any, stack: Sequence[str], unpack: bool) -> _Part | None:
     packed = type(base) is Linear4bit and unpack and base.compute_dtype in (None, torch.float32)
     if not packed and not (type(base) is nn.Linear and base.weight.dtype == torch.float32):
         return None
-    weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float() if packed else base.weight
+    weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float().T.contiguous() if packed else base.weight.detach().T
     down, up = _adapters(module, stack, weight)
     if packed:
-        weight, down, up = weight.addmm_(up.T, down.T), down[:, :0], up[:0]
+        weight, down, up = weight.addmm_(down, up), down[:, :0], up[:0]
     return _Part(module, weight, base.bias, down, up) if packed or len(up) else None
 
 
@@ -168,8 +175,8 @@ def _is_plain_lora(module: Any, stack: Sequence[str]) -> bool:
 
 
 def _adapters(module: Any, stack: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
-    """All adapters of the stack as one: down (in, r) and up (r, out), scaled; r is 0 where there is none."""
+    """All adapters of the stack as one, for a weight (in, out): down (in, r) and up (r, out), scaled; r is 0 where there is none."""
     mine = [name for name in stack if name in getattr(module, "lora_A", ())]
-    downs = [module.lora_A[name].weight.detach() for name in mine] or [like.new_zeros(0, like.shape[1])]
-    ups = [module.lora_B[name].weight.detach() * module.scaling[name] for name in mine] or [like.new_zeros(like.shape[0], 0)]
+    downs = [module.lora_A[name].weight.detach() for name in mine] or [like.new_zeros(0, like.shape[0])]
+    ups = [module.lora_B[name].weight.detach() * module.scaling[name] for name in mine] or [like.new_zeros(like.shape[1], 0)]
     return torch.cat(downs).T.contiguous(), torch.cat(ups, dim=1).T.contiguous()

@@ -41,13 +41,11 @@ class _Row:
 
 @dataclass
 class _Read:
-    """A prompt that was read, and its samples that wait for slots: what the store placed, its row there, its last hidden state (d,)."""
+    """A prompt that was read: its samples, which have said their first token and wait for slots, what the store places, its row there."""
 
-    prompt: int
-    samples: deque[int]
+    samples: deque[_Row]
     kept: Any
     row: int
-    hidden: Tensor
 
 
 class Schedule:
@@ -90,6 +88,8 @@ class Schedule:
         if not slots:
             self._close_ranks()
             slots = self._step()
+        self.spoke = [row for slot in slots if (row := self.rows[slot]) is not None]
+        self.room -= len(self.spoke)
         return self._settle(slots, stops)
 
     def tokens(self, stops: Stops) -> list[Token | Completion]:
@@ -98,7 +98,7 @@ class Schedule:
         return [*(Token(row.prompt, row.sample, row.ids[-1]) for row in self.spoke), *finished]
 
     def _admit(self) -> list[int]:
-        """Puts waiting sequences into free slots; each says its first token. The slots taken."""
+        """Puts waiting sequences into free slots. The slots taken."""
         free = [slot for slot, row in enumerate(self.rows) if row is None] + list(range(len(self.rows), self.slots))
         free = free[: int(min(self.room - self.speaking, len(free)))]
         if not free or not (self.read or self.waiting):
@@ -106,27 +106,22 @@ class Schedule:
         if not self.read:
             self._read_ahead(len(free))
         taken: list[int] = []
-        hidden: list[Tensor] = []
         while self.read and len(taken) < len(free):
             one = self.read[0]
             mine = free[len(taken) : len(taken) + len(one.samples)]
             self.store.place(one.kept, [one.row] * len(mine), mine)
             for slot in mine:
-                self._seat(slot, one)
-                hidden.append(one.hidden)
+                self.rows[slot : slot + 1] = [one.samples.popleft()]
             taken += mine
             if not one.samples:
                 self.read.popleft()
-        self._hear(taken, torch.stack(hidden))
         return taken
 
-    def _seat(self, slot: int, read: _Read) -> None:
-        sample = read.samples.popleft()
-        row = _Row(read.prompt, sample, len(self.prompts[read.prompt]), _uniforms(_stream(self.seed, self.numbers[read.prompt], sample)))
-        self.rows[slot : slot + 1] = [row]
-
     def _read_ahead(self, free: int) -> None:
-        """Reads the next prompts, for the free slots and for some that will be free later: together they are read faster."""
+        """Reads the next prompts, for the free slots and for some that will be free later: together they are read faster.
+
+        All their samples say their first tokens at once, too: a token is counted when its sequence takes a slot.
+        """
         wanted, width = max(-(-free // self.n), self.slots // 4), 0  # prompts: what waits takes no more than a quarter of the slots
         chosen: list[int] = []
         while self.waiting and len(chosen) < wanted:
@@ -135,7 +130,13 @@ class Schedule:
                 break
             chosen.append(self.waiting.popleft())
         kept, hidden = self.store.read([self.prompts[index] for index in chosen])
-        self.read += [_Read(index, deque(self.samples[index]), kept, row, hidden[row]) for row, index in enumerate(chosen)]
+        groups = [[self._begin(index, sample) for sample in self.samples[index]] for index in chosen]
+        of = torch.tensor([row for row, group in enumerate(groups) for _ in group], device=hidden.device)
+        self._hear([one for group in groups for one in group], hidden[of])
+        self.read += [_Read(deque(group), kept, row) for row, group in enumerate(groups)]
+
+    def _begin(self, prompt: int, sample: int) -> _Row:
+        return _Row(prompt, sample, len(self.prompts[prompt]), _uniforms(_stream(self.seed, self.numbers[prompt], sample)))
 
     def _close_ranks(self) -> None:
         """The last sequences move into the slots that were left: a step reads the first slots only."""
@@ -151,20 +152,16 @@ class Schedule:
         hidden = self.store.step([row.ids[-1] for row in rows], [row.length for row in rows])
         for row in rows:
             row.length += 1
-        slots = list(range(len(rows)))
-        self._hear(slots, hidden)
-        return slots
+        self._hear(rows, hidden)
+        return list(range(len(rows)))
 
-    def _hear(self, slots: Sequence[int], hidden: Tensor) -> None:
-        """What the sequences in these slots say next."""
-        rows = [row for slot in slots if (row := self.rows[slot]) is not None]
+    def _hear(self, rows: Sequence[_Row], hidden: Tensor) -> None:
+        """What these sequences say next."""
         for row, (token, logp) in zip(rows, self.say(hidden, [next(row.uniforms) for row in rows]), strict=True):
             if logp != logp:
                 raise RunFailed("the logits of a completion are not finite: the training of its adapter has diverged")
             row.ids.append(int(token))
             row.logps.append(logp)
-        self.room -= len(rows)
-        self.spoke = rows
 
     def _settle(self, slots: Sequence[int], stops: Stops) -> list[Completion]:
         finished = []
@@ -178,7 +175,7 @@ class Schedule:
     def _cut(self) -> list[Completion]:
         """Everything ends where it is, what has not begun too."""
         begun = [row.ended("budget") for row in self.rows if row is not None]
-        unbegun = [(one.prompt, sample) for one in self.read for sample in one.samples]
+        unbegun = [(row.prompt, row.sample) for one in self.read for row in one.samples]
         unbegun += [(prompt, sample) for prompt in self.waiting for sample in self.samples[prompt]]
         self.rows, self.read, self.waiting, self.spoke = [], deque(), deque(), []
         return begun + [Completion(prompt, sample, [], "budget", []) for prompt, sample in unbegun]
