@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from models import VOCAB, all_tensors, changed, counting, far, llama_roles, load, make_batch, roles_over, shake, whole
+from models import VOCAB, all_tensors, changed, counting, far, gradients, llama_roles, load, make_batch, roles_over, shake, whole
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -508,6 +508,26 @@ def test_train_mode_comes_back_and_dropout_sleeps() -> None:
     with counting(roles) as count:
         run(roles, prompts=[[5, 6]], tokens=3)
         assert count[0] == 3  # one layer call a token: the cache works, nothing is recomputed
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama, rope grows", "qwen2", "gemma3_text", "gpt_neo"])
+def test_a_rollout_leaves_a_model_that_learns_as_before(kind: str) -> None:
+    """Autograd refuses tensors of inference mode: none may stay, and a rope that grew with the text is among what could."""
+    grows = {"max_position_embeddings": 8, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+    roles = roles_over(whole(kind.split(",")[0], **grows if "grows" in kind else {}))
+    shake(roles, "policy")
+
+    def learned(row: Sequence[int]) -> torch.Tensor:
+        for parameter in roles.parameters("policy"):
+            parameter.grad = None
+        roles.logps("policy", make_batch([row, [9, 10]])).logps.sum().backward()
+        return gradients(roles)
+
+    before = learned(PROMPTS[0])
+    run(roles, n=2)
+    assert learned(range(5, 15)).norm() > 0, "a row that the grown rope serves as it is"
+    assert torch.equal(learned(PROMPTS[0]), before) and before.norm() > 0
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def test_a_generator_that_is_dropped_leaves_nothing_behind() -> None:

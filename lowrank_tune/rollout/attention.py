@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "lowrank_tune_one_query"
+FIELD = "_attn_implementation_internal"
 
 
 def one_query(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
@@ -45,13 +46,12 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 @contextmanager
 def batched_attention(model: Any) -> Iterator[None]:
     """While it is entered, a model on the CPU that attends by `sdpa` does so by `one_query`."""
-    config = model.get_decoder().config
-    before = getattr(config, "_attn_implementation", None)
-    if before != "sdpa" or model.device.type != "cpu":
+    state = vars(model.get_decoder().config)  # for every few steps: the config's own setter checks all its fields
+    if state.get(FIELD) != "sdpa" or model.device.type != "cpu":
         yield
         return
-    config._attn_implementation = NAME
+    state[FIELD] = NAME
     try:
         yield
     finally:
-        config._attn_implementation = before
+        state[FIELD] = "sdpa"

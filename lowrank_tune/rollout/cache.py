@@ -23,15 +23,16 @@ class Step:
 
     positions: Tensor | None = None
     width: int = 0
-    rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    columns: dict[int | None, Tensor] = field(default_factory=dict)
+    found: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
-    def column(self, window: int | None) -> Tensor:
-        """(B,) where the tokens lie in layers with this window."""
-        if window not in self.columns:
+    def places(self, heads: int, columns: int, window: int | None) -> Tensor:
+        """(B * heads,) where the tokens lie in a layer with this window, among its slots * heads * columns vectors."""
+        if (heads, columns, window) not in self.found:
             assert self.positions is not None
-            self.columns[window] = self.positions if window is None else self.positions % window
-        return self.columns[window]
+            column = self.positions if window is None else self.positions % window
+            first = torch.arange(len(column) * heads, device=column.device).view(-1, heads) * columns
+            self.found[heads, columns, window] = (first + column[:, None]).flatten()
+        return self.found[heads, columns, window]
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -56,9 +57,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         if step.positions is None:
             self.fresh = key_states, value_states
             return key_states, value_states
-        column, rows, width = step.column(self.window), len(key_states), self._width()
-        self.keys[step.rows, :, column] = key_states[:, :, 0]
-        self.values[step.rows, :, column] = value_states[:, :, 0]
+        rows, heads, width = len(key_states), key_states.shape[1], self._width()
+        places = step.places(heads, self.keys.shape[2], self.window)
+        for kept, states in ((self.keys, key_states), (self.values, value_states)):
+            kept.view(-1, kept.shape[3]).index_copy_(0, places, states.reshape(rows * heads, -1))
         return self.keys[:rows, :, :width], self.values[:rows, :, :width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -101,11 +103,8 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def decode(self, positions: Tensor, width: int) -> None:
         """The next forward pass reads one token for each of the first slots, at these positions (B,), all below `width`."""
-        step = self.step
-        step.positions, step.width = positions, width
-        step.columns.clear()
-        if len(step.rows) != len(positions):
-            step.rows = torch.arange(len(positions), device=positions.device)
+        self.step.positions, self.step.width = positions, width
+        self.step.found.clear()
 
 
 def windows_of(model: Any) -> list[int | None]:
