@@ -1,7 +1,8 @@
-"""RMS norms of a rollout on the CPU as one operation, where transformers' modules take seven."""
+"""RMS norms of a rollout on the CPU in four operations, where transformers' modules take seven."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -28,11 +29,12 @@ def _fused(module: Any) -> Forward | None:
     tried = torch.linspace(-2.0, 3.0, 2 * len(weight)).view(2, -1) * torch.tensor([[1.0], [1e-3]])  # the second row is where eps counts
     expected = module(tried)
     for gain in (weight.detach(), 1.0 + weight.detach()):  # as in Llama and as in Gemma
-        forward = partial(_norm, gain, float(eps))
+        forward = partial(_norm, gain * math.sqrt(len(weight)), torch.tensor(math.sqrt(len(weight) * eps), device=weight.device))
         if torch.allclose(forward(tried), expected, rtol=CLOSE, atol=0.0):
             return forward
     return None
 
 
-def _norm(gain: Tensor, eps: float, x: Tensor) -> Tensor:
-    return nn.functional.rms_norm(x, gain.shape, gain, eps)
+def _norm(gain: Tensor, least: Tensor, x: Tensor) -> Tensor:
+    """x / sqrt(|x|^2 + n eps) for n numbers, times the gain, in which sqrt(n) is: the root is the long side of a right triangle."""
+    return x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(least)).mul_(gain)
