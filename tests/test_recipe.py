@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +329,21 @@ def test_differences() -> None:
         "data.train.1.columns: was not set, is a mapping",
         "data.train.1.gold: was not set, is 'auto'",
     ]
+
+
+@pytest.mark.parametrize(("name", "place"), [("tiny-sft", ()), ("tiny-rlvr", ("stages", 1))])
+def test_a_setting_that_came_since_is_no_difference_at_its_default(name: str, place: tuple[Any, ...]) -> None:
+    """A run that an older version began goes on; at another value than its default the new setting is a change."""
+    whole = load_any(name).to_dict()
+    old = copy.deepcopy(whole)
+    stage = reduce(lambda data, key: data[key], place, old)
+    del stage["base"]["backend"], stage["train"]["max_grad_norm"]
+    assert differences(old, whole) == []
+    reduce(lambda data, key: data[key], place, whole)["train"]["max_grad_norm"] = 2.0
+    [line] = differences(old, whole)
+    assert line.endswith("train.max_grad_norm: was 1.0, is 2.0")
+    stage["train"]["of_a_later_version"] = 1
+    assert any("of_a_later_version: was 1, is not set" in line for line in differences(old, whole))
 
 
 def test_a_faulty_recipe_is_told_in_a_second(write: Write) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from lowrank_tune import settings
 from lowrank_tune.recipe import wording
@@ -104,7 +105,7 @@ def schema() -> dict[str, Any]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What a continued run may not change, as `train.learning_rate: was 0.001, is 0.002`; in a chain, `stages.dpo.train.learning_rate`."""
-    before, after = _flat(old), _flat(new)
+    before, after = _flat(_completed(old)), _flat(new)
     if before.get("stages") != after.get("stages"):  # other stages, or another order: their settings say nothing then
         before, after = ({key: value for key, value in each.items() if not key.startswith("stages.")} for each in (before, after))
     changed = [key for key in dict.fromkeys([*before, *after]) if before.get(key, leaves) != after.get(key, leaves)]
@@ -113,6 +114,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for key in changed
         if re.sub(r"^stages\.[^.]*\.|\.\d+$", "", key) not in MAY_CHANGE
     ]  # fmt: skip
+
+
+def _completed(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe as a run left it, with the settings that the kit did not have yet at their defaults; as it is, where it cannot be read."""
+    if "stages" in data:
+        return {**data, "stages": [_completed(stage) for stage in data["stages"]]}
+    try:
+        return settings.Recipe.model_validate(data).to_dict()
+    except ValidationError:
+        return data
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
