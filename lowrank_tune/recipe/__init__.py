@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from lowrank_tune import settings
+from lowrank_tune.errors import Faults
 from lowrank_tune.recipe import wording
 from lowrank_tune.recipe.chain import Chain
 from lowrank_tune.recipe.layers import find_preset, read_recipe
@@ -118,11 +118,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _completed(data: Mapping[str, Any]) -> Mapping[str, Any]:
     """A recipe as a run left it, with the settings that the kit did not have yet at their defaults; as it is, where it cannot be read."""
-    if "stages" in data:
-        return {**data, "stages": [_completed(stage) for stage in data["stages"]]}
     try:
-        return settings.Recipe.model_validate(data).to_dict()
-    except ValidationError:
+        return (Chain if "stages" in data else Recipe).from_dict(data).to_dict()
+    except Faults:
         return data
 
 
