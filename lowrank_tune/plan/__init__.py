@@ -13,6 +13,7 @@ from lowrank_tune.build.stacks import lower_of
 from lowrank_tune.model.adapters import read_adapter
 from lowrank_tune.plan.base import bare_shape
 from lowrank_tune.plan.figures import GIB, Phase, Plan
+from lowrank_tune.plan.fit import judged
 from lowrank_tune.plan.planner import plan_of, scene_of
 from lowrank_tune.recipe import Chain
 from lowrank_tune.recipe.stack import finished_below, lender
@@ -47,7 +48,8 @@ def _plan(recipe: settings.Recipe, device: torch.device, vram: int, made: Mappin
     loaded |= {name: bare_shape(recipe.base, made[name]) for name in pending}
     if below is None:
         below = below_reward(saved, lower_of(recipe)) if ROLE in saved and recipe.trained != ROLE else ()
-    return plan_of(scene_of(recipe, device, vram, loaded, below), vram, recipe.name)
+    scene = scene_of(recipe, device, vram, loaded, below)
+    return judged(scene, plan_of(scene, vram, recipe.name))
 
 
 def card_gib() -> float | None:

@@ -1,0 +1,183 @@
+"""What fits: the largest micro-batch, the longest rows, the fewest layers that must be recomputed; and what to type."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+from lowrank_tune import settings
+from lowrank_tune.build import ONLINE
+from lowrank_tune.plan.base import layers_of
+from lowrank_tune.plan.depth import FEW, model_of
+from lowrank_tune.plan.figures import GIB, Plan, needed
+from lowrank_tune.plan.planner import phases_in, peaks_of
+from lowrank_tune.plan.rehearsal import Scene, rehearse
+from lowrank_tune.plan.rows import Sizes, sizes_of
+
+ENOUGH_TOKENS = 8192
+"""Of a micro-batch: with more, unpacking 4-bit weights is below 2 % of a step, and fewer recomputed layers are worth more."""
+STEP = 64  # tokens to which a longest row is rounded down
+TRIES = 3
+
+
+@dataclass(frozen=True)
+class Fits:
+    """At the recipe's length and recomputation the largest micro-batch, in it the longest rows (0 for none), and for the recipe's micro-batch the
+    fewest layers that must be recomputed, None where all are too few."""
+
+    units: int
+    length: int
+    recomputed: int | None
+
+
+class Search:
+    """Asks for the update's peak at other sizes. What does not depend on the micro-batch (rollouts, above all) is known from the plan."""
+
+    def __init__(self, scene: Scene, plan: Plan) -> None:
+        self.scene, self.plan, self.layers = scene, plan, plan.layers
+        self.need = cache(self._need)
+        others = [phase.total for phase in plan.phases if phase.name in APART]
+        self.apart = max(others, default=0)
+
+    def _need(self, sizes: Sizes, recomputed: int) -> int:
+        if sizes == self.plan.sizes and recomputed == self.plan.recomputed:
+            return needed(max(phase.total for phase in self.plan.phases if phase.name not in APART), self.plan.device)
+        phases = phases_in(peaks_of(replace(self.scene, sizes=sizes), recomputed, only_update=True))
+        return needed(max(phase.total for phase in phases), self.plan.device)
+
+    def units(self, most: int | None = None) -> int:
+        """The largest micro-batch, at most a whole step; 0 for none."""
+        most = most or _step_units(self.scene.recipe)
+        return largest(lambda units: self.need(self.sized(units), self.plan.recomputed), self.plan.sizes.units, most, self.plan.vram)
+
+    def length(self) -> int:
+        """The longest rows in this micro-batch, in steps, at most as long as the base knows positions; 0 for none. As many tokens at once as
+        fit in more rows fit in longer ones: no kernel keeps scores of all tokens against all."""
+        sizes, longest = self.plan.sizes, int(getattr(self.scene.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
+        more = _long(sizes, min(longest, 2 * sizes.length))
+        if more.length <= sizes.length:
+            return sizes.length
+        now, then = self.need(sizes, self.plan.recomputed), self.need(more, self.plan.recomputed)
+        slope = max(1.0, (then - now) / (more.length - sizes.length))
+        return max(0, min(longest, int(sizes.length + (self.plan.vram - now) / slope)) // STEP * STEP)
+
+    def recomputed(self, sizes: Sizes) -> int | None:
+        """The fewest layers that must be recomputed, counted from the first; None where even all are too few."""
+        room, scene = self.plan.vram, replace(self.scene, sizes=sizes)
+        if self.need(sizes, self.layers) > room:
+            return None
+        if self.need(sizes, 0) <= room or self.layers < 2 * FEW:
+            return 0 if self.need(sizes, 0) <= room else self.layers
+        kinds = Counter(layers_of(scene.config, 0)) | Counter(layers_of(scene.config, self.layers))
+        model = model_of(lambda layers: rehearse(scene, layers, only_update=True), kinds)
+
+        def fits(count: int) -> bool:
+            peaks = model.of(Counter(layers_of(scene.config, count)))
+            return needed(max(phase.total for phase in phases_in(peaks)), self.plan.device) <= room
+
+        return next((count for count in range(FEW, self.layers - FEW + 1) if fits(count)), self.layers)
+
+    def sized(self, units: int) -> Sizes:
+        """The recipe's sizes with another micro-batch, of rows as long as they may be."""
+        return sizes_of(self.scene.recipe, units)
+
+
+APART = {"rollout", "held-out answers", "validation", "reference", "reward model", "old and reference", "load"}
+"""Phases that the size of a micro-batch does not change, or hardly."""
+
+
+def largest(need: Callable[[int], int], start: int, most: int, room: int) -> int:
+    """The largest n up to `most` with need(n) within room; 0 for none. `need` grows by nearly the same with each n, so that few are asked."""
+    start = max(1, min(start, most))
+    now = need(start)
+    low, other = (start if now <= room else 0), (min(most, 2 * start) if now <= room else max(1, start // 2))
+    if other == start:
+        return low
+    then = need(other)
+    low = max(low, other if then <= room else 0)
+    slope = max(1.0, (then - now) / (other - start))
+    asked, guess = {start, other}, int(start + (room - now) / slope)
+    for _ in range(TRIES):
+        guess = min(most, max(1, guess))
+        if guess in asked or guess <= low:
+            break
+        asked.add(guess)
+        found = need(guess)
+        if found <= room:
+            return guess
+        guess = min(guess - 1, int(guess - (found - room) / slope))
+    return low
+
+
+def _long(sizes: Sizes, length: int) -> Sizes:
+    """Rows of another length; prompts keep theirs."""
+    return replace(sizes, length=length, prompt=min(sizes.prompt, length - 1))
+
+
+def _step_units(recipe: settings.Recipe) -> int:
+    """Units of an optimizer step, where that is a number."""
+    if recipe.algorithm in ONLINE:
+        return recipe.train.prompts_per_step * recipe.rollout.num_generations
+    return recipe.train.rows_per_step or 16
+
+
+def judged(scene: Scene, plan: Plan) -> Plan:
+    """The plan with what fits and one line of advice."""
+    if not plan.vram:
+        return plan
+    search = Search(scene, plan)
+    if search.apart and needed(search.apart, plan.device) > plan.vram:
+        return replace(plan, advice=_shorten(scene, plan))
+    units, length = search.units(), search.length()
+    plan = replace(plan, fits_units=units, fits_length=length)
+    return replace(plan, advice=_advice(scene, search, plan))
+
+
+def _advice(scene: Scene, search: Search, plan: Plan) -> str:
+    """What to type, so that it fits, or is faster."""
+    recipe, sizes = scene.recipe, plan.sizes
+    if plan.fits:
+        if not plan.recomputed:
+            return ""
+        fewest = search.recomputed(sizes)
+        if fewest is None or fewest >= plan.recomputed:
+            return ""
+        how = "none" if not fewest else str(fewest)
+        return f"faster: train.gradient_checkpointing={how} recomputes {fewest or 'no'} layer{'' if fewest == 1 else 's'}, and fits"
+    if plan.recomputed < plan.layers and (fewest := search.recomputed(sizes)) is not None:
+        return f"fits with train.gradient_checkpointing={'all' if fewest == plan.layers else fewest}"
+    if plan.fits_units:
+        return f"fits with {_micro(recipe, sizes, plan.fits_units)}"
+    return _shorten(scene, plan)
+
+
+def _micro(recipe: settings.Recipe, sizes: Sizes, units: int) -> str:
+    """The recipe's own way to say how large a micro-batch is."""
+    if recipe.train.micro_batch_tokens is not None:
+        return f"train.micro_batch_tokens={units * sizes.together * search_length(recipe)}"
+    return f"train.micro_batch_size={units}"
+
+
+def search_length(recipe: settings.Recipe) -> int:
+    """Tokens of the longest row that the recipe lets through."""
+    return recipe.data.max_prompt_length + recipe.rollout.max_new_tokens if recipe.algorithm in ONLINE else recipe.data.max_length
+
+
+def _shorten(scene: Scene, plan: Plan) -> str:
+    """Where even one row is too much."""
+    recipe, static = scene.recipe, sum(plan.binding.bytes.get(one, 0) for one in ("weights", "adapters", "optimizer"))
+    if needed(static, plan.device) > plan.vram:
+        return f"the weights alone need {needed(static, plan.device) / GIB:.1f} GiB: a smaller base" + ("" if recipe.base.bits == 4
+                                                                                                  else ", or base.bits=4")  # fmt: skip
+    if plan.binding.name in ("rollout", "held-out answers"):
+        return "fewer sequences at once: rollout.slots, or shorter ones: rollout.max_new_tokens, evaluate.max_new_tokens"
+    if plan.fits_length and plan.fits_length >= STEP:
+        key = "rollout.max_new_tokens" if recipe.algorithm in ONLINE else "data.max_length"
+        value = plan.fits_length - (recipe.data.max_prompt_length if recipe.algorithm in ONLINE else 0)
+        if value >= STEP:
+            return f"fits with {key}={value}"
+    if not recipe.train.activation_offloading and plan.recomputed:
+        return "try train.activation_offloading=true, a smaller rank (adapters.policy.r), or a smaller base"
+    return "a smaller rank (adapters.policy.r), or a smaller base"
