@@ -138,7 +138,7 @@ def measured(recipe: Recipe, rollout: bool = False) -> int:
 
 def planned(recipe: Recipe, rollout: bool = False) -> int:
     """What the planner says of the same."""
-    scene = scene_of(recipe, CPU, 0, {})
+    scene = scene_of(recipe, CPU, {})
     scene = replace(scene, sizes=replace(scene.sizes, harvest=PROMPTS * GROUP if recipe.algorithm in ONLINE else 0))
     return max(phase.total for phase in phases_of(scene) if (phase.name == "rollout") == rollout and (rollout or phase.name in LOOP))
 

@@ -25,6 +25,7 @@ from lowrank_tune.events import Emit, Event, Note, RunEnded, Sampled, StepDone
 from lowrank_tune.export import final_folder
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.recovery import DoesNotFit, is_out_of_memory, let_go
+from lowrank_tune.plan import card_gib, fitted
 from lowrank_tune.recipe import Chain, backends_of, differences, dump, load_any
 from lowrank_tune.recipe.memory import advice
 from lowrank_tune.sinks import JsonLines, Sink, Tee
@@ -91,6 +92,8 @@ def run(recipe: settings.Recipe | Chain | str | Path, *overrides: str, out: str 
     with asked_by_signals(control) as training:  # around the screen too, which must be taken down whatever comes
         console = _Console(control, training, ui, device, on_event)
         try:
+            if (room := card_gib() if device is None or device.type == "cuda" else None) is not None:
+                console.fits = fitted(loaded, room, console.emit)
             path = Path(out) if out else Path("runs") / (loaded.name or "run")
             folder = RunFolder.open(path, loaded.to_dict(), dump(loaded), differences, out is not None, console.emit)
             try:
@@ -120,6 +123,7 @@ class _Console:
     def __init__(self, control: Control, training: Callable[[bool], None], ui: str, device: torch.device | None,
                  on_event: Callable[[Event], None] | None) -> None:  # fmt: skip
         self.control, self.training, self.device = control, training, device
+        self.fits: Mapping[str, Mapping[str, Any]] = {}  # what `auto` stands for, by stage
         self.listener = _Listener()
         self.emit = Tee(self.listener)
         self.on_screen = ui in ("auto", "tui") and can_show(sys.stdout, os.environ, forced=ui == "tui")
@@ -155,6 +159,8 @@ def run_stage(recipe: settings.Recipe, folder: RunFolder, console: _Console, pla
             emit.attach(tracker)
         listener.begin(events_in(folder.events))
         console.show(console_log or folder.console_log, chain(before, events_in(folder.events)))
+        if changes := console.fits.get(recipe.name):
+            recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=dict(changes))})
         built = build(recipe, emit, console.device, base, fresh=found is None)
         closing.callback(built.close)
         stage = Stage(recipe, folder, built, emit, console.control, found, (place.number, place.count), place.name, place.earlier)

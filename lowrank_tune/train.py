@@ -147,7 +147,7 @@ class Loop:
             add_stats(stats, found)
 
     def _micros(self, batch: Batch) -> Iterator[Batch]:
-        together, size = self.algorithm.together, self.train.micro_batch_size
+        together, size = self.algorithm.together, self.train.micro_rows
         tokens = self.limits.within("update_tokens", self.train.micro_batch_tokens)
         return batch.split(None if size is None else size * together, tokens, together)
 

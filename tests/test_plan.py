@@ -9,11 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from lowrank_tune.cli import app
+from lowrank_tune.errors import UserError
+from lowrank_tune.events import Event, Note
 from lowrank_tune.model import shapes
-from lowrank_tune.plan import plan
+from lowrank_tune.plan import fitted, plan
+from lowrank_tune.plan.fit import largest
+from lowrank_tune.plan.planner import plan_of
+from lowrank_tune.plan.scenes import scenes
 from lowrank_tune.recipe import load_any
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "plan.py"
@@ -49,7 +56,8 @@ def test_what_is_planned_is_what_is_measured_everywhere(shape: str) -> None:
 
 
 def test_a_plan_needs_neither_weights_nor_a_card() -> None:
-    (found,) = plan(load_any("qwen2.5-7b-sft"), 24.0)
+    (scene,) = scenes(load_any("qwen2.5-7b-sft"), "cuda")
+    found = plan_of(scene, 24 << 30, "sft")
     config = shapes.config_of("Qwen/Qwen2.5-7B-Instruct")
     assert config is not None and found.layers == config["num_hidden_layers"] and found.fits
     embeddings = 2 * 2 * config["vocab_size"] * config["hidden_size"]
@@ -74,10 +82,27 @@ def test_what_is_offloaded_is_not_on_the_card() -> None:
 
 
 def test_the_command_says_whether_it_fits() -> None:
-    done = CliRunner().invoke(app, ["plan", "qwen2.5-7b-sft", "--vram", "10"])
+    done = CliRunner().invoke(app, ["plan", "tiny-sft", "--vram", "0.9"])
     assert done.exit_code == 2 and "does not fit" in done.output
     unknown = CliRunner().invoke(app, ["plan", "qwen2.5-7b-sft", "base.model=./nowhere"])
     assert unknown.exit_code == 2 and unknown.output.strip().count("\n") == 0 and "there is no folder ./nowhere" in unknown.output
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 1000), st.integers(1, 50), st.integers(0, 20000))
+def test_the_largest_that_fits_is_found(start: int, most: int, fixed: int, each: int, room: int) -> None:
+    found = largest(lambda count: fixed + each * count, start, most, room)
+    assert found == max(0, min(most, (room - fixed) // each))
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_loaded_and_auto_becomes_numbers() -> None:
+    with pytest.raises(UserError, match=r"does not fit the card.*fits with .*train.memory_check=warn"):
+        fitted(load_any("tiny-sft"), 0.9, lambda event: None)
+    told: list[Event] = []
+    assert fitted(load_any("tiny-sft", "train.memory_check=warn"), 0.9, told.append) == {"tiny-sft": {}}
+    assert [event.level for event in told if isinstance(event, Note)] == ["warning"]
+    own = {"train.micro_batch_size=auto", "train.gradient_checkpointing=auto"}
+    (changes,) = fitted(load_any("tiny-sft", *own), 24.0, lambda event: None).values()
+    assert changes["gradient_checkpointing"] == 0 and changes["micro_batch_size"] > 4
 
 
 def test_nothing_is_left_as_the_planner_made_it() -> None:

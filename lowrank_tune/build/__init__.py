@@ -174,7 +174,7 @@ def _longest(recipe: settings.Recipe) -> int:
 
 def micro_tokens_of(recipe: settings.Recipe, longest: int) -> int:
     """Tokens that go through the model at once where no gradient is kept."""
-    return min(max(4096, (recipe.train.micro_batch_size or 4) * longest), 1 << 15)
+    return min(max(4096, (recipe.train.micro_rows or 4) * longest), 1 << 15)
 
 
 def _heldout(recipe: settings.Recipe, template: Template) -> list[Prompt]:

@@ -14,6 +14,11 @@ FRAGMENTATION = 0.04
 """Share of the rest that the allocator cannot use (`expandable_segments`)."""
 PURPOSES = ("weights", "adapters", "optimizer", "gradients", "activations", "logits", "KV cache")
 
+APART = ("rollout", "held-out answers", "reference", "reward model", "old and reference", "validation")
+"""Phases whose pieces are not micro-batches of the update."""
+SHRINK = APART[2:]
+"""Those of them that go on in smaller pieces where memory is short (`model/recovery.py`), so that they forbid nothing."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -67,7 +72,9 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return not self.vram or self.needed <= self.vram
+        """Whether nothing that must be held at once is more than there is."""
+        must = max((phase.total for phase in self.phases if phase.name not in SHRINK), default=0)
+        return not self.vram or needed(must, self.device) <= self.vram
 
 
 def needed(peak: int, device: str) -> int:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 from lowrank_tune import settings
 from lowrank_tune.build import ONLINE
 from lowrank_tune.plan.base import layers_of
 from lowrank_tune.plan.depth import FEW, model_of
-from lowrank_tune.plan.figures import GIB, Plan, needed
-from lowrank_tune.plan.planner import phases_in, peaks_of
+from lowrank_tune.plan.figures import APART, GIB, Plan, needed
+from lowrank_tune.plan.planner import peaks_of, phases_in
 from lowrank_tune.plan.rehearsal import Scene, rehearse
 from lowrank_tune.plan.rows import Sizes, sizes_of
 
@@ -22,24 +22,12 @@ STEP = 64  # tokens to which a longest row is rounded down
 TRIES = 3
 
 
-@dataclass(frozen=True)
-class Fits:
-    """At the recipe's length and recomputation the largest micro-batch, in it the longest rows (0 for none), and for the recipe's micro-batch the
-    fewest layers that must be recomputed, None where all are too few."""
-
-    units: int
-    length: int
-    recomputed: int | None
-
-
 class Search:
-    """Asks for the update's peak at other sizes. What does not depend on the micro-batch (rollouts, above all) is known from the plan."""
+    """Asks for the update's peak at other sizes. What the micro-batch does not change (rollouts, above all) the plan knows."""
 
     def __init__(self, scene: Scene, plan: Plan) -> None:
         self.scene, self.plan, self.layers = scene, plan, plan.layers
         self.need = cache(self._need)
-        others = [phase.total for phase in plan.phases if phase.name in APART]
-        self.apart = max(others, default=0)
 
     def _need(self, sizes: Sizes, recomputed: int) -> int:
         if sizes == self.plan.sizes and recomputed == self.plan.recomputed:
@@ -84,10 +72,6 @@ class Search:
         return sizes_of(self.scene.recipe, units)
 
 
-APART = {"rollout", "held-out answers", "validation", "reference", "reward model", "old and reference", "load"}
-"""Phases that the size of a micro-batch does not change, or hardly."""
-
-
 def largest(need: Callable[[int], int], start: int, most: int, room: int) -> int:
     """The largest n up to `most` with need(n) within room; 0 for none. `need` grows by nearly the same with each n, so that few are asked."""
     start = max(1, min(start, most))
@@ -128,8 +112,6 @@ def judged(scene: Scene, plan: Plan) -> Plan:
     if not plan.vram:
         return plan
     search = Search(scene, plan)
-    if search.apart and needed(search.apart, plan.device) > plan.vram:
-        return replace(plan, advice=_shorten(scene, plan))
     units, length = search.units(), search.length()
     plan = replace(plan, fits_units=units, fits_length=length)
     return replace(plan, advice=_advice(scene, search, plan))
@@ -173,11 +155,31 @@ def _shorten(scene: Scene, plan: Plan) -> str:
                                                                                                   else ", or base.bits=4")  # fmt: skip
     if plan.binding.name in ("rollout", "held-out answers"):
         return "fewer sequences at once: rollout.slots, or shorter ones: rollout.max_new_tokens, evaluate.max_new_tokens"
-    if plan.fits_length and plan.fits_length >= STEP:
-        key = "rollout.max_new_tokens" if recipe.algorithm in ONLINE else "data.max_length"
-        value = plan.fits_length - (recipe.data.max_prompt_length if recipe.algorithm in ONLINE else 0)
-        if value >= STEP:
-            return f"fits with {key}={value}"
+    online = recipe.algorithm in ONLINE
+    alone = (plan.fits_length or 0) * plan.sizes.units // STEP * STEP  # tokens of a row that goes through by itself
+    value = alone - (recipe.data.max_prompt_length if online else 0)
+    if value >= STEP:
+        micro = "train.micro_batch_size=1"
+        if recipe.train.micro_batch_tokens is not None:
+            micro = f"train.micro_batch_tokens={alone * plan.sizes.together}"
+        return f"fits with {'rollout.max_new_tokens' if online else 'data.max_length'}={value} {micro}"
     if not recipe.train.activation_offloading and plan.recomputed:
         return "try train.activation_offloading=true, a smaller rank (adapters.policy.r), or a smaller base"
     return "a smaller rank (adapters.policy.r), or a smaller base"
+
+
+def chosen(scene: Scene, plan: Plan) -> dict[str, int]:
+    """What `auto` stands for: rows of a micro-batch, and layers that are recomputed. With both, no larger a micro-batch than speed needs, and
+    then as few layers as fit; nothing where not even one row fits."""
+    train, search, found = scene.recipe.train, Search(scene, plan), dict[str, int]()
+    both = train.gradient_checkpointing == "auto"
+    sizes = plan.sizes
+    if train.micro_batch_size == "auto":
+        enough = max(1, ENOUGH_TOKENS // (sizes.length * sizes.together)) if both else None
+        units = search.units(min(_step_units(scene.recipe), enough) if enough else None)
+        if not units:
+            return found
+        found["micro_batch_size"], sizes = units, search.sized(units)
+    if both and (fewest := search.recomputed(sizes)) is not None:
+        found["gradient_checkpointing"] = fewest
+    return found

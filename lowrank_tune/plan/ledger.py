@@ -87,6 +87,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _note(self, tensor: Tensor) -> None:
+        if self.device != "cpu" and not tensor.is_meta and tensor.is_floating_point():
+            return  # it lies in the machine's memory
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._alive:

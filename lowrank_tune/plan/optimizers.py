@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lowrank_tune import settings
-from lowrank_tune.train import make_optimizer
+from lowrank_tune.model.optimizers import make_optimizer
 
 SMALL = 4096  # elements of a tensor up to which bitsandbytes keeps 32 bits
 PAGED_FROM = 100_000

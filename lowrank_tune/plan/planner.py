@@ -19,16 +19,16 @@ from lowrank_tune.plan.figures import Phase, Plan
 from lowrank_tune.plan.rehearsal import Scene, rehearse
 from lowrank_tune.plan.rollouts import Decoding
 from lowrank_tune.plan.rows import Sizes, sizes_of
+from lowrank_tune.rollout.engine import USABLE, WORKING
 
 ASKED_AT_ONCE = 256  # held-out questions that are answered at once (`evaluate.answer`)
-SHARE = 4  # of the memory: what keys and values may take
+SHARE = 4  # of the machine's memory: what keys and values may take, and unpacked weights
 
 
-def scene_of(recipe: settings.Recipe, device: torch.device, vram: int, loaded: Mapping[str, LoraConfig], below_reward: Sequence[str] = (),
+def scene_of(recipe: settings.Recipe, device: torch.device, loaded: Mapping[str, LoraConfig], below_reward: Sequence[str] = (),
              sizes: Sizes | None = None) -> Scene:  # fmt: skip
     """All that is to be rehearsed. Raises UserError for a base whose configuration cannot be had."""
-    config = config_for(recipe.base)
-    return Scene(recipe, config, device, sizes or sizes_of(recipe), loaded, below_reward, _rollouts(recipe, config, device, vram))
+    return Scene(recipe, config_for(recipe.base), device, sizes or sizes_of(recipe), loaded, below_reward)
 
 
 def recomputed_of(scene: Scene) -> int:
@@ -41,15 +41,30 @@ def peaks_of(scene: Scene, recomputed: int, only_update: bool = False) -> Peaks:
     return deep(lambda layers: rehearse(scene, layers, only_update), layers_of(scene.config, recomputed))
 
 
-def phases_of(scene: Scene) -> tuple[Phase, ...]:
-    """Each phase of the recipe as it stands, at its highest moment."""
-    return phases_in(peaks_of(scene, recomputed_of(scene)))
+def phases_of(scene: Scene, vram: int = 0) -> tuple[Phase, ...]:
+    """Each phase of the recipe as it stands, at its highest moment. `vram` are the bytes of the card: they decide how many sequences
+    are decoded at once."""
+    recomputed = recomputed_of(scene)
+    phases = phases_in(peaks_of(scene, recomputed))
+    stays = max(sum(phase.bytes.get(purpose, 0) for purpose in ("weights", "adapters", "optimizer")) for phase in phases)
+    rollouts = _rollouts(scene.recipe, scene.config, scene.device, _room(scene, vram, stays))
+    if not rollouts:
+        return phases
+    return (*phases_in(peaks_of(replace(scene, rollouts=rollouts), recomputed)), *phases)
+
+
+def _room(scene: Scene, vram: int, stays: int) -> int:
+    """Bytes for keys and values, as the engine has it (`rollout.engine.cache_room`)."""
+    budget = int((scene.recipe.train.memory_budget_gib or 0) * 2**30)
+    if scene.device.type != "cuda":
+        return budget or machine_memory() // SHARE
+    return max(int(vram * USABLE) - stays - WORKING, vram // 16)
 
 
 def plan_of(scene: Scene, vram: int, name: str) -> Plan:
     """The plan as the recipe stands."""
     recipe, recomputed = scene.recipe, recomputed_of(scene)
-    phases = phases_of(scene)
+    phases = phases_of(scene, vram)
     layers = scene.config.get_text_config().num_hidden_layers
     return Plan(name, recipe.algorithm, recipe.base.model, recipe.base.bits, scene.device.type, layers, recomputed, scene.sizes, phases, vram)
 
@@ -75,11 +90,11 @@ def _where(place: Sequence[str]) -> str:
     return ""
 
 
-def _rollouts(recipe: settings.Recipe, config: Any, device: torch.device, vram: int) -> dict[str, Decoding]:
+def _rollouts(recipe: settings.Recipe, config: Any, device: torch.device, limit: int) -> dict[str, Decoding]:
     """Completions of training, and answers to held-out questions."""
     train, rollout, wanted = recipe.train, recipe.rollout, recipe.evaluate
     found: dict[str, Decoding] = {}
-    limit, scratch = (vram or machine_memory()) // SHARE, 0 if device.type == "cuda" else machine_memory() // SHARE
+    scratch = 0 if device.type == "cuda" else machine_memory() // SHARE
 
     def decoding(slots: int, prompts: int, new: int) -> Decoding:
         columns = recipe.data.max_prompt_length + new

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowrank_tune import settings
 from lowrank_tune.algorithms.harvest import Harvest, Harvester
 from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.ppo import PPO
 from lowrank_tune.build import ALGORITHMS, ONLINE
 from lowrank_tune.build.learned import ROLE, score_rows
 from lowrank_tune.build.stacks import HEADS, lay_out
@@ -47,14 +48,15 @@ class Scene:
 
 
 def rehearse(scene: Scene, layers: Sequence[Layer], only_update: bool = False) -> Peaks:
-    """Runs every phase once, or the update alone, on a base of these layers; what was alive when."""
+    """Runs every phase once, or the update alone, or where the scene has rollouts these alone, on a base of these layers; what was alive
+    when."""
     recipe, ledger = scene.recipe, Ledger(scene.device.type, scene.config.get_text_config().vocab_size)
     with warnings.catch_warnings(), ledger, pretending(scene.device) as mode, patch.object(logps, "_one_chunk", _few_chunks(logps._one_chunk)):
         warnings.simplefilter("ignore")
         stage = _Stage(scene, layers, ledger, mode)
-        if not only_update:
-            stage.read()
-        if recipe.algorithm in ONLINE:
+        if scene.rollouts:
+            stage.draw()
+        elif recipe.algorithm in ONLINE:
             stage.online(only_update)
         else:
             stage.offline(only_update)
@@ -98,15 +100,12 @@ class _Stage:
             batch.extra["reference"] = torch.zeros(rows)
         return batch
 
-    def read(self) -> None:
-        """What goes through the model without a gradient, before and between the steps."""
+    def draw(self) -> None:
+        """Completions of training, and answers to held-out questions. The optimizer's moments lie there meanwhile."""
+        self._ready()
         for phase, decoding in self.scene.rollouts.items():
             self.ledger.at(phase, "before")
             decode(self.roles, decoding, self.ledger.named("KV cache"))
-        if self.recipe.algorithm == "dpo":
-            self.ledger.at("reference", "before")
-            with self.roles.quiet():
-                self.roles.logps("reference", self._batch(self.sizes.free_rows()).to(self.roles.base.device)).logps.sum(dim=1).cpu()
 
     def _ready(self) -> None:
         """As from the second step on: the optimizer's moments are there."""
@@ -116,6 +115,10 @@ class _Stage:
 
     def offline(self, only_update: bool) -> None:
         algorithm = ALGORITHMS[self.recipe.algorithm](self.kit, self.recipe)
+        if self.recipe.algorithm == "dpo" and not only_update:
+            self.ledger.at("reference", "before")
+            with self.roles.quiet():
+                self.roles.logps("reference", self._batch(self.sizes.free_rows()).to(self.roles.base.device)).logps.sum(dim=1).cpu()
         self._ready()
         if not only_update:
             self.ledger.at("first check", "before")
@@ -127,11 +130,15 @@ class _Stage:
         self._loop(algorithm, algorithm.collect(0), not only_update)
 
     def online(self, only_update: bool) -> None:
-        rollout = self.recipe.rollout
+        rollout, sizes = self.recipe.rollout, self.sizes
+        if only_update:
+            sizes = replace(sizes, harvest=-(-sizes.rows // sizes.group) * sizes.group)
         harvester = _Harvester(self.roles, _no_prompts, _Silent(), ["reward"], [1.0], str, frozenset(), 0, rollout.num_generations,
                                rollout.max_new_tokens, rollout.temperature, 1, self.sizes.free_tokens, lambda number: 0,
-                               sizes=self.sizes)  # fmt: skip
+                               sizes=sizes, known=only_update)  # fmt: skip
         algorithm = ONLINE[self.recipe.algorithm](self.recipe, self.kit, harvester)
+        if only_update and isinstance(algorithm, PPO):
+            algorithm._values = _no_values  # type: ignore[method-assign]
         self._ready()
         if not only_update and ROLE in self.roles.heads and ROLE not in self.trained:
             self.ledger.at("reward model", "before")
@@ -192,7 +199,7 @@ class _Once:
     def terms(self, micro: Batch) -> Iterator[Term]:
         terms = self.algorithm.terms(micro)
         for number in range(9):
-            self.ledger.at(UPDATES[number] if self.algorithm.__class__.__name__ == "PPO" else "update", "before")
+            self.ledger.at(UPDATES[number] if isinstance(self.algorithm, PPO) else "update", "before")
             term = next(terms, None)
             if term is None:
                 return
@@ -226,11 +233,14 @@ UPDATES = ("update", "update of the value", *["end"] * 7)
 
 
 class _Harvester(Harvester):
-    """Completions that nobody drew, of the sizes that are planned for."""
+    """Completions that nobody drew, of the sizes that are planned for. Where their log-probs are `known` nothing goes through the model."""
 
-    def __init__(self, *arguments: Any, sizes: Sizes) -> None:
+    def __init__(self, *arguments: Any, sizes: Sizes, known: bool) -> None:
         super().__init__(*arguments)
-        self.sizes = sizes
+        self.sizes, self.known = sizes, known
+
+    def logps(self, role: str, batch: Batch) -> Tensor:
+        return torch.zeros(batch.ids.shape) if self.known else super().logps(role, batch)
 
     def draw(self, step: int, draw: int, count: int | None = None) -> Harvest:
         rows, n = self.sizes.harvest, self.num_generations
@@ -264,6 +274,10 @@ def _watch(model: Any, ledger: Ledger, mode: Pretend) -> None:
 
 def _no_prompts(step: int, draw: int, count: int | None) -> list[Asked]:
     raise AssertionError("nobody asks")
+
+
+def _no_values(batch: Batch) -> tuple[Tensor, Tensor]:
+    return torch.zeros(batch.ids.shape), torch.zeros(len(batch))
 
 
 class _Silent:

@@ -47,8 +47,7 @@ def sizes_of(recipe: settings.Recipe, units: int | None = None) -> Sizes:
     length = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens if online else recipe.data.max_length
     together = 2 if recipe.pairs else 1
     step = train.prompts_per_step * recipe.rollout.num_generations if online else train.rows_per_step or 1 << 20
-    count = train.micro_batch_size if isinstance(train.micro_batch_size, int) else None
-    wanted = units or count
+    wanted = units or train.micro_rows
     if wanted is None and train.micro_batch_tokens is not None:
         wanted = max(1, -(-train.micro_batch_tokens // (length * together)))  # nearly as many rows, a little shorter, fill the budget
         if wanted > 1:

@@ -9,7 +9,7 @@ from lowrank_tune.recipe.written import Finding, written
 from lowrank_tune.settings import Recipe
 
 SIZES = ("train.micro_batch_size", "train.micro_batch_tokens", "train.gradient_checkpointing", "train.activation_offloading",
-         "train.memory_budget_gib", "rollout.slots")  # fmt: skip
+         "train.memory_budget_gib", "train.memory_check", "rollout.slots")  # fmt: skip
 """What changes memory and speed and never the gradient, so that a run that ran short can go on with less."""
 
 

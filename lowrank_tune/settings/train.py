@@ -25,8 +25,9 @@ class Train(Settings):
     """Prompts of one optimizer step, where completions are drawn."""
     tokens_per_step: Positive | None = None
     """Or: as many rows as fit this many tokens."""
-    micro_batch_size: Positive | None = None
-    """Rows (completions, where they are drawn) that go through the model at once (4 unless `micro_batch_tokens` is given). Changes memory
+    micro_batch_size: Positive | Literal["auto"] | None = None
+    """Rows (completions, where they are drawn) that go through the model at once (4 unless `micro_batch_tokens` is given); `auto`: as many as
+    fit the card by its plan, together with `gradient_checkpointing: auto` no more than speed needs (4 where there is no card). Changes memory
     and speed, never the gradient."""
     micro_batch_tokens: Positive | None = None
     """Or: as many rows as fit this many tokens, padding counted."""
@@ -57,6 +58,9 @@ class Train(Settings):
     """Memory of the card that the run may use, in GiB; all of it where it is not given. The keys and values of rollouts share it with the
     update, so it decides how many sequences are decoded at once. Without a card it bounds those alone, a quarter of the machine's memory by
     default."""
+    memory_check: Literal["refuse", "warn", "off"] = "refuse"
+    """On a card a run is planned before anything is loaded (`lowrank-tune plan`). What cannot fit is refused, or told and tried, or not
+    looked at."""
     max_bad_steps: Positive = 5
     """Stops after this many steps in a row whose loss or gradient is not finite; each is skipped and counted."""
     log_every: Positive = 10
@@ -80,6 +84,11 @@ class Train(Settings):
     def trackers(self) -> tuple[str, ...]:
         """`report_to` as a list."""
         return (self.report_to,) if isinstance(self.report_to, str) else self.report_to
+
+    @property
+    def micro_rows(self) -> int | None:
+        """`micro_batch_size` as a number; 4 for `auto`, where nobody has planned it."""
+        return 4 if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 class Evaluate(Settings):

@@ -6,47 +6,62 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.plan.figures import CONTEXT, FRAGMENTATION, GIB, PURPOSES, Phase, Plan
+from lowrank_tune.plan.figures import CONTEXT, FRAGMENTATION, GIB, PURPOSES, SHRINK, Plan
 from lowrank_tune.ui import inert
+
+SHORT = {"optimizer": "optim.", "gradients": "grads", "activations": "activ.", "KV cache": "KV"}
+"""Heads of columns, so that the table has room in 80 columns."""
+SMALL = GIB // 10  # below it figures are in MiB
 
 
 def show(plan: Plan, console: Console) -> None:
     """The whole plan of one stage."""
-    console.print(Text(headline(plan), "bold"))
-    used = [purpose for purpose in PURPOSES if any(phase.bytes.get(purpose) for phase in plan.phases)]
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("GiB at its peak")
-    for purpose in used:
-        table.add_column(purpose, justify="right")
-    table.add_column("total", justify="right")
-    for phase in plan.phases:
-        binds = phase is plan.binding
-        style = ("green" if plan.fits else "bold red") if binds else ""
-        cells = [_gib(phase.bytes.get(purpose, 0)) for purpose in used]
-        table.add_row(Text(phase.name), *cells, Text(_gib(phase.total) + (" <" if binds else "  ")), style=style)
-    console.print(table)
+    for told in headline(plan):
+        console.print(Text(told, "bold"))
+    console.print(_table(plan))
     for line in lines(plan):
         console.print(line)
 
 
-def headline(plan: Plan) -> str:
+def _table(plan: Plan) -> Table:
+    unit, divisor = ("GiB", GIB) if plan.peak >= SMALL else ("MiB", 1 << 20)
+    used = [purpose for purpose in PURPOSES if any(phase.bytes.get(purpose) for phase in plan.phases)]
+    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim")
+    table.add_column(f"{unit} at its peak", no_wrap=True)
+    for purpose in used:
+        table.add_column(SHORT.get(purpose, purpose), justify="right", no_wrap=True)
+    table.add_column("all", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for phase in plan.phases:
+        binds = phase is plan.binding
+        style = ("green" if plan.fits else "bold red") if binds else ""
+        cells = [_figure(phase.bytes.get(purpose, 0), divisor) for purpose in used]
+        table.add_row(Text(phase.name), *cells, _figure(phase.total, divisor), "<" if binds else "", style=style)
+    return table
+
+
+def headline(plan: Plan) -> tuple[str, str]:
     """What is planned."""
     sizes = plan.sizes
-    what = "pairs" if sizes.together == 2 else "completions" if sizes.harvest else "rows"
-    return inert(f"{plan.name or plan.algorithm}: {plan.algorithm} of {plan.model}, {plan.bits} bits, micro-batch {sizes.units} {what} "
-                 f"of {sizes.length:,} tokens, {_recomputed(plan)}")  # fmt: skip
+    what = ("pair" if sizes.together == 2 else "completion" if sizes.harvest else "row") + ("s" if sizes.units > 1 else "")
+    return (inert(f"{plan.name or plan.algorithm}: {plan.algorithm} of {plan.model}, {plan.bits} bits"),
+            f"a micro-batch is {sizes.units} {what} of {sizes.length:,} tokens; {_recomputed(plan)}")  # fmt: skip
 
 
 def lines(plan: Plan) -> list[Text]:
-    """What binds, whether it fits, and what to type."""
-    binding: Phase = plan.binding
-    told = [Text(f"binds: {binding.name}" + (f" ({binding.where})" if binding.where else ""))]
-    if plan.vram:
-        verdict = "fits" if plan.fits else "does not fit"
-        told.append(Text(f"{verdict}: {plan.needed / GIB:.2f} GiB of {plan.vram / GIB:.2f} (tensors {plan.peak / GIB:.2f}, CUDA "
-                         f"{CONTEXT / GIB:.2f}, fragmentation {FRAGMENTATION:.0%})", "green" if plan.fits else "bold red"))  # fmt: skip
-    else:
-        told.append(Text(f"needs {plan.needed / GIB:.2f} GiB"))
+    """What binds, whether it fits, what would fit, and what to type."""
+    binding = plan.binding
+    told = [Text(f"most is held in: {binding.name}" + (f" ({binding.where})" if binding.where else ""))]
+    if not plan.vram:
+        return [*told, Text(f"tensors: {plan.peak / GIB:.2f} GiB")]
+    verdict = "fits" if plan.fits else "does not fit"
+    told.append(Text(f"{verdict}: {plan.needed / GIB:.2f} of {plan.vram / GIB:.2f} GiB (tensors {plan.peak / GIB:.2f}, CUDA itself "
+                     f"{CONTEXT / GIB:.2f}, lost {FRAGMENTATION:.0%})", "green" if plan.fits else "bold red"))  # fmt: skip
+    if plan.fits and plan.needed > plan.vram:
+        told.append(Text(f"{binding.name} goes through in smaller pieces" if binding.name in SHRINK else binding.name))
+    if plan.fits_units is not None and plan.fits_length is not None:
+        told.append(Text(f"room for a micro-batch of {plan.fits_units}, or for rows of {plan.fits_length:,} tokens, "
+                         f"{plan.sizes.units} at once"))  # fmt: skip
     if plan.advice:
         told.append(Text(plan.advice, "yellow"))
     return told + [Text(note, "dim") for note in plan.notes]
@@ -54,9 +69,9 @@ def lines(plan: Plan) -> list[Text]:
 
 def _recomputed(plan: Plan) -> str:
     if plan.recomputed == plan.layers:
-        return "all layers recomputed"
-    return f"{plan.recomputed} of {plan.layers} layers recomputed" if plan.recomputed else "no layer recomputed"
+        return "all layers are recomputed"
+    return f"{plan.recomputed} of {plan.layers} layers are recomputed" if plan.recomputed else "no layer is recomputed"
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f}" if size else ""
+def _figure(size: int, divisor: int) -> str:
+    return f"{size / divisor:.2f}" if size else ""
