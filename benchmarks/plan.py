@@ -110,13 +110,26 @@ class Written(Harvester):
         return Harvest(batch, rewards, rewards.view(-1, 1), torch.zeros(len(batch), dtype=torch.bool), ["all"], [""] * len(batch), [])
 
 
+def learned(parameters: list[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimizer after a step that changed nothing."""
+    optimizer = make_optimizer(parameters, recipe.train, CPU)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
 def measured(recipe: Recipe, rollout: bool = False) -> int:
     """The peak of two real steps; or of a real rollout."""
     base = load_base(recipe.base, SimpleNamespace(eos_token_id=1), CPU)
     roles, count = load_roles(recipe, base, {}, lambda event: None), 2 * MICRO
     if rollout:
+        moments = learned(roles.parameters("policy"), recipe)  # as from the second step on
         engine, sampling = Engine(roles, "policy", SLOTS, scratch_bytes=1 << 40), Sampling(NEW, frozenset())
-        return peak_of(lambda: list(engine.generate([[7] * PROMPT] * PROMPTS, GROUP, sampling)))
+        found = peak_of(lambda: list(engine.generate([[7] * PROMPT] * PROMPTS, GROUP, sampling)))
+        del moments
+        return found
     if recipe.algorithm == "sft":
         kit = Kit(roles, lambda step: rows(count, 1, 1))
     else:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout import Engine
@@ -34,14 +32,14 @@ def decode(roles: Roles, wanted: Decoding, keeping: AbstractContextManager[None]
     and values is made."""
     engine = Engine(roles, wanted.role, wanted.slots, wanted.cache_bytes, wanted.scratch_bytes)
     model, columns = roles.base.model, wanted.prompt + wanted.max_new_tokens
-    modules: Sequence[Any] = list(model.modules())
+    states = [vars(module) for module in model.modules()]
     sampling = Sampling(wanted.max_new_tokens, frozenset())
-    with engine._speaking(modules):
+    with engine._speaking(states):
         store = store_for(model)
         store.open(wanted.slots, columns, 1 << 60)
     ahead = max(1, min(wanted.prompts, max(1, wanted.slots // 4), PREFILL_TOKENS // wanted.prompt))
     stack = roles.stacks[wanted.role]
-    with fast_linears(model, stack, wanted.scratch_bytes) as linears, engine._speaking(modules), linears, batched_attention(model):
+    with fast_linears(model, stack, wanted.scratch_bytes) as linears, engine._speaking(states), linears, batched_attention(model):
         kept, hidden = store.read([[0] * wanted.prompt] * ahead)
         with keeping:
             store.place(kept, [slot % ahead for slot in range(wanted.slots)], list(range(wanted.slots)))
