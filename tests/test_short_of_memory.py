@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,18 +10,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from crash import small_recipe
 from test_recovery import short_of_memory
 from test_run import lowrank_tune, write_recipe
 from torch import Tensor
 
 from lowrank_tune import Recipe, run, settings
+from lowrank_tune.cli.common import sentences
 from lowrank_tune.events import Event, from_json
 from lowrank_tune.model import recovery
 from lowrank_tune.model.roles import Roles
@@ -173,6 +176,15 @@ def test_any_other_lack_of_memory_ends_with_3_too(tmp_path: Path, monkeypatch: p
     done = lowrank_tune("run", write_recipe(tmp_path, recipe_of("sft")), "--out", str(tmp_path / "run"), "--ui", "plain")
     said = done.output.strip().splitlines()[-1]
     assert done.exit_code == 3 and said.startswith("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.") and "continues" in said
+
+
+def test_other_commands_end_with_3_too() -> None:
+    for error, code, words in ((short_of_memory(), 3, "out of memory: CUDA out of memory. Tried"), (MemoryError(), 3, "out of memory: "),
+                               (RuntimeError("shape"), 1, "internal error: RuntimeError: shape")):  # fmt: skip
+        told = io.StringIO()
+        with redirect_stderr(told), pytest.raises(typer.Exit) as caught, sentences(debug=False):
+            raise error
+        assert caught.value.exit_code == code and told.getvalue().startswith(words)
 
 
 # --- the budget, and the allocator -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lowrank_tune.errors import UserError
+from lowrank_tune.errors import OutOfMemory, UserError
 
 INTERRUPTED = 130
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -62,5 +62,8 @@ def sentences(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error)):  # torch's is one
+            print(f"out of memory: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+            raise typer.Exit(OutOfMemory.exit_code) from error
         print(f"internal error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
         raise typer.Exit(1) from error

@@ -100,6 +100,7 @@ class Limits:
     budget_bytes: int = 0
     emit: Emit = field(default=_silent, repr=False)
     when: str = ""
+    _oldest: tuple[Tensor, Tensor] = field(default_factory=lambda: _old_graph(), init=False, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in ("update_tokens", "forward_tokens", "cache_tokens", "times")}
@@ -132,9 +133,9 @@ class Limits:
             if len(some) > most:
                 waiting.extendleft(some[start : start + most] for start in reversed(range(0, len(some), most)))
                 continue
-            done = _attempt(work, some)
+            done = _attempt(work, some, self._oldest)
             if done is None and len(some) == 1:  # what was let go may have been all that it lacked
-                done = _attempt(work, some)
+                done = _attempt(work, some, self._oldest)
             if done is not None:
                 yield some, done[0]
                 continue
@@ -162,7 +163,14 @@ def _told(kind: Kind, rows: int, width: int, limit: int) -> str:
             f"on it has at most {limit:,} tokens, and `train.micro_batch_tokens={limit}` would begin so")  # fmt: skip
 
 
-def _attempt(work: Callable[[U], T], units: U) -> tuple[T] | None:
+def _old_graph() -> tuple[Tensor, Tensor]:
+    """A leaf and a node over it, older than all that comes later."""
+    with torch.enable_grad():
+        leaf = torch.zeros((), device="cpu", requires_grad=True)
+        return leaf, leaf * 1
+
+
+def _attempt(work: Callable[[U], T], units: U, oldest: tuple[Tensor, Tensor]) -> tuple[T] | None:
     """What `work` gives, in a tuple; None where memory ran short. Random numbers are then as before, and nothing of it is held."""
     device = torch.cuda.get_rng_state() if _on_card() else None
     before = torch.get_rng_state()
@@ -172,6 +180,9 @@ def _attempt(work: Callable[[U], T], units: U) -> tuple[T] | None:
         if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
             raise
         let_go(error)
+    # Where a backward pass dies, what it had not come to waits in the engine's queue of this thread, with all that it holds. A later pass
+    # takes the youngest nodes first and ends when it has what it wants: only one that wants the oldest node clears the queue.
+    torch.autograd.grad(oldest[1], oldest[0], retain_graph=True)
     torch.set_rng_state(before)
     if device is not None:
         torch.cuda.set_rng_state(device)

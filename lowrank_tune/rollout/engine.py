@@ -160,8 +160,12 @@ def cache_room(roles: Roles) -> int:
     budget, device = roles.limits.budget_bytes, roles.base.device
     if device.type != "cuda":
         return budget or memory_of(device) // 4
-    budget = min(budget or memory_of(device), memory_of(device))
-    return max(int(budget * USABLE) - roles.resident_bytes() - WORKING, budget // 16)
+    return room_on_card(min(budget or memory_of(device), memory_of(device)), roles.resident_bytes())
+
+
+def room_on_card(budget: int, resident: int) -> int:
+    """Bytes for keys and values of a budget on a card where so many stay for the whole run."""
+    return max(int(budget * USABLE) - resident - WORKING, budget // 16)
 
 
 def memory_of(device: torch.device) -> int:
