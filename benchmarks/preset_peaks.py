@@ -16,7 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lowrank_tune.plan import GIB, plan
+from lowrank_tune.plan import GIB
+from lowrank_tune.plan.planner import plan_of
+from lowrank_tune.plan.scenes import scenes
 from lowrank_tune.recipe import Preset, find_preset, load_any, shelf
 
 CARD_GIB = 24.0
@@ -34,7 +36,8 @@ def planned(name: str) -> tuple[float, str]:
         if below:
             top = f"{{name: top, extends: {name}, adapters: {{sft: null}}}}"
             file.write_text(f"stages:\n- {{name: sft, extends: {Path(below).name}}}\n- {top}\n", encoding="utf-8")
-        plans = list(plan(load_any(str(file) if below else name), CARD_GIB))
+        vram = round(CARD_GIB * GIB)
+        plans = [plan_of(scene, vram, scene.recipe.name) for scene in scenes(load_any(str(file) if below else name), "cuda")]
     worst = plans[-1] if below else max(plans, key=lambda one: one.needed)
     return worst.needed / GIB, f"{worst.name}, {worst.binding.name}" if len(plans) > 1 and not below else worst.binding.name
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+from typing import Any
+
 import pytest
 from typer.testing import CliRunner
 
 from lowrank_tune.cli import app
 from lowrank_tune.model import shapes
+from lowrank_tune.plan import plan
 from lowrank_tune.recipe import Chain, Recipe, load_any, presets, shelf
 
 NAMES = [preset.name for preset in shelf()]
@@ -60,6 +65,35 @@ def test_the_list_fits_a_narrow_terminal_and_goes_from_small_to_large() -> None:
     assert [line.split()[0] for line in lines if line.startswith("    ")] == NAMES
     sizes = [preset.billions for preset in shelf()]
     assert sizes == sorted(sizes) and sizes[0] == 0.0 and sizes[-1] == 32.0
+
+
+def peaks() -> Any:
+    spec = importlib.util.spec_from_file_location("preset_peaks", Path(__file__).parent.parent / "benchmarks" / "preset_peaks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_presets_for_cards_tell_a_planned_peak_that_fits() -> None:
+    for preset in shelf():
+        assert (preset.peak_gib is None) == (preset.billions == 0.0), f"{preset.name}: benchmarks/preset_peaks.py --write"
+        assert preset.peak_gib is None or preset.billions * 0.5 < preset.peak_gib < 23.0
+
+
+@pytest.mark.parametrize("name", [name if name == "qwen2.5-3b-sft" else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in NAMES if not name.startswith("tiny-")])  # fmt: skip
+def test_what_a_preset_tells_is_what_is_planned(name: str) -> None:
+    (preset,) = (preset for preset in shelf() if preset.name == name)
+    gib, _ = peaks().planned(name)
+    assert preset.peak_gib == pytest.approx(gib, rel=0.01, abs=0.051)
+
+
+def test_a_stranger_below_is_planned_like_the_trained_adapter() -> None:
+    """`myllm-dpo` stands on a run that nobody has made yet."""
+    (found,) = plan(load_any("myllm-dpo"), 24.0)
+    assert any("nothing lies at runs/myllm-sft yet" in note for note in found.notes)
+    assert found.binding.bytes["adapters"] > 1.9 * found.binding.bytes["gradients"] > 0, "two adapters, of which one is trained"
 
 
 def test_a_variant_is_shown_whole() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from peft import LoraConfig
@@ -24,7 +25,10 @@ def scenes(loaded: settings.Recipe | Chain, device: str) -> Iterator[Scene]:
     """One of a recipe, or of each stage. Raises UserError."""
     kind = torch.device(device)
     if not isinstance(loaded, Chain):
-        yield _scene(loaded, kind, {}, None)
+        absent = absent_from(loaded)
+        paths = {name: loaded.adapters[name].model_copy(update={"path": PENDING + name}) for name in absent}
+        pending = loaded.model_copy(update={"adapters": {**loaded.adapters, **paths}})
+        yield _scene(pending, kind, {name: loaded.adapters[loaded.trained] for name in absent}, None)
         return
     folders = {stage.name: PENDING + stage.name for stage in loaded.stages}
     every = [stage.to_dict() for stage in loaded.stages]
@@ -33,6 +37,12 @@ def scenes(loaded: settings.Recipe | Chain, device: str) -> Iterator[Scene]:
         below = None if lent is None else finished_below(every, next(i for i, one in enumerate(every) if one["name"] == lent))
         made = {each.name: each.adapters[each.trained] for each in loaded.stages[:number]}
         yield _scene(loaded.recipe_of(number, folders), kind, made | ({ROLE: made[lent]} if lent else {}), below)
+
+
+def absent_from(recipe: settings.Recipe) -> list[str]:
+    """Frozen adapters that another run is still to make. They are supposed to have the shape of the trained one."""
+    frozen = {name: adapter for name, adapter in recipe.adapters.items() if name != recipe.trained and name not in recipe.aside}
+    return [name for name, adapter in frozen.items() if adapter.path and not Path(adapter.path).expanduser().exists()]
 
 
 def _scene(recipe: settings.Recipe, device: torch.device, made: Mapping[str, settings.Adapter], below: Sequence[str] | None) -> Scene:
