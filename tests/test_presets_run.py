@@ -109,18 +109,19 @@ def test_a_preset_runs_two_steps(name: str, place: Path, tmp_path: Path, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_a_tiny_preset_runs_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Base and data of these ship with the package, so nothing is swapped but how many rows and held-out answers there are."""
+    """Base and data of these ship with the package, so nothing is swapped but how many rows, prompts and held-out answers there are."""
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
     assert run(load_any(name, "train.steps=2", *_few(name)), out=tmp_path / "run", ui="none").status == "done"
 
 
 def _few(name: str) -> list[str]:
-    """So few rows and held-out answers that two steps are most of the work."""
+    """So few of them that two steps are most of the work."""
     overrides: list[str] = []
     for stage in stages_of(name):
         where = f"stages.{stage.name}." if len(stages_of(name)) > 1 else ""
         overrides += [f"{where}data.train.0.rows=64", *([f"{where}data.validation.0.rows=8"] if stage.data.validation else [])]
         overrides += [f"{where}evaluate.prompts=4", f"{where}evaluate.samples=2"] if stage.evaluate.heldout else []
+        overrides += [f"{where}train.prompts_per_step=4"] if stage.rewards else []
     return overrides
 
 
