@@ -30,7 +30,8 @@ def _supposed(loaded: settings.Recipe | Chain) -> list[str]:
     """What was planned in place of what is not there."""
     if isinstance(loaded, Chain):
         return []
-    return [f"nothing lies at {loaded.adapters[name].path} yet: adapters.{name} is planned like {loaded.trained}" for name in absent_from(loaded)]
+    told = "nothing lies at {} yet: adapters.{} is planned like {}"
+    return [told.format(loaded.adapters[name].path, name, loaded.trained) for name in absent_from(loaded)]
 
 
 def card_gib() -> float | None:
