@@ -94,7 +94,8 @@ def test_a_stranger_below_is_planned_like_the_trained_adapter() -> None:
     """`myllm-dpo` stands on a run that nobody has made yet."""
     (found,) = plan(load_any("myllm-dpo"), 24.0)
     assert any("nothing lies at runs/myllm-sft yet" in note for note in found.notes)
-    assert found.binding.bytes["adapters"] > 1.9 * found.binding.bytes["gradients"] > 0, "two adapters, of which one is trained"
+    (update,) = (phase.bytes for phase in found.phases if phase.name == "update")
+    assert update["adapters"] > 1.9 * update["gradients"] > 0, "two adapters, of which one is trained"
 
 
 def test_a_variant_is_shown_whole() -> None:
