@@ -46,6 +46,10 @@ class Train:
     max_bad_steps: int = 1
     log_every: int = 1_000_000
 
+    @property
+    def micro_rows(self) -> int:
+        return self.micro_batch_size
+
 
 @dataclass(frozen=True)
 class Size:
