@@ -127,7 +127,7 @@ def test_at_a_terminal(adapter: Path, tmp_path: Path) -> None:
     seen.press("\x03")
     wait(seen, r"\[stopped after \d+ tokens.*\n *you> *\n")
     seen.press("/undo\r")
-    wait(seen, r"taken back: What is 6 \* 7\?")
+    wait(seen, r"taken back: What is 6 \* 7\?[^\n]*\n *you> *\n")
     seen.press("\x03")
     wait(seen, "Ctrl-D or /quit ends")
     seen.press(f"/save {file}\r")

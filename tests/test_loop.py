@@ -482,7 +482,8 @@ def test_any_micro_batch_size_learns_the_same(name: str) -> None:
         found.append((tensors, [event.stats["loss"] for event in steps_of(events)], [event.stats["grad_norm"] for event in steps_of(events)]))
     for tensors, losses, norms in found[1:]:
         assert far(tensors, found[0][0]) < 1e-6
-        assert losses == pytest.approx(found[0][1], rel=1e-5) and norms == pytest.approx(found[0][2], rel=1e-5)
+        # A policy loss is the mean of terms around 1 that nearly cancel: fp32 holds those, not their mean, to 1e-6.
+        assert losses == pytest.approx(found[0][1], rel=1e-5, abs=1e-6) and norms == pytest.approx(found[0][2], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

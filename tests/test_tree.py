@@ -61,14 +61,14 @@ def run(roles: Roles, batch: Batch, share: bool) -> tuple[Tensor, Tensor]:
 
 
 def error_of_sharing(roles: Roles, batch: Batch) -> float:
-    """Largest difference of a log-prob and relative one of the gradients; infinite where nothing was shared."""
+    """Largest difference of a log-prob, to the largest of them, and relative one of the gradients; infinite where nothing was shared."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tree_module, "WORTH", 100.0)
         if roles._tree(batch) is None:
             return float("inf")
         packed, gradient = run(roles, batch, True)
         apart, expected = run(roles, batch, False)
-    return max(float((packed - apart).abs().max()), far(gradient, expected))
+    return max(float((packed - apart).abs().max() / apart.abs().max().clamp_min(1.0)), far(gradient, expected))
 
 
 @st.composite
