@@ -40,6 +40,7 @@ class Emulator:
         self._stream = pyte.ByteStream(self.screen)
         self.child, self.terminal = pty.fork()
         if self.child == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as a shell at a terminal has it; a job in the background may ignore it
             time.sleep(0.2)  # the size is set by then
             os.execve(sys.executable, [sys.executable, *words], {**ENVIRON, **environ})
         self.resize(columns, lines)
