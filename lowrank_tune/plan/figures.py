@@ -14,7 +14,11 @@ FRAGMENTATION = 0.04
 """Share of the rest that the allocator cannot use (`expandable_segments`)."""
 PURPOSES = ("weights", "adapters", "optimizer", "gradients", "activations", "logits", "KV cache")
 
-APART = ("rollout", "held-out answers", "reference", "reward model", "old and reference", "validation")
+PASS = ": "
+"""Between a phase and which of its passes it is, in the name of a moment."""
+DECODING = ("rollout", "held-out answers")
+"""Phases that decode: with fewer sequences at once they hold less."""
+APART = (*DECODING, "reference", "reward model", "old and reference", "validation")
 """Phases whose pieces are not micro-batches of the update."""
 SHRINK = APART[2:]
 """Those of them that go on in smaller pieces where memory is short (`model/recovery.py`), so that they forbid nothing."""

@@ -11,7 +11,7 @@ from lowrank_tune import settings
 from lowrank_tune.build import ONLINE
 from lowrank_tune.plan.base import layers_of
 from lowrank_tune.plan.depth import FEW, model_of
-from lowrank_tune.plan.figures import APART, GIB, Plan, needed
+from lowrank_tune.plan.figures import APART, DECODING, GIB, Plan, needed
 from lowrank_tune.plan.planner import peaks_of, phases_in
 from lowrank_tune.plan.rehearsal import Scene, rehearse
 from lowrank_tune.plan.rows import Sizes, sizes_of
@@ -153,7 +153,7 @@ def _shorten(scene: Scene, plan: Plan) -> str:
     if needed(static, plan.device) > plan.vram:
         return f"the weights alone need {needed(static, plan.device) / GIB:.1f} GiB: a smaller base" + ("" if recipe.base.bits == 4
                                                                                                   else ", or base.bits=4")  # fmt: skip
-    if plan.binding.name in ("rollout", "held-out answers"):
+    if plan.binding.name in DECODING:
         return "fewer sequences at once: rollout.slots, or shorter ones: rollout.max_new_tokens, evaluate.max_new_tokens"
     online = recipe.algorithm in ONLINE
     alone = (plan.fits_length or 0) * plan.sizes.units // STEP * STEP  # tokens of a row that goes through by itself

@@ -15,11 +15,11 @@ from lowrank_tune.build import ONLINE
 from lowrank_tune.model.memory import layers_recomputed
 from lowrank_tune.plan.base import config_for, layers_of
 from lowrank_tune.plan.depth import Peaks, deep
-from lowrank_tune.plan.figures import Phase, Plan
+from lowrank_tune.plan.figures import PASS, Phase, Plan, needed
 from lowrank_tune.plan.rehearsal import Scene, rehearse
 from lowrank_tune.plan.rollouts import Decoding
 from lowrank_tune.plan.rows import Sizes, sizes_of
-from lowrank_tune.rollout.engine import USABLE, WORKING
+from lowrank_tune.rollout.engine import room_on_card
 
 ASKED_AT_ONCE = 256  # held-out questions that are answered at once (`evaluate.answer`)
 SHARE = 4  # of the machine's memory: what keys and values may take, and unpacked weights
@@ -50,7 +50,23 @@ def phases_of(scene: Scene, vram: int = 0) -> tuple[Phase, ...]:
     rollouts = _rollouts(scene.recipe, scene.config, scene.device, _room(scene, vram, stays))
     if not rollouts:
         return phases
-    return (*phases_in(peaks_of(replace(scene, rollouts=rollouts), recomputed)), *phases)
+    return (*decoding_phases(scene, rollouts, recomputed, vram), *phases)
+
+
+def decoding_phases(scene: Scene, rollouts: Mapping[str, Decoding], recomputed: int, vram: int) -> tuple[Phase, ...]:
+    """Phases that decode, with as many sequences at once as the engine begins with; where these are too many for the card it goes on with
+    fewer, down to one."""
+    found = phases_in(peaks_of(replace(scene, rollouts=rollouts), recomputed))
+    for last in (False, True):
+        over = {phase.name: needed(phase.total, scene.device.type) - vram for phase in found}
+        short = {name: one for name, one in rollouts.items() if vram and over[name] > 0 and one.slots > 1}
+        if not short:
+            break
+        each = {name: _bytes_of(scene.config, one.prompt + one.max_new_tokens, scene.device) for name, one in short.items()}
+        fewer = {name: 1 if last else max(1, one.slots - -(-over[name] // each[name])) for name, one in short.items()}
+        rollouts = {name: replace(one, slots=fewer.get(name, one.slots)) for name, one in rollouts.items()}
+        found = phases_in(peaks_of(replace(scene, rollouts=rollouts), recomputed))
+    return found
 
 
 def _room(scene: Scene, vram: int, stays: int) -> int:
@@ -58,7 +74,7 @@ def _room(scene: Scene, vram: int, stays: int) -> int:
     budget = int((scene.recipe.train.memory_budget_gib or 0) * 2**30)
     if scene.device.type != "cuda":
         return budget or machine_memory() // SHARE
-    return max(int(vram * USABLE) - stays - WORKING, vram // 16)
+    return room_on_card(vram, stays)
 
 
 def plan_of(scene: Scene, vram: int, name: str) -> Plan:
@@ -73,9 +89,10 @@ def phases_in(peaks: Peaks) -> tuple[Phase, ...]:
     """Each phase at its highest moment, in their order."""
     found: dict[str, Phase] = {}
     for moment, peak in peaks.items():
-        phase = Phase(moment[0], peak, _where(moment[1:]))
-        if phase.total > (found[moment[0]].total if moment[0] in found else -1):
-            found[moment[0]] = phase
+        name = moment[0].partition(PASS)[0]
+        phase = Phase(name, peak, _where(moment[1:]))
+        if phase.total > (found[name].total if name in found else -1):
+            found[name] = phase
     return tuple(phase for name, phase in found.items() if name != "end")
 
 
@@ -96,16 +113,17 @@ def _rollouts(recipe: settings.Recipe, config: Any, device: torch.device, limit:
     found: dict[str, Decoding] = {}
     scratch = 0 if device.type == "cuda" else machine_memory() // SHARE
 
-    def decoding(slots: int, prompts: int, new: int) -> Decoding:
+    def decoding(slots: int, prompts: int, samples: int, new: int) -> Decoding:
         columns = recipe.data.max_prompt_length + new
         fit = max(1, min(slots, limit * 4 // 5 // _bytes_of(config, columns, device)))
-        return Decoding("policy", fit, recipe.data.max_prompt_length, new, prompts, limit, scratch)
+        return Decoding("policy", fit, recipe.data.max_prompt_length, new, prompts, samples, limit, scratch)
 
     if recipe.algorithm in ONLINE:
         count = train.prompts_per_step * rollout.num_generations
-        found["rollout"] = decoding(min(rollout.slots, count), train.prompts_per_step, rollout.max_new_tokens)
+        found["rollout"] = decoding(min(rollout.slots, count), train.prompts_per_step, rollout.num_generations, rollout.max_new_tokens)
     if wanted.heldout is not None and recipe.trained == "policy":
-        found["held-out answers"] = decoding(min(ASKED_AT_ONCE, wanted.prompts * wanted.samples), wanted.prompts, wanted.max_new_tokens)
+        asked = min(ASKED_AT_ONCE, wanted.prompts * wanted.samples)
+        found["held-out answers"] = decoding(asked, wanted.prompts, wanted.samples, wanted.max_new_tokens)
     return found
 
 

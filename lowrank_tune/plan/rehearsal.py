@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -24,6 +25,7 @@ from lowrank_tune.model import logps
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.plan.base import Layer, bare_base, shallow, stored
 from lowrank_tune.plan.depth import Peaks
+from lowrank_tune.plan.figures import PASS
 from lowrank_tune.plan.ledger import Ledger
 from lowrank_tune.plan.optimizers import planned_optimizer
 from lowrank_tune.plan.pretend import Pretend, pretending
@@ -104,8 +106,7 @@ class _Stage:
         """Completions of training, and answers to held-out questions. The optimizer's moments lie there meanwhile."""
         self._ready()
         for phase, decoding in self.scene.rollouts.items():
-            self.ledger.at(phase, "before")
-            decode(self.roles, decoding, self.ledger.named("KV cache"))
+            decode(self.roles, decoding, self.ledger.named("KV cache"), partial(_begin, self.ledger, phase))
 
     def _ready(self) -> None:
         """As from the second step on: the optimizer's moments are there."""
@@ -270,6 +271,10 @@ def _watch(model: Any, ledger: Ledger, mode: Pretend) -> None:
         for child in layer.children():
             mode.through(child, before)
         layer.register_forward_hook(after)
+
+
+def _begin(ledger: Ledger, phase: str, which: str) -> None:
+    ledger.at(f"{phase}{PASS}{which}", "before")
 
 
 def _no_prompts(step: int, draw: int, count: int | None) -> list[Asked]:
