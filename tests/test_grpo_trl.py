@@ -116,7 +116,8 @@ CASES = [("grpo", "k3_ratio", HIGH), ("grpo", "k3", HIGH), ("dapo", "k3_ratio", 
 @pytest.mark.parametrize(("kind", "estimator", "high"), CASES)
 def test_grpo_equals_trl(trainer: Any, policy: Roles, kind: str, estimator: str, high: float) -> None:
     loss, gradient, stats, logged = both(trainer, policy, kind, estimator, high)
-    assert loss < 2e-6 and gradient < 3e-5, "two ways through one model in fp32: the gradient's noise is 7e-6"
+    close = 1e-5 if estimator == "k3" else 2e-6  # k3 alone has e^d of log-probs that are far apart here, and their rounding e^d times
+    assert loss < close and gradient < 3e-5, "two ways through one model in fp32: the gradient's noise is 7e-6"
     assert stats["entropy"] == pytest.approx(logged["entropy"][0], rel=1e-5)
     if kind in ("grpo", "dapo", "dr_grpo"):
         assert stats["clip_fraction"] == pytest.approx(logged["clip_ratio/region_mean"][0]) and 0.05 < stats["clip_fraction"]
