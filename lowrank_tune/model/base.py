@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,6 +31,9 @@ if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (b
     from lowrank_tune import settings
 
 TINY = "tiny-tutor"
+TINY_WEIGHTS, SINGLE = 20_000_000, "OMP_NUM_THREADS"
+"""A model of so few weights is no faster on several threads of a CPU, and ten times slower where other work has one of the cores and the
+threads wait for each other. Whoever sets the variable decides."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ def load_base(wanted: settings.Base, tokenizer: Any, device: torch.device | None
             place, config=config, use_safetensors=True, device_map={"": device}, output_loading_info=True, ignore_mismatched_sizes=True,
             dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), **arguments)  # fmt: skip
         _check_weights(model, found, wanted.model)
+    if device.type == "cpu" and SINGLE not in os.environ and sum(one.numel() for one in model.parameters()) < TINY_WEIGHTS:
+        torch.set_num_threads(1)
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
     return freeze(model, tokenizer, name=wanted.model, revision=revision, bits=4 if quantised else wanted.bits)
 
