@@ -196,7 +196,7 @@ def test_a_weighted_source_without_a_usable_row_is_shown(tmp_path: Path) -> None
 
 
 def test_an_end_token_that_is_not_trained_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowrank_tune.preflight.census", lambda rows, end_ids: census(rows, ()))
+    monkeypatch.setattr("lowrank_tune.preflight.rows.census", lambda rows, end_ids: census(rows, ()))
     found = examined(write(tmp_path / "a.jsonl", ROWS))
     assert not found.ends.trained and "learn to stop" in found.faults[0] and "NO:" in printed(found)
     assert counts(found)["without an end token behind an answer"][0] == found.report.train_rows
