@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from models import VOCAB, all_tensors, changed, counting, far, gradients, llama_roles, load, make_batch, roles_over, shake, whole
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lowrank_tune.errors import RunFailed
@@ -559,20 +562,90 @@ def test_nothing_to_do() -> None:
 # --- attention and norms of a rollout ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("attend", [attention.one_query, attention.grouped_sdpa])
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize("additive", [False, True])
-def test_one_query_attends_as_softmax_does(heads: int, additive: bool) -> None:
+def test_one_query_attends_as_softmax_does(attend: Any, heads: int, additive: bool) -> None:
     """Against a float64 loop over rows and heads; query heads share keys in groups; a slice of a longer cache is not contiguous."""
     query, key, value = torch.randn(3, 6, 1, 8), torch.randn(4, heads, 9, 8)[:3, :, :7], torch.randn(4, heads, 9, 8)[:3, :, :7]
     lengths = [7, 1, 4]
     seen = torch.tensor([[column < length for column in range(7)] for length in lengths])[:, None, None]
     mask = torch.where(seen, 0.0, -torch.inf) if additive else seen
-    found, _ = attention.one_query(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    found, _ = attend(torch.nn.Module(), query, key, value, mask, scaling=0.3)
     for row, length in enumerate(lengths):
         for head in range(6):
             mine = head * heads // 6
             weights = (0.3 * key[row, mine, :length].double() @ query[row, head, 0].double()).softmax(0)
             assert far(found[row, 0, head], (weights @ value[row, mine, :length].double()).float()) < 1e-6
+
+
+def test_grouped_attention_takes_a_mask_for_each_head_and_leaves_other_calls_to_transformers() -> None:
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    query, key, value = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    for mask in (torch.randn(2, 6, 1, 5), torch.randn(2, 1, 1, 5), None):
+        output, _ = attention.grouped_sdpa(module, query, key, value, mask)
+        expected, _ = attention.sdpa_attention_forward(module, query, key, value, mask)
+        assert output.shape == expected.shape == (2, 1, 6, 8) and far(output, expected) < 1e-6
+    queries = torch.randn(2, 6, 5, 8)
+    output, _ = attention.grouped_sdpa(module, queries, key, value, torch.ones(5, 5).tril().bool()[None, None])
+    assert far(output, attention.sdpa_attention_forward(module, queries, key, value, None)[0]) < 1e-6
+
+
+class CopiedElements(TorchDispatchMode):
+    """Counts the elements that copies and clones write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.repeat):
+            self.elements += output.numel()
+        return output
+
+
+def test_grouped_attention_does_not_copy_keys_and_values() -> None:
+    """transformers 5.17 copies both once per query head where there is a mask; a slice of the cache is read where it lies."""
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4
+    query, cache = torch.randn(3, 8, 1, 8), torch.randn(2, 4, 2, 300, 8)
+    key, value = (one[:3, :, :256] for one in cache)
+    mask = torch.zeros(3, 1, 1, 256)
+    with CopiedElements() as copied:
+        attention.grouped_sdpa(module, query, key, value, mask)
+    assert copied.elements < key.numel()
+    with CopiedElements() as copied:
+        repeat_kv(key, 4)
+    assert copied.elements >= 4 * key.numel(), "the counter misses copies"
+
+
+def test_a_gpu_decodes_with_grouped_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it generates is what plain `sdpa` generates, and every layer of every step attends with it."""
+    roles = speaking(16)
+    config = SimpleNamespace(**{attention.FIELD: "sdpa"})
+    model = SimpleNamespace(device=torch.device("cuda"), get_decoder=lambda: SimpleNamespace(config=config))
+    with attention.batched_attention(model):
+        assert vars(config)[attention.FIELD] == attention.GROUPED
+    assert vars(config)[attention.FIELD] == "sdpa"
+    calls: list[tuple[int, ...]] = []
+
+    def counted(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(tuple(query.shape))
+        return attention.grouped_sdpa(module, query, *args, **kwargs)
+
+    attention.AttentionInterface.register("counted", counted)
+    attention.AttentionMaskInterface.register("counted", attention.sdpa_mask)
+    monkeypatch.setattr(attention, "BY_DEVICE", {})
+    plain = run(roles, n=2)
+    monkeypatch.setattr(attention, "BY_DEVICE", {"cpu": "counted"})
+    grouped = run(roles, n=2)
+    assert plain.keys() == grouped.keys()
+    for key, completion in plain.items():
+        assert grouped[key].ids == completion.ids
+        assert far(torch.tensor(grouped[key].logps), torch.tensor(completion.logps)) < 1e-5
+    assert sum(shape[2] == 1 for shape in calls) > 2 * roles.base.model.config.num_hidden_layers
 
 
 def test_attention_is_what_it_was_between_completions() -> None:

@@ -38,7 +38,7 @@ def decode(roles: Roles, wanted: Decoding, keeping: AbstractContextManager[None]
     states = [vars(module) for module in model.modules()]
     sampling = Sampling(wanted.max_new_tokens, frozenset())
     at("reading")
-    with engine._speaking(states):
+    with engine._speaking(states), batched_attention(model):
         store = store_for(model)
         store.open(wanted.slots, columns, 1 << 60)
     ahead = max(1, min(wanted.prompts, max(-(-wanted.slots // wanted.samples), wanted.slots // 4), PREFILL_TOKENS // wanted.prompt))

@@ -1,23 +1,31 @@
-"""Attention of a decoding step on the CPU: one query a row against the columns that the row may see.
+"""Attention of a decoding step: one query a row against the columns of the cache that the row may see.
 
-PyTorch's fused CPU kernel cuts its work into one tiny product for each row and head; two batched products over all of them take half the
-time. Nothing else changes: keys and values, scaling and mask are what the model's own modules hand over.
+On the CPU PyTorch's fused kernel splits its work into one tiny product for each row and head; two batched products over all of them take
+half the time. On a GPU the query heads of a group become the queries of their one key head, because with a mask transformers 5.17 copies
+keys and values once per query head in each layer and step (5.23 does not). Nothing else changes: keys, values, scaling and mask are those
+that the model's own modules pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "lowrank_tune_one_query"
+GROUPED = "lowrank_tune_grouped_sdpa"
 FIELD = "_attn_implementation_internal"
+BY_DEVICE = {"cpu": NAME, "cuda": GROUPED}
+"""Device type -> the attention of a decoding step."""
+NOT_HANDLED = ("position_bias", "cache", "softcap", "s_aux")
+"""Arguments with which transformers' own `sdpa` is called instead."""
 
 
 def one_query(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
@@ -26,10 +34,10 @@ def one_query(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_
 
     Whatever is no such step goes to transformers' own `sdpa`.
     """
-    rows, heads, queries, width = query.shape
-    if queries != 1 or dropout or attention_mask is None or any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap")):
-        found, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-        return found, None
+    rows, heads, _, width = query.shape
+    if attention_mask is None or not _is_decoding_step(query, dropout, kwargs):
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return output, None
     grouped = (query * (width**-0.5 if scaling is None else scaling)).view(rows, key.shape[1], heads // key.shape[1], width)
     scores = torch.matmul(grouped, key.transpose(2, 3))
     if attention_mask.dtype == torch.bool:
@@ -39,18 +47,52 @@ def one_query(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_
     return torch.matmul(scores.softmax(dim=-1), value).view(rows, 1, heads, value.shape[-1]), None
 
 
+def grouped_sdpa(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Run SDPA with the query heads of a group as queries of their key head, so that keys and values are read where they lie.
+
+    Shapes: query (B, H, 1, D), key and value (B, KV, W, D), mask (B, 1 or H, 1, W), boolean or additive. Returns (B, 1, H, D).
+    A call that is not a decoding step with a mask goes to transformers' own `sdpa`, which groups the heads itself where there is no mask.
+    """
+    rows, heads, _, width = query.shape
+    groups = key.shape[1]
+    if attention_mask is None or groups == heads or not _is_decoding_step(query, dropout, kwargs):
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return output, None
+    if attention_mask.shape[1] == heads:
+        attention_mask = attention_mask.reshape(attention_mask.shape[0], groups, heads // groups, attention_mask.shape[3])
+    grouped = query.reshape(rows, groups, heads // groups, width)
+    output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return output.reshape(rows, 1, heads, value.shape[-1]), None
+
+
+def _is_decoding_step(query: Tensor, dropout: float, kwargs: Mapping[str, Any]) -> bool:
+    return query.shape[2] == 1 and not dropout and all(kwargs.get(name) is None for name in NOT_HANDLED)
+
+
 AttentionInterface.register(NAME, one_query)
+AttentionInterface.register(GROUPED, grouped_sdpa)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
 @contextmanager
 def batched_attention(model: Any) -> Iterator[None]:
-    """While it is entered, a model on the CPU that attends by `sdpa` does so by `one_query`."""
+    """While it is entered, a model that attends by `sdpa` does so by the function of its device in `BY_DEVICE`."""
     state = vars(model.get_decoder().config)  # for every few steps: the config's own setter checks all its fields
-    if state.get(FIELD) != "sdpa" or model.device.type != "cpu":
+    name = BY_DEVICE.get(model.device.type)
+    if state.get(FIELD) != "sdpa" or name is None:
         yield
         return
-    state[FIELD] = NAME
+    state[FIELD] = name
     try:
         yield
     finally:

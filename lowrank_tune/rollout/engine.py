@@ -105,7 +105,8 @@ class Engine:
         """All that has not ended yet."""
         model, stack = self.roles.base.model, [] if self.role == "base" else self.roles.stacks[self.role]
         states = [vars(module) for module in model.modules()]
-        with self._speaking(states):
+        # The store's own check then compares this attention with plain passes over the user's own base.
+        with self._speaking(states), batched_attention(model):
             store = store_for(model)
             known.slots = store.open(known.slots, columns, self.cache_bytes)
         schedule = Schedule(store, lambda hidden, uniforms: self._say(hidden, uniforms, sampling), prompts, n, sampling, known.slots,
