@@ -1,4 +1,5 @@
-"""What a machine without pydantic and `datasets` has to make up: settings, rows, prompts, rewards."""
+"""What a machine without pydantic and `datasets` lacks: stand-ins for settings, and synthetic rows, prompts and
+rewards."""
 
 from __future__ import annotations
 
@@ -10,16 +11,16 @@ import torch
 
 from lowrank_tune.types import Batch, Completion
 
-MOST_NEW = 128
-"""Tokens of a completion, where they are not given."""
+MAX_NEW_TOKENS = 48
+"""New tokens of a completion, where a size does not give them."""
 STEPS = 4
 """The first and the last step are logging steps (KL to the base, movement); the two between them are timed."""
 Rows = Callable[[int], Batch]
-"""The rows of a step."""
+"""Returns the rows of a step."""
 
 
 @dataclass(frozen=True)
-class Adapter:
+class AdapterSettings:
     """Stands for `settings.Adapter`, which needs pydantic."""
 
     r: int = 16
@@ -30,7 +31,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainSettings:
     """Stands for `settings.Train`: what the loop and the optimizer read."""
 
     micro_batch_size: int
@@ -53,8 +54,8 @@ class Train:
 
 @dataclass(frozen=True)
 class Size:
-    """Rows of a step, rows that go through the model at once, tokens of a row; where completions are drawn, tokens of a prompt (half a row,
-    and each prompt one shorter, where none are given) and completions of one."""
+    """Rows of a step, rows of a micro-batch, and tokens of a row. For generative algorithms also tokens of a prompt
+    (by default half a row, each prompt one token shorter than the one before) and completions per prompt."""
 
     rows: int
     micro: int
@@ -63,31 +64,30 @@ class Size:
     group: int | None = None
 
     @property
-    def completions(self) -> int:
+    def num_generations(self) -> int:
         return self.group or max(2, self.rows // 2)
 
     @property
-    def new(self) -> int:
-        """Tokens of a completion."""
-        return self.length - self.prompt if self.prompt else min(self.length // 2, MOST_NEW)
+    def max_new_tokens(self) -> int:
+        return self.length - self.prompt if self.prompt else min(self.length // 2, MAX_NEW_TOKENS)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Stands for `data.Asked`, whose floor needs pydantic."""
+class Prompt:
+    """Stands for `data.Asked`, whose package needs pydantic."""
 
     ids: list[int]
     text: str = ""
     gold: None = None
 
 
-class MeanId:
-    """A reward made of ids alone, which no two completions earn alike: the mean id."""
+class MeanTokenId:
+    """A reward that needs no text: the mean token id of a completion, which differs between any two completions."""
 
     def __init__(self) -> None:
         self.scores: dict[int, list[float]] = {}
 
-    def submit(self, key: int, asked: Any, text: str, completion: Completion) -> None:
+    def submit(self, key: int, prompt: Any, text: str, completion: Completion) -> None:
         self.scores[key] = [sum(completion.ids) / len(completion.ids)]
 
     def collect(self) -> Mapping[int, Sequence[float]]:
@@ -95,27 +95,32 @@ class MeanId:
         return scores
 
 
-def full_rows(size: Size, vocabulary: int, together: int = 1) -> Batch:
-    """Rows of random tokens, all as long as they may be, nothing in common: what a memory plan is made for."""
-    ids = torch.randint(3, vocabulary, (size.rows, size.length), generator=torch.Generator().manual_seed(0))
+def full_rows(size: Size, vocab_size: int, together: int = 1) -> Batch:
+    """Return rows of random tokens, all of full length and without a shared prefix: what a memory plan is made for."""
+    ids = torch.randint(3, vocab_size, (size.rows, size.length), generator=torch.Generator().manual_seed(0))
     attended = torch.ones_like(ids, dtype=torch.bool)
     batch = Batch(ids, attended, attended & (torch.arange(size.length) >= 1))
     if together > 1:
-        batch.extra = {"shared": torch.zeros(size.rows, dtype=torch.long), "margin": torch.zeros(size.rows), "row": torch.arange(size.rows)}
+        batch.extra = {
+            "shared": torch.zeros(size.rows, dtype=torch.long),
+            "margin": torch.zeros(size.rows),
+            "row": torch.arange(size.rows),
+        }
     return batch
 
 
-def random_rows(size: Size, vocabulary: int, together: int = 1) -> Batch:
-    """Rows of random tokens; the second half of each is the assistant's. Every fourth row is a quarter shorter, so there is padding.
+def ragged_rows(size: Size, vocab_size: int, together: int = 1) -> Batch:
+    """Return rows of random tokens whose second half is trained. Every fourth row is a quarter shorter, so there is
+    padding.
 
-    Rows of a pair (`together` 2) have the first half in common.
+    The rows of a pair (`together` 2) share their first half.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, vocabulary, (size.rows, size.length), generator=generator)
+    ids = torch.randint(3, vocab_size, (size.rows, size.length), generator=generator)
     prompt = size.length // 2
     first = torch.arange(size.rows) // together * together
     ids[:, :prompt] = ids[first, :prompt]
-    ids[:, prompt] = 3 + torch.arange(size.rows) % (vocabulary - 3)  # so that what is in common ends here
+    ids[:, prompt] = 3 + torch.arange(size.rows) % (vocab_size - 3)  # so that the shared prefix ends here
     lengths = torch.tensor([size.length - size.length // 4 * (row % 4 == 3) for row in range(size.rows)])
     positions = torch.arange(size.length)
     attended = positions < lengths[:, None]

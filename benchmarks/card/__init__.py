@@ -1,1 +1,0 @@
-"""The kit on a real card (`benchmarks/gpu.py`)."""

@@ -1,0 +1,162 @@
+"""Cells: an algorithm at fixed sizes, with planned and measured memory, and speed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from gpu_proof import measured_run
+from gpu_proof.factories import ALGORITHMS, GENERATIVE, PAIRED, TRAINED_ROLES, make_roles
+from gpu_proof.machine import release_unused, reserved_gib, reset_peak
+from gpu_proof.measured_run import MeasuredRun, mean
+from gpu_proof.profiling import Profile
+from gpu_proof.records import Record
+from gpu_proof.synthetic import STEPS, Size, TrainSettings, full_rows
+from gpu_proof.workload import bytes_per_token, flops
+from lowrank_tune.model.base import Base
+from lowrank_tune.model.memory import Checkpointing, layers_recomputed
+from lowrank_tune.model.roles import Roles
+
+PLAN_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`units` of a step, `micro` of them in a micro-batch: rows, pairs, or completions, each row `length` tokens; of
+    these, `prompt` are the prompt where completions are generated, `group` of each."""
+
+    algorithm: str
+    units: int
+    micro: int
+    length: int
+    prompt: int | None = None
+    group: int | None = None
+    checkpointing: Checkpointing = "all"
+    offload: bool = False
+    optimizer: str = "adamw"
+
+    @property
+    def name(self) -> str:
+        extras = [f"recompute {self.checkpointing}"] if self.checkpointing != "all" else []
+        extras += ["offloaded"] if self.offload else []
+        extras += [self.optimizer] if self.optimizer != "adamw" else []
+        return " ".join([self.algorithm, f"{self.micro}x{self.length}", *extras])
+
+    @property
+    def together(self) -> int:
+        return 2 if self.algorithm in PAIRED else 1
+
+    @property
+    def size(self) -> Size:
+        return Size(self.units * self.together, self.micro * self.together, self.length, self.prompt, self.group)
+
+
+MAIN = Cell("sft", 8, 4, 2048)
+REFERENCE = Cell("sft", 8, 2, 2048)
+"""Micro-batch 2 with accumulation 4: what Unsloth and Surogate publish for Qwen3-8B (r 16 on all seven linears)."""
+NOT_RECOMPUTED = Cell("sft", 2, 1, 1024, checkpointing="none")
+PAGED = Cell("sft", 2, 2, 4096, offload=True, optimizer="paged_adamw_8bit")
+REMAINING = (
+    Cell("sft", 4, 2, 1024, checkpointing=16),
+    Cell("reward", 4, 2, 1024),
+    Cell("dpo", 4, 2, 1024),
+    Cell("grpo", 16, 8, 384, prompt=256, group=8),
+    Cell("ppo", 16, 8, 384, prompt=256, group=8),
+)
+CELLS = (MAIN, NOT_RECOMPUTED, PAGED, *REMAINING)
+"""On a GPU of 24 GB, with a base of 7 to 8 billion parameters in NF4."""
+
+TINY_MAIN = Cell("sft", 4, 2, 48)
+TINY_REFERENCE = Cell("sft", 4, 1, 48)
+TINY_NOT_RECOMPUTED = Cell("sft", 2, 1, 48, checkpointing="none")
+TINY_PAGED = Cell("sft", 2, 2, 64, checkpointing=1, offload=True)
+TINY_REMAINING = (
+    Cell("reward", 2, 1, 48),
+    Cell("dpo", 2, 1, 48),
+    Cell("grpo", 4, 2, 24, prompt=16, group=2),
+    Cell("ppo", 4, 2, 24, prompt=16, group=2),
+)
+TINY_CELLS = (TINY_MAIN, TINY_NOT_RECOMPUTED, TINY_PAGED, *TINY_REMAINING)
+
+
+def measure(
+    cell: Cell, base: Base, rates: tuple[float, float], planned_gib: float | None = None, profile: bool = False
+) -> list[Record]:
+    """Return the record of a cell: its settings, planned and measured memory in GiB, tokens per second, shares of
+    the device's own rates (TFLOP/s, GB/s); and, with `profile`, the record of one more step's kernels. An error
+    becomes `failed`."""
+    record: Record = {"kind": "cell", "side": "lowrank_tune", "cell": cell.name, **asdict(cell), "base": base.name}
+    record["planned_gib"] = planned_gib
+    records = [record]
+    trained = TRAINED_ROLES.get(cell.algorithm, ("policy",))
+    roles = make_roles(base, trained, cell.checkpointing, offload=cell.offload)
+    try:
+        vocab_size = base.model.config.vocab_size
+        make = ALGORITHMS[cell.algorithm]
+        algorithm = make(roles, lambda step: full_rows(cell.size, vocab_size, cell.together), cell.size)
+        parameters = [parameter for role in trained for parameter in roles.parameters(role)]
+        release_unused(base.device)
+        reset_peak(base.device)
+        settings = TrainSettings(micro_batch_size=cell.micro, optimizer=cell.optimizer)
+        # The profiled step comes after the timed ones and before the last, which also measures KL.
+        steps, profile_step = (STEPS + 1, STEPS - 1) if profile else (STEPS, None)
+        run = measured_run.run(algorithm, roles, parameters, settings, steps, profile_step)
+        record |= figures(cell, base, roles, run, rates)
+        if planned_gib is not None:
+            record["plan_holds"] = abs(record["measured_gib"] / planned_gib - 1) <= PLAN_TOLERANCE
+        if run.profile is not None:
+            records.append(profile_record(cell, base, run.profile, record["seconds_per_step"]))
+    except Exception as error:
+        record["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    finally:
+        roles.release()
+    release_unused(base.device)  # outside the handler, whose traceback refers to the tensors
+    return records
+
+
+def figures(cell: Cell, base: Base, roles: Roles, run: MeasuredRun, rates: tuple[float, float]) -> Record:
+    """Return what the timed steps took: the two after the first, which measures KL too."""
+    timed = slice(1, STEPS - 1)
+    trained, layers = TRAINED_ROLES.get(cell.algorithm, ("policy",)), base.model.config.num_hidden_layers
+    batch = run.batches[1]
+    micro_batches = list(batch.split(cell.size.micro, together=cell.together))
+    recomputed = layers_recomputed(cell.checkpointing, layers) / layers
+    step_flops = sum(flops(base, roles, role, micro_batches, recomputed) for role in trained)
+    seconds, collecting = mean(run.update_seconds[timed]), mean(run.collect_seconds[timed])
+    result: Record = {
+        "measured_gib": run.peak_gib,
+        **{f"{phase}_gib": gib for phase, gib in run.peaks_gib.items()},
+        "reserved_gib": reserved_gib(base.device),
+        "update_tokens_per_second": int(batch.attended.sum()) / seconds,
+        "update_tflops": step_flops / seconds / 1e12,
+        "matmul_share": step_flops / seconds / 1e12 / rates[0],
+        "seconds_per_step": seconds + collecting,
+        "fits": run.out_of_memory == 0,
+        "loss_is_finite": all(math.isfinite(event.stats["loss"]) for event in run.events),
+    }
+    if cell.algorithm in GENERATIVE:
+        generating = mean([event.stats["rollout_seconds"] for event in run.events[timed]])
+        # Each new token of all sequences together reads the whole base once.
+        read = cell.size.max_new_tokens * bytes_per_token(base.model)
+        result |= {
+            "rollout_tokens_per_second": int(batch.says.sum()) / generating,
+            "rollout_seconds": generating,
+            "bandwidth_share": read / generating / 1e9 / rates[1],
+        }
+    return result
+
+
+def profile_record(cell: Cell, base: Base, profile: Profile, seconds: float) -> Record:
+    """Return the kernels of one update beside the wall time of an update that was not profiled."""
+    return {
+        "kind": "profile",
+        "cell": cell.name,
+        "base": base.name,
+        "launches": profile.launches,
+        "busy_seconds": profile.busy_seconds,
+        "wall_seconds": seconds,
+        "busy_share": profile.busy_seconds / seconds,
+        "host_syncs": profile.host_syncs,
+        "sync_places": profile.sync_places,
+        "kernels": profile.kernels,
+    }

@@ -1,0 +1,85 @@
+"""Decoding without an algorithm around it: milliseconds, launches and host synchronizations of one step, by batch
+size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gpu_proof.factories import make_roles
+from gpu_proof.machine import synchronize
+from gpu_proof.profiling import Profile, profiled
+from gpu_proof.records import Record
+from gpu_proof.workload import bytes_per_token
+from lowrank_tune.model.base import Base
+from lowrank_tune.rollout import Engine
+from lowrank_tune.types import Sampling
+
+BATCHES = (1, 8, 16, 64)
+
+
+@dataclass(frozen=True)
+class DecodeSize:
+    """Tokens of the prompt, and new tokens of the calls whose difference is measured."""
+
+    prompt: int = 720
+    short: int = 8
+    long: int = 32
+    profiled_steps: int = 8
+
+
+TINY = DecodeSize(prompt=40, short=4, long=12, profiled_steps=4)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """`batch` completions of one prompt, which the engine reads once."""
+
+    base: Base
+    engine: Engine
+    prompt: list[int]
+    batch: int
+
+    def seconds(self, new_tokens: int) -> float:
+        """Return the wall time of one call of the engine. No completion ends early."""
+        synchronize(self.base.device)
+        start = time.perf_counter()
+        completions = list(self.engine.generate([self.prompt], self.batch, Sampling(new_tokens, frozenset())))
+        synchronize(self.base.device)
+        seconds = time.perf_counter() - start
+        assert sum(len(completion.ids) for completion in completions) == self.batch * new_tokens
+        return seconds
+
+    def profile(self, new_tokens: int) -> Profile:
+        with profiled(self.base.device) as result:
+            self.seconds(new_tokens)
+        return result
+
+
+def measure(base: Base, size: DecodeSize, bandwidth_gbs: float) -> Iterator[Record]:
+    """Yield a record for each batch size. A step is the difference of two calls of the engine, so reading the prompt
+    is not in it."""
+    roles = make_roles(base, ("policy",), True)
+    vocab_size = base.model.config.vocab_size
+    prompt = [3 + token % (vocab_size - 3) for token in range(size.prompt)]
+    for batch in BATCHES:
+        decoding = Decoding(base, Engine(roles, "policy", slots=batch), prompt, batch)
+        decoding.seconds(size.short)  # warms up
+        short, long = decoding.seconds(size.short), decoding.seconds(size.long)
+        seconds = (long - short) / (size.long - size.short)
+        first, last = decoding.profile(1), decoding.profile(1 + size.profiled_steps)
+        yield {
+            "kind": "decode",
+            "base": base.name,
+            "batch": batch,
+            "width": size.prompt + size.long,
+            "wall_ms_per_step": 1e3 * seconds,
+            "busy_ms_per_step": 1e3 * (last.busy_seconds - first.busy_seconds) / size.profiled_steps,
+            "launches_per_step": (last.launches - first.launches) / size.profiled_steps,
+            "host_syncs_per_step": (last.host_syncs - first.host_syncs) / size.profiled_steps,
+            "sync_places": last.sync_places,
+            "tokens_per_second": batch / seconds,
+            "bandwidth_share": bytes_per_token(base.model) / seconds / 1e9 / bandwidth_gbs,
+        }
+    roles.release()

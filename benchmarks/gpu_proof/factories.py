@@ -1,0 +1,102 @@
+"""Each algorithm over roles and synthetic rows, with everything else that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from gpu_proof.synthetic import STEPS, AdapterSettings, MeanTokenId, Prompt, Rows, Size
+from lowrank_tune.algorithms.dpo import DPO
+from lowrank_tune.algorithms.grpo import GRPO
+from lowrank_tune.algorithms.harvest import Harvester
+from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.ppo import PPO
+from lowrank_tune.algorithms.reward import Reward
+from lowrank_tune.algorithms.sft import SFT
+from lowrank_tune.model.adapters import lora_config
+from lowrank_tune.model.base import Base
+from lowrank_tune.model.memory import Checkpointing
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.types import Algorithm
+
+
+def sft(roles: Roles, rows: Rows, size: Size) -> Algorithm:
+    return SFT(Kit(roles, rows))
+
+
+def reward(roles: Roles, rows: Rows, size: Size) -> Algorithm:
+    return Reward(Kit(roles, rows), centering=0.01)
+
+
+def dpo(roles: Roles, rows: Rows, size: Size) -> Algorithm:
+    """Compute the reference log-probs first, a pair at a time: as a cache contains them, in other shapes than
+    training uses."""
+    batches = {}
+    for step in range(STEPS):
+        batch = rows(step)
+        sums = []
+        with roles.quiet():
+            for first in range(0, len(batch), 2):
+                pair = batch.take(torch.arange(first, first + 2)).to(roles.base.device)
+                sums.append(roles.logps("reference", pair).logps.sum(dim=1).cpu())
+        batch.extra["reference"] = torch.cat(sums)
+        batches[step] = batch
+    return DPO(Kit(roles, batches.__getitem__))
+
+
+def grpo(roles: Roles, rows: Rows, size: Size) -> Algorithm:
+    """Only its length ends a completion."""
+    return GRPO(Kit(roles, rows), rollouts(roles, rows, size), dead_groups="keep")
+
+
+def ppo(roles: Roles, rows: Rows, size: Size) -> Algorithm:
+    """The same completions, a value adapter of its own, and one epoch over each batch of rollouts."""
+    return PPO(Kit(roles, rows), rollouts(roles, rows, size))
+
+
+def rollouts(roles: Roles, rows: Rows, size: Size) -> Harvester:
+    """Generate completions of the beginnings of rows, one row for each group."""
+
+    def prompts(step: int, draw: int, count: int | None) -> list[Prompt]:
+        ids = rows(step).ids.roll(step, dims=1).tolist()
+        count = size.rows // size.num_generations
+        return [Prompt(ids[row][: size.prompt or size.length // 2 - row]) for row in range(count)]
+
+    return Harvester(
+        roles,
+        prompts,  # type: ignore[arg-type]
+        MeanTokenId(),  # type: ignore[arg-type]
+        ["mean token id"],
+        [1.0],
+        lambda ids: "",
+        frozenset(),
+        0,
+        size.num_generations,
+        size.max_new_tokens,
+        1.0,
+        64,
+        size.rows * size.length,
+        lambda number: number,
+    )
+
+
+ALGORITHMS: dict[str, Callable[[Roles, Rows, Size], Algorithm]] = {
+    "sft": sft,
+    "reward": reward,
+    "dpo": dpo,
+    "ppo": ppo,
+    "grpo": grpo,
+}
+TRAINED_ROLES = {"reward": ("reward",), "ppo": ("policy", "value")}
+"""The trained roles, where it is not the policy alone."""
+HEADS, PAIRED, GENERATIVE = {"reward", "value"}, {"reward", "dpo"}, {"ppo", "grpo"}
+"""Roles with a scalar head, algorithms that train on pairs, and algorithms that generate their own rows."""
+
+
+def make_roles(
+    base: Base, names: Sequence[str], checkpointing: Checkpointing, seed: int = 0, offload: bool = False
+) -> Roles:
+    adapters = {name: lora_config(AdapterSettings(), base.model) for name in names}  # type: ignore[arg-type]
+    stacks = {**{name: [name] for name in names}, "reference": []}
+    return Roles(base, adapters, names, stacks, checkpointing, seed, HEADS & set(names), offload)

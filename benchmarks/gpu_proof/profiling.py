@@ -1,0 +1,88 @@
+"""Where a step's time goes: kernels by name, launches, the time that the GPU is busy, and calls that wait for it."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+TOP_KERNELS = 20
+SYNC_MESSAGE = "synchronizing CUDA operation"
+NOT_LAUNCHED = ("Memcpy", "Memset")
+
+
+@dataclass
+class Profile:
+    """Filled when the profiled block ends. On the CPU the kernels are torch's operators, and there is nothing to
+    wait for."""
+
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    """The `TOP_KERNELS` with the most time: name, count, seconds."""
+    launches: int = 0
+    busy_seconds: float = 0.0
+    """The sum over all kernels and copies."""
+    host_syncs: int = 0
+    sync_places: dict[str, int] = field(default_factory=dict)
+    """`file:line` of calls that wait for the GPU -> how often."""
+
+
+@contextmanager
+def profiled(device: torch.device) -> Iterator[Profile]:
+    """Profile a block. It is slower than without; take its wall time elsewhere."""
+    result = Profile()
+    # Operators of the host would double the overhead, and a GPU's kernels are what is asked for.
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        with counted_syncs(device) as places:
+            yield result
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    fill(result, profiler.key_averages(), device)
+    result.sync_places = dict(places.most_common())
+    result.host_syncs = sum(places.values())
+
+
+def fill(result: Profile, averages: Any, device: torch.device) -> None:
+    """Fill in what the profiler's averages (one for each name of an event) contain about kernels."""
+    wanted = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    rows = []
+    for event in averages:
+        if event.device_type != wanted:
+            continue
+        microseconds = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        rows.append({"name": event.key, "count": event.count, "seconds": microseconds / 1e6})
+    rows.sort(key=lambda row: -row["seconds"])
+    result.kernels = rows[:TOP_KERNELS]
+    result.busy_seconds = sum(row["seconds"] for row in rows)
+    result.launches = sum(row["count"] for row in rows if not row["name"].startswith(NOT_LAUNCHED))
+
+
+@contextmanager
+def counted_syncs(device: torch.device) -> Iterator[Counter[str]]:
+    """Count the calls that wait for the GPU by the line of Python that makes them. Other warnings pass through."""
+    places: Counter[str] = Counter()
+    if device.type != "cuda":
+        yield places
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield places
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    add_syncs(places, caught)
+
+
+def add_syncs(places: Counter[str], caught: list[warnings.WarningMessage]) -> None:
+    for warning in caught:
+        if SYNC_MESSAGE in str(warning.message):
+            places[f"{'/'.join(Path(warning.filename).parts[-2:])}:{warning.lineno}"] += 1
