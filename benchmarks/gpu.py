@@ -36,6 +36,8 @@ from gpu_proof.supervisor import Supervisor, worker_command
 from gpu_proof.worker import Worker, end_with_parent
 
 DEFAULT_SECONDS = 540.0
+SCRIPT = Path(__file__)
+"""What the worker processes run."""
 CARRIED_PLANS = Path(".gpu/plans.json")
 """Where `gpu_pack.sh` writes the plans."""
 
@@ -55,10 +57,8 @@ def run_proof(options: argparse.Namespace) -> int:
     if options.plans is None and CARRIED_PLANS.exists():
         options.plans = CARRIED_PLANS
     if options.plans is None and not options.tiny:
-        print(
-            "No file of plans: planned memory is not compared. `gpu.py plan --out FILE` writes one, `--plans FILE` reads it."
-        )
-    command = worker_command(Path(__file__), worker_options(options), path)
+        print("No file of plans: planned memory is not compared. `gpu.py plan --out FILE` writes one.")
+    command = worker_command(SCRIPT, worker_options(options), path)
     supervisor = Supervisor(path, command, start + options.seconds, options.tiny, options.limit_factor)
     interrupted = False
     try:
@@ -95,9 +95,7 @@ def run_worker(options: argparse.Namespace) -> int:
 def run_plan(options: argparse.Namespace) -> int:
     """Write the planned memory of all cells: needs the whole kit, and no GPU."""
     if missing := plans.missing_packages():
-        print(
-            f"nothing is planned here: {' and '.join(missing)} not installed; `--plans` reads a file that was written elsewhere"
-        )
+        print(f"The planner needs {' and '.join(missing)}: write the file where they are installed.", file=sys.stderr)
         return 1
     shapes = options.shapes or ["llama-3.1-8b"]
     cells = [(shape, cell) for shape in shapes for cell in CELLS]
@@ -133,9 +131,8 @@ def add_shared(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--cap-gb", type=float, default=24.0, help="memory that may be used, in gigabytes of 1e9 bytes"
     )
-    command.add_argument(
-        "--plans", type=Path, metavar="FILE", help=f"what `plan` wrote; default: {CARRIED_PLANS} where it exists"
-    )
+    plans_help = f"what `plan` wrote; default: {CARRIED_PLANS} where it exists"
+    command.add_argument("--plans", type=Path, metavar="FILE", help=plans_help)
     command.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
     command.add_argument(
         "--bf16", action="store_true", help="with --tiny: bf16 weights under bf16 autocast, as on a GPU"

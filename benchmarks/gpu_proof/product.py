@@ -45,8 +45,12 @@ def kit(*words: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The environment with this checkout first among the packages, and no contact to the hub."""
-    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    """Return the environment with this checkout first among the packages, and no contact to the hub.
+
+    The commands run in another folder, so relative paths become absolute.
+    """
+    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    paths = [str(ROOT), *map(os.path.abspath, given)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
 
 

@@ -33,7 +33,7 @@ def print_record(record: Mapping[str, Any]) -> None:
             "; ".join(f"{name} {show(value)}" for name, value in record.items() if name != "kind" and value is not None)
         )
     elif kind == "part" and record["status"] == "started":
-        print(f"\n== {part} (at most {record['limit_s']:.0f} s)")
+        print(f"\n== {part} (at most {record['limit_s']:.0f} s of {record['left_s']:.0f})")
     elif kind == "part" and record["status"] == "skipped":
         print(f"{part}: skipped, {record['left_s']:.0f} s are left of {record['limit_s']:.0f}")
     elif kind == "part":
@@ -108,8 +108,8 @@ def figure(record: Mapping[str, Any], name: str) -> str:
     value = record.get(name)
     if value is None:
         return ""
-    if isinstance(value, str):
-        return value
+    if not isinstance(value, float):
+        return str(value)
     if name.endswith("_share"):
         return f"{value:.0%}"
     return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}"
@@ -125,8 +125,8 @@ def profile_tables(records: Sequence[Record]) -> str:
     parts = []
     for record in records:
         heading = (
-            f"{record['cell']}, {record['base']}: {record['launches']:,} launches an update, {record['host_syncs']} host "
-            f"synchronizations, GPU busy {record['busy_seconds']:.3f} of {record['wall_seconds']:.3f} s "
+            f"{record['cell']}, {record['base']}: {record['launches']:,} launches an update, {record['host_syncs']} "
+            f"host synchronizations, GPU busy {record['busy_seconds']:.3f} of {record['wall_seconds']:.3f} s "
             f"({record['busy_share']:.0%})."
         )
         total = max(record["busy_seconds"], 1e-12)

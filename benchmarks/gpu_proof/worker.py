@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from gpu_proof import records, tables
@@ -56,7 +56,8 @@ class Worker:
         """Run one part. Returns whether the process can go on: an error may leave adapters in the base or a broken
         device."""
         start = time.time()
-        self.write({"kind": "part", "part": part.name, "status": "started", "time": start, "limit_s": limit})
+        times = {"time": start, "limit_s": limit, "left_s": self.deadline - start}
+        self.write({"kind": "part", "part": part.name, "status": "started", **times})
         had_base = self.context.has_base
         try:
             for record in part.run(self.context):
@@ -78,17 +79,12 @@ class Worker:
         sys.stdout.flush()
 
 
-def end_with_parent(parent: int, kill: Callable[[], None] | None = None) -> None:
-    """End this process group when the supervisor is gone, however it ended: nobody else would stop a part that
-    hangs."""
+def end_with_parent(parent: int) -> None:
+    """Kill this process group when the supervisor is gone, however it ended: nothing else would stop a hanging part."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(ORPHAN_POLL_S)
-        (kill or kill_own_group)()
+        os.killpg(os.getpgid(0), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def kill_own_group() -> None:
-    os.killpg(os.getpgid(0), signal.SIGKILL)
