@@ -481,7 +481,7 @@ def test_the_order_of_the_parts(gpu: ModuleType, capsys: pytest.CaptureFixture[s
     expected = "facts sft decode oom grpo ppo dpo reward product reference cells trl no_recompute paged rest"
     assert names == expected.split()
     parts = module("parts")
-    assert {part.name for part in parts.PARTS if part.isolated} == {"product", "reference", "trl", "paged"}
+    assert {part.name for part in parts.PARTS if part.isolated} == {"product", "trl", "paged"}
     assert parts.BY_NAME["product"].limit_s <= 90 and [part.name for part in parts.select("sft,facts")] == [
         "facts",
         "sft",

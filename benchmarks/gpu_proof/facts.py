@@ -227,7 +227,7 @@ def varlen_alignment(device: torch.device, sizes: FactSizes) -> Record:
     return record
 
 
-def torch_compile(device: torch.device, sizes: FactSizes) -> Record:
+def torch_compile(device: torch.device) -> Record:
     """Whether a small function compiles, which on a GPU needs Triton and a C compiler, and the seconds that it
     takes."""
     if device.type != "cuda":
@@ -266,6 +266,5 @@ FACTS: dict[str, Callable[[torch.device, FactSizes], Record]] = {
     "sdpa_kernels": sdpa_kernels,
     "mm_out_dtype": mm_out_dtype,
     "varlen_alignment": varlen_alignment,
-    "torch_compile": torch_compile,
 }
 """Facts that need no base. `gemm_4bit` is measured after all others."""

@@ -71,6 +71,11 @@ class Context:
             self._base, self.base_record = self.build(self.shape)
         return self._base
 
+    def drop_base(self) -> None:
+        """Free the shared base, so that another shape is measured alone. The next part that needs it builds it again."""
+        self._base = None
+        machine.release_unused(self.device)
+
     def build(self, shape: str) -> tuple[Base, Record]:
         """Build a base and return it with the seconds and the peak memory that this took."""
         machine.release_unused(self.device)
@@ -173,6 +178,7 @@ def run_product(context: Context) -> Iterator[Record]:
 def run_reference(context: Context) -> Iterator[Record]:
     cell = cells.TINY_REFERENCE if context.tiny else cells.REFERENCE
     shape = TINY_SHAPE if context.tiny else REFERENCE_SHAPE
+    context.drop_base()
     base, built = context.build(shape)
     yield built
     yield from cells.measure(cell, base, context.rates, context.planned_gib(shape, cell), profile=True)
@@ -209,14 +215,15 @@ def run_paged(context: Context) -> Iterator[Record]:
 
 
 def run_rest(context: Context) -> Iterator[Record]:
+    yield guarded("torch_compile", partial(facts.torch_compile, context.device))
     yield context.checks("sft")
     yield memory_modes.check_memory_modes(context.base(), context.size).record()
     yield memory_modes.check_optimizers(context.base(), OPTIMIZERS).record()
 
 
 PARTS = (
-    Part("facts", run_facts, 60, 20, description="versions, kernels, 4-bit products, attention, policy == reference"),
-    Part("sft", run_sft, 75, 20, description="one cell: speed, planned and measured memory, kernels, synchronizations"),
+    Part("facts", run_facts, 35, 20, description="versions, kernels, 4-bit products, attention, policy == reference"),
+    Part("sft", run_sft, 50, 20, description="one cell: speed, planned and measured memory, kernels, synchronizations"),
     Part("decode", run_decode, 60, 20, description="milliseconds and launches of a step at batch 1, 8, 16, 64"),
     Part("oom", run_oom, 45, 20, description="recovery from too little memory, with the same gradient"),
     Part("grpo", checks_of("grpo"), 60, 25),
@@ -238,14 +245,13 @@ PARTS = (
         75,
         20,
         needs_base=False,
-        isolated=True,
         description="Qwen3-8B as Unsloth and Surogate publish it",
     ),
     Part("cells", run_cells, 120, 40, description="memory and speed of the remaining cells"),
-    Part("trl", run_trl, 150, 90, needs_base=False, isolated=True, description="TRL's SFT, GRPO and DPO, same cells"),
+    Part("trl", run_trl, 130, 90, needs_base=False, isolated=True, description="TRL's SFT, GRPO and DPO, same cells"),
     Part("no_recompute", run_not_recomputed, 60, 40, description="activations kept instead of recomputed"),
     Part("paged", run_paged, 90, 30, isolated=True, description="paged optimizers"),
-    Part("rest", run_rest, 75, 40, description="SFT's checks, ways to save memory, optimizers"),
+    Part("rest", run_rest, 75, 40, description="torch.compile, SFT's checks, ways to save memory, optimizers"),
 )
 BY_NAME: dict[str, Part] = {part.name: part for part in PARTS}
 

@@ -17,7 +17,7 @@ from gpu_proof.machine import is_usable
 from gpu_proof.parts import Context, Part
 from gpu_proof.records import Record
 
-BASE_LIMIT_S = 60.0
+BASE_LIMIT_S = 25.0
 """Seconds to build a base of 8 billion parameters; added to the limit of the part that first needs it."""
 TINY_BASE_LIMIT_S = 5.0
 BROKEN_DEVICE = 3
