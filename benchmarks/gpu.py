@@ -68,6 +68,7 @@ def run_proof(options: argparse.Namespace) -> int:
     measured = records.read(path)[before:] if path.exists() else []
     bad = [record for record in measured if not passed(record)]
     verdict = "every check passed" if not bad else "NOT every check passed"
+    verdict = f"interrupted; {verdict}" if interrupted else verdict
     print(f"\n{tables.markdown(measured)}\n{path}: all records; {time.time() - start:.0f} s in all; {verdict}")
     return 130 if interrupted else int(bool(bad))
 
