@@ -9,7 +9,6 @@ import math
 import subprocess
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -368,16 +367,33 @@ def test_kernels_are_ordered_and_copies_are_no_launches(gpu: ModuleType) -> None
     assert profile.launches == 6 and profile.busy_seconds == pytest.approx(850e-6)
 
 
-def test_synchronizations_are_counted_by_their_line(gpu: ModuleType) -> None:
+def test_synchronizations_are_counted_by_their_line(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every one, also from the same line; other warnings are issued again; the mode is reset after an error."""
     profiling = module("profiling")
-    places: Counter[str] = Counter()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for line in (3, 3, 9):
-            warnings.warn_explicit("called a synchronizing CUDA operation", UserWarning, "a/kit/loop.py", line)
-        warnings.warn_explicit("something else", UserWarning, "a/kit/loop.py", 3)
-    profiling.add_syncs(places, caught)
-    assert places == {"kit/loop.py:3": 2, "kit/loop.py:9": 1}
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with pytest.warns(UserWarning, match="something else") as issued:
+        with profiling.counted_syncs(torch.device("cuda")) as places:
+            for line in (3, 3, 9):
+                text = "called a synchronizing CUDA operation (Triggered internally.)"
+                warnings.warn_explicit(text, UserWarning, "a/kit/loop.py", line)
+            warnings.warn_explicit("something else", UserWarning, "a/kit/loop.py", 3)
+    assert places == {"kit/loop.py:3": 2, "kit/loop.py:9": 1} and len(issued) == 1
+    with pytest.raises(RuntimeError), profiling.counted_syncs(torch.device("cuda")):
+        raise RuntimeError
+    assert modes == ["warn", "default"] * 2
+    with profiling.counted_syncs(torch.device("cpu")) as places:
+        warnings.warn_explicit("called a synchronizing CUDA operation", UserWarning, "b.py", 1)
+    assert not places
+
+
+def test_a_profile_contains_the_synchronizations(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    profiling = module("profiling")
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    with profiling.profiled(torch.device("cuda")) as profile:
+        warnings.warn_explicit("called a synchronizing CUDA operation", UserWarning, "a/b.py", 7)
+    assert profile.host_syncs == 1 and profile.sync_places == {"a/b.py:7": 1} and profile.kernels == []
 
 
 # --- bases, machine, plans -------------------------------------------------------------------------------------------
@@ -421,6 +437,21 @@ def test_memory_is_capped_only_on_larger_gpus(gpu: ModuleType, monkeypatch: pyte
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
         assert module("machine").cap_memory(torch.device("cuda"), 24.0) == (cap / 2**30 if cap else None)
     assert fractions == [pytest.approx(0.3)]
+
+
+def test_a_gpu_is_described(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its free memory, the versions of all packages, and the rates that shares are reported of."""
+    machine = module("machine")
+    properties = SimpleNamespace(name="Card", major=8, minor=9, total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (23 * 2**30, 24 * 2**30))
+    monkeypatch.setattr(machine, "matmul_tflops", lambda device: 160.0)
+    monkeypatch.setattr(machine, "bandwidth_gbs", lambda device: 900.0)
+    monkeypatch.setattr(machine, "PACKAGES", ("torch", "peft", "lowrank_tune.patterns", "absent_package"))
+    described = machine.describe(torch.device("cuda", 0), 22.0)
+    assert described["device"] == "Card" and described["free_gib"] == 23 and described["compute_capability"] == "8.9"
+    assert described["peft"].startswith("0.") and described["matmul_tflops"] == 160.0
+    assert described["lowrank_tune.patterns"] == "unknown" and "absent_package" not in described
 
 
 def test_every_cell_is_a_recipe(gpu: ModuleType, tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, supported_activities
 
 TOP_KERNELS = 20
-SYNC_MESSAGE = "synchronizing CUDA operation"
+SYNC_MESSAGE = "called a synchronizing CUDA operation"
+PROTOTYPE_MESSAGE = "Synchronization debug mode is a prototype feature"
 NOT_LAUNCHED = ("Memcpy", "Memset")
 
 
@@ -38,9 +39,7 @@ class Profile:
 def profiled(device: torch.device) -> Iterator[Profile]:
     """Profile a block. It is slower than without; take its wall time elsewhere."""
     result = Profile()
-    # Operators of the host would double the overhead, and a GPU's kernels are what is asked for.
-    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
+    with profile(activities=activities(device)) as profiler:
         with counted_syncs(device) as places:
             yield result
         if device.type == "cuda":
@@ -48,6 +47,15 @@ def profiled(device: torch.device) -> Iterator[Profile]:
     fill(result, profiler.key_averages(), device)
     result.sync_places = dict(places.most_common())
     result.host_syncs = sum(places.values())
+
+
+def activities(device: torch.device) -> list[ProfilerActivity]:
+    """Return what to record. On a GPU the host's operators would double the overhead, and kernels are what is needed;
+    only a torch without CUPTI needs both."""
+    if device.type != "cuda":
+        return [ProfilerActivity.CPU]
+    kernels_alone = ProfilerActivity.CUDA in supported_activities()
+    return [ProfilerActivity.CUDA] if kernels_alone else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
 
 
 def fill(result: Profile, averages: Any, device: torch.device) -> None:
@@ -67,7 +75,8 @@ def fill(result: Profile, averages: Any, device: torch.device) -> None:
 
 @contextmanager
 def counted_syncs(device: torch.device) -> Iterator[Counter[str]]:
-    """Count the calls that wait for the GPU by the line of Python that makes them. Other warnings pass through."""
+    """Count the calls that wait for the GPU by the line of Python that makes them. The counter is filled when the block
+    ends; other warnings are issued again."""
     places: Counter[str] = Counter()
     if device.type != "cuda":
         yield places
@@ -79,10 +88,8 @@ def counted_syncs(device: torch.device) -> Iterator[Counter[str]]:
             yield places
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    add_syncs(places, caught)
-
-
-def add_syncs(places: Counter[str], caught: list[warnings.WarningMessage]) -> None:
     for warning in caught:
         if SYNC_MESSAGE in str(warning.message):
             places[f"{'/'.join(Path(warning.filename).parts[-2:])}:{warning.lineno}"] += 1
+        elif PROTOTYPE_MESSAGE not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
