@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from gpu_proof_helpers import CARRIED, filtered_environment, module, modules, proof
+from gpu_proof_helpers import CARRIED, SCRIPT, filtered_environment, module, modules, proof
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -575,7 +575,8 @@ def test_algorithms_need_no_more_than_the_machine_has(gpu: ModuleType, tmp_path:
     environment = filtered_environment(tmp_path, [*machine_packages(), "bitsandbytes"], hidden)
     blocked = subprocess.run([sys.executable, "-c", "import pydantic"], capture_output=True, text=True, env=environment)
     assert "ModuleNotFoundError" in blocked.stderr
-    words = proof("--parts", "facts,grpo,ppo", "--json", str(path), "--limit-factor", "8")
+    words = [sys.executable, str(SCRIPT), "worker", "--tiny", "--parts", "facts,grpo,ppo", "--json", str(path)]
+    words += ["--limit-factor", "8"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     records = module("records").read(path)
