@@ -41,7 +41,7 @@ sys.meta_path[:] = [Filter if finder is PathFinder else finder for finder in sys
 """
 
 
-def modules(scope: str = "") -> Iterator[ModuleType]:
+def modules() -> Iterator[ModuleType]:
     """Yield the module `gpu` with its folder importable and one thread, and restore both."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
