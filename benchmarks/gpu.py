@@ -52,7 +52,7 @@ def run_proof(options: argparse.Namespace) -> int:
     if not options.tiny and not torch.cuda.is_available():
         return no_gpu()
     start = time.time()
-    path = Path(options.json or f"gpu-proof-{TINY if options.tiny else options.shape}.jsonl")
+    path = options.json or Path(f"gpu-proof-{TINY if options.tiny else options.shape}.jsonl")
     before = len(records.read(path)) if path.exists() else 0
     if options.plans is None and CARRIED_PLANS.exists():
         options.plans = CARRIED_PLANS
@@ -66,11 +66,13 @@ def run_proof(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = True
     measured = records.read(path)[before:] if path.exists() else []
-    bad = [record for record in measured if not passed(record)]
-    verdict = "every check passed" if not bad else "NOT every check passed"
+    done = [record["part"] for record in measured if record.get("status") == "done"]
+    good = bool(done) and all(passed(record) for record in measured)
+    verdict = "every check passed" if good else "NOT every check passed" if done else "no part was completed"
     verdict = f"interrupted; {verdict}" if interrupted else verdict
-    print(f"\n{tables.markdown(measured)}\n{path}: all records; {time.time() - start:.0f} s in all; {verdict}")
-    return 130 if interrupted else int(bool(bad))
+    counts = f"{len(done)} of {len(options.parts)} parts in {time.time() - start:.0f} s"
+    print(f"\n{tables.markdown(measured)}\n{path}: all records; {counts}; {verdict}")
+    return 130 if interrupted else int(not good)
 
 
 def worker_options(options: argparse.Namespace) -> list[str]:
@@ -88,9 +90,8 @@ def run_worker(options: argparse.Namespace) -> int:
         context = Context(options.tiny, options.bf16, options.shape, options.cap_gb, options.plans)
     except NoGpu:
         return no_gpu()
-    path = None if options.json is None else Path(options.json)
     deadline = options.deadline or time.time() + options.seconds
-    return Worker(context, options.parts, path, deadline, options.limit_factor).run()
+    return Worker(context, options.parts, options.json, deadline, options.limit_factor).run()
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -126,14 +127,17 @@ def add_shared(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="time for all parts together")
     command.add_argument(
-        "--json", metavar="PATH", help="file of JSON lines to append to; default: gpu-proof-SHAPE.jsonl"
+        "--json",
+        type=writable_file,
+        metavar="PATH",
+        help="file of JSON lines to append to; default: gpu-proof-SHAPE.jsonl",
     )
     command.add_argument("--shape", choices=list(SHAPES), default="llama-3.1-8b")
     command.add_argument(
         "--cap-gb", type=float, default=24.0, help="memory that may be used, in gigabytes of 1e9 bytes"
     )
     plans_help = f"what `plan` wrote; default: {CARRIED_PLANS} where it exists"
-    command.add_argument("--plans", type=Path, metavar="FILE", help=plans_help)
+    command.add_argument("--plans", type=existing_file, metavar="FILE", help=plans_help)
     command.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
     command.add_argument(
         "--bf16", action="store_true", help="with --tiny: bf16 weights under bf16 autocast, as on a GPU"
@@ -141,6 +145,21 @@ def add_shared(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--limit-factor", type=float, default=1.0, help="multiplies all time limits, for a slow machine"
     )
+
+
+def existing_file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return Path(text)
+
+
+def writable_file(text: str) -> Path:
+    path = Path(text)
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {error.strerror}") from None
+    return path
 
 
 def parse_parts(text: str) -> object:

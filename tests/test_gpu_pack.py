@@ -47,7 +47,7 @@ def pack(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def faults(pack: Path) -> list[str]:
-    return list(module("pack").faults(pack / "wheels", pack / "site", MACHINE))
+    return list(module("pack").pack_errors(pack / "wheels", pack / "site", MACHINE))
 
 
 def test_a_complete_pack(pack: Path) -> None:
@@ -106,7 +106,7 @@ def test_the_real_pack(gpu: ModuleType) -> None:
     """Downloads about 60 MB. Nothing is wrong with what the script packs for the real machine."""
     done = subprocess.run(["bash", str(FOLDER / "gpu_pack.sh")], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert module("pack").faults(ROOT / ".whl", ROOT / ".gpu" / "site") == []
+    assert module("pack").pack_errors(ROOT / ".whl", ROOT / ".gpu" / "site") == []
     assert (ROOT / ".gpu" / "plans.json").exists() == (ROOT / ".venv" / "bin" / "python").exists()
     words = [sys.executable, str(FOLDER / "gpu_proof" / "pack.py"), ".whl", ".gpu/site"]
     checked = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -231,7 +232,7 @@ def test_recovery_from_too_little_memory(base: Any, monkeypatch: pytest.MonkeyPa
 
     calls: list[None] = []
     monkeypatch.setattr(oom, "ragged_rows", other_rows)
-    monkeypatch.setattr(oom, "shortage", lambda *_: pytest.MonkeyPatch.context())
+    monkeypatch.setattr(oom, "shortage", lambda *_: nullcontext())
     failed = oom.check_recovery(base, size(), None).failed
     assert failed == ["memory ran out, and the step continued", "the same gradient after recovery"]
 
@@ -248,9 +249,9 @@ def test_a_cell_and_its_kernels(base: Any) -> None:
     assert cell["update_tokens_per_second"] * cell["seconds_per_step"] == pytest.approx(tokens, rel=0.05)
     assert 0 < cell["matmul_share"] < 2 and cell["measured_gib"] > 0
     assert profile["kind"] == "profile" and len(profile["kernels"]) == module("profiling").TOP_KERNELS
-    # Each of 14 linears runs forward in 2 micro-batches of one update, and again when its layer is recomputed.
+    # Of 14 linears in 2 micro-batches, all but the first layer's q, k and v have an input with a gradient.
     counts = {kernel["name"]: kernel["count"] for kernel in profile["kernels"]}
-    assert counts["MatMul4BitBackward"] <= 28 and counts["bitsandbytes::gemm_4bit"] >= 28
+    assert counts["MatMul4BitBackward"] == 2 * 11
     seconds = [kernel["seconds"] for kernel in profile["kernels"]]
     assert seconds == sorted(seconds, reverse=True) and sum(seconds) <= profile["busy_seconds"]
     assert profile["wall_seconds"] == cell["seconds_per_step"] and profile["launches"] > 28
@@ -503,6 +504,21 @@ def test_wrong_arguments_and_a_missing_gpu_exit_with_2(
     with pytest.raises(SystemExit, match="2"):
         gpu.main(["proof", "--tiny", "--parts", "facts,sftt"])
     assert "no part sftt; the parts are facts, sft, decode" in capsys.readouterr().err
+    for words, message in (
+        (["--plans", "absent.json"], "there is no file absent.json"),
+        (["--json", "absent/r.jsonl"], "cannot write absent/r.jsonl: No such file or directory"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            gpu.main(["proof", "--tiny", *words])
+        assert message in capsys.readouterr().err
+
+
+def test_a_proof_in_which_no_part_ran_has_not_passed(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu.main(["proof", "--tiny", "--seconds", "1", "--json", str(tmp_path / "r")]) == 1
+    printed = capsys.readouterr().out
+    assert "0 of 15 parts" in printed and "no part was completed" in printed and printed.count("| skipped |") == 15
 
 
 def test_the_order_of_the_parts(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -522,7 +538,7 @@ def test_the_order_of_the_parts(gpu: ModuleType, capsys: pytest.CaptureFixture[s
     ]
 
 
-def test_tables(gpu: ModuleType) -> None:
+def test_tables(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """Every kind of record is in a table; what failed is named."""
     cell = {"kind": "cell", "side": "lowrank_tune", "cell": "sft 4x2048", "base": "b", "planned_gib": 10.0}
     failed = {**cell, "cell": "sft 2x1024", "failed": "OutOfMemoryError: CUDA out of memory"}
@@ -555,10 +571,25 @@ def test_tables(gpu: ModuleType) -> None:
         "1 of 2 (not: b)",
     ):
         assert text in table, text
-    for text in ("answer 198 | chat answers: yes", "| facts | done | 12.0 s |", "4 s left of 75", "| oom | failed |"):
+    for text in (
+        "answer 198 | chat answers: yes",
+        "| facts | done | 12.0 s |",
+        "needs 75 s, 4 s left",
+        "| oom | failed |",
+    ):
         assert text in table, text
-    for record in records:
-        module("tables").print_record({**record, "left_s": 1.0} if record.get("status") == "started" else record)
+    started = {"kind": "part", "part": "sft", "status": "started", "limit_s": 50.0, "left_s": 90.0}
+    for record in [*records, started, {"kind": "skipped", "part": "trl", "reason": "trl not installed"}]:
+        module("tables").print_record(record)
+    printed = capsys.readouterr().out
+    for text in (
+        "facts: done in 12.0 s",
+        "rest: skipped, it needs up to 75 s",
+        "oom: FAILED, RuntimeError: x",
+        "== sft",
+    ):
+        assert text in printed, text
+    assert "trl not installed" in printed
 
 
 # --- with the packages of a GPU machine ------------------------------------------------------------------------------
@@ -605,5 +636,5 @@ def test_the_whole_proof_with_what_is_carried(gpu: ModuleType, tmp_path: Path) -
     installed = not module("trl_baseline").missing_packages()
     assert trl == (["sft", "grpo", "dpo"] if installed else [])
     steps = {record["step"]: record for record in records if record["kind"] == "product"}
-    assert list(steps) == ["resume", "learn", "chat", "merge"]
-    assert steps["learn"]["accuracy_after"] > steps["learn"]["accuracy_before"] + 0.1
+    assert list(steps) == ["resume", "train", "chat", "merge"]
+    assert steps["train"]["accuracy_after"] > steps["train"]["accuracy_before"] + 0.1

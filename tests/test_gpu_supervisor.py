@@ -22,7 +22,7 @@ slow = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 WORKER = """
-import json, os, signal, sys, time
+import json, os, signal, subprocess, sys, time
 path, plan, names, deadline = sys.argv[1:5]
 plan = json.loads(plan)
 def write(**record):
@@ -30,25 +30,29 @@ def write(**record):
         file.write(json.dumps(record) + "\\n")
 print(os.getpid())
 for name in names.split(","):
-    what = plan.get(name, "done")
-    if what == "no start":
+    action = plan.get(name, "done")
+    if action == "slow start":
+        time.sleep(60)
+    if action == "orphan":
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", path + ".orphan"])
+    if action == "no start":
         sys.exit(7)
     write(kind="part", part=name, status="started", time=time.time(), limit_s=0.5)
-    if what == "dies":
+    if action == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
-    if what == "half a line":
+    if action == "half a line":
         with open(path, "a") as file:
             file.write('{"kind": "ce')
         os.kill(os.getpid(), signal.SIGKILL)
-    if what == "hangs":
+    if action == "hangs":
         time.sleep(60)
-    if what == "raises":
+    if action == "raises":
         write(kind="failed", part=name, error="RuntimeError: x")
         sys.exit(3)
     write(kind="cell", part=name)
     write(kind="part", part=name, status="done", seconds=0.1)
 """
-"""A worker that needs no torch: it does to each part what it is given."""
+"""A worker that needs no torch. `plan` assigns an action to each part."""
 
 
 @pytest.fixture(scope="module")
@@ -101,19 +105,23 @@ def test_parts_share_a_process_unless_one_is_isolated(gpu: ModuleType, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("what", "error", "workers"),
+    ("action", "error", "workers"),
     [
         ("raises", "RuntimeError: x", [["a", "b", "c"], ["c"]]),
-        ("dies", "the process ended with SIGKILL", [["a", "b", "c"], ["c"]]),
-        ("half a line", "the process ended with SIGKILL", [["a", "b", "c"], ["c"]]),
+        ("dies", "the worker ended with SIGKILL", [["a", "b", "c"], ["c"]]),
+        ("half a line", "the worker ended with SIGKILL", [["a", "b", "c"], ["c"]]),
         ("hangs", "it exceeded its time limit", [["a", "b", "c"], ["c"]]),
-        ("no start", "the process did not start it: exit code 7", [["a", "b", "c"], ["b", "c"], ["c"]]),
+        (
+            "no start",
+            "the worker ended with exit code 7 before it started this part",
+            [["a", "b", "c"], ["b", "c"], ["c"]],
+        ),
     ],
 )
 def test_a_bad_part_costs_only_itself(
-    gpu: ModuleType, tmp_path: Path, what: str, error: str, workers: list[list[str]]
+    gpu: ModuleType, tmp_path: Path, action: str, error: str, workers: list[list[str]]
 ) -> None:
-    started, records = supervise(tmp_path / "r", {"b": what}, parts("a", "b", "c"))
+    started, records = supervise(tmp_path / "r", {"b": action}, parts("a", "b", "c"))
     assert started == workers
     assert outcome(records) == {"a": "done", "b": error, "c": "done"}
     assert [record["part"] for record in records if record["kind"] == "cell"] == ["a", "c"]
@@ -126,19 +134,31 @@ def test_workers_that_never_start_a_part_end_the_proof(gpu: ModuleType, tmp_path
 
 def test_a_part_is_not_started_without_its_time(gpu: ModuleType, tmp_path: Path) -> None:
     """One that needs more than is left is skipped, and a smaller one after it still runs."""
-    selected = [*parts("a"), *parts("large", limit_s=100.0), *parts("c")]
+    selected = [*parts("a"), *parts("large", isolated=["large"], limit_s=100.0), *parts("c")]
     started, records = supervise(tmp_path / "r", {}, selected, seconds=20.0)
-    assert outcome(records)["large"] == "done", "this worker starts all that it is given"
-    isolated = [*parts("a"), *parts("large", isolated=["large"], limit_s=100.0), *parts("c")]
-    started, records = supervise(tmp_path / "q", {}, isolated, seconds=20.0)
     assert started == [["a"], ["c"]] and outcome(records) == {"a": "done", "large": "skipped", "c": "done"}
 
 
 def test_the_proof_ends_in_time_and_so_do_its_processes(gpu: ModuleType, tmp_path: Path) -> None:
     start = time.time()
-    started, records = supervise(tmp_path / "r", {"a": "hangs"}, parts("a", "b", limit_s=1.5), seconds=1.6)
+    started, records = supervise(tmp_path / "r", {"a": "hangs"}, parts("a", "b", limit_s=1.5), seconds=2.7)
     assert time.time() - start < 10 and started == [["a", "b"]]
-    assert outcome(records)["a"] in ("the time was up", "it exceeded its time limit")
+    assert outcome(records)["a"] in ("the time budget was spent", "it exceeded its time limit")
+
+
+def test_time_that_ends_while_a_worker_starts_skips_its_parts(gpu: ModuleType, tmp_path: Path) -> None:
+    started, records = supervise(tmp_path / "r", {"a": "slow start"}, parts("a", "b"), seconds=1.6)
+    assert started == [["a", "b"]] and outcome(records) == {"a": "skipped", "b": "skipped"}
+
+
+def test_children_of_a_worker_that_has_ended_are_ended(gpu: ModuleType, tmp_path: Path) -> None:
+    """The commands of `product`, after an error in that part."""
+    started, records = supervise(tmp_path / "r", {"a": "orphan"}, parts("a"))
+    assert outcome(records) == {"a": "done"}
+    deadline = time.time() + 10
+    while time.time() < deadline and processes_with(f"{tmp_path / 'r'}.orphan"):
+        time.sleep(0.05)
+    assert processes_with(f"{tmp_path / 'r'}.orphan") == []
 
 
 def test_an_interrupt_ends_the_worker(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +296,7 @@ def test_a_proof_with_broken_parts(gpu: ModuleType, tmp_path: Path) -> None:
     assert done.returncode == 1 and "NOT every check passed" in done.stdout, done.stdout + done.stderr
     expected = dict.fromkeys(selected.split(","), "done")
     expected |= {"decode": "RuntimeError: broken on purpose", "ppo": "it exceeded its time limit"}
-    assert outcome(records) == expected | {"grpo": "the process ended with SIGKILL"}
+    assert outcome(records) == expected | {"grpo": "the worker ended with SIGKILL"}
     before = [record["fact"] for record in records if record["kind"] == "fact" and "before" in record["fact"]]
     assert before == ["before the error", "before the kill", "before the hang"]
     assert [record["algorithm"] for record in records if record["kind"] == "checks"] == ["oom", "dpo"]
@@ -297,9 +317,9 @@ def test_a_killed_proof_keeps_its_records_and_leaves_no_process(gpu: ModuleType,
     done = finished(path)
     assert done[:3] == ["facts", "sft", "decode"] and "cells" not in done
     deadline = time.time() + 20
-    while time.time() < deadline and workers_of(path):
+    while time.time() < deadline and processes_with(str(path)):
         time.sleep(0.2)
-    assert workers_of(path) == []
+    assert processes_with(str(path)) == []
 
 
 def finished(path: Path) -> list[str]:
@@ -307,15 +327,15 @@ def finished(path: Path) -> list[str]:
     return [record["part"] for record in records if record.get("status") == "done"]
 
 
-def workers_of(path: Path) -> list[str]:
-    """Return the processes that have this file in their command line."""
+def processes_with(argument: str) -> list[str]:
+    """Return the command lines of processes that contain this text."""
     found = []
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             text = process.read_bytes().decode(errors="replace")
         except OSError:
             continue
-        if str(path) in text:
+        if argument in text:
             found.append(text)
     return found
 

@@ -1,5 +1,4 @@
-"""Facts about the device and its libraries that decide how the kit is best written. Each is measured alone; one that
-fails hides no other."""
+"""Properties of the device and its libraries on which the fast paths of the kit depend."""
 
 from __future__ import annotations
 
@@ -29,7 +28,6 @@ from lowrank_tune.rollout.attention import grouped_sdpa
 GEMM_ROWS = (1, 8, 64, 4096)
 BF16_ERROR = 0.02
 """Largest relative error of a product of bf16 operands."""
-BaseFactory = Callable[[], Base]
 
 
 @dataclass(frozen=True)
@@ -58,13 +56,13 @@ def dtype_of(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
+def relative_error(computed: Tensor, expected: Tensor) -> float:
     norm = torch.linalg.vector_norm
-    return float(norm(found.double() - expected.double()) / norm(expected.double()))
+    return float(norm(computed.double() - expected.double()) / norm(expected.double()))
 
 
 def allocator(device: torch.device, sizes: FactSizes) -> Record:
-    """Whether segments grow, which the package requests before torch is imported."""
+    """Return whether the allocator uses expandable segments, which the package requests before torch is imported."""
     record: Record = {"setting": os.environ.get("PYTORCH_ALLOC_CONF")}
     if device.type == "cuda":
         block = torch.empty(64 << 20, dtype=torch.uint8, device=device)
@@ -100,8 +98,8 @@ class AttentionCall:
 
 
 def sdpa_kernels(device: torch.device, sizes: FactSizes) -> Record:
-    """The backend and the slowest kernel of attention in training, in a step of decoding, and over a tree of shared
-    prompts."""
+    """Return the backend, the slowest kernel and the time of attention in training, in a step of decoding, and with the
+    mask of shared prompts."""
     shape, dtype = sizes.attention, dtype_of(device)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -113,13 +111,13 @@ def sdpa_kernels(device: torch.device, sizes: FactSizes) -> Record:
     queries, query = random(shape.heads, shape.tokens), random(shape.heads, 1)
     groups = shape.heads // shape.key_heads
     lengths = torch.full((shape.rows, 1, 1, 1), shape.tokens - 1, device=device)
-    seen = torch.arange(shape.tokens, device=device) <= lengths
+    mask = torch.arange(shape.tokens, device=device) <= lengths
     causal = torch.ones(shape.tokens, shape.tokens, dtype=torch.bool, device=device).tril()[None, None]
     packed = query.reshape(shape.rows, shape.key_heads, groups, shape.head_dim)
     repeated = [tensor.repeat_interleave(groups, dim=1) for tensor in (keys, values)]
     calls = {
         "training": AttentionCall(queries, keys, values, None, True),
-        "decoding": AttentionCall(packed, keys, values, seen),
+        "decoding": AttentionCall(packed, keys, values, mask),
         "tree": AttentionCall(queries, *repeated, causal),
     }
     record: Record = {}
@@ -131,14 +129,14 @@ def sdpa_kernels(device: torch.device, sizes: FactSizes) -> Record:
         record[f"{name}_kernel"] = profile.kernels[0]["name"] if profile.kernels else None
     module = torch.nn.Module()
     module.num_key_value_groups = groups
-    output, _ = grouped_sdpa(module, query, keys, values, seen)
-    expected = F.scaled_dot_product_attention(query.double(), *(one.double() for one in repeated), attn_mask=seen)
+    output, _ = grouped_sdpa(module, query, keys, values, mask)
+    expected = F.scaled_dot_product_attention(query.double(), *(tensor.double() for tensor in repeated), attn_mask=mask)
     error = relative_error(output, expected.transpose(1, 2))
     return record | {"grouped_decoding_error": error, "checks": {"grouped attention is right": error < BF16_ERROR}}
 
 
 def mm_out_dtype(device: torch.device, sizes: FactSizes) -> Record:
-    """`torch.mm(out_dtype=torch.float32)` of bf16: its error, and its time over that of a product rounded to bf16."""
+    """Return the error of `torch.mm(out_dtype=torch.float32)`, and its time relative to a product in bf16."""
     if device.type != "cuda":
         return {"skipped": "CUDA only"}
     inner, outer = sizes.linear
@@ -146,15 +144,15 @@ def mm_out_dtype(device: torch.device, sizes: FactSizes) -> Record:
     expected = left.double() @ right.double()
     exact = torch.mm(left, right, out_dtype=torch.float32)
     rounded = left @ right
-    exact_s = best_seconds(lambda: torch.mm(left, right, out_dtype=torch.float32), sizes.repeats, device)
-    rounded_s = best_seconds(lambda: left @ right, sizes.repeats, device)
+    exact_s = best_seconds(partial(torch.mm, left, right, out_dtype=torch.float32), sizes.repeats, device)
+    rounded_s = best_seconds(partial(torch.mm, left, right), sizes.repeats, device)
     figures = {"fp32_error": relative_error(exact, expected), "bf16_error": relative_error(rounded, expected)}
     return figures | {"time_ratio": exact_s / rounded_s}
 
 
 def gemm_4bit(device: torch.device, sizes: FactSizes) -> Record:
-    """bitsandbytes' product with an NF4 weight, by rows: its own choice, and dequantization followed by a plain
-    product."""
+    """Return time and error of a product with an NF4 weight, by rows: as bitsandbytes chooses, fused, and
+    dequantized."""
     dtype, (inner, outer) = dtype_of(device), sizes.linear
     generator = torch.Generator(device).manual_seed(0)
     layer = quantized_linear(torch.nn.Linear(inner, outer, bias=False, device="meta"), dtype, device, generator)
@@ -207,8 +205,8 @@ def fused_4bit(layer: Any) -> Callable[[Tensor], Tensor]:
 
 
 def varlen_alignment(device: torch.device, sizes: FactSizes) -> Record:
-    """Whether the causal mask of `varlen_attn` is aligned to the last key where a sequence has fewer queries than
-    keys."""
+    """Return whether the causal mask of `varlen_attn` is aligned to the bottom right where a sequence has fewer queries
+    than keys."""
     if device.type != "cuda":
         return {"skipped": "CUDA only"}
     from torch.nn.attention.varlen import varlen_attn  # new in torch 2.10
@@ -223,13 +221,12 @@ def varlen_alignment(device: torch.device, sizes: FactSizes) -> Record:
         batched = [tensor.transpose(0, 1)[None].double() for tensor in (q, k, v)]
         expected = F.scaled_dot_product_attention(*batched, attn_mask=mask)[0].transpose(0, 1)
         record[f"{name}_error"] = relative_error(output, expected)
-    record["is_bottom_right"] = record["bottom_right_error"] < 0.02 < record["top_left_error"]
+    record["is_bottom_right"] = record["bottom_right_error"] < BF16_ERROR < record["top_left_error"]
     return record
 
 
 def torch_compile(device: torch.device) -> Record:
-    """Whether a small function compiles, which on a GPU needs Triton and a C compiler, and the seconds that it
-    takes."""
+    """Compile a small function, which on a GPU needs Triton and a C compiler, and return the duration."""
     if device.type != "cuda":
         return {"skipped": "CUDA only"}
     x = torch.randn(256, 256, device=device)
@@ -244,8 +241,8 @@ def torch_compile(device: torch.device) -> Record:
 
 
 def policy_equals_reference(base: Base, size: Size) -> Record:
-    """A new adapter's policy computes the base's log-probs bit for bit, in the same batch; and how far another batch
-    moves them."""
+    """Return the largest difference between the log-probs of a new policy and of the base in one batch, which must be 0,
+    and the mean difference of a row that is computed alone."""
     roles = make_roles(base, ("policy",), True)
     batch = ragged_rows(size, base.model.config.vocab_size).to(base.device)
     row = batch.take(torch.tensor([0], device=base.device))

@@ -37,16 +37,16 @@ def describe(device: torch.device, memory_cap_gib: float | None) -> dict[str, An
 def versions() -> dict[str, str]:
     """Return the version of each installed package of `PACKAGES`. An unpacked copy may have lost its metadata; then
     its module answers."""
-    found = {}
+    installed = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             try:
-                found[name] = str(getattr(import_module(name), "__version__", "unknown"))
+                installed[name] = str(getattr(import_module(name), "__version__", "unknown"))
             except ImportError:
                 continue
-    return found
+    return installed
 
 
 def matmul_tflops(device: torch.device) -> float:

@@ -66,8 +66,8 @@ def package_of(metadata: str) -> Package:
     """Return the package that a METADATA file describes, without requirements of extras and other platforms."""
     message = email.message_from_string(metadata)
     requires = [Requirement(line) for line in message.get_all("Requires-Dist", [])]
-    wanted = tuple(one for one in requires if one.marker is None or one.marker.evaluate(ENVIRONMENT))
-    return Package(canonicalize_name(message["Name"]), message["Version"], wanted)
+    applicable = [item for item in requires if item.marker is None or item.marker.evaluate(ENVIRONMENT)]
+    return Package(canonicalize_name(message["Name"]), message["Version"], tuple(applicable))
 
 
 def packages_in_wheels(folder: Path) -> Iterator[Package]:
@@ -82,7 +82,7 @@ def packages_in_site(folder: Path) -> Iterator[Package]:
         yield package_of(path.read_text(encoding="utf-8"))
 
 
-def tag_faults(folder: Path) -> Iterator[str]:
+def tag_errors(folder: Path) -> Iterator[str]:
     """Wheels that Python 3.12 on x86-64 Linux cannot install."""
     supported: set[Tag] = set(cpython_tags(PYTHON, platforms=PLATFORMS))
     supported |= set(compatible_tags(PYTHON, interpreter="cp312", platforms=PLATFORMS))
@@ -92,7 +92,7 @@ def tag_faults(folder: Path) -> Iterator[str]:
             yield f"{path.name}: Python 3.12 on x86-64 Linux cannot install it"
 
 
-def requirement_faults(packages: Sequence[Package], machine: Mapping[str, str | None]) -> Iterator[str]:
+def requirement_errors(packages: Sequence[Package], machine: Mapping[str, str | None]) -> Iterator[str]:
     """Requirements that neither a carried package nor the machine meets."""
     carried = {package.name: package.version for package in packages}
     for package in packages:
@@ -118,20 +118,20 @@ def total_bytes(folders: Sequence[Path]) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def faults(wheels: Path, site: Path, machine: Mapping[str, str | None] | None = None) -> list[str]:
+def pack_errors(wheels: Path, site: Path, machine: Mapping[str, str | None] | None = None) -> list[str]:
     """Return everything that is wrong with a pack; empty where it is complete."""
     packages = [*packages_in_wheels(wheels), *packages_in_site(site)]
-    found = list(tag_faults(wheels))
+    errors = list(tag_errors(wheels))
     names = [package.name for package in packages]
-    found += [f"{name} is carried {names.count(name)} times" for name in sorted(set(names)) if names.count(name) > 1]
-    found += requirement_faults([*packages, project()], read_machine() if machine is None else machine)
+    errors += [f"{name} is carried {names.count(name)} times" for name in sorted(set(names)) if names.count(name) > 1]
+    errors += requirement_errors([*packages, project()], read_machine() if machine is None else machine)
     size = total_bytes([wheels, site])
     if size > MAX_BYTES:
-        found.append(f"{size / 1e6:.1f} MB are more than {MAX_BYTES / 1e6:.0f}")
+        errors.append(f"{size / 1e6:.1f} MB are more than {MAX_BYTES / 1e6:.0f}")
     libraries = sorted(path.name for path in site.glob("bitsandbytes/libbitsandbytes_cuda*.so"))
     if libraries != [CUDA_LIBRARY]:
-        found.append(f"bitsandbytes' libraries are {libraries}, not {CUDA_LIBRARY} alone")
-    return found
+        errors.append(f"bitsandbytes' libraries are {libraries}, not {CUDA_LIBRARY} alone")
+    return errors
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -139,13 +139,13 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 2
     wheels, site = map(Path, arguments)
-    found = faults(wheels, site)
-    for fault in found:
-        print(fault)
+    errors = pack_errors(wheels, site)
+    for error in errors:
+        print(error)
     packages = [*packages_in_wheels(wheels), *packages_in_site(site)]
     carried = ", ".join(f"{package.name} {package.version}" for package in packages)
     print(f"{total_bytes([wheels, site]) / 1e6:.1f} MB: {carried}")
-    return int(bool(found))
+    return int(bool(errors))
 
 
 if __name__ == "__main__":

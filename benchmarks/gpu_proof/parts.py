@@ -72,7 +72,7 @@ class Context:
         return self._base
 
     def drop_base(self) -> None:
-        """Free the shared base, so that another shape is measured alone. The next part that needs it builds it again."""
+        """Free the shared base, so that another shape is measured alone. `base` then builds it again."""
         self._base = None
         machine.release_unused(self.device)
 
@@ -194,9 +194,9 @@ def run_trl(context: Context) -> Iterator[Record]:
     if missing := trl_baseline.missing_packages():
         yield {"kind": "skipped", "reason": f"{' and '.join(missing)} not installed"}
         return
-    wanted = cells.TINY_CELLS if context.tiny else cells.CELLS
+    measured = cells.TINY_CELLS if context.tiny else cells.CELLS
     for algorithm in trl_baseline.TRAINERS:
-        cell = next(cell for cell in wanted if cell.algorithm == algorithm)
+        cell = next(cell for cell in measured if cell.algorithm == algorithm)
         base, _ = context.build(context.shape)
         yield trl_baseline.measure(cell, base)
         del base
@@ -245,7 +245,7 @@ PARTS = (
         75,
         20,
         needs_base=False,
-        description="Qwen3-8B as Unsloth and Surogate publish it",
+        description="Qwen3-8B in the configuration of the numbers that Unsloth and Surogate publish",
     ),
     Part("cells", run_cells, 120, 40, description="memory and speed of the remaining cells"),
     Part("trl", run_trl, 130, 90, needs_base=False, isolated=True, description="TRL's SFT, GRPO and DPO, same cells"),
@@ -256,23 +256,18 @@ PARTS = (
 BY_NAME: dict[str, Part] = {part.name: part for part in PARTS}
 
 
-def select(names: str | None) -> list[Part]:
+def select(names: str) -> list[Part]:
     """Return the parts named in a comma-separated list, in the order of the proof. Raises ValueError for unknown
     names."""
-    if names is None:
-        return list(PARTS)
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = sorted(set(wanted) - BY_NAME.keys())
-    if unknown or not wanted:
+    requested = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = sorted(set(requested) - BY_NAME.keys())
+    if unknown or not requested:
         raise ValueError(f"no part {', '.join(unknown) or 'is named'}; the parts are {', '.join(BY_NAME)}")
-    return [part for part in PARTS if part.name in wanted]
+    return [part for part in PARTS if part.name in requested]
 
 
 def passed(record: dict[str, Any]) -> bool:
     """Return whether a record contains neither an error nor a check that failed."""
-    held = [record.get(name, True) for name in ("plan_holds", "fits", "loss_is_finite")]
-    return (
-        "failed" not in record
-        and record.get("kind") != "failed"
-        and all(held + list(record.get("checks", {}).values()))
-    )
+    checks = [record.get(name, True) for name in ("plan_holds", "fits", "loss_is_finite")]
+    checks += record.get("checks", {}).values()
+    return "failed" not in record and record.get("kind") != "failed" and all(checks)

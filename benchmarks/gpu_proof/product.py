@@ -1,5 +1,4 @@
-"""The product itself, by its command line: a run that learns, a run that is interrupted and resumed, chat, and a
-merge that is checked."""
+"""The command line on the device: a training run, a run that is interrupted and resumed, chat, and a checked merge."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ from gpu_proof.records import Record
 
 ROOT = Path(__file__).parents[2]
 PRESET = "tiny-grpo"
-CUT_AFTER, CUT_STEPS = 2, 4
-"""The interrupted run gets SIGTERM after this step, and has so many steps."""
+INTERRUPT_AFTER, SHORT_STEPS = 2, 4
+"""The step after which a run receives SIGTERM, and the number of its steps."""
 ADAPTER = "final/adapter_model.safetensors"
 QUESTION = "What is 6 * 33?"
 INTERRUPTED = 130
@@ -40,7 +39,7 @@ GPU = ProductSize(("evaluate.every=24", "evaluate.prompts=100", "evaluate.sample
 TINY = ProductSize(("train.steps=16", "evaluate.every=16", "evaluate.prompts=40", "evaluate.samples=1"), 0.1)
 
 
-def kit(*words: str) -> list[str]:
+def cli(*words: str) -> list[str]:
     return [sys.executable, "-m", "lowrank_tune", *words]
 
 
@@ -56,7 +55,7 @@ def environment() -> dict[str, str]:
 
 @dataclass
 class Started:
-    """A command in the background; its output goes to a file."""
+    """A command that runs in the background and writes its output to a file."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -67,7 +66,7 @@ class Started:
         code = self.process.wait()
         return code, time.perf_counter() - self.started
 
-    def failure(self) -> str:
+    def log_tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
 
 
@@ -75,7 +74,7 @@ def start(folder: Path, name: str, *words: str) -> Started:
     log = folder / f"{name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            kit(*words),
+            cli(*words),
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -90,58 +89,58 @@ def run_words(out: str, *settings: str) -> list[str]:
 
 
 def short_run(out: str) -> list[str]:
-    """The run that is repeated, interrupted or not."""
-    return run_words(out, f"train.steps={CUT_STEPS}", "train.log_every=1", "evaluate.prompts=4", "evaluate.samples=1")
+    """Return the command of the run that is compared with and without an interruption."""
+    return run_words(out, f"train.steps={SHORT_STEPS}", "train.log_every=1", "evaluate.prompts=4", "evaluate.samples=1")
 
 
 def measure(folder: Path, size: ProductSize) -> Iterator[Record]:
-    """Yield a record for each thing that the product does. Runs that do not depend on each other run side by side."""
-    learning = start(folder, "learn", *run_words("learn", *size.settings))
+    """Yield one record for each command. Independent runs run concurrently."""
+    training = start(folder, "train", *run_words("train", *size.settings))
     straight = start(folder, "straight", *short_run("straight"))
-    yield resumed(folder, straight)
-    yield learned(folder, learning, size)
-    yield chat(folder)
-    yield merged(folder)
+    yield check_resume(folder, straight)
+    yield check_training(folder, training, size)
+    yield check_chat(folder)
+    yield check_merge(folder)
 
 
 def product_record(step: str, **values: Any) -> Record:
     return {"kind": "product", "step": step, **values}
 
 
-def learned(folder: Path, learning: Started, size: ProductSize) -> Record:
-    """Held-out accuracy before and after `PRESET`."""
-    code, seconds = learning.wait()
+def check_training(folder: Path, training: Started, size: ProductSize) -> Record:
+    """Compare the held-out accuracy before and after `PRESET`."""
+    code, seconds = training.wait()
     if code:
-        return product_record("learn", seconds=seconds, failed=f"exit code {code}: {learning.failure()}")
-    summary = json.loads((folder / "learn" / "summary.json").read_text(encoding="utf-8"))
+        return product_record("train", seconds=seconds, failed=f"exit code {code}: {training.log_tail()}")
+    summary = json.loads((folder / "train" / "summary.json").read_text(encoding="utf-8"))
     before, after = summary["heldout"]["base"], summary["heldout"]["grpo"]
     checks = {"held-out accuracy rises": after - before > size.min_rise}
     tokens = summary["last"]["tokens_per_second"]
     return product_record(
-        "learn", seconds=seconds, accuracy_before=before, accuracy_after=after, tokens_per_second=tokens, checks=checks
+        "train", seconds=seconds, accuracy_before=before, accuracy_after=after, tokens_per_second=tokens, checks=checks
     )
 
 
-def resumed(folder: Path, straight: Started) -> Record:
+def check_resume(folder: Path, straight: Started) -> Record:
     """Interrupt a run by SIGTERM, resume it, and compare its adapter with that of a run that was not interrupted,
     bit for bit."""
-    cut = start(folder, "cut", *short_run("resumed"))
-    while cut.process.poll() is None and steps_done(folder / "resumed") < CUT_AFTER:
+    interrupted = start(folder, "interrupted", *short_run("resumed"))
+    while interrupted.process.poll() is None and steps_done(folder / "resumed") < INTERRUPT_AFTER:
         time.sleep(0.02)
-    cut.process.send_signal(signal.SIGTERM)
-    code, _ = cut.wait()
+    interrupted.process.send_signal(signal.SIGTERM)
+    code, _ = interrupted.wait()
     if code != INTERRUPTED:
-        return product_record("resume", failed=f"exit code {code} after SIGTERM: {cut.failure()}")
+        return product_record("resume", failed=f"exit code {code} after SIGTERM: {interrupted.log_tail()}")
     at_step = steps_done(folder / "resumed")
     again = start(folder, "again", *short_run("resumed"))
     for name, command in (("the resumed run", again), ("the straight run", straight)):
         code, seconds = command.wait()
         if code:
-            return product_record("resume", failed=f"{name}: exit code {code}: {command.failure()}")
+            return product_record("resume", failed=f"{name}: exit code {code}: {command.log_tail()}")
     tensors, expected = (load_file(folder / name / ADAPTER) for name in ("resumed", "straight"))
     differences = [float((tensors[name] - expected[name]).abs().max()) for name in expected]
     equal = all(torch.equal(tensors[name], expected[name]) for name in expected)
-    checks = {"the run was interrupted before its end": at_step < CUT_STEPS, "resume is bit-exact": equal}
+    checks = {"the run was interrupted before its end": at_step < SHORT_STEPS, "resume is bit-exact": equal}
     return product_record(
         "resume", interrupted_after_step=at_step, seconds=seconds, max_difference=max(differences), checks=checks
     )
@@ -162,13 +161,13 @@ def steps_done(run: Path) -> int:
 
 
 def command(folder: Path, words: list[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(kit(*words), input=text, capture_output=True, text=True, env=environment(), cwd=folder)
+    return subprocess.run(cli(*words), input=text, capture_output=True, text=True, env=environment(), cwd=folder)
 
 
-def chat(folder: Path) -> Record:
+def check_chat(folder: Path) -> Record:
     """Ask the trained model one question through a pipe."""
     started = time.perf_counter()
-    done = command(folder, ["chat", "learn"], QUESTION + "\n")
+    done = command(folder, ["chat", "train"], QUESTION + "\n")
     seconds = time.perf_counter() - started
     if done.returncode:
         return product_record("chat", seconds=seconds, failed=f"exit code {done.returncode}: {done.stderr[-500:]}")
@@ -176,10 +175,10 @@ def chat(folder: Path) -> Record:
     return product_record("chat", seconds=seconds, answer=answer, checks={"chat answers": bool(answer)})
 
 
-def merged(folder: Path) -> Record:
+def check_merge(folder: Path) -> Record:
     """Merge the adapter into its base and compare the result with what was trained."""
     started = time.perf_counter()
-    done = command(folder, ["merge", "learn", "--out", "merged"])
+    done = command(folder, ["merge", "train", "--out", "merged"])
     seconds = time.perf_counter() - started
     report = folder / "merged" / "merge.json"
     if not report.exists():

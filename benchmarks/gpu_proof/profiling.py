@@ -1,4 +1,4 @@
-"""Where a step's time goes: kernels by name, launches, the time that the GPU is busy, and calls that wait for it."""
+"""Kernels by name, launches, the time that the GPU is busy, and the calls that synchronize with it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Profile:
 
 @contextmanager
 def profiled(device: torch.device) -> Iterator[Profile]:
-    """Profile a block. It is slower than without; take its wall time elsewhere."""
+    """Profile a block. Profiling slows it down: measure its wall time without."""
     result = Profile()
     with profile(activities=activities(device)) as profiler:
         with counted_syncs(device) as places:
@@ -59,11 +59,11 @@ def activities(device: torch.device) -> list[ProfilerActivity]:
 
 
 def fill(result: Profile, averages: Any, device: torch.device) -> None:
-    """Fill in what the profiler's averages (one for each name of an event) contain about kernels."""
-    wanted = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    """Fill in the kernels of `key_averages()`, which contains one entry for each name."""
+    device_type = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
     rows = []
     for event in averages:
-        if event.device_type != wanted:
+        if event.device_type != device_type:
             continue
         microseconds = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         rows.append({"name": event.key, "count": event.count, "seconds": microseconds / 1e6})

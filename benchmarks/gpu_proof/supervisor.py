@@ -1,6 +1,7 @@
-"""The proof as a whole: runs the parts in worker processes within a time budget and ends those that hang.
+"""Runs the parts in worker processes within a time budget.
 
-A worker that dies or exceeds a limit costs the part that it was in; the next worker continues after it.
+A worker that crashes, or exceeds the limit of a part, is ended; the part is recorded as failed, and a new worker
+continues with the next part.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpu_proof import records
+from gpu_proof import records, tables
 from gpu_proof.parts import Part
 from gpu_proof.records import Record, Tail
 
 STARTUP_LIMIT_S = 150.0
 """Imports from a cold disk, and the device's rates."""
-TINY_STARTUP_S = 15.0
 POLL_S = 0.1
 GRACE_S = 1.0
 """Seconds before the end of the budget at which a running part is stopped, so that the proof itself ends in time."""
@@ -49,46 +49,39 @@ class Supervisor:
         remaining = list(parts)
         while remaining:
             group = first_group(remaining)
-            startup = self.limit_factor * TINY_STARTUP_S if self.tiny else 0.0
-            needed = startup + self.limit_factor * group[0].limit(self.tiny)
+            needed = self.limit_factor * group[0].limit(self.tiny)
             left = self.deadline - time.time()
-            if left < needed:
-                self.write({"part": group[0].name, "status": "skipped", "left_s": left, "limit_s": needed})
+            if left < needed + GRACE_S:
+                self.skip(group[0].name, left, needed)
             else:
                 self.run_worker(group)
             remaining = [part for part in remaining if part.name not in self.finished]
 
     def run_worker(self, group: Sequence[Part]) -> None:
-        """Run one worker until it ends or has to be stopped. The part that it was in then gets a record `failed`."""
+        """Run one worker until it ends or exceeds a limit. The part that was running then gets a record `failed`."""
         self.running = None
         self.stop_at = min(time.time() + STARTUP_LIMIT_S * self.limit_factor, self.deadline - GRACE_S)
-        # A session of its own, so that its children (the product's commands) end with it.
+        # A session of its own, so that its children (the commands of `product`) can be ended with it.
         worker = subprocess.Popen(self.command(group, self.deadline), start_new_session=True)
-        reason = ""
+        timed_out = False
         try:
-            while worker.poll() is None:
+            while worker.poll() is None and not timed_out:
                 time.sleep(POLL_S)
                 self.follow()
-                if time.time() > self.stop_at:
-                    reason = (
-                        "it exceeded its time limit" if time.time() < self.deadline - GRACE_S else "the time was up"
-                    )
-                    break
+                timed_out = time.time() > self.stop_at
         finally:
-            kill_group(worker)
+            end_process_group(worker)
         self.follow()
-        code = worker.returncode
-        if not reason and code in (0, None):
-            unfinished = [part for part in group if part.name not in self.finished]
-            assert not unfinished, f"the worker ended without {unfinished}"
-            return
+        out_of_time = time.time() > self.deadline - GRACE_S
         if self.running is not None:
-            self.fail(self.running, reason or f"the process ended with {describe_exit(code)}")
-        elif not self.started_any(group):
-            self.fail(group[0].name, f"the process did not start it: {reason or describe_exit(code)}")
-
-    def started_any(self, group: Sequence[Part]) -> bool:
-        return any(part.name in self.finished for part in group)
+            limit = "the time budget was spent" if out_of_time else "it exceeded its time limit"
+            self.fail(self.running, limit if timed_out else f"the worker ended with {describe_exit(worker.returncode)}")
+        elif not any(part.name in self.finished for part in group):
+            if timed_out and out_of_time:
+                self.skip(group[0].name, 0.0, self.limit_factor * group[0].limit(self.tiny))
+            else:
+                code = describe_exit(worker.returncode)
+                self.fail(group[0].name, f"the worker ended with {code} before it started this part")
 
     def follow(self) -> None:
         """Read the new records: which part runs, until when, and which have ended."""
@@ -102,13 +95,14 @@ class Supervisor:
                 self.running = None
 
     def fail(self, name: str, reason: str) -> None:
-        records.append(self.path, {"kind": "failed", "part": name, "error": reason})
-        print(f"{name}: FAILED, {reason}", flush=True)
-        self.follow()
+        self.write({"kind": "failed", "part": name, "error": reason})
+
+    def skip(self, name: str, left_s: float, limit_s: float) -> None:
+        self.write({"kind": "part", "part": name, "status": "skipped", "left_s": left_s, "limit_s": limit_s})
 
     def write(self, record: Record) -> None:
-        records.append(self.path, {"kind": "part", **record})
-        print(f"{record['part']}: skipped, {record['left_s']:.0f} s are left of {record['limit_s']:.0f}", flush=True)
+        records.append(self.path, record)
+        tables.print_record(record)
         self.follow()
 
 
@@ -124,10 +118,12 @@ def first_group(parts: Sequence[Part]) -> list[Part]:
     return group
 
 
-def kill_group(worker: subprocess.Popen[bytes]) -> None:
-    """End a worker and all its children."""
-    if worker.poll() is None:
+def end_process_group(worker: subprocess.Popen[bytes]) -> None:
+    """Kill a worker and all its children, which may outlive a worker that has ended by itself."""
+    try:
         os.killpg(worker.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
     worker.wait()
 
 

@@ -35,7 +35,7 @@ def print_record(record: Mapping[str, Any]) -> None:
     elif kind == "part" and record["status"] == "started":
         print(f"\n== {part} (at most {record['limit_s']:.0f} s of {record['left_s']:.0f})")
     elif kind == "part" and record["status"] == "skipped":
-        print(f"{part}: skipped, {record['left_s']:.0f} s are left of {record['limit_s']:.0f}")
+        print(f"{part}: skipped, it needs up to {record['limit_s']:.0f} s and {record['left_s']:.0f} s are left")
     elif kind == "part":
         print(f"{part}: {record['status']} in {record['seconds']:.1f} s")
     elif kind == "failed":
@@ -78,7 +78,7 @@ def markdown(records: Sequence[Record]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def rows_of(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
@@ -101,7 +101,7 @@ def cell_table(records: Sequence[Record]) -> str:
         other = trl.get(record["cell"], {})
         peer = other.get("failed") or figure(other, "measured_gib")
         rows.append([record["cell"], record["base"], *cells, peer, figure(other, "seconds_per_step")])
-    return rows_of(["cell", "base", *columns, "TRL measured_gib", "TRL seconds_per_step"], rows)
+    return markdown_table(["cell", "base", *columns, "TRL measured_gib", "TRL seconds_per_step"], rows)
 
 
 def figure(record: Mapping[str, Any], name: str) -> str:
@@ -118,7 +118,7 @@ def figure(record: Mapping[str, Any], name: str) -> str:
 def decode_table(records: Sequence[Record]) -> str:
     columns = ("batch", "width", "wall_ms_per_step", "busy_ms_per_step", "launches_per_step", "host_syncs_per_step")
     columns += ("tokens_per_second", "bandwidth_share")
-    return rows_of(columns, [[figure(record, name) for name in columns] for record in records])
+    return markdown_table(columns, [[figure(record, name) for name in columns] for record in records])
 
 
 def profile_tables(records: Sequence[Record]) -> str:
@@ -141,7 +141,7 @@ def profile_tables(records: Sequence[Record]) -> str:
                     share,
                 ]
             )
-        parts.append(heading + "\n\n" + rows_of(["kernel", "count", "ms", "share"], rows))
+        parts.append(heading + "\n\n" + markdown_table(["kernel", "count", "ms", "share"], rows))
     return "\n\n".join(parts)
 
 
@@ -154,7 +154,7 @@ def checks_table(records: Sequence[Record]) -> str:
         passed = count + (f" (not: {', '.join(failed)})" if failed else "")
         cells = [figure(record["figures"], name) for name in columns]
         rows.append([record["algorithm"], "yes" if record["checkpointing"] else "no", passed, *cells])
-    return rows_of(["", "recomputed", "checks passed", *columns], rows)
+    return markdown_table(["", "recomputed", "checks passed", *columns], rows)
 
 
 def product_table(records: Sequence[Record]) -> str:
@@ -164,7 +164,7 @@ def product_table(records: Sequence[Record]) -> str:
         values = [f"{name} {show(value)}" for name, value in record.items() if name not in hidden]
         checks = [f"{name}: {show(passed)}" for name, passed in record.get("checks", {}).items()]
         rows.append([record["step"], "; ".join(values).replace("\n", " "), "; ".join(checks)])
-    return rows_of(["step", "figures", "checks"], rows)
+    return markdown_table(["step", "figures", "checks"], rows)
 
 
 def fact_table(records: Sequence[Record]) -> str:
@@ -177,17 +177,19 @@ def fact_table(records: Sequence[Record]) -> str:
             if name not in hidden
         ]
         rows.append([record["fact"], "; ".join(values).replace("|", "/")])
-    return rows_of(["fact", "values"], rows)
+    return markdown_table(["fact", "values"], rows)
 
 
 def status_table(records: Sequence[Record]) -> str:
     """Each part: done, skipped or failed, with its seconds or the reason."""
     rows = []
     for record in records:
-        if record["kind"] == "failed":
+        if record["kind"] == "skipped":
+            rows.append([record["part"], "skipped", record["reason"]])
+        elif record["kind"] == "failed":
             rows.append([record["part"], "failed", record["error"].splitlines()[0].replace("|", "/")])
         elif record["kind"] == "part" and record["status"] == "done":
             rows.append([record["part"], "done", f"{record['seconds']:.1f} s"])
         elif record["kind"] == "part" and record["status"] == "skipped":
-            rows.append([record["part"], "skipped", f"{record['left_s']:.0f} s left of {record['limit_s']:.0f}"])
-    return rows_of(["part", "status", ""], rows)
+            rows.append([record["part"], "skipped", f"needs {record['limit_s']:.0f} s, {record['left_s']:.0f} s left"])
+    return markdown_table(["part", "status", ""], rows)
