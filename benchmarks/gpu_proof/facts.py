@@ -241,8 +241,8 @@ def torch_compile(device: torch.device) -> Record:
 
 
 def policy_equals_reference(base: Base, size: Size) -> Record:
-    """Return the largest difference between the log-probs of a new policy and of the base in one batch, which must be 0,
-    and the mean difference of a row that is computed alone."""
+    """Return the largest difference between the log-probs of a new policy and of the base in one batch, which must be
+    0, and the mean difference of a row that is computed alone."""
     roles = make_roles(base, ("policy",), True)
     batch = ragged_rows(size, base.model.config.vocab_size).to(base.device)
     row = batch.take(torch.tensor([0], device=base.device))
