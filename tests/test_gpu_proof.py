@@ -278,7 +278,6 @@ def test_an_error_in_a_cell_is_recorded_and_the_next_cell_runs(
 
 
 def test_an_error_of_trl_is_recorded(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("trl")
     trl_baseline, cells = module("trl_baseline"), module("cells")
 
     def failing(inputs: Any) -> Any:
