@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gpu_proof import measured_run
-from gpu_proof.factories import ALGORITHMS, GENERATIVE, HEADS, PAIRED, TRAINED_ROLES, make_roles
+from gpu_proof.factories import ALGORITHMS, GENERATIVE, HEADS, PAIRED, TRAINED_ROLES, make_roles, randomize_b
 from gpu_proof.machine import best_seconds, release_unused
 from gpu_proof.measured_run import MeasuredRun
 from gpu_proof.records import Record
@@ -32,16 +32,16 @@ TIMED = STEPS - 2
 """Steps between the first and the last, which also measure KL and movement."""
 FP32_LOGITS_ERROR = 2e-4
 """Largest relative error of logits that left the matrix product in fp32. Rounded to bf16 it would be about 2e-3."""
-SHARED_LOGPS_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-"""Nats by which a shared prompt may move the log-prob of a token in the mean, or a score; another batch shape alone
-moves bf16 by 0.016."""
-SHARED_GRADIENT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""The same for the gradient, relative."""
+SHARED_LOGPS_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Nats by which a shared prompt may move the log-prob of a token in the mean, or a score. Other kernels and batch shapes
+alone move bf16: 0.04 to 0.05 on an H200, over 32 layers of random weights. A wrong mask moves it by more than 1."""
+SHARED_GRADIENT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.15}
+"""The same for the gradient, relative: 0.03 to 0.08 there."""
 LN2_ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 """Distance of the first loss of DPO and of a new reward model from ln 2."""
-SAMPLING_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-"""Mean difference in nats between a token's log-prob in the sampler and in the policy: decoding has other batch
-shapes."""
+SAMPLING_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Mean difference in nats between a token's log-prob in the sampler and in the policy: decoding has other batch shapes.
+0.04 to 0.06 on an H200, over 32 layers of random weights."""
 ZERO_KL = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 """KL of a policy that is its reference, where the two ran in other batch shapes: half the square of such a
 difference."""
@@ -171,6 +171,8 @@ def check_prefix_sharing(
         return
     result.figures["shared_slots_share"] = tree.ids.numel() / batch.ids.numel()
     batch.weight = algorithm.weigh(batch)
+    # Training on random pairs drives the loss of DPO to 0, where no gradient is left to compare.
+    randomize_b(roles, role)
     parameters = roles.parameters(role)
 
     def update() -> None:

@@ -17,6 +17,8 @@ from lowrank_tune.rollout import Engine
 from lowrank_tune.types import Sampling
 
 BATCHES = (1, 8, 16, 64)
+STEP_KERNELS = 8
+"""Kernels recorded for each batch size: those with the most time over the profiled steps."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def measure(base: Base, size: DecodeSize, bandwidth_gbs: float) -> Iterator[Reco
             "launches_per_step": (last.launches - first.launches) / size.profiled_steps,
             "host_syncs_per_step": (last.host_syncs - first.host_syncs) / size.profiled_steps,
             "sync_places": last.sync_places,
+            "kernels": last.kernels[:STEP_KERNELS],
             "tokens_per_second": batch / seconds,
             "bandwidth_share": bytes_per_token(base.model) / seconds / 1e9 / bandwidth_gbs,
         }

@@ -100,3 +100,12 @@ def make_roles(
     adapters = {name: lora_config(AdapterSettings(), base.model) for name in names}  # type: ignore[arg-type]
     stacks = {**{name: [name] for name in names}, "reference": []}
     return Roles(base, adapters, names, stacks, checkpointing, seed, HEADS & set(names), offload)
+
+
+def randomize_b(roles: Roles, role: str) -> None:
+    """Fill every B of a role with small numbers: a new one is zero, and its A then has no gradient."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in roles.named_parameters(role).items():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1e-2)

@@ -135,6 +135,44 @@ def sdpa_kernels(device: torch.device, sizes: FactSizes) -> Record:
     return record | {"grouped_decoding_error": error, "checks": {"grouped attention is right": error < BF16_ERROR}}
 
 
+def cudnn_attention(device: torch.device, sizes: FactSizes) -> Record:
+    """Return the milliseconds of a decoding step's attention at a width that was not seen before, and again at that
+    width, with and without cuDNN, which builds a plan for each shape; the same for a forward and backward pass with a
+    mask. Widths are odd, as in most steps."""
+    if device.type != "cuda":
+        return {"skipped": "CUDA only"}
+    shape, allowed = sizes.attention, torch.backends.cuda.cudnn_sdp_enabled()
+    groups, width = shape.heads // shape.key_heads, shape.tokens // 2 + 1
+    size = (shape.rows, shape.key_heads, shape.tokens, shape.head_dim)
+    keys, values = (torch.randn(size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    query = torch.randn((*size[:2], groups, shape.head_dim), device=device, dtype=torch.bfloat16)
+
+    def decoding(columns: int) -> None:
+        mask = torch.ones(shape.rows, 1, 1, columns, device=device, dtype=torch.bool)
+        F.scaled_dot_product_attention(query, keys[:, :, :columns], values[:, :, :columns], attn_mask=mask)
+
+    def training(columns: int) -> None:
+        rows = [keys[:, :, :columns].detach().requires_grad_() for _ in range(3)]
+        mask = torch.ones(columns, columns, device=device, dtype=torch.bool).tril()[None, None]
+        F.scaled_dot_product_attention(*rows, attn_mask=mask).sum().backward()  # type: ignore[no-untyped-call]
+
+    record: Record = {}
+    try:
+        for uses_cudnn in (True, False):
+            torch.backends.cuda.enable_cudnn_sdp(uses_cudnn)
+            for name, call in {"decoding": decoding, "training": training}.items():
+                key = f"{name}_{'cudnn' if uses_cudnn else 'without'}_ms"
+                call(width - 8)  # loads the library
+                record[f"{key}_new_width"] = 1e3 * best_seconds(partial(call, width), 1, device, rounds=1)
+                record[key] = 1e3 * best_seconds(partial(call, width), sizes.repeats, device)
+                with profiled(device) as profile:
+                    call(width)
+                record[f"{key}_busy"] = 1e3 * profile.busy_seconds
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+    return record
+
+
 def mm_out_dtype(device: torch.device, sizes: FactSizes) -> Record:
     """Return the error of `torch.mm(out_dtype=torch.float32)`, and its time relative to a product in bf16."""
     if device.type != "cuda":
@@ -261,6 +299,7 @@ def policy_equals_reference(base: Base, size: Size) -> Record:
 FACTS: dict[str, Callable[[torch.device, FactSizes], Record]] = {
     "allocator": allocator,
     "sdpa_kernels": sdpa_kernels,
+    "cudnn_attention": cudnn_attention,
     "mm_out_dtype": mm_out_dtype,
     "varlen_alignment": varlen_alignment,
 }

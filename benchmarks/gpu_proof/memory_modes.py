@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from gpu_proof.checks import CheckResult
-from gpu_proof.factories import make_roles, sft
+from gpu_proof.factories import make_roles, randomize_b, sft
 from gpu_proof.machine import peak_gib, release_unused, reset_peak
-from gpu_proof.oom import GRADIENT_ERROR, randomize_b, relative_difference
+from gpu_proof.oom import GRADIENT_ERROR
 from gpu_proof.synthetic import Size, TrainSettings, ragged_rows
 from lowrank_tune.errors import UserError
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.memory import Checkpointing
+from lowrank_tune.model.rounding import relative_difference
 from lowrank_tune.train import make_optimizer
 
 
@@ -49,7 +50,7 @@ def one_update(base: Base, size: Size, checkpointing: Checkpointing, offload: bo
     roles = make_roles(base, ("policy",), checkpointing, offload=offload)
     batch = ragged_rows(size, base.model.config.vocab_size).take(torch.arange(min(2, size.rows)))
     algorithm = sft(roles, lambda step: batch, size)
-    randomize_b(roles)
+    randomize_b(roles, "policy")
     batch.weight = algorithm.weigh(batch)
     release_unused(base.device)
     reset_peak(base.device)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from gpu_proof.checks import CheckResult
-from gpu_proof.factories import make_roles, sft
+from gpu_proof.factories import make_roles, randomize_b, sft
 from gpu_proof.machine import GIB, peak_gib, release_unused, reset_peak
 from gpu_proof.synthetic import Size, TrainSettings, ragged_rows
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.recovery import Limits
-from lowrank_tune.model.roles import Roles
+from lowrank_tune.model.rounding import allowed_difference, relative_difference
 from lowrank_tune.train import Loop
 
 SLACK_BYTES = 1 << 20
@@ -27,25 +27,27 @@ Shortage = Callable[[], AbstractContextManager[None]]
 
 
 def check_recovery(base: Base, size: Size, cap_gib: float | None) -> CheckResult:
-    """Run one step with all the memory, one with a row at once, and one with too little memory for its micro-batch."""
-    result, tolerance = CheckResult("oom"), GRADIENT_ERROR[base.model.dtype]
+    """Run one step with all the memory, one with a row at once, and one with too little memory for its micro-batch.
+
+    Another micro-batch size alone changes the rounding of bf16 products (on an H200 the gradient by 7 %), so recovery
+    may change the gradient by as much as `allowed_difference` makes of that.
+    """
+    result = CheckResult("oom")
     whole, _, peak_whole = step(base, size, size.micro, nullcontext)
     rows, _, peak_rows = step(base, size, 1, nullcontext)
     before = allocated_bytes(base)
     recovered, times, _ = step(base, size, size.micro, lambda: shortage(base, (peak_whole + peak_rows) / 2, cap_gib))
+    rounding, difference = relative_difference(rows, whole), relative_difference(recovered, whole)
     result.figures |= {
         "out_of_memory_errors": float(times),
-        "recovered_gradient_difference": relative_difference(recovered, whole),
-        "single_rows_gradient_difference": relative_difference(rows, whole),
+        "recovered_gradient_difference": difference,
+        "single_rows_gradient_difference": rounding,
     }
+    tolerance = allowed_difference(GRADIENT_ERROR[base.model.dtype], rounding)
     result.checks["memory ran out, and the step continued"] = times >= 1
-    result.checks["the same gradient after recovery"] = relative_difference(recovered, whole) <= tolerance
+    result.checks["the same gradient after recovery"] = difference <= tolerance
     result.checks["memory is as before"] = abs(allocated_bytes(base) - before) <= SLACK_BYTES
     return result
-
-
-def relative_difference(gradient: Tensor, expected: Tensor) -> float:
-    return float(torch.linalg.vector_norm(gradient - expected) / torch.linalg.vector_norm(expected))
 
 
 def allocated_bytes(base: Base) -> int:
@@ -54,21 +56,12 @@ def allocated_bytes(base: Base) -> int:
     return torch.cuda.memory_allocated(base.device) if base.device.type == "cuda" else 0
 
 
-def randomize_b(roles: Roles) -> None:
-    """Fill every B of the policy: a new one is zero, and its A then has no gradient."""
-    with torch.no_grad():
-        for name, parameter in roles.named_parameters("policy").items():
-            if "lora_B" in name:
-                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-                parameter.copy_(noise * 1e-2)
-
-
 def step(base: Base, size: Size, micro: int, limited: Shortage) -> tuple[Tensor, int, float]:
     """Return the gradient of one step of the loop on the CPU, how often memory ran out, and the peak memory in GiB."""
     roles = make_roles(base, ("policy",), True)
     roles.limits = Limits()
     parameters, gradients = roles.parameters("policy"), list[Tensor]()
-    randomize_b(roles)
+    randomize_b(roles, "policy")
     optimizer = torch.optim.SGD(parameters, lr=0.0)
 
     def keep_gradients(*_: Any) -> None:

@@ -155,7 +155,12 @@ def freeze(model: Any, tokenizer: Any, name: str, bits: int, revision: str | Non
     model.requires_grad_(False)
     model.train()
     model.config.use_cache = False
-    return Base(model, tokenizer, name, revision, next(model.parameters()).device, bits, _end_ids(model, tokenizer))
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        # cuDNN's attention, which PyTorch prefers on some GPUs, builds a plan for each new shape. Lengths differ in each micro-batch and
+        # in each decoding step, so the plans cost more than the products. Recomputed layers must choose the same kernel: no context here.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return Base(model, tokenizer, name, revision, device, bits, _end_ids(model, tokenizer))
 
 
 def nf4(device: torch.device) -> BitsAndBytesConfig:

@@ -1,4 +1,4 @@
-"""Which store serves a model: the fastest one that says what plain forward passes say."""
+"""Which store serves a model: the fastest one that computes what plain forward passes compute."""
 
 from __future__ import annotations
 
@@ -9,32 +9,71 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from lowrank_tune.events import Emit, Note
 from lowrank_tune.model.recovery import is_out_of_memory
+from lowrank_tune.model.rounding import allowed_difference, relative_difference
 from lowrank_tune.rollout.stores import CohortStore, RecomputeStore, SlotStore, Store
 
 Kind = Callable[[Any], Store]
-STORES: tuple[Kind, ...] = (SlotStore, CohortStore)
+STORES: tuple[tuple[Kind, str], ...] = (
+    (SlotStore, "one key-value cache for all sequences"),
+    (CohortStore, "the model's own cache for each prompt"),
+)
+LAST_RESORT = "no cache: each step computes whole sequences again"
+HALF_TOLERANCE, FP32_TOLERANCE = 5e-2, 1e-3
+"""Relative differences of a hidden state that are always allowed."""
+ROWS = 3
+"""Rows of the batch that measures the rounding of another batch shape: as many as the trial decodes at most."""
 _CHOSEN: WeakKeyDictionary[Any, Kind] = WeakKeyDictionary()
 
 
-def store_for(model: Any) -> Store:
-    """An empty store. The first call for a model tries the kinds in a few tiny passes; adapters and modes are the caller's."""
+def store_for(model: Any, emit: Emit | None = None) -> Store:
+    """Return an empty store. The first call for a model tries the kinds in a few tiny passes; adapters and modes are the caller's.
+
+    Where the fastest kind cannot serve the model, `emit` is called with one note that contains the reason.
+    """
     if model not in _CHOSEN:
-        _CHOSEN[model] = next((kind for kind in STORES if agrees(kind, model)), RecomputeStore)
+        _CHOSEN[model] = _choose(model, emit)
     return _CHOSEN[model](model)
 
 
-def agrees(kind: Kind, model: Any) -> bool:
-    """Whether two prompts of different lengths, one of them in two slots, read on as they do alone and without a cache."""
+def _choose(model: Any, emit: Emit | None) -> Kind:
+    faults: list[str] = []
+    chosen: Kind = RecomputeStore
+    used = LAST_RESORT
+    for kind, description in STORES:
+        fault = fault_of(kind, model)
+        if fault is None:
+            chosen, used = kind, description
+            break
+        faults.append(f"{description}: {fault}")
+    if faults and emit is not None:
+        emit(Note(level="warning", message=f"completions are decoded with {used}, which is slower; not usable: {'; '.join(faults)}"))
+    return chosen
+
+
+def fault_of(kind: Kind, model: Any) -> str | None:
+    """Return why a kind of store cannot serve a model, or None.
+
+    Two prompts of different lengths, one of them in two slots, must continue as they do alone and without a cache.
+    """
     try:
         found = _read_on(kind(model), model.get_input_embeddings().weight.shape[0])
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:  # whatever another kind of cache runs into
         if is_out_of_memory(error):
             raise
-        return False
-    expected = [_plain(model, sequence) for sequence, _ in found]
-    tolerance = 1e-3 if expected[0].dtype == torch.float32 and not torch.is_autocast_enabled() else 5e-2
-    return all(float((mine - plain).norm()) <= tolerance * float(plain.norm()) for (_, mine), plain in zip(found, expected, strict=True))
+        return str(error) or type(error).__name__
+    plain = [_plain(model, sequence) for sequence, _ in found]
+    half = plain[0].dtype != torch.float32 or torch.is_autocast_enabled(model.device.type)
+    rounding = 0.0
+    if half:
+        batched = [_plain(model, sequence, ROWS) for sequence, _ in found]
+        rounding = max(map(relative_difference, batched, plain))
+    allowed = allowed_difference(HALF_TOLERANCE if half else FP32_TOLERANCE, rounding)
+    differences = [relative_difference(state, expected) for (_, state), expected in zip(found, plain, strict=True)]
+    if all(difference <= allowed for difference in differences):  # false for NaN, too
+        return None
+    return f"hidden states differ by {max(differences):.1%} from plain passes, and {allowed:.1%} is allowed"
 
 
 def _read_on(store: Store, vocabulary: int) -> list[tuple[list[int], Tensor]]:
@@ -57,6 +96,7 @@ def _read_on(store: Store, vocabulary: int) -> list[tuple[list[int], Tensor]]:
     return found
 
 
-def _plain(model: Any, sequence: Sequence[int]) -> Tensor:
-    ids = torch.tensor([list(sequence)], device=model.device)
+def _plain(model: Any, sequence: Sequence[int], rows: int = 1) -> Tensor:
+    """Return the last hidden state (d,) of a sequence, which stands in each of the rows of its batch."""
+    ids = torch.tensor([list(sequence)] * rows, device=model.device)
     return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, -1]  # type: ignore[no-any-return]

@@ -107,7 +107,7 @@ class Engine:
         states = [vars(module) for module in model.modules()]
         # The store's own check then compares this attention with plain passes over the user's own base.
         with self._speaking(states), batched_attention(model):
-            store = store_for(model)
+            store = store_for(model, self.roles.limits.emit)
             known.slots = store.open(known.slots, columns, self.cache_bytes)
         schedule = Schedule(store, lambda hidden, uniforms: self._say(hidden, uniforms, sampling), prompts, n, sampling, known.slots,
                             numbers or range(len(prompts)), known.ended, known.spent)  # fmt: skip
