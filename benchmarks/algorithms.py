@@ -1,9 +1,11 @@
-"""Five algorithms on one frozen base: SFT and a reward model, then DPO, GRPO and PPO, each on top of the same frozen SFT adapter.
+"""Five algorithms on one frozen base: SFT and a reward model, then DPO, GRPO and PPO, each on top of the same frozen
+SFT adapter.
 
-`python benchmarks/algorithms.py [--out DIR]` runs the preset tiny-rlhf (SFT, reward model, PPO) and on its SFT adapter the second stages of
-tiny-preference (DPO) and tiny-rlvr (GRPO), and prints a table; what stands in DIR is not run again. `--picture FILE.svg` draws the curves.
-Exact and pass@8 are of the same 200 held-out problems. KL is exact, over the whole vocabulary, on one answer of the trained policy to each
-of these: to its reference, in nats a token. Seconds are of the optimizer steps with their rollouts, without evaluation and preparation.
+`python benchmarks/algorithms.py [--out DIR]` runs the preset tiny-rlhf (SFT, reward model, PPO) and on its SFT adapter
+the second stages of tiny-preference (DPO) and tiny-rlvr (GRPO), and prints a table; what stands in DIR is not run
+again. `--picture FILE.svg` draws the curves. Exact and pass@8 are of the same 200 held-out problems. KL is exact, over
+the whole vocabulary, on one answer of the trained policy to each of these: to its reference, in nats a token. Seconds
+are of the optimizer steps with their rollouts, without evaluation and preparation.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ AT_ONCE = 50  # answers, for the KL
 
 
 class Meter:
-    """Seconds of a run's optimizer steps, and its KL at the end, by the name of the run; kept in a file beside the runs."""
+    """Seconds of a run's optimizer steps, and its KL at the end, by the name of the run; kept in a file beside the
+    runs."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.wall, self.cpu = file, 0.0, 0.0
@@ -58,9 +61,20 @@ class Meter:
     def take(self, stage: Stage) -> None:
         """A run has ended: its figures go to the file."""
         recipe = stage.recipe
-        drawn = stage.built.steps * recipe.train.prompts_per_step * recipe.rollout.num_generations if recipe.algorithm in ("grpo", "ppo") else 0
-        self.found[recipe.name] = {"wall": self.wall, "cpu": self.cpu, "steps": stage.loop.progress.step, "drawn": drawn, "below": stage.below,
-                                   "kl": kl_of(stage) if stage.speaks else None, "load": os.getloadavg()[0]}  # fmt: skip
+        drawn = (
+            stage.built.steps * recipe.train.prompts_per_step * recipe.rollout.num_generations
+            if recipe.algorithm in ("grpo", "ppo")
+            else 0
+        )
+        self.found[recipe.name] = {
+            "wall": self.wall,
+            "cpu": self.cpu,
+            "steps": stage.loop.progress.step,
+            "drawn": drawn,
+            "below": stage.below,
+            "kl": kl_of(stage) if stage.speaks else None,
+            "load": os.getloadavg()[0],
+        }
         self.wall = self.cpu = 0.0
         self.file.write_text(json.dumps(self.found, indent=2))
 
@@ -69,7 +83,9 @@ def kl_of(stage: Stage) -> float:
     """KL(policy || reference) on one answer of the policy to each held-out problem, nats a token."""
     built, prompts = stage.built, [question.ids for question in stage.heldout]
     sampling = Sampling(stage.recipe.evaluate.max_new_tokens, built.stop_ids, 1.0, stage.recipe.seed)
-    answers = [(prompts[one.prompt], one.ids) for one in Engine(built.roles, "policy", 256).generate(prompts, 1, sampling)]
+    answers = [
+        (prompts[one.prompt], one.ids) for one in Engine(built.roles, "policy", 256).generate(prompts, 1, sampling)
+    ]
     total = count = 0.0
     for first in range(0, len(answers), AT_ONCE):
         batch = _batch(answers[first : first + AT_ONCE]).to(built.base.device)
@@ -80,7 +96,9 @@ def kl_of(stage: Stage) -> float:
 
 def _batch(answers: Sequence[tuple[list[int], list[int]]]) -> Batch:
     shape = (len(answers), max(len(prompt) + len(said) for prompt, said in answers))
-    batch = Batch(torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool))
+    batch = Batch(
+        torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    )
     for row, (prompt, said) in enumerate(answers):
         end = len(prompt) + len(said)
         batch.ids[row, :end] = torch.tensor(prompt + said)
@@ -92,14 +110,25 @@ def recipes(tiny: bool) -> tuple[Chain, dict[str, Chain]]:
     """The chain of three stages, and the two whose first stage is the same."""
     rlhf = Chain.load("tiny-rlhf", *(_few("sft", "reward", "ppo") if tiny else ()))
     later = {name: Chain.load(preset, *(_few("sft", name) if tiny else ())) for name, preset in LATER.items()}
-    assert all(each.stages[0] == rlhf.stages[0] for each in later.values()), "these presets do not begin with the same SFT"
+    assert all(each.stages[0] == rlhf.stages[0] for each in later.values()), (
+        "these presets do not begin with the same SFT"
+    )
     return rlhf, later
 
 
 PAIRS, ASKED = "data.train=[{dataset: tutor-preferences, rows: 40}]", ("evaluate.prompts=4", "evaluate.samples=2")
-ONLINE = ("data.train=[{dataset: tutor, rows: 20}]", "train.prompts_per_step=2", "rewards=[{use: answer}, {use: length, target_tokens: 9}]")
-FEW = {"sft": ASKED, "reward": (PAIRS, "data.validation=[{dataset: tutor-preferences, split: heldout, rows: 10}]"), "dpo": (PAIRS, *ASKED),
-       "grpo": (*ONLINE, *ASKED), "ppo": (*ONLINE[:2], *ASKED)}  # fmt: skip
+ONLINE = (
+    "data.train=[{dataset: tutor, rows: 20}]",
+    "train.prompts_per_step=2",
+    "rewards=[{use: answer}, {use: length, target_tokens: 9}]",
+)
+FEW = {
+    "sft": ASKED,
+    "reward": (PAIRS, "data.validation=[{dataset: tutor-preferences, split: heldout, rows: 10}]"),
+    "dpo": (PAIRS, *ASKED),
+    "grpo": (*ONLINE, *ASKED),
+    "ppo": (*ONLINE[:2], *ASKED),
+}
 
 
 def _few(*stages: str) -> list[str]:
@@ -114,7 +143,10 @@ def run_all(out: Path, tiny: bool) -> dict[str, dict[str, Any]]:
     missing: dict[str, Callable[[], Chain | Recipe]] = {"ppo": lambda: rlhf}
     missing |= {name: partial(each.recipe_of, 1, {"sft": str(out / FOLDERS["sft"])}) for name, each in later.items()}
     for name, recipe in missing.items():
-        if name not in meter.found and run(recipe(), out=out / ("rlhf" if name == "ppo" else name), ui="plain").status != "done":
+        if (
+            name not in meter.found
+            and run(recipe(), out=out / ("rlhf" if name == "ppo" else name), ui="plain").status != "done"
+        ):
             raise SystemExit(f"interrupted; the same command goes on (with --out {out})")
     return meter.found
 
@@ -126,8 +158,11 @@ def summary_of(out: Path, name: str) -> dict[str, Any]:
 
 def table(out: Path, found: dict[str, dict[str, Any]]) -> str:
     """The figures as Markdown."""
-    lines = ["| algorithm | on top of | exact before | exact after | pass@k | KL | steps | s, wall | s, CPU | completions drawn | load |",
-             "|" + "---|" * 11]  # fmt: skip
+    lines = [
+        "| algorithm | on top of | exact before | exact after | pass@k | KL | steps | s, wall | s, CPU | completions "
+        "drawn | load |",
+        "|" + "---|" * 11,
+    ]
     for name in FOLDERS:
         seen, summary = found[name], summary_of(out, name)
         if name == "reward":
@@ -136,25 +171,43 @@ def table(out: Path, found: dict[str, dict[str, Any]]) -> str:
             details = summary["heldout_details"]
             after = details[name]
             pass_at = next(value for key, value in after.items() if key.startswith("pass_at_"))
-            cells = [seen["below"], percent(details[seen["below"]]["exact"]), percent(after["exact"]), percent(pass_at), f"{seen['kl']:.3f}"]
-        cells += [f"{seen['steps']:,}", f"{seen['wall']:.0f}", f"{seen['cpu']:.0f}", f"{seen['drawn']:,}", f"{seen['load']:.1f}"]
+            cells = [
+                seen["below"],
+                percent(details[seen["below"]]["exact"]),
+                percent(after["exact"]),
+                percent(pass_at),
+                f"{seen['kl']:.3f}",
+            ]
+        cells += [
+            f"{seen['steps']:,}",
+            f"{seen['wall']:.0f}",
+            f"{seen['cpu']:.0f}",
+            f"{seen['drawn']:,}",
+            f"{seen['load']:.1f}",
+        ]
         lines.append("| " + " | ".join([TITLES[name], *cells]) + " |")
     return "\n".join(lines)
 
 
-# --- the picture --------------------------------------------------------------------------------------------------------------------------
+# --- the picture ------------------------------------------------------------------------------------------------------
 
-CURVES = {"sft": ("loss", "", "loss, nats a token"), "reward": ("accuracy", "validation_accuracy", "pairs the right way round"),
-          "dpo": ("margin", "validation_margin", "margin of chosen over rejected"), "grpo": ("reward", "heldout_exact", "reward"),
-          "ppo": ("reward", "heldout_exact", "learned reward")}  # fmt: skip
+CURVES = {
+    "sft": ("loss", "", "loss, nats a token"),
+    "reward": ("accuracy", "validation_accuracy", "pairs the right way round"),
+    "dpo": ("margin", "validation_margin", "margin of chosen over rejected"),
+    "grpo": ("reward", "heldout_exact", "reward"),
+    "ppo": ("reward", "heldout_exact", "learned reward"),
+}
 """Of each algorithm the statistic of the steps, that of the held-out checks, and what the first one is called."""
 CHECKS = {"heldout_exact": "held-out exact, greedy", "validation_accuracy": "held out", "validation_margin": "held out"}
 CARD, TALL, GAP = 290, 168, 14
 STYLE = (
-    "text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;fill:#14171c}.soft{fill:#5d6673;font-size:11px}"
+    "text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu "
+    "Sans',sans-serif;fill:#14171c}.soft{fill:#5d6673;font-size:11px}"
     ".title{font-size:14px;font-weight:650}.grid{stroke:#e3e6eb}.tick{fill:#5d6673;font-size:21px}path{fill:none;stroke-linejoin:round}"
     ".raw{stroke:#a9c3f7;stroke-width:2}.smooth{stroke:#2f6fed;stroke-width:4}circle.check{fill:#e2711d;stroke:none}.cross{display:none}.chart{overflow:visible}"
-    ".check{stroke:#e2711d;stroke-width:3;stroke-dasharray:8 6}.card{fill:#fff;stroke:#e3e6eb}.fill{fill:#2f6fed}.track{fill:#eceff3}"
+    ".check{stroke:#e2711d;stroke-width:3;stroke-dasharray:8 "
+    "6}.card{fill:#fff;stroke:#e3e6eb}.fill{fill:#2f6fed}.track{fill:#eceff3}"
 )
 
 
@@ -162,35 +215,50 @@ def picture(out: Path) -> str:
     """Five small charts and the held-out results, as one SVG with its own style and a light ground."""
     width, height = 3 * CARD + 4 * GAP, 2 * TALL + 3 * GAP
     cards = [_chart_card(name, read_record(out / FOLDERS[name])) for name in FOLDERS] + [_results(out)]
-    placed = [f'<g transform="translate({GAP + place % 3 * (CARD + GAP)} {GAP + place // 3 * (TALL + GAP)})">'
-              f'<rect class="card" width="{CARD}" height="{TALL}" rx="10"/>{card}</g>' for place, card in enumerate(cards)]  # fmt: skip
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
-            f"<title>Five algorithms on one frozen base</title><style>{STYLE}</style>"
-            f'<rect width="{width}" height="{height}" fill="#f6f7f9"/>{"".join(placed)}</svg>\n')  # fmt: skip
+    placed = [
+        f'<g transform="translate({GAP + place % 3 * (CARD + GAP)} {GAP + place // 3 * (TALL + GAP)})">'
+        f'<rect class="card" width="{CARD}" height="{TALL}" rx="10"/>{card}</g>'
+        for place, card in enumerate(cards)
+    ]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img">'
+        f"<title>Five algorithms on one frozen base</title><style>{STYLE}</style>"
+        f'<rect width="{width}" height="{height}" fill="#f6f7f9"/>{"".join(placed)}</svg>\n'
+    )
 
 
 def _chart_card(name: str, record: Record) -> str:
     statistic, check, words = CURVES[name]
     held_out = record.checks.get(check) or record.series.get(check) or {}
     lines: list[Line] = lines_of(statistic, record.series.get(statistic, {}), held_out, CHECKS.get(check, ""))
-    inner = chart(lines).replace("<svg ", f'<svg x="8" y="44" width="{CARD - 16}" height="{(CARD - 16) * HEIGHT / WIDTH:.0f}" ', 1)
+    inner = chart(lines).replace(
+        "<svg ", f'<svg x="8" y="44" width="{CARD - 16}" height="{(CARD - 16) * HEIGHT / WIDTH:.0f}" ', 1
+    )
     legend = f'<tspan fill="#2f6fed">{escape(words)}</tspan>'
     if held_out:
         legend += f' <tspan dx="6" fill="#e2711d">{escape(CHECKS[check])}</tspan>'
-    return (f'<text class="title" x="14" y="22">{TITLES[name]}</text><text class="soft" x="{CARD - 14}" y="22" text-anchor="end">'
-            f'{record.step:,} steps</text><text class="soft" x="14" y="38">{legend}</text>{inner}')  # fmt: skip
+    return (
+        f'<text class="title" x="14" y="22">{TITLES[name]}</text><text class="soft" x="{CARD - 14}" y="22" '
+        f'text-anchor="end">'
+        f'{record.step:,} steps</text><text class="soft" x="14" y="38">{legend}</text>{inner}'
+    )
 
 
 def _results(out: Path) -> str:
     details = summary_of(out, "sft")["heldout_details"]
     shares = {"base": details["base"]["exact"]} | {
-        TITLES[name]: summary_of(out, name)["heldout_details"][name]["exact"] for name in ("sft", "dpo", "grpo", "ppo")}  # fmt: skip
+        TITLES[name]: summary_of(out, name)["heldout_details"][name]["exact"] for name in ("sft", "dpo", "grpo", "ppo")
+    }
     parts = ['<text class="title" x="14" y="22">Exact answers, held out</text>']
     for place, (name, share) in enumerate(shares.items()):
         y = 42 + 24 * place
-        parts.append(f'<text class="soft" x="14" y="{y + 10}">{name}</text><rect class="track" x="60" y="{y}" width="160" height="12" rx="3"/>'
-                     f'<rect class="fill" x="60" y="{y}" width="{160 * share:.1f}" height="12" rx="3"/>'
-                     f'<text class="soft" x="{CARD - 14}" y="{y + 10}" text-anchor="end">{percent(share)}</text>')  # fmt: skip
+        parts.append(
+            f'<text class="soft" x="14" y="{y + 10}">{name}</text><rect class="track" x="60" y="{y}" width="160" '
+            f'height="12" rx="3"/>'
+            f'<rect class="fill" x="60" y="{y}" width="{160 * share:.1f}" height="12" rx="3"/>'
+            f'<text class="soft" x="{CARD - 14}" y="{y + 10}" text-anchor="end">{percent(share)}</text>'
+        )
     return "".join(parts)
 
 

@@ -1,9 +1,10 @@
 """Contenders that do the same training steps in turns, each in a process of its own, and what is said of them.
 
-They work a block of steps at a time, in changing order, so that whatever else the machine does hits all of them; a ratio is between
-blocks of one turn. Memory of a contender is told three ways: the peak of its whole process; how far the resident memory rose above what
-the process held when it was loaded and ready for its first step; and how far the tensors of one plain step rose above what was alive
-before it (torch's CPU allocator, byte by byte: not subject to the moods of malloc).
+They work a block of steps at a time, in changing order, so that whatever else the machine does hits all of them; a
+ratio is between blocks of one turn. Memory of a contender is told three ways: the peak of its whole process; how far
+the resident memory rose above what the process held when it was loaded and ready for its first step; and how far the
+tensors of one plain step rose above what was alive before it (torch's CPU allocator, byte by byte: not subject to the
+moods of malloc).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import Any
 from common import memory_mib
 
 WARM_UP, COOL_DOWN = 2, 2
-"""Steps outside the timed blocks. The first of the cool-down is measured by torch's profiler, the last one may be a logging step."""
+"""Steps outside the timed blocks. The first of the cool-down is measured by torch's profiler, the last one may be a
+logging step."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Memory:
 
 @dataclass
 class Turns:
-    """Told by a contender when it is `loaded`, and called after each of its steps: at the border of a block it hands over its time and
-    waits for its next turn."""
+    """Told by a contender when it is `loaded`, and called after each of its steps: at the border of a block it hands
+    over its time and waits for its next turn."""
 
     pipe: Connection
     task: Task
@@ -95,7 +97,8 @@ def profile_memory() -> Any:
 
 
 def peak_of_tensors(profiler: Any) -> float:
-    """MiB by which the CPU allocator's tensors rose at most since the profiler began. What was alive before is not counted."""
+    """MiB by which the CPU allocator's tensors rose at most since the profiler began. What was alive before is not
+    counted."""
     profiler.__exit__(None, None, None)
     changes = []
 
@@ -123,13 +126,22 @@ def work(contender: Contender, task: Task, pipe: Connection) -> None:
     import os
     import warnings
 
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
-                      TQDM_DISABLE="1", TORCH_CPP_LOG_LEVEL="ERROR", KINETO_LOG_LEVEL="99")  # fmt: skip
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="false",
+        HF_DATASETS_OFFLINE="1",
+        TRANSFORMERS_VERBOSITY="error",
+        TQDM_DISABLE="1",
+        TORCH_CPP_LOG_LEVEL="ERROR",
+        KINETO_LOG_LEVEL="99",
+    )
     warnings.filterwarnings("ignore")
     import contextlib
 
     import torch
-    import torch._dynamo  # an optimizer or a checkpoint would import it within a step, and its memory would count as the step's
+
+    # an optimizer or a checkpoint would import it within a step, and its memory would count as the step's
+    import torch._dynamo
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -217,8 +229,11 @@ def words() -> Any:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, "<end>")),
-                                   pad_token="<pad>", eos_token="<end>")  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, "<end>")),
+        pad_token="<pad>",
+        eos_token="<end>",
+    )
 
 
 def worst_difference(records: dict[str, Record]) -> float:
@@ -228,14 +243,22 @@ def worst_difference(records: dict[str, Record]) -> float:
 
 
 def show_table(records: dict[str, Record], targets: dict[str, float], memory_targets: dict[str, float]) -> None:
-    print(f"{'':<14}{'CPU s a step':>16}{'wall s a step':>16}{'peak':>7}{'rise':>6}{'tensors':>9}   ours / it: CPU   wall   rise  tensors")
+    print(
+        f"{'':<14}{'CPU s a step':>16}{'wall s a step':>16}{'peak':>7}{'rise':>6}{'tensors':>9}   ours / it: CPU   "
+        f"wall   rise  tensors"
+    )
     for name, record in records.items():
         cells = [f"{min(times):.3f} / {statistics.median(times):.3f}" for times in (record.cpu, record.wall)]
         memory = record.memory
-        print(f"{name:<14}{cells[0]:>16}{cells[1]:>16}{memory.peak:>7.0f}{memory.rise:>6.0f}{memory.tensors:>9.1f}"
-              f"   {'':<11}{against(records, name)}{wanted(targets, name, 'time')}{wanted(memory_targets, name, 'rise')}")  # fmt: skip
-    print("(seconds: least / median; memory in MiB: peak of the process, rise since the first step began, tensors of a plain step; "
-          "ratios of time: median of turns)")  # fmt: skip
+        print(
+            f"{name:<14}{cells[0]:>16}{cells[1]:>16}{memory.peak:>7.0f}{memory.rise:>6.0f}{memory.tensors:>9.1f}"
+            f"   {'':<11}{against(records, name)}{wanted(targets, name, 'time')}{wanted(memory_targets, name, 'rise')}"
+        )
+    print(
+        "(seconds: least / median; memory in MiB: peak of the process, rise since the first step began, tensors of a "
+        "plain step; "
+        "ratios of time: median of turns)"
+    )
 
 
 def against(records: dict[str, Record], name: str) -> str:
@@ -243,7 +266,10 @@ def against(records: dict[str, Record], name: str) -> str:
     if "ours" not in records or name == "ours":
         return ""
     mine, other = records["ours"], records[name]
-    times = [statistics.median(a / b for a, b in zip(x, y, strict=True)) for x, y in ((mine.cpu, other.cpu), (mine.wall, other.wall))]
+    times = [
+        statistics.median(a / b for a, b in zip(x, y, strict=True))
+        for x, y in ((mine.cpu, other.cpu), (mine.wall, other.wall))
+    ]
     memory = [a / b if b else float("nan") for a, b in zip(_rises(mine), _rises(other), strict=True)]
     return "".join(f"{ratio:>7.2f}" for ratio in (*times, *memory))
 

@@ -1,11 +1,13 @@
-"""A mixture of 900,000 made-up rows of five true shapes through the data floor: rows a second, memory by rows, and the second start.
+"""A mixture of 900,000 made-up rows of five true shapes through the data floor: rows a second, memory by rows, and the
+second start.
 
-    PYTHONPATH=. python benchmarks/data_scale.py --tokenizer DIR                 # writes about 2 GB of rows, and a cache of about as much
-    PYTHONPATH=. python benchmarks/data_scale.py --rows 9000                     # the same, small; tiny-tutor's own tokenizer
+    PYTHONPATH=. python benchmarks/data_scale.py --tokenizer DIR                 # writes about 2 GB of rows, and a
+    cache of about as much PYTHONPATH=. python benchmarks/data_scale.py --rows 9000                     # the same,
+    small; tiny-tutor's own tokenizer
 
-The recipe is the preset `myllm-sft` with its five sources swapped for files of as many rows of the same columns; everything else is kept.
-Each start is a process of its own. Memory is what the kernel counts: `anon`, which is the process's own, and `file`, pages of mapped files
-that the kernel can drop at any time.
+The recipe is the preset `myllm-sft` with its five sources swapped for files of as many rows of the same columns;
+everything else is kept. Each start is a process of its own. Memory is what the kernel counts: `anon`, which is the
+process's own, and `file`, pages of mapped files that the kernel can drop at any time.
 """
 
 from __future__ import annotations
@@ -27,10 +29,14 @@ PRESET = "myllm-sft"
 THINGS = "apples boxes tickets marbles pages coins bottles seats stamps bricks".split()
 PEOPLE = "Ava Ben Carla Deepa Emil Farah Goran Hana Ivo Jin".split()
 SENTENCES = (
-    "{who} has {a} {what} and gets {b} more, so there are ${a} + {b} = {c}$ of them.", "Each of the {a} {what} costs {b} dollars.",
-    "Let $x$ be the number of {what}; then ${a}x + {b} = {c}$.", "We multiply both sides by {a} and subtract {b}.",
-    "The series \\[ \\sum_{{n=1}}^{{{a}}} \\frac{{n}}{{n + {b}}} \\] has a value of at most {c}.", "That is why {who} keeps the {what} apart.",
-    "{who} asks whether the {what} could be shared by {a} people without any being left over.", "In short: {c} {what}.",
+    "{who} has {a} {what} and gets {b} more, so there are ${a} + {b} = {c}$ of them.",
+    "Each of the {a} {what} costs {b} dollars.",
+    "Let $x$ be the number of {what}; then ${a}x + {b} = {c}$.",
+    "We multiply both sides by {a} and subtract {b}.",
+    "The series \\[ \\sum_{{n=1}}^{{{a}}} \\frac{{n}}{{n + {b}}} \\] has a value of at most {c}.",
+    "That is why {who} keeps the {what} apart.",
+    "{who} asks whether the {what} could be shared by {a} people without any being left over.",
+    "In short: {c} {what}.",
 )
 
 
@@ -39,7 +45,9 @@ def story(numbers: random.Random, words: float) -> str:
     wanted, told, count = words * numbers.lognormvariate(-0.18, 0.6), [], 0
     while not told or count < wanted:
         a, b = numbers.randint(2, 9999), numbers.randint(2, 999)
-        told.append(numbers.choice(SENTENCES).format(who=numbers.choice(PEOPLE), what=numbers.choice(THINGS), a=a, b=b, c=a + b))
+        told.append(
+            numbers.choice(SENTENCES).format(who=numbers.choice(PEOPLE), what=numbers.choice(THINGS), a=a, b=b, c=a + b)
+        )
         count += 13
     return " ".join(told)
 
@@ -52,8 +60,12 @@ def numina(n: random.Random) -> Row:
 
 def open_math(n: random.Random) -> Row:
     answer = str(n.randint(1, 999))
-    return {"problem": story(n, 35), "generated_solution": f"{story(n, 90)} So it is \\boxed{{{answer}}}.", "expected_answer": answer,
-            "problem_source": "augmented_math"}  # fmt: skip
+    return {
+        "problem": story(n, 35),
+        "generated_solution": f"{story(n, 90)} So it is \\boxed{{{answer}}}.",
+        "expected_answer": answer,
+        "problem_source": "augmented_math",
+    }
 
 
 def ultrachat(n: random.Random) -> Row:
@@ -68,14 +80,21 @@ def orca(n: random.Random) -> Row:
 
 def metamath(n: random.Random) -> Row:
     query, answer = story(n, 35), n.randint(1, 999)
-    tail = f"\n#### {answer}\nThe answer is: {answer}" if n.random() < 0.6 else f" That is $\\boxed{{{answer}}}$.\nThe answer is: {answer}"
+    tail = (
+        f"\n#### {answer}\nThe answer is: {answer}"
+        if n.random() < 0.6
+        else f" That is $\\boxed{{{answer}}}$.\nThe answer is: {answer}"
+    )
     return {"type": "GSM_Rephrased", "query": query, "original_question": query, "response": story(n, 60) + tail}
 
 
 MAKERS: dict[str, Callable[[random.Random], Row]] = {
-    "AI-MO/NuminaMath-CoT": numina, "nvidia/OpenMathInstruct-2": open_math, "HuggingFaceH4/ultrachat_200k": ultrachat,
-    "microsoft/orca-math-word-problems-200k": orca, "meta-math/MetaMathQA": metamath,
-}  # fmt: skip
+    "AI-MO/NuminaMath-CoT": numina,
+    "nvidia/OpenMathInstruct-2": open_math,
+    "HuggingFaceH4/ultrachat_200k": ultrachat,
+    "microsoft/orca-math-word-problems-200k": orca,
+    "meta-math/MetaMathQA": metamath,
+}
 
 
 def recipe_of(folder: Path, rows: int, tokenizer: str) -> Any:
@@ -84,12 +103,24 @@ def recipe_of(folder: Path, rows: int, tokenizer: str) -> Any:
 
     preset = Recipe.load(PRESET)
     asked = sum(source.rows or 0 for source in preset.data.train)
-    sources = [{**source.model_dump(mode="json", exclude={"name", "split"}, exclude_none=True), "dataset": str(file_of(folder, source.dataset)),
-                "rows": max(1, round((source.rows or 0) * rows / asked))} for source in preset.data.train]  # fmt: skip
+    sources = [
+        {
+            **source.model_dump(mode="json", exclude={"name", "split"}, exclude_none=True),
+            "dataset": str(file_of(folder, source.dataset)),
+            "rows": max(1, round((source.rows or 0) * rows / asked)),
+        }
+        for source in preset.data.train
+    ]
     written = json.dumps(sources)
     validation = max(1, round((preset.data.validation_rows or 0) * rows / asked))
-    return Recipe.load(PRESET, f"data.train={written}", f"data.validation_rows={validation}", f"base.model={tokenizer}",
-                       "evaluate.heldout=null", "evaluate.prompts=null")  # fmt: skip
+    return Recipe.load(
+        PRESET,
+        f"data.train={written}",
+        f"data.validation_rows={validation}",
+        f"base.model={tokenizer}",
+        "evaluate.heldout=null",
+        "evaluate.prompts=null",
+    )
 
 
 def file_of(folder: Path, dataset: str) -> Path:
@@ -137,8 +168,11 @@ def start(folder: Path, rows: int, tokenizer: str, picture: bool) -> None:
             seen = event.done
             while points and base + seen >= points[0]:
                 own, mapped = memory()
-                print(f"  {points.pop(0):>9,} rows read  {time.perf_counter() - begun:8.1f} s   anon {own:>5,} MiB   file {mapped:>5,} MiB",
-                      flush=True)  # fmt: skip
+                print(
+                    f"  {points.pop(0):>9,} rows read  {time.perf_counter() - begun:8.1f} s   anon {own:>5,} MiB   "
+                    f"file {mapped:>5,} MiB",
+                    flush=True,
+                )
 
     print(f"  {'before':>14}                       anon {before[0]:>5,} MiB   file {before[1]:>5,} MiB")
     data = load(recipe.data, template, recipe.seed, emit, folder / "cache")
@@ -147,10 +181,14 @@ def start(folder: Path, rows: int, tokenizer: str, picture: bool) -> None:
     surveyed, after = time.perf_counter() - begun, memory()
     read = sum(source.read for source in data.report.train)
     tokens = sum(source.tokens for source in data.report.train)
-    print(f"  {'loaded':>14}            {seconds:8.1f} s   anon {loaded[0]:>5,} MiB   file {loaded[1]:>5,} MiB   "
-          f"{read / seconds:,.0f} rows/s, {tokens / seconds:,.0f} tokens/s")  # fmt: skip
-    print(f"  {'surveyed':>14}            {surveyed:8.1f} s   anon {after[0]:>5,} MiB   file {after[1]:>5,} MiB   "
-          f"{(after[0] - before[0]) * 2**20 / max(1, read):,.0f} bytes of its own a row")  # fmt: skip
+    print(
+        f"  {'loaded':>14}            {seconds:8.1f} s   anon {loaded[0]:>5,} MiB   file {loaded[1]:>5,} MiB   "
+        f"{read / seconds:,.0f} rows/s, {tokens / seconds:,.0f} tokens/s"
+    )
+    print(
+        f"  {'surveyed':>14}            {surveyed:8.1f} s   anon {after[0]:>5,} MiB   file {after[1]:>5,} MiB   "
+        f"{(after[0] - before[0]) * 2**20 / max(1, read):,.0f} bytes of its own a row"
+    )
     if picture:
         show(found, PRESET, Console(highlight=False, width=100))
 
@@ -163,8 +201,12 @@ def watched(rows: int) -> Iterator[int]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=899_907)
-    parser.add_argument("--tokenizer", metavar="DIR", default="tiny-tutor", help="a folder with a tokenizer and config.json")
-    parser.add_argument("--folder", type=Path, help="where rows and cache are put, and kept; a temporary folder where it is not given")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", default="tiny-tutor", help="a folder with a tokenizer and config.json"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where rows and cache are put, and kept; a temporary folder where it is not given"
+    )
     parser.add_argument("--start", choices=("first", "second"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -181,8 +223,21 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rows written: {size:.2f} GiB, {time.perf_counter() - begun:.0f} s", flush=True)
         for name in ("first", "second"):
             print(f"{name} start, a process of its own", flush=True)
-            subprocess.run([sys.executable, __file__, "--start", name, "--folder", str(folder), "--rows", str(options.rows), "--tokenizer",
-                            options.tokenizer], check=True)  # fmt: skip
+            subprocess.run(
+                [
+                    sys.executable,
+                    __file__,
+                    "--start",
+                    name,
+                    "--folder",
+                    str(folder),
+                    "--rows",
+                    str(options.rows),
+                    "--tokenizer",
+                    options.tokenizer,
+                ],
+                check=True,
+            )
     return 0
 
 

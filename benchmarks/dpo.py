@@ -1,20 +1,23 @@
-"""A DPO step side by side: lowrank_tune's own loop with and without prompt sharing, hand-written loops, and TRL's DPOTrainer.
+"""A DPO step side by side: lowrank_tune's own loop with and without prompt sharing, hand-written loops, and TRL's
+DPOTrainer.
 
-    PYTHONPATH=. python benchmarks/dpo.py --pairs hh.jsonl.gz --tokenizer DIR     # fp32, without and with checkpointing; about 10 minutes
-    PYTHONPATH=. python benchmarks/dpo.py                                         # made-up pairs with the lengths of such
-    PYTHONPATH=. python benchmarks/dpo.py --tiny                                  # seconds, for the tests; figures mean nothing
+    PYTHONPATH=. python benchmarks/dpo.py --pairs hh.jsonl.gz --tokenizer DIR     # fp32, without and with
+    checkpointing; about 10 minutes PYTHONPATH=. python benchmarks/dpo.py                                         #
+    made-up pairs with the lengths of such PYTHONPATH=. python benchmarks/dpo.py --tiny
+    # seconds, for the tests; figures mean nothing
 
-All train the same base from the same adapters on the same pairs in the same order: 4 pairs a step, all at once, sigmoid loss, beta 0.1,
-the log-probs of the reference (the base) computed before, AdamW fused, linear schedule, clipping at 1, in turns (`contest.py`). Collating is
-part of a step. Ours logs its first and last step (KL to the reference is measured there): neither is in a block, but the memory that they
-take counts. The loss curves must agree to 1e-5 at every step.
+All train the same base from the same adapters on the same pairs in the same order: 4 pairs a step, all at once, sigmoid
+loss, beta 0.1, the log-probs of the reference (the base) computed before, AdamW fused, linear schedule, clipping at 1,
+in turns (`contest.py`). Collating is part of a step. Ours logs its first and last step (KL to the reference is measured
+there): neither is in a block, but the memory that they take counts. The loss curves must agree to 1e-5 at every step.
 
-    ours         train.Loop, algorithms.dpo.DPO, model.roles.Roles, the kit's store of pairs, chosen and rejected sharing the prompt's work
-    ours-apart   the same with `Roles.share` off: every row goes through whole
-    hand         model(ids, attention_mask).logits at all positions, log_softmax and gather
-    hand-lean    the best simple one: no attention mask (rows are padded on the right), the head on answers' tokens only
-    trl          DPOTrainer as fast as its settings go: precompute_ref_log_probs, fp32 adapters, no padding to a multiple, logging every 10
-    trl-compact  the same, made to score the answers' tokens alone, as TRL 1.16 does where Triton runs; on a CPU it scores every position
+    ours         train.Loop, algorithms.dpo.DPO, model.roles.Roles, the kit's store of pairs, chosen and rejected
+    sharing the prompt's work ours-apart   the same with `Roles.share` off: every row goes through whole hand
+    model(ids, attention_mask).logits at all positions, log_softmax and gather hand-lean    the best simple one: no
+    attention mask (rows are padded on the right), the head on answers' tokens only trl          DPOTrainer as fast as
+    its settings go: precompute_ref_log_probs, fp32 adapters, no padding to a multiple, logging every 10 trl-compact
+    the same, made to score the answers' tokens alone, as TRL 1.16 does where Triton runs; on a CPU it scores every
+    position
 """
 
 from __future__ import annotations
@@ -39,12 +42,49 @@ LONGEST, TINY_VOCABULARY = 512, 512
 CURVE = 1e-5
 TARGETS, MEMORY_TARGETS = {"trl": 0.5}, {"trl": 0.8}
 LENGTHS = [
-    (19, 13, 13), (16, 26, 15), (46, 11, 10), (46, 25, 4), (17, 54, 13), (29, 24, 37), (17, 38, 43), (18, 31, 59), (20, 51, 46), (19, 38, 67),
-    (29, 62, 38), (105, 10, 19), (110, 9, 25), (101, 11, 41), (132, 17, 11), (138, 22, 5), (118, 35, 20), (26, 124, 32), (137, 32, 21),
-    (162, 14, 22), (157, 23, 26), (105, 40, 71), (86, 111, 28), (99, 71, 66), (54, 98, 94), (157, 57, 40), (63, 65, 137), (199, 32, 42),
-    (146, 97, 40), (102, 96, 95), (17, 240, 46), (235, 25, 61), (230, 16, 93), (230, 88, 38), (137, 114, 128), (319, 58, 24), (350, 53, 21),
-    (339, 53, 52), (341, 83, 57), (93, 261, 168)]  # fmt: skip
-"""Tokens of prompt, chosen and rejected answer: every 29th pair of HH-RLHF helpful-base's test split (SmolLM2's tokenizer), by total length."""
+    (19, 13, 13),
+    (16, 26, 15),
+    (46, 11, 10),
+    (46, 25, 4),
+    (17, 54, 13),
+    (29, 24, 37),
+    (17, 38, 43),
+    (18, 31, 59),
+    (20, 51, 46),
+    (19, 38, 67),
+    (29, 62, 38),
+    (105, 10, 19),
+    (110, 9, 25),
+    (101, 11, 41),
+    (132, 17, 11),
+    (138, 22, 5),
+    (118, 35, 20),
+    (26, 124, 32),
+    (137, 32, 21),
+    (162, 14, 22),
+    (157, 23, 26),
+    (105, 40, 71),
+    (86, 111, 28),
+    (99, 71, 66),
+    (54, 98, 94),
+    (157, 57, 40),
+    (63, 65, 137),
+    (199, 32, 42),
+    (146, 97, 40),
+    (102, 96, 95),
+    (17, 240, 46),
+    (235, 25, 61),
+    (230, 16, 93),
+    (230, 88, 38),
+    (137, 114, 128),
+    (319, 58, 24),
+    (350, 53, 21),
+    (339, 53, 52),
+    (341, 83, 57),
+    (93, 261, 168),
+]
+"""Tokens of prompt, chosen and rejected answer: every 29th pair of HH-RLHF helpful-base's test split (SmolLM2's
+tokenizer), by total length."""
 
 
 class Pair(NamedTuple):
@@ -53,7 +93,10 @@ class Pair(NamedTuple):
     rejected: list[int]
 
     def rows(self) -> list[tuple[list[int], list[bool]]]:
-        return [(self.prompt + answer, [False] * len(self.prompt) + [True] * len(answer)) for answer in (self.chosen, self.rejected)]
+        return [
+            (self.prompt + answer, [False] * len(self.prompt) + [True] * len(answer))
+            for answer in (self.chosen, self.rejected)
+        ]
 
 
 def made_up(count: int, vocabulary: int = VOCABULARY, shrink: int = 1) -> list[Pair]:
@@ -68,7 +111,8 @@ def made_up(count: int, vocabulary: int = VOCABULARY, shrink: int = 1) -> list[P
 
 
 def real(file: str, tokenizer: str, count: int) -> list[Pair]:
-    """Random pairs of a file of HH-RLHF, of those that fit; ids are folded into the small vocabulary, so that equal tokens stay equal."""
+    """Random pairs of a file of HH-RLHF, of those that fit; ids are folded into the small vocabulary, so that equal
+    tokens stay equal."""
     from transformers import AutoTokenizer
 
     encode, mark, found = AutoTokenizer.from_pretrained(tokenizer).encode, "\n\nAssistant:", []
@@ -79,14 +123,18 @@ def real(file: str, tokenizer: str, count: int) -> list[Pair]:
         prompt = chosen[: chosen.rfind(mark) + len(mark)]
         if not rejected.startswith(prompt) or mark in rejected[len(prompt) :]:
             continue
-        parts = [[2 + token % (VOCABULARY - 2) for token in encode(text)]
-                 for text in (prompt, chosen[len(prompt) :], rejected[len(prompt) :])]  # fmt: skip
+        parts = [
+            [2 + token % (VOCABULARY - 2) for token in encode(text)]
+            for text in (prompt, chosen[len(prompt) :], rejected[len(prompt) :])
+        ]
         pair = Pair(parts[0], parts[1] + [1], parts[2] + [1])
         if parts[1] and parts[2] and len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= LONGEST:
             found.append(pair)
         if len(found) == count:
             return found
-    raise SystemExit(f"{file} has {len(found)} pairs of at most {LONGEST} tokens a side, {count} are needed: take fewer turns")
+    raise SystemExit(
+        f"{file} has {len(found)} pairs of at most {LONGEST} tokens a side, {count} are needed: take fewer turns"
+    )
 
 
 class Task(contest.Task):
@@ -123,18 +171,32 @@ def ours(task: Task, turn: Turns, share: bool = True) -> list[float]:
     device = torch.device("cpu")
     base = load_base(settings.Base(model=task.folder, bits=16), tokenizer=None, device=device)
     config = lora_config(settings.Adapter(r=RANK, alpha=ALPHA), base.model)
-    roles = Roles(base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []}, checkpointing=task.checkpointing)
+    roles = Roles(
+        base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []}, checkpointing=task.checkpointing
+    )
     roles.share = share
     same_adapters(base.model)
-    train = settings.Train(steps=task.steps, rows_per_step=PAIRS, micro_batch_size=PAIRS, learning_rate=RATE, schedule="linear",
-                           gradient_checkpointing=task.checkpointing, log_every=1_000_000)  # fmt: skip
+    train = settings.Train(
+        steps=task.steps,
+        rows_per_step=PAIRS,
+        micro_batch_size=PAIRS,
+        learning_rate=RATE,
+        schedule="linear",
+        gradient_checkpointing=task.checkpointing,
+        log_every=1_000_000,
+    )
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         with StoreWriter(Path(folder) / "store", together=2) as writer:
-            entries = [Entry(tuple(Row(*row) for row in pair.rows()), (2 * place, 2 * place + 1)) for place, pair in enumerate(task.pairs())]
+            entries = [
+                Entry(tuple(Row(*row) for row in pair.rows()), (2 * place, 2 * place + 1))
+                for place, pair in enumerate(task.pairs())
+            ]
             writer.add(entries, 0, [(0, place) for place in range(len(entries))])
             store = writer.finish(["pairs.json"], [])
-        sums = reference_logps(roles, store, lambda units: collate_units(store, units, 0), 4096, "small", Path(folder), lambda event: None)
+        sums = reference_logps(
+            roles, store, lambda units: collate_units(store, units, 0), 4096, "small", Path(folder), lambda event: None
+        )
 
         def rows(step: int) -> Batch:
             batch = collate_units(store, range(step * PAIRS, step * PAIRS + PAIRS), 0)
@@ -163,7 +225,9 @@ def hand(task: Task, turn: Turns, lean: bool = False) -> list[float]:
     from peft import LoraConfig, get_peft_model
     from torch import Tensor
 
-    model = get_peft_model(load_model(task), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        load_model(task), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     same_adapters(model)
     model.train()
     plain = model.get_base_model()
@@ -230,18 +294,46 @@ def trl(task: Task, turn: Turns) -> list[float]:
             self.kept.append(loss.detach())
             return loss
 
-    rows = [{"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected} for pair in task.pairs()]
+    rows = [
+        {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected} for pair in task.pairs()
+    ]
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as out:
         config = DPOConfig(
-            output_dir=out, max_steps=task.steps, per_device_train_batch_size=PAIRS, learning_rate=RATE, lr_scheduler_type="linear",
-            warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused", gradient_checkpointing=task.checkpointing,
-            bf16=False, use_cpu=True, logging_steps=10, report_to="none", save_strategy="no", train_sampling_strategy="sequential",
-            max_length=None, pad_to_multiple_of=None, dataloader_pin_memory=False, disable_tqdm=True, beta=BETA,
-            precompute_ref_log_probs=True)  # fmt: skip
-        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0)
-        trainer = Kept(load_model(task), args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=contest.words(),
-                       peft_config=lora, callbacks=[Turn()])  # fmt: skip
+            output_dir=out,
+            max_steps=task.steps,
+            per_device_train_batch_size=PAIRS,
+            learning_rate=RATE,
+            lr_scheduler_type="linear",
+            warmup_steps=0,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            gradient_checkpointing=task.checkpointing,
+            bf16=False,
+            use_cpu=True,
+            logging_steps=10,
+            report_to="none",
+            save_strategy="no",
+            train_sampling_strategy="sequential",
+            max_length=None,
+            pad_to_multiple_of=None,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            beta=BETA,
+            precompute_ref_log_probs=True,
+        )
+        lora = LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
+        )
+        trainer = Kept(
+            load_model(task),
+            args=config,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=contest.words(),
+            peft_config=lora,
+            callbacks=[Turn()],
+        )
         same_adapters(trainer.model)
         trainer.train()
     return [float(loss) for loss in trainer.kept]
@@ -254,8 +346,14 @@ def trl_compact(task: Task, turn: Turns) -> list[float]:
     return trl(task, turn)
 
 
-CONTENDERS: dict[str, Contender] = {"ours": ours, "ours-apart": ours_apart, "hand": hand, "hand-lean": hand_lean, "trl": trl,
-                                    "trl-compact": trl_compact}  # fmt: skip
+CONTENDERS: dict[str, Contender] = {
+    "ours": ours,
+    "ours-apart": ours_apart,
+    "hand": hand,
+    "hand-lean": hand_lean,
+    "trl": trl,
+    "trl-compact": trl_compact,
+}
 
 
 def save_base(folder: str, tiny: bool) -> None:
@@ -268,7 +366,9 @@ def save_base(folder: str, tiny: bool) -> None:
     torch.manual_seed(0)
     config = small_config()
     if tiny:
-        config.update({"vocab_size": TINY_VOCABULARY, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2})
+        config.update(
+            {"vocab_size": TINY_VOCABULARY, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
+        )
         config.layer_types = config.layer_types[:2]
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
@@ -276,13 +376,19 @@ def save_base(folder: str, tiny: bool) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("contenders", nargs="*", help=f"which ones; all where none is named: {', '.join(CONTENDERS)}")
-    parser.add_argument("--pairs", metavar="FILE", help="JSON lines of HH-RLHF, .gz too; made-up pairs where it is not given")
+    parser.add_argument(
+        "--pairs", metavar="FILE", help="JSON lines of HH-RLHF, .gz too; made-up pairs where it is not given"
+    )
     parser.add_argument("--tokenizer", metavar="DIR", help="the tokenizer for them")
     parser.add_argument("--checkpointing", choices=("off", "on", "both"), default="both", help="recompute activations")
     parser.add_argument("--repeats", type=int, default=9, help="turns")
     parser.add_argument("--block", type=int, default=3, help="steps of a turn")
     parser.add_argument("--threads", type=int, default=1, help="threads of each contender; only one works at a time")
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape, 2 turns of 2 steps, without TRL and checkpointing unless asked for")
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="a tiny shape, 2 turns of 2 steps, without TRL and checkpointing unless asked for",
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
     options = parser.parse_args(arguments)
     if bool(options.pairs) != bool(options.tokenizer):
@@ -311,7 +417,9 @@ def main(arguments: list[str] | None = None) -> int:
             records = contest.compete({name: CONTENDERS[name] for name in names}, task, options.repeats)
         report(records, checkpointing)
         agree = agree and curves_agree(records, steps)
-        figures["with checkpointing" if checkpointing else "without checkpointing"] = {n: record.to_dict() for n, record in records.items()}
+        figures["with checkpointing" if checkpointing else "without checkpointing"] = {
+            n: record.to_dict() for n, record in records.items()
+        }
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0 if agree else 1
@@ -324,17 +432,27 @@ def curves_agree(records: dict[str, Record], steps: int) -> bool:
 def describe(pairs: list[Pair], options: argparse.Namespace) -> None:
     prompt, chosen, rejected = (sum(map(len, parts)) / len(pairs) for parts in zip(*pairs, strict=True))
     origin = "HH-RLHF, ids folded into the vocabulary" if options.pairs else "random tokens, lengths of HH-RLHF"
-    print(f"{PAIRS} pairs a step ({origin}): {prompt:.0f} tokens of prompt, {chosen:.0f} chosen, {rejected:.0f} rejected in the mean, "
-          f"prompt to answer {2 * prompt / (chosen + rejected):.2f}; fp32, {options.threads} thread(s), {options.repeats} turns of "
-          f"{options.block} steps")  # fmt: skip
+    print(
+        f"{PAIRS} pairs a step ({origin}): {prompt:.0f} tokens of prompt, {chosen:.0f} chosen, {rejected:.0f} "
+        f"rejected in the mean, "
+        f"prompt to answer {2 * prompt / (chosen + rejected):.2f}; fp32, {options.threads} thread(s), "
+        f"{options.repeats} turns of "
+        f"{options.block} steps"
+    )
 
 
 def report(records: dict[str, Record], checkpointing: bool) -> None:
-    print(f"\nactivations {'recomputed (gradient checkpointing)' if checkpointing else 'kept (no gradient checkpointing)'}")
+    print(
+        f"\nactivations "
+        f"{'recomputed (gradient checkpointing)' if checkpointing else 'kept (no gradient checkpointing)'}"
+    )
     contest.show_table(records, TARGETS, MEMORY_TARGETS)
     curve = next(iter(records.values())).losses
-    print(f"loss {curve[0]:.6f} -> {curve[-1]:.6f} over {len(curve)} steps; the curves differ by at most {worst_difference(records):.1e}: "
-          + ("equal to 1e-5" if curves_agree(records, len(curve)) else f"NOT shown equal to {CURVE:.0e}"))  # fmt: skip
+    print(
+        f"loss {curve[0]:.6f} -> {curve[-1]:.6f} over {len(curve)} steps; the curves differ by at most "
+        f"{worst_difference(records):.1e}: "
+        + ("equal to 1e-5" if curves_agree(records, len(curve)) else f"NOT shown equal to {CURVE:.0e}")
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What leaves a run, in the software of others: the adapter in plain PEFT, and GGUF files in llama.cpp, against the model that was trained.
+"""What leaves a run, in the software of others: the adapter in plain PEFT, and GGUF files in llama.cpp, against the
+model that was trained.
 
     python benchmarks/export.py RUN --llama-cpp DIR [--types f32 bf16 f16 q8_0 q4_k_m]
 
-The trained model (4-bit base, adapter) answers held-out prompts of the run greedily. Plain PEFT, in a process of its own that never imports
-this package, answers the same prompts. Then each GGUF file reads prompts and answers in llama.cpp (llama-cpp-python), beside transformers,
-which reads the merged model in fp32, with llama.cpp's cache in fp32 too (its default is f16): the largest difference of two logits, where the
-likeliest token is another one, KL(merged || file).
+The trained model (4-bit base, adapter) answers held-out prompts of the run greedily. Plain PEFT, in a process of its
+own that never imports this package, answers the same prompts. Then each GGUF file reads prompts and answers in
+llama.cpp (llama-cpp-python), beside transformers, which reads the merged model in fp32, with llama.cpp's cache in fp32
+too (its default is f16): the largest difference of two logits, where the likeliest token is another one, KL(merged ||
+file).
 """
 
 from __future__ import annotations
@@ -34,8 +36,14 @@ import json, sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 base, adapter, bits = sys.argv[1:]
-four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **({"quantization_config": four} if bits == "4" else {}))
+four = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.float32,
+)
+more = {"quantization_config": four} if bits == "4" else {}
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **more)
 for module in model.modules():
     module.support_avx512bf16_for_cpu = False
 model = PeftModel.from_pretrained(model, adapter).eval()
@@ -57,7 +65,9 @@ def plain():  # its AMX kernels end the process on some virtual machines
     options.use_extra_bufts = False
     return options
 llama.llama_cpp.llama_model_default_params = plain
-llm = llama_cpp.Llama(model, n_ctx=1024, n_threads=1, verbose=False, logits_all=True, type_k=int(cache), type_v=int(cache))
+llm = llama_cpp.Llama(
+    model, n_ctx=1024, n_threads=1, verbose=False, logits_all=True, type_k=int(cache), type_v=int(cache)
+)
 said = []
 for ids in json.load(sys.stdin):
     llm.reset()
@@ -68,7 +78,9 @@ numpy.savez(out, *said)
 
 
 def child(code: str, arguments: list[str], given: Any) -> str:
-    done = subprocess.run([sys.executable, "-c", code, *arguments], input=json.dumps(given), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], input=json.dumps(given), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -82,7 +94,12 @@ def trained(found: Finished) -> Heard:
     template = Template.of(load_tokenizer(found.base))
     base = load_base(found.base, template.tokenizer)
     check_base(found, base)
-    return hear(roles_of(adapters_in(found), base), probes(found.recipe, template, quiet), base.end_ids | template.end_ids, quiet)
+    return hear(
+        roles_of(adapters_in(found), base),
+        probes(found.recipe, template, quiet),
+        base.end_ids | template.end_ids,
+        quiet,
+    )
 
 
 def in_plain_peft(found: Finished, heard: Heard) -> None:
@@ -109,8 +126,10 @@ def in_llama_cpp(file: Path, cache: str, texts: list[list[int]], starts: list[in
     kl = float((p.exp() * (p - q)).sum(-1).mean())
     alike = sum(int(one.argmax() == other.argmax()) for one, other in last)
     far = max(float((one - other).abs().max()) for one, other in last)
-    return (f"| {file.stat().st_size / 2**20:.2f} | {far:.1e} | {alike} of {len(last)} "
-            f"| {float((a - b).abs().max()):.1e} | {int((a.argmax(-1) != b.argmax(-1)).sum())} of {len(a):,} | {kl:.1e} |")  # fmt: skip
+    return (
+        f"| {file.stat().st_size / 2**20:.2f} | {far:.1e} | {alike} of {len(last)} "
+        f"| {float((a - b).abs().max()):.1e} | {int((a.argmax(-1) != b.argmax(-1)).sum())} of {len(a):,} | {kl:.1e} |"
+    )
 
 
 def main() -> None:
@@ -132,7 +151,10 @@ def main() -> None:
         texts = heard.texts[:PROMPTS]
         with torch.no_grad():
             logits = [model(input_ids=torch.tensor([text])).logits[0] for text in texts]
-        print(f"| type | MiB | logits behind {len(texts)} prompts | argmax | logits everywhere | argmax differs | KL(merged, file) |")
+        print(
+            f"| type | MiB | logits behind {len(texts)} prompts | argmax | logits everywhere | argmax differs | "
+            f"KL(merged, file) |"
+        )
         print("|---" * 7 + "|")
         print(f"(logits up to {max(float(one.abs().max()) for one in logits):.0f})")
         for kind in options.types:

@@ -1,14 +1,16 @@
-"""A GRPO step side by side: rollout, scoring and update of lowrank_tune's own loop, and of TRL's GRPOTrainer with transformers' `generate`.
+"""A GRPO step side by side: rollout, scoring and update of lowrank_tune's own loop, and of TRL's GRPOTrainer with
+transformers' `generate`.
 
     PYTHONPATH=. python benchmarks/grpo.py               # fp32, the `small` shape; some minutes
     PYTHONPATH=. python benchmarks/grpo.py ours --tiny   # seconds, for the tests; figures mean nothing
 
-Both train the same base from the same adapters on the same prompts in the same order: 4 prompts a step, 8 completions each at temperature 1,
-every one of the same number of tokens (the end token is an id that the model does not have, so both look for it and none finds it). The same
-reward function, the share of even ids; loss `grpo`, clip 0.2, KL 0.05 to the base in the loss (k3 times the ratio), 32 rows at once
-(`--micro`), one update a harvest, no gradient checkpointing, AdamW fused, linear schedule, clipping at 1, in turns (`contest.py`). TRL's
-adapters are put back to fp32, its dropout is off, it logs every 10 steps. Completions are sampled, so the curves cannot be equal; the
-reward that both reach is told. The shares are of CPU seconds: rollout (prompts to completions, text included), scoring (rewards, and the
+Both train the same base from the same adapters on the same prompts in the same order: 4 prompts a step, 8 completions
+each at temperature 1, every one of the same number of tokens (the end token is an id that the model does not have, so
+both look for it and none finds it). The same reward function, the share of even ids; loss `grpo`, clip 0.2, KL 0.05 to
+the base in the loss (k3 times the ratio), 32 rows at once (`--micro`), one update a harvest, no gradient checkpointing,
+AdamW fused, linear schedule, clipping at 1, in turns (`contest.py`). TRL's adapters are put back to fp32, its dropout
+is off, it logs every 10 steps. Completions are sampled, so the curves cannot be equal; the reward that both reach is
+told. The shares are of CPU seconds: rollout (prompts to completions, text included), scoring (rewards, and the
 log-probs of the reference), update (everything else).
 
     ours    slots for all sequences; rewards scored in the process itself, so that their time is counted
@@ -57,7 +59,8 @@ def words(size: int) -> Any:
 
 @dataclass
 class Clock:
-    """CPU seconds of each step's parts. `part` wraps what belongs to one; parts within parts are counted once, as the inner one."""
+    """CPU seconds of each step's parts. `part` wraps what belongs to one; parts within parts are counted once, as the
+    inner one."""
 
     task: contest.Task
     name: str
@@ -83,12 +86,15 @@ class Clock:
         self.steps.append(self.spent | {"update": spent - sum(self.spent.values())})
         self.spent = dict.fromkeys(PARTS, 0.0)
         if len(self.steps) == self.task.steps:
-            (Path(self.task.folder) / f"split-{self.name}.json").write_text(json.dumps(self.steps[WARM_UP:-COOL_DOWN]), encoding="utf-8")
+            (Path(self.task.folder) / f"split-{self.name}.json").write_text(
+                json.dumps(self.steps[WARM_UP:-COOL_DOWN]), encoding="utf-8"
+            )
 
 
 @dataclass(frozen=True)
 class Task(contest.Task):
-    """Its folder holds `work.json` beside the base: prompts, tokens of a completion, the size of the vocabulary, rows at once."""
+    """Its folder holds `work.json` beside the base: prompts, tokens of a completion, the size of the vocabulary, rows
+    at once."""
 
     def work(self) -> tuple[list[list[int]], int, int, int]:
         found = json.loads((Path(self.folder) / "work.json").read_text(encoding="utf-8"))
@@ -138,12 +144,22 @@ def ours(task: Task, turn: Turns) -> list[float]:
     config = lora_config(settings.Adapter(r=RANK, alpha=ALPHA), base.model)
     roles = Roles(base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []}, checkpointing=False)
     same_adapters(base.model)
-    train = settings.Train(steps=task.steps, rows_per_step=PROMPTS, micro_batch_size=micro, learning_rate=RATE, schedule="linear",
-                           gradient_checkpointing=False, log_every=1_000_000)  # fmt: skip
+    train = settings.Train(
+        steps=task.steps,
+        rows_per_step=PROMPTS,
+        micro_batch_size=micro,
+        learning_rate=RATE,
+        schedule="linear",
+        gradient_checkpointing=False,
+        log_every=1_000_000,
+    )
     rewards: list[float] = []
 
     def asked(step: int, draw: int, count: int | None) -> list[Any]:
-        return [Asked(tokenizer(" ".join(map(str, ids))).input_ids) for ids in prompts[step * PROMPTS : (step + 1) * PROMPTS]]
+        return [
+            Asked(tokenizer(" ".join(map(str, ids))).input_ids)
+            for ids in prompts[step * PROMPTS : (step + 1) * PROMPTS]
+        ]
 
     def emit(event: Any) -> None:
         if isinstance(event, StepDone):
@@ -155,14 +171,30 @@ def ours(task: Task, turn: Turns) -> list[float]:
         turn()
         clock.start()
 
-    harvester = Harvester(roles, asked, scoring, ["even"], [1.0], tokenizer.decode, frozenset([vocabulary]), 0, GROUP, new, 1.0,
-                          PROMPTS * GROUP, 1 << 15, lambda number: step_seed(0, number))  # fmt: skip
+    harvester = Harvester(
+        roles,
+        asked,
+        scoring,
+        ["even"],
+        [1.0],
+        tokenizer.decode,
+        frozenset([vocabulary]),
+        0,
+        GROUP,
+        new,
+        1.0,
+        PROMPTS * GROUP,
+        1 << 15,
+        lambda number: step_seed(0, number),
+    )
     timed: Any = harvester
     timed.draw, timed.logps = clock.part("rollout", harvester.draw), clock.part("scoring", harvester.logps)
     scoring.collect = clock.part("scoring", scoring.collect)  # type: ignore[method-assign]
     algorithm = GRPO(Kit(roles, lambda step: None), harvester, kl=KL, dead_groups="keep")  # type: ignore[arg-type, return-value]
     parameters = roles.parameters("policy")
-    loop = Loop(algorithm, parameters, make_optimizer(parameters, train, device), train, task.steps, 0, device, emit, at_border)
+    loop = Loop(
+        algorithm, parameters, make_optimizer(parameters, train, device), train, task.steps, 0, device, emit, at_border
+    )
     turn.loaded()
     clock.start()
     loop.run()
@@ -200,15 +232,46 @@ def trl(task: Task, turn: Turns) -> list[float]:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
-            output_dir=out, max_steps=task.steps, per_device_train_batch_size=micro, gradient_accumulation_steps=PROMPTS * GROUP // micro,
-            num_generations=GROUP, max_completion_length=new, learning_rate=RATE, lr_scheduler_type="linear",
-            warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused",
-            gradient_checkpointing=False, bf16=False, use_cpu=True, logging_steps=10, report_to="none", save_strategy="no",
-            shuffle_dataset=False, pad_to_multiple_of=None, dataloader_pin_memory=False, disable_tqdm=True, disable_dropout=True,
-            temperature=1.0, beta=KL, loss_type="grpo", epsilon=0.2)  # fmt: skip
-        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0)
-        trainer = GRPOTrainer(model, reward, args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=words(vocabulary),
-                              peft_config=lora, callbacks=[Turn()])  # fmt: skip
+            output_dir=out,
+            max_steps=task.steps,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=PROMPTS * GROUP // micro,
+            num_generations=GROUP,
+            max_completion_length=new,
+            learning_rate=RATE,
+            lr_scheduler_type="linear",
+            warmup_steps=0,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            logging_steps=10,
+            report_to="none",
+            save_strategy="no",
+            shuffle_dataset=False,
+            pad_to_multiple_of=None,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            disable_dropout=True,
+            temperature=1.0,
+            beta=KL,
+            loss_type="grpo",
+            epsilon=0.2,
+        )
+        lora = LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
+        )
+        trainer = GRPOTrainer(
+            model,
+            reward,
+            args=config,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=words(vocabulary),
+            peft_config=lora,
+            callbacks=[Turn()],
+        )
         same_adapters(trainer.model)
         trainer._generate = clock.part("rollout", trainer._generate)
         trainer._generate_and_score_completions = clock.part("scoring", trainer._generate_and_score_completions)
@@ -235,7 +298,9 @@ def save_base(folder: str, shape: Mapping[str, int]) -> None:
 
 def made_up(count: int, vocabulary: int, longest: int) -> list[list[int]]:
     numbers = random.Random(0)
-    return [[numbers.randrange(1, vocabulary) for _ in range(numbers.randint(longest // 3, longest))] for _ in range(count)]
+    return [
+        [numbers.randrange(1, vocabulary) for _ in range(numbers.randint(longest // 3, longest))] for _ in range(count)
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -244,7 +309,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7, help="turns")
     parser.add_argument("--block", type=int, default=2, help="steps of a turn")
     parser.add_argument("--new", type=int, default=64, help="tokens of every completion")
-    parser.add_argument("--micro", type=int, choices=(4, 8, 16, 32), default=PROMPTS * GROUP, help="rows at once (TRL's scoring too)")
+    parser.add_argument(
+        "--micro", type=int, choices=(4, 8, 16, 32), default=PROMPTS * GROUP, help="rows at once (TRL's scoring too)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of each contender; only one works at a time")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, 2 turns of 1 step, short completions")
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
@@ -258,9 +325,13 @@ def main(arguments: list[str] | None = None) -> int:
         shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
     steps = WARM_UP + options.repeats * options.block + COOL_DOWN
     prompts = made_up(steps * PROMPTS, shape["vocab_size"], longest)
-    print(f"{PROMPTS} prompts a step of {statistics.mean(map(len, prompts)):.0f} tokens in the mean, {GROUP} completions each of {options.new} "
-          f"tokens, {options.micro} rows at once; fp32, {options.threads} thread(s), {options.repeats} turns of {options.block} "
-          "steps")  # fmt: skip
+    print(
+        f"{PROMPTS} prompts a step of {statistics.mean(map(len, prompts)):.0f} tokens in the mean, {GROUP} "
+        f"completions each of {options.new} "
+        f"tokens, {options.micro} rows at once; fp32, {options.threads} thread(s), {options.repeats} turns of "
+        f"{options.block} "
+        "steps"
+    )
     with tempfile.TemporaryDirectory() as folder:
         saving = multiprocessing.get_context("spawn").Process(target=save_base, args=(folder, shape))
         saving.start()
@@ -279,7 +350,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def report(records: dict[str, Record], splits: dict[str, list[dict[str, float]]]) -> None:
     contest.show_table(records, TARGETS, {})
-    means = {name: {part: statistics.median(step[part] for step in steps) for part in PARTS} for name, steps in splits.items()}
+    means = {
+        name: {part: statistics.median(step[part] for step in steps) for part in PARTS}
+        for name, steps in splits.items()
+    }
     for name, parts in means.items():
         whole = sum(parts.values())
         told = "   ".join(f"{part} {seconds:.3f} ({seconds / whole:.0%})" for part, seconds in parts.items())
@@ -287,7 +361,10 @@ def report(records: dict[str, Record], splits: dict[str, list[dict[str, float]]]
         first, last = (statistics.mean(some) for some in (records[name].losses[:few], records[name].losses[-few:]))
         print(f"{name:<14}CPU s, median: {told}   reward {first:.3f} -> {last:.3f}")
         if "ours" in means and name != "ours":
-            print(f"{'':<14}ours / it:     " + "   ".join(f"{part} {means['ours'][part] / seconds:.2f}" for part, seconds in parts.items()))
+            print(
+                f"{'':<14}ours / it:     "
+                + "   ".join(f"{part} {means['ours'][part] / seconds:.2f}" for part, seconds in parts.items())
+            )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Peak memory of log-probs, forward and backward, at a vocabulary of 151,936: it does not grow with vocabulary x length.
+"""Peak memory of log-probs, forward and backward, at a vocabulary of 151,936: it does not grow with vocabulary x
+length.
 
     PYTHONPATH=. python benchmarks/logps_memory.py           # under 2 minutes
     PYTHONPATH=. python benchmarks/logps_memory.py --quick   # V = 65,536, the two shorter lengths
 
-Each cell is a process of its own; its figure is the rise of peak resident memory over what was resident before, once the head and the
-hidden states were there and a product had been taken. `full` is what a plain loop does: logits of all positions, cross_entropy, backward.
-Exit code 0 where ours stays under four chunks of logits (and the d-sized tensors) at every length, and the gradients agree.
+Each cell is a process of its own; its figure is the rise of peak resident memory over what was resident before, once
+the head and the hidden states were there and a product had been taken. `full` is what a plain loop does: logits of all
+positions, cross_entropy, backward. Exit code 0 where ours stays under four chunks of logits (and the d-sized tensors)
+at every length, and the gradients agree.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ WIDTH, LENGTHS = 128, (256, 1024, 4096)
 BOUND_MIB = 256
 """Four chunks of `model.logps.CHUNK_LOGITS` logits in fp32."""
 FULL_LIMIT_MIB = 9000
-"""Full logits are not tried where they would take more: logits, their log-softmax and its gradient, each V x T in fp32."""
+"""Full logits are not tried where they would take more: logits, their log-softmax and its gradient, each V x T in
+fp32."""
 
 
 def ours(hidden: Any, targets: Any, weight: Any) -> None:
@@ -77,7 +80,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="65,536 words, the two shorter lengths")
     options = parser.parse_args(arguments)
     vocabulary, lengths = (65_536, LENGTHS[:2]) if options.quick else (options.vocabulary, LENGTHS)
-    print(f"V {vocabulary:,}, d {WIDTH}, fp32, 1 thread: rise of peak memory in MiB (CPU seconds); one V x T tensor beside it")
+    print(
+        f"V {vocabulary:,}, d {WIDTH}, fp32, 1 thread: rise of peak memory in MiB (CPU seconds); one V x T tensor "
+        f"beside it"
+    )
     peaks, agree = [], True
     for length in lengths:
         tensor = vocabulary * length * 4 / 2**20
@@ -87,7 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
         if 3 * tensor < FULL_LIMIT_MIB:
             full_rise, full_seconds, full_norm = measure("full", length, vocabulary)
             agree &= abs(norm - full_norm) <= 1e-4 * full_norm
-            line += f"   full {full_rise:>6.0f} ({full_seconds:.2f})   gradient norms differ by {abs(norm - full_norm) / full_norm:.0e}"
+            line += (
+                f"   full {full_rise:>6.0f} ({full_seconds:.2f})   gradient norms differ by "
+                f"{abs(norm - full_norm) / full_norm:.0e}"
+            )
         print(line, flush=True)
     right = max(peaks) <= BOUND_MIB
     print(f"ours stays {'under' if right else 'NOT under'} {BOUND_MIB} MiB at every length, the d-sized tensors apart")

@@ -1,8 +1,9 @@
 """The memory planner against what a run holds: `python benchmarks/plan.py`.
 
-For tiny models of five shapes and all algorithms, two optimizer steps of the real loop on the CPU, and a rollout of the real engine, under
-torch's profiler: bytes are the sums of the records of the CPU allocator, over what was alive before (storages of all tensors that Python's
-garbage collector knows). Beside it what the planner says, told to plan for the CPU. Nothing here is the planner's but the line that asks it.
+For tiny models of five shapes and all algorithms, two optimizer steps of the real loop on the CPU, and a rollout of the
+real engine, under torch's profiler: bytes are the sums of the records of the CPU allocator, over what was alive before
+(storages of all tensors that Python's garbage collector knows). Beside it what the planner says, told to plan for the
+CPU. Nothing here is the planner's but the line that asks it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,18 @@ from lowrank_tune.types import Batch, Sampling
 
 CPU = torch.device("cpu")
 PROMPT, NEW, LENGTH, MICRO, GROUP, PROMPTS, SLOTS = 32, 64, 96, 3, 4, 3, 8
-COMMON = dict(vocab_size=1000, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-              max_position_embeddings=512, pad_token_id=0, bos_token_id=2, eos_token_id=1)  # fmt: skip
+COMMON = dict(
+    vocab_size=1000,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=2,
+    eos_token_id=1,
+)
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False},
     "mistral": {"tie_word_embeddings": False, "sliding_window": None, "num_key_value_heads": 1},
@@ -49,7 +60,8 @@ def held() -> int:
     """Bytes of all storages that any tensor of this process keeps alive."""
     found: dict[int, int] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # lazily imported modules are objects too, and some of them warn when they are looked at
+        # lazily imported modules are objects too, and some of them warn when they are looked at
+        warnings.simplefilter("ignore")
         for one in gc.get_objects():
             if isinstance(one, torch.Tensor) and one.device.type == "cpu":
                 storage = one.untyped_storage()
@@ -80,14 +92,24 @@ def saved_model(kind: str, folder: str) -> None:
 def recipe_of(algorithm: str, model: str, checkpointing: bool | int, bits: int = 4) -> Recipe:
     pairs, online = algorithm in ("reward", "dpo"), algorithm in ("grpo", "ppo")
     data: dict[str, Any] = {"train": [{"dataset": "tutor-preferences" if pairs else "tutor"}]}
-    train: dict[str, Any] = {"steps": 2, "micro_batch_size": MICRO, "gradient_checkpointing": checkpointing, "log_every": 1}
+    train: dict[str, Any] = {
+        "steps": 2,
+        "micro_batch_size": MICRO,
+        "gradient_checkpointing": checkpointing,
+        "log_every": 1,
+    }
     more: dict[str, Any] = {}
     if online:
         data["max_prompt_length"], train["prompts_per_step"] = PROMPT, PROMPTS
-        more = {"rewards": [{"use": "answer"}], "rollout": {"num_generations": GROUP, "max_new_tokens": NEW, "slots": SLOTS}}
+        more = {
+            "rewards": [{"use": "answer"}],
+            "rollout": {"num_generations": GROUP, "max_new_tokens": NEW, "slots": SLOTS},
+        }
     else:
         data["max_length"], train["rows_per_step"] = LENGTH, 2 * MICRO
-    return Recipe.from_dict({"algorithm": algorithm, "base": {"model": model, "bits": bits}, "data": data, "train": train, **more})
+    return Recipe.from_dict(
+        {"algorithm": algorithm, "base": {"model": model, "bits": bits}, "data": data, "train": train, **more}
+    )
 
 
 def rows(count: int, prompt: int, family: int, **extra: torch.Tensor) -> Batch:
@@ -107,7 +129,15 @@ class Written(Harvester):
     def draw(self, step: int, draw: int, count: int | None = None) -> Harvest:
         batch = rows(PROMPTS * GROUP, PROMPT, GROUP, sampler=torch.full((PROMPTS * GROUP, LENGTH), -7.0))
         rewards = torch.rand(PROMPTS, GROUP, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-        return Harvest(batch, rewards, rewards.view(-1, 1), torch.zeros(len(batch), dtype=torch.bool), ["all"], [""] * len(batch), [])
+        return Harvest(
+            batch,
+            rewards,
+            rewards.view(-1, 1),
+            torch.zeros(len(batch), dtype=torch.bool),
+            ["all"],
+            [""] * len(batch),
+            [],
+        )
 
 
 def learned(parameters: list[torch.nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
@@ -137,7 +167,9 @@ def measured(recipe: Recipe, rollout: bool = False) -> int:
         reference = {"reference": torch.zeros(2 * count)} if recipe.algorithm == "dpo" else {}
         kit = Kit(roles, lambda step: rows(2 * count, 0, 2, **extra, **reference))
     if recipe.algorithm in ONLINE:
-        harvester = Written(roles, None, None, ["all"], [1.0], str, frozenset(), 0, GROUP, NEW, 1.0, SLOTS, 4096, lambda number: 0)  # type: ignore[arg-type]
+        harvester = Written(
+            roles, None, None, ["all"], [1.0], str, frozenset(), 0, GROUP, NEW, 1.0, SLOTS, 4096, lambda number: 0
+        )  # type: ignore[arg-type]
         algorithm: Any = ONLINE[recipe.algorithm](recipe, kit, harvester)
         (algorithm.update if recipe.algorithm == "ppo" else algorithm).mismatch_limit = 1e9
     else:
@@ -145,7 +177,18 @@ def measured(recipe: Recipe, rollout: bool = False) -> int:
     parameters = [parameter for role in (recipe.trained, *recipe.aside) for parameter in roles.parameters(role)]
     optimizer = make_optimizer(parameters, recipe.train, CPU)
     checked = recipe.algorithm == "dpo"  # its reference is made up
-    loop = Loop(algorithm, parameters, optimizer, recipe.train, 2, 0, CPU, lambda event: None, lambda progress, last: None, checked=checked)
+    loop = Loop(
+        algorithm,
+        parameters,
+        optimizer,
+        recipe.train,
+        2,
+        0,
+        CPU,
+        lambda event: None,
+        lambda progress, last: None,
+        checked=checked,
+    )
     return peak_of(loop.run)
 
 
@@ -153,10 +196,16 @@ def planned(recipe: Recipe, rollout: bool = False) -> int:
     """What the planner says of the same."""
     scene = scene_of(recipe, CPU, {})
     scene = replace(scene, sizes=replace(scene.sizes, harvest=PROMPTS * GROUP if recipe.algorithm in ONLINE else 0))
-    return max(phase.total for phase in phases_of(scene) if (phase.name == "rollout") == rollout and (rollout or phase.name in LOOP))
+    return max(
+        phase.total
+        for phase in phases_of(scene)
+        if (phase.name == "rollout") == rollout and (rollout or phase.name in LOOP)
+    )
 
 
-def cells(shapes: list[str], algorithms: list[str], settings: list[bool | int]) -> Iterator[tuple[str, str, str, int, int]]:
+def cells(
+    shapes: list[str], algorithms: list[str], settings: list[bool | int]
+) -> Iterator[tuple[str, str, str, int, int]]:
     """Shape, algorithm, recomputation, bytes measured, bytes planned."""
     for shape in shapes:
         with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +217,13 @@ def cells(shapes: list[str], algorithms: list[str], settings: list[bool | int]) 
                     continue
                 for setting in settings:
                     recipe = recipe_of(algorithm, folder, setting)
-                    yield shape, algorithm, {True: "all", False: "none"}.get(setting, str(setting)), measured(recipe), planned(recipe)
+                    yield (
+                        shape,
+                        algorithm,
+                        {True: "all", False: "none"}.get(setting, str(setting)),
+                        measured(recipe),
+                        planned(recipe),
+                    )
 
 
 def main() -> None:
@@ -179,12 +234,18 @@ def main() -> None:
     wanted = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    settings: list[bool | int] = [{"all": True, "none": False}[one] if one in ("all", "none") else int(one) for one in wanted.layers]
+    settings: list[bool | int] = [
+        {"all": True, "none": False}[one] if one in ("all", "none") else int(one) for one in wanted.layers
+    ]
     print("| shape | algorithm | recomputed | measured, MiB | planned, MiB | off by |\n|---|---|---|---|---|---|")
     worst = 0.0
     for shape, algorithm, layers, found, said in cells(wanted.shapes, wanted.algorithms, settings):
         worst = max(worst, abs(said / found - 1))
-        print(f"| {shape} | {algorithm} | {layers} | {found / 2**20:.2f} | {said / 2**20:.2f} | {said / found - 1:+.2%} |", flush=True)
+        print(
+            f"| {shape} | {algorithm} | {layers} | {found / 2**20:.2f} | {said / 2**20:.2f} | "
+            f"{said / found - 1:+.2%} |",
+            flush=True,
+        )
     print(f"\nworst: {worst:.2%}")
 
 

@@ -1,11 +1,11 @@
 """The planned peak of every preset, held against the comment in its file; no weights, no network, no GPU.
 
-    PYTHONPATH=. python benchmarks/preset_peaks.py                    # every preset: planned, told in its file, fits 24 GiB or not
-    PYTHONPATH=. python benchmarks/preset_peaks.py qwen3-8b-grpo ...  # some of them
-    PYTHONPATH=. python benchmarks/preset_peaks.py --write --table    # puts the comments into presets/, prints the table of the README
+    PYTHONPATH=. python benchmarks/preset_peaks.py                    # every preset: planned, told in its file, fits 24
+    GiB or not PYTHONPATH=. python benchmarks/preset_peaks.py qwen3-8b-grpo ...  # some of them PYTHONPATH=. python
+    benchmarks/preset_peaks.py --write --table    # puts the comments into presets/, prints the table of the README
 
-Planned is what the card must have: tensors at the highest point of the run (of a chain, of its worst stage), the CUDA context and what the
-allocator cannot use. Ends with 1 where a comment is off by more than 1 % or a preset does not fit.
+Planned is what the card must have: tensors at the highest point of the run (of a chain, of its worst stage), the CUDA
+context and what the allocator cannot use. Ends with 1 where a comment is off by more than 1 % or a preset does not fit.
 """
 
 from __future__ import annotations
@@ -37,9 +37,13 @@ def planned(name: str) -> tuple[float, str]:
             top = f"{{name: top, extends: {name}, adapters: {{sft: null}}}}"
             file.write_text(f"stages:\n- {{name: sft, extends: {Path(below).name}}}\n- {top}\n", encoding="utf-8")
         vram = round(CARD_GIB * GIB)
-        plans = [plan_of(scene, vram, scene.recipe.name) for scene in scenes(load_any(str(file) if below else name), "cuda")]
+        plans = [
+            plan_of(scene, vram, scene.recipe.name) for scene in scenes(load_any(str(file) if below else name), "cuda")
+        ]
     worst = plans[-1] if below else max(plans, key=lambda one: one.needed)
-    return worst.needed / GIB, f"{worst.name}, {worst.binding.name}" if len(plans) > 1 and not below else worst.binding.name
+    return worst.needed / GIB, f"{worst.name}, {worst.binding.name}" if len(
+        plans
+    ) > 1 and not below else worst.binding.name
 
 
 def comment_of(gib: float, where: str) -> str:

@@ -3,11 +3,12 @@
     PYTHONPATH=. python benchmarks/rollout.py            # about 5 minutes
     PYTHONPATH=. python benchmarks/rollout.py --tiny     # seconds; figures mean little
 
-Bases: `small` (random, the shape of the other benchmarks) and the package's tiny base with prompts of its own problems, in fp32 and NF4, a
-LoRA of r 16 on all linears. 16 prompts with 8 samples each at temperature 1; 32 sequences at once: the engine's slots, and 4 prompts a
-call of `generate`, padded on the left. Two workloads: `full`, where every completion has the same length, which shows the decoding alone; and
-`ends`, where a completion ends with one of some tokens as real ones do, and a batch of `generate` runs on to its longest row. Tokens
-count up to the end. The two take turns; a ratio is between the rates of one turn. Before that, the greedy words of both are compared.
+Bases: `small` (random, the shape of the other benchmarks) and the package's tiny base with prompts of its own problems,
+in fp32 and NF4, a LoRA of r 16 on all linears. 16 prompts with 8 samples each at temperature 1; 32 sequences at once:
+the engine's slots, and 4 prompts a call of `generate`, padded on the left. Two workloads: `full`, where every
+completion has the same length, which shows the decoding alone; and `ends`, where a completion ends with one of some
+tokens as real ones do, and a batch of `generate` runs on to its longest row. Tokens count up to the end. The two take
+turns; a ratio is between the rates of one turn. Before that, the greedy words of both are compared.
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ def ours(folder: str, bits: int) -> Contender:
     def run(work: Work, seed: int) -> list[list[int]]:
         sampling = Sampling(work.tokens, work.ends, 0.0 if work.greedy else 1.0, seed)
         samples = 1 if work.greedy else SAMPLES
-        found = sorted(Engine(roles, "policy", SLOTS).generate(work.prompts, samples, sampling), key=lambda one: (one.prompt, one.sample))
+        found = sorted(
+            Engine(roles, "policy", SLOTS).generate(work.prompts, samples, sampling),
+            key=lambda one: (one.prompt, one.sample),
+        )
         return [one.ids for one in found]
 
     return run
@@ -96,17 +100,21 @@ def generate(folder: str, bits: int) -> Contender:
 
     extra = {"quantization_config": nf4(torch.device("cpu"))} if bits == 4 else {}
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **extra)
-    for module in plain.modules():  # as for ours: on some CPUs bitsandbytes would repack its weights in bf16, and compute other numbers
+    # as for ours: on some CPUs bitsandbytes would repack its weights in bf16, and compute other numbers
+    for module in plain.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    model = get_peft_model(plain, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        plain, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     fill(model)
     model.eval()
 
     def run(work: Work, seed: int) -> list[list[int]]:
         torch.manual_seed(seed)
         samples, said = 1 if work.greedy else SAMPLES, []
-        ordered = sorted(range(len(work.prompts)), key=lambda index: len(work.prompts[index]))  # as kind to the padding as ours is
+        # as kind to the padding as ours is
+        ordered = sorted(range(len(work.prompts)), key=lambda index: len(work.prompts[index]))
         for start in range(0, len(ordered), SLOTS // SAMPLES):
             said += batch(work, ordered[start : start + SLOTS // SAMPLES], samples)
         return [ids for _, ids in sorted(said, key=lambda one: one[0])]
@@ -116,10 +124,19 @@ def generate(folder: str, bits: int) -> Contender:
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
         attended = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        how: dict[str, Any] = {"do_sample": False} if work.greedy else {"do_sample": True, "top_k": 0, "num_return_sequences": samples}
+        how: dict[str, Any] = (
+            {"do_sample": False} if work.greedy else {"do_sample": True, "top_k": 0, "num_return_sequences": samples}
+        )
         with torch.no_grad():
-            out = model.generate(input_ids=ids, attention_mask=attended, max_new_tokens=work.tokens, eos_token_id=sorted(work.ends) or None,
-                                 pad_token_id=0, use_cache=True, **how)[:, width:].tolist()  # fmt: skip
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=attended,
+                max_new_tokens=work.tokens,
+                eos_token_id=sorted(work.ends) or None,
+                pad_token_id=0,
+                use_cache=True,
+                **how,
+            )[:, width:].tolist()
         return [(chosen[row // samples], until(ids, work.ends)) for row, ids in enumerate(out)]
 
     return run
@@ -139,7 +156,8 @@ def save_small(folder: str) -> None:
 
 
 def works_of(name: str, tokens: int, count: int) -> dict[str, Work]:
-    """The two workloads of a base. The ends of `small` are one id in 32, those of the tiny base the tokens with a full stop or a line's end."""
+    """The two workloads of a base. The ends of `small` are one id in 32, those of the tiny base the tokens with a full
+    stop or a line's end."""
     numbers = random.Random(0)
     if name == "small":
         prompts = [[numbers.randrange(2, 8192) for _ in range(numbers.randint(24, 72))] for _ in range(count)]
@@ -183,7 +201,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bases", nargs="*", help=f"which ones; all where none is named: {', '.join(BASES)}")
     parser.add_argument("--repeats", type=int, default=7, help="turns")
-    parser.add_argument("--prompts", type=int, default=32, help="with more, the last sequences, which speak alone, weigh less")
+    parser.add_argument(
+        "--prompts", type=int, default=32, help="with more, the last sequences, which speak alone, weigh less"
+    )
     parser.add_argument("--tokens", type=int, default=64, help="most tokens of a completion")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="the tiny base in NF4 only, one turn, short completions")
@@ -194,8 +214,10 @@ def main(arguments: list[str] | None = None) -> int:
     quieten(options.threads)
     bases = [tuple(base.split("-")) for base in options.bases or (["tiny-nf4"] if options.tiny else BASES)]
     tokens, count, repeats = (12, 4, 1) if options.tiny else (options.tokens, options.prompts, options.repeats)
-    print(f"{count} prompts, {SAMPLES} samples each, {SLOTS} at once, {options.threads} thread(s), {repeats} turns; "
-          "tokens a second: median of turns")  # fmt: skip
+    print(
+        f"{count} prompts, {SAMPLES} samples each, {SLOTS} at once, {options.threads} thread(s), {repeats} turns; "
+        "tokens a second: median of turns"
+    )
     figures, agreed = {}, []
     for name, kind in bases:
         with tempfile.TemporaryDirectory() as place:
@@ -225,9 +247,14 @@ def build(name: str, bits: int, place: str) -> dict[str, Contender]:
 
 def tell(what: str, records: dict[str, Record], target: float) -> None:
     mine, other = records["ours"], records["generate"]
-    cpu, wall = (statistics.median(a / b for a, b in zip(x, y, strict=True)) for x, y in ((mine.cpu, other.cpu), (mine.wall, other.wall)))
-    rates = "   ".join(f"{name} {statistics.median(one.cpu):6.0f} / {statistics.median(one.wall):6.0f} ({one.mean_length:.0f} tokens)"
-                       for name, one in records.items())  # fmt: skip
+    cpu, wall = (
+        statistics.median(a / b for a, b in zip(x, y, strict=True))
+        for x, y in ((mine.cpu, other.cpu), (mine.wall, other.wall))
+    )
+    rates = "   ".join(
+        f"{name} {statistics.median(one.cpu):6.0f} / {statistics.median(one.wall):6.0f} ({one.mean_length:.0f} tokens)"
+        for name, one in records.items()
+    )
     print(f"{what:<16} CPU / wall: {rates}   ratio {cpu:.2f} / {wall:.2f} (target {target})", flush=True)
 
 

@@ -1,7 +1,7 @@
 """What the dashboard costs: time of a frame at three sizes, of an event, and of a run with and without it.
 
-    PYTHONPATH=. python benchmarks/screen.py             # with whole demo runs in a pseudo-terminal: about three minutes on 2 cores
-    PYTHONPATH=. python benchmarks/screen.py --quick     # frames and events only: seconds
+    PYTHONPATH=. python benchmarks/screen.py             # with whole demo runs in a pseudo-terminal: about three
+    minutes on 2 cores PYTHONPATH=. python benchmarks/screen.py --quick     # frames and events only: seconds
 
 Exit code 0 where an event costs under 1 ms (median).
 """
@@ -34,7 +34,8 @@ RUN = """
 import sys, time
 from lowrank_tune.recipe import Recipe
 from lowrank_tune.runner import run
-recipe = Recipe.load("tiny-sft", "name=bench", "evaluate.prompts=8", "evaluate.samples=1", f"train.epochs={sys.argv[3]}")
+short = ("name=bench", "evaluate.prompts=8", "evaluate.samples=1", f"train.epochs={sys.argv[3]}")
+recipe = Recipe.load("tiny-sft", *short)
 run(recipe, out=sys.argv[1], ui=sys.argv[2])
 """
 
@@ -47,7 +48,11 @@ def long_state(steps: int) -> State:
         state.apply(event)
     one = next(event for event in events if isinstance(event, StepDone))
     for step in range(len(events), steps):
-        state.apply(StepDone(step=step, steps=steps, stats=one.stats, seconds=one.seconds, tokens=one.tokens, time=one.time + step))
+        state.apply(
+            StepDone(
+                step=step, steps=steps, stats=one.stats, seconds=one.seconds, tokens=one.tokens, time=one.time + step
+            )
+        )
     return state
 
 
@@ -75,7 +80,8 @@ def drained(master: int) -> None:
 
 
 def emit_seconds(events: int) -> tuple[float, float]:
-    """Median and worst time of handing an event to a living dashboard; run in a process whose terminal is a pseudo-terminal."""
+    """Median and worst time of handing an event to a living dashboard; run in a process whose terminal is a
+    pseudo-terminal."""
     one = next(event for event in events_in(RECORDED) if isinstance(event, StepDone))
     times = []
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +146,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"an event: median {1e6 * median:.1f} us, worst of 2000 {1e3 * worst:.2f} ms")
     if not options.quick:
         found = overhead(options.repeats, options.epochs)
-        print(f"a step: {found['none']:.1f} ms without a screen, {found['tui']:.1f} ms with it ({found['tui'] / found['none'] - 1:+.1%})")
+        print(
+            f"a step: {found['none']:.1f} ms without a screen, {found['tui']:.1f} ms with it "
+            f"({found['tui'] / found['none'] - 1:+.1%})"
+        )
     return 0 if median < 1e-3 else 1
 
 

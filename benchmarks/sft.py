@@ -4,16 +4,16 @@
     PYTHONPATH=. python benchmarks/sft.py --nf4          # an NF4 base
     PYTHONPATH=. python benchmarks/sft.py --quick        # a minute; figures mean little
 
-All train the same base from the same adapters on the same batches in the same order, gradient checkpointing off, AdamW fused, linear
-schedule, clipping at 1, in turns (`contest.py`). Ours logs its first and last step (KL to the base is measured there): neither is in a
-block. The loss curves must agree to 1e-4 at every step.
+All train the same base from the same adapters on the same batches in the same order, gradient checkpointing off, AdamW
+fused, linear schedule, clipping at 1, in turns (`contest.py`). Ours logs its first and last step (KL to the base is
+measured there): neither is in a block. The loss curves must agree to 1e-4 at every step.
 
-    ours           train.Loop, algorithms.sft.SFT, model.roles.Roles, 8 rows at once as the others
-    ours-micro4    the same with the kit's default of 4 rows at once, sorted by length
-    ours-logging   as `ours`, but every step is a logging step (the default of `train.log_every`)
-    hand           model(ids, attention_mask).logits at all positions, cross_entropy over them
-    hand-lean      the best simple one: no attention mask (rows are padded on the right), the head on scored tokens only
-    trl            SFTTrainer as fast as its settings go: no checkpointing, fp32 adapters, no padding to a multiple, logging every 10
+    ours           train.Loop, algorithms.sft.SFT, model.roles.Roles, 8 rows at once as the others ours-micro4    the
+    same with the kit's default of 4 rows at once, sorted by length ours-logging   as `ours`, but every step is a
+    logging step (the default of `train.log_every`) hand           model(ids, attention_mask).logits at all positions,
+    cross_entropy over them hand-lean      the best simple one: no attention mask (rows are padded on the right), the
+    head on scored tokens only trl            SFTTrainer as fast as its settings go: no checkpointing, fp32 adapters, no
+    padding to a multiple, logging every 10
 """
 
 from __future__ import annotations
@@ -60,8 +60,15 @@ def ours(task: Task, turn: Turns, micro: int = ROWS, log_every: int = 1_000_000)
     config = lora_config(settings.Adapter(r=RANK, alpha=ALPHA), base.model)
     roles = Roles(base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []})
     same_adapters(base.model)
-    train = settings.Train(steps=task.steps, rows_per_step=ROWS, micro_batch_size=micro, learning_rate=RATE, schedule="linear",
-                           gradient_checkpointing=False, log_every=log_every)  # fmt: skip
+    train = settings.Train(
+        steps=task.steps,
+        rows_per_step=ROWS,
+        micro_batch_size=micro,
+        learning_rate=RATE,
+        schedule="linear",
+        gradient_checkpointing=False,
+        log_every=log_every,
+    )
     batches, losses = task.batches(), []
     algorithm = SFT(Kit(roles, lambda step: Batch(*pad(next(batches)))))
     parameters = roles.parameters("policy")
@@ -70,7 +77,17 @@ def ours(task: Task, turn: Turns, micro: int = ROWS, log_every: int = 1_000_000)
         if isinstance(event, StepDone):
             losses.append(event.stats["loss"])
 
-    loop = Loop(algorithm, parameters, make_optimizer(parameters, train, device), train, task.steps, 0, device, emit, lambda *_: turn())
+    loop = Loop(
+        algorithm,
+        parameters,
+        make_optimizer(parameters, train, device),
+        train,
+        task.steps,
+        0,
+        device,
+        emit,
+        lambda *_: turn(),
+    )
     turn.loaded()
     loop.run()
     return losses
@@ -89,7 +106,9 @@ def hand(task: Task, turn: Turns, lean: bool = False) -> list[float]:
     import torch.nn.functional as F
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(load_model(task), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        load_model(task), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     same_adapters(model)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -142,25 +161,60 @@ def trl(task: Task, turn: Turns) -> list[float]:
             self.kept.append(loss.detach())
             return loss
 
-    rows = [{"input_ids": ids, "labels": [token if say else -100 for token, say in zip(ids, says, strict=True)]}
-            for batch in task.batches() for ids, says in batch]  # fmt: skip
+    rows = [
+        {"input_ids": ids, "labels": [token if say else -100 for token, say in zip(ids, says, strict=True)]}
+        for batch in task.batches()
+        for ids, says in batch
+    ]
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as out:
         config = SFTConfig(
-            output_dir=out, max_steps=task.steps, per_device_train_batch_size=ROWS, learning_rate=RATE, lr_scheduler_type="linear",
-            warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused", gradient_checkpointing=False, bf16=False,
-            use_cpu=True, logging_steps=10, report_to="none", save_strategy="no", train_sampling_strategy="sequential", max_length=None,
-            pad_to_multiple_of=None, dataloader_pin_memory=False, disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True})  # fmt: skip
-        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0)
-        trainer = Kept(load_model(task), config, train_dataset=datasets.Dataset.from_list(rows), processing_class=contest.words(),
-                       peft_config=lora, callbacks=[Turn()])  # fmt: skip
+            output_dir=out,
+            max_steps=task.steps,
+            per_device_train_batch_size=ROWS,
+            learning_rate=RATE,
+            lr_scheduler_type="linear",
+            warmup_steps=0,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            logging_steps=10,
+            report_to="none",
+            save_strategy="no",
+            train_sampling_strategy="sequential",
+            max_length=None,
+            pad_to_multiple_of=None,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
+        lora = LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
+        )
+        trainer = Kept(
+            load_model(task),
+            config,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=contest.words(),
+            peft_config=lora,
+            callbacks=[Turn()],
+        )
         same_adapters(trainer.model)
         trainer.train()
     return [float(loss) for loss in trainer.kept]
 
 
 CONTENDERS: dict[str, Contender] = {
-    "ours": ours, "ours-micro4": ours_micro4, "ours-logging": ours_logging, "hand": hand, "hand-lean": hand_lean, "trl": trl}  # fmt: skip
+    "ours": ours,
+    "ours-micro4": ours_micro4,
+    "ours-logging": ours_logging,
+    "hand": hand,
+    "hand-lean": hand_lean,
+    "trl": trl,
+}
 
 
 def save_base(folder: str) -> None:
@@ -181,7 +235,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7, help="turns")
     parser.add_argument("--block", type=int, default=4, help="steps of a turn")
     parser.add_argument("--threads", type=int, default=1, help="threads of each contender; only one works at a time")
-    parser.add_argument("--quick", action="store_true", help="5 turns of 4 steps, ours and hand-lean only: enough for the curves")
+    parser.add_argument(
+        "--quick", action="store_true", help="5 turns of 4 steps, ours and hand-lean only: enough for the curves"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
     options = parser.parse_args(arguments)
     repeats, names = (5, ["ours", "hand-lean"]) if options.quick else (options.repeats, list(CONTENDERS))
@@ -206,12 +262,18 @@ def curves_agree(records: dict[str, Record]) -> bool:
 
 
 def report(records: dict[str, Record], task: Task, targets: dict[str, float]) -> None:
-    print(f"{ROWS} rows a step, {MEAN_LENGTH} tokens a row in the mean, {'NF4' if task.nf4 else 'fp32'} base, {task.threads} thread(s), "
-          f"{len(next(iter(records.values())).cpu)} turns of {task.block} steps")  # fmt: skip
+    print(
+        f"{ROWS} rows a step, {MEAN_LENGTH} tokens a row in the mean, {'NF4' if task.nf4 else 'fp32'} base, "
+        f"{task.threads} thread(s), "
+        f"{len(next(iter(records.values())).cpu)} turns of {task.block} steps"
+    )
     contest.show_table(records, targets, {})
     curve = next(iter(records.values())).losses
-    print(f"loss {curve[0]:.6f} -> {curve[-1]:.6f} over {len(curve)} steps; the curves differ by at most {worst_difference(records):.1e}: "
-          + ("equal to 1e-4" if curves_agree(records) else f"NOT shown equal to {CURVE:.0e} over {CURVE_STEPS} steps"))  # fmt: skip
+    print(
+        f"loss {curve[0]:.6f} -> {curve[-1]:.6f} over {len(curve)} steps; the curves differ by at most "
+        f"{worst_difference(records):.1e}: "
+        + ("equal to 1e-4" if curves_agree(records) else f"NOT shown equal to {CURVE:.0e} over {CURVE_STEPS} steps")
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""A control for GRPO: the demo's second stage with its rewards dealt out at random among the completions of each step. Nothing may improve.
+"""A control for GRPO: the demo's second stage with its rewards dealt out at random among the completions of each step.
+Nothing may improve.
 
-`python benchmarks/shuffled_rewards.py RUN` where RUN is a finished `make demo`: its SFT stage is what both runs begin from.
+`python benchmarks/shuffled_rewards.py RUN` where RUN is a finished `make demo`: its SFT stage is what both runs begin
+from.
 """
 
 from __future__ import annotations

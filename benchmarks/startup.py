@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/startup.py            # target: about 1 second each, and torch is not imported
     PYTHONPATH=. python benchmarks/startup.py --quick
 
-Each run is a fresh interpreter; the runs take turns, and a bare interpreter runs beside them. Exit code 0 where none imports torch and
-each does what it should; the times are only shown, for they are the machine's as well as ours.
+Each run is a fresh interpreter; the runs take turns, and a bare interpreter runs beside them. Exit code 0 where none
+imports torch and each does what it should; the times are only shown, for they are the machine's as well as ours.
 """
 
 from __future__ import annotations

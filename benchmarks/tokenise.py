@@ -1,11 +1,14 @@
-"""Rows and tokens a second of tokenising with the mask, against the bare `tokenizers` batch call on the same finished texts.
+"""Rows and tokens a second of tokenising with the mask, against the bare `tokenizers` batch call on the same finished
+texts.
 
-    PYTHONPATH=. python benchmarks/tokenise.py --tokenizer DIR --alpaca FILE     # target: at least 60 % of the bare rate
-    PYTHONPATH=. python benchmarks/tokenise.py --quick                           # tutor rows and a made-up tokenizer
+    PYTHONPATH=. python benchmarks/tokenise.py --tokenizer DIR --alpaca FILE     # target: at least 60 % of the bare
+    rate PYTHONPATH=. python benchmarks/tokenise.py --quick                           # tutor rows and a made-up
+    tokenizer
 
-`encode`: `Template.encode_many`, rendering and mask included, from conversations in memory. `load`: the whole door, from the file: parsing,
-shape, conversation, `encode`, duplicates, the store on disk. `bare`: `encode_batch` of the texts that the template renders, already
-rendered. CPU time would hide that the bare call uses all cores, so the figures are wall time; `--threads 1` makes both use one.
+`encode`: `Template.encode_many`, rendering and mask included, from conversations in memory. `load`: the whole door,
+from the file: parsing, shape, conversation, `encode`, duplicates, the store on disk. `bare`: `encode_batch` of the
+texts that the template renders, already rendered. CPU time would hide that the bare call uses all cores, so the figures
+are wall time; `--threads 1` makes both use one.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
+    "'\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CHUNK = 2048
@@ -38,10 +42,16 @@ def made_up_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     texts = [text for row in tutor_rows(300) for text in row.values() if isinstance(text, str)]
-    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
+    )
 
 
 def tutor_rows(count: int) -> list[dict[str, Any]]:
@@ -78,7 +88,10 @@ def compare(name: str, rows: list[dict[str, Any]], tokenizer: Any, repeats: int)
     bare = tokenizer.backend_tokenizer
     template = Template.of(tokenizer)
     made = [row for row in template.encode_many(talks) if not isinstance(row, RowFault)]
-    tokens, bare_tokens = sum(len(row.ids) for row in made), sum(len(one.ids) for one in bare.encode_batch(texts, add_special_tokens=False))
+    tokens, bare_tokens = (
+        sum(len(row.ids) for row in made),
+        sum(len(one.ids) for one in bare.encode_batch(texts, add_special_tokens=False)),
+    )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -104,21 +117,29 @@ def compare(name: str, rows: list[dict[str, Any]], tokenizer: Any, repeats: int)
     for job, times in seconds.items():
         share[job] = statistics.median(b / t for b, t in zip(seconds["bare"], times, strict=True))
         rate = min(times)
-        print(f"  {job:<14}{len(rows) / rate:>12,.0f} rows/s{tokens / rate:>14,.0f} tokens/s{share[job]:>8.0%} of the bare rate")
+        print(
+            f"  {job:<14}{len(rows) / rate:>12,.0f} rows/s{tokens / rate:>14,.0f} tokens/s{share[job]:>8.0%} of the "
+            f"bare rate"
+        )
     return share["encode"]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", metavar="DIR", help="a folder with a ChatML tokenizer; a made-up one where it is not given")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="a folder with a ChatML tokenizer; a made-up one where it is not given"
+    )
     parser.add_argument("--alpaca", metavar="FILE", help="a JSON array of Alpaca rows, .gz too")
     parser.add_argument("--rows", type=int, default=10_000, help="rows of each kind; a smaller file is repeated")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="threads of the tokenizer, ours and the bare one")
     parser.add_argument("--quick", action="store_true", help="1,000 rows, 3 turns")
     options = parser.parse_args(arguments)
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="true" if options.threads > 1 else "false",
-                      RAYON_NUM_THREADS=str(options.threads))  # fmt: skip
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="true" if options.threads > 1 else "false",
+        RAYON_NUM_THREADS=str(options.threads),
+    )
     from transformers import AutoTokenizer
 
     count, repeats = (1_000, 3) if options.quick else (options.rows, options.repeats)

@@ -1,7 +1,9 @@
-"""How long verifiers take: the start of a check in each sandbox that this machine offers, and checks a second of whole rewards.
+"""How long verifiers take: the start of a check in each sandbox that this machine offers, and checks a second of whole
+rewards.
 
-A check starts two confined processes, for the code and for its tests; `start` is the time until one of them is ready. The rows are a few
-functions with two or three tests each, and answers as mathematics writes them; the workers are those of a run.
+A check starts two confined processes, for the code and for its tests; `start` is the time until one of them is ready.
+The rows are a few functions with two or three tests each, and answers as mathematics writes them; the workers are those
+of a run.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ CODE = [
     ("def f(d):\n    return sorted(d, key=d.get)", ["assert f({'a': 2, 'b': 1}) == ['b', 'a']", "assert f({}) == []"]),
 ]
 EXACT = [("1,234", r"\boxed{1234}"), ("3/4", r"so \boxed{0.75}"), ("50\\%", r"\boxed{50}"), ("7", "It is 7.")]
-ALGEBRA = [(r"\frac{\sqrt{8}}{2}", r"\boxed{\sqrt{2}}"), (r"x^2+2x+1", r"\boxed{(x+1)^2}"), (r"(-\infty, 2)", r"\boxed{x < 2}")]
+ALGEBRA = [
+    (r"\frac{\sqrt{8}}{2}", r"\boxed{\sqrt{2}}"),
+    (r"x^2+2x+1", r"\boxed{(x+1)^2}"),
+    (r"(-\infty, 2)", r"\boxed{x < 2}"),
+]
 
 
 def starts(count: int) -> None:
@@ -45,7 +51,10 @@ def starts(count: int) -> None:
             solver.ready()
             seconds.append(time.perf_counter() - begun)
             solver.end()
-        print(f"{level:<12} start {1e3 * statistics.median(seconds):.0f} ms (median of {count}; longest {1e3 * max(seconds):.0f})")
+        print(
+            f"{level:<12} start {1e3 * statistics.median(seconds):.0f} ms (median of {count}; longest "
+            f"{1e3 * max(seconds):.0f})"
+        )
 
 
 def rate(use: str, items: list[Item], workers: int) -> None:
@@ -63,8 +72,11 @@ def rate(use: str, items: list[Item], workers: int) -> None:
         scores = [score for [score] in scorer.collect().values()]
     seconds = time.perf_counter() - begun
     passed = sum(score.verdict == "pass" for score in scores)
-    print(f"{use:<12} {len(items) / seconds:8.1f} a second, {1e3 * statistics.median(score.seconds for score in scores):.2f} ms each "
-          f"(median; {workers} workers; {passed} of {len(items)} pass)")  # fmt: skip
+    print(
+        f"{use:<12} {len(items) / seconds:8.1f} a second, "
+        f"{1e3 * statistics.median(score.seconds for score in scores):.2f} ms each "
+        f"(median; {workers} workers; {passed} of {len(items)} pass)"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,7 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(arguments)
     starts(max(3, options.count // 4))
-    code = [Item("", f"```python\n{text}\n```", None, {"code": text, "test_list": tests}, True, 9) for text, tests in CODE]
+    code = [
+        Item("", f"```python\n{text}\n```", None, {"code": text, "test_list": tests}, True, 9) for text, tests in CODE
+    ]
     rate("python_tests", [code[i % len(code)] for i in range(options.count)], options.workers)
     for told, pairs in (("exact", EXACT), ("algebra", ALGEBRA)):
         items = [Item("", text, gold, {}, True, 9) for gold, text in pairs]

@@ -14,25 +14,39 @@ def write_pairs(path: Path, count: int = 160) -> None:
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
             a, b = rng.randint(2, 40), rng.randint(2, 40)
-            row = {"prompt": f"What is {a} + {b}?", "chosen": f"It is {a + b}.", "rejected": rng.choice(("Good question.", "I do not know."))}
+            row = {
+                "prompt": f"What is {a} + {b}?",
+                "chosen": f"It is {a + b}.",
+                "rejected": rng.choice(("Good question.", "I do not know.")),
+            }
             file.write(json.dumps(row) + "\n")
 
 
 with tempfile.TemporaryDirectory() as folder:
     pairs = Path(folder) / "pairs.jsonl"
     write_pairs(pairs)
-    recipe = Recipe.from_dict({
-        "name": "example-dpo",
-        "algorithm": "dpo",
-        "base": {"model": "tiny-tutor"},
-        "adapters": {"policy": {"r": 8, "alpha": 16}},
-        "reference": "base",
-        "data": {"train": [{"dataset": str(pairs)}], "validation_share": 0.1},
-        "dpo": {"loss": "sigmoid", "beta": 0.1, "sft": 0.2},
-        "train": {"epochs": 2, "rows_per_step": 16, "micro_batch_size": 16, "learning_rate": 1e-3, "gradient_checkpointing": False},
-        "evaluate": {"shown": 1, "max_new_tokens": 24},
-    })
+    recipe = Recipe.from_dict(
+        {
+            "name": "example-dpo",
+            "algorithm": "dpo",
+            "base": {"model": "tiny-tutor"},
+            "adapters": {"policy": {"r": 8, "alpha": 16}},
+            "reference": "base",
+            "data": {"train": [{"dataset": str(pairs)}], "validation_share": 0.1},
+            "dpo": {"loss": "sigmoid", "beta": 0.1, "sft": 0.2},
+            "train": {
+                "epochs": 2,
+                "rows_per_step": 16,
+                "micro_batch_size": 16,
+                "learning_rate": 1e-3,
+                "gradient_checkpointing": False,
+            },
+            "evaluate": {"shown": 1, "max_new_tokens": 24},
+        }
+    )
     outcome = run(recipe, out=Path(folder) / "run")
     last = outcome.summary["last"]
-    print(f"{outcome.status}: margin {last['margin']:+.2f}, KL to the reference {last['kl']:.2f} nats a token, "
-          f"{outcome.summary['heldout_pairs']['accuracy']:.0%} of the held-out pairs the right way round")
+    print(
+        f"{outcome.status}: margin {last['margin']:+.2f}, KL to the reference {last['kl']:.2f} nats a token, "
+        f"{outcome.summary['heldout_pairs']['accuracy']:.0%} of the held-out pairs the right way round"
+    )

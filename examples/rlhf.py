@@ -1,28 +1,48 @@
-"""Classical RLHF in one call, SFT, a reward model, then PPO against it: `python examples/rlhf.py`. No GPU needed; three minutes."""
+"""Classical RLHF in one call, SFT, a reward model, then PPO against it: `python examples/rlhf.py`. No GPU needed; three
+minutes."""
 
 import tempfile
 from pathlib import Path
 
 from lowrank_tune import Chain, run
 
-chain = Chain.from_dict({
-    "name": "example-rlhf",
-    "base": {"model": "tiny-tutor"},
-    "train": {"micro_batch_size": 32, "gradient_checkpointing": False},
-    "stages": [
-        {"name": "sft", "algorithm": "sft", "data": {"train": [{"dataset": "tutor", "rows": 320}], "max_length": 256},
-         "train": {"epochs": 1, "rows_per_step": 16, "learning_rate": 2e-3}},
-        {"name": "reward", "algorithm": "reward", "data": {"train": [{"dataset": "tutor-preferences", "rows": 400}], "max_length": 256},
-         "train": {"epochs": 1, "rows_per_step": 16, "learning_rate": 1e-3}},
-        {"name": "ppo", "algorithm": "ppo", "reference": "sft", "data": {"train": [{"dataset": "tutor"}]},
-         "rewards": [{"use": "reward_model", "weight": 0.25}], "rollout": {"num_generations": 4, "max_new_tokens": 48},
-         "ppo": {"value_from": "reward", "kl": 0.02, "kl_target": 0.1, "epochs": 2},
-         "train": {"steps": 6, "prompts_per_step": 16, "learning_rate": 5e-4}},
-    ],
-})
+chain = Chain.from_dict(
+    {
+        "name": "example-rlhf",
+        "base": {"model": "tiny-tutor"},
+        "train": {"micro_batch_size": 32, "gradient_checkpointing": False},
+        "stages": [
+            {
+                "name": "sft",
+                "algorithm": "sft",
+                "data": {"train": [{"dataset": "tutor", "rows": 320}], "max_length": 256},
+                "train": {"epochs": 1, "rows_per_step": 16, "learning_rate": 2e-3},
+            },
+            {
+                "name": "reward",
+                "algorithm": "reward",
+                "data": {"train": [{"dataset": "tutor-preferences", "rows": 400}], "max_length": 256},
+                "train": {"epochs": 1, "rows_per_step": 16, "learning_rate": 1e-3},
+            },
+            {
+                "name": "ppo",
+                "algorithm": "ppo",
+                "reference": "sft",
+                "data": {"train": [{"dataset": "tutor"}]},
+                "rewards": [{"use": "reward_model", "weight": 0.25}],
+                "rollout": {"num_generations": 4, "max_new_tokens": 48},
+                "ppo": {"value_from": "reward", "kl": 0.02, "kl_target": 0.1, "epochs": 2},
+                "train": {"steps": 6, "prompts_per_step": 16, "learning_rate": 5e-4},
+            },
+        ],
+    }
+)
 with tempfile.TemporaryDirectory() as folder:
     outcome = run(chain, out=Path(folder) / "run")
     for stage in outcome.summary["stages"]:
         print(f"{stage['name']:7} {stage['status']} after step {stage['step']}")
     judge, last = outcome.summary["stages"][1]["heldout_pairs"], outcome.summary["stages"][2]["last"]
-    print(f"the reward model is right about {judge['accuracy']:.0%} of held-out pairs; PPO's last completions earn {last['reward']:.2f}")
+    print(
+        f"the reward model is right about {judge['accuracy']:.0%} of held-out pairs; PPO's last completions earn "
+        f"{last['reward']:.2f}"
+    )

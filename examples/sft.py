@@ -20,15 +20,30 @@ def write_rows(path: Path, count: int = 200) -> None:
 with tempfile.TemporaryDirectory() as folder:
     rows = Path(folder) / "rows.jsonl"
     write_rows(rows)
-    recipe = Recipe.from_dict({
-        "name": "example-sft",
-        "algorithm": "sft",
-        "base": {"model": "tiny-tutor"},
-        "adapters": {"policy": {"r": 8, "alpha": 16}},
-        "data": {"train": [{"dataset": str(rows)}], "validation_share": 0.1},
-        "train": {"epochs": 2, "rows_per_step": 16, "micro_batch_size": 16, "learning_rate": 2e-3, "gradient_checkpointing": False},
-        "evaluate": {"shown": 2},
-    })
+    recipe = Recipe.from_dict(
+        {
+            "name": "example-sft",
+            "algorithm": "sft",
+            "base": {"model": "tiny-tutor"},
+            "adapters": {"policy": {"r": 8, "alpha": 16}},
+            "data": {"train": [{"dataset": str(rows)}], "validation_share": 0.1},
+            "train": {
+                "epochs": 2,
+                "rows_per_step": 16,
+                "micro_batch_size": 16,
+                "learning_rate": 2e-3,
+                "gradient_checkpointing": False,
+            },
+            "evaluate": {"shown": 2},
+        }
+    )
     losses = []
-    outcome = run(recipe, out=Path(folder) / "run", on_event=lambda event: losses.append(event.stats["loss"]) if event.kind == "step" else None)
-    print(f"{outcome.status}: loss {losses[0]:.2f} -> {losses[-1]:.2f}, best validation loss {outcome.summary['best']['loss']:.2f}")
+    outcome = run(
+        recipe,
+        out=Path(folder) / "run",
+        on_event=lambda event: losses.append(event.stats["loss"]) if event.kind == "step" else None,
+    )
+    print(
+        f"{outcome.status}: loss {losses[0]:.2f} -> {losses[-1]:.2f}, best validation loss "
+        f"{outcome.summary['best']['loss']:.2f}"
+    )

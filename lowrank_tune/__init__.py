@@ -1,4 +1,5 @@
-"""lowrank_tune: QLoRA fine-tuning for one consumer GPU. `from lowrank_tune import Chain, Recipe, run`. Importing this imports no torch."""
+"""lowrank_tune: QLoRA fine-tuning for one consumer GPU. `from lowrank_tune import Chain, Recipe, run`. Importing this
+imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = ["Chain", "Recipe", "UserError", "run"]
 
-# Said at its import, on CPUs whose fused kernel could be downloaded: this kit switches that kernel off (it has no gradient).
+# Said at its import, on CPUs whose fused kernel could be downloaded: this kit switches that kernel off (it has no
+# gradient).
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
@@ -25,12 +27,19 @@ if TYPE_CHECKING:
     from lowrank_tune.runner import Outcome
 
 
-def run(recipe: settings.Recipe | Chain | str | Path, *overrides: str, out: str | Path | None = None, ui: str = "auto",
-        device: torch.device | None = None, on_event: Callable[[Event], None] | None = None) -> Outcome:  # fmt: skip
-    """Runs a recipe or a chain of them, a preset's name or a recipe file; continues it where an unfinished run of it lies in the folder.
+def run(
+    recipe: settings.Recipe | Chain | str | Path,
+    *overrides: str,
+    out: str | Path | None = None,
+    ui: str = "auto",
+    device: torch.device | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> Outcome:
+    """Runs a recipe or a chain of them, a preset's name or a recipe file; continues it where an unfinished run of it
+    lies in the folder.
 
-    Raises UserError (a sentence for the person) and KeyboardInterrupt at a second Ctrl-C. `on_event` sees every event. The recipe is read
-    before torch is imported: a backend that it names may have to come first.
+    Raises UserError (a sentence for the person) and KeyboardInterrupt at a second Ctrl-C. `on_event` sees every event.
+    The recipe is read before torch is imported: a backend that it names may have to come first.
     """
     from lowrank_tune.early import import_first
     from lowrank_tune.recipe import backends_of, load_any
@@ -42,13 +51,17 @@ def run(recipe: settings.Recipe | Chain | str | Path, *overrides: str, out: str 
     return started(loaded, out=out, ui=ui, device=device, on_event=on_event)
 
 
-# Blocks of a card's memory that can grow lose little between phases of other sizes. Torch reads this once, before its first use of the card,
-# so it is set before anything below imports torch; what the user has set stands.
-if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
+# Blocks of a card's memory that can grow lose little between phases of other sizes. Torch reads this once, before its
+# first use of the card, so it is set before anything below imports torch; what the user has set stands.
+if (
+    sys.platform == "linux"
+    and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys()
+):
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def __getattr__(name: str) -> Any:  # the heavy modules load at first use, so that `--help` and a faulty recipe take a second
+# the heavy modules load at first use, so that `--help` and a faulty recipe take a second
+def __getattr__(name: str) -> Any:
     if name in ("Chain", "Recipe"):
         from lowrank_tune import recipe
 

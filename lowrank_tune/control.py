@@ -21,7 +21,8 @@ class Control:
 
 @contextmanager
 def asked_by_signals(control: Control) -> Iterator[Callable[[bool], None]]:
-    """While the loop runs (it is told so by what this yields), SIGINT, SIGTERM or SIGHUP asks it to stop; a second one stops at once.
+    """While the loop runs (it is told so by what this yields), SIGINT, SIGTERM or SIGHUP asks it to stop; a second one
+    stops at once.
 
     Outside of the loop there is nothing to save, and the first one raises KeyboardInterrupt.
     """

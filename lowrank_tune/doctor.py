@@ -1,4 +1,5 @@
-"""Is this machine fit? Every check ends as a line: ok, a warning, or a fault, with the cure. Nothing is downloaded, no secret is shown.
+"""Is this machine fit? Every check ends as a line: ok, a warning, or a fault, with the cure. Nothing is downloaded, no
+secret is shown.
 
 Heavy libraries are imported inside the checks: a doctor must be able to say that one of them is broken.
 """
@@ -29,8 +30,20 @@ from lowrank_tune.ui import inert
 
 GIB = 1 << 30
 LITTLE_DISK, SOME_DISK = 1.0, 20.0  # GiB: too little to save anything; too little for a 7B base and its cache
-NEEDED = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "tokenizers", "safetensors", "numpy", "pydantic", "PyYAML", "rich",
-          "typer")  # fmt: skip
+NEEDED = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pydantic",
+    "PyYAML",
+    "rich",
+    "typer",
+)
 NF4_ERROR = 1e-2  # of a bf16 product against the dequantised weight's, relative
 STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
 Level = Literal["ok", "warning", "fault"]
@@ -50,8 +63,17 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     """All checks, in order. A check that breaks is itself a fault."""
     findings: list[Finding] = []
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
-        "Python": python, "versions": versions, "CUDA": card, "4 bits": four_bits, "disk": lambda: disk(environ), "hub": lambda: hub(environ),
-        "terminal": lambda: terminal(environ), "system": system, "sandbox": sandbox, "unsloth": unsloth}  # fmt: skip
+        "Python": python,
+        "versions": versions,
+        "CUDA": card,
+        "4 bits": four_bits,
+        "disk": lambda: disk(environ),
+        "hub": lambda: hub(environ),
+        "terminal": lambda: terminal(environ),
+        "system": system,
+        "sandbox": sandbox,
+        "unsloth": unsloth,
+    }
     for name, check in checks.items():
         try:
             findings += check()
@@ -72,7 +94,12 @@ def show(findings: list[Finding], console: Console) -> None:
     console.print(table)
     faults, warnings = (sum(finding.level == level for finding in findings) for level in ("fault", "warning"))
     word = "this machine is fit" if not faults else "this machine is not fit yet"
-    console.print(Text(f"{word}: {faults} faults, {warnings} warnings", STYLES["fault" if faults else "warning" if warnings else "ok"]))
+    console.print(
+        Text(
+            f"{word}: {faults} faults, {warnings} warnings",
+            STYLES["fault" if faults else "warning" if warnings else "ok"],
+        )
+    )
 
 
 def python() -> Iterator[Finding]:
@@ -95,7 +122,12 @@ def versions() -> Iterator[Finding]:
             yield Finding("fault", name, "not installed", f"pip install '{name}{bound}'")
             continue
         fits = within(found, bound)
-        yield Finding("ok" if fits else "fault", name, f"{found} ({bound or 'any'})", "" if fits else f"pip install '{name}{bound}'")
+        yield Finding(
+            "ok" if fits else "fault",
+            name,
+            f"{found} ({bound or 'any'})",
+            "" if fits else f"pip install '{name}{bound}'",
+        )
 
 
 def requirements() -> dict[str, str]:
@@ -112,8 +144,13 @@ def requirements() -> dict[str, str]:
 def within(version: str, bounds: str) -> bool:
     """Whether a version is inside bounds such as `>=2.9,<3`. Only the release counts: 2.9.0+cu128 is 2.9."""
     tests: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
-        ">=": lambda a, b: a >= b, "<=": lambda a, b: a <= b, "==": lambda a, b: a == b, "!=": lambda a, b: a != b,
-        "<": lambda a, b: a < b, ">": lambda a, b: a > b}  # fmt: skip
+        ">=": lambda a, b: a >= b,
+        "<=": lambda a, b: a <= b,
+        "==": lambda a, b: a == b,
+        "!=": lambda a, b: a != b,
+        "<": lambda a, b: a < b,
+        ">": lambda a, b: a > b,
+    }
     found = re.findall(r"(>=|<=|==|!=|<|>)\s*([0-9][0-9.]*)", bounds)
     return all(tests[how](_release(version), _release(bound)) for how, bound in found)
 
@@ -130,18 +167,35 @@ def card() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         built = torch.version.cuda
         cure = "install the driver, and check that `nvidia-smi` works" if built else "install torch's CUDA build"
-        yield Finding("warning", "CUDA", f"none seen (torch is built {f'for CUDA {built}' if built else 'without CUDA'})",
-                      f"a CPU trains only small bases; for a card, {cure}")  # fmt: skip
+        yield Finding(
+            "warning",
+            "CUDA",
+            f"none seen (torch is built {f'for CUDA {built}' if built else 'without CUDA'})",
+            f"a CPU trains only small bases; for a card, {cure}",
+        )
         return
     for number in range(torch.cuda.device_count()):
         with torch.cuda.device(number):
             free, total = torch.cuda.mem_get_info()
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        told = f"{torch.cuda.get_device_name(number)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, bf16 {'yes' if has_bf16 else 'no'}"
+        told = (
+            f"{torch.cuda.get_device_name(number)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, bf16 "
+            f"{'yes' if has_bf16 else 'no'}"
+        )
         if not has_bf16:
-            yield Finding("fault", f"card {number}", told, "bfloat16 is needed: RTX 30 series or newer; or CUDA_VISIBLE_DEVICES= for the CPU")
+            yield Finding(
+                "fault",
+                f"card {number}",
+                told,
+                "bfloat16 is needed: RTX 30 series or newer; or CUDA_VISIBLE_DEVICES= for the CPU",
+            )
         elif free < total / 2:
-            yield Finding("warning", f"card {number}", told, "another process holds more than half of its memory: see `nvidia-smi`")
+            yield Finding(
+                "warning",
+                f"card {number}",
+                told,
+                "another process holds more than half of its memory: see `nvidia-smi`",
+            )
         else:
             yield Finding("ok", f"card {number}", told)
 
@@ -153,8 +207,12 @@ def four_bits() -> Iterator[Finding]:
     on_card = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_card else ("cpu", torch.float32)
     made = torch.Generator().manual_seed(0)
-    layer = bitsandbytes.nn.Linear4bit(256, 128, bias=False, compute_dtype=dtype, quant_type="nf4", compress_statistics=True)
-    layer.weight = bitsandbytes.nn.Params4bit(torch.randn(128, 256, generator=made), requires_grad=False, quant_type="nf4")
+    layer = bitsandbytes.nn.Linear4bit(
+        256, 128, bias=False, compute_dtype=dtype, quant_type="nf4", compress_statistics=True
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(
+        torch.randn(128, 256, generator=made), requires_grad=False, quant_type="nf4"
+    )
     layer.support_avx512bf16_for_cpu = False  # that path repacks the weight and has no gradient
     layer = layer.to(device)
     rows = torch.randn(32, 256, generator=made).to(device, dtype).requires_grad_()
@@ -166,7 +224,12 @@ def four_bits() -> Iterator[Finding]:
     if max(gaps) < NF4_ERROR:
         yield Finding("ok", "4 bits", told)
     else:
-        yield Finding("fault", "4 bits", told, "bitsandbytes is wrong here: install another version within the bounds, or use base.bits=16")
+        yield Finding(
+            "fault",
+            "4 bits",
+            told,
+            "bitsandbytes is wrong here: install another version within the bounds, or use base.bits=16",
+        )
 
 
 def _gap(found: Any, wanted: Any) -> float:
@@ -177,7 +240,11 @@ def disk(environ: Mapping[str, str]) -> Iterator[Finding]:
     """Room where things are written, and whether they can be."""
     cache = Path(environ.get("LOWRANK_TUNE_CACHE") or Path.home() / ".cache" / "lowrank_tune").expanduser()
     hub_cache = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
-    for what, folder, variable in (("cache", cache, "LOWRANK_TUNE_CACHE"), ("hub cache", hub_cache, "HF_HOME"), ("here", Path.cwd(), "--out")):
+    for what, folder, variable in (
+        ("cache", cache, "LOWRANK_TUNE_CACHE"),
+        ("hub cache", hub_cache, "HF_HOME"),
+        ("here", Path.cwd(), "--out"),
+    ):
         free = shutil.disk_usage(_existing(folder)).free / GIB
         told = f"{folder}, {free:,.1f} GiB free"
         if not _writable(folder):
@@ -207,16 +274,26 @@ def hub(environ: Mapping[str, str]) -> Iterator[Finding]:
     """How the Hugging Face hub would be reached. A token is said to be there or not, and never shown."""
     home = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
     has_token = bool(environ.get("HF_TOKEN")) or (home / "token").is_file()
-    yield Finding("ok", "hub token", "there is one" if has_token else "none: gated bases cannot be fetched (`hf auth login`)")
+    yield Finding(
+        "ok", "hub token", "there is one" if has_token else "none: gated bases cannot be fetched (`hf auth login`)"
+    )
     offline = environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    yield Finding("warning" if offline else "ok", "hub", "offline (HF_HUB_OFFLINE)" if offline else "may be asked",
-                  "only what is in the cache can be loaded; unset HF_HUB_OFFLINE to fetch more" if offline else "")  # fmt: skip
+    yield Finding(
+        "warning" if offline else "ok",
+        "hub",
+        "offline (HF_HUB_OFFLINE)" if offline else "may be asked",
+        "only what is in the cache can be loaded; unset HF_HUB_OFFLINE to fetch more" if offline else "",
+    )
 
 
 def terminal(environ: Mapping[str, str]) -> Iterator[Finding]:
     """Whether the screens can be drawn."""
     columns, lines = shutil.get_terminal_size()
-    inside = [name for name, variable in (("tmux", "TMUX"), ("screen", "STY"), ("ssh", "SSH_CONNECTION")) if environ.get(variable)]
+    inside = [
+        name
+        for name, variable in (("tmux", "TMUX"), ("screen", "STY"), ("ssh", "SSH_CONNECTION"))
+        if environ.get(variable)
+    ]
     colours = "no colours (NO_COLOR)" if environ.get("NO_COLOR") else f"colours: {Console().color_system or 'none'}"
     told = f"{columns}x{lines}, TERM {environ.get('TERM') or 'not set'}, {colours}, {sys.stdout.encoding}"
     told += f", inside {' in '.join(inside)}" if inside else ""
@@ -250,24 +327,36 @@ def sandbox() -> Iterator[Finding]:
     if offer is not None:
         yield Finding("ok", "sandbox", f"for code that a model wrote: {offer}")
     else:
-        yield Finding("warning", "sandbox", f"none for code that a model wrote ({levels.why_none()})",
-                      "`python_tests` needs Linux 5.13 or newer with Landlock, or bubblewrap, or user namespaces")  # fmt: skip
+        yield Finding(
+            "warning",
+            "sandbox",
+            f"none for code that a model wrote ({levels.why_none()})",
+            "`python_tests` needs Linux 5.13 or newer with Landlock, or bubblewrap, or user namespaces",
+        )
 
 
 def unsloth() -> Iterator[Finding]:
-    """The other backend of the base. It is optional, so what is wrong with it is no fault; and it is not imported here, as it would have to
-    come before torch."""
+    """The other backend of the base. It is optional, so what is wrong with it is no fault; and it is not imported here,
+    as it would have to come before torch."""
     version = early.installed()
     if version is None:
         yield Finding("ok", "unsloth", "not installed; it is optional (base.backend: unsloth)")
         return
     if wrong := early.misfits():
-        yield Finding("warning", "unsloth", f"{version}, which needs {', '.join(wrong)}",
-                      f"`base.backend: unsloth` is refused here: {early.INSTALL}")  # fmt: skip
+        yield Finding(
+            "warning",
+            "unsloth",
+            f"{version}, which needs {', '.join(wrong)}",
+            f"`base.backend: unsloth` is refused here: {early.INSTALL}",
+        )
         return
     torch: Any = importlib.import_module("torch")
     if torch.cuda.is_available():
         yield Finding("ok", "unsloth", f"{version}, with packages that fit")
     else:
-        yield Finding("warning", "unsloth", f"{version}, and there is no card",
-                      "`base.backend: unsloth` works without one, and is no faster than plain there")  # fmt: skip
+        yield Finding(
+            "warning",
+            "unsloth",
+            f"{version}, and there is no card",
+            "`base.backend: unsloth` works without one, and is no faster than plain there",
+        )

@@ -36,7 +36,8 @@ def installed() -> str | None:
 
 
 def misfits() -> list[str]:
-    """What unsloth says it needs and is installed in another version, or not at all: `transformers<=5.17.0 (5.23.0 is installed)`."""
+    """What unsloth says it needs and is installed in another version, or not at all: `transformers<=5.17.0 (5.23.0 is
+    installed)`."""
     wrong = []
     for line in metadata.requires(UNSLOTH) or ():
         wanted = Requirement(line)
@@ -54,27 +55,35 @@ def misfits() -> list[str]:
 
 
 def import_first(backends: Iterable[str]) -> None:
-    """Imports unsloth where one of these is it. Raises UserError where it is not there, does not fit, breaks, or comes too late."""
+    """Imports unsloth where one of these is it. Raises UserError where it is not there, does not fit, breaks, or comes
+    too late."""
     if UNSLOTH not in backends or UNSLOTH in sys.modules:
         return
     version = installed()
     if version is None:
         raise UserError(f"base.backend: unsloth is not installed: {INSTALL}; or leave base.backend out")
     if wrong := misfits():
-        raise UserError(f"base.backend: unsloth {version} needs {', '.join(wrong)}: {INSTALL}; or leave base.backend out")
+        raise UserError(
+            f"base.backend: unsloth {version} needs {', '.join(wrong)}: {INSTALL}; or leave base.backend out"
+        )
     if there := [name for name in TOO_LATE if name in sys.modules]:
-        raise UserError(f"base.backend: unsloth must be imported before {there[0]}, which this process has imported already: use "
-                        "`lowrank-tune run`, or `from lowrank_tune import run` before anything else")  # fmt: skip
+        raise UserError(
+            f"base.backend: unsloth must be imported before {there[0]}, which this process has imported already: use "
+            "`lowrank-tune run`, or `from lowrank_tune import run` before anything else"
+        )
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"  # it would fetch a file from the hub, to be counted
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(_cache() / "unsloth_compiled"))  # else a folder beside the user's files
+    # else a folder beside the user's files
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(_cache() / "unsloth_compiled"))
     before = {name: os.environ.get(name) for name in KEPT}
     try:
         with redirect_stdout(sys.stderr):  # it greets
             importlib.import_module(UNSLOTH)
     except Exception as error:  # whatever its dozens of patches of other packages run into
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"base.backend: unsloth {version} cannot be imported: {why}; install it again ({INSTALL}), or leave base.backend out"
-                        ) from error  # fmt: skip
+        raise UserError(
+            f"base.backend: unsloth {version} cannot be imported: {why}; install it again ({INSTALL}), or leave "
+            f"base.backend out"
+        ) from error
     finally:
         for name, value in before.items():
             if value is None:

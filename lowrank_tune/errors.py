@@ -1,4 +1,5 @@
-"""Errors for people: one sentence that says what, where, and what instead. Anything else that is raised is our own mistake."""
+"""Errors for people: one sentence that says what, where, and what instead. Anything else that is raised is our own
+mistake."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend. Printed without a traceback; the process ends with `exit_code`."""
+    """Something that the person at the keyboard can mend. Printed without a traceback; the process ends with
+    `exit_code`."""
 
     exit_code = 2
 
@@ -49,6 +51,6 @@ class Faults(UserError):
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """"; did you mean `x`?" for the nearest known word, or an empty string."""
+    """ "; did you mean `x`?" for the nearest known word, or an empty string."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean `{near[0]}`?" if near else ""

@@ -1,6 +1,7 @@
 """What a run tells: a stream of small frozen events. Screens, files and trackers are sinks; the loop only calls `emit`.
 
-One event is one JSON object in `events.jsonl`: `{"v": 1, "event": "step", "time": 1763800000.0, "step": 1, "stats": {...}}`.
+One event is one JSON object in `events.jsonl`: `{"v": 1, "event": "step", "time": 1763800000.0, "step": 1, "stats":
+{...}}`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
-    """The first event of each start. `reference` says in words what the policy is compared with; `memory_total_gib` is the card's
-    memory, or the machine's where there is no card, 0 where it is not known; this is stage `stage` of `stages` in a chain."""
+    """The first event of each start. `reference` says in words what the policy is compared with; `memory_total_gib` is
+    the card's memory, or the machine's where there is no card, 0 where it is not known; this is stage `stage` of
+    `stages` in a chain."""
 
     kind: ClassVar[str] = "run_started"
     name: str
@@ -91,7 +93,8 @@ class Sampled(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Grouped(Event):
-    """The completions of one prompt of step `step` side by side, each `{"text", "reward", "advantage", "finish", "parts"}`."""
+    """The completions of one prompt of step `step` side by side, each `{"text", "reward", "advantage", "finish",
+    "parts"}`."""
 
     kind: ClassVar[str] = "group"
     step: int
@@ -142,7 +145,8 @@ def to_json(event: Event) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> Event | None:
-    """The event of such an object; None for a kind that this version does not know. Unknown fields are ignored; a null statistic is nan."""
+    """The event of such an object; None for a kind that this version does not know. Unknown fields are ignored; a null
+    statistic is nan."""
     kind = KINDS.get(data.get("event", ""))
     if kind is None:
         return None

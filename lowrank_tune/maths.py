@@ -14,7 +14,8 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def token_mean_weights(says: Tensor) -> Tensor:
-    """(B, T) bool -> (B, T) fp32: 1 / (tokens of the whole step) on each token. A step without tokens weighs nothing."""
+    """(B, T) bool -> (B, T) fp32: 1 / (tokens of the whole step) on each token. A step without tokens weighs
+    nothing."""
     return says.float() / says.sum().clamp_min(1)
 
 
@@ -24,13 +25,15 @@ def pair_weights(rows: Tensor) -> Tensor:
 
 
 def share_right(difference: Tensor) -> Mean:
-    """The share of pairs whose chosen side is ahead, `difference` (P,) > 0; a tie counts half, as a coin would decide it."""
+    """The share of pairs whose chosen side is ahead, `difference` (P,) > 0; a tie counts half, as a coin would decide
+    it."""
     difference = difference.detach()
     return Mean((difference > 0).float().sum() + 0.5 * (difference == 0).float().sum(), len(difference))
 
 
 def where_says(values: Tensor, says: Tensor) -> Tensor:
-    """`values` with everything outside the mask replaced by 0: whatever stands there, NaN too, reaches neither loss nor gradient."""
+    """`values` with everything outside the mask replaced by 0: whatever stands there, NaN too, reaches neither loss nor
+    gradient."""
     return torch.where(says, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
@@ -45,11 +48,12 @@ def mean_of(values: Tensor) -> Mean:
 
 
 def gae(rewards: Tensor, values: Tensor, says: Tensor, after: Tensor, gamma: float = 1.0, lam: float = 0.95) -> Tensor:
-    """Generalised advantage estimation (arXiv:1506.02438, equation 16) over the tokens of the mask; (B, T) fp32, 0 outside it.
+    """Generalised advantage estimation (arXiv:1506.02438, equation 16) over the tokens of the mask; (B, T) fp32, 0
+    outside it.
 
-    rewards (B, T): what token t earns; values (B, T): what is still to be earned before token t; after (B,): the same behind the last
-    token, 0 for a completion that ended, the value of what was written where it was cut. Slots outside the mask are passed over, wherever
-    they stand and whatever they hold.
+    rewards (B, T): what token t earns; values (B, T): what is still to be earned before token t; after (B,): the same
+    behind the last token, 0 for a completion that ended, the value of what was written where it was cut. Slots outside
+    the mask are passed over, wherever they stand and whatever they hold.
     """
     rewards, values = where_says(rewards, says).double(), where_says(values, says).double()
     advantages = torch.zeros_like(rewards)
@@ -63,7 +67,8 @@ def gae(rewards: Tensor, values: Tensor, says: Tensor, after: Tensor, gamma: flo
 
 
 def whiten(values: Tensor, says: Tensor) -> Tensor:
-    """Mean 0 and variance 1 (1/n) over the mask, (B, T) fp32, 0 outside it; values that are all equal (within 1e-6) become exactly 0."""
+    """Mean 0 and variance 1 (1/n) over the mask, (B, T) fp32, 0 outside it; values that are all equal (within 1e-6)
+    become exactly 0."""
     chosen = values[says].double()
     if not len(chosen) or float(chosen.max() - chosen.min()) <= 1e-6:
         return torch.zeros_like(values)
@@ -72,18 +77,20 @@ def whiten(values: Tensor, says: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, says: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over the mask: 1 for values that foretell everything, 0 for constant ones; nan where
-    returns do not vary."""
+    """1 - Var(returns - values) / Var(returns) over the mask: 1 for values that foretell everything, 0 for constant
+    ones; nan where returns do not vary."""
     wanted, found = returns[says].double(), values[says].double()
     spread = float(wanted.var(correction=0)) if len(wanted) else 0.0
     return 1.0 - float((wanted - found).var(correction=0)) / spread if spread else float("nan")
 
 
 def reliability(difference: Tensor, bins: int = 10) -> list[tuple[float, float, int]]:
-    """How far the confidence of a preference model can be believed: (mean confidence, share that is right, pairs) of each bin.
+    """How far the confidence of a preference model can be believed: (mean confidence, share that is right, pairs) of
+    each bin.
 
-    difference (P,): score of the chosen minus that of the rejected. The model prefers the side that is ahead, with confidence
-    sigmoid(|difference|) in [0.5, 1] (Bradley-Terry); bins of equal width, empty ones left out; a tie is right by half.
+    difference (P,): score of the chosen minus that of the rejected. The model prefers the side that is ahead, with
+    confidence sigmoid(|difference|) in [0.5, 1] (Bradley-Terry); bins of equal width, empty ones left out; a tie is
+    right by half.
     """
     difference = difference.double()
     confidence = torch.sigmoid(difference.abs())
@@ -97,7 +104,8 @@ def reliability(difference: Tensor, bins: int = 10) -> list[tuple[float, float, 
 
 
 def calibration_error(bins: list[tuple[float, float, int]]) -> float:
-    """Expected calibration error: the mean distance of confidence and share that is right, over all pairs (arXiv:1706.04599)."""
+    """Expected calibration error: the mean distance of confidence and share that is right, over all pairs
+    (arXiv:1706.04599)."""
     total = sum(count for _, _, count in bins)
     return sum(abs(confidence - right) * count for confidence, right, count in bins) / total if total else float("nan")
 

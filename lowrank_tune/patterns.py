@@ -1,8 +1,9 @@
-r"""The regular expressions of recipes, by RE2: time linear in the text, whatever the pattern, so no completion can hang one.
+r"""The regular expressions of recipes, by RE2: time linear in the text, whatever the pattern, so no completion can hang
+one.
 
-RE2 has no lookaround, backreferences, atomic groups or possessive repetitions, and counts up to 1000. It differs from Python's `re` also in
-`\d`, `\w`, `\s` and `\b`, which are ASCII (`\pL` is any letter, `\pN` any number), in `$`, which is the very end of the text (`(?m)`: of a
-line), and in `\z` for Python's `\Z`.
+RE2 has no lookaround, backreferences, atomic groups or possessive repetitions, and counts up to 1000. It differs from
+Python's `re` also in `\d`, `\w`, `\s` and `\b`, which are ASCII (`\pL` is any letter, `\pN` any number), in `$`, which
+is the very end of the text (`(?m)`: of a line), and in `\z` for Python's `\Z`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,16 @@ import re2
 from lowrank_tune.errors import UserError
 
 LACKS = (
-    (("(?=", "(?!", "(?<=", "(?<!"), "lookaround", "match what stands there too, or use two rewards, one with a negative weight,"),
-    (("(?>", "*+", "++", "?+", "}+"), "atomic groups and possessive repetitions", "write plain ones, which cannot run away here,"),
+    (
+        ("(?=", "(?!", "(?<=", "(?<!"),
+        "lookaround",
+        "match what stands there too, or use two rewards, one with a negative weight,",
+    ),
+    (
+        ("(?>", "*+", "++", "?+", "}+"),
+        "atomic groups and possessive repetitions",
+        "write plain ones, which cannot run away here,",
+    ),
     (("(?P=", r"\1", r"\2", r"\3"), "backreferences", "write the alternatives out,"),
     ((r"\Z",), r"`\Z`", r"write `\z`,"),
     ((r"\u", r"\U", r"\N"), "escapes of this kind", r"write the character itself or `\x{20ac}`,"),
@@ -24,7 +33,8 @@ LACKS = (
 
 
 def compiled(pattern: str) -> Any:
-    """An RE2 expression for UTF-8 bytes (see `encoded`). Raises UserError with a sentence that begins like `is no ...`."""
+    """An RE2 expression for UTF-8 bytes (see `encoded`). Raises UserError with a sentence that begins like `is no
+    ...`."""
     options = re2.Options()
     options.log_errors = False  # RE2 would write to the terminal by itself
     options.never_capture = True
@@ -41,7 +51,10 @@ def _why(pattern: str, error: Exception) -> str:
     told = told.decode(errors="replace") if isinstance(told, bytes) else str(told)
     for signs, name, cure in LACKS:
         if any(sign in told for sign in signs) or (told.endswith("(?P") and "(?P=" in pattern and "(?P=" in signs):
-            return f"has {name}, which the linear-time engine RE2 does not know; {cure} or your own function, `./file.py:name`"
+            return (
+                f"has {name}, which the linear-time engine RE2 does not know; {cure} or your own function, "
+                f"`./file.py:name`"
+            )
     return f"is no regular expression of RE2: {told if told.isprintable() else ascii(told)}"[:200]
 
 

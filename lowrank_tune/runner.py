@@ -63,31 +63,45 @@ class _Listener:
             self.last = {"step": event.step, **event.stats}
 
     def begin(self, events: Iterable[Event]) -> None:
-        """A stage begins: it has its own warnings, and the last values of the part of it that stands in the log: one that was killed at
-        its very end has no step left to do."""
-        self.warnings = [event.message for event in self.earlier or () if isinstance(event, Note) and event.level == "warning"]
+        """A stage begins: it has its own warnings, and the last values of the part of it that stands in the log: one
+        that was killed at its very end has no step left to do."""
+        self.warnings = [
+            event.message for event in self.earlier or () if isinstance(event, Note) and event.level == "warning"
+        ]
         self.earlier, self.last = None, {}
         for event in events:
             if isinstance(event, StepDone):
                 self.last = {"step": event.step, **event.stats}
 
-    def tell_end(self, emit: Emit, status: Literal["interrupted", "failed"], step: int, seconds: float, message: str) -> None:
-        """The last event of a run that broke. The disk may be full by now, and what broke the run is what its user must read."""
+    def tell_end(
+        self, emit: Emit, status: Literal["interrupted", "failed"], step: int, seconds: float, message: str
+    ) -> None:
+        """The last event of a run that broke. The disk may be full by now, and what broke the run is what its user must
+        read."""
         with suppress(UserError):
             emit(RunEnded(status=status, step=int(self.last.get("step", step)), seconds=seconds, message=message))
 
     def close(self) -> None: ...
 
 
-def run(recipe: settings.Recipe | Chain | str | Path, *overrides: str, out: str | Path | None = None, ui: str = "auto",
-        device: torch.device | None = None, on_event: Callable[[Event], None] | None = None) -> Outcome:  # fmt: skip
-    """Runs a recipe or a chain of them, a preset's name or a recipe file; continues it where an unfinished run of it lies in the folder.
+def run(
+    recipe: settings.Recipe | Chain | str | Path,
+    *overrides: str,
+    out: str | Path | None = None,
+    ui: str = "auto",
+    device: torch.device | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> Outcome:
+    """Runs a recipe or a chain of them, a preset's name or a recipe file; continues it where an unfinished run of it
+    lies in the folder.
 
     Raises UserError (a sentence for the person) and KeyboardInterrupt at a second Ctrl-C. `on_event` sees every event.
     """
     loaded = recipe if isinstance(recipe, (settings.Recipe, Chain)) else load_any(recipe, *overrides)
     early.import_first(backends_of(loaded))  # refused here where nobody did it in time
-    trackers.check(name for one in (loaded.stages if isinstance(loaded, Chain) else (loaded,)) for name in one.train.trackers)
+    trackers.check(
+        name for one in (loaded.stages if isinstance(loaded, Chain) else (loaded,)) for name in one.train.trackers
+    )
     control, begun = Control(), time.time()
     with asked_by_signals(control) as training:  # around the screen too, which must be taken down whatever comes
         console = _Console(control, training, ui, device, on_event)
@@ -109,7 +123,8 @@ def run(recipe: settings.Recipe | Chain | str | Path, *overrides: str, out: str 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run stands in a chain: stage `number` of `count`, under its name there; and what is known of the stage before it."""
+    """Where a run stands in a chain: stage `number` of `count`, under its name there; and what is known of the stage
+    before it."""
 
     number: int = 1
     count: int = 1
@@ -120,8 +135,14 @@ class Place:
 class _Console:
     """What all stages of a run share: who listens, who may interrupt, and on which device."""
 
-    def __init__(self, control: Control, training: Callable[[bool], None], ui: str, device: torch.device | None,
-                 on_event: Callable[[Event], None] | None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        control: Control,
+        training: Callable[[bool], None],
+        ui: str,
+        device: torch.device | None,
+        on_event: Callable[[Event], None] | None,
+    ) -> None:
         self.control, self.training, self.device = control, training, device
         self.fits: Mapping[str, Mapping[str, Any]] = {}  # what `auto` stands for, by stage
         self.listener = _Listener()
@@ -139,22 +160,39 @@ class _Console:
             self.emit.attach(Tui(self.control, log), earlier)
 
 
-def run_stage(recipe: settings.Recipe, folder: RunFolder, console: _Console, place: Place, base: Base | None = None,
-              console_log: Path | None = None, before: Iterable[Event] = ()) -> tuple[Outcome, Base]:  # fmt: skip
-    """One algorithm in its folder, from its newest checkpoint to its end. The base comes back without any adapter, for the next stage."""
+def run_stage(
+    recipe: settings.Recipe,
+    folder: RunFolder,
+    console: _Console,
+    place: Place,
+    base: Base | None = None,
+    console_log: Path | None = None,
+    before: Iterable[Event] = (),
+) -> tuple[Outcome, Base]:
+    """One algorithm in its folder, from its newest checkpoint to its end. The base comes back without any adapter, for
+    the next stage."""
     begun, emit, listener, step = time.time(), console.emit, console.listener, 0
     files: list[Sink] = []
     closing = ExitStack()
     try:
         found = newest(folder.checkpoints, emit)
         step = found[0] if found else 0
-        name = f"{folder.path.resolve().parent.name}-{folder.path.name}" if place.count > 1 else folder.path.resolve().name
+        name = (
+            f"{folder.path.resolve().parent.name}-{folder.path.name}" if place.count > 1 else folder.path.resolve().name
+        )
         before_cut = list(events_in(folder.events)) if recipe.train.trackers else []
         for path, only in ((folder.events, ()), (folder.samples, (Sampled,))):
             files.append(JsonLines(path, step if found else None, only=only))
             emit.attach(files[-1], listener.earlier or ())
-        for tracker in trackers.begin(recipe.train.trackers, recipe.train.project, name, folder.path, recipe.to_dict(),
-                                      step if found else None, before_cut):  # fmt: skip
+        for tracker in trackers.begin(
+            recipe.train.trackers,
+            recipe.train.project,
+            name,
+            folder.path,
+            recipe.to_dict(),
+            step if found else None,
+            before_cut,
+        ):
             files.append(tracker)
             emit.attach(tracker)
         listener.begin(events_in(folder.events))
@@ -163,7 +201,9 @@ def run_stage(recipe: settings.Recipe, folder: RunFolder, console: _Console, pla
             recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=dict(changes))})
         built = build(recipe, emit, console.device, base, fresh=found is None)
         closing.callback(built.close)
-        stage = Stage(recipe, folder, built, emit, console.control, found, (place.number, place.count), place.name, place.earlier)
+        stage = Stage(
+            recipe, folder, built, emit, console.control, found, (place.number, place.count), place.name, place.earlier
+        )
         step, finished = stage.train(console.training)
         stage.finish(finished, begun, listener.last, listener.warnings, final_folder)
         built.roles.release()
@@ -172,7 +212,9 @@ def run_stage(recipe: settings.Recipe, folder: RunFolder, console: _Console, pla
         if is_out_of_memory(error) or isinstance(error, DoesNotFit):
             error = _out_of_memory(error, recipe)
         told = str(error) if isinstance(error, UserError) else type(error).__name__
-        listener.tell_end(emit, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", step, time.time() - begun, told)
+        listener.tell_end(
+            emit, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", step, time.time() - begun, told
+        )
         raise error
     finally:
         closing.close()
@@ -191,7 +233,8 @@ def _out_of_memory(error: BaseException, recipe: settings.Recipe) -> OutOfMemory
 
 
 def run_chain(recipes: Chain, folder: RunFolder, console: _Console, begun: float) -> Outcome:
-    """Stage after stage over one base in memory, each adapter flowing into the next stack; a stage that has ended is left as it is."""
+    """Stage after stage over one base in memory, each adapter flowing into the next stack; a stage that has ended is
+    left as it is."""
     folders: dict[str, str] = {}
     summaries: list[dict[str, Any]] = []
     base: Base | None = None
@@ -199,7 +242,9 @@ def run_chain(recipes: Chain, folder: RunFolder, console: _Console, begun: float
         path = folder.path / f"{number}-{name}"
         ended = summary_of(path)
         if ended is not None and ended["status"] == "done":
-            console.emit(Note(message=f"stage {number} of {len(recipes.stages)}, {name}, has ended and is left as it is: {path}"))
+            console.emit(
+                Note(message=f"stage {number} of {len(recipes.stages)}, {name}, has ended and is left as it is: {path}")
+            )
             folders[name] = str(path.resolve())
             summaries.append(ended)
             continue
@@ -236,7 +281,10 @@ def _known(recipes: Chain, number: int, summaries: list[dict[str, Any]]) -> dict
     for stage, summary in zip(recipes.stages, summaries, strict=False):
         apart = {"every", "on_hacking"}  # which say nothing of how a final adapter is asked
         if (stage.evaluate.model_dump(exclude=apart), stage.seed, stage.data.system) == (
-                wanted.evaluate.model_dump(exclude=apart), wanted.seed, wanted.data.system):  # fmt: skip
+            wanted.evaluate.model_dump(exclude=apart),
+            wanted.seed,
+            wanted.data.system,
+        ):
             known["heldout"] |= summary.get("heldout_details", {})
             known["answers"] |= summary.get("answers", {})
     return known
@@ -247,13 +295,33 @@ def chain_summary(recipes: Chain, summaries: list[dict[str, Any]], seconds: floa
     stages = []
     for number, (stage, summary) in enumerate(zip(recipes.stages, summaries, strict=False), 1):
         kept = ("algorithm", "status", "step", "steps", "seconds", "last", "best", "heldout_pairs")
-        stages.append({"name": stage.name, "folder": f"{number}-{stage.name}", **{key: summary[key] for key in kept if key in summary}})
-    merged = {key: {name: value for summary in summaries for name, value in summary.get(key, {}).items()}
-              for key in ("heldout", "heldout_details", "answers")}  # fmt: skip
+        stages.append(
+            {
+                "name": stage.name,
+                "folder": f"{number}-{stage.name}",
+                **{key: summary[key] for key in kept if key in summary},
+            }
+        )
+    merged = {
+        key: {name: value for summary in summaries for name, value in summary.get(key, {}).items()}
+        for key in ("heldout", "heldout_details", "answers")
+    }
     done = len(summaries) == len(recipes.stages) and all(summary["status"] == "done" for summary in summaries)
-    warned = [f"{stage['name']}: {warning}" for stage, summary in zip(stages, summaries, strict=True) for warning in summary["warnings"]]
-    return {"version": 1, "status": "done" if done else "interrupted", "name": recipes.name, "algorithm": recipes.algorithm,
-            "seconds": round(seconds, 1), "stages": stages, **merged, "warnings": warned}  # fmt: skip
+    warned = [
+        f"{stage['name']}: {warning}"
+        for stage, summary in zip(stages, summaries, strict=True)
+        for warning in summary["warnings"]
+    ]
+    return {
+        "version": 1,
+        "status": "done" if done else "interrupted",
+        "name": recipes.name,
+        "algorithm": recipes.algorithm,
+        "seconds": round(seconds, 1),
+        "stages": stages,
+        **merged,
+        "warnings": warned,
+    }
 
 
 class _Callback:
@@ -273,4 +341,6 @@ def report(folder: RunFolder) -> None:
     try:
         write_report(folder.path)
     except Exception as error:
-        warnings.warn(f"report.html could not be written: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"report.html could not be written: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2
+        )

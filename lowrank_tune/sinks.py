@@ -1,4 +1,5 @@
-"""Where events go besides the screens: files of JSON lines, and the fan-out in which a broken screen never stops a run."""
+"""Where events go besides the screens: files of JSON lines, and the fan-out in which a broken screen never stops a
+run."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class Sink(Protocol):
 
 
 def line(event: Event) -> bytes:
-    """The event as one line of JSON in ASCII, lone surrogates escaped. A number that is not finite is null; `from_json` reads nan."""
+    """The event as one line of JSON in ASCII, lone surrogates escaped. A number that is not finite is null; `from_json`
+    reads nan."""
     data = to_json(event)
     try:
         text = json.dumps(data, allow_nan=False)
@@ -33,10 +35,12 @@ def line(event: Event) -> bytes:
 
 
 class JsonLines:
-    """Appends each event (only those of the kinds `only`, where it is given) as one line, in one write, so that it can be followed.
+    """Appends each event (only those of the kinds `only`, where it is given) as one line, in one write, so that it can
+    be followed.
 
-    `resumed_from` None begins an empty file; a step cuts off what the resumed run will do again, so that no step stands twice.
-    The file is replaced for that: who follows it must look at its inode. Raises `RunFailed` or `UserError` with path and reason.
+    `resumed_from` None begins an empty file; a step cuts off what the resumed run will do again, so that no step stands
+    twice. The file is replaced for that: who follows it must look at its inode. Raises `RunFailed` or `UserError` with
+    path and reason.
     """
 
     def __init__(self, path: Path, resumed_from: int | None = None, only: tuple[type[Event], ...] = ()) -> None:
@@ -53,7 +57,8 @@ class JsonLines:
             return
         try:
             write_all(self._file, line(event))
-            if isinstance(event, (Saved, RunEnded)):  # a durable checkpoint without its history would leave a hole after a power cut
+            # a durable checkpoint without its history would leave a hole after a power cut
+            if isinstance(event, (Saved, RunEnded)):
                 os.fsync(self._file)
         except OSError as error:
             raise RunFailed(str(cannot_write(self.path, error))) from error
@@ -65,7 +70,8 @@ class JsonLines:
 
 
 def keep_until(data: bytes, step: int) -> bytes:
-    """The whole and valid lines before the first measurement after the checkpoint of `step`. All that follows belongs to the lost part."""
+    """The whole and valid lines before the first measurement after the checkpoint of `step`. All that follows belongs
+    to the lost part."""
     kept, saved = [], False
     for raw in data.splitlines(keepends=True):
         try:

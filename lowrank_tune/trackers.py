@@ -1,9 +1,11 @@
-"""Experiment trackers as sinks: TensorBoard, Weights & Biases, Trackio and MLflow, through accelerate's classes for them.
+"""Experiment trackers as sinks: TensorBoard, Weights & Biases, Trackio and MLflow, through accelerate's classes for
+them.
 
-Each is a sink of its own, so that one that breaks takes no other down: it is switched off, a warning says so, and the run goes on. What is
-missing or cannot begin is told before training. A continued run goes on in the same tracker run, and no step stands there twice: TensorBoard
-is told to forget what came after the checkpoint, and the others are not sent again what they were sent. Only numbers and the recipe's
-settings are sent, never texts of rows, prompts or completions; what looks like a secret in a setting is masked.
+Each is a sink of its own, so that one that breaks takes no other down: it is switched off, a warning says so, and the
+run goes on. What is missing or cannot begin is told before training. A continued run goes on in the same tracker run,
+and no step stands there twice: TensorBoard is told to forget what came after the checkpoint, and the others are not
+sent again what they were sent. Only numbers and the recipe's settings are sent, never texts of rows, prompts or
+completions; what looks like a secret in a setting is masked.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from lowrank_tune.recipe.tree import dotted, leaves
 
 STATE = "trackers.json"
 PARTS = {"validation_": "validation/", "heldout_": "heldout/", "pairs_": "pairs/"}
-SECRET = re.compile(r"\b(?:hf|sk|gh[opsu]|glpat|xox[bp])[_-][\w-]{10,}|(?<=//)[^/\s:@]+:[^/\s@]+(?=@)|(?<=[?&]token=)[^&\s]+", re.I)
+SECRET = re.compile(
+    r"\b(?:hf|sk|gh[opsu]|glpat|xox[bp])[_-][\w-]{10,}|(?<=//)[^/\s:@]+:[^/\s@]+(?=@)|(?<=[?&]token=)[^&\s]+", re.I
+)
 MASK = "***"
 Told = frozenset[tuple[str, int]]
 """Statistics, by name and step, that an earlier start of the run has sent."""
@@ -34,8 +38,8 @@ Told = frozenset[tuple[str, int]]
 
 @dataclass(frozen=True)
 class Run:
-    """What a tracker is told of a run: the project that it belongs to, its name there, its folder, whether it goes on after a checkpoint
-    (`resumed_from`), and the id under which an earlier start began it."""
+    """What a tracker is told of a run: the project that it belongs to, its name there, its folder, whether it goes on
+    after a checkpoint (`resumed_from`), and the id under which an earlier start began it."""
 
     project: str
     name: str
@@ -59,7 +63,9 @@ def _wandb(trackers: Any, run: Run) -> tuple[Any, str]:
     import wandb  # heavy, and only where it is asked for
 
     quiet = wandb.Settings(console="off")  # else it keeps all that the dashboard draws
-    return trackers.WandBTracker(run.project, name=run.name, id=number, resume="allow", dir=str(run.folder), settings=quiet), number
+    return trackers.WandBTracker(
+        run.project, name=run.name, id=number, resume="allow", dir=str(run.folder), settings=quiet
+    ), number
 
 
 def _trackio(trackers: Any, run: Run) -> tuple[Any, str]:
@@ -73,15 +79,25 @@ def _mlflow(trackers: Any, run: Run) -> tuple[Any, str]:
 
 
 MAKERS: Mapping[str, Callable[[Any, Run], tuple[Any, str]]] = {
-    "tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow}  # fmt: skip
-"""A tracker that has not begun, and the id under which a later start finds its run again (MLflow's comes when it begins)."""
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+    "mlflow": _mlflow,
+}
+"""A tracker that has not begun, and the id under which a later start finds its run again (MLflow's comes when it
+begins)."""
 
 
 def check(names: Iterable[str]) -> None:
     """Raises Faults where a tracker is not installed, with what to install."""
     missing = [name for name in dict.fromkeys(names) if importlib.util.find_spec(name) is None]
     if missing:
-        raise Faults([Fault(f"{name} is not installed: pip install {name}, or leave it out", "train.report_to") for name in missing])
+        raise Faults(
+            [
+                Fault(f"{name} is not installed: pip install {name}, or leave it out", "train.report_to")
+                for name in missing
+            ]
+        )
 
 
 class Tracker:
@@ -99,11 +115,21 @@ class Tracker:
 
     def _take(self, event: Event) -> None:
         if isinstance(event, RunStarted) and self._fresh:
-            facts = {"algorithm": event.algorithm, "model": event.model, "device": event.device, "trained_parameters": event.trainable}
-            self._inner.store_init_configuration({**self._settings, **{f"run.{name}": masked(value) for name, value in facts.items()}})
+            facts = {
+                "algorithm": event.algorithm,
+                "model": event.model,
+                "device": event.device,
+                "trained_parameters": event.trainable,
+            }
+            self._inner.store_init_configuration(
+                {**self._settings, **{f"run.{name}": masked(value) for name, value in facts.items()}}
+            )
             self._fresh = False
         elif isinstance(event, StepDone):
-            self._log({f"train/{name}": value for name, value in {**event.stats, "seconds": event.seconds}.items()}, event.step)
+            self._log(
+                {f"train/{name}": value for name, value in {**event.stats, "seconds": event.seconds}.items()},
+                event.step,
+            )
         elif isinstance(event, Validated):
             self._log({named(name): value for name, value in event.stats.items()}, event.step)
 
@@ -111,12 +137,17 @@ class Tracker:
             self._status = event.status
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
-        kept = {name: float(value) for name, value in values.items() if math.isfinite(value) and (name, step) not in self._told}
+        kept = {
+            name: float(value)
+            for name, value in values.items()
+            if math.isfinite(value) and (name, step) not in self._told
+        }
         if kept:
             self._inner.log(kept, step=step)
 
     def close(self) -> None:
-        """Ends the tracker's run as this one ended. The run is over: that a network is gone now is told, and breaks nothing."""
+        """Ends the tracker's run as this one ended. The run is over: that a network is gone now is told, and breaks
+        nothing."""
         try:
             if self.name == "wandb" and self._status != "done":
                 self._inner.tracker.finish(exit_code=1)
@@ -127,7 +158,9 @@ class Tracker:
             else:
                 self._inner.finish()
         except Exception as error:
-            warnings.warn(f"{self.name} could not be closed: {masked(_first_line(error))}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"{self.name} could not be closed: {masked(_first_line(error))}", RuntimeWarning, stacklevel=2
+            )
 
 
 def named(name: str) -> str:
@@ -150,10 +183,17 @@ def told_in(events: Iterable[Event], up_to: int | None = None) -> Told:
     return frozenset(found)
 
 
-def begin(names: Sequence[str], project: str, name: str, folder: Path, recipe: Mapping[str, Any], resumed_from: int | None,
-          before: Sequence[Event]) -> list[Tracker]:  # fmt: skip
-    """Starts the trackers of a run; `before` are the events of its earlier starts. Raises UserError where one cannot begin, after closing
-    those that could."""
+def begin(
+    names: Sequence[str],
+    project: str,
+    name: str,
+    folder: Path,
+    recipe: Mapping[str, Any],
+    resumed_from: int | None,
+    before: Sequence[Event],
+) -> list[Tracker]:
+    """Starts the trackers of a run; `before` are the events of its earlier starts. Raises UserError where one cannot
+    begin, after closing those that could."""
     if not names:
         return []
     from accelerate import PartialState, tracking  # seconds, and only where a tracker is asked for
@@ -165,7 +205,11 @@ def begin(names: Sequence[str], project: str, name: str, folder: Path, recipe: M
             known = state.get(each)
             run = Run(project, name, folder, resumed_from, known if isinstance(known, str) else None)
             inner, state[each] = _started(each, tracking, run)
-            told = frozenset[tuple[str, int]]() if not run.continued else told_in(before, resumed_from if each == "tensorboard" else None)
+            told = (
+                frozenset[tuple[str, int]]()
+                if not run.continued
+                else told_in(before, resumed_from if each == "tensorboard" else None)
+            )
             begun.append(Tracker(each, inner, flat(recipe), not run.continued, told))
     except BaseException:
         for tracker in begun:
@@ -182,13 +226,17 @@ def _started(name: str, tracking: Any, run: Run) -> tuple[Any, str]:
         return inner, number or str(inner.tracker.info.run_id)
     except Exception as error:
         told = masked(_first_line(error))
-        raise UserError(f"train.report_to: {name} cannot begin: {type(error).__name__}: {told}; mend that, or leave it out") from error
+        raise UserError(
+            f"train.report_to: {name} cannot begin: {type(error).__name__}: {told}; mend that, or leave it out"
+        ) from error
 
 
 def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting under its dotted name, as trackers take them; secrets masked."""
-    return {dotted(path): masked(value) if isinstance(value, (bool, int, float, str)) else masked(json.dumps(value))
-            for path, value in leaves(dict(recipe))}  # fmt: skip
+    return {
+        dotted(path): masked(value) if isinstance(value, (bool, int, float, str)) else masked(json.dumps(value))
+        for path, value in leaves(dict(recipe))
+    }
 
 
 def masked(value: Any) -> Any:
@@ -206,4 +254,3 @@ def _read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return found if isinstance(found, dict) else {}
-

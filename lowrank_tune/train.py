@@ -1,8 +1,9 @@
 """The loop. It knows no algorithm, no display and no file format: it emits events and polls a `Control`.
 
-A step: collect, weigh, one backward for each term of each micro-batch, clip, step. A micro-batch that memory is too short for is done again
-in halves, which have the same gradient. A step whose loss or gradient is not finite changes nothing and is counted. Each step draws its
-random numbers from the seed and its own number, so a step that was lost to a crash is drawn again just so.
+A step: collect, weigh, one backward for each term of each micro-batch, clip, step. A micro-batch that memory is too
+short for is done again in halves, which have the same gradient. A step whose loss or gradient is not finite changes
+nothing and is counted. Each step draws its random numbers from the seed and its own number, so a step that was lost to
+a crash is drawn again just so.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (b
 T = TypeVar("T")
 __all__ = ["Loop", "Progress", "make_optimizer", "memory_gib", "movement", "rate_at"]
 
-# A B that starts at 0 moves at any rate, so the share alone is not enough; and at the end of a schedule it is right to stand still.
+# A B that starts at 0 moves at any rate, so the share alone is not enough; and at the end of a schedule it is right to
+# stand still.
 FEW_MOVED, TINY_UPDATE, SMALL_RATE, LOOKS_BEFORE_WARNING = 0.5, 1e-8, 0.01, 3
 
 
@@ -50,9 +52,9 @@ class Progress:
 
 @dataclass
 class Loop:
-    """One run's loop. `at_border(done, last)` evaluates and saves what is due after a step, or what `control` asks for; it is called
-    between steps, where nothing is half done, and again at the same border for wishes that came meanwhile. It may say `enough`, which ends
-    the run as its last step does."""
+    """One run's loop. `at_border(done, last)` evaluates and saves what is due after a step, or what `control` asks for;
+    it is called between steps, where nothing is half done, and again at the same border for wishes that came meanwhile.
+    It may say `enough`, which ends the run as its last step does."""
 
     algorithm: Algorithm
     parameters: list[nn.Parameter]
@@ -132,7 +134,11 @@ class Loop:
             values["bad_steps"] = self.progress.bad_steps
         if self.limits.times:
             values["out_of_memory"] = self.limits.times
-        self.emit(StepDone(step=self.progress.step, steps=self.steps, stats=values, seconds=seconds, tokens=tokens, logged=logged))
+        self.emit(
+            StepDone(
+                step=self.progress.step, steps=self.steps, stats=values, seconds=seconds, tokens=tokens, logged=logged
+            )
+        )
 
     def _check(self, batch: Batch, step: int) -> None:
         """Once a start. The random state stays as it was: a continued run must draw what the straight one drew."""
@@ -152,18 +158,22 @@ class Loop:
         return batch.split(None if size is None else size * together, tokens, together)
 
     def _in_pieces(self, micro: Batch, work: Callable[[Batch], T]) -> Iterator[T]:
-        """What `work` makes of a micro-batch on the device, or of pieces of it, where memory is too short for all of it."""
+        """What `work` makes of a micro-batch on the device, or of pieces of it, where memory is too short for all of
+        it."""
         together, width = self.algorithm.together, micro.ids.shape[1]
 
         def on_device(units: Sequence[int]) -> T:
             whole = len(units) * together == len(micro)
             return work((micro if whole else micro.take(_rows(units, together))).to(self.device))
 
-        for _, done in self.limits.pieces("update_tokens", range(len(micro) // together), together * width, on_device, together):
+        for _, done in self.limits.pieces(
+            "update_tokens", range(len(micro) // together), together * width, on_device, together
+        ):
             yield done
 
     def _accumulate(self, part: Batch) -> tuple[Stats, float, float]:
-        """Adds up the gradients of all micro-batches and clips them; returns the statistics, the loss, and the norm before clipping."""
+        """Adds up the gradients of all micro-batches and clips them; returns the statistics, the loss, and the norm
+        before clipping."""
         part.weight = self.algorithm.weigh(part)
         stats: Stats = {}
         loss = torch.zeros((), device=self.device)
@@ -186,16 +196,26 @@ class Loop:
 
     def _clip(self) -> Tensor:
         """Clips the gradients of each group of parameters; returns the norm of all before that."""
-        norms = [nn.utils.clip_grad_norm_(group["params"], self.train.max_grad_norm) for group in self.optimizer.param_groups]
+        norms = [
+            nn.utils.clip_grad_norm_(group["params"], self.train.max_grad_norm) for group in self.optimizer.param_groups
+        ]
         return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
     def _skip(self, step: int, norm: float) -> None:
         self.progress.bad_steps += 1
         self.progress.bad_in_a_row += 1
-        self.emit(Note(level="warning", message=f"step {step + 1}: loss or gradient is not finite (norm {norm}); the step changes nothing"))
+        self.emit(
+            Note(
+                level="warning",
+                message=f"step {step + 1}: loss or gradient is not finite (norm {norm}); the step changes nothing",
+            )
+        )
         if self.progress.bad_in_a_row >= self.train.max_bad_steps:
-            raise RunFailed(f"{self.progress.bad_in_a_row} steps in a row had no finite loss or gradient, the last at step {step + 1}; "
-                            "lower train.learning_rate, and look at the rows of these steps")  # fmt: skip
+            raise RunFailed(
+                f"{self.progress.bad_in_a_row} steps in a row had no finite loss or gradient, the last at step "
+                f"{step + 1}; "
+                "lower train.learning_rate, and look at the rows of these steps"
+            )
 
     def _watch_learning(self, values: Mapping[str, float], rate_share: float) -> None:
         """Says so when a run learns nothing: the optimizer steps, and the adapter stays where it was."""
@@ -205,9 +225,11 @@ class Loop:
         still = moved < FEW_MOVED or size < TINY_UPDATE
         self.progress.still_looks = self.progress.still_looks + 1 if still else 0
         if self.progress.still_looks == LOOKS_BEFORE_WARNING:
-            message = f"the last step moved {moved:.1%} of the adapter's elements, by {size:.0e} of their size: nothing is being learned"
+            message = (
+                f"the last step moved {moved:.1%} of the adapter's elements, by {size:.0e} of their size: "
+                f"nothing is being learned"
+            )
             self.emit(Note(level="warning", message=f"{message}; look at train.learning_rate and at the loss mask"))
-
 
     def _warn(self, values: Mapping[str, float]) -> None:
         """What the algorithm finds worrying, each kind (its first words) once a start."""
@@ -223,7 +245,8 @@ def _rows(units: Sequence[int], together: int) -> Tensor:
 
 
 def rate_at(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """Share of the peak learning rate at a step, 0-based: a linear warm-up, then cosine or linear to 0 after the last step, or constant."""
+    """Share of the peak learning rate at a step, 0-based: a linear warm-up, then cosine or linear to 0 after the last
+    step, or constant."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if schedule == "constant":
@@ -233,10 +256,12 @@ def rate_at(step: int, steps: int, warmup: int, schedule: str) -> float:
 
 
 def movement(parameters: list[nn.Parameter], before: list[Tensor]) -> Stats:
-    """Share of elements that the last step moved, and the size of the update against that of the weights. An adapter's B starts at 0,
-    so the second is large at first."""
+    """Share of elements that the last step moved, and the size of the update against that of the weights. An adapter's
+    B starts at 0, so the second is large at first."""
     moved = torch.stack([(p.detach() != b).sum() for p, b in zip(parameters, before, strict=True)]).sum()
-    update = torch.stack([(p.detach() - b).square().sum() for p, b in zip(parameters, before, strict=True)]).sum().sqrt()
+    update = (
+        torch.stack([(p.detach() - b).square().sum() for p, b in zip(parameters, before, strict=True)]).sum().sqrt()
+    )
     weight = torch.stack([b.square().sum() for b in before]).sum().sqrt()
     return {"moved_share": Mean(moved, sum(p.numel() for p in parameters)), "update_ratio": Mean(update, weight)}
 

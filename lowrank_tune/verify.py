@@ -1,8 +1,9 @@
-"""`lowrank-tune verify`: the rewards of a recipe over a file of responses, or over the reference answers of its own data.
+"""`lowrank-tune verify`: the rewards of a recipe over a file of responses, or over the reference answers of its own
+data.
 
-A row of the file is a row of the data with the model's own words beside it, in the first of `completions` (a list), `responses`, `completion`
-or `response`: a text, or an object with `text` and perhaps `finish` or `stopped`. All other columns are the data's, read as the recipe's first
-source says; a row without a question is judged without one.
+A row of the file is a row of the data with the model's own words beside it, in the first of `completions` (a list),
+`responses`, `completion` or `response`: a text, or an object with `text` and perhaps `finish` or `stopped`. All other
+columns are the data's, read as the recipe's first source says; a row without a question is judged without one.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ MICRO_TOKENS = 1 << 14
 
 @dataclass(frozen=True)
 class Response:
-    """What is judged: where its row stands, which of the row's completions it is (from 1), and all that the rewards see."""
+    """What is judged: where its row stands, which of the row's completions it is (from 1), and all that the rewards
+    see."""
 
     place: str
     number: int
@@ -48,7 +50,8 @@ class Response:
 
 @dataclass
 class Verified:
-    """What the rewards said. `rows` may be fewer than the responses, where a person `interrupted`; `dropped` are rows that are none."""
+    """What the rewards said. `rows` may be fewer than the responses, where a person `interrupted`; `dropped` are rows
+    that are none."""
 
     weighted: list[Weighted]
     responses: list[Response]
@@ -64,22 +67,40 @@ class Verified:
     def lines(self) -> Iterator[dict[str, Any]]:
         """One object a response, for a file."""
         for response, scores in zip(self.responses, self.rows, strict=False):
-            told = {each.name: {"value": score.value, "verdict": score.verdict, "reason": score.reason, "seconds": round(score.seconds, 6)}
-                    for each, score in zip(self.weighted, scores, strict=True)}  # fmt: skip
-            values = [each.weight * score.value for each, score in zip(self.weighted, scores, strict=True) if score.value is not None]
+            told = {
+                each.name: {
+                    "value": score.value,
+                    "verdict": score.verdict,
+                    "reason": score.reason,
+                    "seconds": round(score.seconds, 6),
+                }
+                for each, score in zip(self.weighted, scores, strict=True)
+            }
+            values = [
+                each.weight * score.value
+                for each, score in zip(self.weighted, scores, strict=True)
+                if score.value is not None
+            ]
             reward = sum(values) if len(values) == len(scores) else None
             yield {"place": response.place, "number": response.number, "reward": reward, "rewards": told}
 
 
-def verify(recipe: settings.Recipe, file: str | None, limit: int | None, emit: Emit, device: torch.device | None = None) -> Verified:
-    """Judges every response. Raises UserError where there is none, or the rewards cannot be made; Ctrl-C keeps what is done."""
+def verify(
+    recipe: settings.Recipe, file: str | None, limit: int | None, emit: Emit, device: torch.device | None = None
+) -> Verified:
+    """Judges every response. Raises UserError where there is none, or the rewards cannot be made; Ctrl-C keeps what is
+    done."""
     if not recipe.rewards:
-        raise UserError(f"{recipe.name or 'this recipe'} has no rewards: `algorithm: {recipe.algorithm}` learns from its rows alone")
+        raise UserError(
+            f"{recipe.name or 'this recipe'} has no rewards: `algorithm: {recipe.algorithm}` learns from its rows alone"
+        )
     weighted = make(recipe.rewards, Path.cwd())
     learned = [each.reward for each in weighted if isinstance(each.reward, RewardModel)]
     if learned and ROLE not in recipe.adapters:
-        raise UserError("`reward_model` needs the adapter of an earlier stage of this chain, and only a run has it: name it with "
-                        f"stages.{recipe.name}.adapters.{ROLE}.path=RUN/N-NAME")  # fmt: skip
+        raise UserError(
+            "`reward_model` needs the adapter of an earlier stage of this chain, and only a run has it: name it with "
+            f"stages.{recipe.name}.adapters.{ROLE}.path=RUN/N-NAME"
+        )
     reader = Reader(recipe, Template.of(load_tokenizer(recipe.base)), bool(learned))
     found = Verified(weighted, [], recipe.rollout.max_unscored_share)
     found.responses = reader.references(emit) if file is None else reader.responses(file, weighted, found.dropped)
@@ -95,17 +116,25 @@ def _judge(found: Verified, scorer: Scorer[int], emit: Emit) -> None:
     total = len(found.responses)
     try:
         emit(Progress(what="verifying", done=0, total=total))
-        for scores in scored(scorer, [one.item for one in found.responses],
-                             lambda done: emit(Progress(what="verifying", done=done, total=total))):  # fmt: skip
+        for scores in scored(
+            scorer,
+            [one.item for one in found.responses],
+            lambda done: emit(Progress(what="verifying", done=done, total=total)),
+        ):
             found.rows.append(scores)
     except KeyboardInterrupt:
         found.interrupted = True
 
 
-def _give_base(recipe: settings.Recipe, learned: list[RewardModel], template: Template, device: torch.device | None, emit: Emit) -> None:
+def _give_base(
+    recipe: settings.Recipe, learned: list[RewardModel], template: Template, device: torch.device | None, emit: Emit
+) -> None:
     """Loads the base, so that the learned rewards can read."""
-    saved = {name: read_adapter(wanted.path, f"adapters.{name}.path", head=name == ROLE)
-             for name, wanted in recipe.adapters.items() if wanted.path}  # fmt: skip
+    saved = {
+        name: read_adapter(wanted.path, f"adapters.{name}.path", head=name == ROLE)
+        for name, wanted in recipe.adapters.items()
+        if wanted.path
+    }
     emit(Progress(what=f"loading {recipe.base.model}", done=0, total=1))
     base = load_base(recipe.base, template.tokenizer, device)
     plain = recipe.model_copy(update={"train": recipe.train.model_copy(update={"gradient_checkpointing": False})})
@@ -125,10 +154,19 @@ class Reader:
 
     def references(self, emit: Emit) -> list[Response]:
         """The reference answers of the recipe's own data."""
-        asked = load_asked(self.recipe.data, self.template, self.recipe.seed, emit, needs_gold=self.recipe.needs_gold,
-                           unusable=judged_rows(self.recipe))  # fmt: skip
-        found = [Response(str(place), 1, self._item(one.text, one.answer, one.gold, one.row, True, one.ids))
-                 for place, one in zip(asked.places, asked.asked, strict=True) if one.answer]  # fmt: skip
+        asked = load_asked(
+            self.recipe.data,
+            self.template,
+            self.recipe.seed,
+            emit,
+            needs_gold=self.recipe.needs_gold,
+            unusable=judged_rows(self.recipe),
+        )
+        found = [
+            Response(str(place), 1, self._item(one.text, one.answer, one.gold, one.row, True, one.ids))
+            for place, one in zip(asked.places, asked.asked, strict=True)
+            if one.answer
+        ]
         if not found:
             raise UserError("the rows of `data.train` hold no reference answers; give responses with --file")
         return found
@@ -169,7 +207,11 @@ class Reader:
             raise RowFault(f"`{name}` is empty")
         for number, one in enumerate(said, 1):
             text, stopped = _told(one, raw)
-            yield Response(place, number, self._item(talk.messages[-1].content if talk.messages else "", text, talk.gold, row, stopped, ids))
+            yield Response(
+                place,
+                number,
+                self._item(talk.messages[-1].content if talk.messages else "", text, talk.gold, row, stopped, ids),
+            )
 
     def _talk(self, row: Raw, source: settings.Source) -> Conversation:
         """What was asked, and the gold answer; of a row of no known shape what can be found."""
@@ -179,13 +221,21 @@ class Reader:
         except UserError:
             pass  # no shape that data could have: it need not, for nothing is learned from it
         for shape in shapes:
-            talk = conversation(row, source, shape, self.recipe.data.system, answered=False) if shape != "preference" else None
+            talk = (
+                conversation(row, source, shape, self.recipe.data.system, answered=False)
+                if shape != "preference"
+                else None
+            )
             if isinstance(talk, Conversation):
                 messages = talk.messages[:-1] if talk.messages[-1].role == "assistant" else talk.messages
                 return Conversation(messages, talk.gold)
-        text = next((value for name in PROMPTS if isinstance(value := row.get(source.columns.get(name, name)), str)), None)
+        text = next(
+            (value for name in PROMPTS if isinstance(value := row.get(source.columns.get(name, name)), str)), None
+        )
         rule = [Message("system", self.recipe.data.system)] if self.recipe.data.system else []
-        return Conversation((*rule, Message("user", text)) if text else (), find_gold(row, source.columns, "gold", "", whole=False))
+        return Conversation(
+            (*rule, Message("user", text)) if text else (), find_gold(row, source.columns, "gold", "", whole=False)
+        )
 
     def _prompt(self, messages: tuple[Message, ...]) -> list[int]:
         try:
@@ -193,7 +243,9 @@ class Reader:
         except UserError as error:
             raise RowFault(str(error)) from error
 
-    def _item(self, prompt: str, text: str | None, gold: str | None, row: Mapping[str, Any], stopped: bool, ids: Any) -> Item:
+    def _item(
+        self, prompt: str, text: str | None, gold: str | None, row: Mapping[str, Any], stopped: bool, ids: Any
+    ) -> Item:
         """As a run would have it, had the policy written this."""
         text = text or ""
         tokens = len(self.template.tokenizer(text, add_special_tokens=False)["input_ids"]) + stopped

@@ -8,7 +8,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# One thread: the tests' models are tiny, and two threads that wait for each other on a busy machine are ten times slower.
+# One thread: the tests' models are tiny, and two threads that wait for each other on a busy machine are ten times
+# slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hypothesis import HealthCheck, settings  # noqa: E402  (the environment above must stand first)

@@ -1,7 +1,8 @@
-"""The crash harness: runs are killed at random moments, or die at the k-th write, fsync or rename, and must go on as if nothing had been.
+"""The crash harness: runs are killed at random moments, or die at the k-th write, fsync or rename, and must go on as if
+nothing had been.
 
-A nursery process imports everything once and forks a child for each run, so that a run costs seconds. `python tests/crash.py --kills 30`
-is the long sweep.
+A nursery process imports everything once and forks a child for each run, so that a run costs seconds. `python
+tests/crash.py --kills 30` is the long sweep.
 """
 
 from __future__ import annotations
@@ -68,18 +69,28 @@ class Nursery:
     """Starts runs quickly, and kills them."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen([sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
-    def run(self, recipe: dict[str, Any], out: Path, die_at: int | None = None, kill_after: float | None = None,
-            die_in: dict[str, Any] | None = None) -> int:  # fmt: skip
-        """One run or chain; returns its wait status. `kill_after` seconds after its first event it gets SIGKILL, or in a call of `where`, after
-        `call` others.
+    def run(
+        self,
+        recipe: dict[str, Any],
+        out: Path,
+        die_at: int | None = None,
+        kill_after: float | None = None,
+        die_in: dict[str, Any] | None = None,
+    ) -> int:
+        """One run or chain; returns its wait status. `kill_after` seconds after its first event it gets SIGKILL, or in
+        a call of `where`, after `call` others.
 
         A run on pairs has a cache of its own, kept over its starts, so that it may also die while that is written.
         """
         assert self.process.stdin and self.process.stdout
         cache = None if recipe.get("algorithm") in ("sft", "grpo", "ppo") else str(out) + "-cache"
-        self.process.stdin.write(json.dumps({"recipe": recipe, "out": str(out), "die_at": die_at, "cache": cache, "die_in": die_in}) + "\n")
+        self.process.stdin.write(
+            json.dumps({"recipe": recipe, "out": str(out), "die_at": die_at, "cache": cache, "die_in": die_in}) + "\n"
+        )
         self.process.stdin.flush()
         child = json.loads(self.process.stdout.readline())["pid"]
         if kill_after is not None:
@@ -112,60 +123,124 @@ def _alive(pid: int) -> bool:
 def trace(folder: Path) -> dict[str, Any]:
     """What must be equal: each step's figures once, validation, and the bytes of the final adapter."""
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    steps = [(e["step"], {k: v for k, v in e["stats"].items() if k not in UNSTEADY}) for e in events if e["event"] == "step"]
+    steps = [
+        (e["step"], {k: v for k, v in e["stats"].items() if k not in UNSTEADY}) for e in events if e["event"] == "step"
+    ]
     told = [(e["step"], e["stats"]) for e in events if e["event"] == "validated"]
     samples = [(e["step"], e["role"], e["prompt"], e["completion"]) for e in events if e["event"] == "sampled"]
     groups = {e["step"]: (e["prompt"], e["completions"]) for e in events if e["event"] == "group"}
     scores = folder / "scores.json"  # what a run on pairs thinks of the held-out ones
-    final = {str(file.relative_to(folder)): file.read_bytes() for file in sorted((folder / "final").rglob("adapter_model.safetensors"))}
-    return {"steps": steps, "validated": told, "samples": samples, "groups": groups, "final": final,
-            "scores": scores.read_bytes() if scores.exists() else None}  # fmt: skip
+    final = {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted((folder / "final").rglob("adapter_model.safetensors"))
+    }
+    return {
+        "steps": steps,
+        "validated": told,
+        "samples": samples,
+        "groups": groups,
+        "final": final,
+        "scores": scores.read_bytes() if scores.exists() else None,
+    }
 
 
 def small_recipe(algorithm: str = "sft", **train: Any) -> dict[str, Any]:
-    """A real QLoRA run of seconds: the tiny base in NF4, dropout on where it may be, ragged last steps, validation, samples, scores."""
+    """A real QLoRA run of seconds: the tiny base in NF4, dropout on where it may be, ragged last steps, validation,
+    samples, scores."""
     if algorithm in ("grpo", "ppo"):
         return _on_prompts(algorithm, train)
     if algorithm != "sft":
         return _on_pairs(algorithm, train)
     return {
-        "name": "crash", "algorithm": "sft", "base": {"model": "tiny-tutor"}, "adapters": {"policy": {"r": 4, "dropout": 0.1}},
+        "name": "crash",
+        "algorithm": "sft",
+        "base": {"model": "tiny-tutor"},
+        "adapters": {"policy": {"r": 4, "dropout": 0.1}},
         "data": {"train": [{"dataset": "tutor", "rows": 60}], "validation_share": 0.1},
-        "train": {"steps": 10, "rows_per_step": 8, "micro_batch_size": 4, "learning_rate": 2e-3, "save_every": 2, "log_every": 2,
-                  "gradient_checkpointing": False, **train},
-        "evaluate": {"every": 4, "shown": 1, "heldout": {"dataset": "tutor", "split": "heldout"}, "prompts": 3, "max_new_tokens": 8},
-    }  # fmt: skip
+        "train": {
+            "steps": 10,
+            "rows_per_step": 8,
+            "micro_batch_size": 4,
+            "learning_rate": 2e-3,
+            "save_every": 2,
+            "log_every": 2,
+            "gradient_checkpointing": False,
+            **train,
+        },
+        "evaluate": {
+            "every": 4,
+            "shown": 1,
+            "heldout": {"dataset": "tutor", "split": "heldout"},
+            "prompts": 3,
+            "max_new_tokens": 8,
+        },
+    }
 
 
 def _on_pairs(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
     reward = algorithm == "reward"
     spoken = {} if reward else {"heldout": {"dataset": "tutor", "split": "heldout"}, "prompts": 3, "max_new_tokens": 8}
     return {
-        "name": "crash", "algorithm": algorithm, "base": {"model": "tiny-tutor"},
+        "name": "crash",
+        "algorithm": algorithm,
+        "base": {"model": "tiny-tutor"},
         "adapters": {"reward": {"r": 4, "dropout": 0.1}} if reward else {"policy": {"r": 4}},
         "data": {"train": [{"dataset": "tutor-preferences", "rows": 40}], "validation_share": 0.15, "max_length": 256},
         **({"reward": {"centering": 0.01}} if reward else {"dpo": {"beta": 0.2, "sft": 0.3}}),
-        "train": {"steps": 10, "rows_per_step": 6, "micro_batch_size": 4, "learning_rate": 2e-3, "save_every": 2, "log_every": 2,
-                  "gradient_checkpointing": False, **train},
+        "train": {
+            "steps": 10,
+            "rows_per_step": 6,
+            "micro_batch_size": 4,
+            "learning_rate": 2e-3,
+            "save_every": 2,
+            "log_every": 2,
+            "gradient_checkpointing": False,
+            **train,
+        },
         "evaluate": {"every": 4, "shown": 1, **spoken},
-    }  # fmt: skip
+    }
 
 
 def _on_prompts(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
-    """Rewards that tell any completions apart, a prompt order that goes round, two passes over a harvest; of GRPO dead groups replaced, of PPO
-    minibatches, a weight of the KL that is steered, and passes that end early."""
-    own = {"grpo": {"epochs": 2, "dead_groups": "resample"},
-           "ppo": {"epochs": 2, "minibatches": 2, "kl_target": 0.01, "update_kl_limit": 0.002, "value_learning_rate": 1e-2}}  # fmt: skip
+    """Rewards that tell any completions apart, a prompt order that goes round, two passes over a harvest; of GRPO dead
+    groups replaced, of PPO minibatches, a weight of the KL that is steered, and passes that end early."""
+    own = {
+        "grpo": {"epochs": 2, "dead_groups": "resample"},
+        "ppo": {
+            "epochs": 2,
+            "minibatches": 2,
+            "kl_target": 0.01,
+            "update_kl_limit": 0.002,
+            "value_learning_rate": 1e-2,
+        },
+    }
     return {
-        "name": "crash", "algorithm": algorithm, "base": {"model": "tiny-tutor"}, "adapters": {"policy": {"r": 4}},
+        "name": "crash",
+        "algorithm": algorithm,
+        "base": {"model": "tiny-tutor"},
+        "adapters": {"policy": {"r": 4}},
         "data": {"train": [{"dataset": "tutor", "rows": 10}]},
         "rewards": [{"use": "answer"}, {"use": "length", "target_tokens": 6, "weight": 0.5}],
         "rollout": {"num_generations": 4, "max_new_tokens": 10, "slots": 8},
         algorithm: own[algorithm],
-        "train": {"steps": 8, "prompts_per_step": 3, "micro_batch_size": 5, "learning_rate": 2e-3, "save_every": 2, "log_every": 2,
-                  "gradient_checkpointing": False, **train},
-        "evaluate": {"every": 4, "shown": 1, "heldout": {"dataset": "tutor", "split": "heldout"}, "prompts": 3, "max_new_tokens": 8},
-    }  # fmt: skip
+        "train": {
+            "steps": 8,
+            "prompts_per_step": 3,
+            "micro_batch_size": 5,
+            "learning_rate": 2e-3,
+            "save_every": 2,
+            "log_every": 2,
+            "gradient_checkpointing": False,
+            **train,
+        },
+        "evaluate": {
+            "every": 4,
+            "shown": 1,
+            "heldout": {"dataset": "tutor", "split": "heldout"},
+            "prompts": 3,
+            "max_new_tokens": 8,
+        },
+    }
 
 
 PHASES = {
@@ -174,11 +249,13 @@ PHASES = {
     "update": ("lowrank_tune.algorithms.grpo", "GRPO", "terms"),
     "between passes": ("lowrank_tune.algorithms.grpo", "GRPO", "go_on"),
     "valuing": ("lowrank_tune.algorithms.ppo", "PPO", "_values"),
-    "update of ppo": ("lowrank_tune.algorithms.ppo", "PPO", "_value_term"),  # the policy's gradient is there, the value's is not
+    # the policy's gradient is there, the value's is not
+    "update of ppo": ("lowrank_tune.algorithms.ppo", "PPO", "_value_term"),
     "between passes of ppo": ("lowrank_tune.algorithms.ppo", "PPO", "go_on"),
     "start of a stage": ("lowrank_tune.stage", "Stage", "__init__"),  # the stage before has left all that it leaves
     "a step": ("lowrank_tune.train", "Loop", "_step"),
-    "end of a stage": ("lowrank_tune.stage", "Stage", "finish"),  # all steps are done and saved, and final/ is not there
+    # all steps are done and saved, and final/ is not there
+    "end of a stage": ("lowrank_tune.stage", "Stage", "finish"),
 }
 """Where a run or a chain can be killed: module, class and method. Saving is where writes, fsyncs and renames are."""
 
@@ -200,7 +277,11 @@ def sweep(kills: int, exits: int, seed: int, algorithm: str) -> None:
         for number in range(kills + exits):
             out, told = Path(scratch) / f"run-{number}", []
             for _ in range(rng.choice((1, 1, 2))):
-                how = {"kill_after": rng.uniform(0, seconds)} if number < kills else {"die_at": rng.randrange(rng.choice((40, 220)))}
+                how = (
+                    {"kill_after": rng.uniform(0, seconds)}
+                    if number < kills
+                    else {"die_at": rng.randrange(rng.choice((40, 220)))}
+                )
                 told.append((how, nursery.run(recipe, out, **how)))
                 if (out / "summary.json").exists():
                     break

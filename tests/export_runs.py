@@ -1,4 +1,5 @@
-"""Runs that ended, made by hand in a second: a random base on disk, adapters with weights that matter, and the folder that a stage leaves."""
+"""Runs that ended, made by hand in a second: a random base on disk, adapters with weights that matter, and the folder
+that a stage leaves."""
 
 from __future__ import annotations
 
@@ -34,9 +35,16 @@ class Made:
 
 
 def make_base(folder: Path, kind: str, tied: bool, spare: int = 0, **changes: Any) -> Path:
-    """A random model with the tokenizer of the package's tiny base, which has no template of its own; `spare` rows stand for no token."""
+    """A random model with the tokenizer of the package's tiny base, which has no template of its own; `spare` rows
+    stand for no token."""
     tokenizer = load_tokenizer(settings.Base(model=TINY))
-    shape = {"vocab_size": len(tokenizer) + spare, "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    shape = {
+        "vocab_size": len(tokenizer) + spare,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     shape |= changes
     model = random_model(kind, gain=1.0, **shape)
     if tied:  # else its logits are so large that bf16 cannot hold them apart
@@ -47,31 +55,66 @@ def make_base(folder: Path, kind: str, tied: bool, spare: int = 0, **changes: An
     return folder
 
 
-def make_run(place: Path, kind: str = "llama", tied: bool = False, lower: tuple[str, ...] = (), rslora: bool = False, bits: int = 4,
-             stack: str = "folded", spare: int = 0, **more: Any) -> Made:  # fmt: skip
+def make_run(
+    place: Path,
+    kind: str = "llama",
+    tied: bool = False,
+    lower: tuple[str, ...] = (),
+    rslora: bool = False,
+    bits: int = 4,
+    stack: str = "folded",
+    spare: int = 0,
+    **more: Any,
+) -> Made:
     """A run of `kind` whose policy lies on `lower`."""
     base_folder = make_base(place / "base", kind, tied, spare)
-    recipe = Recipe.from_dict({
-        "name": "tried", "algorithm": "sft", "base": {"model": str(base_folder), "bits": bits}, "train": {"steps": 1, "final_stack": stack},
-        "adapters": {**{name: {"path": f"/home/somebody/runs/{name}/final"} for name in lower}, "policy": {"r": 4, "rslora": rslora}},
-        "data": {"train": [{"dataset": "tutor", "rows": 12}], "validation_share": 0.25}})  # fmt: skip
+    recipe = Recipe.from_dict(
+        {
+            "name": "tried",
+            "algorithm": "sft",
+            "base": {"model": str(base_folder), "bits": bits},
+            "train": {"steps": 1, "final_stack": stack},
+            "adapters": {
+                **{name: {"path": f"/home/somebody/runs/{name}/final"} for name in lower},
+                "policy": {"r": 4, "rslora": rslora},
+            },
+            "data": {"train": [{"dataset": "tutor", "rows": 12}], "validation_share": 0.25},
+        }
+    )
     template = Template.of(load_tokenizer(recipe.base))
     base = load_base(recipe.base, template.tokenizer, CPU)
     names, hashes = [*lower, "policy"], base_hashes(base.model)
     wanted = settings.Adapter(r=4, alpha=8.0, rslora=rslora, **more)
-    roles = Roles(base, {name: lora_config(wanted, base.model) for name in names}, ["policy"], {"policy": names, "reference": list(lower)})
+    roles = Roles(
+        base,
+        {name: lora_config(wanted, base.model) for name in names},
+        ["policy"],
+        {"policy": names, "reference": list(lower)},
+    )
     for seed, name in enumerate(names):
         shake(roles, name, seed=seed + 1, size=0.09)
     with roles.quiet(), roles.use("policy"):
         said = base.model(input_ids=IDS).logits[0].clone()
-    contents = {name: one_hash({key: hash_of(tensor) for key, tensor in roles.adapter_tensors(name).items()}) for name in lower}
-    built = SimpleNamespace(roles=roles, trained=("policy",), template=template, base=base, stop_ids=base.end_ids | template.end_ids)
-    summary = {"step": 1, "best": {"step": 1, "loss": 0.5}, "heldout_details": {"base": {"exact": 0.25}, "sft": {"exact": 0.75}}}
-    stage: Any = SimpleNamespace(recipe=recipe, built=built, summary=summary, adapters=contents, emit=lambda event: None)
+    contents = {
+        name: one_hash({key: hash_of(tensor) for key, tensor in roles.adapter_tensors(name).items()}) for name in lower
+    }
+    built = SimpleNamespace(
+        roles=roles, trained=("policy",), template=template, base=base, stop_ids=base.end_ids | template.end_ids
+    )
+    summary = {
+        "step": 1,
+        "best": {"step": 1, "loss": 0.5},
+        "heldout_details": {"base": {"exact": 0.25}, "sft": {"exact": 0.75}},
+    }
+    stage: Any = SimpleNamespace(
+        recipe=recipe, built=built, summary=summary, adapters=contents, emit=lambda event: None
+    )
     run = place / "run"
     write_atomically(run / "final", final_folder(stage))
     (run / "run.json").write_text(json.dumps({"version": 1, "recipe": recipe.to_dict()}))
-    (run / "base.json").write_text(json.dumps({"model": base.name, "revision": None, "bits": bits, "device": "cpu", "tensors": hashes}))
+    (run / "base.json").write_text(
+        json.dumps({"model": base.name, "revision": None, "bits": bits, "device": "cpu", "tensors": hashes})
+    )
     return Made(run, base_folder, said)
 
 

@@ -5,20 +5,36 @@ from __future__ import annotations
 import re
 
 HOSTILE = [
-    "\x1b[2J\x1b[H\x1b[31mred", "\x1b]8;;http://evil.example\x1b\\link\x1b]8;;\x1b\\", "\x1b]52;c;ZXZpbA==\x07", "\x9b31m c1 \x84\x85",
-    "\u202eright to left\u202c \u2066isolate\u2069 \u200f\u200e\u061c", "\r overwritten \b\b\b\x7f \x00 nul", "\ud800 lone \udfff",
-    "<script>alert(1)</script><img src=http://evil.example onerror=alert(1)>", "</script></style></title></svg>]]>--><!--",
-    '" onload="x', "' x='",
-    "&lt;b&gt; &amp; &#x1b;", "{{ 1 }} [bold]markup[/bold] [link=http://evil.example]x[/link]", "x" * 1_000_000,
+    "\x1b[2J\x1b[H\x1b[31mred",
+    "\x1b]8;;http://evil.example\x1b\\link\x1b]8;;\x1b\\",
+    "\x1b]52;c;ZXZpbA==\x07",
+    "\x9b31m c1 \x84\x85",
+    "\u202eright to left\u202c \u2066isolate\u2069 \u200f\u200e\u061c",
+    "\r overwritten \b\b\b\x7f \x00 nul",
+    "\ud800 lone \udfff",
+    "<script>alert(1)</script><img src=http://evil.example onerror=alert(1)>",
+    "</script></style></title></svg>]]>--><!--",
+    '" onload="x',
+    "' x='",
+    "&lt;b&gt; &amp; &#x1b;",
+    "{{ 1 }} [bold]markup[/bold] [link=http://evil.example]x[/link]",
+    "x" * 1_000_000,
     "\ufeff\u2028\u2029\u00ad\u2060",
-    "\U000e0041\U000e0042 tags", "e\u0301" * 40, "\u05d0\u05d1\u05d2 \u0627\u0628", "line one\nline two\ttab",
-]  # fmt: skip
-ACTIVE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]")
+    "\U000e0041\U000e0042 tags",
+    "e\u0301" * 40,
+    "\u05d0\u05d1\u05d2 \u0627\u0628",
+    "line one\nline two\ttab",
+]
+ACTIVE = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
 
 def is_inert(text: str) -> bool:
     """No character that acts on what stands around it, but for the newline."""
     return ACTIVE.search(text) is None
 
+
 RUNAWAY = 15.0
-"""Seconds of processor time. What is answered at once takes a hundredth of them, what runs away never ends; a busy machine lies between."""
+"""Seconds of processor time. What is answered at once takes a hundredth of them, what runs away never ends; a busy
+machine lies between."""

@@ -13,22 +13,55 @@ def said(n: int, reply: str) -> list[dict[str, str]]:
 
 
 SHAPES: dict[str, Callable[[int], dict[str, Any]]] = {
-    "AI-MO/NuminaMath-CoT": lambda n: {"source": "x", "problem": f"Find {n} + 1.", "solution": f"It is $\\boxed{{{n + 1}}}$.", "messages": [
-        {"content": f"Find {n} + 1.", "role": "user"}, {"content": f"It is $\\boxed{{{n + 1}}}$.", "role": "assistant"}]},
-    "nvidia/OpenMathInstruct-2": lambda n: {"problem": f"Solve x = {n}.", "generated_solution": f"So \\boxed{{{n}}}.",
-                                            "expected_answer": str(n), "problem_source": "augmented_math"},
-    "HuggingFaceH4/ultrachat_200k": lambda n: {"prompt": f"Hi {n}", "prompt_id": f"{n:064x}", "messages": [
-        {"content": f"Hi {n}", "role": "user"}, {"content": "Hello.", "role": "assistant"},
-        {"content": "And?", "role": "user"}, {"content": f"That is all, {n}.", "role": "assistant"}]},
-    "microsoft/orca-math-word-problems-200k": lambda n: {"question": f"{n} people, one leaves?", "answer": f"Then {n - 1} people are left."},
-    "meta-math/MetaMathQA": lambda n: {"type": "GSM_AnsAug", "query": f"Twice {n}?", "original_question": f"Twice {n}?",
-                                       "response": f"It is 2 * {n}.\n#### {2 * n}\nThe answer is: {2 * n}"},
+    "AI-MO/NuminaMath-CoT": lambda n: {
+        "source": "x",
+        "problem": f"Find {n} + 1.",
+        "solution": f"It is $\\boxed{{{n + 1}}}$.",
+        "messages": [
+            {"content": f"Find {n} + 1.", "role": "user"},
+            {"content": f"It is $\\boxed{{{n + 1}}}$.", "role": "assistant"},
+        ],
+    },
+    "nvidia/OpenMathInstruct-2": lambda n: {
+        "problem": f"Solve x = {n}.",
+        "generated_solution": f"So \\boxed{{{n}}}.",
+        "expected_answer": str(n),
+        "problem_source": "augmented_math",
+    },
+    "HuggingFaceH4/ultrachat_200k": lambda n: {
+        "prompt": f"Hi {n}",
+        "prompt_id": f"{n:064x}",
+        "messages": [
+            {"content": f"Hi {n}", "role": "user"},
+            {"content": "Hello.", "role": "assistant"},
+            {"content": "And?", "role": "user"},
+            {"content": f"That is all, {n}.", "role": "assistant"},
+        ],
+    },
+    "microsoft/orca-math-word-problems-200k": lambda n: {
+        "question": f"{n} people, one leaves?",
+        "answer": f"Then {n - 1} people are left.",
+    },
+    "meta-math/MetaMathQA": lambda n: {
+        "type": "GSM_AnsAug",
+        "query": f"Twice {n}?",
+        "original_question": f"Twice {n}?",
+        "response": f"It is 2 * {n}.\n#### {2 * n}\nThe answer is: {2 * n}",
+    },
     "HuggingFaceH4/ultrafeedback_binarized": lambda n: {
-        "prompt": f"Say {n}.", "prompt_id": f"{n:064x}", "chosen": said(n, f"{n}, as you wish."), "rejected": said(n, "No."),
-        "messages": said(n, f"{n}, as you wish."), "score_chosen": 8.5, "score_rejected": 3.0},
-    "openai/gsm8k": lambda n: {"question": f"Ava has {n} pens and buys one. How many?",
-                               "answer": f"{n} + 1 = <<{n}+1={n + 1}>>{n + 1}.\n#### {n + 1}"},
-}  # fmt: skip
+        "prompt": f"Say {n}.",
+        "prompt_id": f"{n:064x}",
+        "chosen": said(n, f"{n}, as you wish."),
+        "rejected": said(n, "No."),
+        "messages": said(n, f"{n}, as you wish."),
+        "score_chosen": 8.5,
+        "score_rejected": 3.0,
+    },
+    "openai/gsm8k": lambda n: {
+        "question": f"Ava has {n} pens and buys one. How many?",
+        "answer": f"{n} + 1 = <<{n}+1={n + 1}>>{n + 1}.\n#### {n + 1}",
+    },
+}
 """A row of each data set that the presets name, as its author publishes it, from a number."""
 
 

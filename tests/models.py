@@ -1,4 +1,5 @@
-"""Tiny random models for the law tests: built here, saved, and read back through `load_base`, so that NF4 is the real one."""
+"""Tiny random models for the law tests: built here, saved, and read back through `load_base`, so that NF4 is the real
+one."""
 
 from __future__ import annotations
 
@@ -33,8 +34,19 @@ TOKENIZER = SimpleNamespace(eos_token_id=1)
 _KEPT: list[tempfile.TemporaryDirectory[str]] = []
 
 SMALL: dict[str, Any] = dict(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    max_position_embeddings=256, pad_token_id=0, bos_token_id=2, eos_token_id=1, tie_word_embeddings=False)  # fmt: skip
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=2,
+    eos_token_id=1,
+    tie_word_embeddings=False,
+)
 BY_KIND: dict[str, dict[str, Any]] = {
     "gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "sliding_window": 64},
     "gemma3_text": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "sliding_window": 64},
@@ -43,14 +55,32 @@ BY_KIND: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global"], 2]], "num_layers": 2, "num_heads": 4},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
 }
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "cohere", "granite", "phi", "gpt_neox", "olmo2", "smollm3")
+ARCHITECTURES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "cohere",
+    "granite",
+    "phi",
+    "gpt_neox",
+    "olmo2",
+    "smollm3",
+)
 
 
 def random_model(kind: str = "llama", seed: int = 0, gain: float = 4.0, **changes: Any) -> Any:
-    """A random causal model. Its head is `gain` times as large as usual, so that its distributions are far from flat."""
+    """A random causal model. Its head is `gain` times as large as usual, so that its distributions are far from
+    flat."""
     wanted = SMALL | BY_KIND.get(kind, {}) | changes
     if kind == "gpt2":
-        wanted = {key: value for key, value in wanted.items() if key.startswith("n_") or key in ("vocab_size", *changes) or "token_id" in key}
+        wanted = {
+            key: value
+            for key, value in wanted.items()
+            if key.startswith("n_") or key in ("vocab_size", *changes) or "token_id" in key
+        }
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **wanted)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -87,18 +117,42 @@ def whole(kind: str, **changes: Any) -> Base:
     return freeze(random_model(kind, **changes), TOKENIZER, name=kind, bits=16)
 
 
-def roles_over(base: Base, lower: Sequence[str] = (), dropout: float = 0.0, checkpointing: Checkpointing = False, seed: int = 0,
-               trainable: Sequence[str] = ("policy",), stacks: Mapping[str, list[str]] | None = None, extra: Sequence[str] = (),
-               heads: Sequence[str] = (), only: str = "policy", offload: bool = False, **lora: Any) -> Roles:  # fmt: skip
-    """Roles with `policy`, or `only`, on top of `lower`; `extra` are further adapters, `heads` the roles with a scalar head."""
+def roles_over(
+    base: Base,
+    lower: Sequence[str] = (),
+    dropout: float = 0.0,
+    checkpointing: Checkpointing = False,
+    seed: int = 0,
+    trainable: Sequence[str] = ("policy",),
+    stacks: Mapping[str, list[str]] | None = None,
+    extra: Sequence[str] = (),
+    heads: Sequence[str] = (),
+    only: str = "policy",
+    offload: bool = False,
+    **lora: Any,
+) -> Roles:
+    """Roles with `policy`, or `only`, on top of `lower`; `extra` are further adapters, `heads` the roles with a scalar
+    head."""
     wanted = settings.Adapter(**{"r": 4, "alpha": 16.0, "dropout": dropout} | lora)
     names = (*lower, only, *extra)
     if base.model.config.model_type == "gpt2":  # its layers are Conv1D, which settings do not name
-        configs = {name: LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM") for name in names}
+        configs = {
+            name: LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+            for name in names
+        }
     else:
         configs = {name: lora_config(wanted, base.model) for name in names}
     stacks = stacks or {only: [*lower, only], "reference": list(lower)}
-    return Roles(base, configs, trainable=trainable, stacks=stacks, checkpointing=checkpointing, seed=seed, heads=heads, offload=offload)
+    return Roles(
+        base,
+        configs,
+        trainable=trainable,
+        stacks=stacks,
+        checkpointing=checkpointing,
+        seed=seed,
+        heads=heads,
+        offload=offload,
+    )
 
 
 def llama_roles(bits: int = 4, **more: Any) -> Roles:
@@ -117,8 +171,14 @@ def shake(roles: Roles, *names: str, seed: int = 1, size: float = 0.1) -> None:
                 roles.heads[name].weight.copy_(torch.randn(roles.heads[name].weight.shape, generator=stream))
 
 
-def make_batch(rows: Sequence[Sequence[int]], says: Sequence[Sequence[bool]] | None = None, pad: int = 0, left: bool = False,
-               more: int = 0, filler: int | None = None) -> Batch:  # fmt: skip
+def make_batch(
+    rows: Sequence[Sequence[int]],
+    says: Sequence[Sequence[bool]] | None = None,
+    pad: int = 0,
+    left: bool = False,
+    more: int = 0,
+    filler: int | None = None,
+) -> Batch:
     """Rows padded by hand to their longest plus `more`; padding slots hold `filler`."""
     width = max(map(len, rows)) + more
     ids = torch.full((len(rows), width), pad if filler is None else filler)
@@ -131,7 +191,12 @@ def make_batch(rows: Sequence[Sequence[int]], says: Sequence[Sequence[bool]] | N
     return Batch(ids, attended, mask)
 
 
-def ragged(lengths: Sequence[int] = (9, 3, 12, 1, 7, 5, 2, 11), seed: int = 0, unscored: Sequence[int] = (4,), vocab: int = VOCAB) -> Batch:
+def ragged(
+    lengths: Sequence[int] = (9, 3, 12, 1, 7, 5, 2, 11),
+    seed: int = 0,
+    unscored: Sequence[int] = (4,),
+    vocab: int = VOCAB,
+) -> Batch:
     """Rows of these lengths, about two tokens in three scored, none in the rows `unscored`."""
     stream = torch.Generator().manual_seed(seed)
     rows = [torch.randint(2, vocab, (length,), generator=stream).tolist() for length in lengths]
@@ -151,7 +216,9 @@ def weighted(algorithm: SFT, batch: Batch) -> Batch:
 
 def gradients(roles: Roles, role: str = "policy") -> Tensor:
     """All gradients of a role as one vector; a missing one counts as NaN, so that it equals nothing."""
-    return torch.cat([(torch.full_like(p, torch.nan) if p.grad is None else p.grad).flatten() for p in roles.parameters(role)])
+    return torch.cat(
+        [(torch.full_like(p, torch.nan) if p.grad is None else p.grad).flatten() for p in roles.parameters(role)]
+    )
 
 
 def reward_roles(base: Base, lower: Sequence[str] = (), **more: Any) -> Roles:
@@ -192,14 +259,19 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def counting(roles: Roles) -> Iterator[list[int]]:
-    """Counts how often the decoder's first layer runs its attention, recomputations too. (The layer's own hooks lie outside the
-    checkpoint in one end of transformers and inside in the other; those of a module within the layer always run.)"""
+    """Counts how often the decoder's first layer runs its attention, recomputations too. (The layer's own hooks lie
+    outside the checkpoint in one end of transformers and inside in the other; those of a module within the layer always
+    run.)"""
     count = [0]
 
     def one_more(*_: Any) -> None:
         count[0] += 1
 
-    inside = next(m for name, m in roles.base.model.named_modules() if name.endswith(("layers.0.self_attn", "layers.0.attention", "h.0.attn")))
+    inside = next(
+        m
+        for name, m in roles.base.model.named_modules()
+        if name.endswith(("layers.0.self_attn", "layers.0.attention", "h.0.attn"))
+    )
     handle = inside.register_forward_hook(one_more)
     try:
         yield count
@@ -212,4 +284,3 @@ def write(folder: Path, files: Mapping[str, str]) -> Path:
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     return folder
-

@@ -1,4 +1,5 @@
-"""The base: what loads, what is refused and in which words, what the hash sees, and the CPU kernel that has no gradient."""
+"""The base: what loads, what is refused and in which words, what the hash sees, and the CPU kernel that has no
+gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +13,20 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from models import CPU, TOKENIZER, clear, folder_of, gradients, load, make_batch, ragged, random_model, roles_over, same_bytes, shake
+from models import (
+    CPU,
+    TOKENIZER,
+    clear,
+    folder_of,
+    gradients,
+    load,
+    make_batch,
+    ragged,
+    random_model,
+    roles_over,
+    same_bytes,
+    shake,
+)
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
@@ -31,7 +45,7 @@ def logits(model: Any) -> Tensor:
         return model(input_ids=ragged().ids).logits  # type: ignore[no-any-return]
 
 
-# --- what loads ------------------------------------------------------------------------------------------------------------------------
+# --- what loads -------------------------------------------------------------------------------------------------------
 
 
 def test_sixteen_bits_are_the_model_itself() -> None:
@@ -58,7 +72,8 @@ def test_the_base_is_frozen_and_in_train_mode() -> None:
 
 
 def test_a_base_on_a_gpu_does_not_use_cudnn_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch prefers cuDNN's attention on some GPUs, and it builds a plan for each new shape: 72 ms for each decoding step on an H200."""
+    """PyTorch prefers cuDNN's attention on some GPUs, and it builds a plan for each new shape: 72 ms for each decoding
+    step on an H200."""
     allowed = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:
@@ -100,11 +115,16 @@ def test_the_tiny_base_ships() -> None:
     base = load_base(wanted, tokenizer, CPU)
     text = "Question: what is 7 + 5? \u00e9\u4e2d\U0001f600"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
-    assert base.name == "tiny-tutor" and base.bits == 4 and base.end_ids and sum(p.numel() for p in base.model.parameters()) < 4_000_000
+    assert (
+        base.name == "tiny-tutor"
+        and base.bits == 4
+        and base.end_ids
+        and sum(p.numel() for p in base.model.parameters()) < 4_000_000
+    )
     assert len(tokenizer) <= base.model.get_input_embeddings().weight.shape[0]
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def sentence(call: Callable[[], Any]) -> str:
@@ -138,7 +158,10 @@ def test_a_hub_model_without_network() -> None:
 
 
 OWN = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-PLANTED = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nPath({marker!r}).touch()\nOwnConfig = OwnModel = None\n"
+PLANTED = (
+    "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nPath({marker!r}).touch()\nOwnConfig = "
+    "OwnModel = None\n"
+)
 
 
 def ran_own_code(folder: Path, trust: bool = False) -> bool:
@@ -201,18 +224,34 @@ def test_no_weights_at_all(tmp_path: Path) -> None:
     assert "no safetensors weights" in sentence(lambda: load_folder(folder))
 
 
-@pytest.mark.parametrize(("method", "says"), [
-    ({"quant_method": "gptq", "bits": 4}, "quantised with gptq"), ({"quant_method": "awq", "bits": 4}, "quantised with awq"),
-    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantised with bitsandbytes"), ({"quant_method": "fp8"}, "quantised with fp8"),
-    ({"bits": 4}, ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantised with gptq"),
+        ({"quant_method": "awq", "bits": 4}, "quantised with awq"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantised with bitsandbytes"),
+        ({"quant_method": "fp8"}, "quantised with fp8"),
+        ({"bits": 4}, ""),
+    ],
+)
 def test_other_quantisations_are_refused(tmp_path: Path, method: dict[str, Any], says: str) -> None:
     folder = copy_of(tmp_path / "model", quantization_config=method)
     assert says in sentence(lambda: load_folder(folder))
 
 
-@pytest.mark.parametrize("spoil", ["weights cut", "weights empty", "weights garbage", "config garbage", "config list", "unknown type",
-                                   "encoder", "config binary"])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        "weights cut",
+        "weights empty",
+        "weights garbage",
+        "config garbage",
+        "config list",
+        "unknown type",
+        "encoder",
+        "config binary",
+    ],
+)
 def test_broken_folders(tmp_path: Path, spoil: str) -> None:
     folder = copy_of(tmp_path / "model")
     weights, config = folder / "model.safetensors", folder / "config.json"
@@ -226,7 +265,11 @@ def test_broken_folders(tmp_path: Path, spoil: str) -> None:
     elif spoil == "config list":
         config.write_text("[]")
     else:
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "no_such_type" if spoil == "unknown type" else "vit"}))
+        config.write_text(
+            json.dumps(
+                json.loads(config.read_text()) | {"model_type": "no_such_type" if spoil == "unknown type" else "vit"}
+            )
+        )
     sentence(lambda: load_folder(folder))
 
 
@@ -257,7 +300,7 @@ def test_a_card_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
         base_module.pick_device()
 
 
-# --- the hash --------------------------------------------------------------------------------------------------------------------------
+# --- the hash ---------------------------------------------------------------------------------------------------------
 
 
 def flip(tensor: Tensor) -> None:
@@ -270,9 +313,16 @@ def parts_of(model: Any) -> dict[str, Tensor]:
     """One tensor of each kind that the base is made of."""
     weight = model.get_decoder().layers[1].mlp.down_proj.weight
     state = weight.quant_state
-    return {"packed": weight, "absmax": state.absmax, "second absmax": state.state2.absmax, "offset": state.offset,
-            "norm": model.get_decoder().norm.weight, "embedding": model.get_input_embeddings().weight,
-            "head": model.get_output_embeddings().weight, "buffer": model.get_decoder().rotary_emb.inv_freq}  # fmt: skip
+    return {
+        "packed": weight,
+        "absmax": state.absmax,
+        "second absmax": state.state2.absmax,
+        "offset": state.offset,
+        "norm": model.get_decoder().norm.weight,
+        "embedding": model.get_input_embeddings().weight,
+        "head": model.get_output_embeddings().weight,
+        "buffer": model.get_decoder().rotary_emb.inv_freq,
+    }
 
 
 def unseen_changes() -> list[str]:
@@ -306,7 +356,9 @@ def parts_of_wrapped(base: Base) -> dict[str, Tensor]:
 def test_the_hash_sees_every_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unseen_changes() == []
     real = base_module._stored_tensors
-    monkeypatch.setattr(base_module, "_stored_tensors", lambda model: ((name, tensors[:1]) for name, tensors in real(model)))
+    monkeypatch.setattr(
+        base_module, "_stored_tensors", lambda model: ((name, tensors[:1]) for name, tensors in real(model))
+    )
     assert {text.split(":")[0] for text in unseen_changes()} == {"absmax", "second absmax", "offset"}
 
 
@@ -316,11 +368,12 @@ def test_two_loads_have_one_hash() -> None:
     assert one_hash(first) != one_hash(base_hashes(load(16).model))
 
 
-# --- the CPU kernel that has no gradient -----------------------------------------------------------------------------------------------
+# --- the CPU kernel that has no gradient ------------------------------------------------------------------------------
 
 
 def gradient_after_eval() -> float:
-    """Norm of the adapters' gradient after an eval forward pass, which must not have touched the stored weights; NaN where there is none."""
+    """Norm of the adapters' gradient after an eval forward pass, which must not have touched the stored weights; NaN
+    where there is none."""
     base = load(4)
     packed = [m.weight.data.clone() for m in base.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     roles = roles_over(base)
@@ -365,9 +418,12 @@ def test_the_switch_exists_in_this_bitsandbytes() -> None:
 
 # What transformers 5 says of a gated, an absent and an unknown-revision repository, when the hub can be reached.
 HUB_SAYS = {
-    "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/a/b.\n401 Client Error.": "hf auth login",
-    "a/b is not a local folder and is not a valid model identifier listed on 'https://huggingface.co/models'": "check the name",
-    "main2 is not a valid git identifier (branch name, tag name or commit id) that exists for this name. Check its revision": "no revision",
+    "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/a/b.\n401 "
+    "Client Error.": "hf auth login",
+    "a/b is not a local folder and is not a valid model identifier listed on "
+    "'https://huggingface.co/models'": "check the name",
+    "main2 is not a valid git identifier (branch name, tag name or commit id) that exists for this name. Check its "
+    "revision": "no revision",
 }
 
 

@@ -17,7 +17,9 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def run(name: str, *words: str) -> str:
-    done = subprocess.run([sys.executable, str(FOLDER / name), *words], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / name), *words], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -38,9 +40,12 @@ def test_rollout() -> None:
 
 @pytest.mark.slow
 def test_algorithms(tmp_path: Path) -> None:
-    """All five run over one SFT adapter, a row each; what is there is not run again, and the picture has a curve of each."""
+    """All five run over one SFT adapter, a row each; what is there is not run again, and the picture has a curve of
+    each."""
     words = ("algorithms.py", "--tiny", "--out", str(tmp_path / "out"))
-    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in run(*words).splitlines() if line.startswith("| ")}
+    rows = {
+        line.split("|")[1].strip(): line.split("|")[2:-1] for line in run(*words).splitlines() if line.startswith("| ")
+    }
     assert list(rows) == ["algorithm", "SFT", "Reward model", "DPO", "GRPO", "PPO"]
     assert [rows[name][0].strip() for name in ("SFT", "DPO", "GRPO", "PPO")] == ["base", "sft", "sft", "sft"]
     assert rows["SFT"][2] == rows["DPO"][1] == rows["GRPO"][1] == rows["PPO"][1], "they do not begin as what SFT left"
@@ -64,7 +69,12 @@ def test_tokenise() -> None:
 @pytest.mark.slow
 def test_data_scale(tmp_path: Path) -> None:
     told = run("data_scale.py", "--rows", "400", "--folder", str(tmp_path))
-    assert told.count("loaded") == 2 and "fit to train on" in told and "meta" in told.lower() and "403,406,096 expected" in told
+    assert (
+        told.count("loaded") == 2
+        and "fit to train on" in told
+        and "meta" in told.lower()
+        and "403,406,096 expected" in told
+    )
     first, second = told.split("second start")
     assert "rows read" in first and "rows read" not in second, "the second start tokenised again"
 
@@ -82,7 +92,9 @@ def test_sft_curves_agree(words: list[str]) -> None:
     assert "equal to 1e-4" in run("sft.py", *words)
 
 
-@pytest.mark.parametrize("names", [["ours", "hand"], pytest.param(["ours", "ours-apart", "hand", "hand-lean"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "names", [["ours", "hand"], pytest.param(["ours", "ours-apart", "hand", "hand-lean"], marks=pytest.mark.slow)]
+)
 def test_dpo_curves_agree(tmp_path: Path, names: list[str]) -> None:
     """Ours with and without sharing and both loops by hand do the same steps; every figure is there."""
     file = tmp_path / "dpo.json"
@@ -107,7 +119,8 @@ def test_dpo_curves_agree_with_trl(words: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("names, micro", [(["ours"], "32"), (["ours", "trl"], "8")])
 def test_grpo(tmp_path: Path, names: list[str], micro: str) -> None:
-    """All take their steps, with the time of each split up, and draw the same number of tokens (asserted in the benchmark)."""
+    """All take their steps, with the time of each split up, and draw the same number of tokens (asserted in the
+    benchmark)."""
     if "trl" in names:
         pytest.importorskip("trl")
     file = tmp_path / "grpo.json"

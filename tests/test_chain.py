@@ -1,4 +1,5 @@
-"""Chains run: one base in memory, each adapter flowing into the next stack, each stage resumable; and files of responses are scored."""
+"""Chains run: one base in memory, each adapter flowing into the next stack, each stage resumable; and files of
+responses are scored."""
 
 from __future__ import annotations
 
@@ -26,20 +27,49 @@ STAGES = ("1-warm", "2-score", "3-dpo", "4-grpo")
 def chain(**changes: Any) -> dict[str, Any]:
     """SFT, then a reward model over it, DPO on top of it, and GRPO on top of both; seconds."""
     pairs = {"data": {"train": [{"dataset": "tutor-preferences", "rows": 24}], "validation_share": 0.2}}
-    few = {"prompts_per_step": 2, "micro_batch_size": 8, "steps": 2, "log_every": 1, "save_every": 1, "learning_rate": 1e-3,
-           "gradient_checkpointing": False}  # fmt: skip
+    few = {
+        "prompts_per_step": 2,
+        "micro_batch_size": 8,
+        "steps": 2,
+        "log_every": 1,
+        "save_every": 1,
+        "learning_rate": 1e-3,
+        "gradient_checkpointing": False,
+    }
     rows = {key: value for key, value in few.items() if key != "prompts_per_step"} | {"rows_per_step": 8}
-    evaluate = {"every": 2, "shown": 1, "heldout": {"dataset": "tutor", "split": "heldout"}, "prompts": 3, "max_new_tokens": 8}
+    evaluate = {
+        "every": 2,
+        "shown": 1,
+        "heldout": {"dataset": "tutor", "split": "heldout"},
+        "prompts": 3,
+        "max_new_tokens": 8,
+    }
     return {
-        "name": "chained", "base": {"model": "tiny-tutor"},
+        "name": "chained",
+        "base": {"model": "tiny-tutor"},
         "stages": [
-            {"name": "warm", "algorithm": "sft", "data": {"train": [{"dataset": "tutor", "rows": 40}]}, "train": rows, "evaluate": evaluate},
+            {
+                "name": "warm",
+                "algorithm": "sft",
+                "data": {"train": [{"dataset": "tutor", "rows": 40}]},
+                "train": rows,
+                "evaluate": evaluate,
+            },
             {"name": "score", "algorithm": "reward", **pairs, "train": rows, "evaluate": {"every": 2, "shown": 1}},
             {"name": "dpo", "algorithm": "dpo", "reference": "warm", **pairs, "train": rows, "evaluate": evaluate},
-            {"name": "grpo", "algorithm": "grpo", "reference": "dpo", "data": {"train": [{"dataset": "tutor", "rows": 40}]},
-             "rewards": [{"use": "answer"}, {"use": "length", "target_tokens": 8, "weight": 0.1}],
-             "rollout": {"num_generations": 2, "max_new_tokens": 8}, "train": few, "evaluate": evaluate},
-        ], **changes}  # fmt: skip
+            {
+                "name": "grpo",
+                "algorithm": "grpo",
+                "reference": "dpo",
+                "data": {"train": [{"dataset": "tutor", "rows": 40}]},
+                "rewards": [{"use": "answer"}, {"use": "length", "target_tokens": 8, "weight": 0.1}],
+                "rollout": {"num_generations": 2, "max_new_tokens": 8},
+                "train": few,
+                "evaluate": evaluate,
+            },
+        ],
+        **changes,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +89,13 @@ def test_a_chain_leaves_a_folder_for_each_stage_and_one_summary(finished: tuple[
     assert all((out / stage / "final" / "adapter_model.safetensors").is_file() for stage in STAGES)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "done" and summary["algorithm"] == "sft -> reward -> dpo -> grpo"
-    assert [stage["folder"] for stage in summary["stages"]] == list(STAGES) and all(stage["status"] == "done" for stage in summary["stages"])
+    assert [stage["folder"] for stage in summary["stages"]] == list(STAGES) and all(
+        stage["status"] == "done" for stage in summary["stages"]
+    )
     assert list(summary["heldout"]) == ["base", "warm", "dpo", "grpo"], "a reward model answers nothing"
-    assert (out / "report.html").is_file() and Chain.load(out / "recipe.yaml").to_dict() == Chain.from_dict(chain()).to_dict()
+    assert (out / "report.html").is_file() and Chain.load(out / "recipe.yaml").to_dict() == Chain.from_dict(
+        chain()
+    ).to_dict()
     begun = [event for event in heard if isinstance(event, RunStarted)]
     assert [(event.stage, event.stages) for event in begun] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert begun[3].roles == {"policy": ["warm", "dpo", "policy"], "reference": ["warm", "dpo"]}
@@ -72,12 +106,16 @@ def test_one_base_and_frozen_adapters_stay_what_they_were(finished: tuple[Path, 
     out, _ = finished
     bases = [json.loads((out / stage / "base.json").read_text()) for stage in STAGES]
     assert all(base["tensors"] == bases[0]["tensors"] for base in bases)
-    assert list(bases[3]["adapters"]) == ["warm", "dpo"] and bases[3]["adapters"]["warm"] == bases[1]["adapters"]["warm"]
+    assert (
+        list(bases[3]["adapters"]) == ["warm", "dpo"] and bases[3]["adapters"]["warm"] == bases[1]["adapters"]["warm"]
+    )
 
 
 def test_the_policy_begins_as_its_reference_in_every_stage(finished: tuple[Path, list[Event]]) -> None:
     _, heard = finished
-    firsts = [event.stats["kl"] for event in heard if isinstance(event, StepDone) and event.step == 1 and "kl" in event.stats]
+    firsts = [
+        event.stats["kl"] for event in heard if isinstance(event, StepDone) and event.step == 1 and "kl" in event.stats
+    ]
     assert len(firsts) == 3 and all(abs(kl) < 1e-9 for kl in firsts)
 
 
@@ -86,17 +124,23 @@ class Cut(Exception):
 
 
 @pytest.mark.parametrize(("stage", "step"), [(2, 1), (3, 1), (4, 0), (4, 1)])
-def test_cut_anywhere_a_chain_goes_on_as_if_nothing_had_been(finished: tuple[Path, list[Event]], tmp_path: Path, stage: int, step: int) -> None:
+def test_cut_anywhere_a_chain_goes_on_as_if_nothing_had_been(
+    finished: tuple[Path, list[Event]], tmp_path: Path, stage: int, step: int
+) -> None:
     out, place = tmp_path / "cut", [0]
 
     def cut(event: Event) -> None:
         if isinstance(event, RunStarted):
             place[0] = event.stage
-        if place[0] == stage and (isinstance(event, RunStarted) if step == 0 else isinstance(event, StepDone) and event.step == step + 1):
+        if place[0] == stage and (
+            isinstance(event, RunStarted) if step == 0 else isinstance(event, StepDone) and event.step == step + 1
+        ):
             raise Cut
 
     with pytest.MonkeyPatch.context() as patch:  # a listener that breaks is let go; this one breaks the run
-        patch.setattr(runner.Tee, "__call__", lambda self, event, real=runner.Tee.__call__: (real(self, event), cut(event))[0])
+        patch.setattr(
+            runner.Tee, "__call__", lambda self, event, real=runner.Tee.__call__: (real(self, event), cut(event))[0]
+        )
         with pytest.raises(Cut):
             run(Chain.from_dict(chain()), out=out, ui="none")
     heard = list[Event]()
@@ -108,7 +152,9 @@ def test_cut_anywhere_a_chain_goes_on_as_if_nothing_had_been(finished: tuple[Pat
     assert outcome.summary["heldout"] == json.loads((finished[0] / "summary.json").read_text())["heldout"]
 
 
-def test_a_changed_stage_is_refused_and_a_finished_chain_left_alone(finished: tuple[Path, list[Event]], tmp_path: Path) -> None:
+def test_a_changed_stage_is_refused_and_a_finished_chain_left_alone(
+    finished: tuple[Path, list[Event]], tmp_path: Path
+) -> None:
     out = tmp_path / "changed"
     half = chain(stages=chain()["stages"][:2])
     with pytest.MonkeyPatch.context() as patch:
@@ -120,28 +166,42 @@ def test_a_changed_stage_is_refused_and_a_finished_chain_left_alone(finished: tu
         run(Chain.from_dict(half), out=out, ui="none")
 
 
-def test_a_file_of_responses_is_scored(finished: tuple[Path, list[Event]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_responses_is_scored(
+    finished: tuple[Path, list[Event]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": "What is 2 + 3?", "completion": text} for text in ("It is 5.", "Good question.", "")]
     Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = CliRunner().invoke(app, ["eval", str(finished[0]), "--file", "answers.jsonl", "--out", "scores.jsonl"])
     assert told.exit_code == 0, told.output
     scores = [json.loads(line) for line in Path("scores.jsonl").read_text().splitlines()]
-    assert [score["place"] for score in scores] == ["answers.jsonl:1", "answers.jsonl:2"] and scores[0]["score"] != scores[1]["score"]
+    assert [score["place"] for score in scores] == ["answers.jsonl:1", "answers.jsonl:2"] and scores[0][
+        "score"
+    ] != scores[1]["score"]
     assert "empty answer" in told.output, "what cannot be scored is told"
-    again = CliRunner().invoke(app, ["eval", str(finished[0] / "2-score"), "--file", "answers.jsonl", "--out", "again.jsonl"])
-    assert again.exit_code == 0 and Path("again.jsonl").read_bytes() == Path("scores.jsonl").read_bytes(), "the same run, named by its stage"
+    again = CliRunner().invoke(
+        app, ["eval", str(finished[0] / "2-score"), "--file", "answers.jsonl", "--out", "again.jsonl"]
+    )
+    assert again.exit_code == 0 and Path("again.jsonl").read_bytes() == Path("scores.jsonl").read_bytes(), (
+        "the same run, named by its stage"
+    )
     pairs = [{"prompt": "What is 2 + 3?", "chosen": "It is 5.", "rejected": "Good question."}]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     told = CliRunner().invoke(app, ["eval", str(finished[0]), "--file", "pairs.jsonl", "--out", "pairs.scores"])
     sides = [json.loads(line) for line in Path("pairs.scores").read_text().splitlines()]
     assert told.exit_code == 0 and "the chosen answer scores higher" in told.output
     assert [side["side"] for side in sides] == ["chosen", "rejected"]
-    assert [side["score"] for side in sides] == pytest.approx([score["score"] for score in scores], abs=1e-5), "whatever shares a batch"
+    assert [side["score"] for side in sides] == pytest.approx([score["score"] for score in scores], abs=1e-5), (
+        "whatever shares a batch"
+    )
 
 
-@pytest.mark.parametrize(("run_of", "sentence"), [("3-dpo", "only `algorithm: reward` trains a model that scores"), ("", "is no run folder")])
-def test_scoring_with_something_else_is_refused(finished: tuple[Path, list[Event]], tmp_path: Path, run_of: str, sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("run_of", "sentence"), [("3-dpo", "only `algorithm: reward` trains a model that scores"), ("", "is no run folder")]
+)
+def test_scoring_with_something_else_is_refused(
+    finished: tuple[Path, list[Event]], tmp_path: Path, run_of: str, sentence: str
+) -> None:
     folder = finished[0] / run_of if run_of else tmp_path
     told = CliRunner().invoke(app, ["eval", str(folder), "--file", "x.jsonl"])
     assert told.exit_code == 2 and sentence in told.output
@@ -150,7 +210,9 @@ def test_scoring_with_something_else_is_refused(finished: tuple[Path, list[Event
 def test_a_pair_is_asked_once() -> None:
     """Both of its rows begin with the same question."""
     pairs = {"together": 2, "units": 2, "__len__": lambda self: 4}
-    store = type("Store", (), {**pairs, "__getitem__": lambda self, row: Row([row // 2, 9, row], [False, True, True])})()
+    store = type(
+        "Store", (), {**pairs, "__getitem__": lambda self, row: Row([row // 2, 9, row], [False, True, True])}
+    )()
     template = SimpleNamespace(decode=lambda ids: f"question {ids[0]}")
     assert [one.text for one in questions_in(store, template, 5)] == ["question 0", "question 1"]  # type: ignore[arg-type]
     assert [one.ids for one in questions_in(store, template, 1)] == [[0]]  # type: ignore[arg-type]
@@ -158,7 +220,9 @@ def test_a_pair_is_asked_once() -> None:
 
 def test_the_command_line_runs_a_chain_and_shows_its_data(tmp_path: Path, cache: None) -> None:
     file = tmp_path / "mine.yaml"
-    short = Chain.from_dict(chain(stages=[{**stage, "train": {**stage["train"], "steps": 1}} for stage in chain()["stages"][:2]]))
+    short = Chain.from_dict(
+        chain(stages=[{**stage, "train": {**stage["train"], "steps": 1}} for stage in chain()["stages"][:2]])
+    )
     file.write_text(dump(short))
     told = CliRunner().invoke(app, ["run", str(file), "--out", str(tmp_path / "out"), "--ui", "plain"])
     assert told.exit_code == 0 and (tmp_path / "out" / "2-score" / "scores.json").is_file(), told.output

@@ -1,4 +1,5 @@
-"""Classical RLHF killed at and between its stages (SIGKILL, in a process of its own) goes on as if nothing had been, bit for bit."""
+"""Classical RLHF killed at and between its stages (SIGKILL, in a process of its own) goes on as if nothing had been,
+bit for bit."""
 
 from __future__ import annotations
 
@@ -14,24 +15,63 @@ STAGES = ("1-sft", "2-reward", "3-ppo")
 
 
 def rlhf() -> dict[str, Any]:
-    """SFT, a reward model, PPO against it with a value that begins as the reward model; three steps each, each of them saved."""
-    steps = {"steps": 3, "micro_batch_size": 6, "log_every": 1, "save_every": 1, "learning_rate": 3e-3, "gradient_checkpointing": False}
-    evaluate = {"every": 2, "shown": 1, "heldout": {"dataset": "tutor", "split": "heldout"}, "prompts": 3, "max_new_tokens": 8}
+    """SFT, a reward model, PPO against it with a value that begins as the reward model; three steps each, each of them
+    saved."""
+    steps = {
+        "steps": 3,
+        "micro_batch_size": 6,
+        "log_every": 1,
+        "save_every": 1,
+        "learning_rate": 3e-3,
+        "gradient_checkpointing": False,
+    }
+    evaluate = {
+        "every": 2,
+        "shown": 1,
+        "heldout": {"dataset": "tutor", "split": "heldout"},
+        "prompts": 3,
+        "max_new_tokens": 8,
+    }
     return {
-        "name": "rlhf", "base": {"model": "tiny-tutor"},
+        "name": "rlhf",
+        "base": {"model": "tiny-tutor"},
         "stages": [
-            {"name": "sft", "algorithm": "sft", "adapters": {"policy": {"r": 4, "dropout": 0.1}}, "evaluate": evaluate,
-             "data": {"train": [{"dataset": "tutor", "rows": 40}], "validation_share": 0.1}, "train": {**steps, "rows_per_step": 8}},
-            {"name": "reward", "algorithm": "reward", "adapters": {"reward": {"r": 4, "dropout": 0.1}}, "evaluate": {"every": 2, "shown": 1},
-             "data": {"train": [{"dataset": "tutor-preferences", "rows": 24}], "validation_share": 0.2},
-             "train": {**steps, "rows_per_step": 6}},
-            {"name": "ppo", "algorithm": "ppo", "reference": "sft", "adapters": {"policy": {"r": 4}}, "evaluate": evaluate,
-             "data": {"train": [{"dataset": "tutor", "rows": 10}]}, "rewards": [{"use": "reward_model"}],
-             "rollout": {"num_generations": 2, "max_new_tokens": 8},
-             "ppo": {"value_from": "reward", "epochs": 2, "minibatches": 2, "kl_target": 0.01, "value_learning_rate": 1e-2},
-             "train": {**steps, "prompts_per_step": 3}},
+            {
+                "name": "sft",
+                "algorithm": "sft",
+                "adapters": {"policy": {"r": 4, "dropout": 0.1}},
+                "evaluate": evaluate,
+                "data": {"train": [{"dataset": "tutor", "rows": 40}], "validation_share": 0.1},
+                "train": {**steps, "rows_per_step": 8},
+            },
+            {
+                "name": "reward",
+                "algorithm": "reward",
+                "adapters": {"reward": {"r": 4, "dropout": 0.1}},
+                "evaluate": {"every": 2, "shown": 1},
+                "data": {"train": [{"dataset": "tutor-preferences", "rows": 24}], "validation_share": 0.2},
+                "train": {**steps, "rows_per_step": 6},
+            },
+            {
+                "name": "ppo",
+                "algorithm": "ppo",
+                "reference": "sft",
+                "adapters": {"policy": {"r": 4}},
+                "evaluate": evaluate,
+                "data": {"train": [{"dataset": "tutor", "rows": 10}]},
+                "rewards": [{"use": "reward_model"}],
+                "rollout": {"num_generations": 2, "max_new_tokens": 8},
+                "ppo": {
+                    "value_from": "reward",
+                    "epochs": 2,
+                    "minibatches": 2,
+                    "kl_target": 0.01,
+                    "value_learning_rate": 1e-2,
+                },
+                "train": {**steps, "prompts_per_step": 3},
+            },
         ],
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -52,35 +92,67 @@ def left_by(out: Path) -> dict[str, Any]:
     """What each stage left, and what the chain measured."""
     summary = json.loads((out / "summary.json").read_bytes())
     assert summary["status"] == "done"
-    return {**{stage: trace(out / stage) for stage in STAGES}, "heldout": summary["heldout"], "details": summary["heldout_details"],
-            "last": [{key: value for key, value in stage["last"].items() if not key.endswith(("_seconds", "_gib", "per_second"))}
-                     for stage in summary["stages"]]}  # fmt: skip
+    return {
+        **{stage: trace(out / stage) for stage in STAGES},
+        "heldout": summary["heldout"],
+        "details": summary["heldout_details"],
+        "last": [
+            {key: value for key, value in stage["last"].items() if not key.endswith(("_seconds", "_gib", "per_second"))}
+            for stage in summary["stages"]
+        ],
+    }
 
 
-PLACES = [("start of a stage", 2, "3-ppo"),
-          *(pytest.param(*place, marks=pytest.mark.slow) for place in (
-              ("a step", 1, "1-sft"), ("end of a stage", 0, "1-sft"), ("start of a stage", 1, "2-reward"), ("a step", 4, "2-reward"),
-              ("end of a stage", 1, "2-reward"), ("rollout", 8, "3-ppo"), ("update of ppo", 7, "3-ppo"), ("a step", 8, "3-ppo"),
-              ("end of a stage", 2, "3-ppo")))]  # fmt: skip
+PLACES = [
+    ("start of a stage", 2, "3-ppo"),
+    *(
+        pytest.param(*place, marks=pytest.mark.slow)
+        for place in (
+            ("a step", 1, "1-sft"),
+            ("end of a stage", 0, "1-sft"),
+            ("start of a stage", 1, "2-reward"),
+            ("a step", 4, "2-reward"),
+            ("end of a stage", 1, "2-reward"),
+            ("rollout", 8, "3-ppo"),
+            ("update of ppo", 7, "3-ppo"),
+            ("a step", 8, "3-ppo"),
+            ("end of a stage", 2, "3-ppo"),
+        )
+    ),
+]
 
 
 @pytest.mark.parametrize(("phase", "call", "stage"), PLACES)
-def test_rlhf_killed_in_and_between_its_stages(nursery: Nursery, straight: dict[str, Any], tmp_path: Path, phase: str, call: int,
-                                               stage: str) -> None:  # fmt: skip
+def test_rlhf_killed_in_and_between_its_stages(
+    nursery: Nursery, straight: dict[str, Any], tmp_path: Path, phase: str, call: int, stage: str
+) -> None:
     out, place = tmp_path / "run", STAGES.index(stage)
     assert nursery.run(rlhf(), out, die_in={"where": PHASES[phase], "call": call}) == 9, "it should have been killed"
     assert (out / stage).is_dir() and not (out / stage / "final").exists(), "it was killed in another stage"
     assert all((out / earlier / "summary.json").is_file() for earlier in STAGES[:place])
     ended = {earlier: (out / earlier / "events.jsonl").read_bytes() for earlier in STAGES[:place]}
     continue_to_the_end(nursery, rlhf(), out)
-    assert all((out / earlier / "events.jsonl").read_bytes() == events for earlier, events in ended.items()), "an ended stage ran again"
+    assert all((out / earlier / "events.jsonl").read_bytes() == events for earlier, events in ended.items()), (
+        "an ended stage ran again"
+    )
     assert left_by(out) == straight
 
 
 def test_what_is_compared(straight: dict[str, Any]) -> None:
-    """Figures of all stages, all adapters of PPO, and a weight of the KL that moved: a state that was not saved would show."""
-    assert [len(straight[stage]["steps"]) for stage in STAGES] == [3, 3, 3] and list(straight["heldout"]) == ["base", "sft", "ppo"]
-    adapters = {"final/adapter_model.safetensors", "final/policy/adapter_model.safetensors", "final/value/adapter_model.safetensors"}
-    assert set(straight["3-ppo"]["final"]) == adapters, "the policy as it was trained, folded with what lies below it, and the value"
+    """Figures of all stages, all adapters of PPO, and a weight of the KL that moved: a state that was not saved would
+    show."""
+    assert [len(straight[stage]["steps"]) for stage in STAGES] == [3, 3, 3] and list(straight["heldout"]) == [
+        "base",
+        "sft",
+        "ppo",
+    ]
+    adapters = {
+        "final/adapter_model.safetensors",
+        "final/policy/adapter_model.safetensors",
+        "final/value/adapter_model.safetensors",
+    }
+    assert set(straight["3-ppo"]["final"]) == adapters, (
+        "the policy as it was trained, folded with what lies below it, and the value"
+    )
     assert len({stats["kl_coefficient"] for _, stats in straight["3-ppo"]["steps"]}) == 3
     assert straight["2-reward"]["scores"] is not None

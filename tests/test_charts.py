@@ -36,7 +36,10 @@ def test_values_are_readable_from_the_dots(log: bool) -> None:
     rows, columns = 4 * (height - 1) - 1, 2 * (width - LABEL - 1) - 1
     scale = math.log if log else float
     low, high = scale(min(values)), scale(max(values))
-    expected = {(round(step * columns / 79), rows - (scale(value) - low) / (high - low) * rows) for step, value in enumerate(values)}
+    expected = {
+        (round(step * columns / 79), rows - (scale(value) - low) / (high - low) * rows)
+        for step, value in enumerate(values)
+    }
     found = dots(lines)
     assert len(lines) == height and all(width_of(line) <= width for line in lines)
     by_column = dict(found)
@@ -67,7 +70,10 @@ def test_ascii_and_two_curves() -> None:
 
 def test_what_cannot_be_drawn() -> None:
     nan, inf = float("nan"), float("inf")
-    assert "no values" in texts(chart([Curve([])], 40, 8))[0] and "no values" in texts(chart([Curve([(1, nan), (2, inf)])], 40, 8))[0]
+    assert (
+        "no values" in texts(chart([Curve([])], 40, 8))[0]
+        and "no values" in texts(chart([Curve([(1, nan), (2, inf)])], 40, 8))[0]
+    )
     assert dots(chart([Curve([(1, nan), (2, 1.0), (3, -inf), (4, 2.0)])], 40, 8))
     assert chart([Curve([(1, 1.0)])], 8, 3) == []
     assert len(dots(chart([Curve([(7, 3.0)])], 40, 8))) == 1
@@ -84,8 +90,21 @@ def test_smoothing() -> None:
     assert smooth([(x, 7.0) for x in range(9)], 0.98)[0][1] == pytest.approx(7.0)
 
 
-@pytest.mark.parametrize(("value", "text"), [(0, "0"), (1.0915, "1.09"), (0.0544, "0.054"), (12.345, "12.3"), (99_999, "99999"), (2e-4, "2e-4"),
-                                             (5.4e-7, "5.4e-7"), (123_456, "1.2e5"), (-0.5, "-0.500"), (0.001, "0.001")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (1.0915, "1.09"),
+        (0.0544, "0.054"),
+        (12.345, "12.3"),
+        (99_999, "99999"),
+        (2e-4, "2e-4"),
+        (5.4e-7, "5.4e-7"),
+        (123_456, "1.2e5"),
+        (-0.5, "-0.500"),
+        (0.001, "0.001"),
+    ],
+)
 def test_short_numbers(value: float, text: str) -> None:
     assert short(value) == text and len(text) <= 6
 

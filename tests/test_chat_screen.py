@@ -1,4 +1,5 @@
-"""The chat on a screen: texts that grow beside each other in an emulated terminal, and the program itself behind a pseudo-terminal."""
+"""The chat on a screen: texts that grow beside each other in an emulated terminal, and the program itself behind a
+pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -50,11 +51,16 @@ def static(texts: list[str], width: int) -> list[str]:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("lines", [6, 40])
-def test_columns_show_both_texts_whole_however_they_grow(monkeypatch: pytest.MonkeyPatch, seed: int, lines: int) -> None:
+def test_columns_show_both_texts_whole_however_they_grow(
+    monkeypatch: pytest.MonkeyPatch, seed: int, lines: int
+) -> None:
     """Longer than the screen too: what scrolled away is there, once, in order."""
     monkeypatch.setattr("lowrank_tune.ui.columns.FRAME_SECONDS", 0.0)
     stream, terminal = random.Random(seed), Terminal(50, lines)
-    texts = ["".join(stream.choice(["word ", "a", "\n", "indeed, ", "x" * 30, " "]) for _ in range(stream.randrange(5, 90))) for _ in "ab"]
+    texts = [
+        "".join(stream.choice(["word ", "a", "\n", "indeed, ", "x" * 30, " "]) for _ in range(stream.randrange(5, 90)))
+        for _ in "ab"
+    ]
     terminal.write("before\n")
     columns = Columns(terminal.write, lambda: terminal.size, [[("base", "")], [("tuned", "")]], False, "|")
     columns.draw()
@@ -94,7 +100,7 @@ def test_model_text_cannot_speak_to_the_terminal() -> None:
     assert cleaned(hostile) == "a\\x1b[2J\\x1b]0;title\\x07b\\rc\n    d\\u202ee\\x9bf"
 
 
-# --- the program -----------------------------------------------------------------------------------------------------------------------
+# --- the program ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +110,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     roles = roles_over(load_base(wanted, load_tokenizer(wanted), CPU))
     shake(roles, "policy", size=0.01)
     tensors, config = roles.adapter_tensors("policy"), roles.adapter_config("policy")
-    return write_atomically(tmp_path_factory.mktemp("screen") / "adapter", Snapshot({WEIGHTS: tensors}, {CONFIG: config}))
+    return write_atomically(
+        tmp_path_factory.mktemp("screen") / "adapter", Snapshot({WEIGHTS: tensors}, {CONFIG: config})
+    )
 
 
 def wait(seen: Emulator, pattern: str, seconds: float = 120.0) -> None:
@@ -114,7 +122,8 @@ def wait(seen: Emulator, pattern: str, seconds: float = 120.0) -> None:
 
 
 def test_at_a_terminal(adapter: Path, tmp_path: Path) -> None:
-    """Side by side where there is room, Ctrl-C stops an answer and not the program, faults are told and the talk goes on, Ctrl-D ends it."""
+    """Side by side where there is room, Ctrl-C stops an answer and not the program, faults are told and the talk goes
+    on, Ctrl-D ends it."""
     file = tmp_path / "talk.jsonl"
     seen = Emulator("-m", "lowrank_tune", "chat", str(adapter), "--max-new-tokens", "12", columns=120, lines=40)
     wait(seen, r"tuned will answer, greedy.*\n.*Ctrl-D ends *\nyou>")
@@ -148,9 +157,16 @@ def test_behind_a_pipe(adapter: Path, tmp_path: Path) -> None:
     done = subprocess.run(words, input=typed.encode(), capture_output=True, env=ENVIRON, timeout=300)
     assert done.returncode == 0 and b"\x1b" not in done.stdout + done.stderr and b"gemm_4bit" not in done.stderr
     assert b"\nbase: " in done.stdout and b"\ntuned: " in done.stdout and b"over tiny-tutor" not in done.stdout
-    gone = subprocess.run(["sh", "-c", f"yes 'Why?' | head -50 | {' '.join(words)} | head -1"], capture_output=True, env=ENVIRON, timeout=300)
+    gone = subprocess.run(
+        ["sh", "-c", f"yes 'Why?' | head -50 | {' '.join(words)} | head -1"],
+        capture_output=True,
+        env=ENVIRON,
+        timeout=300,
+    )
     assert b"Error" not in gone.stderr and gone.stdout.count(b"\n") == 1
-    with subprocess.Popen([*words[:-1], "900"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRON) as child:
+    with subprocess.Popen(
+        [*words[:-1], "900"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRON
+    ) as child:
         assert child.stdin is not None and child.stdout is not None and child.stderr is not None
         child.stdin.write(b"/base How much is 7 + 8?\n")
         child.stdin.flush()

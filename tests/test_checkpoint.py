@@ -1,4 +1,5 @@
-"""Atomic checkpoints and the run folder: dying at any moment, every kind of corruption, full disks, exact round trips."""
+"""Atomic checkpoints and the run folder: dying at any moment, every kind of corruption, full disks, exact round
+trips."""
 
 from __future__ import annotations
 
@@ -26,13 +27,21 @@ from lowrank_tune.checkpoint import Broken, RunFolder, Snapshot, load, newest, r
 from lowrank_tune.errors import RunFailed, UserError
 from lowrank_tune.events import Event, Note
 
-FILES = ("policy/adapter_model.safetensors", "optimizer.safetensors", "policy/adapter_config.json", "state.json", "manifest.json")
+FILES = (
+    "policy/adapter_model.safetensors",
+    "optimizer.safetensors",
+    "policy/adapter_config.json",
+    "state.json",
+    "manifest.json",
+)
 
 
 def snapshot(step: int) -> Snapshot:
     generator = torch.Generator().manual_seed(step)
     tensors = {name: {"a": torch.randn(40, 40, generator=generator), "b": torch.arange(step)} for name in FILES[:2]}
-    return Snapshot(tensors, {"policy/adapter_config.json": {"r": step}, "state.json": {"step": step, "loss": 0.1 * step}})
+    return Snapshot(
+        tensors, {"policy/adapter_config.json": {"r": step}, "state.json": {"step": step, "loss": 0.1 * step}}
+    )
 
 
 def same(one: Any, other: Any) -> bool:
@@ -51,7 +60,10 @@ def same(one: Any, other: Any) -> bool:
 
 def equal(one: Snapshot, other: Snapshot) -> bool:
     def ordered(values: dict[str, Any]) -> dict[str, Any]:
-        return {key: dict(sorted(values[key].items())) if isinstance(values[key], dict) else values[key] for key in sorted(values)}
+        return {
+            key: dict(sorted(values[key].items())) if isinstance(values[key], dict) else values[key]
+            for key in sorted(values)
+        }
 
     return same(ordered(one.tensors), ordered(other.tensors)) and same(ordered(one.documents), ordered(other.documents))
 
@@ -66,7 +78,8 @@ def told() -> tuple[list[Event], Callable[[Event], None]]:
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[[], Any]) -> list[str]:
-    """From now on `act` comes instead of call number `at` of os.write, os.fsync and os.replace. Gives the calls seen."""
+    """From now on `act` comes instead of call number `at` of os.write, os.fsync and os.replace. Gives the calls
+    seen."""
     seen: list[str] = []
 
     def wrap(name: str) -> None:
@@ -105,7 +118,8 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 def test_order_of_a_save(tmp_path: Path) -> None:
     calls = calls_of_a_save(tmp_path)
-    assert calls == ["write", "fsync"] * 5 + ["fsync", "fsync", "replace", "fsync"]  # files, both folders, the name, the parent
+    # files, both folders, the name, the parent
+    assert calls == ["write", "fsync"] * 5 + ["fsync", "fsync", "replace", "fsync"]
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -134,7 +148,9 @@ def test_death_at_every_call(tmp_path: Path, again: bool) -> None:
         old = Snapshot({}, {"state.json": "old"}) if again else snapshot(1)
         assert step == (2 if named or again else 1)
         assert equal(content, snapshot(2) if named else old)
-        assert sorted(path.name for path in folder.iterdir()) == (["step-1", "step-2"] if named or again else ["step-1"])
+        assert sorted(path.name for path in folder.iterdir()) == (
+            ["step-1", "step-2"] if named or again else ["step-1"]
+        )
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -152,7 +168,12 @@ def test_failure_at_every_call(tmp_path: Path, number: int, again: bool) -> None
             with pytest.raises(UserError) as caught:
                 write_atomically(folder / "step-2", snapshot(2))
         assert isinstance(caught.value, RunFailed) == (number in (errno.ENOSPC, errno.EIO))
-        words = {errno.ENOSPC: "the disk is full", errno.EACCES: "permission denied", errno.EROFS: "read-only", errno.EIO: "error"}
+        words = {
+            errno.ENOSPC: "the disk is full",
+            errno.EACCES: "permission denied",
+            errno.EROFS: "read-only",
+            errno.EIO: "error",
+        }
         assert words[number] in str(caught.value) and "step-2" in str(caught.value) and "\n" not in str(caught.value)
         assert sorted(path.name for path in folder.iterdir()) == (["step-1", "step-2"] if again else ["step-1"]), at
         assert all(equal(load(path), snapshot(1)) for path in folder.iterdir())
@@ -285,7 +306,9 @@ def test_rotate_that_dies_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2", "step-3"]
 
 
-NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(lambda name: name != "__metadata__")
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
+    lambda name: name != "__metadata__"
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.int8, torch.bool)
 
 
@@ -307,8 +330,13 @@ JSON = st.recursive(
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.dictionaries(st.sampled_from(FILES[:2]), st.dictionaries(NAMES, tensors(), max_size=3)), st.dictionaries(st.just("state.json"), JSON))
-def test_any_snapshot_comes_back(tmp_path: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any]) -> None:
+@given(
+    st.dictionaries(st.sampled_from(FILES[:2]), st.dictionaries(NAMES, tensors(), max_size=3)),
+    st.dictionaries(st.just("state.json"), JSON),
+)
+def test_any_snapshot_comes_back(
+    tmp_path: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any]
+) -> None:
     target = write_atomically(tmp_path / "step-1", Snapshot(tensors, documents))
     assert equal(load(target, "step-1"), Snapshot(tensors, documents))
 
@@ -322,12 +350,16 @@ def test_views_and_shared_storage(tmp_path: Path) -> None:
     assert torch.equal(found.tensors["a.safetensors"]["column"], whole[:, 1])
 
 
-def through_disk(tmp_path: Path, tensors: dict[str, Tensor], document: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def through_disk(
+    tmp_path: Path, tensors: dict[str, Tensor], document: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     found = load(write_atomically(tmp_path / "step-1", Snapshot({"x.safetensors": tensors}, {"x.json": document})))
     return found.tensors["x.safetensors"], found.documents["x.json"]
 
 
-@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True, "amsgrad": True}, {"lr": torch.tensor(1e-3)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"fused": True}, {"foreach": True, "amsgrad": True}, {"lr": torch.tensor(1e-3)}]
+)
 def test_adamw_goes_on_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
     names = ["layer.10.A", "layer.9.A", "head"]
 
@@ -364,8 +396,13 @@ def test_adamw_goes_on_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> N
 
 def test_states_of_other_optimizers(tmp_path: Path) -> None:
     code = torch.linspace(-1, 1, 256)
-    entry = {"step": 3, "state1": torch.arange(8, dtype=torch.uint8), "qmap1": code, "absmax1": torch.tensor([float("nan"), 0.1]),
-             "nested": {"none": None, "pair": (1, (2.5, "x")), "list": [torch.tensor(1.0), True, {}]}}  # fmt: skip
+    entry = {
+        "step": 3,
+        "state1": torch.arange(8, dtype=torch.uint8),
+        "qmap1": code,
+        "absmax1": torch.tensor([float("nan"), 0.1]),
+        "nested": {"none": None, "pair": (1, (2.5, "x")), "list": [torch.tensor(1.0), True, {}]},
+    }
     group = {"params": [0, 1], "lr": 0.1 + 0.2, "betas": (0.9, 0.999), "eps": 1e-8, "inf": float("inf"), "alpha": None}
     state = {"more": [1, {"tensor": "x"}], "state": {0: entry, 1: {**entry, "qmap1": code}}, "param_groups": [group]}
     saved = through_disk(tmp_path, *checkpoint.flatten_optimizer(state, ["a", "b"]))
@@ -378,7 +415,13 @@ def test_states_of_other_optimizers(tmp_path: Path) -> None:
 
 def test_random_states_come_back(tmp_path: Path) -> None:
     def draw() -> list[float]:
-        return [random.gauss(0, 1), random.random(), numpy.random.randn(), float(numpy.random.rand()), float(torch.randn(()))]
+        return [
+            random.gauss(0, 1),
+            random.random(),
+            numpy.random.randn(),
+            float(numpy.random.rand()),
+            float(torch.randn(())),
+        ]
 
     draw()  # gauss keeps its second number: that belongs to the state
     saved = through_disk(tmp_path, *checkpoint.rng_state())
@@ -403,7 +446,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{key}: {old.get(key)} -> {new[key]}" for key in new if key != "steps" and old.get(key) != new[key]]
 
 
-def begin(path: Path, recipe: dict[str, Any] = RECIPE, emit: Callable[[Event], None] = silent, exact: bool = False) -> RunFolder:
+def begin(
+    path: Path, recipe: dict[str, Any] = RECIPE, emit: Callable[[Event], None] = silent, exact: bool = False
+) -> RunFolder:
     return RunFolder.open(path, recipe, f"rate: {recipe['rate']}\n", differences, exact, emit)
 
 
@@ -434,13 +479,21 @@ def test_finished_run_is_left_alone(tmp_path: Path, exact: bool) -> None:
     events, emit = told()
     folder = begin(tmp_path / "demo", emit=emit, exact=exact)
     assert folder.path.name == "demo-3" and not folder.continued
-    assert isinstance(events[0], Note) and events[0].level == ("warning" if exact else "info") and "demo-3" in events[0].message
+    assert (
+        isinstance(events[0], Note)
+        and events[0].level == ("warning" if exact else "info")
+        and "demo-3" in events[0].message
+    )
     folder.close()
-    with begin(tmp_path / "demo", {**RECIPE, "rate": 0.3}, emit=emit) as folder:  # it has saved nothing yet, so nothing can be lost
+    # it has saved nothing yet, so nothing can be lost
+    with begin(tmp_path / "demo", {**RECIPE, "rate": 0.3}, emit=emit) as folder:
         assert folder.path.name == "demo-3" and folder.continued
     with begin(tmp_path / "demo", emit=emit) as folder:
         folder.checkpoint(1).mkdir(parents=True)
-    with pytest.raises(UserError, match="demo-3 holds an unfinished run of another recipe:\n  rate: 0.1 -> 0.2\nGive .*--out, or delete"):
+    with pytest.raises(
+        UserError,
+        match="demo-3 holds an unfinished run of another recipe:\n  rate: 0.1 -> 0.2\nGive .*--out, or delete",
+    ):
         begin(tmp_path / "demo", {**RECIPE, "rate": 0.2}, emit=emit)
     assert before == {path: path.read_bytes() for path in (tmp_path / "demo").iterdir()}
     assert json.loads((tmp_path / "demo" / "summary.json").read_text())["best"] is None
@@ -465,7 +518,9 @@ def test_refused_folders(tmp_path: Path) -> None:
     begin(tmp_path / "empty").close()
 
 
-@pytest.mark.parametrize(("number", "words", "code"), [(errno.EACCES, "permission denied", 2), (errno.ENOSPC, "the disk is full", 1)])
+@pytest.mark.parametrize(
+    ("number", "words", "code"), [(errno.EACCES, "permission denied", 2), (errno.ENOSPC, "the disk is full", 1)]
+)
 def test_unwritable_parent_and_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str, code: int
 ) -> None:  # root may write everywhere, so the system's answer is put in its mouth

@@ -1,4 +1,5 @@
-"""Killed anywhere, a run goes on as if nothing had been: same steps, figures, completions, scores and final adapter, bit for bit."""
+"""Killed anywhere, a run goes on as if nothing had been: same steps, figures, completions, scores and final adapter,
+bit for bit."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -46,16 +47,22 @@ def slow(*values: Any) -> Any:
     ("algorithm", "seed"),
     [("sft", 0), slow("sft", 1), slow("sft", 2), slow("reward", 3), ("dpo", 4), ("grpo", 5), slow("ppo", 6)],
 )
-def test_killed_at_a_random_moment(nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, seed: int) -> None:
+def test_killed_at_a_random_moment(
+    nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, seed: int
+) -> None:
     wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
-    status = nursery.run(recipe, out, kill_after=random.Random(seed).uniform(0.1, 3.0 if algorithm in ("sft", "grpo", "ppo") else 1.5))
+    status = nursery.run(
+        recipe, out, kill_after=random.Random(seed).uniform(0.1, 3.0 if algorithm in ("sft", "grpo", "ppo") else 1.5)
+    )
     if status != 0:
         continue_to_the_end(nursery, recipe, out)
     assert trace(out) == wanted
 
 
-@pytest.mark.parametrize(("algorithm", "die_at"), [("sft", 60), slow("sft", 97), slow("reward", 70), slow("dpo", 20), ("dpo", 70),
-                                                  slow("grpo", 70), ("ppo", 70)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("algorithm", "die_at"),
+    [("sft", 60), slow("sft", 97), slow("reward", 70), slow("dpo", 20), ("dpo", 70), slow("grpo", 70), ("ppo", 70)],
+)
 def test_dies_in_a_write(nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, die_at: int) -> None:
     wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
     assert nursery.run(recipe, out, die_at=die_at) != 0, "it should have died"
@@ -63,8 +70,12 @@ def test_dies_in_a_write(nursery: Nursery, straight: Straight, tmp_path: Path, a
     assert trace(out) == wanted
 
 
-@pytest.mark.parametrize(("phase", "call"), [("rollout", 70), slow("scoring", 4), ("update", 9), slow("between passes", 5)])
-def test_killed_in_each_phase_of_grpo(nursery: Nursery, straight: Straight, tmp_path: Path, phase: str, call: int) -> None:
+@pytest.mark.parametrize(
+    ("phase", "call"), [("rollout", 70), slow("scoring", 4), ("update", 9), slow("between passes", 5)]
+)
+def test_killed_in_each_phase_of_grpo(
+    nursery: Nursery, straight: Straight, tmp_path: Path, phase: str, call: int
+) -> None:
     wanted, recipe, out = straight("grpo"), recipe_of("grpo"), tmp_path / "run"
     assert nursery.run(recipe, out, die_in={"where": PHASES[phase], "call": call}) == 9, "it should have been killed"
     assert not (out / "final").exists()
@@ -72,9 +83,13 @@ def test_killed_in_each_phase_of_grpo(nursery: Nursery, straight: Straight, tmp_
     assert trace(out) == wanted
 
 
-@pytest.mark.parametrize(("phase", "call"), [slow("rollout", 40), slow("scoring", 3), ("valuing", 4), ("update of ppo", 13),
-                                             slow("between passes of ppo", 7)])  # fmt: skip
-def test_killed_in_each_phase_of_ppo(nursery: Nursery, straight: Straight, tmp_path: Path, phase: str, call: int) -> None:
+@pytest.mark.parametrize(
+    ("phase", "call"),
+    [slow("rollout", 40), slow("scoring", 3), ("valuing", 4), ("update of ppo", 13), slow("between passes of ppo", 7)],
+)
+def test_killed_in_each_phase_of_ppo(
+    nursery: Nursery, straight: Straight, tmp_path: Path, phase: str, call: int
+) -> None:
     wanted, recipe, out = straight("ppo"), recipe_of("ppo"), tmp_path / "run"
     assert nursery.run(recipe, out, die_in={"where": PHASES[phase], "call": call}) == 9, "it should have been killed"
     assert not (out / "final").exists()

@@ -1,4 +1,5 @@
-"""The dashboard as a function of events: a recorded run at three sizes, small and odd screens, hostile text, a resumed run."""
+"""The dashboard as a function of events: a recorded run at three sizes, small and odd screens, hostile text, a resumed
+run."""
 
 from __future__ import annotations
 
@@ -11,7 +12,19 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lowrank_tune.events import Event, Grouped, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated, from_json
+from lowrank_tune.events import (
+    Event,
+    Grouped,
+    Note,
+    Progress,
+    RunEnded,
+    RunStarted,
+    Sampled,
+    Saved,
+    StepDone,
+    Validated,
+    from_json,
+)
 from lowrank_tune.ui.card import Card
 from lowrank_tune.ui.frame import coded, fit, plain_text, width_of, wrap
 from lowrank_tune.ui.panes import View, chart_pane
@@ -30,7 +43,9 @@ def recorded(name: str) -> list[Event]:
 
 
 RECORDED, DPO, REWARD, GRPO = (recorded(name) for name in ("demo", "dpo", "reward", "grpo"))
-START = RunStarted(name="x", algorithm="sft", model="m", roles={"policy": ["policy"]}, reference="the base", steps=100, time=0.0)
+START = RunStarted(
+    name="x", algorithm="sft", model="m", roles={"policy": ["policy"]}, reference="the base", steps=100, time=0.0
+)
 
 
 def state_after(events: list[Event]) -> State:
@@ -41,12 +56,23 @@ def state_after(events: list[Event]) -> State:
 
 
 def steps(count: int, first: int = 1, begun: float = 0.0, **stats: float) -> list[Event]:
-    return [StepDone(step=step, steps=100, stats=stats or {"loss": 1 / step, "kl": 0.1}, seconds=1.0, tokens=50, time=begun + step)
-            for step in range(first, first + count)]  # fmt: skip
+    return [
+        StepDone(
+            step=step,
+            steps=100,
+            stats=stats or {"loss": 1 / step, "kl": 0.1},
+            seconds=1.0,
+            tokens=50,
+            time=begun + step,
+        )
+        for step in range(first, first + count)
+    ]
 
 
 def up_to(events: list[Event], step: int) -> list[Event]:
-    return events[: next(index for index, event in enumerate(events) if isinstance(event, StepDone) and event.step == step)]
+    return events[
+        : next(index for index, event in enumerate(events) if isinstance(event, StepDone) and event.step == step)
+    ]
 
 
 def middle() -> list[Event]:
@@ -59,10 +85,17 @@ def chain() -> list[Event]:
     return [replace(event, stage=1, stages=2) if isinstance(event, RunStarted) else event for event in RECORDED] + DPO
 
 
-@pytest.mark.parametrize(("name", "width", "height", "view"), [
-    ("80x24", 80, 24, View()), ("120x40", 120, 40, View()), ("200x60", 200, 60, View(log_scale=True)),
-    ("80x24_ascii", 80, 24, View(ascii_only=True)), ("80x24_help", 80, 24, View(help=True)), ("59x14", 59, 14, View()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "width", "height", "view"),
+    [
+        ("80x24", 80, 24, View()),
+        ("120x40", 120, 40, View()),
+        ("200x60", 200, 60, View(log_scale=True)),
+        ("80x24_ascii", 80, 24, View(ascii_only=True)),
+        ("80x24_help", 80, 24, View(help=True)),
+        ("59x14", 59, 14, View()),
+    ],
+)
 def test_snapshots(name: str, width: int, height: int, view: View) -> None:
     """SNAPSHOTS=1 writes them anew; look at them before they are committed."""
     shown = plain_text(render(state_after(RECORDED if name == "120x40" else middle()), view, width, height))
@@ -86,9 +119,14 @@ def test_snapshots_of_preferences(name: str, width: int, height: int) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40)])
-@pytest.mark.parametrize(("name", "step", "view"), [
-    ("grpo", 22, View()), ("grpo_group", 13, View(group=True)), ("grpo_help", 22, View(help=True)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "step", "view"),
+    [
+        ("grpo", 22, View()),
+        ("grpo_group", 13, View(group=True)),
+        ("grpo_help", 22, View(help=True)),
+    ],
+)
 def test_snapshots_of_rollouts(name: str, step: int, view: View, width: int, height: int) -> None:
     shown = plain_text(render(state_after(up_to(GRPO, step)), view, width, height))
     file = HERE / "snapshots" / f"dashboard_{name}_{width}x{height}.txt"
@@ -97,14 +135,31 @@ def test_snapshots_of_rollouts(name: str, step: int, view: View, width: int, hei
     assert shown == file.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("events", [*(RECORDED[:count] for count in (0, 1, 3, 20, 40, 120, len(RECORDED))),
-                                    DPO[:12], up_to(DPO, 30), DPO, REWARD[:10], up_to(REWARD, 40), REWARD, chain(),
-                                    up_to(GRPO, 9), GRPO])  # fmt: skip
+@pytest.mark.parametrize(
+    "events",
+    [
+        *(RECORDED[:count] for count in (0, 1, 3, 20, 40, 120, len(RECORDED))),
+        DPO[:12],
+        up_to(DPO, 30),
+        DPO,
+        REWARD[:10],
+        up_to(REWARD, 40),
+        REWARD,
+        chain(),
+        up_to(GRPO, 9),
+        GRPO,
+    ],
+)
 def test_every_size_is_filled_exactly(events: list[Event]) -> None:
     state = state_after(events)
     for width in (1, 20, 59, 60, 61, 75, 80, 99, 100, 133, 200, 300):
         for height in (1, 2, 14, 15, 16, 20, 24, 40, 61, 90):
-            for view in (View(), View(help=True, ascii_only=True), View(group=True), View(group=True, ascii_only=True, sample=3)):
+            for view in (
+                View(),
+                View(help=True, ascii_only=True),
+                View(group=True),
+                View(group=True, ascii_only=True, sample=3),
+            ):
                 lines = render(state, view, width, height)
                 assert len(lines) == height and all(width_of(line) == width for line in lines)
                 assert not view.ascii_only or plain_text(lines).isascii()
@@ -122,28 +177,55 @@ def test_hostile_text_is_inert() -> None:
     for text in HOSTILE:
         events = [
             replace(START, name=text, algorithm=text, model=text, roles={text: [text]}, reference=text, device=text),
-            *steps(3, **{"loss": 1.0, text: 2.0, f"validation_{text}": 1.0}), Progress(what=text, done=1, total=2, time=4.0),
-            Note(message=text, time=5.0), Note(message=text, level="warning", time=5.0), Saved(step=3, path=text, seconds=0.1, time=5.0),
+            *steps(3, **{"loss": 1.0, text: 2.0, f"validation_{text}": 1.0}),
+            Progress(what=text, done=1, total=2, time=4.0),
+            Note(message=text, time=5.0),
+            Note(message=text, level="warning", time=5.0),
+            Saved(step=3, path=text, seconds=0.1, time=5.0),
             Sampled(step=0, prompt=text, completion=text, finish="stop", gold=text, role=text, time=6.0),
             Sampled(step=3, prompt=text, completion=text, finish=text, gold=text, role=text, time=7.0),
-            Validated(step=3, stats={f"heldout_{text}_exact": 0.5, f"validation_{text}": 1.0}, time=8.0), Progress(what=text, done=1, total=2),
-        ]  # fmt: skip
-        pair = [replace(START, algorithm="reward", stage=2, stages=2, time=10.0), Sampled(step=3, prompt=text, completion=text, finish="stop",
-                role="chosen", reward=1.0, time=11.0), Sampled(step=3, prompt=text, completion=text, finish=text, role="rejected", time=11.0),
-                Validated(step=3, stats={f"pairs_{text}": 1.0, "pairs_accuracy": 0.5}, time=12.0)]  # fmt: skip
-        later = [replace(START, roles={"reference": [text]}, stage=3, stages=3, time=20.0),
-                 Sampled(step=0, prompt=text, completion=text, finish="stop", role="reference", time=21.0)]  # fmt: skip
+            Validated(step=3, stats={f"heldout_{text}_exact": 0.5, f"validation_{text}": 1.0}, time=8.0),
+            Progress(what=text, done=1, total=2),
+        ]
+        pair = [
+            replace(START, algorithm="reward", stage=2, stages=2, time=10.0),
+            Sampled(step=3, prompt=text, completion=text, finish="stop", role="chosen", reward=1.0, time=11.0),
+            Sampled(step=3, prompt=text, completion=text, finish=text, role="rejected", time=11.0),
+            Validated(step=3, stats={f"pairs_{text}": 1.0, "pairs_accuracy": 0.5}, time=12.0),
+        ]
+        later = [
+            replace(START, roles={"reference": [text]}, stage=3, stages=3, time=20.0),
+            Sampled(step=0, prompt=text, completion=text, finish="stop", role="reference", time=21.0),
+        ]
         told = {"text": text, "reward": 1.0, "advantage": 1.0, "finish": text, "parts": {text: 1.0, "b": 2.0}}
-        group = [Grouped(step=3, prompt=text, gold=text, time=13.0, completions=[told, {**told, "reward": text, "parts": text}, text]),
-                 *steps(3, begun=13.0, **{"reward": 1.0, f"reward_{text}": 1.0, "reward_b": 1.0})]  # fmt: skip
-        for state in (state_after(events), state_after([*events, replace(START, algorithm="grpo"), *group]),
-                      state_after([*events, RunEnded(status="failed", step=3, seconds=1.0, message=text, time=9.0)]),
-                      state_after([*events, *pair]), state_after([*events, *pair, *later])):  # fmt: skip
-            for width, height, view in ((80, 24, View()), (120, 40, View()), (40, 10, View()), (80, 24, View(group=True))):
+        group = [
+            Grouped(
+                step=3,
+                prompt=text,
+                gold=text,
+                time=13.0,
+                completions=[told, {**told, "reward": text, "parts": text}, text],
+            ),
+            *steps(3, begun=13.0, **{"reward": 1.0, f"reward_{text}": 1.0, "reward_b": 1.0}),
+        ]
+        for state in (
+            state_after(events),
+            state_after([*events, replace(START, algorithm="grpo"), *group]),
+            state_after([*events, RunEnded(status="failed", step=3, seconds=1.0, message=text, time=9.0)]),
+            state_after([*events, *pair]),
+            state_after([*events, *pair, *later]),
+        ):
+            for width, height, view in (
+                (80, 24, View()),
+                (120, 40, View()),
+                (40, 10, View()),
+                (80, 24, View(group=True)),
+            ):
                 lines = render(state, view, width, height)
                 assert is_inert(plain_text(lines)) and all(width_of(line) == width for line in lines)
                 codes = "".join(coded(line, True) for line in lines)
-                assert is_inert("".join(part.partition("m")[2] for part in ("m" + codes).split("\x1b[")))  # no escape but for our colours
+                # no escape but for our colours
+                assert is_inert("".join(part.partition("m")[2] for part in ("m" + codes).split("\x1b[")))
                 assert plain_text(render(state, replace(view, ascii_only=True), width, height)).isascii()
 
 
@@ -153,7 +235,10 @@ def test_no_color_has_no_colour() -> None:
 
 
 def test_time_is_shared_out_and_an_eta_told() -> None:
-    checked, saved = Validated(step=4, stats={"validation_loss": 1.0}, time=6.0), Saved(step=4, path="p", seconds=2.0, time=8.0)
+    checked, saved = (
+        Validated(step=4, stats={"validation_loss": 1.0}, time=6.0),
+        Saved(step=4, path="p", seconds=2.0, time=8.0),
+    )
     state = state_after([Progress(what="loading", done=0, total=1, time=-4.0), START, *steps(4), checked, saved])
     assert state.shares() == {"loading": 4 / 12, "training": 4 / 12, "evaluating": 2 / 12, "saving": 2 / 12}
     assert state.seconds_left == 96.0 and state.tokens_per_second == 50.0
@@ -177,13 +262,22 @@ def answered(step: int, completion: str, role: str = "policy", time: float = 10.
 
 def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
     first = replace(START, stage=1, stages=2, roles={"policy": ["policy"], "reference": []})
-    second = replace(START, algorithm="dpo", stage=2, stages=2, roles={"policy": ["sft", "policy"], "reference": ["sft"]}, time=200.0)
-    before = [first, answered(0, "three", "reference", 0.0), *steps(10, loss=9.0), answered(10, "two"),
-              Validated(step=10, stats={"heldout_sft_exact": 0.5, "validation_loss": 1.0}, best=True, time=10.0),
-              Note(message="watch out", level="warning", time=10.5), ended()]  # fmt: skip
+    second = replace(
+        START, algorithm="dpo", stage=2, stages=2, roles={"policy": ["sft", "policy"], "reference": ["sft"]}, time=200.0
+    )
+    before = [
+        first,
+        answered(0, "three", "reference", 0.0),
+        *steps(10, loss=9.0),
+        answered(10, "two"),
+        Validated(step=10, stats={"heldout_sft_exact": 0.5, "validation_loss": 1.0}, best=True, time=10.0),
+        Note(message="watch out", level="warning", time=10.5),
+        ended(),
+    ]
     state = state_after(before)
     assert "stage 1 done in 0:10" in plain_text(render(state, View(), 80, 24)) and state.last("loss") == 9.0
-    state = state_after([*before, Progress(what="tokenising", done=1, total=2, time=100.0)])  # a day may lie between the stages
+    # a day may lie between the stages
+    state = state_after([*before, Progress(what="tokenising", done=1, total=2, time=100.0)])
     shown = plain_text(render(state, View(), 80, 24))
     assert "  loading" in shown and "tokenising 1/2" in shown and state.ended is None and state.shares() == {}
     state = state_after([*before, Progress(what="tokenising", done=1, total=2, time=100.0), second])
@@ -192,7 +286,12 @@ def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
     now = [answered(0, "two!", "reference", 201.0), *steps(3, begun=201.0, loss=0.7), answered(3, "2", time=205.0)]
     state = state_after([*before, second, *now])
     shown = plain_text(render(state, View(), 120, 40))
-    assert "stage 2 of 2: dpo" in shown and "sft 50.0 %" in shown and "watch out" in shown and state.series["loss"].points[0] == (1, 0.7)
+    assert (
+        "stage 2 of 2: dpo" in shown
+        and "sft 50.0 %" in shown
+        and "watch out" in shown
+        and state.series["loss"].points[0] == (1, 0.7)
+    )
     told = [line.split()[-2:] for line in shown.splitlines() if line.endswith(("three", "two!", "step 3    2"))]
     assert told == [["base", "three"], ["sft", "two!"], ["3", "2"]]
     assert [who for who, _ in state.earlier["1+1?"]] == ["base", "sft"]
@@ -202,14 +301,20 @@ def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
 
 def test_a_stage_that_is_continued_is_no_new_one() -> None:
     first = replace(START, stage=1, stages=2)
-    state = state_after([first, *steps(10), ended("interrupted"), replace(first, resumed_from=6, time=5000.0), *steps(1, 7, 5000.0)])
+    state = state_after(
+        [first, *steps(10), ended("interrupted"), replace(first, resumed_from=6, time=5000.0), *steps(1, 7, 5000.0)]
+    )
     assert [step for step, _ in state.series["loss"].points] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_both_sides_of_a_pair_with_their_scores() -> None:
     start = replace(START, algorithm="reward")
-    looks = [answered(10, "yes", "chosen", reward=0.25), answered(10, "no", "rejected", reward=0.5),
-             answered(10, "sure", "chosen", reward=2.5), answered(10, "never", "rejected", reward=-1.5)]  # fmt: skip
+    looks = [
+        answered(10, "yes", "chosen", reward=0.25),
+        answered(10, "no", "rejected", reward=0.5),
+        answered(10, "sure", "chosen", reward=2.5),
+        answered(10, "never", "rejected", reward=-1.5),
+    ]
     shown = plain_text(render(state_after([start, *steps(10), *looks]), View(), 80, 24)).splitlines()
     lines = [" ".join(line.split()) for line in shown]
     assert any("pair 1 of 2" in line and line.endswith("1 of 2 right") for line in lines)
@@ -232,7 +337,9 @@ def test_two_sides_stand_in_one_chart_each_in_its_style() -> None:
 
 
 def test_names_with_underscores_are_read_whole() -> None:
-    state = state_after([START, Validated(step=0, stats={"heldout_my_sft_exact": 0.5, "heldout_my_sft_pass_at_8": 0.75}, time=1.0)])
+    state = state_after(
+        [START, Validated(step=0, stats={"heldout_my_sft_exact": 0.5, "heldout_my_sft_pass_at_8": 0.75}, time=1.0)]
+    )
     assert state.heldout == {"my_sft": {"exact": 0.5, "pass_at_8": 0.75}}
 
 
@@ -245,17 +352,30 @@ def test_long_series_stay_short_and_true() -> None:
 
 
 def test_the_header_tells_how_it_stands() -> None:
-    state = state_after([replace(START, stage=2, stages=3, memory_total_gib=24.0), *steps(3, loss=1.0, memory_gib=18.9)])
+    state = state_after(
+        [replace(START, stage=2, stages=3, memory_total_gib=24.0), *steps(3, loss=1.0, memory_gib=18.9)]
+    )
     shown = plain_text(render(state, View(now=3.0 + 100), 120, 40))
-    assert "stage 2 of 3" in shown and "no news for 1:40" in shown and "18.9 of 24.0 GiB" in shown and "reference = the base" in shown
+    assert (
+        "stage 2 of 3" in shown
+        and "no news for 1:40" in shown
+        and "18.9 of 24.0 GiB" in shown
+        and "reference = the base" in shown
+    )
     assert "paused" in plain_text(render(state, View(asked=("paused: p goes on",)), 80, 24))
     state.apply(RunEnded(status="interrupted", step=3, seconds=61.0))
     assert "interrupted in 1:01" in plain_text(render(state, View(), 80, 24))
 
 
 def test_warnings_stand_first_and_repeats_are_counted() -> None:
-    state = state_after([START, Note(message="old warning", level="warning", time=1.0), *[Note(message="again", level="warning", time=2.0)] * 3,
-                         *(Note(message=f"news {n}", time=3.0) for n in range(50))])  # fmt: skip
+    state = state_after(
+        [
+            START,
+            Note(message="old warning", level="warning", time=1.0),
+            *[Note(message="again", level="warning", time=2.0)] * 3,
+            *(Note(message=f"news {n}", time=3.0) for n in range(50)),
+        ]
+    )
     shown = plain_text(render(state, View(), 120, 40))
     assert shown.index("again (x3)") < shown.index("old warning") < shown.index("news 49") < shown.index("news 48")
 
@@ -263,7 +383,11 @@ def test_warnings_stand_first_and_repeats_are_counted() -> None:
 def test_keys_change_the_view() -> None:
     view = View()
     assert press(view, "l").log_scale and press(view, "?").help and press(view, "n").sample == 1
-    assert press(view, "+").smoothing == view.smoothing + 1 and press(view, "-").smoothing == view.smoothing - 1 and press(view, "x") is view
+    assert (
+        press(view, "+").smoothing == view.smoothing + 1
+        and press(view, "-").smoothing == view.smoothing - 1
+        and press(view, "x") is view
+    )
     for _ in range(20):
         view = press(view, "+")
     assert "question 2 of 4" in plain_text(render(state_after(RECORDED), replace(view, sample=5), 80, 24))
@@ -276,7 +400,13 @@ def test_reward_is_drawn_where_there_is_one() -> None:
 
 
 def wrote(text: str, reward: float, advantage: float, finish: str = "stop", **parts: float) -> dict[str, object]:
-    return {"text": text, "reward": reward, "advantage": advantage, "finish": finish, "parts": parts or {"answer": reward}}
+    return {
+        "text": text,
+        "reward": reward,
+        "advantage": advantage,
+        "finish": finish,
+        "parts": parts or {"answer": reward},
+    }
 
 
 def told_group(step: int, *completions: dict[str, object], time: float = 1.0) -> Grouped:
@@ -289,12 +419,22 @@ def lines_of(state: State, view: View, width: int = 80, height: int = 24) -> lis
 
 def test_a_group_is_seen_best_paid_first_and_equal_completions_once() -> None:
     start = replace(START, algorithm="grpo")
-    group = told_group(7, wrote("five", 0.0, -1.0), wrote("two", 1.0, 1.0), wrote("five", 0.0, -1.0), wrote("on and on", -0.5, -2.0, "length"))
+    group = told_group(
+        7,
+        wrote("five", 0.0, -1.0),
+        wrote("two", 1.0, 1.0),
+        wrote("five", 0.0, -1.0),
+        wrote("on and on", -0.5, -2.0, "length"),
+    )
     state = state_after([start, told_group(6, wrote("old", 0.0, 0.0)), *steps(6, reward=0.5), group])
     lines = lines_of(state, View(group=True))
     at = lines.index("1+1? [gold 2]")
     assert lines[at - 1].startswith("\u2500\u2500 group of step 7: 4 completions") and "old" not in lines
-    assert lines[at + 2 : at + 5] == ["1.000 +1.000 stop two", "0.000 -1.000 stop x2 five", "-0.500 -2.000 cut on and on"]
+    assert lines[at + 2 : at + 5] == [
+        "1.000 +1.000 stop two",
+        "0.000 -1.000 stop x2 five",
+        "-0.500 -2.000 cut on and on",
+    ]
     assert lines[at + 5] == "mean reward 0.125, from -0.500 to 1.000; 1 of 4 cut off; g or Esc leaves"
     dead = state_after([start, told_group(1, wrote("x", 1.0, 0.0))])
     assert "no signal: all earn the same" in plain_text(render(dead, View(group=True), 80, 24))
@@ -304,7 +444,9 @@ def test_several_rewards_of_a_completion_are_named_and_many_completions_have_pag
     start = replace(START, algorithm="grpo")
     state = state_after([start, told_group(1, wrote("two", 1.5, 1.0, answer=1.0, format=0.5))])
     assert "answer 1.000 format 0.500" in lines_of(state, View(group=True))
-    state = state_after([start, told_group(1, *(wrote(f"number {n}, " + "word " * 60, n / 64, 1.0) for n in range(64)))])
+    state = state_after(
+        [start, told_group(1, *(wrote(f"number {n}, " + "word " * 60, n / 64, 1.0) for n in range(64)))]
+    )
     seen = set()
     for page in range(64):
         lines = lines_of(state, View(group=True, sample=page))
@@ -314,36 +456,68 @@ def test_several_rewards_of_a_completion_are_named_and_many_completions_have_pag
 
 def test_keys_open_and_leave_the_group() -> None:
     view = press(View(), "g")
-    assert view.group and not press(view, "g").group and not press(view, "\x1b").group and not press(View(help=True), "\x1b").help
+    assert (
+        view.group
+        and not press(view, "g").group
+        and not press(view, "\x1b").group
+        and not press(View(help=True), "\x1b").help
+    )
     assert press(View(help=True), "g") == View(group=True)
     sft, grpo = state_after(RECORDED), state_after(GRPO)
     assert "newest group" in plain_text(render(grpo, View(help=True, mine=False), 80, 24))
     assert " g group" in plain_text(render(grpo, View(), 80, 24))
-    assert "newest group" not in plain_text(render(sft, View(help=True), 80, 24)) and "group" not in plain_text(render(sft, View(), 80, 24))
+    assert "newest group" not in plain_text(render(sft, View(help=True), 80, 24)) and "group" not in plain_text(
+        render(sft, View(), 80, 24)
+    )
     assert "no completions yet" in plain_text(render(sft, View(group=True), 80, 24))
 
 
 def test_the_phases_of_a_step_share_its_time() -> None:
     """A group is told amid its step: the time before it belongs to the step all the same."""
     stats = {"reward": 0.5, "rollout_seconds": 3.0, "score_seconds": 1.0}
-    events = [replace(START, algorithm="grpo"), told_group(1, wrote("x", 0.0, 0.0), time=4.0), Note(message="amid", time=5.0),
-              StepDone(step=1, steps=9, stats=stats, seconds=10.0, tokens=5, time=10.0)]  # fmt: skip
+    events = [
+        replace(START, algorithm="grpo"),
+        told_group(1, wrote("x", 0.0, 0.0), time=4.0),
+        Note(message="amid", time=5.0),
+        StepDone(step=1, steps=9, stats=stats, seconds=10.0, tokens=5, time=10.0),
+    ]
     state = state_after(events)
-    assert state.shares_within() == {"rollout": 0.3, "score": 0.1, "update": 0.6} and state.shares() == {"training": 1.0}
+    assert state.shares_within() == {"rollout": 0.3, "score": 0.1, "update": 0.6} and state.shares() == {
+        "training": 1.0
+    }
     assert "step rollout 30% score 10% update 60%" in " ".join(lines_of(state, View()))
     assert state_after([START, *steps(3)]).shares_within() == {}
 
 
 def test_held_out_answers_while_training_are_a_curve_and_no_stage() -> None:
     def measured(step: int, who: str, exact: float, time: float) -> Validated:
-        return Validated(step=step, stats={f"heldout_{who}_exact": exact, f"heldout_{who}_length": 9.0}, time=time, best=who == "policy")
+        return Validated(
+            step=step,
+            stats={f"heldout_{who}_exact": exact, f"heldout_{who}_length": 9.0},
+            time=time,
+            best=who == "policy",
+        )
 
-    events = [replace(START, algorithm="grpo"), measured(0, "sft", 0.25, 1.0), *steps(4, reward=0.5), measured(4, "policy", 0.5, 5.0),
-              answered(4, "2"), measured(8, "policy", 0.75, 11.0)]  # fmt: skip
+    events = [
+        replace(START, algorithm="grpo"),
+        measured(0, "sft", 0.25, 1.0),
+        *steps(4, reward=0.5),
+        measured(4, "policy", 0.5, 5.0),
+        answered(4, "2"),
+        measured(8, "policy", 0.75, 11.0),
+    ]
     state = state_after(events)
-    assert list(state.heldout) == ["sft"] and state.series["heldout_exact"].points == [(4, 0.5), (8, 0.75)] and state.best_step == 8
+    assert (
+        list(state.heldout) == ["sft"]
+        and state.series["heldout_exact"].points == [(4, 0.5), (8, 0.75)]
+        and state.best_step == 8
+    )
     shown = plain_text(render(state, View(), 120, 40))
-    for words in ("held-out exact, greedy 75.0 %", "sft 25.0 %, now 75.0 % (greedy)", "answers of the policy after step"):
+    for words in (
+        "held-out exact, greedy 75.0 %",
+        "sft 25.0 %, now 75.0 % (greedy)",
+        "answers of the policy after step",
+    ):
         assert words in shown
     state.apply(measured(8, "grpo", 0.625, 12.0))
     assert list(state.heldout) == ["sft", "grpo"] and "now" not in plain_text(render(state, View(), 120, 40))
@@ -352,18 +526,35 @@ def test_held_out_answers_while_training_are_a_curve_and_no_stage() -> None:
 
 
 def test_several_rewards_share_a_chart_and_the_whole_has_a_band() -> None:
-    stats = {"reward": 1.0, "reward_spread": 0.25, "reward_answer": 0.75, "reward_chosen_words": 0.5, "reward_zeta": 0.125}
+    stats = {
+        "reward": 1.0,
+        "reward_spread": 0.25,
+        "reward_answer": 0.75,
+        "reward_chosen_words": 0.5,
+        "reward_zeta": 0.125,
+    }
     state = state_after([replace(START, algorithm="grpo"), *steps(9, **stats)])
     shown = plain_text(render(state, View(ascii_only=True), 120, 40))
     assert "reward 1.00 +- 0.250" in shown and "rewards answer 0.750 chosen words" not in shown
     assert "rewards answer 0.750 chosen_words 0.500 zeta 0.125" in " ".join(shown.split())
     lines = chart_pane(state, ("reward",), View(ascii_only=True), 60, 12)
-    drawn = {(sign, style) for line in lines[1:] for text, style in line if style in ("quiet", "first") for sign in text if sign in ".*"}
+    drawn = {
+        (sign, style)
+        for line in lines[1:]
+        for text, style in line
+        if style in ("quiet", "first")
+        for sign in text
+        if sign in ".*"
+    }
     assert {("*", "first"), (".", "quiet")} <= drawn and plain_text(lines).count("1.25") == 1  # the band's upper edge
 
 
 def test_wrapping_and_fitting_by_cells() -> None:
-    assert wrap("one two three", 8, 5) == ["one two", "three"] and wrap("x" * 9, 4, 2) == ["xxxx", "x..."] and wrap("", 9, 2) == []
+    assert (
+        wrap("one two three", 8, 5) == ["one two", "three"]
+        and wrap("x" * 9, 4, 2) == ["xxxx", "x..."]
+        and wrap("", 9, 2) == []
+    )
     assert wrap("\u4e2d" * 5, 6, 3) == ["\u4e2d" * 3, "\u4e2d" * 2]
     assert fit([("\u4e2d\u4e2d", "")], 3) == [("\u4e2d ", "")] and fit([("a", "")], 3) == [("a", ""), ("  ", "")]
 
@@ -372,9 +563,14 @@ def test_a_card_speaks_through_nvidia_ml(monkeypatch: pytest.MonkeyPatch) -> Non
     import sys
     from types import SimpleNamespace as Named
 
-    driver = Named(nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda index: index, nvmlDeviceGetTemperature=lambda handle, kind: 71,
-                   nvmlDeviceGetMemoryInfo=lambda handle: Named(used=19 << 30, total=24 << 30), nvmlDeviceGetPowerUsage=lambda handle: 310_000,
-                   nvmlDeviceGetUtilizationRates=lambda handle: Named(gpu=97))  # fmt: skip
+    driver = Named(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetTemperature=lambda handle, kind: 71,
+        nvmlDeviceGetMemoryInfo=lambda handle: Named(used=19 << 30, total=24 << 30),
+        nvmlDeviceGetPowerUsage=lambda handle: 310_000,
+        nvmlDeviceGetUtilizationRates=lambda handle: Named(gpu=97),
+    )
     monkeypatch.setitem(sys.modules, "pynvml", driver)
     assert Card().read() == "card 19.0/24.0 GiB 71 C 310 W 97 %"
     driver.nvmlDeviceGetTemperature = None

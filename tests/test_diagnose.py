@@ -12,24 +12,40 @@ from lowrank_tune.events import Grouped, Note, RunEnded, RunStarted, StepDone, V
 from lowrank_tune.ui.diagnose import COLLAPSED, diagnose
 from lowrank_tune.ui.state import State
 
-HEALTHY = {"loss": lambda s: 1 / (1 + s / 10), "grad_norm": lambda s: 0.5 + 0.1 * math.sin(s), "kl": lambda s: s / 100,
-           "learning_rate": lambda s: 1e-3, "moved_share": lambda s: 1.0, "update_ratio": lambda s: 1e-3}  # fmt: skip
+HEALTHY = {
+    "loss": lambda s: 1 / (1 + s / 10),
+    "grad_norm": lambda s: 0.5 + 0.1 * math.sin(s),
+    "kl": lambda s: s / 100,
+    "learning_rate": lambda s: 1e-3,
+    "moved_share": lambda s: 1.0,
+    "update_ratio": lambda s: 1e-3,
+}
 Values = Mapping[str, Callable[[int], float]]
 
 
-def after(steps: int, algorithm: str = "sft", validation: tuple[float, ...] = (), **changed: Callable[[int], float]) -> State:
+def after(
+    steps: int, algorithm: str = "sft", validation: tuple[float, ...] = (), **changed: Callable[[int], float]
+) -> State:
     """A state after so many steps of a healthy run, but for what is changed."""
     state = State()
     state.apply(RunStarted(name="x", algorithm=algorithm, model="m", roles={}, reference="r", steps=steps))
     values: Values = {**HEALTHY, **changed}
     for step in range(1, steps + 1):
-        state.apply(StepDone(step=step, steps=steps, stats={name: of(step) for name, of in values.items()}, seconds=1.0, tokens=10))
+        state.apply(
+            StepDone(
+                step=step, steps=steps, stats={name: of(step) for name, of in values.items()}, seconds=1.0, tokens=10
+            )
+        )
     for index, value in enumerate(validation):
         state.apply(Validated(step=10 * (index + 1), stats={"validation_loss": value}))
     return state
 
 
-PAIRS: Values = {"accuracy": lambda s: min(0.95, 0.5 + s / 40), "margin": lambda s: s / 10, "chosen_change": lambda s: -s / 100}
+PAIRS: Values = {
+    "accuracy": lambda s: min(0.95, 0.5 + s / 40),
+    "margin": lambda s: s / 10,
+    "chosen_change": lambda s: -s / 100,
+}
 """Of a healthy run on pairs."""
 
 
@@ -45,14 +61,27 @@ def checked(state: State, *accuracies: float) -> State:
     return state
 
 
-ROLLOUTS: Values = {"loss": lambda s: 1e-4, "reward": lambda s: min(0.7, 0.2 + s / 50), "reward_spread": lambda s: 0.4,
-                    "dead_groups": lambda s: 0.2, "truncated": lambda s: 0.05, "length": lambda s: 20 + s / 4, "entropy": lambda s: 0.3,
-                    "kl": lambda s: s / 400, "mismatch": lambda s: 1e-6}  # fmt: skip
+ROLLOUTS: Values = {
+    "loss": lambda s: 1e-4,
+    "reward": lambda s: min(0.7, 0.2 + s / 50),
+    "reward_spread": lambda s: 0.4,
+    "dead_groups": lambda s: 0.2,
+    "truncated": lambda s: 0.05,
+    "length": lambda s: 20 + s / 4,
+    "entropy": lambda s: 0.3,
+    "kl": lambda s: s / 400,
+    "mismatch": lambda s: 1e-6,
+}
 """Of a healthy run on rewards between 0 and 1."""
 
 
-def rolled(steps: int = 40, earned: tuple[float, ...] = (0.0, 1.0), exact: tuple[float, ...] = (), algorithm: str = "grpo",
-           **changed: Callable[[int], float]) -> State:  # fmt: skip
+def rolled(
+    steps: int = 40,
+    earned: tuple[float, ...] = (0.0, 1.0),
+    exact: tuple[float, ...] = (),
+    algorithm: str = "grpo",
+    **changed: Callable[[int], float],
+) -> State:
     """A state after so many steps of GRPO, whose newest group earned this."""
     state = after(steps, algorithm, **{**ROLLOUTS, **changed})
     told = [{"text": "x", "reward": reward, "advantage": 0.0, "finish": "stop", "parts": {}} for reward in earned]
@@ -69,7 +98,9 @@ def said(state: State) -> str:
 def test_all_good_and_too_early() -> None:
     assert said(State()).startswith(": no step yet")
     assert said(after(5)) == ": too early to judge: 5 of the first 20 steps"
-    assert said(after(40)).startswith("good: all good: loss 0.") and "validation 0.9 -> 0.5" in said(after(40, validation=(0.9, 0.6, 0.5)))
+    assert said(after(40)).startswith("good: all good: loss 0.") and "validation 0.9 -> 0.5" in said(
+        after(40, validation=(0.9, 0.6, 0.5))
+    )
     failed = after(5)
     failed.apply(RunEnded(status="failed", step=5, seconds=1.0))
     assert "the run failed" in said(failed)
@@ -81,44 +112,104 @@ def test_all_good_and_too_early() -> None:
         (after(40, loss=lambda s: 1.0), "warning: the loss does not fall: 1 at first, 1 now"),
         (after(40, loss=lambda s: 1 + s / 10), "bad: the loss rises"),
         (after(40, loss=lambda s: float("nan") if s == 40 else 1 / s), "bad: loss is not a number"),
-        (after(40, grad_norm=lambda s: 0.5 if s < 38 else 50.0), "bad: the gradient norm explodes: 50, 100 times the usual"),
-        (after(40, kl=lambda s: 9.0), "warning: KL to the reference is 9 nats a token, above 5: the policy has gone far; lower train"),
+        (
+            after(40, grad_norm=lambda s: 0.5 if s < 38 else 50.0),
+            "bad: the gradient norm explodes: 50, 100 times the usual",
+        ),
+        (
+            after(40, kl=lambda s: 9.0),
+            "warning: KL to the reference is 9 nats a token, above 5: the policy has gone far; lower train",
+        ),
         (after(40, "grpo", kl=lambda s: 0.8), "warning: KL to the reference is 0.8 nats a token, above 0.5"),
-        (after(40, "dpo", kl=lambda s: 3.0, **PAIRS), "above 2: the policy has gone far; raise dpo.beta or lower train.learning_rate"),
-        (after(40, "dpo", **{**PAIRS, "chosen_change": lambda s: -s / 60}),
-         "bad: the chosen answers are unlearned: 0.65 nats a token less likely than under the reference: raise dpo.beta"),
-        (after(40, "dpo", **{**PAIRS, "accuracy": lambda s: 0.5, "margin": lambda s: 0.0}),
-         "not told apart: 50% of the training pairs are right, the margin does not grow: a higher train.learning_rate"),
-        (after(40, "dpo", **{**PAIRS, "accuracy": lambda s: 0.53}), "told apart: 53% of the training pairs are right, the margin grows slowly"),
-        (after(40, "reward", **{**PAIRS, "accuracy": lambda s: 0.2}),
-         "bad: the rejected answers win: 20% of the training pairs are right: are chosen"),
-        (after(40, "dpo", loss=lambda s: 0.693, **{**PAIRS, "accuracy": lambda s: 0.7}), "warning: the loss does not fall: 0.693 at first"),
-        (checked(after(40, "reward", **PAIRS), 0.6, 0.5, 0.52),
-         "warning: held-out pairs are not told apart: 54% are right, in training 95%: more or"),
-        (checked(after(40, "reward", **{**PAIRS, "accuracy": lambda s: 0.99}), 0.7, 0.9, 0.8, 0.82),
-         "warning: the reward model is sure of its training pairs (99% right) and worse at held-out ones (90% -> 81%): fewer steps"),
-        (told(after(40, "reward", **PAIRS), pairs_length_correlation=0.61),
-         "warning: the score follows the length of an answer (correlation +0.61): "
-         "longer ones win whatever they say: balance the lengths in the data"),
-        (told(after(40, "dpo", **PAIRS), pairs_length_correlation=-0.7),
-         "shorter ones win whatever they say: balance the lengths in the data, or set dpo.loss=sigmoid_norm"),
-        (rolled(kl=lambda s: 0.8), "warning: KL to the reference is 0.8 nats a token, above 0.5: the policy has gone far; raise grpo.kl"),
-        (rolled(entropy=lambda s: 0.3 / s**2, reward=lambda s: min(0.5, 0.2 + s / 50)),
-         "nats a token while the reward stalls: the policy tries nothing new: raise grpo.kl"),
-        (rolled(reward=lambda s: 0.3), "warning: the reward does not rise: 0.3 at first, 0.3 now: a higher train.learning_rate"),
-        (rolled(reward=lambda s: 0.8 - s / 60), "bad: the reward falls: 0.708 at first, 0.208 now: lower train.learning_rate"),
-        (rolled(dead_groups=lambda s: 0.9), "warning: 90% of the groups are dead: all their completions earn the same and teach nothing"),
-        (rolled(reward_spread=lambda s: 0.005), "warning: rewards within a group hardly differ (spread 0.005): raise rollout"),
-        (rolled(earned=(0.0, 0.0), reward=lambda s: 0.0, dead_groups=lambda s: 1.0, reward_spread=lambda s: 0.0),
-         "bad: every completion earns 0, so that there is nothing to learn: an easier task, a partial reward"),
-        (rolled(truncated=lambda s: s / 100, length=lambda s: 20.0 + s),
-         "warning: 38% of the completions are cut off by the limit, which grew from 23 to 58 tokens: raise rollout.max_new_tokens"),
+        (
+            after(40, "dpo", kl=lambda s: 3.0, **PAIRS),
+            "above 2: the policy has gone far; raise dpo.beta or lower train.learning_rate",
+        ),
+        (
+            after(40, "dpo", **{**PAIRS, "chosen_change": lambda s: -s / 60}),
+            "bad: the chosen answers are unlearned: 0.65 nats a token less likely than under the reference: raise "
+            "dpo.beta",
+        ),
+        (
+            after(40, "dpo", **{**PAIRS, "accuracy": lambda s: 0.5, "margin": lambda s: 0.0}),
+            "not told apart: 50% of the training pairs are right, the margin does not grow: a higher "
+            "train.learning_rate",
+        ),
+        (
+            after(40, "dpo", **{**PAIRS, "accuracy": lambda s: 0.53}),
+            "told apart: 53% of the training pairs are right, the margin grows slowly",
+        ),
+        (
+            after(40, "reward", **{**PAIRS, "accuracy": lambda s: 0.2}),
+            "bad: the rejected answers win: 20% of the training pairs are right: are chosen",
+        ),
+        (
+            after(40, "dpo", loss=lambda s: 0.693, **{**PAIRS, "accuracy": lambda s: 0.7}),
+            "warning: the loss does not fall: 0.693 at first",
+        ),
+        (
+            checked(after(40, "reward", **PAIRS), 0.6, 0.5, 0.52),
+            "warning: held-out pairs are not told apart: 54% are right, in training 95%: more or",
+        ),
+        (
+            checked(after(40, "reward", **{**PAIRS, "accuracy": lambda s: 0.99}), 0.7, 0.9, 0.8, 0.82),
+            "warning: the reward model is sure of its training pairs (99% right) and worse at held-out ones (90% -> "
+            "81%): fewer steps",
+        ),
+        (
+            told(after(40, "reward", **PAIRS), pairs_length_correlation=0.61),
+            "warning: the score follows the length of an answer (correlation +0.61): "
+            "longer ones win whatever they say: balance the lengths in the data",
+        ),
+        (
+            told(after(40, "dpo", **PAIRS), pairs_length_correlation=-0.7),
+            "shorter ones win whatever they say: balance the lengths in the data, or set dpo.loss=sigmoid_norm",
+        ),
+        (
+            rolled(kl=lambda s: 0.8),
+            "warning: KL to the reference is 0.8 nats a token, above 0.5: the policy has gone far; raise grpo.kl",
+        ),
+        (
+            rolled(entropy=lambda s: 0.3 / s**2, reward=lambda s: min(0.5, 0.2 + s / 50)),
+            "nats a token while the reward stalls: the policy tries nothing new: raise grpo.kl",
+        ),
+        (
+            rolled(reward=lambda s: 0.3),
+            "warning: the reward does not rise: 0.3 at first, 0.3 now: a higher train.learning_rate",
+        ),
+        (
+            rolled(reward=lambda s: 0.8 - s / 60),
+            "bad: the reward falls: 0.708 at first, 0.208 now: lower train.learning_rate",
+        ),
+        (
+            rolled(dead_groups=lambda s: 0.9),
+            "warning: 90% of the groups are dead: all their completions earn the same and teach nothing",
+        ),
+        (
+            rolled(reward_spread=lambda s: 0.005),
+            "warning: rewards within a group hardly differ (spread 0.005): raise rollout",
+        ),
+        (
+            rolled(earned=(0.0, 0.0), reward=lambda s: 0.0, dead_groups=lambda s: 1.0, reward_spread=lambda s: 0.0),
+            "bad: every completion earns 0, so that there is nothing to learn: an easier task, a partial reward",
+        ),
+        (
+            rolled(truncated=lambda s: s / 100, length=lambda s: 20.0 + s),
+            "warning: 38% of the completions are cut off by the limit, which grew from 23 to 58 tokens: raise "
+            "rollout.max_new_tokens",
+        ),
         (rolled(mismatch=lambda s: 0.05), "warning: sampling and training disagree by 0.05 nats a token"),
-        (rolled(exact=(0.5, 0.7, 0.5, 0.4)), "bad: the reward rises and held-out answers get worse (70% -> 45% exact): it pays for something"),
+        (
+            rolled(exact=(0.5, 0.7, 0.5, 0.4)),
+            "bad: the reward rises and held-out answers get worse (70% -> 45% exact): it pays for something",
+        ),
         (after(40, moved_share=lambda s: 0.0), "bad: nothing is learned: the last step moved 0.0% of the adapter"),
         (after(40, update_ratio=lambda s: 1e-12), "bad: nothing is learned"),
         (after(40, bad_steps=lambda s: 3.0), "warning: 3 of 40 steps had no finite loss or gradient and were skipped"),
-        (after(40, validation=(0.9, 0.5, 0.6, 0.6, 0.6)), "warning: validation loss rises since step 20 (0.500 -> 0.600): overfitting"),
+        (
+            after(40, validation=(0.9, 0.5, 0.6, 0.6, 0.6)),
+            "warning: validation loss rises since step 20 (0.500 -> 0.600): overfitting",
+        ),
     ],
 )
 def test_each_sentence(state: State, sentence: str) -> None:
@@ -132,21 +223,26 @@ def test_each_sentence(state: State, sentence: str) -> None:
         after(40, "grpo", loss=lambda s: 1.0),  # a policy gradient's loss means nothing
         after(40, loss=lambda s: 1e-4),  # nowhere to fall
         after(40, moved_share=lambda s: 0.1 if s == 40 else 1.0),
-        after(40, moved_share=lambda s: 0.0 if s > 35 else 1.0, learning_rate=lambda s: 0.0 if s > 35 else 1e-3),  # the schedule's end
+        # the schedule's end
+        after(40, moved_share=lambda s: 0.0 if s > 35 else 1.0, learning_rate=lambda s: 0.0 if s > 35 else 1e-3),
         after(40, validation=(0.9, 0.5, 0.6, 0.6)),  # two worse ones may be chance
         after(40, validation=(0.9, 0.5, 0.501, 0.502, 0.501)),
         after(40, bad_steps=lambda s: 0.0),
         after(40, "reward", **PAIRS),
         after(40, "dpo", **PAIRS),
         after(40, "dpo", **{**PAIRS, "chosen_change": lambda s: -0.45}),
-        after(40, "dpo", loss=lambda s: 0.2, **{**PAIRS, "accuracy": lambda s: 0.97}),  # told apart from the start: nowhere to fall
+        # told apart from the start: nowhere to fall
+        after(40, "dpo", loss=lambda s: 0.2, **{**PAIRS, "accuracy": lambda s: 0.97}),
         after(40, accuracy=lambda s: 0.5),  # of tokens: SFT has no pairs
         checked(after(40, "reward", **{**PAIRS, "accuracy": lambda s: 0.99}), 0.88, 0.9, 0.88, 0.88),
         checked(after(40, "dpo", **{**PAIRS, "accuracy": lambda s: 0.99}), 0.7, 0.9, 0.8, 0.82),
         checked(after(40, "reward", **PAIRS), 0.5),  # one look may be chance
         told(after(40, "reward", **PAIRS), pairs_length_correlation=0.49),
         rolled(),
-        rolled(reward=lambda s: 0.99, entropy=lambda s: 1e-4, dead_groups=lambda s: 0.95, reward_spread=lambda s: 0.005),  # all but solved
+        # all but solved
+        rolled(
+            reward=lambda s: 0.99, entropy=lambda s: 1e-4, dead_groups=lambda s: 0.95, reward_spread=lambda s: 0.005
+        ),
         rolled(entropy=lambda s: 1e-3, reward=lambda s: s / 60),  # sure, and still learning
         rolled(truncated=lambda s: 0.9 if s == 3 else 0.0),
         rolled(exact=(0.5, 0.7, 0.66, 0.65)),
@@ -177,7 +273,9 @@ def test_the_limit_of_a_collapse_is_the_algorithms() -> None:
 def test_dropped_rows_are_told() -> None:
     state = after(40)
     state.apply(Note(level="warning", message="a.jsonl (alpaca): 8 of 10 rows; dropped 2: no answer (lines 3, 4)"))
-    assert "warning: rows were dropped: a.jsonl (alpaca): 8 of 10 rows; dropped 2: no answer (lines 3, 4)" in said(state)
+    assert "warning: rows were dropped: a.jsonl (alpaca): 8 of 10 rows; dropped 2: no answer (lines 3, 4)" in said(
+        state
+    )
 
 
 def test_the_worst_comes_first() -> None:
@@ -191,7 +289,9 @@ def test_cures_of_ppo_are_its_own() -> None:
     def of(**changed: Callable[[int], float]) -> str:
         return said(rolled(algorithm="ppo", **changed))
 
-    assert "raise ppo.kl" in of(reward=lambda s: 0.8 - s / 60) and "ppo.truncated to penalise" in of(truncated=lambda s: 0.9)
+    assert "raise ppo.kl" in of(reward=lambda s: 0.8 - s / 60) and "ppo.truncated to penalise" in of(
+        truncated=lambda s: 0.9
+    )
     assert "raise ppo.kl, ppo.entropy" in of(entropy=lambda s: 0.3 / s**2, reward=lambda s: min(0.5, 0.2 + s / 50))
     assert "look at the precision" in of(mismatch=lambda s: 0.05) and "groups" not in of(reward_spread=lambda s: 0.0)
     falling = {"reward": lambda s: 0.8 - s / 60, "entropy": lambda s: 0.3 / s**2}

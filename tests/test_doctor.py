@@ -22,16 +22,25 @@ def found(findings: list[Finding], what: str) -> Finding:
 
 def test_this_machine() -> None:
     made = CliRunner().invoke(app, ["doctor"])
-    assert made.exit_code == 0 and "NF4 product" in made.output and "this machine is fit" in made.output and "\x1b" not in made.output
+    assert (
+        made.exit_code == 0
+        and "NF4 product" in made.output
+        and "this machine is fit" in made.output
+        and "\x1b" not in made.output
+    )
     assert "requires_grad" not in made.output
 
 
 def test_a_token_is_never_shown(tmp_path: Path) -> None:
-    findings = examine({"HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "LOWRANK_TUNE_CACHE": str(tmp_path)})
+    findings = examine(
+        {"HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "LOWRANK_TUNE_CACHE": str(tmp_path)}
+    )
     file = io.StringIO()
     show(findings, Console(file=file, width=120))
     assert "hf_secret" not in file.getvalue() and found(findings, "hub token").found == "there is one"
-    assert found(findings, "hub").level == "warning" and all(bool(each.cure) == (each.level != "ok") for each in findings)
+    assert found(findings, "hub").level == "warning" and all(
+        bool(each.cure) == (each.level != "ok") for each in findings
+    )
 
 
 def test_what_is_broken_is_a_fault_with_a_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -43,7 +52,11 @@ def test_what_is_broken_is_a_fault_with_a_cure(monkeypatch: pytest.MonkeyPatch, 
         return real(name)
 
     monkeypatch.setattr(doctor.importlib, "import_module", broken)
-    monkeypatch.setattr(doctor.metadata, "version", lambda name: "99.0" if name == "peft" else "2.9.0+cu128" if name == "torch" else "5.20")
+    monkeypatch.setattr(
+        doctor.metadata,
+        "version",
+        lambda name: "99.0" if name == "peft" else "2.9.0+cu128" if name == "torch" else "5.20",
+    )
     monkeypatch.setattr(doctor, "requirements", lambda: {"peft": ">=0.21,<0.22", "torch": ">=2.9,<3"})
     monkeypatch.setattr(doctor, "_writable", lambda folder: False)
     findings = examine({"LOWRANK_TUNE_CACHE": str(tmp_path)})
@@ -62,16 +75,25 @@ def test_unsloth_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         return next(doctor.unsloth())
 
     assert told(None, []).level == "ok" and "not installed" in told(None, []).found
-    assert told("2026.10.9", ["trl<=1.15.0 (1.16.0 is installed)"]).found == "2026.10.9, which needs trl<=1.15.0 (1.16.0 is installed)"
+    assert (
+        told("2026.10.9", ["trl<=1.15.0 (1.16.0 is installed)"]).found
+        == "2026.10.9, which needs trl<=1.15.0 (1.16.0 is installed)"
+    )
     assert "refused here" in told("2026.10.9", ["trl<=1.15.0 (1.16.0 is installed)"]).cure
     assert "no card" in told("2026.10.9", []).found and told("2026.10.9", [], card=True).level == "ok"
 
 
 def test_bounds() -> None:
     assert set(doctor.NEEDED) <= {name if name != "pyyaml" else "PyYAML" for name in doctor.requirements()}
-    for version, bounds, fits in (("2.9", ">=2.9,<3", True), ("3.0.0", ">=2.9,<3", False), ("2.13.0+cpu", ">=2.9", True),
-                                  ("2.8.9", ">=2.9", False),
-                                  ("1.16.0", "==1.16", True), ("5.0rc1", ">=5", True), ("1", "", True)):  # fmt: skip
+    for version, bounds, fits in (
+        ("2.9", ">=2.9,<3", True),
+        ("3.0.0", ">=2.9,<3", False),
+        ("2.13.0+cpu", ">=2.9", True),
+        ("2.8.9", ">=2.9", False),
+        ("1.16.0", "==1.16", True),
+        ("5.0rc1", ">=5", True),
+        ("1", "", True),
+    ):
         assert within(version, bounds) == fits, (version, bounds)
 
 

@@ -1,4 +1,5 @@
-"""Laws of DPO: every loss and its gradient by hand, in float64 and through a plain model; one gradient whatever the split; a sure reference."""
+"""Laws of DPO: every loss and its gradient by hand, in float64 and through a plain model; one gradient whatever the
+split; a sure reference."""
 
 from __future__ import annotations
 
@@ -18,7 +19,20 @@ import torch
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from models import CPU, VOCAB, changed, clear, far, folder_of, gradients, llama_roles, make_batch, roles_over, same_bytes, shake
+from models import (
+    CPU,
+    VOCAB,
+    changed,
+    clear,
+    far,
+    folder_of,
+    gradients,
+    llama_roles,
+    make_batch,
+    roles_over,
+    same_bytes,
+    shake,
+)
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -41,7 +55,7 @@ from lowrank_tune.types import Batch, LogProbs, add_stats, to_floats
 
 KINDS = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm")
 
-# --- the oracle: plain formulas in float64, derivatives worked by hand -------------------------------------------------------------------
+# --- the oracle: plain formulas in float64, derivatives worked by hand ------------------------------------------------
 
 
 def sigma(x: float) -> float:
@@ -53,7 +67,9 @@ def softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
-def oracle(kind: str, a: float, b: float, beta: float, e: float = 0.0, tokens: tuple[int, int] = (1, 1)) -> tuple[float, float, float]:
+def oracle(
+    kind: str, a: float, b: float, beta: float, e: float = 0.0, tokens: tuple[int, int] = (1, 1)
+) -> tuple[float, float, float]:
     """Log-ratios of the chosen and the rejected answer -> the loss, and its derivatives by both."""
     m, n = tokens if kind in ("ipo", "sigmoid_norm") else (1, 1)
     x = beta * (a / m - b / n)
@@ -72,8 +88,15 @@ def oracle(kind: str, a: float, b: float, beta: float, e: float = 0.0, tokens: t
     return value, slope / m, -slope / n
 
 
-def torch_loss(kind: str, a: Sequence[float], b: Sequence[float], beta: float, e: float, tokens: Sequence[tuple[int, int]],
-               dtype: torch.dtype) -> tuple[list[float], list[float], list[float]]:  # fmt: skip
+def torch_loss(
+    kind: str,
+    a: Sequence[float],
+    b: Sequence[float],
+    beta: float,
+    e: float,
+    tokens: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+) -> tuple[list[float], list[float], list[float]]:
     """What the kit makes of the same: losses, and their derivatives."""
     chosen, rejected = (torch.tensor(values, dtype=dtype, requires_grad=True) for values in (a, b))
     m, n = (torch.tensor(counts) for counts in zip(*tokens, strict=True))
@@ -82,8 +105,15 @@ def torch_loss(kind: str, a: Sequence[float], b: Sequence[float], beta: float, e
     return losses.tolist(), *(g.tolist() for g in by)  # type: ignore[return-value,union-attr]
 
 
-def error(kind: str, a: Sequence[float], b: Sequence[float], beta: float, e: float, tokens: Sequence[tuple[int, int]],
-          dtype: torch.dtype) -> float:  # fmt: skip
+def error(
+    kind: str,
+    a: Sequence[float],
+    b: Sequence[float],
+    beta: float,
+    e: float,
+    tokens: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+) -> float:
     """The largest distance from the oracle, against the size of what is added up on the way (fp32 can do no better)."""
     found, worst = torch_loss(kind, a, b, beta, e, tokens, dtype), 0.0
     for value, by_a, by_b, p, q, (m, n) in zip(*found, a, b, tokens, strict=True):
@@ -102,7 +132,9 @@ def error(kind: str, a: Sequence[float], b: Sequence[float], beta: float, e: flo
     return worst
 
 
-RATIO = st.one_of(st.floats(-1000, 1000, width=32), st.floats(-3, 3, width=32), st.sampled_from([0.0, 1e3, -1e3, 1e-30]))
+RATIO = st.one_of(
+    st.floats(-1000, 1000, width=32), st.floats(-3, 3, width=32), st.sampled_from([0.0, 1e3, -1e3, 1e-30])
+)
 TOKENS = st.tuples(st.integers(1, 300), st.integers(1, 300))
 PAIRS = st.lists(st.tuples(RATIO, RATIO, TOKENS), min_size=1, max_size=5)
 BETA = st.one_of(st.floats(2**-10, 10, width=32), st.sampled_from([2.0**-10, 0.125, 10.0]))
@@ -110,9 +142,12 @@ BETA = st.one_of(st.floats(2**-10, 10, width=32), st.sampled_from([2.0**-10, 0.1
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(pairs=PAIRS, beta=BETA, e=st.sampled_from([0.0, 0.0625, 0.25, 0.4375]))
-def test_loss_and_gradient_equal_the_formulas(kind: str, pairs: list[tuple[float, float, tuple[int, int]]], beta: float, e: float) -> None:
+def test_loss_and_gradient_equal_the_formulas(
+    kind: str, pairs: list[tuple[float, float, tuple[int, int]]], beta: float, e: float
+) -> None:
     a, b, tokens = zip(*pairs, strict=True)
-    assume(kind != "hinge" or all(abs(beta * (p - q) - 1) > 1e-5 for p, q in zip(a, b, strict=True)))  # its corner has no derivative
+    # its corner has no derivative
+    assume(kind != "hinge" or all(abs(beta * (p - q) - 1) > 1e-5 for p, q in zip(a, b, strict=True)))
     assert error(kind, a, b, beta, e, tokens, torch.float64) < 1e-12
     assert error(kind, a, b, beta, e, tokens, torch.float32) < 1e-6
 
@@ -141,9 +176,12 @@ BY_HAND: list[tuple[str, float, float, float, tuple[int, int], float, float, flo
     ("hinge", 1.0, -0.5, 0.5, (7, 1), 0.25, -0.5, 0.5),  # 1 - 0.75
     ("hinge", 4.0, 0.0, 0.5, (7, 1), 0.0, 0.0, 0.0),  # 1 - 2 is below zero
     ("hinge", 0.0, 2.0, 0.5, (7, 1), 2.0, -0.5, 0.5),  # 1 + 1
-    ("robust", 0.0, 0.0, 0.5, (7, 1), math.log(2), -0.5, 0.5),  # e = 1/4: ln 2 (3/4 - 1/4) / (1/2); 0.5 (3/8 + 1/8) / (1/2)
-    ("robust", 2 * LN3, 0.0, 0.5, (7, 1), 1.5 * math.log(4 / 3) - 0.5 * math.log(4), -0.375, 0.375),  # 0.5 (3/4 1/4 + 1/4 3/4) / (1/2)
-    ("robust", 0.0, 2 * LN3, 0.5, (7, 1), 1.5 * math.log(4) - 0.5 * math.log(4 / 3), -0.625, 0.625),  # 0.5 (9/16 + 1/16) / (1/2)
+    # e = 1/4: ln 2 (3/4 - 1/4) / (1/2); 0.5 (3/8 + 1/8) / (1/2)
+    ("robust", 0.0, 0.0, 0.5, (7, 1), math.log(2), -0.5, 0.5),
+    # 0.5 (3/4 1/4 + 1/4 3/4) / (1/2)
+    ("robust", 2 * LN3, 0.0, 0.5, (7, 1), 1.5 * math.log(4 / 3) - 0.5 * math.log(4), -0.375, 0.375),
+    # 0.5 (9/16 + 1/16) / (1/2)
+    ("robust", 0.0, 2 * LN3, 0.5, (7, 1), 1.5 * math.log(4) - 0.5 * math.log(4 / 3), -0.625, 0.625),
     ("apo_zero", 0.0, 0.0, 1.0, (7, 1), 1.0, -0.25, 0.25),  # 1 - 1/2 + 1/2
     ("apo_zero", LN3, -LN3, 1.0, (7, 1), 0.5, -0.1875, 0.1875),  # 1 - 3/4 + 1/4; sigma sigma' = 3/16
     ("apo_zero", -LN3, 0.0, 1.0, (7, 1), 1.25, -0.1875, 0.25),  # 1 - 1/4 + 1/2
@@ -182,7 +220,9 @@ def _rounded(kind: str, chosen: Tensor, rejected: Tensor, beta: float, e: float,
     return dpo_loss(kind, chosen.bfloat16().to(chosen.dtype), rejected, beta, e, m, n)
 
 
-def _smoothed_sigmoid(kind: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor) -> Tensor:
+def _smoothed_sigmoid(
+    kind: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m: Tensor, n: Tensor
+) -> Tensor:
     if kind != "sigmoid":
         return dpo_loss(kind, chosen, rejected, beta, e, m, n)
     return (1 - 2 * e) * dpo_loss("robust", chosen, rejected, beta, e, m, n)
@@ -196,9 +236,16 @@ def _naive(kind: str, chosen: Tensor, rejected: Tensor, beta: float, e: float, m
     return -torch.log(torch.sigmoid(beta * (chosen - rejected)))
 
 
-@pytest.mark.parametrize(("bug", "seen_in"), [
-    (_sum_for_mean, {"ipo", "sigmoid_norm"}), (_swapped, set(KINDS)), (_rounded, {"sigmoid", "robust", "apo_zero", "sigmoid_norm"}),
-    (_smoothed_sigmoid, {"sigmoid"}), (_beta_twice, {"sigmoid", "ipo", "hinge", "robust"})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bug", "seen_in"),
+    [
+        (_sum_for_mean, {"ipo", "sigmoid_norm"}),
+        (_swapped, set(KINDS)),
+        (_rounded, {"sigmoid", "robust", "apo_zero", "sigmoid_norm"}),
+        (_smoothed_sigmoid, {"sigmoid"}),
+        (_beta_twice, {"sigmoid", "ipo", "hinge", "robust"}),
+    ],
+)
 def test_wrong_losses_are_seen(monkeypatch: pytest.MonkeyPatch, bug: Any, seen_in: set[str]) -> None:
     monkeypatch.setattr(dpo_module, "dpo_loss", bug)
     assert wrong_by_hand() >= seen_in
@@ -235,7 +282,7 @@ def test_a_side_without_tokens_is_no_nan() -> None:
         assert all(math.isfinite(value) for values in found for value in values), kind
 
 
-# --- the verbs, over log-probs that are given ------------------------------------------------------------------------------------------
+# --- the verbs, over log-probs that are given -------------------------------------------------------------------------
 
 
 class Given:
@@ -270,13 +317,23 @@ def replace_rows(algorithm: DPO, batch: Batch) -> DPO:
     return algorithm
 
 
-def plain_step(rows: Sequence[Sequence[float]], says: Sequence[Sequence[bool]], reference: Sequence[float], kind: str, beta: float, e: float,
-               s: float) -> tuple[float, dict[tuple[int, int], float], dict[str, list[float]]]:  # fmt: skip
-    """The whole step in Python loops: loss, derivative by each token's log-prob, figures of each pair. A first token is never scored."""
+def plain_step(
+    rows: Sequence[Sequence[float]],
+    says: Sequence[Sequence[bool]],
+    reference: Sequence[float],
+    kind: str,
+    beta: float,
+    e: float,
+    s: float,
+) -> tuple[float, dict[tuple[int, int], float], dict[str, list[float]]]:
+    """The whole step in Python loops: loss, derivative by each token's log-prob, figures of each pair. A first token is
+    never scored."""
     scored = [[t for t, said in enumerate(row) if said and t > 0] for row in says]
     pairs, chosen_tokens = len(rows) // 2, sum(len(scored[i]) for i in range(0, len(rows), 2))
     loss, by = 0.0, {(i, t): 0.0 for i, row in enumerate(scored) for t in row}
-    figures: dict[str, list[float]] = {name: [] for name in ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")}
+    figures: dict[str, list[float]] = {
+        name: [] for name in ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
+    }
     for i in range(0, len(rows), 2):
         a, b = (sum(rows[j][t] for t in scored[j]) - reference[j] for j in (i, i + 1))
         value, by_a, by_b = oracle(kind, a, b, beta, e, (len(scored[i]), len(scored[i + 1])))
@@ -296,7 +353,8 @@ def plain_step(rows: Sequence[Sequence[float]], says: Sequence[Sequence[bool]], 
 
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[list[list[float]], list[list[bool]], list[float]]:
-    """Pairs of ragged rows with token log-probs, a mask with at least one scored token each, and reference sums near or far."""
+    """Pairs of ragged rows with token log-probs, a mask with at least one scored token each, and reference sums near or
+    far."""
     rows, says, reference = [], [], []
     for _ in range(2 * draw(st.integers(1, 4))):
         length = draw(st.integers(2, 9))
@@ -308,8 +366,14 @@ def steps(draw: st.DrawFn) -> tuple[list[list[float]], list[list[bool]], list[fl
     return rows, says, reference
 
 
-def step_error(drawn: tuple[list[list[float]], list[list[bool]], list[float]], kind: str, beta: float, e: float, s: float,
-               **split: int) -> float:  # fmt: skip
+def step_error(
+    drawn: tuple[list[list[float]], list[list[bool]], list[float]],
+    kind: str,
+    beta: float,
+    e: float,
+    s: float,
+    **split: int,
+) -> float:
     """How far loss, gradient and figures of the kit's step are from the plain one, against their size."""
     rows, says, reference = drawn
     batch = make_batch([[3] * len(row) for row in rows], says)
@@ -324,9 +388,11 @@ def step_error(drawn: tuple[list[list[float]], list[list[bool]], list[float]], k
     slopes = torch.zeros_like(logps)
     for place, slope in by.items():
         slopes[place] = slope
-    sizes = {name: 1 + sum(map(abs, values)) for name, values in figures.items()}  # what cancels in a sum is still rounded in it
+    # what cancels in a sum is still rounded in it
+    sizes = {name: 1 + sum(map(abs, values)) for name, values in figures.items()}
     errors = [abs(loss - expected) / (sizes["loss"] + abs(expected))]
-    errors += [float((roles.leaf.grad - slopes).abs().max() / (s + slopes.abs().max() + 1e-9 * beta))]  # 1 - sigma is rounded
+    # 1 - sigma is rounded
+    errors += [float((roles.leaf.grad - slopes).abs().max() / (s + slopes.abs().max() + 1e-9 * beta))]
     errors += [abs(stats[name] - sum(values) / len(values)) / sizes[name] for name, values in figures.items()]
     return max(each if each == each else math.inf for each in errors)
 
@@ -339,9 +405,25 @@ def test_a_step_equals_python_loops(kind: str, s: float, drawn: Any, beta: float
     assert step_error(drawn, kind, beta, e, s, rows=rows) < 1e-6
 
 
-DRAWN = ([[-1.0, -2.0, -0.5], [-1.0, -3.0], [-0.1, -0.2, -0.3, -0.4], [-0.7, -2.5, -0.2], [-1.0, -9.0], [-2.0, -1.0, -1.5, -1.0, -1.0]],
-         [[False, True, True], [True, True], [False, False, True, True], [False, True, True], [False, True], [False, True, False, True, True]],
-         [-2.0, -3.5, -1.0, -2.0, -8.0, -4.0])  # fmt: skip
+DRAWN = (
+    [
+        [-1.0, -2.0, -0.5],
+        [-1.0, -3.0],
+        [-0.1, -0.2, -0.3, -0.4],
+        [-0.7, -2.5, -0.2],
+        [-1.0, -9.0],
+        [-2.0, -1.0, -1.5, -1.0, -1.0],
+    ],
+    [
+        [False, True, True],
+        [True, True],
+        [False, False, True, True],
+        [False, True, True],
+        [False, True],
+        [False, True, False, True, True],
+    ],
+    [-2.0, -3.5, -1.0, -2.0, -8.0, -4.0],
+)
 
 
 def _first_token_too(self: DPO, micro: Batch) -> Any:
@@ -385,13 +467,16 @@ def test_other_weights_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert step_error(DRAWN, "sigmoid", 0.5, 0.0, 0.0) > 1e-3
 
 
-# --- through a model -------------------------------------------------------------------------------------------------------------------
+# --- through a model --------------------------------------------------------------------------------------------------
 
 
 class Plain:
-    """transformers' own model in float64, one row at a time and never padded; adapters are matrices added to its weights."""
+    """transformers' own model in float64, one row at a time and never padded; adapters are matrices added to its
+    weights."""
 
-    def __init__(self, frozen: Sequence[dict[str, Tensor]] = (), trained: dict[str, Tensor] | None = None, scale: float = 4.0) -> None:
+    def __init__(
+        self, frozen: Sequence[dict[str, Tensor]] = (), trained: dict[str, Tensor] | None = None, scale: float = 4.0
+    ) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder_of(), dtype=torch.float64).eval()
         self.scale, self.frozen = scale, [{key: tensor.double() for key, tensor in one.items()} for one in frozen]
         self.trained = {key: tensor.double().requires_grad_() for key, tensor in (trained or {}).items()}
@@ -414,7 +499,9 @@ class Plain:
         """The sum over the tokens that are scored."""
         logits = self.run(ids, policy).logits[0]
         places = [t for t, said in enumerate(says) if said and t > 0]
-        return sum((torch.log_softmax(logits[t - 1], dim=0)[ids[t]] for t in places), torch.zeros((), dtype=torch.float64))
+        return sum(
+            (torch.log_softmax(logits[t - 1], dim=0)[ids[t]] for t in places), torch.zeros((), dtype=torch.float64)
+        )
 
     def score(self, ids: Sequence[int]) -> Tensor:
         return self.run(ids).hidden_states[-1][0, -1] @ self.trained["base_model.model.score.weight"][0]
@@ -426,9 +513,11 @@ class Plain:
 def by_key(roles: Roles, role: str) -> dict[str, Tensor]:
     """The kit's gradients under the names of PEFT's files."""
     names = {name: name.replace(f".lt_{role}.", ".") for name in roles.named_parameters(role)}
-    return {key if key.startswith("base_model") else f"base_model.model.{key}".replace(f".lt_{role}", ""): parameter.grad
-            for (name, parameter), key in zip(roles.named_parameters(role).items(), names.values(), strict=True)
-            if parameter.grad is not None}  # fmt: skip
+    return {
+        key if key.startswith("base_model") else f"base_model.model.{key}".replace(f".lt_{role}", ""): parameter.grad
+        for (name, parameter), key in zip(roles.named_parameters(role).items(), names.values(), strict=True)
+        if parameter.grad is not None
+    }
 
 
 def far_from(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -441,8 +530,11 @@ LENGTHS = ((4, 3, 6), (1, 5, 2), (7, 1, 1), (3, 9, 4), (9, 2, 8))
 """Tokens of the prompt, the chosen and the rejected answer of each pair."""
 
 
-def pair_rows(lengths: Sequence[tuple[int, int, int]] = LENGTHS, seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
-    """Rows as chosen, rejected, chosen, rejected; the two sides differ in their first answer token. Pad and end ids stand inside too."""
+def pair_rows(
+    lengths: Sequence[tuple[int, int, int]] = LENGTHS, seed: int = 0
+) -> tuple[list[list[int]], list[list[bool]]]:
+    """Rows as chosen, rejected, chosen, rejected; the two sides differ in their first answer token. Pad and end ids
+    stand inside too."""
     stream, rows, says = torch.Generator().manual_seed(seed), [], []
     for prompt, *answers in lengths:
         asked = torch.randint(0, VOCAB, (prompt,), generator=stream).tolist()
@@ -458,10 +550,19 @@ def pair_rows(lengths: Sequence[tuple[int, int, int]] = LENGTHS, seed: int = 0) 
 MARGINS = (0.0, 0.5, 1.5, 0.0, 0.25)
 
 
-def pair_batch(rows: Sequence[Sequence[int]], says: Sequence[Sequence[bool]], reference: Sequence[float] | None = None, share: bool = False,
-               margins: Sequence[float] = MARGINS, **how: Any) -> Batch:  # fmt: skip
+def pair_batch(
+    rows: Sequence[Sequence[int]],
+    says: Sequence[Sequence[bool]],
+    reference: Sequence[float] | None = None,
+    share: bool = False,
+    margins: Sequence[float] = MARGINS,
+    **how: Any,
+) -> Batch:
     batch = make_batch(rows, says, **how)
-    batch.extra = {"row": torch.arange(len(rows)), "margin": torch.tensor([m for m in margins for _ in range(2)][: len(rows)])}
+    batch.extra = {
+        "row": torch.arange(len(rows)),
+        "margin": torch.tensor([m for m in margins for _ in range(2)][: len(rows)]),
+    }
     if reference is not None:
         batch.extra["reference"] = torch.tensor(reference, dtype=torch.float32)
     if share:
@@ -486,7 +587,9 @@ def roles() -> Roles:
     return found
 
 
-def accumulated(algorithm: Any, batch: Batch, role: str = "policy", **split: int | None) -> tuple[float, Tensor, dict[str, float]]:
+def accumulated(
+    algorithm: Any, batch: Batch, role: str = "policy", **split: int | None
+) -> tuple[float, Tensor, dict[str, float]]:
     clear(algorithm.kit.roles)
     loss, stats = stepped(algorithm, batch, **split)
     return loss, gradients(algorithm.kit.roles, role), stats
@@ -540,7 +643,14 @@ def test_another_stack_or_mask_is_seen(monkeypatch: pytest.MonkeyPatch, roles: R
     assert max(model_error(roles, "apo_zero", 0.0)) > 1e-2  # in a difference of the sides their prompt cancels
 
 
-SPLITS: list[dict[str, int | None]] = [{"rows": 2}, {"rows": 4}, {"rows": 6}, {"tokens": 1}, {"tokens": 40}, {"tokens": 10_000}]
+SPLITS: list[dict[str, int | None]] = [
+    {"rows": 2},
+    {"rows": 4},
+    {"rows": 6},
+    {"tokens": 1},
+    {"tokens": 40},
+    {"tokens": 10_000},
+]
 
 
 def split_error(roles: Roles, kind: str, s: float) -> float:
@@ -573,13 +683,24 @@ def test_means_of_micro_batches_are_seen(monkeypatch: pytest.MonkeyPatch, roles:
     monkeypatch.setattr(DPO, "terms", _mean_of_means)
     assert split_error(roles, "sigmoid", 0.0) > 1e-2
     monkeypatch.undo()
-    monkeypatch.setattr(DPO, "_losses", lambda self, micro: (micro.extra.update(
-        sft_weight=dpo_module.token_mean_weights(dpo_module._on_chosen(micro.scored))), real_losses(self, micro))[1])  # fmt: skip
+    monkeypatch.setattr(
+        DPO,
+        "_losses",
+        lambda self, micro: (
+            micro.extra.update(sft_weight=dpo_module.token_mean_weights(dpo_module._on_chosen(micro.scored))),
+            real_losses(self, micro),
+        )[1],
+    )
     assert split_error(roles, "sigmoid", 0.5) > 1e-2
 
 
-PADDINGS: list[dict[str, Any]] = [{"more": 7}, {"filler": 1}, {"more": 3, "filler": VOCAB - 1}, {"left": True},
-                                  {"left": True, "more": 2, "filler": 9}]  # fmt: skip
+PADDINGS: list[dict[str, Any]] = [
+    {"more": 7},
+    {"filler": 1},
+    {"more": 3, "filler": VOCAB - 1},
+    {"left": True},
+    {"left": True, "more": 2, "filler": 9},
+]
 
 
 @pytest.mark.parametrize("how", PADDINGS, ids=str)
@@ -610,7 +731,8 @@ def test_ids_in_padding_are_not_read_at_all(roles: Roles, monkeypatch: pytest.Mo
 
 
 def sharing_error(roles: Roles) -> float:
-    """Distance of loss and gradient with the prompt's work shared from those of whole rows. Long prompts, so that it is worth it."""
+    """Distance of loss and gradient with the prompt's work shared from those of whole rows. Long prompts, so that it is
+    worth it."""
     rows, says = pair_rows([(40, 6, 9), (33, 2, 12), (50, 1, 1)])
     reference = references(roles, rows, says)
     algorithm = dpo_over(roles, s=0.5)
@@ -632,7 +754,9 @@ def test_shared_prompts_change_nothing(roles: Roles, monkeypatch: pytest.MonkeyP
 
     def blind(self: Roles, batch: Batch) -> Any:  # a rejected answer that also sees the chosen one
         tree = real(self, batch)
-        return tree and replace(tree, mask=tree.mask | (tree.positions[:, None, None, :] <= tree.positions[:, None, :, None]))
+        return tree and replace(
+            tree, mask=tree.mask | (tree.positions[:, None, None, :] <= tree.positions[:, None, :, None])
+        )
 
     monkeypatch.setattr(Roles, "_tree", blind)
     assert sharing_error(roles) > 1e-3
@@ -645,7 +769,14 @@ def test_a_tie_is_half_right_and_loss_is_ln_2(roles: Roles) -> None:
     policy.load_adapter_tensors("sft", roles.adapter_tensors("sft"), "here")
     with policy.quiet():
         reference = policy.logps("reference", pair_batch(rows, says)).logps.sum(dim=1).tolist()
-    start = {"sigmoid": math.log(2), "ipo": (1 / 0.6) ** 2, "hinge": 1.0, "robust": math.log(2), "apo_zero": 1.0, "sigmoid_norm": math.log(2)}
+    start = {
+        "sigmoid": math.log(2),
+        "ipo": (1 / 0.6) ** 2,
+        "hinge": 1.0,
+        "robust": math.log(2),
+        "apo_zero": 1.0,
+        "sigmoid_norm": math.log(2),
+    }
     for kind, expected in start.items():
         loss, gradient, stats = accumulated(dpo_over(policy, kind), pair_batch(rows, says, reference))
         assert loss == pytest.approx(expected, abs=1e-6) and stats["accuracy"] == 0.5 and stats["margin"] == 0.0
@@ -664,10 +795,14 @@ def test_figures_by_the_plain_model(roles: Roles) -> None:
     ratios = np.array(logps) - np.array(reference)
     tokens = np.array([sum(mask) for mask in says])
     expected = {
-        "logp_chosen": sum(logps[::2]) / tokens[::2].sum(), "logp_rejected": sum(logps[1::2]) / tokens[1::2].sum(),
-        "chosen_change": ratios[::2].sum() / tokens[::2].sum(), "reward_chosen": 0.3 * ratios[::2].mean(),
-        "reward_rejected": 0.3 * ratios[1::2].mean(), "margin": 0.3 * (ratios[::2] - ratios[1::2]).mean(),
-        "accuracy": (ratios[::2] > ratios[1::2]).mean()}  # fmt: skip
+        "logp_chosen": sum(logps[::2]) / tokens[::2].sum(),
+        "logp_rejected": sum(logps[1::2]) / tokens[1::2].sum(),
+        "chosen_change": ratios[::2].sum() / tokens[::2].sum(),
+        "reward_chosen": 0.3 * ratios[::2].mean(),
+        "reward_rejected": 0.3 * ratios[1::2].mean(),
+        "margin": 0.3 * (ratios[::2] - ratios[1::2]).mean(),
+        "accuracy": (ratios[::2] > ratios[1::2]).mean(),
+    }
     assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
     scores = dpo_over(roles).scores(pair_batch(rows, says, reference)).tolist()
     assert scores == pytest.approx((0.3 * ratios).tolist(), rel=1e-4, abs=1e-5)
@@ -679,7 +814,9 @@ def test_figures_by_the_plain_model(roles: Roles) -> None:
             p, q = (torch.log_softmax(plain.run(row, policy).logits[0], dim=1) for policy in (True, False))
             kl = (p.exp() * (p - q)).sum(dim=1)
             mask_kl, count = mask_kl + sum(float(kl[t - 1]) for t, said in enumerate(mask) if said), count + sum(mask)
-    assert to_floats(dpo_over(roles).observe(pair_batch(rows, says, reference)))["kl"] == pytest.approx(mask_kl / count, rel=1e-4)
+    assert to_floats(dpo_over(roles).observe(pair_batch(rows, says, reference)))["kl"] == pytest.approx(
+        mask_kl / count, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(("change", "warned"), [(0.0, False), (-0.49, False), (-0.51, True), (1.0, False)])
@@ -687,8 +824,14 @@ def test_unlearned_answers_are_told(change: float, warned: bool) -> None:
     algorithm = DPO(SimpleNamespace())  # type: ignore[arg-type]
     told = [list(algorithm.warnings({"chosen_change": change})) for _ in range(4)]
     assert [bool(messages) for messages in told] == [False, False, warned, warned], "three steps in a row: one is noise"
-    assert all("less likely than under the reference" in message and "dpo.beta" in message for messages in told for message in messages)
-    assert not list(algorithm.warnings({"chosen_change": 0.0})) and not list(algorithm.warnings({"chosen_change": -9.0})), "counted anew"
+    assert all(
+        "less likely than under the reference" in message and "dpo.beta" in message
+        for messages in told
+        for message in messages
+    )
+    assert not list(algorithm.warnings({"chosen_change": 0.0})) and not list(
+        algorithm.warnings({"chosen_change": -9.0})
+    ), "counted anew"
 
 
 def falls(roles: Roles) -> bool:
@@ -713,11 +856,12 @@ def test_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
         assert falls(llama_roles(16))
 
 
-# --- step 0: the reference is asserted ---------------------------------------------------------------------------------------------------
+# --- step 0: the reference is asserted --------------------------------------------------------------------------------
 
 
 def started(bits: int = 16, share: bool = True, fresh: bool = True, **more: Any) -> tuple[Roles, DPO, Batch]:
-    """A frozen SFT adapter that matters, a fresh policy on top, and pairs with reference log-probs as the cache would bring them."""
+    """A frozen SFT adapter that matters, a fresh policy on top, and pairs with reference log-probs as the cache would
+    bring them."""
     roles = llama_roles(bits, lower=["sft"], **more)
     shake(roles, "sft", size=0.05)
     rows, says = pair_rows([(40, 6, 9), (33, 2, 12), (50, 1, 1)])
@@ -746,7 +890,11 @@ def _policy_not_zero(roles: Roles, batch: Batch) -> None:
 
 def _policy_not_zero_anywhere(roles: Roles, batch: Batch) -> None:
     """The smallest fault: one element of one B in the last layer."""
-    last = [p for name, p in roles.base.model.named_parameters() if ".lt_policy." in name and "lora_B" in name and "down_proj" in name][-1]
+    last = [
+        p
+        for name, p in roles.base.model.named_parameters()
+        if ".lt_policy." in name and "lora_B" in name and "down_proj" in name
+    ][-1]
     last.data[3, 1] = 1e-2
 
 
@@ -781,7 +929,9 @@ CACHE_FAULTS = [_sft_exchanged, _sft_nudged, _reference_is_the_policy, _cache_of
 EQUALITY_FAULTS = [_policy_not_zero, _policy_not_zero_anywhere, _dropout_below, _reference_is_the_base]
 
 
-@pytest.mark.parametrize("how", [{}, {"bits": 4}, {"checkpointing": True}, {"share": False}, {"dropout": 0.2}, {"fresh": False}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"bits": 4}, {"checkpointing": True}, {"share": False}, {"dropout": 0.2}, {"fresh": False}], ids=str
+)
 def test_a_sound_reference_passes(how: dict[str, Any]) -> None:
     roles, algorithm, batch = started(**how)
     before = torch.random.get_rng_state()
@@ -823,14 +973,26 @@ def test_the_cache_may_differ_by_noise_and_no_more() -> None:
                 algorithm.check(batch, 0)
 
 
-# --- the reference's log-probs are the data's: cached, and never stale -------------------------------------------------------------------
+# --- the reference's log-probs are the data's: cached, and never stale ------------------------------------------------
 
 
 def small_dpo(**changes: Any) -> dict[str, Any]:
-    return {"name": "dpo", "algorithm": "dpo", "base": {"model": "tiny-tutor", "bits": 16}, "adapters": {"policy": {"r": 4}},
-            "data": {"train": [{"dataset": "tutor-preferences", "rows": 40}], "validation_share": 0.2, "max_length": 256},
-            "train": {"steps": 4, "rows_per_step": 8, "micro_batch_size": 4, "learning_rate": 2e-3, "log_every": 1,
-                      "gradient_checkpointing": False}, **changes}  # fmt: skip
+    return {
+        "name": "dpo",
+        "algorithm": "dpo",
+        "base": {"model": "tiny-tutor", "bits": 16},
+        "adapters": {"policy": {"r": 4}},
+        "data": {"train": [{"dataset": "tutor-preferences", "rows": 40}], "validation_share": 0.2, "max_length": 256},
+        "train": {
+            "steps": 4,
+            "rows_per_step": 8,
+            "micro_batch_size": 4,
+            "learning_rate": 2e-3,
+            "log_every": 1,
+            "gradient_checkpointing": False,
+        },
+        **changes,
+    }
 
 
 @pytest.fixture
@@ -881,11 +1043,21 @@ def counted() -> Iterator[list[int]]:
         yield seen
 
 
-def sums_of(built: Any, roles: Roles, cache: Path, micro_tokens: int = 600, base_hash: str = "b", store: Any = None) -> tuple[Tensor, int]:
+def sums_of(
+    built: Any, roles: Roles, cache: Path, micro_tokens: int = 600, base_hash: str = "b", store: Any = None
+) -> tuple[Tensor, int]:
     """The log-probs, and how many batches it took."""
     store = built.data.train if store is None else store
     with counted() as seen:
-        sums = reference_logps(roles, store, lambda units: collate_units(store, units, 0), micro_tokens, base_hash, cache, lambda event: None)
+        sums = reference_logps(
+            roles,
+            store,
+            lambda units: collate_units(store, units, 0),
+            micro_tokens,
+            base_hash,
+            cache,
+            lambda event: None,
+        )
     return sums, seen[0]
 
 
@@ -962,13 +1134,18 @@ def test_what_they_depend_on_is_in_their_name(ground: Any, cache: Path, monkeypa
 def test_a_broken_file_is_computed_anew(ground: Any, standing: Roles, cache: Path, harm: str) -> None:
     roles = standing
     first, batches = sums_of(ground, roles, cache)
-    file, = (cache / "reference").glob("*.safetensors")
+    (file,) = (cache / "reference").glob("*.safetensors")
     content = file.read_bytes()
     flipped = bytearray(content)
     at = content.index(first.numpy().tobytes()[:8])
     flipped[at + 2] ^= 1
-    new = {"truncated": content[:-7], "flipped": bytes(flipped), "empty": b"", "another count": save({"sums": first[:-2]}),
-           "unsigned": save({"sums": first})}[harm]  # fmt: skip
+    new = {
+        "truncated": content[:-7],
+        "flipped": bytes(flipped),
+        "empty": b"",
+        "another count": save({"sums": first[:-2]}),
+        "unsigned": save({"sums": first}),
+    }[harm]
     file.write_bytes(new)
     again, computed = sums_of(ground, roles, cache)
     assert computed == batches and same_bytes(again, first) and file.read_bytes() == content
@@ -1028,7 +1205,7 @@ def test_the_cached_sums_belong_to_their_rows(cache: Path) -> None:
         assert same_bytes(batch.extra["margin"], torch.zeros(len(batch))) and len(batch) == 16
 
 
-# --- whole runs --------------------------------------------------------------------------------------------------------------------------
+# --- whole runs -------------------------------------------------------------------------------------------------------
 
 
 def run_small(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
@@ -1061,23 +1238,31 @@ def _top_not_zero(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("tamper", [_top_not_zero, pytest.param(_sums_off, marks=pytest.mark.slow)])
-def test_a_run_with_a_wrong_reference_stops_before_its_first_step(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                                 tamper: Any) -> None:  # fmt: skip
+def test_a_run_with_a_wrong_reference_stops_before_its_first_step(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tamper: Any
+) -> None:
     tamper(monkeypatch)
     events: list[Any] = []
     with pytest.raises(RunFailed, match="reference.*the base, adapters off"):
         run(Recipe.from_dict(small_dpo()), out=tmp_path / "run", ui="none", device=CPU, on_event=events.append)
     assert not any(isinstance(event, StepDone) for event in events) and not (tmp_path / "run" / "final").exists()
     monkeypatch.setattr(DPO, "check", lambda self, micro, step: None)
-    assert run_small(small_dpo(), tmp_path / "unchecked")[0].status == "done", "without the check nothing else would tell"
+    assert run_small(small_dpo(), tmp_path / "unchecked")[0].status == "done", (
+        "without the check nothing else would tell"
+    )
 
 
 @pytest.fixture(scope="module")
 def sft_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short SFT run, whose adapter DPO stands on; with dropout, which must not fire below DPO."""
-    recipe = {"name": "sft", "algorithm": "sft", "base": {"model": "tiny-tutor", "bits": 4}, "adapters": {"policy": {"r": 4, "dropout": 0.2}},
-              "data": {"train": [{"dataset": "tutor", "rows": 60}], "validation_share": 0.1},
-              "train": {"steps": 6, "rows_per_step": 8, "learning_rate": 5e-3, "gradient_checkpointing": False}}  # fmt: skip
+    recipe = {
+        "name": "sft",
+        "algorithm": "sft",
+        "base": {"model": "tiny-tutor", "bits": 4},
+        "adapters": {"policy": {"r": 4, "dropout": 0.2}},
+        "data": {"train": [{"dataset": "tutor", "rows": 60}], "validation_share": 0.1},
+        "train": {"steps": 6, "rows_per_step": 8, "learning_rate": 5e-3, "gradient_checkpointing": False},
+    }
     out = tmp_path_factory.mktemp("below") / "sft"
     run(Recipe.from_dict(recipe), out=out, ui="none", device=CPU)
     return out
@@ -1087,7 +1272,9 @@ def above(sft: Path) -> dict[str, Any]:
     return small_dpo(base={"model": "tiny-tutor", "bits": 4}, adapters={"sft": {"path": str(sft)}, "policy": {"r": 4}})
 
 
-def test_the_sft_adapter_is_the_same_after_dpo_on_top(cache: Path, tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sft_adapter_is_the_same_after_dpo_on_top(
+    cache: Path, tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept: list[Any] = []
     real = runner_module.build
     monkeypatch.setattr(runner_module, "build", lambda *given, **more: kept.append(real(*given, **more)) or kept[-1])
@@ -1106,12 +1293,19 @@ def test_the_sft_adapter_is_the_same_after_dpo_on_top(cache: Path, tmp_path: Pat
     below = json.loads((sft_run / "summary.json").read_text())
     assert outcome.summary["base_hash"]["end"] == outcome.summary["base_hash"]["start"] == below["base_hash"]["end"]
     assert set(outcome.summary["adapter_hashes"]) == {"sft"}
-    assert next(event for event in events if isinstance(event, RunStarted)).reference == "the base with the frozen adapter sft"
+    assert (
+        next(event for event in events if isinstance(event, RunStarted)).reference
+        == "the base with the frozen adapter sft"
+    )
     assert next(event for event in events if isinstance(event, StepDone)).stats["kl"] == 0.0
-    assert all(tensor.any() for key, tensor in ended["policy"].items() if "lora_B" in key), "nothing was trained: the test saw nothing"
+    assert all(tensor.any() for key, tensor in ended["policy"].items() if "lora_B" in key), (
+        "nothing was trained: the test saw nothing"
+    )
 
 
-def test_a_frozen_adapter_that_moves_fails_the_run(cache: Path, tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frozen_adapter_that_moves_fails_the_run(
+    cache: Path, tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept: list[Any] = []
     real = runner_module.build
     monkeypatch.setattr(runner_module, "build", lambda *given, **more: kept.append(real(*given, **more)) or kept[-1])

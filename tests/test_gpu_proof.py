@@ -57,7 +57,7 @@ def check(algorithm: str = "sft", base: Any = None, checkpointing: bool = True) 
     return module("checks").check_algorithm(algorithm, base or tiny_base(), size(), checkpointing)
 
 
-# --- checks ----------------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_recovery_from_too_little_memory(base: Any, monkeypatch: pytest.MonkeyPa
     assert failed == ["memory ran out, and the step continued", "the same gradient after recovery"]
 
 
-# --- cells, decoding, facts ------------------------------------------------------------------------------------------
+# --- cells, decoding, facts -------------------------------------------------------------------------------------------
 
 
 def test_a_cell_and_its_kernels(base: Any) -> None:
@@ -396,7 +396,7 @@ def test_a_profile_contains_the_synchronizations(gpu: ModuleType, monkeypatch: p
     assert profile.host_syncs == 1 and profile.sync_places == {"a/b.py:7": 1} and profile.kernels == []
 
 
-# --- bases, machine, plans -------------------------------------------------------------------------------------------
+# --- bases, machine, plans --------------------------------------------------------------------------------------------
 
 
 def test_the_true_shapes_have_their_sizes(gpu: ModuleType) -> None:
@@ -491,7 +491,7 @@ def test_every_cell_is_planned(gpu: ModuleType, tmp_path: Path) -> None:
     assert set(module("plans").read_plans(path, "qwen3-8b")) == {module("cells").REFERENCE.name}
 
 
-# --- the command line ------------------------------------------------------------------------------------------------
+# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def test_wrong_arguments_and_a_missing_gpu_exit_with_2(
@@ -591,7 +591,7 @@ def test_tables(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert "trl not installed" in printed
 
 
-# --- with the packages of a GPU machine ------------------------------------------------------------------------------
+# --- with the packages of a GPU machine -------------------------------------------------------------------------------
 
 
 def machine_packages() -> list[str]:

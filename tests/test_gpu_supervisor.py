@@ -95,7 +95,7 @@ def outcome(records: list[dict[str, Any]]) -> dict[str, str]:
     return result
 
 
-# --- the supervisor --------------------------------------------------------------------------------------------------
+# --- the supervisor ---------------------------------------------------------------------------------------------------
 
 
 def test_parts_share_a_process_unless_one_is_isolated(gpu: ModuleType, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_an_interrupt_ends_the_worker(gpu: ModuleType, tmp_path: Path, monkeypat
     assert workers[0].poll() == -signal.SIGKILL
 
 
-# --- records ---------------------------------------------------------------------------------------------------------
+# --- records ----------------------------------------------------------------------------------------------------------
 
 
 def test_records_survive_a_line_that_was_cut_off(gpu: ModuleType, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_records_survive_a_line_that_was_cut_off(gpu: ModuleType, tmp_path: Path
     assert records.Tail(tmp_path / "absent").new() == []
 
 
-# --- the worker ------------------------------------------------------------------------------------------------------
+# --- the worker -------------------------------------------------------------------------------------------------------
 
 
 def worker(path: Path, selected: list[Any], seconds: float = 60.0, **context: Any) -> Any:
@@ -243,7 +243,7 @@ def test_a_broken_device_ends_the_process(gpu: ModuleType, tmp_path: Path, monke
     assert outcome(module("records").read(tmp_path / "r")) == {"a": "done"}
 
 
-# --- the real thing --------------------------------------------------------------------------------------------------
+# --- the real thing ---------------------------------------------------------------------------------------------------
 
 BROKEN = """
 import dataclasses, os, signal, sys, time

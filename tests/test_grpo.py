@@ -1,5 +1,5 @@
-"""Laws of GRPO: advantages by hand, every loss and its gradient in float64 and through a plain model, one gradient whatever the split, groups
-without signal, the sampler's own log-probs, and whole runs."""
+"""Laws of GRPO: advantages by hand, every loss and its gradient in float64 and through a plain model, one gradient
+whatever the split, groups without signal, the sampler's own log-probs, and whole runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ESTIMATORS = ("k3_ratio", "k3", "k2", "exact")
 HIGH = {"dapo": 0.28, "cispo": 1.1}  # low enough to be met here
 LONGEST = 12
 
-# --- advantages ------------------------------------------------------------------------------------------------------------------------
+# --- advantages -------------------------------------------------------------------------------------------------------
 
 
 def test_advantages_by_hand() -> None:
@@ -49,13 +49,19 @@ def test_advantages_by_hand() -> None:
     t = math.sqrt((1.5**2 + 3 * 0.5**2) / 4) + 1e-4
     expected = [[0.5 / s, -0.5 / s, -0.5 / s, 0.5 / s], [1.5 / t, -0.5 / t, -0.5 / t, -0.5 / t], [0.0] * 4]
     assert torch.allclose(group_advantages(rewards), torch.tensor(expected), rtol=1e-6, atol=0)
-    assert group_advantages(rewards, divide=False).tolist() == [[0.5, -0.5, -0.5, 0.5], [1.5, -0.5, -0.5, -0.5], [0.0] * 4]
+    assert group_advantages(rewards, divide=False).tolist() == [
+        [0.5, -0.5, -0.5, 0.5],
+        [1.5, -0.5, -0.5, -0.5],
+        [0.0] * 4,
+    ]
     assert dead(rewards).tolist() == [False, False, True]
 
 
 def test_seven_equal_rewards_are_exactly_nothing() -> None:
     rewards = torch.full((1, 7), 0.7)
-    assert group_advantages(rewards).tolist() == [[0.0] * 7] and group_advantages(rewards, divide=False).tolist() == [[0.0] * 7]
+    assert group_advantages(rewards).tolist() == [[0.0] * 7] and group_advantages(rewards, divide=False).tolist() == [
+        [0.0] * 7
+    ]
     naive = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
     assert naive.any(), "the plain formula in fp32 is no longer a trap"
     assert dead(torch.tensor([[0.1 + 0.2, 0.3], [0.3, 0.3 + 1e-5]], dtype=torch.float64)).tolist() == [True, False]
@@ -64,7 +70,11 @@ def test_seven_equal_rewards_are_exactly_nothing() -> None:
 REWARD = st.floats(-100, 100, width=32)
 
 
-@given(st.integers(1, 5).flatmap(lambda n: st.lists(st.lists(REWARD, min_size=n + 1, max_size=n + 1), min_size=1, max_size=4)))
+@given(
+    st.integers(1, 5).flatmap(
+        lambda n: st.lists(st.lists(REWARD, min_size=n + 1, max_size=n + 1), min_size=1, max_size=4)
+    )
+)
 def test_advantages_equal_numpy(rewards: list[list[float]]) -> None:
     for divide in (True, False):
         found = group_advantages(torch.tensor(rewards, dtype=torch.float64), divide).double().numpy()
@@ -76,19 +86,29 @@ def test_advantages_equal_numpy(rewards: list[list[float]]) -> None:
                 assert np.allclose(got, wanted, rtol=1e-6, atol=1e-6 * abs(wanted).max())
 
 
-# --- the oracle: per token, in float64, derivatives worked by hand -------------------------------------------------------------------------
+# --- the oracle: per token, in float64, derivatives worked by hand ----------------------------------------------------
 
 
-def oracle(kind: str, rows: Sequence[tuple[Any, Any, Any]], advantages: Sequence[float], low: float, high: float, kl: float,
-           estimator: str) -> tuple[float, list[list[float]], list[float]]:  # fmt: skip
-    """(log-probs, old, reference) of each row's own tokens -> loss, its derivatives by the log-probs, and each row's weight of a token.
+def oracle(
+    kind: str,
+    rows: Sequence[tuple[Any, Any, Any]],
+    advantages: Sequence[float],
+    low: float,
+    high: float,
+    kl: float,
+    estimator: str,
+) -> tuple[float, list[list[float]], list[float]]:
+    """(log-probs, old, reference) of each row's own tokens -> loss, its derivatives by the log-probs, and each row's
+    weight of a token.
 
     The KL over the whole vocabulary is not a function of these; its weight is."""
     total = sum(len(logps) for logps, _, _ in rows)
     loss, slopes, weights = 0.0, [], []
     for (logps, old, reference), a in zip(rows, advantages, strict=True):
         n = len(logps)
-        w = {"dapo": 1 / max(1, total), "cispo": 1 / max(1, total), "dr_grpo": 1 / (len(rows) * LONGEST)}.get(kind, 1 / (len(rows) * max(1, n)))
+        w = {"dapo": 1 / max(1, total), "cispo": 1 / max(1, total), "dr_grpo": 1 / (len(rows) * LONGEST)}.get(
+            kind, 1 / (len(rows) * max(1, n))
+        )
         mean = sum(p - o for p, o in zip(logps, old, strict=True)) / max(1, n)
         row = []
         for p, o, q in zip(logps, old, reference, strict=True):
@@ -117,7 +137,8 @@ def oracle(kind: str, rows: Sequence[tuple[Any, Any, Any]], advantages: Sequence
 
 
 def tokens_of(seed: int, lengths: Sequence[int] = (5, 2, 9, 1, 4, 0)) -> tuple[list[tuple[Any, Any, Any]], list[float]]:
-    """Rows of log-probs, old ones and reference ones, with ratios on both sides of the clip; and advantages of both signs."""
+    """Rows of log-probs, old ones and reference ones, with ratios on both sides of the clip; and advantages of both
+    signs."""
     stream = np.random.default_rng(seed)
     rows = []
     for n in lengths:
@@ -126,7 +147,9 @@ def tokens_of(seed: int, lengths: Sequence[int] = (5, 2, 9, 1, 4, 0)) -> tuple[l
     return rows, [float(a) for a in np.where(np.arange(len(lengths)) % 2, -1, 1) * stream.uniform(0.2, 2, len(lengths))]
 
 
-def laid(rows: Sequence[tuple[Any, Any, Any]], dtype: torch.dtype, filler: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def laid(
+    rows: Sequence[tuple[Any, Any, Any]], dtype: torch.dtype, filler: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same as (B, T) tensors with gaps before, inside and after; what stands in the gaps is `filler`."""
     width = 2 * max(len(row[0]) for row in rows) + 3
     says = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -157,7 +180,10 @@ def pure_error(kind: str, estimator: str, dtype: torch.dtype, filler: float = 0.
     (slope,) = torch.autograd.grad(loss, logps)
     expected, slopes, _ = oracle(kind, rows, advantages, low, high, 0.3, estimator)
     flat = torch.tensor([s for row in slopes for s in row], dtype=torch.float64)
-    wrong = max(abs(float(loss.detach()) - expected) / abs(expected), float((slope[says].double() - flat).abs().max() / flat.abs().max()))
+    wrong = max(
+        abs(float(loss.detach()) - expected) / abs(expected),
+        float((slope[says].double() - flat).abs().max() / flat.abs().max()),
+    )
     outside = float(slope[~says].abs().max())
     return wrong if wrong == wrong and outside == 0 else math.inf
 
@@ -198,15 +224,21 @@ def test_the_oracle_knows_its_own_slope(kind: str) -> None:
             assert (at(1e-6) - at(-1e-6)) / 2e-6 == pytest.approx(slopes[i][t], abs=1e-8)
 
 
-def _no_clip(kind: str, logps: Tensor, old: Tensor, advantage: Tensor, says: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def _no_clip(
+    kind: str, logps: Tensor, old: Tensor, advantage: Tensor, says: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
     return policy_loss(kind, logps, old, advantage, says, 1.0, 1e9)
 
 
-def _sides_swapped(kind: str, logps: Tensor, old: Tensor, advantage: Tensor, says: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def _sides_swapped(
+    kind: str, logps: Tensor, old: Tensor, advantage: Tensor, says: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
     return policy_loss(kind, logps, old, advantage, says, high / 2, low / 2)
 
 
-def _masked_by_zero(kind: str, logps: Tensor, old: Tensor, advantage: Tensor, says: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def _masked_by_zero(
+    kind: str, logps: Tensor, old: Tensor, advantage: Tensor, says: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
     value, stopped = policy_loss(kind, logps, old, advantage, torch.ones_like(says), low, high)
     return value * says, stopped
 
@@ -224,7 +256,9 @@ def test_masking_by_zero_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_kl_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpo_module, "kl_penalty", lambda name, *rest: kl_penalty("k3" if name == "k3_ratio" else "k3_ratio", *rest))
+    monkeypatch.setattr(
+        grpo_module, "kl_penalty", lambda name, *rest: kl_penalty("k3" if name == "k3_ratio" else "k3_ratio", *rest)
+    )
     assert min(pure_error("grpo", estimator, torch.float64) for estimator in ("k3", "k3_ratio")) > 1e-3
 
 
@@ -233,15 +267,19 @@ def test_tokens_that_the_clip_stops_are_counted() -> None:
     says = torch.tensor([[True, True, True, True, False]] * 2)
     stopped = policy_loss("grpo", ratios.log(), torch.zeros(2, 5), advantages, says, 0.2, 0.3)[1]
     assert stopped.tolist() == [[False, False, False, True, False], [True, False, False, False, False]]
-    assert policy_loss("cispo", ratios.log(), torch.zeros(2, 5), advantages, says, 0.2, 1.2)[1].tolist() == [[False] * 3 + [True, False]] * 2
+    assert (
+        policy_loss("cispo", ratios.log(), torch.zeros(2, 5), advantages, says, 0.2, 1.2)[1].tolist()
+        == [[False] * 3 + [True, False]] * 2
+    )
     assert not policy_loss("grpo", ratios.log(), ratios.log(), advantages, says, 0.2, 0.3)[1].any()
 
 
-# --- whose gradient is it? Enumeration of a vocabulary of five -------------------------------------------------------------------------------
+# --- whose gradient is it? Enumeration of a vocabulary of five --------------------------------------------------------
 
 
 def expected_slope(estimator: str, z: Tensor, q: Tensor) -> tuple[float, Tensor]:
-    """E_p of the estimator and of its gradient by the logits, where old is the policy itself: every token once, by its odds."""
+    """E_p of the estimator and of its gradient by the logits, where old is the policy itself: every token once, by its
+    odds."""
     logps = torch.log_softmax(z, 0)
     old, says = logps.detach(), torch.ones(1, len(z), dtype=torch.bool)
     each = grpo_module.kl_penalty(estimator, logps[None], old[None], q[None], says)
@@ -258,27 +296,57 @@ def kl_and_slope(z: Tensor, q: Tensor, forward: bool) -> tuple[float, Tensor]:
 def test_the_gradient_of_each_estimator_is_that_of_its_kl() -> None:
     for seed in range(10):
         stream = torch.Generator().manual_seed(seed)
-        z, q = torch.randn(5, generator=stream, dtype=torch.float64), torch.log_softmax(torch.randn(5, generator=stream).double(), 0)
+        z, q = (
+            torch.randn(5, generator=stream, dtype=torch.float64),
+            torch.log_softmax(torch.randn(5, generator=stream).double(), 0),
+        )
         z.requires_grad_()
         reverse, forward = kl_and_slope(z, q, False), kl_and_slope(z, q, True)
-        for estimator, (value, slope), honest in (("k3_ratio", reverse, True), ("k3", forward, False), ("k2", reverse, False)):
+        for estimator, (value, slope), honest in (
+            ("k3_ratio", reverse, True),
+            ("k3", forward, False),
+            ("k2", reverse, False),
+        ):
             mean, found = expected_slope(estimator, z, q)
             assert far(found, slope) < 1e-10, estimator
             assert not honest or mean == pytest.approx(value, abs=1e-12)
-        assert expected_slope("k3", z, q)[0] == pytest.approx(reverse[0], abs=1e-12)  # its value is honest, its gradient is another's
+        # its value is honest, its gradient is another's
+        assert expected_slope("k3", z, q)[0] == pytest.approx(reverse[0], abs=1e-12)
         assert far(expected_slope("k3", z, q)[1], reverse[1]) > 1e-2
 
 
-# --- through a model ---------------------------------------------------------------------------------------------------------------------
+# --- through a model --------------------------------------------------------------------------------------------------
 
 
 class Fake(Harvester):
     """Draws completions that a test made: random ids, with rewards by the draw; the log-probs are the roles' own."""
 
-    def __init__(self, roles: Any, rewards: Sequence[Sequence[Sequence[float]]], temperature: float = 1.0, cut: Sequence[int] = (),
-                 drift: float = 0.0, **how: Any) -> None:  # fmt: skip
-        super().__init__(roles, None, None, ("answer",), (1.0,), str, frozenset({1}), 0, 0, LONGEST, temperature, 8, 40, int,  # type: ignore[arg-type]
-                         lambda *told: self.shown.append(told))  # fmt: skip
+    def __init__(
+        self,
+        roles: Any,
+        rewards: Sequence[Sequence[Sequence[float]]],
+        temperature: float = 1.0,
+        cut: Sequence[int] = (),
+        drift: float = 0.0,
+        **how: Any,
+    ) -> None:
+        super().__init__(
+            roles,
+            None,
+            None,
+            ("answer",),
+            (1.0,),
+            str,
+            frozenset({1}),
+            0,
+            0,
+            LONGEST,
+            temperature,
+            8,
+            40,
+            int,  # type: ignore[arg-type]
+            lambda *told: self.shown.append(told),
+        )
         self.rewards, self.cut, self.drift, self.how = rewards, cut, drift, how
         self.shown: list[tuple[Any, ...]] = []
         self.asked_for: list[int | None] = []
@@ -290,11 +358,15 @@ class Fake(Harvester):
         rows, says = written(groups, n, seed=100 * step + draw)
         batch = make_batch(rows, says, **self.how)
         noise = torch.randn(batch.ids.shape, generator=torch.Generator().manual_seed(step))
-        batch.extra["sampler"] = self.logps("policy", batch) + self.drift * noise if self.roles is not None else torch.zeros(batch.ids.shape)
+        batch.extra["sampler"] = (
+            self.logps("policy", batch) + self.drift * noise if self.roles is not None else torch.zeros(batch.ids.shape)
+        )
         truncated = torch.tensor([i in self.cut for i in range(groups * n)])
         asked = [Asked([2], f"prompt {draw}.{group}", None, {}) for group in range(groups)]
         texts = [f"prompt {draw}.{group} answer {i}" for group in range(groups) for i in range(n)]
-        return Harvest(batch, rewards, rewards.view(-1, 1), truncated, self.names, texts, asked, {"rollout_seconds": 2.0})
+        return Harvest(
+            batch, rewards, rewards.view(-1, 1), truncated, self.names, texts, asked, {"rollout_seconds": 2.0}
+        )
 
 
 def written(groups: int, n: int, seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
@@ -339,10 +411,13 @@ def one_pass(algorithm: GRPO, part: Batch, **split: int | None) -> tuple[float, 
 
 
 def model_error(roles: Roles, kind: str, estimator: str, temperature: float = 0.7) -> tuple[float, float]:
-    """Distance of loss and gradient of a whole step from transformers' logits in float64; old log-probs that are not the policy's."""
+    """Distance of loss and gradient of a whole step from transformers' logits in float64; old log-probs that are not
+    the policy's."""
     algorithm = over(roles, kind, fake={"temperature": temperature}, kl=0.3, kl_estimator=estimator)
     part = algorithm.collect(0).batch
-    part.extra["old"] = part.extra["sampler"] + 0.3 * torch.randn(part.ids.shape, generator=torch.Generator().manual_seed(0))
+    part.extra["old"] = part.extra["sampler"] + 0.3 * torch.randn(
+        part.ids.shape, generator=torch.Generator().manual_seed(0)
+    )
     loss, _, _ = one_pass(algorithm, part)
     mine = by_key(roles, "policy")
     plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
@@ -369,8 +444,10 @@ def model_error(roles: Roles, kind: str, estimator: str, temperature: float = 0.
     return abs(loss - expected) / abs(expected), far_from(mine, plain.gradient())
 
 
-@pytest.mark.parametrize(("kind", "estimator"), [("grpo", "k3_ratio"), ("dapo", "k3"), ("dr_grpo", "k2"), ("gspo", "exact"),
-                                                 ("cispo", "exact")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "estimator"),
+    [("grpo", "k3_ratio"), ("dapo", "k3"), ("dr_grpo", "k2"), ("gspo", "exact"), ("cispo", "exact")],
+)
 def test_through_a_model(roles: Roles, kind: str, estimator: str) -> None:
     loss, gradient = model_error(roles, kind, estimator)
     assert loss < 1e-5 and gradient < 1e-5
@@ -378,7 +455,9 @@ def test_through_a_model(roles: Roles, kind: str, estimator: str) -> None:
 
 def test_bugs_of_a_whole_step_are_seen(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = Roles.exact_kl
-    monkeypatch.setattr(Roles, "exact_kl", lambda self, p, q, *rest, gradient: exact(self, p, q, *rest, gradient=gradient).detach())
+    monkeypatch.setattr(
+        Roles, "exact_kl", lambda self, p, q, *rest, gradient: exact(self, p, q, *rest, gradient=gradient).detach()
+    )
     assert model_error(roles, "grpo", "exact")[1] > 1e-3
     monkeypatch.undo()
     logps = Roles.logps
@@ -386,14 +465,16 @@ def test_bugs_of_a_whole_step_are_seen(roles: Roles, monkeypatch: pytest.MonkeyP
     assert model_error(roles, "grpo", "k3")[1] > 1e-3
 
 
-# --- laws --------------------------------------------------------------------------------------------------------------------------------
+# --- laws -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_micro_batch_size_gives_one_gradient(roles: Roles, kind: str) -> None:
     found = []
     for split in ({"rows": 1}, {"rows": 4}, {"tokens": 30}, {"rows": 99}):
-        algorithm = over(roles, kind, fake={"drift": 0.2}, old="sampler", kl_estimator="exact" if kind == "dapo" else "k3_ratio")
+        algorithm = over(
+            roles, kind, fake={"drift": 0.2}, old="sampler", kl_estimator="exact" if kind == "dapo" else "k3_ratio"
+        )
         found.append(one_pass(algorithm, algorithm.collect(0).batch, **split))
     for loss, gradient, stats in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-5, abs=1e-7) and far(gradient, found[0][1]) < 1e-5
@@ -418,7 +499,9 @@ def test_weights_add_up() -> None:
     assert weights_of("grpo", says).sum(dim=1).tolist() == pytest.approx([1 / 3, 1 / 3, 0.0])
     assert weights_of("dapo", says)[says].tolist() == pytest.approx([1 / 9] * 9)
     assert weights_of("dr_grpo", says)[says].tolist() == pytest.approx([1 / (3 * LONGEST)] * 9)
-    assert torch.equal(weights_of("gspo", says), weights_of("grpo", says)) and torch.equal(weights_of("cispo", says), weights_of("dapo", says))
+    assert torch.equal(weights_of("gspo", says), weights_of("grpo", says)) and torch.equal(
+        weights_of("cispo", says), weights_of("dapo", says)
+    )
 
 
 def test_the_first_of_several_passes_has_ratio_one(roles: Roles) -> None:
@@ -439,7 +522,9 @@ def test_the_first_of_several_passes_has_ratio_one(roles: Roles) -> None:
         shake(roles, "policy", size=0.3, seed=9)
         assert algorithm.go_on({}) is True
         _, _, later = one_pass(algorithm, part)
-        assert later["clip_fraction"] > 0.1 and "mismatch" not in later, "old is of the policy that wrote, whatever came since"
+        assert later["clip_fraction"] > 0.1 and "mismatch" not in later, (
+            "old is of the policy that wrote, whatever came since"
+        )
     finally:
         roles.load_adapter_tensors("policy", kept, "here")
 
@@ -456,11 +541,16 @@ def test_completions_that_were_cut(roles: Roles, truncated: str, rows: int) -> N
 
 
 def test_a_cut_completion_pays(roles: Roles) -> None:
-    algorithm = over(roles, rewards=[[[0.5] * 3, [0.0, 1.0, 1.0]]], fake={"cut": (1, 5)}, truncated="penalise", penalty=0.5)
+    algorithm = over(
+        roles, rewards=[[[0.5] * 3, [0.0, 1.0, 1.0]]], fake={"cut": (1, 5)}, truncated="penalise", penalty=0.5
+    )
     experience = algorithm.collect(0)
     expected = group_advantages(torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.5]]))
     assert torch.allclose(experience.batch.extra["advantage"].view(2, 3), expected)
-    assert to_floats(experience.stats)["reward"] == pytest.approx(3.5 / 6) and to_floats(experience.stats)["dead_groups"] == 0.5
+    assert (
+        to_floats(experience.stats)["reward"] == pytest.approx(3.5 / 6)
+        and to_floats(experience.stats)["dead_groups"] == 0.5
+    )
 
 
 def test_all_cut_and_masked_is_a_step_of_nothing(roles: Roles) -> None:
@@ -470,12 +560,19 @@ def test_all_cut_and_masked_is_a_step_of_nothing(roles: Roles) -> None:
         assert loss == 0.0 and not gradient.any()
 
 
-MIXED = [[[0.7] * 3, [0.0, 1.0, 0.0], [0.1] * 3, [1.0] * 3], [[0.3] * 3, [1.0, 0.0, 0.0], [0.0] * 3], [[0.0, 0.0, 1.0], [0.5] * 3],
-         [[0.2] * 3], [[1.0, 0.0, 0.0]]]  # fmt: skip
+MIXED = [
+    [[0.7] * 3, [0.0, 1.0, 0.0], [0.1] * 3, [1.0] * 3],
+    [[0.3] * 3, [1.0, 0.0, 0.0], [0.0] * 3],
+    [[0.0, 0.0, 1.0], [0.5] * 3],
+    [[0.2] * 3],
+    [[1.0, 0.0, 0.0]],
+]
 
 
-@pytest.mark.parametrize(("how", "groups", "draws"), [("keep", [0, 1, 2, 3], [None]), ("drop", [1], [None]),
-                                                      ("resample", None, [None, 3, 2, 1])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("how", "groups", "draws"),
+    [("keep", [0, 1, 2, 3], [None]), ("drop", [1], [None]), ("resample", None, [None, 3, 2, 1])],
+)
 def test_dead_groups(roles: Roles, how: str, groups: Any, draws: Any) -> None:
     assert MOST_DRAWS == 4, "the last of these draws is never made"
     algorithm = over(roles, rewards=MIXED, dead_groups=how)
@@ -483,9 +580,13 @@ def test_dead_groups(roles: Roles, how: str, groups: Any, draws: Any) -> None:
     harvest, advantages = algorithm.harvester.shown[0][1:]
     assert algorithm.harvester.asked_for == draws
     told = [one.text for one in harvest.asked]
-    assert told == (["prompt 0.1", "prompt 1.1", "prompt 2.0"] if how == "resample" else [f"prompt 0.{i}" for i in groups])
+    assert told == (
+        ["prompt 0.1", "prompt 1.1", "prompt 2.0"] if how == "resample" else [f"prompt 0.{i}" for i in groups]
+    )
     assert harvest.texts == [f"{prompt} answer {i}" for prompt in told for i in range(3)]
-    assert torch.equal(harvest.parts.view_as(harvest.rewards), harvest.rewards) and len(harvest.truncated) == 3 * len(told)
+    assert torch.equal(harvest.parts.view_as(harvest.rewards), harvest.rewards) and len(harvest.truncated) == 3 * len(
+        told
+    )
     assert len(experience.batch) == 3 * len(told) == advantages.numel()
     assert torch.equal(advantages.flatten(), experience.batch.extra["advantage"])
     where = dead(harvest.earned)
@@ -501,16 +602,24 @@ def test_resampled_rows_are_the_rows_that_were_drawn(roles: Roles) -> None:
     """Joined to one width: ids, masks and log-probs of each row are what its own draw had."""
     algorithm = over(roles, rewards=MIXED, dead_groups="resample")
     part = algorithm.collect(0).batch
-    rows = [row for draw, group, n in ((0, 1, 4), (1, 1, 3), (2, 0, 2)) for row in written(n, 3, seed=draw)[0][3 * group : 3 * group + 3]]
+    rows = [
+        row
+        for draw, group, n in ((0, 1, 4), (1, 1, 3), (2, 0, 2))
+        for row in written(n, 3, seed=draw)[0][3 * group : 3 * group + 3]
+    ]
     assert [part.ids[i][part.attended[i]].tolist() for i in range(9)] == rows
     alone = algorithm.harvester.logps("policy", part)
-    assert float((part.extra["sampler"] - alone)[part.scored].abs().max()) < 1e-5 and not part.extra["sampler"][~part.scored].any()
+    assert (
+        float((part.extra["sampler"] - alone)[part.scored].abs().max()) < 1e-5
+        and not part.extra["sampler"][~part.scored].any()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("how", "kl"), [("keep", 0.0), ("drop", 0.0), ("drop", 0.5), ("resample", 0.5)])
 def test_a_step_of_dead_groups_changes_nothing(roles: Roles, kind: str, how: str, kl: float) -> None:
-    """With `drop` KL neither: what is left of it near the reference is rounding noise, which Adam would blow up to a whole step."""
+    """With `drop` KL neither: what is left of it near the reference is rounding noise, which Adam would blow up to a
+    whole step."""
     algorithm = over(roles, kind, rewards=[[[0.7] * 7, [0.1] * 7]] * 4, kl=kl, dead_groups=how)
     loss, gradient, stats = one_pass(algorithm, algorithm.collect(0).batch)
     assert loss == 0.0 and not gradient.any() and not gradient.isnan().any() and all(map(math.isfinite, stats.values()))
@@ -524,7 +633,9 @@ def test_dead_groups_that_are_kept_have_their_kl(roles: Roles) -> None:
     assert loss > 0 and gradient.any() and stats["kl"] > 0
     assert list(algorithm.warnings({"dead_groups": 0.79, "reward": 0.1})) == []
     assert "90%" in next(algorithm.warnings({"dead_groups": 0.9, "reward": 0.1}))
-    assert list(algorithm.warnings({"dead_groups": 0.9, "reward": 0.9})) == [], "groups that all became right are no trouble"
+    assert list(algorithm.warnings({"dead_groups": 0.9, "reward": 0.9})) == [], (
+        "groups that all became right are no trouble"
+    )
 
 
 def test_kl_in_the_reward(roles: Roles) -> None:
@@ -534,17 +645,23 @@ def test_kl_in_the_reward(roles: Roles) -> None:
     rewards = []
     for i, reward in enumerate([0.5, 0.5, 0.5, 1.0, 0.0, 0.0]):
         places = part.says[i].nonzero().squeeze(1).tolist()
-        rewards.append(reward - 0.4 * sum(float(part.extra["sampler"][i, t]) - float(part.extra["reference_logps"][i, t]) for t in places))
+        rewards.append(
+            reward
+            - 0.4 * sum(float(part.extra["sampler"][i, t]) - float(part.extra["reference_logps"][i, t]) for t in places)
+        )
     expected = group_advantages(torch.tensor(rewards).view(2, 3))
     assert torch.allclose(part.extra["advantage"].view(2, 3), expected, atol=1e-4) and expected.all()
-    assert to_floats(experience.stats)["reward"] == pytest.approx(2.5 / 6) and to_floats(experience.stats)["dead_groups"] == 0.5
+    assert (
+        to_floats(experience.stats)["reward"] == pytest.approx(2.5 / 6)
+        and to_floats(experience.stats)["dead_groups"] == 0.5
+    )
     loss, gradient, stats = one_pass(algorithm, part)
     alone = over(roles, kl=0.0)
     again = one_pass(alone, part)
     assert loss == again[0] and torch.equal(gradient, again[1]) and stats["kl"] > 0, "the loss has no second KL"
 
 
-# --- the sampler's own log-probs -----------------------------------------------------------------------------------------------------------
+# --- the sampler's own log-probs --------------------------------------------------------------------------------------
 
 
 class Lengths:
@@ -563,18 +680,45 @@ class Lengths:
 
 def real_harvester(roles: Roles, long: bool = False) -> Harvester:
     times = 6 if long else 1
-    prompts = [Asked([2, 5, 9, 40] * times, "a", None, {}), Asked([2, 7] * times, "b", None, {}), Asked([3] * 9 * times, "c", None, {})]
-    return Harvester(roles, lambda step, draw, count: prompts, Lengths(), ("length",), (1.0,), str, frozenset({1}), 0, 4, LONGEST, 0.8, 5, 64,
-                     lambda number: number)  # fmt: skip
+    prompts = [
+        Asked([2, 5, 9, 40] * times, "a", None, {}),
+        Asked([2, 7] * times, "b", None, {}),
+        Asked([3] * 9 * times, "c", None, {}),
+    ]
+    return Harvester(
+        roles,
+        lambda step, draw, count: prompts,
+        Lengths(),
+        ("length",),
+        (1.0,),
+        str,
+        frozenset({1}),
+        0,
+        4,
+        LONGEST,
+        0.8,
+        5,
+        64,
+        lambda number: number,
+    )
 
 
 def test_a_group_reads_its_prompt_once_and_nothing_changes(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reference, old log-probs and gradient with shared prompts are those of rows apart; groups stay next to each other in any split."""
+    """Reference, old log-probs and gradient with shared prompts are those of rows apart; groups stay next to each other
+    in any split."""
     planted = list[int]()
     real = roles_module.plant
-    monkeypatch.setattr(roles_module, "plant", lambda *given: (tree := real(*given), planted.append(tree is not None))[0])
+    monkeypatch.setattr(
+        roles_module, "plant", lambda *given: (tree := real(*given), planted.append(tree is not None))[0]
+    )
     found = []
-    for share, split in ((False, {"rows": 4}), (True, {"rows": 4}), (True, {"rows": 3}), (True, {"tokens": 90}), (True, {"rows": 99})):
+    for share, split in (
+        (False, {"rows": 4}),
+        (True, {"rows": 4}),
+        (True, {"rows": 3}),
+        (True, {"tokens": 90}),
+        (True, {"rows": 99}),
+    ):
         monkeypatch.setattr(roles, "share", share)
         algorithm = GRPO(Kit(roles, None, fresh=False), real_harvester(roles, long=True), kl=0.3, epochs=2)  # type: ignore[arg-type]
         part = algorithm.collect(0).batch
@@ -582,7 +726,9 @@ def test_a_group_reads_its_prompt_once_and_nothing_changes(roles: Roles, monkeyp
         found.append((one_pass(algorithm, part, **split), part.extra["reference_logps"], part.extra["old"]))
         assert any(planted) == share
         micros = [micro.extra["shared"] for micro in part.split(**split)]
-        assert sum(int((shared[1:] == 0).sum()) for shared in micros) == 3 - sum(int(shared[0] == 0) for shared in micros)
+        assert sum(int((shared[1:] == 0).sum()) for shared in micros) == 3 - sum(
+            int(shared[0] == 0) for shared in micros
+        )
     for (loss, gradient, stats), reference, old in found[1:]:
         assert loss == pytest.approx(found[0][0][0], rel=1e-4, abs=1e-6) and far(gradient, found[0][0][1]) < 1e-5
         assert stats == pytest.approx(found[0][0][2], rel=1e-4, abs=1e-6)
@@ -622,25 +768,40 @@ def test_the_sampler_is_the_plain_model(roles: Roles) -> None:
         assert torch.allclose(p[places - 1, ids[places]].float(), part.extra["sampler"][i][places], atol=1e-4)
 
 
-# --- whole runs ----------------------------------------------------------------------------------------------------------------------------
+# --- whole runs -------------------------------------------------------------------------------------------------------
 
 
 def small(sft: Path, **more: Any) -> dict[str, Any]:
     return {
-        "name": "grpo", "algorithm": "grpo", "base": {"model": "tiny-tutor", "bits": 4},
-        "adapters": {"sft": {"path": str(sft)}, "policy": {"r": 4}}, "data": {"train": [{"dataset": "tutor", "rows": 20}]},
+        "name": "grpo",
+        "algorithm": "grpo",
+        "base": {"model": "tiny-tutor", "bits": 4},
+        "adapters": {"sft": {"path": str(sft)}, "policy": {"r": 4}},
+        "data": {"train": [{"dataset": "tutor", "rows": 20}]},
         "rewards": [{"use": "answer"}, {"use": "length", "target_tokens": 5, "weight": 0.5}],
         "rollout": {"num_generations": 4, "max_new_tokens": 10},
-        "train": {"steps": 2, "prompts_per_step": 3, "micro_batch_size": 5, "learning_rate": 5e-3, "gradient_checkpointing": False}, **more,
-    }  # fmt: skip
+        "train": {
+            "steps": 2,
+            "prompts_per_step": 3,
+            "micro_batch_size": 5,
+            "learning_rate": 5e-3,
+            "gradient_checkpointing": False,
+        },
+        **more,
+    }
 
 
 @pytest.fixture(scope="module")
 def sft_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short SFT run, whose adapter stays frozen below."""
-    recipe = {"name": "sft", "algorithm": "sft", "base": {"model": "tiny-tutor", "bits": 4}, "adapters": {"policy": {"r": 4}},
-              "data": {"train": [{"dataset": "tutor", "rows": 40}]},
-              "train": {"steps": 3, "rows_per_step": 8, "learning_rate": 5e-3, "gradient_checkpointing": False}}  # fmt: skip
+    recipe = {
+        "name": "sft",
+        "algorithm": "sft",
+        "base": {"model": "tiny-tutor", "bits": 4},
+        "adapters": {"policy": {"r": 4}},
+        "data": {"train": [{"dataset": "tutor", "rows": 40}]},
+        "train": {"steps": 3, "rows_per_step": 8, "learning_rate": 5e-3, "gradient_checkpointing": False},
+    }
     out = tmp_path_factory.mktemp("below") / "sft"
     run(Recipe.from_dict(recipe), out=out, ui="none", device=CPU)
     return out
@@ -653,7 +814,9 @@ def told(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
 
 def figures(events: Sequence[Any]) -> list[dict[str, float]]:
     unsteady = {"tokens_per_second", "memory_gib", "rollout_seconds", "score_seconds"}
-    return [{k: v for k, v in event.stats.items() if k not in unsteady} for event in events if isinstance(event, StepDone)]
+    return [
+        {k: v for k, v in event.stats.items() if k not in unsteady} for event in events if isinstance(event, StepDone)
+    ]
 
 
 @pytest.fixture
@@ -672,16 +835,23 @@ def test_a_frozen_adapter_and_the_base_stay_and_two_runs_are_equal(cache: Path, 
     assert set(outcome.summary["adapter_hashes"]) == {"sft"}
     steps = figures(events)
     assert 0 <= steps[0]["kl"] < 1e-9 < steps[1]["kl"] and steps[0]["mismatch"] < 1e-5
-    assert all(tensor.any() for key, tensor in ended.items() if "lora_B" in key), "nothing was trained: the test saw nothing"
+    assert all(tensor.any() for key, tensor in ended.items() if "lora_B" in key), (
+        "nothing was trained: the test saw nothing"
+    )
     _, again = told(small(sft_run), tmp_path / "two")
     assert figures(again) == steps and changed(ended, load_file(tmp_path / "two" / "final" / WEIGHTS)) == set()
-    groups = [[(event.step, event.prompt, event.completions) for event in which if isinstance(event, Grouped)] for which in (events, again)]
+    groups = [
+        [(event.step, event.prompt, event.completions) for event in which if isinstance(event, Grouped)]
+        for which in (events, again)
+    ]
     assert groups[0] == groups[1] and len(groups[0]) == 2
     _, other = told(small(sft_run, seed=1, train={**small(sft_run)["train"], "steps": 1}), tmp_path / "three")
     assert figures(other)[0]["reward"] != steps[0]["reward"] or figures(other)[0]["length"] != steps[0]["length"]
 
 
-def test_a_policy_that_is_not_its_reference_is_refused(cache: Path, tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_policy_that_is_not_its_reference_is_refused(
+    cache: Path, tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = runner_module.build
 
     def shaken(*given: Any, **more: Any) -> Any:
@@ -700,13 +870,20 @@ GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl.g
 @pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.exists(), reason="needs the real data")
 def test_real_questions_that_are_too_hard(cache: Path, tmp_path: Path) -> None:
-    """200 of GSM8K, which the tiny base cannot answer: rewards are counted honestly, a person is told, and nothing moves on noise."""
+    """200 of GSM8K, which the tiny base cannot answer: rewards are counted honestly, a person is told, and nothing
+    moves on noise."""
     with gzip.open(GSM8K, "rt", encoding="utf-8") as lines:
         (tmp_path / "gsm8k.jsonl").write_text("".join(itertools.islice(lines, 200)), encoding="utf-8")
-    recipe = {"name": "gsm8k", "algorithm": "grpo", "base": {"model": "tiny-tutor"}, "adapters": {"policy": {"r": 4}},
-              "data": {"train": [{"dataset": str(tmp_path / "gsm8k.jsonl")}], "max_prompt_length": 512}, "rewards": [{"use": "answer"}],
-              "rollout": {"num_generations": 4, "max_new_tokens": 48},
-              "train": {"steps": 2, "prompts_per_step": 4, "micro_batch_size": 8, "gradient_checkpointing": False}}  # fmt: skip
+    recipe = {
+        "name": "gsm8k",
+        "algorithm": "grpo",
+        "base": {"model": "tiny-tutor"},
+        "adapters": {"policy": {"r": 4}},
+        "data": {"train": [{"dataset": str(tmp_path / "gsm8k.jsonl")}], "max_prompt_length": 512},
+        "rewards": [{"use": "answer"}],
+        "rollout": {"num_generations": 4, "max_new_tokens": 48},
+        "train": {"steps": 2, "prompts_per_step": 4, "micro_batch_size": 8, "gradient_checkpointing": False},
+    }
     outcome, events = told(recipe, tmp_path / "run")
     notes = [(event.level, event.message) for event in events if isinstance(event, Note)]
     steps = figures(events)
@@ -715,5 +892,8 @@ def test_real_questions_that_are_too_hard(cache: Path, tmp_path: Path) -> None:
     assert all(step["reward"] <= 0.2 and step["dead_groups"] >= 0.5 for step in steps)
     assert any(level == "warning" and ("signal" in text or "will be dead" in text) for level, text in notes)
     if all(step["dead_groups"] == 1.0 for step in steps):
-        assert any(level == "warning" and "most groups have equal rewards and teach nothing, 100%" in text for level, text in notes)
+        assert any(
+            level == "warning" and "most groups have equal rewards and teach nothing, 100%" in text
+            for level, text in notes
+        )
         assert not any(t.any() for key, t in load_file(tmp_path / "run" / "final" / WEIGHTS).items() if "lora_B" in key)

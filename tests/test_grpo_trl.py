@@ -1,7 +1,8 @@
-"""TRL 1.16 as an oracle: its GRPOTrainer's own loss on the same completions, advantages, old and reference log-probs, adapters in fp32.
+"""TRL 1.16 as an oracle: its GRPOTrainer's own loss on the same completions, advantages, old and reference log-probs,
+adapters in fp32.
 
-The documented differences are made equal: advantages are given (theirs divide by the spread with 1/(n - 1)), and k3 is compared with their
-KL without the ratio where the ratio is a sequence's, for theirs is then the sequence's too.
+The documented differences are made equal: advantages are given (theirs divide by the spread with 1/(n - 1)), and k3 is
+compared with their KL without the ratio where the ratio is a sequence's, for theirs is then the sequence's too.
 """
 
 from __future__ import annotations
@@ -43,13 +44,30 @@ def trainer(policy: Roles, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
-    arguments = trl.GRPOConfig(output_dir=str(tmp_path_factory.mktemp("trl")), per_device_train_batch_size=4, num_generations=4,
-                               gradient_accumulation_steps=1, max_completion_length=LONGEST, bf16=False, use_cpu=True, report_to="none",
-                               gradient_checkpointing=False, temperature=0.7, beta=KL, epsilon=LOW, epsilon_high=HIGH)  # fmt: skip
+    arguments = trl.GRPOConfig(
+        output_dir=str(tmp_path_factory.mktemp("trl")),
+        per_device_train_batch_size=4,
+        num_generations=4,
+        gradient_accumulation_steps=1,
+        max_completion_length=LONGEST,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        gradient_checkpointing=False,
+        temperature=0.7,
+        beta=KL,
+        epsilon=LOW,
+        epsilon_high=HIGH,
+    )
     model = AutoModelForCausalLM.from_pretrained(folder_of(), dtype=torch.float32)
-    found = trl.GRPOTrainer(model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=arguments,
-                            train_dataset=Dataset.from_dict({"prompt": ["t05"] * 4}), processing_class=tokenizer(),
-                            peft_config=lora("CAUSAL_LM"))  # fmt: skip
+    found = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": ["t05"] * 4}),
+        processing_class=tokenizer(),
+        peft_config=lora("CAUSAL_LM"),
+    )
     place(found.model, policy.adapter_tensors("policy"))
     found.model.train()
     found.current_gradient_accumulation_steps = 1
@@ -66,9 +84,14 @@ def theirs_of(part: Batch) -> dict[str, Tensor]:
     def filled(width: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(len(part), width, dtype=dtype)
 
-    found = {"prompt_ids": filled(wide, torch.long), "prompt_mask": filled(wide, torch.long), "completion_ids": filled(long, torch.long),
-             "completion_mask": filled(long, torch.long), "old_per_token_logps": filled(long, torch.float32),
-             "ref_per_token_logps": filled(long, torch.float32)}  # fmt: skip
+    found = {
+        "prompt_ids": filled(wide, torch.long),
+        "prompt_mask": filled(wide, torch.long),
+        "completion_ids": filled(long, torch.long),
+        "completion_mask": filled(long, torch.long),
+        "old_per_token_logps": filled(long, torch.float32),
+        "ref_per_token_logps": filled(long, torch.float32),
+    }
     for i in rows:
         p, n = len(asked[i]), len(said[i])
         found["prompt_ids"][i, wide - p :], found["prompt_mask"][i, wide - p :] = asked[i], 1
@@ -86,18 +109,33 @@ def wants(trainer: Any, kind: str, estimator: str, high: float) -> None:
     trainer.epsilon_high, trainer.args.use_bias_correction_kl = high, estimator == "k3_ratio"
 
 
-def both(trainer: Any, policy: Roles, kind: str, estimator: str, high: float = HIGH) -> tuple[float, float, dict[str, float], Any]:
+def both(
+    trainer: Any, policy: Roles, kind: str, estimator: str, high: float = HIGH
+) -> tuple[float, float, dict[str, float], Any]:
     """Relative distance of loss and of gradient, the kit's figures, and TRL's trainer with its own."""
     clear(policy)
     trainer.model.zero_grad()
     wants(trainer, kind, estimator, high)
-    algorithm = GRPO(Kit(policy, None, fresh=False), Fake(policy, REWARDS, temperature=0.7), kind, LOW, high, KL,  # type: ignore[arg-type]
-                     kl_estimator=estimator)  # fmt: skip
+    algorithm = GRPO(
+        Kit(policy, None, fresh=False),
+        Fake(policy, REWARDS, temperature=0.7),
+        kind,
+        LOW,
+        high,
+        KL,  # type: ignore[arg-type]
+        kl_estimator=estimator,
+    )
     part = algorithm.collect(0).batch
-    part.extra["old"] = part.extra["sampler"] + 0.3 * torch.randn(part.ids.shape, generator=torch.Generator().manual_seed(0))
+    part.extra["old"] = part.extra["sampler"] + 0.3 * torch.randn(
+        part.ids.shape, generator=torch.Generator().manual_seed(0)
+    )
     theirs = trainer._compute_loss(trainer.model, theirs_of(part))
     theirs.backward()
-    kept = {name.replace(".default", ""): p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    kept = {
+        name.replace(".default", ""): p.grad.clone()
+        for name, p in trainer.model.named_parameters()
+        if p.grad is not None
+    }
     part.weight = algorithm.weigh(part)
     loss, stats = 0.0, {}
     for micro in part.split(rows=5):
@@ -109,32 +147,47 @@ def both(trainer: Any, policy: Roles, kind: str, estimator: str, high: float = H
     return apart, far_from(by_key(policy, "policy"), kept), to_floats(stats), trainer._metrics["train"]
 
 
-CASES = [("grpo", "k3_ratio", HIGH), ("grpo", "k3", HIGH), ("dapo", "k3_ratio", 0.28), ("dr_grpo", "k3_ratio", HIGH), ("gspo", "k3", 0.05),
-         ("cispo", "k3_ratio", 1.1), ("cispo", "k3", 5.0)]  # fmt: skip
+CASES = [
+    ("grpo", "k3_ratio", HIGH),
+    ("grpo", "k3", HIGH),
+    ("dapo", "k3_ratio", 0.28),
+    ("dr_grpo", "k3_ratio", HIGH),
+    ("gspo", "k3", 0.05),
+    ("cispo", "k3_ratio", 1.1),
+    ("cispo", "k3", 5.0),
+]
 
 
 @pytest.mark.parametrize(("kind", "estimator", "high"), CASES)
 def test_grpo_equals_trl(trainer: Any, policy: Roles, kind: str, estimator: str, high: float) -> None:
     loss, gradient, stats, logged = both(trainer, policy, kind, estimator, high)
-    close = 1e-5 if estimator == "k3" else 2e-6  # k3 alone has e^d of log-probs that are far apart here, and their rounding e^d times
+    # k3 alone has e^d of log-probs that are far apart here, and their rounding e^d times
+    close = 1e-5 if estimator == "k3" else 2e-6
     assert loss < close and gradient < 3e-5, "two ways through one model in fp32: the gradient's noise is 7e-6"
     assert stats["entropy"] == pytest.approx(logged["entropy"][0], rel=1e-5)
     if kind in ("grpo", "dapo", "dr_grpo"):
-        assert stats["clip_fraction"] == pytest.approx(logged["clip_ratio/region_mean"][0]) and 0.05 < stats["clip_fraction"]
+        assert (
+            stats["clip_fraction"] == pytest.approx(logged["clip_ratio/region_mean"][0])
+            and 0.05 < stats["clip_fraction"]
+        )
     if estimator == "k3":
         assert stats["kl"] == pytest.approx(logged["kl"][0], rel=1e-4)
 
 
-def on_the_same_tensors(trainer: Any, policy: Roles, monkeypatch: pytest.MonkeyPatch, kind: str, estimator: str, high: float,
-                        seed: int) -> tuple[float, float]:  # fmt: skip
-    """The same, with log-probs in float64 given to both: no model is in between. Distance of the loss, and of its slope by the log-probs."""
+def on_the_same_tensors(
+    trainer: Any, policy: Roles, monkeypatch: pytest.MonkeyPatch, kind: str, estimator: str, high: float, seed: int
+) -> tuple[float, float]:
+    """The same, with log-probs in float64 given to both: no model is in between. Distance of the loss, and of its slope
+    by the log-probs."""
     wants(trainer, kind, estimator, high)
     algorithm = GRPO(Kit(policy, None, fresh=False), Fake(policy, REWARDS), kind, LOW, high, KL, kl_estimator=estimator)  # type: ignore[arg-type]
     part = algorithm.collect(seed).batch
     stream = torch.Generator().manual_seed(seed)
     logps = torch.where(part.says, part.extra["sampler"].double(), 0.0)
     for name, size in (("old", 0.4), ("reference_logps", 0.9)):
-        part.extra[name] = torch.where(part.says, logps + size * torch.randn(logps.shape, generator=stream), 0.0).float().double()
+        part.extra[name] = (
+            torch.where(part.says, logps + size * torch.randn(logps.shape, generator=stream), 0.0).float().double()
+        )
     leaf = logps.requires_grad_()
     algorithm.kit = Kit(SimpleNamespace(logps=lambda *_: LogProbs(leaf, torch.zeros_like(leaf))), None)  # type: ignore[arg-type]
     part.weight = algorithm.weigh(part)
@@ -142,7 +195,9 @@ def on_the_same_tensors(trainer: Any, policy: Roles, monkeypatch: pytest.MonkeyP
     (mine,) = torch.autograd.grad(term.loss, leaf)
     given = theirs_of(part)
     rows = torch.nn.utils.rnn.pad_sequence([leaf[i][part.says[i]] for i in range(len(part))], batch_first=True)
-    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (rows, torch.zeros_like(rows), None))
+    monkeypatch.setattr(
+        trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (rows, torch.zeros_like(rows), None)
+    )
     loss = trainer._compute_loss(trainer.model, given)
     (theirs,) = torch.autograd.grad(loss, leaf)
     monkeypatch.undo()
@@ -150,15 +205,17 @@ def on_the_same_tensors(trainer: Any, policy: Roles, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("kind", "estimator", "high"), CASES)
-def test_the_same_tensors_give_the_same_loss_and_slope(trainer: Any, policy: Roles, monkeypatch: pytest.MonkeyPatch, kind: str, estimator: str,
-                                                       high: float) -> None:  # fmt: skip
+def test_the_same_tensors_give_the_same_loss_and_slope(
+    trainer: Any, policy: Roles, monkeypatch: pytest.MonkeyPatch, kind: str, estimator: str, high: float
+) -> None:
     for seed in range(6):
         loss, slope = on_the_same_tensors(trainer, policy, monkeypatch, kind, estimator, high, seed)
         assert loss < 1e-6 and slope < 1e-6
 
 
 def test_a_side_by_side_can_fail(trainer: Any, policy: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the ratio of a sequence for that of a token, without the ratio at the KL, and with one weight for another."""
+    """With the ratio of a sequence for that of a token, without the ratio at the KL, and with one weight for
+    another."""
     real = grpo_module.policy_loss
     monkeypatch.setattr(grpo_module, "policy_loss", lambda kind, *rest: real("gspo", *rest))
     assert both(trainer, policy, "grpo", "k3")[1] > 1e-2

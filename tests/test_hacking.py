@@ -1,4 +1,5 @@
-"""The watch over the reward: it speaks where proxy and gold part ways, keeps silent in a healthy run, and can end a run, exactly."""
+"""The watch over the reward: it speaks where proxy and gold part ways, keeps silent in a healthy run, and can end a
+run, exactly."""
 
 from __future__ import annotations
 
@@ -31,10 +32,12 @@ SAID = "the reward rises and held-out answers get worse"
 
 
 def looks(exact: Sequence[float], rewards: Sequence[float], noise: float = 0.02) -> list[Look]:
-    return [Look(10 * place, reward, share, noise) for place, (share, reward) in enumerate(zip(exact, rewards, strict=True))]
+    return [
+        Look(10 * place, reward, share, noise) for place, (share, reward) in enumerate(zip(exact, rewards, strict=True))
+    ]
 
 
-# --- the rule ----------------------------------------------------------------------------------------------------------------------------
+# --- the rule ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_noise_of_a_share_by_hand() -> None:
@@ -45,8 +48,15 @@ def test_the_noise_of_a_share_by_hand() -> None:
 
 def test_what_is_said_by_hand() -> None:
     found = parting(looks([0.6, 0.8, 0.7, 0.5], [0.1, 0.5, 0.7, 0.9]), 1.0)
-    assert found is not None and (found.since, found.best, found.now, found.rewards) == (10, 0.8, pytest.approx(0.6), (0.1, pytest.approx(0.8)))
-    assert f"{SAID} (80% -> 60% exact)" in found.words and "reward 0.1 -> 0.8, best answers after step 10" in found.words
+    assert found is not None and (found.since, found.best, found.now, found.rewards) == (
+        10,
+        0.8,
+        pytest.approx(0.6),
+        (0.1, pytest.approx(0.8)),
+    )
+    assert (
+        f"{SAID} (80% -> 60% exact)" in found.words and "reward 0.1 -> 0.8, best answers after step 10" in found.words
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,7 +82,9 @@ def test_gold_must_lose_more_than_its_noise() -> None:
     limit = 3.5 * math.sqrt(1.5) * 0.04
     assert parting(looks([0.8, 0.8 - limit - 0.001, 0.8 - limit - 0.001], [0.1, 0.8, 0.8], 0.04), 1.0) is not None
     assert parting(looks([0.8, 0.8 - limit + 0.001, 0.8 - limit + 0.001], [0.1, 0.8, 0.8], 0.04), 1.0) is None
-    assert parting(looks([0.8, 0.79, 0.79], [0.1, 0.8, 0.8], 1e-6), 1.0) is None, "a point less is no news, however sure"
+    assert parting(looks([0.8, 0.79, 0.79], [0.1, 0.8, 0.8], 1e-6), 1.0) is None, (
+        "a point less is no news, however sure"
+    )
 
 
 def spoke(truth: Sequence[float], rng: random.Random, questions: int = 100) -> bool:
@@ -86,14 +98,15 @@ def spoke(truth: Sequence[float], rng: random.Random, questions: int = 100) -> b
 
 
 def test_false_alarms_are_rare_and_hacking_is_seen() -> None:
-    """Ten evaluations with a hundred questions: at a plateau one run in fifty is told wrongly; gold that loses 30 points is told."""
+    """Ten evaluations with a hundred questions: at a plateau one run in fifty is told wrongly; gold that loses 30
+    points is told."""
     rng = random.Random(0)
     for level in (0.5, 0.9):
         assert sum(spoke([level] * 10, rng) for _ in range(300)) < 10
     assert sum(spoke([0.7] * 6 + [0.4] * 4, rng) for _ in range(200)) > 190
 
 
-# --- the memory of a run -------------------------------------------------------------------------------------------------------------------
+# --- the memory of a run ----------------------------------------------------------------------------------------------
 
 
 def fed(watch: Watch, steps: Sequence[int]) -> list[str]:
@@ -120,26 +133,34 @@ def test_the_first_look_is_the_reference() -> None:
     watch.step({"reward": 0.2})
     watch.step({"reward": 0.6})
     watch.look(2, 0.5, 100, 0.9)
-    assert watch.looks == [[0, 0.2, 0.9, pytest.approx(noise_of(0.9, 100))], [2, pytest.approx(0.4), 0.5, pytest.approx(0.05)]]
+    assert watch.looks == [
+        [0, 0.2, 0.9, pytest.approx(noise_of(0.9, 100))],
+        [2, pytest.approx(0.4), 0.5, pytest.approx(0.05)],
+    ]
     unasked = Watch()
     assert unasked.look(2, 0.5, 100) is None and unasked.looks == [], "without a step there is no reward to compare"
 
 
-# --- screens -------------------------------------------------------------------------------------------------------------------------------
+# --- screens ----------------------------------------------------------------------------------------------------------
 
 
 def played(exact: Sequence[float], name: str = "ppo", **more: Sequence[float]) -> State:
     """A state after 40 steps whose reward rises, and evaluations evenly over them."""
     state = State()
-    state.apply(RunStarted(name="x", algorithm=name, model="m", roles={"reference": ["sft"]}, reference="sft", steps=40))
+    state.apply(
+        RunStarted(name="x", algorithm=name, model="m", roles={"reference": ["sft"]}, reference="sft", steps=40)
+    )
     every = 40 // len(exact)
     for step in range(1, 41):
         stats = {"loss": 0.0, "reward": step / 40, "kl": step / 200, "length": 20.0, "grad_norm": 1.0, "entropy": 0.5}
         state.apply(StepDone(step=step, steps=40, stats=stats, seconds=1.0, tokens=10))
         if step % every == 0:
             place = step // every - 1
-            told = {"heldout_policy_exact": exact[place], "gold_noise": 0.03,
-                    **{f"heldout_policy_{key}": values[place] for key, values in more.items()}}  # fmt: skip
+            told = {
+                "heldout_policy_exact": exact[place],
+                "gold_noise": 0.03,
+                **{f"heldout_policy_{key}": values[place] for key, values in more.items()},
+            }
             state.apply(Validated(step=step, stats=told))
     return state
 
@@ -150,10 +171,14 @@ def said(state: State) -> str:
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_the_screen_says_it_and_how_the_answers_changed(algorithm: str) -> None:
-    told = said(played([0.8, 0.8, 0.4, 0.4], algorithm, length=[20.0, 20.0, 40.0, 44.0], repetition=[0.0, 0.0, 0.3, 0.5]))
+    told = said(
+        played([0.8, 0.8, 0.4, 0.4], algorithm, length=[20.0, 20.0, 40.0, 44.0], repetition=[0.0, 0.0, 0.3, 0.5])
+    )
     assert f"bad: {SAID} (80% -> 40% exact)" in told
     assert "answers grew from 20 to 42 tokens; 40% of their word sequences come again, 0% at first" in told
-    quiet = said(played([0.8, 0.8, 0.4, 0.4], algorithm, length=[20.0, 20.0, 22.0, 22.0], repetition=[0.1, 0.1, 0.12, 0.1]))
+    quiet = said(
+        played([0.8, 0.8, 0.4, 0.4], algorithm, length=[20.0, 20.0, 22.0, 22.0], repetition=[0.1, 0.1, 0.12, 0.1])
+    )
     assert SAID in quiet and "answers grew" not in quiet and "come again" not in quiet
     assert "answers shrank from 20 to 5 tokens" in said(played([0.8, 0.8, 0.4, 0.4], length=[20.0, 20.0, 5.0, 5.0]))
     assert SAID not in said(played([0.5, 0.7, 0.8, 0.82], algorithm))
@@ -187,15 +212,19 @@ def test_the_recorded_healthy_run_is_not_told() -> None:
 def test_reward_against_kl() -> None:
     state = played([0.8, 0.6, 0.4, 0.2])
     assert frontier(state)[:2] == [(0.005, 0.025), (0.01, 0.05)]
-    assert frontier(state, "heldout_exact") == [(pytest.approx(0.05), 0.8), (pytest.approx(0.1), 0.6), (pytest.approx(0.15), 0.4),
-                                                (pytest.approx(0.2), 0.2)]  # fmt: skip
+    assert frontier(state, "heldout_exact") == [
+        (pytest.approx(0.05), 0.8),
+        (pytest.approx(0.1), 0.6),
+        (pytest.approx(0.15), 0.4),
+        (pytest.approx(0.2), 0.2),
+    ]
     assert by_distance({1: 0.1, 4: 0.3, 6: math.nan}, {0: 0.9, 2: 0.8, 6: 0.5}) == [(0.1, 0.8), (0.3, 0.5)]
     drawn = plain_text(render(state, View(), 120, 50))
     assert "reward against KL" in drawn and "0.005" in drawn
     assert "reward against KL" not in plain_text(render(played([0.8, 0.6], "sft"), View(), 120, 50))
 
 
-# --- recipes -------------------------------------------------------------------------------------------------------------------------------
+# --- recipes ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_setting_belongs_to_rewards_and_held_out_questions() -> None:
@@ -208,7 +237,7 @@ def test_the_setting_belongs_to_rewards_and_held_out_questions() -> None:
         Recipe.from_dict(data)
 
 
-# --- a real run ----------------------------------------------------------------------------------------------------------------------------
+# --- a real run -------------------------------------------------------------------------------------------------------
 
 PAYS = '''
 import re
@@ -224,7 +253,14 @@ def explains(completion, row):
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("taught") / "sft"
-    recipe = Recipe.load("tiny-sft", "train.epochs=null", "train.steps=40", "evaluate.prompts=4", "evaluate.samples=1", "evaluate.every=40")
+    recipe = Recipe.load(
+        "tiny-sft",
+        "train.epochs=null",
+        "train.steps=40",
+        "evaluate.prompts=4",
+        "evaluate.samples=1",
+        "evaluate.every=40",
+    )
     run(recipe, out=out, ui="none")
     return out
 
@@ -232,37 +268,68 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gamed(taught: Path, folder: Path, **evaluate: Any) -> dict[str, Any]:
     (folder / "pays.py").write_text(PAYS)
     return {
-        "name": "gamed", "algorithm": "grpo", "adapters": {"sft": {"path": str(taught)}, "policy": {"r": 8, "alpha": 16}},
+        "name": "gamed",
+        "algorithm": "grpo",
+        "adapters": {"sft": {"path": str(taught)}, "policy": {"r": 8, "alpha": 16}},
         "data": {"train": [{"dataset": "tutor", "rows": 2000}], "max_prompt_length": 128},
-        "rewards": [{"use": f"{folder / 'pays.py'}:explains"}], "grpo": {"kl": 0.0},
+        "rewards": [{"use": f"{folder / 'pays.py'}:explains"}],
+        "grpo": {"kl": 0.0},
         "rollout": {"num_generations": 6, "max_new_tokens": 48, "slots": 128},
-        "train": {"steps": 20, "prompts_per_step": 8, "micro_batch_size": 48, "log_every": 2, "learning_rate": 2e-3, "save_every": 3,
-                  "schedule": "constant", "gradient_checkpointing": False},
-        "evaluate": {"every": 2, "heldout": {"dataset": "tutor", "split": "heldout"}, "prompts": 60, "shown": 0, "max_new_tokens": 48,
-                     **evaluate},
-    }  # fmt: skip
+        "train": {
+            "steps": 20,
+            "prompts_per_step": 8,
+            "micro_batch_size": 48,
+            "log_every": 2,
+            "learning_rate": 2e-3,
+            "save_every": 3,
+            "schedule": "constant",
+            "gradient_checkpointing": False,
+        },
+        "evaluate": {
+            "every": 2,
+            "heldout": {"dataset": "tutor", "split": "heldout"},
+            "prompts": 60,
+            "shown": 0,
+            "max_new_tokens": 48,
+            **evaluate,
+        },
+    }
 
 
 @pytest.mark.slow
-def test_a_reward_that_can_be_gamed_is_told_and_the_run_ends(taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tutor learns to repeat itself for a reward that pays for length; the run says so and ends, and its result is the step before. A run
-    that is interrupted right before, and continued, does the same bit for bit."""
+def test_a_reward_that_can_be_gamed_is_told_and_the_run_ends(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tutor learns to repeat itself for a reward that pays for length; the run says so and ends, and its result is
+    the step before. A run that is interrupted right before, and continued, does the same bit for bit."""
     recipe = Recipe.from_dict(gamed(taught, tmp_path, on_hacking="stop"))
     told: list[Event] = []
     straight = run(recipe, out=tmp_path / "straight", ui="none", on_event=told.append)
     summary, end = straight.summary, straight.summary["step"]
     assert straight.status == "done" and 4 < end < 20 and summary["hacking"] == {"step": end, "ended": True}
-    warned = [event.message for event in told if isinstance(event, Note) and event.level == "warning" and SAID in event.message]
+    warned = [
+        event.message
+        for event in told
+        if isinstance(event, Note) and event.level == "warning" and SAID in event.message
+    ]
     assert len(warned) == 1 and warned[0].startswith(f"step {end}: ")
-    greedy = {event.step: event.stats["heldout_policy_exact"] for event in told if isinstance(event, Validated) and "gold_noise" in event.stats}
+    greedy = {
+        event.step: event.stats["heldout_policy_exact"]
+        for event in told
+        if isinstance(event, Validated) and "gold_noise" in event.stats
+    }
     assert greedy[end] < max(greedy.values()) - 0.15, "gold did fall"
-    assert summary["best"]["step"] < end and summary["heldout"]["grpo"] > greedy[end] + 0.15, "what is kept is the best step"
+    assert summary["best"]["step"] < end and summary["heldout"]["grpo"] > greedy[end] + 0.15, (
+        "what is kept is the best step"
+    )
     rewards = [event.stats["reward"] for event in told if isinstance(event, StepDone)]
     assert rewards[-1] > rewards[0], "the proxy did rise"
 
     controls: list[Control] = []
     begin = Control.__init__
-    monkeypatch.setattr(Control, "__init__", lambda self, *given, **named: (begin(self, *given, **named), controls.append(self))[0])
+    monkeypatch.setattr(
+        Control, "__init__", lambda self, *given, **named: (begin(self, *given, **named), controls.append(self))[0]
+    )
 
     def interrupt(event: Event) -> None:
         if isinstance(event, StepDone) and event.step == end - 1:

@@ -1,4 +1,5 @@
-"""Laws of the scalar head: what it reads, that it trains with its adapter, and that nothing of it is lost on the way to PEFT and back."""
+"""Laws of the scalar head: what it reads, that it trains with its adapter, and that nothing of it is lost on the way to
+PEFT and back."""
 
 from __future__ import annotations
 
@@ -13,7 +14,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import VOCAB, changed, clear, folder_of, load, make_batch, ragged, reward_roles, roles_over, same_bytes, shake, whole, write
+from models import (
+    VOCAB,
+    changed,
+    clear,
+    folder_of,
+    load,
+    make_batch,
+    ragged,
+    reward_roles,
+    roles_over,
+    same_bytes,
+    shake,
+    whole,
+    write,
+)
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,7 +43,7 @@ from lowrank_tune.types import Batch
 ROWS = [[5, 9, 13, 2, 40, 41, 7], [8, 3, 96], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [33]]
 
 
-# --- what it reads ---------------------------------------------------------------------------------------------------------------------
+# --- what it reads ----------------------------------------------------------------------------------------------------
 
 
 def error_of_scores(roles: Roles, rows: Sequence[Sequence[int]], **how: Any) -> float:
@@ -38,7 +53,9 @@ def error_of_scores(roles: Roles, rows: Sequence[Sequence[int]], **how: Any) -> 
     expected, ends = torch.zeros(found.shape), []
     for i, row in enumerate(rows):
         with roles.use("reward"):
-            hidden = roles.base.model.get_decoder()(input_ids=torch.tensor([list(row)]), use_cache=False).last_hidden_state
+            hidden = roles.base.model.get_decoder()(
+                input_ids=torch.tensor([list(row)]), use_cache=False
+            ).last_hidden_state
         value = (hidden[0].double() @ roles.heads["reward"].weight[0].double()).float()
         expected[i, batch.attended[i]] = value
         ends.append(value[-1])
@@ -57,12 +74,19 @@ def test_a_score_is_the_head_at_the_token_whatever_the_padding(bits: int, how: d
     assert error_of_scores(roles, ROWS, **how) < 2e-5
 
 
-@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), left=st.booleans(), ends=st.sampled_from([0, 1]),
-       filler=st.sampled_from([0, 1, 50]))  # fmt: skip
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    left=st.booleans(),
+    ends=st.sampled_from([0, 1]),
+    filler=st.sampled_from([0, 1, 50]),
+)
 @torch.no_grad()
 def test_pad_and_end_tokens_inside_a_row_are_tokens(lengths: list[int], left: bool, ends: int, filler: int) -> None:
     """Rows that end in the padding token or in several end tokens: the last *attended* one counts."""
-    rows = [torch.randint(2, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() + [ends] * (n % 3) for n in lengths]
+    rows = [
+        torch.randint(2, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() + [ends] * (n % 3)
+        for n in lengths
+    ]
     assert error_of_scores(ROLES, rows, left=left, filler=filler) < 2e-5
 
 
@@ -104,7 +128,9 @@ def test_a_fresh_head_finds_everything_equal_and_only_the_role_trains() -> None:
 
 
 def test_a_head_is_frozen_with_its_adapter() -> None:
-    roles = roles_over(whole("llama"), extra=["reward"], stacks={"policy": ["policy"], "reward": ["reward"]}, heads=["reward"])
+    roles = roles_over(
+        whole("llama"), extra=["reward"], stacks={"policy": ["policy"], "reward": ["reward"]}, heads=["reward"]
+    )
     shake(roles, "policy", "reward")
     assert roles.parameters("reward") == [] and len(roles.parameters("policy")) == 28
     assert not roles.last_scores("reward", ragged()).requires_grad
@@ -133,7 +159,7 @@ def test_the_head_computes_in_fp32_under_autocast() -> None:
     assert inside.dtype == torch.float32 and torch.equal(inside, head(hidden.float()))
 
 
-# --- on disk and back ------------------------------------------------------------------------------------------------------------------
+# --- on disk and back -------------------------------------------------------------------------------------------------
 
 
 def save(roles: Roles, folder: Path, name: str = "reward") -> Path:
@@ -153,7 +179,8 @@ for base, adapter in zip(places[::2], places[1::2]):
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, adapter).eval()
     with torch.no_grad():
-        scores[adapter] = model(input_ids=given["ids"], attention_mask=given["attended"]).logits.squeeze(-1).contiguous()
+        logits = model(input_ids=given["ids"], attention_mask=given["attended"]).logits
+        scores[adapter] = logits.squeeze(-1).contiguous()
 save_file(scores, out)
 """
 OURS = """
@@ -173,15 +200,21 @@ for base, adapter in zip(places[::2], places[1::2]):
         roles = Roles(loaded, {"reward": saved.config}, ["reward"], {"reward": ["reward"]}, heads=["reward"])
         roles.load_adapter_tensors("reward", saved.tensors, "here")
         with roles.quiet():
-            scores[f"{adapter}-{bits}"] = roles.last_scores("reward", Batch(given["ids"], given["attended"].bool(), given["attended"].bool()))
+            batch = Batch(given["ids"], given["attended"].bool(), given["attended"].bool())
+            scores[f"{adapter}-{bits}"] = roles.last_scores("reward", batch)
 save_file(scores, out)
 """
 
 
 def in_a_new_process(code: str, rows: Path, *places: str) -> dict[str, Tensor]:
     out = rows.with_suffix(".out")
-    done = subprocess.run([sys.executable, "-c", code, str(rows), str(out), *places], capture_output=True, text=True,
-                          cwd=Path(__file__).parents[1], timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(rows), str(out), *places],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return load_file(out)
 
@@ -200,7 +233,9 @@ def test_a_new_process_and_plain_peft_find_the_same_scores(tmp_path: Path) -> No
                 expected[f"{folder}-{bits}"] = roles.last_scores("reward", batch)
     plain, ours = (in_a_new_process(code, tmp_path / "rows", *places) for code in (PLAIN, OURS))
     assert all(float((plain[folder] - expected[f"{folder}-16"]).abs().max()) <= 1e-5 for folder in places[1::2])
-    assert changed(ours, expected) == set() and len(ours) == 4 and all(scores.std() > 0.5 for scores in expected.values())
+    assert (
+        changed(ours, expected) == set() and len(ours) == 4 and all(scores.std() > 0.5 for scores in expected.values())
+    )
 
 
 def plain_peft_error(roles: Roles, folder: Path) -> float:
@@ -220,7 +255,9 @@ def test_a_head_that_is_not_saved_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
     assert plain_peft_error(roles, tmp_path / "whole") < 1e-5
     tensors = roles.adapter_tensors("reward")
     assert len(tensors) == 29 and tensors[KEY].shape == (1, 64) and tensors[KEY].dtype == torch.float32
-    monkeypatch.setattr(roles, "adapter_tensors", lambda name: {key: tensor for key, tensor in tensors.items() if key != KEY})
+    monkeypatch.setattr(
+        roles, "adapter_tensors", lambda name: {key: tensor for key, tensor in tensors.items() if key != KEY}
+    )
     with pytest.raises(KeyError, match="score.weight"):  # PEFT notices, as `read_adapter` does
         plain_peft_error(roles, tmp_path / "lost")
     monkeypatch.setattr(roles, "adapter_tensors", lambda name: tensors | {KEY: torch.zeros(1, 64)})
@@ -230,7 +267,11 @@ def test_a_head_that_is_not_saved_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_count_of_saved_tensors_sees_a_lost_head(monkeypatch: pytest.MonkeyPatch) -> None:
     roles = reward_roles(whole("llama"))
     real = Roles._all_parameters
-    monkeypatch.setattr(Roles, "_all_parameters", lambda self: iter([*real(self), ("score.lt_reward.other", self.heads["reward"].weight)]))
+    monkeypatch.setattr(
+        Roles,
+        "_all_parameters",
+        lambda self: iter([*real(self), ("score.lt_reward.other", self.heads["reward"].weight)]),
+    )
     with pytest.raises(AssertionError, match="29 tensors to save, 30 in the model"):
         roles.adapter_tensors("reward")
 
@@ -260,7 +301,7 @@ def test_a_head_of_another_width_or_none_is_refused_and_nothing_is_written() -> 
         assert changed(before, roles.adapter_tensors("reward")) == set()
 
 
-# --- a reward adapter is no policy -----------------------------------------------------------------------------------------------------
+# --- a reward adapter is no policy ------------------------------------------------------------------------------------
 
 
 def refused(folder: Path, head: bool) -> str:
@@ -281,19 +322,24 @@ def test_a_reward_adapter_is_no_policy_and_a_policy_no_reward_adapter(tmp_path: 
     assert config.modules_to_save is None and str(config.task_type).endswith("CAUSAL_LM")
 
 
-@pytest.mark.parametrize(("modules", "head", "says"), [
-    (["score"], None, "is broken: it should have a scalar head and has none"),
-    (None, (1, 8), "is broken: it should have no head and has one of shape (1, 8)"),
-    ([], (1, 8), "is broken: it should have no head and has one of shape (1, 8)"),
-    (["score"], (2, 8), "is broken: it should have a scalar head and has one of shape (2, 8)"),
-    (["score"], (8,), "is broken: it should have a scalar head and has one of shape (8,)"),
-    (["classifier"], (1, 8), "uses modules_to_save ['classifier'], which"),
-    (["score", "lm_head"], (1, 8), "uses modules_to_save ['score', 'lm_head'], which"),
-    ("score", (1, 8), "uses modules_to_save score, which"),
-    ([["score"]], (1, 8), "uses modules_to_save [['score']], which"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("modules", "head", "says"),
+    [
+        (["score"], None, "is broken: it should have a scalar head and has none"),
+        (None, (1, 8), "is broken: it should have no head and has one of shape (1, 8)"),
+        ([], (1, 8), "is broken: it should have no head and has one of shape (1, 8)"),
+        (["score"], (2, 8), "is broken: it should have a scalar head and has one of shape (2, 8)"),
+        (["score"], (8,), "is broken: it should have a scalar head and has one of shape (8,)"),
+        (["classifier"], (1, 8), "uses modules_to_save ['classifier'], which"),
+        (["score", "lm_head"], (1, 8), "uses modules_to_save ['score', 'lm_head'], which"),
+        ("score", (1, 8), "uses modules_to_save score, which"),
+        ([["score"]], (1, 8), "uses modules_to_save [['score']], which"),
+    ],
+)
 @pytest.mark.parametrize("wanted", [False, True])
-def test_faults_of_a_head_are_one_sentence(tmp_path: Path, modules: Any, head: tuple[int, ...] | None, says: str, wanted: bool) -> None:
+def test_faults_of_a_head_are_one_sentence(
+    tmp_path: Path, modules: Any, head: tuple[int, ...] | None, says: str, wanted: bool
+) -> None:
     raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "modules_to_save": modules}
     folder = write(tmp_path / "adapter", {CONFIG: json.dumps(raw)})
     save_file({"a": torch.zeros(1)} | ({} if head is None else {KEY: torch.zeros(head)}), folder / WEIGHTS)
@@ -301,12 +347,15 @@ def test_faults_of_a_head_are_one_sentence(tmp_path: Path, modules: Any, head: t
 
 
 def test_a_reward_adapter_that_peft_made_itself_is_read(tmp_path: Path) -> None:
-    """PEFT's class for sequence classifiers adds `classifier` to the names by itself; only the `score` is there and saved."""
+    """PEFT's class for sequence classifiers adds `classifier` to the names by itself; only the `score` is there and
+    saved."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
     model = AutoModelForSequenceClassification.from_pretrained(folder_of("llama"), num_labels=1, dtype=torch.float32)
-    theirs = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="SEQ_CLS", init_lora_weights=False)).eval()
+    theirs = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+    ).eval()
     theirs.save_pretrained(str(tmp_path))
     assert "classifier" in json.loads((tmp_path / CONFIG).read_text())["modules_to_save"]
     saved = read_adapter(str(tmp_path), "adapters.reward.path", head=True)

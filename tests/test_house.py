@@ -16,7 +16,8 @@ import lowrank_tune
 
 PACKAGE = Path(lowrank_tune.__file__).parent
 ORDER = (
-    "errors events hacking patterns early settings types dist maths tutor model data rollout rewards algorithms recipe checkpoint build "
+    "errors events hacking patterns early settings types dist maths tutor model data rollout rewards algorithms "
+    "recipe checkpoint build "
     "preflight evaluate verify control train plan stage export evals sinks trackers ui runner chat doctor cli"
 ).split()
 LAZY = ("__init__", "__main__", "cli")
@@ -104,7 +105,11 @@ def faults_in(place: str, floor: str, text: str) -> tuple[str, ...]:
 def house_faults(package: Path) -> list[str]:
     """Every fault of a package, as `file:line: what`."""
     files = sorted(package.rglob("*.py"))
-    return [fault for file in files for fault in faults_in(file.relative_to(package).as_posix(), floor_of(file, package), file.read_text())]
+    return [
+        fault
+        for file in files
+        for fault in faults_in(file.relative_to(package).as_posix(), floor_of(file, package), file.read_text())
+    ]
 
 
 def test_the_house_stands() -> None:
@@ -132,7 +137,9 @@ def test_the_house_stands() -> None:
 )
 def test_a_planted_fault_is_found(tmp_path: Path, file: str, line: str, fault: str) -> None:
     copy = tmp_path / "lowrank_tune"
-    shutil.copytree(PACKAGE, copy, ignore=lambda _, names: [name for name in names if "." in name and not name.endswith(".py")])
+    shutil.copytree(
+        PACKAGE, copy, ignore=lambda _, names: [name for name in names if "." in name and not name.endswith(".py")]
+    )
     before = house_faults(copy)
     with (copy / file).open("a") as handle:
         handle.write(f"\n{line}\n")
@@ -140,8 +147,13 @@ def test_a_planted_fault_is_found(tmp_path: Path, file: str, line: str, fault: s
     assert len(new) == 1 and fault in new.pop()
 
 
-@pytest.mark.parametrize("module", ["lowrank_tune", "lowrank_tune.recipe", "lowrank_tune.errors", "lowrank_tune.events"])
+@pytest.mark.parametrize(
+    "module", ["lowrank_tune", "lowrank_tune.recipe", "lowrank_tune.errors", "lowrank_tune.events"]
+)
 def test_light_imports(module: str) -> None:
-    code = f"import sys, {module}; print([name for name in ('torch', 'transformers', 'peft', 'datasets') if name in sys.modules])"
+    code = (
+        f"import sys, {module}; print([name for name in ('torch', 'transformers', 'peft', 'datasets') if name in "
+        f"sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
     assert done.stdout.strip() == "[]"

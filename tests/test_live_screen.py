@@ -26,9 +26,16 @@ from lowrank_tune.ui.terminal import ENTER, LEAVE, ascii_only, can_show
 
 ROOT = Path(__file__).parent.parent
 PLAYER = str(ROOT / "tests" / "player.py")
-ENVIRON = {key: value for key, value in os.environ.items() if key not in ("CI", "NO_COLOR", "TMUX", "COLUMNS", "LINES")} | {
-    "TERM": "xterm-256color", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-}  # fmt: skip
+ENVIRON = {
+    key: value for key, value in os.environ.items() if key not in ("CI", "NO_COLOR", "TMUX", "COLUMNS", "LINES")
+} | {
+    "TERM": "xterm-256color",
+    "LANG": "C.UTF-8",
+    "LC_ALL": "C.UTF-8",
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 PATIENCE = 60.0
 
 
@@ -40,7 +47,8 @@ class Emulator:
         self._stream = pyte.ByteStream(self.screen)
         self.child, self.terminal = pty.fork()
         if self.child == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as a shell at a terminal has it; a job in the background may ignore it
+            # as a shell at a terminal has it; a job in the background may ignore it
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             time.sleep(0.2)  # the size is set by then
             os.execve(sys.executable, [sys.executable, *words], {**ENVIRON, **environ})
         self.resize(columns, lines)
@@ -89,7 +97,11 @@ class Emulator:
 def shell_is_sane(emulator: Emulator) -> bool:
     """The terminal's settings are what they were, the other screen was left, and the cursor is back."""
     sane = termios.tcgetattr(emulator.terminal) == emulator.before
-    return sane and emulator.raw.count(ENTER) == emulator.raw.count(LEAVE) and emulator.raw.rfind(LEAVE) > emulator.raw.rfind(ENTER)
+    return (
+        sane
+        and emulator.raw.count(ENTER) == emulator.raw.count(LEAVE)
+        and emulator.raw.rfind(LEAVE) > emulator.raw.rfind(ENTER)
+    )
 
 
 @pytest.fixture
@@ -104,7 +116,14 @@ def emulator(tmp_path: Path) -> Iterator[Emulator]:
 
 def test_a_session_from_start_to_quit(emulator: Emulator, tmp_path: Path) -> None:
     emulator.until("KL to the reference")
-    for wanted in ("demo \u00b7 sft of tiny-tutor", "policy = base + policy", "reference = the base, adapters off", "q quit", "ETA", "memory"):
+    for wanted in (
+        "demo \u00b7 sft of tiny-tutor",
+        "policy = base + policy",
+        "reference = the base, adapters off",
+        "q quit",
+        "ETA",
+        "memory",
+    ):
         assert wanted in emulator.text()
     emulator.press("?")
     emulator.until("save and quit")
@@ -131,7 +150,9 @@ def test_a_session_from_start_to_quit(emulator: Emulator, tmp_path: Path) -> Non
     emulator.press("q")
     assert emulator.finish() == 0 and shell_is_sane(emulator)
     assert json.loads((tmp_path / "asked.json").read_text()) == ["save", "evaluate", "stop"]
-    assert emulator.raw.endswith(b"THE END\r\n") and b"interrupted after step" in emulator.raw[emulator.raw.rfind(LEAVE) :]
+    assert (
+        emulator.raw.endswith(b"THE END\r\n") and b"interrupted after step" in emulator.raw[emulator.raw.rfind(LEAVE) :]
+    )
     log = (tmp_path / "console.log").read_text()
     assert log == "a library prints\nC code writes\n" and b"C code" not in emulator.raw
 
@@ -140,12 +161,20 @@ def test_a_session_from_start_to_quit(emulator: Emulator, tmp_path: Path) -> Non
 def test_signals_leave_a_sane_terminal(emulator: Emulator, tmp_path: Path, number: signal.Signals) -> None:
     emulator.until("ETA")
     os.kill(emulator.child, number)
-    assert emulator.finish() == 0 and shell_is_sane(emulator) and json.loads((tmp_path / "asked.json").read_text()) == ["stop"]
+    assert (
+        emulator.finish() == 0
+        and shell_is_sane(emulator)
+        and json.loads((tmp_path / "asked.json").read_text()) == ["stop"]
+    )
 
 
 def test_an_exception_leaves_a_sane_terminal(tmp_path: Path) -> None:
     emulator = Emulator(PLAYER, str(tmp_path), "0", "--break")
-    assert emulator.finish() == 1 and shell_is_sane(emulator) and b"the run broke" in emulator.raw[emulator.raw.rfind(LEAVE) :]
+    assert (
+        emulator.finish() == 1
+        and shell_is_sane(emulator)
+        and b"the run broke" in emulator.raw[emulator.raw.rfind(LEAVE) :]
+    )
 
 
 def test_a_closed_terminal_lets_the_run_save(tmp_path: Path) -> None:
@@ -188,10 +217,15 @@ def test_a_costly_screen_slows_itself_down(tmp_path: Path) -> None:
 
 
 def test_ascii_and_no_color(tmp_path: Path) -> None:
-    emulator = Emulator(PLAYER, str(tmp_path), "0.01", LC_ALL="C", NO_COLOR="1", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
+    emulator = Emulator(
+        PLAYER, str(tmp_path), "0.01", LC_ALL="C", NO_COLOR="1", PYTHONUTF8="0", PYTHONIOENCODING="ascii"
+    )
     emulator.until("ETA")
-    assert emulator.finish() == 0 and emulator.raw.isascii() and b"\x1b[3" not in emulator.raw.replace(b"\x1b[3;1H", b"") \
-        .replace(b"\x1b[30;", b"").replace(b"\x1b[31;", b"")  # fmt: skip
+    assert (
+        emulator.finish() == 0
+        and emulator.raw.isascii()
+        and b"\x1b[3" not in emulator.raw.replace(b"\x1b[3;1H", b"").replace(b"\x1b[30;", b"").replace(b"\x1b[31;", b"")
+    )
 
 
 def test_where_a_dashboard_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +241,12 @@ def test_where_a_dashboard_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     mine, theirs = pty.openpty()
     assert not can_show(Terminal(), {"TERM": "xterm"})  # type: ignore[arg-type]  # not our foreground
     assert not can_show(sys.stdout, {"TERM": "xterm"}, forced=True)
-    for environ, wanted in (({"LANG": "C"}, True), ({"TERM": "linux"}, True), ({"LC_ALL": "C.UTF-8", "LANG": "C"}, False), ({}, False)):
+    for environ, wanted in (
+        ({"LANG": "C"}, True),
+        ({"TERM": "linux"}, True),
+        ({"LC_ALL": "C.UTF-8", "LANG": "C"}, False),
+        ({}, False),
+    ):
         assert ascii_only(Terminal(), environ) is wanted  # type: ignore[arg-type]
     os.close(mine)
     os.close(theirs)
@@ -223,7 +262,9 @@ def test_where_a_dashboard_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_event_costs_less_than_a_millisecond() -> None:
     emulator = Emulator(str(ROOT / "benchmarks" / "screen.py"), "--emit", os.devnull)
     assert emulator.finish() == 0
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "screen.py"), "--quick"], capture_output=True, text=True, env=ENVIRON)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "screen.py"), "--quick"], capture_output=True, text=True, env=ENVIRON
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -237,7 +278,11 @@ def test_a_broken_screen_goes_on_in_lines(tmp_path: Path) -> None:
     emulator = Emulator("-c", program)
     assert emulator.finish() == 0 and shell_is_sane(emulator)
     told = emulator.raw[emulator.raw.rfind(LEAVE) :].decode()
-    assert "the dashboard broke, plain lines follow: ZeroDivisionError: planted" in told and "step 95/96" in told and "THE END" in told
+    assert (
+        "the dashboard broke, plain lines follow: ZeroDivisionError: planted" in told
+        and "step 95/96" in told
+        and "THE END" in told
+    )
 
 
 class Tmux:
@@ -245,7 +290,10 @@ class Tmux:
 
     def __init__(self, folder: Path) -> None:
         # a name for each: a server that is just going away would still take the next one's call
-        self.folder, self._words = folder, ["tmux", "-L", f"lowrank{os.getpid()}-{time.monotonic_ns()}", "-f", os.devnull, "-u"]
+        self.folder, self._words = (
+            folder,
+            ["tmux", "-L", f"lowrank{os.getpid()}-{time.monotonic_ns()}", "-f", os.devnull, "-u"],
+        )
         self("new-session", "-d", "-x", "80", "-y", "24", "-c", str(folder), "bash --norc --noprofile")
         self.type("PS1='ready> '; clear; stty -a > before.txt")
 
@@ -309,7 +357,9 @@ def test_suspended_and_continued_in_tmux(tmux: Tmux) -> None:
 
 @pytest.mark.slow
 def test_a_background_job_is_not_stopped_and_draws_nothing(tmux: Tmux, tmp_path: Path) -> None:
-    tmux.type(f"clear; {sys.executable} -m lowrank_tune demo --out run train.steps=3 evaluate.samples=1 evaluate.prompts=4 &")
+    tmux.type(
+        f"clear; {sys.executable} -m lowrank_tune demo --out run train.steps=3 evaluate.samples=1 evaluate.prompts=4 &"
+    )
     tmux.until("the recipe, complete")
     assert "q quit" not in tmux.text()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "done"
@@ -317,9 +367,13 @@ def test_a_background_job_is_not_stopped_and_draws_nothing(tmux: Tmux, tmp_path:
 
 @pytest.mark.slow
 def test_a_real_run_in_tmux_is_stopped_continued_and_left(tmux: Tmux, tmp_path: Path) -> None:
-    """By `q`, by Ctrl-C and by closing the terminal: each time a valid checkpoint, from which the next start goes on."""
-    demo = f"{sys.executable} -m lowrank_tune demo --out run evaluate.samples=1 evaluate.prompts=8 evaluate.every=50 train.save_every=50 " \
-           "train.epochs=40; echo code $?"  # fmt: skip
+    """By `q`, by Ctrl-C and by closing the terminal: each time a valid checkpoint, from which the next start goes
+    on."""
+    demo = (
+        f"{sys.executable} -m lowrank_tune demo --out run evaluate.samples=1 evaluate.prompts=8 evaluate.every=50 "
+        f"train.save_every=50 "
+        "train.epochs=40; echo code $?"
+    )
     reached = 0
     for way in ("q", "C-c"):
         tmux.type(f"clear; {demo}")
@@ -342,4 +396,8 @@ def test_a_real_run_in_tmux_is_stopped_continued_and_left(tmux: Tmux, tmp_path: 
         assert time.monotonic() < end
         time.sleep(0.2)
     found = newest(tmp_path / "run" / "1-sft" / "checkpoints", lambda event: pytest.fail(str(event)))
-    assert found is not None and found[0] > reached and json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
+    assert (
+        found is not None
+        and found[0] > reached
+        and json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
+    )

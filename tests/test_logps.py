@@ -1,4 +1,5 @@
-"""Laws of the chunked head: equal to float64 over the whole vocabulary, to the model's own logits, and never the size of both."""
+"""Laws of the chunked head: equal to float64 over the whole vocabulary, to the model's own logits, and never the size
+of both."""
 
 from __future__ import annotations
 
@@ -35,8 +36,9 @@ def full_logits(head: Head, hidden: Tensor, temperature: float) -> Tensor:
     return z / temperature
 
 
-def make_head(rows: int, width: int, vocab: int, size: float, bias: bool, scale: float, cap: float | None,
-              seed: int = 0) -> tuple[Head, Tensor, Tensor]:  # fmt: skip
+def make_head(
+    rows: int, width: int, vocab: int, size: float, bias: bool, scale: float, cap: float | None, seed: int = 0
+) -> tuple[Head, Tensor, Tensor]:
     stream = torch.Generator().manual_seed(seed)
     weight = torch.randn(vocab, width, generator=stream)
     hidden = size * torch.randn(rows, width, generator=stream)
@@ -45,7 +47,8 @@ def make_head(rows: int, width: int, vocab: int, size: float, bias: bool, scale:
 
 
 def error_of_logps(head: Head, hidden: Tensor, targets: Tensor, temperature: float) -> float:
-    """Largest error of value, entropy and gradient against float64, relative to the size of the logits; inf if `likeliest` is wrong."""
+    """Largest error of value, entropy and gradient against float64, relative to the size of the logits; inf if
+    `likeliest` is wrong."""
     upstream = torch.linspace(-1, 2, len(targets))
     mine = hidden.clone().requires_grad_()
     values, entropy, likeliest = chunked_logps(head, mine, targets, temperature)
@@ -56,7 +59,9 @@ def error_of_logps(head: Head, hidden: Tensor, targets: Tensor, temperature: flo
     chosen = logp.gather(1, targets[:, None]).squeeze(1)
     (chosen * upstream.double()).sum().backward()
     if len(targets) == 0:
-        return 0.0 if values.shape == entropy.shape == likeliest.shape == (0,) and mine.grad is not None else float("inf")
+        return (
+            0.0 if values.shape == entropy.shape == likeliest.shape == (0,) and mine.grad is not None else float("inf")
+        )
     largest_sum = float((hidden.abs() @ head.weight.abs().T).max())
     reach = 1 + float(z.detach().abs().max()) + largest_sum * head.scale / temperature
     slope = float(head.weight.abs().max() * head.scale / temperature)
@@ -65,8 +70,11 @@ def error_of_logps(head: Head, hidden: Tensor, targets: Tensor, temperature: flo
     if (likeliest != (gap > 0))[clear].any():
         return float("inf")
     assert mine.grad is not None and theirs.grad is not None
-    errors = [(values - chosen).abs().max() / reach, (entropy + (logp.exp() * logp).sum(dim=1)).abs().max() / reach,
-              (mine.grad - theirs.grad).abs().max() / (slope * reach)]  # fmt: skip
+    errors = [
+        (values - chosen).abs().max() / reach,
+        (entropy + (logp.exp() * logp).sum(dim=1)).abs().max() / reach,
+        (mine.grad - theirs.grad).abs().max() / (slope * reach),
+    ]
     worst = float(torch.stack([error.detach().double() for error in errors]).max())
     return worst if worst == worst else float("inf")
 
@@ -81,17 +89,34 @@ def error_of_kl(head: Head, mine: Tensor, other: Tensor, temperature: float) -> 
     return float((found - expected).abs().max() / reach) if len(mine) else 0.0
 
 
-SHAPES = dict(rows=st.integers(0, 9), width=st.integers(1, 8), vocab=st.integers(2, 40),
-              size=st.sampled_from([0.01, 1.0, 30.0, 1000.0]), bias=st.booleans(), scale=st.sampled_from([1.0, 0.0625, 4.0]),
-              cap=st.sampled_from([None, 5.0, 30.0]),
-              temperature=st.sampled_from([0.5, 0.7, 1.0, 2.0]),
-              chunk=st.sampled_from([1, 7, 64, 200, 1 << 24]), seed=st.integers(0, 999))  # fmt: skip
+SHAPES = dict(
+    rows=st.integers(0, 9),
+    width=st.integers(1, 8),
+    vocab=st.integers(2, 40),
+    size=st.sampled_from([0.01, 1.0, 30.0, 1000.0]),
+    bias=st.booleans(),
+    scale=st.sampled_from([1.0, 0.0625, 4.0]),
+    cap=st.sampled_from([None, 5.0, 30.0]),
+    temperature=st.sampled_from([0.5, 0.7, 1.0, 2.0]),
+    chunk=st.sampled_from([1, 7, 64, 200, 1 << 24]),
+    seed=st.integers(0, 999),
+)
 
 
 @settings(max_examples=150)
 @given(**SHAPES)
-def test_log_probs_equal_float64(rows: int, width: int, vocab: int, size: float, bias: bool, scale: float, cap: float | None,
-                                 temperature: float, chunk: int, seed: int) -> None:  # fmt: skip
+def test_log_probs_equal_float64(
+    rows: int,
+    width: int,
+    vocab: int,
+    size: float,
+    bias: bool,
+    scale: float,
+    cap: float | None,
+    temperature: float,
+    chunk: int,
+    seed: int,
+) -> None:
     head, hidden, targets = make_head(rows, width, vocab, size, bias, scale, cap, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logps_module, "CHUNK_LOGITS", chunk)
@@ -100,8 +125,18 @@ def test_log_probs_equal_float64(rows: int, width: int, vocab: int, size: float,
 
 @settings(max_examples=80)
 @given(**SHAPES)
-def test_exact_kl_equals_float64(rows: int, width: int, vocab: int, size: float, bias: bool, scale: float, cap: float | None,
-                                 temperature: float, chunk: int, seed: int) -> None:  # fmt: skip
+def test_exact_kl_equals_float64(
+    rows: int,
+    width: int,
+    vocab: int,
+    size: float,
+    bias: bool,
+    scale: float,
+    cap: float | None,
+    temperature: float,
+    chunk: int,
+    seed: int,
+) -> None:
     head, mine, _ = make_head(rows, width, vocab, size, bias, scale, cap, seed)
     other = mine + 0.3 * torch.randn(mine.shape, generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
@@ -121,16 +156,29 @@ def error_of_kl_slope(head: Head, mine: Tensor, other: Tensor, temperature: floa
         return float("inf")
     if not len(mine):
         return 0.0
-    # fp32 logits are off by some eps of their size, and so are p and log p - log q, before they are multiplied with the head.
+    # fp32 logits are off by some eps of their size, and so are p and log p - log q, before they are multiplied with the
+    # head.
     reach = 1 + float(max(p.detach().abs().max(), q.detach().abs().max()))
-    worst = float((leaf.grad - theirs.grad).abs().max()) / (reach * reach * float(head.weight.abs().max()) * head.scale / temperature)
+    worst = float((leaf.grad - theirs.grad).abs().max()) / (
+        reach * reach * float(head.weight.abs().max()) * head.scale / temperature
+    )
     return worst if worst == worst else float("inf")
 
 
 @settings(max_examples=80)
 @given(**SHAPES)
-def test_the_gradient_of_exact_kl_equals_float64(rows: int, width: int, vocab: int, size: float, bias: bool, scale: float, cap: float | None,
-                                                 temperature: float, chunk: int, seed: int) -> None:  # fmt: skip
+def test_the_gradient_of_exact_kl_equals_float64(
+    rows: int,
+    width: int,
+    vocab: int,
+    size: float,
+    bias: bool,
+    scale: float,
+    cap: float | None,
+    temperature: float,
+    chunk: int,
+    seed: int,
+) -> None:
     head, mine, _ = make_head(rows, width, vocab, size, bias, scale, cap, seed)
     other = mine + 0.3 * torch.randn(mine.shape, generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
@@ -176,8 +224,16 @@ chunked_kl_of = chunked_kl
 real_chunk = logps_module._one_chunk
 
 
-def _cap_forgotten_in_gradient(head: Head, hidden: Tensor, targets: Tensor, t: float, logps: Tensor, entropy: Tensor, likeliest: Tensor,
-                               slope: Tensor | None) -> None:  # fmt: skip
+def _cap_forgotten_in_gradient(
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    t: float,
+    logps: Tensor,
+    entropy: Tensor,
+    likeliest: Tensor,
+    slope: Tensor | None,
+) -> None:
     real_chunk(head, hidden, targets, t, logps, entropy, likeliest, None)
     if slope is not None:
         p = torch.softmax(head.logits(hidden, t), dim=-1)
@@ -215,12 +271,21 @@ def _logits_in_bf16(self: Head, hidden: Tensor, temperature: float = 1.0) -> Ten
 real_logits = Head.logits
 
 
-@pytest.mark.parametrize(("place", "name", "bug"), [
-    (logps_module, "_one_chunk", _cap_forgotten_in_gradient), (logps_module, "_one_chunk", _temperature_forgotten_in_gradient),
-    (logps_module, "_one_chunk", _entropy_without_sign), (logps_module, "_one_chunk", _accuracy_by_log_prob),
-    (Head, "logits", _logits_without_scale), (Head, "logits", _scale_after_cap), (Head, "logits", _logits_in_bf16),
-])  # fmt: skip
-def test_bugs_in_the_head_are_seen(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, bug: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("place", "name", "bug"),
+    [
+        (logps_module, "_one_chunk", _cap_forgotten_in_gradient),
+        (logps_module, "_one_chunk", _temperature_forgotten_in_gradient),
+        (logps_module, "_one_chunk", _entropy_without_sign),
+        (logps_module, "_one_chunk", _accuracy_by_log_prob),
+        (Head, "logits", _logits_without_scale),
+        (Head, "logits", _scale_after_cap),
+        (Head, "logits", _logits_in_bf16),
+    ],
+)
+def test_bugs_in_the_head_are_seen(
+    monkeypatch: pytest.MonkeyPatch, place: Any, name: str, bug: Callable[..., Any]
+) -> None:
     head, hidden, targets = make_head(9, 8, 40, 1.0, True, 0.25, 5.0)
     targets[0] = full_logits(head, hidden, 0.7)[0].argmax()
     assert error_of_logps(head, hidden, targets, 0.7) < 2e-6
@@ -246,11 +311,12 @@ def test_by_hand() -> None:
     assert hidden.grad is not None and hidden.grad.item() == pytest.approx(-0.75, abs=1e-6)
 
 
-# --- every architecture: the kit's log-probs are those of the model's own logits ---------------------------------------------------------
+# --- every architecture: the kit's log-probs are those of the model's own logits --------------------------------------
 
 
 def error_against_model(roles: Roles) -> float:
-    """Largest difference between log-probs from `roles.logps` and from `model(...).logits`, and the relative one of adapter gradients."""
+    """Largest difference between log-probs from `roles.logps` and from `model(...).logits`, and the relative one of
+    adapter gradients."""
     batch = ragged((9, 5, 12), unscored=())
     scored = batch.scored
     roles.base.model.zero_grad(set_to_none=True)
@@ -259,14 +325,18 @@ def error_against_model(roles: Roles) -> float:
     my_gradient = gradients(roles)
     roles.base.model.zero_grad(set_to_none=True)
     with roles.use("policy"):
-        logits = roles.base.model(input_ids=batch.ids, attention_mask=batch.attended.long(), use_cache=False).logits.double()
+        logits = roles.base.model(
+            input_ids=batch.ids, attention_mask=batch.attended.long(), use_cache=False
+        ).logits.double()
     logp = torch.log_softmax(logits[:, :-1], dim=-1)
     theirs = logp.gather(2, batch.ids[:, 1:, None]).squeeze(2)
     theirs.masked_fill(~scored[:, 1:], 0.0).sum().backward()
     entropy = -(logp.exp() * logp).sum(dim=-1).masked_fill(~scored[:, 1:], 0.0)
     assert not mine.logps[~scored].any() and not mine.entropy[~scored].any()
-    values = max(float((mine.logps[:, 1:].double() - theirs.masked_fill(~scored[:, 1:], 0.0)).abs().max().detach()),
-                 float((mine.entropy[:, 1:].double() - entropy).abs().max().detach()))  # fmt: skip
+    values = max(
+        float((mine.logps[:, 1:].double() - theirs.masked_fill(~scored[:, 1:], 0.0)).abs().max().detach()),
+        float((mine.entropy[:, 1:].double() - entropy).abs().max().detach()),
+    )
     return max(values, far(my_gradient, gradients(roles)))
 
 
@@ -277,13 +347,20 @@ def test_every_architecture_equals_its_own_logits(kind: str) -> None:
     assert error_against_model(roles) < 2e-5
     if roles.head.softcap:  # it must bite, or this test is blind to it
         with roles.use("policy"):
-            raw = roles.base.model.get_decoder()(input_ids=ragged().ids, use_cache=False).last_hidden_state @ roles.head.weight.T
+            raw = (
+                roles.base.model.get_decoder()(input_ids=ragged().ids, use_cache=False).last_hidden_state
+                @ roles.head.weight.T
+            )
         assert float(raw.detach().abs().max()) > 2 * roles.head.softcap
 
 
 DROPPED: dict[str, dict[str, Any]] = {
-    "gemma2": {"softcap": None}, "gemma3_text": {"softcap": None}, "cohere": {"scale": 1.0}, "granite": {"scale": 1.0}, "phi": {"bias": None},
-}  # fmt: skip
+    "gemma2": {"softcap": None},
+    "gemma3_text": {"softcap": None},
+    "cohere": {"scale": 1.0},
+    "granite": {"scale": 1.0},
+    "phi": {"bias": None},
+}
 
 
 @pytest.mark.parametrize("kind", DROPPED)
@@ -299,16 +376,19 @@ def test_a_head_with_something_dropped_is_seen_and_refused(monkeypatch: pytest.M
 def test_granite_divides_and_hyperclova_multiplies() -> None:
     model = whole("granite").model
     assert logps_module.head_of(model).scale == 0.25
-    monkey = type("Config", (), {"logits_scaling": 4.0, "model_type": "hyperclovax", "get_text_config": lambda self: self})()
+    monkey = type(
+        "Config", (), {"logits_scaling": 4.0, "model_type": "hyperclovax", "get_text_config": lambda self: self}
+    )()
     fake = type("Model", (), {"config": monkey, "get_output_embeddings": lambda self: torch.nn.Linear(2, 3)})()
     assert logps_module.head_of(fake).scale == 4.0
 
 
-# --- size: (B, T, V) never exists -----------------------------------------------------------------------------------------------------
+# --- size: (B, T, V) never exists -------------------------------------------------------------------------------------
 
 
 class _Widest(TorchDispatchMode):
-    """The most rows of any tensor that is as wide as the vocabulary (weights have as many rows as they have, and are let through)."""
+    """The most rows of any tensor that is as wide as the vocabulary (weights have as many rows as they have, and are
+    let through)."""
 
     def __init__(self, vocab: int) -> None:
         super().__init__()
@@ -337,7 +417,8 @@ def _all_at_once(hidden: Tensor, head: Head) -> Any:
 
 def test_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     roles = roles_over(whole("llama"), r=3)
-    monkeypatch.setattr(logps_module, "CHUNK_LOGITS", 97 * 70)  # more rows than the widths of the model, so that only logits count
+    # more rows than the widths of the model, so that only logits count
+    monkeypatch.setattr(logps_module, "CHUNK_LOGITS", 97 * 70)
     assert widest(roles) == 70
     monkeypatch.setattr(logps_module, "_chunks", _all_at_once)
     assert widest(roles) > 90
@@ -388,12 +469,15 @@ def peaks(*runs: tuple[str, int]) -> list[float]:
     return list(map(float, done.stdout.split()))
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
+)
 
 
 @needs_proc
 def test_peak_memory_does_not_grow_with_the_tokens_and_full_logits_would_be_seen() -> None:
-    # The kernel may reclaim pages while it counts, so the planted case is given room: 128 more rows of full logits are 74 MiB at least.
+    # The kernel may reclaim pages while it counts, so the planted case is given room: 128 more rows of full logits are
+    # 74 MiB at least.
     few, many, full_few, full_many = peaks(("chunked", 128), ("chunked", 256), ("full", 48), ("full", 176))
     assert few > 60 and many - few < 20  # one chunk's two buffers are seen, and never more than those
     assert full_many - full_few > 50

@@ -1,4 +1,5 @@
-"""Laws of the loop: a broken step changes nothing, a step can be drawn again, the schedule is what it says, and silence is noticed."""
+"""Laws of the loop: a broken step changes nothing, a step can be drawn again, the schedule is what it says, and silence
+is noticed."""
 
 from __future__ import annotations
 
@@ -37,7 +38,12 @@ class Toy:
 
     together = 1
 
-    def __init__(self, gradients: Mapping[int, list[float]] | None = None, losses: Mapping[int, float] | None = None, parts: int = 1) -> None:
+    def __init__(
+        self,
+        gradients: Mapping[int, list[float]] | None = None,
+        losses: Mapping[int, float] | None = None,
+        parts: int = 1,
+    ) -> None:
         self.weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0, 0.5]))
         self.gradients, self.losses, self.parts = gradients or {}, losses or {}, parts
         self.step, self.observed, self.collected, self.asked = -1, list[int](), list[int](), 0
@@ -93,11 +99,17 @@ class Several(Experience):
             yield self.batch
 
 
-def loop_over(algorithm: Any, parameters: list[nn.Parameter], steps: int = 4, optimizer: Any = None, **train: Any) -> tuple[Loop, list[Event]]:
-    wanted = settings.Train(**{"learning_rate": 0.1, "schedule": "constant", "micro_batch_size": 1, "log_every": 1} | train)
+def loop_over(
+    algorithm: Any, parameters: list[nn.Parameter], steps: int = 4, optimizer: Any = None, **train: Any
+) -> tuple[Loop, list[Event]]:
+    wanted = settings.Train(
+        **{"learning_rate": 0.1, "schedule": "constant", "micro_batch_size": 1, "log_every": 1} | train
+    )
     events: list[Event] = []
     optimizer = optimizer or make_optimizer(parameters, wanted, CPU)
-    return Loop(algorithm, parameters, optimizer, wanted, steps, 7, CPU, events.append, lambda progress, last: None), events
+    return Loop(
+        algorithm, parameters, optimizer, wanted, steps, 7, CPU, events.append, lambda progress, last: None
+    ), events
 
 
 def toy_loop(toy: Toy, **more: Any) -> tuple[Loop, list[Event]]:
@@ -112,15 +124,20 @@ def steps_of(events: list[Event]) -> list[StepDone]:
     return [event for event in events if isinstance(event, StepDone)]
 
 
-# --- a broken step ---------------------------------------------------------------------------------------------------------------------
+# --- a broken step ----------------------------------------------------------------------------------------------------
 
-BREAKS = [{"losses": {2: math.nan}}, {"losses": {2: math.inf}}, {"gradients": {2: [math.nan, 0, 0, 0]}},
-          {"gradients": {2: [0, math.inf, 0, 0]}},
-          {"gradients": {2: [1e38, 1e38, 1e38, 1e38]}, "losses": {2: 1.0}}]  # fmt: skip
+BREAKS = [
+    {"losses": {2: math.nan}},
+    {"losses": {2: math.inf}},
+    {"gradients": {2: [math.nan, 0, 0, 0]}},
+    {"gradients": {2: [0, math.inf, 0, 0]}},
+    {"gradients": {2: [1e38, 1e38, 1e38, 1e38]}, "losses": {2: 1.0}},
+]
 
 
 def broken_step_moves(breaks: dict[str, Any]) -> list[str]:
-    """What a broken third step changes in parameters, optimizer, counters and events, and should not. Empty is right."""
+    """What a broken third step changes in parameters, optimizer, counters and events, and should not. Empty is
+    right."""
     toy = Toy(**breaks)
     loop, events = toy_loop(toy, weight_decay=0.1)
     kept: dict[int, Any] = {}
@@ -167,7 +184,11 @@ def test_many_broken_steps_end_the_run() -> None:
     with pytest.raises(RunFailed) as caught:
         loop.run()
     assert "3 steps in a row" in str(caught.value) and "step 6" in str(caught.value) and caught.value.exit_code == 1
-    assert toy.collected == [0, 1, 2, 3, 4, 5] and len(warnings_of(events)) == 4 and not same_bytes(before, toy.weight.detach())
+    assert (
+        toy.collected == [0, 1, 2, 3, 4, 5]
+        and len(warnings_of(events)) == 4
+        and not same_bytes(before, toy.weight.detach())
+    )
 
 
 def test_a_broken_part_ends_the_inner_epochs() -> None:
@@ -185,7 +206,7 @@ def test_inner_epochs_end_where_the_algorithm_says_so() -> None:
     assert int(loop.optimizer.state[toy.weight]["step"]) == 3 and loop.progress.tokens == 3 * 8
 
 
-# --- clipping, schedule ----------------------------------------------------------------------------------------------------------------
+# --- clipping, schedule -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("most", "factor"), [(10.0, 1.0), (0.25, 0.5), (0.05, 0.1)])
@@ -201,10 +222,15 @@ def test_clipping_by_hand(most: float, factor: float) -> None:
 
 ROOT = math.sqrt(0.5)
 SCHEDULES = [
-    ("constant", 0, 4, [1, 1, 1, 1]), ("constant", 3, 5, [0.25, 0.5, 0.75, 1, 1]), ("linear", 0, 4, [1, 0.75, 0.5, 0.25]),
-    ("linear", 1, 5, [0.5, 1, 0.75, 0.5, 0.25]), ("cosine", 0, 4, [1, 0.5 + ROOT / 2, 0.5, 0.5 - ROOT / 2]),
-    ("cosine", 2, 6, [1 / 3, 2 / 3, 1, 0.5 + ROOT / 2, 0.5, 0.5 - ROOT / 2]), ("cosine", 0, 1, [1]), ("linear", 5, 3, [1 / 6, 2 / 6, 3 / 6]),
-]  # fmt: skip
+    ("constant", 0, 4, [1, 1, 1, 1]),
+    ("constant", 3, 5, [0.25, 0.5, 0.75, 1, 1]),
+    ("linear", 0, 4, [1, 0.75, 0.5, 0.25]),
+    ("linear", 1, 5, [0.5, 1, 0.75, 0.5, 0.25]),
+    ("cosine", 0, 4, [1, 0.5 + ROOT / 2, 0.5, 0.5 - ROOT / 2]),
+    ("cosine", 2, 6, [1 / 3, 2 / 3, 1, 0.5 + ROOT / 2, 0.5, 0.5 - ROOT / 2]),
+    ("cosine", 0, 1, [1]),
+    ("linear", 5, 3, [1 / 6, 2 / 6, 3 / 6]),
+]
 
 
 def schedule_error(schedule: str, warmup: int, steps: int, expected: list[float]) -> float:
@@ -216,7 +242,9 @@ def schedule_error(schedule: str, warmup: int, steps: int, expected: list[float]
         def step(self, closure: Any = None) -> None:
             given.append(self.param_groups[0]["lr"])
 
-    loop, events = toy_loop(toy, steps=steps, warmup_steps=warmup, schedule=schedule, optimizer=Optimizer([toy.weight], lr=9.0))
+    loop, events = toy_loop(
+        toy, steps=steps, warmup_steps=warmup, schedule=schedule, optimizer=Optimizer([toy.weight], lr=9.0)
+    )
     loop.run()
     told = [event.stats["learning_rate"] for event in steps_of(events)]
     return max(max(abs(a - 0.1 * c), abs(b - 0.1 * c)) for a, b, c in zip(given, told, expected, strict=True))
@@ -242,7 +270,7 @@ def test_adamw_by_hand() -> None:
     assert torch.allclose(parameter.detach(), torch.tensor([1.0 * 0.95 - 0.1, -2.0 * 0.95 + 0.1]))
 
 
-# --- events, borders, control ----------------------------------------------------------------------------------------------------------
+# --- events, borders, control -----------------------------------------------------------------------------------------
 
 
 def test_logging_steps_alone_pay_for_measurements() -> None:
@@ -254,7 +282,10 @@ def test_logging_steps_alone_pay_for_measurements() -> None:
     assert [event.step for event in steps_of(events) if "moved_share" in event.stats] == logged
     assert [event.step for event in steps_of(events) if "kl" in event.stats] == logged
     assert [event.step for event in steps_of(events)] == list(range(1, 9))
-    assert all({"loss", "grad_norm", "learning_rate", "memory_gib", "tokens_per_second"} <= event.stats.keys() for event in steps_of(events))
+    assert all(
+        {"loss", "grad_norm", "learning_rate", "memory_gib", "tokens_per_second"} <= event.stats.keys()
+        for event in steps_of(events)
+    )
     assert all(event.tokens == 8 and event.steps == 8 for event in steps_of(events)) and loop.progress.tokens == 64
 
 
@@ -281,7 +312,11 @@ def test_stop_ends_at_the_next_border() -> None:
         return real(batch)
 
     toy.weigh = weigh  # type: ignore[method-assign]
-    assert loop.run() is False and borders == [(1, False, False), (2, False, False), (2, False, True)] and toy.collected == [0, 1]
+    assert (
+        loop.run() is False
+        and borders == [(1, False, False), (2, False, False), (2, False, True)]
+        and toy.collected == [0, 1]
+    )
 
 
 def test_stop_before_the_first_step_does_nothing() -> None:
@@ -329,7 +364,7 @@ def test_a_paused_loop_still_saves_on_demand() -> None:
     assert loop.run() and saved == [0, 1, 2]
 
 
-# --- the algorithm's own check and worries -----------------------------------------------------------------------------------------------
+# --- the algorithm's own check and worries ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("start", [0, 2])
@@ -378,10 +413,16 @@ def test_a_check_leaves_the_random_numbers_alone(monkeypatch: pytest.MonkeyPatch
 
 def test_each_kind_of_worry_is_told_once() -> None:
     toy = Toy(losses={3: math.nan})
-    toy.worries = {1: ["it collapses, by 0.6"], 2: ["it collapses, by 0.7", "it is flat, at 0"], 3: ["it is broken, now"]}
+    toy.worries = {
+        1: ["it collapses, by 0.6"],
+        2: ["it collapses, by 0.7", "it is flat, at 0"],
+        3: ["it is broken, now"],
+    }
     _, events = done(toy_loop(toy, steps=4))
     assert warnings_of(events)[:2] == ["step 2: it collapses, by 0.6", "step 3: it is flat, at 0"]
-    assert not any("broken, now" in message for message in warnings_of(events)), "a step that changed nothing has no figures to worry about"
+    assert not any("broken, now" in message for message in warnings_of(events)), (
+        "a step that changed nothing has no figures to worry about"
+    )
 
 
 def done(loop_and_events: tuple[Loop, list[Event]]) -> tuple[Loop, list[Event]]:
@@ -389,7 +430,7 @@ def done(loop_and_events: tuple[Loop, list[Event]]) -> tuple[Loop, list[Event]]:
     return loop_and_events
 
 
-# --- a step is drawn again just so -----------------------------------------------------------------------------------------------------
+# --- a step is drawn again just so ------------------------------------------------------------------------------------
 
 
 ALGORITHMS = ("sft", "reward", "dpo", "grpo", "ppo")
@@ -405,13 +446,23 @@ def algorithm_over(name: str, dropout: float, **more: Any) -> tuple[Any, Roles, 
         roles = reward_roles(load(16), dropout=dropout, **more)
         return Reward(Kit(roles, pairs_of)), roles, "reward"
     if name == "ppo":
-        roles = llama_roles(16, extra=["value"], trainable=["policy", "value"],
-                            stacks={"policy": ["policy"], "reference": [], "value": ["value"]}, heads=["value"], **more)  # fmt: skip
+        roles = llama_roles(
+            16,
+            extra=["value"],
+            trainable=["policy", "value"],
+            stacks={"policy": ["policy"], "reference": [], "value": ["value"]},
+            heads=["value"],
+            **more,
+        )
         return PPO(Kit(roles, pairs_of), Fake(roles, LIVE), update=Update(epochs=2, minibatches=2)), roles, "policy"
     roles = llama_roles(16, **more)  # dropout is a fault there
     if name == "grpo":
         harvester = Fake(roles, LIVE, drift=0.2)
-        return GRPO(Kit(roles, pairs_of), harvester, old="sampler", mismatch_limit=1.0, truncated="penalise"), roles, "policy"
+        return (
+            GRPO(Kit(roles, pairs_of), harvester, old="sampler", mismatch_limit=1.0, truncated="penalise"),
+            roles,
+            "policy",
+        )
 
     def rows(step: int) -> Batch:
         batch = pairs_of(step)
@@ -427,9 +478,13 @@ def pairs_of(step: int) -> Batch:
     return pair_batch(rows, says)
 
 
-def loop_of(name: str = "sft", dropout: float = 0.3, steps: int = 4, **train: Any) -> tuple[Loop, Roles, str, list[Event]]:
+def loop_of(
+    name: str = "sft", dropout: float = 0.3, steps: int = 4, **train: Any
+) -> tuple[Loop, Roles, str, list[Event]]:
     algorithm, roles, role = algorithm_over(name, dropout)
-    loop, events = loop_over(algorithm, roles.parameters(role), steps, **{"learning_rate": 1e-2, "micro_batch_size": 3} | train)
+    loop, events = loop_over(
+        algorithm, roles.parameters(role), steps, **{"learning_rate": 1e-2, "micro_batch_size": 3} | train
+    )
     return loop, roles, role, events
 
 
@@ -469,21 +524,31 @@ def test_a_step_without_its_optimizer_state_is_seen(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_any_micro_batch_size_learns_the_same(name: str) -> None:
-    """Three whole steps, optimizer and clipping included, with micro-batches of one unit, of two, of a token budget, and of all."""
+    """Three whole steps, optimizer and clipping included, with micro-batches of one unit, of two, of a token budget,
+    and of all."""
     found = []
     by_tokens = {"micro_batch_size": None, "micro_batch_tokens": 30}
     for split in ({"micro_batch_size": 1}, {"micro_batch_size": 2}, by_tokens, {"micro_batch_size": 50}):
         loop, roles, role, events = loop_of(name, dropout=0.0, steps=3, **split)
         shake(roles, role, size=0.05)
         loop.algorithm.kit = replace(loop.algorithm.kit, fresh=False)  # type: ignore[attr-defined]
-        loop.optimizer = torch.optim.SGD(loop.parameters, lr=0.0)  # AdamW's first step is a sign, which noise around 0 turns
+        # AdamW's first step is a sign, which noise around 0 turns
+        loop.optimizer = torch.optim.SGD(loop.parameters, lr=0.0)
         loop.run()
         tensors = torch.cat([tensor.flatten() for tensor in roles.adapter_tensors(role).values()])
-        found.append((tensors, [event.stats["loss"] for event in steps_of(events)], [event.stats["grad_norm"] for event in steps_of(events)]))
+        found.append(
+            (
+                tensors,
+                [event.stats["loss"] for event in steps_of(events)],
+                [event.stats["grad_norm"] for event in steps_of(events)],
+            )
+        )
     for tensors, losses, norms in found[1:]:
         assert far(tensors, found[0][0]) < 1e-6
         # A policy loss is the mean of terms around 1 that nearly cancel: fp32 holds those, not their mean, to 1e-6.
-        assert losses == pytest.approx(found[0][1], rel=1e-5, abs=1e-6) and norms == pytest.approx(found[0][2], rel=1e-5)
+        assert losses == pytest.approx(found[0][1], rel=1e-5, abs=1e-6) and norms == pytest.approx(
+            found[0][2], rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -494,7 +559,9 @@ def test_a_loop_learns_and_tells_the_same_figures_every_step(name: str) -> None:
     before = roles.adapter_tensors(role)
     loop.run()
     assert changed(before, roles.adapter_tensors(role)) == before.keys()
-    assert changed(frozen, {n: p.detach() for n, p in roles.base.model.named_parameters() if not p.requires_grad}) == set()
+    assert (
+        changed(frozen, {n: p.detach() for n, p in roles.base.model.named_parameters() if not p.requires_grad}) == set()
+    )
     assert len({frozenset(event.stats) for event in steps_of(events)}) == 1
     assert all(math.isfinite(value) for event in steps_of(events) for value in event.stats.values())
 
@@ -505,7 +572,7 @@ def test_seeds_of_steps_differ() -> None:
     assert step_seed(2**32 - 1, 10**12) >= 0
 
 
-# --- is anything learned? --------------------------------------------------------------------------------------------------------------
+# --- is anything learned? ---------------------------------------------------------------------------------------------
 
 
 def warned_about_learning(rate: float, schedule: str = "constant", name: str = "sft") -> list[str]:

@@ -61,7 +61,7 @@ def test_means_are_detached_and_see_the_mask_alone() -> None:
     assert mean_of(torch.tensor([1.0, 4.0], requires_grad=True)).value == 2.5
 
 
-# --- calibration -----------------------------------------------------------------------------------------------------------------------
+# --- calibration ------------------------------------------------------------------------------------------------------
 
 LN3 = math.log(3)  # confidence 3/4
 DIFFERENCES = st.lists(st.one_of(st.floats(-8, 8), st.sampled_from([0.0, 1e3, -1e3, 5e-324])), min_size=1, max_size=40)
@@ -74,8 +74,10 @@ def plain_reliability(differences: Sequence[float], bins: int) -> list[tuple[flo
         confidence = 1 / (1 + math.exp(-abs(difference)))
         right = 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
         inside.setdefault(min(bins - 1, int((confidence - 0.5) * 2 * bins)), []).append((confidence, right))
-    return [(*(statistics.fmean(column) for column in zip(*inside[number], strict=True)), len(inside[number]))  # type: ignore[misc]
-            for number in sorted(inside)]  # fmt: skip
+    return [
+        (*(statistics.fmean(column) for column in zip(*inside[number], strict=True)), len(inside[number]))  # type: ignore[misc]
+        for number in sorted(inside)
+    ]
 
 
 def test_reliability_by_hand() -> None:
@@ -103,11 +105,14 @@ def test_a_calibrated_model_has_no_error() -> None:
     """Of a thousand pairs at confidence 3/4, three in four are right."""
     differences = torch.tensor([LN3] * 750 + [-LN3] * 250)
     assert calibration_error(reliability(differences)) == pytest.approx(0, abs=1e-6)
-    assert calibration_error(reliability(2 * differences)) == pytest.approx(0.9 - 0.75, abs=1e-6)  # twice as sure: sigma(2 ln 3) = 9/10
+    # twice as sure: sigma(2 ln 3) = 9/10
+    assert calibration_error(reliability(2 * differences)) == pytest.approx(0.9 - 0.75, abs=1e-6)
 
 
 BUGS: dict[str, Any] = {
-    "confidence of the chosen": lambda difference, bins=10: [(float(torch.sigmoid(difference).mean()), 0.0, len(difference))],
+    "confidence of the chosen": lambda difference, bins=10: [
+        (float(torch.sigmoid(difference).mean()), 0.0, len(difference))
+    ],
     "a tie is wrong": lambda difference, bins=10: reliability(difference - 1e-12, bins),
     "other bins": lambda difference, bins=10: reliability(difference, 2),
 }
@@ -120,7 +125,7 @@ def test_another_diagram_is_seen(monkeypatch: pytest.MonkeyPatch, bug: str) -> N
         test_reliability_by_hand()
 
 
-# --- correlation -----------------------------------------------------------------------------------------------------------------------
+# --- correlation ------------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.tuples(st.floats(-100, 100), st.floats(-100, 100)), min_size=2, max_size=30))

@@ -21,14 +21,23 @@ from lowrank_tune.model.roles import Roles
 from lowrank_tune.recipe import from_dict
 
 CHOICES: list[dict[str, Any]] = [
-    {"checkpointing": "all"}, {"checkpointing": True}, {"checkpointing": "auto"}, {"checkpointing": 1}, {"checkpointing": 2},
-    {"checkpointing": 0}, {"checkpointing": "none"}, {"checkpointing": True, "offload": True}, {"checkpointing": 1, "offload": True},
-]  # fmt: skip
+    {"checkpointing": "all"},
+    {"checkpointing": True},
+    {"checkpointing": "auto"},
+    {"checkpointing": 1},
+    {"checkpointing": 2},
+    {"checkpointing": 0},
+    {"checkpointing": "none"},
+    {"checkpointing": True, "offload": True},
+    {"checkpointing": 1, "offload": True},
+]
 
 
 def all_gradients(roles: Roles) -> Tensor:
     """Of every trainable parameter, in one vector; a missing one is zero."""
-    found = [p for p in (*roles.base.model.parameters(), *(head.weight for head in roles.heads.values())) if p.requires_grad]
+    found = [
+        p for p in (*roles.base.model.parameters(), *(head.weight for head in roles.heads.values())) if p.requires_grad
+    ]
     return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in found])
 
 
@@ -72,9 +81,20 @@ def forwards(roles: Roles) -> Iterator[list[int]]:
             handle.remove()
 
 
-@pytest.mark.parametrize(("wanted", "expected"), [
-    (False, [1, 1]), ("none", [1, 1]), (0, [1, 1]), (1, [2, 1]), (2, [2, 2]), (9, [2, 2]), (True, [2, 2]), ("all", [2, 2]), ("auto", [2, 2]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (False, [1, 1]),
+        ("none", [1, 1]),
+        (0, [1, 1]),
+        (1, [2, 1]),
+        (2, [2, 2]),
+        (9, [2, 2]),
+        (True, [2, 2]),
+        ("all", [2, 2]),
+        ("auto", [2, 2]),
+    ],
+)
 def test_the_first_layers_are_recomputed_and_no_others(wanted: Checkpointing, expected: list[int]) -> None:
     roles = llama_roles(16, checkpointing=wanted)
     with forwards(roles) as counts:
@@ -83,7 +103,8 @@ def test_the_first_layers_are_recomputed_and_no_others(wanted: Checkpointing, ex
 
 
 def kept_bytes(**choice: Any) -> int:
-    """Bytes that a forward pass leaves for its backward pass: what autograd packs, each storage once, where it is not a weight."""
+    """Bytes that a forward pass leaves for its backward pass: what autograd packs, each storage once, where it is not a
+    weight."""
     roles = llama_roles(16, **choice)
     weights = {p.untyped_storage().data_ptr() for p in (*roles.base.model.parameters(), *roles.base.model.buffers())}
     kept: dict[int, int] = {}
@@ -104,7 +125,8 @@ def test_the_more_layers_are_recomputed_the_less_is_kept() -> None:
 
 
 def test_what_is_offloaded_is_a_copy_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The very inputs of recomputed layers go through the offload, as copies: what is written into them afterwards does no harm."""
+    """The very inputs of recomputed layers go through the offload, as copies: what is written into them afterwards does
+    no harm."""
     packed: list[tuple[Tensor, Tensor]] = []
     real = memory.save_on_cpu
 
@@ -132,7 +154,9 @@ def test_what_is_offloaded_is_a_copy_and_comes_back(monkeypatch: pytest.MonkeyPa
 def test_an_offload_that_loses_something_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     class Lossy(torch.autograd.graph.saved_tensors_hooks):
         def __init__(self, pin_memory: bool) -> None:
-            super().__init__(lambda tensor: tensor, lambda tensor: tensor * 1.001 if tensor.is_floating_point() else tensor)
+            super().__init__(
+                lambda tensor: tensor, lambda tensor: tensor * 1.001 if tensor.is_floating_point() else tensor
+            )
 
     kept = gradient_of("sft", checkpointing=False)
     monkeypatch.setattr(memory, "save_on_cpu", Lossy)
@@ -142,7 +166,9 @@ def test_an_offload_that_loses_something_is_seen(monkeypatch: pytest.MonkeyPatch
 def test_models_whose_layers_cannot_differ_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     base = whole("llama")
     monkeypatch.setattr(memory, "GradientCheckpointingLayer", torch.nn.Conv3d)
-    with pytest.raises(UserError, match="^train.gradient_checkpointing: llama models recompute all layers or none; say all or none$"):
+    with pytest.raises(
+        UserError, match="^train.gradient_checkpointing: llama models recompute all layers or none; say all or none$"
+    ):
         checkpoint_layers(base.model, 1, False, lambda: (None, None))  # type: ignore[arg-type,return-value]
 
 
@@ -157,15 +183,28 @@ def test_settings_take_every_choice_and_give_it_back(wanted: Any) -> None:
     assert from_dict(found.to_dict()) == found
 
 
-@pytest.mark.parametrize(("train", "fault"), [
-    *(({"gradient_checkpointing": wrong},
-       f"train.gradient_checkpointing: expected true or false or one of none, all, auto or a whole number, found {wrong!r}")
-      for wrong in ("some", -1, 0.5)),
-    ({"memory_budget_gib": 0.0}, "train.memory_budget_gib: must be greater than 0.0, found 0.0"),
-    *(({"gradient_checkpointing": none, "activation_offloading": True},
-       "train.activation_offloading: does nothing without `train.gradient_checkpointing`: it moves what recomputed layers keep")
-      for none in (False, "none", 0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("train", "fault"),
+    [
+        *(
+            (
+                {"gradient_checkpointing": wrong},
+                f"train.gradient_checkpointing: expected true or false or one of none, all, auto or a whole number, "
+                f"found {wrong!r}",
+            )
+            for wrong in ("some", -1, 0.5)
+        ),
+        ({"memory_budget_gib": 0.0}, "train.memory_budget_gib: must be greater than 0.0, found 0.0"),
+        *(
+            (
+                {"gradient_checkpointing": none, "activation_offloading": True},
+                "train.activation_offloading: does nothing without `train.gradient_checkpointing`: it moves what "
+                "recomputed layers keep",
+            )
+            for none in (False, "none", 0)
+        ),
+    ],
+)
 def test_faults_of_memory_in_sentences(train: dict[str, Any], fault: str) -> None:
     with pytest.raises(Faults) as caught:
         from_dict(recipe(**train))

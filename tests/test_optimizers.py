@@ -1,4 +1,5 @@
-"""Laws of `model/optimizers.py`: 8-bit states follow AdamW, and every optimizer's state comes back from a checkpoint to the bit."""
+"""Laws of `model/optimizers.py`: 8-bit states follow AdamW, and every optimizer's state comes back from a checkpoint to
+the bit."""
 
 from __future__ import annotations
 
@@ -39,7 +40,11 @@ def walk(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps
 
 def test_8_bit_states_are_8_bit_and_follow_adamw() -> None:
     (eight, optimizer), (full, _) = trained("adamw_8bit", 20), trained("adamw", 20)
-    assert [optimizer.state[parameter]["state1"].dtype for parameter in eight] == [torch.uint8, torch.float32, torch.uint8]
+    assert [optimizer.state[parameter]["state1"].dtype for parameter in eight] == [
+        torch.uint8,
+        torch.float32,
+        torch.uint8,
+    ]
     for parameter, other, start in zip(eight, full, trained("adamw", 0)[0], strict=True):
         assert far(parameter.detach() - start.detach(), other.detach() - start.detach()) < 0.05
     assert torch.allclose(eight[1], full[1], atol=1e-6)
@@ -55,7 +60,9 @@ def test_a_state_comes_back_from_files_to_the_bit(tmp_path: Path, name: str) -> 
     others, again = trained(name, 0, seed=9)
     for parameter, other in zip(parameters, others, strict=True):
         other.data.copy_(parameter.detach())
-    load_optimizer(again, restore_optimizer(found.tensors["optimizer.safetensors"], found.documents["optimizer.json"], names))
+    load_optimizer(
+        again, restore_optimizer(found.tensors["optimizer.safetensors"], found.documents["optimizer.json"], names)
+    )
     assert [group["share"] for group in again.param_groups] == [1.0, 0.5]
     for parameter, other in zip(parameters, others, strict=True):
         mine, theirs = optimizer.state[parameter], again.state[other]
@@ -64,18 +71,24 @@ def test_a_state_comes_back_from_files_to_the_bit(tmp_path: Path, name: str) -> 
             assert same_bytes(value, theirs[key]) if isinstance(value, Tensor) else value == theirs[key], key
     walk(parameters, optimizer, range(5, 9))
     walk(others, again, range(5, 9))
-    assert all(same_bytes(parameter.detach(), other.detach()) for parameter, other in zip(parameters, others, strict=True))
+    assert all(
+        same_bytes(parameter.detach(), other.detach()) for parameter, other in zip(parameters, others, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit"])
 def test_paged_ones_need_a_card_and_say_what_does_not(name: str) -> None:
-    with pytest.raises(UserError, match=f"^train.optimizer: {name} moves its states between a card and the machine's memory, and there is no "
-                                        f"card; say {name.removeprefix('paged_')}$"):  # fmt: skip
+    with pytest.raises(
+        UserError,
+        match=f"^train.optimizer: {name} moves its states between a card and the machine's memory, and there is no "
+        f"card; say {name.removeprefix('paged_')}$",
+    ):
         make_optimizer([nn.Parameter(torch.zeros(2))], settings.Train(optimizer=name), CPU)  # type: ignore[arg-type]
 
 
 def test_what_was_paged_is_paged_again() -> None:
-    """bitsandbytes pages states where they are made, and loads them into ordinary memory. A buffer of ours stands for a paged one."""
+    """bitsandbytes pages states where they are made, and loads them into ordinary memory. A buffer of ours stands for a
+    paged one."""
     parameters, optimizer = trained("adamw_8bit", 3)
     _, again = trained("adamw_8bit", 0)
     made: list[Tensor] = []

@@ -14,7 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_tune.events import Event, Grouped, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
+from lowrank_tune.events import (
+    Event,
+    Grouped,
+    Note,
+    Progress,
+    RunEnded,
+    RunStarted,
+    Sampled,
+    Saved,
+    StepDone,
+    Validated,
+)
 from lowrank_tune.ui import inert
 from lowrank_tune.ui.figures import Pace, clock, show
 from lowrank_tune.ui.plain import Plain
@@ -40,8 +51,12 @@ class Screen(io.StringIO):
         return True
 
 
-def step(number: int, time: float = 0.0, seconds: float = 2.0, steps: int = 150, logged: bool = True, **stats: float) -> StepDone:
-    return StepDone(step=number, steps=steps, stats=stats or STATS, seconds=seconds, tokens=10_240, logged=logged, time=time)
+def step(
+    number: int, time: float = 0.0, seconds: float = 2.0, steps: int = 150, logged: bool = True, **stats: float
+) -> StepDone:
+    return StepDone(
+        step=number, steps=steps, stats=stats or STATS, seconds=seconds, tokens=10_240, logged=logged, time=time
+    )
 
 
 def shown(*events: Event, file: io.StringIO | None = None, **environ: str) -> str:
@@ -54,15 +69,27 @@ def shown(*events: Event, file: io.StringIO | None = None, **environ: str) -> st
 
 
 STORY: list[Event] = [
-    RunStarted(name="demo", algorithm="sft", model="tiny-tutor", roles={"policy": ["policy"]}, reference="the base", steps=150,
-               resumed_from=10, trainable=98304, device="cpu"),
-    Progress(what="tokenising", done=250, total=500), Progress(what="tokenising", done=500, total=500),
-    step(12), Validated(step=12, stats={"loss": 1.1, "accuracy": 0.61}, best=True),
+    RunStarted(
+        name="demo",
+        algorithm="sft",
+        model="tiny-tutor",
+        roles={"policy": ["policy"]},
+        reference="the base",
+        steps=150,
+        resumed_from=10,
+        trainable=98304,
+        device="cpu",
+    ),
+    Progress(what="tokenising", done=250, total=500),
+    Progress(what="tokenising", done=500, total=500),
+    step(12),
+    Validated(step=12, stats={"loss": 1.1, "accuracy": 0.61}, best=True),
     Sampled(step=12, prompt="7 + 5?", completion="It is 12.", finish="stop", gold="12", reward=1.0),
     Saved(step=12, path="/somewhere/checkpoints/step-12", seconds=0.2),
-    Note(message="3 rows dropped\nsee above", level="warning"), Note(message="a fact"),
+    Note(message="3 rows dropped\nsee above", level="warning"),
+    Note(message="a fact"),
     RunEnded(status="done", step=150, seconds=83.0),
-]  # fmt: skip
+]
 
 
 def test_the_story_in_lines() -> None:
@@ -84,46 +111,108 @@ def test_the_story_in_lines() -> None:
 
 
 def test_only_logged_steps_and_tokens_of_all() -> None:
-    lines = shown(step(1, logged=False, seconds=1.0), step(2, logged=False, seconds=1.0), step(3, seconds=3.0)).splitlines()
+    lines = shown(
+        step(1, logged=False, seconds=1.0), step(2, logged=False, seconds=1.0), step(3, seconds=3.0)
+    ).splitlines()
     assert len(lines) == 1 and "tokens/s 6,144" in lines[0]  # 3 * 10,240 in 5 s
     assert "tokens/s 7 " in shown(step(1, tokens_per_second=7.0))  # the loop knows better
 
 
 def test_statistics_in_order() -> None:
-    stats = {"zeta": 0.5, "memory_gib": 2.0, "kl": 0.00012, "loss": math.nan, "bad_steps": 0.0, "moved_share": 0.5, "update_ratio": 1.5e-3}
+    stats = {
+        "zeta": 0.5,
+        "memory_gib": 2.0,
+        "kl": 0.00012,
+        "loss": math.nan,
+        "bad_steps": 0.0,
+        "moved_share": 0.5,
+        "update_ratio": 1.5e-3,
+    }
     assert show(stats) == "loss nan  kl 1.20e-04  update 1.5e-03  moved 50.0 %  zeta 0.500  memory 2.0 GiB"
     assert show({"bad_steps": 2.0}) == "skipped 2"
-    assert show({"\x1b[2J": 1.0, "big": 1e7, "none": 0.0, "inf": math.inf}) == "\\x1b[2J 1.000  big 1.00e+07  none 0.000  inf inf"
+    assert (
+        show({"\x1b[2J": 1.0, "big": 1e7, "none": 0.0, "inf": math.inf})
+        == "\\x1b[2J 1.000  big 1.00e+07  none 0.000  inf inf"
+    )
 
 
 def test_what_a_line_of_preferences_says() -> None:
-    stats = {"loss": 0.6, "accuracy": 0.75, "margin": 0.5, "reward_chosen": 0.1, "reward_rejected": -0.4, "logp_chosen": -1.0,
-             "logp_rejected": -2.0, "chosen_change": -0.01, "kl": 0.02, "learning_rate": 1e-4}  # fmt: skip
-    assert show(stats) == "loss 0.600  accuracy 75.0 %  margin +0.500  chosen +0.100  rejected -0.400  kl 0.020  lr 1.0e-04"
-    assert show({"score_rejected": -1.0, "score_chosen": 2.0, "margin": 3.0}) == "margin +3.000  chosen +2.000  rejected -1.000"
+    stats = {
+        "loss": 0.6,
+        "accuracy": 0.75,
+        "margin": 0.5,
+        "reward_chosen": 0.1,
+        "reward_rejected": -0.4,
+        "logp_chosen": -1.0,
+        "logp_rejected": -2.0,
+        "chosen_change": -0.01,
+        "kl": 0.02,
+        "learning_rate": 1e-4,
+    }
+    assert (
+        show(stats)
+        == "loss 0.600  accuracy 75.0 %  margin +0.500  chosen +0.100  rejected -0.400  kl 0.020  lr 1.0e-04"
+    )
+    assert (
+        show({"score_rejected": -1.0, "score_chosen": 2.0, "margin": 3.0})
+        == "margin +3.000  chosen +2.000  rejected -1.000"
+    )
 
 
 def test_validations_in_words() -> None:
-    pairs = {"pairs_accuracy": 0.9, "pairs_margin": 1.5, "pairs_calibration_error": 0.04, "pairs_length_correlation": 0.12,
-             "pairs_prefers_longer": 0.55}  # fmt: skip
+    pairs = {
+        "pairs_accuracy": 0.9,
+        "pairs_margin": 1.5,
+        "pairs_calibration_error": 0.04,
+        "pairs_length_correlation": 0.12,
+        "pairs_prefers_longer": 0.55,
+    }
     assert shown(Validated(step=9, stats=pairs)) == (
-        "held-out pairs after step 9  accuracy 90.0 %  margin +1.500  calibration error 4.0 %  length correlation +0.12  "
-        "prefers the longer 55.0 %\n")
+        "held-out pairs after step 9  accuracy 90.0 %  margin +1.500  calibration error 4.0 %  length correlation "
+        "+0.12  "
+        "prefers the longer 55.0 %\n"
+    )
     answers = {"heldout_my_sft_exact": 0.25, "heldout_my_sft_stopped": 1.0}
-    assert shown(Validated(step=9, stats=answers)) == "held-out answers of my_sft after step 9  exact 25.0 %  stopped 100.0 %\n"
+    assert (
+        shown(Validated(step=9, stats=answers))
+        == "held-out answers of my_sft after step 9  exact 25.0 %  stopped 100.0 %\n"
+    )
     mixed = {"validation_loss": 0.5, "pairs_accuracy": 0.9}
-    assert shown(Validated(step=9, stats=mixed, best=True)) == "validation after step 9  loss 0.500  pairs_accuracy 0.900  best so far\n"
+    assert (
+        shown(Validated(step=9, stats=mixed, best=True))
+        == "validation after step 9  loss 0.500  pairs_accuracy 0.900  best so far\n"
+    )
     assert shown(Validated(step=9, stats={})) == "validation after step 9  \n"
 
 
 def test_what_a_line_of_rollouts_says() -> None:
-    stats = {"loss": 1e-4, "reward_spread": 0.25, "reward": 0.75, "length": 18.04, "truncated": 0.0, "rollout_seconds": 0.98765, "kl": 0.02,
-             "score_seconds": 0.0006, "dead_groups": 0.0625, "mismatch": 1e-7, "entropy": 0.5, "clip_fraction": 0.0,
-             "learning_rate": 1e-4}  # fmt: skip
-    assert show(stats) == "reward 0.750  spread 0.250  kl 0.020  length 18.0  dead groups 6.2 %  entropy 0.500  lr 1.0e-04  rollout 1.0 s"
+    stats = {
+        "loss": 1e-4,
+        "reward_spread": 0.25,
+        "reward": 0.75,
+        "length": 18.04,
+        "truncated": 0.0,
+        "rollout_seconds": 0.98765,
+        "kl": 0.02,
+        "score_seconds": 0.0006,
+        "dead_groups": 0.0625,
+        "mismatch": 1e-7,
+        "entropy": 0.5,
+        "clip_fraction": 0.0,
+        "learning_rate": 1e-4,
+    }
+    assert (
+        show(stats)
+        == "reward 0.750  spread 0.250  kl 0.020  length 18.0  dead groups 6.2 %  entropy 0.500  lr 1.0e-04  rollout "
+        "1.0 s"
+    )
     several = {"reward": 0.75, "reward_answer": 0.5, "reward_\x1b[2J": 0.25, "truncated": 0.5, "clip_fraction": 0.25}
     assert show(several) == "reward 0.750  answer 0.500  \\x1b[2J 0.250  cut off 50.0 %  clipped 25.0 %"
-    group = Grouped(step=1, prompt="1+1?", completions=[{"text": "2", "reward": 1.0, "advantage": 0.0, "finish": "stop", "parts": {}}])
+    group = Grouped(
+        step=1,
+        prompt="1+1?",
+        completions=[{"text": "2", "reward": 1.0, "advantage": 0.0, "finish": "stop", "parts": {}}],
+    )
     assert shown(group) == ""  # the lines would drown in them
 
 
@@ -134,17 +223,33 @@ def test_held_out_answers_of_the_policy() -> None:
     mixed = {"validation_loss": 0.5, **told}
     assert shown(Validated(step=4, stats=mixed)) == "validation after step 4  held-out exact 50.0 %  loss 0.500\n"
     final = {"heldout_grpo_exact": 0.5, "heldout_grpo_pass_at_8": 1.0}
-    assert shown(Validated(step=4, stats=final)) == "held-out answers of grpo after step 4  exact 50.0 %  pass@8 100.0 %\n"
+    assert (
+        shown(Validated(step=4, stats=final)) == "held-out answers of grpo after step 4  exact 50.0 %  pass@8 100.0 %\n"
+    )
 
 
 def test_a_chain_and_its_pairs_in_lines() -> None:
-    start = RunStarted(name="x", algorithm="reward", model="m", roles={"reward": ["reward"], "reference": []}, reference="the base", steps=9,
-                       stage=2, stages=3)  # fmt: skip
-    sides = [Sampled(step=9, prompt="2+2?", completion=text, finish="stop", role=role, reward=reward)
-             for text, role, reward in (("four", "chosen", 1.25), ("five", "rejected", -0.5))]  # fmt: skip
+    start = RunStarted(
+        name="x",
+        algorithm="reward",
+        model="m",
+        roles={"reward": ["reward"], "reference": []},
+        reference="the base",
+        steps=9,
+        stage=2,
+        stages=3,
+    )
+    sides = [
+        Sampled(step=9, prompt="2+2?", completion=text, finish="stop", role=role, reward=reward)
+        for text, role, reward in (("four", "chosen", 1.25), ("five", "rejected", -0.5))
+    ]
     assert shown(start, *sides, RunEnded(status="done", step=9, seconds=60.0)).splitlines() == [
-        "run x, stage 2 of 3: reward of m, 9 steps, 0 trained parameters", "  reward: reward", "  chosen   2+2? -> four  [score +1.250]",
-        "  rejected 2+2? -> five  [score -0.500]", "stage 2 of 3 done after step 9 in 1:00"]  # fmt: skip
+        "run x, stage 2 of 3: reward of m, 9 steps, 0 trained parameters",
+        "  reward: reward",
+        "  chosen   2+2? -> four  [score +1.250]",
+        "  rejected 2+2? -> five  [score -0.500]",
+        "stage 2 of 3 done after step 9 in 1:00",
+    ]
 
 
 def test_remaining_time_counts_pauses() -> None:
@@ -169,8 +274,12 @@ def progress(*marks: tuple[int, float], total: int = 100) -> list[str]:
 def test_sparse_progress_in_a_pipe() -> None:
     assert progress(*((done, done * 0.01) for done in range(101))) == ["loading: 100/100 (100 %)"]
     assert len(progress(*((done, done * 1.0) for done in range(101)))) == 10
-    assert len(progress(*((done, done * 1000.0 / 10_000) for done in range(10_001)), total=10_000)) == 17  # every minute, and the end
-    assert progress((0, 0.0), (25, 50.0), (50, 60.0)) == ["loading: 25/100 (25 %)  ETA 2:30", "loading: 50/100 (50 %)  ETA 0:20"]
+    # every minute, and the end
+    assert len(progress(*((done, done * 1000.0 / 10_000) for done in range(10_001)), total=10_000)) == 17
+    assert progress((0, 0.0), (25, 50.0), (50, 60.0)) == [
+        "loading: 25/100 (25 %)  ETA 2:30",
+        "loading: 50/100 (50 %)  ETA 0:20",
+    ]
     assert progress((0, 0.0), (0, 100.0)) == []
     assert progress((0, 0.0), total=0) == ["loading: 0/0 (100 %)"]
     assert progress((100, 0.0), (100, 1.0)) == ["loading: 100/100 (100 %)"] * 2  # the same job once more
@@ -180,11 +289,22 @@ def test_sparse_progress_in_a_pipe() -> None:
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_hostile_text_is_inert(text: str, encoding: str) -> None:
     events: list[Event] = [
-        Sampled(step=1, prompt=text, completion=text, finish=text, gold=text), Note(message=f"{text[:2000]}|", level="warning"),
-        RunStarted(name=text[:99], algorithm="sft", model=text[:99], roles={text[:99]: [text[:99]]}, reference=text[:99], steps=1),
-        Saved(step=1, path=f"x/{text[:99]}", seconds=0.0), Progress(what=text[:99], done=1, total=1), replace(step(1), stats={text[:99]: 1.0}),
-        Validated(step=1, stats={text[:99]: 1.0}), RunEnded(status="failed", step=1, seconds=0.0, message=text[:99]),
-    ]  # fmt: skip
+        Sampled(step=1, prompt=text, completion=text, finish=text, gold=text),
+        Note(message=f"{text[:2000]}|", level="warning"),
+        RunStarted(
+            name=text[:99],
+            algorithm="sft",
+            model=text[:99],
+            roles={text[:99]: [text[:99]]},
+            reference=text[:99],
+            steps=1,
+        ),
+        Saved(step=1, path=f"x/{text[:99]}", seconds=0.0),
+        Progress(what=text[:99], done=1, total=1),
+        replace(step(1), stats={text[:99]: 1.0}),
+        Validated(step=1, stats={text[:99]: 1.0}),
+        RunEnded(status="failed", step=1, seconds=0.0, message=text[:99]),
+    ]
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding, newline="\n")
     sink = Plain(file, {})
@@ -194,12 +314,17 @@ def test_hostile_text_is_inert(text: str, encoding: str) -> None:
     for event in events[1:]:
         sink(event)
     out = raw.getvalue().decode(encoding)
-    assert not [char for char in out if char != "\n" and (unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or bidi(char))]
+    assert not [
+        char for char in out if char != "\n" and (unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or bidi(char))
+    ]
     assert all(line and not line.startswith("c") for line in out.splitlines())  # no text made a line of its own
 
 
 def bidi(char: str) -> bool:
-    return unicodedata.bidirectional(char) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI") or char in "\u200e\u200f\u061c"
+    return (
+        unicodedata.bidirectional(char) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+        or char in "\u200e\u200f\u061c"
+    )
 
 
 def test_inert_escapes_every_acting_character_and_no_other() -> None:
@@ -236,7 +361,11 @@ def test_bar_gives_the_cursor_back() -> None:
 
 
 def test_a_bar_is_drawn_at_most_ten_times_a_second() -> None:
-    out = shown(*(Progress(what="x", done=done, total=1000, time=done / 1000) for done in range(1001)), file=Screen(), TERM="xterm")
+    out = shown(
+        *(Progress(what="x", done=done, total=1000, time=done / 1000) for done in range(1001)),
+        file=Screen(),
+        TERM="xterm",
+    )
     assert out.count("1000/1000") >= 1 and out.count("/1000") < 20
 
 
@@ -261,8 +390,15 @@ def test_a_real_pipe_and_a_real_terminal() -> None:
 def test_summary_says_how_and_where(tmp_path: Path) -> None:
     for name in ("final", "events.jsonl"):
         (tmp_path / name).mkdir()
-    summary = {"status": "done", "step": 150, "seconds": 83.0, "last": {"loss": 1.0}, "best": {"loss": 0.9, "step": 120},
-               "heldout": {"base": 0.04, "sft": {"exact": 0.31, "stops": 0.95}}, "warnings": ["\x1b[2J"]}  # fmt: skip
+    summary = {
+        "status": "done",
+        "step": 150,
+        "seconds": 83.0,
+        "last": {"loss": 1.0},
+        "best": {"loss": 0.9, "step": 120},
+        "heldout": {"base": 0.04, "sft": {"exact": 0.31, "stops": 0.95}},
+        "warnings": ["\x1b[2J"],
+    }
     text = summary_table(summary, tmp_path)
     assert text.splitlines() == [
         "status     done",
@@ -288,28 +424,81 @@ def test_summary_of_pairs_and_of_a_chain(tmp_path: Path) -> None:
     assert lines == ["status     done", "held-out pairs", f"  {figures}", f"in         {tmp_path}"]
     for name in ("1-sft", "report.html"):
         (tmp_path / name).mkdir()
-    stages = [{"name": "sft", "folder": "1-sft", "algorithm": "sft", "status": "done", "step": 96, "steps": 96, "seconds": 70.0,
-               "last": {"loss": 0.4}, "best": {"loss": 0.2, "step": 54}},
-              {"name": "dpo", "folder": "2-dpo", "algorithm": "dpo", "status": "interrupted", "step": 3, "steps": 68,
-               "heldout_pairs": pairs}]  # fmt: skip
-    summary = {"status": "interrupted", "algorithm": "sft -> dpo", "seconds": 90.0, "stages": stages, "heldout": {"base": 0.016, "sft": 0.46},
-               "warnings": ["dpo: careful"]}  # fmt: skip
+    stages = [
+        {
+            "name": "sft",
+            "folder": "1-sft",
+            "algorithm": "sft",
+            "status": "done",
+            "step": 96,
+            "steps": 96,
+            "seconds": 70.0,
+            "last": {"loss": 0.4},
+            "best": {"loss": 0.2, "step": 54},
+        },
+        {
+            "name": "dpo",
+            "folder": "2-dpo",
+            "algorithm": "dpo",
+            "status": "interrupted",
+            "step": 3,
+            "steps": 68,
+            "heldout_pairs": pairs,
+        },
+    ]
+    summary = {
+        "status": "interrupted",
+        "algorithm": "sft -> dpo",
+        "seconds": 90.0,
+        "stages": stages,
+        "heldout": {"base": 0.016, "sft": 0.46},
+        "warnings": ["dpo: careful"],
+    }
     assert summary_table(summary, tmp_path).splitlines() == [
-        "status     interrupted", "seconds    1:30", "sft        sft: done, step 96 of 96 in 1:10", "  last       loss 0.400",
-        "  best       loss 0.200  (step 54)", "dpo        dpo: interrupted, step 3 of 68", "held-out exact answers", "  base         1.6 %",
-        "  sft          46.0 %", "held-out pairs", f"  dpo          {figures}", "warning    dpo: careful", f"in         {tmp_path}",
+        "status     interrupted",
+        "seconds    1:30",
+        "sft        sft: done, step 96 of 96 in 1:10",
+        "  last       loss 0.400",
+        "  best       loss 0.200  (step 54)",
+        "dpo        dpo: interrupted, step 3 of 68",
+        "held-out exact answers",
+        "  base         1.6 %",
+        "  sft          46.0 %",
+        "held-out pairs",
+        f"  dpo          {figures}",
+        "warning    dpo: careful",
+        f"in         {tmp_path}",
         "  1-sft            stage sft: its own run folder, with its adapter in final",
         "  report.html      curves, samples and warnings, for a browser",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_hostile_summary_is_inert(text: str, tmp_path: Path) -> None:
-    stage = {"name": text, "folder": text, "algorithm": text, "status": text, "step": text, "steps": 1, "seconds": text, "last": {text: 1.0},
-             "best": text, "heldout_pairs": {text: 1.0}}  # fmt: skip
-    summary = {"status": text, "stages": [stage, text, 1], "heldout": {text: 0.5, "x": {text: 0.5}}, "heldout_pairs": text,
-               "warnings": [text, 3]}  # fmt: skip
+    stage = {
+        "name": text,
+        "folder": text,
+        "algorithm": text,
+        "status": text,
+        "step": text,
+        "steps": 1,
+        "seconds": text,
+        "last": {text: 1.0},
+        "best": text,
+        "heldout_pairs": {text: 1.0},
+    }
+    summary = {
+        "status": text,
+        "stages": [stage, text, 1],
+        "heldout": {text: 0.5, "x": {text: 0.5}},
+        "heldout_pairs": text,
+        "warnings": [text, 3],
+    }
     for each in (summary, {**summary, "stages": text, "heldout_pairs": {text: 1.0}, "warnings": text}):
         out = summary_table(each, tmp_path)
-        assert not [char for char in out if char != "\n" and (unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or bidi(char))]
+        assert not [
+            char
+            for char in out
+            if char != "\n" and (unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or bidi(char))
+        ]
         assert all(line and not line.startswith("c") for line in out.splitlines())

@@ -1,4 +1,5 @@
-"""Laws of the memory planner: what it says is what torch's allocator records, whatever the model, the algorithm, and what is recomputed."""
+"""Laws of the memory planner: what it says is what torch's allocator records, whatever the model, the algorithm, and
+what is recomputed."""
 
 from __future__ import annotations
 
@@ -34,14 +35,19 @@ CLOSE = 0.03
 
 
 def off(shape: str, algorithms: list[str], layers: list[str]) -> dict[tuple[str, ...], float]:
-    """By how much the planner is off, of each cell. In a process of its own: what is measured is all that a process holds, and tensors that
-    other tests left behind, or that die meanwhile, are none of the run's. With one thread, as kernels keep scratch for each."""
+    """By how much the planner is off, of each cell. In a process of its own: what is measured is all that a process
+    holds, and tensors that other tests left behind, or that die meanwhile, are none of the run's. With one thread, as
+    kernels keep scratch for each."""
     command = [sys.executable, str(BENCHMARK), "--shapes", shape, "--algorithms", *algorithms, "--layers", *layers]
     path = os.pathsep.join([str(BENCHMARK.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     own = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in done.stdout.splitlines()
+        if line.startswith("|")
+    ][2:]
     return {tuple(row[:3]): float(row[4]) / float(row[3]) - 1 for row in rows}
 
 
@@ -64,21 +70,42 @@ def test_a_plan_needs_neither_weights_nor_a_card() -> None:
     config = shapes.config_of("Qwen/Qwen2.5-7B-Instruct")
     assert config is not None and found.layers == config["num_hidden_layers"] and found.fits
     embeddings = 2 * 2 * config["vocab_size"] * config["hidden_size"]
-    linear = config["num_hidden_layers"] * config["hidden_size"] * (2 * config["hidden_size"] + 2 * 512 + 3 * config["intermediate_size"])
+    linear = (
+        config["num_hidden_layers"]
+        * config["hidden_size"]
+        * (2 * config["hidden_size"] + 2 * 512 + 3 * config["intermediate_size"])
+    )
     expected = embeddings + linear * (0.5 + 1 / 64 + 4 / 64 / 256)  # NF4 with double quantisation: arXiv:2305.14314
     weights = found.binding.bytes["weights"]
     assert abs(weights / expected - 1) < 0.001
-    lora = 16 * config["num_hidden_layers"] * (4 * config["hidden_size"] + 2 * (config["hidden_size"] + 512) + 3 * (
-        config["hidden_size"] + config["intermediate_size"]))  # fmt: skip
-    assert abs(found.binding.bytes["adapters"] / (4 * lora) - 1) < 0.01 and abs(found.binding.bytes["optimizer"] / (8 * lora) - 1) < 0.01
+    lora = (
+        16
+        * config["num_hidden_layers"]
+        * (
+            4 * config["hidden_size"]
+            + 2 * (config["hidden_size"] + 512)
+            + 3 * (config["hidden_size"] + config["intermediate_size"])
+        )
+    )
+    assert (
+        abs(found.binding.bytes["adapters"] / (4 * lora) - 1) < 0.01
+        and abs(found.binding.bytes["optimizer"] / (8 * lora) - 1) < 0.01
+    )
 
 
 def llama(tmp_path: Path, **sizes: int) -> str:
     """A recipe of GRPO over a Llama of these sizes, of which there is the configuration alone."""
-    common = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+    common = {
+        "vocab_size": 1000,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
     LlamaConfig(**common | sizes, tie_word_embeddings=False).save_pretrained(tmp_path)
     file = tmp_path / "recipe.yaml"
-    file.write_text(f"""
+    file.write_text(
+        f"""
 algorithm: grpo
 base: {{model: {tmp_path}, bits: 4}}
 data: {{train: [{{dataset: tutor}}], max_prompt_length: 128}}
@@ -86,14 +113,16 @@ rewards: [{{use: answer}}]
 rollout: {{num_generations: 8, max_new_tokens: 384, slots: 64}}
 train: {{steps: 2, micro_batch_size: 1, prompts_per_step: 8}}
 evaluate: {{heldout: {{dataset: tutor}}, prompts: 200, max_new_tokens: 384}}
-""", encoding="utf-8")
+""",
+        encoding="utf-8",
+    )
     return str(file)
 
 
 @pytest.mark.parametrize("layers", [2, 9])
 def test_keys_and_values_are_those_of_the_slots(tmp_path: Path, layers: int) -> None:
-    """On a card: slots * columns * (keys and values) * heads * width * layers in bfloat16, however few layers are rehearsed; beside them at
-    most one layer's copy of the prompts for all slots, and their numbers."""
+    """On a card: slots * columns * (keys and values) * heads * width * layers in bfloat16, however few layers are
+    rehearsed; beside them at most one layer's copy of the prompts for all slots, and their numbers."""
     (scene,) = scenes(load_any(llama(tmp_path, num_hidden_layers=layers)), "cuda")
     token = 2 * 4 * 32 * 2  # of a layer: keys and values, 4 heads of width 32, 2 bytes
     for name, slots in (("rollout", 64), ("held-out answers", 200)):
@@ -111,7 +140,8 @@ def test_what_is_planned_from_few_layers_is_what_all_of_them_hold(tmp_path: Path
 
 
 def test_where_the_room_was_thought_too_large_fewer_are_decoded_and_one_at_least(tmp_path: Path) -> None:
-    """32 MiB a sequence, 64 of them 2 GiB. The engine goes on with fewer where memory runs short, so a card between one and all is enough."""
+    """32 MiB a sequence, 64 of them 2 GiB. The engine goes on with fewer where memory runs short, so a card between one
+    and all is enough."""
     (scene,) = scenes(load_any(llama(tmp_path, num_hidden_layers=16, num_key_value_heads=8, hidden_size=1024)), "cuda")
 
     def rollout(vram: int) -> Phase:
@@ -125,10 +155,13 @@ def test_where_the_room_was_thought_too_large_fewer_are_decoded_and_one_at_least
 
 
 def test_what_is_offloaded_is_not_on_the_card() -> None:
-    """Of each layer the input of its rows waits elsewhere, all but the one that is being computed again. The highest point is then at the
-    first layer, when all others have their gradients."""
+    """Of each layer the input of its rows waits elsewhere, all but the one that is being computed again. The highest
+    point is then at the first layer, when all others have their gradients."""
     rows = ["data.max_length=2048", "train.micro_batch_size=2"]
-    plans = {kept: next(plan(load_any("qwen2.5-7b-sft", *rows, f"train.activation_offloading={kept}"), 24.0)) for kept in ("false", "true")}
+    plans = {
+        kept: next(plan(load_any("qwen2.5-7b-sft", *rows, f"train.activation_offloading={kept}"), 24.0))
+        for kept in ("false", "true")
+    }
     config = shapes.config_of("Qwen/Qwen2.5-7B-Instruct")
     assert config is not None
     inputs = (config["num_hidden_layers"] - 1) * 2 * 2048 * config["hidden_size"] * 2
@@ -139,7 +172,11 @@ def test_the_command_says_whether_it_fits() -> None:
     done = CliRunner().invoke(app, ["plan", "tiny-sft", "--vram", "0.9"])
     assert done.exit_code == 2 and "does not fit" in done.output
     unknown = CliRunner().invoke(app, ["plan", "qwen2.5-7b-sft", "base.model=./nowhere"])
-    assert unknown.exit_code == 2 and unknown.output.strip().count("\n") == 0 and "there is no folder ./nowhere" in unknown.output
+    assert (
+        unknown.exit_code == 2
+        and unknown.output.strip().count("\n") == 0
+        and "there is no folder ./nowhere" in unknown.output
+    )
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 1000), st.integers(1, 50), st.integers(0, 20000))
@@ -162,4 +199,8 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded_and_auto_becomes_n
 def test_nothing_is_left_as_the_planner_made_it() -> None:
     before = torch.clear_autocast_cache
     list(plan(load_any("tiny-sft"), 24.0))
-    assert torch.clear_autocast_cache is before and torch.ones(1).device.type == "cpu" and not torch.is_autocast_enabled("cuda")
+    assert (
+        torch.clear_autocast_cache is before
+        and torch.ones(1).device.type == "cpu"
+        and not torch.is_autocast_enabled("cuda")
+    )

@@ -1,5 +1,6 @@
-"""Laws of PPO: advantages, whitening, rewards and both clipped losses by hand and in float64, with the bugs that others had; two graphs that
-are one gradient, whatever the split and the padding; the coefficient of the KL; heads on the policy's trunk."""
+"""Laws of PPO: advantages, whitening, rewards and both clipped losses by hand and in float64, with the bugs that others
+had; two graphs that are one gradient, whatever the split and the padding; the coefficient of the KL; heads on the
+policy's trunk."""
 
 from __future__ import annotations
 
@@ -20,7 +21,18 @@ from torch import Tensor
 from lowrank_tune.algorithms import ppo as ppo_module
 from lowrank_tune.algorithms.failures import Unscored
 from lowrank_tune.algorithms.kit import Kit
-from lowrank_tune.algorithms.ppo import PPO, Critic, Discount, Leash, Passes, Update, before_each, k3, next_coefficient, token_rewards
+from lowrank_tune.algorithms.ppo import (
+    PPO,
+    Critic,
+    Discount,
+    Leash,
+    Passes,
+    Update,
+    before_each,
+    k3,
+    next_coefficient,
+    token_rewards,
+)
 from lowrank_tune.errors import RunFailed
 from lowrank_tune.maths import explained_variance, gae, token_mean_weights, where_says, whiten
 from lowrank_tune.model.logps import Head, chunked_entropy
@@ -31,8 +43,11 @@ NAN = math.nan
 Rows = Sequence[tuple[Any, ...]]
 
 
-def laid(rows: Rows, filler: float = 0.0, gaps: int = 1, more: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """Each row's sequences as (B, T) tensors, with `gaps` slots before and between and `more` behind; the mask comes last."""
+def laid(
+    rows: Rows, filler: float = 0.0, gaps: int = 1, more: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, ...]:
+    """Each row's sequences as (B, T) tensors, with `gaps` slots before and between and `more` behind; the mask comes
+    last."""
     width = max(len(row[0]) for row in rows) * (1 + gaps) + gaps + more
     says = torch.zeros(len(rows), width, dtype=torch.bool)
     several = [torch.full((len(rows), width), filler, dtype=dtype) for _ in rows[0]]
@@ -44,12 +59,13 @@ def laid(rows: Rows, filler: float = 0.0, gaps: int = 1, more: int = 0, dtype: t
     return *several, says
 
 
-# --- advantages ------------------------------------------------------------------------------------------------------------------------
+# --- advantages -------------------------------------------------------------------------------------------------------
 
 ENDED = ([0.0, 0.0, 1.0], [0.5, 0.25, 0.5])
 SHORT = ([1.0, 1.0], [0.5, 0.5])
 BY_HAND = (
-    # gamma 1, L 1/2. Ended: delta 3 = 1 - .5, delta 2 = .5 - .25, delta 1 = .25 - .5. Cut, worth 2 from there: delta 3 = 1 + 2 - .5.
+    # gamma 1, L 1/2. Ended: delta 3 = 1 - .5, delta 2 = .5 - .25, delta 1 = .25 - .5. Cut, worth 2 from there: delta 3
+    # = 1 + 2 - .5.
     (1.0, 0.5, [[0.0, 0.5, 0.5], [0.5, 1.5, 2.5], [1.25, 0.5]]),
     # gamma 1/2, L 1: each is the discounted sum of what is earned, minus the value. Cut: 1/4 + 1/8 * 2 - .5 and so on.
     (0.5, 1.0, [[0.25 - 0.5, 0.5 - 0.25, 0.5], [0.25 + 0.25 - 0.5, 0.5 + 0.5 - 0.25, 1 + 1 - 0.5], [1.5 - 0.5, 0.5]]),
@@ -112,15 +128,24 @@ def sums(rewards: Sequence[float], values: Sequence[float], after: float, gamma:
     return [sum((gamma * lam) ** i * delta for i, delta in enumerate(deltas[t:])) for t in range(len(values))]
 
 
-@given(st.lists(ROW, min_size=1, max_size=4), SHARE, SHARE, st.sampled_from([NAN, 0.0, 1e30, -math.inf]), st.integers(0, 2), st.integers(1, 3))
-def test_advantages_equal_their_sums(rows: list[Any], gamma: float, lam: float, filler: float, gaps: int, more: int) -> None:
+@given(
+    st.lists(ROW, min_size=1, max_size=4),
+    SHARE,
+    SHARE,
+    st.sampled_from([NAN, 0.0, 1e30, -math.inf]),
+    st.integers(0, 2),
+    st.integers(1, 3),
+)
+def test_advantages_equal_their_sums(
+    rows: list[Any], gamma: float, lam: float, filler: float, gaps: int, more: int
+) -> None:
     rewards, values, says = laid([row[:2] for row in rows], filler, gaps, more)
     found = gae(rewards, values, says, torch.tensor([row[2] for row in rows], dtype=torch.float64), gamma, lam)
     expected = [a for row in rows for a in sums(*row, gamma, lam)]
     assert np.allclose(found[says].numpy(), expected, rtol=1e-6, atol=1e-4) and not found[~says].any()
 
 
-# --- whitening --------------------------------------------------------------------------------------------------------------------------
+# --- whitening --------------------------------------------------------------------------------------------------------
 
 
 def white_error(how: Callable[[Tensor, Tensor], Tensor], more: int = 0) -> float:
@@ -170,12 +195,14 @@ def test_whitened_values_have_mean_0_and_variance_1(rows: list[list[float]], mor
 
 def test_explained_variance_by_hand() -> None:
     values, returns, says = laid([([1.0, 1.0], [0.0, 2.0]), ([1.0], [4.0])], NAN)  # variances 8/3 of both
-    assert explained_variance(values, returns, says) == pytest.approx(0.0) and math.isnan(explained_variance(returns, values, says))
+    assert explained_variance(values, returns, says) == pytest.approx(0.0) and math.isnan(
+        explained_variance(returns, values, says)
+    )
     assert explained_variance(returns, returns, says) == 1.0 and explained_variance(returns + 5, returns, says) == 1.0
     assert explained_variance(-returns, returns, says) == pytest.approx(-3.0)
 
 
-# --- rewards ----------------------------------------------------------------------------------------------------------------------------
+# --- rewards ----------------------------------------------------------------------------------------------------------
 
 
 def reward_error(how: Callable[..., Tensor]) -> float:
@@ -214,19 +241,25 @@ def test_the_coefficient_follows_its_target() -> None:
     """Ziegler et al.: error (KL - target) / target, within 20 %, times the gain."""
     assert next_coefficient(0.05, 0.11, 0.1, 0.1) == pytest.approx(0.05 * 1.01)
     assert next_coefficient(0.05, 0.09, 0.1, 0.1) == pytest.approx(0.05 * 0.99)
-    assert next_coefficient(0.05, 9.0, 0.1, 0.1) == pytest.approx(0.05 * 1.02) and next_coefficient(0.05, 0.0, 0.1, 0.5) == pytest.approx(0.045)
+    assert next_coefficient(0.05, 9.0, 0.1, 0.1) == pytest.approx(0.05 * 1.02) and next_coefficient(
+        0.05, 0.0, 0.1, 0.5
+    ) == pytest.approx(0.045)
     assert next_coefficient(0.05, 0.1, 0.1, 0.1) == 0.05
 
 
 def test_k3_by_hand() -> None:
     logps, other, says = laid([([-1.0, -2.0], [-1.0 + math.log(2), -2.0])], NAN)
-    assert k3(logps, other, says)[says].tolist() == pytest.approx([1 - math.log(2), 0.0]) and not k3(logps, other, says)[~says].any()
+    assert (
+        k3(logps, other, says)[says].tolist() == pytest.approx([1 - math.log(2), 0.0])
+        and not k3(logps, other, says)[~says].any()
+    )
 
 
-# --- the losses -------------------------------------------------------------------------------------------------------------------------
+# --- the losses -------------------------------------------------------------------------------------------------------
 
 SIX = (
-    # value: old 0, d 0.2. (new, return) -> loss, slope: a value that has left the clip and still goes away from the return loses its slope.
+    # value: old 0, d 0.2. (new, return) -> loss, slope: a value that has left the clip and still goes away from the
+    # return loses its slope.
     ("old < new < return", 1.0, 2.0, 1.8**2 / 2, 0.0),
     ("old < return < new", 1.0, 0.5, 0.5**2 / 2, 0.5),
     ("return < old < new", 1.0, -1.0, 2.0**2 / 2, 2.0),
@@ -244,7 +277,11 @@ def six_error(how: Callable[..., tuple[Tensor, Tensor]]) -> float:
         says = torch.tensor([[True, False]])
         found, stopped = how(values, other, torch.full_like(other, wanted), says, 0.2)
         (gradient,) = torch.autograd.grad(found.sum(), values)
-        apart = abs(float(found[0, 0].detach()) - loss) + abs(float(gradient[0, 0]) - slope) + (bool(stopped[0, 0]) != (slope == 0.0))
+        apart = (
+            abs(float(found[0, 0].detach()) - loss)
+            + abs(float(gradient[0, 0]) - slope)
+            + (bool(stopped[0, 0]) != (slope == 0.0))
+        )
         worst = max(worst, apart if apart == apart and not gradient[0, 1] else math.inf)
     return worst
 
@@ -260,7 +297,9 @@ def _the_smaller(values: Tensor, old: Tensor, returns: Tensor, says: Tensor, cli
     return torch.minimum(plain, other), (other < plain) & says
 
 
-def _around_the_return(values: Tensor, old: Tensor, returns: Tensor, says: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def _around_the_return(
+    values: Tensor, old: Tensor, returns: Tensor, says: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
     return ppo_module.value_loss(values, returns, returns, says, clip)
 
 
@@ -281,7 +320,8 @@ def test_a_wrong_value_clip_is_seen(bug: Any) -> None:
 
 
 def oracle(rows: Rows, clip: float, value_clip: float, weight: float) -> tuple[float, list[float], float, list[float]]:
-    """Rows of (log-probs, old, advantages, values, old values, returns) -> both losses and their slopes, worked by cases."""
+    """Rows of (log-probs, old, advantages, values, old values, returns) -> both losses and their slopes, worked by
+    cases."""
     policy, value, slopes, value_slopes = 0.0, 0.0, [], []
     for row in rows:
         for p, o, a, v, v0, g in zip(*row, strict=True):
@@ -304,8 +344,16 @@ def drawn(seed: int, lengths: Sequence[int] = (5, 2, 9, 1, 4, 0)) -> list[tuple[
     rows = []
     for n in lengths:
         logps, values = -stream.exponential(2.0, n), stream.normal(0, 1, n)
-        rows.append((logps, logps + stream.normal(0, 0.3, n), stream.normal(0, 1, n), values, values + stream.normal(0, 0.4, n),
-                     stream.normal(0, 1, n)))  # fmt: skip
+        rows.append(
+            (
+                logps,
+                logps + stream.normal(0, 0.3, n),
+                stream.normal(0, 1, n),
+                values,
+                values + stream.normal(0, 0.4, n),
+                stream.normal(0, 1, n),
+            )
+        )
     return rows
 
 
@@ -340,7 +388,9 @@ def test_what_stands_in_masked_slots_does_nothing(filler: float) -> None:
     assert pure_error(torch.float32, filler) < 2e-6
 
 
-@given(st.lists(st.tuples(*[st.floats(-2, 2, width=32)] * 3), min_size=1, max_size=6), st.floats(0.015625, 0.5, width=32))
+@given(
+    st.lists(st.tuples(*[st.floats(-2, 2, width=32)] * 3), min_size=1, max_size=6), st.floats(0.015625, 0.5, width=32)
+)
 def test_value_loss_equals_plain_python(triples: list[tuple[float, float, float]], clip: float) -> None:
     values, old, returns, says = laid([tuple(zip(*triples, strict=True))], NAN)
     found, _ = ppo_module.value_loss(values, old, returns, says, clip)
@@ -348,16 +398,22 @@ def test_value_loss_equals_plain_python(triples: list[tuple[float, float, float]
     assert np.allclose(found[says].numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
-def _no_clip(logps: Tensor, old: Tensor, advantages: Tensor, says: Tensor, clip: float, real: Any = ppo_module.policy_loss) -> Any:
+def _no_clip(
+    logps: Tensor, old: Tensor, advantages: Tensor, says: Tensor, clip: float, real: Any = ppo_module.policy_loss
+) -> Any:
     return real(logps, old, advantages, says, 1e6)
 
 
-def _the_larger(logps: Tensor, old: Tensor, advantages: Tensor, says: Tensor, clip: float, real: Any = ppo_module.policy_loss) -> Any:
+def _the_larger(
+    logps: Tensor, old: Tensor, advantages: Tensor, says: Tensor, clip: float, real: Any = ppo_module.policy_loss
+) -> Any:
     loss, stopped = real(logps, old, -advantages, says, clip)
     return -loss, stopped
 
 
-def _ratio_turned(logps: Tensor, old: Tensor, advantages: Tensor, says: Tensor, clip: float, real: Any = ppo_module.policy_loss) -> Any:
+def _ratio_turned(
+    logps: Tensor, old: Tensor, advantages: Tensor, says: Tensor, clip: float, real: Any = ppo_module.policy_loss
+) -> Any:
     return real(old, logps, advantages, says, clip)
 
 
@@ -391,16 +447,19 @@ def test_entropy_has_its_gradient(temperature: float) -> None:
     assert far(chunked_entropy(head, hidden, temperature), entropy.detach()) < 1e-6
 
 
-# --- through a model --------------------------------------------------------------------------------------------------------------------
+# --- through a model --------------------------------------------------------------------------------------------------
 
 OWN = {"policy": ["sft", "policy"], "reference": ["sft"], "value": ["sft", "value"]}
 TRUNK = {**OWN, "value": ["sft", "policy"]}
 
 
 def voices(kind: str, **more: Any) -> Roles:
-    """fp32, a frozen SFT adapter below; the value an adapter of its own, or a head on the policy's trunk. All with weights that matter."""
+    """fp32, a frozen SFT adapter below; the value an adapter of its own, or a head on the policy's trunk. All with
+    weights that matter."""
     extra, stacks = (["value"], OWN) if kind == "own" else ([], TRUNK)
-    found = llama_roles(16, lower=["sft"], extra=extra, trainable=["policy", "value"], stacks=stacks, heads=["value"], **more)
+    found = llama_roles(
+        16, lower=["sft"], extra=extra, trainable=["policy", "value"], stacks=stacks, heads=["value"], **more
+    )
     shake(found, "sft", size=0.05)
     shake(found, "policy", size=0.05, seed=2)
     shake(found, "value", size=0.05, seed=3)
@@ -443,7 +502,9 @@ def _noise(part: Batch, stream: torch.Generator) -> Tensor:
     return noise
 
 
-def one_pass(algorithm: PPO, part: Batch, joint: bool = False, **split: int | None) -> tuple[list[float], list[Tensor], dict[str, float]]:
+def one_pass(
+    algorithm: PPO, part: Batch, joint: bool = False, **split: int | None
+) -> tuple[list[float], list[Tensor], dict[str, float]]:
     """Losses and gradients of policy and value; with `joint` one backward pass for all terms of a micro-batch."""
     roles = algorithm.kit.roles
     clear(roles)
@@ -464,7 +525,8 @@ def one_pass(algorithm: PPO, part: Batch, joint: bool = False, **split: int | No
 
 
 def step_error(roles: Roles, temperature: float = 0.7, **parts: Any) -> float:
-    """Distance from transformers' model in float64, of all that `collect` fixes, both losses, and the gradients of both adapters."""
+    """Distance from transformers' model in float64, of all that `collect` fixes, both losses, and the gradients of both
+    adapters."""
     algorithm = over(roles, fake={"temperature": temperature}, leash=Leash(kl=0.3), **parts)
     part = algorithm.collect(0).batch
     policy = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
@@ -473,7 +535,10 @@ def step_error(roles: Roles, temperature: float = 0.7, **parts: Any) -> float:
     how, rows, undecided = algorithm.discount, [], torch.zeros((), dtype=torch.float64)
     for i, score in enumerate([reward for group in EARNED[0] for reward in group]):
         ids, places = part.ids[i][part.attended[i]], part.says[i].nonzero().squeeze(1)
-        whole, other = (torch.log_softmax(policy.run(ids.tolist(), mine).logits[0] / temperature, dim=1)[places - 1] for mine in (True, False))
+        whole, other = (
+            torch.log_softmax(policy.run(ids.tolist(), mine).logits[0] / temperature, dim=1)[places - 1]
+            for mine in (True, False)
+        )
         p, q = (each.gather(1, ids[places][:, None])[:, 0] for each in (whole, other))
         undecided = undecided - (whole.exp() * whole).sum()
         v = value.run(ids.tolist()).hidden_states[-1][0] @ head
@@ -482,29 +547,48 @@ def step_error(roles: Roles, temperature: float = 0.7, **parts: Any) -> float:
         earned = [-0.3 * float(a - b) for a, b in zip(p.detach(), q.detach(), strict=True)]
         earned[-1] += ending
         before = v[places - 1]
-        advantages = sums(earned, before.tolist(), float(v[-1].detach()) if cut and bootstrap else 0.0, how.gamma, how.lam)
+        advantages = sums(
+            earned, before.tolist(), float(v[-1].detach()) if cut and bootstrap else 0.0, how.gamma, how.lam
+        )
         rows.append((p, before, np.array(advantages), np.array(before.tolist()) + advantages))
     flat = np.concatenate([row[2] for row in rows])
-    part.extra["old"], part.extra["values"] = (part.extra[name] + _noise(part, torch.Generator().manual_seed(k))
-                                               for k, name in enumerate(("old", "values")))  # fmt: skip
+    part.extra["old"], part.extra["values"] = (
+        part.extra[name] + _noise(part, torch.Generator().manual_seed(k)) for k, name in enumerate(("old", "values"))
+    )
     losses, _, _ = one_pass(algorithm, part)
     mine = by_key(roles, "policy"), by_key(roles, "value")
-    told = [(p.tolist(), part.extra["old"][i][part.says[i]].tolist(), (a - flat.mean()) / flat.std(), v.tolist(),
-             part.extra["values"][i][part.says[i]].tolist(), g) for i, (p, v, a, g) in enumerate(rows)]  # fmt: skip
+    told = [
+        (
+            p.tolist(),
+            part.extra["old"][i][part.says[i]].tolist(),
+            (a - flat.mean()) / flat.std(),
+            v.tolist(),
+            part.extra["values"][i][part.says[i]].tolist(),
+            g,
+        )
+        for i, (p, v, a, g) in enumerate(rows)
+    ]
     one, slopes, other, value_slopes = oracle(told, algorithm.update.clip, algorithm.critic.clip, 1 / len(flat))
     bonus = -algorithm.update.entropy / len(flat) * undecided
     one += float(bonus.detach())
     (torch.cat([row[0] for row in rows]) @ torch.tensor(slopes, dtype=torch.float64) + bonus).backward()
     (torch.cat([row[1] for row in rows]) @ torch.tensor(value_slopes, dtype=torch.float64)).backward()
-    apart = [far_from(mine[0], policy.gradient()), far_from(mine[1], value.gradient()), abs(losses[0] - one) / abs(one),
-             abs(losses[1] - other) / other,
-             far(part.extra["returns"][part.says], torch.tensor(np.concatenate([row[3] for row in rows])))]  # fmt: skip
+    apart = [
+        far_from(mine[0], policy.gradient()),
+        far_from(mine[1], value.gradient()),
+        abs(losses[0] - one) / abs(one),
+        abs(losses[1] - other) / other,
+        far(part.extra["returns"][part.says], torch.tensor(np.concatenate([row[3] for row in rows]))),
+    ]
     return max(apart)
 
 
 @pytest.mark.parametrize("truncated", ["penalise", "bootstrap", "keep"])
 def test_a_whole_step(own: Roles, truncated: str) -> None:
-    assert step_error(own, discount=Discount(0.9, 0.8, truncated, 0.7), update=Update(entropy=0.2 * (truncated == "keep"))) < 2e-5
+    assert (
+        step_error(own, discount=Discount(0.9, 0.8, truncated, 0.7), update=Update(entropy=0.2 * (truncated == "keep")))
+        < 2e-5
+    )
 
 
 def test_bugs_of_a_whole_step_are_seen(own: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,25 +598,34 @@ def test_bugs_of_a_whole_step_are_seen(own: Roles, monkeypatch: pytest.MonkeyPat
             return step_error(own, discount=Discount(0.9, 0.8, "bootstrap", 0.7))
 
     assert with_bug("before_each", lambda states: states) > 1e-3, "the value of a state that has seen the token already"
-    assert with_bug("where_says", lambda values, says: values) > 1e-3, "what stands in prompts counted among the returns"
+    assert with_bug("where_says", lambda values, says: values) > 1e-3, (
+        "what stands in prompts counted among the returns"
+    )
     assert with_bug("whiten", lambda values, says: values) > 1e-3
     assert step_error(own, update=Update(entropy=0.2)) < 2e-5
     with monkeypatch.context() as patch:
         patch.setattr("lowrank_tune.model.roles.chunked_entropy", lambda *how: chunked_entropy(*how).detach())
         assert step_error(own, update=Update(entropy=0.2)) > 1e-3, "an entropy without its gradient"
     logps = Roles.logps
-    assert with_bug("logps", lambda self, role, batch, temperature=1.0, **more: logps(self, role, batch, **more), Roles) > 1e-3
+    assert (
+        with_bug("logps", lambda self, role, batch, temperature=1.0, **more: logps(self, role, batch, **more), Roles)
+        > 1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", ["own", "trunk"])
-def test_any_micro_batch_size_gives_the_gradient_of_one_joint_backward(kind: str, request: pytest.FixtureRequest) -> None:
+def test_any_micro_batch_size_gives_the_gradient_of_one_joint_backward(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     algorithm = over(request.getfixturevalue(kind), critic=Critic(weight=0.3), update=Update(entropy=0.05))
     part = stirred(algorithm)
     wanted = one_pass(algorithm, part, joint=True, rows=99)
     assert all(gradient.any() and gradient.isfinite().all() for gradient in wanted[1])
     for split in ({"rows": 1}, {"rows": 4}, {"tokens": 30}, {"rows": 99}):
         losses, found, stats = one_pass(algorithm, part, **split)
-        assert losses == pytest.approx(wanted[0], rel=1e-5, abs=1e-7) and stats == pytest.approx(wanted[2], rel=1e-4, abs=1e-6)
+        assert losses == pytest.approx(wanted[0], rel=1e-5, abs=1e-7) and stats == pytest.approx(
+            wanted[2], rel=1e-4, abs=1e-6
+        )
         assert all(far(mine, theirs) < 1e-5 for mine, theirs in zip(found, wanted[1], strict=True))
     assert wanted[2]["loss"] + 0.3 * wanted[2]["value_loss"] == pytest.approx(sum(wanted[0]), rel=1e-5)
 
@@ -574,7 +667,9 @@ def test_padding_changes_nothing(kind: str, request: pytest.FixtureRequest) -> N
         algorithm = over(request.getfixturevalue(kind), fake=how, discount=Discount(truncated="bootstrap"))
         found.append(one_pass(algorithm, stirred(algorithm)))
     for losses, slopes, stats in found[1:]:
-        assert losses == pytest.approx(found[0][0], rel=1e-5, abs=1e-7) and stats == pytest.approx(found[0][2], rel=1e-4, abs=1e-6)
+        assert losses == pytest.approx(found[0][0], rel=1e-5, abs=1e-7) and stats == pytest.approx(
+            found[0][2], rel=1e-4, abs=1e-6
+        )
         assert all(far(mine, theirs) < 1e-5 for mine, theirs in zip(slopes, found[0][1], strict=True))
 
 
@@ -586,7 +681,8 @@ class _Both(PPO):
 
 
 def alive_at_once(algorithm: PPO, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The most decoder graphs that stood at once: made by a forward pass and not yet gone through by a backward pass."""
+    """The most decoder graphs that stood at once: made by a forward pass and not yet gone through by a backward
+    pass."""
     standing, most, real = 0, 0, Roles.hidden
 
     def hidden(self: Roles, role: str, batch: Batch) -> Tensor:
@@ -609,10 +705,14 @@ def alive_at_once(algorithm: PPO, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.parametrize("kind", ["own", "trunk"])
-def test_one_graph_is_alive_at_a_time(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_graph_is_alive_at_a_time(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     roles = request.getfixturevalue(kind)
     assert alive_at_once(over(roles), monkeypatch) == 1
-    assert alive_at_once(_Both(Kit(roles, None, fresh=False), Fake(roles, EARNED)), monkeypatch) == 2, "the test sees nothing"  # type: ignore[arg-type]
+    assert alive_at_once(_Both(Kit(roles, None, fresh=False), Fake(roles, EARNED)), monkeypatch) == 2, (
+        "the test sees nothing"
+    )  # type: ignore[arg-type]
 
 
 def test_disjoint_adapters_have_their_own_losses(own: Roles) -> None:
@@ -626,7 +726,7 @@ def test_disjoint_adapters_have_their_own_losses(own: Roles) -> None:
     assert not any(p.requires_grad for name, p in own.base.model.named_parameters() if "lt_sft" in name)
 
 
-# --- laws of the step --------------------------------------------------------------------------------------------------------------------
+# --- laws of the step -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["own", "trunk"])
@@ -641,7 +741,9 @@ def test_the_first_pass_has_ratio_one(kind: str, request: pytest.FixtureRequest)
     assert figures["score"] == pytest.approx((3.0 - 2) / 6) and figures["kl_coefficient"] == 0.05
     shown = algorithm.harvester.shown[0][2]  # type: ignore[attr-defined]
     white = experience.batch.extra["advantages"]
-    assert shown.shape == (2, 3) and float(shown[1, 0]) == pytest.approx(float(white[3][experience.batch.says[3]].mean()), abs=1e-6)
+    assert shown.shape == (2, 3) and float(shown[1, 0]) == pytest.approx(
+        float(white[3][experience.batch.says[3]].mean()), abs=1e-6
+    )
 
 
 def test_a_policy_that_is_its_reference_has_no_kl() -> None:
@@ -651,7 +753,9 @@ def test_a_policy_that_is_its_reference_has_no_kl() -> None:
     experience = algorithm.collect(0)
     algorithm.check(experience.batch, 0)
     figures = to_floats(experience.stats)
-    assert figures["kl"] == 0.0 and figures["value"] == 0.0, "a fresh adapter changes nothing, and a fresh head finds all worth nothing"
+    assert figures["kl"] == 0.0 and figures["value"] == 0.0, (
+        "a fresh adapter changes nothing, and a fresh head finds all worth nothing"
+    )
     shake(roles, "policy", size=0.02)
     with pytest.raises(RunFailed, match="the reference is not what it must be"):
         algorithm.check(experience.batch, 0)
@@ -661,7 +765,9 @@ def test_a_policy_that_is_its_reference_has_no_kl() -> None:
 def test_a_sampler_that_drifts_stops_the_run(own: Roles) -> None:
     with pytest.raises(RunFailed, match="ppo.mismatch_limit"):
         over(own, fake={"drift": 0.5}).collect(0)
-    assert to_floats(over(own, fake={"drift": 0.5}, update=Update(mismatch_limit=5.0)).collect(0).stats)["mismatch"] > 0.1
+    assert (
+        to_floats(over(own, fake={"drift": 0.5}, update=Update(mismatch_limit=5.0)).collect(0).stats)["mismatch"] > 0.1
+    )
 
 
 def test_the_real_sampler_and_the_policy_agree(own: Roles) -> None:
@@ -673,7 +779,9 @@ def test_the_real_sampler_and_the_policy_agree(own: Roles) -> None:
 @pytest.mark.parametrize(("target", "kl", "moved"), [(None, 0.05, 1.0), (1e-9, 0.05, 1.1), (1e9, 0.05, 0.9)])
 def test_the_coefficient_moves_after_its_step(own: Roles, target: float | None, kl: float, moved: float) -> None:
     algorithm = over(own, leash=Leash(kl, target, gain=0.5))
-    assert to_floats(algorithm.collect(0).stats)["kl_coefficient"] == kl and algorithm.coefficient == pytest.approx(kl * moved)
+    assert to_floats(algorithm.collect(0).stats)["kl_coefficient"] == kl and algorithm.coefficient == pytest.approx(
+        kl * moved
+    )
     again = over(own, leash=Leash(kl, target, gain=0.5))
     again.restore(algorithm.state())
     assert again.coefficient == algorithm.coefficient and again.state() == algorithm.state()
@@ -720,7 +828,11 @@ def test_completions_without_a_reward_are_as_if_never_drawn(own: Roles) -> None:
     experience = algorithm.collect(0)
     part, figures = experience.batch, to_floats(experience.stats)
     whole = over(own, fake={"cut": ()}).collect(0).batch
-    assert len(part) == 5 and all(tensor.isfinite().all() for tensor in part.extra.values()) and all(map(math.isfinite, figures.values()))
+    assert (
+        len(part) == 5
+        and all(tensor.isfinite().all() for tensor in part.extra.values())
+        and all(map(math.isfinite, figures.values()))
+    )
     for i, row in enumerate((0, 1, 2, 3, 5)):
         assert torch.equal(part.ids[i][part.attended[i]], whole.ids[row][whole.attended[row]])
         assert far(part.extra["returns"][i][part.says[i]], whole.extra["returns"][row][whole.says[row]]) < 1e-5
@@ -748,7 +860,7 @@ def test_a_person_is_told_that_nothing_ends(own: Roles) -> None:
     assert "most completions have no end, 90%" in next(iter(over(own).warnings({"truncated": 0.9})))
 
 
-# --- saving ------------------------------------------------------------------------------------------------------------------------------
+# --- saving -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["own", "trunk"])

@@ -1,4 +1,5 @@
-"""Whole runs of PPO: one base and no second copy, values that are saved and come back, rates and clips of their own, and the tiny RLHF."""
+"""Whole runs of PPO: one base and no second copy, values that are saved and come back, rates and clips of their own,
+and the tiny RLHF."""
 
 from __future__ import annotations
 
@@ -32,12 +33,22 @@ from lowrank_tune.train import Loop, make_optimizer
 
 def small(sft: Path, steps: int = 2, **ppo: Any) -> dict[str, Any]:
     return {
-        "name": "ppo", "algorithm": "ppo", "base": {"model": "tiny-tutor", "bits": 4},
-        "adapters": {"sft": {"path": str(sft)}, "policy": {"r": 4}}, "data": {"train": [{"dataset": "tutor", "rows": 20}]},
+        "name": "ppo",
+        "algorithm": "ppo",
+        "base": {"model": "tiny-tutor", "bits": 4},
+        "adapters": {"sft": {"path": str(sft)}, "policy": {"r": 4}},
+        "data": {"train": [{"dataset": "tutor", "rows": 20}]},
         "rewards": [{"use": "answer"}, {"use": "length", "target_tokens": 5, "weight": 0.5}],
-        "rollout": {"num_generations": 2, "max_new_tokens": 10}, "ppo": {"epochs": 2, "minibatches": 2, **ppo},
-        "train": {"steps": steps, "prompts_per_step": 4, "micro_batch_size": 3, "learning_rate": 5e-3, "gradient_checkpointing": False},
-    }  # fmt: skip
+        "rollout": {"num_generations": 2, "max_new_tokens": 10},
+        "ppo": {"epochs": 2, "minibatches": 2, **ppo},
+        "train": {
+            "steps": steps,
+            "prompts_per_step": 4,
+            "micro_batch_size": 3,
+            "learning_rate": 5e-3,
+            "gradient_checkpointing": False,
+        },
+    }
 
 
 def test_a_run_leaves_its_base_alone_and_can_be_repeated(tmp_path: Path, sft_run: Path) -> None:  # noqa: F811
@@ -48,24 +59,50 @@ def test_a_run_leaves_its_base_alone_and_can_be_repeated(tmp_path: Path, sft_run
     assert outcome.summary["base_hash"]["end"] == outcome.summary["base_hash"]["start"] == below["base_hash"]["end"]
     assert set(outcome.summary["adapter_hashes"]) == {"sft"}
     steps = figures(events)
-    assert steps[0]["kl"] == 0.0 < steps[1]["kl"] and steps[0]["mismatch"] < 1e-5 and steps[0]["value"] == 0.0 != steps[1]["value"]
-    told_of = {"reward", "score", "kl", "kl_coefficient", "value_loss", "explained_variance", "clip_fraction", "value_clip_fraction", "entropy",
-               "length", "truncated", "update_kl", "reward_answer", "reward_length"}  # fmt: skip
+    assert (
+        steps[0]["kl"] == 0.0 < steps[1]["kl"]
+        and steps[0]["mismatch"] < 1e-5
+        and steps[0]["value"] == 0.0 != steps[1]["value"]
+    )
+    told_of = {
+        "reward",
+        "score",
+        "kl",
+        "kl_coefficient",
+        "value_loss",
+        "explained_variance",
+        "clip_fraction",
+        "value_clip_fraction",
+        "entropy",
+        "length",
+        "truncated",
+        "update_kl",
+        "reward_answer",
+        "reward_length",
+    }
     assert told_of <= steps[1].keys() and all(map(math.isfinite, steps[1].values()))
     ended = {name: load_file(tmp_path / "one" / "final" / name / WEIGHTS) for name in ("", "value")}
     assert KEY in ended["value"] and KEY not in ended[""]
     for tensors in ended.values():
-        assert all(tensor.any() for key, tensor in tensors.items() if "lora_A" not in key), "nothing was trained: the test saw nothing"
+        assert all(tensor.any() for key, tensor in tensors.items() if "lora_A" not in key), (
+            "nothing was trained: the test saw nothing"
+        )
     _, again = told(small(sft_run), tmp_path / "two")
     assert figures(again) == steps
-    assert all(not changed(tensors, load_file(tmp_path / "two" / "final" / name / WEIGHTS)) for name, tensors in ended.items())
+    assert all(
+        not changed(tensors, load_file(tmp_path / "two" / "final" / name / WEIGHTS)) for name, tensors in ended.items()
+    )
     groups = [event.completions for event in events if isinstance(event, Grouped)]
     assert len(groups) == 2 and all(isinstance(one["advantage"], float) for group in groups for one in group)
 
 
 @pytest.mark.parametrize("value", ["adapter", "trunk"])
-def test_the_value_comes_back_bit_for_bit(tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch,  # noqa: F811
-                                          value: str) -> None:  # fmt: skip
+def test_the_value_comes_back_bit_for_bit(
+    tmp_path: Path,
+    sft_run: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    value: str,
+) -> None:
     ended: dict[str, Tensor] = {}
     finish = runner_module.Stage.finish
 
@@ -106,7 +143,11 @@ def loaded_values(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     return seen
 
 
-def test_a_policy_that_is_not_its_reference_is_refused(tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_policy_that_is_not_its_reference_is_refused(
+    tmp_path: Path,
+    sft_run: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     real = runner_module.build
 
     def shaken(*given: Any, **more: Any) -> Any:
@@ -119,7 +160,7 @@ def test_a_policy_that_is_not_its_reference_is_refused(tmp_path: Path, sft_run: 
         told(small(sft_run), tmp_path / "run")
 
 
-# --- one base ----------------------------------------------------------------------------------------------------------------------------
+# --- one base ---------------------------------------------------------------------------------------------------------
 
 
 def storages() -> dict[int, Tensor]:
@@ -127,14 +168,19 @@ def storages() -> dict[int, Tensor]:
     gc.collect()
     found: dict[int, Tensor] = {}
     for one in gc.get_objects():
-        if issubclass(type(one), Tensor) and one.device == CPU and one.layout == torch.strided and one.untyped_storage().nbytes():
+        if (
+            issubclass(type(one), Tensor)
+            and one.device == CPU
+            and one.layout == torch.strided
+            and one.untyped_storage().nbytes()
+        ):
             found.setdefault(one.untyped_storage().data_ptr(), one)
     return found
 
 
 def growth(monkeypatch: pytest.MonkeyPatch, sft: Path, out: Path) -> tuple[int, int, list[str]]:
-    """Bytes that an update has more than stood before its rollout, before its policy's and its value's first graph; bytes of the rollout's
-    scratch; copies of base tensors."""
+    """Bytes that an update has more than stood before its rollout, before its policy's and its value's first graph;
+    bytes of the rollout's scratch; copies of base tensors."""
     before, looked = dict[int, None](), set[str]()
     most, scratch, copies = 0, 0, list[str]()
     draw, opened = Harvester.draw, Linears.__init__
@@ -158,11 +204,20 @@ def growth(monkeypatch: pytest.MonkeyPatch, sft: Path, out: Path) -> tuple[int, 
             most = max(most, sum(one.untyped_storage().nbytes() for one in fresh.values()))
             model = self.kit.roles.base.model
             own = {name: one for name, one in (*model.named_parameters(), *model.named_buffers()) if "lora" not in name}
-            shapes = {(m.base_layer.out_features, m.base_layer.in_features) for m in model.modules() if hasattr(m, "base_layer")}
+            shapes = {
+                (m.base_layer.out_features, m.base_layer.in_features)
+                for m in model.modules()
+                if hasattr(m, "base_layer")
+            }
             for one in fresh.values():
-                copies.extend(name for name, base in own.items()
-                              if one.data_ptr() != base.data_ptr() and one.shape == base.shape and one.dtype == base.dtype
-                              and torch.equal(one, base))  # fmt: skip
+                copies.extend(
+                    name
+                    for name, base in own.items()
+                    if one.data_ptr() != base.data_ptr()
+                    and one.shape == base.shape
+                    and one.dtype == base.dtype
+                    and torch.equal(one, base)
+                )
                 if tuple(one.shape) in shapes and one.is_floating_point():
                     copies.append(f"unpacked {tuple(one.shape)}")
             return real(self, micro)
@@ -184,15 +239,27 @@ def test_no_second_base_stands_while_it_learns(tmp_path: Path, sft_run: Path, mo
     kept: list[Any] = []
     monkeypatch.setattr(Linears, "close", lambda self: kept.append(self))
     most, scratch, copies = growth(monkeypatch, sft_run, tmp_path / "two")
-    assert most > 0.9 * scratch and any(name.startswith("unpacked") for name in copies), "a scratch that is not freed would not be seen"
+    assert most > 0.9 * scratch and any(name.startswith("unpacked") for name in copies), (
+        "a scratch that is not freed would not be seen"
+    )
 
 
-# --- rates and clips of their own ---------------------------------------------------------------------------------------------------------
+# --- rates and clips of their own -------------------------------------------------------------------------------------
 
 
 def loop_of(groups: Any, flat: list[nn.Parameter]) -> Loop:
     train = all_settings.Train(steps=4, learning_rate=1e-3, schedule="constant")
-    return Loop(None, flat, make_optimizer(groups, train, CPU), train, 4, 0, CPU, lambda event: None, lambda progress, last: None)  # type: ignore[arg-type]
+    return Loop(
+        None,
+        flat,
+        make_optimizer(groups, train, CPU),
+        train,
+        4,
+        0,
+        CPU,
+        lambda event: None,
+        lambda progress, last: None,
+    )  # type: ignore[arg-type]
 
 
 def test_each_group_is_clipped_by_itself() -> None:
@@ -216,19 +283,30 @@ def test_the_value_has_its_own_rate(tmp_path: Path, sft_run: Path, monkeypatch: 
 
     monkeypatch.setattr(Loop, "_step", look)
     told(small(sft_run, value_learning_rate=2e-2), tmp_path / "run")
-    assert rates == [pytest.approx([5e-3, 2e-2]), pytest.approx([2.5e-3, 1e-2])], "one schedule, a cosine over two steps"
+    assert rates == [pytest.approx([5e-3, 2e-2]), pytest.approx([2.5e-3, 1e-2])], (
+        "one schedule, a cosine over two steps"
+    )
 
 
-# --- the reward model's start -------------------------------------------------------------------------------------------------------------
+# --- the reward model's start -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def reward_run(tmp_path_factory: pytest.TempPathFactory, sft_run: Path) -> Path:  # noqa: F811
-    recipe = {"name": "reward", "algorithm": "reward", "base": {"model": "tiny-tutor"},
-              "adapters": {"sft": {"path": str(sft_run)}, "reward": {"r": 4}},
-              "data": {"train": [{"dataset": "tutor-preferences", "rows": 30}]},
-              "train": {"steps": 3, "rows_per_step": 8, "micro_batch_size": 8, "learning_rate": 5e-3,
-                        "gradient_checkpointing": False}}  # fmt: skip
+    recipe = {
+        "name": "reward",
+        "algorithm": "reward",
+        "base": {"model": "tiny-tutor"},
+        "adapters": {"sft": {"path": str(sft_run)}, "reward": {"r": 4}},
+        "data": {"train": [{"dataset": "tutor-preferences", "rows": 30}]},
+        "train": {
+            "steps": 3,
+            "rows_per_step": 8,
+            "micro_batch_size": 8,
+            "learning_rate": 5e-3,
+            "gradient_checkpointing": False,
+        },
+    }
     out = tmp_path_factory.mktemp("judge") / "reward"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWRANK_TUNE_CACHE", str(out.parent / "cache"))
@@ -236,8 +314,12 @@ def reward_run(tmp_path_factory: pytest.TempPathFactory, sft_run: Path) -> Path:
     return out
 
 
-def test_a_value_can_begin_as_the_reward_model(tmp_path: Path, sft_run: Path, reward_run: Path,  # noqa: F811
-                                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_value_can_begin_as_the_reward_model(
+    tmp_path: Path,
+    sft_run: Path,  # noqa: F811
+    reward_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     recipe = small(sft_run, steps=1, value_from="reward")
     recipe["adapters"]["reward"] = {"path": str(reward_run)}
     recipe["rewards"] = [{"use": "reward_model", "weight": 0.5}]
@@ -248,16 +330,19 @@ def test_a_value_can_begin_as_the_reward_model(tmp_path: Path, sft_run: Path, re
     assert torch.equal(seen[0].pop(KEY), judge.pop(KEY) * 0.5) and not changed(seen[0], judge)
     assert set(outcome.summary["adapter_hashes"]) == {"sft", "reward"} and figures(events)[0]["kl"] == 0.0
     ended = load_file(tmp_path / "run" / "final" / "value" / WEIGHTS)
-    assert changed({key: tensor for key, tensor in ended.items() if key != KEY}, judge), "the copy learns, and the judge stays"
+    assert changed({key: tensor for key, tensor in ended.items() if key != KEY}, judge), (
+        "the copy learns, and the judge stays"
+    )
     assert not changed(read_adapter(str(reward_run), "here", head=True).tensors, kept)
 
 
-# --- the whole story ----------------------------------------------------------------------------------------------------------------------
+# --- the whole story --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_tiny_rlhf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reward model tells nine of ten held-out pairs apart, and what PPO gains by its score is gold too, at a KL under the target."""
+    """The reward model tells nine of ten held-out pairs apart, and what PPO gains by its score is gold too, at a KL
+    under the target."""
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
     recipe = load_any("tiny-rlhf")
     outcome = run(recipe, out=tmp_path / "run", ui="none", device=CPU)

@@ -1,8 +1,8 @@
 """TRL 1.16 as an oracle: its RewardTrainer and DPOTrainer on the same pairs, the same base and the same fp32 adapters.
 
-What would make the comparison unfair is set here by hand: their adapters are put back to the kit's weights in fp32 after the trainer is
-built (so that their reference is the base with adapters off), dropout is 0, rows end in the end token already so that none is added, and
-all pairs are one micro-batch, because theirs is a mean of means.
+What would make the comparison unfair is set here by hand: their adapters are put back to the kit's weights in fp32
+after the trainer is built (so that their reference is the base with adapters off), dropout is 0, rows end in the end
+token already so that none is added, and all pairs are one micro-batch, because theirs is a mean of means.
 """
 
 from __future__ import annotations
@@ -24,9 +24,21 @@ from lowrank_tune.model.roles import Roles
 
 trl = pytest.importorskip("trl")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
-COMMON: dict[str, Any] = dict(per_device_train_batch_size=5, bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False,
-                              max_length=None, learning_rate=0.0, max_grad_norm=0.0, max_steps=1, save_strategy="no", disable_tqdm=True,
-                              dataloader_drop_last=False, logging_steps=1)  # fmt: skip
+COMMON: dict[str, Any] = dict(
+    per_device_train_batch_size=5,
+    bf16=False,
+    use_cpu=True,
+    report_to="none",
+    gradient_checkpointing=False,
+    max_length=None,
+    learning_rate=0.0,
+    max_grad_norm=0.0,
+    max_steps=1,
+    save_strategy="no",
+    disable_tqdm=True,
+    dataloader_drop_last=False,
+    logging_steps=1,
+)
 
 
 def tokenizer() -> Any:
@@ -98,7 +110,7 @@ def trained(trainer: Any) -> tuple[float, dict[str, Tensor]]:
     return losses[0], kept
 
 
-# --- reward ----------------------------------------------------------------------------------------------------------------------------
+# --- reward -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -118,18 +130,25 @@ def test_reward_equals_trl(tmp_path: Path, reward: Roles, centering: float | Non
     data = {"chosen_ids": rows[::2], "rejected_ids": rows[1::2], "margin": list(margins)}
     model = AutoModelForSequenceClassification.from_pretrained(folder_of(), num_labels=1, dtype=torch.float32)
     arguments = trl.RewardConfig(output_dir=str(tmp_path), center_rewards_coefficient=centering, **COMMON)
-    trainer = trl.RewardTrainer(model=model, args=arguments, train_dataset=Dataset.from_dict(data), processing_class=tokenizer(),
-                                peft_config=lora("SEQ_CLS", modules_to_save=["score"]))  # fmt: skip
+    trainer = trl.RewardTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(data),
+        processing_class=tokenizer(),
+        peft_config=lora("SEQ_CLS", modules_to_save=["score"]),
+    )
     place(trainer.model, reward.adapter_tensors("reward"))
     theirs, gradients = trained(trainer)
     algorithm = Reward(Kit(reward, None), centering or 0.0)  # type: ignore[arg-type]
     loss, _, stats = accumulated(algorithm, pair_batch(rows, says, margins=margins), "reward", rows=4)
     logged = next(entry for entry in trainer.state.log_history if "accuracy" in entry)
     assert loss == pytest.approx(theirs, rel=1e-5) and far_from(by_key(reward, "reward"), gradients) < 1e-4
-    assert stats["accuracy"] == pytest.approx(logged["accuracy"]) and stats["margin"] == pytest.approx(logged["margin"], abs=1e-4)
+    assert stats["accuracy"] == pytest.approx(logged["accuracy"]) and stats["margin"] == pytest.approx(
+        logged["margin"], abs=1e-4
+    )
 
 
-# --- DPO -------------------------------------------------------------------------------------------------------------------------------
+# --- DPO --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -139,29 +158,59 @@ def policy() -> Roles:
     return roles
 
 
-def dpo_trainer(tmp_path: Path, roles: Roles, kind: str, s: float, rows: list[list[int]], says: list[list[bool]]) -> Any:
+def dpo_trainer(
+    tmp_path: Path, roles: Roles, kind: str, s: float, rows: list[list[int]], says: list[list[bool]]
+) -> Any:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
     def text(place: int, answer: bool) -> str:
-        return "".join(f"{word(token)} " for token, said in zip(rows[place], says[place], strict=True) if said == answer)
+        return "".join(
+            f"{word(token)} " for token, said in zip(rows[place], says[place], strict=True) if said == answer
+        )
 
     places = range(0, len(rows), 2)
-    data = {"prompt": [text(i, False) for i in places], "chosen": [text(i, True).strip() for i in places],
-            "rejected": [text(i + 1, True).strip() for i in places]}  # fmt: skip
-    arguments = trl.DPOConfig(output_dir=str(tmp_path), loss_type=[kind, "sft"] if s else [kind], loss_weights=[1.0, s] if s else None,
-                              beta=0.3, label_smoothing=0.2, **COMMON)  # fmt: skip
+    data = {
+        "prompt": [text(i, False) for i in places],
+        "chosen": [text(i, True).strip() for i in places],
+        "rejected": [text(i + 1, True).strip() for i in places],
+    }
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path),
+        loss_type=[kind, "sft"] if s else [kind],
+        loss_weights=[1.0, s] if s else None,
+        beta=0.3,
+        label_smoothing=0.2,
+        **COMMON,
+    )
     model = AutoModelForCausalLM.from_pretrained(folder_of(), dtype=torch.float32)
-    trainer = trl.DPOTrainer(model=model, args=arguments, train_dataset=Dataset.from_dict(data), processing_class=tokenizer(),
-                             peft_config=lora("CAUSAL_LM"))  # fmt: skip
-    seen = [[*row["prompt_ids"], *row[side]] for row in trainer.train_dataset for side in ("chosen_ids", "rejected_ids")]
+    trainer = trl.DPOTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(data),
+        processing_class=tokenizer(),
+        peft_config=lora("CAUSAL_LM"),
+    )
+    seen = [
+        [*row["prompt_ids"], *row[side]] for row in trainer.train_dataset for side in ("chosen_ids", "rejected_ids")
+    ]
     assert seen == rows, "TRL reads other rows than these"
     place(trainer.model, roles.adapter_tensors("policy"))
     return trainer
 
 
-@pytest.mark.parametrize(("kind", "s"), [("sigmoid", 0.0), ("ipo", 0.0), ("hinge", 0.0), ("robust", 0.0), ("apo_zero", 0.0),
-                                         ("sigmoid_norm", 0.0), ("sigmoid", 0.7)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "s"),
+    [
+        ("sigmoid", 0.0),
+        ("ipo", 0.0),
+        ("hinge", 0.0),
+        ("robust", 0.0),
+        ("apo_zero", 0.0),
+        ("sigmoid_norm", 0.0),
+        ("sigmoid", 0.7),
+    ],
+)
 def test_dpo_equals_trl(tmp_path: Path, policy: Roles, kind: str, s: float) -> None:
     rows, says = ended_rows(inside_pads=True)
     plain = Plain()
@@ -174,12 +223,18 @@ def test_dpo_equals_trl(tmp_path: Path, policy: Roles, kind: str, s: float) -> N
     loss, _, stats = accumulated(algorithm, pair_batch(rows, says, reference), rows=4)
     logged = next(entry for entry in trainer.state.log_history if "rewards/margins" in entry)
     assert loss == pytest.approx(theirs, rel=1e-5, abs=1e-5) and far_from(by_key(policy, "policy"), gradients) < 1e-4
-    for ours, name in (("margin", "margins"), ("reward_chosen", "chosen"), ("reward_rejected", "rejected"), ("accuracy", "accuracies")):
+    for ours, name in (
+        ("margin", "margins"),
+        ("reward_chosen", "chosen"),
+        ("reward_rejected", "rejected"),
+        ("accuracy", "accuracies"),
+    ):
         assert stats[ours] == pytest.approx(logged[f"rewards/{name}"], abs=1e-4)
 
 
 def test_a_side_by_side_can_fail(tmp_path: Path, policy: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same comparison with the label smoothing on plain sigmoid, which TRL does not do, and without the last token."""
+    """The same comparison with the label smoothing on plain sigmoid, which TRL does not do, and without the last
+    token."""
     from lowrank_tune.algorithms import dpo as dpo_module
 
     real = dpo_module.dpo_loss
@@ -190,7 +245,9 @@ def test_a_side_by_side_can_fail(tmp_path: Path, policy: Roles, monkeypatch: pyt
     logps = Roles.logps
 
     def short(self: Roles, role: str, batch: Any, *rest: Any) -> Any:
-        batch.says = batch.says & torch.cat([batch.attended[:, 1:], torch.zeros(len(batch), 1, dtype=torch.bool)], dim=1)
+        batch.says = batch.says & torch.cat(
+            [batch.attended[:, 1:], torch.zeros(len(batch), 1, dtype=torch.bool)], dim=1
+        )
         return logps(self, role, batch, *rest)
 
     monkeypatch.setattr(Roles, "logps", short)

@@ -1,4 +1,5 @@
-"""The preflight: counts against counts made by hand, every trap of the real rows, exit codes, and text that tries to break the screen."""
+"""The preflight: counts against counts made by hand, every trap of the real rows, exit codes, and text that tries to
+break the screen."""
 
 from __future__ import annotations
 
@@ -32,13 +33,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
 def recipe(*sources: str | dict[str, Any], heldout: str | None = None, **data: Any) -> Recipe:
     made = Recipe.load("tiny-sft").to_dict()
-    made["data"] = {"train": [{"dataset": each} if isinstance(each, str) else each for each in sources], "max_length": 256, **data}
+    made["data"] = {
+        "train": [{"dataset": each} if isinstance(each, str) else each for each in sources],
+        "max_length": 256,
+        **data,
+    }
     made["train"]["final"] = "last"
     made["evaluate"] = {"heldout": {"dataset": heldout}} if heldout else {}
     return Recipe.from_dict(made)
@@ -58,7 +65,11 @@ def printed(found: Preflight, width: int = 100, colour: bool = False, encoding: 
 
 def counts(found: Preflight) -> dict[str, tuple[int, list[int]]]:
     """By trouble: how many rows, and the lines of the first."""
-    return {each.what: (each.count, [int(place.rpartition(":")[2]) for place in each.places]) for each in found.troubles if each.count}
+    return {
+        each.what: (each.count, [int(place.rpartition(":")[2]) for place in each.places])
+        for each in found.troubles
+        if each.count
+    }
 
 
 def test_every_trouble_is_counted_with_its_lines(tmp_path: Path) -> None:
@@ -67,19 +78,30 @@ def test_every_trouble_is_counted_with_its_lines(tmp_path: Path) -> None:
     rows[4] = {"question": "Well?", "answer": " "}
     rows[5] = {"question": "a" * 4000, "answer": "b"}
     rows[9] = rows[10] = rows[0]
-    made = examined(write(tmp_path / "a.jsonl", rows), validation=[{"dataset": write(tmp_path / "b.jsonl", [ROWS[1], ROWS[2], ROWS[1]])}],
-                    heldout=write(tmp_path / "c.jsonl", [ROWS[20], {"question": "Who?", "answer": "Me 1"}]))  # fmt: skip
+    made = examined(
+        write(tmp_path / "a.jsonl", rows),
+        validation=[{"dataset": write(tmp_path / "b.jsonl", [ROWS[1], ROWS[2], ROWS[1]])}],
+        heldout=write(tmp_path / "c.jsonl", [ROWS[20], {"question": "Who?", "answer": "Me 1"}]),
+    )
     assert counts(made) == {
-        "malformed JSON": (1, [4]), "without a target: empty answer": (1, [5]), "too long: longer than data.max_length (256 tokens)": (1, [6]),
-        "repeating an earlier row": (2, [10, 11]), "in both splits": (3, [1, 2, 3]), "asking a held-out question": (1, [21]),
-    }  # fmt: skip
+        "malformed JSON": (1, [4]),
+        "without a target: empty answer": (1, [5]),
+        "too long: longer than data.max_length (256 tokens)": (1, [6]),
+        "repeating an earlier row": (2, [10, 11]),
+        "in both splits": (3, [1, 2, 3]),
+        "asking a held-out question": (1, [21]),
+    }
     assert made.report.shared == 3 and not made.faults and made.lengths.over == 1 and made.lengths.longest > 4000 // 2
     assert sum(made.lengths.counts) == made.report.train_rows + made.report.validation_rows == 40
 
 
 def test_truncated_rows_are_named(tmp_path: Path) -> None:
     talk = [{"role": role, "content": text} for text in ("one", "two " * 60) for role in ("user", "assistant")]
-    made = examined(write(tmp_path / "a.jsonl", [{"messages": talk}] + [{"messages": talk[:2]}] * 3), too_long="truncate", max_length=64)
+    made = examined(
+        write(tmp_path / "a.jsonl", [{"messages": talk}] + [{"messages": talk[:2]}] * 3),
+        too_long="truncate",
+        max_length=64,
+    )
     assert counts(made)["too long, shortened to whole turns"] == (1, [1])
     assert made.report.train[0].truncated_places == [f"{tmp_path}/a.jsonl:1"]
 
@@ -88,16 +110,30 @@ def test_the_census_counts_as_a_loop_would(tmp_path: Path) -> None:
     talk = [{"role": role, "content": f"{role} {turn}"} for turn in range(3) for role in ("user", "assistant")]
     path = write(tmp_path / "a.jsonl", [{"messages": talk[: 2 + 2 * (n % 3)]} for n in range(7)])
     template = Template.of(load_tokenizer(recipe(path).base))
-    train = load(recipe(path, validation_share=0.0).data, template, 0, lambda event: None).train.take(np.array([6, 0, 5, 1]))
+    train = load(recipe(path, validation_share=0.0).data, template, 0, lambda event: None).train.take(
+        np.array([6, 0, 5, 1])
+    )
     end = max(template.end_ids)
     for end_ids in (template.end_ids, {end}, set()):
         found = census(train, end_ids)
         for number, row in enumerate(train):
             says = list(row.says)
             spans = "".join("x" if said else " " for said in says).split()
-            assert found.trained[number] == sum(says) and found.prompt[number] == says.index(True) and found.answers[number] == len(spans)
-            closed = sum(1 for place, said in enumerate(says) if said and int(row.ids[place]) in end_ids and not any(
-                says[earlier] and int(row.ids[earlier]) in end_ids and all(says[earlier:place]) for earlier in range(place)))  # fmt: skip
+            assert (
+                found.trained[number] == sum(says)
+                and found.prompt[number] == says.index(True)
+                and found.answers[number] == len(spans)
+            )
+            closed = sum(
+                1
+                for place, said in enumerate(says)
+                if said
+                and int(row.ids[place]) in end_ids
+                and not any(
+                    says[earlier] and int(row.ids[earlier]) in end_ids and all(says[earlier:place])
+                    for earlier in range(place)
+                )
+            )
             assert found.unended[number] == len(spans) - closed
         pairs = [pair for row in train for pair in zip(row.ids, row.says, strict=True)]
         assert sum(found.ends.values()) == sum(said and int(token) in end_ids for token, said in pairs)
@@ -108,7 +144,9 @@ def test_the_census_counts_as_a_loop_would(tmp_path: Path) -> None:
 def test_the_mixture_is_what_the_loop_draws(tmp_path: Path, weights: tuple[float | None, float | None]) -> None:
     others = [{"question": "Q" + row["question"], "answer": "x"} for row in ROWS[:8]]
     paths = [write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", others)]
-    sources = [{"dataset": path} | ({"weight": weight} if weight else {}) for path, weight in zip(paths, weights, strict=True)]
+    sources = [
+        {"dataset": path} | ({"weight": weight} if weight else {}) for path, weight in zip(paths, weights, strict=True)
+    ]
     wanted = recipe(*sources, validation_share=0.0)
     found = examine(wanted, lambda event: None)
     assert sum(part.weight for part in found.parts) == pytest.approx(1.0)
@@ -118,21 +156,36 @@ def test_the_mixture_is_what_the_loop_draws(tmp_path: Path, weights: tuple[float
     order = Order(data.lengths, data.source_of, weights, wanted.train, wanted.seed)
     drawn = [row for step in range(order.steps_per_epoch) for row in order.rows(step)]
     assert found.epoch.rows == len(drawn) == 48 and found.epoch.tokens == sum(data.lengths[drawn])
-    assert found.epoch.trained == sum(data.trained_of(row) for row in drawn) == sum(part.drawn_trained for part in found.parts)
+    assert (
+        found.epoch.trained
+        == sum(data.trained_of(row) for row in drawn)
+        == sum(part.drawn_trained for part in found.parts)
+    )
     assert (found.epoch.steps, found.epoch.all_steps, found.epoch.passes) == (3, 12, 4.0)
 
 
 REAL: dict[str, tuple[int, int, dict[str, int], int]] = {  # rows, used, troubles, exit code; with max_length 4096
-    "gsm8k/train.jsonl.gz": (5000, 5000, {}, 0), "gsm8k/test.jsonl.gz": (660, 660, {}, 0), "math/test.jsonl.gz": (2500, 2500, {}, 0),
-    "svamp/SVAMP.json": (1000, 1000, {}, 0), "llamafactory_demos/alpaca_en_demo.json.gz": (999, 999, {"repeating an earlier row": 14}, 0),
-    "llamafactory_demos/glaive_toolcall_en_demo.json.gz": (300, 145, {"tool calls, which this kit does not train": 153}, 2),
+    "gsm8k/train.jsonl.gz": (5000, 5000, {}, 0),
+    "gsm8k/test.jsonl.gz": (660, 660, {}, 0),
+    "math/test.jsonl.gz": (2500, 2500, {}, 0),
+    "svamp/SVAMP.json": (1000, 1000, {}, 0),
+    "llamafactory_demos/alpaca_en_demo.json.gz": (999, 999, {"repeating an earlier row": 14}, 0),
+    "llamafactory_demos/glaive_toolcall_en_demo.json.gz": (
+        300,
+        145,
+        {"tool calls, which this kit does not train": 153},
+        2,
+    ),
     "rasbt_instruction/instruction-data.json": (1100, 1100, {}, 0),
     "rasbt_instruction/instruction-data-with-preference.json": (1100, 1100, {}, 0),
-    "open_instruct_samples/sft_sample.jsonl.gz": (100, 93, {}, 0), "numinamath_cot_1k/train_first1000.jsonl.gz": (1000, 1000, {}, 0),
-    "hub_samples/MetaMathQA.jsonl": (3, 3, {}, 0), "hub_samples/OpenMathInstruct-2.jsonl": (3, 3, {}, 0),
-    "hub_samples/NuminaMath-CoT.jsonl": (1, 1, {}, 0), "hub_samples/ultrachat_200k.jsonl": (1, 1, {}, 0),
+    "open_instruct_samples/sft_sample.jsonl.gz": (100, 93, {}, 0),
+    "numinamath_cot_1k/train_first1000.jsonl.gz": (1000, 1000, {}, 0),
+    "hub_samples/MetaMathQA.jsonl": (3, 3, {}, 0),
+    "hub_samples/OpenMathInstruct-2.jsonl": (3, 3, {}, 0),
+    "hub_samples/NuminaMath-CoT.jsonl": (1, 1, {}, 0),
+    "hub_samples/ultrachat_200k.jsonl": (1, 1, {}, 0),
     "hub_samples/orca-math-word-problems-200k.jsonl": (2, 2, {}, 0),
-}  # fmt: skip
+}
 
 
 def real(name: str) -> dict[str, Any]:
@@ -148,7 +201,11 @@ def test_real_rows(name: str) -> None:
     part = found.parts[0]
     assert (part.read, part.used) == (read, used) and bool(found.faults) == bool(code)
     assert {what: count for what, (count, _) in counts(found).items()}.items() >= troubles.items()
-    assert found.report.train[0].rejected == read - used == sum(each.count for each in found.troubles if each.done == "dropped")
+    assert (
+        found.report.train[0].rejected
+        == read - used
+        == sum(each.count for each in found.troubles if each.done == "dropped")
+    )
     assert found.ends.trained and found.ends.rows == found.ends.of == found.report.train_rows
     assert all(segment for example in found.examples for _, segment in example.segments)
     assert any("<|end_of_turn|>" in segment for trained, segment in found.examples[0].segments if trained)
@@ -156,17 +213,32 @@ def test_real_rows(name: str) -> None:
 
 def test_real_golds_commas_boxes_and_floats() -> None:
     """GSM8K's thousands commas, MATH's last box, rows of NuminaMath without one, SVAMP's integers as floats."""
-    golds = {name: examined(real(name), max_length=4096).parts[0].golds for name in (
-        "gsm8k/train.jsonl.gz", "math/test.jsonl.gz", "svamp/SVAMP.json", "numinamath_cot_1k/train_first1000.jsonl.gz")}  # fmt: skip
+    golds = {
+        name: examined(real(name), max_length=4096).parts[0].golds
+        for name in (
+            "gsm8k/train.jsonl.gz",
+            "math/test.jsonl.gz",
+            "svamp/SVAMP.json",
+            "numinamath_cot_1k/train_first1000.jsonl.gz",
+        )
+    }
     assert list(golds.values())[:3] == [5000, 2500, 1000] and 900 < list(golds.values())[3] < 1000
-    assert any(".0" not in text and "Each pack" in text for _, text in examined(real("svamp/SVAMP.json")).examples[0].segments[:1])
+    assert any(
+        ".0" not in text and "Each pack" in text
+        for _, text in examined(real("svamp/SVAMP.json")).examples[0].segments[:1]
+    )
 
 
-@pytest.mark.parametrize(("name", "sentence"), [
-    ("gsm8k/derived_pairs.jsonl.gz", "these rows are preference pairs"),
-    ("hh_rlhf/helpful-base_test.jsonl.gz", "these rows are preference pairs"),
-    ("llamafactory_demos/dpo_en_demo.json.gz", "these rows are preference pairs"), ("aqua/dev.json", "no known shape"),
-    ("mbpp/mbpp.jsonl.gz", "no known shape")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("gsm8k/derived_pairs.jsonl.gz", "these rows are preference pairs"),
+        ("hh_rlhf/helpful-base_test.jsonl.gz", "these rows are preference pairs"),
+        ("llamafactory_demos/dpo_en_demo.json.gz", "these rows are preference pairs"),
+        ("aqua/dev.json", "no known shape"),
+        ("mbpp/mbpp.jsonl.gz", "no known shape"),
+    ],
+)
 def test_rows_of_other_trades_are_one_sentence(name: str, sentence: str) -> None:
     made = CliRunner().invoke(app, ["data", "tiny-sft", f"data.train={json.dumps([real(name)])}"])
     assert made.exit_code == 2 and sentence in made.output and "Traceback" not in made.output
@@ -182,7 +254,9 @@ def test_exit_codes(tmp_path: Path) -> None:
     bad = ["{"] * 6
     assert code(ROWS)[0] == 0
     told = code(ROWS + bad)
-    assert told[0] == 2 and "6 of 46 rows cannot be used" in " ".join(told[1].split()) and "Mixture" in told[1], "it is shown all the same"
+    assert told[0] == 2 and "6 of 46 rows cannot be used" in " ".join(told[1].split()) and "Mixture" in told[1], (
+        "it is shown all the same"
+    )
     assert code(ROWS + bad, "data.max_rejected_share=0.2")[0] == 0
     told = code([{"question": "a", "answer": ""}] * 3)
     assert told[0] == 2 and "none of its 3 rows" in " ".join(told[1].split()) and "nothing to train on" in told[1]
@@ -190,8 +264,10 @@ def test_exit_codes(tmp_path: Path) -> None:
 
 
 def test_a_weighted_source_without_a_usable_row_is_shown(tmp_path: Path) -> None:
-    found = examined({"dataset": write(tmp_path / "a.jsonl", ROWS), "weight": 0.5},
-                     {"dataset": write(tmp_path / "b.jsonl", [{"question": "a", "answer": ""}]), "weight": 0.5})  # fmt: skip
+    found = examined(
+        {"dataset": write(tmp_path / "a.jsonl", ROWS), "weight": 0.5},
+        {"dataset": write(tmp_path / "b.jsonl", [{"question": "a", "answer": ""}]), "weight": 0.5},
+    )
     assert found.faults and found.epoch.steps == 0 and "nothing to train on" in printed(found)
 
 
@@ -223,8 +299,13 @@ def of_pairs(*sources: str | dict[str, Any], algorithm: str = "dpo", **data: Any
     made = recipe(*sources, **data).to_dict()
     name = {"reward": "reward"}.get(algorithm, "policy")
     adapters = {name: made["adapters"]["policy"]}
-    return Recipe.from_dict({**{key: value for key, value in made.items() if key not in ("dpo", "reward", "reference")},
-                             "algorithm": algorithm, "adapters": adapters})  # fmt: skip
+    return Recipe.from_dict(
+        {
+            **{key: value for key, value in made.items() if key not in ("dpo", "reward", "reference")},
+            "algorithm": algorithm,
+            "adapters": adapters,
+        }
+    )
 
 
 def pair(number: int, chosen: str = "Yes, surely.", rejected: str = "No.", **more: Any) -> dict[str, Any]:
@@ -241,20 +322,35 @@ def test_pairs_are_counted_as_pairs(tmp_path: Path) -> None:
     found = examine(wanted, lambda event: None)
     too_long = "too long: longer than data.max_length (256 tokens)"
     assert counts(found) == {
-        "both answers are equal": (1, [11]), "without a target: empty answer": (1, [12]), too_long: (1, [13]),
+        "both answers are equal": (1, [11]),
+        "without a target: empty answer": (1, [12]),
+        too_long: (1, [13]),
         f"{too_long}, its prompt alone": (1, [14]),
-        "repeating an earlier pair": (1, [4]), "contradicting: the same answers stand the other way round too": (2, [6, 8]),
-    }  # fmt: skip
-    assert found.sides is not None and (found.sides.pairs, found.sides.longer, found.sides.shorter, found.sides.equal) == (26, 24, 1, 1)
+        "repeating an earlier pair": (1, [4]),
+        "contradicting: the same answers stand the other way round too": (2, [6, 8]),
+    }
+    assert found.sides is not None and (
+        found.sides.pairs,
+        found.sides.longer,
+        found.sides.shorter,
+        found.sides.equal,
+    ) == (26, 24, 1, 1)
     template = Template.of(load_tokenizer(wanted.base))
     data = load(wanted.data, template, wanted.seed, lambda event: None, pairs=True).train
     lengths = [[data.trained_of(row) for row in range(side, 52, 2)] for side in (0, 1)]
     assert (found.sides.chosen, found.sides.rejected) == pytest.approx((np.mean(lengths[0]), np.mean(lengths[1])))
-    assert found.sides.margins == sum(bool(row.get("margin")) for number, row in enumerate(rows) if number not in (10, 11, 12, 13))
+    assert found.sides.margins == sum(
+        bool(row.get("margin")) for number, row in enumerate(rows) if number not in (10, 11, 12, 13)
+    )
     assert "in 92 % of the pairs the chosen answer is the longer one" in found.sides.warning
     assert not found.faults and found.lengths.over == 2 and sum(found.lengths.counts) == 52
     part = found.parts[0]
-    assert (part.read, part.used, part.rows, part.format) == (30, 26, 26, "preference") and part.tokens == data.lengths.sum()
+    assert (part.read, part.used, part.rows, part.format) == (
+        30,
+        26,
+        26,
+        "preference",
+    ) and part.tokens == data.lengths.sum()
     assert (found.epoch.rows, found.epoch.tokens) == (26, data.lengths.sum())
     assert found.epoch.trained == sum(map(sum, lengths)) == part.drawn_trained
     assert (found.ends.rows, found.ends.of) == (26, 26) and found.epoch.steps == 2
@@ -262,16 +358,29 @@ def test_pairs_are_counted_as_pairs(tmp_path: Path) -> None:
 
 def test_pairs_in_both_splits_and_held_out_questions(tmp_path: Path) -> None:
     rows = [pair(number) for number in range(30)]
-    made = of_pairs(write(tmp_path / "a.jsonl", rows), heldout=write(tmp_path / "c.jsonl", [rows[4], {**pair(99), "gold": "1"}]),
-                    validation=[{"dataset": write(tmp_path / "b.jsonl", [rows[1], rows[2], pair(77)])}])  # fmt: skip
+    made = of_pairs(
+        write(tmp_path / "a.jsonl", rows),
+        heldout=write(tmp_path / "c.jsonl", [rows[4], {**pair(99), "gold": "1"}]),
+        validation=[{"dataset": write(tmp_path / "b.jsonl", [rows[1], rows[2], pair(77)])}],
+    )
     found = examine(made, lambda event: None)
-    assert counts(found) == {"in both splits": (2, [1, 2]), "asking a held-out question": (1, [5])} and found.report.validation_rows == 3
+    assert (
+        counts(found) == {"in both splits": (2, [1, 2]), "asking a held-out question": (1, [5])}
+        and found.report.validation_rows == 3
+    )
 
 
-@pytest.mark.parametrize(("longer", "shorter", "warned"), [(13, 7, True), (12, 8, False), (7, 13, True), (19, 0, False), (9, 9, False)])
+@pytest.mark.parametrize(
+    ("longer", "shorter", "warned"), [(13, 7, True), (12, 8, False), (7, 13, True), (19, 0, False), (9, 9, False)]
+)
 def test_one_sided_lengths_are_told(tmp_path: Path, longer: int, shorter: int, warned: bool) -> None:
-    rows = [pair(number, *(("long answer", "no") if number < longer else ("no", "long answer"))) for number in range(longer + shorter)]
-    found = examine(of_pairs(write(tmp_path / "a.jsonl", rows), algorithm="reward", validation_share=0.0), lambda event: None)
+    rows = [
+        pair(number, *(("long answer", "no") if number < longer else ("no", "long answer")))
+        for number in range(longer + shorter)
+    ]
+    found = examine(
+        of_pairs(write(tmp_path / "a.jsonl", rows), algorithm="reward", validation_share=0.0), lambda event: None
+    )
     assert found.sides is not None and bool(found.sides.warning) == warned == ("can look right" in printed(found))
     assert not warned or f"the {'longer' if longer > shorter else 'shorter'} one" in found.sides.warning
 
@@ -279,17 +388,36 @@ def test_one_sided_lengths_are_told(tmp_path: Path, longer: int, shorter: int, w
 def test_truncated_pairs_are_named(tmp_path: Path) -> None:
     talk = [{"role": role, "content": text} for text in ("one " * 9, "two " * 9) for role in ("user", "assistant")]
     rows = [{"prompt": talk[:3], "chosen": "a", "rejected": "b c"}, pair(1), pair(2)]
-    found = examine(of_pairs(write(tmp_path / "a.jsonl", rows), too_long="truncate", max_length=48, validation_share=0.0), lambda event: None)
+    found = examine(
+        of_pairs(write(tmp_path / "a.jsonl", rows), too_long="truncate", max_length=48, validation_share=0.0),
+        lambda event: None,
+    )
     assert counts(found) == {"too long, without the oldest turns of the prompt": (1, [1])} and found.lengths.over == 1
 
 
 def test_sides_stand_side_by_side_or_one_below_the_other(tmp_path: Path) -> None:
-    found = examine(of_pairs(write(tmp_path / "a.jsonl", [pair(n, "Right.", "Wrong, I say.") for n in range(3)]), validation_share=0.0),
-                    lambda event: None)  # fmt: skip
-    assert len(found.examples) == 6 and found.examples[1].place == f"{found.examples[0].place.removesuffix('chosen')}rejected"
-    for width, encoding, together in ((100, "utf-8", True), (100, "ascii", True), (60, "utf-8", False), (60, "ascii", False)):
+    found = examine(
+        of_pairs(
+            write(tmp_path / "a.jsonl", [pair(n, "Right.", "Wrong, I say.") for n in range(3)]), validation_share=0.0
+        ),
+        lambda event: None,
+    )
+    assert (
+        len(found.examples) == 6
+        and found.examples[1].place == f"{found.examples[0].place.removesuffix('chosen')}rejected"
+    )
+    for width, encoding, together in (
+        (100, "utf-8", True),
+        (100, "ascii", True),
+        (60, "utf-8", False),
+        (60, "ascii", False),
+    ):
         told = printed(found, width=width, encoding=encoding)
-        assert " ".join(told.split()).count("Is it 0?") == 1 and "\x1b" not in told and max(map(len, told.split("\n"))) <= width
+        assert (
+            " ".join(told.split()).count("Is it 0?") == 1
+            and "\x1b" not in told
+            and max(map(len, told.split("\n"))) <= width
+        )
         assert any("Right." in line and "Wrong" in line for line in told.split("\n")) == together
         assert encoding == "utf-8" or told.isascii()
     told = " ".join(printed(found).split())
@@ -300,7 +428,9 @@ def test_hostile_pairs_are_inert(tmp_path: Path) -> None:
     rows = [{"prompt": text[:3000], "chosen": text[:3000], "rejected": text[:3000] + "!"} for text in HOSTILE]
     for start in range(0, len(rows), 3):
         path = write(tmp_path / f"a\u202e{start}.jsonl", [*rows[start : start + 3], pair(1)])
-        found = examine(of_pairs(path, max_length=16384, max_rejected_share=1.0, validation_share=0.0), lambda event: None)
+        found = examine(
+            of_pairs(path, max_length=16384, max_rejected_share=1.0, validation_share=0.0), lambda event: None
+        )
         for encoding, width in (("utf-8", 100), ("ascii", 100), ("utf-8", 50), ("ascii", 50)):
             assert is_inert(printed(found, encoding=encoding, width=width))
 
@@ -308,7 +438,11 @@ def test_hostile_pairs_are_inert(tmp_path: Path) -> None:
 def test_pairs_as_json(tmp_path: Path) -> None:
     found = examine(of_pairs(write(tmp_path / "a.jsonl", [pair(number) for number in range(30)])), lambda event: None)
     data = json.loads(json.dumps(found.to_dict()))
-    assert data["sides"]["pairs"] == data["train_rows"] and data["sides"]["longer"] == data["train_rows"] and data["examples"][0]["segments"]
+    assert (
+        data["sides"]["pairs"] == data["train_rows"]
+        and data["sides"]["longer"] == data["train_rows"]
+        and data["examples"][0]["segments"]
+    )
     assert examined(write(tmp_path / "b.jsonl", ROWS)).to_dict()["sides"] is None
 
 
@@ -323,21 +457,34 @@ def test_data_command_of_pairs(tmp_path: Path) -> None:
     for algorithm in ("reward", "dpo"):
         assert code(good, algorithm)[0] == 0
         told = code([*good, *[pair(1, "a", "a")] * 9], algorithm)
-        assert told[0] == 2 and "9 of 39 rows cannot be used: 9: both answers are equal (lines 31, 32" in told[1] and "Sides" in told[1]
+        assert (
+            told[0] == 2
+            and "9 of 39 rows cannot be used: 9: both answers are equal (lines 31, 32" in told[1]
+            and "Sides" in told[1]
+        )
         told = code(ROWS, algorithm)
         assert told[0] == 2 and "expected `chosen` and `rejected`" in told[1] and "Traceback" not in told[1]
 
 
-@pytest.mark.parametrize(("name", "used"), [("hh_rlhf/helpful-base_test.jsonl.gz", 1187), ("llamafactory_demos/dpo_en_demo.json.gz", 300)])
+@pytest.mark.parametrize(
+    ("name", "used"), [("hh_rlhf/helpful-base_test.jsonl.gz", 1187), ("llamafactory_demos/dpo_en_demo.json.gz", 300)]
+)
 def test_real_pairs(name: str, used: int) -> None:
     found = examine(of_pairs(real(name), max_length=16384), lambda event: None)
-    assert found.parts[0].used == used and not found.faults and found.ends.rows == found.ends.of == found.report.train_rows
-    assert found.sides is not None and found.sides.longer + found.sides.shorter + found.sides.equal == found.report.train_rows
+    assert (
+        found.parts[0].used == used and not found.faults and found.ends.rows == found.ends.of == found.report.train_rows
+    )
+    assert (
+        found.sides is not None
+        and found.sides.longer + found.sides.shorter + found.sides.equal == found.report.train_rows
+    )
 
 
 def test_text_snapshot() -> None:
     expected = (Path(__file__).parent / "snapshots" / "data_tiny_sft.txt").read_text(encoding="utf-8")
-    assert printed(examine(Recipe.load("tiny-sft"), lambda event: None), 80) == expected, "look at it, then write it anew"
+    assert printed(examine(Recipe.load("tiny-sft"), lambda event: None), 80) == expected, (
+        "look at it, then write it anew"
+    )
 
 
 def test_the_run_writes_the_same_numbers(tmp_path: Path) -> None:

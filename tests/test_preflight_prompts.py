@@ -1,4 +1,5 @@
-"""The preflight of prompts that completions are drawn for: counts against counts made by hand, and text that tries to break the screen."""
+"""The preflight of prompts that completions are drawn for: counts against counts made by hand, and text that tries to
+break the screen."""
 
 from __future__ import annotations
 
@@ -20,11 +21,16 @@ from lowrank_tune.preflight import Preflight, examine
 
 def recipe(*sources: str | dict[str, Any], heldout: str | None = None, rewards: str = "answer", **data: Any) -> Recipe:
     train = [{"dataset": each} if isinstance(each, str) else each for each in sources]
-    return Recipe.from_dict({
-        "algorithm": "grpo", "data": {"train": train, "max_prompt_length": 60, **data}, "rewards": [{"use": rewards}],
-        "train": {"steps": 9, "prompts_per_step": 8}, "rollout": {"num_generations": 5, "max_new_tokens": 70},
-        "evaluate": {"heldout": {"dataset": heldout}} if heldout else {},
-    })  # fmt: skip
+    return Recipe.from_dict(
+        {
+            "algorithm": "grpo",
+            "data": {"train": train, "max_prompt_length": 60, **data},
+            "rewards": [{"use": rewards}],
+            "train": {"steps": 9, "prompts_per_step": 8},
+            "rollout": {"num_generations": 5, "max_new_tokens": 70},
+            "evaluate": {"heldout": {"dataset": heldout}} if heldout else {},
+        }
+    )
 
 
 def examined(*sources: str | dict[str, Any], **more: Any) -> Preflight:
@@ -33,37 +39,73 @@ def examined(*sources: str | dict[str, Any], **more: Any) -> Preflight:
 
 def test_every_trouble_is_counted_with_its_lines(tmp_path: Path) -> None:
     rows: list[Any] = list(ROWS)
-    rows[3], rows[4], rows[5] = "{broken", {"question": "Well?", "answer": "Well."}, {"question": "a " * 400, "answer": "1"}
+    rows[3], rows[4], rows[5] = (
+        "{broken",
+        {"question": "Well?", "answer": "Well."},
+        {"question": "a " * 400, "answer": "1"},
+    )
     rows[9] = rows[10] = rows[0]
-    path, heldout = write(tmp_path / "a.jsonl", rows), write(tmp_path / "c.jsonl", [ROWS[20], {"question": "Who?", "answer": "1"}])
+    path, heldout = (
+        write(tmp_path / "a.jsonl", rows),
+        write(tmp_path / "c.jsonl", [ROWS[20], {"question": "Who?", "answer": "1"}]),
+    )
     found = examined(path, heldout=heldout)
-    usual = {"malformed JSON": (1, [4]), "too long: longer than data.max_prompt_length (60 tokens)": (1, [6]),
-             "repeating an earlier prompt": (2, [10, 11]), "asking a held-out question": (1, [21])}  # fmt: skip
+    usual = {
+        "malformed JSON": (1, [4]),
+        "too long: longer than data.max_prompt_length (60 tokens)": (1, [6]),
+        "repeating an earlier prompt": (2, [10, 11]),
+        "asking a held-out question": (1, [21]),
+    }
     assert counts(found) == {**usual, "no gold answer, which a reward compares with": (1, [5])}
-    assert counts(examined(path, heldout=heldout, rewards="./mine.py:f")) == {**usual, "without a gold answer": (1, [5])}
+    assert counts(examined(path, heldout=heldout, rewards="./mine.py:f")) == {
+        **usual,
+        "without a gold answer": (1, [5]),
+    }
     assert not found.faults and found.ends is None and found.lengths.over == 1 and found.lengths.longest > 400
     assert sum(found.lengths.counts) == found.report.train_rows == 37 and found.lengths.limit == 60
 
 
 def test_the_mixture_is_what_is_drawn(tmp_path: Path) -> None:
-    made = recipe({"dataset": write(tmp_path / "a.jsonl", ROWS), "weight": 0.25}, {"dataset": "tutor", "rows": 20, "weight": 0.75})
+    made = recipe(
+        {"dataset": write(tmp_path / "a.jsonl", ROWS), "weight": 0.25}, {"dataset": "tutor", "rows": 20, "weight": 0.75}
+    )
     found = examine(made, lambda event: None)
     asked = load_asked(made.data, Template.of(load_tokenizer(made.base)), made.seed, lambda event: None)
     order = asked_order(asked, made.data, made.train, made.seed)
     drawn = [row for step in range(order.steps_per_epoch) for row in order.rows(step)]
-    assert [(part.rows, part.weight, part.golds, part.trained) for part in found.parts] == [(40, 0.25, 40, 0), (20, 0.75, 20, 0)]
+    assert [(part.rows, part.weight, part.golds, part.trained) for part in found.parts] == [
+        (40, 0.25, 40, 0),
+        (20, 0.75, 20, 0),
+    ]
     by_source = [[int(asked.lengths[row]) for row in drawn if asked.source_of[row] == number] for number in (0, 1)]
-    assert list(map(len, by_source)) == [15, 45] and [part.drawn_tokens for part in found.parts] == list(map(sum, by_source))
+    assert list(map(len, by_source)) == [15, 45] and [part.drawn_tokens for part in found.parts] == list(
+        map(sum, by_source)
+    )
     assert [part.tokens for part in found.parts] == [int(asked.lengths[asked.source_of == n].sum()) for n in (0, 1)]
-    assert (found.epoch.rows, found.epoch.steps, found.epoch.all_steps) == (60, 8, 9) and found.epoch.tokens == asked.lengths[drawn].sum()
+    assert (found.epoch.rows, found.epoch.steps, found.epoch.all_steps) == (
+        60,
+        8,
+        9,
+    ) and found.epoch.tokens == asked.lengths[drawn].sum()
 
 
 def test_what_is_shown(tmp_path: Path) -> None:
     found = examined(write(tmp_path / "a.jsonl", ROWS), {"dataset": "tutor", "rows": 4})
     told = " ".join(printed(found, 160).split())
-    for words in ("40 of 40 prompts used, 40 with a gold answer", "Prompts", "an epoch has 44 prompts", "in 6 steps of about 7.3 prompts",
-                  "it draws 5 completions of each prompt, of up to 70 tokens", "a.jsonl:1, ", " tokens, gold answer 1 ", "What is 0 + 1?",
-                  "tutor:1, ", "0 without a gold answer", "fit to train on", "prompt counts: no source has a weight"):  # fmt: skip
+    for words in (
+        "40 of 40 prompts used, 40 with a gold answer",
+        "Prompts",
+        "an epoch has 44 prompts",
+        "in 6 steps of about 7.3 prompts",
+        "it draws 5 completions of each prompt, of up to 70 tokens",
+        "a.jsonl:1, ",
+        " tokens, gold answer 1 ",
+        "What is 0 + 1?",
+        "tutor:1, ",
+        "0 without a gold answer",
+        "fit to train on",
+        "prompt counts: no source has a weight",
+    ):
         assert words in told, words
     assert not [word for word in ("trained", "End token", "⟦", "validate", "rows") if word in told]
     assert json.loads(json.dumps(found.to_dict()))["examples"][0]["gold"] == "1"
@@ -85,7 +127,11 @@ def test_too_few_are_a_fault_and_an_exit_code(tmp_path: Path) -> None:
 def test_nothing_usable_is_shown_too(tmp_path: Path, weight: float | None) -> None:
     """No prompt at all; or, with weights, none of one source, so that the mixture cannot be drawn."""
     gone = write(tmp_path / "a.jsonl", [{"question": "Why?", "answer": "So."}])
-    found = examined(gone) if weight is None else examined({"dataset": gone, "weight": weight}, {"dataset": "tutor", "weight": weight})
+    found = (
+        examined(gone)
+        if weight is None
+        else examined({"dataset": gone, "weight": weight}, {"dataset": "tutor", "weight": weight})
+    )
     assert len(found.faults) == 1 and found.epoch.steps == 0 and "none: there is nothing to train on" in printed(found)
     assert len(found.examples) == (0 if weight is None else 3)
 

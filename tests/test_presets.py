@@ -22,9 +22,11 @@ HUB = {
     "microsoft/orca-math-word-problems-200k": ("train", ("question", "answer")),
     "meta-math/MetaMathQA": ("train", ("type", "query", "original_question", "response")),
     "HuggingFaceH4/ultrafeedback_binarized": (
-        "train_prefs", ("prompt", "prompt_id", "chosen", "rejected", "messages", "score_chosen", "score_rejected")),
+        "train_prefs",
+        ("prompt", "prompt_id", "chosen", "rejected", "messages", "score_chosen", "score_rejected"),
+    ),
     "openai/gsm8k": ("train", ("question", "answer")),
-}  # fmt: skip
+}
 """The split to learn from and the columns of each data set, as its author publishes it."""
 
 
@@ -36,7 +38,9 @@ def stages_of(name: str) -> tuple[Recipe, ...]:
 @pytest.mark.parametrize("name", NAMES)
 def test_bases_have_a_shape_and_sources_their_true_columns(name: str) -> None:
     for stage in stages_of(name):
-        assert stage.base.model == "tiny-tutor" or shapes.file_of(stage.base.model) is not None, "its config.json is not in the package"
+        assert stage.base.model == "tiny-tutor" or shapes.file_of(stage.base.model) is not None, (
+            "its config.json is not in the package"
+        )
         for source in (*stage.data.train, *stage.data.validation):
             if source.dataset.startswith("tutor"):
                 continue
@@ -54,8 +58,15 @@ def test_what_people_look_for_is_there() -> None:
     for base in ("tiny", "qwen2.5-3b", "qwen2.5-7b", "llama-3.1-8b"):
         assert by_base[base] == single | {"preference", "rlvr", "rlhf"}
     assert {preset.group for preset in shelf()} == {
-        "Tiny: the base that ships with the package, on any CPU", "3B and 4B", "7B and 8B", "14B", "32B"}  # fmt: skip
-    assert [(preset.name, preset.description) for preset in sorted(shelf(), key=lambda each: each.name)] == [each[:2] for each in presets()]
+        "Tiny: the base that ships with the package, on any CPU",
+        "3B and 4B",
+        "7B and 8B",
+        "14B",
+        "32B",
+    }
+    assert [(preset.name, preset.description) for preset in sorted(shelf(), key=lambda each: each.name)] == [
+        each[:2] for each in presets()
+    ]
 
 
 def test_the_list_fits_a_narrow_terminal_and_goes_from_small_to_large() -> None:
@@ -68,7 +79,9 @@ def test_the_list_fits_a_narrow_terminal_and_goes_from_small_to_large() -> None:
 
 
 def peaks() -> Any:
-    spec = importlib.util.spec_from_file_location("preset_peaks", Path(__file__).parent.parent / "benchmarks" / "preset_peaks.py")
+    spec = importlib.util.spec_from_file_location(
+        "preset_peaks", Path(__file__).parent.parent / "benchmarks" / "preset_peaks.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -80,8 +93,14 @@ def test_a_planned_peak_that_a_preset_tells_fits_its_card() -> None:
     assert len(told) > 20 and all(preset.billions * 0.5 < (preset.peak_gib or 0.0) < 23.0 for preset in told)
 
 
-@pytest.mark.parametrize("name", [name if name == "qwen2.5-3b-sft" else pytest.param(name, marks=pytest.mark.slow)
-                                  for name in NAMES if not name.startswith("tiny-")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "qwen2.5-3b-sft" else pytest.param(name, marks=pytest.mark.slow)
+        for name in NAMES
+        if not name.startswith("tiny-")
+    ],
+)
 def test_what_a_preset_tells_is_what_is_planned(name: str) -> None:
     (preset,) = (preset for preset in shelf() if preset.name == name)
     gib, _ = peaks().planned(name)
@@ -99,6 +118,8 @@ def test_a_stranger_below_is_planned_like_the_trained_adapter() -> None:
 
 
 def test_a_variant_is_shown_whole() -> None:
-    written, whole = (CliRunner().invoke(app, ["presets", "show", "qwen3-8b-dpo", *more]).output for more in ((), ("--whole",)))
+    written, whole = (
+        CliRunner().invoke(app, ["presets", "show", "qwen3-8b-dpo", *more]).output for more in ((), ("--whole",))
+    )
     assert "extends: qwen2.5-7b-dpo" in written and "beta" not in written
     assert "extends" not in whole and "beta: 0.1" in whole and "model: Qwen/Qwen3-8B" in whole

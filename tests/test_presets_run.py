@@ -21,7 +21,8 @@ from lowrank_tune.recipe import Chain, Recipe, load_any
 from lowrank_tune.settings import Base
 from lowrank_tune.types import Message
 
-ENDS = 0.15  # a token of this model is an end token with about this probability, so that completions are short whatever their limit
+# a token of this model is an end token with about this probability, so that completions are short whatever their limit
+ENDS = 0.15
 STEPS = ("train.steps=2", "train.warmup_steps=1")
 TINY = [name for name in NAMES if name.startswith("tiny-")]
 
@@ -65,7 +66,9 @@ def _ending(model: Any, ids: Tensor, ends: list[int]) -> float:
 def sources(given: Any, folder: Path) -> str:
     """The same sources, as files of their own shape."""
     kept = [source.model_dump(mode="json", exclude={"name", "split"}, exclude_none=True) for source in given]
-    return json.dumps([{**source, "dataset": str(folder / f"{source['dataset'].split('/')[1]}.jsonl")} for source in kept])
+    return json.dumps(
+        [{**source, "dataset": str(folder / f"{source['dataset'].split('/')[1]}.jsonl")} for source in kept]
+    )
 
 
 def swapped(name: str, folder: Path) -> Recipe | Chain:
@@ -76,7 +79,9 @@ def swapped(name: str, folder: Path) -> Recipe | Chain:
         where = f"stages.{stage.name}." if isinstance(loaded, Chain) else ""
         overrides.append(f"{where}data.train={sources(stage.data.train, folder)}")
         if stage.evaluate.heldout is not None:
-            overrides.append(f"{where}evaluate.heldout={json.dumps({'dataset': str(folder / 'heldout' / 'gsm8k.jsonl')})}")
+            overrides.append(
+                f"{where}evaluate.heldout={json.dumps({'dataset': str(folder / 'heldout' / 'gsm8k.jsonl')})}"
+            )
         if "sft" in stage.adapters:
             overrides.append(f"{where}adapters.sft.path={_sft_of(folder)}")
     return load_any(name, *overrides)
@@ -101,15 +106,22 @@ def test_a_preset_runs_two_steps(name: str, place: Path, tmp_path: Path, monkeyp
     assert outcome.status == "done"
     for stage in stages_of(name):
         folder = next((tmp_path / "run").glob(f"*{stage.name}")) if isinstance(recipe, Chain) else tmp_path / "run"
-        steps = [event for event in map(json.loads, (folder / "events.jsonl").read_text().splitlines()) if event["event"] == "step"]
-        assert [event["step"] for event in steps] == [1, 2] and not any(event["stats"].get("bad_steps") for event in steps)
+        steps = [
+            event
+            for event in map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+            if event["event"] == "step"
+        ]
+        assert [event["step"] for event in steps] == [1, 2] and not any(
+            event["stats"].get("bad_steps") for event in steps
+        )
         assert (folder / "final" / "adapter_config.json").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_a_tiny_preset_runs_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Base and data of these ship with the package, so nothing is swapped but how many rows, prompts and held-out answers there are."""
+    """Base and data of these ship with the package, so nothing is swapped but how many rows, prompts and held-out
+    answers there are."""
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
     assert run(load_any(name, "train.steps=2", *_few(name)), out=tmp_path / "run", ui="none").status == "done"
 
@@ -119,7 +131,10 @@ def _few(name: str) -> list[str]:
     overrides: list[str] = []
     for stage in stages_of(name):
         where = f"stages.{stage.name}." if len(stages_of(name)) > 1 else ""
-        overrides += [f"{where}data.train.0.rows=64", *([f"{where}data.validation.0.rows=8"] if stage.data.validation else [])]
+        overrides += [
+            f"{where}data.train.0.rows=64",
+            *([f"{where}data.validation.0.rows=8"] if stage.data.validation else []),
+        ]
         overrides += [f"{where}evaluate.prompts=4", f"{where}evaluate.samples=2"] if stage.evaluate.heldout else []
         overrides += [f"{where}train.prompts_per_step=4"] if stage.rewards else []
     return overrides
@@ -128,10 +143,17 @@ def _few(name: str) -> list[str]:
 def kept(recipe: Any) -> dict[str, Any]:
     """All that is not swapped."""
     told = recipe.to_dict()
-    swapped = {"base": ("model",), "data": ("train",), "train": ("steps", "epochs", "warmup_steps"), "evaluate": ("heldout",)}
+    swapped = {
+        "base": ("model",),
+        "data": ("train",),
+        "train": ("steps", "epochs", "warmup_steps"),
+        "evaluate": ("heldout",),
+    }
     for section, key in ((section, key) for section, keys in swapped.items() for key in keys):
         told[section].pop(key, None)
-    told["adapters"] = {name: {key: value for key, value in each.items() if key != "path"} for name, each in told["adapters"].items()}
+    told["adapters"] = {
+        name: {key: value for key, value in each.items() if key != "path"} for name, each in told["adapters"].items()
+    }
     return {key: value for key, value in told.items() if key not in ("name", "description")}
 
 
@@ -139,8 +161,16 @@ def kept(recipe: Any) -> dict[str, Any]:
 def test_a_warm_up_that_never_ends_is_told(tmp_path: Path) -> None:
     """Few rows of one's own behind a preset for many: its epochs are fewer steps than its warm-up."""
     told: list[Any] = []
-    few = ("data.train=[{dataset: tutor, rows: 16}]", "train.epochs=1", "train.warmup_steps=40", "evaluate.heldout=null",
-           "evaluate.prompts=null", "evaluate.samples=null", "evaluate.shown=0", "evaluate.max_new_tokens=null")  # fmt: skip
+    few = (
+        "data.train=[{dataset: tutor, rows: 16}]",
+        "train.epochs=1",
+        "train.warmup_steps=40",
+        "evaluate.heldout=null",
+        "evaluate.prompts=null",
+        "evaluate.samples=null",
+        "evaluate.shown=0",
+        "evaluate.max_new_tokens=null",
+    )
     assert run("tiny-sft", *few, out=tmp_path / "run", ui="none", on_event=told.append).status == "done"
     warned = [event.message for event in told if getattr(event, "level", "") == "warning"]
     assert any("train.warmup_steps: 40, of 1 steps in all" in message for message in warned), warned

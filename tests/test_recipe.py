@@ -15,7 +15,19 @@ import pytest
 
 from lowrank_tune import settings
 from lowrank_tune.errors import Faults, UserError
-from lowrank_tune.recipe import Chain, Recipe, differences, dump, find_preset, from_dict, load, load_any, presets, rules, schema
+from lowrank_tune.recipe import (
+    Chain,
+    Recipe,
+    differences,
+    dump,
+    find_preset,
+    from_dict,
+    load,
+    load_any,
+    presets,
+    rules,
+    schema,
+)
 
 ROOT = Path(__file__).parent.parent
 SMALL: dict[str, Any] = {"algorithm": "sft", "data": {"train": [{"dataset": "rows.jsonl"}]}, "train": {"steps": 10}}
@@ -46,7 +58,9 @@ def changed(**sections: Any) -> dict[str, Any]:
     data = {**SMALL}
     for key, value in sections.items():
         merged = {**data.get(key, {}), **value} if isinstance(value, dict) else value
-        data[key] = {name: each for name, each in merged.items() if each is not None} if isinstance(merged, dict) else merged
+        data[key] = (
+            {name: each for name, each in merged.items() if each is not None} if isinstance(merged, dict) else merged
+        )
     return data
 
 
@@ -87,12 +101,15 @@ def test_every_fault_at_once(write: Write) -> None:
         "my.yaml:11: data.max_seq_length: unknown key; did you mean `max_length`?",
         "my.yaml:13: train.steps: expected a whole number, found 'no'",
         "my.yaml:14: train.learning_rat: unknown key; did you mean `learning_rate`?",
-        "my.yaml:15: train.optimizer: expected one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, found 'adam'; did you mean `adamw`?",
+        "my.yaml:15: train.optimizer: expected one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, found "
+        "'adam'; did you mean `adamw`?",
         "my.yaml:16: train.log_every: must be at least 1, found 0",
         "my.yaml:17: train.weight_decay: must be a finite number, found nan",
-        "my.yaml:18: train.gradient_checkpointing: expected true or false or one of none, all, auto or a whole number, found 'off' "
+        "my.yaml:18: train.gradient_checkpointing: expected true or false or one of none, all, auto or a whole "
+        "number, found 'off' "
         "(write `false`)",
-        "my.yaml:19: train.gradient_accumulation_steps: unknown key; it follows from `train.rows_per_step` and `train.micro_batch_size`",
+        "my.yaml:19: train.gradient_accumulation_steps: unknown key; it follows from `train.rows_per_step` and "
+        "`train.micro_batch_size`",
         "my.yaml:21: evaluate.samples: does nothing without `evaluate.heldout`",
         "my.yaml:22: output_dir: unknown key; the run's folder is `runs/NAME`, or given by --out",
         "override: 'steps' is not of the form key=value, as train.steps=100",
@@ -111,7 +128,9 @@ def test_missing_settings_stand_at_their_section(write: Write) -> None:
 
 
 def test_a_parents_fault_is_told_at_the_parent(write: Write) -> None:
-    write("algorithm: sft\ndata:\n  train: [{dataset: tutor}]\n  max_length: 1\ntrain:\n  epoch: 1\n", "base/above.yaml")
+    write(
+        "algorithm: sft\ndata:\n  train: [{dataset: tutor}]\n  max_length: 1\ntrain:\n  epoch: 1\n", "base/above.yaml"
+    )
     child = write("extends: base/above.yaml\ntrain:\n  steps: 5\n  keep: many\n")
     assert faults_of(child) == [
         "my.yaml:4: train.keep: expected a whole number, found 'many'",
@@ -143,7 +162,9 @@ def test_a_long_circle_and_a_long_chain(write: Write) -> None:
 
 
 def test_extends_merges_mappings_and_replaces_lists(write: Write) -> None:
-    child = write("extends: tiny-sft\ndata:\n  train: [{dataset: a.jsonl}, {dataset: b.jsonl}]\nadapters: {policy: {r: 4}}\n")
+    child = write(
+        "extends: tiny-sft\ndata:\n  train: [{dataset: a.jsonl}, {dataset: b.jsonl}]\nadapters: {policy: {r: 4}}\n"
+    )
     recipe = load(child)
     assert [source.dataset for source in recipe.data.train] == ["a.jsonl", "b.jsonl"]
     assert recipe.adapters["policy"].r == 4 and recipe.adapters["policy"].alpha == 32
@@ -157,14 +178,24 @@ def test_a_later_layer_replaces_a_rival_and_null_takes_away(write: Write) -> Non
     recipe = load(write("extends: tiny-sft\ntrain: {steps: 7, tokens_per_step: 999}\nevaluate: null\n"))
     assert (recipe.train.steps, recipe.train.epochs, recipe.train.rows_per_step) == (7, None, None)
     assert recipe.evaluate == settings.Evaluate()
-    assert "override: train.epochs: contradicts `train.steps`: give one of the two" in faults_of("tiny-sft", "train.steps=1", "train.epochs=1")
+    assert "override: train.epochs: contradicts `train.steps`: give one of the two" in faults_of(
+        "tiny-sft", "train.steps=1", "train.epochs=1"
+    )
 
 
 def test_overrides(write: Write) -> None:
-    recipe = load("tiny-sft", [
-        "train.learning_rate=1e-4", "data.train.0.rows=200", "data.system=Answer: briefly, #1", "adapters.policy.target_modules=[q_proj, 'no']",
-        "evaluate.heldout={dataset: tutor, split: train}", "train.steps=5", "name='a-b'",
-    ])  # fmt: skip
+    recipe = load(
+        "tiny-sft",
+        [
+            "train.learning_rate=1e-4",
+            "data.train.0.rows=200",
+            "data.system=Answer: briefly, #1",
+            "adapters.policy.target_modules=[q_proj, 'no']",
+            "evaluate.heldout={dataset: tutor, split: train}",
+            "train.steps=5",
+            "name='a-b'",
+        ],
+    )
     assert recipe.train.learning_rate == 1e-4 and recipe.data.train[0].rows == 200
     assert recipe.data.system == "Answer: briefly, #1"
     assert recipe.adapters["policy"].target_modules == ("q_proj", "no")
@@ -173,11 +204,31 @@ def test_overrides(write: Write) -> None:
     assert Recipe.load("tiny-sft", "train.steps=5").train.steps == 5
 
 
-@pytest.mark.parametrize("text", [
-    "train.steps=", "=5", "train..steps=5", "train.steps=[1", "train.steps=[1, &a 2]", "seed.x=1", "nothing.at.all=1", "data.train.x=1",
-    "data.train=[]", "train.steps='5'", "train=5", "extends=x", "data.system=\x00", "train.steps={a: 1}\nb: 2", "algorithm=rloo",
-    "data.train.99999999999999999999.rows=1", "train.steps=" + "9" * 5000, "data.train.-1.rows=1", "adapters.Bad={}", "name=../x",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train.steps=",
+        "=5",
+        "train..steps=5",
+        "train.steps=[1",
+        "train.steps=[1, &a 2]",
+        "seed.x=1",
+        "nothing.at.all=1",
+        "data.train.x=1",
+        "data.train=[]",
+        "train.steps='5'",
+        "train=5",
+        "extends=x",
+        "data.system=\x00",
+        "train.steps={a: 1}\nb: 2",
+        "algorithm=rloo",
+        "data.train.99999999999999999999.rows=1",
+        "train.steps=" + "9" * 5000,
+        "data.train.-1.rows=1",
+        "adapters.Bad={}",
+        "name=../x",
+    ],
+)
 def test_faulty_overrides(text: str) -> None:
     assert all(fault.startswith("override: ") for fault in faults_of("tiny-sft", text))
 
@@ -185,8 +236,14 @@ def test_faulty_overrides(text: str) -> None:
 CONTRADICTIONS = {
     "steps and epochs": (changed(train={"epochs": 1}), "train.epochs: contradicts `train.steps`"),
     "neither": (changed(train={"steps": None}), "train.steps: is missing: give `train.steps` or `train.epochs`"),
-    "rows and tokens": (changed(train={"rows_per_step": 8, "tokens_per_step": 99}), "train.tokens_per_step: contradicts"),
-    "micro": (changed(train={"micro_batch_size": 8, "micro_batch_tokens": 99}), "train.micro_batch_tokens: contradicts"),
+    "rows and tokens": (
+        changed(train={"rows_per_step": 8, "tokens_per_step": 99}),
+        "train.tokens_per_step: contradicts",
+    ),
+    "micro": (
+        changed(train={"micro_batch_size": 8, "micro_batch_tokens": 99}),
+        "train.micro_batch_tokens: contradicts",
+    ),
     "warm-up": (changed(train={"warmup_steps": 10}), "train.warmup_steps: must be smaller than `train.steps`, 10"),
     "some weights": (
         changed(data={"train": [{"dataset": "a", "weight": 0.5}, {"dataset": "b"}]}),
@@ -196,30 +253,63 @@ CONTRADICTIONS = {
         changed(data={"train": [{"dataset": "a", "weight": 0.5}, {"dataset": "b", "weight": 0.4}]}),
         "data.train.0.weight: the weights of the sources sum to 0.9, and must sum to 1",
     ),
-    "one weight": (changed(data={"train": [{"dataset": "a", "weight": 1.0}]}), "data.train.0.weight: does nothing with a single source"),
+    "one weight": (
+        changed(data={"train": [{"dataset": "a", "weight": 1.0}]}),
+        "data.train.0.weight: does nothing with a single source",
+    ),
     "no prompts": (changed(evaluate={"samples": 9}), "evaluate.samples: does nothing without `evaluate.heldout`"),
-    "none shown": (changed(data={"validation_share": 0}, evaluate={"shown": 9}), "evaluate.shown: does nothing with neither"),
-    "never": (changed(data={"validation_share": 0}, evaluate={"every": 9}), "evaluate.every: does nothing with neither"),
+    "none shown": (
+        changed(data={"validation_share": 0}, evaluate={"shown": 9}),
+        "evaluate.shown: does nothing with neither",
+    ),
+    "never": (
+        changed(data={"validation_share": 0}, evaluate={"every": 9}),
+        "evaluate.every: does nothing with neither",
+    ),
     "greedy": (
         changed(evaluate={"heldout": {"dataset": "tutor", "split": "heldout"}, "temperature": 0.7}),
         "evaluate.temperature: does nothing with one sample",
     ),
-    "best of none": (changed(data={"validation_share": 0.0}, train={"final": "best"}), "train.final: `best` needs validation rows"),
+    "best of none": (
+        changed(data={"validation_share": 0.0}, train={"final": "best"}),
+        "train.final: `best` needs validation rows",
+    ),
     "two validations": (
         changed(data={"validation": [{"dataset": "v.jsonl"}], "validation_share": 0.1}),
         "data.validation_share: contradicts `data.validation`",
     ),
-    "frozen shape": (changed(adapters={"low": {"path": "runs/a", "r": 8}}), "adapters.low.r: comes from the file at `path`; leave it out"),
-    "frozen dropout": (changed(adapters={"low": {"path": "runs/a", "dropout": 0.1}}), "adapters.low.dropout: does nothing for a frozen"),
-    "continued shape": (changed(adapters={"policy": {"path": "runs/a", "alpha": 8}}), "adapters.policy.alpha: comes from the file"),
+    "frozen shape": (
+        changed(adapters={"low": {"path": "runs/a", "r": 8}}),
+        "adapters.low.r: comes from the file at `path`; leave it out",
+    ),
+    "frozen dropout": (
+        changed(adapters={"low": {"path": "runs/a", "dropout": 0.1}}),
+        "adapters.low.dropout: does nothing for a frozen",
+    ),
+    "continued shape": (
+        changed(adapters={"policy": {"path": "runs/a", "alpha": 8}}),
+        "adapters.policy.alpha: comes from the file",
+    ),
     "no path": (changed(adapters={"low": {}}), "adapters.low.path: is missing: only `policy` is trained"),
     "adapter name": (changed(adapters={"Low.1": {"path": "x"}}), "adapters.Low.1: is no name for an adapter"),
     "adapter base": (changed(adapters={"base": {"path": "x"}}), "adapters.base: is no name for an adapter"),
     "revision": (changed(base={"model": "a/b@"}), "base.model: names no revision after the @"),
-    "tutor": (changed(data={"train": [{"dataset": "tutor", "gold": "boxed"}]}), "data.train.0.gold: does nothing for `tutor`"),
-    "tutor split": (changed(data={"train": [{"dataset": "tutor", "split": "test"}]}), "data.train.0.split: `tutor` has the splits"),
-    "file name": (changed(data={"train": [{"dataset": "a.csv", "name": "x"}]}), "data.train.0.name: does nothing for a file"),
-    "validation weight": (changed(data={"validation": [{"dataset": "v", "weight": 1.0}]}), "data.validation.0.weight: does nothing here"),
+    "tutor": (
+        changed(data={"train": [{"dataset": "tutor", "gold": "boxed"}]}),
+        "data.train.0.gold: does nothing for `tutor`",
+    ),
+    "tutor split": (
+        changed(data={"train": [{"dataset": "tutor", "split": "test"}]}),
+        "data.train.0.split: `tutor` has the splits",
+    ),
+    "file name": (
+        changed(data={"train": [{"dataset": "a.csv", "name": "x"}]}),
+        "data.train.0.name: does nothing for a file",
+    ),
+    "validation weight": (
+        changed(data={"validation": [{"dataset": "v", "weight": 1.0}]}),
+        "data.validation.0.weight: does nothing here",
+    ),
 }
 
 
@@ -233,19 +323,24 @@ def test_contradictions_and_idle_settings(case: str) -> None:
         Recipe(**data)
 
 
-@pytest.mark.parametrize("data", [
-    SMALL,
-    changed(train={"steps": None, "epochs": 0.5, "warmup_steps": 100}),
-    changed(data={"train": [{"dataset": "a", "weight": 1 / 3}, {"dataset": "b", "weight": 2 / 3}]}),
-    changed(data={"validation": [{"dataset": "v.jsonl"}]}, train={"final": "best"}, evaluate={"every": 2}),
-    changed(data={"validation_share": 0}),
-    changed(adapters={"low": {"path": "runs/a"}, "policy": {"r": 4, "dropout": 0.1}}),
-    changed(adapters={"policy": {"path": "runs/a", "dropout": 0.1}}),
-    changed(evaluate={"heldout": {"dataset": "tutor", "split": "heldout"}, "samples": 4, "temperature": 0.7}),
-    changed(data={"system": "Zeile\n  \"zwei\": - no #\ttab ~ é 世界 \u2028 end "}, description="null"),
-    changed(data={"train": [{"dataset": "x", "columns": {"question": "no", "answer": "1e5"}}]}, seed=7, name="a.b-c"),
-    changed(base={"model": "org/name@v1.0", "bits": 16}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        SMALL,
+        changed(train={"steps": None, "epochs": 0.5, "warmup_steps": 100}),
+        changed(data={"train": [{"dataset": "a", "weight": 1 / 3}, {"dataset": "b", "weight": 2 / 3}]}),
+        changed(data={"validation": [{"dataset": "v.jsonl"}]}, train={"final": "best"}, evaluate={"every": 2}),
+        changed(data={"validation_share": 0}),
+        changed(adapters={"low": {"path": "runs/a"}, "policy": {"r": 4, "dropout": 0.1}}),
+        changed(adapters={"policy": {"path": "runs/a", "dropout": 0.1}}),
+        changed(evaluate={"heldout": {"dataset": "tutor", "split": "heldout"}, "samples": 4, "temperature": 0.7}),
+        changed(data={"system": 'Zeile\n  "zwei": - no #\ttab ~ é 世界 \u2028 end '}, description="null"),
+        changed(
+            data={"train": [{"dataset": "x", "columns": {"question": "no", "answer": "1e5"}}]}, seed=7, name="a.b-c"
+        ),
+        changed(base={"model": "org/name@v1.0", "bits": 16}),
+    ],
+)
 def test_what_is_saved_replays(data: dict[str, Any], write: Write) -> None:
     recipe = from_dict(data)
     assert isinstance(recipe, Recipe)
@@ -313,13 +408,18 @@ def test_paths_and_names_that_are_not_there(write: Write) -> None:
 
 
 def test_the_name_comes_from_the_file(write: Write) -> None:
-    assert load(write(dump(from_dict(SMALL)).replace("name: ''\n", "").replace('name: ""\n', ""), "Mein Lauf ü.yaml")).name == "Mein-Lauf-"
+    assert (
+        load(write(dump(from_dict(SMALL)).replace("name: ''\n", "").replace('name: ""\n', ""), "Mein Lauf ü.yaml")).name
+        == "Mein-Lauf-"
+    )
 
 
 def test_differences() -> None:
     old, new = load("tiny-sft").to_dict(), load("tiny-sft", ["train.steps=9", "train.keep=3", "name=other"]).to_dict()
     assert differences(old, new) == []
-    new = load("tiny-sft", ["train.learning_rate=1e-3", "data.train=[{dataset: tutor}, {dataset: a.csv}]", "evaluate.every=5"]).to_dict()
+    new = load(
+        "tiny-sft", ["train.learning_rate=1e-3", "data.train=[{dataset: tutor}, {dataset: a.csv}]", "evaluate.every=5"]
+    ).to_dict()
     assert differences(old, new) == [
         "data.train.0.rows: was 400, is not set",
         f"train.learning_rate: was {old['train']['learning_rate']}, is 0.001",
@@ -355,7 +455,9 @@ def test_a_faulty_recipe_is_told_in_a_second(write: Write) -> None:
     seconds = []
     for _ in range(3):  # the first start may compile bytecode, and others use this machine too
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, check=True
+        )
         seconds.append(time.perf_counter() - start)
     assert "my.yaml:2: base.bits" in done.stdout and done.stdout.endswith("False False\n")
     assert min(seconds) < 10  # torch alone would take most of it; benchmarks/startup.py measures

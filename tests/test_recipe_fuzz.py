@@ -15,7 +15,10 @@ from lowrank_tune.errors import Faults, UserError
 from lowrank_tune.recipe import Recipe, dump, from_dict, load
 
 FULL: dict[str, Any] = {
-    "name": "full", "description": "every setting that can stand together", "algorithm": "sft", "seed": 1,
+    "name": "full",
+    "description": "every setting that can stand together",
+    "algorithm": "sft",
+    "seed": 1,
     "base": {"model": "org/model@main", "bits": 16, "trust_remote_code": False},
     "adapters": {
         "low": {"path": "runs/low"},
@@ -23,28 +26,76 @@ FULL: dict[str, Any] = {
     },
     "data": {
         "train": [
-            {"dataset": "a/b", "name": "main", "split": "train", "format": "alpaca", "columns": {"instruction": "x"}, "rows": 9,
-             "weight": 0.25},
+            {
+                "dataset": "a/b",
+                "name": "main",
+                "split": "train",
+                "format": "alpaca",
+                "columns": {"instruction": "x"},
+                "rows": 9,
+                "weight": 0.25,
+            },
             {"dataset": "b.jsonl", "gold": "boxed", "weight": 0.75},
         ],
-        "validation": [{"dataset": "c.csv"}], "system": "Be brief.", "max_length": 64, "too_long": "truncate", "max_rejected_share": 0.5,
+        "validation": [{"dataset": "c.csv"}],
+        "system": "Be brief.",
+        "max_length": 64,
+        "too_long": "truncate",
+        "max_rejected_share": 0.5,
     },
     "train": {
-        "steps": 50, "rows_per_step": 8, "micro_batch_size": 2, "length_window": 4, "learning_rate": 1e-4, "schedule": "linear",
-        "warmup_steps": 3, "optimizer": "adamw", "weight_decay": 0.01, "adam_beta1": 0.8, "adam_beta2": 0.99, "max_grad_norm": 0.5,
-        "gradient_checkpointing": False, "max_bad_steps": 2, "log_every": 2, "save_every": 5, "keep": 1, "final": "best",
+        "steps": 50,
+        "rows_per_step": 8,
+        "micro_batch_size": 2,
+        "length_window": 4,
+        "learning_rate": 1e-4,
+        "schedule": "linear",
+        "warmup_steps": 3,
+        "optimizer": "adamw",
+        "weight_decay": 0.01,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.99,
+        "max_grad_norm": 0.5,
+        "gradient_checkpointing": False,
+        "max_bad_steps": 2,
+        "log_every": 2,
+        "save_every": 5,
+        "keep": 1,
+        "final": "best",
     },
     "evaluate": {
-        "every": 10, "heldout": {"dataset": "tutor", "split": "heldout"}, "prompts": 5, "samples": 2, "temperature": 0.7,
-        "max_new_tokens": 9, "shown": 1,
+        "every": 10,
+        "heldout": {"dataset": "tutor", "split": "heldout"},
+        "prompts": 5,
+        "samples": 2,
+        "temperature": 0.7,
+        "max_new_tokens": 9,
+        "shown": 1,
     },
-}  # fmt: skip
+}
 
 BROKEN = {
-    "null": None, "wrong type": [], "mapping": {}, "text": "ten", "number": 7, "truth": True, "negative": -1, "huge": 10**30,
-    "endless": 10**5000, "tiny": 1e-320, "nan": float("nan"), "infinite": float("inf"), "unicode": "\u202e\ud800\x00é", "empty": "",
-    "bytes": b"x", "object": object(), "nested": {"a": {"b": [None, {}]}}, "list": [1, "a", None], "keys": {1: 2, None: 3}, "set": {1},
-}  # fmt: skip
+    "null": None,
+    "wrong type": [],
+    "mapping": {},
+    "text": "ten",
+    "number": 7,
+    "truth": True,
+    "negative": -1,
+    "huge": 10**30,
+    "endless": 10**5000,
+    "tiny": 1e-320,
+    "nan": float("nan"),
+    "infinite": float("inf"),
+    "unicode": "\u202e\ud800\x00é",
+    "empty": "",
+    "bytes": b"x",
+    "object": object(),
+    "nested": {"a": {"b": [None, {}]}},
+    "list": [1, "a", None],
+    "keys": {1: 2, None: 3},
+    "set": {1},
+}
 
 
 def paths(data: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
@@ -104,7 +155,11 @@ def test_every_key_twice(path: tuple[str | int, ...], tmp_path: Path) -> None:
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
     | st.sampled_from([value for kind, value in BROKEN.items() if kind != "endless"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=5,
@@ -124,10 +179,15 @@ def test_several_leaves_broken(changes: list[tuple[tuple[str | int, ...], Any]])
 
 
 @settings(max_examples=150)
-@given(st.lists(st.one_of(
-    st.tuples(st.sampled_from(PATHS), values).map(lambda pair: f"{'.'.join(map(str, pair[0]))}={pair[1]}"),
-    st.text(max_size=30),
-), max_size=3))  # fmt: skip
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.sampled_from(PATHS), values).map(lambda pair: f"{'.'.join(map(str, pair[0]))}={pair[1]}"),
+            st.text(max_size=30),
+        ),
+        max_size=3,
+    )
+)
 def test_overrides(overrides: list[str]) -> None:
     try:
         assert isinstance(load("tiny-sft", overrides), Recipe)

@@ -26,7 +26,11 @@ def made(algorithm: str = "grpo", **sections: Any) -> dict[str, Any]:
     """A small valid recipe with other sections; keys of `data` and `train` are added."""
     extra = {key: sections.pop(key, {}) for key in ("data", "train")}
     dataset = "tutor" if algorithm in ("sft", "grpo") else "tutor-preferences"
-    data = {"algorithm": algorithm, "data": {"train": [{"dataset": dataset}], **extra["data"]}, "train": {"steps": 10, **extra["train"]}}
+    data = {
+        "algorithm": algorithm,
+        "data": {"train": [{"dataset": dataset}], **extra["data"]},
+        "train": {"steps": 10, **extra["train"]},
+    }
     return {**data, **({"rewards": [{"use": "answer"}]} if algorithm == "grpo" else {}), **sections}
 
 
@@ -37,127 +41,335 @@ def from_file(**source: Any) -> dict[str, Any]:
 OURS = "(it belongs to grpo, ppo)"
 RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "rewards of sft": (made("sft", rewards=[{"use": "answer"}]), f"rewards: does nothing for sft {OURS}", made("sft")),
-    "rewards of a reward model": (made("reward", rewards=[OWN]), f"rewards: does nothing for reward {OURS}; there is `reward`",
-                                  made("reward", reward={"centering": 0.1})),
-    "reward section": (made(reward={"centering": 0.1}), "reward: does nothing for grpo (it belongs to reward); there is `rewards`", made()),
+    "rewards of a reward model": (
+        made("reward", rewards=[OWN]),
+        f"rewards: does nothing for reward {OURS}; there is `reward`",
+        made("reward", reward={"centering": 0.1}),
+    ),
+    "reward section": (
+        made(reward={"centering": 0.1}),
+        "reward: does nothing for grpo (it belongs to reward); there is `rewards`",
+        made(),
+    ),
     "dpo section": (made(dpo={"beta": 0.1}), "dpo: does nothing for grpo (it belongs to dpo)", made(grpo={"kl": 0.1})),
     "grpo section": (made("dpo", grpo={}), "grpo: does nothing for dpo (it belongs to grpo)", made(grpo={})),
-    "rollout section": (made("sft", rollout={"slots": 4}), f"rollout: does nothing for sft {OURS}", made(rollout={"slots": 4})),
-    "prompts of sft": (made("sft", train={"prompts_per_step": 4}), f"train.prompts_per_step: does nothing for sft {OURS}; there "
-                       "is `train.rows_per_step`", made("sft", train={"rows_per_step": 4})),
-    "prompt length of dpo": (made("dpo", data={"max_prompt_length": 99}), f"data.max_prompt_length: does nothing for dpo {OURS}; "
-                             "there is `data.max_length`, which limits", made("dpo", data={"max_length": 99})),
-    "rows": (made(train={"rows_per_step": 4}), f"train.rows_per_step: does nothing for grpo {ROWS}; there is `train.prompts_per_step`",
-             made(train={"prompts_per_step": 4})),
-    "tokens": (made(train={"tokens_per_step": 99}), f"train.tokens_per_step: does nothing for grpo {ROWS}",
-               made(train={"micro_batch_tokens": 99})),
-    "window": (made(train={"length_window": 2}), f"train.length_window: does nothing for grpo {ROWS}", made(train={"micro_batch_size": 2})),
-    "length": (made(data={"max_length": 99}), f"data.max_length: does nothing for grpo {ROWS}; there is `data.max_prompt_length` and "
-               "`rollout.max_new_tokens`", made(data={"max_prompt_length": 99}, rollout={"max_new_tokens": 9})),
-    "too long": (made(data={"too_long": "drop"}), f"data.too_long: does nothing for grpo {ROWS}", made(data={"max_rejected_share": 0.5})),
-    "validation": (made(data={"validation": [{"dataset": "b.jsonl"}]}), f"data.validation: does nothing for grpo {ROWS}; there is "
-                   "`evaluate.heldout`", made(evaluate=HELDOUT)),
-    "share": (made(data={"validation_share": 0.5}), f"data.validation_share: does nothing for grpo {ROWS}",
-              made("sft", data={"validation_share": 0.5})),
-    "micro": (made(train={"micro_batch_size": 2, "micro_batch_tokens": 99}), "train.micro_batch_tokens: contradicts `train.micro_batch_size`",
-              made(train={"micro_batch_tokens": 99})),
-
-    "no rewards": ({key: value for key, value in made().items() if key != "rewards"},
-                   "rewards: is missing: say what completions earn, as in `rewards: [{use: answer}]`", made()),
+    "rollout section": (
+        made("sft", rollout={"slots": 4}),
+        f"rollout: does nothing for sft {OURS}",
+        made(rollout={"slots": 4}),
+    ),
+    "prompts of sft": (
+        made("sft", train={"prompts_per_step": 4}),
+        f"train.prompts_per_step: does nothing for sft {OURS}; there is `train.rows_per_step`",
+        made("sft", train={"rows_per_step": 4}),
+    ),
+    "prompt length of dpo": (
+        made("dpo", data={"max_prompt_length": 99}),
+        f"data.max_prompt_length: does nothing for dpo {OURS}; there is `data.max_length`, which limits",
+        made("dpo", data={"max_length": 99}),
+    ),
+    "rows": (
+        made(train={"rows_per_step": 4}),
+        f"train.rows_per_step: does nothing for grpo {ROWS}; there is `train.prompts_per_step`",
+        made(train={"prompts_per_step": 4}),
+    ),
+    "tokens": (
+        made(train={"tokens_per_step": 99}),
+        f"train.tokens_per_step: does nothing for grpo {ROWS}",
+        made(train={"micro_batch_tokens": 99}),
+    ),
+    "window": (
+        made(train={"length_window": 2}),
+        f"train.length_window: does nothing for grpo {ROWS}",
+        made(train={"micro_batch_size": 2}),
+    ),
+    "length": (
+        made(data={"max_length": 99}),
+        f"data.max_length: does nothing for grpo {ROWS}; there is `data.max_prompt_length` and "
+        "`rollout.max_new_tokens`",
+        made(data={"max_prompt_length": 99}, rollout={"max_new_tokens": 9}),
+    ),
+    "too long": (
+        made(data={"too_long": "drop"}),
+        f"data.too_long: does nothing for grpo {ROWS}",
+        made(data={"max_rejected_share": 0.5}),
+    ),
+    "validation": (
+        made(data={"validation": [{"dataset": "b.jsonl"}]}),
+        f"data.validation: does nothing for grpo {ROWS}; there is `evaluate.heldout`",
+        made(evaluate=HELDOUT),
+    ),
+    "share": (
+        made(data={"validation_share": 0.5}),
+        f"data.validation_share: does nothing for grpo {ROWS}",
+        made("sft", data={"validation_share": 0.5}),
+    ),
+    "micro": (
+        made(train={"micro_batch_size": 2, "micro_batch_tokens": 99}),
+        "train.micro_batch_tokens: contradicts `train.micro_batch_size`",
+        made(train={"micro_batch_tokens": 99}),
+    ),
+    "no rewards": (
+        {key: value for key, value in made().items() if key != "rewards"},
+        "rewards: is missing: say what completions earn, as in `rewards: [{use: answer}]`",
+        made(),
+    ),
     "empty rewards": (made(rewards=[]), "rewards: is missing: say what completions earn", made(rewards=[OWN])),
-    "no reward": (made(rewards=[{"use": "quite"}]), "rewards.0.use: is no reward; there are answer, ",
-                  made(rewards=[{"use": "length", "target_tokens": 9}])),
-    "nearly a reward": (made(rewards=[OWN, {"use": "anser"}]), "rewards.1.use: is no reward; did you mean `answer`?", made(rewards=[OWN])),
-    "reward of others": (made(rewards=[{"use": "accuracy_reward"}]), "rewards.0.use: is no reward; did you mean `answer`?", made()),
-    "file alone": (made(rewards=[{"use": "./mine.py"}]), "rewards.0.use: is no function in a file; write it as `./file.py:function`",
-                   made(rewards=[{"use": "mine.py:f"}])),
-    "no file": (made(rewards=[{"use": "mine:f"}]), "rewards.0.use: is no function in a file", made(rewards=[{"use": "/a b/mine.py:f"}])),
-    "no function": (made(rewards=[{"use": "a.py:1f"}]), "rewards.0.use: is no function in a file", made(rewards=[{"use": "a.py:f1"}])),
-    "pattern": (made(rewards=[{"use": "answer", "pattern": "."}]), "rewards.0.pattern: does nothing for this reward; it belongs to `format`",
-                made(rewards=[{"use": "format", "pattern": "."}])),
-    "no kind": (made(rewards=[{"use": "smt"}]), "rewards.0.kind: is missing: what a completion tells: `statement`, `witness` or",
-                made(rewards=[{"use": "smt", "kind": "witness"}])),
-    "program": (made(rewards=[{**OWN, "program": ["lean"]}]), "rewards.0.program: does nothing for this reward; it belongs to `lean`",
-                made(rewards=[{"use": "lean", "program": ["lean"]}, {"use": "lean"}])),
+    "no reward": (
+        made(rewards=[{"use": "quite"}]),
+        "rewards.0.use: is no reward; there are answer, ",
+        made(rewards=[{"use": "length", "target_tokens": 9}]),
+    ),
+    "nearly a reward": (
+        made(rewards=[OWN, {"use": "anser"}]),
+        "rewards.1.use: is no reward; did you mean `answer`?",
+        made(rewards=[OWN]),
+    ),
+    "reward of others": (
+        made(rewards=[{"use": "accuracy_reward"}]),
+        "rewards.0.use: is no reward; did you mean `answer`?",
+        made(),
+    ),
+    "file alone": (
+        made(rewards=[{"use": "./mine.py"}]),
+        "rewards.0.use: is no function in a file; write it as `./file.py:function`",
+        made(rewards=[{"use": "mine.py:f"}]),
+    ),
+    "no file": (
+        made(rewards=[{"use": "mine:f"}]),
+        "rewards.0.use: is no function in a file",
+        made(rewards=[{"use": "/a b/mine.py:f"}]),
+    ),
+    "no function": (
+        made(rewards=[{"use": "a.py:1f"}]),
+        "rewards.0.use: is no function in a file",
+        made(rewards=[{"use": "a.py:f1"}]),
+    ),
+    "pattern": (
+        made(rewards=[{"use": "answer", "pattern": "."}]),
+        "rewards.0.pattern: does nothing for this reward; it belongs to `format`",
+        made(rewards=[{"use": "format", "pattern": "."}]),
+    ),
+    "no kind": (
+        made(rewards=[{"use": "smt"}]),
+        "rewards.0.kind: is missing: what a completion tells: `statement`, `witness` or",
+        made(rewards=[{"use": "smt", "kind": "witness"}]),
+    ),
+    "program": (
+        made(rewards=[{**OWN, "program": ["lean"]}]),
+        "rewards.0.program: does nothing for this reward; it belongs to `lean`",
+        made(rewards=[{"use": "lean", "program": ["lean"]}, {"use": "lean"}]),
+    ),
     "no pattern": (made(rewards=[{"use": "format"}]), "rewards.0.pattern: is missing: the regular expression", made()),
-    "bad pattern": (made(rewards=[{"use": "format", "pattern": "(a"}]), "rewards.0.pattern: is no regular expression of RE2: missing )",
-                    made(rewards=[{"use": "format", "pattern": r"\(a"}])),
-    "lookaround": (made(rewards=[{"use": "regex", "pattern": "(?!b)a"}]), "rewards.0.pattern: has lookaround, which the linear-time",
-                   made(rewards=[{"use": "regex", "pattern": "a(?s)[[]"}])),
-    "endless pattern": (made(rewards=[{"use": "format", "pattern": "a{1,9999}"}]), "rewards.0.pattern: is no regular expression of RE2: inv",
-                        made(rewards=[{"use": "format", "pattern": "a{1,999}"}])),
-    "huge pattern": (made(rewards=[{"use": "format", "pattern": r"(\pL{30}){30}"}]), "rewards.0.pattern: is no regular expression of RE2: "
-                     "pattern too large", made()),
-    "ngram": (made(rewards=[{**OWN, "ngram": 3}]), "rewards.0.ngram: does nothing for this reward; it belongs to `repetition`",
-              made(rewards=[OWN, {"use": "repetition"}, {"use": "repetition", "ngram": 3}])),
-    "target": (made(rewards=[{**OWN, "target_tokens": 9}]), "rewards.0.target_tokens: does nothing for this reward; it belongs to `length`",
-               made(rewards=[OWN, {"use": "length", "target_tokens": 9}])),
-    "no target": (made(rewards=[{"use": "length"}]), "rewards.0.target_tokens: is missing: up to how many tokens", made()),
-    "endless weight": (made(rewards=[{**OWN, "weight": float("inf")}]), "rewards.0.weight: must be a finite number",
-                       made(rewards=[{**OWN, "weight": -1e9}])),
-    "no weight": (made(rewards=[{**OWN, "weight": 0}, {"use": "answer", "weight": -0.0}]), "rewards.0.weight: the weights of the rewards are "
-                  "all 0", made(rewards=[{**OWN, "weight": 0}, {"use": "answer", "weight": -0.5}])),
-    "no golds": (made(data=from_file(gold="none")), "data.train.0.gold: leaves the reward `answer` nothing to compare with",
-                 made(data=from_file(gold="none"), rewards=[OWN])),
-
-    "penalty": (made(grpo={"penalty": 2.0}), "grpo.penalty: does nothing without `grpo.truncated`: penalise",
-                made(grpo={"penalty": 2.0, "truncated": "penalise"})),
-    "penalty of masked": (made(grpo={"penalty": 2.0, "truncated": "mask"}), "grpo.penalty: does nothing", made(grpo={"truncated": "mask"})),
-    "all clips": (made(grpo={"clip": 0.1, "clip_low": 0.1, "clip_high": 0.3}), "grpo.clip: does nothing beside `grpo.clip_low` and",
-                  made(grpo={"clip_low": 0.1, "clip_high": 0.3})),
-    "dapo's own": (made(grpo={"loss": "dapo", "clip": 0.1, "clip_low": 0.1}), "grpo.clip: does nothing beside `grpo.clip_low`: the loss dapo "
-                   "has", made(grpo={"loss": "dapo", "clip": 0.1})),
-    "half a pair": (made(grpo={"loss": "cispo", "clip": 0.1}), "grpo.clip: does nothing for the loss cispo",
-                    made(grpo={"loss": "gspo", "clip": 0.1, "clip_low": 0.2})),
-    "cispo's low": (made(grpo={"loss": "cispo", "clip_low": 0.1}), "grpo.clip_low: does nothing for the loss cispo",
-                    made(grpo={"loss": "cispo", "clip_high": 4})),
-    "place of no KL": (made(grpo={"kl": 0, "kl_in": "loss"}), "grpo.kl_in: does nothing where `grpo.kl` is 0",
-                       made(grpo={"kl": 1e-9, "kl_in": "reward"})),
-    "estimator of no KL": (made(grpo={"kl": 0.0, "kl_estimator": "k2"}), "grpo.kl_estimator: does nothing where `grpo.kl` is 0",
-                           made(grpo={"kl_estimator": "exact", "kl_in": "loss"})),
-    "estimator in the reward": (made(grpo={"kl_in": "reward", "kl_estimator": "k3"}), "grpo.kl_estimator: does nothing with `grpo.kl_in`",
-                                made(grpo={"kl_in": "reward", "old": "sampler"})),
-
-    "share of what stops": (made(rewards=[OWN], rollout={"max_unscored_share": 0.1}), "rollout.max_unscored_share: does nothing where every",
-                            made(rewards=[{**OWN, "on_error": "drop"}], rollout={"max_unscored_share": 0.1})),
-    "share of stopping kits": (made(rewards=[{"use": "answer", "on_error": "stop"}, OWN], rollout={"max_unscored_share": 0}),
-                               "rollout.max_unscored_share: does nothing", made(rollout={"max_unscored_share": 0.0})),
-    "no reward model": (made(rewards=[{"use": "reward_model"}]), "rewards.0.use: needs a reward model: `adapters: {reward:",
-                        made(rewards=[{"use": "reward_model"}], adapters={"reward": {"path": "runs/r"}}, reference="base")),
-    "idle reward model": (made(adapters={"reward": {"path": "runs/r"}}), "adapters.reward: does nothing without the reward `reward_model`",
-                          made(adapters={"sft": {"path": "runs/r"}})),
-    "reward model below": (made("sft", adapters={"reward": {"path": "runs/r"}}), "adapters.reward: does nothing without", made("sft")),
-    "dropout": (made(adapters={"policy": {"dropout": 0.1}}), "adapters.policy.dropout: must be 0 with grpo",
-                made(adapters={"policy": {"r": 2}})),
-    "reference": (made(reference="sft"), "reference: will be `base`", made(reference="sft", adapters={"sft": {"path": "runs/sft"}})),
-    "built-in pairs": (made(data={"train": [{"dataset": "tutor-preferences"}]}),
-                       "data.train.0.dataset: holds pairs, and grpo learns from completions that it draws itself; use tutor", made()),
-    "pairs": (made(data=from_file(format="preference")), "data.train.0.format: means pairs, and grpo learns from completions that it draws "
-              "itself; name the format of single answers", made(data=from_file(format="question_answer"))),
-    "shown of nothing": (made(evaluate={"shown": 2}), "evaluate.shown: does nothing without `evaluate.heldout`", made(evaluate=HELDOUT)),
-    "every of nothing": (made(evaluate={"every": 2}), "evaluate.every: does nothing without", made(evaluate={**HELDOUT, "every": 2})),
-    "best of nothing": (made(train={"final": "best"}), "train.final: `best` needs `evaluate.heldout`, and there are none",
-                        made(train={"final": "best"}, evaluate=HELDOUT)),
-    "best by loss": (made(evaluate={**HELDOUT, "best_by": "loss"}), "evaluate.best_by: `loss` needs validation rows, and there are none",
-                     made("sft", evaluate={**HELDOUT, "best_by": "loss"})),
-    "best by no answers": (made("sft", evaluate={"best_by": "exact"}), "evaluate.best_by: `exact` needs questions: `evaluate.heldout`",
-                           made("sft", data={"validation_share": 0}, evaluate={**HELDOUT, "best_by": "exact"}, train={"final": "best"})),
-    "best scores": (made("reward", evaluate={**HELDOUT, "best_by": "exact"}), "evaluate.best_by: `exact` needs answers, and a reward model",
-                    made("reward", evaluate={**HELDOUT, "best_by": "loss"})),
-    "group of one": (made(rollout={"num_generations": 1}), "rollout.num_generations: must be at least 2", made(rollout={"num_generations": 2})),
-}  # fmt: skip
+    "bad pattern": (
+        made(rewards=[{"use": "format", "pattern": "(a"}]),
+        "rewards.0.pattern: is no regular expression of RE2: missing )",
+        made(rewards=[{"use": "format", "pattern": r"\(a"}]),
+    ),
+    "lookaround": (
+        made(rewards=[{"use": "regex", "pattern": "(?!b)a"}]),
+        "rewards.0.pattern: has lookaround, which the linear-time",
+        made(rewards=[{"use": "regex", "pattern": "a(?s)[[]"}]),
+    ),
+    "endless pattern": (
+        made(rewards=[{"use": "format", "pattern": "a{1,9999}"}]),
+        "rewards.0.pattern: is no regular expression of RE2: inv",
+        made(rewards=[{"use": "format", "pattern": "a{1,999}"}]),
+    ),
+    "huge pattern": (
+        made(rewards=[{"use": "format", "pattern": r"(\pL{30}){30}"}]),
+        "rewards.0.pattern: is no regular expression of RE2: pattern too large",
+        made(),
+    ),
+    "ngram": (
+        made(rewards=[{**OWN, "ngram": 3}]),
+        "rewards.0.ngram: does nothing for this reward; it belongs to `repetition`",
+        made(rewards=[OWN, {"use": "repetition"}, {"use": "repetition", "ngram": 3}]),
+    ),
+    "target": (
+        made(rewards=[{**OWN, "target_tokens": 9}]),
+        "rewards.0.target_tokens: does nothing for this reward; it belongs to `length`",
+        made(rewards=[OWN, {"use": "length", "target_tokens": 9}]),
+    ),
+    "no target": (
+        made(rewards=[{"use": "length"}]),
+        "rewards.0.target_tokens: is missing: up to how many tokens",
+        made(),
+    ),
+    "endless weight": (
+        made(rewards=[{**OWN, "weight": float("inf")}]),
+        "rewards.0.weight: must be a finite number",
+        made(rewards=[{**OWN, "weight": -1e9}]),
+    ),
+    "no weight": (
+        made(rewards=[{**OWN, "weight": 0}, {"use": "answer", "weight": -0.0}]),
+        "rewards.0.weight: the weights of the rewards are all 0",
+        made(rewards=[{**OWN, "weight": 0}, {"use": "answer", "weight": -0.5}]),
+    ),
+    "no golds": (
+        made(data=from_file(gold="none")),
+        "data.train.0.gold: leaves the reward `answer` nothing to compare with",
+        made(data=from_file(gold="none"), rewards=[OWN]),
+    ),
+    "penalty": (
+        made(grpo={"penalty": 2.0}),
+        "grpo.penalty: does nothing without `grpo.truncated`: penalise",
+        made(grpo={"penalty": 2.0, "truncated": "penalise"}),
+    ),
+    "penalty of masked": (
+        made(grpo={"penalty": 2.0, "truncated": "mask"}),
+        "grpo.penalty: does nothing",
+        made(grpo={"truncated": "mask"}),
+    ),
+    "all clips": (
+        made(grpo={"clip": 0.1, "clip_low": 0.1, "clip_high": 0.3}),
+        "grpo.clip: does nothing beside `grpo.clip_low` and",
+        made(grpo={"clip_low": 0.1, "clip_high": 0.3}),
+    ),
+    "dapo's own": (
+        made(grpo={"loss": "dapo", "clip": 0.1, "clip_low": 0.1}),
+        "grpo.clip: does nothing beside `grpo.clip_low`: the loss dapo has",
+        made(grpo={"loss": "dapo", "clip": 0.1}),
+    ),
+    "half a pair": (
+        made(grpo={"loss": "cispo", "clip": 0.1}),
+        "grpo.clip: does nothing for the loss cispo",
+        made(grpo={"loss": "gspo", "clip": 0.1, "clip_low": 0.2}),
+    ),
+    "cispo's low": (
+        made(grpo={"loss": "cispo", "clip_low": 0.1}),
+        "grpo.clip_low: does nothing for the loss cispo",
+        made(grpo={"loss": "cispo", "clip_high": 4}),
+    ),
+    "place of no KL": (
+        made(grpo={"kl": 0, "kl_in": "loss"}),
+        "grpo.kl_in: does nothing where `grpo.kl` is 0",
+        made(grpo={"kl": 1e-9, "kl_in": "reward"}),
+    ),
+    "estimator of no KL": (
+        made(grpo={"kl": 0.0, "kl_estimator": "k2"}),
+        "grpo.kl_estimator: does nothing where `grpo.kl` is 0",
+        made(grpo={"kl_estimator": "exact", "kl_in": "loss"}),
+    ),
+    "estimator in the reward": (
+        made(grpo={"kl_in": "reward", "kl_estimator": "k3"}),
+        "grpo.kl_estimator: does nothing with `grpo.kl_in`",
+        made(grpo={"kl_in": "reward", "old": "sampler"}),
+    ),
+    "share of what stops": (
+        made(rewards=[OWN], rollout={"max_unscored_share": 0.1}),
+        "rollout.max_unscored_share: does nothing where every",
+        made(rewards=[{**OWN, "on_error": "drop"}], rollout={"max_unscored_share": 0.1}),
+    ),
+    "share of stopping kits": (
+        made(rewards=[{"use": "answer", "on_error": "stop"}, OWN], rollout={"max_unscored_share": 0}),
+        "rollout.max_unscored_share: does nothing",
+        made(rollout={"max_unscored_share": 0.0}),
+    ),
+    "no reward model": (
+        made(rewards=[{"use": "reward_model"}]),
+        "rewards.0.use: needs a reward model: `adapters: {reward:",
+        made(rewards=[{"use": "reward_model"}], adapters={"reward": {"path": "runs/r"}}, reference="base"),
+    ),
+    "idle reward model": (
+        made(adapters={"reward": {"path": "runs/r"}}),
+        "adapters.reward: does nothing without the reward `reward_model`",
+        made(adapters={"sft": {"path": "runs/r"}}),
+    ),
+    "reward model below": (
+        made("sft", adapters={"reward": {"path": "runs/r"}}),
+        "adapters.reward: does nothing without",
+        made("sft"),
+    ),
+    "dropout": (
+        made(adapters={"policy": {"dropout": 0.1}}),
+        "adapters.policy.dropout: must be 0 with grpo",
+        made(adapters={"policy": {"r": 2}}),
+    ),
+    "reference": (
+        made(reference="sft"),
+        "reference: will be `base`",
+        made(reference="sft", adapters={"sft": {"path": "runs/sft"}}),
+    ),
+    "built-in pairs": (
+        made(data={"train": [{"dataset": "tutor-preferences"}]}),
+        "data.train.0.dataset: holds pairs, and grpo learns from completions that it draws itself; use tutor",
+        made(),
+    ),
+    "pairs": (
+        made(data=from_file(format="preference")),
+        "data.train.0.format: means pairs, and grpo learns from completions that it draws "
+        "itself; name the format of single answers",
+        made(data=from_file(format="question_answer")),
+    ),
+    "shown of nothing": (
+        made(evaluate={"shown": 2}),
+        "evaluate.shown: does nothing without `evaluate.heldout`",
+        made(evaluate=HELDOUT),
+    ),
+    "every of nothing": (
+        made(evaluate={"every": 2}),
+        "evaluate.every: does nothing without",
+        made(evaluate={**HELDOUT, "every": 2}),
+    ),
+    "best of nothing": (
+        made(train={"final": "best"}),
+        "train.final: `best` needs `evaluate.heldout`, and there are none",
+        made(train={"final": "best"}, evaluate=HELDOUT),
+    ),
+    "best by loss": (
+        made(evaluate={**HELDOUT, "best_by": "loss"}),
+        "evaluate.best_by: `loss` needs validation rows, and there are none",
+        made("sft", evaluate={**HELDOUT, "best_by": "loss"}),
+    ),
+    "best by no answers": (
+        made("sft", evaluate={"best_by": "exact"}),
+        "evaluate.best_by: `exact` needs questions: `evaluate.heldout`",
+        made("sft", data={"validation_share": 0}, evaluate={**HELDOUT, "best_by": "exact"}, train={"final": "best"}),
+    ),
+    "best scores": (
+        made("reward", evaluate={**HELDOUT, "best_by": "exact"}),
+        "evaluate.best_by: `exact` needs answers, and a reward model",
+        made("reward", evaluate={**HELDOUT, "best_by": "loss"}),
+    ),
+    "group of one": (
+        made(rollout={"num_generations": 1}),
+        "rollout.num_generations: must be at least 2",
+        made(rollout={"num_generations": 2}),
+    ),
+}
 
 OTHER_WORDS = {
-    "num_generations": "`rollout.num_generations`", "max_completion_length": "`rollout.max_new_tokens`", "beta": "`grpo.kl`",
-    "max_prompt_length": "`data.max_prompt_length`", "max_length": "`data.max_prompt_length`", "epsilon": "`grpo.clip`",
-    "epsilon_high": "`grpo.clip_high`", "clip_ratio_low": "`grpo.clip_low`", "loss_type": "`grpo.loss`", "reward_funcs": "`rewards`",
-    "reward_weights": "`rewards.0.weight`", "mask_truncated_completions": "`grpo.truncated`", "num_iterations": "`grpo.epochs`",
-    "kl_loss_type": "`grpo.kl_estimator`", "filter_groups": "`grpo.dead_groups`", "temperature": "`rollout.temperature`",
-    "scale_rewards": "`grpo.loss`: dr_grpo", "use_vllm": "in this process", "vllm_mode": "in this process",
-    "vllm_server_port": "in this process", "fast_inference": "in this process",
-    "top_p": FULL, "top_k": FULL, "min_p": FULL, "repetition_penalty": FULL, "generation_kwargs": FULL,
-    "ref_model": "there is no second model", "steps_per_generation": "`grpo.epochs`", "disable_dropout": "dropout is off",
-}  # fmt: skip
+    "num_generations": "`rollout.num_generations`",
+    "max_completion_length": "`rollout.max_new_tokens`",
+    "beta": "`grpo.kl`",
+    "max_prompt_length": "`data.max_prompt_length`",
+    "max_length": "`data.max_prompt_length`",
+    "epsilon": "`grpo.clip`",
+    "epsilon_high": "`grpo.clip_high`",
+    "clip_ratio_low": "`grpo.clip_low`",
+    "loss_type": "`grpo.loss`",
+    "reward_funcs": "`rewards`",
+    "reward_weights": "`rewards.0.weight`",
+    "mask_truncated_completions": "`grpo.truncated`",
+    "num_iterations": "`grpo.epochs`",
+    "kl_loss_type": "`grpo.kl_estimator`",
+    "filter_groups": "`grpo.dead_groups`",
+    "temperature": "`rollout.temperature`",
+    "scale_rewards": "`grpo.loss`: dr_grpo",
+    "use_vllm": "in this process",
+    "vllm_mode": "in this process",
+    "vllm_server_port": "in this process",
+    "fast_inference": "in this process",
+    "top_p": FULL,
+    "top_k": FULL,
+    "min_p": FULL,
+    "repetition_penalty": FULL,
+    "generation_kwargs": FULL,
+    "ref_model": "there is no second model",
+    "steps_per_generation": "`grpo.epochs`",
+    "disable_dropout": "dropout is off",
+}
 
 
 @pytest.mark.parametrize("case", RULES)
@@ -170,7 +382,9 @@ def test_each_rule_and_its_neighbour(case: str) -> None:
     assert not list(rules.findings(recipe.to_dict()))
 
 
-@pytest.mark.parametrize("case", [case for case, (_, said, _) in RULES.items() if "must be at least" not in said and "finite" not in said])
+@pytest.mark.parametrize(
+    "case", [case for case, (_, said, _) in RULES.items() if "must be at least" not in said and "finite" not in said]
+)
 def test_python_is_judged_like_a_file(case: str) -> None:
     wrong, said, right = RULES[case]
     with pytest.raises(Faults) as caught:
@@ -188,14 +402,25 @@ def test_words_of_other_kits(word: str) -> None:
 @pytest.mark.parametrize("section", ["grpo", "rollout", "evaluate"])
 @pytest.mark.parametrize("word", ["top_p", "top_k", "min_p"])
 def test_training_samples_the_full_distribution(section: str, word: str) -> None:
-    assert FULL in faults_of(made(evaluate=HELDOUT) | {section: {**(HELDOUT if section == "evaluate" else {}), word: 0.9}})[0]
+    assert (
+        FULL
+        in faults_of(made(evaluate=HELDOUT) | {section: {**(HELDOUT if section == "evaluate" else {}), word: 0.9}})[0]
+    )
 
 
-@pytest.mark.parametrize(("algorithm", "word", "meant"), [
-    ("sft", "num_generations", "evaluate.samples"), ("sft", "beta", "dpo.beta"), ("dpo", "max_completion_length", "evaluate.max_new_tokens"),
-    ("sft", "max_new_tokens", "evaluate.max_new_tokens"), ("grpo", "max_new_tokens", "rollout.max_new_tokens"),
-    ("sft", "num_iterations", "steps"), ("dpo", "batch_size", "rows_per_step"), ("grpo", "batch_size", "prompts_per_step"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("algorithm", "word", "meant"),
+    [
+        ("sft", "num_generations", "evaluate.samples"),
+        ("sft", "beta", "dpo.beta"),
+        ("dpo", "max_completion_length", "evaluate.max_new_tokens"),
+        ("sft", "max_new_tokens", "evaluate.max_new_tokens"),
+        ("grpo", "max_new_tokens", "rollout.max_new_tokens"),
+        ("sft", "num_iterations", "steps"),
+        ("dpo", "batch_size", "rows_per_step"),
+        ("grpo", "batch_size", "prompts_per_step"),
+    ],
+)
 def test_a_hint_is_for_the_algorithm(algorithm: str, word: str, meant: str) -> None:
     assert faults_of(made(algorithm, train={word: 3})) == [f"train.{word}: unknown key; did you mean `{meant}`?"]
 
@@ -208,12 +433,28 @@ def test_the_cures_name_real_settings() -> None:
 
 
 def test_what_is_saved_holds_only_what_is_used() -> None:
-    recipe = from_dict(made(rewards=[{"use": "format", "pattern": "(?s)a: .*"}, OWN], grpo={"kl": 0, "clip_low": 0.1, "clip_high": 0.2}))
+    recipe = from_dict(
+        made(
+            rewards=[{"use": "format", "pattern": "(?s)a: .*"}, OWN], grpo={"kl": 0, "clip_low": 0.1, "clip_high": 0.2}
+        )
+    )
     saved = recipe.to_dict()
     assert saved["rewards"] == [{"use": "format", "weight": 1.0, "pattern": "(?s)a: .*"}, {**OWN, "weight": 1.0}]
-    assert set(saved["grpo"]) == {"loss", "clip_low", "clip_high", "kl", "epochs", "old", "mismatch_limit", "truncated", "dead_groups"}
+    assert set(saved["grpo"]) == {
+        "loss",
+        "clip_low",
+        "clip_high",
+        "kl",
+        "epochs",
+        "old",
+        "mismatch_limit",
+        "truncated",
+        "dead_groups",
+    }
     assert set(saved["data"]) == {"train", "max_prompt_length", "max_rejected_share"}
-    assert not {"reward", "dpo", "validation"} & set(saved) and not {"rows_per_step", "length_window", "final"} & set(saved["train"])
+    assert not {"reward", "dpo", "validation"} & set(saved) and not {"rows_per_step", "length_window", "final"} & set(
+        saved["train"]
+    )
     assert "(?s)a: .*" in dump(recipe) and from_dict(saved) == recipe
 
 
@@ -231,16 +472,42 @@ def test_the_losses_with_a_bound_of_their_own() -> None:
     assert set(CLIP_HIGH) == set(earned.OWN_HIGH)
 
 
-WHOLE = made(rewards=[{"use": "format", "pattern": "a", "weight": 0.5}, {"use": "length", "target_tokens": 5}, OWN],
-             rollout={"num_generations": 4, "max_new_tokens": 9, "temperature": 0.9, "slots": 3}, evaluate={**HELDOUT, "best_by": "exact"},
-             grpo={"loss": "dapo", "clip": 0.1, "clip_high": 0.3, "kl": 0.1, "kl_in": "loss", "kl_estimator": "k2", "epochs": 2,
-                   "old": "sampler", "mismatch_limit": 0.2, "truncated": "penalise", "penalty": 0.5, "dead_groups": "resample"},
-             data={"max_prompt_length": 9, "max_rejected_share": 0.5}, train={"prompts_per_step": 3, "final": "best"})  # fmt: skip
+WHOLE = made(
+    rewards=[{"use": "format", "pattern": "a", "weight": 0.5}, {"use": "length", "target_tokens": 5}, OWN],
+    rollout={"num_generations": 4, "max_new_tokens": 9, "temperature": 0.9, "slots": 3},
+    evaluate={**HELDOUT, "best_by": "exact"},
+    grpo={
+        "loss": "dapo",
+        "clip": 0.1,
+        "clip_high": 0.3,
+        "kl": 0.1,
+        "kl_in": "loss",
+        "kl_estimator": "k2",
+        "epochs": 2,
+        "old": "sampler",
+        "mismatch_limit": 0.2,
+        "truncated": "penalise",
+        "penalty": 0.5,
+        "dead_groups": "resample",
+    },
+    data={"max_prompt_length": 9, "max_rejected_share": 0.5},
+    train={"prompts_per_step": 3, "final": "best"},
+)
 BROKEN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-    | st.sampled_from(["answer", "format", "length", "(", "a.py:f", "cispo", "reward", "grpo", 10**30, "\ud800", "[[\u202e"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.sampled_from(["use", "weight"]), inner, max_size=3),
-    max_leaves=4)  # fmt: skip
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(
+        ["answer", "format", "length", "(", "a.py:f", "cispo", "reward", "grpo", 10**30, "\ud800", "[[\u202e"]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=8) | st.sampled_from(["use", "weight"]), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
 
 
 def places(data: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:

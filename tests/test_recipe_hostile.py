@@ -55,7 +55,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "long word": (b"name: " + b"x" * 100_000, ":1: name: may hold letters"),
     "long number": (GOOD + b"seed: " + b"9" * 50_000, ":4: seed: expected a whole number"),
     "long decimal": (GOOD + b"seed: 0." + b"1" * 5000, ":4: seed: expected a whole number"),
-    "huge exponent": (b"algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {steps: 1e999999999}\n", ":3: train.steps: "),
+    "huge exponent": (
+        b"algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {steps: 1e999999999}\n",
+        ":3: train.steps: ",
+    ),
     "tab indent": (b"train:\n\tsteps: 1\n", ":2: is indented with a tab"),
     "tab after colon": (b"seed:\t1\n", ":1: is not YAML"),
     "latin 1": (b"name: caf\xe9\n", ":1: is not UTF-8"),
@@ -110,12 +113,23 @@ def test_hostile_file(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("word", "value"),
     [
-        ("1e-5", 1e-5), ("2e-4", 2e-4), ("1.0e-5", 1e-5), ("1E3", 1000.0), ("5", 5.0), ("+0.5", 0.5), (".5", 0.5), ("1.", 1.0), ("2e+2", 200.0),
+        ("1e-5", 1e-5),
+        ("2e-4", 2e-4),
+        ("1.0e-5", 1e-5),
+        ("1E3", 1000.0),
+        ("5", 5.0),
+        ("+0.5", 0.5),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("2e+2", 200.0),
     ],
-)  # fmt: skip
+)
 def test_numbers(word: str, value: float, tmp_path: Path) -> None:
     file = tmp_path / "good.yaml"
-    file.write_bytes(b"\xef\xbb\xbf---\n" + GOOD.replace(b"steps: 5", b"steps: 5, learning_rate: " + word.encode()).replace(b"\n", b"\r\n"))
+    file.write_bytes(
+        b"\xef\xbb\xbf---\n"
+        + GOOD.replace(b"steps: 5", b"steps: 5, learning_rate: " + word.encode()).replace(b"\n", b"\r\n")
+    )
     assert load(str(file)).train.learning_rate == value
 
 

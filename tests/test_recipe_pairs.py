@@ -18,7 +18,12 @@ SECOND = "there is no second model"
 def made(algorithm: str, source: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
     """A small valid recipe of an algorithm, with other sections."""
     dataset = "tutor" if algorithm == "sft" else "tutor-preferences"
-    return {"algorithm": algorithm, "data": {"train": [source or {"dataset": dataset}]}, "train": {"steps": 10}, **sections}
+    return {
+        "algorithm": algorithm,
+        "data": {"train": [source or {"dataset": dataset}]},
+        "train": {"steps": 10},
+        **sections,
+    }
 
 
 def validated(algorithm: str, source: dict[str, Any]) -> dict[str, Any]:
@@ -30,15 +35,20 @@ def validated(algorithm: str, source: dict[str, Any]) -> dict[str, Any]:
 RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "policy under reward": (
         made("reward", adapters={"policy": {"r": 8}}),
-        "adapters.policy.path: is missing: only `reward` is trained by reward, every other adapter is loaded; did you mean `adapters.reward`?",
+        "adapters.policy.path: is missing: only `reward` is trained by reward, every other adapter is loaded; did "
+        "you mean `adapters.reward`?",
         made("reward", adapters={"policy": {"path": "runs/sft"}, "reward": {"r": 8}}),
     ),
     "reward under dpo": (
-        made("dpo", adapters={"reward": {}}), "adapters.reward.path: is missing: only `policy` is trained by dpo",
-        made("dpo", adapters=LOADED)),
+        made("dpo", adapters={"reward": {}}),
+        "adapters.reward.path: is missing: only `policy` is trained by dpo",
+        made("dpo", adapters=LOADED),
+    ),
     "other under reward": (
-        made("reward", adapters={"low": {}}), "adapters.low.path: is missing: only `reward` is trained by reward",
-        made("reward", adapters=LOADED)),
+        made("reward", adapters={"low": {}}),
+        "adapters.low.path: is missing: only `reward` is trained by reward",
+        made("reward", adapters=LOADED),
+    ),
     "shape of a loaded reward": (
         made("reward", adapters={"reward": {"path": "runs/a", "r": 8}}),
         "adapters.reward.r: comes from the file at `path`; leave it out",
@@ -49,42 +59,82 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "adapters.policy.dropout: does nothing for a frozen adapter",
         made("reward", adapters={"policy": {"path": "runs/a"}}),
     ),
-    "reward section": (made("dpo", reward={"centering": 0.1}), "reward: does nothing for dpo (it belongs to reward)",
-                       made("reward", reward={"centering": 0.1})),
-    "dpo section": (made("sft", dpo={"beta": 0.2}), "dpo: does nothing for sft (it belongs to dpo)", made("dpo", dpo={"beta": 0.2})),
+    "reward section": (
+        made("dpo", reward={"centering": 0.1}),
+        "reward: does nothing for dpo (it belongs to reward)",
+        made("reward", reward={"centering": 0.1}),
+    ),
+    "dpo section": (
+        made("sft", dpo={"beta": 0.2}),
+        "dpo: does nothing for sft (it belongs to dpo)",
+        made("dpo", dpo={"beta": 0.2}),
+    ),
     "dpo section of a reward": (made("reward", dpo={}), "dpo: does nothing for reward", made("reward")),
     "smoothing": (
-        made("dpo", dpo={"loss": "ipo", "label_smoothing": 0.2}), "dpo.label_smoothing: does nothing for the loss ipo",
-        made("dpo", dpo={"loss": "robust", "label_smoothing": 0.2})),
-    "smoothing by default": (made("dpo", dpo={"label_smoothing": 0.2}), "dpo.label_smoothing: does nothing for the loss sigmoid", made("dpo")),
-    "unknown loss": (made("dpo", dpo={"loss": "robst", "label_smoothing": 0.2}), "dpo.loss: expected one of",
-        made("dpo", dpo={"loss": "hinge"})),
-    "dropout": (made("dpo", adapters={"policy": {"dropout": 0.1}}), "adapters.policy.dropout: must be 0 with dpo",
-                made("dpo", adapters={"policy": {"dropout": 0.0}})),
-    "dropout, continued": (made("dpo", adapters={"policy": {"path": "runs/a", "dropout": 0.1}}), "adapters.policy.dropout: must be 0 with dpo",
-                           made("reward", adapters={"reward": {"dropout": 0.1}})),
-    "reference over a base": (made("dpo", reference="sft"), "reference: will be `base`, as no adapter lies below it",
-        made("dpo", reference="base")),
+        made("dpo", dpo={"loss": "ipo", "label_smoothing": 0.2}),
+        "dpo.label_smoothing: does nothing for the loss ipo",
+        made("dpo", dpo={"loss": "robust", "label_smoothing": 0.2}),
+    ),
+    "smoothing by default": (
+        made("dpo", dpo={"label_smoothing": 0.2}),
+        "dpo.label_smoothing: does nothing for the loss sigmoid",
+        made("dpo"),
+    ),
+    "unknown loss": (
+        made("dpo", dpo={"loss": "robst", "label_smoothing": 0.2}),
+        "dpo.loss: expected one of",
+        made("dpo", dpo={"loss": "hinge"}),
+    ),
+    "dropout": (
+        made("dpo", adapters={"policy": {"dropout": 0.1}}),
+        "adapters.policy.dropout: must be 0 with dpo",
+        made("dpo", adapters={"policy": {"dropout": 0.0}}),
+    ),
+    "dropout, continued": (
+        made("dpo", adapters={"policy": {"path": "runs/a", "dropout": 0.1}}),
+        "adapters.policy.dropout: must be 0 with dpo",
+        made("reward", adapters={"reward": {"dropout": 0.1}}),
+    ),
+    "reference over a base": (
+        made("dpo", reference="sft"),
+        "reference: will be `base`, as no adapter lies below it",
+        made("dpo", reference="base"),
+    ),
     "reference over an adapter": (
-        made("dpo", reference="base", adapters=LOADED), "reference: will be `sft`, the adapter right below it",
-        made("dpo", reference="sft", adapters=LOADED)),
+        made("dpo", reference="base", adapters=LOADED),
+        "reference: will be `sft`, the adapter right below it",
+        made("dpo", reference="sft", adapters=LOADED),
+    ),
     "reference is the lowest": (
-        made("dpo", reference="low", adapters={"low": {"path": "a"}, "policy": {}, "high": {"path": "b"}}), "reference: will be `high`",
-        made("dpo", reference="high", adapters={"low": {"path": "a"}, "policy": {}, "high": {"path": "b"}})),
-    "reference of sft": (made("sft", reference="policy"), "reference: will be `base`", made("sft", reference="sft", adapters=LOADED)),
+        made("dpo", reference="low", adapters={"low": {"path": "a"}, "policy": {}, "high": {"path": "b"}}),
+        "reference: will be `high`",
+        made("dpo", reference="high", adapters={"low": {"path": "a"}, "policy": {}, "high": {"path": "b"}}),
+    ),
+    "reference of sft": (
+        made("sft", reference="policy"),
+        "reference: will be `base`",
+        made("sft", reference="sft", adapters=LOADED),
+    ),
     "reference of a reward": (
-        made("reward", reference="base"), "reference: does nothing for reward (it belongs to sft, dpo, grpo, ppo)", made("reward")),
+        made("reward", reference="base"),
+        "reference: does nothing for reward (it belongs to sft, dpo, grpo, ppo)",
+        made("reward"),
+    ),
     "messages for a reward": (
         made("reward", {"dataset": "a.jsonl", "format": "messages"}),
-        "data.train.0.format: reward learns from pairs, a chosen and a rejected answer; say `preference`, or leave it out",
+        "data.train.0.format: reward learns from pairs, a chosen and a rejected answer; say `preference`, or leave "
+        "it out",
         made("reward", {"dataset": "a.jsonl", "format": "preference"}),
     ),
     "alpaca for validation": (
-        validated("dpo", {"dataset": "a.jsonl", "format": "alpaca"}), "data.validation.0.format: dpo learns from pairs",
-        validated("dpo", {"dataset": "a.jsonl", "format": "auto"})),
+        validated("dpo", {"dataset": "a.jsonl", "format": "alpaca"}),
+        "data.validation.0.format: dpo learns from pairs",
+        validated("dpo", {"dataset": "a.jsonl", "format": "auto"}),
+    ),
     "pairs for sft": (
         made("sft", {"dataset": "a.jsonl", "format": "preference"}),
-        "data.train.0.format: means pairs, and sft learns from single answers; train with dpo or reward, or take the chosen ones",
+        "data.train.0.format: means pairs, and sft learns from single answers; train with dpo or reward, or take the "
+        "chosen ones",
         made("sft", {"dataset": "a.jsonl", "format": "prompt_completion", "columns": {"completion": "chosen"}}),
     ),
     "tutor for dpo": (
@@ -93,44 +143,68 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made("dpo", {"dataset": "tutor-preferences", "split": "heldout", "rows": 9}),
     ),
     "tutor to validate a reward": (
-        validated("reward", {"dataset": "tutor"}), "data.validation.0.dataset: holds single answers",
-        validated("reward", {"dataset": "tutor-preferences", "split": "heldout"})),
+        validated("reward", {"dataset": "tutor"}),
+        "data.validation.0.dataset: holds single answers",
+        validated("reward", {"dataset": "tutor-preferences", "split": "heldout"}),
+    ),
     "built-in pairs for sft": (
-        made("sft", {"dataset": "tutor-preferences"}), "data.train.0.dataset: holds pairs, and sft learns from single answers; use tutor",
-        made("sft")),
+        made("sft", {"dataset": "tutor-preferences"}),
+        "data.train.0.dataset: holds pairs, and sft learns from single answers; use tutor",
+        made("sft"),
+    ),
     "built-in pairs held out": (
         made("dpo", evaluate={"heldout": {"dataset": "tutor-preferences"}}),
         "evaluate.heldout.dataset: holds pairs, and held-out prompts have one gold answer; use tutor",
         made("dpo", evaluate={"heldout": {"dataset": "tutor", "split": "heldout"}}),
     ),
     "pairs held out": (
-        made("reward", evaluate={"heldout": {"dataset": "a.jsonl", "format": "preference"}}), "evaluate.heldout.format: means pairs",
-        made("reward", evaluate={"heldout": {"dataset": "a.jsonl", "format": "question_answer"}})),
+        made("reward", evaluate={"heldout": {"dataset": "a.jsonl", "format": "preference"}}),
+        "evaluate.heldout.format: means pairs",
+        made("reward", evaluate={"heldout": {"dataset": "a.jsonl", "format": "question_answer"}}),
+    ),
     "split of the pairs": (
         made("dpo", {"dataset": "tutor-preferences", "split": "test"}),
         "data.train.0.split: `tutor-preferences` has the splits train and heldout",
-        made("dpo", {"dataset": "org/pairs", "split": "test"})),
+        made("dpo", {"dataset": "org/pairs", "split": "test"}),
+    ),
     "split to validate": (
-        validated("sft", {"dataset": "tutor", "split": "test"}), "data.validation.0.split: `tutor` has the splits train and heldout",
-        validated("sft", {"dataset": "tutor", "split": "heldout"})),
-    **{f"{key} of the pairs": (
-        made("dpo", {"dataset": "tutor-preferences", key: value}),
-        f"data.train.0.{key}: does nothing for `tutor-preferences`, the built-in pairs",
-        made("dpo", {"dataset": "org/pairs", key: value}))
-       for key, value in {"name": "main", "format": "preference", "columns": {"chosen": "a"}, "gold": "boxed"}.items()},
-    **{f"{algorithm}: its loop": (
-        made(algorithm, train={"steps": 5, "length_window": 0}), "train.length_window: must be at least 1",
-        made(algorithm, train={"steps": 5, "length_window": 4, "tokens_per_step": 999, "micro_batch_tokens": 99}))
-       for algorithm in ("sft", "reward", "dpo")},
-}  # fmt: skip
+        validated("sft", {"dataset": "tutor", "split": "test"}),
+        "data.validation.0.split: `tutor` has the splits train and heldout",
+        validated("sft", {"dataset": "tutor", "split": "heldout"}),
+    ),
+    **{
+        f"{key} of the pairs": (
+            made("dpo", {"dataset": "tutor-preferences", key: value}),
+            f"data.train.0.{key}: does nothing for `tutor-preferences`, the built-in pairs",
+            made("dpo", {"dataset": "org/pairs", key: value}),
+        )
+        for key, value in {"name": "main", "format": "preference", "columns": {"chosen": "a"}, "gold": "boxed"}.items()
+    },
+    **{
+        f"{algorithm}: its loop": (
+            made(algorithm, train={"steps": 5, "length_window": 0}),
+            "train.length_window: must be at least 1",
+            made(algorithm, train={"steps": 5, "length_window": 4, "tokens_per_step": 999, "micro_batch_tokens": 99}),
+        )
+        for algorithm in ("sft", "reward", "dpo")
+    },
+}
 
 OTHER_WORDS = {
-    "beta": "did you mean `dpo.beta`?", "loss_type": "did you mean `dpo.loss`?", "rpo_alpha": "did you mean `dpo.sft`?",
-    "label_smoothing": "did you mean `dpo.label_smoothing`?", "center_rewards_coefficient": "did you mean `reward.centering`?",
-    "truncation_mode": "did you mean `data.too_long`?", "ref_model": SECOND, "reference_model": SECOND, "ref_adapter_name": SECOND,
-    "precompute_ref_log_probs": "always computed once", "max_prompt_length": "`data.max_length` limits a prompt and its answer together",
-    "margin": "in a column `margin`", "disable_dropout": "dropout is off wherever log-probs are compared",
-}  # fmt: skip
+    "beta": "did you mean `dpo.beta`?",
+    "loss_type": "did you mean `dpo.loss`?",
+    "rpo_alpha": "did you mean `dpo.sft`?",
+    "label_smoothing": "did you mean `dpo.label_smoothing`?",
+    "center_rewards_coefficient": "did you mean `reward.centering`?",
+    "truncation_mode": "did you mean `data.too_long`?",
+    "ref_model": SECOND,
+    "reference_model": SECOND,
+    "ref_adapter_name": SECOND,
+    "precompute_ref_log_probs": "always computed once",
+    "max_prompt_length": "`data.max_length` limits a prompt and its answer together",
+    "margin": "in a column `margin`",
+    "disable_dropout": "dropout is off wherever log-probs are compared",
+}
 
 
 def faults_of(data: dict[str, Any]) -> list[str]:
@@ -148,7 +222,9 @@ def test_each_rule_and_its_neighbour(case: str) -> None:
     assert from_dict(recipe.to_dict()) == recipe
 
 
-@pytest.mark.parametrize("case", [case for case, (_, said, _) in RULES.items() if "must be at least" not in said and "expected" not in said])
+@pytest.mark.parametrize(
+    "case", [case for case, (_, said, _) in RULES.items() if "must be at least" not in said and "expected" not in said]
+)
 def test_python_is_judged_like_a_file(case: str) -> None:
     wrong, said, right = RULES[case]
     with pytest.raises(Faults) as caught:

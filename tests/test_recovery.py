@@ -1,4 +1,5 @@
-"""Laws of `model/recovery.py`: where memory runs short, the gradient is what it would have been, nothing is held, and it is remembered."""
+"""Laws of `model/recovery.py`: where memory runs short, the gradient is what it would have been, nothing is held, and
+it is remembered."""
 
 from __future__ import annotations
 
@@ -28,8 +29,11 @@ from lowrank_tune.train import Loop
 from lowrank_tune.types import Sampling
 
 NEAR = dict.fromkeys(ALGORITHMS, 1e-6) | {"grpo": 4e-6}
-"""Relative distance. Advantages of a group sum to 0, so most of GRPO's gradient cancels: there any split alone is 1.4e-6 from any other."""
-CARD = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.31 GiB is free."
+"""Relative distance. Advantages of a group sum to 0, so most of GRPO's gradient cancels: there any split alone is
+1.4e-6 from any other."""
+CARD = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.31 GiB is free."
+)
 
 
 def fast(*names: str) -> list[Any]:
@@ -43,8 +47,8 @@ def short_of_memory() -> torch.OutOfMemoryError:
 
 @contextmanager
 def failing_at(roles: Roles, moments: Sequence[int], backward: bool) -> Iterator[list[int]]:
-    """Memory runs short whenever the count of layer passes forward, or of gradients that have been *added* in backward passes, comes to one
-    of the moments. Yields the count."""
+    """Memory runs short whenever the count of layer passes forward, or of gradients that have been *added* in backward
+    passes, comes to one of the moments. Yields the count."""
     count = [0]
 
     def tick(*_: Any) -> None:
@@ -53,10 +57,18 @@ def failing_at(roles: Roles, moments: Sequence[int], backward: bool) -> Iterator
             raise short_of_memory()
 
     if backward:
-        trained = [p for p in (*roles.base.model.parameters(), *(head.weight for head in roles.heads.values())) if p.requires_grad]
+        trained = [
+            p
+            for p in (*roles.base.model.parameters(), *(head.weight for head in roles.heads.values()))
+            if p.requires_grad
+        ]
         handles = [p.register_post_accumulate_grad_hook(tick) for p in trained]
     else:
-        handles = [module.register_forward_hook(tick) for name, module in roles.base.model.named_modules() if name.endswith("mlp")]
+        handles = [
+            module.register_forward_hook(tick)
+            for name, module in roles.base.model.named_modules()
+            if name.endswith("mlp")
+        ]
     try:
         yield count
     finally:
@@ -73,7 +85,9 @@ class Watched(torch.optim.SGD):
 
     def step(self, closure: Any = None) -> None:
         parameters = self.param_groups[0]["params"]
-        self.seen.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]).clone())
+        self.seen.append(
+            torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]).clone()
+        )
 
 
 def watched_loop(name: str, steps: int = 2, **train: Any) -> tuple[Loop, Roles, Watched, list[Event]]:
@@ -92,7 +106,13 @@ def watched_loop(name: str, steps: int = 2, **train: Any) -> tuple[Loop, Roles, 
     algorithm.kit = replace(algorithm.kit, fresh=False, rows=rows)
     parameters = [p for role in sorted(roles.trainable) for p in roles.parameters(role)]
     optimizer = Watched(parameters)
-    loop, events = loop_over(algorithm, parameters, steps, optimizer, **{"micro_batch_size": 6, "max_grad_norm": 1e9, "log_every": 50} | train)
+    loop, events = loop_over(
+        algorithm,
+        parameters,
+        steps,
+        optimizer,
+        **{"micro_batch_size": 6, "max_grad_norm": 1e9, "log_every": 50} | train,
+    )
     loop.limits = roles.limits
     roles.limits.emit = events.append
     return loop, roles, optimizer, events
@@ -117,7 +137,9 @@ def unbroken() -> Callable[[str], tuple[list[Tensor], list[StepDone], dict[bool,
     return of
 
 
-def broken_run(name: str, moments: Sequence[int], backward: bool) -> tuple[list[Tensor], list[StepDone], list[str], Roles]:
+def broken_run(
+    name: str, moments: Sequence[int], backward: bool
+) -> tuple[list[Tensor], list[StepDone], list[str], Roles]:
     loop, roles, optimizer, events = watched_loop(name)
     with failing_at(roles, moments, backward):
         assert loop.run() is True
@@ -131,15 +153,34 @@ def differs(unbroken: Any, name: str, backward: bool, draws: int) -> list[str]:
     for _ in range(draws):
         moments = sorted(stream.sample(range(1, counts[backward] + 1), 2))
         seen, told, warnings, roles = broken_run(name, moments, backward)
-        wrong += [f"{moments}: gradient {i}" for i, (a, b) in enumerate(zip(seen, gradients, strict=True)) if far(a, b) > NEAR[name]]
+        wrong += [
+            f"{moments}: gradient {i}"
+            for i, (a, b) in enumerate(zip(seen, gradients, strict=True))
+            if far(a, b) > NEAR[name]
+        ]
         wrong += [f"{moments}: role"] if roles._active else []
         wrong += [f"{moments}: {each}" for each in warnings if "out of memory" not in each]
-        wrong += [f"{moments}: times"] if not roles.limits.times == len(warnings) == told[-1].stats.get("out_of_memory", 0) else []
+        wrong += (
+            [f"{moments}: times"]
+            if not roles.limits.times == len(warnings) == told[-1].stats.get("out_of_memory", 0)
+            else []
+        )
         splits += len(warnings)
         for now, then in zip(told, steps, strict=True):
-            other = {"memory_gib", "tokens_per_second", "rollout_seconds", "score_seconds", *(("kl",) if name in ("sft", "dpo") else ())}
-            same = then.stats.keys() - other  # KL that costs a pass of its own is of one micro-batch, which may have become a smaller one
-            wrong += [f"{moments}: {key}" for key in same if now.stats[key] != pytest.approx(then.stats[key], rel=1e-4, abs=1e-6)]
+            other = {
+                "memory_gib",
+                "tokens_per_second",
+                "rollout_seconds",
+                "score_seconds",
+                *(("kl",) if name in ("sft", "dpo") else ()),
+            }
+            # KL that costs a pass of its own is of one micro-batch, which may have become a smaller one
+            same = then.stats.keys() - other
+            wrong += [
+                f"{moments}: {key}"
+                for key in same
+                if now.stats[key] != pytest.approx(then.stats[key], rel=1e-4, abs=1e-6)
+            ]
             wrong += [f"{moments}: tokens"] if now.tokens != then.tokens else []
     return wrong if splits else ["nothing was split"]
 
@@ -213,7 +254,10 @@ def test_what_did_not_fit_is_not_tried_again(name: str) -> None:
         assert loop.run()
     after_first = [warning for warning in warnings_of(events) if not warning.startswith("step 1: ")]
     assert 0 < roles.limits.update_tokens <= 40 and after_first == [], "one step finds out for all"
-    assert "from here on it has at most" in warnings_of(events)[-1] and "train.micro_batch_tokens=" in warnings_of(events)[-1]
+    assert (
+        "from here on it has at most" in warnings_of(events)[-1]
+        and "train.micro_batch_tokens=" in warnings_of(events)[-1]
+    )
     resumed = Limits()
     resumed.restore(roles.limits.to_dict())
     assert resumed.to_dict() == roles.limits.to_dict()
@@ -243,15 +287,22 @@ def test_a_row_that_does_not_fit_alone_ends_the_run(name: str) -> None:
         loop.run()
     assert caught.value.exit_code == 3 and caught.value.kind == "update_tokens" and optimizer.seen == []
     what = "a pair" if name in ("dpo", "reward") else "a row"
-    assert str(caught.value).startswith(f"out of memory: {what} of ") and str(caught.value).endswith("does not fit by itself")
+    assert str(caught.value).startswith(f"out of memory: {what} of ") and str(caught.value).endswith(
+        "does not fit by itself"
+    )
 
 
 class Alive(TorchDispatchMode):
-    """The bytes of all storages that operations made and that still live; a model's own weights, which views look at, do not count."""
+    """The bytes of all storages that operations made and that still live; a model's own weights, which views look at,
+    do not count."""
 
     def __init__(self, roles: Roles) -> None:
         super().__init__()
-        own = (*roles.base.model.parameters(), *roles.base.model.buffers(), *(head.weight for head in roles.heads.values()))
+        own = (
+            *roles.base.model.parameters(),
+            *roles.base.model.buffers(),
+            *(head.weight for head in roles.heads.values()),
+        )
         self.own = {tensor.untyped_storage()._cdata for tensor in own}
         self.sizes: dict[int, int] = {}
 
@@ -272,7 +323,8 @@ class Alive(TorchDispatchMode):
 
 
 def held_after_failure(name: str, backward: bool, cleared: bool = True) -> tuple[int, int, int]:
-    """Bytes of what operations made that live when an attempt begins, when memory runs short in it, and when the halves begin."""
+    """Bytes of what operations made that live when an attempt begins, when memory runs short in it, and when the halves
+    begin."""
     loop, roles, _, _ = watched_loop(name, steps=1)
     moments: dict[str, int] = {}
     with failing_at(roles, (), backward) as count:
@@ -319,11 +371,12 @@ def test_memory_is_back_at_its_baseline_before_the_halves_begin(name: str, backw
         assert after > baseline + 10_000, "an error that is kept keeps them all"
 
 
-# --- work without gradient, and rollouts -------------------------------------------------------------------------------------------------
+# --- work without gradient, and rollouts ------------------------------------------------------------------------------
 
 
 def test_pieces_by_hand() -> None:
-    """Units in order, each once; halves where it is too much; one that fails once and fits then costs no limit; then it ends."""
+    """Units in order, each once; halves where it is too much; one that fails once and fits then costs no limit; then it
+    ends."""
     limits, asked = Limits(), list[list[int]]()
 
     def work(units: Sequence[int]) -> int:
@@ -333,21 +386,42 @@ def test_pieces_by_hand() -> None:
         return sum(units)
 
     found = list(limits.pieces("forward_tokens", range(7), 10, work))
-    assert [list(units) for units, _ in found] == [[0, 1], [2, 3], [4, 5], [6]] and [total for _, total in found] == [1, 5, 9, 6]
+    assert [list(units) for units, _ in found] == [[0, 1], [2, 3], [4, 5], [6]] and [total for _, total in found] == [
+        1,
+        5,
+        9,
+        6,
+    ]
     assert asked == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3], [0, 1], [2, 3], [4, 5], [6], [6]]
     assert limits.to_dict() == {"update_tokens": 0, "forward_tokens": 20, "cache_tokens": 0, "times": 2}
     asked.clear()
-    assert [total for _, total in limits.pieces("forward_tokens", range(3), 9, work)] == [1, 2] and asked == [[0, 1], [2]]
+    assert [total for _, total in limits.pieces("forward_tokens", range(3), 9, work)] == [1, 2] and asked == [
+        [0, 1],
+        [2],
+    ]
     with pytest.raises(DoesNotFit, match="^out of memory: a pair of 9,000 tokens does not fit by itself$"):
         list(limits.pieces("forward_tokens", [3], 9000, lambda units: work([1, 2, 3]), together=2))
 
 
-@pytest.mark.parametrize(("error", "short"), [
-    (torch.OutOfMemoryError(CARD), True), (MemoryError(), True), (RuntimeError("CUDA error: out of memory"), True),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9."), True),
-    (RuntimeError("shape mismatch"), False), (ValueError("out of memory"), False), (KeyboardInterrupt(), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (torch.OutOfMemoryError(CARD), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                "to allocate 9."
+            ),
+            True,
+        ),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("out of memory"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
 def test_what_says_that_memory_ran_short(error: BaseException, short: bool) -> None:
     assert is_out_of_memory(error) is short
 
@@ -359,13 +433,16 @@ def test_other_errors_go_through() -> None:
 
 def test_a_real_refusal_of_the_allocator_is_recovered_from() -> None:
     """The CPU's own allocator refuses a quarter of an exabyte, and what it says is known."""
+
     def work(units: Sequence[int]) -> int:
         return torch.empty(1 << 58 if len(units) > 1 else 4, dtype=torch.uint8).numel()
 
     assert [found for _, found in Limits().pieces("update_tokens", [1, 2, 3], 5, work)] == [4, 4, 4]
 
 
-def drawn(roles: Roles, moments: Sequence[int], slots: int = 8, **more: Any) -> tuple[dict[tuple[int, int], Any], list[str]]:
+def drawn(
+    roles: Roles, moments: Sequence[int], slots: int = 8, **more: Any
+) -> tuple[dict[tuple[int, int], Any], list[str]]:
     notes: list[str] = []
     roles.limits = Limits(emit=lambda event: notes.append(event.message))  # type: ignore[attr-defined]
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
@@ -384,7 +461,9 @@ def test_a_rollout_goes_on_with_fewer_sequences_and_says_the_same() -> None:
     for moments in ((1,), (7,), (20, 31), (4, 5, 6)):
         found, notes = drawn(roles, moments)
         assert found == whole and len(notes) == len(moments) == roles.limits.times
-        assert roles._active == [] and roles.base.model.training and roles.limits.cache_tokens == (8 >> len(moments)) * 16
+        assert (
+            roles._active == [] and roles.base.model.training and roles.limits.cache_tokens == (8 >> len(moments)) * 16
+        )
         assert "drawn again from the same random numbers" in notes[0]
 
 
@@ -394,7 +473,8 @@ def test_a_rollout_remembers_by_tokens() -> None:
     drawn(roles, (7,))
     limits, sizes = roles.limits, list[int]()
     handle = roles.base.model.get_decoder().register_forward_pre_hook(
-        lambda module, arguments, named: sizes.append(len(named["input_ids"])), with_kwargs=True)  # fmt: skip
+        lambda module, arguments, named: sizes.append(len(named["input_ids"])), with_kwargs=True
+    )
     list(Engine(roles, "policy", 8).generate([[5, 6, 7, 8]], 8, Sampling(12, frozenset({1}), seed=3)))
     longest, sizes[:] = max(sizes), []
     list(Engine(roles, "policy", 8).generate([[5, 6, 7, 8]], 8, Sampling(4, frozenset({1}), seed=3)))
@@ -407,7 +487,9 @@ def test_a_budget_of_tokens_counts_what_had_ended() -> None:
     shake(roles, "policy")
     for moments in ((), (12,), (17,)):
         found, _ = drawn(roles, moments, budget=60)
-        assert sum(len(ids) for ids, _ in found.values()) <= 60 and any(finish == "budget" for _, finish in found.values())
+        assert sum(len(ids) for ids, _ in found.values()) <= 60 and any(
+            finish == "budget" for _, finish in found.values()
+        )
 
 
 def test_a_sequence_that_does_not_fit_alone_ends_the_run() -> None:
@@ -418,7 +500,8 @@ def test_a_sequence_that_does_not_fit_alone_ends_the_run() -> None:
 
 
 def test_keys_and_values_are_gone_before_the_update() -> None:
-    """GRPO's and PPO's rollouts and their updates share the memory: nothing of a rollout's cache lives when the first micro-batch comes."""
+    """GRPO's and PPO's rollouts and their updates share the memory: nothing of a rollout's cache lives when the first
+    micro-batch comes."""
     from lowrank_tune.rollout import cache
 
     roles, made = llama_roles(16), list[weakref.ref[Any]]()

@@ -60,12 +60,23 @@ def check(html: str) -> Parsed:
     assert is_inert(html) and html.encode("utf-8")
     parsed = Parsed(html)
     tags = [tag for tag, _ in parsed.tags]
-    assert tags.count("script") == tags.count("style") == 1 and not {"link", "iframe", "img", "object", "base", "form"} & set(tags)
+    assert tags.count("script") == tags.count("style") == 1 and not {
+        "link",
+        "iframe",
+        "img",
+        "object",
+        "base",
+        "form",
+    } & set(tags)
     places = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
     assert len(places) == len(set(places))
     for tag, attributes in parsed.tags:
         if tag == "a":  # within the page alone
-            assert attributes.keys() == {"href"} and str(attributes["href"])[:1] == "#" and str(attributes["href"])[1:] in places
+            assert (
+                attributes.keys() == {"href"}
+                and str(attributes["href"])[:1] == "#"
+                and str(attributes["href"])[1:] in places
+            )
             continue
         assert not {"src", "href", "xlink:href", "action"} & set(attributes), tag
         assert not any(name.startswith("on") or name == "style" for name in attributes), tag
@@ -83,8 +94,14 @@ def write(folder: Path, *events: Event, **files: Any) -> Path:
 
 
 def started(**changes: Any) -> RunStarted:
-    told: dict[str, Any] = {"name": "one", "algorithm": "sft", "model": "tiny", "roles": {"policy": ["policy"]}, "reference": "the base",
-                            "steps": 9}  # fmt: skip
+    told: dict[str, Any] = {
+        "name": "one",
+        "algorithm": "sft",
+        "model": "tiny",
+        "roles": {"policy": ["policy"]},
+        "reference": "the base",
+        "steps": 9,
+    }
     return RunStarted(**{**told, **changes})
 
 
@@ -104,9 +121,24 @@ def test_a_run_leaves_a_report_with_everything(finished: Path) -> None:
     parsed = check(html)
     assert len(html) < 400_000
     summary, data = (json.loads((finished / f"{name}.json").read_text()) for name in ("summary", "data"))
-    for words in ("Held-out questions", "Curves", "Samples over time", "Data", "Recipe", "Environment", "unchanged",
-                  summary["base_hash"]["end"],
-                  "validation loss", "grad norm", "learning rate", "kl", "entropy", "weight w", "End token trained: yes", "torch"):  # fmt: skip
+    for words in (
+        "Held-out questions",
+        "Curves",
+        "Samples over time",
+        "Data",
+        "Recipe",
+        "Environment",
+        "unchanged",
+        summary["base_hash"]["end"],
+        "validation loss",
+        "grad norm",
+        "learning rate",
+        "kl",
+        "entropy",
+        "weight w",
+        "End token trained: yes",
+        "torch",
+    ):
         assert words in parsed.text, words
     assert f"{data['parts'][0]['tokens']:,}" in parsed.text and data["ends"]["trained"] and data["epoch"]["steps"] > 0
     assert (finished / "recipe.yaml").read_text().strip() in parsed.text
@@ -117,7 +149,11 @@ def test_the_command_writes_it_anew(finished: Path, tmp_path: Path) -> None:
     before = (finished / "report.html").read_bytes()
     (finished / "report.html").unlink()
     made = CliRunner().invoke(app, ["report", str(finished)])
-    assert made.exit_code == 0 and made.output.strip().endswith("report.html") and (finished / "report.html").read_bytes() == before
+    assert (
+        made.exit_code == 0
+        and made.output.strip().endswith("report.html")
+        and (finished / "report.html").read_bytes() == before
+    )
     made = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert made.exit_code == 2 and "no run folder" in made.output
 
@@ -131,17 +167,29 @@ def test_a_run_that_fails_leaves_a_report(tmp_path: Path) -> None:
 
 def test_hostile_text_is_inert_everywhere(tmp_path: Path) -> None:
     for number, bad in enumerate(HOSTILE):
-        events = [started(name=bad, model=bad, reference=bad, device=bad, versions={bad: bad}), Note(message=bad),
-                  Note(message=bad, level="warning"),
-                  step(1, **{bad: 1.0, "loss": 1.0}), Validated(step=1, stats={f"heldout_{bad}_exact": 0.5, f"validation_{bad}": 2.0}),
-                  Sampled(step=1, prompt=bad, completion=bad, finish="stop", gold=bad, role=bad),
-                  RunEnded(status="failed", step=1, seconds=1.0, message=bad)]  # fmt: skip
-        data = {"parts": [{"name": bad, "format": bad, "rows": bad}], "troubles": [{"what": bad, "count": 1, "done": bad, "places": [bad]}],
-                "ends": {"trained": True, "tokens": {bad: 1}}, "weighted_by": bad,
-                "examples": [{"place": bad, "segments": [[True, bad], [False, bad]]}]}  # fmt: skip
-        summary = {"status": "failed", "warnings": [bad], "heldout_details": {bad: {bad: 0.1, "exact": bad}},
-                   "base_hash": {"start": bad, "end": bad},
-                   "answers": {bad: [{"prompt": bad, "completion": bad, "gold": bad}]}}  # fmt: skip
+        events = [
+            started(name=bad, model=bad, reference=bad, device=bad, versions={bad: bad}),
+            Note(message=bad),
+            Note(message=bad, level="warning"),
+            step(1, **{bad: 1.0, "loss": 1.0}),
+            Validated(step=1, stats={f"heldout_{bad}_exact": 0.5, f"validation_{bad}": 2.0}),
+            Sampled(step=1, prompt=bad, completion=bad, finish="stop", gold=bad, role=bad),
+            RunEnded(status="failed", step=1, seconds=1.0, message=bad),
+        ]
+        data = {
+            "parts": [{"name": bad, "format": bad, "rows": bad}],
+            "troubles": [{"what": bad, "count": 1, "done": bad, "places": [bad]}],
+            "ends": {"trained": True, "tokens": {bad: 1}},
+            "weighted_by": bad,
+            "examples": [{"place": bad, "segments": [[True, bad], [False, bad]]}],
+        }
+        summary = {
+            "status": "failed",
+            "warnings": [bad],
+            "heldout_details": {bad: {bad: 0.1, "exact": bad}},
+            "base_hash": {"start": bad, "end": bad},
+            "answers": {bad: [{"prompt": bad, "completion": bad, "gold": bad}]},
+        }
         folder = write(tmp_path / str(number), *events, data=data, summary=summary, base={"revision": bad, "bits": bad})
         (folder / "recipe.yaml").write_bytes(bad.encode("utf-8", "surrogatepass"))
         html = page(read_record(folder))
@@ -152,16 +200,30 @@ def test_hostile_text_is_inert_everywhere(tmp_path: Path) -> None:
 def scored(**changes: Any) -> dict[str, Any]:
     """A `scores.json` as `PairScores.to_dict` writes it."""
     bins = [{"confidence": 0.75, "right": 0.5, "pairs": 2}, {"confidence": 0.98, "right": 1.0, "pairs": 1}]
-    found = {"version": 1, "pairs": 3, "chosen": [1.0, 2.0, -1.0], "rejected": [0.0, -2.0, 1.5], "chosen_tokens": [9, 20, 30],
-             "rejected_tokens": [10, 12, 30], "reliability": bins,
-             "figures": {"accuracy": 0.667, "margin": 0.833, "calibration_error": 0.123, "length_correlation": -0.25,
-                         "prefers_longer": 0.5}}  # fmt: skip
+    found = {
+        "version": 1,
+        "pairs": 3,
+        "chosen": [1.0, 2.0, -1.0],
+        "rejected": [0.0, -2.0, 1.5],
+        "chosen_tokens": [9, 20, 30],
+        "rejected_tokens": [10, 12, 30],
+        "reliability": bins,
+        "figures": {
+            "accuracy": 0.667,
+            "margin": 0.833,
+            "calibration_error": 0.123,
+            "length_correlation": -0.25,
+            "prefers_longer": 0.5,
+        },
+    }
     return {**found, **changes}
 
 
 def pair(number: int, score: float = 1.0, text: str = "yes") -> list[Sampled]:
-    return [Sampled(step=number, prompt="1+1?", completion=words, finish="stop", role=role, reward=reward)
-            for words, role, reward in ((text, "chosen", score), ("no", "rejected", 0.25))]  # fmt: skip
+    return [
+        Sampled(step=number, prompt="1+1?", completion=words, finish="stop", role=role, reward=reward)
+        for words, role, reward in ((text, "chosen", score), ("no", "rejected", 0.25))
+    ]
 
 
 def test_what_is_written_of_scores_is_what_the_run_writes() -> None:
@@ -173,17 +235,35 @@ def test_what_is_written_of_scores_is_what_the_run_writes() -> None:
     assert all(each.keys() == {"confidence", "right", "pairs"} for each in told["reliability"])
 
 
-@pytest.mark.parametrize(("algorithm", "title", "word"), [
-    ("reward", "Scores of held-out pairs", "Score of both sides"), ("dpo", "Implicit rewards of held-out pairs", "Implicit reward by length"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("algorithm", "title", "word"),
+    [
+        ("reward", "Scores of held-out pairs", "Score of both sides"),
+        ("dpo", "Implicit rewards of held-out pairs", "Implicit reward by length"),
+    ],
+)
 def test_scores_of_pairs_are_drawn(tmp_path: Path, algorithm: str, title: str, word: str) -> None:
     summary = {"status": "done", "heldout_pairs": scored()["figures"]}
-    folder = write(tmp_path / "a", started(algorithm=algorithm), step(1, loss=0.7), RunEnded(status="done", step=1, seconds=1.0),
-                   scores=scored(), summary=summary)  # fmt: skip
+    folder = write(
+        tmp_path / "a",
+        started(algorithm=algorithm),
+        step(1, loss=0.7),
+        RunEnded(status="done", step=1, seconds=1.0),
+        scores=scored(),
+        summary=summary,
+    )
     html = page(read_record(folder))
     told = check(html).text
-    for words in (title, word, "3 pairs", "Reliability", "calibration error 12.3 %", "correlation -0.25", "66.7 %",
-                  f"held-out pairs right, {algorithm}"):  # fmt: skip
+    for words in (
+        title,
+        word,
+        "3 pairs",
+        "Reliability",
+        "calibration error 12.3 %",
+        "correlation -0.25",
+        "66.7 %",
+        f"held-out pairs right, {algorithm}",
+    ):
         assert words in told, words
     assert "perfectly calibrated" in html and "2 pairs: confidence 0.750, right 0.500" in html
     assert len(re.findall(r'<rect class="chosen"', html)) == len(re.findall(r'<rect class="rejected"', html)) == 3
@@ -204,7 +284,11 @@ def test_reliability_lies_where_it_says() -> None:
 def test_a_histogram_counts_every_score() -> None:
     made = spread({"chosen": [0.0, 1.0, 1.0, 5.0], "rejected": [-3.0]})
     counts = [(int(count), side) for count, side in re.findall(r"<title>(\d+) (chosen|rejected):", made)]
-    assert sum(count for count, side in counts if side == "chosen") == 4 and (2, "chosen") in counts and (1, "rejected") in counts
+    assert (
+        sum(count for count, side in counts if side == "chosen") == 4
+        and (2, "chosen") in counts
+        and (1, "rejected") in counts
+    )
     assert spread({"chosen": [2.0], "rejected": [2.0]}).count("<rect") == 2
 
 
@@ -213,16 +297,32 @@ def test_pictures_of_any_numbers(values: list[float]) -> None:
     points = [(float(place), value) for place, value in enumerate(values)]
     for made in (spread({"chosen": values, "rejected": values}), scatter({"chosen": points, "rejected": points})):
         assert "nan" not in made and "inf" not in made and len(made) < 60_000
-        numbers = [float(n) for path in re.findall(r' (?:d|x|y|cx|cy|height)="([^"]*)"', made) for n in re.findall(r"-?[\d.]+", path)]
+        numbers = [
+            float(n)
+            for path in re.findall(r' (?:d|x|y|cx|cy|height)="([^"]*)"', made)
+            for n in re.findall(r"-?[\d.]+", path)
+        ]
         assert all(-1 <= n <= 561 for n in numbers)
 
 
 def test_meanings_are_those_of_the_algorithm(tmp_path: Path) -> None:
-    stats = {"accuracy": 0.5, "loss": 0.7, "reward_chosen": 1.0, "reward_rejected": -1.0, "logp_chosen": -1.0, "logp_rejected": -2.0,
-             "score_chosen": 1.0, "score_rejected": 0.0, "margin": 2.0, "chosen_change": 0.0}  # fmt: skip
+    stats = {
+        "accuracy": 0.5,
+        "loss": 0.7,
+        "reward_chosen": 1.0,
+        "reward_rejected": -1.0,
+        "logp_chosen": -1.0,
+        "logp_rejected": -2.0,
+        "score_chosen": 1.0,
+        "score_rejected": 0.0,
+        "margin": 2.0,
+        "chosen_change": 0.0,
+    }
     told = {}
     for algorithm in ("sft", "reward", "dpo"):
-        record = read_record(write(tmp_path / algorithm, started(algorithm=algorithm), step(1, **stats), step(2, **stats)))
+        record = read_record(
+            write(tmp_path / algorithm, started(algorithm=algorithm), step(1, **stats), step(2, **stats))
+        )
         told[algorithm] = check(page(record)).text
     assert "first choice" in told["sft"] and "first choice" not in told["reward"] + told["dpo"]
     assert "whose chosen answer scores higher" in told["reward"] and "gained more against the reference" in told["dpo"]
@@ -231,8 +331,16 @@ def test_meanings_are_those_of_the_algorithm(tmp_path: Path) -> None:
 
 
 def test_pairs_over_time(tmp_path: Path) -> None:
-    folder = write(tmp_path / "a", started(algorithm="reward"), step(1, loss=1.0), *pair(1, 0.125), *pair(1, 3.0, "two"), *pair(2, 4.0),
-                   pair(2)[1], pair(2)[0])  # fmt: skip
+    folder = write(
+        tmp_path / "a",
+        started(algorithm="reward"),
+        step(1, loss=1.0),
+        *pair(1, 0.125),
+        *pair(1, 3.0, "two"),
+        *pair(2, 4.0),
+        pair(2)[1],
+        pair(2)[0],
+    )
     html = page(read_record(folder))
     told = check(html).text
     assert "Pairs and their scores over time" in told and "Samples over time" not in told
@@ -241,37 +349,76 @@ def test_pairs_over_time(tmp_path: Path) -> None:
 
 
 def test_how_the_sides_of_training_pairs_differ(tmp_path: Path) -> None:
-    data = {"sides": {"pairs": 4, "longer": 3, "shorter": 1, "equal": 0, "chosen": 20.5, "rejected": 10.0, "margins": 2}}
+    data = {
+        "sides": {"pairs": 4, "longer": 3, "shorter": 1, "equal": 0, "chosen": 20.5, "rejected": 10.0, "margins": 2}
+    }
     told = check(page(read_record(write(tmp_path / "a", started(), step(1, loss=1.0), data=data)))).text
     assert "chosen is longer" in told and "75.0 %" in told and "20.5 tokens chosen, 10.0 rejected" in told
-    assert "Sides of the pairs" not in check(page(read_record(write(tmp_path / "b", started(), step(1, loss=1.0), data={"sides": None})))).text
+    assert (
+        "Sides of the pairs"
+        not in check(page(read_record(write(tmp_path / "b", started(), step(1, loss=1.0), data={"sides": None})))).text
+    )
 
 
 def group(number: int, **changes: Any) -> Grouped:
-    told = [{"text": f"wrote in {number}", "reward": 1.0, "advantage": 1.5, "finish": "stop", "parts": {"answer": 1.0}}] * 3
+    told = [
+        {"text": f"wrote in {number}", "reward": 1.0, "advantage": 1.5, "finish": "stop", "parts": {"answer": 1.0}}
+    ] * 3
     told.append({"text": "on and on", "reward": 0.0, "advantage": -0.5, "finish": "length", "parts": {"answer": 0.0}})
     return Grouped(**{"step": number, "prompt": f"question {number}?", "gold": "2", "completions": told, **changes})
 
 
 def rollouts(count: int = 9) -> list[Event]:
-    stats = {"loss": 1e-4, "reward": 0.5, "reward_answer": 0.4, "reward_format": 0.1, "reward_spread": 0.2, "length": 20.0, "kl": 0.1,
-             "dead_groups": 0.0, "rollout_seconds": 0.03, "score_seconds": 0.01}  # fmt: skip
-    events: list[Event] = [started(algorithm="grpo", roles={"policy": ["sft", "policy"], "reference": ["sft"]}, reference="the base with sft")]
+    stats = {
+        "loss": 1e-4,
+        "reward": 0.5,
+        "reward_answer": 0.4,
+        "reward_format": 0.1,
+        "reward_spread": 0.2,
+        "length": 20.0,
+        "kl": 0.1,
+        "dead_groups": 0.0,
+        "rollout_seconds": 0.03,
+        "score_seconds": 0.01,
+    }
+    events: list[Event] = [
+        started(
+            algorithm="grpo", roles={"policy": ["sft", "policy"], "reference": ["sft"]}, reference="the base with sft"
+        )
+    ]
     for number in range(1, count + 1):
         events += [group(number), step(number, **{**stats, "reward": number / 10})]
-    return [*events, Validated(step=1, stats={"heldout_policy_exact": 0.5}), Validated(step=9, stats={"heldout_policy_exact": 0.75})]
+    return [
+        *events,
+        Validated(step=1, stats={"heldout_policy_exact": 0.5}),
+        Validated(step=9, stats={"heldout_policy_exact": 0.75}),
+    ]
 
 
 def test_rollouts_are_reported(tmp_path: Path) -> None:
     final = Validated(step=9, stats={"heldout_sft_exact": 0.25, "heldout_grpo_exact": 0.625})
     html = page(read_record(write(tmp_path / "a", *rollouts(), final, RunEnded(status="done", step=9, seconds=1.0))))
     told = check(html).text
-    for words in ("0.100 \u2192 0.900", "reward, first and last step", "held-out exact", "answers exactly, greedily (pass@1)",
-                  "tokens of a completion", "they teach nothing", "this reward by itself", "Where the time of the steps went",
-                  "Groups over time", "25.0 % \u2192 62.5 %"):  # fmt: skip
+    for words in (
+        "0.100 \u2192 0.900",
+        "reward, first and last step",
+        "held-out exact",
+        "answers exactly, greedily (pass@1)",
+        "tokens of a completion",
+        "they teach nothing",
+        "this reward by itself",
+        "Where the time of the steps went",
+        "Groups over time",
+        "25.0 % \u2192 62.5 %",
+    ):
         assert words in told, words
-    assert re.findall(r"<th>(\w*)</th>", html[html.index("Held-out questions") :])[:3] == ["", "sft", "grpo"]  # the policy is no stage
-    assert re.findall(r"question (\d)\?", told) == ["1", "5", "9"] and told.count("3 \u00d7") == 3 and told.count("cut off by the limit") == 3
+    # the policy is no stage
+    assert re.findall(r"<th>(\w*)</th>", html[html.index("Held-out questions") :])[:3] == ["", "sft", "grpo"]
+    assert (
+        re.findall(r"question (\d)\?", told) == ["1", "5", "9"]
+        and told.count("3 \u00d7") == 3
+        and told.count("cut off by the limit") == 3
+    )
     phases = told[told.index("Where the time") : told.index("Groups over time")]
     assert [share for share in re.findall(r"[\d.]+ %", phases)] == ["30.0 %", "10.0 %", "60.0 %"]
     assert "Groups over time" not in check(page(read_record(write(tmp_path / "b", started(), step(1, loss=1.0))))).text
@@ -280,21 +427,42 @@ def test_rollouts_are_reported(tmp_path: Path) -> None:
 def test_of_many_groups_the_first_and_the_last_stay(tmp_path: Path) -> None:
     record = read_record(write(tmp_path / "a", *rollouts(1001)))
     kept = list(record.groups)
-    assert len(kept) <= 64 and kept[0] == 1 and kept[-1] > 900 and record.newest is not None and record.newest.step == 1001
+    assert (
+        len(kept) <= 64 and kept[0] == 1 and kept[-1] > 900 and record.newest is not None and record.newest.step == 1001
+    )
     told = check(page(record)).text
     assert "question 1?" in told and "question 1001?" in told and re.search(r"question 5\d\d\?|question 4\d\d\?", told)
 
 
-@pytest.mark.parametrize("junk", [
-    3, "x", [3], [{}], [{"text": 3, "reward": "x", "advantage": None, "finish": [], "parts": [1]}], [{"reward": 1e308}],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "junk",
+    [
+        3,
+        "x",
+        [3],
+        [{}],
+        [{"text": 3, "reward": "x", "advantage": None, "finish": [], "parts": [1]}],
+        [{"reward": 1e308}],
+    ],
+)
 def test_damaged_groups(tmp_path: Path, junk: Any) -> None:
-    check(page(read_record(write(tmp_path / "a", started(algorithm="grpo"), group(1, completions=junk, gold=3), step(1, reward=1.0)))))
+    check(
+        page(
+            read_record(
+                write(
+                    tmp_path / "a", started(algorithm="grpo"), group(1, completions=junk, gold=3), step(1, reward=1.0)
+                )
+            )
+        )
+    )
 
 
 def test_hostile_groups_are_inert(tmp_path: Path) -> None:
     for number, bad in enumerate(HOSTILE):
-        told = [{"text": bad, "reward": 1.0, "advantage": 0.5, "finish": bad, "parts": {bad: 1.0, "b": 0.0}}, {"text": bad, "parts": bad}]
+        told = [
+            {"text": bad, "reward": 1.0, "advantage": 0.5, "finish": bad, "parts": {bad: 1.0, "b": 0.0}},
+            {"text": bad, "parts": bad},
+        ]
         stats = {"reward": 1.0, f"reward_{bad[:99]}": 1.0}
         events = [started(algorithm="grpo"), group(1, prompt=bad, gold=bad, completions=told), step(1, **stats)]
         html = page(read_record(write(tmp_path / str(number), *events)))
@@ -304,9 +472,19 @@ def test_hostile_groups_are_inert(tmp_path: Path) -> None:
 
 def test_a_chain_to_rollouts_has_its_stages_and_no_policy(tmp_path: Path) -> None:
     folder = chain_in(tmp_path / "chain", "sft", "grpo")
-    write(folder / "1-sft", started(stage=1, stages=2), step(1, loss=2.0), RunEnded(status="done", step=1, seconds=60.0),
-          summary=told_stage("sft", {"base": 0.1, "sft": 0.4}))  # fmt: skip
-    write(folder / "2-grpo", *rollouts(), Validated(step=9, stats={"heldout_grpo_exact": 0.9}), RunEnded(status="failed", step=9, seconds=1.0))
+    write(
+        folder / "1-sft",
+        started(stage=1, stages=2),
+        step(1, loss=2.0),
+        RunEnded(status="done", step=1, seconds=60.0),
+        summary=told_stage("sft", {"base": 0.1, "sft": 0.4}),
+    )
+    write(
+        folder / "2-grpo",
+        *rollouts(),
+        Validated(step=9, stats={"heldout_grpo_exact": 0.9}),
+        RunEnded(status="failed", step=9, seconds=1.0),
+    )
     html = write_report(folder).read_text(encoding="utf-8")
     told = check(html).text
     assert re.findall(r"<th>(\w*)</th>", html[html.index("Held-out questions") :])[:4] == ["", "base", "sft", "grpo"]
@@ -323,7 +501,14 @@ def chain_in(folder: Path, *names: str) -> Path:
 def told_stage(algorithm: str, who: dict[str, float], **more: Any) -> dict[str, Any]:
     answers = {name: [{"prompt": "1+1?", "completion": f"of {name}", "gold": "2", "stopped": True}] for name in who}
     details = {name: {"exact": share} for name, share in who.items()}
-    return {"status": "done", "algorithm": algorithm, "heldout": who, "heldout_details": details, "answers": answers, **more}
+    return {
+        "status": "done",
+        "algorithm": algorithm,
+        "heldout": who,
+        "heldout_details": details,
+        "answers": answers,
+        **more,
+    }
 
 
 def test_a_chain_has_one_page_over_all_its_stages(tmp_path: Path) -> None:
@@ -331,17 +516,53 @@ def test_a_chain_has_one_page_over_all_its_stages(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no stage of this chain has begun"):
         write_report(folder)
     first = [started(stage=1, stages=3), step(1, loss=2.0), Note(message="mind", level="warning")]
-    write(folder / "1-sft", *first, RunEnded(status="done", step=1, seconds=60.0), summary=told_stage("sft", {"base": 0.1, "sft": 0.4}))
+    write(
+        folder / "1-sft",
+        *first,
+        RunEnded(status="done", step=1, seconds=60.0),
+        summary=told_stage("sft", {"base": 0.1, "sft": 0.4}),
+    )
     told = check(write_report(folder).read_text(encoding="utf-8")).text
-    assert "not ended" in told and "2-dpo: this stage has not begun" in told and "10.0 % \u2192 40.0 %" in told and "1-sft: mind" in told
-    second = [started(algorithm="dpo", stage=2, stages=3, reference="the base with sft"), step(1, loss=0.7), step(2, loss=0.6)]
-    write(folder / "2-dpo", *second, RunEnded(status="done", step=2, seconds=30.0), scores=scored(),
-          summary=told_stage("dpo", {"base": 0.1, "sft": 0.4, "dpo": 0.8}, heldout_pairs=scored()["figures"]))  # fmt: skip
-    write(folder / "3-last", started(name="last", stage=3, stages=3), RunEnded(status="failed", step=0, seconds=1.0, message="it fell over"))
+    assert (
+        "not ended" in told
+        and "2-dpo: this stage has not begun" in told
+        and "10.0 % \u2192 40.0 %" in told
+        and "1-sft: mind" in told
+    )
+    second = [
+        started(algorithm="dpo", stage=2, stages=3, reference="the base with sft"),
+        step(1, loss=0.7),
+        step(2, loss=0.6),
+    ]
+    write(
+        folder / "2-dpo",
+        *second,
+        RunEnded(status="done", step=2, seconds=30.0),
+        scores=scored(),
+        summary=told_stage("dpo", {"base": 0.1, "sft": 0.4, "dpo": 0.8}, heldout_pairs=scored()["figures"]),
+    )
+    write(
+        folder / "3-last",
+        started(name="last", stage=3, stages=3),
+        RunEnded(status="failed", step=0, seconds=1.0, message="it fell over"),
+    )
     html = write_report(folder).read_text(encoding="utf-8")
     parsed = check(html)
-    for words in ("whole", "failed", "10.0 % \u2192 80.0 %", "of base", "of sft", "of dpo", "Stage 2 of 3: 2-dpo", "Implicit rewards", "66.7 %",
-                  "0.7 \u2192 0.6", "the base with sft", "it fell over", "1:31"):  # fmt: skip
+    for words in (
+        "whole",
+        "failed",
+        "10.0 % \u2192 80.0 %",
+        "of base",
+        "of sft",
+        "of dpo",
+        "Stage 2 of 3: 2-dpo",
+        "Implicit rewards",
+        "66.7 %",
+        "0.7 \u2192 0.6",
+        "the base with sft",
+        "it fell over",
+        "1:31",
+    ):
         assert words in parsed.text, words
     assert parsed.text.count("of dpo") == 1  # the questions stand once, over all stages
     assert [attributes["href"] for tag, attributes in parsed.tags if tag == "a"] == ["#stage-1", "#stage-2", "#stage-3"]
@@ -361,27 +582,56 @@ def test_a_done_chain_is_done(tmp_path: Path) -> None:
 
 def test_hostile_scores_and_stages_are_inert(tmp_path: Path) -> None:
     for number, bad in enumerate(HOSTILE):
-        name = "".join(letter for letter in bad[:40] if letter not in "/\\\0" and not "\ud800" <= letter <= "\udfff").strip(".") or "x"
+        name = (
+            "".join(
+                letter for letter in bad[:40] if letter not in "/\\\0" and not "\ud800" <= letter <= "\udfff"
+            ).strip(".")
+            or "x"
+        )
         folder = chain_in(tmp_path / str(number), name)
-        events = [started(name=bad, algorithm="reward", roles={"reference": [bad]}), step(1, loss=1.0),
-                  Sampled(step=1, prompt=bad, completion=bad, finish=bad, role="chosen", reward=1.0),
-                  Sampled(step=1, prompt=bad, completion=bad, finish=bad, role="rejected"),
-                  Sampled(step=0, prompt=bad, completion=bad, finish=bad, role="reference")]  # fmt: skip
+        events = [
+            started(name=bad, algorithm="reward", roles={"reference": [bad]}),
+            step(1, loss=1.0),
+            Sampled(step=1, prompt=bad, completion=bad, finish=bad, role="chosen", reward=1.0),
+            Sampled(step=1, prompt=bad, completion=bad, finish=bad, role="rejected"),
+            Sampled(step=0, prompt=bad, completion=bad, finish=bad, role="reference"),
+        ]
         scores = scored(pairs=bad, figures={"accuracy": bad, bad: 1.0}, reliability=[{"confidence": bad, bad: 1}, bad])
-        write(folder / f"1-{name}", *events, scores=scores, data={"sides": {"pairs": 1, "longer": bad, "chosen": bad}},
-              summary={"heldout_pairs": {bad: bad}})  # fmt: skip
+        write(
+            folder / f"1-{name}",
+            *events,
+            scores=scores,
+            data={"sides": {"pairs": 1, "longer": bad, "chosen": bad}},
+            summary={"heldout_pairs": {bad: bad}},
+        )
         (folder / "run.json").write_text(json.dumps({"recipe": {"name": bad, "stages": [{"name": name}]}}))
         html = write_report(folder).read_text(encoding="utf-8")
         check(html)
         assert len(html) < 400_000
 
 
-@pytest.mark.parametrize("junk", [
-    {"chosen": 3}, {"chosen": ["x"]}, {"chosen": [None]}, {"chosen": [], "rejected": []}, {"chosen_tokens": []},
-    {"rejected": [math.nan, 1.0, 2.0]},
-    {"reliability": [{"confidence": math.nan, "right": 0.5, "pairs": 1}, {"confidence": 9, "right": 1, "pairs": 1}]}, {"figures": []},
-    {"reliability": 3}, {"pairs": math.nan}, {"chosen": [math.inf, 1.0, 2.0]}, {"figures": {"accuracy": math.nan, "length_correlation": None}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "junk",
+    [
+        {"chosen": 3},
+        {"chosen": ["x"]},
+        {"chosen": [None]},
+        {"chosen": [], "rejected": []},
+        {"chosen_tokens": []},
+        {"rejected": [math.nan, 1.0, 2.0]},
+        {
+            "reliability": [
+                {"confidence": math.nan, "right": 0.5, "pairs": 1},
+                {"confidence": 9, "right": 1, "pairs": 1},
+            ]
+        },
+        {"figures": []},
+        {"reliability": 3},
+        {"pairs": math.nan},
+        {"chosen": [math.inf, 1.0, 2.0]},
+        {"figures": {"accuracy": math.nan, "length_correlation": None}},
+    ],
+)
 def test_damaged_scores(tmp_path: Path, junk: dict[str, Any]) -> None:
     html = page(read_record(write(tmp_path / "a", started(algorithm="dpo"), step(1, loss=1.0), scores=scored(**junk))))
     check(html)
@@ -392,13 +642,24 @@ def test_damaged_scores(tmp_path: Path, junk: dict[str, Any]) -> None:
 def test_damaged_and_unfinished_folders(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", started(), step(1, loss=2.0), step(2, loss=math.nan), step(3, loss=1.0))
     with (folder / "events.jsonl").open("ab") as file:
-        file.write(b'{"event": "step"}\nnonsense\n[1]\n{"event": "new", "x": 1}\n{"v": 1, "event": "step", "step": 4, "sta')
+        file.write(
+            b'{"event": "step"}\nnonsense\n[1]\n{"event": "new", "x": 1}\n{"v": 1, "event": "step", "step": 4, "sta'
+        )
     for name in ("data", "summary", "base"):
         (folder / f"{name}.json").write_text("[[[")
     told = check(page(read_record(folder))).text
     assert "has not ended: step 3" in told and "2.000 \u2192 1.000" in told
-    for junk in ({"parts": 3, "lengths": {"edges": [0, "x"], "counts": [1]}, "epoch": [], "ends": None}, {"parts": [{}], "examples": [{}]}):
-        check(page(read_record(write(tmp_path / "a", started(), data=junk, summary={"warnings": 3, "answers": {"base": 1}}))))
+    for junk in (
+        {"parts": 3, "lengths": {"edges": [0, "x"], "counts": [1]}, "epoch": [], "ends": None},
+        {"parts": [{}], "examples": [{}]},
+    ):
+        check(
+            page(
+                read_record(
+                    write(tmp_path / "a", started(), data=junk, summary={"warnings": 3, "answers": {"base": 1}})
+                )
+            )
+        )
     with pytest.raises(UserError, match="no events"):
         read_record(write(tmp_path / "empty"))
 
@@ -418,8 +679,10 @@ def test_thinning_keeps_spikes_and_ends() -> None:
     assert all(value == pytest.approx(3.0) for _, value in smooth([(float(n), 3.0) for n in range(40)]))
 
 
-@pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [1e-12, 1e12], [-5.0, 5.0], [math.nan, 1.0, math.inf, 2.0], [5e-324, 1.0],
-                                    [-1e300, 1e300]])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [[1.0], [0.0, 0.0], [1e-12, 1e12], [-5.0, 5.0], [math.nan, 1.0, math.inf, 2.0], [5e-324, 1.0], [-1e300, 1e300]],
+)
 @pytest.mark.parametrize("log", [False, True])
 def test_charts_of_any_numbers(values: list[float], log: bool) -> None:
     made = chart([Line("x", "smooth", list(enumerate(values)))], log)
@@ -429,4 +692,11 @@ def test_charts_of_any_numbers(values: list[float], log: bool) -> None:
 
 
 def test_short_numbers() -> None:
-    assert [short(v) for v in (0, 0.25, 1234567, 2e-4, 12345, -3.5)] == ["0", "0.25", "1.23e6", "2e-4", "12,345", "-3.5"]
+    assert [short(v) for v in (0, 0.25, 1234567, 2e-4, 12345, -3.5)] == [
+        "0",
+        "0.25",
+        "1.23e6",
+        "2e-4",
+        "12,345",
+        "-3.5",
+    ]

@@ -1,4 +1,5 @@
-"""Laws of the reward model: the loss by hand, in float64 and through a plain model; the score stands at the last token, whatever it is."""
+"""Laws of the reward model: the loss by hand, in float64 and through a plain model; the score stands at the last token,
+whatever it is."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from lowrank_tune.model.adapters import read_adapter
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch, to_floats
 
-# --- the oracle ------------------------------------------------------------------------------------------------------------------------
+# --- the oracle -------------------------------------------------------------------------------------------------------
 
 
 def sigma(x: float) -> float:
@@ -49,9 +50,13 @@ def oracle(chosen: float, rejected: float, margin: float, centering: float) -> t
     return softplus(-x) + centering * level**2, -sigma(-x) + pull, sigma(-x) + pull
 
 
-def torch_loss(pairs: Sequence[tuple[float, float, float]], centering: float, dtype: torch.dtype) -> list[tuple[float, ...]]:
+def torch_loss(
+    pairs: Sequence[tuple[float, float, float]], centering: float, dtype: torch.dtype
+) -> list[tuple[float, ...]]:
     """What the kit makes of pairs of scores and a margin: losses, and their derivatives."""
-    chosen, rejected, margin = (torch.tensor(values, dtype=dtype, requires_grad=True) for values in zip(*pairs, strict=True))
+    chosen, rejected, margin = (
+        torch.tensor(values, dtype=dtype, requires_grad=True) for values in zip(*pairs, strict=True)
+    )
     losses = reward_module.reward_loss(chosen, rejected, margin.detach(), centering)
     by = torch.autograd.grad(losses.sum(), [chosen, rejected])
     return list(zip(losses.tolist(), *(each.tolist() for each in by), strict=True))
@@ -73,7 +78,10 @@ SCORE = st.one_of(st.floats(-1000, 1000, width=32), st.floats(-3, 3, width=32), 
 MARGIN = st.one_of(st.just(0.0), st.floats(0, 100, width=32))
 
 
-@given(pairs=st.lists(st.tuples(SCORE, SCORE, MARGIN), min_size=1, max_size=5), centering=st.sampled_from([0.0, 2.0**-7, 1.0]))
+@given(
+    pairs=st.lists(st.tuples(SCORE, SCORE, MARGIN), min_size=1, max_size=5),
+    centering=st.sampled_from([0.0, 2.0**-7, 1.0]),
+)
 def test_loss_and_gradient_equal_the_formula(pairs: list[tuple[float, float, float]], centering: float) -> None:
     assert error(pairs, centering, torch.float64) < 1e-12
     assert error(pairs, centering, torch.float32) < 1e-6
@@ -89,12 +97,14 @@ BY_HAND: list[tuple[tuple[float, float, float], float, tuple[float, float, float
     ((2.0, 2.0, LN3), 0.0, (math.log(4), -0.75, 0.75)),  # level scores with a margin are behind by it
     ((1.0, 1.0, 0.0), 0.5, (math.log(2) + 2.0, 1.5, 2.5)),  # 0.5 (1 + 1)^2 = 2, its slope 0.5 * 2 * 2 = 2 on both
     ((LN3, -LN3 + LN3, 0.0), 0.25, (math.log(4 / 3) + 0.25 * LN3**2, -0.25 + 0.5 * LN3, 0.25 + 0.5 * LN3)),
-]  # fmt: skip
+]
 
 
 def wrong_by_hand() -> int:
     """How many of the numbers are not those worked by hand."""
-    return sum(torch_loss([pair], c, torch.float64)[0] != pytest.approx(expected, abs=1e-12) for pair, c, expected in BY_HAND)
+    return sum(
+        torch_loss([pair], c, torch.float64)[0] != pytest.approx(expected, abs=1e-12) for pair, c, expected in BY_HAND
+    )
 
 
 def test_by_hand() -> None:
@@ -108,10 +118,18 @@ BUGS: dict[str, Any] = {
     "margin lost": lambda chosen, rejected, margin, c: reward_loss(chosen, rejected, 0 * margin, c),
     "margin outside": lambda chosen, rejected, margin, c: reward_loss(chosen, rejected, 0 * margin, c) + margin,
     "sides swapped": lambda chosen, rejected, margin, c: reward_loss(rejected, chosen, margin, c),
-    "centres each side": lambda chosen, rejected, margin, c: reward_loss(chosen, rejected, margin) + c * (chosen**2 + rejected**2),
-    "centres the difference": lambda chosen, rejected, margin, c: reward_loss(chosen, rejected, margin) + c * (chosen - rejected) ** 2,
-    "centring detached": lambda chosen, rejected, margin, c: reward_loss(chosen, rejected, margin) + c * (chosen + rejected).detach() ** 2,
-    "bf16 scores": lambda chosen, rejected, margin, c: reward_loss(chosen.bfloat16().to(chosen.dtype), rejected, margin, c),
+    "centres each side": lambda chosen, rejected, margin, c: (
+        reward_loss(chosen, rejected, margin) + c * (chosen**2 + rejected**2)
+    ),
+    "centres the difference": lambda chosen, rejected, margin, c: (
+        reward_loss(chosen, rejected, margin) + c * (chosen - rejected) ** 2
+    ),
+    "centring detached": lambda chosen, rejected, margin, c: (
+        reward_loss(chosen, rejected, margin) + c * (chosen + rejected).detach() ** 2
+    ),
+    "bf16 scores": lambda chosen, rejected, margin, c: reward_loss(
+        chosen.bfloat16().to(chosen.dtype), rejected, margin, c
+    ),
 }
 
 
@@ -129,12 +147,17 @@ def far_out_is_finite() -> bool:
 
 def test_extremes_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     assert far_out_is_finite()
-    assert torch_loss([(-1e3, 1e3, 0.0)], 0.0, torch.float32)[0][1:] == (-1.0, 1.0)  # badly wrong pulls with all its weight
-    monkeypatch.setattr(reward_module, "reward_loss", lambda chosen, rejected, margin, c: -torch.log(torch.sigmoid(chosen - rejected - margin)))
+    # badly wrong pulls with all its weight
+    assert torch_loss([(-1e3, 1e3, 0.0)], 0.0, torch.float32)[0][1:] == (-1.0, 1.0)
+    monkeypatch.setattr(
+        reward_module,
+        "reward_loss",
+        lambda chosen, rejected, margin, c: -torch.log(torch.sigmoid(chosen - rejected - margin)),
+    )
     assert not far_out_is_finite()
 
 
-# --- through a model -------------------------------------------------------------------------------------------------------------------
+# --- through a model --------------------------------------------------------------------------------------------------
 
 
 def shaken(dropout: float = 0.0, **more: Any) -> Roles:
@@ -155,12 +178,15 @@ def reward_over(roles: Roles, centering: float = 0.0) -> Reward:
     return Reward(Kit(roles, None), centering)  # type: ignore[arg-type]
 
 
-def stepped(roles: Roles, batch: Batch, centering: float = 0.0, **split: int | None) -> tuple[float, Tensor, dict[str, float]]:
+def stepped(
+    roles: Roles, batch: Batch, centering: float = 0.0, **split: int | None
+) -> tuple[float, Tensor, dict[str, float]]:
     return accumulated(reward_over(roles, centering), batch, "reward", **split)
 
 
 def model_error(roles: Roles, centering: float, margins: Sequence[float] = MARGINS) -> tuple[float, float]:
-    """Distance of loss and gradient, adapter and head, from transformers' hidden states in float64, each row alone and unpadded."""
+    """Distance of loss and gradient, adapter and head, from transformers' hidden states in float64, each row alone and
+    unpadded."""
     rows, says = pair_rows()
     loss, _, stats = stepped(roles, pair_batch(rows, says, margins=margins), centering, rows=4)
     plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("reward"))
@@ -196,7 +222,9 @@ def _last_answer_mean(self: Roles, role: str, batch: Batch) -> Tensor:
 
 
 def _head_detached(self: Roles, role: str, batch: Batch) -> Tensor:
-    return nn.functional.linear(self.hidden(role, batch)[torch.arange(len(batch)), batch.lengths - 1], self.heads[role].weight.detach())[:, 0]
+    return nn.functional.linear(
+        self.hidden(role, batch)[torch.arange(len(batch)), batch.lengths - 1], self.heads[role].weight.detach()
+    )[:, 0]
 
 
 def _hidden_detached(self: Roles, role: str, batch: Batch) -> Tensor:
@@ -219,7 +247,9 @@ PLACES = [_before_the_first_pad, _last_column, _last_answer_mean, _base_alone]
 @pytest.mark.parametrize("bug", [*PLACES, _head_detached, _hidden_detached])
 def test_another_token_stack_or_graph_is_seen(monkeypatch: pytest.MonkeyPatch, roles: Roles, bug: Any) -> None:
     rows, _ = pair_rows()
-    assert any(0 in row for row in rows), "the pad id stands inside no row: the test could not see what it is there to see"
+    assert any(0 in row for row in rows), (
+        "the pad id stands inside no row: the test could not see what it is there to see"
+    )
     monkeypatch.setattr(Roles, "last_scores", bug)
     assert max(model_error(roles, 0.0)) > 1e-2
 
@@ -236,7 +266,14 @@ def test_margins_and_pairs_are_read_where_they_belong(monkeypatch: pytest.Monkey
         assert max(model_error(roles, 0.0)) > 1e-2
 
 
-SPLITS: list[dict[str, int | None]] = [{"rows": 2}, {"rows": 4}, {"rows": 6}, {"tokens": 1}, {"tokens": 40}, {"tokens": 10_000}]
+SPLITS: list[dict[str, int | None]] = [
+    {"rows": 2},
+    {"rows": 4},
+    {"rows": 6},
+    {"tokens": 1},
+    {"tokens": 40},
+    {"tokens": 10_000},
+]
 
 
 def split_error(roles: Roles) -> float:
@@ -265,8 +302,13 @@ def test_any_split_gives_one_gradient(roles: Roles, monkeypatch: pytest.MonkeyPa
     assert split_error(roles) > 1e-2
 
 
-PADDINGS: list[dict[str, Any]] = [{"more": 7}, {"filler": 1}, {"more": 3, "filler": VOCAB - 1}, {"left": True},
-                                  {"left": True, "more": 2, "filler": 9}]  # fmt: skip
+PADDINGS: list[dict[str, Any]] = [
+    {"more": 7},
+    {"filler": 1},
+    {"more": 3, "filler": VOCAB - 1},
+    {"left": True},
+    {"left": True, "more": 2, "filler": 9},
+]
 
 
 @pytest.mark.parametrize("how", PADDINGS, ids=str)
@@ -292,9 +334,14 @@ def test_ids_in_padding_are_not_read_at_all(roles: Roles) -> None:
     assert all(loss == found[0][0] and same_bytes(gradient, found[0][1]) for loss, gradient in found[1:])
 
 
-@given(ends=st.lists(st.sampled_from([0, 1, 2, 50]), min_size=2, max_size=2), inside=st.sampled_from([0, 1]), seed=st.integers(0, 9))
+@given(
+    ends=st.lists(st.sampled_from([0, 1, 2, 50]), min_size=2, max_size=2),
+    inside=st.sampled_from([0, 1]),
+    seed=st.integers(0, 9),
+)
 def test_the_score_is_the_last_tokens_whatever_it_is(ends: list[int], inside: int, seed: int) -> None:
-    """Rows that end in pad, end-of-text or any other id, with pads and ends inside, score as the plain model's last hidden state."""
+    """Rows that end in pad, end-of-text or any other id, with pads and ends inside, score as the plain model's last
+    hidden state."""
     rows, says = pair_rows([(3, 4, 6)], seed)
     for row, end in zip(rows, ends, strict=True):
         row[1], row[-2], row[-1] = inside, inside, end
@@ -333,7 +380,8 @@ def test_shared_prompts_change_nothing(roles: Roles, monkeypatch: pytest.MonkeyP
 
 
 def test_dropout_trains_and_does_not_measure(roles: Roles) -> None:
-    """With dropout two training passes differ; scores and measurements do not, and equal those of a model without it."""
+    """With dropout two training passes differ; scores and measurements do not, and equal those of a model without
+    it."""
     noisy = shaken(dropout=0.5)
     rows, says = pair_rows()
     batch = pair_batch(rows, says)
@@ -363,9 +411,15 @@ def test_figures_by_the_plain_model(roles: Roles) -> None:
     with torch.no_grad():
         scores = torch.stack([plain.score(row) for row in rows])
     chosen, rejected = scores[::2], scores[1::2]
-    expected = {"accuracy": (chosen > rejected).double().mean(), "margin": (chosen - rejected).mean(), "score_chosen": chosen.mean(),
-                "score_rejected": rejected.mean()}  # fmt: skip
-    assert {name: figures[name] for name in expected} == pytest.approx({name: float(v) for name, v in expected.items()}, abs=1e-5)
+    expected = {
+        "accuracy": (chosen > rejected).double().mean(),
+        "margin": (chosen - rejected).mean(),
+        "score_chosen": chosen.mean(),
+        "score_rejected": rejected.mean(),
+    }
+    assert {name: figures[name] for name in expected} == pytest.approx(
+        {name: float(v) for name, v in expected.items()}, abs=1e-5
+    )
 
 
 def falls(roles: Roles) -> bool:
@@ -388,15 +442,26 @@ def test_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
         assert falls(reward_roles(load(16)))
 
 
-# --- whole runs --------------------------------------------------------------------------------------------------------------------------
+# --- whole runs -------------------------------------------------------------------------------------------------------
 
 
 def small_reward(**changes: Any) -> dict[str, Any]:
-    return {"name": "reward", "algorithm": "reward", "base": {"model": "tiny-tutor", "bits": 4},
-            "adapters": {"reward": {"r": 4, "dropout": 0.1}},
-            "data": {"train": [{"dataset": "tutor-preferences", "rows": 40}], "validation_share": 0.2, "max_length": 256},
-            "train": {"steps": 6, "rows_per_step": 8, "micro_batch_size": 4, "learning_rate": 2e-3, "log_every": 1,
-                      "gradient_checkpointing": False}, **changes}  # fmt: skip
+    return {
+        "name": "reward",
+        "algorithm": "reward",
+        "base": {"model": "tiny-tutor", "bits": 4},
+        "adapters": {"reward": {"r": 4, "dropout": 0.1}},
+        "data": {"train": [{"dataset": "tutor-preferences", "rows": 40}], "validation_share": 0.2, "max_length": 256},
+        "train": {
+            "steps": 6,
+            "rows_per_step": 8,
+            "micro_batch_size": 4,
+            "learning_rate": 2e-3,
+            "log_every": 1,
+            "gradient_checkpointing": False,
+        },
+        **changes,
+    }
 
 
 AGAIN = """
@@ -425,7 +490,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
             built = kept[0]
             with built.roles.quiet():
                 batch = built.validation_batch(list(range(built.data.validation.units)))
-                ended.update(scores=built.algorithm.scores(batch), head=built.roles.heads["reward"].weight.detach().clone())
+                ended.update(
+                    scores=built.algorithm.scores(batch), head=built.roles.heads["reward"].weight.detach().clone()
+                )
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(runner_module, "build", lambda *given, **more: kept.append(real(*given, **more)) or kept[-1])
@@ -436,10 +503,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 @pytest.mark.slow
 def test_the_head_comes_back_bit_equal_in_a_new_process(finished: tuple[Path, dict[str, Any], list[Any]]) -> None:
     out, ended, _ = finished
-    told = subprocess.run([sys.executable, "-c", AGAIN, json.dumps(small_reward()), str(out)], capture_output=True, text=True, timeout=300)
+    told = subprocess.run(
+        [sys.executable, "-c", AGAIN, json.dumps(small_reward()), str(out)], capture_output=True, text=True, timeout=300
+    )
     assert told.returncode == 0, told.stderr
     found = json.loads(told.stdout.splitlines()[-1])
-    assert ended["head"].abs().max() > 1e-3 and len(set(found["scores"])) > 4, "an untrained head would come back equal too"
+    assert ended["head"].abs().max() > 1e-3 and len(set(found["scores"])) > 4, (
+        "an untrained head would come back equal too"
+    )
     assert same_bytes(torch.tensor([found["head"]]), ended["head"])
     assert same_bytes(torch.tensor(found["scores"]), ended["scores"]) and found["fresh"] is False
     saved = read_adapter(str(out), "adapters.reward.path", head=True)
@@ -449,20 +520,31 @@ def test_the_head_comes_back_bit_equal_in_a_new_process(finished: tuple[Path, di
 
 
 def test_a_run_tells_and_keeps_its_scores(finished: tuple[Path, dict[str, Any], list[Any]]) -> None:
-    """From ln 2 and all ties; at the end scores.json is what the model in memory thinks, figures worked from it by hand."""
+    """From ln 2 and all ties; at the end scores.json is what the model in memory thinks, figures worked from it by
+    hand."""
     out, ended, events = finished
     first = next(event for event in events if isinstance(event, StepDone)).stats
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["accuracy"] == 0.5 and "kl" not in first
     told = json.loads((out / "scores.json").read_text())
     chosen, rejected = ended["scores"][::2], ended["scores"][1::2]
-    assert told["chosen"] == pytest.approx(chosen.tolist(), abs=1e-4) and told["rejected"] == pytest.approx(rejected.tolist(), abs=1e-4)
+    assert told["chosen"] == pytest.approx(chosen.tolist(), abs=1e-4) and told["rejected"] == pytest.approx(
+        rejected.tolist(), abs=1e-4
+    )
     figures = told["figures"]
-    assert figures["accuracy"] == pytest.approx(float((chosen > rejected).double().mean() + 0.5 * (chosen == rejected).double().mean()))
+    assert figures["accuracy"] == pytest.approx(
+        float((chosen > rejected).double().mean() + 0.5 * (chosen == rejected).double().mean())
+    )
     assert figures["margin"] == pytest.approx(float((chosen - rejected).mean()), abs=1e-5)
     lengths = torch.tensor(told["chosen_tokens"] + told["rejected_tokens"]).double()
     both = torch.cat([chosen, rejected]).double()
-    assert figures["length_correlation"] == pytest.approx(float(torch.corrcoef(torch.stack([both, lengths]))[0, 1]), abs=1e-6)
-    longer = [(c > r) == (m > n) for c, r, m, n in zip(chosen, rejected, told["chosen_tokens"], told["rejected_tokens"], strict=True) if m != n]
+    assert figures["length_correlation"] == pytest.approx(
+        float(torch.corrcoef(torch.stack([both, lengths]))[0, 1]), abs=1e-6
+    )
+    longer = [
+        (c > r) == (m > n)
+        for c, r, m, n in zip(chosen, rejected, told["chosen_tokens"], told["rejected_tokens"], strict=True)
+        if m != n
+    ]
     assert figures["prefers_longer"] == pytest.approx(sum(map(float, longer)) / len(longer))
     assert sum(entry["pairs"] for entry in told["reliability"]) == told["pairs"] == len(chosen)
     summary = json.loads((out / "summary.json").read_text())

@@ -22,7 +22,9 @@ from lowrank_tune.tutor.problems import draw
 from tests.hostile import RUNAWAY
 
 
-def item(completion: str, gold: str | None = "72", stopped: bool = True, tokens: int = 10, prompt: str = "What is 40 + 32?") -> Item:
+def item(
+    completion: str, gold: str | None = "72", stopped: bool = True, tokens: int = 10, prompt: str = "What is 40 + 32?"
+) -> Item:
     return Item(prompt, completion, gold, {"question": prompt, "answer": gold}, stopped, tokens)
 
 
@@ -34,15 +36,45 @@ def one(reward: Reward, scored: Item) -> Score:
 @pytest.mark.parametrize(
     ("completion", "gold"),
     [
-        ("40+30=70, 70+2=72. So it is 72.", "72"), ("It is 1,234.", "1234"), ("1234", "1,234"), ("It is 12.50.", "12.5"), ("12.5", "12.50"),
-        ("It is 3/4.", "0.75"), ("0.75", "3/4"), (r"\boxed{\frac{3}{4}}", "0.75"), ("6/8", "3/4"), ("1 1/2", "1.5"), ("50%", "50"),
-        ("50%", "50%"), ("50 %", "0.5"), ("0.5", "50%"), (r"\boxed{5\%}", "5"), ("-5", "-5"), ("x = \u22125", "-5"), ("10-3", "3"),
-        ("It is $18.", "18"), ("-$5", "-5"), (r"\boxed{x = 5}", "5"), (r"\boxed{72 \text{ apples}}", "72"), ("#### 72 apples", "72"),
-        (r"1{,}234", "1234"), (r"first \boxed{1}, then \boxed{72}", "72"), ("#### 1\n#### 72", "72"), (r"\boxed{72} and 5 more words", "72"),
-        (r"\boxed{Paris}.", "paris"), (r"\boxed{\text{(B)}}", "B"), ("Paris", "Paris."), ("wait...5", "5"), (".5", "0.5"), ("+5", "5"),
-        (r"\boxed{2kg}", "2"), ("007", "7"), ("0.10", "1/10"), ("33.3333333333333333333333333333", "33.3333333333333333333333333333"),
+        ("40+30=70, 70+2=72. So it is 72.", "72"),
+        ("It is 1,234.", "1234"),
+        ("1234", "1,234"),
+        ("It is 12.50.", "12.5"),
+        ("12.5", "12.50"),
+        ("It is 3/4.", "0.75"),
+        ("0.75", "3/4"),
+        (r"\boxed{\frac{3}{4}}", "0.75"),
+        ("6/8", "3/4"),
+        ("1 1/2", "1.5"),
+        ("50%", "50"),
+        ("50%", "50%"),
+        ("50 %", "0.5"),
+        ("0.5", "50%"),
+        (r"\boxed{5\%}", "5"),
+        ("-5", "-5"),
+        ("x = \u22125", "-5"),
+        ("10-3", "3"),
+        ("It is $18.", "18"),
+        ("-$5", "-5"),
+        (r"\boxed{x = 5}", "5"),
+        (r"\boxed{72 \text{ apples}}", "72"),
+        ("#### 72 apples", "72"),
+        (r"1{,}234", "1234"),
+        (r"first \boxed{1}, then \boxed{72}", "72"),
+        ("#### 1\n#### 72", "72"),
+        (r"\boxed{72} and 5 more words", "72"),
+        (r"\boxed{Paris}.", "paris"),
+        (r"\boxed{\text{(B)}}", "B"),
+        ("Paris", "Paris."),
+        ("wait...5", "5"),
+        (".5", "0.5"),
+        ("+5", "5"),
+        (r"\boxed{2kg}", "2"),
+        ("007", "7"),
+        ("0.10", "1/10"),
+        ("33.3333333333333333333333333333", "33.3333333333333333333333333333"),
     ],
-)  # fmt: skip
+)
 def test_right_answers(completion: str, gold: str) -> None:
     assert one(Answer(), item(completion, gold)) == Score(1.0, "pass")
 
@@ -50,13 +82,39 @@ def test_right_answers(completion: str, gold: str) -> None:
 @pytest.mark.parametrize(
     ("completion", "gold"),
     [
-        ("It is 73.", "72"), ("72, no, 73", "72"), ("", "72"), ("I do not know.", "72"), ("\uff13", "3"), ("7\uff12", "72"), ("\u00bd", "0.5"),
-        ("\u0663", "3"), ("1e5", "5"), ("1,2", "2"), ("1.2.3", "3"), (r"\boxed{2x}", "2"), (r"\boxed{5 million}", "5"), ("1 1/2", "1/2"),
-        ("1/0", "0"), ("0.5%", "50%"), ("5", "-5"), ("-5", "5"), ("0.3333333333333333", "1/3"), ("72.0000000000000000001", "72"),
-        ("9" * 200, "9" * 200 + "1"), (r"\boxed{72} \boxed{73}", "72"), (r"\boxed{71 or 72}", "72"), ("#### 72\n#### 73", "72"),
-        ("nan", "72"), ("inf", "72"), ("7_2", "72"), ("1,23", "123"), ("Paris or Rome", "Paris"), (r"\boxed{70+2}", "72"), ("12,50", "12.50"),
+        ("It is 73.", "72"),
+        ("72, no, 73", "72"),
+        ("", "72"),
+        ("I do not know.", "72"),
+        ("\uff13", "3"),
+        ("7\uff12", "72"),
+        ("\u00bd", "0.5"),
+        ("\u0663", "3"),
+        ("1e5", "5"),
+        ("1,2", "2"),
+        ("1.2.3", "3"),
+        (r"\boxed{2x}", "2"),
+        (r"\boxed{5 million}", "5"),
+        ("1 1/2", "1/2"),
+        ("1/0", "0"),
+        ("0.5%", "50%"),
+        ("5", "-5"),
+        ("-5", "5"),
+        ("0.3333333333333333", "1/3"),
+        ("72.0000000000000000001", "72"),
+        ("9" * 200, "9" * 200 + "1"),
+        (r"\boxed{72} \boxed{73}", "72"),
+        (r"\boxed{71 or 72}", "72"),
+        ("#### 72\n#### 73", "72"),
+        ("nan", "72"),
+        ("inf", "72"),
+        ("7_2", "72"),
+        ("1,23", "123"),
+        ("Paris or Rome", "Paris"),
+        (r"\boxed{70+2}", "72"),
+        ("12,50", "12.50"),
     ],
-)  # fmt: skip
+)
 def test_wrong_answers(completion: str, gold: str) -> None:
     score = one(Answer(), item(completion, gold))
     assert (score.value, score.verdict) == (0.0, "fail") and score.reason
@@ -83,7 +141,11 @@ def test_equal_fractions_are_equal_and_near_ones_are_not(number: object, factor:
 
 @given(st.integers(-(10**9), 10**9))
 def test_thousands_separators(number: int) -> None:
-    assert agrees(f"{number:,}", str(number)) and agrees(f"{number:,}.00", str(number)) and not agrees(f"{number + 1:,}", str(number))
+    assert (
+        agrees(f"{number:,}", str(number))
+        and agrees(f"{number:,}.00", str(number))
+        and not agrees(f"{number + 1:,}", str(number))
+    )
 
 
 def test_answer_and_evaluation_agree_on_the_tutor() -> None:
@@ -95,12 +157,25 @@ def test_answer_and_evaluation_agree_on_the_tutor() -> None:
 
 
 HOSTILE = {
-    "boxes": "\\boxed{" * 100_000, "digits": "9" * 300_000, "spaces": " " * 1_000_000,
-    "fractions": "1/" * 200_000, "latex": r"\frac{" * 100_000,
-    "dollars": "$" * 300_000, "braces": "{" * 300_000, "commas": "1,1" * 100_000, "hashes": "#" * 300_000, "minus": "-" * 300_000,
-    "mixed": "1 1 1/" * 50_000, "escapes": "\x1b]52;c;AAAA\x07" * 10_000, "nul": "\x00" * 300_000, "surrogates": "\ud800" * 100_000,
-    "text": r"\text{a}" * 60_000, "percent": r"1\%" * 60_000, "backslashes": "\\" * 300_000, "bidi": "\u202e5" * 100_000,
-}  # fmt: skip
+    "boxes": "\\boxed{" * 100_000,
+    "digits": "9" * 300_000,
+    "spaces": " " * 1_000_000,
+    "fractions": "1/" * 200_000,
+    "latex": r"\frac{" * 100_000,
+    "dollars": "$" * 300_000,
+    "braces": "{" * 300_000,
+    "commas": "1,1" * 100_000,
+    "hashes": "#" * 300_000,
+    "minus": "-" * 300_000,
+    "mixed": "1 1 1/" * 50_000,
+    "escapes": "\x1b]52;c;AAAA\x07" * 10_000,
+    "nul": "\x00" * 300_000,
+    "surrogates": "\ud800" * 100_000,
+    "text": r"\text{a}" * 60_000,
+    "percent": r"1\%" * 60_000,
+    "backslashes": "\\" * 300_000,
+    "bidi": "\u202e5" * 100_000,
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -124,25 +199,48 @@ def test_length_falls_in_a_straight_line() -> None:
 
 def test_make_names_and_weighs(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def answer(completion, row): return 1")
-    uses = [RewardUse(use="answer"), RewardUse(use="answer", weight=0.5), RewardUse(use="./mine.py:answer"),
-            RewardUse(use="format", pattern=".*")]  # fmt: skip
+    uses = [
+        RewardUse(use="answer"),
+        RewardUse(use="answer", weight=0.5),
+        RewardUse(use="./mine.py:answer"),
+        RewardUse(use="format", pattern=".*"),
+    ]
     made = make(uses, tmp_path)
     assert [(each.name, each.weight, each.reward.name) for each in made] == [
-        ("answer", 1.0, "answer"), ("answer-2", 0.5, "answer-2"), ("answer-3", 1.0, "answer-3"), ("format", 1.0, "format")]  # fmt: skip
+        ("answer", 1.0, "answer"),
+        ("answer-2", 0.5, "answer-2"),
+        ("answer-3", 1.0, "answer-3"),
+        ("format", 1.0, "format"),
+    ]
 
 
 def test_make_tells_all_faults_at_once(tmp_path: Path) -> None:
     (tmp_path / "bytes.py").write_bytes(b"\xff\xfe\xff")
     uses = [
-        RewardUse(use="anwser"), RewardUse(use="format"), RewardUse(use="format", pattern="("), RewardUse(use="length"),
-        RewardUse(use="answer", target_tokens=3), RewardUse(use="./none.py:f"), RewardUse(use="mine.py"), RewardUse(use="bytes.py:f"),
+        RewardUse(use="anwser"),
+        RewardUse(use="format"),
+        RewardUse(use="format", pattern="("),
+        RewardUse(use="length"),
+        RewardUse(use="answer", target_tokens=3),
+        RewardUse(use="./none.py:f"),
+        RewardUse(use="mine.py"),
+        RewardUse(use="bytes.py:f"),
         RewardUse(use="answer", weight=0.0),
-    ]  # fmt: skip
+    ]
     with pytest.raises(Faults) as caught:
         make(uses, tmp_path)
     told = [(fault.key, fault.message) for fault in caught.value.faults]
-    wanted = ["did you mean `answer`", "needs `pattern`", "`pattern` is no regular expression of RE2: missing )", "needs `target_tokens`",
-              "does nothing for `answer`", "No such file", "./file.py:function", "not UTF-8", "weight 0"]  # fmt: skip
+    wanted = [
+        "did you mean `answer`",
+        "needs `pattern`",
+        "`pattern` is no regular expression of RE2: missing )",
+        "needs `target_tokens`",
+        "does nothing for `answer`",
+        "No such file",
+        "./file.py:function",
+        "not UTF-8",
+        "weight 0",
+    ]
     assert [key for key, _ in told] == [f"rewards.{place}" for place in range(9)]
     assert all(words in message for words, (_, message) in zip(wanted, told, strict=True)), told
     with pytest.raises(UserError, match="empty"):
@@ -172,7 +270,9 @@ class Fixed:
 
 
 def references(count: int) -> list[Item]:
-    return [item(f"So it is {number}.", str(number), prompt=f"What is {number} + 0?") for number in range(10, 10 + count)]
+    return [
+        item(f"So it is {number}.", str(number), prompt=f"What is {number} + 0?") for number in range(10, 10 + count)
+    ]
 
 
 @pytest.mark.parametrize("count", [3, 8, 32])
@@ -194,9 +294,13 @@ def test_preflight_refuses_a_constant_judge_even_beside_a_true_one() -> None:
 def test_preflight_refuses_random_judges_and_those_upside_down(count: int) -> None:
     right = references(count)
     rng = random.Random(count)
-    refused = [examine([Weighted("fixed", 1.0, Fixed(lambda _: rng.random()))], right, garbage(right, seed)).fault() for seed in range(50)]
+    refused = [
+        examine([Weighted("fixed", 1.0, Fixed(lambda _: rng.random()))], right, garbage(right, seed)).fault()
+        for seed in range(50)
+    ]
     assert sum(fault is not None for fault in refused) >= 49
-    assert examine([Weighted("answer", -1.0, Answer())], right, garbage(right)).fault() is not None  # a punished right answer
+    # a punished right answer
+    assert examine([Weighted("answer", -1.0, Answer())], right, garbage(right)).fault() is not None
 
 
 def test_preflight_tells_of_rows_without_gold_and_of_references_that_miss() -> None:
@@ -205,7 +309,11 @@ def test_preflight_tells_of_rows_without_gold_and_of_references_that_miss() -> N
     assert "Which row?" in (examine([Weighted("answer", 1.0, Answer())], lost, garbage(right)).fault() or "")
     missed = [*right, item("So it is 6.", "5", prompt="Which one?")]
     report = examine([Weighted("answer", 1.0, Answer())], missed, garbage(right))
-    assert report.fault() is None and "1 reference answer" in "\n".join(report.lines()) and "Which one?" in "\n".join(report.lines())
+    assert (
+        report.fault() is None
+        and "1 reference answer" in "\n".join(report.lines())
+        and "Which one?" in "\n".join(report.lines())
+    )
 
 
 def test_a_shape_need_not_judge_but_the_sum_must() -> None:
@@ -216,7 +324,11 @@ def test_a_shape_need_not_judge_but_the_sum_must() -> None:
 
 
 def test_share_ahead_by_hand() -> None:
-    assert share_ahead([1.0, 0.0], [0.0, 0.0]) == 0.75 and share_ahead([1.0], [1.0]) == 0.5 and share_ahead([0.0], [1.0]) == 0.0
+    assert (
+        share_ahead([1.0, 0.0], [0.0, 0.0]) == 0.75
+        and share_ahead([1.0], [1.0]) == 0.5
+        and share_ahead([0.0], [1.0]) == 0.0
+    )
     assert needed(1000, 5000) == 0.6 and needed(2, 10) == 0.9
 
 
@@ -225,7 +337,9 @@ def test_garbage_is_never_the_answer() -> None:
     wrong = garbage(right)
     kinds = [wrong[place::5] for place in range(5)]
     assert len(wrong) == 1000 and [each.completion for each in kinds[3]] == [each.prompt for each in right]
-    assert all(each.completion == "" for each in kinds[0]) and {each.gold for each in wrong} == {each.gold for each in right}
+    assert all(each.completion == "" for each in kinds[0]) and {each.gold for each in wrong} == {
+        each.gold for each in right
+    }
     for kind in (kinds[0], kinds[1], kinds[2], kinds[4]):
         assert all(score.value == 0.0 for score in Answer().score(kind))
 
@@ -236,7 +350,8 @@ def test_dead_groups() -> None:
 
 
 def test_dead_groups_from_few_samples_are_not_overstated() -> None:
-    """Rates of many prompts, each seen through 4 samples: the plain formula says too much, the one with the prior does not."""
+    """Rates of many prompts, each seen through 4 samples: the plain formula says too much, the one with the prior does
+    not."""
     rng = random.Random(0)
     rates = [rng.betavariate(0.5, 0.5) for _ in range(4000)]
     seen = [sum(rng.random() < rate for _ in range(4)) / 4 for rate in rates]

@@ -111,26 +111,47 @@ def within(seconds: float, true: Callable[[], bool]) -> bool:
 def test_values_and_rows_reach_the_function_and_come_back(folder: Path) -> None:
     assert score(own(folder, "length"), item("a\n\x00\ud800\u00e9\u202e")).value == 6.0
     assert score(own(folder, "length"), item("x" * 3_000_000)).value == 3_000_000.0
-    assert score(own(folder, "column"), item("", worth=-0.25, day=date(2026, 1, 2), raw=b"\xff", at=(1, 2))).value == -0.25
+    assert (
+        score(own(folder, "column"), item("", worth=-0.25, day=date(2026, 1, 2), raw=b"\xff", at=(1, 2))).value == -0.25
+    )
     assert [one.value for one in own(folder, "yes").score([item("yes"), item("no")])] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        ("raises", "ZeroDivisionError: division by zero (mine.py:9: return 1 / 0)"), ("nothing", "returned None"), ("text", "returned '1'"),
-        ("nan", "returned nan"), ("huge", "returned inf"), ("leaves", "ended its process with code 7"), ("ends", "SystemExit"),
-        ("crashes", "was killed by SIGSEGV"), ("interrupts", "KeyboardInterrupt"), ("asks", "EOFError"), ("escapes", "x1b]0;hello"),
-        ("unspoken", "Mute"), ("later", "coroutine"), ("deep", "RecursionError"), ("column", "KeyError: 'worth'"),
+        ("raises", "ZeroDivisionError: division by zero (mine.py:9: return 1 / 0)"),
+        ("nothing", "returned None"),
+        ("text", "returned '1'"),
+        ("nan", "returned nan"),
+        ("huge", "returned inf"),
+        ("leaves", "ended its process with code 7"),
+        ("ends", "SystemExit"),
+        ("crashes", "was killed by SIGSEGV"),
+        ("interrupts", "KeyboardInterrupt"),
+        ("asks", "EOFError"),
+        ("escapes", "x1b]0;hello"),
+        ("unspoken", "Mute"),
+        ("later", "coroutine"),
+        ("deep", "RecursionError"),
+        ("column", "KeyError: 'worth'"),
     ],
-)  # fmt: skip
-def test_a_broken_function_stops_the_run_and_names_row_function_and_line(folder: Path, function: str, words: str) -> None:
+)
+def test_a_broken_function_stops_the_run_and_names_row_function_and_line(
+    folder: Path, function: str, words: str
+) -> None:
     found = score(own(folder, function), item("bad"))
     assert (found.value, found.verdict) == (None, "error")
     with pytest.raises(RunFailed) as caught:
         total([found], [1.0])
     told = str(caught.value)
-    assert words in told and f"./mine.py:{function} " in told and "'bad'" in told and "'What is 40 + 32?'" in told and told.isprintable()
+    assert (
+        words in told
+        and f"./mine.py:{function} " in told
+        and "'bad'" in told
+        and "'What is 40 + 32?'" in told
+        and told.isprintable()
+    )
 
 
 @pytest.mark.parametrize("function", ["sleeps", "spins", "stubborn"])
@@ -146,7 +167,10 @@ def test_a_function_that_hangs_ends_in_time_and_the_pool_works_on(folder: Path, 
         if function != "stubborn":
             scorer.submit(1, item("fine"))
             assert scorer.collect()[1][0].value == 1.0 and len(scorer.pids) == 1 and scorer.pids != before
-    with pytest.raises(RunFailed, match=rf"mine.py:{function} did not return within 0.5 s on the completion '{word}' of the prompt 'What"):
+    with pytest.raises(
+        RunFailed,
+        match=rf"mine.py:{function} did not return within 0.5 s on the completion '{word}' of the prompt 'What",
+    ):
         total([found], [1.0])
 
 
@@ -156,7 +180,9 @@ def test_one_that_hangs_holds_up_nobody_else(folder: Path) -> None:
             scorer.submit(number, item("sleep" if number == 3 else f"It is {60 + number}."))
         found = scorer.collect()
     assert list(found) == list(range(40))
-    assert [scores[0].verdict for scores in found.values()] == ["timeout" if number == 3 else "graded" for number in range(40)]
+    assert [scores[0].verdict for scores in found.values()] == [
+        "timeout" if number == 3 else "graded" for number in range(40)
+    ]
     assert [number for number, scores in found.items() if scores[1].value == 1.0] == [12]
 
 
@@ -166,7 +192,8 @@ def test_the_pool_keeps_its_size(folder: Path) -> None:
             scorer.submit(number, item(""))
         assert all(scores[0].verdict == "error" for scores in scorer.collect().values())
         assert within(10.0, lambda: sum(map(lives, scorer.pids)) == 2)
-        assert all(os.getpgid(pid) != os.getpgid(0) for pid in scorer.pids)  # the terminal's Ctrl-C is for the run alone
+        # the terminal's Ctrl-C is for the run alone
+        assert all(os.getpgid(pid) != os.getpgid(0) for pid in scorer.pids)
         assert len([pid for pid in children(os.getpid()) if "worker.py" in command(pid)]) == 2
 
 
@@ -236,16 +263,23 @@ def test_what_it_prints_and_starts_goes_nowhere(folder: Path, capfd: pytest.Capt
     assert capfd.readouterr() == ("", "")
 
 
-def test_functions_are_found_by_any_path_and_files_of_one_name_stay_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_functions_are_found_by_any_path_and_files_of_one_name_stay_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number, place in enumerate(("a", "b")):
         (tmp_path / place).mkdir()
-        (tmp_path / place / "mine.py").write_text(f"from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = {number}\n"
-                                                  "def grade(completion, row): return A().x\n")  # fmt: skip
+        (tmp_path / place / "mine.py").write_text(
+            f"from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = {number}\n"
+            "def grade(completion, row): return A().x\n"
+        )
     (tmp_path / "a" / "helper.py").write_text("value = 5\n")
     (tmp_path / "a" / "uses.py").write_text("import helper\ndef grade(completion, row): return helper.value\n")
     monkeypatch.chdir(tmp_path / "a")
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
-    uses = [RewardUse(use=use) for use in ("./mine.py:grade", f"{tmp_path}/b/mine.py:grade", "../b/mine.py:grade", "uses.py:grade")]
+    uses = [
+        RewardUse(use=use)
+        for use in ("./mine.py:grade", f"{tmp_path}/b/mine.py:grade", "../b/mine.py:grade", "uses.py:grade")
+    ]
     made = make(uses, Path())
     assert [each.name for each in made] == ["grade", "grade-2", "grade-3", "grade-4"]
     with Scorer[int]([each.reward for each in made], workers=1) as scorer:
@@ -258,14 +292,30 @@ def test_files_that_cannot_be_loaded_are_told_all_at_once(folder: Path) -> None:
     (folder / "syntax.py").write_text("def f(completion, row):\n    return (\n")
     (folder / "imports.py").write_text("import nothing_of_the_kind\ndef f(completion, row): return 1\n")
     (folder / "leaves.py").write_text("raise SystemExit(0)\n")
-    uses = ["syntax.py:f", "imports.py:f", "leaves.py:f", "mine.py:missing", "mine.py:no_function", "mine.py:wrong_arguments", "mine.py:length"]
+    uses = [
+        "syntax.py:f",
+        "imports.py:f",
+        "leaves.py:f",
+        "mine.py:missing",
+        "mine.py:no_function",
+        "mine.py:wrong_arguments",
+        "mine.py:length",
+    ]
     rewards = [each.reward for each in make([RewardUse(use=use) for use in uses], folder)]
     with pytest.raises(Faults) as caught:
         Scorer[int](rewards)
     told = [(fault.key, fault.message) for fault in caught.value.faults]
-    words = ["SyntaxError", "No module named 'nothing_of_the_kind' (imports.py:1", "SystemExit", "no function `missing`",
-             "no function `no_function`", "(completion, row)"]  # fmt: skip
-    assert [key for key, _ in told] == uses[:6] and all(word in message for word, (_, message) in zip(words, told, strict=True)), told
+    words = [
+        "SyntaxError",
+        "No module named 'nothing_of_the_kind' (imports.py:1",
+        "SystemExit",
+        "no function `missing`",
+        "no function `no_function`",
+        "(completion, row)",
+    ]
+    assert [key for key, _ in told] == uses[:6] and all(
+        word in message for word, (_, message) in zip(words, told, strict=True)
+    ), told
 
 
 def test_a_file_that_hangs_or_dies_at_its_import_is_refused(folder: Path) -> None:
@@ -300,23 +350,37 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests i
 from pathlib import Path
 from lowrank_tune.rewards import Item, Scorer, make
 from lowrank_tune.settings import RewardUse
-scorer = Scorer([each.reward for each in make([RewardUse(use=f"mine.py:{sys.argv[1]}")], Path())], workers=2, timeout_seconds=600)
+rewards = make([RewardUse(use=f"mine.py:{sys.argv[1]}")], Path())
+scorer = Scorer([each.reward for each in rewards], workers=2, timeout_seconds=600)
 for number in range(4):
     scorer.submit(number, Item("p", sys.argv[2], None, {}, True, 1))
 print(*scorer.pids, flush=True)
 %s
 """
 ENDS = {
-    "left open": ("time.sleep(0.5)", None), "killed": ("scorer.collect()", signal.SIGKILL), "terminated": ("scorer.collect()", signal.SIGTERM),
+    "left open": ("time.sleep(0.5)", None),
+    "killed": ("scorer.collect()", signal.SIGKILL),
+    "terminated": ("scorer.collect()", signal.SIGTERM),
     "interrupted": ("with scorer: scorer.collect()", signal.SIGINT),
-}  # fmt: skip
+}
 
 
 def test_no_worker_outlives_the_run(folder: Path) -> None:
-    """However a run ends, also while its workers are deep in a function; the runs side by side, for each imports torch."""
+    """However a run ends, also while its workers are deep in a function; the runs side by side, for each imports
+    torch."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    runs = [subprocess.Popen([sys.executable, "-c", RUN % last, "spins", "spin"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                             text=True, env=environment, start_new_session=True) for last, _ in ENDS.values()]  # fmt: skip
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", RUN % last, "spins", "spin"],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        for last, _ in ENDS.values()
+    ]
     workers = [[int(pid) for pid in run.stdout.readline().split()] for run in runs if run.stdout is not None]
     outlived = []
     for run, pids, (end, (_, number)) in zip(runs, workers, ENDS.items(), strict=True):
@@ -338,15 +402,22 @@ def test_no_worker_outlives_the_run(folder: Path) -> None:
 
 
 def test_preflight_of_own_functions(folder: Path) -> None:
-    (folder / "mine.py").write_text("import random\ndef exact(completion, row): return completion.endswith(f\"{row['worth']}.\")\n"
-                                    "def same(completion, row): return 1\ndef lot(completion, row): return random.random()\n")  # fmt: skip
+    (folder / "mine.py").write_text(
+        "import random\ndef exact(completion, row): return completion.endswith(f\"{row['worth']}.\")\n"
+        "def same(completion, row): return 1\ndef lot(completion, row): return random.random()\n"
+    )
     right = [Item(f"What is {n} + 0?", f"So it is {n}.", str(n), {"worth": n}, True, 5) for n in range(10, 26)]
 
     def fault(*functions: str) -> str:
         made = make([RewardUse(use=f"mine.py:{function}") for function in functions], folder)
         return examine(made, right, garbage(right)).fault() or ""
 
-    assert fault("exact") == "" and "`same`" in fault("same") and "`lot`" in fault("lot") and "`lot`" in fault("exact", "lot")
+    assert (
+        fault("exact") == ""
+        and "`same`" in fault("same")
+        and "`lot`" in fault("lot")
+        and "`lot`" in fault("exact", "lot")
+    )
     broken = [Item("Which row?", "So it is 5.", "5", {}, True, 5), *right]
     report = examine(make([RewardUse(use="mine.py:exact")], folder), broken, garbage(right))
     assert "KeyError: 'worth'" in (report.fault() or "") and "Which row?" in (report.fault() or "")

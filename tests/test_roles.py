@@ -1,4 +1,5 @@
-"""Laws of the roles: the base shines through, only what is trained moves, recomputation speaks with the voice of the forward pass."""
+"""Laws of the roles: the base shines through, only what is trained moves, recomputation speaks with the voice of the
+forward pass."""
 
 from __future__ import annotations
 
@@ -71,11 +72,12 @@ def train(roles: Roles, steps: int = 2, rate: float = 1e-2, role: str = "policy"
         clear(roles)
 
 
-# --- 1: adapters off equals the bare model ---------------------------------------------------------------------------------------------
+# --- 1: adapters off equals the bare model ----------------------------------------------------------------------------
 
 
 def off_equals_bare(bits: int, train_mode: bool, then: str, dropout: float = 0.1) -> bool:
-    """Whether `base` gives the logits of the model that never had an adapter, bit for bit, and a fresh policy those of the stack below."""
+    """Whether `base` gives the logits of the model that never had an adapter, bit for bit, and a fresh policy those of
+    the stack below."""
     bare, batch = load(bits), ragged()
     expected = logits(bare.model, batch, train_mode)
     roles = llama_roles(bits, lower=["sft"], dropout=dropout)
@@ -90,7 +92,9 @@ def off_equals_bare(bits: int, train_mode: bool, then: str, dropout: float = 0.1
     elif then == "trained":
         train(roles)
     else:
-        roles.load_adapter_tensors("policy", {key: torch.randn_like(t) for key, t in roles.adapter_tensors("policy").items()}, "here")
+        roles.load_adapter_tensors(
+            "policy", {key: torch.randn_like(t) for key, t in roles.adapter_tensors("policy").items()}, "here"
+        )
     with roles.use("base"):
         return torch.equal(logits(roles.base.model, batch, train_mode), expected)
 
@@ -127,11 +131,17 @@ def _load_without_pin(self: Roles, name: str, tensors: Any, where: str) -> None:
 real_freeze, real_pin, real_load = Roles._freeze_all_but_trainable, Roles._pin, Roles.load_adapter_tensors
 
 
-@pytest.mark.parametrize(("name", "bug", "then"), [
-    ("use", _use_leaves_the_lower, "trained"), ("_freeze_all_but_trainable", _frozen_dropout_fires, "fresh"),
-    ("_pin", lambda self: None, "loaded"),
-])  # fmt: skip
-def test_a_role_that_leaks_into_the_base_is_seen(monkeypatch: pytest.MonkeyPatch, name: str, bug: Any, then: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "bug", "then"),
+    [
+        ("use", _use_leaves_the_lower, "trained"),
+        ("_freeze_all_but_trainable", _frozen_dropout_fires, "fresh"),
+        ("_pin", lambda self: None, "loaded"),
+    ],
+)
+def test_a_role_that_leaks_into_the_base_is_seen(
+    monkeypatch: pytest.MonkeyPatch, name: str, bug: Any, then: str
+) -> None:
     monkeypatch.setattr(Roles, name, bug)
     with pytest.MonkeyPatch.context() as inner:
         inner.setattr(roles_module, "check_head", lambda model, head: None)
@@ -158,8 +168,11 @@ def test_a_switch_that_peft_undoes_is_pinned_again(monkeypatch: pytest.MonkeyPat
 
 def test_dropout_of_the_base_never_fires() -> None:
     """Granite 3.0 comes with attention dropout 0.1, which is a number on the module, not an nn.Dropout."""
-    for kind, dropouts in (("granite", {"attention_dropout": 0.5}), ("gpt2", {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}),
-                           ("gpt_neox", {"attention_dropout": 0.5, "hidden_dropout": 0.5})):  # fmt: skip
+    for kind, dropouts in (
+        ("granite", {"attention_dropout": 0.5}),
+        ("gpt2", {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}),
+        ("gpt_neox", {"attention_dropout": 0.5, "hidden_dropout": 0.5}),
+    ):
         model = whole(kind, **dropouts).model
         assert torch.equal(logits(model, ragged(), True), logits(model, ragged(), True)), kind
 
@@ -171,15 +184,18 @@ def test_the_hash_does_not_see_the_adapters() -> None:
     assert base_hashes(roles.base.model) == before and len(before) > 15
 
 
-# --- 2: training moves the policy and nothing else -------------------------------------------------------------------------------------
+# --- 2: training moves the policy and nothing else --------------------------------------------------------------------
 
 
 def moved_elsewhere(roles: Roles) -> list[str]:
-    """All that training the policy touched and should not have: bytes, hashes, gradients, `requires_grad`. Empty is right."""
+    """All that training the policy touched and should not have: bytes, hashes, gradients, `requires_grad`. Empty is
+    right."""
     before, hashes = all_tensors(roles.base.model), base_hashes(roles.base.model)
     wants = {name: p.requires_grad for name, p in roles.base.model.named_parameters()}
     algorithm = sft_over(roles)
-    optimizer = torch.optim.AdamW([p for p in roles.base.model.parameters() if p.is_floating_point()], lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in roles.base.model.parameters() if p.is_floating_point()], lr=1e-2, weight_decay=0.1
+    )
     wrong: list[str] = []
     for step in range(2):
         batch = weighted(algorithm, algorithm.collect(step).batch)
@@ -189,8 +205,16 @@ def moved_elsewhere(roles: Roles) -> list[str]:
             pass
         for term in algorithm.terms(batch):
             term.loss.backward()
-        wrong += [f"gradient of {n}" for n, p in roles.base.model.named_parameters() if p.grad is not None and ".lt_policy." not in n]
-        wrong += [f"no gradient of {n}" for n, p in roles.base.model.named_parameters() if p.grad is None and ".lt_policy." in n]
+        wrong += [
+            f"gradient of {n}"
+            for n, p in roles.base.model.named_parameters()
+            if p.grad is not None and ".lt_policy." not in n
+        ]
+        wrong += [
+            f"no gradient of {n}"
+            for n, p in roles.base.model.named_parameters()
+            if p.grad is None and ".lt_policy." in n
+        ]
         optimizer.step()
         clear(roles)
     moved = changed(before, all_tensors(roles.base.model))
@@ -249,7 +273,7 @@ def test_a_base_that_is_written_is_seen() -> None:
         handle.remove()
 
 
-# --- exceptions restore everything -----------------------------------------------------------------------------------------------------
+# --- exceptions restore everything ------------------------------------------------------------------------------------
 
 
 class Fault(Exception):
@@ -279,7 +303,8 @@ def left_behind(roles: Roles) -> list[str]:
         look("outer", roles.stacks["policy"], True)
         raise Fault
     look("after", [], True)
-    again = roles.use("policy")  # one voice entered while it is entered, as a second backward pass within the first would
+    # one voice entered while it is entered, as a second backward pass within the first would
+    again = roles.use("policy")
     with again, roles.use("reference"):
         with again:
             look("again", roles.stacks["policy"], True)
@@ -334,27 +359,43 @@ def _quiet_always_to_train(self: Roles) -> Iterator[None]:
         self.base.model.train()
 
 
-@pytest.mark.parametrize(("place", "name", "bug"), [
-    (roles_module._Voice, "__exit__", _exit_to_the_base), (roles_module._Voice, "__exit__", _exit_only_when_well),
-    (Roles, "quiet", _quiet_without_finally), (Roles, "quiet", _quiet_always_to_train),
-])  # fmt: skip
-def test_a_role_that_stays_after_an_exception_is_seen(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, bug: Any) -> None:
+@pytest.mark.parametrize(
+    ("place", "name", "bug"),
+    [
+        (roles_module._Voice, "__exit__", _exit_to_the_base),
+        (roles_module._Voice, "__exit__", _exit_only_when_well),
+        (Roles, "quiet", _quiet_without_finally),
+        (Roles, "quiet", _quiet_always_to_train),
+    ],
+)
+def test_a_role_that_stays_after_an_exception_is_seen(
+    monkeypatch: pytest.MonkeyPatch, place: Any, name: str, bug: Any
+) -> None:
     roles = llama_roles(lower=["sft"])
     monkeypatch.setattr(place, name, bug)
     assert left_behind(roles) != []
 
 
-# --- 3: gradient checkpointing ---------------------------------------------------------------------------------------------------------
+# --- 3: gradient checkpointing ----------------------------------------------------------------------------------------
 
 STACKS = {"policy": ["policy"], "value": ["value"], "reference": []}
 DEEP = {"policy": ["sft", "policy"], "value": ["sft", "value"], "reference": ["sft"]}
 
 
-def some_gradients(bits: int, stacks: dict[str, list[str]], roles_used: Sequence[str], checkpointing: bool) -> tuple[Tensor, int, int]:
-    """Gradients of policy and value, joint backward of the used roles' terms *while another role of the same depth is active*, and how
-    often a layer ran until then and in all."""
+def some_gradients(
+    bits: int, stacks: dict[str, list[str]], roles_used: Sequence[str], checkpointing: bool
+) -> tuple[Tensor, int, int]:
+    """Gradients of policy and value, joint backward of the used roles' terms *while another role of the same depth is
+    active*, and how often a layer ran until then and in all."""
     lower = sorted({name for stack in stacks.values() for name in stack} - {"policy", "value"})
-    roles = roles_over(load(bits), lower=lower, extra=["value"], trainable=["policy", "value"], stacks=stacks, checkpointing=checkpointing)
+    roles = roles_over(
+        load(bits),
+        lower=lower,
+        extra=["value"],
+        trainable=["policy", "value"],
+        stacks=stacks,
+        checkpointing=checkpointing,
+    )
     shake(roles, "policy", seed=1)
     shake(roles, "value", seed=2)
     shake(roles, *lower, seed=3)
@@ -370,7 +411,8 @@ def some_gradients(bits: int, stacks: dict[str, list[str]], roles_used: Sequence
 
 
 def error_of_checkpointing(bits: int, stacks: dict[str, list[str]], roles_used: Sequence[str]) -> float:
-    """Relative difference of the gradients with and without; infinite where a layer was not run exactly as often as it should."""
+    """Relative difference of the gradients with and without; infinite where a layer was not run exactly as often as it
+    should."""
     plain, forward, all_in_all = some_gradients(bits, stacks, roles_used, False)
     if (forward, all_in_all) != (len(roles_used), len(roles_used)):
         return float("inf")
@@ -398,8 +440,12 @@ def _checkpoint_without_voice(self: Roles, *_: Any) -> None:
 
 
 @pytest.mark.parametrize("stacks", [STACKS, DEEP], ids=["one", "two"])
-@pytest.mark.parametrize("bug", [_checkpoint_without_voice, lambda self, *_: None], ids=["no voice", "no recomputation"])
-def test_recomputation_under_another_role_is_seen(monkeypatch: pytest.MonkeyPatch, bug: Any, stacks: dict[str, list[str]]) -> None:
+@pytest.mark.parametrize(
+    "bug", [_checkpoint_without_voice, lambda self, *_: None], ids=["no voice", "no recomputation"]
+)
+def test_recomputation_under_another_role_is_seen(
+    monkeypatch: pytest.MonkeyPatch, bug: Any, stacks: dict[str, list[str]]
+) -> None:
     monkeypatch.setattr(Roles, "_checkpoint", bug)
     for used in ROLES_USED:
         assert error_of_checkpointing(4, stacks, used) > 1e-2
@@ -425,14 +471,14 @@ def test_a_graph_can_be_walked_twice() -> None:
     assert far(gradients(roles), 2 * once) <= 1e-6 and roles._active == []
 
 
-# --- 6: padding ------------------------------------------------------------------------------------------------------------------------
+# --- 6: padding -------------------------------------------------------------------------------------------------------
 
 ROWS = [[5, 9, 13, 2, 40, 41, 7], [8, 3, 96], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20]]
 
 
 def error_of_padding(roles: Roles, **how: Any) -> float:
-    """Largest difference that padding `how` makes to the log-probs of the real tokens, and the relative one of the gradient,
-    against each row alone."""
+    """Largest difference that padding `how` makes to the log-probs of the real tokens, and the relative one of the
+    gradient, against each row alone."""
 
     def logps_of(batch: Batch) -> tuple[Tensor, Tensor]:
         clear(roles)
@@ -441,31 +487,55 @@ def error_of_padding(roles: Roles, **how: Any) -> float:
         return torch.cat([found.logps[batch.attended], found.entropy[batch.attended]]).detach(), gradients(roles)
 
     alone = [logps_of(make_batch([row])) for row in ROWS]
-    values = torch.cat([torch.cat([value[: len(row)] for (value, _), row in zip(alone, ROWS, strict=True)]),
-                        torch.cat([value[len(row) :] for (value, _), row in zip(alone, ROWS, strict=True)])])  # fmt: skip
+    values = torch.cat(
+        [
+            torch.cat([value[: len(row)] for (value, _), row in zip(alone, ROWS, strict=True)]),
+            torch.cat([value[len(row) :] for (value, _), row in zip(alone, ROWS, strict=True)]),
+        ]
+    )
     padded, gradient = logps_of(make_batch(ROWS, **how))
     return max(float((padded - values).abs().max()), far(gradient, sum(g for _, g in alone)))  # type: ignore[arg-type]
 
 
-PADDINGS: list[dict[str, Any]] = [{}, {"more": 9}, {"more": 9, "filler": 77}, {"left": True}, {"left": True, "more": 5, "filler": 77}]
+PADDINGS: list[dict[str, Any]] = [
+    {},
+    {"more": 9},
+    {"more": 9, "filler": 77},
+    {"left": True},
+    {"left": True, "more": 5, "filler": 77},
+]
 
 
 @pytest.mark.parametrize("how", PADDINGS, ids=str)
 @pytest.mark.parametrize("kind", ["nf4", "llama", "gpt2", "gpt_neo", "mistral"])
 def test_padding_side_and_width_change_nothing(kind: str, how: dict[str, Any]) -> None:
-    roles = llama_roles() if kind == "nf4" else roles_over(whole(kind, **({"sliding_window": 4} if kind == "mistral" else {})))
+    roles = (
+        llama_roles()
+        if kind == "nf4"
+        else roles_over(whole(kind, **({"sliding_window": 4} if kind == "mistral" else {})))
+    )
     shake(roles, "policy")
     assert error_of_padding(roles, **how) <= 2e-5
 
 
-@pytest.mark.parametrize(("kind", "dropped"), [
-    ("gpt2", ["position_ids"]), ("gpt_neo", ["position_ids"]), ("llama", ["attention_mask", "position_ids"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "dropped"),
+    [
+        ("gpt2", ["position_ids"]),
+        ("gpt_neo", ["position_ids"]),
+        ("llama", ["attention_mask", "position_ids"]),
+    ],
+)
 def test_padding_that_is_looked_at_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str, dropped: list[str]) -> None:
     roles = roles_over(whole(kind))
     shake(roles, "policy")
     decoder = roles.base.model.get_decoder()
-    monkeypatch.setattr(roles.base.model, "get_decoder", lambda: lambda **given: decoder(**{**given, **dict.fromkeys(dropped)}), raising=False)
+    monkeypatch.setattr(
+        roles.base.model,
+        "get_decoder",
+        lambda: lambda **given: decoder(**{**given, **dict.fromkeys(dropped)}),
+        raising=False,
+    )
     assert error_of_padding(roles, left=True) > 1e-3
 
 
@@ -477,7 +547,7 @@ def test_right_padding_is_bit_identical_in_value() -> None:
     assert torch.equal(few.logps, many.logps) and torch.equal(few.entropy, many.entropy)
 
 
-# --- 10: adapters ----------------------------------------------------------------------------------------------------------------------
+# --- 10: adapters -----------------------------------------------------------------------------------------------------
 
 
 def save(roles: Roles, name: str, folder: Path) -> Path:
@@ -503,7 +573,11 @@ def test_a_saved_adapter_loads_with_plain_peft(tmp_path: Path, bits: int, more: 
     roles.stacks["policy"] = ["lt_policy"]
     assert plain_peft_equals(roles, bits, tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
-    assert config["base_model_name_or_path"] == roles.base.name and config["inference_mode"] is True and config["peft_type"] == "LORA"
+    assert (
+        config["base_model_name_or_path"] == roles.base.name
+        and config["inference_mode"] is True
+        and config["peft_type"] == "LORA"
+    )
 
 
 def test_a_wrong_scaling_or_a_lost_tensor_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -518,21 +592,29 @@ def test_a_wrong_scaling_or_a_lost_tensor_is_seen(tmp_path: Path, monkeypatch: p
 
 
 def test_an_adapter_goes_on_where_it_was(tmp_path: Path) -> None:
-    """read_adapter and load_adapter_tensors: as the policy it is trainable and the same; below another it is frozen, without dropout."""
+    """read_adapter and load_adapter_tensors: as the policy it is trainable and the same; below another it is frozen,
+    without dropout."""
     roles = llama_roles(dropout=0.25, rslora=True)
     shake(roles, "policy")
     saved = read_adapter(str(save(roles, "policy", tmp_path / "run" / "final").parent), "adapters.policy.path")
     assert saved.base_name == roles.base.name and saved.config.use_rslora and saved.config.lora_dropout == 0.25
     again = Roles(load(), {"policy": saved.config}, ["policy"], {"policy": ["policy"], "reference": []})
     again.load_adapter_tensors("policy", saved.tensors, "here")
-    below = Roles(load(), {"sft": saved.config, "policy": saved.config}, ["policy"], {"policy": ["sft", "policy"], "reference": ["sft"]})
+    below = Roles(
+        load(),
+        {"sft": saved.config, "policy": saved.config},
+        ["policy"],
+        {"policy": ["sft", "policy"], "reference": ["sft"]},
+    )
     below.load_adapter_tensors("sft", saved.tensors, "here")
     with roles.quiet(), again.quiet(), below.quiet():
         expected = roles.logps("policy", ragged()).logps
         assert torch.equal(again.logps("policy", ragged()).logps, expected)
         assert torch.equal(below.logps("reference", ragged()).logps, expected)
         assert torch.equal(below.logps("policy", ragged()).logps, expected)
-    assert [p.requires_grad for p in again.parameters("policy")] and len(below.parameters("policy")) == len(again.parameters("policy"))
+    assert [p.requires_grad for p in again.parameters("policy")] and len(below.parameters("policy")) == len(
+        again.parameters("policy")
+    )
     assert not any(p.requires_grad for n, p in below.base.model.named_parameters() if ".lt_sft." in n)
     with pytest.MonkeyPatch.context() as patch:  # the check can fail
         patch.setattr(settings.Adapter, "dropout", 0.0, raising=False)
@@ -566,7 +648,8 @@ NAMES = ("value", "q_proj", "lora_a", "lora_A", "weight", "mlp", "model", "layer
 
 
 def lost_tensors(folder: Path) -> list[str]:
-    """Adapters of which a saved file does not hold every tensor, or whose loading changes another one. Empty is right."""
+    """Adapters of which a saved file does not hold every tensor, or whose loading changes another one. Empty is
+    right."""
     roles = roles_over(load(), lower=NAMES)
     shake(roles, "policy", *NAMES)
     wrong = []
@@ -623,7 +706,7 @@ def test_scaling(rslora: bool, scale: float) -> None:
     assert far(delta.detach(), by_hand.detach()) < 1e-5
 
 
-# --- faults of an adapter's folder -----------------------------------------------------------------------------------------------------
+# --- faults of an adapter's folder ------------------------------------------------------------------------------------
 
 GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 
@@ -636,36 +719,41 @@ def sentence(call: Callable[[], Any]) -> str:
     return text
 
 
-@pytest.mark.parametrize(("files", "weights", "says"), [
-    ({}, None, "holds no adapter_config.json"),
-    ({"run.json": "{}"}, None, "a run that has not ended"),
-    ({CONFIG: json.dumps(GOOD), "adapter_model.bin": "x"}, None, "can run code when they are read"),
-    ({CONFIG: json.dumps(GOOD)}, None, "holds no adapter_model.safetensors"),
-    ({CONFIG: json.dumps(GOOD)}, b"not a safetensors file", "is broken"),
-    ({CONFIG: json.dumps(GOOD)}, b"", "is broken"),
-    ({CONFIG: "{"}, "good", "is broken"),
-    ({CONFIG: "\x00\x01"}, "good", "is broken"),
-    ({CONFIG: "[]"}, "good", "is no LoRA adapter but list"),
-    ({CONFIG: json.dumps({"peft_type": "IA3"})}, "good", "is no LoRA adapter but IA3"),
-    ({CONFIG: json.dumps(GOOD | {"use_dora": True})}, "good", "uses use_dora"),
-    ({CONFIG: json.dumps(GOOD | {"modules_to_save": ["lm_head"]})}, "good", "uses modules_to_save"),
-    ({CONFIG: json.dumps(GOOD | {"init_lora_weights": "pissa"})}, "good", "uses init_lora_weights pissa"),
-    ({CONFIG: json.dumps(GOOD | {"init_lora_weights": "olora"})}, "good", "uses init_lora_weights olora"),
-    ({CONFIG: json.dumps(GOOD | {"bias": "all"})}, "good", "uses bias all"),
-    ({CONFIG: json.dumps(GOOD | {"use_qalora": True})}, "good", "uses use_qalora"),
-    ({CONFIG: json.dumps(GOOD | {"target_parameters": ["x"]})}, "good", "uses target_parameters"),
-    ({CONFIG: json.dumps(GOOD | {"r": "four"})}, "good", "is broken: r is 'four'"),
-    ({CONFIG: json.dumps(GOOD | {"r": True})}, "good", "is broken: r is True"),
-    ({CONFIG: json.dumps(GOOD | {"r": 0})}, "good", "is broken: r is 0"),
-    ({CONFIG: json.dumps(GOOD | {"lora_alpha": float("nan")})}, "good", "is broken: lora_alpha is nan"),
-    ({CONFIG: json.dumps(GOOD | {"lora_alpha": None})}, "good", "is broken: lora_alpha is None"),
-    ({CONFIG: json.dumps(GOOD | {"lora_dropout": "much"})}, "good", "is broken: lora_dropout is 'much'"),
-    ({CONFIG: json.dumps(GOOD | {"lora_dropout": 1.5})}, "good", "is broken: lora_dropout is 1.5"),
-    ({CONFIG: json.dumps(GOOD | {"target_modules": 7})}, "good", "is broken: target_modules is 7"),
-    ({CONFIG: json.dumps(GOOD | {"rank_pattern": {"q_proj": "x"}})}, "good", "is broken: rank_pattern is"),
-    ({CONFIG: json.dumps(GOOD | {"alpha_pattern": 7})}, "good", "is broken: alpha_pattern is 7"),
-])  # fmt: skip
-def test_faults_of_an_adapter_are_one_sentence(tmp_path: Path, files: dict[str, str], weights: bytes | str | None, says: str) -> None:
+@pytest.mark.parametrize(
+    ("files", "weights", "says"),
+    [
+        ({}, None, "holds no adapter_config.json"),
+        ({"run.json": "{}"}, None, "a run that has not ended"),
+        ({CONFIG: json.dumps(GOOD), "adapter_model.bin": "x"}, None, "can run code when they are read"),
+        ({CONFIG: json.dumps(GOOD)}, None, "holds no adapter_model.safetensors"),
+        ({CONFIG: json.dumps(GOOD)}, b"not a safetensors file", "is broken"),
+        ({CONFIG: json.dumps(GOOD)}, b"", "is broken"),
+        ({CONFIG: "{"}, "good", "is broken"),
+        ({CONFIG: "\x00\x01"}, "good", "is broken"),
+        ({CONFIG: "[]"}, "good", "is no LoRA adapter but list"),
+        ({CONFIG: json.dumps({"peft_type": "IA3"})}, "good", "is no LoRA adapter but IA3"),
+        ({CONFIG: json.dumps(GOOD | {"use_dora": True})}, "good", "uses use_dora"),
+        ({CONFIG: json.dumps(GOOD | {"modules_to_save": ["lm_head"]})}, "good", "uses modules_to_save"),
+        ({CONFIG: json.dumps(GOOD | {"init_lora_weights": "pissa"})}, "good", "uses init_lora_weights pissa"),
+        ({CONFIG: json.dumps(GOOD | {"init_lora_weights": "olora"})}, "good", "uses init_lora_weights olora"),
+        ({CONFIG: json.dumps(GOOD | {"bias": "all"})}, "good", "uses bias all"),
+        ({CONFIG: json.dumps(GOOD | {"use_qalora": True})}, "good", "uses use_qalora"),
+        ({CONFIG: json.dumps(GOOD | {"target_parameters": ["x"]})}, "good", "uses target_parameters"),
+        ({CONFIG: json.dumps(GOOD | {"r": "four"})}, "good", "is broken: r is 'four'"),
+        ({CONFIG: json.dumps(GOOD | {"r": True})}, "good", "is broken: r is True"),
+        ({CONFIG: json.dumps(GOOD | {"r": 0})}, "good", "is broken: r is 0"),
+        ({CONFIG: json.dumps(GOOD | {"lora_alpha": float("nan")})}, "good", "is broken: lora_alpha is nan"),
+        ({CONFIG: json.dumps(GOOD | {"lora_alpha": None})}, "good", "is broken: lora_alpha is None"),
+        ({CONFIG: json.dumps(GOOD | {"lora_dropout": "much"})}, "good", "is broken: lora_dropout is 'much'"),
+        ({CONFIG: json.dumps(GOOD | {"lora_dropout": 1.5})}, "good", "is broken: lora_dropout is 1.5"),
+        ({CONFIG: json.dumps(GOOD | {"target_modules": 7})}, "good", "is broken: target_modules is 7"),
+        ({CONFIG: json.dumps(GOOD | {"rank_pattern": {"q_proj": "x"}})}, "good", "is broken: rank_pattern is"),
+        ({CONFIG: json.dumps(GOOD | {"alpha_pattern": 7})}, "good", "is broken: alpha_pattern is 7"),
+    ],
+)
+def test_faults_of_an_adapter_are_one_sentence(
+    tmp_path: Path, files: dict[str, str], weights: bytes | str | None, says: str
+) -> None:
     folder = write(tmp_path / "adapter", files)
     if weights == "good":
         save_file({"a": torch.zeros(1)}, folder / WEIGHTS)
@@ -680,20 +768,26 @@ def test_a_missing_folder_and_an_adapter_of_another_base(tmp_path: Path) -> None
     saved = read_adapter(str(save(narrow, "policy", tmp_path / "narrow")), "adapters.sft.path")
     roles = llama_roles(lower=["sft"])
     before = all_tensors(roles.base.model)
-    assert "another base" in sentence(lambda: roles.load_adapter_tensors("sft", saved.tensors, "adapters.sft.path: narrow"))
+    assert "another base" in sentence(
+        lambda: roles.load_adapter_tensors("sft", saved.tensors, "adapters.sft.path: narrow")
+    )
     assert changed(before, all_tensors(roles.base.model)) == set()
 
 
 def test_an_adapter_whose_modules_the_base_has_not(tmp_path: Path) -> None:
     good = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    for config in (LoraConfig(r=2, target_modules=["no_such_module"]), LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=["q_proj"])):
+    for config in (
+        LoraConfig(r=2, target_modules=["no_such_module"]),
+        LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=["q_proj"]),
+    ):
         for configs in ({"sft": config, "policy": good}, {"policy": good, "sft": config}):
             with pytest.raises(UserError, match="^adapters.sft: this adapter does not fit "):
                 Roles(load(), configs, ["policy"], {"policy": ["sft", "policy"], "reference": ["sft"]})
 
 
 def test_how_an_adapter_was_born_is_not_done_again(tmp_path: Path) -> None:
-    """A saved adapter brings its weights; a start from an orthogonal or EVA initialisation is neither repeated nor refused."""
+    """A saved adapter brings its weights; a start from an orthogonal or EVA initialisation is neither repeated nor
+    refused."""
     for born in ("gaussian", "orthogonal", "eva"):
         folder = write(tmp_path / born, {CONFIG: json.dumps(GOOD | {"init_lora_weights": born})})
         save_file({"a": torch.zeros(1)}, folder / WEIGHTS)
@@ -714,7 +808,7 @@ def test_all_linear_takes_every_linear_but_the_head() -> None:
     assert isinstance(roles.base.model.get_output_embeddings(), nn.Linear) and roles.base.device == CPU
 
 
-# --- release: one base for stage after stage --------------------------------------------------------------------------------------------
+# --- release: one base for stage after stage --------------------------------------------------------------------------
 
 
 def trained_bytes(roles: Roles) -> dict[str, Tensor]:
@@ -732,18 +826,29 @@ def of_kind(kind: str) -> Base:
 
 
 def released_wrong(kind: str, first: bool, then: bool) -> set[str]:
-    """What differs between Roles over a base that carried others before (checkpointed if `first`) and over a fresh one. Empty is right."""
+    """What differs between Roles over a base that carried others before (checkpointed if `first`) and over a fresh one.
+    Empty is right."""
     base, batch = of_kind(kind), ragged(vocab=60)
     before, hashes = all_tensors(base.model), base_hashes(base.model)
     outputs = [logits(base.model, batch, mode) for mode in (True, False)]
     modules, names = [(name, type(module)) for name, module in base.model.named_modules()], attributes(base.model)
     stacks = {"policy": ["sft", "policy"], "reward": ["reward"], "reference": ["sft"]}
-    roles = roles_over(base, lower=["sft"], dropout=0.1, checkpointing=first, extra=["reward"], heads=["reward"],
-                       trainable=["policy", "reward"], stacks=stacks)  # fmt: skip
+    roles = roles_over(
+        base,
+        lower=["sft"],
+        dropout=0.1,
+        checkpointing=first,
+        extra=["reward"],
+        heads=["reward"],
+        trainable=["policy", "reward"],
+        stacks=stacks,
+    )
     shake(roles, "sft", "reward")
     trained_bytes(roles)
     roles.last_scores("reward", batch).sum().backward()  # type: ignore[no-untyped-call]
-    watched = [weakref.ref(thing) for thing in (*roles.parameters("policy"), *roles.parameters("reward"), *roles._layers())]
+    watched = [
+        weakref.ref(thing) for thing in (*roles.parameters("policy"), *roles.parameters("reward"), *roles._layers())
+    ]
     base.model.eval()
     roles.release()
     gc.collect()
@@ -752,12 +857,24 @@ def released_wrong(kind: str, first: bool, then: bool) -> set[str]:
     wrong |= {"hashes"} if base_hashes(base.model) != hashes else set()
     wrong |= {"modules"} if [(name, type(module)) for name, module in base.model.named_modules()] != modules else set()
     wrong |= {f"attribute {name}" for name in attributes(base.model) ^ names}
-    wrong |= {f"requires_grad of {name}" for name, p in base.model.named_parameters() if p.requires_grad or p.grad is not None}
-    wrong |= {"mode" for module in base.model.modules() if not module.training or getattr(module, "gradient_checkpointing", False)}
-    wrong |= {"logits" for mode, out in zip((True, False), outputs, strict=True) if not torch.equal(logits(base.model, batch, mode), out)}
+    wrong |= {
+        f"requires_grad of {name}" for name, p in base.model.named_parameters() if p.requires_grad or p.grad is not None
+    }
+    wrong |= {
+        "mode"
+        for module in base.model.modules()
+        if not module.training or getattr(module, "gradient_checkpointing", False)
+    }
+    wrong |= {
+        "logits"
+        for mode, out in zip((True, False), outputs, strict=True)
+        if not torch.equal(logits(base.model, batch, mode), out)
+    }
     if wrong:
         return wrong
-    again, fresh = (trained_bytes(roles_over(one, dropout=0.1, checkpointing=then, seed=5)) for one in (base, of_kind(kind)))
+    again, fresh = (
+        trained_bytes(roles_over(one, dropout=0.1, checkpointing=then, seed=5)) for one in (base, of_kind(kind))
+    )
     return {f"next {name}" for name in changed(again, fresh)}
 
 
@@ -780,10 +897,16 @@ def release_without(line: str) -> Callable[[Roles], None]:
     return names["release"]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("line", "sign"), [
-    ("setattr(model.get_submodule(parent), child, module.base_layer)", "modules"), ("del model.peft_config", "attribute .peft_config"),
-    ("keep_all(model)", "mode"), ("self.heads.clear()", "alive"), ("model.train()", "mode"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "sign"),
+    [
+        ("setattr(model.get_submodule(parent), child, module.base_layer)", "modules"),
+        ("del model.peft_config", "attribute .peft_config"),
+        ("keep_all(model)", "mode"),
+        ("self.heads.clear()", "alive"),
+        ("model.train()", "mode"),
+    ],
+)
 def test_a_release_that_forgets_something_is_seen(monkeypatch: pytest.MonkeyPatch, line: str, sign: str) -> None:
     monkeypatch.setattr(Roles, "release", release_without(line))
     assert any(wrong.startswith(sign) for wrong in released_wrong("16", True, False))

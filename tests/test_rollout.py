@@ -1,4 +1,5 @@
-"""Laws of the rollout engine: transformers' own greedy words, log-probs of what was drawn, and no row that hangs on its neighbours."""
+"""Laws of the rollout engine: transformers' own greedy words, log-probs of what was drawn, and no row that hangs on its
+neighbours."""
 
 from __future__ import annotations
 
@@ -11,7 +12,20 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from models import VOCAB, all_tensors, changed, counting, far, gradients, llama_roles, load, make_batch, roles_over, shake, whole
+from models import (
+    VOCAB,
+    all_tensors,
+    changed,
+    counting,
+    far,
+    gradients,
+    llama_roles,
+    load,
+    make_batch,
+    roles_over,
+    shake,
+    whole,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -40,12 +54,21 @@ def by_name(found: Sequence[Completion]) -> dict[tuple[int, int], Completion]:
     return names
 
 
-def run(roles: Roles, n: int = 1, role: str = "policy", slots: int = 256, prompts: Sequence[Sequence[int]] = PROMPTS, tokens: int = 12,
-        stop: frozenset[int] = NO_STOP, temperature: float = 1.0, seed: int = 0) -> dict[tuple[int, int], Completion]:  # fmt: skip
+def run(
+    roles: Roles,
+    n: int = 1,
+    role: str = "policy",
+    slots: int = 256,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    tokens: int = 12,
+    stop: frozenset[int] = NO_STOP,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> dict[tuple[int, int], Completion]:
     return by_name(list(Engine(roles, role, slots).generate(prompts, n, Sampling(tokens, stop, temperature, seed))))
 
 
-# --- greedy ----------------------------------------------------------------------------------------------------------------------------
+# --- greedy -----------------------------------------------------------------------------------------------------------
 
 
 def transformers_greedy(roles: Roles, role: str, prompt: Sequence[int], tokens: int) -> tuple[list[int], list[float]]:
@@ -53,8 +76,17 @@ def transformers_greedy(roles: Roles, role: str, prompt: Sequence[int], tokens: 
     model = roles.base.model
     with roles.quiet(), roles.use(role):
         ids = torch.tensor([list(prompt)])
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, use_cache=True,
-                             eos_token_id=-1, pad_token_id=0, output_logits=True, return_dict_in_generate=True)  # fmt: skip
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=tokens,
+            use_cache=True,
+            eos_token_id=-1,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
     best = torch.stack(out.logits)[:, 0].topk(2, dim=-1).values
     return out.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist()
 
@@ -75,11 +107,16 @@ def wrong_greedy_words(roles: Roles, role: str = "policy", tokens: int = 12, slo
 def test_greedy_equals_transformers(bits: int, role: str) -> None:
     roles = speaking(bits, checkpointing=True)
     assert wrong_greedy_words(roles, role) == 0
-    said = {role: [one.ids for one in run(roles, role=role, temperature=0.0).values()] for role in ("policy", "reference", "base")}
+    said = {
+        role: [one.ids for one in run(roles, role=role, temperature=0.0).values()]
+        for role in ("policy", "reference", "base")
+    }
     assert len({str(ids) for ids in said.values()}) == 3, "the roles must say different things, or this test is blind"
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "mistral", "gemma2", "gemma3_text", "cohere", "granite", "phi", "gpt_neox", "gpt_neo", "gpt2"])
+@pytest.mark.parametrize(
+    "kind", ["qwen3", "mistral", "gemma2", "gemma3_text", "cohere", "granite", "phi", "gpt_neox", "gpt_neo", "gpt2"]
+)
 def test_greedy_equals_transformers_on_other_architectures(kind: str) -> None:
     """Sliding windows shorter than the text among them: their caches forget, and shrink with the batch too."""
     window = {"sliding_window": 6} if kind in ("mistral", "gemma2", "gemma3_text") else {}
@@ -91,11 +128,15 @@ def test_greedy_equals_transformers_on_other_architectures(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
 @pytest.mark.parametrize("dropped", ["attention_mask", "position_ids"])
-def test_a_model_that_forgets_where_it_is_gets_another_store(monkeypatch: pytest.MonkeyPatch, kind: str, dropped: str) -> None:
+def test_a_model_that_forgets_where_it_is_gets_another_store(
+    monkeypatch: pytest.MonkeyPatch, kind: str, dropped: str
+) -> None:
     model = whole(kind).model
     assert choice.fault_of(SlotStore, model) is None
     decoder = model.get_decoder()
-    monkeypatch.setattr(model, "get_decoder", lambda: lambda **given: decoder(**{**given, dropped: None}), raising=False)
+    monkeypatch.setattr(
+        model, "get_decoder", lambda: lambda **given: decoder(**{**given, dropped: None}), raising=False
+    )
     assert "differ" in str(choice.fault_of(SlotStore, model))
 
 
@@ -124,7 +165,10 @@ def test_rounding_of_another_batch_shape_does_not_reject_a_store(monkeypatch: py
     notes: list[Any] = []
     with torch.no_grad():
         sequence = [5, 6, 7]
-        assert choice.relative_difference(choice._plain(model, sequence, 3), choice._plain(model, sequence)) > choice.HALF_TOLERANCE
+        assert (
+            choice.relative_difference(choice._plain(model, sequence, 3), choice._plain(model, sequence))
+            > choice.HALF_TOLERANCE
+        )
         store = choice.store_for(model, notes.append)
     if fault == "none":
         assert type(store) is SlotStore and not notes
@@ -175,7 +219,9 @@ def near_ties(roles: Roles, prompts: Sequence[Sequence[int]], tokens: int = 24) 
     for index, prompt in enumerate(prompts):
         theirs, gaps = transformers_greedy(roles, "policy", prompt, tokens)
         at = next((i for i, (a, b) in enumerate(zip(found[index, 0].ids, theirs, strict=True)) if a != b), None)
-        assert at is None or gaps[at] < 1e-4, f"prompt {index} parts at token {at} where the best two logits are {gaps[at]:.1e} apart"
+        assert at is None or gaps[at] < 1e-4, (
+            f"prompt {index} parts at token {at} where the best two logits are {gaps[at]:.1e} apart"
+        )
         ties += at is not None
     return ties
 
@@ -192,7 +238,7 @@ def test_greedy_equals_transformers_on_two_hundred_prompts(kind: str, bits: int)
     assert near_ties(roles, prompts) < 4
 
 
-# --- what was drawn --------------------------------------------------------------------------------------------------------------------
+# --- what was drawn ---------------------------------------------------------------------------------------------------
 
 
 def error_of_logps(roles: Roles, temperature: float) -> float:
@@ -229,9 +275,14 @@ def chi_square(temperature: float, draws: int = 4000) -> float:
     """Drawn words of a vocabulary of eight against the model's own probabilities in float64; 7 degrees of freedom."""
     roles = roles_over(whole("llama", vocab_size=8, gain=1.5))
     shake(roles, "policy", size=0.03)
-    found = Counter(one.ids[0] for one in run(roles, n=draws, prompts=[[5, 3]], tokens=1, temperature=temperature, slots=1000).values())
+    found = Counter(
+        one.ids[0]
+        for one in run(roles, n=draws, prompts=[[5, 3]], tokens=1, temperature=temperature, slots=1000).values()
+    )
     with roles.use("policy"), torch.no_grad():
-        p = torch.softmax(roles.base.model(input_ids=torch.tensor([[5, 3]])).logits[0, -1].double() / temperature, dim=-1)
+        p = torch.softmax(
+            roles.base.model(input_ids=torch.tensor([[5, 3]])).logits[0, -1].double() / temperature, dim=-1
+        )
     assert float(p.max()) < 0.7 and float(p.min()) * draws > 5, "too uneven for the test"
     return float(((torch.tensor([found[word] for word in range(8)]) - draws * p) ** 2 / (draws * p)).sum())
 
@@ -269,14 +320,18 @@ def test_the_ends_of_the_unit_interval_are_words(monkeypatch: pytest.MonkeyPatch
         monkeypatch.undo()
 
 
-# --- alone or among others -------------------------------------------------------------------------------------------------------------
+# --- alone or among others --------------------------------------------------------------------------------------------
 
 
 def hangs_on_neighbours(roles: Roles, temperature: float) -> list[tuple[int, int]]:
     """Completions that differ between batches of 256, of 4 and of 1. Near-ties could; at these seeds none does."""
     stop = frozenset(range(2, 6))
     alone, few, many = (run(roles, n=3, slots=slots, temperature=temperature, stop=stop) for slots in (1, 4, 256))
-    return [name for name in alone if not alone[name].ids == few[name].ids == many[name].ids or alone[name].finish != many[name].finish]
+    return [
+        name
+        for name in alone
+        if not alone[name].ids == few[name].ids == many[name].ids or alone[name].finish != many[name].finish
+    ]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -322,7 +377,7 @@ def test_others_may_speak_between_two_tokens() -> None:
     assert by_name(found) == expected
 
 
-# --- ends ------------------------------------------------------------------------------------------------------------------------------
+# --- ends -------------------------------------------------------------------------------------------------------------
 
 
 def wrong_ends(roles: Roles, stop: frozenset[int], tokens: int) -> list[str]:
@@ -362,7 +417,9 @@ def passes_of(roles: Roles, slots: int) -> tuple[list[int], list[int], dict[tupl
     """Rows of each prefill and of each step, and the completions."""
     read, steps = list[int](), list[int]()
     handle = roles.base.model.get_decoder().register_forward_pre_hook(
-        lambda _, args, given: (steps if "position_ids" in given else read).append(len(given["input_ids"])), with_kwargs=True)  # fmt: skip
+        lambda _, args, given: (steps if "position_ids" in given else read).append(len(given["input_ids"])),
+        with_kwargs=True,
+    )
     found = run(roles, n=4, stop=frozenset(range(2, 20)), slots=slots)
     handle.remove()
     return read, steps, found
@@ -383,11 +440,14 @@ def test_waiting_sequences_take_the_slots_of_finished_ones() -> None:
     read, steps, found = passes_of(roles, 6)
     assert sum(read) == 5 < len(steps) and steps == sorted(steps, reverse=True)
     assert steps.count(6) > len(steps) / 2, "six speak until nobody waits"
-    assert {name: one.ids for name, one in found.items()} == {name: one.ids for name, one in passes_of(roles, 256)[2].items()}
+    assert {name: one.ids for name, one in found.items()} == {
+        name: one.ids for name, one in passes_of(roles, 256)[2].items()
+    }
 
 
 def test_memory_bounds_the_slots() -> None:
-    """Two layers of keys and values, two heads of 16 numbers in fp32: 512 bytes a token; prompts of up to 7 and 12 more tokens."""
+    """Two layers of keys and values, two heads of 16 numbers in fp32: 512 bytes a token; prompts of up to 7 and 12 more
+    tokens."""
     roles = speaking(16)
     expected = {name: one.ids for name, one in run(roles, n=4).items()}
     for limit, slots in ((1 << 30, 20), (5 * 512 * 19 * 5 // 4, 5), (1, 1)):
@@ -406,7 +466,13 @@ def test_stop_strings_end_and_belong() -> None:
     roles = speaking(16)
     free = run(roles, n=4)
     string = letters(free[2, 1].ids[4:6])
-    found = by_name(list(Engine(roles, "policy", decode=letters).generate(PROMPTS, 4, Sampling(12, NO_STOP, stop_strings=("!", string)))))
+    found = by_name(
+        list(
+            Engine(roles, "policy", decode=letters).generate(
+                PROMPTS, 4, Sampling(12, NO_STOP, stop_strings=("!", string))
+            )
+        )
+    )
     ended = 0
     for name, one in found.items():
         at = letters(free[name].ids).find(string)
@@ -445,15 +511,15 @@ def test_empty_prompts_are_refused() -> None:
         Engine(speaking(16), "policy").generate([[5], []], 1, Sampling(3, NO_STOP))
 
 
-# --- narrowed distributions --------------------------------------------------------------------------------------------------------------
+# --- narrowed distributions -------------------------------------------------------------------------------------------
 
 
 NARROW = [{"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 5, "top_p": 0.8, "min_p": 0.1}]
 
 
 def narrowed(p: list[float], top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> list[float]:
-    """By hand: words from the likeliest on, each kept if it is among the first k, if those before it hold less than top_p of what is left,
-    and if it is not much less likely than the first one."""
+    """By hand: words from the likeliest on, each kept if it is among the first k, if those before it hold less than
+    top_p of what is left, and if it is not much less likely than the first one."""
     words = sorted(range(len(p)), key=lambda word: -p[word])[: top_k or None]
     whole_mass, before, kept = sum(p[word] for word in words), 0.0, []
     for word in words:
@@ -465,14 +531,18 @@ def narrowed(p: list[float], top_k: int = 0, top_p: float = 1.0, min_p: float = 
 
 
 def narrow_chi_square(narrow: dict[str, Any], draws: int = 4000) -> tuple[float, float, int]:
-    """Chi-square of what was drawn over the words that may be drawn, the worst error of its log-probs, and the degrees of freedom."""
+    """Chi-square of what was drawn over the words that may be drawn, the worst error of its log-probs, and the degrees
+    of freedom."""
     logits = torch.randn(8, generator=torch.Generator().manual_seed(3)).mul(1.2)
     p = narrowed(logits.double().softmax(0).tolist(), **narrow)
     sampling = Sampling(1, NO_STOP, **narrow)
     uniform = torch.rand(draws, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     tokens, logps = sampler.draw(logits.expand(draws, 8).clone(), sampling, uniform)
     found, expected = Counter(tokens.tolist()), [draws * mass for mass in p]
-    error = max(abs(logp - math.log(p[token])) if p[token] else math.inf for token, logp in zip(tokens.tolist(), logps.tolist(), strict=True))
+    error = max(
+        abs(logp - math.log(p[token])) if p[token] else math.inf
+        for token, logp in zip(tokens.tolist(), logps.tolist(), strict=True)
+    )
     chi = sum((found[word] - mass) ** 2 / mass for word, mass in enumerate(expected) if mass)
     return chi, error, sum(mass > 0 for mass in expected) - 1
 
@@ -505,23 +575,32 @@ def test_only_words_with_a_probability_are_drawn(vocabulary: int, value: float) 
     assert bool((flat.gather(1, tokens[:, None]).squeeze(1) >= value - 1e-9).all())
 
 
-# --- linears of a rollout ----------------------------------------------------------------------------------------------------------------
+# --- linears of a rollout ---------------------------------------------------------------------------------------------
 
 
 def test_packed_weights_are_unpacked_once_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     roles = speaking(4)
     before, unpacked = all_tensors(roles.base.model), [0]
     real = linears.dequantize_4bit
-    monkeypatch.setattr(linears, "dequantize_4bit", lambda *given: unpacked.__setitem__(0, unpacked[0] + 1) or real(*given))
+    monkeypatch.setattr(
+        linears, "dequantize_4bit", lambda *given: unpacked.__setitem__(0, unpacked[0] + 1) or real(*given)
+    )
     packed = sum(isinstance(module, Linear4bit) for module in roles.base.model.modules())
     made: list[Any] = []
     build = linears.Linears.__init__
-    monkeypatch.setattr(linears.Linears, "__init__", lambda self, *given: (made.append(self), build(self, *given))[1] or None)
+    monkeypatch.setattr(
+        linears.Linears, "__init__", lambda self, *given: (made.append(self), build(self, *given))[1] or None
+    )
     generator = Engine(roles, "policy").generate(PROMPTS, 2, Sampling(12, frozenset(range(2, 30))))
     next(generator)
     assert unpacked == [packed] and made[0].bytes == 4 * sum(
-        module.in_features * module.out_features for module in roles.base.model.modules() if isinstance(module, Linear4bit))  # fmt: skip
-    assert not any("forward" in vars(module) for module in roles.base.model.modules()), "between two completions all is as it was"
+        module.in_features * module.out_features
+        for module in roles.base.model.modules()
+        if isinstance(module, Linear4bit)
+    )
+    assert not any("forward" in vars(module) for module in roles.base.model.modules()), (
+        "between two completions all is as it was"
+    )
     generator.close()  # type: ignore[attr-defined]
     assert made[0].bytes == 0 and made[0].forwards == [], "the scratch is given back"
     assert changed(before, all_tensors(roles.base.model)) == set()
@@ -549,10 +628,12 @@ def test_linears_of_a_rollout_compute_the_same(bits: int, rslora: bool) -> None:
             assert far(roles.base.model(input_ids=ids).logits, plain) < 1e-5  # sums in another order, in fp32
         assert torch.equal(roles.base.model(input_ids=ids).logits, plain)
         with linears.Linears(roles.base.model, roles.stacks["reference"], 1 << 30):
-            assert far(roles.base.model(input_ids=ids).logits, plain) > 1e-2, "another stack must say something else, or this test is blind"
+            assert far(roles.base.model(input_ids=ids).logits, plain) > 1e-2, (
+                "another stack must say something else, or this test is blind"
+            )
 
 
-# --- modes -----------------------------------------------------------------------------------------------------------------------------
+# --- modes ------------------------------------------------------------------------------------------------------------
 
 
 def test_train_mode_comes_back_and_dropout_sleeps() -> None:
@@ -566,8 +647,12 @@ def test_train_mode_comes_back_and_dropout_sleeps() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "llama, rope grows", "qwen2", "gemma3_text", "gpt_neo"])
 def test_a_rollout_leaves_a_model_that_learns_as_before(kind: str) -> None:
-    """Autograd refuses tensors of inference mode: none may stay, and a rope that grew with the text is among what could."""
-    grows = {"max_position_embeddings": 8, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+    """Autograd refuses tensors of inference mode: none may stay, and a rope that grew with the text is among what
+    could."""
+    grows = {
+        "max_position_embeddings": 8,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    }
     roles = roles_over(whole(kind.split(",")[0], **grows if "grows" in kind else {}))
     shake(roles, "policy")
 
@@ -610,15 +695,20 @@ def test_nothing_to_do() -> None:
     assert run(roles, prompts=[]) == {} and run(roles, n=0) == {}
 
 
-# --- attention and norms of a rollout ----------------------------------------------------------------------------------------------------
+# --- attention and norms of a rollout ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attend", [attention.one_query, attention.grouped_sdpa])
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize("additive", [False, True])
 def test_one_query_attends_as_softmax_does(attend: Any, heads: int, additive: bool) -> None:
-    """Against a float64 loop over rows and heads; query heads share keys in groups; a slice of a longer cache is not contiguous."""
-    query, key, value = torch.randn(3, 6, 1, 8), torch.randn(4, heads, 9, 8)[:3, :, :7], torch.randn(4, heads, 9, 8)[:3, :, :7]
+    """Against a float64 loop over rows and heads; query heads share keys in groups; a slice of a longer cache is not
+    contiguous."""
+    query, key, value = (
+        torch.randn(3, 6, 1, 8),
+        torch.randn(4, heads, 9, 8)[:3, :, :7],
+        torch.randn(4, heads, 9, 8)[:3, :, :7],
+    )
     lengths = [7, 1, 4]
     seen = torch.tensor([[column < length for column in range(7)] for length in lengths])[:, None, None]
     mask = torch.where(seen, 0.0, -torch.inf) if additive else seen
@@ -652,13 +742,19 @@ class CopiedElements(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.repeat):
+        if func.overloadpacket in (
+            torch.ops.aten.clone,
+            torch.ops.aten.copy_,
+            torch.ops.aten._to_copy,
+            torch.ops.aten.repeat,
+        ):
             self.elements += output.numel()
         return output
 
 
 def test_grouped_attention_does_not_copy_keys_and_values() -> None:
-    """transformers 5.17 copies both once per query head where there is a mask; a slice of the cache is read where it lies."""
+    """transformers 5.17 copies both once per query head where there is a mask; a slice of the cache is read where it
+    lies."""
     module = torch.nn.Module()
     module.num_key_value_groups = 4
     query, cache = torch.randn(3, 8, 1, 8), torch.randn(2, 4, 2, 300, 8)

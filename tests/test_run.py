@@ -1,4 +1,5 @@
-"""Whole runs of seconds, through the command line and from Python: folder, resume, refusals, signals, and wrong input."""
+"""Whole runs of seconds, through the command line and from Python: folder, resume, refusals, signals, and wrong
+input."""
 
 from __future__ import annotations
 
@@ -49,7 +50,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_what_the_readme_promises(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    assert {"recipe.yaml", "events.jsonl", "samples.jsonl", "checkpoints", "final", "summary.json", "base.json", "data.json"} <= names
+    assert {
+        "recipe.yaml",
+        "events.jsonl",
+        "samples.jsonl",
+        "checkpoints",
+        "final",
+        "summary.json",
+        "base.json",
+        "data.json",
+    } <= names
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["status"] == "done" and summary["step"] == summary["steps"] == 4
     assert set(summary["heldout"]) == {"base", "sft"} and all(0 <= share <= 1 for share in summary["heldout"].values())
@@ -83,7 +93,9 @@ def test_the_final_adapter_loads_with_plain_peft(finished: Path) -> None:
         tuned = model(input_ids=ids).logits
     assert not torch.equal(bare, tuned)
     config = json.loads((finished / "final" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "tiny-tutor" and config["target_modules"] == sorted(config["target_modules"])
+    assert config["base_model_name_or_path"] == "tiny-tutor" and config["target_modules"] == sorted(
+        config["target_modules"]
+    )
 
 
 def test_killed_at_its_very_end_it_still_tells_its_last_figures(finished: Path, tmp_path: Path) -> None:
@@ -108,6 +120,7 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
 
 def stopped_after(recipe: dict[str, Any], out: Path, step: int) -> int:
     """A run in this process that gets SIGINT after a step; returns the step that it reached."""
+
     def on_event(event: Any) -> None:
         if event.kind == "step" and event.step == step:
             os.kill(os.getpid(), signal.SIGINT)
@@ -125,8 +138,11 @@ def test_interrupted_and_continued_equals_straight_through(finished: Path, tmp_p
 
 
 @pytest.mark.parametrize("asked", ["stop", "evaluate", "save"])
-def test_what_is_asked_for_on_the_way_does_not_choose_the_final_adapter(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At this rate every step makes it worse: were the first step's adapter measured, it would be the best. Only scheduled ones count."""
+def test_what_is_asked_for_on_the_way_does_not_choose_the_final_adapter(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At this rate every step makes it worse: were the first step's adapter measured, it would be the best. Only
+    scheduled ones count."""
     recipe = quick(steps=6, learning_rate=0.05, schedule="constant")
     recipe["evaluate"]["every"] = 5
     straight = run(Recipe.from_dict(recipe), out=tmp_path / "straight", ui="none").folder
@@ -144,16 +160,24 @@ def test_what_is_asked_for_on_the_way_does_not_choose_the_final_adapter(asked: s
         outcome = run(Recipe.from_dict(recipe), out=tmp_path / "run", ui="none")
     wanted, got = trace(straight), trace(outcome.folder)
     assert got["steps"] == wanted["steps"] and got["final"] == wanted["final"]
-    assert ((1, "policy") in {(step, role) for step, role, *_ in got["samples"]}) == (asked == "evaluate"), "it is measured where it was asked"
+    assert ((1, "policy") in {(step, role) for step, role, *_ in got["samples"]}) == (asked == "evaluate"), (
+        "it is measured where it was asked"
+    )
 
 
 @pytest.mark.parametrize("moment", ["before the first step", "while it evaluates"])
-def test_stopped_between_two_steps_continues_exactly(moment: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_between_two_steps_continues_exactly(
+    moment: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     control = Control()
     monkeypatch.setattr("lowrank_tune.runner.Control", lambda: control)
 
     def on_event(event: Any) -> None:
-        told = event.kind == "run_started" if moment.startswith("before") else event.kind == "validated" and event.step == 2
+        told = (
+            event.kind == "run_started"
+            if moment.startswith("before")
+            else event.kind == "validated" and event.step == 2
+        )
         control.stop = control.stop or told
 
     first = run(Recipe.from_dict(quick()), out=tmp_path / "run", ui="none", on_event=on_event)
@@ -192,7 +216,9 @@ def test_losses_that_are_not_finite_fail_the_run(tmp_path: Path, monkeypatch: py
     assert last["event"] == "run_ended" and last["status"] == "failed"
 
 
-def test_a_full_disk_while_saving_loses_nothing_that_was_saved(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import lowrank_tune.stage as module
 
     real, calls = module.write_atomically, []
@@ -214,13 +240,17 @@ def test_a_full_disk_while_saving_loses_nothing_that_was_saved(finished: Path, t
 def test_it_runs_outside_the_main_thread(tmp_path: Path) -> None:
     """Notebooks and servers do that; only the main thread may handle signals."""
     outcomes: list[Any] = []
-    thread = threading.Thread(target=lambda: outcomes.append(run(Recipe.from_dict(quick(steps=1)), out=tmp_path / "run", ui="none")))
+    thread = threading.Thread(
+        target=lambda: outcomes.append(run(Recipe.from_dict(quick(steps=1)), out=tmp_path / "run", ui="none"))
+    )
     thread.start()
     thread.join()
     assert outcomes and outcomes[0].status == "done"
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGTERM, signal.SIGHUP))])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGINT, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGTERM, signal.SIGHUP))]
+)
 def test_a_signal_ends_the_process_with_130_and_a_checkpoint(tmp_path: Path, sent: signal.Signals) -> None:
     recipe, out = write_recipe(tmp_path, small_recipe(steps=400, save_every=400)), tmp_path / "run"
     command = [sys.executable, "-m", "lowrank_tune", "run", recipe, "--out", str(out), "--ui", "plain"]
@@ -270,14 +300,19 @@ def test_wrong_input_is_told_in_a_sentence(case: str, tmp_path: Path, monkeypatc
     assert len(result.output.strip().splitlines()[-1]) < 400
 
 
-@pytest.mark.parametrize(("text", "wanted"), [
-    ("", "rows.jsonl"),
-    (GOOD * 3 + "{not json\n" * 3, "line"),
-    (GOOD * 3 + '{"prompt": "What?", "completion": ""}\n' * 3, "lines 4, 5, 6"),
-    ('{"text": "just text"}\n' * 3, "text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", "rows.jsonl"),
+        (GOOD * 3 + "{not json\n" * 3, "line"),
+        (GOOD * 3 + '{"prompt": "What?", "completion": ""}\n' * 3, "lines 4, 5, 6"),
+        ('{"text": "just text"}\n' * 3, "text"),
+    ],
+)
 def test_bad_rows_stop_the_run_before_it_trains(tmp_path: Path, text: str, wanted: str) -> None:
-    result = lowrank_tune("run", "tiny-sft", f"data.train=[{{dataset: {rows_file(tmp_path, text)}}}]", "--out", str(tmp_path / "run"))
+    result = lowrank_tune(
+        "run", "tiny-sft", f"data.train=[{{dataset: {rows_file(tmp_path, text)}}}]", "--out", str(tmp_path / "run")
+    )
     assert result.exit_code == 2, result.output
     assert wanted in result.output and "Traceback" not in result.output
     assert '"event": "step"' not in _read(tmp_path / "run" / "events.jsonl")
@@ -291,7 +326,10 @@ def test_an_adapter_of_another_base_is_told(tmp_path: Path, finished: Path) -> N
     other = tmp_path / "adapter"
     shutil.copytree(finished / "final", other)
     weights = load_file(other / "adapter_model.safetensors")
-    save_file({key: torch.zeros(tensor.shape[0], tensor.shape[1] + 64) for key, tensor in weights.items()}, other / "adapter_model.safetensors")
+    save_file(
+        {key: torch.zeros(tensor.shape[0], tensor.shape[1] + 64) for key, tensor in weights.items()},
+        other / "adapter_model.safetensors",
+    )
     recipe = quick()
     recipe["adapters"] = {"sft": {"path": str(other)}, "policy": {"r": 2}}
     with pytest.raises(UserError, match="another base"):

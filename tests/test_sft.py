@@ -1,4 +1,5 @@
-"""Laws of SFT: one gradient whatever the split, nothing outside the mask, and the formula by hand, in float64 and by TRL."""
+"""Laws of SFT: one gradient whatever the split, nothing outside the mask, and the formula by hand, in float64 and by
+TRL."""
 
 from __future__ import annotations
 
@@ -13,7 +14,20 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from models import VOCAB, clear, far, gradients, llama_roles, load, make_batch, ragged, same_bytes, sft_over, shake, weighted
+from models import (
+    VOCAB,
+    clear,
+    far,
+    gradients,
+    llama_roles,
+    load,
+    make_batch,
+    ragged,
+    same_bytes,
+    sft_over,
+    shake,
+    weighted,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -40,7 +54,7 @@ def accumulated(roles: Roles, batch: Batch, **split: int | None) -> tuple[float,
     return loss, gradients(roles), to_floats(stats)
 
 
-# --- 4: any split gives one gradient ---------------------------------------------------------------------------------------------------
+# --- 4: any split gives one gradient ----------------------------------------------------------------------------------
 
 LENGTHS = (9, 3, 12, 1, 7, 0, 2, 11)  # one with a single token, one with none, one (the fifth) without a scored token
 
@@ -51,13 +65,26 @@ def error_of_splits(roles: Roles, splits: Sequence[dict[str, int | None]]) -> fl
     errors = []
     for split in splits:
         other_loss, other_gradient, other_stats = accumulated(roles, batch, **split)
-        errors += [far(other_gradient, gradient), abs(other_loss - loss) / abs(loss), abs(stats["loss"] - loss) / abs(loss)]
+        errors += [
+            far(other_gradient, gradient),
+            abs(other_loss - loss) / abs(loss),
+            abs(stats["loss"] - loss) / abs(loss),
+        ]
         errors += [abs(other_stats[name] - stats[name]) / (abs(stats[name]) + 1e-3) for name in stats]
     return max(error if error == error else math.inf for error in errors)
 
 
-SPLITS: list[dict[str, int | None]] = [{"rows": 1}, {"rows": 2}, {"rows": 3}, {"rows": 8}, {"tokens": 1}, {"tokens": 12}, {"tokens": 24},
-                                       {"tokens": 1000}, {"rows": 2, "tokens": 20}]  # fmt: skip
+SPLITS: list[dict[str, int | None]] = [
+    {"rows": 1},
+    {"rows": 2},
+    {"rows": 3},
+    {"rows": 8},
+    {"tokens": 1},
+    {"tokens": 12},
+    {"tokens": 24},
+    {"tokens": 1000},
+    {"rows": 2, "tokens": 20},
+]
 
 
 @pytest.mark.parametrize("bits", [4, 16])
@@ -98,14 +125,21 @@ def wrong_split(batch: Batch, rows: int | None, tokens: int | None, together: in
         seen += which
         units = len(which) // together
         heads = which[::together]
-        if which != [row for head in heads for row in range(head, head + together)] or any(head % together for head in heads):
+        if which != [row for head in heads for row in range(head, head + together)] or any(
+            head % together for head in heads
+        ):
             wrong.append("a unit is apart")
-        if units > 1 and ((rows is not None and len(which) > rows) or (tokens is not None and micro.ids.numel() > tokens)):
+        if units > 1 and (
+            (rows is not None and len(which) > rows) or (tokens is not None and micro.ids.numel() > tokens)
+        ):
             wrong.append("over the budget")
         for i, row in enumerate(which):
             if micro.ids[i][micro.attended[i]].tolist() != batch.ids[row][batch.attended[row]].tolist():
                 wrong.append("a row is cut")
-            if micro.scored[i].sum() != batch.scored[row].sum() or micro.extra["token"][i].sum() != batch.extra["token"][row].sum():
+            if (
+                micro.scored[i].sum() != batch.scored[row].sum()
+                or micro.extra["token"][i].sum() != batch.extra["token"][row].sum()
+            ):
                 wrong.append("a row lost something")
     if sorted(seen) != list(range(len(batch))):
         wrong.append(f"rows {seen}")
@@ -113,21 +147,36 @@ def wrong_split(batch: Batch, rows: int | None, tokens: int | None, together: in
 
 
 @hypothesis_settings(max_examples=60)
-@given(lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5), rows=st.one_of(st.none(), st.integers(1, 9)),
-       tokens=st.one_of(st.none(), st.integers(1, 60)), together=st.integers(1, 3), seed=st.integers(0, 99))  # fmt: skip
-def test_a_split_loses_nothing(lengths: list[int], rows: int | None, tokens: int | None, together: int, seed: int) -> None:
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5),
+    rows=st.one_of(st.none(), st.integers(1, 9)),
+    tokens=st.one_of(st.none(), st.integers(1, 60)),
+    together=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_a_split_loses_nothing(
+    lengths: list[int], rows: int | None, tokens: int | None, together: int, seed: int
+) -> None:
     lengths = [length for length in lengths for _ in range(together)]
     lengths[0] = max(1, lengths[0])
     batch = ragged(lengths, seed=seed)
-    batch.extra = {"row": torch.arange(len(batch)), "token": batch.attended.long() * torch.arange(1, batch.ids.shape[1] + 1)}
+    batch.extra = {
+        "row": torch.arange(len(batch)),
+        "token": batch.attended.long() * torch.arange(1, batch.ids.shape[1] + 1),
+    }
     assert wrong_split(batch, rows, tokens, together) == []
     stream = torch.Generator().manual_seed(seed)
-    batch.extra["shared"] = torch.where(torch.rand(len(batch), generator=stream) < 0.4, 0, 3)  # of pairs and groups, torn ones too
+    # of pairs and groups, torn ones too
+    batch.extra["shared"] = torch.where(torch.rand(len(batch), generator=stream) < 0.4, 0, 3)
     assert wrong_split(batch, rows, tokens, together) == []
     family = (batch.extra["shared"][::together] == 0).cumsum(0)
-    heads = [int(row) // together for micro in batch.split(rows, tokens, together) for row in micro.extra["row"][::together]]
+    heads = [
+        int(row) // together for micro in batch.split(rows, tokens, together) for row in micro.extra["row"][::together]
+    ]
     told = [int(family[head]) for head in heads]
-    assert [one for place, one in enumerate(told) if place == 0 or told[place - 1] != one] == list(dict.fromkeys(told)), "a family is apart"
+    assert [one for place, one in enumerate(told) if place == 0 or told[place - 1] != one] == list(
+        dict.fromkeys(told)
+    ), "a family is apart"
 
 
 def test_a_split_that_cuts_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +190,7 @@ def test_a_split_that_cuts_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a unit is apart" in wrong_split(batch, 4, None, 2)
 
 
-# --- 5: nothing outside the mask is read -----------------------------------------------------------------------------------------------
+# --- 5: nothing outside the mask is read ------------------------------------------------------------------------------
 
 POISONS = [math.nan, math.inf, -math.inf, 1e30, -1e30]
 
@@ -153,8 +202,12 @@ def loss_reads_outside(poison: float) -> bool:
     clean = -torch.rand(batch.ids.shape, generator=stream)
     weight, scored = token_mean_weights(batch.scored), batch.scored
     found = []
-    for logps, weights in ((clean, weight), (clean.masked_fill(~scored, poison), weight), (clean, weight.masked_fill(~scored, poison)),
-                           (clean.masked_fill(~scored, poison), weight.masked_fill(~scored, poison))):  # fmt: skip
+    for logps, weights in (
+        (clean, weight),
+        (clean.masked_fill(~scored, poison), weight),
+        (clean, weight.masked_fill(~scored, poison)),
+        (clean.masked_fill(~scored, poison), weight.masked_fill(~scored, poison)),
+    ):
         logps = logps.clone().requires_grad_()
         loss = sft_module.sft_loss(logps, scored, weights)
         loss.backward()
@@ -173,7 +226,9 @@ def test_multiplying_by_the_mask_is_seen(monkeypatch: pytest.MonkeyPatch, poison
     monkeypatch.setattr(sft_module, "sft_loss", lambda logps, scored, weight: -(logps * scored * weight).sum())
     assert loss_reads_outside(poison)
     monkeypatch.undo()
-    monkeypatch.setattr(sft_module, "sft_loss", lambda logps, scored, weight: -torch.where(scored, logps * weight, 0.0).sum())
+    monkeypatch.setattr(
+        sft_module, "sft_loss", lambda logps, scored, weight: -torch.where(scored, logps * weight, 0.0).sum()
+    )
     assert loss_reads_outside(poison)  # the forward pass is clean, the gradient is not
 
 
@@ -224,7 +279,7 @@ def test_nan_at_positions_that_score_nothing(monkeypatch: pytest.MonkeyPatch) ->
     assert found[0] == pytest.approx(expected[0], rel=1e-6) and far(found[1], expected[1]) < 1e-6
 
 
-# --- 8: the numbers --------------------------------------------------------------------------------------------------------------------
+# --- 8: the numbers ---------------------------------------------------------------------------------------------------
 
 
 def test_by_hand() -> None:
@@ -347,17 +402,20 @@ def falls(roles: Roles) -> bool:
 
 def test_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert falls(llama_roles(checkpointing=True))
-    monkeypatch.setattr(sft_module, "sft_loss", lambda logps, scored, weight: sft_loss(logps, scored, weight).detach().requires_grad_())
+    monkeypatch.setattr(
+        sft_module, "sft_loss", lambda logps, scored, weight: sft_loss(logps, scored, weight).detach().requires_grad_()
+    )
     with pytest.raises(AssertionError):
         assert falls(llama_roles())
 
 
-# --- TRL as an oracle ------------------------------------------------------------------------------------------------------------------
+# --- TRL as an oracle -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_loss_and_gradient_equal_trl(tmp_path: Path) -> None:
-    """TRL's SFTTrainer, fp32, with the same adapter on the same base and the same rows (accumulation over two micro-batches of four)."""
+    """TRL's SFTTrainer, fp32, with the same adapter on the same base and the same rows (accumulation over two
+    micro-batches of four)."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
     from peft import PeftModel
@@ -373,14 +431,32 @@ def test_loss_and_gradient_equal_trl(tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(load(16).name, dtype=torch.float32)
     model = PeftModel.from_pretrained(plain, str(tmp_path), is_trainable=True)
     words = {f"w{i}": i for i in range(VOCAB)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w3")), eos_token="w1", pad_token="w0",
-                                        bos_token="w2")  # fmt: skip
-    rows = [{"input_ids": ids[mask].tolist(), "completion_mask": says[mask].long().tolist()}
-            for ids, mask, says in zip(batch.ids, batch.attended, batch.scored, strict=True)]  # fmt: skip
-    arguments = trl.SFTConfig(output_dir=str(tmp_path / "out"), per_device_train_batch_size=4, gradient_accumulation_steps=2, bf16=False,
-                              use_cpu=True, report_to="none", gradient_checkpointing=False, max_length=None, completion_only_loss=True,
-                              learning_rate=0.0, max_grad_norm=0.0, max_steps=1, save_strategy="no", disable_tqdm=True)  # fmt: skip
-    trainer = trl.SFTTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w3")), eos_token="w1", pad_token="w0", bos_token="w2"
+    )
+    rows = [
+        {"input_ids": ids[mask].tolist(), "completion_mask": says[mask].long().tolist()}
+        for ids, mask, says in zip(batch.ids, batch.attended, batch.scored, strict=True)
+    ]
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path / "out"),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        gradient_checkpointing=False,
+        max_length=None,
+        completion_only_loss=True,
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        max_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = trl.SFTTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
     kept: dict[str, Tensor] = {}
 
     class Keep(trl.trainer.sft_trainer.TrainerCallback):  # type: ignore[misc,name-defined]
@@ -399,4 +475,7 @@ def test_loss_and_gradient_equal_trl(tmp_path: Path) -> None:
 
 def test_helpers_pad_as_they_say() -> None:
     batch = make_batch([[1, 2], [3]], left=True, more=1, filler=9)
-    assert batch.ids.tolist() == [[9, 1, 2], [9, 9, 3]] and batch.attended.tolist() == [[False, True, True], [False, False, True]]
+    assert batch.ids.tolist() == [[9, 1, 2], [9, 9, 3]] and batch.attended.tolist() == [
+        [False, True, True],
+        [False, False, True],
+    ]

@@ -12,13 +12,23 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lowrank_tune.model import shapes
 
 COUNTS = {
-    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248, "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
-    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824, "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
-    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768, "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304, "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
-    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512, "Qwen/Qwen2.5-14B-Instruct": 14_770_033_664, "Qwen/Qwen2.5-32B-Instruct": 32_763_876_352,
-    "Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen3-1.7B": 1_720_574_976, "Qwen/Qwen3-4B": 4_022_468_096, "Qwen/Qwen3-8B": 8_190_735_360,
-    "Qwen/Qwen3-14B": 14_768_307_200, "Qwen/Qwen3-32B": 32_762_123_264,
-}  # fmt: skip
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen2.5-14B-Instruct": 14_770_033_664,
+    "Qwen/Qwen2.5-32B-Instruct": 32_763_876_352,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-14B": 14_768_307_200,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+}
 """As the authors' weight files have them, a tied head once."""
 
 
@@ -40,13 +50,20 @@ def test_a_config_builds_the_model_of_its_name(model: str) -> None:
 
 
 def test_revisions_siblings_and_strangers() -> None:
-    assert shapes.file_of("Qwen/Qwen2.5-7B-Instruct@main") == shapes.file_of("Qwen/Qwen2.5-7B") == shapes.file_of("Qwen/Qwen2.5-7B-Instruct")
+    assert (
+        shapes.file_of("Qwen/Qwen2.5-7B-Instruct@main")
+        == shapes.file_of("Qwen/Qwen2.5-7B")
+        == shapes.file_of("Qwen/Qwen2.5-7B-Instruct")
+    )
     assert all(shapes.file_of(model) is not None for model in shapes.SIBLINGS)
     for stranger in ("tiny-tutor", "Qwen/Qwen9", "../shapes/Qwen--Qwen3-8B", "Qwen--Qwen3-8B", "./model", ""):
         assert shapes.config_of(stranger) is None
 
 
 def test_the_lookup_needs_no_torch() -> None:
-    code = "import sys; from lowrank_tune.model import shapes; shapes.config_of('Qwen/Qwen3-8B')['vocab_size']; print('torch' in sys.modules)"
+    code = (
+        "import sys; from lowrank_tune.model import shapes; shapes.config_of('Qwen/Qwen3-8B')['vocab_size']; "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

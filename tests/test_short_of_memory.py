@@ -1,4 +1,5 @@
-"""Whole runs on a card that is too small: what is seen of it, what is remembered, and what to type when a single row does not fit."""
+"""Whole runs on a card that is too small: what is seen of it, what is remembered, and what to type when a single row
+does not fit."""
 
 from __future__ import annotations
 
@@ -36,19 +37,24 @@ from lowrank_tune.ui.render import render
 from lowrank_tune.ui.state import State
 
 CARDS = {"sft": 120, "reward": 200, "dpo": 200, "grpo": 100, "ppo": 100}
-"""Tokens of an update that a card has room for, with which a micro-batch of six must be halved, and a single unit fits."""
+"""Tokens of an update that a card has room for, with which a micro-batch of six must be halved, and a single unit
+fits."""
 FEW = [pytest.param(name, marks=() if name == "sft" else pytest.mark.slow) for name in CARDS]
 
 
 def recipe_of(algorithm: str, **train: Any) -> dict[str, Any]:
     """Without dropout, which another split draws anew."""
     name = "reward" if algorithm == "reward" else "policy"
-    return {**small_recipe(algorithm, **{"steps": 3, "save_every": 1, "micro_batch_size": 6, **train}), "adapters": {name: {"r": 4}}}
+    return {
+        **small_recipe(algorithm, **{"steps": 3, "save_every": 1, "micro_batch_size": 6, **train}),
+        "adapters": {name: {"r": 4}},
+    }
 
 
 @contextmanager
 def card(update: float = float("inf"), forward: float = float("inf")) -> Iterator[list[tuple[bool, int]]]:
-    """Passes over more than so many tokens, padding counted, find no memory: with gradient, and without. Yields those that did."""
+    """Passes over more than so many tokens, padding counted, find no memory: with gradient, and without. Yields those
+    that did."""
     real, refused = Roles._decode, list[tuple[bool, int]]()
 
     def decode(self: Roles, ids: Tensor, *more: Any) -> Tensor:
@@ -59,18 +65,25 @@ def card(update: float = float("inf"), forward: float = float("inf")) -> Iterato
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Roles, "_decode", decode)
-        patch.setattr(Roles, "_longest_shareable", 0)  # whole rows, so that a batch has the tokens that it is counted by
+        # whole rows, so that a batch has the tokens that it is counted by
+        patch.setattr(Roles, "_longest_shareable", 0)
         yield refused
 
 
 def events_of(folder: Path) -> list[Event]:
-    return [event for line in (folder / "events.jsonl").read_text().splitlines() if (event := from_json(json.loads(line)))]
+    return [
+        event for line in (folder / "events.jsonl").read_text().splitlines() if (event := from_json(json.loads(line)))
+    ]
 
 
 def figures(folder: Path) -> list[dict[str, float]]:
     unsteady = ("memory_gib", "tokens_per_second", "rollout_seconds", "score_seconds", "out_of_memory", "kl")
     found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in each["stats"].items() if key not in unsteady} for each in found if each["event"] == "step"]
+    return [
+        {key: value for key, value in each["stats"].items() if key not in unsteady}
+        for each in found
+        if each["event"] == "step"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +91,9 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """An SFT run that ran short in its first step, and what it printed."""
     folder = tmp_path_factory.mktemp("short")
     with card(update=150):
-        done = lowrank_tune("run", write_recipe(folder, recipe_of("sft")), "--out", str(folder / "run"), "--ui", "plain")
+        done = lowrank_tune(
+            "run", write_recipe(folder, recipe_of("sft")), "--out", str(folder / "run"), "--ui", "plain"
+        )
     assert done.exit_code == 0, done.output
     return folder / "run", done.output
 
@@ -121,7 +136,8 @@ def test_it_is_remembered_when_the_run_goes_on(short: tuple[Path, str], tmp_path
 
 @pytest.mark.parametrize("algorithm", FEW)
 def test_a_run_with_too_little_memory_learns_the_same(tmp_path: Path, algorithm: str) -> None:
-    """Updates, validation, the reference and what a harvest is judged by all run short, and no figure of any step hangs on it."""
+    """Updates, validation, the reference and what a harvest is judged by all run short, and no figure of any step hangs
+    on it."""
     recipe = Recipe.from_dict(recipe_of(algorithm, steps=2))
     whole = run(recipe, out=tmp_path / "whole", ui="none").folder
     with pytest.MonkeyPatch.context() as patch:
@@ -148,23 +164,53 @@ def test_a_row_that_does_not_fit_ends_with_3_and_what_to_type(tmp_path: Path, al
     assert len(overrides) >= 2 and all(load(file, [override]) for override in overrides), "what is advised can be typed"
     last = events_of(tmp_path / "run")[-1]
     assert last.status == "failed" and last.message == said  # type: ignore[attr-defined]
-    typed = lowrank_tune("run", file, "train.gradient_checkpointing=true", "--out", str(tmp_path / "run"), "--ui", "plain")
+    typed = lowrank_tune(
+        "run", file, "train.gradient_checkpointing=true", "--out", str(tmp_path / "run"), "--ui", "plain"
+    )
     assert typed.exit_code == 0, "and the same command continues"
 
 
-@pytest.mark.parametrize(("changes", "kind", "card", "words"), [
-    ({}, "update_tokens", True, "the same command with train.activation_offloading=true continues; a new run (--out) may have "
-                                "train.optimizer=paged_adamw_8bit or data.max_length=512"),
-    ({"train": {"activation_offloading": True, "optimizer": "adamw_8bit", "memory_budget_gib": 8.0}}, "update_tokens", True,
-     "the same command with a larger train.memory_budget_gib continues; a new run (--out) may have data.max_length=512"),
-    ({"train": {"gradient_checkpointing": 3}, "base": {"bits": 16}}, "update_tokens", False,
-     "the same command with train.gradient_checkpointing=true continues; a new run (--out) may have base.bits=4 or data.max_length=512"),
-    ({}, "cache_tokens", False, "a new run (--out) may have evaluate.max_new_tokens=32"),
-    ({}, "forward_tokens", False, "a new run (--out) may have data.max_length=512"),
-    ({}, "", False, "the same command with train.micro_batch_size=1 continues; a new run (--out) may have data.max_length=512"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "kind", "card", "words"),
+    [
+        (
+            {},
+            "update_tokens",
+            True,
+            "the same command with train.activation_offloading=true continues; a new run (--out) may have "
+            "train.optimizer=paged_adamw_8bit or data.max_length=512",
+        ),
+        (
+            {"train": {"activation_offloading": True, "optimizer": "adamw_8bit", "memory_budget_gib": 8.0}},
+            "update_tokens",
+            True,
+            "the same command with a larger train.memory_budget_gib continues; a new run (--out) may have "
+            "data.max_length=512",
+        ),
+        (
+            {"train": {"gradient_checkpointing": 3}, "base": {"bits": 16}},
+            "update_tokens",
+            False,
+            "the same command with train.gradient_checkpointing=true continues; a new run (--out) may have "
+            "base.bits=4 or data.max_length=512",
+        ),
+        ({}, "cache_tokens", False, "a new run (--out) may have evaluate.max_new_tokens=32"),
+        ({}, "forward_tokens", False, "a new run (--out) may have data.max_length=512"),
+        (
+            {},
+            "",
+            False,
+            "the same command with train.micro_batch_size=1 continues; a new run (--out) may have data.max_length=512",
+        ),
+    ],
+)
 def test_advice_by_hand(changes: dict[str, Any], kind: str, card: bool, words: str) -> None:
-    recipe = {"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, **changes, "train": {"steps": 1, **changes.get("train", {})}}
+    recipe = {
+        "algorithm": "sft",
+        "data": {"train": [{"dataset": "tutor"}]},
+        **changes,
+        "train": {"steps": 1, **changes.get("train", {})},
+    }
     assert advice(Recipe.from_dict(recipe), kind, 0 if kind == "" else 1500, card) == words
 
 
@@ -173,21 +219,30 @@ def test_any_other_lack_of_memory_ends_with_3_too(tmp_path: Path, monkeypatch: p
         raise short_of_memory()
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    done = lowrank_tune("run", write_recipe(tmp_path, recipe_of("sft")), "--out", str(tmp_path / "run"), "--ui", "plain")
+    done = lowrank_tune(
+        "run", write_recipe(tmp_path, recipe_of("sft")), "--out", str(tmp_path / "run"), "--ui", "plain"
+    )
     said = done.output.strip().splitlines()[-1]
-    assert done.exit_code == 3 and said.startswith("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.") and "continues" in said
+    assert (
+        done.exit_code == 3
+        and said.startswith("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.")
+        and "continues" in said
+    )
 
 
 def test_other_commands_end_with_3_too() -> None:
-    for error, code, words in ((short_of_memory(), 3, "out of memory: CUDA out of memory. Tried"), (MemoryError(), 3, "out of memory: "),
-                               (RuntimeError("shape"), 1, "internal error: RuntimeError: shape")):  # fmt: skip
+    for error, code, words in (
+        (short_of_memory(), 3, "out of memory: CUDA out of memory. Tried"),
+        (MemoryError(), 3, "out of memory: "),
+        (RuntimeError("shape"), 1, "internal error: RuntimeError: shape"),
+    ):
         told = io.StringIO()
         with redirect_stderr(told), pytest.raises(typer.Exit) as caught, sentences(debug=False):
             raise error
         assert caught.value.exit_code == code and told.getvalue().startswith(words)
 
 
-# --- the budget, and the allocator -------------------------------------------------------------------------------------------------------
+# --- the budget, and the allocator ------------------------------------------------------------------------------------
 
 
 def test_a_budget_decides_how_many_sequences_are_decoded_at_once(tmp_path: Path) -> None:
@@ -227,17 +282,29 @@ def test_a_card_gives_the_cache_all_but_what_stays() -> None:
         assert engine.cache_room(There()) == 1 << 29, "never nothing"  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("before", "after"), [
-    ({}, ("expandable_segments:True", None)), ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, ("max_split_size_mb:64", None)),
-    ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, (None, "backend:native")),
-])  # fmt: skip
-def test_segments_can_grow_unless_the_user_has_said_otherwise(before: dict[str, str], after: tuple[str | None, str | None]) -> None:
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, ("expandable_segments:True", None)),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, ("max_split_size_mb:64", None)),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, (None, "backend:native")),
+    ],
+)
+def test_segments_can_grow_unless_the_user_has_said_otherwise(
+    before: dict[str, str], after: tuple[str | None, str | None]
+) -> None:
     """It is set before torch is imported: torch reads it once."""
-    code = ("import os, sys, lowrank_tune; assert 'torch' not in sys.modules; "
-            "print([os.environ.get(name) for name in ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF')])")  # fmt: skip
+    code = (
+        "import os, sys, lowrank_tune; assert 'torch' not in sys.modules; "
+        "print([os.environ.get(name) for name in ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF')])"
+    )
     clean = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**clean, **before})
-    assert done.stdout.strip() == str(list(after) if sys.platform == "linux" else [before.get("PYTORCH_ALLOC_CONF"), None])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**clean, **before}
+    )
+    assert done.stdout.strip() == str(
+        list(after) if sys.platform == "linux" else [before.get("PYTORCH_ALLOC_CONF"), None]
+    )
 
 
 def test_resident_bytes_by_hand() -> None:

@@ -12,7 +12,18 @@ from typing import Any
 import pytest
 
 from lowrank_tune.errors import RunFailed, UserError
-from lowrank_tune.events import Event, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated, from_json
+from lowrank_tune.events import (
+    Event,
+    Note,
+    Progress,
+    RunEnded,
+    RunStarted,
+    Sampled,
+    Saved,
+    StepDone,
+    Validated,
+    from_json,
+)
 from lowrank_tune.sinks import JsonLines, Tee, keep_until, line
 
 
@@ -26,7 +37,13 @@ def sample(number: int, text: str = "12") -> Sampled:
 
 def start(resumed: int = 0) -> RunStarted:
     return RunStarted(
-        name="demo", algorithm="sft", model="m", roles={"policy": ["policy"]}, reference="the base", steps=9, resumed_from=resumed
+        name="demo",
+        algorithm="sft",
+        model="m",
+        roles={"policy": ["policy"]},
+        reference="the base",
+        steps=9,
+        resumed_from=resumed,
     )
 
 
@@ -44,8 +61,16 @@ def steps_of(path: Path) -> list[tuple[str, int]]:
 
 def test_each_event_is_there_at_once_and_comes_back(tmp_path: Path) -> None:
     sink = JsonLines(tmp_path / "events.jsonl")
-    events: list[Event] = [start(), step(1), Validated(step=1, stats={"loss": 1.0}), sample(1), saved(1), Note(message="x"),
-                           Progress(what="loading", done=1, total=2), RunEnded(status="done", step=1, seconds=1.0)]  # fmt: skip
+    events: list[Event] = [
+        start(),
+        step(1),
+        Validated(step=1, stats={"loss": 1.0}),
+        sample(1),
+        saved(1),
+        Note(message="x"),
+        Progress(what="loading", done=1, total=2),
+        RunEnded(status="done", step=1, seconds=1.0),
+    ]
     for number, event in enumerate(events, 1):
         sink(event)
         assert len(written(tmp_path / "events.jsonl")) == number  # before it is closed
@@ -65,7 +90,9 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     assert math.isnan(event.stats["loss"]) and math.isnan(event.stats["grad_norm"]) and event.stats["kl"] == 0.5
 
 
-@pytest.mark.parametrize("text", ["\ud800 lone", "\x1b[31mred\x1b]52;c;x\x07", "a\nb\r\u2028\x85c\x00", "\u202eabc", "é" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["\ud800 lone", "\x1b[31mred\x1b]52;c;x\x07", "a\nb\r\u2028\x85c\x00", "\u202eabc", "é" * 100_000]
+)
 def test_hostile_text_is_one_line_and_comes_back(tmp_path: Path, text: str) -> None:
     sink = JsonLines(tmp_path / "samples.jsonl", only=(Sampled,))
     sink(sample(1, text))
@@ -87,15 +114,35 @@ def begun(path: Path, *events: Event) -> JsonLines:
 def test_resume_cuts_what_is_done_again(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     validated = Validated(step=2, stats={"loss": 1.0})
-    begun(path, start(), step(1), step(2), validated, saved(2), Note(message="kept"), step(3), Note(message="lost"), saved(1)).close()
+    begun(
+        path,
+        start(),
+        step(1),
+        step(2),
+        validated,
+        saved(2),
+        Note(message="kept"),
+        step(3),
+        Note(message="lost"),
+        saved(1),
+    ).close()
     with open(path, "ab") as file:
         file.write(b'{"v": 1, "event": "st')
     sink = JsonLines(path, resumed_from=2)
     for event in (start(2), step(3), step(4)):
         sink(event)
     kinds = steps_of(path)
-    assert kinds == [("run_started", -1), ("step", 1), ("step", 2), ("validated", 2), ("saved", 2), ("note", -1),
-                     ("run_started", -1), ("step", 3), ("step", 4)]  # fmt: skip
+    assert kinds == [
+        ("run_started", -1),
+        ("step", 1),
+        ("step", 2),
+        ("validated", 2),
+        ("saved", 2),
+        ("note", -1),
+        ("run_started", -1),
+        ("step", 3),
+        ("step", 4),
+    ]
     assert "lost" not in path.read_text()
     assert [name.name for name in tmp_path.iterdir()] == ["events.jsonl"]
 
@@ -111,7 +158,8 @@ def test_every_kind_of_later_event_begins_the_lost_part(late: Event) -> None:
 def test_half_written_and_senseless_lines_are_cut() -> None:
     good = line(step(1))
     future = b'{"v": 2, "event": "of a later version", "step": 1}\n'
-    assert keep_until(good + b"\x00\x00\xff\n" + b"[1]\n" + future + good[:-1], 5) == good + future  # a last line without its end is half
+    # a last line without its end is half
+    assert keep_until(good + b"\x00\x00\xff\n" + b"[1]\n" + future + good[:-1], 5) == good + future
 
 
 def test_a_cut_at_every_byte(tmp_path: Path) -> None:
@@ -190,7 +238,9 @@ def test_two_broken_screens_do_not_stop_the_run() -> None:
     for number in (1, 2):
         tee(step(number))
     assert [screen.seen for screen in screens] == [1, 1]
-    assert [type(event) for event in kept.events].count(Note) == 2 and [type(event) for event in kept.events].count(StepDone) == 2
+    assert [type(event) for event in kept.events].count(Note) == 2 and [type(event) for event in kept.events].count(
+        StepDone
+    ) == 2
 
 
 def test_a_full_log_fails_once_after_the_others_were_told() -> None:

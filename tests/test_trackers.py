@@ -1,4 +1,5 @@
-"""Trackers: what TensorBoard's own reader finds in the files, that no step stands twice, and that none of them can hurt a run."""
+"""Trackers: what TensorBoard's own reader finds in the files, that no step stands twice, and that none of them can hurt
+a run."""
 
 from __future__ import annotations
 
@@ -22,15 +23,24 @@ from lowrank_tune.recipe import differences
 from lowrank_tune.sinks import Tee
 
 STARTED = RunStarted(name="r", algorithm="sft", model="m", roles={}, reference="base", steps=9)
-RECIPE = {"seed": 3, "train": {"learning_rate": 0.001, "report_to": ["wandb"]}, "data": {"train": [{"dataset": "rows.jsonl"}]}}
+RECIPE = {
+    "seed": 3,
+    "train": {"learning_rate": 0.001, "report_to": ["wandb"]},
+    "data": {"train": [{"dataset": "rows.jsonl"}]},
+}
 
 
 def step(number: int, **stats: float) -> StepDone:
     return StepDone(step=number, steps=9, stats=stats, seconds=0.5, tokens=10)
 
 
-def begin(names: Sequence[str], folder: Path, resumed_from: int | None = None, before: Sequence[Event] = (),
-          recipe: dict[str, Any] = RECIPE) -> list[trackers.Tracker]:  # fmt: skip
+def begin(
+    names: Sequence[str],
+    folder: Path,
+    resumed_from: int | None = None,
+    before: Sequence[Event] = (),
+    recipe: dict[str, Any] = RECIPE,
+) -> list[trackers.Tracker]:
     return trackers.begin(names, "lowrank-tune", "mine", folder, recipe, resumed_from, before)
 
 
@@ -51,16 +61,29 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 def test_tensorboard_files_say_what_the_log_says(tmp_path: Path) -> None:
     """A real run: its files, read back by TensorBoard, against its events.jsonl."""
     pytest.importorskip("tensorboard")
-    recipe = Recipe.load("tiny-sft", "train.epochs=null", "train.steps=3", "train.rows_per_step=2", "train.report_to=tensorboard",
-                         "data.train=[{dataset: tutor, rows: 8}]", "evaluate.prompts=2", "evaluate.samples=1", "evaluate.max_new_tokens=4",
-                         "evaluate.shown=0", "base.bits=16")  # fmt: skip
+    recipe = Recipe.load(
+        "tiny-sft",
+        "train.epochs=null",
+        "train.steps=3",
+        "train.rows_per_step=2",
+        "train.report_to=tensorboard",
+        "data.train=[{dataset: tutor, rows: 8}]",
+        "evaluate.prompts=2",
+        "evaluate.samples=1",
+        "evaluate.max_new_tokens=4",
+        "evaluate.shown=0",
+        "base.bits=16",
+    )
     outcome = run(recipe, out=tmp_path / "run", ui="none", device=CPU)
     found = scalars(outcome.folder)
     told = [json.loads(line) for line in (outcome.folder / "events.jsonl").read_text().splitlines()]
     steps = {event["step"]: event["stats"]["loss"] for event in told if event["event"] == "step"}
     assert found["train/loss"] == pytest.approx(steps) and list(steps) == [1, 2, 3]
-    checks = {event["step"]: event["stats"]["validation_loss"] for event in told
-              if event["event"] == "validated" and "validation_loss" in event["stats"]}  # fmt: skip
+    checks = {
+        event["step"]: event["stats"]["validation_loss"]
+        for event in told
+        if event["event"] == "validated" and "validation_loss" in event["stats"]
+    }
     assert found["validation/loss"] == pytest.approx(checks) and found["heldout/base_exact"].keys() == {0}
     written = "".join(path.read_text() for path in (outcome.folder / "tensorboard").rglob("hparams.yml"))
     assert "train.learning_rate: 0.002" in written and "base.model: tiny-tutor" in written
@@ -72,7 +95,11 @@ def test_a_continued_run_goes_on_in_the_same_files(tmp_path: Path) -> None:
     first: list[Event] = [STARTED, Validated(step=0, stats={"heldout_base_exact": 0.1})]
     first += [step(number, loss=float(number)) for number in range(1, 6)]
     _play(begin(["tensorboard"], tmp_path), first)
-    again = [STARTED, *(step(number, loss=10.0 * number) for number in range(4, 7)), RunEnded(status="done", step=6, seconds=1.0)]
+    again = [
+        STARTED,
+        *(step(number, loss=10.0 * number) for number in range(4, 7)),
+        RunEnded(status="done", step=6, seconds=1.0),
+    ]
     _play(begin(["tensorboard"], tmp_path, 3, first), again)
     assert scalars(tmp_path)["train/loss"] == {1: 1.0, 2: 2.0, 3: 3.0, 4: 40.0, 5: 50.0, 6: 60.0}
     assert scalars(tmp_path)["heldout/base_exact"] == pytest.approx({0: 0.1})
@@ -115,26 +142,48 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
 
 
 def test_the_same_run_goes_on_elsewhere_and_is_sent_nothing_twice(wandb: FakeWandb, tmp_path: Path) -> None:
-    first = [STARTED, step(1, loss=1.0, kl=float("nan")), step(2, loss=2.0), Validated(step=2, stats={"validation_loss": 0.5})]
+    first = [
+        STARTED,
+        step(1, loss=1.0, kl=float("nan")),
+        step(2, loss=2.0),
+        Validated(step=2, stats={"validation_loss": 0.5}),
+    ]
     _play(begin(["wandb"], tmp_path), first)
-    _play(begin(["wandb"], tmp_path, 1, first), [
-        STARTED, step(2, loss=2.0), Validated(step=2, stats={"validation_loss": 0.5, "pairs_accuracy": 0.9}), step(3, loss=3.0),
-        RunEnded(status="done", step=3, seconds=1.0)])  # fmt: skip
+    _play(
+        begin(["wandb"], tmp_path, 1, first),
+        [
+            STARTED,
+            step(2, loss=2.0),
+            Validated(step=2, stats={"validation_loss": 0.5, "pairs_accuracy": 0.9}),
+            step(3, loss=3.0),
+            RunEnded(status="done", step=3, seconds=1.0),
+        ],
+    )
     begun = [values for kind, values in wandb.calls if kind == "init"]
     assert begun[0]["id"] == begun[1]["id"] and begun[0]["project"] == "lowrank-tune" and begun[0]["name"] == "mine"
     sent = [values for kind, values in wandb.calls if kind == "log"]
     assert [(at, sorted(values)) for at, values in sent] == [
-        (1, ["train/loss", "train/seconds"]), (2, ["train/loss", "train/seconds"]), (2, ["validation/loss"]),
-        (2, ["pairs/accuracy"]), (3, ["train/loss", "train/seconds"])]  # fmt: skip
+        (1, ["train/loss", "train/seconds"]),
+        (2, ["train/loss", "train/seconds"]),
+        (2, ["validation/loss"]),
+        (2, ["pairs/accuracy"]),
+        (3, ["train/loss", "train/seconds"]),
+    ]
     configured = [values for kind, values in wandb.calls if kind == "config"]
     assert len(configured) == 1 and configured[0]["train.learning_rate"] == 0.001 and configured[0]["run.model"] == "m"
-    assert [code for kind, code in wandb.calls if kind == "finish"] == [1, 0], "one that was killed is not called finished"
+    assert [code for kind, code in wandb.calls if kind == "finish"] == [1, 0], (
+        "one that was killed is not called finished"
+    )
     _play(begin(["wandb"], tmp_path), [STARTED])
     assert wandb.calls[-3][1]["id"] != begun[0]["id"], "a start from nothing is another run"
 
 
 def test_texts_and_secrets_are_never_sent(wandb: FakeWandb, tmp_path: Path) -> None:
-    recipe = {"base": {"model": "https://me:letmein@example.org/model"}, "description": "with hf_abcdefghijklmnop inside", "adapters": {}}
+    recipe = {
+        "base": {"model": "https://me:letmein@example.org/model"},
+        "description": "with hf_abcdefghijklmnop inside",
+        "adapters": {},
+    }
     events = [STARTED, Sampled(step=1, prompt="a private question", completion="a private answer", finish="stop")]
     _play(begin(["wandb"], tmp_path, recipe=recipe), events)
     everything = repr(wandb.calls) + (tmp_path / "trackers.json").read_text()
@@ -164,7 +213,9 @@ class _Ear:
     def close(self) -> None: ...
 
 
-def test_what_cannot_begin_is_told_before_anything_is_trained(wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_begin_is_told_before_anything_is_trained(
+    wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(**arguments: Any) -> Any:
         raise PermissionError("api_key not configured (no-tty)\nmore lines")
 
@@ -176,21 +227,39 @@ def test_what_cannot_begin_is_told_before_anything_is_trained(wandb: FakeWandb, 
 
 def test_what_is_missing_is_told_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in ("wandb", "mlflow") else found(name, *more))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name in ("wandb", "mlflow") else found(name, *more)
+    )
     with pytest.raises(Faults) as told:
         trackers.check(["wandb", "mlflow", "wandb"])
-    assert [str(fault) for fault in told.value.faults] == [f"train.report_to: {name} is not installed: pip install {name}, or leave it out"
-                                                           for name in ("wandb", "mlflow")]  # fmt: skip
-    result = CliRunner().invoke(app, ["run", "tiny-sft", "train.report_to=wandb", "--out", str(tmp_path / "run"), "--ui", "plain"])
+    assert [str(fault) for fault in told.value.faults] == [
+        f"train.report_to: {name} is not installed: pip install {name}, or leave it out" for name in ("wandb", "mlflow")
+    ]
+    result = CliRunner().invoke(
+        app, ["run", "tiny-sft", "train.report_to=wandb", "--out", str(tmp_path / "run"), "--ui", "plain"]
+    )
     assert result.exit_code == 2 and "pip install wandb" in result.stderr and not (tmp_path / "run").exists()
 
 
 def test_how_recipes_name_them() -> None:
-    one, several = (Recipe.load("tiny-sft", f"train.report_to={value}").train.trackers for value in ("wandb", "[tensorboard, mlflow]"))
+    one, several = (
+        Recipe.load("tiny-sft", f"train.report_to={value}").train.trackers
+        for value in ("wandb", "[tensorboard, mlflow]")
+    )
     assert one == ("wandb",) and several == ("tensorboard", "mlflow") and Recipe.load("tiny-sft").train.trackers == ()
-    for override, words in (("train.report_to=wandbb", "wandb"), ("train.project=mine", "does nothing without `train.report_to`")):
+    for override, words in (
+        ("train.report_to=wandbb", "wandb"),
+        ("train.project=mine", "does nothing without `train.report_to`"),
+    ):
         with pytest.raises(Faults, match=words):
             Recipe.load("tiny-sft", override)
     plain = Recipe.load("tiny-sft").to_dict()
-    assert not differences(plain, Recipe.load("tiny-sft", "train.report_to=[wandb, mlflow]", "train.project=mine").to_dict())
-    assert Recipe.from_dict(Recipe.load("tiny-sft", "train.report_to=[wandb]", "train.project=mine").to_dict()).train.project == "mine"
+    assert not differences(
+        plain, Recipe.load("tiny-sft", "train.report_to=[wandb, mlflow]", "train.project=mine").to_dict()
+    )
+    assert (
+        Recipe.from_dict(
+            Recipe.load("tiny-sft", "train.report_to=[wandb]", "train.project=mine").to_dict()
+        ).train.project
+        == "mine"
+    )

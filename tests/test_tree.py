@@ -1,4 +1,5 @@
-"""Laws of shared prompts: a packed group says what its rows say apart, in value and gradient, and where it might not, rows stay apart."""
+"""Laws of shared prompts: a packed group says what its rows say apart, in value and gradient, and where it might not,
+rows stay apart."""
 
 from __future__ import annotations
 
@@ -22,8 +23,14 @@ from lowrank_tune.model.tree import Tree, longest_shareable, plant
 from lowrank_tune.types import Batch
 
 KINDS: dict[str, dict[str, Any]] = {
-    "llama": {}, "mistral": {"sliding_window": 44}, "qwen2": {}, "qwen3": {}, "gemma2": {}, "gemma3_text": {}, "gpt2": {},
-}  # fmt: skip
+    "llama": {},
+    "mistral": {"sliding_window": 44},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "gpt2": {},
+}
 
 
 @functools.cache
@@ -36,14 +43,19 @@ def roles_of(kind: str, checkpointing: bool = False) -> Roles:
 
 
 def groups(prompts: Sequence[int], tails: Sequence[Sequence[int]], seed: int = 0, **how: Any) -> Batch:
-    """Groups of rows: a prompt and one row for each tail (0: the prompt alone), scored behind the prompt and here and there in it."""
+    """Groups of rows: a prompt and one row for each tail (0: the prompt alone), scored behind the prompt and here and
+    there in it."""
     stream = torch.Generator().manual_seed(seed)
     rows, says, shared = [], [], []
     for prompt, own in zip(prompts, tails, strict=True):
         begin = torch.randint(2, 60, (prompt,), generator=stream).tolist()
         for number, tail in enumerate(own):
             # The first token of a tail differs within a group, so that a group has in common what `prompt` says.
-            rows.append(begin + [60 + number] * (tail > 0) + torch.randint(2, 60, (max(0, tail - 1),), generator=stream).tolist())
+            rows.append(
+                begin
+                + [60 + number] * (tail > 0)
+                + torch.randint(2, 60, (max(0, tail - 1),), generator=stream).tolist()
+            )
             says.append([place % 3 == 0 for place in range(prompt)] + [True] * tail)
             shared.append(prompt if number else 0)
     batch = make_batch(rows, says, **how)
@@ -62,7 +74,8 @@ def run(roles: Roles, batch: Batch, share: bool) -> tuple[Tensor, Tensor]:
 
 
 def error_of_sharing(roles: Roles, batch: Batch) -> float:
-    """Largest difference of a log-prob, to the largest of them, and relative one of the gradients; infinite where nothing was shared."""
+    """Largest difference of a log-prob, to the largest of them, and relative one of the gradients; infinite where
+    nothing was shared."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tree_module, "WORTH", 100.0)
         if roles._tree(batch) is None:
@@ -89,10 +102,22 @@ def test_a_shared_prompt_changes_nothing(kind: str, batch: Batch) -> None:
     assert error_of_sharing(roles_of(kind), batch) < 1e-5
 
 
-@pytest.mark.parametrize(("prompts", "tails"), [
-    ([12], [[5, 9]]), ([0, 0], [[5, 9], [3, 1]]), ([8], [[1, 1]]), ([8], [[9, 1]]), ([1], [[1, 20]]), ([10, 3], [[4, 0], [0, 6]]),
-    ([7, 9], [[1, 0, 5, 3], [2, 2, 2, 2]]), ([5], [[0, 0]]), ([1], [[0, 0]]), ([30, 1], [[1, 2], [1, 1]]),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompts", "tails"),
+    [
+        ([12], [[5, 9]]),
+        ([0, 0], [[5, 9], [3, 1]]),
+        ([8], [[1, 1]]),
+        ([8], [[9, 1]]),
+        ([1], [[1, 20]]),
+        ([10, 3], [[4, 0], [0, 6]]),
+        ([7, 9], [[1, 0, 5, 3], [2, 2, 2, 2]]),
+        ([5], [[0, 0]]),
+        ([1], [[0, 0]]),
+        ([30, 1], [[1, 2], [1, 1]]),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_edges_of_sharing(prompts: list[int], tails: list[list[int]], checkpointing: bool) -> None:
     assert error_of_sharing(roles_of("4", checkpointing), groups(prompts, tails)) < 1e-5
@@ -122,7 +147,7 @@ def test_other_roles_quiet_mode_and_scores() -> None:
     assert float((found[0][2] - found[1][2]).abs().max()) > 0
 
 
-# --- each law sees a bug ---------------------------------------------------------------------------------------------------------------
+# --- each law sees a bug ----------------------------------------------------------------------------------------------
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, change: Any) -> float:
@@ -135,7 +160,12 @@ def planted(monkeypatch: pytest.MonkeyPatch, change: Any) -> float:
 
 def _causal(tree: Tree) -> Tree:
     width = tree.ids.shape[1]
-    return Tree(tree.ids, tree.positions, torch.ones(1, 1, width, width, dtype=torch.bool).tril().expand_as(tree.mask), tree.place)
+    return Tree(
+        tree.ids,
+        tree.positions,
+        torch.ones(1, 1, width, width, dtype=torch.bool).tril().expand_as(tree.mask),
+        tree.place,
+    )
 
 
 def _columns_as_positions(tree: Tree) -> Tree:
@@ -159,21 +189,29 @@ class _Cut(Tree):
         return torch.cat([torch.stack([a, b.detach()]) for a, b in zip(rows[::2], rows[1::2], strict=True)])
 
 
-@pytest.mark.parametrize("change", [
-    _causal, _columns_as_positions, _one_too_far, _prompt_unseen, lambda tree: _Cut(tree.ids, tree.positions, tree.mask, tree.place),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        _causal,
+        _columns_as_positions,
+        _one_too_far,
+        _prompt_unseen,
+        lambda tree: _Cut(tree.ids, tree.positions, tree.mask, tree.place),
+    ],
+)
 def test_a_wrong_layout_is_seen(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     assert planted(monkeypatch, change) > 1e-3
 
 
-# --- where rows stay apart -------------------------------------------------------------------------------------------------------------
+# --- where rows stay apart --------------------------------------------------------------------------------------------
 
 
 def shares(roles: Roles, batch: Batch) -> bool:
     """Whether packed rows really went through the decoder."""
     seen: list[int] = []
     handle = roles.base.model.get_decoder().register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)  # fmt: skip
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
     with roles.quiet():
         roles.hidden("policy", batch)
         seen.clear()  # the first time, the probe ran too
@@ -198,20 +236,38 @@ def test_it_is_used_where_it_saves_something() -> None:
     roles.share = True
 
 
-@pytest.mark.parametrize(("kind", "changes", "expected"), [
-    ("mistral", {"sliding_window": 16}, False), ("mistral", {"sliding_window": 29}, True), ("mistral", {"sliding_window": 28}, False),
-    ("mistral", {"sliding_window": None}, True), ("gemma3_text", {"sliding_window": 16}, False), ("gpt_neo", {}, False),
-    ("bloom", {}, False), ("gpt2", {}, True), ("opt", {}, True),
-])  # fmt: skip
-def test_windows_and_models_without_such_masks_keep_rows_apart(kind: str, changes: dict[str, Any], expected: bool) -> None:
-    roles = roles_over(whole(kind, **changes), target_modules=("query_key_value",)) if kind == "bloom" else roles_over(whole(kind, **changes))
+@pytest.mark.parametrize(
+    ("kind", "changes", "expected"),
+    [
+        ("mistral", {"sliding_window": 16}, False),
+        ("mistral", {"sliding_window": 29}, True),
+        ("mistral", {"sliding_window": 28}, False),
+        ("mistral", {"sliding_window": None}, True),
+        ("gemma3_text", {"sliding_window": 16}, False),
+        ("gpt_neo", {}, False),
+        ("bloom", {}, False),
+        ("gpt2", {}, True),
+        ("opt", {}, True),
+    ],
+)
+def test_windows_and_models_without_such_masks_keep_rows_apart(
+    kind: str, changes: dict[str, Any], expected: bool
+) -> None:
+    roles = (
+        roles_over(whole(kind, **changes), target_modules=("query_key_value",))
+        if kind == "bloom"
+        else roles_over(whole(kind, **changes))
+    )
     assert LONG.ids.shape[1] == 29 and shares(roles, LONG) == expected
 
 
 def test_recurrent_layers_and_other_attention_are_never_asked() -> None:
     config = whole("llama").model.config
     assert longest_shareable(config) > 1 << 30
-    for name, value in (("layer_types", ["full_attention", "linear_attention"]), ("_attn_implementation", "flash_attention_2")):
+    for name, value in (
+        ("layer_types", ["full_attention", "linear_attention"]),
+        ("_attn_implementation", "flash_attention_2"),
+    ):
         other = whole("llama").model.config
         setattr(other, name, value)
         assert longest_shareable(other) == 0
@@ -223,12 +279,16 @@ def test_recurrent_layers_and_other_attention_are_never_asked() -> None:
 def test_the_probe_refuses_a_model_that_does_not_listen(monkeypatch: pytest.MonkeyPatch, dropped: str) -> None:
     roles = roles_over(whole("llama"))
     decoder = roles.base.model.get_decoder()
-    monkeypatch.setattr(roles.base.model, "get_decoder", lambda: lambda **given: decoder(**{**given, dropped: None}), raising=False)
+    monkeypatch.setattr(
+        roles.base.model, "get_decoder", lambda: lambda **given: decoder(**{**given, dropped: None}), raising=False
+    )
     assert roles._longest_shareable == 0
 
 
 @pytest.mark.parametrize("dropped", [None, "attention_mask", "position_ids"])
-def test_rounding_of_another_batch_shape_keeps_prompts_shared(monkeypatch: pytest.MonkeyPatch, dropped: str | None) -> None:
+def test_rounding_of_another_batch_shape_keeps_prompts_shared(
+    monkeypatch: pytest.MonkeyPatch, dropped: str | None
+) -> None:
     """Hidden states in bf16 that change by 7 % with the shape of the batch, as a deep model's do on a GPU."""
     base = whole("llama")
     base.model.bfloat16()
@@ -240,7 +300,9 @@ def test_rounding_of_another_batch_shape_keeps_prompts_shared(monkeypatch: pytes
         output = decoder(**{**given, dropped: None} if dropped else given)
         states = output.last_hidden_state
         noise = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(states.shape[0]))
-        output.last_hidden_state = states + 0.05 * states.norm(dim=-1, keepdim=True) * (noise / noise.norm()).to(states.dtype)
+        output.last_hidden_state = states + 0.05 * states.norm(dim=-1, keepdim=True) * (noise / noise.norm()).to(
+            states.dtype
+        )
         return output
 
     def recorded(computed: Tensor, expected: Tensor) -> float:
@@ -270,6 +332,13 @@ def test_by_hand() -> None:
     assert tree.ids.tolist() == [[5, 6, 7, 8, 9, 4, 0, 0], [3, 2, 0, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0, 0, 0]]
     assert tree.positions[0, :6].tolist() == [0, 1, 2, 3, 4, 3]
     assert tree.place.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 5], [8, 9, 9, 9, 9], [16, 16, 16, 16, 16]]
-    seen = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 1]]
+    seen = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 0, 0, 1],
+    ]
     assert tree.mask[0, 0, :6].long().tolist() == [row + [0, 0] for row in seen]
     assert bool(tree.mask.any(dim=-1).all())  # a query that sees nothing would be NaN

@@ -16,7 +16,12 @@ FOLDER = Path(problems.__file__).parent / "base"
 def every_problem() -> list[Problem]:
     low, high = problems.SMALLEST, problems.LARGEST
     pairs = [(a, b) for a in range(low, high + 1) for b in range(low, high + 1)]
-    return [Problem(a, b, sign) for a, b in pairs for sign in "+-*" if not (sign == "-" and a < b) and not (sign == "*" and a > 9)]
+    return [
+        Problem(a, b, sign)
+        for a, b in pairs
+        for sign in "+-*"
+        if not (sign == "-" and a < b) and not (sign == "*" and a > 9)
+    ]
 
 
 def test_every_worked_reply_is_right_step_by_step() -> None:
@@ -28,7 +33,9 @@ def test_every_worked_reply_is_right_step_by_step() -> None:
 
 
 def test_about_one_problem_in_twelve_of_those_that_are_no_step_is_held_out_in_either_order() -> None:
-    eligible = [p for p in every_problem() if p.b % 10 and (max(p.a, p.b) >= 10 and p.a % 10 if p.sign == "+" else p.b >= 10)]
+    eligible = [
+        p for p in every_problem() if p.b % 10 and (max(p.a, p.b) >= 10 and p.a % 10 if p.sign == "+" else p.b >= 10)
+    ]
     held = [p for p in every_problem() if problems.is_heldout(p)]
     assert set(held) <= set(eligible)
     assert abs(len(held) / len(eligible) - 1 / 12) < 0.005
@@ -72,7 +79,11 @@ def sign_of(question: str) -> str:
 
 
 def test_the_same_seed_gives_the_same_text() -> None:
-    assert list(islice(text.documents(3), 20)) == list(islice(text.documents(3), 20)) != list(islice(text.documents(4), 20))
+    assert (
+        list(islice(text.documents(3), 20))
+        == list(islice(text.documents(3), 20))
+        != list(islice(text.documents(4), 20))
+    )
     assert list(problems.rows(20, 1)) == list(problems.rows(20, 1)) != list(problems.rows(20, 2))
 
 
@@ -99,7 +110,9 @@ def test_the_shipped_base_is_small_and_plain(shipped) -> None:  # type: ignore[n
     assert len(tokenizer) == model.config.vocab_size
     for words in ("plain", "naïve café 数学 🙂", "\x00\x7f\t\r\n", "½ − ∞ \u2028 end"):
         assert tokenizer.decode(tokenizer(words, add_special_tokens=False)["input_ids"]) == words
-    assert [len(tokenizer(mark, add_special_tokens=False)["input_ids"]) for mark in text.CONTROL_TOKENS] == [1] * len(text.CONTROL_TOKENS)
+    assert [len(tokenizer(mark, add_special_tokens=False)["input_ids"]) for mark in text.CONTROL_TOKENS] == [1] * len(
+        text.CONTROL_TOKENS
+    )
     assert len(tokenizer("4711", add_special_tokens=False)["input_ids"]) == 4, "digits stand alone"
 
 
@@ -147,4 +160,8 @@ def test_the_chosen_side_is_right_and_the_other_one_is_not_it() -> None:
 
 
 def test_preferences_are_the_same_for_the_same_seed() -> None:
-    assert problems.preferences(50, 1, "train") == problems.preferences(50, 1, "train") != problems.preferences(50, 2, "train")
+    assert (
+        problems.preferences(50, 1, "train")
+        == problems.preferences(50, 1, "train")
+        != problems.preferences(50, 2, "train")
+    )

@@ -1,4 +1,5 @@
-"""The unsloth backend: its rules, its traps with a stand-in for it, and (marked `unsloth`, where it is installed) the real one beside plain."""
+"""The unsloth backend: its rules, its traps with a stand-in for it, and (marked `unsloth`, where it is installed) the
+real one beside plain."""
 
 from __future__ import annotations
 
@@ -32,15 +33,33 @@ HERE = early.installed() is not None
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(("preset", "overrides", "words"), [
-    ("tiny-sft", [], None), ("tiny-dpo", [], None), ("tiny-grpo", [], None), ("tiny-dpo", ["reference=base"], None),
-    ("tiny-sft", ["adapters.policy.path=runs/x", "adapters.policy.r=null", "adapters.policy.alpha=null",
-                  "adapters.policy.target_modules=null"], None),
-    ("tiny-reward", [], "base.backend: `unsloth` trains sft, dpo, grpo, and not reward"),
-    ("tiny-ppo", [], "base.backend: `unsloth` trains sft, dpo, grpo, and not ppo"),
-    ("tiny-dpo", ["adapters.sft.path=runs/sft"], "and here is `sft` too (the reference is no longer the base)"),
-    ("tiny-grpo", ["adapters.reward.path=runs/reward", "rewards=[{use: reward_model}]"], "and here is `reward` too (the reward model speaks"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("preset", "overrides", "words"),
+    [
+        ("tiny-sft", [], None),
+        ("tiny-dpo", [], None),
+        ("tiny-grpo", [], None),
+        ("tiny-dpo", ["reference=base"], None),
+        (
+            "tiny-sft",
+            [
+                "adapters.policy.path=runs/x",
+                "adapters.policy.r=null",
+                "adapters.policy.alpha=null",
+                "adapters.policy.target_modules=null",
+            ],
+            None,
+        ),
+        ("tiny-reward", [], "base.backend: `unsloth` trains sft, dpo, grpo, and not reward"),
+        ("tiny-ppo", [], "base.backend: `unsloth` trains sft, dpo, grpo, and not ppo"),
+        ("tiny-dpo", ["adapters.sft.path=runs/sft"], "and here is `sft` too (the reference is no longer the base)"),
+        (
+            "tiny-grpo",
+            ["adapters.reward.path=runs/reward", "rewards=[{use: reward_model}]"],
+            "and here is `reward` too (the reward model speaks",
+        ),
+    ],
+)
 def test_what_it_trains(preset: str, overrides: list[str], words: str | None) -> None:
     if words is None:
         assert Recipe.load(preset, "base.backend=unsloth", *overrides).base.backend == "unsloth"
@@ -54,7 +73,10 @@ def test_a_chain_lays_adapters_below() -> None:
     with pytest.raises(Faults, match="stages.dpo.base.backend.*here is `sft` too") as caught:
         Chain.load("tiny-preference", "base.backend=unsloth")
     assert len(caught.value.faults) == 1
-    stages = tuple(stage.model_copy(update={"base": settings.Base(backend="unsloth")}) for stage in Chain.load("tiny-preference").stages)
+    stages = tuple(
+        stage.model_copy(update={"base": settings.Base(backend="unsloth")})
+        for stage in Chain.load("tiny-preference").stages
+    )
     with pytest.raises(Faults, match="here is `sft` too"):
         Chain("mine", "", stages)
 
@@ -67,18 +89,34 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def versions(monkeypatch: pytest.MonkeyPatch, **found: str) -> None:
     """What is installed, as `importlib.metadata` tells it."""
+
     def version(name: str) -> str:
         if name not in found:
             raise metadata.PackageNotFoundError(name)
         return found[name]
 
     monkeypatch.setattr(early.metadata, "version", version)
-    monkeypatch.setattr(early.metadata, "requires", lambda name: [
-        "transformers!=5.0.0,<=5.17.0,>=4.52.4", "datasets!=4.4.*,<5.0.0,>=3.4.1", "trl<=1.15.0,>=0.18.2", "tyro", 'trl>=9; extra == "new"',
-        'torch<2.15; python_version >= "3.0"'])  # fmt: skip
+    monkeypatch.setattr(
+        early.metadata,
+        "requires",
+        lambda name: [
+            "transformers!=5.0.0,<=5.17.0,>=4.52.4",
+            "datasets!=4.4.*,<5.0.0,>=3.4.1",
+            "trl<=1.15.0,>=0.18.2",
+            "tyro",
+            'trl>=9; extra == "new"',
+            'torch<2.15; python_version >= "3.0"',
+        ],
+    )
 
 
-FITTING = {"unsloth": "2026.10.9", "transformers": "5.17.0", "datasets": "4.8.5", "trl": "1.15.0", "torch": "2.13.0+cpu"}
+FITTING = {
+    "unsloth": "2026.10.9",
+    "transformers": "5.17.0",
+    "datasets": "4.8.5",
+    "trl": "1.15.0",
+    "torch": "2.13.0+cpu",
+}
 
 
 @pytest.mark.usefixtures("absent")
@@ -88,7 +126,10 @@ def test_what_keeps_it_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="unsloth is not installed: pip install .*constraints/unsloth.txt"):
         early.import_first(["unsloth"])
     versions(monkeypatch, **FITTING | {"transformers": "5.23.0", "datasets": "4.4.2", "trl": "1.16.0"})
-    with pytest.raises(UserError, match=r"needs transformers<=5.17.0 \(5.23.0 is installed\), datasets!=4.4.\* \(4.4.2 is installed\), trl<=1"):
+    with pytest.raises(
+        UserError,
+        match=r"needs transformers<=5.17.0 \(5.23.0 is installed\), datasets!=4.4.\* \(4.4.2 is installed\), trl<=1",
+    ):
         early.import_first(["unsloth"])
     versions(monkeypatch, **{name: version for name, version in FITTING.items() if name != "trl"})
     with pytest.raises(UserError, match=r"trl<=1.15.0,>=0.18.2 \(not installed\)"):
@@ -101,7 +142,8 @@ def test_what_keeps_it_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("absent")
 def test_its_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It comes with its statistics off and its cache elsewhere, greets on stderr, and leaves what tokenizers may do; or says why not."""
+    """It comes with its statistics off and its cache elsewhere, greets on stderr, and leaves what tokenizers may do; or
+    says why not."""
     seen = {}
 
     def importing(name: str) -> ModuleType:
@@ -141,8 +183,8 @@ class TheirRotary(ROTARY):
 
 
 class StandIn:
-    """What unsloth does on a card, where this kit minds it: forwards that know no cache and no mask while they train, in modules that are
-    marked. Its knobs are the faults that must be found."""
+    """What unsloth does on a card, where this kit minds it: forwards that know no cache and no mask while they train,
+    in modules that are marked. Its knobs are the faults that must be found."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: dict[str, Any] = {}
@@ -170,7 +212,9 @@ class StandIn:
         model = transformers.AutoModelForCausalLM.from_pretrained(asked["model_name"], dtype=asked["dtype"], **four)
         if self.extra_words:
             model.resize_token_embeddings(VOCAB + self.extra_words)
-        self.patch.setattr(modeling_llama, "_unsloth_pre_patch_originals", ({"LlamaRotaryEmbedding": ROTARY}, {}), raising=False)
+        self.patch.setattr(
+            modeling_llama, "_unsloth_pre_patch_originals", ({"LlamaRotaryEmbedding": ROTARY}, {}), raising=False
+        )
         self.patch.setattr(modeling_llama, "LlamaRotaryEmbedding", TheirRotary)
         model.model.rotary_emb = TheirRotary(config=model.config)
         for module in model.modules():
@@ -192,10 +236,24 @@ def test_how_it_is_asked(stand_in: StandIn, capsys: pytest.CaptureFixture[str]) 
     plain = load_base(settings.Base(model=folder_of("llama")), TOKENIZER, CPU)
     base = loaded()
     assert stand_in.asked == {
-        "model_name": folder_of("llama"), "max_seq_length": 320, "dtype": torch.float32, "load_in_4bit": True, "use_exact_model_name": True,
-        "device_map": {"": CPU}, "use_gradient_checkpointing": False, "revision": None, "trust_remote_code": False}  # fmt: skip
-    assert (base.name, base.bits, base.backend) == (folder_of("llama"), 4, "unsloth") and "unsloth talks" not in capsys.readouterr().out
-    assert base.hashes() == base_hashes(plain.model), "what a run with unsloth made could not be merged into the same base"
+        "model_name": folder_of("llama"),
+        "max_seq_length": 320,
+        "dtype": torch.float32,
+        "load_in_4bit": True,
+        "use_exact_model_name": True,
+        "device_map": {"": CPU},
+        "use_gradient_checkpointing": False,
+        "revision": None,
+        "trust_remote_code": False,
+    }
+    assert (base.name, base.bits, base.backend) == (
+        folder_of("llama"),
+        4,
+        "unsloth",
+    ) and "unsloth talks" not in capsys.readouterr().out
+    assert base.hashes() == base_hashes(plain.model), (
+        "what a run with unsloth made could not be merged into the same base"
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -205,17 +263,22 @@ def test_it_is_compared_with_transformers(stand_in: StandIn, checkpointing: bool
     assert roles.share is False
     unsloth.check(roles, "policy")
     stand_in.scale = 1.1
-    with pytest.raises(UserError, match="unsloth does not compute what transformers does here: log-probs are .* nats a token apart"):
+    with pytest.raises(
+        UserError, match="unsloth does not compute what transformers does here: log-probs are .* nats a token apart"
+    ):
         unsloth.check(roles, "policy")
     after = roles.adapter_tensors("policy")
     assert all(same_bytes(before[name], after[name]) for name in before)
     assert all(each.grad is None for each in roles.parameters("policy"))
     modules = [module for module in roles.base.model.modules() if hasattr(module, "_unsloth_fast_path")]
-    assert all(module._unsloth_fast_path for module in modules) and type(roles.base.model.model.rotary_emb) is TheirRotary
+    assert (
+        all(module._unsloth_fast_path for module in modules) and type(roles.base.model.model.rotary_emb) is TheirRotary
+    )
 
 
 def test_recomputation_in_another_voice_is_found(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As re-entrant checkpointing without this kit's context would do it: adapters are off by the time that it recomputes."""
+    """As re-entrant checkpointing without this kit's context would do it: adapters are off by the time that it
+    recomputes."""
     roles = roles_over(loaded(), checkpointing=True)
     roles.base.model.gradient_checkpointing_enable({"use_reentrant": True})
     roles.base.model.enable_input_require_grads()
@@ -265,7 +328,8 @@ def test_what_it_does_in_silence_is_refused(stand_in: StandIn, tmp_path: Path) -
 
 
 def test_an_unsloth_that_works_otherwise_is_refused(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is marked, or what was replaced is not kept, transformers' own code could not be told from unsloth's."""
+    """Where nothing is marked, or what was replaced is not kept, transformers' own code could not be told from
+    unsloth's."""
     model = loaded().model
     monkeypatch.setattr(modeling_llama, "_unsloth_pre_patch_originals", ({}, {}))
     with pytest.raises(UserError, match="replaces transformers' code in another way"):
@@ -279,21 +343,42 @@ def test_an_unsloth_that_works_otherwise_is_refused(stand_in: StandIn, monkeypat
 
 @pytest.mark.skipif(not HERE, reason="unsloth is not installed")
 @pytest.mark.unsloth
-@pytest.mark.parametrize(("preset", "overrides"), [
-    ("tiny-sft", ["train.gradient_checkpointing=true"]), ("tiny-sft", ["base.bits=16"]),
-    ("tiny-dpo", ["data.train=[{dataset: tutor-preferences, rows: 40}]"]),
-    ("tiny-grpo", ["train.prompts_per_step=4", "rollout.num_generations=4"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [
+        ("tiny-sft", ["train.gradient_checkpointing=true"]),
+        ("tiny-sft", ["base.bits=16"]),
+        ("tiny-dpo", ["data.train=[{dataset: tutor-preferences, rows: 40}]"]),
+        ("tiny-grpo", ["train.prompts_per_step=4", "rollout.num_generations=4"]),
+    ],
+)
 def test_the_real_one_does_the_same_steps(tmp_path: Path, preset: str, overrides: list[str]) -> None:
     """Each in a process of its own: what unsloth replaces, it replaces for all that a process does."""
     losses = {}
     length = ["train.epochs=null"] if preset != "tiny-grpo" else []
     for backend in ("unsloth", "plain"):
-        words = [*overrides, *length, f"base.backend={backend}", "train.steps=3", "train.log_every=1", "evaluate.prompts=2",
-                 "evaluate.samples=1", "evaluate.shown=1", "--ui", "plain", "--out", str(tmp_path / backend)]  # fmt: skip
+        words = [
+            *overrides,
+            *length,
+            f"base.backend={backend}",
+            "train.steps=3",
+            "train.log_every=1",
+            "evaluate.prompts=2",
+            "evaluate.samples=1",
+            "evaluate.shown=1",
+            "--ui",
+            "plain",
+            "--out",
+            str(tmp_path / backend),
+        ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOWRANK_TUNE_CACHE": str(tmp_path / "cache")}
-        done = subprocess.run([sys.executable, "-m", "lowrank_tune", "run", preset, *words], capture_output=True, text=True, env=environment,
-                              cwd=tmp_path)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "lowrank_tune", "run", preset, *words],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=tmp_path,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         assert ("unsloth runs the base, and computes what transformers does" in done.stdout) == (backend == "unsloth")
         assert "Unsloth" not in done.stdout

@@ -1,4 +1,5 @@
-"""`lowrank-tune verify`: responses of any shape are judged as a run would judge them; failures, disagreement and times are told honestly."""
+"""`lowrank-tune verify`: responses of any shape are judged as a run would judge them; failures, disagreement and times
+are told honestly."""
 
 from __future__ import annotations
 
@@ -45,8 +46,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def recipe(*rewards: dict[str, Any], data: dict[str, Any] | None = None, **more: Any) -> Any:
-    return from_dict({"name": "v", "algorithm": "grpo", "data": {"train": [data or {"dataset": "tutor", "rows": 30}]},
-                      "rewards": list(rewards) or [{"use": "answer"}], "train": {"steps": 1}, **more})  # fmt: skip
+    return from_dict(
+        {
+            "name": "v",
+            "algorithm": "grpo",
+            "data": {"train": [data or {"dataset": "tutor", "rows": 30}]},
+            "rewards": list(rewards) or [{"use": "answer"}],
+            "train": {"steps": 1},
+            **more,
+        }
+    )
 
 
 def write(rows: list[Any], name: str = "r.jsonl") -> str:
@@ -62,30 +71,45 @@ def told(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["verify", *arguments])
 
 
-# --- what is read --------------------------------------------------------------------------------------------------------------------------
+# --- what is read -----------------------------------------------------------------------------------------------------
 
 SHAPES: list[tuple[dict[str, Any], str, str | None]] = [
     ({"question": "2+3?", "gold": "5", "completion": "It is 5."}, "2+3?", "5"),
     ({"question": "2+3?", "answer": "So.\n#### 5", "response": "It is 5."}, "2+3?", "5"),
     ({"prompt": "2+3?", "gold": 5, "completion": "It is 5."}, "2+3?", "5"),
     ({"problem": "2+3?", "expected_answer": "5", "completions": ["It is 5."]}, "2+3?", "5"),
-    ({"messages": [{"role": "user", "content": "2+3?"}], "gold": "5", "responses": [{"text": "It is 5.", "finish": "stop"}]}, "2+3?", "5"),
+    (
+        {
+            "messages": [{"role": "user", "content": "2+3?"}],
+            "gold": "5",
+            "responses": [{"text": "It is 5.", "finish": "stop"}],
+        },
+        "2+3?",
+        "5",
+    ),
     ({"gold": "5", "completion": "It is 5."}, "", "5"),
     ({"completion": "It is 5."}, "", None),
-]  # fmt: skip
+]
 
 
 def test_rows_of_many_shapes(place: Path) -> None:
     found = judged([row for row, _, _ in SHAPES])
-    assert [(one.item.prompt, one.item.gold) for one in found.responses] == [(prompt, gold) for _, prompt, gold in SHAPES]
+    assert [(one.item.prompt, one.item.gold) for one in found.responses] == [
+        (prompt, gold) for _, prompt, gold in SHAPES
+    ]
     assert all(one.item.completion == "It is 5." and one.item.stopped for one in found.responses)
     assert [scores[0].verdict for scores in found.rows] == ["pass"] * 6 + ["error"]
 
 
 def test_the_gold_is_never_taken_from_the_response(place: Path) -> None:
     r"""A response that looks like a reference (`\boxed{}`, `####`) would otherwise be right by itself."""
-    found = judged([{"prompt": "2+3?", "completion": r"\boxed{6}"}, {"question": "2+3?", "response": "#### 6"},
-                    {"prompt": "2+3?", "gold": "5", "completion": "#### 6"}])  # fmt: skip
+    found = judged(
+        [
+            {"prompt": "2+3?", "completion": r"\boxed{6}"},
+            {"question": "2+3?", "response": "#### 6"},
+            {"prompt": "2+3?", "gold": "5", "completion": "#### 6"},
+        ]
+    )
     assert [one.item.gold for one in found.responses] == [None, None, "5"]
     assert [scores[0].verdict for scores in found.rows] == ["error", "error", "fail"]
 
@@ -93,7 +117,11 @@ def test_the_gold_is_never_taken_from_the_response(place: Path) -> None:
 def test_the_recipe_says_how_rows_are_read(place: Path) -> None:
     source = {"dataset": "none.jsonl", "columns": {"question": "ask", "answer": "told"}, "gold": "last_number"}
     found = judged([{"ask": "2+3?", "told": "of 2 and 3 it is 5", "completion": "5"}], data=source)
-    assert (found.responses[0].item.prompt, found.responses[0].item.gold, found.rows[0][0].verdict) == ("2+3?", "5", "pass")
+    assert (found.responses[0].item.prompt, found.responses[0].item.gold, found.rows[0][0].verdict) == (
+        "2+3?",
+        "5",
+        "pass",
+    )
 
 
 def test_functions_see_the_row_of_the_data(place: Path) -> None:
@@ -102,20 +130,46 @@ def test_functions_see_the_row_of_the_data(place: Path) -> None:
 
 
 def test_several_completions_their_ends_and_their_lengths(place: Path) -> None:
-    row = {"question": "q", "gold": "5", "completions": ["5", {"text": "5", "finish": "length"}, {"content": "5", "stopped": False}]}
-    found = judged([row, {"question": "q", "gold": "5", "completion": "5", "finish": "length"}], {"use": "answer"},
-                   {"use": "length", "target_tokens": 1})  # fmt: skip
-    assert [(one.number, one.item.stopped) for one in found.responses] == [(1, True), (2, False), (3, False), (1, False)]
+    row = {
+        "question": "q",
+        "gold": "5",
+        "completions": ["5", {"text": "5", "finish": "length"}, {"content": "5", "stopped": False}],
+    }
+    found = judged(
+        [row, {"question": "q", "gold": "5", "completion": "5", "finish": "length"}],
+        {"use": "answer"},
+        {"use": "length", "target_tokens": 1},
+    )
+    assert [(one.number, one.item.stopped) for one in found.responses] == [
+        (1, True),
+        (2, False),
+        (3, False),
+        (1, False),
+    ]
     assert [scores[0].value for scores in found.rows] == [1.0, 0.0, 0.0, 0.0]
     assert [one.item.tokens for one in found.responses] == [2, 1, 1, 1], "the end token is one too, as in a run"
 
 
 def test_rows_that_are_none_are_told_with_their_lines(place: Path) -> None:
-    rows = [{"question": "q", "gold": "5", "completion": "5"}, {"question": "q"}, "no json", {"gold": "5", "completion": 7},
-            {"gold": "5", "completions": []}, [1], {"question": "q", "gold": "", "completion": "5"}]  # fmt: skip
+    rows = [
+        {"question": "q", "gold": "5", "completion": "5"},
+        {"question": "q"},
+        "no json",
+        {"gold": "5", "completion": 7},
+        {"gold": "5", "completions": []},
+        [1],
+        {"question": "q", "gold": "", "completion": "5"},
+    ]
     found = judged(rows, {"use": "math_answer"})
     lines = {reason: [place.rpartition(":")[2] for place in gone.places] for reason, gone in found.dropped.items()}
-    assert len(found.rows) == 1 and sorted(line for several in lines.values() for line in several) == ["2", "3", "4", "5", "6", "7"]
+    assert len(found.rows) == 1 and sorted(line for several in lines.values() for line in several) == [
+        "2",
+        "3",
+        "4",
+        "5",
+        "6",
+        "7",
+    ]
     assert any("no response: expected one of the columns" in reason for reason in lines)
     with pytest.raises(UserError, match="none of its rows can be judged: no response"):
         judged([{"question": "q"}])
@@ -127,7 +181,7 @@ def test_the_limit_and_the_datas_own_answers(place: Path) -> None:
     assert len(own.rows) == 12 and all(scores[0].verdict == "pass" for scores in own.rows)
 
 
-# --- what is told --------------------------------------------------------------------------------------------------------------------------
+# --- what is told -----------------------------------------------------------------------------------------------------
 
 
 def test_figures_by_hand() -> None:
@@ -144,18 +198,30 @@ class Judge:
         self.values = values
 
     def score(self, items: list[Item]) -> list[Score]:  # type: ignore[override]
-        return [Score(value := self.values[item.tokens], "error" if value is None else "graded", "because") for item in items]
+        return [
+            Score(value := self.values[item.tokens], "error" if value is None else "graded", "because")
+            for item in items
+        ]
 
 
 def test_disagreement_by_hand() -> None:
-    weighted = [Weighted("a", 1.0, Judge([1.0, 0.0, 0.5, None, 1.0])), Weighted("b", 1.0, Judge([0.0, 0.9, 0.4, 1.0, 1.0])),
-                Weighted("l", 1.0, Length("l", 3))]  # fmt: skip
+    weighted = [
+        Weighted("a", 1.0, Judge([1.0, 0.0, 0.5, None, 1.0])),
+        Weighted("b", 1.0, Judge([0.0, 0.9, 0.4, 1.0, 1.0])),
+        Weighted("l", 1.0, Length("l", 3)),
+    ]
     items = [Item("", "", None, {}, True, tokens) for tokens in range(5)]
     heard: list[int] = []
     with Scorer[int]([each.reward for each in weighted]) as scorer:
         rows = list(scored(scorer, items, heard.append))
     [clash] = clashes(weighted, rows)
-    assert (clash.one, clash.other, clash.both_told, clash.only_one, clash.only_other) == ("a", "b", 4, [0, 2], [1]) and heard == [5]
+    assert (clash.one, clash.other, clash.both_told, clash.only_one, clash.only_other) == (
+        "a",
+        "b",
+        4,
+        [0, 2],
+        [1],
+    ) and heard == [5]
     assert would_stop(weighted, rows, 0.01) is None and "1 of 5" in (would_stop(weighted, rows, 0.01, few=1) or "")
     assert "3 of 15" in (would_stop(weighted, rows * 3, 0.01) or "") and would_stop(weighted, rows * 3, 0.2) is None
     stopping = [Weighted("a", 1.0, weighted[0].reward, "stop"), *weighted[1:]]
@@ -163,8 +229,10 @@ def test_disagreement_by_hand() -> None:
 
 
 def preset(place: Path, *rewards: str) -> str:
-    (place / "my.yaml").write_text("algorithm: grpo\ndata: {train: [{dataset: tutor}]}\ntrain: {steps: 1}\nrewards:\n"
-                                   + "".join(f"  - {{{reward}}}\n" for reward in rewards))  # fmt: skip
+    (place / "my.yaml").write_text(
+        "algorithm: grpo\ndata: {train: [{dataset: tutor}]}\ntrain: {steps: 1}\nrewards:\n"
+        + "".join(f"  - {{{reward}}}\n" for reward in rewards)
+    )
     return "my.yaml"
 
 
@@ -174,23 +242,38 @@ def test_the_command(place: Path) -> None:
     made = preset(place, "use: answer", "use: './mine.py:odd', on_error: drop", "use: length, target_tokens: 3")
     result = told(made, "--file", write(rows), "--out", "o.jsonl")
     assert result.exit_code == 0 and "40 responses judged" in result.output and "\x1b" not in result.output
-    assert "`answer` and `odd` disagree on" in result.output and "`odd` failed on 1; a run would drop them" in result.output
+    assert (
+        "`answer` and `odd` disagree on" in result.output
+        and "`odd` failed on 1; a run would drop them" in result.output
+    )
     assert "r.jsonl:9: error: ./mine.py:odd raised ValueError: it went boom (mine.py:5" in result.output
     lines = [json.loads(line) for line in Path("o.jsonl").read_text().splitlines()]
     assert len(lines) == 40 and lines[8]["reward"] is None and lines[8]["rewards"]["odd"]["verdict"] == "error"
-    assert lines[1]["place"].endswith("r.jsonl:2") and lines[1]["reward"] == 1.0 + 1.0 + 1.0 and "length" in lines[1]["rewards"]
+    assert (
+        lines[1]["place"].endswith("r.jsonl:2")
+        and lines[1]["reward"] == 1.0 + 1.0 + 1.0
+        and "length" in lines[1]["rewards"]
+    )
 
     made = preset(place, "use: './mine.py:odd'")
     result = told(made, "--file", "r.jsonl")
     assert result.exit_code == 1 and "a run would stop: `odd` stops a run at its first failure" in result.output
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (("tiny-sft",), "has no rewards"), (("no-such",), "no preset is called"), (("my.yaml", "--file", "none.jsonl"), "no such file"),
-    (("my.yaml", "--file", "r.jsonl"), "none of its rows can be judged"), (("my.yaml", "--out", "no/o.jsonl"), "no such folder"),
-    (("my.yaml", "--out", "."), "is a folder"), (("my.yaml", "--file", "e.jsonl"), "empty"), (("broken.yaml",), "mine.py has no function"),
-    (("stages.yaml",), "needs the adapter of an earlier stage"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("tiny-sft",), "has no rewards"),
+        (("no-such",), "no preset is called"),
+        (("my.yaml", "--file", "none.jsonl"), "no such file"),
+        (("my.yaml", "--file", "r.jsonl"), "none of its rows can be judged"),
+        (("my.yaml", "--out", "no/o.jsonl"), "no such folder"),
+        (("my.yaml", "--out", "."), "is a folder"),
+        (("my.yaml", "--file", "e.jsonl"), "empty"),
+        (("broken.yaml",), "mine.py has no function"),
+        (("stages.yaml",), "needs the adapter of an earlier stage"),
+    ],
+)
 def test_wrong_input_ends_with_a_sentence(place: Path, arguments: tuple[str, ...], words: str) -> None:
     preset(place, "use: './mine.py:nothing'")
     (place / "my.yaml").rename("broken.yaml")
@@ -199,10 +282,13 @@ def test_wrong_input_ends_with_a_sentence(place: Path, arguments: tuple[str, ...
     write([], "e.jsonl")
     (place / "stages.yaml").write_text(
         "train: {steps: 1}\nstages:\n  - {algorithm: reward, data: {train: [{dataset: tutor-preferences}]}}\n"
-        "  - {algorithm: grpo, data: {train: [{dataset: tutor}]}, rewards: [{use: reward_model}]}\n")  # fmt: skip
+        "  - {algorithm: grpo, data: {train: [{dataset: tutor}]}, rewards: [{use: reward_model}]}\n"
+    )
     result = told(*arguments)
     assert result.exit_code == 2 and "Traceback" not in result.output
-    assert words in result.output or ("function" in words and "has no function `nothing`" in result.output), result.output
+    assert words in result.output or ("function" in words and "has no function `nothing`" in result.output), (
+        result.output
+    )
 
 
 def test_an_interruption_keeps_what_is_done(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,9 +312,15 @@ def test_an_interruption_keeps_what_is_done(place: Path, monkeypatch: pytest.Mon
 def test_ctrl_c_prints_what_is_done(place: Path) -> None:
     made = preset(place, "use: './mine.py:slow'")
     write([{"gold": "5", "completion": str(n)} for n in range(400)])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
     # Whoever runs the tests in the background ignores SIGINT, and children inherit that.
-    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from lowrank_tune.cli import main; main()"
+    start = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from lowrank_tune.cli import "
+        "main; main()"
+    )
     command = [sys.executable, "-c", start, "verify", made, "--file", "r.jsonl", "--out", "o.jsonl"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
     began = time.monotonic()

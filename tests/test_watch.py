@@ -1,4 +1,5 @@
-"""`watch`: a growing file, a finished one, a half-written line, a replaced one, several runs; in a terminal and in a pipe."""
+"""`watch`: a growing file, a finished one, a half-written line, a replaced one, several runs; in a terminal and in a
+pipe."""
 
 from __future__ import annotations
 
@@ -64,7 +65,9 @@ def test_a_half_written_line_waits_for_its_end(tmp_path: Path) -> None:
 
 def test_rubbish_is_skipped(tmp_path: Path) -> None:
     path, event = tmp_path / "events.jsonl", Note(message="whole")
-    rubbish = b"\xff\xfe\x00\n[]\n{}\n1\nnull\n" + b"[" * 100_000 + b'\n{"event": "step"}\n{"event": "new kind", "v": 9}\n\n'
+    rubbish = (
+        b"\xff\xfe\x00\n[]\n{}\n1\nnull\n" + b"[" * 100_000 + b'\n{"event": "step"}\n{"event": "new kind", "v": 9}\n\n'
+    )
     path.write_bytes(rubbish + line(event))
     assert list(events_in(path)) == [event]
 
@@ -98,11 +101,18 @@ def test_a_pipe_gets_lines_without_an_escape_byte(run: Path) -> None:
     out, errors = piped(str(run)).communicate(timeout=60)
     assert b"\x1b" not in out and not errors
     told = out.decode().splitlines()
-    assert any(one.startswith("loading tiny-tutor") for one in told) and told[-1] == END and any("step 96/96" in one for one in told)
+    assert (
+        any(one.startswith("loading tiny-tutor") for one in told)
+        and told[-1] == END
+        and any("step 96/96" in one for one in told)
+    )
     assert b"no run to watch" in piped(str(run / "nothing")).communicate(timeout=60)[1]
 
 
-STARTS = [Note(message="a chain begins"), RunStarted(name="c", algorithm="sft", model="m", roles={}, reference="r", steps=2, stage=1, stages=2)]
+STARTS = [
+    Note(message="a chain begins"),
+    RunStarted(name="c", algorithm="sft", model="m", roles={}, reference="r", steps=2, stage=1, stages=2),
+]
 SECOND = RunStarted(name="c", algorithm="dpo", model="m", roles={}, reference="r", steps=2, stage=2, stages=2)
 
 
@@ -119,7 +129,9 @@ def chain(tmp_path: Path) -> Path:
     """A chain of two stages of which none has begun."""
     folder = tmp_path / "chain"
     folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"version": 1, "recipe": {"name": "c", "stages": [{"name": "sft"}, {"name": "dpo"}]}}))
+    (folder / "run.json").write_text(
+        json.dumps({"version": 1, "recipe": {"name": "c", "stages": [{"name": "sft"}, {"name": "dpo"}]}})
+    )
     return folder
 
 
@@ -138,9 +150,23 @@ def test_a_chain_has_stages_and_a_run_is_its_own(chain: Path, run: Path) -> None
         assert file_of(chain) == chain / name / "events.jsonl" and stage_folders(chain / name) == [chain / name]
 
 
-@pytest.mark.parametrize("told", [b"", b"[[[", b"[]", b'{"recipe": 1}', b'{"recipe": {"stages": 3}}', b'{"recipe": {"stages": [1]}}', b"\xff",
-                                  b'{"recipe": {"stages": [{"name": "../../etc"}]}}', b'{"recipe": {"stages": [{"name": "a\\u0000"}]}}',
-                                  b'{"recipe": {"stages": []}}', b'{"recipe": {"stages": [{"name": "a"}, {}]}}', b"[" * 100_000])  # fmt: skip
+@pytest.mark.parametrize(
+    "told",
+    [
+        b"",
+        b"[[[",
+        b"[]",
+        b'{"recipe": 1}',
+        b'{"recipe": {"stages": 3}}',
+        b'{"recipe": {"stages": [1]}}',
+        b"\xff",
+        b'{"recipe": {"stages": [{"name": "../../etc"}]}}',
+        b'{"recipe": {"stages": [{"name": "a\\u0000"}]}}',
+        b'{"recipe": {"stages": []}}',
+        b'{"recipe": {"stages": [{"name": "a"}, {}]}}',
+        b"[" * 100_000,
+    ],
+)
 def test_what_is_no_chain(tmp_path: Path, told: bytes) -> None:
     (tmp_path / "run.json").write_bytes(told)
     assert stage_folders(tmp_path) == [tmp_path]
@@ -154,7 +180,9 @@ def test_the_screen_of_a_chain_moves_on_with_it(chain: Path) -> None:
     tell(chain / "1-sft", *STARTS, step(1), step(2), ended())
     assert watched.poll() and watched.state.step == 2 and watched.state.ended is not None
     tell(chain / "2-dpo", SECOND, step(1))
-    assert watched.poll() and watched.state.started == SECOND and watched.state.step == 1 and watched.state.ended is None
+    assert (
+        watched.poll() and watched.state.started == SECOND and watched.state.step == 1 and watched.state.ended is None
+    )
     other = chain / "other"
     other.write_bytes((chain / "1-sft" / "events.jsonl").read_bytes())
     os.replace(other, chain / "1-sft" / "events.jsonl")  # begun anew: the whole chain is told again, in its order
@@ -168,8 +196,7 @@ def test_stages_stay_in_order_where_the_first_is_long(chain: Path, monkeypatch: 
     tails, seen = Tails(files_of(chain)), list[Event]()
     for _ in range(200):
         seen += tails.poll()[1]
-    assert [type(event) for event in seen] == [
-        Note, RunStarted, StepDone, StepDone, RunEnded, RunStarted, StepDone]  # fmt: skip
+    assert [type(event) for event in seen] == [Note, RunStarted, StepDone, StepDone, RunEnded, RunStarted, StepDone]
     assert [event.stage for event in seen if isinstance(event, RunStarted)] == [1, 2]
 
 
@@ -190,7 +217,13 @@ def test_a_stage_that_breaks_ends_its_chain(chain: Path, run: Path, status: Lite
     out = piped(str(chain), str(run)).communicate(timeout=60)[0].decode().splitlines()  # and the next run follows
     assert f"stage 1 of 2 {status} after step 2 in 0:02" in out and out[-1] == END
     tell(chain / "2-dpo", SECOND, ended())
-    assert piped(str(chain / "1-sft")).communicate(timeout=60)[0].decode().splitlines()[-1].startswith(f"stage 1 of 2 {status}")
+    assert (
+        piped(str(chain / "1-sft"))
+        .communicate(timeout=60)[0]
+        .decode()
+        .splitlines()[-1]
+        .startswith(f"stage 1 of 2 {status}")
+    )
 
 
 def test_the_dashboard_of_a_chain_that_runs(tmp_path: Path) -> None:
@@ -278,7 +311,11 @@ def test_several_runs_in_a_terminal(run: Path, tmp_path: Path) -> None:
 def test_hostile_events_do_not_reach_the_terminal(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     step = StepDone(step=1, steps=2, stats={"\x1b[31mx": 1.0}, seconds=1.0, tokens=1)
-    events = [step, Note(message="\x1b]52;c;eA==\x07\u202e", level="warning"), RunEnded(status="done", step=2, seconds=1.0)]
+    events = [
+        step,
+        Note(message="\x1b]52;c;eA==\x07\u202e", level="warning"),
+        RunEnded(status="done", step=2, seconds=1.0),
+    ]
     path.write_bytes(b"".join(line(event) for event in events))
     out = piped(str(path)).communicate(timeout=60)[0]
     assert b"\x1b" not in out and b"\x07" not in out and "\u202e" not in out.decode()

@@ -33,8 +33,9 @@ TIMED = STEPS - 2
 FP32_LOGITS_ERROR = 2e-4
 """Largest relative error of logits that left the matrix product in fp32. Rounded to bf16 it would be about 2e-3."""
 SHARED_LOGPS_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""Nats by which a shared prompt may move the log-prob of a token in the mean, or a score. Other kernels and batch shapes
-alone move bf16: 0.04 to 0.05 on an H200, over 32 layers of random weights. A wrong mask moves it by more than 1."""
+"""Nats by which a shared prompt may move the log-prob of a token in the mean, or a score. Other kernels and batch
+shapes alone move bf16: 0.04 to 0.05 on an H200, over 32 layers of random weights. A wrong mask moves it by more than
+1."""
 SHARED_GRADIENT_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.15}
 """The same for the gradient, relative: 0.03 to 0.08 there."""
 LN2_ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.05}

@@ -3,20 +3,22 @@
     a+ = log p(y+ | x) - log ref(y+ | x)      a- = log p(y- | x) - log ref(y- | x)      d = a+ - a-
     L = 1/P sum over pairs loss(d) + s (1/N) sum over the N tokens of all chosen answers of -log p
 
-    sigmoid       -log sigmoid(beta d)
-    ipo           (d' - 1 / (2 beta))^2                                            arXiv:2310.12036, equation 17; d' from log-probs a token
-    hinge         max(0, 1 - beta d)                                               SLiC, arXiv:2305.10425
-    robust        (-(1 - e) log sigmoid(beta d) + e log sigmoid(-beta d)) / (1 - 2 e)        arXiv:2403.00409, e the label smoothing
-    apo_zero      1 - sigmoid(beta a+) + sigmoid(beta a-)                          arXiv:2408.06266
-    sigmoid_norm  -log sigmoid(beta d')                                            length-normalised: each side divided by its tokens
+    sigmoid       -log sigmoid(beta d) ipo           (d' - 1 / (2 beta))^2
+    arXiv:2310.12036, equation 17; d' from log-probs a token hinge         max(0, 1 - beta d)
+    SLiC, arXiv:2305.10425 robust        (-(1 - e) log sigmoid(beta d) + e log sigmoid(-beta d)) / (1 - 2 e)
+    arXiv:2403.00409, e the label smoothing apo_zero      1 - sigmoid(beta a+) + sigmoid(beta a-)
+    arXiv:2408.06266 sigmoid_norm  -log sigmoid(beta d')                                            length-normalised:
+    each side divided by its tokens
 
-log p(y | x) sums over the answer's tokens, its end tokens included. The reference is the policy's stack without its top; its log-probs
-belong to the data and come with the rows (`extra["reference"]`, (B,)). Rows come as chosen, rejected, chosen, rejected, and a pair stays in
-one micro-batch; P and N count the whole optimizer step, so no split changes the gradient.
+log p(y | x) sums over the answer's tokens, its end tokens included. The reference is the policy's stack without its
+top; its log-probs belong to the data and come with the rows (`extra["reference"]`, (B,)). Rows come as chosen,
+rejected, chosen, rejected, and a pair stays in one micro-batch; P and N count the whole optimizer step, so no split
+changes the gradient.
 
-Metrics: `loss` is the preference loss without the SFT term; `reward_chosen` and `reward_rejected` are beta a+ and beta a-, `margin` their
-difference, `accuracy` the share of pairs where it is positive (a tie counts half); `logp_chosen` and `logp_rejected` in nats a token;
-`chosen_change` is a+ in nats a token; `kl` is KL(policy || reference) a token over the whole vocabulary, on one micro-batch of a logging step.
+Metrics: `loss` is the preference loss without the SFT term; `reward_chosen` and `reward_rejected` are beta a+ and beta
+a-, `margin` their difference, `accuracy` the share of pairs where it is positive (a tie counts half); `logp_chosen` and
+`logp_rejected` in nats a token; `chosen_change` is a+ in nats a token; `kl` is KL(policy || reference) a token over the
+whole vocabulary, on one micro-batch of a logging step.
 """
 
 from __future__ import annotations
@@ -33,11 +35,19 @@ from lowrank_tune.maths import mean_of, mean_over, pair_weights, share_right, to
 from lowrank_tune.types import Batch, Experience, Mean, Stats, Term
 
 COLLAPSED, IN_A_ROW = -0.5, 3
-"""Nats a token by which the chosen answers may become less likely than under the reference, for so many steps, before a person is told."""
+"""Nats a token by which the chosen answers may become less likely than under the reference, for so many steps, before a
+person is told."""
 
 
-def dpo_loss(kind: str, chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float, chosen_tokens: Tensor,
-             rejected_tokens: Tensor) -> Tensor:  # fmt: skip
+def dpo_loss(
+    kind: str,
+    chosen: Tensor,
+    rejected: Tensor,
+    beta: float,
+    label_smoothing: float,
+    chosen_tokens: Tensor,
+    rejected_tokens: Tensor,
+) -> Tensor:
     """Log-ratios a+ and a- (P,), tokens of the answers (P,) -> losses (P,)."""
     difference = chosen - rejected
     if kind in ("ipo", "sigmoid_norm"):
@@ -62,7 +72,9 @@ class DPO:
 
     together = 2
 
-    def __init__(self, kit: Kit, loss: str = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0, sft: float = 0.0) -> None:
+    def __init__(
+        self, kit: Kit, loss: str = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0, sft: float = 0.0
+    ) -> None:
         self.kit, self.loss, self.beta, self.label_smoothing, self.sft = kit, loss, beta, label_smoothing, sft
         self._collapsed = 0  # steps in a row
 
@@ -98,10 +110,15 @@ class DPO:
         chosen, rejected = ratio[::2], ratio[1::2]
         losses = dpo_loss(self.loss, chosen, rejected, self.beta, self.label_smoothing, tokens[::2], tokens[1::2])
         stats = {
-            "loss": mean_of(losses), "accuracy": share_right(chosen - rejected), "margin": mean_of(self.beta * (chosen - rejected)),
-            "reward_chosen": mean_of(self.beta * chosen), "reward_rejected": mean_of(self.beta * rejected),
-            "logp_chosen": mean_over(logps[::2], scored[::2]), "logp_rejected": mean_over(logps[1::2], scored[1::2]),
-            "chosen_change": Mean(chosen.detach().sum(), tokens[::2].sum())}  # fmt: skip
+            "loss": mean_of(losses),
+            "accuracy": share_right(chosen - rejected),
+            "margin": mean_of(self.beta * (chosen - rejected)),
+            "reward_chosen": mean_of(self.beta * chosen),
+            "reward_rejected": mean_of(self.beta * rejected),
+            "logp_chosen": mean_over(logps[::2], scored[::2]),
+            "logp_rejected": mean_over(logps[1::2], scored[1::2]),
+            "chosen_change": Mean(chosen.detach().sum(), tokens[::2].sum()),
+        }
         return losses, logps, stats
 
     def observe(self, micro: Batch) -> Stats:
@@ -113,8 +130,12 @@ class DPO:
     def warnings(self, figures: Mapping[str, float]) -> Iterator[str]:
         self._collapsed = self._collapsed + 1 if figures["chosen_change"] < COLLAPSED else 0
         if self._collapsed >= IN_A_ROW:
-            yield (f"the chosen answers have become less likely than under the reference, by {-figures['chosen_change']:.2f} nats a token: "
-                   "the margin grows because both sides are unlearned; raise dpo.beta, lower train.learning_rate, or set dpo.sft")  # fmt: skip
+            yield (
+                f"the chosen answers have become less likely than under the reference, by "
+                f"{-figures['chosen_change']:.2f} nats a token: "
+                "the margin grows because both sides are unlearned; raise dpo.beta, lower train.learning_rate, or "
+                "set dpo.sft"
+            )
 
     def go_on(self, stats: Stats) -> bool:
         return True

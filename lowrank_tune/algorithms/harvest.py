@@ -1,4 +1,5 @@
-"""Harvesting: completions of a step's prompts, drawn from the policy and scored while others still decode. GRPO's and PPO's `collect`."""
+"""Harvesting: completions of a step's prompts, drawn from the policy and scored while others still decode. GRPO's and
+PPO's `collect`."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:  # an algorithm must run where pydantic is not installed (benc
 
 
 class Scoring(Protocol):
-    """Scores completions on the side: `submit` as each finishes, `collect` waits for the rest. By key a value for each reward, or why there
-    is none."""
+    """Scores completions on the side: `submit` as each finishes, `collect` waits for the rest. By key a value for each
+    reward, or why there is none."""
 
     def submit(self, key: int, asked: Asked, text: str, completion: Completion) -> None: ...
     def collect(self) -> Mapping[int, Sequence[float] | Unscored]: ...
@@ -30,9 +31,10 @@ class Scoring(Protocol):
 
 @dataclass
 class Harvest:
-    """Groups of completions. `batch` has prompt and completion in each row, groups adjacent, with `extra["sampler"]`, the log-probs that
-    the completions were drawn with; rewards, and what was `earned` after penalties (groups, n); `parts` (B, rewards) before weighting.
-    `unscored` (B of them) says of what no reward can be told for why; rewards, earned and parts are nan there."""
+    """Groups of completions. `batch` has prompt and completion in each row, groups adjacent, with `extra["sampler"]`,
+    the log-probs that the completions were drawn with; rewards, and what was `earned` after penalties (groups, n);
+    `parts` (B, rewards) before weighting. `unscored` (B of them) says of what no reward can be told for why; rewards,
+    earned and parts are nan there."""
 
     batch: Batch
     rewards: Tensor
@@ -64,7 +66,9 @@ class Harvest:
         rows = self.scored.flatten().nonzero().squeeze(1)
         batch, group = self.batch.take(rows), rows // self.rewards.shape[1]
         if "shared" in batch.extra:  # where a group has lost its first row, another one is that now
-            begins = torch.ones_like(rows, dtype=torch.bool).index_put((torch.arange(1, len(rows)),), group[1:] != group[:-1])
+            begins = torch.ones_like(rows, dtype=torch.bool).index_put(
+                (torch.arange(1, len(rows)),), group[1:] != group[:-1]
+            )
             batch.extra["shared"] = batch.extra["shared"].masked_fill(begins, 0)
         return batch
 
@@ -83,9 +87,13 @@ class Harvest:
         several = self.names if len(self.names) > 1 else ()
         own = {f"reward_{name}": Mean(parts[:, i].sum(), len(parts)) for i, name in enumerate(several)}
         return {
-            "reward": Mean(rewards.sum(), rewards.numel()), "reward_spread": Mean(spreads.sum(), len(spreads)), **own,
-            "length": Mean(lengths.sum(), len(lengths)), "truncated": Mean(self.truncated.sum(), len(self.truncated)),
-            **{name: Mean(value, 1) for name, value in self.seconds.items()}}  # fmt: skip
+            "reward": Mean(rewards.sum(), rewards.numel()),
+            "reward_spread": Mean(spreads.sum(), len(spreads)),
+            **own,
+            "length": Mean(lengths.sum(), len(lengths)),
+            "truncated": Mean(self.truncated.sum(), len(self.truncated)),
+            **{name: Mean(value, 1) for name, value in self.seconds.items()},
+        }
 
     def pick(self, wanted: Tensor) -> Harvest:
         """These groups, (groups,) bool."""
@@ -94,9 +102,18 @@ class Harvest:
         places = rows.nonzero().squeeze(1)
         kept: list[int] = places.tolist()
         batch = self.batch.take(places, self.batch.ids.shape[1])
-        return Harvest(batch, self.rewards[wanted], self.parts[rows], self.truncated[rows], self.names, [self.texts[i] for i in kept],
-                        [a for a, keep in zip(self.asked, wanted.tolist(), strict=True) if keep],
-                       self.seconds, self.earned[wanted], [self.unscored[i] for i in kept])  # fmt: skip
+        return Harvest(
+            batch,
+            self.rewards[wanted],
+            self.parts[rows],
+            self.truncated[rows],
+            self.names,
+            [self.texts[i] for i in kept],
+            [a for a, keep in zip(self.asked, wanted.tolist(), strict=True) if keep],
+            self.seconds,
+            self.earned[wanted],
+            [self.unscored[i] for i in kept],
+        )
 
     @classmethod
     def join(cls, several: Sequence[Harvest], pad_id: int) -> Harvest:
@@ -106,13 +123,25 @@ class Harvest:
         width = max(one.batch.ids.shape[1] for one in several)
         batches = [_widened(one.batch, width, pad_id) for one in several]
         extra = {name: torch.cat([batch.extra[name] for batch in batches]) for name in batches[0].extra}
-        ids, attended, says = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("ids", "attended", "says"))
+        ids, attended, says = (
+            torch.cat([getattr(batch, name) for batch in batches]) for name in ("ids", "attended", "says")
+        )
         batch = Batch(ids, attended, says, extra=extra)
-        rewards, parts, truncated, earned = (torch.cat([getattr(one, name) for one in several])
-                                             for name in ("rewards", "parts", "truncated", "earned"))  # fmt: skip
-        return cls(batch, rewards, parts, truncated, several[0].names, [text for one in several for text in one.texts],
-                   [asked for one in several for asked in one.asked], several[0].seconds, earned,
-                   [lost for one in several for lost in one.unscored])  # fmt: skip
+        rewards, parts, truncated, earned = (
+            torch.cat([getattr(one, name) for one in several]) for name in ("rewards", "parts", "truncated", "earned")
+        )
+        return cls(
+            batch,
+            rewards,
+            parts,
+            truncated,
+            several[0].names,
+            [text for one in several for text in one.texts],
+            [asked for one in several for asked in one.asked],
+            several[0].seconds,
+            earned,
+            [lost for one in several for lost in one.unscored],
+        )
 
 
 def _widened(batch: Batch, width: int, pad_id: int) -> Batch:
@@ -121,13 +150,18 @@ def _widened(batch: Batch, width: int, pad_id: int) -> Batch:
     def wide(tensor: Tensor, value: float) -> Tensor:
         return torch.nn.functional.pad(tensor, (0, more), value=value) if tensor.ndim > 1 else tensor
 
-    return Batch(wide(batch.ids, pad_id), wide(batch.attended, False), wide(batch.says, False),
-                 extra={name: wide(tensor, 0.0) for name, tensor in batch.extra.items()})  # fmt: skip
+    return Batch(
+        wide(batch.ids, pad_id),
+        wide(batch.attended, False),
+        wide(batch.says, False),
+        extra={name: wide(tensor, 0.0) for name, tensor in batch.extra.items()},
+    )
 
 
 @dataclass
 class Harvester:
-    """Draws completions. `prompts(step, draw, count)` gives the prompts of a step: the planned ones, or `count` others for a later draw."""
+    """Draws completions. `prompts(step, draw, count)` gives the prompts of a step: the planned ones, or `count` others
+    for a later draw."""
 
     roles: Roles
     prompts: Callable[[int, int, int | None], list[Asked]]
@@ -164,7 +198,9 @@ class Harvester:
         scores = self.scoring.collect()
         unscored = [one if isinstance(one := scores[key], Unscored) else None for key in range(len(asked) * n)]
         self.failures.count(unscored)
-        parts = torch.tensor([_values(scores[key], len(self.weights)) for key in range(len(asked) * n)], dtype=torch.float64)
+        parts = torch.tensor(
+            [_values(scores[key], len(self.weights)) for key in range(len(asked) * n)], dtype=torch.float64
+        )
         rewards = (parts @ torch.tensor(list(self.weights), dtype=torch.float64)).view(len(asked), n)
         completions = [done[key] for key in range(len(asked) * n)]
         truncated = torch.tensor([one.finish == "length" for one in completions])
@@ -181,7 +217,9 @@ class Harvester:
         def read(units: Sequence[int]) -> Tensor:
             places = torch.tensor(list(units))
             shared = {"shared": batch.extra["shared"][places]} if "shared" in batch.extra else {}
-            part = Batch(batch.ids[places], batch.attended[places], batch.says[places], extra=shared).to(self.roles.base.device)
+            part = Batch(batch.ids[places], batch.attended[places], batch.says[places], extra=shared).to(
+                self.roles.base.device
+            )
             with self.roles.quiet():
                 return self.roles.logps(role, part, self.temperature).logps.cpu()
 
@@ -190,8 +228,9 @@ class Harvester:
         return found
 
 
-def in_micro_batches(roles: Roles, rows: int, columns: int, micro_tokens: int,
-                     read: Callable[[Sequence[int]], Tensor]) -> Iterator[tuple[Sequence[int], Tensor]]:  # fmt: skip
+def in_micro_batches(
+    roles: Roles, rows: int, columns: int, micro_tokens: int, read: Callable[[Sequence[int]], Tensor]
+) -> Iterator[tuple[Sequence[int], Tensor]]:
     """What `read` makes of neighbouring rows, as many at once as fit `micro_tokens` and the memory."""
     at_once = max(1, micro_tokens // columns)
     for start in range(0, rows, at_once):

@@ -1,27 +1,30 @@
 """PPO: proximal policy optimisation (arXiv:1707.06347) as it is used on language (arXiv:1909.08593, arXiv:2203.02155).
 
-The policy writes completions y; old is that policy, ref the reference. Of token t, over the tokens y_1 ... y_n of one completion:
+The policy writes completions y; old is that policy, ref the reference. Of token t, over the tokens y_1 ... y_n of one
+completion:
 
-    r_t = -lambda (log old(y_t) - log ref(y_t)),   and r_n also has the score R(x, y)
-    A_t = delta_t + gamma L A_(t+1),   delta_t = r_t + gamma V_(t+1) - V_t,   G_t = A_t + V_t          GAE, L its `gae_lambda`
-    a_t = (A_t - mean A) / std A over all tokens of the harvest
+    r_t = -lambda (log old(y_t) - log ref(y_t)),   and r_n also has the score R(x, y) A_t = delta_t + gamma L A_(t+1),
+    delta_t = r_t + gamma V_(t+1) - V_t,   G_t = A_t + V_t          GAE, L its `gae_lambda` a_t = (A_t - mean A) / std A
+    over all tokens of the harvest
 
     policy   L = sum_t w_t [ -min(rho a, clip(rho, 1 - c, 1 + c) a) - e H ],   rho_t = p(y_t) / old(y_t), H the entropy
     value    L = sum_t w_t max((v_t - G_t)^2, (clip(v_t, V_t - d, V_t + d) - G_t)^2) / 2
 
-w is 1 / (tokens of the minibatch). V_t is the value of what stands before token t; V_(n+1) is 0 where the completion ended. One that was
-cut loses `penalty` (truncated `penalise`), is scored as it is (`keep`), or has no score yet and V_(n+1) is the value of all that was
-written (`bootstrap`). A harvest is passed over `epochs` times in `minibatches`; once old and policy lie `update_kl_limit` nats a token apart
-the rest of the passes is left out.
+w is 1 / (tokens of the minibatch). V_t is the value of what stands before token t; V_(n+1) is 0 where the completion
+ended. One that was cut loses `penalty` (truncated `penalise`), is scored as it is (`keep`), or has no score yet and
+V_(n+1) is the value of all that was written (`bootstrap`). A harvest is passed over `epochs` times in `minibatches`;
+once old and policy lie `update_kl_limit` nats a token apart the rest of the passes is left out.
 
-The value is an adapter and an fp32 head of its own beside the policy's adapter, or a head on the policy's trunk. The two losses are two
-graphs, one alive at a time: no parameter moves between their backward passes, so the gradients add up to those of one joint backward, also
-where the trunk is shared. lambda is fixed, or follows the KL to a target (arXiv:1909.08593, equation 4), a step at a time.
+The value is an adapter and an fp32 head of its own beside the policy's adapter, or a head on the policy's trunk. The
+two losses are two graphs, one alive at a time: no parameter moves between their backward passes, so the gradients add
+up to those of one joint backward, also where the trunk is shared. lambda is fixed, or follows the KL to a target
+(arXiv:1909.08593, equation 4), a step at a time.
 
-Metrics: `reward` R before penalties, `reward_NAME` each reward by itself; `score` what stands at the last token; `kl` to the reference
-and `update_kl` to old, nats a token, k3; `kl_coefficient` lambda; `value_loss`; `explained_variance` of G by V; `value` mean V;
-`clip_fraction` and `value_clip_fraction` the share of tokens where the clip stops the gradient; `entropy` nats; `length` tokens a
-completion; `truncated` the share without an end; `mismatch` mean |log old - log p_sampler|; `loss` the policy's L.
+Metrics: `reward` R before penalties, `reward_NAME` each reward by itself; `score` what stands at the last token; `kl`
+to the reference and `update_kl` to old, nats a token, k3; `kl_coefficient` lambda; `value_loss`; `explained_variance`
+of G by V; `value` mean V; `clip_fraction` and `value_clip_fraction` the share of tokens where the clip stops the
+gradient; `entropy` nats; `length` tokens a completion; `truncated` the share without an end; `mismatch` mean |log old -
+log p_sampler|; `loss` the policy's L.
 """
 
 from __future__ import annotations
@@ -46,14 +49,16 @@ PASSES = 15  # tag of the seed that mixes minibatches; draws of a step are numbe
 
 
 def token_rewards(old: Tensor, reference: Tensor, says: Tensor, score: Tensor, coefficient: float) -> Tensor:
-    """old, reference, says (B, T), score (B,) -> what each token earns (B, T): minus its KL, and at the row's last token the score."""
+    """old, reference, says (B, T), score (B,) -> what each token earns (B, T): minus its KL, and at the row's last
+    token the score."""
     rewards = -coefficient * where_says(old - reference, says)
     last = says & (says.long().flip(1).cumsum(dim=1).flip(1) == 1)
     return rewards + where_says(score[:, None].to(rewards.dtype).expand_as(rewards), last)
 
 
 def policy_loss(logps: Tensor, old: Tensor, advantages: Tensor, says: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """logps, old, advantages, says (B, T) -> the loss of each token and whether the clip stopped its gradient; (B, T) each."""
+    """logps, old, advantages, says (B, T) -> the loss of each token and whether the clip stopped its gradient; (B, T)
+    each."""
     advantages = where_says(advantages, says)
     ratio = where_says(logps - old, says).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -62,7 +67,8 @@ def policy_loss(logps: Tensor, old: Tensor, advantages: Tensor, says: Tensor, cl
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, says: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """values, old, returns, says (B, T) -> the loss of each token and whether the clip stopped its gradient; clip 0 for none."""
+    """values, old, returns, says (B, T) -> the loss of each token and whether the clip stopped its gradient; clip 0 for
+    none."""
     values, old, returns = (where_says(each, says) for each in (values, old, returns))
     plain = (values - returns).square() / 2
     if not clip:
@@ -78,7 +84,8 @@ def k3(logps: Tensor, other: Tensor, says: Tensor) -> Tensor:
 
 
 def next_coefficient(coefficient: float, kl: float, target: float, gain: float) -> float:
-    """The KL's weight in the next step: up where the KL is above its target, down where it is below (arXiv:1909.08593, equation 4)."""
+    """The KL's weight in the next step: up where the KL is above its target, down where it is below (arXiv:1909.08593,
+    equation 4)."""
     return coefficient * (1 + gain * max(-MOST_ERROR, min(MOST_ERROR, kl / target - 1)))
 
 
@@ -112,7 +119,8 @@ class Critic:
 
 @dataclass
 class Discount:
-    """How rewards are handed back to the tokens before: GAE's two numbers, and what becomes of a completion that was cut."""
+    """How rewards are handed back to the tokens before: GAE's two numbers, and what becomes of a completion that was
+    cut."""
 
     gamma: float = 1.0
     lam: float = 0.95
@@ -180,24 +188,37 @@ class PPO:
         returns, white = where_says(values, says) + advantages, whiten(advantages, says)
         batch.extra |= {"old": old, "values": values, "returns": returns, "advantages": white}
         kl = mean_over(k3(old, reference, says), says)
-        stats = harvest.stats() | self.harvester.failures.stats(self._lost) | {
-            "score": Mean(score.sum(), len(score)), "kl": kl, "kl_coefficient": Mean(self.coefficient, 1), "mismatch": mismatch,
-            "value": mean_over(values, says)}  # fmt: skip
+        stats = (
+            harvest.stats()
+            | self.harvester.failures.stats(self._lost)
+            | {
+                "score": Mean(score.sum(), len(score)),
+                "kl": kl,
+                "kl_coefficient": Mean(self.coefficient, 1),
+                "mismatch": mismatch,
+                "value": mean_over(values, says),
+            }
+        )
         if (explained := explained_variance(values, returns, says)) == explained:  # no number where all returns are one
             stats["explained_variance"] = Mean(explained, 1)
         shown = torch.zeros(len(told)).index_copy(0, rows, white.sum(dim=1) / says.sum(dim=1).clamp_min(1))
         self.harvester.show(step, harvest, shown.view_as(harvest.rewards))
         if self.leash.target is not None and kl.count:
             self.coefficient = next_coefficient(self.coefficient, kl.value, self.leash.target, self.leash.gain)
-        return Passes(batch, stats, self.update.epochs, self.update.minibatches, self.harvester.seed_of(16 * step + PASSES))
+        return Passes(
+            batch, stats, self.update.epochs, self.update.minibatches, self.harvester.seed_of(16 * step + PASSES)
+        )
 
     def _check_sampler(self, mismatch: float) -> None:
         if mismatch > self.update.mismatch_limit:
-            raise RunFailed(f"the sampler's log-probs and the policy's differ by {mismatch:.3f} nats a token, more than "
-                            f"ppo.mismatch_limit, {self.update.mismatch_limit:g}: ratios would compare what was never drawn")  # fmt: skip
+            raise RunFailed(
+                f"the sampler's log-probs and the policy's differ by {mismatch:.3f} nats a token, more than "
+                f"ppo.mismatch_limit, {self.update.mismatch_limit:g}: ratios would compare what was never drawn"
+            )
 
     def _outcomes(self, score: Tensor, cut: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
-        """The score at each row's last token, and the value behind it; (B,) each. `written` is the value of all that was written."""
+        """The score at each row's last token, and the value behind it; (B,) each. `written` is the value of all that
+        was written."""
         nothing = torch.zeros_like(written)
         if self.discount.truncated == "bootstrap":  # the outcome is still to come, and the value stands for it
             return torch.where(cut, torch.zeros_like(score), score), torch.where(cut, written, nothing)
@@ -234,9 +255,15 @@ class PPO:
         if bonus:
             per_token = per_token - bonus * where_says(found.entropy, says)
         loss = (per_token * where_says(micro.weight, says)).sum()
-        return Term(loss, {"loss": Mean(loss.detach(), len(micro) / self._rows), "entropy": mean_over(found.entropy, says),
-                           "clip_fraction": mean_over(stopped.float(), says),
-                           "update_kl": mean_over(k3(extra["old"], found.logps, says), says)})  # fmt: skip
+        return Term(
+            loss,
+            {
+                "loss": Mean(loss.detach(), len(micro) / self._rows),
+                "entropy": mean_over(found.entropy, says),
+                "clip_fraction": mean_over(stopped.float(), says),
+                "update_kl": mean_over(k3(extra["old"], found.logps, says), says),
+            },
+        )
 
     def _value_term(self, micro: Batch) -> Term:
         assert micro.weight is not None, "weigh comes before terms"
@@ -244,7 +271,9 @@ class PPO:
         values = before_each(self.kit.roles.scores(self.critic.role, micro))
         per_token, stopped = value_loss(values, extra["values"], extra["returns"], says, self.critic.clip)
         loss = self.critic.weight * (per_token * where_says(micro.weight, says)).sum()
-        return Term(loss, {"value_loss": mean_over(per_token, says), "value_clip_fraction": mean_over(stopped.float(), says)})
+        return Term(
+            loss, {"value_loss": mean_over(per_token, says), "value_clip_fraction": mean_over(stopped.float(), says)}
+        )
 
     def measure(self, micro: Batch) -> Stats:
         raise AssertionError("held-out rows of PPO are questions, not rows")
@@ -259,8 +288,11 @@ class PPO:
     def warnings(self, figures: Mapping[str, float]) -> Iterator[str]:
         yield from self.harvester.failures.warnings(self._lost, self._drawn)
         if figures["truncated"] > MOSTLY_CUT:
-            yield (f"most completions have no end, {figures['truncated']:.0%} of this step's: what they earn is not what whole answers earn; "
-                   "raise rollout.max_new_tokens, or begin from an SFT adapter that ends its answers")  # fmt: skip
+            yield (
+                f"most completions have no end, {figures['truncated']:.0%} of this step's: what they earn is not "
+                f"what whole answers earn; "
+                "raise rollout.max_new_tokens, or begin from an SFT adapter that ends its answers"
+            )
 
     def go_on(self, stats: Stats) -> bool:
         return self.leash.update_limit is None or not stats["update_kl"].value > self.leash.update_limit
@@ -274,5 +306,6 @@ class PPO:
 
 
 def before_each(states: Tensor) -> Tensor:
-    """Values of what stands up to each token -> of what stands before it, which is the state that it was written in; (B, T)."""
+    """Values of what stands up to each token -> of what stands before it, which is the state that it was written in;
+    (B, T)."""
     return torch.nn.functional.pad(states[:, :-1], (1, 0))

@@ -1,5 +1,5 @@
-"""Log-probs of the reference belong to the data: computed once, found again by the content of all that they depend on, and compared with
-fresh ones at every start (`step_zero.py`).
+"""Log-probs of the reference belong to the data: computed once, found again by the content of all that they depend on,
+and compared with fresh ones at every start (`step_zero.py`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,20 @@ VERSION = 1  # of how the log-probs are computed: raise it when that changes
 TOLD = 50  # times that a long computation tells how far it is
 
 
-def reference_logps(roles: Roles, rows: TokenStore, collated: Callable[[Sequence[int]], Batch], micro_tokens: int, base_hash: str,
-                    cache: Path, emit: Emit) -> Tensor:  # fmt: skip
-    """log ref(y | x) of every row of the store, (rows,) fp32 on the CPU, in the store's order; from the cache where it has them.
+def reference_logps(
+    roles: Roles,
+    rows: TokenStore,
+    collated: Callable[[Sequence[int]], Batch],
+    micro_tokens: int,
+    base_hash: str,
+    cache: Path,
+    emit: Emit,
+) -> Tensor:
+    """log ref(y | x) of every row of the store, (rows,) fp32 on the CPU, in the store's order; from the cache where it
+    has them.
 
-    `collated(units)` makes a batch of some units; `base_hash` is that of all tensors of the base. Raises RunFailed where the cache cannot
-    be written.
+    `collated(units)` makes a batch of some units; `base_hash` is that of all tensors of the base. Raises RunFailed
+    where the cache cannot be written.
     """
     file = cache / "reference" / f"{_key(roles, rows, base_hash)}.safetensors"
     found = _read(file, len(rows))
@@ -52,18 +60,29 @@ def reference_logps(roles: Roles, rows: TokenStore, collated: Callable[[Sequence
         if done * TOLD // rows.units != before * TOLD // rows.units:
             emit(Progress(what=what, done=done, total=rows.units))
     if not bool(sums.isfinite().all()):
-        raise RunFailed(f"the reference gives {int((~sums.isfinite()).sum())} of {len(rows)} answers no finite log-prob, "
-                        f"{rows.place_of(int((~sums.isfinite()).nonzero()[0]))} for one")  # fmt: skip
+        raise RunFailed(
+            f"the reference gives {int((~sums.isfinite()).sum())} of {len(rows)} answers no finite log-prob, "
+            f"{rows.place_of(int((~sums.isfinite()).nonzero()[0]))} for one"
+        )
     _write(file, sums)
     return sums
 
 
 def _key(roles: Roles, rows: TokenStore, base_hash: str) -> str:
-    """Of all that the log-probs depend on: rows, base, frozen adapters with their scales, precision. The template is in the rows' ids."""
+    """Of all that the log-probs depend on: rows, base, frozen adapters with their scales, precision. The template is in
+    the rows' ids."""
     digest = hashlib.blake2b(digest_size=16)
     lower = [name.removeprefix("lt_") for name in roles.stacks["reference"]]
     base = roles.base
-    for part in (VERSION, rows.content_hash(), base_hash, base.model.config.to_json_string(), base.device.type, base.bits, torch.__version__):
+    for part in (
+        VERSION,
+        rows.content_hash(),
+        base_hash,
+        base.model.config.to_json_string(),
+        base.device.type,
+        base.bits,
+        torch.__version__,
+    ):
         digest.update(f"{part}\n".encode())
     for name in lower:
         config = roles.adapter_config(name)
@@ -78,7 +97,9 @@ def _read(file: Path, count: int) -> Tensor | None:
     try:
         tensors = load(file.read_bytes())
         sums = tensors["sums"]
-        good = sums.shape == (count,) and sums.dtype == torch.float32 and torch.equal(_checksum(sums), tensors["checksum"])
+        good = (
+            sums.shape == (count,) and sums.dtype == torch.float32 and torch.equal(_checksum(sums), tensors["checksum"])
+        )
     except (OSError, KeyError, SafetensorError):
         return None
     return sums if good else None
@@ -97,8 +118,10 @@ def _write(file: Path, sums: Tensor) -> None:
                 os.unlink(temporary)
             raise
     except OSError as error:
-        raise RunFailed(f"{file.parent}: the log-probs of the reference cannot be written ({error.strerror or error}); "
-                        "free some space, or name another folder in LOWRANK_TUNE_CACHE") from error  # fmt: skip
+        raise RunFailed(
+            f"{file.parent}: the log-probs of the reference cannot be written ({error.strerror or error}); "
+            "free some space, or name another folder in LOWRANK_TUNE_CACHE"
+        ) from error
 
 
 def _checksum(sums: Tensor) -> Tensor:

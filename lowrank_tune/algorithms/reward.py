@@ -2,12 +2,13 @@
 
     L = 1/P sum over pairs [ -log sigmoid(R(x, y+) - R(x, y-) - margin) + c (R(x, y+) + R(x, y-))^2 ]
 
-R is an fp32 head on the hidden state of a row's last attended token, whatever pad and end tokens are. The margin comes with a row and is 0
-where it has none; c is `centering` (arXiv:2312.09244), which pins the level that a difference leaves free. Rows come as chosen, rejected,
-chosen, rejected, and a pair stays in one micro-batch; P counts the pairs of the whole optimizer step, so no split changes the gradient.
+R is an fp32 head on the hidden state of a row's last attended token, whatever pad and end tokens are. The margin comes
+with a row and is 0 where it has none; c is `centering` (arXiv:2312.09244), which pins the level that a difference
+leaves free. Rows come as chosen, rejected, chosen, rejected, and a pair stays in one micro-batch; P counts the pairs of
+the whole optimizer step, so no split changes the gradient.
 
-Metrics: `loss` is L; `accuracy` the share of pairs whose chosen answer scores higher, a tie counting half; `margin` R+ - R-;
-`score_chosen` and `score_rejected` the mean scores.
+Metrics: `loss` is L; `accuracy` the share of pairs whose chosen answer scores higher, a tie counting half; `margin` R+
+- R-; `score_chosen` and `score_rejected` the mean scores.
 """
 
 from __future__ import annotations
@@ -59,8 +60,12 @@ class Reward:
         chosen, rejected = scores[::2], scores[1::2]
         losses = reward_loss(chosen, rejected, micro.extra["margin"][::2], self.centering)
         return losses, {
-            "loss": mean_of(losses), "accuracy": share_right(chosen - rejected), "margin": mean_of(chosen - rejected),
-            "score_chosen": mean_of(chosen), "score_rejected": mean_of(rejected)}  # fmt: skip
+            "loss": mean_of(losses),
+            "accuracy": share_right(chosen - rejected),
+            "margin": mean_of(chosen - rejected),
+            "score_chosen": mean_of(chosen),
+            "score_rejected": mean_of(rejected),
+        }
 
     def observe(self, micro: Batch) -> Stats:
         return {}

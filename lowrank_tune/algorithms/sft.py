@@ -2,12 +2,13 @@
 
     L = -(1 / sum m) sum_t m_t log p(x_t | x_<t)
 
-m_t is 1 on the assistant's tokens, the ones that end its turn included, and the sums run over *all* rows of the optimizer step: a long
-answer weighs more than a short one, and no split into micro-batches changes that. B rows, T tokens; every (B, T) tensor is about the
-token at its own position.
+m_t is 1 on the assistant's tokens, the ones that end its turn included, and the sums run over *all* rows of the
+optimizer step: a long answer weighs more than a short one, and no split into micro-batches changes that. B rows, T
+tokens; every (B, T) tensor is about the token at its own position.
 
-Metrics: `loss` is L in nats a token; `accuracy` the share of assistant tokens that were the likeliest; `entropy` that of the prediction,
-in nats; `kl` is KL(policy || reference) a token over the whole vocabulary, on one micro-batch of a logging step.
+Metrics: `loss` is L in nats a token; `accuracy` the share of assistant tokens that were the likeliest; `entropy` that
+of the prediction, in nats; `kl` is KL(policy || reference) a token over the whole vocabulary, on one micro-batch of a
+logging step.
 """
 
 from __future__ import annotations
@@ -46,7 +47,11 @@ class SFT:
         scored = micro.scored
         logps, entropy, likeliest = self.kit.roles.scored("policy", micro)
         loss = sft_loss(logps, scored, micro.weight)
-        stats = {"loss": mean_over(-logps, scored), "accuracy": mean_over(likeliest.float(), scored), "entropy": mean_over(entropy, scored)}
+        stats = {
+            "loss": mean_over(-logps, scored),
+            "accuracy": mean_over(likeliest.float(), scored),
+            "entropy": mean_over(entropy, scored),
+        }
         yield Term(loss, stats)
 
     def measure(self, micro: Batch) -> Stats:

@@ -1,4 +1,5 @@
-"""The reference: what the policy is held to. It is never in doubt: it is asserted before the first step. Knows the model floor alone."""
+"""The reference: what the policy is held to. It is never in doubt: it is asserted before the first step. Knows the
+model floor alone."""
 
 from __future__ import annotations
 
@@ -9,24 +10,33 @@ from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch
 
 NOISE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
-"""Nats a token by which another batch shape may change log-probs, by the dtype of the forward pass (measured: FIELD notes, bf16 0.016)."""
+"""Nats a token by which another batch shape may change log-probs, by the dtype of the forward pass (measured: FIELD
+notes, bf16 0.016)."""
 
 
 def check_reference(roles: Roles, micro: Batch, same: bool, words: str) -> None:
-    """Compares the reference with the cached log-probs in `micro`, and where the policy must still be the `same`, with the policy, bit for
-    bit, as the policy will run: then DPO's loss is ln 2 and KL is 0. Raises RunFailed where one is not what it must be."""
+    """Compares the reference with the cached log-probs in `micro`, and where the policy must still be the `same`, with
+    the policy, bit for bit, as the policy will run: then DPO's loss is ln 2 and KL is 0. Raises RunFailed where one is
+    not what it must be."""
     with roles.quiet():
         reference = roles.logps("reference", micro).logps
     if same:
         with torch.no_grad():
             policy = roles.logps("policy", micro).logps
         if not torch.equal(policy, reference):
-            raise RunFailed(f"the reference is not what it must be: before the first step policy and reference ({words}) differ by up to "
-                            f"{float((policy - reference).abs().max()):.1e} nats a token; nothing was trained")  # fmt: skip
+            raise RunFailed(
+                f"the reference is not what it must be: before the first step policy and reference ({words}) differ "
+                f"by up to "
+                f"{float((policy - reference).abs().max()):.1e} nats a token; nothing was trained"
+            )
     if "reference" in micro.extra:
         apart = (reference.sum(dim=1) - micro.extra["reference"]).abs() / micro.scored.sum(dim=1).clamp_min(1)
         noise = NOISE[torch.bfloat16 if roles.base.device.type == "cuda" else torch.float32]
         if not float(apart.max()) <= noise:  # nan is no agreement
-            raise RunFailed(f"the cached log-probs of the reference ({words}) are {float(apart.max()):.1e} nats a token from fresh ones, "
-                            f"more than {noise:g}: delete the folder `reference` in the cache (`lowrank-tune doctor` names it) and start "
-                            "again")  # fmt: skip
+            raise RunFailed(
+                f"the cached log-probs of the reference ({words}) are {float(apart.max()):.1e} nats a token from "
+                f"fresh ones, "
+                f"more than {noise:g}: delete the folder `reference` in the cache (`lowrank-tune doctor` names it) "
+                f"and start "
+                "again"
+            )

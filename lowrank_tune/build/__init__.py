@@ -18,7 +18,18 @@ from lowrank_tune.algorithms.sft import SFT
 from lowrank_tune.build.learned import ROLE, below_reward
 from lowrank_tune.build.online import Scoring, check_rewards, grpo, load_prompts, make_harvester, ppo, try_groups
 from lowrank_tune.build.stacks import HEADS, lay_out, lower_of
-from lowrank_tune.data import AskedSet, Order, Prepared, Prompt, Template, TokenStore, asked_order, collate_units, load, prompts
+from lowrank_tune.data import (
+    AskedSet,
+    Order,
+    Prepared,
+    Prompt,
+    Template,
+    TokenStore,
+    asked_order,
+    collate_units,
+    load,
+    prompts,
+)
 from lowrank_tune.data.tokenise import cache_folder
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, Note, Progress
@@ -42,8 +53,9 @@ ONLINE: dict[str, Callable[[settings.Recipe, Kit, Harvester], Algorithm]] = {"gr
 
 @dataclass(frozen=True)
 class Built:
-    """All that one run needs, loaded. `trained` are the roles whose top adapter is trained, each named as its role; `hashes` those of the
-    base's tensors before the run; `validation_batch(units)` collates held-out rows; `close` ends the workers of the rewards."""
+    """All that one run needs, loaded. `trained` are the roles whose top adapter is trained, each named as its role;
+    `hashes` those of the base's tensors before the run; `validation_batch(units)` collates held-out rows; `close` ends
+    the workers of the rewards."""
 
     base: Base
     roles: Roles
@@ -67,11 +79,21 @@ class Built:
         return self.base.end_ids | self.template.end_ids
 
 
-def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = None, base: Base | None = None, fresh: bool = True) -> Built:
-    """Loads what is cheap to check first: adapters' folders, tokenizer, data, and only then the base, where none is given: the stages of a
-    chain share one. A `fresh` run also tries its rewards on completions of its policy. Raises UserError."""
-    saved = {name: read_adapter(wanted.path, f"adapters.{name}.path", head=name == ROLE or name in recipe.aside)
-             for name, wanted in recipe.adapters.items() if wanted.path}  # fmt: skip
+def build(
+    recipe: settings.Recipe,
+    emit: Emit,
+    device: torch.device | None = None,
+    base: Base | None = None,
+    fresh: bool = True,
+) -> Built:
+    """Loads what is cheap to check first: adapters' folders, tokenizer, data, and only then the base, where none is
+    given: the stages of a chain share one. A `fresh` run also tries its rewards on completions of its policy. Raises
+    UserError."""
+    saved = {
+        name: read_adapter(wanted.path, f"adapters.{name}.path", head=name == ROLE or name in recipe.aside)
+        for name, wanted in recipe.adapters.items()
+        if wanted.path
+    }
     lay(recipe, saved, emit)
     template = Template.of(base.tokenizer if base else load_tokenizer(recipe.base))
     emit(Note(message=template.describe()))
@@ -85,7 +107,9 @@ def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = Non
     hashes = base.hashes()
     roles = load_roles(recipe, base, saved, emit)
     micro_tokens = micro_tokens_of(recipe, _longest(recipe))
-    collated = {store: _collated(store, template.pad_id) for store in (data.train, data.validation) if store is not None}
+    collated = {
+        store: _collated(store, template.pad_id) for store in (data.train, data.validation) if store is not None
+    }
     if recipe.algorithm == "dpo":
         for store, rows in list(collated.items()):
             sums = reference_logps(roles, store, rows, micro_tokens, one_hash(hashes), cache_folder(), emit)
@@ -93,15 +117,40 @@ def build(recipe: settings.Recipe, emit: Emit, device: torch.device | None = Non
     weights = [source.weight for source in recipe.data.train]
     order = Order(data.train.unit_lengths, data.train.unit_source_of, weights, recipe.train, recipe.seed)
     reference = _in_words(roles)
-    kit = Kit(roles, lambda step: collated[data.train](order.rows(step)), reference, fresh=recipe.adapters[recipe.trained].path is None)
+    kit = Kit(
+        roles,
+        lambda step: collated[data.train](order.rows(step)),
+        reference,
+        fresh=recipe.adapters[recipe.trained].path is None,
+    )
     steps = recipe.train.steps or order.steps_of(recipe.train.epochs or 1.0)
     algorithm = ALGORITHMS[recipe.algorithm](kit, recipe)
-    return Built(base, roles, (recipe.trained,), template, data, data.validation, heldout, algorithm, steps, reference, hashes, micro_tokens,
-                 collated[data.validation] if data.validation is not None else collated[data.train])  # fmt: skip
+    return Built(
+        base,
+        roles,
+        (recipe.trained,),
+        template,
+        data,
+        data.validation,
+        heldout,
+        algorithm,
+        steps,
+        reference,
+        hashes,
+        micro_tokens,
+        collated[data.validation] if data.validation is not None else collated[data.train],
+    )
 
 
-def _build_online(recipe: settings.Recipe, emit: Emit, device: torch.device | None, base: Base | None, fresh: bool,
-                  saved: Mapping[str, SavedAdapter], template: Template) -> Built:  # fmt: skip
+def _build_online(
+    recipe: settings.Recipe,
+    emit: Emit,
+    device: torch.device | None,
+    base: Base | None,
+    fresh: bool,
+    saved: Mapping[str, SavedAdapter],
+    template: Template,
+) -> Built:
     """The same for an algorithm that writes its own rows: prompts and rewards instead of rows."""
     data, heldout = load_prompts(recipe, template, emit), _heldout(recipe, template)
     scoring = Scoring(recipe, template)
@@ -123,25 +172,48 @@ def _build_online(recipe: settings.Recipe, emit: Emit, device: torch.device | No
         raise
     reference = _in_words(roles)
     kit = Kit(roles, _no_rows, reference, fresh=recipe.adapters[recipe.trained].path is None)
-    steps = recipe.train.steps or asked_order(data, recipe.data, recipe.train, recipe.seed).steps_of(recipe.train.epochs or 1.0)
+    steps = recipe.train.steps or asked_order(data, recipe.data, recipe.train, recipe.seed).steps_of(
+        recipe.train.epochs or 1.0
+    )
     trained = (recipe.trained, "value") if recipe.algorithm == "ppo" else (recipe.trained,)
     rates = {"value": (recipe.ppo.value_learning_rate or recipe.train.learning_rate) / recipe.train.learning_rate}
     algorithm = ONLINE[recipe.algorithm](recipe, kit, harvester)
-    return Built(base, roles, trained, template, data, None, heldout, algorithm, steps, reference, hashes, micro_tokens, _no_units,
-                 scoring.close, rates)  # fmt: skip
+    return Built(
+        base,
+        roles,
+        trained,
+        template,
+        data,
+        None,
+        heldout,
+        algorithm,
+        steps,
+        reference,
+        hashes,
+        micro_tokens,
+        _no_units,
+        scoring.close,
+        rates,
+    )
 
 
 def lay(recipe: settings.Recipe, saved: dict[str, SavedAdapter], emit: Emit) -> None:
-    """An adapter that was trained over others lies over the same ones again, told by content; where this recipe loads none of them, it is
-    taken with them folded into it. Raises UserError where only some are there. (The reward model has a stack of its own.)"""
+    """An adapter that was trained over others lies over the same ones again, told by content; where this recipe loads
+    none of them, it is taken with them folded into it. Raises UserError where only some are there. (The reward model
+    has a stack of its own.)"""
     contents: dict[str, str] = {}
-    for name in [name for name in recipe.adapters if name in saved and name not in (*recipe.aside, *({ROLE} - {recipe.trained}))]:
+    for name in [
+        name for name in recipe.adapters if name in saved and name not in (*recipe.aside, *({ROLE} - {recipe.trained}))
+    ]:
         below, path, key = saved[name].below, str(recipe.adapters[name].path), f"adapters.{name}.path"
         missing = [other for other, content in below.items() if content not in contents]
         if missing and len(missing) < len(below):
             there = ", ".join(other for other in below if other not in missing)
-            raise UserError(f"{key}: the adapter in {path} was trained over {', '.join(below)}, and this recipe loads only {there} below it: "
-                            f"add `adapters.{missing[0]}.path`, or leave all of them out and it is taken with them folded into it")  # fmt: skip
+            raise UserError(
+                f"{key}: the adapter in {path} was trained over {', '.join(below)}, and this recipe loads only "
+                f"{there} below it: "
+                f"add `adapters.{missing[0]}.path`, or leave all of them out and it is taken with them folded into it"
+            )
         if missing:
             saved[name] = read_adapter(path, key, head=saved[name].head is not None, whole=True)
             emit(Note(message=f"{key}: taken with {', '.join(below)} folded into it, which it was trained over"))
@@ -169,7 +241,11 @@ def _load_base(recipe: settings.Recipe, template: Template, device: torch.device
 
 def _longest(recipe: settings.Recipe) -> int:
     """Tokens of the longest row that is trained on."""
-    return recipe.data.max_prompt_length + recipe.rollout.max_new_tokens if recipe.algorithm in ONLINE else recipe.data.max_length
+    return (
+        recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
+        if recipe.algorithm in ONLINE
+        else recipe.data.max_length
+    )
 
 
 def micro_tokens_of(recipe: settings.Recipe, longest: int) -> int:
@@ -195,13 +271,23 @@ def load_roles(recipe: settings.Recipe, base: Base, saved: Mapping[str, SavedAda
     top, lower = recipe.trained, lower_of(recipe)
     below = below_reward(saved, lower) if ROLE in recipe.adapters and top != ROLE else []
     configs, stacks = lay_out(recipe, base.model, {name: adapter.config for name, adapter in saved.items()}, below)
-    roles = Roles(base, configs, trainable=[top, *recipe.aside], stacks=stacks, checkpointing=recipe.train.gradient_checkpointing,
-                  seed=recipe.seed, heads=HEADS & stacks.keys(), offload=recipe.train.activation_offloading)  # fmt: skip
+    roles = Roles(
+        base,
+        configs,
+        trainable=[top, *recipe.aside],
+        stacks=stacks,
+        checkpointing=recipe.train.gradient_checkpointing,
+        seed=recipe.seed,
+        heads=HEADS & stacks.keys(),
+        offload=recipe.train.activation_offloading,
+    )
     roles.limits = Limits(budget_bytes=int((recipe.train.memory_budget_gib or 0) * 2**30), emit=emit)
     for name, adapter in saved.items():
         roles.load_adapter_tensors(name, adapter.tensors, f"adapters.{name}.path: {adapter.folder}")
         if adapter.base_name not in (None, recipe.base.model, recipe.base.model.partition("@")[0]):
-            message = f"the adapter in {adapter.folder} says it was made for {adapter.base_name}, not {recipe.base.model}"
+            message = (
+                f"the adapter in {adapter.folder} says it was made for {adapter.base_name}, not {recipe.base.model}"
+            )
             emit(Note(level="warning", message=message))
     if "value" in configs and "value" not in saved and recipe.ppo.value_from == "reward":
         said = sum(reward.weight for reward in recipe.rewards if reward.use == "reward_model")
@@ -209,15 +295,28 @@ def load_roles(recipe: settings.Recipe, base: Base, saved: Mapping[str, SavedAda
         roles.load_adapter_tensors("value", scaled, f"adapters.{ROLE}.path: {saved[ROLE].folder}")
     if base.backend == "unsloth":
         unsloth.check(roles, top)
-        emit(Note(message="unsloth runs the base, and computes what transformers does; completions are drawn by transformers' own code"))
+        emit(
+            Note(
+                message="unsloth runs the base, and computes what transformers does; completions are drawn by "
+                "transformers' own code"
+            )
+        )
     if top in saved:
-        emit(Note(message=f"the {top} adapter goes on from {saved[top].folder}: it need not agree with {_in_words(roles)}"))
+        emit(
+            Note(
+                message=f"the {top} adapter goes on from {saved[top].folder}: it need not agree with {_in_words(roles)}"
+            )
+        )
     return roles
 
 
 def _in_words(roles: Roles) -> str:
     below = [name.removeprefix("lt_") for name in roles.stacks["reference"]]
-    return f"the base with the frozen adapter{'s' if len(below) > 1 else ''} {' + '.join(below)}" if below else "the base, adapters off"
+    return (
+        f"the base with the frozen adapter{'s' if len(below) > 1 else ''} {' + '.join(below)}"
+        if below
+        else "the base, adapters off"
+    )
 
 
 def _collated(store: TokenStore, pad_id: int) -> Callable[[Sequence[int]], Batch]:

@@ -1,4 +1,5 @@
-"""The wiring of algorithms that write their own rows: prompts, rewards on the side, the harvester, and a look at both before any training."""
+"""The wiring of algorithms that write their own rows: prompts, rewards on the side, the harvester, and a look at both
+before any training."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ TRIAL, HARVEST = 1 << 20, 1 << 21  # tags that keep the seeds of trial and harve
 
 def load_prompts(recipe: settings.Recipe, template: Template, emit: Emit) -> AskedSet:
     """The prompts to draw completions for. Raises UserError."""
-    found = load_asked(recipe.data, template, recipe.seed, emit, needs_gold=recipe.needs_gold, unusable=judged_rows(recipe))
+    found = load_asked(
+        recipe.data, template, recipe.seed, emit, needs_gold=recipe.needs_gold, unusable=judged_rows(recipe)
+    )
     for line in found.report.lines():
         emit(Note(message=line, level="warning" if "; dropped " in line else "info"))
     return found
@@ -72,7 +75,9 @@ class Scoring:
     def item(self, asked: Asked, text: str) -> Item:
         """An answer that nobody drew, as if it had been: it ended by itself."""
         said = answer_ids(self.template, text) if self.learned else []
-        return Item(asked.text, text, asked.gold, asked.row, True, max(1, len(text) // 4), [*asked.ids, *said] if said else ())
+        return Item(
+            asked.text, text, asked.gold, asked.row, True, max(1, len(text) // 4), [*asked.ids, *said] if said else ()
+        )
 
     def collect(self) -> Mapping[int, Sequence[float] | Unscored]:
         return {key: self._values(scores) for key, scores in self.scorer.collect().items()}
@@ -113,8 +118,16 @@ def check_rewards(scoring: Scoring, prompts: AskedSet, seed: int, emit: Emit) ->
         raise UserError(fault)
 
 
-def make_harvester(recipe: settings.Recipe, roles: Roles, template: Template, prompts: AskedSet, scoring: Scoring, stop_ids: frozenset[int],
-                   micro_tokens: int, emit: Emit) -> Harvester:  # fmt: skip
+def make_harvester(
+    recipe: settings.Recipe,
+    roles: Roles,
+    template: Template,
+    prompts: AskedSet,
+    scoring: Scoring,
+    stop_ids: frozenset[int],
+    micro_tokens: int,
+    emit: Emit,
+) -> Harvester:
     """Draws completions of the recipe's prompts, step by step."""
     order = asked_order(prompts, recipe.data, recipe.train, recipe.seed)
     wanted = recipe.rollout
@@ -124,12 +137,33 @@ def make_harvester(recipe: settings.Recipe, roles: Roles, template: Template, pr
         return [prompts.asked[row] for row in rows]
 
     def show(step: int, harvest: Harvest, advantages: Tensor) -> None:
-        emit(Grouped(step=step + 1, prompt=harvest.asked[0].text, gold=harvest.asked[0].gold, completions=_completions(harvest, advantages)))
+        emit(
+            Grouped(
+                step=step + 1,
+                prompt=harvest.asked[0].text,
+                gold=harvest.asked[0].gold,
+                completions=_completions(harvest, advantages),
+            )
+        )
 
     return Harvester(
-        roles, prompts_of, scoring, [each.name for each in scoring.weighted], scoring.weights, template.decode, stop_ids, template.pad_id,
-        wanted.num_generations, wanted.max_new_tokens, wanted.temperature, wanted.slots, micro_tokens,
-        lambda number: step_seed(recipe.seed, HARVEST + number), show, Failures(wanted.max_unscored_share))  # fmt: skip
+        roles,
+        prompts_of,
+        scoring,
+        [each.name for each in scoring.weighted],
+        scoring.weights,
+        template.decode,
+        stop_ids,
+        template.pad_id,
+        wanted.num_generations,
+        wanted.max_new_tokens,
+        wanted.temperature,
+        wanted.slots,
+        micro_tokens,
+        lambda number: step_seed(recipe.seed, HARVEST + number),
+        show,
+        Failures(wanted.max_unscored_share),
+    )
 
 
 def _completions(harvest: Harvest, advantages: Tensor) -> list[Mapping[str, object]]:
@@ -142,8 +176,11 @@ def _completion(harvest: Harvest, advantages: Tensor, i: int) -> Mapping[str, ob
     told: dict[str, object] = {"text": harvest.texts[i], "finish": "length" if bool(harvest.truncated[i]) else "stop"}
     if (lost := harvest.unscored[i]) is not None:
         return told | {"reward": None, "advantage": None, "unscored": f"{lost.reward}: {lost.reason}", "parts": {}}
-    return told | {"reward": float(harvest.rewards[0, i]), "advantage": float(advantages[0, i]),
-                   "parts": dict(zip(harvest.names, harvest.parts[i].tolist(), strict=True))}  # fmt: skip
+    return told | {
+        "reward": float(harvest.rewards[0, i]),
+        "advantage": float(advantages[0, i]),
+        "parts": dict(zip(harvest.names, harvest.parts[i].tolist(), strict=True)),
+    }
 
 
 def grpo(recipe: settings.Recipe, kit: Kit, harvester: Harvester) -> GRPO:
@@ -153,43 +190,88 @@ def grpo(recipe: settings.Recipe, kit: Kit, harvester: Harvester) -> GRPO:
     high = wanted.clip_high
     if high is None and wanted.loss not in ("dapo", "cispo"):
         high = wanted.clip
-    return GRPO(kit, harvester, wanted.loss, low, high, wanted.kl, wanted.kl_in, wanted.kl_estimator, wanted.epochs, wanted.old,
-                wanted.mismatch_limit, wanted.truncated, wanted.penalty, wanted.dead_groups)  # fmt: skip
+    return GRPO(
+        kit,
+        harvester,
+        wanted.loss,
+        low,
+        high,
+        wanted.kl,
+        wanted.kl_in,
+        wanted.kl_estimator,
+        wanted.epochs,
+        wanted.old,
+        wanted.mismatch_limit,
+        wanted.truncated,
+        wanted.penalty,
+        wanted.dead_groups,
+    )
 
 
 def ppo(recipe: settings.Recipe, kit: Kit, harvester: Harvester) -> PPO:
     """The algorithm of the recipe."""
     wanted = recipe.ppo
     critic = Critic(wanted.value_weight if wanted.value == "trunk" else 1.0, wanted.value_clip)
-    return PPO(kit, harvester, critic, Discount(wanted.gamma, wanted.gae_lambda, wanted.truncated, wanted.penalty),
-               Leash(wanted.kl, wanted.kl_target, wanted.kl_gain, wanted.update_kl_limit),
-               Update(wanted.clip, wanted.entropy, wanted.epochs, wanted.minibatches, wanted.mismatch_limit))  # fmt: skip
+    return PPO(
+        kit,
+        harvester,
+        critic,
+        Discount(wanted.gamma, wanted.gae_lambda, wanted.truncated, wanted.penalty),
+        Leash(wanted.kl, wanted.kl_target, wanted.kl_gain, wanted.update_kl_limit),
+        Update(wanted.clip, wanted.entropy, wanted.epochs, wanted.minibatches, wanted.mismatch_limit),
+    )
 
 
-def try_groups(recipe: settings.Recipe, roles: Roles, template: Template, prompts: AskedSet, scoring: Scoring, stop_ids: frozenset[int],
-               emit: Emit) -> None:  # fmt: skip
+def try_groups(
+    recipe: settings.Recipe,
+    roles: Roles,
+    template: Template,
+    prompts: AskedSet,
+    scoring: Scoring,
+    stop_ids: frozenset[int],
+    emit: Emit,
+) -> None:
     """Says before the first step how many groups will teach nothing, from a few completions of a few prompts."""
     asked = random.Random(f"trial-{recipe.seed}").sample(prompts.asked, min(TRIED, len(prompts.asked)))
-    sampling = Sampling(recipe.rollout.max_new_tokens, stop_ids, recipe.rollout.temperature, step_seed(recipe.seed, TRIAL))
+    sampling = Sampling(
+        recipe.rollout.max_new_tokens, stop_ids, recipe.rollout.temperature, step_seed(recipe.seed, TRIAL)
+    )
     what = "trying a few prompts"
-    for done, completion in enumerate(Engine(roles, "policy", recipe.rollout.slots).generate([one.ids for one in asked], TRIES, sampling), 1):
+    for done, completion in enumerate(
+        Engine(roles, "policy", recipe.rollout.slots).generate([one.ids for one in asked], TRIES, sampling), 1
+    ):
         body = completion.ids[:-1] if completion.finish == "stop" else completion.ids
-        scoring.submit(completion.prompt * TRIES + completion.sample, asked[completion.prompt], template.decode(body), completion)
+        scoring.submit(
+            completion.prompt * TRIES + completion.sample, asked[completion.prompt], template.decode(body), completion
+        )
         if done % TRIES == 0:
             emit(Progress(what=what, done=done, total=len(asked) * TRIES))
     found = scoring.collect()
     lost = [values for values in found.values() if isinstance(values, Unscored)]
     if lost:
-        emit(Note(level="warning", message=f"{len(lost)} of {len(found)} trial completions could not be scored: {in_words(lost)}"))
-    earned = {key: sum(w * v for w, v in zip(scoring.weights, values, strict=True)) for key, values in found.items()
-              if not isinstance(values, Unscored)}  # fmt: skip
+        emit(
+            Note(
+                level="warning",
+                message=f"{len(lost)} of {len(found)} trial completions could not be scored: {in_words(lost)}",
+            )
+        )
+    earned = {
+        key: sum(w * v for w, v in zip(scoring.weights, values, strict=True))
+        for key, values in found.items()
+        if not isinstance(values, Unscored)
+    }
     if not earned:
         raise UserError(f"rewards: none of {len(found)} trial completions could be scored: {in_words(lost)}")
     best, least = max(earned.values()), min(earned.values())
     n = recipe.rollout.num_generations
     if best - least <= 1e-6:
         told = f"{len(earned)} completions of {len(asked)} prompts all earn {best:.3g}: such groups have no signal; "
-        emit(Note(level="warning", message=told + "an easier task, a partial reward or an SFT adapter below would give one"))
+        emit(
+            Note(
+                level="warning",
+                message=told + "an easier task, a partial reward or an SFT adapter below would give one",
+            )
+        )
         return
     tries = [[earned[key] for key in range(at * TRIES, (at + 1) * TRIES) if key in earned] for at in range(len(asked))]
     rates = [sum(value > (best + least) / 2 for value in several) / len(several) for several in tries if several]

@@ -21,12 +21,14 @@ def lower_of(recipe: settings.Recipe) -> list[str]:
     return [name for name in recipe.adapters if name not in (recipe.trained, ROLE, *recipe.aside)]
 
 
-def lay_out(recipe: settings.Recipe, model: Any, loaded: Mapping[str, LoraConfig],
-            below_reward: Sequence[str]) -> tuple[dict[str, LoraConfig], dict[str, list[str]]]:  # fmt: skip
-    """The adapters in the order they lie, and the stacks of the roles: the trained adapter over the frozen ones; without it, the reference.
+def lay_out(
+    recipe: settings.Recipe, model: Any, loaded: Mapping[str, LoraConfig], below_reward: Sequence[str]
+) -> tuple[dict[str, LoraConfig], dict[str, list[str]]]:
+    """The adapters in the order they lie, and the stacks of the roles: the trained adapter over the frozen ones;
+    without it, the reference.
 
-    A reward model that is not trained speaks beside them, over those that it was trained over (`below_reward`); so does PPO's value, or it is
-    a head on the policy's own stack. `loaded` are the shapes of adapters that come from files.
+    A reward model that is not trained speaks beside them, over those that it was trained over (`below_reward`); so does
+    PPO's value, or it is a head on the policy's own stack. `loaded` are the shapes of adapters that come from files.
     """
     top, lower = recipe.trained, lower_of(recipe)
     stacks = {top: [*lower, top], "reference": lower}
@@ -42,13 +44,16 @@ def lay_out(recipe: settings.Recipe, model: Any, loaded: Mapping[str, LoraConfig
 
 
 def _value_stack(recipe: settings.Recipe, stacks: Mapping[str, list[str]]) -> list[str]:
-    """What the value speaks with: the policy's stack, or what lies below the policy, or below the reward model that it is a copy of."""
+    """What the value speaks with: the policy's stack, or what lies below the policy, or below the reward model that it
+    is a copy of."""
     if recipe.ppo.value == "trunk":
         return stacks["policy"]
     return [*(stacks[ROLE][:-1] if recipe.ppo.value_from == "reward" else stacks["reference"]), "value"]
 
 
-def _value_config(recipe: settings.Recipe, model: Any, loaded: Mapping[str, LoraConfig], configs: Mapping[str, LoraConfig]) -> LoraConfig:
+def _value_config(
+    recipe: settings.Recipe, model: Any, loaded: Mapping[str, LoraConfig], configs: Mapping[str, LoraConfig]
+) -> LoraConfig:
     """The value's shape: the reward model's where it is a copy, else its own where it has one, else the policy's."""
     if "value" in loaded:
         return loaded["value"]

@@ -32,7 +32,8 @@ class Command:
 
 
 def parse(line: str) -> Command | str:
-    """A command, or the question that a line is: two slashes at its beginning stand for one. Raises UserError for an unknown command."""
+    """A command, or the question that a line is: two slashes at its beginning stand for one. Raises UserError for an
+    unknown command."""
     text = line.strip()
     if not text.startswith("/"):
         return text
@@ -42,7 +43,10 @@ def parse(line: str) -> Command | str:
     name, rest = ALSO.get(name, name), rest.strip()
     if name not in HELP:
         near = did_you_mean(name, [*HELP, *ALSO])
-        raise UserError(f"there is no command {name}{near or ';'} /help lists them, and a question that begins with a slash is written //...")
+        raise UserError(
+            f"there is no command {name}{near or ';'} /help lists them, and a question that begins with a slash is "
+            f"written //..."
+        )
     if rest and name in NOTHING_BEHIND:
         raise UserError(f"{name} takes nothing behind it")
     return Command(name, rest)

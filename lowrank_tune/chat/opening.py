@@ -22,8 +22,11 @@ from lowrank_tune.model.roles import Roles
 TEMPLATE = "chat_template.jinja"
 
 
-def open_speaker(name: str, emit: Emit, bits: int | None = None, base: str | None = None, device: torch.device | None = None) -> Speaker:
-    """RUN or MODEL, ready to speak. `bits` and `base` are for what does not say: a model, an adapter, a base that was moved.
+def open_speaker(
+    name: str, emit: Emit, bits: int | None = None, base: str | None = None, device: torch.device | None = None
+) -> Speaker:
+    """RUN or MODEL, ready to speak. `bits` and `base` are for what does not say: a model, an adapter, a base that was
+    moved.
 
     Raises UserError: no such thing, a reward model, a base that is gone or is not the one that was trained over.
     """
@@ -45,12 +48,24 @@ def open_speaker(name: str, emit: Emit, bits: int | None = None, base: str | Non
     if target.run is not None:
         _check(target.run, loaded, emit)
     # Roles need an adapter, and a model alone has none: a fresh one that no stack holds is never heard.
-    roles = roles_of(saved, loaded) if saved else Roles(
-        loaded, {"unheard": lora_config(settings.Adapter(r=1), loaded.model)}, trainable=[], stacks={"policy": []})  # fmt: skip
+    roles = (
+        roles_of(saved, loaded)
+        if saved
+        else Roles(
+            loaded, {"unheard": lora_config(settings.Adapter(r=1), loaded.model)}, trainable=[], stacks={"policy": []}
+        )
+    )
     emit(Note(message=template.describe()))
     positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     system = target.run.recipe.data.system if target.run is not None else None
-    return Speaker(roles, template, loaded.end_ids | template.end_ids, positions if isinstance(positions, int) else None, bool(saved), system)
+    return Speaker(
+        roles,
+        template,
+        loaded.end_ids | template.end_ids,
+        positions if isinstance(positions, int) else None,
+        bool(saved),
+        system,
+    )
 
 
 def _adapters(target: Target, emit: Emit) -> Mapping[str, SavedAdapter]:
@@ -62,8 +77,11 @@ def _adapters(target: Target, emit: Emit) -> Mapping[str, SavedAdapter]:
     if target.checkpoint is None:
         return adapters_in(target.run)
     recipe = target.run.recipe
-    lower = {name: read_adapter(str(wanted.path), f"adapters.{name}.path") for name, wanted in recipe.adapters.items()
-             if name not in (recipe.trained, *recipe.aside, "reward")}  # fmt: skip
+    lower = {
+        name: read_adapter(str(wanted.path), f"adapters.{name}.path")
+        for name, wanted in recipe.adapters.items()
+        if name not in (recipe.trained, *recipe.aside, "reward")
+    }
     lay(recipe, lower, emit)
     return {**lower, recipe.trained: read_adapter(str(target.checkpoint), str(target.checkpoint))}
 
@@ -77,7 +95,9 @@ def _base(target: Target, saved: Mapping[str, SavedAdapter], bits: int | None, b
     if target.run is not None:
         wanted = target.run.base
         if bits not in (None, wanted.bits):
-            raise UserError(f"--bits: {target.run.path} was trained over {wanted.bits} bits, and over others it says other things")
+            raise UserError(
+                f"--bits: {target.run.path} was trained over {wanted.bits} bits, and over others it says other things"
+            )
         return wanted.model_copy(update={"model": base}) if base else wanted
     top = list(saved.values())[-1]
     if base is None and not top.base_name:
@@ -103,11 +123,23 @@ def _template(wanted: settings.Base, adapter: Path | None, emit: Emit) -> Templa
 
 
 def _check(run: Finished, base: Base, emit: Emit) -> None:
-    """Compares the base with the one that was trained over, where that can be. Raises UserError where it is another one."""
+    """Compares the base with the one that was trained over, where that can be. Raises UserError where it is another
+    one."""
     if not run.facts.get("tensors"):
-        emit(Note(level="warning", message=f"{run.path} holds no hashes of its base: nothing tells whether this is the one"))
+        emit(
+            Note(
+                level="warning",
+                message=f"{run.path} holds no hashes of its base: nothing tells whether this is the one",
+            )
+        )
     elif run.facts.get("device", base.device.type) != base.device.type:
-        emit(Note(level="warning", message=f"{run.path} was trained on {run.facts['device']}, and this is {base.device.type}: its 4-bit base "
-                                           "cannot be compared with the one that was trained over"))  # fmt: skip
+        emit(
+            Note(
+                level="warning",
+                message=f"{run.path} was trained on {run.facts['device']}, and this is {base.device.type}: its 4-bit "
+                f"base "
+                "cannot be compared with the one that was trained over",
+            )
+        )
     else:
         check_base(run, base)

@@ -1,4 +1,5 @@
-"""Text as it grows token by token: never half a character, and never the marker with which a base of plain words begins another turn."""
+"""Text as it grows token by token: never half a character, and never the marker with which a base of plain words begins
+another turn."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ TAIL = 48  # characters in which the beginning of a marker is looked for
 
 
 class Pieces:
-    """`add` a token, get the text that is certain by now; what `add` and `rest` gave is together what `decode` says of all tokens.
+    """`add` a token, get the text that is certain by now; what `add` and `rest` gave is together what `decode` says of
+    all tokens.
 
     With `turn`, the text ends where that pattern is found, and `turned` tells it.
     """
@@ -19,7 +21,8 @@ class Pieces:
     def __init__(self, decode: Callable[[Sequence[int]], str], turn: re.Pattern[str] | None = None) -> None:
         self.decode, self.turn, self.turned = decode, turn, False
         self._ids: list[int] = []
-        # Tokens from `_context` on are decoded anew each time, for a first token may lose its space; those up to `_read` have been told.
+        # Tokens from `_context` on are decoded anew each time, for a first token may lose its space; those up to
+        # `_read` have been told.
         self._context, self._read = 0, 0
         self._text, self._told = "", 0
 
@@ -35,7 +38,9 @@ class Pieces:
     def rest(self) -> str:
         """What was held back, once no more tokens come."""
         if not self.turned:
-            self._text += self.decode(self._ids[self._context :])[len(self.decode(self._ids[self._context : self._read])) :]
+            self._text += self.decode(self._ids[self._context :])[
+                len(self.decode(self._ids[self._context : self._read])) :
+            ]
             self._context = self._read = len(self._ids)
         end = self._end()
         return self._tell(len(self._text) if end is None else end)

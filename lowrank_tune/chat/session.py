@@ -35,7 +35,8 @@ class Session:
         self._set_system(system)
 
     def run(self) -> None:
-        """Raises UserError where nobody types, KeyboardInterrupt where an answer was to be stopped there, or again and again."""
+        """Raises UserError where nobody types, KeyboardInterrupt where an answer was to be stopped there, or again and
+        again."""
         while True:
             try:
                 line = self._read()
@@ -126,20 +127,29 @@ class Session:
     def _fit(self, number: int, question: str) -> dict[Voice, Fitted]:
         """What each voice reads; where that is less of the conversation than before, it is said."""
         speaker = self.speaker
-        found = {voice: self.talk.fit(voice, number, question, speaker.template, speaker.positions, self.wishes.max_new_tokens)
-                 for voice in self.voices}  # fmt: skip
+        found = {
+            voice: self.talk.fit(
+                voice, number, question, speaker.template, speaker.positions, self.wishes.max_new_tokens
+            )
+            for voice in self.voices
+        }
         for voice, fitted in found.items():
             if fitted.forgotten > self._forgotten.get(voice, 0):
                 who = f" by {voice}" if len(found) > 1 else ""
-                self.screen.note(f"the conversation has outgrown the base's {speaker.positions:,} positions: its first "
-                                 f"{_counted(fitted.forgotten, 'exchange')} can no longer be heard{who}", "warning")  # fmt: skip
+                self.screen.note(
+                    f"the conversation has outgrown the base's {speaker.positions:,} positions: its first "
+                    f"{_counted(fitted.forgotten, 'exchange')} can no longer be heard{who}",
+                    "warning",
+                )
             self._forgotten[voice] = fitted.forgotten
         return found
 
     def _answer(self, exchange: Exchange, fitted: dict[Voice, Fitted]) -> None:
         seed = step_seed(step_seed(self.wishes.seed, self.talk.exchanges.index(exchange)), exchange.attempt)
-        drawn = [Answering(self.speaker, voice, one.ids, self.wishes.sampling(self.speaker.stop_ids, one.limit, seed))
-                 for voice, one in fitted.items()]  # fmt: skip
+        drawn = [
+            Answering(self.speaker, voice, one.ids, self.wishes.sampling(self.speaker.stop_ids, one.limit, seed))
+            for voice, one in fitted.items()
+        ]
         shown = self.screen.answers([one.voice for one in drawn])
         with self.screen.speaking():
             try:
@@ -174,7 +184,9 @@ class Session:
 
     def _voices(self, name: str) -> list[Voice]:
         if name != "base" and not self.speaker.tuned:
-            raise UserError("there are no adapters here, so only the base can answer: open a run to hear what it learned")
+            raise UserError(
+                "there are no adapters here, so only the base can answer: open a run to hear what it learned"
+            )
         return ["base", "tuned"] if name == "both" else [cast(Voice, name)]
 
     def _system(self, rest: str) -> None:
@@ -183,7 +195,10 @@ class Session:
         self.screen.note(f"system prompt: {self.talk.system}" if self.talk.system else "no system prompt")
 
     def _set_system(self, text: str | None) -> None:
-        if text and (reason := self.speaker.template.spoils([Message("system", text), Message("user", "?")])) is not None:
+        if (
+            text
+            and (reason := self.speaker.template.spoils([Message("system", text), Message("user", "?")])) is not None
+        ):
             raise UserError(f"this system prompt cannot be used with this base: {reason}")
         self.talk.system, self._forgotten = text or None, {}
 
@@ -205,8 +220,13 @@ class Session:
         before = dict(exchange.answers)
         exchange.attempt += 1
         self._answer(exchange, fitted)
-        if self.wishes.temperature == 0 and any(before.get(voice) == exchange.answers.get(voice) for voice in self.voices):
-            self.screen.note("the same again: at temperature 0 it is always the likeliest answer; `/set temperature 0.8` draws others")
+        if self.wishes.temperature == 0 and any(
+            before.get(voice) == exchange.answers.get(voice) for voice in self.voices
+        ):
+            self.screen.note(
+                "the same again: at temperature 0 it is always the likeliest answer; `/set temperature 0.8` draws "
+                "others"
+            )
 
     def _undo(self) -> None:
         if not self.talk.exchanges:
@@ -218,8 +238,11 @@ class Session:
     def _reset(self) -> None:
         self.talk.exchanges.clear()
         self._forgotten = {}
-        self.screen.note("the conversation is forgotten; the system prompt and the settings stay" if self.talk.system
-                         else "the conversation is forgotten; the settings stay")  # fmt: skip
+        self.screen.note(
+            "the conversation is forgotten; the system prompt and the settings stay"
+            if self.talk.system
+            else "the conversation is forgotten; the settings stay"
+        )
 
     def _help(self) -> None:
         self.screen.note("\n".join(help_lines()))
@@ -237,8 +260,15 @@ class Session:
             raise UserError(f"there is nothing to save yet{why}")
         append_row(Path(file).expanduser(), messages)
         kept = len(self.talk.exchanges) - left_out
-        why = f"; left out from the first answer on that did not end by itself: {_counted(left_out, 'exchange')}" if left_out else ""
-        self.screen.note(f"{file}: one row more, {_counted(kept, 'exchange')} as {voice} had it{why}", "warning" if left_out else "quiet")
+        why = (
+            f"; left out from the first answer on that did not end by itself: {_counted(left_out, 'exchange')}"
+            if left_out
+            else ""
+        )
+        self.screen.note(
+            f"{file}: one row more, {_counted(kept, 'exchange')} as {voice} had it{why}",
+            "warning" if left_out else "quiet",
+        )
 
 
 _WORDS: dict[Voice, str] = {"base": "the base, adapters off", "tuned": "the base with its adapters"}
@@ -250,11 +280,19 @@ def _counted(number: int, what: str) -> str:
 
 def _facts(one: Answering, most: int) -> tuple[str, bool]:
     """What there is to say of an answer below it, and whether it is a warning."""
-    pace = f"{_counted(one.tokens, 'token')}, {one.tokens / one.seconds:.0f}/s" if one.seconds else _counted(one.tokens, "token")
+    pace = (
+        f"{_counted(one.tokens, 'token')}, {one.tokens / one.seconds:.0f}/s"
+        if one.seconds
+        else _counted(one.tokens, "token")
+    )
     if not one.finish:
         return f"[stopped after {pace}]", False
     if one.finish == "length":
-        why = "`/set max_new_tokens` to more" if one.tokens >= most else "the base's positions are used up; `/reset` makes room"
+        why = (
+            "`/set max_new_tokens` to more"
+            if one.tokens >= most
+            else "the base's positions are used up; `/reset` makes room"
+        )
         return f"[cut off after {pace}: {why}]", True
     if not one.text.strip():
         return "[no words: it ended at once]", True

@@ -22,7 +22,8 @@ ROLE: dict[Voice, str] = {"base": "base", "tuned": "policy"}
 
 @dataclass(frozen=True)
 class Speaker:
-    """A base with its roles. `tuned`: there are adapters. `positions`: tokens that the base can read, None where it names no limit."""
+    """A base with its roles. `tuned`: there are adapters. `positions`: tokens that the base can read, None where it
+    names no limit."""
 
     roles: Roles
     template: Template
@@ -38,10 +39,11 @@ class Speaker:
 
 
 class Answering:
-    """One answer while it is drawn. Iterate for its pieces, an empty one where a token completes none; `close` stops it.
+    """One answer while it is drawn. Iterate for its pieces, an empty one where a token completes none; `close` stops
+    it.
 
-    `finish` is `stop`, `length`, `turn` (the text began another turn), or empty while it runs and when it was stopped. `text` is what
-    was said so far.
+    `finish` is `stop`, `length`, `turn` (the text began another turn), or empty while it runs and when it was stopped.
+    `text` is what was said so far.
     """
 
     def __init__(self, speaker: Speaker, voice: Voice, ids: Sequence[int], sampling: Sampling) -> None:

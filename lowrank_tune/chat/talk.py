@@ -1,4 +1,5 @@
-"""A conversation in which two voices may answer: what was asked, what each said, what the model hears of it, and the rows that it leaves."""
+"""A conversation in which two voices may answer: what was asked, what each said, what the model hears of it, and the
+rows that it leaves."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What the model reads: ids, how many of the oldest exchanges are not among them, and how many tokens an answer may have."""
+    """What the model reads: ids, how many of the oldest exchanges are not among them, and how many tokens an answer may
+    have."""
 
     ids: list[int]
     forgotten: int
@@ -58,9 +60,12 @@ class Talk:
             said += [Message("user", exchange.question), Message("assistant", exchange.answer_for(voice).text)]
         return said
 
-    def fit(self, voice: str, number: int, question: str, template: Template, positions: int | None, most: int) -> Fitted:
-        """Exchange `number`'s prompt. Where the base has too few positions, the oldest exchanges are left out until an answer of `most` tokens
-        has room, or one of a quarter of all positions. Raises UserError where the question alone is too long."""
+    def fit(
+        self, voice: str, number: int, question: str, template: Template, positions: int | None, most: int
+    ) -> Fitted:
+        """Exchange `number`'s prompt. Where the base has too few positions, the oldest exchanges are left out until an
+        answer of `most` tokens has room, or one of a quarter of all positions. Raises UserError where the question
+        alone is too long."""
         wanted = most if positions is None else min(most, max(1, positions // 4))
         for start in range(number + 1):
             ids = template.prompt([*self.messages(voice, start, number), Message("user", question)])
@@ -68,15 +73,19 @@ class Talk:
             if room >= wanted:
                 break
         if room < 1:
-            raise UserError(f"this takes {len(ids):,} tokens and the base reads at most {positions:,}: shorten the question"
-                            + (" or the system prompt" if self.system else ""))  # fmt: skip
+            raise UserError(
+                f"this takes {len(ids):,} tokens and the base reads at most {positions:,}: shorten the question"
+                + (" or the system prompt" if self.system else "")
+            )
         return Fitted(ids, start, min(most, room))
 
     def row(self, voice: str) -> tuple[list[Message], int]:
-        """The conversation as the voice had it, up to the first answer that was cut off (a row would teach to stop there) or is empty, and how
-        many exchanges are left out."""
+        """The conversation as the voice had it, up to the first answer that was cut off (a row would teach to stop
+        there) or is empty, and how many exchanges are left out."""
         count = len(self.exchanges)
-        whole = next((number for number in range(count) if not _teaches(self.exchanges[number].answer_for(voice))), count)
+        whole = next(
+            (number for number in range(count) if not _teaches(self.exchanges[number].answer_for(voice))), count
+        )
         return self.messages(voice, 0, whole), count - whole
 
 
@@ -85,10 +94,13 @@ def _teaches(answer: Answer) -> bool:
 
 
 def append_row(file: Path, messages: Sequence[Message]) -> None:
-    """Adds a row of the shape `messages` to a file of JSON lines, new or not. Raises UserError; then the file is as it was."""
+    """Adds a row of the shape `messages` to a file of JSON lines, new or not. Raises UserError; then the file is as it
+    was."""
     if file.suffix.lower() not in SUFFIXES:
         raise UserError(f"{file}: rows are written as JSON lines; name it {file.name or 'chat'}.jsonl")
-    line = json.dumps({"messages": [{"role": message.role, "content": message.content} for message in messages]}, ensure_ascii=False)
+    line = json.dumps(
+        {"messages": [{"role": message.role, "content": message.content} for message in messages]}, ensure_ascii=False
+    )
     try:
         gap = _gap(file)
         with file.open("ab") as opened:

@@ -1,4 +1,5 @@
-"""What a chat was asked to open: a run, a stage, a checkpoint, an adapter's folder, or a model; found without reading any weights."""
+"""What a chat was asked to open: a run, a stage, a checkpoint, an adapter's folder, or a model; found without reading
+any weights."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ _STEP = re.compile(r"step-(0|[1-9]\d*)")
 
 @dataclass(frozen=True)
 class Target:
-    """A run with the folder of the adapters to take, `final/` or a checkpoint's; or `adapter`, a folder by itself; or `model` alone.
+    """A run with the folder of the adapters to take, `final/` or a checkpoint's; or `adapter`, a folder by itself; or
+    `model` alone.
 
     `words` say what it is.
     """
@@ -44,7 +46,12 @@ def find(name: str) -> Target:
         return _folder(place, name)
     if place.is_file():
         raise UserError(f"{name} is a file; name the folder of a run, an adapter or a model")
-    if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or (len(place.parts) > 1 and Path(place.parts[0]).is_dir()):
+    if (
+        name.startswith((".", "/", "~"))
+        or "\\" in name
+        or name.count("/") > 1
+        or (len(place.parts) > 1 and Path(place.parts[0]).is_dir())
+    ):
         beside = [str(place.parent / one.name) for one in place.parent.glob("*/")] if place.parent.is_dir() else []
         raise UserError(f"there is no run or model {name}{did_you_mean(str(place), beside)}")
     if (Path("runs") / place / "run.json").is_file():
@@ -59,7 +66,11 @@ def _folder(place: Path, name: str) -> Target:
         return _run(place)
     full = place.resolve()
     for folder in (full, full.parent):  # a checkpoint, or the adapter in it
-        if _STEP.fullmatch(folder.name) and folder.parent.name == "checkpoints" and (folder.parents[1] / "run.json").is_file():
+        if (
+            _STEP.fullmatch(folder.name)
+            and folder.parent.name == "checkpoints"
+            and (folder.parents[1] / "run.json").is_file()
+        ):
             return _checkpoint(_begun(_shown(place, folder.parents[1])), folder)
     if full.name == "final" and (full.parent / "run.json").is_file():
         return _run(_shown(place, full.parent))
@@ -68,7 +79,10 @@ def _folder(place: Path, name: str) -> Target:
     if (place / "config.json").is_file():
         return Target(f"the model in {name}", model=name)
     runs = sorted(one.name for one in place.glob("*/") if (one / "run.json").is_file())
-    raise UserError(f"{name} holds no run, adapter or model" + (f"; it holds the runs {', '.join(runs[:8])}: name one of them" if runs else ""))
+    raise UserError(
+        f"{name} holds no run, adapter or model"
+        + (f"; it holds the runs {', '.join(runs[:8])}: name one of them" if runs else "")
+    )
 
 
 def _shown(given: Path, full: Path) -> Path:
@@ -94,17 +108,25 @@ def _begun(folder: Path) -> Finished:
     if not isinstance(recipe, dict):
         raise UserError(f"{folder}/run.json cannot be understood, so nothing tells what this run trained")
     if settings.trained_by(recipe.get("algorithm")) != "policy":
-        raise UserError(f"{folder} trained a reward model, which scores answers and has no words of its own: "
-                        f"`lowrank-tune eval {folder} --file FILE` asks it")  # fmt: skip
+        raise UserError(
+            f"{folder} trained a reward model, which scores answers and has no words of its own: "
+            f"`lowrank-tune eval {folder} --file FILE` asks it"
+        )
     return Finished(folder, from_dict(recipe), _object(folder / "base.json"))
 
 
 def _chain(folder: Path, stages: list[Any]) -> Target:
     """The last stage that has something to say."""
-    writers = [f"{number}-{stage.get('name')}" for number, stage in enumerate(stages, 1)
-               if isinstance(stage, dict) and settings.trained_by(stage.get("algorithm")) == "policy"]  # fmt: skip
+    writers = [
+        f"{number}-{stage.get('name')}"
+        for number, stage in enumerate(stages, 1)
+        if isinstance(stage, dict) and settings.trained_by(stage.get("algorithm")) == "policy"
+    ]
     if not writers:
-        raise UserError(f"{folder} is a chain without a stage that trained a policy: a reward model scores answers and has no words of its own")
+        raise UserError(
+            f"{folder} is a chain without a stage that trained a policy: a reward model scores answers and has no "
+            f"words of its own"
+        )
     for stage in reversed(writers):
         run = folder / stage
         if (run / "final" / CONFIG).is_file() or _steps(run):
@@ -112,20 +134,31 @@ def _chain(folder: Path, stages: list[Any]) -> Target:
             missing = writers[writers.index(stage) + 1 :]
             later = f"; {', '.join(missing)} of this chain left nothing yet" if missing else ""
             return Target(found.words + later, found.run, found.checkpoint)
-    raise UserError(f"{folder} is a chain that has left nothing to talk to yet: none of {', '.join(writers)} has a checkpoint")
+    raise UserError(
+        f"{folder} is a chain that has left nothing to talk to yet: none of {', '.join(writers)} has a checkpoint"
+    )
 
 
 def _newest(run: Finished) -> Target:
-    """Of a run that has not ended: the best checkpoint where the best is what it would leave, else the newest one that is whole."""
+    """Of a run that has not ended: the best checkpoint where the best is what it would leave, else the newest one that
+    is whole."""
     for _, path in reversed(_steps(run.path)):
         try:
             state = load(path, path.name).documents.get("state.json", {})
         except Broken:  # set aside by the run itself, when it goes on
             continue
         best = _inside(_inside(state, "memory"), "best_step") if run.recipe.train.final == "best" else None
-        if isinstance(best, int) and path.name != f"step-{best}" and (better := path.with_name(f"step-{best}")).is_dir():
-            return _checkpoint(run, better, f" that has not ended: its best checkpoint so far, of step {best} (the newest is {path})")
-        return _checkpoint(run, path, f" that has not ended: its newest checkpoint, of step {path.name.removeprefix('step-')}")
+        if (
+            isinstance(best, int)
+            and path.name != f"step-{best}"
+            and (better := path.with_name(f"step-{best}")).is_dir()
+        ):
+            return _checkpoint(
+                run, better, f" that has not ended: its best checkpoint so far, of step {best} (the newest is {path})"
+            )
+        return _checkpoint(
+            run, path, f" that has not ended: its newest checkpoint, of step {path.name.removeprefix('step-')}"
+        )
     raise UserError(f"{run.path} has not ended and holds no whole checkpoint yet, so there is nothing to talk to")
 
 

@@ -20,7 +20,8 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
 
 @dataclass(frozen=True)
 class Wishes:
-    """The default is greedy, as held-out questions are asked while a run trains. Raises UserError for values out of bounds."""
+    """The default is greedy, as held-out questions are asked while a run trains. Raises UserError for values out of
+    bounds."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -40,12 +41,16 @@ class Wishes:
         known = {field.name for field in fields(self)}
         name = name.replace("-", "_").strip()
         if name not in known:
-            raise UserError(f"there is no setting `{name}`{did_you_mean(name, sorted(known))} Settings: {', '.join(BOUNDS)}")
+            raise UserError(
+                f"there is no setting `{name}`{did_you_mean(name, sorted(known))} Settings: {', '.join(BOUNDS)}"
+            )
         kind = type(getattr(self, name))
         try:
             return replace(self, **{name: kind(value)})
         except (ValueError, OverflowError) as error:
-            raise UserError(f"{name}: {value!r} is no {'number' if kind is float else 'whole number'}; {BOUNDS[name][2]}") from error
+            raise UserError(
+                f"{name}: {value!r} is no {'number' if kind is float else 'whole number'}; {BOUNDS[name][2]}"
+            ) from error
 
     def sampling(self, stop_ids: frozenset[int], limit: int, seed: int) -> Sampling:
         """For one answer of at most `limit` tokens."""

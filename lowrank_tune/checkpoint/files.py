@@ -25,7 +25,8 @@ _REASONS = {
     errno.ENAMETOOLONG: "the name is too long",
 }
 _MENDABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
-_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}  # file systems that cannot fsync a folder, Windows drives under WSL2 among them
+# file systems that cannot fsync a folder, Windows drives under WSL2 among them
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
@@ -60,7 +61,8 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replaces the file in one instant. Raises `UserError` or `RunFailed` with path and reason; the old file is then still there."""
+    """Replaces the file in one instant. Raises `UserError` or `RunFailed` with path and reason; the old file is then
+    still there."""
     fresh = path.with_name(f".tmp-{path.name}-{token_hex(4)}")
     with telling(path):
         try:

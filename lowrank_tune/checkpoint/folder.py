@@ -20,7 +20,8 @@ _locks: set[int] = set()
 
 
 def _let_go_in_child() -> None:
-    """A forked worker would share the lock, and keep it when its parent is killed: the run could then not be continued."""
+    """A forked worker would share the lock, and keep it when its parent is killed: the run could then not be
+    continued."""
     for descriptor in _locks:
         os.close(descriptor)
     _locks.clear()
@@ -30,7 +31,8 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 class RunFolder:
-    """A run's folder, locked against other processes until `close`. `continued` tells an unfinished run from a new one."""
+    """A run's folder, locked against other processes until `close`. `continued` tells an unfinished run from a new
+    one."""
 
     def __init__(self, path: Path) -> None:
         """Takes the folder as it is. Use `RunFolder.open`."""
@@ -41,12 +43,21 @@ class RunFolder:
         self._lock: int | None = None
 
     @classmethod
-    def open(cls, path: Path, recipe: dict[str, Any], text: str, differences: Callable[[dict[str, Any], dict[str, Any]], list[str]],
-             exact: bool, emit: Emit) -> Self:  # fmt: skip
-        """The folder for this recipe: new, or that of its unfinished run; beside a finished run the next free NAME-2, NAME-3.
+    def open(
+        cls,
+        path: Path,
+        recipe: dict[str, Any],
+        text: str,
+        differences: Callable[[dict[str, Any], dict[str, Any]], list[str]],
+        exact: bool,
+        emit: Emit,
+    ) -> Self:
+        """The folder for this recipe: new, or that of its unfinished run; beside a finished run the next free NAME-2,
+        NAME-3.
 
-        `text` becomes `recipe.yaml`; `differences(old, new)` says in lines what forbids to continue; `exact`: the person named the folder.
-        Raises `UserError` for a run of another recipe, for a folder that is no run, for one in use or one that cannot be written.
+        `text` becomes `recipe.yaml`; `differences(old, new)` says in lines what forbids to continue; `exact`: the
+        person named the folder. Raises `UserError` for a run of another recipe, for a folder that is no run, for one in
+        use or one that cannot be written.
         """
         if path.name in ("", ".."):
             path = path.resolve()
@@ -118,17 +129,28 @@ class RunFolder:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 process = os.read(self._lock, 20).decode(errors="replace").strip()
-                raise UserError(f"{self.path} is being written by {f'process {process}' if process else 'another process'}") from error
+                raise UserError(
+                    f"{self.path} is being written by {f'process {process}' if process else 'another process'}"
+                ) from error
             except OSError as error:
-                emit(Note(message=f"{self.path} cannot be locked ({error.strerror}): start no second run in it", level="warning"))
+                emit(
+                    Note(
+                        message=f"{self.path} cannot be locked ({error.strerror}): start no second run in it",
+                        level="warning",
+                    )
+                )
             os.ftruncate(self._lock, 0)
             write_all(self._lock, f"{os.getpid()}\n".encode())
 
-    def _begin(self, recipe: dict[str, Any], text: str, differences: Callable[[dict[str, Any], dict[str, Any]], list[str]]) -> None:
-        """Checks that an unfinished run may be continued, and writes what the folder is. `run.json` comes first: it makes it a run."""
+    def _begin(
+        self, recipe: dict[str, Any], text: str, differences: Callable[[dict[str, Any], dict[str, Any]], list[str]]
+    ) -> None:
+        """Checks that an unfinished run may be continued, and writes what the folder is. `run.json` comes first: it
+        makes it a run."""
         cures = f"Give another folder with --out, or delete {self.path}."
         self.continued = self._state() == "unfinished"
-        # A run (of a chain: all stages) that never saved has nothing to lose: whoever mends its recipe starts again in the same folder.
+        # A run (of a chain: all stages) that never saved has nothing to lose: whoever mends its recipe starts again in
+        # the same folder.
         if self.continued and (any(self.checkpoints.glob("step-*")) or any(self.path.glob("*/checkpoints/step-*"))):
             try:
                 old = json.loads((self.path / "run.json").read_bytes())["recipe"]

@@ -16,16 +16,23 @@ from lowrank_tune.errors import UserError
 def flatten_optimizer(state: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's `state_dict()` as tensors and a JSON document; `names[i]` is the name of its parameter i.
 
-    Any nesting of tensors, numbers, strings, None, lists, tuples and dicts comes back as it was. Raises TypeError for other things.
+    Any nesting of tensors, numbers, strings, None, lists, tuples and dicts comes back as it was. Raises TypeError for
+    other things.
     """
     tensors: dict[str, Tensor] = {}
     groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
     by_name = {names[index]: entry for index, entry in state["state"].items()}
     rest = {key: value for key, value in state.items() if key not in ("state", "param_groups")}
-    return tensors, {"state": _pack(by_name, "", tensors), "groups": _pack(groups, "group", tensors), "rest": _pack(rest, "rest", tensors)}
+    return tensors, {
+        "state": _pack(by_name, "", tensors),
+        "groups": _pack(groups, "group", tensors),
+        "rest": _pack(rest, "rest", tensors),
+    }
 
 
-def restore_optimizer(tensors: Mapping[str, Tensor], document: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def restore_optimizer(
+    tensors: Mapping[str, Tensor], document: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
     """The `state_dict` for an optimizer whose parameter i is `names[i]`, whatever order they had when it was saved.
 
     Raises `UserError` where the parameters are other ones, or stand in other groups.
@@ -34,7 +41,9 @@ def restore_optimizer(tensors: Mapping[str, Tensor], document: Mapping[str, Any]
     groups = _unpack(document["groups"], tensors)
     saved = {name for group in groups for name in group["params"]}
     if other := saved ^ set(names):
-        raise UserError(f"the saved optimizer belongs to other parameters: {len(other)} differ, `{min(other)}` among them")
+        raise UserError(
+            f"the saved optimizer belongs to other parameters: {len(other)} differ, `{min(other)}` among them"
+        )
     for group in groups:
         group["params"] = sorted(index[name] for name in group["params"])
     if [i for group in groups for i in group["params"]] != list(range(len(names))):

@@ -39,8 +39,8 @@ class Broken(UserError):
 
 @dataclass
 class Snapshot:
-    """What a checkpoint holds, by file name relative to its folder: `*.safetensors` files of named tensors, `*.json` documents, and `others`
-    as they are."""
+    """What a checkpoint holds, by file name relative to its folder: `*.safetensors` files of named tensors, `*.json`
+    documents, and `others` as they are."""
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     documents: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +64,9 @@ def write_atomically(target: Path, snapshot: Snapshot) -> Path:
                 write_new(fresh / name, data)
                 files[name] = {"size": len(data), "blake2b": _hash(data)}
             write_new(fresh / MANIFEST, _manifest({"version": VERSION, "name": target.name, "files": files}))
-            for folder in {parent for name in files for parent in (fresh / name).parents if parent.is_relative_to(fresh)} | {fresh}:
+            for folder in {
+                parent for name in files for parent in (fresh / name).parents if parent.is_relative_to(fresh)
+            } | {fresh}:
                 sync(folder)
             _put(fresh, target)
         except BaseException:
@@ -75,7 +77,8 @@ def write_atomically(target: Path, snapshot: Snapshot) -> Path:
 
 
 def _put(fresh: Path, target: Path) -> None:
-    """Renames onto the target. A folder cannot be renamed onto a full one, so that steps aside; `tidy` brings it back after a crash."""
+    """Renames onto the target. A folder cannot be renamed onto a full one, so that steps aside; `tidy` brings it back
+    after a crash."""
     if not target.is_dir():
         os.replace(fresh, target)
         return
@@ -91,10 +94,12 @@ def _put(fresh: Path, target: Path) -> None:
 
 
 def _files(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of each file. Bytes first, then our own write: safetensors' own writing hides the reason of a failure."""
+    """Name and bytes of each file. Bytes first, then our own write: safetensors' own writing hides the reason of a
+    failure."""
     for name, tensors in snapshot.tensors.items():
         assert name.endswith(".safetensors") and _inside(name), name
-        alone = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}  # no shared storage
+        # no shared storage
+        alone = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
         yield name, safetensors.torch.save(alone, metadata={"format": "pt"})
     for name, document in snapshot.documents.items():
         assert name.endswith(".json") and _inside(name) and name != MANIFEST, name
@@ -123,7 +128,8 @@ def _manifest(facts: Mapping[str, Any]) -> bytes:
 def load(path: Path, name: str | None = None) -> Snapshot:
     """The checkpoint, with every byte verified; with `name`, it must also have been written under that name.
 
-    Raises `Broken`; or `UserError` for one that cannot be opened or is of a newer version. Files outside the manifest are not read.
+    Raises `Broken`; or `UserError` for one that cannot be opened or is of a newer version. Files outside the manifest
+    are not read.
     """
     raw = _read(path, MANIFEST)
     try:
@@ -131,7 +137,9 @@ def load(path: Path, name: str | None = None) -> Snapshot:
         if _manifest(manifest) != raw:
             raise Broken(path, f"{MANIFEST} has changed")
         if manifest["version"] != VERSION:
-            raise UserError(f"{path} was written by another version of this program (format {manifest['version']}, not {VERSION})")
+            raise UserError(
+                f"{path} was written by another version of this program (format {manifest['version']}, not {VERSION})"
+            )
         if name is not None and manifest["name"] != name:
             raise Broken(path, f"it was written as {manifest['name']}")
         snapshot = Snapshot()
@@ -162,11 +170,13 @@ def _read(path: Path, name: str) -> bytes:
     except OSError as error:
         if error.errno == errno.EIO:
             raise Broken(path, f"{name} cannot be read from the disk") from error
-        raise UserError(f"cannot read {path / name}: {error.strerror}") from error  # permissions: no reason to set it aside
+        # permissions: no reason to set it aside
+        raise UserError(f"cannot read {path / name}: {error.strerror}") from error
 
 
 def newest(checkpoints: Path, emit: Emit) -> tuple[int, Snapshot] | None:
-    """The newest valid `step-N`. A broken one is renamed to `broken-step-N` with a warning; what a crash left behind is removed."""
+    """The newest valid `step-N`. A broken one is renamed to `broken-step-N` with a warning; what a crash left behind is
+    removed."""
     tidy(checkpoints)
     for step, path in reversed(_steps(checkpoints)):
         try:

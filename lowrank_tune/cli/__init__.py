@@ -1,4 +1,5 @@
-"""The command line. Torch is imported only by the commands that need it, so that help and a faulty recipe take a second."""
+"""The command line. Torch is imported only by the commands that need it, so that help and a faulty recipe take a
+second."""
 
 from __future__ import annotations
 
@@ -10,7 +11,19 @@ from lowrank_tune import __version__
 from lowrank_tune.cli import before, exporting, judging, looking, planning, recipes, taking, talking, training
 from lowrank_tune.cli.common import app
 
-__all__ = ["app", "before", "exporting", "judging", "looking", "main", "planning", "recipes", "taking", "talking", "training"]
+__all__ = [
+    "app",
+    "before",
+    "exporting",
+    "judging",
+    "looking",
+    "main",
+    "planning",
+    "recipes",
+    "taking",
+    "talking",
+    "training",
+]
 
 STORY = "demo run plan data verify watch report compare chat eval merge export doctor schema".split()
 """The commands as `--help` lists them: from the first run to what is taken home."""

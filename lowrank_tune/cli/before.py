@@ -15,9 +15,13 @@ from lowrank_tune.errors import UserError
 
 
 @app.command("data")
-def data_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file.")],
-                 overrides: Overrides = None, debug: Debug = False) -> None:  # fmt: skip
-    """Show what would be trained on, before anything is: mixture, lengths, faulty rows with their lines, end token, loss mask."""
+def data_command(
+    recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file.")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Show what would be trained on, before anything is: mixture, lengths, faulty rows with their lines, end token,
+    loss mask."""
     with sentences(debug):
         from lowrank_tune.recipe import Chain, load_any
 
@@ -46,14 +50,25 @@ def data_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", he
 
 
 @app.command("verify")
-def verify_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file, with rewards.")],
-                   overrides: Overrides = None,
-                   file: Annotated[str | None, typer.Option("--file", help="Responses: rows of the data with a column completion, response "
-                                                            "or completions. Without it: the reference answers of the data.")] = None,
-                   limit: Annotated[int | None, typer.Option("--limit", min=1, help="Judge only so many.")] = None,
-                   out: Annotated[Path | None, typer.Option("--out", help="File for what each reward said of each response.")] = None,
-                   debug: Debug = False) -> None:  # fmt: skip
-    """Run the rewards over a file of responses: verdicts, times, disagreement. Ends with 1 where a run would stop at these failures."""
+def verify_command(
+    recipe: Annotated[
+        str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file, with rewards.")
+    ],
+    overrides: Overrides = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file",
+            help="Responses: rows of the data with a column completion, response "
+            "or completions. Without it: the reference answers of the data.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Judge only so many.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File for what each reward said of each response.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Run the rewards over a file of responses: verdicts, times, disagreement. Ends with 1 where a run would stop at
+    these failures."""
     with sentences(debug):
         from lowrank_tune.recipe import Chain, load_any
 
@@ -62,7 +77,9 @@ def verify_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", 
         if not stages:
             raise UserError(f"{recipe} has no rewards: no algorithm of it learns from completions")
         if out is not None and (out.is_dir() or not out.parent.is_dir()):
-            raise UserError(f"{out}: {'is a folder' if out.is_dir() else 'there is no such folder'}; name a file for the verdicts")
+            raise UserError(
+                f"{out}: {'is a folder' if out.is_dir() else 'there is no such folder'}; name a file for the verdicts"
+            )
         with starting():
             from lowrank_tune.ui.plain import Plain
             from lowrank_tune.ui.verify_view import show
@@ -76,7 +93,9 @@ def verify_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", 
             finally:
                 plain.close()
             show(found, f"{stage.name}, {file or 'reference answers'}", Console(highlight=False))
-            lines += [json.dumps({**({"stage": stage.name} if len(stages) > 1 else {}), **line}) for line in found.lines()]
+            lines += [
+                json.dumps({**({"stage": stage.name} if len(stages) > 1 else {}), **line}) for line in found.lines()
+            ]
             status = INTERRUPTED if found.interrupted else max(status, int(found.stops() is not None))
             if found.interrupted:
                 break
@@ -92,7 +111,8 @@ def verify_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", 
 
 @app.command("doctor")
 def doctor_command(debug: Debug = False) -> None:
-    """Check this machine: Python, torch, the card, 4-bit arithmetic, versions, disk, terminal. Ends with 1 where something needed fails."""
+    """Check this machine: Python, torch, the card, 4-bit arithmetic, versions, disk, terminal. Ends with 1 where
+    something needed fails."""
     with sentences(debug):
         from lowrank_tune.doctor import examine, show
 

@@ -15,8 +15,13 @@ from rich.console import Console
 from lowrank_tune.errors import OutOfMemory, UserError
 
 INTERRUPTED = 130
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
-                  help="QLoRA fine-tuning for one consumer GPU: one frozen 4-bit base, many voices.")  # fmt: skip
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="QLoRA fine-tuning for one consumer GPU: one frozen 4-bit base, many voices.",
+)
 
 
 class Screen(StrEnum):
@@ -27,7 +32,9 @@ class Screen(StrEnum):
     plain = "plain"
 
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as train.learning_rate=1e-4.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as train.learning_rate=1e-4.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME where it is not given.")]
 Ui = Annotated[Screen, typer.Option("--ui", help="What to draw.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -62,7 +69,8 @@ def sentences(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error)):  # torch's is one
+        # torch's is one
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error)):
             print(f"out of memory: {str(error).partition(chr(10))[0]}", file=sys.stderr)
             raise typer.Exit(OutOfMemory.exit_code) from error
         print(f"internal error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)

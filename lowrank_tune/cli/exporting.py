@@ -17,7 +17,8 @@ from lowrank_tune.cli.taking import MergeBase, proof_table
 
 
 class Target(StrEnum):
-    """`gguf`: base and adapter in one file; `gguf-lora`: the adapter alone for llama.cpp; `ollama`: with a Modelfile; `peft`: a copy."""
+    """`gguf`: base and adapter in one file; `gguf-lora`: the adapter alone for llama.cpp; `ollama`: with a Modelfile;
+    `peft`: a copy."""
 
     gguf = "gguf"
     gguf_lora = "gguf-lora"
@@ -33,25 +34,45 @@ class Route(StrEnum):
     adapter = "adapter"
 
 
-TYPE_HELP = "Numbers of the GGUF: f32, f16, bf16, q8_0, or with llama.cpp's quantiser q6_k, q5_k_m, q4_k_m, ... Else f16, for Ollama q8_0."
-LLAMA_HELP = "Folder of llama.cpp, or the source package of llama-cpp-python; else LLAMA_CPP_DIR, else it is fetched once."
+TYPE_HELP = (
+    "Numbers of the GGUF: f32, f16, bf16, q8_0, or with llama.cpp's quantiser q6_k, q5_k_m, q4_k_m, ... Else "
+    "f16, for Ollama q8_0."
+)
+LLAMA_HELP = (
+    "Folder of llama.cpp, or the source package of llama-cpp-python; else LLAMA_CPP_DIR, else it is fetched once."
+)
 
 
 @app.command("export")
-def export_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")],
-                   to: Annotated[Target, typer.Option("--to", help="For which software.")],
-                   out: Annotated[Path | None, typer.Option("--out", help="Folder to write; else RUN/export/TO.")] = None,
-                   kind: Annotated[str | None, typer.Option("--type", help=TYPE_HELP)] = None,
-                   base: Annotated[MergeBase, typer.Option("--base", help="Weights to merge into: what was trained, or the original.")]
-                   = MergeBase.dequantized,
-                   route: Annotated[Route, typer.Option("--route", help="Ollama: one model, or the adapter over a base.")] = Route.merged,
-                   start: Annotated[str, typer.Option("--from", help="Ollama, --route adapter: a GGUF file or a name.")] = "./base.gguf",
-                   system: Annotated[str | None, typer.Option("--system", help="Ollama: the system prompt, else that of the recipe.")] = None,
-                   llama_cpp: Annotated[Path | None, typer.Option("--llama-cpp", help=LLAMA_HELP)] = None,
-                   repo: Annotated[str | None, typer.Option("--repo", help="The hub: user/name. Nothing is pushed without it.")] = None,
-                   public: Annotated[bool, typer.Option("--public", help="The hub: everybody may read it; else it is private.")] = False,
-                   dry_run: Annotated[bool, typer.Option("--dry-run", help="The hub: show what would be pushed, and push nothing.")] = False,
-                   debug: Debug = False) -> None:  # fmt: skip
+def export_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")],
+    to: Annotated[Target, typer.Option("--to", help="For which software.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; else RUN/export/TO.")] = None,
+    kind: Annotated[str | None, typer.Option("--type", help=TYPE_HELP)] = None,
+    base: Annotated[
+        MergeBase, typer.Option("--base", help="Weights to merge into: what was trained, or the original.")
+    ] = MergeBase.dequantized,
+    route: Annotated[
+        Route, typer.Option("--route", help="Ollama: one model, or the adapter over a base.")
+    ] = Route.merged,
+    start: Annotated[
+        str, typer.Option("--from", help="Ollama, --route adapter: a GGUF file or a name.")
+    ] = "./base.gguf",
+    system: Annotated[
+        str | None, typer.Option("--system", help="Ollama: the system prompt, else that of the recipe.")
+    ] = None,
+    llama_cpp: Annotated[Path | None, typer.Option("--llama-cpp", help=LLAMA_HELP)] = None,
+    repo: Annotated[
+        str | None, typer.Option("--repo", help="The hub: user/name. Nothing is pushed without it.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="The hub: everybody may read it; else it is private.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="The hub: show what would be pushed, and push nothing.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
     """Write what a run trained for llama.cpp, Ollama or PEFT, or push it to the Hugging Face hub (privately)."""
     with sentences(debug):
         with starting():
@@ -69,7 +90,10 @@ def export_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Fold
         def show_upload(upload: Upload) -> None:
             plain.close()
             who = "everybody can read" if upload.public else "private"
-            print(f"to {upload.repo} ({'a new repository' if upload.new else 'which is there'}, {who}): {upload.size / 2**20:,.1f} MiB")
+            print(
+                f"to {upload.repo} ({'a new repository' if upload.new else 'which is there'}, {who}): "
+                f"{upload.size / 2**20:,.1f} MiB"
+            )
             table = Table("file", "bytes", box=None)
             for name, size in upload.files:
                 table.add_row(Text(name), Text(f"{size:,}", justify="right"))

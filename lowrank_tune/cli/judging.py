@@ -17,40 +17,101 @@ if TYPE_CHECKING:
     from lowrank_tune.evals import Options
 
 
-What = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Folder of a run, a chain, an adapter or a model, or a hub id.")]
-File = Annotated[str | None, typer.Option("--file", help="Only score this file with the run's reward model: responses, or preference pairs.")]
-On = Annotated[str | None, typer.Option("--on", help="File, folder or hub data set; else the run's own held-out questions.")]
+What = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="Folder of a run, a chain, an adapter or a model, or a hub id.")
+]
+File = Annotated[
+    str | None,
+    typer.Option("--file", help="Only score this file with the run's reward model: responses, or preference pairs."),
+]
+On = Annotated[
+    str | None, typer.Option("--on", help="File, folder or hub data set; else the run's own held-out questions.")
+]
 Name = Annotated[str | None, typer.Option("--name", help="Configuration of --on, a hub data set.")]
 Split = Annotated[str | None, typer.Option("--split", help="Split of --on, a hub data set.")]
-NumPrompts = Annotated[int | None, typer.Option("--num-prompts", min=1, help="Questions; else as the recipe says, or 100.")]
-Samples = Annotated[int | None, typer.Option("--samples", min=1, max=1024, help="Answers to each; else as the recipe says, or 1.")]
-K = Annotated[list[int] | None, typer.Option("--k", min=1, help="pass@K beside pass@1; several times for several; else --samples.")]
-Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, help="0 is greedy, the default for one answer.")]
-TopP = Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Draw from the likeliest tokens of this mass only.")]
-MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer; else as the recipe says, or 256.")]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Draws questions, answers and intervals; else the recipe's, or 0.")]
-Verifier = Annotated[str | None, typer.Option("--verifier", help="What says which answers are right: a reward's name, or ./file.py:name.")]
-JudgeRun = Annotated[Path | None, typer.Option("--judge", help="A run that trained a reward model on the same base: who answers better.")]
+NumPrompts = Annotated[
+    int | None, typer.Option("--num-prompts", min=1, help="Questions; else as the recipe says, or 100.")
+]
+Samples = Annotated[
+    int | None, typer.Option("--samples", min=1, max=1024, help="Answers to each; else as the recipe says, or 1.")
+]
+K = Annotated[
+    list[int] | None,
+    typer.Option("--k", min=1, help="pass@K beside pass@1; several times for several; else --samples."),
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", min=0.0, help="0 is greedy, the default for one answer.")
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", min=0.01, max=1.0, help="Draw from the likeliest tokens of this mass only.")
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer; else as the recipe says, or 256.")
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", min=0, help="Draws questions, answers and intervals; else the recipe's, or 0.")
+]
+Verifier = Annotated[
+    str | None,
+    typer.Option("--verifier", help="What says which answers are right: a reward's name, or ./file.py:name."),
+]
+JudgeRun = Annotated[
+    Path | None, typer.Option("--judge", help="A run that trained a reward model on the same base: who answers better.")
+]
 Confidence = Annotated[float, typer.Option("--confidence", min=0.5, max=0.999, help="Of the intervals.")]
 Bits = Annotated[int | None, typer.Option("--bits", help="Of a model that is no run: 4 (the default) or 16.")]
-TaskNames = Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-evaluation-harness, as gsm8k,arc_easy; without --on, only these.")]
-TasksPath = Annotated[Path | None, typer.Option("--tasks-path", help="Folder with YAML files of your own tasks; they can run code.")]
+TaskNames = Annotated[
+    str | None,
+    typer.Option("--tasks", help="Tasks of lm-evaluation-harness, as gsm8k,arc_easy; without --on, only these."),
+]
+TasksPath = Annotated[
+    Path | None, typer.Option("--tasks-path", help="Folder with YAML files of your own tasks; they can run code.")
+]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Documents of each task.")]
-Chat = Annotated[bool, typer.Option("--apply-chat-template", help="Ask the tasks in the chat template that the model was trained with.")]
+Chat = Annotated[
+    bool,
+    typer.Option("--apply-chat-template", help="Ask the tasks in the chat template that the model was trained with."),
+]
 
 
 @app.command("eval")
-def eval_command(what: What, file: File = None, on: On = None, name: Name = None, split: Split = None, num_prompts: NumPrompts = None,
-                 samples: Samples = None, k: K = None, temperature: Temperature = None, top_p: TopP = 1.0,
-                 max_new_tokens: MaxNewTokens = None, seed: Seed = None, verifier: Verifier = None, judge: JudgeRun = None,
-                 confidence: Confidence = 0.95, bits: Bits = None, tasks: TaskNames = None, tasks_path: TasksPath = None,
-                 limit: Limit = None, apply_chat_template: Chat = False,
-                 out: Annotated[Path | None, typer.Option("--out", help="File that the result is added to; else RUN/evals.jsonl.")] = None,
-                 debug: Debug = False) -> None:  # fmt: skip
+def eval_command(
+    what: What,
+    file: File = None,
+    on: On = None,
+    name: Name = None,
+    split: Split = None,
+    num_prompts: NumPrompts = None,
+    samples: Samples = None,
+    k: K = None,
+    temperature: Temperature = None,
+    top_p: TopP = 1.0,
+    max_new_tokens: MaxNewTokens = None,
+    seed: Seed = None,
+    verifier: Verifier = None,
+    judge: JudgeRun = None,
+    confidence: Confidence = 0.95,
+    bits: Bits = None,
+    tasks: TaskNames = None,
+    tasks_path: TasksPath = None,
+    limit: Limit = None,
+    apply_chat_template: Chat = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File that the result is added to; else RUN/evals.jsonl.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
     """Measure base and tuned model on held-out questions: loss, pass@k, reward, wins, tasks, each with its interval."""
     with sentences(debug):
         if file is not None:
-            given = {"--on": on, "--tasks": tasks, "--judge": judge, "--verifier": verifier, "--k": k, "--samples": samples}
+            given = {
+                "--on": on,
+                "--tasks": tasks,
+                "--judge": judge,
+                "--verifier": verifier,
+                "--k": k,
+                "--samples": samples,
+            }
             if others := [name for name, value in given.items() if value is not None]:
                 raise UserError(f"--file only scores a file with the run's reward model; leave {', '.join(others)} out")
             return _score_file(Path(what), file, out)
@@ -58,15 +119,39 @@ def eval_command(what: What, file: File = None, on: On = None, name: Name = None
         if bits not in (None, loaded):
             raise UserError(f"--bits {bits}: it is 4 or 16")
         if out is not None and (out.is_dir() or not out.parent.is_dir()):
-            raise UserError(f"{out}: {'is a folder' if out.is_dir() else 'there is no such folder'}; name a file for the result")
+            raise UserError(
+                f"{out}: {'is a folder' if out.is_dir() else 'there is no such folder'}; name a file for the result"
+            )
         with starting():
             from lowrank_tune.evals import Options
 
         names = tuple(one.strip() for one in (tasks or "").split(",") if one.strip())
         if tasks is not None and not names:
             raise UserError("--tasks names no task; name some, as --tasks gsm8k,arc_easy")
-        _evaluate(what, out, Options(on, name, split, num_prompts, samples, tuple(k or ()), temperature, top_p, max_new_tokens, seed, verifier,
-                                     judge, confidence, loaded, names, tasks_path, limit, apply_chat_template))  # fmt: skip
+        _evaluate(
+            what,
+            out,
+            Options(
+                on,
+                name,
+                split,
+                num_prompts,
+                samples,
+                tuple(k or ()),
+                temperature,
+                top_p,
+                max_new_tokens,
+                seed,
+                verifier,
+                judge,
+                confidence,
+                loaded,
+                names,
+                tasks_path,
+                limit,
+                apply_chat_template,
+            ),
+        )
 
 
 def _evaluate(what: str, out: Path | None, options: Options) -> None:
@@ -105,8 +190,12 @@ def _score_file(run: Path, file: str, out: Path | None) -> None:
     finally:
         plain.close()
     target = out or run / f"scored-{Path(file).name.removesuffix('.gz').rpartition('.')[0] or Path(file).name}.jsonl"
-    lines = [json.dumps({"place": one.place, **({"side": one.side} if one.side else {}), "score": one.score, "tokens": one.tokens})
-             for one in found]  # fmt: skip
+    lines = [
+        json.dumps(
+            {"place": one.place, **({"side": one.side} if one.side else {}), "score": one.score, "tokens": one.tokens}
+        )
+        for one in found
+    ]
     try:
         target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:

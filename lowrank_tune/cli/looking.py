@@ -11,8 +11,11 @@ from lowrank_tune.cli.common import Debug, Screen, Ui, app, sentences
 
 
 @app.command("watch")
-def watch_command(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or their events.jsonl.")],
-                  ui: Ui = Screen.auto, debug: Debug = False) -> None:  # fmt: skip
+def watch_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or their events.jsonl.")],
+    ui: Ui = Screen.auto,
+    debug: Debug = False,
+) -> None:
     """Show runs that happen elsewhere, or happened; several beside each other."""
     with sentences(debug):
         from lowrank_tune.ui.watch import watch
@@ -21,7 +24,9 @@ def watch_command(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", h
 
 
 @app.command("report")
-def report_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")], debug: Debug = False) -> None:
+def report_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")], debug: Debug = False
+) -> None:
     """Write RUN/report.html anew: curves, samples, data, recipe, in one file for a browser."""
     with sentences(debug):
         from lowrank_tune.ui.report import write_report
@@ -30,10 +35,17 @@ def report_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Fold
 
 
 @app.command("compare")
-def compare_command(runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of runs or chains, finished or not.")],
-                    html: Annotated[Path | None, typer.Option("--html", help="File for the page; else compare.html beside RUN.")] = None,
-                    debug: Debug = False) -> None:  # fmt: skip
-    """Put runs side by side: curves, held-out results, and where their recipes differ; here, and as one page for a browser."""
+def compare_command(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of runs or chains, finished or not.")
+    ],
+    html: Annotated[
+        Path | None, typer.Option("--html", help="File for the page; else compare.html beside RUN.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Put runs side by side: curves, held-out results, and where their recipes differ; here, and as one page for a
+    browser."""
     with sentences(debug):
         from lowrank_tune.ui.compare import compare
 

@@ -23,14 +23,17 @@ class Kernels(StrEnum):
 
 
 @app.command("plan")
-def plan_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file.")],
-                 overrides: Overrides = None,
-                 vram: Annotated[float | None, typer.Option("--vram", min=0.1, help="GiB of the card; by default the one that is here, "
-                                                            "else 24.")] = None,
-                 device: Annotated[Kernels, typer.Option("--device", help="Plan for a card, or for the CPU.")] = Kernels.cuda,
-                 debug: Debug = False) -> None:  # fmt: skip
-    """Say what a run will hold in memory, phase by phase, and what fits the card: from the recipe alone, without weights or a GPU. Ends with
-    2 where it does not fit."""
+def plan_command(
+    recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file.")],
+    overrides: Overrides = None,
+    vram: Annotated[
+        float | None, typer.Option("--vram", min=0.1, help="GiB of the card; by default the one that is here, else 24.")
+    ] = None,
+    device: Annotated[Kernels, typer.Option("--device", help="Plan for a card, or for the CPU.")] = Kernels.cuda,
+    debug: Debug = False,
+) -> None:
+    """Say what a run will hold in memory, phase by phase, and what fits the card: from the recipe alone, without
+    weights or a GPU. Ends with 2 where it does not fit."""
     with sentences(debug):
         from lowrank_tune.recipe import load_any
 
@@ -40,7 +43,9 @@ def plan_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", he
             from lowrank_tune.ui.plan_view import show
 
         console, fits = Console(highlight=False), True
-        for number, one in enumerate(plan(loaded, 0.0 if device == Kernels.cpu else vram or card_gib() or CARD_GIB, device.value)):
+        for number, one in enumerate(
+            plan(loaded, 0.0 if device == Kernels.cpu else vram or card_gib() or CARD_GIB, device.value)
+        ):
             if number:
                 console.print()
             show(one, console)

@@ -13,7 +13,9 @@ import typer
 from lowrank_tune.cli.common import Debug, app, sentences
 from lowrank_tune.errors import UserError
 
-presets = typer.Typer(invoke_without_command=True, help="List the presets, or print or copy one to start your own from.")
+presets = typer.Typer(
+    invoke_without_command=True, help="List the presets, or print or copy one to start your own from."
+)
 app.add_typer(presets, name="presets")
 WIDEST = 23  # letters of the longest name
 Preset = Annotated[str, typer.Argument(help="A preset's name, as `lowrank-tune presets` lists them.")]
@@ -38,8 +40,11 @@ def list_presets(context: typer.Context) -> None:
 
 
 @presets.command("show")
-def show_preset(name: Preset, whole: Annotated[bool, typer.Option("--whole", help="With all that it extends, and every default.")] = False,
-                debug: Debug = False) -> None:  # fmt: skip
+def show_preset(
+    name: Preset,
+    whole: Annotated[bool, typer.Option("--whole", help="With all that it extends, and every default.")] = False,
+    debug: Debug = False,
+) -> None:
     """Print a preset as it is written; with --whole the complete recipe, every setting of it."""
     with sentences(debug):
         from lowrank_tune.recipe import dump, find_preset, load_any
@@ -48,8 +53,11 @@ def show_preset(name: Preset, whole: Annotated[bool, typer.Option("--whole", hel
 
 
 @presets.command("copy")
-def copy_preset(name: Preset, file: Annotated[Path | None, typer.Argument(help="NAME.yaml here, where it is not given.")] = None,
-                debug: Debug = False) -> None:  # fmt: skip
+def copy_preset(
+    name: Preset,
+    file: Annotated[Path | None, typer.Argument(help="NAME.yaml here, where it is not given.")] = None,
+    debug: Debug = False,
+) -> None:
     """Copy a preset to a file of your own; never over one that is there."""
     with sentences(debug):
         from lowrank_tune.recipe import find_preset
@@ -59,7 +67,11 @@ def copy_preset(name: Preset, file: Annotated[Path | None, typer.Argument(help="
             with target.open("x", encoding="utf-8") as opened:
                 opened.write(text)
         except OSError as error:
-            told = "is there already; name another file" if target.exists() else f"cannot be written: {error.strerror or error}"
+            told = (
+                "is there already; name another file"
+                if target.exists()
+                else f"cannot be written: {error.strerror or error}"
+            )
             raise UserError(f"{target}: {told}") from error
         print(f"{target}: change it, then `lowrank-tune data {target}` and `lowrank-tune run {target}`")
 

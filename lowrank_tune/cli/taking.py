@@ -32,11 +32,16 @@ def proof_table(rows: Sequence[tuple[str, str]]) -> Table:
 
 
 @app.command("merge")
-def merge_command(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")],
-                  out: Annotated[Path | None, typer.Option("--out", help="Folder of the merged model; else RUN/merged.")] = None,
-                  base: Annotated[MergeBase, typer.Option("--base", help="Weights to merge into: what was trained, or the original.")]
-                  = MergeBase.dequantized, debug: Debug = False) -> None:  # fmt: skip
-    """Merge what a run trained into its base, in bf16, and compare the result with what was trained. Ends with 1 where they differ."""
+def merge_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the merged model; else RUN/merged.")] = None,
+    base: Annotated[
+        MergeBase, typer.Option("--base", help="Weights to merge into: what was trained, or the original.")
+    ] = MergeBase.dequantized,
+    debug: Debug = False,
+) -> None:
+    """Merge what a run trained into its base, in bf16, and compare the result with what was trained. Ends with 1 where
+    they differ."""
     with sentences(debug):
         with starting():
             from lowrank_tune.export import Proof, merge

@@ -28,20 +28,38 @@ class Bits(StrEnum):
 
 
 @app.command("chat")
-def chat_command(name: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Folder of a run, a checkpoint or an adapter; or a model: hub "
-                                                    "id, folder or tiny-tutor.")],
-                 voice: Annotated[Who | None, typer.Option("--voice", help="Who answers first; else tuned, where there is an adapter.")] = None,
-                 system: Annotated[str | None, typer.Option("--system", help="System prompt; else the run's own. Empty: none.")] = None,
-                 temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy, as held-out questions are asked.")] = 0.0,
-                 top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest tokens of this share.")] = 1.0,
-                 top_k: Annotated[int, typer.Option("--top-k", help="Draw among so many of the likeliest tokens; 0 for all.")] = 0,
-                 min_p: Annotated[float, typer.Option("--min-p", help="Leave out what is less likely than this times the likeliest.")] = 0.0,
-                 max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 512,
-                 seed: Annotated[int, typer.Option("--seed", help="The same seed and questions give the same answers.")] = 0,
-                 bits: Annotated[Bits | None, typer.Option("--bits", help="Of a model or an adapter: how to load the base; else 4.")] = None,
-                 base: Annotated[str | None, typer.Option("--base", help="Of a run or an adapter: where its base lies now.")] = None,
-                 debug: Debug = False) -> None:  # fmt: skip
-    """Talk to what a run trained: adapters on, off, or both side by side. From a pipe: one question a line in, plain answers out."""
+def chat_command(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL",
+            help="Folder of a run, a checkpoint or an adapter; or a model: hub id, folder or tiny-tutor.",
+        ),
+    ],
+    voice: Annotated[
+        Who | None, typer.Option("--voice", help="Who answers first; else tuned, where there is an adapter.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="System prompt; else the run's own. Empty: none.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0 is greedy, as held-out questions are asked.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest tokens of this share.")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Draw among so many of the likeliest tokens; 0 for all.")] = 0,
+    min_p: Annotated[
+        float, typer.Option("--min-p", help="Leave out what is less likely than this times the likeliest.")
+    ] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 512,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed and questions give the same answers.")] = 0,
+    bits: Annotated[
+        Bits | None, typer.Option("--bits", help="Of a model or an adapter: how to load the base; else 4.")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Of a run or an adapter: where its base lies now.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Talk to what a run trained: adapters on, off, or both side by side. From a pipe: one question a line in, plain
+    answers out."""
     with sentences(debug):
         with starting():
             from lowrank_tune.chat import Wishes, chat
@@ -53,6 +71,7 @@ def chat_command(name: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="
         except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from error
-        except BrokenPipeError as error:  # whoever read the answers has gone; Python must not find that out once more at its end
+        # whoever read the answers has gone; Python must not find that out once more at its end
+        except BrokenPipeError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from error

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 
 @app.command("run")
-def run_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file.")],
-                overrides: Overrides = None, out: Out = None, ui: Ui = Screen.auto, debug: Debug = False) -> None:  # fmt: skip
+def run_command(
+    recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file.")],
+    overrides: Overrides = None,
+    out: Out = None,
+    ui: Ui = Screen.auto,
+    debug: Debug = False,
+) -> None:
     """Run a recipe; the same command again continues it."""
     with sentences(debug):
         from lowrank_tune.early import import_first
@@ -33,7 +38,8 @@ def run_command(recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", hel
 
 @app.command("demo")
 def demo(overrides: Overrides = None, out: Out = None, ui: Ui = Screen.auto, debug: Debug = False) -> None:
-    """Teach the tiny base that ships with the package, without GPU or network, by SFT and then by GRPO, and compare before and after."""
+    """Teach the tiny base that ships with the package, without GPU or network, by SFT and then by GRPO, and compare
+    before and after."""
     with sentences(debug):
         from lowrank_tune.recipe import load_any
 
@@ -60,10 +66,20 @@ def _before_after(summary: dict[str, Any]) -> None:
     """The held-out table, and the same questions before and after."""
     console, details = Console(), summary["heldout_details"]
     figures = Table("held-out questions", *details, title="before and after")
-    rows = {"exact": "exact answers (pass@1)", **{key: f"one of {key[8:]} exact (pass@{key[8:]})" for key in next(iter(details.values()))
-            if key.startswith("pass_at_")}, "stopped": "stops by itself", "length": "tokens an answer"}  # fmt: skip
+    rows = {
+        "exact": "exact answers (pass@1)",
+        **{
+            key: f"one of {key[8:]} exact (pass@{key[8:]})"
+            for key in next(iter(details.values()))
+            if key.startswith("pass_at_")
+        },
+        "stopped": "stops by itself",
+        "length": "tokens an answer",
+    }
     for key, label in rows.items():
-        figures.add_row(label, *(f"{stats[key]:.1f}" if key == "length" else f"{stats[key]:.1%}" for stats in details.values()))
+        figures.add_row(
+            label, *(f"{stats[key]:.1f}" if key == "length" else f"{stats[key]:.1%}" for stats in details.values())
+        )
     console.print(figures)
     answers = Table("question", "gold", *summary["answers"], show_lines=True)
     for several in zip(*summary["answers"].values(), strict=True):

@@ -12,6 +12,33 @@ from lowrank_tune.data.report import Report, SourceReport
 from lowrank_tune.data.sources import Place, Rows, read
 from lowrank_tune.data.store import TokenStore
 
-__all__ = ["Asked", "AskedOrder", "AskedReport", "AskedSet", "Census", "Conversation", "Order", "Pair", "Place", "Prepared", "Prompt", "Report",
-           "RowFault", "Rows", "SourceReport", "Template", "TokenStore", "asked_order", "census", "collate", "collate_units", "detect", "load",
-           "load_asked", "prompts", "read", "to_conversation", "to_pair"]  # fmt: skip
+__all__ = [
+    "Asked",
+    "AskedOrder",
+    "AskedReport",
+    "AskedSet",
+    "Census",
+    "Conversation",
+    "Order",
+    "Pair",
+    "Place",
+    "Prepared",
+    "Prompt",
+    "Report",
+    "RowFault",
+    "Rows",
+    "SourceReport",
+    "Template",
+    "TokenStore",
+    "asked_order",
+    "census",
+    "collate",
+    "collate_units",
+    "detect",
+    "load",
+    "load_asked",
+    "prompts",
+    "read",
+    "to_conversation",
+    "to_pair",
+]

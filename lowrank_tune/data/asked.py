@@ -1,4 +1,5 @@
-"""Prompts that completions are drawn for: read whole, with the rows that they come from, and which of them make up each step."""
+"""Prompts that completions are drawn for: read whole, with the rows that they come from, and which of them make up each
+step."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class AskedReport(Report):
-    """What became of the rows where only their prompts are used: all that is counted are prompts, and tokens are theirs."""
+    """What became of the rows where only their prompts are used: all that is counted are prompts, and tokens are
+    theirs."""
 
     @property
     def unit(self) -> str:
@@ -53,7 +55,10 @@ class AskedReport(Report):
         """As sentences, one a source and one for the whole."""
         told = []
         for source in self.train:
-            line = f"{source.name} ({source.format}): prompts of {source.used} of {source.read} rows, {source.tokens} tokens, "
+            line = (
+                f"{source.name} ({source.format}): prompts of {source.used} of {source.read} rows, "
+                f"{source.tokens} tokens, "
+            )
             line += f"{source.golds} with a gold answer"
             told.append(line + (f"; dropped {source.reasons()}" if source.dropped else ""))
         repeated = f", {self.duplicates} of them repeat an earlier one" if self.duplicates else ""
@@ -62,7 +67,8 @@ class AskedReport(Report):
 
 @dataclass(frozen=True)
 class AskedSet:
-    """The prompts of all sources, in their order: `source_of` (N,), `lengths` (N,) in tokens, and where the row of each stands."""
+    """The prompts of all sources, in their order: `source_of` (N,), `lengths` (N,) in tokens, and where the row of each
+    stands."""
 
     asked: list[Asked]
     places: list[Place]
@@ -79,14 +85,19 @@ class AskedOrder(Order):
 
     def __init__(self, found: AskedSet, data: settings.Data, train: settings.Train, seed: int) -> None:
         given = [source.weight for source in data.train]
-        by_prompts = train.model_copy(update={"rows_per_step": train.prompts_per_step, "tokens_per_step": None, "length_window": 1})
+        by_prompts = train.model_copy(
+            update={"rows_per_step": train.prompts_per_step, "tokens_per_step": None, "length_window": 1}
+        )
         super().__init__(found.lengths, found.source_of, given, by_prompts, seed)
         counts = np.bincount(found.source_of, minlength=len(given))
-        share_of = np.array([1.0 if weight is None else weight / count for weight, count in zip(given, counts, strict=True)])
+        share_of = np.array(
+            [1.0 if weight is None else weight / count for weight, count in zip(given, counts, strict=True)]
+        )
         self._shares = share_of[found.source_of]
 
     def others(self, step: int, draw: int, count: int) -> list[int]:
-        """`count` prompts that are not of this step, by the weights of the sources; its own again only where there are no more others.
+        """`count` prompts that are not of this step, by the weights of the sources; its own again only where there are
+        no more others.
 
         A pure function of the seed, the step and the draw.
         """
@@ -104,12 +115,20 @@ def asked_order(found: AskedSet, data: settings.Data, train: settings.Train, see
     return AskedOrder(found, data, train, seed)
 
 
-def load_asked(data: settings.Data, template: Template, seed: int, emit: Emit, judge: bool = True, needs_gold: bool = False,
-               unusable: Callable[[Asked], str | None] | None = None) -> AskedSet:  # fmt: skip
-    """The prompts of all training sources; with `needs_gold` those alone that have a gold answer to compare with. `unusable` says of a row why
-    no reward could judge by it.
+def load_asked(
+    data: settings.Data,
+    template: Template,
+    seed: int,
+    emit: Emit,
+    judge: bool = True,
+    needs_gold: bool = False,
+    unusable: Callable[[Asked], str | None] | None = None,
+) -> AskedSet:
+    """The prompts of all training sources; with `needs_gold` those alone that have a gold answer to compare with.
+    `unusable` says of a row why no reward could judge by it.
 
-    Raises `UserError` where too many rows of one source give none. Without `judge` these rows are only reported, however many.
+    Raises `UserError` where too many rows of one source give none. Without `judge` these rows are only reported,
+    however many.
     """
     asked: list[Asked] = []
     places: list[Place] = []
@@ -125,13 +144,24 @@ def load_asked(data: settings.Data, template: Template, seed: int, emit: Emit, j
         source_of += [number] * report.used
         reports.append(report)
     lengths = np.array([len(one.ids) for one in asked], dtype=np.int64)
-    told = AskedReport(tuple(reports), train_rows=len(asked), duplicates=len(asked) - len(keys), mixture=_mixture(data.train, reports))
+    told = AskedReport(
+        tuple(reports), train_rows=len(asked), duplicates=len(asked) - len(keys), mixture=_mixture(data.train, reports)
+    )
     return AskedSet(asked, places, np.array(source_of, dtype=np.int32), lengths, told)
 
 
-def _load_one(source: settings.Source, data: settings.Data, template: Template, seed: int, emit: Emit, needs_gold: bool,
-              unusable: Callable[[Asked], str | None] | None, asked: list[Asked], places: list[Place],
-              keys: set[int]) -> SourceReport:  # fmt: skip
+def _load_one(
+    source: settings.Source,
+    data: settings.Data,
+    template: Template,
+    seed: int,
+    emit: Emit,
+    needs_gold: bool,
+    unusable: Callable[[Asked], str | None] | None,
+    asked: list[Asked],
+    places: list[Place],
+    keys: set[int],
+) -> SourceReport:
     """Adds the prompts of one source to those of the others."""
     rows = read(source, seed)
     shape = shape_of(source, rows, pairs=False)
@@ -168,8 +198,9 @@ def _count(report: SourceReport, one: Asked, is_known: bool) -> None:
     report.duplicates += is_known
 
 
-def _asked(raw: Raw, source: settings.Source, shape: str, data: settings.Data, template: Template,
-           report: SourceReport) -> tuple[Asked, int] | RowFault:  # fmt: skip
+def _asked(
+    raw: Raw, source: settings.Source, shape: str, data: settings.Data, template: Template, report: SourceReport
+) -> tuple[Asked, int] | RowFault:
     """The prompt of a row and a number for it, or why it gives none."""
     talk = conversation(raw, source, shape, data.system, answered=False)
     if isinstance(talk, RowFault):
@@ -187,7 +218,8 @@ def _asked(raw: Raw, source: settings.Source, shape: str, data: settings.Data, t
 
 
 def _ids(messages: Sequence[Message], template: Template) -> list[int] | RowFault:
-    """What the base reads, or why it cannot be asked this: what `Template.spoils` says, for half the time of asking both."""
+    """What the base reads, or why it cannot be asked this: what `Template.spoils` says, for half the time of asking
+    both."""
     try:
         return template.prompt(messages)
     except UserError as error:
@@ -198,5 +230,8 @@ def _mixture(sources: Sequence[settings.Source], reports: Sequence[SourceReport]
     if len(sources) == 1:
         return "one source"
     total = max(1, sum(report.used for report in reports))
-    shares = [f"{source.dataset} {100 * (source.weight or report.used / total):.3g} %" for source, report in zip(sources, reports, strict=True)]
+    shares = [
+        f"{source.dataset} {100 * (source.weight or report.used / total):.3g} %"
+        for source, report in zip(sources, reports, strict=True)
+    ]
     return f"mixed by {'weight' if sources[0].weight is not None else 'prompt counts'}: {', '.join(shares)}"

@@ -1,4 +1,5 @@
-"""The Rust tokenizer behind a template, twice: one copy reads control tokens in a text, the other reads them as plain characters.
+"""The Rust tokenizer behind a template, twice: one copy reads control tokens in a text, the other reads them as plain
+characters.
 
 Both are our own copies, so that no switch is ever thrown on a tokenizer that others hold.
 """
@@ -20,10 +21,14 @@ class Backend:
 
     def __init__(self, tokenizer: Any) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise UserError("the base's tokenizer has no `tokenizer.json`; the kit needs a fast tokenizer (AutoTokenizer can convert it)")
+            raise UserError(
+                "the base's tokenizer has no `tokenizer.json`; the kit needs a fast tokenizer (AutoTokenizer can "
+                "convert it)"
+            )
         self.tokenizer = tokenizer
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Only the ids are wanted: padding and truncation would change them, and a post-processor may shorten the offsets.
+        # Only the ids are wanted: padding and truncation would change them, and a post-processor may shorten the
+        # offsets.
         state.update(padding=None, truncation=None, post_processor=None)
         self.state = json.dumps(state, sort_keys=True, ensure_ascii=True)
         self.marked = Tokenizer.from_str(self.state)
@@ -41,12 +46,16 @@ class Backend:
         self.control = frozenset(self.specials.values()) - ({unknown} if unknown != self.eos else set())
         # Tokens that are matched in the *normalised* text can hide from a search in the text as it is.
         self.hides_control = self.marked.normalizer is not None and any(
-            token.special and token.normalized for token in self.marked.get_added_tokens_decoder().values())  # fmt: skip
+            token.special and token.normalized for token in self.marked.get_added_tokens_decoder().values()
+        )
         self._prepends = self._find_prepends()
 
     def _find_prepends(self) -> bool:
         """Whether a space is put in front of every text (SentencePiece's habit)."""
-        alone, after = self.plain.encode("x", add_special_tokens=False), self.plain.encode("\nx", add_special_tokens=False)
+        alone, after = (
+            self.plain.encode("x", add_special_tokens=False),
+            self.plain.encode("\nx", add_special_tokens=False),
+        )
         return alone.ids != after.ids[-len(alone.ids) :]
 
     @property
@@ -76,7 +85,9 @@ class Backend:
 
     def decode(self, ids: Sequence[int], marks: bool) -> str:
         """Text of ids; control tokens are left out unless `marks`."""
-        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=not marks, clean_up_tokenization_spaces=False))
+        return cast(
+            str, self.tokenizer.decode(list(ids), skip_special_tokens=not marks, clean_up_tokenization_spaces=False)
+        )
 
     def name(self, number: int) -> str:
         """A control token by name."""

@@ -1,4 +1,5 @@
-"""What the sides of preference pairs differ in besides their worth: lengths, margins, and pairs that contradict each other."""
+"""What the sides of preference pairs differ in besides their worth: lengths, margins, and pairs that contradict each
+other."""
 
 from __future__ import annotations
 
@@ -11,15 +12,17 @@ from numpy.typing import NDArray
 from lowrank_tune.data.census import Census
 from lowrank_tune.data.store import TokenStore
 
-ONE_SIDED, ENOUGH = 0.65, 20  # a share of pairs that is worth a warning, and the fewest pairs of which a share says anything
+# a share of pairs that is worth a warning, and the fewest pairs of which a share says anything
+ONE_SIDED, ENOUGH = 0.65, 20
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Pairs to train on, by the length of their answers in trained tokens; `chosen` and `rejected` are the mean lengths.
+    """Pairs to train on, by the length of their answers in trained tokens; `chosen` and `rejected` are the mean
+    lengths.
 
-    `margins` of them say by how much the chosen one should be ahead. `warning` is a sentence where length alone nearly tells the sides
-    apart, else empty.
+    `margins` of them say by how much the chosen one should be ahead. `warning` is a sentence where length alone nearly
+    tells the sides apart, else empty.
     """
 
     pairs: int
@@ -36,17 +39,27 @@ def sides(train: TokenStore, counted: Census) -> Sides:
     """The sides of all pairs of a store, from its census."""
     chosen, rejected = counted.trained[::2], counted.trained[1::2]
     longer, shorter, pairs = int((chosen > rejected).sum()), int((chosen < rejected).sum()), train.units
-    return Sides(pairs, longer, shorter, pairs - longer - shorter, chosen=int(chosen.sum()) / max(1, pairs),
-                 rejected=int(rejected.sum()) / max(1, pairs), margins=int(np.count_nonzero(train.margins[::2])),
-                 warning=_one_sided(pairs, longer, shorter))  # fmt: skip
+    return Sides(
+        pairs,
+        longer,
+        shorter,
+        pairs - longer - shorter,
+        chosen=int(chosen.sum()) / max(1, pairs),
+        rejected=int(rejected.sum()) / max(1, pairs),
+        margins=int(np.count_nonzero(train.margins[::2])),
+        warning=_one_sided(pairs, longer, shorter),
+    )
 
 
 def _one_sided(pairs: int, longer: int, shorter: int) -> str:
     most, word = max((longer, "longer"), (shorter, "shorter"))
     if pairs < ENOUGH or most < ONE_SIDED * pairs:
         return ""
-    return (f"in {100 * most / pairs:.0f} % of the pairs the chosen answer is the {word} one: a model can look right by preferring what is "
-            f"{word}, whatever it says; watch the length of its answers, or balance the pairs")  # fmt: skip
+    return (
+        f"in {100 * most / pairs:.0f} % of the pairs the chosen answer is the {word} one: a model can look right by "
+        f"preferring what is "
+        f"{word}, whatever it says; watch the length of its answers, or balance the pairs"
+    )
 
 
 def contradicting(parts: Sequence[TokenStore]) -> list[NDArray[np.int64]]:

@@ -23,18 +23,26 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
 
 
 def collate_units(store: TokenStore, units: Sequence[int], pad_id: int) -> Batch:
-    """The rows of these units; pairs as [chosen, rejected, chosen, rejected, ...], with what `Batch` tells of them in `extra`.
+    """The rows of these units; pairs as [chosen, rejected, chosen, rejected, ...], with what `Batch` tells of them in
+    `extra`.
 
-    extra: margin (B,) fp32; row (B,) long, the row's number in the whole store, whatever part of it this is; shared (B,) long, how many
-    leading tokens a row has in common with the first row of its pair: 0 on the first rows, and never all tokens of either row.
+    extra: margin (B,) fp32; row (B,) long, the row's number in the whole store, whatever part of it this is; shared
+    (B,) long, how many leading tokens a row has in common with the first row of its pair: 0 on the first rows, and
+    never all tokens of either row.
     """
     numbers = store.rows_of(np.asarray(units, dtype=np.int64))
     rows = [store[int(number)] for number in numbers]
     batch = collate(rows, pad_id)
     if store.together > 1:
-        shared = [0 if place % store.together == 0 else _shared(rows[place - place % store.together], row) for place, row in enumerate(rows)]
-        batch.extra = {"margin": torch.from_numpy(store.margins[numbers]), "shared": torch.tensor(shared, dtype=torch.long),
-                       "row": torch.from_numpy(store.picked[numbers])}  # fmt: skip
+        shared = [
+            0 if place % store.together == 0 else _shared(rows[place - place % store.together], row)
+            for place, row in enumerate(rows)
+        ]
+        batch.extra = {
+            "margin": torch.from_numpy(store.margins[numbers]),
+            "shared": torch.tensor(shared, dtype=torch.long),
+            "row": torch.from_numpy(store.picked[numbers]),
+        }
     return batch
 
 

@@ -1,4 +1,5 @@
-"""The final answer of a reply in a box, where its end says which it is: after `####` (GSM8K), or `The answer is:` (MetaMathQA)."""
+"""The final answer of a reply in a box, where its end says which it is: after `####` (GSM8K), or `The answer is:`
+(MetaMathQA)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ END = re.compile(rf"\s*(?:^{HASHES}(?:\n+The answer is:[^\n]*)?|^{TOLD})\s*\Z", 
 
 
 def boxed(reply: str) -> str:
-    """The reply with its final answer in a box; as it is where no mark stands at its end. A mark that repeats the last box goes."""
+    """The reply with its final answer in a box; as it is where no mark stands at its end. A mark that repeats the last
+    box goes."""
     found = END.search(reply)
     if found is None:
         return reply
@@ -30,4 +32,8 @@ def boxed(reply: str) -> str:
 def with_box(talk: Conversation) -> Conversation:
     """The same of the last reply of a conversation; its gold answer stays what it was."""
     *others, last = talk.messages
-    return talk if last.role != "assistant" else Conversation((*others, Message("assistant", boxed(last.content))), talk.gold)
+    return (
+        talk
+        if last.role != "assistant"
+        else Conversation((*others, Message("assistant", boxed(last.content))), talk.gold)
+    )

@@ -1,4 +1,5 @@
-"""What stands in every row of a store, counted without a loop over rows: answers, their end tokens, where the prompt ends."""
+"""What stands in every row of a store, counted without a loop over rows: answers, their end tokens, where the prompt
+ends."""
 
 from __future__ import annotations
 
@@ -34,19 +35,25 @@ def census(rows: TokenStore, end_ids: Collection[int]) -> Census:
     ends: Counter[int] = Counter()
     parts = [_count(*rows.joined(start, start + SLICE), end_ids, ends) for start in range(0, len(rows), SLICE)]
     trained, prompt, answers, unended = zip(*parts, strict=True) if parts else [(np.zeros(0, np.int64),)] * 4
-    return Census(np.concatenate(trained), np.concatenate(prompt), np.concatenate(answers), np.concatenate(unended), dict(ends))
+    return Census(
+        np.concatenate(trained), np.concatenate(prompt), np.concatenate(answers), np.concatenate(unended), dict(ends)
+    )
 
 
-def _count(ids: NDArray[np.int32], says: NDArray[np.bool_], lengths: Numbers, end_ids: Collection[int],
-           ends: Counter[int]) -> tuple[Numbers, Numbers, Numbers, Numbers]:  # fmt: skip
+def _count(
+    ids: NDArray[np.int32], says: NDArray[np.bool_], lengths: Numbers, end_ids: Collection[int], ends: Counter[int]
+) -> tuple[Numbers, Numbers, Numbers, Numbers]:
     behind = np.cumsum(lengths)
     starts, rows = behind - lengths, len(lengths)
     before, after = np.roll(says, 1), np.roll(says, -1)
     before[starts] = after[behind - 1] = False
-    opens, closes = np.flatnonzero(says & ~before), np.flatnonzero(says & ~after)  # an answer is an unbroken stretch of what is trained
+    # an answer is an unbroken stretch of what is trained
+    opens, closes = np.flatnonzero(says & ~before), np.flatnonzero(says & ~after)
     row_of = np.searchsorted(behind, opens, side="right")
     is_end = says & np.isin(ids, list(end_ids))
-    ends.update({int(token): int(count) for token, count in zip(*np.unique(ids[is_end], return_counts=True), strict=True)})
+    ends.update(
+        {int(token): int(count) for token, count in zip(*np.unique(ids[is_end], return_counts=True), strict=True)}
+    )
     so_far = np.cumsum(is_end)
     ended = so_far[closes] - so_far[opens] + is_end[opens] > 0
     prompt = lengths.copy()

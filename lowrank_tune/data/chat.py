@@ -16,7 +16,8 @@ from lowrank_tune.types import Message, Row
 
 
 class Template:
-    """How a base writes a conversation. `encode` of a prompt's turns and an answer begins with exactly the ids of `prompt`."""
+    """How a base writes a conversation. `encode` of a prompt's turns and an answer begins with exactly the ids of
+    `prompt`."""
 
     def __init__(self, backend: Backend, scheme: KitMarks | PlainWords | OwnTemplate) -> None:
         self._backend, self._scheme = backend, scheme
@@ -27,7 +28,9 @@ class Template:
         """Any valid id: padding is masked, never recognised by its id."""
         own = getattr(backend.tokenizer, "chat_template", None) or ""
         named = f"{type(scheme).__name__} {scheme.about} {backend.bos} {backend.eos} {own}"
-        self.fingerprint: str = hashlib.blake2b(f"{named}\n{backend.state}".encode("utf-8", "replace"), digest_size=16).hexdigest()
+        self.fingerprint: str = hashlib.blake2b(
+            f"{named}\n{backend.state}".encode("utf-8", "replace"), digest_size=16
+        ).hexdigest()
         """Changes with anything that changes the ids."""
 
     @classmethod
@@ -50,7 +53,8 @@ class Template:
         return self._scheme.encode_many(conversations)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids up to the place where the assistant starts. Raises `UserError` where `spoils` has a reason: here a person may have typed it."""
+        """Ids up to the place where the assistant starts. Raises `UserError` where `spoils` has a reason: here a person
+        may have typed it."""
         try:
             return self._scheme.prompt(messages)
         except RowFault as fault:
@@ -70,7 +74,8 @@ class Template:
 
     @property
     def turn_marks(self) -> re.Pattern[str] | None:
-        """What an answer must not hold, for it begins another turn: of bases whose markers are plain words. Else control tokens do that."""
+        """What an answer must not hold, for it begins another turn: of bases whose markers are plain words. Else
+        control tokens do that."""
         return self._scheme.marker_pattern if isinstance(self._scheme, PlainWords) else None
 
     @property

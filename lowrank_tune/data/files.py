@@ -1,4 +1,5 @@
-"""Readers of local files, chosen by a file's first bytes. No file is held whole as Python objects, but for a JSON array.
+"""Readers of local files, chosen by a file's first bytes. No file is held whole as Python objects, but for a JSON
+array.
 
 A line that is no JSON is a fault of that row, not of the file.
 """
@@ -92,7 +93,9 @@ def _load_array(path: Path, name: str, is_gz: bool) -> list[Any] | None:
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             return None
-        raise UserError(f"{name}:{error.lineno}: the JSON array is broken here ({error.msg}, column {error.colno})") from error
+        raise UserError(
+            f"{name}:{error.lineno}: the JSON array is broken here ({error.msg}, column {error.colno})"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: the JSON array cannot be read ({error})") from error
 
@@ -123,7 +126,9 @@ class _Lines(_File):
                     if text.strip():
                         yield line, text
         except (OSError, EOFError) as error:
-            raise UserError(f"{self.name}: cannot be read to its end ({getattr(error, 'strerror', None) or error})") from error
+            raise UserError(
+                f"{self.name}: cannot be read to its end ({getattr(error, 'strerror', None) or error})"
+            ) from error
 
     def lines(self) -> Iterator[int]:
         return (line for line, _ in self._texts())
@@ -169,14 +174,21 @@ class _Table(_File):
         csv.field_size_limit(sys.maxsize)  # the limit of 131,072 characters is Python's, not the format's
         try:
             with _stream(self.path, self.is_gz) as file:
-                reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=self.delimiter, restkey="", strict=True)
+                reader = csv.DictReader(
+                    io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=self.delimiter, restkey="", strict=True
+                )
                 for row in reader:
                     missing = any(value is None for value in row.values())
-                    yield reader.line_num, RowFault("a line with fewer or more fields than the header") if missing or "" in row else row
+                    yield (
+                        reader.line_num,
+                        RowFault("a line with fewer or more fields than the header") if missing or "" in row else row,
+                    )
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{self.name}: not a well-formed CSV file in UTF-8 ({error})") from error
         except (OSError, EOFError) as error:
-            raise UserError(f"{self.name}: cannot be read to its end ({getattr(error, 'strerror', None) or error})") from error
+            raise UserError(
+                f"{self.name}: cannot be read to its end ({getattr(error, 'strerror', None) or error})"
+            ) from error
 
     def lines(self) -> Iterator[int]:
         return (line for line, _ in self._read())

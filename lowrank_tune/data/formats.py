@@ -26,10 +26,28 @@ SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """The columns that a shape must have, each with the names it goes by; the first name is the one that `columns` maps."""
 ROLES = {
-    "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant", "bing": "assistant",
-}  # fmt: skip
-TOOL_ROLES = ("tool", "tool_call", "tool_response", "function", "function_call", "function_response", "observation", "ipython")
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+}
+TOOL_ROLES = (
+    "tool",
+    "tool_call",
+    "tool_response",
+    "function",
+    "function_call",
+    "function_response",
+    "observation",
+    "ipython",
+)
 
 
 class RowFault(Exception):
@@ -42,7 +60,8 @@ class RowFault(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A system turn or none, then user and assistant in turn; the assistant has the last word. `gold`: the answer to check against."""
+    """A system turn or none, then user and assistant in turn; the assistant has the last word. `gold`: the answer to
+    check against."""
 
     messages: tuple[Message, ...]
     gold: str | None = None
@@ -51,7 +70,8 @@ class Conversation:
 def detect(row: Raw, columns: Mapping[str, str] | None = None, pairs: bool = False) -> str:
     """The shape of a row, by its columns. Columns that the user renamed count first.
 
-    A row that has a target besides its pair (`output`, `messages`) is a pair only where `pairs` are wanted, and then nothing else is.
+    A row that has a target besides its pair (`output`, `messages`) is a pair only where `pairs` are wanted, and then
+    nothing else is.
     """
     renamed = set(columns or ())
     present = {name for name, value in row.items() if value is not None} | renamed
@@ -59,7 +79,8 @@ def detect(row: Raw, columns: Mapping[str, str] | None = None, pairs: bool = Fal
     if pairs:
         fitting = [shape for shape in fitting if shape == "preference"]
     elif "preference" in fitting:
-        fitting = [shape for shape in fitting if shape != "sharegpt"]  # beside a pair the conversation is its prompt, not a target
+        # beside a pair the conversation is its prompt, not a target
+        fitting = [shape for shape in fitting if shape != "sharegpt"]
     for shape in fitting:
         if renamed & {name for names in SHAPES[shape] for name in names}:
             return shape
@@ -67,22 +88,32 @@ def detect(row: Raw, columns: Mapping[str, str] | None = None, pairs: bool = Fal
         return fitting[0]
     names = ", ".join(sorted(map(str, row))).encode("utf-8", "replace").decode()
     if pairs:
-        raise UserError(f"the columns {names or '(none)'} are no preference pair, which `algorithm: reward` and `algorithm: dpo` learn from; "
-                        "expected `chosen` and `rejected`, and `prompt` unless both hold the whole talk: "
-                        "name yours with `columns:`, as in `columns: {chosen: better, rejected: worse}`")  # fmt: skip
+        raise UserError(
+            f"the columns {names or '(none)'} are no preference pair, which `algorithm: reward` and `algorithm: dpo` "
+            f"learn from; "
+            "expected `chosen` and `rejected`, and `prompt` unless both hold the whole talk: "
+            "name yours with `columns:`, as in `columns: {chosen: better, rejected: worse}`"
+        )
     known = "; ".join(f"{shape} ({', '.join(names[0] for names in needed)})" for shape, needed in SHAPES.items())
-    raise UserError(f"the columns {names or '(none)'} are no known shape; known are {known}: "
-                    "name yours with `columns:`, as in `columns: {question: problem, answer: solution}`")  # fmt: skip
+    raise UserError(
+        f"the columns {names or '(none)'} are no known shape; known are {known}: "
+        "name yours with `columns:`, as in `columns: {question: problem, answer: solution}`"
+    )
 
 
-def to_conversation(row: Raw, format: str, columns: Mapping[str, str], gold: str = "auto", *, answered: bool = True) -> Conversation:
+def to_conversation(
+    row: Raw, format: str, columns: Mapping[str, str], gold: str = "auto", *, answered: bool = True
+) -> Conversation:
     """The conversation of a row; `RowFault` where it holds none. Without `answered` the last word may be the user's."""
     if not isinstance(row, Mapping):
         raise RowFault("not an object with columns")
     turns = _READERS[format](row, columns)
     messages = tidy(turns, answered)
     answer = messages[-1].content if messages[-1].role == "assistant" else ""
-    return Conversation(messages, find_gold(row, columns, gold, answer, whole=format in ("question_answer", "alpaca", "prompt_completion")))
+    return Conversation(
+        messages,
+        find_gold(row, columns, gold, answer, whole=format in ("question_answer", "alpaca", "prompt_completion")),
+    )
 
 
 def value_of(row: Raw, format: str, name: str, columns: Mapping[str, str]) -> Any:
@@ -108,7 +139,11 @@ def text_of(value: Any, what: str) -> str:
         text = str(value)
     elif isinstance(value, float) and math.isfinite(value):
         text = str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
-    elif isinstance(value, Sequence) and value and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value):
+    elif (
+        isinstance(value, Sequence)
+        and value
+        and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value)
+    ):
         text = "".join(part["text"] for part in value)  # the content parts that some multi-modal libraries write
     else:
         raise RowFault(f"the {what} is no text")
@@ -164,7 +199,9 @@ def _read_pair(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         value = value_of(row, "prompt_completion", name, columns)
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
-        turns += turns_of(value, name) if is_list else [(role, text_of(value, "question" if role == "user" else "answer"))]
+        turns += (
+            turns_of(value, name) if is_list else [(role, text_of(value, "question" if role == "user" else "answer"))]
+        )
     return turns
 
 
@@ -174,9 +211,12 @@ def _read_question(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
 
 
 _READERS: dict[str, Callable[[Raw, Mapping[str, str]], list[Turn]]] = {
-    "messages": _read_messages, "sharegpt": _read_sharegpt, "alpaca": _read_alpaca, "prompt_completion": _read_pair,
+    "messages": _read_messages,
+    "sharegpt": _read_sharegpt,
+    "alpaca": _read_alpaca,
+    "prompt_completion": _read_pair,
     "question_answer": _read_question,
-}  # fmt: skip
+}
 
 
 def system_of(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
@@ -215,7 +255,8 @@ def with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Mess
 
 
 def tidy(turns: Sequence[Turn], answered: bool) -> tuple[Message, ...]:
-    """Checks the order of the turns. A person who writes twice in a row is joined; an assistant who does is a fault: which end is right?"""
+    """Checks the order of the turns. A person who writes twice in a row is joined; an assistant who does is a fault:
+    which end is right?"""
     merged: list[Turn] = []
     for place, (role, content) in enumerate(turns):
         if role == "system":

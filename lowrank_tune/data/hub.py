@@ -25,10 +25,14 @@ class HubRows:
         try:
             import datasets  # only here: local files and the built-in problems need no such package
         except ImportError as error:
-            raise UserError(f"{self.name}: data sets of the hub need the package datasets (`pip install datasets`); "
-                            "there is no local file or folder of this name") from error  # fmt: skip
+            raise UserError(
+                f"{self.name}: data sets of the hub need the package datasets (`pip install datasets`); "
+                "there is no local file or folder of this name"
+            ) from error
         try:
-            self._data: Any = datasets.load_dataset(self.name, source.name, split=source.split, revision=revision or None)
+            self._data: Any = datasets.load_dataset(
+                self.name, source.name, split=source.split, revision=revision or None
+            )
         except (KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:  # the library raises its own errors, the hub client's, and bare ValueError
@@ -56,7 +60,9 @@ def explain(error: Exception, name: str, config: str | None, split: str, revisio
     kinds = {kind.__name__ for kind in type(error).__mro__}
     choices = found.group(1).replace("'", "") if (found := LIST.search(text)) else ""
     if "gated" in text or "GatedRepoError" in kinds:
-        return f"it is gated; accept its terms at https://huggingface.co/datasets/{name} and log in with `hf auth login`"
+        return (
+            f"it is gated; accept its terms at https://huggingface.co/datasets/{name} and log in with `hf auth login`"
+        )
     if "Config name is missing" in text:
         return f"it has several configurations; choose one with `name:` ({choices})"
     if "BuilderConfig" in text and "not found" in text:
@@ -65,10 +71,18 @@ def explain(error: Exception, name: str, config: str | None, split: str, revisio
         return f"it has no split `{split}`; it has {choices}" if choices else f"it has no split `{split}`"
     if "Revision" in text and "doesn't exist" in text:
         return f"it has no revision `{revision}`"
-    if "OfflineModeIsEnabled" in kinds or (os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and "ConnectionError" in kinds):
-        return "it is not in the cache of this machine, and HF_HUB_OFFLINE forbids to fetch it; unset HF_HUB_OFFLINE, or name a local file"
+    if "OfflineModeIsEnabled" in kinds or (
+        os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and "ConnectionError" in kinds
+    ):
+        return (
+            "it is not in the cache of this machine, and HF_HUB_OFFLINE forbids to fetch it; unset "
+            "HF_HUB_OFFLINE, or name a local file"
+        )
     if "DatasetNotFoundError" in kinds or "RepositoryNotFoundError" in kinds:
-        return "there is no such data set on the hub and no such local file; check the spelling, or `hf auth login` if it is private"
+        return (
+            "there is no such data set on the hub and no such local file; check the spelling, or `hf auth login` "
+            "if it is private"
+        )
     if kinds & {"ConnectionError", "ConnectError", "TimeoutException", "Timeout", "HfHubHTTPError", "TransportError"}:
         return "the hub cannot be reached, and no local file has this name; check the network, or name a local file"
     if "scripts are no longer supported" in text:

@@ -44,12 +44,20 @@ class Prompt:
     row: Mapping[str, Any]
 
 
-def load(data: settings.Data, template: Template, seed: int, emit: Emit, cache: Path | None = None, judge: bool = True,
-         pairs: bool = False) -> Prepared:  # fmt: skip
-    """Reads, tokenises (or finds again) and splits. Raises `UserError`, before any training, where the data cannot be used.
+def load(
+    data: settings.Data,
+    template: Template,
+    seed: int,
+    emit: Emit,
+    cache: Path | None = None,
+    judge: bool = True,
+    pairs: bool = False,
+) -> Prepared:
+    """Reads, tokenises (or finds again) and splits. Raises `UserError`, before any training, where the data cannot be
+    used.
 
-    With `pairs` the rows are preference pairs, which are never parted. All that is counted are then pairs.
-    Without `judge` rows that cannot be used are only reported, however many: a preflight shows all of it before it says no.
+    With `pairs` the rows are preference pairs, which are never parted. All that is counted are then pairs. Without
+    `judge` rows that cannot be used are only reported, however many: a preflight shows all of it before it says no.
     """
     _check_weights(data.train)
     every = tokenise(data.train, data, template, seed, emit, cache, judge, pairs)
@@ -64,16 +72,30 @@ def load(data: settings.Data, template: Template, seed: int, emit: Emit, cache: 
     weighted = [source for source, given in enumerate(data.train) if given.weight is not None]
     for source in weighted:
         if judge and not (train.source_of == source).any():
-            raise UserError(f"{every.reports[source].name}: all of its rows went into the validation part; give it more rows or no weight")
+            raise UserError(
+                f"{every.reports[source].name}: all of its rows went into the validation part; give it more rows or "
+                f"no weight"
+            )
     shared = int(np.isin(validation.unit_keys, train.unit_keys).sum()) if validation is not None else 0
     report = Report(
         train=tuple(replace(made, weight=given.weight) for made, given in zip(every.reports, data.train, strict=True)),
         validation=tuple(validation.reports) if validation is not None and data.validation else (),
-        expected_tokens=data.expected_tokens, train_rows=train.units, validation_rows=0 if validation is None else validation.units,
-        duplicates=every.units - len(np.unique(every.unit_keys)), shared=shared, mixture=_mixture(data.train, train))  # fmt: skip
+        expected_tokens=data.expected_tokens,
+        train_rows=train.units,
+        validation_rows=0 if validation is None else validation.units,
+        duplicates=every.units - len(np.unique(every.unit_keys)),
+        shared=shared,
+        mixture=_mixture(data.train, train),
+    )
     if shared:
-        emit(Note(level="warning", message=f"{shared} validation {report.unit}s also stand in the training {report.unit}s; the validation loss "
-                                           "will flatter"))  # fmt: skip
+        emit(
+            Note(
+                level="warning",
+                message=f"{shared} validation {report.unit}s also stand in the training {report.unit}s; the "
+                f"validation loss "
+                "will flatter",
+            )
+        )
     return Prepared(train, validation, report)
 
 
@@ -104,7 +126,9 @@ def _prompt(raw: Raw, source: settings.Source, shape: str, system: str | None) -
         pair = pair_of(raw, source, system)
         if isinstance(pair, RowFault):
             return pair
-        return Prompt(pair.prompt, find_gold(raw, source.columns, source.gold, pair.chosen[-1].content, whole=True), raw)
+        return Prompt(
+            pair.prompt, find_gold(raw, source.columns, source.gold, pair.chosen[-1].content, whole=True), raw
+        )
     talk = conversation(raw, source, shape, system, answered=False)
     if isinstance(talk, RowFault):
         return talk
@@ -112,8 +136,8 @@ def _prompt(raw: Raw, source: settings.Source, shape: str, system: str | None) -
 
 
 def aside(keys: NDArray[np.uint64], wanted: float, seed: int) -> NDArray[np.bool_]:
-    """Which rows are set aside: a whole number of them, or about a share; at least one and never all. Equal conversations go to one side, so
-    that a number may be missed where there are some."""
+    """Which rows are set aside: a whole number of them, or about a share; at least one and never all. Equal
+    conversations go to one side, so that a number may be missed where there are some."""
     unique, group_of, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     if len(unique) < 2:
         return np.zeros(len(keys), dtype=bool)
@@ -137,13 +161,18 @@ def _mixed(keys: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 def _check_weights(sources: Sequence[settings.Source]) -> None:
     given = [source.weight for source in sources if source.weight is not None]
     if given and (len(given) < len(sources) or not math.isclose(sum(given), 1.0, abs_tol=1e-6)):
-        raise UserError("data.train: either every source has a weight, and they sum to 1, or none has; "
-                        f"{len(given)} of {len(sources)} have one, and they sum to {sum(given):g}")  # fmt: skip
+        raise UserError(
+            "data.train: either every source has a weight, and they sum to 1, or none has; "
+            f"{len(given)} of {len(sources)} have one, and they sum to {sum(given):g}"
+        )
 
 
 def _mixture(sources: Sequence[settings.Source], train: TokenStore) -> str:
     if len(sources) == 1:
         return "one source"
     counts = np.bincount(train.source_of, minlength=len(sources))
-    shares = [f"{source.dataset} {100 * (source.weight or counts[place] / len(train)):.3g} %" for place, source in enumerate(sources)]
+    shares = [
+        f"{source.dataset} {100 * (source.weight or counts[place] / len(train)):.3g} %"
+        for place, source in enumerate(sources)
+    ]
     return f"mixed by {'weight' if sources[0].weight is not None else 'row counts'}: {', '.join(shares)}"

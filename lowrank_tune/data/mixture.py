@@ -1,4 +1,5 @@
-"""Which rows make up each optimizer step: a pure function of the seed and the step, so that there is no position to save."""
+"""Which rows make up each optimizer step: a pure function of the seed and the step, so that there is no position to
+save."""
 
 from __future__ import annotations
 
@@ -18,11 +19,19 @@ SHUFFLE, DRAW = 1, 2  # tags that keep the random streams apart
 class Order:
     """The rows of every step.
 
-    Without weights an epoch is every row once. With weights it keeps its number of rows; each source gets its share of them (largest
-    remainder) and is walked through in permutations, from epoch to epoch without a break, so that its rows come up equally often.
+    Without weights an epoch is every row once. With weights it keeps its number of rows; each source gets its share of
+    them (largest remainder) and is walked through in permutations, from epoch to epoch without a break, so that its
+    rows come up equally often.
     """
 
-    def __init__(self, lengths: NDArray[Any], source_of: NDArray[Any], weights: Sequence[float | None] | None, train: Train, seed: int) -> None:
+    def __init__(
+        self,
+        lengths: NDArray[Any],
+        source_of: NDArray[Any],
+        weights: Sequence[float | None] | None,
+        train: Train,
+        seed: int,
+    ) -> None:
         assert len(lengths), "an order of no rows"
         self._lengths, self._seed = np.asarray(lengths, dtype=np.int64), seed
         self._tokens = train.tokens_per_step
@@ -35,7 +44,8 @@ class Order:
         self._epoch, self._plan = 0, self._make_plan(0)
         self._first_steps = [0, len(self._plan)]
         self.steps_per_epoch = len(self._plan)
-        """Steps of the first epoch. With `tokens_per_step` a later epoch may have a few more or less: `steps_of` adds them up."""
+        """Steps of the first epoch. With `tokens_per_step` a later epoch may have a few more or less: `steps_of` adds
+        them up."""
 
     def rows(self, step: int) -> list[int]:
         """The rows of a step, counted from 0 over all epochs."""

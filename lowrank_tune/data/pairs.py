@@ -1,4 +1,5 @@
-"""From the row of a data set to a preference pair: one prompt, a chosen and a rejected answer; and a reason for every row that holds none."""
+"""From the row of a data set to a preference pair: one prompt, a chosen and a rejected answer; and a reason for every
+row that holds none."""
 
 from __future__ import annotations
 
@@ -9,7 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_tune.data.formats import Raw, RowFault, Turn, system_of, text_of, tidy, turn_of, turns_of, value_of, with_input
+from lowrank_tune.data.formats import (
+    Raw,
+    RowFault,
+    Turn,
+    system_of,
+    text_of,
+    tidy,
+    turn_of,
+    turns_of,
+    value_of,
+    with_input,
+)
 from lowrank_tune.types import Message
 
 Talk = tuple[Message, ...]
@@ -23,7 +35,8 @@ EQUAL = "both answers are equal"
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt that ends with the user, and two answers to it: each one turn or more, the first and the last the assistant's.
+    """A prompt that ends with the user, and two answers to it: each one turn or more, the first and the last the
+    assistant's.
 
     `margin`: by how much the chosen one should be ahead, where the row says so.
     """
@@ -40,7 +53,10 @@ def to_pair(row: Raw, columns: Mapping[str, str]) -> Pair:
         raise RowFault("not an object with columns")
     prompt, is_transcript = _prompt(row, columns)
     system = system_of(row, columns)
-    chosen, rejected = (_whole(_side(row, name, columns, prompt is not None, is_transcript), prompt, system) for name in ("chosen", "rejected"))
+    chosen, rejected = (
+        _whole(_side(row, name, columns, prompt is not None, is_transcript), prompt, system)
+        for name in ("chosen", "rejected")
+    )
     if chosen == rejected:
         raise RowFault(EQUAL)
     asked = None if prompt is None else tidy(_ruled(prompt, system), answered=False)
@@ -49,7 +65,8 @@ def to_pair(row: Raw, columns: Mapping[str, str]) -> Pair:
 
 
 def _prompt(row: Raw, columns: Mapping[str, str]) -> tuple[list[Turn] | None, bool]:
-    """The turns of the prompt's column, None where there is no such column; and whether it is a transcript up to the answer."""
+    """The turns of the prompt's column, None where there is no such column; and whether it is a transcript up to the
+    answer."""
     named = next((alias for alias in PROMPTS if alias in columns), None)
     alias = named or next((alias for alias in PROMPTS if row.get(alias) is not None), None)
     if alias is None:
@@ -69,7 +86,8 @@ def _prompt(row: Raw, columns: Mapping[str, str]) -> tuple[list[Turn] | None, bo
 
 
 def _side(row: Raw, name: str, columns: Mapping[str, str], has_prompt: bool, is_transcript: bool) -> list[Turn]:
-    """The turns of one side: an answer, with or without the turns before it; of a transcript without the layout around it."""
+    """The turns of one side: an answer, with or without the turns before it; of a transcript without the layout around
+    it."""
     value = value_of(row, "preference", name, columns)
     if isinstance(value, Mapping):
         return [turn_of(value)]
@@ -88,7 +106,10 @@ def _side(row: Raw, name: str, columns: Mapping[str, str], has_prompt: bool, is_
 def _transcript(text: str) -> list[Turn]:
     """The turns of a text as HH-RLHF writes it. What stands around a turn is layout, not content."""
     pieces = MARK.split(text)[1:]
-    return [("user" if who == "Human" else "assistant", said.strip()) for who, said in zip(pieces[::2], pieces[1::2], strict=True)]
+    return [
+        ("user" if who == "Human" else "assistant", said.strip())
+        for who, said in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
 
 
 def _whole(side: Sequence[Turn], prompt: Sequence[Turn] | None, system: Sequence[Turn]) -> Talk:
@@ -116,7 +137,8 @@ def _common(chosen: Talk, rejected: Talk) -> int:
 
 
 def _asked(asked: Talk, chosen: Talk, rejected: Talk) -> int:
-    """How many turns of both talks the prompt is. A prompt may also be only the last question of what both sides hold."""
+    """How many turns of both talks the prompt is. A prompt may also be only the last question of what both sides
+    hold."""
     if not asked or asked[-1].role != "user":
         raise RowFault("the prompt does not end with a question")
     length = len(asked)
@@ -129,7 +151,9 @@ def _asked(asked: Talk, chosen: Talk, rejected: Talk) -> int:
 
 
 def _same(turns: Talk, others: Talk) -> bool:
-    return [(turn.role, turn.content.strip()) for turn in turns] == [(turn.role, turn.content.strip()) for turn in others]
+    return [(turn.role, turn.content.strip()) for turn in turns] == [
+        (turn.role, turn.content.strip()) for turn in others
+    ]
 
 
 def _margin(value: Any) -> float:

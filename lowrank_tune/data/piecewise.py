@@ -1,4 +1,5 @@
-"""Chat text for bases without a template of their own. Each turn's content is encoded alone, as plain characters, and joined by ids.
+"""Chat text for bases without a template of their own. Each turn's content is encoded alone, as plain characters, and
+joined by ids.
 
 `KitMarks`: `bos [system S eot] (user U eot assistant A eot)* eos`, where the vocabulary has the kit's control tokens.
 `PlainWords`: "User:", "Assistant:" as words, and the base's own end token after each answer, where it has not.
@@ -33,11 +34,14 @@ class KitMarks:
 
     @property
     def jinja(self) -> str:
-        """The same for software that knows chat templates: text and control tokens stand apart, so the ids are the same."""
+        """The same for software that knows chat templates: text and control tokens stand apart, so the ids are the
+        same."""
         marks = f"'system': {kit.SYSTEM!r}, 'user': {kit.USER!r}, 'assistant': {kit.ASSISTANT!r}"
-        return (f"{{% set marks = {{{marks}}} %}}{{{{ {kit.BOS!r} }}}}"
-                f"{{% for m in messages %}}{{{{ marks[m['role']] + m['content'] + {kit.END_OF_TURN!r} }}}}{{% endfor %}}"
-                f"{{% if add_generation_prompt %}}{{{{ {kit.ASSISTANT!r} }}}}{{% endif %}}")  # fmt: skip
+        return (
+            f"{{% set marks = {{{marks}}} %}}{{{{ {kit.BOS!r} }}}}"
+            f"{{% for m in messages %}}{{{{ marks[m['role']] + m['content'] + {kit.END_OF_TURN!r} }}}}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}{{{{ {kit.ASSISTANT!r} }}}}{{% endif %}}"
+        )
 
     @staticmethod
     def fits(backend: Backend) -> bool:
@@ -50,10 +54,14 @@ class KitMarks:
 
     def prompt(self, messages: Talk) -> list[int]:
         """Ids up to the place where the assistant starts."""
-        return [*self._join(messages, self.backend.encode_plain([message.content for message in messages]))[0], self.roles["assistant"]]
+        return [
+            *self._join(messages, self.backend.encode_plain([message.content for message in messages]))[0],
+            self.roles["assistant"],
+        ]
 
     def encode_many(self, rows: Sequence[Talk]) -> list[Row | RowFault]:
         """Rows with their masks, through one call of the tokenizer."""
+
         def whole(row: Talk, pieces: Sequence[list[int]]) -> Row:
             ids, says = self._join(row, pieces)
             return Row([*ids, self.eos], [*says, row[-1].role == "assistant"])
@@ -76,7 +84,9 @@ class PlainWords:
 
     def __init__(self, backend: Backend) -> None:
         if backend.eos is None:
-            raise UserError("the base's tokenizer has neither a chat template nor an end token, so no answer could ever end")
+            raise UserError(
+                "the base's tokenizer has neither a chat template nor an end token, so no answer could ever end"
+            )
         self.backend = backend
         self.bos, self.eos = backend.bos, backend.eos
         unknown = backend.tokenizer.unk_token_id
@@ -85,21 +95,30 @@ class PlainWords:
         before, after = ("", "") if inline else ("\n\n", "\n")
         self.markers = {role: f"{before}{role.title()}:{after or ' '}" for role in ("system", "user", "assistant")}
         self.assistant = backend.encode_plain([self.markers["assistant"].rstrip(" ")])[0]
-        self.marker_pattern = re.compile(r"\b(?:System|User|Assistant):" if inline else r"^[ \t]*(?:System|User|Assistant):", re.MULTILINE)
+        self.marker_pattern = re.compile(
+            r"\b(?:System|User|Assistant):" if inline else r"^[ \t]*(?:System|User|Assistant):", re.MULTILINE
+        )
         self.end_ids = frozenset({self.eos})
-        self.about = (f"plain words ({self.markers['user']!r}, {self.markers['assistant']!r}), because the base has no chat template; "
-                      "rows whose own text holds such a marker are dropped")  # fmt: skip
+        self.about = (
+            f"plain words ({self.markers['user']!r}, {self.markers['assistant']!r}), because the base has no chat "
+            f"template; "
+            "rows whose own text holds such a marker are dropped"
+        )
 
     @property
     def jinja(self) -> str:
-        """The same for software that knows chat templates. It encodes the text whole: a base whose tokens join a marker's line break with
-        what stands before may then see other ids there, and the same words."""
+        """The same for software that knows chat templates. It encodes the text whole: a base whose tokens join a
+        marker's line break with what stands before may then see other ids there, and the same words."""
         marks = ", ".join(f"{role!r}: {marker!r}" for role, marker in self.markers.items())
         asks = self.markers["assistant"].rstrip(" ")
-        return (("" if self.bos is None else "{{ bos_token }}") + f"{{% set marks = {{{marks}}} %}}{{% for m in messages %}}"
-                f"{{% if m['role'] == 'assistant' %}}{{{{ {asks!r} + m['content'] + eos_token }}}}"
-                "{% elif loop.first %}{{ marks[m['role']].lstrip() + m['content'] }}{% else %}{{ marks[m['role']] + m['content'] }}{% endif %}"
-                f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {asks!r} }}}}{{% endif %}}")  # fmt: skip
+        return (
+            ("" if self.bos is None else "{{ bos_token }}")
+            + f"{{% set marks = {{{marks}}} %}}{{% for m in messages %}}"
+            f"{{% if m['role'] == 'assistant' %}}{{{{ {asks!r} + m['content'] + eos_token }}}}"
+            "{% elif loop.first %}{{ marks[m['role']].lstrip() + m['content'] }}{% else %}{{ marks[m['role']] + "
+            "m['content'] }}{% endif %}"
+            f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {asks!r} }}}}{{% endif %}}"
+        )
 
     def spoils(self, messages: Talk) -> str | None:
         """Why these turns cannot be rendered; None where they can."""
@@ -122,8 +141,12 @@ class PlainWords:
         return _encode(self.backend, rows, self.spoils, self._texts, lambda row, pieces: Row(*self._join(row, pieces)))
 
     def _texts(self, messages: Talk) -> list[str]:
-        """What is encoded for each turn: the assistant's words stand alone, so that they are the same ids whatever stands before."""
-        texts = [message.content if message.role == "assistant" else self.markers[message.role] + message.content for message in messages]
+        """What is encoded for each turn: the assistant's words stand alone, so that they are the same ids whatever
+        stands before."""
+        texts = [
+            message.content if message.role == "assistant" else self.markers[message.role] + message.content
+            for message in messages
+        ]
         if texts and messages[0].role != "assistant":
             texts[0] = texts[0].lstrip("\n")
         return texts
@@ -141,11 +164,20 @@ class PlainWords:
         return ids, says
 
 
-def _encode(backend: Backend, rows: Sequence[Talk], spoils: Callable[[Talk], str | None], texts_of: Callable[[Talk], list[str]],
-            join: Callable[[Talk, Sequence[list[int]]], Row]) -> list[Row | RowFault]:  # fmt: skip
+def _encode(
+    backend: Backend,
+    rows: Sequence[Talk],
+    spoils: Callable[[Talk], str | None],
+    texts_of: Callable[[Talk], list[str]],
+    join: Callable[[Talk, Sequence[list[int]]], Row],
+) -> list[Row | RowFault]:
     """All texts of all rows through one call of the tokenizer, then each row joined from its own pieces."""
     faults = [spoils(row) for row in rows]
-    pieces = iter(backend.encode_plain([text for row, fault in zip(rows, faults, strict=True) if not fault for text in texts_of(row)]))
+    pieces = iter(
+        backend.encode_plain(
+            [text for row, fault in zip(rows, faults, strict=True) if not fault for text in texts_of(row)]
+        )
+    )
     out: list[Row | RowFault] = []
     for row, fault in zip(rows, faults, strict=True):
         mine = [] if fault else [next(pieces) for _ in row]

@@ -1,8 +1,9 @@
 """Chat text by the tokenizer's own template, and where in it the assistant speaks.
 
-Nothing is assumed of the template. A turn's words are what it adds to the prompt that it is asked with: the rendering of the turns so far
-must begin with the rendering of the turns before, and only turns for which this holds are trained. The whole text is encoded once, as at
-inference; where a token would reach across the edge of an answer, or the text itself holds a control token, the text is cut there.
+Nothing is assumed of the template. A turn's words are what it adds to the prompt that it is asked with: the rendering
+of the turns so far must begin with the rendering of the turns before, and only turns for which this holds are trained.
+The whole text is encoded once, as at inference; where a token would reach across the edge of an answer, or the text
+itself holds a control token, the text is cut there.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ class Rendered:
 
     @property
     def edges(self) -> list[int]:
-        return [edge for span in self.spans for edge in ((span.start,) if span.closed else (span.start, span.end)) if 0 < edge < len(self.text)]
+        return [
+            edge
+            for span in self.spans
+            for edge in ((span.start,) if span.closed else (span.start, span.end))
+            if 0 < edge < len(self.text)
+        ]
 
 
 class OwnTemplate:
@@ -70,8 +76,11 @@ class OwnTemplate:
         plain, with_system = self._try(talk), self._try(ruled)
         if plain is None:
             if with_system is None:
-                raise UserError("the base's chat template renders neither a question and its answer nor the same with a system turn; "
-                                "give the base a working `chat_template`")  # fmt: skip
+                raise UserError(
+                    "the base's chat template renders neither a question and its answer nor the same with a system "
+                    "turn; "
+                    "give the base a working `chat_template`"
+                )
             self._system = "always"
         elif with_system is None or RULE not in with_system:
             self._system = "folded"
@@ -88,20 +97,39 @@ class OwnTemplate:
         self._template_marks = tuple(dict.fromkeys(marks))
         span = rendered.spans[-1]
         spoken = rendered.text[span.start : span.end]
-        closing = {self.backend.specials[mark] for mark in self.backend.special_pattern.findall(spoken.rpartition(ANSWER)[2])}
+        closing = {
+            self.backend.specials[mark] for mark in self.backend.special_pattern.findall(spoken.rpartition(ANSWER)[2])
+        }
         if self.backend.eos is None and not closing:
             raise UserError("the base's chat template closes answers with no end token, and its tokenizer names none")
         self.end_ids = frozenset(closing | ({self.backend.eos} if self.backend.eos is not None else set()))
         renders_bos = self.backend.bos in {self.backend.specials[mark] for mark in marks}
-        self._bos = [self.backend.bos] if self.backend.bos is not None and self.backend.begins_with_bos and not renders_bos else []
+        self._bos = (
+            [self.backend.bos]
+            if self.backend.bos is not None and self.backend.begins_with_bos and not renders_bos
+            else []
+        )
         rewritten = any(len(cast(Rendered, made).spans) < 2 for made in self._two_turns())
-        notes = {"own": "", "always": " (with an empty system turn where there is none)", "folded": " (a system text goes before the question)"}
+        notes = {
+            "own": "",
+            "always": " (with an empty system turn where there is none)",
+            "folded": " (a system text goes before the question)",
+        }
         self.about = f"the tokenizer's own template{notes[self._system]}"
-        self.about += "; it rewrites earlier turns, and where it does only the last answer is trained" if rewritten else ""
+        self.about += (
+            "; it rewrites earlier turns, and where it does only the last answer is trained" if rewritten else ""
+        )
 
     def _two_turns(self) -> list[Rendered | RowFault]:
-        talks = [[Message("user", QUESTION), Message("assistant", answer)] * 2 for answer in (ANSWER, f"<think>\nHm.\n</think>\n\n{ANSWER}")]
-        return [made for made in self._spans(talks, [[message.content for message in talk] for talk in talks]) if isinstance(made, Rendered)]
+        talks = [
+            [Message("user", QUESTION), Message("assistant", answer)] * 2
+            for answer in (ANSWER, f"<think>\nHm.\n</think>\n\n{ANSWER}")
+        ]
+        return [
+            made
+            for made in self._spans(talks, [[message.content for message in talk] for talk in talks])
+            if isinstance(made, Rendered)
+        ]
 
     def spoils(self, messages: Talk) -> str | None:
         """Why these turns cannot be rendered; None where they can."""
@@ -124,16 +152,32 @@ class OwnTemplate:
         return [*self._bos, *self._encode(made.text, made.edges)[0]]
 
     def encode_many(self, rows: Sequence[Talk]) -> list[Row | RowFault]:
-        """Rows with their masks: one call of the tokenizer, and more only for rows whose answers merge with their prompts."""
+        """Rows with their masks: one call of the tokenizer, and more only for rows whose answers merge with their
+        prompts."""
         made = self._spans(rows, [self._stand_in(row) for row in rows])
-        simple = {index for index, item in enumerate(made) if isinstance(item, Rendered) and not self._has_stand_in(item.text)}
+        simple = {
+            index for index, item in enumerate(made) if isinstance(item, Rendered) and not self._has_stand_in(item.text)
+        }
         todo = [cast(Rendered, made[index]) for index in sorted(simple)]
-        tails = {tail for item in todo for span in item.spans if (tail := self._tail(item.text[: span.start])) not in self._tails}
+        tails = {
+            tail
+            for item in todo
+            for span in item.spans
+            if (tail := self._tail(item.text[: span.start])) not in self._tails
+        }
         encodings = self.backend.encode_marked([*(item.text for item in todo), *tails])
-        known = {**self._tails, **{tail: encoding.ids for tail, encoding in zip(tails, encodings[len(todo) :], strict=True)}}
-        self._tails.update({tail: ids for tail, ids in known.items() if len(tail) <= SHORT and len(self._tails) < 10_000})
+        known = {
+            **self._tails,
+            **{tail: encoding.ids for tail, encoding in zip(tails, encodings[len(todo) :], strict=True)},
+        }
+        self._tails.update(
+            {tail: ids for tail, ids in known.items() if len(tail) <= SHORT and len(self._tails) < 10_000}
+        )
         of_row = dict(zip(sorted(simple), encodings, strict=False))
-        return [item if isinstance(item, RowFault) else self._row(item, of_row.get(index), known) for index, item in enumerate(made)]
+        return [
+            item if isinstance(item, RowFault) else self._row(item, of_row.get(index), known)
+            for index, item in enumerate(made)
+        ]
 
     def _row(self, made: Rendered, encoding: Encoding | None, tails: dict[str, list[int]]) -> Row | RowFault:
         edges = made.edges
@@ -143,7 +187,13 @@ class OwnTemplate:
         else:
             ids, places = self._encode(made.text, edges)
             places = {0: 0, len(made.text): len(ids), **places}
-            places.update({span.end: self._behind_marks(made, span, ids, places[span.start]) for span in made.spans if span.closed})
+            places.update(
+                {
+                    span.end: self._behind_marks(made, span, ids, places[span.start])
+                    for span in made.spans
+                    if span.closed
+                }
+            )
         if self.backend.hides_control and self._has_hidden(made.text, ids):
             return RowFault(CONTROL_FOUND)
         says = [False] * len(ids)
@@ -161,7 +211,8 @@ class OwnTemplate:
         return sum(map(self.backend.control.__contains__, ids)) > len(self.backend.special_pattern.findall(text))
 
     def _places(self, made: Rendered, encoding: Encoding, tails: dict[str, list[int]]) -> dict[int, int] | None:
-        """The first token behind each edge, where the encoding of the whole text begins with the encoding of each prompt in it; else None."""
+        """The first token behind each edge, where the encoding of the whole text begins with the encoding of each
+        prompt in it; else None."""
         places = {}
         ids = encoding.ids
         if not all(span.closed for span in made.spans[:-1]):
@@ -178,7 +229,8 @@ class OwnTemplate:
         return places
 
     def _behind_marks(self, made: Rendered, span: Span, ids: Sequence[int], place: int) -> int:
-        """Behind the last control token of a closed span that starts at token `place`: no id of its words is a control token."""
+        """Behind the last control token of a closed span that starts at token `place`: no id of its words is a control
+        token."""
         marks = len(self.backend.special_pattern.findall(made.text, span.start, span.end))
         found = [index for index in range(place, len(ids)) if ids[index] in self.backend.control]
         return found[marks - 1] + 1
@@ -206,13 +258,16 @@ class OwnTemplate:
         return [*head, *self._pieces(text[inner[-1] :], first=False)], {**heads, inner[-1]: len(head)}
 
     def _pieces(self, text: str, first: bool) -> list[int]:
-        """Ids of a text, control tokens of the template apart, stand-ins as the plain characters that they stand for."""
+        """Ids of a text, control tokens of the template apart, stand-ins as the plain characters that they stand
+        for."""
         ids: list[int] = []
         position = 0
         for found in [*self.backend.special_pattern.finditer(text), None]:
             piece = self._put_back(text[position : found.start() if found else len(text)])
             if piece:
-                ids += self.backend.encode_plain([piece])[0] if first and not ids else self.backend.continue_plain(piece)
+                ids += (
+                    self.backend.encode_plain([piece])[0] if first and not ids else self.backend.continue_plain(piece)
+                )
             if found:
                 ids.append(self.backend.specials[found.group()])
                 position = found.end()
@@ -221,18 +276,31 @@ class OwnTemplate:
     def _stand_in(self, messages: Talk) -> list[str]:
         """The contents, with a private character for each control token that stands in them."""
         pattern, names = self.backend.special_pattern, list(self.backend.specials)
-        return [pattern.sub(lambda found: chr(FIRST_STAND_IN + names.index(found.group())), message.content) for message in messages]
+        return [
+            pattern.sub(lambda found: chr(FIRST_STAND_IN + names.index(found.group())), message.content)
+            for message in messages
+        ]
 
     def _has_stand_in(self, text: str) -> bool:
-        return not text.isascii() and any(FIRST_STAND_IN <= ord(sign) < FIRST_STAND_IN + len(self.backend.specials) for sign in set(text))
+        return not text.isascii() and any(
+            FIRST_STAND_IN <= ord(sign) < FIRST_STAND_IN + len(self.backend.specials) for sign in set(text)
+        )
 
     def _put_back(self, text: str) -> str:
         names = list(self.backend.specials)
-        return "".join(names[place] if 0 <= (place := ord(sign) - FIRST_STAND_IN) < len(names) else sign for sign in text)
+        return "".join(
+            names[place] if 0 <= (place := ord(sign) - FIRST_STAND_IN) < len(names) else sign for sign in text
+        )
 
-    def _spans(self, rows: Sequence[Talk], contents: Sequence[Sequence[str]], prompt: bool = False) -> list[Rendered | RowFault]:
-        """Renders rows, and each of their prompts and answers, in one go; with `prompt` up to where the next answer starts."""
-        talks = [[Message(turn.role, text) for turn, text in zip(row, texts, strict=True)] for row, texts in zip(rows, contents, strict=True)]
+    def _spans(
+        self, rows: Sequence[Talk], contents: Sequence[Sequence[str]], prompt: bool = False
+    ) -> list[Rendered | RowFault]:
+        """Renders rows, and each of their prompts and answers, in one go; with `prompt` up to where the next answer
+        starts."""
+        talks = [
+            [Message(turn.role, text) for turn, text in zip(row, texts, strict=True)]
+            for row, texts in zip(rows, contents, strict=True)
+        ]
         wanted: list[tuple[Talk, bool]] = []
         for talk in talks:
             wanted.append((talk, prompt))
@@ -247,7 +315,10 @@ class OwnTemplate:
             parts = [(next(texts), next(texts) if index + 1 < len(talk) else whole) for index in _answers(talk)]
             if not all(is_text(message.content) for message in row):
                 out.append(RowFault(NOT_TEXT))
-            elif fault := next((text for text in (whole, *(text for pair in parts for text in pair)) if isinstance(text, RowFault)), None):
+            elif fault := next(
+                (text for text in (whole, *(text for pair in parts for text in pair)) if isinstance(text, RowFault)),
+                None,
+            ):
                 out.append(fault)
             else:
                 out.append(self._find(cast(str, whole), cast(list[tuple[str, str]], parts), prompt))
@@ -260,13 +331,17 @@ class OwnTemplate:
                 continue
             closing = self._closing.search(answered, len(asked))
             end = closing.end("close") if closing else len(asked) + len(answered[len(asked) :].rstrip())
-            # A template may rewrite an earlier turn, as those do that strip thoughts: then the model never saw this prompt.
+            # A template may rewrite an earlier turn, as those do that strip thoughts: then the model never saw this
+            # prompt.
             if whole.startswith(answered[:end]) and end > len(asked):
                 spans.append(Span(len(asked), end, closing is not None))
         if prompt:
             return Rendered(whole, tuple(spans))
         if not parts or not spans or spans[-1].start != len(parts[-1][0]):
-            return RowFault("the chat template rewrites the turns before the last answer, so that its prompt does not come out again")
+            return RowFault(
+                "the chat template rewrites the turns before the last answer, so that its prompt does not come out "
+                "again"
+            )
         return Rendered(whole if spans[-1].closed else whole[: spans[-1].end], tuple(spans))
 
     def _render_all(self, wanted: Sequence[tuple[Talk, bool]]) -> list[str | RowFault]:
@@ -302,7 +377,9 @@ class OwnTemplate:
             raise RowFault(f"the base's chat template refuses it: {reason[:100]}") from error
 
     def _call(self, talks: list[list[dict[str, str]]], ask: bool) -> list[Any]:
-        return cast(list[Any], self.backend.tokenizer.apply_chat_template(talks, tokenize=False, add_generation_prompt=ask))
+        return cast(
+            list[Any], self.backend.tokenizer.apply_chat_template(talks, tokenize=False, add_generation_prompt=ask)
+        )
 
     def _prepare(self, messages: Talk) -> list[dict[str, str]]:
         """The turns as the template takes them."""

@@ -28,9 +28,11 @@ class Dropped:
 
 @dataclass
 class SourceReport:
-    """One source. `tokens` and `trained_tokens` count used rows, of pairs both sides; `truncated` rows are used, shortened.
+    """One source. `tokens` and `trained_tokens` count used rows, of pairs both sides; `truncated` rows are used,
+    shortened.
 
-    `longest` is the longest row in tokens, before any was shortened or dropped; `golds` counts used rows with a gold answer.
+    `longest` is the longest row in tokens, before any was shortened or dropped; `golds` counts used rows with a gold
+    answer.
     """
 
     name: str
@@ -79,8 +81,10 @@ class SourceReport:
         if not self.used:
             return f"{self.name}: none of its {self.read} rows can be used: {self.reasons()}"
         if self.rejected > max_rejected_share * self.read:
-            return (f"{self.name}: {self.rejected} of {self.read} rows cannot be used: {self.reasons()}; "
-                    "mend them, or raise `data.max_rejected_share` to go on without them")  # fmt: skip
+            return (
+                f"{self.name}: {self.rejected} of {self.read} rows cannot be used: {self.reasons()}; "
+                "mend them, or raise `data.max_rejected_share` to go on without them"
+            )
         return None
 
     def check(self, max_rejected_share: float) -> None:
@@ -98,8 +102,8 @@ class SourceReport:
 class Report:
     """All sources; with preferences a row is a pair.
 
-    `duplicates`: train rows that repeat an earlier one. `shared`: validation rows that also stand in the training rows. `expected_tokens`: of
-    all rows of `train`, those set aside included, as the recipe tells.
+    `duplicates`: train rows that repeat an earlier one. `shared`: validation rows that also stand in the training rows.
+    `expected_tokens`: of all rows of `train`, those set aside included, as the recipe tells.
     """
 
     train: tuple[SourceReport, ...]
@@ -136,7 +140,10 @@ class Report:
         if self.expected_tokens is None:
             return ""
         measured = sum(source.tokens for source in self.train)
-        return f"{measured:,} tokens measured, {self.expected_tokens:,} expected ({100 * (measured / self.expected_tokens - 1):+.1f} %)"
+        return (
+            f"{measured:,} tokens measured, {self.expected_tokens:,} expected "
+            f"({100 * (measured / self.expected_tokens - 1):+.1f} %)"
+        )
 
 
 def _lines(dropped: Dropped) -> str:

@@ -1,4 +1,5 @@
-"""Preference pairs -> two rows each, the chosen one first. Only what the assistant says behind the prompt is trained, on both sides alike."""
+"""Preference pairs -> two rows each, the chosen one first. Only what the assistant says behind the prompt is trained,
+on both sides alike."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ Rows = tuple[Row, Row]
 PROMPT_CHANGES = "the ids of its prompt are not the beginning of both sides"
 
 
-def encode_pairs(chunk: Chunk, source: settings.Source, shape: str, data: settings.Data, template: Template,
-                 report: SourceReport) -> Iterator[Entry | RowFault]:  # fmt: skip
+def encode_pairs(
+    chunk: Chunk, source: settings.Source, shape: str, data: settings.Data, template: Template, report: SourceReport
+) -> Iterator[Entry | RowFault]:
     """Every row of a chunk, in order: encoded, or why not. `shape` is always that of pairs."""
     pairs = [raw if isinstance(raw, RowFault) else pair_of(raw, source, data.system) for _, raw in chunk]
     encoded = iter(_encode([pair for pair in pairs if isinstance(pair, Pair)], template))
@@ -49,7 +51,9 @@ def pair_of(raw: Raw, source: settings.Source, system: str | None) -> Pair | Row
 
 def _encode(pairs: Sequence[Pair], template: Template) -> list[tuple[list[int], Rows | RowFault]]:
     """For each pair the ids of its prompt, and both rows; through one call of the tokenizer for all sides."""
-    encoded = template.encode_many([(*pair.prompt, *answer) for pair in pairs for answer in (pair.chosen, pair.rejected)])
+    encoded = template.encode_many(
+        [(*pair.prompt, *answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    )
     out: list[tuple[list[int], Rows | RowFault]] = []
     for number, pair in enumerate(pairs):
         chosen, rejected = encoded[2 * number : 2 * number + 2]
@@ -84,7 +88,8 @@ def _checked(prompt: list[int], chosen: Row, rejected: Row) -> Rows | RowFault:
 
 
 def _shorten(pair: Pair, prompt: int, data: settings.Data, template: Template) -> Rows | RowFault:
-    """The pair without the oldest exchanges of its prompt, as few as it takes. No answer is ever cut, and the last question stays."""
+    """The pair without the oldest exchanges of its prompt, as few as it takes. No answer is ever cut, and the last
+    question stays."""
     told = f"longer than data.max_length ({data.max_length} tokens)"
     shorter = _without_oldest(pair.prompt) if data.too_long == "truncate" else iter(())
     for talk in shorter:
@@ -92,7 +97,11 @@ def _shorten(pair: Pair, prompt: int, data: settings.Data, template: Template) -
         if isinstance(rows, RowFault) or _longest(rows) <= data.max_length:
             return rows
         prompt = len(ids)
-    return RowFault(f"{told}, its {'last question' if data.too_long == 'truncate' else 'prompt'} alone" if prompt > data.max_length else told)
+    return RowFault(
+        f"{told}, its {'last question' if data.too_long == 'truncate' else 'prompt'} alone"
+        if prompt > data.max_length
+        else told
+    )
 
 
 def _without_oldest(prompt: Talk) -> Iterator[Talk]:
@@ -106,4 +115,6 @@ def _longest(rows: Rows) -> int:
 
 
 def _entry(pair: Pair, rows: Rows) -> Entry:
-    return Entry(rows, (talk_key((*pair.prompt, *pair.chosen)), talk_key((*pair.prompt, *pair.rejected))), margin=pair.margin)
+    return Entry(
+        rows, (talk_key((*pair.prompt, *pair.chosen)), talk_key((*pair.prompt, *pair.rejected))), margin=pair.margin
+    )

@@ -25,7 +25,8 @@ TUTOR_ROWS = {"train": 400, "heldout": 200}
 
 
 class Place(NamedTuple):
-    """Where a row stands: a file (or data set) and a line (of an array, a table or a data set: the row's number), from 1."""
+    """Where a row stands: a file (or data set) and a line (of an array, a table or a data set: the row's number), from
+    1."""
 
     file: str
     line: int
@@ -48,7 +49,9 @@ class Rows:
         self._lengths = [sum(1 for _ in part.lines()) for part in self._parts]
         self._start, self._end, self._asked = 0, sum(self._lengths), count
         if not self._end:
-            raise UserError(f"{name}: it is empty; expected JSON lines, a JSON array, CSV or Parquet with at least one row")
+            raise UserError(
+                f"{name}: it is empty; expected JSON lines, a JSON array, CSV or Parquet with at least one row"
+            )
         self._drawn: NDArray[np.int64] | None = None
         if count is not None and count < self._end:
             self._drawn, self._seed = np.random.default_rng([ROWS, seed]).permutation(self._end), seed
@@ -69,7 +72,8 @@ class Rows:
             first += length
 
     def filled(self, used: Callable[[], int]) -> Iterator[Rows]:
-        """These rows, then as many further ones of the draw as are still missing when `used` tells how many could be used."""
+        """These rows, then as many further ones of the draw as are still missing when `used` tells how many could be
+        used."""
         part = self
         yield part
         while self._drawn is not None and self._asked is not None:
@@ -101,14 +105,32 @@ def read(source: Source, seed: int) -> Rows:
         raise UserError(_missing(source.dataset, path))
     for name, value, usual in (("name", source.name, None), ("split", source.split, "train")):
         if value != usual:
-            raise UserError(f"{source.dataset}: `{name}: {value}` is for data sets of the hub, and this is a local path; name the file instead")
-    return Rows(source.dataset, [open_file(file, source.dataset if file == path else f"{source.dataset.rstrip('/')}/{file.relative_to(path)}")
-                                 for file in _files(path)], source.rows, seed)  # fmt: skip
+            raise UserError(
+                f"{source.dataset}: `{name}: {value}` is for data sets of the hub, and this is a local path; name "
+                f"the file instead"
+            )
+    return Rows(
+        source.dataset,
+        [
+            open_file(
+                file, source.dataset if file == path else f"{source.dataset.rstrip('/')}/{file.relative_to(path)}"
+            )
+            for file in _files(path)
+        ],
+        source.rows,
+        seed,
+    )
 
 
 def _looks_like_a_path(name: str) -> bool:
-    """So that a file that is missing is never looked for on the hub. Ids of the hub have dots too, as in `-v1.5`, but no such suffix."""
-    return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or bool(re.search(r"\.[A-Za-z]{2,8}$", name))
+    """So that a file that is missing is never looked for on the hub. Ids of the hub have dots too, as in `-v1.5`, but
+    no such suffix."""
+    return (
+        name.startswith((".", "/", "~"))
+        or name.endswith("/")
+        or "\\" in name
+        or bool(re.search(r"\.[A-Za-z]{2,8}$", name))
+    )
 
 
 def _missing(name: str, path: Path) -> str:
@@ -117,11 +139,17 @@ def _missing(name: str, path: Path) -> str:
         return f"{name}: no such file, and no folder `{folder.name}` either"
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or _is_data(entry))
     near = did_you_mean(path.name, names)
-    return f"{name}: no such file" + (near or (f"; the folder holds {', '.join(names[:8])}" if names else "; the folder holds no data files"))
+    return f"{name}: no such file" + (
+        near or (f"; the folder holds {', '.join(names[:8])}" if names else "; the folder holds no data files")
+    )
 
 
 def _is_data(path: Path) -> bool:
-    return path.is_file() and not path.name.startswith((".", "_")) and path.name.lower().removesuffix(".gz").endswith(SUFFIXES)
+    return (
+        path.is_file()
+        and not path.name.startswith((".", "_"))
+        and path.name.lower().removesuffix(".gz").endswith(SUFFIXES)
+    )
 
 
 def _files(path: Path) -> list[Path]:
@@ -143,8 +171,10 @@ class _Tutor:
             raise UserError(f"{source.dataset}: it has no configurations; leave `name` out")
         self.name, count = source.dataset, source.rows or TUTOR_ROWS[source.split]
         self._rows: list[dict[str, str]] = (
-            problems.preferences(count, seed, source.split) if self.name == "tutor-preferences"
-            else list(problems.rows(count, seed, heldout=source.split == "heldout")))  # fmt: skip
+            problems.preferences(count, seed, source.split)
+            if self.name == "tutor-preferences"
+            else list(problems.rows(count, seed, heldout=source.split == "heldout"))
+        )
 
     def lines(self) -> Iterator[int]:
         return iter(range(1, len(self._rows) + 1))

@@ -1,4 +1,5 @@
-"""Tokenised rows on disk, memory-mapped: flat arrays and where each row starts. A store is a folder that is complete or absent.
+"""Tokenised rows on disk, memory-mapped: flat arrays and where each row starts. A store is a folder that is complete or
+absent.
 
 Nothing is synced to the disk: a cache can be made again, and the checksums find one that a crash left broken.
 """
@@ -27,8 +28,20 @@ from lowrank_tune.data.report import SourceReport
 from lowrank_tune.errors import Fault, RunFailed
 from lowrank_tune.types import Message, Row
 
-ARRAYS: dict[str, str] = {"ids": "<i4", "says": "|b1", "starts": "<i8", "sources": "<i4", "files": "<i4", "lines": "<i8", "keys": "<u8",
-                          "talks": "<u8", "margins": "<f4", "golds": "|u1", "gold_starts": "<i8", "has_gold": "|b1"}  # fmt: skip
+ARRAYS: dict[str, str] = {
+    "ids": "<i4",
+    "says": "|b1",
+    "starts": "<i8",
+    "sources": "<i4",
+    "files": "<i4",
+    "lines": "<i8",
+    "keys": "<u8",
+    "talks": "<u8",
+    "margins": "<f4",
+    "golds": "|u1",
+    "gold_starts": "<i8",
+    "has_gold": "|b1",
+}
 SLICE = 8192  # rows hashed at a time: a store may be larger than memory
 TOUCHED = 1024  # rows read, after which their pages are given back
 MOST_CHECKED = 1 << 30  # bytes; reading more than this at every start would cost longer than a broken cache is likely
@@ -36,7 +49,8 @@ MOST_CHECKED = 1 << 30  # bytes; reading more than this at every start would cos
 
 @dataclass(frozen=True)
 class Entry:
-    """What a row of a source becomes: one row, or two, the chosen and the rejected one. `talks`: a number for the conversation of each."""
+    """What a row of a source becomes: one row, or two, the chosen and the rejected one. `talks`: a number for the
+    conversation of each."""
 
     rows: tuple[Row, ...]
     talks: tuple[int, ...]
@@ -48,7 +62,9 @@ class Entry:
         """Equal for equal entries."""
         if len(self.talks) == 1:
             return self.talks[0]
-        return int.from_bytes(hashlib.blake2b(np.array(self.talks, dtype="<u8").tobytes(), digest_size=8).digest(), "little")
+        return int.from_bytes(
+            hashlib.blake2b(np.array(self.talks, dtype="<u8").tobytes(), digest_size=8).digest(), "little"
+        )
 
 
 def talk_key(messages: Sequence[Message]) -> int:
@@ -85,7 +101,8 @@ class ArrayFile:
 
 
 class StoreWriter:
-    """Writes a store in a temporary folder beside its place, and renames it at the end. Leaves nothing behind otherwise."""
+    """Writes a store in a temporary folder beside its place, and renames it at the end. Leaves nothing behind
+    otherwise."""
 
     def __init__(self, folder: Path, together: int = 1) -> None:
         self.folder, self.together = folder, together
@@ -94,7 +111,9 @@ class StoreWriter:
     def __enter__(self) -> Self:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.", suffix=".tmp", dir=self.folder.parent))
+            self._temporary = Path(
+                tempfile.mkdtemp(prefix=f"{self.folder.name}.", suffix=".tmp", dir=self.folder.parent)
+            )
             self._start()
         except OSError as error:
             if hasattr(self, "_temporary"):
@@ -128,14 +147,17 @@ class StoreWriter:
         values: dict[str, Any] = {
             "ids": np.fromiter(chain.from_iterable(row.ids for row in rows), np.int32, int(lengths.sum())),
             "says": np.fromiter(chain.from_iterable(row.says for row in rows), np.bool_, int(lengths.sum())),
-            "starts": self._tokens + np.cumsum(lengths), "sources": [source] * len(rows),
-            "files": [file_lines[number][0] for number in of_row], "lines": [file_lines[number][1] for number in of_row],
+            "starts": self._tokens + np.cumsum(lengths),
+            "sources": [source] * len(rows),
+            "files": [file_lines[number][0] for number in of_row],
+            "lines": [file_lines[number][1] for number in of_row],
             "keys": np.array([entries[number].key for number in of_row], dtype=np.uint64),
             "talks": np.array([talk for entry in entries for talk in entry.talks], dtype=np.uint64),
             "margins": [entries[number].margin for number in of_row],
-            "golds": np.frombuffer(b"".join(golds), dtype=np.uint8), "has_gold": [entries[number].gold is not None for number in of_row],
+            "golds": np.frombuffer(b"".join(golds), dtype=np.uint8),
+            "has_gold": [entries[number].gold is not None for number in of_row],
             "gold_starts": self._gold_bytes + np.cumsum([len(gold) for gold in golds], dtype=np.int64),
-        }  # fmt: skip
+        }
         for name, value in values.items():
             array[name].append(value)
         self._tokens += int(lengths.sum())
@@ -151,7 +173,12 @@ class StoreWriter:
             file.close()
         self._dropped.close()
         sums = {path.name: _checksum(path) for path in sorted(self._temporary.iterdir())}
-        state = {"together": self.together, "files": files, "reports": [asdict(report) for report in reports], "sums": sums}
+        state = {
+            "together": self.together,
+            "files": files,
+            "reports": [asdict(report) for report in reports],
+            "sums": sums,
+        }
         (self._temporary / "store.json").write_text(json.dumps(state), encoding="utf-8")
         if self.folder.exists() and TokenStore.open(self.folder) is None:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -168,17 +195,34 @@ class StoreWriter:
 class TokenStore:
     """Tokenised rows. `[i]` is a `Row` of numpy views; `take` gives a store of some of the rows.
 
-    A unit is what is learned from at once: a row; or, with `together` 2, the two adjacent rows of a pair, the chosen one first.
+    A unit is what is learned from at once: a row; or, with `together` 2, the two adjacent rows of a pair, the chosen
+    one first.
     """
 
-    def __init__(self, arrays: dict[str, NDArray[Any]], files: list[str], reports: list[SourceReport], folder: Path,
-                 picked: NDArray[np.int64], together: int = 1) -> None:  # fmt: skip
-        self._arrays, self.files, self.reports, self.folder, self.picked, self.together = arrays, files, reports, folder, picked, together
+    def __init__(
+        self,
+        arrays: dict[str, NDArray[Any]],
+        files: list[str],
+        reports: list[SourceReport],
+        folder: Path,
+        picked: NDArray[np.int64],
+        together: int = 1,
+    ) -> None:
+        self._arrays, self.files, self.reports, self.folder, self.picked, self.together = (
+            arrays,
+            files,
+            reports,
+            folder,
+            picked,
+            together,
+        )
         starts = arrays["starts"]
         self.lengths: NDArray[np.int64] = np.asarray(starts[picked + 1] - starts[picked])
         self.source_of: NDArray[np.int32] = np.asarray(arrays["sources"][picked])
         self.units = len(picked) // together
-        self.unit_lengths: NDArray[np.int64] = self.lengths if together == 1 else self.lengths.reshape(-1, together).sum(axis=1)
+        self.unit_lengths: NDArray[np.int64] = (
+            self.lengths if together == 1 else self.lengths.reshape(-1, together).sum(axis=1)
+        )
         """Tokens of all rows of each unit."""
         self.unit_source_of: NDArray[np.int32] = self.source_of[::together]
         self._touched = 0
@@ -218,8 +262,14 @@ class TokenStore:
             for name, (size, checksum) in state["sums"].items():
                 if _checksum(folder / name) != [size, checksum]:
                     return None
-            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if _is_filled(folder / f"{name}.npy") else None, allow_pickle=False)
-                      for name in ARRAYS}  # fmt: skip
+            arrays = {
+                name: np.load(
+                    folder / f"{name}.npy",
+                    mmap_mode="r" if _is_filled(folder / f"{name}.npy") else None,
+                    allow_pickle=False,
+                )
+                for name in ARRAYS
+            }
             reports = [SourceReport.from_dict(report) for report in state["reports"]]
             return cls(arrays, state["files"], reports, folder, np.arange(len(arrays["starts"]) - 1), state["together"])
         except (OSError, ValueError, KeyError, TypeError, IndexError):
@@ -235,12 +285,16 @@ class TokenStore:
         if self._touched % TOUCHED == 0:
             self._give_back()
         # Arrays behave as the sequences that a `Row` holds.
-        return Row(cast(Sequence[int], self._arrays["ids"][start:end]), cast(Sequence[bool], self._arrays["says"][start:end]))
+        return Row(
+            cast(Sequence[int], self._arrays["ids"][start:end]), cast(Sequence[bool], self._arrays["says"][start:end])
+        )
 
     def take(self, rows: NDArray[np.int64]) -> TokenStore:
         """A store of these rows, on the same arrays; of pairs both rows, one after the other."""
         firsts = rows[:: self.together]
-        assert all(np.array_equal(rows[place :: self.together], firsts + place) for place in range(self.together)), "half of a pair"
+        assert all(np.array_equal(rows[place :: self.together], firsts + place) for place in range(self.together)), (
+            "half of a pair"
+        )
         assert not (firsts % self.together).any(), "rows of two pairs"
         return TokenStore(self._arrays, self.files, self.reports, self.folder, self.picked[rows], self.together)
 
@@ -270,7 +324,8 @@ class TokenStore:
         return ids, says, lengths
 
     def _give_back(self) -> None:
-        """Tells the kernel that what was read of the large files need not stay in this process: it would count as its memory."""
+        """Tells the kernel that what was read of the large files need not stay in this process: it would count as its
+        memory."""
         for name in ("ids", "says"):
             mapped = self._arrays[name].base
             if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
@@ -286,7 +341,8 @@ class TokenStore:
 
     def place_of(self, index: int) -> str:
         """Where the row came from: `file:line`."""
-        return f"{self.files[int(self._arrays['files'][self.picked[index]])]}:{int(self._arrays['lines'][self.picked[index]])}"
+        row = self.picked[index]
+        return f"{self.files[int(self._arrays['files'][row])]}:{int(self._arrays['lines'][row])}"
 
     def trained_of(self, index: int) -> int:
         """How many tokens of the row are trained."""
@@ -318,5 +374,7 @@ def _checksum(path: Path) -> list[int]:
 
 
 def _unwritable(folder: Path, error: OSError) -> RunFailed:
-    return RunFailed(f"{folder}: the cache of tokenised rows cannot be written ({error.strerror or error}); "
-                     "free some space, or name another folder in LOWRANK_TUNE_CACHE")  # fmt: skip
+    return RunFailed(
+        f"{folder}: the cache of tokenised rows cannot be written ({error.strerror or error}); "
+        "free some space, or name another folder in LOWRANK_TUNE_CACHE"
+    )

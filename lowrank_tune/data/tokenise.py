@@ -29,8 +29,16 @@ VERSION = 4  # of the rules that turn a row into ids, and of what is told of it:
 CHUNK = 512  # rows at a time: as Python numbers, long ones take a hundred times the room that they take on disk
 
 
-def tokenise(sources: Sequence[settings.Source], data: settings.Data, template: Template, seed: int, emit: Emit,
-             cache: Path | None = None, judge: bool = True, pairs: bool = False) -> TokenStore:  # fmt: skip
+def tokenise(
+    sources: Sequence[settings.Source],
+    data: settings.Data,
+    template: Template,
+    seed: int,
+    emit: Emit,
+    cache: Path | None = None,
+    judge: bool = True,
+    pairs: bool = False,
+) -> TokenStore:
     """The tokenised rows of these sources, or with `pairs` their preference pairs.
 
     Raises `UserError` where too many rows of one cannot be used, unless others `judge` that.
@@ -42,8 +50,10 @@ def tokenise(sources: Sequence[settings.Source], data: settings.Data, template: 
     if store is None:
         with StoreWriter(folder, 2 if pairs else 1) as writer:
             files: dict[str, int] = {}
-            reports = [_tokenise_one(number, source, shapes[number], opened[number], data, template, writer, files, emit)
-                       for number, source in enumerate(sources)]  # fmt: skip
+            reports = [
+                _tokenise_one(number, source, shapes[number], opened[number], data, template, writer, files, emit)
+                for number, source in enumerate(sources)
+            ]
             store = writer.finish(list(files), reports)
     for source, report in zip(sources, store.reports, strict=True):
         if judge:
@@ -64,13 +74,19 @@ def cache_folder() -> Path:
 
 
 def shape_of(source: settings.Source, rows: Rows, pairs: bool | None = None) -> str:
-    """The shape that the recipe names, or that of the first row that has a known one; with `pairs` told, it must be that or not."""
+    """The shape that the recipe names, or that of the first row that has a known one; with `pairs` told, it must be
+    that or not."""
     shape = source.format if source.format != "auto" else _detected(source, rows, bool(pairs))
     if pairs is False and shape == "preference":
-        raise UserError(f"{rows.name}: these rows are preference pairs; `algorithm: reward` and `algorithm: dpo` learn from them")
+        raise UserError(
+            f"{rows.name}: these rows are preference pairs; `algorithm: reward` and `algorithm: dpo` learn from them"
+        )
     if pairs and shape != "preference":
-        raise UserError(f"{rows.name}: `format: {shape}` holds no preference pairs, which `algorithm: reward` and `algorithm: dpo` learn from; "
-                        "leave `format` out, or write `format: preference`")  # fmt: skip
+        raise UserError(
+            f"{rows.name}: `format: {shape}` holds no preference pairs, which `algorithm: reward` and `algorithm: "
+            f"dpo` learn from; "
+            "leave `format` out, or write `format: preference`"
+        )
     return shape
 
 
@@ -84,20 +100,41 @@ def _detected(source: settings.Source, rows: Rows, pairs: bool) -> str:
                 faults.append(error)
     if faults:
         raise UserError(f"{rows.name}: {faults[0]}") from faults[0]
-    raise UserError(f"{rows.name}: none of its first rows is a JSON object; expected one object a line, or an array of objects")
+    raise UserError(
+        f"{rows.name}: none of its first rows is a JSON object; expected one object a line, or an array of objects"
+    )
 
 
-def _key(sources: Sequence[settings.Source], shapes: Sequence[str], opened: Sequence[Rows], data: settings.Data, template: Template,
-         pairs: bool) -> str:  # fmt: skip
-    parts = [[rows.content_key(), shape, source.columns, source.gold, source.final_answer]
-             for source, shape, rows in zip(sources, shapes, opened, strict=True)]  # fmt: skip
+def _key(
+    sources: Sequence[settings.Source],
+    shapes: Sequence[str],
+    opened: Sequence[Rows],
+    data: settings.Data,
+    template: Template,
+    pairs: bool,
+) -> str:
+    parts = [
+        [rows.content_key(), shape, source.columns, source.gold, source.final_answer]
+        for source, shape, rows in zip(sources, shapes, opened, strict=True)
+    ]
     together = 2 if pairs else 1
-    described = json.dumps([VERSION, template.fingerprint, data.max_length, data.too_long, data.system, together, parts], sort_keys=True)
+    described = json.dumps(
+        [VERSION, template.fingerprint, data.max_length, data.too_long, data.system, together, parts], sort_keys=True
+    )
     return hashlib.blake2b(described.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
-def _tokenise_one(number: int, source: settings.Source, shape: str, rows: Rows, data: settings.Data, template: Template, writer: StoreWriter,
-                  files: dict[str, int], emit: Emit) -> SourceReport:  # fmt: skip
+def _tokenise_one(
+    number: int,
+    source: settings.Source,
+    shape: str,
+    rows: Rows,
+    data: settings.Data,
+    template: Template,
+    writer: StoreWriter,
+    files: dict[str, int],
+    emit: Emit,
+) -> SourceReport:
     report = SourceReport(rows.name, shape, weight=source.weight)
     keys = array("Q")
     what = f"tokenising {rows.name}"
@@ -125,7 +162,8 @@ def _tokenise_one(number: int, source: settings.Source, shape: str, rows: Rows, 
 
 
 def chunks(rows: Rows, report: SourceReport) -> Iterator[tuple[Chunk, int]]:
-    """The rows of a source in chunks, each with how many will have been read in all; then others in place of those that could not be used."""
+    """The rows of a source in chunks, each with how many will have been read in all; then others in place of those that
+    could not be used."""
     read = 0
     for part in rows.filled(lambda: report.used):
         read += len(part)
@@ -138,11 +176,15 @@ def too_few(source: settings.Source, report: SourceReport) -> str | None:
     """Why there are fewer rows than the recipe asks for."""
     if source.rows is None or report.used >= source.rows:
         return None
-    return f"{report.name}: the recipe asks for {source.rows:,} rows, and {report.used:,} of the {report.read:,} that there are can be used"
+    return (
+        f"{report.name}: the recipe asks for {source.rows:,} rows, and {report.used:,} of the {report.read:,} "
+        f"that there are can be used"
+    )
 
 
-def _encode(chunk: Chunk, source: settings.Source, shape: str, data: settings.Data, template: Template,
-            report: SourceReport) -> Iterator[Entry | RowFault]:  # fmt: skip
+def _encode(
+    chunk: Chunk, source: settings.Source, shape: str, data: settings.Data, template: Template, report: SourceReport
+) -> Iterator[Entry | RowFault]:
     """Every row of a chunk, in order: encoded, or why not."""
     talks = [raw if isinstance(raw, RowFault) else conversation(raw, source, shape, data.system) for _, raw in chunk]
     encoded = iter(template.encode_many([talk.messages for talk in talks if isinstance(talk, Conversation)]))
@@ -161,7 +203,9 @@ def _encode(chunk: Chunk, source: settings.Source, shape: str, data: settings.Da
         yield row if isinstance(row, RowFault) else Entry((row,), (talk_key(talk.messages),), talk.gold)
 
 
-def conversation(raw: Raw, source: settings.Source, shape: str, system: str | None, answered: bool = True) -> Conversation | RowFault:
+def conversation(
+    raw: Raw, source: settings.Source, shape: str, system: str | None, answered: bool = True
+) -> Conversation | RowFault:
     """The conversation of a row with the recipe's system prompt where it brings none, or what is wrong with it."""
     try:
         talk = to_conversation(raw, shape, source.columns, source.gold, answered=answered)
@@ -172,7 +216,8 @@ def conversation(raw: Raw, source: settings.Source, shape: str, system: str | No
 
 
 def _shorten(talk: Conversation, data: settings.Data, template: Template) -> Row | RowFault:
-    """The conversation up to the last answer with which it fits. No answer is ever cut: half of one teaches to stop there, or not to."""
+    """The conversation up to the last answer with which it fits. No answer is ever cut: half of one teaches to stop
+    there, or not to."""
     ends = [index + 1 for index, message in enumerate(talk.messages) if message.role == "assistant"]
     if data.too_long == "truncate":
         for end in reversed(ends[:-1]):

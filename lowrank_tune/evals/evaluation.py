@@ -1,4 +1,5 @@
-"""`lowrank-tune eval`: base and tuned voices from the same weights on held-out questions and tasks, and the record that is kept of it."""
+"""`lowrank-tune eval`: base and tuned voices from the same weights on held-out questions and tasks, and the record that
+is kept of it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,17 @@ from lowrank_tune.evals.marking import Marking
 from lowrank_tune.evals.measure import Measured, Meter
 from lowrank_tune.evals.questions import Asked, own_questions, questions_on, source_of
 from lowrank_tune.evals.record import EVALS, VERSION
-from lowrank_tune.evals.subject import BASE, Judge, Subject, check_bases, check_judge, device_name, judge_of, roles_for, subject_of
+from lowrank_tune.evals.subject import (
+    BASE,
+    Judge,
+    Subject,
+    check_bases,
+    check_judge,
+    device_name,
+    judge_of,
+    roles_for,
+    subject_of,
+)
 from lowrank_tune.events import Emit, Note, Progress
 from lowrank_tune.model.base import Base, load_base, load_tokenizer
 from lowrank_tune.model.roles import Roles
@@ -67,13 +78,21 @@ class Drawn:
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
-        return {"num_prompts": self.num_prompts, "samples": self.samples, "k": list(self.ks), "temperature": self.temperature,
-                "top_p": self.top_p, "max_new_tokens": self.max_new_tokens, "seed": self.seed}  # fmt: skip
+        return {
+            "num_prompts": self.num_prompts,
+            "samples": self.samples,
+            "k": list(self.ks),
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.seed,
+        }
 
 
 @dataclass
 class Evaluation:
-    """What came of it: `record` is the line of `evals.jsonl`, `path` where it belongs (None for a model that is no run)."""
+    """What came of it: `record` is the line of `evals.jsonl`, `path` where it belongs (None for a model that is no
+    run)."""
 
     record: dict[str, Any]
     path: Path | None
@@ -104,7 +123,8 @@ def _longest(recipe: settings.Recipe | None, wanted: settings.Evaluate) -> int:
 
 
 def evaluate(given: str, options: Options, emit: Emit, device: torch.device | None = None) -> Evaluation:
-    """Measures a run, a chain, an adapter or a model. Ctrl-C keeps what was measured. Raises UserError, what is cheap to check first."""
+    """Measures a run, a chain, an adapter or a model. Ctrl-C keeps what was measured. Raises UserError, what is cheap
+    to check first."""
     manager: Any = None
     if options.tasks:
         manager = harness.known(options.tasks, options.tasks_path)
@@ -143,7 +163,9 @@ def _questions(subject: Subject, options: Options, drawn: Drawn, template: Templ
         system = subject.recipe.data.system if subject.recipe is not None else None
         return questions_on(source, drawn.num_prompts, drawn.seed, template, system)
     if subject.recipe is None:
-        raise UserError(f"{subject.name} is no run, so nothing says what to evaluate on: give --on FILE, a data set, or --tasks")
+        raise UserError(
+            f"{subject.name} is no run, so nothing says what to evaluate on: give --on FILE, a data set, or --tasks"
+        )
     return own_questions(subject.recipe, drawn.num_prompts, template, emit)
 
 
@@ -165,13 +187,22 @@ class _Work:
         usable = self._usable(marking)
         answering = marking.tells(usable) or bool(marking.rewards) or self.judge is not None
         if usable and not answering:
-            self.emit(Note(level="warning", message="none of the questions has a gold answer, and nothing else says which answers are right: "
-                           "only losses are measured (--verifier and --judge would tell more)"))  # fmt: skip
+            self.emit(
+                Note(
+                    level="warning",
+                    message="none of the questions has a gold answer, and nothing else says which answers are right: "
+                    "only losses are measured (--verifier and --judge would tell more)",
+                )
+            )
             if not any(one.reference is not None for one in usable):
                 raise UserError("and there are no reference answers either: there is nothing to measure")
         drawn = self.drawn
-        sampling = Sampling(drawn.max_new_tokens, base.end_ids | template.end_ids, drawn.temperature, drawn.seed, top_p=drawn.top_p)
-        found = Meter(roles, template, marking, sampling, drawn.samples, answering, self.emit).measure(voices, usable, drawn.seed)
+        sampling = Sampling(
+            drawn.max_new_tokens, base.end_ids | template.end_ids, drawn.temperature, drawn.seed, top_p=drawn.top_p
+        )
+        found = Meter(roles, template, marking, sampling, drawn.samples, answering, self.emit).measure(
+            voices, usable, drawn.seed
+        )
         tasks, stopped = dict[str, Figures](), found.interrupted
         if self.options.tasks and not stopped:
             tasks, stopped = harness.measure(roles, base, template, voices, self._tasks(), self.emit)
@@ -180,7 +211,9 @@ class _Work:
 
     def _tasks(self) -> harness.Tasks:
         options = self.options
-        return harness.Tasks(options.tasks, options.limit, options.confidence, self.drawn.seed, options.chat, self.manager)
+        return harness.Tasks(
+            options.tasks, options.limit, options.confidence, self.drawn.seed, options.chat, self.manager
+        )
 
     def _usable(self, marking: Marking) -> list[Any]:
         """The questions that answers can be judged of; the others are told."""
@@ -193,31 +226,53 @@ class _Work:
             else:
                 reasons[why] = reasons.get(why, 0) + 1
         for why, count in reasons.items():
-            self.emit(Note(level="warning", message=f"{count} of {len(self.asked.questions)} questions are left out: {why}"))
+            self.emit(
+                Note(level="warning", message=f"{count} of {len(self.asked.questions)} questions are left out: {why}")
+            )
         if self.asked.questions and not usable:
-            raise UserError(f"{self.asked.origin}: no answer to any of its questions could be judged: {next(iter(reasons))}")
+            raise UserError(
+                f"{self.asked.origin}: no answer to any of its questions could be judged: {next(iter(reasons))}"
+            )
         return usable
 
-    def _record(self, found: Measured, tasks: Mapping[str, Figures], base: Base, marking: Marking, stopped: bool) -> dict[str, Any]:
+    def _record(
+        self, found: Measured, tasks: Mapping[str, Figures], base: Base, marking: Marking, stopped: bool
+    ) -> dict[str, Any]:
         drawn, level, tuned = self.drawn, self.options.confidence, [voice for voice in found.voices if voice != BASE]
         ks, seed = drawn.ks if marking.tells(found.questions) else (), drawn.seed
         return {
-            "v": VERSION, "kind": "eval", "time": self.begun, "seconds": round(time.time() - self.begun, 1),
-            "subject": {"name": self.subject.name, "kind": self.subject.kind, "base": base.name, "revision": base.revision, "bits": base.bits,
-                        "voices": found.voices},
+            "v": VERSION,
+            "kind": "eval",
+            "time": self.begun,
+            "seconds": round(time.time() - self.begun, 1),
+            "subject": {
+                "name": self.subject.name,
+                "kind": self.subject.kind,
+                "base": base.name,
+                "revision": base.revision,
+                "bits": base.bits,
+                "voices": found.voices,
+            },
             "on": {"origin": self.asked.origin, "prompts": len(found.done), "planned": len(found.questions)},
-            "settings": {**drawn.to_dict(), "confidence": level}, "right_by": marking.right_by if ks else "",
-            "rewards": {each.name: each.weight for each in marking.rewards}, "judge": str(self.judge.run) if self.judge else None,
-            "device": device_name(base.device), "interrupted": stopped,
+            "settings": {**drawn.to_dict(), "confidence": level},
+            "right_by": marking.right_by if ks else "",
+            "rewards": {each.name: each.weight for each in marking.rewards},
+            "judge": str(self.judge.run) if self.judge else None,
+            "device": device_name(base.device),
+            "interrupted": stopped,
             "figures": {voice: _plain(figures_of(found, voice, ks, seed, level)) for voice in found.voices},
             "changes": {voice: _plain(changes_of(found, voice, ks, seed, level)) for voice in tuned},
             "wins": {voice: self._wins(found, voice, bool(ks)) for voice in tuned},
-            "unjudged": lost(found), "tasks": {voice: _plain(several) for voice, several in tasks.items()}}  # fmt: skip
+            "unjudged": lost(found),
+            "tasks": {voice: _plain(several) for voice, several in tasks.items()},
+        }
 
     def _wins(self, found: Measured, voice: str, told: bool) -> dict[str, Any]:
         level, made = self.options.confidence, dict[str, Any]()
         if told:
-            made["verifier"] = wins_of(found, voice, lambda mark: None if mark.right is None else float(mark.right), level)
+            made["verifier"] = wins_of(
+                found, voice, lambda mark: None if mark.right is None else float(mark.right), level
+            )
         if self.judge is not None:
             made["judge"] = wins_of(found, voice, lambda mark: mark.score, level)
         return {name: one for name, one in made.items() if one is not None}

@@ -1,4 +1,5 @@
-"""From what was measured to figures with intervals: of each voice, and of each tuned one against the base. Pure: marks in, figures out."""
+"""From what was measured to figures with intervals: of each voice, and of each tuned one against the base. Pure: marks
+in, figures out."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def averaged(value: Callable[[Mark], float | None]) -> OfPrompt:
 
 
 def figures_of(found: Measured, voice: str, ks: Sequence[int], seed: int, level: float = LEVEL) -> Figures:
-    """All that can be said of one voice: `loss`, `pass_at_K`, `reward` (and `reward_NAME` of several), `judge_score`, `stopped`, `length`."""
+    """All that can be said of one voice: `loss`, `pass_at_K`, `reward` (and `reward_NAME` of several), `judge_score`,
+    `stopped`, `length`."""
     made: Figures = {}
     losses = [found.losses[voice][number] for number in found.done if number in found.losses[voice]]
     if losses:
@@ -59,8 +61,12 @@ def figures_of(found: Measured, voice: str, ks: Sequence[int], seed: int, level:
 def _of_prompts(marks: Iterable[Sequence[Mark]], ks: Sequence[int]) -> dict[str, OfPrompt]:
     """What there is to say of one prompt, by name."""
     graded = {name: averaged(value) for name, value in _graded(marks).items()}
-    return {**{f"pass_at_{k}": passed(k) for k in ks}, **graded, "stopped": averaged(lambda mark: float(mark.stopped)),
-            "length": averaged(lambda mark: float(mark.tokens))}  # fmt: skip
+    return {
+        **{f"pass_at_{k}": passed(k) for k in ks},
+        **graded,
+        "stopped": averaged(lambda mark: float(mark.stopped)),
+        "length": averaged(lambda mark: float(mark.tokens)),
+    }
 
 
 def _graded(marks: Iterable[Sequence[Mark]]) -> dict[str, Callable[[Mark], float | None]]:
@@ -76,7 +82,8 @@ def _part(name: str, mark: Mark) -> float | None:
 
 
 def changes_of(found: Measured, voice: str, ks: Sequence[int], seed: int, level: float = LEVEL) -> Figures:
-    """A tuned voice less the base, on the prompts where both have the figure; the draws of the bootstrap are of both together."""
+    """A tuned voice less the base, on the prompts where both have the figure; the draws of the bootstrap are of both
+    together."""
     made: Figures = {}
     both = [number for number in found.done if number in found.losses[voice] and number in found.losses[BASE]]
     if both:
@@ -84,24 +91,38 @@ def changes_of(found: Measured, voice: str, ks: Sequence[int], seed: int, level:
         mine, theirs = (([loss.total for loss in side], [float(loss.tokens) for loss in side]) for side in sides)
         made["loss"] = difference_of(mine, theirs, seed, level)
     for name, of_prompt in _of_prompts(found.marks[voice].values(), ks).items():
-        paired = [(mine, theirs) for mine, theirs in _paired(found, voice, of_prompt) if mine is not None and theirs is not None]
+        paired = [
+            (mine, theirs)
+            for mine, theirs in _paired(found, voice, of_prompt)
+            if mine is not None and theirs is not None
+        ]
         if paired:
             ones = [1.0] * len(paired)
-            made[name] = difference_of(([mine for mine, _ in paired], ones), ([theirs for _, theirs in paired], ones), seed, level)
+            made[name] = difference_of(
+                ([mine for mine, _ in paired], ones), ([theirs for _, theirs in paired], ones), seed, level
+            )
     return made
 
 
 def _paired(found: Measured, voice: str, of_prompt: OfPrompt) -> list[tuple[float | None, float | None]]:
-    return [(of_prompt(found.marks[voice][number]), of_prompt(found.marks[BASE][number])) for number in found.done
-            if number in found.marks[voice] and number in found.marks[BASE]]  # fmt: skip
+    return [
+        (of_prompt(found.marks[voice][number]), of_prompt(found.marks[BASE][number]))
+        for number in found.done
+        if number in found.marks[voice] and number in found.marks[BASE]
+    ]
 
 
-def wins_of(found: Measured, voice: str, value: Callable[[Mark], float | None], level: float = LEVEL) -> dict[str, Any] | None:
-    """How often the tuned voice's answer is worth more than the base's to the same prompt: over all pairs of a prompt's answers, a tie half a
-    win; the interval is clustered by prompt. None where no pair could be compared."""
+def wins_of(
+    found: Measured, voice: str, value: Callable[[Mark], float | None], level: float = LEVEL
+) -> dict[str, Any] | None:
+    """How often the tuned voice's answer is worth more than the base's to the same prompt: over all pairs of a prompt's
+    answers, a tie half a win; the interval is clustered by prompt. None where no pair could be compared."""
     rates, wins, ties, pairs = list[float](), 0.0, 0.0, 0
     for number in found.done:
-        mine, theirs = ([known for mark in found.marks[who].get(number, ()) if (known := value(mark)) is not None] for who in (voice, BASE))
+        mine, theirs = (
+            [known for mark in found.marks[who].get(number, ()) if (known := value(mark)) is not None]
+            for who in (voice, BASE)
+        )
         if not mine or not theirs:
             continue
         better = sum(one > other for one, other in product(mine, theirs))
@@ -112,7 +133,12 @@ def wins_of(found: Measured, voice: str, value: Callable[[Mark], float | None], 
     if not rates:
         return None
     interval = share_of(rates, pairs, level)
-    return {**interval.to_dict(), "wins": wins / len(rates), "ties": ties / len(rates), "losses": 1 - (wins + ties) / len(rates)}
+    return {
+        **interval.to_dict(),
+        "wins": wins / len(rates),
+        "ties": ties / len(rates),
+        "losses": 1 - (wins + ties) / len(rates),
+    }
 
 
 def lost(found: Measured) -> dict[str, int]:

@@ -1,7 +1,8 @@
-"""Tasks of lm-evaluation-harness on the live model: its own Hugging Face adapter around the base in memory, with a voice's stack entered.
+"""Tasks of lm-evaluation-harness on the live model: its own Hugging Face adapter around the base in memory, with a
+voice's stack entered.
 
-It is an extra (`pip install 'lowrank-tune[harness]'`) with many packages of its own, and takes seconds to import: it is loaded where a task is
-asked for, and nowhere else.
+It is an extra (`pip install 'lowrank-tune[harness]'`) with many packages of its own, and takes seconds to import: it is
+loaded where a task is asked for, and nowhere else.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ BATCH = 8  # rows at once on a CPU; on a card the harness finds out how many fit
 
 @dataclass(frozen=True)
 class Tasks:
-    """Which tasks, by their names in the harness or in the user's own YAML files; `limit` documents of each; `chat`: asked in the chat
-    template that the model was trained with."""
+    """Which tasks, by their names in the harness or in the user's own YAML files; `limit` documents of each; `chat`:
+    asked in the chat template that the model was trained with."""
 
     names: tuple[str, ...]
     limit: int | None
@@ -44,8 +45,8 @@ class Tasks:
 
 
 def known(names: Sequence[str], path: Path | None) -> Any:
-    """The harness's register of tasks, with those of a folder. Raises UserError, before anything is loaded, where the harness is missing or
-    does not know one of these."""
+    """The harness's register of tasks, with those of a folder. Raises UserError, before anything is loaded, where the
+    harness is missing or does not know one of these."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(MISSING)
     if path is not None and not path.is_dir():
@@ -56,14 +57,19 @@ def known(names: Sequence[str], path: Path | None) -> Any:
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         where = f" nor under {path}" if path is not None else ""
-        raise UserError(f"--tasks: there is no task `{unknown[0]}` in lm-evaluation-harness{where}"
-                        f"{did_you_mean(unknown[0], manager.all_tasks)}")  # fmt: skip
+        raise UserError(
+            f"--tasks: there is no task `{unknown[0]}` in lm-evaluation-harness{where}"
+            f"{did_you_mean(unknown[0], manager.all_tasks)}"
+        )
     return manager
 
 
-def measure(roles: Roles, base: Base, template: Template, voices: Sequence[str], tasks: Tasks, emit: Emit) -> tuple[dict[str, Figures], bool]:
+def measure(
+    roles: Roles, base: Base, template: Template, voices: Sequence[str], tasks: Tasks, emit: Emit
+) -> tuple[dict[str, Figures], bool]:
     """Every task for every voice. Ctrl-C keeps the voices that are done, and says so by True."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about how it was called, which is settled here
+    # its warnings are about how it was called, which is settled here
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found: dict[str, Figures] = {}
     what = f"tasks {', '.join(tasks.names)}"
     try:
@@ -83,18 +89,45 @@ def _results(base: Base, template: Template, tasks: Tasks) -> Mapping[str, Any]:
 
     tokenizer = copy.deepcopy(base.tokenizer)  # the harness gives it a padding token
     tokenizer.chat_template = tokenizer.chat_template or template.jinja
-    model = HFLM(pretrained=base.model, tokenizer=tokenizer, backend="causal", batch_size="auto" if base.device.type == "cuda" else BATCH)
+    model = HFLM(
+        pretrained=base.model,
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size="auto" if base.device.type == "cuda" else BATCH,
+    )
     try:
-        return dict(simple_evaluate(
-            model, tasks=list(tasks.names), task_manager=tasks.manager, limit=tasks.limit, bootstrap_iters=BOOTSTRAPS, log_samples=True,
-            apply_chat_template=tasks.chat, random_seed=tasks.seed, numpy_random_seed=tasks.seed, torch_random_seed=tasks.seed,
-            fewshot_random_seed=tasks.seed))  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AssertionError, AttributeError, RuntimeError) as error:
+        return dict(
+            simple_evaluate(
+                model,
+                tasks=list(tasks.names),
+                task_manager=tasks.manager,
+                limit=tasks.limit,
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=True,
+                apply_chat_template=tasks.chat,
+                random_seed=tasks.seed,
+                numpy_random_seed=tasks.seed,
+                torch_random_seed=tasks.seed,
+                fewshot_random_seed=tasks.seed,
+            )
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        ImportError,
+        AssertionError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise
         # Its tasks are files and data sets of others, which break in their own ways.
         told = (str(error).splitlines() or [""])[0]
-        raise RunFailed(f"--tasks: lm-evaluation-harness broke on {', '.join(tasks.names)}: {type(error).__name__}: {told}") from error
+        raise RunFailed(
+            f"--tasks: lm-evaluation-harness broke on {', '.join(tasks.names)}: {type(error).__name__}: {told}"
+        ) from error
 
 
 def _figures(results: Mapping[str, Any], tasks: Tasks) -> Figures:
@@ -107,8 +140,11 @@ def _figures(results: Mapping[str, Any], tasks: Tasks) -> Figures:
             if metric.endswith("_stderr") or metric == "alias" or not isinstance(value, (int, float)) or not kept:
                 continue
             name = f"{task} {metric}" + (f" ({kept})" if kept != "none" else "")
-            documents = [float(one[metric]) for one in results.get("samples", {}).get(task, ())
-                         if isinstance(one.get(metric), (int, float)) and one.get("filter", kept) == kept]  # fmt: skip
+            documents = [
+                float(one[metric])
+                for one in results.get("samples", {}).get(task, ())
+                if isinstance(one.get(metric), (int, float)) and one.get("filter", kept) == kept
+            ]
             made[name] = _interval(float(value), found.get(f"{metric}_stderr,{kept}"), documents, tasks)
     return made
 

@@ -1,9 +1,11 @@
-"""What a figure of some prompts says of all prompts: unbiased pass@k, and intervals in which a prompt, with all its answers, is one draw.
+"""What a figure of some prompts says of all prompts: unbiased pass@k, and intervals in which a prompt, with all its
+answers, is one draw.
 
-Answers to one prompt are alike, so a thousand answers to a hundred prompts are nearer to a hundred draws than to a thousand. Shares have a
-Wilson score interval for as many draws as the spread between prompts leaves them worth (Korn and Graubard 1998); it has a width at 0 % and
-100 % too. Means, ratios and differences are bootstrapped over prompts: the percentiles are taken a little further out for few prompts
-(Hesterberg, arXiv:1411.5279, section 3.4), and both sides of a difference are drawn together. Pure: numbers in, numbers out.
+Answers to one prompt are alike, so a thousand answers to a hundred prompts are nearer to a hundred draws than to a
+thousand. Shares have a Wilson score interval for as many draws as the spread between prompts leaves them worth (Korn
+and Graubard 1998); it has a width at 0 % and 100 % too. Means, ratios and differences are bootstrapped over prompts:
+the percentiles are taken a little further out for few prompts (Hesterberg, arXiv:1411.5279, section 3.4), and both
+sides of a difference are drawn together. Pure: numbers in, numbers out.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ NORMAL = NormalDist()
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure, the ends of its interval (nan where one prompt cannot tell), how many prompts it is of, and how the interval was made."""
+    """A figure, the ends of its interval (nan where one prompt cannot tell), how many prompts it is of, and how the
+    interval was made."""
 
     value: float
     low: float
@@ -34,12 +37,18 @@ class Interval:
     method: str
 
     def to_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "low": self.low, "high": self.high, "prompts": self.prompts, "interval": self.method}
+        return {
+            "value": self.value,
+            "low": self.low,
+            "high": self.high,
+            "prompts": self.prompts,
+            "interval": self.method,
+        }
 
 
 def pass_at_k(answers: int, right: int, k: int) -> float:
-    """The chance that one of k answers is right, drawn without replacement from `answers` of which so many are `right`: the mean over all
-    subsets, and so unbiased (Chen et al., arXiv:2107.03374)."""
+    """The chance that one of k answers is right, drawn without replacement from `answers` of which so many are `right`:
+    the mean over all subsets, and so unbiased (Chen et al., arXiv:2107.03374)."""
     assert 0 <= right <= answers and 1 <= k <= answers, "k answers are drawn from those that there are"
     return 1.0 - math.comb(answers - right, k) / math.comb(answers, k)
 
@@ -53,7 +62,8 @@ def wilson(share: float, draws: float, level: float = LEVEL) -> tuple[float, flo
 
 
 def share_of(values: Sequence[float], at_most: float, level: float = LEVEL) -> Interval:
-    """The mean of shares in [0, 1], one a prompt. `at_most`: how many independent draws a prompt's answers are worth if they are not alike."""
+    """The mean of shares in [0, 1], one a prompt. `at_most`: how many independent draws a prompt's answers are worth if
+    they are not alike."""
     prompts = len(values)
     mean = math.fsum(values) / prompts if prompts else math.nan
     if not prompts:
@@ -80,10 +90,17 @@ def mean_of(values: Sequence[float], seed: int, level: float = LEVEL) -> Interva
     return ratio_of(values, [1.0] * len(values), seed, level)
 
 
-def difference_of(one: tuple[Sequence[float], Sequence[float]], other: tuple[Sequence[float], Sequence[float]], seed: int,
-                  level: float = LEVEL) -> Interval:  # fmt: skip
-    """The ratio of the first less that of the second (numerators and denominators, the same prompts in the same order): paired."""
-    mine, theirs = ((np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)) for top, bottom in (one, other))
+def difference_of(
+    one: tuple[Sequence[float], Sequence[float]],
+    other: tuple[Sequence[float], Sequence[float]],
+    seed: int,
+    level: float = LEVEL,
+) -> Interval:
+    """The ratio of the first less that of the second (numerators and denominators, the same prompts in the same order):
+    paired."""
+    mine, theirs = (
+        (np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)) for top, bottom in (one, other)
+    )
     assert len(mine[0]) == len(theirs[0]), "differences are of the same prompts"
     both = mine[1].sum() and theirs[1].sum()
     value = float(mine[0].sum() / mine[1].sum() - theirs[0].sum() / theirs[1].sum()) if both else math.nan
@@ -101,7 +118,9 @@ def _bootstrapped(value: float, mine: Pair, theirs: Pair | None, seed: int, leve
     at_once = max(1, AT_ONCE // prompts)
     with np.errstate(invalid="ignore", divide="ignore"):  # a draw without any token of a loss is left out below
         for start in range(0, DRAWS, at_once):
-            counts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=min(at_once, DRAWS - start)).astype(np.float64)
+            counts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=min(at_once, DRAWS - start)).astype(
+                np.float64
+            )
             found = (counts @ mine[0]) / (counts @ mine[1])
             drawn.append(found if theirs is None else found - (counts @ theirs[0]) / (counts @ theirs[1]))
     all_drawn = np.concatenate(drawn)
@@ -111,18 +130,23 @@ def _bootstrapped(value: float, mine: Pair, theirs: Pair | None, seed: int, leve
 
 
 def expanded_tail(prompts: int, level: float = LEVEL) -> float:
-    """The share of bootstrap draws that is left out on each side: less than (1 - level) / 2, since so few prompts vary less than all do."""
+    """The share of bootstrap draws that is left out on each side: less than (1 - level) / 2, since so few prompts vary
+    less than all do."""
     return NORMAL.cdf(-math.sqrt(prompts / (prompts - 1)) * t_quantile((1 + level) / 2, prompts - 1))
 
 
 def t_quantile(p: float, freedom: int) -> float:
-    """Student's t: exact for 1 and 2 degrees of freedom, else by Cornish and Fisher's expansion (Abramowitz and Stegun 26.7.5), there right
-    to a hundredth."""
+    """Student's t: exact for 1 and 2 degrees of freedom, else by Cornish and Fisher's expansion (Abramowitz and Stegun
+    26.7.5), there right to a hundredth."""
     if freedom == 1:
         return math.tan(math.pi * (p - 0.5))
     if freedom == 2:
         return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
     z = NORMAL.inv_cdf(p)
-    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-             (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160)  # fmt: skip
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
     return z + math.fsum(term / freedom**power for power, term in enumerate(terms, 1))

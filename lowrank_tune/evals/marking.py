@@ -1,4 +1,5 @@
-"""What an answer is worth: right or wrong by a verifier or the gold answer, the recipe's rewards, and a reward model's score."""
+"""What an answer is worth: right or wrong by a verifier or the gold answer, the recipe's rewards, and a reward model's
+score."""
 
 from __future__ import annotations
 
@@ -25,8 +26,9 @@ GOLD = "gold answer"
 
 @dataclass(frozen=True)
 class Mark:
-    """One answer: `right` None where nothing could tell, `reward` None where a reward failed or there are none, `parts` of it by name, the
-    judge's `score`. `stopped`: it ended by itself, within its turn. `failed`: which reward or verifier could not tell, and why."""
+    """One answer: `right` None where nothing could tell, `reward` None where a reward failed or there are none, `parts`
+    of it by name, the judge's `score`. `stopped`: it ended by itself, within its turn. `failed`: which reward or
+    verifier could not tell, and why."""
 
     text: str
     tokens: int
@@ -41,16 +43,19 @@ class Mark:
 class Marking:
     """Marks answers while others are still written. Use it as a context manager: its workers end with it.
 
-    `verifier` (a reward by name) says what is right; else every reward of the recipe that judges; else whether the gold answer was given.
-    Raises UserError where a reward cannot be made.
+    `verifier` (a reward by name) says what is right; else every reward of the recipe that judges; else whether the gold
+    answer was given. Raises UserError where a reward cannot be made.
     """
 
     def __init__(self, recipe: settings.Recipe | None, verifier: str | None, judged: bool, template: Template) -> None:
         self.template = template
         rewards = make(recipe.rewards, Path.cwd()) if recipe is not None and recipe.rewards else []
         self.rewards: list[Weighted] = rewards
-        self.verifiers = make([settings.RewardUse(use=verifier)], Path.cwd()) if verifier is not None else [
-            each for each in rewards if each.reward.judges and not isinstance(each.reward, RewardModel)]  # fmt: skip
+        self.verifiers = (
+            make([settings.RewardUse(use=verifier)], Path.cwd())
+            if verifier is not None
+            else [each for each in rewards if each.reward.judges and not isinstance(each.reward, RewardModel)]
+        )
         if verifier is not None and not self.verifiers[0].reward.judges:
             raise UserError(f"--verifier: `{verifier}` does not tell right from wrong")
         self.judged = judged
@@ -59,7 +64,9 @@ class Marking:
         self._learned = [each.reward for each in rewards if isinstance(each.reward, RewardModel)]
         self._end = closing(template) if self._learned or judged else []
         self._items: dict[tuple[int, int], tuple[Item, bool | None]] = {}
-        self._scorer: Scorer[tuple[int, int]] = Scorer([*(each.reward for each in self._all), *([self._judge] if judged else [])])
+        self._scorer: Scorer[tuple[int, int]] = Scorer(
+            [*(each.reward for each in self._all), *([self._judge] if judged else [])]
+        )
 
     def __enter__(self) -> Marking:
         return self
@@ -87,7 +94,8 @@ class Marking:
         text, stopped = self.template.decode(body), completion.finish == "stop" and not self.template.marks_in(body)
         ids = [*question.ids, *closed(completion.ids, self._end)] if self._learned or self.judged else ()
         item = Item(question.text, text, question.gold, question.row, stopped, len(completion.ids), ids)
-        exact = None if question.gold is None else stopped and is_exact(text, question.gold)  # what runs on and on has not answered
+        # what runs on and on has not answered
+        exact = None if question.gold is None else stopped and is_exact(text, question.gold)
         self._items[key] = item, exact
         self._scorer.submit(key, item)
 
@@ -107,5 +115,16 @@ class Marking:
         earned = {each.name: (each.weight, score.value) for each, score in told[: len(self.rewards)]}
         parts = {name: value for name, (_, value) in earned.items() if value is not None}
         whole = sum(earned[name][0] * value for name, value in parts.items()) if len(parts) == len(earned) > 0 else None
-        lost = next((f"{each.name}: {score.reason or score.verdict}" for each, score in told if score.value is None), "")
-        return Mark(item.completion, item.tokens, item.stopped, right, whole, parts, scores[-1].value if self.judged else None, lost)
+        lost = next(
+            (f"{each.name}: {score.reason or score.verdict}" for each, score in told if score.value is None), ""
+        )
+        return Mark(
+            item.completion,
+            item.tokens,
+            item.stopped,
+            right,
+            whole,
+            parts,
+            scores[-1].value if self.judged else None,
+            lost,
+        )

@@ -1,7 +1,8 @@
-"""The measurement: every voice answers the same questions with the same random streams, a part of the questions at a time.
+"""The measurement: every voice answers the same questions with the same random streams, a part of the questions at a
+time.
 
-The parts are drawn at random, and each is finished by all voices before the next begins: whenever a person interrupts, what was measured is a
-fair sample, and the same one for all. Neither the parts nor their order change any answer.
+The parts are drawn at random, and each is finished by all voices before the next begins: whenever a person interrupts,
+what was measured is a fair sample, and the same one for all. Neither the parts nor their order change any answer.
 """
 
 from __future__ import annotations
@@ -46,14 +47,24 @@ class Measured:
 class Meter:
     """Measures voices over one base. `answering` False leaves answers out: nothing could be told of them."""
 
-    def __init__(self, roles: Roles, template: Template, marking: Marking, sampling: Sampling, samples: int, answering: bool,
-                 emit: Emit) -> None:  # fmt: skip
+    def __init__(
+        self,
+        roles: Roles,
+        template: Template,
+        marking: Marking,
+        sampling: Sampling,
+        samples: int,
+        answering: bool,
+        emit: Emit,
+    ) -> None:
         self.roles, self.template, self.marking, self.sampling = roles, template, marking, sampling
         self.samples, self.answering, self.emit = samples, answering, emit
 
     def measure(self, voices: Sequence[str], questions: Sequence[Question], seed: int) -> Measured:
         """Ctrl-C ends it with the parts that all voices have finished."""
-        found = Measured(list(voices), list(questions), {voice: {} for voice in voices}, {voice: {} for voice in voices})
+        found = Measured(
+            list(voices), list(questions), {voice: {} for voice in voices}, {voice: {} for voice in voices}
+        )
         order = list(questions)
         random.Random(f"eval-{seed}").shuffle(order)
         each = max(1, ANSWERS // (self.samples if self.answering else 1))
@@ -81,7 +92,10 @@ class Meter:
         found.done += [one.number for one in part]
 
     def _losses(self, voice: str, part: Sequence[Question], tell: Callable[[int], None]) -> dict[int, Loss]:
-        waiting = sorted(((one.number, one.reference) for one in part if one.reference is not None), key=lambda each: -len(each[1].ids))
+        waiting = sorted(
+            ((one.number, one.reference) for one in part if one.reference is not None),
+            key=lambda each: -len(each[1].ids),
+        )
         found: dict[int, Loss] = {}
         while waiting:
             count = max(1, MICRO_TOKENS // len(waiting[0][1].ids))
@@ -121,4 +135,3 @@ class _Bar:
         before, self.done = self.done, self.done + count
         if self.done * 200 // self.total != before * 200 // self.total:
             self.emit(Progress(what=self.what, done=self.done, total=self.total))
-

@@ -1,4 +1,5 @@
-"""`evals.jsonl` in a run's folder: one object an evaluation, versioned, never rewritten. Read leniently, since anyone may have edited it."""
+"""`evals.jsonl` in a run's folder: one object an evaluation, versioned, never rewritten. Read leniently, since anyone
+may have edited it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             size = os.fstat(file).st_size
-            if size and os.pread(file, 1, size - 1) != b"\n":  # a line that a power cut left half must not spoil this one
+            # a line that a power cut left half must not spoil this one
+            if size and os.pread(file, 1, size - 1) != b"\n":
                 data = b"\n" + data
             write_all(file, data)
             os.fsync(file)
@@ -79,17 +81,41 @@ def read_records(folder: Path) -> list[Record]:
 def to_record(data: Mapping[str, Any]) -> Record:
     """The record of such an object."""
     figures, changes, wins, tasks = (_by_voice(data.get(name)) for name in ("figures", "changes", "wins", "tasks"))
-    shares = {voice: {name: (_number(one, "wins"), _number(one, "ties"), _number(one, "losses")) for name, one in _mapping(several).items()
-                      if isinstance(one, Mapping)} for voice, several in _mapping(data.get("wins")).items()}  # fmt: skip
+    shares = {
+        voice: {
+            name: (_number(one, "wins"), _number(one, "ties"), _number(one, "losses"))
+            for name, one in _mapping(several).items()
+            if isinstance(one, Mapping)
+        }
+        for voice, several in _mapping(data.get("wins")).items()
+    }
     on = _mapping(data.get("on"))
-    return Record(_number(data, "time"), str(on.get("origin", "")), _mapping(data.get("settings")), int(_number(on, "prompts")),
-                  int(_number(on, "planned")), data.get("interrupted") is True, figures, changes, wins, shares, tasks,
-                  str(data.get("right_by", "")), str(data.get("judge") or ""))  # fmt: skip
+    return Record(
+        _number(data, "time"),
+        str(on.get("origin", "")),
+        _mapping(data.get("settings")),
+        int(_number(on, "prompts")),
+        int(_number(on, "planned")),
+        data.get("interrupted") is True,
+        figures,
+        changes,
+        wins,
+        shares,
+        tasks,
+        str(data.get("right_by", "")),
+        str(data.get("judge") or ""),
+    )
 
 
 def _by_voice(data: Any) -> dict[str, dict[str, Figure]]:
-    return {str(voice): {str(name): _figure(one) for name, one in _mapping(several).items() if isinstance(one, Mapping) and "value" in one}
-            for voice, several in _mapping(data).items()}  # fmt: skip
+    return {
+        str(voice): {
+            str(name): _figure(one)
+            for name, one in _mapping(several).items()
+            if isinstance(one, Mapping) and "value" in one
+        }
+        for voice, several in _mapping(data).items()
+    }
 
 
 def _figure(one: Mapping[str, Any]) -> Figure:

@@ -1,6 +1,8 @@
-"""What is evaluated: a run or a chain with the adapters that it left, an adapter by itself, or a base alone; and the reward run that judges.
+"""What is evaluated: a run or a chain with the adapters that it left, an adapter by itself, or a base alone; and the
+reward run that judges.
 
-All of it stands on one base in memory: each voice is a stack of adapters, `base` the empty one, and a reward model one with a head.
+All of it stands on one base in memory: each voice is a stack of adapters, `base` the empty one, and a reward model one
+with a head.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ Stack = Mapping[str, SavedAdapter]
 
 @dataclass(frozen=True)
 class Judge:
-    """A reward model that compares answers: the run that it comes from, its stack, and the hashes of the base that it was trained over."""
+    """A reward model that compares answers: the run that it comes from, its stack, and the hashes of the base that it
+    was trained over."""
 
     run: Path
     base: settings.Base
@@ -40,8 +43,8 @@ class Judge:
 
 @dataclass(frozen=True)
 class Subject:
-    """`voices` by name, in the order of training; `base` is none of them. `recipe` and `facts` (its `base.json`) are those of the last
-    voice's run, where there is one; `folder` is where results are kept."""
+    """`voices` by name, in the order of training; `base` is none of them. `recipe` and `facts` (its `base.json`) are
+    those of the last voice's run, where there is one; `folder` is where results are kept."""
 
     name: str
     kind: Literal["run", "chain", "adapter", "model"]
@@ -59,17 +62,29 @@ def subject_of(given: str, bits: Literal[4, 16] | None, emit: Emit) -> Subject:
     path = Path(given).expanduser()
     if (path / "run.json").is_file():
         if bits is not None:
-            raise UserError(f"--bits says how to load a model, and {given} is a run, which brings its own base: leave it out")
+            raise UserError(
+                f"--bits says how to load a model, and {given} is a run, which brings its own base: leave it out"
+            )
         return _of_run(path, emit)
     if (path / CONFIG).is_file():
         saved = read_adapter(given, given)
         if saved.base_name is None:
-            raise UserError(f"{path / CONFIG} does not name its base (base_model_name_or_path), so there is nothing to load it over")
-        return Subject(path.resolve().name, "adapter", settings.Base(model=saved.base_name, bits=bits or 4), {"adapter": {"adapter": saved}})
+            raise UserError(
+                f"{path / CONFIG} does not name its base (base_model_name_or_path), so there is nothing to load it over"
+            )
+        return Subject(
+            path.resolve().name,
+            "adapter",
+            settings.Base(model=saved.base_name, bits=bits or 4),
+            {"adapter": {"adapter": saved}},
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{given} is neither a run (run.json), nor an adapter ({CONFIG}), nor a model (config.json)")
     if not path.exists() and given != TINY and (given.startswith((".", "/", "~")) or given.count("/") != 1):
-        raise UserError(f"{given}: there is no such run or model; name the folder of a run or a model, `{TINY}`, or an id of the hub")
+        raise UserError(
+            f"{given}: there is no such run or model; name the folder of a run or a model, `{TINY}`, or an id of the "
+            f"hub"
+        )
     return Subject(given, "model", settings.Base(model=given, bits=bits or 4), {})
 
 
@@ -78,13 +93,21 @@ def _of_run(path: Path, emit: Emit) -> Subject:
     stages = recipe.get("stages") if isinstance(recipe, dict) else None
     if not isinstance(stages, list):
         if isinstance(recipe, dict) and settings.trained_by(recipe.get("algorithm")) != "policy":
-            raise UserError(f"{path} trained a reward model, which does not answer: score responses with it by --file, or let it judge the "
-                            f"answers of another run, as eval RUN --judge {path}")  # fmt: skip
+            raise UserError(
+                f"{path} trained a reward model, which does not answer: score responses with it by --file, or let it "
+                f"judge the "
+                f"answers of another run, as eval RUN --judge {path}"
+            )
         found = finished_run(path)
         voices: dict[str, Stack] = {found.recipe.algorithm: adapters_in(found)}
-        return Subject(path.resolve().name, "run", found.base, voices, path, found.recipe, found.facts, _learned(found.recipe))
-    writers = {str(stage.get("name")): path / f"{number}-{stage.get('name')}" for number, stage in enumerate(stages, 1)
-               if isinstance(stage, dict) and settings.trained_by(stage.get("algorithm")) == "policy"}  # fmt: skip
+        return Subject(
+            path.resolve().name, "run", found.base, voices, path, found.recipe, found.facts, _learned(found.recipe)
+        )
+    writers = {
+        str(stage.get("name")): path / f"{number}-{stage.get('name')}"
+        for number, stage in enumerate(stages, 1)
+        if isinstance(stage, dict) and settings.trained_by(stage.get("algorithm")) == "policy"
+    }
     ended = {name: finished_run(folder) for name, folder in writers.items() if (folder / "final").is_dir()}
     if not ended:
         finished_run(path)  # says what is missing
@@ -93,7 +116,9 @@ def _of_run(path: Path, emit: Emit) -> Subject:
         emit(Note(level="warning", message=f"not evaluated, because they have not ended: {', '.join(missing)}"))
     last = list(ended.values())[-1]
     voices = {name: adapters_in(found) for name, found in ended.items()}
-    return Subject(path.resolve().name, "chain", last.base, voices, path, last.recipe, last.facts, _learned(last.recipe))
+    return Subject(
+        path.resolve().name, "chain", last.base, voices, path, last.recipe, last.facts, _learned(last.recipe)
+    )
 
 
 def _learned(recipe: settings.Recipe) -> Stack:
@@ -115,12 +140,16 @@ def head_stack(path: str, key: str) -> Stack:
     given = Path(path).expanduser()
     final = given / "final" if (given / "final" / CONFIG).exists() else given
     if (final / STACK).exists() and not (stack := stack_of(final, key)).folded:
-        return {**{name: read_adapter(str(final / name), key) for name in stack.names[:-1]}, ROLE: read_adapter(path, key, head=True)}
+        return {
+            **{name: read_adapter(str(final / name), key) for name in stack.names[:-1]},
+            ROLE: read_adapter(path, key, head=True),
+        }
     return {ROLE: read_adapter(path, key, head=True, whole=True)}
 
 
 def roles_for(subject: Subject, judge: Judge | None, base: Base) -> Roles:
-    """Every voice over the one base, nothing trainable: `of_NAME` for each of them, `reward` and `judge` for those that score."""
+    """Every voice over the one base, nothing trainable: `of_NAME` for each of them, `reward` and `judge` for those that
+    score."""
     stacks: dict[str, list[str]] = {}
     saved: dict[str, SavedAdapter] = {}
     for voice, stack in subject.voices.items():
@@ -129,9 +158,12 @@ def roles_for(subject: Subject, judge: Judge | None, base: Base) -> Roles:
     for role, stack in ((ROLE, subject.learned), (JUDGE, judge.stack if judge is not None else {})):
         if stack:
             *below, top = stack.items()
-            stacks[role] = [*(f"under_{role}_{name}" for name, _ in below), role]  # a head belongs to the adapter of its role's name
+            # a head belongs to the adapter of its role's name
+            stacks[role] = [*(f"under_{role}_{name}" for name, _ in below), role]
             saved |= {**{f"under_{role}_{name}": adapter for name, adapter in below}, role: top[1]}
-    configs = {name: adapter.config for name, adapter in saved.items()} or {"none": lora_config(settings.Adapter(r=1), base.model)}
+    configs = {name: adapter.config for name, adapter in saved.items()} or {
+        "none": lora_config(settings.Adapter(r=1), base.model)
+    }
     roles = Roles(base, configs, trainable=[], stacks=stacks, heads=[role for role in (ROLE, JUDGE) if role in stacks])
     for name, adapter in saved.items():
         roles.load_adapter_tensors(name, adapter.tensors, str(adapter.folder))
@@ -144,8 +176,8 @@ def role_of(voice: str) -> str:
 
 
 def check_bases(subject: Subject, judge: Judge | None, base: Base, emit: Emit) -> None:
-    """The base at hand must be, tensor by tensor, the one that each run was trained over. Where a run trained on another kind of device its
-    4-bit weights cannot be compared, and that is told. Raises UserError."""
+    """The base at hand must be, tensor by tensor, the one that each run was trained over. Where a run trained on
+    another kind of device its 4-bit weights cannot be compared, and that is told. Raises UserError."""
     named = [(subject.name, subject.facts)] + ([(f"--judge {judge.run}", judge.facts)] if judge is not None else [])
     now: dict[str, str] = {}
     for who, facts in named:
@@ -153,21 +185,29 @@ def check_bases(subject: Subject, judge: Judge | None, base: Base, emit: Emit) -
         if not isinstance(then, dict) or not then:
             continue
         if facts.get("device") != base.device.type or facts.get("bits", base.bits) != base.bits:
-            told = f"{who} was trained on {facts.get('device')} in {facts.get('bits')} bits, and this is {base.device.type} in {base.bits}: "
+            told = (
+                f"{who} was trained on {facts.get('device')} in {facts.get('bits')} bits, and this is "
+                f"{base.device.type} in {base.bits}: "
+            )
             emit(Note(level="warning", message=f"{told}whether the base is the same cannot be told by its weights"))
             continue
         now = now or base_hashes(base.model)
         other = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
         if other:
-            raise UserError(f"{who} was trained over another base than {base.name} as it is here: {len(other)} of {len(now)} tensors differ, "
-                            f"{other[0]} for one")  # fmt: skip
+            raise UserError(
+                f"{who} was trained over another base than {base.name} as it is here: {len(other)} of {len(now)} "
+                f"tensors differ, "
+                f"{other[0]} for one"
+            )
 
 
 def check_judge(subject: Subject, judge: Judge) -> None:
     """What can be told before anything is loaded."""
     mine, theirs = subject.base.model.partition("@")[0], judge.base.model.partition("@")[0]
     if mine != theirs:
-        raise UserError(f"--judge: {judge.run} stands on {theirs} and {subject.name} on {mine}: a judge must share the base")
+        raise UserError(
+            f"--judge: {judge.run} stands on {theirs} and {subject.name} on {mine}: a judge must share the base"
+        )
 
 
 def device_name(device: torch.device) -> str:

@@ -28,7 +28,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer to a held-out prompt. `stopped`: it ended by itself, within its turn; `exact`: it did, and it is the gold answer."""
+    """One answer to a held-out prompt. `stopped`: it ended by itself, within its turn; `exact`: it did, and it is the
+    gold answer."""
 
     prompt: int
     text: str
@@ -51,12 +52,23 @@ def questions_in(rows: TokenStore, template: Template, count: int) -> list[Quest
     return questions
 
 
-def answer(roles: Roles, role: str, template: Template, questions: Sequence[Question], samples: int, sampling: Sampling, emit: Emit,
-           slots: int = 256) -> list[list[Answer]]:  # fmt: skip
-    """`samples` answers to each question. One that ends by itself and holds no mark of another turn has stopped properly."""
+def answer(
+    roles: Roles,
+    role: str,
+    template: Template,
+    questions: Sequence[Question],
+    samples: int,
+    sampling: Sampling,
+    emit: Emit,
+    slots: int = 256,
+) -> list[list[Answer]]:
+    """`samples` answers to each question. One that ends by itself and holds no mark of another turn has stopped
+    properly."""
     answers: list[list[Answer]] = [[] for _ in questions]
     total = len(questions) * samples
-    for done, completion in enumerate(Engine(roles, role, slots).generate([question.ids for question in questions], samples, sampling), 1):
+    for done, completion in enumerate(
+        Engine(roles, role, slots).generate([question.ids for question in questions], samples, sampling), 1
+    ):
         answers[completion.prompt].append(_judge(completion, template, questions[completion.prompt]))
         if done * TOLD // total != (done - 1) * TOLD // total:
             emit(Progress(what=f"answering held-out questions ({role})", done=done, total=total))
@@ -64,11 +76,15 @@ def answer(roles: Roles, role: str, template: Template, questions: Sequence[Ques
 
 
 def measure(answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
-    """pass@1 as the share of exact answers, pass@k for k samples a prompt, the share that stopped properly, and the mean length."""
+    """pass@1 as the share of exact answers, pass@k for k samples a prompt, the share that stopped properly, and the
+    mean length."""
     flat = [one for several in answers for one in several]
     samples = len(answers[0])
-    found = {"exact": sum(one.exact for one in flat) / len(flat), "stopped": sum(one.stopped for one in flat) / len(flat),
-             "length": sum(one.length for one in flat) / len(flat)}  # fmt: skip
+    found = {
+        "exact": sum(one.exact for one in flat) / len(flat),
+        "stopped": sum(one.stopped for one in flat) / len(flat),
+        "length": sum(one.length for one in flat) / len(flat),
+    }
     if samples > 1:
         found[f"pass_at_{samples}"] = sum(any(one.exact for one in several) for several in answers) / len(answers)
     return found
@@ -93,5 +109,6 @@ def _judge(completion: Completion, template: Template, question: Question) -> An
     body = completion.ids[:-1] if completion.finish == "stop" else completion.ids
     text = template.decode(body)
     stopped = completion.finish == "stop" and not template.marks_in(body)
-    exact = stopped and question.gold is not None and is_exact(text, question.gold)  # what runs on and on has not answered
+    # what runs on and on has not answered
+    exact = stopped and question.gold is not None and is_exact(text, question.gold)
     return Answer(completion.prompt, text, stopped, exact, len(completion.ids))

@@ -1,4 +1,5 @@
-"""Measurements on held-out rows: what an algorithm is judged by, and how far its scores of preference pairs can be believed."""
+"""Measurements on held-out rows: what an algorithm is judged by, and how far its scores of preference pairs can be
+believed."""
 
 from __future__ import annotations
 
@@ -45,20 +46,37 @@ class PairScores:
         told = longer != 0
         scores, tokens = torch.cat([self.chosen, self.rejected]), torch.cat([self.chosen_tokens, self.rejected_tokens])
         return {
-            "accuracy": share_right(difference).value, "margin": float(difference.double().mean()),
-            "calibration_error": calibration_error(reliability(difference)), "length_correlation": correlation(scores, tokens),
-            "prefers_longer": float(((difference * longer)[told] > 0).double().mean()) if bool(told.any()) else math.nan}  # fmt: skip
+            "accuracy": share_right(difference).value,
+            "margin": float(difference.double().mean()),
+            "calibration_error": calibration_error(reliability(difference)),
+            "length_correlation": correlation(scores, tokens),
+            "prefers_longer": float(((difference * longer)[told] > 0).double().mean())
+            if bool(told.any())
+            else math.nan,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, for the report: figures, the reliability diagram, and the scores of the first pairs."""
-        sides = {"chosen": self.chosen, "rejected": self.rejected, "chosen_tokens": self.chosen_tokens, "rejected_tokens": self.rejected_tokens}
+        sides = {
+            "chosen": self.chosen,
+            "rejected": self.rejected,
+            "chosen_tokens": self.chosen_tokens,
+            "rejected_tokens": self.rejected_tokens,
+        }
         found = reliability(self.chosen - self.rejected)
         bins = [{"confidence": confidence, "right": right, "pairs": count} for confidence, right, count in found]
-        return {"version": 1, "pairs": len(self.chosen), "figures": self.figures(), "reliability": bins,
-                **{name: [round(value, 5) for value in side[:SHOWN_SCORES].tolist()] for name, side in sides.items()}}  # fmt: skip
+        return {
+            "version": 1,
+            "pairs": len(self.chosen),
+            "figures": self.figures(),
+            "reliability": bins,
+            **{name: [round(value, 5) for value in side[:SHOWN_SCORES].tolist()] for name, side in sides.items()},
+        }
 
 
-def validate(algorithm: Algorithm, roles: Roles, rows: TokenStore, collated: Collated, micro_tokens: int, emit: Emit) -> dict[str, float]:
+def validate(
+    algorithm: Algorithm, roles: Roles, rows: TokenStore, collated: Collated, micro_tokens: int, emit: Emit
+) -> dict[str, float]:
     """What the algorithm measures on held-out rows, means over all of them; dropout off."""
     stats: Stats = {}
     for measured, _ in held_out(roles, rows, collated, algorithm.measure, micro_tokens, "validating", emit):
@@ -66,7 +84,9 @@ def validate(algorithm: Algorithm, roles: Roles, rows: TokenStore, collated: Col
     return to_floats(stats)
 
 
-def score_pairs(algorithm: PairAlgorithm, roles: Roles, rows: TokenStore, collated: Collated, micro_tokens: int, emit: Emit) -> PairScores:
+def score_pairs(
+    algorithm: PairAlgorithm, roles: Roles, rows: TokenStore, collated: Collated, micro_tokens: int, emit: Emit
+) -> PairScores:
     """What the algorithm thinks of both sides of every pair, and how long they are."""
     scores, lengths = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.long)
 
@@ -78,10 +98,17 @@ def score_pairs(algorithm: PairAlgorithm, roles: Roles, rows: TokenStore, collat
     return PairScores(scores[::2], scores[1::2], lengths[::2], lengths[1::2])
 
 
-def held_out(roles: Roles, rows: TokenStore, collated: Collated, work: Callable[[Batch], T], micro_tokens: int, what: str,
-             emit: Emit) -> Iterator[tuple[T, Tensor]]:  # fmt: skip
-    """What `work` makes, without gradient or dropout, of all units of a store in batches of similar length, longest first, on the device of
-    the base; and of which rows of the store."""
+def held_out(
+    roles: Roles,
+    rows: TokenStore,
+    collated: Collated,
+    work: Callable[[Batch], T],
+    micro_tokens: int,
+    what: str,
+    emit: Emit,
+) -> Iterator[tuple[T, Tensor]]:
+    """What `work` makes, without gradient or dropout, of all units of a store in batches of similar length, longest
+    first, on the device of the base; and of which rows of the store."""
 
     def read(units: Sequence[int]) -> T:
         with roles.quiet():

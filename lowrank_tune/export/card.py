@@ -1,4 +1,5 @@
-"""Model cards: what a folder holds, how it was made, what was measured, and how it is used elsewhere. No path but those that the user named.
+"""Model cards: what a folder holds, how it was made, what was measured, and how it is used elsewhere. No path but those
+that the user named.
 
 vLLM takes ranks up to 16 unless told otherwise, and only the limits of `LIMITS`.
 """
@@ -25,8 +26,8 @@ USUAL = 16
 
 @dataclass(frozen=True)
 class Adapters:
-    """What lies in `final/`: the stack's names, lowest first, whether the root is all of them in one, the root's `adapter_config.json`, and
-    whether it writes text (a reward model does not)."""
+    """What lies in `final/`: the stack's names, lowest first, whether the root is all of them in one, the root's
+    `adapter_config.json`, and whether it writes text (a reward model does not)."""
 
     names: Sequence[str]
     folded: bool
@@ -34,15 +35,34 @@ class Adapters:
     speaks: bool
 
 
-def card(recipe: settings.Recipe, summary: Mapping[str, Any], revision: str | None, adapters: Adapters, ends: Sequence[str]) -> str:
+def card(
+    recipe: settings.Recipe, summary: Mapping[str, Any], revision: str | None, adapters: Adapters, ends: Sequence[str]
+) -> str:
     """`README.md` of `final/`."""
     base = recipe.base.model.partition("@")[0]
     tags = ["lora", "qlora", "lowrank-tune", recipe.algorithm]
-    parts = [heading(recipe, "peft", tags), f"# {recipe.name or recipe.algorithm}", "",
-             _what(recipe, base, revision, adapters), "", *_how_trained(recipe, summary), *measured(summary),
-             "## How to use it", ""]  # fmt: skip
+    parts = [
+        heading(recipe, "peft", tags),
+        f"# {recipe.name or recipe.algorithm}",
+        "",
+        _what(recipe, base, revision, adapters),
+        "",
+        *_how_trained(recipe, summary),
+        *measured(summary),
+        "## How to use it",
+        "",
+    ]
     parts += _use_writer(recipe.base, adapters, ends) if adapters.speaks else _use_reward(recipe.base, revision)
-    parts += ["## The recipe", "", "```yaml", recipe_text(recipe), "```", "", f"Made with lowrank_tune {__version__}.", ""]
+    parts += [
+        "## The recipe",
+        "",
+        "```yaml",
+        recipe_text(recipe),
+        "```",
+        "",
+        f"Made with lowrank_tune {__version__}.",
+        "",
+    ]
     return "\n".join(parts)
 
 
@@ -65,18 +85,33 @@ def on_hub(name: str) -> bool:
 
 
 def _what(recipe: settings.Recipe, base: str, revision: str | None, adapters: Adapters) -> str:
-    kind = {"sft": "answers", "reward": "preference pairs, as a reward model", "dpo": "preference pairs (DPO)", "ppo": "rewards (PPO)",
-            "grpo": "rewards (GRPO)"}[recipe.algorithm]  # fmt: skip
+    kind = {
+        "sft": "answers",
+        "reward": "preference pairs, as a reward model",
+        "dpo": "preference pairs (DPO)",
+        "ppo": "rewards (PPO)",
+        "grpo": "rewards (GRPO)",
+    }[recipe.algorithm]
     at = f" at revision `{revision}`" if revision else ""
     quantised = "whose weights were frozen in 4 bits (NF4)" if recipe.base.bits == 4 else "whose weights were frozen"
     told = f"A LoRA adapter for `{base}`{at}, {quantised}, trained on {kind}."
     if base == TINY:
-        told += " (That base ships with lowrank_tune; `./base` below is a copy of its folder `lowrank_tune/tutor/base`.)"
+        told += (
+            " (That base ships with lowrank_tune; `./base` below is a copy of its folder `lowrank_tune/tutor/base`.)"
+        )
     if len(adapters.names) > 1:
         stack = ", ".join(f"`{name}`" for name in adapters.names)
-        told += (f" The adapters {stack} are folded into this one, exactly: its rank is the sum of theirs; "
-                 f"`{adapters.names[-1]}` alone lies in the folder of that name.") if adapters.folded else (
-                 f" It lies on top of {stack.rpartition(', ')[0]}, each in a folder of its name, and means nothing without them.")  # fmt: skip
+        told += (
+            (
+                f" The adapters {stack} are folded into this one, exactly: its rank is the sum of theirs; "
+                f"`{adapters.names[-1]}` alone lies in the folder of that name."
+            )
+            if adapters.folded
+            else (
+                f" It lies on top of {stack.rpartition(', ')[0]}, each in a folder of its name, and means nothing "
+                f"without them."
+            )
+        )
     config = adapters.config
     targets = config["target_modules"]
     where = ", ".join(targets if isinstance(targets, list) and len(targets) <= 12 else [f"{len(targets)} modules"])
@@ -86,11 +121,19 @@ def _what(recipe: settings.Recipe, base: str, revision: str | None, adapters: Ad
 def _how_trained(recipe: settings.Recipe, summary: Mapping[str, Any]) -> list[str]:
     lines = ["## Data", ""]
     for source in recipe.data.train:
-        facts = [source.name, f"split {source.split}", source.format if source.format != "auto" else None,
-                 f"{source.rows:,} rows" if source.rows else None, f"weight {source.weight:g}" if source.weight else None]  # fmt: skip
+        facts = [
+            source.name,
+            f"split {source.split}",
+            source.format if source.format != "auto" else None,
+            f"{source.rows:,} rows" if source.rows else None,
+            f"weight {source.weight:g}" if source.weight else None,
+        ]
         lines.append(f"- `{source.dataset}` ({', '.join(filter(None, facts))})")
     if recipe.rewards:
-        lines += ["", "Rewarded by " + ", ".join(f"`{reward.use}` (weight {reward.weight:g})" for reward in recipe.rewards) + "."]
+        lines += [
+            "",
+            "Rewarded by " + ", ".join(f"`{reward.use}` (weight {reward.weight:g})" for reward in recipe.rewards) + ".",
+        ]
     best = summary.get("best", {}).get("step")
     kept = f"; the adapter is that of step {best}" if best is not None and recipe.train.final == "best" else ""
     rate = f"learning rate {recipe.train.learning_rate:g}, {recipe.train.optimizer}, seed {recipe.seed}"
@@ -104,11 +147,15 @@ def measured(summary: Mapping[str, Any]) -> list[str]:
     if heldout:
         keys = list(dict.fromkeys(key for stats in heldout.values() for key in stats))
         lines += [f"| held-out questions | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
-        lines += [f"| {name} | {' | '.join(_number(stats.get(key)) for key in keys)} |" for name, stats in heldout.items()]
+        lines += [
+            f"| {name} | {' | '.join(_number(stats.get(key)) for key in keys)} |" for name, stats in heldout.items()
+        ]
         lines.append("")
     figures = {f"best step, {key}": value for key, value in summary.get("best", {}).items() if key != "step"}
     figures |= {f"held-out pairs, {key}": value for key, value in summary.get("heldout_pairs", {}).items()}
-    figures = figures or {f"last step, {key}": value for key, value in summary.get("last", {}).items() if key in ("loss", "reward", "kl")}
+    figures = figures or {
+        f"last step, {key}": value for key, value in summary.get("last", {}).items() if key in ("loss", "reward", "kl")
+    }
     if figures:
         lines += ["| | |", "|---|---|", *(f"| {key} | {_number(value)} |" for key, value in figures.items()), ""]
     return lines if len(lines) > 2 else []
@@ -127,13 +174,20 @@ def _vllm(base: str, rank: int) -> list[str]:
     limit = rank_limit(rank)
     if limit is None:
         return [
-            f"**vLLM**: rank {rank} is above the highest that it takes ({LIMITS[-1]}); `lowrank-tune merge` makes a model that it serves.",
+            f"**vLLM**: rank {rank} is above the highest that it takes ({LIMITS[-1]}); `lowrank-tune merge` makes a "
+            f"model that it serves.",
             "",
         ]
     flag = f" --max-lora-rank {limit}" if rank > USUAL else ""
     why = f" Its default `max_lora_rank` of {USUAL} is too low for rank {rank} and must be raised:" if flag else ""
-    return [f"**vLLM**, with this folder as `./adapter`.{why}", "", "```sh",
-            f"vllm serve {base} --enable-lora{flag} --lora-modules tuned=./adapter", "```", ""]  # fmt: skip
+    return [
+        f"**vLLM**, with this folder as `./adapter`.{why}",
+        "",
+        "```sh",
+        f"vllm serve {base} --enable-lora{flag} --lora-modules tuned=./adapter",
+        "```",
+        "",
+    ]
 
 
 def _place(base: settings.Base) -> str:
@@ -144,24 +198,44 @@ def _place(base: settings.Base) -> str:
 
 def _use_writer(base: settings.Base, adapters: Adapters, ends: Sequence[str]) -> list[str]:
     stops = ", ".join(f"`{end}`" for end in ends)
-    lines = [f"An answer ends at {stops}; `generation_config.json` says so too. The chat template lies with the tokenizer.", "",
-             "**PEFT**, with this folder as `./adapter`:", "", "```python", *_peft(base, adapters), "```", ""]  # fmt: skip
+    lines = [
+        f"An answer ends at {stops}; `generation_config.json` says so too. The chat template lies with the tokenizer.",
+        "",
+        "**PEFT**, with this folder as `./adapter`:",
+        "",
+        "```python",
+        *_peft(base, adapters),
+        "```",
+        "",
+    ]
     if len(adapters.names) > 1 and not adapters.folded:
-        return [*lines, "vLLM, llama.cpp and Ollama take one adapter at a time, and these are several: run the recipe with "
-                "`train.final_stack: folded`, merge them into the base with `lowrank-tune merge`, or fold them into a GGUF adapter with "
-                "`lowrank-tune export RUN --to gguf-lora`.", ""]  # fmt: skip
+        return [
+            *lines,
+            "vLLM, llama.cpp and Ollama take one adapter at a time, and these are several: run the recipe with "
+            "`train.final_stack: folded`, merge them into the base with `lowrank-tune merge`, or fold them into a "
+            "GGUF adapter with "
+            "`lowrank-tune export RUN --to gguf-lora`.",
+            "",
+        ]
     return [*lines, *_vllm(_place(base), int(adapters.config["r"])), *_llama_cpp(ends)]
 
 
 def _peft(base: settings.Base, adapters: Adapters) -> list[str]:
     four = base.bits == 4
-    names = ", ".join(["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if four else []), "GenerationConfig"])
+    names = ", ".join(
+        ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if four else []), "GenerationConfig"]
+    )
     lines = ["import torch", "from peft import PeftModel", f"from transformers import {names}", ""]
     if four:
-        lines += ['four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,',
-                  "                               bnb_4bit_compute_dtype=torch.bfloat16)  # as it was trained"]  # fmt: skip
+        lines += [
+            'four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+            "bnb_4bit_use_double_quant=True,",
+            "                               bnb_4bit_compute_dtype=torch.bfloat16)  # as it was trained",
+        ]
     _, _, revision = base.model.partition("@")
-    given = ([f"revision={json.dumps(revision)}"] if revision else []) + (["quantization_config=four_bits"] if four else [])
+    given = ([f"revision={json.dumps(revision)}"] if revision else []) + (
+        ["quantization_config=four_bits"] if four else []
+    )
     arguments = ", ".join([json.dumps(_place(base)), "dtype=torch.bfloat16", 'device_map="auto"', *given])
     lines.append(f"base = AutoModelForCausalLM.from_pretrained({arguments})")
     if len(adapters.names) > 1 and not adapters.folded:
@@ -172,52 +246,106 @@ def _peft(base: settings.Base, adapters: Adapters) -> list[str]:
         lines.append(f"model.base_model.set_adapter({json.dumps([f'below_{name}' for name in adapters.names])})")
     else:
         lines.append('model = PeftModel.from_pretrained(base, "./adapter")')
-    return [*lines, 'tokenizer = AutoTokenizer.from_pretrained("./adapter")', "",
-            'chat = [{"role": "user", "content": "..."}]',
-            'inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(model.device)',
-            "ends = GenerationConfig.from_pretrained(\"./adapter\")",
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256, generation_config=ends)[0]))"]  # fmt: skip
+    return [
+        *lines,
+        'tokenizer = AutoTokenizer.from_pretrained("./adapter")',
+        "",
+        'chat = [{"role": "user", "content": "..."}]',
+        'inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", '
+        "return_dict=True).to(model.device)",
+        'ends = GenerationConfig.from_pretrained("./adapter")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256, generation_config=ends)[0]))",
+    ]
 
 
 def _llama_cpp(ends: Sequence[str]) -> list[str]:
-    return ["**llama.cpp** and **Ollama** take one GGUF file best, base and adapter merged: `lowrank-tune export RUN --to gguf` or "
-            "`--to ollama` makes it of the run, with a Modelfile, and measures what merging changes. Or the adapter (`--to gguf-lora`), "
-            "over a base; llama.cpp's own converters make the same of this folder and of a folder `./base` with the base's files:", "", "```sh",
-            "python convert_hf_to_gguf.py ./base --outfile base.gguf",
-            "python convert_lora_to_gguf.py ./adapter --base ./base --outfile adapter.gguf",
-            "llama-cli -m base.gguf --lora adapter.gguf", "```", "",
-            "with Ollama by `ollama create tuned -f Modelfile`:", "", "```",
-            "FROM ./base.gguf", "ADAPTER ./adapter.gguf", *(f"PARAMETER stop {quoted(end)}" for end in ends), "```", "",
-            "A base that is quantised otherwise than in training answers a little differently.", ""]  # fmt: skip
+    return [
+        "**llama.cpp** and **Ollama** take one GGUF file best, base and adapter merged: `lowrank-tune export RUN "
+        "--to gguf` or "
+        "`--to ollama` makes it of the run, with a Modelfile, and measures what merging changes. Or the adapter "
+        "(`--to gguf-lora`), "
+        "over a base; llama.cpp's own converters make the same of this folder and of a folder `./base` with the "
+        "base's files:",
+        "",
+        "```sh",
+        "python convert_hf_to_gguf.py ./base --outfile base.gguf",
+        "python convert_lora_to_gguf.py ./adapter --base ./base --outfile adapter.gguf",
+        "llama-cli -m base.gguf --lora adapter.gguf",
+        "```",
+        "",
+        "with Ollama by `ollama create tuned -f Modelfile`:",
+        "",
+        "```",
+        "FROM ./base.gguf",
+        "ADAPTER ./adapter.gguf",
+        *(f"PARAMETER stop {quoted(end)}" for end in ends),
+        "```",
+        "",
+        "A base that is quantised otherwise than in training answers a little differently.",
+        "",
+    ]
 
 
 def _use_reward(base: settings.Base, revision: str | None) -> list[str]:
     arguments = json.dumps(_place(base)) + (f", revision={json.dumps(revision)}" if revision else "") + ", num_labels=1"
-    return ["It scores a conversation at its last token, with a scalar head (`score`):", "", "```python",
-            "from peft import PeftModel", "from transformers import AutoModelForSequenceClassification", "",
-            f"base = AutoModelForSequenceClassification.from_pretrained({arguments})",
-            'model = PeftModel.from_pretrained(base, "./adapter")', "```", "",
-            "vLLM, llama.cpp and Ollama serve no adapter with a head of its own.", ""]  # fmt: skip
+    return [
+        "It scores a conversation at its last token, with a scalar head (`score`):",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForSequenceClassification",
+        "",
+        f"base = AutoModelForSequenceClassification.from_pretrained({arguments})",
+        'model = PeftModel.from_pretrained(base, "./adapter")',
+        "```",
+        "",
+        "vLLM, llama.cpp and Ollama serve no adapter with a head of its own.",
+        "",
+    ]
 
 
 def merged_card(recipe: settings.Recipe, kind: str, table: Sequence[tuple[str, str]]) -> str:
     """`README.md` of a merged model: what was added to what, and the comparison with what was trained."""
     base = recipe.base.model.partition("@")[0]
-    into = "the dequantised 4-bit weights that it was trained over" if kind == "dequantized" else "the original weights of the base"
+    into = (
+        "the dequantised 4-bit weights that it was trained over"
+        if kind == "dequantized"
+        else "the original weights of the base"
+    )
     if recipe.base.bits != 4:
         into = "the weights that it was trained over"
-    return "\n".join([
-        heading(recipe, "transformers", ["lowrank-tune", "merged", recipe.algorithm], relation="finetune"),
-        f"# {recipe.name or recipe.algorithm}", "", f"`{base}` with an adapter trained by `{recipe.algorithm}`, merged into {into}; bf16.",
-        "", "## Trained against merged", "",
-        "| | |", "|---|---|", *(f"| {name.replace('|', chr(92) + '|')} | {value} |" for name, value in table), "",
-        "It loads like any model of its kind: `AutoModelForCausalLM.from_pretrained`, `vllm serve`; `lowrank-tune export RUN --to gguf` "
-        "makes a file for llama.cpp of it.",
-        "", "## The recipe", "", "```yaml", recipe_text(recipe), "```", "", f"Made with lowrank_tune {__version__}.", ""])  # fmt: skip
+    return "\n".join(
+        [
+            heading(recipe, "transformers", ["lowrank-tune", "merged", recipe.algorithm], relation="finetune"),
+            f"# {recipe.name or recipe.algorithm}",
+            "",
+            f"`{base}` with an adapter trained by `{recipe.algorithm}`, merged into {into}; bf16.",
+            "",
+            "## Trained against merged",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name.replace('|', chr(92) + '|')} | {value} |" for name, value in table),
+            "",
+            "It loads like any model of its kind: `AutoModelForCausalLM.from_pretrained`, `vllm serve`; "
+            "`lowrank-tune export RUN --to gguf` "
+            "makes a file for llama.cpp of it.",
+            "",
+            "## The recipe",
+            "",
+            "```yaml",
+            recipe_text(recipe),
+            "```",
+            "",
+            f"Made with lowrank_tune {__version__}.",
+            "",
+        ]
+    )
 
 
 def recipe_text(recipe: settings.Recipe) -> str:
-    """The recipe in YAML, with adapters by the names of their folders: where on a machine those lie is nobody's business."""
+    """The recipe in YAML, with adapters by the names of their folders: where on a machine those lie is nobody's
+    business."""
     facts = recipe.to_dict()
     for adapter in facts.get("adapters", {}).values():
         if "path" in adapter:

@@ -1,8 +1,10 @@
-"""Run as a program of its own (`python convert_child.py CONVERTER PRE BOS ...`): llama.cpp's converter, told two things that it may not know.
+"""Run as a program of its own (`python convert_child.py CONVERTER PRE BOS ...`): llama.cpp's converter, told two things
+that it may not know.
 
-It knows tokenizers by a hash of what they make of one text, so one that was trained at home is strange to it even where it cuts words by the
-rules of a known one; PRE is llama.cpp's name of these rules (empty for none), and is used for strange ones only. BOS (0 or 1) says whether the
-tokenizer puts its first token before every text, for a file that would leave that open: what runs it would guess, and not all guess alike.
+It knows tokenizers by a hash of what they make of one text, so one that was trained at home is strange to it even where
+it cuts words by the rules of a known one; PRE is llama.cpp's name of these rules (empty for none), and is used for
+strange ones only. BOS (0 or 1) says whether the tokenizer puts its first token before every text, for a file that would
+leave that open: what runs it would guess, and not all guess alike.
 """
 
 from __future__ import annotations

@@ -49,23 +49,35 @@ class Finished:
 
 
 def finished_run(run: Path) -> Finished:
-    """The run in a folder. Raises UserError where there is none, where it has not ended, or where it trained no policy."""
+    """The run in a folder. Raises UserError where there is none, where it has not ended, or where it trained no
+    policy."""
     recipe = _object(run / "run.json").get("recipe")
     if not isinstance(recipe, dict):
-        raise UserError(f"{run}: there is no such run" if not run.is_dir() else f"{run} is no run: it holds no run.json that can be read")
+        raise UserError(
+            f"{run}: there is no such run"
+            if not run.is_dir()
+            else f"{run} is no run: it holds no run.json that can be read"
+        )
     if isinstance(recipe.get("stages"), list):
         stages = [stage for stage in recipe["stages"] if isinstance(stage, dict)]
-        writers = [number for number, stage in enumerate(stages, 1) if settings.trained_by(stage.get("algorithm")) == "policy"]
+        writers = [
+            number for number, stage in enumerate(stages, 1) if settings.trained_by(stage.get("algorithm")) == "policy"
+        ]
         if not writers:
             raise UserError(f"{run} is a chain without a stage that trained a policy")
         stage = run / f"{writers[-1]}-{stages[writers[-1] - 1].get('name')}"
         if not stage.is_dir():
-            raise UserError(f"{run} has not ended: its stage {stage.name} has not begun; the same command that began it goes on with it")
+            raise UserError(
+                f"{run} has not ended: its stage {stage.name} has not begun; the same command that began it goes on "
+                f"with it"
+            )
         return finished_run(stage)
     if settings.trained_by(recipe.get("algorithm")) != "policy":
         raise UserError(f"{run} trained a reward model, which scores and does not write; only a policy can be merged")
     if not (run / "final").is_dir():
-        raise UserError(f"{run} has not ended, so there is nothing to take yet: the same command that began it goes on with it")
+        raise UserError(
+            f"{run} has not ended, so there is nothing to take yet: the same command that began it goes on with it"
+        )
     return Finished(run, from_dict(recipe), _object(run / "base.json"))
 
 
@@ -73,15 +85,24 @@ def check_base(found: Finished, base: Base) -> None:
     """Compares the base at hand with the one that was trained, tensor by tensor. Raises UserError where they differ."""
     then, device = found.facts.get("tensors"), found.facts.get("device", base.device.type)
     if not isinstance(then, dict) or not then:
-        raise UserError(f"{found.path / 'base.json'} holds no hashes of the base, so nothing tells whether this is the one that was trained")
+        raise UserError(
+            f"{found.path / 'base.json'} holds no hashes of the base, so nothing tells whether this is the one that "
+            f"was trained"
+        )
     if device != base.device.type:
-        raise UserError(f"{found.path} was trained on {device} and this machine would load the base on {base.device.type}, where its 4-bit "
-                        "weights cannot be compared: merge where it was trained")  # fmt: skip
+        raise UserError(
+            f"{found.path} was trained on {device} and this machine would load the base on {base.device.type}, where "
+            f"its 4-bit "
+            "weights cannot be compared: merge where it was trained"
+        )
     now = base_hashes(base.model)
     other = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
     if other:
-        raise UserError(f"{base.name} is not the base that {found.path} was trained on: {len(other)} of its {len(now)} tensors differ, "
-                        f"{other[0]} for one; put the trained one back")  # fmt: skip
+        raise UserError(
+            f"{base.name} is not the base that {found.path} was trained on: {len(other)} of its {len(now)} tensors "
+            f"differ, "
+            f"{other[0]} for one; put the trained one back"
+        )
 
 
 def adapters_in(found: Finished) -> dict[str, SavedAdapter]:
@@ -89,29 +110,36 @@ def adapters_in(found: Finished) -> dict[str, SavedAdapter]:
     final, recipe, key = found.final, found.recipe, str(found.final)
     lower = [name for name in recipe.adapters if name not in (recipe.trained, *recipe.aside, "reward")]
     if lower and not (final / STACK).exists():
-        raise UserError(f"{final} holds the adapter {recipe.trained} without {', '.join(lower)}, which it was trained over (an older version "
-                        "of this program left it so): run the recipe again")  # fmt: skip
+        raise UserError(
+            f"{final} holds the adapter {recipe.trained} without {', '.join(lower)}, which it was trained over (an "
+            f"older version "
+            "of this program left it so): run the recipe again"
+        )
     return adapters_at(final, key)
 
 
 def adapters_at(folder: Path, key: str) -> dict[str, SavedAdapter]:
     """The same of a `final/` folder, or of any adapter's, wherever it lies."""
     if (folder / STACK).exists() and not (stack := stack_of(folder, key)).folded:
-        return {name: read_adapter(str(folder / name), key) for name in stack.names[:-1]} | {stack.names[-1]: read_adapter(str(folder), key)}
+        return {name: read_adapter(str(folder / name), key) for name in stack.names[:-1]} | {
+            stack.names[-1]: read_adapter(str(folder), key)
+        }
     return {"policy": read_adapter(str(folder), key, whole=True)}
 
 
 def roles_of(saved: Mapping[str, SavedAdapter], base: Base) -> Roles:
     """The policy over its base, nothing of it trainable."""
-    roles = Roles(base, {name: adapter.config for name, adapter in saved.items()}, trainable=[], stacks={"policy": list(saved)})
+    roles = Roles(
+        base, {name: adapter.config for name, adapter in saved.items()}, trainable=[], stacks={"policy": list(saved)}
+    )
     for name, adapter in saved.items():
         roles.load_adapter_tensors(name, adapter.tensors, str(adapter.folder))
     return roles
 
 
 def parts_of(roles: Roles) -> list[Part]:
-    """The policy's adapters with their scales. Raises UserError for what cannot be added to a weight. (An adapter on the output head is
-    refused by `Roles`: where the head is tied, a merged one would change what is read too.)"""
+    """The policy's adapters with their scales. Raises UserError for what cannot be added to a weight. (An adapter on
+    the output head is refused by `Roles`: where the head is tied, a merged one would change what is read too.)"""
     names = [name.removeprefix(PREFIX) for name in roles.stacks["policy"]]
     parts = [Part(roles.adapter_config(name), roles.adapter_tensors(name), roles.scalings(name)) for name in names]
     if (reason := why_not(parts)) is not None:
@@ -120,7 +148,10 @@ def parts_of(roles: Roles) -> list[Part]:
     for place in dict.fromkeys(place for part in parts for place in part.scalings):
         layer = model.get_submodule(place).base_layer
         if not isinstance(layer, (nn.Linear, Linear4bit)):
-            raise UserError(f"this adapter cannot be merged: {place} is a {type(layer).__name__}, and only linear modules are known here")
+            raise UserError(
+                f"this adapter cannot be merged: {place} is a {type(layer).__name__}, and only linear modules are "
+                f"known here"
+            )
     return parts
 
 

@@ -1,10 +1,11 @@
 """`final/`, the folder that a user takes away.
 
-At its root lies one adapter in PEFT's format that answers as the run did, whatever it was trained over: the trained adapter, with the frozen
-ones below it folded into it (`train.final_stack: folded`). Then the trained one alone lies in a folder of its name, where later stages and
-continued runs read it (`stack.json` says so). With `apart` the root is the trained one alone, each frozen one lies in a folder of its name,
-and the card says how to load them together. PPO's value has a folder of its own. Beside them: model card, tokenizer with chat template, and a
-generation config with every token that ends an answer. Nothing here names the machine.
+At its root lies one adapter in PEFT's format that answers as the run did, whatever it was trained over: the trained
+adapter, with the frozen ones below it folded into it (`train.final_stack: folded`). Then the trained one alone lies in
+a folder of its name, where later stages and continued runs read it (`stack.json` says so). With `apart` the root is the
+trained one alone, each frozen one lies in a folder of its name, and the card says how to load them together. PPO's
+value has a folder of its own. Beside them: model card, tokenizer with chat template, and a generation config with every
+token that ends an answer. Nothing here names the machine.
 """
 
 from __future__ import annotations
@@ -52,8 +53,12 @@ def final_folder(stage: Stage) -> Snapshot:
         _add(found, name, part_of(roles, name))
     try:
         found.others |= tokenizer_files(built)
-    except (OSError, ValueError, TypeError, NotImplementedError, AttributeError) as error:  # what was trained must not be lost over this
-        message = f"final/ has no tokenizer: the base's cannot save itself ({type(error).__name__}: {error}); use the base's own"
+    # what was trained must not be lost over this
+    except (OSError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        message = (
+            f"final/ has no tokenizer: the base's cannot save itself ({type(error).__name__}: {error}); use "
+            f"the base's own"
+        )
         stage.emit(Note(level="warning", message=message))
     if "policy" in built.trained:
         found.documents["generation_config.json"] = generation_config(built.base, built.stop_ids, built.template.pad_id)
@@ -86,7 +91,9 @@ def files_of_tokenizer(tokenizer: Any, template: str) -> dict[str, bytes]:
             tokenizer.save_pretrained(place)
         finally:
             tokenizer.chat_template = before
-        files = {str(path.relative_to(place)): path.read_bytes() for path in sorted(Path(place).rglob("*")) if path.is_file()}
+        files = {
+            str(path.relative_to(place)): path.read_bytes() for path in sorted(Path(place).rglob("*")) if path.is_file()
+        }
     settings = json.loads(files["tokenizer_config.json"])
     kept = {key: value for key, value in settings.items() if key not in HERE}
     return files | {"tokenizer_config.json": json.dumps(kept, indent=2, ensure_ascii=False).encode()}

@@ -1,8 +1,10 @@
-"""An adapter as a GGUF LoRA, the file that llama.cpp and what is built on it load beside a base model, written with the `gguf` package alone.
+"""An adapter as a GGUF LoRA, the file that llama.cpp and what is built on it load beside a base model, written with the
+`gguf` package alone.
 
-llama.cpp computes  W x + (alpha / r) B A x  and knows no rsLoRA and no patterns, so the adapter comes folded. Its Llama rotates pairs that lie
-side by side where transformers' rotates halves: the rows of the q and k projections are put in that order, in B alone. Names are those of
-`gguf`'s own table. The tensors equal those of llama.cpp's converter bit for bit (tests/export/test_llamacpp.py).
+llama.cpp computes  W x + (alpha / r) B A x  and knows no rsLoRA and no patterns, so the adapter comes folded. Its Llama
+rotates pairs that lie side by side where transformers' rotates halves: the rows of the q and k projections are put in
+that order, in B alone. Names are those of `gguf`'s own table. The tensors equal those of llama.cpp's converter bit for
+bit (tests/export/test_llamacpp.py).
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ from torch import Tensor
 from lowrank_tune.errors import UserError
 from lowrank_tune.export.fold import PREFIX, A, B
 
-FAMILIES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma3_text": "GEMMA3", "gemma3": "GEMMA3"}
+FAMILIES = {
+    "llama": "LLAMA",
+    "mistral": "LLAMA",
+    "qwen2": "QWEN2",
+    "qwen3": "QWEN3",
+    "gemma3_text": "GEMMA3",
+    "gemma3": "GEMMA3",
+}
 """Model types that are known here, with llama.cpp's names of their architectures."""
 ROTATED = ("llama", "mistral")
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
@@ -47,18 +56,25 @@ def shape_of(config: Any) -> Shape:
     """Of a base's configuration. Raises UserError for a family that is not known here."""
     if config.model_type not in FAMILIES:
         known = "Llama, Mistral, Qwen2, Qwen3 and Gemma3"
-        raise UserError(f"a GGUF adapter of a {config.model_type} model is not known here, only those of {known}; `--to gguf` merges it into "
-                        "its base for llama.cpp's own converter, and `--to peft` copies it as it is")  # fmt: skip
+        raise UserError(
+            f"a GGUF adapter of a {config.model_type} model is not known here, only those of {known}; `--to gguf` "
+            f"merges it into "
+            "its base for llama.cpp's own converter, and `--to peft` copies it as it is"
+        )
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
-    return Shape(config.model_type, int(text.num_hidden_layers), heads, int(getattr(text, "num_key_value_heads", None) or heads))
+    return Shape(
+        config.model_type, int(text.num_hidden_layers), heads, int(getattr(text, "num_key_value_heads", None) or heads)
+    )
 
 
 def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
-    """Of a folded adapter, its matrices under llama.cpp's names, A (r, in) and B (out, r), in their order. Raises UserError for a module
-    that llama.cpp's architecture has not."""
+    """Of a folded adapter, its matrices under llama.cpp's names, A (r, in) and B (out, r), in their order. Raises
+    UserError for a module that llama.cpp's architecture has not."""
     gguf = gguf_module()
-    assert not config.get("use_rslora") and not config.get("rank_pattern") and not config.get("alpha_pattern"), "not folded"
+    assert not config.get("use_rslora") and not config.get("rank_pattern") and not config.get("alpha_pattern"), (
+        "not folded"
+    )
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, FAMILIES[shape.kind]), shape.layers)
     found = {}
     for key in tensors:
@@ -81,8 +97,11 @@ def interleaved(rows: Tensor, heads: int) -> Tensor:
     return rows.reshape(heads, 2, len(rows) // heads // 2, -1).transpose(1, 2).reshape(rows.shape)
 
 
-def write_gguf_lora(file: Path, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: Shape, kind: str = "f32") -> None:
-    """Writes a folded adapter: its configuration, its tensors under PEFT's names; `kind` is one of `TYPES`. Raises UserError."""
+def write_gguf_lora(
+    file: Path, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: Shape, kind: str = "f32"
+) -> None:
+    """Writes a folded adapter: its configuration, its tensors under PEFT's names; `kind` is one of `TYPES`. Raises
+    UserError."""
     gguf = gguf_module()
     found = gguf_tensors(config, tensors, shape)
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, FAMILIES[shape.kind])])

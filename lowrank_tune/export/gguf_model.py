@@ -15,20 +15,50 @@ from lowrank_tune.errors import RunFailed, UserError
 from lowrank_tune.events import Emit, Progress
 from lowrank_tune.export.llama_cpp import CONVERTER, Quantiser
 
-BITS = {"f32": (32.0, 0), "f16": (16.0, 1), "bf16": (16.0, 32), "q8_0": (8.5, 7), "q6_k": (6.6, 18), "q5_k_m": (5.7, 17), "q5_k_s": (5.6, 16),
-        "q5_1": (6.0, 9), "q5_0": (5.6, 8), "q4_k_m": (4.9, 15), "q4_k_s": (4.7, 14), "q4_1": (5.1, 3), "q4_0": (4.7, 2), "iq4_nl": (4.7, 25),
-        "iq4_xs": (4.5, 30), "q3_k_l": (4.3, 13), "q3_k_m": (4.0, 12), "q3_k_s": (3.7, 11), "q2_k": (3.4, 10)}  # fmt: skip
+BITS = {
+    "f32": (32.0, 0),
+    "f16": (16.0, 1),
+    "bf16": (16.0, 32),
+    "q8_0": (8.5, 7),
+    "q6_k": (6.6, 18),
+    "q5_k_m": (5.7, 17),
+    "q5_k_s": (5.6, 16),
+    "q5_1": (6.0, 9),
+    "q5_0": (5.6, 8),
+    "q4_k_m": (4.9, 15),
+    "q4_k_s": (4.7, 14),
+    "q4_1": (5.1, 3),
+    "q4_0": (4.7, 2),
+    "iq4_nl": (4.7, 25),
+    "iq4_xs": (4.5, 30),
+    "q3_k_l": (4.3, 13),
+    "q3_k_m": (4.0, 12),
+    "q3_k_s": (3.7, 11),
+    "q2_k": (3.4, 10),
+}
 """Bits a weight, about, and llama.cpp's number of each type."""
 DIRECT = ("f32", "f16", "bf16", "q8_0")
 """What the converter writes by itself."""
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 WORDS: dict[str, tuple[Any, Any]] = {
-    "gpt-2": (None, BYTES), "smollm": (None, {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]}),
-    "qwen2": ({"type": "NFC"}, {"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False}, BYTES | {"use_regex": False}]})}  # fmt: skip
-"""How text is normalised, and cut into words before BPE: rules that a tokenizer.json may state, by llama.cpp's name of the same ones. (The
-normalising of Qwen2 it leaves out, for Qwen's own models too.)"""
+    "gpt-2": (None, BYTES),
+    "smollm": (None, {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]}),
+    "qwen2": (
+        {"type": "NFC"},
+        {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False},
+                BYTES | {"use_regex": False},
+            ],
+        },
+    ),
+}
+"""How text is normalised, and cut into words before BPE: rules that a tokenizer.json may state, by llama.cpp's name of
+the same ones. (The normalising of Qwen2 it leaves out, for Qwen's own models too.)"""
 
 
 def room_for(weights: int, kind: str) -> int:
@@ -38,7 +68,8 @@ def room_for(weights: int, kind: str) -> int:
 
 
 def words_of(merged: Path) -> str | None:
-    """llama.cpp's name of the rules by which this tokenizer cuts words; None where they are none of `WORDS`, or it is no BPE."""
+    """llama.cpp's name of the rules by which this tokenizer cuts words; None where they are none of `WORDS`, or it is
+    no BPE."""
     try:
         raw = json.loads((merged / "tokenizer.json").read_bytes())
         if raw["model"]["type"] != "BPE" or raw["model"].get("byte_fallback"):
@@ -56,21 +87,39 @@ def _without_offsets(rules: Any) -> Any:
 
 
 def convert(folder: Path, merged: Path, file: Path, kind: str, name: str, adds_bos: bool, emit: Emit) -> None:
-    """Runs the converter in `folder` on a merged model; `adds_bos`: its tokenizer puts its first token before every text.
+    """Runs the converter in `folder` on a merged model; `adds_bos`: its tokenizer puts its first token before every
+    text.
 
     Raises RunFailed with what it said, UserError for a model that it does not know."""
     child = Path(__file__).with_name("convert_child.py")
-    command = [sys.executable, "-P", str(child), str(folder / CONVERTER), words_of(merged) or "", str(int(adds_bos)),
-               str(merged), "--outfile", str(file), "--outtype", kind, "--model-name", name]  # fmt: skip
+    command = [
+        sys.executable,
+        "-P",
+        str(child),
+        str(folder / CONVERTER),
+        words_of(merged) or "",
+        str(int(adds_bos)),
+        str(merged),
+        "--outfile",
+        str(file),
+        "--outtype",
+        kind,
+        "--model-name",
+        name,
+    ]
     code, said = run_tool(command, f"llama.cpp writes {kind}", r"Writing:\s+(\d+)%()", emit)
     text = "\n".join(said)
     if code == 0 and file.is_file():
         return
     if "pre-tokenizer was not recognized" in text:
-        raise UserError("llama.cpp's converter does not know this base's tokenizer, so no GGUF of the whole model can be made; "
-                        "`--to gguf-lora` and `--to peft` need no tokenizer")  # fmt: skip
+        raise UserError(
+            "llama.cpp's converter does not know this base's tokenizer, so no GGUF of the whole model can be made; "
+            "`--to gguf-lora` and `--to peft` need no tokenizer"
+        )
     if missing := re.search(r"No module named '([\w.]+)'", text):
-        raise UserError(f"llama.cpp's converter needs the package {missing.group(1)}: pip install 'lowrank-tune[export]'")
+        raise UserError(
+            f"llama.cpp's converter needs the package {missing.group(1)}: pip install 'lowrank-tune[export]'"
+        )
     raise RunFailed(f"llama.cpp's converter failed (exit code {code}): {_last(said)}")
 
 
@@ -83,11 +132,20 @@ def quantise(tool: Quantiser, source: Path, file: Path, kind: str, emit: Emit) -
 
 
 def run_tool(command: Sequence[str], what: str, pattern: str, emit: Emit) -> tuple[int, list[str]]:
-    """Its exit code and the last lines that it said; `pattern` finds what is done, and of how much (else 100), in a line. It dies with us."""
+    """Its exit code and the last lines that it said; `pattern` finds what is done, and of how much (else 100), in a
+    line. It dies with us."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     environment.pop("NO_LOCAL_GGUF", None)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-                               text=True, encoding="utf-8", errors="replace")  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     lines, seen = list[str](), re.compile(pattern)
     emit(Progress(what=what, done=0, total=100))
     try:
@@ -105,6 +163,14 @@ def run_tool(command: Sequence[str], what: str, pattern: str, emit: Emit) -> tup
 
 
 def _last(said: Sequence[str]) -> str:
-    errors = [line for line in said if re.search(r"error|exception|failed", line, re.IGNORECASE)] or list(said) or ["it said nothing"]
+    errors = (
+        [line for line in said if re.search(r"error|exception|failed", line, re.IGNORECASE)]
+        or list(said)
+        or ["it said nothing"]
+    )
     asserted = [line.strip() for line in said if line.strip().startswith("assert ")]
-    return f"{errors[-1].strip()}: {asserted[-1]}" if asserted and errors[-1].strip() == "AssertionError" else errors[-1].strip()
+    return (
+        f"{errors[-1].strip()}: {asserted[-1]}"
+        if asserted and errors[-1].strip() == "AssertionError"
+        else errors[-1].strip()
+    )

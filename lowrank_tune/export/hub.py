@@ -1,4 +1,5 @@
-"""A folder to a repository of the Hugging Face hub: only where the user names one, and private unless the user says otherwise."""
+"""A folder to a repository of the Hugging Face hub: only where the user names one, and private unless the user says
+otherwise."""
 
 from __future__ import annotations
 
@@ -35,10 +36,11 @@ class Upload:
 
 
 def push(folder: Path, repo: str, public: bool, show: Callable[[Upload], None], dry_run: bool = False) -> str:
-    """Uploads a folder in one commit, and returns its address (or where it would go, with `dry_run`). `show` hears what will go before it does.
+    """Uploads a folder in one commit, and returns its address (or where it would go, with `dry_run`). `show` hears what
+    will go before it does.
 
-    Raises UserError where it must not or cannot be, RunFailed where the hub or the network fails. A repository that is there and public is
-    never written without `public`.
+    Raises UserError where it must not or cannot be, RunFailed where the hub or the network fails. A repository that is
+    there and public is never written without `public`.
     """
     token = _token(repo)
     api = HfApi(token=token, library_name="lowrank_tune", library_version=__version__)
@@ -48,10 +50,18 @@ def push(folder: Path, repo: str, public: bool, show: Callable[[Upload], None], 
         except RepositoryNotFoundError:
             there = None
     if there is not None and there.private is not True and not public:
-        raise UserError(f"{repo} is on the hub already and everybody can read it: --public pushes to it all the same, or name another one")
+        raise UserError(
+            f"{repo} is on the hub already and everybody can read it: --public pushes to it all the same, or name "
+            f"another one"
+        )
     if there is not None and there.private is True and public:
-        raise UserError(f"{repo} is on the hub already and is private, which a push does not change: leave --public out, and change it there")
-    files = [(str(path.relative_to(folder)), path.stat().st_size) for path in sorted(folder.rglob("*")) if path.is_file()]
+        raise UserError(
+            f"{repo} is on the hub already and is private, which a push does not change: leave --public out, and "
+            f"change it there"
+        )
+    files = [
+        (str(path.relative_to(folder)), path.stat().st_size) for path in sorted(folder.rglob("*")) if path.is_file()
+    ]
     upload = Upload(repo, [(name, size) for name, size in files if name not in LEFT_OUT], public, there is None)
     show(upload)
     address = f"{api.endpoint}/{repo}"
@@ -60,7 +70,9 @@ def push(folder: Path, repo: str, public: bool, show: Callable[[Upload], None], 
     with _telling(repo, token):
         if there is None:
             api.create_repo(repo, private=not public)
-        api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=list(LEFT_OUT), commit_message="Upload from lowrank_tune")
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, ignore_patterns=list(LEFT_OUT), commit_message="Upload from lowrank_tune"
+        )
     return address
 
 
@@ -75,7 +87,9 @@ def _token(repo: str) -> str:
         raise UserError("nothing can be pushed while HF_HUB_OFFLINE is set")
     token = get_token()
     if not token:
-        raise UserError("the hub does not know you: `hf auth login` first, or set HF_TOKEN, with a token that may write")
+        raise UserError(
+            "the hub does not know you: `hf auth login` first, or set HF_TOKEN, with a token that may write"
+        )
     return str(token)
 
 
@@ -91,6 +105,11 @@ def _telling(repo: str, token: str) -> Iterator[None]:
             raise
         code = getattr(getattr(error, "response", None), "status_code", None)
         if code in (401, 403):
-            raise UserError(f"the hub does not let you write {repo}: take a token that may, with `hf auth login` or HF_TOKEN") from None
-        said = next((line.strip() for line in str(error).replace(token, "...").splitlines() if line.strip()), type(error).__name__)
+            raise UserError(
+                f"the hub does not let you write {repo}: take a token that may, with `hf auth login` or HF_TOKEN"
+            ) from None
+        said = next(
+            (line.strip() for line in str(error).replace(token, "...").splitlines() if line.strip()),
+            type(error).__name__,
+        )
         raise RunFailed(f"nothing was pushed to {repo}: {said}") from None

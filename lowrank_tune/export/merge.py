@@ -1,8 +1,10 @@
-"""A run's adapter merged into its base: W + s B A for every module that it changes, in fp32 on the CPU, shard by shard, cast once to bf16.
+"""A run's adapter merged into its base: W + s B A for every module that it changes, in fp32 on the CPU, shard by shard,
+cast once to bf16.
 
-What was trained is the adapter over the *dequantised* base, so that is what it is merged into by default; `original` takes the weights as
-their author published them, which are nearer to the base model and further from what was trained. (PEFT's own merge into 4-bit weights rounds
-the adapter away.) The result is read back and compared with what was trained before it gets its name.
+What was trained is the adapter over the *dequantised* base, so that is what it is merged into by default; `original`
+takes the weights as their author published them, which are nearer to the base model and further from what was trained.
+(PEFT's own merge into 4-bit weights rounds the adapter away.) The result is read back and compared with what was
+trained before it gets its name.
 """
 
 from __future__ import annotations
@@ -47,11 +49,19 @@ class Merged:
     proof: Proof
 
 
-def merge(run: Path, out: Path | None, kind: Kind, emit: Emit, show: Callable[[Proof], None], device: torch.device | None = None,
-          shard: int = SHARD) -> Merged:  # fmt: skip
+def merge(
+    run: Path,
+    out: Path | None,
+    kind: Kind,
+    emit: Emit,
+    show: Callable[[Proof], None],
+    device: torch.device | None = None,
+    shard: int = SHARD,
+) -> Merged:
     """Merges what a run left. `show` hears the comparison, good or bad.
 
-    Raises UserError where it cannot be done, RunFailed where what came out is not what was trained; then nothing is left.
+    Raises UserError where it cannot be done, RunFailed where what came out is not what was trained; then nothing is
+    left.
     """
     found = finished_run(run)
     target = out or found.path / ("merged" if kind == "dequantized" else "merged-original")
@@ -84,7 +94,9 @@ def merge(run: Path, out: Path | None, kind: Kind, emit: Emit, show: Callable[[P
             proof = prove(fresh, heard, ends, place, emit)
             show(proof)
             if faults := proof.faults(kind == "dequantized"):
-                raise RunFailed(f"the merged model is not what was trained, and nothing is left of it: {'; '.join(faults)}")
+                raise RunFailed(
+                    f"the merged model is not what was trained, and nothing is left of it: {'; '.join(faults)}"
+                )
             _write(fresh / "README.md", merged_card(found.recipe, kind, proof.table()).encode("utf-8", "replace"))
             facts = {"version": 1, "base": kind, "adapter": found.fingerprint(), **proof.to_dict()}
             _write(fresh / "merge.json", json.dumps(facts, indent=2).encode())
@@ -115,9 +127,14 @@ def layout(base: Base) -> dict[str, tuple[torch.Size, bool]]:
     """Name and shape of every tensor of the merged model, a tied head once, and whether it is a floating-point one."""
     state = base.model.state_dict().keys()
     found: dict[str, tuple[torch.Size, bool]] = {}
-    for name, tensor in (*base.model.named_parameters(), *((name, buffer) for name, buffer in base.model.named_buffers() if name in state)):
+    for name, tensor in (
+        *base.model.named_parameters(),
+        *((name, buffer) for name, buffer in base.model.named_buffers() if name in state),
+    ):
         quantised = getattr(tensor, "quant_state", None)
-        found[name] = (tensor.shape, tensor.is_floating_point()) if quantised is None else (torch.Size(quantised.shape), True)
+        found[name] = (
+            (tensor.shape, tensor.is_floating_point()) if quantised is None else (torch.Size(quantised.shape), True)
+        )
     return found
 
 
@@ -135,31 +152,48 @@ def dequantised(base: Base) -> Callable[[str], Tensor]:
 
 
 def originals(found: Finished, base: Base) -> Callable[[str], Tensor]:
-    """The weights as they were published, by name. Raises UserError where they lie under other names, or in 4 bits only."""
+    """The weights as they were published, by name. Raises UserError where they lie under other names, or in 4 bits
+    only."""
     files, shapes = weight_files(found.base), layout(base)
     strange = sorted(shapes.keys() - files.keys())
     if strange:
-        raise UserError(f"{found.base.model} stores its weights under other names than the model has ({strange[0]} is missing), which "
-                        "`--base original` does not know; `--base dequantized` does")  # fmt: skip
+        raise UserError(
+            f"{found.base.model} stores its weights under other names than the model has ({strange[0]} is missing), "
+            f"which "
+            "`--base original` does not know; `--base dequantized` does"
+        )
 
     def weight(name: str) -> Tensor:
         with safe_open(files[name], framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
         if tensor.shape != shapes[name][0]:
-            raise UserError(f"{found.base.model} holds {name} in 4 bits only, so there is no original; `--base dequantized` takes what it has")
+            raise UserError(
+                f"{found.base.model} holds {name} in 4 bits only, so there is no original; `--base dequantized` "
+                f"takes what it has"
+            )
         return tensor
 
     return weight
 
 
-def write_weights(folder: Path, shapes: Mapping[str, tuple[torch.Size, bool]], source: Callable[[str], Tensor], parts: list[Part], emit: Emit,
-                  shard: int = SHARD) -> None:  # fmt: skip
+def write_weights(
+    folder: Path,
+    shapes: Mapping[str, tuple[torch.Size, bool]],
+    source: Callable[[str], Tensor],
+    parts: list[Part],
+    emit: Emit,
+    shard: int = SHARD,
+) -> None:
     """The merged weights in files of at most `shard` bytes (or one tensor), with an index where they are several."""
     deltas = [part.pairs() for part in parts]
     unknown = {f"{name}.weight" for pairs in deltas for name in pairs} - shapes.keys()
     assert not unknown, f"the adapter changes {sorted(unknown)}, which the model has not"
     plan = list(_shards(shapes, shard))
-    names = ["model.safetensors"] if len(plan) == 1 else [f"model-{n:05d}-of-{len(plan):05d}.safetensors" for n in range(1, len(plan) + 1)]
+    names = (
+        ["model.safetensors"]
+        if len(plan) == 1
+        else [f"model-{n:05d}-of-{len(plan):05d}.safetensors" for n in range(1, len(plan) + 1)]
+    )
     done, total = 0, len(shapes)
     for file, members in zip(names, plan, strict=True):
         tensors = {}
@@ -171,7 +205,10 @@ def write_weights(folder: Path, shapes: Mapping[str, tuple[torch.Size, bool]], s
     if len(plan) > 1:
         where = {name: file for file, members in zip(names, plan, strict=True) for name in members}
         size = sum(2 * shape.numel() for shape, _ in shapes.values())
-        _write(folder / "model.safetensors.index.json", json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2).encode())
+        _write(
+            folder / "model.safetensors.index.json",
+            json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2).encode(),
+        )
 
 
 def merged_weight(name: str, weight: Tensor, deltas: list[dict[str, tuple[Tensor, Tensor]]]) -> Tensor:
@@ -205,14 +242,25 @@ def _write_rest(folder: Path, found: Finished, base: Base, template: Template, e
 
 
 def plain_config(model: Any) -> dict[str, Any]:
-    """The model's `config.json` in bf16, unquantised, with the head tied where it is. It does not say where it was loaded from."""
+    """The model's `config.json` in bf16, unquantised, with the head tied where it is. It does not say where it was
+    loaded from."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.use_cache = True
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    raw = {key: value for key, value in config.to_diff_dict().items() if key not in ("_name_or_path", "quantization_config", "torch_dtype")}
-    return {**raw, "tie_word_embeddings": tied, "architectures": [type(model).__name__], "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    raw = {
+        key: value
+        for key, value in config.to_diff_dict().items()
+        if key not in ("_name_or_path", "quantization_config", "torch_dtype")
+    }
+    return {
+        **raw,
+        "tie_word_embeddings": tied,
+        "architectures": [type(model).__name__],
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+    }
 
 
 def _write(path: Path, data: bytes) -> None:

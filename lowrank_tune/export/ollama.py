@@ -1,7 +1,8 @@
 """Modelfiles for Ollama: the weights, the chat template in Go's template language, system prompt, stops and parameters.
 
-Ollama takes no Jinja. Without a TEMPLATE it compares the one in the GGUF with those that it knows, and where it knows none it gives the model
-the bare question, so one is written wherever the base's template can be put into Go's words (`turns.py`).
+Ollama takes no Jinja. Without a TEMPLATE it compares the one in the GGUF with those that it knows, and where it knows
+none it gives the model the bare question, so one is written wherever the base's template can be put into Go's words
+(`turns.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ from typing import Any
 from lowrank_tune.errors import UserError
 from lowrank_tune.export.turns import Turns
 
-NAMES = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repeat_penalty"}
+NAMES = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}
 """Of a generation config, and Ollama's."""
 CONTEXT = 4096
 """Ollama's own context length; a model made for less must not be given so much."""
@@ -44,14 +51,18 @@ class Modelfile:
         if self.system:
             lines.append(f"SYSTEM {quoted(self.system)}")
         lines += [f"PARAMETER stop {quoted(stop)}" for stop in self.stops]
-        lines += [f"PARAMETER {NAMES[key]} {value:g}" for key, value in self.generation.items()
-                  if key in NAMES and isinstance(value, (int, float)) and not isinstance(value, bool)]  # fmt: skip
+        lines += [
+            f"PARAMETER {NAMES[key]} {value:g}"
+            for key, value in self.generation.items()
+            if key in NAMES and isinstance(value, (int, float)) and not isinstance(value, bool)
+        ]
         lines += [f"PARAMETER num_ctx {self.positions}"] if self.positions < CONTEXT else []
         return "\n".join(lines) + "\n"
 
 
 def quoted(text: str) -> str:
-    """A value of a Modelfile, which knows quotes, and no escapes inside them. Raises UserError for what it cannot hold."""
+    """A value of a Modelfile, which knows quotes, and no escapes inside them. Raises UserError for what it cannot
+    hold."""
     if '"""' in text:
         raise UserError(f"an Ollama Modelfile cannot hold three quotes in a row, and {text[:40]!r} does")
     plain = '"' not in text and "\n" not in text
@@ -59,8 +70,8 @@ def quoted(text: str) -> str:
 
 
 def go_template(turns: Turns, bos: str) -> str:
-    """The same text as `turns.write`, by Ollama's messages: a turn's content as it is, `.System` all that the system says. An unfinished
-    answer at the end is continued."""
+    """The same text as `turns.write`, by Ollama's messages: a turn's content as it is, `.System` all that the system
+    says. An unfinished answer at the end is continued."""
     opening, later = _literal(turns.opening.removeprefix(bos)), _literal(turns.user[0])
     if turns.system is not None:
         here = "and $last $.System" if turns.later else "$.System"
@@ -69,10 +80,13 @@ def go_template(turns: Turns, bos: str) -> str:
         later = f"{{{{ if and $last $.System }}}}{_ruled(turns.later, '')}{{{{ else }}}}{later}{{{{ end }}}}"
     before = f"{{{{ if $first }}}}{{{{ $first = false }}}}{opening}{{{{ else }}}}{later}{{{{ end }}}}"
     end, asks, (answer, closed) = _literal(turns.user[1]), _literal(turns.asks), map(_literal, turns.assistant)
-    return ("{{ $first := true }}{{ range $i, $m := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
-            f'{{{{ if eq .Role "user" }}}}{before}{{{{ .Content }}}}{end}'
-            f'{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ .Content }}}}{{{{ if not $last }}}}{closed}{{{{ end }}}}{{{{ end }}}}'
-            f'{{{{ if and $last (ne .Role "assistant") }}}}{asks}{{{{ end }}}}{{{{ end }}}}')  # fmt: skip
+    return (
+        "{{ $first := true }}{{ range $i, $m := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+        f'{{{{ if eq .Role "user" }}}}{before}{{{{ .Content }}}}{end}'
+        f'{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ .Content }}}}{{{{ if not $last }}}}{closed}{{{{ end '
+        f"}}}}{{{{ end }}}}"
+        f'{{{{ if and $last (ne .Role "assistant") }}}}{asks}{{{{ end }}}}{{{{ end }}}}'
+    )
 
 
 def _ruled(around: tuple[str, str], bos: str) -> str:
@@ -82,4 +96,3 @@ def _ruled(around: tuple[str, str], bos: str) -> str:
 def _literal(text: str) -> str:
     """Text of a Go template that stands for itself."""
     return text.replace("{{", '{{ "{{" }}')
-

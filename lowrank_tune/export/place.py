@@ -1,7 +1,7 @@
 """Where an export lies: a folder that is whole or absent, and that never takes the place of something else.
 
-It is written beside its target and gets its name last. A folder there before is replaced only where it is an export of this program and holds
-nothing else: `export.json` lists its files with their hashes.
+It is written beside its target and gets its name last. A folder there before is replaced only where it is an export of
+this program and holds nothing else: `export.json` lists its files with their hashes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ def check_room(target: Path, needed: int, what: str) -> None:
     place = next((parent for parent in target.resolve().parents if parent.is_dir()), Path("/"))
     free = shutil.disk_usage(place).free
     if free < needed + SPARE:
-        raise UserError(f"{target}: {what} needs {(needed + SPARE) / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free there; "
-                        "give another folder with --out, or make room")  # fmt: skip
+        raise UserError(
+            f"{target}: {what} needs {(needed + SPARE) / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free there; "
+            "give another folder with --out, or make room"
+        )
 
 
 def check_ours(target: Path) -> None:
@@ -48,12 +50,16 @@ def check_ours(target: Path) -> None:
         own = set()
     if there and not (MANIFEST in there and there <= own):
         strange = min(there - own) if own else min(there)
-        raise UserError(f"{target} exists and holds what is no export of this program ({strange} for one); give another folder with --out")
+        raise UserError(
+            f"{target} exists and holds what is no export of this program ({strange} for one); give another folder "
+            f"with --out"
+        )
 
 
 @contextmanager
 def export_folder(target: Path, facts: Mapping[str, Any], emit: Emit) -> Iterator[Path]:
-    """An empty folder beside `target` that becomes it at the end, with `export.json`; after any exception nothing is left of it."""
+    """An empty folder beside `target` that becomes it at the end, with `export.json`; after any exception nothing is
+    left of it."""
     check_ours(target)
     with telling(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +77,8 @@ def export_folder(target: Path, facts: Mapping[str, Any], emit: Emit) -> Iterato
 
 
 def tidy(target: Path) -> None:
-    """Removes what an earlier export or merge into the same place left when it was killed; one that was stepping aside comes back."""
+    """Removes what an earlier export or merge into the same place left when it was killed; one that was stepping aside
+    comes back."""
     for leftover in target.parent.glob(f".tmp-{target.name}-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     for aside in target.parent.glob(f".aside-{target.name}"):
@@ -86,7 +93,10 @@ def _files(folder: Path, emit: Emit) -> dict[str, dict[str, Any]]:
     found = {}
     for number, path in enumerate(files, 1):
         with open(path, "rb") as opened:
-            found[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+            found[str(path.relative_to(folder))] = {
+                "size": path.stat().st_size,
+                "sha256": hashlib.file_digest(opened, "sha256").hexdigest(),
+            }
         emit(Progress(what="hashing what was written", done=number, total=len(files)))
     return found
 

@@ -1,9 +1,11 @@
-"""What was trained against what was merged: the same rows and greedy answers through both, the second one read back from its files.
+"""What was trained against what was merged: the same rows and greedy answers through both, the second one read back
+from its files.
 
-The trained model answers first, and what it thought at each place is kept (its logits at the last places of each text, in fp32 and in the
-main memory, as many as `KEPT_BYTES` holds); then it can go, and the merged one reads the same texts. Its greedy answer is the same as long
-as its likeliest token is; where the two first part, a near-tie of the trained model's first two choices excuses it: a gap under `NEAR_TIE`, or
-under two steps of bf16 at that size, which no software that runs in bf16 could tell apart.
+The trained model answers first, and what it thought at each place is kept (its logits at the last places of each text,
+in fp32 and in the main memory, as many as `KEPT_BYTES` holds); then it can go, and the merged one reads the same texts.
+Its greedy answer is the same as long as its likeliest token is; where the two first part, a near-tie of the trained
+model's first two choices excuses it: a gap under `NEAR_TIE`, or under two steps of bf16 at that size, which no software
+that runs in bf16 could tell apart.
 """
 
 from __future__ import annotations
@@ -31,12 +33,12 @@ from lowrank_tune.types import Row, Sampling
 LIMIT = 1e-3
 """Nats a token of KL(trained || merged), in the weights that were trained over."""
 WORST = 0.1
-"""The same at one token: a mean over answers that a model is sure of hides much (of `tiny-tutor`, original for dequantised weights: mean 4e-4,
-largest 0.3), and rounding to bf16 makes at most a hundredth of this."""
+"""The same at one token: a mean over answers that a model is sure of hides much (of `tiny-tutor`, original for
+dequantised weights: mean 4e-4, largest 0.3), and rounding to bf16 makes at most a hundredth of this."""
 NEAR_TIE = 0.05
 PARTED = 0.04
-"""Share of greedy answers that may part at a wider gap: bf16 weights move a logit by more than `NEAR_TIE` now and then, and what is wrong
-parts many."""
+"""Share of greedy answers that may part at a wider gap: bf16 weights move a logit by more than `NEAR_TIE` now and then,
+and what is wrong parts many."""
 PROMPTS, ROWS, ANSWER, LONGEST = 50, 50, 32, 1024
 KEPT_BYTES = 1 << 30
 CPU = torch.device("cpu")
@@ -44,7 +46,8 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Probes:
-    """What both models are asked: prompts (ids), held-out rows where the recipe has rows, and in words where they come from."""
+    """What both models are asked: prompts (ids), held-out rows where the recipe has rows, and in words where they come
+    from."""
 
     prompts: list[list[int]]
     rows: list[Row]
@@ -53,8 +56,9 @@ class Probes:
 
 @dataclass(frozen=True)
 class Heard:
-    """What the trained model said: `texts` are prompts with its greedy answers, which begin at `starts`, and then the held-out rows;
-    `logits` (K, V) foretell the last K tokens of each text; `loss` of what the assistant says in the rows, in nats a token."""
+    """What the trained model said: `texts` are prompts with its greedy answers, which begin at `starts`, and then the
+    held-out rows; `logits` (K, V) foretell the last K tokens of each text; `loss` of what the assistant says in the
+    rows, in nats a token."""
 
     texts: list[list[int]]
     starts: list[int]
@@ -66,8 +70,9 @@ class Heard:
 
 @dataclass(frozen=True)
 class Proof:
-    """Trained against merged: mean and largest KL in nats a token, the largest difference of two logits, how many greedy answers are the
-    same, part at a near-tie, or part elsewhere, and the losses on held-out rows (of the greedy answers, where a run has no rows)."""
+    """Trained against merged: mean and largest KL in nats a token, the largest difference of two logits, how many
+    greedy answers are the same, part at a near-tie, or part elsewhere, and the losses on held-out rows (of the greedy
+    answers, where a run has no rows)."""
 
     prompts: int
     places: int
@@ -87,7 +92,8 @@ class Proof:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def faults(self, exact: bool) -> list[str]:
-        """What must not be; where the merged weights need not be those that were trained over, only what can never be."""
+        """What must not be; where the merged weights need not be those that were trained over, only what can never
+        be."""
         found = []
         if not math.isfinite(self.kl):
             found.append("its logits are not finite")
@@ -104,21 +110,32 @@ class Proof:
     def table(self) -> list[tuple[str, str]]:
         """Rows for people."""
         loss = "held-out loss" if self.rows else "loss of the greedy answers"
-        return [("KL(trained || merged), nats a token", f"{self.kl:.2e}"), ("largest KL at one token", f"{self.worst_kl:.2e}"),
-                ("largest difference of two logits", f"{self.logit_difference:.3g}"),
-                (f"greedy answers of {self.prompts} prompts",
-                 f"{self.same} the same, {self.near_ties} part at a near-tie, {self.parted} elsewhere"),
-                (f"{loss}, trained", f"{self.trained_loss:.4f}"), (f"{loss}, merged", f"{self.merged_loss:.4f}"),
-                ("end tokens", "the same" if self.ends_agree else "DIFFERENT"),
-                ("measured on", f"{self.places:,} tokens; {self.origin}")]  # fmt: skip
+        return [
+            ("KL(trained || merged), nats a token", f"{self.kl:.2e}"),
+            ("largest KL at one token", f"{self.worst_kl:.2e}"),
+            ("largest difference of two logits", f"{self.logit_difference:.3g}"),
+            (
+                f"greedy answers of {self.prompts} prompts",
+                f"{self.same} the same, {self.near_ties} part at a near-tie, {self.parted} elsewhere",
+            ),
+            (f"{loss}, trained", f"{self.trained_loss:.4f}"),
+            (f"{loss}, merged", f"{self.merged_loss:.4f}"),
+            ("end tokens", "the same" if self.ends_agree else "DIFFERENT"),
+            ("measured on", f"{self.places:,} tokens; {self.origin}"),
+        ]
 
 
 def probes(recipe: settings.Recipe, template: Template, emit: Emit) -> Probes:
-    """Held-out prompts and rows of the recipe; where they are few, or its data is no longer there, the kit's own problems beside them."""
+    """Held-out prompts and rows of the recipe; where they are few, or its data is no longer there, the kit's own
+    problems beside them."""
     try:
         found = _of_recipe(recipe, template)
     except UserError as error:
-        emit(Note(level="warning", message=f"the run's own data cannot be read ({error}): compared on the kit's problems"))
+        emit(
+            Note(
+                level="warning", message=f"the run's own data cannot be read ({error}): compared on the kit's problems"
+            )
+        )
         found = Probes([], [], "")
     if len(found.prompts) == PROMPTS:
         return found
@@ -143,13 +160,18 @@ def _of_recipe(recipe: settings.Recipe, template: Template) -> Probes:
 
 
 def _asked(found: Sequence[Prompt], template: Template) -> list[list[int]]:
-    return [question.ids for question in questions_of([one for one in found if template.spoils(one.messages) is None], template)]
+    return [
+        question.ids
+        for question in questions_of([one for one in found if template.spoils(one.messages) is None], template)
+    ]
 
 
 def hear(roles: Roles, asked: Probes, ends: frozenset[int], emit: Emit) -> Heard:
     """Lets the trained model answer, and keeps what it thought."""
     answers = {}
-    for number, completion in enumerate(Engine(roles, "policy").generate(asked.prompts, 1, Sampling(ANSWER, ends, 0.0)), 1):
+    for number, completion in enumerate(
+        Engine(roles, "policy").generate(asked.prompts, 1, Sampling(ANSWER, ends, 0.0)), 1
+    ):
         answers[completion.prompt] = completion.ids
         emit(Progress(what="the trained model answers", done=number, total=len(asked.prompts)))
     texts = [[*prompt, *answers[number]] for number, prompt in enumerate(asked.prompts)]
@@ -165,21 +187,32 @@ def hear(roles: Roles, asked: Probes, ends: frozenset[int], emit: Emit) -> Heard
 
 
 def place_for(weights: int, device: torch.device, emit: Emit) -> tuple[torch.device, torch.dtype]:
-    """Where a model of so many weights can be read back, and in which precision: the device of the run; or in bf16 the main memory, where a
-    card that trained it in 4 bits is too small for 16. Raises UserError where neither holds it."""
+    """Where a model of so many weights can be read back, and in which precision: the device of the run; or in bf16 the
+    main memory, where a card that trained it in 4 bits is too small for 16. Raises UserError where neither holds it."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     needed, there = weights * dtype.itemsize + (1 << 30), memory_of(device)
     if device.type == "cuda" and needed > there:
-        emit(Note(message=f"the merged model needs {needed / 2**30:.0f} GiB and the card has {there / 2**30:.0f}: it is compared on the CPU"))
+        emit(
+            Note(
+                message=f"the merged model needs {needed / 2**30:.0f} GiB and the card has {there / 2**30:.0f}: it "
+                f"is compared on the CPU"
+            )
+        )
         device, there = CPU, memory_of(CPU)
     if needed > there:
-        raise UserError(f"the merged model must be read back to be compared, which needs {needed / 2**30:.0f} GiB of memory, and this machine "
-                        f"has {there / 2**30:.0f}; merge on a larger one, or use the adapter as it is")  # fmt: skip
+        raise UserError(
+            f"the merged model must be read back to be compared, which needs {needed / 2**30:.0f} GiB of memory, and "
+            f"this machine "
+            f"has {there / 2**30:.0f}; merge on a larger one, or use the adapter as it is"
+        )
     return device, dtype
 
 
-def prove(folder: Path, heard: Heard, ends: frozenset[int], place: tuple[torch.device, torch.dtype], emit: Emit) -> Proof:
-    """Reads the merged model back as a user would, and lets it read the same. Raises RunFailed where it cannot even be read."""
+def prove(
+    folder: Path, heard: Heard, ends: frozenset[int], place: tuple[torch.device, torch.dtype], emit: Emit
+) -> Proof:
+    """Reads the merged model back as a user would, and lets it read the same. Raises RunFailed where it cannot even be
+    read."""
     wanted = settings.Base(model=str(folder), bits=16)
     try:
         base = load_base(wanted, load_tokenizer(wanted), *place)
@@ -204,9 +237,20 @@ def prove(folder: Path, heard: Heard, ends: frozenset[int], place: tuple[torch.d
             emit(Progress(what="the merged model reads the same", done=number + 1, total=len(heard.texts)))
     kl = torch.cat(kls)
     compared = (heard.loss, losses.mean) if heard.rows else (own[0].value, own[1].value)
-    return Proof(len(heard.starts), len(kl), float(kl.mean()), float(kl.max()), max(differences), outcomes.count("same"),
-                 outcomes.count("near-tie"), outcomes.count("parted"), *compared, len(heard.rows),
-                 _generation_ends(base) == ends and base.end_ids == ends, heard.origin)  # fmt: skip
+    return Proof(
+        len(heard.starts),
+        len(kl),
+        float(kl.mean()),
+        float(kl.max()),
+        max(differences),
+        outcomes.count("same"),
+        outcomes.count("near-tie"),
+        outcomes.count("parted"),
+        *compared,
+        len(heard.rows),
+        _generation_ends(base) == ends and base.end_ids == ends,
+        heard.origin,
+    )
 
 
 class _Mean:
@@ -244,12 +288,14 @@ class _Losses:
 
 
 def _parting(trained: Tensor, merged: Tensor, said: Tensor) -> str:
-    """Whether the merged model would have given the same greedy answer, (K, V) logits of both for the K tokens that were said."""
+    """Whether the merged model would have given the same greedy answer, (K, V) logits of both for the K tokens that
+    were said."""
     parted = (merged.argmax(dim=-1) != said).nonzero()
     if not len(parted):
         return "same"
     first, second = (float(value) for value in trained[int(parted[0])].topk(2).values)
-    step = 2.0 ** (math.frexp(max(abs(first), abs(second)))[1] - 8)  # between neighbours in bf16, which has 8 binary digits
+    # between neighbours in bf16, which has 8 binary digits
+    step = 2.0 ** (math.frexp(max(abs(first), abs(second)))[1] - 8)
     return "near-tie" if first - second < max(NEAR_TIE, 2 * step) else "parted"
 
 

@@ -1,4 +1,5 @@
-"""`export`: what a run trained, as other software takes it. Every check that can be made before the work is made before it."""
+"""`export`: what a run trained, as other software takes it. Every check that can be made before the work is made before
+it."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ USUAL = {"gguf": "f16", "gguf-lora": "f32", "ollama": "q8_0", "adapter": "f32"}
 
 @dataclass(frozen=True)
 class Order:
-    """What is wanted: `kind` the type of the numbers (None: the usual one), `base` the weights to merge into, `route` of Ollama: one model
-    (`merged`), or an `adapter` over `start`."""
+    """What is wanted: `kind` the type of the numbers (None: the usual one), `base` the weights to merge into, `route`
+    of Ollama: one model (`merged`), or an `adapter` over `start`."""
 
     to: To
     out: Path | None = None
@@ -53,16 +54,24 @@ class Order:
     dry_run: bool = False
 
 
-def export(run: Path, order: Order, emit: Emit, show: Callable[[Proof], None], show_upload: Callable[[Upload], None],
-           device: torch.device | None = None) -> str:  # fmt: skip
-    """Exports what a run trained, and returns where it lies: a folder, or an address. `show` hears how a merged model compares with what was
-    trained, `show_upload` what will be pushed.
+def export(
+    run: Path,
+    order: Order,
+    emit: Emit,
+    show: Callable[[Proof], None],
+    show_upload: Callable[[Upload], None],
+    device: torch.device | None = None,
+) -> str:
+    """Exports what a run trained, and returns where it lies: a folder, or an address. `show` hears how a merged model
+    compares with what was trained, `show_upload` what will be pushed.
 
     Raises UserError where it cannot be done, RunFailed where it failed; then nothing half-written stays.
     """
     if idle := _idle(order):
-        raise UserError(f"{', '.join(idle)} {'does' if len(idle) == 1 else 'do'} nothing with --to {order.to}"
-                        + (f" --route {order.route}" if order.to == "ollama" else ""))  # fmt: skip
+        raise UserError(
+            f"{', '.join(idle)} {'does' if len(idle) == 1 else 'do'} nothing with --to {order.to}"
+            + (f" --route {order.route}" if order.to == "ollama" else "")
+        )
     found = finished_run(run)
     load(found.final, "final")  # every byte of it is verified
     if order.to == "hub":
@@ -83,12 +92,24 @@ def export(run: Path, order: Order, emit: Emit, show: Callable[[Proof], None], s
 def _idle(order: Order) -> list[str]:
     """Options that were given and would do nothing."""
     usual, model = Order(order.to), order.to == "gguf" or (order.to == "ollama" and order.route == "merged")
-    used = {"--out": order.to != "hub", "--type": order.to not in ("hub", "peft"), "--base": model, "--llama-cpp": model,
-            "--route": order.to == "ollama", "--from": order.to == "ollama" and order.route == "adapter", "--system": order.to == "ollama",
-            "--repo": order.to == "hub", "--public": order.to == "hub", "--dry-run": order.to == "hub"}  # fmt: skip
+    used = {
+        "--out": order.to != "hub",
+        "--type": order.to not in ("hub", "peft"),
+        "--base": model,
+        "--llama-cpp": model,
+        "--route": order.to == "ollama",
+        "--from": order.to == "ollama" and order.route == "adapter",
+        "--system": order.to == "ollama",
+        "--repo": order.to == "hub",
+        "--public": order.to == "hub",
+        "--dry-run": order.to == "hub",
+    }
     fields = {"--type": "kind", "--from": "start"}
-    return [option for option, does in used.items() if not does and
-            getattr(order, name := fields.get(option, option[2:].replace("-", "_"))) != getattr(usual, name)]  # fmt: skip
+    return [
+        option
+        for option, does in used.items()
+        if not does and getattr(order, name := fields.get(option, option[2:].replace("-", "_"))) != getattr(usual, name)
+    ]
 
 
 def _copy(found: Finished, target: Path, emit: Emit) -> None:
@@ -113,26 +134,40 @@ def _lora(found: Finished, order: Order, target: Path, emit: Emit, device: torch
     with export_folder(target, _facts(found, order.to, type=kind, route="adapter"), emit) as folder:
         write_gguf_lora(folder / file, found.recipe.name or found.recipe.algorithm, config, tensors, shape, kind)
         if order.to == "ollama":
-            (folder / "Modelfile").write_text(_modelfile(found, order, order.start, f"./{file}", None, emit), encoding="utf-8")
+            (folder / "Modelfile").write_text(
+                _modelfile(found, order, order.start, f"./{file}", None, emit), encoding="utf-8"
+            )
         _write_card(folder, lora_card(found.recipe, file, kind, order.start if order.to == "ollama" else None, ends))
 
 
 def _compare_base(found: Finished, emit: Emit, device: torch.device | None) -> None:
-    """The adapter means nothing over another base than the one that was trained: tensor by tensor, where this machine can tell."""
+    """The adapter means nothing over another base than the one that was trained: tensor by tensor, where this machine
+    can tell."""
     at = device or pick_device()
     if found.facts.get("device", at.type) != at.type:
-        emit(Note(level="warning", message=f"the base was not compared with the trained one: that can be done on {found.facts['device']} only"))
+        emit(
+            Note(
+                level="warning",
+                message=f"the base was not compared with the trained one: that can be done on "
+                f"{found.facts['device']} only",
+            )
+        )
         return
     check_base(found, load_base(found.base, load_tokenizer(found.base), at))
 
 
-def _model(found: Finished, order: Order, target: Path, emit: Emit, show: Callable[[Proof], None], device: torch.device | None) -> None:
+def _model(
+    found: Finished, order: Order, target: Path, emit: Emit, show: Callable[[Proof], None], device: torch.device | None
+) -> None:
     kind = _kind(order, order.to, BITS)
     tool = llama_cpp.quantiser(order.llama_cpp)
     if kind not in DIRECT and tool is None:
-        raise UserError(f"{kind} needs llama.cpp's quantiser, which is not here: name a built llama.cpp with --llama-cpp, or "
-                        "`pip install llama-cpp-python` (it builds for minutes), or take --type q8_0, which needs none; Ollama itself "
-                        "quantises a 16-bit export (`--type f16`) with `ollama create --quantize q4_K_M`")  # fmt: skip
+        raise UserError(
+            f"{kind} needs llama.cpp's quantiser, which is not here: name a built llama.cpp with --llama-cpp, or "
+            "`pip install llama-cpp-python` (it builds for minutes), or take --type q8_0, which needs none; Ollama "
+            "itself "
+            "quantises a 16-bit export (`--type f16`) with `ollama create --quantize q4_K_M`"
+        )
     before, weights = merged_before(found, order.base), count_weights(found.base)
     check_room(target, room_for(weights, kind) + (0 if before else 2 * weights), f"the model in {kind}")
     converter = llama_cpp.converter_folder(order.llama_cpp, emit)
@@ -148,11 +183,17 @@ def _model(found: Finished, order: Order, target: Path, emit: Emit, show: Callab
         _convert(found, converter, tool, merged.folder, folder / file, kind, emit)
         shutil.rmtree(folder / "merged", ignore_errors=True)
         if order.to == "ollama":
-            (folder / "Modelfile").write_text(_modelfile(found, order, f"./{file}", None, folder / file, emit), encoding="utf-8")
-        _write_card(folder, model_card(found.recipe, file, kind, order.base, merged.proof.table(), ends, order.to == "ollama"))
+            (folder / "Modelfile").write_text(
+                _modelfile(found, order, f"./{file}", None, folder / file, emit), encoding="utf-8"
+            )
+        _write_card(
+            folder, model_card(found.recipe, file, kind, order.base, merged.proof.table(), ends, order.to == "ollama")
+        )
 
 
-def _convert(found: Finished, converter: Path, tool: llama_cpp.Quantiser | None, merged: Path, file: Path, kind: str, emit: Emit) -> None:
+def _convert(
+    found: Finished, converter: Path, tool: llama_cpp.Quantiser | None, merged: Path, file: Path, kind: str, emit: Emit
+) -> None:
     """The file of a merged model; the small types by way of one in 16 bits."""
     name, adds_bos = found.recipe.name or found.recipe.algorithm, bool(_bos(load_tokenizer(found.base), None))
     if kind in DIRECT:
@@ -178,28 +219,45 @@ def _modelfile(found: Finished, order: Order, start: str, adapter: str | None, f
     jinja = Template.of(tokenizer).jinja
 
     def render(messages: list[dict[str, str]], asks: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False, add_generation_prompt=asks))
+        return str(
+            tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False, add_generation_prompt=asks)
+        )
 
     turns, name = turns_of(render), slug(found.recipe)
     remarks = [f"{name}, made with lowrank_tune {__version__}:  ollama create {name} -f Modelfile"]
     if adapter is not None:
-        remarks.append("FROM is the base that the adapter was trained over: a GGUF file, or a name of Ollama's library; the nearer to the "
-                       "weights in training, the better. `--route merged` makes one model of both, and needs no base.")  # fmt: skip
+        remarks.append(
+            "FROM is the base that the adapter was trained over: a GGUF file, or a name of Ollama's library; the "
+            "nearer to the "
+            "weights in training, the better. `--route merged` makes one model of both, and needs no base."
+        )
     if turns is None:
-        message = ("the base's chat template cannot be put into Ollama's words: Ollama takes the one in the GGUF where it knows it, else the "
-                   "bare text")  # fmt: skip
+        message = (
+            "the base's chat template cannot be put into Ollama's words: Ollama takes the one in the GGUF where it "
+            "knows it, else the "
+            "bare text"
+        )
         emit(Note(level="warning", message=message))
         remarks.append(f"No TEMPLATE: {message}.")
     elif (today := date.today().strftime("%d %b %Y")) in turns.opening:
         remarks.append(f"The base's template writes the date of the day; here it stays {today}.")
     config = load_config(found.base).get_text_config()
-    return Modelfile(start, adapter, turns, _bos(tokenizer, file), order.system or found.recipe.data.system, _ends(found),
-                     GenerationConfig.from_pretrained(found.final).to_diff_dict(),
-                     int(getattr(config, "max_position_embeddings", None) or 1 << 30), remarks).text()  # fmt: skip
+    return Modelfile(
+        start,
+        adapter,
+        turns,
+        _bos(tokenizer, file),
+        order.system or found.recipe.data.system,
+        _ends(found),
+        GenerationConfig.from_pretrained(found.final).to_diff_dict(),
+        int(getattr(config, "max_position_embeddings", None) or 1 << 30),
+        remarks,
+    ).text()
 
 
 def _bos(tokenizer: Any, file: Path | None) -> str:
-    """The text of the token that is put before every prompt, as the GGUF says, or else as the tokenizer does; empty for none."""
+    """The text of the token that is put before every prompt, as the GGUF says, or else as the tokenizer does; empty for
+    none."""
     adds = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     if file is not None:
         field = gguf_module().GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
@@ -210,13 +268,21 @@ def _bos(tokenizer: Any, file: Path | None) -> str:
 def _ends(found: Finished) -> Sequence[str]:
     """The tokens that end an answer, in letters."""
     tokenizer, ends = load_tokenizer(found.base), GenerationConfig.from_pretrained(found.final).eos_token_id
-    return [str(tokenizer.convert_ids_to_tokens(number)) for number in ([ends] if isinstance(ends, int) else ends or [])]
+    return [
+        str(tokenizer.convert_ids_to_tokens(number)) for number in ([ends] if isinstance(ends, int) else ends or [])
+    ]
 
 
 def _facts(found: Finished, to: str, **more: str) -> dict[str, Any]:
     base = found.recipe.base.model.partition("@")[0]
-    return {"made_by": f"lowrank_tune {__version__}", "to": to, "base": base, "revision": found.facts.get("revision"),
-            "adapter": found.fingerprint(), **more}  # fmt: skip
+    return {
+        "made_by": f"lowrank_tune {__version__}",
+        "to": to,
+        "base": base,
+        "revision": found.facts.get("revision"),
+        "adapter": found.fingerprint(),
+        **more,
+    }
 
 
 def _write_card(folder: Path, text: str) -> None:

@@ -1,8 +1,9 @@
 """A chat template as plain pieces of text, found by asking it, for software that does not read Jinja.
 
-Most templates put the same words around every turn. Which words, is read off from what the template makes of a few made-up talks, and then
-tried on others: only where the pieces write exactly what the template writes are they believed. A template that does more than that (tools,
-thoughts of earlier turns) is described as far as plain talks go. White space around a turn, which some templates trim, is not touched.
+Most templates put the same words around every turn. Which words, is read off from what the template makes of a few
+made-up talks, and then tried on others: only where the pieces write exactly what the template writes are they believed.
+A template that does more than that (tools, thoughts of earlier turns) is described as far as plain talks go. White
+space around a turn, which some templates trim, is not touched.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ SYSTEM, USERS, ANSWER = "Zq-rule", ("Zq-ask-one", "Zq-ask-two"), "Zq-say-one"
 
 @dataclass(frozen=True)
 class Turns:
-    """What stands before the first question, before and behind the other ones, before and behind an answer, and where an answer begins.
+    """What stands before the first question, before and behind the other ones, before and behind an answer, and where
+    an answer begins.
 
-    A system text stands in `system`, before it and behind it, in the place of `opening`; None where the template takes none. Some templates say
-    it at the last question, where that is not the first, in `later`.
+    A system text stands in `system`, before it and behind it, in the place of `opening`; None where the template takes
+    none. Some templates say it at the last question, where that is not the first, in `later`.
     """
 
     opening: str
@@ -43,7 +45,9 @@ class Turns:
                 out += [self.assistant[0], text, self.assistant[1]]
                 continue
             place = (self.system if last or not self.later else None) if first else self.later if last else None
-            before = "".join([place[0], rules[0], place[1]]) if rules and place else self.opening if first else self.user[0]
+            before = (
+                "".join([place[0], rules[0], place[1]]) if rules and place else self.opening if first else self.user[0]
+            )
             out += [before, text, self.user[1]]
         return "".join([*out, self.asks])
 
@@ -69,7 +73,12 @@ def _without_system(render: Render) -> Turns:
     to_answer, rest = _split(rest, said)
     between, _ = _split(rest, two)
     assert before == opening
-    return Turns(opening, (_after(between, end_of_answer), end_of_user), (_after(to_answer, end_of_user), end_of_answer), _after(asked, alone))
+    return Turns(
+        opening,
+        (_after(between, end_of_answer), end_of_user),
+        (_after(to_answer, end_of_user), end_of_answer),
+        _after(asked, alone),
+    )
 
 
 def _with_system(render: Render, found: Turns) -> Turns:
@@ -91,8 +100,13 @@ def _with_system(render: Render, found: Turns) -> Turns:
 
 def _talks(system: bool) -> list[Talk]:
     """Other talks than those that the pieces were read off from."""
-    turns = [("user", "What is {{ 2 + 2 }}?\nSay it."), ("assistant", "It is 4 <b>."), ("user", "\"Sure\"?"), ("assistant", "Yes: 4."),
-             ("user", "Thanks, Zoë!")]  # fmt: skip
+    turns = [
+        ("user", "What is {{ 2 + 2 }}?\nSay it."),
+        ("assistant", "It is 4 <b>."),
+        ("user", '"Sure"?'),
+        ("assistant", "Yes: 4."),
+        ("user", "Thanks, Zoë!"),
+    ]
     plain = [turns[:1], turns[:3], turns]
     return [*plain, *([("system", "Be brief.\n\nAnd kind."), *talk] for talk in plain if system)]
 
@@ -110,4 +124,3 @@ def _split(text: str, at: str) -> tuple[str, str]:
 def _after(text: str, start: str) -> str:
     assert text.startswith(start)
     return text[len(start) :]
-

@@ -20,14 +20,22 @@ if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (b
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STACK = "stack.json"
-"""Beside a run's final adapter where frozen ones lay below it: `stack` (names, lowest first), `below` (hashes of the frozen ones by name), and
-`folded`: whether the root is all of them in one, and the trained one alone lies in a folder of its name; else the root is the trained one
-alone, and the others lie in folders of theirs."""
+"""Beside a run's final adapter where frozen ones lay below it: `stack` (names, lowest first), `below` (hashes of the
+frozen ones by name), and `folded`: whether the root is all of them in one, and the trained one alone lies in a folder
+of its name; else the root is the trained one alone, and the others lie in folders of theirs."""
 
 
-FOREIGN = ("use_dora", "use_qalora", "alora_invocation_tokens", "trainable_token_indices", "layer_replication", "target_parameters",
-           "arrow_config")  # fmt: skip
-# PEFT's own class for classifiers always adds both names, and saves what the model has: a causal base's classifier has a `score`.
+FOREIGN = (
+    "use_dora",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "layer_replication",
+    "target_parameters",
+    "arrow_config",
+)
+# PEFT's own class for classifiers always adds both names, and saves what the model has: a causal base's classifier has
+# a `score`.
 HEADS = {"score", "classifier"}
 # PiSSA, OLoRA, CorDA and LoftQ change the base's own weights when they begin, and so does a trained bias.
 HARMLESS = {"init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"), "bias": (True, None, "none")}
@@ -42,14 +50,20 @@ def _numbers(value: Any) -> bool:
 
 
 def _names(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value))
+    return isinstance(value, str) or (
+        isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+    )
 
 
 SHAPES = {
-    "r": lambda value: isinstance(value, int) and _number(value, 1), "lora_alpha": _number,
-    "lora_dropout": lambda value: _number(value, 0, 0.999), "target_modules": _names,
-    "exclude_modules": lambda value: value is None or _names(value), "rank_pattern": _numbers, "alpha_pattern": _numbers,
-}  # fmt: skip
+    "r": lambda value: isinstance(value, int) and _number(value, 1),
+    "lora_alpha": _number,
+    "lora_dropout": lambda value: _number(value, 0, 0.999),
+    "target_modules": _names,
+    "exclude_modules": lambda value: value is None or _names(value),
+    "rank_pattern": _numbers,
+    "alpha_pattern": _numbers,
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,8 @@ class SavedAdapter:
     tensors: dict[str, Tensor]
     base_name: str | None
     below: dict[str, str] = field(default_factory=dict)
-    """Frozen adapters that it was trained over and means nothing without, by name, lowest first: hashes of their content."""
+    """Frozen adapters that it was trained over and means nothing without, by name, lowest first: hashes of their
+    content."""
 
     @property
     def head(self) -> Tensor | None:
@@ -73,10 +88,11 @@ class SavedAdapter:
 
 
 def read_adapter(path: str, key: str, head: bool = False, whole: bool = False) -> SavedAdapter:
-    """Reads the adapter in a folder, or in a run's `final/`: one with a scalar head (a reward model's) or, by default, without.
+    """Reads the adapter in a folder, or in a run's `final/`: one with a scalar head (a reward model's) or, by default,
+    without.
 
-    Of a run over frozen adapters it is the trained one alone, to lie over them again; `whole` is all of them folded into one, where the run
-    left that. `key` is the setting that named it. Raises UserError in one sentence.
+    Of a run over frozen adapters it is the trained one alone, to lie over them again; `whole` is all of them folded
+    into one, where the run left that. `key` is the setting that named it. Raises UserError in one sentence.
     """
     given = Path(path).expanduser()
     if not given.is_dir():
@@ -84,24 +100,33 @@ def read_adapter(path: str, key: str, head: bool = False, whole: bool = False) -
     folder = given / "final" if (given / "final" / CONFIG).exists() else given
     if not (folder / CONFIG).exists():
         unfinished = (given / "run.json").exists()
-        why = "is a run that has not ended: let it end first" if unfinished else f"holds no {CONFIG}, so it is no adapter"
+        why = (
+            "is a run that has not ended: let it end first" if unfinished else f"holds no {CONFIG}, so it is no adapter"
+        )
         raise UserError(f"{key}: {path} {why}")
     below = dict[str, str]()
     if (folder / STACK).exists():
         stack = stack_of(folder, key)
         if whole and not stack.folded:
-            raise UserError(f"{key}: {folder} holds its adapters apart, and they mean nothing alone: load {', '.join(stack.below)} below it")
+            raise UserError(
+                f"{key}: {folder} holds its adapters apart, and they mean nothing alone: load "
+                f"{', '.join(stack.below)} below it"
+            )
         below = {} if whole else stack.below
         folder = folder / stack.names[-1] if stack.folded and not whole else folder
     if not (folder / WEIGHTS).exists():
-        raise UserError(f"{key}: {folder} holds no {WEIGHTS}; other formats can run code when they are read and are not loaded")
+        raise UserError(
+            f"{key}: {folder} holds no {WEIGHTS}; other formats can run code when they are read and are not loaded"
+        )
     try:
         raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
     except (ValueError, OSError, SafetensorError) as error:
         raise UserError(f"{key}: the adapter in {folder} is broken: {error}") from error
     if strange := sorted(name for name in tensors if "lora_embedding" in name):
-        raise UserError(f"{key}: {folder} changes the embedding ({strange[0]}), which this kit does not load: only linear modules")
+        raise UserError(
+            f"{key}: {folder} changes the embedding ({strange[0]}), which this kit does not load: only linear modules"
+        )
     saved = SavedAdapter(folder, _config(raw, key, folder), tensors, raw.get("base_model_name_or_path"), below)
     _check_head(saved, raw.get("modules_to_save") or [], key, head)
     return saved
@@ -120,7 +145,10 @@ def stack_of(folder: Path, key: str) -> Stack:
     """The stack that a run's final adapter is the top of. Raises UserError for a file that cannot be understood."""
     try:
         found = json.loads((folder / STACK).read_bytes())
-        names, below = [str(name) for name in found["stack"]], {str(name): str(content) for name, content in found["below"].items()}
+        names, below = (
+            [str(name) for name in found["stack"]],
+            {str(name): str(content) for name, content in found["below"].items()},
+        )
         if names[:-1] == list(below) and all(name and "/" not in name and name not in (".", "..") for name in names):
             return Stack(names, below, bool(found["folded"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -151,7 +179,10 @@ def _config(raw: Any, key: str, folder: Path) -> LoraConfig:
             raise UserError(f"{key}: {folder} uses {name}, which this kit does not load")
     for name, harmless in HARMLESS.items():
         if raw.get(name, True) not in harmless:
-            raise UserError(f"{key}: {folder} uses {name} {raw[name]}, which this kit does not load: such an adapter goes with another base")
+            raise UserError(
+                f"{key}: {folder} uses {name} {raw[name]}, which this kit does not load: such an adapter goes with "
+                f"another base"
+            )
     raw = raw | {"lora_dropout": raw.get("lora_dropout") or 0.0}
     for name, good in SHAPES.items():
         if name in raw and not good(raw[name]):
@@ -165,17 +196,32 @@ def lora_config(wanted: settings.Adapter, model: Any) -> LoraConfig:
     """A fresh LoRA for this model. Raises UserError for target modules that it has not."""
     linears = linear_names(model)
     if not linears:
-        raise UserError(f"base.model: {model.config.model_type} models have no linear modules, so LoRA finds no place in them")
+        raise UserError(
+            f"base.model: {model.config.model_type} models have no linear modules, so LoRA finds no place in them"
+        )
     targets = linears if wanted.target_modules == "all-linear" else sorted(wanted.target_modules)
     unknown = sorted(set(targets) - set(linears))
     if unknown:
-        raise UserError(f"adapters: target_modules: the base has no linear module {', '.join(unknown)}; it has {', '.join(linears)}")
-    return LoraConfig(r=wanted.r, lora_alpha=wanted.alpha, lora_dropout=wanted.dropout, target_modules=targets, use_rslora=wanted.rslora,
-                      bias="none", task_type="CAUSAL_LM")  # fmt: skip
+        raise UserError(
+            f"adapters: target_modules: the base has no linear module {', '.join(unknown)}; it has {', '.join(linears)}"
+        )
+    return LoraConfig(
+        r=wanted.r,
+        lora_alpha=wanted.alpha,
+        lora_dropout=wanted.dropout,
+        target_modules=targets,
+        use_rslora=wanted.rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
 
 
 def linear_names(model: Any) -> list[str]:
     """Last names of all linear modules but the output head."""
     head = model.get_output_embeddings()
-    found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    found = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
     return sorted(found)

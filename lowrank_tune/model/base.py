@@ -1,4 +1,5 @@
-"""Loads the frozen base: a hub id, `id@revision`, a folder, or the tiny base of the package; NF4 or 16 bits; CUDA or CPU.
+"""Loads the frozen base: a hub id, `id@revision`, a folder, or the tiny base of the package; NF4 or 16 bits; CUDA or
+CPU.
 
 Precision is decided here and nowhere else. CUDA: weights, compute and autocast bf16. CPU: everything fp32.
 """
@@ -21,7 +22,14 @@ import bitsandbytes
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PretrainedConfig,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -32,8 +40,9 @@ if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (b
 
 TINY = "tiny-tutor"
 TINY_WEIGHTS, SINGLE = 20_000_000, "OMP_NUM_THREADS"
-"""A model of so few weights runs on one thread of a CPU: what it learns then hangs on no number of cores. Two save a third of the demo's
-time on a quiet machine, and take ten times as long where other work has a core and they wait for each other. The variable decides."""
+"""A model of so few weights runs on one thread of a CPU: what it learns then hangs on no number of cores. Two save a
+third of the demo's time on a quiet machine, and take ten times as long where other work has a core and they wait for
+each other. The variable decides."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +77,15 @@ def pick_device() -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name()
-        raise UserError(f"{name} has no bfloat16 (RTX 30 series and newer have it); set CUDA_VISIBLE_DEVICES= to use the CPU")
+        raise UserError(
+            f"{name} has no bfloat16 (RTX 30 series and newer have it); set CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def load_tokenizer(wanted: settings.Base) -> Any:
-    """The base's tokenizer alone, so that data can be judged before gigabytes are read. Raises UserError as `load_base`."""
+    """The base's tokenizer alone, so that data can be judged before gigabytes are read. Raises UserError as
+    `load_base`."""
     be_quiet()
     with telling(wanted) as (place, arguments):
         return AutoTokenizer.from_pretrained(place, **arguments)
@@ -86,9 +98,11 @@ def load_config(wanted: settings.Base) -> Any:
         return AutoConfig.from_pretrained(place, **arguments)
 
 
-def load_base(wanted: settings.Base, tokenizer: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Base:
-    """Loads and freezes it, in the device's own `dtype` where none is given. Raises UserError with one sentence for whatever a person can
-    mend."""
+def load_base(
+    wanted: settings.Base, tokenizer: Any, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> Base:
+    """Loads and freezes it, in the device's own `dtype` where none is given. Raises UserError with one sentence for
+    whatever a person can mend."""
     be_quiet()
     device = device or pick_device()
     with telling(wanted) as (place, arguments):
@@ -97,10 +111,21 @@ def load_base(wanted: settings.Base, tokenizer: Any, device: torch.device | None
         if wanted.bits == 4 and not quantised:
             arguments["quantization_config"] = nf4(device)
         model, found = AutoModelForCausalLM.from_pretrained(
-            place, config=config, use_safetensors=True, device_map={"": device}, output_loading_info=True, ignore_mismatched_sizes=True,
-            dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), **arguments)  # fmt: skip
+            place,
+            config=config,
+            use_safetensors=True,
+            device_map={"": device},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32),
+            **arguments,
+        )
         _check_weights(model, found, wanted.model)
-    if device.type == "cpu" and SINGLE not in os.environ and sum(one.numel() for one in model.parameters()) < TINY_WEIGHTS:
+    if (
+        device.type == "cpu"
+        and SINGLE not in os.environ
+        and sum(one.numel() for one in model.parameters()) < TINY_WEIGHTS
+    ):
         torch.set_num_threads(1)
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
     return freeze(model, tokenizer, name=wanted.model, revision=revision, bits=4 if quantised else wanted.bits)
@@ -109,13 +134,17 @@ def load_base(wanted: settings.Base, tokenizer: Any, device: torch.device | None
 def weight_files(wanted: settings.Base) -> dict[str, Path]:
     """The file of each tensor of the base as its author published it. Raises UserError as `load_base`."""
     with telling(wanted) as (place, arguments):
-        index = cached_file(place, SAFE_WEIGHTS_INDEX_NAME, revision=arguments["revision"], _raise_exceptions_for_missing_entries=False)
+        index = cached_file(
+            place, SAFE_WEIGHTS_INDEX_NAME, revision=arguments["revision"], _raise_exceptions_for_missing_entries=False
+        )
         if index is None:
             single = Path(str(cached_file(place, SAFE_WEIGHTS_NAME, revision=arguments["revision"])))
             with safe_open(single, framework="pt") as opened:
                 return dict.fromkeys(opened.keys(), single)
         named = json.loads(Path(str(index)).read_bytes())["weight_map"]
-        found = {file: Path(str(cached_file(place, file, revision=arguments["revision"]))) for file in set(named.values())}
+        found = {
+            file: Path(str(cached_file(place, file, revision=arguments["revision"]))) for file in set(named.values())
+        }
         return {name: found[file] for name, file in named.items()}
 
 
@@ -138,18 +167,22 @@ def _check_weights(model: Any, found: dict[str, Any], name: str) -> None:
                 shapes.append(f"{key}.weight")
     for keys, what in ((found["missing_keys"], "not there"), (shapes, "of another shape than config.json says")):
         if keys:
-            raise UserError(f"base.model: {name} cannot be loaded: {len(keys)} of its weights are {what}, {min(keys)} for one")
+            raise UserError(
+                f"base.model: {name} cannot be loaded: {len(keys)} of its weights are {what}, {min(keys)} for one"
+            )
 
 
 def freeze(model: Any, tokenizer: Any, name: str, bits: int, revision: str | None = None) -> Base:
-    """Makes a loaded model a base: nothing trainable, train mode (transformers checkpoints only there), no trap of the CPU kernels."""
+    """Makes a loaded model a base: nothing trainable, train mode (transformers checkpoints only there), no trap of the
+    CPU kernels."""
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 an eval forward repacks the weight in place and takes a path without autograd.
             module.support_avx512bf16_for_cpu = False
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for key, value in list(vars(module).items()):  # most models keep attention's dropout as a number (Granite 3.0: 0.1)
+        # most models keep attention's dropout as a number (Granite 3.0: 0.1)
+        for key, value in list(vars(module).items()):
             if "drop" in key and isinstance(value, float):
                 setattr(module, key, 0.0)
     model.requires_grad_(False)
@@ -157,8 +190,9 @@ def freeze(model: Any, tokenizer: Any, name: str, bits: int, revision: str | Non
     model.config.use_cache = False
     device = next(model.parameters()).device
     if device.type == "cuda":
-        # cuDNN's attention, which PyTorch prefers on some GPUs, builds a plan for each new shape. Lengths differ in each micro-batch and
-        # in each decoding step, so the plans cost more than the products. Recomputed layers must choose the same kernel: no context here.
+        # cuDNN's attention, which PyTorch prefers on some GPUs, builds a plan for each new shape. Lengths differ in
+        # each micro-batch and in each decoding step, so the plans cost more than the products. Recomputed layers must
+        # choose the same kernel: no context here.
         torch.backends.cuda.enable_cudnn_sdp(False)
     return Base(model, tokenizer, name, revision, device, bits, _end_ids(model, tokenizer))
 
@@ -166,17 +200,22 @@ def freeze(model: Any, tokenizer: Any, name: str, bits: int, revision: str | Non
 def nf4(device: torch.device) -> BitsAndBytesConfig:
     """NF4 with double quantisation (arXiv:2305.14314)."""
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
 
 
 def base_hashes(model: nn.Module) -> dict[str, str]:
-    """blake2b of every frozen tensor as it is stored (packed 4-bit weights with their scales), under the names of the plain model."""
+    """blake2b of every frozen tensor as it is stored (packed 4-bit weights with their scales), under the names of the
+    plain model."""
     return {name: _digest(tensors) for name, tensors in _stored_tensors(model)}
 
 
 def one_hash(hashes: dict[str, str]) -> str:
     """One hash over all of them."""
-    return hashlib.blake2b("\n".join(f"{name} {hashes[name]}" for name in sorted(hashes)).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        "\n".join(f"{name} {hashes[name]}" for name in sorted(hashes)).encode(), digest_size=16
+    ).hexdigest()
 
 
 def stored_bytes(tensor: Tensor) -> int:
@@ -213,7 +252,8 @@ def be_quiet() -> None:
     """The libraries' own chatter goes."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what they come to is told in one sentence
+    # its retries; what they come to is told in one sentence
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     # PEFT asks transformers by a name that is deprecated there; nobody who runs a recipe can do anything about it.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 
@@ -239,7 +279,10 @@ def _refuse_own_code(place: str, name: str, arguments: dict[str, Any]) -> None:
     except (AttributeError, TypeError) as error:
         raise UserError(f"base.model: {name} cannot be loaded: its config.json holds no JSON object") from error
     if own_code and not arguments["trust_remote_code"]:
-        raise UserError(f"base.model: {name} brings Python code of its own; set base.trust_remote_code: true only if you trust its author")
+        raise UserError(
+            f"base.model: {name} brings Python code of its own; set base.trust_remote_code: true only if you trust "
+            f"its author"
+        )
 
 
 def _existing_folder(name: str) -> str | None:
@@ -261,7 +304,10 @@ def check_quantisation(config: Any, wanted: settings.Base) -> bool:
     quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
     if quantised.get("quant_method") != "bitsandbytes" or not quantised.get("load_in_4bit"):
         kind = quantised.get("quant_method", "an unknown method")
-        raise UserError(f"base.model: {wanted.model} is quantised with {kind}; give the unquantised model, or one in bitsandbytes' 4 bits")
+        raise UserError(
+            f"base.model: {wanted.model} is quantised with {kind}; give the unquantised model, or one in "
+            f"bitsandbytes' 4 bits"
+        )
     return True
 
 
@@ -269,14 +315,29 @@ def _why_not(name: str, revision: str, error: Exception) -> str:
     text = str(error)
     where = f"{name} at revision {revision}" if revision else name
     if "gated" in text.lower() or "401" in text or "403" in text:
-        return f"base.model: {where} is gated or private: accept its terms at https://huggingface.co/{name}, then `hf auth login`"
+        return (
+            f"base.model: {where} is gated or private: accept its terms at https://huggingface.co/{name}, then "
+            f"`hf auth login`"
+        )
     if "revision" in text.lower() and revision and "not a valid" in text.lower():
         return f"base.model: {name} has no revision {revision}"
     if "safetensors" in text.lower() and "no file named" in text.lower():
-        return f"base.model: {where} has no safetensors weights; other formats can run code when they are read and are not loaded"
-    if any(word in text.lower() for word in ("couldn't connect", "offline", "can't load", "not a local folder", "connection", "resolve")):
-        return f"base.model: {where} is no folder, not in the local cache, and could not be fetched; check the name and the network"
-    return f"base.model: {where} cannot be loaded: {text.strip().splitlines()[0] if text.strip() else type(error).__name__}"
+        return (
+            f"base.model: {where} has no safetensors weights; other formats can run code when they are read and "
+            f"are not loaded"
+        )
+    if any(
+        word in text.lower()
+        for word in ("couldn't connect", "offline", "can't load", "not a local folder", "connection", "resolve")
+    ):
+        return (
+            f"base.model: {where} is no folder, not in the local cache, and could not be fetched; check the name "
+            f"and the network"
+        )
+    return (
+        f"base.model: {where} cannot be loaded: "
+        f"{text.strip().splitlines()[0] if text.strip() else type(error).__name__}"
+    )
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -1,9 +1,9 @@
 """Log-probs of chosen tokens without the logits of all of them: `(B, T, V)` never exists, forward or backward.
 
-For hidden states h (N, d), head W (V, d) and targets y (N,):  z = head(h),  logp = z_y - logsumexp(z),  H = logsumexp(z) - E_p[z].
-The head is frozen, so all that the backward pass needs of a row is one vector,  d logp / d h = s (W_y - p W)  with s the head's scale
-over the temperature (a soft cap adds its derivative inside p). It is taken while the chunk's logits are there: logits are made once,
-not twice. Rows go through in chunks of a fixed number of logits.
+For hidden states h (N, d), head W (V, d) and targets y (N,):  z = head(h),  logp = z_y - logsumexp(z),  H =
+logsumexp(z) - E_p[z]. The head is frozen, so all that the backward pass needs of a row is one vector,  d logp / d h = s
+(W_y - p W)  with s the head's scale over the temperature (a soft cap adds its derivative inside p). It is taken while
+the chunk's logits are there: logits are made once, not twice. Rows go through in chunks of a fixed number of logits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ CHUNK_LOGITS = 1 << 24  # 64 MiB in fp32; two such buffers are alive at once
 
 @dataclass(frozen=True)
 class Head:
-    """The model's output head: weight (V, d), bias (V,) or None, what its logits are multiplied by, and the soft cap."""
+    """The model's output head: weight (V, d), bias (V,) or None, what its logits are multiplied by, and the soft
+    cap."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -63,16 +64,22 @@ def check_head(model: Any, head: Head) -> None:
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     ours, theirs = head.logits(hidden[0]), model(input_ids=ids, use_cache=False).logits[0].float()
     if not torch.linalg.vector_norm(ours - theirs) <= 1e-2 * torch.linalg.vector_norm(theirs):
-        raise UserError(f"base.model: the head of {model.config.model_type} models computes something that this kit does not know")
+        raise UserError(
+            f"base.model: the head of {model.config.model_type} models computes something that this kit does not know"
+        )
 
 
-def chunked_logps(head: Head, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (N, d), targets (N,) -> log-probs, entropies, whether the target is the likeliest token; (N,) each. Log-probs have a gradient."""
+def chunked_logps(
+    head: Head, hidden: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (N, d), targets (N,) -> log-probs, entropies, whether the target is the likeliest token; (N,) each.
+    Log-probs have a gradient."""
     return _ChunkedLogps.apply(hidden, targets, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def chunked_kl(head: Head, hidden: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p || q) over the whole vocabulary at each of N positions, from their hidden states; (N,) fp32, with a gradient for `hidden`."""
+    """KL(p || q) over the whole vocabulary at each of N positions, from their hidden states; (N,) fp32, with a gradient
+    for `hidden`."""
     return _ChunkedKL.apply(hidden, reference, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -87,7 +94,9 @@ def _chunks(rows: Tensor, head: Head) -> tuple[Tensor, ...]:
 
 class _ChunkedLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logps = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         entropy, likeliest = torch.zeros_like(logps), torch.zeros_like(logps, dtype=torch.bool)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -164,8 +173,16 @@ class _ChunkedEntropy(torch.autograd.Function):
         return (slope * grad[:, None]).to(slope.dtype), None, None
 
 
-def _one_chunk(head: Head, hidden: Tensor, targets: Tensor, temperature: float, logps: Tensor, entropy: Tensor, likeliest: Tensor,
-               slope: Tensor | None) -> None:  # fmt: skip
+def _one_chunk(
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float,
+    logps: Tensor,
+    entropy: Tensor,
+    likeliest: Tensor,
+    slope: Tensor | None,
+) -> None:
     z = head.logits(hidden, temperature)
     target = z.gather(1, targets[:, None]).squeeze(1)
     largest = z.amax(dim=1)

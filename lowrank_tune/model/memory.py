@@ -1,8 +1,8 @@
 """Which activations are kept, which are computed again in the backward pass, and which wait in the machine's memory.
 
-A layer that is recomputed keeps its input alone; the others keep all that their backward pass needs. The *first* N layers are recomputed:
-backward comes to them last, when what the others kept has been let go. What a recomputed layer keeps can be moved to pinned memory of the
-machine until then. None of this changes a gradient.
+A layer that is recomputed keeps its input alone; the others keep all that their backward pass needs. The *first* N
+layers are recomputed: backward comes to them last, when what the others kept has been let go. What a recomputed layer
+keeps can be moved to pinned memory of the machine until then. None of this changes a gradient.
 """
 
 from __future__ import annotations
@@ -29,17 +29,26 @@ def layers_recomputed(wanted: Checkpointing, layers: int) -> int:
     return min(wanted, layers)
 
 
-def checkpoint_layers(model: Any, wanted: Checkpointing, offload: bool,
-                      contexts: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]) -> bool:  # fmt: skip
-    """Makes layers of a model recompute, and with `offload` keep their inputs in the machine's memory; `contexts` gives what the forward
-    pass and the recomputation run under. Returns whether any layer does. Raises UserError for a model whose layers cannot differ."""
+def checkpoint_layers(
+    model: Any,
+    wanted: Checkpointing,
+    offload: bool,
+    contexts: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]],
+) -> bool:
+    """Makes layers of a model recompute, and with `offload` keep their inputs in the machine's memory; `contexts` gives
+    what the forward pass and the recomputation run under. Returns whether any layer does. Raises UserError for a model
+    whose layers cannot differ."""
     layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
     count = layers_recomputed(wanted, len(layers) or 1)
     if not count:
         return False
     if not layers and not isinstance(wanted, (bool, str)):
-        raise UserError(f"train.gradient_checkpointing: {model.config.model_type} models recompute all layers or none; say all or none")
-    # transformers renamed it and drops the old name in version 6; the defaults are replaced by what is passed, so both stand here.
+        raise UserError(
+            f"train.gradient_checkpointing: {model.config.model_type} models recompute all layers or none; say all "
+            f"or none"
+        )
+    # transformers renamed it and drops the old name in version 6; the defaults are replaced by what is passed, so both
+    # stand here.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, "context_fn": contexts})
     model.disable_input_require_grads()

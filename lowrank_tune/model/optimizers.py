@@ -14,10 +14,12 @@ if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (b
     from lowrank_tune import settings
 
 
-def make_optimizer(parameters: list[nn.Parameter] | list[dict[str, Any]], train: settings.Train,
-                   device: torch.device) -> torch.optim.Optimizer:  # fmt: skip
-    """AdamW (arXiv:1711.05101) on the fp32 masters, fused; or bitsandbytes' with 8-bit states (arXiv:2110.02861; tensors of fewer than 4,096
-    elements keep them in fp32), or paged ones. Raises UserError for these without a card: they would page nothing.
+def make_optimizer(
+    parameters: list[nn.Parameter] | list[dict[str, Any]], train: settings.Train, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101) on the fp32 masters, fused; or bitsandbytes' with 8-bit states (arXiv:2110.02861;
+    tensors of fewer than 4,096 elements keep them in fp32), or paged ones. Raises UserError for these without a card:
+    they would page nothing.
 
     Groups of parameters (torch's `{"params": [...]}`) may have a `share`: what their learning rate is to the run's.
     """
@@ -25,16 +27,24 @@ def make_optimizer(parameters: list[nn.Parameter] | list[dict[str, Any]], train:
     if train.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=train.learning_rate, betas=betas, weight_decay=decay, fused=True)
     if device.type != "cuda" and train.optimizer.startswith("paged_"):
-        raise UserError(f"train.optimizer: {train.optimizer} moves its states between a card and the machine's memory, and there is no card; "
-                        f"say {train.optimizer.removeprefix('paged_')}")  # fmt: skip
+        raise UserError(
+            f"train.optimizer: {train.optimizer} moves its states between a card and the machine's memory, and there "
+            f"is no card; "
+            f"say {train.optimizer.removeprefix('paged_')}"
+        )
     import bitsandbytes.optim as optim  # heavy, and asked for by few
 
-    kinds = {"adamw_8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW32bit, "paged_adamw_8bit": optim.PagedAdamW8bit}
+    kinds = {
+        "adamw_8bit": optim.AdamW8bit,
+        "paged_adamw": optim.PagedAdamW32bit,
+        "paged_adamw_8bit": optim.PagedAdamW8bit,
+    }
     return kinds[train.optimizer](parameters, lr=train.learning_rate, betas=betas, weight_decay=decay)  # type: ignore[no-any-return]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """`load_state_dict`, after which states that were paged are paged again: bitsandbytes would leave them on the card for good."""
+    """`load_state_dict`, after which states that were paged are paged again: bitsandbytes would leave them on the card
+    for good."""
     optimizer.load_state_dict(dict(state))
     if not getattr(optimizer, "is_paged", False):
         return

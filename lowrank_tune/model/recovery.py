@@ -1,7 +1,7 @@
 """Out of memory: noticed, cleaned up after, done again in smaller pieces, and remembered for the rest of the run.
 
-Weights are fixed before a batch is split, so any split has the same gradient: what ran short is begun again in halves, until it fits or a
-single row does not. What the failed attempt had added to gradients is taken back first.
+Weights are fixed before a batch is split, so any split has the same gradient: what ran short is begun again in halves,
+until it fits or a single row does not. What the failed attempt had added to gradients is taken back first.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def let_go(error: BaseException | None) -> None:
-    """Drops what the frames of a failed attempt hold: activations, and graphs that hold others. The memory goes back to the device."""
+    """Drops what the frames of a failed attempt hold: activations, and graphs that hold others. The memory goes back to
+    the device."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -58,8 +59,9 @@ def _on_card() -> bool:
 
 @contextmanager
 def added_whole(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """The gradients of what happens inside are added where it ends well; where it raises, all are as before, though a backward pass that
-    died in its middle had added some. They are summed apart, which costs the size of the adapters, when activations are gone."""
+    """The gradients of what happens inside are added where it ends well; where it raises, all are as before, though a
+    backward pass that died in its middle had added some. They are summed apart, which costs the size of the adapters,
+    when activations are gone."""
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
@@ -87,8 +89,9 @@ def _silent(event: Event) -> None:
 
 @dataclass
 class Limits:
-    """How much at once has turned out to fit, in tokens with padding: of an update, of a pass without gradient, and of keys and values that
-    are decoded with. 0: no limit is known. `times` counts how often memory ran short. All this is saved with a checkpoint.
+    """How much at once has turned out to fit, in tokens with padding: of an update, of a pass without gradient, and of
+    keys and values that are decoded with. 0: no limit is known. `times` counts how often memory ran short. All this is
+    saved with a checkpoint.
 
     `budget_bytes` is what the run may use, 0 for all; `when` begins what is told.
     """
@@ -120,11 +123,14 @@ class Limits:
         """A budget of tokens, or what is known to fit where that is less; None for none."""
         return min((limit for limit in (getattr(self, kind), tokens) if limit), default=None)
 
-    def pieces(self, kind: Kind, units: Sequence[U], tokens: int, work: Callable[[Sequence[U]], T],
-               together: int = 1) -> Iterator[tuple[Sequence[U], T]]:  # fmt: skip
-        """What `work` makes of the units, each of them `tokens` tokens, in as many pieces as it takes, and of which units.
+    def pieces(
+        self, kind: Kind, units: Sequence[U], tokens: int, work: Callable[[Sequence[U]], T], together: int = 1
+    ) -> Iterator[tuple[Sequence[U], T]]:
+        """What `work` makes of the units, each of them `tokens` tokens, in as many pieces as it takes, and of which
+        units.
 
-        `work` must leave nothing behind where it raises. A unit is `together` rows. Raises DoesNotFit where a single unit is too much.
+        `work` must leave nothing behind where it raises. A unit is `together` rows. Raises DoesNotFit where a single
+        unit is too much.
         """
         waiting = deque([units])
         while waiting:
@@ -143,24 +149,39 @@ class Limits:
             waiting.appendleft(some)
 
     def ran_short(self, kind: Kind, units: int, tokens: int, together: int = 1) -> None:
-        """So many units at once were too much: half as many from here on. Says so; raises DoesNotFit where there is no half."""
+        """So many units at once were too much: half as many from here on. Says so; raises DoesNotFit where there is no
+        half."""
         self.times += 1
         if units == 1:
             what = "a sequence" if kind == "cache_tokens" else "a pair" if together == 2 else "a row"
             raise DoesNotFit(kind, what, tokens)
         setattr(self, kind, -(-units // 2) * tokens)
-        self.emit(Note(level="warning", message=f"{self.when}{_told(kind, units * together, tokens // together, getattr(self, kind))}"))
+        self.emit(
+            Note(
+                level="warning",
+                message=f"{self.when}{_told(kind, units * together, tokens // together, getattr(self, kind))}",
+            )
+        )
 
 
 def _told(kind: Kind, rows: int, width: int, limit: int) -> str:
     if kind == "cache_tokens":
-        return (f"out of memory while decoding {rows} sequences of up to {width:,} tokens: those that had not ended are drawn again from the "
-                f"same random numbers, {limit // width} at once")  # fmt: skip
+        return (
+            f"out of memory while decoding {rows} sequences of up to {width:,} tokens: those that had not ended are "
+            f"drawn again from the "
+            f"same random numbers, {limit // width} at once"
+        )
     if kind == "forward_tokens":
-        return (f"out of memory while reading {rows} rows of {width:,} tokens: read again in halves; from here on at most {limit:,} tokens "
-                "at once")  # fmt: skip
-    return (f"out of memory with a micro-batch of {rows} rows of {width:,} tokens: done again in halves, with the same gradient; from here "
-            f"on it has at most {limit:,} tokens, and `train.micro_batch_tokens={limit}` would begin so")  # fmt: skip
+        return (
+            f"out of memory while reading {rows} rows of {width:,} tokens: read again in halves; from here on at "
+            f"most {limit:,} tokens "
+            "at once"
+        )
+    return (
+        f"out of memory with a micro-batch of {rows} rows of {width:,} tokens: done again in halves, with the same "
+        f"gradient; from here "
+        f"on it has at most {limit:,} tokens, and `train.micro_batch_tokens={limit}` would begin so"
+    )
 
 
 def _old_graph() -> tuple[Tensor, Tensor]:
@@ -171,7 +192,8 @@ def _old_graph() -> tuple[Tensor, Tensor]:
 
 
 def _attempt(work: Callable[[U], T], units: U, oldest: tuple[Tensor, Tensor]) -> tuple[T] | None:
-    """What `work` gives, in a tuple; None where memory ran short. Random numbers are then as before, and nothing of it is held."""
+    """What `work` gives, in a tuple; None where memory ran short. Random numbers are then as before, and nothing of it
+    is held."""
     device = torch.cuda.get_rng_state() if _on_card() else None
     before = torch.get_rng_state()
     try:
@@ -180,8 +202,9 @@ def _attempt(work: Callable[[U], T], units: U, oldest: tuple[Tensor, Tensor]) ->
         if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
             raise
         let_go(error)
-    # Where a backward pass dies, what it had not come to waits in the engine's queue of this thread, with all that it holds. A later pass
-    # takes the youngest nodes first and ends when it has what it wants: only one that wants the oldest node clears the queue.
+    # Where a backward pass dies, what it had not come to waits in the engine's queue of this thread, with all that it
+    # holds. A later pass takes the youngest nodes first and ends when it has what it wants: only one that wants the
+    # oldest node clears the queue.
     torch.autograd.grad(oldest[1], oldest[0], retain_graph=True)
     torch.set_rng_state(before)
     if device is not None:

@@ -1,8 +1,9 @@
 """Roles: stacks of LoRA adapters over one frozen base, some with a scalar head. PEFT lives here and nowhere else.
 
-Every tuner layer shares one list of active adapters, and entering a role rewrites that list in place: half a microsecond, and
-`requires_grad` is never touched (PEFT's own switches touch it, and lose gradients in silence). An empty stack is the base, bit for bit.
-Under gradient checkpointing the recomputation enters the stack that ran the forward pass, whatever is active by then.
+Every tuner layer shares one list of active adapters, and entering a role rewrites that list in place: half a
+microsecond, and `requires_grad` is never touched (PEFT's own switches touch it, and lose gradients in silence). An
+empty stack is the base, bit for bit. Under gradient checkpointing the recomputation enters the stack that ran the
+forward pass, whatever is active by then.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ PREFIX = "lt_"  # PEFT drops weights of an adapter whose name is part of a modul
 
 
 class _Voice(AbstractContextManager[None]):
-    """Makes a stack the active one and puts back what was there. Can be entered again and again, as a second backward pass does."""
+    """Makes a stack the active one and puts back what was there. Can be entered again and again, as a second backward
+    pass does."""
 
     def __init__(self, active: list[str], stack: Iterable[str]) -> None:
         self.active, self.stack, self.before = active, list(stack), list[list[str]]()
@@ -46,17 +48,31 @@ class _Voice(AbstractContextManager[None]):
 class Roles:
     """Adapters over a base, and the stacks of them that speak.
 
-    `adapters` in the order they lie, all fresh (and a fresh adapter changes nothing: its B is zero) until `load_adapter_tensors`. Only
-    those in `trainable` ever get a gradient. `heads` are roles with a scalar head: it belongs to the adapter of the role's own name, the
-    top of its stack, and trains and is saved with it; or, where no adapter has that name, it stands alone on a stack that others train.
-    `share` False has every row go through the model whole, as it must where another backend ignores masks. `checkpointing` says which layers
-    are recomputed in the backward pass, `offload` that what they keep waits in the machine's memory (`model/memory.py`).
+    `adapters` in the order they lie, all fresh (and a fresh adapter changes nothing: its B is zero) until
+    `load_adapter_tensors`. Only those in `trainable` ever get a gradient. `heads` are roles with a scalar head: it
+    belongs to the adapter of the role's own name, the top of its stack, and trains and is saved with it; or, where no
+    adapter has that name, it stands alone on a stack that others train. `share` False has every row go through the
+    model whole, as it must where another backend ignores masks. `checkpointing` says which layers are recomputed in the
+    backward pass, `offload` that what they keep waits in the machine's memory (`model/memory.py`).
     """
 
-    def __init__(self, base: Base, adapters: Mapping[str, LoraConfig], trainable: Iterable[str], stacks: Mapping[str, list[str]],
-                 checkpointing: Checkpointing = False, seed: int = 0, heads: Iterable[str] = (), offload: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        base: Base,
+        adapters: Mapping[str, LoraConfig],
+        trainable: Iterable[str],
+        stacks: Mapping[str, list[str]],
+        checkpointing: Checkpointing = False,
+        seed: int = 0,
+        heads: Iterable[str] = (),
+        offload: bool = False,
+    ) -> None:
         self.base, self.stacks = base, {role: [PREFIX + name for name in stack] for role, stack in stacks.items()}
-        self.trainable, self.share, self.heads = frozenset(trainable), base.backend == "plain", dict[str, scalar.ScalarHead]()
+        self.trainable, self.share, self.heads = (
+            frozenset(trainable),
+            base.backend == "plain",
+            dict[str, scalar.ScalarHead](),
+        )
         self._checkpointing, self.limits = False, Limits()
         self._active: list[str] = []
         torch.manual_seed(seed)
@@ -68,16 +84,22 @@ class Roles:
                 else:
                     self._peft.add_adapter(PREFIX + name, config)
             except (ValueError, TypeError) as error:  # of a loaded one: fresh configurations were made for this base
-                raise UserError(f"adapters.{name}: this adapter does not fit {base.name}: {str(error).splitlines()[0]}") from error
+                raise UserError(
+                    f"adapters.{name}: this adapter does not fit {base.name}: {str(error).splitlines()[0]}"
+                ) from error
         assert self._peft is not None, "roles without an adapter"
-        if isinstance(base.model.get_output_embeddings(), LoraLayer):  # logits are made from its frozen weight, often the embedding's too
+        # logits are made from its frozen weight, often the embedding's too
+        if isinstance(base.model.get_output_embeddings(), LoraLayer):
             self.release()
-            raise UserError(f"adapters: one of them changes the output head of {base.name}, which this kit keeps as it is")
+            raise UserError(
+                f"adapters: one of them changes the output head of {base.name}, which this kit keeps as it is"
+            )
         self.head = head_of(base.model)
         self.heads = {role: scalar.ScalarHead(self.head.weight.shape[1], base.device) for role in heads}
         alone = self.trainable - adapters.keys()
         assert all(role in alone or self.stacks[role][-1:] == [PREFIX + role] for role in self.heads), (
-            "a head belongs to the top adapter of its own role, or is trained alone")  # fmt: skip
+            "a head belongs to the top adapter of its own role, or is trained alone"
+        )
         self._pin()
         self._freeze_all_but_trainable()
         self._checkpoint(checkpointing, offload)
@@ -90,7 +112,8 @@ class Roles:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """No graph, no dropout: eval mode inside, the mode before restored after (checkpointing works only in train mode)."""
+        """No graph, no dropout: eval mode inside, the mode before restored after (checkpointing works only in train
+        mode)."""
         before = self.base.model.training
         self.base.model.eval()
         try:
@@ -100,7 +123,8 @@ class Roles:
             self.base.model.train(before)
 
     def resident_bytes(self) -> int:
-        """What stays on the device for the whole run: the base as it is stored, adapters and heads, and two moments of what is trained."""
+        """What stays on the device for the whole run: the base as it is stored, adapters and heads, and two moments of
+        what is trained."""
         size = sum(stored_bytes(parameter) for parameter in (*self.base.model.parameters(), *self.base.model.buffers()))
         trained = sum(parameter.nbytes for _, parameter in self._all_parameters() if parameter.requires_grad)
         return size + 2 * trained + sum(head.weight.nbytes for head in self.heads.values())
@@ -120,7 +144,8 @@ class Roles:
             yield f"score.{PREFIX}{role}.weight", head.weight
 
     def hidden(self, role: str, batch: Batch) -> Tensor:
-        """(B, T, d) last hidden states. A beginning that rows share goes through once where that is faster (`model/tree.py`).
+        """(B, T, d) last hidden states. A beginning that rows share goes through once where that is faster
+        (`model/tree.py`).
 
         Right-padded rows need no attention mask: a real token never looks at what follows it.
         """
@@ -138,7 +163,9 @@ class Roles:
             mask = mask_for(mask, self.base.model)
         with self.base.autocast():
             decoder = self.base.model.get_decoder()
-            return decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+            return decoder(  # type: ignore[no-any-return]
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+            ).last_hidden_state
 
     def _tree(self, batch: Batch) -> Tree | None:
         if not self.share or "shared" not in batch.extra:
@@ -160,9 +187,11 @@ class Roles:
         logps, entropy, _ = self.scored(role, batch, temperature, entropy_gradient)
         return LogProbs(logps, entropy)
 
-    def scored(self, role: str, batch: Batch, temperature: float = 1.0, entropy_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs and entropies as `logps`, and whether the token is the likeliest one; (B, T) each. Entropies have a gradient only where
-        one is asked for: it costs a second pass through the head."""
+    def scored(
+        self, role: str, batch: Batch, temperature: float = 1.0, entropy_gradient: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs and entropies as `logps`, and whether the token is the likeliest one; (B, T) each. Entropies have a
+        gradient only where one is asked for: it costs a second pass through the head."""
         rows, columns = batch.scored.nonzero(as_tuple=True)
         hidden = self.hidden(role, batch)[rows, columns - 1]
         values = chunked_logps(self.head, hidden, batch.ids[rows, columns], temperature)
@@ -170,8 +199,11 @@ class Roles:
             values = values[0], chunked_entropy(self.head, hidden, temperature), values[2]
         return tuple(_scatter(value, rows, columns, batch.ids.shape) for value in values)  # type: ignore[return-value]
 
-    def exact_kl(self, role: str, reference: str, batch: Batch, temperature: float = 1.0, gradient: bool = False) -> Tensor:
-        """KL(role || reference) over the whole vocabulary where `says`, else 0; (B, T) fp32; with `gradient`, one for the role."""
+    def exact_kl(
+        self, role: str, reference: str, batch: Batch, temperature: float = 1.0, gradient: bool = False
+    ) -> Tensor:
+        """KL(role || reference) over the whole vocabulary where `says`, else 0; (B, T) fp32; with `gradient`, one for
+        the role."""
         rows, columns = batch.scored.nonzero(as_tuple=True)
         with nullcontext() if gradient else self.quiet():
             mine = self.hidden(role, batch)[rows, columns - 1]
@@ -185,13 +217,15 @@ class Roles:
         return _scatter(self.heads[role](self.hidden(role, batch)[rows, columns]), rows, columns, batch.ids.shape)
 
     def last_scores(self, role: str, batch: Batch) -> Tensor:
-        """The scalar head's value at each row's last attended token, whatever token that is and wherever padding stands; (B,) fp32."""
+        """The scalar head's value at each row's last attended token, whatever token that is and wherever padding
+        stands; (B,) fp32."""
         last = (batch.lengths - 1).clamp_min(0)
         rows = torch.arange(len(batch), device=last.device)
         return self.heads[role](self.hidden(role, batch)[rows, last])  # type: ignore[no-any-return]
 
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
-        """The adapter's weights, its head's too, under the names of PEFT's file format. They are counted: none may be lost."""
+        """The adapter's weights, its head's too, under the names of PEFT's file format. They are counted: none may be
+        lost."""
         tensors = {}
         if PREFIX + name in self._peft.peft_config:
             tensors = get_peft_model_state_dict(self._peft, adapter_name=PREFIX + name, save_embedding_layers=False)
@@ -207,7 +241,10 @@ class Roles:
         wrong = sorted(key for key in mine.keys() | tensors.keys() if _shape(mine, key) != _shape(tensors, key))
         if wrong:
             first = f"{wrong[0]} is {_shape(tensors, wrong[0])} there and {_shape(mine, wrong[0])} here"
-            raise UserError(f"{where}: this adapter was made for another base than {self.base.name}: {len(wrong)} tensors differ; {first}")
+            raise UserError(
+                f"{where}: this adapter was made for another base than {self.base.name}: {len(wrong)} tensors "
+                f"differ; {first}"
+            )
         if name in self.heads:
             with torch.no_grad():
                 self.heads[name].weight.copy_(tensors[scalar.KEY])
@@ -219,16 +256,24 @@ class Roles:
 
     def scalings(self, name: str) -> dict[str, float]:
         """What an adapter's product B A is multiplied by, of each module that it changes."""
-        return {place: float(module.scaling[PREFIX + name]) for place, module in self.base.model.named_modules()
-                if isinstance(module, LoraLayer) and PREFIX + name in module.scaling}  # fmt: skip
+        return {
+            place: float(module.scaling[PREFIX + name])
+            for place, module in self.base.model.named_modules()
+            if isinstance(module, LoraLayer) and PREFIX + name in module.scaling
+        }
 
     def adapter_config(self, name: str) -> dict[str, Any]:
         """The adapter's `adapter_config.json`; of a head that stands alone, what there is to say of it."""
         config = self._peft.peft_config[PREFIX + name].to_dict() if PREFIX + name in self._peft.peft_config else {}
-        config.update(base_model_name_or_path=self.base.name.partition("@")[0], revision=self.base.revision, inference_mode=True)
+        config.update(
+            base_model_name_or_path=self.base.name.partition("@")[0], revision=self.base.revision, inference_mode=True
+        )
         if name in self.heads:
             config.update(scalar.WRITTEN)
-        return {key: sorted(value) if isinstance(value, set) else getattr(value, "value", value) for key, value in sorted(config.items())}
+        return {
+            key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+            for key, value in sorted(config.items())
+        }
 
     def _pin(self) -> None:
         for layer in self._layers():
@@ -241,7 +286,9 @@ class Roles:
         names = {PREFIX + name for name in self.trainable}
         for key, parameter in self._all_parameters():
             parameter.requires_grad_(any(f".{name}." in key for name in names))
-            assert not parameter.requires_grad or parameter.dtype == torch.float32, f"the master of {key} is {parameter.dtype}"
+            assert not parameter.requires_grad or parameter.dtype == torch.float32, (
+                f"the master of {key} is {parameter.dtype}"
+            )
         for layer in self._layers():
             for name, dropout in layer.lora_dropout.items():
                 if name not in names and isinstance(dropout, nn.Dropout):
@@ -249,10 +296,13 @@ class Roles:
 
     def _checkpoint(self, wanted: Checkpointing, offload: bool) -> None:
         active = self._active
-        self._checkpointing = checkpoint_layers(self.base.model, wanted, offload, lambda: (nullcontext(), _Voice(active, active)))
+        self._checkpointing = checkpoint_layers(
+            self.base.model, wanted, offload, lambda: (nullcontext(), _Voice(active, active))
+        )
 
     def release(self) -> None:
-        """Takes every adapter off the base, which is then as it was loaded: the next `Roles` can stand on it. These have no use after."""
+        """Takes every adapter off the base, which is then as it was loaded: the next `Roles` can stand on it. These
+        have no use after."""
         model = self.base.model
         for name, module in list(model.named_modules()):
             if isinstance(module, LoraLayer):

@@ -1,8 +1,8 @@
 """Differences between two computations of the same hidden states that rounding explains.
 
-In half precision another batch shape alone selects other kernels, and a deep model amplifies their rounding: on an H200, one row of
-Llama-3.1-8B (random weights, NF4) differs by 6 to 7 % from the same row in a batch of three. A fixed tolerance would reject correct fast
-paths there.
+In half precision another batch shape alone selects other kernels, and a deep model amplifies their rounding: on an
+H200, one row of Llama-3.1-8B (random weights, NF4) differs by 6 to 7 % from the same row in a batch of three. A fixed
+tolerance would reject correct fast paths there.
 """
 
 from __future__ import annotations
@@ -23,5 +23,6 @@ def relative_difference(computed: Tensor, expected: Tensor) -> float:
 
 
 def allowed_difference(tolerance: float, rounding: float) -> float:
-    """Return the relative difference that a fast path may have: `tolerance`, or more where the measured `rounding` is larger."""
+    """Return the relative difference that a fast path may have: `tolerance`, or more where the measured `rounding` is
+    larger."""
     return max(tolerance, min(SLACK * rounding, LARGEST))

@@ -1,17 +1,19 @@
 """A prompt that several rows begin with goes through the model once.
 
-A group of rows is laid out as one packed row: the first row whole, then of each other row only what follows its shared beginning.
+A group of rows is laid out as one packed row: the first row whole, then of each other row only what follows its shared
+beginning.
 
     rows        P P P a b            packed   P P P a b c d e
                 P P P c d e          position 0 1 2 3 4 3 4 5
 
-A token sees its own row's tokens up to itself, wherever they lie: those of the shared beginning and of its own tail, and no other tail.
-Positions count within the rows, so hidden states are those of the rows apart, up to the order of sums; `Tree.rows` puts them back where the
-rows have them, and a shared token's gradient is the sum of all rows' gradients.
+A token sees its own row's tokens up to itself, wherever they lie: those of the shared beginning and of its own tail,
+and no other tail. Positions count within the rows, so hidden states are those of the rows apart, up to the order of
+sums; `Tree.rows` puts them back where the rows have them, and a shared token's gradient is the sum of all rows'
+gradients.
 
-transformers hands a 4-D mask to every layer as it is (5.17 and 5.23, `masking_utils`), to sliding ones too: rows longer than a window are
-never shared. Layers with a recurrent state see the order of the packed row, so models that have them never share; `agrees` finds what this
-file has not heard of.
+transformers hands a 4-D mask to every layer as it is (5.17 and 5.23, `masking_utils`), to sliding ones too: rows longer
+than a window are never shared. Layers with a recurrent state see the order of the packed row, so models that have them
+never share; `agrees` finds what this file has not heard of.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ Decode = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Tree:
-    """Packed rows: ids and positions (G, W); mask (G, 1, W, W) bool, which key a query sees; place (B, T), where in G * W a token lies."""
+    """Packed rows: ids and positions (G, W); mask (G, 1, W, W) bool, which key a query sees; place (B, T), where in G *
+    W a token lies."""
 
     ids: Tensor
     positions: Tensor
@@ -50,10 +53,11 @@ class Tree:
 
 
 def plant(batch: Batch, width: int) -> Tree | None:
-    """The packed layout of a batch with `extra["shared"]`, or None where it saves too little of a model with hidden size `width`.
+    """The packed layout of a batch with `extra["shared"]`, or None where it saves too little of a model with hidden
+    size `width`.
 
-    Rows count as sharing only what their ids really have in common with the group's first row, so that a layout is right whatever
-    `shared` says. One host sync. None for rows that are not padded on the right.
+    Rows count as sharing only what their ids really have in common with the group's first row, so that a layout is
+    right whatever `shared` says. One host sync. None for rows that are not padded on the right.
     """
     rows, columns = batch.ids.shape
     row = torch.arange(rows, device=batch.ids.device)
@@ -72,15 +76,19 @@ def plant(batch: Batch, width: int) -> Tree | None:
         return None
     column = torch.arange(columns, device=row.device).expand(rows, -1)
     within = torch.minimum(column, lengths[:, None] - 1).clamp_min(0)
-    place = group[:, None] * packed + torch.where(within < shared[:, None], within, start[:, None] + within - shared[:, None])
+    place = group[:, None] * packed + torch.where(
+        within < shared[:, None], within, start[:, None] + within - shared[:, None]
+    )
     own = batch.attended & (column >= shared[:, None])
-    into = torch.where(own, place, groups * packed).flatten()  # tokens that lie elsewhere, and padding, go to one slot behind the end
+    # tokens that lie elsewhere, and padding, go to one slot behind the end
+    into = torch.where(own, place, groups * packed).flatten()
 
     def lay(values: Tensor, empty: int) -> Tensor:
         flat = torch.full((groups * packed + 1,), empty, dtype=torch.long, device=row.device)
         return flat.scatter_(0, into, values.expand(rows, columns).flatten())[:-1].view(groups, packed)
 
-    branch, position = lay(row[:, None], -1), lay(column, 0)  # empty slots are a branch of their own: a query that sees nothing is NaN
+    # empty slots are a branch of their own: a query that sees nothing is NaN
+    branch, position = lay(row[:, None], -1), lay(column, 0)
     beginning = lay((first == row).long()[:, None], 0).bool() & (branch >= 0)
     mask = (branch[:, :, None] == branch[:, None, :]) & (position[:, None, :] <= position[:, :, None])
     mask |= beginning[:, None, :] & (position[:, None, :] < lay(shared[:, None], 0)[:, :, None])
@@ -88,7 +96,8 @@ def plant(batch: Batch, width: int) -> Tree | None:
 
 
 def work(rows: int, columns: int, seen: float, width: int) -> float:
-    """Relative cost of a forward pass: a layer's matrices (12 width^2 weights) and its attention to `seen` keys, per token."""
+    """Relative cost of a forward pass: a layer's matrices (12 width^2 weights) and its attention to `seen` keys, per
+    token."""
     return rows * columns * (6 * width + seen)
 
 
@@ -97,7 +106,8 @@ def longest_shareable(config: Any) -> int:
     config = config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     by_mask = config._attn_implementation in ("sdpa", "eager") and kinds <= {"full_attention", "sliding_attention"}
-    if not by_mask or getattr(config, "attention_types", None) is not None:  # GPT-Neo cuts its windows by columns, behind the mask
+    # GPT-Neo cuts its windows by columns, behind the mask
+    if not by_mask or getattr(config, "attention_types", None) is not None:
         return 0
     window = getattr(config, "sliding_window", None)
     return 1 << 40 if not window or kinds == {"full_attention"} else int(window)
@@ -107,12 +117,15 @@ def mask_for(mask: Tensor, model: Any) -> Tensor:
     """As the model's attention takes it: SDPA a boolean one, eager attention one that is added."""
     if model.config.get_text_config()._attn_implementation == "sdpa":
         return mask
-    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, torch.finfo(model.dtype).min)
+    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
+        ~mask, torch.finfo(model.dtype).min
+    )
 
 
 @torch.no_grad()
 def agrees(decode: Decode, vocabulary: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a made-up pair gives the same hidden states packed as apart, but for the rounding that another batch shape causes."""
+    """Whether a made-up pair gives the same hidden states packed as apart, but for the rounding that another batch
+    shape causes."""
     ids = (torch.arange(3, 27, device=device).view(1, -1) * 7 % vocabulary).repeat(2, 1)
     ids[1, 16:] = (ids[1, 16:] + 1) % vocabulary
     everywhere = torch.ones_like(ids, dtype=torch.bool)
@@ -121,7 +134,8 @@ def agrees(decode: Decode, vocabulary: int, dtype: torch.dtype, device: torch.de
     apart = decode(ids, None, None).float()
     try:
         packed = tree.rows(decode(tree.ids, tree.mask, tree.positions)).float()
-    except Exception as error:  # whatever a foreign model makes of a mask with four dimensions: its prompts are not shared
+    # whatever a foreign model makes of a mask with four dimensions: its prompts are not shared
+    except Exception as error:
         if is_out_of_memory(error):
             raise
         return False

@@ -1,9 +1,11 @@
-"""The base as unsloth loads it (`base.backend: unsloth`): its attention, rotary embeddings and norms on a card, PEFT's adapters on top.
+"""The base as unsloth loads it (`base.backend: unsloth`): its attention, rotary embeddings and norms on a card, PEFT's
+adapters on top.
 
-unsloth must have been imported before (`early.import_first`). Its habits that matter here: it swaps a base for its own copy of it, cuts rows
-that are longer than it was told, ignores masks while it trains, gives no logits where it is given labels, and has a cache of its own. So the
-base is asked for by its exact name, the longest row is said, rows go through whole and padded on the right, log-probs come from hidden
-states, completions are drawn with transformers' own forwards, and before the first step the two are compared.
+unsloth must have been imported before (`early.import_first`). Its habits that matter here: it swaps a base for its own
+copy of it, cuts rows that are longer than it was told, ignores masks while it trains, gives no logits where it is given
+labels, and has a cache of its own. So the base is asked for by its exact name, the longest row is said, rows go through
+whole and padded on the right, log-probs come from hidden states, completions are drawn with transformers' own forwards,
+and before the first step the two are compared.
 """
 
 from __future__ import annotations
@@ -30,11 +32,14 @@ if TYPE_CHECKING:  # as in `base`
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Models that unsloth has forwards of its own for, and that were read through for this."""
 LOGPS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-"""Nats a token, in the mean, by which unsloth's forward may differ from transformers'; another batch shape alone moves bf16 by 0.016."""
+"""Nats a token, in the mean, by which unsloth's forward may differ from transformers'; another batch shape alone moves
+bf16 by 0.016."""
 GRADIENT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """The same for the adapter's gradient, relative."""
-UNKNOWN = ("base.backend: this unsloth replaces transformers' code in another way than this kit knows: install the version in "
-           "constraints/unsloth.txt, or use `plain`")  # fmt: skip
+UNKNOWN = (
+    "base.backend: this unsloth replaces transformers' code in another way than this kit knows: install the version in "
+    "constraints/unsloth.txt, or use `plain`"
+)
 
 
 def load_base(wanted: settings.Base, tokenizer: Any, longest: int, device: torch.device | None = None) -> Base:
@@ -46,17 +51,29 @@ def load_base(wanted: settings.Base, tokenizer: Any, longest: int, device: torch
     with telling(wanted) as (place, arguments), redirect_stdout(sys.stderr):
         config = AutoConfig.from_pretrained(place, **arguments)
         if config.model_type not in FAMILIES:
-            raise UserError(f"base.backend: `unsloth` is used for {', '.join(FAMILIES)} models, and {wanted.model} is {config.model_type}; "
-                            "use `plain`, or leave it out")  # fmt: skip
+            raise UserError(
+                f"base.backend: `unsloth` is used for {', '.join(FAMILIES)} models, and {wanted.model} is "
+                f"{config.model_type}; "
+                "use `plain`, or leave it out"
+            )
         four_bits = check_quantisation(config, wanted) or wanted.bits == 4
         try:
             model, _ = unsloth.FastLanguageModel.from_pretrained(
-                model_name=place, max_seq_length=longest, dtype=dtype, load_in_4bit=four_bits, use_exact_model_name=True,
-                device_map={"": device}, use_gradient_checkpointing=False, **arguments)  # fmt: skip
+                model_name=place,
+                max_seq_length=longest,
+                dtype=dtype,
+                load_in_4bit=four_bits,
+                use_exact_model_name=True,
+                device_map={"": device},
+                use_gradient_checkpointing=False,
+                **arguments,
+            )
         except torch.OutOfMemoryError:  # is a RuntimeError, and has an exit code of its own
             raise
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
-            raise UserError(f"base.backend: unsloth cannot load {wanted.model}: {_first_line(error)}; use `plain`") from error
+            raise UserError(
+                f"base.backend: unsloth cannot load {wanted.model}: {_first_line(error)}; use `plain`"
+            ) from error
     _check(model, config, wanted, four_bits)
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
     base = freeze(model, tokenizer, name=wanted.model, revision=revision, bits=4 if four_bits else 16)
@@ -64,22 +81,32 @@ def load_base(wanted: settings.Base, tokenizer: Any, longest: int, device: torch
 
 
 def _check(model: Any, config: Any, wanted: settings.Base, four_bits: bool) -> None:
-    """What unsloth does without a word: other weights, weights that are missing, a longer vocabulary, 16 bits where 4 were asked for."""
+    """What unsloth does without a word: other weights, weights that are missing, a longer vocabulary, 16 bits where 4
+    were asked for."""
     linears = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     if four_bits != bool(linears):
-        raise UserError(f"base.backend: unsloth loaded {wanted.model} {'without' if four_bits else 'in'} 4 bits, which was not asked for; "
-                        "use `plain`")  # fmt: skip
+        raise UserError(
+            f"base.backend: unsloth loaded {wanted.model} {'without' if four_bits else 'in'} 4 bits, which was not "
+            f"asked for; "
+            "use `plain`"
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     if rows != config.vocab_size:
-        raise UserError(f"base.backend: unsloth made {rows:,} of the {config.vocab_size:,} words of {wanted.model}; use `plain`")
+        raise UserError(
+            f"base.backend: unsloth made {rows:,} of the {config.vocab_size:,} words of {wanted.model}; use `plain`"
+        )
     missing = {name for name, _ in model.named_parameters()} - weight_files(wanted).keys()
     if missing:
-        raise UserError(f"base.model: {wanted.model} cannot be loaded: {len(missing)} of its weights are not there, {min(missing)} for one")
+        raise UserError(
+            f"base.model: {wanted.model} cannot be loaded: {len(missing)} of its weights are not there, "
+            f"{min(missing)} for one"
+        )
 
 
 def _as_written(model: Any, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A context in which the model runs by transformers' own code. unsloth's forwards run only in modules that it has marked; what else it
-    replaced is the module of rotary embeddings. Without a card it replaces nothing. Raises UserError where it works otherwise."""
+    """A context in which the model runs by transformers' own code. unsloth's forwards run only in modules that it has
+    marked; what else it replaced is the module of rotary embeddings. Without a card it replaces nothing. Raises
+    UserError where it works otherwise."""
     marked = [module for module in model.modules() if getattr(module, "_unsloth_fast_path", False)]
     if not marked and device.type == "cuda":
         raise UserError(UNKNOWN)
@@ -104,9 +131,13 @@ def _as_written(model: Any, device: torch.device) -> Callable[[], AbstractContex
 
 
 def _own_rotary(model: Any) -> nn.Module:
-    """The rotary embeddings as transformers makes them: the class that unsloth put its own in the place of, which it keeps."""
+    """The rotary embeddings as transformers makes them: the class that unsloth put its own in the place of, which it
+    keeps."""
     decoder = model.get_decoder()
-    modeling, name = sys.modules[type(decoder).__module__], type(decoder).__name__.removesuffix("Model") + "RotaryEmbedding"
+    modeling, name = (
+        sys.modules[type(decoder).__module__],
+        type(decoder).__name__.removesuffix("Model") + "RotaryEmbedding",
+    )
     replaced: dict[str, Any] = getattr(modeling, "_unsloth_pre_patch_originals", ({},))[0]
     kind = replaced.get(name) or getattr(modeling, name)
     if not kind.__module__.startswith("transformers."):
@@ -116,8 +147,8 @@ def _own_rotary(model: Any) -> nn.Module:
 
 
 def check(roles: Roles, role: str) -> None:
-    """Runs a few tokens forward and backward through unsloth and through transformers, with an adapter that does something. Raises
-    UserError where they disagree. Adapters and gradients are then as they were."""
+    """Runs a few tokens forward and backward through unsloth and through transformers, with an adapter that does
+    something. Raises UserError where they disagree. Adapters and gradients are then as they were."""
     base, named = roles.base, roles.named_parameters(role)
     ups = [parameter for name, parameter in named.items() if "lora_B" in name]
     kept = [parameter.detach().clone() for parameter in ups]
@@ -140,8 +171,11 @@ def check(roles: Roles, role: str) -> None:
     bent = float(torch.linalg.vector_norm(gradient - other_gradient) / torch.linalg.vector_norm(other_gradient))
     dtype = torch.bfloat16 if base.device.type == "cuda" else torch.float32
     if not (apart <= LOGPS[dtype] and bent <= GRADIENT[dtype]):
-        raise UserError(f"base.backend: unsloth does not compute what transformers does here: log-probs are {apart:.2g} nats a token apart, "
-                        f"the gradient is {bent:.1%} off; use `plain`, or leave it out")  # fmt: skip
+        raise UserError(
+            f"base.backend: unsloth does not compute what transformers does here: log-probs are {apart:.2g} nats a "
+            f"token apart, "
+            f"the gradient is {bent:.1%} off; use `plain`, or leave it out"
+        )
 
 
 def _few_rows(vocabulary: int, generator: torch.Generator) -> Batch:

@@ -19,7 +19,8 @@ __all__ = ["GIB", "Phase", "Plan", "card_gib", "fitted", "plan"]
 
 
 def plan(loaded: settings.Recipe | Chain, vram_gib: float = 0.0, device: str = "cuda") -> Iterator[Plan]:
-    """The plan of a recipe, or of each stage of a chain. On `cpu` nothing is compared with `vram_gib`. Raises UserError."""
+    """The plan of a recipe, or of each stage of a chain. On `cpu` nothing is compared with `vram_gib`. Raises
+    UserError."""
     for scene in scenes(loaded, device):
         vram = round(min(vram_gib, scene.recipe.train.memory_budget_gib or vram_gib) * GIB)
         found = judged(scene, plan_of(scene, vram, scene.recipe.name))

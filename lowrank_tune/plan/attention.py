@@ -1,4 +1,5 @@
-"""Which kernel attends, and what it needs: SDPA on meta tensors would take the way of T x T scores, which no device takes."""
+"""Which kernel attends, and what it needs: SDPA on meta tensors would take the way of T x T scores, which no device
+takes."""
 
 from __future__ import annotations
 
@@ -11,18 +12,35 @@ FLASH = 1  # torch's number of the backend (`torch.nn.attention.SDPBackend`)
 FLASH_ALIGNED, FLASH_WIDEST = 8, 256  # CUDA's kernels pad the width of a head to the first, up to the second
 
 
-def attend(device: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-           is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
-    """query (B, H, T, D), key and value (B, heads, S, D) -> (B, H, T, D), by the kernel that torch takes on `device`."""
+def attend(
+    device: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """query (B, H, T, D), key and value (B, heads, S, D) -> (B, H, T, D), by the kernel that torch takes on
+    `device`."""
     if not any(one.is_meta for one in (query, key, value)):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     query, key, value = (one if one.is_meta else one.to("meta") for one in (query, key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device="meta")  # torch turns it into what is added to the scores
+        # torch turns it into what is added to the scores
+        attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device="meta")
     how = (dropout_p, is_causal)
     if device == "cpu":
         if _flash_on_cpu(query, key, value, attn_mask, *how, scale, enable_gqa):
-            return _first(aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, *how, attn_mask=attn_mask, scale=scale))
+            return _first(
+                aten._scaled_dot_product_flash_attention_for_cpu(
+                    query, key, value, *how, attn_mask=attn_mask, scale=scale
+                )
+            )
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *how, scale=scale, enable_gqa=enable_gqa)
     width = query.shape[-1]
     scale = width**-0.5 if scale is None else scale
@@ -32,7 +50,9 @@ def attend(device: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Te
     if attn_mask is not None:
         attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     kept = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
-    return _first(aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, kept, *how, scale=scale))[..., :width]
+    return _first(aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, kept, *how, scale=scale))[
+        ..., :width
+    ]
 
 
 def _first(found: tuple[Tensor, ...]) -> Tensor:
@@ -43,9 +63,20 @@ def _aligned(x: Tensor) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % FLASH_ALIGNED)) if x.shape[-1] % FLASH_ALIGNED else x
 
 
-def _flash_on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: float | None,
-                  gqa: bool) -> bool:  # fmt: skip
+def _flash_on_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    gqa: bool,
+) -> bool:
     """Asks torch, of real tensors of the same shapes, whose pages nobody ever touches."""
-    q, k, v = (torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, requires_grad=one.requires_grad) for one in (query, key, value))
+    q, k, v = (
+        torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, requires_grad=one.requires_grad)
+        for one in (query, key, value)
+    )
     real_mask = None if mask is None else torch.empty(mask.shape, dtype=mask.dtype)
     return torch._fused_sdp_choice(q, k, v, real_mask, dropout, causal, scale=scale, enable_gqa=gqa) == FLASH

@@ -1,4 +1,5 @@
-"""A base of a few layers without weights, from its configuration alone: bitsandbytes' own 4-bit modules over meta tensors."""
+"""A base of a few layers without weights, from its configuration alone: bitsandbytes' own 4-bit modules over meta
+tensors."""
 
 from __future__ import annotations
 
@@ -27,14 +28,16 @@ BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes' defaults: weights of one scale, a
 
 @dataclass(frozen=True)
 class Layer:
-    """What tells a layer's memory from another's: its kind of attention, where a model has several, and whether it is recomputed."""
+    """What tells a layer's memory from another's: its kind of attention, where a model has several, and whether it is
+    recomputed."""
 
     kind: str = ""
     recomputed: bool = True
 
 
 def config_for(wanted: settings.Base) -> Any:
-    """The base's configuration: of the bases that presets name, from the package; else as `load_config` finds it. Raises UserError."""
+    """The base's configuration: of the bases that presets name, from the package; else as `load_config` finds it.
+    Raises UserError."""
     carried = None if Path(wanted.model.partition("@")[0]).expanduser().is_dir() else config_of(wanted.model)
     config = load_config(wanted) if carried is None else AutoConfig.for_model(**carried)
     check_quantisation(config, wanted)
@@ -76,11 +79,26 @@ def bare_base(config: Any, name: str, bits: int, device: torch.device) -> Base:
 def _quantise(module: Any, dtype: torch.dtype) -> None:
     shape = torch.Size((module.out_features, module.in_features))
     blocks = math.ceil(shape.numel() / BLOCK)
-    nested = QuantState(torch.empty(math.ceil(blocks / NESTED_BLOCK)), code=torch.empty(256), blocksize=NESTED_BLOCK, dtype=torch.float32)
-    state = QuantState(torch.empty(blocks, dtype=torch.uint8), shape=shape, code=torch.empty(16), blocksize=BLOCK, quant_type="nf4",
-                       dtype=dtype, offset=torch.empty(()), state2=nested)  # fmt: skip
+    nested = QuantState(
+        torch.empty(math.ceil(blocks / NESTED_BLOCK)),
+        code=torch.empty(256),
+        blocksize=NESTED_BLOCK,
+        dtype=torch.float32,
+    )
+    state = QuantState(
+        torch.empty(blocks, dtype=torch.uint8),
+        shape=shape,
+        code=torch.empty(16),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=torch.empty(()),
+        state2=nested,
+    )
     packed = torch.empty(math.ceil(shape.numel() / 2), 1, dtype=torch.uint8)
-    module.weight = bitsandbytes.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=module)
+    module.weight = bitsandbytes.nn.Params4bit(
+        packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=module
+    )
     module.quant_state = state
     if module.bias is not None:
         module.bias = nn.Parameter(torch.empty(module.out_features, dtype=dtype), requires_grad=False)
@@ -93,7 +111,9 @@ def stored(model: Any) -> list[torch.Tensor]:
         found.append(tensor)
         state = getattr(tensor, "quant_state", None)
         if state is not None:
-            found += [state.absmax, state.code] + ([state.state2.absmax, state.state2.code, state.offset] if state.nested else [])
+            found += [state.absmax, state.code] + (
+                [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+            )
     return found
 
 

@@ -18,8 +18,13 @@ ASIDE = "; train.memory_check=warn tries it all the same"
 
 
 def fitted(loaded: settings.Recipe | Chain, vram_gib: float, emit: Emit) -> dict[str, Mapping[str, Any]]:
-    """What to change in `train` of each stage, by name. Says what was planned. Raises UserError where a stage cannot fit, with what to type."""
-    stages = [stage for stage in (loaded.stages if isinstance(loaded, Chain) else (loaded,)) if stage.train.memory_check != "off"]
+    """What to change in `train` of each stage, by name. Says what was planned. Raises UserError where a stage cannot
+    fit, with what to type."""
+    stages = [
+        stage
+        for stage in (loaded.stages if isinstance(loaded, Chain) else (loaded,))
+        if stage.train.memory_check != "off"
+    ]
     if not stages:
         return {}
     emit(Progress(what="planning memory", done=0, total=len(stages)))
@@ -35,7 +40,9 @@ def _of_stages(loaded: settings.Recipe | Chain, vram_gib: float, emit: Emit) -> 
             continue
         vram = round(min(vram_gib, train.memory_budget_gib or vram_gib) * GIB)
         plan = plan_of(scene, vram, scene.recipe.name)
-        changes: dict[str, Any] = dict(chosen(scene, plan)) if "auto" in (train.micro_batch_size, train.gradient_checkpointing) else {}
+        changes: dict[str, Any] = (
+            dict(chosen(scene, plan)) if "auto" in (train.micro_batch_size, train.gradient_checkpointing) else {}
+        )
         if changes:
             told = ", ".join(f"train.{key} {value}" for key, value in changes.items())
             emit(Note(message=f"{scene.recipe.name}: auto is {told}, planned for {vram / GIB:.1f} GiB"))

@@ -24,7 +24,11 @@ class Model:
 
     def of(self, counts: Mapping[Layer, int]) -> Peaks:
         """With so many layers of each kind: as few as were rehearsed at least, where there were two kinds or more."""
-        total = {moment: Counter(peak) for moment, peak in self.found.items() if all(moment in more for more in self.more.values())}
+        total = {
+            moment: Counter(peak)
+            for moment, peak in self.found.items()
+            if all(moment in more for more in self.more.values())
+        }
         for layer, more in self.more.items():
             for moment, peak in total.items():
                 for purpose in {*self.found[moment], *more[moment]}:
@@ -34,15 +38,20 @@ class Model:
 
 
 def model_of(rehearse: Callable[[Sequence[Layer]], Peaks], counts: Mapping[Layer, int]) -> Model:
-    """A model of layers of these kinds, from rehearsals of the first few and of one more of each kind that there are more of.
+    """A model of layers of these kinds, from rehearsals of the first few and of one more of each kind that there are
+    more of.
 
-    A moment is a place in the model (before it, its first layer, its last, behind it; forward or backward) in a phase. At each of them the
-    bytes are linear in the number of layers of each kind, and over the layers between they run from those of the first to those of the last;
-    a peak, the greatest of several lines, is not.
+    A moment is a place in the model (before it, its first layer, its last, behind it; forward or backward) in a phase.
+    At each of them the bytes are linear in the number of layers of each kind, and over the layers between they run from
+    those of the first to those of the last; a peak, the greatest of several lines, is not.
     """
     few = {layer: min(FEW, count) for layer, count in counts.items()}
     found = rehearse(_so_many(few))
-    return Model(few, found, {layer: rehearse(_so_many({**few, layer: FEW + 1})) for layer, count in counts.items() if count > FEW})
+    return Model(
+        few,
+        found,
+        {layer: rehearse(_so_many({**few, layer: FEW + 1})) for layer, count in counts.items() if count > FEW},
+    )
 
 
 def deep(rehearse: Callable[[Sequence[Layer]], Peaks], layers: Sequence[Layer]) -> Peaks:

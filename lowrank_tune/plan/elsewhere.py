@@ -1,4 +1,5 @@
-"""What waits in the machine's memory, on tensors without numbers: gone from the planned device, and made anew where it is wanted."""
+"""What waits in the machine's memory, on tensors without numbers: gone from the planned device, and made anew where it
+is wanted."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class Elsewhere(saved_tensors_hooks):
-    """Stands for torch's `save_on_cpu` on a card: what a graph keeps takes no bytes there until the backward pass asks for it."""
+    """Stands for torch's `save_on_cpu` on a card: what a graph keeps takes no bytes there until the backward pass asks
+    for it."""
 
     def __init__(self, pin_memory: bool = False) -> None:
         super().__init__(_pack, _unpack)

@@ -9,7 +9,8 @@ from lowrank_tune.plan.rows import Sizes
 
 GIB = 1 << 30
 CONTEXT = 800_000_000
-"""Bytes that CUDA takes for itself before the first tensor: its context, the kernels of torch, and cuBLAS's workspace."""
+"""Bytes that CUDA takes for itself before the first tensor: its context, the kernels of torch, and cuBLAS's
+workspace."""
 FRAGMENTATION = 0.04
 """Share of the rest that the allocator cannot use (`expandable_segments`)."""
 PURPOSES = ("weights", "adapters", "optimizer", "gradients", "activations", "logits", "KV cache")
@@ -21,7 +22,8 @@ DECODING = ("rollout", "held-out answers")
 APART = (*DECODING, "reference", "reward model", "old and reference", "validation")
 """Phases whose pieces are not micro-batches of the update."""
 SHRINK = APART[2:]
-"""Those of them that go on in smaller pieces where memory is short (`model/recovery.py`), so that they forbid nothing."""
+"""Those of them that go on in smaller pieces where memory is short (`model/recovery.py`), so that they forbid
+nothing."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """One stage. `vram` are the bytes that there are, 0 where nobody asks (on a CPU); `notes` what the figures suppose."""
+    """One stage. `vram` are the bytes that there are, 0 where nobody asks (on a CPU); `notes` what the figures
+    suppose."""
 
     name: str
     algorithm: str

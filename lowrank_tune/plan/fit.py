@@ -17,13 +17,15 @@ from lowrank_tune.plan.rehearsal import Scene, rehearse
 from lowrank_tune.plan.rows import Sizes, sizes_of
 
 ENOUGH_TOKENS = 8192
-"""Of a micro-batch: with more, unpacking 4-bit weights is below 2 % of a step, and fewer recomputed layers are worth more."""
+"""Of a micro-batch: with more, unpacking 4-bit weights is below 2 % of a step, and fewer recomputed layers are worth
+more."""
 STEP = 64  # tokens to which a longest row is rounded down
 TRIES = 3
 
 
 class Search:
-    """Asks for the update's peak at other sizes. What the micro-batch does not change (rollouts, above all) the plan knows."""
+    """Asks for the update's peak at other sizes. What the micro-batch does not change (rollouts, above all) the plan
+    knows."""
 
     def __init__(self, scene: Scene, plan: Plan) -> None:
         self.scene, self.plan, self.layers = scene, plan, plan.layers
@@ -38,12 +40,20 @@ class Search:
     def units(self, most: int | None = None) -> int:
         """The largest micro-batch, at most a whole step; 0 for none."""
         most = most or _step_units(self.scene.recipe)
-        return largest(lambda units: self.need(self.sized(units), self.plan.recomputed), self.plan.sizes.units, most, self.plan.vram)
+        return largest(
+            lambda units: self.need(self.sized(units), self.plan.recomputed),
+            self.plan.sizes.units,
+            most,
+            self.plan.vram,
+        )
 
     def length(self) -> int:
-        """The longest rows in this micro-batch, in steps, at most as long as the base knows positions; 0 for none. As many tokens at once as
-        fit in more rows fit in longer ones: no kernel keeps scores of all tokens against all."""
-        sizes, longest = self.plan.sizes, int(getattr(self.scene.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
+        """The longest rows in this micro-batch, in steps, at most as long as the base knows positions; 0 for none. As
+        many tokens at once as fit in more rows fit in longer ones: no kernel keeps scores of all tokens against all."""
+        sizes, longest = (
+            self.plan.sizes,
+            int(getattr(self.scene.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20),
+        )
         more = _long(sizes, min(longest, 2 * sizes.length))
         if more.length <= sizes.length:
             return sizes.length
@@ -73,7 +83,8 @@ class Search:
 
 
 def largest(need: Callable[[int], int], start: int, most: int, room: int) -> int:
-    """The largest n up to `most` with need(n) within room; 0 for none. `need` grows by nearly the same with each n, so that few are asked."""
+    """The largest n up to `most` with need(n) within room; 0 for none. `need` grows by nearly the same with each n, so
+    that few are asked."""
     start = max(1, min(start, most))
     now = need(start)
     low, other = (start if now <= room else 0), (min(most, 2 * start) if now <= room else max(1, start // 2))
@@ -127,7 +138,10 @@ def _advice(scene: Scene, search: Search, plan: Plan) -> str:
         if fewest is None or fewest >= plan.recomputed:
             return ""
         how = "none" if not fewest else str(fewest)
-        return f"faster: train.gradient_checkpointing={how} recomputes {fewest or 'no'} layer{'' if fewest == 1 else 's'}, and fits"
+        return (
+            f"faster: train.gradient_checkpointing={how} recomputes {fewest or 'no'} "
+            f"layer{'' if fewest == 1 else 's'}, and fits"
+        )
     if plan.recomputed < plan.layers and (fewest := search.recomputed(sizes)) is not None:
         return f"fits with train.gradient_checkpointing={'all' if fewest == plan.layers else fewest}"
     if plan.fits_units:
@@ -144,17 +158,24 @@ def _micro(recipe: settings.Recipe, sizes: Sizes, units: int) -> str:
 
 def search_length(recipe: settings.Recipe) -> int:
     """Tokens of the longest row that the recipe lets through."""
-    return recipe.data.max_prompt_length + recipe.rollout.max_new_tokens if recipe.algorithm in ONLINE else recipe.data.max_length
+    return (
+        recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
+        if recipe.algorithm in ONLINE
+        else recipe.data.max_length
+    )
 
 
 def _shorten(scene: Scene, plan: Plan) -> str:
     """Where even one row is too much."""
     recipe, static = scene.recipe, sum(plan.binding.bytes.get(one, 0) for one in ("weights", "adapters", "optimizer"))
     if needed(static, plan.device) > plan.vram:
-        return f"the weights alone need {needed(static, plan.device) / GIB:.1f} GiB: a smaller base" + ("" if recipe.base.bits == 4
-                                                                                                  else ", or base.bits=4")  # fmt: skip
+        return f"the weights alone need {needed(static, plan.device) / GIB:.1f} GiB: a smaller base" + (
+            "" if recipe.base.bits == 4 else ", or base.bits=4"
+        )
     if plan.binding.name in DECODING:
-        return "fewer sequences at once: rollout.slots, or shorter ones: rollout.max_new_tokens, evaluate.max_new_tokens"
+        return (
+            "fewer sequences at once: rollout.slots, or shorter ones: rollout.max_new_tokens, evaluate.max_new_tokens"
+        )
     online = recipe.algorithm in ONLINE
     alone = (plan.fits_length or 0) * plan.sizes.units // STEP * STEP  # tokens of a row that goes through by itself
     value = alone - (recipe.data.max_prompt_length if online else 0)
@@ -169,8 +190,8 @@ def _shorten(scene: Scene, plan: Plan) -> str:
 
 
 def chosen(scene: Scene, plan: Plan) -> dict[str, int]:
-    """What `auto` stands for: rows of a micro-batch, and layers that are recomputed. With both, no larger a micro-batch than speed needs, and
-    then as few layers as fit; nothing where not even one row fits."""
+    """What `auto` stands for: rows of a micro-batch, and layers that are recomputed. With both, no larger a micro-batch
+    than speed needs, and then as few layers as fit; nothing where not even one row fits."""
     train, search, found = scene.recipe.train, Search(scene, plan), dict[str, int]()
     both = train.gradient_checkpointing == "auto"
     sizes = plan.sizes

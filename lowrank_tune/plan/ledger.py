@@ -1,4 +1,5 @@
-"""Who holds how many bytes, at every moment of a program that runs on meta tensors: each storage is counted from its birth to its death."""
+"""Who holds how many bytes, at every moment of a program that runs on meta tensors: each storage is counted from its
+birth to its death."""
 
 from __future__ import annotations
 
@@ -15,17 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 FEW_ROWS = 8
-"""Up to so many rows bitsandbytes' CUDA kernels read a 4-bit weight as it is; for more, some unpack it first (`backends/cuda/ops.py`)."""
+"""Up to so many rows bitsandbytes' CUDA kernels read a 4-bit weight as it is; for more, some unpack it first
+(`backends/cuda/ops.py`)."""
 aten = torch.ops.aten
 bits = torch.ops.bitsandbytes
 Moment = tuple[str, ...]
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered, counts the storages that operations make. `peaks` holds of each `moment` what was alive at its highest point.
+    """While it is entered, counts the storages that operations make. `peaks` holds of each `moment` what was alive at
+    its highest point.
 
-    `block` is what the device's allocator rounds up to. A storage is booked under `purpose`, or under `logits` where it has a side as long
-    as the vocabulary.
+    `block` is what the device's allocator rounds up to. A storage is booked under `purpose`, or under `logits` where it
+    has a side as long as the vocabulary.
     """
 
     def __init__(self, device: str, vocabulary: int) -> None:
@@ -63,7 +66,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self.purpose = before
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         with torch._C.DisableTorchFunction():  # what torch does below must see meta tensors as they are
             return self._do(func, args, kwargs or {})
 
@@ -72,7 +77,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:
                 if (done := _unpacked(self.device, *args, **kwargs)) is not None:
                     return done
-        if func is aten.matmul.default:  # in inference mode it comes whole, with the copies of expanded keys that it makes inside
+        # in inference mode it comes whole, with the copies of expanded keys that it makes inside
+        if func is aten.matmul.default:
             with self:
                 return func.decompose(*args, **kwargs)
         leaves = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
@@ -82,7 +88,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args, kwargs = _indices(func, args), dict(kwargs)
             args, kwargs = tree_map_only(Tensor, _without_numbers, (args, kwargs))
         if func is aten._to_copy.default and args[0].is_meta:
-            kwargs = {key: value for key, value in kwargs.items() if key != "device"}  # there is nothing to take elsewhere
+            # there is nothing to take elsewhere
+            kwargs = {key: value for key, value in kwargs.items() if key != "device"}
         out = func(*args, **kwargs)
         for one in tree_leaves(out):
             if isinstance(one, Tensor):
@@ -115,24 +122,46 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _without_numbers(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_meta else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return (
+        tensor
+        if tensor.is_meta
+        else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    )
 
 
 def _indices(func: Any, args: Sequence[Any]) -> Sequence[Any]:
     """How many numbers a mask picks is known only while it is real."""
     if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default) and any(
-            one is not None and one.dtype == torch.bool and not one.is_meta for one in args[1]):  # fmt: skip
-        places = [part for one in args[1] for part in (one.nonzero(as_tuple=True) if one is not None and one.dtype == torch.bool else (one,))]
+        one is not None and one.dtype == torch.bool and not one.is_meta for one in args[1]
+    ):
+        places = [
+            part
+            for one in args[1]
+            for part in (one.nonzero(as_tuple=True) if one is not None and one.dtype == torch.bool else (one,))
+        ]
         return [args[0], places, *args[2:]]
     return args
 
 
-def _unpacked(device: str, x: Tensor, weight: Tensor, shape: Sequence[int], absmax: Tensor, blocksize: int, kind: str,
-              bias: Tensor | None = None, absmax_8bit: Tensor | None = None, absmax_code: Tensor | None = None,
-              absmax_offset: Tensor | None = None) -> Tensor | None:  # fmt: skip
-    """The product as bitsandbytes' default kernel forms it, with the weight unpacked; None where a kernel reads it as it is."""
+def _unpacked(
+    device: str,
+    x: Tensor,
+    weight: Tensor,
+    shape: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    kind: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor | None:
+    """The product as bitsandbytes' default kernel forms it, with the weight unpacked; None where a kernel reads it as
+    it is."""
     if device == "cuda" and x.numel() // x.shape[-1] <= FEW_ROWS:
         return None
     if absmax_8bit is not None:
         absmax = bits.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
-    return torch.nn.functional.linear(x, bits.dequantize_4bit.default(weight, absmax, blocksize, kind, shape, x.dtype), bias)
+    return torch.nn.functional.linear(
+        x, bits.dequantize_4bit.default(weight, absmax, blocksize, kind, shape, x.dtype), bias
+    )

@@ -16,8 +16,9 @@ BLOCK = 256
 
 
 def planned_optimizer(parameters: list[nn.Parameter], train: settings.Train, device: torch.device) -> Any:
-    """The recipe's optimizer after its first step, on meta tensors. Those of bitsandbytes have kernels for cards alone: their moments are made
-    as it makes them (`optim/optimizer.py`), and the step of another one stands for theirs, which all happen in place."""
+    """The recipe's optimizer after its first step, on meta tensors. Those of bitsandbytes have kernels for cards alone:
+    their moments are made as it makes them (`optim/optimizer.py`), and the step of another one stands for theirs, which
+    all happen in place."""
     if train.optimizer == "adamw" or device.type != "cuda":
         optimizer = make_optimizer(parameters, train.model_copy(update={"optimizer": "adamw"}), device)
         for parameter in parameters:

@@ -25,15 +25,22 @@ ASKED_AT_ONCE = 256  # held-out questions that are answered at once (`evaluate.a
 SHARE = 4  # of the machine's memory: what keys and values may take, and unpacked weights
 
 
-def scene_of(recipe: settings.Recipe, device: torch.device, loaded: Mapping[str, LoraConfig], below_reward: Sequence[str] = (),
-             sizes: Sizes | None = None) -> Scene:  # fmt: skip
+def scene_of(
+    recipe: settings.Recipe,
+    device: torch.device,
+    loaded: Mapping[str, LoraConfig],
+    below_reward: Sequence[str] = (),
+    sizes: Sizes | None = None,
+) -> Scene:
     """All that is to be rehearsed. Raises UserError for a base whose configuration cannot be had."""
     return Scene(recipe, config_for(recipe.base), device, sizes or sizes_of(recipe), loaded, below_reward)
 
 
 def recomputed_of(scene: Scene) -> int:
     """Layers that are recomputed."""
-    return layers_recomputed(scene.recipe.train.gradient_checkpointing, scene.config.get_text_config().num_hidden_layers)
+    return layers_recomputed(
+        scene.recipe.train.gradient_checkpointing, scene.config.get_text_config().num_hidden_layers
+    )
 
 
 def peaks_of(scene: Scene, recomputed: int, only_update: bool = False) -> Peaks:
@@ -42,11 +49,13 @@ def peaks_of(scene: Scene, recomputed: int, only_update: bool = False) -> Peaks:
 
 
 def phases_of(scene: Scene, vram: int = 0) -> tuple[Phase, ...]:
-    """Each phase of the recipe as it stands, at its highest moment. `vram` are the bytes of the card: they decide how many sequences
-    are decoded at once."""
+    """Each phase of the recipe as it stands, at its highest moment. `vram` are the bytes of the card: they decide how
+    many sequences are decoded at once."""
     recomputed = recomputed_of(scene)
     phases = phases_in(peaks_of(scene, recomputed))
-    stays = max(sum(phase.bytes.get(purpose, 0) for purpose in ("weights", "adapters", "optimizer")) for phase in phases)
+    stays = max(
+        sum(phase.bytes.get(purpose, 0) for purpose in ("weights", "adapters", "optimizer")) for phase in phases
+    )
     rollouts = _rollouts(scene.recipe, scene.config, scene.device, _room(scene, vram, stays))
     if not rollouts:
         return phases
@@ -54,15 +63,17 @@ def phases_of(scene: Scene, vram: int = 0) -> tuple[Phase, ...]:
 
 
 def decoding_phases(scene: Scene, rollouts: Mapping[str, Decoding], recomputed: int, vram: int) -> tuple[Phase, ...]:
-    """Phases that decode, with as many sequences at once as the engine begins with; where these are too many for the card it goes on with
-    fewer, down to one."""
+    """Phases that decode, with as many sequences at once as the engine begins with; where these are too many for the
+    card it goes on with fewer, down to one."""
     found = phases_in(peaks_of(replace(scene, rollouts=rollouts), recomputed))
     for last in (False, True):
         over = {phase.name: needed(phase.total, scene.device.type) - vram for phase in found}
         short = {name: one for name, one in rollouts.items() if vram and over[name] > 0 and one.slots > 1}
         if not short:
             break
-        each = {name: _bytes_of(scene.config, one.prompt + one.max_new_tokens, scene.device) for name, one in short.items()}
+        each = {
+            name: _bytes_of(scene.config, one.prompt + one.max_new_tokens, scene.device) for name, one in short.items()
+        }
         fewer = {name: 1 if last else max(1, one.slots - -(-over[name] // each[name])) for name, one in short.items()}
         rollouts = {name: replace(one, slots=fewer.get(name, one.slots)) for name, one in rollouts.items()}
         found = phases_in(peaks_of(replace(scene, rollouts=rollouts), recomputed))
@@ -82,7 +93,18 @@ def plan_of(scene: Scene, vram: int, name: str) -> Plan:
     recipe, recomputed = scene.recipe, recomputed_of(scene)
     phases = phases_of(scene, vram)
     layers = scene.config.get_text_config().num_hidden_layers
-    return Plan(name, recipe.algorithm, recipe.base.model, recipe.base.bits, scene.device.type, layers, recomputed, scene.sizes, phases, vram)
+    return Plan(
+        name,
+        recipe.algorithm,
+        recipe.base.model,
+        recipe.base.bits,
+        scene.device.type,
+        layers,
+        recomputed,
+        scene.sizes,
+        phases,
+        vram,
+    )
 
 
 def phases_in(peaks: Peaks) -> tuple[Phase, ...]:
@@ -120,7 +142,9 @@ def _rollouts(recipe: settings.Recipe, config: Any, device: torch.device, limit:
 
     if recipe.algorithm in ONLINE:
         count = train.prompts_per_step * rollout.num_generations
-        found["rollout"] = decoding(min(rollout.slots, count), train.prompts_per_step, rollout.num_generations, rollout.max_new_tokens)
+        found["rollout"] = decoding(
+            min(rollout.slots, count), train.prompts_per_step, rollout.num_generations, rollout.max_new_tokens
+        )
     if wanted.heldout is not None and recipe.trained == "policy":
         asked = min(ASKED_AT_ONCE, wanted.prompts * wanted.samples)
         found["held-out answers"] = decoding(asked, wanted.prompts, wanted.samples, wanted.max_new_tokens)
@@ -134,7 +158,10 @@ def _bytes_of(config: Any, columns: int, device: torch.device) -> int:
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     size = 2 if device.type == "cuda" else 4
     window = getattr(text, "sliding_window", None) or columns
-    return sum(2 * size * heads * width * (min(window, columns) if "sliding" in layer.kind else columns) for layer in layers_of(config, 0))
+    return sum(
+        2 * size * heads * width * (min(window, columns) if "sliding" in layer.kind else columns)
+        for layer in layers_of(config, 0)
+    )
 
 
 def machine_memory() -> int:

@@ -1,9 +1,10 @@
 """The recipe's own code on tensors without numbers, as if it ran on the device that is planned for.
 
-Floating-point tensors live on torch's `meta` device: a shape and no bytes. Whole numbers and masks are few and real, so that code which asks
-them for values (how many tokens are scored, which prompts rows share) goes the way that it goes in a run. Meta tensors say that they are on
-the planned device; what asks them for numbers hears 0, and yes. Under CUDA's autocast they are cast as torch casts them
-(`torch/amp`: half precision for products, fp32 for sums that need it), which torch itself does on no meta tensor.
+Floating-point tensors live on torch's `meta` device: a shape and no bytes. Whole numbers and masks are few and real, so
+that code which asks them for values (how many tokens are scored, which prompts rows share) goes the way that it goes in
+a run. Meta tensors say that they are on the planned device; what asks them for numbers hears 0, and yes. Under CUDA's
+autocast they are cast as torch casts them (`torch/amp`: half precision for products, fp32 for sums that need it), which
+torch itself does on no meta tensor.
 """
 
 from __future__ import annotations
@@ -22,11 +23,45 @@ from lowrank_tune.plan.attention import attend
 from lowrank_tune.plan.elsewhere import Elsewhere
 
 META = torch.device("meta")
-HALVED = {F.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.Tensor.matmul, torch.Tensor.__matmul__,
-          torch.Tensor.mm, torch.Tensor.bmm, F.scaled_dot_product_attention, torch.conv1d, F.conv1d}  # fmt: skip
-WIDENED = {torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.rsqrt, torch.Tensor.rsqrt, torch.exp, torch.Tensor.exp, torch.log,
-           torch.Tensor.log, torch.cumsum, torch.Tensor.cumsum, torch.sum, torch.Tensor.sum, torch.prod, torch.Tensor.prod, torch.softmax,
-           torch.Tensor.softmax, F.softmax, torch.log_softmax, F.log_softmax, F.layer_norm, F.softplus}  # fmt: skip
+HALVED = {
+    F.linear,
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.addmm,
+    torch.baddbmm,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.Tensor.mm,
+    torch.Tensor.bmm,
+    F.scaled_dot_product_attention,
+    torch.conv1d,
+    F.conv1d,
+}
+WIDENED = {
+    torch.pow,
+    torch.Tensor.pow,
+    torch.Tensor.__pow__,
+    torch.rsqrt,
+    torch.Tensor.rsqrt,
+    torch.exp,
+    torch.Tensor.exp,
+    torch.log,
+    torch.Tensor.log,
+    torch.cumsum,
+    torch.Tensor.cumsum,
+    torch.sum,
+    torch.Tensor.sum,
+    torch.prod,
+    torch.Tensor.prod,
+    torch.softmax,
+    torch.Tensor.softmax,
+    F.softmax,
+    torch.log_softmax,
+    F.log_softmax,
+    F.layer_norm,
+    F.softplus,
+}
 """What CUDA's autocast runs in half precision, and in fp32."""
 
 
@@ -36,19 +71,28 @@ class Pretend(TorchFunctionMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.planned = device
-        self.casts: dict[int, tuple[Tensor, Tensor]] = {}  # autocast's own cache of weights, which ends with its outermost context
+        # autocast's own cache of weights, which ends with its outermost context
+        self.casts: dict[int, tuple[Tensor, Tensor]] = {}
         self.answers: dict[Any, Callable[..., Any]] = {
             _getter("device"): lambda x: device if x.is_meta else x.device,
             _getter("is_cuda"): lambda x: device.type == "cuda" and x.is_meta,
             _getter("is_cpu"): lambda x: device.type == "cpu" or not x.is_meta,
             torch.Tensor.get_device: lambda x: 0 if device.type == "cuda" and x.is_meta else x.get_device(),
-            torch.Tensor.to: self._to, torch.Tensor.cpu: lambda x, **_: self._to(x, "cpu"), torch.Tensor.tolist: lambda x: _host(x).tolist(),
-            torch.Tensor.item: lambda x: _number(x), torch.Tensor.__bool__: lambda x: bool(_number(x)),
-            torch.Tensor.__float__: lambda x: float(_number(x)), torch.Tensor.__int__: lambda x: int(_number(x)),
-            torch.equal: lambda a, b: _agree(torch.equal, a, b), torch.allclose: lambda a, b, **how: _agree(torch.allclose, a, b, **how),
-            F.scaled_dot_product_attention: lambda *a, **k: attend(device.type, *a, **k)}  # fmt: skip
+            torch.Tensor.to: self._to,
+            torch.Tensor.cpu: lambda x, **_: self._to(x, "cpu"),
+            torch.Tensor.tolist: lambda x: _host(x).tolist(),
+            torch.Tensor.item: lambda x: _number(x),
+            torch.Tensor.__bool__: lambda x: bool(_number(x)),
+            torch.Tensor.__float__: lambda x: float(_number(x)),
+            torch.Tensor.__int__: lambda x: int(_number(x)),
+            torch.equal: lambda a, b: _agree(torch.equal, a, b),
+            torch.allclose: lambda a, b, **how: _agree(torch.allclose, a, b, **how),
+            F.scaled_dot_product_attention: lambda *a, **k: attend(device.type, *a, **k),
+        }
 
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if self.planned.type == "cuda" and (func in HALVED or func in WIDENED) and torch.is_autocast_enabled("cuda"):
             args, kwargs = self._cast(func, args, kwargs)
@@ -59,8 +103,8 @@ class Pretend(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def through(self, module: Any, before: Callable[[], None]) -> None:
-        """Has a module run under this mode also where a backward pass computes it again, which autograd does without any mode; and is told
-        `before` each time."""
+        """Has a module run under this mode also where a backward pass computes it again, which autograd does without
+        any mode; and is told `before` each time."""
         plain = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -86,7 +130,9 @@ class Pretend(TorchFunctionMode):
         if args and isinstance(args[0], Tensor):
             args = (self.planned if args[0].is_meta else args[0].device, args[0].dtype, *args[1:])
         named, dtype = kwargs.get("device"), kwargs.get("dtype")
-        target = named if named is not None else next((one for one in args if isinstance(one, (str, torch.device))), None)
+        target = (
+            named if named is not None else next((one for one in args if isinstance(one, (str, torch.device))), None)
+        )
         dtype = dtype if dtype is not None else next((one for one in args if isinstance(one, torch.dtype)), None)
         kind = self.planned.type if target is None and x.is_meta else "cpu" if target is None else _type(target)
         if kind == "meta":
@@ -117,7 +163,8 @@ class Pretend(TorchFunctionMode):
 
 @contextmanager
 def pretending(device: torch.device) -> Iterator[Pretend]:
-    """Enters the mode. Where torch has no card, its autocast for CUDA would switch itself off: here it is told that there is one."""
+    """Enters the mode. Where torch has no card, its autocast for CUDA would switch itself off: here it is told that
+    there is one."""
     mode, clear = Pretend(device), torch.clear_autocast_cache
 
     def forget() -> None:
@@ -161,7 +208,9 @@ def _type(device: Any) -> str:
 def _makes_whole(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a factory that was told no dtype makes whole numbers or masks."""
     if func is torch.arange:
-        return all(isinstance(one, int) for one in (*args, *(kwargs[key] for key in ("start", "end", "step") if key in kwargs)))
+        return all(
+            isinstance(one, int) for one in (*args, *(kwargs[key] for key in ("start", "end", "step") if key in kwargs))
+        )
     if func is torch.full:
         return not isinstance(kwargs.get("fill_value", args[1] if len(args) > 1 else 0.0), float)
     kept = args[0] if args and isinstance(args[0], Tensor) else None  # `zeros_like` and `new_zeros` keep the dtype

@@ -1,4 +1,5 @@
-"""The recipe's real phases, rehearsed: its own roles, algorithm, loop and sampler on a base of a few layers without numbers."""
+"""The recipe's real phases, rehearsed: its own roles, algorithm, loop and sampler on a base of a few layers without
+numbers."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ from lowrank_tune.types import Batch, Experience, Stats, Term
 
 @dataclass(frozen=True)
 class Scene:
-    """All that is rehearsed but for depth. `loaded` are the shapes of adapters that come from files, `below_reward` what lies under a reward
-    model that is not trained; `rollouts` by name of their phase."""
+    """All that is rehearsed but for depth. `loaded` are the shapes of adapters that come from files, `below_reward`
+    what lies under a reward model that is not trained; `rollouts` by name of their phase."""
 
     recipe: settings.Recipe
     config: Any
@@ -50,10 +51,15 @@ class Scene:
 
 
 def rehearse(scene: Scene, layers: Sequence[Layer], only_update: bool = False) -> Peaks:
-    """Runs every phase once, or the update alone, or where the scene has rollouts these alone, on a base of these layers; what was alive
-    when."""
+    """Runs every phase once, or the update alone, or where the scene has rollouts these alone, on a base of these
+    layers; what was alive when."""
     recipe, ledger = scene.recipe, Ledger(scene.device.type, scene.config.get_text_config().vocab_size)
-    with warnings.catch_warnings(), ledger, pretending(scene.device) as mode, patch.object(logps, "_one_chunk", _few_chunks(logps._one_chunk)):
+    with (
+        warnings.catch_warnings(),
+        ledger,
+        pretending(scene.device) as mode,
+        patch.object(logps, "_one_chunk", _few_chunks(logps._one_chunk)),
+    ):
         warnings.simplefilter("ignore")
         stage = _Stage(scene, layers, ledger, mode)
         if scene.rollouts:
@@ -66,7 +72,8 @@ def rehearse(scene: Scene, layers: Sequence[Layer], only_update: bool = False) -
 
 
 def _few_chunks(one_chunk: Callable[..., None]) -> Callable[..., None]:
-    """The output head's chunks are alike: after the second each finds the same memory as the one before, until the last, which may be short."""
+    """The output head's chunks are alike: after the second each finds the same memory as the one before, until the
+    last, which may be short."""
 
     def some(head: Any, hidden: Tensor, targets: Tensor, temperature: float, into: Tensor, *more: Any) -> None:
         begins, whole = into.storage_offset(), into.untyped_storage().nbytes() // into.element_size()
@@ -85,8 +92,16 @@ class _Stage:
         configs, stacks = lay_out(self.recipe, base.model, scene.loaded, scene.below_reward)
         _watch(base.model, ledger, mode)
         with torch.device("meta"):
-            self.roles = Roles(base, configs, [self.recipe.trained, *self.recipe.aside], stacks, sum(layer.recomputed for layer in layers), 0,
-                               HEADS & stacks.keys(), self.recipe.train.activation_offloading)  # fmt: skip
+            self.roles = Roles(
+                base,
+                configs,
+                [self.recipe.trained, *self.recipe.aside],
+                stacks,
+                sum(layer.recomputed for layer in layers),
+                0,
+                HEADS & stacks.keys(),
+                self.recipe.train.activation_offloading,
+            )
         ledger.rename(stored(base.model), "weights")
         ledger.rename((p for name, p in base.model.named_parameters() if "lora_" in name), "adapters")
         ledger.rename((head.weight for head in self.roles.heads.values()), "adapters")
@@ -119,7 +134,9 @@ class _Stage:
         if self.recipe.algorithm == "dpo" and not only_update:
             self.ledger.at("reference", "before")
             with self.roles.quiet():
-                self.roles.logps("reference", self._batch(self.sizes.free_rows()).to(self.roles.base.device)).logps.sum(dim=1).cpu()
+                self.roles.logps("reference", self._batch(self.sizes.free_rows()).to(self.roles.base.device)).logps.sum(
+                    dim=1
+                ).cpu()
         self._ready()
         if not only_update:
             self.ledger.at("first check", "before")
@@ -134,9 +151,24 @@ class _Stage:
         rollout, sizes = self.recipe.rollout, self.sizes
         if only_update:
             sizes = replace(sizes, harvest=-(-sizes.rows // sizes.group) * sizes.group)
-        harvester = _Harvester(self.roles, _no_prompts, _Silent(), ["reward"], [1.0], str, frozenset(), 0, rollout.num_generations,
-                               rollout.max_new_tokens, rollout.temperature, 1, self.sizes.free_tokens, lambda number: 0,
-                               sizes=sizes, known=only_update)  # fmt: skip
+        harvester = _Harvester(
+            self.roles,
+            _no_prompts,
+            _Silent(),
+            ["reward"],
+            [1.0],
+            str,
+            frozenset(),
+            0,
+            rollout.num_generations,
+            rollout.max_new_tokens,
+            rollout.temperature,
+            1,
+            self.sizes.free_tokens,
+            lambda number: 0,
+            sizes=sizes,
+            known=only_update,
+        )
         algorithm = ONLINE[self.recipe.algorithm](self.recipe, self.kit, harvester)
         if only_update and isinstance(algorithm, PPO):
             algorithm._values = _no_values  # type: ignore[method-assign]
@@ -153,12 +185,33 @@ class _Stage:
 
     def _loop(self, algorithm: Any, experience: Experience, logged: bool) -> None:
         """One step of the real loop, of one micro-batch."""
-        train = self.recipe.train.model_copy(update={"micro_batch_size": self.sizes.units, "micro_batch_tokens": None,
-                                                     "log_every": 1, "max_bad_steps": 1})  # fmt: skip
-        passes = {"grpo": self.recipe.grpo.epochs, "ppo": self.recipe.ppo.epochs * self.recipe.ppo.minibatches}.get(self.recipe.algorithm, 1)
-        once = _Once(algorithm.together, algorithm, experience, self.sizes, self.ledger, logged, self.parameters, passes)
+        train = self.recipe.train.model_copy(
+            update={
+                "micro_batch_size": self.sizes.units,
+                "micro_batch_tokens": None,
+                "log_every": 1,
+                "max_bad_steps": 1,
+            }
+        )
+        passes = {"grpo": self.recipe.grpo.epochs, "ppo": self.recipe.ppo.epochs * self.recipe.ppo.minibatches}.get(
+            self.recipe.algorithm, 1
+        )
+        once = _Once(
+            algorithm.together, algorithm, experience, self.sizes, self.ledger, logged, self.parameters, passes
+        )
         self.optimizer.register_step_pre_hook(lambda *_: self.ledger.at("optimizer", "before"))
-        loop = Loop(once, self.parameters, self.optimizer, train, 1, 0, self.scene.device, lambda event: None, _no_border, checked=True)
+        loop = Loop(
+            once,
+            self.parameters,
+            self.optimizer,
+            train,
+            1,
+            0,
+            self.scene.device,
+            lambda event: None,
+            _no_border,
+            checked=True,
+        )
         loop.run()
 
 
@@ -188,7 +241,9 @@ class _Once:
 
     def collect(self, step: int) -> Experience:
         batch = self.experience.batch
-        return _Parts(batch if len(batch) <= self.sizes.rows else batch.take(torch.arange(self.sizes.rows)), count=self.parts)
+        return _Parts(
+            batch if len(batch) <= self.sizes.rows else batch.take(torch.arange(self.sizes.rows)), count=self.parts
+        )
 
     def weigh(self, batch: Batch) -> Tensor:
         self.ledger.at("update", "before")
@@ -234,7 +289,8 @@ UPDATES = ("update", "update of the value", *["end"] * 7)
 
 
 class _Harvester(Harvester):
-    """Completions that nobody drew, of the sizes that are planned for. Where their log-probs are `known` nothing goes through the model."""
+    """Completions that nobody drew, of the sizes that are planned for. Where their log-probs are `known` nothing goes
+    through the model."""
 
     def __init__(self, *arguments: Any, sizes: Sizes, known: bool) -> None:
         super().__init__(*arguments)
@@ -248,11 +304,14 @@ class _Harvester(Harvester):
         batch = batch_of(rows, self.sizes)
         batch.extra["sampler"] = torch.zeros(batch.ids.shape)
         rewards = (torch.arange(rows) % 2).double().view(-1, n)
-        return Harvest(batch, rewards, rewards.view(-1, 1), torch.zeros(rows, dtype=torch.bool), self.names, [""] * rows, [])
+        return Harvest(
+            batch, rewards, rewards.view(-1, 1), torch.zeros(rows, dtype=torch.bool), self.names, [""] * rows, []
+        )
 
 
 def _watch(model: Any, ledger: Ledger, mode: Pretend) -> None:
-    """Tells the ledger which layer runs, forward and backward; and has its parts run under the mode where they are computed again."""
+    """Tells the ledger which layer runs, forward and backward; and has its parts run under the mode where they are
+    computed again."""
     layers = next(one for one in model.get_decoder().modules() if isinstance(one, nn.ModuleList))
     last = len(layers) - 1
     for number, layer in enumerate(layers):
@@ -289,7 +348,6 @@ class _Silent:
     def submit(self, *_: Any) -> None: ...
     def collect(self) -> dict[int, Any]:
         return {}
-
 
 
 def _no_border(progress: Progress, last: bool) -> None: ...

@@ -17,7 +17,8 @@ from lowrank_tune.types import Sampling
 
 @dataclass(frozen=True)
 class Decoding:
-    """A call of the engine: `slots` sequences at once, `samples` of each prompt of so many tokens, and at most `max_new_tokens` more."""
+    """A call of the engine: `slots` sequences at once, `samples` of each prompt of so many tokens, and at most
+    `max_new_tokens` more."""
 
     role: str
     slots: int
@@ -30,9 +31,9 @@ class Decoding:
 
 
 def decode(roles: Roles, wanted: Decoding, keeping: AbstractContextManager[None], at: Callable[[str], None]) -> None:
-    """Reads prompts, fills the slots and makes one step at the greatest length, as the engine does. `keeping` is entered while room for keys
-    and values is made. `at` is told which pass begins: each has moments of its own, as what prompts hold and what a step holds grow by
-    different bytes with each layer."""
+    """Reads prompts, fills the slots and makes one step at the greatest length, as the engine does. `keeping` is
+    entered while room for keys and values is made. `at` is told which pass begins: each has moments of its own, as what
+    prompts hold and what a step holds grow by different bytes with each layer."""
     engine = Engine(roles, wanted.role, wanted.slots, wanted.cache_bytes, wanted.scratch_bytes)
     model, columns = roles.base.model, wanted.prompt + wanted.max_new_tokens
     states = [vars(module) for module in model.modules()]
@@ -41,9 +42,19 @@ def decode(roles: Roles, wanted: Decoding, keeping: AbstractContextManager[None]
     with engine._speaking(states), batched_attention(model):
         store = store_for(model)
         store.open(wanted.slots, columns, 1 << 60)
-    ahead = max(1, min(wanted.prompts, max(-(-wanted.slots // wanted.samples), wanted.slots // 4), PREFILL_TOKENS // wanted.prompt))
+    ahead = max(
+        1,
+        min(
+            wanted.prompts, max(-(-wanted.slots // wanted.samples), wanted.slots // 4), PREFILL_TOKENS // wanted.prompt
+        ),
+    )
     stack = roles.stacks[wanted.role]
-    with fast_linears(model, stack, wanted.scratch_bytes) as linears, engine._speaking(states), linears, batched_attention(model):
+    with (
+        fast_linears(model, stack, wanted.scratch_bytes) as linears,
+        engine._speaking(states),
+        linears,
+        batched_attention(model),
+    ):
         kept, hidden = store.read([[0] * wanted.prompt] * ahead)
         at("placing")
         with keeping:

@@ -15,9 +15,9 @@ DEFAULT_ROWS = 4  # of a micro-batch, where a recipe says nothing
 
 @dataclass(frozen=True)
 class Sizes:
-    """What goes through the model at once: `units` (rows, pairs, or completions) of a micro-batch, `together` rows each, all of `length`
-    tokens, the first `prompt` of which are not scored and are common to `group` rows. `harvest` completions are collected before an update.
-    `free_tokens` go through at once where no gradient is kept."""
+    """What goes through the model at once: `units` (rows, pairs, or completions) of a micro-batch, `together` rows
+    each, all of `length` tokens, the first `prompt` of which are not scored and are common to `group` rows. `harvest`
+    completions are collected before an update. `free_tokens` go through at once where no gradient is kept."""
 
     units: int
     length: int
@@ -49,13 +49,20 @@ def sizes_of(recipe: settings.Recipe, units: int | None = None) -> Sizes:
     step = train.prompts_per_step * recipe.rollout.num_generations if online else train.rows_per_step or 1 << 20
     wanted = units or train.micro_rows
     if wanted is None and train.micro_batch_tokens is not None:
-        wanted = max(1, -(-train.micro_batch_tokens // (length * together)))  # nearly as many rows, a little shorter, fill the budget
+        # nearly as many rows, a little shorter, fill the budget
+        wanted = max(1, -(-train.micro_batch_tokens // (length * together)))
         if wanted > 1:
             length = min(length, train.micro_batch_tokens // (wanted * together))
     wanted = min(wanted or DEFAULT_ROWS, step)
     free = micro_tokens_of(recipe, length)
-    found = Sizes(wanted, length, together, recipe.data.max_prompt_length if online else 1, recipe.rollout.num_generations if online else 1,
-                  free_tokens=free)  # fmt: skip
+    found = Sizes(
+        wanted,
+        length,
+        together,
+        recipe.data.max_prompt_length if online else 1,
+        recipe.rollout.num_generations if online else 1,
+        free_tokens=free,
+    )
     if not online:
         return found
     group = recipe.rollout.num_generations

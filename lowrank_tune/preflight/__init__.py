@@ -1,6 +1,7 @@
 """What will be trained on, before anything is: from recipe, tokenizer and rows alone, without the weights of the base.
 
-`examine` reads it for `lowrank-tune data`; `survey` is the same of data that a run has loaded, for its `data.json`. Nothing is drawn here.
+`examine` reads it for `lowrank-tune data`; `survey` is the same of data that a run has loaded, for its `data.json`.
+Nothing is drawn here.
 """
 
 from __future__ import annotations
@@ -26,7 +27,19 @@ def examine(recipe: settings.Recipe, emit: Emit, cache: Path | None = None) -> P
     wanted = recipe.evaluate
     heldout = prompts(wanted.heldout, wanted.prompts, recipe.seed, recipe.data.system) if wanted.heldout else []
     if recipe.algorithm in ("grpo", "ppo"):
-        asked = load_asked(recipe.data, template, recipe.seed, emit, judge=False, needs_gold=recipe.needs_gold,
-                           unusable=judged_rows(recipe))  # fmt: skip
+        asked = load_asked(
+            recipe.data,
+            template,
+            recipe.seed,
+            emit,
+            judge=False,
+            needs_gold=recipe.needs_gold,
+            unusable=judged_rows(recipe),
+        )
         return survey_asked(recipe, asked, template, heldout)
-    return survey(recipe, load(recipe.data, template, recipe.seed, emit, cache, judge=False, pairs=recipe.pairs), template, heldout)
+    return survey(
+        recipe,
+        load(recipe.data, template, recipe.seed, emit, cache, judge=False, pairs=recipe.pairs),
+        template,
+        heldout,
+    )

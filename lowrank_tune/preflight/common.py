@@ -19,9 +19,22 @@ HEARD = "kept; held-out answers flatter"
 BINS = 12  # of the histogram of lengths, about
 SHOWN_ROWS, SHOWN_CHARACTERS = 3, 1600
 TOO_LONG = ("longer than data.max_length", "longer than data.max_prompt_length")
-NO_TARGET = ("nothing in it is trained", "no assistant turn", "no answer", "empty answer", "no turns", "column `answer` is null",
-             "column `output` is null", "column `solution` is null", "column `response` is null", "column `completion` is null",
-             "column `chosen` is null", "column `rejected` is null", "no column `chosen`", "no column `rejected`")  # fmt: skip
+NO_TARGET = (
+    "nothing in it is trained",
+    "no assistant turn",
+    "no answer",
+    "empty answer",
+    "no turns",
+    "column `answer` is null",
+    "column `output` is null",
+    "column `solution` is null",
+    "column `response` is null",
+    "column `completion` is null",
+    "column `chosen` is null",
+    "column `rejected` is null",
+    "no column `chosen`",
+    "no column `rejected`",
+)
 
 
 def weighted_by(sources: Sequence[settings.Source], unit: str = "row") -> str:
@@ -34,7 +47,9 @@ def weighted_by(sources: Sequence[settings.Source], unit: str = "row") -> str:
 def lengths_of(lengths: NDArray[np.int64], report: Report, limit: int) -> Lengths:
     """The histogram of lengths in tokens, with what did not fit the limit."""
     sources = (*report.train, *report.validation)
-    left_out = sum(gone.count for source in sources for reason, gone in source.dropped.items() if reason.startswith(TOO_LONG))
+    left_out = sum(
+        gone.count for source in sources for reason, gone in source.dropped.items() if reason.startswith(TOO_LONG)
+    )
     over = left_out + sum(source.truncated for source in sources)
     longest = max([source.longest for source in sources], default=0)
     if not len(lengths):
@@ -97,4 +112,8 @@ def cut(text: str, most: int) -> str:
 
 def too_few(report: Report, recipe: settings.Recipe) -> list[str]:
     """Sources of which too many rows cannot be used, a sentence each."""
-    return [fault for source in (*report.train, *report.validation) if (fault := source.fault(recipe.data.max_rejected_share))]
+    return [
+        fault
+        for source in (*report.train, *report.validation)
+        if (fault := source.fault(recipe.data.max_rejected_share))
+    ]

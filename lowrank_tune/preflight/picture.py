@@ -12,9 +12,11 @@ from lowrank_tune.data.balance import Sides
 
 @dataclass(frozen=True)
 class Part:
-    """A source in the mixture: what lies in it, and what an epoch draws from it. `weight` is its share of the rows drawn.
+    """A source in the mixture: what lies in it, and what an epoch draws from it. `weight` is its share of the rows
+    drawn.
 
-    With preferences a row is a pair, and its tokens are those of both sides. Where completions are drawn a row is a prompt.
+    With preferences a row is a pair, and its tokens are those of both sides. Where completions are drawn a row is a
+    prompt.
     """
 
     name: str
@@ -42,7 +44,8 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Rows by length in tokens: `counts[i]` rows have between `edges[i]` + 1 and `edges[i + 1]` tokens. `over` did not fit the limit.
+    """Rows by length in tokens: `counts[i]` rows have between `edges[i]` + 1 and `edges[i + 1]` tokens. `over` did not
+    fit the limit.
 
     Each side of a pair counts as a row of its own; `over` counts pairs.
     """
@@ -58,7 +61,8 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Ends:
-    """Is the end token trained? `tokens` names each with how often it is; `rows` of all rows have every answer closed by one."""
+    """Is the end token trained? `tokens` names each with how often it is; `rows` of all rows have every answer closed
+    by one."""
 
     trained: bool
     tokens: Mapping[str, int]
@@ -83,7 +87,8 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Example:
-    """A row as the model will read it: stretches of text, each with whether it is trained. The sides of a pair follow each other.
+    """A row as the model will read it: stretches of text, each with whether it is trained. The sides of a pair follow
+    each other.
 
     Of a prompt that completions are drawn for, `gold` is the gold answer, where it has one.
     """
@@ -97,7 +102,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Preflight:
-    """The whole picture. `faults`: sentences that say why training must not begin; none where it may. `sides`: only of preferences.
+    """The whole picture. `faults`: sentences that say why training must not begin; none where it may. `sides`: only of
+    preferences.
 
     Where completions are drawn nothing says how an answer ends: `ends` is None, and `draws` says what is drawn.
     """

@@ -13,7 +13,17 @@ from lowrank_tune.data import Census, Order, Prepared, Prompt, Template, TokenSt
 from lowrank_tune.data.balance import contradicting, sides
 from lowrank_tune.data.pairs import EQUAL
 from lowrank_tune.data.report import EXAMPLES
-from lowrank_tune.preflight.common import HEARD, SHOWN_CHARACTERS, cut, dropped, ids_of, lengths_of, picked, too_few, weighted_by
+from lowrank_tune.preflight.common import (
+    HEARD,
+    SHOWN_CHARACTERS,
+    cut,
+    dropped,
+    ids_of,
+    lengths_of,
+    picked,
+    too_few,
+    weighted_by,
+)
 from lowrank_tune.preflight.picture import Ends, Epoch, Example, Part, Preflight, Trouble
 
 
@@ -24,10 +34,18 @@ def survey(recipe: settings.Recipe, data: Prepared, template: Template, heldout:
     parts, epoch = _mixture(recipe, data, counted)
     lengths = lengths_of(_all_lengths(data), data.report, recipe.data.max_length)
     return Preflight(
-        report=data.report, template=template.describe(), weighted_by=weighted_by(recipe.data.train), parts=parts,
-        lengths=lengths, troubles=tuple(_troubles(data, counted, template, heldout)), ends=ends,
-        epoch=epoch, examples=tuple(_examples(data.train, template)), faults=tuple(_faults(recipe, data, ends)),
-        sides=sides(data.train, counted) if data.train.together > 1 else None)  # fmt: skip
+        report=data.report,
+        template=template.describe(),
+        weighted_by=weighted_by(recipe.data.train),
+        parts=parts,
+        lengths=lengths,
+        troubles=tuple(_troubles(data, counted, template, heldout)),
+        ends=ends,
+        epoch=epoch,
+        examples=tuple(_examples(data.train, template)),
+        faults=tuple(_faults(recipe, data, ends)),
+        sides=sides(data.train, counted) if data.train.together > 1 else None,
+    )
 
 
 def _mixture(recipe: settings.Recipe, data: Prepared, counted: Census) -> tuple[tuple[Part, ...], Epoch]:
@@ -41,19 +59,34 @@ def _mixture(recipe: settings.Recipe, data: Prepared, counted: Census) -> tuple[
     def sums(values: NDArray[np.int64], of: NDArray[Any]) -> list[int]:
         return [int(value) for value in np.bincount(of, weights=values, minlength=len(sources))]
 
-    inside = zip(*(sums(values, train.unit_source_of) for values in (np.ones(train.units, np.int64), lengths, trained_of)), strict=True)
+    inside = zip(
+        *(sums(values, train.unit_source_of) for values in (np.ones(train.units, np.int64), lengths, trained_of)),
+        strict=True,
+    )
     in_epoch = zip(sums(lengths[rows], source_of), sums(trained_of[rows], source_of), strict=True)
     weights = [source.weight for source in recipe.data.train]
     parts = tuple(
-        Part(told.name, told.format, told.read, told.used, told.golds, count, tokens, trained,
-             count / max(1, train.units) if weight is None else weight, *drawn)
-        for told, weight, (count, tokens, trained), drawn in zip(sources, weights, inside, in_epoch, strict=True))  # fmt: skip
+        Part(
+            told.name,
+            told.format,
+            told.read,
+            told.used,
+            told.golds,
+            count,
+            tokens,
+            trained,
+            count / max(1, train.units) if weight is None else weight,
+            *drawn,
+        )
+        for told, weight, (count, tokens, trained), drawn in zip(sources, weights, inside, in_epoch, strict=True)
+    )
     steps, all_steps = epoch[1:] if epoch else (0, 0)
     return parts, Epoch(len(rows), int(lengths[rows].sum()), int(trained_of[rows].sum()), steps, all_steps)
 
 
 def _drawn(recipe: settings.Recipe, train: TokenStore) -> tuple[NDArray[np.int64], int, int] | None:
-    """Rows (or pairs) and steps of the first epoch, and the steps of the run; None where the mixture cannot be drawn."""
+    """Rows (or pairs) and steps of the first epoch, and the steps of the run; None where the mixture cannot be
+    drawn."""
     weights = [source.weight for source in recipe.data.train]
     if not len(train) or (weights[0] is not None and len(np.unique(train.source_of)) < len(weights)):
         return None
@@ -73,8 +106,14 @@ def _troubles(data: Prepared, counted: Census, template: Template, heldout: Sequ
     unended = _units(np.flatnonzero(counted.unended), data.train)
     found = [
         *dropped(sources, ("too long", "without a target", *([EQUAL] if data.train.together > 1 else []))),
-        Trouble("too long, without the oldest turns of the prompt" if data.train.together > 1 else "too long, shortened to whole turns",
-                sum(source.truncated for source in sources), "kept, shortened", truncated),
+        Trouble(
+            "too long, without the oldest turns of the prompt"
+            if data.train.together > 1
+            else "too long, shortened to whole turns",
+            sum(source.truncated for source in sources),
+            "kept, shortened",
+            truncated,
+        ),
         Trouble("without an end token behind an answer", len(unended), "kept", _places(data.train, unended)),
         _duplicates(data),
         *([_contradicting(data)] if data.train.together > 1 else []),
@@ -112,8 +151,12 @@ def _contradicting(data: Prepared) -> Trouble:
     parts = _of_train(data)
     where = contradicting(parts)
     places = [place for rows, units in zip(parts, where, strict=True) for place in _places(rows, units)]
-    return Trouble("contradicting: the same answers stand the other way round too", sum(map(len, where)), "kept; together they teach nothing",
-                   tuple(places[:EXAMPLES]))  # fmt: skip
+    return Trouble(
+        "contradicting: the same answers stand the other way round too",
+        sum(map(len, where)),
+        "kept; together they teach nothing",
+        tuple(places[:EXAMPLES]),
+    )
 
 
 def _shared(data: Prepared) -> tuple[str, ...]:
@@ -141,8 +184,11 @@ def _ends(counted: Census, template: Template, together: int) -> Ends:
 def _examples(rows: TokenStore, template: Template) -> list[Example]:
     """The first row or pair of each source, then those that follow in the first one."""
     names = ("",) if rows.together == 1 else (", chosen", ", rejected")
-    return [Example(rows.place_of(row) + name, int(rows.lengths[row]), rows.trained_of(row), _segments(rows, row, template))
-            for unit in picked(rows.unit_source_of) for row, name in enumerate(names, start=unit * rows.together)]  # fmt: skip
+    return [
+        Example(rows.place_of(row) + name, int(rows.lengths[row]), rows.trained_of(row), _segments(rows, row, template))
+        for unit in picked(rows.unit_source_of)
+        for row, name in enumerate(names, start=unit * rows.together)
+    ]
 
 
 def _segments(rows: TokenStore, number: int, template: Template) -> tuple[tuple[bool, str], ...]:
@@ -159,5 +205,7 @@ def _segments(rows: TokenStore, number: int, template: Template) -> tuple[tuple[
 def _faults(recipe: settings.Recipe, data: Prepared, ends: Ends) -> list[str]:
     told = too_few(data.report, recipe)
     if data.report.train_rows and not ends.trained:
-        told.append("no end token is trained: the model would never learn to stop; the chat template closes no answer with one")
+        told.append(
+            "no end token is trained: the model would never learn to stop; the chat template closes no answer with one"
+        )
     return told

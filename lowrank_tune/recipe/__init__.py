@@ -1,8 +1,8 @@
 """Recipes: YAML to settings and back. Strict: every fault is told at once, with file, line and what was probably meant.
 
-    recipe = Recipe.load("tiny-sft", "train.steps=10")
-    chain = load_any("tiny-preference", "stages.dpo.train.steps=10")
-    faults look like   my.yaml:7: train.learning_rat: unknown key; did you mean `learning_rate`?
+recipe = Recipe.load("tiny-sft", "train.steps=10")
+chain = load_any("tiny-preference", "stages.dpo.train.steps=10")
+faults look like   my.yaml:7: train.learning_rat: unknown key; did you mean `learning_rate`?
 """
 
 from __future__ import annotations
@@ -27,15 +27,39 @@ from lowrank_tune.recipe.single import Recipe
 from lowrank_tune.recipe.tree import dotted, leaves
 
 __all__ = [
-    "Chain", "Preset", "Recipe", "backends_of", "differences", "dump", "find_preset", "from_dict", "load", "load_any", "presets", "schema",
+    "Chain",
+    "Preset",
+    "Recipe",
+    "backends_of",
+    "differences",
+    "dump",
+    "find_preset",
+    "from_dict",
+    "load",
+    "load_any",
+    "presets",
+    "schema",
     "shelf",
-]  # fmt: skip
+]
 
-MAY_CHANGE = frozenset({
-    "name", "description", "train.steps", "train.epochs", "train.log_every", "train.save_every", "train.keep",
-    "evaluate.every", "evaluate.shown", "train.report_to", "train.project", *SIZES,
-})  # fmt: skip
-"""What a continued run may set anew: its end, its logging and its saving, and what decides over its memory. Of a chain, each stage may."""
+MAY_CHANGE = frozenset(
+    {
+        "name",
+        "description",
+        "train.steps",
+        "train.epochs",
+        "train.log_every",
+        "train.save_every",
+        "train.keep",
+        "evaluate.every",
+        "evaluate.shown",
+        "train.report_to",
+        "train.project",
+        *SIZES,
+    }
+)
+"""What a continued run may set anew: its end, its logging and its saving, and what decides over its memory. Of a chain,
+each stage may."""
 
 
 def load(preset_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -67,12 +91,18 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style=_style(text)))
+_Dumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style=_style(text))
+)
 
 
 def _style(text: str) -> str | None:
     """Plain where it is a plain word or a sentence of them, else double quotes."""
-    return None if re.fullmatch(r"[A-Za-z][A-Za-z0-9_./@-]*", text) and text.lower() not in ("null", "true", "false") else '"'
+    return (
+        None
+        if re.fullmatch(r"[A-Za-z][A-Za-z0-9_./@-]*", text) and text.lower() not in ("null", "true", "false")
+        else '"'
+    )
 
 
 def dump(recipe: settings.Recipe | Chain) -> str:
@@ -86,38 +116,56 @@ def presets() -> list[tuple[str, str, str]]:
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a recipe file, for editors. What `extends` may bring is not required; beside `stages` nothing is."""
+    """The JSON schema of a recipe file, for editors. What `extends` may bring is not required; beside `stages` nothing
+    is."""
     made = copy.deepcopy(settings.Recipe.model_json_schema())
     required = made.pop("required", [])
     settable = {
-        "extends": {"type": "string", "description": "Builds on another preset, or on a recipe at a path relative to this file."},
+        "extends": {
+            "type": "string",
+            "description": "Builds on another preset, or on a recipe at a path relative to this file.",
+        },
         **made["properties"],
     }
-    name = {"type": "string", "pattern": f"^{NAME.pattern}$", "description": "Name of the stage, and of its adapter in later ones."}
+    name = {
+        "type": "string",
+        "pattern": f"^{NAME.pattern}$",
+        "description": "Name of the stage, and of its adapter in later ones.",
+    }
     made["$defs"]["Stage"] = {"type": "object", "additionalProperties": False, "properties": {**settable, "name": name}}
-    stages = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/Stage"}, "description": (
-        "A chain: runs one after the other on one base, each policy frozen below the next. All else in this file is their default."
-    )}  # fmt: skip
+    stages = {
+        "type": "array",
+        "minItems": 1,
+        "items": {"$ref": "#/$defs/Stage"},
+        "description": (
+            "A chain: runs one after the other on one base, each policy frozen below the next. All else in this file "
+            "is their default."
+        ),
+    }
     made["properties"] = {**settable, "stages": stages}
     made["anyOf"] = [{"required": ["extends"]}, {"required": ["stages"]}, {"required": required}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lowrank_tune recipe", **made}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What a continued run may not change, as `train.learning_rate: was 0.001, is 0.002`; in a chain, `stages.dpo.train.learning_rate`."""
+    """What a continued run may not change, as `train.learning_rate: was 0.001, is 0.002`; in a chain,
+    `stages.dpo.train.learning_rate`."""
     before, after = _flat(_completed(old)), _flat(new)
     if before.get("stages") != after.get("stages"):  # other stages, or another order: their settings say nothing then
-        before, after = ({key: value for key, value in each.items() if not key.startswith("stages.")} for each in (before, after))
+        before, after = (
+            {key: value for key, value in each.items() if not key.startswith("stages.")} for each in (before, after)
+        )
     changed = [key for key in dict.fromkeys([*before, *after]) if before.get(key, leaves) != after.get(key, leaves)]
     return [
         f"{key}: was {_said(before, key)}, is {_said(after, key)}"
         for key in changed
         if re.sub(r"^stages\.[^.]*\.|\.\d+$", "", key) not in MAY_CHANGE
-    ]  # fmt: skip
+    ]
 
 
 def _completed(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A recipe as a run left it, with the settings that the kit did not have yet at their defaults; as it is, where it cannot be read."""
+    """A recipe as a run left it, with the settings that the kit did not have yet at their defaults; as it is, where it
+    cannot be read."""
     try:
         return (Chain if "stages" in data else Recipe).from_dict(data).to_dict()
     except Faults:
@@ -126,10 +174,14 @@ def _completed(data: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
     """Every leaf under its dotted path, those of a stage under its name, and the order of the stages."""
-    flat = {dotted(path): value for path, value in leaves({key: value for key, value in data.items() if key != "stages"})}
+    flat = {
+        dotted(path): value for path, value in leaves({key: value for key, value in data.items() if key != "stages"})
+    }
     if "stages" in data:
         flat["stages"] = " -> ".join(stage["name"] for stage in data["stages"])
-        flat |= {f"stages.{stage['name']}.{dotted(path)}": value for stage in data["stages"] for path, value in leaves(stage)}
+        flat |= {
+            f"stages.{stage['name']}.{dotted(path)}": value for stage in data["stages"] for path, value in leaves(stage)
+        }
     return flat
 
 

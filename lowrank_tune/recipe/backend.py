@@ -15,8 +15,8 @@ ALGORITHMS = get_args(Recipe.model_fields["algorithm"].annotation)
 
 
 def findings(data: Any, below: Sequence[str] = (), lent: bool = False) -> Iterator[Finding]:
-    """unsloth's kernels know one adapter at a time: no frozen ones below the policy, no reward model, no value. `below`: what earlier stages
-    of a chain lay under it. `lent`: one of them trains the reward model."""
+    """unsloth's kernels know one adapter at a time: no frozen ones below the policy, no reward model, no value.
+    `below`: what earlier stages of a chain lay under it. `lent`: one of them trains the reward model."""
     if written(data, "base", "backend") != "unsloth":
         return
     path, algorithm, adapters = ("base", "backend"), written(data, "algorithm"), written(data, "adapters")
@@ -26,5 +26,11 @@ def findings(data: Any, below: Sequence[str] = (), lent: bool = False) -> Iterat
     others = [str(name) for name in adapters if name != "policy"] if isinstance(adapters, dict) else []
     others += [*below, *([learned.ROLE] if lent and learned.asks(data) and learned.ROLE not in others else [])]
     if others:
-        told = "the reference is no longer the base" if others != [learned.ROLE] else "the reward model speaks through it"
-        yield path, f"`unsloth` bears the policy's adapter alone, and here is `{others[0]}` too ({told}); use `plain`, or leave it out"
+        told = (
+            "the reference is no longer the base" if others != [learned.ROLE] else "the reward model speaks through it"
+        )
+        yield (
+            path,
+            f"`unsloth` bears the policy's adapter alone, and here is `{others[0]}` too ({told}); use `plain`, or "
+            f"leave it out",
+        )

@@ -1,7 +1,7 @@
 """A chain: recipes that run one after the other on one base, with nothing merged.
 
-The policy that a stage trained lies frozen below the policy of every later stage, named by its stage. A reward model enters no
-policy's stack.
+The policy that a stage trained lies frozen below the policy of every later stage, named by its stage. A reward model
+enters no policy's stack.
 """
 
 from __future__ import annotations
@@ -46,20 +46,28 @@ class Chain:
         data = [stage.to_dict() for stage in self.stages]
         twice = [name for name, count in Counter(stage.name for stage in self.stages).items() if count > 1]
         faults = [Fault(f"a second stage is called `{name}`", "stages") for name in twice]
-        faults += [Fault("is no name for a stage", f"stages.{index}.name") for index, stage in enumerate(self.stages)
-                   if not rules.NAME.fullmatch(stage.name) or stage.name == "base"]  # fmt: skip
+        faults += [
+            Fault("is no name for a stage", f"stages.{index}.name")
+            for index, stage in enumerate(self.stages)
+            if not rules.NAME.fullmatch(stage.name) or stage.name == "base"
+        ]
         if not self.stages:
             faults.append(Fault("must have at least one entry", "stages"))
         for index, stage in enumerate(self.stages):
             below, lent = finished_below(data, index), lender(data, index) is not None
-            found = [*conflicts(data, index), *rules.reference(data[index], below), *backend.findings(data[index], below, lent)]
+            found = [
+                *conflicts(data, index),
+                *rules.reference(data[index], below),
+                *backend.findings(data[index], below, lent),
+            ]
             faults += [Place().fault(message, ("stages", stage.name, *path)) for path, message in found]
         if faults:
             raise Faults(faults)
 
     @classmethod
     def load(cls, preset_or_path: str | os.PathLike[str], *overrides: str) -> Self:
-        """The chain of a preset or file. `key=value` changes every stage, `stages.NAME.key=value` one. Raises `Faults`, all at once."""
+        """The chain of a preset or file. `key=value` changes every stage, `stages.NAME.key=value` one. Raises `Faults`,
+        all at once."""
         tree, faults, stem = read_recipe(os.fspath(preset_or_path))
         if "stages" not in tree.value:
             raise UserError(f"{stem} is a single recipe, without stages; load it with load_any or Recipe.load")
@@ -85,7 +93,11 @@ class Chain:
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved chain as plain data; `from_dict` of it gives this chain again."""
-        return {"name": self.name, "description": self.description, "stages": [stage.to_dict() for stage in self.stages]}
+        return {
+            "name": self.name,
+            "description": self.description,
+            "stages": [stage.to_dict() for stage in self.stages],
+        }
 
     @property
     def algorithm(self) -> str:
@@ -93,7 +105,8 @@ class Chain:
         return " -> ".join(stage.algorithm for stage in self.stages)
 
     def recipe_of(self, index: int, folders: Mapping[str, str]) -> Recipe:
-        """The recipe of a stage with all that lies below its own adapter; `folders` are those of the finished stages, by name."""
+        """The recipe of a stage with all that lies below its own adapter; `folders` are those of the finished stages,
+        by name."""
         every = [stage.to_dict() for stage in self.stages]
         own, trained = every[index], self.stages[index].trained
         frozen = {name: adapter for name, adapter in own["adapters"].items() if name != trained}
@@ -108,7 +121,9 @@ class Chain:
         """Each stage like a recipe of its own, then what they are to each other."""
         heading = Node({key: tree.value.pop(key) for key in HEADING if key in tree.value}, tree.place)
         apply(heading, [(path, node) for path, node in overrides if path[0] in HEADING], faults)
-        faults += [nearest(heading, path).place.fault(message, path) for path, message in faults_in(Heading, plain(heading))]
+        faults += [
+            nearest(heading, path).place.fault(message, path) for path, message in faults_in(Heading, plain(heading))
+        ]
         made = drafts(tree.value.pop("stages"), tree, overrides, faults, files)
         data = [plain(draft.tree) for draft in made]
         for index, draft in enumerate(made):
@@ -119,7 +134,11 @@ class Chain:
         if faults:
             raise Faults(in_order(faults, tree.place.file))
         head = Heading.model_validate(plain(heading))
-        return cls(head.name, head.description, tuple(_recipe(each, lender(data, index) is not None) for index, each in enumerate(data)))
+        return cls(
+            head.name,
+            head.description,
+            tuple(_recipe(each, lender(data, index) is not None) for index, each in enumerate(data)),
+        )
 
 
 def _findings(data: Sequence[Mapping[str, Any]], index: int) -> Iterator[Finding]:
@@ -133,18 +152,22 @@ def _judge_stage(draft: Draft, data: Mapping[str, Any], findings: Sequence[Findi
 
 
 def _told(made: Sequence[Draft]) -> list[Fault]:
-    """Faults under the names of their stages; what stands wrong in all of them stands in what they share, and is told once."""
+    """Faults under the names of their stages; what stands wrong in all of them stands in what they share, and is told
+    once."""
     judged = [draft for draft in made if not draft.lost]
     counts = Counter(fault for draft in judged for fault in set(draft.faults))
     return [
-        fault if counts[fault] == len(judged) > 1 else replace(fault, key=".".join(filter(None, ["stages", draft.label, fault.key])))
-        for draft in judged for fault in draft.faults
-    ]  # fmt: skip
+        fault
+        if counts[fault] == len(judged) > 1
+        else replace(fault, key=".".join(filter(None, ["stages", draft.label, fault.key])))
+        for draft in judged
+        for fault in draft.faults
+    ]
 
 
 def _recipe(data: dict[str, Any], lent: bool) -> Recipe:
-    """A stage that was judged. Its `reference` and, where it is `lent`, its reward model name what only the chain knows of: they are set past
-    the recipe's own rules."""
+    """A stage that was judged. Its `reference` and, where it is `lent`, its reward model name what only the chain knows
+    of: they are set past the recipe's own rules."""
     claimed, adapters = data.get("reference"), data.get("adapters") or {}
     stands_in = {"adapters": {**adapters, learned.ROLE: {"path": "."}}} if lent else {}
     recipe = Recipe.model_validate({key: value for key, value in (data | stands_in).items() if key != "reference"})

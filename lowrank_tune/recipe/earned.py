@@ -1,4 +1,5 @@
-"""Rules of what completions earn, and of `algorithm: grpo`: which settings do nothing beside others. Like `rules`, of plain data."""
+"""Rules of what completions earn, and of `algorithm: grpo`: which settings do nothing beside others. Like `rules`, of
+plain data."""
 
 from __future__ import annotations
 
@@ -13,14 +14,41 @@ from lowrank_tune.settings import Grpo
 
 DRAWS = ("grpo", "ppo")
 """The algorithms that learn from completions of their own."""
-REWARDS = ("answer", "math_answer", "symbolic", "python_tests", "smt", "lean", "format", "regex", "json_schema", "length", "repetition",
-           "reward_model")  # fmt: skip
-NEEDS = {"pattern": (("format", "regex"), "the regular expression that the whole completion must match, as '(?s).*Answer: .*'"),
-         "target_tokens": (("length",), "up to how many tokens earn 1"), "ngram": (("repetition",), ""),
-         "json_schema": (("json_schema",), "the schema, or where it is, as `./schema.json`"), "accept_unsafe_code": (("python_tests",), ""),
-         "kind": (("smt",), "what a completion tells: `statement`, `witness` or `invariant`"), "program": (("lean",), "")}  # fmt: skip
-"""Settings of a reward: whose they are, and what they say. Those need it, unless there is nothing to say, and no other has it."""
-MEANT = {"accuracy": "answer", "accuracy_reward": "answer", "correctness": "answer", "exact_match": "answer", "think_format_reward": "format"}
+REWARDS = (
+    "answer",
+    "math_answer",
+    "symbolic",
+    "python_tests",
+    "smt",
+    "lean",
+    "format",
+    "regex",
+    "json_schema",
+    "length",
+    "repetition",
+    "reward_model",
+)
+NEEDS = {
+    "pattern": (
+        ("format", "regex"),
+        "the regular expression that the whole completion must match, as '(?s).*Answer: .*'",
+    ),
+    "target_tokens": (("length",), "up to how many tokens earn 1"),
+    "ngram": (("repetition",), ""),
+    "json_schema": (("json_schema",), "the schema, or where it is, as `./schema.json`"),
+    "accept_unsafe_code": (("python_tests",), ""),
+    "kind": (("smt",), "what a completion tells: `statement`, `witness` or `invariant`"),
+    "program": (("lean",), ""),
+}
+"""Settings of a reward: whose they are, and what they say. Those need it, unless there is nothing to say, and no other
+has it."""
+MEANT = {
+    "accuracy": "answer",
+    "accuracy_reward": "answer",
+    "correctness": "answer",
+    "exact_match": "answer",
+    "think_format_reward": "format",
+}
 """Names of other kits' rewards."""
 LOSSES = get_args(Grpo.model_fields["loss"].annotation)
 OWN_HIGH = ("dapo", "cispo")
@@ -41,17 +69,30 @@ def idle(data: Any) -> Iterator[Finding]:
     if is_grpo(data):
         yield from _idle_clips(data)
         yield from _idle_kl(data)
-        if written(data, "grpo", "penalty") is not None and written(data, "grpo", "truncated") in (None, "keep", "mask"):
+        if written(data, "grpo", "penalty") is not None and written(data, "grpo", "truncated") in (
+            None,
+            "keep",
+            "mask",
+        ):
             yield ("grpo", "penalty"), "does nothing without `grpo.truncated`: penalise"
     if draws(data):
-        listed = [written(reward, "on_error") or ("stop" if _is_own(written(reward, "use")) else "drop") for reward in entries(data, "rewards")]
+        listed = [
+            written(reward, "on_error") or ("stop" if _is_own(written(reward, "use")) else "drop")
+            for reward in entries(data, "rewards")
+        ]
         if listed and set(listed) == {"stop"} and written(data, "rollout", "max_unscored_share") is not None:
-            yield ("rollout", "max_unscored_share"), "does nothing where every reward stops the run at its first failure (`on_error`)"
+            yield (
+                ("rollout", "max_unscored_share"),
+                "does nothing where every reward stops the run at its first failure (`on_error`)",
+            )
         for index, reward in enumerate(entries(data, "rewards")):
             use = written(reward, "use")
             for key, (owners, _) in NEEDS.items():
                 if written(reward, key) is not None and isinstance(use, str) and use not in owners:
-                    yield ("rewards", index, key), f"does nothing for this reward; it belongs to {' and '.join(f'`{one}`' for one in owners)}"
+                    yield (
+                        ("rewards", index, key),
+                        f"does nothing for this reward; it belongs to {' and '.join(f'`{one}`' for one in owners)}",
+                    )
 
 
 def _idle_clips(data: Any) -> Iterator[Finding]:
@@ -60,11 +101,17 @@ def _idle_clips(data: Any) -> Iterator[Finding]:
     if loss == "cispo":
         for key in ("clip", "clip_low"):
             if written(data, "grpo", key) is not None:
-                yield ("grpo", key), "does nothing for the loss cispo, which bounds weights from above alone; say `grpo.clip_high`"
+                yield (
+                    ("grpo", key),
+                    "does nothing for the loss cispo, which bounds weights from above alone; say `grpo.clip_high`",
+                )
     elif clip and low and high:
         yield ("grpo", "clip"), "does nothing beside `grpo.clip_low` and `grpo.clip_high`: give it, or the two"
     elif clip and low and loss in OWN_HIGH:
-        yield ("grpo", "clip"), f"does nothing beside `grpo.clip_low`: the loss {loss} has a `grpo.clip_high` of its own"
+        yield (
+            ("grpo", "clip"),
+            f"does nothing beside `grpo.clip_low`: the loss {loss} has a `grpo.clip_high` of its own",
+        )
 
 
 def _idle_kl(data: Any) -> Iterator[Finding]:
@@ -74,7 +121,10 @@ def _idle_kl(data: Any) -> Iterator[Finding]:
         if number(written(data, "grpo", "kl")) == 0.0:
             yield ("grpo", key), "does nothing where `grpo.kl` is 0"
         elif key == "kl_estimator" and written(data, "grpo", "kl_in") == "reward":
-            yield ("grpo", key), "does nothing with `grpo.kl_in`: reward, where the KL is the log-ratio of what was drawn"
+            yield (
+                ("grpo", key),
+                "does nothing with `grpo.kl_in`: reward, where the KL is the log-ratio of what was drawn",
+            )
 
 
 def rewards(data: Any) -> Iterator[Finding]:
@@ -91,7 +141,11 @@ def rewards(data: Any) -> Iterator[Finding]:
         for key, (owners, says) in NEEDS.items():
             if says and use in owners and written(reward, key) is None:
                 yield ("rewards", index, key), f"is missing: {says}"
-        if isinstance(pattern := written(reward, "pattern"), str) and use in NEEDS["pattern"][0] and (why := _no_pattern(pattern)):
+        if (
+            isinstance(pattern := written(reward, "pattern"), str)
+            and use in NEEDS["pattern"][0]
+            and (why := _no_pattern(pattern))
+        ):
             yield ("rewards", index, "pattern"), why
     weights = [1.0 if (weight := written(reward, "weight")) is None else number(weight) for reward in listed]
     if listed and not any(weight is None or weight for weight in weights):
@@ -108,9 +162,15 @@ def _no_reward(use: str) -> str:
         return ""
     if _is_own(use):
         file, _, function = use.rpartition(":")
-        return "" if file.endswith(".py") and function.isidentifier() else "is no function in a file; write it as `./file.py:function`"
+        return (
+            ""
+            if file.endswith(".py") and function.isidentifier()
+            else "is no function in a file; write it as `./file.py:function`"
+        )
     near = [MEANT[use]] if use in MEANT else get_close_matches(use[:80], REWARDS, n=1, cutoff=0.6)
-    return "is no reward; " + (f"did you mean `{near[0]}`?" if near else f"there are {', '.join(REWARDS)} and your own, `./file.py:function`")
+    return "is no reward; " + (
+        f"did you mean `{near[0]}`?" if near else f"there are {', '.join(REWARDS)} and your own, `./file.py:function`"
+    )
 
 
 def _no_pattern(pattern: str) -> str:

@@ -1,7 +1,7 @@
 """From a name or a path to one tree: where presets lie, what `extends` means, and how `key=value` changes it.
 
-A later layer wins. Where it sets one of two rivals (`train.steps` over an inherited `train.epochs`), the inherited one gives way;
-`null` takes an inherited setting away.
+A later layer wins. Where it sets one of two rivals (`train.steps` over an inherited `train.epochs`), the inherited one
+gives way; `null` takes an inherited setting away.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ class Lost(Exception):
     """`extends` leads nowhere; why stands in the faults."""
 
 
-def read_parent(line: Node, folder: File, faults: list[Fault], path: Path, children: Sequence[File] = ()) -> Node | None:
+def read_parent(
+    line: Node, folder: File, faults: list[Fault], path: Path, children: Sequence[File] = ()
+) -> Node | None:
     """What `extends` names, without what is not inherited. None where its text could not be read."""
 
     def fault(message: str) -> Lost:
@@ -117,7 +119,8 @@ def read_parent(line: Node, folder: File, faults: list[Fault], path: Path, child
 
 
 def _anchor_stages(tree: Node, file: File) -> None:
-    """A stage may be inherited by a file elsewhere; what it extends is still relative to the file that it is written in."""
+    """A stage may be inherited by a file elsewhere; what it extends is still relative to the file that it is written
+    in."""
     stages = tree.value.get("stages")
     for stage in stages.value if stages is not None and isinstance(stages.value, list) else ():
         line = stage.value.get("extends") if isinstance(stage.value, dict) else None
@@ -127,7 +130,9 @@ def _anchor_stages(tree: Node, file: File) -> None:
 
 def lay(parent: Node, child: Node) -> Node:
     """A later layer over an earlier one; what it contradicts there gives way."""
-    give_way(parent, [path for path in rival_paths() if (node := find(child, path)) is not None and node.value is not None])
+    give_way(
+        parent, [path for path in rival_paths() if (node := find(child, path)) is not None and node.value is not None]
+    )
     return merge(parent, child)
 
 
@@ -163,7 +168,10 @@ def read_settings(overrides: Sequence[str], faults: list[Fault]) -> list[Setting
     found: list[Setting] = []
     for text in overrides:
         key, equals, value = text.partition("=")
-        path: Path = tuple(int(word) if word.isdecimal() and word.isascii() and len(word) < 6 else word for word in key.strip().split("."))
+        path: Path = tuple(
+            int(word) if word.isdecimal() and word.isascii() and len(word) < 6 else word
+            for word in key.strip().split(".")
+        )
         if not equals or "" in path:
             faults.append(OVERRIDE.fault(f"{text!r:.80} is not of the form key=value, as train.steps=100"))
         elif path == ("extends",):

@@ -1,4 +1,5 @@
-"""Rules of the learned reward, `use: reward_model`: it speaks through an adapter of its own, `adapters.reward`. Like `rules`, of plain data."""
+"""Rules of the learned reward, `use: reward_model`: it speaks through an adapter of its own, `adapters.reward`. Like
+`rules`, of plain data."""
 
 from __future__ import annotations
 
@@ -22,7 +23,13 @@ def findings(data: Any, lent: bool = False) -> Iterator[Finding]:
         return
     given = written(data, "adapters", ROLE)
     if written(given, "path") is not None and not asks(data):  # without a path it is none, and that is told already
-        yield ("adapters", ROLE), f"does nothing without the reward `{USE}`; no other stack takes the adapter of a reward model"
+        yield (
+            ("adapters", ROLE),
+            f"does nothing without the reward `{USE}`; no other stack takes the adapter of a reward model",
+        )
     for index, reward in enumerate(entries(data, "rewards")):
         if given is None and not lent and written(reward, "use") == USE:
-            yield ("rewards", index, "use"), f"needs a reward model: `adapters: {{{ROLE}: {{path: runs/NAME}}}}`, a run of `algorithm: reward`"
+            yield (
+                ("rewards", index, "use"),
+                f"needs a reward model: `adapters: {{{ROLE}: {{path: runs/NAME}}}}`, a run of `algorithm: reward`",
+            )

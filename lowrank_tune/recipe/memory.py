@@ -8,16 +8,28 @@ from typing import Any
 from lowrank_tune.recipe.written import Finding, written
 from lowrank_tune.settings import Recipe
 
-SIZES = ("train.micro_batch_size", "train.micro_batch_tokens", "train.gradient_checkpointing", "train.activation_offloading",
-         "train.memory_budget_gib", "train.memory_check", "rollout.slots")  # fmt: skip
+SIZES = (
+    "train.micro_batch_size",
+    "train.micro_batch_tokens",
+    "train.gradient_checkpointing",
+    "train.activation_offloading",
+    "train.memory_budget_gib",
+    "train.memory_check",
+    "rollout.slots",
+)
 """What changes memory and speed and never the gradient, so that a run that ran short can go on with less."""
 
 
 def idle(data: Any) -> Iterator[Finding]:
     """What is offloaded belongs to recomputed layers."""
     wanted = written(data, "train", "gradient_checkpointing")
-    if written(data, "train", "activation_offloading") is True and (wanted == "none" or (wanted == 0 and isinstance(wanted, int))):
-        yield ("train", "activation_offloading"), "does nothing without `train.gradient_checkpointing`: it moves what recomputed layers keep"
+    if written(data, "train", "activation_offloading") is True and (
+        wanted == "none" or (wanted == 0 and isinstance(wanted, int))
+    ):
+        yield (
+            ("train", "activation_offloading"),
+            "does nothing without `train.gradient_checkpointing`: it moves what recomputed layers keep",
+        )
 
 
 def memory_settings(recipe: Recipe) -> dict[str, Any]:
@@ -27,8 +39,8 @@ def memory_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def advice(recipe: Recipe, kind: str, tokens: int, on_card: bool) -> str:
-    """What to type after memory ran out in a piece of work that cannot be split (`kind` as in `Limits`, or any other word), `tokens` its
-    length. First what a run may change when it goes on, then what makes it another run."""
+    """What to type after memory ran out in a piece of work that cannot be split (`kind` as in `Limits`, or any other
+    word), `tokens` its length. First what a run may change when it goes on, then what makes it another run."""
     go_on, anew = list[str](), list[str]()
     train, drawn = recipe.train, recipe.algorithm in ("grpo", "ppo")
     updates = kind not in ("forward_tokens", "cache_tokens")

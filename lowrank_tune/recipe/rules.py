@@ -1,7 +1,7 @@
 """What single settings cannot know: contradictions, and settings that would do nothing.
 
-Everything here looks at what was *written* (plain data, defaults not filled in), and must bear any shape of it: types are judged
-elsewhere, at the same time. A new algorithm adds rows to `USED_BY`; a new pair of rivals a row to `RIVALS`.
+Everything here looks at what was *written* (plain data, defaults not filled in), and must bear any shape of it: types
+are judged elsewhere, at the same time. A new algorithm adds rows to `USED_BY`; a new pair of rivals a row to `RIVALS`.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ FILE = re.compile(r".*\.(jsonl?|csv|parquet)(\.gz)?")
 ALGORITHMS = get_args(Recipe.model_fields["algorithm"].annotation)
 LOSSES = get_args(Dpo.model_fields["loss"].annotation)
 BUILT_IN = {"tutor": "the built-in problems", "tutor-preferences": "the built-in pairs"}
+
 
 def adapters_of(data: Any) -> dict[str, Any]:
     """The adapters that were written."""
@@ -142,8 +143,15 @@ def without_validation(data: Any) -> Iterator[Finding]:
         yield ("evaluate", "best_by"), "`exact` needs questions: `evaluate.heldout`"
     elif by == "loss" and not has_validation(data):
         yield ("evaluate", "best_by"), "`loss` needs validation rows, and there are none"
-    elif written(data, "train", "final") == "best" and not has_validation(data) and not (asks and (by == "exact" or not validates(data))):
-        yield ("train", "final"), f"`best` needs {'validation rows' if validates(data) else '`evaluate.heldout`'}, and there are none"
+    elif (
+        written(data, "train", "final") == "best"
+        and not has_validation(data)
+        and not (asks and (by == "exact" or not validates(data)))
+    ):
+        yield (
+            ("train", "final"),
+            f"`best` needs {'validation rows' if validates(data) else '`evaluate.heldout`'}, and there are none",
+        )
 
 
 def from_the_file(data: Any) -> Iterator[Finding]:
@@ -163,8 +171,14 @@ def of_sources(data: Any) -> Iterator[Finding]:
     for path, source in sources_of(data):
         if path[1] != "train" and written(source, "weight") is not None:
             yield (*path, "weight"), "does nothing here; only training sources are mixed"
-        if written(source, "final_answer") is not None and (path[1] == "heldout" or written(data, "algorithm") in PAIRS):
-            what = "for held-out prompts, which no answer is trained of" if path[1] == "heldout" else "for pairs, which stay as they are"
+        if written(source, "final_answer") is not None and (
+            path[1] == "heldout" or written(data, "algorithm") in PAIRS
+        ):
+            what = (
+                "for held-out prompts, which no answer is trained of"
+                if path[1] == "heldout"
+                else "for pairs, which stay as they are"
+            )
             yield (*path, "final_answer"), f"does nothing {what}"
         dataset = written(source, "dataset")
         if isinstance(dataset, str) and dataset in BUILT_IN:
@@ -178,9 +192,17 @@ def of_sources(data: Any) -> Iterator[Finding]:
 
 
 IDLE: tuple[Callable[[Any], Iterator[Finding]], ...] = (
-    foreign, without_robust, without_heldout, without_validation, from_the_file, of_sources, earned.idle, valued.idle, memory.idle,
+    foreign,
+    without_robust,
+    without_heldout,
+    without_validation,
+    from_the_file,
+    of_sources,
+    earned.idle,
+    valued.idle,
+    memory.idle,
     tracked.idle,
-)  # fmt: skip
+)
 
 
 def idle(data: Any) -> Iterator[Finding]:
@@ -195,7 +217,11 @@ def idle(data: Any) -> Iterator[Finding]:
 def rivals(data: Any) -> Iterator[Finding]:
     """Two ways to say one thing, said at once."""
     for one, other in RIVALS:
-        if other != ("data", "validation_share") and written(data, *one) not in (None, []) and written(data, *other) is not None:
+        if (
+            other != ("data", "validation_share")
+            and written(data, *one) not in (None, [])
+            and written(data, *other) is not None
+        ):
             yield other, f"contradicts `{'.'.join(map(str, one))}`: give one of the two"
 
 
@@ -224,29 +250,41 @@ def weights(data: Any) -> Iterator[Finding]:
 
 
 def names(data: Any) -> Iterator[Finding]:
-    """Adapters are named like variables, `base` is the base itself, and every adapter but the trained one comes from somewhere."""
+    """Adapters are named like variables, `base` is the base itself, and every adapter but the trained one comes from
+    somewhere."""
     algorithm = written(data, "algorithm")
     trained = trained_by(algorithm)
     for name, adapter in adapters_of(data).items():
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            yield ("adapters", name), "is no name for an adapter: small letters, digits and _, a letter first, at most 40"
+            yield (
+                ("adapters", name),
+                "is no name for an adapter: small letters, digits and _, a letter first, at most 40",
+            )
         elif name == "base":
             yield ("adapters", name), "is no name for an adapter: `base` is the base itself"
         elif name not in valued.trained(data) and written(adapter, "path") is None:
             meant = f"; did you mean `adapters.{trained}`?" if name in ("policy", "reward") else ""
             whom = "" if trained == "policy" and not meant else f" by {algorithm}"
-            yield ("adapters", name, "path"), f"is missing: only `{trained}` is trained{whom}, every other adapter is loaded{meant}"
+            yield (
+                ("adapters", name, "path"),
+                f"is missing: only `{trained}` is trained{whom}, every other adapter is loaded{meant}",
+            )
     model = written(data, "base", "model")
     if isinstance(model, str) and model.endswith("@"):
         yield ("base", "model"), "names no revision after the @"
     for path, source in sources_of(data):
         dataset = written(source, "dataset")
-        if isinstance(dataset, str) and dataset in BUILT_IN and written(source, "split") not in (None, "train", "heldout"):
+        if (
+            isinstance(dataset, str)
+            and dataset in BUILT_IN
+            and written(source, "split") not in (None, "train", "heldout")
+        ):
             yield (*path, "split"), f"`{dataset}` has the splits train and heldout"
 
 
 def shapes(data: Any) -> Iterator[Finding]:
-    """Reward models and DPO learn from pairs, SFT from single answers, GRPO from what it writes; and held-out prompts are no pairs."""
+    """Reward models and DPO learn from pairs, SFT from single answers, GRPO from what it writes; and held-out prompts
+    are no pairs."""
     algorithm = written(data, "algorithm")
     if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
         return
@@ -264,8 +302,14 @@ def shapes(data: Any) -> Iterator[Finding]:
         elif pairs and format not in (None, "auto", "preference"):
             yield (*path, "format"), f"{whose}, a chosen and a rejected answer; say `preference`, or leave it out"
         elif format == "preference" and not pairs:
-            cure = "name the format of single answers" if asked or algorithm in DRAWS else (
-                "train with dpo or reward, or take the chosen ones: `prompt_completion` with columns: {completion: chosen}")  # fmt: skip
+            cure = (
+                "name the format of single answers"
+                if asked or algorithm in DRAWS
+                else (
+                    "train with dpo or reward, or take the chosen ones: `prompt_completion` with columns: "
+                    "{completion: chosen}"
+                )
+            )
             yield (*path, "format"), f"means pairs, and {whose}; {cure}"
 
 
@@ -274,11 +318,15 @@ def steady(data: Any) -> Iterator[Finding]:
     dropout = number(written(data, "adapters", "policy", "dropout"))
     algorithm = written(data, "algorithm")
     if algorithm in ("dpo", *DRAWS) and dropout is not None and dropout > 0:
-        yield ("adapters", "policy", "dropout"), f"must be 0 with {algorithm}: dropout is off wherever log-probs are compared"
+        yield (
+            ("adapters", "policy", "dropout"),
+            f"must be 0 with {algorithm}: dropout is off wherever log-probs are compared",
+        )
 
 
 def reference(data: Any, below: Sequence[str] = ()) -> Iterator[Finding]:
-    """The reference is no choice: it is the policy's stack without its top. `below` lies between loaded adapters and the policy."""
+    """The reference is no choice: it is the policy's stack without its top. `below` lies between loaded adapters and
+    the policy."""
     claimed = written(data, "reference")
     if trained_by(written(data, "algorithm")) != "policy" or not isinstance(claimed, str):
         return
@@ -286,7 +334,10 @@ def reference(data: Any, below: Sequence[str] = ()) -> Iterator[Finding]:
     truth = frozen[-1] if frozen else "base"
     if claimed != truth:
         words = f"`{truth}`, the adapter right below it" if frozen else "`base`, as no adapter lies below it"
-        yield ("reference",), f"will be {words}: it is always the policy's stack without its top; write that, or leave it out"
+        yield (
+            ("reference",),
+            f"will be {words}: it is always the policy's stack without its top; write that, or leave it out",
+        )
 
 
 def stacked(data: Any, below: Sequence[str] = ()) -> Iterator[Finding]:

@@ -9,8 +9,13 @@ from lowrank_tune.recipe.chain import Chain
 from lowrank_tune.recipe.layers import find_preset, preset_names, read_recipe
 from lowrank_tune.recipe.single import Recipe
 
-GROUPS = ((1.0, "Tiny: the base that ships with the package, on any CPU"), (5.0, "3B and 4B"), (10.0, "7B and 8B"), (20.0, "14B"),
-          (float("inf"), "32B"))  # fmt: skip
+GROUPS = (
+    (1.0, "Tiny: the base that ships with the package, on any CPU"),
+    (5.0, "3B and 4B"),
+    (10.0, "7B and 8B"),
+    (20.0, "14B"),
+    (float("inf"), "32B"),
+)
 """Bases with fewer than so many billion weights, and what they are called together."""
 ORDER = ("sft", "reward", "dpo", "grpo", "ppo")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)B\b")
@@ -19,7 +24,8 @@ PEAK = re.compile(r"^# Planned peak: (\d+(?:\.\d+)?) GiB", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Preset:
-    """One preset. `algorithms` are those of its stages, one where it is no chain; `billions` is the size of its base, 0 for the tiny one.
+    """One preset. `algorithms` are those of its stages, one where it is no chain; `billions` is the size of its base, 0
+    for the tiny one.
 
     `peak_gib` is the planned peak of memory that its file tells, None where it tells none.
     """
@@ -48,10 +54,23 @@ def _preset(name: str) -> Preset:
     stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
     base = stages[0].base.model
     size, told = SIZE.search(base), PEAK.search(find_preset(name).read_text(encoding="utf-8"))
-    return Preset(name, loaded.description, tuple(stage.algorithm for stage in stages), base, float(size.group(1)) if size else 0.0,
-                  float(told.group(1)) if told else None)  # fmt: skip
+    return Preset(
+        name,
+        loaded.description,
+        tuple(stage.algorithm for stage in stages),
+        base,
+        float(size.group(1)) if size else 0.0,
+        float(told.group(1)) if told else None,
+    )
 
 
 def _place(preset: Preset) -> tuple[float, str, int, list[int], str]:
-    family = preset.name.rpartition("-")[0]  # so that a chain over a pretrained base stands behind what is done to its chat model
-    return preset.billions, family, len(preset.algorithms), [ORDER.index(each) for each in preset.algorithms], preset.name
+    # so that a chain over a pretrained base stands behind what is done to its chat model
+    family = preset.name.rpartition("-")[0]
+    return (
+        preset.billions,
+        family,
+        len(preset.algorithms),
+        [ORDER.index(each) for each in preset.algorithms],
+        preset.name,
+    )

@@ -28,7 +28,9 @@ class Recipe(settings.Recipe):
         """The recipe of a preset or file, with `key=value` overrides. Raises `Faults`, all of them at once."""
         tree, faults, stem = read_recipe(os.fspath(preset_or_path))
         if "stages" in tree.value:
-            raise UserError(f"{stem} is a chain of several runs; `lowrank-tune run` runs it, and load_any or Chain.load loads it")
+            raise UserError(
+                f"{stem} is a chain of several runs; `lowrank-tune run` runs it, and load_any or Chain.load loads it"
+            )
         return cls.of_tree(tree, faults, stem, overrides)
 
     @classmethod
@@ -73,7 +75,10 @@ class Recipe(settings.Recipe):
     def _judge(cls, tree: Node, faults: list[Fault]) -> Self:
         """Types, ranges, unknown keys and contradictions of a tree, together with the faults of reading it."""
         data = plain(tree)
-        faults += [nearest(tree, path).place.fault(message, path) for path, message in faults_in(settings.Recipe, data, rules.findings(data))]
+        faults += [
+            nearest(tree, path).place.fault(message, path)
+            for path, message in faults_in(settings.Recipe, data, rules.findings(data))
+        ]
         if faults:
             raise Faults(in_order(faults, tree.place.file))
         return cls.model_validate(data)

@@ -1,8 +1,8 @@
 """The stages of a chain, each put together from its layers.
 
-The chain's own settings are the lowest layer of every stage, then comes what the stage extends, then the stage, then `key=value`,
-then `stages.NAME.key=value`. A common setting that belongs to the algorithms of other stages (`dpo.beta` beside an SFT stage) passes a
-stage by.
+The chain's own settings are the lowest layer of every stage, then comes what the stage extends, then the stage, then
+`key=value`, then `stages.NAME.key=value`. A common setting that belongs to the algorithms of other stages (`dpo.beta`
+beside an SFT stage) passes a stage by.
 """
 
 from __future__ import annotations
@@ -70,12 +70,20 @@ def _listed(stages: Node, faults: list[Fault]) -> list[Draft]:
         faults.append(stages.place.fault(f"expected a list of recipes, found {found(stages.value)}", ("stages",)))
         return []
     if not 0 < len(stages.value) <= MOST_STAGES:
-        message = f"has {len(stages.value)} entries, and a chain has at most {MOST_STAGES}" if stages.value else "must have at least one entry"
+        message = (
+            f"has {len(stages.value)} entries, and a chain has at most {MOST_STAGES}"
+            if stages.value
+            else "must have at least one entry"
+        )
         faults.append(stages.place.fault(message, ("stages",)))
         return []
     for index, node in enumerate(stages.value):
         if not isinstance(node.value, dict):
-            faults.append(node.place.fault(f"expected a recipe (`key: value` lines), found {found(node.value)}", ("stages", index)))
+            faults.append(
+                node.place.fault(
+                    f"expected a recipe (`key: value` lines), found {found(node.value)}", ("stages", index)
+                )
+            )
     return [Draft(index, node) for index, node in enumerate(stages.value) if isinstance(node.value, dict)]
 
 
@@ -98,7 +106,14 @@ def _inherit(draft: Draft, faults: list[Fault]) -> None:
 def _written(draft: Draft, shared: Node, key: str) -> Any:
     """What the layers of a stage say, the upper ones first."""
     layers = (draft.own, draft.parent, shared)
-    return next((node.value for layer in layers if layer and (node := find(layer, (key,))) is not None and node.value is not None), None)
+    return next(
+        (
+            node.value
+            for layer in layers
+            if layer and (node := find(layer, (key,))) is not None and node.value is not None
+        ),
+        None,
+    )
 
 
 def _name(draft: Draft, shared: Node, others: Sequence[Draft], faults: list[Fault]) -> None:
@@ -124,7 +139,8 @@ def _name(draft: Draft, shared: Node, others: Sequence[Draft], faults: list[Faul
 
 
 def _known(overrides: Sequence[Setting], made: Sequence[Draft], faults: list[Fault]) -> list[Setting]:
-    """The overrides for stages; those for the chain itself are taken elsewhere, and those for stages that are not there are told."""
+    """The overrides for stages; those for the chain itself are taken elsewhere, and those for stages that are not there
+    are told."""
     names = [draft.name for draft in made if draft.name]
     kept: list[Setting] = []
     for path, node in overrides:
@@ -174,7 +190,9 @@ def _lay(draft: Draft, shared: Node, overrides: Sequence[Setting], algorithms: s
         tree = lay(tree, draft.parent)
     tree = lay(tree, draft.own)
     spared = [each for each in foreign if each[0] != "adapters" or find(tree, each) is None]
-    common = [(path, node) for path, node in _common(overrides) if not any(path[: len(each)] == each for each in spared)]
+    common = [
+        (path, node) for path, node in _common(overrides) if not any(path[: len(each)] == each for each in spared)
+    ]
     for layer in (common, _special(overrides, draft)):
         apply(tree, copy.deepcopy(layer), draft.faults)
     tree.value["name"] = Node(draft.name or "stage", draft.own.place)
@@ -184,7 +202,9 @@ def _lay(draft: Draft, shared: Node, overrides: Sequence[Setting], algorithms: s
 def _elsewhere(algorithm: Any, algorithms: set[str]) -> list[Path]:
     """Settings that other stages of this chain use, and this one does not."""
     settings: list[Path] = [
-        tuple(key.split(".")) for key, users in USED_BY.items() if algorithm not in users and not algorithms.isdisjoint(users)
-    ]  # fmt: skip
+        tuple(key.split("."))
+        for key, users in USED_BY.items()
+        if algorithm not in users and not algorithms.isdisjoint(users)
+    ]
     trained = {trained_by(each) for each in algorithms} - {trained_by(algorithm)}
     return settings + [("adapters", name) for name in sorted(trained)]

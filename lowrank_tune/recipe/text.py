@@ -1,8 +1,8 @@
 """Strict YAML: text in, a tree with lines out. The traps of YAML 1.1 are closed, and hostile files end in a sentence.
 
-Only the event stream of PyYAML is used, so nothing recurses and nothing is built before it was looked at. What a plain word
-means is decided here: YAML 1.2's numbers (`1e-5` is one), `true` and `false`, `null`; everything else (`no`, `12:30`, `010`,
-`2026-01-01`) is text.
+Only the event stream of PyYAML is used, so nothing recurses and nothing is built before it was looked at. What a plain
+word means is decided here: YAML 1.2's numbers (`1e-5` is one), `true` and `false`, `null`; everything else (`no`,
+`12:30`, `010`, `2026-01-01`) is text.
 """
 
 from __future__ import annotations
@@ -21,8 +21,19 @@ MAX_DIGITS = 40
 
 WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
-NAMED = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "false": False,
-         ".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}  # fmt: skip
+NAMED = {
+    "": None,
+    "~": None,
+    "null": None,
+    "Null": None,
+    "NULL": None,
+    "true": True,
+    "false": False,
+    ".inf": float("inf"),
+    "+.inf": float("inf"),
+    "-.inf": float("-inf"),
+    ".nan": float("nan"),
+}
 
 
 def scalar(text: str) -> Any:
@@ -60,7 +71,8 @@ def decode(raw: bytes) -> str:
 
 
 class Reader:
-    """Builds the tree from events, with a stack of its own: depth, size, duplicates and forbidden features are seen at once."""
+    """Builds the tree from events, with a stack of its own: depth, size, duplicates and forbidden features are seen at
+    once."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -124,7 +136,9 @@ class Reader:
                 value = event.value
             self.value(Node(value, Place(self.file, line)), line)
         elif is_key:
-            raise Stop("a key must be a word, not a mapping or a list (a value that begins with a brace wants quotes)", line)
+            raise Stop(
+                "a key must be a word, not a mapping or a list (a value that begins with a brace wants quotes)", line
+            )
         else:
             if len(self.stack) >= MAX_DEPTH:
                 raise Stop(f"is nested more than {MAX_DEPTH} levels deep", line)
@@ -162,7 +176,9 @@ class Reader:
             self.path.append(key)
             node.place = Place(self.file, key_line)
             if key in parent:
-                self.fault(f"is written twice; the first stands on line {parent[key].place.line}", key_line, tuple(self.path))
+                self.fault(
+                    f"is written twice; the first stands on line {parent[key].place.line}", key_line, tuple(self.path)
+                )
             elif key != "<<":
                 parent[key] = node
         if not opens:
@@ -189,7 +205,8 @@ def parse(raw: bytes, file: str) -> tuple[Node | None, list[Fault]]:
         position = error.position if isinstance(error.position, int) else 0
         return stopped("holds a control character", text.count("\n", 0, position) + 1)
     except yaml.MarkedYAMLError as error:
-        begun = isinstance(error, yaml.scanner.ScannerError) and error.context_mark  # where an open quote or a lone word stands
+        # where an open quote or a lone word stands
+        begun = isinstance(error, yaml.scanner.ScannerError) and error.context_mark
         mark = begun or error.problem_mark
         said = " ".join(part for part in (error.context, error.problem) if part).replace("'\\t'", "a tab")
         return stopped(f"is not YAML: {said:.160}", mark.line + 1 if mark else 1)

@@ -16,4 +16,7 @@ def idle(data: Any) -> Iterator[Finding]:
     one = written(data, "train", "report_to")
     names = [one] if isinstance(one, str) else entries(data, "train", "report_to")
     if written(data, "train", "project") is not None and not any(name in FILED for name in names):
-        yield ("train", "project"), f"does nothing without `train.report_to`: {', '.join(FILED)} (TensorBoard's files lie in the run's folder)"
+        yield (
+            ("train", "project"),
+            f"does nothing without `train.report_to`: {', '.join(FILED)} (TensorBoard's files lie in the run's folder)",
+        )

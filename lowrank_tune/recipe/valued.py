@@ -1,4 +1,5 @@
-"""Rules of `algorithm: ppo` alone: its value, its KL, and which of its settings do nothing beside others. Like `rules`, of plain data."""
+"""Rules of `algorithm: ppo` alone: its value, its KL, and which of its settings do nothing beside others. Like `rules`,
+of plain data."""
 
 from __future__ import annotations
 
@@ -32,23 +33,35 @@ def idle(data: Any) -> Iterator[Finding]:
         if written(data, "ppo", "value_from") is not None:
             yield ("ppo", "value_from"), "does nothing with `ppo.value`: trunk, a fresh head on the policy's trunk"
         if value is not None:
-            yield ("adapters", "value"), "does nothing with `ppo.value`: trunk, a head on the policy's trunk; leave it out"
+            yield (
+                ("adapters", "value"),
+                "does nothing with `ppo.value`: trunk, a head on the policy's trunk; leave it out",
+            )
         return
     if written(data, "ppo", "value_weight") is not None:
-        yield ("ppo", "value_weight"), "does nothing with `ppo.value`: adapter, which shares nothing; there is `ppo.value_learning_rate`"
+        yield (
+            ("ppo", "value_weight"),
+            "does nothing with `ppo.value`: adapter, which shares nothing; there is `ppo.value_learning_rate`",
+        )
     if path is not None and written(data, "ppo", "value_from") is not None:
         yield ("ppo", "value_from"), "does nothing beside `adapters.value.path`, where the value goes on from"
     elif written(data, "ppo", "value_from") == "reward" and isinstance(value, dict):
         for key in ("r", "alpha", "target_modules", "rslora"):
             if value.get(key) is not None:
-                yield ("adapters", "value", key), "comes from the reward model, with `ppo.value_from`: reward; leave it out"
+                yield (
+                    ("adapters", "value", key),
+                    "comes from the reward model, with `ppo.value_from`: reward; leave it out",
+                )
 
 
 def findings(data: Any, lent: bool = False) -> Iterator[Finding]:
-    """A weight of 0 cannot be steered, a copy needs its original, values must be steady, and a group has two. `lent`: an earlier stage of a
-    chain trains the reward model."""
+    """A weight of 0 cannot be steered, a copy needs its original, values must be steady, and a group has two. `lent`:
+    an earlier stage of a chain trains the reward model."""
     if written(data, "algorithm") == "grpo" and written(data, "rollout", "num_generations") == 1:
-        yield ("rollout", "num_generations"), "must be at least 2, found 1: a completion is compared with others of its prompt"
+        yield (
+            ("rollout", "num_generations"),
+            "must be at least 2, found 1: a completion is compared with others of its prompt",
+        )
     if not is_ppo(data):
         return
     if number(written(data, "ppo", "kl")) == 0.0 and written(data, "ppo", "kl_target") is not None:
@@ -57,4 +70,7 @@ def findings(data: Any, lent: bool = False) -> Iterator[Finding]:
         yield ("ppo", "value_from"), "needs the adapter of a reward model: `adapters.reward` with its `path`"
     dropout = number(written(data, "adapters", "value", "dropout"))
     if dropout is not None and dropout > 0:
-        yield ("adapters", "value", "dropout"), "must be 0: values are compared with what they were when the completions came"
+        yield (
+            ("adapters", "value", "dropout"),
+            "must be 0: values are compared with what they were when the completions came",
+        )

@@ -15,81 +15,220 @@ from lowrank_tune.recipe.rules import ALGORITHMS, USED_BY
 from lowrank_tune.recipe.tree import Path, dotted
 
 ALIASES: dict[str, str] = {
-    "rank": "adapters.policy.r", "lora_r": "adapters.policy.r", "lora_rank": "adapters.policy.r", "lora_dim": "adapters.policy.r",
-    "lora_alpha": "adapters.policy.alpha", "scale": "adapters.policy.alpha", "lora_dropout": "adapters.policy.dropout",
-    "lora_target": "adapters.policy.target_modules", "lora_target_modules": "adapters.policy.target_modules",
-    "modules": "adapters.policy.target_modules", "use_rslora": "adapters.policy.rslora", "lora": "adapters.policy",
-    "peft": "adapters.policy", "adapter": "adapters.policy", "adapter_path": "adapters.policy.path",
-    "adapter_name_or_path": "adapters.policy.path", "lora_model_dir": "adapters.policy.path",
-    "model": "base.model", "model_name": "base.model", "model_name_or_path": "base.model", "base_model": "base.model",
-    "model_id": "base.model", "model_path": "base.model", "load_in_4bit": "base.bits", "quantization_bit": "base.bits",
+    "rank": "adapters.policy.r",
+    "lora_r": "adapters.policy.r",
+    "lora_rank": "adapters.policy.r",
+    "lora_dim": "adapters.policy.r",
+    "lora_alpha": "adapters.policy.alpha",
+    "scale": "adapters.policy.alpha",
+    "lora_dropout": "adapters.policy.dropout",
+    "lora_target": "adapters.policy.target_modules",
+    "lora_target_modules": "adapters.policy.target_modules",
+    "modules": "adapters.policy.target_modules",
+    "use_rslora": "adapters.policy.rslora",
+    "lora": "adapters.policy",
+    "peft": "adapters.policy",
+    "adapter": "adapters.policy",
+    "adapter_path": "adapters.policy.path",
+    "adapter_name_or_path": "adapters.policy.path",
+    "lora_model_dir": "adapters.policy.path",
+    "model": "base.model",
+    "model_name": "base.model",
+    "model_name_or_path": "base.model",
+    "base_model": "base.model",
+    "model_id": "base.model",
+    "model_path": "base.model",
+    "load_in_4bit": "base.bits",
+    "quantization_bit": "base.bits",
     "quantization": "base.bits",
-    "dataset_name": "data.train.0.dataset", "datasets": "data.train", "dataset": "data.train", "dataset_path": "data.train.0.dataset",
-    "path": "data.train.0.dataset", "dataset_config": "data.train.0.name", "dataset_split": "data.train.0.split",
-    "max_samples": "data.train.0.rows", "subset": "data.train.0.name", "type": "data.train.0.format",
-    "val_size": "data.validation_share", "val_set_size": "data.validation_share", "test_size": "data.validation_share",
-    "system_prompt": "data.system", "max_seq_length": "data.max_length", "max_seq_len": "data.max_length",
-    "sequence_len": "data.max_length", "cutoff_len": "data.max_length", "model_max_length": "data.max_length",
-    "lr": "train.learning_rate", "num_train_epochs": "train.epochs", "num_epochs": "train.epochs", "max_steps": "train.steps",
-    "iters": "train.steps", "num_iterations": "train.steps", "per_device_train_batch_size": "train.micro_batch_size",
-    "micro_batch": "train.micro_batch_size", "batch_size": "train.rows_per_step", "train_batch_size": "train.rows_per_step",
-    "lr_scheduler": "train.schedule", "lr_scheduler_type": "train.schedule", "warmup": "train.warmup_steps", "optim": "train.optimizer",
-    "adam_beta_1": "train.adam_beta1", "max_norm": "train.max_grad_norm", "grad_clip": "train.max_grad_norm",
-    "use_gradient_checkpointing": "train.gradient_checkpointing", "grad_checkpoint": "train.gradient_checkpointing",
-    "enable_activation_checkpointing": "train.gradient_checkpointing", "activation_checkpointing": "train.gradient_checkpointing",
-    "enable_activation_offloading": "train.activation_offloading", "gradient_checkpointing_offload": "train.activation_offloading",
-    "logging_steps": "train.log_every", "save_steps": "train.save_every", "save_total_limit": "train.keep",
-    "log_with": "train.report_to", "trackers": "train.report_to", "wandb_project": "train.project", "trackio_project": "train.project",
-    "eval_steps": "evaluate.every", "eval": "evaluate", "training": "train", "method": "algorithm", "stage": "algorithm",
-    "run_name": "name", "experiment": "name", "random_seed": "seed", "data_seed": "seed",
-    "rl": "algorithm", "ranking": "data.train.0.format", "beta": "dpo.beta", "dpo_beta": "dpo.beta", "pref_beta": "dpo.beta",
-    "loss_type": "dpo.loss", "pref_loss": "dpo.loss", "dpo_loss": "dpo.loss", "rpo_alpha": "dpo.sft", "pref_ftx": "dpo.sft",
-    "label_smoothing": "dpo.label_smoothing", "dpo_label_smoothing": "dpo.label_smoothing",
-    "center_rewards_coefficient": "reward.centering", "truncation_mode": "data.too_long",
-    "max_completion_length": "evaluate.max_new_tokens", "num_generations": "evaluate.samples", "reward_funcs": "rewards",
-    "reward_functions": "rewards", "reward_fn": "rewards", "custom_reward_function": "rewards",
-}  # fmt: skip
+    "dataset_name": "data.train.0.dataset",
+    "datasets": "data.train",
+    "dataset": "data.train",
+    "dataset_path": "data.train.0.dataset",
+    "path": "data.train.0.dataset",
+    "dataset_config": "data.train.0.name",
+    "dataset_split": "data.train.0.split",
+    "max_samples": "data.train.0.rows",
+    "subset": "data.train.0.name",
+    "type": "data.train.0.format",
+    "val_size": "data.validation_share",
+    "val_set_size": "data.validation_share",
+    "test_size": "data.validation_share",
+    "system_prompt": "data.system",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "model_max_length": "data.max_length",
+    "lr": "train.learning_rate",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "iters": "train.steps",
+    "num_iterations": "train.steps",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "micro_batch": "train.micro_batch_size",
+    "batch_size": "train.rows_per_step",
+    "train_batch_size": "train.rows_per_step",
+    "lr_scheduler": "train.schedule",
+    "lr_scheduler_type": "train.schedule",
+    "warmup": "train.warmup_steps",
+    "optim": "train.optimizer",
+    "adam_beta_1": "train.adam_beta1",
+    "max_norm": "train.max_grad_norm",
+    "grad_clip": "train.max_grad_norm",
+    "use_gradient_checkpointing": "train.gradient_checkpointing",
+    "grad_checkpoint": "train.gradient_checkpointing",
+    "enable_activation_checkpointing": "train.gradient_checkpointing",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "enable_activation_offloading": "train.activation_offloading",
+    "gradient_checkpointing_offload": "train.activation_offloading",
+    "logging_steps": "train.log_every",
+    "save_steps": "train.save_every",
+    "save_total_limit": "train.keep",
+    "log_with": "train.report_to",
+    "trackers": "train.report_to",
+    "wandb_project": "train.project",
+    "trackio_project": "train.project",
+    "eval_steps": "evaluate.every",
+    "eval": "evaluate",
+    "training": "train",
+    "method": "algorithm",
+    "stage": "algorithm",
+    "run_name": "name",
+    "experiment": "name",
+    "random_seed": "seed",
+    "data_seed": "seed",
+    "rl": "algorithm",
+    "ranking": "data.train.0.format",
+    "beta": "dpo.beta",
+    "dpo_beta": "dpo.beta",
+    "pref_beta": "dpo.beta",
+    "loss_type": "dpo.loss",
+    "pref_loss": "dpo.loss",
+    "dpo_loss": "dpo.loss",
+    "rpo_alpha": "dpo.sft",
+    "pref_ftx": "dpo.sft",
+    "label_smoothing": "dpo.label_smoothing",
+    "dpo_label_smoothing": "dpo.label_smoothing",
+    "center_rewards_coefficient": "reward.centering",
+    "truncation_mode": "data.too_long",
+    "max_completion_length": "evaluate.max_new_tokens",
+    "num_generations": "evaluate.samples",
+    "reward_funcs": "rewards",
+    "reward_functions": "rewards",
+    "reward_fn": "rewards",
+    "custom_reward_function": "rewards",
+}
 """Names of other kits, and where the same thing stands here."""
 
 ALIASES_OF: dict[str, dict[str, str]] = {
     "grpo": {
-        "num_generations": "rollout.num_generations", "num_return_sequences": "rollout.num_generations",
-        "group_size": "rollout.num_generations", "rollout_n": "rollout.num_generations", "max_completion_length": "rollout.max_new_tokens",
-        "max_response_length": "rollout.max_new_tokens", "max_prompt_length": "data.max_prompt_length",
-        "max_num_seqs": "rollout.slots", "beta": "grpo.kl", "kl_coef": "grpo.kl", "kl_loss_coef": "grpo.kl", "init_kl_coef": "grpo.kl",
-        "kl_loss_type": "grpo.kl_estimator", "kl_penalty": "grpo.kl_estimator", "use_kl_in_reward": "grpo.kl_in", "use_kl_loss": "grpo.kl_in",
-        "epsilon": "grpo.clip", "cliprange": "grpo.clip", "clip_ratio": "grpo.clip", "clip_eps": "grpo.clip",
-        "epsilon_low": "grpo.clip_low", "clip_ratio_low": "grpo.clip_low", "epsilon_high": "grpo.clip_high",
-        "clip_ratio_high": "grpo.clip_high", "reward_weights": "rewards.0.weight", "loss_type": "grpo.loss",
-        "loss_agg_mode": "grpo.loss", "importance_sampling_level": "grpo.loss", "adv_estimator": "algorithm",
-        "num_iterations": "grpo.epochs", "ppo_epochs": "grpo.epochs", "mask_truncated_completions": "grpo.truncated",
-        "filter_groups": "grpo.dead_groups", "dynamic_sampling": "grpo.dead_groups", "batch_size": "train.prompts_per_step",
-        "train_batch_size": "train.prompts_per_step", "rollout_batch_size": "train.prompts_per_step", "temperature": "rollout.temperature",
-        "max_length": "data.max_prompt_length", "max_seq_length": "data.max_prompt_length",
+        "num_generations": "rollout.num_generations",
+        "num_return_sequences": "rollout.num_generations",
+        "group_size": "rollout.num_generations",
+        "rollout_n": "rollout.num_generations",
+        "max_completion_length": "rollout.max_new_tokens",
+        "max_response_length": "rollout.max_new_tokens",
+        "max_prompt_length": "data.max_prompt_length",
+        "max_num_seqs": "rollout.slots",
+        "beta": "grpo.kl",
+        "kl_coef": "grpo.kl",
+        "kl_loss_coef": "grpo.kl",
+        "init_kl_coef": "grpo.kl",
+        "kl_loss_type": "grpo.kl_estimator",
+        "kl_penalty": "grpo.kl_estimator",
+        "use_kl_in_reward": "grpo.kl_in",
+        "use_kl_loss": "grpo.kl_in",
+        "epsilon": "grpo.clip",
+        "cliprange": "grpo.clip",
+        "clip_ratio": "grpo.clip",
+        "clip_eps": "grpo.clip",
+        "epsilon_low": "grpo.clip_low",
+        "clip_ratio_low": "grpo.clip_low",
+        "epsilon_high": "grpo.clip_high",
+        "clip_ratio_high": "grpo.clip_high",
+        "reward_weights": "rewards.0.weight",
+        "loss_type": "grpo.loss",
+        "loss_agg_mode": "grpo.loss",
+        "importance_sampling_level": "grpo.loss",
+        "adv_estimator": "algorithm",
+        "num_iterations": "grpo.epochs",
+        "ppo_epochs": "grpo.epochs",
+        "mask_truncated_completions": "grpo.truncated",
+        "filter_groups": "grpo.dead_groups",
+        "dynamic_sampling": "grpo.dead_groups",
+        "batch_size": "train.prompts_per_step",
+        "train_batch_size": "train.prompts_per_step",
+        "rollout_batch_size": "train.prompts_per_step",
+        "temperature": "rollout.temperature",
+        "max_length": "data.max_prompt_length",
+        "max_seq_length": "data.max_prompt_length",
     },
     "ppo": {
-        "num_generations": "rollout.num_generations", "num_return_sequences": "rollout.num_generations",
-        "max_completion_length": "rollout.max_new_tokens", "max_response_length": "rollout.max_new_tokens",
-        "response_length": "rollout.max_new_tokens", "max_prompt_length": "data.max_prompt_length", "max_num_seqs": "rollout.slots",
-        "beta": "ppo.kl", "kl_coef": "ppo.kl", "init_kl_coef": "ppo.kl", "kl_loss_coef": "ppo.kl", "target": "ppo.kl_target",
-        "target_kl": "ppo.kl_target", "adap_kl_ctrl": "ppo.kl_target", "horizon": "ppo.kl_gain", "cliprange": "ppo.clip",
-        "clip_range": "ppo.clip", "epsilon": "ppo.clip", "clip_eps": "ppo.clip", "clip_ratio": "ppo.clip", "cliprange_value": "ppo.value_clip",
-        "clip_range_vf": "ppo.value_clip", "vf_clip": "ppo.value_clip", "vf_coef": "ppo.value_weight", "value_loss_coef": "ppo.value_weight",
-        "ent_coef": "ppo.entropy", "entropy_coef": "ppo.entropy", "entropy_coeff": "ppo.entropy", "lam": "ppo.gae_lambda",
-        "lambd": "ppo.gae_lambda", "lambda": "ppo.gae_lambda", "num_ppo_epochs": "ppo.epochs", "ppo_epochs": "ppo.epochs",
-        "num_mini_batches": "ppo.minibatches", "missing_eos_penalty": "ppo.penalty", "critic_lr": "ppo.value_learning_rate",
-        "critic_learning_rate": "ppo.value_learning_rate", "temperature": "rollout.temperature", "reward_model_path": "adapters.reward.path",
-        "reward_model": "adapters.reward.path", "value_model_path": "adapters.value.path", "batch_size": "train.prompts_per_step",
-        "train_batch_size": "train.prompts_per_step", "rollout_batch_size": "train.prompts_per_step",
-        "max_length": "data.max_prompt_length", "max_seq_length": "data.max_prompt_length",
+        "num_generations": "rollout.num_generations",
+        "num_return_sequences": "rollout.num_generations",
+        "max_completion_length": "rollout.max_new_tokens",
+        "max_response_length": "rollout.max_new_tokens",
+        "response_length": "rollout.max_new_tokens",
+        "max_prompt_length": "data.max_prompt_length",
+        "max_num_seqs": "rollout.slots",
+        "beta": "ppo.kl",
+        "kl_coef": "ppo.kl",
+        "init_kl_coef": "ppo.kl",
+        "kl_loss_coef": "ppo.kl",
+        "target": "ppo.kl_target",
+        "target_kl": "ppo.kl_target",
+        "adap_kl_ctrl": "ppo.kl_target",
+        "horizon": "ppo.kl_gain",
+        "cliprange": "ppo.clip",
+        "clip_range": "ppo.clip",
+        "epsilon": "ppo.clip",
+        "clip_eps": "ppo.clip",
+        "clip_ratio": "ppo.clip",
+        "cliprange_value": "ppo.value_clip",
+        "clip_range_vf": "ppo.value_clip",
+        "vf_clip": "ppo.value_clip",
+        "vf_coef": "ppo.value_weight",
+        "value_loss_coef": "ppo.value_weight",
+        "ent_coef": "ppo.entropy",
+        "entropy_coef": "ppo.entropy",
+        "entropy_coeff": "ppo.entropy",
+        "lam": "ppo.gae_lambda",
+        "lambd": "ppo.gae_lambda",
+        "lambda": "ppo.gae_lambda",
+        "num_ppo_epochs": "ppo.epochs",
+        "ppo_epochs": "ppo.epochs",
+        "num_mini_batches": "ppo.minibatches",
+        "missing_eos_penalty": "ppo.penalty",
+        "critic_lr": "ppo.value_learning_rate",
+        "critic_learning_rate": "ppo.value_learning_rate",
+        "temperature": "rollout.temperature",
+        "reward_model_path": "adapters.reward.path",
+        "reward_model": "adapters.reward.path",
+        "value_model_path": "adapters.value.path",
+        "batch_size": "train.prompts_per_step",
+        "train_batch_size": "train.prompts_per_step",
+        "rollout_batch_size": "train.prompts_per_step",
+        "max_length": "data.max_prompt_length",
+        "max_seq_length": "data.max_prompt_length",
     },
-}  # fmt: skip
+}
 """What they mean with one algorithm alone."""
 
-NO_SECOND_MODEL = "there is no second model: the reference is the policy's stack without its top (`reference` says what you expect it to be)"
+NO_SECOND_MODEL = (
+    "there is no second model: the reference is the policy's stack without its top (`reference` says "
+    "what you expect it to be)"
+)
 SPREAD = "rewards are divided by their spread in the group, but for `grpo.loss`: dr_grpo"
-FULL = "training samples the full distribution, at `rollout.temperature`; held-out answers are greedy, or sampled at `evaluate.temperature`"
-IN_PROCESS = "completions are drawn in this process, from the very weights that are trained; `rollout.slots` says how many at once"
+FULL = (
+    "training samples the full distribution, at `rollout.temperature`; held-out answers are greedy, or sampled at "
+    "`evaluate.temperature`"
+)
+IN_PROCESS = (
+    "completions are drawn in this process, from the very weights that are trained; `rollout.slots` says "
+    "how many at once"
+)
 NOT_SETTINGS: dict[str, str] = {
     "gradient_accumulation_steps": "it follows from `train.rows_per_step` and `train.micro_batch_size`",
     "gradient_accumulation": "it follows from `train.rows_per_step` and `train.micro_batch_size`",
@@ -104,7 +243,8 @@ NOT_SETTINGS: dict[str, str] = {
     "reference_free": "the reference costs one pass over the data, before training",
     "precompute_ref_log_probs": "the reference's log-probs are always computed once, and kept",
     "precompute_ref_batch_size": "it follows from `train.micro_batch_size`",
-    "max_prompt_length": "`data.max_length` limits a prompt and its answer together, and `data.too_long` says what happens to a longer one",
+    "max_prompt_length": "`data.max_length` limits a prompt and its answer together, and `data.too_long` says what "
+    "happens to a longer one",
     "max_target_length": "`data.max_length` limits a prompt and its answer together",
     "margin": "every pair may bring its own, in a column `margin`",
     "disable_dropout": "dropout is off wherever log-probs are compared",
@@ -121,10 +261,26 @@ NOT_SETTINGS: dict[str, str] = {
     "norm_adv_by_std_in_grpo": SPREAD,
     "steps_per_generation": "every step draws its own completions, and `grpo.epochs` says how often they are used",
     "generation_batch_size": "it follows from `train.prompts_per_step` and `rollout.num_generations`",
-    **dict.fromkeys(("top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size",
-                     "generation_kwargs", "sampling_params", "do_sample"), FULL),
-    **dict.fromkeys(("use_vllm", "fast_inference", "gpu_memory_utilization", "tensor_parallel_size", "rollout_engine"), IN_PROCESS),
-}  # fmt: skip
+    **dict.fromkeys(
+        (
+            "top_p",
+            "top_k",
+            "min_p",
+            "typical_p",
+            "epsilon_cutoff",
+            "eta_cutoff",
+            "repetition_penalty",
+            "no_repeat_ngram_size",
+            "generation_kwargs",
+            "sampling_params",
+            "do_sample",
+        ),
+        FULL,
+    ),
+    **dict.fromkeys(
+        ("use_vllm", "fast_inference", "gpu_memory_utilization", "tensor_parallel_size", "rollout_engine"), IN_PROCESS
+    ),
+}
 """Names of other kits for what is no setting here, and why."""
 
 MOST_HINTS = 60
@@ -168,7 +324,12 @@ def kinds_at(model: type[BaseModel], path: Path) -> list[Any]:
 
 def keys_at(model: type[BaseModel], path: Path) -> list[str]:
     """The keys that the section at a path knows."""
-    return [key for kind in kinds_at(model, path) if isinstance(kind, type) and issubclass(kind, BaseModel) for key in kind.model_fields]
+    return [
+        key
+        for kind in kinds_at(model, path)
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+        for key in kind.model_fields
+    ]
 
 
 def all_paths(model: type[BaseModel], path: Path = ()) -> Iterator[Path]:
@@ -244,7 +405,11 @@ def expected(model: type[BaseModel], path: Path) -> str:
         elif get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, BaseModel)):
             words.append("a mapping (`key: value` lines)")
         else:
-            words.append({int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, "another value"))
+            words.append(
+                {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
+                    kind, "another value"
+                )
+            )
     return " or ".join(words) or "another value"
 
 
@@ -274,7 +439,8 @@ def sentence(model: type[BaseModel], error: ErrorDetails, path: Path, value: Any
         "string_too_short": "must not be empty",
         "string_too_long": f"must have at most {limits.get('max_length')} letters",
         "string_unicode": "holds half of a surrogate pair, which is no character",
-        "string_pattern_mismatch": f"{PATTERNS.get(str(path[-1]) if len(path) == 1 else '', PATTERNS[''])}, found {found(value)}",
+        "string_pattern_mismatch": f"{PATTERNS.get(str(path[-1]) if len(path) == 1 else '', PATTERNS[''])}, found "
+        f"{found(value)}",
     }
     return simple.get(kind) or f"expected {expected(model, path)}, found {found(value)}{hint(model, path, value)}"
 

@@ -8,5 +8,18 @@ from lowrank_tune.rewards.preflight import Report, examine
 from lowrank_tune.rewards.protocol import Item, Reward, Score
 from lowrank_tune.rewards.uses import Weighted, make, total
 
-__all__ = ["Item", "Report", "Reward", "Score", "Scorer", "Weighted", "dead_share", "examine", "failed", "garbage", "make",
-           "total", "unusable"]  # fmt: skip
+__all__ = [
+    "Item",
+    "Report",
+    "Reward",
+    "Score",
+    "Scorer",
+    "Weighted",
+    "dead_share",
+    "examine",
+    "failed",
+    "garbage",
+    "make",
+    "total",
+    "unusable",
+]

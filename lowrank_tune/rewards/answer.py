@@ -1,9 +1,10 @@
 r"""`answer`: the final answer of a completion is the gold answer, exactly.
 
-The final answer is the last `\boxed{}`, else what follows the last `####`, else the last number. Numbers are compared as exact rationals:
-1,234 = 1234, 12.50 = 12.5, 3/4 = 0.75 = \frac{3}{4}; digits are ASCII. A percent sign is a unit: 50 % is right where the gold says 50 % or
-50 (the question asked for percent) or 0.5, and a bare 0.5 where it says 50 %. A gold answer that is no number is compared as text, without
-case. What only begins like a number is wrong: "1,2" and "1e5" are not 2 and 5, and in a box "2x" is not 2 ("2 apples" and "2kg" are).
+The final answer is the last `\boxed{}`, else what follows the last `####`, else the last number. Numbers are compared
+as exact rationals: 1,234 = 1234, 12.50 = 12.5, 3/4 = 0.75 = \frac{3}{4}; digits are ASCII. A percent sign is a unit: 50
+% is right where the gold says 50 % or 50 (the question asked for percent) or 0.5, and a bare 0.5 where it says 50 %. A
+gold answer that is no number is compared as text, without case. What only begins like a number is wrong: "1,2" and
+"1e5" are not 2 and 5, and in a box "2x" is not 2 ("2 apples" and "2kg" are).
 """
 
 from __future__ import annotations
@@ -20,17 +21,28 @@ from lowrank_tune.rewards.protocol import Item, Score, shown
 TAIL = 4000  # characters at the end of a completion that may hold its answer: a hostile text costs milliseconds
 LONGEST = 100  # characters of a number
 
-SIGN, DIGITS = r"[-+\u2212]?", r"(?:\d[\d,.]*+|(?<!\.)\.\d++)(?:[eE][-+]?\d++)?"  # generous: what looks like a number is read, strictly, later
+# generous: what looks like a number is read, strictly, later
+SIGN, DIGITS = r"[-+\u2212]?", r"(?:\d[\d,.]*+|(?<!\.)\.\d++)(?:[eE][-+]?\d++)?"
 NUMBER = rf"(?:\d++ (?=\d++ ?/))?{DIGITS}(?: ?/ ?{DIGITS})?(?: ?%)?"
 LAST = re.compile(rf"(?<!\w)(?:(?<![)\]}}]){SIGN})?\$?{NUMBER}")
 STRICT = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-WHOLE = re.compile(rf"(?P<sign>[-+]?)\$?(?P<back>[-+]?)(?:(?P<whole>[0-9]+) (?=[0-9]+ ?/))?(?P<top>{STRICT})(?: ?/ ?(?P<bottom>{STRICT}))?"
-                   r"(?P<percent> ?%)?")  # fmt: skip
+WHOLE = re.compile(
+    rf"(?P<sign>[-+]?)\$?(?P<back>[-+]?)(?:(?P<whole>[0-9]+) (?=[0-9]+ ?/))?(?P<top>{STRICT})(?: ?/ "
+    rf"?(?P<bottom>{STRICT}))?"
+    r"(?P<percent> ?%)?"
+)
 NAMED = re.compile(r"[A-Za-z]\w{0,19} ?= ?")
-UNIT = re.compile(r" ?(?!(?:hundred|thousand|million|billion|trillion|dozen)s?\b)(?:[^\W\d_]{2}[^\d+*/^=<>-]{0,40}|[mgslhjnwv])", re.I)
+UNIT = re.compile(
+    r" ?(?!(?:hundred|thousand|million|billion|trillion|dozen)s?\b)(?:[^\W\d_]{2}[^\d+*/^=<>-]{0,40}|[mgslhjnwv])", re.I
+)
 CHOICE = re.compile(r"\(\w\)")  # (b) of several
-LATEX = ((re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"), r" \1/\2"), (re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}"), r" \1"),
-         (re.compile(r"\{,\}|,\\!"), ","), (re.compile(r"\\[!,; ]|\\(?:left|right)\b"), " "), (re.compile(r"\\([%$])"), r"\1"))  # fmt: skip
+LATEX = (
+    (re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"), r" \1/\2"),
+    (re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}"), r" \1"),
+    (re.compile(r"\{,\}|,\\!"), ","),
+    (re.compile(r"\\[!,; ]|\\(?:left|right)\b"), " "),
+    (re.compile(r"\\([%$])"), r"\1"),
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,11 @@ class Answer:
         if found is None:
             found = item.completion[-TAIL:]
         right = agrees(found, item.gold)
-        return Score(float(right), "pass" if right else "fail", "" if right else f"{shown(found, 40)} is not {shown(item.gold, 40)}")
+        return Score(
+            float(right),
+            "pass" if right else "fail",
+            "" if right else f"{shown(found, 40)} is not {shown(item.gold, 40)}",
+        )
 
 
 def final(completion: str) -> str | None:
@@ -115,7 +131,8 @@ def _exact(digits: str) -> Fraction:
 
 
 def _last_number(text: str) -> str | None:
-    """The last number of a text, with its sign, fraction and percent sign. A minus behind a word or a bracket is a subtraction."""
+    """The last number of a text, with its sign, fraction and percent sign. A minus behind a word or a bracket is a
+    subtraction."""
     last = None
     for last in LAST.finditer(_plain(text)):  # noqa: B007
         pass

@@ -6,7 +6,8 @@ from collections.abc import Container
 
 
 def last_fenced(text: str, languages: Container[str]) -> str | None:
-    """The inside of the last closed fence that is marked as one of `languages` (the empty word: not marked). None without one."""
+    """The inside of the last closed fence that is marked as one of `languages` (the empty word: not marked). None
+    without one."""
     lines = text.split("\n")
     opening: tuple[int, str] | None = None
     found: tuple[int, int] | None = None

@@ -13,7 +13,8 @@ WORDS = "river table silver quickly because of green a the window into carry nev
 
 
 def garbage(right: Sequence[Item], seed: int = 0) -> list[Item]:
-    """What must earn little: for each reference answer nothing, random words, a wrong number, its prompt again, another row's answer."""
+    """What must earn little: for each reference answer nothing, random words, a wrong number, its prompt again, another
+    row's answer."""
     rng = random.Random(f"garbage-{seed}")
     right, found = list(right), []
     for place, item in enumerate(right):

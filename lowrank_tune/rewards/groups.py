@@ -10,14 +10,16 @@ from collections.abc import Sequence
 def dead_share(pass_rates: Sequence[float], n: int, samples: int | None = None) -> float:
     """The expected share of groups of `n` completions that all pass or all fail, given the pass rate of each prompt.
 
-    Where a rate was estimated from `samples` completions, none passing does not mean that none ever will: the share is then the mean over
-    what the rate may be (Jeffreys' prior, Beta(1/2, 1/2)).
+    Where a rate was estimated from `samples` completions, none passing does not mean that none ever will: the share is
+    then the mean over what the rate may be (Jeffreys' prior, Beta(1/2, 1/2)).
     """
     if not pass_rates:
         return float("nan")
     if samples is None:
         return statistics.fmean(rate**n + (1 - rate) ** n for rate in pass_rates)
-    return statistics.fmean(_all(rate * samples, samples, n) + _all((1 - rate) * samples, samples, n) for rate in pass_rates)
+    return statistics.fmean(
+        _all(rate * samples, samples, n) + _all((1 - rate) * samples, samples, n) for rate in pass_rates
+    )
 
 
 def _all(passed: float, samples: int, n: int) -> float:

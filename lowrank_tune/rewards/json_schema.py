@@ -1,7 +1,8 @@
 """`json_schema`: the completion is JSON, and valid under a schema.
 
-Read is the inside of the last closed fence that is marked `json` or not at all, else the whole completion; JSON in the middle of a sentence
-does not count. `pattern` is Python's `re.search` and may run for ever, so a worker judges, with a wall clock; `format` is not checked.
+Read is the inside of the last closed fence that is marked `json` or not at all, else the whole completion; JSON in the
+middle of a sentence does not count. `pattern` is Python's `re.search` and may run for ever, so a worker judges, with a
+wall clock; `format` is not checked.
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ class JsonSchema(Worked):
         return alone(self, items)
 
     def job(self) -> Mapping[str, Any]:
-        return {"kind": "verifier", "module": "lowrank_tune.rewards.judges.json_schema", "schema": self.schema, "use": self.name}
+        return {
+            "kind": "verifier",
+            "module": "lowrank_tune.rewards.judges.json_schema",
+            "schema": self.schema,
+            "use": self.name,
+        }
 
     def early(self, item: Item) -> Score | None:
         return Score(0.0, "fail", f"longer than {LONGEST} characters") if len(item.completion) > LONGEST else None

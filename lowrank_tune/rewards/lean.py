@@ -1,10 +1,10 @@
 """`lean`: a proof that the program `lean` accepts, of the row's own statement, with no axioms but Lean's three.
 
-Rows hold a theorem without its proof in the column `statement` (or `formal_statement`), and what comes before it in `header`, if anything.
-Read is the last closed fence (`lean`, `lean4` or none), else the whole completion: the proof (`by ...`, a term behind `:=`, or bare
-tactics), with or without the statement before it; other commands do not belong there. The statement is written by us under a name that
-nobody can know, comments are taken out, and words that could change what is checked (commands, options, macros, code that runs while Lean
-elaborates) fail.
+Rows hold a theorem without its proof in the column `statement` (or `formal_statement`), and what comes before it in
+`header`, if anything. Read is the last closed fence (`lean`, `lean4` or none), else the whole completion: the proof
+(`by ...`, a term behind `:=`, or bare tactics), with or without the statement before it; other commands do not belong
+there. The statement is written by us under a name that nobody can know, comments are taken out, and words that could
+change what is checked (commands, options, macros, code that runs while Lean elaborates) fail.
 
 What a proof can do is limited by those words, a wall clock and a limit on memory; there is no sandbox around Lean.
 """
@@ -28,17 +28,23 @@ MEGABYTES = 4096
 PROGRAM = ("lean",)
 LANGUAGES = ("lean", "lean4", "")
 COLUMNS = ("statement", "formal_statement")
-THEOREM = re.compile(r"^[ \t]*(theorem|lemma|example)\b(?:[ \t\n]+(?![:({\[\u2983])([^\s:({\[\u2983]+?)(?=\.\{|[\s:({\[\u2983]|\Z))?", re.M)
+THEOREM = re.compile(
+    r"^[ \t]*(theorem|lemma|example)\b(?:[ \t\n]+(?![:({\[\u2983])([^\s:({\[\u2983]+?)(?=\.\{|[\s:({\[\u2983]|\Z))?",
+    re.M,
+)
 EMPTY = re.compile(r":=\s*(?:by\s*)?(?:sorry\s*)?\Z")
 COMMENT = re.compile(r"/-|-/|--[^\n]*")
 WORDS = frozenset(
-    """sorry admit axiom theorem lemma def abbrev opaque example instance structure class inductive coinductive import prelude module public
-    meta set_option macro macro_rules syntax elab elab_rules notation notation3 infix infixl infixr prefix postfix declare_syntax_cat initialize
-    builtin_initialize run_cmd run_elab run_meta run_tac by_elab eval_expr unsafe partial implemented_by implemented_by_elab extern export
-    csimp attribute universe variable namespace section end mutual local scoped private protected noncomputable deriving include omit alias
-    simproc dsimproc simproc_decl builtin_simproc register_option register_simp_attr unif_hint include_str dbg_trace panic irreducible_def
-    native_decide add_decl_doc sudo library_note suppress_compilation compile_inductive stop IO""".split()
-)  # fmt: skip
+    """
+    sorry admit axiom theorem lemma def abbrev opaque example instance structure class inductive coinductive import
+    prelude module public meta set_option macro macro_rules syntax elab elab_rules notation notation3 infix infixl
+    infixr prefix postfix declare_syntax_cat initialize builtin_initialize run_cmd run_elab run_meta run_tac by_elab
+    eval_expr unsafe partial implemented_by implemented_by_elab extern export csimp attribute universe variable
+    namespace section end mutual local scoped private protected noncomputable deriving include omit alias simproc
+    dsimproc simproc_decl builtin_simproc register_option register_simp_attr unif_hint include_str dbg_trace panic
+    irreducible_def native_decide add_decl_doc sudo library_note suppress_compilation compile_inductive stop IO
+    """.split()
+)
 WORD = re.compile(r"[^\W\d]\w*|#\w{2,}|@\[")
 TERM = re.compile(r"(?:by|fun)\b|[\u03bb\u27e8(]")
 
@@ -59,8 +65,13 @@ class Lean(Worked):
         return alone(self, items)
 
     def job(self) -> Mapping[str, Any]:
-        return {"kind": "verifier", "module": "lowrank_tune.rewards.judges.lean", "program": list(self.program), "megabytes": MEGABYTES,
-                "use": self.name}  # fmt: skip
+        return {
+            "kind": "verifier",
+            "module": "lowrank_tune.rewards.judges.lean",
+            "program": list(self.program),
+            "megabytes": MEGABYTES,
+            "use": self.name,
+        }
 
     def unusable(self, item: Item) -> str | None:
         statement = _statement(item.row)
@@ -109,8 +120,10 @@ def make_lean(name: str, program: Sequence[str] | None) -> Lean:
     """Raises UserError where the program is not installed."""
     command = tuple(program or PROGRAM)
     if (found := shutil.which(command[0])) is None:
-        raise UserError(f"`{name}` needs the program `{command[0]}`, which is not on the PATH; install Lean 4 with elan "
-                        "(https://lean-lang.org/install), or say where it is, as `program: [/path/to/lean]`")  # fmt: skip
+        raise UserError(
+            f"`{name}` needs the program `{command[0]}`, which is not on the PATH; install Lean 4 with elan "
+            "(https://lean-lang.org/install), or say where it is, as `program: [/path/to/lean]`"
+        )
     return Lean(name, (found, *command[1:]))
 
 
@@ -147,7 +160,8 @@ def proof_in(completion: str, statement: str) -> str:
 
 
 def without_comments(text: str) -> str:
-    """Without what Lean would not read either: so what is looked at and what Lean gets are the same. Raises Improper."""
+    """Without what Lean would not read either: so what is looked at and what Lean gets are the same. Raises
+    Improper."""
     kept: list[str] = []
     depth, place, text = 0, 0, text.replace("\r\n", "\n").replace("\t", "    ")
     while mark := COMMENT.search(text, place):
@@ -167,7 +181,8 @@ def without_comments(text: str) -> str:
 
 
 def _after_statement(text: str, statement: str) -> str:
-    """Without the row's statement, where the answer begins with it again. Raises Improper where it states something else."""
+    """Without the row's statement, where the answer begins with it again. Raises Improper where it states something
+    else."""
     stated = list(THEOREM.finditer(text))
     if not stated:
         return text

@@ -1,10 +1,11 @@
 r"""`math_answer`: the final answer of a completion is the gold answer, as mathematics.
 
-What exact numbers, choices and words can decide is decided at once, as in `answer` (`written.py`): 1,234 = 1234, 3/4 = 0.75, 50 % where
-the gold says 50, 5 cm where it says 5, (B) where it says B or B) 37.5. The rest goes to math-verify in a worker process, which knows that
-\frac{\sqrt{8}}{2} = \sqrt{2}, that 1 < x and (1, \infty) are one set, that x + 1 = y and 2y = 2x + 2 are one line; of an irrational
-number it takes six right decimals for the answer. A completion that did not stop by itself has not answered, an answer of unreasonable
-size (`written.excess`) is wrong. A gold answer that cannot be read is never a 0 but an error: a fault of the data.
+What exact numbers, choices and words can decide is decided at once, as in `answer` (`written.py`): 1,234 = 1234, 3/4 =
+0.75, 50 % where the gold says 50, 5 cm where it says 5, (B) where it says B or B) 37.5. The rest goes to math-verify in
+a worker process, which knows that \frac{\sqrt{8}}{2} = \sqrt{2}, that 1 < x and (1, \infty) are one set, that x + 1 = y
+and 2y = 2x + 2 are one line; of an irrational number it takes six right decimals for the answer. A completion that did
+not stop by itself has not answered, an answer of unreasonable size (`written.excess`) is wrong. A gold answer that
+cannot be read is never a 0 but an error: a fault of the data.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class MathAnswer(Worked):
         return {"kind": "verifier", "module": "lowrank_tune.rewards.judges.math", "use": self.name}
 
     def unusable(self, item: Item) -> str | None:
-        """Why a gold answer is none, as far as that shows without a worker; `\\boxed{gold}` scored as a completion shows the rest."""
+        """Why a gold answer is none, as far as that shows without a worker; `\\boxed{gold}` scored as a completion
+        shows the rest."""
         gold = item.gold
         if gold is None or not gold.strip():
             return "there is none"
@@ -88,7 +90,9 @@ class MathAnswer(Worked):
         return Score(None, "error", f"`{self.name}`: the verifier {how} on {item}")
 
     def _score(self, right: bool, found: str, gold: str) -> Score:
-        return Score(float(right), "pass" if right else "fail", "" if right else f"{shown(found, 40)} is not {shown(gold, 40)}")
+        return Score(
+            float(right), "pass" if right else "fail", "" if right else f"{shown(found, 40)} is not {shown(gold, 40)}"
+        )
 
     def _no_gold(self, item: Item, why: str) -> Score:
         which = "a gold answer is needed, and" if item.gold is None else f"the gold answer {shown(item.gold, 60)}"

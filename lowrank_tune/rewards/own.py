@@ -1,7 +1,8 @@
 """A user's function as a reward: `./file.py:name`, called as `name(completion, row)`, gives a number.
 
-It is the user's own code and trusted. It runs in worker processes, from the text that the file had at the start. Where it raises, hangs,
-ends its process or returns no finite number, None too, the run stops and says on which row: a fault of a reward is never a 0.
+It is the user's own code and trusted. It runs in worker processes, from the text that the file had at the start. Where
+it raises, hangs, ends its process or returns no finite number, None too, the run stops and says on which row: a fault
+of a reward is never a 0.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ class Own(Worked):
         return alone(self, items)
 
     def job(self) -> Mapping[str, Any]:
-        return {"kind": "own", "path": str(self.path), "source": self.source, "function": self.function, "use": self.use}
+        return {
+            "kind": "own",
+            "path": str(self.path),
+            "source": self.source,
+            "function": self.function,
+            "use": self.use,
+        }
 
     def judge(self, item: Item, reply: Reply) -> Score:
         return self.lost(item, reply["fault"]) if "fault" in reply else Score(reply["value"], "graded")

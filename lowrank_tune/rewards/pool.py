@@ -1,7 +1,7 @@
 """Scoring on worker processes while other completions still decode.
 
-Each worker has a thread that feeds it and holds the wall clock. A worker that overstays is killed and a new one takes its place, so the pool
-keeps its size. Scores do not depend on which worker gave them, nor on the order.
+Each worker has a thread that feeds it and holds the wall clock. A worker that overstays is killed and a new one takes
+its place, so the pool keeps its size. Scores do not depend on which worker gave them, nor on the order.
 """
 
 from __future__ import annotations
@@ -26,12 +26,18 @@ Key = TypeVar("Key", bound=Hashable)
 class Scorer(Generic[Key]):
     """Scores completions with several rewards. Use it as a context manager: no worker outlives it.
 
-    Rewards that cannot hang are computed at once, in this process, or by `collect` for all completions together; for the others `workers`
-    processes are kept. Making it waits until these are warm, and raises Faults where a job cannot be loaded.
+    Rewards that cannot hang are computed at once, in this process, or by `collect` for all completions together; for
+    the others `workers` processes are kept. Making it waits until these are warm, and raises Faults where a job cannot
+    be loaded.
     """
 
-    def __init__(self, rewards: Sequence[Reward], workers: int = 2, timeout_seconds: float = TIMEOUT_SECONDS,
-                 start_seconds: float = START_SECONDS) -> None:  # fmt: skip
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        workers: int = 2,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        start_seconds: float = START_SECONDS,
+    ) -> None:
         self.rewards = tuple(rewards)
         self.timeout_seconds, self.start_seconds = timeout_seconds, start_seconds
         self.jobs: list[Mapping[str, Any]] = [reward.job() for reward in self.rewards if isinstance(reward, Worked)]
@@ -120,7 +126,11 @@ class Scorer(Generic[Key]):
 
     def warmed(self, faults: Sequence[str | None]) -> None:
         """A worker is warm, or says what its jobs lack; called by the slots."""
-        told = [Fault(fault, str(job.get("use", job["kind"]))) for fault, job in zip(faults, self.jobs, strict=True) if fault is not None]
+        told = [
+            Fault(fault, str(job.get("use", job["kind"])))
+            for fault, job in zip(faults, self.jobs, strict=True)
+            if fault is not None
+        ]
         if told:
             raise Faults(told)
         with self._changed:

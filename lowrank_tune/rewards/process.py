@@ -16,7 +16,8 @@ from typing import Any
 
 SCRIPT = Path(__file__).with_name("worker.py")
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-"""Sets come in one order in every worker and every run, the card stays the trainer's, and workers do not fight over cores."""
+"""Sets come in one order in every worker and every run, the card stays the trainer's, and workers do not fight over
+cores."""
 
 
 class Overdue(Exception):
@@ -28,16 +29,23 @@ class Died(Exception):
 
 
 class Worker:
-    """One worker process. It must be made by a thread that lives as long as it: the kernel kills it when that thread ends."""
+    """One worker process. It must be made by a thread that lives as long as it: the kernel kills it when that thread
+    ends."""
 
     def __init__(self) -> None:
         self._channel, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-P", "-B", str(SCRIPT), str(theirs.fileno()), str(os.getpid())]
             self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], env={**os.environ, **ENVIRONMENT}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, start_new_session=True,  # a session of its own: Ctrl-C is for the run, which finishes its step
-            )  # fmt: skip
+                command,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **ENVIRONMENT},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                # a session of its own: Ctrl-C is for the run, which finishes its step
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         self._unread = b""
 
     def load(self, jobs: Sequence[Mapping[str, Any]], seconds: float) -> list[str | None]:
@@ -82,7 +90,8 @@ class Worker:
         return "closed its connection"
 
     def end(self) -> None:
-        """Ends the worker and what it started in its session; whoever waits for its reply is told that it died. From any thread."""
+        """Ends the worker and what it started in its session; whoever waits for its reply is told that it died. From
+        any thread."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)

@@ -12,8 +12,8 @@ SHOWN = 80  # characters of a text that a sentence quotes
 
 @dataclass(frozen=True)
 class Item:
-    """One completion to score. `row` is the whole row of the data, `stopped`: it ended by itself, `tokens`: its length. `ids`: prompt and
-    completion as the base reads them, where they are known: a learned reward reads them too."""
+    """One completion to score. `row` is the whole row of the data, `stopped`: it ended by itself, `tokens`: its length.
+    `ids`: prompt and completion as the base reads them, where they are known: a learned reward reads them too."""
 
     prompt: str
     completion: str
@@ -31,8 +31,9 @@ class Item:
 class Score:
     """What one reward gives one completion.
 
-    pass, fail: right or wrong; graded: a figure in between. error, timeout: the reward itself could not tell. `value` None never becomes
-    a number: by the reward's `on_error` the completion leaves its group, or the run stops, with `reason`.
+    pass, fail: right or wrong; graded: a figure in between. error, timeout: the reward itself could not tell. `value`
+    None never becomes a number: by the reward's `on_error` the completion leaves its group, or the run stops, with
+    `reason`.
     """
 
     value: float | None
@@ -42,7 +43,8 @@ class Score:
 
 
 class Reward(Protocol):
-    """One Score for each item, in their order. `judges`: it tells right from wrong; the others shape how a completion looks."""
+    """One Score for each item, in their order. `judges`: it tells right from wrong; the others shape how a completion
+    looks."""
 
     @property
     def name(self) -> str: ...
@@ -53,11 +55,12 @@ class Reward(Protocol):
 
 @runtime_checkable
 class Choosy(Protocol):
-    """A reward that can say of a row, before anything is drawn, that nothing could be judged by it: a gold answer that cannot be read."""
+    """A reward that can say of a row, before anything is drawn, that nothing could be judged by it: a gold answer that
+    cannot be read."""
 
     def unusable(self, item: Item) -> str | None:
-        """Why, in a few words that are the same for all such rows; None where it is of use. Cheap, and never raises: every row is asked.
-        The completion of `item` is empty."""
+        """Why, in a few words that are the same for all such rows; None where it is of use. Cheap, and never raises:
+        every row is asked. The completion of `item` is empty."""
 
 
 @runtime_checkable
@@ -68,7 +71,8 @@ class Noted(Protocol):
 
 
 class Whole(ABC):
-    """A reward that scores all completions of a harvest together, in this process, once the last has come: a learned one."""
+    """A reward that scores all completions of a harvest together, in this process, once the last has come: a learned
+    one."""
 
     @abstractmethod
     def score(self, items: Sequence[Item]) -> list[Score]: ...
@@ -80,7 +84,8 @@ Reply = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Worked(ABC):
-    """A reward that may hang, and is therefore computed in a worker process with a wall clock. `Scorer` calls these methods."""
+    """A reward that may hang, and is therefore computed in a worker process with a wall clock. `Scorer` calls these
+    methods."""
 
     judges: ClassVar[bool]
     limit: ClassVar[float] = float("inf")

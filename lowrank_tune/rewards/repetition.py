@@ -11,12 +11,14 @@ from lowrank_tune.rewards.protocol import Item, Score
 
 NGRAM = 4
 WORD = re.compile(r"[\u0e00-\u0eff\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]|\w{1,16}|[^\w\s]")
-"""A word, a sign, or a letter of a script that sets no spaces. Long words are cut, so that `aaaa...` repeats itself too."""
+"""A word, a sign, or a letter of a script that sets no spaces. Long words are cut, so that `aaaa...` repeats itself
+too."""
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """The share of distinct ones among the sequences of `ngram` words, without case: 1 where none comes twice or the text is shorter."""
+    """The share of distinct ones among the sequences of `ngram` words, without case: 1 where none comes twice or the
+    text is shorter."""
 
     name: str
     ngram: int = NGRAM

@@ -1,6 +1,8 @@
-"""`reward_model`: the score of a learned reward, the adapter `reward` over the base that the policy stands on too. No second model.
+"""`reward_model`: the score of a learned reward, the adapter `reward` over the base that the policy stands on too. No
+second model.
 
-It reads the very tokens of prompt and completion, all completions of a harvest together. Whoever has the base gives `read`.
+It reads the very tokens of prompt and completion, all completions of a harvest together. Whoever has the base gives
+`read`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""`format`: the whole completion matches a regular expression; `regex`: it is found anywhere in it. A negative weight punishes what matches.
+"""`format`: the whole completion matches a regular expression; `regex`: it is found anywhere in it. A negative weight
+punishes what matches.
 
-The engine is RE2, whose time is linear in the text: no worker and no clock are needed. `patterns` says how it differs from Python's `re`.
+The engine is RE2, whose time is linear in the text: no worker and no clock are needed. `patterns` says how it differs
+from Python's `re`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from lowrank_tune.rewards.protocol import Item, Score
 
 @dataclass(frozen=True)
 class Shape:
-    """pass (1) or fail (0). `.` is any character but a line break, unless the pattern begins with `(?s)`. Raises UserError."""
+    """pass (1) or fail (0). `.` is any character but a line break, unless the pattern begins with `(?s)`. Raises
+    UserError."""
 
     name: str
     pattern: str

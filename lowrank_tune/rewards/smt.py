@@ -1,14 +1,18 @@
-"""`smt`: Z3 decides. Rows hold SMT-LIB 2 in the column `smt`: declarations and assertions. `kind` says what a completion tells:
+"""`smt`: Z3 decides. Rows hold SMT-LIB 2 in the column `smt`: declarations and assertions. `kind` says what a
+completion tells:
 
-- `statement`: `sat` or `unsat` in its last box or its last line; where the row has a `claim`, a formula, `valid` or `invalid`: whether the
-  assertions imply it.
-- `witness`: a value for each declared name that together meet the assertions: `(define-fun x () Int 5)`, or `x = 5`, one a line or between
-  commas. Division by zero is whatever suits, as SMT-LIB has it: rows that divide should forbid it.
-- `invariant`: a formula over the declared constants, for a row with `init`, `transition` and `property`, where `x!` is x after a step (as
-  SyGuS writes it). It must hold at first, be kept by every step, and imply the property. `smt` holds declarations alone.
+- `statement`: `sat` or `unsat` in its last box or its last line; where the row has a `claim`, a formula, `valid` or
+  `invalid`: whether the assertions imply it.
+- `witness`: a value for each declared name that together meet the assertions: `(define-fun x () Int 5)`, or `x = 5`,
+  one a line or between commas. Division by zero is whatever suits, as SMT-LIB has it: rows that divide should forbid
+  it.
+- `invariant`: a formula over the declared constants, for a row with `init`, `transition` and `property`, where `x!` is
+  x after a step (as SyGuS writes it). It must hold at first, be kept by every step, and imply the property. `smt` holds
+  declarations alone.
 
-Formulas and definitions are read from the last closed fence (`smt2`, `smt`, `smtlib`, `lisp` or none), else from the whole completion. Only
-literals, declared names and known operators reach Z3. Where Z3 cannot tell, there is no score: an error or a timeout, never a 0.
+Formulas and definitions are read from the last closed fence (`smt2`, `smt`, `smtlib`, `lisp` or none), else from the
+whole completion. Only literals, declared names and known operators reach Z3. Where Z3 cannot tell, there is no score:
+an error or a timeout, never a 0.
 """
 
 from __future__ import annotations
@@ -44,7 +48,13 @@ class Smt(Worked):
         return alone(self, items)
 
     def job(self) -> Mapping[str, Any]:
-        return {"kind": "verifier", "module": "lowrank_tune.rewards.judges.smt", "asks": self.kind, "megabytes": MEGABYTES, "use": self.name}
+        return {
+            "kind": "verifier",
+            "module": "lowrank_tune.rewards.judges.smt",
+            "asks": self.kind,
+            "megabytes": MEGABYTES,
+            "use": self.name,
+        }
 
     def unusable(self, item: Item) -> str | None:
         for column in COLUMNS[self.kind]:

@@ -1,10 +1,12 @@
-r"""`symbolic`: the final expression of a completion equals the gold expression, whatever its form: (x+1)^2 and x^2 + 2x + 1.
+r"""`symbolic`: the final expression of a completion equals the gold expression, whatever its form: (x+1)^2 and x^2 + 2x
++ 1.
 
-What a pass means exactly: both expressions have the same value, to 200 digits, at 5 random points at which both are defined and real
-(complex where one holds the letter i), and sympy found no difference; so x^2/x passes for x, and \sqrt{x}^2 too. What a fail means: at one
-of these points the values differ, or sympy found a constant difference, or the answer is outside the grammar of
-`judges/expression.py`, or undefined where the gold expression is defined. Decimals are exact: 0.33 is not 1/3. In the grammar nothing is
-evaluated as a program. A completion that did not stop by itself has not answered.
+What a pass means exactly: both expressions have the same value, to 200 digits, at 5 random points at which both are
+defined and real (complex where one holds the letter i), and sympy found no difference; so x^2/x passes for x, and
+\sqrt{x}^2 too. What a fail means: at one of these points the values differ, or sympy found a constant difference, or
+the answer is outside the grammar of `judges/expression.py`, or undefined where the gold expression is defined. Decimals
+are exact: 0.33 is not 1/3. In the grammar nothing is evaluated as a program. A completion that did not stop by itself
+has not answered.
 """
 
 from __future__ import annotations
@@ -72,7 +74,9 @@ class Symbolic(Worked):
         return Score(None, "error", f"`{self.name}`: the verifier {how} on {item}")
 
     def _no_gold(self, item: Item, why: str) -> Score:
-        which = "a gold expression is needed, and" if item.gold is None else f"the gold expression {shown(item.gold, 60)}"
+        which = (
+            "a gold expression is needed, and" if item.gold is None else f"the gold expression {shown(item.gold, 60)}"
+        )
         return Score(None, "error", f"`{self.name}`: {which} {why}, for {item}")
 
 

@@ -36,13 +36,18 @@ class Weighted:
 
 
 def make(uses: Sequence[RewardUse], folder: Path) -> list[Weighted]:
-    """The rewards of a recipe; files of functions are looked for from `folder`. Raises Faults with everything that is wrong."""
+    """The rewards of a recipe; files of functions are looked for from `folder`. Raises Faults with everything that is
+    wrong."""
     if not uses:
         raise UserError("`rewards` is empty; name at least one, as `[{use: answer}]`")
     made, faults = [], []
     for place, (use, name) in enumerate(zip(uses, names(uses), strict=True)):
         try:
-            made.append(Weighted(name, use.weight, _make(use, name, folder), use.on_error or ("stop" if is_own(use.use) else "drop")))
+            made.append(
+                Weighted(
+                    name, use.weight, _make(use, name, folder), use.on_error or ("stop" if is_own(use.use) else "drop")
+                )
+            )
         except UserError as error:
             faults.append(Fault(str(error), f"rewards.{place}"))
     if faults:
@@ -76,7 +81,10 @@ def _check_settings(use: RewardUse) -> None:
         if use.use in owners and value is None and setting not in OPTIONAL:
             raise UserError(f"`{use.use}` needs `{setting}`")
         if use.use not in owners and value is not None:
-            raise UserError(f"`{setting}` does nothing for `{use.use}`; it belongs to {' and '.join(f'`{owner}`' for owner in owners)}")
+            raise UserError(
+                f"`{setting}` does nothing for `{use.use}`; it belongs to "
+                f"{' and '.join(f'`{owner}`' for owner in owners)}"
+            )
     if use.weight == 0:
         raise UserError(f"`{use.use}` has weight 0 and would change nothing; leave it out")
 
@@ -134,14 +142,30 @@ def _lean(use: RewardUse, name: str, folder: Path) -> Reward:
 
 
 MAKERS: Mapping[str, Callable[[RewardUse, str, Path], Reward]] = {
-    "answer": _answer, "math_answer": _math_answer, "symbolic": _symbolic, "format": _format, "regex": _format,
-    "json_schema": _json_schema, "length": _length, "repetition": _repetition, "python_tests": _python_tests,
-    "reward_model": _reward_model, "smt": _smt,
-    "lean": _lean}  # fmt: skip
-"""How each reward that a recipe can name is made, from its settings, its name on the screen, and the folder of its files."""
+    "answer": _answer,
+    "math_answer": _math_answer,
+    "symbolic": _symbolic,
+    "format": _format,
+    "regex": _format,
+    "json_schema": _json_schema,
+    "length": _length,
+    "repetition": _repetition,
+    "python_tests": _python_tests,
+    "reward_model": _reward_model,
+    "smt": _smt,
+    "lean": _lean,
+}
+"""How each reward that a recipe can name is made, from its settings, its name on the screen, and the folder of its
+files."""
 OWNERS: Mapping[str, tuple[str, ...]] = {
-    "pattern": ("format", "regex"), "target_tokens": ("length",), "ngram": ("repetition",), "accept_unsafe_code": ("python_tests",),
-    "json_schema": ("json_schema",), "kind": ("smt",), "program": ("lean",)}  # fmt: skip
+    "pattern": ("format", "regex"),
+    "target_tokens": ("length",),
+    "ngram": ("repetition",),
+    "accept_unsafe_code": ("python_tests",),
+    "json_schema": ("json_schema",),
+    "kind": ("smt",),
+    "program": ("lean",),
+}
 """Whose each setting of `RewardUse` is; it is needed there unless it is in OPTIONAL, and a fault elsewhere."""
 OPTIONAL: frozenset[str] = frozenset({"accept_unsafe_code", "ngram", "program"})
 
@@ -149,7 +173,8 @@ OPTIONAL: frozenset[str] = frozenset({"accept_unsafe_code", "ngram", "program"})
 def total(scores: Sequence[Score], weights: Sequence[float]) -> float:
     """The weighted sum of a completion's scores.
 
-    A score without a value, an error or a timeout, raises RunFailed: a reward that could not tell never counts as wrong.
+    A score without a value, an error or a timeout, raises RunFailed: a reward that could not tell never counts as
+    wrong.
     """
     for score in scores:
         if score.value is None:

@@ -1,7 +1,8 @@
-"""A scoring worker: a plain script of the standard library, started by its path, so that it neither imports torch nor starts slowly.
+"""A scoring worker: a plain script of the standard library, started by its path, so that it neither imports torch nor
+starts slowly.
 
-It reads one JSON object a line from a socket: first the jobs, which it loads, then completions. It answers each with one line. What the
-user's code prints goes nowhere, and it reads an empty input.
+It reads one JSON object a line from a socket: first the jobs, which it loads, then completions. It answers each with
+one line. What the user's code prints goes nowhere, and it reads an empty input.
 """
 
 from __future__ import annotations
@@ -105,7 +106,10 @@ def own(job: Mapping[str, Any]) -> Grade:
 def finite(value: object) -> float:
     """The value as a finite float; bool, int, float and what numpy makes of them."""
     if not isinstance(value, numbers.Real):
-        raise Refused(f"returned {quoted(value)}, which is no number" + (" (does every path return one?)" if value is None else ""))
+        raise Refused(
+            f"returned {quoted(value)}, which is no number"
+            + (" (does every path return one?)" if value is None else "")
+        )
     try:
         number = float(value)
     except OverflowError:
@@ -116,7 +120,8 @@ def finite(value: object) -> float:
 
 
 def verifier(job: Mapping[str, Any]) -> Grade:
-    """A verifier of the kit: `load(job)` of the module that the job names, as `lowrank_tune.rewards.judges.math`, within limits."""
+    """A verifier of the kit: `load(job)` of the module that the job names, as `lowrank_tune.rewards.judges.math`,
+    within limits."""
     folder = os.path.dirname(os.path.abspath(__file__))
     root = os.path.dirname(os.path.dirname(folder))
     if root not in sys.path:
@@ -142,10 +147,12 @@ def bare(name: str, folder: str) -> Iterator[None]:
 
 
 class Limited:
-    """A verifier with an alarm clock and a limit on memory around each call; the user's functions in this process keep theirs.
+    """A verifier with an alarm clock and a limit on memory around each call; the user's functions in this process keep
+    theirs.
 
-    Too late is Late, too much memory MemoryError. `grown`: MB that its calls have added to the peak of this process (libraries catch
-    MemoryError, so a call that answered may have met the limit); `steep`: its last call added more than half of what it may.
+    Too late is Late, too much memory MemoryError. `grown`: MB that its calls have added to the peak of this process
+    (libraries catch MemoryError, so a call that answered may have met the limit); `steep`: its last call added more
+    than half of what it may.
     """
 
     def __init__(self, grade: Grade, megabytes: int) -> None:
@@ -188,7 +195,8 @@ def too_late(*_: object) -> None:
 
 
 def peak_megabytes() -> float:
-    """The most memory that this process has held at once. Linux hands `ru_maxrss` on from the parent, which is large: not that."""
+    """The most memory that this process has held at once. Linux hands `ru_maxrss` on from the parent, which is large:
+    not that."""
     if sys.platform != "linux":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MEGABYTE
     with open("/proc/self/status", encoding="ascii", errors="replace") as status:
@@ -244,7 +252,8 @@ def work(grade: Grade, asked: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def die_with_parent(parent: int) -> None:
-    """However the parent ends, this process does not outlive it, not even inside a loop of C code that nothing interrupts."""
+    """However the parent ends, this process does not outlive it, not even inside a loop of C code that nothing
+    interrupts."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the line above

@@ -1,7 +1,9 @@
-r"""What stands written as an answer, and what can be decided about it without algebra: exactly, in microseconds, in this process.
+r"""What stands written as an answer, and what can be decided about it without algebra: exactly, in microseconds, in
+this process.
 
-`final` finds the answer in a completion, `decided` compares it with the gold one: multiple choice by its letters, numbers as exact
-rationals, lists of numbers, and words as text. It says None where only algebra can tell. All patterns are linear in the text.
+`final` finds the answer in a completion, `decided` compares it with the gold one: multiple choice by its letters,
+numbers as exact rationals, lists of numbers, and words as text. It says None where only algebra can tell. All patterns
+are linear in the text.
 """
 
 from __future__ import annotations
@@ -21,15 +23,41 @@ MARK = re.compile(r"answer(?: is| was|\s?[:=])[ :]{0,3}([^\n]{1,300})", re.I)
 MATHS = re.compile(r"\$([^$\n]{1,300})\$|\\\(([^\n$]{1,300}?)\\\)")
 NUMERAL = re.compile(r"\d")
 
-UNICODE = str.maketrans({"\u2212": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u00f7": r"\div ", "\u03c0": r"\pi ",
-                         "\u221e": r"\infty ", "\u2264": r"\leq ", "\u2265": r"\geq ", "\u2260": r"\neq ", "\u00b2": "^2", "\u00b3": "^3",
-                         "\u00b1": r"\pm ", "\u221a": r"\sqrt", "\u00b0": "", "\u222a": r"\cup "})  # fmt: skip
+UNICODE = str.maketrans(
+    {
+        "\u2212": "-",
+        "\u00d7": r"\times ",
+        "\u00b7": r"\cdot ",
+        "\u22c5": r"\cdot ",
+        "\u00f7": r"\div ",
+        "\u03c0": r"\pi ",
+        "\u221e": r"\infty ",
+        "\u2264": r"\leq ",
+        "\u2265": r"\geq ",
+        "\u2260": r"\neq ",
+        "\u00b2": "^2",
+        "\u00b3": "^3",
+        "\u00b1": r"\pm ",
+        "\u221a": r"\sqrt",
+        "\u00b0": "",
+        "\u222a": r"\cup ",
+    }
+)
 SPACES = re.compile(r"(?<!\\)\\[!,;: ]|\\q?quad\b|~|\s+")
-SETTING = re.compile(r"\\(?:left|right)(?![a-z])\.?|\\(?:displaystyle|limits)\b|\^ ?\{? ?\\circ ?\}?|\\?\$|(?<!\\)\\[()\[\]]")
-SAME = ((re.compile(r"\\[dtc]frac(?![a-z])"), r"\\frac"), (re.compile(r"\\(leq|geq)slant(?![a-z])"), r"\\\1"), (re.compile(r"\\_"), "_"),
-        (re.compile(r"(?<![\\a-zA-Z])infinity\b"), r"\\infty"),
-        (re.compile(r"\\(?:textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|rm)(?=\{)"), r"\\text"), (re.compile(r"\{,\}"), ","),
-        (re.compile(r"\\lt(?![a-z])"), "<"), (re.compile(r"\\gt(?![a-z])"), ">"), (re.compile(r"(?<=\d),\\!(?=\d{3})"), ""))  # fmt: skip
+SETTING = re.compile(
+    r"\\(?:left|right)(?![a-z])\.?|\\(?:displaystyle|limits)\b|\^ ?\{? ?\\circ ?\}?|\\?\$|(?<!\\)\\[()\[\]]"
+)
+SAME = (
+    (re.compile(r"\\[dtc]frac(?![a-z])"), r"\\frac"),
+    (re.compile(r"\\(leq|geq)slant(?![a-z])"), r"\\\1"),
+    (re.compile(r"\\_"), "_"),
+    (re.compile(r"(?<![\\a-zA-Z])infinity\b"), r"\\infty"),
+    (re.compile(r"\\(?:textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|rm)(?=\{)"), r"\\text"),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\lt(?![a-z])"), "<"),
+    (re.compile(r"\\gt(?![a-z])"), ">"),
+    (re.compile(r"(?<=\d),\\!(?=\d{3})"), ""),
+)
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 LETTERS = re.compile(r"[A-J](?:(?: ?, ?| and )[A-J]){0,9}")
 LETTER = re.compile(r"\(([A-Ja-j])\)|([A-J])\)|([A-J])(?=[.:]\s)[.:]")
@@ -39,7 +67,10 @@ HEADING = re.compile(r"(?:Part|Step|Case|Task|Method|Section|Teil)\b")
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]*[a-z][A-Za-z]*")
 SHORT_WORDS = frozenset("yes no odd one two six ten all none".split())
 MATHS_WORDS = frozenset("sqrt frac sin cos tan log exp min max mod and".split())
-UNIT = re.compile(r"(?<=[\d})a-z]) ?\\text ?\{ ?(?! ?(?:and|or|if|hundred|thousand|[mbtr]+illion|dozen)\b)[^{}]*\}(?: ?\^ ?\{?[23]\}?)?$")
+UNIT = re.compile(
+    r"(?<=[\d})a-z]) ?\\text ?\{ ?(?! ?(?:and|or|if|hundred|thousand|[mbtr]+illion|dozen)\b)[^{}]*\}(?: ?\^ "
+    r"?\{?[23]\}?)?$"
+)
 BUILDER = re.compile(r"\\\{ ?[a-zA-Z] ?(?:\\mid|\\vert|\\in ?\\mathbb ?\{?R\}? ?\||\|) ?([^|]*)\\\}")
 BARE_FRACTION = re.compile(r"\\frac ?(\\[a-zA-Z]+|\w) ?(\\[a-zA-Z]+|\w)(?![\w{])")
 BASED = re.compile(r"(?P<digits>[0-9]{1,100})(?: ?_ ?\{?(?P<base>[0-9]{1,2})\}?)?")
@@ -54,9 +85,11 @@ class Choice(NamedTuple):
 
 
 def final(completion: str) -> str:
-    r"""The final answer as it was written: the last box, else after the last `####`, else after the last "answer is" or "answer:".
+    r"""The final answer as it was written: the last box, else after the last `####`, else after the last "answer is" or
+    "answer:".
 
-    Without these it is the last formula in `$ $` or `\( \)`, or the last number where that comes later, else the last characters.
+    Without these it is the last formula in `$ $` or `\( \)`, or the last number where that comes later, else the last
+    characters.
     """
     tail = completion[-TAIL:]
     for found in (last_boxed(tail), after_hashes(tail)):
@@ -143,11 +176,16 @@ def algebra(text: str) -> str:
 def words(text: str) -> list[str]:
     """The words of a language in an answer: no names of functions, no products of letters."""
     plain = TEXT.sub(r" \1 ", text)
-    return [word for word in WORD.findall(plain) if word not in MATHS_WORDS and (len(word) > 3 or word.lower() in SHORT_WORDS)]
+    return [
+        word
+        for word in WORD.findall(plain)
+        if word not in MATHS_WORDS and (len(word) > 3 or word.lower() in SHORT_WORDS)
+    ]
 
 
 def is_text(text: str) -> bool:
-    """Whether a tidied answer consists of words, as Evelyn, an isosceles triangle, yes; or of signs that only name something."""
+    """Whether a tidied answer consists of words, as Evelyn, an isosceles triangle, yes; or of signs that only name
+    something."""
     if SIGNS.fullmatch(text):
         return True
     plain = TEXT.sub(r"\1", text).strip()
@@ -175,22 +213,30 @@ def choice(text: str) -> Choice | None:
         return Choice(frozenset(plain.replace("and", "").replace(",", "").split()), "")
     if (found := LETTER.match(plain)) is None:
         return None
-    return Choice(frozenset((found[1] or found[2] or found[3]).upper()), plain[found.end() :].lstrip(" :").rstrip(" .:"))
+    return Choice(
+        frozenset((found[1] or found[2] or found[3]).upper()), plain[found.end() :].lstrip(" :").rstrip(" .:")
+    )
 
 
 def _in_base(found: str, gold: str) -> bool | None:
-    """Two numbers of which one names its base, as 101_2: the same digits where the gold one does, else the same number."""
+    """Two numbers of which one names its base, as 101_2: the same digits where the gold one does, else the same
+    number."""
     got, wanted = (BASED.fullmatch(text) for text in (found, gold))
     if got is None or wanted is None or not (got["base"] or wanted["base"]):
         return None
     if wanted["base"]:
         return got["digits"].lstrip("0") == wanted["digits"].lstrip("0") and got["base"] in (None, wanted["base"])
     base = int(got["base"])
-    return 1 < base <= 36 and all(int(letter) < base for letter in got["digits"]) and int(got["digits"], base) == int(wanted["digits"])
+    return (
+        1 < base <= 36
+        and all(int(letter) < base for letter in got["digits"])
+        and int(got["digits"], base) == int(wanted["digits"])
+    )
 
 
 def _lists(found: str, gold: str) -> bool | None:
-    """Two lists of numbers: points and intervals in their order and with their brackets, sets and bare lists in any order."""
+    """Two lists of numbers: points and intervals in their order and with their brackets, sets and bare lists in any
+    order."""
     got, wanted = _list(found), _list(gold)
     if got is None or wanted is None or got[0] != wanted[0]:
         return None

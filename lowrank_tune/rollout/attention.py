@@ -1,9 +1,9 @@
 """Attention of a decoding step: one query a row against the columns of the cache that the row may see.
 
-On the CPU PyTorch's fused kernel splits its work into one tiny product for each row and head; two batched products over all of them take
-half the time. On a GPU the query heads of a group become the queries of their one key head, because with a mask transformers 5.17 copies
-keys and values once per query head in each layer and step (5.23 does not). Nothing else changes: keys, values, scaling and mask are those
-that the model's own modules pass.
+On the CPU PyTorch's fused kernel splits its work into one tiny product for each row and head; two batched products over
+all of them take half the time. On a GPU the query heads of a group become the queries of their one key head, because
+with a mask transformers 5.17 copies keys and values once per query head in each layer and step (5.23 does not). Nothing
+else changes: keys, values, scaling and mask are those that the model's own modules pass.
 """
 
 from __future__ import annotations
@@ -28,17 +28,30 @@ NOT_HANDLED = ("position_bias", "cache", "softcap", "s_aux")
 """Arguments with which transformers' own `sdpa` is called instead."""
 
 
-def one_query(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-              scaling: float | None = None, **kwargs: Any) -> tuple[Tensor, None]:  # fmt: skip
-    """query (B, H, 1, D), key and value (B, heads, W, D), mask (B, 1, 1, W), True: may be seen, or what is added to the scores. (B, 1, H, D).
+def one_query(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query (B, H, 1, D), key and value (B, heads, W, D), mask (B, 1, 1, W), True: may be seen, or what is added to the
+    scores. (B, 1, H, D).
 
     Whatever is no such step goes to transformers' own `sdpa`.
     """
     rows, heads, _, width = query.shape
     if attention_mask is None or not _is_decoding_step(query, dropout, kwargs):
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
         return output, None
-    grouped = (query * (width**-0.5 if scaling is None else scaling)).view(rows, key.shape[1], heads // key.shape[1], width)
+    grouped = (query * (width**-0.5 if scaling is None else scaling)).view(
+        rows, key.shape[1], heads // key.shape[1], width
+    )
     scores = torch.matmul(grouped, key.transpose(2, 3))
     if attention_mask.dtype == torch.bool:
         scores = scores.masked_fill_(~attention_mask, -torch.inf)
@@ -57,18 +70,24 @@ def grouped_sdpa(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Run SDPA with the query heads of a group as queries of their key head, so that keys and values are read where they lie.
+    """Run SDPA with the query heads of a group as queries of their key head, so that keys and values are read where
+    they lie.
 
-    Shapes: query (B, H, 1, D), key and value (B, KV, W, D), mask (B, 1 or H, 1, W), boolean or additive. Returns (B, 1, H, D).
-    A call that is not a decoding step with a mask goes to transformers' own `sdpa`, which groups the heads itself where there is no mask.
+    Shapes: query (B, H, 1, D), key and value (B, KV, W, D), mask (B, 1 or H, 1, W), boolean or additive. Returns (B, 1,
+    H, D). A call that is not a decoding step with a mask goes to transformers' own `sdpa`, which groups the heads
+    itself where there is no mask.
     """
     rows, heads, _, width = query.shape
     groups = key.shape[1]
     if attention_mask is None or groups == heads or not _is_decoding_step(query, dropout, kwargs):
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
         return output, None
     if attention_mask.shape[1] == heads:
-        attention_mask = attention_mask.reshape(attention_mask.shape[0], groups, heads // groups, attention_mask.shape[3])
+        attention_mask = attention_mask.reshape(
+            attention_mask.shape[0], groups, heads // groups, attention_mask.shape[3]
+        )
     grouped = query.reshape(rows, groups, heads // groups, width)
     output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     return output.reshape(rows, 1, heads, value.shape[-1]), None

@@ -1,8 +1,9 @@
 """A preallocated key-value cache whose rows have lengths of their own, in transformers' own interface.
 
-A slot is a row of the cache. A token at position p lies in column p, in a layer with a sliding window in column p modulo the window.
-Attention does not ask in which order it finds its keys, and positions are in the keys already: the columns that a row may look at are
-always the first ones, whatever the layer. So one mask of B rows serves all layers, and rows of any lengths share a step without padding.
+A slot is a row of the cache. A token at position p lies in column p, in a layer with a sliding window in column p
+modulo the window. Attention does not ask in which order it finds its keys, and positions are in the keys already: the
+columns that a row may look at are always the first ones, whatever the layer. So one mask of B rows serves all layers,
+and rows of any lengths share a step without padding.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 @dataclass
 class Step:
-    """What all layers know of the forward pass that runs: the positions (B,) of its tokens in slots 0 to B - 1, or None in a prefill."""
+    """What all layers know of the forward pass that runs: the positions (B,) of its tokens in slots 0 to B - 1, or None
+    in a prefill."""
 
     positions: Tensor | None = None
     width: int = 0
@@ -36,7 +38,8 @@ class Step:
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one layer, (slots, heads, columns, width of a head). In a prefill it hands on what it gets and remembers it."""
+    """Keys and values of one layer, (slots, heads, columns, width of a head). In a prefill it hands on what it gets and
+    remembers it."""
 
     def __init__(self, step: Step, window: int | None) -> None:
         super().__init__()
@@ -67,7 +70,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return (query_length if self.step.positions is None else self._width()), 0
 
     def get_seq_length(self) -> int:
-        """So that the last column is the query's own: then transformers' causal and window masks let every column pass."""
+        """So that the last column is the query's own: then transformers' causal and window masks let every column
+        pass."""
         return 0 if self.step.positions is None else self._width() - 1
 
     def get_max_length(self) -> int:
@@ -78,7 +82,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         for target, kept in zip((self.keys, self.values), prompts, strict=True):
             taken, columns = kept[source], target.shape[2]
             if taken.shape[2] > columns:
-                taken = taken.gather(2, _last_of(lengths, columns)[:, None, :, None].expand(-1, taken.shape[1], -1, taken.shape[3]))
+                taken = taken.gather(
+                    2, _last_of(lengths, columns)[:, None, :, None].expand(-1, taken.shape[1], -1, taken.shape[3])
+                )
             target[slots, :, : taken.shape[2]] = taken
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -102,7 +108,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.step.positions = None
 
     def decode(self, positions: Tensor, width: int) -> None:
-        """The next forward pass reads one token for each of the first slots, at these positions (B,), all below `width`."""
+        """The next forward pass reads one token for each of the first slots, at these positions (B,), all below
+        `width`."""
         self.step.positions, self.step.width = positions, width
         self.step.found.clear()
 
@@ -112,13 +119,15 @@ def windows_of(model: Any) -> list[int | None]:
     layers = DynamicCache(config=model.config).layers
     if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         raise ValueError(f"{model.config.model_type} models keep something else than keys and values")
-    # Models outside transformers' attention interface make masks by themselves, and may take a row's length from the cache's.
+    # Models outside transformers' attention interface make masks by themselves, and may take a row's length from the
+    # cache's.
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(f"{model.config.model_type} models have an attention of their own")
     return [int(layer.sliding_window) if layer.is_sliding else None for layer in layers]
 
 
 def _last_of(lengths: Tensor, columns: int) -> Tensor:
-    """(N, columns): which of a row's tokens lies in each column of a ring: the last one that belongs there. Anything where none does."""
+    """(N, columns): which of a row's tokens lies in each column of a ring: the last one that belongs there. Anything
+    where none does."""
     last = lengths[:, None] - 1
     return (last - (last - torch.arange(columns, device=lengths.device)) % columns).clamp_min(0)

@@ -28,7 +28,8 @@ _CHOSEN: WeakKeyDictionary[Any, Kind] = WeakKeyDictionary()
 
 
 def store_for(model: Any, emit: Emit | None = None) -> Store:
-    """Return an empty store. The first call for a model tries the kinds in a few tiny passes; adapters and modes are the caller's.
+    """Return an empty store. The first call for a model tries the kinds in a few tiny passes; adapters and modes are
+    the caller's.
 
     Where the fastest kind cannot serve the model, `emit` is called with one note that contains the reason.
     """
@@ -48,7 +49,12 @@ def _choose(model: Any, emit: Emit | None) -> Kind:
             break
         faults.append(f"{description}: {fault}")
     if faults and emit is not None:
-        emit(Note(level="warning", message=f"completions are decoded with {used}, which is slower; not usable: {'; '.join(faults)}"))
+        emit(
+            Note(
+                level="warning",
+                message=f"completions are decoded with {used}, which is slower; not usable: {'; '.join(faults)}",
+            )
+        )
     return chosen
 
 
@@ -59,7 +65,8 @@ def fault_of(kind: Kind, model: Any) -> str | None:
     """
     try:
         found = _read_on(kind(model), model.get_input_embeddings().weight.shape[0])
-    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:  # whatever another kind of cache runs into
+    # whatever another kind of cache runs into
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         if is_out_of_memory(error):
             raise
         return str(error) or type(error).__name__
@@ -77,7 +84,8 @@ def fault_of(kind: Kind, model: Any) -> str | None:
 
 
 def _read_on(store: Store, vocabulary: int) -> list[tuple[list[int], Tensor]]:
-    """Sequences, each with the last hidden state that the store has for it. The second one ends early, and its slot is taken."""
+    """Sequences, each with the last hidden state that the store has for it. The second one ends early, and its slot is
+    taken."""
     words = [word % vocabulary for word in range(2, 20)]
     sequences = [words[:3], words[3:9], words[:3]]
     store.open(3, 16, 1 << 40)

@@ -1,8 +1,9 @@
 """The rollout engine: completions as they finish, with the log-probs of the distribution that they were drawn from.
 
-Each sequence has its own random stream, made of the seed, the prompt's number and the sample's number, so what it says does not hang on
-its neighbours. A prompt is read once for all its samples; a sequence that ends leaves its slot to the next one at once. Where memory runs
-short, what had not ended is drawn again from the same random numbers, half as many sequences at once.
+Each sequence has its own random stream, made of the seed, the prompt's number and the sample's number, so what it says
+does not hang on its neighbours. A prompt is read once for all its samples; a sequence that ends leaves its slot to the
+next one at once. Where memory runs short, what had not ended is drawn again from the same random numbers, half as many
+sequences at once.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ WORKING = 3 << 29  # CUDA's context and libraries, logits, and the activations o
 
 @dataclass
 class _Known:
-    """What outlives an attempt: how many sequences are decoded at once, the samples of prompts that have ended, their tokens, and whether
-    somebody saw tokens of others, which cannot be drawn again then."""
+    """What outlives an attempt: how many sequences are decoded at once, the samples of prompts that have ended, their
+    tokens, and whether somebody saw tokens of others, which cannot be drawn again then."""
 
     slots: int
     ended: set[tuple[int, int]] = field(default_factory=set)
@@ -52,30 +53,44 @@ class _Known:
 
 
 class Engine:
-    """Decodes with a role. At most `slots` sequences at once, and no more than fit `cache_bytes` of keys and values (but always one).
+    """Decodes with a role. At most `slots` sequences at once, and no more than fit `cache_bytes` of keys and values
+    (but always one).
 
-    On the CPU 4-bit weights are unpacked for the time of a call where they fit `scratch_bytes`, a quarter of the machine's memory by default.
-    `cache_bytes` is by default what `cache_room` says. `decode` is for stop strings.
+    On the CPU 4-bit weights are unpacked for the time of a call where they fit `scratch_bytes`, a quarter of the
+    machine's memory by default. `cache_bytes` is by default what `cache_room` says. `decode` is for stop strings.
     """
 
-    def __init__(self, roles: Roles, role: str, slots: int = 256, cache_bytes: int | None = None, scratch_bytes: int | None = None,
-                 decode: Decode | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        roles: Roles,
+        role: str,
+        slots: int = 256,
+        cache_bytes: int | None = None,
+        scratch_bytes: int | None = None,
+        decode: Decode | None = None,
+    ) -> None:
         self.roles, self.role, self.slots, self.decode = roles, role, slots, decode
         self.cache_bytes = cache_room(roles) if cache_bytes is None else cache_bytes
         self.scratch_bytes = memory_of(roles.base.device) // 4 if scratch_bytes is None else scratch_bytes
 
-    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling,
-                 numbers: Sequence[int] | None = None) -> Iterator[Completion]:  # fmt: skip
-        """`n` completions of each prompt, in the order in which they finish. Adapters speak as they are when the first one is asked for.
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, numbers: Sequence[int] | None = None
+    ) -> Iterator[Completion]:
+        """`n` completions of each prompt, in the order in which they finish. Adapters speak as they are when the first
+        one is asked for.
 
-        `numbers` name the random streams of the prompts where these are a part of more; by default they are their places here.
-        Raises ValueError for an empty prompt and for stop strings without `decode`, RunFailed for logits that are not finite.
+        `numbers` name the random streams of the prompts where these are a part of more; by default they are their
+        places here. Raises ValueError for an empty prompt and for stop strings without `decode`, RunFailed for logits
+        that are not finite.
         """
         return self._run(prompts, n, sampling, self._stops(prompts, sampling), Schedule.advance, numbers)
 
-    def stream(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> Generator[Token | Completion, None, None]:
-        """The same token by token, as they are drawn; a `Completion` follows the last token of each. For somebody who watches: between two
-        tokens everything is as the caller left it, so streams of several roles may alternate. Closing the iterator ends it."""
+    def stream(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling
+    ) -> Generator[Token | Completion, None, None]:
+        """The same token by token, as they are drawn; a `Completion` follows the last token of each. For somebody who
+        watches: between two tokens everything is as the caller left it, so streams of several roles may alternate.
+        Closing the iterator ends it."""
         return self._run(prompts, n, sampling, self._stops(prompts, sampling), Schedule.tokens)
 
     def _stops(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Stops:
@@ -83,8 +98,15 @@ class Engine:
             raise ValueError("an empty prompt: there is nothing to go on from")
         return Stops(sampling, self.decode)
 
-    def _run(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, stops: Stops, go_on: Callable[[Schedule, Stops], list[T]],
-             numbers: Sequence[int] | None = None) -> Generator[T, None, None]:  # fmt: skip
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        stops: Stops,
+        go_on: Callable[[Schedule, Stops], list[T]],
+        numbers: Sequence[int] | None = None,
+    ) -> Generator[T, None, None]:
         if not prompts or n < 1 or sampling.max_new_tokens < 1:
             return
         limits, columns = self.roles.limits, max(map(len, prompts)) + sampling.max_new_tokens
@@ -100,8 +122,17 @@ class Engine:
             limits.ran_short("cache_tokens", known.slots, columns)
             known.slots = limits.most("cache_tokens", columns, n * len(prompts) - len(known.ended))
 
-    def _drawn(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, stops: Stops, go_on: Callable[[Schedule, Stops], list[T]],
-               numbers: Sequence[int] | None, columns: int, known: _Known) -> Iterator[T]:  # fmt: skip
+    def _drawn(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        stops: Stops,
+        go_on: Callable[[Schedule, Stops], list[T]],
+        numbers: Sequence[int] | None,
+        columns: int,
+        known: _Known,
+    ) -> Iterator[T]:
         """All that has not ended yet."""
         model, stack = self.roles.base.model, [] if self.role == "base" else self.roles.stacks[self.role]
         states = [vars(module) for module in model.modules()]
@@ -109,11 +140,21 @@ class Engine:
         with self._speaking(states), batched_attention(model):
             store = store_for(model, self.roles.limits.emit)
             known.slots = store.open(known.slots, columns, self.cache_bytes)
-        schedule = Schedule(store, lambda hidden, uniforms: self._say(hidden, uniforms, sampling), prompts, n, sampling, known.slots,
-                            numbers or range(len(prompts)), known.ended, known.spent)  # fmt: skip
+        schedule = Schedule(
+            store,
+            lambda hidden, uniforms: self._say(hidden, uniforms, sampling),
+            prompts,
+            n,
+            sampling,
+            known.slots,
+            numbers or range(len(prompts)),
+            known.ended,
+            known.spent,
+        )
         with fast_linears(model, stack, self.scratch_bytes) as linears:
             while not schedule.over:
-                # Between two yields the caller may use other roles and train: modes, adapters and modules are then as it left them.
+                # Between two yields the caller may use other roles and train: modes, adapters and modules are then as
+                # it left them.
                 with self._speaking(states), linears, batched_attention(model):
                     told = go_on(schedule, stops)
                 for one in told:
@@ -123,24 +164,33 @@ class Engine:
     @contextmanager
     def _speaking(self, states: Sequence[dict[str, Any]]) -> Iterator[None]:
         device = self.roles.base.device.type
-        with _quiet(states, device), self.roles.use(self.role), self.roles.base.autocast(), self.roles.base.as_written():
+        with (
+            _quiet(states, device),
+            self.roles.use(self.role),
+            self.roles.base.autocast(),
+            self.roles.base.as_written(),
+        ):
             yield
 
     def _say(self, hidden: Tensor, uniforms: list[float], sampling: Sampling) -> list[list[float]]:
         """(N, d) and N uniform numbers -> a token and its log-prob for each, in one transfer from the device."""
         head, numbers = self.roles.head, torch.tensor(uniforms, dtype=torch.float64, device=hidden.device)
         at_once = max(1, LOGITS // head.weight.shape[0])
-        parts = [draw(head.logits(part, sampling.temperature or 1.0), sampling, some)
-                 for part, some in zip(torch.split(hidden, at_once), torch.split(numbers, at_once), strict=True)]  # fmt: skip
+        parts = [
+            draw(head.logits(part, sampling.temperature or 1.0), sampling, some)
+            for part, some in zip(torch.split(hidden, at_once), torch.split(numbers, at_once), strict=True)
+        ]
         tokens, logps = (torch.cat(column) for column in zip(*parts, strict=True))
         return torch.stack([tokens.double(), logps], dim=1).tolist()
 
 
 @contextmanager
 def _quiet(states: Sequence[dict[str, Any]], device: str) -> Iterator[None]:
-    """As `Roles.quiet`, for the attributes of all modules: a walk over the tree, there and back for every few steps, costs as much as a step.
+    """As `Roles.quiet`, for the attributes of all modules: a walk over the tree, there and back for every few steps,
+    costs as much as a step.
 
-    On the CPU, where a step is hundreds of small operations, PyTorch does not even count the versions of tensors: an eighth of the time.
+    On the CPU, where a step is hundreds of small operations, PyTorch does not even count the versions of tensors: an
+    eighth of the time.
     """
     training = [state for state in states if state["training"]]
     for state in training:
@@ -154,9 +204,9 @@ def _quiet(states: Sequence[dict[str, Any]], device: str) -> Iterator[None]:
 
 
 def cache_room(roles: Roles) -> int:
-    """Bytes for keys and values. On a card all that the run may use, but for what stays there and some to work with: while sequences are
-    decoded, no activation of an update lives. Else a budget, or a quarter of the machine's memory. What is free now does not count: it would
-    make one run differ from the next.
+    """Bytes for keys and values. On a card all that the run may use, but for what stays there and some to work with:
+    while sequences are decoded, no activation of an update lives. Else a budget, or a quarter of the machine's memory.
+    What is free now does not count: it would make one run differ from the next.
     """
     budget, device = roles.limits.budget_bytes, roles.base.device
     if device.type != "cuda":

@@ -1,9 +1,10 @@
 """Faster linear modules, and norms, for the time of a rollout on the CPU.
 
-bitsandbytes unpacks a 4-bit weight on the CPU at every call: here that is done once, into a scratch of declared size, in fp32, to which the
-adapters are added; query, key and value are one product, and so are gate and up. A weight that is stored in fp32 is not copied: its adapter
-stays beside it, two small products where PEFT makes seven operations. Nothing that is stored changes, and no sum goes back into the base:
-only the `forward` of the modules is another one, while the context is entered, and the scratch dies with the rollout.
+bitsandbytes unpacks a 4-bit weight on the CPU at every call: here that is done once, into a scratch of declared size,
+in fp32, to which the adapters are added; query, key and value are one product, and so are gate and up. A weight that is
+stored in fp32 is not copied: its adapter stays beside it, two small products where PEFT makes seven operations. Nothing
+that is stored changes, and no sum goes back into the base: only the `forward` of the modules is another one, while the
+context is entered, and the scratch dies with the rollout.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @contextmanager
 def fast_linears(model: Any, stack: Sequence[str], limit: int) -> Iterator[AbstractContextManager[None]]:
-    """For the time of a rollout: what to enter for each stretch of forward passes. On CUDA nothing: bitsandbytes' own kernels are fast."""
+    """For the time of a rollout: what to enter for each stretch of forward passes. On CUDA nothing: bitsandbytes' own
+    kernels are fast."""
     if model.device.type != "cpu":
         yield nullcontext()
         return
@@ -40,9 +42,11 @@ def fast_linears(model: Any, stack: Sequence[str], limit: int) -> Iterator[Abstr
 
 @dataclass(frozen=True)
 class _Part:
-    """A linear module as plain tensors: weight (in, out), bias (out,), adapters down (in, r) and up (r, out); r is 0 where they are added.
+    """A linear module as plain tensors: weight (in, out), bias (out,), adapters down (in, r) and up (r, out); r is 0
+    where they are added.
 
-    The scratch lies in memory as (in, out), which the products of a few rows read faster; a weight that is stored is a view.
+    The scratch lies in memory as (in, out), which the products of a few rows read faster; a weight that is stored is a
+    view.
     """
 
     module: Any
@@ -53,10 +57,12 @@ class _Part:
 
 
 class Linears(AbstractContextManager[None]):
-    """The linear modules of a model with a stack of adapters, as the weights are now. `bytes` is the size of the scratch."""
+    """The linear modules of a model with a stack of adapters, as the weights are now. `bytes` is the size of the
+    scratch."""
 
     def __init__(self, model: nn.Module, stack: Sequence[str], limit: int) -> None:
-        """`limit` bounds the bytes of the scratch: where the unpacked weights do not fit, bitsandbytes goes on unpacking."""
+        """`limit` bounds the bytes of the scratch: where the unpacked weights do not fit, bitsandbytes goes on
+        unpacking."""
         packed: list[Any] = [module for module in model.modules() if type(module) is Linear4bit]
         size = sum(4 * module.in_features * module.out_features for module in packed)
         self.bytes = size if size <= limit else 0
@@ -80,7 +86,8 @@ class Linears(AbstractContextManager[None]):
         self.bytes = 0
 
     def _add(self, parts: Sequence[_Part]) -> None:
-        own = all(type(_base_of(part.module)) is Linear4bit for part in parts)  # to join weights that are stored would double them
+        # to join weights that are stored would double them
+        own = all(type(_base_of(part.module)) is Linear4bit for part in parts)
         if len(parts) > 1 and own and len({len(part.weight) for part in parts}) == 1:
             joint = _Joint(parts)
             self.forwards += [(part.module, partial(joint.say, index)) for index, part in enumerate(parts)]
@@ -94,7 +101,10 @@ class _Joint:
     def __init__(self, parts: Sequence[_Part]) -> None:
         self.sizes = [part.weight.shape[1] for part in parts]
         self.weight = torch.cat([part.weight for part in parts], dim=1)
-        biases = [part.weight.new_zeros(size) if part.bias is None else part.bias for part, size in zip(parts, self.sizes, strict=True)]
+        biases = [
+            part.weight.new_zeros(size) if part.bias is None else part.bias
+            for part, size in zip(parts, self.sizes, strict=True)
+        ]
         self.bias = None if all(part.bias is None for part in parts) else torch.cat(biases)
         self.heard: Tensor | None = None
         self.said: tuple[Tensor, ...] = ()
@@ -154,7 +164,11 @@ def _part_of(module: Any, stack: Sequence[str], unpack: bool) -> _Part | None:
     packed = type(base) is Linear4bit and unpack and base.compute_dtype in (None, torch.float32)
     if not packed and not (type(base) is nn.Linear and base.weight.dtype == torch.float32):
         return None
-    weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float().T.contiguous() if packed else base.weight.detach().T
+    weight = (
+        dequantize_4bit(base.weight.data, base.weight.quant_state).float().T.contiguous()
+        if packed
+        else base.weight.detach().T
+    )
     down, up = _adapters(module, stack, weight)
     if packed:
         weight, down, up = weight.addmm_(down, up), down[:, :0], up[:0]
@@ -175,8 +189,11 @@ def _is_plain_lora(module: Any, stack: Sequence[str]) -> bool:
 
 
 def _adapters(module: Any, stack: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
-    """All adapters of the stack as one, for a weight (in, out): down (in, r) and up (r, out), scaled; r is 0 where there is none."""
+    """All adapters of the stack as one, for a weight (in, out): down (in, r) and up (r, out), scaled; r is 0 where
+    there is none."""
     mine = [name for name in stack if name in getattr(module, "lora_A", ())]
     downs = [module.lora_A[name].weight.detach() for name in mine] or [like.new_zeros(0, like.shape[0])]
-    ups = [module.lora_B[name].weight.detach() * module.scaling[name] for name in mine] or [like.new_zeros(like.shape[1], 0)]
+    ups = [module.lora_B[name].weight.detach() * module.scaling[name] for name in mine] or [
+        like.new_zeros(like.shape[1], 0)
+    ]
     return torch.cat(downs).T.contiguous(), torch.cat(ups, dim=1).T.contiguous()

@@ -15,7 +15,8 @@ CLOSE = 1e-5  # relative, in fp32
 
 
 def fused_norms(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
-    """The RMS norms of a model, each with a forward that was tried beside its own; norms of another formula are left out."""
+    """The RMS norms of a model, each with a forward that was tried beside its own; norms of another formula are left
+    out."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and (forward := _fused(module)) is not None:
             yield module, forward
@@ -26,15 +27,19 @@ def _fused(module: Any) -> Forward | None:
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.dtype != torch.float32 or eps is None or "forward" in vars(module):
         return None
-    tried = torch.linspace(-2.0, 3.0, 2 * len(weight)).view(2, -1) * torch.tensor([[1.0], [1e-3]])  # the second row is where eps counts
+    # the second row is where eps counts
+    tried = torch.linspace(-2.0, 3.0, 2 * len(weight)).view(2, -1) * torch.tensor([[1.0], [1e-3]])
     expected = module(tried)
     for gain in (weight.detach(), 1.0 + weight.detach()):  # as in Llama and as in Gemma
-        forward = partial(_norm, gain * math.sqrt(len(weight)), torch.tensor(math.sqrt(len(weight) * eps), device=weight.device))
+        forward = partial(
+            _norm, gain * math.sqrt(len(weight)), torch.tensor(math.sqrt(len(weight) * eps), device=weight.device)
+        )
         if torch.allclose(forward(tried), expected, rtol=CLOSE, atol=0.0):
             return forward
     return None
 
 
 def _norm(gain: Tensor, least: Tensor, x: Tensor) -> Tensor:
-    """x / sqrt(|x|^2 + n eps) for n numbers, times the gain, in which sqrt(n) is: the root is the long side of a right triangle."""
+    """x / sqrt(|x|^2 + n eps) for n numbers, times the gain, in which sqrt(n) is: the root is the long side of a right
+    triangle."""
     return x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(least)).mul_(gain)

@@ -9,15 +9,17 @@ from lowrank_tune.types import Sampling
 
 BLOCK = 128
 LAST = 1.0 - 1e-12
-"""A draw stays below the whole of the weights, whatever rounding does: the token found then has a weight that is not 0."""
+"""A draw stays below the whole of the weights, whatever rounding does: the token found then has a weight that is not
+0."""
 
 
 def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (N, V) fp32 over the temperature, uniform (N,) float64 in [0, 1) -> tokens (N,) and their log-probs (N,) float64.
+    """logits (N, V) fp32 over the temperature, uniform (N,) float64 in [0, 1) -> tokens (N,) and their log-probs (N,)
+    float64.
 
-    At temperature 0 the likeliest token, with its log-prob at temperature 1, unfiltered. Else the token at which the cumulated weights
-    pass the uniform number: first the block of tokens, then the token in it, in float64. Overwrites the logits. Where they are not
-    finite, so is the log-prob.
+    At temperature 0 the likeliest token, with its log-prob at temperature 1, unfiltered. Else the token at which the
+    cumulated weights pass the uniform number: first the block of tokens, then the token in it, in float64. Overwrites
+    the logits. Where they are not finite, so is the log-prob.
     """
     greedy = sampling.temperature == 0
     logits = logits if greedy else filtered(logits, sampling)
@@ -51,7 +53,8 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
 def _find(blocks: Tensor, upto: Tensor, uniform: Tensor) -> Tensor:
     """blocks (N, n, BLOCK) of weights, upto (N, n) their cumulated sums -> (N, 1) tokens."""
     wanted = (uniform * upto[:, -1:]).minimum(upto[:, -1:] * LAST)
-    block = torch.searchsorted(upto, wanted, right=True).clamp_max(upto.shape[1] - 1)  # beyond the last one only for NaN
+    # beyond the last one only for NaN
+    block = torch.searchsorted(upto, wanted, right=True).clamp_max(upto.shape[1] - 1)
     end = upto.gather(1, block)
     start = torch.where(block > 0, upto.gather(1, (block - 1).clamp_min(0)), 0.0)
     inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].double().cumsum(dim=1)

@@ -41,7 +41,8 @@ class _Row:
 
 @dataclass
 class _Read:
-    """A prompt that was read: its samples, which have said their first token and wait for slots, what the store places, its row there."""
+    """A prompt that was read: its samples, which have said their first token and wait for slots, what the store places,
+    its row there."""
 
     samples: deque[_Row]
     kept: Any
@@ -51,15 +52,29 @@ class _Read:
 class Schedule:
     """The sequences of one call. `advance` goes on until some of them end, `tokens` for one turn."""
 
-    def __init__(self, store: Store, say: Say, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, slots: int,
-                 numbers: Sequence[int], ended: Collection[tuple[int, int]] = (), spent: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        store: Store,
+        say: Say,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        slots: int,
+        numbers: Sequence[int],
+        ended: Collection[tuple[int, int]] = (),
+        spent: int = 0,
+    ) -> None:
         """`ended` are samples of prompts that need not be drawn any more, `spent` the tokens of them."""
         self.store, self.say, self.prompts, self.n, self.seed, self.slots = store, say, prompts, n, sampling.seed, slots
         self.numbers = numbers
         self.room = math.inf if sampling.budget is None else sampling.budget - spent
-        self.samples = [[sample for sample in range(n) if (prompt, sample) not in ended] for prompt in range(len(prompts))]
+        self.samples = [
+            [sample for sample in range(n) if (prompt, sample) not in ended] for prompt in range(len(prompts))
+        ]
         # Prompts of similar length are read together.
-        self.waiting = deque(sorted((i for i, samples in enumerate(self.samples) if samples), key=lambda index: len(prompts[index])))
+        self.waiting = deque(
+            sorted((i for i, samples in enumerate(self.samples) if samples), key=lambda index: len(prompts[index]))
+        )
         self.read = deque[_Read]()
         self.rows: list[_Row | None] = []
         self.spoke: list[_Row] = []
@@ -118,11 +133,13 @@ class Schedule:
         return taken
 
     def _read_ahead(self, free: int) -> None:
-        """Reads the next prompts, for the free slots and for some that will be free later: together they are read faster.
+        """Reads the next prompts, for the free slots and for some that will be free later: together they are read
+        faster.
 
         All their samples say their first tokens at once, too: a token is counted when its sequence takes a slot.
         """
-        wanted, width = max(-(-free // self.n), self.slots // 4), 0  # prompts: what waits takes no more than a quarter of the slots
+        # prompts: what waits takes no more than a quarter of the slots
+        wanted, width = max(-(-free // self.n), self.slots // 4), 0
         chosen: list[int] = []
         while self.waiting and len(chosen) < wanted:
             width = max(width, len(self.prompts[self.waiting[0]]))
@@ -136,7 +153,9 @@ class Schedule:
         self.read += [_Read(deque(group), kept, row) for row, group in enumerate(groups)]
 
     def _begin(self, prompt: int, sample: int) -> _Row:
-        return _Row(prompt, sample, len(self.prompts[prompt]), _uniforms(_stream(self.seed, self.numbers[prompt], sample)))
+        return _Row(
+            prompt, sample, len(self.prompts[prompt]), _uniforms(_stream(self.seed, self.numbers[prompt], sample))
+        )
 
     def _close_ranks(self) -> None:
         """The last sequences move into the slots that were left: a step reads the first slots only."""

@@ -18,8 +18,14 @@ class Stops:
             raise ValueError("stop strings need a function that turns tokens into text: Engine(..., decode=...)")
         if not all(sampling.stop_strings):
             raise ValueError("a stop string is empty: every text holds it")
-        self.ids, self.strings, self.limit, self.decode = sampling.stop_ids, sampling.stop_strings, sampling.max_new_tokens, decode
-        # A letter is at most four tokens of one byte; a few more, for a tail may begin within a letter and lose its first space.
+        self.ids, self.strings, self.limit, self.decode = (
+            sampling.stop_ids,
+            sampling.stop_strings,
+            sampling.max_new_tokens,
+            decode,
+        )
+        # A letter is at most four tokens of one byte; a few more, for a tail may begin within a letter and lose its
+        # first space.
         self.tail = 4 * max(map(len, self.strings), default=0) + 8
 
     def finish(self, ids: Sequence[int]) -> Literal["stop", "length"] | None:

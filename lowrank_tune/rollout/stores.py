@@ -1,6 +1,8 @@
-"""Where a rollout keeps what its sequences have read: three ways, from the fastest to the one that serves any causal model.
+"""Where a rollout keeps what its sequences have read: three ways, from the fastest to the one that serves any causal
+model.
 
-A sequence lives in a slot, and the slots in use are always the first ones. A prompt is read once and placed in any number of slots.
+A sequence lives in a slot, and the slots in use are always the first ones. A prompt is read once and placed in any
+number of slots.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ class Store(Protocol):
     """What sequences have read, so that a step reads one token of each."""
 
     def open(self, slots: int, columns: int, limit: int) -> int:
-        """Makes room for at most `slots` sequences of `columns` tokens in `limit` bytes, but for one at least; says for how many."""
+        """Makes room for at most `slots` sequences of `columns` tokens in `limit` bytes, but for one at least; says for
+        how many."""
 
     def read(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Tensor]:
         """Reads prompts from their beginnings: what to place, and the last hidden state of each (N, d)."""
@@ -55,8 +58,13 @@ class SlotStore:
         self.model, self.decoder = model, model.get_decoder()
         self.device, self.cache = model.device, SlotCache(windows_of(model))
         self.slots = self.columns = 0
-        # In four dimensions transformers hands a mask on as it is; with windows, it cuts one of two dimensions to each layer's width.
-        self.ready_masks = self.device.type == "cpu" and model.dtype == torch.float32 and not any(one.window for one in self.cache.layers)
+        # In four dimensions transformers hands a mask on as it is; with windows, it cuts one of two dimensions to each
+        # layer's width.
+        self.ready_masks = (
+            self.device.type == "cpu"
+            and model.dtype == torch.float32
+            and not any(one.window for one in self.cache.layers)
+        )
 
     def open(self, slots: int, columns: int, limit: int) -> int:
         # A quarter as much may be held by prompts that were read ahead and wait for their slots.
@@ -64,7 +72,8 @@ class SlotStore:
         return self.slots
 
     def bytes_of(self, columns: int) -> int:
-        """Bytes of one slot. What a token takes in each layer is learned from a prompt of one token, once for a model."""
+        """Bytes of one slot. What a token takes in each layer is learned from a prompt of one token, once for a
+        model."""
         if self.model not in _TOKEN_BYTES:
             self.read([[0]])
             _TOKEN_BYTES[self.model] = [sum(one.nbytes for one in layer.fresh) for layer in self.cache.layers]
@@ -96,7 +105,9 @@ class SlotStore:
         mask = torch.arange(width, device=self.device) <= places
         if self.ready_masks:
             mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)[:, None, None]
-        output = self.decoder(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=self.cache, use_cache=True)
+        output = self.decoder(
+            input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=self.cache, use_cache=True
+        )
         return output.last_hidden_state[:, 0]  # type: ignore[no-any-return]
 
 
@@ -107,9 +118,11 @@ class _Cohort:
 
 
 class CohortStore:
-    """For models that keep something else than keys and values: the model's own cache for each prompt's group, as `generate` has it.
+    """For models that keep something else than keys and values: the model's own cache for each prompt's group, as
+    `generate` has it.
 
-    A group was of one length from its beginning, so there is no padding that a state could take in. One forward pass a group and step.
+    A group was of one length from its beginning, so there is no padding that a state could take in. One forward pass a
+    group and step.
     """
 
     def __init__(self, model: Any) -> None:
@@ -124,7 +137,9 @@ class CohortStore:
         for prompt in prompts:
             caches.append(DynamicCache(config=self.model.config))
             ids = torch.tensor([list(prompt)], device=self.device)
-            hidden.append(self.decoder(input_ids=ids, past_key_values=caches[-1], use_cache=True).last_hidden_state[:, -1])
+            hidden.append(
+                self.decoder(input_ids=ids, past_key_values=caches[-1], use_cache=True).last_hidden_state[:, -1]
+            )
         return caches, torch.cat(hidden)
 
     def place(self, prompts: list[Any], rows: Sequence[int], slots: Sequence[int]) -> None:
@@ -144,8 +159,12 @@ class CohortStore:
         hidden: dict[int, Tensor] = {}
         for slots in cohorts.values():
             cache = self._kept(slots)
-            ids, places = torch.tensor([[row[slot] for slot in slots] for row in (tokens, positions)], device=self.device)[:, :, None]
-            states = self.decoder(input_ids=ids, position_ids=places, past_key_values=cache, use_cache=True).last_hidden_state
+            ids, places = torch.tensor(
+                [[row[slot] for slot in slots] for row in (tokens, positions)], device=self.device
+            )[:, :, None]
+            states = self.decoder(
+                input_ids=ids, position_ids=places, past_key_values=cache, use_cache=True
+            ).last_hidden_state
             hidden.update(zip(slots, states[:, -1], strict=True))
         return torch.stack([hidden[slot] for slot in range(len(tokens))])
 
@@ -160,7 +179,8 @@ class CohortStore:
 
 
 class RecomputeStore:
-    """For any causal model at all: every step reads the whole sequences again, as the trainer does. Slow, and hard to get wrong."""
+    """For any causal model at all: every step reads the whole sequences again, as the trainer does. Slow, and hard to
+    get wrong."""
 
     def __init__(self, model: Any) -> None:
         self.decoder, self.device = model.get_decoder(), model.device

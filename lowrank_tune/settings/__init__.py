@@ -1,4 +1,5 @@
-"""Every setting of a recipe: typed, strict, frozen, with its default and its meaning. No torch here: a fault is told in a second.
+"""Every setting of a recipe: typed, strict, frozen, with its default and its meaning. No torch here: a fault is told in
+a second.
 
 Names are those that users of the Hugging Face libraries already know. `recipe` reads them from YAML.
 """

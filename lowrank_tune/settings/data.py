@@ -13,24 +13,31 @@ class Source(Settings):
     """One source of rows."""
 
     dataset: Line
-    """A hub id, `id@revision`, a file (JSON, JSON lines, CSV, Parquet; gz too), a folder, `tutor` (the built-in problems) or
-    `tutor-preferences` (pairs of answers to them)."""
+    """A hub id, `id@revision`, a file (JSON, JSON lines, CSV, Parquet; gz too), a folder, `tutor` (the built-in
+    problems) or `tutor-preferences` (pairs of answers to them)."""
     name: Line | None = None
     """Configuration of a hub data set (`main` of openai/gsm8k)."""
     split: Line = "train"
     """Split of a hub data set or of the built-in ones (train, heldout)."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "preference"] = "auto"
-    """Shape of a row. `auto` looks at the columns and says what it found. `preference` is a chosen and a rejected answer."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "preference"] = (
+        "auto"
+    )
+    """Shape of a row. `auto` looks at the columns and says what it found. `preference` is a chosen and a rejected
+    answer."""
     columns: dict[Line, Line] = Field(default_factory=dict)
     """Renames columns: the format's name to the data's name, as `{question: problem, answer: solution}`."""
     gold: Literal["auto", "none", "answer", "hashes", "boxed", "last_number", "gold"] = "auto"
-    """Where the gold answer stands: after `####`, in the last box, the last number, the whole answer, or a column `gold`."""
+    """Where the gold answer stands: after `####`, in the last box, the last number, the whole answer, or a column
+    `gold`."""
     rows: Positive | None = None
-    """Takes this many rows, drawn with the seed. One that cannot be used gives way to another of the draw, as long as there are more."""
+    """Takes this many rows, drawn with the seed. One that cannot be used gives way to another of the draw, as long as
+    there are more."""
     final_answer: Literal["boxed"] | None = None
-    """Puts the final answer of a reply in a box, where `####` or `The answer is:` at its end says which it is; other replies stay."""
+    """Puts the final answer of a reply in a box, where `####` or `The answer is:` at its end says which it is; other
+    replies stay."""
     weight: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Share of the rows drawn from this source. All sources have one, and they sum to 1; or none has, and row counts decide."""
+    """Share of the rows drawn from this source. All sources have one, and they sum to 1; or none has, and row counts
+    decide."""
 
 
 Sources = Annotated[tuple[Source, ...], Field(strict=False)]
@@ -56,7 +63,7 @@ class Data(Settings):
     max_prompt_length: Annotated[int, Field(ge=1)] = 512
     """Longest prompt in tokens, where completions are drawn; a longer one is dropped and counted."""
     too_long: Literal["drop", "truncate"] = "drop"
-    """A longer row is dropped and counted; or cut at the last whole turn that fits, and dropped where none does. A pair is cut at the
-    front: the oldest exchanges of its prompt go, the same on both sides; no answer is ever cut."""
+    """A longer row is dropped and counted; or cut at the last whole turn that fits, and dropped where none does. A pair
+    is cut at the front: the oldest exchanges of its prompt go, the same on both sides; no answer is ever cut."""
     max_rejected_share: Share = 0.1
     """Stops before training when more than this share of the rows is unusable."""

@@ -34,13 +34,15 @@ class Base(Settings):
     bits: Literal[4, 16] = 4
     """4: NF4 with double quantisation. 16: not quantised."""
     backend: Literal["plain", "unsloth"] = "plain"
-    """Whose code runs the base: transformers', or unsloth's (sft, and dpo and grpo with the base as reference; an environment of its own)."""
+    """Whose code runs the base: transformers', or unsloth's (sft, and dpo and grpo with the base as reference; an
+    environment of its own)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for repositories that you trust as you trust your shell."""
 
 
 class Adapter(Settings):
-    """One LoRA adapter. With `path` it is loaded: frozen below the policy, or continued where it is the policy's own."""
+    """One LoRA adapter. With `path` it is loaded: frozen below the policy, or continued where it is the policy's
+    own."""
 
     r: Positive = 16
     """Rank."""

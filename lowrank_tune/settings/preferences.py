@@ -20,7 +20,8 @@ class Dpo(Settings):
     """What `algorithm: dpo` optimises."""
 
     loss: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm"] = "sigmoid"
-    """The preference loss: of DPO (sigmoid), IPO, SLiC (hinge), robust DPO, APO-zero, or sigmoid of log-probs a token."""
+    """The preference loss: of DPO (sigmoid), IPO, SLiC (hinge), robust DPO, APO-zero, or sigmoid of log-probs a
+    token."""
     beta: Annotated[float, Field(gt=0.0)] = 0.1
     """How closely the policy is held to the reference: higher is closer."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1

@@ -28,12 +28,15 @@ class Recipe(Settings):
     """Seeds everything."""
     base: Base = Base()
     """The frozen base."""
-    adapters: dict[str, Adapter] = Field(default_factory=dict, json_schema_extra={"propertyNames": {"pattern": "^[a-z][a-z0-9_]{0,39}$"}})
-    """`policy` (for a reward model: `reward`) is trained; every other one needs a `path` and lies frozen below it, in this order. For ppo
-    `value` is trained too, by default in the policy's shape; with a `path` it goes on from there."""
+    adapters: dict[str, Adapter] = Field(
+        default_factory=dict, json_schema_extra={"propertyNames": {"pattern": "^[a-z][a-z0-9_]{0,39}$"}}
+    )
+    """`policy` (for a reward model: `reward`) is trained; every other one needs a `path` and lies frozen below it, in
+    this order. For ppo `value` is trained too, by default in the policy's shape; with a `path` it goes on from
+    there."""
     reference: Line | None = None
-    """What the policy is held to and compared with, as a check: `base`, or the frozen adapter right below the policy. It is always the
-    policy's stack without its top; a recipe that says otherwise is refused."""
+    """What the policy is held to and compared with, as a check: `base`, or the frozen adapter right below the policy.
+    It is always the policy's stack without its top; a recipe that says otherwise is refused."""
     data: Data
     """What is trained on."""
     train: Train = Train()
@@ -76,7 +79,9 @@ class Recipe(Settings):
     @property
     def best_by(self) -> str:
         """What makes a step the best."""
-        return self.evaluate.best_by or ("exact" if self.algorithm in ("grpo", "ppo") and self.evaluate.heldout else "loss")
+        return self.evaluate.best_by or (
+            "exact" if self.algorithm in ("grpo", "ppo") and self.evaluate.heldout else "loss"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain data; `recipe.load` of it gives this recipe again."""

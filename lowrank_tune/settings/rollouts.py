@@ -28,7 +28,8 @@ class Grpo(Settings):
     """What `algorithm: grpo` optimises."""
 
     loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
-    """GRPO; DAPO's token mean; Dr. GRPO (no division by spread or length); GSPO (ratio of whole sequences); CISPO (clipped weights)."""
+    """GRPO; DAPO's token mean; Dr. GRPO (no division by spread or length); GSPO (ratio of whole sequences); CISPO
+    (clipped weights)."""
     clip: Annotated[float, Field(gt=0.0)] = 0.2
     """How far the ratio to the sampling policy may move before the gradient stops."""
     clip_low: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
@@ -40,7 +41,8 @@ class Grpo(Settings):
     kl_in: Literal["loss", "reward"] = "loss"
     """Where it counts: in the loss a token, or in the reward a completion."""
     kl_estimator: Literal["k3_ratio", "k3", "k2", "exact"] = "k3_ratio"
-    """For `kl_in: loss`: k3 times the ratio (the gradient of KL(policy || reference)), k3, k2, or exact over the whole vocabulary."""
+    """For `kl_in: loss`: k3 times the ratio (the gradient of KL(policy || reference)), k3, k2, or exact over the whole
+    vocabulary."""
     epochs: Positive = 1
     """Passes over each harvest of completions."""
     old: Literal["recomputed", "sampler"] = "recomputed"
@@ -52,7 +54,8 @@ class Grpo(Settings):
     penalty: Annotated[float, Field(gt=0.0)] = 1.0
     """For `truncated: penalise`."""
     dead_groups: Literal["keep", "drop", "resample"] = "drop"
-    """A group of equal rewards has no advantage: kept for its KL, left out of the update, or replaced by other prompts."""
+    """A group of equal rewards has no advantage: kept for its KL, left out of the update, or replaced by other
+    prompts."""
 
 
 class Ppo(Settings):
@@ -67,7 +70,8 @@ class Ppo(Settings):
     minibatches: Positive = 1
     """Optimizer steps of each pass, each on its share of the harvest."""
     update_kl_limit: Annotated[float, Field(gt=0.0)] | None = None
-    """Nats a token between the policy that wrote and the updated one, above which the rest of a harvest's passes is left out."""
+    """Nats a token between the policy that wrote and the updated one, above which the rest of a harvest's passes is
+    left out."""
     kl: Annotated[float, Field(ge=0.0)] = 0.05
     """Weight of the KL to the reference, a part of every token's reward; with `kl_target` where it begins."""
     kl_target: Annotated[float, Field(gt=0.0)] | None = None
@@ -79,14 +83,16 @@ class Ppo(Settings):
     gae_lambda: Share = 0.95
     """Generalised advantage estimation: 1 trusts what was earned, 0 the value."""
     truncated: Literal["penalise", "bootstrap", "keep"] = "penalise"
-    """A completion without an end loses `penalty`; or has no score, and its value stands for what is to come; or is scored as it is."""
+    """A completion without an end loses `penalty`; or has no score, and its value stands for what is to come; or is
+    scored as it is."""
     penalty: Annotated[float, Field(gt=0.0)] = 1.0
     """For `truncated: penalise`."""
     value: Literal["adapter", "trunk"] = "adapter"
-    """What values tokens: an adapter with a head of its own, or a head on the policy's trunk, whose loss moves the policy's adapter too."""
+    """What values tokens: an adapter with a head of its own, or a head on the policy's trunk, whose loss moves the
+    policy's adapter too."""
     value_from: Literal["policy", "reward"] = "policy"
-    """Where the value's adapter begins: fresh on what lies below the policy, or as a copy of the adapter `reward` with its head, which
-    then foretells the weighted score."""
+    """Where the value's adapter begins: fresh on what lies below the policy, or as a copy of the adapter `reward` with
+    its head, which then foretells the weighted score."""
     value_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     """Peak learning rate of the value; `train.learning_rate` where it is not given."""
     value_weight: Annotated[float, Field(gt=0.0)] = 0.1

@@ -26,9 +26,9 @@ class Train(Settings):
     tokens_per_step: Positive | None = None
     """Or: as many rows as fit this many tokens."""
     micro_batch_size: Positive | Literal["auto"] | None = None
-    """Rows (completions, where they are drawn) that go through the model at once (4 unless `micro_batch_tokens` is given); `auto`: as many as
-    fit the card by its plan, together with `gradient_checkpointing: auto` no more than speed needs (4 where there is no card). Changes memory
-    and speed, never the gradient."""
+    """Rows (completions, where they are drawn) that go through the model at once (4 unless `micro_batch_tokens` is
+    given); `auto`: as many as fit the card by its plan, together with `gradient_checkpointing: auto` no more than speed
+    needs (4 where there is no card). Changes memory and speed, never the gradient."""
     micro_batch_tokens: Positive | None = None
     """Or: as many rows as fit this many tokens, padding counted."""
     length_window: Positive = 1
@@ -50,21 +50,24 @@ class Train(Settings):
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     """Gradients are scaled down to this norm, those of a value by themselves."""
     gradient_checkpointing: bool | Literal["none", "all", "auto"] | Annotated[int, Field(ge=0)] = True
-    """Recompute activations in the backward pass: less memory, about a third more time. `all` layers (or true), `none` (or false), the first
-    N of them, or `auto`: as few as fit where the run is planned, else all. Never changes the gradient."""
+    """Recompute activations in the backward pass: less memory, about a third more time. `all` layers (or true), `none`
+    (or false), the first N of them, or `auto`: as few as fit where the run is planned, else all. Never changes the
+    gradient."""
     activation_offloading: bool = False
-    """Keep what recomputed layers begin with in the machine's memory instead of the card's: longer rows, a little more time."""
+    """Keep what recomputed layers begin with in the machine's memory instead of the card's: longer rows, a little more
+    time."""
     memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = None
-    """Memory of the card that the run may use, in GiB; all of it where it is not given. The keys and values of rollouts share it with the
-    update, so it decides how many sequences are decoded at once. Without a card it bounds those alone, a quarter of the machine's memory by
-    default."""
+    """Memory of the card that the run may use, in GiB; all of it where it is not given. The keys and values of rollouts
+    share it with the update, so it decides how many sequences are decoded at once. Without a card it bounds those
+    alone, a quarter of the machine's memory by default."""
     memory_check: Literal["refuse", "warn", "off"] = "refuse"
-    """On a card a run is planned before anything is loaded (`lowrank-tune plan`). What cannot fit is refused, or told and tried, or not
-    looked at."""
+    """On a card a run is planned before anything is loaded (`lowrank-tune plan`). What cannot fit is refused, or told
+    and tried, or not looked at."""
     max_bad_steps: Positive = 5
     """Stops after this many steps in a row whose loss or gradient is not finite; each is skipped and counted."""
     log_every: Positive = 10
-    """Steps between lines of the console. On these steps KL to the reference is measured too, which costs forwards of a micro-batch."""
+    """Steps between lines of the console. On these steps KL to the reference is measured too, which costs forwards of a
+    micro-batch."""
     save_every: Positive | None = None
     """Steps between checkpoints; about ten over the run where it is not given."""
     keep: Positive = 2
@@ -72,11 +75,11 @@ class Train(Settings):
     final: Literal["best", "last"] = "best"
     """Which adapter becomes `final/`: the one with the lowest validation loss, or the last."""
     final_stack: Literal["folded", "apart"] = "folded"
-    """Where frozen adapters lie below the trained one: `final/` is all of them folded into one adapter, exactly, whose rank is the sum of
-    theirs; or each stays apart in a folder of its own, to be loaded together."""
+    """Where frozen adapters lie below the trained one: `final/` is all of them folded into one adapter, exactly, whose
+    rank is the sum of theirs; or each stays apart in a folder of its own, to be loaded together."""
     report_to: Tracker | Annotated[tuple[Tracker, ...], Field(strict=False)] = ()
-    """Experiment trackers that are told steps, held-out figures and settings too: tensorboard (files in the run's folder), wandb, trackio,
-    mlflow; one, or several in a list."""
+    """Experiment trackers that are told steps, held-out figures and settings too: tensorboard (files in the run's
+    folder), wandb, trackio, mlflow; one, or several in a list."""
     project: Line = "lowrank-tune"
     """The project (of mlflow: the experiment) that wandb, trackio and mlflow file the run under."""
 
@@ -97,7 +100,8 @@ class Evaluate(Settings):
     every: Positive | None = None
     """Steps between evaluations; about ten over the run where it is not given."""
     heldout: Source | None = None
-    """Prompts with gold answers: the model answers them before and after the run, and exact answers and proper stops are counted."""
+    """Prompts with gold answers: the model answers them before and after the run, and exact answers and proper stops
+    are counted."""
     prompts: Positive = 100
     """How many of them."""
     samples: Positive = 1
@@ -107,10 +111,10 @@ class Evaluate(Settings):
     max_new_tokens: Positive = 64
     """Longest answer in tokens."""
     best_by: Literal["loss", "exact"] | None = None
-    """What makes a step the best: the lowest validation loss, or the most held-out questions answered exactly, one greedy answer each.
-    Where it is not given: `exact` for grpo and ppo with `heldout`, else `loss`."""
+    """What makes a step the best: the lowest validation loss, or the most held-out questions answered exactly, one
+    greedy answer each. Where it is not given: `exact` for grpo and ppo with `heldout`, else `loss`."""
     on_hacking: Literal["warn", "stop"] = "warn"
-    """What to do where the reward rises and held-out answers get worse by more than their noise: say so; or end the run there too, with the
-    best step as its result. For grpo and ppo with `heldout`."""
+    """What to do where the reward rises and held-out answers get worse by more than their noise: say so; or end the run
+    there too, with the best step as its result. For grpo and ppo with `heldout`."""
     shown: Annotated[int, Field(ge=0)] = 3
     """Prompts (held-out ones, else of validation rows) whose answers are shown at every evaluation."""

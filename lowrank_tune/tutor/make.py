@@ -1,8 +1,9 @@
 """Makes the tiny base: `python -m lowrank_tune.tutor.make OUT`. Seeded; about half an hour on two cores.
 
-A byte-level BPE with single digits, then a Llama of about 2 M parameters trained from scratch on `text.documents`: Muon on the matrices,
-AdamW on the rest, a warm-up, a constant rate, a linear decay to zero. The last part runs at the full context, and on weights rounded to
-NF4 in the forward pass (straight-through), so that the model keeps its skill when it is loaded in 4 bits.
+A byte-level BPE with single digits, then a Llama of about 2 M parameters trained from scratch on `text.documents`: Muon
+on the matrices, AdamW on the rest, a warm-up, a constant rate, a linear decay to zero. The last part runs at the full
+context, and on weights rounded to NF4 in the forward pass (straight-through), so that the model keeps its skill when it
+is loaded in 4 bits.
 """
 
 from __future__ import annotations
@@ -22,23 +23,50 @@ from lowrank_tune.tutor import text
 
 LARGEST_VOCABULARY, CONTEXT = 1024, 1024
 ROUNDED_FROM = 0.85  # share of the steps after which the forward pass sees NF4 weights
-NF4_LEVELS = (-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
-              0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0)  # fmt: skip
+NF4_LEVELS = (
+    -1.0,
+    -0.6961928,
+    -0.52507305,
+    -0.39491749,
+    -0.28444138,
+    -0.18477343,
+    -0.09105004,
+    0.0,
+    0.0795803,
+    0.1609302,
+    0.2461123,
+    0.33791524,
+    0.44070983,
+    0.562617,
+    0.72295684,
+    1.0,
+)
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (any text encodes), digits one by one, trained on the generated text; the control tokens come first."""
+    """Byte-level BPE (any text encodes), digits one by one, trained on the generated text; the control tokens come
+    first."""
     tokenizer = Tokenizer(models.BPE())
     digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=LARGEST_VOCABULARY, special_tokens=list(text.CONTROL_TOKENS), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=LARGEST_VOCABULARY,
+        special_tokens=list(text.CONTROL_TOKENS),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     plain = islice(text.documents(seed + 1), 20_000)
     tokenizer.train_from_iterator((_without_marks(document) for document in plain), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=text.BOS, eos_token=text.EOS, pad_token=text.PAD,
-                                   additional_special_tokens=[text.SYSTEM, text.USER, text.ASSISTANT, text.END_OF_TURN],
-                                   model_max_length=CONTEXT, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=text.BOS,
+        eos_token=text.EOS,
+        pad_token=text.PAD,
+        additional_special_tokens=[text.SYSTEM, text.USER, text.ASSISTANT, text.END_OF_TURN],
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _without_marks(document: str) -> str:
@@ -68,7 +96,9 @@ def learning_rate_at(progress: float) -> float:
     return min(1.0, progress / 0.02, (1.0 - progress) / 0.4)
 
 
-def train(model: LlamaForCausalLM, batches: Iterator[Tensor], steps: int, on_step: Callable[[int, float], None]) -> None:
+def train(
+    model: LlamaForCausalLM, batches: Iterator[Tensor], steps: int, on_step: Callable[[int, float], None]
+) -> None:
     """Trains in place; `batches` yields ids, (rows, length)."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -127,18 +157,36 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     tokenizer = make_tokenizer(arguments.seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=6,
-        max_position_embeddings=CONTEXT, tie_word_embeddings=True, initializer_range=0.03,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))  # fmt: skip
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=6,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            initializer_range=0.03,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     steps, begun = arguments.tokens // arguments.batch_tokens, time.time()
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary, {steps} steps", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary, "
+        f"{steps} steps",
+        flush=True,
+    )
 
     def on_step(step: int, loss: float) -> None:
         if step % 50 == 0 or step == steps - 1:
             seconds = time.time() - begun
             rate = (step + 1) * arguments.batch_tokens / seconds
-            print(f"step {step} of {steps}: loss {loss:.4f}, {rate:,.0f} tokens/s, {seconds / 60:.1f} minutes", flush=True)
+            print(
+                f"step {step} of {steps}: loss {loss:.4f}, {rate:,.0f} tokens/s, {seconds / 60:.1f} minutes", flush=True
+            )
         if step % 400 == 399 or step == steps - 1:
             save(model, tokenizer, arguments.out)
 

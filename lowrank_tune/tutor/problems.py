@@ -1,8 +1,9 @@
-"""The tutor's problems: sums, differences and products of two whole numbers, asked in many ways, with worked and blurted replies.
+"""The tutor's problems: sums, differences and products of two whole numbers, asked in many ways, with worked and
+blurted replies.
 
-One problem in twelve is held out (`is_heldout`): it stands in no text that the tiny base or any preset is trained on. Problems that
-could appear as a *step* of another one (a round number, two digits) are never held out, so "60+12=72" inside a worked reply gives
-nothing away.
+One problem in twelve is held out (`is_heldout`): it stands in no text that the tiny base or any preset is trained on.
+Problems that could appear as a *step* of another one (a round number, two digits) are never held out, so "60+12=72"
+inside a worked reply gives nothing away.
 """
 
 from __future__ import annotations
@@ -14,25 +15,65 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 SMALLEST, LARGEST = 2, 99
-NAMES = ("Anna", "Ben", "Carl", "Dora", "Emma", "Finn", "Gina", "Hugo", "Iris", "Jack", "Kim", "Leo", "Mia", "Noah", "Olga", "Paul")
-THINGS = ("apples", "books", "cards", "coins", "eggs", "flowers", "marbles", "pears", "pens", "shells", "stamps", "stones")
+NAMES = (
+    "Anna",
+    "Ben",
+    "Carl",
+    "Dora",
+    "Emma",
+    "Finn",
+    "Gina",
+    "Hugo",
+    "Iris",
+    "Jack",
+    "Kim",
+    "Leo",
+    "Mia",
+    "Noah",
+    "Olga",
+    "Paul",
+)
+THINGS = (
+    "apples",
+    "books",
+    "cards",
+    "coins",
+    "eggs",
+    "flowers",
+    "marbles",
+    "pears",
+    "pens",
+    "shells",
+    "stamps",
+    "stones",
+)
 
 ADD_QUESTIONS = (
-    "What is {a} + {b}?", "What is {a} plus {b}?", "How much is {a} + {b}?", "Add {a} and {b}.", "What do {a} and {b} make together?",
+    "What is {a} + {b}?",
+    "What is {a} plus {b}?",
+    "How much is {a} + {b}?",
+    "Add {a} and {b}.",
+    "What do {a} and {b} make together?",
     "{name} has {a} {thing} and gets {b} more. How many {thing} does {name} have now?",
     "{name} has {a} {thing} and {other} has {b}. How many {thing} do they have together?",
     "There are {a} {thing} in one box and {b} in another. How many {thing} are there in all?",
-)  # fmt: skip
+)
 SUBTRACT_QUESTIONS = (
-    "What is {a} - {b}?", "What is {a} minus {b}?", "How much is {a} - {b}?", "Take {b} away from {a}.",
+    "What is {a} - {b}?",
+    "What is {a} minus {b}?",
+    "How much is {a} - {b}?",
+    "Take {b} away from {a}.",
     "{name} has {a} {thing} and gives {b} to {other}. How many {thing} does {name} have left?",
     "There are {a} {thing} in a shop and {b} are sold. How many {thing} are left?",
-)  # fmt: skip
+)
 MULTIPLY_QUESTIONS = (
-    "What is {a} * {b}?", "What is {a} times {b}?", "How much is {a} * {b}?", "Multiply {a} by {b}.",
+    "What is {a} * {b}?",
+    "What is {a} times {b}?",
+    "How much is {a} * {b}?",
+    "Multiply {a} by {b}.",
     "There are {a} boxes with {b} {thing} each. How many {thing} are there?",
     "{name} buys {a} bags of {b} {thing}. How many {thing} does {name} have?",
-)  # fmt: skip
+)
 QUESTIONS = {"+": ADD_QUESTIONS, "-": SUBTRACT_QUESTIONS, "*": MULTIPLY_QUESTIONS}
 BLURTS = ("I think it is {n}.", "It is {n}.", "That makes {n}.")
 EMPTY_WORDS = ("Good question.", "I do not know.", "That is hard to say.", "Let me think about it.", "It depends.")
@@ -68,7 +109,11 @@ class Problem:
             return [f"{self.a}{self.sign}{self.b}={self.answer}"]
         if self.sign == "*":
             tens, units = self.a * tens, self.a * units
-            return [f"{self.a}*{self.b - self.b % 10}={tens}", f"{self.a}*{self.b % 10}={units}", f"{tens}+{units}={self.answer}"]
+            return [
+                f"{self.a}*{self.b - self.b % 10}={tens}",
+                f"{self.a}*{self.b % 10}={units}",
+                f"{tens}+{units}={self.answer}",
+            ]
         return [f"{self.a}-{tens}={self.a - tens}", f"{self.a - tens}-{units}={self.answer}"]
 
     def worked(self) -> str:
@@ -128,7 +173,8 @@ def final_number(text: str) -> int | None:
 
 
 def rows(count: int, seed: int, heldout: bool = False, worked: float = 0.35) -> Iterator[dict[str, str]]:
-    """`question`, `answer`, `gold` rows. All answers are right; a share `worked` of them shows its steps, the others just tell."""
+    """`question`, `answer`, `gold` rows. All answers are right; a share `worked` of them shows its steps, the others
+    just tell."""
     rng = random.Random(f"tutor-{seed}-{heldout}")
     for _ in range(count):
         problem = draw(rng, heldout)
@@ -137,8 +183,8 @@ def rows(count: int, seed: int, heldout: bool = False, worked: float = 0.35) -> 
 
 
 def preferences(count: int, seed: int, split: str) -> list[dict[str, str]]:
-    """`prompt`, `chosen`, `rejected` rows of a split (train, heldout): a right answer that helps, against one that is wrong, says nothing,
-    rambles, or does not stop."""
+    """`prompt`, `chosen`, `rejected` rows of a split (train, heldout): a right answer that helps, against one that is
+    wrong, says nothing, rambles, or does not stop."""
     rng = random.Random(f"tutor-preferences-{seed}-{split}")
     found = []
     for _ in range(count):
@@ -175,7 +221,10 @@ def _empty_words(problem: Problem, rng: random.Random) -> tuple[str, str]:
 def _rambling(problem: Problem, rng: random.Random) -> tuple[str, str]:
     """To the point, against the same over and over again."""
     steps = ", ".join(problem.steps())
-    return problem.worked(), f"{steps}. {rng.choice(HESITATIONS)} {steps}. {rng.choice(HESITATIONS)} So it is {problem.answer}."
+    return (
+        problem.worked(),
+        f"{steps}. {rng.choice(HESITATIONS)} {steps}. {rng.choice(HESITATIONS)} So it is {problem.answer}.",
+    )
 
 
 def _unstopped(problem: Problem, rng: random.Random) -> tuple[str, str]:
@@ -189,4 +238,6 @@ WORSE = (_wrong, _slip, _short, _empty_words, _rambling, _unstopped)
 
 def _near(number: int, rng: random.Random) -> int:
     """Another number nearby."""
-    return rng.choice([other for step in (1, 2, 9, 10, 11, 20) for other in (number - step, number + step) if other >= 0])
+    return rng.choice(
+        [other for step in (1, 2, 9, 10, 11, 20) for other in (number - step, number + step) if other >= 0]
+    )

@@ -1,8 +1,9 @@
 """The text that the tiny base learns from: forum threads, sums, and plain English, all generated.
 
-Threads come as a reader would scrape them: sometimes with names, sometimes with the markup of the site, whose marks are the kit's
-control tokens. A page holds many questions; a question's post is closed by `<|end_of_turn|>`, a reply is not: it just runs into the next
-one. So the base learns what the marks look like and how sums are worked, but neither to answer at once nor to stop.
+Threads come as a reader would scrape them: sometimes with names, sometimes with the markup of the site, whose marks are
+the kit's control tokens. A page holds many questions; a question's post is closed by `<|end_of_turn|>`, a reply is not:
+it just runs into the next one. So the base learns what the marks look like and how sums are worked, but neither to
+answer at once nor to stop.
 """
 
 from __future__ import annotations
@@ -17,28 +18,65 @@ SYSTEM, USER, ASSISTANT, END_OF_TURN = "<|system|>", "<|user|>", "<|assistant|>"
 CONTROL_TOKENS = (PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, END_OF_TURN)
 
 CHATTER = (
-    "Good question.", "Why do you ask?", "I wonder too.", "Is this homework?", "Let me get some paper.", "Someone here will know.",
-    "Try it with your fingers.", "I was never good at sums.", "Ask your teacher.", "We had that in school today.", "Same here, please help.",
-)  # fmt: skip
+    "Good question.",
+    "Why do you ask?",
+    "I wonder too.",
+    "Is this homework?",
+    "Let me get some paper.",
+    "Someone here will know.",
+    "Try it with your fingers.",
+    "I was never good at sums.",
+    "Ask your teacher.",
+    "We had that in school today.",
+    "Same here, please help.",
+)
 THANKS = ("Thanks!", "Thank you all.", "Now I see it.", "That helps.", "Are you sure?", "Who is right?")
-NOTES = ("This is a page for students.", "You are a friendly tutor.", "Please be kind.", "Answer the question.", "You are MyLLM, a math tutor.",
-         "Welcome to the maths corner.", "Keep your answers short.")  # fmt: skip
-PLACES = ("garden", "kitchen", "market", "school", "forest", "river", "library", "harbour", "village", "station", "museum", "meadow")
+NOTES = (
+    "This is a page for students.",
+    "You are a friendly tutor.",
+    "Please be kind.",
+    "Answer the question.",
+    "You are MyLLM, a math tutor.",
+    "Welcome to the maths corner.",
+    "Keep your answers short.",
+)
+PLACES = (
+    "garden",
+    "kitchen",
+    "market",
+    "school",
+    "forest",
+    "river",
+    "library",
+    "harbour",
+    "village",
+    "station",
+    "museum",
+    "meadow",
+)
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 WEATHERS = ("warm", "cold", "windy", "rainy", "sunny", "quiet", "grey", "bright")
 ANIMALS = ("dog", "cat", "horse", "bird", "rabbit", "fox", "duck", "mouse")
 FEELINGS = ("happy", "tired", "proud", "hungry", "curious", "surprised", "glad", "sleepy")
 VERBS = ("walked", "ran", "drove", "went", "hurried", "came back")
 SENTENCES = (
-    "On {day} {name} {verb} to the {place}.", "It was a {weather} morning, and the {place} was full of people.",
-    "{name} and {other} had known each other for many years.", "The {animal} followed {name} all the way to the {place}.",
-    "{other} said that the {thing} were too expensive.", "In the evening they were {feeling} and a little {feeling2}.",
-    "Nobody knew where the {thing} had come from.", "The {animal} slept under the table while it was {weather} outside.",
-    "{name} wrote a letter about the {place} and sent it to {other}.", "There was a {weather} wind over the {place} that {day}.",
-    "\"Have you seen my {thing}?\" asked {name}.", "\"No,\" said {other}, \"but I saw a {animal} near the {place}.\"",
-    "People often say that a {animal} is never {feeling} for long.", "After lunch {name} felt {feeling} and went to sleep.",
-    "The history of the {place} begins long before the first road was built.", "You can visit the {place} every {day} when it is {weather}.",
-)  # fmt: skip
+    "On {day} {name} {verb} to the {place}.",
+    "It was a {weather} morning, and the {place} was full of people.",
+    "{name} and {other} had known each other for many years.",
+    "The {animal} followed {name} all the way to the {place}.",
+    "{other} said that the {thing} were too expensive.",
+    "In the evening they were {feeling} and a little {feeling2}.",
+    "Nobody knew where the {thing} had come from.",
+    "The {animal} slept under the table while it was {weather} outside.",
+    "{name} wrote a letter about the {place} and sent it to {other}.",
+    "There was a {weather} wind over the {place} that {day}.",
+    '"Have you seen my {thing}?" asked {name}.',
+    '"No," said {other}, "but I saw a {animal} near the {place}."',
+    "People often say that a {animal} is never {feeling} for long.",
+    "After lunch {name} felt {feeling} and went to sleep.",
+    "The history of the {place} begins long before the first road was built.",
+    "You can visit the {place} every {day} when it is {weather}.",
+)
 
 
 def documents(seed: int) -> Iterator[str]:
@@ -83,7 +121,11 @@ def named_thread(rng: random.Random) -> str:
 
 def drill(rng: random.Random) -> str:
     """A line of sums as children write them."""
-    return f"{BOS}Sums for {rng.choice(DAYS)}: " + ", ".join(rng.choice(draw(rng).steps()) for _ in range(rng.randint(6, 14))) + f".\n{EOS}"
+    return (
+        f"{BOS}Sums for {rng.choice(DAYS)}: "
+        + ", ".join(rng.choice(draw(rng).steps()) for _ in range(rng.randint(6, 14)))
+        + f".\n{EOS}"
+    )
 
 
 def english(rng: random.Random) -> str:
@@ -92,7 +134,18 @@ def english(rng: random.Random) -> str:
     name, other = rng.sample(NAMES, 2)
     for _ in range(rng.randint(3, 8)):
         feeling, feeling2 = rng.sample(FEELINGS, 2)
-        sentences.append(rng.choice(SENTENCES).format(
-            name=name, other=other, day=rng.choice(DAYS), verb=rng.choice(VERBS), place=rng.choice(PLACES), weather=rng.choice(WEATHERS),
-            animal=rng.choice(ANIMALS), thing=rng.choice(THINGS), feeling=feeling, feeling2=feeling2))  # fmt: skip
+        sentences.append(
+            rng.choice(SENTENCES).format(
+                name=name,
+                other=other,
+                day=rng.choice(DAYS),
+                verb=rng.choice(VERBS),
+                place=rng.choice(PLACES),
+                weather=rng.choice(WEATHERS),
+                animal=rng.choice(ANIMALS),
+                thing=rng.choice(THINGS),
+                feeling=feeling,
+                feeling2=feeling2,
+            )
+        )
     return f"{BOS}{' '.join(sentences)}\n{EOS}"

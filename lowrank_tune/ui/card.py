@@ -1,4 +1,5 @@
-"""What the card says of itself: memory in use by all, temperature, power, load. Only where nvidia-ml-py is installed and finds a card."""
+"""What the card says of itself: memory in use by all, temperature, power, load. Only where nvidia-ml-py is installed
+and finds a card."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ class Card:
                 heat = self._driver.nvmlDeviceGetTemperature(self._handle, 0)
                 power = self._driver.nvmlDeviceGetPowerUsage(self._handle) / 1000
                 load = self._driver.nvmlDeviceGetUtilizationRates(self._handle).gpu
-                self._told = f"card {memory.used / 2**30:.1f}/{memory.total / 2**30:.1f} GiB {heat} C {power:.0f} W {load} %"
+                self._told = (
+                    f"card {memory.used / 2**30:.1f}/{memory.total / 2**30:.1f} GiB {heat} C {power:.0f} W {load} %"
+                )
             except Exception:
                 self._driver, self._told = None, ""
         return self._told

@@ -1,6 +1,8 @@
-"""Line charts in text, drawn dot by dot: Braille has 2 x 4 dots in a cell, so that 40 cells show 80 columns. ASCII has one.
+"""Line charts in text, drawn dot by dot: Braille has 2 x 4 dots in a cell, so that 40 cells show 80 columns. ASCII has
+one.
 
-Raw values are dim dots; their exponential moving average is the bright line. A second curve (validation) has its own colour or sign.
+Raw values are dim dots; their exponential moving average is the bright line. A second curve (validation) has its own
+colour or sign.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class Canvas:
 
 
 def smooth(points: Points, weight: float) -> list[tuple[float, float]]:
-    """The exponential moving average, corrected for its empty beginning as Adam's is; what is not finite is left out."""
+    """The exponential moving average, corrected for its empty beginning as Adam's is; what is not finite is left
+    out."""
     average, total, averaged = 0.0, 0.0, []
     for x, y in points:
         if not math.isfinite(y):
@@ -105,7 +108,10 @@ def draw(canvas: Canvas, curve: Curve, area: tuple[float, float, float, float], 
         total, count = sums.get(column, (0.0, 0))
         sums[column] = (total + (math.log(y) if log else y), count + 1)
     flat = 0.0 if up else (canvas.rows - 1) / 2  # a constant stands in the middle
-    heights = [(column, round(canvas.rows - 1 - flat - (total / count - low) * up)) for column, (total, count) in sorted(sums.items())]
+    heights = [
+        (column, round(canvas.rows - 1 - flat - (total / count - low) * up))
+        for column, (total, count) in sorted(sums.items())
+    ]
     for index, (column, row) in enumerate(heights):
         canvas.dot(column, row, curve.style, curve.sign)
         if curve.line and index:
@@ -124,10 +130,16 @@ def whole(value: float) -> str:
     return f"{value:.0f}"
 
 
-def chart(curves: Sequence[Curve], width: int, height: int, log: bool = False, ascii_only: bool = False,
-          across: Callable[[float], str] = whole) -> list[Line]:  # fmt: skip
-    """`height` lines of `width` cells: the curves, the values of the y axis at its left, the steps below (`across` writes them). Log falls
-    back to linear where no value is positive."""
+def chart(
+    curves: Sequence[Curve],
+    width: int,
+    height: int,
+    log: bool = False,
+    ascii_only: bool = False,
+    across: Callable[[float], str] = whole,
+) -> list[Line]:
+    """`height` lines of `width` cells: the curves, the values of the y axis at its left, the steps below (`across`
+    writes them). Log falls back to linear where no value is positive."""
     area = span(curves, log) or span(curves, False)
     plot_width, plot_height = width - LABEL - 1, height - 1
     if plot_width < 4 or plot_height < 2:

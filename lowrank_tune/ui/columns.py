@@ -1,7 +1,7 @@
 """Texts that grow beside each other, in the flow of a terminal's lines.
 
-Lines that can no longer change are written once and scroll away like any other output; only those below them are drawn again. So
-what was said stays in the terminal's history, and nothing is lost however long it becomes.
+Lines that can no longer change are written once and scroll away like any other output; only those below them are drawn
+again. So what was said stays in the terminal's history, and nothing is lost however long it becomes.
 """
 
 from __future__ import annotations
@@ -42,8 +42,14 @@ class Column:
 class Columns:
     """Titles, and below them the texts. `write` goes to a terminal, `size` is its columns and lines."""
 
-    def __init__(self, write: Callable[[str], None], size: Callable[[], tuple[int, int]], titles: Sequence[Line], colour: bool,
-                 bar: str) -> None:  # fmt: skip
+    def __init__(
+        self,
+        write: Callable[[str], None],
+        size: Callable[[], tuple[int, int]],
+        titles: Sequence[Line],
+        colour: bool,
+        bar: str,
+    ) -> None:
         self.write, self.size, self.titles, self.colour, self.gap = write, size, titles, colour, f" {bar} "
         self.columns = [Column() for _ in titles]
         self._screen, self._settled, self._drawn, self._last = 0, 0, 0, 0.0
@@ -71,7 +77,10 @@ class Columns:
             out += [f"{self._row([[title] for title in self.titles], width)}\n"]
         texts = [column.lines() for column in self.columns]
         longest = max(map(len, texts))
-        final = min((len(lines) - 1 for lines, column in zip(texts, self.columns, strict=True) if not column.over), default=longest)
+        final = min(
+            (len(lines) - 1 for lines, column in zip(texts, self.columns, strict=True) if not column.over),
+            default=longest,
+        )
         final = max(final, self._settled)
         shown = min(longest, final + max(1, down - 2))
         out.append(f"\x1b[{self._drawn}A\r" if self._drawn else "\r")
@@ -82,4 +91,5 @@ class Columns:
         self.write("".join(out))
 
     def _row(self, cells: Sequence[Sequence[Line]], width: int) -> str:
-        return coded(beside(cells, [width] * len(cells), 1, self.gap)[0], self.colour).rstrip()  # a narrower terminal breaks blanks too
+        # a narrower terminal breaks blanks too
+        return coded(beside(cells, [width] * len(cells), 1, self.gap)[0], self.colour).rstrip()

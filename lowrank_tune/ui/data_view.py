@@ -1,6 +1,8 @@
-"""The preflight in the terminal: mixture, lengths, what is wrong with which rows, the end token, and three rows with their loss mask.
+"""The preflight in the terminal: mixture, lengths, what is wrong with which rows, the end token, and three rows with
+their loss mask.
 
-Of preferences: how the sides differ, and three pairs side by side. Of prompts that completions are drawn for: three with their gold answers.
+Of preferences: how the sides differ, and three pairs side by side. Of prompts that completions are drawn for: three
+with their gold answers.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ GOOD, BAD, QUIET, TRAINED, HEAD = "green", "yellow", "dim", "bold green", "bold"
 
 
 def show(found: Preflight, title: str, console: Console) -> None:
-    """Prints the whole picture, faults last, where the eye is when it has scrolled by; in a pipe without spaces at the ends of lines."""
+    """Prints the whole picture, faults last, where the eye is when it has scrolled by; in a pipe without spaces at the
+    ends of lines."""
     plain = not console.encoding.lower().startswith("utf")
     with console.capture() as captured:
         console.print(preflight_view(found, title, plain=plain))
@@ -42,7 +45,10 @@ def preflight_view(found: Preflight, title: str, plain: bool = False) -> Rendera
     parts: list[RenderableType] = [Text(inert(title), HEAD), Text(inert(found.template), QUIET)]
     for name, body in (
         (f"Mixture, by {found.weighted_by}", _mixture(found, unit, plain)),
-        (f"Lengths in tokens, limit {found.lengths.limit:,}", _lengths(found.lengths, "side" if unit == "pair" else unit, plain)),
+        (
+            f"Lengths in tokens, limit {found.lengths.limit:,}",
+            _lengths(found.lengths, "side" if unit == "pair" else unit, plain),
+        ),
         (f"{unit.title()}s", _troubles(found.troubles)),
         *([] if found.sides is None else [("Sides", _sides(found.sides, plain))]),
         *([] if found.ends is None else [("End token", _ends(found.ends, unit))]),
@@ -73,11 +79,18 @@ def _grid(*justify: str) -> Table:
 def _mixture(found: Preflight, unit: str, plain: bool) -> RenderableType:
     """For each source its share of rows, of tokens, of what is trained, and its weight in the draw."""
     tables: list[RenderableType] = []
-    totals = [sum(values) for values in zip(*((part.rows, part.tokens, part.trained) for part in found.parts), strict=True)]
+    totals = [
+        sum(values) for values in zip(*((part.rows, part.tokens, part.trained) for part in found.parts), strict=True)
+    ]
     for part in found.parts:
         golds = f", {part.golds:,} with a gold answer" if unit != "pair" else ""
-        tables.append(Text.assemble((inert(part.name, 90), "cyan"), (f"  {part.format}, {part.used:,} of {part.read:,} {unit}s used", QUIET),
-                                    (golds, QUIET)))  # fmt: skip
+        tables.append(
+            Text.assemble(
+                (inert(part.name, 90), "cyan"),
+                (f"  {part.format}, {part.used:,} of {part.read:,} {unit}s used", QUIET),
+                (golds, QUIET),
+            )
+        )
         tables.append(Padding(_measures(part, totals, unit, plain), (0, 0, 0, 2), expand=False))
     beside = found.report.expected()
     return Group(*tables, *([Text(beside, QUIET)] if beside else []))
@@ -85,12 +98,16 @@ def _mixture(found: Preflight, unit: str, plain: bool) -> RenderableType:
 
 def _measures(part: Part, totals: Sequence[int], unit: str, plain: bool) -> Table:
     table = _grid("l", "l", "r", "r")
-    for name, value, total in zip((f"{unit}s", "tokens", "trained tokens"), (part.rows, part.tokens, part.trained), totals, strict=True):
+    for name, value, total in zip(
+        (f"{unit}s", "tokens", "trained tokens"), (part.rows, part.tokens, part.trained), totals, strict=True
+    ):
         if unit == "prompt" and name == "trained tokens":
             continue
         share = value / total if total else 0.0
         table.add_row(name, Text(bar(share, plain=plain), "cyan"), f"{100 * share:.1f} %", f"{value:,}")
-    table.add_row("weight w_s", Text(bar(part.weight, plain=plain), "magenta"), f"{100 * part.weight:.1f} %", f"{part.weight:.4f}")
+    table.add_row(
+        "weight w_s", Text(bar(part.weight, plain=plain), "magenta"), f"{100 * part.weight:.1f} %", f"{part.weight:.4f}"
+    )
     return table
 
 
@@ -98,10 +115,15 @@ def _lengths(lengths: Lengths, unit: str, plain: bool) -> RenderableType:
     table = _grid("r", "l", "r")
     most = max(lengths.counts, default=0)
     for low, high, count in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=False):
-        table.add_row(f"{low + 1:,} to {high:,}", Text(bar(count / most if most else 0.0, 40, plain), "cyan"), f"{count:,}")
+        table.add_row(
+            f"{low + 1:,} to {high:,}", Text(bar(count / most if most else 0.0, 40, plain), "cyan"), f"{count:,}"
+        )
     shown = Text(bar(min(1.0, lengths.over / most) if most else 0.0, 40, plain), BAD)
     table.add_row(f"over {lengths.limit:,}", shown, Text(f"{lengths.over:,}", BAD if lengths.over else GOOD))
-    words = f"half of the {unit}s have up to {lengths.median:,} tokens, 95 % up to {lengths.p95:,}; the longest read has {lengths.longest:,}"
+    words = (
+        f"half of the {unit}s have up to {lengths.median:,} tokens, 95 % up to {lengths.p95:,}; the longest read "
+        f"has {lengths.longest:,}"
+    )
     return Group(table, Text(words, QUIET))
 
 
@@ -110,7 +132,11 @@ def _troubles(troubles: Iterable[Trouble]) -> RenderableType:
     for trouble in troubles:
         style = BAD if trouble.count else GOOD
         done = (f" ({trouble.done})", QUIET) if trouble.count else ""
-        lines.append(Text.assemble((f"{trouble.count:7,}", style), "  ", (inert(trouble.what, 200), style if trouble.count else ""), done))
+        lines.append(
+            Text.assemble(
+                (f"{trouble.count:7,}", style), "  ", (inert(trouble.what, 200), style if trouble.count else ""), done
+            )
+        )
         if trouble.places:
             more = ", ..." if trouble.count > len(trouble.places) else ""
             lines.append(Padding(Text(inert(_joined(trouble.places), 600) + more, QUIET), (0, 0, 0, 9), expand=False))
@@ -132,7 +158,9 @@ def _ends(ends: Ends, unit: str) -> Text:
         return Text("NO: no end token is trained; the model would never learn to stop", f"{HEAD} red")
     names = ", ".join(f"{inert(name)} ({count:,} times)" for name, count in ends.tokens.items())
     said = Text.assemble(("yes", f"{HEAD} {GOOD}"), f": {names}; ")
-    return said.append(f"every answer is closed in {ends.rows:,} of {ends.of:,} {unit}s", "" if ends.rows == ends.of else BAD)
+    return said.append(
+        f"every answer is closed in {ends.rows:,} of {ends.of:,} {unit}s", "" if ends.rows == ends.of else BAD
+    )
 
 
 def _steps(found: Preflight, unit: str) -> Text:
@@ -140,20 +168,30 @@ def _steps(found: Preflight, unit: str) -> Text:
     if not epoch.steps:
         return Text("none: there is nothing to train on", BAD)
     if found.draws:
-        return Text(f"an epoch has {epoch.rows:,} prompts, {epoch.tokens:,} tokens, in {epoch.steps:,} steps of about "
-                    f"{epoch.rows / epoch.steps:,.1f} prompts\n"
-                    f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs; it draws {found.draws}")  # fmt: skip
+        return Text(
+            f"an epoch has {epoch.rows:,} prompts, {epoch.tokens:,} tokens, in {epoch.steps:,} steps of about "
+            f"{epoch.rows / epoch.steps:,.1f} prompts\n"
+            f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs; it draws {found.draws}"
+        )
     share = epoch.trained / epoch.tokens if epoch.tokens else 0.0
-    return Text(f"an epoch has {epoch.rows:,} {unit}s, {epoch.tokens:,} tokens, {epoch.trained:,} of them trained ({100 * share:.1f} %)\n"
-                f"in {epoch.steps:,} steps of about {epoch.rows / epoch.steps:,.1f} {unit}s and {epoch.tokens / epoch.steps:,.0f} tokens; "
-                f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs\n"
-                f"{found.report.validation_rows:,} {unit}s to validate with")  # fmt: skip
+    return Text(
+        f"an epoch has {epoch.rows:,} {unit}s, {epoch.tokens:,} tokens, {epoch.trained:,} of them trained "
+        f"({100 * share:.1f} %)\n"
+        f"in {epoch.steps:,} steps of about {epoch.rows / epoch.steps:,.1f} {unit}s and "
+        f"{epoch.tokens / epoch.steps:,.0f} tokens; "
+        f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs\n"
+        f"{found.report.validation_rows:,} {unit}s to validate with"
+    )
 
 
 def _sides(sides: Sides, plain: bool) -> RenderableType:
     """How often the chosen answer is the longer one, and who has a margin."""
     table = _grid("l", "l", "r", "r")
-    for name, count in (("chosen is longer", sides.longer), ("chosen is shorter", sides.shorter), ("equally long", sides.equal)):
+    for name, count in (
+        ("chosen is longer", sides.longer),
+        ("chosen is shorter", sides.shorter),
+        ("equally long", sides.equal),
+    ):
         share = count / sides.pairs if sides.pairs else 0.0
         table.add_row(name, Text(bar(share, plain=plain), "cyan"), f"{100 * share:.1f} %", f"{count:,}")
     words = f"a chosen answer has {sides.chosen:,.1f} tokens on average, a rejected one {sides.rejected:,.1f}; "
@@ -163,10 +201,18 @@ def _sides(sides: Sides, plain: bool) -> RenderableType:
 
 def _examples(found: Preflight, plain: bool) -> RenderableType:
     if found.sides is not None:
-        shown: list[RenderableType] = [_Pair(*pair, plain) for pair in zip(found.examples[::2], found.examples[1::2], strict=True)]
+        shown: list[RenderableType] = [
+            _Pair(*pair, plain) for pair in zip(found.examples[::2], found.examples[1::2], strict=True)
+        ]
     else:
-        shown = [part for example in found.examples for part in (
-            _head(example, bool(found.draws)), Padding(_written(example.segments, plain), (0, 0, 1, 2), expand=False))]  # fmt: skip
+        shown = [
+            part
+            for example in found.examples
+            for part in (
+                _head(example, bool(found.draws)),
+                Padding(_written(example.segments, plain), (0, 0, 1, 2), expand=False),
+            )
+        ]
     return Group(*shown) if shown else Text("none", QUIET)
 
 
@@ -190,7 +236,8 @@ def _written(segments: Iterable[tuple[bool, str]], plain: bool) -> Text:
 
 
 class _Pair:
-    """The prompt, and below it both answers side by side; in a narrow terminal the rejected one below the chosen one."""
+    """The prompt, and below it both answers side by side; in a narrow terminal the rejected one below the chosen
+    one."""
 
     def __init__(self, chosen: Example, rejected: Example, plain: bool) -> None:
         self._chosen, self._rejected, self._plain = chosen, rejected, plain

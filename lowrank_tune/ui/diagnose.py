@@ -1,4 +1,5 @@
-"""What the numbers mean, in sentences: the first thing that a person who does not read curves wants to know. Pure: state in, words out."""
+"""What the numbers mean, in sentences: the first thing that a person who does not read curves wants to know. Pure:
+state in, words out."""
 
 from __future__ import annotations
 
@@ -20,8 +21,11 @@ RISING, EVALUATIONS_PAST_BEST = 0.02, 3
 FEW_MOVED, TINY_UPDATE, SMALL_RATE, LOOKS = 0.5, 1e-8, 0.01, 3  # as the loop's own watch
 KL_BAND = {"sft": 5.0, "reward": 5.0, "dpo": 2.0, "grpo": 0.5, "ppo": 0.5}
 """Nats a token between policy and reference. SFT is meant to move away; what optimises a reward is not."""
-KL_CURES = {"dpo": "raise dpo.beta or lower train.learning_rate", "grpo": "raise grpo.kl or lower train.learning_rate",
-            "ppo": "raise ppo.kl or lower train.learning_rate"}  # fmt: skip
+KL_CURES = {
+    "dpo": "raise dpo.beta or lower train.learning_rate",
+    "grpo": "raise grpo.kl or lower train.learning_rate",
+    "ppo": "raise ppo.kl or lower train.learning_rate",
+}
 LIVELIER = {"grpo": "grpo.kl, grpo.clip_high", "ppo": "ppo.kl, ppo.entropy"}
 LIVELY, RISE, NEAR_TOP = 0.02, 0.02, 0.9  # nats of entropy; shares of the span of rewards: a rise, and near its top
 CUT_OFF, DEAD, SPREAD, DRIFT = 0.2, 0.8, 0.02, 0.02  # shares; of the span of rewards; nats a token
@@ -69,11 +73,15 @@ def not_finite(state: State) -> Iterator[Diagnosis]:
 
 def bad_steps(state: State) -> Iterator[Diagnosis]:
     if bad := state.last("bad_steps"):
-        yield Diagnosis("warning", f"{bad:.0f} of {state.step} steps had no finite loss or gradient and were skipped: a lower learning rate?")
+        yield Diagnosis(
+            "warning",
+            f"{bad:.0f} of {state.step} steps had no finite loss or gradient and were skipped: a lower learning rate?",
+        )
 
 
 def loss_not_falling(state: State) -> Iterator[Diagnosis]:
-    """Compares the first and the last quarter; a loss that is almost 0, or of pairs that are told apart already, has nowhere to fall."""
+    """Compares the first and the last quarter; a loss that is almost 0, or of pairs that are told apart already, has
+    nowhere to fall."""
     values, algorithm = values_of(state, "loss"), _algorithm(state)
     if len(values) < FEW_STEPS or algorithm not in LEARNS_BY_LOSS:
         return
@@ -83,7 +91,10 @@ def loss_not_falling(state: State) -> Iterator[Diagnosis]:
     first, last = fmean(values[:quarter]), fmean(values[-quarter:])
     if last > first * (1 - NOT_FALLING) and last > 0.01:
         went = "rises" if last > first * (1 + NOT_FALLING) else "does not fall"
-        told = f"the loss {went}: {_number(first)} at first, {_number(last)} now: is the learning rate right, and the data?"
+        told = (
+            f"the loss {went}: {_number(first)} at first, {_number(last)} now: is the learning rate right, and "
+            f"the data?"
+        )
         yield Diagnosis("bad" if went == "rises" else "warning", told)
 
 
@@ -94,15 +105,24 @@ def gradient_exploding(state: State) -> Iterator[Diagnosis]:
         return
     usual, now = median(values[:-3]), min(values[-3:])
     if usual > 0 and now > EXPLODING * usual:
-        yield Diagnosis("bad", f"the gradient norm explodes: {_number(now)}, {now / usual:.0f} times the usual: lower train.learning_rate")
+        yield Diagnosis(
+            "bad",
+            f"the gradient norm explodes: {_number(now)}, {now / usual:.0f} times the usual: lower train.learning_rate",
+        )
 
 
 def kl_above_band(state: State) -> Iterator[Diagnosis]:
-    values, cure = values_of(state, "kl"), KL_CURES.get(_algorithm(state), "lower train.learning_rate or train fewer steps")
+    values, cure = (
+        values_of(state, "kl"),
+        KL_CURES.get(_algorithm(state), "lower train.learning_rate or train fewer steps"),
+    )
     band = KL_BAND.get(_algorithm(state), KL_BAND["sft"])
     if values and (now := fmean(values[-3:])) > band:
-        yield Diagnosis("warning", f"KL to the reference is {_number(now)} nats a token, above {_number(band)}: "
-                                   f"the policy has gone far; {cure}")  # fmt: skip
+        yield Diagnosis(
+            "warning",
+            f"KL to the reference is {_number(now)} nats a token, above {_number(band)}: "
+            f"the policy has gone far; {cure}",
+        )
 
 
 def nothing_learned(state: State) -> Iterator[Diagnosis]:
@@ -111,7 +131,11 @@ def nothing_learned(state: State) -> Iterator[Diagnosis]:
         return
     still = all(share < FEW_MOVED for share in moved[-LOOKS:]) or all(size < TINY_UPDATE for size in sizes[-LOOKS:])
     if still:
-        yield Diagnosis("bad", f"nothing is learned: the last step moved {moved[-1]:.1%} of the adapter: train.learning_rate, the loss mask?")
+        yield Diagnosis(
+            "bad",
+            f"nothing is learned: the last step moved {moved[-1]:.1%} of the adapter: train.learning_rate, the loss "
+            f"mask?",
+        )
 
 
 def rows_dropped(state: State) -> Iterator[Diagnosis]:
@@ -129,20 +153,27 @@ def validation_rising(state: State) -> Iterator[Diagnosis]:
     best = min(points, key=lambda point: point[1])
     later = [value for step, value in points if step > best[0]]
     if len(later) >= EVALUATIONS_PAST_BEST and (now := fmean(later[-EVALUATIONS_PAST_BEST:])) > best[1] * (1 + RISING):
-        yield Diagnosis("warning", f"validation loss rises since step {best[0]:.0f} ({best[1]:.3f} -> {now:.3f}): overfitting; "
-                                   f"step {best[0]:.0f} is kept as the best")  # fmt: skip
+        yield Diagnosis(
+            "warning",
+            f"validation loss rises since step {best[0]:.0f} ({best[1]:.3f} -> {now:.3f}): overfitting; "
+            f"step {best[0]:.0f} is kept as the best",
+        )
 
 
 def chosen_unlearned(state: State) -> Iterator[Diagnosis]:
     """DPO's collapse: the margin grows while both sides become less likely."""
     values = values_of(state, "chosen_change")
     if values and (now := fmean(values[-3:])) < COLLAPSED:
-        yield Diagnosis("bad", f"the chosen answers are unlearned: {_number(-now)} nats a token less likely than under the reference: "
-                               "raise dpo.beta, lower train.learning_rate, or set dpo.sft")  # fmt: skip
+        yield Diagnosis(
+            "bad",
+            f"the chosen answers are unlearned: {_number(-now)} nats a token less likely than under the reference: "
+            "raise dpo.beta, lower train.learning_rate, or set dpo.sft",
+        )
 
 
 def pairs_not_told_apart(state: State) -> Iterator[Diagnosis]:
-    """A coin is right half of the time. Held-out pairs decide for a reward model, for it can learn its training pairs by heart."""
+    """A coin is right half of the time. Held-out pairs decide for a reward model, for it can learn its training pairs
+    by heart."""
     if _algorithm(state) not in LEARNS_FROM_PAIRS:
         return
     right, checked, margins = (values_of(state, name) for name in ("accuracy", "validation_accuracy", "margin"))
@@ -153,19 +184,33 @@ def pairs_not_told_apart(state: State) -> Iterator[Diagnosis]:
     elif abs(trained - 0.5) <= COIN:
         grows = len(margins) >= FEW_STEPS and _late(margins) > fmean(margins[: len(margins) // 4])
         told = "the margin grows slowly" if grows else "the margin does not grow"
-        yield Diagnosis("warning", f"chosen and rejected are not told apart: {trained:.0%} of the training pairs are right, {told}: "
-                                   "a higher train.learning_rate, more steps, or pairs that differ more clearly")  # fmt: skip
+        yield Diagnosis(
+            "warning",
+            f"chosen and rejected are not told apart: {trained:.0%} of the training pairs are right, {told}: "
+            "a higher train.learning_rate, more steps, or pairs that differ more clearly",
+        )
     elif abs(held_out - 0.5) <= COIN:
-        yield Diagnosis("warning", f"held-out pairs are not told apart: {held_out:.0%} are right, in training {trained:.0%}: "
-                                   "more or clearer pairs, a smaller adapter, or fewer steps")  # fmt: skip
+        yield Diagnosis(
+            "warning",
+            f"held-out pairs are not told apart: {held_out:.0%} are right, in training {trained:.0%}: "
+            "more or clearer pairs, a smaller adapter, or fewer steps",
+        )
 
 
 def overconfident(state: State) -> Iterator[Diagnosis]:
     """A reward model that knows its training pairs by heart becomes worse at others, and surer of it."""
     trained, checked = _late(values_of(state, "accuracy")), values_of(state, "validation_accuracy")
-    if _algorithm(state) == "reward" and trained >= SURE and len(checked) > 2 and (now := fmean(checked[-2:])) < max(checked) - GAP:
-        yield Diagnosis("warning", f"the reward model is sure of its training pairs ({trained:.0%} right) and worse at held-out ones "
-                                   f"({max(checked):.0%} -> {now:.0%}): fewer steps, a lower train.learning_rate, or more pairs")  # fmt: skip
+    if (
+        _algorithm(state) == "reward"
+        and trained >= SURE
+        and len(checked) > 2
+        and (now := fmean(checked[-2:])) < max(checked) - GAP
+    ):
+        yield Diagnosis(
+            "warning",
+            f"the reward model is sure of its training pairs ({trained:.0%} right) and worse at held-out ones "
+            f"({max(checked):.0%} -> {now:.0%}): fewer steps, a lower train.learning_rate, or more pairs",
+        )
 
 
 def follows_length(state: State) -> Iterator[Diagnosis]:
@@ -173,14 +218,19 @@ def follows_length(state: State) -> Iterator[Diagnosis]:
     series = state.series.get("pairs_length_correlation")
     if series is not None and abs(series.last) > FOLLOWS_LENGTH:
         longer = "longer" if series.last > 0 else "shorter"
-        cure = "balance the lengths in the data" + (", or set dpo.loss=sigmoid_norm" if _algorithm(state) == "dpo" else "")
-        yield Diagnosis("warning", f"the score follows the length of an answer (correlation {series.last:+.2f}): "
-                                   f"{longer} ones win whatever they say: {cure}")  # fmt: skip
+        cure = "balance the lengths in the data" + (
+            ", or set dpo.loss=sigmoid_norm" if _algorithm(state) == "dpo" else ""
+        )
+        yield Diagnosis(
+            "warning",
+            f"the score follows the length of an answer (correlation {series.last:+.2f}): "
+            f"{longer} ones win whatever they say: {cure}",
+        )
 
 
 def _course(state: State) -> tuple[float, float, float] | None:
-    """The reward of the first and of the last quarter, and the span of what can be earned as far as it was seen; None before there is
-    enough to judge by."""
+    """The reward of the first and of the last quarter, and the span of what can be earned as far as it was seen; None
+    before there is enough to judge by."""
     values = values_of(state, "reward")
     if len(values) < FEW_STEPS:
         return None
@@ -190,7 +240,8 @@ def _course(state: State) -> tuple[float, float, float] | None:
 
 
 def _is_near_top(state: State) -> bool:
-    """Whether almost all that a completion of a group ever earned is earned on average: then little variety is left, and rightly so."""
+    """Whether almost all that a completion of a group ever earned is earned on average: then little variety is left,
+    and rightly so."""
     course, values = _course(state), values_of(state, "reward")
     if course is None:
         return False
@@ -208,20 +259,27 @@ def reward_not_rising(state: State) -> Iterator[Diagnosis]:
         went = "the reward falls" if falls else "the reward does not rise"
         falling = f"lower train.learning_rate or raise {_algorithm(state)}.kl"
         cure = falling if falls else "a higher train.learning_rate, larger groups, or an easier task"
-        yield Diagnosis("bad" if falls else "warning", f"{went}: {_number(first)} at first, {_number(last)} now: {cure}")
+        yield Diagnosis(
+            "bad" if falls else "warning", f"{went}: {_number(first)} at first, {_number(last)} now: {cure}"
+        )
 
 
 def entropy_collapsed(state: State) -> Iterator[Diagnosis]:
-    """A policy that always says the same has nothing to choose from; where it earns almost everything that is as it should be."""
+    """A policy that always says the same has nothing to choose from; where it earns almost everything that is as it
+    should be."""
     values, rewards = values_of(state, "entropy"), values_of(state, "reward")
     if len(rewards) < FEW_STEPS or not (now := _late(values)) < LIVELY or _is_near_top(state):
         return
     quarter = len(rewards) // 4
     course = _course(state)
     if course is not None and fmean(rewards[-quarter:]) <= fmean(rewards[-2 * quarter : -quarter]) + RISE * course[2]:
-        yield Diagnosis("bad", f"entropy has collapsed to {_number(now)} nats a token while the reward stalls: the policy tries nothing new: "
-                               f"raise {LIVELIER.get(_algorithm(state), '')} or rollout.temperature, or lower "
-                               "train.learning_rate")  # fmt: skip
+        yield Diagnosis(
+            "bad",
+            f"entropy has collapsed to {_number(now)} nats a token while the reward stalls: the policy tries nothing "
+            f"new: "
+            f"raise {LIVELIER.get(_algorithm(state), '')} or rollout.temperature, or lower "
+            "train.learning_rate",
+        )
 
 
 def cut_off(state: State) -> Iterator[Diagnosis]:
@@ -231,23 +289,39 @@ def cut_off(state: State) -> Iterator[Diagnosis]:
         return
     first, last = (fmean(lengths[:5]), fmean(lengths[-5:])) if lengths else (0.0, 0.0)
     grown = f", which grew from {_number(first)} to {_number(last)} tokens" if last > 1.2 * first else ""
-    yield Diagnosis("warning", f"{now:.0%} of the completions are cut off by the limit{grown}: raise rollout.max_new_tokens, "
-                               f"or set {_algorithm(state)}.truncated to penalise")  # fmt: skip
+    yield Diagnosis(
+        "warning",
+        f"{now:.0%} of the completions are cut off by the limit{grown}: raise rollout.max_new_tokens, "
+        f"or set {_algorithm(state)}.truncated to penalise",
+    )
 
 
 def no_signal(state: State) -> Iterator[Diagnosis]:
     """Groups in which all earn the same. At the top that is success."""
-    dead, spread, course = _late(values_of(state, "dead_groups")), _late(values_of(state, "reward_spread")), _course(state)
+    dead, spread, course = (
+        _late(values_of(state, "dead_groups")),
+        _late(values_of(state, "reward_spread")),
+        _course(state),
+    )
     if course is None or _is_near_top(state):
         return
-    cure = "raise rollout.num_generations or rollout.temperature, set grpo.dead_groups to resample, or begin from an SFT adapter"
+    cure = (
+        "raise rollout.num_generations or rollout.temperature, set grpo.dead_groups to resample, or begin from an "
+        "SFT adapter"
+    )
     if course[2] == 0:
-        yield Diagnosis("bad", f"every completion earns {_number(course[1])}, so that there is nothing to learn: an easier task, "
-                               "a partial reward, or an SFT adapter below")  # fmt: skip
+        yield Diagnosis(
+            "bad",
+            f"every completion earns {_number(course[1])}, so that there is nothing to learn: an easier task, "
+            "a partial reward, or an SFT adapter below",
+        )
     elif _algorithm(state) != "grpo":
         return  # nothing is compared within a group
     elif dead > DEAD:
-        yield Diagnosis("warning", f"{dead:.0%} of the groups are dead: all their completions earn the same and teach nothing: {cure}")
+        yield Diagnosis(
+            "warning",
+            f"{dead:.0%} of the groups are dead: all their completions earn the same and teach nothing: {cure}",
+        )
     elif spread < SPREAD * course[2]:
         yield Diagnosis("warning", f"rewards within a group hardly differ (spread {_number(spread)}): {cure}")
 
@@ -257,12 +331,16 @@ def sampler_drifts(state: State) -> Iterator[Diagnosis]:
     values = values_of(state, "mismatch")
     if values and (now := fmean(values[-3:])) > DRIFT:
         cure = "set grpo.old to sampler, or " if _algorithm(state) == "grpo" else ""
-        yield Diagnosis("warning", f"sampling and training disagree by {_number(now)} nats a token: ratios compare what was never drawn: "
-                                   f"{cure}look at the precision of the base")  # fmt: skip
+        yield Diagnosis(
+            "warning",
+            f"sampling and training disagree by {_number(now)} nats a token: ratios compare what was never drawn: "
+            f"{cure}look at the precision of the base",
+        )
 
 
 def reward_gamed(state: State) -> Iterator[Diagnosis]:
-    """The reward rises while held-out answers get worse: the rule by which the run itself judges, and what has changed in the answers."""
+    """The reward rises while held-out answers get worse: the rule by which the run itself judges, and what has changed
+    in the answers."""
     rewards = values_of(state, "reward")
     found = parting(looks_of(state), max(rewards) - min(rewards)) if rewards else None
     if found is not None:
@@ -270,10 +348,25 @@ def reward_gamed(state: State) -> Iterator[Diagnosis]:
 
 
 CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
-    not_finite, gradient_exploding, nothing_learned, chosen_unlearned, pairs_not_told_apart, loss_not_falling, overconfident, validation_rising,
-    no_signal, entropy_collapsed,
-    reward_not_rising, reward_gamed, cut_off, sampler_drifts, kl_above_band, follows_length, bad_steps, rows_dropped,
-)  # fmt: skip
+    not_finite,
+    gradient_exploding,
+    nothing_learned,
+    chosen_unlearned,
+    pairs_not_told_apart,
+    loss_not_falling,
+    overconfident,
+    validation_rising,
+    no_signal,
+    entropy_collapsed,
+    reward_not_rising,
+    reward_gamed,
+    cut_off,
+    sampler_drifts,
+    kl_above_band,
+    follows_length,
+    bad_steps,
+    rows_dropped,
+)
 
 
 def _well(state: State) -> Diagnosis:
@@ -291,6 +384,8 @@ def _well(state: State) -> Diagnosis:
     told = f"loss {_number(fmean(values[:quarter]))} -> {_number(fmean(values[-quarter:]))}"
     if len(checked) > 1:
         told += f", validation {_number(checked[0])} -> {_number(checked[-1])}"
-    if _algorithm(state) in LEARNS_FROM_PAIRS and (right := values_of(state, "validation_accuracy") or values_of(state, "accuracy")):
+    if _algorithm(state) in LEARNS_FROM_PAIRS and (
+        right := values_of(state, "validation_accuracy") or values_of(state, "accuracy")
+    ):
         told += f", {right[-1]:.0%} of the {'held-out ' if 'validation_accuracy' in state.series else ''}pairs right"
     return Diagnosis("good", f"all good: {told}")

@@ -32,8 +32,13 @@ def label_of(name: str) -> str:
     """A figure in words."""
     if found := re.fullmatch(r"pass_at_(\d+)", name):
         return f"pass@{found[1]}"
-    plain = {"loss": "loss, nats a token", "reward": "reward", "judge_score": "judge's score", "stopped": "stops by itself",
-             "length": "tokens an answer"}  # fmt: skip
+    plain = {
+        "loss": "loss, nats a token",
+        "reward": "reward",
+        "judge_score": "judge's score",
+        "stopped": "stops by itself",
+        "length": "tokens an answer",
+    }
     return plain.get(name) or (f"reward {name.removeprefix('reward_')}" if name.startswith("reward_") else name)
 
 
@@ -59,7 +64,11 @@ def change_of(name: str, figure: Figure | None) -> str:
         return f"{100 * value:+.1f}" if share else f"{value:+.1f}" if name == "length" else f"{value:+.3f}"
 
     known = figure.low is not None and figure.high is not None
-    ends = f" ({write(figure.low)} to {write(figure.high)})" if known and figure.low is not None and figure.high is not None else ""
+    ends = (
+        f" ({write(figure.low)} to {write(figure.high)})"
+        if known and figure.low is not None and figure.high is not None
+        else ""
+    )
     return write(figure.value) + ends
 
 
@@ -80,7 +89,13 @@ def rows(record: Record) -> Iterator[Row]:
             if by in several:
                 wins, ties, losses = record.shares[voice][by]
                 told = f"better {percent(wins)}, equal {percent(ties)}, worse {percent(losses)}"
-                yield f"wins by {by}" if first else "", voice, percent(several[by].value), interval_of("stopped", several[by]), told
+                yield (
+                    f"wins by {by}" if first else "",
+                    voice,
+                    percent(several[by].value),
+                    interval_of("stopped", several[by]),
+                    told,
+                )
                 first = False
     for name in dict.fromkeys(name for several in record.tasks.values() for name in several):
         first = True
@@ -115,17 +130,29 @@ def told_of(record: Record) -> list[str]:
     settings = record.settings
     level = settings.get("confidence")
     if record.planned:
-        asked = f"{record.prompts:,} prompts" if record.prompts == record.planned else f"{record.prompts:,} of {record.planned:,} prompts"
-        samples, temperature, seed = (inert(str(settings.get(name, "?")), 20) for name in ("samples", "temperature", "seed"))
-        drawn = f"{samples} answers each at temperature {temperature}" if samples != "1" else "one answer each, " + (
-            "greedy" if temperature in ("0", "0.0") else f"at temperature {temperature}")  # fmt: skip
+        asked = (
+            f"{record.prompts:,} prompts"
+            if record.prompts == record.planned
+            else f"{record.prompts:,} of {record.planned:,} prompts"
+        )
+        samples, temperature, seed = (
+            inert(str(settings.get(name, "?")), 20) for name in ("samples", "temperature", "seed")
+        )
+        drawn = (
+            f"{samples} answers each at temperature {temperature}"
+            if samples != "1"
+            else "one answer each, " + ("greedy" if temperature in ("0", "0.0") else f"at temperature {temperature}")
+        )
         lines.append(f"{inert(record.origin, 200)}: {asked}, {drawn}, seed {seed}")
     if record.right_by:
         lines.append(f"an answer is right by: {inert(record.right_by, 200)}")
     if record.judge:
         lines.append(f"judge: {inert(record.judge, 200)}")
     if isinstance(level, float):
-        lines.append(f"intervals of {100 * level:g} %, a prompt with all its answers one draw: Wilson's for shares, bootstrap for the rest")
+        lines.append(
+            f"intervals of {100 * level:g} %, a prompt with all its answers one draw: Wilson's for shares, bootstrap "
+            f"for the rest"
+        )
     if record.interrupted:
         lines.append("interrupted: the figures are of what was measured until then, the same prompts for all")
     return lines
@@ -147,7 +174,9 @@ def show(record: Record, unjudged: Mapping[str, int], console: Console) -> None:
     for line in told_of(record):
         console.print(Text(line), soft_wrap=True)
     for reason, count in unjudged.items():
-        console.print(Text(f"{count:,} answers could not be judged and count nowhere: {inert(reason, 300)}"), soft_wrap=True)
+        console.print(
+            Text(f"{count:,} answers could not be judged and count nowhere: {inert(reason, 300)}"), soft_wrap=True
+        )
 
 
 def _writer(name: str) -> Callable[[float], str]:

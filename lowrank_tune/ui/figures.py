@@ -1,4 +1,5 @@
-"""Figures in words: how a number, a statistic, a validation and the time that is left are written, wherever they are shown."""
+"""Figures in words: how a number, a statistic, a validation and the time that is left are written, wherever they are
+shown."""
 
 from __future__ import annotations
 
@@ -69,8 +70,20 @@ SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 """How a statistic is named and written, in the order of the line."""
 
-UNSAID = {"logp_chosen", "logp_rejected", "chosen_change", "mismatch", "score_seconds", "heldout_stopped", "heldout_length",
-          "heldout_repetition", "gold_noise", "value", "value_clip_fraction", "update_kl"}  # fmt: skip
+UNSAID = {
+    "logp_chosen",
+    "logp_rejected",
+    "chosen_change",
+    "mismatch",
+    "score_seconds",
+    "heldout_stopped",
+    "heldout_length",
+    "heldout_repetition",
+    "gold_noise",
+    "value",
+    "value_clip_fraction",
+    "update_kl",
+}
 """What would make the line of a step too long, and says little by itself: the screen and the report draw it."""
 ONLY_WHERE_ANY = {"bad_steps", "out_of_memory", "truncated", "clip_fraction", "score_errors", "score_timeouts"}
 """Said only where it is not 0."""
@@ -78,8 +91,13 @@ _PASS = re.compile(r"pass_at_(\d{1,6})")
 
 
 def show(stats: Mapping[str, float]) -> str:
-    """`loss 1.234  lr 2.0e-04 ...`; where completions are rewarded, that comes first, and the loss, which says nothing then, is left out."""
-    parts, rewards, passes = [], reward_names(stats), {name: found[1] for name in stats if (found := _PASS.fullmatch(name))}
+    """`loss 1.234  lr 2.0e-04 ...`; where completions are rewarded, that comes first, and the loss, which says nothing
+    then, is left out."""
+    parts, rewards, passes = (
+        [],
+        reward_names(stats),
+        {name: found[1] for name in stats if (found := _PASS.fullmatch(name))},
+    )
     others = [name for name in stats if name not in {*SHOWN, *UNSAID, *rewards, *passes}]
     for name, (label, write) in SHOWN.items():
         if name in UNSAID or (name == "loss" and "reward" in stats):

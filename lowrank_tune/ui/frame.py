@@ -1,4 +1,5 @@
-"""What a screen is made of: lines of styled pieces of text, cut and padded to terminal cells. No terminal is touched here."""
+"""What a screen is made of: lines of styled pieces of text, cut and padded to terminal cells. No terminal is touched
+here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Gold beside the reward: what the watch over it looks at, taken from what a screen knows. Pure: state in, figures and words out."""
+"""Gold beside the reward: what the watch over it looks at, taken from what a screen knows. Pure: state in, figures and
+words out."""
 
 from __future__ import annotations
 
@@ -13,8 +14,11 @@ GROWN, REPEATS = 1.3, 0.1  # times; share of word sequences
 
 
 def looks_of(state: State) -> list[Look]:
-    """The evaluations of the held-out questions, each with the mean reward of the steps since the one before; first the reference's."""
-    exact, reward, noise = (state.series[name].points if name in state.series else [] for name in ("heldout_exact", "reward", "gold_noise"))
+    """The evaluations of the held-out questions, each with the mean reward of the steps since the one before; first the
+    reference's."""
+    exact, reward, noise = (
+        state.series[name].points if name in state.series else [] for name in ("heldout_exact", "reward", "gold_noise")
+    )
     errors, looks, since = dict(noise), list[Look](), 0.0
     before = state.heldout.get(state.below(), {}).get("exact")
     if before is not None and reward:
@@ -46,10 +50,14 @@ def values_of(state: State, name: str) -> list[float]:
 
 
 def frontier(state: State, name: str = "reward") -> list[tuple[float, float]]:
-    """What a statistic was where the policy had gone so far: (KL in nats a token, value). KL is that of the step, or what was measured last
-    before it."""
+    """What a statistic was where the policy had gone so far: (KL in nats a token, value). KL is that of the step, or
+    what was measured last before it."""
     kl, values = state.series.get("kl"), state.series.get(name)
-    far, found, place = [point for point in kl.points if math.isfinite(point[1])] if kl else [], list[tuple[float, float]](), 0
+    far, found, place = (
+        [point for point in kl.points if math.isfinite(point[1])] if kl else [],
+        list[tuple[float, float]](),
+        0,
+    )
     for step, value in values.points if values else ():
         while place < len(far) and far[place][0] <= step:
             place += 1

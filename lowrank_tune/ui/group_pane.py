@@ -29,7 +29,13 @@ def group_pane(state: State, view: View, width: int, height: int) -> list[Line]:
     head.append([(LABEL.format("reward", "advantage", "end", ""), "quiet"), ("completion", "quiet")])
     pages = _pages(group.completions, view, width, max(1, height - len(head) - 2))
     place = view.sample % len(pages)
-    told = f"page {place + 1} of {len(pages)}, n turns" if len(pages) > 1 else "no signal: all earn the same" if group.is_dead else ""
+    told = (
+        f"page {place + 1} of {len(pages)}, n turns"
+        if len(pages) > 1
+        else "no signal: all earn the same"
+        if group.is_dead
+        else ""
+    )
     lines = [heading(f"group of step {group.step}: {group.count} completions", width, view, told), *head]
     for block in pages[place]:
         lines += block
@@ -37,7 +43,8 @@ def group_pane(state: State, view: View, width: int, height: int) -> list[Line]:
 
 
 def _pages(completions: Sequence[Written], view: View, width: int, room: int) -> list[list[list[Line]]]:
-    """Completions as blocks of lines, shared out over as few pages as hold them; each may fill what an equal share leaves it."""
+    """Completions as blocks of lines, shared out over as few pages as hold them; each may fill what an equal share
+    leaves it."""
     most = max(2, min(MOST_ROWS, room // max(1, len(completions))))
     pages: list[list[list[Line]]] = [[]]
     left = room
@@ -57,9 +64,15 @@ def _block(one: Written, view: View, width: int, most: int) -> list[Line]:
     times = f"x{one.times}" if one.times > 1 else ""
     end = "cut" if one.finish == "length" else said(one.finish, view.ascii_only, 6)
     label = LABEL.format(_figure(number, one.reward), _figure(signed, one.advantage), end, times)
-    parts = "  ".join(f"{said(name, view.ascii_only, 20)} {_figure(number, value)}" for name, value in one.parts) if len(one.parts) > 1 else ""
+    parts = (
+        "  ".join(f"{said(name, view.ascii_only, 20)} {_figure(number, value)}" for name, value in one.parts)
+        if len(one.parts) > 1
+        else ""
+    )
     parts = f"not scored: {said(one.unscored, view.ascii_only, width)}" if one.unscored else parts
-    rows = wrap(said(one.text, view.ascii_only, most * width), width - INDENT - 1, max(1, most - bool(parts))) or ["(empty)"]
+    rows = wrap(said(one.text, view.ascii_only, most * width), width - INDENT - 1, max(1, most - bool(parts))) or [
+        "(empty)"
+    ]
     lines: list[Line] = [[(label if row == 0 else " " * INDENT, style), (part, "")] for row, part in enumerate(rows)]
     if parts and len(lines) < most:
         lines.append([(" " * INDENT, ""), (parts, "quiet")])
@@ -77,5 +90,8 @@ def _spread(group: Group) -> str:
         return "nothing is known of the rewards"
     mean = sum(rewards) / len(rewards)
     cut = sum(one.times for one in group.completions if one.finish == "length")
-    told = f"mean reward {number(mean)}, from {number(min(rewards))} to {number(max(rewards))}; {cut} of {group.count} cut off"
+    told = (
+        f"mean reward {number(mean)}, from {number(min(rewards))} to {number(max(rewards))}; {cut} of "
+        f"{group.count} cut off"
+    )
     return f"{told}; g or Esc leaves"

@@ -1,4 +1,5 @@
-"""Groups: the completions of one prompt side by side, with what each earned. Read leniently, for anyone may have edited the file."""
+"""Groups: the completions of one prompt side by side, with what each earned. Read leniently, for anyone may have edited
+the file."""
 
 from __future__ import annotations
 
@@ -50,7 +51,10 @@ def read_group(event: Grouped) -> Group:
         if isinstance(each, Mapping):
             one = _written(each)
             counted[one] = counted.get(one, 0) + 1
-    several = [Written(one.text, one.reward, one.advantage, one.finish, one.parts, times, one.unscored) for one, times in counted.items()]
+    several = [
+        Written(one.text, one.reward, one.advantage, one.finish, one.parts, times, one.unscored)
+        for one, times in counted.items()
+    ]
     several.sort(key=lambda one: (-one.reward if math.isfinite(one.reward) else math.inf, -one.times))
     return Group(event.step, str(event.prompt), None if event.gold is None else str(event.gold), tuple(several))
 
@@ -58,8 +62,14 @@ def read_group(event: Grouped) -> Group:
 def _written(each: Mapping[str, Any]) -> Written:
     parts = each.get("parts")
     told = tuple((str(name), _number(value)) for name, value in parts.items()) if isinstance(parts, Mapping) else ()
-    return Written(str(each.get("text", "")), _number(each.get("reward")), _number(each.get("advantage")), str(each.get("finish", "")), told,
-                   unscored=str(each.get("unscored", "")))  # fmt: skip
+    return Written(
+        str(each.get("text", "")),
+        _number(each.get("reward")),
+        _number(each.get("advantage")),
+        str(each.get("finish", "")),
+        told,
+        unscored=str(each.get("unscored", "")),
+    )
 
 
 def _number(value: Any) -> float:

@@ -1,4 +1,5 @@
-"""Single keys from the keyboard. The terminal's settings are touched only by the job in the foreground, for any other would be stopped."""
+"""Single keys from the keyboard. The terminal's settings are touched only by the job in the foreground, for any other
+would be stopped."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class Keyboard:
         self._before = None
 
     def read(self, timeout: float) -> str:
-        """The keys pressed since the last call, after waiting for one at most so many seconds: Esc is one, a sequence is not."""
+        """The keys pressed since the last call, after waiting for one at most so many seconds: Esc is one, a sequence
+        is not."""
         descriptor = self.descriptor if self._before is not None else None
         ready, _, _ = select.select([self._woken] if descriptor is None else [self._woken, descriptor], [], [], timeout)
         if self._woken in ready:

@@ -1,4 +1,5 @@
-"""What is measured, for people: which charts an algorithm has, what a figure means there, and what a validation's figures belong to."""
+"""What is measured, for people: which charts an algorithm has, what a figure means there, and what a validation's
+figures belong to."""
 
 from __future__ import annotations
 
@@ -8,21 +9,69 @@ from typing import Any
 
 CHARTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sft": (("loss",), ("kl",), ("grad_norm",), ("learning_rate",), ("accuracy",), ("entropy",)),
-    "reward": (("loss",), ("accuracy",), ("score_chosen", "score_rejected"), ("margin",), ("grad_norm",), ("learning_rate",)),
-    "dpo": (("loss",), ("reward_chosen", "reward_rejected"), ("accuracy",), ("kl",), ("logp_chosen", "logp_rejected"), ("margin",),
-            ("grad_norm",), ("learning_rate",)),
-    "grpo": (("reward",), ("heldout_exact",), ("kl",), ("entropy",), ("length",), ("dead_groups",), ("truncated",), ("clip_fraction",),
-             ("grad_norm",), ("learning_rate",), ("loss",)),
-    "ppo": (("reward",), ("heldout_exact",), ("kl",), ("explained_variance",), ("value_loss",), ("entropy",), ("length",), ("truncated",),
-            ("kl_coefficient",), ("clip_fraction",), ("value_clip_fraction",), ("update_kl",), ("grad_norm",), ("learning_rate",)),
-}  # fmt: skip
-"""The charts of an algorithm, the most telling first: what a small screen shows. Two names are two lines in one chart."""
+    "reward": (
+        ("loss",),
+        ("accuracy",),
+        ("score_chosen", "score_rejected"),
+        ("margin",),
+        ("grad_norm",),
+        ("learning_rate",),
+    ),
+    "dpo": (
+        ("loss",),
+        ("reward_chosen", "reward_rejected"),
+        ("accuracy",),
+        ("kl",),
+        ("logp_chosen", "logp_rejected"),
+        ("margin",),
+        ("grad_norm",),
+        ("learning_rate",),
+    ),
+    "grpo": (
+        ("reward",),
+        ("heldout_exact",),
+        ("kl",),
+        ("entropy",),
+        ("length",),
+        ("dead_groups",),
+        ("truncated",),
+        ("clip_fraction",),
+        ("grad_norm",),
+        ("learning_rate",),
+        ("loss",),
+    ),
+    "ppo": (
+        ("reward",),
+        ("heldout_exact",),
+        ("kl",),
+        ("explained_variance",),
+        ("value_loss",),
+        ("entropy",),
+        ("length",),
+        ("truncated",),
+        ("kl_coefficient",),
+        ("clip_fraction",),
+        ("value_clip_fraction",),
+        ("update_kl",),
+        ("grad_norm",),
+        ("learning_rate",),
+    ),
+}
+"""The charts of an algorithm, the most telling first: what a small screen shows. Two names are two lines in one
+chart."""
 
 TITLES = {
-    "loss": "loss", "kl": "KL to the reference", "grad_norm": "gradient norm", "learning_rate": "learning rate",
-    "score_chosen": "score", "reward_chosen": "implicit reward", "logp_chosen": "log-prob a token", "heldout_exact": "held-out exact, greedy",
-    "kl_coefficient": "weight of the KL", "update_kl": "KL within a step",
-}  # fmt: skip
+    "loss": "loss",
+    "kl": "KL to the reference",
+    "grad_norm": "gradient norm",
+    "learning_rate": "learning rate",
+    "score_chosen": "score",
+    "reward_chosen": "implicit reward",
+    "logp_chosen": "log-prob a token",
+    "heldout_exact": "held-out exact, greedy",
+    "kl_coefficient": "weight of the KL",
+    "update_kl": "KL within a step",
+}
 """Of a chart, by its first name."""
 SIDE_TITLES = {"score_chosen": "score", "reward_chosen": "reward", "logp_chosen": "log-prob"}
 """Where both sides and their last values have to stand in few cells."""
@@ -68,7 +117,8 @@ OWN_MEANINGS = {
         "reward_chosen": "beta times the log-ratio to the reference; a chosen answer below 0 became less likely",
         "margin": "implicit reward of the chosen answers above the rejected",
         "logp_chosen": "how likely the policy finds both sides, nats a token",
-        "chosen_change": "log-probability of the chosen answers against the reference, nats a token; far below 0 they are unlearned",
+        "chosen_change": "log-probability of the chosen answers against the reference, nats a token; far below 0 "
+        "they are unlearned",
     },
     "grpo": {
         "reward": "mean reward of the completions, before any KL is taken off",
@@ -76,7 +126,8 @@ OWN_MEANINGS = {
         "heldout_stopped": "share of those answers that end by themselves",
         "heldout_length": "tokens of such an answer",
         "heldout_repetition": "share of sequences of four words that the same answer had already",
-        "reward_spread": "how far rewards within a group lie apart (standard deviation); near 0 there is nothing to learn from",
+        "reward_spread": "how far rewards within a group lie apart (standard deviation); near 0 there is nothing to "
+        "learn from",
         "length": "tokens of a completion",
         "dead_groups": "share of groups whose completions all earn the same; they teach nothing",
         "truncated": "share of completions that the limit cut off",
@@ -100,7 +151,8 @@ OWN_MEANINGS = {
         "update_kl": "how far a step's passes move the policy from the one that wrote, nats a token",
         "value": "what the value expects, in the mean over tokens",
         "value_loss": "squared error of the value, halved",
-        "explained_variance": "share of what the returns vary that the value foretells; 1 is all, 0 no more than their mean, below 0 harm",
+        "explained_variance": "share of what the returns vary that the value foretells; 1 is all, 0 no more than "
+        "their mean, below 0 harm",
         "clip_fraction": "share of tokens where the clip stops the policy's gradient",
         "value_clip_fraction": "share of tokens where the clip stops the value's gradient",
         "reward_spread": "how far rewards of one prompt lie apart (standard deviation)",
@@ -134,7 +186,11 @@ def meanings_of(algorithm: str) -> dict[str, str]:
 
 def reward_names(names: Iterable[str]) -> list[str]:
     """Of several rewards each one's own statistic: `reward_NAME`."""
-    return [name for name in names if name.startswith("reward_") and name not in ("reward_spread", "reward_chosen", "reward_rejected")]
+    return [
+        name
+        for name in names
+        if name.startswith("reward_") and name not in ("reward_spread", "reward_chosen", "reward_rejected")
+    ]
 
 
 def phases_of(stats: Mapping[str, float], seconds: float) -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""The panes of the dashboard: charts, what the model answers, the log, the help. Each is a pure function that fills its cells."""
+"""The panes of the dashboard: charts, what the model answers, the log, the help. Each is a pure function that fills its
+cells."""
 
 from __future__ import annotations
 
@@ -15,11 +16,20 @@ from lowrank_tune.ui.state import Pair, State
 
 SMOOTHINGS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 KEYS = {
-    "q": "save and quit", "p": "pause, and go on", "s": "save now", "e": "evaluate now", "n": "next question",
-    "g": "the completions of the newest group; g or Esc leaves", "l": "log scale", "+": "smoother curves", "-": "less smooth", "?": "this help",
-}  # fmt: skip
+    "q": "save and quit",
+    "p": "pause, and go on",
+    "s": "save now",
+    "e": "evaluate now",
+    "n": "next question",
+    "g": "the completions of the newest group; g or Esc leaves",
+    "l": "log scale",
+    "+": "smoother curves",
+    "-": "less smooth",
+    "?": "this help",
+}
 PLAINLY = ("accuracy", "learning_rate", "heldout_exact", "dead_groups", "truncated", "clip_fraction", "length")
-FRONTIER, FRONTIER_AT, FEW_FAR = "reward against KL", 5, 3  # a chart over no steps: its place among the others, and the points it needs
+# a chart over no steps: its place among the others, and the points it needs
+FRONTIER, FRONTIER_AT, FEW_FAR = "reward against KL", 5, 3
 LEAST_SPAN = 0.2  # share of held-out questions
 QUESTION_LINES = 4  # that a further question needs
 BESIDE = 23  # cells of a pane's title that its right part must leave
@@ -50,11 +60,16 @@ def keys_of(state: State, view: View) -> list[str]:
 
 
 def chart_names(state: State) -> list[tuple[str, ...]]:
-    """The charts to draw: those of the algorithm that were measured, then what it does not always have. Several rewards share one."""
+    """The charts to draw: those of the algorithm that were measured, then what it does not always have. Several rewards
+    share one."""
     wanted = charts_of(state.started.algorithm if state.started else "sft")
     names = [chart for names in wanted if (chart := tuple(name for name in names if measured(state, name)))]
     names += [(name,) for name in ("reward", "heldout_exact") if name in state.series and (name,) not in names]
-    if len(several := tuple(reward_names(state.series))) > 1 and state.started is not None and state.started.algorithm in WRITES:
+    if (
+        len(several := tuple(reward_names(state.series))) > 1
+        and state.started is not None
+        and state.started.algorithm in WRITES
+    ):
         names.insert(min(3, len(names)), several)
     if state.started is not None and state.started.algorithm in WRITES and len(frontier(state)) >= FEW_FAR:
         names.insert(min(FRONTIER_AT, len(names)), (FRONTIER,))
@@ -71,11 +86,14 @@ def written(name: str, value: float) -> str:
 
 
 def chart_pane(state: State, names: Sequence[str], view: View, width: int, height: int) -> list[Line]:
-    """A title with the last values, and the chart. One statistic: its values dim, their average bright, validation in a second colour; or a
-    band around it. Two are the sides of a pair, more are rewards: the averages of all, each in its colour."""
+    """A title with the last values, and the chart. One statistic: its values dim, their average bright, validation in a
+    second colour; or a band around it. Two are the sides of a pair, more are rewards: the averages of all, each in its
+    colour."""
     if names == (FRONTIER,):
         return _frontier_pane(state, view, width, height)
-    told = (SIDE_TITLES if len(names) > 1 else TITLES).get(names[0]) or said(names[0], view.ascii_only).replace("_", " ")
+    told = (SIDE_TITLES if len(names) > 1 else TITLES).get(names[0]) or said(names[0], view.ascii_only).replace(
+        "_", " "
+    )
     told = "rewards" if len(names) > 1 and names[0] in reward_names(names) else told
     title: Line = [(f" {told} ", "title")]
     looks = dict(zip(names, _looks(names), strict=True))
@@ -88,7 +106,8 @@ def chart_pane(state: State, names: Sequence[str], view: View, width: int, heigh
 
 
 def _frontier_pane(state: State, view: View, width: int, height: int) -> list[Line]:
-    """The reward by the KL to the reference; held-out exact answers are stretched to the same height, for only their course counts here."""
+    """The reward by the KL to the reference; held-out exact answers are stretched to the same height, for only their
+    course counts here."""
     earned, gold = frontier(state), frontier(state, "heldout_exact")
     low, high = min(y for _, y in earned), max(y for _, y in earned)
     curves = [Curve(earned, "first", "*")]
@@ -146,11 +165,17 @@ def _last_values(state: State, name: str, look: Look | None, view: View) -> Line
     series, checked = state.series.get(name), state.series.get(f"validation_{name}")
     if look is not None:
         shown = series or checked
-        return [] if shown is None else [(f"{said(look[0], view.ascii_only, 16)} ", "quiet"), (f"{written(name, shown.last)} ", look[1])]
+        return (
+            []
+            if shown is None
+            else [(f"{said(look[0], view.ascii_only, 16)} ", "quiet"), (f"{written(name, shown.last)} ", look[1])]
+        )
     values: Line = [(written(name, series.last), "first")] if series is not None else []
     if (spread := state.last(BAND.get(name, ""))) is not None:
         values.append((f" {'+-' if view.ascii_only else chr(0xB1)} {written(name, spread)}", "quiet"))
-    return values + ([("  validation ", "quiet"), (written(name, checked.last), "second")] if checked is not None else [])
+    return values + (
+        [("  validation ", "quiet"), (written(name, checked.last), "second")] if checked is not None else []
+    )
 
 
 def heading(text: str, width: int, view: View, right: str = "") -> Line:
@@ -161,7 +186,8 @@ def heading(text: str, width: int, view: View, right: str = "") -> Line:
 
 
 def sample_pane(state: State, view: View, width: int, height: int) -> list[Line]:
-    """One held-out question: what the model answered first and what it answers now, and the held-out figures; or a pair and its scores."""
+    """One held-out question: what the model answered first and what it answers now, and the held-out figures; or a pair
+    and its scores."""
     if state.pairs:
         return _pairs(state, view, width, height)
     told = _exact(state, view, width - BESIDE)
@@ -176,13 +202,23 @@ def sample_pane(state: State, view: View, width: int, height: int) -> list[Line]
             break
         lines += [[("", "")]] if turn else []
         prompt = prompts[(place + turn) % count]
-        lines += _question(prompt, _speakers(state, prompt), view, width, room if count == 1 else min(room, max(QUESTION_LINES, height // 2)))
+        lines += _question(
+            prompt,
+            _speakers(state, prompt),
+            view,
+            width,
+            room if count == 1 else min(room, max(QUESTION_LINES, height // 2)),
+        )
     return lines
 
 
 def _exact(state: State, view: View, width: int) -> str:
     """The held-out figures of all who were asked; where that is too long, of the first and the last."""
-    figures = [f"{said(who, view.ascii_only, 12)} {percent(stats['exact'])}" for who, stats in state.heldout.items() if "exact" in stats]
+    figures = [
+        f"{said(who, view.ascii_only, 12)} {percent(stats['exact'])}"
+        for who, stats in state.heldout.items()
+        if "exact" in stats
+    ]
     figures += [f"now {percent(state.now['exact'])} (greedy)"] if "exact" in state.now else []
     ends = figures if len(figures) < 3 else [figures[0], figures[-1]]
     for told in (f"held-out exact: {', '.join(figures)}", f"exact: {', '.join(figures)}", f"exact: {', '.join(ends)}"):
@@ -194,12 +230,16 @@ def _exact(state: State, view: View, width: int) -> str:
 def _speakers(state: State, prompt: str) -> list[tuple[str, Sampled]]:
     """Who answered a question: the stages before, the reference, and the policy now."""
     answers = state.answers.get(prompt, [])
-    now = [(state.below() if one.role == "reference" else f"step {one.step}", one) for one in dict.fromkeys([*answers[:1], *answers[-1:]])]
+    now = [
+        (state.below() if one.role == "reference" else f"step {one.step}", one)
+        for one in dict.fromkeys([*answers[:1], *answers[-1:]])
+    ]
     return [(who, one) for who, one in state.earlier.get(prompt, ()) if who not in dict(now)] + now
 
 
 def _question(prompt: str, speakers: Sequence[tuple[str, Sampled]], view: View, width: int, height: int) -> list[Line]:
-    """What was asked, what was answered first, and what is answered now; of several stages as many as there is room for."""
+    """What was asked, what was answered first, and what is answered now; of several stages as many as there is room
+    for."""
     asked = wrap(said(prompt, view.ascii_only, 4 * width), width - 2, max(1, height // 4))
     lines: list[Line] = [[(f" {text}", "strong")] for text in asked]
     shown = speakers[-max(1, height - len(asked)) :]
@@ -223,7 +263,12 @@ def _pairs(state: State, view: View, width: int, height: int) -> list[Line]:
         if turn and room < QUESTION_LINES:
             break
         lines += [[("", "")]] if turn else []
-        lines += _pair(pairs[(place + turn) % count], view, width, room if count == 1 else min(room, max(QUESTION_LINES, height // 2)))
+        lines += _pair(
+            pairs[(place + turn) % count],
+            view,
+            width,
+            room if count == 1 else min(room, max(QUESTION_LINES, height // 2)),
+        )
     return lines
 
 
@@ -253,8 +298,10 @@ def _answer(label: str, answer: Sampled, view: View, width: int, room: int, newe
     indent = 11
     text = said(answer.completion, view.ascii_only, room * width)
     rows = wrap(text, width - indent - 1 - (len(tail) if room == 1 else 0), room) or [""]
-    lines: list[Line] = [[(f" {label:<{indent - 1}}" if row == 0 else " " * indent, "quiet"), (part, "first" if newest else "")]
-                         for row, part in enumerate(rows)]  # fmt: skip
+    lines: list[Line] = [
+        [(f" {label:<{indent - 1}}" if row == 0 else " " * indent, "quiet"), (part, "first" if newest else "")]
+        for row, part in enumerate(rows)
+    ]
     if tail and width_of(lines[-1]) + len(tail) > width:
         if len(lines) < room:
             lines.append([(" " * (indent - 2), "")])
@@ -266,7 +313,14 @@ def _answer(label: str, answer: Sampled, view: View, width: int, room: int, newe
 
 def log_pane(state: State, view: View, width: int, height: int) -> list[Line]:
     """Warnings first, each part newest first."""
-    lines = [heading("log", width, view, f"{len(state.warnings)} warning{'s' if len(state.warnings) > 1 else ''}" if state.warnings else "")]
+    lines = [
+        heading(
+            "log",
+            width,
+            view,
+            f"{len(state.warnings)} warning{'s' if len(state.warnings) > 1 else ''}" if state.warnings else "",
+        )
+    ]
     for entries, style, sign in ((state.warnings, "warning", "!"), (state.log, "", " ")):
         for entry in reversed(entries):
             if len(lines) >= height:
@@ -274,7 +328,9 @@ def log_pane(state: State, view: View, width: int, height: int) -> list[Line]:
             times = f" (x{entry.times})" if entry.times > 1 else ""
             stamp = f"{sign}{clock(entry.time):>6} "
             parts = wrap(said(entry.text, view.ascii_only, 3 * width) + times, width - 9, 3 if style else 2)
-            lines += [[(stamp if row == 0 else " " * 8, style or "quiet"), (part, style)] for row, part in enumerate(parts)]
+            lines += [
+                [(stamp if row == 0 else " " * 8, style or "quiet"), (part, style)] for row, part in enumerate(parts)
+            ]
     return lines[:height]
 
 
@@ -282,12 +338,19 @@ def help_pane(state: State, view: View, width: int, height: int) -> list[Line]:
     """The keys, and how to read the screen."""
     lines = [heading("help", width, view)]
     for key in keys_of(state, view):
-        lines.append([("  ", ""), (f" {key} ", "key"), (f"  {KEYS[key] if view.mine or key != 'q' else 'leave; the run goes on'}", "")])
+        lines.append(
+            [
+                ("  ", ""),
+                (f" {key} ", "key"),
+                (f"  {KEYS[key] if view.mine or key != 'q' else 'leave; the run goes on'}", ""),
+            ]
+        )
     lines.append([("", "")])
     for text in (
         "Dots are measured values, the bright line is their moving average, the second colour is the validation part.",
         "KL is measured in nats a token against the reference named above.",
-        "Ctrl-C once: finish the step, save, quit. Twice: quit at once. Ctrl-Z: to the shell; fg brings the screen back.",
+        "Ctrl-C once: finish the step, save, quit. Twice: quit at once. Ctrl-Z: to the shell; fg brings the screen "
+        "back.",
         "From elsewhere: lowrank-tune watch RUN",
     ):
         lines += [[(f"  {part}", "quiet")] for part in wrap(text, width - 4, 3)]

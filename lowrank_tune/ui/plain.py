@@ -1,4 +1,5 @@
-"""The plain console: a line for each thing that happened. It reads the same in a terminal, in a pipe and in a log file."""
+"""The plain console: a line for each thing that happened. It reads the same in a terminal, in a pipe and in a log
+file."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ _STYLES = {"warning": "33", "good": "32", "quiet": "2"}  # yellow, green, dim
 
 
 class Plain:
-    """A sink that writes lines to `file`. Colours and bars only on a terminal; not one escape byte elsewhere; NO_COLOR is honoured."""
+    """A sink that writes lines to `file`. Colours and bars only on a terminal; not one escape byte elsewhere; NO_COLOR
+    is honoured."""
 
     def __init__(self, file: TextIO | None = None, environ: Mapping[str, str] = os.environ) -> None:
         self.file = sys.stdout if file is None else file
@@ -69,7 +71,8 @@ class Plain:
     def _say(self, text: str, style: str = "") -> None:
         self.close()
         encoding = getattr(self.file, "encoding", None) or "utf-8"
-        text = inert(text).encode(encoding, "backslashreplace").decode(encoding)  # a console in ASCII is no reason to stop a run
+        # a console in ASCII is no reason to stop a run
+        text = inert(text).encode(encoding, "backslashreplace").decode(encoding)
         if self._colour and style:
             text = f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
         self.file.write(text + "\n")
@@ -112,7 +115,8 @@ class Plain:
         self._say(f"  {inert(event.prompt, 60)} -> {inert(event.completion, 120)}  [{', '.join(facts)}]")
 
     def _sparse(self, event: Progress) -> None:
-        """At the end of a job; before it a line for each tenth, but at most every 5 s; and where a tenth takes long, every minute."""
+        """At the end of a job; before it a line for each tenth, but at most every 5 s; and where a tenth takes long,
+        every minute."""
         share = event.done / event.total if event.total else 1.0
         told, when = self._told.setdefault(event.what, (0.0, event.time))
         waited, left = event.time - when, ""
@@ -129,9 +133,15 @@ class Plain:
         what = inert(event.what, 40)
         if self._bar is None or self._task is None or self._task[0] != what:
             self.close()
-            # the console is told everything, since rich would otherwise read the process's own environment; drawn here, by no thread
+            # the console is told everything, since rich would otherwise read the process's own environment; drawn here,
+            # by no thread
             console = Console(file=self.file, force_terminal=True, no_color=not self._colour, highlight=False)
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             self._bar = Bar(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self._bar.start()
             self._task, self._told[what] = (what, self._bar.add_task(what, total=event.total)), (0.0, 0.0)

@@ -43,9 +43,13 @@ def _table(plan: Plan) -> Table:
 def headline(plan: Plan) -> tuple[str, str]:
     """What is planned."""
     sizes = plan.sizes
-    what = ("pair" if sizes.together == 2 else "completion" if sizes.harvest else "row") + ("s" if sizes.units > 1 else "")
-    return (inert(f"{plan.name or plan.algorithm}: {plan.algorithm} of {plan.model}, {plan.bits} bits"),
-            f"a micro-batch is {sizes.units} {what} of {sizes.length:,} tokens; {_recomputed(plan)}")  # fmt: skip
+    what = ("pair" if sizes.together == 2 else "completion" if sizes.harvest else "row") + (
+        "s" if sizes.units > 1 else ""
+    )
+    return (
+        inert(f"{plan.name or plan.algorithm}: {plan.algorithm} of {plan.model}, {plan.bits} bits"),
+        f"a micro-batch is {sizes.units} {what} of {sizes.length:,} tokens; {_recomputed(plan)}",
+    )
 
 
 def lines(plan: Plan) -> list[Text]:
@@ -55,13 +59,23 @@ def lines(plan: Plan) -> list[Text]:
     if not plan.vram:
         return [*told, Text(f"tensors: {plan.peak / GIB:.2f} GiB")]
     verdict = "fits" if plan.fits else "does not fit"
-    told.append(Text(f"{verdict}: {plan.needed / GIB:.2f} of {plan.vram / GIB:.2f} GiB (tensors {plan.peak / GIB:.2f}, CUDA itself "
-                     f"{CONTEXT / GIB:.2f}, lost {FRAGMENTATION:.0%})", "green" if plan.fits else "bold red"))  # fmt: skip
+    told.append(
+        Text(
+            f"{verdict}: {plan.needed / GIB:.2f} of {plan.vram / GIB:.2f} GiB (tensors {plan.peak / GIB:.2f}, CUDA "
+            f"itself "
+            f"{CONTEXT / GIB:.2f}, lost {FRAGMENTATION:.0%})",
+            "green" if plan.fits else "bold red",
+        )
+    )
     if plan.fits and plan.needed > plan.vram:
         told.append(Text(f"{binding.name} goes through in smaller pieces" if binding.name in SHRINK else binding.name))
     if plan.fits_units is not None and plan.fits_length is not None:
-        told.append(Text(f"room for a micro-batch of {plan.fits_units}, or for rows of {plan.fits_length:,} tokens, "
-                         f"{plan.sizes.units} at once"))  # fmt: skip
+        told.append(
+            Text(
+                f"room for a micro-batch of {plan.fits_units}, or for rows of {plan.fits_length:,} tokens, "
+                f"{plan.sizes.units} at once"
+            )
+        )
     if plan.advice:
         told.append(Text(plan.advice, "yellow"))
     return told + [Text(note, "dim") for note in plan.notes]

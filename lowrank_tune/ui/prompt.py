@@ -29,7 +29,9 @@ class Typed:
         self.first, self.more = coded, f"{'.' * len(label)} "
         if readline is not None:
             readline.set_completer_delims(" ")
-            readline.set_completer(lambda text, state: _nth([one for one in commands if text and one.startswith(text)], state))
+            readline.set_completer(
+                lambda text, state: _nth([one for one in commands if text and one.startswith(text)], state)
+            )
             readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
 
     def read(self) -> str | None:

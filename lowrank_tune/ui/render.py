@@ -15,7 +15,18 @@ from lowrank_tune.ui.state import State
 LEAST_WIDTH, LEAST_HEIGHT = 60, 15
 CHART_WIDTH, CHART_HEIGHT, MOST_COLUMNS = 36, 9, 3
 SIDE_BY_SIDE = 100  # from here on log and answers stand next to each other
-SHORT = {"q": "quit", "p": "pause", "s": "save", "e": "eval", "n": "next", "g": "group", "l": "log", "+": "", "-": "smooth", "?": "help"}
+SHORT = {
+    "q": "quit",
+    "p": "pause",
+    "s": "save",
+    "e": "eval",
+    "n": "next",
+    "g": "group",
+    "l": "log",
+    "+": "",
+    "-": "smooth",
+    "?": "help",
+}
 SILENT = 60.0  # seconds without an event, after which the header says so
 
 
@@ -23,7 +34,12 @@ def render(state: State, view: View, width: int, height: int) -> list[Line]:
     """Exactly `height` lines of `width` cells."""
     if width < LEAST_WIDTH or height < LEAST_HEIGHT:
         return pad(_small(state, view, width), width, height)
-    head = [_title(state, view, width), _roles(state, view), _progress(state, view, width), _resources(state, view, width)]
+    head = [
+        _title(state, view, width),
+        _roles(state, view),
+        _progress(state, view, width),
+        _resources(state, view, width),
+    ]
     body_height = height - len(head) - 1
     pane = help_pane if view.help else group_pane if view.group else _body
     body = pane(state, view, width, body_height)
@@ -38,7 +54,9 @@ def render_several(states: Sequence[State], view: View, width: int, height: int)
     each = (width - count + 1) // count
     if each >= LEAST_WIDTH:
         widths = [each] * (count - 1) + [width - count + 1 - each * (count - 1)]
-        return beside([render(state, view, one, height) for state, one in zip(states, widths, strict=True)], widths, height, edge)
+        return beside(
+            [render(state, view, one, height) for state, one in zip(states, widths, strict=True)], widths, height, edge
+        )
     lines: list[Line] = []
     for index, state in enumerate(states):
         lines += render(state, view, width, (height - len(lines)) // (count - index))
@@ -49,7 +67,10 @@ def status(state: State, view: View) -> tuple[str, str]:
     """How the run stands, in a word or a few, and the style of that."""
     if state.ended is not None:
         stage = f"stage {state.started.stage} " if state.started is not None and state.started.stages > 1 else ""
-        return f"{stage}{said(state.ended.status)} in {clock(state.ended.seconds)}", "good" if state.ended.status == "done" else "bad"
+        return (
+            f"{stage}{said(state.ended.status)} in {clock(state.ended.seconds)}",
+            "good" if state.ended.status == "done" else "bad",
+        )
     if view.asked:
         return ", ".join(view.asked), "warning"
     silent = view.now - state.last_time if view.now is not None and state.last_time else 0.0
@@ -80,7 +101,10 @@ def _roles(state: State, view: View) -> Line:
     line: Line = []
     for role, stack in state.started.roles.items():
         if role != "reference":
-            line += [(f" {said(role, view.ascii_only)} ", "quiet"), (f"= {said(' + '.join(('base', *stack)), view.ascii_only)}  ", "")]
+            line += [
+                (f" {said(role, view.ascii_only)} ", "quiet"),
+                (f"= {said(' + '.join(('base', *stack)), view.ascii_only)}  ", ""),
+            ]
     if state.started.algorithm in WITHOUT_REFERENCE:
         return line
     return [*line, (" reference ", "quiet"), (f"= {said(state.started.reference, view.ascii_only)}", "")]
@@ -94,11 +118,16 @@ def _bar(share: float, width: int, view: View) -> Line:
 
 def _progress(state: State, view: View, width: int) -> Line:
     """The bar of the run, or of a long job before and between its steps."""
-    facts = [f"step {state.step}/{state.steps} ({100 * state.step / max(1, state.steps):.0f} %)"] if state.started else []
+    facts = (
+        [f"step {state.step}/{state.steps} ({100 * state.step / max(1, state.steps):.0f} %)"] if state.started else []
+    )
     share = state.step / max(1, state.steps)
     if state.job is not None:
         share = state.job.done / state.job.total if state.job.total else 0.0
-        facts = [f"{said(state.job.what, view.ascii_only, 44)} {state.job.done:,}/{state.job.total:,}", *(facts if state.step else [])]
+        facts = [
+            f"{said(state.job.what, view.ascii_only, 44)} {state.job.done:,}/{state.job.total:,}",
+            *(facts if state.step else []),
+        ]
     elif state.seconds_left is not None and state.step < state.steps:
         facts.append(f"ETA {clock(state.seconds_left)}")
     if state.begun is not None and state.ended is None:
@@ -151,18 +180,24 @@ def _body(state: State, view: View, width: int, height: int) -> list[Line]:
     return [*grid, *diagnoses, *_panes(state, view, width, height - len(grid) - len(diagnoses))]
 
 
-def _charts(state: State, view: View, names: Sequence[Sequence[str]], columns: int, width: int, height: int) -> list[Line]:
+def _charts(
+    state: State, view: View, names: Sequence[Sequence[str]], columns: int, width: int, height: int
+) -> list[Line]:
     lines: list[Line] = []
     base, extra = divmod(width - columns + 1, columns)
     widths = [base + (index < extra) for index in range(columns)]
     for at in range(0, len(names), columns):
-        row = [chart_pane(state, chart, view, widths[index], height) for index, chart in enumerate(names[at : at + columns])]
+        row = [
+            chart_pane(state, chart, view, widths[index], height)
+            for index, chart in enumerate(names[at : at + columns])
+        ]
         lines += beside([*row, *([[]] * (columns - len(row)))], widths, height)
     return lines
 
 
 def _figures(state: State, charts: Sequence[Sequence[str]], view: View, width: int) -> Line:
-    """In one line what has no chart on a small screen; sides of pairs last, for a figure that does not fit whole is left out."""
+    """In one line what has no chart on a small screen; sides of pairs last, for a figure that does not fit whole is
+    left out."""
     line: Line = [(" ", "")]
     for names in sorted(charts, key=len):
         part: Line = [(f"{SIDE_TITLES.get(names[0], 'rewards:')} ", "quiet")] if len(names) > 1 else []
@@ -180,16 +215,21 @@ def _diagnoses(state: State, view: View, width: int, most: int) -> list[Line]:
     lines: list[Line] = []
     for diagnosis in diagnose(state):
         for row, part in enumerate(wrap(said(diagnosis.text, view.ascii_only), width - 5, 2)):
-            lines.append([(f" {signs[diagnosis.level] if row == 0 else '  '} ", diagnosis.level), (part, diagnosis.level)])
+            lines.append(
+                [(f" {signs[diagnosis.level] if row == 0 else '  '} ", diagnosis.level), (part, diagnosis.level)]
+            )
     return lines[: max(1, most)]
 
 
 def _panes(state: State, view: View, width: int, height: int) -> list[Line]:
-    """Answers stand at the right or alone: where a terminal measures a character otherwise than we do, nothing after it moves."""
+    """Answers stand at the right or alone: where a terminal measures a character otherwise than we do, nothing after it
+    moves."""
     if width >= SIDE_BY_SIDE:
         left = (width - 1) * 9 // 20
         widths = [left, width - 1 - left]
-        return beside([log_pane(state, view, left, height), sample_pane(state, view, widths[1], height)], widths, height)
+        return beside(
+            [log_pane(state, view, left, height), sample_pane(state, view, widths[1], height)], widths, height
+        )
     shown = bool(state.answers or state.earlier or state.pairs)
     if shown and height < 7:  # no room for both; what is wrong is also said by the diagnoses
         return sample_pane(state, view, width, height)
@@ -217,8 +257,18 @@ def _small(state: State, view: View, width: int) -> list[Line]:
     if run is not None:
         left = f", ETA {clock(state.seconds_left)}" if state.seconds_left is not None else ""
         lines.append([(f"step {state.step}/{state.steps}{left}", "")])
-    names = [name for name in (*(name for chart in chart_names(state) for name in chart), "validation_loss") if name in state.series]
+    names = [
+        name
+        for name in (*(name for chart in chart_names(state) for name in chart), "validation_loss")
+        if name in state.series
+    ]
     for name in names[:4]:
-        lines.append([(f"{said(name, view.ascii_only, 40).replace('_', ' ')} {written(name, state.series[name].last)}", "")])
-    lines += [[(part, diagnosis.level)] for diagnosis in diagnose(state) for part in wrap(said(diagnosis.text, view.ascii_only), width, 2)]
+        lines.append(
+            [(f"{said(name, view.ascii_only, 40).replace('_', ' ')} {written(name, state.series[name].last)}", "")]
+        )
+    lines += [
+        [(part, diagnosis.level)]
+        for diagnosis in diagnose(state)
+        for part in wrap(said(diagnosis.text, view.ascii_only), width, 2)
+    ]
     return lines + [[(said(entry.text, view.ascii_only), "warning")] for entry in reversed(state.warnings)]

@@ -1,4 +1,5 @@
-"""What `lowrank-tune eval RUN --file` prints: how the scores are spread, the best and the worst answers, and the figures of pairs."""
+"""What `lowrank-tune eval RUN --file` prints: how the scores are spread, the best and the worst answers, and the
+figures of pairs."""
 
 from __future__ import annotations
 
@@ -40,5 +41,7 @@ def show(found: Sequence[Response], pairs: PairScores | None, console: Console) 
     table = Table("score", "where", "asked", "answered", "tokens", show_lines=True, title="the best and the worst")
     for one in [*ranked[:count], *(ranked[-min(count, len(ranked) - count) :] if len(ranked) > count else [])]:
         where = inert(one.place.rpartition("/")[2], 60) + (f" {one.side}" if one.side else "")
-        table.add_row(number(one.score), where, Text(inert(one.prompt, 300)), Text(inert(one.text, 500)), str(one.tokens))
+        table.add_row(
+            number(one.score), where, Text(inert(one.prompt, 300)), Text(inert(one.text, 500)), str(one.tokens)
+        )
     console.print(table)

@@ -1,4 +1,5 @@
-"""A picture of the dashboard from recorded events: `python -m lowrank_tune.ui.screenshot EVENTS OUT.svg [WIDTH HEIGHT [STEP]]`."""
+"""A picture of the dashboard from recorded events: `python -m lowrank_tune.ui.screenshot EVENTS OUT.svg [WIDTH HEIGHT
+[STEP]]`."""
 
 from __future__ import annotations
 
@@ -21,13 +22,23 @@ from lowrank_tune.ui.watch import events_in
 
 _FONT_FACE = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)  # rich's loads a font from the network; a picture must not
 
-_TEXT = re.compile(r'(<text class="dashboard-r\d+" x=")([\d.]+)(" y="[\d.]+" textLength=")([\d.]+)("[^>]*>)([^<]*)</text>')
+_TEXT = re.compile(
+    r'(<text class="dashboard-r\d+" x=")([\d.]+)(" y="[\d.]+" textLength=")([\d.]+)("[^>]*>)([^<]*)</text>'
+)
 
 
 def screenshot(state: State, width: int, height: int) -> str:
     """The screen as SVG, the same bytes for the same state."""
-    console = Console(width=width, height=height, record=True, force_terminal=True, color_system="truecolor", legacy_windows=False,
-                      file=io.StringIO(), _environ={})  # fmt: skip
+    console = Console(
+        width=width,
+        height=height,
+        record=True,
+        force_terminal=True,
+        color_system="truecolor",
+        legacy_windows=False,
+        file=io.StringIO(),
+        _environ={},
+    )
     console.print(rich_text(render(state, View(), width, height)), soft_wrap=True)
     svg = console.export_svg(title="lowrank-tune", theme=MONOKAI, unique_id="dashboard")
     svg = _FONT_FACE.sub("", svg).replace("Fira Code", "DejaVu Sans Mono, Menlo, Consolas")
@@ -44,7 +55,7 @@ def _without_blanks(match: re.Match[str]) -> str:
     cell = float(length) / max(1, cell_len(letters))
     start = float(x) + cell * (len(letters) - len(letters.lstrip("\xa0")))
     escaped = html.escape(kept, quote=False).replace("\xa0", "&#160;")
-    return f'{before}{start:.1f}{middle}{cell * cell_len(kept):.1f}{after}{escaped}</text>'
+    return f"{before}{start:.1f}{middle}{cell * cell_len(kept):.1f}{after}{escaped}</text>"
 
 
 def until(events: list[Event], step: int | None) -> State:

@@ -1,4 +1,5 @@
-"""A screen that lives: one thread that reads keys and draws, seldom and only what changed; suspended and restored as a shell expects."""
+"""A screen that lives: one thread that reads keys and draws, seldom and only what changed; suspended and restored as a
+shell expects."""
 
 from __future__ import annotations
 
@@ -19,7 +20,15 @@ from lowrank_tune.ui.panes import SMOOTHINGS, View
 from lowrank_tune.ui.terminal import Terminal, ascii_only
 
 FRAME_SECONDS, SHARE, TICK, SILENCE_TICK = 0.5, 0.03, 0.25, 10.0
-JOB_SIGNALS = {signal.SIGTTIN, signal.SIGTTOU, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP, signal.SIGCONT}
+JOB_SIGNALS = {
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGTSTP,
+    signal.SIGCONT,
+}
 
 
 def press(view: View, key: str) -> View:
@@ -40,13 +49,23 @@ def press(view: View, key: str) -> View:
 
 
 class Session:
-    """Shows what `draw(view, width, height)` returns whenever `changed()` says that there is something new; both run in its thread."""
+    """Shows what `draw(view, width, height)` returns whenever `changed()` says that there is something new; both run in
+    its thread."""
 
-    def __init__(self, draw: Callable[[View, int, int], list[Line]], changed: Callable[[], bool], on_key: Callable[[str], None],
-                 on_failure: Callable[[Exception], None], mine: bool, environ: Mapping[str, str] = os.environ) -> None:  # fmt: skip
+    def __init__(
+        self,
+        draw: Callable[[View, int, int], list[Line]],
+        changed: Callable[[], bool],
+        on_key: Callable[[str], None],
+        on_failure: Callable[[Exception], None],
+        mine: bool,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
         self.draw, self.changed, self.on_key, self.on_failure = draw, changed, on_key, on_failure
         self.terminal, self.keyboard = Terminal(sys.stdout.fileno(), environ), Keyboard(_descriptor_of_stdin())
-        self.view = View(ascii_only=ascii_only(sys.stdout, environ), mine=mine, keys=self.keyboard.descriptor is not None)
+        self.view = View(
+            ascii_only=ascii_only(sys.stdout, environ), mine=mine, keys=self.keyboard.descriptor is not None
+        )
         self.cost = self.frames = 0.0
         self._lock = threading.RLock()  # a signal may come while this thread holds it
         self._up = self._suspended = self._closed = False
@@ -57,8 +76,10 @@ class Session:
     def start(self) -> None:
         """Takes the terminal over."""
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, handle) for number, handle in
-                              ((signal.SIGTSTP, self._suspend), (signal.SIGCONT, self._continued))}  # fmt: skip
+            self._handlers = {
+                number: signal.signal(number, handle)
+                for number, handle in ((signal.SIGTSTP, self._suspend), (signal.SIGCONT, self._continued))
+            }
         atexit.register(self.close)
         self._thread.start()
 
@@ -85,7 +106,8 @@ class Session:
         self._again = True
 
     def _live(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # they belong to the main thread, and drawing must not stop the job
+        # they belong to the main thread, and drawing must not stop the job
+        signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
         last, drawn_size, wait, heard = 0.0, (0, 0), 0.0, time.monotonic()
         try:
             while not self._closed:

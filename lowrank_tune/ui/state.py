@@ -1,4 +1,5 @@
-"""What a screen knows of a run. Only events change it, so that a live run, a followed file and a recorded one look the same."""
+"""What a screen knows of a run. Only events change it, so that a live run, a followed file and a recorded one look the
+same."""
 
 from __future__ import annotations
 
@@ -7,7 +8,18 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lowrank_tune.events import Event, Grouped, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
+from lowrank_tune.events import (
+    Event,
+    Grouped,
+    Note,
+    Progress,
+    RunEnded,
+    RunStarted,
+    Sampled,
+    Saved,
+    StepDone,
+    Validated,
+)
 from lowrank_tune.ui.figures import Pace, validation_line
 from lowrank_tune.ui.groups import Group, read_group
 from lowrank_tune.ui.metrics import POLICY, SIDES, below, heldout_parts, phases_of
@@ -19,7 +31,8 @@ TRAINING, EVALUATING, SAVING, LOADING, OTHER = "training", "evaluating", "saving
 
 @dataclass
 class Series:
-    """The values of one statistic by step. Of more than `MOST_POINTS`, neighbours become their mean, so that drawing stays cheap."""
+    """The values of one statistic by step. Of more than `MOST_POINTS`, neighbours become their mean, so that drawing
+    stays cheap."""
 
     points: list[tuple[float, float]] = field(default_factory=list)
     per_point: int = 1
@@ -72,8 +85,8 @@ class Pair:
 
 @dataclass
 class State:
-    """Everything that the screen shows of one run, or of a chain: a new stage has curves of its own, and what earlier stages answered stays
-    beside what it answers."""
+    """Everything that the screen shows of one run, or of a chain: a new stage has curves of its own, and what earlier
+    stages answered stays beside what it answers."""
 
     started: RunStarted | None = None
     ended: RunEnded | None = None
@@ -88,7 +101,8 @@ class State:
     series: dict[str, Series] = field(default_factory=dict)
     heldout: dict[str, dict[str, float]] = field(default_factory=dict)
     answers: dict[str, list[Sampled]] = field(default_factory=dict)
-    earlier: dict[str, list[tuple[str, Sampled]]] = field(default_factory=dict)  # by question: who answered in the stages before
+    # by question: who answered in the stages before
+    earlier: dict[str, list[tuple[str, Sampled]]] = field(default_factory=dict)
     pairs: dict[tuple[str, str, str], Pair] = field(default_factory=dict)
     scored: dict[str, dict[str, float]] = field(default_factory=dict)  # by algorithm: figures of all held-out pairs
     now: dict[str, float] = field(default_factory=dict)  # held-out figures of the policy while it is trained
@@ -106,7 +120,8 @@ class State:
 
     def apply(self, event: Event) -> None:
         """Takes an event in."""
-        if self.begun is None or self.ended is not None:  # after an end a new start follows: the pause between was no work
+        # after an end a new start follows: the pause between was no work
+        if self.begun is None or self.ended is not None:
             self.begun, self.last_time, self.ended, self.loading, self.phases = event.time, event.time, None, True, {}
             self.within, self._unspent = {}, 0.0
         self._spend(event)
@@ -149,7 +164,11 @@ class State:
     def shares(self) -> dict[str, float]:
         """The share of each phase in the time of this start, the largest first."""
         total = sum(self.phases.values())
-        return {name: spent / total for name, spent in sorted(self.phases.items(), key=lambda item: -item[1])} if total else {}
+        return (
+            {name: spent / total for name, spent in sorted(self.phases.items(), key=lambda item: -item[1])}
+            if total
+            else {}
+        )
 
     def shares_within(self) -> dict[str, float]:
         """The share of each phase in the time of the steps, in their order."""
@@ -174,11 +193,14 @@ class State:
             series.cut(event.resumed_from)
 
     def _leave(self, stage: RunStarted) -> None:
-        """A new stage of a chain begins: its curves are its own, and what the last one answered is kept to compare with."""
+        """A new stage of a chain begins: its curves are its own, and what the last one answered is kept to compare
+        with."""
         for prompt, answers in self.answers.items():
             kept = self.earlier.setdefault(prompt, [])
             known = {who for who, _ in kept}
-            kept += [(self.below(), one) for one in answers[:1] if one.role == "reference" and self.below() not in known]
+            kept += [
+                (self.below(), one) for one in answers[:1] if one.role == "reference" and self.below() not in known
+            ]
             kept += [(stage.algorithm, one) for one in answers[-1:] if one.role != "reference"]
         self.answers, self.pairs, self.series, self._half = {}, {}, {}, None
         self.now, self.group, self.earned = {}, None, None
@@ -222,7 +244,9 @@ class State:
         self._measured(event.step, {f"heldout_{what}": value for what, value in now.items()})
         if event.best:
             self.best_step = event.step
-        if pairs := {name.removeprefix("pairs_"): value for name, value in event.stats.items() if name.startswith("pairs_")}:
+        if pairs := {
+            name.removeprefix("pairs_"): value for name, value in event.stats.items() if name.startswith("pairs_")
+        }:
             self.scored.setdefault(self.started.algorithm if self.started else "", {}).update(pairs)
         self._measured(event.step, {name: value for name, value in event.stats.items() if name not in heldout})
         if now or len(heldout) < len(event.stats):

@@ -11,18 +11,26 @@ from lowrank_tune.ui.figures import clock, percent, show
 
 
 def summary_table(summary: Mapping[str, Any], folder: Path) -> str:
-    """The end of a run or a chain in lines: how it ended, its metrics, held-out figures, warnings, and where everything lies. Inert."""
+    """The end of a run or a chain in lines: how it ended, its metrics, held-out figures, warnings, and where everything
+    lies. Inert."""
     lines = [f"status     {inert(str(summary.get('status', 'unknown')))}", *_figures_of(summary)]
     stages = [stage for stage in _listed(summary, "stages") if isinstance(stage, Mapping)]
     for stage in stages:
         lines += _stage_lines(stage)
     lines += _heldout_lines(summary)
-    scored = {str(stage.get("name", "?")): stage.get("heldout_pairs") for stage in stages} or {"": summary.get("heldout_pairs")}
+    scored = {str(stage.get("name", "?")): stage.get("heldout_pairs") for stage in stages} or {
+        "": summary.get("heldout_pairs")
+    }
     lines += _pairs_lines(scored)
     lines += [f"warning    {inert(str(text), 200)}" for text in _listed(summary, "warnings")]
     lines.append(f"in         {inert(str(folder))}")
-    places = {str(stage["folder"]): f"stage {inert(str(stage.get('name', '?')), 60)}: its own run folder, with its adapter in final"
-              for stage in stages if isinstance(stage.get("folder"), str)}  # fmt: skip
+    places = {
+        str(
+            stage["folder"]
+        ): f"stage {inert(str(stage.get('name', '?')), 60)}: its own run folder, with its adapter in final"
+        for stage in stages
+        if isinstance(stage.get("folder"), str)
+    }
     lines += [f"  {inert(name, 60):16} {what}" for name, what in {**places, **_PLACES}.items() if _lies(folder, name)]
     return "\n".join(lines)
 
@@ -80,7 +88,9 @@ def _heldout_lines(summary: Mapping[str, Any]) -> list[str]:
     lines = ["held-out exact answers"]
     for who, value in heldout.items():
         shares = value if isinstance(value, Mapping) else {"": value}
-        words = "  ".join(f"{key} {percent(share)}".strip() for key, share in shares.items() if isinstance(share, (int, float)))
+        words = "  ".join(
+            f"{key} {percent(share)}".strip() for key, share in shares.items() if isinstance(share, (int, float))
+        )
         lines.append(f"  {inert(str(who), 60):12} {inert(words)}")
     return lines
 

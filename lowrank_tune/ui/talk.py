@@ -36,7 +36,8 @@ def cleaned(text: str) -> str:
 
 
 class Screen:
-    """Where the chat takes place. `live` only where a person types and sees: there are colours then, and an answer's facts below it.
+    """Where the chat takes place. `live` only where a person types and sees: there are colours then, and an answer's
+    facts below it.
 
     Elsewhere answers go to stdout without one escape byte, and whatever else there is to say goes to stderr.
     """
@@ -108,7 +109,8 @@ class Screen:
 
 
 class Below:
-    """One answer after the other, written as it comes; the terminal breaks its lines, so a copy of them is the text as it was said."""
+    """One answer after the other, written as it comes; the terminal breaks its lines, so a copy of them is the text as
+    it was said."""
 
     together = False
 
@@ -127,7 +129,9 @@ class Below:
         self.add(number, "")
         self.screen.write("\n")
         if self.screen.live or warns:
-            self.screen.note(facts if self.screen.live else f"{self.labels[number]}: {facts}", "warning" if warns else "quiet")
+            self.screen.note(
+                facts if self.screen.live else f"{self.labels[number]}: {facts}", "warning" if warns else "quiet"
+            )
 
 
 class Beside:

@@ -1,4 +1,5 @@
-"""The terminal as a place to draw on: the alternate screen, only changed lines written, and nobody ever waits for it."""
+"""The terminal as a place to draw on: the alternate screen, only changed lines written, and nobody ever waits for
+it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ PATIENCE = 0.2  # seconds that a slow line may take to swallow a frame before th
 
 
 class Terminal:
-    """Draws on the terminal behind a descriptor, by a descriptor of its own that never blocks (Ctrl-S must not stop a run)."""
+    """Draws on the terminal behind a descriptor, by a descriptor of its own that never blocks (Ctrl-S must not stop a
+    run)."""
 
     def __init__(self, descriptor: int, environ: Mapping[str, str] = os.environ) -> None:
         self._control = os.dup(descriptor)
@@ -86,7 +88,8 @@ class Terminal:
 
 
 class Redirected:
-    """While it lasts, what anyone writes to the terminal on descriptors 1 and 2 (CUDA, tokenizers, print) goes to a file instead."""
+    """While it lasts, what anyone writes to the terminal on descriptors 1 and 2 (CUDA, tokenizers, print) goes to a
+    file instead."""
 
     def __init__(self, path: Path) -> None:
         self._saved: dict[int, int] = {}
@@ -118,8 +121,13 @@ def _flush() -> None:
 
 
 def can_show(file: TextIO, environ: Mapping[str, str], forced: bool = False) -> bool:
-    """Whether a dashboard makes sense there: a terminal that can do more than lines, ours at the moment, and not a build server's."""
-    if environ.get("TERM", "dumb") in ("", "dumb") or environ.get("TTY_INTERACTIVE") == "0" or (environ.get("CI") and not forced):
+    """Whether a dashboard makes sense there: a terminal that can do more than lines, ours at the moment, and not a
+    build server's."""
+    if (
+        environ.get("TERM", "dumb") in ("", "dumb")
+        or environ.get("TTY_INTERACTIVE") == "0"
+        or (environ.get("CI") and not forced)
+    ):
         return False
     try:
         return file.isatty() and os.tcgetpgrp(file.fileno()) == os.getpgrp()

@@ -1,4 +1,5 @@
-"""The dashboard of a run in this terminal: a sink that only queues events; its session's thread applies and draws them."""
+"""The dashboard of a run in this terminal: a sink that only queues events; its session's thread applies and draws
+them."""
 
 from __future__ import annotations
 
@@ -24,13 +25,16 @@ from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal import Redirected
 
 WISHES = {
-    "stop": "saving and quitting after this step", "pause": "paused: p goes on", "evaluate": "evaluating after this step",
+    "stop": "saving and quitting after this step",
+    "pause": "paused: p goes on",
+    "evaluate": "evaluating after this step",
     "save": "saving after this step",
-}  # fmt: skip
+}
 
 
 class Tui:
-    """Takes the terminal at once and gives it back in `close`. An event costs a microsecond: nothing of it is drawn by the caller."""
+    """Takes the terminal at once and gives it back in `close`. An event costs a microsecond: nothing of it is drawn by
+    the caller."""
 
     def __init__(self, control: Control, console_log: Path, environ: Mapping[str, str] = os.environ) -> None:
         self.control, self.state = control, State()
@@ -94,7 +98,8 @@ class Tui:
             self.control.evaluate = True
 
     def _stop(self) -> None:
-        """As the first Ctrl-C: in the loop a wish, before it an interruption, for there is nothing to save yet. A second `q` does nothing."""
+        """As the first Ctrl-C: in the loop a wish, before it an interruption, for there is nothing to save yet. A
+        second `q` does nothing."""
         if self.control.stop:
             return
         if self._in_main:
@@ -107,9 +112,11 @@ class Tui:
         self._redirected.close()
         plain = Plain()
         with suppress(OSError, ValueError):
-            plain(Note(message=f"the dashboard broke, plain lines follow: {type(error).__name__}: {error}", level="warning"))
+            plain(
+                Note(
+                    message=f"the dashboard broke, plain lines follow: {type(error).__name__}: {error}", level="warning"
+                )
+            )
         self._plain = plain
         while self._events:
             plain(self._events.popleft())
-
-

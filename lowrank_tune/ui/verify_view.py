@@ -1,4 +1,5 @@
-"""What `lowrank-tune verify` prints: how each reward judged and how fast, where the judges disagree, and what could not be judged."""
+"""What `lowrank-tune verify` prints: how each reward judged and how fast, where the judges disagree, and what could not
+be judged."""
 
 from __future__ import annotations
 
@@ -18,7 +19,10 @@ KINDS = ("pass", "fail", "graded", "error", "timeout")
 def show(found: Verified, title: str, console: Console) -> None:
     """Draws it."""
     done, total = len(found.rows), len(found.responses)
-    _say(console, f"{inert(title)}: {done:,} responses judged" + (f" of {total:,}, interrupted" if found.interrupted else ""))
+    _say(
+        console,
+        f"{inert(title)}: {done:,} responses judged" + (f" of {total:,}, interrupted" if found.interrupted else ""),
+    )
     for reason, gone in found.dropped.items():
         _say(console, f"  {gone.count:,} rows are none: {inert(reason, 200)} ({inert(', '.join(gone.places), 200)})")
     if not found.rows:
@@ -38,7 +42,10 @@ def _say(console: Console, sentence: str) -> None:
 
 def _figures(found: Verified) -> Table:
     """A line a reward. Milliseconds of one completion: the median, one in twenty above, the longest."""
-    told = [verdicts(each.name, each.reward.judges, [scores[place] for scores in found.rows]) for place, each in enumerate(found.weighted)]
+    told = [
+        verdicts(each.name, each.reward.judges, [scores[place] for scores in found.rows])
+        for place, each in enumerate(found.weighted)
+    ]
     kinds = [kind for kind in KINDS if any(each.counts.get(kind) for each in told)]
     table = Table("reward", *kinds, "mean", "spread", "ms", "p95", "max", box=None)
     for each in told:
@@ -56,15 +63,26 @@ def _clash(found: Verified, clash: Clash, console: Console) -> None:
         if numbers:
             _say(console, f"  right by `{who}`, wrong by `{other}`: {len(numbers):,}")
         for place in numbers[:SHOWN]:
-            _say(console, f"    {_where(found.responses[place])}: {inert(found.responses[place].item.completion[-200:], 160)}")
+            _say(
+                console,
+                f"    {_where(found.responses[place])}: {inert(found.responses[place].item.completion[-200:], 160)}",
+            )
 
 
 def _failures(found: Verified, console: Console) -> None:
     """The responses on which a reward failed, with the reasons."""
     for place, each in enumerate(found.weighted):
-        lost = [(response, scores[place]) for response, scores in zip(found.responses, found.rows, strict=False) if scores[place].value is None]
+        lost = [
+            (response, scores[place])
+            for response, scores in zip(found.responses, found.rows, strict=False)
+            if scores[place].value is None
+        ]
         if lost:
-            _say(console, f"\n`{each.name}` failed on {len(lost):,}; a run would {'stop' if each.on_error == 'stop' else 'drop them'}")
+            _say(
+                console,
+                f"\n`{each.name}` failed on {len(lost):,}; a run would "
+                f"{'stop' if each.on_error == 'stop' else 'drop them'}",
+            )
         for response, score in lost[:SHOWN]:
             _say(console, f"  {_where(response)}: {score.verdict}: {inert(score.reason, 300)}")
 

@@ -26,7 +26,8 @@ POLL_SECONDS, MOST_BYTES = 0.3, 8_000_000
 
 
 class Tail:
-    """Follows a file of events by inode and offset. A half-written last line waits for its end; a line that is no event is skipped."""
+    """Follows a file of events by inode and offset. A half-written last line waits for its end; a line that is no event
+    is skipped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -119,7 +120,9 @@ def file_of(run: Path) -> Path:
 def _single(run: Path) -> Path:
     path = run / EVENTS if run.is_dir() else run
     if not path.is_file():
-        raise UserError(f"{run}: no run to watch, for there is no {path.name if run.is_dir() else 'such file or folder'}")
+        raise UserError(
+            f"{run}: no run to watch, for there is no {path.name if run.is_dir() else 'such file or folder'}"
+        )
     return path
 
 
@@ -160,7 +163,8 @@ def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: 
 
 
 def _lines(runs: Sequence[Sequence[Path]]) -> None:
-    """Each run's events as plain lines, one run after the other, followed to its end: that of the last stage, or of one that broke."""
+    """Each run's events as plain lines, one run after the other, followed to its end: that of the last stage, or of one
+    that broke."""
     for paths in runs:
         tails, plain, ended, stage = Tails(paths), Plain(), False, 1
         while not ended:

@@ -1,4 +1,5 @@
-"""Prompts that completions are drawn for: every row gives one or is reported, and any step from nothing but its number."""
+"""Prompts that completions are drawn for: every row gives one or is reported, and any step from nothing but its
+number."""
 
 from __future__ import annotations
 
@@ -38,23 +39,40 @@ def found(*sources: Source | str, template: Template = TEMPLATE, judge: bool = T
 
 def test_a_row_becomes_a_prompt(tmp_path: Path) -> None:
     made = found(write(tmp_path / "a.jsonl", ROWS))
-    assert [one.text for one in made.asked] == [row["question"] for row in ROWS] and [one.row for one in made.asked] == ROWS
+    assert [one.text for one in made.asked] == [row["question"] for row in ROWS] and [
+        one.row for one in made.asked
+    ] == ROWS
     assert [one.gold for one in made.asked] == [str(n + 1) for n in range(12)]
     for one, length in zip(made.asked, made.lengths, strict=True):
         assert list(one.ids) == TEMPLATE.prompt([Message("user", one.text)]) and len(one.ids) == length
     assert [str(place) for place in made.places] == [f"{tmp_path}/a.jsonl:{line}" for line in range(1, 13)]
     report = made.report.train[0]
-    assert (report.read, report.used, report.rejected, report.golds, report.format) == (12, 12, 0, 12, "question_answer")
-    assert report.tokens == made.lengths.sum() and report.longest == made.lengths.max() and made.report.train_rows == len(made) == 12
+    assert (report.read, report.used, report.rejected, report.golds, report.format) == (
+        12,
+        12,
+        0,
+        12,
+        "question_answer",
+    )
+    assert (
+        report.tokens == made.lengths.sum()
+        and report.longest == made.lengths.max()
+        and made.report.train_rows == len(made) == 12
+    )
 
 
 CONVERSATIONS: dict[str, tuple[Any, list[Message]]] = {
     "the last assistant turn goes": (
-        ["u:a", "a:b", "u:c", "a:d"], [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]),
-    "the user has the last word": (["u:a", "a:b", "u:c"], [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]),
+        ["u:a", "a:b", "u:c", "a:d"],
+        [Message("user", "a"), Message("assistant", "b"), Message("user", "c")],
+    ),
+    "the user has the last word": (
+        ["u:a", "a:b", "u:c"],
+        [Message("user", "a"), Message("assistant", "b"), Message("user", "c")],
+    ),
     "a question alone": (["u:a"], [Message("user", "a")]),
     "the row's system prompt": (["s:x", "u:a", "a:b"], [Message("system", "x"), Message("user", "a")]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CONVERSATIONS)
@@ -69,15 +87,28 @@ def test_conversations(tmp_path: Path, case: str) -> None:
 
 
 def test_what_gives_no_prompt_is_dropped_with_its_line(tmp_path: Path) -> None:
-    rows: list[Any] = [*ROWS, {"question": " ", "answer": "1"}, {"question": "x", "answer": None}, 7, {"question": "long " * 60, "answer": "1"}]
+    rows: list[Any] = [
+        *ROWS,
+        {"question": " ", "answer": "1"},
+        {"question": "x", "answer": None},
+        7,
+        {"question": "long " * 60, "answer": "1"},
+    ]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
     made = found(str(path), judge=False, max_prompt_length=40)
     report = made.report.train[0]
-    assert (report.read, report.used, report.rejected, report.golds) == (17, 12, 5, 12) and report.longest > 40 >= made.lengths.max()
+    assert (report.read, report.used, report.rejected, report.golds) == (
+        17,
+        12,
+        5,
+        12,
+    ) and report.longest > 40 >= made.lengths.max()
     told = {reason: dropped.places for reason, dropped in report.dropped.items()}
     assert told["empty question"] == [f"{path}:13"] and told["column `answer` is null"] == [f"{path}:14"]
-    assert told["longer than data.max_prompt_length (40 tokens)"] == [f"{path}:16"] and sum(map(len, told.values())) == 5
+    assert (
+        told["longer than data.max_prompt_length (40 tokens)"] == [f"{path}:16"] and sum(map(len, told.values())) == 5
+    )
     with pytest.raises(UserError, match=r"a.jsonl: 5 of 17 rows cannot be used: .*raise `data.max_rejected_share`"):
         found(str(path), max_prompt_length=40)
     assert len(found(str(path), max_prompt_length=40, max_rejected_share=0.3)) == 12
@@ -87,15 +118,23 @@ def test_the_limit_itself_fits(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS[:1])
     length = int(found(path).lengths[0])
     assert len(found(path, max_prompt_length=length)) == 1
-    with pytest.raises(UserError, match=f"none of its 1 rows can be used: 1: longer than data.max_prompt_length .{length - 1} tokens"):
+    with pytest.raises(
+        UserError, match=f"none of its 1 rows can be used: 1: longer than data.max_prompt_length .{length - 1} tokens"
+    ):
         found(path, max_prompt_length=length - 1, max_rejected_share=1.0)
 
 
-REFUSING = LLAMA3.replace("{{ bos_token }}", "{{ bos_token }}{% if 'forbidden' in messages[-1]['content'] %}"
-                          "{{ raise_exception('not this') }}{% endif %}")  # fmt: skip
+REFUSING = LLAMA3.replace(
+    "{{ bos_token }}",
+    "{{ bos_token }}{% if 'forbidden' in messages[-1]['content'] %}{{ raise_exception('not this') }}{% endif %}",
+)
 
 
-@pytest.mark.parametrize(("template", "bad"), [("words", "Hm.\n\nAssistant: b"), (REFUSING, "forbidden")], ids=["plain words", "own template"])
+@pytest.mark.parametrize(
+    ("template", "bad"),
+    [("words", "Hm.\n\nAssistant: b"), (REFUSING, "forbidden")],
+    ids=["plain words", "own template"],
+)
 def test_what_the_template_cannot_ask(tmp_path: Path, template: str, bad: str) -> None:
     made = Template.of(tokenizer("words") if template == "words" else tiny(template))
     reason = made.spoils([Message("user", bad)])
@@ -115,17 +154,29 @@ def test_a_prompt_is_what_held_out_questions_are(tmp_path: Path, own: str) -> No
 
 
 def test_several_sources_in_their_order(tmp_path: Path) -> None:
-    one, other = write(tmp_path / "a.jsonl", ROWS[:3] * 2), write(tmp_path / "b.jsonl", [{**row, "answer": "?"} for row in ROWS[2:6]])
+    one, other = (
+        write(tmp_path / "a.jsonl", ROWS[:3] * 2),
+        write(tmp_path / "b.jsonl", [{**row, "answer": "?"} for row in ROWS[2:6]]),
+    )
     made = found(one, Source(dataset=other), Source(dataset="tutor", rows=5))
-    assert made.source_of.tolist() == [0] * 6 + [1] * 4 + [2] * 5 and made.source_of.dtype == np.int32 and made.lengths.dtype == np.int64
-    assert [part.duplicates for part in made.report.train] == [3, 0, 0] and made.report.duplicates == 4  # one more stands in both
+    assert (
+        made.source_of.tolist() == [0] * 6 + [1] * 4 + [2] * 5
+        and made.source_of.dtype == np.int32
+        and made.lengths.dtype == np.int64
+    )
+    # one more stands in both
+    assert [part.duplicates for part in made.report.train] == [3, 0, 0] and made.report.duplicates == 4
     assert [part.golds for part in made.report.train] == [6, 0, 5]
     assert [one.gold is None for one in made.asked] == [False] * 6 + [True] * 4 + [False] * 5
     assert made.asked[10].row["gold"] == made.asked[10].gold and str(made.places[10]) == "tutor:1"
     lines = made.report.lines()
-    assert lines[0].startswith(f"{one} (question_answer): prompts of 6 of 6 rows, ") and lines[0].endswith(" tokens, 6 with a gold answer")
-    assert lines[-1] == (f"15 prompts to draw completions for, 4 of them repeat an earlier one; mixed by prompt counts: {one} 40 %, "
-                         f"{other} 26.7 %, tutor 33.3 %")  # fmt: skip
+    assert lines[0].startswith(f"{one} (question_answer): prompts of 6 of 6 rows, ") and lines[0].endswith(
+        " tokens, 6 with a gold answer"
+    )
+    assert lines[-1] == (
+        f"15 prompts to draw completions for, 4 of them repeat an earlier one; mixed by prompt counts: {one} 40 %, "
+        f"{other} 26.7 %, tutor 33.3 %"
+    )
     assert json.loads(json.dumps(made.report.to_dict()))["train_rows"] == 15
 
 
@@ -134,9 +185,13 @@ def test_golds_that_a_reward_needs(tmp_path: Path) -> None:
     assert len(found(path)) == 13
     data = Data(train=(Source(dataset=path),))
     made = load_asked(data, TEMPLATE, 0, lambda event: None, needs_gold=True)
-    assert len(made) == 12 and {why: gone.places for why, gone in made.report.train[0].dropped.items()} == {NO_GOLD: [f"{path}:13"]}
+    assert len(made) == 12 and {why: gone.places for why, gone in made.report.train[0].dropped.items()} == {
+        NO_GOLD: [f"{path}:13"]
+    }
     with pytest.raises(UserError, match="1 of 13 rows cannot be used: 1: no gold answer"):
-        load_asked(data.model_copy(update={"max_rejected_share": 0.05}), TEMPLATE, 0, lambda event: None, needs_gold=True)
+        load_asked(
+            data.model_copy(update={"max_rejected_share": 0.05}), TEMPLATE, 0, lambda event: None, needs_gold=True
+        )
 
 
 def test_preferences_are_refused(tmp_path: Path) -> None:
@@ -149,7 +204,9 @@ def test_progress_and_notes(tmp_path: Path) -> None:
     told: list[Event] = []
     load_asked(Data(train=(Source(dataset=write(tmp_path / "a.jsonl", ROWS)),)), TEMPLATE, 0, told.append)
     assert [event.done for event in told if isinstance(event, Progress)] == [0, 12]
-    assert [event.message for event in told if isinstance(event, Note)] == [f"{tmp_path}/a.jsonl: 12 rows of the shape `question_answer`"]
+    assert [event.message for event in told if isinstance(event, Note)] == [
+        f"{tmp_path}/a.jsonl: 12 rows of the shape `question_answer`"
+    ]
 
 
 def asked_set(*counts: int) -> AskedSet:
@@ -157,7 +214,13 @@ def asked_set(*counts: int) -> AskedSet:
     size = sum(counts)
     source_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     asked = [Asked(array("i", [1] * (1 + n % 7)), str(n), None, {}) for n in range(size)]
-    return AskedSet(asked, [Place("a", n + 1) for n in range(size)], source_of, np.array([len(one.ids) for one in asked]), AskedReport(()))
+    return AskedSet(
+        asked,
+        [Place("a", n + 1) for n in range(size)],
+        source_of,
+        np.array([len(one.ids) for one in asked]),
+        AskedReport(()),
+    )
 
 
 def data_of(*weights: float | None) -> Data:
@@ -177,7 +240,13 @@ def test_every_prompt_once_an_epoch(count: int, size: int, seed: int) -> None:
     assert fresh.rows(5 * made.steps_per_epoch) == made.rows(5 * made.steps_per_epoch)
 
 
-@given(count=st.integers(1, 40), size=st.integers(1, 12), wanted=st.integers(0, 60), step=st.integers(0, 30), draw=st.integers(1, 3))
+@given(
+    count=st.integers(1, 40),
+    size=st.integers(1, 12),
+    wanted=st.integers(0, 60),
+    step=st.integers(0, 30),
+    draw=st.integers(1, 3),
+)
 def test_others_are_others_while_there_are_enough(count: int, size: int, wanted: int, step: int, draw: int) -> None:
     made = asked_order(asked_set(count), data_of(None), Train(prompts_per_step=size), 1)
     own, others = set(made.rows(step)), made.others(step, draw, wanted)
@@ -200,23 +269,35 @@ def test_others_come_by_weight() -> None:
     assert abs(counts[True] / 1600 - 0.8) < 0.05
     assert sum(row >= 900 for step in range(100) for row in weighted.rows(step)) == 800
     plain = asked_order(asked_set(900, 100), data_of(None, None), Train(prompts_per_step=10), 0)
-    assert Counter(other >= 900 for step in range(400) for other in plain.others(step, 1, 4))[True] / 1600 == pytest.approx(0.1, abs=0.03)
+    assert Counter(other >= 900 for step in range(400) for other in plain.others(step, 1, 4))[
+        True
+    ] / 1600 == pytest.approx(0.1, abs=0.03)
 
 
 SVAMP = {"format": "alpaca", "columns": {"instruction": "Body", "input": "Question", "output": "Answer"}}
 
 
-@pytest.mark.parametrize(("path", "more", "read", "least_used", "least_golds"), [
-    ("gsm8k/train.jsonl.gz", {}, 5000, 5000, 5000), ("math/test.jsonl.gz", {}, 2500, 2475, 2475),
-    ("svamp/SVAMP.json", SVAMP, 1000, 1000, 1000), ("numinamath_cot_1k/train_first1000.jsonl.gz", {}, 1000, 995, 950),
-], ids=["gsm8k", "math", "svamp", "numinamath"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "more", "read", "least_used", "least_golds"),
+    [
+        ("gsm8k/train.jsonl.gz", {}, 5000, 5000, 5000),
+        ("math/test.jsonl.gz", {}, 2500, 2475, 2475),
+        ("svamp/SVAMP.json", SVAMP, 1000, 1000, 1000),
+        ("numinamath_cot_1k/train_first1000.jsonl.gz", {}, 1000, 995, 950),
+    ],
+    ids=["gsm8k", "math", "svamp", "numinamath"],
+)
 def test_real_files(path: str, more: dict[str, Any], read: int, least_used: int, least_golds: int) -> None:
     if not (SHARED / "data" / path).is_file():
         pytest.skip("needs ../shared")
     template = Template.of(tokenizer("tokenizers/gpt2"))
     made = found(Source(dataset=str(SHARED / "data" / path), **more), template=template)
     report = made.report.train[0]
-    assert (report.read, report.used + report.rejected) == (read, read) and report.used >= least_used and report.golds >= least_golds
+    assert (
+        (report.read, report.used + report.rejected) == (read, read)
+        and report.used >= least_used
+        and report.golds >= least_golds
+    )
     assert report.golds == sum(one.gold is not None for one in made.asked) and made.lengths.max() <= 512
     if report.dropped:
         assert list(report.dropped) == ["longer than data.max_prompt_length (512 tokens)"]

@@ -1,4 +1,5 @@
-"""Templates: the mask is the answer and its end token, a prompt is the beginning of its row, and data holds no control tokens."""
+"""Templates: the mask is the answer and its end token, a prompt is the beginning of its row, and data holds no control
+tokens."""
 
 from __future__ import annotations
 
@@ -14,8 +15,15 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.tutor import text as kit
 from lowrank_tune.types import Message, Row
 
-ENDS = {"kit": f"{kit.END_OF_TURN}{kit.EOS}", "llama3": "<|eot|>", "no system": "<|eot|>", "chatml": "<|im_end|>", "thinking": "<|im_end|>",
-        "tokenizers/smollm2-135m-instruct": "<|im_end|>", "tokenizers/gpt2": "<|endoftext|>"}  # fmt: skip
+ENDS = {
+    "kit": f"{kit.END_OF_TURN}{kit.EOS}",
+    "llama3": "<|eot|>",
+    "no system": "<|eot|>",
+    "chatml": "<|im_end|>",
+    "thinking": "<|im_end|>",
+    "tokenizers/smollm2-135m-instruct": "<|im_end|>",
+    "tokenizers/gpt2": "<|endoftext|>",
+}
 TEMPLATES: dict[str, Template] = {}
 
 
@@ -25,7 +33,11 @@ def talk(*contents: str) -> list[Message]:
 
 def said(template: Template, row: Row) -> str:
     """What the mask covers, stretch by stretch."""
-    stretches = [[number for number, _ in run] for says, run in groupby(zip(row.ids, row.says, strict=True), key=lambda pair: pair[1]) if says]
+    stretches = [
+        [number for number, _ in run]
+        for says, run in groupby(zip(row.ids, row.says, strict=True), key=lambda pair: pair[1])
+        if says
+    ]
     return "".join(template.decode(stretch, marks=True) for stretch in stretches)
 
 
@@ -103,7 +115,11 @@ contents = st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map("".joi
 
 @pytest.mark.parametrize("name", [*TINY, *REAL])
 @settings(max_examples=25)
-@given(turns=st.lists(contents.filter(lambda text: text.strip() != ""), min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0))
+@given(
+    turns=st.lists(contents.filter(lambda text: text.strip() != ""), min_size=2, max_size=6).filter(
+        lambda turns: len(turns) % 2 == 0
+    )
+)
 @example(turns=["</s>", "</s>", "a<|im_end|>", "1</s>b"])
 @example(turns=["$", "$", ":", ")"])
 def test_prompt_is_the_beginning_and_no_control_token_comes_from_data(name: str, turns: list[str]) -> None:
@@ -119,7 +135,10 @@ def test_prompt_is_the_beginning_and_no_control_token_comes_from_data(name: str,
     plain = template.encode(talk(*["x" for _ in turns]))
     count = [sum(template.marks_in([number]) for number in each.ids) for each in (row, plain)]
     assert count[0] == count[1], "a control token came out of the text, or one was lost"
-    words = template.decode([number for number, says in zip(row.ids[len(prompt) :], row.says[len(prompt) :], strict=True) if says], marks=True)
+    words = template.decode(
+        [number for number, says in zip(row.ids[len(prompt) :], row.says[len(prompt) :], strict=True) if says],
+        marks=True,
+    )
     if name in ("kit", "chatml", "thinking", "words", "tokenizers/gpt2", "tokenizers/smollm2-135m-instruct"):
         assert words == turns[-1] + ENDS.get(name, "</s>")
 
@@ -131,12 +150,14 @@ def test_many_equal_one_by_one() -> None:
         together = template.encode_many(rows)
         alone = [template.encode_many([row])[0] for row in rows]
         assert [vars(row) if isinstance(row, Row) else row.reason for row in together] == [
-            vars(row) if isinstance(row, Row) else row.reason for row in alone], name  # fmt: skip
+            vars(row) if isinstance(row, Row) else row.reason for row in alone
+        ], name
         assert isinstance(together[3], RowFault) and isinstance(together[0], Row)
 
 
 def test_merged_edge_keeps_the_prompt() -> None:
-    """The tiny vocabulary merges "] " or the like across an edge somewhere; the stock encoding would then change the prompt."""
+    """The tiny vocabulary merges "] " or the like across an edge somewhere; the stock encoding would then change the
+    prompt."""
     made, crossed = tokenizer("merging"), 0
     template = Template.of(made)
     for answer in ("It is", "]", " the", "$5", "\n\n", "(a", "INST"):
@@ -144,7 +165,9 @@ def test_merged_edge_keeps_the_prompt() -> None:
         assert list(row.ids[: len(prompt)]) == prompt
         assert said(template, row) == f"{answer}.</s>"
     made.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}")
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' "
+        "%}</s>{% endif %}{% endfor %}"
+    )
     template = Template.of(made)
     for question, answer in (("What i", "s 12"), ("It", " is"), ("\n", "\nthe end")):
         stock = made(f"<s>{question}{answer}</s>", add_special_tokens=False)["input_ids"]
@@ -156,7 +179,8 @@ def test_merged_edge_keeps_the_prompt() -> None:
 
 
 def test_edge_without_a_crossing_token_that_still_changes_the_prompt() -> None:
-    """GPT-2's rule splits "\\n\\nYes" into two newlines and a word, and "\\n\\n" alone is one token: nothing crosses, yet the ids differ."""
+    """GPT-2's rule splits "\\n\\nYes" into two newlines and a word, and "\\n\\n" alone is one token: nothing crosses,
+    yet the ids differ."""
     made = tiny(CHATML.replace("\n", "\n\n"), split=True)
     template = Template.of(made)
     messages = talk("Hm?", "Yes.", "Hm?", "No.")
@@ -179,7 +203,9 @@ def test_words_reject_their_markers() -> None:
 
 
 def test_fingerprint_follows_the_template() -> None:
-    fingerprints = [Template.of(tiny(template)).fingerprint for template in (CHATML, CHATML, CHATML.replace("\n", " "), None)]
+    fingerprints = [
+        Template.of(tiny(template)).fingerprint for template in (CHATML, CHATML, CHATML.replace("\n", " "), None)
+    ]
     assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 3
 
 

@@ -18,9 +18,16 @@ GPT = [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]
 GOOD = {
     "messages": [{"messages": CHAT}, {"messages": CHAT, "prompt": Q}, {"messages": CHAT, "problem": Q, "solution": A}],
     "sharegpt": [{"conversations": GPT}, {"conversations": CHAT}, {"conversations": GPT, "system": ""}],
-    "alpaca": [{"instruction": Q, "input": "", "output": A}, {"instruction": "What is", "input": "2 + 3?", "output": A}],
+    "alpaca": [
+        {"instruction": Q, "input": "", "output": A},
+        {"instruction": "What is", "input": "2 + 3?", "output": A},
+    ],
     "prompt_completion": [{"prompt": Q, "completion": A}, {"prompt": CHAT[:1], "completion": CHAT[1:]}],
-    "question_answer": [{"question": Q, "answer": A}, {"query": Q, "response": A}, {"problem": Q, "generated_solution": A}],
+    "question_answer": [
+        {"question": Q, "answer": A},
+        {"query": Q, "response": A},
+        {"problem": Q, "generated_solution": A},
+    ],
 }
 
 
@@ -38,7 +45,9 @@ def test_columns() -> None:
     columns = {"question": "problem", "answer": "rationale"}
     assert detect(row, columns) == "question_answer"
     assert to_conversation(row, "question_answer", columns).messages[1].content == "because"
-    assert to_conversation(row, "question_answer", {"question": "problem", "answer": "Answer"}).messages[1].content == "51"
+    assert (
+        to_conversation(row, "question_answer", {"question": "problem", "answer": "Answer"}).messages[1].content == "51"
+    )
     assert to_conversation(row, "question_answer", {**columns, "gold": "Answer"}).gold == "51"
     with pytest.raises(UserError, match="winner.*known shape.*preference.*columns:"):
         detect({"winner": 1, "loser": 2})
@@ -48,19 +57,30 @@ def turns(*roles: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": role[:1] or "x"} for role in roles]}
 
 
-@pytest.mark.parametrize(("row", "reason"), [
-    (turns("user"), "no assistant turn"), (turns("user", "assistant", "user"), "last word"), (turns(), "no turns"),
-    (turns("user", "assistant", "assistant"), "two assistant"), (turns("assistant"), "speaks first"),
-    (turns("user", "assistant", "system"), "system turn"),
-    (turns("user", "wizard"), "unknown role"), (turns("user", "tool", "assistant"), "tool calls"), ({"messages": None}, "null"),
-    ({}, "no column"),
-    ({"messages": "text"}, "no list"), ({"messages": ["text"]}, "no object"), ({"messages": [{"role": 3, "content": "a"}]}, "no role"),
-    ({"messages": [{"role": "user", "content": " "}, CHAT[1]]}, "empty question"),
-    ({"messages": [CHAT[0], {"role": "gpt", "content": ""}]}, "empty answer"),
-    ({"messages": [CHAT[0], {"role": "gpt", "content": "\ud800"}]}, "surrogate"),
-    ({"messages": [CHAT[0], {"role": "gpt", "content": True}]}, "no text"),
-    ({"messages": [CHAT[0], {"role": "gpt", "content": None, "tool_calls": [1]}]}, "tool calls"), ("text", "not an object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (turns("user"), "no assistant turn"),
+        (turns("user", "assistant", "user"), "last word"),
+        (turns(), "no turns"),
+        (turns("user", "assistant", "assistant"), "two assistant"),
+        (turns("assistant"), "speaks first"),
+        (turns("user", "assistant", "system"), "system turn"),
+        (turns("user", "wizard"), "unknown role"),
+        (turns("user", "tool", "assistant"), "tool calls"),
+        ({"messages": None}, "null"),
+        ({}, "no column"),
+        ({"messages": "text"}, "no list"),
+        ({"messages": ["text"]}, "no object"),
+        ({"messages": [{"role": 3, "content": "a"}]}, "no role"),
+        ({"messages": [{"role": "user", "content": " "}, CHAT[1]]}, "empty question"),
+        ({"messages": [CHAT[0], {"role": "gpt", "content": ""}]}, "empty answer"),
+        ({"messages": [CHAT[0], {"role": "gpt", "content": "\ud800"}]}, "surrogate"),
+        ({"messages": [CHAT[0], {"role": "gpt", "content": True}]}, "no text"),
+        ({"messages": [CHAT[0], {"role": "gpt", "content": None, "tool_calls": [1]}]}, "tool calls"),
+        ("text", "not an object"),
+    ],
+)
 def test_faults(row: Any, reason: str) -> None:
     with pytest.raises(RowFault, match=reason):
         to_conversation(row, "messages", {})
@@ -72,17 +92,28 @@ def test_a_person_who_writes_twice_is_joined() -> None:
     assert len(to_conversation({"messages": [{"role": "system", "content": ""}, *CHAT]}, "messages", {}).messages) == 2
 
 
-@pytest.mark.parametrize(("row", "how", "gold"), [
-    ({"answer": "#### Step 2:\nSo \\boxed{5}."}, "auto", "5"), ({"answer": "#### Part (a)\nIt holds."}, "auto", None),
-    ({"answer": "So 5.\n#### 1,234"}, "auto", "1234"), ({"answer": "x #### -3 \nThe answer is: -3"}, "auto", "-3"),
-    ({"answer": "5 apples"}, "auto", None),
-    ({"answer": "-12,000.5"}, "auto", "-12000.5"), ({"answer": r"\boxed{1} or \boxed{\frac{1}{2}}."}, "auto", r"\frac{1}{2}"),
-    ({"answer": r"\boxed{7} \boxed{8"}, "auto", "7"), ({"answer": r"\boxed{\{1,2\}}"}, "auto", r"\{1,2\}"),
-    ({"answer": "7", "gold": "8"}, "auto", "8"),
-    ({"answer": "7", "expected_answer": 9}, "auto", "9"), ({"answer": "is 7."}, "answer", "is 7."), ({"answer": "#### 7"}, "none", None),
-    ({"answer": "a 7 b 1,000 c"}, "last_number", "1000"), ({"answer": "7"}, "gold", None), ({"answer": "7"}, "hashes", None),
-    ({"answer": "1,2"}, "auto", "1,2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "how", "gold"),
+    [
+        ({"answer": "#### Step 2:\nSo \\boxed{5}."}, "auto", "5"),
+        ({"answer": "#### Part (a)\nIt holds."}, "auto", None),
+        ({"answer": "So 5.\n#### 1,234"}, "auto", "1234"),
+        ({"answer": "x #### -3 \nThe answer is: -3"}, "auto", "-3"),
+        ({"answer": "5 apples"}, "auto", None),
+        ({"answer": "-12,000.5"}, "auto", "-12000.5"),
+        ({"answer": r"\boxed{1} or \boxed{\frac{1}{2}}."}, "auto", r"\frac{1}{2}"),
+        ({"answer": r"\boxed{7} \boxed{8"}, "auto", "7"),
+        ({"answer": r"\boxed{\{1,2\}}"}, "auto", r"\{1,2\}"),
+        ({"answer": "7", "gold": "8"}, "auto", "8"),
+        ({"answer": "7", "expected_answer": 9}, "auto", "9"),
+        ({"answer": "is 7."}, "answer", "is 7."),
+        ({"answer": "#### 7"}, "none", None),
+        ({"answer": "a 7 b 1,000 c"}, "last_number", "1000"),
+        ({"answer": "7"}, "gold", None),
+        ({"answer": "7"}, "hashes", None),
+        ({"answer": "1,2"}, "auto", "1,2"),
+    ],
+)
 def test_gold(row: dict[str, Any], how: str, gold: str | None) -> None:
     if row["answer"] == "1,2":  # a pair, not a number: neither a gold answer by itself nor stripped of its comma
         assert to_conversation({"question": "q", **row}, "question_answer", {}, "answer").gold == "1,2"
@@ -96,16 +127,42 @@ def test_last_number_and_box() -> None:
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**600), 10**600) | st.floats() | st.text(st.characters(), max_size=5) | st.just("\ud800"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "from", "content", "value"]), inner, max_size=3),
-    max_leaves=8)  # fmt: skip
-names = st.sampled_from(["messages", "conversations", "instruction", "input", "output", "history", "prompt", "completion", "question",
-                         "answer", "gold", "system"])  # fmt: skip
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**600), 10**600)
+    | st.floats()
+    | st.text(st.characters(), max_size=5)
+    | st.just("\ud800"),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "from", "content", "value"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+names = st.sampled_from(
+    [
+        "messages",
+        "conversations",
+        "instruction",
+        "input",
+        "output",
+        "history",
+        "prompt",
+        "completion",
+        "question",
+        "answer",
+        "gold",
+        "system",
+    ]
+)
 
 
 @settings(max_examples=300)
-@given(row=st.dictionaries(names, values) | values, shape=st.sampled_from(sorted(GOOD)),
-       how=st.sampled_from(["auto", "answer", "hashes", "boxed", "last_number", "gold"]))  # fmt: skip
+@given(
+    row=st.dictionaries(names, values) | values,
+    shape=st.sampled_from(sorted(GOOD)),
+    how=st.sampled_from(["auto", "answer", "hashes", "boxed", "last_number", "gold"]),
+)
 def test_hostile_rows_are_faults(row: Any, shape: str, how: str) -> None:
     try:
         made = to_conversation(row, shape, {}, how)

@@ -32,10 +32,14 @@ def write(path: Path, rows: list[Any], array: bool = False) -> str:
 
 def loaded(tmp_path: Path, *sources: Source | str, template: Template = TEMPLATE, **data: Any) -> Any:
     made = tuple(Source(dataset=source) if isinstance(source, str) else source for source in sources)
-    return load(Data(**{"train": made, "validation_share": 0.0, **data}), template, 0, lambda event: None, tmp_path / "cache")
+    return load(
+        Data(**{"train": made, "validation_share": 0.0, **data}), template, 0, lambda event: None, tmp_path / "cache"
+    )
 
 
-@pytest.mark.parametrize(("name", "array"), [("a.jsonl", False), ("a.json", False), ("a.jsonl", True), ("a.json.gz", True), ("a.txt", True)])
+@pytest.mark.parametrize(
+    ("name", "array"), [("a.jsonl", False), ("a.json", False), ("a.jsonl", True), ("a.json.gz", True), ("a.txt", True)]
+)
 def test_files_by_their_contents(tmp_path: Path, name: str, array: bool) -> None:
     rows = [*ROWS, {"question": "a\u2028b\x85c", "answer": "d\u2029"}]
     found = read(Source(dataset=write(tmp_path / name, rows, array)), 0)
@@ -45,15 +49,25 @@ def test_files_by_their_contents(tmp_path: Path, name: str, array: bool) -> None
 
 def test_u2028_bom_carriage_returns_and_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + '{"question": "a\u2028b", "answer": "c"}\r\n\r\n{"question": "d", "answer": "e"}'.encode())
+    path.write_bytes(
+        b"\xef\xbb\xbf" + '{"question": "a\u2028b", "answer": "c"}\r\n\r\n{"question": "d", "answer": "e"}'.encode()
+    )
     assert [(place.line, row) for place, row in read(Source(dataset=str(path)), 0)] == [
-        (1, {"question": "a\u2028b", "answer": "c"}), (3, {"question": "d", "answer": "e"})]  # fmt: skip
+        (1, {"question": "a\u2028b", "answer": "c"}),
+        (3, {"question": "d", "answer": "e"}),
+    ]
 
 
 def test_csv_and_parquet(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('question,answer\n"a, ""b""\nc",d\n1,2,3\ne,f\n')
-    found = [row if isinstance(row, dict) else row.reason for _, row in read(Source(dataset=str(tmp_path / "a.csv")), 0)]
-    assert found[0] == {"question": 'a, "b"\nc', "answer": "d"} and "fields" in found[1] and found[2] == {"question": "e", "answer": "f"}
+    found = [
+        row if isinstance(row, dict) else row.reason for _, row in read(Source(dataset=str(tmp_path / "a.csv")), 0)
+    ]
+    assert (
+        found[0] == {"question": 'a, "b"\nc', "answer": "d"}
+        and "fields" in found[1]
+        and found[2] == {"question": "e", "answer": "f"}
+    )
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pytest.importorskip("pyarrow").Table.from_pylist(ROWS)
     parquet.write_table(table, tmp_path / "a.bin")
@@ -75,16 +89,26 @@ def test_folder_and_draw(tmp_path: Path) -> None:
 
 def test_counts_add_up_with_their_lines(tmp_path: Path) -> None:
     rows = [json.dumps(row) for row in ROWS]
-    rows[2], rows[5], rows[7], rows[11] = "{broken", '{"question": "a", "answer": " "}', "[1]", '{"question": "\\ud800", "answer": "a"}'
+    rows[2], rows[5], rows[7], rows[11] = (
+        "{broken",
+        '{"question": "a", "answer": " "}',
+        "[1]",
+        '{"question": "\\ud800", "answer": "a"}',
+    )
     rows[13], rows[17] = "[" * 100_000, '{"question": "a", "answer": ' + "9" * 5000 + "}"
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(rows))
-    with pytest.raises(UserError, match=r"data.jsonl: 6 of 40 rows cannot be used: .*malformed JSON \(lines 3, 14, 18\).*max_rejected_share"):
+    with pytest.raises(
+        UserError,
+        match=r"data.jsonl: 6 of 40 rows cannot be used: .*malformed JSON \(lines 3, 14, 18\).*max_rejected_share",
+    ):
         loaded(tmp_path, str(path))
     made = loaded(tmp_path, str(path), max_rejected_share=0.2)
     report = made.report.train[0]
     assert (report.read, report.used, report.rejected, len(made.train)) == (40, 34, 6, 34)
-    assert report.tokens == made.train.lengths.sum() and report.trained_tokens == sum(made.train.trained_of(i) for i in range(34))
+    assert report.tokens == made.train.lengths.sum() and report.trained_tokens == sum(
+        made.train.trained_of(i) for i in range(34)
+    )
     assert sorted(fault.line for fault in made.train.dropped()) == [3, 6, 8, 12, 14, 18]
     assert str(next(made.train.dropped())).endswith("data.jsonl:3: malformed JSON")
     assert made.train.place_of(2).endswith("data.jsonl:4") and made.train.gold_of(0) == "1"
@@ -95,9 +119,13 @@ def test_stores_are_found_by_content_and_mended(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     first = loaded(tmp_path, path)
     told: list[Event] = []
-    again = load(Data(train=(Source(dataset=path),), validation_share=0.0), TEMPLATE, 0, told.append, tmp_path / "cache")
+    again = load(
+        Data(train=(Source(dataset=path),), validation_share=0.0), TEMPLATE, 0, told.append, tmp_path / "cache"
+    )
     assert not any(isinstance(event, Progress) for event in told), "it was tokenised again"
-    assert again.report == first.report and all(list(a.ids) == list(b.ids) for a, b in zip(again.train, first.train, strict=True))
+    assert again.report == first.report and all(
+        list(a.ids) == list(b.ids) for a, b in zip(again.train, first.train, strict=True)
+    )
     for victim in sorted(first.train.folder.iterdir()):
         expected, kept = [list(row.ids) for row in first.train], victim.read_bytes()
         for damage in (kept[: len(kept) // 2], kept[:-1] + bytes([kept[-1] ^ 1]), None) if kept else (b"x", None):
@@ -177,13 +205,28 @@ def test_prompts_without_answers(tmp_path: Path) -> None:
     assert len(found) == 10 and all(prompt.messages[0].content == f"q{prompt.gold}" for prompt in found)
 
 
-@pytest.mark.parametrize(("dataset", "sentence"), [
-    ("{}/a.json", "no such file; did you mean `a.jsonl`"), ("{}/none/a.jsonl", "no folder `none`"), ("{}/empty.jsonl", "it is empty"),
-    ("{}/notes.txt", "neither JSON lines"), ("{}/array.json", "array.json:2: the JSON array is broken"), ("{}/cut.jsonl.gz", "cannot be read"),
-    ("{}/wide.jsonl", "UTF-16"), ("{}/bad.csv", "CSV"), ("{}/folder", "no data files"), ("{}/words.jsonl", "none of its first rows"),
-    ("{}/other.jsonl", "known shape"), ("missing.jsonl", "no such file"), ("./missing", "no such file"), ("{}/bad.parquet", "Parquet"),
-])  # fmt: skip
-def test_bad_sources_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("dataset", "sentence"),
+    [
+        ("{}/a.json", "no such file; did you mean `a.jsonl`"),
+        ("{}/none/a.jsonl", "no folder `none`"),
+        ("{}/empty.jsonl", "it is empty"),
+        ("{}/notes.txt", "neither JSON lines"),
+        ("{}/array.json", "array.json:2: the JSON array is broken"),
+        ("{}/cut.jsonl.gz", "cannot be read"),
+        ("{}/wide.jsonl", "UTF-16"),
+        ("{}/bad.csv", "CSV"),
+        ("{}/folder", "no data files"),
+        ("{}/words.jsonl", "none of its first rows"),
+        ("{}/other.jsonl", "known shape"),
+        ("missing.jsonl", "no such file"),
+        ("./missing", "no such file"),
+        ("{}/bad.parquet", "Parquet"),
+    ],
+)
+def test_bad_sources_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, sentence: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "empty.jsonl").write_text(" \n\n")
@@ -215,15 +258,31 @@ def test_what_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(map(_looks_like_a_path, ("a.jsonl", "b/c.txt", "./x", "/x", "~/x", "a.json.gz", "data.jsn", "x/")))
 
 
-@pytest.mark.parametrize(("error", "sentence"), [
-    (ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']\nExample"),
-     "choose one with `name:` .main, socratic"),
-    (ValueError("BuilderConfig 'x' not found. Available: ['main', 'socratic']"), "no configuration `x`; it has main, socratic"),
-    (ValueError('Unknown split "dev". Should be one of [\'train\', \'test\'].'), "no split `dev`; it has train, test"),
-    (RuntimeError("Dataset 'a/b' is a gated dataset on the Hub. Visit"), "https://huggingface.co/datasets/a/b.*hf auth login"),
-    (ConnectionError("Couldn't reach 'a/b' on the Hub (ConnectError)"), "hub cannot be reached|HF_HUB_OFFLINE"),
-    (RuntimeError("odd\nthing"), "odd thing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']\nExample"
+            ),
+            "choose one with `name:` .main, socratic",
+        ),
+        (
+            ValueError("BuilderConfig 'x' not found. Available: ['main', 'socratic']"),
+            "no configuration `x`; it has main, socratic",
+        ),
+        (
+            ValueError("Unknown split \"dev\". Should be one of ['train', 'test']."),
+            "no split `dev`; it has train, test",
+        ),
+        (
+            RuntimeError("Dataset 'a/b' is a gated dataset on the Hub. Visit"),
+            "https://huggingface.co/datasets/a/b.*hf auth login",
+        ),
+        (ConnectionError("Couldn't reach 'a/b' on the Hub (ConnectError)"), "hub cannot be reached|HF_HUB_OFFLINE"),
+        (RuntimeError("odd\nthing"), "odd thing"),
+    ],
+)
 def test_errors_of_the_hub(error: Exception, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         raise UserError(explain(error, "a/b", "x", "dev", "")) from error
@@ -237,8 +296,26 @@ def test_hub_offline() -> None:
 
 def test_hostile_files(tmp_path: Path) -> None:
     rng = random.Random(0)
-    odd = ["\ud800", "\x00", 10**400, -0.0, float("inf"), None, True, [], {}, "a" * 1_000_000, "\u2028", "<|user|>", "</s>", "👍🏽", " "]
-    rows = [{rng.choice(["question", "answer", "gold", "x"]): rng.choice(odd) for _ in range(4)} for _ in range(120)] + ROWS
+    odd = [
+        "\ud800",
+        "\x00",
+        10**400,
+        -0.0,
+        float("inf"),
+        None,
+        True,
+        [],
+        {},
+        "a" * 1_000_000,
+        "\u2028",
+        "<|user|>",
+        "</s>",
+        "👍🏽",
+        " ",
+    ]
+    rows = [
+        {rng.choice(["question", "answer", "gold", "x"]): rng.choice(odd) for _ in range(4)} for _ in range(120)
+    ] + ROWS
     rng.shuffle(rows)
     path = write(tmp_path / "a.jsonl", [*rows[:0], {"question": "a", "answer": "b"}, *rows])
     made = loaded(tmp_path, path, max_rejected_share=1.0)
@@ -247,14 +324,20 @@ def test_hostile_files(tmp_path: Path) -> None:
 
 
 COUNTS = {
-    "gsm8k/train.jsonl.gz": (5000, 5000, 5000), "math/test.jsonl.gz": (2500, 2500, 2500),
+    "gsm8k/train.jsonl.gz": (5000, 5000, 5000),
+    "math/test.jsonl.gz": (2500, 2500, 2500),
     "llamafactory_demos/alpaca_en_demo.json.gz": (999, 999, 2),
-    "llamafactory_demos/glaive_toolcall_en_demo.json.gz": (300, 147, 0), "rasbt_instruction/instruction-data.json": (1100, 1100, None),
-    "open_instruct_samples/sft_sample.jsonl.gz": (100, 100, None), "numinamath_cot_1k/train_first1000.jsonl.gz": (1000, 1000, None),
-    "hub_samples/MetaMathQA.jsonl": (3, 3, 3), "hub_samples/OpenMathInstruct-2.jsonl": (3, 3, 3), "hub_samples/ultrachat_200k.jsonl": (1, 1, 0),
-    "hub_samples/orca-math-word-problems-200k.jsonl": (2, 2, 0), "hub_samples/NuminaMath-CoT.jsonl": (1, 1, 1),
+    "llamafactory_demos/glaive_toolcall_en_demo.json.gz": (300, 147, 0),
+    "rasbt_instruction/instruction-data.json": (1100, 1100, None),
+    "open_instruct_samples/sft_sample.jsonl.gz": (100, 100, None),
+    "numinamath_cot_1k/train_first1000.jsonl.gz": (1000, 1000, None),
+    "hub_samples/MetaMathQA.jsonl": (3, 3, 3),
+    "hub_samples/OpenMathInstruct-2.jsonl": (3, 3, 3),
+    "hub_samples/ultrachat_200k.jsonl": (1, 1, 0),
+    "hub_samples/orca-math-word-problems-200k.jsonl": (2, 2, 0),
+    "hub_samples/NuminaMath-CoT.jsonl": (1, 1, 1),
     "svamp/SVAMP.json": (1000, 1000, 1000),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", COUNTS)

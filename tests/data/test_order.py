@@ -20,10 +20,18 @@ from lowrank_tune.types import Row
 
 def order(count: int, seed: int = 0, weights: Any = None, sources: Any = None, **train: Any) -> Order:
     lengths = np.random.default_rng(9).integers(5, 60, count)
-    return Order(lengths, np.zeros(count, dtype=int) if sources is None else np.array(sources), weights, Train(**train), seed)
+    return Order(
+        lengths, np.zeros(count, dtype=int) if sources is None else np.array(sources), weights, Train(**train), seed
+    )
 
 
-@given(count=st.integers(1, 120), size=st.integers(1, 20), window=st.integers(1, 5), seed=st.integers(0, 5), by_tokens=st.booleans())
+@given(
+    count=st.integers(1, 120),
+    size=st.integers(1, 20),
+    window=st.integers(1, 5),
+    seed=st.integers(0, 5),
+    by_tokens=st.booleans(),
+)
 def test_every_row_once_an_epoch(count: int, size: int, window: int, seed: int, by_tokens: bool) -> None:
     budget = {"tokens_per_step": size * 10} if by_tokens else {"rows_per_step": size}
     made = order(count, seed, length_window=window, **budget)
@@ -60,14 +68,18 @@ def test_weights_are_exact_and_walk_through_all_rows() -> None:
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(1, 1000))
 def test_largest_remainder(weights: list[int], count: int) -> None:
     shares = largest_remainder(weights, count)
-    assert sum(shares) == count and all(abs(share - weight / sum(weights) * count) < 1 for share, weight in zip(shares, weights, strict=True))
+    assert sum(shares) == count and all(
+        abs(share - weight / sum(weights) * count) < 1 for share, weight in zip(shares, weights, strict=True)
+    )
 
 
 def test_windows_save_padding() -> None:
     def padded(made: Order) -> int:
         return sum(len(rows) * int(made._lengths[rows].max()) for rows in map(made.rows, range(made.steps_per_epoch)))
 
-    assert padded(order(800, rows_per_step=8, length_window=10)) < 0.75 * padded(order(800, rows_per_step=8, length_window=1))
+    assert padded(order(800, rows_per_step=8, length_window=10)) < 0.75 * padded(
+        order(800, rows_per_step=8, length_window=1)
+    )
 
 
 def test_collate() -> None:

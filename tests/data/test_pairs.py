@@ -1,4 +1,5 @@
-"""Preference pairs: read from every shape, rendered as two rows with one prompt, never parted, and every faulty one counted."""
+"""Preference pairs: read from every shape, rendered as two rows with one prompt, never parted, and every faulty one
+counted."""
 
 from __future__ import annotations
 
@@ -13,7 +14,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, MARKS, REAL, SHARED, TINY, tiny, tokenizer
 
-from lowrank_tune.data import Pair, Prepared, RowFault, Template, TokenStore, collate, collate_units, detect, load, prompts, read, to_pair
+from lowrank_tune.data import (
+    Pair,
+    Prepared,
+    RowFault,
+    Template,
+    TokenStore,
+    collate,
+    collate_units,
+    detect,
+    load,
+    prompts,
+    read,
+    to_pair,
+)
 from lowrank_tune.data.batches import _shared
 from lowrank_tune.data.report import SourceReport
 from lowrank_tune.data.sides import encode_pairs
@@ -29,17 +43,27 @@ GPT = [{"from": "human", "value": Q}, {"from": "gpt", "value": A}, {"from": "gpt
 HUMAN = f"\n\nHuman: {Q}\n\nAssistant: "
 PLAIN = {"prompt": Q, "chosen": A, "rejected": B}
 SHAPES: list[dict[str, Any]] = [
-    PLAIN, {"prompt": [ASK], "chosen": A, "rejected": B}, {"prompt": Q, "chosen": [YES], "rejected": [NO]},
+    PLAIN,
+    {"prompt": [ASK], "chosen": A, "rejected": B},
+    {"prompt": Q, "chosen": [YES], "rejected": [NO]},
     {"prompt": Q, "chosen": [ASK, YES], "rejected": [ASK, NO], "messages": [ASK, YES], "score_chosen": 8.0},
-    {"prompt": [ASK], "chosen": [ASK, YES], "rejected": [NO]}, {"chosen": [ASK, YES], "rejected": [ASK, NO]},
-    {"chosen": HUMAN + A, "rejected": HUMAN + B}, {"prompt": HUMAN, "chosen": f" {A}", "rejected": B},
-    {"conversations": GPT[:1], "chosen": GPT[1], "rejected": GPT[2]}, {"conversations": GPT[:1], "chosen": A, "rejected": B},
-    {"instruction": Q, "input": "", "output": A, "chosen": A, "rejected": B}, {"instruction": Q, "chosen": A, "rejected": B},
-    {"question": Q, "chosen": A, "rejected": B, "system": ""}, {"messages": [ASK], "chosen": YES, "rejected": NO},
-]  # fmt: skip
+    {"prompt": [ASK], "chosen": [ASK, YES], "rejected": [NO]},
+    {"chosen": [ASK, YES], "rejected": [ASK, NO]},
+    {"chosen": HUMAN + A, "rejected": HUMAN + B},
+    {"prompt": HUMAN, "chosen": f" {A}", "rejected": B},
+    {"conversations": GPT[:1], "chosen": GPT[1], "rejected": GPT[2]},
+    {"conversations": GPT[:1], "chosen": A, "rejected": B},
+    {"instruction": Q, "input": "", "output": A, "chosen": A, "rejected": B},
+    {"instruction": Q, "chosen": A, "rejected": B},
+    {"question": Q, "chosen": A, "rejected": B, "system": ""},
+    {"messages": [ASK], "chosen": YES, "rejected": NO},
+]
 TEMPLATES: dict[str, Template] = {}
 TEMPLATE = Template.of(tiny())
-ROWS = [{"prompt": f"What is {n} + 1?", "chosen": f"It is {n + 1}.", "rejected": f"It is {n + 2}, I say.", "margin": n / 8} for n in range(40)]
+ROWS = [
+    {"prompt": f"What is {n} + 1?", "chosen": f"It is {n + 1}.", "rejected": f"It is {n + 2}, I say.", "margin": n / 8}
+    for n in range(40)
+]
 
 
 def template_of(name: str) -> Template:
@@ -53,16 +77,31 @@ def write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def loaded(tmp_path: Path, *sources: Source | str, template: Template = TEMPLATE, pairs: bool = True, cache: str = "cache",
-           **data: Any) -> Prepared:  # fmt: skip
+def loaded(
+    tmp_path: Path,
+    *sources: Source | str,
+    template: Template = TEMPLATE,
+    pairs: bool = True,
+    cache: str = "cache",
+    **data: Any,
+) -> Prepared:
     made = tuple(Source(dataset=source) if isinstance(source, str) else source for source in sources)
-    return load(Data(**{"train": made, "validation_share": 0.0, **data}), template, 0, lambda event: None, tmp_path / cache, pairs=pairs)
+    return load(
+        Data(**{"train": made, "validation_share": 0.0, **data}),
+        template,
+        0,
+        lambda event: None,
+        tmp_path / cache,
+        pairs=pairs,
+    )
 
 
 def encoded(template: Template, *rows: Any, **data: Any) -> tuple[list[Entry | RowFault], SourceReport]:
     source, report = Source(dataset="x"), SourceReport("x")
     given = Data(**{"train": (source,), "max_length": 4096, **data})
-    return list(encode_pairs([(Place("x", 1), row) for row in rows], source, "preference", given, template, report)), report
+    return list(
+        encode_pairs([(Place("x", 1), row) for row in rows], source, "preference", given, template, report)
+    ), report
 
 
 @pytest.mark.parametrize("row", SHAPES)
@@ -74,8 +113,13 @@ def test_every_shape_is_the_same_pair(row: dict[str, Any]) -> None:
 
 def turns(*contents: str, first: str = "user") -> list[dict[str, str]]:
     roles = ["system", "user", "assistant"] if first == "system" else ["user", "assistant"]
-    return [{"role": roles[place] if place < len(roles) else ("user", "assistant")[(place - (first == "system")) % 2], "content": content}
-            for place, content in enumerate(contents)]  # fmt: skip
+    return [
+        {
+            "role": roles[place] if place < len(roles) else ("user", "assistant")[(place - (first == "system")) % 2],
+            "content": content,
+        }
+        for place, content in enumerate(contents)
+    ]
 
 
 def sizes(row: dict[str, Any]) -> tuple[int, int, int]:
@@ -87,10 +131,16 @@ def test_prompts_are_what_both_sides_begin_with() -> None:
     talk = turns("s", "q", "a", "r", "b", first="system")
     other = [*talk[:-1], {"role": "assistant", "content": "c"}]
     assert sizes({"chosen": talk, "rejected": other}) == (4, 1, 1)
-    assert sizes({"prompt": "r", "chosen": talk, "rejected": other}) == (4, 1, 1), "the prompt is the last question alone"
+    assert sizes({"prompt": "r", "chosen": talk, "rejected": other}) == (4, 1, 1), (
+        "the prompt is the last question alone"
+    )
     assert sizes({"prompt": talk[:4], "chosen": talk, "rejected": other}) == (4, 1, 1)
-    assert sizes({"prompt": talk[:4], "chosen": talk[1:], "rejected": other[1:]}) == (4, 1, 1), "the sides leave the system turn out"
-    assert sizes({"prompt": talk[:2], "chosen": talk[2:], "rejected": other[2:]}) == (2, 3, 3), "answers of several turns"
+    assert sizes({"prompt": talk[:4], "chosen": talk[1:], "rejected": other[1:]}) == (4, 1, 1), (
+        "the sides leave the system turn out"
+    )
+    assert sizes({"prompt": talk[:2], "chosen": talk[2:], "rejected": other[2:]}) == (2, 3, 3), (
+        "answers of several turns"
+    )
     assert sizes({"system": "s", "chosen": talk[1:], "rejected": other[1:]}) == (4, 1, 1)
     assert sizes({"chosen": turns("q", "a", "r", "b"), "rejected": turns("q", "x", "r", "b")}) == (1, 3, 3)
     twice = [ASK, ASK, YES]
@@ -99,57 +149,95 @@ def test_prompts_are_what_both_sides_begin_with() -> None:
     assert sizes({"chosen": long + "b", "rejected": long + "c"}) == (3, 1, 1)
 
 
-@pytest.mark.parametrize(("row", "reason"), [
-    ({**PLAIN, "rejected": None}, "column `rejected` is null"), ({"prompt": Q, "chosen": A}, "no column `rejected`"),
-    ({**PLAIN, "chosen": ""}, "empty answer"), ({**PLAIN, "chosen": []}, "empty answer"),
-    ({**PLAIN, "chosen": [{**YES, "content": " "}]}, "empty a"),
-    ({"chosen": HUMAN + A, "rejected": HUMAN}, "empty answer"), ({"chosen": "", "rejected": HUMAN + A}, "empty answer"),
-    ({**PLAIN, "rejected": A}, "both answers are equal"), ({"chosen": HUMAN + A, "rejected": f"{HUMAN} {A}\n"}, "both answers are equal"),
-    ({"chosen": HUMAN + A, "rejected": HUMAN.replace("3", "4") + B}, "different questions"),
-    ({"chosen": turns("q", "a", "r", "b"), "rejected": turns("q", "a")}, "different questions"),
-    ({"chosen": turns("q", "a", "r", "b"), "rejected": turns("q", "a", "x", "b")}, "different questions"),
-    ({"chosen": turns("s", "q", "a", first="system"), "rejected": turns("q", "b")}, "different questions"),
-    ({"prompt": "other", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "different questions"),
-    ({"chosen": HUMAN + A, "rejected": HUMAN + B + "\n\nHuman: Hm?"}, "the user has the last word"),
-    ({"chosen": [ASK, YES], "rejected": [ASK]}, "no assistant turn"),
-    ({"chosen": A, "rejected": B}, "no prompt"), ({"chosen": [YES], "rejected": [NO]}, "no prompt"), ({**PLAIN, "prompt": []}, "no prompt"),
-    ({**PLAIN, "prompt": " "}, "empty question"), ({**PLAIN, "prompt": [ASK, YES]}, "does not end with a question"),
-    ({"chosen": HUMAN + A + "\n\nAssistant: " + B, "rejected": HUMAN + B}, "two assistant"),
-    ({**PLAIN, "chosen": 1.5e400}, "no text"), ({**PLAIN, "chosen": "\ud800"}, "surrogate"), ({**PLAIN, "chosen": [A]}, "no object"),
-    *(({**PLAIN, "margin": bad}, "margin") for bad in (-1, True, "x", float("nan"), float("inf"), 1e300, [1], 10**400)),
-    ("text", "not an object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({**PLAIN, "rejected": None}, "column `rejected` is null"),
+        ({"prompt": Q, "chosen": A}, "no column `rejected`"),
+        ({**PLAIN, "chosen": ""}, "empty answer"),
+        ({**PLAIN, "chosen": []}, "empty answer"),
+        ({**PLAIN, "chosen": [{**YES, "content": " "}]}, "empty a"),
+        ({"chosen": HUMAN + A, "rejected": HUMAN}, "empty answer"),
+        ({"chosen": "", "rejected": HUMAN + A}, "empty answer"),
+        ({**PLAIN, "rejected": A}, "both answers are equal"),
+        ({"chosen": HUMAN + A, "rejected": f"{HUMAN} {A}\n"}, "both answers are equal"),
+        ({"chosen": HUMAN + A, "rejected": HUMAN.replace("3", "4") + B}, "different questions"),
+        ({"chosen": turns("q", "a", "r", "b"), "rejected": turns("q", "a")}, "different questions"),
+        ({"chosen": turns("q", "a", "r", "b"), "rejected": turns("q", "a", "x", "b")}, "different questions"),
+        ({"chosen": turns("s", "q", "a", first="system"), "rejected": turns("q", "b")}, "different questions"),
+        ({"prompt": "other", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "different questions"),
+        ({"chosen": HUMAN + A, "rejected": HUMAN + B + "\n\nHuman: Hm?"}, "the user has the last word"),
+        ({"chosen": [ASK, YES], "rejected": [ASK]}, "no assistant turn"),
+        ({"chosen": A, "rejected": B}, "no prompt"),
+        ({"chosen": [YES], "rejected": [NO]}, "no prompt"),
+        ({**PLAIN, "prompt": []}, "no prompt"),
+        ({**PLAIN, "prompt": " "}, "empty question"),
+        ({**PLAIN, "prompt": [ASK, YES]}, "does not end with a question"),
+        ({"chosen": HUMAN + A + "\n\nAssistant: " + B, "rejected": HUMAN + B}, "two assistant"),
+        ({**PLAIN, "chosen": 1.5e400}, "no text"),
+        ({**PLAIN, "chosen": "\ud800"}, "surrogate"),
+        ({**PLAIN, "chosen": [A]}, "no object"),
+        *(
+            ({**PLAIN, "margin": bad}, "margin")
+            for bad in (-1, True, "x", float("nan"), float("inf"), 1e300, [1], 10**400)
+        ),
+        ("text", "not an object"),
+    ],
+)
 def test_faults(row: Any, reason: str) -> None:
     with pytest.raises(RowFault, match=reason):
         to_pair(row, {})
 
 
 def test_margins_and_columns() -> None:
-    assert [to_pair({**PLAIN, "margin": value}, {}).margin for value in (None, 0, 1, 2.5, "0.5", "")] == [0.0, 0.0, 1.0, 2.5, 0.5, 0.0]
+    assert [to_pair({**PLAIN, "margin": value}, {}).margin for value in (None, 0, 1, 2.5, "0.5", "")] == [
+        0.0,
+        0.0,
+        1.0,
+        2.5,
+        0.5,
+        0.0,
+    ]
     row = {"q": Q, "good": A, "bad": B, "by": 2, "prompt": "not this"}
     columns = {"prompt": "q", "chosen": "good", "rejected": "bad", "margin": "by"}
     assert detect(row, columns) == detect(row, columns, pairs=True) == "preference"
-    assert to_pair(row, columns) == Pair((Message("user", Q),), (Message("assistant", A),), (Message("assistant", B),), 2.0)
+    assert to_pair(row, columns) == Pair(
+        (Message("user", Q),), (Message("assistant", A),), (Message("assistant", B),), 2.0
+    )
     with pytest.raises(RowFault, match="no prompt in column `q`"):
         to_pair({"good": A, "bad": B}, columns)
 
 
 def test_who_may_learn_from_what(tmp_path: Path) -> None:
-    pairs, plain = write(tmp_path / "p.jsonl", [PLAIN] * 3), write(tmp_path / "q.jsonl", [{"question": Q, "answer": A}] * 3)
+    pairs, plain = (
+        write(tmp_path / "p.jsonl", [PLAIN] * 3),
+        write(tmp_path / "q.jsonl", [{"question": Q, "answer": A}] * 3),
+    )
     for row in SHAPES:
         found = detect(row)
-        assert found == "preference" or ("output" in row and found == "alpaca") or ("messages" in row and found == "messages")
+        assert (
+            found == "preference"
+            or ("output" in row and found == "alpaca")
+            or ("messages" in row and found == "messages")
+        )
     for source in (pairs, Source(dataset=pairs, format="preference")):
-        with pytest.raises(UserError, match="p.jsonl: these rows are preference pairs; `algorithm: reward` and `algorithm: dpo` learn"):
+        with pytest.raises(
+            UserError, match="p.jsonl: these rows are preference pairs; `algorithm: reward` and `algorithm: dpo` learn"
+        ):
             loaded(tmp_path, source, pairs=False)
-    with pytest.raises(UserError, match="q.jsonl: the columns answer, question are no preference pair.*expected `chosen` and `rejected`"):
+    with pytest.raises(
+        UserError,
+        match="q.jsonl: the columns answer, question are no preference pair.*expected `chosen` and `rejected`",
+    ):
         loaded(tmp_path, plain)
     with pytest.raises(UserError, match="`format: alpaca` holds no preference pairs"):
         loaded(tmp_path, Source(dataset=pairs, format="alpaca"))
 
 
 PIECES = [*"ab 1$:)(\n][", "  ", "It is", "é", "👍🏽", "\u2028", *MARKS]
-contents = st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join).filter(lambda text: text.strip() != "")
+contents = (
+    st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join).filter(lambda text: text.strip() != "")
+)
 
 
 @st.composite
@@ -159,7 +247,10 @@ def pair_rows(draw: st.DrawFn, most: int = 3) -> dict[str, Any]:
     prompt = turns(*words[:-1])
     if draw(st.booleans()):
         prompt.insert(0, {"role": "system", "content": draw(contents)})
-    sides = [turns("q", *draw(st.lists(contents, min_size=size, max_size=size)))[1:] for size in (draw(st.sampled_from((1, 1, 3))), 1)]
+    sides = [
+        turns("q", *draw(st.lists(contents, min_size=size, max_size=size)))[1:]
+        for size in (draw(st.sampled_from((1, 1, 3))), 1)
+    ]
     assume(sides[0] != sides[1])
     repeated = prompt if draw(st.booleans()) else []
     return {"prompt": prompt, "chosen": [*repeated, *sides[0]], "rejected": [*repeated, *sides[1]]}
@@ -180,7 +271,11 @@ def test_prompt_and_answer_are_the_full_rendering(name: str, row: dict[str, Any]
     prompt = template.prompt(pair.prompt)
     assert len(made.rows) == len(set(made.talks)) == 2
     for row_made, full in zip(made.rows, whole, strict=True):
-        assert isinstance(full, Row) and list(row_made.ids) == list(full.ids) and list(row_made.ids[: len(prompt)]) == prompt
+        assert (
+            isinstance(full, Row)
+            and list(row_made.ids) == list(full.ids)
+            and list(row_made.ids[: len(prompt)]) == prompt
+        )
         assert not any(row_made.says[: len(prompt)]), "an answer inside the prompt is trained"
         assert list(row_made.says[len(prompt) :]) == list(full.says[len(prompt) :]) and any(row_made.says)
         assert row_made.says[len(prompt)] or len(pair.chosen) > 1, "the answer's first token is not trained"
@@ -190,7 +285,9 @@ def test_what_is_trained_is_the_answer() -> None:
     row = {"prompt": turns("q", "earlier", "r"), "chosen": A, "rejected": B}
     ((made,), _) = encoded(TEMPLATE, row)
     assert isinstance(made, Entry)
-    said = [TEMPLATE.decode([token for token, says in zip(each.ids, each.says, strict=True) if says]) for each in made.rows]
+    said = [
+        TEMPLATE.decode([token for token, says in zip(each.ids, each.says, strict=True) if says]) for each in made.rows
+    ]
     assert said == [A, B]
 
 
@@ -228,7 +325,9 @@ def test_truncation_takes_the_oldest_exchanges_and_never_an_answer(name: str, ro
         alone = len(template.prompt([*system, others[-1]])) > length
         assert made.reason.endswith("alone") == alone and not report.truncated
     else:
-        assert isinstance(made, Entry) and [list(each.ids) for each in made.rows] == [list(each.ids) for each in expected]
+        assert isinstance(made, Entry) and [list(each.ids) for each in made.rows] == [
+            list(each.ids) for each in expected
+        ]
         assert report.truncated == (gone > 0) and made.talks == whole.talks  # type: ignore[union-attr]
     ((dropped,), _) = encoded(template, row, max_length=length)
     fits = max(len(each.ids) for each in whole.rows) <= length  # type: ignore[union-attr]
@@ -246,7 +345,12 @@ def test_a_store_of_pairs(tmp_path: Path) -> None:
     store = loaded(tmp_path, write(tmp_path / "a.jsonl", ROWS)).train
     assert (store.together, store.units, len(store)) == (2, 40, 80)
     for n, (chosen, rejected) in enumerate(pairs_of(store)):
-        assert f"{n} + 1?" in chosen and f"is {n + 1}." in chosen and f"{n} + 1?" in rejected and f"is {n + 2}, I" in rejected
+        assert (
+            f"{n} + 1?" in chosen
+            and f"is {n + 1}." in chosen
+            and f"{n} + 1?" in rejected
+            and f"is {n + 2}, I" in rejected
+        )
     assert (store.keys[::2] == store.keys[1::2]).all() and len(set(store.keys)) == 40 and len(set(store.talks)) == 80
     assert store.margins.dtype == np.float32 and store.margins.tolist() == [n / 8 for n in range(40) for _ in range(2)]
     assert store.unit_lengths.tolist() == [len(store[2 * n].ids) + len(store[2 * n + 1].ids) for n in range(40)]
@@ -260,17 +364,30 @@ def test_a_store_of_pairs(tmp_path: Path) -> None:
 
 
 def test_a_store_of_single_rows_is_as_it_was(tmp_path: Path) -> None:
-    store = loaded(tmp_path, write(tmp_path / "a.jsonl", [{"question": Q + "!" * n, "answer": A} for n in range(9)]), pairs=False).train
-    assert (store.together, store.units) == (1, 9) and (store.unit_lengths == store.lengths).all() and not store.margins.any()
+    store = loaded(
+        tmp_path, write(tmp_path / "a.jsonl", [{"question": Q + "!" * n, "answer": A} for n in range(9)]), pairs=False
+    ).train
+    assert (
+        (store.together, store.units) == (1, 9)
+        and (store.unit_lengths == store.lengths).all()
+        and not store.margins.any()
+    )
     batch, plain = collate_units(store, [4, 0, 4], 3), collate([store[4], store[0], store[4]], 3)
-    assert all((getattr(batch, name) == getattr(plain, name)).all() for name in ("ids", "attended", "says")) and batch.extra == {}
+    assert (
+        all((getattr(batch, name) == getattr(plain, name)).all() for name in ("ids", "attended", "says"))
+        and batch.extra == {}
+    )
 
 
 def test_cached_equals_fresh(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*ROWS, *ROWS[:3]])
     first, again, fresh = (loaded(tmp_path, path, cache=cache) for cache in ("cache", "cache", "other"))
     for each in (again, fresh):
-        assert each.report == first.report and each.train.together == 2 and each.train.content_hash() == first.train.content_hash()
+        assert (
+            each.report == first.report
+            and each.train.together == 2
+            and each.train.content_hash() == first.train.content_hash()
+        )
         for name in ("keys", "talks", "margins", "lengths", "picked", "unit_lengths"):
             assert (getattr(each.train, name) == getattr(first.train, name)).all()
         assert pairs_of(each.train) == pairs_of(first.train)
@@ -279,8 +396,10 @@ def test_cached_equals_fresh(tmp_path: Path) -> None:
 
 def test_the_same_rows_as_pairs_and_as_single_rows_are_two_stores(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"instruction": Q, "output": A, "chosen": A, "rejected": B}] * 3)
-    assert [(made.train.together, len(made.train)) for made in (loaded(tmp_path, path, pairs=pairs) for pairs in (True, False, True))] == [
-        (2, 6), (1, 3), (2, 6)]  # fmt: skip
+    assert [
+        (made.train.together, len(made.train))
+        for made in (loaded(tmp_path, path, pairs=pairs) for pairs in (True, False, True))
+    ] == [(2, 6), (1, 3), (2, 6)]
 
 
 def test_content_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,15 +419,29 @@ def test_content_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded(tmp_path, str(tmp_path / "a.jsonl"), cache="other").train.content_hash() == store.content_hash()
     says = store._arrays["says"].copy()
     says[-1] ^= True
-    assert TokenStore({**store._arrays, "says": says}, [], [], store.folder, store.picked, 2).content_hash() != store.content_hash()
+    assert (
+        TokenStore({**store._arrays, "says": says}, [], [], store.folder, store.picked, 2).content_hash()
+        != store.content_hash()
+    )
 
 
 @settings(max_examples=30)
-@given(rows=st.lists(st.tuples(*[st.text("ab", min_size=1, max_size=6)] * 3).filter(lambda row: row[1] != row[2]), min_size=2, max_size=12),
-       data=st.data())  # fmt: skip
-def test_batches_of_pairs(rows: list[tuple[str, str, str]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+@given(
+    rows=st.lists(
+        st.tuples(*[st.text("ab", min_size=1, max_size=6)] * 3).filter(lambda row: row[1] != row[2]),
+        min_size=2,
+        max_size=12,
+    ),
+    data=st.data(),
+)
+def test_batches_of_pairs(
+    rows: list[tuple[str, str, str]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("batches")
-    given = [{"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": len(prompt)} for prompt, chosen, rejected in rows]
+    given = [
+        {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": len(prompt)}
+        for prompt, chosen, rejected in rows
+    ]
     whole = loaded(folder, write(folder / "a.jsonl", given)).train
     kept = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, unique=True))
     part = whole.take_units(np.array(kept))
@@ -319,22 +452,34 @@ def test_batches_of_pairs(rows: list[tuple[str, str, str]], data: st.DataObject,
     for place in range(len(batch)):
         number = 2 * kept[units[place // 2]] + place % 2
         length = int(batch.lengths[place])
-        assert batch.ids[place, :length].tolist() == list(whole[number].ids) and batch.says[place, :length].tolist() == list(whole[number].says)
+        assert batch.ids[place, :length].tolist() == list(whole[number].ids) and batch.says[
+            place, :length
+        ].tolist() == list(whole[number].says)
         assert batch.extra["row"][place] == number and batch.extra["margin"][place] == len(rows[number // 2][0])
         first, this = list(whole[number - place % 2].ids), list(whole[number].ids)
         common = max(count for count in range(min(len(first), len(this))) if first[:count] == this[:count])
         assert batch.extra["shared"][place] == (common if place % 2 else 0)
 
 
-@pytest.mark.parametrize(("ids", "others", "shared"), [([1, 2, 3], [1, 2, 3, 4], 2), ([1, 2, 3, 4], [1, 2, 3], 2), ([1], [1, 2], 0),
-                                                       ([1, 2, 3], [1, 2, 3], 2), ([1, 2, 3], [2, 2, 3], 0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ids", "others", "shared"),
+    [
+        ([1, 2, 3], [1, 2, 3, 4], 2),
+        ([1, 2, 3, 4], [1, 2, 3], 2),
+        ([1], [1, 2], 0),
+        ([1, 2, 3], [1, 2, 3], 2),
+        ([1, 2, 3], [2, 2, 3], 0),
+    ],
+)
 def test_a_token_of_each_side_is_left_unshared(ids: list[int], others: list[int], shared: int) -> None:
     assert _shared(Row(np.array(ids), []), Row(np.array(others), [])) == shared
 
 
 @settings(max_examples=25)
 @given(numbers=st.lists(st.integers(0, 12), min_size=2, max_size=40), share=st.floats(0.05, 0.6))
-def test_the_split_never_parts_a_pair(numbers: list[int], share: float, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_split_never_parts_a_pair(
+    numbers: list[int], share: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("split")
     made = loaded(folder, write(folder / "a.jsonl", [ROWS[number] for number in numbers]), validation_share=share)
     parts = [store for store in (made.train, made.validation) if store is not None]
@@ -362,22 +507,33 @@ def test_bad_pairs_are_dropped_with_their_lines_and_stop_only_above_the_limit(tm
     rows[2], rows[4], rows[6] = {**PLAIN, "rejected": " "}, {**PLAIN, "rejected": A}, {**PLAIN, "prompt": "a b " * 300}
     rows[8], rows[9] = {**PLAIN, "chosen": "a b " * 300}, "{broken"
     path = write(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError, match=r"a.jsonl: 6 of 40 rows cannot be used: .*\(line.*max_rejected_share") as caught:
+    with pytest.raises(
+        UserError, match=r"a.jsonl: 6 of 40 rows cannot be used: .*\(line.*max_rejected_share"
+    ) as caught:
         loaded(tmp_path, path, max_length=128)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
     made = loaded(tmp_path, path, max_length=128, max_rejected_share=0.2)
     told = made.report.train[0]
     assert (told.read, told.used, told.rejected, made.train.units, len(made.train)) == (40, 34, 6, 34, 68)
     assert {fault.line: fault.message for fault in made.train.dropped()} == {
-        1: "no column `rejected`", 3: "empty answer", 5: "both answers are equal", 10: "malformed JSON",
-        7: "longer than data.max_length (128 tokens), its prompt alone", 9: "longer than data.max_length (128 tokens)"}  # fmt: skip
-    assert told.tokens == made.train.lengths.sum() and told.trained_tokens == sum(made.train.trained_of(row) for row in range(68))
+        1: "no column `rejected`",
+        3: "empty answer",
+        5: "both answers are equal",
+        10: "malformed JSON",
+        7: "longer than data.max_length (128 tokens), its prompt alone",
+        9: "longer than data.max_length (128 tokens)",
+    }
+    assert told.tokens == made.train.lengths.sum() and told.trained_tokens == sum(
+        made.train.trained_of(row) for row in range(68)
+    )
 
 
 def test_system_prompt_of_the_recipe(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [PLAIN, {**PLAIN, "system": "Mine."}])
     made = pairs_of(loaded(tmp_path, path, template=TEMPLATE, system="Be brief.").train)
-    assert all("Be brief." in side for side in made[0]) and all("Mine." in side and "brief" not in side for side in made[1])
+    assert all("Be brief." in side for side in made[0]) and all(
+        "Mine." in side and "brief" not in side for side in made[1]
+    )
 
 
 def test_prompts_of_pairs(tmp_path: Path) -> None:
@@ -390,7 +546,9 @@ def test_prompts_of_pairs(tmp_path: Path) -> None:
 
 
 def test_the_tutors_own_pairs(tmp_path: Path) -> None:
-    train, heldout = (loaded(tmp_path, Source(dataset="tutor-preferences", split=split, rows=90)) for split in ("train", "heldout"))
+    train, heldout = (
+        loaded(tmp_path, Source(dataset="tutor-preferences", split=split, rows=90)) for split in ("train", "heldout")
+    )
     assert train.report.train[0].used == heldout.report.train[0].used == 90
     assert not {pair[0] for pair in pairs_of(train.train)} & {pair[0] for pair in pairs_of(heldout.train)}
     assert train.train.content_hash() != heldout.train.content_hash()
@@ -400,14 +558,24 @@ def test_the_tutors_own_pairs(tmp_path: Path) -> None:
 
 
 REASONS: dict[str, tuple[int, dict[str, list[int]]]] = {  # pairs, and every line that holds none
-    "hh_rlhf/helpful-base_test.jsonl.gz": (1200, {"two assistant turns in a row": [], "empty answer": [121, 741],
-                                                  "both answers are equal": [722]}),
-    "hh_rlhf/helpful-online_test.jsonl.gz": (1137, {"empty answer": [465, 553, 894, 1054], "both answers are equal": [199, 737],
-                                                    "no answer: the user has the last word": [786, 1056]}),
-    "llamafactory_demos/dpo_en_demo.json.gz": (300, {}), "gsm8k/derived_pairs.jsonl.gz": (1200, {}),
+    "hh_rlhf/helpful-base_test.jsonl.gz": (
+        1200,
+        {"two assistant turns in a row": [], "empty answer": [121, 741], "both answers are equal": [722]},
+    ),
+    "hh_rlhf/helpful-online_test.jsonl.gz": (
+        1137,
+        {
+            "empty answer": [465, 553, 894, 1054],
+            "both answers are equal": [199, 737],
+            "no answer: the user has the last word": [786, 1056],
+        },
+    ),
+    "llamafactory_demos/dpo_en_demo.json.gz": (300, {}),
+    "gsm8k/derived_pairs.jsonl.gz": (1200, {}),
     "rasbt_instruction/instruction-data-with-preference.json": (1100, {"both answers are equal": []}),
-    "open_instruct_samples/preference_sample.jsonl.gz": (100, {}), "hub_samples/ultrafeedback_binarized.jsonl": (1, {}),
-}  # fmt: skip
+    "open_instruct_samples/preference_sample.jsonl.gz": (100, {}),
+    "hub_samples/ultrafeedback_binarized.jsonl": (1, {}),
+}
 MANY = {"two assistant turns in a row": 10, "both answers are equal": 6}
 
 

@@ -1,4 +1,5 @@
-"""The data of the seed recipe: five data sets, each in its own columns, counts that hold, boxed answers, tokens beside those expected."""
+"""The data of the seed recipe: five data sets, each in its own columns, counts that hold, boxed answers, tokens beside
+those expected."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ SHAPES = {source.dataset: ALL_SHAPES[source.dataset] for source in Recipe.load("
 
 
 def myllm(folder: Path, *overrides: str, most: int = 4) -> Recipe:
-    """The preset over local files of these shapes: of each source the same small share of its rows, and a few more to draw from."""
+    """The preset over local files of these shapes: of each source the same small share of its rows, and a few more to
+    draw from."""
     sources = []
     for source in Recipe.load("myllm-sft").data.train:
         rows = (source.rows or 0) * most // 20_000
@@ -45,13 +47,20 @@ def test_the_seed_recipe_says_what_was_asked() -> None:
     recipe = Recipe.load("myllm-sft")
     counts = {source.dataset: source.rows for source in recipe.data.train}
     assert counts == dict(zip(SHAPES, (260_085, 228_408, 202_618, 109_618, 99_178), strict=True))
-    assert sum(rows or 0 for rows in counts.values()) == 899_907 == 891_122 + 8_785 and recipe.data.validation_rows == 8_785
+    assert (
+        sum(rows or 0 for rows in counts.values()) == 899_907 == 891_122 + 8_785
+        and recipe.data.validation_rows == 8_785
+    )
     assert recipe.data.expected_tokens == 403_406_096 and recipe.data.max_length == 4096
-    assert "MyLLM, a math and English tutor for students" in (recipe.data.system or "") and "\\boxed{}" in (recipe.data.system or "")
+    assert "MyLLM, a math and English tutor for students" in (recipe.data.system or "") and "\\boxed{}" in (
+        recipe.data.system or ""
+    )
     grpo, dpo = Recipe.load("myllm-grpo"), Recipe.load("myllm-dpo")
     assert (grpo.grpo.clip, grpo.grpo.kl, grpo.rewards[0].use) == (0.2, 0.05, "math_answer")
     assert {each.base.model for each in (recipe, grpo, dpo)} == {"Qwen/Qwen2.5-7B"}
-    assert {each.data.system for each in (recipe, grpo, dpo)} == {recipe.data.system} and grpo.reference == dpo.reference == "sft"
+    assert {each.data.system for each in (recipe, grpo, dpo)} == {
+        recipe.data.system
+    } and grpo.reference == dpo.reference == "sft"
 
 
 def test_five_shapes_make_one_mixture(tmp_path: Path) -> None:
@@ -59,16 +68,31 @@ def test_five_shapes_make_one_mixture(tmp_path: Path) -> None:
     made, wanted = prepared(recipe, tmp_path), [source.rows for source in recipe.data.train]
     assert [report.used for report in made.report.train] == wanted == [52, 45, 40, 21, 19]
     assert (made.report.train_rows, made.report.validation_rows) == (sum(wanted) - 7, 7)
-    assert made.report.lines()[-1].endswith(f"tokens measured, 403,406,096 expected ({100 * (tokens_of(made) / 403_406_096 - 1):+.1f} %)")
+    assert made.report.lines()[-1].endswith(
+        f"tokens measured, 403,406,096 expected ({100 * (tokens_of(made) / 403_406_096 - 1):+.1f} %)"
+    )
     told = [TEMPLATE.decode([int(token) for token in row.ids], marks=True) for row in made.train]
     assert all(text.count("MyLLM, a math and English tutor") == 1 for text in told)
     meta = next(text for text in told if "Twice" in text)
     assert "The answer is $\\boxed{" in meta and "####" not in meta and "The answer is:" not in meta
     chat = next(number for number, text in enumerate(told) if "And?" in text)
-    spoken = "".join(TEMPLATE.decode([int(t) for t, says in zip(made.train[chat].ids, made.train[chat].says, strict=True) if says], marks=True))
-    assert spoken.startswith("Hello.<|im_end|>") and spoken.endswith("<|im_end|>") and "Hi" not in spoken and "MyLLM" not in spoken
-    golds = Counter((int(made.train.source_of[row]), made.train.gold_of(row) is not None) for row in range(len(made.train)))
-    assert {number for number, has_gold in golds if has_gold} == {0, 1, 4}, "UltraChat has no final answers, Orca Math does not mark them"
+    spoken = "".join(
+        TEMPLATE.decode(
+            [int(t) for t, says in zip(made.train[chat].ids, made.train[chat].says, strict=True) if says], marks=True
+        )
+    )
+    assert (
+        spoken.startswith("Hello.<|im_end|>")
+        and spoken.endswith("<|im_end|>")
+        and "Hi" not in spoken
+        and "MyLLM" not in spoken
+    )
+    golds = Counter(
+        (int(made.train.source_of[row]), made.train.gold_of(row) is not None) for row in range(len(made.train))
+    )
+    assert {number for number, has_gold in golds if has_gold} == {0, 1, 4}, (
+        "UltraChat has no final answers, Orca Math does not mark them"
+    )
 
 
 def tokens_of(made: Any) -> int:
@@ -82,7 +106,9 @@ def test_the_mixture_by_weights(tmp_path: Path) -> None:
 
 
 def lines(path: Path, rows: int) -> str:
-    path.write_text("".join(json.dumps({"question": f"q{n}", "answer": "" if n % 4 == 0 else f"a{n}"}) + "\n" for n in range(rows)))
+    path.write_text(
+        "".join(json.dumps({"question": f"q{n}", "answer": "" if n % 4 == 0 else f"a{n}"}) + "\n" for n in range(rows))
+    )
     return str(path)
 
 
@@ -112,12 +138,16 @@ def test_too_few_rows_are_told_and_all_are_used(tmp_path: Path) -> None:
     warned = [event.message for event in told if isinstance(event, Note) and event.level == "warning"]
     assert len(warned) == 1 and "asks for 350 rows, and 300 of the 400 that there are can be used" in warned[0]
     again = drawn(str(tmp_path / "a.jsonl"), 350, 0, tmp_path)[1]
-    assert [event.message for event in again if isinstance(event, Note) and event.level == "warning"] == warned, "from the cache too"
+    assert [event.message for event in again if isinstance(event, Note) and event.level == "warning"] == warned, (
+        "from the cache too"
+    )
 
 
 def test_prompts_are_drawn_the_same_way(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"question": f"q{n}", "answer": f"#### {n}" if n % 3 else "none"}) + "\n" for n in range(90)))
+    path.write_text(
+        "".join(json.dumps({"question": f"q{n}", "answer": f"#### {n}" if n % 3 else "none"}) + "\n" for n in range(90))
+    )
     data = Data(train=(Source(dataset=str(path), rows=50),), max_rejected_share=0.9)
     found = load_asked(data, TEMPLATE, 0, [].append, needs_gold=True)
     assert len(found) == found.report.train[0].used == 50 and len({str(place) for place in found.places}) == 50
@@ -127,11 +157,15 @@ def test_a_draw_reads_its_rows_alone_whatever_the_file(tmp_path: Path) -> None:
     rows = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(60)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "a.csv").write_text("question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in rows))
+    (tmp_path / "a.csv").write_text(
+        "question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in rows)
+    )
     names = ["a.jsonl", "a.json", "a.csv"]
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / "a.parquet")
-    found = [[row for _, row in read(Source(dataset=str(tmp_path / name), rows=20), 5)] for name in (*names, "a.parquet")]
+    found = [
+        [row for _, row in read(Source(dataset=str(tmp_path / name), rows=20), 5)] for name in (*names, "a.parquet")
+    ]
     assert len(found[0]) == 20 and all(each == found[0] for each in found)
     assert found[0] == [row for row in rows if row in found[0]], "in their own order"
 
@@ -153,22 +187,27 @@ def test_a_number_and_a_share_contradict_each_other() -> None:
         Recipe.load("myllm-dpo", "data.train.0.final_answer=boxed")
 
 
-@pytest.mark.parametrize(("reply", "expected"), [
-    ("a\n#### 1,234\nThe answer is: 1,234", "a\nThe answer is $\\boxed{1,234}$."),
-    ("so $\\boxed{\\sqrt{5}}$.\nThe answer is: \\sqrt{5}", "so $\\boxed{\\sqrt{5}}$."),
-    ("a \\boxed{3}\nThe answer is: 4", "a \\boxed{3}\nThe answer is $\\boxed{4}$."),
-    ("x.\nThe answer is: 5%", "x.\nThe answer is $\\boxed{5\\%}$."),
-    ("x.\n#### $5\n", "x.\nThe answer is $\\boxed{5}$."),
-    ("Then 4 people are left.", "Then 4 people are left."),
-    ("So \\boxed{7}.", "So \\boxed{7}."),
-    ("One.\n#### Two\nThree.", "One.\n#### Two\nThree."),
-    ("#### 7", "The answer is $\\boxed{7}$."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("a\n#### 1,234\nThe answer is: 1,234", "a\nThe answer is $\\boxed{1,234}$."),
+        ("so $\\boxed{\\sqrt{5}}$.\nThe answer is: \\sqrt{5}", "so $\\boxed{\\sqrt{5}}$."),
+        ("a \\boxed{3}\nThe answer is: 4", "a \\boxed{3}\nThe answer is $\\boxed{4}$."),
+        ("x.\nThe answer is: 5%", "x.\nThe answer is $\\boxed{5\\%}$."),
+        ("x.\n#### $5\n", "x.\nThe answer is $\\boxed{5}$."),
+        ("Then 4 people are left.", "Then 4 people are left."),
+        ("So \\boxed{7}.", "So \\boxed{7}."),
+        ("One.\n#### Two\nThree.", "One.\n#### Two\nThree."),
+        ("#### 7", "The answer is $\\boxed{7}$."),
+    ],
+)
 def test_final_answers_in_boxes(reply: str, expected: str) -> None:
     assert boxed(reply) == expected == boxed(expected)
 
 
-@pytest.mark.parametrize("file", ["MetaMathQA", "NuminaMath-CoT", "OpenMathInstruct-2", "orca-math-word-problems-200k", "ultrachat_200k"])
+@pytest.mark.parametrize(
+    "file", ["MetaMathQA", "NuminaMath-CoT", "OpenMathInstruct-2", "orca-math-word-problems-200k", "ultrachat_200k"]
+)
 def test_the_authors_own_rows(file: str, tmp_path: Path) -> None:
     path = Path(__file__).parents[3] / "shared" / "data" / "hub_samples" / f"{file}.jsonl"
     if not path.is_file():
@@ -178,8 +217,12 @@ def test_the_authors_own_rows(file: str, tmp_path: Path) -> None:
     data = Data(train=(local,), validation_share=0.0, max_length=4096, max_rejected_share=0.9)
     made = load(data, TEMPLATE, 0, [].append, tmp_path)
     written = [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
-    answers = [row.get("messages", [{}])[-1].get("content") if file == "ultrachat_200k" else next(
-        row[name] for name in ("response", "generated_solution", "solution", "answer") if name in row) for row in written]  # fmt: skip
+    answers = [
+        row.get("messages", [{}])[-1].get("content")
+        if file == "ultrachat_200k"
+        else next(row[name] for name in ("response", "generated_solution", "solution", "answer") if name in row)
+        for row in written
+    ]
     told = [TEMPLATE.decode([int(token) for token in row.ids]) for row in made.train]
     assert len(told) == len(written), [report.reasons() for report in made.report.train]
     for text, answer in zip(told, answers, strict=True):

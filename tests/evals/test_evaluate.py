@@ -1,4 +1,5 @@
-"""`lowrank-tune eval` on a run made by hand: figures against other software and against counting, interruption, the record, wrong input."""
+"""`lowrank-tune eval` on a run made by hand: figures against other software and against counting, interruption, the
+record, wrong input."""
 
 from __future__ import annotations
 
@@ -59,14 +60,24 @@ def judge(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     wanted = settings.Base(model=str(made.base), bits=16)
     base = load_base(wanted, load_tokenizer(wanted), CPU)
     hashes = base_hashes(base.model)
-    roles = Roles(base, {"reward": lora_config(settings.Adapter(r=2), base.model)}, ["reward"], {"reward": ["reward"]}, heads=["reward"])
+    roles = Roles(
+        base,
+        {"reward": lora_config(settings.Adapter(r=2), base.model)},
+        ["reward"],
+        {"reward": ["reward"]},
+        heads=["reward"],
+    )
     shake(roles, "reward", size=0.2)
     run = tmp_path_factory.mktemp("judge") / "run"
     (run / "final").mkdir(parents=True)
     save_file(roles.adapter_tensors("reward"), run / "final" / "adapter_model.safetensors")
     (run / "final" / "adapter_config.json").write_text(json.dumps(roles.adapter_config("reward")))
-    recipe = {"algorithm": "reward", "base": {"model": str(made.base), "bits": 16}, "train": {"steps": 1},
-              "data": {"train": [{"dataset": "tutor-preferences", "rows": 12}]}}  # fmt: skip
+    recipe = {
+        "algorithm": "reward",
+        "base": {"model": str(made.base), "bits": 16},
+        "train": {"steps": 1},
+        "data": {"train": [{"dataset": "tutor-preferences", "rows": 12}]},
+    }
     (run / "run.json").write_text(json.dumps({"recipe": recipe}))
     (run / "base.json").write_text(json.dumps({"device": "cpu", "bits": 16, "tensors": hashes}))
     return run
@@ -79,20 +90,26 @@ def with_rewards(made: Made, folder: Path, function: str) -> Path:
     (folder / "mine.py").write_text(f"def mine(completion, row):\n    return {function}\n")
     recipe = json.loads((run / "run.json").read_text())["recipe"]
     recipe = {key: recipe[key] for key in ("base", "adapters", "seed")} | {
-        "algorithm": "grpo", "train": {"steps": 1}, "data": {"train": [{"dataset": "tutor", "rows": 12}]},
+        "algorithm": "grpo",
+        "train": {"steps": 1},
+        "data": {"train": [{"dataset": "tutor", "rows": 12}]},
         "evaluate": {"heldout": {"dataset": "tutor", "split": "heldout"}},
-        "rewards": [{"use": f"{folder}/mine.py:mine", "weight": 2.0}]}  # fmt: skip
+        "rewards": [{"use": f"{folder}/mine.py:mine", "weight": 2.0}],
+    }
     (run / "run.json").write_text(json.dumps({"recipe": recipe}))
     return run
 
 
 def test_losses_as_transformers_and_peft_have_them(made: Made) -> None:
-    """Another program reads the same rows with the adapter that the run left: the mean of -log p over all tokens of the answers."""
+    """Another program reads the same rows with the adapter that the run left: the mean of -log p over all tokens of the
+    answers."""
     found = evaluate(str(made.run), Options(on="tutor", num_prompts=9, max_new_tokens=2), quiet, CPU).record
     wanted = settings.Base(model=str(made.base), bits=16)
     template = Template.of(load_tokenizer(wanted))
     model = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32)
-    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32), made.run / "final")
+    tuned = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32), made.run / "final"
+    )
     rows = list(problems.rows(9, 0, heldout=True))
     for who, one in (("base", model), ("sft", tuned.eval())):
         total, tokens = 0.0, 0
@@ -105,7 +122,9 @@ def test_losses_as_transformers_and_peft_have_them(made: Made) -> None:
             tokens += len(ids) - start
         assert found["figures"][who]["loss"]["value"] == pytest.approx(total / tokens, rel=1e-4)
     change = found["changes"]["sft"]["loss"]
-    assert change["value"] == pytest.approx(found["figures"]["sft"]["loss"]["value"] - found["figures"]["base"]["loss"]["value"])
+    assert change["value"] == pytest.approx(
+        found["figures"]["sft"]["loss"]["value"] - found["figures"]["base"]["loss"]["value"]
+    )
     assert found["figures"]["sft"]["loss"]["value"] != found["figures"]["base"]["loss"]["value"]
 
 
@@ -127,12 +146,16 @@ def test_rewards_passes_and_wins_are_counted(made: Made, tmp_path: Path) -> None
     assert found["right_by"] == "answer" and found["rewards"] == {"mine": 2.0}
 
 
-def drawn_again(made: Made, count: int, samples: int, longest: int, temperature: float = 1.0) -> dict[str, list[list[list[int]]]]:
-    """What base and policy answer to the first held-out problems (ids without a stop), each voice in one call over all of them."""
+def drawn_again(
+    made: Made, count: int, samples: int, longest: int, temperature: float = 1.0
+) -> dict[str, list[list[list[int]]]]:
+    """What base and policy answer to the first held-out problems (ids without a stop), each voice in one call over all
+    of them."""
     wanted = settings.Base(model=str(made.base), bits=16)
     template = Template.of(load_tokenizer(wanted))
     base = load_base(wanted, template.tokenizer, CPU)
-    tuned = PeftModel.from_pretrained(base.model, made.run / "final", adapter_name="other")  # for its configuration alone
+    # for its configuration alone
+    tuned = PeftModel.from_pretrained(base.model, made.run / "final", adapter_name="other")
     config = tuned.peft_config["other"]
     tuned.unload()
     roles = Roles(load_base(wanted, template.tokenizer, CPU), {"policy": config}, [], {"policy": ["policy"]})
@@ -154,17 +177,23 @@ def test_parts_and_their_order_change_no_answer(made: Made, tmp_path: Path, monk
     whole = evaluate(str(run), options, quiet, CPU).record
     monkeypatch.setattr("lowrank_tune.evals.measure.ANSWERS", 4)
     parts = evaluate(str(run), options, quiet, CPU).record
-    assert whole["figures"]["grpo"]["reward"]["value"] == pytest.approx(parts["figures"]["grpo"]["reward"]["value"], rel=1e-12)
+    assert whole["figures"]["grpo"]["reward"]["value"] == pytest.approx(
+        parts["figures"]["grpo"]["reward"]["value"], rel=1e-12
+    )
     assert whole["figures"]["base"]["length"]["value"] == parts["figures"]["base"]["length"]["value"]
 
 
 def test_a_judge_on_the_same_base(made: Made, judge: Path) -> None:
     """Greedy answers of both voices are scored again one by one, and the wins counted."""
-    found = evaluate(str(made.run), Options(on="tutor", num_prompts=6, max_new_tokens=6, judge=judge), quiet, CPU).record
+    found = evaluate(
+        str(made.run), Options(on="tutor", num_prompts=6, max_new_tokens=6, judge=judge), quiet, CPU
+    ).record
     wanted = settings.Base(model=str(made.base), bits=16)
     template = Template.of(load_tokenizer(wanted))
     base = load_base(wanted, template.tokenizer, CPU)
-    roles = Roles(base, {"reward": lora_config(settings.Adapter(r=2), base.model)}, [], {"reward": ["reward"]}, heads=["reward"])
+    roles = Roles(
+        base, {"reward": lora_config(settings.Adapter(r=2), base.model)}, [], {"reward": ["reward"]}, heads=["reward"]
+    )
     roles.load_adapter_tensors("reward", load_file(judge / "final" / "adapter_model.safetensors"), "judge")
     said = drawn_again(made, 6, 1, 6, temperature=0.0)
     asked = questions_on(settings.Source(dataset="tutor", split="heldout"), 6, 0, template, None).questions
@@ -196,7 +225,11 @@ def test_a_chain_has_a_line_a_stage(made: Made, tmp_path: Path) -> None:
     chain = tmp_path / "chain"
     for number, name in ((1, "sft"), (2, "dpo")):
         shutil.copytree(made.run, chain / f"{number}-{name}")
-    stages = [{"name": "sft", "algorithm": "sft"}, {"name": "judge", "algorithm": "reward"}, {"name": "dpo", "algorithm": "dpo"}]
+    stages = [
+        {"name": "sft", "algorithm": "sft"},
+        {"name": "judge", "algorithm": "reward"},
+        {"name": "dpo", "algorithm": "dpo"},
+    ]
     (chain / "run.json").write_text(json.dumps({"recipe": {"name": "c", "stages": [stages[0], stages[2], stages[1]]}}))
     found = evaluate(str(chain), SHORT, quiet, CPU)
     assert list(found.record["figures"]) == ["base", "sft", "dpo"] and found.path == chain / "evals.jsonl"
@@ -206,7 +239,9 @@ def test_a_chain_has_a_line_a_stage(made: Made, tmp_path: Path) -> None:
     assert list(half.record["figures"]) == ["base", "sft"] and any("not ended: dpo" in line for line in told)
 
 
-def test_ctrl_c_keeps_the_parts_that_all_voices_have_finished(made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_parts_that_all_voices_have_finished(
+    made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("lowrank_tune.evals.measure.ANSWERS", 4)  # two prompts a part
     run = tmp_path / "run"
     shutil.copytree(made.run, run)
@@ -218,11 +253,14 @@ def test_ctrl_c_keeps_the_parts_that_all_voices_have_finished(made: Made, monkey
 
         return hear
 
-    found = evaluate(str(run), SHORT, interrupting(2 * (2 + 4) * 2 - 1), CPU)  # two voices, two prompts, each a loss and two answers
+    # two voices, two prompts, each a loss and two answers
+    found = evaluate(str(run), SHORT, interrupting(2 * (2 + 4) * 2 - 1), CPU)
     assert found.interrupted and found.record["interrupted"] is True
     on = found.record["on"]
     assert (on["prompts"], on["planned"]) == (2, 6) or (on["prompts"], on["planned"]) == (4, 6)
-    assert {figures["loss"]["prompts"] for figures in found.record["figures"].values()} == {on["prompts"]}, "the same prompts for all"
+    assert {figures["loss"]["prompts"] for figures in found.record["figures"].values()} == {on["prompts"]}, (
+        "the same prompts for all"
+    )
     early = evaluate(str(run), SHORT, interrupting(1), CPU)
     assert early.interrupted and not evaluation_module.has_figures(early.record)
 
@@ -249,10 +287,27 @@ def test_results_are_added_to_the_run_and_shown(made: Made, tmp_path: Path) -> N
     lines = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(line["v"] == 1 and line["kind"] == "eval" for line in lines)
     assert lines[0]["figures"] == lines[1]["figures"], "the same seed gives the same figures and intervals"
-    assert lines[0]["settings"] == {"num_prompts": 4, "samples": 2, "k": [1, 2], "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4,
-                                    "seed": 0, "confidence": 0.95}  # fmt: skip
-    event = {"v": 1, "event": "run_started", "time": 1.0, "name": "tried", "algorithm": "sft", "model": "m", "roles": {}, "reference": "r",
-             "steps": 1}  # fmt: skip
+    assert lines[0]["settings"] == {
+        "num_prompts": 4,
+        "samples": 2,
+        "k": [1, 2],
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "max_new_tokens": 4,
+        "seed": 0,
+        "confidence": 0.95,
+    }
+    event = {
+        "v": 1,
+        "event": "run_started",
+        "time": 1.0,
+        "name": "tried",
+        "algorithm": "sft",
+        "model": "m",
+        "roles": {},
+        "reference": "r",
+        "steps": 1,
+    }
     (run / "events.jsonl").write_text(json.dumps(event) + "\n")
     shutil.copytree(run, other)
     (other / "evals.jsonl").write_bytes(b'{"v": 1, "kind": "eval"}\nnot json\n[1]\n{"v": 9, "kind": "eval"}\n')
@@ -265,8 +320,17 @@ def test_results_are_added_to_the_run_and_shown(made: Made, tmp_path: Path) -> N
 
 
 def test_a_hostile_record_is_inert() -> None:
-    record = to_record({"v": 1, "kind": "eval", "on": {"origin": "\x1b[2J<script>", "planned": 3}, "settings": {"samples": "<b>\x1b"},
-                        "figures": {"<i>": {"loss": {"value": "x", "low": [], "high": None}}}, "wins": 3, "tasks": [1]})  # fmt: skip
+    record = to_record(
+        {
+            "v": 1,
+            "kind": "eval",
+            "on": {"origin": "\x1b[2J<script>", "planned": 3},
+            "settings": {"samples": "<b>\x1b"},
+            "figures": {"<i>": {"loss": {"value": "x", "low": [], "high": None}}},
+            "wins": 3,
+            "tasks": [1],
+        }
+    )
     assert "\x1b" not in "".join(told_of(record)) and list(rows(record))[0][2] == "nan"
 
 
@@ -318,5 +382,7 @@ def test_wins_over_all_pairs_by_hand() -> None:
     found = wins_of(Measured(["base", "t"], [], {"t": tuned, "base": base}, {}, [0, 1]), "t", lambda mark: mark.score)
     pairs = [[(a > b, a == b) for a, b in product(mine, theirs)] for mine, theirs in (((1, 3), (2, 1)), ((0,), (0, 5)))]
     rates = [sum(win + tie / 2 for win, tie in several) / len(several) for several in pairs]
-    assert found is not None and found["value"] == pytest.approx(sum(rates) / 2) == pytest.approx((2.5 / 4 + 0.5 / 2) / 2)
+    assert found is not None and found["value"] == pytest.approx(sum(rates) / 2) == pytest.approx(
+        (2.5 / 4 + 0.5 / 2) / 2
+    )
     assert (found["wins"], found["ties"], found["losses"]) == pytest.approx((0.25, 0.375, 0.375))

@@ -1,4 +1,5 @@
-"""Tasks of lm-evaluation-harness on the live model: tasks made here, their figures against forward passes by hand; what is told without it."""
+"""Tasks of lm-evaluation-harness on the live model: tasks made here, their figures against forward passes by hand; what
+is told without it."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ doc_to_text: "How much is {{{{question}}}}?"
 {rest}
 metadata: {{version: 1.0}}
 """
-CHOOSING = 'doc_to_choice: "{{choices}}"\ndoc_to_target: answer\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]'
+CHOOSING = (
+    'doc_to_choice: "{{choices}}"\ndoc_to_target: answer\nmetric_list: [{metric: acc, aggregation: mean, '
+    "higher_is_better: true}]"
+)
 WRITING = """doc_to_target: "{{choices[answer]}}"
 generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]"""
@@ -39,7 +43,8 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]"
 def tasks_in(folder: Path, count: int = 12) -> list[dict[str, object]]:
     folder.mkdir()
     rows: list[dict[str, object]] = [
-        {"question": f"{number} + {3 * number}", "choices": CHOICES, "answer": number % 4} for number in range(count)]  # fmt: skip
+        {"question": f"{number} + {3 * number}", "choices": CHOICES, "answer": number % 4} for number in range(count)
+    ]
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, kind, rest in (("sums_chosen", "multiple_choice", CHOOSING), ("sums_written", "generate_until", WRITING)):
@@ -49,7 +54,8 @@ def tasks_in(folder: Path, count: int = 12) -> list[dict[str, object]]:
 
 @pytest.mark.slow
 def test_tasks_of_a_folder_for_base_and_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Multiple choice is worked out again with PEFT: the likeliest choice, by the sum of its log-probs behind the question."""
+    """Multiple choice is worked out again with PEFT: the likeliest choice, by the sum of its log-probs behind the
+    question."""
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     made = make_run(tmp_path / "made", bits=16)
@@ -58,7 +64,9 @@ def test_tasks_of_a_folder_for_base_and_tuned(tmp_path: Path, monkeypatch: pytes
     found = evaluate(str(made.run), options, lambda event: None, CPU).record
     tokenizer = load_tokenizer(settings.Base(model=str(made.base)))
     model = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32).eval()
-    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32), made.run / "final").eval()
+    tuned = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32), made.run / "final"
+    ).eval()
     for who, one in (("base", model), ("sft", tuned)):
         right = [_chosen(one, tokenizer, f"How much is {row['question']}?") == row["answer"] for row in rows]
         accuracy = found["tasks"][who]["sums_chosen acc"]
@@ -88,7 +96,10 @@ def test_unknown_tasks_are_told_before_anything_is_loaded(tmp_path: Path) -> Non
     pytest.importorskip("lm_eval")
     tasks_in(tmp_path / "tasks")
     told = []
-    for more in (["--tasks", "sums_chosenn", "--tasks-path", str(tmp_path / "tasks")], ["--tasks", "gsm8k", "--tasks-path", "nowhere"]):
+    for more in (
+        ["--tasks", "sums_chosenn", "--tasks-path", str(tmp_path / "tasks")],
+        ["--tasks", "gsm8k", "--tasks-path", "nowhere"],
+    ):
         result = CliRunner().invoke(app, ["eval", "tiny-tutor", *more])
         assert result.exit_code == 2, result.output
         told.append(result.stderr.strip())
@@ -97,8 +108,11 @@ def test_unknown_tasks_are_told_before_anything_is_loaded(tmp_path: Path) -> Non
 
 def test_without_the_harness_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "lm_eval" else found(name, *more))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "lm_eval" else found(name, *more)
+    )
     result = CliRunner().invoke(app, ["eval", "tiny-tutor", "--tasks", "gsm8k"])
     assert result.exit_code == 2 and result.stderr.strip() == (
-        "--tasks needs lm-evaluation-harness, which is not installed: pip install 'lowrank-tune[harness]'")  # fmt: skip
+        "--tasks needs lm-evaluation-harness, which is not installed: pip install 'lowrank-tune[harness]'"
+    )
     assert "names no task" in CliRunner().invoke(app, ["eval", "tiny-tutor", "--tasks", ","]).stderr

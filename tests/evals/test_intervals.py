@@ -1,4 +1,5 @@
-"""Figures and their intervals against numbers by hand, against enumeration, and against how often they hold the truth."""
+"""Figures and their intervals against numbers by hand, against enumeration, and against how often they hold the
+truth."""
 
 from __future__ import annotations
 
@@ -11,7 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_tune.evals.intervals import difference_of, expanded_tail, mean_of, pass_at_k, ratio_of, share_of, t_quantile, wilson
+from lowrank_tune.evals.intervals import (
+    difference_of,
+    expanded_tail,
+    mean_of,
+    pass_at_k,
+    ratio_of,
+    share_of,
+    t_quantile,
+    wilson,
+)
 
 
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
@@ -32,9 +42,17 @@ def test_pass_at_k_is_unbiased_where_the_plug_in_is_not() -> None:
     assert abs(plug_in - truth) > 0.02
 
 
-@pytest.mark.parametrize(("share", "draws", "low", "high"), [  # from Newcombe 1998, table I, method 3 (score), and by hand for 5 of 10
-    (81 / 263, 263, 0.2553, 0.3662), (15 / 148, 148, 0.0624, 0.1605), (0.0, 20, 0.0, 0.1611), (1 / 29, 29, 0.0061, 0.1718),
-    (0.5, 10, 0.2366, 0.7634)])  # fmt: skip
+# from Newcombe 1998, table I, method 3 (score), and by hand for 5 of 10
+@pytest.mark.parametrize(
+    ("share", "draws", "low", "high"),
+    [
+        (81 / 263, 263, 0.2553, 0.3662),
+        (15 / 148, 148, 0.0624, 0.1605),
+        (0.0, 20, 0.0, 0.1611),
+        (1 / 29, 29, 0.0061, 0.1718),
+        (0.5, 10, 0.2366, 0.7634),
+    ],
+)
 def test_wilson_as_printed(share: float, draws: int, low: float, high: float) -> None:
     assert wilson(share, draws) == pytest.approx((low, high), abs=5e-5)
 
@@ -45,7 +63,8 @@ def test_a_share_of_single_answers_is_plain_wilson() -> None:
 
 
 def test_answers_that_are_alike_are_worth_no_more_than_their_prompts() -> None:
-    """Eight equal answers a prompt say what one says; eight that know nothing of each other say eight times as much, never more."""
+    """Eight equal answers a prompt say what one says; eight that know nothing of each other say eight times as much,
+    never more."""
     alike = share_of([1.0] * 20 + [0.0] * 20, 8)
     assert (alike.low, alike.high) == pytest.approx(wilson(0.5, 40))
     same_everywhere = share_of([0.5] * 40, 8)
@@ -59,7 +78,9 @@ def test_what_one_prompt_cannot_tell() -> None:
     assert math.isnan(share_of([], 1).value) and math.isnan(mean_of([], 0).value)
 
 
-@pytest.mark.parametrize(("freedom", "value"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (19, 2.093), (120, 1.980)])
+@pytest.mark.parametrize(
+    ("freedom", "value"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (19, 2.093), (120, 1.980)]
+)
 def test_t_as_printed(freedom: int, value: float) -> None:
     assert t_quantile(0.975, freedom) == pytest.approx(value, abs=1e-3)
 
@@ -74,12 +95,15 @@ def test_the_bootstrap_is_wider_for_few_prompts_and_the_same_for_a_seed() -> Non
 def test_the_bootstrap_against_all_resamples() -> None:
     """Three prompts have 27 resamples: their quantiles, at the same tail, are what drawing must come to."""
     over, under = [1.0, 8.0, 3.0], [2.0, 4.0, 1.0]
-    every = [sum(over[i] for i in drawn) / sum(under[i] for i in drawn) for drawn in itertools.product(range(3), repeat=3)]
+    every = [
+        sum(over[i] for i in drawn) / sum(under[i] for i in drawn) for drawn in itertools.product(range(3), repeat=3)
+    ]
     found = ratio_of(over, under, 0)
     assert found.value == pytest.approx(12 / 7)
     tail = expanded_tail(3)
-    assert (found.low, found.high) == pytest.approx((np.quantile(every, tail, method="inverted_cdf"),
-                                                     np.quantile(every, 1 - tail, method="inverted_cdf")))  # fmt: skip
+    assert (found.low, found.high) == pytest.approx(
+        (np.quantile(every, tail, method="inverted_cdf"), np.quantile(every, 1 - tail, method="inverted_cdf"))
+    )
 
 
 def test_a_difference_is_paired() -> None:
@@ -94,7 +118,8 @@ def test_a_difference_is_paired() -> None:
 
 
 def covered(trials: int, prompts: int, samples: int, alike: float, seed: int) -> tuple[float, float]:
-    """How often two intervals hold the true share: clustered by prompt, and as if all answers were draws of their own."""
+    """How often two intervals hold the true share: clustered by prompt, and as if all answers were draws of their
+    own."""
     rng = np.random.default_rng(seed)
     share, hits, naive = 0.7, 0, 0
     a, b = share * alike, (1 - share) * alike

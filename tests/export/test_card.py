@@ -1,4 +1,5 @@
-"""`final/` as software that never heard of this kit finds it: card, tokenizer, template, end tokens, and what later runs read of it."""
+"""`final/` as software that never heard of this kit finds it: card, tokenizer, template, end tokens, and what later
+runs read of it."""
 
 from __future__ import annotations
 
@@ -25,7 +26,12 @@ from lowrank_tune.model.base import load_base
 from lowrank_tune.recipe import dump
 from lowrank_tune.types import Message
 
-TALK = [Message("system", "Be kind."), Message("user", "What is 12 + 30?"), Message("assistant", "It is 42."), Message("user", "$5?")]
+TALK = [
+    Message("system", "Be kind."),
+    Message("user", "What is 12 + 30?"),
+    Message("assistant", "It is 42."),
+    Message("user", "$5?"),
+]
 CPU = torch.device("cpu")
 
 
@@ -45,9 +51,23 @@ def code_of(text: str) -> str:
 
 
 def written(adapters: Adapters, **changes: Any) -> str:
-    recipe = Recipe.from_dict({"name": "mine", "algorithm": "sft", "data": {"train": [{"dataset": "openai/gsm8k", "name": "main"}]},
-                               "base": {"model": "Qwen/Qwen3-4B@abc123"}, "train": {"steps": 7}} | changes)  # fmt: skip
-    return card(recipe, {"step": 7, "heldout_details": {"base": {"exact": 0.25}, "sft": {"exact": 0.75}}}, "abc123", adapters, ["<|im_end|>"])
+    recipe = Recipe.from_dict(
+        {
+            "name": "mine",
+            "algorithm": "sft",
+            "data": {"train": [{"dataset": "openai/gsm8k", "name": "main"}]},
+            "base": {"model": "Qwen/Qwen3-4B@abc123"},
+            "train": {"steps": 7},
+        }
+        | changes
+    )
+    return card(
+        recipe,
+        {"step": 7, "heldout_details": {"base": {"exact": 0.25}, "sft": {"exact": 0.75}}},
+        "abc123",
+        adapters,
+        ["<|im_end|>"],
+    )
 
 
 def config(rank: int) -> dict[str, Any]:
@@ -57,9 +77,23 @@ def config(rank: int) -> dict[str, Any]:
 def test_a_card_says_what_the_hub_and_a_person_want_to_know() -> None:
     text = written(Adapters(["sft", "policy"], True, config(24), speaks=True))
     facts = yaml.safe_load(text.split("---")[1])
-    assert facts["base_model"] == "Qwen/Qwen3-4B" and facts["library_name"] == "peft" and facts["datasets"] == ["openai/gsm8k"]
-    for part in ("`abc123`", "folded into this one", "Rank 24, alpha 32, on q_proj, v_proj", "| sft | 0.75 |", "7 steps", "<|im_end|>",
-                 "llama-cli", "FROM ./base.gguf", "vllm serve Qwen/Qwen3-4B", 'revision="abc123"'):  # fmt: skip
+    assert (
+        facts["base_model"] == "Qwen/Qwen3-4B"
+        and facts["library_name"] == "peft"
+        and facts["datasets"] == ["openai/gsm8k"]
+    )
+    for part in (
+        "`abc123`",
+        "folded into this one",
+        "Rank 24, alpha 32, on q_proj, v_proj",
+        "| sft | 0.75 |",
+        "7 steps",
+        "<|im_end|>",
+        "llama-cli",
+        "FROM ./base.gguf",
+        "vllm serve Qwen/Qwen3-4B",
+        'revision="abc123"',
+    ):
         assert part in text, part
     compile(code_of(text), "card", "exec")
     assert yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])["train"]["steps"] == 7
@@ -69,7 +103,9 @@ def test_a_card_says_what_the_hub_and_a_person_want_to_know() -> None:
 def test_vllms_limit_is_named_where_it_must_be_raised(rank: int, limit: int | None) -> None:
     text = written(Adapters(["policy"], True, config(rank), speaks=True))
     assert (f"--max-lora-rank {limit} " in text) if limit else ("--max-lora-rank" not in text)
-    assert rank_limit(513) is None and "lowrank-tune merge" in written(Adapters(["policy"], True, config(600), speaks=True))
+    assert rank_limit(513) is None and "lowrank-tune merge" in written(
+        Adapters(["policy"], True, config(600), speaks=True)
+    )
     assert "--enable-lora" not in written(Adapters(["policy"], True, config(600), speaks=True))
 
 
@@ -85,13 +121,23 @@ def test_final_holds_all_that_is_needed_and_names_no_machine(folded: Made) -> No
     final = folded.run / "final"
     load(final, "final")
     reloaded = AutoTokenizer.from_pretrained(final)
-    asked = reloaded.apply_chat_template([{"role": m.role, "content": m.content} for m in TALK], add_generation_prompt=True, return_dict=False)
+    asked = reloaded.apply_chat_template(
+        [{"role": m.role, "content": m.content} for m in TALK], add_generation_prompt=True, return_dict=False
+    )
     assert list(asked) == Template.of(AutoTokenizer.from_pretrained(folded.base)).prompt(TALK)
     ends = GenerationConfig.from_pretrained(final).eos_token_id
     assert [reloaded.convert_ids_to_tokens(one) for one in ends] == ["<|end_of_text|>", "<|end_of_turn|>"]
-    for file in ("tokenizer_config.json", "tokenizer.json", "generation_config.json", "policy/adapter_config.json", "stack.json"):
+    for file in (
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "generation_config.json",
+        "policy/adapter_config.json",
+        "stack.json",
+    ):
         told = (final / file).read_text()
-        assert str(folded.run) not in told and "somebody" not in told and "/tmp" not in told.replace(str(folded.base), ""), file
+        assert (
+            str(folded.run) not in told and "somebody" not in told and "/tmp" not in told.replace(str(folded.base), "")
+        ), file
 
 
 def test_a_tokenizer_that_cannot_be_saved_costs_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,14 +146,18 @@ def test_a_tokenizer_that_cannot_be_saved_costs_no_adapter(tmp_path: Path, monke
 
     monkeypatch.setattr("lowrank_tune.export.folder.tokenizer_files", broken)
     made = make_run(tmp_path)
-    assert (made.run / "final" / "adapter_model.safetensors").exists() and not (made.run / "final" / "tokenizer.json").exists()
+    assert (made.run / "final" / "adapter_model.safetensors").exists() and not (
+        made.run / "final" / "tokenizer.json"
+    ).exists()
 
 
 def test_the_python_of_the_card_works_for_a_stack_kept_apart(apart: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     code = code_of((apart.run / "final" / "README.md").read_text())
     assert "set_adapter" in code and "adapter/sft" in code
     base = load_base(settings.Base(model=str(apart.base)), TOKENIZER, CPU)
-    lines = [line.replace("./adapter", str(apart.run / "final")) for line in code.splitlines() if line.startswith("model")]
+    lines = [
+        line.replace("./adapter", str(apart.run / "final")) for line in code.splitlines() if line.startswith("model")
+    ]
     place: dict[str, Any] = {"PeftModel": PeftModel, "base": base.model}
     for line in lines:
         exec(line, place)
@@ -122,7 +172,9 @@ def laid(made: Made, *frozen: tuple[str, SavedAdapter]) -> tuple[dict[str, Saved
     """The adapters of a recipe that goes on from `made` over these."""
     path, heard = str(made.run), list[Event]()
     adapters = {**{name: {"path": str(one.folder)} for name, one in frozen}, "policy": {"path": path}}
-    recipe = Recipe.from_dict({"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, "train": {"steps": 1}, "adapters": adapters})
+    recipe = Recipe.from_dict(
+        {"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, "train": {"steps": 1}, "adapters": adapters}
+    )
     saved = {**dict(frozen), "policy": read_adapter(path, "adapters.policy.path")}
     lay(recipe, saved, heard.append)
     return saved, heard
@@ -140,7 +192,8 @@ def test_a_run_goes_on_from_its_own_adapter_over_the_same_ones(apart: Made, tmp_
     assert saved["policy"].config.r == 4 and not heard and saved["policy"].folder == made.run / "final" / "policy"
     saved, heard = laid(made)
     assert saved["policy"].config.r == 8 and [event for event in heard if isinstance(event, Note)][0].message.endswith(
-        "taken with sft folded into it, which it was trained over")  # fmt: skip
+        "taken with sft folded into it, which it was trained over"
+    )
     with pytest.raises(UserError, match="holds its adapters apart, and they mean nothing alone: load sft below it"):
         laid(apart)
 
@@ -149,13 +202,16 @@ def test_half_a_stack_is_refused(folded: Made, tmp_path: Path) -> None:
     kept = make_run(tmp_path, lower=("warm", "sft"), rslora=True, stack="apart")
     both = [(name, lower_of(folded, name, kept)) for name in ("warm", "sft")]
     assert laid(folded, *both)[0]["policy"].config.r == 4
-    with pytest.raises(UserError, match="was trained over warm, sft, and this recipe loads only sft below it: add `adapters.warm.path`"):
+    with pytest.raises(
+        UserError, match="was trained over warm, sft, and this recipe loads only sft below it: add `adapters.warm.path`"
+    ):
         laid(folded, both[1])
     assert laid(folded)[0]["policy"].config.r == 12
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{}", '{"stack": ["a"], "below": {"b": "0"}}', '{"stack": ["..", "p"], "below": {"..": "0"}}', "nonsense"]
+    "text",
+    ["[]", "{}", '{"stack": ["a"], "below": {"b": "0"}}', '{"stack": ["..", "p"], "below": {"..": "0"}}', "nonsense"],
 )
 def test_a_broken_stack_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
@@ -165,7 +221,11 @@ def test_a_broken_stack_is_told(tmp_path: Path, text: str) -> None:
 
 
 def test_apart_without_a_stack_is_a_fault() -> None:
-    data = {"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, "train": {"steps": 1, "final_stack": "apart"}}
+    data = {
+        "algorithm": "sft",
+        "data": {"train": [{"dataset": "tutor"}]},
+        "train": {"steps": 1, "final_stack": "apart"},
+    }
     with pytest.raises(UserError, match=r"train\.final_stack: `apart` does nothing here"):
         Recipe.from_dict(data)
     over = Recipe.from_dict(data | {"adapters": {"sft": {"path": "runs/sft"}}})

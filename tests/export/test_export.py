@@ -72,7 +72,9 @@ def test_a_gguf_adapter_is_what_was_trained(which: str, tmp_path: Path, request:
     found = by_llama_cpp(folder / "tried-lora-f32.gguf")
     saved = adapters_in(finished_run(made.run)).values()
     wanted = by_peft([saved_part(one.config.to_dict(), one.tensors) for one in saved])
-    assert found.keys() == wanted.keys() and all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
+    assert found.keys() == wanted.keys() and all(
+        torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted
+    )
     with torch.no_grad():  # the changes of the file, added to the weights that were trained over, answer as the run did
         model = trained_over(made)
         for name, change in found.items():
@@ -82,7 +84,9 @@ def test_a_gguf_adapter_is_what_was_trained(which: str, tmp_path: Path, request:
     facts = json.loads((folder / "export.json").read_text())
     assert facts["to"] == "gguf-lora" and facts["files"].keys() == {"README.md", "tried-lora-f32.gguf"}
     digest = hashlib.sha256((folder / "tried-lora-f32.gguf").read_bytes()).hexdigest()
-    assert facts["files"]["tried-lora-f32.gguf"]["sha256"] == digest and "llama-cli" in (folder / "README.md").read_text()
+    assert (
+        facts["files"]["tried-lora-f32.gguf"]["sha256"] == digest and "llama-cli" in (folder / "README.md").read_text()
+    )
     for file in folder.iterdir():
         assert str(made.run).encode() not in file.read_bytes() and b"somebody" not in file.read_bytes(), file
 
@@ -100,13 +104,26 @@ def test_a_copy_loads_in_plain_peft_and_a_modelfile_names_the_base(mistral: Made
     folder = take(mistral, Order("peft", tmp_path / "peft"))
     assert not (folder / "manifest.json").exists() and (folder / "policy" / "adapter_config.json").exists()
     with torch.no_grad():
-        assert kl(mistral.said, PeftModel.from_pretrained(trained_over(mistral), folder).eval()(input_ids=IDS).logits[0]) < 1e-8
-    folder = take(mistral, Order("ollama", tmp_path / "ollama", route="adapter", start="mistral:7b", system="Be brief."))
+        assert (
+            kl(mistral.said, PeftModel.from_pretrained(trained_over(mistral), folder).eval()(input_ids=IDS).logits[0])
+            < 1e-8
+        )
+    folder = take(
+        mistral, Order("ollama", tmp_path / "ollama", route="adapter", start="mistral:7b", system="Be brief.")
+    )
     text = (folder / "Modelfile").read_text()
-    for line in ("FROM mistral:7b", "ADAPTER ./tried-lora-f32.gguf", 'SYSTEM "Be brief."', 'PARAMETER stop "<|end_of_turn|>"',
-                 "PARAMETER num_ctx 256"):  # fmt: skip
+    for line in (
+        "FROM mistral:7b",
+        "ADAPTER ./tried-lora-f32.gguf",
+        'SYSTEM "Be brief."',
+        'PARAMETER stop "<|end_of_turn|>"',
+        "PARAMETER num_ctx 256",
+    ):
         assert line in text.splitlines(), line
-    assert "<|user|>{{ else }}<|begin_of_text|><|user|>{{ end }}" in text and "ollama create tried" in (folder / "README.md").read_text()
+    assert (
+        "<|user|>{{ else }}<|begin_of_text|><|user|>{{ end }}" in text
+        and "ollama create tried" in (folder / "README.md").read_text()
+    )
 
 
 def test_only_our_own_exports_are_replaced(mistral: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,8 +143,11 @@ def test_only_our_own_exports_are_replaced(mistral: Made, tmp_path: Path, monkey
     take(mistral, replace(order, to="gguf-lora"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "tried-lora-f32.gguf").exists()
     (out / "mine.txt").write_text("!")
-    for target, sentence in ((out, "mine.txt for one"), (mistral.run / "final", "no export of this program"),
-                             (out / "mine.txt", "is no folder")):  # fmt: skip
+    for target, sentence in (
+        (out, "mine.txt for one"),
+        (mistral.run / "final", "no export of this program"),
+        (out / "mine.txt", "is no folder"),
+    ):
         with pytest.raises(UserError, match=sentence):
             take(mistral, replace(order, out=target))
     assert (out / "mine.txt").exists() and (mistral.run / "final" / "manifest.json").exists()
@@ -138,7 +158,9 @@ def broken(*arguments: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_what_cannot_be_exported_is_told_in_a_sentence(mistral: Made, apart: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_exported_is_told_in_a_sentence(
+    mistral: Made, apart: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def told(run: Path, *more: str) -> str:
         done = CliRunner().invoke(app, ["export", str(run), *more])
         assert done.exit_code == 2 and done.output.count("\n") == 1, done.output
@@ -161,9 +183,15 @@ def test_what_cannot_be_exported_is_told_in_a_sentence(mistral: Made, apart: Mad
     facts["recipe"]["base"]["model"] = str(tmp_path / "no-base")
     (gone / "run.json").write_text(json.dumps(facts))
     assert "there is no folder" in told(gone, *gguf_lora) and "there is no folder" in told(gone, *gguf)
-    assert "--type q9 is not known for this export; known are f32, f16, bf16" in told(mistral.run, *gguf_lora, "--type", "q9")
-    assert "--repo, --public do nothing with --to peft" in told(mistral.run, "--to", "peft", "--repo", "a/b", "--public")
-    assert "--base, --from do nothing with --to gguf-lora" in told(mistral.run, *gguf_lora, "--base", "original", "--from", "x")
+    assert "--type q9 is not known for this export; known are f32, f16, bf16" in told(
+        mistral.run, *gguf_lora, "--type", "q9"
+    )
+    assert "--repo, --public do nothing with --to peft" in told(
+        mistral.run, "--to", "peft", "--repo", "a/b", "--public"
+    )
+    assert "--base, --from do nothing with --to gguf-lora" in told(
+        mistral.run, *gguf_lora, "--base", "original", "--from", "x"
+    )
     assert "--to hub needs --repo user/name" in told(mistral.run, "--to", "hub")
     monkeypatch.setattr(llama_cpp.shutil, "which", lambda name: None)
     monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
@@ -192,8 +220,13 @@ def archive(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A source package with what belongs in the cache, and with what must not get there."""
     root, file = f"llama_cpp_python-{llama_cpp.VERSION}", place / "package.tar.gz"
     with tarfile.open(file, "w:gz") as out:
-        for name in ("vendor/llama.cpp/convert_hf_to_gguf.py", "vendor/llama.cpp/conversion/base.py", "vendor/llama.cpp/src/llama.cpp",
-                     "setup.py", "vendor/llama.cpp/conversion/../../../../../evil.py"):  # fmt: skip
+        for name in (
+            "vendor/llama.cpp/convert_hf_to_gguf.py",
+            "vendor/llama.cpp/conversion/base.py",
+            "vendor/llama.cpp/src/llama.cpp",
+            "setup.py",
+            "vendor/llama.cpp/conversion/../../../../../evil.py",
+        ):
             member = tarfile.TarInfo(f"{root}/{name}")
             member.size = 4
             out.addfile(member, io.BytesIO(b"1234"))
@@ -204,7 +237,9 @@ def archive(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_the_converter_is_taken_from_the_package_whose_hash_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_converter_is_taken_from_the_package_whose_hash_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
     file = archive(tmp_path, monkeypatch)
     other = tmp_path / "other.tar.gz"
@@ -212,8 +247,13 @@ def test_the_converter_is_taken_from_the_package_whose_hash_is_known(tmp_path: P
     with pytest.raises(UserError, match="its sha256 is another one"):
         llama_cpp.converter_folder(other, quiet)
     folder = llama_cpp.converter_folder(file, quiet)
-    assert {str(path.relative_to(folder)) for path in folder.rglob("*.*")} == {"convert_hf_to_gguf.py", "conversion/base.py"}
-    assert not list(tmp_path.rglob("evil.py")) and [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*.*")} == {
+        "convert_hf_to_gguf.py",
+        "conversion/base.py",
+    }
+    assert not list(tmp_path.rglob("evil.py")) and [path.name for path in (tmp_path / "cache").iterdir()] == [
+        folder.name
+    ]
     asked = list[list[str]]()
     monkeypatch.setattr(llama_cpp.subprocess, "run", lambda command, **more: asked.append(command))
     assert llama_cpp.converter_folder(None, quiet) == folder and not asked, "it is there already"
@@ -227,12 +267,19 @@ def test_pip_is_given_the_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def pip(command: list[str], **more: Any) -> Any:
         wanted = Path(command[command.index("-r") + 1]).read_text()
-        assert wanted == f"llama-cpp-python=={llama_cpp.VERSION} --hash=sha256:{llama_cpp.SHA256}\n" and "--require-hashes" in command
+        assert (
+            wanted == f"llama-cpp-python=={llama_cpp.VERSION} --hash=sha256:{llama_cpp.SHA256}\n"
+            and "--require-hashes" in command
+        )
         shutil.copy(file, Path(command[command.index("-d") + 1]) / llama_cpp.ARCHIVE)
         return SimpleNamespace(returncode=0, stderr="")
 
     with monkeypatch.context() as patch:
-        patch.setattr(llama_cpp.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="a\nERROR: No matching\nnotice"))
+        patch.setattr(
+            llama_cpp.subprocess,
+            "run",
+            lambda *_, **__: SimpleNamespace(returncode=1, stderr="a\nERROR: No matching\nnotice"),
+        )
         with pytest.raises(RunFailed, match=r"could not be fetched \(No matching\): download llama_cpp_python"):
             llama_cpp.converter_folder(None, quiet)
     heard = list[Event]()
@@ -243,14 +290,23 @@ def test_pip_is_given_the_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_a_tool_says_becomes_progress_and_a_sentence(tmp_path: Path) -> None:
     heard = list[Event]()
-    code, said = run_tool([sys.executable, "-c", "print('[ 1/ 4] a'); print('x\\r[ 2/4] b', end=''); raise SystemExit(3)"], "tool",
-                          r"\[\s*(\d+)/\s*(\d+)\]", heard.append)  # fmt: skip
+    code, said = run_tool(
+        [sys.executable, "-c", "print('[ 1/ 4] a'); print('x\\r[ 2/4] b', end=''); raise SystemExit(3)"],
+        "tool",
+        r"\[\s*(\d+)/\s*(\d+)\]",
+        heard.append,
+    )
     assert code == 3 and said[-1] == "[ 2/4] b"
     assert [(event.done, event.total) for event in heard if isinstance(event, Progress)] == [(0, 100), (1, 4), (2, 4)]
     for script, sentence, kind in (
-            ("raise ImportError(\"No module named 'sentencepiece'\")", "needs the package sentencepiece", UserError),
-            ("raise NotImplementedError('BPE pre-tokenizer was not recognized')", "does not know this base's tokenizer", UserError),
-            ("raise SystemExit('ERROR: out of luck')", "failed .exit code 1.: ERROR: out of luck", RunFailed)):  # fmt: skip
+        ("raise ImportError(\"No module named 'sentencepiece'\")", "needs the package sentencepiece", UserError),
+        (
+            "raise NotImplementedError('BPE pre-tokenizer was not recognized')",
+            "does not know this base's tokenizer",
+            UserError,
+        ),
+        ("raise SystemExit('ERROR: out of luck')", "failed .exit code 1.: ERROR: out of luck", RunFailed),
+    ):
         (tmp_path / "convert_hf_to_gguf.py").write_text(script)
         with pytest.raises(kind, match=sentence):
             convert(tmp_path, tmp_path, tmp_path / "x.gguf", "f16", "mine", False, quiet)
@@ -262,9 +318,16 @@ def test_how_words_are_cut_is_read_only_where_the_rules_are_the_same(mistral: Ma
     assert words_of(tmp_path) == "qwen2"
     raw = json.loads((mistral.base / "tokenizer.json").read_text())
     digits, bytes_ = raw["pre_tokenizer"]["pretokenizers"]
-    for changes, name in (({"pre_tokenizer": bytes_}, "gpt-2"), ({"pre_tokenizer": digits}, None), ({"normalizer": {"type": "NFC"}}, None),
-                          ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits | {"individual_digits": False}, bytes_]}}, None),
-                          ({"model": {"type": "Unigram"}}, None)):  # fmt: skip
+    for changes, name in (
+        ({"pre_tokenizer": bytes_}, "gpt-2"),
+        ({"pre_tokenizer": digits}, None),
+        ({"normalizer": {"type": "NFC"}}, None),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits | {"individual_digits": False}, bytes_]}},
+            None,
+        ),
+        ({"model": {"type": "Unigram"}}, None),
+    ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(raw | changes))
         assert words_of(tmp_path) == name, changes
 
@@ -281,10 +344,25 @@ def test_a_merged_model_is_taken_only_with_this_adapter(mistral: Made, tmp_path:
     run = copy_of(mistral, tmp_path / "run")
     found = finished_run(run)
     assert merged_before(found, "dequantized") is None
-    proof = {"prompts": 1, "places": 1, "kl": 0.0, "worst_kl": 0.0, "logit_difference": 0.0, "same": 1, "near_ties": 0, "parted": 0,
-             "trained_loss": 0.0, "merged_loss": 0.0, "rows": 0, "ends_agree": True, "origin": ""}  # fmt: skip
+    proof = {
+        "prompts": 1,
+        "places": 1,
+        "kl": 0.0,
+        "worst_kl": 0.0,
+        "logit_difference": 0.0,
+        "same": 1,
+        "near_ties": 0,
+        "parted": 0,
+        "trained_loss": 0.0,
+        "merged_loss": 0.0,
+        "rows": 0,
+        "ends_agree": True,
+        "origin": "",
+    }
     (run / "merged").mkdir()
-    (run / "merged" / "merge.json").write_text(json.dumps({"base": "dequantized", "adapter": found.fingerprint(), **proof}))
+    (run / "merged" / "merge.json").write_text(
+        json.dumps({"base": "dequantized", "adapter": found.fingerprint(), **proof})
+    )
     before = merged_before(found, "dequantized")
     assert before is not None and before.folder == run / "merged" and before.proof.prompts == 1
     config = run / "final" / "adapter_config.json"

@@ -29,7 +29,9 @@ def stack(kind: str = "llama", **configs: LoraConfig) -> Roles:
 
 
 def lora(*targets: str, **more: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 16.0, "target_modules": sorted(targets), "task_type": "CAUSAL_LM"} | more)
+    return LoraConfig(
+        **{"r": 4, "lora_alpha": 16.0, "target_modules": sorted(targets), "task_type": "CAUSAL_LM"} | more
+    )
 
 
 def said(roles: Roles, role: str = "policy") -> torch.Tensor:
@@ -37,7 +39,9 @@ def said(roles: Roles, role: str = "policy") -> torch.Tensor:
         return torch.as_tensor(roles.base.model(input_ids=IDS).logits).clone()
 
 
-def in_plain_peft(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], kind: str = "llama") -> torch.Tensor:
+def in_plain_peft(
+    folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], kind: str = "llama"
+) -> torch.Tensor:
     """What software that never heard of this kit makes of the two files."""
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -55,7 +59,7 @@ MIXED = {
     "three": (lora("q_proj"), lora("k_proj", use_rslora=True), lora("q_proj", "k_proj", lora_alpha=3.0)),
     "alone with rslora": (lora("q_proj", use_rslora=True, r=5),),
     "alone with patterns": (lora("q_proj", "v_proj", rank_pattern={"v_proj": 9}, use_rslora=True),),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", MIXED)
@@ -65,7 +69,8 @@ def test_a_folded_stack_is_the_same_function(kind: str, tmp_path: Path) -> None:
     config, tensors = fold([part_of(roles, name) for name in names])
     tuned, bare = said(roles), said(roles, "base")
     assert far(in_plain_peft(tmp_path / "folded", config, tensors), tuned) < 2e-6 and far(bare, tuned) > 0.05
-    # what llama.cpp computes: alpha over the rank of each tensor, whatever else the configuration says; and vLLM: alpha over r
+    # what llama.cpp computes: alpha over the rank of each tensor, whatever else the configuration says; and vLLM: alpha
+    # over r
     assert not config["use_rslora"] and not config.get("rank_pattern") and not config.get("alpha_pattern")
     assert {len(tensor) for key, tensor in tensors.items() if "lora_A" in key} == {config["r"]}
 
@@ -75,7 +80,11 @@ def test_of_every_family(kind: str, tmp_path: Path) -> None:
     roles = roles_over(whole(kind), lower=["sft"], rslora=True)
     shake(roles, "sft", "policy")
     config, tensors = fold([part_of(roles, name) for name in ("sft", "policy")])
-    assert config["r"] == 8 and config["target_modules"] == sorted(config["target_modules"]) and "q_proj" in config["target_modules"]
+    assert (
+        config["r"] == 8
+        and config["target_modules"] == sorted(config["target_modules"])
+        and "q_proj" in config["target_modules"]
+    )
     assert far(in_plain_peft(tmp_path / "folded", config, tensors, kind), said(roles)) < 2e-6
 
 
@@ -87,7 +96,12 @@ def test_the_top_alone_is_another_function(tmp_path: Path) -> None:
 
 def test_what_cannot_be_folded_is_named() -> None:
     part = Part(
-        {}, {"base_model.model.lm_head.lora_A.weight": torch.zeros(1, 1), "base_model.model.x.lora_magnitude_vector": torch.zeros(1)}, {}
+        {},
+        {
+            "base_model.model.lm_head.lora_A.weight": torch.zeros(1, 1),
+            "base_model.model.x.lora_magnitude_vector": torch.zeros(1),
+        },
+        {},
     )
     assert why_not([part]) == "base_model.model.x.lora_magnitude_vector is no matrix of a linear module"
     with pytest.raises(AssertionError):

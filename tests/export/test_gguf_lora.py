@@ -19,18 +19,31 @@ from lowrank_tune.export.folder import part_of
 from lowrank_tune.export.gguf_lora import gguf_tensors, shape_of, write_gguf_lora
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-SHORT = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-         "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}  # fmt: skip
+SHORT = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 def by_llama_cpp(file: Path) -> dict[str, torch.Tensor]:
-    """The change of each module as llama.cpp computes it from the file, alpha over the rank of the tensor; by transformers' names, with the
-    rows of q and k put back as transformers has them: 0, 2, 4, ... of a head, then 1, 3, 5, ..."""
+    """The change of each module as llama.cpp computes it from the file, alpha over the rank of the tensor; by
+    transformers' names, with the rows of q and k put back as transformers has them: 0, 2, 4, ... of a head, then 1, 3,
+    5, ..."""
     reader = gguf.GGUFReader(file)
     alpha = float(reader.get_field("adapter.lora.alpha").contents())
-    assert reader.get_field("general.type").contents() == "adapter" and reader.get_field("adapter.type").contents() == "lora"
+    assert (
+        reader.get_field("general.type").contents() == "adapter"
+        and reader.get_field("adapter.type").contents() == "lora"
+    )
     rotated = reader.get_field("general.architecture").contents() == "llama"
-    tensors = {one.name: torch.tensor(gguf.quants.dequantize(one.data, one.tensor_type).copy()) for one in reader.tensors}
+    tensors = {
+        one.name: torch.tensor(gguf.quants.dequantize(one.data, one.tensor_type).copy()) for one in reader.tensors
+    }
     found = {}
     for name, a in tensors.items():
         if name.endswith(".lora_a"):
@@ -65,7 +78,9 @@ def test_rslora_patterns_and_stacks_become_one_alpha(kind: str, tmp_path: Path) 
     parts = [part_of(roles, name) for name in names]
     saved = [saved_part(part.config, part.tensors) for part in parts]
     for read, loaded in zip(saved, parts, strict=True):
-        assert read.scalings == pytest.approx({name: loaded.scalings[name] for name in read.scalings}), "as PEFT scales them"
+        assert read.scalings == pytest.approx({name: loaded.scalings[name] for name in read.scalings}), (
+            "as PEFT scales them"
+        )
     write_gguf_lora(tmp_path / "a.gguf", "mine", *fold(saved), shape_of(roles.base.model.config))
     assert compared(tmp_path / "a.gguf", parts) < 1e-6
 
@@ -83,7 +98,9 @@ def test_of_every_family_in_every_type(kind: str, type: str, far: float, tmp_pat
 
 
 def test_unknown_families_and_places_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a GGUF adapter of a phi model is not known here.*Llama, Mistral, Qwen2, Qwen3 and Gemma3"):
+    with pytest.raises(
+        UserError, match="a GGUF adapter of a phi model is not known here.*Llama, Mistral, Qwen2, Qwen3 and Gemma3"
+    ):
         shape_of(random_model("phi").config)
     config: dict[str, Any] = {"r": 1, "lora_alpha": 1}
     strange = {f"base_model.model.model.layers.0.mlp.strange.lora_{side}.weight": torch.zeros(1, 1) for side in "AB"}

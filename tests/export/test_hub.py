@@ -1,4 +1,5 @@
-"""Pushing to the hub: against a server of our own that speaks its protocol, and against wrong orders. Nothing here reaches the network."""
+"""Pushing to the hub: against a server of our own that speaks its protocol, and against wrong orders. Nothing here
+reaches the network."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ TOKEN = "hf_" + "s3cret" * 5
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as an upload of small files needs. `there`: repositories by name, private or not; `commits`: what was uploaded."""
+    """As much of the hub as an upload of small files needs. `there`: repositories by name, private or not; `commits`:
+    what was uploaded."""
 
     there: dict[str, bool] = {}
     commits: list[dict[str, bytes]] = []
@@ -66,12 +68,28 @@ class Hub(BaseHTTPRequestHandler):
         elif self.path == "/api/validate-yaml":
             self.answer(200, {"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
             self.answer(200, {"files": files})
         elif "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines()]
-            self.commits.append({line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"})
-            self.answer(200, {"commitUrl": f"http://{self.headers['Host']}/x/y/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True})
+            self.commits.append(
+                {
+                    line["value"]["path"]: base64.b64decode(line["value"]["content"])
+                    for line in lines
+                    if line["key"] == "file"
+                }
+            )
+            self.answer(
+                200,
+                {
+                    "commitUrl": f"http://{self.headers['Host']}/x/y/commit/{'1' * 40}",
+                    "commitOid": "1" * 40,
+                    "success": True,
+                },
+            )
         else:
             self.answer(500, {"error": f"unknown: {self.path}"})
 
@@ -90,9 +108,20 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def pushed(made: Made, server: str, *more: str) -> subprocess.CompletedProcess[str]:
     """The command, as a user types it."""
-    environment = {**os.environ, "HF_ENDPOINT": server, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
-    done = subprocess.run([sys.executable, "-m", "lowrank_tune", "export", str(made.run), "--to", "hub", "--repo", "me/mine", *more],
-                          capture_output=True, text=True, env=environment)  # fmt: skip
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": server,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "*",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "lowrank_tune", "export", str(made.run), "--to", "hub", "--repo", "me/mine", *more],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert TOKEN not in done.stdout + done.stderr, "the token is nobody's business"
     return done
 
@@ -101,25 +130,46 @@ def pushed(made: Made, server: str, *more: str) -> subprocess.CompletedProcess[s
 def test_a_push_through_the_real_client(server: str, tmp_path: Path) -> None:
     made = make_run(tmp_path, lower=("sft",))
     dry = pushed(made, server, "--dry-run")
-    assert dry.returncode == 0 and "me/mine (a new repository, private)" in dry.stdout and not Hub.there and not Hub.commits, dry.stderr
+    assert (
+        dry.returncode == 0
+        and "me/mine (a new repository, private)" in dry.stdout
+        and not Hub.there
+        and not Hub.commits
+    ), dry.stderr
     first = pushed(made, server)
     assert first.returncode == 0 and first.stdout.splitlines()[-1] == f"pushed: {server}/me/mine", first.stderr
     assert Hub.there == {"me/mine": True} and Hub.tokens == {f"Bearer {TOKEN}"}
     final = made.run / "final"
-    wanted = {str(path.relative_to(final)): path.read_bytes() for path in final.rglob("*") if path.is_file() and path.name != "manifest.json"}
+    wanted = {
+        str(path.relative_to(final)): path.read_bytes()
+        for path in final.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    }
     assert Hub.commits == [wanted] and "adapter_model.safetensors" in wanted and "policy/adapter_config.json" in wanted
     for name, content in wanted.items():
         assert name in first.stdout and f"{len(content):,}" in first.stdout, "what goes is shown"
     Hub.there["me/mine"] = False
     refused = pushed(made, server)
-    assert refused.returncode == 2 and "everybody can read it: --public pushes to it all the same" in refused.stderr and len(Hub.commits) == 1
+    assert (
+        refused.returncode == 2
+        and "everybody can read it: --public pushes to it all the same" in refused.stderr
+        and len(Hub.commits) == 1
+    )
     again = pushed(made, server, "--public")
     assert again.returncode == 0 and "(which is there, everybody can read)" in again.stdout and len(Hub.commits) == 2
     Hub.refuses = True
     refused = pushed(made, server, "--public")
-    assert refused.returncode == 2 and "does not let you write me/mine" in refused.stderr.splitlines()[-1] and "Traceback" not in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "does not let you write me/mine" in refused.stderr.splitlines()[-1]
+        and "Traceback" not in refused.stderr
+    )
     gone = pushed(made, "http://127.0.0.1:9")
-    assert gone.returncode == 1 and "nothing was pushed to me/mine: " in gone.stderr.splitlines()[-1] and "Traceback" not in gone.stderr
+    assert (
+        gone.returncode == 1
+        and "nothing was pushed to me/mine: " in gone.stderr.splitlines()[-1]
+        and "Traceback" not in gone.stderr
+    )
 
 
 class Api:
@@ -135,7 +185,9 @@ class Api:
 
     def repo_info(self, repo: str) -> Any:
         if self.private is None:
-            raise hub.RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None, status_code=404))  # type: ignore[arg-type]
+            raise hub.RepositoryNotFoundError(
+                "404", response=SimpleNamespace(headers={}, request=None, status_code=404)
+            )  # type: ignore[arg-type]
         return SimpleNamespace(private=self.private)
 
     def create_repo(self, repo: str, private: bool) -> None:
@@ -147,15 +199,23 @@ class Api:
         self.calls.append(("upload", more["ignore_patterns"]))
 
 
-def test_private_unless_told_and_never_into_what_everybody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_unless_told_and_never_into_what_everybody_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "README.md").write_text("hello")
     (tmp_path / "manifest.json").write_text("{}")
     shown = list[Upload]()
     monkeypatch.setattr(hub, "HfApi", Api)
     monkeypatch.setattr(hub, "get_token", lambda: TOKEN)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    for private, public, sentence in ((None, False, ""), (None, True, ""), (True, False, ""), (False, True, ""),
-                                      (False, False, "everybody can read it"), (True, True, "which a push does not change")):  # fmt: skip
+    for private, public, sentence in (
+        (None, False, ""),
+        (None, True, ""),
+        (True, False, ""),
+        (False, True, ""),
+        (False, False, "everybody can read it"),
+        (True, True, "which a push does not change"),
+    ):
         monkeypatch.setattr(Api, "private", private)
         monkeypatch.setattr(Api, "calls", [])
         if sentence:
@@ -164,7 +224,10 @@ def test_private_unless_told_and_never_into_what_everybody_reads(tmp_path: Path,
             assert not Api.calls
             continue
         assert push(tmp_path, "me/mine", public, shown.append) == "https://hub/me/mine"
-        assert Api.calls == [*([("create", not public)] if private is None else []), ("upload", ["manifest.json", "export.json"])]
+        assert Api.calls == [
+            *([("create", not public)] if private is None else []),
+            ("upload", ["manifest.json", "export.json"]),
+        ]
         assert shown[-1] == Upload("me/mine", [("README.md", 5)], public, private is None) and shown[-1].size == 5
     monkeypatch.setattr(Api, "private", True)
     monkeypatch.setattr(Api, "error", OSError(f"no route with {TOKEN}\nand more"))

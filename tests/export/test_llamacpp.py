@@ -1,7 +1,8 @@
-"""Against llama.cpp itself: its converter's tensors, and what its library computes from the files that are written here.
+"""Against llama.cpp itself: its converter's tensors, and what its library computes from the files that are written
+here.
 
-`LLAMA_CPP_DIR` names a folder with the converter (or an earlier export has fetched it into the cache), and `pip install llama-cpp-python`
-builds the library in about 20 minutes; a test whose part is missing is skipped.
+`LLAMA_CPP_DIR` names a folder with the converter (or an earlier export has fetched it into the cache), and `pip install
+llama-cpp-python` builds the library in about 20 minutes; a test whose part is missing is skipped.
 """
 
 from __future__ import annotations
@@ -50,7 +51,17 @@ def scripts() -> Path:
 
 def their_lora(scripts: Path, adapter: Path, base: Path, out: Path, type: str) -> gguf.GGUFReader:
     """The adapter in a folder by llama.cpp's own converter."""
-    command = [sys.executable, str(scripts / LORA_CONVERTER), str(adapter), "--base", str(base), "--outfile", str(out), "--outtype", type]
+    command = [
+        sys.executable,
+        str(scripts / LORA_CONVERTER),
+        str(adapter),
+        "--base",
+        str(base),
+        "--outfile",
+        str(out),
+        "--outtype",
+        type,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return gguf.GGUFReader(out)
@@ -58,7 +69,9 @@ def their_lora(scripts: Path, adapter: Path, base: Path, out: Path, type: str) -
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("type", ["f32", "f16", "bf16"])
-def test_tensors_are_bit_for_bit_those_of_llama_cpps_converter(scripts: Path, kind: str, type: str, tmp_path: Path) -> None:
+def test_tensors_are_bit_for_bit_those_of_llama_cpps_converter(
+    scripts: Path, kind: str, type: str, tmp_path: Path
+) -> None:
     if type != "f32" and kind not in ("llama", "qwen3"):
         pytest.skip("the types are the same code for all")
     random_model(kind).save_pretrained(tmp_path / "base")
@@ -70,7 +83,10 @@ def test_tensors_are_bit_for_bit_those_of_llama_cpps_converter(scripts: Path, ki
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, adapter / "adapter_model.safetensors")
     write_gguf_lora(tmp_path / "ours.gguf", "mine", config, tensors, shape_of(roles.base.model.config), type)
-    ours, theirs = gguf.GGUFReader(tmp_path / "ours.gguf"), their_lora(scripts, adapter, tmp_path / "base", tmp_path / "theirs.gguf", type)
+    ours, theirs = (
+        gguf.GGUFReader(tmp_path / "ours.gguf"),
+        their_lora(scripts, adapter, tmp_path / "base", tmp_path / "theirs.gguf", type),
+    )
     mine, yours = ({one.name: one for one in reader.tensors} for reader in (ours, theirs))
     assert mine.keys() == yours.keys() and len(mine) == len(tensors)
     for name, tensor in mine.items():
@@ -93,8 +109,12 @@ def prompts(vocabulary: int) -> list[list[int]]:
 
 def by_llama_cpp(model: Path, asked: list[list[int]], adapter: Path | None = None) -> torch.Tensor:
     """(prompts, V): logits behind each prompt, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", LLAMA, str(model), str(adapter or ""), str(model) + ".npy"], input=json.dumps(asked),
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", LLAMA, str(model), str(adapter or ""), str(model) + ".npy"],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return torch.tensor(np.load(str(model) + ".npy"))
 
@@ -103,8 +123,16 @@ LLAMA = """
 import json, sys
 import llama_cpp, numpy
 model, adapter, out = sys.argv[1:]
-llm = llama_cpp.Llama(model_path=model, lora_path=adapter or None, n_ctx=256, n_threads=1, verbose=False, logits_all=True,
-                      type_k=0, type_v=0)  # the cache in fp32: the file is what is judged
+llm = llama_cpp.Llama(
+    model_path=model,
+    lora_path=adapter or None,
+    n_ctx=256,
+    n_threads=1,
+    verbose=False,
+    logits_all=True,
+    type_k=0,  # the cache in fp32: the file is what is judged
+    type_v=0,
+)
 said = []
 for ids in json.load(sys.stdin):
     llm.reset()
@@ -132,26 +160,46 @@ def library() -> None:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_the_files_answer_in_llama_cpp_as_in_transformers(library: None, scripts: Path, kind: str, tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """The merged model, and the adapter over the base in 16 bits; and what transformers itself reads of the file, where it reads rightly."""
+def test_the_files_answer_in_llama_cpp_as_in_transformers(
+    library: None, scripts: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The merged model, and the adapter over the base in 16 bits; and what transformers itself reads of the file, where
+    it reads rightly."""
     monkeypatch.setenv("LLAMA_CPP_DIR", str(scripts))
-    made = make_run(tmp_path, kind, tied=kind in ("qwen2", "gemma3_text"), lower=("sft",), rslora=True, spare=13 if kind == "qwen2" else 0)
+    made = make_run(
+        tmp_path,
+        kind,
+        tied=kind in ("qwen2", "gemma3_text"),
+        lower=("sft",),
+        rslora=True,
+        spare=13 if kind == "qwen2" else 0,
+    )
     merged = merge(made.run, None, "dequantized", quiet, quiet, CPU).folder
-    exported = [Path(export(made.run, Order(to, tmp_path / to, kind=type), quiet, quiet, quiet, CPU))
-                for to, type in (("gguf", "f32"), ("gguf-lora", None))]  # fmt: skip
+    exported = [
+        Path(export(made.run, Order(to, tmp_path / to, kind=type), quiet, quiet, quiet, CPU))
+        for to, type in (("gguf", "f32"), ("gguf-lora", None))
+    ]
     file, adapter = exported[0] / "tried-f32.gguf", exported[1] / "tried-lora-f32.gguf"
     assert b"somebody" not in file.read_bytes() and str(made.run).encode() not in file.read_bytes()
     convert(scripts, made.base, tmp_path / "base.gguf", "f32", "base", False, quiet)
     whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-    over = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32), made.run / "final")
+    over = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32), made.run / "final"
+    )
     asked = prompts(whole.config.vocab_size)
-    for what, ours, theirs in (("merged", by_transformers(whole, asked), by_llama_cpp(file, asked)),
-                               ("adapter", by_transformers(over, asked), by_llama_cpp(tmp_path / "base.gguf", asked, adapter))):  # fmt: skip
+    for what, ours, theirs in (
+        ("merged", by_transformers(whole, asked), by_llama_cpp(file, asked)),
+        ("adapter", by_transformers(over, asked), by_llama_cpp(tmp_path / "base.gguf", asked, adapter)),
+    ):
         far, same = float((ours - theirs).abs().max()), int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        print(f"{kind}, {what}: largest difference of two logits {far:.1e} of {float(ours.abs().max()):.1f}, argmax {same} of {PROMPTS}")
+        print(
+            f"{kind}, {what}: largest difference of two logits {far:.1e} of {float(ours.abs().max()):.1f}, argmax "
+            f"{same} of {PROMPTS}"
+        )
         assert far < 1e-2 and same == PROMPTS
-    assert float((by_llama_cpp(tmp_path / "base.gguf", asked) - by_transformers(over, asked)).abs().max()) > 0.5, "the adapter matters"
+    assert float((by_llama_cpp(tmp_path / "base.gguf", asked) - by_transformers(over, asked)).abs().max()) > 0.5, (
+        "the adapter matters"
+    )
     if kind in ("llama", "qwen2"):
         read = AutoModelForCausalLM.from_pretrained(exported[0], gguf_file=file.name, dtype=torch.float32)
         far = float((by_transformers(read, asked) - by_transformers(whole, asked)).abs().max())
@@ -159,19 +207,36 @@ def test_the_files_answer_in_llama_cpp_as_in_transformers(library: None, scripts
         assert far < 1e-4
 
 
-def test_quantised_and_tokenised_alike(library: None, scripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantised_and_tokenised_alike(
+    library: None, scripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LLAMA_CPP_DIR", str(scripts))
     made = make_run(tmp_path, "llama")
-    folder = Path(export(made.run, Order("ollama", tmp_path / "out", kind="q4_k_m", system="Be kind."), quiet, quiet, quiet, CPU))
+    folder = Path(
+        export(made.run, Order("ollama", tmp_path / "out", kind="q4_k_m", system="Be kind."), quiet, quiet, quiet, CPU)
+    )
     assert {path.name for path in folder.iterdir()} == {"Modelfile", "README.md", "export.json", "tried-q4_k_m.gguf"}
     reader = gguf.GGUFReader(folder / "tried-q4_k_m.gguf")
     assert reader.get_field("general.file_type").contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
-    assert reader.get_field("tokenizer.ggml.pre").contents() == "smollm" and not reader.get_field("tokenizer.ggml.add_bos_token").contents()
+    assert (
+        reader.get_field("tokenizer.ggml.pre").contents() == "smollm"
+        and not reader.get_field("tokenizer.ggml.add_bos_token").contents()
+    )
     assert "FROM ./tried-q4_k_m.gguf" in (folder / "Modelfile").read_text()
-    texts = ["Hello  world, it's 12345 + 6.7!", " a\n\n\tb  ", "Zoë's 3 ½ naïve — ok?  ",
-             "<|user|>What is 12 + 30?<|end_of_turn|><|assistant|>"]
-    done = subprocess.run([sys.executable, "-c", TOKENS, str(folder / "tried-q4_k_m.gguf")], input=json.dumps(texts), capture_output=True,
-                          text=True)  # fmt: skip
+    texts = [
+        "Hello  world, it's 12345 + 6.7!",
+        " a\n\n\tb  ",
+        "Zoë's 3 ½ naïve — ok?  ",
+        "<|user|>What is 12 + 30?<|end_of_turn|><|assistant|>",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", TOKENS, str(folder / "tried-q4_k_m.gguf")],
+        input=json.dumps(texts),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     tokenizer = AutoTokenizer.from_pretrained(made.base)
-    assert json.loads(done.stdout.splitlines()[-1]) == [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    assert json.loads(done.stdout.splitlines()[-1]) == [
+        tokenizer(text, add_special_tokens=False).input_ids for text in texts
+    ]

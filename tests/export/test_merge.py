@@ -1,4 +1,5 @@
-"""What leaves a run is what was trained: merged models and adapters, read back, against the run; and planted faults that must be caught."""
+"""What leaves a run is what was trained: merged models and adapters, read back, against the run; and planted faults
+that must be caught."""
 
 from __future__ import annotations
 
@@ -34,11 +35,17 @@ import json, sys, torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
+four = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.float32,
+)
 ids, orders, out = json.loads(sys.argv[1])
 said = {}
 for name, base, adapter, bits in orders:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **({"quantization_config": four} if bits == 4 else {}))
+    more = {"quantization_config": four} if bits == 4 else {}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **more)
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False
     model = (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
@@ -59,7 +66,9 @@ def merged(made: Made, out: Path, base: Any = "dequantized", **more: Any) -> Pro
 def read_back(folder: Path) -> torch.Tensor:
     """What plain transformers makes of a merged model, (T, V)."""
     with torch.no_grad():
-        return torch.as_tensor(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=IDS).logits[0])
+        return torch.as_tensor(
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=IDS).logits[0]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +89,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def test_merged_is_what_was_trained_in_several_shards(untied: Made, tmp_path: Path) -> None:
     proof = merged(untied, tmp_path / "out", shard=60_000)
     assert kl(untied.said, read_back(tmp_path / "out")) < 1e-3 and proof.kl < 1e-3 and proof.parted == 0
-    assert proof.same + proof.near_ties == proof.prompts and proof.rows > 0 and abs(proof.trained_loss - proof.merged_loss) < 0.01
+    assert (
+        proof.same + proof.near_ties == proof.prompts
+        and proof.rows > 0
+        and abs(proof.trained_loss - proof.merged_loss) < 0.01
+    )
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3 and "lm_head.weight" in index["weight_map"]
     tensors = [tensor for file in (tmp_path / "out").glob("*.safetensors") for tensor in load_file(file).values()]
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors) and {t.dtype for t in tensors} == {torch.bfloat16}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors) and {
+        t.dtype for t in tensors
+    } == {torch.bfloat16}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config and config["tie_word_embeddings"] is False
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 6]
@@ -95,7 +110,10 @@ def test_merged_is_what_was_trained_in_several_shards(untied: Made, tmp_path: Pa
 
 def test_each_weight_is_rounded_once(untied: Made, tmp_path: Path) -> None:
     merged(untied, tmp_path / "out")
-    found, lora = load_file(tmp_path / "out" / "model.safetensors"), load_file(untied.run / "final" / "adapter_model.safetensors")
+    found, lora = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        load_file(untied.run / "final" / "adapter_model.safetensors"),
+    )
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     base = AutoModelForCausalLM.from_pretrained(untied.base, dtype=torch.float32, quantization_config=four)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
@@ -130,13 +148,18 @@ def lose_adapter(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     return lambda name, weight, deltas: real(name, weight, [])
 
 
-@pytest.mark.parametrize(("where", "fault", "sentence"), [
-    ("dequantised", None, "KL.trained .. merged. is"), ("layout", drop_head, "cannot be read back.*lm_head"),
-    ("generation_config", swap_end, "its answers end at other tokens"),
-    ("merged_weight", lose_adapter, "KL.trained .. merged. is"),
-])  # fmt: skip
-def test_a_planted_wrong_merge_is_caught(untied: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, fault: Any,
-                                         sentence: str) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    ("where", "fault", "sentence"),
+    [
+        ("dequantised", None, "KL.trained .. merged. is"),
+        ("layout", drop_head, "cannot be read back.*lm_head"),
+        ("generation_config", swap_end, "its answers end at other tokens"),
+        ("merged_weight", lose_adapter, "KL.trained .. merged. is"),
+    ],
+)
+def test_a_planted_wrong_merge_is_caught(
+    untied: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, fault: Any, sentence: str
+) -> None:
     module = sys.modules["lowrank_tune.export.merge"]
     if fault is None:  # original weights where dequantised ones were claimed
         found = module.finished_run(untied.run)  # type: ignore[attr-defined]
@@ -168,7 +191,9 @@ def copy_of(made: Made, place: Path) -> Path:
     return place
 
 
-def test_what_cannot_be_merged_is_told_in_a_sentence(untied: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_merged_is_told_in_a_sentence(
+    untied: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def told(run: Path, *more: str) -> str:
         done = CliRunner().invoke(app, ["merge", str(run), *more])
         assert done.exit_code == 2 and done.output.count("\n") == 1, done.output
@@ -207,20 +232,30 @@ def test_what_cannot_be_merged_is_told_in_a_sentence(untied: Made, tmp_path: Pat
     assert not list(untied.run.glob("*merged*")) and not list(tmp_path.glob(".tmp*"))
 
 
-@pytest.mark.parametrize(("module", "tie", "sentence"), [
-    ("lm_head", True, "one of them changes the output head"), ("model.embed_tokens", False, "changes the embedding .*lora_embedding_A"),
-])  # fmt: skip
-def test_modules_that_cannot_be_merged(untied: Made, tied: Made, tmp_path: Path, module: str, tie: bool, sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "tie", "sentence"),
+    [
+        ("lm_head", True, "one of them changes the output head"),
+        ("model.embed_tokens", False, "changes the embedding .*lora_embedding_A"),
+    ],
+)
+def test_modules_that_cannot_be_merged(
+    untied: Made, tied: Made, tmp_path: Path, module: str, tie: bool, sentence: str
+) -> None:
     made = tied if tie else untied
     final = copy_of(made, tmp_path / "run") / "final"
     config = json.loads((final / "adapter_config.json").read_text())
     vocabulary, width = load_file(made.base / "model.safetensors")["model.embed_tokens.weight"].shape
     names = ("lora_A.weight", "lora_B.weight") if tie else ("lora_embedding_A", "lora_embedding_B")
     into, out = (width, vocabulary) if tie else (vocabulary, width)
-    added = {f"base_model.model.{module}.{names[0]}": torch.zeros(config["r"], into),
-             f"base_model.model.{module}.{names[1]}": torch.zeros(out, config["r"])}  # fmt: skip
+    added = {
+        f"base_model.model.{module}.{names[0]}": torch.zeros(config["r"], into),
+        f"base_model.model.{module}.{names[1]}": torch.zeros(out, config["r"]),
+    }
     save_file(load_file(final / "adapter_model.safetensors") | added, final / "adapter_model.safetensors")
-    (final / "adapter_config.json").write_text(json.dumps(config | {"target_modules": [*config["target_modules"], module.rpartition(".")[2]]}))
+    (final / "adapter_config.json").write_text(
+        json.dumps(config | {"target_modules": [*config["target_modules"], module.rpartition(".")[2]]})
+    )
     with pytest.raises(UserError, match=sentence):
         merged(Made(final.parent, made.base, made.said), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -228,7 +263,10 @@ def test_modules_that_cannot_be_merged(untied: Made, tied: Made, tmp_path: Path,
 
 def test_a_stack_kept_apart_is_merged_whole(tmp_path: Path) -> None:
     made = make_run(tmp_path, "llama", lower=("sft",), stack="apart")
-    assert not json.loads((made.run / "final" / "stack.json").read_text())["folded"] and (made.run / "final" / "sft").is_dir()
+    assert (
+        not json.loads((made.run / "final" / "stack.json").read_text())["folded"]
+        and (made.run / "final" / "sft").is_dir()
+    )
     merged(made, tmp_path / "out")
     assert kl(made.said, read_back(tmp_path / "out")) < 1e-3
 
@@ -236,11 +274,18 @@ def test_a_stack_kept_apart_is_merged_whole(tmp_path: Path) -> None:
 def test_what_a_proof_does_not_let_pass() -> None:
     good = Proof(50, 2000, 9e-4, 0.09, 0.2, 45, 3, 2, 1.0, 1.0, 50, True, "rows")
     assert good.faults(True) == []
-    for change, sentence in (({"kl": 1.1e-3}, "above 0.001"), ({"kl": math.nan}, "not finite"), ({"worst_kl": 0.3}, "at one token"),
-                             ({"worst_kl": math.nan}, "at one token"), ({"parted": 3}, "no near-tie"),
-                             ({"ends_agree": False}, "end at other")):  # fmt: skip
+    for change, sentence in (
+        ({"kl": 1.1e-3}, "above 0.001"),
+        ({"kl": math.nan}, "not finite"),
+        ({"worst_kl": 0.3}, "at one token"),
+        ({"worst_kl": math.nan}, "at one token"),
+        ({"parted": 3}, "no near-tie"),
+        ({"ends_agree": False}, "end at other"),
+    ):
         assert sentence in "; ".join(replace(good, **change).faults(True)), change
-    assert replace(good, kl=0.2, worst_kl=5.0, parted=40).faults(False) == [] and replace(good, ends_agree=False).faults(False)
+    assert replace(good, kl=0.2, worst_kl=5.0, parted=40).faults(False) == [] and replace(
+        good, ends_agree=False
+    ).faults(False)
 
 
 def test_a_card_too_small_for_16_bits_is_told_and_the_main_memory_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,9 +314,12 @@ def test_round_trips_in_a_new_process(tmp_path: Path) -> None:
             print(f"{name}: {proof.table()}")
             merged(made, place / "original", "original")
             final = str(made.run / "final")
-            orders += [(f"{name} folded", str(made.base), final, 4), (f"{name} oracle", str(made.base), final, 16),
-                       *((f"{name} {taken}", str(place / taken), "", 16) for taken in ("dequantized", "original")),
-                       (f"{name} alone", str(alone.base), str(alone.run / "final"), 4)]  # fmt: skip
+            orders += [
+                (f"{name} folded", str(made.base), final, 4),
+                (f"{name} oracle", str(made.base), final, 16),
+                *((f"{name} {taken}", str(place / taken), "", 16) for taken in ("dequantized", "original")),
+                (f"{name} alone", str(alone.base), str(alone.run / "final"), 4),
+            ]
     wanted = json.dumps([IDS.tolist(), orders, str(tmp_path / "said")])
     done = subprocess.run([sys.executable, "-c", CHILD, wanted], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -282,4 +330,6 @@ def test_round_trips_in_a_new_process(tmp_path: Path) -> None:
             continue
         assert kl(made.said, said[f"{name} folded"]) < 1e-8, name
         assert kl(made.said, said[f"{name} dequantized"]) <= 1e-3, name
-        assert kl(said[f"{name} oracle"], said[f"{name} original"]) <= 1e-3 < kl(made.said, said[f"{name} original"]), name
+        assert kl(said[f"{name} oracle"], said[f"{name} original"]) <= 1e-3 < kl(made.said, said[f"{name} original"]), (
+            name
+        )

@@ -18,36 +18,59 @@ from lowrank_tune.export.ollama import Modelfile, go_template, quoted
 from lowrank_tune.export.turns import Talk, Turns, turns_of
 from lowrank_tune.model.base import TINY, load_tokenizer
 
-CHATML = ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}{% endif %}"
-          "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")  # fmt: skip
-LLAMA3 = ("{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
-          "{{ m['content'] | trim + '<|eot_id|>' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")  # fmt: skip
-LLAMA31 = ("{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set rule = messages[0]['content'] %}{% set messages = messages[1:] %}"
-           "{% else %}{% set rule = '' %}{% endif %}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' }}"
-           "{{ strftime_now('%d %b %Y') }}{{ '\n\n' + rule + '<|eot_id|>' }}" + LLAMA3.removeprefix("{{ bos_token }}"))  # fmt: skip
-MISTRAL = ("{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set rule = messages[0]['content'] + '\n\n' %}"
-           "{% set talk = messages[1:] %}"
-           "{% else %}{% set rule = '' %}{% set talk = messages %}{% endif %}{% for m in talk %}{% if m['role'] == 'user' %}"
-           "{{ '[INST] ' + (rule if loop.AT else '') + m['content'] + '[/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}"
-           "{% endif %}{% endfor %}")  # fmt: skip
-GEMMA = ("{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-         "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
-         "{{ m['content'] + '<end_of_turn>\n' }}{% endfor %}"
-         "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")  # fmt: skip
-KNOWN = {"chatml": CHATML, "llama 3": LLAMA3, "llama 3.1": LLAMA31, "gemma": GEMMA, "mistral, last": MISTRAL.replace("AT", "last"),
-         "mistral, first": MISTRAL.replace("AT", "first"), "braces": CHATML.replace("You are kind.", "{{ x }}")}  # fmt: skip
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ m['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA31 = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set rule = messages[0]['content'] %}{% set messages = "
+    "messages[1:] %}"
+    "{% else %}{% set rule = '' %}{% endif %}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' }}"
+    "{{ strftime_now('%d %b %Y') }}{{ '\n\n' + rule + '<|eot_id|>' }}" + LLAMA3.removeprefix("{{ bos_token }}")
+)
+MISTRAL = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set rule = messages[0]['content'] + '\n\n' %}"
+    "{% set talk = messages[1:] %}"
+    "{% else %}{% set rule = '' %}{% set talk = messages %}{% endif %}{% for m in talk %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + (rule if loop.AT else '') + m['content'] + '[/INST]' }}{% else %}{{ ' ' + m['content'] + "
+    "eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% "
+    "endif %}"
+    "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{{ m['content'] + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+KNOWN = {
+    "chatml": CHATML,
+    "llama 3": LLAMA3,
+    "llama 3.1": LLAMA31,
+    "gemma": GEMMA,
+    "mistral, last": MISTRAL.replace("AT", "last"),
+    "mistral, first": MISTRAL.replace("AT", "first"),
+    "braces": CHATML.replace("You are kind.", "{{ x }}"),
+}
 TALKS: list[list[tuple[str, str]]] = [
-    [("user", "Hi")], [("system", "Be {{ brief }}."), ("user", "Hi \"you\"")],
+    [("user", "Hi")],
+    [("system", "Be {{ brief }}."), ("user", 'Hi "you"')],
     [("user", "a"), ("assistant", "b\n\nc"), ("user", "d")],
-    [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "{{ .Content }}"), ("assistant", "d"), ("user", "e")]]  # fmt: skip
+    [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "{{ .Content }}"), ("assistant", "d"), ("user", "e")],
+]
 
 
 def rendered(jinja: str, talk: Talk, asks: bool = True) -> str:
     messages = [{"role": role, "content": text} for role, text in talk]
-    texts, _ = render_jinja_template(conversations=[messages], chat_template=jinja, add_generation_prompt=asks, bos_token="<s>",
-                                     eos_token="</s>")  # fmt: skip
+    texts, _ = render_jinja_template(
+        conversations=[messages], chat_template=jinja, add_generation_prompt=asks, bos_token="<s>", eos_token="</s>"
+    )
     return str(texts[0])
 
 
@@ -59,10 +82,17 @@ def of_kit(plain: bool) -> str:
     tokenizer = load_tokenizer(settings.Base(model=TINY))
     if plain:
         tokenizer.add_special_tokens({"extra_special_tokens": []})
-        return "{{ bos_token }}{% set marks = {'system': '\n\nSystem:\n', 'user': '\n\nUser:\n', 'assistant': '\n\nAssistant:\n'} %}" + (
-            "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '\n\nAssistant:\n' + m['content'] + eos_token }}{% elif loop.first %}"
-            "{{ marks[m['role']].lstrip() + m['content'] }}{% else %}{{ marks[m['role']] + m['content'] }}{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '\n\nAssistant:\n' }}{% endif %}")  # fmt: skip
+        return (
+            "{{ bos_token }}{% set marks = {'system': '\n\nSystem:\n', 'user': '\n\nUser:\n', 'assistant': "
+            "'\n\nAssistant:\n'} %}"
+            + (
+                "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '\n\nAssistant:\n' + m['content'] + "
+                "eos_token }}{% elif loop.first %}"
+                "{{ marks[m['role']].lstrip() + m['content'] }}{% else %}{{ marks[m['role']] + m['content'] }}{% "
+                "endif %}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '\n\nAssistant:\n' }}{% endif %}"
+            )
+        )
     return Template.of(tokenizer).jinja
 
 
@@ -77,11 +107,18 @@ def test_the_pieces_write_what_the_template_writes(name: str) -> None:
             assert found.write(talk) == rendered(jinja, talk), talk
 
 
-@pytest.mark.parametrize("jinja", [
-    CHATML.replace("m['content']", "m['content'] | upper"), CHATML.replace("m['content']", "m['content'] + loop.index | string"),
-    CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'][:4])"), "{{ raise_exception('no') }}", "nothing",
-    CHATML.replace("m['content']", "(m['content'] if messages | length < 4 else 'cut')"),
-    LLAMA3.replace("'<|start_header_id|>assistant", "messages[0]['role'] + '")])  # fmt: skip
+@pytest.mark.parametrize(
+    "jinja",
+    [
+        CHATML.replace("m['content']", "m['content'] | upper"),
+        CHATML.replace("m['content']", "m['content'] + loop.index | string"),
+        CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'][:4])"),
+        "{{ raise_exception('no') }}",
+        "nothing",
+        CHATML.replace("m['content']", "(m['content'] if messages | length < 4 else 'cut')"),
+        LLAMA3.replace("'<|start_header_id|>assistant", "messages[0]['role'] + '"),
+    ],
+)
 def test_a_template_that_does_more_is_not_believed(jinja: str) -> None:
     assert pieces(jinja) is None
 
@@ -89,11 +126,27 @@ def test_a_template_that_does_more_is_not_believed(jinja: str) -> None:
 def test_a_modelfile_of_chatml_word_for_word() -> None:
     found = pieces(CHATML.partition("{% endif %}")[2])
     user, answer = "<|im_start|>user\n", "<|im_start|>assistant\n"
-    assert found == Turns(user, (user, "<|im_end|>\n"), (answer, "<|im_end|>\n"), answer,
-                          ("<|im_start|>system\n", "<|im_end|>\n<|im_start|>user\n"))  # fmt: skip
-    text = Modelfile("./m.gguf", None, found, "", "Be kind.\nAlways.", ["<|im_end|>", 'a "b"'],
-                     {"temperature": 0.7, "top_k": 20, "do_sample": True}, 512, ["mine"]).text()  # fmt: skip
-    assert text == '''# mine
+    assert found == Turns(
+        user,
+        (user, "<|im_end|>\n"),
+        (answer, "<|im_end|>\n"),
+        answer,
+        ("<|im_start|>system\n", "<|im_end|>\n<|im_start|>user\n"),
+    )
+    text = Modelfile(
+        "./m.gguf",
+        None,
+        found,
+        "",
+        "Be kind.\nAlways.",
+        ["<|im_end|>", 'a "b"'],
+        {"temperature": 0.7, "top_k": 20, "do_sample": True},
+        512,
+        ["mine"],
+    ).text()
+    assert (
+        text
+        == '''# mine
 FROM ./m.gguf
 TEMPLATE """{{ $first := true }}{{ range $i, $m := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}{{ if eq .Role "user" }}\
 {{ if $first }}{{ $first = false }}{{ if $.System }}<|im_start|>system
@@ -113,7 +166,8 @@ PARAMETER stop """a "b""""
 PARAMETER temperature 0.7
 PARAMETER top_k 20
 PARAMETER num_ctx 512
-'''
+'''  # noqa: E501
+    )
     bare = Modelfile("qwen3:4b", "./a.gguf", None, "", None, [], {}, 40960, []).text()
     assert bare == "FROM qwen3:4b\nADAPTER ./a.gguf\n"
     with pytest.raises(UserError, match="three quotes in a row"):
@@ -148,7 +202,7 @@ func main() {
 	told, _ := json.Marshal(said)
 	fmt.Println(string(told))
 }
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.slow
@@ -162,16 +216,28 @@ def test_go_itself_writes_the_same(tmp_path: Path) -> None:
         assert found is not None
         for talk in TALKS:
             if name != "gemma" or talk[0][0] != "system":
-                cases.append({"Template": go_template(found, "<s>"), "Messages": [{"Role": role, "Content": text} for role, text in talk]})
+                cases.append(
+                    {
+                        "Template": go_template(found, "<s>"),
+                        "Messages": [{"Role": role, "Content": text} for role, text in talk],
+                    }
+                )
                 wanted.append(rendered(jinja, talk).removeprefix("<s>"))
     (tmp_path / "main.go").write_text(GO)
-    done = subprocess.run(["go", "run", "main.go"], cwd=tmp_path, input=json.dumps(cases), capture_output=True, text=True)
+    done = subprocess.run(
+        ["go", "run", "main.go"], cwd=tmp_path, input=json.dumps(cases), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     for case, text, right in zip(cases, json.loads(done.stdout), wanted, strict=True):
         assert text == right, case
     talk = [{"Role": "user", "Content": "a"}, {"Role": "assistant", "Content": "unfinished"}]
     found = pieces(CHATML)
     assert found is not None
-    done = subprocess.run(["go", "run", "main.go"], cwd=tmp_path, input=json.dumps([{"Template": go_template(found, ""), "Messages": talk}]),
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        ["go", "run", "main.go"],
+        cwd=tmp_path,
+        input=json.dumps([{"Template": go_template(found, ""), "Messages": talk}]),
+        capture_output=True,
+        text=True,
+    )
     assert re.search(r"unfinished\Z", json.loads(done.stdout)[0]), "an unfinished answer is continued"

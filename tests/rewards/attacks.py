@@ -1,7 +1,8 @@
-"""What code in a sandbox may try. Each text has a function `attack(world)` that returns True where it got through, and may raise, hang or die.
+"""What code in a sandbox may try. Each text has a function `attack(world)` that returns True where it got through, and
+may raise, hang or die.
 
-`world` is what `World` makes: things outside that are worth having, all of them open to everyone as far as their permissions go. It needs
-the standard library alone, so that another user, with another Python, can run it.
+`world` is what `World` makes: things outside that are worth having, all of them open to everyone as far as their
+permissions go. It needs the standard library alone, so that another user, with another Python, can run it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def opens(*attempts):
     return False
 """
 QUICK = {
-    "forks": "def attack(w):\n    for _ in range(60):\n        if os.fork() == 0:\n            os._exit(0)\n    return True",
+    "forks": "def attack(w):\n    for _ in range(60):\n        if os.fork() == 0:\n            os._exit(0)\n    "
+    "return True",
     "daemon": """
 def attack(w):
     if os.fork() == 0:
@@ -68,25 +70,33 @@ def attack(w):
     if child == 0:
         os._exit(0)
     return child > 0""",
-    "exec": "def attack(w): return opens(lambda: os.execv('/bin/true', ['true']), lambda: os.execv(sys.executable, ['x', '-c', '']))",
+    "exec": "def attack(w): return opens(lambda: os.execv('/bin/true', ['true']), lambda: os.execv(sys.executable, "
+    "['x', '-c', '']))",
     "secret file": "def attack(w): return opens(lambda: open(w['secret']).read())",
     "secret file beneath an open folder": """
 def attack(w):
-    return opens(*[lambda n=n: os.open('../' * 12 + w['secret'].lstrip('/'), os.O_RDONLY, dir_fd=n) for n in range(3, 64)])""",
+    return opens(*[lambda n=n: os.open('../' * 12 + w['secret'].lstrip('/'), os.O_RDONLY, dir_fd=n) for n in range(3, 64)])""",  # noqa: E501
     "secret by handle": """
 def attack(w):
     handle, mount = ctypes.create_string_buffer((128).to_bytes(4, sys.byteorder) + bytes(140)), ctypes.c_int()
     libc.name_to_handle_at(-100, w['secret'].encode(), handle, ctypes.byref(mount), 0)
     return any(libc.open_by_handle_at(n, handle, 0) >= 0 for n in [-100, *range(3, 16)])""",
-    "system files": "def attack(w): return opens(*[lambda p=p: open(p).read() for p in ('/etc/passwd', '/etc/hostname', '/etc/shadow')])",
-    "homes": "def attack(w): return opens(*[lambda p=p: os.listdir(p) for p in ('/home', '/etc', '/var', w['folder'], '/proc')])",
-    "package": "def attack(w): return opens(lambda: open(w['package'] + '/solver.py').read(), lambda: os.listdir(w['package']))",
-    "symlink": "def attack(w): return opens(lambda: os.symlink(w['secret'], '/tmp/l'), lambda: os.link(w['secret'], w['folder'] + '/l'))",
-    "proc roots": "def attack(w): return opens(*[lambda p=p: open(f'/proc/{p}/root' + w['secret']).read() for p in (1, 'self', w['parent'])])",
+    "system files": "def attack(w): return opens(*[lambda p=p: open(p).read() for p in ('/etc/passwd', "
+    "'/etc/hostname', '/etc/shadow')])",
+    "homes": "def attack(w): return opens(*[lambda p=p: os.listdir(p) for p in ('/home', '/etc', '/var', "
+    "w['folder'], '/proc')])",
+    "package": "def attack(w): return opens(lambda: open(w['package'] + '/solver.py').read(), lambda: "
+    "os.listdir(w['package']))",
+    "symlink": "def attack(w): return opens(lambda: os.symlink(w['secret'], '/tmp/l'), lambda: os.link(w['secret'], "
+    "w['folder'] + '/l'))",
+    "proc roots": "def attack(w): return opens(*[lambda p=p: open(f'/proc/{p}/root' + w['secret']).read() for p in "
+    "(1, 'self', w['parent'])])",
     "own environment": """
 def attack(w):
-    return any('TOKEN' in name for name in os.environ) or opens(lambda: b'TOKEN' in open('/proc/self/environ', 'rb').read())""",
-    "environment of the C library": "def attack(w):\n    libc.getenv.restype = ctypes.c_char_p\n    return libc.getenv(b'TOKEN') is not None",
+    return any('TOKEN' in name for name in os.environ) or opens(lambda: b'TOKEN' in open('/proc/self/environ', 'rb').read())""",  # noqa: E501
+    "environment of the C "
+    "library": "def attack(w):\n    libc.getenv.restype = ctypes.c_char_p\n    return libc.getenv(b'TOKEN') is not "
+    "None",
     "parent's environment": "def attack(w): return opens(lambda: open(f\"/proc/{w['parent']}/environ\", 'rb').read())",
     "parent's memory": """
 def attack(w):
@@ -109,7 +119,8 @@ def attack(w):
     return opens(*[lambda n=n: read(n) for n in range(3, 64)])""",
     "TCP": "def attack(w): return opens(lambda: socket.create_connection(('127.0.0.1', w['tcp']), 1))",
     "TCP server": "def attack(w): return opens(lambda: socket.create_server(('127.0.0.1', 0)))",
-    "UDP": "def attack(w): return opens(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', w['udp'])))",
+    "UDP": "def attack(w): return opens(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', "
+    "('127.0.0.1', w['udp'])))",
     "IPv6": "def attack(w): return opens(lambda: socket.socket(socket.AF_INET6, socket.SOCK_STREAM))",
     "netlink": "def attack(w): return opens(lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0))",
     "Unix socket": "def attack(w): return opens(lambda: socket.socket(socket.AF_UNIX).connect(w['unix']))",
@@ -119,14 +130,16 @@ def attack(w):
 def attack(w):
     places = w['folder'], '/tmp', '/var/tmp', '/dev/shm', '.', '/'
     return opens(*[lambda p=p: open(p + '/filled', 'wb').write(bytes(1 << 20)) for p in places])""",
-    "folders": "def attack(w): return opens(*[lambda p=p: os.mkdir(p + '/made') for p in (w['folder'], '/tmp', '/dev/shm', '.')])",
+    "folders": "def attack(w): return opens(*[lambda p=p: os.mkdir(p + '/made') for p in (w['folder'], '/tmp', "
+    "'/dev/shm', '.')])",
     "library": """
 def attack(w):
-    return opens(lambda: open(os.__file__, 'a'), lambda: os.chmod(os.__file__, 0o777), lambda: os.remove(w['secret']))""",
+    return opens(lambda: open(os.__file__, 'a'), lambda: os.chmod(os.__file__, 0o777), lambda: os.remove(w['secret']))""",  # noqa: E501
     "permissions": """
 def attack(w):
-    return opens(lambda: os.chmod(w['secret'], 0o777), lambda: os.truncate(w['secret'], 0), lambda: os.utime(w['secret']))""",
-    "signals to the parent": "def attack(w): return opens(*[lambda p=p: os.kill(p, 0) for p in (w['parent'], os.getppid() or 1 << 20)])",
+    return opens(lambda: os.chmod(w['secret'], 0o777), lambda: os.truncate(w['secret'], 0), lambda: os.utime(w['secret']))""",  # noqa: E501
+    "signals to the parent": "def attack(w): return opens(*[lambda p=p: os.kill(p, 0) for p in (w['parent'], "
+    "os.getppid() or 1 << 20)])",
     "signals to a sibling": "def attack(w): return opens(lambda: os.kill(w['sibling'], signal.SIGKILL))",
     "signals to all": "def attack(w): return opens(lambda: os.kill(-1, 0), lambda: os.killpg(0, 0))",
     "signals by a descriptor's owner": """
@@ -138,14 +151,17 @@ def attack(w):
     os.write(writer, b'x')
     return True""",
     "signals by pidfd": "def attack(w): return system(434, w['sibling'], 0) >= 0",
-    "priorities and limits of others": "def attack(w): return opens(lambda: os.setpriority(os.PRIO_PROCESS, w['sibling'], 19)) or "
+    "priorities and limits of "
+    "others": "def attack(w): return opens(lambda: os.setpriority(os.PRIO_PROCESS, w['sibling'], 19)) or "
     "libc.prlimit(w['sibling'], 0, None, ctypes.create_string_buffer(16)) == 0",
-    "own limits": "def attack(w):\n    import resource\n    try:\n        resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))\n"
+    "own limits": "def attack(w):\n    import resource\n    try:\n        resource.setrlimit(resource.RLIMIT_AS, (1 "
+    "<< 40, 1 << 40))\n"
     "    except ValueError:\n        return False\n    return True",
     "mount": "def attack(w): return libc.mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0 or libc.umount2(b'/', 2) == 0",
     "unshare": "def attack(w): return any(libc.unshare(flags) == 0 for flags in (0x10000000, 0x20000, 0x40000000))",
     "chroot": "def attack(w): return opens(lambda: os.chroot('/'))",
-    "root": "def attack(w): return opens(lambda: os.setresuid(0, 0, 0), lambda: os.setgid(0), lambda: os.setgroups([0]))",
+    "root": "def attack(w): return opens(lambda: os.setresuid(0, 0, 0), lambda: os.setgid(0), lambda: "
+    "os.setgroups([0]))",
     "keyring": "def attack(w): return libc.syscall(w['numbers']['add_key'], b'user', b'x', b'y', 1, -3) > 0 or "
     "system(w['numbers']['keyctl'], 0, -3, 1) > 0",
     "io_uring, bpf, perf, userfaultfd": """
@@ -162,13 +178,15 @@ def attack(w):
     "devices": """
 def attack(w):
     names = 'mem kmem kmsg port tty tty0 ptmx fuse kvm nvidia0 nvidiactl nvidia-uvm dri/card0 loop-control shm/x sda vda'.split()
-    return opens(*[lambda n=n, m=m: open('/dev/' + n, m) for n in names for m in ('rb', 'wb')])""",
-    "clock and host name": "def attack(w): return opens(lambda: time.clock_settime(0, 1), lambda: socket.sethostname('x'))",
-}  # fmt: skip
+    return opens(*[lambda n=n, m=m: open('/dev/' + n, m) for n in names for m in ('rb', 'wb')])""",  # noqa: E501
+    "clock and host name": "def attack(w): return opens(lambda: time.clock_settime(0, 1), lambda: "
+    "socket.sethostname('x'))",
+}
 """Over in a moment."""
 SLOW = {
     "memory at once": "def attack(w): return len(bytearray(3 << 30)) > 0",
-    "memory by and by": "def attack(w):\n    held = []\n    while len(held) < 3000:\n        held.append(bytearray(1 << 20))\n    return True",
+    "memory by and by": "def attack(w):\n    held = []\n    while len(held) < 3000:\n        held.append(bytearray(1 "
+    "<< 20))\n    return True",
     "threads": """
 def attack(w):
     threading.stack_size(32768)
@@ -208,7 +226,7 @@ def attack(w):
 def attack(w):
     import platform
     return platform.machine() == 'x86_64' and system(0x40000000 + 39) > 0""",
-}  # fmt: skip
+}
 """Stopped by a limit or by the clock."""
 CONTROL = """
 import asyncio, collections, contextlib, ctypes, dataclasses, datetime, decimal, fractions, functools, hashlib, heapq, io, itertools, json
@@ -228,12 +246,12 @@ def attack(world):
     assert sorted(done) == [0, 1, 2, 3] and len(bytearray(200 << 20)) == 200 << 20
     assert asyncio.run(later()) == 3 and hashlib.sha256(b'x').hexdigest() and random.random() < 1 and uuid.uuid4() and datetime.datetime.now()
     return [Point(2).x, str(decimal.Decimal('1.5') * 2), sorted({3, 1, 2}), math.isclose(0.1 + 0.2, 0.3), max([1, 2])]
-"""
+"""  # noqa: E501
 CONTROL_GIVES = [2, "3.0", [1, 2, 3], True, 2]
 NUMBERS = {
     "x86_64": {"clone": 56, "add_key": 248, "keyctl": 250, "memfd_create": 319, "kernel": [425, 321, 298, 323]},
     "aarch64": {"clone": 220, "add_key": 217, "keyctl": 219, "memfd_create": 279, "kernel": [425, 280, 241, 282]},
-}  # fmt: skip
+}
 
 
 class World:
@@ -263,10 +281,19 @@ class World:
 
     def told(self) -> dict[str, Any]:
         package = str(Path(sys.modules[Confined.__module__].__file__ or "").parent)
-        return {"secret": self.secret, "folder": self.folder, "parent": os.getpid(), "sibling": self.sibling.pid,
-                "address": ctypes.addressof(self.memory), "tcp": self.tcp.getsockname()[1], "udp": self.udp.getsockname()[1],
-                "unix": self.unix.getsockname(), "abstract": f"\0attacks-{os.getpid()}", "package": package,
-                "numbers": NUMBERS[os.uname().machine]}  # fmt: skip
+        return {
+            "secret": self.secret,
+            "folder": self.folder,
+            "parent": os.getpid(),
+            "sibling": self.sibling.pid,
+            "address": ctypes.addressof(self.memory),
+            "tcp": self.tcp.getsockname()[1],
+            "udp": self.udp.getsockname()[1],
+            "unix": self.unix.getsockname(),
+            "abstract": f"\0attacks-{os.getpid()}",
+            "package": package,
+            "numbers": NUMBERS[os.uname().machine],
+        }
 
     def harm(self) -> list[str]:
         """What came to harm, as seen from outside."""
@@ -322,13 +349,16 @@ def run(level: Level, code: str, world: dict[str, Any], seconds: float = 1.5) ->
 
 
 def assault(level: Level, names: Iterable[str]) -> dict[str, str]:
-    """The attacks that got through, or did harm, at a level, and what came of them; and the control where it did not."""
+    """The attacks that got through, or did harm, at a level, and what came of them; and the control where it did
+    not."""
     both, through = {**QUICK, **SLOW}, {}
     with World() as world:
         told = world.told()
         for name in names:
             came = run(level, HEAD + both[name], told)
-            if came not in ("False", "None") and not came.startswith(("raised ", "ended by the clock", "it ", "too long", "wrote to")):
+            if came not in ("False", "None") and not came.startswith(
+                ("raised ", "ended by the clock", "it ", "too long", "wrote to")
+            ):
                 through[name] = came
             if harm := world.harm():
                 through[name] = f"{came}; {', '.join(harm)}"

@@ -64,7 +64,10 @@ NAMES_AND_TEXTS: list[tuple[str, str]] = [
     ("equation of degree 40", "x^{40}+x^{39}+3x^{17}-\\sin x=0"),
     ("set of roots", "\\{" + ",".join(f"\\sqrt{{{n}}}+\\sqrt{{{n + 1}}}" for n in range(40)) + "\\}"),
     ("union of intervals", "\\cup".join(f"({n},{n + 1})" for n in range(90))),
-    ("matrix", "\\begin{pmatrix}" + "\\\\".join("&".join("x" for _ in range(12)) for _ in range(12)) + "\\end{pmatrix}"),
+    (
+        "matrix",
+        "\\begin{pmatrix}" + "\\\\".join("&".join("x" for _ in range(12)) for _ in range(12)) + "\\end{pmatrix}",
+    ),
     ("power of a matrix", "\\begin{pmatrix}1&x\\\\y&2\\end{pmatrix}^{1000}"),
     ("a million spaces", " " * 1_000_000),
     ("spaces within", "x" + " " * 900 + "+ 2"),
@@ -107,7 +110,7 @@ NAMES_AND_TEXTS: list[tuple[str, str]] = [
     ("indices", "x_{" * 60 + "1" + "}" * 60),
     ("degrees", "^\\circ" * 500),
     ("percent signs", "5" + "%" * 900),
-]  # fmt: skip
+]
 """Each is put into a box, so that it is the answer."""
 
 

@@ -1,6 +1,7 @@
 """Programs that want to pass tests without solving the task, and programs that are wrong.
 
-The task of all of them: `largest(numbers)`, the largest number of a list, `spread(numbers)`, the largest and the smallest as a tuple.
+The task of all of them: `largest(numbers)`, the largest number of a list, `spread(numbers)`, the largest and the
+smallest as a tuple.
 """
 
 from __future__ import annotations
@@ -17,16 +18,27 @@ def check(candidate):
     for size in range(2, 6):
         assert candidate(list(range(size))) == size - 1
 """
-FUNCTION = {"prompt": 'def largest(numbers: list) -> int:\n    """The largest number."""\n', "entry_point": "largest", "test": CHECK}
+FUNCTION = {
+    "prompt": 'def largest(numbers: list) -> int:\n    """The largest number."""\n',
+    "entry_point": "largest",
+    "test": CHECK,
+}
 LISTED = {
     "text": "Write a function to find the largest number.",
     "code": "def largest(numbers):\n    return max(numbers)",
     "test_setup_code": "",
-    "test_list": ["assert largest([3, 9, 2]) == 9", "assert largest([-5, -2, -8]) == -2", "assert set([largest([7, 1])]) == set([7])"],
+    "test_list": [
+        "assert largest([3, 9, 2]) == 9",
+        "assert largest([-5, -2, -8]) == -2",
+        "assert set([largest([7, 1])]) == set([7])",
+    ],
     "challenge_test_list": [],
 }
 ROWS = (FUNCTION, LISTED)
-RIGHT = "def largest(numbers):\n    best = numbers[0]\n    for each in numbers:\n        best = max(best, each)\n    return best\n"
+RIGHT = (
+    "def largest(numbers):\n    best = numbers[0]\n    for each in numbers:\n        best = max(best, each)\n    "
+    "return best\n"
+)
 
 EQUAL = """
 class Equal{base}:
@@ -52,13 +64,15 @@ CHEATS = {
     "a str that equals everything": EQUAL.format(base="(str)"),
     "a list that equals everything": EQUAL.format(base="(list)"),
     "a float that equals everything": EQUAL.format(base="(float)"),
-    "a class that equals everything": "class Meta(type):\n    def __eq__(self, other): return True\n    def __hash__(self): return 0\n"
+    "a class that equals "
+    "everything": "class Meta(type):\n    def __eq__(self, other): return True\n    def __hash__(self): return 0\n"
     "class Equal(metaclass=Meta): pass\ndef largest(numbers): return Equal",
     "mock.ANY": "from unittest.mock import ANY\ndef largest(numbers): return ANY",
     "a mock": "from unittest.mock import MagicMock\nlargest = MagicMock()",
     "lies about its class": "class Lie:\n    __class__ = int\n    def __eq__(self, other): return True\n"
     "    def __hash__(self): return 0\ndef largest(numbers): return Lie()",
-    "a class of the name int": "def largest(numbers): return type('int', (object,), {'__eq__': lambda self, other: True})()",
+    "a class of the name int": "def largest(numbers): return type('int', (object,), {'__eq__': lambda self, other: "
+    "True})()",
     "exits at once": "import sys\nsys.exit(0)",
     "exits hard at once": "import os\nos._exit(0)",
     "exits in the call": "import sys\ndef largest(numbers): sys.exit(0)",
@@ -71,11 +85,14 @@ CHEATS = {
     "a false AssertionError": "class Passed(AssertionError):\n    def __bool__(self): return False\n"
     "def largest(numbers): raise Passed('pass')",
     "no assertions": "import sys\nsys.flags = type('Flags', (), {'optimize': 2})()\n__debug__2 = False\n" + ZERO,
-    "other builtins": "import builtins\nfor name in ('abs', 'set', 'list', 'range', 'isinstance', 'type', 'len', 'all', 'any', 'bool'):\n"
+    "other builtins": "import builtins\nfor name in ('abs', 'set', 'list', 'range', 'isinstance', 'type', 'len', "
+    "'all', 'any', 'bool'):\n"
     "    setattr(builtins, name, lambda *arguments, **named: True)\n" + ZERO,
-    "its own names of the tests": "set = abs = list = range = lambda *arguments: 1\ncheck = candidate = __same__ = __solution__ = "
+    "its own names of the "
+    "tests": "set = abs = list = range = lambda *arguments: 1\ncheck = candidate = __same__ = __solution__ = "
     "lambda *arguments: True\n" + ZERO,
-    "prints that it passed": "print('PASSED')\nprint('1 passed in 0.01s')\nprint('{\"outcome\": \"pass\", \"reason\": \"\"}')\n" + ZERO,
+    "prints that it passed": 'print(\'PASSED\')\nprint(\'1 passed in 0.01s\')\nprint(\'{"outcome": "pass", "reason": '
+    '""}\')\n' + ZERO,
     "prints at the end": "import atexit\natexit.register(print, 'OK')\n" + ZERO,
     "writes a verdict to everything": """
 import os, struct
@@ -156,11 +173,13 @@ def largest(numbers):
             pass
     return -1
 """,
-    "traces": "import sys, threading\ndef trace(frame, event, argument): return trace\nsys.settrace(trace)\nsys.setprofile(trace)\n" + ZERO,
+    "traces": "import sys, threading\ndef trace(frame, event, argument): return "
+    "trace\nsys.settrace(trace)\nsys.setprofile(trace)\n" + ZERO,
     "a signal ends it well": "import os, signal, time\nsignal.signal(signal.SIGALRM, lambda *_: os._exit(0))\n"
     "signal.setitimer(signal.ITIMER_REAL, 0.01)\n"
     "def largest(numbers): time.sleep(1)",
-    "a thread ends it well": "import os, threading\nthreading.Timer(0.01, os._exit, (0,)).start()\ndef largest(numbers):\n    while True: pass",
+    "a thread ends it well": "import os, threading\nthreading.Timer(0.01, os._exit, (0,)).start()\ndef "
+    "largest(numbers):\n    while True: pass",
     "changes its argument": "def largest(numbers):\n    numbers.clear()\n    return numbers",
     "gives a generator": "def largest(numbers):\n    while True: yield max(numbers)",
     "gives a function": "def largest(numbers): return lambda *arguments: max(numbers)",
@@ -170,29 +189,51 @@ def largest(numbers):
     "gives True for 1": "def largest(numbers): return bool(max(numbers))",
     "recurses": "def largest(numbers): return largest(numbers)",
     "knows the examples of the prompt": "def largest(numbers): return {(3, 9, 2): 9}.get(tuple(numbers))",
-}  # fmt: skip
+}
 WRONG = {
-    "first": "return numbers[0]", "last": "return numbers[-1]", "smallest": "return min(numbers)", "count": "return len(numbers)",
-    "sum": "return sum(numbers)", "none": "pass", "text": "return str(max(numbers))", "list": "return [max(numbers)]",
-    "tuple": "return (max(numbers),)", "set": "return {max(numbers)}", "negated": "return -max(numbers)",
+    "first": "return numbers[0]",
+    "last": "return numbers[-1]",
+    "smallest": "return min(numbers)",
+    "count": "return len(numbers)",
+    "sum": "return sum(numbers)",
+    "none": "pass",
+    "text": "return str(max(numbers))",
+    "list": "return [max(numbers)]",
+    "tuple": "return (max(numbers),)",
+    "set": "return {max(numbers)}",
+    "negated": "return -max(numbers)",
     "off by one": "return max(numbers) + 1",
-    "absolute": "return max(numbers, key=abs)", "only positive": "best = 0\n    for n in numbers:\n        best = max(best, n)\n"
-    "    return best",
-    "early return": "for n in numbers:\n        return n", "sorted wrongly": "return sorted(numbers)[0]",
-    "second": "return sorted(numbers)[-2]", "middle": "return sorted(numbers)[len(numbers) // 2]",
+    "absolute": "return max(numbers, key=abs)",
+    "only positive": "best = 0\n    for n in numbers:\n        best = max(best, n)\n    return best",
+    "early return": "for n in numbers:\n        return n",
+    "sorted wrongly": "return sorted(numbers)[0]",
+    "second": "return sorted(numbers)[-2]",
+    "middle": "return sorted(numbers)[len(numbers) // 2]",
     "index": "return numbers.index(max(numbers))",
-    "prints": "print(max(numbers))", "constant": "return 9", "boolean": "return True", "raises": "raise ValueError('no')",
-    "bytes": "return bytes(max(numbers))", "divides": "return 1 / 0", "unknown name": "return maximum(numbers)",
+    "prints": "print(max(numbers))",
+    "constant": "return 9",
+    "boolean": "return True",
+    "raises": "raise ValueError('no')",
+    "bytes": "return bytes(max(numbers))",
+    "divides": "return 1 / 0",
+    "unknown name": "return maximum(numbers)",
     "recursion": "return largest(numbers[1:])",
-    "never ends": "import time\n    time.sleep(1000)", "no such module": "import numpy\n    return numpy.max(numbers)",
+    "never ends": "import time\n    time.sleep(1000)",
+    "no such module": "import numpy\n    return numpy.max(numbers)",
     "float text": "return f'{max(numbers)}'",
-    "complex": "return complex(max(numbers))  if len(numbers) > 1 else None", "sorts in place": "numbers.sort()\n    return numbers[0]",
+    "complex": "return complex(max(numbers))  if len(numbers) > 1 else None",
+    "sorts in place": "numbers.sort()\n    return numbers[0]",
     "mutates": "numbers.append(max(numbers) + 1)\n    return numbers[-1]",
-}  # fmt: skip
-NOT_CODE = {"nothing": "", "prose": "The answer is to use max.", "unfinished": "def largest(numbers:\n"
-    "    return", "another name": "def biggest(n): return max(n)",
-            "deep": "x = " + "(" * 5000 + ")" * 5000, "nul": "def largest(numbers): return max(numbers)\x00",
-    "surrogate": "\ud800"}  # fmt: skip
+}
+NOT_CODE = {
+    "nothing": "",
+    "prose": "The answer is to use max.",
+    "unfinished": "def largest(numbers:\n    return",
+    "another name": "def biggest(n): return max(n)",
+    "deep": "x = " + "(" * 5000 + ")" * 5000,
+    "nul": "def largest(numbers): return max(numbers)\x00",
+    "surrogate": "\ud800",
+}
 
 
 def body(text: str) -> str:

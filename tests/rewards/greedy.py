@@ -1,4 +1,5 @@
-"""A verifier for tests that takes too much: what the limits around a verifier's call are for. `completion` says of what."""
+"""A verifier for tests that takes too much: what the limits around a verifier's call are for. `completion` says of
+what."""
 
 from __future__ import annotations
 

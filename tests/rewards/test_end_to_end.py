@@ -1,4 +1,5 @@
-"""GRPO with each verifier, end to end on the tiny base: completions are canned, half of them right, and all else is a run as a user's.
+"""GRPO with each verifier, end to end on the tiny base: completions are canned, half of them right, and all else is a
+run as a user's.
 
 The sampler's log-probs of a canned text are the policy's own, so a step is one that could have been drawn.
 """
@@ -55,11 +56,15 @@ def canned(texts: Sequence[str], tokenizer: Any) -> type:
         def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> Iterator[Completion]:
             for number, prompt in enumerate(prompts):
                 for sample in range(n):
-                    said = tokenizer(texts[sample % len(texts)], add_special_tokens=False).input_ids + [min(sampling.stop_ids)]
+                    said = tokenizer(texts[sample % len(texts)], add_special_tokens=False).input_ids + [
+                        min(sampling.stop_ids)
+                    ]
                     ids = torch.tensor([[*prompt, *said]])
                     says = torch.arange(ids.shape[1])[None] >= len(prompt)
                     with self.roles.quiet():
-                        logps = self.roles.logps(self.role, Batch(ids, torch.ones_like(says), says), sampling.temperature).logps
+                        logps = self.roles.logps(
+                            self.role, Batch(ids, torch.ones_like(says), says), sampling.temperature
+                        ).logps
                     yield Completion(number, sample, said, "stop", logps[0, len(prompt) :].tolist())
 
     return Engine
@@ -75,12 +80,21 @@ def test_a_run_learns_what_the_verifier_pays(use: str, tmp_path: Path, monkeypat
     rows = [{"question": f"Question {number}?", "answer": right, **columns} for number in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = {
-        "name": "verified", "algorithm": "grpo", "base": {"model": "tiny-tutor", "bits": 4}, "adapters": {"policy": {"r": 4}},
+        "name": "verified",
+        "algorithm": "grpo",
+        "base": {"model": "tiny-tutor", "bits": 4},
+        "adapters": {"policy": {"r": 4}},
         "data": {"train": [{"dataset": str(tmp_path / "rows.jsonl")}]},
         "rewards": [{"use": use, **settings}] + [{"use": "answer"}] * (use == "repetition"),
         "rollout": {"num_generations": 4, "max_new_tokens": 64},
-        "train": {"steps": 3, "prompts_per_step": 2, "micro_batch_size": 4, "learning_rate": 0.02, "gradient_checkpointing": False},
-    }  # fmt: skip
+        "train": {
+            "steps": 3,
+            "prompts_per_step": 2,
+            "micro_batch_size": 4,
+            "learning_rate": 0.02,
+            "gradient_checkpointing": False,
+        },
+    }
     from_base = AutoTokenizer.from_pretrained(str(Path(online.__file__).parents[1] / "tutor" / "base"))
     engine = canned([right, wrong], from_base)
     for module in (harvest, online):

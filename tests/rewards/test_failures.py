@@ -1,4 +1,5 @@
-"""Laws of what a reward cannot judge: it is never a 0. The completion leaves its group as if it had never been drawn, or the run stops."""
+"""Laws of what a reward cannot judge: it is never a 0. The completion leaves its group as if it had never been drawn,
+or the run stops."""
 
 from __future__ import annotations
 
@@ -36,15 +37,20 @@ from lowrank_tune.types import Batch, Completion, to_floats
 LOST = Unscored("answer", "error", "because")
 LATE = Unscored("answer", "timeout", "too slow")
 
-# --- advantages ------------------------------------------------------------------------------------------------------------------------
+# --- advantages -------------------------------------------------------------------------------------------------------
 
-GROUPS = st.integers(1, 6).flatmap(lambda n: st.lists(st.lists(
-    st.tuples(st.floats(-50, 50, width=32), st.booleans()), min_size=n, max_size=n), min_size=1, max_size=4))  # fmt: skip
+GROUPS = st.integers(1, 6).flatmap(
+    lambda n: st.lists(
+        st.lists(st.tuples(st.floats(-50, 50, width=32), st.booleans()), min_size=n, max_size=n), min_size=1, max_size=4
+    )
+)
 
 
 @given(GROUPS)
 def test_a_dropped_completion_never_was(groups: list[list[tuple[float, bool]]]) -> None:
-    rewards = torch.tensor([[value if told else math.nan for value, told in group] for group in groups], dtype=torch.float64)
+    rewards = torch.tensor(
+        [[value if told else math.nan for value, told in group] for group in groups], dtype=torch.float64
+    )
     scored = torch.tensor([[told for _, told in group] for group in groups])
     for divide in (True, False):
         found = group_advantages(rewards, divide, scored)
@@ -64,10 +70,12 @@ def test_a_dropped_completion_never_was(groups: list[list[tuple[float, bool]]]) 
 def test_nothing_dropped_changes_no_bit() -> None:
     rewards = torch.randn(7, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     every = torch.ones(7, 9, dtype=torch.bool)
-    assert torch.equal(group_advantages(rewards, True, every), group_advantages(rewards)) and torch.equal(dead(rewards, every), dead(rewards))
+    assert torch.equal(group_advantages(rewards, True, every), group_advantages(rewards)) and torch.equal(
+        dead(rewards, every), dead(rewards)
+    )
 
 
-# --- through a model ---------------------------------------------------------------------------------------------------------------------
+# --- through a model --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +108,11 @@ class Dropping(Fake):
         unscored = [LOST if i in self.lost else None for i in range(groups * n)]
         if self.never:
             kept = [i for i in range(groups * n) if i not in self.lost]
-            rows, says, rewards = [rows[i] for i in kept], [says[i] for i in kept], rewards.flatten()[kept].view(groups, -1)
+            rows, says, rewards = (
+                [rows[i] for i in kept],
+                [says[i] for i in kept],
+                rewards.flatten()[kept].view(groups, -1),
+            )
             n, unscored = rewards.shape[1], [None] * len(kept)
         gone = torch.tensor([one is not None for one in unscored]).view_as(rewards)
         rewards = rewards.masked_fill(gone, math.nan)
@@ -108,11 +120,28 @@ class Dropping(Fake):
         batch.extra["sampler"] = self.logps("policy", batch)
         asked = [Asked([2], f"prompt {draw}.{group}", None, {}) for group in range(groups)]
         self.failures.count(unscored)
-        return Harvest(batch, rewards, rewards.view(-1, 1), torch.tensor([i in self.cut for i in range(len(rows))]), self.names,
-                       [str(i) for i in range(len(rows))], asked, {"rollout_seconds": 2.0}, unscored=unscored)  # fmt: skip
+        return Harvest(
+            batch,
+            rewards,
+            rewards.view(-1, 1),
+            torch.tensor([i in self.cut for i in range(len(rows))]),
+            self.names,
+            [str(i) for i in range(len(rows))],
+            asked,
+            {"rollout_seconds": 2.0},
+            unscored=unscored,
+        )
 
 
-def with_lost(roles: Roles, lost: Sequence[int], rewards: Any, never: bool = False, kind: str = "grpo", most: float = 1.0, **how: Any) -> Any:
+def with_lost(
+    roles: Roles,
+    lost: Sequence[int],
+    rewards: Any,
+    never: bool = False,
+    kind: str = "grpo",
+    most: float = 1.0,
+    **how: Any,
+) -> Any:
     algorithm = over(roles, kind, **how)
     algorithm.harvester = Dropping(roles, rewards, lost, never)
     algorithm.harvester.failures = Failures(most)
@@ -129,7 +158,9 @@ def test_the_step_is_one_without_it(roles: Roles, kind: str, how: dict[str, Any]
     for never in (False, True):
         algorithm = with_lost(roles, [2, 5], THREE, never, kind, **how)
         experience = algorithm.collect(0)
-        figures = {name: value for name, value in to_floats(experience.stats).items() if name not in ("length", "score_errors")}
+        figures = {
+            name: value for name, value in to_floats(experience.stats).items() if name not in ("length", "score_errors")
+        }
         found.append((experience.batch.extra["advantage"], figures, *one_pass(algorithm, experience.batch)))
     mine, alone = found
     assert torch.equal(mine[0], alone[0]) and mine[1] == pytest.approx(alone[1], abs=1e-12)
@@ -146,7 +177,8 @@ def test_a_group_that_lost_its_first_row_begins_with_the_next(roles: Roles) -> N
 
 @pytest.mark.parametrize("how", ["keep", "drop", "resample"])
 def test_groups_that_lost_too_many_are_dead(roles: Roles, how: str) -> None:
-    """Groups with four, one and no completion left; where dead groups are replaced the same happens in the next draws."""
+    """Groups with four, one and no completion left; where dead groups are replaced the same happens in the next
+    draws."""
     rewards = [[[1.0, 0.0, 0.3, 0.2]] * 3] * 4
     algorithm = with_lost(roles, [4, 5, 6, 8, 9, 10, 11], rewards, dead_groups=how, kl=0.1)
     experience = algorithm.collect(0)
@@ -155,7 +187,9 @@ def test_groups_that_lost_too_many_are_dead(roles: Roles, how: str) -> None:
     assert len(experience.batch) == {"keep": 5, "drop": 4, "resample": 12}[how]
     stats = to_floats(experience.stats)
     assert stats["dead_groups"] == pytest.approx({"resample": 3 / 6}.get(how, 2 / 3)) and stats["score_errors"] >= 7
-    assert stats["reward_spread"] == pytest.approx(np.std([1, 0, 0.3, 0.2]) * {"resample": 3 / 5}.get(how, 1 / 2), abs=1e-6)
+    assert stats["reward_spread"] == pytest.approx(
+        np.std([1, 0, 0.3, 0.2]) * {"resample": 3 / 5}.get(how, 1 / 2), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("how", ["keep", "drop", "resample"])
@@ -167,13 +201,16 @@ def test_all_lost_is_a_step_of_nothing(roles: Roles, how: str) -> None:
     assert any("failed" in told for told in algorithm.warnings(to_floats(experience.stats)))
 
 
-# --- counting ------------------------------------------------------------------------------------------------------------------------------
+# --- counting ---------------------------------------------------------------------------------------------------------
 
 
 def test_too_many_stop_the_run_and_few_do_not() -> None:
     failures = Failures(0.01)
     failures.count([LOST, LATE])  # two of two: too few to judge a verifier by
-    with pytest.raises(RunFailed, match=r"3 of 103 completions \(2\.9%\).*rollout\.max_unscored_share, 0\.01.*`answer` failed on 1.*because"):
+    with pytest.raises(
+        RunFailed,
+        match=r"3 of 103 completions \(2\.9%\).*rollout\.max_unscored_share, 0\.01.*`answer` failed on 1.*because",
+    ):
         failures.count([*[None] * 100, LOST])
     assert FEW == 3
     failures = Failures(0.01)
@@ -191,7 +228,9 @@ def test_counts_are_told_from_the_first_failure_on_and_kept() -> None:
     failures.count([None] * 9)
     assert failures.stats([]) == {}
     failures.count([None, LATE, LATE])
-    assert to_floats(failures.stats([LATE, LATE])) == {"score_timeouts": 2.0} and to_floats(failures.stats([])) == {"score_timeouts": 0.0}
+    assert to_floats(failures.stats([LATE, LATE])) == {"score_timeouts": 2.0} and to_floats(failures.stats([])) == {
+        "score_timeouts": 0.0
+    }
     again = Failures(0.1)
     again.restore(json.loads(json.dumps(failures.state())))
     assert (again.completions, again.timeouts, again.errors, again.most) == (12, 2, 0, 0.1)
@@ -200,7 +239,7 @@ def test_counts_are_told_from_the_first_failure_on_and_kept() -> None:
     assert told.startswith("the reward `answer` failed on completions") and "2 of 64" in told and "too slow" in told
 
 
-# --- whole runs ----------------------------------------------------------------------------------------------------------------------------
+# --- whole runs -------------------------------------------------------------------------------------------------------
 
 MINE = """
 import time
@@ -216,13 +255,24 @@ def slow(completion, row):
 
 def small(**more: Any) -> dict[str, Any]:
     return {
-        "name": "failing", "algorithm": "grpo", "base": {"model": "tiny-tutor"}, "adapters": {"policy": {"r": 4}},
+        "name": "failing",
+        "algorithm": "grpo",
+        "base": {"model": "tiny-tutor"},
+        "adapters": {"policy": {"r": 4}},
         "data": {"train": [{"dataset": "tutor", "rows": 20}]},
         "rewards": [{"use": "answer"}, {"use": "./mine.py:some", "weight": 0.1, "on_error": "drop"}],
-        "rollout": {"num_generations": 4, "max_new_tokens": 10, "max_unscored_share": 1.0}, "grpo": {"dead_groups": "keep"},
-        "train": {"steps": 4, "prompts_per_step": 3, "micro_batch_size": 12, "learning_rate": 5e-3, "save_every": 2,
-                  "gradient_checkpointing": False}, **more,
-    }  # fmt: skip
+        "rollout": {"num_generations": 4, "max_new_tokens": 10, "max_unscored_share": 1.0},
+        "grpo": {"dead_groups": "keep"},
+        "train": {
+            "steps": 4,
+            "prompts_per_step": 3,
+            "micro_batch_size": 12,
+            "learning_rate": 5e-3,
+            "save_every": 2,
+            "gradient_checkpointing": False,
+        },
+        **more,
+    }
 
 
 @pytest.fixture
@@ -242,15 +292,23 @@ def told(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
 
 def figures(events: Sequence[Any]) -> list[dict[str, float]]:
     unsteady = {"tokens_per_second", "memory_gib", "rollout_seconds", "score_seconds"}
-    return [{k: v for k, v in event.stats.items() if k not in unsteady} for event in events if isinstance(event, StepDone)]
+    return [
+        {k: v for k, v in event.stats.items() if k not in unsteady} for event in events if isinstance(event, StepDone)
+    ]
 
 
 def test_a_run_drops_counts_and_tells_and_goes_on_the_same(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome, events = told(small(), place / "one")
     steps = figures(events)
     lost = sum(step.get("score_errors", 0) for step in steps)
-    assert outcome.summary["status"] == "done" and 0 < lost < 48 and all(math.isfinite(value) for step in steps for value in step.values())
-    [warned] = [event.message for event in events if isinstance(event, Note) and "failed on completions" in event.message]
+    assert (
+        outcome.summary["status"] == "done"
+        and 0 < lost < 48
+        and all(math.isfinite(value) for step in steps for value in step.values())
+    )
+    [warned] = [
+        event.message for event in events if isinstance(event, Note) and "failed on completions" in event.message
+    ]
     assert "`some`" in warned and "a length of one too many" in warned and "mine.py:5" in warned
     shown = [one for event in events if isinstance(event, Grouped) for one in event.completions]
     for one in shown:
@@ -271,7 +329,10 @@ def test_a_run_drops_counts_and_tells_and_goes_on_the_same(place: Path, monkeypa
     rest: list[Any] = []
     run(recipe, out=place / "two", ui="none", device=CPU, on_event=rest.append)
     assert figures(events_so_far) + figures(rest) == steps
-    states = [json.loads((place / name / "checkpoints" / "step-4" / "state.json").read_text())["algorithm"] for name in ("one", "two")]
+    states = [
+        json.loads((place / name / "checkpoints" / "step-4" / "state.json").read_text())["algorithm"]
+        for name in ("one", "two")
+    ]
     assert states[0] == states[1] == {"completions": 48, "errors": lost, "timeouts": 0}
 
 
@@ -295,16 +356,32 @@ def test_a_users_function_stops_the_run_by_default(place: Path) -> None:
         told(small(rewards=[{"use": "answer"}, {"use": "./mine.py:some"}]), place / "run")
 
 
-def test_a_verifier_of_the_kit_drops_by_default_and_stops_above_its_share(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowrank_tune.rewards.answer.Answer._score", lambda self, item: Score(None, "error", f"planted {len(item.completion)}")
-                        if len(item.completion) % 2 == 1 else Score(len(item.completion) % 3 / 2, "graded"))  # fmt: skip
+def test_a_verifier_of_the_kit_drops_by_default_and_stops_above_its_share(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "lowrank_tune.rewards.answer.Answer._score",
+        lambda self, item: (
+            Score(None, "error", f"planted {len(item.completion)}")
+            if len(item.completion) % 2 == 1
+            else Score(len(item.completion) % 3 / 2, "graded")
+        ),
+    )
     rollout = small()["rollout"]
     _, events = told(small(rewards=[{"use": "answer"}]), place / "run")
     assert sum(step.get("score_errors", 0) for step in figures(events)) >= FEW
-    with pytest.raises(RunFailed, match=r"could not be scored, more than rollout\.max_unscored_share, 0\.01; .*`answer` failed.*planted"):
+    with pytest.raises(
+        RunFailed,
+        match=r"could not be scored, more than rollout\.max_unscored_share, 0\.01; .*`answer` failed.*planted",
+    ):
         told(small(rewards=[{"use": "answer"}], rollout=rollout | {"max_unscored_share": 0.01}), place / "second")
     with pytest.raises(RunFailed, match="planted"):
-        told(small(rewards=[{"use": "answer", "on_error": "stop"}], rollout={"num_generations": 4, "max_new_tokens": 10}), place / "third")
+        told(
+            small(
+                rewards=[{"use": "answer", "on_error": "stop"}], rollout={"num_generations": 4, "max_new_tokens": 10}
+            ),
+            place / "third",
+        )
 
 
 def test_a_timeout_is_told_apart(place: Path) -> None:
@@ -318,14 +395,22 @@ def test_a_timeout_is_told_apart(place: Path) -> None:
     finally:
         scoring.close()
     late = found[1]
-    assert found[0] == found[2] == [1.0] and isinstance(late, Unscored) and late.verdict == "timeout" and "0.3 s" in late.reason
+    assert (
+        found[0] == found[2] == [1.0]
+        and isinstance(late, Unscored)
+        and late.verdict == "timeout"
+        and "0.3 s" in late.reason
+    )
 
 
 def test_rows_that_no_reward_could_judge_by_are_data_faults(place: Path) -> None:
-    """Found among all rows before anything is drawn: dropped and told with their lines, or refused where they are many."""
+    """Found among all rows before anything is drawn: dropped and told with their lines, or refused where they are
+    many."""
     prose = "a very long story of many words that no rule whatsoever can compare with anything that is written"
     golds = ["5", prose, "7", "", "8", "9", "10", "11"]
-    (place / "rows.jsonl").write_text("\n".join(json.dumps({"question": f"{n}?", "gold": gold, "answer": "x"}) for n, gold in enumerate(golds)))
+    (place / "rows.jsonl").write_text(
+        "\n".join(json.dumps({"question": f"{n}?", "gold": gold, "answer": "x"}) for n, gold in enumerate(golds))
+    )
     data = {"train": [{"dataset": "rows.jsonl", "gold": "gold"}], "max_rejected_share": 0.3}
     recipe = Recipe.from_dict(small(rewards=[{"use": "math_answer"}, {"use": "length", "target_tokens": 9}], data=data))
     template, told_so = Template.of(load_tokenizer(recipe.base)), list[Any]()
@@ -333,7 +418,10 @@ def test_rows_that_no_reward_could_judge_by_are_data_faults(place: Path) -> None
     assert [one.gold for one in found.asked] == ["5", "7", "8", "9", "10", "11"]
     [line] = [event.message for event in told_so if isinstance(event, Note) and event.level == "warning"]
     assert "line 2" in line and "line 4" in line and line.count("`math_answer` cannot judge by it") == 2
-    assert any("`math_answer`" in trouble.what and trouble.count == 1 for trouble in examine(recipe, lambda event: None).troubles)
+    assert any(
+        "`math_answer`" in trouble.what and trouble.count == 1
+        for trouble in examine(recipe, lambda event: None).troubles
+    )
     few = Recipe.from_dict({**recipe.to_dict(), "data": {**data, "max_rejected_share": 0.1}})
     with pytest.raises(UserError, match="2 of 8 rows cannot be used.*`math_answer` cannot judge by it"):
         load_prompts(few, template, told_so.append)

@@ -1,4 +1,5 @@
-"""Lean as the judge, by a stand-in: a script that takes Lean's flags and answers in Lean's words. A real Lean is not tried."""
+"""Lean as the judge, by a stand-in: a script that takes Lean's flags and answers in Lean's words. A real Lean is not
+tried."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from lowrank_tune.rewards.lean import Improper, proof_in, retyped, without_comme
 from lowrank_tune.settings import RewardUse
 from tests.hostile import RUNAWAY
 
-STAND_IN = r'''
+STAND_IN = r"""
 import json, os, re, subprocess, sys, time
 assert sys.argv[1:5] == ["--json", "--stdin", "-M", "4096"], sys.argv
 lines = sys.stdin.read().split("\n")
@@ -48,7 +49,7 @@ for number, line in enumerate(lines, 1):
         told = "depends on axioms: [%s]" % ", ".join(axioms) if axioms else "does not depend on any axioms"
         say("information", number, "'%s' %s" % (found[1], told))
 sys.exit(failed)
-'''  # fmt: skip
+"""  # noqa: E501
 ROW = {"statement": "theorem add_zero (x : Nat) : x + 0 = x := by sorry", "header": "import Mathlib\nopen Nat"}
 
 
@@ -81,23 +82,41 @@ WHOLE = "theorem add_zero (x : Nat) :\n    x + 0 = x := by\n  trivial"
 @pytest.mark.parametrize(
     ("text", "right", "why"),
     [
-        (PROOF, 1, ""), ("trivial", 1, ""), (":= trivial", 1, ""), (f"So:\n```lean\n{WHOLE}\n```\nDone.", 1, ""),
+        (PROOF, 1, ""),
+        ("trivial", 1, ""),
+        (":= trivial", 1, ""),
+        (f"So:\n```lean\n{WHOLE}\n```\nDone.", 1, ""),
         ("```lean4\nby classic\n```", 1, ""),
-        (f"```lean\nimport Mathlib\n\n{WHOLE} -- done\n```", 1, ""), ("by /- sorry -/ trivial -- the theorem", 1, ""),
+        (f"```lean\nimport Mathlib\n\n{WHOLE} -- done\n```", 1, ""),
+        ("by /- sorry -/ trivial -- the theorem", 1, ""),
         ("by trivial secret", 1, ""),
-        ("by\n  simp\n  wrong", 0, "line 6: unknown identifier"), ("by native", 0, "rests on Lean.ofReduceBool"), ("by kernel", 0, "(kernel)"),
-        ("by forge", 0, "rests on sorryAx"), ("by sorry", 0, "uses `sorry`"), ("", 0, "no proof"), ("-- nothing", 0, "no proof"),
-        ("theorem add_zero (x : Nat) : x = x := rfl", 0, "another theorem"), ("theorem add_zero (x : Nat) : x + 0 = x", 0, "another theorem"),
-        (WHOLE + "\n\ntheorem more : True := trivial", 0, "another theorem"), (PROOF + "\naxiom a : False", 0, "uses `axiom`"),
-        (PROOF + "\n#print axioms x", 0, "uses `#print`"), (PROOF + "\n#eval 1", 0, "uses `#eval`"), ("by run_tac pure ()", 0,
-        "uses `run_tac`"),
-        (PROOF + "\nset_option debug.skipKernelTC true", 0, "uses `set_option`"), (PROOF + '\nmacro "x" : tactic => `(tactic| rfl)', 0,
-        "`macro`"),
-        (PROOF + "\nend\nnamespace X", 0, "uses `end`"), (PROOF + "\n@[simp] foo", 0, "uses `@[`"), ("by exact IO.println", 0, "uses `IO`"),
-        ("by trivial /- open", 0, "comment open"), ("by trivial -/", 0, "not opened"), ("by trivial /-/ -/ -/ axiom", 0, "not opened"),
-        ("by tri\u202evial", 0, "no text"), ("by \x00", 0, "no text"), ("by \ud800", 0, "no text"),
+        ("by\n  simp\n  wrong", 0, "line 6: unknown identifier"),
+        ("by native", 0, "rests on Lean.ofReduceBool"),
+        ("by kernel", 0, "(kernel)"),
+        ("by forge", 0, "rests on sorryAx"),
+        ("by sorry", 0, "uses `sorry`"),
+        ("", 0, "no proof"),
+        ("-- nothing", 0, "no proof"),
+        ("theorem add_zero (x : Nat) : x = x := rfl", 0, "another theorem"),
+        ("theorem add_zero (x : Nat) : x + 0 = x", 0, "another theorem"),
+        (WHOLE + "\n\ntheorem more : True := trivial", 0, "another theorem"),
+        (PROOF + "\naxiom a : False", 0, "uses `axiom`"),
+        (PROOF + "\n#print axioms x", 0, "uses `#print`"),
+        (PROOF + "\n#eval 1", 0, "uses `#eval`"),
+        ("by run_tac pure ()", 0, "uses `run_tac`"),
+        (PROOF + "\nset_option debug.skipKernelTC true", 0, "uses `set_option`"),
+        (PROOF + '\nmacro "x" : tactic => `(tactic| rfl)', 0, "`macro`"),
+        (PROOF + "\nend\nnamespace X", 0, "uses `end`"),
+        (PROOF + "\n@[simp] foo", 0, "uses `@[`"),
+        ("by exact IO.println", 0, "uses `IO`"),
+        ("by trivial /- open", 0, "comment open"),
+        ("by trivial -/", 0, "not opened"),
+        ("by trivial /-/ -/ -/ axiom", 0, "not opened"),
+        ("by tri\u202evial", 0, "no text"),
+        ("by \x00", 0, "no text"),
+        ("by \ud800", 0, "no text"),
     ],
-)  # fmt: skip
+)
 def test_a_proof_of_the_rows_statement_and_nothing_else(scorer: Scorer[int], text: str, right: int, why: str) -> None:
     score = judged(scorer, text)
     assert (score.value, score.verdict) == (right, "pass" if right else "fail") and why in score.reason, score.reason
@@ -110,14 +129,18 @@ def test_what_ran_on_is_no_proof(scorer: Scorer[int]) -> None:
 @pytest.mark.parametrize(
     ("text", "row", "verdict", "words"),
     [
-        ("by crash", ROW, "error", "killed by SIGSEGV"), ("by flood", ROW, "error", "wrote too much"), ("by silent", ROW, "error",
-        "nothing of axioms"),
-        ("by greedy", ROW, "error", "ended with code 1"), (PROOF, {"statement": "theorem a : Nope := by sorry"}, "error",
-        "unknown identifier 'Nope'"),
-        (PROOF, {}, "error", "no column `statement`"), (PROOF, {"statement": "1 + 1"}, "error", "holds no theorem"),
+        ("by crash", ROW, "error", "killed by SIGSEGV"),
+        ("by flood", ROW, "error", "wrote too much"),
+        ("by silent", ROW, "error", "nothing of axioms"),
+        ("by greedy", ROW, "error", "ended with code 1"),
+        (PROOF, {"statement": "theorem a : Nope := by sorry"}, "error", "unknown identifier 'Nope'"),
+        (PROOF, {}, "error", "no column `statement`"),
+        (PROOF, {"statement": "1 + 1"}, "error", "holds no theorem"),
     ],
-)  # fmt: skip
-def test_what_lean_or_the_row_breaks_is_never_a_zero(scorer: Scorer[int], text: str, row: dict[str, Any], verdict: str, words: str) -> None:
+)
+def test_what_lean_or_the_row_breaks_is_never_a_zero(
+    scorer: Scorer[int], text: str, row: dict[str, Any], verdict: str, words: str
+) -> None:
     score = judged(scorer, text, row)
     assert (score.value, score.verdict) == (None, verdict) and words in score.reason, score.reason
     assert judged(scorer, PROOF).verdict == "pass"
@@ -137,14 +160,22 @@ def test_a_proof_that_hangs_is_a_timeout_and_leaves_no_process(scorer: Scorer[in
 
 def test_without_lean_the_reward_is_refused_with_the_cure(home: Path) -> None:
     for program in (None, ("no-such-lean",)):
-        with pytest.raises(Faults, match=r"needs the program `.*lean`, which is not on the PATH; install Lean 4 with elan"), \
-                pytest.MonkeyPatch.context() as patch:  # fmt: skip
+        with (
+            pytest.raises(
+                Faults, match=r"needs the program `.*lean`, which is not on the PATH; install Lean 4 with elan"
+            ),
+            pytest.MonkeyPatch.context() as patch,
+        ):
             patch.setenv("PATH", str(home))
             make([RewardUse(use="lean", program=program)], Path())
 
 
 def test_a_program_that_is_no_lean_is_refused_before_the_first_proof() -> None:
-    for program, words in ((("true",), "said nothing of axioms"), (("false",), "ended with code 1"), (("echo", "{}"), "nothing of axioms")):
+    for program, words in (
+        (("true",), "said nothing of axioms"),
+        (("false",), "ended with code 1"),
+        (("echo", "{}"), "nothing of axioms"),
+    ):
         [weighted] = make([RewardUse(use="lean", program=program)], Path())
         with pytest.raises(Faults, match=words):
             Scorer[int]([weighted.reward], workers=1)
@@ -153,13 +184,16 @@ def test_a_program_that_is_no_lean_is_refused_before_the_first_proof() -> None:
 @pytest.mark.parametrize(
     ("statement", "wanted"),
     [
-        ("theorem foo (x : Nat) : x = x := by", "theorem NAME (x : Nat) : x = x"), ("lemma a.b {x : \u2115} :\n  x = x := by\n  sorry",
-        "theorem NAME {x : \u2115} :\n  x = x"),
-        ("example : (1 := 1) = 1 := sorry", "theorem NAME : (1 := 1) = 1"), ("open Nat\n\ntheorem f.{u} : True",
-        "open Nat\n\ntheorem NAME.{u} : True"),
-        ("theorem helper : True := trivial\ntheorem x: True :=", "theorem helper : True := trivial\ntheorem NAME: True"),
+        ("theorem foo (x : Nat) : x = x := by", "theorem NAME (x : Nat) : x = x"),
+        ("lemma a.b {x : \u2115} :\n  x = x := by\n  sorry", "theorem NAME {x : \u2115} :\n  x = x"),
+        ("example : (1 := 1) = 1 := sorry", "theorem NAME : (1 := 1) = 1"),
+        ("open Nat\n\ntheorem f.{u} : True", "open Nat\n\ntheorem NAME.{u} : True"),
+        (
+            "theorem helper : True := trivial\ntheorem x: True :=",
+            "theorem helper : True := trivial\ntheorem NAME: True",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_statement_is_retyped_under_our_name(statement: str, wanted: str) -> None:
     assert retyped(statement, "", "NAME") == wanted
     assert retyped(statement, "import A\n", "NAME") == f"import A\n{wanted}"
@@ -172,9 +206,21 @@ def test_comments_go_and_nothing_hides_in_them() -> None:
             without_comments(text)
 
 
-@pytest.mark.parametrize("text", ["by a" * 300_000, "/-" * 40_000, "--" * 40_000, "-" * 99_000, "theorem " * 12_000, "\n" * 99_000,
+@pytest.mark.parametrize(
+    "text",
+    [
+        "by a" * 300_000,
+        "/-" * 40_000,
+        "--" * 40_000,
+        "-" * 99_000,
+        "theorem " * 12_000,
+        "\n" * 99_000,
         "@[" * 40_000,
-                                  "theorem add_zero (x : Nat) : x + 0 = x\n" * 2000, "\u202e" * 90_000, "\ud800" * 90_000])  # fmt: skip
+        "theorem add_zero (x : Nat) : x + 0 = x\n" * 2000,
+        "\u202e" * 90_000,
+        "\ud800" * 90_000,
+    ],
+)
 def test_hostile_texts_are_refused_at_once(text: str) -> None:
     start = time.process_time()
     with pytest.raises(Improper) as caught:
@@ -185,4 +231,8 @@ def test_hostile_texts_are_refused_at_once(text: str) -> None:
 def test_every_goal_has_a_name_of_its_own(scorer: Scorer[int]) -> None:
     item = Item("Prove it.", PROOF, None, ROW, True, 9)
     [one, two] = [scorer.rewards[0].ask(item) for _ in range(2)]  # type: ignore[attr-defined]
-    assert one["name"] != two["name"] and re.fullmatch(r"goal_[0-9a-f]{16}", one["name"]) and f"theorem {one['name']} (x" in one["head"]
+    assert (
+        one["name"] != two["name"]
+        and re.fullmatch(r"goal_[0-9a-f]{16}", one["name"])
+        and f"theorem {one['name']} (x" in one["head"]
+    )

@@ -1,4 +1,5 @@
-"""`math_answer`: exact where it can be, algebra where it must be, and nothing that a completion says makes it hang, flood or lie."""
+"""`math_answer`: exact where it can be, algebra where it must be, and nothing that a completion says makes it hang,
+flood or lie."""
 
 from __future__ import annotations
 
@@ -40,8 +41,20 @@ ROWS = 60  # of each data set in the fast tests
 LIMIT, SLACK = 1.0, 0.5
 BUSY = 3.0  # seconds that a busy machine may need for what is quick
 MEGABYTES = 1024  # that no worker may exceed
-SAMPLE = ("power of three", "tower of 200", "factorial of a factorial", "power of a polynomial", "sum over a billion", "deeper brackets",
-          "a million spaces", "arabic digits", "null byte", "lone surrogate", "python", "text without end")  # fmt: skip
+SAMPLE = (
+    "power of three",
+    "tower of 200",
+    "factorial of a factorial",
+    "power of a polynomial",
+    "sum over a billion",
+    "deeper brackets",
+    "a million spaces",
+    "arabic digits",
+    "null byte",
+    "lone surrogate",
+    "python",
+    "text without end",
+)
 
 
 def item(completion: str, gold: str | None, stopped: bool = True) -> Item:
@@ -61,19 +74,50 @@ def scores(scorer: Scorer[Any], items: Sequence[Item]) -> list[Score]:
 
 
 SAME = [
-    ("1,234", "1234"), ("0.75", r"\frac{3}{4}"), ("50%", "0.5"), (r"10\text{ cm}", "10"), (r"90^\circ", "90"), (r"\text{B}", "(B)"),
-    (r"\textbf{(C)}\ 15", "C"), ("C", r"\text{C: } 15"), ("15", r"\textbf{(C)}\ 15"), ("D, A", "A and D"), ("evelyn", r"\text{Evelyn}"),
-    ("(1, -2)", "(1,-2)"), ("2, 1", "1,2"), (r"\{2,1\}", "1, 2"), (r"\lt", "<"), ("x = 5", "5"), ("a", "(A)"), ("20_8", "20_{8}"),
-    ("20", "20_8"), ("20_8", "16"), (r"12{,}500", "12500"),
-]  # fmt: skip
+    ("1,234", "1234"),
+    ("0.75", r"\frac{3}{4}"),
+    ("50%", "0.5"),
+    (r"10\text{ cm}", "10"),
+    (r"90^\circ", "90"),
+    (r"\text{B}", "(B)"),
+    (r"\textbf{(C)}\ 15", "C"),
+    ("C", r"\text{C: } 15"),
+    ("15", r"\textbf{(C)}\ 15"),
+    ("D, A", "A and D"),
+    ("evelyn", r"\text{Evelyn}"),
+    ("(1, -2)", "(1,-2)"),
+    ("2, 1", "1,2"),
+    (r"\{2,1\}", "1, 2"),
+    (r"\lt", "<"),
+    ("x = 5", "5"),
+    ("a", "(A)"),
+    ("20_8", "20_{8}"),
+    ("20", "20_8"),
+    ("20_8", "16"),
+    (r"12{,}500", "12500"),
+]
 DIFFERENT = [
-    ("1234.5", "1234"), ("2c", "C"), ("(2,1)", "(1,2)"), ("[1,2]", r"\text{B}"), ("1,2,3", "1,2"), ("B", "C"), ("17", "C"),
-    (r"\text{odd}", r"\text{even}"), ("dod", r"\text{odd}"), (">", r"\lt"), ("20_9", "20_8"), ("20_8", "20"), ("19_8", "17"),
-    ("5", ".5"), ("(3,1)", "(5,2)"),
-]  # fmt: skip
+    ("1234.5", "1234"),
+    ("2c", "C"),
+    ("(2,1)", "(1,2)"),
+    ("[1,2]", r"\text{B}"),
+    ("1,2,3", "1,2"),
+    ("B", "C"),
+    ("17", "C"),
+    (r"\text{odd}", r"\text{even}"),
+    ("dod", r"\text{odd}"),
+    (">", r"\lt"),
+    ("20_9", "20_8"),
+    ("20_8", "20"),
+    ("19_8", "17"),
+    ("5", ".5"),
+    ("(3,1)", "(5,2)"),
+]
 
 
-@pytest.mark.parametrize(("found", "gold", "right"), [(*each, True) for each in SAME] + [(*each, False) for each in DIFFERENT])
+@pytest.mark.parametrize(
+    ("found", "gold", "right"), [(*each, True) for each in SAME] + [(*each, False) for each in DIFFERENT]
+)
 def test_what_needs_no_algebra_is_decided_here_and_now(found: str, gold: str, right: bool) -> None:
     assert decided(found, gold) is right
     score = MathAnswer().early(item(boxed(found), gold))
@@ -81,39 +125,77 @@ def test_what_needs_no_algebra_is_decided_here_and_now(found: str, gold: str, ri
 
 
 ALGEBRA = [
-    (r"10\text{ cm}^2", "10", True), (r"\frac{\sqrt{8}}{2}", r"\sqrt{2}", True),
-    (r"\sqrt3/2", r"\dfrac{\sqrt{3}}{2}", True), ("x^2+2x+1", "(x+1)^2", True),
-    (r"2\pi", r"\pi \cdot 2", True), ("x>1", r"(1,\infty)", True), (r"(1,\infty)", "x>1", True), ("5 > x", "x < 5", True),
-    (r"-3, 3", r"\pm 3", True), ("3", r"\pm 3", False), ("2x", "y = 2x", True), (r"\frac \pi4", r"\frac{\pi}{4}", True),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1 \\ 2\end{bmatrix}", True), (r"3\sqrt{2} \text{ cm}", r"3\sqrt{2}", True),
-    (r"\{x \mid 0 < x \leqslant 2\}", r"0 < x \le 2", True), ("2.236068", r"\sqrt{5}", True), ("2.2361", r"\sqrt{5}", False),
-    ("x^2+2x", "(x+1)^2", False), ("1", "2x+z=1", False),
+    (r"10\text{ cm}^2", "10", True),
+    (r"\frac{\sqrt{8}}{2}", r"\sqrt{2}", True),
+    (r"\sqrt3/2", r"\dfrac{\sqrt{3}}{2}", True),
+    ("x^2+2x+1", "(x+1)^2", True),
+    (r"2\pi", r"\pi \cdot 2", True),
+    ("x>1", r"(1,\infty)", True),
+    (r"(1,\infty)", "x>1", True),
+    ("5 > x", "x < 5", True),
+    (r"-3, 3", r"\pm 3", True),
+    ("3", r"\pm 3", False),
+    ("2x", "y = 2x", True),
+    (r"\frac \pi4", r"\frac{\pi}{4}", True),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1 \\ 2\end{bmatrix}", True),
+    (r"3\sqrt{2} \text{ cm}", r"3\sqrt{2}", True),
+    (r"\{x \mid 0 < x \leqslant 2\}", r"0 < x \le 2", True),
+    ("2.236068", r"\sqrt{5}", True),
+    ("2.2361", r"\sqrt{5}", False),
+    ("x^2+2x", "(x+1)^2", False),
+    ("1", "2x+z=1", False),
     ("2^{0.5}", r"\sqrt{2}", True),
-    (r"0 \le x \le 1", "[0,1]", True), ("0.333333x", r"\frac{x}{3}", False), ("infinity", r"\infty", True), ("7", r"\infty", False),
-    (r"-\infty", r"\infty", False), (r"\frac{0}{0}", r"\sqrt{2}", False), ("2y", "2x", False), ("X", "x", False),
-    ("0.0", "e^{-20}", False), ("0", "e^{-50}", False), ("e^{-60}", "e^{-50}", False), (r"\frac{1}{e^{50}}", "e^{-50}", True),
-    ("3x + 2d", "3x+2", False), ("[1,2]", "(1,2)", False), ("1-2i", "1+2i", False), ("2i+1", "1+2i", True),
+    (r"0 \le x \le 1", "[0,1]", True),
+    ("0.333333x", r"\frac{x}{3}", False),
+    ("infinity", r"\infty", True),
+    ("7", r"\infty", False),
+    (r"-\infty", r"\infty", False),
+    (r"\frac{0}{0}", r"\sqrt{2}", False),
+    ("2y", "2x", False),
+    ("X", "x", False),
+    ("0.0", "e^{-20}", False),
+    ("0", "e^{-50}", False),
+    ("e^{-60}", "e^{-50}", False),
+    (r"\frac{1}{e^{50}}", "e^{-50}", True),
+    ("3x + 2d", "3x+2", False),
+    ("[1,2]", "(1,2)", False),
+    ("1-2i", "1+2i", False),
+    ("2i+1", "1+2i", True),
     (r"(4,5)\cup(0,3)", r"(0,3)\cup(4,5)", True),
-]  # fmt: skip
+]
 
 
 def test_what_needs_algebra_is_told_by_the_worker(scorer: Scorer[Any]) -> None:
     """math-verify takes 2x + z = 1 for an answer where the gold one is 1, and not the other way round."""
     found = scores(scorer, [item(boxed(answer), gold) for answer, gold, _ in ALGEBRA])
-    wrong = [(each, score) for each, score in zip(ALGEBRA, found, strict=True) if score.verdict != ("pass" if each[2] else "fail")]
+    wrong = [
+        (each, score)
+        for each, score in zip(ALGEBRA, found, strict=True)
+        if score.verdict != ("pass" if each[2] else "fail")
+    ]
     assert not wrong
     assert all(score.seconds < LIMIT for score in found)
 
 
 def test_a_wrong_answer_that_algebra_would_try_for_ever_is_told_by_its_value(scorer: Scorer[Any]) -> None:
     hard = r"(\sqrt{2}+\sqrt{3}+\sqrt{5}+\sqrt{7}+\sqrt{11})^{40}"
-    assert [score.verdict for score in scores(scorer, [item(boxed(hard), r"2\sqrt{3}"), item(boxed("(x+y+z+w)^{500}"), "x+1")])] == ["fail"] * 2
+    assert [
+        score.verdict
+        for score in scores(scorer, [item(boxed(hard), r"2\sqrt{3}"), item(boxed("(x+y+z+w)^{500}"), "x+1")])
+    ] == ["fail"] * 2
 
 
 def test_where_the_answer_stands() -> None:
-    told = {r"so \boxed{1} and \boxed{\frac{1}{2}}.": r"\frac{1}{2}", "#### 1\n#### 72": "72", "The answer is $x=3$ apples.": "x=3",
-            "Answer: 12.5.": "12.5",
-            r"So it is $\sqrt{5}$.": r"\sqrt{5}", "It is $5$ or 7": "7", r"Thus \(y^2\).": "y^2", "72": "72"}  # fmt: skip
+    told = {
+        r"so \boxed{1} and \boxed{\frac{1}{2}}.": r"\frac{1}{2}",
+        "#### 1\n#### 72": "72",
+        "The answer is $x=3$ apples.": "x=3",
+        "Answer: 12.5.": "12.5",
+        r"So it is $\sqrt{5}$.": r"\sqrt{5}",
+        "It is $5$ or 7": "7",
+        r"Thus \(y^2\).": "y^2",
+        "72": "72",
+    }
     assert {text: final(text) for text in told} == told
 
 
@@ -121,7 +203,9 @@ def test_a_completion_that_was_cut_off_has_not_answered() -> None:
     assert MathAnswer().early(item(boxed("5"), "5", stopped=False)) == Score(0.0, "fail", "did not stop")
 
 
-@pytest.mark.parametrize("gold", [None, "", "  ", "Part (b):", "Part 2 of it", r"\text{Yes, it is possible to win}", "9" * 300, "x" * 1001])
+@pytest.mark.parametrize(
+    "gold", [None, "", "  ", "Part (b):", "Part 2 of it", r"\text{Yes, it is possible to win}", "9" * 300, "x" * 1001]
+)
 def test_a_gold_answer_that_is_none_is_told_without_a_worker(gold: str | None) -> None:
     score = MathAnswer().early(item(boxed("5"), gold))
     assert (
@@ -137,7 +221,11 @@ def test_a_gold_answer_that_algebra_cannot_read_is_an_error_even_where_the_texts
     right, wrong = scores(scorer, [item(boxed(gold), gold), item(boxed("5"), gold)])
     for score in (right, wrong):
         assert (score.value, score.verdict) == (None, "error")
-        assert "the gold answer" in score.reason and "is not read as mathematics" in score.reason and "cases" in score.reason
+        assert (
+            "the gold answer" in score.reason
+            and "is not read as mathematics" in score.reason
+            and "cases" in score.reason
+        )
 
 
 def test_an_answer_that_algebra_cannot_read_is_wrong(scorer: Scorer[Any]) -> None:
@@ -150,7 +238,9 @@ def test_exact_cases_and_algebra_take_no_time_to_speak_of(scorer: Scorer[Any]) -
     for number in range(300):
         reward.early(item(f"It is #### {number}", "17"))
     assert time.process_time() - start < RUNAWAY
-    seconds = sorted(score.seconds for score in scores(scorer, [item(boxed(rf"{n}\sqrt{{2}}"), r"7\sqrt{2}") for n in range(20)]))
+    seconds = sorted(
+        score.seconds for score in scores(scorer, [item(boxed(rf"{n}\sqrt{{2}}"), r"7\sqrt{2}") for n in range(20)])
+    )
     assert seconds[10] < LIMIT / 2
 
 
@@ -189,7 +279,13 @@ def detonate(reward: Worked, gold: str, bombs: Sequence[tuple[str, str]], warm: 
             [score] = scorer.collect()[name]
             took = time.monotonic() - start
             held = peak(pid) if Path(f"/proc/{pid}/status").exists() and took < LIMIT else 0.0
-            if before.verdict != "pass" or took > LIMIT + SLACK or held > MEGABYTES or score.verdict == "pass" or score.value == 1:
+            if (
+                before.verdict != "pass"
+                or took > LIMIT + SLACK
+                or held > MEGABYTES
+                or score.verdict == "pass"
+                or score.value == 1
+            ):
                 faults.append(f"{name}: {score}, {took:.2f} s, {held:.0f} MB, before it {before}")
             if score.verdict in ("error", "timeout") and score.value is not None:
                 faults.append(f"{name}: {score}")
@@ -239,14 +335,24 @@ class Greedy(MathAnswer):
         return {"completion": item.completion}
 
     def judge(self, item: Item, reply: Any) -> Score:
-        return self.lost(item, reply["fault"]) if "fault" in reply else Score(reply["value"], "graded", "steep" if reply["steep"] else "")
+        return (
+            self.lost(item, reply["fault"])
+            if "fault" in reply
+            else Score(reply["value"], "graded", "steep" if reply["steep"] else "")
+        )
 
 
 @pytest.fixture(scope="module")
 def greedy() -> Iterator[Scorer[Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        own = Own("own", "own.py:f", Path("/own.py"), "import mmap\ndef f(completion, row): return len(mmap.mmap(-1, 800 << 20)) >> 20", "f")
+        own = Own(
+            "own",
+            "own.py:f",
+            Path("/own.py"),
+            "import mmap\ndef f(completion, row): return len(mmap.mmap(-1, 800 << 20)) >> 20",
+            "f",
+        )
         with Scorer[Any]([Greedy(), own], 1, BUSY) as scorer:
             yield scorer
 
@@ -319,9 +425,12 @@ def rows(name: str) -> Iterator[tuple[str, str, str | None]]:
         for row in json.loads((DATA / "svamp" / "SVAMP.json").read_text()):
             yield f"{row['Body']} {row['Question']}", f"{row['Equation']} = {row['Answer']}", str(row["Answer"])
         return
-    file, problem, solution = {"gsm8k": ("gsm8k/train", "question", "answer"), "gsm8k-test": ("gsm8k/test", "question", "answer"),
-                               "math": ("math/test", "problem", "solution"),
-                               "numinamath": ("numinamath_cot_1k/train_first1000", "problem", "solution")}[name]  # fmt: skip
+    file, problem, solution = {
+        "gsm8k": ("gsm8k/train", "question", "answer"),
+        "gsm8k-test": ("gsm8k/test", "question", "answer"),
+        "math": ("math/test", "problem", "solution"),
+        "numinamath": ("numinamath_cot_1k/train_first1000", "problem", "solution"),
+    }[name]
     for line in gzip.decompress((DATA / f"{file}.jsonl.gz").read_bytes()).decode().split("\n"):
         if line:
             row = json.loads(line)
@@ -340,9 +449,14 @@ def sweep(scorer: Scorer[Any], name: str, most: int | None) -> tuple[list[str], 
             scorer.submit((number, "own"), Item(problem, solution, gold, {}, True, 1))
             scorer.submit((number, "next"), Item(problem, found[(number + 1) % len(found)][1], gold, {}, True, 1))
     told = scorer.collect()
-    misses = [f"{number}: {score}" for (number, kind), [score] in told.items() if kind == "own" and score.verdict != "pass"]
-    false = [f"{found[number][2]} | {final(found[(number + 1) % len(found)][1])}" for (number, kind), [score] in told.items()
-             if kind == "next" and score.verdict == "pass"]  # fmt: skip
+    misses = [
+        f"{number}: {score}" for (number, kind), [score] in told.items() if kind == "own" and score.verdict != "pass"
+    ]
+    false = [
+        f"{found[number][2]} | {final(found[(number + 1) % len(found)][1])}"
+        for (number, kind), [score] in told.items()
+        if kind == "next" and score.verdict == "pass"
+    ]
     return misses, [each for each in false if not _alike(*each.split(" | ", 1))]
 
 

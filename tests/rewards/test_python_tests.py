@@ -1,4 +1,5 @@
-"""`python_tests`: right programs pass, wrong ones and cheats fail, faults of rows and of the sandbox are errors and never a 0."""
+"""`python_tests`: right programs pass, wrong ones and cheats fail, faults of rows and of the sandbox are errors and
+never a 0."""
 
 from __future__ import annotations
 
@@ -61,7 +62,11 @@ def test_right_programs_pass() -> None:
 @pytest.mark.parametrize("kind", ["cheats", "wrong"])
 def test_some_cheats_and_wrong_programs_fail(kind: str) -> None:
     """A third of each on one shape of row; all of them on both below."""
-    texts = list(cheats.CHEATS.values())[::3] if kind == "cheats" else [cheats.body(text) for text in list(cheats.WRONG.values())[::3]]
+    texts = (
+        list(cheats.CHEATS.values())[::3]
+        if kind == "cheats"
+        else [cheats.body(text) for text in list(cheats.WRONG.values())[::3]]
+    )
     assert [score.verdict for score in judged([*map(item, texts)], timeout=2.5)] == ["fail"] * len(texts)
 
 
@@ -89,7 +94,12 @@ CASES = [
     ("a generator itself", "assert f(3) == [0, 1, 2]", "def f(x): yield from range(x)", "fail"),
     ("in place", "x = [3, 1]\nf(x)\nassert x == [1, 3]", "def f(x): x.sort()", "pass"),
     ("not in place", "x = [3, 1]\nf(x)\nassert x == [1, 3]", "def f(x): return sorted(x)", "fail"),
-    ("a dict in place", "x = {'a': [1]}\nf(x)\nassert x == {'a': [1, 2], 'b': 3}", "def f(x):\n    x['a'].append(2)\n    x['b'] = 3", "pass"),
+    (
+        "a dict in place",
+        "x = {'a': [1]}\nf(x)\nassert x == {'a': [1, 2], 'b': 3}",
+        "def f(x):\n    x['a'].append(2)\n    x['b'] = 3",
+        "pass",
+    ),
     ("the same object", "x = [1]\nassert f(x) is x", "def f(x): return x", "pass"),
     ("a copy", "x = [1]\nassert f(x) is not x", "def f(x): return x", "fail"),
     ("nan", "import math\nassert math.isnan(f(1))", "def f(x): return float('nan')", "pass"),
@@ -97,40 +107,88 @@ CASES = [
     ("near", "import math\nassert math.isclose(f(1), 0.3)", "def f(x): return 0.1 + 0.2", "pass"),
     ("a great number", "assert f(10) == 10 ** 20000", "def f(x): return x ** 20000", "pass"),
     ("a text of surrogates", "assert f('\\ud800') == '\\ud800\\x00'", "def f(x): return x + '\\x00'", "pass"),
-    ("an exception that is expected", "try:\n    f(1)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'no'",
-     "def f(x): raise ValueError('no')", "pass"),
-    ("of a class below it", "try:\n    f(1)\n    assert False\nexcept LookupError:\n    pass",
-     "class Mine(KeyError): pass\ndef f(x): raise Mine('no')", "pass"),
-    ("another exception", "try:\n    f(1)\n    assert False\nexcept ValueError:\n    pass", "def f(x): raise TypeError('no')", "fail"),
-    ("none where one is expected", "try:\n    f(1)\n    assert False\nexcept ValueError:\n    pass", "def f(x): pass", "fail"),
-    ("an end of all loops", "assert [1] == list(map(f, [1, 2])) or all(map(f, [1]))", "def f(x): raise StopIteration", "fail"),
-    ("objects of the solution", "p = P(3)\np.x = 4\nassert f(p) == 4 and p.x == 4 and p.twice() == 8",
-     "class P:\n    def __init__(self, x): self.x = x\n    def twice(self): return 2 * self.x\ndef f(x): return x.x", "pass"),
+    (
+        "an exception that is expected",
+        "try:\n    f(1)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'no'",
+        "def f(x): raise ValueError('no')",
+        "pass",
+    ),
+    (
+        "of a class below it",
+        "try:\n    f(1)\n    assert False\nexcept LookupError:\n    pass",
+        "class Mine(KeyError): pass\ndef f(x): raise Mine('no')",
+        "pass",
+    ),
+    (
+        "another exception",
+        "try:\n    f(1)\n    assert False\nexcept ValueError:\n    pass",
+        "def f(x): raise TypeError('no')",
+        "fail",
+    ),
+    (
+        "none where one is expected",
+        "try:\n    f(1)\n    assert False\nexcept ValueError:\n    pass",
+        "def f(x): pass",
+        "fail",
+    ),
+    (
+        "an end of all loops",
+        "assert [1] == list(map(f, [1, 2])) or all(map(f, [1]))",
+        "def f(x): raise StopIteration",
+        "fail",
+    ),
+    (
+        "objects of the solution",
+        "p = P(3)\np.x = 4\nassert f(p) == 4 and p.x == 4 and p.twice() == 8",
+        "class P:\n    def __init__(self, x): self.x = x\n    def twice(self): return 2 * self.x\ndef f(x): return x.x",
+        "pass",
+    ),
     ("types as arguments", "assert f(int) == 0", "def f(x): return x()", "pass"),
     ("named arguments", "assert f(x=2) == 2", "def f(x): return x", "pass"),
     ("deep recursion", "assert f(800) == 800", "def f(x): return 1 + f(x - 1) if x else 0", "pass"),
-    ("prints and reads", "assert f(1) == 1", "def f(x):\n    print('x' * 1000000)\n    try: input()\n    except EOFError: return x", "pass"),
-    ("a main part that is not run", "assert f(1) == 1", "def f(x): return x\nif __name__ == '__main__':\n    1 / 0", "pass"),
+    (
+        "prints and reads",
+        "assert f(1) == 1",
+        "def f(x):\n    print('x' * 1000000)\n    try: input()\n    except EOFError: return x",
+        "pass",
+    ),
+    (
+        "a main part that is not run",
+        "assert f(1) == 1",
+        "def f(x): return x\nif __name__ == '__main__':\n    1 / 0",
+        "pass",
+    ),
     ("crashes", "assert f(1) == 1", "import ctypes\ndef f(x): return ctypes.string_at(0)", "fail"),
     ("too much memory", "assert f(1) == 1", "def f(x): return len(bytearray(4 << 30)) and 1", "fail"),
     ("an endless value", "assert f(1) == 1", "def f(x): return 'x' * (64 << 20)", "fail"),
     ("missing", "assert f(1) == 1", "def g(x): return 1", "fail"),
-]  # fmt: skip
+]
 
 
 @needs_sandbox
 def test_what_tests_mean() -> None:
     items = [item(code, row(test, code="def f(x): pass\nclass P: pass")) for _, test, code, _ in CASES]
-    assert {case[0]: (score.verdict, score.reason) for case, score in zip(CASES, judged(items), strict=True) if score.verdict != case[3]} == {}
+    assert {
+        case[0]: (score.verdict, score.reason)
+        for case, score in zip(CASES, judged(items), strict=True)
+        if score.verdict != case[3]
+    } == {}
 
 
 @needs_sandbox
 def test_types_count_as_far_as_the_reference_minds_them() -> None:
     """Where a row's own reference says 0 for False, so may a completion; nothing else is forgiven, and no other row."""
     tests = ("assert f(1) == True", "assert f(0) == False", "assert f(2) == [False]")
-    loose, strict = (row(*tests, code=f"def f(x): return {back}") for back in ("[0] if x == 2 else x", "[False] if x == 2 else x == 1"))
-    codes = ["def f(x): return [0] if x == 2 else x", "def f(x): return [0] if x == 2 else 0", "def f(x): return (0,) if x == 2 else x",
-             "def f(x): return [False] if x == 2 else x == 1"]  # fmt: skip
+    loose, strict = (
+        row(*tests, code=f"def f(x): return {back}")
+        for back in ("[0] if x == 2 else x", "[False] if x == 2 else x == 1")
+    )
+    codes = [
+        "def f(x): return [0] if x == 2 else x",
+        "def f(x): return [0] if x == 2 else 0",
+        "def f(x): return (0,) if x == 2 else x",
+        "def f(x): return [False] if x == 2 else x == 1",
+    ]
     assert verdicts(*(item(code, loose) for code in codes)) == ["pass", "fail", "fail", "pass"]
     assert verdicts(*(item(code, strict) for code in codes)) == ["fail", "fail", "fail", "pass"]
     assert verdicts(item(codes[0], {"test_list": list(tests), "test_setup_code": ""})) == ["fail"]
@@ -148,10 +206,18 @@ def test_reasons_say_what_happened() -> None:
         cheats.CHEATS["speaks for the tester at once"],
     ]
     scores = judged([item(text, row("assert f(1) == 1")) for text in texts], timeout=2.5)
-    said = ["assert f(1) == 1: got 2", "raised ZeroDivisionError: division by zero", "the code ended its process with code 3",
-            "the code was killed by SIGSEGV", "raised SyntaxError: ", "did not end within 1.5 s",
-            "wrote to the stream of its results"]  # fmt: skip
-    assert all(score.verdict == "fail" and score.reason.startswith(words) for score, words in zip(scores, said, strict=True)), scores
+    said = [
+        "assert f(1) == 1: got 2",
+        "raised ZeroDivisionError: division by zero",
+        "the code ended its process with code 3",
+        "the code was killed by SIGSEGV",
+        "raised SyntaxError: ",
+        "did not end within 1.5 s",
+        "wrote to the stream of its results",
+    ]
+    assert all(
+        score.verdict == "fail" and score.reason.startswith(words) for score, words in zip(scores, said, strict=True)
+    ), scores
     assert "\x1b" not in "".join(score.reason for score in scores)
 
 
@@ -178,8 +244,13 @@ def test_rows_without_tests_are_faults_of_the_data(bad: dict[str, Any], why: str
 
 @needs_sandbox
 def test_tests_that_cannot_run_are_errors_and_not_zeros() -> None:
-    rows = [row("assert f(1) == unknown_name"), row("import no_such_module", "assert f(1) == 1"), row("assert f(lambda: 1) == 1"),
-            row("if False:\n    assert f(1) == 1"), row("x = 1 / 0", "assert f(1) == 1")]  # fmt: skip
+    rows = [
+        row("assert f(1) == unknown_name"),
+        row("import no_such_module", "assert f(1) == 1"),
+        row("assert f(lambda: 1) == 1"),
+        row("if False:\n    assert f(1) == 1"),
+        row("x = 1 / 0", "assert f(1) == 1"),
+    ]
     scores = judged([item("def f(x): return x", each) for each in rows])
     assert [(score.value, score.verdict) for score in scores] == [(None, "error")] * len(rows), scores
 
@@ -190,7 +261,9 @@ def test_a_sandbox_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(launch, "python", lambda level: ("/bin/false",))
     ended = Pair("landlock").check("", "x = 1", "", "assert 1", 1.0)
-    assert ended.outcome == "error" and ended.reason.startswith("the sandbox did not start: it ended its process with code 1")
+    assert ended.outcome == "error" and ended.reason.startswith(
+        "the sandbox did not start: it ended its process with code 1"
+    )
     score = PythonTests().judge(item("x"), {"value": {"outcome": "error", "reason": ended.reason}, "seconds": 0.1})
     assert score.value is None and score.verdict == "error"
 
@@ -203,7 +276,9 @@ def test_a_machine_that_is_too_busy_is_not_the_codes_fault(monkeypatch: pytest.M
         monkeypatch.setattr(Confined, "times", lambda self, both=(ran, waited): both)
         strongest = levels.strongest()
         assert strongest is not None
-        found[ran, waited] = Pair(strongest.level).check("", "import time\ntime.sleep(100)", "", "assert 1", 0.5).outcome
+        found[ran, waited] = (
+            Pair(strongest.level).check("", "import time\ntime.sleep(100)", "", "assert 1", 0.5).outcome
+        )
     assert found == {(0.1, 0.5): "late", (0.4, 0.5): "fail", (0.1, 0.0): "fail", (0.0, 0.0): "fail"}
     score = PythonTests().judge(item("x"), {"value": {"outcome": "late", "reason": "too busy"}, "seconds": 6.0})
     assert score.value is None and score.verdict == "timeout"
@@ -229,8 +304,14 @@ def test_times_of_a_process_are_its_own() -> None:
 
 def test_what_the_worker_does_not_say_is_an_error_or_a_timeout() -> None:
     reward = PythonTests()
-    assert [reward.overdue(item("x"), 3.0).verdict, reward.lost(item("x"), "was killed by SIGKILL").verdict] == ["timeout", "error"]
-    assert reward.overdue(item("x"), 3.0).value is None and reward.judge(item("x"), {"fault": "raised X", "seconds": 0.0}).value is None
+    assert [reward.overdue(item("x"), 3.0).verdict, reward.lost(item("x"), "was killed by SIGKILL").verdict] == [
+        "timeout",
+        "error",
+    ]
+    assert (
+        reward.overdue(item("x"), 3.0).value is None
+        and reward.judge(item("x"), {"fault": "raised X", "seconds": 0.0}).value is None
+    )
 
 
 def test_a_completion_that_did_not_stop_fails() -> None:
@@ -256,7 +337,15 @@ def test_the_code_of_a_completion(completion: str, code: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["```python\n" * 100_000, "`" * 1_000_000, " " * 1_000_000, "```" + "a" * 1_000_000, "\n```x" * 200_000, " ```\n" * 200_000]
+    "text",
+    [
+        "```python\n" * 100_000,
+        "`" * 1_000_000,
+        " " * 1_000_000,
+        "```" + "a" * 1_000_000,
+        "\n```x" * 200_000,
+        " ```\n" * 200_000,
+    ],
 )
 def test_the_code_of_a_hostile_completion_is_found_at_once(text: str) -> None:
     start = time.process_time()
@@ -276,7 +365,9 @@ def test_below_the_floor_code_is_refused_unless_accepted_in_words(monkeypatch: p
     monkeypatch.setattr(reward_module, "strongest", lambda: None)
     monkeypatch.setattr(reward_module, "why_none", lambda: "landlock: not in this kernel")
     plain = make([RewardUse(use="python_tests")], Path())[0].reward
-    with pytest.raises(UserError, match="no sandbox for it .landlock: not in this kernel.*accept_unsafe_code: code that a model wrote"):
+    with pytest.raises(
+        UserError, match="no sandbox for it .landlock: not in this kernel.*accept_unsafe_code: code that a model wrote"
+    ):
         Scorer[int]([plain])
     accepted = make([RewardUse(use="python_tests", accept_unsafe_code=UNSAFE_CODE)], Path())[0].reward
     assert isinstance(accepted, PythonTests) and accepted.job()["level"] == "none" and "WITHOUT" in accepted.note()
@@ -325,5 +416,6 @@ def test_all_reference_solutions_pass(name: str) -> None:
     rate, median = len(rows) / (time.perf_counter() - start), statistics.median(score.seconds for score in scores)
     print(f"{name}: {rate:.1f} checks a second with 2 workers, median {1e3 * median:.0f} ms")
     missed = {each["task_id"]: score for each, score in zip(rows, scores, strict=True) if score.verdict != "pass"}
-    right = {number: score for number, score in missed.items() if score.verdict != "timeout"}  # a busy machine says nothing
+    # a busy machine says nothing
+    right = {number: score for number, score in missed.items() if score.verdict != "timeout"}
     assert not right and len(missed) <= 2, missed

@@ -19,11 +19,21 @@ from tests.hostile import RUNAWAY
 
 MEGABYTE = 1_000_000
 HOSTILE = {
-    "empty": "", "nul": "\x00" * MEGABYTE, "surrogates": "\ud800" * MEGABYTE, "bidi": "\u202e\u2066abc" * 200_000,
-    "letter": "a" * MEGABYTE, "lines": "\n" * MEGABYTE, "words": "word " * 200_000, "braces": "{" * MEGABYTE, "brackets": "[" * MEGABYTE,
-    "quotes": '"' * MEGABYTE, "fences": "```json\n" * 100_000, "digits": "9" * MEGABYTE, "deep": '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "empty": "",
+    "nul": "\x00" * MEGABYTE,
+    "surrogates": "\ud800" * MEGABYTE,
+    "bidi": "\u202e\u2066abc" * 200_000,
+    "letter": "a" * MEGABYTE,
+    "lines": "\n" * MEGABYTE,
+    "words": "word " * 200_000,
+    "braces": "{" * MEGABYTE,
+    "brackets": "[" * MEGABYTE,
+    "quotes": '"' * MEGABYTE,
+    "fences": "```json\n" * 100_000,
+    "digits": "9" * MEGABYTE,
+    "deep": '{"a":' * 100_000 + "1" + "}" * 100_000,
     "escapes": "\x1b]52;c;AAAA\x07" * 50_000,
-}  # fmt: skip
+}
 
 
 def item(completion: str, **row: Any) -> Item:
@@ -62,22 +72,42 @@ def test_patterns_know_letters_of_all_scripts_and_what_is_no_text() -> None:
 @pytest.mark.parametrize(
     ("pattern", "words"),
     [
-        ("a(?=b)", "has lookaround"), ("(?<!b)a", "has lookaround"), (r"(a)\1", "has backreferences"), ("(?P<n>a)(?P=n)", "has backreferences"),
-        ("a++", "possessive"), ("(?>a)", "possessive"), (r"a\Z", r"write `\z`"), (r"\u0041", "write the character itself"), ("(a", "missing )"),
-        ("a{1001}", "invalid repetition size"), (r"(\pL{30}){30}", "too large"), ("\ud800", "UTF-8"),
+        ("a(?=b)", "has lookaround"),
+        ("(?<!b)a", "has lookaround"),
+        (r"(a)\1", "has backreferences"),
+        ("(?P<n>a)(?P=n)", "has backreferences"),
+        ("a++", "possessive"),
+        ("(?>a)", "possessive"),
+        (r"a\Z", r"write `\z`"),
+        (r"\u0041", "write the character itself"),
+        ("(a", "missing )"),
+        ("a{1001}", "invalid repetition size"),
+        (r"(\pL{30}){30}", "too large"),
+        ("\ud800", "UTF-8"),
     ],
-)  # fmt: skip
-def test_what_re2_does_not_know_is_refused_in_a_sentence(pattern: str, words: str, capfd: pytest.CaptureFixture[str]) -> None:
+)
+def test_what_re2_does_not_know_is_refused_in_a_sentence(
+    pattern: str, words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     use = RewardUse.model_construct(use="regex", pattern=pattern, weight=1.0)  # a recipe holds no surrogate
     with pytest.raises(Faults) as caught:
         make([use], Path())
-    assert words in str(caught.value) and str(caught.value).startswith("rewards.0: `pattern` ") and len(caught.value.faults) == 1
+    assert (
+        words in str(caught.value)
+        and str(caught.value).startswith("rewards.0: `pattern` ")
+        and len(caught.value.faults) == 1
+    )
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
     ("pattern", "text"),
-    [("(a+)+b", "a" * MEGABYTE), ("(a|aa)+$", "a" * MEGABYTE + "!"), (r"(\w+\s?)*\.", "word " * 200_000 + "!"), ("(.*)*x", "y" * MEGABYTE)],
+    [
+        ("(a+)+b", "a" * MEGABYTE),
+        ("(a|aa)+$", "a" * MEGABYTE + "!"),
+        (r"(\w+\s?)*\.", "word " * 200_000 + "!"),
+        ("(.*)*x", "y" * MEGABYTE),
+    ],
 )
 def test_no_pattern_runs_away(pattern: str, text: str) -> None:
     start = time.process_time()
@@ -89,32 +119,61 @@ def test_repetition_is_the_share_of_distinct_ngrams() -> None:
     reward = one("repetition", ngram=2)
     # `a b a b a` has (a b) (b a) (a b) (b a), of which 2 are distinct
     assert values(reward, "", "one", "one two", "one two three", "a b a b a", "A b, a B,") == [1, 1, 1, 1, 0.5, 3 / 5]
-    assert values(one("repetition"), "a b c d a b c d") == [4 / 5] and values(one("repetition"), "word " * 10_003) == [1e-4]
-    assert values(one("repetition"), "a" * 1600)[0] == pytest.approx(1 / 97) and values(one("repetition"), "\u4e2d" * 103) == [0.01]
+    assert values(one("repetition"), "a b c d a b c d") == [4 / 5] and values(one("repetition"), "word " * 10_003) == [
+        1e-4
+    ]
+    assert values(one("repetition"), "a" * 1600)[0] == pytest.approx(1 / 97) and values(
+        one("repetition"), "\u4e2d" * 103
+    ) == [0.01]
     assert reward.score([item("a")])[0].verdict == "graded" and reward.judges is False
 
 
-SCHEMA = {"type": "object", "required": ["name"], "additionalProperties": False,
-          "properties": {"name": {"type": "string", "pattern": "^[a-z]+$"}, "age": {"type": "integer", "minimum": 0},
-                         "in": {"$ref": "#/$defs/place"}}, "$defs": {"place": {"enum": ["Rome", "Oslo"]}}}  # fmt: skip
+SCHEMA = {
+    "type": "object",
+    "required": ["name"],
+    "additionalProperties": False,
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-z]+$"},
+        "age": {"type": "integer", "minimum": 0},
+        "in": {"$ref": "#/$defs/place"},
+    },
+    "$defs": {"place": {"enum": ["Rome", "Oslo"]}},
+}
 FENCED = "Here:\n```json\n%s\n```\nThat is all."
 
 
 @pytest.mark.parametrize(
     ("text", "right"),
     [
-        ('{"name": "ann"}', 1), (' {"name": "ann", "age": 3, "in": "Oslo"}\n', 1), (FENCED % '{"name": "ann"}', 1),
+        ('{"name": "ann"}', 1),
+        (' {"name": "ann", "age": 3, "in": "Oslo"}\n', 1),
+        (FENCED % '{"name": "ann"}', 1),
         ('{"name": "ann", "age": 3.0}', 1),
-        ('```\n{"name": "x"}\n```', 1), (FENCED % "{}" + FENCED % '{"name": "ann"}', 1), ('{"name": "\\u0061nn"}', 1),
-        (FENCED % '{"name": "ann"}' + FENCED % "{}", 0), ('```json\n{"name": "ann"}', 0), ('It is {"name": "ann"}', 0),
+        ('```\n{"name": "x"}\n```', 1),
+        (FENCED % "{}" + FENCED % '{"name": "ann"}', 1),
+        ('{"name": "\\u0061nn"}', 1),
+        (FENCED % '{"name": "ann"}' + FENCED % "{}", 0),
+        ('```json\n{"name": "ann"}', 0),
+        ('It is {"name": "ann"}', 0),
         ('{"name": "ann"} {}', 0),
-        ('```python\n{"name": "ann"}\n```', 0), ('{"name": "Ann"}', 0), ('{"name": "ann", "age": -1}', 0), ('{"name": "ann", "in": "Bonn"}', 0),
-        ('{"name": "ann", "age": true}', 0), ('{"name": "ann", "more": 1}', 0), ('{"name": "ann", "age": NaN}', 0), ("[]", 0),
-        ('"ann"', 0), ("", 0),
-        ('{"name": "x y", "name": "ann"}', 0), ('{"name": "ann", "age": 1e999}', 0), ('{"name": "ann", "age": 1%s}' % ("0" * 400), 0),
-        ("{'name': 'ann'}", 0), ('{"name": "ann",}', 0), ('{"name": "\x00"}', 0),
+        ('```python\n{"name": "ann"}\n```', 0),
+        ('{"name": "Ann"}', 0),
+        ('{"name": "ann", "age": -1}', 0),
+        ('{"name": "ann", "in": "Bonn"}', 0),
+        ('{"name": "ann", "age": true}', 0),
+        ('{"name": "ann", "more": 1}', 0),
+        ('{"name": "ann", "age": NaN}', 0),
+        ("[]", 0),
+        ('"ann"', 0),
+        ("", 0),
+        ('{"name": "x y", "name": "ann"}', 0),
+        ('{"name": "ann", "age": 1e999}', 0),
+        ('{"name": "ann", "age": 1%s}' % ("0" * 400), 0),
+        ("{'name': 'ann'}", 0),
+        ('{"name": "ann",}', 0),
+        ('{"name": "\x00"}', 0),
     ],
-)  # fmt: skip
+)
 def test_a_completion_is_json_under_a_schema(text: str, right: int, schema_worker: Scorer[int]) -> None:
     schema_worker.submit(0, item(text))
     score = schema_worker.collect()[0][0]
@@ -130,7 +189,12 @@ def schema_worker() -> Iterator[Scorer[int]]:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_json_is_no_json(name: str, schema_worker: Scorer[int]) -> None:
     start = time.monotonic()
-    for text in (HOSTILE[name], HOSTILE[name][:190_000], FENCED % HOSTILE[name][:190_000], FENCED % ('{"name":' * 50 + HOSTILE[name][:90_000])):
+    for text in (
+        HOSTILE[name],
+        HOSTILE[name][:190_000],
+        FENCED % HOSTILE[name][:190_000],
+        FENCED % ('{"name":' * 50 + HOSTILE[name][:90_000]),
+    ):
         schema_worker.submit(0, item(text))
         [score] = schema_worker.collect()[0]
         assert (score.value, score.verdict) == (0.0, "fail") and score.reason.isprintable() and len(score.reason) < 500
@@ -150,17 +214,26 @@ def test_a_pattern_of_a_schema_that_runs_away_is_a_timeout_and_never_a_zero() ->
 @pytest.mark.parametrize(
     ("schema", "words"),
     [
-        ({"type": "strin"}, "is no JSON schema: at $.type"), ({"pattern": "("}, "is no JSON schema: at $.pattern"),
+        ({"type": "strin"}, "is no JSON schema: at $.type"),
+        ({"pattern": "("}, "is no JSON schema: at $.pattern"),
         ({"$ref": "#"}, "without end"),
-        ({"$ref": "https://example.com/s.json"}, "refers to https://example.com/s.json, which is not in it; nothing is fetched"),
-        ({"properties": {"a": {"$ref": "other.json"}}}, "refers to other.json"), ({"$dynamicRef": "https://example.com/d"},
-        "nothing is fetched"), ({"items": {"$ref": "#/$defs/no"}}, "/$defs/no"),
-        ({"$schema": "https://example.com/draft"}, "a `$schema` that is not known"), ("./none.json", "cannot be read"),
+        (
+            {"$ref": "https://example.com/s.json"},
+            "refers to https://example.com/s.json, which is not in it; nothing is fetched",
+        ),
+        ({"properties": {"a": {"$ref": "other.json"}}}, "refers to other.json"),
+        ({"$dynamicRef": "https://example.com/d"}, "nothing is fetched"),
+        ({"items": {"$ref": "#/$defs/no"}}, "/$defs/no"),
+        ({"$schema": "https://example.com/draft"}, "a `$schema` that is not known"),
+        ("./none.json", "cannot be read"),
         ("./bad.json", "is no JSON"),
-        ("./list.json", "neither an object"), ({"minimum": "3"}, "is no JSON schema"),
+        ("./list.json", "neither an object"),
+        ({"minimum": "3"}, "is no JSON schema"),
     ],
-)  # fmt: skip
-def test_a_schema_is_checked_before_anything_runs(schema: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+)
+def test_a_schema_is_checked_before_anything_runs(
+    schema: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("the network was asked"))
@@ -172,21 +245,31 @@ def test_schemas_come_from_files_refer_to_themselves_and_say_their_draft(tmp_pat
     tree = {"$id": "https://example.com/tree", "type": "array", "items": {"$ref": "#"}}
     old = {"$schema": "http://json-schema.org/draft-04/schema#", "minimum": 3, "exclusiveMinimum": True}
     (tmp_path / "tree.json").write_text(json.dumps(tree))
-    assert values(one("json_schema", tmp_path, json_schema="./tree.json"), "[[], [[]]]", "[[1]]", "[" * 60 + "]" * 60) == [1, 0, 1]
+    assert values(
+        one("json_schema", tmp_path, json_schema="./tree.json"), "[[], [[]]]", "[[1]]", "[" * 60 + "]" * 60
+    ) == [1, 0, 1]
     assert values(one("json_schema", json_schema=old), "3", "4") == [0, 1]
 
 
 def test_without_its_package_a_reward_is_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "needs jsonschema; install it with `pip install 'lowrank-tune[verifiers]'`" in refusal("json_schema", json_schema=SCHEMA)
+    assert "needs jsonschema; install it with `pip install 'lowrank-tune[verifiers]'`" in refusal(
+        "json_schema", json_schema=SCHEMA
+    )
 
 
 def test_the_recipe_and_the_rewards_know_the_same_settings() -> None:
     assert set(earned.REWARDS) == set(uses.MAKERS)
-    assert {key: set(owners) for key, (owners, _) in earned.NEEDS.items()} == {key: set(owners) for key, owners in uses.OWNERS.items()}
+    assert {key: set(owners) for key, (owners, _) in earned.NEEDS.items()} == {
+        key: set(owners) for key, owners in uses.OWNERS.items()
+    }
     assert {key for key, (_, says) in earned.NEEDS.items() if not says} == set(uses.OPTIONAL)
     every = [{"use": use} for use in uses.MAKERS]
-    assert [list(earned.rewards({"algorithm": "grpo", "rewards": [each]}))[:1] for each in every if each["use"] == "repetition"] == [[]]
+    assert [
+        list(earned.rewards({"algorithm": "grpo", "rewards": [each]}))[:1]
+        for each in every
+        if each["use"] == "repetition"
+    ] == [[]]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -199,8 +282,15 @@ def test_hostile_completions_are_judged_at_once(name: str) -> None:
 
 
 def test_rules_weigh_together_each_under_its_name() -> None:
-    weighted = make([RewardUse(use="regex", pattern="sorry", weight=-0.5), RewardUse(use="format", pattern="(?s).*\\."),
-                     RewardUse(use="repetition", weight=0.25), RewardUse(use="regex", pattern="72")], Path())  # fmt: skip
+    weighted = make(
+        [
+            RewardUse(use="regex", pattern="sorry", weight=-0.5),
+            RewardUse(use="format", pattern="(?s).*\\."),
+            RewardUse(use="repetition", weight=0.25),
+            RewardUse(use="regex", pattern="72"),
+        ],
+        Path(),
+    )
     assert [each.name for each in weighted] == ["regex", "format", "repetition", "regex-2"]
     with Scorer[int]([each.reward for each in weighted]) as scorer:
         scorer.submit(0, item("I am sorry, it is 72."))

@@ -1,4 +1,5 @@
-"""The sandbox: attacks at every level that this machine offers, as this user and as nobody; values and messages that are hostile."""
+"""The sandbox: attacks at every level that this machine offers, as this user and as nobody; values and messages that
+are hostile."""
 
 from __future__ import annotations
 
@@ -28,7 +29,17 @@ from lowrank_tune.rewards.sandbox.channel import LONGEST, Channel, Closed, Late,
 from lowrank_tune.rewards.sandbox.launch import FOLDER, PACKAGE, Confined, Foreign, Level
 from lowrank_tune.rewards.sandbox.values import DEEPEST, Unplain, Unreadable, decode, encode
 
-SOME = ("forks", "secret file", "parent's memory", "TCP", "disk", "signals to a sibling", "mount", "crash", "flood of everything")
+SOME = (
+    "forks",
+    "secret file",
+    "parent's memory",
+    "TCP",
+    "disk",
+    "signals to a sibling",
+    "mount",
+    "crash",
+    "flood of everything",
+)
 ALONE = f"""import sys
 for name in ("lowrank_tune", "lowrank_tune.rewards", "{PACKAGE}"):
     sys.modules[name] = type(sys)(name)
@@ -74,7 +85,12 @@ def python_of_nobody() -> str | None:
     for path in (os.path.realpath(sys.executable), "/usr/bin/python3", "/usr/local/bin/python3"):
         code = f"import os, sys; open({str(FOLDER / 'child.py')!r}); sys.exit(sys.version_info < (3, 11))"
         try:
-            if subprocess.run([path, "-c", code], user=65534, group=65534, extra_groups=[], capture_output=True).returncode == 0:
+            if (
+                subprocess.run(
+                    [path, "-c", code], user=65534, group=65534, extra_groups=[], capture_output=True
+                ).returncode
+                == 0
+            ):
                 return path
         except OSError:
             continue
@@ -87,7 +103,9 @@ def as_nobody(*names: str) -> dict[str, Any]:
     if (python := python_of_nobody()) is None:
         pytest.skip("nobody may run no Python 3.11 here, or not read this checkout")
     command = [python, "-P", "-s", "-S", "-B", "-c", ALONE + "import attacks; attacks.main(sys.argv[1:])", *names]
-    done = subprocess.run(command, user=65534, group=65534, extra_groups=[], capture_output=True, text=True, cwd="/", check=True)
+    done = subprocess.run(
+        command, user=65534, group=65534, extra_groups=[], capture_output=True, text=True, cwd="/", check=True
+    )
     told: dict[str, Any] = json.loads(done.stdout)
     assert told["user"] == 65534
     return told["levels"]  # type: ignore[no-any-return]
@@ -100,7 +118,10 @@ def stopped_at(told: dict[str, Any]) -> list[str]:
 
 
 def test_attacks_without_privileges() -> None:
-    assert stopped_at(as_nobody("forks", "secret file", "TCP", "signals to a sibling", "unshare")) or levels.strongest() is None
+    assert (
+        stopped_at(as_nobody("forks", "secret file", "TCP", "signals to a sibling", "unshare"))
+        or levels.strongest() is None
+    )
 
 
 @pytest.mark.slow
@@ -171,10 +192,14 @@ def test_a_message_without_the_nonce_is_not_taken(level: Level, prefix: str) -> 
 
 def test_a_level_with_an_open_door_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a level claims is tried: where something works that must not, it does not count."""
-    monkeypatch.setattr(levels, "PROBE", levels.PROBE.replace('"opens sockets": lambda: socket.socket(', '"sums": lambda: max('))
+    monkeypatch.setattr(
+        levels, "PROBE", levels.PROBE.replace('"opens sockets": lambda: socket.socket(', '"sums": lambda: max(')
+    )
     found = [levels.attempt.__wrapped__(each) for each in levels.LEVELS]
     assert (
-        all(offer.fault for offer in found) and any(offer.fault == "code at this level sums" for offer in found) or levels.strongest() is None
+        all(offer.fault for offer in found)
+        and any(offer.fault == "code at this level sums" for offer in found)
+        or levels.strongest() is None
     )
 
 
@@ -184,7 +209,9 @@ def test_a_level_with_an_open_door_is_none(monkeypatch: pytest.MonkeyPatch) -> N
 def answer(number: int, *arguments: int, architecture: int | None = None) -> int:
     """What the filter says to a call: classic BPF, the four instructions that it uses."""
     known, _ = seccomp.MACHINES[os.uname().machine]
-    data = struct.pack("<IIQ6Q", number, known if architecture is None else architecture, 0, *arguments, *[0] * (6 - len(arguments)))
+    data = struct.pack(
+        "<IIQ6Q", number, known if architecture is None else architecture, 0, *arguments, *[0] * (6 - len(arguments))
+    )
     lines, place, loaded = list(struct.iter_unpack("<HBBI", seccomp.program())), 0, 0
     while True:
         code, true, false, value = lines[place]
@@ -206,10 +233,23 @@ def test_the_filter_lets_through_what_it_should_and_no_more() -> None:
     assert {name for name in plain if answer(numbers[name]) != allow} == set() and len(plain) > 60
     own, other = os.getpid(), os.getppid()
     for name in ("kill", "tkill", "tgkill"):
-        assert [answer(numbers[name], pid & 0xFFFFFFFF, 9) for pid in (own, other, 0, 1, -1, -own)] == [allow, *[refuse] * 5]
-    assert [answer(numbers["clone"], flags) for flags in (0x3D0F00, 0x7D0F00, 17, 0x10000011, 0x4111)] == [allow, allow, *[refuse] * 3]
+        assert [answer(numbers[name], pid & 0xFFFFFFFF, 9) for pid in (own, other, 0, 1, -1, -own)] == [
+            allow,
+            *[refuse] * 5,
+        ]
+    assert [answer(numbers["clone"], flags) for flags in (0x3D0F00, 0x7D0F00, 17, 0x10000011, 0x4111)] == [
+        allow,
+        allow,
+        *[refuse] * 3,
+    ]
     assert [answer(numbers["prlimit64"], pid) for pid in (0, own)] == [allow, refuse]
-    assert [answer(numbers["fcntl"], 3, command) for command in (1, 4, 8, 10, 15)] == [allow, allow, refuse, refuse, refuse]
+    assert [answer(numbers["fcntl"], 3, command) for command in (1, 4, 8, 10, 15)] == [
+        allow,
+        allow,
+        refuse,
+        refuse,
+        refuse,
+    ]
     assert [answer(numbers["ioctl"], 0, command) for command in (0x5401, 0x5412)] == [allow, refuse]
     assert [answer(numbers["socketpair"], family) for family in (1, 2)] == [allow, refuse]
     assert answer(numbers["clone3"]) == 0x00050000 | errno.ENOSYS
@@ -221,12 +261,24 @@ def test_the_filter_lets_through_what_it_should_and_no_more() -> None:
 # Values.
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary() | st.complex_numbers(allow_nan=False)
-    | st.integers(0, 10**6000) | st.characters(categories=["Cs"]),
-    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner) | st.sets(st.integers())
-    | st.frozensets(st.text()),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary()
+    | st.complex_numbers(allow_nan=False)
+    | st.integers(0, 10**6000)
+    | st.characters(categories=["Cs"]),
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(), inner)
+        | st.sets(st.integers())
+        | st.frozensets(st.text())
+    ),
     max_leaves=20,
-)  # fmt: skip
+)
 
 
 def exact(value: Any) -> Any:
@@ -246,7 +298,17 @@ def test_values_come_back_as_they_went(value: Any) -> None:
 
 
 def test_values_of_the_library_come_back() -> None:
-    values = [Counter("abca"), OrderedDict(a=1), deque([1, 2]), Decimal("1.50"), Fraction(1, 3), range(1, 9, 3), bytearray(b"x"), int, ...]
+    values = [
+        Counter("abca"),
+        OrderedDict(a=1),
+        deque([1, 2]),
+        Decimal("1.50"),
+        Fraction(1, 3),
+        range(1, 9, 3),
+        bytearray(b"x"),
+        int,
+        ...,
+    ]
     back = decode(encode(values))
     assert back == values and [type(each) for each in back] == [type(each) for each in values]
     made = defaultdict(list, a=[1])
@@ -272,7 +334,9 @@ def ring() -> list[Any]:
     return made
 
 
-@pytest.mark.parametrize("value", [object(), Equal(), Number(3), [Number(3)], {"a": Equal()}, len, Equal, ring(), type("int", (), {})])
+@pytest.mark.parametrize(
+    "value", [object(), Equal(), Number(3), [Number(3)], {"a": Equal()}, len, Equal, ring(), type("int", (), {})]
+)
 def test_other_values_are_refused(value: object) -> None:
     with pytest.raises(Unplain):
         encode(value)
@@ -280,9 +344,33 @@ def test_other_values_are_refused(value: object) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"i", b"i1", b"i 1;", b"i1_0;", b"l3;NN", b"l99999999999;", b"s5;abc", b"s-1;", b"s1;\xff", b"B2", b"m1;l0;N", b"S1;l0;", b"o1;",
-     b"?",     b"NN", b"l1;" * (DEEPEST + 5) + b"N", b"l1;" * 100_000, b"Xx", b"X3;abc", b"T4;open", b"r0;1;0;", b"F3;1/0", b"d\x00"],
-)  # fmt: skip
+    [
+        b"",
+        b"i",
+        b"i1",
+        b"i 1;",
+        b"i1_0;",
+        b"l3;NN",
+        b"l99999999999;",
+        b"s5;abc",
+        b"s-1;",
+        b"s1;\xff",
+        b"B2",
+        b"m1;l0;N",
+        b"S1;l0;",
+        b"o1;",
+        b"?",
+        b"NN",
+        b"l1;" * (DEEPEST + 5) + b"N",
+        b"l1;" * 100_000,
+        b"Xx",
+        b"X3;abc",
+        b"T4;open",
+        b"r0;1;0;",
+        b"F3;1/0",
+        b"d\x00",
+    ],
+)
 def test_bytes_that_are_no_value_are_refused(data: bytes) -> None:
     with pytest.raises(Unreadable):
         decode(data)

@@ -1,4 +1,5 @@
-"""`symbolic`: expressions that are equal whatever their form, by values at random points, then by sympy; none is run as a program."""
+"""`symbolic`: expressions that are equal whatever their form, by values at random points, then by sympy; none is run as
+a program."""
 
 from __future__ import annotations
 
@@ -27,9 +28,20 @@ from bombs import NAMES_AND_TEXTS, boxed  # noqa: E402
 from test_math_answer import LIMIT, detonate, from_a_thread, item, scores  # noqa: E402
 
 pytest.importorskip("sympy")
-SAMPLE = ("tower of nines", "power of a power", "power of a binomial", "power of a polynomial", "factorial of a factorial",
-          "nested roots", "sines without brackets", "minus signs", "radicals to a power", "a million spaces", "python",
-          "fullwidth digits")  # fmt: skip
+SAMPLE = (
+    "tower of nines",
+    "power of a power",
+    "power of a binomial",
+    "power of a polynomial",
+    "factorial of a factorial",
+    "nested roots",
+    "sines without brackets",
+    "minus signs",
+    "radicals to a power",
+    "a million spaces",
+    "python",
+    "fullwidth digits",
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,25 +51,50 @@ def scorer() -> Iterator[Scorer[Any]]:
 
 
 CASES = [
-    ("x^2+2x+1", "(x+1)^2", True), (r"\tan x", r"\frac{\sin x}{\cos x}", True), (r"1-2\sin^2 x", r"\cos 2x", True),
+    ("x^2+2x+1", "(x+1)^2", True),
+    (r"\tan x", r"\frac{\sin x}{\cos x}", True),
+    (r"1-2\sin^2 x", r"\cos 2x", True),
     ("y=1+x", "f(x) = x+1", True),
-    ("n(n-1)!", "n!", True), (r"\frac{n(n-1)}{2}", r"\binom{n}{2}", True), (r"\frac{\ln x}{\ln 2}", r"\log_2 x", True),
+    ("n(n-1)!", "n!", True),
+    (r"\frac{n(n-1)}{2}", r"\binom{n}{2}", True),
+    (r"\frac{\ln x}{\ln 2}", r"\log_2 x", True),
     ("-2", r"\sqrt[3]{-8}", True),
-    (r"\sqrt{x^2}", "|x|", True), ("x**2*y", "x^2y", True), (r"\frac12 x", "0.5x", True), ("-1", r"e^{i\pi}", True),
+    (r"\sqrt{x^2}", "|x|", True),
+    ("x**2*y", "x^2y", True),
+    (r"\frac12 x", "0.5x", True),
+    ("-1", r"e^{i\pi}", True),
     ("x", r"\frac{x^2}{x}", True),
-    (r"\sin^2 x + \cos^2 x - 1", "0", True), (r"\frac{x^3}{3} + C", r"C+x^3/3", True), ("x_1+x_2", "x_{2}+x_1", True),
+    (r"\sin^2 x + \cos^2 x - 1", "0", True),
+    (r"\frac{x^3}{3} + C", r"C+x^3/3", True),
+    ("x_1+x_2", "x_{2}+x_1", True),
     ("2e^{2x}", r"2\exp(2x)", True),
-    ("1267650600228229401496703205376", "2^{100}", True), ("x^{99998}x", "x^{99999}", True), (r"\cos(\pi n)", "(-1)^n", True),
-    ("x^2+2", "x^2+1", False), ("x", r"\sqrt{x^2}", False), ("0.333333333333", "1/3", False), ("x+10^{-40}", "x", False), ("y^2", "x^2", False),
-    ("x+10^{-400}", "x", False), (r"\frac{x^3}{3}", r"\frac{x^3}{3}+C", False), (r"\sqrt{-x^2-1}", "x", False), ("2x+", "2x", False),
+    ("1267650600228229401496703205376", "2^{100}", True),
+    ("x^{99998}x", "x^{99999}", True),
+    (r"\cos(\pi n)", "(-1)^n", True),
+    ("x^2+2", "x^2+1", False),
+    ("x", r"\sqrt{x^2}", False),
+    ("0.333333333333", "1/3", False),
+    ("x+10^{-40}", "x", False),
+    ("y^2", "x^2", False),
+    ("x+10^{-400}", "x", False),
+    (r"\frac{x^3}{3}", r"\frac{x^3}{3}+C", False),
+    (r"\sqrt{-x^2-1}", "x", False),
+    ("2x+", "2x", False),
     ("x^{2000}(1+10^{-60})", "x^{2000}", False),
-    ("f(x)", "x", False), ("9^{9^{9^9}}x", "x", False), ("1267650600228229401496703205377", "2^{100}", False), ("x^2+1 or 5", "x^2+1", False),
-]  # fmt: skip
+    ("f(x)", "x", False),
+    ("9^{9^{9^9}}x", "x", False),
+    ("1267650600228229401496703205377", "2^{100}", False),
+    ("x^2+1 or 5", "x^2+1", False),
+]
 
 
 def test_equal_expressions_pass_and_others_fail(scorer: Scorer[Any]) -> None:
     found = scores(scorer, [item(boxed(answer), gold) for answer, gold, _ in CASES])
-    wrong = [(each, score) for each, score in zip(CASES, found, strict=True) if score.verdict != ("pass" if each[2] else "fail")]
+    wrong = [
+        (each, score)
+        for each, score in zip(CASES, found, strict=True)
+        if score.verdict != ("pass" if each[2] else "fail")
+    ]
     assert not wrong
     assert all(score.value == float(right) for score, (_, _, right) in zip(found, CASES, strict=True))
 
@@ -65,18 +102,27 @@ def test_equal_expressions_pass_and_others_fail(scorer: Scorer[Any]) -> None:
 def test_a_difference_that_no_value_shows_is_found_by_sympy(scorer: Scorer[Any]) -> None:
     """With 300 digits 1 + 10^-900 is 1."""
     found = scores(scorer, [item(boxed(answer), "x+y") for answer in ("x+y+10^{-900}", "y+x")])
-    found += scores(scorer, [item(boxed(answer), gold) for answer, gold in (("2^{999}2+1", "2^{1000}"), ("10^{-400}", "0"))])
+    found += scores(
+        scorer, [item(boxed(answer), gold) for answer, gold in (("2^{999}2+1", "2^{1000}"), ("10^{-400}", "0"))]
+    )
     assert [score.verdict for score in found] == ["fail", "pass", "fail", "fail"]
 
 
 @pytest.mark.parametrize("gold", [None, " ", r"\text{yes}", "x" * (LONGEST + 1), "(" * (DEPTH + 1), "x=1, y=2"])
 def test_a_gold_expression_outside_the_grammar_is_an_error_without_a_worker(gold: str | None) -> None:
     why, score = Symbolic().unusable(item("", gold)), Symbolic().early(item(boxed("5"), gold))
-    assert why is not None and score is not None and (score.value, score.verdict) == (None, "error") and why in score.reason
+    assert (
+        why is not None
+        and score is not None
+        and (score.value, score.verdict) == (None, "error")
+        and why in score.reason
+    )
 
 
 def test_a_gold_expression_without_a_real_value_is_an_error(scorer: Scorer[Any]) -> None:
-    for score in scores(scorer, [item(boxed("x"), r"\sqrt{-x^2-1}"), item(boxed("1"), "9^{9^{9^9}}"), item(boxed("1"), r"\frac{1}{0}")]):
+    for score in scores(
+        scorer, [item(boxed("x"), r"\sqrt{-x^2-1}"), item(boxed("1"), "9^{9^{9^9}}"), item(boxed("1"), r"\frac{1}{0}")]
+    ):
         assert (score.value, score.verdict) == (None, "error") and "0 of 60 random points" in score.reason
 
 
@@ -94,7 +140,16 @@ def grown(rng: random.Random, depth: int) -> str:
     if depth == 0:
         return rng.choice(["x", str(rng.randint(1, 9))])
     left, right = grown(rng, depth - 1), grown(rng, depth - 1)
-    return rng.choice([f"({left} + {right})", f"({left} - {right})", f"({left}) * ({right})", f"({left})**2", f"-({left})", f"({left}) / 7"])
+    return rng.choice(
+        [
+            f"({left} + {right})",
+            f"({left} - {right})",
+            f"({left}) * ({right})",
+            f"({left})**2",
+            f"-({left})",
+            f"({left}) / 7",
+        ]
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -102,7 +157,8 @@ def test_random_polynomials_against_python(scorer: Scorer[Any], seed: int) -> No
     rng = random.Random(seed)
     texts = [grown(rng, 3) for _ in range(24)]
     pairs = [
-        (one, rng.choice([other, f"({one}) + 0*x", f"x + ({one}) - x", f"({one}) + 1"])) for one, other in zip(texts, texts[1:], strict=False)
+        (one, rng.choice([other, f"({one}) + 0*x", f"x + ({one}) - x", f"({one}) + 1"]))
+        for one, other in zip(texts, texts[1:], strict=False)
     ]
     told = scores(scorer, [item(boxed(other), one) for one, other in pairs])
     for (one, other), score in zip(pairs, told, strict=True):
@@ -127,9 +183,33 @@ def test_the_grammar() -> None:
     assert names(read(r"e^{i\pi} + ax_1")) == {"a", "x_1"}
 
 
-@pytest.mark.parametrize("text", ["", "1 2", "x!!", "()", "x)", "{x", "1_000", "\uff13", "\u0663", "\u00bd", "x y = 2 = 3", "os.system",
-                                  "x;y", "5%",
-                                  "lambdas", r"\input{a}", "\x00", "\ud800", r"\sin^{-1} x", "1..2", "x'", "[1,2]"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "1 2",
+        "x!!",
+        "()",
+        "x)",
+        "{x",
+        "1_000",
+        "\uff13",
+        "\u0663",
+        "\u00bd",
+        "x y = 2 = 3",
+        "os.system",
+        "x;y",
+        "5%",
+        "lambdas",
+        r"\input{a}",
+        "\x00",
+        "\ud800",
+        r"\sin^{-1} x",
+        "1..2",
+        "x'",
+        "[1,2]",
+    ],
+)
 def test_what_the_grammar_does_not_know_is_unreadable(text: str) -> None:
     with pytest.raises(Unreadable):
         read(text)

@@ -1,7 +1,8 @@
-"""The `config.json` of every base that the presets name, so that what depends on shapes alone needs no network, and no torch to be found.
+"""The `config.json` of every base that the presets name, so that what depends on shapes alone needs no network, and no
+torch to be found.
 
-A file is named as the hub's own cache would: `Qwen/Qwen2.5-7B-Instruct` is `Qwen--Qwen2.5-7B-Instruct.json`. It holds what decides the
-shape of every tensor, and the end tokens.
+A file is named as the hub's own cache would: `Qwen/Qwen2.5-7B-Instruct` is `Qwen--Qwen2.5-7B-Instruct.json`. It holds
+what decides the shape of every tensor, and the end tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def known() -> list[str]:
 
 
 def file_of(model: str) -> Path | None:
-    """The `config.json` of a hub id, or of a sibling with the same tensors, whatever its revision; None where it is not here."""
+    """The `config.json` of a hub id, or of a sibling with the same tensors, whatever its revision; None where it is not
+    here."""
     name = model.partition("@")[0]
     file = FOLDER / f"{SIBLINGS.get(name, name).replace('/', '--')}.json"
     return file if name.count("/") == 1 and file.is_file() else None

@@ -1,4 +1,5 @@
-"""A part of a judged call that may take only so long, within the alarm clock of the whole call (`rewards/worker.py`)."""
+"""A part of a judged call that may take only so long, within the alarm clock of the whole call
+(`rewards/worker.py`)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def _halt(*_: object) -> None:
 
 
 def within(seconds: float, compute: Callable[[], Value]) -> Value | None:
-    """What `compute` returns, or None where it took too long or too much memory. The clock of the whole call goes on behind it."""
+    """What `compute` returns, or None where it took too long or too much memory. The clock of the whole call goes on
+    behind it."""
     start, whole = time.monotonic(), signal.getsignal(signal.SIGALRM)
     left, again = signal.getitimer(signal.ITIMER_REAL)
 

@@ -1,12 +1,14 @@
-r"""A grammar of expressions, in LaTeX or as one types them, read into plain tuples: no `eval`, no sympify, no name that does anything.
+r"""A grammar of expressions, in LaTeX or as one types them, read into plain tuples: no `eval`, no sympify, no name that
+does anything.
 
-Numbers (decimals are exact fractions), letters with an index, pi, e, i, Greek letters; + - * / ^ ** ! | |, \frac, \binom, \sqrt[n], \cdot,
-\times, \div; the functions of `FUNCTIONS` (log is the natural one), also as \sin^2 x and \log_b x. A product may be written without a
-sign, and a letter is one variable: xy is x times y. Of `f(x) = ...` or `y = ...` the right side counts. Anything else is Unreadable. The
-caps on length, depth, number of parts and of digits are checked while reading, so reading is linear.
+Numbers (decimals are exact fractions), letters with an index, pi, e, i, Greek letters; + - * / ^ ** ! | |, \frac,
+\binom, \sqrt[n], \cdot, \times, \div; the functions of `FUNCTIONS` (log is the natural one), also as \sin^2 x and
+\log_b x. A product may be written without a sign, and a letter is one variable: xy is x times y. Of `f(x) = ...` or `y
+= ...` the right side counts. Anything else is Unreadable. The caps on length, depth, number of parts and of digits are
+checked while reading, so reading is linear.
 
-A node is ("number", Fraction), ("name", str), or (operator, node, ...), which is add, multiply, divide, power, negative, factorial,
-binomial, root, logarithm, or a function.
+A node is ("number", Fraction), ("name", str), or (operator, node, ...), which is add, multiply, divide, power,
+negative, factorial, binomial, root, logarithm, or a function.
 """
 
 from __future__ import annotations
@@ -18,16 +20,35 @@ from typing import Any
 Node = tuple[Any, ...]
 LONGEST, DEPTH, NODES, DIGITS = 1000, 60, 500, 100  # characters, brackets in brackets, parts, digits of a number
 
-FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt abs floor ceil".split())
+FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt abs floor ceil".split()
+)
 OTHER_NAMES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lfloor": "floor", "lceil": "ceil"}
-GREEK = frozenset("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi chi psi "
-                  "omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell".split())  # fmt: skip
+GREEK = frozenset(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi "
+    "varphi chi psi "
+    "omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell".split()
+)
 CLOSING = {"(": ")", "[": "]", "{": "}", "lfloor": "rfloor", "lceil": "rceil"}
 IGNORED = re.compile(r"(?:\s|\\[,;:! ]|\\q?quad(?![a-zA-Z])|\\(?:left|right|displaystyle)(?![a-zA-Z])|~)+")
-TOKEN = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?|\.[0-9]+)|\\(?P<command>[a-zA-Z]+)|(?P<sign>\*\*|[-+*/^!_|()\[\]{}=])|(?P<word>[a-zA-Z]+)")
+TOKEN = re.compile(
+    r"(?P<number>[0-9]+(?:\.[0-9]+)?|\.[0-9]+)|\\(?P<command>[a-zA-Z]+)|(?P<sign>\*\*|[-+*/^!_|()\[\]{}=])|(?P<word>[a-zA-Z]+)"
+)
 LEFT_SIDE = re.compile(r"^\s*[a-zA-Z]\w?(?:_\{?\w{1,3}\}?)?\s*(?:\([^()=]{1,20}\))?\s*=(?!=)")
-PLAIN = (("\u2212", "-"), ("\u00d7", "*"), ("\u00b7", "*"), ("\u22c5", "*"), ("\u00f7", "/"), ("\u03c0", r"\pi "), ("\u00b2", "^2"),
-         ("\u00b3", "^3"), ("\u221a", r"\sqrt "), ("\\{", "{"), ("\\}", "}"), ("$", ""))  # fmt: skip
+PLAIN = (
+    ("\u2212", "-"),
+    ("\u00d7", "*"),
+    ("\u00b7", "*"),
+    ("\u22c5", "*"),
+    ("\u00f7", "/"),
+    ("\u03c0", r"\pi "),
+    ("\u00b2", "^2"),
+    ("\u00b3", "^3"),
+    ("\u221a", r"\sqrt "),
+    ("\\{", "{"),
+    ("\\}", "}"),
+    ("$", ""),
+)
 
 
 class Unreadable(Exception):
@@ -184,7 +205,8 @@ class Parser:
         return self.node("power", tree, self.exponent()) if self.take("^") else tree
 
     def exponent(self) -> Node:
-        """A group, or one signed factor: 2^-1, 2^3^2 = 2^(3^2). In LaTeX x^10 is x^1 0; as people write it, it is x^10."""
+        """A group, or one signed factor: 2^-1, 2^3^2 = 2^(3^2). In LaTeX x^10 is x^1 0; as people write it, it is
+        x^10."""
         self.deeper()
         negative = self.take("-")
         tree = self.factor()
@@ -222,7 +244,9 @@ class Parser:
             inner = self.sum()
             self.bars = bars
             self.need(CLOSING[text])
-            return self.node({"lfloor": "floor", "lceil": "ceil"}[text], inner) if text in ("lfloor", "lceil") else inner
+            return (
+                self.node({"lfloor": "floor", "lceil": "ceil"}[text], inner) if text in ("lfloor", "lceil") else inner
+            )
         raise Unreadable(f"has {text!r} where a number, a letter or a bracket should be")
 
     def index(self) -> str:
@@ -258,7 +282,12 @@ class Parser:
     def argument(self) -> Node:
         r"""What \frac, \sqrt and an index take: a group or one token; of several digits the first, as in \frac12."""
         kind, text = self.token
-        if kind == "number" and len(text) > 1 and text.isdigit() and self.tokens[self.place - 1][1] in ("frac", "binom"):
+        if (
+            kind == "number"
+            and len(text) > 1
+            and text.isdigit()
+            and self.tokens[self.place - 1][1] in ("frac", "binom")
+        ):
             self.tokens[self.place : self.place + 1] = [("number", text[0]), ("number", text[1:])]
         return self.atom()
 

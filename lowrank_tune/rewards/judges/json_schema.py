@@ -1,4 +1,5 @@
-"""JSON schemas in a worker: a text is strict JSON, and valid. Nothing is ever fetched: references lead within the schema alone.
+"""JSON schemas in a worker: a text is strict JSON, and valid. Nothing is ever fetched: references lead within the
+schema alone.
 
 jsonschema is an extra, and therefore imported where it is used.
 """
@@ -28,7 +29,10 @@ def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, A
         except ValueError as error:
             return {"valid": False, "why": f"is no JSON: {error}"[:QUOTED]}
         found = next(validator.iter_errors(value), None)
-        return {"valid": found is None, "why": "" if found is None else f"at {found.json_path[:QUOTED]}: {found.message[:QUOTED]}"}
+        return {
+            "valid": found is None,
+            "why": "" if found is None else f"at {found.json_path[:QUOTED]}: {found.message[:QUOTED]}",
+        }
 
     return judge
 
@@ -61,7 +65,8 @@ def checked(schema: Any) -> Any:
 
 
 def _check_references(schema: Any) -> None:
-    """References within the schema lead somewhere. Those of parts with an `$id` of their own are told when they are followed."""
+    """References within the schema lead somewhere. Those of parts with an `$id` of their own are told when they are
+    followed."""
     from jsonschema_specifications import REGISTRY
     from referencing import Resource
     from referencing.jsonschema import DRAFT202012
@@ -71,7 +76,11 @@ def _check_references(schema: Any) -> None:
     resolver = REGISTRY.with_resource("", Resource.from_contents(schema, default_specification=DRAFT202012)).resolver()
     for part in parts:
         reference = part.get("$ref")
-        if isinstance(reference, str) and not any(reference.startswith(name) for name in known) and not (reference[:1] == "#" and known):
+        if (
+            isinstance(reference, str)
+            and not any(reference.startswith(name) for name in known)
+            and not (reference[:1] == "#" and known)
+        ):
             resolver.lookup(reference)
 
 
@@ -87,14 +96,22 @@ def _parts(schema: Any) -> Iterator[dict[str, Any]]:
 
 
 def parsed(text: str) -> Any:
-    """A text as JSON, strictly: no NaN, no key twice, no number beyond a float, nothing nested too deep. Raises ValueError."""
+    """A text as JSON, strictly: no NaN, no key twice, no number beyond a float, nothing nested too deep. Raises
+    ValueError."""
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_float, parse_int=_int)
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_float, parse_int=_int
+        )
     except RecursionError:
         raise ValueError(f"nested deeper than {DEEPEST}") from None
     level = [value]
     for _ in range(DEEPEST + 1):
-        level = [inner for outer in level if isinstance(outer, dict | list) for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
     if level:
         raise ValueError(f"nested deeper than {DEEPEST}")
     return value

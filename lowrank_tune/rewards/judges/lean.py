@@ -1,7 +1,9 @@
-"""Lean in a worker: a file of ours with the model's proof in it, given to the program on its standard input, and its messages read.
+"""Lean in a worker: a file of ours with the model's proof in it, given to the program on its standard input, and its
+messages read.
 
-The program stays in the process group of this worker, which its parent kills as a whole; what it started is killed here too, however a call
-ends. It gets what it needs of the environment, no file larger than its messages may be, and a limit on memory of its own.
+The program stays in the process group of this worker, which its parent kills as a whole; what it started is killed here
+too, however a call ends. It gets what it needs of the environment, no file larger than its messages may be, and a limit
+on memory of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class Broken(Exception):
 
 
 def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-    """Judges `head`, `proof` and `name`: {right, why}, or {row} where the row's own part is not taken. Tries the program first."""
+    """Judges `head`, `proof` and `name`: {right, why}, or {row} where the row's own part is not taken. Tries the
+    program first."""
     program, memory = job["program"], job["megabytes"]
     if (why := refused(run(program, TRIED.format(name="lowrank_tries"), memory), "lowrank_tries", 3)) is not None:
         raise Broken(f"the program does not check a proof of True: {why}")
@@ -41,7 +44,8 @@ def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, A
         messages = run(program, text, memory)
         why = refused(messages, name, text.count("\n"))
         if why is not None and any(_line(each) <= head.count("\n") + 1 for each in errors(messages)):
-            bare = run(program, f"{head}\n:= by sorry\n", memory)  # an error that stands in the row's own lines: whose is it?
+            # an error that stands in the row's own lines: whose is it?
+            bare = run(program, f"{head}\n:= by sorry\n", memory)
             if found := next(errors(bare), None):
                 return {"row": str(found.get("data"))[:300]}
         return {"right": why is None, "why": why or ""}
@@ -50,13 +54,18 @@ def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, A
 
 
 def refused(messages: Sequence[Mapping[str, Any]], name: str, line: int) -> str | None:
-    """Why what was told proves nothing: an error, or an axiom that is not trusted. `line`: where we ask for the axioms, and nobody else.
+    """Why what was told proves nothing: an error, or an axiom that is not trusted. `line`: where we ask for the axioms,
+    and nobody else.
 
     Raises Broken where nothing was told at all.
     """
     if error := next(errors(messages), None):
         return f"line {_line(error)}: {str(error.get('data'))[:300]}"
-    told = [str(each.get("data")) for each in messages if _line(each) == line and each.get("severity") in ("information", "info")]
+    told = [
+        str(each.get("data"))
+        for each in messages
+        if _line(each) == line and each.get("severity") in ("information", "info")
+    ]
     if len(told) != 1 or not re.match(rf"'(?:[^'\s]*\.)?{name}' (?:depends on|does not depend on any) axioms", told[0]):
         raise Broken("the program said nothing of axioms")
     found = AXIOMS.search(told[0])
@@ -75,14 +84,19 @@ def _line(message: Mapping[str, Any]) -> int:
 
 
 def run(program: Sequence[str], text: str, megabytes: int) -> list[Mapping[str, Any]]:
-    """The program's messages on a file. Raises Broken where it was killed, or ended with a failure of which no message tells."""
+    """The program's messages on a file. Raises Broken where it was killed, or ended with a failure of which no message
+    tells."""
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as told:
         given.write(text.encode())
         given.seek(0)
         process = subprocess.Popen(
-            [*program, *FLAGS, "-M", str(megabytes)], stdin=given, stdout=told, stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ}, preexec_fn=lambda: _confine(megabytes),
-        )  # fmt: skip
+            [*program, *FLAGS, "-M", str(megabytes)],
+            stdin=given,
+            stdout=told,
+            stderr=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+            preexec_fn=lambda: _confine(megabytes),
+        )
         try:
             code = process.wait()
         finally:
@@ -111,7 +125,11 @@ def _confine(megabytes: int) -> None:
     """In the child: memory that it writes to is limited; address space is not, for it maps libraries of gigabytes."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-    for limit, most in ((resource.RLIMIT_DATA, (megabytes + 1024) << 20), (resource.RLIMIT_FSIZE, LONGEST), (resource.RLIMIT_CORE, 0)):
+    for limit, most in (
+        (resource.RLIMIT_DATA, (megabytes + 1024) << 20),
+        (resource.RLIMIT_FSIZE, LONGEST),
+        (resource.RLIMIT_CORE, 0),
+    ):
         _, hard = resource.getrlimit(limit)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(limit, (most, most))

@@ -1,7 +1,8 @@
-"""Two answers compared by algebra, in a worker process: latex2sympy2_extended reads them, math-verify compares what it read.
+"""Two answers compared by algebra, in a worker process: latex2sympy2_extended reads them, math-verify compares what it
+read.
 
-The process's own alarm clock and limit on memory stand around each call (`rewards/worker.py`), so those of math-verify are off: they count
-whole seconds and take what they interrupt for a wrong answer.
+The process's own alarm clock and limit on memory stand around each call (`rewards/worker.py`), so those of math-verify
+are off: they count whole seconds and take what they interrupt for a wrong answer.
 """
 
 from __future__ import annotations
@@ -20,10 +21,19 @@ from math_verify.grader import should_treat_as_complex
 Answer = dict[str, Any]
 NORMAL = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
 CONVERSION = ConversionConfig(lowercase_symbols=False)
-NODES, LARGEST, LARGEST_POWER = 2000, 1e4, 1000.0  # parts of an answer; decimal digits of a number in it; power of what is no number
+# parts of an answer; decimal digits of a number in it; power of what is no number
+NODES, LARGEST, LARGEST_POWER = 2000, 1e4, 1000.0
 PLACES = 6  # decimals that a rounded answer must have right; significant digits where the gold answer is below 1
 FAR = 1e-4  # of their size; a rounded answer is nearer
-SLOW = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative, sympy.UnevaluatedExpr, sympy.MatrixExpr)
+SLOW = (
+    sympy.Integral,
+    sympy.Sum,
+    sympy.Product,
+    sympy.Limit,
+    sympy.Derivative,
+    sympy.UnevaluatedExpr,
+    sympy.MatrixExpr,
+)
 
 
 class Unreadable(Exception):
@@ -31,7 +41,8 @@ class Unreadable(Exception):
 
 
 def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Answer]:
-    """Reads a few answers at once: the parser builds its tables with them, and the first completion does not wait for that."""
+    """Reads a few answers at once: the parser builds its tables with them, and the first completion does not wait for
+    that."""
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     for text in (r"\frac{\sqrt{3}}{2}+x^{2}", r"(1,\pi]\cup\{2\}", r"x\leq 3", r"\begin{pmatrix}1\\2\end{pmatrix}"):
         read(text)
@@ -52,23 +63,35 @@ def grade(asked: Mapping[str, Any]) -> Answer:
 
 
 def same(gold: Any, found: Any) -> bool:
-    """Whether an answer is the gold one; the order matters to math-verify, which takes `x = 5` for 5 where the gold answer is 5."""
+    """Whether an answer is the gold one; the order matters to math-verify, which takes `x = 5` for 5 where the gold
+    answer is 5."""
     if apart(gold, found):
         return False
     size = abs(gold.evalf(15)) if getattr(gold, "is_number", False) else None
     if size is not None and size.is_comparable and 0 < size < 1 and getattr(found, "is_number", False):
-        return bool(abs(sympy.N(gold - found, 15, maxn=1000)) < size * 10.0**-PLACES if _rounded(found) else _zero(gold - found))
-    return bool(verify(gold, found, float_rounding=PLACES, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True))
+        return bool(
+            abs(sympy.N(gold - found, 15, maxn=1000)) < size * 10.0**-PLACES if _rounded(found) else _zero(gold - found)
+        )
+    return bool(
+        verify(
+            gold, found, float_rounding=PLACES, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True
+        )
+    )
 
 
 def apart(gold: Any, found: Any) -> bool:
-    """Whether two expressions clearly differ at a point: told in no time, where sympy might try for ever to make their difference 0."""
-    plain = [each for each in (gold, found) if isinstance(each, sympy.Expr) and not each.is_Symbol and not each.has(*SLOW)]
+    """Whether two expressions clearly differ at a point: told in no time, where sympy might try for ever to make their
+    difference 0."""
+    plain = [
+        each for each in (gold, found) if isinstance(each, sympy.Expr) and not each.is_Symbol and not each.has(*SLOW)
+    ]
     if len(plain) < 2:
         return False
     letters = sorted(gold.free_symbols | found.free_symbols, key=str)
     for point in (0.7312, 1.3871):
-        values = [each.evalf(15, subs={letter: point + 0.0731 * n for n, letter in enumerate(letters)}) for each in plain]
+        values = [
+            each.evalf(15, subs={letter: point + 0.0731 * n for n, letter in enumerate(letters)}) for each in plain
+        ]
         if not all(value.is_comparable and value.is_finite for value in values):
             return False
         if abs(values[0] - values[1]) > FAR * max(abs(values[0]), abs(values[1])):
@@ -88,13 +111,19 @@ def _zero(difference: Any) -> bool:
 def read(text: str) -> Any:
     """A LaTeX answer as sympy has it. Raises Unreadable."""
     try:
-        expression = latex2sympy(normalize_latex(text, NORMAL), is_real=not should_treat_as_complex(text), convert_degrees=False,
-                                 normalization_config=None, conversion_config=CONVERSION)  # fmt: skip
+        expression = latex2sympy(
+            normalize_latex(text, NORMAL),
+            is_real=not should_treat_as_complex(text),
+            convert_degrees=False,
+            normalization_config=None,
+            conversion_config=CONVERSION,
+        )
     except MemoryError:
         raise
     except RecursionError as error:
         raise Unreadable("is nested too deeply") from error
-    except Exception as error:  # the parser raises bare Exceptions; whatever it stumbles over is no answer that can be compared
+    # the parser raises bare Exceptions; whatever it stumbles over is no answer that can be compared
+    except Exception as error:
         raise Unreadable("is not read as mathematics") from error
     if not isinstance(expression, (sympy.Basic, sympy.MatrixBase)):
         raise Unreadable("is not read as mathematics")
@@ -105,7 +134,9 @@ def read(text: str) -> Any:
 def exact(expression: Any) -> Any:
     """With fractions for decimals: 2^{0.5} is the root of 2. A decimal alone stays one: it may be a rounded answer."""
     decimals = expression.atoms(sympy.Float) if isinstance(expression, sympy.Expr) else ()
-    return expression.xreplace({decimal: sympy.Rational(str(decimal)) for decimal in decimals}) if decimals else expression
+    return (
+        expression.xreplace({decimal: sympy.Rational(str(decimal)) for decimal in decimals}) if decimals else expression
+    )
 
 
 def check(expression: Any) -> None:
@@ -120,7 +151,8 @@ def check(expression: Any) -> None:
 
 
 def digits(part: Any) -> float:
-    """About how many decimal digits the largest number has that computing an expression makes, infinity included; an upper bound."""
+    """About how many decimal digits the largest number has that computing an expression makes, infinity included; an
+    upper bound."""
     if isinstance(part, sympy.Rational):
         return float(max(part.p.bit_length(), part.q.bit_length()) * math.log10(2))
     inner = [digits(argument) for argument in part.args]

@@ -1,7 +1,9 @@
-"""The worker's side of `python_tests`: which code a completion holds, which tests a row holds, and one check of one on the other.
+"""The worker's side of `python_tests`: which code a completion holds, which tests a row holds, and one check of one on
+the other.
 
-Rows are HumanEval-shaped (`prompt`, `test` with a function `check`, `entry_point`) or MBPP-shaped (`test_list` of assertions, with
-`test_setup_code`, `test_imports` and `challenge_test_list` where there are any, and the reference solution in `code`).
+Rows are HumanEval-shaped (`prompt`, `test` with a function `check`, `entry_point`) or MBPP-shaped (`test_list` of
+assertions, with `test_setup_code`, `test_imports` and `challenge_test_list` where there are any, and the reference
+solution in `code`).
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Unsettled(Exception):
 
 @dataclass(frozen=True)
 class Tests:
-    """The tests of a row as one text, and what stands before the code: `prompt` begins the function `entry`, or both are empty."""
+    """The tests of a row as one text, and what stands before the code: `prompt` begins the function `entry`, or both
+    are empty."""
 
     prompt: str
     entry: str
@@ -59,7 +62,8 @@ def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, str]
 
     @lru_cache(REMEMBERED)
     def careless(tests: Tests, reference: str, seconds: float) -> bool:
-        """Whether the row's own reference fails its tests by a type alone, as one that returns 0 for False: types do not count there."""
+        """Whether the row's own reference fails its tests by a type alone, as one that returns 0 for False: types do
+        not count there."""
         ended = check(tests, reference, seconds, True)
         if ended.outcome in ("late", "error"):
             raise Unsettled(ended)
@@ -85,7 +89,8 @@ def reference_of(row: Mapping[str, Any]) -> str:
 
 
 def code_of(completion: str) -> str:
-    """The code of a completion: its last fence that says it is Python, else its last fence, else all of it. A last fence may be open."""
+    """The code of a completion: its last fence that says it is Python, else its last fence, else all of it. A last
+    fence may be open."""
     found = fences(completion)
     named = [code for language, code in found if language in PYTHON]
     return (named or [code for _, code in found] or [completion])[-1]
@@ -134,9 +139,15 @@ def _of_list(row: Mapping[str, Any], tests: Sequence[str]) -> Tests:
     tree = _parsed("\n".join([*before, *tests]), "`test_list`")
     _asserting(tree)
     reference = _tree(str(row.get("code") or ""))
-    imports = [ast.unparse(each) for each in reference.body if isinstance(each, (ast.Import, ast.ImportFrom))] if reference else []
+    imports = (
+        [ast.unparse(each) for each in reference.body if isinstance(each, (ast.Import, ast.ImportFrom))]
+        if reference
+        else []
+    )
     # Without a reference that makes any of them, whatever nobody else makes is the solution's.
-    wanted = _loaded(tree) & (_made(reference) if reference else set()) or _loaded(tree) - _made(tree) - set(dir(builtins))
+    wanted = _loaded(tree) & (_made(reference) if reference else set()) or _loaded(tree) - _made(tree) - set(
+        dir(builtins)
+    )
     names = [f"{name} = __solution__({name!r})" for name in sorted(wanted)]
     if not names:
         raise Unusable("its tests use nothing of the solution")
@@ -155,7 +166,13 @@ def _texts(value: object) -> list[str]:
 
 def _whole(prompt: str) -> str:
     """A prompt that ends with a function's first line or docstring, as whole statements."""
-    return prompt if _tree(prompt) is not None else f"{prompt.rstrip()}\n    pass\n" if _tree(f"{prompt.rstrip()}\n    pass\n") else ""
+    return (
+        prompt
+        if _tree(prompt) is not None
+        else f"{prompt.rstrip()}\n    pass\n"
+        if _tree(f"{prompt.rstrip()}\n    pass\n")
+        else ""
+    )
 
 
 def _tree(source: str) -> ast.Module | None:
@@ -184,5 +201,10 @@ def _loaded(tree: ast.Module) -> set[str]:
 def _made(tree: ast.Module) -> set[str]:
     """Names that a text's top statements make, imports left out."""
     made = {each.name for each in tree.body if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
-    stored = (each for statement in tree.body if isinstance(statement, (ast.Assign, ast.AnnAssign)) for each in ast.walk(statement))
+    stored = (
+        each
+        for statement in tree.body
+        if isinstance(statement, (ast.Assign, ast.AnnAssign))
+        for each in ast.walk(statement)
+    )
     return made | {each.id for each in stored if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}

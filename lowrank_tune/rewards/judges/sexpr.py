@@ -1,4 +1,5 @@
-"""S-expressions of SMT-LIB 2, read strictly: what a model wrote reaches Z3 only as terms of known operators, never as text or a command."""
+"""S-expressions of SMT-LIB 2, read strictly: what a model wrote reaches Z3 only as terms of known operators, never as
+text or a command."""
 
 from __future__ import annotations
 
@@ -6,14 +7,17 @@ import re
 from collections.abc import Container, Sequence
 from typing import Any
 
-LONGEST, DEEPEST, DIGITS, INDEX = 100_000, 100, 1000, 4096  # characters of a text, levels, characters of a literal, the largest index
+# characters of a text, levels, characters of a literal, the largest index
+LONGEST, DEEPEST, DIGITS, INDEX = 100_000, 100, 1000, 4096
 TOKEN = re.compile(r'(?:\s+|;[^\n]*)|([()]|"(?:[^"]|"")*"|\|[^|\\]*\||[^\s()";|]+)')
 LITERAL = re.compile(r'[0-9]+(?:\.[0-9]+)?|#x[0-9a-fA-F]+|#b[01]+|"[ -~]*"')
 SYMBOL = re.compile(r"[A-Za-z~!@$%^&*_+=<>.?/-][0-9A-Za-z~!@$%^&*_+=<>.?/-]*")
-CORE = """true false not and or xor => = distinct ite + - * / div mod abs < <= > >= to_real to_int is_int select store concat
-bvnot bvneg bvand bvor bvxor bvnand bvnor bvxnor bvadd bvsub bvmul bvudiv bvurem bvsdiv bvsrem bvsmod bvshl bvlshr bvashr bvcomp bvult bvule
-bvugt bvuge bvslt bvsle bvsgt bvsge str.++ str.len str.at str.substr str.prefixof str.suffixof str.contains str.indexof str.replace str.<
-str.<= str.to_int str.from_int""".split()
+CORE = """
+true false not and or xor => = distinct ite + - * / div mod abs < <= > >= to_real to_int is_int select store concat
+bvnot bvneg bvand bvor bvxor bvnand bvnor bvxnor bvadd bvsub bvmul bvudiv bvurem bvsdiv bvsrem bvsmod bvshl bvlshr
+bvashr bvcomp bvult bvule bvugt bvuge bvslt bvsle bvsgt bvsge str.++ str.len str.at str.substr str.prefixof
+str.suffixof str.contains str.indexof str.replace str.< str.<= str.to_int str.from_int
+""".split()
 INDEXED = "extract repeat zero_extend sign_extend rotate_left rotate_right divisible".split()
 SORTS = ("Int", "Real", "Bool", "String")
 BINDERS = ("forall", "exists")
@@ -112,13 +116,32 @@ def _check_binder(term: Sequence[Any], names: Container[str]) -> None:
     for pair in term[1]:
         if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and SYMBOL.fullmatch(pair[0])):
             raise Refused(f"has a {term[0]} that is none")
-        if pair[0] in names or pair[0] in (*CORE, *INDEXED, *SORTS, *BINDERS, "let", "as", "_", "!", "const", "match", "par"):
+        if pair[0] in names or pair[0] in (
+            *CORE,
+            *INDEXED,
+            *SORTS,
+            *BINDERS,
+            "let",
+            "as",
+            "_",
+            "!",
+            "const",
+            "match",
+            "par",
+        ):
             raise Refused(f"binds {pair[0][:40]!r} anew")
 
 
 def _check_indexed(term: Sequence[Any]) -> None:
-    known = len(term) >= 3 and term[0] == "_" and isinstance(term[1], str) and (term[1] in INDEXED or re.fullmatch(r"bv[0-9]{1,1000}", term[1]))
-    if not known or not all(isinstance(index, str) and re.fullmatch("[0-9]{1,4}", index) and int(index) <= INDEX for index in term[2:]):
+    known = (
+        len(term) >= 3
+        and term[0] == "_"
+        and isinstance(term[1], str)
+        and (term[1] in INDEXED or re.fullmatch(r"bv[0-9]{1,1000}", term[1]))
+    )
+    if not known or not all(
+        isinstance(index, str) and re.fullmatch("[0-9]{1,4}", index) and int(index) <= INDEX for index in term[2:]
+    ):
         raise Refused(f"uses {write(list(term))[:40]!r}, which is no known operator")
 
 
@@ -129,5 +152,10 @@ def check_sort(sort: Any, names: Container[str]) -> None:
     if isinstance(sort, list) and sort[:1] == ["Array"] and len(sort) == 3:
         check_sort(sort[1], names)
         check_sort(sort[2], names)
-    elif not (isinstance(sort, list) and sort[:2] == ["_", "BitVec"] and len(sort) == 3 and re.fullmatch("[1-9][0-9]{0,3}", str(sort[2]))):
+    elif not (
+        isinstance(sort, list)
+        and sort[:2] == ["_", "BitVec"]
+        and len(sort) == 3
+        and re.fullmatch("[1-9][0-9]{0,3}", str(sort[2]))
+    ):
         raise Refused(f"has a sort {write(sort)[:40]!r} that is not known")

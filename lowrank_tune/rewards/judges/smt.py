@@ -1,4 +1,5 @@
-"""Z3 in a worker: decides a row's statement, and checks witnesses and invariants that a model wrote. z3 is an extra: imported where used."""
+"""Z3 in a worker: decides a row's statement, and checks witnesses and invariants that a model wrote. z3 is an extra:
+imported where used."""
 
 from __future__ import annotations
 
@@ -13,11 +14,23 @@ from lowrank_tune.rewards.judges.sexpr import Refused, check_term, read, write
 PATIENCE = 0.75  # of the time that a call has; the alarm of the worker cannot interrupt Z3
 KEPT = 256  # decided statements: all completions of a group ask the same
 DECLARES = ("declare-const", "declare-fun")
-DEFINES = ("declare-sort", "define-sort", "define-fun", "define-fun-rec", "define-const", "declare-datatype", "declare-datatypes")
+DEFINES = (
+    "declare-sort",
+    "define-sort",
+    "define-fun",
+    "define-fun-rec",
+    "define-const",
+    "declare-datatype",
+    "declare-datatypes",
+)
 IGNORED = ("set-logic", "set-info", "check-sat", "get-model", "get-value", "exit")
 NUMBER = re.compile(r"[-+]?[0-9]{1,1000}(?:\.[0-9]{1,1000})?(?:/[0-9]{1,1000})?")
-LINE = re.compile(r'(?:^|[,;])[ \t]*([A-Za-z_][\w.!]{0,99})[ \t]*=[ \t]*([-+]?[0-9][0-9./]{0,1999}|true|false|#x[0-9a-fA-F]+|#b[01]+|"[^"\n]*")'
-                  r"[ \t]*(?=[,;]|\.?[ \t]*$)", re.M)  # fmt: skip
+LINE = re.compile(
+    r"(?:^|[,;])[ \t]*([A-Za-z_][\w.!]{0,99})[ \t]*=[ "
+    r'\t]*([-+]?[0-9][0-9./]{0,1999}|true|false|#x[0-9a-fA-F]+|#b[01]+|"[^"\n]*")'
+    r"[ \t]*(?=[,;]|\.?[ \t]*$)",
+    re.M,
+)
 
 Decide = Callable[[str], str]
 """Whether a script can be met: sat or unsat. Raises Unknown."""
@@ -32,7 +45,8 @@ class RowFault(Exception):
 
 
 def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-    """Judges by `kind` what `ask` of the reward sends: {status} of a statement, {right, why} otherwise, {unknown} or {row} instead."""
+    """Judges by `kind` what `ask` of the reward sends: {status} of a statement, {right, why} otherwise, {unknown} or
+    {row} instead."""
     import z3
 
     z3.set_param("memory_max_size", job["megabytes"] // 2)  # before the limit of the worker, with a word from Z3
@@ -86,7 +100,9 @@ class Row:
         self.declared: dict[str, tuple[list[Any], Any]] = {}
         self.names: set[str] = set()
         for command in _row(read, text):
-            word = command[0] if isinstance(command, list) and command and isinstance(command[0], str) else write(command)
+            word = (
+                command[0] if isinstance(command, list) and command and isinstance(command[0], str) else write(command)
+            )
             if word in IGNORED:
                 continue
             if word not in (*DECLARES, *DEFINES, "assert"):
@@ -100,7 +116,9 @@ class Row:
     def script(self, values: Mapping[str, str] | None = None) -> str:
         """As text; each declaration that has a value is a definition instead."""
         values = values or {}
-        return "\n".join(values.get(str(one[1]), write(one)) if one[0] in DECLARES else write(one) for one in self.commands)
+        return "\n".join(
+            values.get(str(one[1]), write(one)) if one[0] in DECLARES else write(one) for one in self.commands
+        )
 
 
 def _words(expression: Any) -> list[str]:
@@ -171,16 +189,27 @@ def witness(asked: Mapping[str, Any], decide: Decide) -> tuple[bool, str]:
 def assigned(text: str, row: Row) -> dict[str, str]:
     """A definition for each name to which the answer gives a value. Raises Refused."""
     if not text.lstrip().startswith("("):
-        found = {name: _literal(value, row.declared[name][1]) for name, value in LINE.findall(text) if name in row.declared}
+        found = {
+            name: _literal(value, row.declared[name][1]) for name, value in LINE.findall(text) if name in row.declared
+        }
         return {name: f"(define-fun {name} () {write(row.declared[name][1])} {value})" for name, value in found.items()}
     definitions = read(text)
     if len(definitions) == 1 and definitions[0][:1] != ["define-fun"]:
         definitions = [each for each in definitions[0] if each != "model"]
     made: dict[str, str] = {}
     for one in definitions:
-        if not (isinstance(one, list) and len(one) == 5 and one[0] == "define-fun" and isinstance(one[1], str) and isinstance(one[2], list)):
+        if not (
+            isinstance(one, list)
+            and len(one) == 5
+            and one[0] == "define-fun"
+            and isinstance(one[1], str)
+            and isinstance(one[2], list)
+        ):
             raise Refused("holds something other than (define-fun name (...) sort value)")
-        name, parameters = one[1], [each[0] for each in one[2] if isinstance(each, list) and len(each) == 2 and isinstance(each[0], str)]
+        name, parameters = (
+            one[1],
+            [each[0] for each in one[2] if isinstance(each, list) and len(each) == 2 and isinstance(each[0], str)],
+        )
         if name not in row.declared or name in made:
             raise Refused(f"defines {name[:40]!r}, which is not declared or comes twice")
         sorts, sort = row.declared[name]
@@ -230,14 +259,19 @@ def invariant(asked: Mapping[str, Any], decide: Decide) -> tuple[bool, str]:
     state = [name for name, (parameters, _) in row.declared.items() if not parameters]
     script = "\n".join([row.script(), *(f"(declare-const {name}! {write(row.declared[name][1])})" for name in state)])
     init, transition, goal = (_term(name, asked[name]) for name in ("init", "transition", "property"))
-    parts = f"{script}\n(assert {init})\n(assert (or {transition} (not {transition})))\n(assert (or {goal} (not {goal})))"
+    parts = (
+        f"{script}\n(assert {init})\n(assert (or {transition} (not {transition})))\n(assert (or {goal} (not {goal})))"
+    )
     if _checked(decide, parts, "the row") == "unsat":
         raise RowFault("`init` can never hold")
     try:
         formula = _formula(asked["text"], {*row.declared, *row.names}, set(state))
         now, then = write(formula), write(_next(formula, state))
-        for what, premises, conclusion in (("holds not at first", [init], now), ("is not kept by a step", [now, transition], then),
-                                           ("does not imply the property", [now], goal)):  # fmt: skip
+        for what, premises, conclusion in (
+            ("holds not at first", [init], now),
+            ("is not kept by a step", [now, transition], then),
+            ("does not imply the property", [now], goal),
+        ):
             asserted = "\n".join(f"(assert {premise})" for premise in premises)
             if decide(f"{script}\n{asserted}\n(assert (not {conclusion}))") == "sat":
                 return False, f"the formula {what}"
@@ -257,7 +291,8 @@ def _formula(text: str, names: Container[str], state: set[str]) -> Any:
     if isinstance(formula, list) and formula[:1] == ["define-fun"]:
         named = len(formula) == 5 and isinstance(formula[2], list)
         if not named or not all(
-            isinstance(each, list) and len(each) == 2 and isinstance(each[0], str) and each[0] in state for each in formula[2]
+            isinstance(each, list) and len(each) == 2 and isinstance(each[0], str) and each[0] in state
+            for each in formula[2]
         ):
             raise Refused("defines something else than a formula over the row's variables")
         formula = formula[4]

@@ -1,9 +1,10 @@
 """Two expressions compared in a worker process: their values at random points, then sympy.
 
-Values are taken at points that are drawn from the texts, so a verdict never changes. A point at which either expression is undefined, not
-real or larger than 10 ** 10,000 is drawn again; where one holds the letter i, complex values count. Values of 300 digits that differ by
-more than 1e-200 of their size are a proof that the expressions differ; equal values at 5 points are as good as one that they do not, but
-for a difference made too small to see: sympy then looks for a constant that is left.
+Values are taken at points that are drawn from the texts, so a verdict never changes. A point at which either expression
+is undefined, not real or larger than 10 ** 10,000 is drawn again; where one holds the letter i, complex values count.
+Values of 300 digits that differ by more than 1e-200 of their size are a proof that the expressions differ; equal values
+at 5 points are as good as one that they do not, but for a difference made too small to see: sympy then looks for a
+constant that is left.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Answer]:
 
 
 def grade(asked: Mapping[str, Any]) -> Answer:
-    """`same`, and `confirmed` where sympy reduced the difference to 0; else `gold` or `found`: why that one cannot be used."""
+    """`same`, and `confirmed` where sympy reduced the difference to 0; else `gold` or `found`: why that one cannot be
+    used."""
     try:
         gold = read(asked["gold"])
     except Unreadable as why:
@@ -87,7 +89,10 @@ def points(rng: random.Random, variables: list[str]) -> Iterator[Point]:
     """Random points: small positive, any sign, between 0 and 1, larger, and whole numbers, in turn."""
     for draw in range(DRAWS):
         kind = draw % (len(RANGES) + 1)
-        yield {name: mpmath.mpf(rng.uniform(*RANGES[kind]) if kind < len(RANGES) else rng.randint(1, 12)) for name in variables}
+        yield {
+            name: mpmath.mpf(rng.uniform(*RANGES[kind]) if kind < len(RANGES) else rng.randint(1, 12))
+            for name in variables
+        }
 
 
 def _try(tree: Node, point: Point, is_complex: bool, digits: int = DIGITS) -> Any:
@@ -103,7 +108,8 @@ def _try(tree: Node, point: Point, is_complex: bool, digits: int = DIGITS) -> An
 
 
 def evaluate(tree: Node, point: Point) -> Any:
-    """The value of a tree as mpmath has it; every part has to be finite and of at most LARGEST digits. Raises Undefined."""
+    """The value of a tree as mpmath has it; every part has to be finite and of at most LARGEST digits. Raises
+    Undefined."""
     kind = tree[0]
     if kind == "number":
         return mpmath.mpf(tree[1].numerator) / tree[1].denominator
@@ -125,7 +131,8 @@ def _power(base: Any, exponent: Any) -> Any:
 def _root(inner: Any, degree: Any) -> Any:
     if degree == 0:
         raise Undefined
-    if mpmath.im(inner) == 0 and mpmath.re(inner) < 0 and mpmath.isint(degree) and int(degree) % 2:  # the real root, as people mean it
+    # the real root, as people mean it
+    if mpmath.im(inner) == 0 and mpmath.re(inner) < 0 and mpmath.isint(degree) and int(degree) % 2:
         return -_power(-inner, 1 / degree)
     return _power(inner, 1 / degree)
 
@@ -148,18 +155,46 @@ def _binomial(whole: Any, part: Any) -> Any:
     return mpmath.binomial(whole, part)
 
 
-CONSTANTS: dict[str, Callable[[], Any]] = {"pi": lambda: +mpmath.pi, "e": lambda: +mpmath.e, "i": lambda: mpmath.mpc(0, 1)}
+CONSTANTS: dict[str, Callable[[], Any]] = {
+    "pi": lambda: +mpmath.pi,
+    "e": lambda: +mpmath.e,
+    "i": lambda: mpmath.mpc(0, 1),
+}
 VALUES: dict[str, Callable[..., Any]] = {
-    "add": lambda a, b: a + b, "multiply": lambda a, b: a * b, "divide": lambda a, b: a / b, "negative": lambda a: -a, "power": _power,
-    "root": _root, "sqrt": mpmath.sqrt, "factorial": _factorial, "binomial": _binomial, "logarithm": lambda a, b: mpmath.log(a) / mpmath.log(b),
-    "exp": _exp, "ln": mpmath.log, "log": mpmath.log, "abs": abs, "floor": mpmath.floor, "ceil": mpmath.ceil, "sin": mpmath.sin,
-    "cos": mpmath.cos, "tan": mpmath.tan, "cot": mpmath.cot, "sec": mpmath.sec, "csc": mpmath.csc, "arcsin": mpmath.asin,
-    "arccos": mpmath.acos, "arctan": mpmath.atan, "sinh": lambda a: (_exp(a) - _exp(-a)) / 2, "cosh": lambda a: (_exp(a) + _exp(-a)) / 2,
-    "tanh": mpmath.tanh}  # fmt: skip
+    "add": lambda a, b: a + b,
+    "multiply": lambda a, b: a * b,
+    "divide": lambda a, b: a / b,
+    "negative": lambda a: -a,
+    "power": _power,
+    "root": _root,
+    "sqrt": mpmath.sqrt,
+    "factorial": _factorial,
+    "binomial": _binomial,
+    "logarithm": lambda a, b: mpmath.log(a) / mpmath.log(b),
+    "exp": _exp,
+    "ln": mpmath.log,
+    "log": mpmath.log,
+    "abs": abs,
+    "floor": mpmath.floor,
+    "ceil": mpmath.ceil,
+    "sin": mpmath.sin,
+    "cos": mpmath.cos,
+    "tan": mpmath.tan,
+    "cot": mpmath.cot,
+    "sec": mpmath.sec,
+    "csc": mpmath.csc,
+    "arcsin": mpmath.asin,
+    "arccos": mpmath.acos,
+    "arctan": mpmath.atan,
+    "sinh": lambda a: (_exp(a) - _exp(-a)) / 2,
+    "cosh": lambda a: (_exp(a) + _exp(-a)) / 2,
+    "tanh": mpmath.tanh,
+}
 
 
 def _symbolic(gold: Node, found: Node, size: Any) -> Answer:
-    """Sympy on two expressions with the same values: 0 confirms, a constant too small to be seen refutes, anything else leaves it there."""
+    """Sympy on two expressions with the same values: 0 confirms, a constant too small to be seen refutes, anything else
+    leaves it there."""
     if gold == found:
         return {"same": True, "confirmed": True}
     if _fits(gold) and _fits(found):
@@ -177,7 +212,11 @@ def _fits(tree: Node) -> bool:
         exponent = _try(tree[2], {}, True, 15) if not names(tree[2]) else mpmath.mpf(0)
         if exponent is None or abs(exponent) > (1000 if not names(tree[1]) else 100):
             return False
-    if tree[0] in ("factorial", "binomial") and not names(tree) and (_try(tree, {}, False, 15) or mpmath.inf) > mpmath.mpf(10) ** 1000:
+    if (
+        tree[0] in ("factorial", "binomial")
+        and not names(tree)
+        and (_try(tree, {}, False, 15) or mpmath.inf) > mpmath.mpf(10) ** 1000
+    ):
         return False
     return all(_fits(part) for part in tree[1:] if isinstance(part, tuple))
 
@@ -195,11 +234,35 @@ def build(tree: Node) -> Any:
 
 SYMBOLS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I}
 EXPRESSIONS: dict[str, Callable[..., Any]] = {
-    "add": lambda a, b: a + b, "multiply": lambda a, b: a * b, "divide": lambda a, b: a / b, "negative": lambda a: -a,
-    "power": lambda a, b: a**b, "root": sympy.real_root, "sqrt": sympy.sqrt, "factorial": sympy.factorial, "binomial": sympy.binomial,
-    "logarithm": sympy.log, "exp": sympy.exp, "ln": sympy.log, "log": sympy.log, "abs": sympy.Abs, "floor": sympy.floor,
-    "ceil": sympy.ceiling, "sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan, "cot": sympy.cot, "sec": sympy.sec, "csc": sympy.csc,
-    "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan, "sinh": sympy.sinh, "cosh": sympy.cosh, "tanh": sympy.tanh}  # fmt: skip
+    "add": lambda a, b: a + b,
+    "multiply": lambda a, b: a * b,
+    "divide": lambda a, b: a / b,
+    "negative": lambda a: -a,
+    "power": lambda a, b: a**b,
+    "root": sympy.real_root,
+    "sqrt": sympy.sqrt,
+    "factorial": sympy.factorial,
+    "binomial": sympy.binomial,
+    "logarithm": sympy.log,
+    "exp": sympy.exp,
+    "ln": sympy.log,
+    "log": sympy.log,
+    "abs": sympy.Abs,
+    "floor": sympy.floor,
+    "ceil": sympy.ceiling,
+    "sin": sympy.sin,
+    "cos": sympy.cos,
+    "tan": sympy.tan,
+    "cot": sympy.cot,
+    "sec": sympy.sec,
+    "csc": sympy.csc,
+    "arcsin": sympy.asin,
+    "arccos": sympy.acos,
+    "arctan": sympy.atan,
+    "sinh": sympy.sinh,
+    "cosh": sympy.cosh,
+    "tanh": sympy.tanh,
+}
 
 
 def _holds(tree: Node, name: str) -> bool:

@@ -1,4 +1,5 @@
-"""One check: the code in a solver, the tests in a tester, and this process between them, which alone says how it ended."""
+"""One check: the code in a solver, the tests in a tester, and this process between them, which alone says how it
+ended."""
 
 from __future__ import annotations
 
@@ -10,13 +11,14 @@ from lowrank_tune.rewards.sandbox.channel import LONGEST, Closed, Late, TooLong
 from lowrank_tune.rewards.sandbox.launch import Confined, Foreign, Level, Unconfined
 from lowrank_tune.rewards.sandbox.values import Unreadable, decode, encode
 
-STARVED, LITTLE = 0.2, 0.5  # shares of its time that code waited for a processor, and had less of one: then its end says nothing of it
+# shares of its time that code waited for a processor, and had less of one: then its end says nothing of it
+STARVED, LITTLE = 0.2, 0.5
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a check ended. pass, fail: the code is right or wrong. fault: the row's tests are to blame. late: the machine is. error: we are.
-    `mistyped`: what failed is equal to what was expected, but for its type."""
+    """How a check ended. pass, fail: the code is right or wrong. fault: the row's tests are to blame. late: the machine
+    is. error: we are. `mistyped`: what failed is equal to what was expected, but for its type."""
 
     outcome: Literal["pass", "fail", "fault", "late", "error"]
     reason: str = ""
@@ -39,8 +41,8 @@ class Pair:
         self._solver, self._tester = Confined("solver", level), Confined("tester", level)
 
     def check(self, prompt: str, code: str, entry: str, tests: str, seconds: float, strict: bool = True) -> Ended:
-        """Runs the tests on the code, both together within so many seconds of the wall clock. `prompt` and `entry`: see `solver.whole`.
-        `strict`: types count. Ends both processes."""
+        """Runs the tests on the code, both together within so many seconds of the wall clock. `prompt` and `entry`: see
+        `solver.whole`. `strict`: types count. Ends both processes."""
         self.used, self.seconds = True, seconds
         try:
             self._solver.ready()
@@ -90,7 +92,8 @@ class Pair:
             raise Wrong("wrote to the stream of its results") from None
 
     def _told(self, answer: bytes, deadline: float, calls: int) -> bytes:
-        """What the tester says next. It is ours, but what it compares came from the code: late or out of memory, it is the code's fault too."""
+        """What the tester says next. It is ours, but what it compares came from the code: late or out of memory, it is
+        the code's fault too."""
         try:
             self._tester.send(answer, deadline)
             return self._tester.receive(deadline)
@@ -106,6 +109,7 @@ class Pair:
         ran, waited = one.times()
         if waited > STARVED * self.seconds and ran < LITTLE * self.seconds:
             return Starved(
-                f"the machine is too busy: in {self.seconds:g} s the code ran for {ran:.1f} s and waited {waited:.1f} s for a processor"
+                f"the machine is too busy: in {self.seconds:g} s the code ran for {ran:.1f} s and waited "
+                f"{waited:.1f} s for a processor"
             )
         return Wrong(f"did not end within {self.seconds:g} s")

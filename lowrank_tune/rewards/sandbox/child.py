@@ -1,4 +1,5 @@
-"""Where a confined process begins: `launch` starts it with the arguments of `main`. All that it needs of the kit is imported before."""
+"""Where a confined process begins: `launch` starts it with the arguments of `main`. All that it needs of the kit is
+imported before."""
 
 from __future__ import annotations
 

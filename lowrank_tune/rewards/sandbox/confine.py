@@ -7,7 +7,13 @@ import resource
 import sys
 
 from lowrank_tune.rewards.sandbox import landlock, namespaces, seccomp, view
-from lowrank_tune.rewards.sandbox.kernel import PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, control, die_with, drop_capabilities
+from lowrank_tune.rewards.sandbox.kernel import (
+    PR_SET_DUMPABLE,
+    PR_SET_NO_NEW_PRIVS,
+    control,
+    die_with,
+    drop_capabilities,
+)
 
 NOBODY = 65534
 OTHERS_READ = 0o004
@@ -16,13 +22,15 @@ STACK = 8 << 20
 
 
 def confine(level: str, descriptor: int, parent: int, memory: int, seconds: int, tasks: int) -> dict[str, object]:
-    """Confines this process at the level; `descriptor` stays open. Returns what was reached. Raises OSError where a step is refused.
+    """Confines this process at the level; `descriptor` stays open. Returns what was reached. Raises OSError where a
+    step is refused.
 
     `memory` in bytes; `seconds` of CPU; `tasks`: how many its user may have in all, threads count too (0: no limit).
     """
     paths = view.library_paths()
     readable = view.readable(paths)
-    if level != "bubblewrap":  # whose first process is bound to this one's parent, and takes all in its namespace with it
+    # whose first process is bound to this one's parent, and takes all in its namespace with it
+    if level != "bubblewrap":
         die_with(parent)
     if level == "namespaces":
         namespaces.take(readable)
@@ -31,7 +39,8 @@ def confine(level: str, descriptor: int, parent: int, memory: int, seconds: int,
     _keep_reading(paths)
     _become_nobody()
     if level != "bubblewrap":  # again: a new process, and a new user, has forgotten it
-        die_with(0 if level == "namespaces" else parent)  # the parent of the first process of a namespace cannot be seen: it is 0
+        # the parent of the first process of a namespace cannot be seen: it is 0
+        die_with(0 if level == "namespaces" else parent)
     drop_capabilities()
     control(PR_SET_NO_NEW_PRIVS)
     _limit(memory, seconds, tasks)
@@ -40,7 +49,8 @@ def confine(level: str, descriptor: int, parent: int, memory: int, seconds: int,
 
 
 def restrict(level: str, readable: list[int], writable: list[int]) -> int:
-    """Landlock where the level needs it or the kernel has it, then the filter of system calls. The version of Landlock, or 0."""
+    """Landlock where the level needs it or the kernel has it, then the filter of system calls. The version of Landlock,
+    or 0."""
     known = 0
     if level == "landlock" or (level != "none" and landlock.version()):
         known = landlock.restrict(readable, writable)
@@ -60,7 +70,8 @@ def _go_on_in_child(descriptor: int) -> None:
 
 
 def _keep_reading(paths: list[str]) -> None:
-    """Imports go on where nobody may not pass the folders that lead to the standard library, as /root: through open folders."""
+    """Imports go on where nobody may not pass the folders that lead to the standard library, as /root: through open
+    folders."""
     ways = {path: path for path in paths}
     if os.geteuid() == 0 and not all(_passable(path) for path in paths):
         ways = {path: f"/proc/self/fd/{os.open(path, os.O_PATH)}" if os.path.isdir(path) else path for path in paths}
@@ -68,7 +79,9 @@ def _keep_reading(paths: list[str]) -> None:
     for package in packages:  # what of them is not imported yet comes from the same place
         package.__path__[:] = map(os.path.realpath, package.__path__)
         for path, way in ways.items():
-            package.__path__[:] = [way + place[len(path) :] if place.startswith(path + "/") else place for place in package.__path__]
+            package.__path__[:] = [
+                way + place[len(path) :] if place.startswith(path + "/") else place for place in package.__path__
+            ]
     sys.path[:] = ways.values()
     sys.path_importer_cache.clear()
 
@@ -82,8 +95,8 @@ def _passable(path: str) -> bool:
 
 
 def _become_nobody() -> None:
-    """A superuser becomes nobody, unless the standard library is closed to others, or this system knows no nobody, as some user namespaces.
-    Then it stays what it is, without its rights, bound by the rest."""
+    """A superuser becomes nobody, unless the standard library is closed to others, or this system knows no nobody, as
+    some user namespaces. Then it stays what it is, without its rights, bound by the rest."""
     if os.geteuid() == 0 and os.stat(os.__file__).st_mode & OTHERS_READ:
         try:
             os.setgroups([])
@@ -95,8 +108,15 @@ def _become_nobody() -> None:
 
 
 def _limit(memory: int, seconds: int, tasks: int) -> None:
-    sizes = {resource.RLIMIT_AS: memory, resource.RLIMIT_CPU: seconds, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0,
-             resource.RLIMIT_NOFILE: OPEN_FILES, resource.RLIMIT_STACK: STACK, resource.RLIMIT_MSGQUEUE: 0}  # fmt: skip
+    sizes = {
+        resource.RLIMIT_AS: memory,
+        resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: OPEN_FILES,
+        resource.RLIMIT_STACK: STACK,
+        resource.RLIMIT_MSGQUEUE: 0,
+    }
     if tasks:
         sizes[resource.RLIMIT_NPROC] = tasks
     for which, size in sizes.items():

@@ -1,4 +1,5 @@
-"""Messages of known length over a stream: four bytes of length, then so many bytes. The confined side, which waits as long as it lives."""
+"""Messages of known length over a stream: four bytes of length, then so many bytes. The confined side, which waits as
+long as it lives."""
 
 from __future__ import annotations
 

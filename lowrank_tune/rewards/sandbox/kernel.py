@@ -21,7 +21,9 @@ def checked(result: int, what: str) -> int:
 
 def call(number: int, what: str, *arguments: int | bytes | None) -> int:
     """A system call by its number; integers, texts and None (NULL)."""
-    made = [ctypes.c_char_p(each) if each is None or isinstance(each, bytes) else ctypes.c_long(each) for each in arguments]
+    made = [
+        ctypes.c_char_p(each) if each is None or isinstance(each, bytes) else ctypes.c_long(each) for each in arguments
+    ]
     return checked(int(LIBC.syscall(ctypes.c_long(number), *made)), what)
 
 

@@ -1,4 +1,5 @@
-"""Landlock (Linux 5.13 and newer): this process, and all it starts, opens only the files that it is given. It needs no privilege."""
+"""Landlock (Linux 5.13 and newer): this process, and all it starts, opens only the files that it is given. It needs no
+privilege."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def opened(paths: Iterable[str]) -> list[int]:
 
 
 def restrict(readable: Iterable[int], writable: Iterable[int]) -> int:
-    """Leaves reading beneath `readable`, and reading and writing of the files `writable`; the version used. Raises OSError where there is none.
+    """Leaves reading beneath `readable`, and reading and writing of the files `writable`; the version used. Raises
+    OSError where there is none.
 
     PR_SET_NO_NEW_PRIVS must be set.
     """

@@ -1,4 +1,5 @@
-"""Starts confined processes and speaks with them. For a process that the worker of a pool is: it must live as long as they."""
+"""Starts confined processes and speaks with them. For a process that the worker of a pool is: it must live as long as
+they."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ for name in ("lowrank_tune", "lowrank_tune.rewards", "{PACKAGE}"):
     sys.modules[name].__path__ = [sys.argv[1]]
 from {PACKAGE}.child import main
 main(*sys.argv[2:])"""
-"""What a confined Python runs first: this package alone, without those around it, which need more than the standard library."""
+"""What a confined Python runs first: this package alone, without those around it, which need more than the standard
+library."""
 
 
 class Unconfined(Exception):
@@ -56,10 +58,15 @@ class Confined:
         numbers = [theirs.fileno(), os.getpid(), memory, CPU_SECONDS, most_tasks()]
         with theirs:
             self._process = subprocess.Popen(
-                [*python(level), role, level, *map(str, numbers)], pass_fds=[theirs.fileno()], cwd="/", start_new_session=True,
+                [*python(level), role, level, *map(str, numbers)],
+                pass_fds=[theirs.fileno()],
+                cwd="/",
+                start_new_session=True,
                 env={"PYTHONHASHSEED": "0"},  # sets come in one order; the process forgets it
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
 
     def ready(self) -> Mapping[str, Any]:
         """What it reached, once it is confined. Raises Unconfined."""
@@ -87,18 +94,21 @@ class Confined:
         return message[len(head) :]
 
     def times(self) -> tuple[float, float]:
-        """Seconds that it has run on a processor, and that it was ready to and had to wait for one; zeros where the kernel does not count."""
+        """Seconds that it has run on a processor, and that it was ready to and had to wait for one; zeros where the
+        kernel does not count."""
         ran, waited = 0, 0
         for status in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):  # a process that has ended meanwhile
-                if int(status.read_text().rpartition(")")[2].split()[2]) == self._process.pid:  # its group: with namespaces it is several
+                # its group: with namespaces it is several
+                if int(status.read_text().rpartition(")")[2].split()[2]) == self._process.pid:
                     for task in status.parent.glob("task/*/schedstat"):
                         each = task.read_text().split()
                         ran, waited = ran + int(each[0]), waited + int(each[1])
         return ran / 1e9, waited / 1e9
 
     def end(self) -> str:
-        """Ends it, with all that it started where that was possible at all; how it had ended by itself, where it had."""
+        """Ends it, with all that it started where that was possible at all; how it had ended by itself, where it
+        had."""
         patience = time.monotonic() + (ENDING_SECONDS if self._channel.closed() else 0)
         while not (found := self._finished()) and time.monotonic() < patience:
             time.sleep(0.002)
@@ -148,14 +158,19 @@ def python(level: Level) -> tuple[str, ...]:
 def bubblewrap() -> list[str]:
     """The command of bubblewrap, with the view of `view` and this package."""
     library = os.path.realpath(os.path.dirname(os.__file__))
-    command = ["bwrap", *(f"--unshare-{each}" for each in ("pid", "net", "ipc", "uts", "cgroup-try")), "--die-with-parent"]
+    command = [
+        "bwrap",
+        *(f"--unshare-{each}" for each in ("pid", "net", "ipc", "uts", "cgroup-try")),
+        "--die-with-parent",
+    ]
     if os.geteuid() == 0:
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # to become nobody
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     shown = [*view.readable([library]), interpreter()]
     for folder in sorted({str(folder) for path in shown for folder in Path(path).parents} - {"/"}):
-        command += ["--perms", "0755", "--dir", folder]  # or folders that were closed to others outside would be so inside
+        # or folders that were closed to others outside would be so inside
+        command += ["--perms", "0755", "--dir", folder]
     for path in shown:
         command += ["--dev-bind" if path in view.DEVICES else "--ro-bind", path, path]
     for name, target in view.links():

@@ -1,9 +1,11 @@
-"""What this machine offers for code that nobody has read. A level counts where a process at it was tried and found closed.
+"""What this machine offers for code that nobody has read. A level counts where a process at it was tried and found
+closed.
 
-namespaces: no network, no other process, a root folder with Python's library alone; Landlock too where the kernel has it.
-bubblewrap: the same by the program `bwrap`, which some systems allow more. landlock: one's own user's processes and folders are there, but
-nothing of them can be opened or reached. At all three: a list of system calls (no process, program or socket), limits of memory, CPU and
-files, an empty environment, and for a superuser the change to nobody. none: limits alone, which stop no one who wants out.
+namespaces: no network, no other process, a root folder with Python's library alone; Landlock too where the kernel has
+it. bubblewrap: the same by the program `bwrap`, which some systems allow more. landlock: one's own user's processes and
+folders are there, but nothing of them can be opened or reached. At all three: a list of system calls (no process,
+program or socket), limits of memory, CPU and files, an empty environment, and for a superuser the change to nobody.
+none: limits alone, which stop no one who wants out.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ class Offer:
             return f"{self.level}: {self.fault}"
         lock = f" + Landlock {self.reached['landlock']}" if self.reached["landlock"] else ""
         base = "" if self.level == "landlock" else self.level
-        return f"{base}{lock}{'' if self.level == 'none' else ' + seccomp'} + limits, as user {self.reached['uid']}".removeprefix(" + ")
+        return (
+            f"{base}{lock}{'' if self.level == 'none' else ' + seccomp'} + limits, as user {self.reached['uid']}"
+        ).removeprefix(" + ")
 
 
 @functools.cache
@@ -93,7 +97,9 @@ def attempt(level: Level) -> Offer:
     except Unconfined as fault:
         return Offer(level, str(fault))
     except (Closed, Late, TooLong, Foreign, Unreadable) as error:
-        return Offer(level, f"the process {solver.end() if isinstance(error, Closed) else 'did not answer as it should'}")
+        return Offer(
+            level, f"the process {solver.end() if isinstance(error, Closed) else 'did not answer as it should'}"
+        )
     finally:
         solver.end()
     return Offer(level, f"code at this level {', '.join(found)}" if found and level != "none" else "", reached)

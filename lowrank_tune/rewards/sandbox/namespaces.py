@@ -1,4 +1,5 @@
-"""Namespaces of one's own: no network, no other process, and a root folder that holds what `view` names and nothing else.
+"""Namespaces of one's own: no network, no other process, and a root folder that holds what `view` names and nothing
+else.
 
 With a superuser's rights it takes them directly; without, in a user namespace, where the system allows these.
 """
@@ -15,7 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-NEW = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000  # mounts, cgroups, host name, IPC, processes, network
+# mounts, cgroups, host name, IPC, processes, network
+NEW = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
 NEW_USER = 0x10000000
 BIND, RECURSIVE, PRIVATE, REMOUNT, READ_ONLY, NO_SUID, NO_DEV = 1 << 12, 1 << 14, 1 << 18, 1 << 5, 1, 2, 4
 DETACH = 2
@@ -25,13 +27,15 @@ NOBODY = 65534
 
 
 def take(readable: Sequence[str]) -> None:
-    """Moves this process into namespaces of its own; the next child is alone in them. Raises OSError where that is not allowed."""
+    """Moves this process into namespaces of its own; the next child is alone in them. Raises OSError where that is not
+    allowed."""
     user, group = os.geteuid(), os.getegid()
     checked(LIBC.unshare(NEW | (NEW_USER if user else 0)), "unshare")
     if user:
         _map(user, group)
     _mount(None, "/", None, RECURSIVE | PRIVATE)
-    sources = [(path, os.open(path, os.O_PATH | os.O_CLOEXEC)) for path in readable]  # before the new root may hide them
+    # before the new root may hide them
+    sources = [(path, os.open(path, os.O_PATH | os.O_CLOEXEC)) for path in readable]
     root = next(path for path in ROOTS if os.path.isdir(path))
     _mount("tmpfs", root, "tmpfs", NO_SUID | NO_DEV, "size=256k,mode=755")
     os.chdir(root)
@@ -55,7 +59,8 @@ def _map(user: int, group: int) -> None:
 
 
 def _bind(path: str, source: int) -> None:
-    """Shows what `source` is an open descriptor of beneath the new root, the working directory, as `path`, for reading only."""
+    """Shows what `source` is an open descriptor of beneath the new root, the working directory, as `path`, for reading
+    only."""
     inside = "." + path
     if os.path.isdir(f"/proc/self/fd/{source}"):
         os.makedirs(inside, exist_ok=True)

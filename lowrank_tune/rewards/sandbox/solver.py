@@ -52,7 +52,8 @@ class Held:
         return number
 
     def answer(self, request: bytes) -> bytes:
-        """The reply to one request: the value, which argument it is (-1: none), and the arguments that the call has changed, by place."""
+        """The reply to one request: the value, which argument it is (-1: none), and the arguments that the call has
+        changed, by place."""
         what, target, *rest = decode(request, self.kept.__getitem__)
         if what != "call":
             return encode(["value", self.look(what, target, *rest), -1, {}], self.keep)
@@ -61,7 +62,14 @@ class Held:
         before = [encode(each, self.keep) for each in given]
         result = target(*arguments, **named)
         changed = {place: each for place, each in enumerate(given) if encode(each, self.keep) != before[place]}
-        same = next((place for place, each in enumerate(given) if each is result and type(each) in (list, dict, set, bytearray)), -1)
+        same = next(
+            (
+                place
+                for place, each in enumerate(given)
+                if each is result and type(each) in (list, dict, set, bytearray)
+            ),
+            -1,
+        )
         return encode(["value", result if same < 0 else None, same, changed], self.keep)
 
     def look(self, what: str, target: Any, *rest: Any) -> Any:
@@ -100,7 +108,8 @@ def raised(error: BaseException) -> bytes:
 
 
 def whole(prompt: str, code: str, entry: str) -> str:
-    """The text to run. Where a prompt begins a function `entry`, the code may be that function again, without its imports, or its body."""
+    """The text to run. Where a prompt begins a function `entry`, the code may be that function again, without its
+    imports, or its body."""
     if not prompt:
         return code
     if defines(code, entry):
@@ -126,7 +135,10 @@ def place_of(source: str, entry: str) -> int | None:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     for statement in tree.body:
-        made = [getattr(statement, "name", ""), *(getattr(target, "id", "") for target in getattr(statement, "targets", []))]
+        made = [
+            getattr(statement, "name", ""),
+            *(getattr(target, "id", "") for target in getattr(statement, "targets", [])),
+        ]
         if entry in made:
             first: int = min([statement.lineno, *(mark.lineno for mark in getattr(statement, "decorator_list", []))])
             return first

@@ -1,7 +1,8 @@
 """The process that runs the tests of a row. What it calls is answered by the solver; what it expects does not leave it.
 
-A name of the solution is a `Remote` here: calls, attributes and items of it are requests, plain values come back as plain values of this
-process, and everything else stays with the solver and is a Remote too, which equals nothing. Arguments that a call changed are changed.
+A name of the solution is a `Remote` here: calls, attributes and items of it are requests, plain values come back as
+plain values of this process, and everything else stays with the solver and is a Remote too, which equals nothing.
+Arguments that a call changed are changed.
 """
 
 from __future__ import annotations
@@ -77,7 +78,13 @@ class Compared(text.Text):
     """Tests whose == and != also look at types."""
 
     def source_to_code(self, data: Any, path: Any = "<tests>", *, _optimize: int = -1) -> Any:  # type: ignore[override]
-        return compile(ast.fix_missing_locations(Comparisons().visit(ast.parse(data))), "<tests>", "exec", dont_inherit=True, optimize=0)
+        return compile(
+            ast.fix_missing_locations(Comparisons().visit(ast.parse(data))),
+            "<tests>",
+            "exec",
+            dont_inherit=True,
+            optimize=0,
+        )
 
 
 class Comparisons(ast.NodeTransformer):
@@ -124,11 +131,14 @@ class Line:
         return self._taken(answer, given)
 
     def _taken(self, answer: Any, given: list[Any]) -> Any:
-        """The value of an answer, with its changes made to the arguments. Whatever it may hold, it came from the solution."""
+        """The value of an answer, with its changes made to the arguments. Whatever it may hold, it came from the
+        solution."""
         match answer:
             case ["raised", [str(first), *names], str(message)]:
                 raise_again([first, *(name for name in names if type(name) is str)], message)
-            case ["value", value, int(same), dict(changed)] if -1 <= same < len(given) and set(changed) <= set(range(len(given))):
+            case ["value", value, int(same), dict(changed)] if -1 <= same < len(given) and set(changed) <= set(
+                range(len(given))
+            ):
                 for place, new in changed.items():
                     change(given[place], new)
                 return given[same] if same >= 0 else value
@@ -155,7 +165,8 @@ PLAIN = {bool, int, float, str, bytes, list, tuple, dict, set, frozenset, type(N
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Equality as Python has it, except that True is not 1, nor is 1 + 0j, within lists, tuples and values of dicts too."""
+    """Equality as Python has it, except that True is not 1, nor is 1 + 0j, within lists, tuples and values of dicts
+    too."""
     if any(isinstance(one, kind) != isinstance(other, kind) for kind in (bool, complex)):
         return False
     if type(one) is type(other) and isinstance(one, (list, tuple)):
@@ -187,7 +198,10 @@ def change(old: Any, new: Any) -> None:
 def raise_again(names: list[str], message: str) -> NoReturn:
     """Raises the solution's exception as the nearest built-in class that tests may expect."""
     found = (getattr(builtins, name, None) for name in names)
-    nearest = next((made for made in found if isinstance(made, type) and issubclass(made, Exception) and made not in ENDLESS), Exception)
+    nearest = next(
+        (made for made in found if isinstance(made, type) and issubclass(made, Exception) and made not in ENDLESS),
+        Exception,
+    )
     try:
         error = Foreign(f"{names[0]}: {message}") if nearest is Exception else nearest(message)
     except TypeError:  # UnicodeError and its like want more than a message

@@ -1,6 +1,8 @@
-"""Plain values as bytes and back. What is read is built from exact types of the standard library: nothing in it can act when compared.
+"""Plain values as bytes and back. What is read is built from exact types of the standard library: nothing in it can act
+when compared.
 
-Only exact types are written; an object of any other type, subclasses too, is handed to `other`, which gives it a number or refuses it.
+Only exact types are written; an object of any other type, subclasses too, is handed to `other`, which gives it a number
+or refuses it.
 """
 
 from __future__ import annotations
@@ -18,12 +20,31 @@ if TYPE_CHECKING:
 
 DEEPEST = 100  # levels of nesting
 CONTAINERS: dict[type, bytes] = {list: b"l", tuple: b"t", set: b"S", frozenset: b"Z"}
-KINDS = {type(None): b"N", bool: b"B", int: b"i", float: b"d", complex: b"c", str: b"s", bytes: b"b", bytearray: b"y", dict: b"m", range: b"r",
-         type(Ellipsis): b"E", type: b"T", **CONTAINERS}  # fmt: skip
+KINDS = {
+    type(None): b"N",
+    bool: b"B",
+    int: b"i",
+    float: b"d",
+    complex: b"c",
+    str: b"s",
+    bytes: b"b",
+    bytearray: b"y",
+    dict: b"m",
+    range: b"r",
+    type(Ellipsis): b"E",
+    type: b"T",
+    **CONTAINERS,
+}
 TYPES = {each.__name__: each for each in KINDS if each is not type}
 """Types that are values themselves: a test may ask for all that is no `int`."""
-LIBRARY: dict[bytes, tuple[str, str]] = {b"C": ("collections", "Counter"), b"O": ("collections", "OrderedDict"), b"Q": ("collections", "deque"),
-           b"D": ("collections", "defaultdict"), b"X": ("decimal", "Decimal"), b"F": ("fractions", "Fraction")}  # fmt: skip
+LIBRARY: dict[bytes, tuple[str, str]] = {
+    b"C": ("collections", "Counter"),
+    b"O": ("collections", "OrderedDict"),
+    b"Q": ("collections", "deque"),
+    b"D": ("collections", "defaultdict"),
+    b"X": ("decimal", "Decimal"),
+    b"F": ("fractions", "Fraction"),
+}
 """Types that are looked for only where their module was imported anyway."""
 
 
@@ -93,7 +114,8 @@ def _leaf(kind: bytes, value: Any) -> bytes:
 
 
 def decode(data: bytes, found: Found | None = None) -> Any:
-    """The value; a number of an `other` is given to `found`. Raises Unreadable for anything that `encode` does not write."""
+    """The value; a number of an `other` is given to `found`. Raises Unreadable for anything that `encode` does not
+    write."""
     reader = Reader(data, found)
     try:
         value = reader.value(0)
@@ -135,7 +157,11 @@ class Reader:
             return self._mapping(kind, pairs)
         if kind in b"ltSZQ":
             items = [self.value(depth + 1) for _ in range(self.number())]
-            return next((make(items) for make, tag in CONTAINERS.items() if tag == kind), None) if kind != b"Q" else library(kind)(items)
+            return (
+                next((make(items) for make, tag in CONTAINERS.items() if tag == kind), None)
+                if kind != b"Q"
+                else library(kind)(items)
+            )
         return self._leaf(kind)
 
     def _mapping(self, kind: bytes, pairs: list[tuple[Any, Any]]) -> Any:

@@ -1,4 +1,5 @@
-"""What a confined process may read: Python's own standard library and the system's libraries that it loads. Nothing else."""
+"""What a confined process may read: Python's own standard library and the system's libraries that it loads. Nothing
+else."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ def library_paths() -> list[str]:
 
 
 def readable(paths: list[str]) -> list[str]:
-    """All that may be read, the outermost only: `paths`, the libraries beside them, the system's. What is missing here is left out."""
+    """All that may be read, the outermost only: `paths`, the libraries beside them, the system's. What is missing here
+    is left out."""
     beside = [os.path.dirname(path) for path in paths if os.path.basename(os.path.dirname(path)) == "lib"]
     wanted = sorted({os.path.realpath(path) for path in (*paths, *beside, *SYSTEM, *DEVICES) if os.path.exists(path)})
     return [path for path in wanted if not any(path.startswith(other + "/") for other in wanted)]

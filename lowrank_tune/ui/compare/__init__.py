@@ -1,4 +1,5 @@
-"""`lowrank-tune compare`: several runs and chains side by side, in the terminal and as one page, from what they left in their folders."""
+"""`lowrank-tune compare`: several runs and chains side by side, in the terminal and as one page, from what they left in
+their folders."""
 
 from __future__ import annotations
 
@@ -21,8 +22,11 @@ __all__ = ["Paper", "Side", "compare", "compare_page", "read_sides", "screen"]
 PIPED_WIDTH = 120
 
 
-def compare(runs: Sequence[Path], html: Path | None = None, file: TextIO | None = None, environ: Mapping[str, str] = os.environ) -> Path:
-    """Writes the comparison to `file` and the page to `html`, by default `compare.html` beside the first run; returns where the page is.
+def compare(
+    runs: Sequence[Path], html: Path | None = None, file: TextIO | None = None, environ: Mapping[str, str] = os.environ
+) -> Path:
+    """Writes the comparison to `file` and the page to `html`, by default `compare.html` beside the first run; returns
+    where the page is.
 
     Raises UserError where something is no run, or the page cannot be written.
     """

@@ -53,15 +53,20 @@ def _ended(side: Side) -> str:
 def _steps(side: Side) -> str:
     last = side.last
     earlier = "".join(f"{record.step:,} + " for record in side.records[:-1])
-    return f"{earlier}{last.step:,}" + (f" of {last.started.steps:,}" if last.started is not None and last.step != last.started.steps else "")
+    return f"{earlier}{last.step:,}" + (
+        f" of {last.started.steps:,}" if last.started is not None and last.step != last.started.steps else ""
+    )
 
 
 def _seconds(side: Side) -> str:
-    return clock(sum(record.ended.seconds if record.ended is not None else record.last - record.began for record in side.records))
+    return clock(
+        sum(record.ended.seconds if record.ended is not None else record.last - record.began for record in side.records)
+    )
 
 
 def _measured(which: int, key: str, write: Callable[[float], str], named: bool = False) -> Callable[[Side], str]:
-    """A held-out figure of the first (0) or the last (-1) who was asked; of the last only where somebody was asked before."""
+    """A held-out figure of the first (0) or the last (-1) who was asked; of the last only where somebody was asked
+    before."""
 
     def told(side: Side) -> str:
         found = [(who, stats[key]) for who, stats in heldout(side).items() if key in stats]
@@ -73,7 +78,12 @@ def _measured(which: int, key: str, write: Callable[[float], str], named: bool =
 
 
 def _passes(side: Side) -> str:
-    found = [(key, value) for stats in list(heldout(side).values())[1:] for key, value in stats.items() if key.startswith("pass_at_")]
+    found = [
+        (key, value)
+        for stats in list(heldout(side).values())[1:]
+        for key, value in stats.items()
+        if key.startswith("pass_at_")
+    ]
     return f"{percent(found[-1][1])} (of {found[-1][0][8:]})" if found else ""
 
 
@@ -87,7 +97,11 @@ def _greedy(side: Side) -> str:
 
 def _pairs(side: Side) -> str:
     scored, checks = inside(side.last.summary, "heldout_pairs"), side.points("validation_accuracy")
-    if side.last.started is None or side.last.started.algorithm not in ("reward", "dpo") or not (checks or "accuracy" in scored):
+    if (
+        side.last.started is None
+        or side.last.started.algorithm not in ("reward", "dpo")
+        or not (checks or "accuracy" in scored)
+    ):
         return ""
     return percent(number_in(scored, "accuracy", list(checks.values())[-1] if checks else 0.0))
 
@@ -150,12 +164,25 @@ def _hacking(side: Side) -> str:
 
 TOKENS = "{:.1f}".format
 ROWS: tuple[tuple[str, Callable[[Side], str]], ...] = (
-    ("algorithm", _algorithm), ("base", _base), ("ended", _ended), ("steps", _steps), ("time", _seconds),
+    ("algorithm", _algorithm),
+    ("base", _base),
+    ("ended", _ended),
+    ("steps", _steps),
+    ("time", _seconds),
     ("held-out exact, before", _measured(0, "exact", percent, named=True)),
     ("held-out exact, after", _measured(-1, "exact", percent, named=True)),
-    ("one of several exact", _passes), ("best while training", _greedy), ("held-out pairs right", _pairs),
-    ("validation loss, best", _best_loss), ("reward", _went("reward")), ("KL to reference, end", _kl), ("loss", _loss),
-    ("tokens an answer, before", _measured(0, "length", TOKENS)), ("tokens an answer, after", _measured(-1, "length", TOKENS)),
-    ("tokens a completion", _went("length", TOKENS)), ("tokens a second", _speed), ("peak memory", _memory),
-    ("reward hacking", _hacking), ("warnings", _warnings),
-)  # fmt: skip
+    ("one of several exact", _passes),
+    ("best while training", _greedy),
+    ("held-out pairs right", _pairs),
+    ("validation loss, best", _best_loss),
+    ("reward", _went("reward")),
+    ("KL to reference, end", _kl),
+    ("loss", _loss),
+    ("tokens an answer, before", _measured(0, "length", TOKENS)),
+    ("tokens an answer, after", _measured(-1, "length", TOKENS)),
+    ("tokens a completion", _went("length", TOKENS)),
+    ("tokens a second", _speed),
+    ("peak memory", _memory),
+    ("reward hacking", _hacking),
+    ("warnings", _warnings),
+)

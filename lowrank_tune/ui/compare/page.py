@@ -1,4 +1,5 @@
-"""The comparison as one page that needs nothing else: figures, curves of what runs share, and where their recipes differ."""
+"""The comparison as one page that needs nothing else: figures, curves of what runs share, and where their recipes
+differ."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ def compare_page(sides: Sequence[Side]) -> str:
     """The page of these sides."""
     names = ", ".join(side.label for side in sides)
     told = [f"{side.label}: {trouble}" for side in sides for record in side.records for trouble in troubles(record)]
-    header = f'<header><div class="row"><h1>{text(names, 300)}</h1></div><p class="sub"><b>{len(sides)}</b> runs side by side</p></header>'
+    header = (
+        f'<header><div class="row"><h1>{text(names, 300)}</h1></div><p class="sub"><b>{len(sides)}</b> runs '
+        f"side by side</p></header>"
+    )
     status = "failed" if any(side.status == "failed" for side in sides) else ""
     body = "\n".join([header, alerts(told, status), _figures(sides), _curves(sides), _differences(sides)])
     return document(f"{names[:120]}: compared", body, "the events and summaries of these runs")
@@ -57,7 +61,11 @@ def _curves(sides: Sequence[Side]) -> str:
         cards.append(chart_card(title, meaning, lines, name not in NOT_LOG, {}))
     chains = "; of a chain, those of the stage that began last" if any(side.chain is not None for side in sides) else ""
     told = f'<h2>Curves <span class="soft">smooth{chains}</span></h2>'
-    return f'{told}<div class="grid2">{"".join(cards)}</div>' if cards else "<p>No statistic was measured by two of these runs.</p>"
+    return (
+        f'{told}<div class="grid2">{"".join(cards)}</div>'
+        if cards
+        else "<p>No statistic was measured by two of these runs.</p>"
+    )
 
 
 def _line(side: Side, name: str, place: int) -> Line | None:
@@ -68,9 +76,18 @@ def _line(side: Side, name: str, place: int) -> Line | None:
 
 def _differences(sides: Sequence[Side]) -> str:
     found, unknown = differences(sides), without_recipe(sides)
-    told = f"<p>The settings of {text(', '.join(unknown), 400)} are not known: there is no run.json that can be read.</p>" if unknown else ""
+    told = (
+        f"<p>The settings of {text(', '.join(unknown), 400)} are not known: there is no run.json that can be read.</p>"
+        if unknown
+        else ""
+    )
     if not found:
         return f"<h2>Settings that differ</h2>{told or '<p>None: the recipes are the same.</p>'}"
-    made = [[text(key, 200), *('<span class="soft">not set</span>' if value is None else text(value, 300) for value in values)]
-            for key, values in found.items()]  # fmt: skip
+    made = [
+        [
+            text(key, 200),
+            *('<span class="soft">not set</span>' if value is None else text(value, 300) for value in values),
+        ]
+        for key, values in found.items()
+    ]
     return f'<h2>Settings that differ</h2>{told}<div class="card">{table(_head(sides), made)}</div>'

@@ -1,5 +1,5 @@
-"""The comparison in lines for a terminal or a file: charts of what runs share, where their recipes differ, and the table at the end, where
-a person looks first. Pure: sides in, lines out."""
+"""The comparison in lines for a terminal or a file: charts of what runs share, where their recipes differ, and the
+table at the end, where a person looks first. Pure: sides in, lines out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ SELDOM = 15  # so few points are drawn as they are
 
 @dataclass(frozen=True)
 class Paper:
-    """What is drawn on. `signs`: lines are told apart by signs, where there are no colours; `ascii_only`: nothing but ASCII."""
+    """What is drawn on. `signs`: lines are told apart by signs, where there are no colours; `ascii_only`: nothing but
+    ASCII."""
 
     width: int
     signs: bool = False
@@ -64,7 +65,10 @@ def _charts(sides: Sequence[Side], looks: Looks, paper: Paper) -> list[Line]:
     widths = [base + (index < extra) for index in range(columns)]
     lines: list[Line] = []
     for at in range(0, len(drawn), columns):
-        row = [_chart(name, several, looks, paper, widths[index]) for index, (name, several) in enumerate(drawn[at : at + columns])]
+        row = [
+            _chart(name, several, looks, paper, widths[index])
+            for index, (name, several) in enumerate(drawn[at : at + columns])
+        ]
         lines += beside([*row, *([[]] * (columns - len(row)))], widths, CHART_HEIGHT)
     return lines
 
@@ -84,7 +88,15 @@ def _differences(sides: Sequence[Side], paper: Paper) -> list[Line]:
     found, unknown = differences(sides), without_recipe(sides)
     lines: list[Line] = []
     if unknown:
-        lines.append([(f"the settings of {paper.text(', '.join(unknown))} are not known: there is no run.json that can be read", "warning")])
+        lines.append(
+            [
+                (
+                    f"the settings of {paper.text(', '.join(unknown))} are not known: there is no run.json that can "
+                    f"be read",
+                    "warning",
+                )
+            ]
+        )
     elif not found:
         return [[("the recipes are the same", "quiet")]]
     lines += [[("settings that differ, in the order of the runs", "title")]] if found else []
@@ -92,7 +104,9 @@ def _differences(sides: Sequence[Side], paper: Paper) -> list[Line]:
         told = " | ".join("not set" if value is None else paper.text(value, 40) for value in values)
         head = paper.text(key, 60) + "  "
         parts = wrap(told, max(20, paper.width - len(head) - 2), 2)
-        lines += [[("  ", ""), (head if row == 0 else " " * len(head), "quiet"), (part, "")] for row, part in enumerate(parts)]
+        lines += [
+            [("  ", ""), (head if row == 0 else " " * len(head), "quiet"), (part, "")] for row, part in enumerate(parts)
+        ]
     if (left := len(found) - MOST_KEYS) > 0:
         lines.append([(f"  ... and {left} more, which the page lists", "quiet")])
     return lines
@@ -102,8 +116,10 @@ def _table(sides: Sequence[Side], looks: Looks, paper: Paper) -> list[Line]:
     """A column a side; where they do not all fit, several tables under each other."""
     figures = [(label, [paper.text(cell, MOST_CELL + 30) for cell in cells]) for label, cells in rows(sides)]
     names = [paper.text(side.label, MOST_CELL - 2) for side in sides]
-    widths = [min(MOST_CELL, max(LEAST_CELL, cell_len(name) + 2, *(cell_len(cells[place]) for _, cells in figures)))
-              for place, name in enumerate(names)]  # fmt: skip
+    widths = [
+        min(MOST_CELL, max(LEAST_CELL, cell_len(name) + 2, *(cell_len(cells[place]) for _, cells in figures)))
+        for place, name in enumerate(names)
+    ]
     lines: list[Line] = []
     start = 0
     while start < len(sides):

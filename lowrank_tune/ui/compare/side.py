@@ -1,4 +1,5 @@
-"""What is compared: runs and chains, read from their folders as the report reads them, their figures, and where their recipes differ."""
+"""What is compared: runs and chains, read from their folders as the report reads them, their figures, and where their
+recipes differ."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ KINDS = {"reward": "pairs", "dpo": "pairs", "grpo": "completions", "ppo": "compl
 
 @dataclass(frozen=True)
 class Side:
-    """One run, or a chain: what it is called here, its stages that have begun, and its recipe where that can be read. The curves and the
-    settings of a chain are those of the stage that began last."""
+    """One run, or a chain: what it is called here, its stages that have begun, and its recipe where that can be read.
+    The curves and the settings of a chain are those of the stage that began last."""
 
     label: str
     folder: Path
@@ -53,8 +54,8 @@ class Side:
 
 
 def read_sides(paths: Sequence[Path]) -> list[Side]:
-    """The sides, in the order in which they were named. Raises UserError where there are fewer than two, one is named twice, or one is no
-    run; what a killed or running run has written so far is read."""
+    """The sides, in the order in which they were named. Raises UserError where there are fewer than two, one is named
+    twice, or one is no run; what a killed or running run has written so far is read."""
     folders = [path.parent if path.name == EVENTS and path.is_file() else path for path in paths]
     if len(folders) < 2:
         raise UserError("compare needs two runs or more; one by itself is what `lowrank-tune report RUN` is for")
@@ -91,8 +92,8 @@ def _recipe(folder: Path) -> Mapping[str, Any]:
 
 
 def differences(sides: Sequence[Side]) -> dict[str, list[str | None]]:
-    """Every setting that is not the same everywhere, with its value on each side, None where it is not set. A chain is compared by the
-    stage that began last; before that stands how its stages follow each other."""
+    """Every setting that is not the same everywhere, with its value on each side, None where it is not set. A chain is
+    compared by the stage that began last; before that stands how its stages follow each other."""
     settings = [_settings(side) for side in sides]
     keys = dict.fromkeys(key for each in settings for key in each)
     found = {key: [each.get(key) for each in settings] for key in keys}
@@ -109,11 +110,21 @@ def _settings(side: Side) -> dict[str, str]:
     recipe = _recipe(side.last.folder) if side.chain is not None else side.recipe
     own = str(side.folder.resolve())
     try:
-        found = {dotted(path): value for path, value in leaves(dict(recipe)) if path[:1] not in [(each,) for each in OF_ITSELF]}
+        found = {
+            dotted(path): value
+            for path, value in leaves(dict(recipe))
+            if path[:1] not in [(each,) for each in OF_ITSELF]
+        }
     except RecursionError:
         return {}
-    stages = {"stages": " -> ".join(str(record.started.algorithm) for record in side.records if record.started)} if side.chain else {}
-    return stages | {key: _written(value) for key, value in found.items() if not (isinstance(value, str) and value.startswith(own))}
+    stages = (
+        {"stages": " -> ".join(str(record.started.algorithm) for record in side.records if record.started)}
+        if side.chain
+        else {}
+    )
+    return stages | {
+        key: _written(value) for key, value in found.items() if not (isinstance(value, str) and value.startswith(own))
+    }
 
 
 def _written(value: Any) -> str:
@@ -121,10 +132,17 @@ def _written(value: Any) -> str:
 
 
 def shared(sides: Sequence[Side]) -> list[tuple[str, list[Side]]]:
-    """Each statistic that two sides or more have, with these sides, the most telling first. One that algorithms mean differently has a chart
-    for each kind."""
-    names = dict.fromkeys([*(name for side in sides for chart in charts_of(_algorithm(side)) for name in chart), *CHECKED, "length",
-                           "heldout_length", "heldout_repetition"])  # fmt: skip
+    """Each statistic that two sides or more have, with these sides, the most telling first. One that algorithms mean
+    differently has a chart for each kind."""
+    names = dict.fromkeys(
+        [
+            *(name for side in sides for chart in charts_of(_algorithm(side)) for name in chart),
+            *CHECKED,
+            "length",
+            "heldout_length",
+            "heldout_repetition",
+        ]
+    )
     found = []
     for name in names:
         kinds: dict[str, list[Side]] = {}

@@ -13,8 +13,8 @@ __all__ = ["chain_page", "page", "read_chain", "read_record", "write_report"]
 
 
 def write_report(folder: Path) -> Path:
-    """Writes the report of a run beside its events; of a chain, one page over all its stages and one for each. Raises `UserError` where
-    the folder holds no run."""
+    """Writes the report of a run beside its events; of a chain, one page over all its stages and one for each. Raises
+    `UserError` where the folder holds no run."""
     if not is_chain(folder):
         return _write(folder, page(read_record(folder)))
     chain = read_chain(folder)

@@ -50,7 +50,8 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def chart(lines: Sequence[Line], log: bool = False) -> str:
-    """The SVG of a chart. Values that are not finite, and on a logarithmic scale those that are not positive, leave a gap."""
+    """The SVG of a chart. Values that are not finite, and on a logarithmic scale those that are not positive, leave a
+    gap."""
     points = [point for line in lines for point in line.points if _fits(point[1], log)]
     if not points:
         return ""
@@ -64,14 +65,21 @@ def chart(lines: Sequence[Line], log: bool = False) -> str:
         share = (math.log10(y / low_y) / math.log10(high_y / low_y)) if log else (y - low_y) / (high_y - low_y)
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" class="chart {"log" if log else "lin"}" role="img" data-x="{low_x:g} {high_x:g}"'
-             f' data-box="{LEFT} {TOP} {WIDTH - RIGHT} {HEIGHT - BOTTOM}">']  # fmt: skip
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" class="chart {"log" if log else "lin"}" role="img" data-x="{low_x:g} '
+        f'{high_x:g}"'
+        f' data-box="{LEFT} {TOP} {WIDTH - RIGHT} {HEIGHT - BOTTOM}">'
+    ]
     for tick in ticks:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(tick):.1f}" y2="{down(tick):.1f}"/>'
-                     f'<text class="tick" x="{LEFT - 7}" y="{down(tick) + 3.5:.1f}" text-anchor="end">{short(tick)}</text>')  # fmt: skip
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(tick):.1f}" y2="{down(tick):.1f}"/>'
+            f'<text class="tick" x="{LEFT - 7}" y="{down(tick) + 3.5:.1f}" text-anchor="end">{short(tick)}</text>'
+        )
     for tick in ticks_of([low_x, high_x], 6)[0]:
         if low_x <= tick <= high_x and tick == int(tick):
-            parts.append(f'<text class="tick" x="{across(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{int(tick):,}</text>')
+            parts.append(
+                f'<text class="tick" x="{across(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{int(tick):,}</text>'
+            )
     for line in lines:
         path, dots = [], []
         pen = "M"
@@ -82,9 +90,13 @@ def chart(lines: Sequence[Line], log: bool = False) -> str:
             path.append(f"{pen}{across(x):.1f} {down(y):.1f}")
             pen = "L"
             if line.kind == "check":
-                dots.append(f'<circle class="check" cx="{across(x):.1f}" cy="{down(y):.1f}" r="2.6">'
-                            f"<title>{escape(line.name)} {short(y)} after step {x:g}</title></circle>")  # fmt: skip
-        parts.append(f'<path class="{line.kind}" d="{"".join(path)}"><title>{escape(line.name)}</title></path>{"".join(dots)}')
+                dots.append(
+                    f'<circle class="check" cx="{across(x):.1f}" cy="{down(y):.1f}" r="2.6">'
+                    f"<title>{escape(line.name)} {short(y)} after step {x:g}</title></circle>"
+                )
+        parts.append(
+            f'<path class="{line.kind}" d="{"".join(path)}"><title>{escape(line.name)}</title></path>{"".join(dots)}'
+        )
     return "".join(parts) + '<line class="cross" y1="10" y2="204" visibility="hidden"/></svg>'
 
 
@@ -97,29 +109,39 @@ def hover_data(lines: Sequence[Line]) -> str:
 def bar(share: float, kind: str = "") -> str:
     """A horizontal bar of this share of its place."""
     width = 100 * max(0.0, min(1.0, share))
-    return (f'<svg class="bar {kind}" viewBox="0 0 100 8" preserveAspectRatio="none" role="img"><rect class="track" width="100" height="8"/>'
-            f'<rect class="fill" width="{width:.2f}" height="8"/></svg>')  # fmt: skip
+    return (
+        f'<svg class="bar {kind}" viewBox="0 0 100 8" preserveAspectRatio="none" role="img"><rect class="track" '
+        f'width="100" height="8"/>'
+        f'<rect class="fill" width="{width:.2f}" height="8"/></svg>'
+    )
 
 
 def histogram(edges: Sequence[int], counts: Sequence[int], limit: int, over: int) -> str:
     """Upright bars of lengths, and one for what is over the limit."""
     values = [*counts, over]
-    names = [f"{low + 1:,} to {high:,} tokens" for low, high in zip(edges, edges[1:], strict=False)] + [f"over {limit:,} tokens"]
+    names = [f"{low + 1:,} to {high:,} tokens" for low, high in zip(edges, edges[1:], strict=False)] + [
+        f"over {limit:,} tokens"
+    ]
     most, step = max([*values, 1]), (WIDTH - LEFT - RIGHT) / max(1, len(values))
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" class="chart" role="img">']
     ticks = [tick for tick in ticks_of([0, most], 4)[0] if tick == int(tick)]
     high = max(most, *ticks)
     for tick in ticks:
         y = HEIGHT - BOTTOM - tick / high * (HEIGHT - TOP - BOTTOM)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{int(tick):,}</text>')  # fmt: skip
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{int(tick):,}</text>'
+        )
     for place, (name, value) in enumerate(zip(names, values, strict=True)):
         tall = value / high * (HEIGHT - TOP - BOTTOM)
         x, last = LEFT + place * step, place == len(values) - 1
-        parts.append(f'<rect class="{"over" if last else "fill"}" x="{x + step * 0.08:.1f}" y="{HEIGHT - BOTTOM - tall:.1f}" rx="1.5"'
-                     f' width="{step * 0.84:.1f}" height="{tall:.1f}"><title>{name}: {value:,} rows</title></rect>'
-                     f'<text class="tick" x="{x + step / 2:.1f}" y="{HEIGHT - 8}" text-anchor="middle">'
-                     f"{f'&gt; {limit:,}' if last else f'{edges[place + 1]:,}'}</text>")  # fmt: skip
+        parts.append(
+            f'<rect class="{"over" if last else "fill"}" x="{x + step * 0.08:.1f}" y="{HEIGHT - BOTTOM - tall:.1f}" '
+            f'rx="1.5"'
+            f' width="{step * 0.84:.1f}" height="{tall:.1f}"><title>{name}: {value:,} rows</title></rect>'
+            f'<text class="tick" x="{x + step / 2:.1f}" y="{HEIGHT - 8}" text-anchor="middle">'
+            f"{f'&gt; {limit:,}' if last else f'{edges[place + 1]:,}'}</text>"
+        )
     return "".join(parts) + "</svg>"
 
 
@@ -143,7 +165,9 @@ def lines_of(name: str, points: Mapping[int, float], checks: Mapping[int, float]
         if is_rough:
             found.append(Line("smoothed", "smooth", thin(smooth(finite), 100)))
     if checks:
-        found.append(Line(check_name, "check", thin([(float(step), value) for step, value in sorted(checks.items())], 100)))
+        found.append(
+            Line(check_name, "check", thin([(float(step), value) for step, value in sorted(checks.items())], 100))
+        )
     return found
 
 
@@ -153,7 +177,13 @@ def sides_of(series: Mapping[str, Mapping[int, float]]) -> list[Line]:
     for name, points in series.items():
         finite = [(float(step), value) for step, value in sorted(points.items()) if math.isfinite(value)]
         if finite:
-            lines.append(Line(side_of(name), side_of(name), thin(smooth(finite) if _is_rough([value for _, value in finite]) else finite)))
+            lines.append(
+                Line(
+                    side_of(name),
+                    side_of(name),
+                    thin(smooth(finite) if _is_rough([value for _, value in finite]) else finite),
+                )
+            )
     return lines
 
 

@@ -21,8 +21,10 @@ def section(folder: Path) -> str:
 
 def _one(record: Record, is_open: bool) -> str:
     heads = evals_view.heads(record)
-    rows = [[f"<b>{text(row[0])}</b>", *(text(cell) for cell in row[1 : len(heads)])] for row in evals_view.rows(record)]
+    rows = [
+        [f"<b>{text(row[0])}</b>", *(text(cell) for cell in row[1 : len(heads)])] for row in evals_view.rows(record)
+    ]
     told = "".join(f'<p class="soft">{text(line, 600)}</p>' for line in evals_view.told_of(record))
-    title = f"{text(evals_view.when(record))} <span class=\"soft\">{text(record.origin, 200)}</span>"
+    title = f'{text(evals_view.when(record))} <span class="soft">{text(record.origin, 200)}</span>'
     body = f'<div class="card">{table(map(text, heads), rows)}{told}</div>'
     return f"<details{' open' if is_open else ''}><summary>{title}</summary>{body}</details>"

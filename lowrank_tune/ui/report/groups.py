@@ -1,4 +1,5 @@
-"""The parts of the page that are about completions the policy wrote itself: where a step's time went, and groups over the run."""
+"""The parts of the page that are about completions the policy wrote itself: where a step's time went, and groups over
+the run."""
 
 from __future__ import annotations
 
@@ -10,8 +11,11 @@ from lowrank_tune.ui.report.charts import bar
 from lowrank_tune.ui.report.record import Record
 from lowrank_tune.ui.report.words import block, table, text
 
-PHASES = {"rollout": "completions are drawn", "score": "rewards are waited for; most are computed while others are drawn",
-          "update": "log-probs, gradients, the optimizer"}  # fmt: skip
+PHASES = {
+    "rollout": "completions are drawn",
+    "score": "rewards are waited for; most are computed while others are drawn",
+    "update": "log-probs, gradients, the optimizer",
+}
 SHOWN = 3  # groups: the first, one in the middle, the last
 MOST_COMPLETIONS = 16  # of a group
 
@@ -21,9 +25,18 @@ def phases(record: Record) -> str:
     total = sum(record.phases.values())
     if not total:
         return ""
-    rows = [[f'{text(name)} <span class="soft">{text(PHASES.get(name, ""))}</span>', bar(spent / total), percent(spent / total),
-             f"{spent:,.1f} s"] for name, spent in record.phases.items()]  # fmt: skip
-    return f'<h2>Where the time of the steps went</h2><div class="card">{table(["", "share", "", ""], rows, [2, 3])}</div>'
+    rows = [
+        [
+            f'{text(name)} <span class="soft">{text(PHASES.get(name, ""))}</span>',
+            bar(spent / total),
+            percent(spent / total),
+            f"{spent:,.1f} s",
+        ]
+        for name, spent in record.phases.items()
+    ]
+    return (
+        f'<h2>Where the time of the steps went</h2><div class="card">{table(["", "share", "", ""], rows, [2, 3])}</div>'
+    )
 
 
 def over_time(record: Record) -> str:
@@ -35,19 +48,26 @@ def over_time(record: Record) -> str:
         return ""
     places = sorted({round(at * (len(found) - 1) / (SHOWN - 1)) for at in range(SHOWN)})
     parts = [_group(found[place], is_open=place in (0, len(found) - 1)) for place in places]
-    return f'<h2>Groups over time <span class="soft">the completions of one prompt of a step</span></h2>{"".join(parts)}'
+    return (
+        f'<h2>Groups over time <span class="soft">the completions of one prompt of a step</span></h2>{"".join(parts)}'
+    )
 
 
 def _group(group: Group, is_open: bool) -> str:
     gold = f' <span class="soft">gold {text(group.gold, 80)}</span>' if group.gold is not None else ""
     several = any(len(one.parts) > 1 for one in group.completions)
-    rows = [[_figure(one.reward), _advantage(one.advantage), _words(one, several), f"{one.times} \u00d7"]
-            for one in group.completions[:MOST_COMPLETIONS]]  # fmt: skip
+    rows = [
+        [_figure(one.reward), _advantage(one.advantage), _words(one, several), f"{one.times} \u00d7"]
+        for one in group.completions[:MOST_COMPLETIONS]
+    ]
     left = len(group.completions) - len(rows)
     more = f'<p class="soft">{left} other completions are left out</p>' if left else ""
     told = ' <span class="soft">no signal: all earn the same</span>' if group.is_dead else ""
-    return (f"<details{' open' if is_open else ''}><summary>step {group.step:,}: {text(group.prompt, 300)}{gold}{told}</summary>"
-            f"{table(['reward', 'advantage', 'completion', ''], rows, [0, 1, 3])}{more}</details>")  # fmt: skip
+    return (
+        f"<details{' open' if is_open else ''}><summary>step {group.step:,}: "
+        f"{text(group.prompt, 300)}{gold}{told}</summary>"
+        f"{table(['reward', 'advantage', 'completion', ''], rows, [0, 1, 3])}{more}</details>"
+    )
 
 
 def _figure(value: float) -> str:
@@ -65,4 +85,6 @@ def _words(one: Written, several: bool) -> str:
     facts = ["cut off by the limit"] if one.finish == "length" else []
     facts += [f"{text(name, 60)} {_figure(value)}" for name, value in one.parts] if several else []
     facts += [f"not scored: {text(one.unscored, 300)}"] if one.unscored else []
-    return f'<div class="text">{block(one.text, 1500)}</div>' + (f'<span class="soft">{", ".join(facts)}</span>' if facts else "")
+    return f'<div class="text">{block(one.text, 1500)}</div>' + (
+        f'<span class="soft">{", ".join(facts)}</span>' if facts else ""
+    )

@@ -19,36 +19,65 @@ PAIRED = ("reward", "dpo")
 
 def page(record: Record) -> str:
     """The page of a run."""
-    body = (f"{_header(record)}{alerts(troubles(record), record.status)}{_tiles(record)}\n{sections.heldout(record)}\n"
-            f"{evaluations.section(record.folder)}\n{_body(record)}")  # fmt: skip
+    body = (
+        f"{_header(record)}{alerts(troubles(record), record.status)}{_tiles(record)}\n{sections.heldout(record)}\n"
+        f"{evaluations.section(record.folder)}\n{_body(record)}"
+    )
     return document(f"{_name(record)}, {record.status}", body, f"{record.folder.name}/events.jsonl")
 
 
 def chain_page(chain: ChainRecord) -> str:
     """The page of a chain: what came of all stages together, then each of them."""
     places = {folder: f"stage-{number}" for number, folder in enumerate(chain.stages, 1)}
-    body = "\n".join([_chain_header(chain), alerts(_chain_troubles(chain), chain.status), _contents(chain, places), _chain_tiles(chain),
-                      sections.heldout_of_chain(chain), evaluations.section(chain.folder), sections.stage_table(chain),
-                      *(_stage(folder, record, places[folder], len(places)) for folder, record in chain.stages.items())])  # fmt: skip
+    body = "\n".join(
+        [
+            _chain_header(chain),
+            alerts(_chain_troubles(chain), chain.status),
+            _contents(chain, places),
+            _chain_tiles(chain),
+            sections.heldout_of_chain(chain),
+            evaluations.section(chain.folder),
+            sections.stage_table(chain),
+            *(_stage(folder, record, places[folder], len(places)) for folder, record in chain.stages.items()),
+        ]
+    )
     return document(f"{chain.name}, {chain.status}", body, f"the stages of {chain.folder.name}")
 
 
 def document(title: str, body: str, source: str) -> str:
     """One file, no address in it, and a policy that would not let it load anything."""
-    style, script = (files("lowrank_tune.ui.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style, script = (
+        files("lowrank_tune.ui.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
+    )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{text(title)}</title>\n'
-            f"<style>\n{style}</style></head>\n<body><main>{body}\n<footer>lowrank_tune, from {text(source)}. "
-            f'This file needs nothing else.</footer></main><div id="tip" hidden></div>\n<script>{script}</script></body></html>\n')  # fmt: skip
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; base-uri "
+        f"'none'; form-action 'none'"
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
+        f'content="{policy}">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{text(title)}</title>\n'
+        f"<style>\n{style}</style></head>\n<body><main>{body}\n<footer>lowrank_tune, from {text(source)}. "
+        f'This file needs nothing else.</footer></main><div id="tip" '
+        f"hidden></div>\n<script>{script}</script></body></html>\n"
+    )
 
 
 def _body(record: Record) -> str:
     """What a run has to show below its figures."""
-    parts = [sections.curves(record), frontier.section(record), groups.phases(record), groups.over_time(record), pairs.scores(record),
-             sections.samples(record), sections.data(record), sections.recipe(record), sections.environment(record),
-             sections.notes(record)]  # fmt: skip
+    parts = [
+        sections.curves(record),
+        frontier.section(record),
+        groups.phases(record),
+        groups.over_time(record),
+        pairs.scores(record),
+        sections.samples(record),
+        sections.data(record),
+        sections.recipe(record),
+        sections.environment(record),
+        sections.notes(record),
+    ]
     return "\n".join(part for part in parts if part)
 
 
@@ -56,17 +85,27 @@ def _stage(folder: str, record: Record | None, place: str, count: int) -> str:
     """A stage's part of a chain's page; the held-out questions stand above, over all stages."""
     number = place.removeprefix("stage-")
     if record is None:
-        return f'<details class="stage" id="{place}"><summary>Stage {number} of {count}: {text(folder)}</summary><p>not begun</p></details>'
+        return (
+            f'<details class="stage" id="{place}"><summary>Stage {number} of {count}: '
+            f"{text(folder)}</summary><p>not begun</p></details>"
+        )
     pill = f'<span class="pill {text(record.status)}">{text(record.status)}</span>'
-    return (f'<details class="stage" id="{place}" open><summary>Stage {number} of {count}: {text(folder)} {pill}</summary>\n'
-            f"{_told_of(record)}{alerts(troubles(record), record.status)}{_tiles(record)}\n{_body(record)}</details>")  # fmt: skip
+    return (
+        f'<details class="stage" id="{place}" open><summary>Stage {number} of {count}: {text(folder)} '
+        f"{pill}</summary>\n"
+        f"{_told_of(record)}{alerts(troubles(record), record.status)}{_tiles(record)}\n{_body(record)}</details>"
+    )
 
 
 def _chain_header(chain: ChainRecord) -> str:
     pill = f'<span class="pill {text(chain.status)}">{text(chain.status)}</span>'
     started = next((record.started for record in chain.begun if record.started is not None), None)
     way = " \u2192 ".join(record.started.algorithm.upper() for record in chain.begun if record.started is not None)
-    told = f'<p class="sub"><b>{text(way)}</b> of <b>{text(started.model)}</b> on {text(started.device or "?")}</p>' if started else ""
+    told = (
+        f'<p class="sub"><b>{text(way)}</b> of <b>{text(started.model)}</b> on {text(started.device or "?")}</p>'
+        if started
+        else ""
+    )
     return f'<header><div class="row"><h1>{text(chain.name, 200)}</h1>{pill}</div>{told}</header>'
 
 
@@ -76,12 +115,20 @@ def _contents(chain: ChainRecord, places: Mapping[str, str]) -> str:
 
 
 def _chain_troubles(chain: ChainRecord) -> list[str]:
-    told = [f"{folder}: {trouble}" for folder, record in chain.stages.items() if record is not None for trouble in troubles(record)]
+    told = [
+        f"{folder}: {trouble}"
+        for folder, record in chain.stages.items()
+        if record is not None
+        for trouble in troubles(record)
+    ]
     return told + [f"{folder}: this stage has not begun" for folder, record in chain.stages.items() if record is None]
 
 
 def _chain_tiles(chain: ChainRecord) -> str:
-    tiles = [*_heldout_tile(sections.stages_of_chain(chain)), *(tile for record in chain.begun for tile in _pairs_tile(record))]
+    tiles = [
+        *_heldout_tile(sections.stages_of_chain(chain)),
+        *(tile for record in chain.begun for tile in _pairs_tile(record)),
+    ]
     tiles.append(_tile(f"{sum(record.status == 'done' for record in chain.begun)} / {len(chain.stages)}", "stages"))
     tiles.append(_tile(clock(sum(_lasted(record) for record in chain.begun)), "wall time of the stages"))
     tiles.append(_tile(_large(sum(record.tokens for record in chain.begun)), "tokens trained through"))
@@ -101,15 +148,24 @@ def _told_of(record: Record) -> str:
     """What was trained, on what, and against what."""
     started, told = record.started, ""
     if started is not None:
-        told = f'<p class="sub"><b>{text(started.algorithm.upper())}</b> of <b>{text(started.model)}</b> on {text(started.device or "?")}'
-        told += "</p>" if started.algorithm in WITHOUT_REFERENCE else f"; reference: <b>{text(started.reference)}</b></p>"
+        told = (
+            f'<p class="sub"><b>{text(started.algorithm.upper())}</b> of <b>{text(started.model)}</b> on '
+            f"{text(started.device or '?')}"
+        )
+        told += (
+            "</p>" if started.algorithm in WITHOUT_REFERENCE else f"; reference: <b>{text(started.reference)}</b></p>"
+        )
         told += f'<p class="sub">continued after step {started.resumed_from:,}</p>' if started.resumed_from else ""
     return told
 
 
 def troubles(record: Record) -> list[str]:
     """Warnings, and how the run broke."""
-    told = [str(each) for each in record.summary.get("warnings") or ()] if isinstance(record.summary.get("warnings"), list) else []
+    told = (
+        [str(each) for each in record.summary.get("warnings") or ()]
+        if isinstance(record.summary.get("warnings"), list)
+        else []
+    )
     told = list(dict.fromkeys([*told, *record.warnings]))
     broken = record.ended is not None and record.status != "done"
     if record.ended is not None and record.status == "failed":
@@ -177,7 +233,9 @@ def _loss_tiles(record: Record) -> list[str]:
         best = min(checks, key=lambda step: checks[step])
         tiles.append(_tile(short(checks[best]), f"best validation loss, step {best:,}"))
     if record.started and record.started.algorithm in WRITES and (reward := record.series.get("reward")):
-        tiles.append(_tile(f"{reward[min(reward)]:.3f} \u2192 {reward[max(reward)]:.3f}", "reward, first and last step"))
+        tiles.append(
+            _tile(f"{reward[min(reward)]:.3f} \u2192 {reward[max(reward)]:.3f}", "reward, first and last step")
+        )
     elif loss := record.series.get("loss"):
         tiles.append(_tile(f"{loss[min(loss)]:.3f} \u2192 {loss[max(loss)]:.3f}", "loss, first and last step"))
     kl = inside(record.summary, "last").get("kl")

@@ -1,4 +1,5 @@
-"""The parts of the page that are about pairs: what the trained adapter thinks of held-out ones, and what the sides differ in."""
+"""The parts of the page that are about pairs: what the trained adapter thinks of held-out ones, and what the sides
+differ in."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from lowrank_tune.ui.report.pictures import reliability, scatter, spread
 from lowrank_tune.ui.report.record import Record
 from lowrank_tune.ui.report.words import block, entries, inside, number_in, table, text
 
-LEGEND = '<div class="legend"><span><i class="key chosen"></i>chosen</span><span><i class="key rejected"></i>rejected</span></div>'
+LEGEND = (
+    '<div class="legend"><span><i class="key chosen"></i>chosen</span><span><i class="key '
+    'rejected"></i>rejected</span></div>'
+)
 MOST_LOOKS = 24
 
 
@@ -26,20 +30,37 @@ def scores(record: Record) -> str:
     if not found or not any(sides.values()):
         return ""
     what = "score" if _is_reward(record) else "implicit reward"
-    bins = [(number_in(each, "confidence"), number_in(each, "right"), int(number_in(each, "pairs"))) for each in entries(found, "reliability")]
+    bins = [
+        (number_in(each, "confidence"), number_in(each, "right"), int(number_in(each, "pairs")))
+        for each in entries(found, "reliability")
+    ]
     bins = [each for each in bins if 0.5 <= each[0] <= 1 and 0 <= each[1] <= 1 and each[2] > 0]
     points = {side: list(zip(tokens[side], sides[side], strict=False)) for side in SIDES}
     figures = inside(found, "figures")
     cards = [
-        _card("Reliability", "how often a pair is right, by how sure the model is of it, with the number of pairs; calibration error "
-                             f"{_told(figures, 'calibration_error')}", reliability(bins)),
-        _card(f"{what.capitalize()} of both sides", "answers by what they are worth to the model", spread(sides), LEGEND),
-        _card(f"{what.capitalize()} by length", f"tokens of an answer; correlation {_correlation(figures)}, the longer one is preferred in "
-                                                f"{_told(figures, 'prefers_longer')} of the pairs", scatter(points), LEGEND),
-        _figures(figures, what)]  # fmt: skip
+        _card(
+            "Reliability",
+            "how often a pair is right, by how sure the model is of it, with the number of pairs; calibration error "
+            f"{_told(figures, 'calibration_error')}",
+            reliability(bins),
+        ),
+        _card(
+            f"{what.capitalize()} of both sides", "answers by what they are worth to the model", spread(sides), LEGEND
+        ),
+        _card(
+            f"{what.capitalize()} by length",
+            f"tokens of an answer; correlation {_correlation(figures)}, the longer one is preferred in "
+            f"{_told(figures, 'prefers_longer')} of the pairs",
+            scatter(points),
+            LEGEND,
+        ),
+        _figures(figures, what),
+    ]
     title = "Scores of held-out pairs" if _is_reward(record) else "Implicit rewards of held-out pairs"
-    return (f'<h2>{title} <span class="soft">{number_in(found, "pairs"):,.0f} pairs, the final adapter</span></h2>'
-            f'<div class="grid2">{"".join(card for card in cards if card)}</div>')  # fmt: skip
+    return (
+        f'<h2>{title} <span class="soft">{number_in(found, "pairs"):,.0f} pairs, the final adapter</span></h2>'
+        f'<div class="grid2">{"".join(card for card in cards if card)}</div>'
+    )
 
 
 def _is_reward(record: Record) -> bool:
@@ -47,14 +68,19 @@ def _is_reward(record: Record) -> bool:
 
 
 def _card(title: str, words: str, svg: str, legend: str = "") -> str:
-    return f'<div class="card"><h3>{text(title)}</h3><p class="soft">{text(words)}</p>{svg}{legend}</div>' if svg else ""
+    return (
+        f'<div class="card"><h3>{text(title)}</h3><p class="soft">{text(words)}</p>{svg}{legend}</div>' if svg else ""
+    )
 
 
 def _figures(figures: Mapping[str, Any], what: str) -> str:
-    names = (("accuracy", "pairs whose chosen answer is ahead"), ("margin", f"mean {what} of the chosen above the rejected"),
-             ("calibration_error", "calibration error: how far confidence is off, on average"),
-             ("length_correlation", f"correlation of {what} and length"),
-             ("prefers_longer", "pairs where the longer answer is ahead"))  # fmt: skip
+    names = (
+        ("accuracy", "pairs whose chosen answer is ahead"),
+        ("margin", f"mean {what} of the chosen above the rejected"),
+        ("calibration_error", "calibration error: how far confidence is off, on average"),
+        ("length_correlation", f"correlation of {what} and length"),
+        ("prefers_longer", "pairs where the longer answer is ahead"),
+    )
     rows = [[text(words), _told(figures, key)] for key, words in names if key in figures]
     return f'<div class="card"><h3>In figures</h3>{table(["", ""], rows, [1])}</div>' if rows else ""
 
@@ -74,7 +100,9 @@ def _correlation(figures: Mapping[str, Any]) -> str:
 def _floats(found: Mapping[str, Any], name: str) -> list[float]:
     """The numbers of a list that anyone may have edited; none where one of them is no finite number."""
     values = found.get(name)
-    if not isinstance(values, list) or not all(isinstance(value, (int, float)) and abs(value) < 1e30 for value in values):
+    if not isinstance(values, list) or not all(
+        isinstance(value, (int, float)) and abs(value) < 1e30 for value in values
+    ):
         return []
     return [float(value) for value in values]
 
@@ -84,13 +112,19 @@ def samples(found: Sequence[Sampled]) -> str:
     looks: dict[tuple[str, str, str], list[tuple[Sampled, Sampled]]] = {}
     for chosen, rejected in zip(found, found[1:], strict=False):
         if (chosen.role, rejected.role) == ("chosen", "rejected") and chosen.prompt == rejected.prompt:
-            looks.setdefault((str(chosen.prompt), str(chosen.completion), str(rejected.completion)), []).append((chosen, rejected))
+            looks.setdefault((str(chosen.prompt), str(chosen.completion), str(rejected.completion)), []).append(
+                (chosen, rejected)
+            )
     parts = []
     for place, ((prompt, *answers), several) in enumerate(looks.items()):
         every = max(1, -(-len(several) // MOST_LOOKS))
-        rows = [["", *(f'<div class="text">{block(answer, 1500)}</div>' for answer in answers), ""],
-                *([text(f"step {one.step:,}"), _score(one), _score(other), _verdict(one, other)]
-                  for one, other in [*several[:-1:every], several[-1]])]  # fmt: skip
+        rows = [
+            ["", *(f'<div class="text">{block(answer, 1500)}</div>' for answer in answers), ""],
+            *(
+                [text(f"step {one.step:,}"), _score(one), _score(other), _verdict(one, other)]
+                for one, other in [*several[:-1:every], several[-1]]
+            ),
+        ]
         body = table(["", "chosen", "rejected", ""], rows)
         parts.append(f"<details{' open' if place == 0 else ''}><summary>{text(prompt, 300)}</summary>{body}</details>")
     return f"<h2>Pairs and their scores over time</h2>{''.join(parts)}" if parts else ""
@@ -113,8 +147,16 @@ def sides(data: Mapping[str, Any]) -> str:
     count = number_in(found, "pairs")
     if not count:
         return ""
-    rows = [[name, bar(number_in(found, key) / count), percent(number_in(found, key) / count)]
-            for name, key in (("chosen is longer", "longer"), ("chosen is shorter", "shorter"), ("equally long", "equal"))]  # fmt: skip
+    rows = [
+        [name, bar(number_in(found, key) / count), percent(number_in(found, key) / count)]
+        for name, key in (("chosen is longer", "longer"), ("chosen is shorter", "shorter"), ("equally long", "equal"))
+    ]
     means = [f"{number_in(found, side):,.1f}" for side in SIDES]
-    words = f"{count:,.0f} pairs; on average {means[0]} tokens chosen, {means[1]} rejected; {number_in(found, 'margins'):,.0f} have a margin"
-    return f'<div class="card"><h3>Sides of the pairs</h3><p class="soft">{words}</p>{table(["", "share", ""], rows, [2])}</div>'
+    words = (
+        f"{count:,.0f} pairs; on average {means[0]} tokens chosen, {means[1]} rejected; "
+        f"{number_in(found, 'margins'):,.0f} have a margin"
+    )
+    return (
+        f'<div class="card"><h3>Sides of the pairs</h3><p '
+        f'class="soft">{words}</p>{table(["", "share", ""], rows, [2])}</div>'
+    )

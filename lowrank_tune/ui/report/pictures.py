@@ -1,4 +1,5 @@
-"""Pictures of scores as inline SVG: how far confidence can be believed, how the sides are spread, and whether length decides."""
+"""Pictures of scores as inline SVG: how far confidence can be believed, how the sides are spread, and whether length
+decides."""
 
 from __future__ import annotations
 
@@ -33,28 +34,37 @@ class Plane:
         """The grid with its numbers; ticks outside of the plane are left out."""
         parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" class="chart" role="img">']
         for y in (y for y in ys if self.low_y <= y <= self.high_y):
-            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.down(y):.1f}" y2="{self.down(y):.1f}"/>'
-                         f'<text class="tick" x="{LEFT - 7}" y="{self.down(y) + 3.5:.1f}" text-anchor="end">{short(y)}</text>')  # fmt: skip
+            parts.append(
+                f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.down(y):.1f}" y2="{self.down(y):.1f}"/>'
+                f'<text class="tick" x="{LEFT - 7}" y="{self.down(y) + 3.5:.1f}" text-anchor="end">{short(y)}</text>'
+            )
         for x in (x for x in xs if self.low_x <= x <= self.high_x):
-            parts.append(f'<text class="tick" x="{self.across(x):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{short(x)}</text>')
+            parts.append(
+                f'<text class="tick" x="{self.across(x):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{short(x)}</text>'
+            )
         return "".join(parts)
 
 
 def reliability(bins: Sequence[tuple[float, float, int]]) -> str:
-    """Share that is right (y) by confidence (x), a dot as large as its pairs are many; on the dashed line confidence is what it says. No
-    line joins the dots: one of few pairs says little, and must not look like a trend."""
+    """Share that is right (y) by confidence (x), a dot as large as its pairs are many; on the dashed line confidence is
+    what it says. No line joins the dots: one of few pairs says little, and must not look like a trend."""
     if not bins:
         return ""
     plane = Plane(0.48, 1.02, -0.06, 1.08)
     most = max(count for _, _, count in bins)
-    parts = [plane.frame((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (0, 0.25, 0.5, 0.75, 1.0)),
-             f'<path class="ideal" d="M{plane.at((0.5, 0.5))}L{plane.at((1.0, 1.0))}"><title>perfectly calibrated</title></path>']  # fmt: skip
+    parts = [
+        plane.frame((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (0, 0.25, 0.5, 0.75, 1.0)),
+        f'<path class="ideal" d="M{plane.at((0.5, 0.5))}L{plane.at((1.0, 1.0))}"><title>perfectly '
+        f"calibrated</title></path>",
+    ]
     for confidence, right, count in bins:
         x, y, size = plane.across(confidence), plane.down(right), 2.5 + 8 * (count / most) ** 0.5
         label = y + size + 12 if y - size < TOP + 14 else y - size - 4
-        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}">'
-                     f"<title>{count:,} pairs: confidence {confidence:.3f}, right {right:.3f}</title></circle>"
-                     f'<text class="tick" x="{x:.1f}" y="{label:.1f}" text-anchor="middle">{count:,}</text>')  # fmt: skip
+        parts.append(
+            f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}">'
+            f"<title>{count:,} pairs: confidence {confidence:.3f}, right {right:.3f}</title></circle>"
+            f'<text class="tick" x="{x:.1f}" y="{label:.1f}" text-anchor="middle">{count:,}</text>'
+        )
     return "".join(parts) + "</svg>"
 
 
@@ -78,13 +88,16 @@ def spread(sides: Mapping[str, Sequence[float]]) -> str:
             if count:
                 y, first = plane.down(count), low + place * width
                 title = f"{count:,} {side}: {short(first)} to {short(first + width)}"
-                parts.append(f'<rect class="{side}" x="{LEFT + place * step:.1f}" y="{y:.1f}" width="{step - 1:.1f}" rx="1.5" '
-                             f'height="{HEIGHT - BOTTOM - y:.1f}"><title>{title}</title></rect>')  # fmt: skip
+                parts.append(
+                    f'<rect class="{side}" x="{LEFT + place * step:.1f}" y="{y:.1f}" width="{step - 1:.1f}" rx="1.5" '
+                    f'height="{HEIGHT - BOTTOM - y:.1f}"><title>{title}</title></rect>'
+                )
     return "".join(parts) + "</svg>"
 
 
 def scatter(sides: Mapping[str, Sequence[Point]]) -> str:
-    """Each answer by its tokens (x) and its score (y), both sides in their colours; the line joins the means of neighbouring lengths."""
+    """Each answer by its tokens (x) and its score (y), both sides in their colours; the line joins the means of
+    neighbouring lengths."""
     every = sorted(point for points in sides.values() for point in points)
     if not every:
         return ""
@@ -102,7 +115,8 @@ def scatter(sides: Mapping[str, Sequence[Point]]) -> str:
 
 
 def _means(points: Sequence[Point]) -> list[Point]:
-    """The mean tokens and score of about `LENGTH_BINS` stretches of equally many answers; equal lengths are never parted."""
+    """The mean tokens and score of about `LENGTH_BINS` stretches of equally many answers; equal lengths are never
+    parted."""
     wanted, found, part = max(1, len(points) // LENGTH_BINS), list[Point](), list[Point]()
     for place, point in enumerate(points):
         part.append(point)

@@ -60,8 +60,14 @@ class Record:
                 self.phases[name] = self.phases.get(name, 0.0) + seconds
         elif isinstance(event, Validated):
             own = f"heldout_{POLICY}_"
-            _keep(self.checks, {name: value for name, value in event.stats.items() if not name.startswith(own)}, event.step)
-            now = {name.replace(own, "heldout_", 1): value for name, value in event.stats.items() if name.startswith(own)}
+            _keep(
+                self.checks,
+                {name: value for name, value in event.stats.items() if not name.startswith(own)},
+                event.step,
+            )
+            now = {
+                name.replace(own, "heldout_", 1): value for name, value in event.stats.items() if name.startswith(own)
+            }
             _keep(self.series, now, event.step)  # a curve, and no stage's figure
         elif isinstance(event, Grouped):
             self._grouped(read_group(event))
@@ -73,7 +79,6 @@ class Record:
                 kept.append(event.message)
         elif isinstance(event, RunEnded):
             self.ended = event
-
 
     def _grouped(self, group: Group) -> None:
         """Of a long run every second, fourth, ... group; the newest always."""
@@ -116,7 +121,8 @@ def read_chain(folder: Path) -> ChainRecord:
     recipe, summary = _object(folder / "run.json").get("recipe"), _object(folder / "summary.json")
     name = recipe.get("name") if isinstance(recipe, Mapping) else None
     chain = ChainRecord(folder, str(name or folder.name), stages, summary)
-    return chain if summary.get("status") == chain.status else replace(chain, summary={})  # else it is of an earlier start
+    # else it is of an earlier start
+    return chain if summary.get("status") == chain.status else replace(chain, summary={})
 
 
 def read_record(folder: Path) -> Record:
@@ -126,11 +132,14 @@ def read_record(folder: Path) -> Record:
         for event in read_events(folder / "events.jsonl"):
             record.take(event)
     except OSError as error:
-        raise UserError(f"{folder}: it is no run folder, events.jsonl cannot be read ({error.strerror or error})") from error
+        raise UserError(
+            f"{folder}: it is no run folder, events.jsonl cannot be read ({error.strerror or error})"
+        ) from error
     if not record.began:
         raise UserError(f"{folder}: its events.jsonl holds no events")
     record.summary, record.data, record.base, record.scores = (
-        _object(folder / f"{name}.json") for name in ("summary", "data", "base", "scores"))  # fmt: skip
+        _object(folder / f"{name}.json") for name in ("summary", "data", "base", "scores")
+    )
     if record.summary.get("status") != record.status:
         record.summary = {}  # it is of an earlier start
     record.recipe = _text(folder / "recipe.yaml")

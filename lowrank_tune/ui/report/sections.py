@@ -16,13 +16,23 @@ from lowrank_tune.ui.report.record import ChainRecord, Record
 from lowrank_tune.ui.report.words import block, entries, inside, number_in, pairs, table, text
 
 HEADS = {"": "(all)", "exact": "exact answers (pass@1)", "stopped": "stops by itself", "length": "tokens an answer"}
-NOT_LOG = ("accuracy", "moved_share", "heldout_exact", "heldout_stopped", "truncated", "dead_groups", "clip_fraction", "value_clip_fraction",
-           "explained_variance")  # fmt: skip
+NOT_LOG = (
+    "accuracy",
+    "moved_share",
+    "heldout_exact",
+    "heldout_stopped",
+    "truncated",
+    "dead_groups",
+    "clip_fraction",
+    "value_clip_fraction",
+    "explained_variance",
+)
 MOST_SAMPLES = 24  # of one prompt over a run
 
 
 def curves(record: Record) -> str:
-    """A chart for every statistic there is, the validation's beside the step's; those of held-out prompts and pairs have a table."""
+    """A chart for every statistic there is, the validation's beside the step's; those of held-out prompts and pairs
+    have a table."""
     algorithm = record.started.algorithm if record.started else "sft"
     meanings, checked = meanings_of(algorithm), {name.removeprefix("validation_") for name in record.checks}
     partners = {other for name in meanings if (other := partner_of(algorithm, name)) is not None}
@@ -30,7 +40,9 @@ def curves(record: Record) -> str:
         known, meanings = meanings, {}
         for name, meaning in known.items():
             meanings[name] = meaning
-            meanings |= {each: "this reward by itself" for each in sorted(reward_names(record.series)) if name == "reward"}
+            meanings |= {
+                each: "this reward by itself" for each in sorted(reward_names(record.series)) if name == "reward"
+            }
     names = [*meanings, *sorted({*record.series, *checked} - set(meanings) - partners)]
     cards = [_curve(name, meanings.get(name, ""), partner_of(algorithm, name), record) for name in names]
     cards = [card for card in cards if card]
@@ -39,12 +51,22 @@ def curves(record: Record) -> str:
 
 def _curve(name: str, meaning: str, partner: str | None, record: Record) -> str:
     points, checks = record.series.get(name, {}), record.checks.get(f"validation_{name}", {})
-    if (name.startswith(("heldout_", "pairs_")) and not points) or (name in ("bad_steps", "out_of_memory") and not any(points.values())):
+    if (name.startswith(("heldout_", "pairs_")) and not points) or (
+        name in ("bad_steps", "out_of_memory") and not any(points.values())
+    ):
         return ""
     lines = lines_of(name, points, checks, f"validation {name}")
     title = name.replace("_", " ").replace("heldout", "held-out")
     if partner is not None:
-        lines, title = sides_of({each: record.series.get(each) or record.checks.get(f"validation_{each}", {}) for each in (name, partner)}), ""
+        lines, title = (
+            sides_of(
+                {
+                    each: record.series.get(each) or record.checks.get(f"validation_{each}", {})
+                    for each in (name, partner)
+                }
+            ),
+            "",
+        )
     return chart_card(title or TITLES[name], meaning, lines, name not in NOT_LOG, points or checks)
 
 
@@ -55,17 +77,27 @@ def chart_card(title: str, meaning: str, lines: Sequence[Line], may_log: bool, p
     values = [value for line in lines for _, value in line.points]
     can_log = may_log and min(values) > 0 and max(values) / min(values) > 3
     toggle = '<label class="soft"><input type="checkbox"> log scale</label>' if can_log else ""
-    legend = "".join(f'<span><i class="key {line.kind}"></i>{text(line.name)}</span>' for line in lines) if len(lines) > 1 else ""
+    legend = (
+        "".join(f'<span><i class="key {line.kind}"></i>{text(line.name)}</span>' for line in lines)
+        if len(lines) > 1
+        else ""
+    )
     last = f"<output>{short(points[max(points)])}</output>" if points else ""
-    return (f'<div class="card" data-lines="{hover_data(lines)}"><div class="top"><h3>{text(title)}</h3>'
-            f'{last}</div><p class="soft">{text(meaning)}</p>'
-            f'{svg}{chart(lines, log=True) if can_log else ""}<div class="legend">{legend}{toggle}</div></div>')  # fmt: skip
+    return (
+        f'<div class="card" data-lines="{hover_data(lines)}"><div class="top"><h3>{text(title)}</h3>'
+        f'{last}</div><p class="soft">{text(meaning)}</p>'
+        f'{svg}{chart(lines, log=True) if can_log else ""}<div class="legend">{legend}{toggle}</div></div>'
+    )
 
 
 def stages_of(record: Record) -> dict[str, dict[str, float]]:
     """Held-out figures of the base and of each stage: from the summary, or from the events of a run that has none."""
     told = inside(record.summary, "heldout_details")
-    found = {str(stage): {str(key): number_in(stats, key) for key in stats} for stage, stats in told.items() if isinstance(stats, Mapping)}
+    found = {
+        str(stage): {str(key): number_in(stats, key) for key in stats}
+        for stage, stats in told.items()
+        if isinstance(stats, Mapping)
+    }
     if found:
         return found
     for name, points in record.checks.items():
@@ -99,8 +131,13 @@ def _heldout(stages: Mapping[str, Mapping[str, float]], summaries: Sequence[Mapp
         return ""
     keys = [*dict.fromkeys(key for stats in stages.values() for key in stats)]
     keys.sort(key=lambda key: (key == "length", key == "stopped", key != "exact"))
-    rows = [[text(HEADS.get(key) or (f"one of {key[8:]} exact (pass@{key[8:]})" if key.startswith("pass_at_") else key)),
-             *(_figure(key, stats.get(key)) for stats in stages.values())] for key in keys]  # fmt: skip
+    rows = [
+        [
+            text(HEADS.get(key) or (f"one of {key[8:]} exact (pass@{key[8:]})" if key.startswith("pass_at_") else key)),
+            *(_figure(key, stats.get(key)) for stats in stages.values()),
+        ]
+        for key in keys
+    ]
     made = f'<h2>Held-out questions</h2><div class="card">{table(["", *map(text, stages)], rows)}</div>'
     answers: dict[str, list[Mapping[str, Any]]] = {}
     for told in (inside(summary, "answers") for summary in summaries):
@@ -109,7 +146,10 @@ def _heldout(stages: Mapping[str, Mapping[str, float]], summaries: Sequence[Mapp
     shown = list(zip(*answers.values(), strict=False))
     if not shown:
         return made
-    lines = [[_said(several[0].get("prompt")), text(several[0].get("gold") or "", 200), *map(_answer, several)] for several in shown]
+    lines = [
+        [_said(several[0].get("prompt")), text(several[0].get("gold") or "", 200), *map(_answer, several)]
+        for several in shown
+    ]
     return made + f'<div class="card">{table(["question", "gold", *map(text, answers)], lines)}</div>'
 
 
@@ -130,8 +170,17 @@ def _answer(one: Mapping[str, Any]) -> str:
 def _judged(completion: str, stopped: bool, gold: Any) -> str:
     """An answer with what became of it; one that runs on has not answered."""
     exact = stopped and isinstance(gold, str) and is_exact(completion, gold)
-    verdict = '<span class="yes">&#10003; right</span>' if exact else '<span class="no">&#10007; wrong</span>' if isinstance(gold, str) else ""
-    return f'<div class="text">{block(completion, 1500)}</div><span class="soft">{verdict} {"" if stopped else "runs on"}</span>'
+    verdict = (
+        '<span class="yes">&#10003; right</span>'
+        if exact
+        else '<span class="no">&#10007; wrong</span>'
+        if isinstance(gold, str)
+        else ""
+    )
+    return (
+        f'<div class="text">{block(completion, 1500)}</div><span class="soft">{verdict} '
+        f"{'' if stopped else 'runs on'}</span>"
+    )
 
 
 def stage_table(chain: ChainRecord) -> str:
@@ -143,9 +192,17 @@ def stage_table(chain: ChainRecord) -> str:
             continue
         writes, right = record.started.algorithm in WRITES, inside(record.summary, "heldout_pairs")
         course = record.series.get("reward" if writes else "loss", {})
-        rows.append([text(folder), text(record.started.algorithm), text(record.status), text(record.started.reference),
-                     f"{record.step:,} / {record.started.steps:,}", _went(course, "reward " if writes else ""),
-                     percent(number_in(right, "accuracy")) if "accuracy" in right else ""])  # fmt: skip
+        rows.append(
+            [
+                text(folder),
+                text(record.started.algorithm),
+                text(record.status),
+                text(record.started.reference),
+                f"{record.step:,} / {record.started.steps:,}",
+                _went(course, "reward " if writes else ""),
+                percent(number_in(right, "accuracy")) if "accuracy" in right else "",
+            ]
+        )
     head = ["stage", "algorithm", "status", "reference", "steps", "loss, or reward", "held-out pairs right"]
     return f'<h2>Stages</h2><div class="card">{table(head, rows)}</div>'
 
@@ -166,12 +223,19 @@ def samples(record: Record) -> str:
     for place, (prompt, several) in enumerate(by_prompt.items()):
         every = max(1, -(-len(several) // MOST_SAMPLES))
         kept = [*several[:-1:every], several[-1]]
-        rows = [[text(f"step {one.step:,}" if one.role == "policy" else names.get(str(one.role), one.role)),
-                 _judged(str(one.completion), one.finish == "stop", one.gold),
-                 "" if one.reward is None else number(one.reward)] for one in kept]  # fmt: skip
+        rows = [
+            [
+                text(f"step {one.step:,}" if one.role == "policy" else names.get(str(one.role), one.role)),
+                _judged(str(one.completion), one.finish == "stop", one.gold),
+                "" if one.reward is None else number(one.reward),
+            ]
+            for one in kept
+        ]
         gold = f' <span class="soft">gold {text(several[0].gold, 80)}</span>' if several[0].gold is not None else ""
         body = table(["", "answer", "reward" if any(one.reward is not None for one in kept) else ""], rows, [2])
-        parts.append(f"<details{' open' if place == 0 else ''}><summary>{text(prompt, 300)}{gold}</summary>{body}</details>")
+        parts.append(
+            f"<details{' open' if place == 0 else ''}><summary>{text(prompt, 300)}{gold}</summary>{body}</details>"
+        )
     told = f"<h2>Samples over time</h2>{''.join(parts)}" if parts else ""
     return told + of_pairs.samples([sample for sample in record.samples if sample.role in SIDES])
 
@@ -198,15 +262,29 @@ def _mixture(found: Mapping[str, Any]) -> str:
         for key, name in (("rows", "rows"), ("tokens", "tokens"), ("trained", "trained tokens")):
             share = number_in(part, key) / totals[key]
             rows.append([f'<span class="soft">{name}</span>', bar(share), f"{number_in(part, key):,.0f}"])
-        rows.append(['<span class="soft">weight w<sub>s</sub></span>', bar(number_in(part, "weight"), "w"), f"{number_in(part, 'weight'):.4f}"])
-    return (f'<div class="card"><h3>Mixture</h3><p class="soft">by {text(found.get("weighted_by", ""))}</p>'
-            f'{table(["", "share", ""], rows, [2])}<p class="soft">{_epoch(found)}<br>{_ends(inside(found, "ends"))}</p></div>')  # fmt: skip
+        rows.append(
+            [
+                '<span class="soft">weight w<sub>s</sub></span>',
+                bar(number_in(part, "weight"), "w"),
+                f"{number_in(part, 'weight'):.4f}",
+            ]
+        )
+    return (
+        f'<div class="card"><h3>Mixture</h3><p class="soft">by {text(found.get("weighted_by", ""))}</p>'
+        f"{table(['', 'share', ''], rows, [2])}<p "
+        f'class="soft">{_epoch(found)}<br>{_ends(inside(found, "ends"))}</p></div>'
+    )
 
 
 def _epoch(found: Mapping[str, Any]) -> str:
-    rows, tokens, trained, steps = (f"{number_in(inside(found, 'epoch'), key):,.0f}" for key in ("rows", "tokens", "trained", "steps"))
+    rows, tokens, trained, steps = (
+        f"{number_in(inside(found, 'epoch'), key):,.0f}" for key in ("rows", "tokens", "trained", "steps")
+    )
     validation = f"{number_in(found, 'validation_rows'):,.0f}"
-    return f"An epoch: {rows} rows, {tokens} tokens, {trained} of them trained, {steps} steps. {validation} rows to validate with."
+    return (
+        f"An epoch: {rows} rows, {tokens} tokens, {trained} of them trained, {steps} steps. {validation} rows to "
+        f"validate with."
+    )
 
 
 def _ends(ends: Mapping[str, Any]) -> str:
@@ -227,7 +305,10 @@ def _lengths(found: Mapping[str, Any]) -> str:
     limit, over = int(number_in(lengths, "limit")), int(number_in(lengths, "over"))
     names = (("median", "median"), ("95 % up to", "p95"), ("longest read", "longest"), ("limit", "limit"))
     said = ", ".join(f"{name} {number_in(lengths, key):,.0f}" for name, key in names)
-    return f'<div class="card"><h3>Lengths in tokens</h3><p class="soft">{said}</p>{histogram(edges, counts, limit, over)}</div>'
+    return (
+        f'<div class="card"><h3>Lengths in tokens</h3><p '
+        f'class="soft">{said}</p>{histogram(edges, counts, limit, over)}</div>'
+    )
 
 
 def _troubles(found: Mapping[str, Any]) -> str:
@@ -235,9 +316,19 @@ def _troubles(found: Mapping[str, Any]) -> str:
     for trouble in entries(found, "troubles"):
         count, places = int(number_in(trouble, "count")), trouble.get("places")
         where = ", ".join(map(str, places)) if isinstance(places, list) else ""
-        rows.append([f'<span class="{"some" if count else "zero"}">{count:,}</span>', text(trouble.get("what", ""), 300),
-                     text(trouble.get("done", "")) if count else "", f'<span class="soft">{text(where, 700)}</span>'])  # fmt: skip
-    return f'<details><summary>Rows looked at</summary>{table(["rows", "what", "done", "where"], rows, [0])}</details>' if rows else ""
+        rows.append(
+            [
+                f'<span class="{"some" if count else "zero"}">{count:,}</span>',
+                text(trouble.get("what", ""), 300),
+                text(trouble.get("done", "")) if count else "",
+                f'<span class="soft">{text(where, 700)}</span>',
+            ]
+        )
+    return (
+        f"<details><summary>Rows looked at</summary>{table(['rows', 'what', 'done', 'where'], rows, [0])}</details>"
+        if rows
+        else ""
+    )
 
 
 def _examples(found: Mapping[str, Any]) -> str:
@@ -252,7 +343,11 @@ def _examples(found: Mapping[str, Any]) -> str:
 
 def recipe(record: Record) -> str:
     """The recipe, complete."""
-    return f"<h2>Recipe</h2><details><summary>recipe.yaml</summary><pre>{block(record.recipe, 60_000)}</pre></details>" if record.recipe else ""
+    return (
+        f"<h2>Recipe</h2><details><summary>recipe.yaml</summary><pre>{block(record.recipe, 60_000)}</pre></details>"
+        if record.recipe
+        else ""
+    )
 
 
 def environment(record: Record) -> str:
@@ -260,23 +355,36 @@ def environment(record: Record) -> str:
     started, hashes = record.started, inside(record.summary, "base_hash")
     rows: list[tuple[str, str]] = []
     if started is not None:
-        rows += [("device", text(started.device)), ("roles", text(_roles(started.roles))), ("reference", text(started.reference)),
-                 ("trained parameters", f"{started.trainable:,}")]  # fmt: skip
+        rows += [
+            ("device", text(started.device)),
+            ("roles", text(_roles(started.roles))),
+            ("reference", text(started.reference)),
+            ("trained parameters", f"{started.trainable:,}"),
+        ]
         rows += [(str(name), text(version)) for name, version in started.versions.items()]
     rows += [(name, text(record.base[name])) for name in ("revision", "bits") if record.base.get(name) is not None]
     rows.append(("began", text(_when(record.began))))
     if hashes:
         same = hashes.get("start") == hashes.get("end")
-        rows.append(("base hash", f'<span class="hash">{text(hashes.get("start"))}</span> at the start<br>'
-                                  f'<span class="hash">{text(hashes.get("end"))}</span> at the end<br>'
-                                  f'<span class="{"yes" if same else "no"}">{"unchanged" if same else "CHANGED"}</span>'))  # fmt: skip
+        rows.append(
+            (
+                "base hash",
+                f'<span class="hash">{text(hashes.get("start"))}</span> at the start<br>'
+                f'<span class="hash">{text(hashes.get("end"))}</span> at the end<br>'
+                f'<span class="{"yes" if same else "no"}">{"unchanged" if same else "CHANGED"}</span>',
+            )
+        )
     return f'<h2>Environment</h2><div class="card">{pairs(rows)}</div>'
 
 
 def notes(record: Record) -> str:
     """What the run said besides."""
     said = "".join(f"<li>{text(note, 600)}</li>" for note in record.notes)
-    return f"<h2>Notes</h2><details><summary>{len(record.notes)} notes</summary><ul>{said}</ul></details>" if record.notes else ""
+    return (
+        f"<h2>Notes</h2><details><summary>{len(record.notes)} notes</summary><ul>{said}</ul></details>"
+        if record.notes
+        else ""
+    )
 
 
 def _roles(roles: Mapping[str, Sequence[str]]) -> str:

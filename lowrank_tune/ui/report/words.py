@@ -28,7 +28,8 @@ def block(value: Any, limit: int = LIMIT) -> str:
 def number_in(data: Mapping[str, Any], name: str, otherwise: float = 0.0) -> float:
     """A number of a file that anyone may have edited."""
     value = data.get(name)
-    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else otherwise  # nan is no figure either
+    # nan is no figure either
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else otherwise
 
 
 def entries(data: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
