@@ -26,11 +26,11 @@ import torch
 from lowrank_tune import Chain, Recipe, run, runner
 from lowrank_tune.rollout import Engine
 from lowrank_tune.stage import Stage
-from lowrank_tune.train import Loop
-from lowrank_tune.types import Batch, Sampling
+from lowrank_tune.train import Trainer
+from lowrank_tune.types import Batch, SamplingParams
 from lowrank_tune.ui.figures import percent
-from lowrank_tune.ui.report.charts import HEIGHT, WIDTH, Line, chart, lines_of
-from lowrank_tune.ui.report.record import Record, read_record
+from lowrank_tune.ui.report.charts import HEIGHT, WIDTH, ChartLine, chart, lines_of
+from lowrank_tune.ui.report.record import RunLog, read_run_log
 
 FOLDERS = {"sft": "rlhf/1-sft", "reward": "rlhf/2-reward", "dpo": "dpo", "grpo": "grpo", "ppo": "rlhf/3-ppo"}
 TITLES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "grpo": "GRPO", "ppo": "PPO"}
@@ -45,9 +45,9 @@ class Meter:
     def __init__(self, file: Path) -> None:
         self.file, self.wall, self.cpu = file, 0.0, 0.0
         self.found: dict[str, dict[str, Any]] = json.loads(file.read_bytes()) if file.exists() else {}
-        step, final_folder = Loop._step, runner.final_folder
+        step, final_folder = Trainer._step, runner.final_folder
 
-        def timed(loop: Loop) -> None:
+        def timed(loop: Trainer) -> None:
             wall, cpu = time.perf_counter(), time.process_time()
             step(loop)
             self.wall, self.cpu = self.wall + time.perf_counter() - wall, self.cpu + time.process_time() - cpu
@@ -56,7 +56,7 @@ class Meter:
             self.take(stage)
             return final_folder(stage)
 
-        Loop._step, runner.final_folder = timed, leave  # type: ignore[method-assign]
+        Trainer._step, runner.final_folder = timed, leave  # type: ignore[method-assign]
 
     def take(self, stage: Stage) -> None:
         """A run has ended: its figures go to the file."""
@@ -69,10 +69,10 @@ class Meter:
         self.found[recipe.name] = {
             "wall": self.wall,
             "cpu": self.cpu,
-            "steps": stage.loop.progress.step,
+            "steps": stage.trainer.state.step,
             "drawn": drawn,
-            "below": stage.below,
-            "kl": kl_of(stage) if stage.speaks else None,
+            "below": stage.reference_name,
+            "kl": kl_of(stage) if stage.is_generative else None,
             "load": os.getloadavg()[0],
         }
         self.wall = self.cpu = 0.0
@@ -81,28 +81,29 @@ class Meter:
 
 def kl_of(stage: Stage) -> float:
     """KL(policy || reference) on one answer of the policy to each held-out problem, nats a token."""
-    built, prompts = stage.built, [question.ids for question in stage.heldout]
-    sampling = Sampling(stage.recipe.evaluate.max_new_tokens, built.stop_ids, 1.0, stage.recipe.seed)
+    built, prompts = stage.built, [question.prompt_ids for question in stage.heldout]
+    sampling = SamplingParams(stage.recipe.evaluate.max_new_tokens, built.stop_ids, 1.0, stage.recipe.seed)
     answers = [
-        (prompts[one.prompt], one.ids) for one in Engine(built.roles, "policy", 256).generate(prompts, 1, sampling)
+        (prompts[one.prompt], one.token_ids)
+        for one in Engine(built.roles, "policy", 256).generate(prompts, 1, sampling)
     ]
     total = count = 0.0
     for first in range(0, len(answers), AT_ONCE):
         batch = _batch(answers[first : first + AT_ONCE]).to(built.base.device)
-        total += float(built.roles.exact_kl("policy", "reference", batch).sum())
-        count += int(batch.scored.sum())
+        total += float(built.roles.full_vocab_kl("policy", "reference", batch).sum())
+        count += int(batch.loss_mask.sum())
     return total / count
 
 
 def _batch(answers: Sequence[tuple[list[int], list[int]]]) -> Batch:
-    shape = (len(answers), max(len(prompt) + len(said) for prompt, said in answers))
+    shape = (len(answers), max(len(prompt) + len(completion) for prompt, completion in answers))
     batch = Batch(
         torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     )
-    for row, (prompt, said) in enumerate(answers):
-        end = len(prompt) + len(said)
-        batch.ids[row, :end] = torch.tensor(prompt + said)
-        batch.attended[row, :end] = batch.says[row, len(prompt) : end] = True
+    for row, (prompt, completion) in enumerate(answers):
+        end = len(prompt) + len(completion)
+        batch.input_ids[row, :end] = torch.tensor(prompt + completion)
+        batch.attention_mask[row, :end] = batch.completion_mask[row, len(prompt) : end] = True
     return batch
 
 
@@ -116,23 +117,23 @@ def recipes(tiny: bool) -> tuple[Chain, dict[str, Chain]]:
     return rlhf, later
 
 
-PAIRS, ASKED = "data.train=[{dataset: tutor-preferences, rows: 40}]", ("evaluate.prompts=4", "evaluate.samples=2")
+PAIRS, EVALUATION = "data.train=[{dataset: tutor-preferences, rows: 40}]", ("evaluate.prompts=4", "evaluate.samples=2")
 ONLINE = (
     "data.train=[{dataset: tutor, rows: 20}]",
     "train.prompts_per_step=2",
     "rewards=[{use: answer}, {use: length, target_tokens: 9}]",
 )
-FEW = {
-    "sft": ASKED,
+REDUCED = {
+    "sft": EVALUATION,
     "reward": (PAIRS, "data.validation=[{dataset: tutor-preferences, split: heldout, rows: 10}]"),
-    "dpo": (PAIRS, *ASKED),
-    "grpo": (*ONLINE, *ASKED),
-    "ppo": (*ONLINE[:2], *ASKED),
+    "dpo": (PAIRS, *EVALUATION),
+    "grpo": (*ONLINE, *EVALUATION),
+    "ppo": (*ONLINE[:2], *EVALUATION),
 }
 
 
 def _few(*stages: str) -> list[str]:
-    return [f"stages.{name}.{setting}" for name in stages for setting in ("train.steps=2", *FEW[name])]
+    return [f"stages.{name}.{setting}" for name in stages for setting in ("train.steps=2", *REDUCED[name])]
 
 
 def run_all(out: Path, tiny: bool) -> dict[str, dict[str, Any]]:
@@ -200,7 +201,7 @@ CURVES = {
 }
 """Of each algorithm the statistic of the steps, that of the held-out checks, and what the first one is called."""
 CHECKS = {"heldout_exact": "held-out exact, greedy", "validation_accuracy": "held out", "validation_margin": "held out"}
-CARD, TALL, GAP = 290, 168, 14
+CARD, BAR_HEIGHT, BAR_GAP = 290, 168, 14
 STYLE = (
     "text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu "
     "Sans',sans-serif;fill:#14171c}.soft{fill:#5d6673;font-size:11px}"
@@ -213,11 +214,11 @@ STYLE = (
 
 def picture(out: Path) -> str:
     """Five small charts and the held-out results, as one SVG with its own style and a light ground."""
-    width, height = 3 * CARD + 4 * GAP, 2 * TALL + 3 * GAP
-    cards = [_chart_card(name, read_record(out / FOLDERS[name])) for name in FOLDERS] + [_results(out)]
+    width, height = 3 * CARD + 4 * BAR_GAP, 2 * BAR_HEIGHT + 3 * BAR_GAP
+    cards = [_chart_card(name, read_run_log(out / FOLDERS[name])) for name in FOLDERS] + [_results(out)]
     placed = [
-        f'<g transform="translate({GAP + place % 3 * (CARD + GAP)} {GAP + place // 3 * (TALL + GAP)})">'
-        f'<rect class="card" width="{CARD}" height="{TALL}" rx="10"/>{card}</g>'
+        f'<g transform="translate({BAR_GAP + place % 3 * (CARD + BAR_GAP)} {BAR_GAP + place // 3 * (BAR_HEIGHT + BAR_GAP)})">'
+        f'<rect class="card" width="{CARD}" height="{BAR_HEIGHT}" rx="10"/>{card}</g>'
         for place, card in enumerate(cards)
     ]
     return (
@@ -228,10 +229,10 @@ def picture(out: Path) -> str:
     )
 
 
-def _chart_card(name: str, record: Record) -> str:
+def _chart_card(name: str, record: RunLog) -> str:
     statistic, check, words = CURVES[name]
     held_out = record.checks.get(check) or record.series.get(check) or {}
-    lines: list[Line] = lines_of(statistic, record.series.get(statistic, {}), held_out, CHECKS.get(check, ""))
+    lines: list[ChartLine] = lines_of(statistic, record.series.get(statistic, {}), held_out, CHECKS.get(check, ""))
     inner = chart(lines).replace(
         "<svg ", f'<svg x="8" y="44" width="{CARD - 16}" height="{(CARD - 16) * HEIGHT / WIDTH:.0f}" ', 1
     )

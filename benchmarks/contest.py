@@ -194,9 +194,9 @@ def load_model(task: Task) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lowrank_tune.model.base import nf4
+    from lowrank_tune.model.base import nf4_config
 
-    extra = {"quantization_config": nf4(torch.device("cpu"))} if task.nf4 else {}
+    extra = {"quantization_config": nf4_config(torch.device("cpu"))} if task.nf4 else {}
     return AutoModelForCausalLM.from_pretrained(task.folder, dtype=torch.float32, attn_implementation="sdpa", **extra)
 
 
@@ -219,9 +219,9 @@ def pad(rows: list[tuple[list[int], list[bool]]]) -> tuple[Any, Any, Any]:
 
     width = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in rows])
-    says = torch.tensor([row + [False] * (width - len(row)) for _, row in rows])
+    completion_mask = torch.tensor([row + [False] * (width - len(row)) for _, row in rows])
     attended = torch.arange(width) < torch.tensor([len(row) for row, _ in rows])[:, None]
-    return ids, attended, says
+    return ids, attended, completion_mask
 
 
 def words() -> Any:

@@ -40,20 +40,20 @@ SENTENCES = (
 )
 
 
-def story(numbers: random.Random, words: float) -> str:
+def make_story(numbers: random.Random, words: float) -> str:
     """Sentences of about so many words, give or take; no two texts are equal."""
-    wanted, told, count = words * numbers.lognormvariate(-0.18, 0.6), [], 0
-    while not told or count < wanted:
+    wanted, sentences, count = words * numbers.lognormvariate(-0.18, 0.6), [], 0
+    while not sentences or count < wanted:
         a, b = numbers.randint(2, 9999), numbers.randint(2, 999)
-        told.append(
+        sentences.append(
             numbers.choice(SENTENCES).format(who=numbers.choice(PEOPLE), what=numbers.choice(THINGS), a=a, b=b, c=a + b)
         )
         count += 13
-    return " ".join(told)
+    return " ".join(sentences)
 
 
 def numina(n: random.Random) -> Row:
-    problem, solution = story(n, 35), f"{story(n, 110)} The answer is $\\boxed{{{n.randint(1, 999)}}}$."
+    problem, solution = make_story(n, 35), f"{make_story(n, 110)} The answer is $\\boxed{{{n.randint(1, 999)}}}$."
     turns = [{"content": problem, "role": "user"}, {"content": solution, "role": "assistant"}]
     return {"source": "synthetic_math", "problem": problem, "solution": solution, "messages": turns}
 
@@ -61,8 +61,8 @@ def numina(n: random.Random) -> Row:
 def open_math(n: random.Random) -> Row:
     answer = str(n.randint(1, 999))
     return {
-        "problem": story(n, 35),
-        "generated_solution": f"{story(n, 90)} So it is \\boxed{{{answer}}}.",
+        "problem": make_story(n, 35),
+        "generated_solution": f"{make_story(n, 90)} So it is \\boxed{{{answer}}}.",
         "expected_answer": answer,
         "problem_source": "augmented_math",
     }
@@ -70,22 +70,22 @@ def open_math(n: random.Random) -> Row:
 
 def ultrachat(n: random.Random) -> Row:
     roles = ("user", "assistant") * n.randint(2, 3)
-    turns = [{"content": story(n, 40 if role == "user" else 170), "role": role} for role in roles]
+    turns = [{"content": make_story(n, 40 if role == "user" else 170), "role": role} for role in roles]
     return {"prompt": turns[0]["content"], "prompt_id": f"{n.getrandbits(256):064x}", "messages": turns}
 
 
 def orca(n: random.Random) -> Row:
-    return {"question": story(n, 35), "answer": story(n, 70)}
+    return {"question": make_story(n, 35), "answer": make_story(n, 70)}
 
 
 def metamath(n: random.Random) -> Row:
-    query, answer = story(n, 35), n.randint(1, 999)
+    query, answer = make_story(n, 35), n.randint(1, 999)
     tail = (
         f"\n#### {answer}\nThe answer is: {answer}"
         if n.random() < 0.6
         else f" That is $\\boxed{{{answer}}}$.\nThe answer is: {answer}"
     )
-    return {"type": "GSM_Rephrased", "query": query, "original_question": query, "response": story(n, 60) + tail}
+    return {"type": "GSM_Rephrased", "query": query, "original_question": query, "response": make_story(n, 60) + tail}
 
 
 MAKERS: dict[str, Callable[[random.Random], Row]] = {
@@ -102,17 +102,17 @@ def recipe_of(folder: Path, rows: int, tokenizer: str) -> Any:
     from lowrank_tune.recipe import Recipe  # after the environment is set
 
     preset = Recipe.load(PRESET)
-    asked = sum(source.rows or 0 for source in preset.data.train)
+    total = sum(source.rows or 0 for source in preset.data.train)
     sources = [
         {
             **source.model_dump(mode="json", exclude={"name", "split"}, exclude_none=True),
             "dataset": str(file_of(folder, source.dataset)),
-            "rows": max(1, round((source.rows or 0) * rows / asked)),
+            "rows": max(1, round((source.rows or 0) * rows / total)),
         }
         for source in preset.data.train
     ]
     written = json.dumps(sources)
-    validation = max(1, round((preset.data.validation_rows or 0) * rows / asked))
+    validation = max(1, round((preset.data.validation_rows or 0) * rows / total))
     return Recipe.load(
         PRESET,
         f"data.train={written}",
@@ -132,10 +132,10 @@ def make(folder: Path, rows: int) -> None:
     from lowrank_tune.recipe import Recipe
 
     sources = Recipe.load(PRESET).data.train
-    asked = sum(source.rows or 0 for source in sources)
+    total = sum(source.rows or 0 for source in sources)
     for source in sources:
         numbers = random.Random(source.dataset)
-        count = 1 + round((source.rows or 0) * rows / asked * 1.1)
+        count = 1 + round((source.rows or 0) * rows / total * 1.1)
         with file_of(folder, source.dataset).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(MAKERS[source.dataset](numbers)) + "\n" for _ in range(count))
 
@@ -151,15 +151,15 @@ def start(folder: Path, rows: int, tokenizer: str, picture: bool) -> None:
     """One start, in this process: what `lowrank-tune data` does, with memory told on the way."""
     from rich.console import Console
 
-    from lowrank_tune.data import Template, load
+    from lowrank_tune.data import ChatTemplate, load
     from lowrank_tune.model.base import load_tokenizer
-    from lowrank_tune.preflight import survey
+    from lowrank_tune.preflight import report_rows
     from lowrank_tune.ui.data_view import show
 
     recipe = recipe_of(folder, rows, tokenizer)
-    template = Template.of(load_tokenizer(recipe.base))
+    template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base))
     before, points = memory(), list(watched(rows))
-    begun, seen, base = time.perf_counter(), 0, 0
+    started, seen, base = time.perf_counter(), 0, 0
 
     def emit(event: Any) -> None:
         nonlocal seen, base
@@ -169,16 +169,16 @@ def start(folder: Path, rows: int, tokenizer: str, picture: bool) -> None:
             while points and base + seen >= points[0]:
                 own, mapped = memory()
                 print(
-                    f"  {points.pop(0):>9,} rows read  {time.perf_counter() - begun:8.1f} s   anon {own:>5,} MiB   "
+                    f"  {points.pop(0):>9,} rows read  {time.perf_counter() - started:8.1f} s   anon {own:>5,} MiB   "
                     f"file {mapped:>5,} MiB",
                     flush=True,
                 )
 
     print(f"  {'before':>14}                       anon {before[0]:>5,} MiB   file {before[1]:>5,} MiB")
     data = load(recipe.data, template, recipe.seed, emit, folder / "cache")
-    seconds, loaded = time.perf_counter() - begun, memory()
-    found = survey(recipe, data, template)
-    surveyed, after = time.perf_counter() - begun, memory()
+    seconds, loaded = time.perf_counter() - started, memory()
+    found = report_rows(recipe, data, template)
+    surveyed, after = time.perf_counter() - started, memory()
     read = sum(source.read for source in data.report.train)
     tokens = sum(source.tokens for source in data.report.train)
     print(
@@ -216,11 +216,11 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         if not file_of(folder, "meta-math/MetaMathQA").exists():
             make(folder, options.rows)
         size = sum(file.stat().st_size for file in folder.glob("*.jsonl")) / 2**30
-        print(f"rows written: {size:.2f} GiB, {time.perf_counter() - begun:.0f} s", flush=True)
+        print(f"rows written: {size:.2f} GiB, {time.perf_counter() - started:.0f} s", flush=True)
         for name in ("first", "second"):
             print(f"{name} start, a process of its own", flush=True)
             subprocess.run(

@@ -157,26 +157,26 @@ def ours(task: Task, turn: Turns, share: bool = True) -> list[float]:
 
     from lowrank_tune import settings
     from lowrank_tune.algorithms.dpo import DPO
-    from lowrank_tune.algorithms.kit import Kit
+    from lowrank_tune.algorithms.kit import AlgorithmContext
     from lowrank_tune.algorithms.reference import reference_logps
     from lowrank_tune.data import collate_units
     from lowrank_tune.data.store import Entry, StoreWriter
-    from lowrank_tune.events import StepDone
+    from lowrank_tune.events import StepEnd
     from lowrank_tune.model.adapters import lora_config
     from lowrank_tune.model.base import load_base
     from lowrank_tune.model.roles import Roles
-    from lowrank_tune.train import Loop, make_optimizer
+    from lowrank_tune.train import Trainer, make_optimizer
     from lowrank_tune.types import Batch, Row
 
     device = torch.device("cpu")
-    base = load_base(settings.Base(model=task.folder, bits=16), tokenizer=None, device=device)
-    config = lora_config(settings.Adapter(r=RANK, alpha=ALPHA), base.model)
+    base = load_base(settings.BaseConfig(model=task.folder, bits=16), tokenizer=None, device=device)
+    config = lora_config(settings.AdapterConfig(r=RANK, alpha=ALPHA), base.model)
     roles = Roles(
         base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []}, checkpointing=task.checkpointing
     )
-    roles.share = share
+    roles.share_prefixes = share
     same_adapters(base.model)
-    train = settings.Train(
+    train = settings.TrainingConfig(
         steps=task.steps,
         rows_per_step=PAIRS,
         micro_batch_size=PAIRS,
@@ -187,7 +187,7 @@ def ours(task: Task, turn: Turns, share: bool = True) -> list[float]:
     )
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        with StoreWriter(Path(folder) / "store", together=2) as writer:
+        with StoreWriter(Path(folder) / "store", rows_per_unit=2) as writer:
             entries = [
                 Entry(tuple(Row(*row) for row in pair.rows()), (2 * place, 2 * place + 1))
                 for place, pair in enumerate(task.pairs())
@@ -204,12 +204,12 @@ def ours(task: Task, turn: Turns, share: bool = True) -> list[float]:
             return batch
 
         def emit(event: Any) -> None:
-            if isinstance(event, StepDone):
+            if isinstance(event, StepEnd):
                 losses.append(event.stats["loss"])
 
-        algorithm, parameters = DPO(Kit(roles, rows), beta=BETA), roles.parameters("policy")
+        algorithm, parameters = DPO(AlgorithmContext(roles, rows), beta=BETA), roles.parameters("policy")
         optimizer = make_optimizer(parameters, train, device)
-        loop = Loop(algorithm, parameters, optimizer, train, task.steps, 0, device, emit, lambda *_: turn())
+        loop = Trainer(algorithm, parameters, optimizer, train, task.steps, 0, device, emit, lambda *_: turn())
         turn.loaded()
         loop.run()
     return losses
@@ -236,15 +236,15 @@ def hand(task: Task, turn: Turns, lean: bool = False) -> list[float]:
 
     def sums(pairs: list[Pair]) -> Tensor:
         """log p(answer | prompt) of all chosen answers, then of all rejected ones."""
-        ids, attended, says = pad([pair.rows()[side] for side in (0, 1) for pair in pairs])
+        ids, attended, mask = pad([pair.rows()[side] for side in (0, 1) for pair in pairs])
         if lean:
             hidden = plain.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-            says, targets = says[:, 1:], ids[:, 1:][says[:, 1:]]
-            logps = -F.cross_entropy(plain.lm_head(hidden[says]), targets, reduction="none")
-            return torch.zeros(says.shape).masked_scatter(says, logps).sum(dim=1)
+            mask, targets = mask[:, 1:], ids[:, 1:][mask[:, 1:]]
+            logps = -F.cross_entropy(plain.lm_head(hidden[mask]), targets, reduction="none")
+            return torch.zeros(mask.shape).masked_scatter(mask, logps).sum(dim=1)
         logits = model(input_ids=ids, attention_mask=attended.long(), use_cache=False).logits[:, :-1]
         logps = logits.log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
-        return torch.where(says[:, 1:], logps, 0.0).sum(dim=1)
+        return torch.where(mask[:, 1:], logps, 0.0).sum(dim=1)
 
     with torch.no_grad(), model.disable_adapter():
         references = [sums(pairs) for pairs in task.batches()]

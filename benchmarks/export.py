@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowrank_tune.data import Template
-from lowrank_tune.export.finished import Finished, adapters_in, check_base, finished_run, roles_of
+from lowrank_tune.data import ChatTemplate
+from lowrank_tune.export.finished import FinishedRun, adapters_in, check_base, load_finished_run, roles_of
 from lowrank_tune.export.merge import merge
-from lowrank_tune.export.proof import Heard, hear, probes
-from lowrank_tune.export.take import Order, export
-from lowrank_tune.model.base import TINY, load_base, load_tokenizer
+from lowrank_tune.export.proof import RecordedOutputs, make_probes, record_outputs
+from lowrank_tune.export.take import ExportOptions, export
+from lowrank_tune.model.base import BUILTIN_MODEL, load_base, load_tokenizer
 
 PROMPTS = 20
 PEFT = """
@@ -89,30 +89,32 @@ def quiet(event: object) -> None:
     pass
 
 
-def trained(found: Finished) -> Heard:
+def trained(found: FinishedRun) -> RecordedOutputs:
     """What the trained model answers."""
-    template = Template.of(load_tokenizer(found.base))
+    template = ChatTemplate.from_tokenizer(load_tokenizer(found.base))
     base = load_base(found.base, template.tokenizer)
     check_base(found, base)
-    return hear(
+    return record_outputs(
         roles_of(adapters_in(found), base),
-        probes(found.recipe, template, quiet),
+        make_probes(found.recipe, template, quiet),
         base.end_ids | template.end_ids,
         quiet,
     )
 
 
-def in_plain_peft(found: Finished, heard: Heard) -> None:
+def in_plain_peft(found: FinishedRun, recorded: RecordedOutputs) -> None:
     model = found.recipe.base.model
-    if model == TINY:
+    if model == BUILTIN_MODEL:
         import lowrank_tune.tutor
 
         model = str(Path(lowrank_tune.tutor.__file__).parent / "base")
-    texts = heard.texts[: len(heard.starts)]
-    asked = [text[:start] for text, start in zip(texts, heard.starts, strict=True)]
-    said = json.loads(child(PEFT, [model, str(found.final), str(found.recipe.base.bits)], asked).splitlines()[-1])
-    same = sum(one == text[start:] for one, text, start in zip(said, texts, heard.starts, strict=True))
-    print(f"plain PEFT: {same} of {len(asked)} greedy answers are the trained model's, token by token")
+    texts = recorded.texts[: len(recorded.starts)]
+    prompts = [text[:start] for text, start in zip(texts, recorded.starts, strict=True)]
+    completions = json.loads(
+        child(PEFT, [model, str(found.final), str(found.recipe.base.bits)], prompts).splitlines()[-1]
+    )
+    same = sum(one == text[start:] for one, text, start in zip(completions, texts, recorded.starts, strict=True))
+    print(f"plain PEFT: {same} of {len(prompts)} greedy answers are the trained model's, token by token")
 
 
 def in_llama_cpp(file: Path, cache: str, texts: list[list[int]], starts: list[int], logits: list[torch.Tensor]) -> str:
@@ -138,17 +140,17 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--types", nargs="*", default=["f32", "bf16", "f16", "q8_0", "q4_k_m"])
     options = parser.parse_args()
-    found = finished_run(options.run)
-    heard = trained(found)
-    in_plain_peft(found, heard)
+    found = load_finished_run(options.run)
+    recorded = trained(found)
+    in_plain_peft(found, recorded)
     with tempfile.TemporaryDirectory() as place:
         for kind in ("original", "dequantized"):
-            proof = merge(found.path, Path(place) / kind, kind, quiet, quiet).proof
+            proof = merge(found.path, Path(place) / kind, kind, quiet, quiet).report
             print(f"merged into the {kind} base: {dict(proof.table())}")
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(Path(place) / "dequantized", dtype=torch.float32).eval()
-        texts = heard.texts[:PROMPTS]
+        texts = recorded.texts[:PROMPTS]
         with torch.no_grad():
             logits = [model(input_ids=torch.tensor([text])).logits[0] for text in texts]
         print(
@@ -158,11 +160,11 @@ def main() -> None:
         print("|---" * 7 + "|")
         print(f"(logits up to {max(float(one.abs().max()) for one in logits):.0f})")
         for kind in options.types:
-            order = Order("gguf", Path(place) / f"gguf-{kind}", kind=kind, llama_cpp=options.llama_cpp)
+            order = ExportOptions("gguf", Path(place) / f"gguf-{kind}", kind=kind, llama_cpp=options.llama_cpp)
             file = next(Path(export(found.path, order, quiet, quiet, quiet)).glob("*.gguf"))
             for cache in ("f32", "f16") if kind == options.types[0] else ("f32",):
                 name = kind if cache == "f32" else f"{kind}, cache f16"
-                print(f"| {name} {in_llama_cpp(file, cache, texts, heard.starts[:PROMPTS], logits)}", flush=True)
+                print(f"| {name} {in_llama_cpp(file, cache, texts, recorded.starts[:PROMPTS], logits)}", flush=True)
 
 
 if __name__ == "__main__":

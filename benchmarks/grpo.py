@@ -66,23 +66,23 @@ class Clock:
     name: str
     spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     steps: list[dict[str, float]] = field(default_factory=list)
-    begun: float = 0.0
+    started: float = 0.0
 
     def part(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **named: Any) -> Any:
-            begun, inner = time.process_time(), sum(self.spent.values())
+            started, inner = time.process_time(), sum(self.spent.values())
             found = work(*arguments, **named)
-            self.spent[name] += time.process_time() - begun - (sum(self.spent.values()) - inner)
+            self.spent[name] += time.process_time() - started - (sum(self.spent.values()) - inner)
             return found
 
         return timed
 
     def start(self) -> None:
-        self.begun = time.process_time()
+        self.started = time.process_time()
 
     def __call__(self) -> None:
         """A step is over. All that was timed of it, but warm-up and profiled steps, is written down at the end."""
-        spent = time.process_time() - self.begun
+        spent = time.process_time() - self.started
         self.steps.append(self.spent | {"update": spent - sum(self.spent.values())})
         self.spent = dict.fromkeys(PARTS, 0.0)
         if len(self.steps) == self.task.steps:
@@ -102,26 +102,26 @@ class Task(contest.Task):
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptExample:
     """Stands for `data.Asked`."""
 
-    ids: list[int]
+    input_ids: list[int]
     text: str = ""
-    gold: None = None
+    ground_truth: None = None
 
 
 class Scoring:
     """The reward, in this process, when all have been drawn."""
 
     def __init__(self) -> None:
-        self.said: dict[int, Sequence[int]] = {}
+        self.completions: dict[int, Sequence[int]] = {}
 
-    def submit(self, key: int, asked: Any, text: str, completion: Any) -> None:
-        self.said[key] = completion.ids
+    def submit(self, key: int, prompt: Any, text: str, completion: Any) -> None:
+        self.completions[key] = completion.token_ids
 
     def collect(self) -> Mapping[int, Sequence[float]]:
-        said, self.said = self.said, {}
-        return {key: [value] for key, value in zip(said, even(list(said.values())), strict=True)}
+        completions, self.completions = self.completions, {}
+        return {key: [value] for key, value in zip(completions, even(list(completions.values())), strict=True)}
 
 
 def ours(task: Task, turn: Turns) -> list[float]:
@@ -129,22 +129,22 @@ def ours(task: Task, turn: Turns) -> list[float]:
 
     from lowrank_tune import settings
     from lowrank_tune.algorithms.grpo import GRPO
-    from lowrank_tune.algorithms.harvest import Harvester
-    from lowrank_tune.algorithms.kit import Kit
-    from lowrank_tune.events import StepDone
+    from lowrank_tune.algorithms.harvest import RolloutCollector
+    from lowrank_tune.algorithms.kit import AlgorithmContext
+    from lowrank_tune.events import StepEnd
     from lowrank_tune.maths import step_seed
     from lowrank_tune.model.adapters import lora_config
     from lowrank_tune.model.base import load_base
     from lowrank_tune.model.roles import Roles
-    from lowrank_tune.train import Loop, make_optimizer
+    from lowrank_tune.train import Trainer, make_optimizer
 
     prompts, new, vocabulary, micro = task.work()
     device, tokenizer, clock, scoring = torch.device("cpu"), words(vocabulary), Clock(task, "ours"), Scoring()
-    base = load_base(settings.Base(model=task.folder, bits=16), tokenizer=None, device=device)
-    config = lora_config(settings.Adapter(r=RANK, alpha=ALPHA), base.model)
+    base = load_base(settings.BaseConfig(model=task.folder, bits=16), tokenizer=None, device=device)
+    config = lora_config(settings.AdapterConfig(r=RANK, alpha=ALPHA), base.model)
     roles = Roles(base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []}, checkpointing=False)
     same_adapters(base.model)
-    train = settings.Train(
+    train = settings.TrainingConfig(
         steps=task.steps,
         rows_per_step=PROMPTS,
         micro_batch_size=micro,
@@ -155,14 +155,14 @@ def ours(task: Task, turn: Turns) -> list[float]:
     )
     rewards: list[float] = []
 
-    def asked(step: int, draw: int, count: int | None) -> list[Any]:
+    def next_prompts(step: int, draw: int, count: int | None) -> list[Any]:
         return [
-            Asked(tokenizer(" ".join(map(str, ids))).input_ids)
+            PromptExample(tokenizer(" ".join(map(str, ids))).input_ids)
             for ids in prompts[step * PROMPTS : (step + 1) * PROMPTS]
         ]
 
     def emit(event: Any) -> None:
-        if isinstance(event, StepDone):
+        if isinstance(event, StepEnd):
             assert event.stats["length"] == new
             rewards.append(event.stats["reward"])
 
@@ -171,9 +171,9 @@ def ours(task: Task, turn: Turns) -> list[float]:
         turn()
         clock.start()
 
-    harvester = Harvester(
+    collector = RolloutCollector(
         roles,
-        asked,
+        next_prompts,
         scoring,
         ["even"],
         [1.0],
@@ -187,12 +187,12 @@ def ours(task: Task, turn: Turns) -> list[float]:
         1 << 15,
         lambda number: step_seed(0, number),
     )
-    timed: Any = harvester
-    timed.draw, timed.logps = clock.part("rollout", harvester.draw), clock.part("scoring", harvester.logps)
+    timed: Any = collector
+    timed.collect, timed.logps = clock.part("rollout", collector.collect), clock.part("scoring", collector.logps)
     scoring.collect = clock.part("scoring", scoring.collect)  # type: ignore[method-assign]
-    algorithm = GRPO(Kit(roles, lambda step: None), harvester, kl=KL, dead_groups="keep")  # type: ignore[arg-type, return-value]
+    algorithm = GRPO(AlgorithmContext(roles, lambda step: None), collector, beta=KL, zero_std_groups="keep")  # type: ignore[arg-type, return-value]
     parameters = roles.parameters("policy")
-    loop = Loop(
+    loop = Trainer(
         algorithm, parameters, make_optimizer(parameters, train, device), train, task.steps, 0, device, emit, at_border
     )
     turn.loaded()
@@ -356,10 +356,10 @@ def report(records: dict[str, Record], splits: dict[str, list[dict[str, float]]]
     }
     for name, parts in means.items():
         whole = sum(parts.values())
-        told = "   ".join(f"{part} {seconds:.3f} ({seconds / whole:.0%})" for part, seconds in parts.items())
+        columns = "   ".join(f"{part} {seconds:.3f} ({seconds / whole:.0%})" for part, seconds in parts.items())
         few = max(1, len(records[name].losses) // 4)
         first, last = (statistics.mean(some) for some in (records[name].losses[:few], records[name].losses[-few:]))
-        print(f"{name:<14}CPU s, median: {told}   reward {first:.3f} -> {last:.3f}")
+        print(f"{name:<14}CPU s, median: {columns}   reward {first:.3f} -> {last:.3f}")
         if "ours" in means and name != "ours":
             print(
                 f"{'':<14}ours / it:     "

@@ -57,9 +57,9 @@ def work(way: str, length: int, vocabulary: int, pipe: Connection) -> None:
     hidden, targets = torch.randn(length, WIDTH, requires_grad=True), torch.randint(0, vocabulary, (length,))
     small, few = torch.randn(4, WIDTH, requires_grad=True), torch.zeros(4, dtype=torch.long)
     WAYS[way](small, few, weight[:64])
-    before, begun = memory_mib("VmRSS"), time.process_time()
+    before, started = memory_mib("VmRSS"), time.process_time()
     WAYS[way](hidden, targets, weight)
-    seconds = time.process_time() - begun
+    seconds = time.process_time() - started
     pipe.send((memory_mib("VmHWM") - before, seconds, float(hidden.grad.norm())))
 
 

@@ -22,14 +22,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowrank_tune import Recipe
-from lowrank_tune.algorithms.harvest import Harvest, Harvester
-from lowrank_tune.algorithms.kit import Kit
-from lowrank_tune.build import ALGORITHMS, ONLINE, load_roles
+from lowrank_tune.algorithms.harvest import RolloutBatch, RolloutCollector
+from lowrank_tune.algorithms.kit import AlgorithmContext
+from lowrank_tune.build import ALGORITHMS, ONLINE_ALGORITHMS, load_roles
 from lowrank_tune.model.base import load_base
-from lowrank_tune.plan.planner import phases_of, scene_of
+from lowrank_tune.plan.planner import make_spec, phases_of
 from lowrank_tune.rollout import Engine
-from lowrank_tune.train import Loop, make_optimizer
-from lowrank_tune.types import Batch, Sampling
+from lowrank_tune.train import Trainer, make_optimizer
+from lowrank_tune.types import Batch, SamplingParams
 
 CPU = torch.device("cpu")
 PROMPT, NEW, LENGTH, MICRO, GROUP, PROMPTS, SLOTS = 32, 64, 96, 3, 4, 3, 8
@@ -116,20 +116,20 @@ def rows(count: int, prompt: int, family: int, **extra: torch.Tensor) -> Batch:
     """Rows of one length; families share a prompt."""
     ids = torch.randint(3, 900, (count, LENGTH), generator=torch.Generator().manual_seed(1))
     ids[:, :prompt] = ids[torch.arange(count) // family * family, :prompt]
-    says = torch.ones_like(ids, dtype=torch.bool)
-    says[:, :prompt] = False
+    completion_mask = torch.ones_like(ids, dtype=torch.bool)
+    completion_mask[:, :prompt] = False
     if family > 1:
         extra["shared"] = torch.tensor([0 if row % family == 0 else prompt for row in range(count)])
-    return Batch(ids, torch.ones_like(says), says, extra=extra)
+    return Batch(ids, torch.ones_like(completion_mask), completion_mask, extra=extra)
 
 
-class Written(Harvester):
+class FixedCollector(RolloutCollector):
     """Completions that were written before."""
 
-    def draw(self, step: int, draw: int, count: int | None = None) -> Harvest:
+    def collect(self, step: int, draw: int, count: int | None = None) -> RolloutBatch:
         batch = rows(PROMPTS * GROUP, PROMPT, GROUP, sampler=torch.full((PROMPTS * GROUP, LENGTH), -7.0))
         rewards = torch.rand(PROMPTS, GROUP, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-        return Harvest(
+        return RolloutBatch(
             batch,
             rewards,
             rewards.view(-1, 1),
@@ -156,28 +156,30 @@ def measured(recipe: Recipe, rollout: bool = False) -> int:
     roles, count = load_roles(recipe, base, {}, lambda event: None), 2 * MICRO
     if rollout:
         moments = learned(roles.parameters("policy"), recipe)  # as from the second step on
-        engine, sampling = Engine(roles, "policy", SLOTS, scratch_bytes=1 << 40), Sampling(NEW, frozenset())
+        engine, sampling = Engine(roles, "policy", SLOTS, scratch_bytes=1 << 40), SamplingParams(NEW, frozenset())
         found = peak_of(lambda: list(engine.generate([[7] * PROMPT] * PROMPTS, GROUP, sampling)))
         del moments
         return found
     if recipe.algorithm == "sft":
-        kit = Kit(roles, lambda step: rows(count, 1, 1))
+        kit = AlgorithmContext(roles, lambda step: rows(count, 1, 1))
     else:
         extra = {"margin": torch.zeros(2 * count), "row": torch.arange(2 * count)}
         reference = {"reference": torch.zeros(2 * count)} if recipe.algorithm == "dpo" else {}
-        kit = Kit(roles, lambda step: rows(2 * count, 0, 2, **extra, **reference))
-    if recipe.algorithm in ONLINE:
-        harvester = Written(
+        kit = AlgorithmContext(roles, lambda step: rows(2 * count, 0, 2, **extra, **reference))
+    if recipe.algorithm in ONLINE_ALGORITHMS:
+        collector = FixedCollector(
             roles, None, None, ["all"], [1.0], str, frozenset(), 0, GROUP, NEW, 1.0, SLOTS, 4096, lambda number: 0
         )  # type: ignore[arg-type]
-        algorithm: Any = ONLINE[recipe.algorithm](recipe, kit, harvester)
-        (algorithm.update if recipe.algorithm == "ppo" else algorithm).mismatch_limit = 1e9
+        algorithm: Any = ONLINE_ALGORITHMS[recipe.algorithm](recipe, kit, collector)
+        (algorithm.update if recipe.algorithm == "ppo" else algorithm).max_logprob_mismatch = 1e9
     else:
         algorithm = ALGORITHMS[recipe.algorithm](kit, recipe)
-    parameters = [parameter for role in (recipe.trained, *recipe.aside) for parameter in roles.parameters(role)]
+    parameters = [
+        parameter for role in (recipe.trained_adapter, *recipe.extra_adapters) for parameter in roles.parameters(role)
+    ]
     optimizer = make_optimizer(parameters, recipe.train, CPU)
     checked = recipe.algorithm == "dpo"  # its reference is made up
-    loop = Loop(
+    loop = Trainer(
         algorithm,
         parameters,
         optimizer,
@@ -194,8 +196,10 @@ def measured(recipe: Recipe, rollout: bool = False) -> int:
 
 def planned(recipe: Recipe, rollout: bool = False) -> int:
     """What the planner says of the same."""
-    scene = scene_of(recipe, CPU, {})
-    scene = replace(scene, sizes=replace(scene.sizes, harvest=PROMPTS * GROUP if recipe.algorithm in ONLINE else 0))
+    scene = make_spec(recipe, CPU, {})
+    scene = replace(
+        scene, sizes=replace(scene.sizes, num_rollouts=PROMPTS * GROUP if recipe.algorithm in ONLINE_ALGORITHMS else 0)
+    )
     return max(
         phase.total
         for phase in phases_of(scene)
@@ -239,11 +243,11 @@ def main() -> None:
     ]
     print("| shape | algorithm | recomputed | measured, MiB | planned, MiB | off by |\n|---|---|---|---|---|---|")
     worst = 0.0
-    for shape, algorithm, layers, found, said in cells(wanted.shapes, wanted.algorithms, settings):
-        worst = max(worst, abs(said / found - 1))
+    for shape, algorithm, layers, found, predicted in cells(wanted.shapes, wanted.algorithms, settings):
+        worst = max(worst, abs(predicted / found - 1))
         print(
-            f"| {shape} | {algorithm} | {layers} | {found / 2**20:.2f} | {said / 2**20:.2f} | "
-            f"{said / found - 1:+.2%} |",
+            f"| {shape} | {algorithm} | {layers} | {found / 2**20:.2f} | {predicted / 2**20:.2f} | "
+            f"{predicted / found - 1:+.2%} |",
             flush=True,
         )
     print(f"\nworst: {worst:.2%}")

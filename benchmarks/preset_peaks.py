@@ -18,8 +18,8 @@ from pathlib import Path
 
 from lowrank_tune.plan import GIB
 from lowrank_tune.plan.planner import plan_of
-from lowrank_tune.plan.scenes import scenes
-from lowrank_tune.recipe import Preset, find_preset, load_any, shelf
+from lowrank_tune.plan.scenes import simulation_specs
+from lowrank_tune.recipe import Preset, find_preset, list_presets, load_any
 
 CARD_GIB = 24.0
 WITHIN = 0.01
@@ -38,12 +38,13 @@ def planned(name: str) -> tuple[float, str]:
             file.write_text(f"stages:\n- {{name: sft, extends: {Path(below).name}}}\n- {top}\n", encoding="utf-8")
         vram = round(CARD_GIB * GIB)
         plans = [
-            plan_of(scene, vram, scene.recipe.name) for scene in scenes(load_any(str(file) if below else name), "cuda")
+            plan_of(scene, vram, scene.recipe.name)
+            for scene in simulation_specs(load_any(str(file) if below else name), "cuda")
         ]
     worst = plans[-1] if below else max(plans, key=lambda one: one.needed)
-    return worst.needed / GIB, f"{worst.name}, {worst.binding.name}" if len(
+    return worst.needed / GIB, f"{worst.name}, {worst.peak_phase.name}" if len(
         plans
-    ) > 1 and not below else worst.binding.name
+    ) > 1 and not below else worst.peak_phase.name
 
 
 def comment_of(gib: float, where: str) -> str:
@@ -66,13 +67,15 @@ def table(found: dict[str, float]) -> str:
         base, _, what = name.rpartition("-")
         rows.setdefault(base, {})[what] = gib
     lines = [f"| `NAME-` | {' | '.join(f'`{what}`' for what in COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
-    told = {base: [f"{cells[what]:.1f}" if what in cells else "" for what in COLUMNS] for base, cells in rows.items()}
-    lines += [f"| `{base}` | {' | '.join(cells)} |" for base, cells in told.items()]
+    formatted = {
+        base: [f"{cells[what]:.1f}" if what in cells else "" for what in COLUMNS] for base, cells in rows.items()
+    }
+    lines += [f"| `{base}` | {' | '.join(cells)} |" for base, cells in formatted.items()]
     return "\n".join(lines)
 
 
 def wanted(names: list[str]) -> list[Preset]:
-    return [preset for preset in shelf() if (preset.name in names if names else preset.billions)]
+    return [preset for preset in list_presets() if (preset.name in names if names else preset.billions)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -89,11 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.write:
             file = find_preset(preset.name)
             file.write_text(with_comment(file.read_text(encoding="utf-8"), comment_of(gib, where)), encoding="utf-8")
-        told = gib if options.write else preset.peak_gib
-        off = told is None or abs(told - gib) > max(WITHIN * gib, 0.051)
+        stated = gib if options.write else preset.peak_gib
+        off = stated is None or abs(stated - gib) > max(WITHIN * gib, 0.051)
         wrong += off or gib > CARD_GIB
         verdict = "does not fit" if gib > CARD_GIB else "off" if off else "ok"
-        print(f"{preset.name:<24}{gib:6.2f} GiB planned ({where}), told {told}: {verdict}", flush=True)
+        print(f"{preset.name:<24}{gib:6.2f} GiB planned ({where}), told {stated}: {verdict}", flush=True)
     if options.table:
         print(table(found))
     return int(wrong > 0)

@@ -72,21 +72,21 @@ def ours(folder: str, bits: int) -> Contender:
     from lowrank_tune.model.base import load_base
     from lowrank_tune.model.roles import Roles
     from lowrank_tune.rollout import Engine
-    from lowrank_tune.types import Sampling
+    from lowrank_tune.types import SamplingParams
 
-    base = load_base(settings.Base(model=folder, bits=bits), tokenizer=None, device=torch.device("cpu"))
-    config = lora_config(settings.Adapter(r=RANK, alpha=ALPHA), base.model)
+    base = load_base(settings.BaseConfig(model=folder, bits=bits), tokenizer=None, device=torch.device("cpu"))
+    config = lora_config(settings.AdapterConfig(r=RANK, alpha=ALPHA), base.model)
     roles = Roles(base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []})
     fill(base.model)
 
     def run(work: Work, seed: int) -> list[list[int]]:
-        sampling = Sampling(work.tokens, work.ends, 0.0 if work.greedy else 1.0, seed)
+        sampling = SamplingParams(work.tokens, work.ends, 0.0 if work.greedy else 1.0, seed)
         samples = 1 if work.greedy else SAMPLES
         found = sorted(
             Engine(roles, "policy", SLOTS).generate(work.prompts, samples, sampling),
             key=lambda one: (one.prompt, one.sample),
         )
-        return [one.ids for one in found]
+        return [one.token_ids for one in found]
 
     return run
 
@@ -96,9 +96,9 @@ def generate(folder: str, bits: int) -> Contender:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from lowrank_tune.model.base import nf4
+    from lowrank_tune.model.base import nf4_config
 
-    extra = {"quantization_config": nf4(torch.device("cpu"))} if bits == 4 else {}
+    extra = {"quantization_config": nf4_config(torch.device("cpu"))} if bits == 4 else {}
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **extra)
     # as for ours: on some CPUs bitsandbytes would repack its weights in bf16, and compute other numbers
     for module in plain.modules():
@@ -112,12 +112,12 @@ def generate(folder: str, bits: int) -> Contender:
 
     def run(work: Work, seed: int) -> list[list[int]]:
         torch.manual_seed(seed)
-        samples, said = 1 if work.greedy else SAMPLES, []
+        samples, completions = 1 if work.greedy else SAMPLES, []
         # as kind to the padding as ours is
         ordered = sorted(range(len(work.prompts)), key=lambda index: len(work.prompts[index]))
         for start in range(0, len(ordered), SLOTS // SAMPLES):
-            said += batch(work, ordered[start : start + SLOTS // SAMPLES], samples)
-        return [ids for _, ids in sorted(said, key=lambda one: one[0])]
+            completions += batch(work, ordered[start : start + SLOTS // SAMPLES], samples)
+        return [ids for _, ids in sorted(completions, key=lambda one: one[0])]
 
     def batch(work: Work, chosen: list[int], samples: int) -> list[tuple[int, list[int]]]:
         prompts = [work.prompts[index] for index in chosen]
@@ -180,10 +180,10 @@ def compete(contenders: dict[str, Contender], work: Work, repeats: int) -> dict[
     for repeat in range(repeats + 1):
         for name, run in contenders.items():
             cpu, wall = time.process_time(), time.perf_counter()
-            said = run(work, repeat)
+            completions = run(work, repeat)
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            count = sum(map(len, said))
-            records[name].mean_length = count / len(said)
+            count = sum(map(len, completions))
+            records[name].mean_length = count / len(completions)
             if repeat:  # the first turn warms up
                 records[name].cpu.append(count / cpu)
                 records[name].wall.append(count / wall)
@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
             for what, work in works.items():
                 records = compete(contenders, work, repeats)
                 figures[f"{name} {kind} {what}"] = {who: vars(record) for who, record in records.items()}
-                tell(f"{name} {kind} {what}", records, TARGETS[kind])
+                print_results(f"{name} {kind} {what}", records, TARGETS[kind])
         del contenders
         gc.collect()
     print(f"greedy words equal for {min(agreed):.0%} of the prompts or more (near-ties may part)")
@@ -245,7 +245,7 @@ def build(name: str, bits: int, place: str) -> dict[str, Contender]:
     return {"ours": ours(folder, bits), "generate": generate(folder, bits)}
 
 
-def tell(what: str, records: dict[str, Record], target: float) -> None:
+def print_results(what: str, records: dict[str, Record], target: float) -> None:
     mine, other = records["ours"], records["generate"]
     cpu, wall = (
         statistics.median(a / b for a, b in zip(x, y, strict=True))

@@ -19,14 +19,14 @@ import threading
 import time
 from pathlib import Path
 
-from lowrank_tune.control import Control
-from lowrank_tune.events import StepDone
-from lowrank_tune.ui.frame import coded
+from lowrank_tune.control import TrainerControl
+from lowrank_tune.events import StepEnd
+from lowrank_tune.ui.frame import to_ansi
 from lowrank_tune.ui.panes import View
 from lowrank_tune.ui.render import render
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.tui import Tui
-from lowrank_tune.ui.watch import events_in
+from lowrank_tune.ui.watch import read_events
 
 RECORDED = Path(__file__).parent.parent / "tests" / "recorded" / "demo.jsonl"
 SIZES = ((80, 24), (120, 40), (200, 60))
@@ -43,13 +43,13 @@ run(recipe, out=sys.argv[1], ui=sys.argv[2])
 def long_state(steps: int) -> State:
     """The recorded run, its steps repeated to so many."""
     state = State()
-    events = list(events_in(RECORDED))
+    events = list(read_events(RECORDED))
     for event in events:
         state.apply(event)
-    one = next(event for event in events if isinstance(event, StepDone))
+    one = next(event for event in events if isinstance(event, StepEnd))
     for step in range(len(events), steps):
         state.apply(
-            StepDone(
+            StepEnd(
                 step=step, steps=steps, stats=one.stats, seconds=one.seconds, tokens=one.tokens, time=one.time + step
             )
         )
@@ -60,9 +60,9 @@ def frame_ms(state: State, width: int, height: int, repeats: int) -> float:
     """Median processor time of a whole frame with its escape codes."""
     times = []
     for _ in range(repeats):
-        begun = time.thread_time()
-        "".join(coded(line, True) for line in render(state, View(), width, height))
-        times.append(1000 * (time.thread_time() - begun))
+        started = time.thread_time()
+        "".join(to_ansi(line, True) for line in render(state, View(), width, height))
+        times.append(1000 * (time.thread_time() - started))
     return statistics.median(times)
 
 
@@ -82,14 +82,14 @@ def drained(master: int) -> None:
 def emit_seconds(events: int) -> tuple[float, float]:
     """Median and worst time of handing an event to a living dashboard; run in a process whose terminal is a
     pseudo-terminal."""
-    one = next(event for event in events_in(RECORDED) if isinstance(event, StepDone))
+    one = next(event for event in read_events(RECORDED) if isinstance(event, StepEnd))
     times = []
     with tempfile.TemporaryDirectory() as folder:
-        screen = Tui(Control(), Path(folder) / "console.log")
+        screen = Tui(TrainerControl(), Path(folder) / "console.log")
         for _ in range(events):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             screen(one)
-            times.append(time.perf_counter() - begun)
+            times.append(time.perf_counter() - started)
             time.sleep(0.0005)
         screen.close()
     return statistics.median(times), max(times)
@@ -109,7 +109,7 @@ def in_terminal(words: list[str], environ: dict[str, str]) -> None:
 
 def steps_ms(folder: Path) -> float:
     """Median time of the steps of a run."""
-    steps = [event.seconds for event in events_in(folder / "events.jsonl") if isinstance(event, StepDone)]
+    steps = [event.seconds for event in read_events(folder / "events.jsonl") if isinstance(event, StepEnd)]
     return 1000 * statistics.median(steps)
 
 
@@ -140,9 +140,9 @@ def main(arguments: list[str] | None = None) -> int:
         for width, height in SIZES:
             print(f"frame {width}x{height}, {steps} events: {frame_ms(state, width, height, 20):.2f} ms")
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "emit.json"
-        in_terminal([sys.executable, __file__, "--emit", str(told)], {**os.environ, "TERM": "xterm-256color"})
-        median, worst = json.loads(told.read_text())
+        results_file = Path(folder) / "emit.json"
+        in_terminal([sys.executable, __file__, "--emit", str(results_file)], {**os.environ, "TERM": "xterm-256color"})
+        median, worst = json.loads(results_file.read_text())
     print(f"an event: median {1e6 * median:.1f} us, worst of 2000 {1e3 * worst:.2f} ms")
     if not options.quick:
         found = overhead(options.repeats, options.epochs)

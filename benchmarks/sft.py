@@ -46,21 +46,21 @@ def ours(task: Task, turn: Turns, micro: int = ROWS, log_every: int = 1_000_000)
     import torch
 
     from lowrank_tune import settings
-    from lowrank_tune.algorithms.kit import Kit
+    from lowrank_tune.algorithms.kit import AlgorithmContext
     from lowrank_tune.algorithms.sft import SFT
-    from lowrank_tune.events import StepDone
+    from lowrank_tune.events import StepEnd
     from lowrank_tune.model.adapters import lora_config
     from lowrank_tune.model.base import load_base
     from lowrank_tune.model.roles import Roles
-    from lowrank_tune.train import Loop, make_optimizer
+    from lowrank_tune.train import Trainer, make_optimizer
     from lowrank_tune.types import Batch
 
     device = torch.device("cpu")
-    base = load_base(settings.Base(model=task.folder, bits=4 if task.nf4 else 16), tokenizer=None, device=device)
-    config = lora_config(settings.Adapter(r=RANK, alpha=ALPHA), base.model)
+    base = load_base(settings.BaseConfig(model=task.folder, bits=4 if task.nf4 else 16), tokenizer=None, device=device)
+    config = lora_config(settings.AdapterConfig(r=RANK, alpha=ALPHA), base.model)
     roles = Roles(base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []})
     same_adapters(base.model)
-    train = settings.Train(
+    train = settings.TrainingConfig(
         steps=task.steps,
         rows_per_step=ROWS,
         micro_batch_size=micro,
@@ -70,14 +70,14 @@ def ours(task: Task, turn: Turns, micro: int = ROWS, log_every: int = 1_000_000)
         log_every=log_every,
     )
     batches, losses = task.batches(), []
-    algorithm = SFT(Kit(roles, lambda step: Batch(*pad(next(batches)))))
+    algorithm = SFT(AlgorithmContext(roles, lambda step: Batch(*pad(next(batches)))))
     parameters = roles.parameters("policy")
 
     def emit(event: Any) -> None:
-        if isinstance(event, StepDone):
+        if isinstance(event, StepEnd):
             losses.append(event.stats["loss"])
 
-    loop = Loop(
+    loop = Trainer(
         algorithm,
         parameters,
         make_optimizer(parameters, train, device),
@@ -118,14 +118,14 @@ def hand(task: Task, turn: Turns, lean: bool = False) -> list[float]:
     losses = []
     turn.loaded()
     for rows in task.batches():
-        ids, attended, says = pad(rows)
+        ids, attended, mask = pad(rows)
         if lean:
             hidden = plain.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-            logits, targets = plain.lm_head(hidden[says[:, 1:]]), ids[:, 1:][says[:, 1:]]
+            logits, targets = plain.lm_head(hidden[mask[:, 1:]]), ids[:, 1:][mask[:, 1:]]
         else:
             logits = model(input_ids=ids, attention_mask=attended.long(), use_cache=False).logits[:, :-1].flatten(0, 1)
-            targets = torch.where(says, ids, -100)[:, 1:].flatten()
-        loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / says[:, 1:].sum()
+            targets = torch.where(mask, ids, -100)[:, 1:].flatten()
+        loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / mask[:, 1:].sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -162,9 +162,9 @@ def trl(task: Task, turn: Turns) -> list[float]:
             return loss
 
     rows = [
-        {"input_ids": ids, "labels": [token if say else -100 for token, say in zip(ids, says, strict=True)]}
+        {"input_ids": ids, "labels": [token if trained else -100 for token, trained in zip(ids, mask, strict=True)]}
         for batch in task.batches()
-        for ids, says in batch
+        for ids, mask in batch
     ]
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as out:

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lowrank_tune import Recipe, run
-from lowrank_tune.build.online import Scoring
+from lowrank_tune.build.online import RewardScorer
 
 
-class Shuffled(Scoring):
+class Shuffled(RewardScorer):
     """The same rewards for other completions."""
 
     dealt = 0
@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import lowrank_tune.build as build
 
-    build.Scoring = Shuffled  # type: ignore[misc]
+    build.RewardScorer = Shuffled  # type: ignore[misc]
     recipe = Recipe.load("tiny-grpo", "name=shuffled", "train.final=last").to_dict()
     recipe["adapters"] = {"sft": {"path": str(arguments.run / "1-sft")}, **recipe["adapters"]}
     with tempfile.TemporaryDirectory() as folder:

@@ -50,9 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(1 if options.quick else options.repeats):
             for name, (words, code) in runs.items():
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(time.perf_counter() - started)
                 if done.returncode != code:
                     right = False
                     print(f"{name}: exit code {done.returncode} instead of {code}\n{done.stderr}")

@@ -72,34 +72,36 @@ def best(repeats: int, jobs: dict[str, Callable[[int], None]]) -> dict[str, list
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for repeat in range(repeats):
         for name, job in jobs.items():
-            begun = time.perf_counter()
+            started = time.perf_counter()
             job(repeat)
-            seconds[name].append(time.perf_counter() - begun)
+            seconds[name].append(time.perf_counter() - started)
     return seconds
 
 
 def compare(name: str, rows: list[dict[str, Any]], tokenizer: Any, repeats: int) -> float:
     """Prints one table; returns the rate of `encode` as a share of the bare one."""
-    from lowrank_tune.data import RowFault, Template, detect, load, to_conversation
-    from lowrank_tune.settings import Data, Source
+    from lowrank_tune.data import ChatTemplate, InvalidRow, detect_format, load, to_conversation
+    from lowrank_tune.settings import DataConfig, SourceConfig
 
-    talks = [to_conversation(row, detect(row, {}), {}, "auto").messages for row in rows]
-    texts = [tokenizer.apply_chat_template([vars(m) for m in talk], tokenize=False) for talk in talks]
+    conversations = [to_conversation(row, detect_format(row, {}), {}, "auto").messages for row in rows]
+    texts = [
+        tokenizer.apply_chat_template([vars(m) for m in conversation], tokenize=False) for conversation in conversations
+    ]
     bare = tokenizer.backend_tokenizer
-    template = Template.of(tokenizer)
-    made = [row for row in template.encode_many(talks) if not isinstance(row, RowFault)]
+    template = ChatTemplate.from_tokenizer(tokenizer)
+    made = [row for row in template.encode_many(conversations) if not isinstance(row, InvalidRow)]
     tokens, bare_tokens = (
-        sum(len(row.ids) for row in made),
+        sum(len(row.input_ids) for row in made),
         sum(len(one.ids) for one in bare.encode_batch(texts, add_special_tokens=False)),
     )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        data = Data(train=(Source(dataset=str(file)),), validation_share=0.0, max_length=4096)
+        data = DataConfig(train=(SourceConfig(dataset=str(file)),), validation_share=0.0, max_length=4096)
 
         def encode(_: int) -> None:
-            for start in range(0, len(talks), CHUNK):
-                template.encode_many(talks[start : start + CHUNK])
+            for start in range(0, len(conversations), CHUNK):
+                template.encode_many(conversations[start : start + CHUNK])
 
         def bare_batch(_: int) -> None:
             for start in range(0, len(texts), CHUNK):

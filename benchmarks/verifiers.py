@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.rewards import Item, Scorer, make
+from lowrank_tune.rewards import RewardInput, WorkerPool, build_rewards
 from lowrank_tune.rewards.sandbox.launch import Confined
-from lowrank_tune.rewards.sandbox.levels import LEVELS, attempt
-from lowrank_tune.settings import RewardUse
+from lowrank_tune.rewards.sandbox.levels import LEVELS, probe_level
+from lowrank_tune.settings import RewardConfig
 
 CODE = [
     ("def f(x):\n    return x * x", ["assert f(3) == 9", "assert f(-2) == 4", "assert f(0) == 0"]),
@@ -40,16 +40,16 @@ ALGEBRA = [
 def starts(count: int) -> None:
     """Time until a confined process is ready, at each level."""
     for level in LEVELS:
-        offer = attempt(level)
+        offer = probe_level(level)
         if offer.fault:
             print(f"{level:<12} is not offered here: {offer.fault}")
             continue
         seconds = []
         for _ in range(count):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             solver = Confined("solver", level)
             solver.ready()
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - started)
             solver.end()
         print(
             f"{level:<12} start {1e3 * statistics.median(seconds):.0f} ms (median of {count}; longest "
@@ -57,20 +57,20 @@ def starts(count: int) -> None:
         )
 
 
-def rate(use: str, items: list[Item], workers: int) -> None:
+def rate(use: str, items: list[RewardInput], workers: int) -> None:
     try:
-        [weighted] = make([RewardUse(use=use)], Path())
+        [weighted] = build_rewards([RewardConfig(use=use)], Path())
     except UserError as error:
         return print(error)
-    with Scorer[int]([weighted.reward], workers) as scorer:
+    with WorkerPool[int]([weighted.reward], workers) as scorer:
         for number, item in enumerate(items[: 2 * workers]):
             scorer.submit(number, item)
         scorer.collect()  # warm
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for number, item in enumerate(items):
             scorer.submit(number, item)
         scores = [score for [score] in scorer.collect().values()]
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     passed = sum(score.verdict == "pass" for score in scores)
     print(
         f"{use:<12} {len(items) / seconds:8.1f} a second, "
@@ -86,12 +86,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     starts(max(3, options.count // 4))
     code = [
-        Item("", f"```python\n{text}\n```", None, {"code": text, "test_list": tests}, True, 9) for text, tests in CODE
+        RewardInput("", f"```python\n{text}\n```", None, {"code": text, "test_list": tests}, True, 9)
+        for text, tests in CODE
     ]
     rate("python_tests", [code[i % len(code)] for i in range(options.count)], options.workers)
-    for told, pairs in (("exact", EXACT), ("algebra", ALGEBRA)):
-        items = [Item("", text, gold, {}, True, 9) for gold, text in pairs]
-        print(f"{told}:", end=" ")
+    for label, pairs in (("exact", EXACT), ("algebra", ALGEBRA)):
+        items = [RewardInput("", text, gold, {}, True, 9) for gold, text in pairs]
+        print(f"{label}:", end=" ")
         rate("math_answer", [items[i % len(items)] for i in range(10 * options.count)], options.workers)
     return 0
 

@@ -24,28 +24,28 @@ if TYPE_CHECKING:
     from lowrank_tune.errors import UserError
     from lowrank_tune.events import Event
     from lowrank_tune.recipe import Chain, Recipe
-    from lowrank_tune.runner import Outcome
+    from lowrank_tune.runner import RunResult
 
 
 def run(
-    recipe: settings.Recipe | Chain | str | Path,
+    recipe: settings.RecipeConfig | Chain | str | Path,
     *overrides: str,
     out: str | Path | None = None,
     ui: str = "auto",
     device: torch.device | None = None,
     on_event: Callable[[Event], None] | None = None,
-) -> Outcome:
+) -> RunResult:
     """Runs a recipe or a chain of them, a preset's name or a recipe file; continues it where an unfinished run of it
     lies in the folder.
 
     Raises UserError (a sentence for the person) and KeyboardInterrupt at a second Ctrl-C. `on_event` sees every event.
     The recipe is read before torch is imported: a backend that it names may have to come first.
     """
-    from lowrank_tune.early import import_first
+    from lowrank_tune.early import import_unsloth
     from lowrank_tune.recipe import backends_of, load_any
 
     loaded = load_any(recipe, *overrides) if isinstance(recipe, (str, Path)) else recipe
-    import_first(backends_of(loaded))
+    import_unsloth(backends_of(loaded))
     from lowrank_tune.runner import run as started
 
     return started(loaded, out=out, ui=ui, device=device, on_event=on_event)

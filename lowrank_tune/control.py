@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Control:
+class TrainerControl:
     """Each wish stays until the loop has met it; `pause` until it is taken back."""
 
     stop: bool = False
@@ -20,29 +20,29 @@ class Control:
 
 
 @contextmanager
-def asked_by_signals(control: Control) -> Iterator[Callable[[bool], None]]:
+def handle_signals(control: TrainerControl) -> Iterator[Callable[[bool], None]]:
     """While the loop runs (it is told so by what this yields), SIGINT, SIGTERM or SIGHUP asks it to stop; a second one
     stops at once.
 
     Outside of the loop there is nothing to save, and the first one raises KeyboardInterrupt.
     """
-    looping = False
+    is_training = False
 
     def handle(number: int, frame: object) -> None:
-        if control.stop or not looping:
+        if control.stop or not is_training:
             raise KeyboardInterrupt
         control.stop = True
 
-    def in_loop(now: bool) -> None:
-        nonlocal looping
-        looping = now
+    def set_training(value: bool) -> None:
+        nonlocal is_training
+        is_training = value
 
     if threading.current_thread() is not threading.main_thread():
-        yield in_loop  # only the main thread may handle signals
+        yield set_training  # only the main thread may handle signals
         return
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield in_loop
+        yield set_training
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -26,11 +26,14 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_tune import early
-from lowrank_tune.ui import inert
+from lowrank_tune.ui import escape_control_chars
 
 GIB = 1 << 30
-LITTLE_DISK, SOME_DISK = 1.0, 20.0  # GiB: too little to save anything; too little for a 7B base and its cache
-NEEDED = (
+MIN_DISK_GIB, RECOMMENDED_DISK_GIB = (
+    1.0,
+    20.0,
+)  # GiB: too little to save anything; too little for a 7B base and its cache
+REQUIRED_PACKAGES = (
     "torch",
     "transformers",
     "peft",
@@ -44,29 +47,29 @@ NEEDED = (
     "rich",
     "typer",
 )
-NF4_ERROR = 1e-2  # of a bf16 product against the dequantised weight's, relative
+NF4_TOLERANCE = 1e-2  # of a bf16 product against the dequantised weight's, relative
 STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
 Level = Literal["ok", "warning", "fault"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One line. `cure` says what to do; empty where all is well."""
 
     level: Level
-    what: str
-    found: str
-    cure: str = ""
+    name: str
+    detail: str
+    fix: str = ""
 
 
-def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
+def run_checks(environ: Mapping[str, str] = os.environ) -> list[CheckResult]:
     """All checks, in order. A check that breaks is itself a fault."""
-    findings: list[Finding] = []
-    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+    results: list[CheckResult] = []
+    checks: dict[str, Callable[[], Iterator[CheckResult]]] = {
         "Python": python,
         "versions": versions,
-        "CUDA": card,
-        "4 bits": four_bits,
+        "CUDA": gpu,
+        "4 bits": bitsandbytes_4bit,
         "disk": lambda: disk(environ),
         "hub": lambda: hub(environ),
         "terminal": lambda: terminal(environ),
@@ -76,72 +79,74 @@ def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     }
     for name, check in checks.items():
         try:
-            findings += check()
+            results += check()
         except Exception as error:
-            cure = "install the packages again, within the bounds above"
-            findings.append(Finding("fault", name, f"the check broke: {type(error).__name__}: {error}", cure))
-    return findings
+            fix = "install the packages again, within the bounds above"
+            results.append(CheckResult("fault", name, f"the check broke: {type(error).__name__}: {error}", fix))
+    return results
 
 
-def show(findings: list[Finding], console: Console) -> None:
+def print_results(results: list[CheckResult], console: Console) -> None:
     """A line each, and a word at the end."""
     table = Table.grid(padding=(0, 2))
-    for finding in findings:
-        told = Text(inert(finding.found))
-        if finding.cure:
-            told.append(f"\n-> {inert(finding.cure)}", STYLES[finding.level])
-        table.add_row(Text(finding.level, STYLES[finding.level]), Text(finding.what), told)
+    for result in results:
+        detail = Text(escape_control_chars(result.detail))
+        if result.fix:
+            detail.append(f"\n-> {escape_control_chars(result.fix)}", STYLES[result.level])
+        table.add_row(Text(result.level, STYLES[result.level]), Text(result.name), detail)
     console.print(table)
-    faults, warnings = (sum(finding.level == level for finding in findings) for level in ("fault", "warning"))
-    word = "this machine is fit" if not faults else "this machine is not fit yet"
+    faults, warnings = (sum(result.level == level for result in results) for level in ("fault", "warning"))
+    verdict = "this machine is fit" if not faults else "this machine is not fit yet"
     console.print(
         Text(
-            f"{word}: {faults} faults, {warnings} warnings",
+            f"{verdict}: {faults} faults, {warnings} warnings",
             STYLES["fault" if faults else "warning" if warnings else "ok"],
         )
     )
 
 
-def python() -> Iterator[Finding]:
+def python() -> Iterator[CheckResult]:
     """3.11 or newer, 64 bits."""
-    told = f"{platform.python_version()} ({platform.python_implementation()}, {platform.machine()})"
+    detail = f"{platform.python_version()} ({platform.python_implementation()}, {platform.machine()})"
     if sys.version_info < (3, 11) or sys.maxsize < 1 << 40:
-        yield Finding("fault", "Python", told, "use a 64-bit Python 3.11 or newer")
+        yield CheckResult("fault", "Python", detail, "use a 64-bit Python 3.11 or newer")
     else:
-        yield Finding("ok", "Python", told)
+        yield CheckResult("ok", "Python", detail)
 
 
-def versions() -> Iterator[Finding]:
+def versions() -> Iterator[CheckResult]:
     """Every library that is needed against the bounds of pyproject.toml."""
     bounds = requirements()
-    for name in NEEDED:
+    for name in REQUIRED_PACKAGES:
         bound = bounds.get(name.lower(), "")
         try:
-            found = metadata.version(name)
+            installed = metadata.version(name)
         except metadata.PackageNotFoundError:
-            yield Finding("fault", name, "not installed", f"pip install '{name}{bound}'")
+            yield CheckResult("fault", name, "not installed", f"pip install '{name}{bound}'")
             continue
-        fits = within(found, bound)
-        yield Finding(
-            "ok" if fits else "fault",
+        is_compatible = in_range(installed, bound)
+        yield CheckResult(
+            "ok" if is_compatible else "fault",
             name,
-            f"{found} ({bound or 'any'})",
-            "" if fits else f"pip install '{name}{bound}'",
+            f"{installed} ({bound or 'any'})",
+            "" if is_compatible else f"pip install '{name}{bound}'",
         )
 
 
 def requirements() -> dict[str, str]:
     """Name to bounds, from the installed package or from the checkout's pyproject.toml."""
     try:
-        written = metadata.requires("lowrank-tune") or []
+        requirement_lines = metadata.requires("lowrank-tune") or []
     except metadata.PackageNotFoundError:
         file = Path(__file__).resolve().parent.parent / "pyproject.toml"
-        written = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"] if file.is_file() else []
-    split = (re.match(r"([A-Za-z0-9._-]+)\s*([^;]*)", line) for line in written if "extra ==" not in line)
+        requirement_lines = (
+            tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"] if file.is_file() else []
+        )
+    split = (re.match(r"([A-Za-z0-9._-]+)\s*([^;]*)", line) for line in requirement_lines if "extra ==" not in line)
     return {match[1].lower(): match[2].strip() for match in split if match}
 
 
-def within(version: str, bounds: str) -> bool:
+def in_range(version: str, bounds: str) -> bool:
     """Whether a version is inside bounds such as `>=2.9,<3`. Only the release counts: 2.9.0+cu128 is 2.9."""
     tests: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
         ">=": lambda a, b: a >= b,
@@ -161,101 +166,104 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple((numbers + [0] * 4)[:4])
 
 
-def card() -> Iterator[Finding]:
+def gpu() -> Iterator[CheckResult]:
     """Cards, their memory, and bf16."""
     torch: Any = importlib.import_module("torch")
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        cure = "install the driver, and check that `nvidia-smi` works" if built else "install torch's CUDA build"
-        yield Finding(
+        fix = "install the driver, and check that `nvidia-smi` works" if built else "install torch's CUDA build"
+        yield CheckResult(
             "warning",
             "CUDA",
             f"none seen (torch is built {f'for CUDA {built}' if built else 'without CUDA'})",
-            f"a CPU trains only small bases; for a card, {cure}",
+            f"a CPU trains only small bases; for a card, {fix}",
         )
         return
     for number in range(torch.cuda.device_count()):
         with torch.cuda.device(number):
             free, total = torch.cuda.mem_get_info()
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        told = (
+        detail = (
             f"{torch.cuda.get_device_name(number)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, bf16 "
             f"{'yes' if has_bf16 else 'no'}"
         )
         if not has_bf16:
-            yield Finding(
+            yield CheckResult(
                 "fault",
                 f"card {number}",
-                told,
+                detail,
                 "bfloat16 is needed: RTX 30 series or newer; or CUDA_VISIBLE_DEVICES= for the CPU",
             )
         elif free < total / 2:
-            yield Finding(
+            yield CheckResult(
                 "warning",
                 f"card {number}",
-                told,
+                detail,
                 "another process holds more than half of its memory: see `nvidia-smi`",
             )
         else:
-            yield Finding("ok", f"card {number}", told)
+            yield CheckResult("ok", f"card {number}", detail)
 
 
-def four_bits() -> Iterator[Finding]:
+def bitsandbytes_4bit() -> Iterator[CheckResult]:
     """A real NF4 product against that of the same weight, dequantised, and the gradient of its input."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that it could use and does not need
     torch, bitsandbytes = importlib.import_module("torch"), importlib.import_module("bitsandbytes")
-    on_card = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if on_card else ("cpu", torch.float32)
-    made = torch.Generator().manual_seed(0)
+    on_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    generator = torch.Generator().manual_seed(0)
     layer = bitsandbytes.nn.Linear4bit(
         256, 128, bias=False, compute_dtype=dtype, quant_type="nf4", compress_statistics=True
     )
     layer.weight = bitsandbytes.nn.Params4bit(
-        torch.randn(128, 256, generator=made), requires_grad=False, quant_type="nf4"
+        torch.randn(128, 256, generator=generator), requires_grad=False, quant_type="nf4"
     )
     layer.support_avx512bf16_for_cpu = False  # that path repacks the weight and has no gradient
     layer = layer.to(device)
-    rows = torch.randn(32, 256, generator=made).to(device, dtype).requires_grad_()
+    rows = torch.randn(32, 256, generator=generator).to(device, dtype).requires_grad_()
     weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.float32)
     out = layer(rows)
     out.sum().backward()
-    gaps = [_gap(out, rows.float() @ weight.T), _gap(rows.grad, weight.sum(dim=0).expand(32, -1))]
-    told = f"NF4 product on {device}: off by {gaps[0]:.1e}, its gradient by {gaps[1]:.1e}"
-    if max(gaps) < NF4_ERROR:
-        yield Finding("ok", "4 bits", told)
+    errors = [
+        _relative_error(out, rows.float() @ weight.T),
+        _relative_error(rows.grad, weight.sum(dim=0).expand(32, -1)),
+    ]
+    detail = f"NF4 product on {device}: off by {errors[0]:.1e}, its gradient by {errors[1]:.1e}"
+    if max(errors) < NF4_TOLERANCE:
+        yield CheckResult("ok", "4 bits", detail)
     else:
-        yield Finding(
+        yield CheckResult(
             "fault",
             "4 bits",
-            told,
+            detail,
             "bitsandbytes is wrong here: install another version within the bounds, or use base.bits=16",
         )
 
 
-def _gap(found: Any, wanted: Any) -> float:
-    return float(((found.detach().float() - wanted).norm() / wanted.norm()).item())
+def _relative_error(actual: Any, expected: Any) -> float:
+    return float(((actual.detach().float() - expected).norm() / expected.norm()).item())
 
 
-def disk(environ: Mapping[str, str]) -> Iterator[Finding]:
+def disk(environ: Mapping[str, str]) -> Iterator[CheckResult]:
     """Room where things are written, and whether they can be."""
     cache = Path(environ.get("LOWRANK_TUNE_CACHE") or Path.home() / ".cache" / "lowrank_tune").expanduser()
     hub_cache = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
-    for what, folder, variable in (
+    for name, folder, variable in (
         ("cache", cache, "LOWRANK_TUNE_CACHE"),
         ("hub cache", hub_cache, "HF_HOME"),
         ("here", Path.cwd(), "--out"),
     ):
         free = shutil.disk_usage(_existing(folder)).free / GIB
-        told = f"{folder}, {free:,.1f} GiB free"
+        detail = f"{folder}, {free:,.1f} GiB free"
         if not _writable(folder):
-            level: Level = "warning" if what == "hub cache" else "fault"
-            yield Finding(level, what, f"{folder} cannot be written", f"name another folder with {variable}")
-        elif free < LITTLE_DISK:
-            yield Finding("fault", what, told, f"free some space, or name another folder with {variable}")
-        elif free < SOME_DISK:
-            yield Finding("warning", what, told, f"enough for small bases only; a larger disk: {variable}")
+            level: Level = "warning" if name == "hub cache" else "fault"
+            yield CheckResult(level, name, f"{folder} cannot be written", f"name another folder with {variable}")
+        elif free < MIN_DISK_GIB:
+            yield CheckResult("fault", name, detail, f"free some space, or name another folder with {variable}")
+        elif free < RECOMMENDED_DISK_GIB:
+            yield CheckResult("warning", name, detail, f"enough for small bases only; a larger disk: {variable}")
         else:
-            yield Finding("ok", what, told)
+            yield CheckResult("ok", name, detail)
 
 
 def _existing(folder: Path) -> Path:
@@ -270,15 +278,15 @@ def _writable(folder: Path) -> bool:
         return False
 
 
-def hub(environ: Mapping[str, str]) -> Iterator[Finding]:
+def hub(environ: Mapping[str, str]) -> Iterator[CheckResult]:
     """How the Hugging Face hub would be reached. A token is said to be there or not, and never shown."""
     home = Path(environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
     has_token = bool(environ.get("HF_TOKEN")) or (home / "token").is_file()
-    yield Finding(
+    yield CheckResult(
         "ok", "hub token", "there is one" if has_token else "none: gated bases cannot be fetched (`hf auth login`)"
     )
     offline = environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    yield Finding(
+    yield CheckResult(
         "warning" if offline else "ok",
         "hub",
         "offline (HF_HUB_OFFLINE)" if offline else "may be asked",
@@ -286,7 +294,7 @@ def hub(environ: Mapping[str, str]) -> Iterator[Finding]:
     )
 
 
-def terminal(environ: Mapping[str, str]) -> Iterator[Finding]:
+def terminal(environ: Mapping[str, str]) -> Iterator[CheckResult]:
     """Whether the screens can be drawn."""
     columns, lines = shutil.get_terminal_size()
     inside = [
@@ -294,40 +302,42 @@ def terminal(environ: Mapping[str, str]) -> Iterator[Finding]:
         for name, variable in (("tmux", "TMUX"), ("screen", "STY"), ("ssh", "SSH_CONNECTION"))
         if environ.get(variable)
     ]
-    colours = "no colours (NO_COLOR)" if environ.get("NO_COLOR") else f"colours: {Console().color_system or 'none'}"
-    told = f"{columns}x{lines}, TERM {environ.get('TERM') or 'not set'}, {colours}, {sys.stdout.encoding}"
-    told += f", inside {' in '.join(inside)}" if inside else ""
+    colors = "no colours (NO_COLOR)" if environ.get("NO_COLOR") else f"colours: {Console().color_system or 'none'}"
+    detail = f"{columns}x{lines}, TERM {environ.get('TERM') or 'not set'}, {colors}, {sys.stdout.encoding}"
+    detail += f", inside {' in '.join(inside)}" if inside else ""
     if not sys.stdout.isatty():
-        yield Finding("ok", "terminal", "none: output goes to a file or a pipe, as plain lines")
+        yield CheckResult("ok", "terminal", "none: output goes to a file or a pipe, as plain lines")
     elif environ.get("TERM", "dumb") == "dumb":
-        yield Finding("warning", "terminal", told, "set TERM (xterm-256color) to see the dashboard; plain lines work")
+        yield CheckResult(
+            "warning", "terminal", detail, "set TERM (xterm-256color) to see the dashboard; plain lines work"
+        )
     elif columns < 80 or lines < 24:
-        yield Finding("warning", "terminal", told, "80x24 or more shows the dashboard whole")
+        yield CheckResult("warning", "terminal", detail, "80x24 or more shows the dashboard whole")
     elif not (sys.stdout.encoding or "").lower().startswith("utf"):
-        yield Finding("warning", "terminal", told, "a UTF-8 locale (LANG=C.UTF-8) draws finer charts")
+        yield CheckResult("warning", "terminal", detail, "a UTF-8 locale (LANG=C.UTF-8) draws finer charts")
     else:
-        yield Finding("ok", "terminal", told)
+        yield CheckResult("ok", "terminal", detail)
 
 
-def system() -> Iterator[Finding]:
+def system() -> Iterator[CheckResult]:
     """Linux, or Linux in Windows."""
     release = platform.release()
     if "microsoft" in release.lower():
-        yield Finding("ok", "system", f"WSL ({release}); keep runs and data inside Linux, /mnt/c is slow")
+        yield CheckResult("ok", "system", f"WSL ({release}); keep runs and data inside Linux, /mnt/c is slow")
     elif platform.system() == "Linux":
-        yield Finding("ok", "system", f"Linux {release}, {os.cpu_count()} cores")
+        yield CheckResult("ok", "system", f"Linux {release}, {os.cpu_count()} cores")
     else:
-        yield Finding("warning", "system", platform.system(), "tested on Linux and WSL2 only")
+        yield CheckResult("warning", "system", platform.system(), "tested on Linux and WSL2 only")
 
 
-def sandbox() -> Iterator[Finding]:
+def sandbox() -> Iterator[CheckResult]:
     """What code of a model would run in: tried, not read off."""
     levels: Any = importlib.import_module("lowrank_tune.rewards.sandbox.levels")  # its package brings torch in
     offer = levels.strongest()
     if offer is not None:
-        yield Finding("ok", "sandbox", f"for code that a model wrote: {offer}")
+        yield CheckResult("ok", "sandbox", f"for code that a model wrote: {offer}")
     else:
-        yield Finding(
+        yield CheckResult(
             "warning",
             "sandbox",
             f"none for code that a model wrote ({levels.why_none()})",
@@ -335,26 +345,26 @@ def sandbox() -> Iterator[Finding]:
         )
 
 
-def unsloth() -> Iterator[Finding]:
+def unsloth() -> Iterator[CheckResult]:
     """The other backend of the base. It is optional, so what is wrong with it is no fault; and it is not imported here,
     as it would have to come before torch."""
     version = early.installed()
     if version is None:
-        yield Finding("ok", "unsloth", "not installed; it is optional (base.backend: unsloth)")
+        yield CheckResult("ok", "unsloth", "not installed; it is optional (base.backend: unsloth)")
         return
-    if wrong := early.misfits():
-        yield Finding(
+    if incompatible := early.incompatible_versions():
+        yield CheckResult(
             "warning",
             "unsloth",
-            f"{version}, which needs {', '.join(wrong)}",
+            f"{version}, which needs {', '.join(incompatible)}",
             f"`base.backend: unsloth` is refused here: {early.INSTALL}",
         )
         return
     torch: Any = importlib.import_module("torch")
     if torch.cuda.is_available():
-        yield Finding("ok", "unsloth", f"{version}, with packages that fit")
+        yield CheckResult("ok", "unsloth", f"{version}, with packages that fit")
     else:
-        yield Finding(
+        yield CheckResult(
             "warning",
             "unsloth",
             f"{version}, and there is no card",

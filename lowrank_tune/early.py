@@ -18,12 +18,12 @@ from packaging.requirements import Requirement
 from lowrank_tune.errors import UserError
 
 UNSLOTH = "unsloth"
-TOO_LATE = ("transformers", "peft", "trl")
+PATCHED_PACKAGES = ("transformers", "peft", "trl")
 """What unsloth must come before."""
-JUDGED = {"torch", "transformers", "datasets", "trl", "peft", "bitsandbytes"}
+CHECKED_PACKAGES = {"torch", "transformers", "datasets", "trl", "peft", "bitsandbytes"}
 """Packages whose versions decide whether unsloth works here."""
 INSTALL = "pip install 'lowrank-tune[unsloth]' -c constraints/unsloth.txt, in an environment of its own"
-KEPT = ("TOKENIZERS_PARALLELISM",)
+PRESERVED_ENV = ("TOKENIZERS_PARALLELISM",)
 """What its import writes into the environment and this kit wants as it was."""
 
 
@@ -35,26 +35,30 @@ def installed() -> str | None:
         return None
 
 
-def misfits() -> list[str]:
+def incompatible_versions() -> list[str]:
     """What unsloth says it needs and is installed in another version, or not at all: `transformers<=5.17.0 (5.23.0 is
     installed)`."""
-    wrong = []
+    incompatible = []
     for line in metadata.requires(UNSLOTH) or ():
-        wanted = Requirement(line)
-        if wanted.name not in JUDGED or (wanted.marker is not None and not wanted.marker.evaluate({"extra": ""})):
+        requirement = Requirement(line)
+        if requirement.name not in CHECKED_PACKAGES or (
+            requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
+        ):
             continue
         try:
-            found = metadata.version(wanted.name)
+            installed_version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            wrong.append(f"{wanted.name}{wanted.specifier} (not installed)")
+            incompatible.append(f"{requirement.name}{requirement.specifier} (not installed)")
             continue
-        if not wanted.specifier.contains(found, prereleases=True):
-            limits = ",".join(str(one) for one in wanted.specifier if not one.contains(found, prereleases=True))
-            wrong.append(f"{wanted.name}{limits} ({found} is installed)")
-    return wrong
+        if not requirement.specifier.contains(installed_version, prereleases=True):
+            limits = ",".join(
+                str(one) for one in requirement.specifier if not one.contains(installed_version, prereleases=True)
+            )
+            incompatible.append(f"{requirement.name}{limits} ({installed_version} is installed)")
+    return incompatible
 
 
-def import_first(backends: Iterable[str]) -> None:
+def import_unsloth(backends: Iterable[str]) -> None:
     """Imports unsloth where one of these is it. Raises UserError where it is not there, does not fit, breaks, or comes
     too late."""
     if UNSLOTH not in backends or UNSLOTH in sys.modules:
@@ -62,26 +66,26 @@ def import_first(backends: Iterable[str]) -> None:
     version = installed()
     if version is None:
         raise UserError(f"base.backend: unsloth is not installed: {INSTALL}; or leave base.backend out")
-    if wrong := misfits():
+    if incompatible := incompatible_versions():
         raise UserError(
-            f"base.backend: unsloth {version} needs {', '.join(wrong)}: {INSTALL}; or leave base.backend out"
+            f"base.backend: unsloth {version} needs {', '.join(incompatible)}: {INSTALL}; or leave base.backend out"
         )
-    if there := [name for name in TOO_LATE if name in sys.modules]:
+    if already_imported := [name for name in PATCHED_PACKAGES if name in sys.modules]:
         raise UserError(
-            f"base.backend: unsloth must be imported before {there[0]}, which this process has imported already: use "
+            f"base.backend: unsloth must be imported before {already_imported[0]}, which this process has imported already: use "
             "`lowrank-tune run`, or `from lowrank_tune import run` before anything else"
         )
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"  # it would fetch a file from the hub, to be counted
     # else a folder beside the user's files
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(_cache() / "unsloth_compiled"))
-    before = {name: os.environ.get(name) for name in KEPT}
+    before = {name: os.environ.get(name) for name in PRESERVED_ENV}
     try:
         with redirect_stdout(sys.stderr):  # it greets
             importlib.import_module(UNSLOTH)
     except Exception as error:  # whatever its dozens of patches of other packages run into
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"base.backend: unsloth {version} cannot be imported: {why}; install it again ({INSTALL}), or leave "
+            f"base.backend: unsloth {version} cannot be imported: {reason}; install it again ({INSTALL}), or leave "
             f"base.backend out"
         ) from error
     finally:

@@ -15,7 +15,7 @@ class UserError(Exception):
     exit_code = 2
 
 
-class RunFailed(UserError):
+class TrainingError(UserError):
     """The run itself broke (a full disk, losses that are not finite), though its input was well formed."""
 
     exit_code = 1
@@ -28,7 +28,7 @@ class OutOfMemory(UserError):
 
 
 @dataclass(frozen=True)
-class Fault:
+class ConfigProblem:
     """One fault of a recipe or a data file: where it stands, and a sentence."""
 
     message: str
@@ -37,20 +37,20 @@ class Fault:
     line: int | None = None
 
     def __str__(self) -> str:
-        place = f"{self.file}:{self.line}" if self.file and self.line else self.file
-        return ": ".join(part for part in (place, self.key, self.message) if part)
+        location = f"{self.file}:{self.line}" if self.file and self.line else self.file
+        return ": ".join(part for part in (location, self.key, self.message) if part)
 
 
-class Faults(UserError):
+class ConfigError(UserError):
     """Several faults, told all at once, one a line."""
 
-    def __init__(self, faults: Sequence[Fault]) -> None:
-        assert faults, "an empty list of faults is no error"
-        self.faults = tuple(faults)
-        super().__init__("\n".join(str(fault) for fault in self.faults))
+    def __init__(self, problems: Sequence[ConfigProblem]) -> None:
+        assert problems, "an empty list of faults is no error"
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """ "; did you mean `x`?" for the nearest known word, or an empty string."""
-    near = get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean `{near[0]}`?" if near else ""
+    matches = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean `{matches[0]}`?" if matches else ""

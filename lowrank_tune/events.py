@@ -55,7 +55,7 @@ class Progress(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepDone(Event):
+class StepEnd(Event):
     """One optimizer step. `stats` are means over the step, `seconds` its wall time."""
 
     kind: ClassVar[str] = "step"
@@ -68,7 +68,7 @@ class StepDone(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Validated(Event):
+class Evaluated(Event):
     """Metrics on held-out rows or prompts after `step` steps."""
 
     kind: ClassVar[str] = "validated"
@@ -78,7 +78,7 @@ class Validated(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled(Event):
+class SampleLogged(Event):
     """What the model answers to a held-out prompt after `step` steps."""
 
     kind: ClassVar[str] = "sampled"
@@ -92,7 +92,7 @@ class Sampled(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grouped(Event):
+class GroupLogged(Event):
     """The completions of one prompt of step `step` side by side, each `{"text", "reward", "advantage", "finish",
     "parts"}`."""
 
@@ -104,7 +104,7 @@ class Grouped(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved(Event):
+class CheckpointSaved(Event):
     """A checkpoint is complete on disk."""
 
     kind: ClassVar[str] = "saved"
@@ -114,7 +114,7 @@ class Saved(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Note(Event):
+class LogMessage(Event):
     """A sentence for the person: information or a warning."""
 
     kind: ClassVar[str] = "note"
@@ -135,7 +135,18 @@ class RunEnded(Event):
 
 Emit = Callable[[Event], None]
 KINDS: dict[str, type[Event]] = {
-    kind.kind: kind for kind in (RunStarted, Progress, StepDone, Validated, Sampled, Grouped, Saved, Note, RunEnded)
+    kind.kind: kind
+    for kind in (
+        RunStarted,
+        Progress,
+        StepEnd,
+        Evaluated,
+        SampleLogged,
+        GroupLogged,
+        CheckpointSaved,
+        LogMessage,
+        RunEnded,
+    )
 }
 
 

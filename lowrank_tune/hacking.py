@@ -12,98 +12,112 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-RECENT = 2  # looks whose mean is "now": one bad evaluation is noise
+WINDOW = 2  # looks whose mean is "now": one bad evaluation is noise
 # standard errors that gold has to lose: the best of ten looks is above its truth by half of that by chance alone
-CLEARLY = 3.5
-LEAST_LOSS = 0.02  # share of questions: below that nobody cares
-RISE = 0.1  # of the span of the steps' mean rewards
-UNKNOWN_NOISE = 0.05  # at most, with a hundred questions
+Z_THRESHOLD = 3.5
+MIN_ACCURACY_DROP = 0.02  # share of questions: below that nobody cares
+MIN_REWARD_RISE = 0.1  # of the span of the steps' mean rewards
+DEFAULT_STDERR = 0.05  # at most, with a hundred questions
 
 
 @dataclass(frozen=True)
-class Look:
+class EvalPoint:
     """An evaluation after `step` steps: the mean reward of the steps since the one before, the share of held-out
     questions answered exactly, and the standard error of that share."""
 
     step: int
     reward: float
-    exact: float
-    noise: float = UNKNOWN_NOISE
+    accuracy: float
+    stderr: float = DEFAULT_STDERR
 
 
 @dataclass(frozen=True)
-class Parting:
+class Divergence:
     """Gold was best after step `since`, and has fallen; the reward at first and now."""
 
-    since: int
+    best_step: int
     best: float
     now: float
     rewards: tuple[float, float]
 
     @property
-    def words(self) -> str:
+    def message(self) -> str:
         return (
             f"the reward rises and held-out answers get worse ({self.best:.0%} -> {self.now:.0%} exact): it pays for "
             f"something else than "
             f"being right (reward {self.rewards[0]:.3g} -> {self.rewards[1]:.3g}, best answers after step "
-            f"{self.since}): look at the "
+            f"{self.best_step}): look at the "
             "groups and at the reward"
         )
 
 
-def noise_of(share: float, questions: int) -> float:
+def accuracy_stderr(accuracy: float, num_questions: int) -> float:
     """The standard error of a share of so many questions; where all or none are right, there is still some (Agresti and
     Coull)."""
-    smoothed = (share * questions + 2) / (questions + 4)
-    return math.sqrt(smoothed * (1 - smoothed) / questions)
+    smoothed = (accuracy * num_questions + 2) / (num_questions + 4)
+    return math.sqrt(smoothed * (1 - smoothed) / num_questions)
 
 
-def parting(looks: Sequence[Look], span: float) -> Parting | None:
+def find_divergence(points: Sequence[EvalPoint], reward_range: float) -> Divergence | None:
     """Whether proxy and gold part ways, from all looks of a run: the reward has risen over the run and is not below
     what it was at gold's best, while gold is below its best by more than its noise. `span`: highest less lowest mean
     reward of a step."""
-    if len(looks) <= RECENT or not span > 0:
+    if len(points) <= WINDOW or not reward_range > 0:
         return None
-    recent = looks[-RECENT:]
-    best = max(looks[:-RECENT], key=lambda look: (look.exact, look.step))
+    recent = points[-WINDOW:]
+    best = max(points[:-WINDOW], key=lambda point: (point.accuracy, point.step))
     now, reward = (
-        math.fsum(values) / RECENT for values in ([look.exact for look in recent], [look.reward for look in recent])
+        math.fsum(values) / WINDOW
+        for values in ([point.accuracy for point in recent], [point.reward for point in recent])
     )
-    noise = math.sqrt(best.noise**2 + math.fsum(look.noise**2 for look in recent) / RECENT**2)
-    falls = best.exact - now > max(LEAST_LOSS, CLEARLY * noise)
-    rises = reward > looks[0].reward + RISE * span and reward >= best.reward - RISE * span
-    return Parting(best.step, best.exact, now, (looks[0].reward, reward)) if falls and rises else None
+    stderr = math.sqrt(best.stderr**2 + math.fsum(point.stderr**2 for point in recent) / WINDOW**2)
+    accuracy_fell = best.accuracy - now > max(MIN_ACCURACY_DROP, Z_THRESHOLD * stderr)
+    reward_rose = (
+        reward > points[0].reward + MIN_REWARD_RISE * reward_range
+        and reward >= best.reward - MIN_REWARD_RISE * reward_range
+    )
+    return (
+        Divergence(best.step, best.accuracy, now, (points[0].reward, reward)) if accuracy_fell and reward_rose else None
+    )
 
 
 @dataclass
-class Watch:
+class RewardHackingDetector:
     """The memory of one run, in plain data: it is saved with each checkpoint. `spoke` is the step at which the watch
     first spoke."""
 
-    looks: list[list[float]] = field(default_factory=list)
-    total: float = 0.0
-    count: int = 0
-    first: float | None = None
-    least: float = 0.0
-    most: float = 0.0
-    spoke: int | None = None
-    ended: bool = False
+    points: list[list[float]] = field(default_factory=list)
+    reward_sum: float = 0.0
+    num_steps: int = 0
+    first_reward: float | None = None
+    min_reward: float = 0.0
+    max_reward: float = 0.0
+    warned_at_step: int | None = None
+    stopped_run: bool = False
 
     def step(self, stats: Mapping[str, float]) -> None:
         """Takes in a step; one whose completions all lack a reward says nothing."""
         reward = stats.get("reward", math.nan)
         if math.isfinite(reward):
-            if self.first is None:
-                self.first = self.least = self.most = reward
-            self.total, self.count = self.total + reward, self.count + 1
-            self.least, self.most = min(self.least, reward), max(self.most, reward)
+            if self.first_reward is None:
+                self.first_reward = self.min_reward = self.max_reward = reward
+            self.reward_sum, self.num_steps = self.reward_sum + reward, self.num_steps + 1
+            self.min_reward, self.max_reward = min(self.min_reward, reward), max(self.max_reward, reward)
 
-    def look(self, step: int, exact: float, questions: int, before: float | None = None) -> Parting | None:
+    def update(
+        self, step: int, accuracy: float, num_questions: int, reference_accuracy: float | None = None
+    ) -> Divergence | None:
         """Takes in how many of so many questions were answered exactly; `before` is the share of the reference, whose
         reward is that of the first step. Returns what is to be said now."""
-        if self.first is not None and not self.looks and before is not None:
-            self.looks.append([0, self.first, before, noise_of(before, questions)])
-        if self.count:
-            self.looks.append([step, self.total / self.count, exact, noise_of(exact, questions)])
-            self.total, self.count = 0.0, 0
-        return parting([Look(int(at), *figures) for at, *figures in self.looks], self.most - self.least)
+        if self.first_reward is not None and not self.points and reference_accuracy is not None:
+            self.points.append(
+                [0, self.first_reward, reference_accuracy, accuracy_stderr(reference_accuracy, num_questions)]
+            )
+        if self.num_steps:
+            self.points.append(
+                [step, self.reward_sum / self.num_steps, accuracy, accuracy_stderr(accuracy, num_questions)]
+            )
+            self.reward_sum, self.num_steps = 0.0, 0
+        return find_divergence(
+            [EvalPoint(int(at_step), *values) for at_step, *values in self.points], self.max_reward - self.min_reward
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_tune.types import Mean
+from lowrank_tune.types import WeightedMean
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -13,41 +13,43 @@ def step_seed(seed: int, step: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 63)
 
 
-def token_mean_weights(says: Tensor) -> Tensor:
+def token_mean_weights(mask: Tensor) -> Tensor:
     """(B, T) bool -> (B, T) fp32: 1 / (tokens of the whole step) on each token. A step without tokens weighs
     nothing."""
-    return says.float() / says.sum().clamp_min(1)
+    return mask.float() / mask.sum().clamp_min(1)
 
 
-def pair_weights(rows: Tensor) -> Tensor:
+def sequence_mean_weights(rows: Tensor) -> Tensor:
     """Any (B, ...) tensor of pairs, two adjacent rows each -> (B,) fp32: 1 / (pairs of the whole step) on each row."""
     return torch.full((len(rows),), 2.0 / max(1, len(rows)), dtype=torch.float32, device=rows.device)
 
 
-def share_right(difference: Tensor) -> Mean:
+def pair_accuracy(difference: Tensor) -> WeightedMean:
     """The share of pairs whose chosen side is ahead, `difference` (P,) > 0; a tie counts half, as a coin would decide
     it."""
     difference = difference.detach()
-    return Mean((difference > 0).float().sum() + 0.5 * (difference == 0).float().sum(), len(difference))
+    return WeightedMean((difference > 0).float().sum() + 0.5 * (difference == 0).float().sum(), len(difference))
 
 
-def where_says(values: Tensor, says: Tensor) -> Tensor:
+def apply_mask(values: Tensor, mask: Tensor) -> Tensor:
     """`values` with everything outside the mask replaced by 0: whatever stands there, NaN too, reaches neither loss nor
     gradient."""
-    return torch.where(says, values, torch.zeros((), dtype=values.dtype, device=values.device))
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
-def mean_over(values: Tensor, says: Tensor) -> Mean:
+def masked_mean(values: Tensor, mask: Tensor) -> WeightedMean:
     """The mean of `values` over the mask, detached."""
-    return Mean(where_says(values.detach(), says).sum(), says.sum())
+    return WeightedMean(apply_mask(values.detach(), mask).sum(), mask.sum())
 
 
-def mean_of(values: Tensor) -> Mean:
+def mean(values: Tensor) -> WeightedMean:
     """The mean of all `values`, detached."""
-    return Mean(values.detach().float().sum(), values.numel())
+    return WeightedMean(values.detach().float().sum(), values.numel())
 
 
-def gae(rewards: Tensor, values: Tensor, says: Tensor, after: Tensor, gamma: float = 1.0, lam: float = 0.95) -> Tensor:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, bootstrap_values: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> Tensor:
     """Generalised advantage estimation (arXiv:1506.02438, equation 16) over the tokens of the mask; (B, T) fp32, 0
     outside it.
 
@@ -55,36 +57,38 @@ def gae(rewards: Tensor, values: Tensor, says: Tensor, after: Tensor, gamma: flo
     behind the last token, 0 for a completion that ended, the value of what was written where it was cut. Slots outside
     the mask are passed over, wherever they stand and whatever they hold.
     """
-    rewards, values = where_says(rewards, says).double(), where_says(values, says).double()
+    rewards, values = apply_mask(rewards, mask).double(), apply_mask(values, mask).double()
     advantages = torch.zeros_like(rewards)
-    following, running = after.double(), torch.zeros_like(after, dtype=torch.float64)
+    next_value, running = bootstrap_values.double(), torch.zeros_like(bootstrap_values, dtype=torch.float64)
     for t in range(rewards.shape[1] - 1, -1, -1):
-        here = says[:, t]
-        running = torch.where(here, rewards[:, t] + gamma * following - values[:, t] + gamma * lam * running, running)
-        following = torch.where(here, values[:, t], following)
-        advantages[:, t] = where_says(running, here)
+        in_mask = mask[:, t]
+        running = torch.where(
+            in_mask, rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * running, running
+        )
+        next_value = torch.where(in_mask, values[:, t], next_value)
+        advantages[:, t] = apply_mask(running, in_mask)
     return advantages.float()
 
 
-def whiten(values: Tensor, says: Tensor) -> Tensor:
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
     """Mean 0 and variance 1 (1/n) over the mask, (B, T) fp32, 0 outside it; values that are all equal (within 1e-6)
     become exactly 0."""
-    chosen = values[says].double()
-    if not len(chosen) or float(chosen.max() - chosen.min()) <= 1e-6:
+    selected = values[mask].double()
+    if not len(selected) or float(selected.max() - selected.min()) <= 1e-6:
         return torch.zeros_like(values)
-    spread = chosen.var(correction=0).sqrt()
-    return where_says(((values.double() - chosen.mean()) / spread).float(), says)
+    std = selected.var(correction=0).sqrt()
+    return apply_mask(((values.double() - selected.mean()) / std).float(), mask)
 
 
-def explained_variance(values: Tensor, returns: Tensor, says: Tensor) -> float:
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns) over the mask: 1 for values that foretell everything, 0 for constant
     ones; nan where returns do not vary."""
-    wanted, found = returns[says].double(), values[says].double()
-    spread = float(wanted.var(correction=0)) if len(wanted) else 0.0
-    return 1.0 - float((wanted - found).var(correction=0)) / spread if spread else float("nan")
+    targets, predictions = returns[mask].double(), values[mask].double()
+    variance = float(targets.var(correction=0)) if len(targets) else 0.0
+    return 1.0 - float((targets - predictions).var(correction=0)) / variance if variance else float("nan")
 
 
-def reliability(difference: Tensor, bins: int = 10) -> list[tuple[float, float, int]]:
+def reliability_bins(difference: Tensor, num_bins: int = 10) -> list[tuple[float, float, int]]:
     """How far the confidence of a preference model can be believed: (mean confidence, share that is right, pairs) of
     each bin.
 
@@ -94,13 +98,13 @@ def reliability(difference: Tensor, bins: int = 10) -> list[tuple[float, float, 
     """
     difference = difference.double()
     confidence = torch.sigmoid(difference.abs())
-    right = (difference > 0).double() + 0.5 * (difference == 0).double()
-    number = ((confidence - 0.5) * 2 * bins).long().clamp_max(bins - 1)
-    found = []
-    for each in sorted(set(number.tolist())):
-        inside = number == each
-        found.append((float(confidence[inside].mean()), float(right[inside].mean()), int(inside.sum())))
-    return found
+    correct = (difference > 0).double() + 0.5 * (difference == 0).double()
+    bin_index = ((confidence - 0.5) * 2 * num_bins).long().clamp_max(num_bins - 1)
+    result = []
+    for index in sorted(set(bin_index.tolist())):
+        in_bin = bin_index == index
+        result.append((float(confidence[in_bin].mean()), float(correct[in_bin].mean()), int(in_bin.sum())))
+    return result
 
 
 def calibration_error(bins: list[tuple[float, float, int]]) -> float:

@@ -14,7 +14,7 @@ import re2
 
 from lowrank_tune.errors import UserError
 
-LACKS = (
+UNSUPPORTED_SYNTAX = (
     (
         ("(?=", "(?!", "(?<=", "(?<!"),
         "lookaround",
@@ -32,7 +32,7 @@ LACKS = (
 """What people write that RE2 does not know: how it looks, what it is called, and what to do."""
 
 
-def compiled(pattern: str) -> Any:
+def compile_pattern(pattern: str) -> Any:
     """An RE2 expression for UTF-8 bytes (see `encoded`). Raises UserError with a sentence that begins like `is no
     ...`."""
     options = re2.Options()
@@ -43,21 +43,23 @@ def compiled(pattern: str) -> Any:
     except UnicodeEncodeError:
         raise UserError("is no text that UTF-8 can hold") from None
     except re2.error as error:
-        raise UserError(_why(pattern, error)) from None
+        raise UserError(_explain_error(pattern, error)) from None
 
 
-def _why(pattern: str, error: Exception) -> str:
-    told = error.args[0] if error.args else ""
-    told = told.decode(errors="replace") if isinstance(told, bytes) else str(told)
-    for signs, name, cure in LACKS:
-        if any(sign in told for sign in signs) or (told.endswith("(?P") and "(?P=" in pattern and "(?P=" in signs):
+def _explain_error(pattern: str, error: Exception) -> str:
+    message = error.args[0] if error.args else ""
+    message = message.decode(errors="replace") if isinstance(message, bytes) else str(message)
+    for signs, name, fix in UNSUPPORTED_SYNTAX:
+        if any(sign in message for sign in signs) or (
+            message.endswith("(?P") and "(?P=" in pattern and "(?P=" in signs
+        ):
             return (
-                f"has {name}, which the linear-time engine RE2 does not know; {cure} or your own function, "
+                f"has {name}, which the linear-time engine RE2 does not know; {fix} or your own function, "
                 f"`./file.py:name`"
             )
-    return f"is no regular expression of RE2: {told if told.isprintable() else ascii(told)}"[:200]
+    return f"is no regular expression of RE2: {message if message.isprintable() else ascii(message)}"[:200]
 
 
-def encoded(text: str) -> bytes:
+def encode_text(text: str) -> bytes:
     """A completion as UTF-8; a lone surrogate, which no UTF-8 can hold, becomes the replacement character."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()

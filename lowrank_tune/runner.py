@@ -18,27 +18,27 @@ import torch
 
 from lowrank_tune import early, settings, trackers
 from lowrank_tune.build import build
-from lowrank_tune.checkpoint import RunFolder, newest
-from lowrank_tune.control import Control, asked_by_signals
+from lowrank_tune.checkpoint import RunFolder, latest_checkpoint
+from lowrank_tune.control import TrainerControl, handle_signals
 from lowrank_tune.errors import OutOfMemory, UserError
-from lowrank_tune.events import Emit, Event, Note, RunEnded, Sampled, StepDone
+from lowrank_tune.events import Emit, Event, LogMessage, RunEnded, SampleLogged, StepEnd
 from lowrank_tune.export import final_folder
 from lowrank_tune.model.base import Base
-from lowrank_tune.model.recovery import DoesNotFit, is_out_of_memory, let_go
-from lowrank_tune.plan import card_gib, fitted
+from lowrank_tune.model.recovery import DoesNotFit, free_traceback, is_out_of_memory
+from lowrank_tune.plan import check_fit, gpu_memory_gib
 from lowrank_tune.recipe import Chain, backends_of, differences, dump, load_any
-from lowrank_tune.recipe.memory import advice
-from lowrank_tune.sinks import JsonLines, Sink, Tee
+from lowrank_tune.recipe.memory import suggestions
+from lowrank_tune.sinks import EventBus, JsonLines, Sink
 from lowrank_tune.stage import Stage
-from lowrank_tune.ui.plain import Plain
+from lowrank_tune.ui.plain import LineLogger
 from lowrank_tune.ui.report import write_report
 from lowrank_tune.ui.terminal import can_show
 from lowrank_tune.ui.tui import Tui
-from lowrank_tune.ui.watch import events_in
+from lowrank_tune.ui.watch import read_events
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """How a run ended, where its folder is, and its `summary.json`."""
 
     status: Literal["done", "interrupted"]
@@ -46,7 +46,7 @@ class Outcome:
     summary: dict[str, Any]
 
 
-class _Listener:
+class _SummaryRecorder:
     """Keeps the events that came before the log file was open, the warnings, and the last values, for the summary."""
 
     def __init__(self) -> None:
@@ -57,23 +57,23 @@ class _Listener:
     def __call__(self, event: Event) -> None:
         if self.earlier is not None:
             self.earlier.append(event)
-        if isinstance(event, Note) and event.level == "warning":
+        if isinstance(event, LogMessage) and event.level == "warning":
             self.warnings.append(event.message)
-        if isinstance(event, StepDone):
+        if isinstance(event, StepEnd):
             self.last = {"step": event.step, **event.stats}
 
-    def begin(self, events: Iterable[Event]) -> None:
+    def start_stage(self, events: Iterable[Event]) -> None:
         """A stage begins: it has its own warnings, and the last values of the part of it that stands in the log: one
         that was killed at its very end has no step left to do."""
         self.warnings = [
-            event.message for event in self.earlier or () if isinstance(event, Note) and event.level == "warning"
+            event.message for event in self.earlier or () if isinstance(event, LogMessage) and event.level == "warning"
         ]
         self.earlier, self.last = None, {}
         for event in events:
-            if isinstance(event, StepDone):
+            if isinstance(event, StepEnd):
                 self.last = {"step": event.step, **event.stats}
 
-    def tell_end(
+    def emit_failure(
         self, emit: Emit, status: Literal["interrupted", "failed"], step: int, seconds: float, message: str
     ) -> None:
         """The last event of a run that broke. The disk may be full by now, and what broke the run is what its user must
@@ -85,229 +85,251 @@ class _Listener:
 
 
 def run(
-    recipe: settings.Recipe | Chain | str | Path,
+    recipe: settings.RecipeConfig | Chain | str | Path,
     *overrides: str,
     out: str | Path | None = None,
     ui: str = "auto",
     device: torch.device | None = None,
     on_event: Callable[[Event], None] | None = None,
-) -> Outcome:
+) -> RunResult:
     """Runs a recipe or a chain of them, a preset's name or a recipe file; continues it where an unfinished run of it
     lies in the folder.
 
     Raises UserError (a sentence for the person) and KeyboardInterrupt at a second Ctrl-C. `on_event` sees every event.
     """
-    loaded = recipe if isinstance(recipe, (settings.Recipe, Chain)) else load_any(recipe, *overrides)
-    early.import_first(backends_of(loaded))  # refused here where nobody did it in time
-    trackers.check(
-        name for one in (loaded.stages if isinstance(loaded, Chain) else (loaded,)) for name in one.train.trackers
+    loaded = recipe if isinstance(recipe, (settings.RecipeConfig, Chain)) else load_any(recipe, *overrides)
+    early.import_unsloth(backends_of(loaded))  # refused here where nobody did it in time
+    trackers.check_installed(
+        name for stage in (loaded.stages if isinstance(loaded, Chain) else (loaded,)) for name in stage.train.trackers
     )
-    control, begun = Control(), time.time()
-    with asked_by_signals(control) as training:  # around the screen too, which must be taken down whatever comes
-        console = _Console(control, training, ui, device, on_event)
+    control, start_time = TrainerControl(), time.time()
+    with handle_signals(control) as set_training:  # around the screen too, which must be taken down whatever comes
+        context = _RunContext(control, set_training, ui, device, on_event)
         try:
-            if (room := card_gib() if device is None or device.type == "cuda" else None) is not None:
-                console.fits = fitted(loaded, room, console.emit)
+            if (memory_gib := gpu_memory_gib() if device is None or device.type == "cuda" else None) is not None:
+                context.auto_settings = check_fit(loaded, memory_gib, context.emit)
             path = Path(out) if out else Path("runs") / (loaded.name or "run")
-            folder = RunFolder.open(path, loaded.to_dict(), dump(loaded), differences, out is not None, console.emit)
+            folder = RunFolder.open(path, loaded.to_dict(), dump(loaded), differences, out is not None, context.emit)
             try:
                 if isinstance(loaded, Chain):
-                    return run_chain(loaded, folder, console, begun)
-                return run_stage(loaded, folder, console, Place())[0]
+                    return run_chain(loaded, folder, context, start_time)
+                return run_stage(loaded, folder, context, StagePosition())[0]
             finally:
-                report(folder)
+                write_html_report(folder)
                 folder.close()
         finally:
-            console.emit.close()
+            context.emit.close()
 
 
 @dataclass(frozen=True)
-class Place:
+class StagePosition:
     """Where a run stands in a chain: stage `number` of `count`, under its name there; and what is known of the stage
     before it."""
 
     number: int = 1
     count: int = 1
     name: str | None = None
-    earlier: Mapping[str, Any] = field(default_factory=dict)
+    previous_results: Mapping[str, Any] = field(default_factory=dict)
 
 
-class _Console:
+class _RunContext:
     """What all stages of a run share: who listens, who may interrupt, and on which device."""
 
     def __init__(
         self,
-        control: Control,
-        training: Callable[[bool], None],
+        control: TrainerControl,
+        set_training: Callable[[bool], None],
         ui: str,
         device: torch.device | None,
         on_event: Callable[[Event], None] | None,
     ) -> None:
-        self.control, self.training, self.device = control, training, device
-        self.fits: Mapping[str, Mapping[str, Any]] = {}  # what `auto` stands for, by stage
-        self.listener = _Listener()
-        self.emit = Tee(self.listener)
-        self.on_screen = ui in ("auto", "tui") and can_show(sys.stdout, os.environ, forced=ui == "tui")
-        if ui != "none" and not self.on_screen:
-            self.emit.attach(Plain())
+        self.control, self.set_training, self.device = control, set_training, device
+        self.auto_settings: Mapping[str, Mapping[str, Any]] = {}  # what `auto` stands for, by stage
+        self.recorder = _SummaryRecorder()
+        self.emit = EventBus(self.recorder)
+        self.shows_dashboard = ui in ("auto", "tui") and can_show(sys.stdout, os.environ, forced=ui == "tui")
+        if ui != "none" and not self.shows_dashboard:
+            self.emit.attach(LineLogger())
         if on_event is not None:
-            self.emit.attach(_Callback(on_event))
+            self.emit.attach(_CallbackSink(on_event))
 
-    def show(self, log: Path, earlier: Iterable[Event]) -> None:
+    def show_dashboard(self, log_file: Path, earlier: Iterable[Event]) -> None:
         """Puts the dashboard up, once, with what it missed."""
-        if self.on_screen:
-            self.on_screen = False
-            self.emit.attach(Tui(self.control, log), earlier)
+        if self.shows_dashboard:
+            self.shows_dashboard = False
+            self.emit.attach(Tui(self.control, log_file), earlier)
 
 
 def run_stage(
-    recipe: settings.Recipe,
+    recipe: settings.RecipeConfig,
     folder: RunFolder,
-    console: _Console,
-    place: Place,
+    context: _RunContext,
+    position: StagePosition,
     base: Base | None = None,
     console_log: Path | None = None,
-    before: Iterable[Event] = (),
-) -> tuple[Outcome, Base]:
+    previous_events: Iterable[Event] = (),
+) -> tuple[RunResult, Base]:
     """One algorithm in its folder, from its newest checkpoint to its end. The base comes back without any adapter, for
     the next stage."""
-    begun, emit, listener, step = time.time(), console.emit, console.listener, 0
+    start_time, emit, recorder, step = time.time(), context.emit, context.recorder, 0
     files: list[Sink] = []
-    closing = ExitStack()
+    exit_stack = ExitStack()
     try:
-        found = newest(folder.checkpoints, emit)
-        step = found[0] if found else 0
+        checkpoint = latest_checkpoint(folder.checkpoints, emit)
+        step = checkpoint[0] if checkpoint else 0
         name = (
-            f"{folder.path.resolve().parent.name}-{folder.path.name}" if place.count > 1 else folder.path.resolve().name
+            f"{folder.path.resolve().parent.name}-{folder.path.name}"
+            if position.count > 1
+            else folder.path.resolve().name
         )
-        before_cut = list(events_in(folder.events)) if recipe.train.trackers else []
-        for path, only in ((folder.events, ()), (folder.samples, (Sampled,))):
-            files.append(JsonLines(path, step if found else None, only=only))
-            emit.attach(files[-1], listener.earlier or ())
-        for tracker in trackers.begin(
+        earlier_events = list(read_events(folder.events)) if recipe.train.trackers else []
+        for path, only in ((folder.events, ()), (folder.samples, (SampleLogged,))):
+            files.append(JsonLines(path, step if checkpoint else None, event_types=only))
+            emit.attach(files[-1], recorder.earlier or ())
+        for tracker in trackers.start_trackers(
             recipe.train.trackers,
             recipe.train.project,
             name,
             folder.path,
             recipe.to_dict(),
-            step if found else None,
-            before_cut,
+            step if checkpoint else None,
+            earlier_events,
         ):
             files.append(tracker)
             emit.attach(tracker)
-        listener.begin(events_in(folder.events))
-        console.show(console_log or folder.console_log, chain(before, events_in(folder.events)))
-        if changes := console.fits.get(recipe.name):
-            recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=dict(changes))})
-        built = build(recipe, emit, console.device, base, fresh=found is None)
-        closing.callback(built.close)
+        recorder.start_stage(read_events(folder.events))
+        context.show_dashboard(console_log or folder.console_log, chain(previous_events, read_events(folder.events)))
+        if auto_settings := context.auto_settings.get(recipe.name):
+            recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=dict(auto_settings))})
+        built = build(recipe, emit, context.device, base, fresh=checkpoint is None)
+        exit_stack.callback(built.close)
         stage = Stage(
-            recipe, folder, built, emit, console.control, found, (place.number, place.count), place.name, place.earlier
+            recipe,
+            folder,
+            built,
+            emit,
+            context.control,
+            checkpoint,
+            (position.number, position.count),
+            position.name,
+            position.previous_results,
         )
-        step, finished = stage.train(console.training)
-        stage.finish(finished, begun, listener.last, listener.warnings, final_folder)
-        built.roles.release()
-        return Outcome("done" if finished else "interrupted", folder.path, stage.summary), built.base
+        step, finished = stage.train(context.set_training)
+        stage.finish(finished, start_time, recorder.last, recorder.warnings, final_folder)
+        built.roles.unload_adapters()
+        return RunResult("done" if finished else "interrupted", folder.path, stage.summary), built.base
     except BaseException as error:
         if is_out_of_memory(error) or isinstance(error, DoesNotFit):
             error = _out_of_memory(error, recipe)
-        told = str(error) if isinstance(error, UserError) else type(error).__name__
-        listener.tell_end(
-            emit, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", step, time.time() - begun, told
+        message = str(error) if isinstance(error, UserError) else type(error).__name__
+        recorder.emit_failure(
+            emit,
+            "interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
+            step,
+            time.time() - start_time,
+            message,
         )
         raise error
     finally:
-        closing.close()
+        exit_stack.close()
         for file in files:
             emit.detach(file)
 
 
-def _out_of_memory(error: BaseException, recipe: settings.Recipe) -> OutOfMemory:
+def _out_of_memory(error: BaseException, recipe: settings.RecipeConfig) -> OutOfMemory:
     """The sentence with what to type. What the failed attempt held is let go: the process may go on."""
-    said, kind, tokens = str(error).splitlines() or [""], "", 0
+    lines, kind, tokens = str(error).splitlines() or [""], "", 0
     if isinstance(error, DoesNotFit):
         kind, tokens = error.kind, error.tokens
-    let_go(error)
-    first = said[0] if said[0].startswith("out of memory") else f"out of memory: {said[0]}"
-    return OutOfMemory(f"{first}; {advice(recipe, kind, tokens, torch.cuda.is_available())}")
+    free_traceback(error)
+    message = lines[0] if lines[0].startswith("out of memory") else f"out of memory: {lines[0]}"
+    return OutOfMemory(f"{message}; {suggestions(recipe, kind, tokens, torch.cuda.is_available())}")
 
 
-def run_chain(recipes: Chain, folder: RunFolder, console: _Console, begun: float) -> Outcome:
+def run_chain(stage_chain: Chain, folder: RunFolder, context: _RunContext, start_time: float) -> RunResult:
     """Stage after stage over one base in memory, each adapter flowing into the next stack; a stage that has ended is
     left as it is."""
     folders: dict[str, str] = {}
     summaries: list[dict[str, Any]] = []
     base: Base | None = None
-    for number, name in enumerate((stage.name for stage in recipes.stages), 1):
+    for number, name in enumerate((stage.name for stage in stage_chain.stages), 1):
         path = folder.path / f"{number}-{name}"
-        ended = summary_of(path)
-        if ended is not None and ended["status"] == "done":
-            console.emit(
-                Note(message=f"stage {number} of {len(recipes.stages)}, {name}, has ended and is left as it is: {path}")
+        finished_summary = summary_of(path)
+        if finished_summary is not None and finished_summary["status"] == "done":
+            context.emit(
+                LogMessage(
+                    message=f"stage {number} of {len(stage_chain.stages)}, {name}, has ended and is left as it is: {path}"
+                )
             )
             folders[name] = str(path.resolve())
-            summaries.append(ended)
+            summaries.append(finished_summary)
             continue
-        recipe = recipes.recipe_of(number - 1, folders)
-        place = Place(number, len(recipes.stages), name, _known(recipes, number, summaries))
-        shown = [event for earlier in folders.values() for event in events_in(Path(earlier) / "events.jsonl")]
-        with RunFolder.open(path, recipe.to_dict(), dump(recipe), differences, True, console.emit) as opened:
+        recipe = stage_chain.recipe_of(number - 1, folders)
+        position = StagePosition(
+            number, len(stage_chain.stages), name, _reusable_heldout(stage_chain, number, summaries)
+        )
+        earlier_events = [
+            event for earlier in folders.values() for event in read_events(Path(earlier) / "events.jsonl")
+        ]
+        with RunFolder.open(path, recipe.to_dict(), dump(recipe), differences, True, context.emit) as stage_folder:
             try:
-                outcome, base = run_stage(recipe, opened, console, place, base, folder.console_log, shown)
+                outcome, base = run_stage(
+                    recipe, stage_folder, context, position, base, folder.console_log, earlier_events
+                )
             finally:
-                report(opened)
+                write_html_report(stage_folder)
         summaries.append(outcome.summary)
         folders[name] = str(path.resolve())
         if outcome.status == "interrupted":
             break
-    summary = chain_summary(recipes, summaries, time.time() - begun)
+    summary = chain_summary(stage_chain, summaries, time.time() - start_time)
     folder.write_json("summary.json", summary)
-    return Outcome(summary["status"], folder.path, summary)
+    return RunResult(summary["status"], folder.path, summary)
 
 
 def summary_of(path: Path) -> dict[str, Any] | None:
     """The summary that a run left; None where there is none, or a broken one."""
     try:
-        found = json.loads((path / "summary.json").read_bytes())
+        summary = json.loads((path / "summary.json").read_bytes())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and "status" in found else None
+    return summary if isinstance(summary, dict) and "status" in summary else None
 
 
-def _known(recipes: Chain, number: int, summaries: list[dict[str, Any]]) -> dict[str, Any]:
+def _reusable_heldout(stage_chain: Chain, number: int, summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """Held-out figures of the stages before, where this one would measure just the same: nothing is asked twice."""
-    wanted = recipes.stages[number - 1]
-    known: dict[str, Any] = {"heldout": {}, "answers": {}}
-    for stage, summary in zip(recipes.stages, summaries, strict=False):
-        apart = {"every", "on_hacking"}  # which say nothing of how a final adapter is asked
-        if (stage.evaluate.model_dump(exclude=apart), stage.seed, stage.data.system) == (
-            wanted.evaluate.model_dump(exclude=apart),
-            wanted.seed,
-            wanted.data.system,
+    current = stage_chain.stages[number - 1]
+    reusable: dict[str, Any] = {"heldout": {}, "answers": {}}
+    for stage, summary in zip(stage_chain.stages, summaries, strict=False):
+        ignored_keys = {"every", "on_hacking"}  # which say nothing of how a final adapter is asked
+        if (stage.evaluate.model_dump(exclude=ignored_keys), stage.seed, stage.data.system) == (
+            current.evaluate.model_dump(exclude=ignored_keys),
+            current.seed,
+            current.data.system,
         ):
-            known["heldout"] |= summary.get("heldout_details", {})
-            known["answers"] |= summary.get("answers", {})
-    return known
+            reusable["heldout"] |= summary.get("heldout_details", {})
+            reusable["answers"] |= summary.get("answers", {})
+    return reusable
 
 
-def chain_summary(recipes: Chain, summaries: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def chain_summary(stage_chain: Chain, summaries: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """What the stages left, together; held-out figures under the names of the base and of the stages."""
     stages = []
-    for number, (stage, summary) in enumerate(zip(recipes.stages, summaries, strict=False), 1):
-        kept = ("algorithm", "status", "step", "steps", "seconds", "last", "best", "heldout_pairs")
+    for number, (stage, summary) in enumerate(zip(stage_chain.stages, summaries, strict=False), 1):
+        kept_keys = ("algorithm", "status", "step", "steps", "seconds", "last", "best", "heldout_pairs")
         stages.append(
             {
                 "name": stage.name,
                 "folder": f"{number}-{stage.name}",
-                **{key: summary[key] for key in kept if key in summary},
+                **{key: summary[key] for key in kept_keys if key in summary},
             }
         )
     merged = {
         key: {name: value for summary in summaries for name, value in summary.get(key, {}).items()}
         for key in ("heldout", "heldout_details", "answers")
     }
-    done = len(summaries) == len(recipes.stages) and all(summary["status"] == "done" for summary in summaries)
-    warned = [
+    done = len(summaries) == len(stage_chain.stages) and all(summary["status"] == "done" for summary in summaries)
+    all_warnings = [
         f"{stage['name']}: {warning}"
         for stage, summary in zip(stages, summaries, strict=True)
         for warning in summary["warnings"]
@@ -315,16 +337,16 @@ def chain_summary(recipes: Chain, summaries: list[dict[str, Any]], seconds: floa
     return {
         "version": 1,
         "status": "done" if done else "interrupted",
-        "name": recipes.name,
-        "algorithm": recipes.algorithm,
+        "name": stage_chain.name,
+        "algorithm": stage_chain.algorithm,
         "seconds": round(seconds, 1),
         "stages": stages,
         **merged,
-        "warnings": warned,
+        "warnings": all_warnings,
     }
 
 
-class _Callback:
+class _CallbackSink:
     def __init__(self, function: Callable[[Event], None]) -> None:
         self.function = function
 
@@ -334,7 +356,7 @@ class _Callback:
     def close(self) -> None: ...
 
 
-def report(folder: RunFolder) -> None:
+def write_html_report(folder: RunFolder) -> None:
     """The page for a browser, whichever way the run ended. It is a gift: that it cannot be written breaks nothing."""
     if not folder.events.exists() and not any(folder.path.glob("*/events.jsonl")):
         return

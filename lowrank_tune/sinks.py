@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from lowrank_tune.checkpoint import cannot_write, finite, telling, write_all, write_file
-from lowrank_tune.errors import RunFailed, UserError
-from lowrank_tune.events import Event, Note, RunEnded, Saved, to_json
+from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_all, write_error, write_file
+from lowrank_tune.errors import TrainingError, UserError
+from lowrank_tune.events import CheckpointSaved, Event, LogMessage, RunEnded, to_json
 
 
 class Sink(Protocol):
@@ -23,14 +23,14 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def line(event: Event) -> bytes:
+def to_json_line(event: Event) -> bytes:
     """The event as one line of JSON in ASCII, lone surrogates escaped. A number that is not finite is null; `from_json`
     reads nan."""
     data = to_json(event)
     try:
         text = json.dumps(data, allow_nan=False)
     except ValueError:
-        text = json.dumps(finite(data), allow_nan=False)
+        text = json.dumps(replace_nonfinite(data), allow_nan=False)
     return text.encode("ascii") + b"\n"
 
 
@@ -43,25 +43,25 @@ class JsonLines:
     path and reason.
     """
 
-    def __init__(self, path: Path, resumed_from: int | None = None, only: tuple[type[Event], ...] = ()) -> None:
-        self.path, self.only = path, only
-        with telling(path):
-            before = path.read_bytes() if path.exists() else b""
-            kept = b"" if resumed_from is None else keep_until(before, resumed_from)
-            if kept != before:
+    def __init__(self, path: Path, resumed_from: int | None = None, event_types: tuple[type[Event], ...] = ()) -> None:
+        self.path, self.event_types = path, event_types
+        with as_user_error(path):
+            existing = path.read_bytes() if path.exists() else b""
+            kept = b"" if resumed_from is None else truncate_after_step(existing, resumed_from)
+            if kept != existing:
                 write_file(path, kept)
             self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def __call__(self, event: Event) -> None:
-        if self._file is None or (self.only and not isinstance(event, self.only)):
+        if self._file is None or (self.event_types and not isinstance(event, self.event_types)):
             return
         try:
-            write_all(self._file, line(event))
+            write_all(self._file, to_json_line(event))
             # a durable checkpoint without its history would leave a hole after a power cut
-            if isinstance(event, (Saved, RunEnded)):
+            if isinstance(event, (CheckpointSaved, RunEnded)):
                 os.fsync(self._file)
         except OSError as error:
-            raise RunFailed(str(cannot_write(self.path, error))) from error
+            raise TrainingError(str(write_error(self.path, error))) from error
 
     def close(self) -> None:
         if self._file is not None:
@@ -69,7 +69,7 @@ class JsonLines:
             self._file = None
 
 
-def keep_until(data: bytes, step: int) -> bytes:
+def truncate_after_step(data: bytes, step: int) -> bytes:
     """The whole and valid lines before the first measurement after the checkpoint of `step`. All that follows belongs
     to the lost part."""
     kept, saved = [], False
@@ -88,7 +88,7 @@ def keep_until(data: bytes, step: int) -> bytes:
     return b"".join(kept)
 
 
-class Tee:
+class EventBus:
     """Hands each event to every sink. A sink that raises is detached; the others are told in a warning, once.
 
     Only a `UserError` (a log file on a full disk) goes on to the caller, also once, after all others have the event.
@@ -126,9 +126,9 @@ class Tee:
                     self._sinks.remove(sink)
                     message = f"{type(sink).__name__} broke and is switched off: {type(error).__name__}: {error}"
                     try:
-                        self(Note(message=message, level="warning"))
-                    except UserError as worse:
-                        fatal = fatal or worse
+                        self(LogMessage(message=message, level="warning"))
+                    except UserError as nested:
+                        fatal = fatal or nested
         if fatal is not None:
             raise fatal
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 
 from lowrank_tune import settings
-from lowrank_tune.build import Built
-from lowrank_tune.build.learned import ROLE
+from lowrank_tune.build import RunComponents
+from lowrank_tune.build.learned import REWARD_ROLE
 from lowrank_tune.checkpoint import (
-    Broken,
+    CorruptCheckpoint,
     RunFolder,
     Snapshot,
     flatten_optimizer,
@@ -25,31 +25,50 @@ from lowrank_tune.checkpoint import (
     rotate,
     write_atomically,
 )
-from lowrank_tune.control import Control
-from lowrank_tune.data import Prepared
-from lowrank_tune.errors import RunFailed, UserError
-from lowrank_tune.evaluate import Answer, Question, answer, measure, questions_in, questions_of, score_pairs, validate
-from lowrank_tune.events import Emit, Event, Note, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
-from lowrank_tune.hacking import Watch, noise_of
+from lowrank_tune.control import TrainerControl
+from lowrank_tune.data import TokenizedSplits
+from lowrank_tune.errors import TrainingError, UserError
+from lowrank_tune.evaluate import (
+    HeldoutAnswer,
+    HeldoutQuestion,
+    compute_metrics,
+    generate_answers,
+    render_questions,
+    score_pairs,
+    select_questions,
+    validate,
+)
+from lowrank_tune.events import (
+    CheckpointSaved,
+    Emit,
+    Evaluated,
+    Event,
+    LogMessage,
+    RunEnded,
+    RunStarted,
+    SampleLogged,
+    StepEnd,
+)
+from lowrank_tune.hacking import RewardHackingDetector, accuracy_stderr
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
-from lowrank_tune.model.base import hash_of, one_hash
+from lowrank_tune.model.base import combined_hash, hash_of
 from lowrank_tune.model.optimizers import load_optimizer
-from lowrank_tune.preflight import survey, survey_asked
+from lowrank_tune.preflight import report_prompts, report_rows
 from lowrank_tune.recipe.memory import memory_settings
-from lowrank_tune.rewards.repetition import NGRAM, distinct
-from lowrank_tune.train import Loop, Progress, make_optimizer
-from lowrank_tune.types import Sampling
+from lowrank_tune.rewards.repetition import NGRAM, distinct_ngram_fraction
+from lowrank_tune.train import Trainer, TrainerState, make_optimizer
+from lowrank_tune.types import SamplingParams
 
-EVALUATIONS, SAVES = 10, 10  # over a run, where the recipe does not say
+DEFAULT_NUM_EVALUATIONS, DEFAULT_NUM_SAVES = 10, 10  # over a run, where the recipe does not say
 
 
 @dataclass
-class _Memory:
+class _BestCheckpoint:
     """What the end of a run wants to know of its beginning and middle; saved with each checkpoint."""
 
     best_step: int | None = None
     best_score: float | None = None  # higher is better
-    best: dict[str, float] = field(default_factory=dict)
+    best_metrics: dict[str, float] = field(default_factory=dict)
     heldout: dict[str, dict[str, float]] = field(default_factory=dict)
     answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
@@ -60,31 +79,38 @@ class Stage:
 
     def __init__(
         self,
-        recipe: settings.Recipe,
+        recipe: settings.RecipeConfig,
         folder: RunFolder,
-        built: Built,
+        built: RunComponents,
         emit: Emit,
-        control: Control,
-        found: tuple[int, Snapshot] | None,
-        place: tuple[int, int] = (1, 1),
+        control: TrainerControl,
+        checkpoint: tuple[int, Snapshot] | None,
+        position: tuple[int, int] = (1, 1),
         name: str | None = None,
-        earlier: Mapping[str, Any] | None = None,
+        previous_results: Mapping[str, Any] | None = None,
     ) -> None:
         """`place`: this is stage i of n of a chain, called `name` there; `earlier` holds held-out figures and answers
         of those before."""
         self.recipe, self.folder, self.built, self.emit = recipe, folder, built, emit
-        self.place, self.measured_as = place, name or recipe.algorithm
-        known = earlier or {}
-        self.watch = Watch()
-        self.memory = _Memory(heldout=dict(known.get("heldout", {})), answers=dict(known.get("answers", {})))
-        named = {role: built.roles.named_parameters(role) for role in built.trained}
-        self.names = [name for parameters in named.values() for name in parameters]
-        parameters = [parameter for several in named.values() for parameter in several.values()]
-        grouped = [
-            {"params": list(several.values()), "share": built.rates.get(role, 1.0)} for role, several in named.items()
+        self.position, self.heldout_name = position, name or recipe.algorithm
+        previous = previous_results or {}
+        self.hacking_detector = RewardHackingDetector()
+        self.best_checkpoint = _BestCheckpoint(
+            heldout=dict(previous.get("heldout", {})), answers=dict(previous.get("answers", {}))
+        )
+        named_parameters = {role: built.roles.named_parameters(role) for role in built.trained}
+        self.parameter_names = [name for parameters in named_parameters.values() for name in parameters]
+        parameters = [
+            parameter for role_parameters in named_parameters.values() for parameter in role_parameters.values()
         ]
-        optimizer = make_optimizer(grouped if len(grouped) > 1 else parameters, recipe.train, built.base.device)
-        self.loop = Loop(
+        parameter_groups = [
+            {"params": list(role_parameters.values()), "share": built.lr_multipliers.get(role, 1.0)}
+            for role, role_parameters in named_parameters.items()
+        ]
+        optimizer = make_optimizer(
+            parameter_groups if len(parameter_groups) > 1 else parameters, recipe.train, built.base.device
+        )
+        self.trainer = Trainer(
             built.algorithm,
             parameters,
             optimizer,
@@ -92,33 +118,33 @@ class Stage:
             built.steps,
             recipe.seed,
             built.base.device,
-            self._hear,
-            self._at_border,
+            self._on_event,
+            self._on_step_end,
             control,
             limits=built.roles.limits,
         )
-        self.evaluate_every = recipe.evaluate.every or max(1, built.steps // EVALUATIONS)
-        self.save_every = recipe.train.save_every or max(1, built.steps // SAVES)
-        self.speaks = "policy" in built.trained  # a reward model only listens
-        self.heldout = questions_of(built.heldout, built.template) if self.speaks else []
+        self.evaluate_every = recipe.evaluate.every or max(1, built.steps // DEFAULT_NUM_EVALUATIONS)
+        self.save_every = recipe.train.save_every or max(1, built.steps // DEFAULT_NUM_SAVES)
+        self.is_generative = "policy" in built.trained  # a reward model only listens
+        self.heldout = render_questions(built.heldout, built.template) if self.is_generative else []
         validation = built.validation
         shown = self.heldout or (
-            questions_in(validation, built.template, recipe.evaluate.shown) if validation is not None else []
+            select_questions(validation, built.template, recipe.evaluate.shown) if validation is not None else []
         )
-        self.shown: list[Question] = shown[: recipe.evaluate.shown] if self.speaks else []
+        self.shown_questions: list[HeldoutQuestion] = shown[: recipe.evaluate.shown] if self.is_generative else []
         self.summary: dict[str, Any] = {}
-        self.pairs: dict[str, float] = {}
-        self.hashes = built.hashes
+        self.pair_metrics: dict[str, float] = {}
+        self.base_hashes = built.base_hashes
         self.adapters = {
-            name: one_hash(_hashes(built.roles.adapter_tensors(name)))
+            name: combined_hash(_tensor_hashes(built.roles.adapter_tensors(name)))
             for name in recipe.adapters
             if name not in built.trained
         }
-        self.resumes = found is not None
-        self.step_at_start = self.border = found[0] if found else 0
-        self.saved: int | None = found[0] if found else None
-        if found:
-            self._restore(found[1])
+        self.is_resumed = checkpoint is not None
+        self.step_at_start = self.last_handled_step = checkpoint[0] if checkpoint else 0
+        self.last_saved_step: int | None = checkpoint[0] if checkpoint else None
+        if checkpoint:
+            self._restore(checkpoint[1])
         base = built.base
         folder.write_json(
             "base.json",
@@ -127,62 +153,64 @@ class Stage:
                 "revision": base.revision,
                 "bits": base.bits,
                 "device": base.device.type,
-                "tensors": self.hashes,
+                "tensors": self.base_hashes,
                 "adapters": self.adapters,
             },
         )
-        seen = (
-            survey(recipe, built.data, built.template, built.heldout)
-            if isinstance(built.data, Prepared)
-            else survey_asked(recipe, built.data, built.template, built.heldout)
+        data_summary = (
+            report_rows(recipe, built.data, built.template, built.heldout)
+            if isinstance(built.data, TokenizedSplits)
+            else report_prompts(recipe, built.data, built.template, built.heldout)
         )
-        folder.write_json("data.json", seen.to_dict())
+        folder.write_json("data.json", data_summary.to_dict())
 
-    def train(self, training: Callable[[bool], None]) -> tuple[int, bool]:
+    def train(self, set_training: Callable[[bool], None]) -> tuple[int, bool]:
         """Runs the loop; returns the step reached, and whether that is the last one."""
-        self._tell_start()
-        if not self.resumes:
-            self._show("reference", 0)
-        if self.heldout and self.below not in self.memory.heldout:
-            self._measure(self.below, "reference", 0)
-        training(True)
-        finished = self.loop.run()
-        training(False)
-        return self.loop.progress.step, finished
+        self._emit_run_started()
+        if not self.is_resumed:
+            self._log_samples("reference", 0)
+        if self.heldout and self.reference_name not in self.best_checkpoint.heldout:
+            self._heldout_metrics(self.reference_name, "reference", 0)
+        set_training(True)
+        finished = self.trainer.run()
+        set_training(False)
+        return self.trainer.state.step, finished
 
     @property
-    def below(self) -> str:
+    def reference_name(self) -> str:
         """What the policy starts from, by name: the base, or the frozen adapter right below it."""
         return next(
-            (name for name in reversed(self.recipe.adapters) if name not in (*self.built.trained, ROLE)), "base"
+            (name for name in reversed(self.recipe.adapters) if name not in (*self.built.trained, REWARD_ROLE)), "base"
         )
 
     def finish(
         self,
         finished: bool,
-        begun: float,
+        start_time: float,
         last: dict[str, float],
         warnings: list[str],
-        leave: Callable[[Stage], Snapshot],
+        make_final: Callable[[Stage], Snapshot],
     ) -> None:
         """The best adapter answers the held-out prompts, what is to `leave` of it becomes `final/`, and the summary is
         written."""
-        step = self.loop.progress.step
+        step = self.trainer.state.step
         if finished:
-            self._take_best()
+            self._load_best()
             if self.heldout:
-                self._measure(self.measured_as, "policy", step)
-            if self.recipe.pairs and self.built.validation is not None:
+                self._heldout_metrics(self.heldout_name, "policy", step)
+            if self.recipe.uses_pairs and self.built.validation is not None:
                 self._score_pairs(step)
-        end = one_hash(self.built.base.hashes())
-        frozen = {name: one_hash(_hashes(self.built.roles.adapter_tensors(name))) for name in self.adapters}
-        if end != one_hash(self.hashes) or frozen != self.adapters:
-            raise RunFailed(
+        end = combined_hash(self.built.base.hashes())
+        frozen = {name: combined_hash(_tensor_hashes(self.built.roles.adapter_tensors(name))) for name in self.adapters}
+        if end != combined_hash(self.base_hashes) or frozen != self.adapters:
+            raise TrainingError(
                 "the frozen base, or a frozen adapter, is not what it was at the start of the run: please report it"
             )
         status: Literal["done", "interrupted"] = "done" if finished else "interrupted"
         best = (
-            {"best": {"step": self.memory.best_step, **self.memory.best}} if self.memory.best_step is not None else {}
+            {"best": {"step": self.best_checkpoint.best_step, **self.best_checkpoint.best_metrics}}
+            if self.best_checkpoint.best_step is not None
+            else {}
         )
         self.summary = {
             "version": 1,
@@ -191,25 +219,25 @@ class Stage:
             "algorithm": self.recipe.algorithm,
             "step": step,
             "steps": self.built.steps,
-            "seconds": round(time.time() - begun, 1),
+            "seconds": round(time.time() - start_time, 1),
             "last": last,
             **best,
-            "heldout": {name: stats["exact"] for name, stats in self.memory.heldout.items()},
-            "heldout_details": self.memory.heldout,
-            "answers": self.memory.answers,
-            **({"heldout_pairs": self.pairs} if self.pairs else {}),
+            "heldout": {name: stats["exact"] for name, stats in self.best_checkpoint.heldout.items()},
+            "heldout_details": self.best_checkpoint.heldout,
+            "answers": self.best_checkpoint.answers,
+            **({"heldout_pairs": self.pair_metrics} if self.pair_metrics else {}),
             **(
-                {"hacking": {"step": self.watch.spoke, "ended": self.watch.ended}}
-                if self.watch.spoke is not None
+                {"hacking": {"step": self.hacking_detector.warned_at_step, "ended": self.hacking_detector.stopped_run}}
+                if self.hacking_detector.warned_at_step is not None
                 else {}
             ),
-            "base_hash": {"start": one_hash(self.hashes), "end": end},
+            "base_hash": {"start": combined_hash(self.base_hashes), "end": end},
             "adapter_hashes": self.adapters,
             "warnings": warnings,
         }
         if finished:
-            write_atomically(self.folder.final, leave(self))
-        self.emit(RunEnded(status=status, step=step, seconds=time.time() - begun))
+            write_atomically(self.folder.final, make_final(self))
+        self.emit(RunEnded(status=status, step=step, seconds=time.time() - start_time))
         self.folder.write_json("summary.json", self.summary)
 
     def _score_pairs(self, step: int) -> None:
@@ -225,10 +253,10 @@ class Stage:
             self.emit,
         )
         self.folder.write_json("scores.json", scores.to_dict())
-        self.pairs = scores.figures()
-        self.emit(Validated(step=step, stats={f"pairs_{name}": value for name, value in self.pairs.items()}))
+        self.pair_metrics = scores.metrics()
+        self.emit(Evaluated(step=step, stats={f"pairs_{name}": value for name, value in self.pair_metrics.items()}))
 
-    def _tell_start(self) -> None:
+    def _emit_run_started(self) -> None:
         built, roles = self.built, self.built.roles
         self.emit(
             RunStarted(
@@ -239,162 +267,188 @@ class Stage:
                 reference=built.reference,
                 steps=built.steps,
                 resumed_from=self.step_at_start,
-                trainable=sum(p.numel() for p in self.loop.parameters),
+                trainable=sum(p.numel() for p in self.trainer.parameters),
                 device=_device_name(built.base.device),
                 versions=_versions(),
                 memory_total_gib=_memory_total_gib(built.base.device),
-                stage=self.place[0],
-                stages=self.place[1],
+                stage=self.position[0],
+                stages=self.position[1],
             )
         )
         if (warmup := self.recipe.train.warmup_steps) >= built.steps:
             self.emit(
-                Note(
+                LogMessage(
                     level="warning",
                     message=f"train.warmup_steps: {warmup}, of {built.steps} steps in all: the learning rate never "
                     "reaches its peak; warm up for fewer, or train longer",
                 )
             )
 
-    def _at_border(self, progress: Progress, last: bool) -> None:
+    def _on_step_end(self, state: TrainerState, is_last: bool) -> None:
         """What is due at this step, once; and what a person asked for, which never decides what the best step is: the
         final adapter must not hang on when somebody looked or interrupted."""
-        step, control = progress.step, self.loop.control
-        due, better = step != self.border, False
-        self.border = step
-        if due and (step % self.evaluate_every == 0 or last):
-            better = self._evaluate(step, counts=True)
-            last = last or self.loop.enough
+        step, control = state.step, self.trainer.control
+        is_new_step, is_best = step != self.last_handled_step, False
+        self.last_handled_step = step
+        if is_new_step and (step % self.evaluate_every == 0 or is_last):
+            is_best = self._evaluate(step, may_be_best=True)
+            is_last = is_last or self.trainer.should_stop
         elif control.evaluate:
-            self._evaluate(step, counts=False)
-        if (due and (step % self.save_every == 0 or last or better) or control.save) and self.saved != step:
+            self._evaluate(step, may_be_best=False)
+        if (
+            is_new_step and (step % self.save_every == 0 or is_last or is_best) or control.save
+        ) and self.last_saved_step != step:
             self._save(step)
         control.evaluate = control.save = False
 
-    def _evaluate(self, step: int, counts: bool) -> bool:
+    def _evaluate(self, step: int, may_be_best: bool) -> bool:
         """Held-out rows, held-out questions where they decide, and shown samples; returns whether it counts and is the
         best so far."""
-        built, by = self.built, self.recipe.best_by
-        figures: dict[str, dict[str, float]] = {}
+        built, metric = self.built, self.recipe.best_by
+        metrics: dict[str, dict[str, float]] = {}
         if built.validation is not None:
-            figures["validation"] = validate(
+            metrics["validation"] = validate(
                 built.algorithm, built.roles, built.validation, built.validation_batch, built.micro_tokens, self.emit
             )
-        if by == "exact":
-            figures["heldout_policy"] = self._ask()
-        deciding = figures.get("heldout_policy" if by == "exact" else "validation")
-        score = None if deciding is None else deciding["exact"] if by == "exact" else -deciding["loss"]
-        memory = self.memory
+        if metric == "exact":
+            metrics["heldout_policy"] = self._evaluate_heldout()
+        deciding_metrics = metrics.get("heldout_policy" if metric == "exact" else "validation")
+        score = (
+            None
+            if deciding_metrics is None
+            else deciding_metrics["exact"]
+            if metric == "exact"
+            else -deciding_metrics["loss"]
+        )
+        best_checkpoint = self.best_checkpoint
         # Of steps with as many right answers the later one counts: a greedy score saturates while what is sampled still
         # grows better.
-        ahead = score is not None and (
-            memory.best_score is None or score > memory.best_score or (by == "exact" and score == memory.best_score)
+        is_better = score is not None and (
+            best_checkpoint.best_score is None
+            or score > best_checkpoint.best_score
+            or (metric == "exact" and score == best_checkpoint.best_score)
         )
-        better = counts and deciding is not None and ahead
-        if better and deciding is not None:
-            memory.best_step, memory.best_score, memory.best = step, score, deciding
-        if figures:
-            stats = {f"{part}_{name}": value for part, several in figures.items() for name, value in several.items()}
-            if by == "exact":
-                stats["gold_noise"] = noise_of(figures["heldout_policy"]["exact"], len(self.heldout))
-            self.emit(Validated(step=step, stats=stats, best=better))
-        if counts and by == "exact":
-            self._watch_reward(step, figures["heldout_policy"]["exact"])
-        if built.validation is not None and not self.speaks:
-            self._show_scores(step)
-        self._show("policy", step)
-        return better
+        is_best = may_be_best and deciding_metrics is not None and is_better
+        if is_best and deciding_metrics is not None:
+            best_checkpoint.best_step, best_checkpoint.best_score, best_checkpoint.best_metrics = (
+                step,
+                score,
+                deciding_metrics,
+            )
+        if metrics:
+            stats = {f"{part}_{name}": value for part, values in metrics.items() for name, value in values.items()}
+            if metric == "exact":
+                stats["gold_noise"] = accuracy_stderr(metrics["heldout_policy"]["exact"], len(self.heldout))
+            self.emit(Evaluated(step=step, stats=stats, best=is_best))
+        if may_be_best and metric == "exact":
+            self._check_reward_hacking(step, metrics["heldout_policy"]["exact"])
+        if built.validation is not None and not self.is_generative:
+            self._log_pair_scores(step)
+        self._log_samples("policy", step)
+        return is_best
 
-    def _ask(self) -> dict[str, float]:
+    def _evaluate_heldout(self) -> dict[str, float]:
         """The policy's answers to the held-out questions, one greedy answer each, judged; and how much they repeat
         themselves."""
-        sampling = Sampling(self.recipe.evaluate.max_new_tokens, self.built.stop_ids, 0.0, self.recipe.seed)
-        answers = answer(self.built.roles, "policy", self.built.template, self.heldout, 1, sampling, self.emit)
-        repeated = [1 - distinct(one.text, NGRAM) for several in answers for one in several]
-        return {**measure(answers), "repetition": sum(repeated) / len(repeated)}
+        sampling = SamplingParams(self.recipe.evaluate.max_new_tokens, self.built.stop_ids, 0.0, self.recipe.seed)
+        answers = generate_answers(
+            self.built.roles, "policy", self.built.template, self.heldout, 1, sampling, self.emit
+        )
+        repeated = [1 - distinct_ngram_fraction(sample.text, NGRAM) for samples in answers for sample in samples]
+        return {**compute_metrics(answers), "repetition": sum(repeated) / len(repeated)}
 
-    def _hear(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         """What the loop tells goes on to all; the watch over the reward remembers each step."""
-        if isinstance(event, StepDone):
-            self.watch.step(event.stats)
+        if isinstance(event, StepEnd):
+            self.hacking_detector.step(event.stats)
         self.emit(event)
 
-    def _watch_reward(self, step: int, exact: float) -> None:
+    def _check_reward_hacking(self, step: int, accuracy: float) -> None:
         """Says it once where the reward rises and held-out answers get worse; and ends the run there, where the recipe
         wants that."""
-        parting = self.watch.look(step, exact, len(self.heldout), self.memory.heldout.get(self.below, {}).get("exact"))
-        if parting is None:
+        divergence = self.hacking_detector.update(
+            step, accuracy, len(self.heldout), self.best_checkpoint.heldout.get(self.reference_name, {}).get("exact")
+        )
+        if divergence is None:
             return
-        if self.watch.spoke is None:
-            self.watch.spoke = step
-            self.emit(Note(level="warning", message=f"step {step}: {parting.words}"))
+        if self.hacking_detector.warned_at_step is None:
+            self.hacking_detector.warned_at_step = step
+            self.emit(LogMessage(level="warning", message=f"step {step}: {divergence.message}"))
         if self.recipe.evaluate.on_hacking == "stop" and step < self.built.steps:
-            self.watch.ended = self.loop.enough = True
+            self.hacking_detector.stopped_run = self.trainer.should_stop = True
             self.emit(
-                Note(message=f"the run ends after step {step} of {self.built.steps}, as evaluate.on_hacking says")
+                LogMessage(message=f"the run ends after step {step} of {self.built.steps}, as evaluate.on_hacking says")
             )
 
-    def _show(self, role: str, step: int) -> None:
-        if self.shown:
-            sampling = Sampling(self.recipe.evaluate.max_new_tokens, self.built.stop_ids, temperature=0.0)
-            answers = answer(self.built.roles, role, self.built.template, self.shown, 1, sampling, _silent)
-            self._tell_samples([several[0] for several in answers], role, step)
+    def _log_samples(self, role: str, step: int) -> None:
+        if self.shown_questions:
+            sampling = SamplingParams(self.recipe.evaluate.max_new_tokens, self.built.stop_ids, temperature=0.0)
+            answers = generate_answers(
+                self.built.roles, role, self.built.template, self.shown_questions, 1, sampling, _ignore_event
+            )
+            self._emit_samples([samples[0] for samples in answers], role, step)
 
-    def _show_scores(self, step: int) -> None:
+    def _log_pair_scores(self, step: int) -> None:
         """Both answers of a few held-out pairs with what they score."""
         built, rows = self.built, self.built.validation
         assert rows is not None
         units = list(range(min(self.recipe.evaluate.shown, rows.units)))
         if not units:
             return
-        with built.roles.quiet():
+        with built.roles.inference_mode():
             scores = built.algorithm.scores(built.validation_batch(units).to(built.base.device)).tolist()  # type: ignore[attr-defined]
-        for place, score in enumerate(scores):
-            row = rows[place]
-            start = list(row.says).index(True)
-            texts = [built.template.decode([int(token) for token in ids]) for ids in (row.ids[:start], row.ids[start:])]
+        for index, score in enumerate(scores):
+            row = rows[index]
+            start = list(row.completion_mask).index(True)
+            texts = [
+                built.template.decode([int(token) for token in ids])
+                for ids in (row.input_ids[:start], row.input_ids[start:])
+            ]
             self.emit(
-                Sampled(
+                SampleLogged(
                     step=step,
                     prompt=texts[0],
                     completion=texts[1],
                     finish="stop",
-                    role=("chosen", "rejected")[place % 2],
+                    role=("chosen", "rejected")[index % 2],
                     reward=score,
                 )
             )
 
-    def _measure(self, name: str, role: str, step: int) -> None:
+    def _heldout_metrics(self, name: str, role: str, step: int) -> None:
         """Answers to the held-out prompts by a role, kept under `name`."""
-        wanted = self.recipe.evaluate
-        sampling = Sampling(
-            wanted.max_new_tokens,
+        config = self.recipe.evaluate
+        sampling = SamplingParams(
+            config.max_new_tokens,
             self.built.stop_ids,
-            wanted.temperature if wanted.samples > 1 else 0.0,
+            config.temperature if config.samples > 1 else 0.0,
             self.recipe.seed,
         )
-        answers = answer(self.built.roles, role, self.built.template, self.heldout, wanted.samples, sampling, self.emit)
-        self.memory.heldout[name] = measure(answers)
+        answers = generate_answers(
+            self.built.roles, role, self.built.template, self.heldout, config.samples, sampling, self.emit
+        )
+        self.best_checkpoint.heldout[name] = compute_metrics(answers)
         self.emit(
-            Validated(
-                step=step, stats={f"heldout_{name}_{key}": value for key, value in self.memory.heldout[name].items()}
+            Evaluated(
+                step=step,
+                stats={f"heldout_{name}_{key}": value for key, value in self.best_checkpoint.heldout[name].items()},
             )
         )
-        self.memory.answers[name] = [self._as_sample(several[0]) for several in answers[: wanted.shown]]
+        self.best_checkpoint.answers[name] = [self._as_sample(samples[0]) for samples in answers[: config.shown]]
 
-    def _tell_samples(self, answers: list[Answer], role: str, step: int) -> None:
+    def _emit_samples(self, answers: list[HeldoutAnswer], role: str, step: int) -> None:
         for one in answers:
             sample = self._as_sample(one)
             finish = "stop" if sample.pop("stopped") else "length"
-            self.emit(Sampled(step=step, finish=finish, role=role, **sample))
+            self.emit(SampleLogged(step=step, finish=finish, role=role, **sample))
 
-    def _as_sample(self, one: Answer) -> dict[str, Any]:
-        question = self.shown[one.prompt]
-        return {"prompt": question.text, "completion": one.text, "stopped": one.stopped, "gold": question.gold}
+    def _as_sample(self, one: HeldoutAnswer) -> dict[str, Any]:
+        question = self.shown_questions[one.prompt]
+        return {"prompt": question.text, "completion": one.text, "stopped": one.stopped, "gold": question.ground_truth}
 
     def _save(self, step: int) -> None:
-        begun, roles = time.perf_counter(), self.built.roles
-        optimizer, document = flatten_optimizer(self.loop.optimizer.state_dict(), self.names)
+        start_time, roles = time.perf_counter(), self.built.roles
+        optimizer, document = flatten_optimizer(self.trainer.optimizer.state_dict(), self.parameter_names)
         snapshot = Snapshot(
             tensors={
                 **{f"{name}/{WEIGHTS}": roles.adapter_tensors(name) for name in self.built.trained},
@@ -404,46 +458,46 @@ class Stage:
                 **{f"{name}/{CONFIG}": roles.adapter_config(name) for name in self.built.trained},
                 "optimizer.json": document,
                 "state.json": {
-                    "progress": self.loop.progress.to_dict(),
-                    "memory": vars(self.memory),
+                    "progress": self.trainer.state.to_dict(),
+                    "memory": vars(self.best_checkpoint),
                     "algorithm": self.built.algorithm.state(),
-                    "base": one_hash(self.hashes),
+                    "base": combined_hash(self.base_hashes),
                     "adapters": self.adapters,
                     "threads": torch.get_num_threads(),
-                    "watch": vars(self.watch),
+                    "watch": vars(self.hacking_detector),
                     "limits": {"under": self._memory_settings(), **roles.limits.to_dict()},
                 },
             },
         )
         path = write_atomically(self.folder.checkpoint(step), snapshot)
-        self.saved = step
-        rotate(self.folder.checkpoints, self.recipe.train.keep, self.memory.best_step)
-        self.emit(Saved(step=step, path=str(path), seconds=time.perf_counter() - begun))
+        self.last_saved_step = step
+        rotate(self.folder.checkpoints, self.recipe.train.keep, self.best_checkpoint.best_step)
+        self.emit(CheckpointSaved(step=step, path=str(path), seconds=time.perf_counter() - start_time))
 
     def _restore(self, snapshot: Snapshot) -> None:
         state = snapshot.documents["state.json"]
-        for what, same in (
-            ("base is", state["base"] == one_hash(self.hashes)),
+        for label, is_same in (
+            ("base is", state["base"] == combined_hash(self.base_hashes)),
             ("frozen adapters are", state["adapters"] == self.adapters),
         ):
-            if not same:
+            if not is_same:
                 raise UserError(
-                    f"{self.folder.path}: the {what} not what this run was started with; give another folder with --out"
+                    f"{self.folder.path}: the {label} not what this run was started with; give another folder with --out"
                 )
         for name in self.built.trained:
             self.built.roles.load_adapter_tensors(name, snapshot.tensors[f"{name}/{WEIGHTS}"], str(self.folder.path))
         optimizer = restore_optimizer(
-            snapshot.tensors["optimizer.safetensors"], snapshot.documents["optimizer.json"], self.names
+            snapshot.tensors["optimizer.safetensors"], snapshot.documents["optimizer.json"], self.parameter_names
         )
-        load_optimizer(self.loop.optimizer, optimizer)
-        self.loop.progress = Progress(**state["progress"])
-        self.memory = _Memory(**state["memory"])
-        self.watch = Watch(**state.get("watch", {}))
+        load_optimizer(self.trainer.optimizer, optimizer)
+        self.trainer.state = TrainerState(**state["progress"])
+        self.best_checkpoint = _BestCheckpoint(**state["memory"])
+        self.hacking_detector = RewardHackingDetector(**state.get("watch", {}))
         limits = dict(state.get("limits", {}))
         # with other settings, or on another card, what did not fit may
         if limits.pop("under", None) == self._memory_settings():
             self.built.roles.limits.restore(limits)
-        self.loop.enough = self.watch.ended
+        self.trainer.should_stop = self.hacking_detector.stopped_run
         self.built.algorithm.restore(state["algorithm"])
 
     def _memory_settings(self) -> dict[str, Any]:
@@ -454,33 +508,33 @@ class Stage:
             "gib": round(_memory_total_gib(device), 1),
         }
 
-    def _take_best(self) -> None:
-        best = self.memory.best_step
-        if self.recipe.train.final == "best" and best is not None and best != self.loop.progress.step:
+    def _load_best(self) -> None:
+        best = self.best_checkpoint.best_step
+        if self.recipe.train.final == "best" and best is not None and best != self.trainer.state.step:
             try:
                 tensors = load(self.folder.checkpoint(best)).tensors
-            except Broken as error:
+            except CorruptCheckpoint as error:
                 self.emit(
-                    Note(
+                    LogMessage(
                         level="warning", message=f"{error}; final/ is the adapter of the last step instead of the best"
                     )
                 )
                 return
             for name in self.built.trained:
                 self.built.roles.load_adapter_tensors(name, tensors[f"{name}/{WEIGHTS}"], str(self.folder.path))
-            why = (
+            reason = (
                 "answered most held-out questions"
                 if self.recipe.best_by == "exact"
                 else "had the lowest validation loss"
             )
-            self.emit(Note(message=f"final/ is the adapter of step {best}, which {why}"))
+            self.emit(LogMessage(message=f"final/ is the adapter of step {best}, which {reason}"))
 
 
-def _hashes(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+def _tensor_hashes(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     return {name: hash_of(tensor) for name, tensor in tensors.items()}
 
 
-def _silent(event: Event) -> None:
+def _ignore_event(event: Event) -> None:
     pass
 
 
@@ -498,8 +552,8 @@ def _memory_total_gib(device: torch.device) -> float:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets"):
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions

@@ -22,22 +22,22 @@ from secrets import token_hex
 from typing import Any
 
 from lowrank_tune.checkpoint import write_file
-from lowrank_tune.errors import Fault, Faults, UserError
-from lowrank_tune.events import Event, RunEnded, RunStarted, StepDone, Validated
+from lowrank_tune.errors import ConfigError, ConfigProblem, UserError
+from lowrank_tune.events import Evaluated, Event, RunEnded, RunStarted, StepEnd
 from lowrank_tune.recipe.tree import dotted, leaves
 
-STATE = "trackers.json"
-PARTS = {"validation_": "validation/", "heldout_": "heldout/", "pairs_": "pairs/"}
-SECRET = re.compile(
+STATE_FILE = "trackers.json"
+METRIC_GROUPS = {"validation_": "validation/", "heldout_": "heldout/", "pairs_": "pairs/"}
+SECRET_PATTERN = re.compile(
     r"\b(?:hf|sk|gh[opsu]|glpat|xox[bp])[_-][\w-]{10,}|(?<=//)[^/\s:@]+:[^/\s@]+(?=@)|(?<=[?&]token=)[^&\s]+", re.I
 )
-MASK = "***"
-Told = frozenset[tuple[str, int]]
+REDACTED = "***"
+LoggedSteps = frozenset[tuple[str, int]]
 """Statistics, by name and step, that an earlier start of the run has sent."""
 
 
 @dataclass(frozen=True)
-class Run:
+class TrackerRun:
     """What a tracker is told of a run: the project that it belongs to, its name there, its folder, whether it goes on
     after a checkpoint (`resumed_from`), and the id under which an earlier start began it."""
 
@@ -45,40 +45,40 @@ class Run:
     name: str
     folder: Path
     resumed_from: int | None
-    known: str | None
+    previous_id: str | None
 
     @property
-    def continued(self) -> bool:
-        return self.resumed_from is not None and self.known is not None
+    def is_continued(self) -> bool:
+        return self.resumed_from is not None and self.previous_id is not None
 
 
-def _tensorboard(trackers: Any, run: Run) -> tuple[Any, str]:
+def _tensorboard(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
     """Files in the run's folder. A start from nothing forgets what one before it left there."""
     purge = 0 if run.resumed_from is None else run.resumed_from + 1
     return trackers.TensorBoardTracker("tensorboard", str(run.folder), purge_step=purge), "tensorboard"
 
 
-def _wandb(trackers: Any, run: Run) -> tuple[Any, str]:
-    number = run.known if run.continued and run.known else token_hex(8)
+def _wandb(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
+    run_id = run.previous_id if run.is_continued and run.previous_id else token_hex(8)
     import wandb  # heavy, and only where it is asked for
 
     quiet = wandb.Settings(console="off")  # else it keeps all that the dashboard draws
     return trackers.WandBTracker(
-        run.project, name=run.name, id=number, resume="allow", dir=str(run.folder), settings=quiet
-    ), number
+        run.project, name=run.name, id=run_id, resume="allow", dir=str(run.folder), settings=quiet
+    ), run_id
 
 
-def _trackio(trackers: Any, run: Run) -> tuple[Any, str]:
-    name = run.known if run.continued and run.known else f"{run.name}-{token_hex(2)}"
+def _trackio(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
+    name = run.previous_id if run.is_continued and run.previous_id else f"{run.name}-{token_hex(2)}"
     return trackers.TrackioTracker(run.project, name=name, resume="allow"), name
 
 
-def _mlflow(trackers: Any, run: Run) -> tuple[Any, str]:
-    known = run.known if run.continued else None
-    return trackers.MLflowTracker(experiment_name=run.project, run_id=known, run_name=run.name), known or ""
+def _mlflow(trackers: Any, run: TrackerRun) -> tuple[Any, str]:
+    run_id = run.previous_id if run.is_continued else None
+    return trackers.MLflowTracker(experiment_name=run.project, run_id=run_id, run_name=run.name), run_id or ""
 
 
-MAKERS: Mapping[str, Callable[[Any, Run], tuple[Any, str]]] = {
+TRACKER_FACTORIES: Mapping[str, Callable[[Any, TrackerRun], tuple[Any, str]]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "trackio": _trackio,
@@ -88,13 +88,13 @@ MAKERS: Mapping[str, Callable[[Any, Run], tuple[Any, str]]] = {
 begins)."""
 
 
-def check(names: Iterable[str]) -> None:
+def check_installed(names: Iterable[str]) -> None:
     """Raises Faults where a tracker is not installed, with what to install."""
     missing = [name for name in dict.fromkeys(names) if importlib.util.find_spec(name) is None]
     if missing:
-        raise Faults(
+        raise ConfigError(
             [
-                Fault(f"{name} is not installed: pip install {name}, or leave it out", "train.report_to")
+                ConfigProblem(f"{name} is not installed: pip install {name}, or leave it out", "train.report_to")
                 for name in missing
             ]
         )
@@ -103,17 +103,17 @@ def check(names: Iterable[str]) -> None:
 class Tracker:
     """One tracker as a sink."""
 
-    def __init__(self, name: str, inner: Any, settings: Mapping[str, Any], fresh: bool, told: Told) -> None:
-        self.name, self._inner, self._settings, self._fresh, self._told = name, inner, settings, fresh, told
+    def __init__(self, name: str, inner: Any, settings: Mapping[str, Any], fresh: bool, logged: LoggedSteps) -> None:
+        self.name, self._inner, self._settings, self._fresh, self._logged = name, inner, settings, fresh, logged
         self._status = "failed"  # until the run says how it ended
 
     def __call__(self, event: Event) -> None:
         try:
-            self._take(event)
+            self._handle_event(event)
         except Exception as error:  # whatever a network or a disk does; the fan-out switches this sink off and says so
-            raise RuntimeError(f"{self.name}: {masked(_first_line(error))}") from error
+            raise RuntimeError(f"{self.name}: {redact(_first_line(error))}") from error
 
-    def _take(self, event: Event) -> None:
+    def _handle_event(self, event: Event) -> None:
         if isinstance(event, RunStarted) and self._fresh:
             facts = {
                 "algorithm": event.algorithm,
@@ -122,28 +122,28 @@ class Tracker:
                 "trained_parameters": event.trainable,
             }
             self._inner.store_init_configuration(
-                {**self._settings, **{f"run.{name}": masked(value) for name, value in facts.items()}}
+                {**self._settings, **{f"run.{name}": redact(value) for name, value in facts.items()}}
             )
             self._fresh = False
-        elif isinstance(event, StepDone):
+        elif isinstance(event, StepEnd):
             self._log(
                 {f"train/{name}": value for name, value in {**event.stats, "seconds": event.seconds}.items()},
                 event.step,
             )
-        elif isinstance(event, Validated):
-            self._log({named(name): value for name, value in event.stats.items()}, event.step)
+        elif isinstance(event, Evaluated):
+            self._log({grouped_metric_name(name): value for name, value in event.stats.items()}, event.step)
 
         elif isinstance(event, RunEnded):
             self._status = event.status
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
-        kept = {
+        new_values = {
             name: float(value)
             for name, value in values.items()
-            if math.isfinite(value) and (name, step) not in self._told
+            if math.isfinite(value) and (name, step) not in self._logged
         }
-        if kept:
-            self._inner.log(kept, step=step)
+        if new_values:
+            self._inner.log(new_values, step=step)
 
     def close(self) -> None:
         """Ends the tracker's run as this one ended. The run is over: that a network is gone now is told, and breaks
@@ -159,38 +159,38 @@ class Tracker:
                 self._inner.finish()
         except Exception as error:
             warnings.warn(
-                f"{self.name} could not be closed: {masked(_first_line(error))}", RuntimeWarning, stacklevel=2
+                f"{self.name} could not be closed: {redact(_first_line(error))}", RuntimeWarning, stacklevel=2
             )
 
 
-def named(name: str) -> str:
+def grouped_metric_name(name: str) -> str:
     """A held-out statistic under the part of the charts that it belongs to."""
-    for prefix, part in PARTS.items():
+    for prefix, group in METRIC_GROUPS.items():
         if name.startswith(prefix):
-            return part + name.removeprefix(prefix)
+            return group + name.removeprefix(prefix)
     return f"validation/{name}"
 
 
-def told_in(events: Iterable[Event], up_to: int | None = None) -> Told:
+def last_logged_steps(events: Iterable[Event], up_to: int | None = None) -> LoggedSteps:
     """What a log says was measured, up to a step: read before a continued run cuts it."""
-    found: set[tuple[str, int]] = set()
+    logged: set[tuple[str, int]] = set()
     for event in events:
-        if isinstance(event, (StepDone, Validated)) and (up_to is None or event.step <= up_to):
-            if isinstance(event, StepDone):
-                found |= {(f"train/{name}", event.step) for name in (*event.stats, "seconds")}
+        if isinstance(event, (StepEnd, Evaluated)) and (up_to is None or event.step <= up_to):
+            if isinstance(event, StepEnd):
+                logged |= {(f"train/{name}", event.step) for name in (*event.stats, "seconds")}
             else:
-                found |= {(named(name), event.step) for name in event.stats}
-    return frozenset(found)
+                logged |= {(grouped_metric_name(name), event.step) for name in event.stats}
+    return frozenset(logged)
 
 
-def begin(
+def start_trackers(
     names: Sequence[str],
     project: str,
     name: str,
     folder: Path,
     recipe: Mapping[str, Any],
     resumed_from: int | None,
-    before: Sequence[Event],
+    earlier_events: Sequence[Event],
 ) -> list[Tracker]:
     """Starts the trackers of a run; `before` are the events of its earlier starts. Raises UserError where one cannot
     begin, after closing those that could."""
@@ -199,58 +199,58 @@ def begin(
     from accelerate import PartialState, tracking  # seconds, and only where a tracker is asked for
 
     PartialState()  # accelerate's trackers want to know that there is one process
-    state, begun = _read(folder), list[Tracker]()
+    state, started = _read_state(folder), list[Tracker]()
     try:
-        for each in dict.fromkeys(names):
-            known = state.get(each)
-            run = Run(project, name, folder, resumed_from, known if isinstance(known, str) else None)
-            inner, state[each] = _started(each, tracking, run)
-            told = (
+        for tracker_name in dict.fromkeys(names):
+            previous_id = state.get(tracker_name)
+            run = TrackerRun(project, name, folder, resumed_from, previous_id if isinstance(previous_id, str) else None)
+            inner, state[tracker_name] = _start_tracker(tracker_name, tracking, run)
+            logged = (
                 frozenset[tuple[str, int]]()
-                if not run.continued
-                else told_in(before, resumed_from if each == "tensorboard" else None)
+                if not run.is_continued
+                else last_logged_steps(earlier_events, resumed_from if tracker_name == "tensorboard" else None)
             )
-            begun.append(Tracker(each, inner, flat(recipe), not run.continued, told))
+            started.append(Tracker(tracker_name, inner, flatten_settings(recipe), not run.is_continued, logged))
     except BaseException:
-        for tracker in begun:
+        for tracker in started:
             tracker.close()
         raise
-    write_file(folder / STATE, json.dumps({"version": 1, "runs": state}, indent=2).encode())
-    return begun
+    write_file(folder / STATE_FILE, json.dumps({"version": 1, "runs": state}, indent=2).encode())
+    return started
 
 
-def _started(name: str, tracking: Any, run: Run) -> tuple[Any, str]:
+def _start_tracker(name: str, tracking: Any, run: TrackerRun) -> tuple[Any, str]:
     try:
-        inner, number = MAKERS[name](tracking, run)
+        inner, run_id = TRACKER_FACTORIES[name](tracking, run)
         inner.start()
-        return inner, number or str(inner.tracker.info.run_id)
+        return inner, run_id or str(inner.tracker.info.run_id)
     except Exception as error:
-        told = masked(_first_line(error))
+        message = redact(_first_line(error))
         raise UserError(
-            f"train.report_to: {name} cannot begin: {type(error).__name__}: {told}; mend that, or leave it out"
+            f"train.report_to: {name} cannot begin: {type(error).__name__}: {message}; mend that, or leave it out"
         ) from error
 
 
-def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def flatten_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting under its dotted name, as trackers take them; secrets masked."""
     return {
-        dotted(path): masked(value) if isinstance(value, (bool, int, float, str)) else masked(json.dumps(value))
+        dotted(path): redact(value) if isinstance(value, (bool, int, float, str)) else redact(json.dumps(value))
         for path, value in leaves(dict(recipe))
     }
 
 
-def masked(value: Any) -> Any:
+def redact(value: Any) -> Any:
     """A text without what looks like a token or a password in an address."""
-    return SECRET.sub(MASK, value) if isinstance(value, str) else value
+    return SECRET_PATTERN.sub(REDACTED, value) if isinstance(value, str) else value
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read_state(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / STATE).read_bytes())["runs"]
+        runs = json.loads((folder / STATE_FILE).read_bytes())["runs"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return runs if isinstance(runs, dict) else {}

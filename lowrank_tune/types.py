@@ -23,19 +23,19 @@ class Message:
 class Row:
     """One tokenised conversation: ids, and for each whether the assistant says it. Lists of one length."""
 
-    ids: Sequence[int]
-    says: Sequence[bool]
+    input_ids: Sequence[int]
+    completion_mask: Sequence[bool]
 
 
 @dataclass(frozen=True)
-class Mean:
+class WeightedMean:
     """A mean that adds: total over count. Both are 0-d tensors or numbers."""
 
     total: Tensor | float
     count: Tensor | float
 
-    def __add__(self, other: Mean) -> Mean:
-        return Mean(self.total + other.total, self.count + other.count)
+    def __add__(self, other: WeightedMean) -> WeightedMean:
+        return WeightedMean(self.total + other.total, self.count + other.count)
 
     @property
     def value(self) -> float:
@@ -43,16 +43,16 @@ class Mean:
         return float(self.total) / count if count else float("nan")
 
 
-Stats = dict[str, Mean]
+Stats = dict[str, WeightedMean]
 
 
-def add_stats(into: Stats, more: Mapping[str, Mean]) -> None:
+def add_stats(into: Stats, more: Mapping[str, WeightedMean]) -> None:
     """Adds `more` to `into`, name by name."""
     for name, mean in more.items():
         into[name] = into[name] + mean if name in into else mean
 
 
-def to_floats(stats: Mapping[str, Mean]) -> dict[str, float]:
+def to_floats(stats: Mapping[str, WeightedMean]) -> dict[str, float]:
     """All means as numbers, with one transfer from the device."""
     flat = [value for mean in stats.values() for value in (mean.total, mean.count)]
     device = next((value.device for value in flat if isinstance(value, Tensor)), torch.device("cpu"))
@@ -61,7 +61,7 @@ def to_floats(stats: Mapping[str, Mean]) -> dict[str, float]:
         if flat
         else []
     )
-    return {name: Mean(host[2 * i], host[2 * i + 1]).value for i, name in enumerate(stats)}
+    return {name: WeightedMean(host[2 * i], host[2 * i + 1]).value for i, name in enumerate(stats)}
 
 
 @dataclass
@@ -75,47 +75,47 @@ class Batch:
     row has in common with the first row of its pair or group; 0 begins one); and what an algorithm brings.
     """
 
-    ids: Tensor
-    attended: Tensor
-    says: Tensor
-    weight: Tensor | None = None
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+    token_weights: Tensor | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return self.ids.shape[0]
+        return self.input_ids.shape[0]
 
     @property
     def lengths(self) -> Tensor:
         """(B,) tokens of each row up to the last attended one."""
-        positions = torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device)
-        return (self.attended * positions).amax(dim=1)
+        positions = torch.arange(1, self.input_ids.shape[1] + 1, device=self.input_ids.device)
+        return (self.attention_mask * positions).amax(dim=1)
 
     @property
-    def scored(self) -> Tensor:
+    def loss_mask(self) -> Tensor:
         """(B, T) bool: `says`, but never a padding slot and never a row's first token, before which there is
         nothing."""
-        scored = self.says & self.attended
-        scored[:, 0] = False
-        scored[:, 1:] &= self.attended[:, :-1]
-        return scored
+        loss_mask = self.completion_mask & self.attention_mask
+        loss_mask[:, 0] = False
+        loss_mask[:, 1:] &= self.attention_mask[:, :-1]
+        return loss_mask
 
-    def take(self, rows: Tensor, width: int | None = None) -> Batch:
+    def select_rows(self, rows: Tensor, width: int | None = None) -> Batch:
         """These rows, cut to `width` columns, by default to the columns that they need, at least one."""
         width = max(1, int(self.lengths[rows].max()) if width is None else width)
 
         def cut(tensor: Tensor) -> Tensor:
             picked = tensor[rows]
-            return picked[:, :width] if picked.ndim > 1 and picked.shape[1] == self.ids.shape[1] else picked
+            return picked[:, :width] if picked.ndim > 1 and picked.shape[1] == self.input_ids.shape[1] else picked
 
         return Batch(
-            cut(self.ids),
-            cut(self.attended),
-            cut(self.says),
-            None if self.weight is None else cut(self.weight),
+            cut(self.input_ids),
+            cut(self.attention_mask),
+            cut(self.completion_mask),
+            None if self.token_weights is None else cut(self.token_weights),
             {name: cut(tensor) for name, tensor in self.extra.items()},
         )
 
-    def split(self, rows: int | None = None, tokens: int | None = None, together: int = 1) -> Iterator[Batch]:
+    def split(self, rows: int | None = None, tokens: int | None = None, rows_per_unit: int = 1) -> Iterator[Batch]:
         """Micro-batches of at most `rows` rows, or of at most `tokens` tokens with padding, of rows of similar length,
         longest first.
 
@@ -123,43 +123,45 @@ class Batch:
         that share a beginning with their neighbours (`shared`) stay next to them, so that a micro-batch reads it once
         for many.
         """
-        lengths: list[int] = self.lengths.view(-1, together).amax(dim=1).tolist()
+        lengths: list[int] = self.lengths.view(-1, rows_per_unit).amax(dim=1).tolist()
         units: list[int] = []
         width = 0
-        for unit in self._order(lengths, together):
-            count, wider = (len(units) + 1) * together, max(width, lengths[unit])
+        for unit in self._units_by_length(lengths, rows_per_unit):
+            count, wider = (len(units) + 1) * rows_per_unit, max(width, lengths[unit])
             if units and ((rows is not None and count > rows) or (tokens is not None and count * wider > tokens)):
-                yield self._units(units, together, width)
+                yield self._select_units(units, rows_per_unit, width)
                 units, wider = [], lengths[unit]
             units.append(unit)
             width = wider
         if units:
-            yield self._units(units, together, width)
+            yield self._select_units(units, rows_per_unit, width)
 
-    def _order(self, lengths: Sequence[int], together: int) -> list[int]:
+    def _units_by_length(self, lengths: Sequence[int], rows_per_unit: int) -> list[int]:
         """Units by falling length of the longest one of their family: those that share a beginning; without such, of
         their own."""
         family = list(range(len(lengths)))
         if "shared" in self.extra:
-            family = (self.extra["shared"][::together] == 0).cumsum(0).tolist()
+            family = (self.extra["shared"][::rows_per_unit] == 0).cumsum(0).tolist()
         longest: dict[int, int] = {}
         for unit, length in enumerate(lengths):
             longest[family[unit]] = max(length, longest.get(family[unit], 0))
         return sorted(range(len(lengths)), key=lambda unit: (-longest[family[unit]], family[unit], -lengths[unit]))
 
-    def _units(self, units: Sequence[int], together: int, width: int) -> Batch:
-        return self.take(
-            torch.tensor([unit * together + i for unit in units for i in range(together)], device=self.ids.device),
+    def _select_units(self, units: Sequence[int], rows_per_unit: int, width: int) -> Batch:
+        return self.select_rows(
+            torch.tensor(
+                [unit * rows_per_unit + i for unit in units for i in range(rows_per_unit)], device=self.input_ids.device
+            ),
             width,
         )
 
     def to(self, device: torch.device | str) -> Batch:
         return replace(
             self,
-            ids=self.ids.to(device),
-            attended=self.attended.to(device),
-            says=self.says.to(device),
-            weight=None if self.weight is None else self.weight.to(device),
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            completion_mask=self.completion_mask.to(device),
+            token_weights=None if self.token_weights is None else self.token_weights.to(device),
             extra={name: tensor.to(device) for name, tensor in self.extra.items()},
         )
 
@@ -174,7 +176,7 @@ class LogProbs:
 
 
 @dataclass(frozen=True)
-class Term:
+class LossTerm:
     """One loss, already weighted (a sum over the micro-batch), with its statistics. Its graph dies before the next term
     is made."""
 
@@ -183,14 +185,14 @@ class Term:
 
 
 @dataclass
-class Experience:
+class StepBatch:
     """What `collect` brought for one step: a batch, and statistics of the collecting. `parts` are PPO's epochs and
     minibatches."""
 
     batch: Batch
     stats: Stats = field(default_factory=dict)
 
-    def parts(self) -> Iterator[Batch]:
+    def minibatches(self) -> Iterator[Batch]:
         yield self.batch
 
 
@@ -207,23 +209,23 @@ class Algorithm(Protocol):
     figures of a step.
     """
 
-    together: int
+    rows_per_unit: int
     """Adjacent rows that stay in one micro-batch."""
 
-    def collect(self, step: int) -> Experience: ...
-    def weigh(self, batch: Batch) -> Tensor: ...
-    def terms(self, micro: Batch) -> Iterator[Term]: ...
-    def observe(self, micro: Batch) -> Stats: ...
-    def measure(self, micro: Batch) -> Stats: ...
+    def collect(self, step: int) -> StepBatch: ...
+    def token_weights(self, batch: Batch) -> Tensor: ...
+    def compute_losses(self, micro: Batch) -> Iterator[LossTerm]: ...
+    def log_metrics(self, micro: Batch) -> Stats: ...
+    def eval_metrics(self, micro: Batch) -> Stats: ...
     def check(self, micro: Batch, step: int) -> None: ...
-    def warnings(self, figures: Mapping[str, float]) -> Iterator[str]: ...
-    def go_on(self, stats: Stats) -> bool: ...
+    def diagnostics(self, figures: Mapping[str, float]) -> Iterator[str]: ...
+    def should_continue(self, stats: Stats) -> bool: ...
     def state(self) -> dict[str, float]: ...
     def restore(self, state: Mapping[str, float]) -> None: ...
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How to sample. temperature 0 is greedy. The stop ids end a completion and belong to it, as does the token that
     completes a stop string.
 
@@ -252,8 +254,8 @@ class Completion:
 
     prompt: int
     sample: int
-    ids: list[int]
-    finish: Literal["stop", "length", "budget"]
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length", "budget"]
     logps: list[float] | None = None
 
 
@@ -263,4 +265,4 @@ class Token:
 
     prompt: int
     sample: int
-    id: int
+    token_id: int

@@ -17,249 +17,274 @@ import torch
 
 from lowrank_tune import settings
 from lowrank_tune.build import load_roles
-from lowrank_tune.build.learned import ROLE, answer_ids, closing, score_rows
-from lowrank_tune.build.online import judged_rows
-from lowrank_tune.data import Conversation, RowFault, Template, detect, load_asked, read
-from lowrank_tune.data.files import Raw
-from lowrank_tune.data.gold import find_gold
-from lowrank_tune.data.pairs import PROMPTS
-from lowrank_tune.data.report import Dropped
+from lowrank_tune.build.learned import REWARD_ROLE, encode_answer, end_of_turn_ids, score_rows
+from lowrank_tune.build.online import make_row_check
+from lowrank_tune.data import ChatTemplate, Conversation, InvalidRow, detect_format, load_prompts, read_source
+from lowrank_tune.data.files import RawExample
+from lowrank_tune.data.gold import extract_answer
+from lowrank_tune.data.pairs import PROMPT_COLUMNS
+from lowrank_tune.data.report import DroppedRows
 from lowrank_tune.data.tokenise import conversation
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, Progress
 from lowrank_tune.model.adapters import read_adapter
 from lowrank_tune.model.base import load_base, load_tokenizer
-from lowrank_tune.rewards import Item, Score, Scorer, Weighted, make, unusable
+from lowrank_tune.rewards import RewardInput, Score, WeightedReward, WorkerPool, build_rewards, row_rejection_reason
 from lowrank_tune.rewards.reward_model import RewardModel
-from lowrank_tune.rewards.verdicts import scored, would_stop
+from lowrank_tune.rewards.verdicts import exceeds_failure_limit, score_all
 from lowrank_tune.types import Message
 
-SAID = ("completions", "responses", "completion", "response")
+COMPLETION_KEYS = ("completions", "responses", "completion", "response")
 MICRO_TOKENS = 1 << 14
 
 
 @dataclass(frozen=True)
-class Response:
+class ResponseItem:
     """What is judged: where its row stands, which of the row's completions it is (from 1), and all that the rewards
     see."""
 
-    place: str
-    number: int
-    item: Item
+    position: str
+    index: int
+    reward_input: RewardInput
 
 
 @dataclass
-class Verified:
+class VerifyResult:
     """What the rewards said. `rows` may be fewer than the responses, where a person `interrupted`; `dropped` are rows
     that are none."""
 
-    weighted: list[Weighted]
-    responses: list[Response]
-    most: float
-    dropped: dict[str, Dropped] = field(default_factory=dict)
-    rows: list[list[Score]] = field(default_factory=list)
+    weighted: list[WeightedReward]
+    responses: list[ResponseItem]
+    max_failure_rate: float
+    dropped: dict[str, DroppedRows] = field(default_factory=dict)
+    scores: list[list[Score]] = field(default_factory=list)
     interrupted: bool = False
 
-    def stops(self) -> str | None:
+    def stop_reason(self) -> str | None:
         """Why a run would not bear these failures."""
-        return would_stop(self.weighted, self.rows, self.most)
+        return exceeds_failure_limit(self.weighted, self.scores, self.max_failure_rate)
 
-    def lines(self) -> Iterator[dict[str, Any]]:
+    def to_records(self) -> Iterator[dict[str, Any]]:
         """One object a response, for a file."""
-        for response, scores in zip(self.responses, self.rows, strict=False):
-            told = {
-                each.name: {
+        for response, scores in zip(self.responses, self.scores, strict=False):
+            rewards = {
+                weighted_reward.name: {
                     "value": score.value,
                     "verdict": score.verdict,
                     "reason": score.reason,
                     "seconds": round(score.seconds, 6),
                 }
-                for each, score in zip(self.weighted, scores, strict=True)
+                for weighted_reward, score in zip(self.weighted, scores, strict=True)
             }
             values = [
-                each.weight * score.value
-                for each, score in zip(self.weighted, scores, strict=True)
+                weighted_reward.weight * score.value
+                for weighted_reward, score in zip(self.weighted, scores, strict=True)
                 if score.value is not None
             ]
             reward = sum(values) if len(values) == len(scores) else None
-            yield {"place": response.place, "number": response.number, "reward": reward, "rewards": told}
+            yield {"place": response.position, "number": response.index, "reward": reward, "rewards": rewards}
 
 
 def verify(
-    recipe: settings.Recipe, file: str | None, limit: int | None, emit: Emit, device: torch.device | None = None
-) -> Verified:
+    recipe: settings.RecipeConfig, file: str | None, limit: int | None, emit: Emit, device: torch.device | None = None
+) -> VerifyResult:
     """Judges every response. Raises UserError where there is none, or the rewards cannot be made; Ctrl-C keeps what is
     done."""
     if not recipe.rewards:
         raise UserError(
             f"{recipe.name or 'this recipe'} has no rewards: `algorithm: {recipe.algorithm}` learns from its rows alone"
         )
-    weighted = make(recipe.rewards, Path.cwd())
-    learned = [each.reward for each in weighted if isinstance(each.reward, RewardModel)]
-    if learned and ROLE not in recipe.adapters:
+    weighted = build_rewards(recipe.rewards, Path.cwd())
+    reward_models = [reward.reward for reward in weighted if isinstance(reward.reward, RewardModel)]
+    if reward_models and REWARD_ROLE not in recipe.adapters:
         raise UserError(
             "`reward_model` needs the adapter of an earlier stage of this chain, and only a run has it: name it with "
-            f"stages.{recipe.name}.adapters.{ROLE}.path=RUN/N-NAME"
+            f"stages.{recipe.name}.adapters.{REWARD_ROLE}.path=RUN/N-NAME"
         )
-    reader = Reader(recipe, Template.of(load_tokenizer(recipe.base)), bool(learned))
-    found = Verified(weighted, [], recipe.rollout.max_unscored_share)
-    found.responses = reader.references(emit) if file is None else reader.responses(file, weighted, found.dropped)
-    found.responses = found.responses[:limit]
-    if learned:
-        _give_base(recipe, learned, reader.template, device, emit)
-    with Scorer[int]([each.reward for each in weighted]) as scorer:
-        _judge(found, scorer, emit)
-    return found
+    reader = ResponseReader(recipe, ChatTemplate.from_tokenizer(load_tokenizer(recipe.base)), bool(reward_models))
+    result = VerifyResult(weighted, [], recipe.rollout.max_unscored_share)
+    result.responses = reader.references(emit) if file is None else reader.responses(file, weighted, result.dropped)
+    result.responses = result.responses[:limit]
+    if reward_models:
+        _attach_base_model(recipe, reward_models, reader.template, device, emit)
+    with WorkerPool[int]([reward.reward for reward in weighted]) as scorer:
+        _score_responses(result, scorer, emit)
+    return result
 
 
-def _judge(found: Verified, scorer: Scorer[int], emit: Emit) -> None:
-    total = len(found.responses)
+def _score_responses(result: VerifyResult, scorer: WorkerPool[int], emit: Emit) -> None:
+    total = len(result.responses)
     try:
         emit(Progress(what="verifying", done=0, total=total))
-        for scores in scored(
+        for scores in score_all(
             scorer,
-            [one.item for one in found.responses],
+            [one.reward_input for one in result.responses],
             lambda done: emit(Progress(what="verifying", done=done, total=total)),
         ):
-            found.rows.append(scores)
+            result.scores.append(scores)
     except KeyboardInterrupt:
-        found.interrupted = True
+        result.interrupted = True
 
 
-def _give_base(
-    recipe: settings.Recipe, learned: list[RewardModel], template: Template, device: torch.device | None, emit: Emit
+def _attach_base_model(
+    recipe: settings.RecipeConfig,
+    reward_models: list[RewardModel],
+    template: ChatTemplate,
+    device: torch.device | None,
+    emit: Emit,
 ) -> None:
     """Loads the base, so that the learned rewards can read."""
     saved = {
-        name: read_adapter(wanted.path, f"adapters.{name}.path", head=name == ROLE)
-        for name, wanted in recipe.adapters.items()
-        if wanted.path
+        name: read_adapter(adapter.path, f"adapters.{name}.path", head=name == REWARD_ROLE)
+        for name, adapter in recipe.adapters.items()
+        if adapter.path
     }
     emit(Progress(what=f"loading {recipe.base.model}", done=0, total=1))
     base = load_base(recipe.base, template.tokenizer, device)
-    plain = recipe.model_copy(update={"train": recipe.train.model_copy(update={"gradient_checkpointing": False})})
-    roles = load_roles(plain, base, saved, emit)
+    inference_recipe = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"gradient_checkpointing": False})}
+    )
+    roles = load_roles(inference_recipe, base, saved, emit)
     emit(Progress(what=f"loading {recipe.base.model}", done=1, total=1))
-    for reward in learned:
-        reward.read = lambda rows: score_rows(roles, rows, template.pad_id, MICRO_TOKENS)
+    for reward in reward_models:
+        reward.score_batch = lambda rows: score_rows(roles, rows, template.pad_id, MICRO_TOKENS)
 
 
 @dataclass
-class Reader:
+class ResponseReader:
     """Responses from rows. `ids`: also as the base reads them."""
 
-    recipe: settings.Recipe
-    template: Template
-    ids: bool
+    recipe: settings.RecipeConfig
+    template: ChatTemplate
+    with_token_ids: bool
 
-    def references(self, emit: Emit) -> list[Response]:
+    def references(self, emit: Emit) -> list[ResponseItem]:
         """The reference answers of the recipe's own data."""
-        asked = load_asked(
+        prompts = load_prompts(
             self.recipe.data,
             self.template,
             self.recipe.seed,
             emit,
-            needs_gold=self.recipe.needs_gold,
-            unusable=judged_rows(self.recipe),
+            needs_ground_truth=self.recipe.needs_ground_truth,
+            unusable=make_row_check(self.recipe),
         )
-        found = [
-            Response(str(place), 1, self._item(one.text, one.answer, one.gold, one.row, True, one.ids))
-            for place, one in zip(asked.places, asked.asked, strict=True)
-            if one.answer
+        responses = [
+            ResponseItem(
+                str(position),
+                1,
+                self._reward_input(prompt.text, prompt.answer, prompt.ground_truth, prompt.row, True, prompt.input_ids),
+            )
+            for position, prompt in zip(prompts.locations, prompts.examples, strict=True)
+            if prompt.answer
         ]
-        if not found:
+        if not responses:
             raise UserError("the rows of `data.train` hold no reference answers; give responses with --file")
-        return found
+        return responses
 
-    def responses(self, file: str, weighted: list[Weighted], dropped: dict[str, Dropped]) -> list[Response]:
+    def responses(
+        self, file: str, weighted: list[WeightedReward], dropped: dict[str, DroppedRows]
+    ) -> list[ResponseItem]:
         """Those of a file; rows that hold none, or that no reward could judge by, go to `dropped`."""
         first = self.recipe.data.train[0]
-        source, found = settings.Source(dataset=file), list[Response]()
+        source, responses = settings.SourceConfig(dataset=file), list[ResponseItem]()
         if not first.dataset.startswith("tutor"):
             source = source.model_copy(update={"format": first.format, "columns": first.columns, "gold": first.gold})
-        for place, raw in read(source, self.recipe.seed):
+        for position, raw in read_source(source, self.recipe.seed):
             try:
-                if isinstance(raw, RowFault):
+                if isinstance(raw, InvalidRow):
                     raise raw
-                several = list(self._of(raw, source, str(place)))
-                if why := unusable(weighted, several[0].item):
-                    raise RowFault(why)
-                found += several
-            except RowFault as fault:
-                dropped.setdefault(fault.reason, Dropped()).add(str(place))
-        if not found:
-            reason, gone = max(dropped.items(), key=lambda each: each[1].count)
-            raise UserError(f"{file}: none of its rows can be judged: {reason} ({gone.places[0]})")
-        return found
+                row_responses = list(self._responses_of_row(raw, source, str(position)))
+                if reject_reason := row_rejection_reason(weighted, row_responses[0].reward_input):
+                    raise InvalidRow(reject_reason)
+                responses += row_responses
+            except InvalidRow as fault:
+                dropped.setdefault(fault.reason, DroppedRows()).add(str(position))
+        if not responses:
+            reason, rows_dropped = max(dropped.items(), key=lambda each: each[1].count)
+            raise UserError(f"{file}: none of its rows can be judged: {reason} ({rows_dropped.locations[0]})")
+        return responses
 
-    def _of(self, raw: Raw, source: settings.Source, place: str) -> Iterator[Response]:
+    def _responses_of_row(
+        self, raw: RawExample, source: settings.SourceConfig, position: str
+    ) -> Iterator[ResponseItem]:
         """The responses of one row. Raises RowFault."""
         if not isinstance(raw, Mapping):
-            raise RowFault("not an object with columns")
-        name = next((each for each in SAID if raw.get(each) is not None), None)
+            raise InvalidRow("not an object with columns")
+        name = next((each for each in COMPLETION_KEYS if raw.get(each) is not None), None)
         if name is None:
-            raise RowFault(f"no response: expected one of the columns {', '.join(SAID)}")
+            raise InvalidRow(f"no response: expected one of the columns {', '.join(COMPLETION_KEYS)}")
         row = {key: value for key, value in raw.items() if key != name}
-        talk = self._talk(row, source)
-        ids = self._prompt(talk.messages) if self.ids and talk.messages else []
-        said = raw[name] if isinstance(raw[name], list) else [raw[name]]
-        if not said:
-            raise RowFault(f"`{name}` is empty")
-        for number, one in enumerate(said, 1):
-            text, stopped = _told(one, raw)
-            yield Response(
-                place,
-                number,
-                self._item(talk.messages[-1].content if talk.messages else "", text, talk.gold, row, stopped, ids),
+        dialogue = self._conversation(row, source)
+        prompt_ids = self._prompt_ids(dialogue.messages) if self.with_token_ids and dialogue.messages else []
+        completions = raw[name] if isinstance(raw[name], list) else [raw[name]]
+        if not completions:
+            raise InvalidRow(f"`{name}` is empty")
+        for index, completion in enumerate(completions, 1):
+            text, stopped = _parse_response(completion, raw)
+            yield ResponseItem(
+                position,
+                index,
+                self._reward_input(
+                    dialogue.messages[-1].content if dialogue.messages else "",
+                    text,
+                    dialogue.ground_truth,
+                    row,
+                    stopped,
+                    prompt_ids,
+                ),
             )
 
-    def _talk(self, row: Raw, source: settings.Source) -> Conversation:
+    def _conversation(self, row: RawExample, source: settings.SourceConfig) -> Conversation:
         """What was asked, and the gold answer; of a row of no known shape what can be found."""
         shapes: list[str] = [source.format] if source.format != "auto" else []
         try:
-            shapes.append(detect(row, source.columns, False))
+            shapes.append(detect_format(row, source.columns, False))
         except UserError:
             pass  # no shape that data could have: it need not, for nothing is learned from it
         for shape in shapes:
-            talk = (
-                conversation(row, source, shape, self.recipe.data.system, answered=False)
+            parsed = (
+                conversation(row, source, shape, self.recipe.data.system, require_answer=False)
                 if shape != "preference"
                 else None
             )
-            if isinstance(talk, Conversation):
-                messages = talk.messages[:-1] if talk.messages[-1].role == "assistant" else talk.messages
-                return Conversation(messages, talk.gold)
+            if isinstance(parsed, Conversation):
+                messages = parsed.messages[:-1] if parsed.messages[-1].role == "assistant" else parsed.messages
+                return Conversation(messages, parsed.ground_truth)
         text = next(
-            (value for name in PROMPTS if isinstance(value := row.get(source.columns.get(name, name)), str)), None
+            (value for name in PROMPT_COLUMNS if isinstance(value := row.get(source.columns.get(name, name)), str)),
+            None,
         )
-        rule = [Message("system", self.recipe.data.system)] if self.recipe.data.system else []
+        system_messages = [Message("system", self.recipe.data.system)] if self.recipe.data.system else []
         return Conversation(
-            (*rule, Message("user", text)) if text else (), find_gold(row, source.columns, "gold", "", whole=False)
+            (*system_messages, Message("user", text)) if text else (),
+            extract_answer(row, source.columns, "gold", "", whole=False),
         )
 
-    def _prompt(self, messages: tuple[Message, ...]) -> list[int]:
+    def _prompt_ids(self, messages: tuple[Message, ...]) -> list[int]:
         try:
             return self.template.prompt(messages)
         except UserError as error:
-            raise RowFault(str(error)) from error
+            raise InvalidRow(str(error)) from error
 
-    def _item(
-        self, prompt: str, text: str | None, gold: str | None, row: Mapping[str, Any], stopped: bool, ids: Any
-    ) -> Item:
+    def _reward_input(
+        self, prompt: str, text: str | None, gold: str | None, row: Mapping[str, Any], stopped: bool, prompt_ids: Any
+    ) -> RewardInput:
         """As a run would have it, had the policy written this."""
         text = text or ""
-        tokens = len(self.template.tokenizer(text, add_special_tokens=False)["input_ids"]) + stopped
-        said = answer_ids(self.template, text) if self.ids and len(ids) else []
-        if said and not stopped:
-            said = said[: len(said) - len(closing(self.template))]
-        return Item(prompt, text, gold, row, stopped, tokens, [*ids, *said] if said else ())
+        num_tokens = len(self.template.tokenizer(text, add_special_tokens=False)["input_ids"]) + stopped
+        answer_tokens = encode_answer(self.template, text) if self.with_token_ids and len(prompt_ids) else []
+        if answer_tokens and not stopped:
+            answer_tokens = answer_tokens[: len(answer_tokens) - len(end_of_turn_ids(self.template))]
+        return RewardInput(
+            prompt, text, gold, row, stopped, num_tokens, [*prompt_ids, *answer_tokens] if answer_tokens else ()
+        )
 
 
-def _told(one: Any, row: Mapping[str, Any]) -> tuple[str, bool]:
+def _parse_response(response: Any, row: Mapping[str, Any]) -> tuple[str, bool]:
     """A response's words, and whether it ended by itself. Raises RowFault."""
-    about = one if isinstance(one, Mapping) else row
-    text = one.get("text", one.get("content")) if isinstance(one, Mapping) else one
+    fields = response if isinstance(response, Mapping) else row
+    text = response.get("text", response.get("content")) if isinstance(response, Mapping) else response
     if not isinstance(text, str):
-        raise RowFault("a response is no text")
-    stopped = about.get("stopped")
-    return text, stopped if isinstance(stopped, bool) else about.get("finish", "stop") == "stop"
+        raise InvalidRow("a response is no text")
+    stopped = fields.get("stopped")
+    return text, stopped if isinstance(stopped, bool) else fields.get("finish", "stop") == "stop"

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-NURSERY = r"""
+FORK_SERVER_SCRIPT = r"""
 import importlib, json, os, signal, sys
 from lowrank_tune.recipe import Chain, Recipe
 from lowrank_tune.runner import run
@@ -62,15 +62,15 @@ for line in sys.stdin:
     _, status = os.waitpid(child, 0)
     print(json.dumps({"status": status}), flush=True)
 """
-UNSTEADY = {"tokens_per_second", "memory_gib", "rollout_seconds", "score_seconds"}
+NONDETERMINISTIC_STATS = {"tokens_per_second", "memory_gib", "rollout_seconds", "score_seconds"}
 
 
-class Nursery:
+class ForkServer:
     """Starts runs quickly, and kills them."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", FORK_SERVER_SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def run(
@@ -120,13 +120,15 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def trace(folder: Path) -> dict[str, Any]:
+def run_fingerprint(folder: Path) -> dict[str, Any]:
     """What must be equal: each step's figures once, validation, and the bytes of the final adapter."""
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     steps = [
-        (e["step"], {k: v for k, v in e["stats"].items() if k not in UNSTEADY}) for e in events if e["event"] == "step"
+        (e["step"], {k: v for k, v in e["stats"].items() if k not in NONDETERMINISTIC_STATS})
+        for e in events
+        if e["event"] == "step"
     ]
-    told = [(e["step"], e["stats"]) for e in events if e["event"] == "validated"]
+    evaluations = [(e["step"], e["stats"]) for e in events if e["event"] == "validated"]
     samples = [(e["step"], e["role"], e["prompt"], e["completion"]) for e in events if e["event"] == "sampled"]
     groups = {e["step"]: (e["prompt"], e["completions"]) for e in events if e["event"] == "group"}
     scores = folder / "scores.json"  # what a run on pairs thinks of the held-out ones
@@ -136,7 +138,7 @@ def trace(folder: Path) -> dict[str, Any]:
     }
     return {
         "steps": steps,
-        "validated": told,
+        "validated": evaluations,
         "samples": samples,
         "groups": groups,
         "final": final,
@@ -148,9 +150,9 @@ def small_recipe(algorithm: str = "sft", **train: Any) -> dict[str, Any]:
     """A real QLoRA run of seconds: the tiny base in NF4, dropout on where it may be, ragged last steps, validation,
     samples, scores."""
     if algorithm in ("grpo", "ppo"):
-        return _on_prompts(algorithm, train)
+        return _prompt_recipe(algorithm, train)
     if algorithm != "sft":
-        return _on_pairs(algorithm, train)
+        return _preference_recipe(algorithm, train)
     return {
         "name": "crash",
         "algorithm": "sft",
@@ -177,9 +179,11 @@ def small_recipe(algorithm: str = "sft", **train: Any) -> dict[str, Any]:
     }
 
 
-def _on_pairs(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
+def _preference_recipe(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
     reward = algorithm == "reward"
-    spoken = {} if reward else {"heldout": {"dataset": "tutor", "split": "heldout"}, "prompts": 3, "max_new_tokens": 8}
+    generation = (
+        {} if reward else {"heldout": {"dataset": "tutor", "split": "heldout"}, "prompts": 3, "max_new_tokens": 8}
+    )
     return {
         "name": "crash",
         "algorithm": algorithm,
@@ -197,11 +201,11 @@ def _on_pairs(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
             "gradient_checkpointing": False,
             **train,
         },
-        "evaluate": {"every": 4, "shown": 1, **spoken},
+        "evaluate": {"every": 4, "shown": 1, **generation},
     }
 
 
-def _on_prompts(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
+def _prompt_recipe(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
     """Rewards that tell any completions apart, a prompt order that goes round, two passes over a harvest; of GRPO dead
     groups replaced, of PPO minibatches, a weight of the KL that is steered, and passes that end early."""
     own = {
@@ -243,7 +247,7 @@ def _on_prompts(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-PHASES = {
+KILL_POINTS = {
     "rollout": ("lowrank_tune.build.online", "Scoring", "submit"),  # as a completion ends, others still decode
     "scoring": ("lowrank_tune.build.online", "Scoring", "collect"),
     "update": ("lowrank_tune.algorithms.grpo", "GRPO", "terms"),
@@ -260,37 +264,37 @@ PHASES = {
 """Where a run or a chain can be killed: module, class and method. Saving is where writes, fsyncs and renames are."""
 
 
-def continue_to_the_end(nursery: Nursery, recipe: dict[str, Any], out: Path) -> None:
-    status = nursery.run(recipe, out)
+def continue_to_the_end(fork_server: ForkServer, recipe: dict[str, Any], out: Path) -> None:
+    status = fork_server.run(recipe, out)
     assert status == 0, f"the continued run ended with wait status {status}"
 
 
 def sweep(kills: int, exits: int, seed: int, algorithm: str) -> None:
     """Kills at random moments (two in a row at times) and deaths at random calls; prints a line for each."""
-    rng, nursery = random.Random(seed), Nursery()
+    rng, fork_server = random.Random(seed), ForkServer()
     with tempfile.TemporaryDirectory() as scratch:
         recipe, straight = small_recipe(algorithm), Path(scratch) / "straight"
-        continue_to_the_end(nursery, recipe, straight)
+        continue_to_the_end(fork_server, recipe, straight)
         times = [json.loads(line)["time"] for line in (straight / "events.jsonl").read_text().splitlines()]
-        seconds, wanted = times[-1] - times[0], trace(straight)
+        seconds, wanted = times[-1] - times[0], run_fingerprint(straight)
         print(f"the straight run: {seconds:.1f} s from its first event to its last", flush=True)
         for number in range(kills + exits):
-            out, told = Path(scratch) / f"run-{number}", []
+            out, results = Path(scratch) / f"run-{number}", []
             for _ in range(rng.choice((1, 1, 2))):
                 how = (
                     {"kill_after": rng.uniform(0, seconds)}
                     if number < kills
                     else {"die_at": rng.randrange(rng.choice((40, 220)))}
                 )
-                told.append((how, nursery.run(recipe, out, **how)))
+                results.append((how, fork_server.run(recipe, out, **how)))
                 if (out / "summary.json").exists():
                     break
             if not (out / "summary.json").exists():
-                continue_to_the_end(nursery, recipe, out)
-            same = trace(out) == wanted
-            print(f"{number}: {told}: {'equal' if same else 'DIFFERENT'}", flush=True)
+                continue_to_the_end(fork_server, recipe, out)
+            same = run_fingerprint(out) == wanted
+            print(f"{number}: {results}: {'equal' if same else 'DIFFERENT'}", flush=True)
             assert same
-    nursery.close()
+    fork_server.close()
 
 
 if __name__ == "__main__":

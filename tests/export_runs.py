@@ -10,34 +10,34 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from models import CPU, random_model, shake
+from models import CPU, perturb, random_model
 from transformers import AutoTokenizer
 
 from lowrank_tune import Recipe, settings
 from lowrank_tune.checkpoint import write_atomically
-from lowrank_tune.data import Template
+from lowrank_tune.data import ChatTemplate
 from lowrank_tune.export import final_folder
 from lowrank_tune.model.adapters import lora_config
-from lowrank_tune.model.base import TINY, base_hashes, hash_of, load_base, load_tokenizer, one_hash
+from lowrank_tune.model.base import BUILTIN_MODEL, base_hashes, combined_hash, hash_of, load_base, load_tokenizer
 from lowrank_tune.model.roles import Roles
 
 IDS = torch.tensor([[5, 9, 33, 7, 21, 60, 3, 44, 120, 90, 7, 8]])
-SAID = ("measured", "held-out")
+CARD_WORDS = ("measured", "held-out")
 
 
 @dataclass(frozen=True)
-class Made:
+class FinishedRun:
     """A run's folder, its base's folder, and what the run answered to `IDS` over its 4-bit base (T, V)."""
 
     run: Path
     base: Path
-    said: torch.Tensor
+    logits: torch.Tensor
 
 
 def make_base(folder: Path, kind: str, tied: bool, spare: int = 0, **changes: Any) -> Path:
     """A random model with the tokenizer of the package's tiny base, which has no template of its own; `spare` rows
     stand for no token."""
-    tokenizer = load_tokenizer(settings.Base(model=TINY))
+    tokenizer = load_tokenizer(settings.BaseConfig(model=BUILTIN_MODEL))
     shape = {
         "vocab_size": len(tokenizer) + spare,
         "tie_word_embeddings": tied,
@@ -65,7 +65,7 @@ def make_run(
     stack: str = "folded",
     spare: int = 0,
     **more: Any,
-) -> Made:
+) -> FinishedRun:
     """A run of `kind` whose policy lies on `lower`."""
     base_folder = make_base(place / "base", kind, tied, spare)
     recipe = Recipe.from_dict(
@@ -81,10 +81,10 @@ def make_run(
             "data": {"train": [{"dataset": "tutor", "rows": 12}], "validation_share": 0.25},
         }
     )
-    template = Template.of(load_tokenizer(recipe.base))
+    template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base))
     base = load_base(recipe.base, template.tokenizer, CPU)
     names, hashes = [*lower, "policy"], base_hashes(base.model)
-    wanted = settings.Adapter(r=4, alpha=8.0, rslora=rslora, **more)
+    wanted = settings.AdapterConfig(r=4, alpha=8.0, rslora=rslora, **more)
     roles = Roles(
         base,
         {name: lora_config(wanted, base.model) for name in names},
@@ -92,11 +92,12 @@ def make_run(
         {"policy": names, "reference": list(lower)},
     )
     for seed, name in enumerate(names):
-        shake(roles, name, seed=seed + 1, size=0.09)
-    with roles.quiet(), roles.use("policy"):
-        said = base.model(input_ids=IDS).logits[0].clone()
+        perturb(roles, name, seed=seed + 1, size=0.09)
+    with roles.inference_mode(), roles.activate("policy"):
+        logits = base.model(input_ids=IDS).logits[0].clone()
     contents = {
-        name: one_hash({key: hash_of(tensor) for key, tensor in roles.adapter_tensors(name).items()}) for name in lower
+        name: combined_hash({key: hash_of(tensor) for key, tensor in roles.adapter_tensors(name).items()})
+        for name in lower
     }
     built = SimpleNamespace(
         roles=roles, trained=("policy",), template=template, base=base, stop_ids=base.end_ids | template.end_ids
@@ -115,7 +116,7 @@ def make_run(
     (run / "base.json").write_text(
         json.dumps({"model": base.name, "revision": None, "bits": bits, "device": "cpu", "tensors": hashes})
     )
-    return Made(run, base_folder, said)
+    return FinishedRun(run, base_folder, logits)
 
 
 def kl(trained: torch.Tensor, other: torch.Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-HOSTILE = [
+HOSTILE_TEXTS = [
     "\x1b[2J\x1b[H\x1b[31mred",
     "\x1b]8;;http://evil.example\x1b\\link\x1b]8;;\x1b\\",
     "\x1b]52;c;ZXZpbA==\x07",
@@ -25,16 +25,16 @@ HOSTILE = [
     "\u05d0\u05d1\u05d2 \u0627\u0628",
     "line one\nline two\ttab",
 ]
-ACTIVE = re.compile(
+CONTROL_CHARACTERS = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
 
 def is_inert(text: str) -> bool:
     """No character that acts on what stands around it, but for the newline."""
-    return ACTIVE.search(text) is None
+    return CONTROL_CHARACTERS.search(text) is None
 
 
-RUNAWAY = 15.0
+MAX_CPU_SECONDS = 15.0
 """Seconds of processor time. What is answered at once takes a hundredth of them, what runs away never ends; a busy
 machine lies between."""

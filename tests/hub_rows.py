@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 
-def said(n: int, reply: str) -> list[dict[str, str]]:
+def chat_turns(n: int, reply: str) -> list[dict[str, str]]:
     return [{"content": f"Say {n}.", "role": "user"}, {"content": reply, "role": "assistant"}]
 
 
-SHAPES: dict[str, Callable[[int], dict[str, Any]]] = {
+EXAMPLE_ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "AI-MO/NuminaMath-CoT": lambda n: {
         "source": "x",
         "problem": f"Find {n} + 1.",
@@ -51,9 +51,9 @@ SHAPES: dict[str, Callable[[int], dict[str, Any]]] = {
     "HuggingFaceH4/ultrafeedback_binarized": lambda n: {
         "prompt": f"Say {n}.",
         "prompt_id": f"{n:064x}",
-        "chosen": said(n, f"{n}, as you wish."),
-        "rejected": said(n, "No."),
-        "messages": said(n, f"{n}, as you wish."),
+        "chosen": chat_turns(n, f"{n}, as you wish."),
+        "rejected": chat_turns(n, "No."),
+        "messages": chat_turns(n, f"{n}, as you wish."),
         "score_chosen": 8.5,
         "score_rejected": 3.0,
     },
@@ -68,5 +68,5 @@ SHAPES: dict[str, Callable[[int], dict[str, Any]]] = {
 def write_rows(folder: Path, dataset: str, numbers: Iterable[int]) -> Path:
     """A file of such rows."""
     file = folder / f"{dataset.split('/')[1]}.jsonl"
-    file.write_text("".join(json.dumps(SHAPES[dataset](number)) + "\n" for number in numbers), encoding="utf-8")
+    file.write_text("".join(json.dumps(EXAMPLE_ROWS[dataset](number)) + "\n" for number in numbers), encoding="utf-8")
     return file

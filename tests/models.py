@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowrank_tune import settings
-from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.kit import AlgorithmContext
 from lowrank_tune.algorithms.sft import SFT
 from lowrank_tune.model.adapters import lora_config
-from lowrank_tune.model.base import Base, freeze, load_base
+from lowrank_tune.model.base import Base, freeze_base, load_base
 from lowrank_tune.model.memory import Checkpointing
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch
@@ -31,9 +31,9 @@ torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 CPU = torch.device("cpu")
 VOCAB = 97
 TOKENIZER = SimpleNamespace(eos_token_id=1)
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
+_TEMPORARY_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 
-SMALL: dict[str, Any] = dict(
+SMALL_CONFIG: dict[str, Any] = dict(
     vocab_size=VOCAB,
     hidden_size=64,
     intermediate_size=128,
@@ -47,7 +47,7 @@ SMALL: dict[str, Any] = dict(
     eos_token_id=1,
     tie_word_embeddings=False,
 )
-BY_KIND: dict[str, dict[str, Any]] = {
+CONFIG_CHANGES: dict[str, dict[str, Any]] = {
     "gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "sliding_window": 64},
     "gemma3_text": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "sliding_window": 64},
     "cohere": {"logit_scale": 0.25},
@@ -74,15 +74,15 @@ ARCHITECTURES = (
 def random_model(kind: str = "llama", seed: int = 0, gain: float = 4.0, **changes: Any) -> Any:
     """A random causal model. Its head is `gain` times as large as usual, so that its distributions are far from
     flat."""
-    wanted = SMALL | BY_KIND.get(kind, {}) | changes
+    options = SMALL_CONFIG | CONFIG_CHANGES.get(kind, {}) | changes
     if kind == "gpt2":
-        wanted = {
+        options = {
             key: value
-            for key, value in wanted.items()
+            for key, value in options.items()
             if key.startswith("n_") or key in ("vocab_size", *changes) or "token_id" in key
         }
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **wanted)
+    config = AutoConfig.for_model(kind, **options)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -99,22 +99,22 @@ def random_model(kind: str = "llama", seed: int = 0, gain: float = 4.0, **change
 
 
 @functools.cache
-def folder_of(kind: str = "llama", seed: int = 0) -> str:
+def saved_model(kind: str = "llama", seed: int = 0) -> str:
     """The folder of a saved random model; it lives as long as the process."""
-    place = tempfile.TemporaryDirectory(prefix="lt-model-")
-    _KEPT.append(place)
-    random_model(kind, seed).save_pretrained(place.name)
-    return place.name
+    folder = tempfile.TemporaryDirectory(prefix="lt-model-")
+    _TEMPORARY_FOLDERS.append(folder)
+    random_model(kind, seed).save_pretrained(folder.name)
+    return folder.name
 
 
-def load(bits: int = 4, kind: str = "llama", seed: int = 0) -> Base:
+def load_base_of(bits: int = 4, kind: str = "llama", seed: int = 0) -> Base:
     """A fresh base, through the door that users take."""
-    return load_base(settings.Base(model=folder_of(kind, seed), bits=bits), TOKENIZER, CPU)  # type: ignore[arg-type]
+    return load_base(settings.BaseConfig(model=saved_model(kind, seed), bits=bits), TOKENIZER, CPU)  # type: ignore[arg-type]
 
 
-def whole(kind: str, **changes: Any) -> Base:
+def unquantized_base(kind: str, **changes: Any) -> Base:
     """An unquantised base without the trip over the disk."""
-    return freeze(random_model(kind, **changes), TOKENIZER, name=kind, bits=16)
+    return freeze_base(random_model(kind, **changes), TOKENIZER, name=kind, bits=16)
 
 
 def roles_over(
@@ -133,7 +133,7 @@ def roles_over(
 ) -> Roles:
     """Roles with `policy`, or `only`, on top of `lower`; `extra` are further adapters, `heads` the roles with a scalar
     head."""
-    wanted = settings.Adapter(**{"r": 4, "alpha": 16.0, "dropout": dropout} | lora)
+    adapter_settings = settings.AdapterConfig(**{"r": 4, "alpha": 16.0, "dropout": dropout} | lora)
     names = (*lower, only, *extra)
     if base.model.config.model_type == "gpt2":  # its layers are Conv1D, which settings do not name
         configs = {
@@ -141,7 +141,7 @@ def roles_over(
             for name in names
         }
     else:
-        configs = {name: lora_config(wanted, base.model) for name in names}
+        configs = {name: lora_config(adapter_settings, base.model) for name in names}
     stacks = stacks or {only: [*lower, only], "reference": list(lower)}
     return Roles(
         base,
@@ -156,10 +156,10 @@ def roles_over(
 
 
 def llama_roles(bits: int = 4, **more: Any) -> Roles:
-    return roles_over(load(bits), **more)
+    return roles_over(load_base_of(bits), **more)
 
 
-def shake(roles: Roles, *names: str, seed: int = 1, size: float = 0.1) -> None:
+def perturb(roles: Roles, *names: str, seed: int = 1, size: float = 0.1) -> None:
     """Gives adapters, and their heads, weights that matter: a fresh B and a fresh head are zero."""
     stream = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -173,7 +173,7 @@ def shake(roles: Roles, *names: str, seed: int = 1, size: float = 0.1) -> None:
 
 def make_batch(
     rows: Sequence[Sequence[int]],
-    says: Sequence[Sequence[bool]] | None = None,
+    completion_mask: Sequence[Sequence[bool]] | None = None,
     pad: int = 0,
     left: bool = False,
     more: int = 0,
@@ -187,11 +187,11 @@ def make_batch(
         where = slice(width - len(row), width) if left else slice(0, len(row))
         ids[i, where] = torch.tensor(list(row), dtype=torch.long)
         attended[i, where] = True
-        mask[i, where] = True if says is None else torch.tensor(list(says[i]), dtype=torch.bool)
+        mask[i, where] = True if completion_mask is None else torch.tensor(list(completion_mask[i]), dtype=torch.bool)
     return Batch(ids, attended, mask)
 
 
-def ragged(
+def ragged_batch(
     lengths: Sequence[int] = (9, 3, 12, 1, 7, 5, 2, 11),
     seed: int = 0,
     unscored: Sequence[int] = (4,),
@@ -201,16 +201,16 @@ def ragged(
     stream = torch.Generator().manual_seed(seed)
     rows = [torch.randint(2, vocab, (length,), generator=stream).tolist() for length in lengths]
     draws = [(torch.rand(length, generator=stream) < 0.67).tolist() for length in lengths]
-    says = [[False] * len(draw) if i in unscored else draw for i, draw in enumerate(draws)]
-    return make_batch(rows, says)
+    masks = [[False] * len(draw) if i in unscored else draw for i, draw in enumerate(draws)]
+    return make_batch(rows, masks)
 
 
 def sft_over(roles: Roles, batch: Batch | None = None) -> SFT:
-    return SFT(Kit(roles, lambda step: batch if batch is not None else ragged(seed=step)))
+    return SFT(AlgorithmContext(roles, lambda step: batch if batch is not None else ragged_batch(seed=step)))
 
 
-def weighted(algorithm: SFT, batch: Batch) -> Batch:
-    batch.weight = algorithm.weigh(batch)
+def with_token_weights(algorithm: SFT, batch: Batch) -> Batch:
+    batch.token_weights = algorithm.token_weights(batch)
     return batch
 
 
@@ -227,12 +227,12 @@ def reward_roles(base: Base, lower: Sequence[str] = (), **more: Any) -> Roles:
     return roles_over(base, lower=lower, only="reward", trainable=["reward"], stacks=stacks, heads=["reward"], **more)
 
 
-def clear(roles: Roles) -> None:
+def zero_grad(roles: Roles) -> None:
     for parameter in (*roles.base.model.parameters(), *(head.weight for head in roles.heads.values())):
         parameter.grad = None
 
 
-def far(a: Tensor, b: Tensor) -> float:
+def relative_error(a: Tensor, b: Tensor) -> float:
     """Relative distance; infinite where one of them is not finite or has another shape."""
     if a.shape != b.shape:
         return float("inf")
@@ -245,7 +245,7 @@ def all_tensors(model: Any) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
-def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
+def changed_tensors(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
     """Names whose bytes differ, or that only one of the two has."""
     both = before.keys() & after.keys()
     return {n for n in before.keys() ^ after.keys()} | {n for n in both if not same_bytes(before[n], after[n])}
@@ -258,7 +258,7 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def counting(roles: Roles) -> Iterator[list[int]]:
+def count_forwards(roles: Roles) -> Iterator[list[int]]:
     """Counts how often the decoder's first layer runs its attention, recomputations too. (The layer's own hooks lie
     outside the checkpoint in one end of transformers and inside in the other; those of a module within the layer always
     run.)"""
@@ -279,7 +279,7 @@ def counting(roles: Roles) -> Iterator[list[int]]:
         handle.remove()
 
 
-def write(folder: Path, files: Mapping[str, str]) -> Path:
+def write_files(folder: Path, files: Mapping[str, str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -14,55 +14,55 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from lowrank_tune.control import Control, asked_by_signals
-from lowrank_tune.events import Event, Note, RunEnded, RunStarted, StepDone
+from lowrank_tune.control import TrainerControl, handle_signals
+from lowrank_tune.events import Event, LogMessage, RunEnded, RunStarted, StepEnd
 from lowrank_tune.ui.tui import Tui
-from lowrank_tune.ui.watch import events_in
+from lowrank_tune.ui.watch import read_events
 
 RECORDED = Path(__file__).parent / "recorded"
 
 
-def story(is_chain: bool) -> Iterator[Event]:
+def recorded_events(is_chain: bool) -> Iterator[Event]:
     """What happens until the end of the run."""
-    for event in events_in(RECORDED / "demo.jsonl"):
+    for event in read_events(RECORDED / "demo.jsonl"):
         yield replace(event, stage=1, stages=2) if is_chain and isinstance(event, RunStarted) else event
     if is_chain:
-        yield from events_in(RECORDED / "dpo.jsonl")
+        yield from read_events(RECORDED / "dpo.jsonl")
 
 
 def main(folder: Path, pace: float) -> None:
-    control, met = Control(), []
-    with asked_by_signals(control) as looping:
+    control, handled = TrainerControl(), []
+    with handle_signals(control) as looping:
         screen = Tui(control, folder / "console.log")
         try:
             looping(True)
             stage = 1
-            for event in story("--chain" in sys.argv):
+            for event in recorded_events("--chain" in sys.argv):
                 stage = event.stage if isinstance(event, RunStarted) else stage
                 if isinstance(event, RunEnded) and (stage == 2 or "--chain" not in sys.argv):
                     break
                 screen(replace(event, time=time.time()))
-                if isinstance(event, StepDone):
+                if isinstance(event, StepEnd):
                     time.sleep(pace)
                     if event.step == 5:
                         print("a library prints")
                         os.write(2, b"C code writes\n")
                 while control.pause and not control.stop:
                     time.sleep(0.02)
-                for wish in ("save", "evaluate"):
-                    if getattr(control, wish):
-                        setattr(control, wish, False)
-                        met.append(wish)
-                        screen(Note(message=f"met the wish to {wish}", level="warning"))
+                for request in ("save", "evaluate"):
+                    if getattr(control, request):
+                        setattr(control, request, False)
+                        handled.append(request)
+                        screen(LogMessage(message=f"met the wish to {request}", level="warning"))
                 if control.stop:
-                    met.append("stop")
+                    handled.append("stop")
                     break
             if "--break" in sys.argv:
                 raise RuntimeError("the run broke")
         finally:
             screen(RunEnded(status="interrupted" if control.stop else "done", step=1, seconds=1.0))
             screen.close()
-            (folder / "asked.json").write_text(json.dumps(met))
+            (folder / "asked.json").write_text(json.dumps(handled))
     print("THE END")
 
 

@@ -16,16 +16,16 @@ import torch
 from models import (
     CPU,
     TOKENIZER,
-    clear,
-    folder_of,
     gradients,
-    load,
+    load_base_of,
     make_batch,
-    ragged,
+    perturb,
+    ragged_batch,
     random_model,
     roles_over,
     same_bytes,
-    shake,
+    saved_model,
+    zero_grad,
 )
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -33,28 +33,28 @@ from torch._subclasses import FakeTensorMode
 from lowrank_tune import settings
 from lowrank_tune.errors import UserError
 from lowrank_tune.model import base as base_module
-from lowrank_tune.model.base import Base, base_hashes, freeze, load_base, load_tokenizer, nf4, one_hash
+from lowrank_tune.model.base import Base, base_hashes, combined_hash, freeze_base, load_base, load_tokenizer, nf4_config
 
 
 def load_folder(folder: Path | str, bits: Any = 4, **more: Any) -> Base:
-    return load_base(settings.Base(model=str(folder), bits=bits, **more), TOKENIZER, CPU)
+    return load_base(settings.BaseConfig(model=str(folder), bits=bits, **more), TOKENIZER, CPU)
 
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=ragged().ids).logits  # type: ignore[no-any-return]
+        return model(input_ids=ragged_batch().input_ids).logits  # type: ignore[no-any-return]
 
 
 # --- what loads -------------------------------------------------------------------------------------------------------
 
 
 def test_sixteen_bits_are_the_model_itself() -> None:
-    base = load(16)
+    base = load_base_of(16)
     assert base.bits == 16 and torch.equal(logits(base.model), logits(random_model()))
 
 
-def test_four_bits_are_nf4_twice_quantised() -> None:
-    base = load(4)
+def test_four_bits_are_nf4_with_double_quantization() -> None:
+    base = load_base_of(4)
     linears = [m for m in base.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert base.bits == 4 and len(linears) == 14
     for linear in linears:
@@ -65,10 +65,10 @@ def test_four_bits_are_nf4_twice_quantised() -> None:
 
 def test_the_base_is_frozen_and_in_train_mode() -> None:
     for bits in (4, 16):
-        base = load(bits)
+        base = load_base_of(bits)
         assert not any(p.requires_grad for p in base.model.parameters())
         assert all(m.training for m in base.model.modules()) and base.model.config.use_cache is False
-        assert base.end_ids == {1} and base.name == folder_of("llama", 0) and base.revision is None
+        assert base.end_ids == {1} and base.name == saved_model("llama", 0) and base.revision is None
 
 
 def test_a_base_on_a_gpu_does_not_use_cudnn_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,28 +77,28 @@ def test_a_base_on_a_gpu_does_not_use_cudnn_attention(monkeypatch: pytest.Monkey
     allowed = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:
-        load(16)
+        load_base_of(16)
         assert torch.backends.cuda.cudnn_sdp_enabled(), "a base on the CPU changes nothing"
         model = random_model()
         with FakeTensorMode():
             on_gpu = nn.Parameter(torch.empty(1, device="cuda:0"), requires_grad=False)
         monkeypatch.setattr(model, "parameters", lambda: iter([on_gpu]))
-        freeze(model, TOKENIZER, name="llama", bits=16)
+        freeze_base(model, TOKENIZER, name="llama", bits=16)
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(allowed)
 
 
-def test_a_folder_that_bitsandbytes_has_quantised_loads_as_it_is(tmp_path: Path) -> None:
+def test_a_folder_that_bitsandbytes_has_quantized_loads_as_it_is(tmp_path: Path) -> None:
     """Whatever `bits` says."""
-    first = load(4)
+    first = load_base_of(4)
     first.model.save_pretrained(tmp_path / "nf4")
     for bits in (4, 16):
         again = load_folder(tmp_path / "nf4", bits)
         assert again.bits == 4 and torch.equal(logits(again.model), logits(first.model))
         assert base_hashes(again.model) == base_hashes(first.model)
     roles = roles_over(again)
-    roles.logps("policy", ragged()).logps.sum().backward()
+    roles.logps("policy", ragged_batch()).logps.sum().backward()
     assert gradients(roles).isfinite().all() and gradients(roles).any()
 
 
@@ -110,7 +110,7 @@ def test_every_end_id_counts(tmp_path: Path) -> None:
 
 
 def test_the_tiny_base_ships() -> None:
-    wanted = settings.Base()
+    wanted = settings.BaseConfig()
     tokenizer = load_tokenizer(wanted)
     base = load_base(wanted, tokenizer, CPU)
     text = "Question: what is 7 + 5? \u00e9\u4e2d\U0001f600"
@@ -136,7 +136,7 @@ def sentence(call: Callable[[], Any]) -> str:
 
 
 def copy_of(folder: Path, **config: Any) -> Path:
-    shutil.copytree(folder_of("llama", 0), folder)
+    shutil.copytree(saved_model("llama", 0), folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return folder
@@ -147,12 +147,14 @@ def test_missing_folders(tmp_path: Path) -> None:
     assert "there is no folder" in sentence(lambda: load_folder(tmp_path / "none"))
     assert "there is no folder" in sentence(lambda: load_folder("./none"))
     assert "holds no config.json" in sentence(lambda: load_folder(tmp_path / "empty"))
-    assert "holds no config.json" in sentence(lambda: load_tokenizer(settings.Base(model=str(tmp_path / "empty"))))
+    assert "holds no config.json" in sentence(
+        lambda: load_tokenizer(settings.BaseConfig(model=str(tmp_path / "empty")))
+    )
 
 
 def test_a_hub_model_without_network() -> None:
     for name in ("no-such-owner/no-such-model-4711", "no-such-owner/no-such-model-4711@v1", "nosuchmodel4711"):
-        for call in (load_folder, lambda name: load_tokenizer(settings.Base(model=name))):
+        for call in (load_folder, lambda name: load_tokenizer(settings.BaseConfig(model=name))):
             text = sentence(lambda call=call, name=name: call(name))
             assert name.partition("@")[0] in text and ("could not be fetched" in text or "revision" in text)
 
@@ -169,7 +171,7 @@ def ran_own_code(folder: Path, trust: bool = False) -> bool:
     marker = folder / "ran-here"
     copy_of(folder, auto_map=OWN, model_type="own_and_unknown")
     (folder / "own.py").write_text(PLANTED.format(marker=str(marker)))
-    wanted = settings.Base(model=str(folder), trust_remote_code=trust)
+    wanted = settings.BaseConfig(model=str(folder), trust_remote_code=trust)
     for call in (lambda: load_tokenizer(wanted), lambda: load_base(wanted, TOKENIZER, CPU)):
         try:
             text = sentence(call)
@@ -196,7 +198,7 @@ def test_code_of_a_tokenizer_is_not_run(tmp_path: Path) -> None:
     own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(own))
     (folder / "own.py").write_text(PLANTED.format(marker=str(marker)))
-    sentence(lambda: load_tokenizer(settings.Base(model=str(folder))))
+    sentence(lambda: load_tokenizer(settings.BaseConfig(model=str(folder))))
     assert not marker.exists()
 
 
@@ -225,7 +227,7 @@ def test_no_weights_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "says"),
+    ("method", "message"),
     [
         ({"quant_method": "gptq", "bits": 4}, "quantised with gptq"),
         ({"quant_method": "awq", "bits": 4}, "quantised with awq"),
@@ -234,9 +236,9 @@ def test_no_weights_at_all(tmp_path: Path) -> None:
         ({"bits": 4}, ""),
     ],
 )
-def test_other_quantisations_are_refused(tmp_path: Path, method: dict[str, Any], says: str) -> None:
+def test_other_quantizations_are_refused(tmp_path: Path, method: dict[str, Any], message: str) -> None:
     folder = copy_of(tmp_path / "model", quantization_config=method)
-    assert says in sentence(lambda: load_folder(folder))
+    assert message in sentence(lambda: load_folder(folder))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +291,7 @@ def test_weights_that_are_not_the_models(tmp_path: Path, spoil: str) -> None:
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     folder = copy_of(tmp_path / "model")
-    sentence(lambda: load_tokenizer(settings.Base(model=str(folder))))
+    sentence(lambda: load_tokenizer(settings.BaseConfig(model=str(folder))))
 
 
 def test_a_card_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +329,7 @@ def parts_of(model: Any) -> dict[str, Tensor]:
 
 def unseen_changes() -> list[str]:
     """Parts of the base whose change the hash does not see, or that it takes for another one's. Empty is right."""
-    base = load(4)
+    base = load_base_of(4)
     roles_over(base)
     unseen = []
     for part, tensor in parts_of_wrapped(base).items():
@@ -335,7 +337,7 @@ def unseen_changes() -> list[str]:
         flip(tensor)
         after = base_hashes(base.model)
         different = [name for name in before if before[name] != after[name]]
-        if len(different) != 1 or before.keys() != after.keys() or one_hash(before) == one_hash(after):
+        if len(different) != 1 or before.keys() != after.keys() or combined_hash(before) == combined_hash(after):
             unseen.append(f"{part}: {different}")
         flip(tensor)
         if base_hashes(base.model) != before:
@@ -363,9 +365,9 @@ def test_the_hash_sees_every_byte(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_loads_have_one_hash() -> None:
-    first, second = base_hashes(load(4).model), base_hashes(load(4).model)
-    assert first == second and one_hash(first) == one_hash(dict(reversed(second.items())))
-    assert one_hash(first) != one_hash(base_hashes(load(16).model))
+    first, second = base_hashes(load_base_of(4).model), base_hashes(load_base_of(4).model)
+    assert first == second and combined_hash(first) == combined_hash(dict(reversed(second.items())))
+    assert combined_hash(first) != combined_hash(base_hashes(load_base_of(16).model))
 
 
 # --- the CPU kernel that has no gradient ------------------------------------------------------------------------------
@@ -374,16 +376,16 @@ def test_two_loads_have_one_hash() -> None:
 def gradient_after_eval() -> float:
     """Norm of the adapters' gradient after an eval forward pass, which must not have touched the stored weights; NaN
     where there is none."""
-    base = load(4)
+    base = load_base_of(4)
     packed = [m.weight.data.clone() for m in base.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     roles = roles_over(base)
-    shake(roles, "policy")
-    with roles.quiet():
+    perturb(roles, "policy")
+    with roles.inference_mode():
         roles.logps("policy", make_batch([[5, 6, 7]]))
     now = [m.weight.data for m in base.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert all(same_bytes(a, b) for a, b in zip(packed, now, strict=True))
-    clear(roles)
-    roles.logps("policy", ragged()).logps.sum().backward()
+    zero_grad(roles)
+    roles.logps("policy", ragged_batch()).logps.sum().backward()
     return float(gradients(roles).norm())
 
 
@@ -394,7 +396,7 @@ def test_an_eval_forward_leaves_the_gradient() -> None:
 @pytest.mark.skipif(not bitsandbytes.functional.has_avx512bf16(), reason="only CPUs with AVX512-BF16 have the kernel")
 def test_the_repacking_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the switch left as bitsandbytes sets it on such a CPU."""
-    real = freeze
+    real = freeze_base
 
     def without_the_switch(model: Any, *args: Any, **more: Any) -> Base:
         base = real(model, *args, **more)
@@ -403,7 +405,7 @@ def test_the_repacking_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
                 module.support_avx512bf16_for_cpu = True
         return base
 
-    monkeypatch.setattr(base_module, "freeze", without_the_switch)
+    monkeypatch.setattr(base_module, "freeze_base", without_the_switch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
@@ -413,11 +415,11 @@ def test_the_repacking_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_switch_exists_in_this_bitsandbytes() -> None:
     """A renamed attribute would be set in vain."""
     assert hasattr(bitsandbytes.nn.Linear4bit(8, 8), "support_avx512bf16_for_cpu")
-    assert nf4(CPU).bnb_4bit_use_double_quant and nf4(CPU).bnb_4bit_quant_type == "nf4"
+    assert nf4_config(CPU).bnb_4bit_use_double_quant and nf4_config(CPU).bnb_4bit_quant_type == "nf4"
 
 
 # What transformers 5 says of a gated, an absent and an unknown-revision repository, when the hub can be reached.
-HUB_SAYS = {
+HUB_ERRORS = {
     "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/a/b.\n401 "
     "Client Error.": "hf auth login",
     "a/b is not a local folder and is not a valid model identifier listed on "
@@ -427,12 +429,12 @@ HUB_SAYS = {
 }
 
 
-@pytest.mark.parametrize("said", HUB_SAYS)
-def test_what_the_hub_says_becomes_one_sentence(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", HUB_ERRORS)
+def test_an_error_of_the_hub_becomes_one_sentence(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise OSError(said)
+        raise OSError(error)
 
     monkeypatch.setattr(base_module.PretrainedConfig, "get_config_dict", refuse)
-    with pytest.raises(UserError, match=HUB_SAYS[said]) as told:
-        load_tokenizer(settings.Base(model="a/b@main2"))
-    assert "\n" not in str(told.value)
+    with pytest.raises(UserError, match=HUB_ERRORS[error]) as caught:
+        load_tokenizer(settings.BaseConfig(model="a/b@main2"))
+    assert "\n" not in str(caught.value)

@@ -30,8 +30,10 @@ def test_startup() -> None:
 
 @pytest.mark.slow
 def test_verifiers() -> None:
-    told = run("verifiers.py", "--count", "4", "--workers", "1")
-    assert ("(median; 1 workers; 4 of 4 pass)" in told) != ("no sandbox" in told) and told.count("40 of 40 pass") == 2
+    output = run("verifiers.py", "--count", "4", "--workers", "1")
+    assert ("(median; 1 workers; 4 of 4 pass)" in output) != ("no sandbox" in output) and output.count(
+        "40 of 40 pass"
+    ) == 2
 
 
 def test_rollout() -> None:
@@ -62,20 +64,20 @@ def test_algorithms(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_tokenise() -> None:
+def test_tokenize() -> None:
     assert "of the bare rate" in run("tokenise.py", "--quick")
 
 
 @pytest.mark.slow
 def test_data_scale(tmp_path: Path) -> None:
-    told = run("data_scale.py", "--rows", "400", "--folder", str(tmp_path))
+    output = run("data_scale.py", "--rows", "400", "--folder", str(tmp_path))
     assert (
-        told.count("loaded") == 2
-        and "fit to train on" in told
-        and "meta" in told.lower()
-        and "403,406,096 expected" in told
+        output.count("loaded") == 2
+        and "fit to train on" in output
+        and "meta" in output.lower()
+        and "403,406,096 expected" in output
     )
-    first, second = told.split("second start")
+    first, second = output.split("second start")
     assert "rows read" in first and "rows read" not in second, "the second start tokenised again"
 
 

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from crash import trace
+from crash import run_fingerprint
 from typer.testing import CliRunner
 
 import lowrank_tune.runner as runner
 from lowrank_tune import Chain, UserError, run
 from lowrank_tune.cli import app
-from lowrank_tune.evaluate import questions_in
-from lowrank_tune.events import Event, Note, RunStarted, StepDone
+from lowrank_tune.evaluate import select_questions
+from lowrank_tune.events import Event, LogMessage, RunStarted, StepEnd
 from lowrank_tune.recipe import dump
 from lowrank_tune.types import Row
 
@@ -79,13 +79,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, cache: None) -> tuple[Path, list[Event]]:
-    out, heard = tmp_path_factory.mktemp("chains") / "one", list[Event]()
-    assert run(Chain.from_dict(chain()), out=out, ui="none", on_event=heard.append).status == "done"
-    return out, heard
+    out, events = tmp_path_factory.mktemp("chains") / "one", list[Event]()
+    assert run(Chain.from_dict(chain()), out=out, ui="none", on_event=events.append).status == "done"
+    return out, events
 
 
 def test_a_chain_leaves_a_folder_for_each_stage_and_one_summary(finished: tuple[Path, list[Event]]) -> None:
-    out, heard = finished
+    out, events = finished
     assert all((out / stage / "final" / "adapter_model.safetensors").is_file() for stage in STAGES)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "done" and summary["algorithm"] == "sft -> reward -> dpo -> grpo"
@@ -96,10 +96,10 @@ def test_a_chain_leaves_a_folder_for_each_stage_and_one_summary(finished: tuple[
     assert (out / "report.html").is_file() and Chain.load(out / "recipe.yaml").to_dict() == Chain.from_dict(
         chain()
     ).to_dict()
-    begun = [event for event in heard if isinstance(event, RunStarted)]
-    assert [(event.stage, event.stages) for event in begun] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert begun[3].roles == {"policy": ["warm", "dpo", "policy"], "reference": ["warm", "dpo"]}
-    assert begun[1].roles == {"reward": ["warm", "reward"], "reference": ["warm"]}
+    starts = [event for event in events if isinstance(event, RunStarted)]
+    assert [(event.stage, event.stages) for event in starts] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert starts[3].roles == {"policy": ["warm", "dpo", "policy"], "reference": ["warm", "dpo"]}
+    assert starts[1].roles == {"reward": ["warm", "reward"], "reference": ["warm"]}
 
 
 def test_one_base_and_frozen_adapters_stay_what_they_were(finished: tuple[Path, list[Event]]) -> None:
@@ -112,9 +112,9 @@ def test_one_base_and_frozen_adapters_stay_what_they_were(finished: tuple[Path, 
 
 
 def test_the_policy_begins_as_its_reference_in_every_stage(finished: tuple[Path, list[Event]]) -> None:
-    _, heard = finished
+    _, events = finished
     firsts = [
-        event.stats["kl"] for event in heard if isinstance(event, StepDone) and event.step == 1 and "kl" in event.stats
+        event.stats["kl"] for event in events if isinstance(event, StepEnd) and event.step == 1 and "kl" in event.stats
     ]
     assert len(firsts) == 3 and all(abs(kl) < 1e-9 for kl in firsts)
 
@@ -133,22 +133,24 @@ def test_cut_anywhere_a_chain_goes_on_as_if_nothing_had_been(
         if isinstance(event, RunStarted):
             place[0] = event.stage
         if place[0] == stage and (
-            isinstance(event, RunStarted) if step == 0 else isinstance(event, StepDone) and event.step == step + 1
+            isinstance(event, RunStarted) if step == 0 else isinstance(event, StepEnd) and event.step == step + 1
         ):
             raise Cut
 
     with pytest.MonkeyPatch.context() as patch:  # a listener that breaks is let go; this one breaks the run
         patch.setattr(
-            runner.Tee, "__call__", lambda self, event, real=runner.Tee.__call__: (real(self, event), cut(event))[0]
+            runner.EventBus,
+            "__call__",
+            lambda self, event, real=runner.EventBus.__call__: (real(self, event), cut(event))[0],
         )
         with pytest.raises(Cut):
             run(Chain.from_dict(chain()), out=out, ui="none")
-    heard = list[Event]()
-    outcome = run(Chain.from_dict(chain()), out=out, ui="none", on_event=heard.append)
-    left = [event for event in heard if isinstance(event, Note) and "is left as it is" in event.message]
+    events = list[Event]()
+    outcome = run(Chain.from_dict(chain()), out=out, ui="none", on_event=events.append)
+    left = [event for event in events if isinstance(event, LogMessage) and "is left as it is" in event.message]
     assert outcome.status == "done" and len(left) == stage - 1
     for each in STAGES:
-        assert trace(out / each) == trace(finished[0] / each), each
+        assert run_fingerprint(out / each) == run_fingerprint(finished[0] / each), each
     assert outcome.summary["heldout"] == json.loads((finished[0] / "summary.json").read_text())["heldout"]
 
 
@@ -172,13 +174,13 @@ def test_a_file_of_responses_is_scored(
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": "What is 2 + 3?", "completion": text} for text in ("It is 5.", "Good question.", "")]
     Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = CliRunner().invoke(app, ["eval", str(finished[0]), "--file", "answers.jsonl", "--out", "scores.jsonl"])
-    assert told.exit_code == 0, told.output
+    result = CliRunner().invoke(app, ["eval", str(finished[0]), "--file", "answers.jsonl", "--out", "scores.jsonl"])
+    assert result.exit_code == 0, result.output
     scores = [json.loads(line) for line in Path("scores.jsonl").read_text().splitlines()]
     assert [score["place"] for score in scores] == ["answers.jsonl:1", "answers.jsonl:2"] and scores[0][
         "score"
     ] != scores[1]["score"]
-    assert "empty answer" in told.output, "what cannot be scored is told"
+    assert "empty answer" in result.output, "what cannot be scored is told"
     again = CliRunner().invoke(
         app, ["eval", str(finished[0] / "2-score"), "--file", "answers.jsonl", "--out", "again.jsonl"]
     )
@@ -187,9 +189,9 @@ def test_a_file_of_responses_is_scored(
     )
     pairs = [{"prompt": "What is 2 + 3?", "chosen": "It is 5.", "rejected": "Good question."}]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    told = CliRunner().invoke(app, ["eval", str(finished[0]), "--file", "pairs.jsonl", "--out", "pairs.scores"])
+    result = CliRunner().invoke(app, ["eval", str(finished[0]), "--file", "pairs.jsonl", "--out", "pairs.scores"])
     sides = [json.loads(line) for line in Path("pairs.scores").read_text().splitlines()]
-    assert told.exit_code == 0 and "the chosen answer scores higher" in told.output
+    assert result.exit_code == 0 and "the chosen answer scores higher" in result.output
     assert [side["side"] for side in sides] == ["chosen", "rejected"]
     assert [side["score"] for side in sides] == pytest.approx([score["score"] for score in scores], abs=1e-5), (
         "whatever shares a batch"
@@ -203,19 +205,19 @@ def test_scoring_with_something_else_is_refused(
     finished: tuple[Path, list[Event]], tmp_path: Path, run_of: str, sentence: str
 ) -> None:
     folder = finished[0] / run_of if run_of else tmp_path
-    told = CliRunner().invoke(app, ["eval", str(folder), "--file", "x.jsonl"])
-    assert told.exit_code == 2 and sentence in told.output
+    result = CliRunner().invoke(app, ["eval", str(folder), "--file", "x.jsonl"])
+    assert result.exit_code == 2 and sentence in result.output
 
 
-def test_a_pair_is_asked_once() -> None:
+def test_a_pair_gives_one_question() -> None:
     """Both of its rows begin with the same question."""
     pairs = {"together": 2, "units": 2, "__len__": lambda self: 4}
     store = type(
         "Store", (), {**pairs, "__getitem__": lambda self, row: Row([row // 2, 9, row], [False, True, True])}
     )()
     template = SimpleNamespace(decode=lambda ids: f"question {ids[0]}")
-    assert [one.text for one in questions_in(store, template, 5)] == ["question 0", "question 1"]  # type: ignore[arg-type]
-    assert [one.ids for one in questions_in(store, template, 1)] == [[0]]  # type: ignore[arg-type]
+    assert [one.text for one in select_questions(store, template, 5)] == ["question 0", "question 1"]  # type: ignore[arg-type]
+    assert [one.prompt_ids for one in select_questions(store, template, 1)] == [[0]]  # type: ignore[arg-type]
 
 
 def test_the_command_line_runs_a_chain_and_shows_its_data(tmp_path: Path, cache: None) -> None:
@@ -224,7 +226,7 @@ def test_the_command_line_runs_a_chain_and_shows_its_data(tmp_path: Path, cache:
         chain(stages=[{**stage, "train": {**stage["train"], "steps": 1}} for stage in chain()["stages"][:2]])
     )
     file.write_text(dump(short))
-    told = CliRunner().invoke(app, ["run", str(file), "--out", str(tmp_path / "out"), "--ui", "plain"])
-    assert told.exit_code == 0 and (tmp_path / "out" / "2-score" / "scores.json").is_file(), told.output
+    result = CliRunner().invoke(app, ["run", str(file), "--out", str(tmp_path / "out"), "--ui", "plain"])
+    assert result.exit_code == 0 and (tmp_path / "out" / "2-score" / "scores.json").is_file(), result.output
     seen = CliRunner().invoke(app, ["data", str(file)])
     assert seen.exit_code == 0 and "warm: sft" in seen.output and "score: reward" in seen.output

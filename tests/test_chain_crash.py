@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash import PHASES, Nursery, continue_to_the_end, trace
+from crash import KILL_POINTS, ForkServer, continue_to_the_end, run_fingerprint
 
 STAGES = ("1-sft", "2-reward", "3-ppo")
 
@@ -75,16 +75,16 @@ def rlhf() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    one = Nursery()
+def fork_server() -> Iterator[ForkServer]:
+    one = ForkServer()
     yield one
     one.close()
 
 
 @pytest.fixture(scope="module")
-def straight(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def straight(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("straight") / "run"
-    continue_to_the_end(nursery, rlhf(), out)
+    continue_to_the_end(fork_server, rlhf(), out)
     return left_by(out)
 
 
@@ -93,7 +93,7 @@ def left_by(out: Path) -> dict[str, Any]:
     summary = json.loads((out / "summary.json").read_bytes())
     assert summary["status"] == "done"
     return {
-        **{stage: trace(out / stage) for stage in STAGES},
+        **{stage: run_fingerprint(out / stage) for stage in STAGES},
         "heldout": summary["heldout"],
         "details": summary["heldout_details"],
         "last": [
@@ -124,14 +124,16 @@ PLACES = [
 
 @pytest.mark.parametrize(("phase", "call", "stage"), PLACES)
 def test_rlhf_killed_in_and_between_its_stages(
-    nursery: Nursery, straight: dict[str, Any], tmp_path: Path, phase: str, call: int, stage: str
+    fork_server: ForkServer, straight: dict[str, Any], tmp_path: Path, phase: str, call: int, stage: str
 ) -> None:
     out, place = tmp_path / "run", STAGES.index(stage)
-    assert nursery.run(rlhf(), out, die_in={"where": PHASES[phase], "call": call}) == 9, "it should have been killed"
+    assert fork_server.run(rlhf(), out, die_in={"where": KILL_POINTS[phase], "call": call}) == 9, (
+        "it should have been killed"
+    )
     assert (out / stage).is_dir() and not (out / stage / "final").exists(), "it was killed in another stage"
     assert all((out / earlier / "summary.json").is_file() for earlier in STAGES[:place])
     ended = {earlier: (out / earlier / "events.jsonl").read_bytes() for earlier in STAGES[:place]}
-    continue_to_the_end(nursery, rlhf(), out)
+    continue_to_the_end(fork_server, rlhf(), out)
     assert all((out / earlier / "events.jsonl").read_bytes() == events for earlier, events in ended.items()), (
         "an ended stage ran again"
     )

@@ -13,9 +13,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_tune.errors import Faults, UserError
+from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.recipe import Chain, Recipe, differences, dump, load_any, presets, schema
-from tests.hostile import RUNAWAY
+from tests.hostile import MAX_CPU_SECONDS
 
 Write = Callable[..., str]
 PAIRS = {"train": [{"dataset": "tutor-preferences"}]}
@@ -66,13 +66,13 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 
 def faults_of(path: str, *overrides: str) -> list[str]:
-    with pytest.raises(Faults) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_any(path, *overrides)
     return str(caught.value).splitlines()
 
 
 def faults_in(data: Any) -> list[str]:
-    with pytest.raises(Faults) as caught:
+    with pytest.raises(ConfigError) as caught:
         Chain.from_dict(data)
     return str(caught.value).splitlines()
 
@@ -167,7 +167,7 @@ def test_overrides_change_every_stage_or_one(write: Write) -> None:
     assert [stage.train.learning_rate for stage in chain.stages] == [1e-5, 1e-5, 2e-5]
     assert [(stage.train.steps, stage.train.epochs) for stage in chain.stages] == [(None, 3), (2, None), (None, 3)]
     assert [stage.seed for stage in chain.stages] == [4, 4, 4]
-    assert [stage.adapters[stage.trained].r for stage in chain.stages] == [2, 4, 2]
+    assert [stage.adapters[stage.trained_adapter].r for stage in chain.stages] == [2, 4, 2]
     assert chain.name == "other" and [stage.name for stage in chain.stages] == ["start", "reward", "prefer"]
     assert chain.stages[2].dpo.beta == 0.9 and chain.stages[0].data.train[0].rows == 5
 
@@ -435,9 +435,9 @@ CLASHES: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", CLASHES)
 def test_clashes(case: str) -> None:
-    data, said = CLASHES[case]
+    data, message = CLASHES[case]
     faults = faults_in(data)
-    assert len(faults) == 1 and faults[0].startswith(said), faults
+    assert len(faults) == 1 and faults[0].startswith(message), faults
 
 
 @pytest.mark.parametrize(
@@ -451,29 +451,29 @@ def test_clashes(case: str) -> None:
         chained(SFT, REWARD, adapters={"policy": {"r": 2}, "reward": {"r": 2}}),
     ],
 )
-def test_neighbours_of_clashes(data: dict[str, Any]) -> None:
+def test_neighbors_of_clashes(data: dict[str, Any]) -> None:
     assert len(Chain.from_dict(data).stages) == len(data["stages"])
 
 
 def test_a_chain_made_in_python_is_judged() -> None:
     sft, dpo = Recipe.from_dict({**SFT, "name": "sft"}), Recipe.from_dict({**DPO, "name": "dpo", "reference": "base"})
-    with pytest.raises(Faults, match="stages.dpo.reference: will be `sft`"):
+    with pytest.raises(ConfigError, match="stages.dpo.reference: will be `sft`"):
         Chain("x", "", (sft, dpo))
-    with pytest.raises(Faults, match="a second stage is called `sft`"):
+    with pytest.raises(ConfigError, match="a second stage is called `sft`"):
         Chain("x", "", (sft, sft))
-    with pytest.raises(Faults, match="at least one entry"):
+    with pytest.raises(ConfigError, match="at least one entry"):
         Chain("x", "", ())
-    with pytest.raises(Faults, match=r"stages.0.name: is no name for a stage"):
+    with pytest.raises(ConfigError, match=r"stages.0.name: is no name for a stage"):
         Chain("x", "", (Recipe.from_dict(SFT),))
 
 
-def test_doors(write: Write) -> None:
+def test_entry_points(write: Write) -> None:
     path = write(CHAIN)
     with pytest.raises(UserError, match=r"my is a chain of several runs; `lowrank-tune run` runs it"):
         Recipe.load(path)
     with pytest.raises(UserError, match="tiny-sft is a single recipe, without stages"):
         Chain.load("tiny-sft")
-    with pytest.raises(Faults, match="stages: makes this a chain of several runs; use Chain.from_dict"):
+    with pytest.raises(ConfigError, match="stages: makes this a chain of several runs; use Chain.from_dict"):
         Recipe.from_dict(RLHF)
     assert load_any("tiny-sft", "seed=3") == Recipe.load("tiny-sft", "seed=3")
     assert isinstance(load_any(path), Chain)
@@ -588,13 +588,13 @@ HOSTILE: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_file(case: str, write: Write) -> None:
     write(f"stages: [{{{GOOD}}}]\n", "chain.yaml")
-    text, said = HOSTILE[case]
+    text, message = HOSTILE[case]
     path = write(text, "bad.yaml")
     start = time.process_time()
     lines = faults_of(path)
-    assert time.process_time() - start < RUNAWAY
+    assert time.process_time() - start < MAX_CPU_SECONDS
     assert all(line.startswith("bad.yaml") and len(line) < 400 and line.isprintable() for line in lines)
-    assert len(lines) <= 51 and any(said in line for line in lines), lines
+    assert len(lines) <= 51 and any(message in line for line in lines), lines
 
 
 BROKEN = st.recursive(
@@ -650,8 +650,8 @@ def test_anything_broken(
             continue  # an earlier change took the section away
     try:
         chain = Chain.from_dict(data)
-    except Faults as faults:
-        assert all(str(fault).isprintable() and len(str(fault)) < 400 for fault in faults.faults)
+    except ConfigError as faults:
+        assert all(str(fault).isprintable() and len(str(fault)) < 400 for fault in faults.problems)
     else:
         assert Chain.from_dict(chain.to_dict()) == chain and dump(chain)
         for index in range(len(chain.stages)):
@@ -659,8 +659,8 @@ def test_anything_broken(
     whole.write_text(yaml.safe_dump(WHOLE))
     try:
         load_any(str(whole), *(f"{prefix}{'.'.join(map(str, path))}={value}" for prefix, path, value in overrides))
-    except Faults as faults:
-        assert all(fault.file for fault in faults.faults)
+    except ConfigError as faults:
+        assert all(fault.file for fault in faults.problems)
 
 
 whole = Path()

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lowrank_tune.ui.charts import LABEL, Curve, chart, short, smooth
+from lowrank_tune.ui.charts import LABEL_WIDTH, Curve, chart, format_number, smooth
 from lowrank_tune.ui.frame import Line, width_of
 
 
@@ -16,7 +16,7 @@ def dots(lines: list[Line]) -> set[tuple[int, int]]:
     bits = {0: (0, 0), 1: (0, 1), 2: (0, 2), 3: (1, 0), 4: (1, 1), 5: (1, 2), 6: (0, 3), 7: (1, 3)}
     found = set()
     for row, line in enumerate(lines[:-1]):
-        for column, character in enumerate("".join(text for text, _ in line)[LABEL + 1 :]):
+        for column, character in enumerate("".join(text for text, _ in line)[LABEL_WIDTH + 1 :]):
             code = ord(character) - 0x2800 if character != " " else 0
             for bit, (right, down) in bits.items():
                 if code >> bit & 1:
@@ -33,7 +33,7 @@ def test_values_are_readable_from_the_dots(log: bool) -> None:
     width, height = 48, 11
     values = [0.1 + 2 * math.exp(-step / 20) + 0.05 * math.sin(step) for step in range(80)]
     lines = chart([Curve(list(enumerate(values)), line=False)], width, height, log)
-    rows, columns = 4 * (height - 1) - 1, 2 * (width - LABEL - 1) - 1
+    rows, columns = 4 * (height - 1) - 1, 2 * (width - LABEL_WIDTH - 1) - 1
     scale = math.log if log else float
     low, high = scale(min(values)), scale(max(values))
     expected = {
@@ -54,7 +54,7 @@ def test_a_line_has_no_gaps() -> None:
     assert {column for column, _ in found} == set(range(2 * 32))
 
 
-def test_axes_are_labelled() -> None:
+def test_axes_are_labeled() -> None:
     drawn = texts(chart([Curve([(5, 0.25), (95, 4.0)])], 40, 8))
     assert drawn[0].startswith("  4.00 ") and drawn[6].startswith(" 0.250 ") and drawn[3].startswith("  2.12 ")
     assert drawn[7].split() == ["5", "95"] and drawn[7].endswith("95") and len(drawn[7]) == 40
@@ -106,14 +106,14 @@ def test_smoothing() -> None:
     ],
 )
 def test_short_numbers(value: float, text: str) -> None:
-    assert short(value) == text and len(text) <= 6
+    assert format_number(value) == text and len(text) <= 6
 
 
 def test_a_chart_of_hundreds_of_points_takes_about_a_millisecond() -> None:
     points = [(float(x), math.sin(x / 50)) for x in range(500)]
     times = []
     for _ in range(20):
-        begun = time.thread_time()
+        start = time.thread_time()
         chart([Curve(points)], 40, 9)
-        times.append(time.thread_time() - begun)
+        times.append(time.thread_time() - start)
     assert min(times) < 0.005

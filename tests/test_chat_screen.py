@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pyte
 import pytest
-from models import CPU, roles_over, shake
+from models import CPU, perturb, roles_over
 from test_live_screen import ENVIRON, Emulator
 
 from lowrank_tune import settings
 from lowrank_tune.checkpoint import Snapshot, write_atomically
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
-from lowrank_tune.model.base import TINY, load_base, load_tokenizer
+from lowrank_tune.model.base import BUILTIN_MODEL, load_base, load_tokenizer
 from lowrank_tune.ui.columns import Columns
 from lowrank_tune.ui.frame import wrap
-from lowrank_tune.ui.talk import cleaned
+from lowrank_tune.ui.talk import escape_keep_newlines
 
 
 class Terminal:
@@ -95,9 +95,9 @@ def test_columns_begin_anew_where_the_terminal_changes_its_width(monkeypatch: py
     assert "\n".join(static([text, text], 23)) in shown
 
 
-def test_model_text_cannot_speak_to_the_terminal() -> None:
+def test_model_text_cannot_control_the_terminal() -> None:
     hostile = "a\x1b[2J\x1b]0;title\x07b\rc\n\td\u202ee\x9bf"
-    assert cleaned(hostile) == "a\\x1b[2J\\x1b]0;title\\x07b\\rc\n    d\\u202ee\\x9bf"
+    assert escape_keep_newlines(hostile) == "a\\x1b[2J\\x1b]0;title\\x07b\\rc\n    d\\u202ee\\x9bf"
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -106,9 +106,9 @@ def test_model_text_cannot_speak_to_the_terminal() -> None:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter over the tiny base, as somebody else may have made it."""
-    wanted = settings.Base(model=TINY)
+    wanted = settings.BaseConfig(model=BUILTIN_MODEL)
     roles = roles_over(load_base(wanted, load_tokenizer(wanted), CPU))
-    shake(roles, "policy", size=0.01)
+    perturb(roles, "policy", size=0.01)
     tensors, config = roles.adapter_tensors("policy"), roles.adapter_config("policy")
     return write_atomically(
         tmp_path_factory.mktemp("screen") / "adapter", Snapshot({WEIGHTS: tensors}, {CONFIG: config})
@@ -174,4 +174,4 @@ def test_behind_a_pipe(adapter: Path, tmp_path: Path) -> None:
         child.send_signal(2)
         assert child.wait(60) == 130 and b"interrupted" in child.stderr.read()
         child.stdin.close()
-    assert json.loads((adapter / CONFIG).read_text())["base_model_name_or_path"] == TINY
+    assert json.loads((adapter / CONFIG).read_text())["base_model_name_or_path"] == BUILTIN_MODEL

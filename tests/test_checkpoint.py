@@ -23,9 +23,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_tune import checkpoint
-from lowrank_tune.checkpoint import Broken, RunFolder, Snapshot, load, newest, rotate, store, write_atomically
-from lowrank_tune.errors import RunFailed, UserError
-from lowrank_tune.events import Event, Note
+from lowrank_tune.checkpoint import (
+    CorruptCheckpoint,
+    RunFolder,
+    Snapshot,
+    latest_checkpoint,
+    load,
+    rotate,
+    store,
+    write_atomically,
+)
+from lowrank_tune.errors import TrainingError, UserError
+from lowrank_tune.events import Event, LogMessage
 
 FILES = (
     "policy/adapter_model.safetensors",
@@ -72,7 +81,7 @@ def silent(event: Event) -> None:
     raise AssertionError(f"nothing should be told: {event}")
 
 
-def told() -> tuple[list[Event], Callable[[Event], None]]:
+def event_recorder() -> tuple[list[Event], Callable[[Event], None]]:
     events: list[Event] = []
     return events, events.append
 
@@ -141,7 +150,7 @@ def test_death_at_every_call(tmp_path: Path, again: bool) -> None:
             finally:
                 os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-        found = newest(folder, silent)
+        found = latest_checkpoint(folder, silent)
         assert found is not None
         step, content = found
         named = at == len(calls) - 1  # only the fsync of the parent was missing
@@ -167,7 +176,7 @@ def test_failure_at_every_call(tmp_path: Path, number: int, again: bool) -> None
             count_calls(patch, at, fail)
             with pytest.raises(UserError) as caught:
                 write_atomically(folder / "step-2", snapshot(2))
-        assert isinstance(caught.value, RunFailed) == (number in (errno.ENOSPC, errno.EIO))
+        assert isinstance(caught.value, TrainingError) == (number in (errno.ENOSPC, errno.EIO))
         words = {
             errno.ENOSPC: "the disk is full",
             errno.EACCES: "permission denied",
@@ -185,7 +194,7 @@ def test_a_limit_that_the_system_sets(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        with pytest.raises(RunFailed, match="step-2: the limit on the size of a file is reached"):
+        with pytest.raises(TrainingError, match="step-2: the limit on the size of a file is reached"):
             write_atomically(tmp_path / "step-2", snapshot(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -235,16 +244,16 @@ def test_every_corruption_is_found(tmp_path: Path, name: str) -> None:
             (two / name).unlink()
         else:
             (two / name).write_bytes(bad)
-        with pytest.raises(Broken):
+        with pytest.raises(CorruptCheckpoint):
             load(two)
-        events, emit = told()
-        found = newest(tmp_path, emit)
+        events, emit = event_recorder()
+        found = latest_checkpoint(tmp_path, emit)
         assert found is not None and found[0] == 1 and equal(found[1], snapshot(1)), what
-        assert len(events) == 1 and isinstance(events[0], Note) and events[0].level == "warning"
+        assert len(events) == 1 and isinstance(events[0], LogMessage) and events[0].level == "warning"
         assert "step-2 is broken" in events[0].message and "broken-step-2" in events[0].message
         shutil.rmtree(tmp_path / "broken-step-2")
         write_atomically(two, snapshot(2))
-        assert newest(tmp_path, silent) is not None
+        assert latest_checkpoint(tmp_path, silent) is not None
 
 
 def test_quarantine_takes_free_names_and_a_renamed_step_is_broken(tmp_path: Path) -> None:
@@ -256,12 +265,12 @@ def test_quarantine_takes_free_names_and_a_renamed_step_is_broken(tmp_path: Path
     (tmp_path / "step-010").mkdir()  # not our spelling
     (tmp_path / ".tmp-step-3-00").mkdir()
     (tmp_path / ".tmp-state.json-00").write_text("x")
-    events, emit = told()
-    found = newest(tmp_path, emit)
+    events, emit = event_recorder()
+    found = latest_checkpoint(tmp_path, emit)
     assert found is not None and found[0] == 1 and len(events) == 3
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["broken-step-7", "broken-step-8", "broken-step-8-2", "broken-step-9", "step-010", "step-1"]
-    assert newest(tmp_path / "absent", silent) is None
+    assert latest_checkpoint(tmp_path / "absent", silent) is None
 
 
 def rewritten(folder: Path, **changes: Any) -> None:
@@ -269,11 +278,11 @@ def rewritten(folder: Path, **changes: Any) -> None:
     path.write_bytes(store._manifest({**json.loads(path.read_bytes()), **changes}))
 
 
-def test_newer_version_is_not_set_aside(tmp_path: Path) -> None:
+def test_newer_version_is_not_quarantined(tmp_path: Path) -> None:
     rewritten(write_atomically(tmp_path / "step-1", snapshot(1)), version=99)
     with pytest.raises(UserError, match="another version") as caught:
-        newest(tmp_path, silent)
-    assert not isinstance(caught.value, Broken)
+        latest_checkpoint(tmp_path, silent)
+    assert not isinstance(caught.value, CorruptCheckpoint)
     assert (tmp_path / "step-1").exists()
 
 
@@ -282,7 +291,7 @@ def test_manifest_cannot_reach_outside(tmp_path: Path) -> None:
     for name in ("../secret.json", str(tmp_path / "secret.json")):
         target = write_atomically(tmp_path / "step-1", snapshot(1))
         rewritten(target, files={name: {"size": 1, "blake2b": store._hash(b"1")}})
-        with pytest.raises(Broken, match="outside"):
+        with pytest.raises(CorruptCheckpoint, match="outside"):
             load(target)
 
 
@@ -302,7 +311,9 @@ def test_rotate_that_dies_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(shutil, "rmtree", lambda path: (path / "manifest.json").unlink())
     rotate(tmp_path, keep=2)
     monkeypatch.undo()
-    assert newest(tmp_path, silent) is not None  # a half deleted step-1 would be told as broken once 2 and 3 are gone
+    assert (
+        latest_checkpoint(tmp_path, silent) is not None
+    )  # a half deleted step-1 would be told as broken once 2 and 3 are gone
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2", "step-3"]
 
 
@@ -476,11 +487,11 @@ def test_finished_run_is_left_alone(tmp_path: Path, exact: bool) -> None:
     (tmp_path / "demo-2").mkdir()
     (tmp_path / "demo-2" / "mine.txt").write_text("x")  # taken by something else
     before = {path: path.read_bytes() for path in (tmp_path / "demo").iterdir()}
-    events, emit = told()
+    events, emit = event_recorder()
     folder = begin(tmp_path / "demo", emit=emit, exact=exact)
     assert folder.path.name == "demo-3" and not folder.continued
     assert (
-        isinstance(events[0], Note)
+        isinstance(events[0], LogMessage)
         and events[0].level == ("warning" if exact else "info")
         and "demo-3" in events[0].message
     )
@@ -550,13 +561,13 @@ def test_one_process_writes_a_run(tmp_path: Path) -> None:
 
 def test_an_orphaned_worker_does_not_keep_the_lock(tmp_path: Path) -> None:
     """A run forks a worker and is killed; the worker lives on. The run must be free to be continued."""
-    (ready, said), (wait, release) = os.pipe(), os.pipe()
+    (ready, notify), (wait, release) = os.pipe(), os.pipe()
     run = os.fork()
     if run == 0:
         try:
             begin(tmp_path / "demo")
             if os.fork() == 0:
-                os.write(said, b"x")
+                os.write(notify, b"x")
                 os.read(wait, 1)
             else:
                 os.read(ready, 1)

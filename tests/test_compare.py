@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import HOSTILE, is_inert
+from hostile import HOSTILE_TEXTS, is_inert
 from test_report import check, started, step, write
 from typer.testing import CliRunner
 
 from lowrank_tune import UserError
 from lowrank_tune.cli import app
-from lowrank_tune.events import Event, Note, RunEnded, Sampled, Validated
-from lowrank_tune.ui.compare import Paper, compare, compare_page, read_sides, screen
+from lowrank_tune.events import Evaluated, Event, LogMessage, RunEnded, SampleLogged
+from lowrank_tune.ui.compare import TextCanvas, compare, compare_page, read_runs, screen
 from lowrank_tune.ui.compare.figures import rows
-from lowrank_tune.ui.compare.side import differences, labels_of, shared
+from lowrank_tune.ui.compare.side import common_metrics, differences, labels_of
 from lowrank_tune.ui.frame import Line, plain_text, width_of
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -46,12 +46,12 @@ def finished(
     return write(folder, *events, **files)
 
 
-def chain(folder: Path, *algorithms: str, begun: int = 2) -> Path:
+def chain(folder: Path, *algorithms: str, num_started: int = 2) -> Path:
     """A chain of which so many stages have ended."""
     folder.mkdir()
     stages = [{"name": algorithm, "algorithm": algorithm} for algorithm in algorithms]
     (folder / "run.json").write_text(json.dumps({"recipe": {"name": "chained", "stages": stages}}))
-    for number, algorithm in list(enumerate(algorithms, 1))[:begun]:
+    for number, algorithm in list(enumerate(algorithms, 1))[:num_started]:
         finished(
             folder / f"{number}-{algorithm}",
             algorithm,
@@ -69,11 +69,11 @@ def recorded(folder: Path, name: str, keep: int | None = None) -> Path:
 
 
 def table(*folders: Path) -> dict[str, list[str]]:
-    return dict(rows(read_sides(folders)))
+    return dict(rows(read_runs(folders)))
 
 
-def drawn(*folders: Path, paper: Paper = Paper(120)) -> str:  # noqa: B008
-    return plain_text(screen(read_sides(folders), paper))
+def drawn(*folders: Path, paper: TextCanvas = TextCanvas(120)) -> str:  # noqa: B008
+    return plain_text(screen(read_runs(folders), paper))
 
 
 def test_the_table_by_hand(tmp_path: Path) -> None:
@@ -96,13 +96,13 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
 
 
 def test_chains_and_runs_that_have_not_ended(tmp_path: Path) -> None:
-    whole, half = chain(tmp_path / "whole", "sft", "grpo"), chain(tmp_path / "half", "sft", "grpo", begun=1)
+    whole, half = chain(tmp_path / "whole", "sft", "grpo"), chain(tmp_path / "half", "sft", "grpo", num_started=1)
     going = write(
         tmp_path / "going",
         started(algorithm="grpo"),
         step(1, reward=0.2),
         step(2, reward=0.4),
-        Validated(step=2, stats={"heldout_policy_exact": 0.4}),
+        Evaluated(step=2, stats={"heldout_policy_exact": 0.4}),
     )
     broken = write(
         tmp_path / "broken",
@@ -128,15 +128,17 @@ def test_chains_and_runs_that_have_not_ended(tmp_path: Path) -> None:
 
 
 def test_recorded_runs_share_what_means_the_same(tmp_path: Path) -> None:
-    sides = read_sides([recorded(tmp_path / name, name) for name in ("demo", "dpo", "reward", "grpo")])
-    charts = [(name, [side.label for side in several]) for name, several in shared(sides)]
+    sides = read_runs([recorded(tmp_path / name, name) for name in ("demo", "dpo", "reward", "grpo")])
+    charts = [(name, [side.label for side in several]) for name, several in common_metrics(sides)]
     assert ("kl", ["demo", "dpo", "grpo"]) in charts and ("accuracy", ["dpo", "reward"]) in charts
     assert not [name for name, _ in charts if name == "loss"], "losses of different algorithms are different things"
     assert ("learning_rate", ["demo", "dpo", "reward", "grpo"]) in charts and all(
         len(several) > 1 for _, several in charts
     )
-    twice = read_sides([recorded(tmp_path / "again", "demo"), tmp_path / "demo"])
-    assert ("loss", ["again", "demo"]) in [(name, [side.label for side in several]) for name, several in shared(twice)]
+    twice = read_runs([recorded(tmp_path / "again", "demo"), tmp_path / "demo"])
+    assert ("loss", ["again", "demo"]) in [
+        (name, [side.label for side in several]) for name, several in common_metrics(twice)
+    ]
 
 
 @pytest.mark.parametrize("keep", [20_000, 40_003])
@@ -159,7 +161,7 @@ def test_settings_that_differ(tmp_path: Path) -> None:
         "data": {"train": [{"dataset": "x"}]},
     }
     one, two = finished(tmp_path / "a"), finished(tmp_path / "b", recipe=other)
-    assert differences(read_sides([one, two])) == {
+    assert differences(read_runs([one, two])) == {
         "train.learning_rate": ["0.001", "0.002"],
         "data.train.0.dataset": [None, "x"],
     }
@@ -171,13 +173,13 @@ def test_settings_that_differ(tmp_path: Path) -> None:
     assert "the settings of b are not known" in drawn(one, two) and "the settings of b are not known" in drawn(
         two, one
     ).replace("\n", " ")
-    chains = read_sides([chain(tmp_path / "x", "sft", "dpo"), chain(tmp_path / "y", "sft", "grpo")])
+    chains = read_runs([chain(tmp_path / "x", "sft", "dpo"), chain(tmp_path / "y", "sft", "grpo")])
     assert differences(chains) == {"stages": ["sft -> dpo", "sft -> grpo"], "algorithm": ["dpo", "grpo"]}, (
         "each lies in its own folder"
     )
 
 
-def test_labels_tell_runs_apart(tmp_path: Path) -> None:
+def test_labels_distinguish_runs(tmp_path: Path) -> None:
     assert labels_of([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
     assert labels_of([tmp_path / "a" / "run", tmp_path / "b" / "other"]) == ["run", "other"]
 
@@ -188,8 +190,8 @@ def test_wrong_input_in_one_sentence(tmp_path: Path) -> None:
     write(tmp_path / "silent")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "events.jsonl").write_bytes((RECORDED / "demo.jsonl").read_bytes()[:50])
-    later = chain(tmp_path / "later", "sft", "grpo", begun=0)
-    for names, told in (
+    later = chain(tmp_path / "later", "sft", "grpo", num_started=0)
+    for names, message in (
         ([good], "compare needs two runs or more"),
         ([good, good], "is named 2 times"),
         ([good, good / "events.jsonl"], "is named 2 times"),
@@ -200,9 +202,9 @@ def test_wrong_input_in_one_sentence(tmp_path: Path) -> None:
         ([good, later], "no stage of this chain has begun"),
     ):
         made = CliRunner().invoke(app, ["compare", *map(str, names)])
-        assert made.exit_code == UserError.exit_code and told in made.output and made.output.strip().count("\n") == 0, (
-            made.output
-        )
+        assert (
+            made.exit_code == UserError.exit_code and message in made.output and made.output.strip().count("\n") == 0
+        ), made.output
     assert not (tmp_path / "compare.html").exists()
     made = CliRunner().invoke(
         app, ["compare", str(good), str(finished(tmp_path / "b")), "--html", str(tmp_path / "no" / "x.html")]
@@ -222,9 +224,9 @@ def test_the_command_prints_plainly_and_writes_a_page(tmp_path: Path, monkeypatc
     )
     assert all(len(line) <= 120 for line in made.output.splitlines()[:-1])
     assert before == {path: path.read_bytes() for path in before}, "the runs are only read"
-    told = check((tmp_path / "compare.html").read_text(encoding="utf-8")).text
+    text = check((tmp_path / "compare.html").read_text(encoding="utf-8")).text
     for words in ("one, two", "held-out exact, after", "50.0 % (sft)", "Curves", "None: the recipes are the same"):
-        assert words in told, words
+        assert words in text, words
     assert (
         CliRunner().invoke(app, ["compare", str(one), str(two), "--html", str(tmp_path / "here.html")]).exit_code == 0
     )
@@ -238,14 +240,14 @@ class Tty(StringIO):
         return True
 
 
-def test_colours_only_where_they_are_wanted(tmp_path: Path) -> None:
+def test_colors_only_where_they_are_wanted(tmp_path: Path) -> None:
     runs = [finished(tmp_path / "one"), finished(tmp_path / "two")]
     page = tmp_path / "x.html"
-    coloured, bare, dumb = Tty(), Tty(), Tty()
-    compare(runs, page, coloured, {"TERM": "xterm-256color", "LANG": "en_GB.UTF-8", "COLUMNS": "80"})
+    colored, bare, dumb = Tty(), Tty(), Tty()
+    compare(runs, page, colored, {"TERM": "xterm-256color", "LANG": "en_GB.UTF-8", "COLUMNS": "80"})
     compare(runs, page, bare, {"TERM": "xterm-256color", "LANG": "en_GB.UTF-8", "NO_COLOR": "1"})
     compare(runs, page, dumb, {"TERM": "dumb", "LANG": "C"})
-    assert "\x1b[96m" in coloured.getvalue() and re.search("[\u2801-\u28ff]", coloured.getvalue())
+    assert "\x1b[96m" in colored.getvalue() and re.search("[\u2801-\u28ff]", colored.getvalue())
     assert not re.search(r"\x1b\[(3|9)\d", bare.getvalue()) and not re.search("[\u2801-\u28ff]", bare.getvalue()), (
         "signs tell lines apart"
     )
@@ -255,8 +257,8 @@ def test_colours_only_where_they_are_wanted(tmp_path: Path) -> None:
 
 def test_a_line_for_each_run(tmp_path: Path) -> None:
     """In a chart each run has its own sign, at the height of its value."""
-    sides = read_sides([finished(tmp_path / "high", losses=(4.0,) * 5), finished(tmp_path / "low", losses=(1.0,) * 5)])
-    lines = plain_text(screen(sides, Paper(80, signs=True))).splitlines()
+    sides = read_runs([finished(tmp_path / "high", losses=(4.0,) * 5), finished(tmp_path / "low", losses=(1.0,) * 5)])
+    lines = plain_text(screen(sides, TextCanvas(80, signs=True))).splitlines()
     chart = [line[:39] for line in lines[:9]]
     assert "loss" in chart[0] and "*4" in chart[0] and "o1" in chart[0]
     assert "*" in chart[1] and "o" not in chart[1] and "o" in chart[-2] and "*" not in chart[-2]
@@ -266,27 +268,27 @@ def test_a_line_for_each_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_every_width_and_number_of_runs(tmp_path: Path, width: int, count: int) -> None:
     names = [f"run-{number}-{'long' * number}" for number in range(count)]
-    sides = read_sides([finished(tmp_path / name) for name in names])
-    for paper in (Paper(width), Paper(width, signs=True), Paper(width, signs=True, ascii_only=True)):
+    sides = read_runs([finished(tmp_path / name) for name in names])
+    for paper in (TextCanvas(width), TextCanvas(width, signs=True), TextCanvas(width, signs=True, ascii_only=True)):
         lines: list[Line] = screen(sides, paper)
         assert all(width_of(line) <= width for line in lines)
-        told = plain_text(lines)
-        assert all(name[:8] in told for name in names) and told.count("held-out exact, after") >= 1
-        assert not paper.ascii_only or told.isascii()
+        text = plain_text(lines)
+        assert all(name[:8] in text for name in names) and text.count("held-out exact, after") >= 1
+        assert not paper.ascii_only or text.isascii()
     if (width, count) == (80, 2):
-        assert len(plain_text(screen(sides, Paper(width))).split("the recipes are the same")[1].splitlines()) <= 24
+        assert len(plain_text(screen(sides, TextCanvas(width))).split("the recipes are the same")[1].splitlines()) <= 24
 
 
 def test_hostile_text_is_inert(tmp_path: Path) -> None:
     good = finished(tmp_path / "good")
-    for number, bad in enumerate(HOSTILE):
+    for number, bad in enumerate(HOSTILE_TEXTS):
         events = [
             started(name=bad, model=bad, reference=bad, algorithm=bad),
-            Note(message=bad, level="warning"),
+            LogMessage(message=bad, level="warning"),
             step(1, **{bad: 1.0, "loss": 1.0, "kl": 1.0}),
             step(2, **{bad: 2.0, "loss": 1.0, "kl": 2.0}),
-            Validated(step=1, stats={f"heldout_{bad}_exact": 0.5, "heldout_base_exact": 0.1}),
-            Sampled(step=1, prompt=bad, completion=bad, finish="stop"),
+            Evaluated(step=1, stats={f"heldout_{bad}_exact": 0.5, "heldout_base_exact": 0.1}),
+            SampleLogged(step=1, prompt=bad, completion=bad, finish="stop"),
             RunEnded(status="failed", step=1, seconds=1.0, message=bad),
         ]
         folder = write(
@@ -295,7 +297,7 @@ def test_hostile_text_is_inert(tmp_path: Path) -> None:
             run={"recipe": {"algorithm": bad, bad: {bad: bad}}},
             summary={"status": "failed", "heldout_details": {bad: {bad: 0.1, "exact": bad}}, "hacking": bad},
         )
-        sides = read_sides([folder, good])
-        html, told = compare_page(sides), plain_text(screen(sides, Paper(100)))
+        sides = read_runs([folder, good])
+        html, text = compare_page(sides), plain_text(screen(sides, TextCanvas(100)))
         check(html)
-        assert is_inert(told) and "\x1b" not in told and len(html) < 200_000
+        assert is_inert(text) and "\x1b" not in text and len(html) < 200_000

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash import PHASES, Nursery, continue_to_the_end, small_recipe, trace
+from crash import KILL_POINTS, ForkServer, continue_to_the_end, run_fingerprint, small_recipe
 
 Straight = Callable[[str], dict[str, object]]
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    one = Nursery()
+def fork_server() -> Iterator[ForkServer]:
+    one = ForkServer()
     yield one
     one.close()
 
@@ -24,15 +24,15 @@ def recipe_of(algorithm: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def straight(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Straight:
+def straight(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Straight:
     """What an undisturbed run of an algorithm leaves."""
     known: dict[str, dict[str, object]] = {}
 
     def of(algorithm: str) -> dict[str, object]:
         if algorithm not in known:
             out = tmp_path_factory.mktemp("straight") / "run"
-            continue_to_the_end(nursery, recipe_of(algorithm), out)
-            known[algorithm] = trace(out)
+            continue_to_the_end(fork_server, recipe_of(algorithm), out)
+            known[algorithm] = run_fingerprint(out)
         return known[algorithm]
 
     return of
@@ -48,39 +48,43 @@ def slow(*values: Any) -> Any:
     [("sft", 0), slow("sft", 1), slow("sft", 2), slow("reward", 3), ("dpo", 4), ("grpo", 5), slow("ppo", 6)],
 )
 def test_killed_at_a_random_moment(
-    nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, seed: int
+    fork_server: ForkServer, straight: Straight, tmp_path: Path, algorithm: str, seed: int
 ) -> None:
     wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
-    status = nursery.run(
+    status = fork_server.run(
         recipe, out, kill_after=random.Random(seed).uniform(0.1, 3.0 if algorithm in ("sft", "grpo", "ppo") else 1.5)
     )
     if status != 0:
-        continue_to_the_end(nursery, recipe, out)
-    assert trace(out) == wanted
+        continue_to_the_end(fork_server, recipe, out)
+    assert run_fingerprint(out) == wanted
 
 
 @pytest.mark.parametrize(
     ("algorithm", "die_at"),
     [("sft", 60), slow("sft", 97), slow("reward", 70), slow("dpo", 20), ("dpo", 70), slow("grpo", 70), ("ppo", 70)],
 )
-def test_dies_in_a_write(nursery: Nursery, straight: Straight, tmp_path: Path, algorithm: str, die_at: int) -> None:
+def test_dies_in_a_write(
+    fork_server: ForkServer, straight: Straight, tmp_path: Path, algorithm: str, die_at: int
+) -> None:
     wanted, recipe, out = straight(algorithm), recipe_of(algorithm), tmp_path / "run"
-    assert nursery.run(recipe, out, die_at=die_at) != 0, "it should have died"
-    continue_to_the_end(nursery, recipe, out)
-    assert trace(out) == wanted
+    assert fork_server.run(recipe, out, die_at=die_at) != 0, "it should have died"
+    continue_to_the_end(fork_server, recipe, out)
+    assert run_fingerprint(out) == wanted
 
 
 @pytest.mark.parametrize(
     ("phase", "call"), [("rollout", 70), slow("scoring", 4), ("update", 9), slow("between passes", 5)]
 )
 def test_killed_in_each_phase_of_grpo(
-    nursery: Nursery, straight: Straight, tmp_path: Path, phase: str, call: int
+    fork_server: ForkServer, straight: Straight, tmp_path: Path, phase: str, call: int
 ) -> None:
     wanted, recipe, out = straight("grpo"), recipe_of("grpo"), tmp_path / "run"
-    assert nursery.run(recipe, out, die_in={"where": PHASES[phase], "call": call}) == 9, "it should have been killed"
+    assert fork_server.run(recipe, out, die_in={"where": KILL_POINTS[phase], "call": call}) == 9, (
+        "it should have been killed"
+    )
     assert not (out / "final").exists()
-    continue_to_the_end(nursery, recipe, out)
-    assert trace(out) == wanted
+    continue_to_the_end(fork_server, recipe, out)
+    assert run_fingerprint(out) == wanted
 
 
 @pytest.mark.parametrize(
@@ -88,13 +92,15 @@ def test_killed_in_each_phase_of_grpo(
     [slow("rollout", 40), slow("scoring", 3), ("valuing", 4), ("update of ppo", 13), slow("between passes of ppo", 7)],
 )
 def test_killed_in_each_phase_of_ppo(
-    nursery: Nursery, straight: Straight, tmp_path: Path, phase: str, call: int
+    fork_server: ForkServer, straight: Straight, tmp_path: Path, phase: str, call: int
 ) -> None:
     wanted, recipe, out = straight("ppo"), recipe_of("ppo"), tmp_path / "run"
-    assert nursery.run(recipe, out, die_in={"where": PHASES[phase], "call": call}) == 9, "it should have been killed"
+    assert fork_server.run(recipe, out, die_in={"where": KILL_POINTS[phase], "call": call}) == 9, (
+        "it should have been killed"
+    )
     assert not (out / "final").exists()
-    continue_to_the_end(nursery, recipe, out)
-    assert trace(out) == wanted
+    continue_to_the_end(fork_server, recipe, out)
+    assert run_fingerprint(out) == wanted
 
 
 def test_what_is_compared_of_ppo(straight: Straight) -> None:
@@ -104,9 +110,9 @@ def test_what_is_compared_of_ppo(straight: Straight) -> None:
     assert len({stats["kl_coefficient"] for _, stats in found["steps"]}) == 6  # type: ignore[attr-defined]
 
 
-def test_a_changed_seed_would_be_noticed(nursery: Nursery, straight: Straight, tmp_path: Path) -> None:
-    continue_to_the_end(nursery, {**small_recipe(), "seed": 1}, tmp_path / "run")
-    assert trace(tmp_path / "run") != straight("sft")
+def test_a_changed_seed_would_be_noticed(fork_server: ForkServer, straight: Straight, tmp_path: Path) -> None:
+    continue_to_the_end(fork_server, {**small_recipe(), "seed": 1}, tmp_path / "run")
+    assert run_fingerprint(tmp_path / "run") != straight("sft")
 
 
 def test_scores_are_looked_at(straight: Straight) -> None:

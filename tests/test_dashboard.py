@@ -13,26 +13,26 @@ from xml.etree import ElementTree
 import pytest
 
 from lowrank_tune.events import (
+    CheckpointSaved,
+    Evaluated,
     Event,
-    Grouped,
-    Note,
+    GroupLogged,
+    LogMessage,
     Progress,
     RunEnded,
     RunStarted,
-    Sampled,
-    Saved,
-    StepDone,
-    Validated,
+    SampleLogged,
+    StepEnd,
     from_json,
 )
-from lowrank_tune.ui.card import Card
-from lowrank_tune.ui.frame import coded, fit, plain_text, width_of, wrap
+from lowrank_tune.ui.card import GpuStats
+from lowrank_tune.ui.frame import fit, plain_text, to_ansi, width_of, wrap
 from lowrank_tune.ui.panes import View, chart_pane
 from lowrank_tune.ui.render import render, render_several
-from lowrank_tune.ui.screenshot import screenshot, until
-from lowrank_tune.ui.session import press
-from lowrank_tune.ui.state import MOST_POINTS, Series, State
-from tests.hostile import HOSTILE, is_inert
+from lowrank_tune.ui.screenshot import screenshot, state_at_step
+from lowrank_tune.ui.session import handle_key
+from lowrank_tune.ui.state import MAX_POINTS, Series, State
+from tests.hostile import HOSTILE_TEXTS, is_inert
 
 HERE = Path(__file__).parent
 
@@ -55,15 +55,15 @@ def state_after(events: list[Event]) -> State:
     return state
 
 
-def steps(count: int, first: int = 1, begun: float = 0.0, **stats: float) -> list[Event]:
+def steps(count: int, first: int = 1, start_time: float = 0.0, **stats: float) -> list[Event]:
     return [
-        StepDone(
+        StepEnd(
             step=step,
             steps=100,
             stats=stats or {"loss": 1 / step, "kl": 0.1},
             seconds=1.0,
             tokens=50,
-            time=begun + step,
+            time=start_time + step,
         )
         for step in range(first, first + count)
     ]
@@ -71,7 +71,7 @@ def steps(count: int, first: int = 1, begun: float = 0.0, **stats: float) -> lis
 
 def up_to(events: list[Event], step: int) -> list[Event]:
     return events[
-        : next(index for index, event in enumerate(events) if isinstance(event, StepDone) and event.step == step)
+        : next(index for index, event in enumerate(events) if isinstance(event, StepEnd) and event.step == step)
     ]
 
 
@@ -174,39 +174,39 @@ def test_several_runs() -> None:
 
 
 def test_hostile_text_is_inert() -> None:
-    for text in HOSTILE:
+    for text in HOSTILE_TEXTS:
         events = [
             replace(START, name=text, algorithm=text, model=text, roles={text: [text]}, reference=text, device=text),
             *steps(3, **{"loss": 1.0, text: 2.0, f"validation_{text}": 1.0}),
             Progress(what=text, done=1, total=2, time=4.0),
-            Note(message=text, time=5.0),
-            Note(message=text, level="warning", time=5.0),
-            Saved(step=3, path=text, seconds=0.1, time=5.0),
-            Sampled(step=0, prompt=text, completion=text, finish="stop", gold=text, role=text, time=6.0),
-            Sampled(step=3, prompt=text, completion=text, finish=text, gold=text, role=text, time=7.0),
-            Validated(step=3, stats={f"heldout_{text}_exact": 0.5, f"validation_{text}": 1.0}, time=8.0),
+            LogMessage(message=text, time=5.0),
+            LogMessage(message=text, level="warning", time=5.0),
+            CheckpointSaved(step=3, path=text, seconds=0.1, time=5.0),
+            SampleLogged(step=0, prompt=text, completion=text, finish="stop", gold=text, role=text, time=6.0),
+            SampleLogged(step=3, prompt=text, completion=text, finish=text, gold=text, role=text, time=7.0),
+            Evaluated(step=3, stats={f"heldout_{text}_exact": 0.5, f"validation_{text}": 1.0}, time=8.0),
             Progress(what=text, done=1, total=2),
         ]
         pair = [
             replace(START, algorithm="reward", stage=2, stages=2, time=10.0),
-            Sampled(step=3, prompt=text, completion=text, finish="stop", role="chosen", reward=1.0, time=11.0),
-            Sampled(step=3, prompt=text, completion=text, finish=text, role="rejected", time=11.0),
-            Validated(step=3, stats={f"pairs_{text}": 1.0, "pairs_accuracy": 0.5}, time=12.0),
+            SampleLogged(step=3, prompt=text, completion=text, finish="stop", role="chosen", reward=1.0, time=11.0),
+            SampleLogged(step=3, prompt=text, completion=text, finish=text, role="rejected", time=11.0),
+            Evaluated(step=3, stats={f"pairs_{text}": 1.0, "pairs_accuracy": 0.5}, time=12.0),
         ]
         later = [
             replace(START, roles={"reference": [text]}, stage=3, stages=3, time=20.0),
-            Sampled(step=0, prompt=text, completion=text, finish="stop", role="reference", time=21.0),
+            SampleLogged(step=0, prompt=text, completion=text, finish="stop", role="reference", time=21.0),
         ]
-        told = {"text": text, "reward": 1.0, "advantage": 1.0, "finish": text, "parts": {text: 1.0, "b": 2.0}}
+        completion = {"text": text, "reward": 1.0, "advantage": 1.0, "finish": text, "parts": {text: 1.0, "b": 2.0}}
         group = [
-            Grouped(
+            GroupLogged(
                 step=3,
                 prompt=text,
                 gold=text,
                 time=13.0,
-                completions=[told, {**told, "reward": text, "parts": text}, text],
+                completions=[completion, {**completion, "reward": text, "parts": text}, text],
             ),
-            *steps(3, begun=13.0, **{"reward": 1.0, f"reward_{text}": 1.0, "reward_b": 1.0}),
+            *steps(3, start_time=13.0, **{"reward": 1.0, f"reward_{text}": 1.0, "reward_b": 1.0}),
         ]
         for state in (
             state_after(events),
@@ -223,24 +223,24 @@ def test_hostile_text_is_inert() -> None:
             ):
                 lines = render(state, view, width, height)
                 assert is_inert(plain_text(lines)) and all(width_of(line) == width for line in lines)
-                codes = "".join(coded(line, True) for line in lines)
+                codes = "".join(to_ansi(line, True) for line in lines)
                 # no escape but for our colours
                 assert is_inert("".join(part.partition("m")[2] for part in ("m" + codes).split("\x1b[")))
                 assert plain_text(render(state, replace(view, ascii_only=True), width, height)).isascii()
 
 
-def test_no_color_has_no_colour() -> None:
-    codes = "".join(coded(line, False) for line in render(state_after(RECORDED), View(), 120, 40))
+def test_no_color_disables_colors() -> None:
+    codes = "".join(to_ansi(line, False) for line in render(state_after(RECORDED), View(), 120, 40))
     assert "\x1b[3" not in codes and "\x1b[9" not in codes and "\x1b[7m" in codes
 
 
-def test_time_is_shared_out_and_an_eta_told() -> None:
+def test_time_is_shared_out_and_an_eta_shown() -> None:
     checked, saved = (
-        Validated(step=4, stats={"validation_loss": 1.0}, time=6.0),
-        Saved(step=4, path="p", seconds=2.0, time=8.0),
+        Evaluated(step=4, stats={"validation_loss": 1.0}, time=6.0),
+        CheckpointSaved(step=4, path="p", seconds=2.0, time=8.0),
     )
     state = state_after([Progress(what="loading", done=0, total=1, time=-4.0), START, *steps(4), checked, saved])
-    assert state.shares() == {"loading": 4 / 12, "training": 4 / 12, "evaluating": 2 / 12, "saving": 2 / 12}
+    assert state.phase_shares() == {"loading": 4 / 12, "training": 4 / 12, "evaluating": 2 / 12, "saving": 2 / 12}
     assert state.seconds_left == 96.0 and state.tokens_per_second == 50.0
     shown = plain_text(render(state, View(), 120, 40))
     assert "ETA 1:36" in shown and "50 tokens/s" in shown and "training 33%" in shown
@@ -256,8 +256,8 @@ def ended(status: str = "done", step: int = 10, time: float = 11.0) -> RunEnded:
     return RunEnded(status=status, step=step, seconds=10.0, time=time)  # type: ignore[arg-type]
 
 
-def answered(step: int, completion: str, role: str = "policy", time: float = 10.0, **more: float) -> Sampled:
-    return Sampled(step=step, prompt="1+1?", completion=completion, finish="stop", role=role, time=time, **more)  # type: ignore[arg-type]
+def answered(step: int, completion: str, role: str = "policy", time: float = 10.0, **more: float) -> SampleLogged:
+    return SampleLogged(step=step, prompt="1+1?", completion=completion, finish="stop", role=role, time=time, **more)  # type: ignore[arg-type]
 
 
 def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
@@ -270,8 +270,8 @@ def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
         answered(0, "three", "reference", 0.0),
         *steps(10, loss=9.0),
         answered(10, "two"),
-        Validated(step=10, stats={"heldout_sft_exact": 0.5, "validation_loss": 1.0}, best=True, time=10.0),
-        Note(message="watch out", level="warning", time=10.5),
+        Evaluated(step=10, stats={"heldout_sft_exact": 0.5, "validation_loss": 1.0}, best=True, time=10.0),
+        LogMessage(message="watch out", level="warning", time=10.5),
         ended(),
     ]
     state = state_after(before)
@@ -279,11 +279,11 @@ def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
     # a day may lie between the stages
     state = state_after([*before, Progress(what="tokenising", done=1, total=2, time=100.0)])
     shown = plain_text(render(state, View(), 80, 24))
-    assert "  loading" in shown and "tokenising 1/2" in shown and state.ended is None and state.shares() == {}
+    assert "  loading" in shown and "tokenising 1/2" in shown and state.ended is None and state.phase_shares() == {}
     state = state_after([*before, Progress(what="tokenising", done=1, total=2, time=100.0), second])
     assert not state.series and state.step == 0 and state.best_step is state.seconds_left is None
-    assert state.shares() == {"loading": 1.0} and state.heldout == {"sft": {"exact": 0.5}}
-    now = [answered(0, "two!", "reference", 201.0), *steps(3, begun=201.0, loss=0.7), answered(3, "2", time=205.0)]
+    assert state.phase_shares() == {"loading": 1.0} and state.heldout == {"sft": {"exact": 0.5}}
+    now = [answered(0, "two!", "reference", 201.0), *steps(3, start_time=201.0, loss=0.7), answered(3, "2", time=205.0)]
     state = state_after([*before, second, *now])
     shown = plain_text(render(state, View(), 120, 40))
     assert (
@@ -292,8 +292,8 @@ def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
         and "watch out" in shown
         and state.series["loss"].points[0] == (1, 0.7)
     )
-    told = [line.split()[-2:] for line in shown.splitlines() if line.endswith(("three", "two!", "step 3    2"))]
-    assert told == [["base", "three"], ["sft", "two!"], ["3", "2"]]
+    rows = [line.split()[-2:] for line in shown.splitlines() if line.endswith(("three", "two!", "step 3    2"))]
+    assert rows == [["base", "three"], ["sft", "two!"], ["3", "2"]]
     assert [who for who, _ in state.earlier["1+1?"]] == ["base", "sft"]
     state.apply(ended("interrupted", time=210.0))
     assert "stage 2 interrupted in 0:10" in plain_text(render(state, View(), 80, 24))
@@ -321,7 +321,7 @@ def test_both_sides_of_a_pair_with_their_scores() -> None:
     at = lines.index("chosen +0.250 yes")
     assert lines[at - 1] == "1+1?" and lines[at + 1] == "rejected +0.500 no"
     again = [answered(20, "yes", "chosen", reward=0.75), answered(20, "no", "rejected", reward=0.5)]
-    state = state_after([start, *looks, *again, Validated(step=20, stats={"pairs_accuracy": 0.875}, time=30.0)])
+    state = state_after([start, *looks, *again, Evaluated(step=20, stats={"pairs_accuracy": 0.875}, time=30.0)])
     assert len(state.pairs) == 2 and "chosen     +0.750  yes" in plain_text(render(state, View(), 80, 24))
     assert "held-out pairs right: 87.5 %" in plain_text(render(state, View(), 80, 24))
     alone = state_after([start, answered(1, "x", "rejected", reward=1.0), answered(1, "y", "chosen", reward=1.0)])
@@ -338,7 +338,7 @@ def test_two_sides_stand_in_one_chart_each_in_its_style() -> None:
 
 def test_names_with_underscores_are_read_whole() -> None:
     state = state_after(
-        [START, Validated(step=0, stats={"heldout_my_sft_exact": 0.5, "heldout_my_sft_pass_at_8": 0.75}, time=1.0)]
+        [START, Evaluated(step=0, stats={"heldout_my_sft_exact": 0.5, "heldout_my_sft_pass_at_8": 0.75}, time=1.0)]
     )
     assert state.heldout == {"my_sft": {"exact": 0.5, "pass_at_8": 0.75}}
 
@@ -347,11 +347,11 @@ def test_long_series_stay_short_and_true() -> None:
     series = Series()
     for step in range(1, 50_001):
         series.add(step, float("nan") if step % 7 == 0 else step)
-    assert len(series.points) <= MOST_POINTS and series.points[-1][0] > 49_000 and series.last == 50_000
+    assert len(series.points) <= MAX_POINTS and series.points[-1][0] > 49_000 and series.last == 50_000
     assert all(abs(value - step) < 200 for step, value in series.points if math.isfinite(value))
 
 
-def test_the_header_tells_how_it_stands() -> None:
+def test_the_header_shows_the_status() -> None:
     state = state_after(
         [replace(START, stage=2, stages=3, memory_total_gib=24.0), *steps(3, loss=1.0, memory_gib=18.9)]
     )
@@ -362,7 +362,7 @@ def test_the_header_tells_how_it_stands() -> None:
         and "18.9 of 24.0 GiB" in shown
         and "reference = the base" in shown
     )
-    assert "paused" in plain_text(render(state, View(asked=("paused: p goes on",)), 80, 24))
+    assert "paused" in plain_text(render(state, View(pending=("paused: p goes on",)), 80, 24))
     state.apply(RunEnded(status="interrupted", step=3, seconds=61.0))
     assert "interrupted in 1:01" in plain_text(render(state, View(), 80, 24))
 
@@ -371,9 +371,9 @@ def test_warnings_stand_first_and_repeats_are_counted() -> None:
     state = state_after(
         [
             START,
-            Note(message="old warning", level="warning", time=1.0),
-            *[Note(message="again", level="warning", time=2.0)] * 3,
-            *(Note(message=f"news {n}", time=3.0) for n in range(50)),
+            LogMessage(message="old warning", level="warning", time=1.0),
+            *[LogMessage(message="again", level="warning", time=2.0)] * 3,
+            *(LogMessage(message=f"news {n}", time=3.0) for n in range(50)),
         ]
     )
     shown = plain_text(render(state, View(), 120, 40))
@@ -382,16 +382,16 @@ def test_warnings_stand_first_and_repeats_are_counted() -> None:
 
 def test_keys_change_the_view() -> None:
     view = View()
-    assert press(view, "l").log_scale and press(view, "?").help and press(view, "n").sample == 1
+    assert handle_key(view, "l").log_scale and handle_key(view, "?").help and handle_key(view, "n").sample == 1
     assert (
-        press(view, "+").smoothing == view.smoothing + 1
-        and press(view, "-").smoothing == view.smoothing - 1
-        and press(view, "x") is view
+        handle_key(view, "+").smoothing == view.smoothing + 1
+        and handle_key(view, "-").smoothing == view.smoothing - 1
+        and handle_key(view, "x") is view
     )
     for _ in range(20):
-        view = press(view, "+")
+        view = handle_key(view, "+")
     assert "question 2 of 4" in plain_text(render(state_after(RECORDED), replace(view, sample=5), 80, 24))
-    assert "pause" not in plain_text(render(state_after(RECORDED), View(mine=False), 80, 24))
+    assert "pause" not in plain_text(render(state_after(RECORDED), View(owns_run=False), 80, 24))
 
 
 def test_reward_is_drawn_where_there_is_one() -> None:
@@ -409,24 +409,24 @@ def wrote(text: str, reward: float, advantage: float, finish: str = "stop", **pa
     }
 
 
-def told_group(step: int, *completions: dict[str, object], time: float = 1.0) -> Grouped:
-    return Grouped(step=step, prompt="1+1?", gold="2", completions=list(completions), time=time)
+def make_group(step: int, *completions: dict[str, object], time: float = 1.0) -> GroupLogged:
+    return GroupLogged(step=step, prompt="1+1?", gold="2", completions=list(completions), time=time)
 
 
 def lines_of(state: State, view: View, width: int = 80, height: int = 24) -> list[str]:
     return [" ".join(line.split()) for line in plain_text(render(state, view, width, height)).splitlines()]
 
 
-def test_a_group_is_seen_best_paid_first_and_equal_completions_once() -> None:
+def test_a_group_is_shown_highest_reward_first_and_equal_completions_once() -> None:
     start = replace(START, algorithm="grpo")
-    group = told_group(
+    group = make_group(
         7,
         wrote("five", 0.0, -1.0),
         wrote("two", 1.0, 1.0),
         wrote("five", 0.0, -1.0),
         wrote("on and on", -0.5, -2.0, "length"),
     )
-    state = state_after([start, told_group(6, wrote("old", 0.0, 0.0)), *steps(6, reward=0.5), group])
+    state = state_after([start, make_group(6, wrote("old", 0.0, 0.0)), *steps(6, reward=0.5), group])
     lines = lines_of(state, View(group=True))
     at = lines.index("1+1? [gold 2]")
     assert lines[at - 1].startswith("\u2500\u2500 group of step 7: 4 completions") and "old" not in lines
@@ -436,16 +436,16 @@ def test_a_group_is_seen_best_paid_first_and_equal_completions_once() -> None:
         "-0.500 -2.000 cut on and on",
     ]
     assert lines[at + 5] == "mean reward 0.125, from -0.500 to 1.000; 1 of 4 cut off; g or Esc leaves"
-    dead = state_after([start, told_group(1, wrote("x", 1.0, 0.0))])
-    assert "no signal: all earn the same" in plain_text(render(dead, View(group=True), 80, 24))
+    zero_std = state_after([start, make_group(1, wrote("x", 1.0, 0.0))])
+    assert "no signal: all earn the same" in plain_text(render(zero_std, View(group=True), 80, 24))
 
 
 def test_several_rewards_of_a_completion_are_named_and_many_completions_have_pages() -> None:
     start = replace(START, algorithm="grpo")
-    state = state_after([start, told_group(1, wrote("two", 1.5, 1.0, answer=1.0, format=0.5))])
+    state = state_after([start, make_group(1, wrote("two", 1.5, 1.0, answer=1.0, format=0.5))])
     assert "answer 1.000 format 0.500" in lines_of(state, View(group=True))
     state = state_after(
-        [start, told_group(1, *(wrote(f"number {n}, " + "word " * 60, n / 64, 1.0) for n in range(64)))]
+        [start, make_group(1, *(wrote(f"number {n}, " + "word " * 60, n / 64, 1.0) for n in range(64)))]
     )
     seen = set()
     for page in range(64):
@@ -455,16 +455,16 @@ def test_several_rewards_of_a_completion_are_named_and_many_completions_have_pag
 
 
 def test_keys_open_and_leave_the_group() -> None:
-    view = press(View(), "g")
+    view = handle_key(View(), "g")
     assert (
         view.group
-        and not press(view, "g").group
-        and not press(view, "\x1b").group
-        and not press(View(help=True), "\x1b").help
+        and not handle_key(view, "g").group
+        and not handle_key(view, "\x1b").group
+        and not handle_key(View(help=True), "\x1b").help
     )
-    assert press(View(help=True), "g") == View(group=True)
+    assert handle_key(View(help=True), "g") == View(group=True)
     sft, grpo = state_after(RECORDED), state_after(GRPO)
-    assert "newest group" in plain_text(render(grpo, View(help=True, mine=False), 80, 24))
+    assert "newest group" in plain_text(render(grpo, View(help=True, owns_run=False), 80, 24))
     assert " g group" in plain_text(render(grpo, View(), 80, 24))
     assert "newest group" not in plain_text(render(sft, View(help=True), 80, 24)) and "group" not in plain_text(
         render(sft, View(), 80, 24)
@@ -477,21 +477,21 @@ def test_the_phases_of_a_step_share_its_time() -> None:
     stats = {"reward": 0.5, "rollout_seconds": 3.0, "score_seconds": 1.0}
     events = [
         replace(START, algorithm="grpo"),
-        told_group(1, wrote("x", 0.0, 0.0), time=4.0),
-        Note(message="amid", time=5.0),
-        StepDone(step=1, steps=9, stats=stats, seconds=10.0, tokens=5, time=10.0),
+        make_group(1, wrote("x", 0.0, 0.0), time=4.0),
+        LogMessage(message="amid", time=5.0),
+        StepEnd(step=1, steps=9, stats=stats, seconds=10.0, tokens=5, time=10.0),
     ]
     state = state_after(events)
-    assert state.shares_within() == {"rollout": 0.3, "score": 0.1, "update": 0.6} and state.shares() == {
+    assert state.step_phase_shares() == {"rollout": 0.3, "score": 0.1, "update": 0.6} and state.phase_shares() == {
         "training": 1.0
     }
     assert "step rollout 30% score 10% update 60%" in " ".join(lines_of(state, View()))
-    assert state_after([START, *steps(3)]).shares_within() == {}
+    assert state_after([START, *steps(3)]).step_phase_shares() == {}
 
 
 def test_held_out_answers_while_training_are_a_curve_and_no_stage() -> None:
-    def measured(step: int, who: str, exact: float, time: float) -> Validated:
-        return Validated(
+    def measured(step: int, who: str, exact: float, time: float) -> Evaluated:
+        return Evaluated(
             step=step,
             stats={f"heldout_{who}_exact": exact, f"heldout_{who}_length": 9.0},
             time=time,
@@ -559,7 +559,7 @@ def test_wrapping_and_fitting_by_cells() -> None:
     assert fit([("\u4e2d\u4e2d", "")], 3) == [("\u4e2d ", "")] and fit([("a", "")], 3) == [("a", ""), ("  ", "")]
 
 
-def test_a_card_speaks_through_nvidia_ml(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_read_through_nvidia_ml(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
     from types import SimpleNamespace as Named
 
@@ -572,16 +572,16 @@ def test_a_card_speaks_through_nvidia_ml(monkeypatch: pytest.MonkeyPatch) -> Non
         nvmlDeviceGetUtilizationRates=lambda handle: Named(gpu=97),
     )
     monkeypatch.setitem(sys.modules, "pynvml", driver)
-    assert Card().read() == "card 19.0/24.0 GiB 71 C 310 W 97 %"
+    assert GpuStats().read() == "card 19.0/24.0 GiB 71 C 310 W 97 %"
     driver.nvmlDeviceGetTemperature = None
-    assert Card().read() == ""
+    assert GpuStats().read() == ""
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert Card().read() == ""
+    assert GpuStats().read() == ""
 
 
 def test_the_picture_in_the_readme_is_drawn_from_the_recorded_run() -> None:
     """Made by `python -m lowrank_tune.ui.screenshot tests/recorded/demo.jsonl docs/dashboard.svg 120 40 86`."""
-    svg = screenshot(until(RECORDED, 86), 120, 40)
+    svg = screenshot(state_at_step(RECORDED, 86), 120, 40)
     assert svg == (HERE.parent / "docs" / "dashboard.svg").read_text(encoding="utf-8")
     assert "url(http" not in svg and "@font-face" not in svg
     words = "".join(ElementTree.fromstring(svg).itertext()).replace("\xa0", " ")

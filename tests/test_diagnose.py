@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from lowrank_tune.algorithms import dpo
-from lowrank_tune.events import Grouped, Note, RunEnded, RunStarted, StepDone, Validated
+from lowrank_tune.events import Evaluated, GroupLogged, LogMessage, RunEnded, RunStarted, StepEnd
 from lowrank_tune.ui.diagnose import COLLAPSED, diagnose
 from lowrank_tune.ui.state import State
 
@@ -32,12 +32,12 @@ def after(
     values: Values = {**HEALTHY, **changed}
     for step in range(1, steps + 1):
         state.apply(
-            StepDone(
+            StepEnd(
                 step=step, steps=steps, stats={name: of(step) for name, of in values.items()}, seconds=1.0, tokens=10
             )
         )
     for index, value in enumerate(validation):
-        state.apply(Validated(step=10 * (index + 1), stats={"validation_loss": value}))
+        state.apply(Evaluated(step=10 * (index + 1), stats={"validation_loss": value}))
     return state
 
 
@@ -49,15 +49,15 @@ PAIRS: Values = {
 """Of a healthy run on pairs."""
 
 
-def told(state: State, **stats: float) -> State:
-    state.apply(Validated(step=state.step, stats=stats))
+def with_evaluation(state: State, **stats: float) -> State:
+    state.apply(Evaluated(step=state.step, stats=stats))
     return state
 
 
 def checked(state: State, *accuracies: float) -> State:
     """The same state after so many validations."""
     for accuracy in accuracies:
-        told(state, validation_accuracy=accuracy)
+        with_evaluation(state, validation_accuracy=accuracy)
     return state
 
 
@@ -75,35 +75,37 @@ ROLLOUTS: Values = {
 """Of a healthy run on rewards between 0 and 1."""
 
 
-def rolled(
+def rollout_state(
     steps: int = 40,
-    earned: tuple[float, ...] = (0.0, 1.0),
+    rewards: tuple[float, ...] = (0.0, 1.0),
     exact: tuple[float, ...] = (),
     algorithm: str = "grpo",
     **changed: Callable[[int], float],
 ) -> State:
     """A state after so many steps of GRPO, whose newest group earned this."""
     state = after(steps, algorithm, **{**ROLLOUTS, **changed})
-    told = [{"text": "x", "reward": reward, "advantage": 0.0, "finish": "stop", "parts": {}} for reward in earned]
-    state.apply(Grouped(step=steps, prompt="p", completions=told))
+    completions = [
+        {"text": "x", "reward": reward, "advantage": 0.0, "finish": "stop", "parts": {}} for reward in rewards
+    ]
+    state.apply(GroupLogged(step=steps, prompt="p", completions=completions))
     for place, value in enumerate(exact):
-        state.apply(Validated(step=10 * (place + 1), stats={"heldout_policy_exact": value}))
+        state.apply(Evaluated(step=10 * (place + 1), stats={"heldout_policy_exact": value}))
     return state
 
 
-def said(state: State) -> str:
+def diagnoses_text(state: State) -> str:
     return " / ".join(f"{diagnosis.level}: {diagnosis.text}" for diagnosis in diagnose(state))
 
 
 def test_all_good_and_too_early() -> None:
-    assert said(State()).startswith(": no step yet")
-    assert said(after(5)) == ": too early to judge: 5 of the first 20 steps"
-    assert said(after(40)).startswith("good: all good: loss 0.") and "validation 0.9 -> 0.5" in said(
-        after(40, validation=(0.9, 0.6, 0.5))
-    )
+    assert diagnoses_text(State()).startswith(": no step yet")
+    assert diagnoses_text(after(5)) == ": too early to judge: 5 of the first 20 steps"
+    assert diagnoses_text(after(40)).startswith(
+        "good: all good: loss 0."
+    ) and "validation 0.9 -> 0.5" in diagnoses_text(after(40, validation=(0.9, 0.6, 0.5)))
     failed = after(5)
     failed.apply(RunEnded(status="failed", step=5, seconds=1.0))
-    assert "the run failed" in said(failed)
+    assert "the run failed" in diagnoses_text(failed)
 
 
 @pytest.mark.parametrize(
@@ -157,50 +159,52 @@ def test_all_good_and_too_early() -> None:
             "81%): fewer steps",
         ),
         (
-            told(after(40, "reward", **PAIRS), pairs_length_correlation=0.61),
+            with_evaluation(after(40, "reward", **PAIRS), pairs_length_correlation=0.61),
             "warning: the score follows the length of an answer (correlation +0.61): "
             "longer ones win whatever they say: balance the lengths in the data",
         ),
         (
-            told(after(40, "dpo", **PAIRS), pairs_length_correlation=-0.7),
+            with_evaluation(after(40, "dpo", **PAIRS), pairs_length_correlation=-0.7),
             "shorter ones win whatever they say: balance the lengths in the data, or set dpo.loss=sigmoid_norm",
         ),
         (
-            rolled(kl=lambda s: 0.8),
+            rollout_state(kl=lambda s: 0.8),
             "warning: KL to the reference is 0.8 nats a token, above 0.5: the policy has gone far; raise grpo.kl",
         ),
         (
-            rolled(entropy=lambda s: 0.3 / s**2, reward=lambda s: min(0.5, 0.2 + s / 50)),
+            rollout_state(entropy=lambda s: 0.3 / s**2, reward=lambda s: min(0.5, 0.2 + s / 50)),
             "nats a token while the reward stalls: the policy tries nothing new: raise grpo.kl",
         ),
         (
-            rolled(reward=lambda s: 0.3),
+            rollout_state(reward=lambda s: 0.3),
             "warning: the reward does not rise: 0.3 at first, 0.3 now: a higher train.learning_rate",
         ),
         (
-            rolled(reward=lambda s: 0.8 - s / 60),
+            rollout_state(reward=lambda s: 0.8 - s / 60),
             "bad: the reward falls: 0.708 at first, 0.208 now: lower train.learning_rate",
         ),
         (
-            rolled(dead_groups=lambda s: 0.9),
+            rollout_state(dead_groups=lambda s: 0.9),
             "warning: 90% of the groups are dead: all their completions earn the same and teach nothing",
         ),
         (
-            rolled(reward_spread=lambda s: 0.005),
+            rollout_state(reward_spread=lambda s: 0.005),
             "warning: rewards within a group hardly differ (spread 0.005): raise rollout",
         ),
         (
-            rolled(earned=(0.0, 0.0), reward=lambda s: 0.0, dead_groups=lambda s: 1.0, reward_spread=lambda s: 0.0),
+            rollout_state(
+                rewards=(0.0, 0.0), reward=lambda s: 0.0, dead_groups=lambda s: 1.0, reward_spread=lambda s: 0.0
+            ),
             "bad: every completion earns 0, so that there is nothing to learn: an easier task, a partial reward",
         ),
         (
-            rolled(truncated=lambda s: s / 100, length=lambda s: 20.0 + s),
+            rollout_state(truncated=lambda s: s / 100, length=lambda s: 20.0 + s),
             "warning: 38% of the completions are cut off by the limit, which grew from 23 to 58 tokens: raise "
             "rollout.max_new_tokens",
         ),
-        (rolled(mismatch=lambda s: 0.05), "warning: sampling and training disagree by 0.05 nats a token"),
+        (rollout_state(mismatch=lambda s: 0.05), "warning: sampling and training disagree by 0.05 nats a token"),
         (
-            rolled(exact=(0.5, 0.7, 0.5, 0.4)),
+            rollout_state(exact=(0.5, 0.7, 0.5, 0.4)),
             "bad: the reward rises and held-out answers get worse (70% -> 45% exact): it pays for something",
         ),
         (after(40, moved_share=lambda s: 0.0), "bad: nothing is learned: the last step moved 0.0% of the adapter"),
@@ -213,7 +217,7 @@ def test_all_good_and_too_early() -> None:
     ],
 )
 def test_each_sentence(state: State, sentence: str) -> None:
-    assert sentence in said(state) and "all good" not in said(state)
+    assert sentence in diagnoses_text(state) and "all good" not in diagnoses_text(state)
 
 
 @pytest.mark.parametrize(
@@ -237,44 +241,50 @@ def test_each_sentence(state: State, sentence: str) -> None:
         checked(after(40, "reward", **{**PAIRS, "accuracy": lambda s: 0.99}), 0.88, 0.9, 0.88, 0.88),
         checked(after(40, "dpo", **{**PAIRS, "accuracy": lambda s: 0.99}), 0.7, 0.9, 0.8, 0.82),
         checked(after(40, "reward", **PAIRS), 0.5),  # one look may be chance
-        told(after(40, "reward", **PAIRS), pairs_length_correlation=0.49),
-        rolled(),
+        with_evaluation(after(40, "reward", **PAIRS), pairs_length_correlation=0.49),
+        rollout_state(),
         # all but solved
-        rolled(
+        rollout_state(
             reward=lambda s: 0.99, entropy=lambda s: 1e-4, dead_groups=lambda s: 0.95, reward_spread=lambda s: 0.005
         ),
-        rolled(entropy=lambda s: 1e-3, reward=lambda s: s / 60),  # sure, and still learning
-        rolled(truncated=lambda s: 0.9 if s == 3 else 0.0),
-        rolled(exact=(0.5, 0.7, 0.66, 0.65)),
-        rolled(earned=(-5.0, 5.0), reward=lambda s: -2 + s / 10, reward_spread=lambda s: 2.0),
-        told(after(40, "reward", **PAIRS), pairs_length_correlation=math.nan),
+        rollout_state(entropy=lambda s: 1e-3, reward=lambda s: s / 60),  # sure, and still learning
+        rollout_state(truncated=lambda s: 0.9 if s == 3 else 0.0),
+        rollout_state(exact=(0.5, 0.7, 0.66, 0.65)),
+        rollout_state(rewards=(-5.0, 5.0), reward=lambda s: -2 + s / 10, reward_spread=lambda s: 2.0),
+        with_evaluation(after(40, "reward", **PAIRS), pairs_length_correlation=math.nan),
     ],
 )
 def test_no_false_alarm(state: State) -> None:
-    assert said(state).startswith("good: all good")
+    assert diagnoses_text(state).startswith("good: all good")
 
 
-def test_a_run_on_pairs_says_how_many_are_right() -> None:
-    assert "95% of the pairs right" in said(after(40, "dpo", **PAIRS))
-    assert "81% of the held-out pairs right" in said(checked(after(40, "reward", **PAIRS), 0.7, 0.81))
-    assert "right" not in said(after(40, accuracy=lambda s: 0.9))
+def test_a_run_on_pairs_reports_its_accuracy() -> None:
+    assert "95% of the pairs right" in diagnoses_text(after(40, "dpo", **PAIRS))
+    assert "81% of the held-out pairs right" in diagnoses_text(checked(after(40, "reward", **PAIRS), 0.7, 0.81))
+    assert "right" not in diagnoses_text(after(40, accuracy=lambda s: 0.9))
 
 
-def test_a_run_on_rewards_says_what_was_earned() -> None:
-    assert said(rolled(exact=(0.25, 0.75))) == "good: all good: reward 0.31 -> 0.7, held-out exact 25% -> 75%"
-    assert "too early" in said(rolled(15, dead_groups=lambda s: 1.0))
+def test_a_run_on_rewards_reports_its_reward() -> None:
+    assert (
+        diagnoses_text(rollout_state(exact=(0.25, 0.75)))
+        == "good: all good: reward 0.31 -> 0.7, held-out exact 25% -> 75%"
+    )
+    assert "too early" in diagnoses_text(rollout_state(15, dead_groups=lambda s: 1.0))
 
 
 def test_the_limit_of_a_collapse_is_the_algorithms() -> None:
     """Which this floor may not import, for it loads torch."""
-    assert COLLAPSED == dpo.COLLAPSED
+    assert COLLAPSED == dpo.CHOSEN_LOGP_DROP
 
 
-def test_dropped_rows_are_told() -> None:
+def test_dropped_rows_are_reported() -> None:
     state = after(40)
-    state.apply(Note(level="warning", message="a.jsonl (alpaca): 8 of 10 rows; dropped 2: no answer (lines 3, 4)"))
-    assert "warning: rows were dropped: a.jsonl (alpaca): 8 of 10 rows; dropped 2: no answer (lines 3, 4)" in said(
-        state
+    state.apply(
+        LogMessage(level="warning", message="a.jsonl (alpaca): 8 of 10 rows; dropped 2: no answer (lines 3, 4)")
+    )
+    assert (
+        "warning: rows were dropped: a.jsonl (alpaca): 8 of 10 rows; dropped 2: no answer (lines 3, 4)"
+        in diagnoses_text(state)
     )
 
 
@@ -287,7 +297,7 @@ def test_cures_of_ppo_are_its_own() -> None:
     """Nothing is compared within a group, and no cure names a setting of another algorithm."""
 
     def of(**changed: Callable[[int], float]) -> str:
-        return said(rolled(algorithm="ppo", **changed))
+        return diagnoses_text(rollout_state(algorithm="ppo", **changed))
 
     assert "raise ppo.kl" in of(reward=lambda s: 0.8 - s / 60) and "ppo.truncated to penalise" in of(
         truncated=lambda s: 0.9

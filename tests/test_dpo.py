@@ -22,16 +22,16 @@ from hypothesis import strategies as st
 from models import (
     CPU,
     VOCAB,
-    changed,
-    clear,
-    far,
-    folder_of,
+    changed_tensors,
     gradients,
     llama_roles,
     make_batch,
+    perturb,
+    relative_error,
     roles_over,
     same_bytes,
-    shake,
+    saved_model,
+    zero_grad,
 )
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -43,12 +43,12 @@ from lowrank_tune import runner as runner_module
 from lowrank_tune.algorithms import dpo as dpo_module
 from lowrank_tune.algorithms import reference as reference_module
 from lowrank_tune.algorithms.dpo import DPO, dpo_loss
-from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.kit import AlgorithmContext
 from lowrank_tune.algorithms.reference import reference_logps
 from lowrank_tune.build import build
 from lowrank_tune.data import collate_units
-from lowrank_tune.errors import RunFailed
-from lowrank_tune.events import RunStarted, StepDone
+from lowrank_tune.errors import TrainingError
+from lowrank_tune.events import RunStarted, StepEnd
 from lowrank_tune.model.adapters import WEIGHTS
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch, LogProbs, add_stats, to_floats
@@ -293,8 +293,8 @@ class Given:
 
     def logps(self, role: str, batch: Batch, *_: Any) -> LogProbs:
         assert role == "policy"
-        rows = self.leaf[batch.extra["row"]][:, : batch.ids.shape[1]]
-        values = torch.where(batch.scored, rows, torch.zeros((), dtype=rows.dtype))
+        rows = self.leaf[batch.extra["row"]][:, : batch.input_ids.shape[1]]
+        values = torch.where(batch.loss_mask, rows, torch.zeros((), dtype=rows.dtype))
         return LogProbs(values, torch.zeros_like(values))
 
 
@@ -302,10 +302,10 @@ def stepped(algorithm: DPO, batch: Batch, **split: int | None) -> tuple[float, d
     """One optimizer step as the loop takes it, but for the optimizer: loss and statistics."""
     experience = replace_rows(algorithm, batch).collect(0)
     part = experience.batch
-    part.weight = algorithm.weigh(part)
+    part.token_weights = algorithm.token_weights(part)
     loss, stats = 0.0, {}
-    for micro in part.split(together=algorithm.together, **split):
-        for term in algorithm.terms(micro):
+    for micro in part.split(rows_per_unit=algorithm.rows_per_unit, **split):
+        for term in algorithm.compute_losses(micro):
             term.loss.backward()
             loss += float(term.loss.detach().double())
             add_stats(stats, term.stats)
@@ -313,13 +313,13 @@ def stepped(algorithm: DPO, batch: Batch, **split: int | None) -> tuple[float, d
 
 
 def replace_rows(algorithm: DPO, batch: Batch) -> DPO:
-    algorithm.kit = replace(algorithm.kit, rows=lambda step: replace(batch, extra=dict(batch.extra)))
+    algorithm.context = replace(algorithm.context, get_batch=lambda step: replace(batch, extra=dict(batch.extra)))
     return algorithm
 
 
 def plain_step(
     rows: Sequence[Sequence[float]],
-    says: Sequence[Sequence[bool]],
+    masks: Sequence[Sequence[bool]],
     reference: Sequence[float],
     kind: str,
     beta: float,
@@ -328,7 +328,7 @@ def plain_step(
 ) -> tuple[float, dict[tuple[int, int], float], dict[str, list[float]]]:
     """The whole step in Python loops: loss, derivative by each token's log-prob, figures of each pair. A first token is
     never scored."""
-    scored = [[t for t, said in enumerate(row) if said and t > 0] for row in says]
+    scored = [[t for t, in_mask in enumerate(row) if in_mask and t > 0] for row in masks]
     pairs, chosen_tokens = len(rows) // 2, sum(len(scored[i]) for i in range(0, len(rows), 2))
     loss, by = 0.0, {(i, t): 0.0 for i, row in enumerate(scored) for t in row}
     figures: dict[str, list[float]] = {
@@ -341,8 +341,8 @@ def plain_step(
         for j, slope in ((i, by_a), (i + 1, by_b)):
             for t in scored[j]:
                 by[j, t] += slope / pairs
-        told = (value, float(a > b) + 0.5 * (a == b), beta * (a - b), beta * a, beta * b)
-        for name, figure in zip(figures, told, strict=True):
+        expected = (value, float(a > b) + 0.5 * (a == b), beta * (a - b), beta * a, beta * b)
+        for name, figure in zip(figures, expected, strict=True):
             figures[name].append(figure)
     for i in range(0, len(rows), 2):
         for t in scored[i]:
@@ -355,15 +355,15 @@ def plain_step(
 def steps(draw: st.DrawFn) -> tuple[list[list[float]], list[list[bool]], list[float]]:
     """Pairs of ragged rows with token log-probs, a mask with at least one scored token each, and reference sums near or
     far."""
-    rows, says, reference = [], [], []
+    rows, masks, reference = [], [], []
     for _ in range(2 * draw(st.integers(1, 4))):
         length = draw(st.integers(2, 9))
         rows.append(draw(st.lists(st.floats(-400, 0), min_size=length, max_size=length)))
         mask = draw(st.lists(st.booleans(), min_size=length, max_size=length))
         mask[draw(st.integers(1, length - 1))] = True
-        says.append(mask)
+        masks.append(mask)
         reference.append(draw(st.floats(-1500, 0)))
-    return rows, says, reference
+    return rows, masks, reference
 
 
 def step_error(
@@ -375,15 +375,15 @@ def step_error(
     **split: int,
 ) -> float:
     """How far loss, gradient and figures of the kit's step are from the plain one, against their size."""
-    rows, says, reference = drawn
-    batch = make_batch([[3] * len(row) for row in rows], says)
-    logps = torch.full(batch.ids.shape, torch.nan, dtype=torch.float64)
+    rows, masks, reference = drawn
+    batch = make_batch([[3] * len(row) for row in rows], masks)
+    logps = torch.full(batch.input_ids.shape, torch.nan, dtype=torch.float64)
     for i, row in enumerate(rows):
         logps[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
     batch.extra = {"row": torch.arange(len(rows)), "reference": torch.tensor(reference, dtype=torch.float64)}
     roles = Given(logps)
-    loss, stats = stepped(DPO(Kit(roles, None), kind, beta, e, s), batch, **split)  # type: ignore[arg-type]
-    expected, by, figures = plain_step(rows, says, reference, kind, beta, e, s)
+    loss, stats = stepped(DPO(AlgorithmContext(roles, None), kind, beta, e, s), batch, **split)  # type: ignore[arg-type]
+    expected, by, figures = plain_step(rows, masks, reference, kind, beta, e, s)
     assert roles.leaf.grad is not None
     slopes = torch.zeros_like(logps)
     for place, slope in by.items():
@@ -427,7 +427,7 @@ DRAWN = (
 
 
 def _first_token_too(self: DPO, micro: Batch) -> Any:
-    micro.extra["reference"] = micro.extra["reference"] + self.kit.roles.leaf[micro.extra["row"], 0].detach()  # type: ignore[attr-defined]
+    micro.extra["reference"] = micro.extra["reference"] + self.context.roles.leaf[micro.extra["row"], 0].detach()  # type: ignore[attr-defined]
     return real_losses(self, micro)
 
 
@@ -441,7 +441,7 @@ def _sft_on_both_sides(mask: Tensor) -> Tensor:
 
 
 def _sft_of_micro_batches(self: DPO, micro: Batch) -> Any:
-    micro.extra["sft_weight"] = dpo_module.token_mean_weights(dpo_module._on_chosen(micro.scored)) * len(micro) / 6
+    micro.extra["sft_weight"] = dpo_module.token_mean_weights(dpo_module._chosen_mask(micro.loss_mask)) * len(micro) / 6
     return real_losses(self, micro)
 
 
@@ -457,13 +457,13 @@ def test_wrong_steps_are_seen(monkeypatch: pytest.MonkeyPatch, bug: Any) -> None
 
 def test_other_weights_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as planted:
-        planted.setattr(dpo_module, "_on_chosen", _sft_on_both_sides)
+        planted.setattr(dpo_module, "_chosen_mask", _sft_on_both_sides)
         assert step_error(DRAWN, "sigmoid", 0.5, 0.0, 0.7) > 1e-3
     with monkeypatch.context() as planted:
-        planted.setattr(dpo_module, "pair_weights", lambda rows: torch.full((len(rows),), 1 / len(rows)))
+        planted.setattr(dpo_module, "sequence_mean_weights", lambda rows: torch.full((len(rows),), 1 / len(rows)))
         assert step_error(DRAWN, "sigmoid", 0.5, 0.0, 0.7) > 1e-3
     with monkeypatch.context() as planted:  # pairs torn apart: one of another length comes between
-        planted.setattr(DPO, "together", 1)
+        planted.setattr(DPO, "rows_per_unit", 1)
         assert step_error(DRAWN, "sigmoid", 0.5, 0.0, 0.0) > 1e-3
 
 
@@ -477,7 +477,7 @@ class Plain:
     def __init__(
         self, frozen: Sequence[dict[str, Tensor]] = (), trained: dict[str, Tensor] | None = None, scale: float = 4.0
     ) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder_of(), dtype=torch.float64).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(saved_model(), dtype=torch.float64).eval()
         self.scale, self.frozen = scale, [{key: tensor.double() for key, tensor in one.items()} for one in frozen]
         self.trained = {key: tensor.double().requires_grad_() for key, tensor in (trained or {}).items()}
 
@@ -495,10 +495,10 @@ class Plain:
         how = {"input_ids": torch.tensor([list(ids)]), "use_cache": False, "output_hidden_states": True}
         return torch.func.functional_call(self.model, self._with(adapters), kwargs=how)
 
-    def logp(self, ids: Sequence[int], says: Sequence[bool], policy: bool = True) -> Tensor:
+    def logp(self, ids: Sequence[int], mask: Sequence[bool], policy: bool = True) -> Tensor:
         """The sum over the tokens that are scored."""
         logits = self.run(ids, policy).logits[0]
-        places = [t for t, said in enumerate(says) if said and t > 0]
+        places = [t for t, in_mask in enumerate(mask) if in_mask and t > 0]
         return sum(
             (torch.log_softmax(logits[t - 1], dim=0)[ids[t]] for t in places), torch.zeros((), dtype=torch.float64)
         )
@@ -520,10 +520,12 @@ def by_key(roles: Roles, role: str) -> dict[str, Tensor]:
     }
 
 
-def far_from(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+def error_against(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     if mine.keys() != theirs.keys():
         return math.inf
-    return far(torch.cat([mine[key].flatten() for key in theirs]), torch.cat([theirs[key].flatten() for key in theirs]))
+    return relative_error(
+        torch.cat([mine[key].flatten() for key in theirs]), torch.cat([theirs[key].flatten() for key in theirs])
+    )
 
 
 LENGTHS = ((4, 3, 6), (1, 5, 2), (7, 1, 1), (3, 9, 4), (9, 2, 8))
@@ -535,16 +537,16 @@ def pair_rows(
 ) -> tuple[list[list[int]], list[list[bool]]]:
     """Rows as chosen, rejected, chosen, rejected; the two sides differ in their first answer token. Pad and end ids
     stand inside too."""
-    stream, rows, says = torch.Generator().manual_seed(seed), [], []
+    stream, rows, masks = torch.Generator().manual_seed(seed), [], []
     for prompt, *answers in lengths:
-        asked = torch.randint(0, VOCAB, (prompt,), generator=stream).tolist()
+        prompt_ids = torch.randint(0, VOCAB, (prompt,), generator=stream).tolist()
         first = int(torch.randint(0, VOCAB, (), generator=stream))
         for side, length in enumerate(answers):
             answer = torch.randint(0, VOCAB, (length,), generator=stream).tolist()
             answer[0] = (first + side) % VOCAB
-            rows.append([*asked, *answer])
-            says.append([False] * prompt + [True] * length)
-    return rows, says
+            rows.append([*prompt_ids, *answer])
+            masks.append([False] * prompt + [True] * length)
+    return rows, masks
 
 
 MARGINS = (0.0, 0.5, 1.5, 0.0, 0.25)
@@ -552,13 +554,13 @@ MARGINS = (0.0, 0.5, 1.5, 0.0, 0.25)
 
 def pair_batch(
     rows: Sequence[Sequence[int]],
-    says: Sequence[Sequence[bool]],
+    masks: Sequence[Sequence[bool]],
     reference: Sequence[float] | None = None,
     share: bool = False,
     margins: Sequence[float] = MARGINS,
     **how: Any,
 ) -> Batch:
-    batch = make_batch(rows, says, **how)
+    batch = make_batch(rows, masks, **how)
     batch.extra = {
         "row": torch.arange(len(rows)),
         "margin": torch.tensor([m for m in margins for _ in range(2)][: len(rows)]),
@@ -566,53 +568,53 @@ def pair_batch(
     if reference is not None:
         batch.extra["reference"] = torch.tensor(reference, dtype=torch.float32)
     if share:
-        asked = [list(row).index(True) for row in says]
-        batch.extra["shared"] = torch.tensor([length * (place % 2) for place, length in enumerate(asked)])
+        prompt_lengths = [list(row).index(True) for row in masks]
+        batch.extra["shared"] = torch.tensor([length * (place % 2) for place, length in enumerate(prompt_lengths)])
     return batch
 
 
-def references(roles: Roles, rows: Sequence[Sequence[int]], says: Sequence[Sequence[bool]]) -> list[float]:
+def references(roles: Roles, rows: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]) -> list[float]:
     """By the plain model, from the roles' frozen adapters alone."""
     plain = Plain([roles.adapter_tensors("sft")])
     with torch.no_grad():
-        return [float(plain.logp(row, mask, policy=False)) for row, mask in zip(rows, says, strict=True)]
+        return [float(plain.logp(row, mask, policy=False)) for row, mask in zip(rows, masks, strict=True)]
 
 
 @pytest.fixture(scope="module")
 def roles() -> Roles:
     """fp32, a frozen SFT adapter below the policy, both with weights that matter."""
     found = llama_roles(16, lower=["sft"])
-    shake(found, "sft", size=0.05)
-    shake(found, "policy", size=0.05, seed=2)
+    perturb(found, "sft", size=0.05)
+    perturb(found, "policy", size=0.05, seed=2)
     return found
 
 
 def accumulated(
     algorithm: Any, batch: Batch, role: str = "policy", **split: int | None
 ) -> tuple[float, Tensor, dict[str, float]]:
-    clear(algorithm.kit.roles)
+    zero_grad(algorithm.context.roles)
     loss, stats = stepped(algorithm, batch, **split)
-    return loss, gradients(algorithm.kit.roles, role), stats
+    return loss, gradients(algorithm.context.roles, role), stats
 
 
 def dpo_over(roles: Roles, kind: str = "sigmoid", s: float = 0.0, **kit: Any) -> DPO:
-    return DPO(Kit(roles, None, **kit), kind, beta=0.3, label_smoothing=0.2, sft=s)  # type: ignore[arg-type]
+    return DPO(AlgorithmContext(roles, None, **kit), kind, beta=0.3, label_smoothing=0.2, sft_coef=s)  # type: ignore[arg-type]
 
 
 def model_error(roles: Roles, kind: str, s: float) -> tuple[float, float]:
     """Distance of loss and gradient from transformers' logits in float64."""
-    rows, says = pair_rows()
-    reference = references(roles, rows, says)
-    loss, _, _ = accumulated(dpo_over(roles, kind, s), pair_batch(rows, says, reference), rows=4)
+    rows, masks = pair_rows()
+    reference = references(roles, rows, masks)
+    loss, _, _ = accumulated(dpo_over(roles, kind, s), pair_batch(rows, masks, reference), rows=4)
     plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
-    expected, tokens = 0.0, sum(map(sum, says[::2]))
+    expected, tokens = 0.0, sum(map(sum, masks[::2]))
     for i in range(0, len(rows), 2):
-        logps = [plain.logp(rows[j], says[j]) for j in (i, i + 1)]
+        logps = [plain.logp(rows[j], masks[j]) for j in (i, i + 1)]
         a, b = (float(logp.detach()) - reference[j] for logp, j in zip(logps, (i, i + 1), strict=True))
-        value, by_a, by_b = oracle(kind, a, b, 0.3, 0.2, (sum(says[i]), sum(says[i + 1])))
+        value, by_a, by_b = oracle(kind, a, b, 0.3, 0.2, (sum(masks[i]), sum(masks[i + 1])))
         expected += 2 * value / len(rows) - s * float(logps[0].detach()) / tokens
         (2 / len(rows) * (by_a * logps[0] + by_b * logps[1]) - s * logps[0] / tokens).backward()
-    return abs(loss - expected) / (1 + abs(expected)), far_from(by_key(roles, "policy"), plain.gradient())
+    return abs(loss - expected) / (1 + abs(expected)), error_against(by_key(roles, "policy"), plain.gradient())
 
 
 @pytest.mark.parametrize(("kind", "s"), [*((kind, 0.0) for kind in KINDS), ("sigmoid", 0.5), ("ipo", 1.0)])
@@ -631,7 +633,7 @@ def _base_for_sft(self: Roles, role: str, batch: Batch, *rest: Any) -> LogProbs:
 
 
 def _prompt_scored_too(self: Roles, role: str, batch: Batch, *rest: Any) -> LogProbs:
-    return real_logps(self, role, replace(batch, says=batch.attended), *rest)
+    return real_logps(self, role, replace(batch, completion_mask=batch.attention_mask), *rest)
 
 
 real_logps = Roles.logps
@@ -654,13 +656,13 @@ SPLITS: list[dict[str, int | None]] = [
 
 
 def split_error(roles: Roles, kind: str, s: float) -> float:
-    rows, says = pair_rows()
-    batch, algorithm = pair_batch(rows, says, references(roles, rows, says)), dpo_over(roles, kind, s)
+    rows, masks = pair_rows()
+    batch, algorithm = pair_batch(rows, masks, references(roles, rows, masks)), dpo_over(roles, kind, s)
     loss, gradient, stats = accumulated(algorithm, batch)
     errors = []
     for split in SPLITS:
         other, others, figures = accumulated(algorithm, batch, **split)
-        errors += [abs(other - loss) / abs(loss), far(others, gradient)]
+        errors += [abs(other - loss) / abs(loss), relative_error(others, gradient)]
         # Figures are differences of log-probs of several nats, and no nearer to each other than fp32 holds those.
         errors += [abs(figures[name] - stats[name]) / (abs(stats[name]) + 1) for name in stats]
     return max(errors)
@@ -672,22 +674,22 @@ def test_any_split_gives_one_gradient(roles: Roles, kind: str, s: float) -> None
 
 
 def _mean_of_means(self: DPO, batch: Batch) -> Iterator[Any]:
-    batch.weight = torch.full((len(batch),), 2 / len(batch))
+    batch.token_weights = torch.full((len(batch),), 2 / len(batch))
     yield from real_terms(self, batch)
 
 
-real_terms = DPO.terms
+real_terms = DPO.compute_losses
 
 
 def test_means_of_micro_batches_are_seen(monkeypatch: pytest.MonkeyPatch, roles: Roles) -> None:
-    monkeypatch.setattr(DPO, "terms", _mean_of_means)
+    monkeypatch.setattr(DPO, "compute_losses", _mean_of_means)
     assert split_error(roles, "sigmoid", 0.0) > 1e-2
     monkeypatch.undo()
     monkeypatch.setattr(
         DPO,
         "_losses",
         lambda self, micro: (
-            micro.extra.update(sft_weight=dpo_module.token_mean_weights(dpo_module._on_chosen(micro.scored))),
+            micro.extra.update(sft_weight=dpo_module.token_mean_weights(dpo_module._chosen_mask(micro.loss_mask))),
             real_losses(self, micro),
         )[1],
     )
@@ -705,27 +707,27 @@ PADDINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("how", PADDINGS, ids=str)
 def test_padding_and_order_change_nothing(roles: Roles, how: dict[str, Any]) -> None:
-    rows, says = pair_rows()
-    reference = references(roles, rows, says)
+    rows, masks = pair_rows()
+    reference = references(roles, rows, masks)
     algorithm = dpo_over(roles, s=0.5)
-    loss, gradient, _ = accumulated(algorithm, pair_batch(rows, says, reference))
-    padded, same, _ = accumulated(algorithm, pair_batch(rows, says, reference, **how))
-    assert padded == pytest.approx(loss, rel=1e-5) and far(same, gradient) < 1e-5
+    loss, gradient, _ = accumulated(algorithm, pair_batch(rows, masks, reference))
+    padded, same, _ = accumulated(algorithm, pair_batch(rows, masks, reference, **how))
+    assert padded == pytest.approx(loss, rel=1e-5) and relative_error(same, gradient) < 1e-5
     order = [j for i in (3, 0, 4, 2, 1) for j in (2 * i, 2 * i + 1)]
-    shuffled = pair_batch([rows[j] for j in order], [says[j] for j in order], [reference[j] for j in order], **how)
+    shuffled = pair_batch([rows[j] for j in order], [masks[j] for j in order], [reference[j] for j in order], **how)
     other, same, _ = accumulated(algorithm, shuffled, rows=4)
-    assert other == pytest.approx(loss, rel=1e-5) and far(same, gradient) < 1e-5
+    assert other == pytest.approx(loss, rel=1e-5) and relative_error(same, gradient) < 1e-5
 
 
 def test_ids_in_padding_are_not_read_at_all(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, says = pair_rows()
-    reference = references(roles, rows, says)
+    rows, masks = pair_rows()
+    reference = references(roles, rows, masks)
     algorithm = dpo_over(roles, s=0.5)
     found = []
     for garbage in (0, 1, 10**9, -7):
-        batch = pair_batch(rows, says, reference, more=2)
-        batch.ids = batch.ids.where(batch.attended, garbage)
-        batch.says = batch.says | ~batch.attended
+        batch = pair_batch(rows, masks, reference, more=2)
+        batch.input_ids = batch.input_ids.where(batch.attention_mask, garbage)
+        batch.completion_mask = batch.completion_mask | ~batch.attention_mask
         found.append(accumulated(algorithm, batch)[:2])
     assert all(loss == found[0][0] and same_bytes(gradient, found[0][1]) for loss, gradient in found[1:])
 
@@ -733,42 +735,44 @@ def test_ids_in_padding_are_not_read_at_all(roles: Roles, monkeypatch: pytest.Mo
 def sharing_error(roles: Roles) -> float:
     """Distance of loss and gradient with the prompt's work shared from those of whole rows. Long prompts, so that it is
     worth it."""
-    rows, says = pair_rows([(40, 6, 9), (33, 2, 12), (50, 1, 1)])
-    reference = references(roles, rows, says)
+    rows, masks = pair_rows([(40, 6, 9), (33, 2, 12), (50, 1, 1)])
+    reference = references(roles, rows, masks)
     algorithm = dpo_over(roles, s=0.5)
-    loss, gradient, _ = accumulated(algorithm, pair_batch(rows, says, reference))
-    shared, same, _ = accumulated(algorithm, pair_batch(rows, says, reference, share=True), rows=2)
-    return max(abs(shared - loss) / abs(loss), far(same, gradient))
+    loss, gradient, _ = accumulated(algorithm, pair_batch(rows, masks, reference))
+    shared, same, _ = accumulated(algorithm, pair_batch(rows, masks, reference, share=True), rows=2)
+    return max(abs(shared - loss) / abs(loss), relative_error(same, gradient))
 
 
 def test_shared_prompts_change_nothing(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     planted: list[bool] = []
-    real = Roles._tree
+    real = Roles._packed_layout
 
     def watched(self: Roles, batch: Batch) -> Any:
         planted.append((tree := real(self, batch)) is not None)
         return tree
 
-    monkeypatch.setattr(Roles, "_tree", watched)
+    monkeypatch.setattr(Roles, "_packed_layout", watched)
     assert sharing_error(roles) < 1e-5 and any(planted), "nothing was shared: this test saw nothing"
 
     def blind(self: Roles, batch: Batch) -> Any:  # a rejected answer that also sees the chosen one
         tree = real(self, batch)
         return tree and replace(
-            tree, mask=tree.mask | (tree.positions[:, None, None, :] <= tree.positions[:, None, :, None])
+            tree,
+            attention_mask=tree.attention_mask
+            | (tree.position_ids[:, None, None, :] <= tree.position_ids[:, None, :, None]),
         )
 
-    monkeypatch.setattr(Roles, "_tree", blind)
+    monkeypatch.setattr(Roles, "_packed_layout", blind)
     assert sharing_error(roles) > 1e-3
 
 
 def test_a_tie_is_half_right_and_loss_is_ln_2(roles: Roles) -> None:
     """A policy that is its reference: every loss at its own start."""
-    rows, says = pair_rows()
+    rows, masks = pair_rows()
     policy = llama_roles(16, lower=["sft"])
     policy.load_adapter_tensors("sft", roles.adapter_tensors("sft"), "here")
-    with policy.quiet():
-        reference = policy.logps("reference", pair_batch(rows, says)).logps.sum(dim=1).tolist()
+    with policy.inference_mode():
+        reference = policy.logps("reference", pair_batch(rows, masks)).logps.sum(dim=1).tolist()
     start = {
         "sigmoid": math.log(2),
         "ipo": (1 / 0.6) ** 2,
@@ -778,22 +782,22 @@ def test_a_tie_is_half_right_and_loss_is_ln_2(roles: Roles) -> None:
         "sigmoid_norm": math.log(2),
     }
     for kind, expected in start.items():
-        loss, gradient, stats = accumulated(dpo_over(policy, kind), pair_batch(rows, says, reference))
+        loss, gradient, stats = accumulated(dpo_over(policy, kind), pair_batch(rows, masks, reference))
         assert loss == pytest.approx(expected, abs=1e-6) and stats["accuracy"] == 0.5 and stats["margin"] == 0.0
         assert float(gradient.norm()) > 1e-4, "a fresh adapter moves all the same"
-    observed = to_floats(dpo_over(policy).observe(pair_batch(rows, says, reference)))
+    observed = to_floats(dpo_over(policy).log_metrics(pair_batch(rows, masks, reference)))
     assert observed == {"kl": 0.0}
 
 
 def test_figures_by_the_plain_model(roles: Roles) -> None:
-    rows, says = pair_rows()
-    reference = references(roles, rows, says)
-    figures = accumulated(dpo_over(roles), pair_batch(rows, says, reference), rows=4)[2]
+    rows, masks = pair_rows()
+    reference = references(roles, rows, masks)
+    figures = accumulated(dpo_over(roles), pair_batch(rows, masks, reference), rows=4)[2]
     plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
     with torch.no_grad():
-        logps = [float(plain.logp(row, mask)) for row, mask in zip(rows, says, strict=True)]
+        logps = [float(plain.logp(row, mask)) for row, mask in zip(rows, masks, strict=True)]
     ratios = np.array(logps) - np.array(reference)
-    tokens = np.array([sum(mask) for mask in says])
+    tokens = np.array([sum(mask) for mask in masks])
     expected = {
         "logp_chosen": sum(logps[::2]) / tokens[::2].sum(),
         "logp_rejected": sum(logps[1::2]) / tokens[1::2].sum(),
@@ -804,42 +808,47 @@ def test_figures_by_the_plain_model(roles: Roles) -> None:
         "accuracy": (ratios[::2] > ratios[1::2]).mean(),
     }
     assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    scores = dpo_over(roles).scores(pair_batch(rows, says, reference)).tolist()
+    scores = dpo_over(roles).scores(pair_batch(rows, masks, reference)).tolist()
     assert scores == pytest.approx((0.3 * ratios).tolist(), rel=1e-4, abs=1e-5)
-    measured = to_floats(dpo_over(roles).measure(pair_batch(rows, says, reference)))
+    measured = to_floats(dpo_over(roles).eval_metrics(pair_batch(rows, masks, reference)))
     assert measured == pytest.approx(figures, rel=1e-5, abs=1e-6)
     mask_kl, count = 0.0, 0
     with torch.no_grad():
-        for row, mask in zip(rows, says, strict=True):
+        for row, mask in zip(rows, masks, strict=True):
             p, q = (torch.log_softmax(plain.run(row, policy).logits[0], dim=1) for policy in (True, False))
             kl = (p.exp() * (p - q)).sum(dim=1)
-            mask_kl, count = mask_kl + sum(float(kl[t - 1]) for t, said in enumerate(mask) if said), count + sum(mask)
-    assert to_floats(dpo_over(roles).observe(pair_batch(rows, says, reference)))["kl"] == pytest.approx(
+            mask_kl, count = (
+                mask_kl + sum(float(kl[t - 1]) for t, in_mask in enumerate(mask) if in_mask),
+                count + sum(mask),
+            )
+    assert to_floats(dpo_over(roles).log_metrics(pair_batch(rows, masks, reference)))["kl"] == pytest.approx(
         mask_kl / count, rel=1e-4
     )
 
 
 @pytest.mark.parametrize(("change", "warned"), [(0.0, False), (-0.49, False), (-0.51, True), (1.0, False)])
-def test_unlearned_answers_are_told(change: float, warned: bool) -> None:
+def test_unlearned_answers_give_a_warning(change: float, warned: bool) -> None:
     algorithm = DPO(SimpleNamespace())  # type: ignore[arg-type]
-    told = [list(algorithm.warnings({"chosen_change": change})) for _ in range(4)]
-    assert [bool(messages) for messages in told] == [False, False, warned, warned], "three steps in a row: one is noise"
+    warnings_by_step = [list(algorithm.diagnostics({"chosen_change": change})) for _ in range(4)]
+    assert [bool(messages) for messages in warnings_by_step] == [False, False, warned, warned], (
+        "three steps in a row: one is noise"
+    )
     assert all(
         "less likely than under the reference" in message and "dpo.beta" in message
-        for messages in told
+        for messages in warnings_by_step
         for message in messages
     )
-    assert not list(algorithm.warnings({"chosen_change": 0.0})) and not list(
-        algorithm.warnings({"chosen_change": -9.0})
+    assert not list(algorithm.diagnostics({"chosen_change": 0.0})) and not list(
+        algorithm.diagnostics({"chosen_change": -9.0})
     ), "counted anew"
 
 
 def falls(roles: Roles) -> bool:
     """Whether thirty steps on one batch bring the loss down by half and every pair the right way round."""
-    rows, says = pair_rows()
-    with roles.quiet():
-        reference = roles.logps("reference", pair_batch(rows, says)).logps.sum(dim=1).tolist()
-    batch, algorithm = pair_batch(rows, says, reference), dpo_over(roles)
+    rows, masks = pair_rows()
+    with roles.inference_mode():
+        reference = roles.logps("reference", pair_batch(rows, masks)).logps.sum(dim=1).tolist()
+    batch, algorithm = pair_batch(rows, masks, reference), dpo_over(roles)
     optimizer = torch.optim.AdamW(roles.parameters("policy"), lr=1e-2)
     losses: list[float] = []
     for _ in range(30):
@@ -863,11 +872,11 @@ def started(bits: int = 16, share: bool = True, fresh: bool = True, **more: Any)
     """A frozen SFT adapter that matters, a fresh policy on top, and pairs with reference log-probs as the cache would
     bring them."""
     roles = llama_roles(bits, lower=["sft"], **more)
-    shake(roles, "sft", size=0.05)
-    rows, says = pair_rows([(40, 6, 9), (33, 2, 12), (50, 1, 1)])
-    batch = pair_batch(rows, says, share=share)
-    with roles.quiet():
-        batch.extra["reference"] = roles.logps("reference", pair_batch(rows, says)).logps.sum(dim=1)
+    perturb(roles, "sft", size=0.05)
+    rows, masks = pair_rows([(40, 6, 9), (33, 2, 12), (50, 1, 1)])
+    batch = pair_batch(rows, masks, share=share)
+    with roles.inference_mode():
+        batch.extra["reference"] = roles.logps("reference", pair_batch(rows, masks)).logps.sum(dim=1)
     return roles, dpo_over(roles, reference="the base with the frozen adapter sft", fresh=fresh), batch
 
 
@@ -875,7 +884,7 @@ def _nothing(roles: Roles, batch: Batch) -> None: ...
 
 
 def _sft_exchanged(roles: Roles, batch: Batch) -> None:
-    shake(roles, "sft", size=0.05, seed=9)
+    perturb(roles, "sft", size=0.05, seed=9)
 
 
 def _sft_nudged(roles: Roles, batch: Batch) -> None:
@@ -885,7 +894,7 @@ def _sft_nudged(roles: Roles, batch: Batch) -> None:
 
 
 def _policy_not_zero(roles: Roles, batch: Batch) -> None:
-    shake(roles, "policy", size=0.01)
+    perturb(roles, "policy", size=0.01)
 
 
 def _policy_not_zero_anywhere(roles: Roles, batch: Batch) -> None:
@@ -909,7 +918,7 @@ def _reference_is_the_base(roles: Roles, batch: Batch) -> None:
 
 
 def _reference_is_the_policy(roles: Roles, batch: Batch) -> None:
-    shake(roles, "policy", size=0.05)
+    perturb(roles, "policy", size=0.05)
     roles.stacks["reference"] = roles.stacks["policy"]
 
 
@@ -944,7 +953,7 @@ def test_a_sound_reference_passes(how: dict[str, Any]) -> None:
 def test_a_reference_that_was_tampered_with_stops_the_run(fault: Any) -> None:
     roles, algorithm, batch = started()
     fault(roles, batch)
-    with pytest.raises(RunFailed, match="reference") as caught:
+    with pytest.raises(TrainingError, match="reference") as caught:
         algorithm.check(batch, 0)
     assert "the base with the frozen adapter sft" in str(caught.value) and caught.value.exit_code == 1
 
@@ -953,23 +962,23 @@ def test_a_reference_that_was_tampered_with_stops_the_run(fault: Any) -> None:
 @pytest.mark.parametrize(("fresh", "step"), [(False, 0), (True, 7)])
 def test_a_continued_policy_may_differ_but_its_cache_may_not(fault: Any, fresh: bool, step: int) -> None:
     roles, algorithm, batch = started(fresh=fresh)
-    shake(roles, "policy", size=0.05)
+    perturb(roles, "policy", size=0.05)
     algorithm.check(batch, step)
     fault(roles, batch)
-    with pytest.raises(RunFailed, match="cached log-probs of the reference"):
+    with pytest.raises(TrainingError, match="cached log-probs of the reference"):
         algorithm.check(batch, step)
 
 
 def test_the_cache_may_differ_by_noise_and_no_more() -> None:
     roles, algorithm, batch = started()
-    tokens = batch.scored.sum(dim=1)
+    tokens = batch.loss_mask.sum(dim=1)
     exact = batch.extra["reference"].clone()
     for nats, good in ((5e-6, True), (-5e-6, True), (1.6e-5, False), (-1.6e-5, False)):
         batch.extra["reference"] = exact + nats * tokens
         if good:
             algorithm.check(batch, 0)
         else:
-            with pytest.raises(RunFailed):
+            with pytest.raises(TrainingError):
                 algorithm.check(batch, 0)
 
 
@@ -1008,7 +1017,7 @@ def ground() -> Iterator[Any]:
         patched.setenv("LOWRANK_TUNE_CACHE", scratch)
         few = {**small_dpo()["data"], "train": [{"dataset": "tutor-preferences", "rows": 12}]}
         built = build(Recipe.from_dict(small_dpo(data=few)), lambda event: None, CPU)
-        built.roles.release()
+        built.roles.unload_adapters()
         yield built
 
 
@@ -1016,11 +1025,11 @@ def ground() -> Iterator[Any]:
 def over(built: Any, **lora: Any) -> Iterator[Roles]:
     """A frozen SFT adapter under a policy, on the base of the ground."""
     roles = roles_over(built.base, lower=["sft"], **lora)
-    shake(roles, "sft", size=0.02)
+    perturb(roles, "sft", size=0.02)
     try:
         yield roles
     finally:
-        roles.release()
+        roles.unload_adapters()
 
 
 @pytest.fixture
@@ -1069,7 +1078,7 @@ def test_cached_log_probs_are_fresh_ones(ground: Any, standing: Roles, cache: Pa
     fresh, _ = sums_of(ground, roles, cache / "elsewhere")
     assert same_bytes(first, fresh)
     alone = torch.stack([plain_sum(roles, ground.data.train[i]) for i in range(len(first))])
-    tokens = torch.tensor([sum(ground.data.train[i].says) for i in range(len(first))])
+    tokens = torch.tensor([sum(ground.data.train[i].completion_mask) for i in range(len(first))])
     assert float(((first - alone).abs() / tokens).max()) < 1e-5
     other, _ = sums_of(ground, roles, cache / "other", micro_tokens=200)
     assert float(((first - other).abs() / tokens).max()) < 1e-5
@@ -1077,10 +1086,10 @@ def test_cached_log_probs_are_fresh_ones(ground: Any, standing: Roles, cache: Pa
 
 def plain_sum(roles: Roles, row: Any) -> Tensor:
     """By transformers' own logits, a row at a time."""
-    ids, says = torch.tensor([list(map(int, row.ids))]), torch.tensor(list(map(bool, row.says)))
-    with roles.quiet(), roles.use("reference"):
+    ids, mask = torch.tensor([list(map(int, row.input_ids))]), torch.tensor(list(map(bool, row.completion_mask)))
+    with roles.inference_mode(), roles.activate("reference"):
         logp = torch.log_softmax(roles.base.model(input_ids=ids).logits[0].double(), dim=1)
-    return logp[:-1].gather(1, ids[0, 1:, None])[:, 0][says[1:]].sum()
+    return logp[:-1].gather(1, ids[0, 1:, None])[:, 0][mask[1:]].sum()
 
 
 def stale(ground: Any, cache: Path) -> set[str]:
@@ -1094,11 +1103,11 @@ def stale(ground: Any, cache: Path) -> set[str]:
     with over(ground) as roles:
         sums_of(ground, roles, cache)
         look("base", roles, base_hash="c")
-        look("rows", roles, store=train.take_units(np.arange(train.units - 1)))
-        look("order of rows", roles, store=train.take_units(np.arange(train.units)[::-1].copy()))
+        look("rows", roles, store=train.select_units(np.arange(train.units - 1)))
+        look("order of rows", roles, store=train.select_units(np.arange(train.units)[::-1].copy()))
         for name in ("ids", "says"):  # what another template, or another mask, would give
             values = train._arrays[name] = np.array(train._arrays[name])
-            at = int(train._arrays["starts"][train.picked[0] + 1]) - 2
+            at = int(train._arrays["starts"][train.indices[0] + 1]) - 2
             values[at] ^= 1
             look(name, roles)
             values[at] ^= 1
@@ -1126,7 +1135,7 @@ def test_what_they_depend_on_is_in_their_name(ground: Any, cache: Path, monkeypa
         planted.setattr(type(ground.data.train), "content_hash", lambda self: str(len(self)))
         assert stale(ground, cache / "2") == {"order of rows", "ids", "says"}
     with monkeypatch.context() as planted:
-        planted.setattr(reference_module, "_key", lambda *_: "same")
+        planted.setattr(reference_module, "_cache_key", lambda *_: "same")
         assert len(stale(ground, cache / "3")) >= 8  # all but a store of another length
 
 
@@ -1155,13 +1164,13 @@ def test_every_flipped_bit_is_found(ground: Any, cache: Path) -> None:
     """In the numbers or their checksum, any bit; in the header any that makes it something else."""
     sums = torch.randn(12)
     file = cache / "one.safetensors"
-    reference_module._write(file, sums)
+    reference_module._write_cache(file, sums)
     content = file.read_bytes()
     for bit in range(0, 8 * len(content), 3):
         broken = bytearray(content)
         broken[bit // 8] ^= 1 << bit % 8
         file.write_bytes(bytes(broken))
-        found = reference_module._read(file, 12)
+        found = reference_module._read_cache(file, 12)
         assert found is None or same_bytes(found, sums), f"bit {bit}"
 
 
@@ -1185,11 +1194,13 @@ def test_a_second_build_computes_nothing(cache: Path) -> None:
 
 def test_two_builds_with_one_seed_are_equal(cache: Path) -> None:
     one, two, other = (build(Recipe.from_dict(small_dpo(seed=seed)), lambda event: None, CPU) for seed in (5, 5, 6))
-    assert changed(one.roles.adapter_tensors("policy"), two.roles.adapter_tensors("policy")) == set()
-    assert changed(one.roles.adapter_tensors("policy"), other.roles.adapter_tensors("policy")) != set()
+    assert changed_tensors(one.roles.adapter_tensors("policy"), two.roles.adapter_tensors("policy")) == set()
+    assert changed_tensors(one.roles.adapter_tensors("policy"), other.roles.adapter_tensors("policy")) != set()
     for step in range(3):
         a, b = (built.algorithm.collect(step).batch for built in (one, two))
-        assert same_bytes(a.ids, b.ids) and all(same_bytes(a.extra[name], b.extra[name]) for name in a.extra)
+        assert same_bytes(a.input_ids, b.input_ids) and all(
+            same_bytes(a.extra[name], b.extra[name]) for name in a.extra
+        )
     assert not same_bytes(one.algorithm.collect(0).batch.extra["row"], other.algorithm.collect(0).batch.extra["row"])
 
 
@@ -1198,7 +1209,7 @@ def test_the_cached_sums_belong_to_their_rows(cache: Path) -> None:
     built = build(Recipe.from_dict(small_dpo()), lambda event: None, CPU)
     for step in (0, 1):
         batch = built.algorithm.collect(step).batch
-        with built.roles.quiet():
+        with built.roles.inference_mode():
             fresh = built.roles.logps("reference", batch).logps.sum(dim=1)
         assert float((fresh - batch.extra["reference"]).abs().max()) < 1e-3
         assert float((fresh.flip(0) - batch.extra["reference"]).abs().max()) > 1e-1
@@ -1216,7 +1227,7 @@ def run_small(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
 @pytest.mark.parametrize("loss", ["sigmoid", pytest.param("robust", marks=pytest.mark.slow)])
 def test_a_run_starts_at_ln_2_and_kl_0(cache: Path, tmp_path: Path, loss: str) -> None:
     events = run_small(small_dpo(dpo={"loss": loss}), tmp_path / "run")[1]
-    first = next(event for event in events if isinstance(event, StepDone)).stats
+    first = next(event for event in events if isinstance(event, StepEnd)).stats
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and first["kl"] == 0.0 and abs(first["margin"]) < 1e-4
     assert next(event for event in events if isinstance(event, RunStarted)).reference == "the base, adapters off"
 
@@ -1231,7 +1242,7 @@ def _top_not_zero(patch: pytest.MonkeyPatch) -> None:
 
     def roles_of(*given: Any) -> Roles:
         roles = real(*given)
-        shake(roles, "policy", size=0.02)
+        perturb(roles, "policy", size=0.02)
         return roles
 
     patch.setattr(build_module, "load_roles", roles_of)
@@ -1243,9 +1254,9 @@ def test_a_run_with_a_wrong_reference_stops_before_its_first_step(
 ) -> None:
     tamper(monkeypatch)
     events: list[Any] = []
-    with pytest.raises(RunFailed, match="reference.*the base, adapters off"):
+    with pytest.raises(TrainingError, match="reference.*the base, adapters off"):
         run(Recipe.from_dict(small_dpo()), out=tmp_path / "run", ui="none", device=CPU, on_event=events.append)
-    assert not any(isinstance(event, StepDone) for event in events) and not (tmp_path / "run" / "final").exists()
+    assert not any(isinstance(event, StepEnd) for event in events) and not (tmp_path / "run" / "final").exists()
     monkeypatch.setattr(DPO, "check", lambda self, micro, step: None)
     assert run_small(small_dpo(), tmp_path / "unchecked")[0].status == "done", (
         "without the check nothing else would tell"
@@ -1282,14 +1293,14 @@ def test_the_sft_adapter_is_the_same_after_dpo_on_top(
     ended: dict[str, dict[str, Tensor]] = {}
 
     def at_the_end(event: Any) -> None:
-        if isinstance(event, StepDone) and event.step == event.steps:
+        if isinstance(event, StepEnd) and event.step == event.steps:
             ended.update({name: kept[0].roles.adapter_tensors(name) for name in ("sft", "policy")})
         events.append(event)
 
     events: list[Any] = []
     outcome = run(Recipe.from_dict(above(sft_run)), out=tmp_path / "dpo", ui="none", device=CPU, on_event=at_the_end)
     assert {path: path.read_bytes() for path in sft_run.rglob("*") if path.is_file()} == files
-    assert changed(ended["sft"], load_file(sft_run / "final" / WEIGHTS)) == set()
+    assert changed_tensors(ended["sft"], load_file(sft_run / "final" / WEIGHTS)) == set()
     below = json.loads((sft_run / "summary.json").read_text())
     assert outcome.summary["base_hash"]["end"] == outcome.summary["base_hash"]["start"] == below["base_hash"]["end"]
     assert set(outcome.summary["adapter_hashes"]) == {"sft"}
@@ -1297,7 +1308,7 @@ def test_the_sft_adapter_is_the_same_after_dpo_on_top(
         next(event for event in events if isinstance(event, RunStarted)).reference
         == "the base with the frozen adapter sft"
     )
-    assert next(event for event in events if isinstance(event, StepDone)).stats["kl"] == 0.0
+    assert next(event for event in events if isinstance(event, StepEnd)).stats["kl"] == 0.0
     assert all(tensor.any() for key, tensor in ended["policy"].items() if "lora_B" in key), (
         "nothing was trained: the test saw nothing"
     )
@@ -1311,10 +1322,10 @@ def test_a_frozen_adapter_that_moves_fails_the_run(
     monkeypatch.setattr(runner_module, "build", lambda *given, **more: kept.append(real(*given, **more)) or kept[-1])
 
     def nudge(event: Any) -> None:
-        if isinstance(event, StepDone) and event.step == 2:
+        if isinstance(event, StepEnd) and event.step == 2:
             next(p for name, p in kept[0].base.model.named_parameters() if ".lt_sft." in name).data[0, 0] += 1e-3
 
-    with pytest.raises(RunFailed, match="frozen adapter"):
+    with pytest.raises(TrainingError, match="frozen adapter"):
         run(Recipe.from_dict(above(sft_run)), out=tmp_path / "dpo", ui="none", device=CPU, on_event=nudge)
 
 
@@ -1323,7 +1334,7 @@ def test_a_policy_goes_on_from_a_path(cache: Path, tmp_path: Path, sft_run: Path
     recipe = small_dpo(base={"model": "tiny-tutor", "bits": 4}, adapters={"policy": {"path": str(sft_run)}})
     events = run_small(recipe, tmp_path / "run")[1]
     assert any("need not agree" in getattr(event, "message", "") for event in events)
-    assert next(event for event in events if isinstance(event, StepDone)).stats["kl"] > 1e-4
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(RunFailed, match="cached log-probs"):
+    assert next(event for event in events if isinstance(event, StepEnd)).stats["kl"] > 1e-4
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(TrainingError, match="cached log-probs"):
         _sums_off(patched)
         run_small(recipe, tmp_path / "again")

@@ -22,9 +22,9 @@ from gpu_proof_helpers import CARRIED, SCRIPT, filtered_environment, module, mod
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from lowrank_tune.errors import RunFailed
+from lowrank_tune.errors import TrainingError
 from lowrank_tune.model import memory
-from lowrank_tune.model.heads import KEY
+from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.logps import Head
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.recipe import Recipe
@@ -143,7 +143,7 @@ def test_a_wrong_reference_is_found(gpu: ModuleType, monkeypatch: pytest.MonkeyP
 
     def stale_cache(roles: Any, rows: Any, size: Any) -> Any:
         algorithm = module("factories").dpo(roles, rows, size)
-        algorithm.kit.rows(0).extra["reference"][0] += 0.01
+        algorithm.context.get_batch(0).extra["reference"][0] += 0.01
         return algorithm
 
     faults = {
@@ -159,14 +159,14 @@ def test_a_wrong_reference_is_found(gpu: ModuleType, monkeypatch: pytest.MonkeyP
 def test_wrong_log_probs_of_the_sampler_are_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def shifted(roles: Any, rows: Any, size: Any) -> Any:
         algorithm = module("factories").grpo(roles, rows, size)
-        draw = algorithm.harvester.draw
+        draw = algorithm.collector.collect
 
         def drawn(*arguments: Any) -> Any:
             rollouts = draw(*arguments)
             rollouts.batch.extra["sampler"] = rollouts.batch.extra["sampler"] - 1e-3
             return rollouts
 
-        algorithm.harvester.draw = drawn
+        algorithm.collector.collect = drawn
         return algorithm
 
     monkeypatch.setitem(module("factories").ALGORITHMS, "grpo", shifted)
@@ -174,21 +174,24 @@ def test_wrong_log_probs_of_the_sampler_are_found(gpu: ModuleType, monkeypatch: 
 
 
 def test_prompts_that_are_shared_wrongly_are_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = Roles._decode
+    decode = Roles._run_decoder
 
     def moved(self: Any, ids: Any, mask: Any, positions: Any) -> Any:
         """Every token of a packed row is one position further."""
         packed = positions is not None and bool((positions[:, 1:] < positions[:, :-1]).any())
         return decode(self, ids, mask, positions + (positions > 9) if packed else positions)
 
-    monkeypatch.setattr(Roles, "_decode", moved)
+    monkeypatch.setattr(Roles, "_run_decoder", moved)
     monkeypatch.setattr(Roles, "_longest_shareable", 1 << 20)  # its own check would find this
     assert check("reward").failed == ["shared prompts change nothing"]
 
 
 def test_a_head_that_is_not_saved_is_found(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def zeroed(tensors: Any, file: Any) -> None:
-        save_file({name: torch.zeros_like(tensor) if name == KEY else tensor for name, tensor in tensors.items()}, file)
+        save_file(
+            {name: torch.zeros_like(tensor) if name == HEAD_WEIGHT_KEY else tensor for name, tensor in tensors.items()},
+            file,
+        )
 
     monkeypatch.setattr(module("checks"), "save_file", zeroed)
     assert check("reward").failed == ["saved and reloaded, it computes the same"]
@@ -226,7 +229,7 @@ def test_recovery_from_too_little_memory(base: Any, monkeypatch: pytest.MonkeyPa
     def other_rows(size: Any, vocab_size: int) -> Any:
         """The second and every later step trains on other rows."""
         batch = split(size, vocab_size)
-        batch.ids = batch.ids.roll(len(calls), dims=0)
+        batch.input_ids = batch.input_ids.roll(len(calls), dims=0)
         calls.append(None)
         return batch
 
@@ -258,7 +261,8 @@ def test_a_cell_and_its_kernels(base: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried 2.00 GiB.\nMore"), RunFailed("diverged"), KeyError("x")]
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried 2.00 GiB.\nMore"), TrainingError("diverged"), KeyError("x")],
 )
 def test_an_error_in_a_cell_is_recorded_and_the_next_cell_runs(
     base: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -269,7 +273,7 @@ def test_an_error_in_a_cell_is_recorded_and_the_next_cell_runs(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(cells.measured_run, "run", failing)
+        patch.setattr(cells.measured_run, "run_lean", failing)
         (record,) = cells.measure(cells.TINY_MAIN, base, (0.1, 30.0))
     assert record["failed"].startswith(f"{type(error).__name__}: ") and "\n" not in record["failed"]
     assert not module("parts").passed(record)

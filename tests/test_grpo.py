@@ -16,20 +16,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import CPU, VOCAB, changed, clear, far, gradients, llama_roles, make_batch, shake
+from models import CPU, VOCAB, changed_tensors, gradients, llama_roles, make_batch, perturb, relative_error, zero_grad
 from safetensors.torch import load_file
-from test_dpo import Plain, by_key, far_from
+from test_dpo import Plain, by_key, error_against
 from torch import Tensor
 
 from lowrank_tune import Recipe, run
 from lowrank_tune import runner as runner_module
 from lowrank_tune.algorithms import grpo as grpo_module
-from lowrank_tune.algorithms.grpo import GRPO, MOST_DRAWS, dead, group_advantages, kl_penalty, policy_loss
-from lowrank_tune.algorithms.harvest import Harvest, Harvester
-from lowrank_tune.algorithms.kit import Kit
-from lowrank_tune.data import Asked
-from lowrank_tune.errors import RunFailed
-from lowrank_tune.events import Grouped, Note, StepDone
+from lowrank_tune.algorithms.grpo import GRPO, MAX_RESAMPLES, group_advantages, kl_penalty, policy_loss, zero_std_groups
+from lowrank_tune.algorithms.harvest import RolloutBatch, RolloutCollector
+from lowrank_tune.algorithms.kit import AlgorithmContext
+from lowrank_tune.data import PromptExample
+from lowrank_tune.errors import TrainingError
+from lowrank_tune.events import GroupLogged, LogMessage, StepEnd
 from lowrank_tune.model import roles as roles_module
 from lowrank_tune.model.adapters import WEIGHTS
 from lowrank_tune.model.roles import Roles
@@ -49,22 +49,25 @@ def test_advantages_by_hand() -> None:
     t = math.sqrt((1.5**2 + 3 * 0.5**2) / 4) + 1e-4
     expected = [[0.5 / s, -0.5 / s, -0.5 / s, 0.5 / s], [1.5 / t, -0.5 / t, -0.5 / t, -0.5 / t], [0.0] * 4]
     assert torch.allclose(group_advantages(rewards), torch.tensor(expected), rtol=1e-6, atol=0)
-    assert group_advantages(rewards, divide=False).tolist() == [
+    assert group_advantages(rewards, scale_by_std=False).tolist() == [
         [0.5, -0.5, -0.5, 0.5],
         [1.5, -0.5, -0.5, -0.5],
         [0.0] * 4,
     ]
-    assert dead(rewards).tolist() == [False, False, True]
+    assert zero_std_groups(rewards).tolist() == [False, False, True]
 
 
 def test_seven_equal_rewards_are_exactly_nothing() -> None:
     rewards = torch.full((1, 7), 0.7)
-    assert group_advantages(rewards).tolist() == [[0.0] * 7] and group_advantages(rewards, divide=False).tolist() == [
-        [0.0] * 7
-    ]
+    assert group_advantages(rewards).tolist() == [[0.0] * 7] and group_advantages(
+        rewards, scale_by_std=False
+    ).tolist() == [[0.0] * 7]
     naive = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
     assert naive.any(), "the plain formula in fp32 is no longer a trap"
-    assert dead(torch.tensor([[0.1 + 0.2, 0.3], [0.3, 0.3 + 1e-5]], dtype=torch.float64)).tolist() == [True, False]
+    assert zero_std_groups(torch.tensor([[0.1 + 0.2, 0.3], [0.3, 0.3 + 1e-5]], dtype=torch.float64)).tolist() == [
+        True,
+        False,
+    ]
 
 
 REWARD = st.floats(-100, 100, width=32)
@@ -147,44 +150,44 @@ def tokens_of(seed: int, lengths: Sequence[int] = (5, 2, 9, 1, 4, 0)) -> tuple[l
     return rows, [float(a) for a in np.where(np.arange(len(lengths)) % 2, -1, 1) * stream.uniform(0.2, 2, len(lengths))]
 
 
-def laid(
+def padded_tensors(
     rows: Sequence[tuple[Any, Any, Any]], dtype: torch.dtype, filler: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same as (B, T) tensors with gaps before, inside and after; what stands in the gaps is `filler`."""
     width = 2 * max(len(row[0]) for row in rows) + 3
-    says = torch.zeros(len(rows), width, dtype=torch.bool)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
     three = [torch.full((len(rows), width), filler, dtype=dtype) for _ in range(3)]
     for i, row in enumerate(rows):
         places = [2 + 2 * t + i % 2 for t in range(len(row[0]))]
-        says[i, places] = True
+        mask[i, places] = True
         for into, values in zip(three, row, strict=True):
             into[i, places] = torch.tensor(values, dtype=dtype)
-    return *three, says  # type: ignore[return-value]
+    return *three, mask  # type: ignore[return-value]
 
 
-def weights_of(kind: str, says: Tensor) -> Tensor:
+def weights_of(kind: str, mask: Tensor) -> Tensor:
     """What `weigh` gives, for a mask alone."""
-    algorithm = GRPO(None, Fake(None, []), kind)  # type: ignore[arg-type]
-    return algorithm.weigh(Batch(torch.zeros(says.shape, dtype=torch.long), torch.ones_like(says), says))
+    algorithm = GRPO(None, FakeCollector(None, []), kind)  # type: ignore[arg-type]
+    return algorithm.token_weights(Batch(torch.zeros(mask.shape, dtype=torch.long), torch.ones_like(mask), mask))
 
 
 def pure_error(kind: str, estimator: str, dtype: torch.dtype, filler: float = 0.0, seed: int = 0) -> float:
     """Largest distance from the oracle, of the loss and of every slope, against the largest of them."""
     rows, advantages = tokens_of(seed)
     low, high = 0.2, HIGH.get(kind, 0.2)
-    logps, old, reference, says = laid(rows, dtype, filler)
+    logps, old, reference, mask = padded_tensors(rows, dtype, filler)
     logps.requires_grad_()
-    found, _ = grpo_module.policy_loss(kind, logps, old, torch.tensor(advantages, dtype=dtype), says, low, high)
-    found = found + 0.3 * grpo_module.kl_penalty(estimator, logps, old, reference, says)
-    loss = (found * weights_of(kind, says)).sum()
+    found, _ = grpo_module.policy_loss(kind, logps, old, torch.tensor(advantages, dtype=dtype), mask, low, high)
+    found = found + 0.3 * grpo_module.kl_penalty(estimator, logps, old, reference, mask)
+    loss = (found * weights_of(kind, mask)).sum()
     (slope,) = torch.autograd.grad(loss, logps)
     expected, slopes, _ = oracle(kind, rows, advantages, low, high, 0.3, estimator)
     flat = torch.tensor([s for row in slopes for s in row], dtype=torch.float64)
     wrong = max(
         abs(float(loss.detach()) - expected) / abs(expected),
-        float((slope[says].double() - flat).abs().max() / flat.abs().max()),
+        float((slope[mask].double() - flat).abs().max() / flat.abs().max()),
     )
-    outside = float(slope[~says].abs().max())
+    outside = float(slope[~mask].abs().max())
     return wrong if wrong == wrong and outside == 0 else math.inf
 
 
@@ -225,22 +228,22 @@ def test_the_oracle_knows_its_own_slope(kind: str) -> None:
 
 
 def _no_clip(
-    kind: str, logps: Tensor, old: Tensor, advantage: Tensor, says: Tensor, low: float, high: float
+    kind: str, logps: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
-    return policy_loss(kind, logps, old, advantage, says, 1.0, 1e9)
+    return policy_loss(kind, logps, old, advantage, mask, 1.0, 1e9)
 
 
 def _sides_swapped(
-    kind: str, logps: Tensor, old: Tensor, advantage: Tensor, says: Tensor, low: float, high: float
+    kind: str, logps: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
-    return policy_loss(kind, logps, old, advantage, says, high / 2, low / 2)
+    return policy_loss(kind, logps, old, advantage, mask, high / 2, low / 2)
 
 
 def _masked_by_zero(
-    kind: str, logps: Tensor, old: Tensor, advantage: Tensor, says: Tensor, low: float, high: float
+    kind: str, logps: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
-    value, stopped = policy_loss(kind, logps, old, advantage, torch.ones_like(says), low, high)
-    return value * says, stopped
+    value, stopped = policy_loss(kind, logps, old, advantage, torch.ones_like(mask), low, high)
+    return value * mask, stopped
 
 
 @pytest.mark.parametrize("bug", [_no_clip, _sides_swapped])
@@ -264,14 +267,14 @@ def test_a_wrong_kl_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tokens_that_the_clip_stops_are_counted() -> None:
     ratios, advantages = torch.tensor([[0.5, 0.9, 1.1, 1.5, 9.0]] * 2), torch.tensor([1.0, -1.0])
-    says = torch.tensor([[True, True, True, True, False]] * 2)
-    stopped = policy_loss("grpo", ratios.log(), torch.zeros(2, 5), advantages, says, 0.2, 0.3)[1]
+    mask = torch.tensor([[True, True, True, True, False]] * 2)
+    stopped = policy_loss("grpo", ratios.log(), torch.zeros(2, 5), advantages, mask, 0.2, 0.3)[1]
     assert stopped.tolist() == [[False, False, False, True, False], [True, False, False, False, False]]
     assert (
-        policy_loss("cispo", ratios.log(), torch.zeros(2, 5), advantages, says, 0.2, 1.2)[1].tolist()
+        policy_loss("cispo", ratios.log(), torch.zeros(2, 5), advantages, mask, 0.2, 1.2)[1].tolist()
         == [[False] * 3 + [True, False]] * 2
     )
-    assert not policy_loss("grpo", ratios.log(), ratios.log(), advantages, says, 0.2, 0.3)[1].any()
+    assert not policy_loss("grpo", ratios.log(), ratios.log(), advantages, mask, 0.2, 0.3)[1].any()
 
 
 # --- whose gradient is it? Enumeration of a vocabulary of five --------------------------------------------------------
@@ -281,8 +284,8 @@ def expected_slope(estimator: str, z: Tensor, q: Tensor) -> tuple[float, Tensor]
     """E_p of the estimator and of its gradient by the logits, where old is the policy itself: every token once, by its
     odds."""
     logps = torch.log_softmax(z, 0)
-    old, says = logps.detach(), torch.ones(1, len(z), dtype=torch.bool)
-    each = grpo_module.kl_penalty(estimator, logps[None], old[None], q[None], says)
+    old, mask = logps.detach(), torch.ones(1, len(z), dtype=torch.bool)
+    each = grpo_module.kl_penalty(estimator, logps[None], old[None], q[None], mask)
     mean = (old.exp() * each[0]).sum()
     return float(mean.detach()), torch.autograd.grad(mean, z, retain_graph=True)[0]
 
@@ -308,17 +311,17 @@ def test_the_gradient_of_each_estimator_is_that_of_its_kl() -> None:
             ("k2", reverse, False),
         ):
             mean, found = expected_slope(estimator, z, q)
-            assert far(found, slope) < 1e-10, estimator
+            assert relative_error(found, slope) < 1e-10, estimator
             assert not honest or mean == pytest.approx(value, abs=1e-12)
         # its value is honest, its gradient is another's
         assert expected_slope("k3", z, q)[0] == pytest.approx(reverse[0], abs=1e-12)
-        assert far(expected_slope("k3", z, q)[1], reverse[1]) > 1e-2
+        assert relative_error(expected_slope("k3", z, q)[1], reverse[1]) > 1e-2
 
 
 # --- through a model --------------------------------------------------------------------------------------------------
 
 
-class Fake(Harvester):
+class FakeCollector(RolloutCollector):
     """Draws completions that a test made: random ids, with rewards by the draw; the log-probs are the roles' own."""
 
     def __init__(
@@ -345,69 +348,73 @@ class Fake(Harvester):
             8,
             40,
             int,  # type: ignore[arg-type]
-            lambda *told: self.shown.append(told),
+            lambda *args: self.shown.append(args),
         )
         self.rewards, self.cut, self.drift, self.how = rewards, cut, drift, how
         self.shown: list[tuple[Any, ...]] = []
-        self.asked_for: list[int | None] = []
+        self.requested_counts: list[int | None] = []
 
-    def draw(self, step: int, draw: int, count: int | None = None) -> Harvest:
-        self.asked_for.append(count)
+    def collect(self, step: int, draw: int, count: int | None = None) -> RolloutBatch:
+        self.requested_counts.append(count)
         rewards = torch.tensor(self.rewards[draw][:count], dtype=torch.float64)
         groups, n = rewards.shape
-        rows, says = written(groups, n, seed=100 * step + draw)
-        batch = make_batch(rows, says, **self.how)
-        noise = torch.randn(batch.ids.shape, generator=torch.Generator().manual_seed(step))
+        rows, masks = written(groups, n, seed=100 * step + draw)
+        batch = make_batch(rows, masks, **self.how)
+        noise = torch.randn(batch.input_ids.shape, generator=torch.Generator().manual_seed(step))
         batch.extra["sampler"] = (
-            self.logps("policy", batch) + self.drift * noise if self.roles is not None else torch.zeros(batch.ids.shape)
+            self.logps("policy", batch) + self.drift * noise
+            if self.roles is not None
+            else torch.zeros(batch.input_ids.shape)
         )
         truncated = torch.tensor([i in self.cut for i in range(groups * n)])
-        asked = [Asked([2], f"prompt {draw}.{group}", None, {}) for group in range(groups)]
+        prompts = [PromptExample([2], f"prompt {draw}.{group}", None, {}) for group in range(groups)]
         texts = [f"prompt {draw}.{group} answer {i}" for group in range(groups) for i in range(n)]
-        return Harvest(
-            batch, rewards, rewards.view(-1, 1), truncated, self.names, texts, asked, {"rollout_seconds": 2.0}
+        return RolloutBatch(
+            batch, rewards, rewards.view(-1, 1), truncated, self.reward_names, texts, prompts, {"rollout_seconds": 2.0}
         )
 
 
 def written(groups: int, n: int, seed: int = 0) -> tuple[list[list[int]], list[list[bool]]]:
     """Completions of 1 to 11 tokens, groups with one prompt; pad and end ids stand inside."""
-    stream, rows, says = np.random.default_rng(seed), [], []
+    stream, rows, masks = np.random.default_rng(seed), [], []
     for _ in range(groups):
         prompt = stream.integers(0, VOCAB, stream.integers(1, 6)).tolist()
         for _ in range(n):
             length = int(stream.integers(1, LONGEST))
             rows.append([*prompt, *stream.integers(0, VOCAB, length).tolist()])
-            says.append([False] * len(prompt) + [True] * length)
-    return rows, says
+            masks.append([False] * len(prompt) + [True] * length)
+    return rows, masks
 
 
-LIVE = [[[1.0, 0.0, 0.0], [0.2, 0.9, 0.4]]]
+INFORMATIVE_REWARDS = [[[1.0, 0.0, 0.0], [0.2, 0.9, 0.4]]]
 
 
 @pytest.fixture(scope="module")
 def roles() -> Roles:
     """fp32, a frozen SFT adapter below the policy, both with weights that matter."""
     found = llama_roles(16, lower=["sft"])
-    shake(found, "sft", size=0.05)
-    shake(found, "policy", size=0.05, seed=2)
+    perturb(found, "sft", size=0.05)
+    perturb(found, "policy", size=0.05, seed=2)
     return found
 
 
-def over(roles: Roles, kind: str = "grpo", rewards: Any = LIVE, fake: Mapping[str, Any] = {}, **how: Any) -> GRPO:
-    kit = Kit(roles, None, fresh=False)  # type: ignore[arg-type]
-    return GRPO(kit, Fake(roles, rewards, **fake), kind, high=HIGH.get(kind), **how)
+def over(
+    roles: Roles, kind: str = "grpo", rewards: Any = INFORMATIVE_REWARDS, fake: Mapping[str, Any] = {}, **how: Any
+) -> GRPO:
+    kit = AlgorithmContext(roles, None, fresh=False)  # type: ignore[arg-type]
+    return GRPO(kit, FakeCollector(roles, rewards, **fake), kind, epsilon_high=HIGH.get(kind), **how)
 
 
 def one_pass(algorithm: GRPO, part: Batch, **split: int | None) -> tuple[float, Tensor, dict[str, float]]:
-    clear(algorithm.kit.roles)
-    part.weight = algorithm.weigh(part)
+    zero_grad(algorithm.context.roles)
+    part.token_weights = algorithm.token_weights(part)
     loss, stats = 0.0, {}
     for micro in part.split(**split or {"rows": 4}):
-        for term in algorithm.terms(micro):
+        for term in algorithm.compute_losses(micro):
             term.loss.backward()
             loss += float(term.loss.detach().double())
             add_stats(stats, term.stats)
-    return loss, gradients(algorithm.kit.roles), to_floats(stats)
+    return loss, gradients(algorithm.context.roles), to_floats(stats)
 
 
 def model_error(roles: Roles, kind: str, estimator: str, temperature: float = 0.7) -> tuple[float, float]:
@@ -416,19 +423,19 @@ def model_error(roles: Roles, kind: str, estimator: str, temperature: float = 0.
     algorithm = over(roles, kind, fake={"temperature": temperature}, kl=0.3, kl_estimator=estimator)
     part = algorithm.collect(0).batch
     part.extra["old"] = part.extra["sampler"] + 0.3 * torch.randn(
-        part.ids.shape, generator=torch.Generator().manual_seed(0)
+        part.input_ids.shape, generator=torch.Generator().manual_seed(0)
     )
     loss, _, _ = one_pass(algorithm, part)
     mine = by_key(roles, "policy")
     plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
     kept, rows = [], []
     for i in range(len(part)):
-        ids = part.ids[i][part.attended[i]].tolist()
-        places = part.says[i].nonzero().squeeze(1)
+        ids = part.input_ids[i][part.attention_mask[i]].tolist()
+        places = part.completion_mask[i].nonzero().squeeze(1)
         p = torch.log_softmax(plain.run(ids).logits[0] / temperature, dim=1)[places - 1]
         with torch.no_grad():
             q = torch.log_softmax(plain.run(ids, policy=False).logits[0] / temperature, dim=1)[places - 1]
-        token = part.ids[i][places][:, None]
+        token = part.input_ids[i][places][:, None]
         logps = p.gather(1, token).squeeze(1)
         kept.append((logps, (p.exp() * (p - q)).sum()))
         rows.append((logps.tolist(), part.extra["old"][i][places].tolist(), q.gather(1, token).squeeze(1).tolist()))
@@ -441,7 +448,7 @@ def model_error(roles: Roles, kind: str, estimator: str, temperature: float = 0.
             total = total + 0.3 * weight * exact
             expected += 0.3 * weight * float(exact.detach())
     total.backward()
-    return abs(loss - expected) / abs(expected), far_from(mine, plain.gradient())
+    return abs(loss - expected) / abs(expected), error_against(mine, plain.gradient())
 
 
 @pytest.mark.parametrize(
@@ -454,9 +461,9 @@ def test_through_a_model(roles: Roles, kind: str, estimator: str) -> None:
 
 
 def test_bugs_of_a_whole_step_are_seen(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = Roles.exact_kl
+    exact = Roles.full_vocab_kl
     monkeypatch.setattr(
-        Roles, "exact_kl", lambda self, p, q, *rest, gradient: exact(self, p, q, *rest, gradient=gradient).detach()
+        Roles, "full_vocab_kl", lambda self, p, q, *rest, gradient: exact(self, p, q, *rest, gradient=gradient).detach()
     )
     assert model_error(roles, "grpo", "exact")[1] > 1e-3
     monkeypatch.undo()
@@ -477,7 +484,7 @@ def test_any_micro_batch_size_gives_one_gradient(roles: Roles, kind: str) -> Non
         )
         found.append(one_pass(algorithm, algorithm.collect(0).batch, **split))
     for loss, gradient, stats in found[1:]:
-        assert loss == pytest.approx(found[0][0], rel=1e-5, abs=1e-7) and far(gradient, found[0][1]) < 1e-5
+        assert loss == pytest.approx(found[0][0], rel=1e-5, abs=1e-7) and relative_error(gradient, found[0][1]) < 1e-5
         assert stats == pytest.approx(found[0][2], rel=1e-5, abs=1e-6)
     assert found[0][2]["loss"] == pytest.approx(found[0][0], rel=1e-5)
 
@@ -489,29 +496,29 @@ def test_padding_changes_nothing(roles: Roles, kind: str) -> None:
         algorithm = over(roles, kind, fake=how, epochs=2)
         found.append(one_pass(algorithm, algorithm.collect(0).batch))
     for loss, gradient, stats in found[1:]:
-        assert loss == pytest.approx(found[0][0], rel=1e-5, abs=1e-7) and far(gradient, found[0][1]) < 1e-5
+        assert loss == pytest.approx(found[0][0], rel=1e-5, abs=1e-7) and relative_error(gradient, found[0][1]) < 1e-5
         assert stats == pytest.approx(found[0][2], rel=1e-4, abs=1e-6)
 
 
 def test_weights_add_up() -> None:
-    says = torch.zeros(3, 9, dtype=torch.bool)
-    says[0, 1:3], says[1, 2:9] = True, True
-    assert weights_of("grpo", says).sum(dim=1).tolist() == pytest.approx([1 / 3, 1 / 3, 0.0])
-    assert weights_of("dapo", says)[says].tolist() == pytest.approx([1 / 9] * 9)
-    assert weights_of("dr_grpo", says)[says].tolist() == pytest.approx([1 / (3 * LONGEST)] * 9)
-    assert torch.equal(weights_of("gspo", says), weights_of("grpo", says)) and torch.equal(
-        weights_of("cispo", says), weights_of("dapo", says)
+    mask = torch.zeros(3, 9, dtype=torch.bool)
+    mask[0, 1:3], mask[1, 2:9] = True, True
+    assert weights_of("grpo", mask).sum(dim=1).tolist() == pytest.approx([1 / 3, 1 / 3, 0.0])
+    assert weights_of("dapo", mask)[mask].tolist() == pytest.approx([1 / 9] * 9)
+    assert weights_of("dr_grpo", mask)[mask].tolist() == pytest.approx([1 / (3 * LONGEST)] * 9)
+    assert torch.equal(weights_of("gspo", mask), weights_of("grpo", mask)) and torch.equal(
+        weights_of("cispo", mask), weights_of("dapo", mask)
     )
 
 
 def test_the_first_of_several_passes_has_ratio_one(roles: Roles) -> None:
     algorithm = over(roles, "grpo", epochs=3, kl=0.0)
     experience = algorithm.collect(0)
-    parts = list(experience.parts())
+    parts = list(experience.minibatches())
     assert len(parts) == 3 and all(part is experience.batch for part in parts)
     part = parts[0]
     policy = roles.logps("policy", part).logps.detach()
-    assert float((policy - part.extra["old"])[part.scored].abs().max()) < 1e-5
+    assert float((policy - part.extra["old"])[part.loss_mask].abs().max()) < 1e-5
     several, _, stats = one_pass(algorithm, part)
     assert stats["clip_fraction"] == 0.0 and "mismatch" in stats
     single = over(roles, "grpo", kl=0.0)
@@ -519,8 +526,8 @@ def test_the_first_of_several_passes_has_ratio_one(roles: Roles) -> None:
     assert "old" not in single.collect(0).batch.extra and several == pytest.approx(alone[0], abs=1e-6)
     kept = roles.adapter_tensors("policy")
     try:
-        shake(roles, "policy", size=0.3, seed=9)
-        assert algorithm.go_on({}) is True
+        perturb(roles, "policy", size=0.3, seed=9)
+        assert algorithm.should_continue({}) is True
         _, _, later = one_pass(algorithm, part)
         assert later["clip_fraction"] > 0.1 and "mismatch" not in later, (
             "old is of the policy that wrote, whatever came since"
@@ -533,14 +540,14 @@ def test_the_first_of_several_passes_has_ratio_one(roles: Roles) -> None:
 def test_completions_that_were_cut(roles: Roles, truncated: str, rows: int) -> None:
     algorithm = over(roles, fake={"cut": (0, 4)}, truncated=truncated)
     part = algorithm.collect(0).batch
-    assert int(part.scored.any(dim=1).sum()) == rows and len(part) == 6
-    assert torch.equal(part.extra["advantage"].view(2, 3), group_advantages(torch.tensor(LIVE[0])))
-    weight = algorithm.weigh(part)
+    assert int(part.loss_mask.any(dim=1).sum()) == rows and len(part) == 6
+    assert torch.equal(part.extra["advantage"].view(2, 3), group_advantages(torch.tensor(INFORMATIVE_REWARDS[0])))
+    weight = algorithm.token_weights(part)
     assert weight.sum() == pytest.approx(rows / 6), "a masked completion still counts among N"
     assert (weight[[0, 4]].sum() == 0) == (truncated == "mask")
 
 
-def test_a_cut_completion_pays(roles: Roles) -> None:
+def test_a_truncated_completion_is_penalized(roles: Roles) -> None:
     algorithm = over(
         roles, rewards=[[[0.5] * 3, [0.0, 1.0, 1.0]]], fake={"cut": (1, 5)}, truncated="penalise", penalty=0.5
     )
@@ -573,23 +580,23 @@ MIXED = [
     ("how", "groups", "draws"),
     [("keep", [0, 1, 2, 3], [None]), ("drop", [1], [None]), ("resample", None, [None, 3, 2, 1])],
 )
-def test_dead_groups(roles: Roles, how: str, groups: Any, draws: Any) -> None:
-    assert MOST_DRAWS == 4, "the last of these draws is never made"
+def test_zero_std_groups(roles: Roles, how: str, groups: Any, draws: Any) -> None:
+    assert MAX_RESAMPLES == 4, "the last of these draws is never made"
     algorithm = over(roles, rewards=MIXED, dead_groups=how)
     experience = algorithm.collect(0)
-    harvest, advantages = algorithm.harvester.shown[0][1:]
-    assert algorithm.harvester.asked_for == draws
-    told = [one.text for one in harvest.asked]
-    assert told == (
+    rollouts, advantages = algorithm.collector.shown[0][1:]
+    assert algorithm.collector.requested_counts == draws
+    prompts = [one.text for one in rollouts.prompts]
+    assert prompts == (
         ["prompt 0.1", "prompt 1.1", "prompt 2.0"] if how == "resample" else [f"prompt 0.{i}" for i in groups]
     )
-    assert harvest.texts == [f"{prompt} answer {i}" for prompt in told for i in range(3)]
-    assert torch.equal(harvest.parts.view_as(harvest.rewards), harvest.rewards) and len(harvest.truncated) == 3 * len(
-        told
-    )
-    assert len(experience.batch) == 3 * len(told) == advantages.numel()
+    assert rollouts.texts == [f"{prompt} answer {i}" for prompt in prompts for i in range(3)]
+    assert torch.equal(rollouts.reward_components.view_as(rollouts.rewards), rollouts.rewards) and len(
+        rollouts.truncated
+    ) == 3 * len(prompts)
+    assert len(experience.batch) == 3 * len(prompts) == advantages.numel()
     assert torch.equal(advantages.flatten(), experience.batch.extra["advantage"])
-    where = dead(harvest.earned)
+    where = zero_std_groups(rollouts.shaped_rewards)
     assert not advantages[where].any() and advantages[~where].all() and int(where.sum()) == (3 if how == "keep" else 0)
     stats = to_floats(experience.stats)
     assert stats["dead_groups"] == pytest.approx(7 / 10 if how == "resample" else 3 / 4)
@@ -607,33 +614,33 @@ def test_resampled_rows_are_the_rows_that_were_drawn(roles: Roles) -> None:
         for draw, group, n in ((0, 1, 4), (1, 1, 3), (2, 0, 2))
         for row in written(n, 3, seed=draw)[0][3 * group : 3 * group + 3]
     ]
-    assert [part.ids[i][part.attended[i]].tolist() for i in range(9)] == rows
-    alone = algorithm.harvester.logps("policy", part)
+    assert [part.input_ids[i][part.attention_mask[i]].tolist() for i in range(9)] == rows
+    alone = algorithm.collector.logps("policy", part)
     assert (
-        float((part.extra["sampler"] - alone)[part.scored].abs().max()) < 1e-5
-        and not part.extra["sampler"][~part.scored].any()
+        float((part.extra["sampler"] - alone)[part.loss_mask].abs().max()) < 1e-5
+        and not part.extra["sampler"][~part.loss_mask].any()
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("how", "kl"), [("keep", 0.0), ("drop", 0.0), ("drop", 0.5), ("resample", 0.5)])
-def test_a_step_of_dead_groups_changes_nothing(roles: Roles, kind: str, how: str, kl: float) -> None:
+def test_a_step_of_zero_std_groups_changes_nothing(roles: Roles, kind: str, how: str, kl: float) -> None:
     """With `drop` KL neither: what is left of it near the reference is rounding noise, which Adam would blow up to a
     whole step."""
     algorithm = over(roles, kind, rewards=[[[0.7] * 7, [0.1] * 7]] * 4, kl=kl, dead_groups=how)
     loss, gradient, stats = one_pass(algorithm, algorithm.collect(0).batch)
     assert loss == 0.0 and not gradient.any() and not gradient.isnan().any() and all(map(math.isfinite, stats.values()))
-    algorithm.harvester.rewards = LIVE * 4
+    algorithm.collector.rewards = INFORMATIVE_REWARDS * 4
     assert one_pass(algorithm, algorithm.collect(1).batch)[1].any(), "the next step is one again"
 
 
-def test_dead_groups_that_are_kept_have_their_kl(roles: Roles) -> None:
+def test_zero_std_groups_that_are_kept_have_their_kl(roles: Roles) -> None:
     algorithm = over(roles, rewards=[[[0.7] * 7]], kl=0.5, dead_groups="keep")
     loss, gradient, stats = one_pass(algorithm, algorithm.collect(0).batch)
     assert loss > 0 and gradient.any() and stats["kl"] > 0
-    assert list(algorithm.warnings({"dead_groups": 0.79, "reward": 0.1})) == []
-    assert "90%" in next(algorithm.warnings({"dead_groups": 0.9, "reward": 0.1}))
-    assert list(algorithm.warnings({"dead_groups": 0.9, "reward": 0.9})) == [], (
+    assert list(algorithm.diagnostics({"dead_groups": 0.79, "reward": 0.1})) == []
+    assert "90%" in next(algorithm.diagnostics({"dead_groups": 0.9, "reward": 0.1}))
+    assert list(algorithm.diagnostics({"dead_groups": 0.9, "reward": 0.9})) == [], (
         "groups that all became right are no trouble"
     )
 
@@ -644,7 +651,7 @@ def test_kl_in_the_reward(roles: Roles) -> None:
     part = experience.batch
     rewards = []
     for i, reward in enumerate([0.5, 0.5, 0.5, 1.0, 0.0, 0.0]):
-        places = part.says[i].nonzero().squeeze(1).tolist()
+        places = part.completion_mask[i].nonzero().squeeze(1).tolist()
         rewards.append(
             reward
             - 0.4 * sum(float(part.extra["sampler"][i, t]) - float(part.extra["reference_logps"][i, t]) for t in places)
@@ -670,22 +677,22 @@ class Lengths:
     def __init__(self) -> None:
         self.kept: dict[int, list[float]] = {}
 
-    def submit(self, key: int, asked: Asked, text: str, completion: Completion) -> None:
-        self.kept[key] = [float(len(completion.ids))]
+    def submit(self, key: int, prompt: PromptExample, text: str, completion: Completion) -> None:
+        self.kept[key] = [float(len(completion.token_ids))]
 
     def collect(self) -> Mapping[int, Sequence[float]]:
         kept, self.kept = self.kept, {}
         return kept
 
 
-def real_harvester(roles: Roles, long: bool = False) -> Harvester:
+def real_collector(roles: Roles, long: bool = False) -> RolloutCollector:
     times = 6 if long else 1
     prompts = [
-        Asked([2, 5, 9, 40] * times, "a", None, {}),
-        Asked([2, 7] * times, "b", None, {}),
-        Asked([3] * 9 * times, "c", None, {}),
+        PromptExample([2, 5, 9, 40] * times, "a", None, {}),
+        PromptExample([2, 7] * times, "b", None, {}),
+        PromptExample([3] * 9 * times, "c", None, {}),
     ]
-    return Harvester(
+    return RolloutCollector(
         roles,
         lambda step, draw, count: prompts,
         Lengths(),
@@ -707,9 +714,9 @@ def test_a_group_reads_its_prompt_once_and_nothing_changes(roles: Roles, monkeyp
     """Reference, old log-probs and gradient with shared prompts are those of rows apart; groups stay next to each other
     in any split."""
     planted = list[int]()
-    real = roles_module.plant
+    real = roles_module.pack_shared_prefixes
     monkeypatch.setattr(
-        roles_module, "plant", lambda *given: (tree := real(*given), planted.append(tree is not None))[0]
+        roles_module, "pack_shared_prefixes", lambda *given: (tree := real(*given), planted.append(tree is not None))[0]
     )
     found = []
     for share, split in (
@@ -719,8 +726,10 @@ def test_a_group_reads_its_prompt_once_and_nothing_changes(roles: Roles, monkeyp
         (True, {"tokens": 90}),
         (True, {"rows": 99}),
     ):
-        monkeypatch.setattr(roles, "share", share)
-        algorithm = GRPO(Kit(roles, None, fresh=False), real_harvester(roles, long=True), kl=0.3, epochs=2)  # type: ignore[arg-type]
+        monkeypatch.setattr(roles, "share_prefixes", share)
+        algorithm = GRPO(
+            AlgorithmContext(roles, None, fresh=False), real_collector(roles, long=True), beta=0.3, num_iterations=2
+        )  # type: ignore[arg-type]
         part = algorithm.collect(0).batch
         planted.clear()
         found.append((one_pass(algorithm, part, **split), part.extra["reference_logps"], part.extra["old"]))
@@ -730,39 +739,42 @@ def test_a_group_reads_its_prompt_once_and_nothing_changes(roles: Roles, monkeyp
             int(shared[0] == 0) for shared in micros
         )
     for (loss, gradient, stats), reference, old in found[1:]:
-        assert loss == pytest.approx(found[0][0][0], rel=1e-4, abs=1e-6) and far(gradient, found[0][0][1]) < 1e-5
+        assert (
+            loss == pytest.approx(found[0][0][0], rel=1e-4, abs=1e-6)
+            and relative_error(gradient, found[0][0][1]) < 1e-5
+        )
         assert stats == pytest.approx(found[0][0][2], rel=1e-4, abs=1e-6)
         assert torch.allclose(reference, found[0][1], atol=1e-5) and torch.allclose(old, found[0][2], atol=1e-5)
 
 
 def first_pass(roles: Roles, temperature: float = 0.8, old: str = "sampler") -> tuple[GRPO, dict[str, float]]:
     """A step on the real engine, at 0.8; the update at `temperature`."""
-    algorithm = GRPO(Kit(roles, None, fresh=False), real_harvester(roles), old=old, kl=0.0)  # type: ignore[arg-type]
+    algorithm = GRPO(AlgorithmContext(roles, None, fresh=False), real_collector(roles), old_logps_source=old, beta=0.0)  # type: ignore[arg-type]
     part = algorithm.collect(0).batch
-    algorithm.harvester.temperature = temperature
+    algorithm.collector.temperature = temperature
     return algorithm, one_pass(algorithm, part)[2] | {"dead_groups": 0.0, "reward": 0.5}
 
 
 def test_the_sampler_and_the_policy_agree(roles: Roles) -> None:
     algorithm, stats = first_pass(roles)
-    assert stats["mismatch"] < 1e-5 and stats["clip_fraction"] == 0.0 and list(algorithm.warnings(stats)) == []
+    assert stats["mismatch"] < 1e-5 and stats["clip_fraction"] == 0.0 and list(algorithm.diagnostics(stats)) == []
 
 
 @pytest.mark.parametrize("old", ["sampler", "recomputed"])
 def test_another_temperature_stops_the_run(roles: Roles, old: str) -> None:
     algorithm, stats = first_pass(roles, 0.4, old)
     assert stats["mismatch"] > 0.1
-    with pytest.raises(RunFailed, match="grpo.mismatch_limit"):
-        list(algorithm.warnings(stats))
-    algorithm.mismatch_limit = 50.0
-    assert list(algorithm.warnings(stats)) == []
+    with pytest.raises(TrainingError, match="grpo.mismatch_limit"):
+        list(algorithm.diagnostics(stats))
+    algorithm.max_logprob_mismatch = 50.0
+    assert list(algorithm.diagnostics(stats)) == []
 
 
 def test_the_sampler_is_the_plain_model(roles: Roles) -> None:
-    part = real_harvester(roles).draw(0, 0).batch
+    part = real_collector(roles).collect(0, 0).batch
     plain = Plain([roles.adapter_tensors("sft"), roles.adapter_tensors("policy")])
     for i in range(len(part)):
-        ids, places = part.ids[i][part.attended[i]], part.says[i].nonzero().squeeze(1)
+        ids, places = part.input_ids[i][part.attention_mask[i]], part.completion_mask[i].nonzero().squeeze(1)
         with torch.no_grad():
             p = torch.log_softmax(plain.run(ids.tolist(), policy=False).logits[0] / 0.8, dim=1)
         assert torch.allclose(p[places - 1, ids[places]].float(), part.extra["sampler"][i][places], atol=1e-4)
@@ -807,7 +819,7 @@ def sft_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def told(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
+def run_with_events(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
     events: list[Any] = []
     return run(Recipe.from_dict(recipe), out=out, ui="none", device=CPU, on_event=events.append), events
 
@@ -815,7 +827,7 @@ def told(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
 def figures(events: Sequence[Any]) -> list[dict[str, float]]:
     unsteady = {"tokens_per_second", "memory_gib", "rollout_seconds", "score_seconds"}
     return [
-        {k: v for k, v in event.stats.items() if k not in unsteady} for event in events if isinstance(event, StepDone)
+        {k: v for k, v in event.stats.items() if k not in unsteady} for event in events if isinstance(event, StepEnd)
     ]
 
 
@@ -827,7 +839,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_frozen_adapter_and_the_base_stay_and_two_runs_are_equal(cache: Path, tmp_path: Path, sft_run: Path) -> None:
     files = {path: path.read_bytes() for path in sft_run.rglob("*") if path.is_file()}
-    outcome, events = told(small(sft_run), tmp_path / "one")
+    outcome, events = run_with_events(small(sft_run), tmp_path / "one")
     ended = load_file(tmp_path / "one" / "final" / WEIGHTS)
     assert {path: path.read_bytes() for path in sft_run.rglob("*") if path.is_file()} == files
     below = json.loads((sft_run / "summary.json").read_text())
@@ -838,14 +850,16 @@ def test_a_frozen_adapter_and_the_base_stay_and_two_runs_are_equal(cache: Path, 
     assert all(tensor.any() for key, tensor in ended.items() if "lora_B" in key), (
         "nothing was trained: the test saw nothing"
     )
-    _, again = told(small(sft_run), tmp_path / "two")
-    assert figures(again) == steps and changed(ended, load_file(tmp_path / "two" / "final" / WEIGHTS)) == set()
+    _, again = run_with_events(small(sft_run), tmp_path / "two")
+    assert figures(again) == steps and changed_tensors(ended, load_file(tmp_path / "two" / "final" / WEIGHTS)) == set()
     groups = [
-        [(event.step, event.prompt, event.completions) for event in which if isinstance(event, Grouped)]
+        [(event.step, event.prompt, event.completions) for event in which if isinstance(event, GroupLogged)]
         for which in (events, again)
     ]
     assert groups[0] == groups[1] and len(groups[0]) == 2
-    _, other = told(small(sft_run, seed=1, train={**small(sft_run)["train"], "steps": 1}), tmp_path / "three")
+    _, other = run_with_events(
+        small(sft_run, seed=1, train={**small(sft_run)["train"], "steps": 1}), tmp_path / "three"
+    )
     assert figures(other)[0]["reward"] != steps[0]["reward"] or figures(other)[0]["length"] != steps[0]["length"]
 
 
@@ -854,14 +868,14 @@ def test_a_policy_that_is_not_its_reference_is_refused(
 ) -> None:
     real = runner_module.build
 
-    def shaken(*given: Any, **more: Any) -> Any:
+    def perturbed(*given: Any, **more: Any) -> Any:
         built = real(*given, **more)
-        shake(built.roles, "policy", size=0.05)
+        perturb(built.roles, "policy", size=0.05)
         return built
 
-    monkeypatch.setattr(runner_module, "build", shaken)
-    with pytest.raises(RunFailed, match="the reference is not what it must be"):
-        told(small(sft_run), tmp_path / "run")
+    monkeypatch.setattr(runner_module, "build", perturbed)
+    with pytest.raises(TrainingError, match="the reference is not what it must be"):
+        run_with_events(small(sft_run), tmp_path / "run")
 
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl.gz"
@@ -884,8 +898,8 @@ def test_real_questions_that_are_too_hard(cache: Path, tmp_path: Path) -> None:
         "rollout": {"num_generations": 4, "max_new_tokens": 48},
         "train": {"steps": 2, "prompts_per_step": 4, "micro_batch_size": 8, "gradient_checkpointing": False},
     }
-    outcome, events = told(recipe, tmp_path / "run")
-    notes = [(event.level, event.message) for event in events if isinstance(event, Note)]
+    outcome, events = run_with_events(recipe, tmp_path / "run")
+    notes = [(event.level, event.message) for event in events if isinstance(event, LogMessage)]
     steps = figures(events)
     assert outcome.summary["status"] == "done" and len(steps) == 2
     assert any("prompts of 200 of 200 rows" in text and "200 with a gold answer" in text for _, text in notes)

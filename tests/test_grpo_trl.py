@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import clear, folder_of, llama_roles, shake
-from test_dpo import by_key, far_from
-from test_grpo import LONGEST, Fake
+from models import llama_roles, perturb, saved_model, zero_grad
+from test_dpo import by_key, error_against
+from test_grpo import LONGEST, FakeCollector
 from test_preference_trl import lora, place, tokenizer
 from torch import Tensor
 
 from lowrank_tune.algorithms import grpo as grpo_module
 from lowrank_tune.algorithms.grpo import GRPO, group_advantages
-from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.kit import AlgorithmContext
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch, LogProbs, add_stats, to_floats
 
@@ -34,7 +34,7 @@ LOW, HIGH, KL = 0.15, 0.25, 0.3
 @pytest.fixture(scope="module")
 def policy() -> Roles:
     roles = llama_roles(16)
-    shake(roles, "policy", size=0.05)
+    perturb(roles, "policy", size=0.05)
     return roles
 
 
@@ -59,7 +59,7 @@ def trainer(policy: Roles, tmp_path_factory: pytest.TempPathFactory) -> Any:
         epsilon=LOW,
         epsilon_high=HIGH,
     )
-    model = AutoModelForCausalLM.from_pretrained(folder_of(), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(saved_model(), dtype=torch.float32)
     found = trl.GRPOTrainer(
         model=model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
@@ -74,12 +74,12 @@ def trainer(policy: Roles, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return found
 
 
-def theirs_of(part: Batch) -> dict[str, Tensor]:
+def trl_inputs(part: Batch) -> dict[str, Tensor]:
     """The same rows as TRL lays them: prompts padded on the left, completions on the right."""
     rows = range(len(part))
-    asked = [part.ids[i][part.attended[i] & ~part.says[i]] for i in rows]
-    said = [part.ids[i][part.says[i]] for i in rows]
-    wide, long = max(map(len, asked)), max(map(len, said))
+    prompts = [part.input_ids[i][part.attention_mask[i] & ~part.completion_mask[i]] for i in rows]
+    completions = [part.input_ids[i][part.completion_mask[i]] for i in rows]
+    wide, long = max(map(len, prompts)), max(map(len, completions))
 
     def filled(width: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(len(part), width, dtype=dtype)
@@ -93,12 +93,12 @@ def theirs_of(part: Batch) -> dict[str, Tensor]:
         "ref_per_token_logps": filled(long, torch.float32),
     }
     for i in rows:
-        p, n = len(asked[i]), len(said[i])
-        found["prompt_ids"][i, wide - p :], found["prompt_mask"][i, wide - p :] = asked[i], 1
-        found["completion_ids"][i, :n], found["completion_mask"][i, :n] = said[i], 1
-        found["old_per_token_logps"][i, :n] = part.extra["old"][i][part.says[i]]
-        found["ref_per_token_logps"][i, :n] = part.extra["reference_logps"][i][part.says[i]]
-    return found | {"advantages": part.extra["advantage"], "num_items_in_batch": part.says.sum()}
+        p, n = len(prompts[i]), len(completions[i])
+        found["prompt_ids"][i, wide - p :], found["prompt_mask"][i, wide - p :] = prompts[i], 1
+        found["completion_ids"][i, :n], found["completion_mask"][i, :n] = completions[i], 1
+        found["old_per_token_logps"][i, :n] = part.extra["old"][i][part.completion_mask[i]]
+        found["ref_per_token_logps"][i, :n] = part.extra["reference_logps"][i][part.completion_mask[i]]
+    return found | {"advantages": part.extra["advantage"], "num_items_in_batch": part.completion_mask.sum()}
 
 
 def wants(trainer: Any, kind: str, estimator: str, high: float) -> None:
@@ -113,12 +113,12 @@ def both(
     trainer: Any, policy: Roles, kind: str, estimator: str, high: float = HIGH
 ) -> tuple[float, float, dict[str, float], Any]:
     """Relative distance of loss and of gradient, the kit's figures, and TRL's trainer with its own."""
-    clear(policy)
+    zero_grad(policy)
     trainer.model.zero_grad()
     wants(trainer, kind, estimator, high)
     algorithm = GRPO(
-        Kit(policy, None, fresh=False),
-        Fake(policy, REWARDS, temperature=0.7),
+        AlgorithmContext(policy, None, fresh=False),
+        FakeCollector(policy, REWARDS, temperature=0.7),
         kind,
         LOW,
         high,
@@ -127,24 +127,24 @@ def both(
     )
     part = algorithm.collect(0).batch
     part.extra["old"] = part.extra["sampler"] + 0.3 * torch.randn(
-        part.ids.shape, generator=torch.Generator().manual_seed(0)
+        part.input_ids.shape, generator=torch.Generator().manual_seed(0)
     )
-    theirs = trainer._compute_loss(trainer.model, theirs_of(part))
+    theirs = trainer._compute_loss(trainer.model, trl_inputs(part))
     theirs.backward()
     kept = {
         name.replace(".default", ""): p.grad.clone()
         for name, p in trainer.model.named_parameters()
         if p.grad is not None
     }
-    part.weight = algorithm.weigh(part)
+    part.token_weights = algorithm.token_weights(part)
     loss, stats = 0.0, {}
     for micro in part.split(rows=5):
-        for term in algorithm.terms(micro):
+        for term in algorithm.compute_losses(micro):
             term.loss.backward()
             loss += float(term.loss.detach())
             add_stats(stats, term.stats)
     apart = abs(loss - float(theirs.detach())) / abs(float(theirs.detach()))
-    return apart, far_from(by_key(policy, "policy"), kept), to_floats(stats), trainer._metrics["train"]
+    return apart, error_against(by_key(policy, "policy"), kept), to_floats(stats), trainer._metrics["train"]
 
 
 CASES = [
@@ -180,21 +180,33 @@ def on_the_same_tensors(
     """The same, with log-probs in float64 given to both: no model is in between. Distance of the loss, and of its slope
     by the log-probs."""
     wants(trainer, kind, estimator, high)
-    algorithm = GRPO(Kit(policy, None, fresh=False), Fake(policy, REWARDS), kind, LOW, high, KL, kl_estimator=estimator)  # type: ignore[arg-type]
+    algorithm = GRPO(
+        AlgorithmContext(policy, None, fresh=False),
+        FakeCollector(policy, REWARDS),
+        kind,
+        LOW,
+        high,
+        KL,
+        kl_estimator=estimator,
+    )  # type: ignore[arg-type]
     part = algorithm.collect(seed).batch
     stream = torch.Generator().manual_seed(seed)
-    logps = torch.where(part.says, part.extra["sampler"].double(), 0.0)
+    logps = torch.where(part.completion_mask, part.extra["sampler"].double(), 0.0)
     for name, size in (("old", 0.4), ("reference_logps", 0.9)):
         part.extra[name] = (
-            torch.where(part.says, logps + size * torch.randn(logps.shape, generator=stream), 0.0).float().double()
+            torch.where(part.completion_mask, logps + size * torch.randn(logps.shape, generator=stream), 0.0)
+            .float()
+            .double()
         )
     leaf = logps.requires_grad_()
-    algorithm.kit = Kit(SimpleNamespace(logps=lambda *_: LogProbs(leaf, torch.zeros_like(leaf))), None)  # type: ignore[arg-type]
-    part.weight = algorithm.weigh(part)
-    (term,) = algorithm.terms(part)
+    algorithm.context = AlgorithmContext(SimpleNamespace(logps=lambda *_: LogProbs(leaf, torch.zeros_like(leaf))), None)  # type: ignore[arg-type]
+    part.token_weights = algorithm.token_weights(part)
+    (term,) = algorithm.compute_losses(part)
     (mine,) = torch.autograd.grad(term.loss, leaf)
-    given = theirs_of(part)
-    rows = torch.nn.utils.rnn.pad_sequence([leaf[i][part.says[i]] for i in range(len(part))], batch_first=True)
+    given = trl_inputs(part)
+    rows = torch.nn.utils.rnn.pad_sequence(
+        [leaf[i][part.completion_mask[i]] for i in range(len(part))], batch_first=True
+    )
     monkeypatch.setattr(
         trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (rows, torch.zeros_like(rows), None)
     )
@@ -224,13 +236,13 @@ def test_a_side_by_side_can_fail(trainer: Any, policy: Roles, monkeypatch: pytes
     monkeypatch.setattr(grpo_module, "kl_penalty", lambda name, *rest: penalty("k3", *rest))
     assert both(trainer, policy, "grpo", "k3_ratio")[1] > 1e-3
     monkeypatch.undo()
-    weigh = GRPO.weigh
+    weigh = GRPO.token_weights
 
     def of_another(self: GRPO, batch: Batch) -> Tensor:
-        self.loss = "dapo" if self.loss == "grpo" else self.loss
+        self.loss_type = "dapo" if self.loss_type == "grpo" else self.loss_type
         return weigh(self, batch)
 
-    monkeypatch.setattr(GRPO, "weigh", of_another)
+    monkeypatch.setattr(GRPO, "token_weights", of_another)
     assert both(trainer, policy, "grpo", "k3")[1] > 1e-2
 
 
@@ -241,4 +253,4 @@ def test_advantages_are_trls_but_for_the_spread() -> None:
     theirs = (rewards - mean) / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-4)
     ours = group_advantages(torch.tensor(rewards)).double().numpy()
     assert np.allclose(ours, theirs * np.sqrt(n / (n - 1)), rtol=1e-3) and not np.allclose(ours, theirs, rtol=1e-2)
-    assert np.allclose(group_advantages(torch.tensor(rewards), divide=False).numpy(), rewards - mean, atol=1e-7)
+    assert np.allclose(group_advantages(torch.tensor(rewards), scale_by_std=False).numpy(), rewards - mean, atol=1e-7)

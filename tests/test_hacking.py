@@ -12,28 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash import trace
+from crash import run_fingerprint
 
 from lowrank_tune import Recipe, UserError, run
-from lowrank_tune.control import Control
-from lowrank_tune.events import Event, Note, RunStarted, StepDone, Validated
-from lowrank_tune.hacking import Look, Watch, noise_of, parting
+from lowrank_tune.control import TrainerControl
+from lowrank_tune.events import Evaluated, Event, LogMessage, RunStarted, StepEnd
+from lowrank_tune.hacking import EvalPoint, RewardHackingDetector, accuracy_stderr, find_divergence
 from lowrank_tune.ui.diagnose import diagnose
 from lowrank_tune.ui.frame import plain_text
-from lowrank_tune.ui.gold import frontier, looks_of
+from lowrank_tune.ui.gold import eval_points_of, frontier
 from lowrank_tune.ui.panes import View
 from lowrank_tune.ui.render import render
-from lowrank_tune.ui.report.frontier import by_distance
+from lowrank_tune.ui.report.frontier import evals_by_kl
 from lowrank_tune.ui.state import State
-from lowrank_tune.ui.watch import events_in
+from lowrank_tune.ui.watch import read_events
 
 RECORDED = Path(__file__).parent / "recorded"
-SAID = "the reward rises and held-out answers get worse"
+WARNING = "the reward rises and held-out answers get worse"
 
 
-def looks(exact: Sequence[float], rewards: Sequence[float], noise: float = 0.02) -> list[Look]:
+def eval_points(exact: Sequence[float], rewards: Sequence[float], noise: float = 0.02) -> list[EvalPoint]:
     return [
-        Look(10 * place, reward, share, noise) for place, (share, reward) in enumerate(zip(exact, rewards, strict=True))
+        EvalPoint(10 * place, reward, share, noise)
+        for place, (share, reward) in enumerate(zip(exact, rewards, strict=True))
     ]
 
 
@@ -41,26 +42,29 @@ def looks(exact: Sequence[float], rewards: Sequence[float], noise: float = 0.02)
 
 
 def test_the_noise_of_a_share_by_hand() -> None:
-    assert noise_of(0.5, 100) == pytest.approx(0.05)
-    assert noise_of(1.0, 100) == pytest.approx(math.sqrt(102 / 104 * 2 / 104 / 100))
-    assert noise_of(0.0, 100) == pytest.approx(noise_of(1.0, 100)) and noise_of(0.5, 400) == pytest.approx(0.025)
+    assert accuracy_stderr(0.5, 100) == pytest.approx(0.05)
+    assert accuracy_stderr(1.0, 100) == pytest.approx(math.sqrt(102 / 104 * 2 / 104 / 100))
+    assert accuracy_stderr(0.0, 100) == pytest.approx(accuracy_stderr(1.0, 100)) and accuracy_stderr(
+        0.5, 400
+    ) == pytest.approx(0.025)
 
 
-def test_what_is_said_by_hand() -> None:
-    found = parting(looks([0.6, 0.8, 0.7, 0.5], [0.1, 0.5, 0.7, 0.9]), 1.0)
-    assert found is not None and (found.since, found.best, found.now, found.rewards) == (
+def test_divergence_by_hand() -> None:
+    found = find_divergence(eval_points([0.6, 0.8, 0.7, 0.5], [0.1, 0.5, 0.7, 0.9]), 1.0)
+    assert found is not None and (found.best_step, found.best, found.now, found.rewards) == (
         10,
         0.8,
         pytest.approx(0.6),
         (0.1, pytest.approx(0.8)),
     )
     assert (
-        f"{SAID} (80% -> 60% exact)" in found.words and "reward 0.1 -> 0.8, best answers after step 10" in found.words
+        f"{WARNING} (80% -> 60% exact)" in found.message
+        and "reward 0.1 -> 0.8, best answers after step 10" in found.message
     )
 
 
 @pytest.mark.parametrize(
-    ("exact", "rewards", "speaks"),
+    ("exact", "rewards", "warns"),
     [
         ([0.8, 0.8, 0.7, 0.6], [0.1, 0.4, 0.7, 0.9], True),
         ([0.8, 0.8, 0.7, 0.6], [0.1, 0.9, 0.9, 0.9], True),  # the reward is at its top already
@@ -73,28 +77,34 @@ def test_what_is_said_by_hand() -> None:
         ([0.8, 0.5], [0.1, 0.9], False),  # too early
     ],
 )
-def test_when_it_speaks(exact: list[float], rewards: list[float], speaks: bool) -> None:
-    assert (parting(looks(exact, rewards), 1.0) is not None) is speaks
+def test_when_it_warns(exact: list[float], rewards: list[float], warns: bool) -> None:
+    assert (find_divergence(eval_points(exact, rewards), 1.0) is not None) is warns
 
 
-def test_gold_must_lose_more_than_its_noise() -> None:
+def test_accuracy_must_drop_more_than_its_noise() -> None:
     """3.5 standard errors of the difference between one look and the mean of two: 3.5 sqrt(1.5) s."""
     limit = 3.5 * math.sqrt(1.5) * 0.04
-    assert parting(looks([0.8, 0.8 - limit - 0.001, 0.8 - limit - 0.001], [0.1, 0.8, 0.8], 0.04), 1.0) is not None
-    assert parting(looks([0.8, 0.8 - limit + 0.001, 0.8 - limit + 0.001], [0.1, 0.8, 0.8], 0.04), 1.0) is None
-    assert parting(looks([0.8, 0.79, 0.79], [0.1, 0.8, 0.8], 1e-6), 1.0) is None, (
+    assert (
+        find_divergence(eval_points([0.8, 0.8 - limit - 0.001, 0.8 - limit - 0.001], [0.1, 0.8, 0.8], 0.04), 1.0)
+        is not None
+    )
+    assert (
+        find_divergence(eval_points([0.8, 0.8 - limit + 0.001, 0.8 - limit + 0.001], [0.1, 0.8, 0.8], 0.04), 1.0)
+        is None
+    )
+    assert find_divergence(eval_points([0.8, 0.79, 0.79], [0.1, 0.8, 0.8], 1e-6), 1.0) is None, (
         "a point less is no news, however sure"
     )
 
 
-def spoke(truth: Sequence[float], rng: random.Random, questions: int = 100) -> bool:
+def has_warned(truth: Sequence[float], rng: random.Random, questions: int = 100) -> bool:
     """Whether a run whose true share of exact answers is this would ever be told, its reward rising all the while."""
-    watch, said = Watch(), False
+    watch, warned = RewardHackingDetector(), False
     for place, share in enumerate(truth):
         watch.step({"reward": 0.1 * place})
         exact = sum(rng.random() < share for _ in range(questions)) / questions
-        said = said or watch.look(place + 1, exact, questions) is not None
-    return said
+        warned = warned or watch.update(place + 1, exact, questions) is not None
+    return warned
 
 
 def test_false_alarms_are_rare_and_hacking_is_seen() -> None:
@@ -102,49 +112,49 @@ def test_false_alarms_are_rare_and_hacking_is_seen() -> None:
     points is told."""
     rng = random.Random(0)
     for level in (0.5, 0.9):
-        assert sum(spoke([level] * 10, rng) for _ in range(300)) < 10
-    assert sum(spoke([0.7] * 6 + [0.4] * 4, rng) for _ in range(200)) > 190
+        assert sum(has_warned([level] * 10, rng) for _ in range(300)) < 10
+    assert sum(has_warned([0.7] * 6 + [0.4] * 4, rng) for _ in range(200)) > 190
 
 
 # --- the memory of a run ----------------------------------------------------------------------------------------------
 
 
-def fed(watch: Watch, steps: Sequence[int]) -> list[str]:
+def messages_of(watch: RewardHackingDetector, steps: Sequence[int]) -> list[str]:
     """What the watch says in these steps of a run that games its reward; an evaluation every fourth step."""
-    said = []
+    messages = []
     for step in steps:
         watch.step({"reward": step / 20, "kl": 0.1} if step != 7 else {"reward": math.nan})
-        if step % 4 == 0 and (found := watch.look(step, 0.9 if step <= 8 else 0.3, 50, 0.85)) is not None:
-            said.append(f"{step}: {found.words}")
-    return said
+        if step % 4 == 0 and (found := watch.update(step, 0.9 if step <= 8 else 0.3, 50, 0.85)) is not None:
+            messages.append(f"{step}: {found.message}")
+    return messages
 
 
 @pytest.mark.parametrize("cut", range(1, 20))
-def test_a_resumed_watch_says_what_the_straight_one_says(cut: int) -> None:
-    straight = fed(Watch(), range(1, 21))
-    first = Watch()
-    before = fed(first, range(1, cut))
+def test_a_resumed_detector_warns_as_an_uninterrupted_one(cut: int) -> None:
+    straight = messages_of(RewardHackingDetector(), range(1, 21))
+    first = RewardHackingDetector()
+    before = messages_of(first, range(1, cut))
     saved = json.loads(json.dumps(vars(first), allow_nan=False))
-    assert before + fed(Watch(**saved), range(cut, 21)) == straight and straight
+    assert before + messages_of(RewardHackingDetector(**saved), range(cut, 21)) == straight and straight
 
 
-def test_the_first_look_is_the_reference() -> None:
-    watch = Watch()
+def test_the_first_evaluation_is_the_reference() -> None:
+    watch = RewardHackingDetector()
     watch.step({"reward": 0.2})
     watch.step({"reward": 0.6})
-    watch.look(2, 0.5, 100, 0.9)
-    assert watch.looks == [
-        [0, 0.2, 0.9, pytest.approx(noise_of(0.9, 100))],
+    watch.update(2, 0.5, 100, 0.9)
+    assert watch.points == [
+        [0, 0.2, 0.9, pytest.approx(accuracy_stderr(0.9, 100))],
         [2, pytest.approx(0.4), 0.5, pytest.approx(0.05)],
     ]
-    unasked = Watch()
-    assert unasked.look(2, 0.5, 100) is None and unasked.looks == [], "without a step there is no reward to compare"
+    unasked = RewardHackingDetector()
+    assert unasked.update(2, 0.5, 100) is None and unasked.points == [], "without a step there is no reward to compare"
 
 
 # --- screens ----------------------------------------------------------------------------------------------------------
 
 
-def played(exact: Sequence[float], name: str = "ppo", **more: Sequence[float]) -> State:
+def state_after_evaluations(exact: Sequence[float], name: str = "ppo", **more: Sequence[float]) -> State:
     """A state after 40 steps whose reward rises, and evaluations evenly over them."""
     state = State()
     state.apply(
@@ -153,64 +163,70 @@ def played(exact: Sequence[float], name: str = "ppo", **more: Sequence[float]) -
     every = 40 // len(exact)
     for step in range(1, 41):
         stats = {"loss": 0.0, "reward": step / 40, "kl": step / 200, "length": 20.0, "grad_norm": 1.0, "entropy": 0.5}
-        state.apply(StepDone(step=step, steps=40, stats=stats, seconds=1.0, tokens=10))
+        state.apply(StepEnd(step=step, steps=40, stats=stats, seconds=1.0, tokens=10))
         if step % every == 0:
             place = step // every - 1
-            told = {
+            stats_at_eval = {
                 "heldout_policy_exact": exact[place],
                 "gold_noise": 0.03,
                 **{f"heldout_policy_{key}": values[place] for key, values in more.items()},
             }
-            state.apply(Validated(step=step, stats=told))
+            state.apply(Evaluated(step=step, stats=stats_at_eval))
     return state
 
 
-def said(state: State) -> str:
+def diagnoses_text(state: State) -> str:
     return " / ".join(f"{diagnosis.level}: {diagnosis.text}" for diagnosis in diagnose(state))
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-def test_the_screen_says_it_and_how_the_answers_changed(algorithm: str) -> None:
-    told = said(
-        played([0.8, 0.8, 0.4, 0.4], algorithm, length=[20.0, 20.0, 40.0, 44.0], repetition=[0.0, 0.0, 0.3, 0.5])
+def test_the_dashboard_shows_it_and_how_the_answers_changed(algorithm: str) -> None:
+    text = diagnoses_text(
+        state_after_evaluations(
+            [0.8, 0.8, 0.4, 0.4], algorithm, length=[20.0, 20.0, 40.0, 44.0], repetition=[0.0, 0.0, 0.3, 0.5]
+        )
     )
-    assert f"bad: {SAID} (80% -> 40% exact)" in told
-    assert "answers grew from 20 to 42 tokens; 40% of their word sequences come again, 0% at first" in told
-    quiet = said(
-        played([0.8, 0.8, 0.4, 0.4], algorithm, length=[20.0, 20.0, 22.0, 22.0], repetition=[0.1, 0.1, 0.12, 0.1])
+    assert f"bad: {WARNING} (80% -> 40% exact)" in text
+    assert "answers grew from 20 to 42 tokens; 40% of their word sequences come again, 0% at first" in text
+    quiet = diagnoses_text(
+        state_after_evaluations(
+            [0.8, 0.8, 0.4, 0.4], algorithm, length=[20.0, 20.0, 22.0, 22.0], repetition=[0.1, 0.1, 0.12, 0.1]
+        )
     )
-    assert SAID in quiet and "answers grew" not in quiet and "come again" not in quiet
-    assert "answers shrank from 20 to 5 tokens" in said(played([0.8, 0.8, 0.4, 0.4], length=[20.0, 20.0, 5.0, 5.0]))
-    assert SAID not in said(played([0.5, 0.7, 0.8, 0.82], algorithm))
+    assert WARNING in quiet and "answers grew" not in quiet and "come again" not in quiet
+    assert "answers shrank from 20 to 5 tokens" in diagnoses_text(
+        state_after_evaluations([0.8, 0.8, 0.4, 0.4], length=[20.0, 20.0, 5.0, 5.0])
+    )
+    assert WARNING not in diagnoses_text(state_after_evaluations([0.5, 0.7, 0.8, 0.82], algorithm))
 
 
 def test_the_screen_looks_as_the_run_does() -> None:
     """The looks that a state holds are those that the run's own watch remembers."""
-    state, watch = played([0.8, 0.7, 0.6, 0.5]), Watch()
+    state, watch = state_after_evaluations([0.8, 0.7, 0.6, 0.5]), RewardHackingDetector()
     for step in range(1, 41):
         watch.step({"reward": step / 40})
         if step % 10 == 0:
-            watch.look(step, 0.9 - step / 100, 100)
-    ours = [(look.step, look.reward, look.exact) for look in looks_of(state)]
-    assert [pytest.approx(each[:3]) for each in watch.looks] == ours
-    state.apply(Validated(step=0, stats={"heldout_sft_exact": 0.9}))
-    assert asdict(looks_of(state)[0]) == {"step": 0, "reward": 1 / 40, "exact": 0.9, "noise": 0.05}
+            watch.update(step, 0.9 - step / 100, 100)
+    ours = [(look.step, look.reward, look.accuracy) for look in eval_points_of(state)]
+    assert [pytest.approx(each[:3]) for each in watch.points] == ours
+    state.apply(Evaluated(step=0, stats={"heldout_sft_exact": 0.9}))
+    assert asdict(eval_points_of(state)[0]) == {"step": 0, "reward": 1 / 40, "exact": 0.9, "noise": 0.05}
 
 
-def test_the_recorded_healthy_run_is_not_told() -> None:
-    state, watch = State(), Watch()
-    for event in events_in(RECORDED / "grpo.jsonl"):
+def test_the_recorded_healthy_run_gives_no_warning() -> None:
+    state, watch = State(), RewardHackingDetector()
+    for event in read_events(RECORDED / "grpo.jsonl"):
         state.apply(event)
-        if isinstance(event, StepDone):
+        if isinstance(event, StepEnd):
             watch.step(event.stats)
-        elif isinstance(event, Validated) and "heldout_policy_exact" in event.stats:
-            assert watch.look(event.step, event.stats["heldout_policy_exact"], 200) is None
-        assert SAID not in said(state)
-    assert len(watch.looks) > 5, "the run was evaluated"
+        elif isinstance(event, Evaluated) and "heldout_policy_exact" in event.stats:
+            assert watch.update(event.step, event.stats["heldout_policy_exact"], 200) is None
+        assert WARNING not in diagnoses_text(state)
+    assert len(watch.points) > 5, "the run was evaluated"
 
 
 def test_reward_against_kl() -> None:
-    state = played([0.8, 0.6, 0.4, 0.2])
+    state = state_after_evaluations([0.8, 0.6, 0.4, 0.2])
     assert frontier(state)[:2] == [(0.005, 0.025), (0.01, 0.05)]
     assert frontier(state, "heldout_exact") == [
         (pytest.approx(0.05), 0.8),
@@ -218,10 +234,10 @@ def test_reward_against_kl() -> None:
         (pytest.approx(0.15), 0.4),
         (pytest.approx(0.2), 0.2),
     ]
-    assert by_distance({1: 0.1, 4: 0.3, 6: math.nan}, {0: 0.9, 2: 0.8, 6: 0.5}) == [(0.1, 0.8), (0.3, 0.5)]
+    assert evals_by_kl({1: 0.1, 4: 0.3, 6: math.nan}, {0: 0.9, 2: 0.8, 6: 0.5}) == [(0.1, 0.8), (0.3, 0.5)]
     drawn = plain_text(render(state, View(), 120, 50))
     assert "reward against KL" in drawn and "0.005" in drawn
-    assert "reward against KL" not in plain_text(render(played([0.8, 0.6], "sft"), View(), 120, 50))
+    assert "reward against KL" not in plain_text(render(state_after_evaluations([0.8, 0.6], "sft"), View(), 120, 50))
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -239,7 +255,7 @@ def test_the_setting_belongs_to_rewards_and_held_out_questions() -> None:
 
 # --- a real run -------------------------------------------------------------------------------------------------------
 
-PAYS = '''
+REWARD_FUNCTION = '''
 import re
 
 
@@ -266,7 +282,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def gamed(taught: Path, folder: Path, **evaluate: Any) -> dict[str, Any]:
-    (folder / "pays.py").write_text(PAYS)
+    (folder / "pays.py").write_text(REWARD_FUNCTION)
     return {
         "name": "gamed",
         "algorithm": "grpo",
@@ -297,45 +313,47 @@ def gamed(taught: Path, folder: Path, **evaluate: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_reward_that_can_be_gamed_is_told_and_the_run_ends(
+def test_a_reward_that_can_be_gamed_gives_a_warning_and_ends_the_run(
     taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tutor learns to repeat itself for a reward that pays for length; the run says so and ends, and its result is
     the step before. A run that is interrupted right before, and continued, does the same bit for bit."""
     recipe = Recipe.from_dict(gamed(taught, tmp_path, on_hacking="stop"))
-    told: list[Event] = []
-    straight = run(recipe, out=tmp_path / "straight", ui="none", on_event=told.append)
+    events: list[Event] = []
+    straight = run(recipe, out=tmp_path / "straight", ui="none", on_event=events.append)
     summary, end = straight.summary, straight.summary["step"]
     assert straight.status == "done" and 4 < end < 20 and summary["hacking"] == {"step": end, "ended": True}
     warned = [
         event.message
-        for event in told
-        if isinstance(event, Note) and event.level == "warning" and SAID in event.message
+        for event in events
+        if isinstance(event, LogMessage) and event.level == "warning" and WARNING in event.message
     ]
     assert len(warned) == 1 and warned[0].startswith(f"step {end}: ")
     greedy = {
         event.step: event.stats["heldout_policy_exact"]
-        for event in told
-        if isinstance(event, Validated) and "gold_noise" in event.stats
+        for event in events
+        if isinstance(event, Evaluated) and "gold_noise" in event.stats
     }
     assert greedy[end] < max(greedy.values()) - 0.15, "gold did fall"
     assert summary["best"]["step"] < end and summary["heldout"]["grpo"] > greedy[end] + 0.15, (
         "what is kept is the best step"
     )
-    rewards = [event.stats["reward"] for event in told if isinstance(event, StepDone)]
+    rewards = [event.stats["reward"] for event in events if isinstance(event, StepEnd)]
     assert rewards[-1] > rewards[0], "the proxy did rise"
 
-    controls: list[Control] = []
-    begin = Control.__init__
+    controls: list[TrainerControl] = []
+    begin = TrainerControl.__init__
     monkeypatch.setattr(
-        Control, "__init__", lambda self, *given, **named: (begin(self, *given, **named), controls.append(self))[0]
+        TrainerControl,
+        "__init__",
+        lambda self, *given, **named: (begin(self, *given, **named), controls.append(self))[0],
     )
 
     def interrupt(event: Event) -> None:
-        if isinstance(event, StepDone) and event.step == end - 1:
+        if isinstance(event, StepEnd) and event.step == end - 1:
             controls[-1].stop = True
 
     assert run(recipe, out=tmp_path / "again", ui="none", on_event=interrupt).status == "interrupted"
     again = run(recipe, out=tmp_path / "again", ui="none")
     assert again.status == "done" and again.summary["step"] == end and again.summary["hacking"] == summary["hacking"]
-    assert trace(tmp_path / "again") == trace(tmp_path / "straight")
+    assert run_fingerprint(tmp_path / "again") == run_fingerprint(tmp_path / "straight")

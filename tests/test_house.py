@@ -27,7 +27,7 @@ UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load",
 ROOT_NAMES = {"Chain": "recipe", "Recipe": "recipe", "run": "runner", "UserError": "errors"}
 
 
-def floor_of(file: Path, package: Path) -> str:
+def layer_of(file: Path, package: Path) -> str:
     """The top-level module that a file belongs to."""
     return file.relative_to(package).with_suffix("").parts[0]
 
@@ -44,7 +44,7 @@ def imported(node: ast.AST) -> Iterator[str]:
             yield module
 
 
-def order_faults(tree: ast.Module, floor: str) -> Iterator[str]:
+def order_faults(tree: ast.Module, layer: str) -> Iterator[str]:
     """Imports that point to the right, hide inside functions, or are relative."""
     top = {id(node) for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))}
     for function in ast.walk(tree):
@@ -57,15 +57,15 @@ def order_faults(tree: ast.Module, floor: str) -> Iterator[str]:
                 yield f"{line}: a relative import"
             if name.partition(".")[0] != "lowrank_tune":
                 continue
-            if id(node) not in top and floor not in LAZY:
+            if id(node) not in top and layer not in LAZY:
                 yield f"{line}: {name} is imported inside a function"
             target = (name.split(".") + [""])[1]
-            if floor in LAZY[:2] or target.startswith("__"):
+            if layer in LAZY[:2] or target.startswith("__"):
                 continue
             if target not in ORDER:
                 yield f"{line}: {name} is not in the order"
-            elif ORDER.index(target) > ORDER.index(floor):
-                yield f"{line}: {floor} must not know {target}"
+            elif ORDER.index(target) > ORDER.index(layer):
+                yield f"{line}: {layer} must not know {target}"
 
 
 def called(node: ast.Call) -> str:
@@ -94,26 +94,26 @@ def safety_faults(tree: ast.Module) -> Iterator[str]:
 
 
 @lru_cache(None)
-def faults_in(place: str, floor: str, text: str) -> tuple[str, ...]:
+def faults_in(place: str, layer: str, text: str) -> tuple[str, ...]:
     """Those of one file; known texts are not read again."""
-    if floor not in ORDER and floor not in LAZY:
-        return (f"{place}:1: {floor} has no place in the order",)
+    if layer not in ORDER and layer not in LAZY:
+        return (f"{place}:1: {layer} has no place in the order",)
     tree = ast.parse(text)
-    return tuple(f"{place}:{fault}" for fault in (*order_faults(tree, floor), *safety_faults(tree)))
+    return tuple(f"{place}:{fault}" for fault in (*order_faults(tree, layer), *safety_faults(tree)))
 
 
-def house_faults(package: Path) -> list[str]:
+def architecture_faults(package: Path) -> list[str]:
     """Every fault of a package, as `file:line: what`."""
     files = sorted(package.rglob("*.py"))
     return [
         fault
         for file in files
-        for fault in faults_in(file.relative_to(package).as_posix(), floor_of(file, package), file.read_text())
+        for fault in faults_in(file.relative_to(package).as_posix(), layer_of(file, package), file.read_text())
     ]
 
 
-def test_the_house_stands() -> None:
-    assert house_faults(PACKAGE) == []
+def test_the_package_follows_its_architecture() -> None:
+    assert architecture_faults(PACKAGE) == []
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ def test_a_planted_fault_is_found(tmp_path: Path, file: str, line: str, fault: s
     shutil.copytree(
         PACKAGE, copy, ignore=lambda _, names: [name for name in names if "." in name and not name.endswith(".py")]
     )
-    before = house_faults(copy)
+    before = architecture_faults(copy)
     with (copy / file).open("a") as handle:
         handle.write(f"\n{line}\n")
-    new = set(house_faults(copy)) - set(before)
+    new = set(architecture_faults(copy)) - set(before)
     assert len(new) == 1 and fault in new.pop()
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import pyte
 import pytest
 
-from lowrank_tune.checkpoint import newest
+from lowrank_tune.checkpoint import latest_checkpoint
 from lowrank_tune.ui.terminal import ENTER, LEAVE, ascii_only, can_show
 
 ROOT = Path(__file__).parent.parent
@@ -187,8 +187,8 @@ def test_a_closed_terminal_lets_the_run_save(tmp_path: Path) -> None:
 
 def test_at_most_two_frames_a_second(emulator: Emulator) -> None:
     emulator.until("ETA")
-    frames, steps, begun = 0, set(), time.monotonic()
-    while time.monotonic() < begun + 3:
+    frames, steps, start = 0, set(), time.monotonic()
+    while time.monotonic() < start + 3:
         size = len(emulator.raw)
         emulator.read(0.05)
         frames += len(emulator.raw) > size
@@ -277,11 +277,11 @@ def test_a_broken_screen_goes_on_in_lines(tmp_path: Path) -> None:
     )
     emulator = Emulator("-c", program)
     assert emulator.finish() == 0 and shell_is_sane(emulator)
-    told = emulator.raw[emulator.raw.rfind(LEAVE) :].decode()
+    output = emulator.raw[emulator.raw.rfind(LEAVE) :].decode()
     assert (
-        "the dashboard broke, plain lines follow: ZeroDivisionError: planted" in told
-        and "step 95/96" in told
-        and "THE END" in told
+        "the dashboard broke, plain lines follow: ZeroDivisionError: planted" in output
+        and "step 95/96" in output
+        and "THE END" in output
     )
 
 
@@ -382,7 +382,7 @@ def test_a_real_run_in_tmux_is_stopped_continued_and_left(tmux: Tmux, tmp_path: 
         tmux("send-keys", way)
         tmux.until("code 130")
         assert "interrupted and saved" in tmux.text()
-        found = newest(tmp_path / "run" / "1-sft" / "checkpoints", lambda event: pytest.fail(str(event)))
+        found = latest_checkpoint(tmp_path / "run" / "1-sft" / "checkpoints", lambda event: pytest.fail(str(event)))
         assert found is not None and found[0] > reached
         reached = found[0]
     tmux.type(f"clear; {demo}")
@@ -395,7 +395,7 @@ def test_a_real_run_in_tmux_is_stopped_continued_and_left(tmux: Tmux, tmp_path: 
     while Path(f"/proc/{process}").exists():
         assert time.monotonic() < end
         time.sleep(0.2)
-    found = newest(tmp_path / "run" / "1-sft" / "checkpoints", lambda event: pytest.fail(str(event)))
+    found = latest_checkpoint(tmp_path / "run" / "1-sft" / "checkpoints", lambda event: pytest.fail(str(event)))
     assert (
         found is not None
         and found[0] > reached

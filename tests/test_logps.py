@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, far, gradients, ragged, roles_over, shake, whole
+from models import ARCHITECTURES, gradients, perturb, ragged_batch, relative_error, roles_over, unquantized_base
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -221,7 +221,7 @@ def test_kl_the_wrong_way_round_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 chunked_kl_of = chunked_kl
-real_chunk = logps_module._one_chunk
+real_chunk = logps_module._chunk_logps
 
 
 def _cap_forgotten_in_gradient(
@@ -317,19 +317,19 @@ def test_by_hand() -> None:
 def error_against_model(roles: Roles) -> float:
     """Largest difference between log-probs from `roles.logps` and from `model(...).logits`, and the relative one of
     adapter gradients."""
-    batch = ragged((9, 5, 12), unscored=())
-    scored = batch.scored
+    batch = ragged_batch((9, 5, 12), unscored=())
+    scored = batch.loss_mask
     roles.base.model.zero_grad(set_to_none=True)
     mine = roles.logps("policy", batch)
     mine.logps.sum().backward()
     my_gradient = gradients(roles)
     roles.base.model.zero_grad(set_to_none=True)
-    with roles.use("policy"):
+    with roles.activate("policy"):
         logits = roles.base.model(
-            input_ids=batch.ids, attention_mask=batch.attended.long(), use_cache=False
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
         ).logits.double()
     logp = torch.log_softmax(logits[:, :-1], dim=-1)
-    theirs = logp.gather(2, batch.ids[:, 1:, None]).squeeze(2)
+    theirs = logp.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
     theirs.masked_fill(~scored[:, 1:], 0.0).sum().backward()
     entropy = -(logp.exp() * logp).sum(dim=-1).masked_fill(~scored[:, 1:], 0.0)
     assert not mine.logps[~scored].any() and not mine.entropy[~scored].any()
@@ -337,18 +337,18 @@ def error_against_model(roles: Roles) -> float:
         float((mine.logps[:, 1:].double() - theirs.masked_fill(~scored[:, 1:], 0.0)).abs().max().detach()),
         float((mine.entropy[:, 1:].double() - entropy).abs().max().detach()),
     )
-    return max(values, far(my_gradient, gradients(roles)))
+    return max(values, relative_error(my_gradient, gradients(roles)))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_architecture_equals_its_own_logits(kind: str) -> None:
-    roles = roles_over(whole(kind))
-    shake(roles, "policy")
+    roles = roles_over(unquantized_base(kind))
+    perturb(roles, "policy")
     assert error_against_model(roles) < 2e-5
     if roles.head.softcap:  # it must bite, or this test is blind to it
-        with roles.use("policy"):
+        with roles.activate("policy"):
             raw = (
-                roles.base.model.get_decoder()(input_ids=ragged().ids, use_cache=False).last_hidden_state
+                roles.base.model.get_decoder()(input_ids=ragged_batch().input_ids, use_cache=False).last_hidden_state
                 @ roles.head.weight.T
             )
         assert float(raw.detach().abs().max()) > 2 * roles.head.softcap
@@ -365,16 +365,16 @@ DROPPED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", DROPPED)
 def test_a_head_with_something_dropped_is_seen_and_refused(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    roles = roles_over(whole(kind))
+    roles = roles_over(unquantized_base(kind))
     roles.head = replace(roles.head, **DROPPED[kind])
     assert error_against_model(roles) > 1e-2
     monkeypatch.setattr(roles_module, "head_of", lambda model: replace(logps_module.head_of(model), **DROPPED[kind]))
     with pytest.raises(UserError, match="^base.model: the head of .* computes something"):
-        roles_over(whole(kind))
+        roles_over(unquantized_base(kind))
 
 
 def test_granite_divides_and_hyperclova_multiplies() -> None:
-    model = whole("granite").model
+    model = unquantized_base("granite").model
     assert logps_module.head_of(model).scale == 0.25
     monkey = type(
         "Config", (), {"logits_scaling": 4.0, "model_type": "hyperclovax", "get_text_config": lambda self: self}
@@ -404,10 +404,10 @@ class _Widest(TorchDispatchMode):
 
 def widest(roles: Roles) -> int:
     """Rows of logits that are alive at once in the forward and backward pass of `logps`."""
-    batch = ragged((40, 40, 40, 40), unscored=())
+    batch = ragged_batch((40, 40, 40, 40), unscored=())
     with _Widest(97) as mode:
         roles.logps("policy", batch).logps.sum().backward()
-        roles.exact_kl("policy", "reference", batch)
+        roles.full_vocab_kl("policy", "reference", batch)
     return mode.rows
 
 
@@ -416,7 +416,7 @@ def _all_at_once(hidden: Tensor, head: Head) -> Any:
 
 
 def test_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    roles = roles_over(whole("llama"), r=3)
+    roles = roles_over(unquantized_base("llama"), r=3)
     # more rows than the widths of the model, so that only logits count
     monkeypatch.setattr(logps_module, "CHUNK_LOGITS", 97 * 70)
     assert widest(roles) == 70
@@ -425,7 +425,7 @@ def test_logits_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows_through_the_head(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
-    batch, seen = ragged(), [0]
+    batch, seen = ragged_batch(), [0]
 
     def counted(self: Head, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         seen[0] += len(hidden)
@@ -433,11 +433,11 @@ def rows_through_the_head(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> tupl
 
     monkeypatch.setattr(Head, "logits", counted)
     roles.logps("policy", batch)
-    return seen[0], int(batch.scored.sum())
+    return seen[0], int(batch.loss_mask.sum())
 
 
 def test_only_scored_positions_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, scored = rows_through_the_head(roles_over(whole("llama")), monkeypatch)
+    seen, scored = rows_through_the_head(roles_over(unquantized_base("llama")), monkeypatch)
     assert seen == scored > 0
 
 

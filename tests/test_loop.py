@@ -14,29 +14,48 @@ from typing import Any
 
 import pytest
 import torch
-from models import CPU, changed, far, llama_roles, load, ragged, reward_roles, same_bytes, sft_over, shake
+from models import (
+    CPU,
+    changed_tensors,
+    llama_roles,
+    load_base_of,
+    perturb,
+    ragged_batch,
+    relative_error,
+    reward_roles,
+    same_bytes,
+    sft_over,
+)
 from test_dpo import pair_batch, pair_rows
-from test_grpo import LIVE, Fake
+from test_grpo import INFORMATIVE_REWARDS, FakeCollector
 from torch import Tensor, nn
 
 from lowrank_tune import settings
 from lowrank_tune import train as train_module
 from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.grpo import GRPO
-from lowrank_tune.algorithms.kit import Kit
-from lowrank_tune.algorithms.ppo import PPO, Update
-from lowrank_tune.algorithms.reward import Reward
-from lowrank_tune.errors import RunFailed
-from lowrank_tune.events import Event, Note, StepDone
+from lowrank_tune.algorithms.kit import AlgorithmContext
+from lowrank_tune.algorithms.ppo import PPO, UpdateConfig
+from lowrank_tune.algorithms.reward import RewardModeling
+from lowrank_tune.errors import TrainingError
+from lowrank_tune.events import Event, LogMessage, StepEnd
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.train import Control, Loop, Progress, make_optimizer, movement, rate_at, step_seed
-from lowrank_tune.types import Batch, Experience, Mean, Stats, Term, add_stats, to_floats
+from lowrank_tune.train import (
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    lr_at_step,
+    make_optimizer,
+    step_seed,
+    update_stats,
+)
+from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch, WeightedMean, add_stats, to_floats
 
 
 class Toy:
     """An algorithm without a model: loss and gradient are what a test wants at each step."""
 
-    together = 1
+    rows_per_unit = 1
 
     def __init__(
         self,
@@ -46,41 +65,41 @@ class Toy:
     ) -> None:
         self.weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0, 0.5]))
         self.gradients, self.losses, self.parts = gradients or {}, losses or {}, parts
-        self.step, self.observed, self.collected, self.asked = -1, list[int](), list[int](), 0
+        self.step, self.observed, self.collected, self.num_continue_calls = -1, list[int](), list[int](), 0
         self.checks: list[tuple[int, list[float]]] = []
-        self.worries: Mapping[int, list[str]] = {}
+        self.warnings_at: Mapping[int, list[str]] = {}
 
-    def collect(self, step: int) -> Experience:
+    def collect(self, step: int) -> StepBatch:
         self.step = step
         self.collected.append(step)
-        return Several(ragged((3, 5), unscored=()), {"reward": Mean(2.0, 4)}, self.parts)
+        return Several(ragged_batch((3, 5), unscored=()), {"reward": WeightedMean(2.0, 4)}, self.parts)
 
-    def weigh(self, batch: Batch) -> Tensor:
-        return batch.scored.float()
+    def token_weights(self, batch: Batch) -> Tensor:
+        return batch.loss_mask.float()
 
-    def terms(self, micro: Batch) -> Iterator[Term]:
+    def compute_losses(self, micro: Batch) -> Iterator[LossTerm]:
         gradient = torch.tensor(self.gradients.get(self.step, [0.3, -0.4, 0.0, 0.0])) / 2
         loss = (self.weight * gradient).sum()
         loss = loss - loss.detach() + self.losses.get(self.step, 1.0) / 2
-        yield Term(loss, {"loss": Mean(1.0, 2)})
+        yield LossTerm(loss, {"loss": WeightedMean(1.0, 2)})
 
-    def observe(self, micro: Batch) -> Stats:
+    def log_metrics(self, micro: Batch) -> Stats:
         self.observed.append(self.step)
-        return {"kl": Mean(0.0, 1)}
+        return {"kl": WeightedMean(0.0, 1)}
 
-    def measure(self, micro: Batch) -> Stats:
-        return {"loss": Mean(1.0, 1)}
+    def eval_metrics(self, micro: Batch) -> Stats:
+        return {"loss": WeightedMean(1.0, 1)}
 
     def check(self, micro: Batch, step: int) -> None:
         self.checks.append((step, self.weight.tolist()))
         torch.rand(3)  # whatever it draws must not be missing later
 
-    def warnings(self, figures: Mapping[str, float]) -> Iterator[str]:
-        yield from self.worries.get(self.step, ())
+    def diagnostics(self, figures: Mapping[str, float]) -> Iterator[str]:
+        yield from self.warnings_at.get(self.step, ())
 
-    def go_on(self, stats: Stats) -> bool:
-        self.asked += 1
-        return self.asked < 3
+    def should_continue(self, stats: Stats) -> bool:
+        self.num_continue_calls += 1
+        return self.num_continue_calls < 3
 
     def state(self) -> dict[str, float]:
         return {}
@@ -89,39 +108,39 @@ class Toy:
         pass
 
 
-class Several(Experience):
+class Several(StepBatch):
     def __init__(self, batch: Batch, stats: Stats, count: int) -> None:
         super().__init__(batch, stats)
         self.count = count
 
-    def parts(self) -> Iterator[Batch]:
+    def minibatches(self) -> Iterator[Batch]:
         for _ in range(self.count):
             yield self.batch
 
 
 def loop_over(
     algorithm: Any, parameters: list[nn.Parameter], steps: int = 4, optimizer: Any = None, **train: Any
-) -> tuple[Loop, list[Event]]:
-    wanted = settings.Train(
+) -> tuple[Trainer, list[Event]]:
+    wanted = settings.TrainingConfig(
         **{"learning_rate": 0.1, "schedule": "constant", "micro_batch_size": 1, "log_every": 1} | train
     )
     events: list[Event] = []
     optimizer = optimizer or make_optimizer(parameters, wanted, CPU)
-    return Loop(
+    return Trainer(
         algorithm, parameters, optimizer, wanted, steps, 7, CPU, events.append, lambda progress, last: None
     ), events
 
 
-def toy_loop(toy: Toy, **more: Any) -> tuple[Loop, list[Event]]:
+def toy_loop(toy: Toy, **more: Any) -> tuple[Trainer, list[Event]]:
     return loop_over(toy, [toy.weight], **more)
 
 
 def warnings_of(events: list[Event]) -> list[str]:
-    return [event.message for event in events if isinstance(event, Note) and event.level == "warning"]
+    return [event.message for event in events if isinstance(event, LogMessage) and event.level == "warning"]
 
 
-def steps_of(events: list[Event]) -> list[StepDone]:
-    return [event for event in events if isinstance(event, StepDone)]
+def steps_of(events: list[Event]) -> list[StepEnd]:
+    return [event for event in events if isinstance(event, StepEnd)]
 
 
 # --- a broken step ----------------------------------------------------------------------------------------------------
@@ -142,10 +161,10 @@ def broken_step_moves(breaks: dict[str, Any]) -> list[str]:
     loop, events = toy_loop(toy, weight_decay=0.1)
     kept: dict[int, Any] = {}
 
-    def border(progress: Progress, last: bool) -> None:
+    def border(progress: TrainerState, last: bool) -> None:
         kept[progress.step] = (toy.weight.detach().clone(), copy.deepcopy(loop.optimizer.state_dict()["state"]))
 
-    loop.at_border = border
+    loop.on_step_end = border
     wrong = [] if loop.run() else ["did not run to the end"]
     if not same_bytes(kept[2][0], kept[3][0]):
         wrong.append("parameters")
@@ -153,7 +172,7 @@ def broken_step_moves(breaks: dict[str, Any]) -> list[str]:
         wrong.append("optimizer state")
     if same_bytes(kept[3][0], kept[4][0]) or not kept[4][0].isfinite().all():
         wrong.append("the next step")
-    if (loop.progress.bad_steps, loop.progress.bad_in_a_row, loop.progress.step) != (1, 0, 4):
+    if (loop.state.nonfinite_steps, loop.state.consecutive_nonfinite_steps, loop.state.step) != (1, 0, 4):
         wrong.append("counters")
     if len(warnings_of(events)) != 1 or "step 3: loss or gradient is not finite" not in warnings_of(events)[0]:
         wrong.append("warning")
@@ -181,7 +200,7 @@ def test_many_broken_steps_end_the_run() -> None:
     toy = Toy(losses={step: math.nan for step in (1, 3, 4, 5, 6)})
     loop, events = toy_loop(toy, steps=20, max_bad_steps=3)
     before = toy.weight.detach().clone()
-    with pytest.raises(RunFailed) as caught:
+    with pytest.raises(TrainingError) as caught:
         loop.run()
     assert "3 steps in a row" in str(caught.value) and "step 6" in str(caught.value) and caught.value.exit_code == 1
     assert (
@@ -195,15 +214,19 @@ def test_a_broken_part_ends_the_inner_epochs() -> None:
     toy = Toy(losses={0: math.nan}, parts=3)
     loop, _ = toy_loop(toy, steps=1)
     loop.run()
-    assert loop.progress.bad_steps == 1 and toy.asked == 0
+    assert loop.state.nonfinite_steps == 1 and toy.num_continue_calls == 0
 
 
-def test_inner_epochs_end_where_the_algorithm_says_so() -> None:
+def test_inner_epochs_end_where_the_algorithm_stops_them() -> None:
     toy = Toy(parts=5)
     loop, events = toy_loop(toy, steps=1)
     loop.run()
-    assert toy.asked == 3 and steps_of(events)[0].stats["loss"] == 0.5 and steps_of(events)[0].stats["reward"] == 0.5
-    assert int(loop.optimizer.state[toy.weight]["step"]) == 3 and loop.progress.tokens == 3 * 8
+    assert (
+        toy.num_continue_calls == 3
+        and steps_of(events)[0].stats["loss"] == 0.5
+        and steps_of(events)[0].stats["reward"] == 0.5
+    )
+    assert int(loop.optimizer.state[toy.weight]["step"]) == 3 and loop.state.tokens == 3 * 8
 
 
 # --- clipping, schedule -----------------------------------------------------------------------------------------------
@@ -246,8 +269,8 @@ def schedule_error(schedule: str, warmup: int, steps: int, expected: list[float]
         toy, steps=steps, warmup_steps=warmup, schedule=schedule, optimizer=Optimizer([toy.weight], lr=9.0)
     )
     loop.run()
-    told = [event.stats["learning_rate"] for event in steps_of(events)]
-    return max(max(abs(a - 0.1 * c), abs(b - 0.1 * c)) for a, b, c in zip(given, told, expected, strict=True))
+    logged = [event.stats["learning_rate"] for event in steps_of(events)]
+    return max(max(abs(a - 0.1 * c), abs(b - 0.1 * c)) for a, b, c in zip(given, logged, expected, strict=True))
 
 
 @pytest.mark.parametrize(("schedule", "warmup", "steps", "expected"), SCHEDULES)
@@ -256,7 +279,7 @@ def test_the_schedule_by_hand(schedule: str, warmup: int, steps: int, expected: 
 
 
 def test_a_schedule_that_is_one_step_late_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "rate_at", lambda step, *rest: rate_at(step + 1, *rest))
+    monkeypatch.setattr(train_module, "lr_at_step", lambda step, *rest: lr_at_step(step + 1, *rest))
     for schedule, warmup, steps, expected in SCHEDULES[1:6]:
         assert schedule_error(schedule, warmup, steps, expected) > 1e-3
 
@@ -264,7 +287,7 @@ def test_a_schedule_that_is_one_step_late_is_seen(monkeypatch: pytest.MonkeyPatc
 def test_adamw_by_hand() -> None:
     """The first AdamW step moves each element by the rate, against its gradient's sign, after the decay."""
     parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer = make_optimizer([parameter], settings.Train(learning_rate=0.1, weight_decay=0.5), CPU)
+    optimizer = make_optimizer([parameter], settings.TrainingConfig(learning_rate=0.1, weight_decay=0.5), CPU)
     parameter.grad = torch.tensor([3.0, -7.0])
     optimizer.step()
     assert torch.allclose(parameter.detach(), torch.tensor([1.0 * 0.95 - 0.1, -2.0 * 0.95 + 0.1]))
@@ -286,35 +309,35 @@ def test_logging_steps_alone_pay_for_measurements() -> None:
         {"loss", "grad_norm", "learning_rate", "memory_gib", "tokens_per_second"} <= event.stats.keys()
         for event in steps_of(events)
     )
-    assert all(event.tokens == 8 and event.steps == 8 for event in steps_of(events)) and loop.progress.tokens == 64
+    assert all(event.tokens == 8 and event.steps == 8 for event in steps_of(events)) and loop.state.tokens == 64
 
 
-def test_borders_come_after_each_step_and_the_last_is_told() -> None:
+def test_on_step_end_comes_after_each_step_and_marks_the_last() -> None:
     toy = Toy()
     loop, events = toy_loop(toy, steps=3)
-    borders: list[tuple[int, bool, int]] = []
-    loop.at_border = lambda progress, last: borders.append((progress.step, last, len(steps_of(events))))
-    assert loop.run() is True and borders == [(1, False, 1), (2, False, 2), (3, True, 3)]
+    calls: list[tuple[int, bool, int]] = []
+    loop.on_step_end = lambda progress, last: calls.append((progress.step, last, len(steps_of(events))))
+    assert loop.run() is True and calls == [(1, False, 1), (2, False, 2), (3, True, 3)]
 
 
-def test_stop_ends_at_the_next_border() -> None:
+def test_stop_ends_after_the_current_step() -> None:
     toy = Toy()
     loop, _ = toy_loop(toy, steps=9)
-    borders: list[tuple[int, bool, bool]] = []
+    calls: list[tuple[int, bool, bool]] = []
 
-    def border(progress: Progress, last: bool) -> None:
-        borders.append((progress.step, last, loop.control.save))
+    def border(progress: TrainerState, last: bool) -> None:
+        calls.append((progress.step, last, loop.control.save))
 
-    real, loop.at_border = toy.weigh, border
+    real, loop.on_step_end = toy.token_weights, border
 
     def weigh(batch: Batch) -> Tensor:
         loop.control.stop = toy.step == 1  # in the middle of the second step
         return real(batch)
 
-    toy.weigh = weigh  # type: ignore[method-assign]
+    toy.token_weights = weigh  # type: ignore[method-assign]
     assert (
         loop.run() is False
-        and borders == [(1, False, False), (2, False, False), (2, False, True)]
+        and calls == [(1, False, False), (2, False, False), (2, False, True)]
         and toy.collected == [0, 1]
     )
 
@@ -329,16 +352,16 @@ def test_stop_before_the_first_step_does_nothing() -> None:
 def test_a_loop_starts_where_it_stood() -> None:
     toy = Toy()
     loop, events = toy_loop(toy, steps=5)
-    loop.progress = Progress(step=3, bad_steps=2)
+    loop.state = TrainerState(step=3, nonfinite_steps=2)
     assert loop.run() and toy.collected == [3, 4] and [event.step for event in steps_of(events)] == [4, 5]
-    assert loop.progress.to_dict() == {"step": 5, "bad_steps": 2, "bad_in_a_row": 0, "still_looks": 0, "tokens": 16}
+    assert loop.state.to_dict() == {"step": 5, "bad_steps": 2, "bad_in_a_row": 0, "still_looks": 0, "tokens": 16}
 
 
 @pytest.mark.parametrize("end", ["goes on", "stops"])
 def test_pause_waits(end: str) -> None:
     toy = Toy()
     loop, _ = toy_loop(toy, steps=2)
-    loop.control = Control(pause=True)
+    loop.control = TrainerControl(pause=True)
     thread = threading.Thread(target=loop.run)
     thread.start()
     time.sleep(0.3)
@@ -354,13 +377,13 @@ def test_pause_waits(end: str) -> None:
 def test_a_paused_loop_still_saves_on_demand() -> None:
     toy, saved = Toy(), []
     loop, _ = toy_loop(toy, steps=2)
-    loop.control = Control(pause=True, save=True)
+    loop.control = TrainerControl(pause=True, save=True)
 
-    def at_border(progress: Progress, last: bool) -> None:
+    def at_border(progress: TrainerState, last: bool) -> None:
         saved.append(progress.step)
         loop.control.save = loop.control.pause = False
 
-    loop.at_border = at_border
+    loop.on_step_end = at_border
     assert loop.run() and saved == [0, 1, 2]
 
 
@@ -370,22 +393,22 @@ def test_a_paused_loop_still_saves_on_demand() -> None:
 @pytest.mark.parametrize("start", [0, 2])
 def test_each_start_is_checked_once_before_anything_moves(start: int) -> None:
     toy = Toy()
-    begun = toy.weight.tolist()
+    initial = toy.weight.tolist()
     loop, _ = toy_loop(toy, steps=4)
-    loop.progress.step = start
+    loop.state.step = start
     loop.run()
-    assert toy.checks == [(start, begun)]
+    assert toy.checks == [(start, initial)]
 
 
 def test_a_check_that_fails_ends_the_run_before_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Toy, micro: Batch, step: int) -> None:
-        raise RunFailed("the reference is not what it must be")
+        raise TrainingError("the reference is not what it must be")
 
     monkeypatch.setattr(Toy, "check", refuse)
     toy = Toy()
     before = toy.weight.detach().clone()
     loop, events = toy_loop(toy)
-    with pytest.raises(RunFailed, match="reference"):
+    with pytest.raises(TrainingError, match="reference"):
         loop.run()
     assert same_bytes(before, toy.weight.detach()) and events == [] and not loop.optimizer.state
 
@@ -396,9 +419,9 @@ def drawn_after_the_check(draws: bool) -> list[float]:
 
     def weigh(batch: Batch) -> Tensor:
         drawn.append(float(torch.rand(())))
-        return batch.scored.float()
+        return batch.loss_mask.float()
 
-    toy.weigh = weigh  # type: ignore[method-assign]
+    toy.token_weights = weigh  # type: ignore[method-assign]
     if not draws:
         toy.check = lambda micro, step: None  # type: ignore[method-assign]
     toy_loop(toy, steps=2)[0].run()
@@ -411,9 +434,9 @@ def test_a_check_leaves_the_random_numbers_alone(monkeypatch: pytest.MonkeyPatch
     assert drawn_after_the_check(True) != drawn_after_the_check(False)
 
 
-def test_each_kind_of_worry_is_told_once() -> None:
+def test_each_kind_of_warning_is_logged_once() -> None:
     toy = Toy(losses={3: math.nan})
-    toy.worries = {
+    toy.warnings_at = {
         1: ["it collapses, by 0.6"],
         2: ["it collapses, by 0.7", "it is flat, at 0"],
         3: ["it is broken, now"],
@@ -425,7 +448,7 @@ def test_each_kind_of_worry_is_told_once() -> None:
     )
 
 
-def done(loop_and_events: tuple[Loop, list[Event]]) -> tuple[Loop, list[Event]]:
+def done(loop_and_events: tuple[Trainer, list[Event]]) -> tuple[Trainer, list[Event]]:
     loop_and_events[0].run()
     return loop_and_events
 
@@ -443,8 +466,8 @@ def algorithm_over(name: str, dropout: float, **more: Any) -> tuple[Any, Roles, 
         roles = llama_roles(16, dropout=dropout, **more)
         return sft_over(roles), roles, "policy"
     if name == "reward":
-        roles = reward_roles(load(16), dropout=dropout, **more)
-        return Reward(Kit(roles, pairs_of)), roles, "reward"
+        roles = reward_roles(load_base_of(16), dropout=dropout, **more)
+        return RewardModeling(AlgorithmContext(roles, pairs_of)), roles, "reward"
     if name == "ppo":
         roles = llama_roles(
             16,
@@ -454,33 +477,47 @@ def algorithm_over(name: str, dropout: float, **more: Any) -> tuple[Any, Roles, 
             heads=["value"],
             **more,
         )
-        return PPO(Kit(roles, pairs_of), Fake(roles, LIVE), update=Update(epochs=2, minibatches=2)), roles, "policy"
+        return (
+            PPO(
+                AlgorithmContext(roles, pairs_of),
+                FakeCollector(roles, INFORMATIVE_REWARDS),
+                update=UpdateConfig(num_ppo_epochs=2, num_mini_batches=2),
+            ),
+            roles,
+            "policy",
+        )
     roles = llama_roles(16, **more)  # dropout is a fault there
     if name == "grpo":
-        harvester = Fake(roles, LIVE, drift=0.2)
+        collector = FakeCollector(roles, INFORMATIVE_REWARDS, drift=0.2)
         return (
-            GRPO(Kit(roles, pairs_of), harvester, old="sampler", mismatch_limit=1.0, truncated="penalise"),
+            GRPO(
+                AlgorithmContext(roles, pairs_of),
+                collector,
+                old_logps_source="sampler",
+                max_logprob_mismatch=1.0,
+                truncated_completions="penalise",
+            ),
             roles,
             "policy",
         )
 
     def rows(step: int) -> Batch:
         batch = pairs_of(step)
-        with roles.quiet():
+        with roles.inference_mode():
             batch.extra["reference"] = roles.logps("reference", batch).logps.sum(dim=1)
         return batch
 
-    return DPO(Kit(roles, rows), sft=0.1), roles, "policy"
+    return DPO(AlgorithmContext(roles, rows), sft_coef=0.1), roles, "policy"
 
 
 def pairs_of(step: int) -> Batch:
-    rows, says = pair_rows(seed=step)
-    return pair_batch(rows, says)
+    rows, masks = pair_rows(seed=step)
+    return pair_batch(rows, masks)
 
 
 def loop_of(
     name: str = "sft", dropout: float = 0.3, steps: int = 4, **train: Any
-) -> tuple[Loop, Roles, str, list[Event]]:
+) -> tuple[Trainer, Roles, str, list[Event]]:
     algorithm, roles, role = algorithm_over(name, dropout)
     loop, events = loop_over(
         algorithm, roles.parameters(role), steps, **{"learning_rate": 1e-2, "micro_batch_size": 3} | train
@@ -493,19 +530,19 @@ def redrawn_step_differs(name: str) -> set[str]:
     straight, roles, role, _ = loop_of(name)
     kept: dict[str, Any] = {}
 
-    def border(progress: Progress, last: bool) -> None:
+    def border(progress: TrainerState, last: bool) -> None:
         if progress.step == 2:
             kept.update(tensors=roles.adapter_tensors(role), optimizer=copy.deepcopy(straight.optimizer.state_dict()))
 
-    straight.at_border = border
+    straight.on_step_end = border
     straight.run()
     again, others, _, _ = loop_of(name)
     torch.rand(5)  # the global stream stands elsewhere in a new process
     others.load_adapter_tensors(role, kept["tensors"], "here")
     again.optimizer.load_state_dict(kept["optimizer"])
-    again.progress = Progress(step=2)
+    again.state = TrainerState(step=2)
     again.run()
-    return changed(roles.adapter_tensors(role), others.adapter_tensors(role))
+    return changed_tensors(roles.adapter_tensors(role), others.adapter_tensors(role))
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -530,8 +567,8 @@ def test_any_micro_batch_size_learns_the_same(name: str) -> None:
     by_tokens = {"micro_batch_size": None, "micro_batch_tokens": 30}
     for split in ({"micro_batch_size": 1}, {"micro_batch_size": 2}, by_tokens, {"micro_batch_size": 50}):
         loop, roles, role, events = loop_of(name, dropout=0.0, steps=3, **split)
-        shake(roles, role, size=0.05)
-        loop.algorithm.kit = replace(loop.algorithm.kit, fresh=False)  # type: ignore[attr-defined]
+        perturb(roles, role, size=0.05)
+        loop.algorithm.context = replace(loop.algorithm.context, fresh=False)  # type: ignore[attr-defined]
         # AdamW's first step is a sign, which noise around 0 turns
         loop.optimizer = torch.optim.SGD(loop.parameters, lr=0.0)
         loop.run()
@@ -544,7 +581,7 @@ def test_any_micro_batch_size_learns_the_same(name: str) -> None:
             )
         )
     for tensors, losses, norms in found[1:]:
-        assert far(tensors, found[0][0]) < 1e-6
+        assert relative_error(tensors, found[0][0]) < 1e-6
         # A policy loss is the mean of terms around 1 that nearly cancel: fp32 holds those, not their mean, to 1e-6.
         assert losses == pytest.approx(found[0][1], rel=1e-5, abs=1e-6) and norms == pytest.approx(
             found[0][2], rel=1e-5
@@ -552,15 +589,16 @@ def test_any_micro_batch_size_learns_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_loop_learns_and_tells_the_same_figures_every_step(name: str) -> None:
+def test_a_loop_learns_and_logs_the_same_metrics_every_step(name: str) -> None:
     """The trained tensors move, nothing else does, and each step has every figure of the algorithm, finite."""
     loop, roles, role, events = loop_of(name, dropout=0.0)
     frozen = {n: p.detach().clone() for n, p in roles.base.model.named_parameters() if not p.requires_grad}
     before = roles.adapter_tensors(role)
     loop.run()
-    assert changed(before, roles.adapter_tensors(role)) == before.keys()
+    assert changed_tensors(before, roles.adapter_tensors(role)) == before.keys()
     assert (
-        changed(frozen, {n: p.detach() for n, p in roles.base.model.named_parameters() if not p.requires_grad}) == set()
+        changed_tensors(frozen, {n: p.detach() for n, p in roles.base.model.named_parameters() if not p.requires_grad})
+        == set()
     )
     assert len({frozenset(event.stats) for event in steps_of(events)}) == 1
     assert all(math.isfinite(value) for event in steps_of(events) for value in event.stats.values())
@@ -582,41 +620,41 @@ def warned_about_learning(rate: float, schedule: str = "constant", name: str = "
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_rate_at_which_nothing_is_learned_is_told_once(name: str) -> None:
+def test_a_learning_rate_too_low_to_learn_gives_one_warning(name: str) -> None:
     assert len(warned_about_learning(1e-30, name=name)) == 1
     assert len(warned_about_learning(1e-12, name=name)) == 1
     assert warned_about_learning(1e-3, name=name) == []
 
 
-def test_a_rate_that_learns_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_learning_rate_that_learns_gives_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     for rate, schedule in ((1e-2, "constant"), (1e-6, "constant"), (2e-4, "cosine")):
         assert warned_about_learning(rate, schedule) == []
-    monkeypatch.setattr(train_module, "TINY_UPDATE", 0.0)
+    monkeypatch.setattr(train_module, "MIN_UPDATE_RATIO", 0.0)
     assert warned_about_learning(1e-30) == []  # the share alone would be blind: B starts at 0 and moves at any rate
 
 
-def test_the_end_of_a_schedule_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_a_schedule_gives_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def end() -> list[str]:
         toy = Toy()
         loop, events = toy_loop(toy, steps=10**6, schedule="cosine", learning_rate=1e-4)
-        loop.progress.step = 10**6 - 6
+        loop.state.step = 10**6 - 6
         loop.run()
         return warnings_of(events)
 
     assert end() == []
-    monkeypatch.setattr(train_module, "SMALL_RATE", 0.0)
+    monkeypatch.setattr(train_module, "MIN_LR_FRACTION", 0.0)
     assert len(end()) == 1
 
 
 def test_movement_by_hand() -> None:
     parameters = [nn.Parameter(torch.tensor([3.0, 0.0])), nn.Parameter(torch.tensor([[1.0, 1.5], [4.0, 0.0]]))]
     before = [torch.tensor([0.0, 0.0]), torch.tensor([[1.0, 1.5], [0.0, 0.0]])]
-    stats = to_floats(movement(parameters, before))
+    stats = to_floats(update_stats(parameters, before))
     assert stats["moved_share"] == pytest.approx(2 / 6)
     assert stats["update_ratio"] == pytest.approx(5 / math.sqrt(1 + 2.25))
 
 
 def test_means_add_over_micro_batches() -> None:
-    stats: Stats = {"a": Mean(torch.tensor(6.0), 3)}
-    add_stats(stats, {"a": Mean(2.0, torch.tensor(1)), "b": Mean(1, 0)})
+    stats: Stats = {"a": WeightedMean(torch.tensor(6.0), 3)}
+    add_stats(stats, {"a": WeightedMean(2.0, torch.tensor(1)), "b": WeightedMean(1, 0)})
     assert to_floats(stats)["a"] == 2.0 and math.isnan(to_floats(stats)["b"]) and to_floats({}) == {}

@@ -14,51 +14,51 @@ from hypothesis import strategies as st
 
 from lowrank_tune import maths
 from lowrank_tune.maths import (
+    apply_mask,
     calibration_error,
     correlation,
-    mean_of,
-    mean_over,
-    pair_weights,
-    reliability,
-    share_right,
+    masked_mean,
+    mean,
+    pair_accuracy,
+    reliability_bins,
+    sequence_mean_weights,
     token_mean_weights,
-    where_says,
 )
 
 
 def test_token_weights_by_hand() -> None:
-    says = torch.tensor([[True, False, True], [False, False, True]])
-    assert torch.equal(token_mean_weights(says), torch.tensor([[1 / 3, 0, 1 / 3], [0, 0, 1 / 3]]))
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    assert torch.equal(token_mean_weights(mask), torch.tensor([[1 / 3, 0, 1 / 3], [0, 0, 1 / 3]]))
     assert not token_mean_weights(torch.zeros(2, 3, dtype=torch.bool)).any()
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 3, 7, 500])
 def test_pair_weights_sum_to_one_over_pairs(pairs: int) -> None:
-    weights = pair_weights(torch.zeros(2 * pairs, 5, dtype=torch.long))
+    weights = sequence_mean_weights(torch.zeros(2 * pairs, 5, dtype=torch.long))
     assert weights.shape == (2 * pairs,) and weights.dtype == torch.float32
     assert float(weights[::2].double().sum()) == pytest.approx(1, abs=1e-6) and len(weights.unique()) == 1
-    assert pair_weights(torch.zeros(0, 5)).shape == (0,)
+    assert sequence_mean_weights(torch.zeros(0, 5)).shape == (0,)
 
 
 def test_a_tie_is_right_by_half() -> None:
     """Ahead, tied, behind, ahead: 1 + 1/2 + 0 + 1 of 4."""
-    assert share_right(torch.tensor([2.0, 0.0, -1e-9, 1e-30])).value == 2.5 / 4
-    assert share_right(torch.zeros(3)).value == 0.5 and math.isnan(share_right(torch.zeros(0)).value)
-    assert math.isclose(share_right(torch.tensor([-0.0])).value, 0.5)
+    assert pair_accuracy(torch.tensor([2.0, 0.0, -1e-9, 1e-30])).value == 2.5 / 4
+    assert pair_accuracy(torch.zeros(3)).value == 0.5 and math.isnan(pair_accuracy(torch.zeros(0)).value)
+    assert math.isclose(pair_accuracy(torch.tensor([-0.0])).value, 0.5)
 
 
 def test_what_is_no_number_is_not_right() -> None:
-    assert share_right(torch.tensor([math.nan, 1.0])).value == 0.5
+    assert pair_accuracy(torch.tensor([math.nan, 1.0])).value == 0.5
 
 
 def test_means_are_detached_and_see_the_mask_alone() -> None:
     values = torch.tensor([[1.0, math.nan], [5.0, 3.0]], requires_grad=True)
-    mean = mean_over(values, torch.tensor([[True, False], [False, True]]))
-    assert mean.value == 2.0 and isinstance(mean.total, torch.Tensor) and not mean.total.requires_grad
-    kept = where_says(values, torch.tensor([[True, False], [False, True]]))
+    masked = masked_mean(values, torch.tensor([[True, False], [False, True]]))
+    assert masked.value == 2.0 and isinstance(masked.total, torch.Tensor) and not masked.total.requires_grad
+    kept = apply_mask(values, torch.tensor([[True, False], [False, True]]))
     kept.sum().backward()
     assert values.grad is not None and torch.equal(values.grad, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-    assert mean_of(torch.tensor([1.0, 4.0], requires_grad=True)).value == 2.5
+    assert mean(torch.tensor([1.0, 4.0], requires_grad=True)).value == 2.5
 
 
 # --- calibration ------------------------------------------------------------------------------------------------------
@@ -82,17 +82,17 @@ def plain_reliability(differences: Sequence[float], bins: int) -> list[tuple[flo
 
 def test_reliability_by_hand() -> None:
     """Two pairs at confidence 3/4, one right; one sure and right; one tie at confidence 1/2."""
-    found = maths.reliability(torch.tensor([LN3, -LN3, 1e3, 0.0]), bins=10)
+    found = maths.reliability_bins(torch.tensor([LN3, -LN3, 1e3, 0.0]), num_bins=10)
     assert found == [(0.5, 0.5, 1), (pytest.approx(0.75), 0.5, 2), (1.0, 1.0, 1)]
     assert calibration_error(found) == pytest.approx((0 + 2 * 0.25 + 0) / 4)
-    assert reliability(torch.zeros(0)) == [] and math.isnan(calibration_error([]))
+    assert reliability_bins(torch.zeros(0)) == [] and math.isnan(calibration_error([]))
 
 
 @given(DIFFERENCES, st.integers(1, 20))
 def test_reliability_equals_plain_python(differences: list[float], bins: int) -> None:
     confidences = [(1 / (1 + math.exp(-abs(d))) - 0.5) * 2 * bins for d in differences]
     assume(all(abs(c - round(c)) > 1e-9 or c in (0.0, bins) for c in confidences))  # on an edge, rounding decides
-    found = reliability(torch.tensor(differences, dtype=torch.float64), bins)
+    found = reliability_bins(torch.tensor(differences, dtype=torch.float64), bins)
     expected = plain_reliability(differences, bins)
     assert [count for *_, count in found] == [count for *_, count in expected]
     for got, wanted in zip(found, expected, strict=True):
@@ -104,23 +104,23 @@ def test_reliability_equals_plain_python(differences: list[float], bins: int) ->
 def test_a_calibrated_model_has_no_error() -> None:
     """Of a thousand pairs at confidence 3/4, three in four are right."""
     differences = torch.tensor([LN3] * 750 + [-LN3] * 250)
-    assert calibration_error(reliability(differences)) == pytest.approx(0, abs=1e-6)
+    assert calibration_error(reliability_bins(differences)) == pytest.approx(0, abs=1e-6)
     # twice as sure: sigma(2 ln 3) = 9/10
-    assert calibration_error(reliability(2 * differences)) == pytest.approx(0.9 - 0.75, abs=1e-6)
+    assert calibration_error(reliability_bins(2 * differences)) == pytest.approx(0.9 - 0.75, abs=1e-6)
 
 
 BUGS: dict[str, Any] = {
     "confidence of the chosen": lambda difference, bins=10: [
         (float(torch.sigmoid(difference).mean()), 0.0, len(difference))
     ],
-    "a tie is wrong": lambda difference, bins=10: reliability(difference - 1e-12, bins),
-    "other bins": lambda difference, bins=10: reliability(difference, 2),
+    "a tie is wrong": lambda difference, bins=10: reliability_bins(difference - 1e-12, bins),
+    "other bins": lambda difference, bins=10: reliability_bins(difference, 2),
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_another_diagram_is_seen(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
-    monkeypatch.setattr(maths, "reliability", BUGS[bug])
+    monkeypatch.setattr(maths, "reliability_bins", BUGS[bug])
     with pytest.raises(AssertionError):
         test_reliability_by_hand()
 

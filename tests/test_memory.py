@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from models import CPU, far, llama_roles, ragged, shake, whole
+from models import CPU, llama_roles, perturb, ragged_batch, relative_error, unquantized_base
 from test_loop import algorithm_over
 from test_recovery import fast
 from torch import Tensor
 
 from lowrank_tune import settings
-from lowrank_tune.errors import Faults, UserError
+from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.model import memory
-from lowrank_tune.model.memory import Checkpointing, checkpoint_layers, layers_recomputed
+from lowrank_tune.model.memory import Checkpointing, checkpoint_layers, num_checkpointed_layers
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.recipe import from_dict
 
@@ -44,11 +44,11 @@ def all_gradients(roles: Roles) -> Tensor:
 def gradient_of(name: str, **choice: Any) -> Tensor:
     """The gradient of one step of an algorithm over shaken adapters."""
     algorithm, roles, _ = algorithm_over(name, 0.0, **choice)
-    shake(roles, *roles.trainable, size=0.05)
-    part = next(iter(algorithm.collect(0).parts()))
-    part.weight = algorithm.weigh(part)
-    for micro in part.split(4, None, algorithm.together):
-        for term in algorithm.terms(micro.to(CPU)):
+    perturb(roles, *roles.trainable, size=0.05)
+    part = next(iter(algorithm.collect(0).minibatches()))
+    part.token_weights = algorithm.token_weights(part)
+    for micro in part.split(4, None, algorithm.rows_per_unit):
+        for term in algorithm.compute_losses(micro.to(CPU)):
             term.loss.backward()
     return all_gradients(roles)
 
@@ -58,7 +58,7 @@ def test_no_choice_of_layers_changes_a_gradient(name: str) -> None:
     kept = gradient_of(name, checkpointing=False)
     assert float(kept.abs().max()) > 0
     for choice in CHOICES:
-        assert far(gradient_of(name, **choice), kept) <= 1e-6, choice
+        assert relative_error(gradient_of(name, **choice), kept) <= 1e-6, choice
 
 
 @contextmanager
@@ -98,8 +98,8 @@ def forwards(roles: Roles) -> Iterator[list[int]]:
 def test_the_first_layers_are_recomputed_and_no_others(wanted: Checkpointing, expected: list[int]) -> None:
     roles = llama_roles(16, checkpointing=wanted)
     with forwards(roles) as counts:
-        roles.logps("policy", ragged()).logps.sum().backward()
-    assert counts == expected and sum(1 for count in expected if count == 2) == layers_recomputed(wanted, 2)
+        roles.logps("policy", ragged_batch()).logps.sum().backward()
+    assert counts == expected and sum(1 for count in expected if count == 2) == num_checkpointed_layers(wanted, 2)
 
 
 def kept_bytes(**choice: Any) -> int:
@@ -115,7 +115,7 @@ def kept_bytes(**choice: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        roles.logps("policy", ragged((60, 60, 60)))
+        roles.logps("policy", ragged_batch((60, 60, 60)))
     return sum(kept.values())
 
 
@@ -144,9 +144,9 @@ def test_what_is_offloaded_is_a_copy_and_comes_back(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(memory, "save_on_cpu", Watched)
     roles = llama_roles(16, checkpointing=True, offload=True)
-    batch = ragged()
+    batch = ragged_batch()
     roles.logps("policy", batch).logps.sum().backward()  # type: ignore[no-untyped-call]
-    hidden = [pair for pair in packed if pair[0].shape == (*batch.ids.shape, 64)]
+    hidden = [pair for pair in packed if pair[0].shape == (*batch.input_ids.shape, 64)]
     assert len(hidden) == 2, "one hidden state a layer"
     assert all(one.data_ptr() != copy.data_ptr() and torch.equal(one, copy) for one, copy in hidden)
 
@@ -160,11 +160,11 @@ def test_an_offload_that_loses_something_is_seen(monkeypatch: pytest.MonkeyPatch
 
     kept = gradient_of("sft", checkpointing=False)
     monkeypatch.setattr(memory, "save_on_cpu", Lossy)
-    assert far(gradient_of("sft", checkpointing=True, offload=True), kept) > 1e-6
+    assert relative_error(gradient_of("sft", checkpointing=True, offload=True), kept) > 1e-6
 
 
-def test_models_whose_layers_cannot_differ_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = whole("llama")
+def test_models_whose_layers_cannot_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = unquantized_base("llama")
     monkeypatch.setattr(memory, "GradientCheckpointingLayer", torch.nn.Conv3d)
     with pytest.raises(
         UserError, match="^train.gradient_checkpointing: llama models recompute all layers or none; say all or none$"
@@ -206,12 +206,12 @@ def test_settings_take_every_choice_and_give_it_back(wanted: Any) -> None:
     ],
 )
 def test_faults_of_memory_in_sentences(train: dict[str, Any], fault: str) -> None:
-    with pytest.raises(Faults) as caught:
+    with pytest.raises(ConfigError) as caught:
         from_dict(recipe(**train))
     assert fault in str(caught.value).splitlines()
 
 
 def test_offloading_stands_beside_recomputation_alone() -> None:
-    assert settings.Train(activation_offloading=True).activation_offloading
+    assert settings.TrainingConfig(activation_offloading=True).activation_offloading
     for wanted in (True, "all", "auto", 3):
         from_dict(recipe(gradient_checkpointing=wanted, activation_offloading=True))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from crash import small_recipe, trace
-from models import CPU, far, same_bytes
+from crash import run_fingerprint, small_recipe
+from models import CPU, relative_error, same_bytes
 from torch import Tensor, nn
 
 from lowrank_tune import Recipe, run, settings
@@ -25,7 +25,9 @@ def trained(optimizer: str, steps: int, seed: int = 0) -> tuple[list[nn.Paramete
     stream = torch.Generator().manual_seed(seed)
     parameters = [nn.Parameter(torch.randn(shape, generator=stream)) for shape in SHAPES]
     groups = [{"params": parameters[:2], "share": 1.0}, {"params": parameters[2:], "share": 0.5}]
-    made = make_optimizer(groups, settings.Train(optimizer=optimizer, learning_rate=1e-2, weight_decay=0.1), CPU)  # type: ignore[arg-type]
+    made = make_optimizer(
+        groups, settings.TrainingConfig(optimizer=optimizer, learning_rate=1e-2, weight_decay=0.1), CPU
+    )  # type: ignore[arg-type]
     walk(parameters, made, range(steps))
     return parameters, made
 
@@ -46,7 +48,7 @@ def test_8_bit_states_are_8_bit_and_follow_adamw() -> None:
         torch.uint8,
     ]
     for parameter, other, start in zip(eight, full, trained("adamw", 0)[0], strict=True):
-        assert far(parameter.detach() - start.detach(), other.detach() - start.detach()) < 0.05
+        assert relative_error(parameter.detach() - start.detach(), other.detach() - start.detach()) < 0.05
     assert torch.allclose(eight[1], full[1], atol=1e-6)
 
 
@@ -77,13 +79,13 @@ def test_a_state_comes_back_from_files_to_the_bit(tmp_path: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit"])
-def test_paged_ones_need_a_card_and_say_what_does_not(name: str) -> None:
+def test_paged_optimizers_need_a_gpu_and_name_the_alternative(name: str) -> None:
     with pytest.raises(
         UserError,
         match=f"^train.optimizer: {name} moves its states between a card and the machine's memory, and there is no "
         f"card; say {name.removeprefix('paged_')}$",
     ):
-        make_optimizer([nn.Parameter(torch.zeros(2))], settings.Train(optimizer=name), CPU)  # type: ignore[arg-type]
+        make_optimizer([nn.Parameter(torch.zeros(2))], settings.TrainingConfig(optimizer=name), CPU)  # type: ignore[arg-type]
 
 
 def test_what_was_paged_is_paged_again() -> None:
@@ -116,4 +118,4 @@ def test_a_run_with_8_bit_states_goes_on_bit_for_bit(tmp_path: Path) -> None:
         path = tmp_path / "half" / left
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     again = run(Recipe.from_dict(recipe), out=tmp_path / "half", ui="none").folder
-    assert trace(again) == trace(straight)
+    assert run_fingerprint(again) == run_fingerprint(straight)

@@ -15,20 +15,20 @@ from pathlib import Path
 import pytest
 
 from lowrank_tune.events import (
+    CheckpointSaved,
+    Evaluated,
     Event,
-    Grouped,
-    Note,
+    GroupLogged,
+    LogMessage,
     Progress,
     RunEnded,
     RunStarted,
-    Sampled,
-    Saved,
-    StepDone,
-    Validated,
+    SampleLogged,
+    StepEnd,
 )
-from lowrank_tune.ui import inert
-from lowrank_tune.ui.figures import Pace, clock, show
-from lowrank_tune.ui.plain import Plain
+from lowrank_tune.ui import escape_control_chars
+from lowrank_tune.ui.figures import EtaEstimator, clock, format_stats
+from lowrank_tune.ui.plain import LineLogger
 from lowrank_tune.ui.summary import summary_table
 
 STATS = {"loss": 1.234, "learning_rate": 2e-4, "grad_norm": 0.83, "memory_gib": 1.2}
@@ -53,22 +53,22 @@ class Screen(io.StringIO):
 
 def step(
     number: int, time: float = 0.0, seconds: float = 2.0, steps: int = 150, logged: bool = True, **stats: float
-) -> StepDone:
-    return StepDone(
+) -> StepEnd:
+    return StepEnd(
         step=number, steps=steps, stats=stats or STATS, seconds=seconds, tokens=10_240, logged=logged, time=time
     )
 
 
 def shown(*events: Event, file: io.StringIO | None = None, **environ: str) -> str:
     file = file or io.StringIO()
-    sink = Plain(file, environ)
+    sink = LineLogger(file, environ)
     for event in events:
         sink(event)
     sink.close()
     return file.getvalue()
 
 
-STORY: list[Event] = [
+EVENTS: list[Event] = [
     RunStarted(
         name="demo",
         algorithm="sft",
@@ -83,17 +83,17 @@ STORY: list[Event] = [
     Progress(what="tokenising", done=250, total=500),
     Progress(what="tokenising", done=500, total=500),
     step(12),
-    Validated(step=12, stats={"loss": 1.1, "accuracy": 0.61}, best=True),
-    Sampled(step=12, prompt="7 + 5?", completion="It is 12.", finish="stop", gold="12", reward=1.0),
-    Saved(step=12, path="/somewhere/checkpoints/step-12", seconds=0.2),
-    Note(message="3 rows dropped\nsee above", level="warning"),
-    Note(message="a fact"),
+    Evaluated(step=12, stats={"loss": 1.1, "accuracy": 0.61}, best=True),
+    SampleLogged(step=12, prompt="7 + 5?", completion="It is 12.", finish="stop", gold="12", reward=1.0),
+    CheckpointSaved(step=12, path="/somewhere/checkpoints/step-12", seconds=0.2),
+    LogMessage(message="3 rows dropped\nsee above", level="warning"),
+    LogMessage(message="a fact"),
     RunEnded(status="done", step=150, seconds=83.0),
 ]
 
 
-def test_the_story_in_lines() -> None:
-    assert shown(*STORY).splitlines() == [
+def test_a_whole_run_in_lines() -> None:
+    assert shown(*EVENTS).splitlines() == [
         "run demo: sft of tiny-tutor on cpu, 150 steps, 98,304 trained parameters",
         "  policy: policy",
         "  reference: the base",
@@ -128,15 +128,15 @@ def test_statistics_in_order() -> None:
         "moved_share": 0.5,
         "update_ratio": 1.5e-3,
     }
-    assert show(stats) == "loss nan  kl 1.20e-04  update 1.5e-03  moved 50.0 %  zeta 0.500  memory 2.0 GiB"
-    assert show({"bad_steps": 2.0}) == "skipped 2"
+    assert format_stats(stats) == "loss nan  kl 1.20e-04  update 1.5e-03  moved 50.0 %  zeta 0.500  memory 2.0 GiB"
+    assert format_stats({"bad_steps": 2.0}) == "skipped 2"
     assert (
-        show({"\x1b[2J": 1.0, "big": 1e7, "none": 0.0, "inf": math.inf})
+        format_stats({"\x1b[2J": 1.0, "big": 1e7, "none": 0.0, "inf": math.inf})
         == "\\x1b[2J 1.000  big 1.00e+07  none 0.000  inf inf"
     )
 
 
-def test_what_a_line_of_preferences_says() -> None:
+def test_a_line_of_preference_metrics() -> None:
     stats = {
         "loss": 0.6,
         "accuracy": 0.75,
@@ -150,11 +150,11 @@ def test_what_a_line_of_preferences_says() -> None:
         "learning_rate": 1e-4,
     }
     assert (
-        show(stats)
+        format_stats(stats)
         == "loss 0.600  accuracy 75.0 %  margin +0.500  chosen +0.100  rejected -0.400  kl 0.020  lr 1.0e-04"
     )
     assert (
-        show({"score_rejected": -1.0, "score_chosen": 2.0, "margin": 3.0})
+        format_stats({"score_rejected": -1.0, "score_chosen": 2.0, "margin": 3.0})
         == "margin +3.000  chosen +2.000  rejected -1.000"
     )
 
@@ -167,25 +167,25 @@ def test_validations_in_words() -> None:
         "pairs_length_correlation": 0.12,
         "pairs_prefers_longer": 0.55,
     }
-    assert shown(Validated(step=9, stats=pairs)) == (
+    assert shown(Evaluated(step=9, stats=pairs)) == (
         "held-out pairs after step 9  accuracy 90.0 %  margin +1.500  calibration error 4.0 %  length correlation "
         "+0.12  "
         "prefers the longer 55.0 %\n"
     )
     answers = {"heldout_my_sft_exact": 0.25, "heldout_my_sft_stopped": 1.0}
     assert (
-        shown(Validated(step=9, stats=answers))
+        shown(Evaluated(step=9, stats=answers))
         == "held-out answers of my_sft after step 9  exact 25.0 %  stopped 100.0 %\n"
     )
     mixed = {"validation_loss": 0.5, "pairs_accuracy": 0.9}
     assert (
-        shown(Validated(step=9, stats=mixed, best=True))
+        shown(Evaluated(step=9, stats=mixed, best=True))
         == "validation after step 9  loss 0.500  pairs_accuracy 0.900  best so far\n"
     )
-    assert shown(Validated(step=9, stats={})) == "validation after step 9  \n"
+    assert shown(Evaluated(step=9, stats={})) == "validation after step 9  \n"
 
 
-def test_what_a_line_of_rollouts_says() -> None:
+def test_a_line_of_rollout_metrics() -> None:
     stats = {
         "loss": 1e-4,
         "reward_spread": 0.25,
@@ -202,13 +202,13 @@ def test_what_a_line_of_rollouts_says() -> None:
         "learning_rate": 1e-4,
     }
     assert (
-        show(stats)
+        format_stats(stats)
         == "reward 0.750  spread 0.250  kl 0.020  length 18.0  dead groups 6.2 %  entropy 0.500  lr 1.0e-04  rollout "
         "1.0 s"
     )
     several = {"reward": 0.75, "reward_answer": 0.5, "reward_\x1b[2J": 0.25, "truncated": 0.5, "clip_fraction": 0.25}
-    assert show(several) == "reward 0.750  answer 0.500  \\x1b[2J 0.250  cut off 50.0 %  clipped 25.0 %"
-    group = Grouped(
+    assert format_stats(several) == "reward 0.750  answer 0.500  \\x1b[2J 0.250  cut off 50.0 %  clipped 25.0 %"
+    group = GroupLogged(
         step=1,
         prompt="1+1?",
         completions=[{"text": "2", "reward": 1.0, "advantage": 0.0, "finish": "stop", "parts": {}}],
@@ -217,14 +217,14 @@ def test_what_a_line_of_rollouts_says() -> None:
 
 
 def test_held_out_answers_of_the_policy() -> None:
-    told = {"heldout_policy_exact": 0.5, "heldout_policy_stopped": 1.0, "heldout_policy_length": 33.69}
+    stats = {"heldout_policy_exact": 0.5, "heldout_policy_stopped": 1.0, "heldout_policy_length": 33.69}
     line = "held-out answers of the policy after step 4  exact 50.0 %  stopped 100.0 %  length 33.7  best so far\n"
-    assert shown(Validated(step=4, stats=told, best=True)) == line
-    mixed = {"validation_loss": 0.5, **told}
-    assert shown(Validated(step=4, stats=mixed)) == "validation after step 4  held-out exact 50.0 %  loss 0.500\n"
+    assert shown(Evaluated(step=4, stats=stats, best=True)) == line
+    mixed = {"validation_loss": 0.5, **stats}
+    assert shown(Evaluated(step=4, stats=mixed)) == "validation after step 4  held-out exact 50.0 %  loss 0.500\n"
     final = {"heldout_grpo_exact": 0.5, "heldout_grpo_pass_at_8": 1.0}
     assert (
-        shown(Validated(step=4, stats=final)) == "held-out answers of grpo after step 4  exact 50.0 %  pass@8 100.0 %\n"
+        shown(Evaluated(step=4, stats=final)) == "held-out answers of grpo after step 4  exact 50.0 %  pass@8 100.0 %\n"
     )
 
 
@@ -240,7 +240,7 @@ def test_a_chain_and_its_pairs_in_lines() -> None:
         stages=3,
     )
     sides = [
-        Sampled(step=9, prompt="2+2?", completion=text, finish="stop", role=role, reward=reward)
+        SampleLogged(step=9, prompt="2+2?", completion=text, finish="stop", role=role, reward=reward)
         for text, role, reward in (("four", "chosen", 1.25), ("five", "rejected", -0.5))
     ]
     assert shown(start, *sides, RunEnded(status="done", step=9, seconds=60.0)).splitlines() == [
@@ -253,16 +253,16 @@ def test_a_chain_and_its_pairs_in_lines() -> None:
 
 
 def test_remaining_time_counts_pauses() -> None:
-    pace = Pace()
-    assert pace.left(step(1, time=102.0, steps=11)) == 20.0  # the step's own seconds
-    assert pace.left(step(2, time=104.0, steps=11)) == 18.0
-    assert pace.left(step(3, time=112.0, steps=11)) == 32.0  # 8 s of evaluation: 12 s for 3 steps
-    assert pace.left(step(11, time=200.0, steps=11)) == 0.0
-    assert pace.left(step(5, time=300.0, steps=11)) == 12.0  # started again: only what follows counts
-    pace, last = Pace(), 0.0
+    pace = EtaEstimator()
+    assert pace.seconds_left(step(1, time=102.0, steps=11)) == 20.0  # the step's own seconds
+    assert pace.seconds_left(step(2, time=104.0, steps=11)) == 18.0
+    assert pace.seconds_left(step(3, time=112.0, steps=11)) == 32.0  # 8 s of evaluation: 12 s for 3 steps
+    assert pace.seconds_left(step(11, time=200.0, steps=11)) == 0.0
+    assert pace.seconds_left(step(5, time=300.0, steps=11)) == 12.0  # started again: only what follows counts
+    pace, last = EtaEstimator(), 0.0
     for number in range(1, 101):
         last += 9.0 if number <= 50 else 1.0
-        left = pace.left(step(number, time=last, seconds=1.0, steps=200))
+        left = pace.seconds_left(step(number, time=last, seconds=1.0, steps=200))
     assert left == 100.0  # the slow first half is forgotten
     assert (clock(42), clock(725.4), clock(11250), clock(-1)) == ("0:42", "12:05", "3:07:30", "0:00")
 
@@ -289,8 +289,8 @@ def test_sparse_progress_in_a_pipe() -> None:
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_hostile_text_is_inert(text: str, encoding: str) -> None:
     events: list[Event] = [
-        Sampled(step=1, prompt=text, completion=text, finish=text, gold=text),
-        Note(message=f"{text[:2000]}|", level="warning"),
+        SampleLogged(step=1, prompt=text, completion=text, finish=text, gold=text),
+        LogMessage(message=f"{text[:2000]}|", level="warning"),
         RunStarted(
             name=text[:99],
             algorithm="sft",
@@ -299,15 +299,15 @@ def test_hostile_text_is_inert(text: str, encoding: str) -> None:
             reference=text[:99],
             steps=1,
         ),
-        Saved(step=1, path=f"x/{text[:99]}", seconds=0.0),
+        CheckpointSaved(step=1, path=f"x/{text[:99]}", seconds=0.0),
         Progress(what=text[:99], done=1, total=1),
         replace(step(1), stats={text[:99]: 1.0}),
-        Validated(step=1, stats={text[:99]: 1.0}),
+        Evaluated(step=1, stats={text[:99]: 1.0}),
         RunEnded(status="failed", step=1, seconds=0.0, message=text[:99]),
     ]
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding, newline="\n")
-    sink = Plain(file, {})
+    sink = LineLogger(file, {})
     for event in events[:1]:
         sink(event)
     assert raw.getvalue().count(b"\n") == 1 and len(raw.getvalue()) < 2_000_000
@@ -331,32 +331,37 @@ def test_inert_escapes_every_acting_character_and_no_other() -> None:
     for code in range(sys.maxunicode + 1):
         char = chr(code)
         if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or bidi(char):
-            assert inert(char).isascii() and inert(char).startswith("\\"), hex(code)
+            assert escape_control_chars(char).isascii() and escape_control_chars(char).startswith("\\"), hex(code)
         elif unicodedata.category(char)[0] in "LMNPS" or char in " \u200c\u200d":
-            assert inert(char) == char, hex(code)
-    assert inert("a\tb\x1b\u202e\ud800") == "a\\tb\\x1b\\u202e\\ud800"
-    assert inert("abcdefgh", 8) == "abcdefgh" and inert("abcdefghi", 8) == "abcde..."
+            assert escape_control_chars(char) == char, hex(code)
+    assert escape_control_chars("a\tb\x1b\u202e\ud800") == "a\\tb\\x1b\\u202e\\ud800"
+    assert escape_control_chars("abcdefgh", 8) == "abcdefgh" and escape_control_chars("abcdefghi", 8) == "abcde..."
 
 
 def test_no_escape_byte_outside_a_terminal() -> None:
-    assert "\x1b" not in shown(*STORY, TERM="xterm-256color")
-    assert "\x1b" not in shown(*STORY, file=Screen(), TERM="dumb")
+    assert "\x1b" not in shown(*EVENTS, TERM="xterm-256color")
+    assert "\x1b" not in shown(*EVENTS, file=Screen(), TERM="dumb")
 
 
-def test_colours_in_a_terminal_unless_forbidden() -> None:
-    plain = shown(STORY[-3], file=Screen(), TERM="xterm")
+def test_colors_in_a_terminal_unless_forbidden() -> None:
+    plain = shown(EVENTS[-3], file=Screen(), TERM="xterm")
     assert plain.startswith("\x1b[33mwarning: 3 rows dropped\x1b[0m\n")
-    assert "\x1b" not in shown(STORY[-3], file=Screen(), TERM="xterm", NO_COLOR="1")
-    bar = shown(*STORY[1:3], file=Screen(), TERM="xterm", NO_COLOR="1")
+    assert "\x1b" not in shown(EVENTS[-3], file=Screen(), TERM="xterm", NO_COLOR="1")
+    bar = shown(*EVENTS[1:3], file=Screen(), TERM="xterm", NO_COLOR="1")
     assert "\x1b[3" not in bar and "\x1b[38" not in bar and "500/500" in bar
 
 
 def test_bar_gives_the_cursor_back() -> None:
-    for events in (STORY[1:3], [STORY[1], step(1)], [STORY[1]], [STORY[1], Progress(what="other", done=0, total=3)]):
+    for events in (
+        EVENTS[1:3],
+        [EVENTS[1], step(1)],
+        [EVENTS[1]],
+        [EVENTS[1], Progress(what="other", done=0, total=3)],
+    ):
         out = shown(*events, file=Screen(), TERM="xterm")
         assert out.count("\x1b[?25l") == out.count("\x1b[?25h") > 0 and out.rfind("\x1b[?25h") > out.rfind("\x1b[?25l")
         assert "tokenising" in out
-    out = shown(STORY[1], step(1), file=Screen(), TERM="xterm")
+    out = shown(EVENTS[1], step(1), file=Screen(), TERM="xterm")
     assert out.index("\x1b[?25h") < out.index("loss 1.234")  # the line stands below the bar, not in it
 
 
@@ -387,7 +392,7 @@ def test_a_real_pipe_and_a_real_terminal() -> None:
     assert b"2/2" in seen and b"\x1b[33mwarning: w" in seen and seen.rfind(b"\x1b[?25h") > seen.rfind(b"\x1b[?25l")
 
 
-def test_summary_says_how_and_where(tmp_path: Path) -> None:
+def test_summary_has_the_status_and_the_folder(tmp_path: Path) -> None:
     for name in ("final", "events.jsonl"):
         (tmp_path / name).mkdir()
     summary = {

@@ -18,16 +18,16 @@ from typer.testing import CliRunner
 
 from lowrank_tune.cli import app
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Event, Note
+from lowrank_tune.events import Event, LogMessage
 from lowrank_tune.model import shapes
-from lowrank_tune.plan import fitted, plan
+from lowrank_tune.plan import check_fit, plan
 from lowrank_tune.plan.base import layers_of
 from lowrank_tune.plan.figures import Phase, needed
-from lowrank_tune.plan.fit import largest
+from lowrank_tune.plan.fit import largest_fitting
 from lowrank_tune.plan.planner import decoding_phases, peaks_of, phases_in, phases_of, plan_of
-from lowrank_tune.plan.rehearsal import rehearse
-from lowrank_tune.plan.rollouts import Decoding
-from lowrank_tune.plan.scenes import scenes
+from lowrank_tune.plan.rehearsal import simulate
+from lowrank_tune.plan.rollouts import DecodingSpec
+from lowrank_tune.plan.scenes import simulation_specs
 from lowrank_tune.recipe import load_any
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "plan.py"
@@ -65,7 +65,7 @@ def test_what_is_planned_is_what_is_measured_everywhere(shape: str) -> None:
 
 
 def test_a_plan_needs_neither_weights_nor_a_card() -> None:
-    (scene,) = scenes(load_any("qwen2.5-7b-sft"), "cuda")
+    (scene,) = simulation_specs(load_any("qwen2.5-7b-sft"), "cuda")
     found = plan_of(scene, 24 << 30, "sft")
     config = shapes.config_of("Qwen/Qwen2.5-7B-Instruct")
     assert config is not None and found.layers == config["num_hidden_layers"] and found.fits
@@ -76,7 +76,7 @@ def test_a_plan_needs_neither_weights_nor_a_card() -> None:
         * (2 * config["hidden_size"] + 2 * 512 + 3 * config["intermediate_size"])
     )
     expected = embeddings + linear * (0.5 + 1 / 64 + 4 / 64 / 256)  # NF4 with double quantisation: arXiv:2305.14314
-    weights = found.binding.bytes["weights"]
+    weights = found.peak_phase.bytes["weights"]
     assert abs(weights / expected - 1) < 0.001
     lora = (
         16
@@ -88,8 +88,8 @@ def test_a_plan_needs_neither_weights_nor_a_card() -> None:
         )
     )
     assert (
-        abs(found.binding.bytes["adapters"] / (4 * lora) - 1) < 0.01
-        and abs(found.binding.bytes["optimizer"] / (8 * lora) - 1) < 0.01
+        abs(found.peak_phase.bytes["adapters"] / (4 * lora) - 1) < 0.01
+        and abs(found.peak_phase.bytes["optimizer"] / (8 * lora) - 1) < 0.01
     )
 
 
@@ -123,7 +123,7 @@ evaluate: {{heldout: {{dataset: tutor}}, prompts: 200, max_new_tokens: 384}}
 def test_keys_and_values_are_those_of_the_slots(tmp_path: Path, layers: int) -> None:
     """On a card: slots * columns * (keys and values) * heads * width * layers in bfloat16, however few layers are
     rehearsed; beside them at most one layer's copy of the prompts for all slots, and their numbers."""
-    (scene,) = scenes(load_any(llama(tmp_path, num_hidden_layers=layers)), "cuda")
+    (scene,) = simulation_specs(load_any(llama(tmp_path, num_hidden_layers=layers)), "cuda")
     token = 2 * 4 * 32 * 2  # of a layer: keys and values, 4 heads of width 32, 2 bytes
     for name, slots in (("rollout", 64), ("held-out answers", 200)):
         found = next(phase for phase in phases_of(scene, 24 << 30) if phase.name == name)
@@ -133,19 +133,21 @@ def test_keys_and_values_are_those_of_the_slots(tmp_path: Path, layers: int) -> 
 
 
 def test_what_is_planned_from_few_layers_is_what_all_of_them_hold(tmp_path: Path) -> None:
-    (scene,) = scenes(load_any(llama(tmp_path, num_hidden_layers=9)), "cuda")
-    scene = replace(scene, rollouts={"rollout": Decoding("policy", 64, 128, 384, 8, 8, 1 << 40)})
-    whole = {phase.name: phase.total for phase in phases_in(rehearse(scene, layers_of(scene.config, 9)))}
+    (scene,) = simulation_specs(load_any(llama(tmp_path, num_hidden_layers=9)), "cuda")
+    scene = replace(scene, rollouts={"rollout": DecodingSpec("policy", 64, 128, 384, 8, 8, 1 << 40)})
+    whole = {phase.name: phase.total for phase in phases_in(simulate(scene, layers_of(scene.config, 9)))}
     assert {phase.name: phase.total for phase in phases_in(peaks_of(scene, 9))} == whole
 
 
 def test_where_the_room_was_thought_too_large_fewer_are_decoded_and_one_at_least(tmp_path: Path) -> None:
     """32 MiB a sequence, 64 of them 2 GiB. The engine goes on with fewer where memory runs short, so a card between one
     and all is enough."""
-    (scene,) = scenes(load_any(llama(tmp_path, num_hidden_layers=16, num_key_value_heads=8, hidden_size=1024)), "cuda")
+    (scene,) = simulation_specs(
+        load_any(llama(tmp_path, num_hidden_layers=16, num_key_value_heads=8, hidden_size=1024)), "cuda"
+    )
 
     def rollout(vram: int) -> Phase:
-        (found,) = decoding_phases(scene, {"rollout": Decoding("policy", 64, 128, 384, 8, 8, 1 << 40)}, 16, vram)
+        (found,) = decoding_phases(scene, {"rollout": DecodingSpec("policy", 64, 128, 384, 8, 8, 1 << 40)}, 16, vram)
         return found
 
     sequence, most, one = 512 * 2 * 1024 * 2 * 16, rollout(24 << 30), rollout(1)
@@ -165,10 +167,10 @@ def test_what_is_offloaded_is_not_on_the_card() -> None:
     config = shapes.config_of("Qwen/Qwen2.5-7B-Instruct")
     assert config is not None
     inputs = (config["num_hidden_layers"] - 1) * 2 * 2048 * config["hidden_size"] * 2
-    assert inputs - plans["true"].binding.bytes["gradients"] <= plans["false"].peak - plans["true"].peak <= inputs
+    assert inputs - plans["true"].peak_phase.bytes["gradients"] <= plans["false"].peak - plans["true"].peak <= inputs
 
 
-def test_the_command_says_whether_it_fits() -> None:
+def test_the_command_reports_whether_it_fits() -> None:
     done = CliRunner().invoke(app, ["plan", "tiny-sft", "--vram", "0.9"])
     assert done.exit_code == 2 and "does not fit" in done.output
     unknown = CliRunner().invoke(app, ["plan", "qwen2.5-7b-sft", "base.model=./nowhere"])
@@ -181,18 +183,18 @@ def test_the_command_says_whether_it_fits() -> None:
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 1000), st.integers(1, 50), st.integers(0, 20000))
 def test_the_largest_that_fits_is_found(start: int, most: int, fixed: int, each: int, room: int) -> None:
-    found = largest(lambda count: fixed + each * count, start, most, room)
+    found = largest_fitting(lambda count: fixed + each * count, start, most, room)
     assert found == max(0, min(most, (room - fixed) // each))
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_loaded_and_auto_becomes_numbers() -> None:
     with pytest.raises(UserError, match=r"does not fit the card.*fits with .*train.memory_check=warn"):
-        fitted(load_any("tiny-sft"), 0.9, lambda event: None)
-    told: list[Event] = []
-    assert fitted(load_any("tiny-sft", "train.memory_check=warn"), 0.9, told.append) == {"tiny-sft": {}}
-    assert [event.level for event in told if isinstance(event, Note)] == ["warning"]
+        check_fit(load_any("tiny-sft"), 0.9, lambda event: None)
+    events: list[Event] = []
+    assert check_fit(load_any("tiny-sft", "train.memory_check=warn"), 0.9, events.append) == {"tiny-sft": {}}
+    assert [event.level for event in events if isinstance(event, LogMessage)] == ["warning"]
     own = {"train.micro_batch_size=auto", "train.gradient_checkpointing=auto"}
-    (changes,) = fitted(load_any("tiny-sft", *own), 24.0, lambda event: None).values()
+    (changes,) = check_fit(load_any("tiny-sft", *own), 24.0, lambda event: None).values()
     assert changes["gradient_checkpointing"] == 0 and changes["micro_batch_size"] > 4
 
 

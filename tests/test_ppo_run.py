@@ -12,23 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from models import CPU, changed, shake
+from models import CPU, changed_tensors, perturb
 from safetensors.torch import load_file
-from test_grpo import figures, sft_run, told  # noqa: F401
+from test_grpo import figures, run_with_events, sft_run  # noqa: F401
 from torch import Tensor, nn
 
 from lowrank_tune import Recipe, run
 from lowrank_tune import runner as runner_module
 from lowrank_tune import settings as all_settings
 from lowrank_tune.algorithms import ppo as ppo_module
-from lowrank_tune.algorithms.harvest import Harvester
-from lowrank_tune.errors import RunFailed
-from lowrank_tune.events import Grouped
+from lowrank_tune.algorithms.harvest import RolloutCollector
+from lowrank_tune.errors import TrainingError
+from lowrank_tune.events import GroupLogged
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS, read_adapter
-from lowrank_tune.model.heads import KEY
+from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.recipe import load_any
-from lowrank_tune.rollout.linears import Linears
-from lowrank_tune.train import Loop, make_optimizer
+from lowrank_tune.rollout.linears import FastLinears
+from lowrank_tune.train import Trainer, make_optimizer
 
 
 def small(sft: Path, steps: int = 2, **ppo: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def small(sft: Path, steps: int = 2, **ppo: Any) -> dict[str, Any]:
 
 def test_a_run_leaves_its_base_alone_and_can_be_repeated(tmp_path: Path, sft_run: Path) -> None:  # noqa: F811
     files = {path: path.read_bytes() for path in sft_run.rglob("*") if path.is_file()}
-    outcome, events = told(small(sft_run), tmp_path / "one")
+    outcome, events = run_with_events(small(sft_run), tmp_path / "one")
     assert {path: path.read_bytes() for path in sft_run.rglob("*") if path.is_file()} == files
     below = json.loads((sft_run / "summary.json").read_text())
     assert outcome.summary["base_hash"]["end"] == outcome.summary["base_hash"]["start"] == below["base_hash"]["end"]
@@ -64,7 +64,7 @@ def test_a_run_leaves_its_base_alone_and_can_be_repeated(tmp_path: Path, sft_run
         and steps[0]["mismatch"] < 1e-5
         and steps[0]["value"] == 0.0 != steps[1]["value"]
     )
-    told_of = {
+    metrics = {
         "reward",
         "score",
         "kl",
@@ -80,19 +80,20 @@ def test_a_run_leaves_its_base_alone_and_can_be_repeated(tmp_path: Path, sft_run
         "reward_answer",
         "reward_length",
     }
-    assert told_of <= steps[1].keys() and all(map(math.isfinite, steps[1].values()))
+    assert metrics <= steps[1].keys() and all(map(math.isfinite, steps[1].values()))
     ended = {name: load_file(tmp_path / "one" / "final" / name / WEIGHTS) for name in ("", "value")}
-    assert KEY in ended["value"] and KEY not in ended[""]
+    assert HEAD_WEIGHT_KEY in ended["value"] and HEAD_WEIGHT_KEY not in ended[""]
     for tensors in ended.values():
         assert all(tensor.any() for key, tensor in tensors.items() if "lora_A" not in key), (
             "nothing was trained: the test saw nothing"
         )
-    _, again = told(small(sft_run), tmp_path / "two")
+    _, again = run_with_events(small(sft_run), tmp_path / "two")
     assert figures(again) == steps
     assert all(
-        not changed(tensors, load_file(tmp_path / "two" / "final" / name / WEIGHTS)) for name, tensors in ended.items()
+        not changed_tensors(tensors, load_file(tmp_path / "two" / "final" / name / WEIGHTS))
+        for name, tensors in ended.items()
     )
-    groups = [event.completions for event in events if isinstance(event, Grouped)]
+    groups = [event.completions for event in events if isinstance(event, GroupLogged)]
     assert len(groups) == 2 and all(isinstance(one["advantage"], float) for group in groups for one in group)
 
 
@@ -111,23 +112,23 @@ def test_the_value_comes_back_bit_for_bit(
         ended.update(stage.built.roles.adapter_tensors("value"))
 
     monkeypatch.setattr(runner_module.Stage, "finish", keep)
-    told(small(sft_run, value=value, minibatches=1), tmp_path / "one")
+    run_with_events(small(sft_run, value=value, minibatches=1), tmp_path / "one")
     monkeypatch.setattr(runner_module.Stage, "finish", finish)
     final = tmp_path / "one" / "final"
-    assert not changed(load_file(final / "value" / WEIGHTS), ended) and ended[KEY].any()
+    assert not changed_tensors(load_file(final / "value" / WEIGHTS), ended) and ended[HEAD_WEIGHT_KEY].any()
     assert json.loads((final / "value" / CONFIG).read_text())["modules_to_save"] == ["score"]
     checkpoint = tmp_path / "one" / "checkpoints" / "step-2" / "value"
     assert (checkpoint / WEIGHTS).read_bytes() == (final / "value" / WEIGHTS).read_bytes()
     assert read_adapter(str(final), "here").head is None, "what a user takes away is a plain policy"
     if value == "trunk":
-        assert set(ended) == {KEY}
+        assert set(ended) == {HEAD_WEIGHT_KEY}
         return
-    assert not changed(read_adapter(str(final / "value"), "here", head=True).tensors, ended)
+    assert not changed_tensors(read_adapter(str(final / "value"), "here", head=True).tensors, ended)
     recipe = small(sft_run, steps=1)
     recipe["adapters"]["value"] = {"path": str(final / "value")}
     seen = loaded_values(monkeypatch)
-    told(recipe, tmp_path / "two")
-    assert not changed(seen[0], ended), "the value goes on from there"
+    run_with_events(recipe, tmp_path / "two")
+    assert not changed_tensors(seen[0], ended), "the value goes on from there"
 
 
 def loaded_values(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
@@ -150,14 +151,14 @@ def test_a_policy_that_is_not_its_reference_is_refused(
 ) -> None:
     real = runner_module.build
 
-    def shaken(*given: Any, **more: Any) -> Any:
+    def perturbed(*given: Any, **more: Any) -> Any:
         built = real(*given, **more)
-        shake(built.roles, "policy", size=0.05)
+        perturb(built.roles, "policy", size=0.05)
         return built
 
-    monkeypatch.setattr(runner_module, "build", shaken)
-    with pytest.raises(RunFailed, match="the reference is not what it must be"):
-        told(small(sft_run), tmp_path / "run")
+    monkeypatch.setattr(runner_module, "build", perturbed)
+    with pytest.raises(TrainingError, match="the reference is not what it must be"):
+        run_with_events(small(sft_run), tmp_path / "run")
 
 
 # --- one base ---------------------------------------------------------------------------------------------------------
@@ -183,16 +184,16 @@ def growth(monkeypatch: pytest.MonkeyPatch, sft: Path, out: Path) -> tuple[int, 
     bytes of the rollout's scratch; copies of base tensors."""
     before, looked = dict[int, None](), set[str]()
     most, scratch, copies = 0, 0, list[str]()
-    draw, opened = Harvester.draw, Linears.__init__
+    draw, opened = RolloutCollector.collect, FastLinears.__init__
 
-    def drawing(self: Harvester, *how: Any) -> Any:
+    def drawing(self: RolloutCollector, *how: Any) -> Any:
         before.update(dict.fromkeys(storages()))
         return draw(self, *how)
 
-    def opening(self: Linears, *how: Any) -> None:
+    def opening(self: FastLinears, *how: Any) -> None:
         nonlocal scratch
         opened(self, *how)
-        scratch = max(scratch, self.bytes)
+        scratch = max(scratch, self.scratch_bytes)
 
     def looking(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def term(self: Any, micro: Any) -> Any:
@@ -202,7 +203,7 @@ def growth(monkeypatch: pytest.MonkeyPatch, sft: Path, out: Path) -> tuple[int, 
             looked.add(name)
             fresh = {place: one for place, one in storages().items() if place not in before}
             most = max(most, sum(one.untyped_storage().nbytes() for one in fresh.values()))
-            model = self.kit.roles.base.model
+            model = self.context.roles.base.model
             own = {name: one for name, one in (*model.named_parameters(), *model.named_buffers()) if "lora" not in name}
             shapes = {
                 (m.base_layer.out_features, m.base_layer.in_features)
@@ -225,11 +226,11 @@ def growth(monkeypatch: pytest.MonkeyPatch, sft: Path, out: Path) -> tuple[int, 
         return term
 
     with monkeypatch.context() as patch:
-        patch.setattr(Harvester, "draw", drawing)
-        patch.setattr(Linears, "__init__", opening)
+        patch.setattr(RolloutCollector, "collect", drawing)
+        patch.setattr(FastLinears, "__init__", opening)
         for name in ("_policy_term", "_value_term"):
             patch.setattr(ppo_module.PPO, name, looking(name, getattr(ppo_module.PPO, name)))
-        told(small(sft, steps=1, epochs=1, minibatches=1), out)
+        run_with_events(small(sft, steps=1, epochs=1, minibatches=1), out)
     return most, scratch, copies
 
 
@@ -237,7 +238,7 @@ def test_no_second_base_stands_while_it_learns(tmp_path: Path, sft_run: Path, mo
     most, scratch, copies = growth(monkeypatch, sft_run, tmp_path / "one")
     assert scratch > 1 << 20 and most < scratch / 4 and copies == [], (most, scratch)
     kept: list[Any] = []
-    monkeypatch.setattr(Linears, "close", lambda self: kept.append(self))
+    monkeypatch.setattr(FastLinears, "close", lambda self: kept.append(self))
     most, scratch, copies = growth(monkeypatch, sft_run, tmp_path / "two")
     assert most > 0.9 * scratch and any(name.startswith("unpacked") for name in copies), (
         "a scratch that is not freed would not be seen"
@@ -247,9 +248,9 @@ def test_no_second_base_stands_while_it_learns(tmp_path: Path, sft_run: Path, mo
 # --- rates and clips of their own -------------------------------------------------------------------------------------
 
 
-def loop_of(groups: Any, flat: list[nn.Parameter]) -> Loop:
-    train = all_settings.Train(steps=4, learning_rate=1e-3, schedule="constant")
-    return Loop(
+def loop_of(groups: Any, flat: list[nn.Parameter]) -> Trainer:
+    train = all_settings.TrainingConfig(steps=4, learning_rate=1e-3, schedule="constant")
+    return Trainer(
         None,
         flat,
         make_optimizer(groups, train, CPU),
@@ -275,14 +276,14 @@ def test_each_group_is_clipped_by_itself() -> None:
 
 def test_the_value_has_its_own_rate(tmp_path: Path, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     rates: list[list[float]] = []
-    step = Loop._step
+    step = Trainer._step
 
-    def look(self: Loop) -> None:
+    def look(self: Trainer) -> None:
         step(self)
         rates.append([group["lr"] for group in self.optimizer.param_groups])
 
-    monkeypatch.setattr(Loop, "_step", look)
-    told(small(sft_run, value_learning_rate=2e-2), tmp_path / "run")
+    monkeypatch.setattr(Trainer, "_step", look)
+    run_with_events(small(sft_run, value_learning_rate=2e-2), tmp_path / "run")
     assert rates == [pytest.approx([5e-3, 2e-2]), pytest.approx([2.5e-3, 1e-2])], (
         "one schedule, a cosine over two steps"
     )
@@ -324,16 +325,18 @@ def test_a_value_can_begin_as_the_reward_model(
     recipe["adapters"]["reward"] = {"path": str(reward_run)}
     recipe["rewards"] = [{"use": "reward_model", "weight": 0.5}]
     seen = loaded_values(monkeypatch)
-    outcome, events = told(recipe, tmp_path / "run")
+    outcome, events = run_with_events(recipe, tmp_path / "run")
     judge = read_adapter(str(reward_run), "here", head=True).tensors
     kept = {key: tensor.clone() for key, tensor in judge.items()}
-    assert torch.equal(seen[0].pop(KEY), judge.pop(KEY) * 0.5) and not changed(seen[0], judge)
+    assert torch.equal(seen[0].pop(HEAD_WEIGHT_KEY), judge.pop(HEAD_WEIGHT_KEY) * 0.5) and not changed_tensors(
+        seen[0], judge
+    )
     assert set(outcome.summary["adapter_hashes"]) == {"sft", "reward"} and figures(events)[0]["kl"] == 0.0
     ended = load_file(tmp_path / "run" / "final" / "value" / WEIGHTS)
-    assert changed({key: tensor for key, tensor in ended.items() if key != KEY}, judge), (
+    assert changed_tensors({key: tensor for key, tensor in ended.items() if key != HEAD_WEIGHT_KEY}, judge), (
         "the copy learns, and the judge stays"
     )
-    assert not changed(read_adapter(str(reward_run), "here", head=True).tensors, kept)
+    assert not changed_tensors(read_adapter(str(reward_run), "here", head=True).tensors, kept)
 
 
 # --- the whole story --------------------------------------------------------------------------------------------------

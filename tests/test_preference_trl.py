@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCAB, clear, folder_of, llama_roles, load, reward_roles, shake
+from models import VOCAB, llama_roles, load_base_of, perturb, reward_roles, saved_model, zero_grad
 from peft import LoraConfig
-from test_dpo import Plain, accumulated, by_key, far_from, pair_batch, pair_rows
+from test_dpo import Plain, accumulated, by_key, error_against, pair_batch, pair_rows
 from torch import Tensor
 
 from lowrank_tune.algorithms.dpo import DPO
-from lowrank_tune.algorithms.kit import Kit
-from lowrank_tune.algorithms.reward import Reward
+from lowrank_tune.algorithms.kit import AlgorithmContext
+from lowrank_tune.algorithms.reward import RewardModeling
 from lowrank_tune.model.roles import Roles
 
 trl = pytest.importorskip("trl")
@@ -59,13 +59,13 @@ def word(token: int) -> str:
 
 def ended_rows(inside_pads: bool = False) -> tuple[list[list[int]], list[list[bool]]]:
     """Ragged pairs that end in the end token. TRL finds the last token by its id, so its rows hold no pad id inside."""
-    rows, says = pair_rows([(4, 3, 6), (2, 5, 2), (7, 2, 1), (3, 9, 4), (9, 2, 8)], seed=5)
+    rows, masks = pair_rows([(4, 3, 6), (2, 5, 2), (7, 2, 1), (3, 9, 4), (9, 2, 8)], seed=5)
     for row in rows:
         row[:] = [token if token > 2 or inside_pads else token + 50 for token in row]
         row[-1] = 1
     for i in range(0, len(rows), 2):  # a chosen and a rejected answer of the end token alone begin alike
         assert rows[i] != rows[i + 1]
-    return rows, says
+    return rows, masks
 
 
 def lora(kind: str, **more: Any) -> LoraConfig:
@@ -115,8 +115,8 @@ def trained(trainer: Any) -> tuple[float, dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def reward() -> Roles:
-    roles = reward_roles(load(16))
-    shake(roles, "reward", size=0.05)
+    roles = reward_roles(load_base_of(16))
+    perturb(roles, "reward", size=0.05)
     roles.heads["reward"].weight.data.mul_(0.2)
     return roles
 
@@ -126,9 +126,9 @@ def test_reward_equals_trl(tmp_path: Path, reward: Roles, centering: float | Non
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification
 
-    rows, says = ended_rows()
+    rows, masks = ended_rows()
     data = {"chosen_ids": rows[::2], "rejected_ids": rows[1::2], "margin": list(margins)}
-    model = AutoModelForSequenceClassification.from_pretrained(folder_of(), num_labels=1, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(saved_model(), num_labels=1, dtype=torch.float32)
     arguments = trl.RewardConfig(output_dir=str(tmp_path), center_rewards_coefficient=centering, **COMMON)
     trainer = trl.RewardTrainer(
         model=model,
@@ -139,10 +139,10 @@ def test_reward_equals_trl(tmp_path: Path, reward: Roles, centering: float | Non
     )
     place(trainer.model, reward.adapter_tensors("reward"))
     theirs, gradients = trained(trainer)
-    algorithm = Reward(Kit(reward, None), centering or 0.0)  # type: ignore[arg-type]
-    loss, _, stats = accumulated(algorithm, pair_batch(rows, says, margins=margins), "reward", rows=4)
+    algorithm = RewardModeling(AlgorithmContext(reward, None), centering or 0.0)  # type: ignore[arg-type]
+    loss, _, stats = accumulated(algorithm, pair_batch(rows, masks, margins=margins), "reward", rows=4)
     logged = next(entry for entry in trainer.state.log_history if "accuracy" in entry)
-    assert loss == pytest.approx(theirs, rel=1e-5) and far_from(by_key(reward, "reward"), gradients) < 1e-4
+    assert loss == pytest.approx(theirs, rel=1e-5) and error_against(by_key(reward, "reward"), gradients) < 1e-4
     assert stats["accuracy"] == pytest.approx(logged["accuracy"]) and stats["margin"] == pytest.approx(
         logged["margin"], abs=1e-4
     )
@@ -154,19 +154,21 @@ def test_reward_equals_trl(tmp_path: Path, reward: Roles, centering: float | Non
 @pytest.fixture(scope="module")
 def policy() -> Roles:
     roles = llama_roles(16)
-    shake(roles, "policy", size=0.05)
+    perturb(roles, "policy", size=0.05)
     return roles
 
 
 def dpo_trainer(
-    tmp_path: Path, roles: Roles, kind: str, s: float, rows: list[list[int]], says: list[list[bool]]
+    tmp_path: Path, roles: Roles, kind: str, s: float, rows: list[list[int]], masks: list[list[bool]]
 ) -> Any:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
     def text(place: int, answer: bool) -> str:
         return "".join(
-            f"{word(token)} " for token, said in zip(rows[place], says[place], strict=True) if said == answer
+            f"{word(token)} "
+            for token, in_completion in zip(rows[place], masks[place], strict=True)
+            if in_completion == answer
         )
 
     places = range(0, len(rows), 2)
@@ -183,7 +185,7 @@ def dpo_trainer(
         label_smoothing=0.2,
         **COMMON,
     )
-    model = AutoModelForCausalLM.from_pretrained(folder_of(), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(saved_model(), dtype=torch.float32)
     trainer = trl.DPOTrainer(
         model=model,
         args=arguments,
@@ -212,17 +214,19 @@ def dpo_trainer(
     ],
 )
 def test_dpo_equals_trl(tmp_path: Path, policy: Roles, kind: str, s: float) -> None:
-    rows, says = ended_rows(inside_pads=True)
+    rows, masks = ended_rows(inside_pads=True)
     plain = Plain()
     with torch.no_grad():
-        reference = [float(plain.logp(row, mask, policy=False)) for row, mask in zip(rows, says, strict=True)]
-    trainer = dpo_trainer(tmp_path, policy, kind, s, rows, says)
+        reference = [float(plain.logp(row, mask, policy=False)) for row, mask in zip(rows, masks, strict=True)]
+    trainer = dpo_trainer(tmp_path, policy, kind, s, rows, masks)
     theirs, gradients = trained(trainer)
-    clear(policy)
-    algorithm = DPO(Kit(policy, None), kind, 0.3, 0.2, s)  # type: ignore[arg-type]
-    loss, _, stats = accumulated(algorithm, pair_batch(rows, says, reference), rows=4)
+    zero_grad(policy)
+    algorithm = DPO(AlgorithmContext(policy, None), kind, 0.3, 0.2, s)  # type: ignore[arg-type]
+    loss, _, stats = accumulated(algorithm, pair_batch(rows, masks, reference), rows=4)
     logged = next(entry for entry in trainer.state.log_history if "rewards/margins" in entry)
-    assert loss == pytest.approx(theirs, rel=1e-5, abs=1e-5) and far_from(by_key(policy, "policy"), gradients) < 1e-4
+    assert (
+        loss == pytest.approx(theirs, rel=1e-5, abs=1e-5) and error_against(by_key(policy, "policy"), gradients) < 1e-4
+    )
     for ours, name in (
         ("margin", "margins"),
         ("reward_chosen", "chosen"),
@@ -245,8 +249,8 @@ def test_a_side_by_side_can_fail(tmp_path: Path, policy: Roles, monkeypatch: pyt
     logps = Roles.logps
 
     def short(self: Roles, role: str, batch: Any, *rest: Any) -> Any:
-        batch.says = batch.says & torch.cat(
-            [batch.attended[:, 1:], torch.zeros(len(batch), 1, dtype=torch.bool)], dim=1
+        batch.completion_mask = batch.completion_mask & torch.cat(
+            [batch.attention_mask[:, 1:], torch.zeros(len(batch), 1, dtype=torch.bool)], dim=1
         )
         return logps(self, role, batch, *rest)
 

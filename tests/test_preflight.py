@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hostile import HOSTILE, is_inert
+from hostile import HOSTILE_TEXTS, is_inert
 from rich.console import Console
 from typer.testing import CliRunner
 
 from lowrank_tune import Recipe
 from lowrank_tune.cli import app
-from lowrank_tune.data import Order, Template, load
-from lowrank_tune.data.census import census
+from lowrank_tune.data import BatchSampler, ChatTemplate, load
+from lowrank_tune.data.census import compute_token_stats
 from lowrank_tune.model.base import load_tokenizer
-from lowrank_tune.preflight import Preflight, examine
+from lowrank_tune.preflight import DataReport, inspect_data
 from lowrank_tune.ui.data_view import show
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -51,19 +51,19 @@ def recipe(*sources: str | dict[str, Any], heldout: str | None = None, **data: A
     return Recipe.from_dict(made)
 
 
-def examined(*sources: str | dict[str, Any], **data: Any) -> Preflight:
-    return examine(recipe(*sources, **data), lambda event: None)
+def examined(*sources: str | dict[str, Any], **data: Any) -> DataReport:
+    return inspect_data(recipe(*sources, **data), lambda event: None)
 
 
-def printed(found: Preflight, width: int = 100, colour: bool = False, encoding: str = "utf-8") -> str:
+def printed(found: DataReport, width: int = 100, color: bool = False, encoding: str = "utf-8") -> str:
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
-    system: Any = "truecolor" if colour else None
-    show(found, "a title", Console(file=file, width=width, force_terminal=colour, color_system=system, highlight=False))
+    system: Any = "truecolor" if color else None
+    show(found, "a title", Console(file=file, width=width, force_terminal=color, color_system=system, highlight=False))
     file.flush()
     return file.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined, no-any-return]
 
 
-def counts(found: Preflight) -> dict[str, tuple[int, list[int]]]:
+def counts(found: DataReport) -> dict[str, tuple[int, list[int]]]:
     """By trouble: how many rows, and the lines of the first."""
     return {
         each.what: (each.count, [int(place.rpartition(":")[2]) for place in each.places])
@@ -96,48 +96,48 @@ def test_every_trouble_is_counted_with_its_lines(tmp_path: Path) -> None:
 
 
 def test_truncated_rows_are_named(tmp_path: Path) -> None:
-    talk = [{"role": role, "content": text} for text in ("one", "two " * 60) for role in ("user", "assistant")]
+    conversation = [{"role": role, "content": text} for text in ("one", "two " * 60) for role in ("user", "assistant")]
     made = examined(
-        write(tmp_path / "a.jsonl", [{"messages": talk}] + [{"messages": talk[:2]}] * 3),
+        write(tmp_path / "a.jsonl", [{"messages": conversation}] + [{"messages": conversation[:2]}] * 3),
         too_long="truncate",
         max_length=64,
     )
     assert counts(made)["too long, shortened to whole turns"] == (1, [1])
-    assert made.report.train[0].truncated_places == [f"{tmp_path}/a.jsonl:1"]
+    assert made.report.train[0].truncated_locations == [f"{tmp_path}/a.jsonl:1"]
 
 
 def test_the_census_counts_as_a_loop_would(tmp_path: Path) -> None:
-    talk = [{"role": role, "content": f"{role} {turn}"} for turn in range(3) for role in ("user", "assistant")]
-    path = write(tmp_path / "a.jsonl", [{"messages": talk[: 2 + 2 * (n % 3)]} for n in range(7)])
-    template = Template.of(load_tokenizer(recipe(path).base))
-    train = load(recipe(path, validation_share=0.0).data, template, 0, lambda event: None).train.take(
+    conversation = [{"role": role, "content": f"{role} {turn}"} for turn in range(3) for role in ("user", "assistant")]
+    path = write(tmp_path / "a.jsonl", [{"messages": conversation[: 2 + 2 * (n % 3)]} for n in range(7)])
+    template = ChatTemplate.from_tokenizer(load_tokenizer(recipe(path).base))
+    train = load(recipe(path, validation_share=0.0).data, template, 0, lambda event: None).train.select_rows(
         np.array([6, 0, 5, 1])
     )
     end = max(template.end_ids)
     for end_ids in (template.end_ids, {end}, set()):
-        found = census(train, end_ids)
+        found = compute_token_stats(train, end_ids)
         for number, row in enumerate(train):
-            says = list(row.says)
-            spans = "".join("x" if said else " " for said in says).split()
+            mask = list(row.completion_mask)
+            spans = "".join("x" if trained else " " for trained in mask).split()
             assert (
-                found.trained[number] == sum(says)
-                and found.prompt[number] == says.index(True)
+                found.trained[number] == sum(mask)
+                and found.prompt[number] == mask.index(True)
                 and found.answers[number] == len(spans)
             )
             closed = sum(
                 1
-                for place, said in enumerate(says)
-                if said
-                and int(row.ids[place]) in end_ids
+                for place, trained in enumerate(mask)
+                if trained
+                and int(row.input_ids[place]) in end_ids
                 and not any(
-                    says[earlier] and int(row.ids[earlier]) in end_ids and all(says[earlier:place])
+                    mask[earlier] and int(row.input_ids[earlier]) in end_ids and all(mask[earlier:place])
                     for earlier in range(place)
                 )
             )
             assert found.unended[number] == len(spans) - closed
-        pairs = [pair for row in train for pair in zip(row.ids, row.says, strict=True)]
-        assert sum(found.ends.values()) == sum(said and int(token) in end_ids for token, said in pairs)
-    assert not len(census(train.take(np.zeros(0, np.int64)), {end}).trained)
+        pairs = [pair for row in train for pair in zip(row.input_ids, row.completion_mask, strict=True)]
+        assert sum(found.eos_counts.values()) == sum(trained and int(token) in end_ids for token, trained in pairs)
+    assert not len(compute_token_stats(train.select_rows(np.zeros(0, np.int64)), {end}).trained)
 
 
 @pytest.mark.parametrize("weights", [(None, None), (0.25, 0.75)])
@@ -148,17 +148,17 @@ def test_the_mixture_is_what_the_loop_draws(tmp_path: Path, weights: tuple[float
         {"dataset": path} | ({"weight": weight} if weight else {}) for path, weight in zip(paths, weights, strict=True)
     ]
     wanted = recipe(*sources, validation_share=0.0)
-    found = examine(wanted, lambda event: None)
+    found = inspect_data(wanted, lambda event: None)
     assert sum(part.weight for part in found.parts) == pytest.approx(1.0)
     assert [part.weight for part in found.parts] == pytest.approx(weights if weights[0] else [40 / 48, 8 / 48])
     assert ("row counts" in found.weighted_by) == (weights[0] is None)
-    data = load(wanted.data, Template.of(load_tokenizer(wanted.base)), 0, lambda event: None).train
-    order = Order(data.lengths, data.source_of, weights, wanted.train, wanted.seed)
+    data = load(wanted.data, ChatTemplate.from_tokenizer(load_tokenizer(wanted.base)), 0, lambda event: None).train
+    order = BatchSampler(data.lengths, data.source_of, weights, wanted.train, wanted.seed)
     drawn = [row for step in range(order.steps_per_epoch) for row in order.rows(step)]
     assert found.epoch.rows == len(drawn) == 48 and found.epoch.tokens == sum(data.lengths[drawn])
     assert (
         found.epoch.trained
-        == sum(data.trained_of(row) for row in drawn)
+        == sum(data.num_trained_tokens(row) for row in drawn)
         == sum(part.drawn_trained for part in found.parts)
     )
     assert (found.epoch.steps, found.epoch.all_steps, found.epoch.passes) == (3, 12, 4.0)
@@ -202,11 +202,11 @@ def test_real_rows(name: str) -> None:
     assert (part.read, part.used) == (read, used) and bool(found.faults) == bool(code)
     assert {what: count for what, (count, _) in counts(found).items()}.items() >= troubles.items()
     assert (
-        found.report.train[0].rejected
+        found.report.train[0].num_dropped
         == read - used
         == sum(each.count for each in found.troubles if each.done == "dropped")
     )
-    assert found.ends.trained and found.ends.rows == found.ends.of == found.report.train_rows
+    assert found.ends.trained and found.ends.rows == found.ends.total == found.report.train_rows
     assert all(segment for example in found.examples for _, segment in example.segments)
     assert any("<|end_of_turn|>" in segment for trained, segment in found.examples[0].segments if trained)
 
@@ -214,7 +214,7 @@ def test_real_rows(name: str) -> None:
 def test_real_golds_commas_boxes_and_floats() -> None:
     """GSM8K's thousands commas, MATH's last box, rows of NuminaMath without one, SVAMP's integers as floats."""
     golds = {
-        name: examined(real(name), max_length=4096).parts[0].golds
+        name: examined(real(name), max_length=4096).parts[0].ground_truths
         for name in (
             "gsm8k/train.jsonl.gz",
             "math/test.jsonl.gz",
@@ -253,13 +253,13 @@ def test_exit_codes(tmp_path: Path) -> None:
 
     bad = ["{"] * 6
     assert code(ROWS)[0] == 0
-    told = code(ROWS + bad)
-    assert told[0] == 2 and "6 of 46 rows cannot be used" in " ".join(told[1].split()) and "Mixture" in told[1], (
+    result = code(ROWS + bad)
+    assert result[0] == 2 and "6 of 46 rows cannot be used" in " ".join(result[1].split()) and "Mixture" in result[1], (
         "it is shown all the same"
     )
     assert code(ROWS + bad, "data.max_rejected_share=0.2")[0] == 0
-    told = code([{"question": "a", "answer": ""}] * 3)
-    assert told[0] == 2 and "none of its 3 rows" in " ".join(told[1].split()) and "nothing to train on" in told[1]
+    result = code([{"question": "a", "answer": ""}] * 3)
+    assert result[0] == 2 and "none of its 3 rows" in " ".join(result[1].split()) and "nothing to train on" in result[1]
     assert code(ROWS, "train.nonsense=1")[0] == 2
 
 
@@ -272,27 +272,29 @@ def test_a_weighted_source_without_a_usable_row_is_shown(tmp_path: Path) -> None
 
 
 def test_an_end_token_that_is_not_trained_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowrank_tune.preflight.rows.census", lambda rows, end_ids: census(rows, ()))
+    monkeypatch.setattr(
+        "lowrank_tune.preflight.rows.compute_token_stats", lambda rows, end_ids: compute_token_stats(rows, ())
+    )
     found = examined(write(tmp_path / "a.jsonl", ROWS))
     assert not found.ends.trained and "learn to stop" in found.faults[0] and "NO:" in printed(found)
     assert counts(found)["without an end token behind an answer"][0] == found.report.train_rows
 
 
-def test_the_mask_is_shown_in_colour_and_without(tmp_path: Path) -> None:
+def test_the_mask_is_shown_in_color_and_without(tmp_path: Path) -> None:
     found = examined(write(tmp_path / "a.jsonl", ROWS), validation_share=0.0)
-    plain, ascii_only, colour = printed(found), printed(found, encoding="ascii"), printed(found, colour=True)
-    assert "\x1b" not in plain + ascii_only and "\x1b[1;32m⟦" in colour
+    plain, ascii_only, color = printed(found), printed(found, encoding="ascii"), printed(found, color=True)
+    assert "\x1b" not in plain + ascii_only and "\x1b[1;32m⟦" in color
     assert "<|assistant|>⟦It is 1.\n    #### 1<|end_of_turn|><|end_of_text|>⟧" in plain
     assert ascii_only.isascii() and "[[It is 1." in ascii_only and "#### " in ascii_only
 
 
 def test_hostile_text_is_inert(tmp_path: Path) -> None:
-    rows = [{"question": text[:3000], "answer": text[:3000]} for text in HOSTILE]
+    rows = [{"question": text[:3000], "answer": text[:3000]} for text in HOSTILE_TEXTS]
     path = write(tmp_path / "a\u202eb.jsonl", rows)
     found = examined({"dataset": path}, max_length=8192, max_rejected_share=1.0, validation_share=0.0)
     for encoding in ("utf-8", "ascii"):
         assert is_inert(printed(found, encoding=encoding))
-    assert found.report.train[0].used >= len(HOSTILE) - 3, "only lone surrogates are no text"
+    assert found.report.train[0].used >= len(HOSTILE_TEXTS) - 3, "only lone surrogates are no text"
 
 
 def of_pairs(*sources: str | dict[str, Any], algorithm: str = "dpo", **data: Any) -> Recipe:
@@ -319,7 +321,7 @@ def test_pairs_are_counted_as_pairs(tmp_path: Path) -> None:
     rows[10], rows[11], rows[12] = pair(1, "Tie.", "Tie."), pair(2, "", "b"), pair(2, "a " * 900)
     rows[13] = {"prompt": "word " * 900, "chosen": "a", "rejected": "b"}
     wanted = of_pairs(write(tmp_path / "a.jsonl", rows), validation_share=0.0, max_rejected_share=0.2)
-    found = examine(wanted, lambda event: None)
+    found = inspect_data(wanted, lambda event: None)
     too_long = "too long: longer than data.max_length (256 tokens)"
     assert counts(found) == {
         "both answers are equal": (1, [11]),
@@ -335,9 +337,9 @@ def test_pairs_are_counted_as_pairs(tmp_path: Path) -> None:
         found.sides.shorter,
         found.sides.equal,
     ) == (26, 24, 1, 1)
-    template = Template.of(load_tokenizer(wanted.base))
+    template = ChatTemplate.from_tokenizer(load_tokenizer(wanted.base))
     data = load(wanted.data, template, wanted.seed, lambda event: None, pairs=True).train
-    lengths = [[data.trained_of(row) for row in range(side, 52, 2)] for side in (0, 1)]
+    lengths = [[data.num_trained_tokens(row) for row in range(side, 52, 2)] for side in (0, 1)]
     assert (found.sides.chosen, found.sides.rejected) == pytest.approx((np.mean(lengths[0]), np.mean(lengths[1])))
     assert found.sides.margins == sum(
         bool(row.get("margin")) for number, row in enumerate(rows) if number not in (10, 11, 12, 13)
@@ -353,7 +355,7 @@ def test_pairs_are_counted_as_pairs(tmp_path: Path) -> None:
     ) and part.tokens == data.lengths.sum()
     assert (found.epoch.rows, found.epoch.tokens) == (26, data.lengths.sum())
     assert found.epoch.trained == sum(map(sum, lengths)) == part.drawn_trained
-    assert (found.ends.rows, found.ends.of) == (26, 26) and found.epoch.steps == 2
+    assert (found.ends.rows, found.ends.total) == (26, 26) and found.epoch.steps == 2
 
 
 def test_pairs_in_both_splits_and_held_out_questions(tmp_path: Path) -> None:
@@ -363,7 +365,7 @@ def test_pairs_in_both_splits_and_held_out_questions(tmp_path: Path) -> None:
         heldout=write(tmp_path / "c.jsonl", [rows[4], {**pair(99), "gold": "1"}]),
         validation=[{"dataset": write(tmp_path / "b.jsonl", [rows[1], rows[2], pair(77)])}],
     )
-    found = examine(made, lambda event: None)
+    found = inspect_data(made, lambda event: None)
     assert (
         counts(found) == {"in both splits": (2, [1, 2]), "asking a held-out question": (1, [5])}
         and found.report.validation_rows == 3
@@ -373,12 +375,12 @@ def test_pairs_in_both_splits_and_held_out_questions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("longer", "shorter", "warned"), [(13, 7, True), (12, 8, False), (7, 13, True), (19, 0, False), (9, 9, False)]
 )
-def test_one_sided_lengths_are_told(tmp_path: Path, longer: int, shorter: int, warned: bool) -> None:
+def test_one_sided_lengths_are_reported(tmp_path: Path, longer: int, shorter: int, warned: bool) -> None:
     rows = [
         pair(number, *(("long answer", "no") if number < longer else ("no", "long answer")))
         for number in range(longer + shorter)
     ]
-    found = examine(
+    found = inspect_data(
         of_pairs(write(tmp_path / "a.jsonl", rows), algorithm="reward", validation_share=0.0), lambda event: None
     )
     assert found.sides is not None and bool(found.sides.warning) == warned == ("can look right" in printed(found))
@@ -386,9 +388,11 @@ def test_one_sided_lengths_are_told(tmp_path: Path, longer: int, shorter: int, w
 
 
 def test_truncated_pairs_are_named(tmp_path: Path) -> None:
-    talk = [{"role": role, "content": text} for text in ("one " * 9, "two " * 9) for role in ("user", "assistant")]
-    rows = [{"prompt": talk[:3], "chosen": "a", "rejected": "b c"}, pair(1), pair(2)]
-    found = examine(
+    conversation = [
+        {"role": role, "content": text} for text in ("one " * 9, "two " * 9) for role in ("user", "assistant")
+    ]
+    rows = [{"prompt": conversation[:3], "chosen": "a", "rejected": "b c"}, pair(1), pair(2)]
+    found = inspect_data(
         of_pairs(write(tmp_path / "a.jsonl", rows), too_long="truncate", max_length=48, validation_share=0.0),
         lambda event: None,
     )
@@ -396,7 +400,7 @@ def test_truncated_pairs_are_named(tmp_path: Path) -> None:
 
 
 def test_sides_stand_side_by_side_or_one_below_the_other(tmp_path: Path) -> None:
-    found = examine(
+    found = inspect_data(
         of_pairs(
             write(tmp_path / "a.jsonl", [pair(n, "Right.", "Wrong, I say.") for n in range(3)]), validation_share=0.0
         ),
@@ -412,23 +416,23 @@ def test_sides_stand_side_by_side_or_one_below_the_other(tmp_path: Path) -> None
         (60, "utf-8", False),
         (60, "ascii", False),
     ):
-        told = printed(found, width=width, encoding=encoding)
+        text = printed(found, width=width, encoding=encoding)
         assert (
-            " ".join(told.split()).count("Is it 0?") == 1
-            and "\x1b" not in told
-            and max(map(len, told.split("\n"))) <= width
+            " ".join(text.split()).count("Is it 0?") == 1
+            and "\x1b" not in text
+            and max(map(len, text.split("\n"))) <= width
         )
-        assert any("Right." in line and "Wrong" in line for line in told.split("\n")) == together
-        assert encoding == "utf-8" or told.isascii()
-    told = " ".join(printed(found).split())
-    assert "0 pairs to validate" in told and "3 of 3 pairs used" in told
+        assert any("Right." in line and "Wrong" in line for line in text.split("\n")) == together
+        assert encoding == "utf-8" or text.isascii()
+    text = " ".join(printed(found).split())
+    assert "0 pairs to validate" in text and "3 of 3 pairs used" in text
 
 
 def test_hostile_pairs_are_inert(tmp_path: Path) -> None:
-    rows = [{"prompt": text[:3000], "chosen": text[:3000], "rejected": text[:3000] + "!"} for text in HOSTILE]
+    rows = [{"prompt": text[:3000], "chosen": text[:3000], "rejected": text[:3000] + "!"} for text in HOSTILE_TEXTS]
     for start in range(0, len(rows), 3):
         path = write(tmp_path / f"a\u202e{start}.jsonl", [*rows[start : start + 3], pair(1)])
-        found = examine(
+        found = inspect_data(
             of_pairs(path, max_length=16384, max_rejected_share=1.0, validation_share=0.0), lambda event: None
         )
         for encoding, width in (("utf-8", 100), ("ascii", 100), ("utf-8", 50), ("ascii", 50)):
@@ -436,7 +440,9 @@ def test_hostile_pairs_are_inert(tmp_path: Path) -> None:
 
 
 def test_pairs_as_json(tmp_path: Path) -> None:
-    found = examine(of_pairs(write(tmp_path / "a.jsonl", [pair(number) for number in range(30)])), lambda event: None)
+    found = inspect_data(
+        of_pairs(write(tmp_path / "a.jsonl", [pair(number) for number in range(30)])), lambda event: None
+    )
     data = json.loads(json.dumps(found.to_dict()))
     assert (
         data["sides"]["pairs"] == data["train_rows"]
@@ -456,23 +462,25 @@ def test_data_command_of_pairs(tmp_path: Path) -> None:
     good = [pair(number) for number in range(30)]
     for algorithm in ("reward", "dpo"):
         assert code(good, algorithm)[0] == 0
-        told = code([*good, *[pair(1, "a", "a")] * 9], algorithm)
+        result = code([*good, *[pair(1, "a", "a")] * 9], algorithm)
         assert (
-            told[0] == 2
-            and "9 of 39 rows cannot be used: 9: both answers are equal (lines 31, 32" in told[1]
-            and "Sides" in told[1]
+            result[0] == 2
+            and "9 of 39 rows cannot be used: 9: both answers are equal (lines 31, 32" in result[1]
+            and "Sides" in result[1]
         )
-        told = code(ROWS, algorithm)
-        assert told[0] == 2 and "expected `chosen` and `rejected`" in told[1] and "Traceback" not in told[1]
+        result = code(ROWS, algorithm)
+        assert result[0] == 2 and "expected `chosen` and `rejected`" in result[1] and "Traceback" not in result[1]
 
 
 @pytest.mark.parametrize(
     ("name", "used"), [("hh_rlhf/helpful-base_test.jsonl.gz", 1187), ("llamafactory_demos/dpo_en_demo.json.gz", 300)]
 )
 def test_real_pairs(name: str, used: int) -> None:
-    found = examine(of_pairs(real(name), max_length=16384), lambda event: None)
+    found = inspect_data(of_pairs(real(name), max_length=16384), lambda event: None)
     assert (
-        found.parts[0].used == used and not found.faults and found.ends.rows == found.ends.of == found.report.train_rows
+        found.parts[0].used == used
+        and not found.faults
+        and found.ends.rows == found.ends.total == found.report.train_rows
     )
     assert (
         found.sides is not None
@@ -482,7 +490,7 @@ def test_real_pairs(name: str, used: int) -> None:
 
 def test_text_snapshot() -> None:
     expected = (Path(__file__).parent / "snapshots" / "data_tiny_sft.txt").read_text(encoding="utf-8")
-    assert printed(examine(Recipe.load("tiny-sft"), lambda event: None), 80) == expected, (
+    assert printed(inspect_data(Recipe.load("tiny-sft"), lambda event: None), 80) == expected, (
         "look at it, then write it anew"
     )
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import HOSTILE, is_inert
+from hostile import HOSTILE_TEXTS, is_inert
 from test_preflight import ROWS, counts, printed, write
 from typer.testing import CliRunner
 
 from lowrank_tune import Recipe
 from lowrank_tune.cli import app
-from lowrank_tune.data import Template, asked_order, load_asked
+from lowrank_tune.data import ChatTemplate, load_prompts, make_prompt_sampler
 from lowrank_tune.model.base import load_tokenizer
-from lowrank_tune.preflight import Preflight, examine
+from lowrank_tune.preflight import DataReport, inspect_data
 
 
 def recipe(*sources: str | dict[str, Any], heldout: str | None = None, rewards: str = "answer", **data: Any) -> Recipe:
@@ -33,8 +33,8 @@ def recipe(*sources: str | dict[str, Any], heldout: str | None = None, rewards: 
     )
 
 
-def examined(*sources: str | dict[str, Any], **more: Any) -> Preflight:
-    return examine(recipe(*sources, **more), lambda event: None)
+def examined(*sources: str | dict[str, Any], **more: Any) -> DataReport:
+    return inspect_data(recipe(*sources, **more), lambda event: None)
 
 
 def test_every_trouble_is_counted_with_its_lines(tmp_path: Path) -> None:
@@ -69,29 +69,31 @@ def test_the_mixture_is_what_is_drawn(tmp_path: Path) -> None:
     made = recipe(
         {"dataset": write(tmp_path / "a.jsonl", ROWS), "weight": 0.25}, {"dataset": "tutor", "rows": 20, "weight": 0.75}
     )
-    found = examine(made, lambda event: None)
-    asked = load_asked(made.data, Template.of(load_tokenizer(made.base)), made.seed, lambda event: None)
-    order = asked_order(asked, made.data, made.train, made.seed)
+    found = inspect_data(made, lambda event: None)
+    prompts = load_prompts(
+        made.data, ChatTemplate.from_tokenizer(load_tokenizer(made.base)), made.seed, lambda event: None
+    )
+    order = make_prompt_sampler(prompts, made.data, made.train, made.seed)
     drawn = [row for step in range(order.steps_per_epoch) for row in order.rows(step)]
-    assert [(part.rows, part.weight, part.golds, part.trained) for part in found.parts] == [
+    assert [(part.rows, part.weight, part.ground_truths, part.trained) for part in found.parts] == [
         (40, 0.25, 40, 0),
         (20, 0.75, 20, 0),
     ]
-    by_source = [[int(asked.lengths[row]) for row in drawn if asked.source_of[row] == number] for number in (0, 1)]
+    by_source = [[int(prompts.lengths[row]) for row in drawn if prompts.source_of[row] == number] for number in (0, 1)]
     assert list(map(len, by_source)) == [15, 45] and [part.drawn_tokens for part in found.parts] == list(
         map(sum, by_source)
     )
-    assert [part.tokens for part in found.parts] == [int(asked.lengths[asked.source_of == n].sum()) for n in (0, 1)]
+    assert [part.tokens for part in found.parts] == [int(prompts.lengths[prompts.source_of == n].sum()) for n in (0, 1)]
     assert (found.epoch.rows, found.epoch.steps, found.epoch.all_steps) == (
         60,
         8,
         9,
-    ) and found.epoch.tokens == asked.lengths[drawn].sum()
+    ) and found.epoch.tokens == prompts.lengths[drawn].sum()
 
 
 def test_what_is_shown(tmp_path: Path) -> None:
     found = examined(write(tmp_path / "a.jsonl", ROWS), {"dataset": "tutor", "rows": 4})
-    told = " ".join(printed(found, 160).split())
+    text = " ".join(printed(found, 160).split())
     for words in (
         "40 of 40 prompts used, 40 with a gold answer",
         "Prompts",
@@ -106,8 +108,8 @@ def test_what_is_shown(tmp_path: Path) -> None:
         "fit to train on",
         "prompt counts: no source has a weight",
     ):
-        assert words in told, words
-    assert not [word for word in ("trained", "End token", "⟦", "validate", "rows") if word in told]
+        assert words in text, words
+    assert not [word for word in ("trained", "End token", "⟦", "validate", "rows") if word in text]
     assert json.loads(json.dumps(found.to_dict()))["examples"][0]["gold"] == "1"
     ascii_only = printed(found, encoding="ascii")
     assert ascii_only.isascii() and "gold answer 1" in ascii_only
@@ -137,7 +139,7 @@ def test_nothing_usable_is_shown_too(tmp_path: Path, weight: float | None) -> No
 
 
 def test_hostile_text_is_inert(tmp_path: Path) -> None:
-    rows = [{"question": text[:3000], "answer": "x", "gold": text[:3000]} for text in HOSTILE]
+    rows = [{"question": text[:3000], "answer": "x", "gold": text[:3000]} for text in HOSTILE_TEXTS]
     for start in range(0, len(rows), 3):
         path = write(tmp_path / f"a\u202e{start}.jsonl", [*rows[start : start + 3], ROWS[0]])
         found = examined(path, max_rejected_share=1.0, max_prompt_length=8192)

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from lowrank_tune.cli import app
 from lowrank_tune.model import shapes
 from lowrank_tune.plan import plan
-from lowrank_tune.recipe import Chain, Recipe, load_any, presets, shelf
+from lowrank_tune.recipe import Chain, Recipe, list_presets, load_any, presets
 
-NAMES = [preset.name for preset in shelf()]
+NAMES = [preset.name for preset in list_presets()]
 HUB = {
     "AI-MO/NuminaMath-CoT": ("train", ("source", "problem", "solution", "messages")),
     "nvidia/OpenMathInstruct-2": ("train_1M", ("problem", "generated_solution", "expected_answer", "problem_source")),
@@ -57,24 +57,24 @@ def test_what_people_look_for_is_there() -> None:
         by_base.setdefault(base, set()).add(what)
     for base in ("tiny", "qwen2.5-3b", "qwen2.5-7b", "llama-3.1-8b"):
         assert by_base[base] == single | {"preference", "rlvr", "rlhf"}
-    assert {preset.group for preset in shelf()} == {
+    assert {preset.group for preset in list_presets()} == {
         "Tiny: the base that ships with the package, on any CPU",
         "3B and 4B",
         "7B and 8B",
         "14B",
         "32B",
     }
-    assert [(preset.name, preset.description) for preset in sorted(shelf(), key=lambda each: each.name)] == [
+    assert [(preset.name, preset.description) for preset in sorted(list_presets(), key=lambda each: each.name)] == [
         each[:2] for each in presets()
     ]
 
 
 def test_the_list_fits_a_narrow_terminal_and_goes_from_small_to_large() -> None:
-    told = CliRunner().invoke(app, ["presets"])
-    lines = told.output.splitlines()
-    assert told.exit_code == 0 and max(map(len, lines)) <= 80 and all(line == line.rstrip() for line in lines)
+    result = CliRunner().invoke(app, ["presets"])
+    lines = result.output.splitlines()
+    assert result.exit_code == 0 and max(map(len, lines)) <= 80 and all(line == line.rstrip() for line in lines)
     assert [line.split()[0] for line in lines if line.startswith("    ")] == NAMES
-    sizes = [preset.billions for preset in shelf()]
+    sizes = [preset.billions for preset in list_presets()]
     assert sizes == sorted(sizes) and sizes[0] == 0.0 and sizes[-1] == 32.0
 
 
@@ -88,9 +88,9 @@ def peaks() -> Any:
     return module
 
 
-def test_a_planned_peak_that_a_preset_tells_fits_its_card() -> None:
-    told = [preset for preset in shelf() if preset.peak_gib is not None]
-    assert len(told) > 20 and all(preset.billions * 0.5 < (preset.peak_gib or 0.0) < 23.0 for preset in told)
+def test_the_peak_that_a_preset_states_fits_its_gpu() -> None:
+    presets = [preset for preset in list_presets() if preset.peak_gib is not None]
+    assert len(presets) > 20 and all(preset.billions * 0.5 < (preset.peak_gib or 0.0) < 23.0 for preset in presets)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_a_planned_peak_that_a_preset_tells_fits_its_card() -> None:
         if not name.startswith("tiny-")
     ],
 )
-def test_what_a_preset_tells_is_what_is_planned(name: str) -> None:
-    (preset,) = (preset for preset in shelf() if preset.name == name)
+def test_the_peak_that_a_preset_states_is_the_planned_one(name: str) -> None:
+    (preset,) = (preset for preset in list_presets() if preset.name == name)
     gib, _ = peaks().planned(name)
     if preset.peak_gib is None:
         pytest.skip(f"{gib:.1f} GiB planned, and its file tells none yet: benchmarks/preset_peaks.py --write")

@@ -15,10 +15,10 @@ from test_presets import HUB, NAMES, stages_of
 from torch import Tensor
 
 from lowrank_tune import run
-from lowrank_tune.data import Template
+from lowrank_tune.data import ChatTemplate
 from lowrank_tune.model.base import load_tokenizer
 from lowrank_tune.recipe import Chain, Recipe, load_any
-from lowrank_tune.settings import Base
+from lowrank_tune.settings import BaseConfig
 from lowrank_tune.types import Message
 
 # a token of this model is an end token with about this probability, so that completions are short whatever their limit
@@ -41,9 +41,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_base(folder: Path) -> None:
     """A random Llama with the tutor's tokenizer and room for long rows, that ends what it says after a few tokens."""
-    tokenizer = load_tokenizer(Base())
+    tokenizer = load_tokenizer(BaseConfig())
     model = random_model("llama", gain=1.0, vocab_size=len(tokenizer), max_position_embeddings=8192)
-    ends = sorted(Template.of(tokenizer).end_ids)
+    ends = sorted(ChatTemplate.from_tokenizer(tokenizer).end_ids)
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 2.0  # a feature that is always there, and that no layer writes to
         for layer in model.model.layers:
@@ -142,7 +142,7 @@ def _few(name: str) -> list[str]:
 
 def kept(recipe: Any) -> dict[str, Any]:
     """All that is not swapped."""
-    told = recipe.to_dict()
+    settings = recipe.to_dict()
     swapped = {
         "base": ("model",),
         "data": ("train",),
@@ -150,17 +150,18 @@ def kept(recipe: Any) -> dict[str, Any]:
         "evaluate": ("heldout",),
     }
     for section, key in ((section, key) for section, keys in swapped.items() for key in keys):
-        told[section].pop(key, None)
-    told["adapters"] = {
-        name: {key: value for key, value in each.items() if key != "path"} for name, each in told["adapters"].items()
+        settings[section].pop(key, None)
+    settings["adapters"] = {
+        name: {key: value for key, value in each.items() if key != "path"}
+        for name, each in settings["adapters"].items()
     }
-    return {key: value for key, value in told.items() if key not in ("name", "description")}
+    return {key: value for key, value in settings.items() if key not in ("name", "description")}
 
 
 @pytest.mark.slow
-def test_a_warm_up_that_never_ends_is_told(tmp_path: Path) -> None:
+def test_an_sft_that_never_ends_gives_a_warning(tmp_path: Path) -> None:
     """Few rows of one's own behind a preset for many: its epochs are fewer steps than its warm-up."""
-    told: list[Any] = []
+    events: list[Any] = []
     few = (
         "data.train=[{dataset: tutor, rows: 16}]",
         "train.epochs=1",
@@ -171,16 +172,16 @@ def test_a_warm_up_that_never_ends_is_told(tmp_path: Path) -> None:
         "evaluate.shown=0",
         "evaluate.max_new_tokens=null",
     )
-    assert run("tiny-sft", *few, out=tmp_path / "run", ui="none", on_event=told.append).status == "done"
-    warned = [event.message for event in told if getattr(event, "level", "") == "warning"]
+    assert run("tiny-sft", *few, out=tmp_path / "run", ui="none", on_event=events.append).status == "done"
+    warned = [event.message for event in events if getattr(event, "level", "") == "warning"]
     assert any("train.warmup_steps: 40, of 1 steps in all" in message for message in warned), warned
 
 
 def test_a_model_that_ends(place: Path) -> None:
     from transformers import AutoModelForCausalLM  # heavy, and only here
 
-    tokenizer = load_tokenizer(Base(model=str(place / "base")))
-    template = Template.of(tokenizer)
+    tokenizer = load_tokenizer(BaseConfig(model=str(place / "base")))
+    template = ChatTemplate.from_tokenizer(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(place / "base").eval()
     ids = torch.tensor([template.prompt([Message("user", "Say 5.")])])
     assert 0.02 < _ending(model, ids, sorted(template.end_ids)) < 0.6

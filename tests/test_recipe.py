@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lowrank_tune import settings
-from lowrank_tune.errors import Faults, UserError
+from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.recipe import (
     Chain,
     Recipe,
@@ -48,7 +48,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 
 def faults_of(path: str, *overrides: str) -> list[str]:
-    with pytest.raises(Faults) as caught:
+    with pytest.raises(ConfigError) as caught:
         load(path, overrides)
     return str(caught.value).splitlines()
 
@@ -127,7 +127,7 @@ def test_missing_settings_stand_at_their_section(write: Write) -> None:
     ]
 
 
-def test_a_parents_fault_is_told_at_the_parent(write: Write) -> None:
+def test_a_parents_fault_is_reported_at_the_parent(write: Write) -> None:
     write(
         "algorithm: sft\ndata:\n  train: [{dataset: tutor}]\n  max_length: 1\ntrain:\n  epoch: 1\n", "base/above.yaml"
     )
@@ -140,7 +140,7 @@ def test_a_parents_fault_is_told_at_the_parent(write: Write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("extends", "said"),
+    ("extends", "message"),
     [
         ("./my.yaml", "my.yaml:1: extends: goes in a circle: my.yaml -> my.yaml"),
         ("./gone.yaml", "my.yaml:1: extends: gone.yaml: there is no such file"),
@@ -148,8 +148,8 @@ def test_a_parents_fault_is_told_at_the_parent(write: Write) -> None:
         ("3", "my.yaml:1: extends: expected the name of a preset, or a path relative to this file"),
     ],
 )
-def test_extends_that_leads_nowhere(write: Write, extends: str, said: str) -> None:
-    assert said in faults_of(write(f"extends: {extends}\nalgorithm: sft\ndata: {{train: [{{dataset: tutor}}]}}\n"))
+def test_extends_that_leads_nowhere(write: Write, extends: str, message: str) -> None:
+    assert message in faults_of(write(f"extends: {extends}\nalgorithm: sft\ndata: {{train: [{{dataset: tutor}}]}}\n"))
 
 
 def test_a_long_circle_and_a_long_chain(write: Write) -> None:
@@ -177,7 +177,7 @@ def test_a_later_layer_replaces_a_rival_and_null_takes_away(write: Write) -> Non
     assert (recipe.train.steps, recipe.train.epochs) == (10, None)
     recipe = load(write("extends: tiny-sft\ntrain: {steps: 7, tokens_per_step: 999}\nevaluate: null\n"))
     assert (recipe.train.steps, recipe.train.epochs, recipe.train.rows_per_step) == (7, None, None)
-    assert recipe.evaluate == settings.Evaluate()
+    assert recipe.evaluate == settings.EvaluationConfig()
     assert "override: train.epochs: contradicts `train.steps`: give one of the two" in faults_of(
         "tiny-sft", "train.steps=1", "train.epochs=1"
     )
@@ -315,11 +315,11 @@ CONTRADICTIONS = {
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 def test_contradictions_and_idle_settings(case: str) -> None:
-    data, said = CONTRADICTIONS[case]
-    with pytest.raises(Faults) as caught:
+    data, message = CONTRADICTIONS[case]
+    with pytest.raises(ConfigError) as caught:
         from_dict(data)
-    assert len(caught.value.faults) == 1 and str(caught.value).startswith(said)
-    with pytest.raises(Faults):
+    assert len(caught.value.problems) == 1 and str(caught.value).startswith(message)
+    with pytest.raises(ConfigError):
         Recipe(**data)
 
 
@@ -352,17 +352,19 @@ def test_what_is_saved_replays(data: dict[str, Any], write: Write) -> None:
 
 
 def test_python_objects_are_judged_too() -> None:
-    source = settings.Source(dataset="tutor")
-    recipe = Recipe(algorithm="sft", data=settings.Data(train=(source,)), train=settings.Train(steps=3))
+    source = settings.SourceConfig(dataset="tutor")
+    recipe = Recipe(algorithm="sft", data=settings.DataConfig(train=(source,)), train=settings.TrainingConfig(steps=3))
     assert recipe.train.steps == 3
-    with pytest.raises(Faults, match="train.epochs: contradicts"):
-        Recipe(algorithm="sft", data=settings.Data(train=(source,)), train=settings.Train(steps=3, epochs=1))
+    with pytest.raises(ConfigError, match="train.epochs: contradicts"):
+        Recipe(
+            algorithm="sft", data=settings.DataConfig(train=(source,)), train=settings.TrainingConfig(steps=3, epochs=1)
+        )
 
 
 def test_settings_of_another_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rules.USED_BY, "evaluate", ("dpo",))
     monkeypatch.setitem(rules.USED_BY, "train.length_window", ("dpo", "grpo"))
-    with pytest.raises(Faults) as caught:
+    with pytest.raises(ConfigError) as caught:
         from_dict(changed(evaluate={"every": 5}, train={"length_window": 4}))
     assert str(caught.value).splitlines() == [
         "train.length_window: does nothing for sft (it belongs to dpo, grpo)",
@@ -372,7 +374,7 @@ def test_settings_of_another_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("key", [key for key in rules.USED_BY])
 def test_the_tables_name_real_settings(key: str) -> None:
-    section: Any = settings.Recipe
+    section: Any = settings.RecipeConfig
     for step in key.split("."):
         section = section.model_fields[step].annotation
 
@@ -446,7 +448,7 @@ def test_a_setting_that_came_since_is_no_difference_at_its_default(name: str, pl
     assert any("of_a_later_version: was 1, is not set" in line for line in differences(old, whole))
 
 
-def test_a_faulty_recipe_is_told_in_a_second(write: Write) -> None:
+def test_a_faulty_recipe_is_reported_in_a_second(write: Write) -> None:
     code = (
         "import sys\nfrom lowrank_tune import Recipe, UserError\n"
         f"try:\n    Recipe.load({write(FAULTY)!r})\nexcept UserError as error:\n    print(error)\n"

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_tune.errors import Faults, UserError
+from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.recipe import Recipe, dump, from_dict, load
 
 FULL: dict[str, Any] = {
@@ -116,9 +116,9 @@ def parent(data: Any, path: tuple[str | int, ...]) -> Any:
 def judge(data: Any) -> None:
     try:
         recipe = from_dict(data)
-    except Faults as faults:
+    except ConfigError as faults:
         lines = str(faults).splitlines()
-        assert len(lines) == len(faults.faults) and all(line.isprintable() and len(line) < 400 for line in lines)
+        assert len(lines) == len(faults.problems) and all(line.isprintable() and len(line) < 400 for line in lines)
     else:
         assert from_dict(recipe.to_dict()) == recipe
         dump(recipe)
@@ -150,7 +150,7 @@ def test_every_key_twice(path: tuple[str | int, ...], tmp_path: Path) -> None:
     section["zzz_again"] = section[path[-1]]
     file = tmp_path / "twice.yaml"
     file.write_text(yaml.safe_dump(data, sort_keys=False).replace("zzz_again:", f"{path[-1]}:"))
-    with pytest.raises(Faults, match=rf"{path[-1]}: is written twice"):
+    with pytest.raises(ConfigError, match=rf"{path[-1]}: is written twice"):
         load(str(file))
 
 
@@ -191,8 +191,8 @@ def test_several_leaves_broken(changes: list[tuple[tuple[str | int, ...], Any]])
 def test_overrides(overrides: list[str]) -> None:
     try:
         assert isinstance(load("tiny-sft", overrides), Recipe)
-    except Faults as faults:
-        assert all(fault.file for fault in faults.faults)
+    except ConfigError as faults:
+        assert all(fault.file for fault in faults.problems)
 
 
 @settings(max_examples=150)
@@ -212,7 +212,7 @@ def test_texts_and_numbers_replay(description: str, seed: int, rate: float, syst
     data["data"] = {**FULL["data"], "system": system}
     try:
         recipe = from_dict(data)
-    except Faults:
+    except ConfigError:
         return
     file = Path(fuzz_folder.name) / "replay.yaml"
     file.write_text(dump(recipe))

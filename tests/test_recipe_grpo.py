@@ -11,10 +11,10 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from test_recipe_pairs import faults_of
 
-from lowrank_tune.algorithms.grpo import CLIP_HIGH
-from lowrank_tune.errors import Faults
+from lowrank_tune.algorithms.grpo import DEFAULT_EPSILON_HIGH
+from lowrank_tune.errors import ConfigError
 from lowrank_tune.recipe import Recipe, dump, earned, from_dict, rules
-from lowrank_tune.settings import Recipe as Settings
+from lowrank_tune.settings import RecipeConfig as Settings
 
 HELDOUT = {"heldout": {"dataset": "tutor", "split": "heldout"}}
 OWN = {"use": "./mine.py:brief"}
@@ -373,28 +373,29 @@ OTHER_WORDS = {
 
 
 @pytest.mark.parametrize("case", RULES)
-def test_each_rule_and_its_neighbour(case: str) -> None:
-    wrong, said, right = RULES[case]
+def test_each_rule_and_its_neighbor(case: str) -> None:
+    wrong, message, right = RULES[case]
     faults = faults_of(wrong)
-    assert len(faults) == 1 and faults[0].startswith(said) and len(faults[0]) < 400, faults
+    assert len(faults) == 1 and faults[0].startswith(message) and len(faults[0]) < 400, faults
     recipe = from_dict(right)
     assert from_dict(recipe.to_dict()) == recipe
     assert not list(rules.findings(recipe.to_dict()))
 
 
 @pytest.mark.parametrize(
-    "case", [case for case, (_, said, _) in RULES.items() if "must be at least" not in said and "finite" not in said]
+    "case",
+    [case for case, (_, message, _) in RULES.items() if "must be at least" not in message and "finite" not in message],
 )
 def test_python_is_judged_like_a_file(case: str) -> None:
-    wrong, said, right = RULES[case]
-    with pytest.raises(Faults) as caught:
+    wrong, message, right = RULES[case]
+    with pytest.raises(ConfigError) as caught:
         Recipe(**wrong)
-    assert len(caught.value.faults) == 1 and str(caught.value).startswith(said)
+    assert len(caught.value.problems) == 1 and str(caught.value).startswith(message)
     assert Recipe(**right) == from_dict(right)
 
 
 @pytest.mark.parametrize("word", OTHER_WORDS)
-def test_words_of_other_kits(word: str) -> None:
+def test_names_of_other_libraries(word: str) -> None:
     for faults in (faults_of({**made(), word: 1}), faults_of(made(train={word: 1}))):
         assert len(faults) == 1 and "unknown key; " in faults[0] and OTHER_WORDS[word] in faults[0], faults
 
@@ -426,7 +427,7 @@ def test_a_hint_is_for_the_algorithm(algorithm: str, word: str, meant: str) -> N
 
 
 def test_the_cures_name_real_settings() -> None:
-    for key in [*(meant.strip("`") for meant in OTHER_WORDS.values() if meant.endswith("`")), *rules.INSTEAD]:
+    for key in [*(meant.strip("`") for meant in OTHER_WORDS.values() if meant.endswith("`")), *rules.REPLACEMENTS]:
         section: Any = Settings
         for step in key.split(".")[: 1 if key.startswith("rewards") else None]:
             section = section.model_fields[step].annotation
@@ -458,9 +459,9 @@ def test_what_is_saved_holds_only_what_is_used() -> None:
     assert "(?s)a: .*" in dump(recipe) and from_dict(saved) == recipe
 
 
-def test_whether_golds_are_needed() -> None:
-    assert from_dict(made()).needs_gold and from_dict(made(rewards=[OWN, {"use": "answer"}])).needs_gold
-    assert not from_dict(made(rewards=[OWN])).needs_gold and not from_dict(made("sft")).needs_gold
+def test_whether_ground_truths_are_needed() -> None:
+    assert from_dict(made()).needs_ground_truth and from_dict(made(rewards=[OWN, {"use": "answer"}])).needs_ground_truth
+    assert not from_dict(made(rewards=[OWN])).needs_ground_truth and not from_dict(made("sft")).needs_ground_truth
 
 
 def test_saved_cispo_has_one_bound() -> None:
@@ -469,7 +470,7 @@ def test_saved_cispo_has_one_bound() -> None:
 
 
 def test_the_losses_with_a_bound_of_their_own() -> None:
-    assert set(CLIP_HIGH) == set(earned.OWN_HIGH)
+    assert set(DEFAULT_EPSILON_HIGH) == set(earned.LOSSES_WITH_DEFAULT_EPSILON_HIGH)
 
 
 WHOLE = made(
@@ -530,7 +531,7 @@ def test_anything_broken(changes: list[tuple[tuple[str | int, ...], Any]]) -> No
             continue  # an earlier change took the section away
     try:
         recipe = from_dict(data)
-    except Faults as faults:
+    except ConfigError as faults:
         assert changes and all(line.isprintable() and len(line) < 400 for line in str(faults).splitlines())
     else:
         assert from_dict(recipe.to_dict()) == recipe

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_tune.errors import Faults
+from lowrank_tune.errors import ConfigError
 from lowrank_tune.recipe import load
-from tests.hostile import RUNAWAY
+from tests.hostile import MAX_CPU_SECONDS
 
 GOOD = b"algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {steps: 5}\n"
 BOMB = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
@@ -96,18 +96,18 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_file(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    raw, said = HOSTILE[case]
+    raw, message = HOSTILE[case]
     Path("bad.yaml").write_bytes(raw)
     start = time.process_time()
-    with pytest.raises(Faults) as caught:
+    with pytest.raises(ConfigError) as caught:
         load("./bad.yaml")
     seconds = time.process_time() - start
     lines = str(caught.value).splitlines()
     assert all(line.startswith("bad.yaml") for line in lines)
-    assert len(lines) == len(caught.value.faults) <= 51
-    assert any(said in line for line in lines), lines
+    assert len(lines) == len(caught.value.problems) <= 51
+    assert any(message in line for line in lines), lines
     assert all(len(line) < 400 and line.isprintable() for line in lines)
-    assert seconds < RUNAWAY, f"{seconds:.2f} s"
+    assert seconds < MAX_CPU_SECONDS, f"{seconds:.2f} s"
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lowrank_tune.errors import Faults
+from lowrank_tune.errors import ConfigError
 from lowrank_tune.recipe import Recipe, dump, from_dict, rules
-from lowrank_tune.settings import Recipe as Settings
+from lowrank_tune.settings import RecipeConfig as Settings
 
 LOADED = {"sft": {"path": "runs/sft/final"}}
 SECOND = "there is no second model"
@@ -208,33 +208,38 @@ OTHER_WORDS = {
 
 
 def faults_of(data: dict[str, Any]) -> list[str]:
-    with pytest.raises(Faults) as caught:
+    with pytest.raises(ConfigError) as caught:
         from_dict(data)
     return str(caught.value).splitlines()
 
 
 @pytest.mark.parametrize("case", RULES)
-def test_each_rule_and_its_neighbour(case: str) -> None:
-    wrong, said, right = RULES[case]
+def test_each_rule_and_its_neighbor(case: str) -> None:
+    wrong, message, right = RULES[case]
     faults = faults_of(wrong)
-    assert len(faults) == 1 and faults[0].startswith(said), faults
+    assert len(faults) == 1 and faults[0].startswith(message), faults
     recipe = from_dict(right)
     assert from_dict(recipe.to_dict()) == recipe
 
 
 @pytest.mark.parametrize(
-    "case", [case for case, (_, said, _) in RULES.items() if "must be at least" not in said and "expected" not in said]
+    "case",
+    [
+        case
+        for case, (_, message, _) in RULES.items()
+        if "must be at least" not in message and "expected" not in message
+    ],
 )
 def test_python_is_judged_like_a_file(case: str) -> None:
-    wrong, said, right = RULES[case]
-    with pytest.raises(Faults) as caught:
+    wrong, message, right = RULES[case]
+    with pytest.raises(ConfigError) as caught:
         Recipe(**wrong)
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
     assert Recipe(**right) == from_dict(right)
 
 
 @pytest.mark.parametrize("word", OTHER_WORDS)
-def test_words_of_other_kits(word: str) -> None:
+def test_names_of_other_libraries(word: str) -> None:
     for faults in (faults_of({**made("dpo"), word: 1}), faults_of(made("dpo", train={"steps": 10, word: 1}))):
         assert len(faults) == 1 and "unknown key; " in faults[0] and OTHER_WORDS[word] in faults[0], faults
 
@@ -251,7 +256,7 @@ def test_what_is_saved_holds_only_what_is_used(algorithm: str) -> None:
     recipe = from_dict(made(algorithm))
     saved = recipe.to_dict()
     assert {"reward", "dpo"} & set(saved) == ({algorithm} - {"sft"})
-    assert list(saved["adapters"]) == [recipe.trained] == ["reward" if algorithm == "reward" else "policy"]
+    assert list(saved["adapters"]) == [recipe.trained_adapter] == ["reward" if algorithm == "reward" else "policy"]
     assert "label_smoothing" not in saved.get("dpo", {}) and "label_smoothing" not in dump(recipe)
     assert not list(rules.findings(saved))
 

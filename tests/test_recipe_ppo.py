@@ -10,7 +10,7 @@ import pytest
 from test_recipe_pairs import faults_of
 
 from lowrank_tune.recipe import Recipe, from_dict, load, load_any
-from lowrank_tune.recipe.stack import loaded_below
+from lowrank_tune.recipe.stack import frozen_adapters_of
 
 HELDOUT = {"heldout": {"dataset": "tutor", "split": "heldout"}}
 JUDGE = {"reward": {"path": "runs/reward"}}
@@ -132,10 +132,10 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", list(RULES))
-def test_each_rule_and_its_neighbour(name: str) -> None:
-    wrong, said, right = RULES[name]
+def test_each_rule_and_its_neighbor(name: str) -> None:
+    wrong, message, right = RULES[name]
     faults = faults_of(copy.deepcopy(wrong))
-    assert len(faults) == 1 and faults[0].startswith(said), faults
+    assert len(faults) == 1 and faults[0].startswith(message), faults
     recipe = from_dict(copy.deepcopy(right))
     assert from_dict(recipe.to_dict()) == recipe and Recipe.model_validate(recipe.to_dict()) == recipe
 
@@ -155,7 +155,7 @@ def test_each_rule_and_its_neighbour(name: str) -> None:
         ("ppo.critic_lr", "value_learning_rate"),
     ],
 )
-def test_words_of_other_kits(key: str, meant: str) -> None:
+def test_names_of_other_libraries(key: str, meant: str) -> None:
     section, _, word = key.partition(".")
     data = made()
     data[section] = {**data.get(section, {}), word: 1}
@@ -166,12 +166,12 @@ def test_what_lies_beside_the_policy_is_in_no_stack() -> None:
     recipe = from_dict(
         made(adapters={"sft": {"path": "runs/sft"}, "value": {"r": 4}, **JUDGE}, rewards=LEARNED, reference="sft")
     )
-    assert recipe.trained == "policy" and recipe.aside == ("value",) and recipe.best_by == "loss"
+    assert recipe.trained_adapter == "policy" and recipe.extra_adapters == ("value",) and recipe.best_by == "loss"
     stages = [
         {**made(adapters={"low": {"path": "a"}, "value": {"path": "b"}}), "name": "one"},
         {**made(), "name": "two"},
     ]
-    assert list(loaded_below(stages, 1)) == ["low"]
+    assert list(frozen_adapters_of(stages, 1)) == ["low"]
 
 
 def test_the_preset() -> None:

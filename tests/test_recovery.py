@@ -13,20 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from models import far, llama_roles, shake
+from models import llama_roles, perturb, relative_error
 from test_loop import ALGORITHMS, algorithm_over, loop_over, steps_of, warnings_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowrank_tune.events import Event, StepDone
+from lowrank_tune.events import Event, StepEnd
 from lowrank_tune.model import recovery
-from lowrank_tune.model.recovery import DoesNotFit, Limits, is_out_of_memory
+from lowrank_tune.model.recovery import DoesNotFit, MemoryLimits, is_out_of_memory
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout import Engine, choice
-from lowrank_tune.rollout.stores import SlotStore
-from lowrank_tune.train import Loop
-from lowrank_tune.types import Sampling
+from lowrank_tune.rollout.stores import StaticSlotCache
+from lowrank_tune.train import Trainer
+from lowrank_tune.types import SamplingParams
 
 NEAR = dict.fromkeys(ALGORITHMS, 1e-6) | {"grpo": 4e-6}
 """Relative distance. Advantages of a group sum to 0, so most of GRPO's gradient cancels: there any split alone is
@@ -90,11 +90,11 @@ class Watched(torch.optim.SGD):
         )
 
 
-def watched_loop(name: str, steps: int = 2, **train: Any) -> tuple[Loop, Roles, Watched, list[Event]]:
+def watched_loop(name: str, steps: int = 2, **train: Any) -> tuple[Trainer, Roles, Watched, list[Event]]:
     """A loop over every trainable parameter, whose gradients are kept before they are clipped away."""
     algorithm, roles, _ = algorithm_over(name, 0.0)
-    shake(roles, *roles.trainable, size=0.05)
-    real = algorithm.kit.rows
+    perturb(roles, *roles.trainable, size=0.05)
+    real = algorithm.context.get_batch
 
     def rows(step: int) -> Any:
         roles.resting = True  # type: ignore[attr-defined]  # a run's rows are there before it begins, and so is DPO's reference
@@ -103,7 +103,7 @@ def watched_loop(name: str, steps: int = 2, **train: Any) -> tuple[Loop, Roles, 
         finally:
             roles.resting = False  # type: ignore[attr-defined]
 
-    algorithm.kit = replace(algorithm.kit, fresh=False, rows=rows)
+    algorithm.context = replace(algorithm.context, fresh=False, rows=rows)
     parameters = [p for role in sorted(roles.trainable) for p in roles.parameters(role)]
     optimizer = Watched(parameters)
     loop, events = loop_over(
@@ -119,7 +119,7 @@ def watched_loop(name: str, steps: int = 2, **train: Any) -> tuple[Loop, Roles, 
 
 
 @pytest.fixture(scope="module")
-def unbroken() -> Callable[[str], tuple[list[Tensor], list[StepDone], dict[bool, int]]]:
+def unbroken() -> Callable[[str], tuple[list[Tensor], list[StepEnd], dict[bool, int]]]:
     """Gradients, steps and how far the counts go, of an algorithm whose memory suffices."""
     known: dict[str, Any] = {}
 
@@ -139,7 +139,7 @@ def unbroken() -> Callable[[str], tuple[list[Tensor], list[StepDone], dict[bool,
 
 def broken_run(
     name: str, moments: Sequence[int], backward: bool
-) -> tuple[list[Tensor], list[StepDone], list[str], Roles]:
+) -> tuple[list[Tensor], list[StepEnd], list[str], Roles]:
     loop, roles, optimizer, events = watched_loop(name)
     with failing_at(roles, moments, backward):
         assert loop.run() is True
@@ -152,21 +152,21 @@ def differs(unbroken: Any, name: str, backward: bool, draws: int) -> list[str]:
     stream, splits, wrong = random.Random(f"{name}-{backward}"), 0, list[str]()
     for _ in range(draws):
         moments = sorted(stream.sample(range(1, counts[backward] + 1), 2))
-        seen, told, warnings, roles = broken_run(name, moments, backward)
+        seen, logged, warnings, roles = broken_run(name, moments, backward)
         wrong += [
             f"{moments}: gradient {i}"
             for i, (a, b) in enumerate(zip(seen, gradients, strict=True))
-            if far(a, b) > NEAR[name]
+            if relative_error(a, b) > NEAR[name]
         ]
         wrong += [f"{moments}: role"] if roles._active else []
         wrong += [f"{moments}: {each}" for each in warnings if "out of memory" not in each]
         wrong += (
             [f"{moments}: times"]
-            if not roles.limits.times == len(warnings) == told[-1].stats.get("out_of_memory", 0)
+            if not roles.limits.times == len(warnings) == logged[-1].stats.get("out_of_memory", 0)
             else []
         )
         splits += len(warnings)
-        for now, then in zip(told, steps, strict=True):
+        for now, then in zip(logged, steps, strict=True):
             other = {
                 "memory_gib",
                 "tokens_per_second",
@@ -204,10 +204,10 @@ def test_a_half_added_gradient_that_stays_is_seen(monkeypatch: pytest.MonkeyPatc
     def careless(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         yield
 
-    monkeypatch.setattr("lowrank_tune.train.added_whole", careless)
+    monkeypatch.setattr("lowrank_tune.train.atomic_grad_accumulation", careless)
     gradients, _, counts = unbroken(name)
     seen = broken_run(name, [20], True)[0]  # in the first micro-batch, some of whose gradients are added by then
-    assert max(far(a, b) for a, b in zip(seen, gradients, strict=True)) > 1e-4
+    assert max(relative_error(a, b) for a, b in zip(seen, gradients, strict=True)) > 1e-4
 
 
 def test_it_fails_in_ppos_second_term_too(unbroken: Any) -> None:
@@ -225,7 +225,7 @@ def test_it_fails_in_ppos_second_term_too(unbroken: Any) -> None:
     handle = value[1].register_post_accumulate_grad_hook(once)
     loop.run()
     handle.remove()
-    assert failed and all(far(a, b) <= 1e-6 for a, b in zip(optimizer.seen, unbroken("ppo")[0], strict=True))
+    assert failed and all(relative_error(a, b) <= 1e-6 for a, b in zip(optimizer.seen, unbroken("ppo")[0], strict=True))
 
 
 @contextmanager
@@ -249,7 +249,7 @@ def card_of(roles: Roles, tokens: int) -> Iterator[list[int]]:
 @pytest.mark.parametrize("name", fast("sft"))
 def test_what_did_not_fit_is_not_tried_again(name: str) -> None:
     loop, roles, _, events = watched_loop(name, steps=4, micro_batch_size=50)
-    roles.share = False  # so that a micro-batch has the tokens that it is counted by
+    roles.share_prefixes = False  # so that a micro-batch has the tokens that it is counted by
     with card_of(roles, 40):
         assert loop.run()
     after_first = [warning for warning in warnings_of(events) if not warning.startswith("step 1: ")]
@@ -258,7 +258,7 @@ def test_what_did_not_fit_is_not_tried_again(name: str) -> None:
         "from here on it has at most" in warnings_of(events)[-1]
         and "train.micro_batch_tokens=" in warnings_of(events)[-1]
     )
-    resumed = Limits()
+    resumed = MemoryLimits()
     resumed.restore(roles.limits.to_dict())
     assert resumed.to_dict() == roles.limits.to_dict()
 
@@ -266,7 +266,7 @@ def test_what_did_not_fit_is_not_tried_again(name: str) -> None:
 def test_units_that_stay_together_are_never_split() -> None:
     loop, roles, _, _ = watched_loop("dpo", micro_batch_size=50)
     sizes: list[int] = []
-    real = loop.algorithm.terms
+    real = loop.algorithm.compute_losses
 
     def terms(micro: Any) -> Any:
         sizes.append(len(micro))
@@ -274,7 +274,7 @@ def test_units_that_stay_together_are_never_split() -> None:
         assert len(rows) % 2 == 0
         return real(micro)
 
-    loop.algorithm.terms = terms  # type: ignore[method-assign]
+    loop.algorithm.compute_losses = terms  # type: ignore[method-assign]
     with card_of(roles, 40):
         loop.run()
     assert all(size % 2 == 0 for size in sizes) and min(sizes) == 2
@@ -331,14 +331,14 @@ def held_after_failure(name: str, backward: bool, cleared: bool = True) -> tuple
         loop.run()
     moment = count[0] // 2 if backward else max(2, 2 * (count[0] // 4))
     loop, roles, _, _ = watched_loop(name, steps=1)
-    real, attempt = Limits.ran_short, recovery._attempt
+    real, attempt = MemoryLimits.record_oom, recovery._attempt
 
     def watched(*arguments: Any) -> Any:
         if "before" not in moments:
             moments["baseline"] = alive.bytes
         return attempt(*arguments)
 
-    def ran_short(self: Limits, *arguments: Any, **named: Any) -> None:
+    def ran_short(self: MemoryLimits, *arguments: Any, **named: Any) -> None:
         moments["after"] = alive.bytes
         real(self, *arguments, **named)
 
@@ -347,12 +347,12 @@ def held_after_failure(name: str, backward: bool, cleared: bool = True) -> tuple
         return torch.OutOfMemoryError(CARD)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Limits, "ran_short", ran_short)
+        patch.setattr(MemoryLimits, "record_oom", ran_short)
         patch.setattr(recovery, "_attempt", watched)
         patch.setitem(globals(), "short_of_memory", at_failure)
         if not cleared:
             kept: list[BaseException] = []
-            patch.setattr(recovery, "let_go", lambda error: kept.append(error))
+            patch.setattr(recovery, "free_traceback", lambda error: kept.append(error))
         alive = Alive(roles)
         with alive, failing_at(roles, (moment,), backward):
             loop.run()
@@ -377,30 +377,30 @@ def test_memory_is_back_at_its_baseline_before_the_halves_begin(name: str, backw
 def test_pieces_by_hand() -> None:
     """Units in order, each once; halves where it is too much; one that fails once and fits then costs no limit; then it
     ends."""
-    limits, asked = Limits(), list[list[int]]()
+    limits, tried = MemoryLimits(), list[list[int]]()
 
     def work(units: Sequence[int]) -> int:
-        asked.append(list(units))
-        if len(units) > 2 or (units[0] == 6 and asked.count([6]) == 1):
+        tried.append(list(units))
+        if len(units) > 2 or (units[0] == 6 and tried.count([6]) == 1):
             raise short_of_memory()
         return sum(units)
 
-    found = list(limits.pieces("forward_tokens", range(7), 10, work))
+    found = list(limits.split_on_oom("forward_tokens", range(7), 10, work))
     assert [list(units) for units, _ in found] == [[0, 1], [2, 3], [4, 5], [6]] and [total for _, total in found] == [
         1,
         5,
         9,
         6,
     ]
-    assert asked == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3], [0, 1], [2, 3], [4, 5], [6], [6]]
+    assert tried == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3], [0, 1], [2, 3], [4, 5], [6], [6]]
     assert limits.to_dict() == {"update_tokens": 0, "forward_tokens": 20, "cache_tokens": 0, "times": 2}
-    asked.clear()
-    assert [total for _, total in limits.pieces("forward_tokens", range(3), 9, work)] == [1, 2] and asked == [
+    tried.clear()
+    assert [total for _, total in limits.split_on_oom("forward_tokens", range(3), 9, work)] == [1, 2] and tried == [
         [0, 1],
         [2],
     ]
     with pytest.raises(DoesNotFit, match="^out of memory: a pair of 9,000 tokens does not fit by itself$"):
-        list(limits.pieces("forward_tokens", [3], 9000, lambda units: work([1, 2, 3]), together=2))
+        list(limits.split_on_oom("forward_tokens", [3], 9000, lambda units: work([1, 2, 3]), rows_per_unit=2))
 
 
 @pytest.mark.parametrize(
@@ -422,13 +422,13 @@ def test_pieces_by_hand() -> None:
         (KeyboardInterrupt(), False),
     ],
 )
-def test_what_says_that_memory_ran_short(error: BaseException, short: bool) -> None:
+def test_which_errors_mean_out_of_memory(error: BaseException, short: bool) -> None:
     assert is_out_of_memory(error) is short
 
 
 def test_other_errors_go_through() -> None:
     with pytest.raises(ZeroDivisionError):
-        list(Limits().pieces("update_tokens", [1, 2], 5, lambda units: 1 // 0))
+        list(MemoryLimits().split_on_oom("update_tokens", [1, 2], 5, lambda units: 1 // 0))
 
 
 def test_a_real_refusal_of_the_allocator_is_recovered_from() -> None:
@@ -437,27 +437,29 @@ def test_a_real_refusal_of_the_allocator_is_recovered_from() -> None:
     def work(units: Sequence[int]) -> int:
         return torch.empty(1 << 58 if len(units) > 1 else 4, dtype=torch.uint8).numel()
 
-    assert [found for _, found in Limits().pieces("update_tokens", [1, 2, 3], 5, work)] == [4, 4, 4]
+    assert [found for _, found in MemoryLimits().split_on_oom("update_tokens", [1, 2, 3], 5, work)] == [4, 4, 4]
 
 
 def drawn(
     roles: Roles, moments: Sequence[int], slots: int = 8, **more: Any
 ) -> tuple[dict[tuple[int, int], Any], list[str]]:
     notes: list[str] = []
-    roles.limits = Limits(emit=lambda event: notes.append(event.message))  # type: ignore[attr-defined]
+    roles.limits = MemoryLimits(emit=lambda event: notes.append(event.message))  # type: ignore[attr-defined]
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
     with failing_at(roles, moments, False):
-        found = list(Engine(roles, "policy", slots).generate(prompts, 3, Sampling(12, frozenset({1}), seed=3, **more)))
+        found = list(
+            Engine(roles, "policy", slots).generate(prompts, 3, SamplingParams(12, frozenset({1}), seed=3, **more))
+        )
     assert len({(one.prompt, one.sample) for one in found}) == len(found) == 12, "each once"
-    return {(one.prompt, one.sample): (one.ids, one.finish) for one in found}, notes
+    return {(one.prompt, one.sample): (one.token_ids, one.finish_reason) for one in found}, notes
 
 
-def test_a_rollout_goes_on_with_fewer_sequences_and_says_the_same() -> None:
+def test_a_rollout_goes_on_with_fewer_sequences_and_samples_the_same() -> None:
     roles = llama_roles(16)
-    shake(roles, "policy")
+    perturb(roles, "policy")
     whole, none = drawn(roles, (2,))
     assert len(none) == 1, "while it looks for the kind of cache that serves the model, too, it is no other fault"
-    assert choice._CHOSEN[roles.base.model] is SlotStore
+    assert choice._cache_by_model[roles.base.model] is StaticSlotCache
     for moments in ((1,), (7,), (20, 31), (4, 5, 6)):
         found, notes = drawn(roles, moments)
         assert found == whole and len(notes) == len(moments) == roles.limits.times
@@ -475,16 +477,16 @@ def test_a_rollout_remembers_by_tokens() -> None:
     handle = roles.base.model.get_decoder().register_forward_pre_hook(
         lambda module, arguments, named: sizes.append(len(named["input_ids"])), with_kwargs=True
     )
-    list(Engine(roles, "policy", 8).generate([[5, 6, 7, 8]], 8, Sampling(12, frozenset({1}), seed=3)))
+    list(Engine(roles, "policy", 8).generate([[5, 6, 7, 8]], 8, SamplingParams(12, frozenset({1}), seed=3)))
     longest, sizes[:] = max(sizes), []
-    list(Engine(roles, "policy", 8).generate([[5, 6, 7, 8]], 8, Sampling(4, frozenset({1}), seed=3)))
+    list(Engine(roles, "policy", 8).generate([[5, 6, 7, 8]], 8, SamplingParams(4, frozenset({1}), seed=3)))
     handle.remove()
     assert limits.cache_tokens == 64 and (longest, max(sizes)) == (4, 8), "half as long, twice as many"
 
 
 def test_a_budget_of_tokens_counts_what_had_ended() -> None:
     roles = llama_roles(16)
-    shake(roles, "policy")
+    perturb(roles, "policy")
     for moments in ((), (12,), (17,)):
         found, _ = drawn(roles, moments, budget=60)
         assert sum(len(ids) for ids, _ in found.values()) <= 60 and any(
@@ -513,7 +515,7 @@ def test_keys_and_values_are_gone_before_the_update() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache.SlotLayer, "allocate", allocate)
-        for _ in Engine(roles, "policy", 8).generate([[5, 6, 7], [8, 9]], 3, Sampling(6, frozenset({1}))):
+        for _ in Engine(roles, "policy", 8).generate([[5, 6, 7], [8, 9]], 3, SamplingParams(6, frozenset({1}))):
             pass
     assert len(made) >= 4 and all(one() is None for one in made)
 
@@ -535,7 +537,7 @@ def held_by_the_queue() -> bool:
             younger.register_hook(fail)
         (older.sum() + younger.sum()).backward()  # type: ignore[no-untyped-call]
 
-    list(Limits().pieces("update_tokens", [1, 2], 5, work))
+    list(MemoryLimits().split_on_oom("update_tokens", [1, 2], 5, work))
     return seen[0]
 
 

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import HOSTILE, is_inert
+from hostile import HOSTILE_TEXTS, is_inert
 from test_run import quick
 from typer.testing import CliRunner
 
 from lowrank_tune import Recipe, UserError, run
 from lowrank_tune.cli import app
 from lowrank_tune.evaluate import PairScores
-from lowrank_tune.events import Event, Grouped, Note, RunEnded, RunStarted, Sampled, StepDone, Validated
-from lowrank_tune.sinks import line
-from lowrank_tune.ui.report import page, read_chain, read_record, write_report
-from lowrank_tune.ui.report.charts import Line, chart, short, smooth, thin
-from lowrank_tune.ui.report.pictures import reliability, scatter, spread
+from lowrank_tune.events import Evaluated, Event, GroupLogged, LogMessage, RunEnded, RunStarted, SampleLogged, StepEnd
+from lowrank_tune.sinks import to_json_line
+from lowrank_tune.ui.report import page, read_chain, read_run_log, write_report
+from lowrank_tune.ui.report.charts import ChartLine, chart, downsample, format_tick, smooth
+from lowrank_tune.ui.report.pictures import histogram_pair, reliability, scatter
 
 VOID = {"meta", "input", "br", "img", "line", "path", "rect", "circle"}
 
@@ -87,14 +87,14 @@ def check(html: str) -> Parsed:
 
 def write(folder: Path, *events: Event, **files: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "events.jsonl").write_bytes(b"".join(map(line, events)))
+    (folder / "events.jsonl").write_bytes(b"".join(map(to_json_line, events)))
     for name, data in files.items():
         (folder / f"{name}.json").write_text(json.dumps(data))
     return folder
 
 
 def started(**changes: Any) -> RunStarted:
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "name": "one",
         "algorithm": "sft",
         "model": "tiny",
@@ -102,11 +102,11 @@ def started(**changes: Any) -> RunStarted:
         "reference": "the base",
         "steps": 9,
     }
-    return RunStarted(**{**told, **changes})
+    return RunStarted(**{**fields, **changes})
 
 
-def step(number: int, **stats: float) -> StepDone:
-    return StepDone(step=number, steps=9, stats=stats, seconds=0.1, tokens=10)
+def step(number: int, **stats: float) -> StepEnd:
+    return StepEnd(step=number, steps=9, stats=stats, seconds=0.1, tokens=10)
 
 
 @pytest.fixture(scope="module")
@@ -166,14 +166,14 @@ def test_a_run_that_fails_leaves_a_report(tmp_path: Path) -> None:
 
 
 def test_hostile_text_is_inert_everywhere(tmp_path: Path) -> None:
-    for number, bad in enumerate(HOSTILE):
+    for number, bad in enumerate(HOSTILE_TEXTS):
         events = [
             started(name=bad, model=bad, reference=bad, device=bad, versions={bad: bad}),
-            Note(message=bad),
-            Note(message=bad, level="warning"),
+            LogMessage(message=bad),
+            LogMessage(message=bad, level="warning"),
             step(1, **{bad: 1.0, "loss": 1.0}),
-            Validated(step=1, stats={f"heldout_{bad}_exact": 0.5, f"validation_{bad}": 2.0}),
-            Sampled(step=1, prompt=bad, completion=bad, finish="stop", gold=bad, role=bad),
+            Evaluated(step=1, stats={f"heldout_{bad}_exact": 0.5, f"validation_{bad}": 2.0}),
+            SampleLogged(step=1, prompt=bad, completion=bad, finish="stop", gold=bad, role=bad),
             RunEnded(status="failed", step=1, seconds=1.0, message=bad),
         ]
         data = {
@@ -192,7 +192,7 @@ def test_hostile_text_is_inert_everywhere(tmp_path: Path) -> None:
         }
         folder = write(tmp_path / str(number), *events, data=data, summary=summary, base={"revision": bad, "bits": bad})
         (folder / "recipe.yaml").write_bytes(bad.encode("utf-8", "surrogatepass"))
-        html = page(read_record(folder))
+        html = page(read_run_log(folder))
         check(html)
         assert len(html) < 400_000
 
@@ -219,9 +219,9 @@ def scored(**changes: Any) -> dict[str, Any]:
     return {**found, **changes}
 
 
-def pair(number: int, score: float = 1.0, text: str = "yes") -> list[Sampled]:
+def pair(number: int, score: float = 1.0, text: str = "yes") -> list[SampleLogged]:
     return [
-        Sampled(step=number, prompt="1+1?", completion=words, finish="stop", role=role, reward=reward)
+        SampleLogged(step=number, prompt="1+1?", completion=words, finish="stop", role=role, reward=reward)
         for words, role, reward in ((text, "chosen", score), ("no", "rejected", 0.25))
     ]
 
@@ -230,9 +230,9 @@ def test_what_is_written_of_scores_is_what_the_run_writes() -> None:
     """The report reads what `PairScores` tells; a change there must not leave it empty."""
     torch = pytest.importorskip("torch")
     sides = {name: torch.tensor(scored()[name]) for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")}
-    told = PairScores(**sides).to_dict()
-    assert told.keys() == scored().keys() and told["figures"].keys() == scored()["figures"].keys()
-    assert all(each.keys() == {"confidence", "right", "pairs"} for each in told["reliability"])
+    scores = PairScores(**sides).to_dict()
+    assert scores.keys() == scored().keys() and scores["figures"].keys() == scored()["figures"].keys()
+    assert all(each.keys() == {"confidence", "right", "pairs"} for each in scores["reliability"])
 
 
 @pytest.mark.parametrize(
@@ -252,8 +252,8 @@ def test_scores_of_pairs_are_drawn(tmp_path: Path, algorithm: str, title: str, w
         scores=scored(),
         summary=summary,
     )
-    html = page(read_record(folder))
-    told = check(html).text
+    html = page(read_run_log(folder))
+    text = check(html).text
     for words in (
         title,
         word,
@@ -264,38 +264,46 @@ def test_scores_of_pairs_are_drawn(tmp_path: Path, algorithm: str, title: str, w
         "66.7 %",
         f"held-out pairs right, {algorithm}",
     ):
-        assert words in told, words
+        assert words in text, words
     assert "perfectly calibrated" in html and "2 pairs: confidence 0.750, right 0.500" in html
     assert len(re.findall(r'<rect class="chosen"', html)) == len(re.findall(r'<rect class="rejected"', html)) == 3
     dots = re.findall(r'<path class="dots (\w+)" d="([^"]*)"', html)
     assert [(side, path.count("M")) for side, path in dots] == [("chosen", 3), ("rejected", 3)]
-    assert ("reference: the base" in told) is (algorithm == "dpo")
+    assert ("reference: the base" in text) is (algorithm == "dpo")
 
 
-def test_reliability_lies_where_it_says() -> None:
+def test_reliability_points_lie_at_their_values() -> None:
     made = reliability([(0.5, 0.5, 4), (1.0, 1.0, 16)])
     ideal = re.search(r'class="ideal" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"', made)
     dots = re.findall(r'<circle class="dot" cx="([\d.]+)" cy="([\d.]+)" r="([\d.]+)"', made)
     assert ideal is not None and [each[:2] for each in dots] == [ideal.groups()[:2], ideal.groups()[2:]]
     assert float(dots[0][2]) < float(dots[1][2])
-    assert reliability([]) == spread({"chosen": [], "rejected": []}) == scatter({"chosen": [], "rejected": []}) == ""
+    assert (
+        reliability([])
+        == histogram_pair({"chosen": [], "rejected": []})
+        == scatter({"chosen": [], "rejected": []})
+        == ""
+    )
 
 
 def test_a_histogram_counts_every_score() -> None:
-    made = spread({"chosen": [0.0, 1.0, 1.0, 5.0], "rejected": [-3.0]})
+    made = histogram_pair({"chosen": [0.0, 1.0, 1.0, 5.0], "rejected": [-3.0]})
     counts = [(int(count), side) for count, side in re.findall(r"<title>(\d+) (chosen|rejected):", made)]
     assert (
         sum(count for count, side in counts if side == "chosen") == 4
         and (2, "chosen") in counts
         and (1, "rejected") in counts
     )
-    assert spread({"chosen": [2.0], "rejected": [2.0]}).count("<rect") == 2
+    assert histogram_pair({"chosen": [2.0], "rejected": [2.0]}).count("<rect") == 2
 
 
 @pytest.mark.parametrize("values", [[0.0], [1e-12, 1e12], [-1e29, 1e29], [5.0] * 2000])
 def test_pictures_of_any_numbers(values: list[float]) -> None:
     points = [(float(place), value) for place, value in enumerate(values)]
-    for made in (spread({"chosen": values, "rejected": values}), scatter({"chosen": points, "rejected": points})):
+    for made in (
+        histogram_pair({"chosen": values, "rejected": values}),
+        scatter({"chosen": points, "rejected": points}),
+    ):
         assert "nan" not in made and "inf" not in made and len(made) < 60_000
         numbers = [
             float(n)
@@ -318,16 +326,20 @@ def test_meanings_are_those_of_the_algorithm(tmp_path: Path) -> None:
         "margin": 2.0,
         "chosen_change": 0.0,
     }
-    told = {}
+    texts = {}
     for algorithm in ("sft", "reward", "dpo"):
-        record = read_record(
+        record = read_run_log(
             write(tmp_path / algorithm, started(algorithm=algorithm), step(1, **stats), step(2, **stats))
         )
-        told[algorithm] = check(page(record)).text
-    assert "first choice" in told["sft"] and "first choice" not in told["reward"] + told["dpo"]
-    assert "whose chosen answer scores higher" in told["reward"] and "gained more against the reference" in told["dpo"]
-    assert "unlearned" in told["dpo"] and "implicit reward" in told["dpo"] and "reward rejected" not in told["dpo"]
-    assert "score rejected" not in told["reward"] and "reward rejected" in told["reward"]  # a stranger there, but shown
+        texts[algorithm] = check(page(record)).text
+    assert "first choice" in texts["sft"] and "first choice" not in texts["reward"] + texts["dpo"]
+    assert (
+        "whose chosen answer scores higher" in texts["reward"] and "gained more against the reference" in texts["dpo"]
+    )
+    assert "unlearned" in texts["dpo"] and "implicit reward" in texts["dpo"] and "reward rejected" not in texts["dpo"]
+    assert (
+        "score rejected" not in texts["reward"] and "reward rejected" in texts["reward"]
+    )  # a stranger there, but shown
 
 
 def test_pairs_over_time(tmp_path: Path) -> None:
@@ -341,31 +353,35 @@ def test_pairs_over_time(tmp_path: Path) -> None:
         pair(2)[1],
         pair(2)[0],
     )
-    html = page(read_record(folder))
-    told = check(html).text
-    assert "Pairs and their scores over time" in told and "Samples over time" not in told
-    assert html.count("<summary>1+1?</summary>") == 2 and told.count("wrong") == 1 and told.count("right") == 2
-    assert told.index("+0.125") < told.index("+4.000") < told.index("+3.000") and told.count("step 2") == 1
+    html = page(read_run_log(folder))
+    text = check(html).text
+    assert "Pairs and their scores over time" in text and "Samples over time" not in text
+    assert html.count("<summary>1+1?</summary>") == 2 and text.count("wrong") == 1 and text.count("right") == 2
+    assert text.index("+0.125") < text.index("+4.000") < text.index("+3.000") and text.count("step 2") == 1
 
 
 def test_how_the_sides_of_training_pairs_differ(tmp_path: Path) -> None:
     data = {
         "sides": {"pairs": 4, "longer": 3, "shorter": 1, "equal": 0, "chosen": 20.5, "rejected": 10.0, "margins": 2}
     }
-    told = check(page(read_record(write(tmp_path / "a", started(), step(1, loss=1.0), data=data)))).text
-    assert "chosen is longer" in told and "75.0 %" in told and "20.5 tokens chosen, 10.0 rejected" in told
+    text = check(page(read_run_log(write(tmp_path / "a", started(), step(1, loss=1.0), data=data)))).text
+    assert "chosen is longer" in text and "75.0 %" in text and "20.5 tokens chosen, 10.0 rejected" in text
     assert (
         "Sides of the pairs"
-        not in check(page(read_record(write(tmp_path / "b", started(), step(1, loss=1.0), data={"sides": None})))).text
+        not in check(page(read_run_log(write(tmp_path / "b", started(), step(1, loss=1.0), data={"sides": None})))).text
     )
 
 
-def group(number: int, **changes: Any) -> Grouped:
-    told = [
+def group(number: int, **changes: Any) -> GroupLogged:
+    completions = [
         {"text": f"wrote in {number}", "reward": 1.0, "advantage": 1.5, "finish": "stop", "parts": {"answer": 1.0}}
     ] * 3
-    told.append({"text": "on and on", "reward": 0.0, "advantage": -0.5, "finish": "length", "parts": {"answer": 0.0}})
-    return Grouped(**{"step": number, "prompt": f"question {number}?", "gold": "2", "completions": told, **changes})
+    completions.append(
+        {"text": "on and on", "reward": 0.0, "advantage": -0.5, "finish": "length", "parts": {"answer": 0.0}}
+    )
+    return GroupLogged(
+        **{"step": number, "prompt": f"question {number}?", "gold": "2", "completions": completions, **changes}
+    )
 
 
 def rollouts(count: int = 9) -> list[Event]:
@@ -390,15 +406,15 @@ def rollouts(count: int = 9) -> list[Event]:
         events += [group(number), step(number, **{**stats, "reward": number / 10})]
     return [
         *events,
-        Validated(step=1, stats={"heldout_policy_exact": 0.5}),
-        Validated(step=9, stats={"heldout_policy_exact": 0.75}),
+        Evaluated(step=1, stats={"heldout_policy_exact": 0.5}),
+        Evaluated(step=9, stats={"heldout_policy_exact": 0.75}),
     ]
 
 
 def test_rollouts_are_reported(tmp_path: Path) -> None:
-    final = Validated(step=9, stats={"heldout_sft_exact": 0.25, "heldout_grpo_exact": 0.625})
-    html = page(read_record(write(tmp_path / "a", *rollouts(), final, RunEnded(status="done", step=9, seconds=1.0))))
-    told = check(html).text
+    final = Evaluated(step=9, stats={"heldout_sft_exact": 0.25, "heldout_grpo_exact": 0.625})
+    html = page(read_run_log(write(tmp_path / "a", *rollouts(), final, RunEnded(status="done", step=9, seconds=1.0))))
+    text = check(html).text
     for words in (
         "0.100 \u2192 0.900",
         "reward, first and last step",
@@ -411,27 +427,27 @@ def test_rollouts_are_reported(tmp_path: Path) -> None:
         "Groups over time",
         "25.0 % \u2192 62.5 %",
     ):
-        assert words in told, words
+        assert words in text, words
     # the policy is no stage
     assert re.findall(r"<th>(\w*)</th>", html[html.index("Held-out questions") :])[:3] == ["", "sft", "grpo"]
     assert (
-        re.findall(r"question (\d)\?", told) == ["1", "5", "9"]
-        and told.count("3 \u00d7") == 3
-        and told.count("cut off by the limit") == 3
+        re.findall(r"question (\d)\?", text) == ["1", "5", "9"]
+        and text.count("3 \u00d7") == 3
+        and text.count("cut off by the limit") == 3
     )
-    phases = told[told.index("Where the time") : told.index("Groups over time")]
+    phases = text[text.index("Where the time") : text.index("Groups over time")]
     assert [share for share in re.findall(r"[\d.]+ %", phases)] == ["30.0 %", "10.0 %", "60.0 %"]
-    assert "Groups over time" not in check(page(read_record(write(tmp_path / "b", started(), step(1, loss=1.0))))).text
+    assert "Groups over time" not in check(page(read_run_log(write(tmp_path / "b", started(), step(1, loss=1.0))))).text
 
 
 def test_of_many_groups_the_first_and_the_last_stay(tmp_path: Path) -> None:
-    record = read_record(write(tmp_path / "a", *rollouts(1001)))
+    record = read_run_log(write(tmp_path / "a", *rollouts(1001)))
     kept = list(record.groups)
     assert (
         len(kept) <= 64 and kept[0] == 1 and kept[-1] > 900 and record.newest is not None and record.newest.step == 1001
     )
-    told = check(page(record)).text
-    assert "question 1?" in told and "question 1001?" in told and re.search(r"question 5\d\d\?|question 4\d\d\?", told)
+    text = check(page(record)).text
+    assert "question 1?" in text and "question 1001?" in text and re.search(r"question 5\d\d\?|question 4\d\d\?", text)
 
 
 @pytest.mark.parametrize(
@@ -448,7 +464,7 @@ def test_of_many_groups_the_first_and_the_last_stay(tmp_path: Path) -> None:
 def test_damaged_groups(tmp_path: Path, junk: Any) -> None:
     check(
         page(
-            read_record(
+            read_run_log(
                 write(
                     tmp_path / "a", started(algorithm="grpo"), group(1, completions=junk, gold=3), step(1, reward=1.0)
                 )
@@ -458,14 +474,14 @@ def test_damaged_groups(tmp_path: Path, junk: Any) -> None:
 
 
 def test_hostile_groups_are_inert(tmp_path: Path) -> None:
-    for number, bad in enumerate(HOSTILE):
-        told = [
+    for number, bad in enumerate(HOSTILE_TEXTS):
+        completions = [
             {"text": bad, "reward": 1.0, "advantage": 0.5, "finish": bad, "parts": {bad: 1.0, "b": 0.0}},
             {"text": bad, "parts": bad},
         ]
         stats = {"reward": 1.0, f"reward_{bad[:99]}": 1.0}
-        events = [started(algorithm="grpo"), group(1, prompt=bad, gold=bad, completions=told), step(1, **stats)]
-        html = page(read_record(write(tmp_path / str(number), *events)))
+        events = [started(algorithm="grpo"), group(1, prompt=bad, gold=bad, completions=completions), step(1, **stats)]
+        html = page(read_run_log(write(tmp_path / str(number), *events)))
         check(html)
         assert len(html) < 400_000
 
@@ -477,18 +493,18 @@ def test_a_chain_to_rollouts_has_its_stages_and_no_policy(tmp_path: Path) -> Non
         started(stage=1, stages=2),
         step(1, loss=2.0),
         RunEnded(status="done", step=1, seconds=60.0),
-        summary=told_stage("sft", {"base": 0.1, "sft": 0.4}),
+        summary=stage_summary("sft", {"base": 0.1, "sft": 0.4}),
     )
     write(
         folder / "2-grpo",
         *rollouts(),
-        Validated(step=9, stats={"heldout_grpo_exact": 0.9}),
+        Evaluated(step=9, stats={"heldout_grpo_exact": 0.9}),
         RunEnded(status="failed", step=9, seconds=1.0),
     )
     html = write_report(folder).read_text(encoding="utf-8")
-    told = check(html).text
+    text = check(html).text
     assert re.findall(r"<th>(\w*)</th>", html[html.index("Held-out questions") :])[:4] == ["", "base", "sft", "grpo"]
-    assert "SFT \u2192 GRPO" in told and "reward 0.1 \u2192 0.9" in told and "10.0 % \u2192 90.0 %" in told
+    assert "SFT \u2192 GRPO" in text and "reward 0.1 \u2192 0.9" in text and "10.0 % \u2192 90.0 %" in text
 
 
 def chain_in(folder: Path, *names: str) -> Path:
@@ -498,7 +514,7 @@ def chain_in(folder: Path, *names: str) -> Path:
     return folder
 
 
-def told_stage(algorithm: str, who: dict[str, float], **more: Any) -> dict[str, Any]:
+def stage_summary(algorithm: str, who: dict[str, float], **more: Any) -> dict[str, Any]:
     answers = {name: [{"prompt": "1+1?", "completion": f"of {name}", "gold": "2", "stopped": True}] for name in who}
     details = {name: {"exact": share} for name, share in who.items()}
     return {
@@ -515,19 +531,19 @@ def test_a_chain_has_one_page_over_all_its_stages(tmp_path: Path) -> None:
     folder = chain_in(tmp_path / "chain", "sft", "dpo", "last")
     with pytest.raises(UserError, match="no stage of this chain has begun"):
         write_report(folder)
-    first = [started(stage=1, stages=3), step(1, loss=2.0), Note(message="mind", level="warning")]
+    first = [started(stage=1, stages=3), step(1, loss=2.0), LogMessage(message="mind", level="warning")]
     write(
         folder / "1-sft",
         *first,
         RunEnded(status="done", step=1, seconds=60.0),
-        summary=told_stage("sft", {"base": 0.1, "sft": 0.4}),
+        summary=stage_summary("sft", {"base": 0.1, "sft": 0.4}),
     )
-    told = check(write_report(folder).read_text(encoding="utf-8")).text
+    text = check(write_report(folder).read_text(encoding="utf-8")).text
     assert (
-        "not ended" in told
-        and "2-dpo: this stage has not begun" in told
-        and "10.0 % \u2192 40.0 %" in told
-        and "1-sft: mind" in told
+        "not ended" in text
+        and "2-dpo: this stage has not begun" in text
+        and "10.0 % \u2192 40.0 %" in text
+        and "1-sft: mind" in text
     )
     second = [
         started(algorithm="dpo", stage=2, stages=3, reference="the base with sft"),
@@ -539,7 +555,7 @@ def test_a_chain_has_one_page_over_all_its_stages(tmp_path: Path) -> None:
         *second,
         RunEnded(status="done", step=2, seconds=30.0),
         scores=scored(),
-        summary=told_stage("dpo", {"base": 0.1, "sft": 0.4, "dpo": 0.8}, heldout_pairs=scored()["figures"]),
+        summary=stage_summary("dpo", {"base": 0.1, "sft": 0.4, "dpo": 0.8}, heldout_pairs=scored()["figures"]),
     )
     write(
         folder / "3-last",
@@ -581,7 +597,7 @@ def test_a_done_chain_is_done(tmp_path: Path) -> None:
 
 
 def test_hostile_scores_and_stages_are_inert(tmp_path: Path) -> None:
-    for number, bad in enumerate(HOSTILE):
+    for number, bad in enumerate(HOSTILE_TEXTS):
         name = (
             "".join(
                 letter for letter in bad[:40] if letter not in "/\\\0" and not "\ud800" <= letter <= "\udfff"
@@ -592,9 +608,9 @@ def test_hostile_scores_and_stages_are_inert(tmp_path: Path) -> None:
         events = [
             started(name=bad, algorithm="reward", roles={"reference": [bad]}),
             step(1, loss=1.0),
-            Sampled(step=1, prompt=bad, completion=bad, finish=bad, role="chosen", reward=1.0),
-            Sampled(step=1, prompt=bad, completion=bad, finish=bad, role="rejected"),
-            Sampled(step=0, prompt=bad, completion=bad, finish=bad, role="reference"),
+            SampleLogged(step=1, prompt=bad, completion=bad, finish=bad, role="chosen", reward=1.0),
+            SampleLogged(step=1, prompt=bad, completion=bad, finish=bad, role="rejected"),
+            SampleLogged(step=0, prompt=bad, completion=bad, finish=bad, role="reference"),
         ]
         scores = scored(pairs=bad, figures={"accuracy": bad, bad: 1.0}, reliability=[{"confidence": bad, bad: 1}, bad])
         write(
@@ -633,7 +649,7 @@ def test_hostile_scores_and_stages_are_inert(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_scores(tmp_path: Path, junk: dict[str, Any]) -> None:
-    html = page(read_record(write(tmp_path / "a", started(algorithm="dpo"), step(1, loss=1.0), scores=scored(**junk))))
+    html = page(read_run_log(write(tmp_path / "a", started(algorithm="dpo"), step(1, loss=1.0), scores=scored(**junk))))
     check(html)
     assert "confidence 9" not in html  # that is none
     assert "nan" not in re.sub(r"<title>.*?</title>", "", html[html.index("<main>") : html.rindex("<footer>")])
@@ -647,21 +663,21 @@ def test_damaged_and_unfinished_folders(tmp_path: Path) -> None:
         )
     for name in ("data", "summary", "base"):
         (folder / f"{name}.json").write_text("[[[")
-    told = check(page(read_record(folder))).text
-    assert "has not ended: step 3" in told and "2.000 \u2192 1.000" in told
+    text = check(page(read_run_log(folder))).text
+    assert "has not ended: step 3" in text and "2.000 \u2192 1.000" in text
     for junk in (
         {"parts": 3, "lengths": {"edges": [0, "x"], "counts": [1]}, "epoch": [], "ends": None},
         {"parts": [{}], "examples": [{}]},
     ):
         check(
             page(
-                read_record(
+                read_run_log(
                     write(tmp_path / "a", started(), data=junk, summary={"warnings": 3, "answers": {"base": 1}})
                 )
             )
         )
     with pytest.raises(UserError, match="no events"):
-        read_record(write(tmp_path / "empty"))
+        read_run_log(write(tmp_path / "empty"))
 
 
 def test_a_long_run_stays_small(tmp_path: Path) -> None:
@@ -673,9 +689,9 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
 def test_thinning_keeps_spikes_and_ends() -> None:
     points = [(float(n), 0.0) for n in range(10_000)]
     points[4321], points[77] = (4321.0, 9.0), (77.0, -9.0)
-    kept = thin(points, 50)
+    kept = downsample(points, 50)
     assert len(kept) <= 102 and {points[0], points[-1], points[4321], points[77]} <= set(kept) and kept == sorted(kept)
-    assert thin(points[:20]) == points[:20]
+    assert downsample(points[:20]) == points[:20]
     assert all(value == pytest.approx(3.0) for _, value in smooth([(float(n), 3.0) for n in range(40)]))
 
 
@@ -685,14 +701,14 @@ def test_thinning_keeps_spikes_and_ends() -> None:
 )
 @pytest.mark.parametrize("log", [False, True])
 def test_charts_of_any_numbers(values: list[float], log: bool) -> None:
-    made = chart([Line("x", "smooth", list(enumerate(values)))], log)
+    made = chart([ChartLine("x", "smooth", list(enumerate(values)))], log)
     assert "nan" not in made and "inf" not in made
     numbers = [float(n) for path in re.findall(r' d="([^"]*)"', made) for n in re.findall(r"-?[\d.]+", path)]
     assert all(-1 <= n <= 561 for n in numbers)
 
 
 def test_short_numbers() -> None:
-    assert [short(v) for v in (0, 0.25, 1234567, 2e-4, 12345, -3.5)] == [
+    assert [format_tick(v) for v in (0, 0.25, 1234567, 2e-4, 12345, -3.5)] == [
         "0",
         "0.25",
         "1.23e6",

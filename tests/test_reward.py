@@ -15,18 +15,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import CPU, VOCAB, changed, load, reward_roles, same_bytes, shake
-from test_dpo import MARGINS, Plain, accumulated, by_key, far, far_from, pair_batch, pair_rows
+from models import CPU, VOCAB, changed_tensors, load_base_of, perturb, reward_roles, same_bytes
+from test_dpo import MARGINS, Plain, accumulated, by_key, error_against, pair_batch, pair_rows, relative_error
 from torch import Tensor, nn
 
 from lowrank_tune import Recipe, run
 from lowrank_tune import runner as runner_module
 from lowrank_tune.algorithms import reward as reward_module
-from lowrank_tune.algorithms.kit import Kit
-from lowrank_tune.algorithms.reward import Reward, reward_loss
+from lowrank_tune.algorithms.kit import AlgorithmContext
+from lowrank_tune.algorithms.reward import RewardModeling, reward_loss
 from lowrank_tune.build import build
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import RunEnded, StepDone
+from lowrank_tune.events import RunEnded, StepEnd
 from lowrank_tune.model.adapters import read_adapter
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch, to_floats
@@ -160,22 +160,22 @@ def test_extremes_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- through a model --------------------------------------------------------------------------------------------------
 
 
-def shaken(dropout: float = 0.0, **more: Any) -> Roles:
+def perturbed_roles(dropout: float = 0.0, **more: Any) -> Roles:
     """fp32, a frozen SFT adapter below the reward adapter, all with weights that matter."""
-    roles = reward_roles(load(16), lower=["sft"], dropout=dropout, **more)
-    shake(roles, "sft", size=0.05)
-    shake(roles, "reward", size=0.05, seed=2)
+    roles = reward_roles(load_base_of(16), lower=["sft"], dropout=dropout, **more)
+    perturb(roles, "sft", size=0.05)
+    perturb(roles, "reward", size=0.05, seed=2)
     roles.heads["reward"].weight.data.mul_(0.2)  # scores of a few units: neither flat nor saturated
     return roles
 
 
 @pytest.fixture(scope="module")
 def roles() -> Roles:
-    return shaken()
+    return perturbed_roles()
 
 
-def reward_over(roles: Roles, centering: float = 0.0) -> Reward:
-    return Reward(Kit(roles, None), centering)  # type: ignore[arg-type]
+def reward_over(roles: Roles, centering: float = 0.0) -> RewardModeling:
+    return RewardModeling(AlgorithmContext(roles, None), centering)  # type: ignore[arg-type]
 
 
 def stepped(
@@ -187,8 +187,8 @@ def stepped(
 def model_error(roles: Roles, centering: float, margins: Sequence[float] = MARGINS) -> tuple[float, float]:
     """Distance of loss and gradient, adapter and head, from transformers' hidden states in float64, each row alone and
     unpadded."""
-    rows, says = pair_rows()
-    loss, _, stats = stepped(roles, pair_batch(rows, says, margins=margins), centering, rows=4)
+    rows, masks = pair_rows()
+    loss, _, stats = stepped(roles, pair_batch(rows, masks, margins=margins), centering, rows=4)
     plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("reward"))
     expected = 0.0
     for i in range(0, len(rows), 2):
@@ -197,7 +197,7 @@ def model_error(roles: Roles, centering: float, margins: Sequence[float] = MARGI
         expected += 2 * value / len(rows)
         (2 / len(rows) * (by_chosen * scores[0] + by_rejected * scores[1])).backward()
     wrong = max(abs(loss - expected), abs(stats["loss"] - expected)) / (1 + abs(expected))
-    return wrong, far_from(by_key(roles, "reward"), plain.gradient())
+    return wrong, error_against(by_key(roles, "reward"), plain.gradient())
 
 
 @pytest.mark.parametrize(("centering", "margins"), [(0.0, (0.0,) * 5), (0.0, MARGINS), (0.1, MARGINS)])
@@ -208,8 +208,8 @@ def test_through_a_model(roles: Roles, centering: float, margins: tuple[float, .
 
 def _before_the_first_pad(self: Roles, role: str, batch: Batch) -> Tensor:
     """The field's fault: the last token is looked for by its id, so the pad id inside a row ends it."""
-    is_pad = (batch.ids == 0) | ~batch.attended
-    place = torch.where(is_pad.any(dim=1), is_pad.int().argmax(dim=1) - 1, batch.ids.shape[1] - 1).clamp_min(0)
+    is_pad = (batch.input_ids == 0) | ~batch.attention_mask
+    place = torch.where(is_pad.any(dim=1), is_pad.int().argmax(dim=1) - 1, batch.input_ids.shape[1] - 1).clamp_min(0)
     return self.heads[role](self.hidden(role, batch)[torch.arange(len(batch)), place])
 
 
@@ -218,7 +218,7 @@ def _last_column(self: Roles, role: str, batch: Batch) -> Tensor:
 
 
 def _last_answer_mean(self: Roles, role: str, batch: Batch) -> Tensor:
-    return (self.scores(role, batch) * batch.scored).sum(dim=1) / batch.scored.sum(dim=1)
+    return (self.scores(role, batch) * batch.loss_mask).sum(dim=1) / batch.loss_mask.sum(dim=1)
 
 
 def _head_detached(self: Roles, role: str, batch: Batch) -> Tensor:
@@ -240,7 +240,7 @@ def _base_alone(self: Roles, role: str, batch: Batch) -> Tensor:
         self.stacks[role] = whole
 
 
-real_last = Roles.last_scores
+real_last = Roles.sequence_scores
 PLACES = [_before_the_first_pad, _last_column, _last_answer_mean, _base_alone]
 
 
@@ -250,7 +250,7 @@ def test_another_token_stack_or_graph_is_seen(monkeypatch: pytest.MonkeyPatch, r
     assert any(0 in row for row in rows), (
         "the pad id stands inside no row: the test could not see what it is there to see"
     )
-    monkeypatch.setattr(Roles, "last_scores", bug)
+    monkeypatch.setattr(Roles, "sequence_scores", bug)
     assert max(model_error(roles, 0.0)) > 1e-2
 
 
@@ -259,10 +259,10 @@ def test_margins_and_pairs_are_read_where_they_belong(monkeypatch: pytest.Monkey
         planted.setattr(reward_module, "reward_loss", BUGS["margin lost"])
         assert max(model_error(roles, 0.0)) > 1e-2
     with monkeypatch.context() as planted:
-        planted.setattr(reward_module, "pair_weights", lambda rows: torch.full((len(rows),), 1 / len(rows)))
+        planted.setattr(reward_module, "sequence_mean_weights", lambda rows: torch.full((len(rows),), 1 / len(rows)))
         assert max(model_error(roles, 0.0)) > 1e-2
     with monkeypatch.context() as planted:
-        planted.setattr(Reward, "together", 1)
+        planted.setattr(RewardModeling, "rows_per_unit", 1)
         assert max(model_error(roles, 0.0)) > 1e-2
 
 
@@ -277,28 +277,28 @@ SPLITS: list[dict[str, int | None]] = [
 
 
 def split_error(roles: Roles) -> float:
-    rows, says = pair_rows()
-    batch = pair_batch(rows, says)
+    rows, masks = pair_rows()
+    batch = pair_batch(rows, masks)
     loss, gradient, stats = stepped(roles, batch, 0.1)
     errors = []
     for split in SPLITS:
         other, others, figures = stepped(roles, batch, 0.1, **split)
-        errors += [abs(other - loss) / abs(loss), far(others, gradient)]
+        errors += [abs(other - loss) / abs(loss), relative_error(others, gradient)]
         errors += [abs(figures[name] - stats[name]) / (abs(stats[name]) + 1e-1) for name in stats]
     return max(errors)
 
 
-def _mean_of_means(self: Reward, batch: Batch) -> Iterator[Any]:
-    batch.weight = torch.full((len(batch),), 2 / len(batch))
+def _mean_of_means(self: RewardModeling, batch: Batch) -> Iterator[Any]:
+    batch.token_weights = torch.full((len(batch),), 2 / len(batch))
     yield from real_terms(self, batch)
 
 
-real_terms = Reward.terms
+real_terms = RewardModeling.compute_losses
 
 
 def test_any_split_gives_one_gradient(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     assert split_error(roles) < 5e-6
-    monkeypatch.setattr(Reward, "terms", _mean_of_means)
+    monkeypatch.setattr(RewardModeling, "compute_losses", _mean_of_means)
     assert split_error(roles) > 1e-2
 
 
@@ -313,23 +313,25 @@ PADDINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("how", PADDINGS, ids=str)
 def test_padding_and_order_change_nothing(roles: Roles, how: dict[str, Any]) -> None:
-    rows, says = pair_rows()
-    loss, gradient, _ = stepped(roles, pair_batch(rows, says), 0.1)
-    padded, same, _ = stepped(roles, pair_batch(rows, says, **how), 0.1)
-    assert padded == pytest.approx(loss, rel=1e-5) and far(same, gradient) < 1e-5
+    rows, masks = pair_rows()
+    loss, gradient, _ = stepped(roles, pair_batch(rows, masks), 0.1)
+    padded, same, _ = stepped(roles, pair_batch(rows, masks, **how), 0.1)
+    assert padded == pytest.approx(loss, rel=1e-5) and relative_error(same, gradient) < 1e-5
     order = (3, 0, 4, 2, 1)
     picked = [j for i in order for j in (2 * i, 2 * i + 1)]
-    batch = pair_batch([rows[j] for j in picked], [says[j] for j in picked], margins=[MARGINS[i] for i in order], **how)
+    batch = pair_batch(
+        [rows[j] for j in picked], [masks[j] for j in picked], margins=[MARGINS[i] for i in order], **how
+    )
     other, same, _ = stepped(roles, batch, 0.1, rows=4)
-    assert other == pytest.approx(loss, rel=1e-5) and far(same, gradient) < 1e-5
+    assert other == pytest.approx(loss, rel=1e-5) and relative_error(same, gradient) < 1e-5
 
 
 def test_ids_in_padding_are_not_read_at_all(roles: Roles) -> None:
-    rows, says = pair_rows()
+    rows, masks = pair_rows()
     found = []
     for garbage in (0, 1, 10**9, -7):
-        batch = pair_batch(rows, says, more=2)
-        batch.ids = batch.ids.where(batch.attended, garbage)
+        batch = pair_batch(rows, masks, more=2)
+        batch.input_ids = batch.input_ids.where(batch.attention_mask, garbage)
         found.append(stepped(roles, batch)[:2])
     assert all(loss == found[0][0] and same_bytes(gradient, found[0][1]) for loss, gradient in found[1:])
 
@@ -342,12 +344,12 @@ def test_ids_in_padding_are_not_read_at_all(roles: Roles) -> None:
 def test_the_score_is_the_last_tokens_whatever_it_is(ends: list[int], inside: int, seed: int) -> None:
     """Rows that end in pad, end-of-text or any other id, with pads and ends inside, score as the plain model's last
     hidden state."""
-    rows, says = pair_rows([(3, 4, 6)], seed)
+    rows, masks = pair_rows([(3, 4, 6)], seed)
     for row, end in zip(rows, ends, strict=True):
         row[1], row[-2], row[-1] = inside, inside, end
     roles, plain = kept()
-    with roles.quiet():
-        found = reward_over(roles).scores(pair_batch(rows, says, margins=[0.0], more=3)).tolist()
+    with roles.inference_mode():
+        found = reward_over(roles).scores(pair_batch(rows, masks, margins=[0.0], more=3)).tolist()
     with torch.no_grad():
         assert found == pytest.approx([float(plain.score(row)) for row in rows], abs=2e-5)
 
@@ -357,56 +359,56 @@ KEPT: list[tuple[Roles, Plain]] = []
 
 def kept() -> tuple[Roles, Plain]:
     if not KEPT:
-        roles = shaken()
+        roles = perturbed_roles()
         KEPT.append((roles, Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("reward"))))
     return KEPT[0]
 
 
 def test_shared_prompts_change_nothing(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     planted: list[bool] = []
-    real = Roles._tree
+    real = Roles._packed_layout
 
     def watched(self: Roles, batch: Batch) -> Any:
         planted.append((tree := real(self, batch)) is not None)
         return tree
 
-    monkeypatch.setattr(Roles, "_tree", watched)
-    rows, says = pair_rows([(40, 6, 9), (33, 2, 12), (50, 1, 1)])
-    loss, gradient, _ = stepped(roles, pair_batch(rows, says), 0.1)
+    monkeypatch.setattr(Roles, "_packed_layout", watched)
+    rows, masks = pair_rows([(40, 6, 9), (33, 2, 12), (50, 1, 1)])
+    loss, gradient, _ = stepped(roles, pair_batch(rows, masks), 0.1)
     assert not any(planted)
-    shared, same, _ = stepped(roles, pair_batch(rows, says, share=True), 0.1, rows=2)
+    shared, same, _ = stepped(roles, pair_batch(rows, masks, share=True), 0.1, rows=2)
     assert any(planted), "nothing was shared: this test saw nothing"
-    assert shared == pytest.approx(loss, rel=1e-5) and far(same, gradient) < 1e-5
+    assert shared == pytest.approx(loss, rel=1e-5) and relative_error(same, gradient) < 1e-5
 
 
 def test_dropout_trains_and_does_not_measure(roles: Roles) -> None:
     """With dropout two training passes differ; scores and measurements do not, and equal those of a model without
     it."""
-    noisy = shaken(dropout=0.5)
-    rows, says = pair_rows()
-    batch = pair_batch(rows, says)
+    noisy = perturbed_roles(dropout=0.5)
+    rows, masks = pair_rows()
+    batch = pair_batch(rows, masks)
     assert not same_bytes(stepped(noisy, batch)[1], stepped(noisy, batch)[1])
     for one in (noisy, roles):
         assert one.base.model.training, "dropout would not fire at all"
-    with noisy.quiet(), roles.quiet():
+    with noisy.inference_mode(), roles.inference_mode():
         assert same_bytes(reward_over(noisy).scores(batch), reward_over(roles).scores(batch))
-        assert to_floats(reward_over(noisy).measure(batch)) == to_floats(reward_over(roles).measure(batch))
+        assert to_floats(reward_over(noisy).eval_metrics(batch)) == to_floats(reward_over(roles).eval_metrics(batch))
     assert noisy.base.model.training
 
 
 def test_a_fresh_head_is_undecided(roles: Roles) -> None:
     """It starts at zero: loss ln 2, every pair a tie, and the head moves first."""
-    fresh = reward_roles(load(16))
-    rows, says = pair_rows()
-    loss, gradient, stats = stepped(fresh, pair_batch(rows, says, margins=[0.0] * 5))
+    fresh = reward_roles(load_base_of(16))
+    rows, masks = pair_rows()
+    loss, gradient, stats = stepped(fresh, pair_batch(rows, masks, margins=[0.0] * 5))
     assert loss == pytest.approx(math.log(2), abs=1e-7) and stats["accuracy"] == 0.5
     assert stats["margin"] == stats["score_chosen"] == stats["score_rejected"] == 0.0
     assert float(fresh.heads["reward"].weight.grad.norm()) > 1e-3  # type: ignore[union-attr]
 
 
 def test_figures_by_the_plain_model(roles: Roles) -> None:
-    rows, says = pair_rows()
-    figures = stepped(roles, pair_batch(rows, says), rows=4)[2]
+    rows, masks = pair_rows()
+    figures = stepped(roles, pair_batch(rows, masks), rows=4)[2]
     plain = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("reward"))
     with torch.no_grad():
         scores = torch.stack([plain.score(row) for row in rows])
@@ -424,8 +426,8 @@ def test_figures_by_the_plain_model(roles: Roles) -> None:
 
 def falls(roles: Roles) -> bool:
     """Whether thirty steps on one batch bring the loss down by half and every pair the right way round."""
-    rows, says = pair_rows()
-    batch = pair_batch(rows, says, margins=[0.0] * 5)
+    rows, masks = pair_rows()
+    batch = pair_batch(rows, masks, margins=[0.0] * 5)
     optimizer = torch.optim.AdamW(roles.parameters("reward"), lr=1e-2)
     losses: list[float] = []
     for _ in range(30):
@@ -436,10 +438,10 @@ def falls(roles: Roles) -> bool:
 
 
 def test_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert falls(reward_roles(load(16), checkpointing=True))
+    assert falls(reward_roles(load_base_of(16), checkpointing=True))
     monkeypatch.setattr(reward_module, "reward_loss", lambda *given: reward_loss(*given).detach().requires_grad_())
     with pytest.raises(AssertionError):
-        assert falls(reward_roles(load(16)))
+        assert falls(reward_roles(load_base_of(16)))
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -488,7 +490,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         events.append(event)
         if isinstance(event, RunEnded):
             built = kept[0]
-            with built.roles.quiet():
+            with built.roles.inference_mode():
                 batch = built.validation_batch(list(range(built.data.validation.units)))
                 ended.update(
                     scores=built.algorithm.scores(batch), head=built.roles.heads["reward"].weight.detach().clone()
@@ -503,11 +505,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 @pytest.mark.slow
 def test_the_head_comes_back_bit_equal_in_a_new_process(finished: tuple[Path, dict[str, Any], list[Any]]) -> None:
     out, ended, _ = finished
-    told = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", AGAIN, json.dumps(small_reward()), str(out)], capture_output=True, text=True, timeout=300
     )
-    assert told.returncode == 0, told.stderr
-    found = json.loads(told.stdout.splitlines()[-1])
+    assert completed.returncode == 0, completed.stderr
+    found = json.loads(completed.stdout.splitlines()[-1])
     assert ended["head"].abs().max() > 1e-3 and len(set(found["scores"])) > 4, (
         "an untrained head would come back equal too"
     )
@@ -519,41 +521,45 @@ def test_the_head_comes_back_bit_equal_in_a_new_process(finished: tuple[Path, di
         read_adapter(str(out), "adapters.policy.path")
 
 
-def test_a_run_tells_and_keeps_its_scores(finished: tuple[Path, dict[str, Any], list[Any]]) -> None:
+def test_a_run_reports_and_saves_its_scores(finished: tuple[Path, dict[str, Any], list[Any]]) -> None:
     """From ln 2 and all ties; at the end scores.json is what the model in memory thinks, figures worked from it by
     hand."""
     out, ended, events = finished
-    first = next(event for event in events if isinstance(event, StepDone)).stats
+    first = next(event for event in events if isinstance(event, StepEnd)).stats
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["accuracy"] == 0.5 and "kl" not in first
-    told = json.loads((out / "scores.json").read_text())
+    scores = json.loads((out / "scores.json").read_text())
     chosen, rejected = ended["scores"][::2], ended["scores"][1::2]
-    assert told["chosen"] == pytest.approx(chosen.tolist(), abs=1e-4) and told["rejected"] == pytest.approx(
+    assert scores["chosen"] == pytest.approx(chosen.tolist(), abs=1e-4) and scores["rejected"] == pytest.approx(
         rejected.tolist(), abs=1e-4
     )
-    figures = told["figures"]
+    figures = scores["figures"]
     assert figures["accuracy"] == pytest.approx(
         float((chosen > rejected).double().mean() + 0.5 * (chosen == rejected).double().mean())
     )
     assert figures["margin"] == pytest.approx(float((chosen - rejected).mean()), abs=1e-5)
-    lengths = torch.tensor(told["chosen_tokens"] + told["rejected_tokens"]).double()
+    lengths = torch.tensor(scores["chosen_tokens"] + scores["rejected_tokens"]).double()
     both = torch.cat([chosen, rejected]).double()
     assert figures["length_correlation"] == pytest.approx(
         float(torch.corrcoef(torch.stack([both, lengths]))[0, 1]), abs=1e-6
     )
     longer = [
         (c > r) == (m > n)
-        for c, r, m, n in zip(chosen, rejected, told["chosen_tokens"], told["rejected_tokens"], strict=True)
+        for c, r, m, n in zip(chosen, rejected, scores["chosen_tokens"], scores["rejected_tokens"], strict=True)
         if m != n
     ]
     assert figures["prefers_longer"] == pytest.approx(sum(map(float, longer)) / len(longer))
-    assert sum(entry["pairs"] for entry in told["reliability"]) == told["pairs"] == len(chosen)
+    assert sum(entry["pairs"] for entry in scores["reliability"]) == scores["pairs"] == len(chosen)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["heldout_pairs"] == figures and summary["base_hash"]["start"] == summary["base_hash"]["end"]
 
 
 def test_two_builds_with_one_seed_are_equal() -> None:
     one, two, other = (build(Recipe.from_dict(small_reward(seed=seed)), lambda event: None, CPU) for seed in (5, 5, 6))
-    assert changed(one.roles.adapter_tensors("reward"), two.roles.adapter_tensors("reward")) == set()
-    assert changed(one.roles.adapter_tensors("reward"), other.roles.adapter_tensors("reward")) != set()
+    assert changed_tensors(one.roles.adapter_tensors("reward"), two.roles.adapter_tensors("reward")) == set()
+    assert changed_tensors(one.roles.adapter_tensors("reward"), other.roles.adapter_tensors("reward")) != set()
     a, b, c = (built.algorithm.collect(0).batch for built in (one, two, other))
-    assert same_bytes(a.ids, b.ids) and not same_bytes(a.extra["row"], c.extra["row"]) and "reference" not in a.extra
+    assert (
+        same_bytes(a.input_ids, b.input_ids)
+        and not same_bytes(a.extra["row"], c.extra["row"])
+        and "reference" not in a.extra
+    )

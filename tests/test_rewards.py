@@ -10,25 +10,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_tune.errors import Faults, RunFailed, UserError
+from lowrank_tune.errors import ConfigError, TrainingError, UserError
 from lowrank_tune.evaluate import is_exact
-from lowrank_tune.rewards import Item, Score, dead_share, examine, garbage, make, total
-from lowrank_tune.rewards.answer import TAIL, Answer, agrees, final
-from lowrank_tune.rewards.preflight import needed, share_ahead
+from lowrank_tune.rewards import (
+    RewardInput,
+    Score,
+    build_rewards,
+    make_negative_samples,
+    sanity_check_rewards,
+    total,
+    zero_std_fraction,
+)
+from lowrank_tune.rewards.answer import TAIL_CHARS, AnswerReward, answers_match, extract_final_answer
+from lowrank_tune.rewards.preflight import auc, required_auc
 from lowrank_tune.rewards.protocol import Reward
-from lowrank_tune.rewards.uses import Weighted
-from lowrank_tune.settings import RewardUse
-from lowrank_tune.tutor.problems import draw
-from tests.hostile import RUNAWAY
+from lowrank_tune.rewards.uses import WeightedReward
+from lowrank_tune.settings import RewardConfig
+from lowrank_tune.tutor.problems import sample_problem
+from tests.hostile import MAX_CPU_SECONDS
 
 
 def item(
     completion: str, gold: str | None = "72", stopped: bool = True, tokens: int = 10, prompt: str = "What is 40 + 32?"
-) -> Item:
-    return Item(prompt, completion, gold, {"question": prompt, "answer": gold}, stopped, tokens)
+) -> RewardInput:
+    return RewardInput(prompt, completion, gold, {"question": prompt, "answer": gold}, stopped, tokens)
 
 
-def one(reward: Reward, scored: Item) -> Score:
+def one(reward: Reward, scored: RewardInput) -> Score:
     [score] = reward.score([scored])
     return score
 
@@ -76,7 +84,7 @@ def one(reward: Reward, scored: Item) -> Score:
     ],
 )
 def test_right_answers(completion: str, gold: str) -> None:
-    assert one(Answer(), item(completion, gold)) == Score(1.0, "pass")
+    assert one(AnswerReward(), item(completion, gold)) == Score(1.0, "pass")
 
 
 @pytest.mark.parametrize(
@@ -116,44 +124,44 @@ def test_right_answers(completion: str, gold: str) -> None:
     ],
 )
 def test_wrong_answers(completion: str, gold: str) -> None:
-    score = one(Answer(), item(completion, gold))
+    score = one(AnswerReward(), item(completion, gold))
     assert (score.value, score.verdict) == (0.0, "fail") and score.reason
 
 
 def test_what_did_not_stop_has_not_answered() -> None:
-    assert one(Answer(), item("It is 72.", stopped=False)) == Score(0.0, "fail", "did not stop")
+    assert one(AnswerReward(), item("It is 72.", stopped=False)) == Score(0.0, "fail", "did not stop")
 
 
 @pytest.mark.parametrize("gold", [None, "", " "])
-def test_a_row_without_gold_is_an_error_that_names_it(gold: str | None) -> None:
-    score = one(Answer(), item("It is 72.", gold))
+def test_a_row_without_ground_truth_is_an_error_that_names_it(gold: str | None) -> None:
+    score = one(AnswerReward(), item("It is 72.", gold))
     assert score.value is None and score.verdict == "error" and "What is 40 + 32?" in score.reason
-    with pytest.raises(RunFailed, match="What is 40"):
+    with pytest.raises(TrainingError, match="What is 40"):
         total([score], [1.0])
 
 
 @given(st.fractions(max_denominator=10_000), st.integers(1, 9))
 def test_equal_fractions_are_equal_and_near_ones_are_not(number: object, factor: int) -> None:
     top, bottom = number.numerator, number.denominator  # type: ignore[attr-defined]
-    assert agrees(f"{top * factor}/{bottom * factor}", f"{top}/{bottom}")
-    assert not agrees(f"{top * 10**12 + 1}/{bottom * 10**12}", f"{top}/{bottom}")
+    assert answers_match(f"{top * factor}/{bottom * factor}", f"{top}/{bottom}")
+    assert not answers_match(f"{top * 10**12 + 1}/{bottom * 10**12}", f"{top}/{bottom}")
 
 
 @given(st.integers(-(10**9), 10**9))
 def test_thousands_separators(number: int) -> None:
     assert (
-        agrees(f"{number:,}", str(number))
-        and agrees(f"{number:,}.00", str(number))
-        and not agrees(f"{number + 1:,}", str(number))
+        answers_match(f"{number:,}", str(number))
+        and answers_match(f"{number:,}.00", str(number))
+        and not answers_match(f"{number + 1:,}", str(number))
     )
 
 
 def test_answer_and_evaluation_agree_on_the_tutor() -> None:
     rng = random.Random(3)
     for _ in range(300):
-        problem = draw(rng)
-        reply = problem.blurt(rng, right=0.5) if rng.random() < 0.5 else problem.worked()
-        assert one(Answer(), item(reply, str(problem.answer))).value == is_exact(reply, str(problem.answer))
+        problem = sample_problem(rng)
+        reply = problem.answer_without_steps(rng, p_correct=0.5) if rng.random() < 0.5 else problem.answer_with_steps()
+        assert one(AnswerReward(), item(reply, str(problem.answer))).value == is_exact(reply, str(problem.answer))
 
 
 HOSTILE = {
@@ -182,17 +190,17 @@ HOSTILE = {
 def test_hostile_completions_are_answered_at_once(name: str) -> None:
     start = time.process_time()
     for gold in ("72", "Paris"):
-        score = one(Answer(), item(HOSTILE[name], gold))
+        score = one(AnswerReward(), item(HOSTILE[name], gold))
         assert score.value == 0.0 and score.reason.isprintable()
-    assert time.process_time() - start < RUNAWAY
+    assert time.process_time() - start < MAX_CPU_SECONDS
 
 
 def test_the_answer_stands_at_the_end() -> None:
-    assert final("72 " + "word " * TAIL) is None
+    assert extract_final_answer("72 " + "word " * TAIL_CHARS) is None
 
 
 def test_length_falls_in_a_straight_line() -> None:
-    [weighted] = make([RewardUse(use="length", target_tokens=100)], Path())
+    [weighted] = build_rewards([RewardConfig(use="length", target_tokens=100)], Path())
     values = [one(weighted.reward, item("", tokens=tokens)).value for tokens in (0, 100, 125, 150, 200, 300)]
     assert values == [1.0, 1.0, 0.75, 0.5, 0.0, 0.0]
 
@@ -200,12 +208,12 @@ def test_length_falls_in_a_straight_line() -> None:
 def test_make_names_and_weighs(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def answer(completion, row): return 1")
     uses = [
-        RewardUse(use="answer"),
-        RewardUse(use="answer", weight=0.5),
-        RewardUse(use="./mine.py:answer"),
-        RewardUse(use="format", pattern=".*"),
+        RewardConfig(use="answer"),
+        RewardConfig(use="answer", weight=0.5),
+        RewardConfig(use="./mine.py:answer"),
+        RewardConfig(use="format", pattern=".*"),
     ]
-    made = make(uses, tmp_path)
+    made = build_rewards(uses, tmp_path)
     assert [(each.name, each.weight, each.reward.name) for each in made] == [
         ("answer", 1.0, "answer"),
         ("answer-2", 0.5, "answer-2"),
@@ -214,22 +222,22 @@ def test_make_names_and_weighs(tmp_path: Path) -> None:
     ]
 
 
-def test_make_tells_all_faults_at_once(tmp_path: Path) -> None:
+def test_make_reports_all_faults_at_once(tmp_path: Path) -> None:
     (tmp_path / "bytes.py").write_bytes(b"\xff\xfe\xff")
     uses = [
-        RewardUse(use="anwser"),
-        RewardUse(use="format"),
-        RewardUse(use="format", pattern="("),
-        RewardUse(use="length"),
-        RewardUse(use="answer", target_tokens=3),
-        RewardUse(use="./none.py:f"),
-        RewardUse(use="mine.py"),
-        RewardUse(use="bytes.py:f"),
-        RewardUse(use="answer", weight=0.0),
+        RewardConfig(use="anwser"),
+        RewardConfig(use="format"),
+        RewardConfig(use="format", pattern="("),
+        RewardConfig(use="length"),
+        RewardConfig(use="answer", target_tokens=3),
+        RewardConfig(use="./none.py:f"),
+        RewardConfig(use="mine.py"),
+        RewardConfig(use="bytes.py:f"),
+        RewardConfig(use="answer", weight=0.0),
     ]
-    with pytest.raises(Faults) as caught:
-        make(uses, tmp_path)
-    told = [(fault.key, fault.message) for fault in caught.value.faults]
+    with pytest.raises(ConfigError) as caught:
+        build_rewards(uses, tmp_path)
+    errors = [(fault.key, fault.message) for fault in caught.value.problems]
     wanted = [
         "did you mean `answer`",
         "needs `pattern`",
@@ -241,17 +249,17 @@ def test_make_tells_all_faults_at_once(tmp_path: Path) -> None:
         "not UTF-8",
         "weight 0",
     ]
-    assert [key for key, _ in told] == [f"rewards.{place}" for place in range(9)]
-    assert all(words in message for words, (_, message) in zip(wanted, told, strict=True)), told
+    assert [key for key, _ in errors] == [f"rewards.{place}" for place in range(9)]
+    assert all(words in message for words, (_, message) in zip(wanted, errors, strict=True)), errors
     with pytest.raises(UserError, match="empty"):
-        make([], tmp_path)
+        build_rewards([], tmp_path)
 
 
 def test_total_weighs_and_never_makes_a_zero_of_a_fault() -> None:
     scores = [Score(1.0, "pass"), Score(0.5, "graded"), Score(0.0, "fail")]
     assert total(scores, [1.0, -0.5, 3.0]) == 0.75
     for verdict in ("error", "timeout"):
-        with pytest.raises(RunFailed, match="because"):
+        with pytest.raises(TrainingError, match="because"):
             total([Score(1.0, "pass"), Score(None, verdict, "because")], [1.0, 0.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError):
         total(scores, [1.0])
@@ -260,16 +268,16 @@ def test_total_weighs_and_never_makes_a_zero_of_a_fault() -> None:
 class Fixed:
     """A judge in this process."""
 
-    name, judges = "fixed", True
+    name, is_verifier = "fixed", True
 
     def __init__(self, value: object) -> None:
         self.value = value
 
-    def score(self, items: list[Item]) -> list[Score]:  # type: ignore[override]
+    def score(self, items: list[RewardInput]) -> list[Score]:  # type: ignore[override]
         return [Score(self.value(each) if callable(self.value) else self.value, "graded") for each in items]  # type: ignore[arg-type]
 
 
-def references(count: int) -> list[Item]:
+def references(count: int) -> list[RewardInput]:
     return [
         item(f"So it is {number}.", str(number), prompt=f"What is {number} + 0?") for number in range(10, 10 + count)
     ]
@@ -278,16 +286,18 @@ def references(count: int) -> list[Item]:
 @pytest.mark.parametrize("count", [3, 8, 32])
 def test_preflight_lets_a_true_judge_pass(count: int) -> None:
     right = references(count)
-    report = examine([Weighted("answer", 1.0, Answer())], right, garbage(right))
-    assert report.fault() is None and report.rewards[0].right == 1.0 and report.rewards[0].garbage < 0.3
+    report = sanity_check_rewards([WeightedReward("answer", 1.0, AnswerReward())], right, make_negative_samples(right))
+    assert report.fault() is None and report.rewards[0].reference_mean == 1.0 and report.rewards[0].negative_mean < 0.3
     assert len(list(report.lines())) == 1
 
 
 def test_preflight_refuses_a_constant_judge_even_beside_a_true_one() -> None:
     right = references(16)
-    weighted = [Weighted("answer", 1.0, Answer()), Weighted("fixed", 1.0, Fixed(0.7))]
-    assert "`fixed` cannot tell" in (examine(weighted, right, garbage(right)).fault() or "")
-    assert "everything earns 0.7" in (examine(weighted[1:], right, garbage(right)).fault() or "")
+    weighted = [WeightedReward("answer", 1.0, AnswerReward()), WeightedReward("fixed", 1.0, Fixed(0.7))]
+    assert "`fixed` cannot tell" in (sanity_check_rewards(weighted, right, make_negative_samples(right)).fault() or "")
+    assert "everything earns 0.7" in (
+        sanity_check_rewards(weighted[1:], right, make_negative_samples(right)).fault() or ""
+    )
 
 
 @pytest.mark.parametrize("count", [3, 8, 32])
@@ -295,20 +305,32 @@ def test_preflight_refuses_random_judges_and_those_upside_down(count: int) -> No
     right = references(count)
     rng = random.Random(count)
     refused = [
-        examine([Weighted("fixed", 1.0, Fixed(lambda _: rng.random()))], right, garbage(right, seed)).fault()
+        sanity_check_rewards(
+            [WeightedReward("fixed", 1.0, Fixed(lambda _: rng.random()))], right, make_negative_samples(right, seed)
+        ).fault()
         for seed in range(50)
     ]
     assert sum(fault is not None for fault in refused) >= 49
     # a punished right answer
-    assert examine([Weighted("answer", -1.0, Answer())], right, garbage(right)).fault() is not None
+    assert (
+        sanity_check_rewards(
+            [WeightedReward("answer", -1.0, AnswerReward())], right, make_negative_samples(right)
+        ).fault()
+        is not None
+    )
 
 
-def test_preflight_tells_of_rows_without_gold_and_of_references_that_miss() -> None:
+def test_preflight_reports_rows_without_ground_truth_and_references_that_fail() -> None:
     right = references(8)
     lost = [*right, item("So it is 5.", None, prompt="Which row?")]
-    assert "Which row?" in (examine([Weighted("answer", 1.0, Answer())], lost, garbage(right)).fault() or "")
+    assert "Which row?" in (
+        sanity_check_rewards(
+            [WeightedReward("answer", 1.0, AnswerReward())], lost, make_negative_samples(right)
+        ).fault()
+        or ""
+    )
     missed = [*right, item("So it is 6.", "5", prompt="Which one?")]
-    report = examine([Weighted("answer", 1.0, Answer())], missed, garbage(right))
+    report = sanity_check_rewards([WeightedReward("answer", 1.0, AnswerReward())], missed, make_negative_samples(right))
     assert (
         report.fault() is None
         and "1 reference answer" in "\n".join(report.lines())
@@ -318,42 +340,49 @@ def test_preflight_tells_of_rows_without_gold_and_of_references_that_miss() -> N
 
 def test_a_shape_need_not_judge_but_the_sum_must() -> None:
     right = references(8)
-    length = make([RewardUse(use="length", target_tokens=50)], Path())
-    assert "weighted sum" in (examine(length, right, garbage(right)).fault() or "")
-    assert examine([*length, Weighted("answer", 1.0, Answer())], right, garbage(right)).fault() is None
+    length = build_rewards([RewardConfig(use="length", target_tokens=50)], Path())
+    assert "weighted sum" in (sanity_check_rewards(length, right, make_negative_samples(right)).fault() or "")
+    assert (
+        sanity_check_rewards(
+            [*length, WeightedReward("answer", 1.0, AnswerReward())], right, make_negative_samples(right)
+        ).fault()
+        is None
+    )
 
 
 def test_share_ahead_by_hand() -> None:
-    assert (
-        share_ahead([1.0, 0.0], [0.0, 0.0]) == 0.75
-        and share_ahead([1.0], [1.0]) == 0.5
-        and share_ahead([0.0], [1.0]) == 0.0
-    )
-    assert needed(1000, 5000) == 0.6 and needed(2, 10) == 0.9
+    assert auc([1.0, 0.0], [0.0, 0.0]) == 0.75 and auc([1.0], [1.0]) == 0.5 and auc([0.0], [1.0]) == 0.0
+    assert required_auc(1000, 5000) == 0.6 and required_auc(2, 10) == 0.9
 
 
 def test_garbage_is_never_the_answer() -> None:
     right = [each for each in references(100) for _ in range(2)]  # neighbours share their answer
-    wrong = garbage(right)
+    wrong = make_negative_samples(right)
     kinds = [wrong[place::5] for place in range(5)]
     assert len(wrong) == 1000 and [each.completion for each in kinds[3]] == [each.prompt for each in right]
-    assert all(each.completion == "" for each in kinds[0]) and {each.gold for each in wrong} == {
-        each.gold for each in right
+    assert all(each.completion == "" for each in kinds[0]) and {each.ground_truth for each in wrong} == {
+        each.ground_truth for each in right
     }
     for kind in (kinds[0], kinds[1], kinds[2], kinds[4]):
-        assert all(score.value == 0.0 for score in Answer().score(kind))
+        assert all(score.value == 0.0 for score in AnswerReward().score(kind))
 
 
-def test_dead_groups() -> None:
-    assert dead_share([0.0, 1.0], 8) == 1.0 and dead_share([0.5], 2) == 0.5 and dead_share([0.5, 1.0], 2) == 0.75
-    assert dead_share([0.3], 1) == pytest.approx(1.0) and dead_share([0.2], 4) == pytest.approx(0.2**4 + 0.8**4)
+def test_zero_std_groups() -> None:
+    assert (
+        zero_std_fraction([0.0, 1.0], 8) == 1.0
+        and zero_std_fraction([0.5], 2) == 0.5
+        and zero_std_fraction([0.5, 1.0], 2) == 0.75
+    )
+    assert zero_std_fraction([0.3], 1) == pytest.approx(1.0) and zero_std_fraction([0.2], 4) == pytest.approx(
+        0.2**4 + 0.8**4
+    )
 
 
-def test_dead_groups_from_few_samples_are_not_overstated() -> None:
+def test_zero_std_groups_from_few_samples_are_not_overstated() -> None:
     """Rates of many prompts, each seen through 4 samples: the plain formula says too much, the one with the prior does
     not."""
     rng = random.Random(0)
     rates = [rng.betavariate(0.5, 0.5) for _ in range(4000)]
     seen = [sum(rng.random() < rate for _ in range(4)) / 4 for rate in rates]
-    truth = dead_share(rates, 8)
-    assert dead_share(seen, 8) > truth + 0.1 and abs(dead_share(seen, 8, samples=4) - truth) < 0.02
+    truth = zero_std_fraction(rates, 8)
+    assert zero_std_fraction(seen, 8) > truth + 0.1 and abs(zero_std_fraction(seen, 8, samples=4) - truth) < 0.02

@@ -15,12 +15,20 @@ from typing import Any
 
 import pytest
 
-from lowrank_tune.errors import Faults, RunFailed, UserError
-from lowrank_tune.rewards import Item, Score, Scorer, examine, garbage, make, total
-from lowrank_tune.rewards.answer import Answer
-from lowrank_tune.rewards.pool import alone
+from lowrank_tune.errors import ConfigError, TrainingError, UserError
+from lowrank_tune.rewards import (
+    RewardInput,
+    Score,
+    WorkerPool,
+    build_rewards,
+    make_negative_samples,
+    sanity_check_rewards,
+    total,
+)
+from lowrank_tune.rewards.answer import AnswerReward
+from lowrank_tune.rewards.pool import score_serially
 from lowrank_tune.rewards.protocol import Reward
-from lowrank_tune.settings import RewardUse
+from lowrank_tune.settings import RewardConfig
 
 FILE = """
 import os, random, signal, subprocess, sys, threading, time
@@ -82,16 +90,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def item(completion: str, **row: Any) -> Item:
-    return Item("What is 40 + 32?", completion, "72", row, True, 5)
+def item(completion: str, **row: Any) -> RewardInput:
+    return RewardInput("What is 40 + 32?", completion, "72", row, True, 5)
 
 
 def own(folder: Path, function: str) -> Reward:
-    return make([RewardUse(use=f"./mine.py:{function}")], folder)[0].reward
+    return build_rewards([RewardConfig(use=f"./mine.py:{function}")], folder)[0].reward
 
 
-def score(reward: Reward, scored: Item, timeout: float = 10.0) -> Score:
-    return alone(reward, [scored], timeout)[0]
+def score(reward: Reward, scored: RewardInput, timeout: float = 10.0) -> Score:
+    return score_serially(reward, [scored], timeout)[0]
 
 
 def lives(pid: int) -> bool:
@@ -142,22 +150,22 @@ def test_a_broken_function_stops_the_run_and_names_row_function_and_line(
 ) -> None:
     found = score(own(folder, function), item("bad"))
     assert (found.value, found.verdict) == (None, "error")
-    with pytest.raises(RunFailed) as caught:
+    with pytest.raises(TrainingError) as caught:
         total([found], [1.0])
-    told = str(caught.value)
+    message = str(caught.value)
     assert (
-        words in told
-        and f"./mine.py:{function} " in told
-        and "'bad'" in told
-        and "'What is 40 + 32?'" in told
-        and told.isprintable()
+        words in message
+        and f"./mine.py:{function} " in message
+        and "'bad'" in message
+        and "'What is 40 + 32?'" in message
+        and message.isprintable()
     )
 
 
 @pytest.mark.parametrize("function", ["sleeps", "spins", "stubborn"])
 def test_a_function_that_hangs_ends_in_time_and_the_pool_works_on(folder: Path, function: str) -> None:
     word = {"sleeps": "sleep", "spins": "spin"}.get(function, "")
-    with Scorer[int]([own(folder, function)], workers=1, timeout_seconds=0.5) as scorer:
+    with WorkerPool[int]([own(folder, function)], workers=1, timeout_seconds=0.5) as scorer:
         before = scorer.pids
         start = time.monotonic()
         scorer.submit(0, item(word))
@@ -168,14 +176,14 @@ def test_a_function_that_hangs_ends_in_time_and_the_pool_works_on(folder: Path, 
             scorer.submit(1, item("fine"))
             assert scorer.collect()[1][0].value == 1.0 and len(scorer.pids) == 1 and scorer.pids != before
     with pytest.raises(
-        RunFailed,
+        TrainingError,
         match=rf"mine.py:{function} did not return within 0.5 s on the completion '{word}' of the prompt 'What",
     ):
         total([found], [1.0])
 
 
 def test_one_that_hangs_holds_up_nobody_else(folder: Path) -> None:
-    with Scorer[int]([own(folder, "sleeps"), Answer()], workers=2, timeout_seconds=1.0) as scorer:
+    with WorkerPool[int]([own(folder, "sleeps"), AnswerReward()], workers=2, timeout_seconds=1.0) as scorer:
         for number in range(40):
             scorer.submit(number, item("sleep" if number == 3 else f"It is {60 + number}."))
         found = scorer.collect()
@@ -187,7 +195,7 @@ def test_one_that_hangs_holds_up_nobody_else(folder: Path) -> None:
 
 
 def test_the_pool_keeps_its_size(folder: Path) -> None:
-    with Scorer[int]([own(folder, "leaves")], workers=2) as scorer:
+    with WorkerPool[int]([own(folder, "leaves")], workers=2) as scorer:
         for number in range(12):
             scorer.submit(number, item(""))
         assert all(scores[0].verdict == "error" for scores in scorer.collect().values())
@@ -223,7 +231,7 @@ def test_scores_do_not_depend_on_order_or_number_of_workers(folder: Path) -> Non
     for workers, seed in ((1, 0), (3, 1)):
         order = list(items)
         random.Random(seed).shuffle(order)
-        with Scorer[int](rewards, workers) as scorer:
+        with WorkerPool[int](rewards, workers) as scorer:
             for number in order:
                 scorer.submit(number, items[number])
             found = scorer.collect()
@@ -234,7 +242,7 @@ def test_scores_do_not_depend_on_order_or_number_of_workers(folder: Path) -> Non
 
 def test_workers_import_no_torch_and_start_fast(folder: Path) -> None:
     start = time.monotonic()
-    with Scorer[int]([own(folder, "torch")], workers=1) as scorer:
+    with WorkerPool[int]([own(folder, "torch")], workers=1) as scorer:
         warm = time.monotonic() - start
         scorer.submit(0, item(""))
         assert scorer.collect()[0][0].value == 0.0
@@ -242,14 +250,14 @@ def test_workers_import_no_torch_and_start_fast(folder: Path) -> None:
 
 
 def test_cheap_rewards_need_no_worker() -> None:
-    with Scorer[str]([Answer()], workers=2) as scorer:
+    with WorkerPool[str]([AnswerReward()], workers=2) as scorer:
         assert scorer.pids == []
         scorer.submit("a", item("It is 72."))
         assert scorer.collect()["a"][0].value == 1.0 and scorer.collect() == {}
 
 
 def test_a_key_is_taken_once() -> None:
-    with Scorer[str]([Answer()]) as scorer:
+    with WorkerPool[str]([AnswerReward()]) as scorer:
         scorer.submit("a", item("72"))
         with pytest.raises(ValueError, match="before"):
             scorer.submit("a", item("73"))
@@ -277,18 +285,18 @@ def test_functions_are_found_by_any_path_and_files_of_one_name_stay_apart(
     monkeypatch.chdir(tmp_path / "a")
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     uses = [
-        RewardUse(use=use)
+        RewardConfig(use=use)
         for use in ("./mine.py:grade", f"{tmp_path}/b/mine.py:grade", "../b/mine.py:grade", "uses.py:grade")
     ]
-    made = make(uses, Path())
+    made = build_rewards(uses, Path())
     assert [each.name for each in made] == ["grade", "grade-2", "grade-3", "grade-4"]
-    with Scorer[int]([each.reward for each in made], workers=1) as scorer:
+    with WorkerPool[int]([each.reward for each in made], workers=1) as scorer:
         scorer.submit(0, item(""))
         assert [one.value for one in scorer.collect()[0]] == [0.0, 1.0, 1.0, 5.0]
     assert not list(tmp_path.rglob("__pycache__"))
 
 
-def test_files_that_cannot_be_loaded_are_told_all_at_once(folder: Path) -> None:
+def test_files_that_cannot_be_loaded_are_reported_all_at_once(folder: Path) -> None:
     (folder / "syntax.py").write_text("def f(completion, row):\n    return (\n")
     (folder / "imports.py").write_text("import nothing_of_the_kind\ndef f(completion, row): return 1\n")
     (folder / "leaves.py").write_text("raise SystemExit(0)\n")
@@ -301,10 +309,10 @@ def test_files_that_cannot_be_loaded_are_told_all_at_once(folder: Path) -> None:
         "mine.py:wrong_arguments",
         "mine.py:length",
     ]
-    rewards = [each.reward for each in make([RewardUse(use=use) for use in uses], folder)]
-    with pytest.raises(Faults) as caught:
-        Scorer[int](rewards)
-    told = [(fault.key, fault.message) for fault in caught.value.faults]
+    rewards = [each.reward for each in build_rewards([RewardConfig(use=use) for use in uses], folder)]
+    with pytest.raises(ConfigError) as caught:
+        WorkerPool[int](rewards)
+    errors = [(fault.key, fault.message) for fault in caught.value.problems]
     words = [
         "SyntaxError",
         "No module named 'nothing_of_the_kind' (imports.py:1",
@@ -313,21 +321,21 @@ def test_files_that_cannot_be_loaded_are_told_all_at_once(folder: Path) -> None:
         "no function `no_function`",
         "(completion, row)",
     ]
-    assert [key for key, _ in told] == uses[:6] and all(
-        word in message for word, (_, message) in zip(words, told, strict=True)
-    ), told
+    assert [key for key, _ in errors] == uses[:6] and all(
+        word in message for word, (_, message) in zip(words, errors, strict=True)
+    ), errors
 
 
 def test_a_file_that_hangs_or_dies_at_its_import_is_refused(folder: Path) -> None:
     for text, words in (("while True: pass\n", "not ready within 0.7 s"), ("import os; os._exit(3)\n", "code 3")):
         (folder / "slow.py").write_text(text + "def f(completion, row): return 1\n")
         with pytest.raises(UserError, match=f"slow.py:f.*{words}"):
-            Scorer[int]([make([RewardUse(use="slow.py:f")], folder)[0].reward], start_seconds=0.7)
+            WorkerPool[int]([build_rewards([RewardConfig(use="slow.py:f")], folder)[0].reward], start_seconds=0.7)
 
 
 def test_a_file_that_changes_under_the_run_changes_nothing(folder: Path) -> None:
     reward = own(folder, "sleeps")
-    with Scorer[int]([reward], workers=1, timeout_seconds=0.5) as scorer:
+    with WorkerPool[int]([reward], workers=1, timeout_seconds=0.5) as scorer:
         (folder / "mine.py").write_text("def sleeps(completion, row): return 99")
         for number, word in enumerate(("a", "sleep", "b")):
             scorer.submit(number, item(word))
@@ -335,7 +343,7 @@ def test_a_file_that_changes_under_the_run_changes_nothing(folder: Path) -> None
 
 
 def test_close_does_not_wait_for_what_hangs(folder: Path) -> None:
-    scorer = Scorer[int]([own(folder, "sleeps")], workers=2, timeout_seconds=600.0)
+    scorer = WorkerPool[int]([own(folder, "sleeps")], workers=2, timeout_seconds=600.0)
     for number in range(10):
         scorer.submit(number, item("sleep"))
     time.sleep(0.2)
@@ -406,11 +414,11 @@ def test_preflight_of_own_functions(folder: Path) -> None:
         "import random\ndef exact(completion, row): return completion.endswith(f\"{row['worth']}.\")\n"
         "def same(completion, row): return 1\ndef lot(completion, row): return random.random()\n"
     )
-    right = [Item(f"What is {n} + 0?", f"So it is {n}.", str(n), {"worth": n}, True, 5) for n in range(10, 26)]
+    right = [RewardInput(f"What is {n} + 0?", f"So it is {n}.", str(n), {"worth": n}, True, 5) for n in range(10, 26)]
 
     def fault(*functions: str) -> str:
-        made = make([RewardUse(use=f"mine.py:{function}") for function in functions], folder)
-        return examine(made, right, garbage(right)).fault() or ""
+        made = build_rewards([RewardConfig(use=f"mine.py:{function}") for function in functions], folder)
+        return sanity_check_rewards(made, right, make_negative_samples(right)).fault() or ""
 
     assert (
         fault("exact") == ""
@@ -418,7 +426,9 @@ def test_preflight_of_own_functions(folder: Path) -> None:
         and "`lot`" in fault("lot")
         and "`lot`" in fault("exact", "lot")
     )
-    broken = [Item("Which row?", "So it is 5.", "5", {}, True, 5), *right]
-    report = examine(make([RewardUse(use="mine.py:exact")], folder), broken, garbage(right))
+    broken = [RewardInput("Which row?", "So it is 5.", "5", {}, True, 5), *right]
+    report = sanity_check_rewards(
+        build_rewards([RewardConfig(use="mine.py:exact")], folder), broken, make_negative_samples(right)
+    )
     assert "KeyError: 'worth'" in (report.fault() or "") and "Which row?" in (report.fault() or "")
-    assert report.rewards[0].verdicts == {"error": 1, "graded": 96} and "1 error" in "\n".join(report.lines())
+    assert report.rewards[0].verdict_counts == {"error": 1, "graded": 96} and "1 error" in "\n".join(report.lines())

@@ -20,22 +20,22 @@ from models import (
     TOKENIZER,
     LoraConfig,
     all_tensors,
-    changed,
-    clear,
-    counting,
-    far,
+    changed_tensors,
+    count_forwards,
     gradients,
     llama_roles,
-    load,
+    load_base_of,
     make_batch,
-    ragged,
+    perturb,
+    ragged_batch,
+    relative_error,
     roles_over,
     same_bytes,
     sft_over,
-    shake,
-    weighted,
-    whole,
-    write,
+    unquantized_base,
+    with_token_weights,
+    write_files,
+    zero_grad,
 )
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -55,7 +55,7 @@ def logits(model: Any, batch: Batch, train: bool) -> Tensor:
     model.train(train)
     try:
         with torch.no_grad():
-            return model(input_ids=batch.ids, use_cache=False).logits  # type: ignore[no-any-return]
+            return model(input_ids=batch.input_ids, use_cache=False).logits  # type: ignore[no-any-return]
     finally:
         model.train()
 
@@ -65,11 +65,11 @@ def train(roles: Roles, steps: int = 2, rate: float = 1e-2, role: str = "policy"
     optimizer = torch.optim.AdamW(roles.parameters(role), lr=rate)
     algorithm = sft_over(roles)
     for step in range(steps):
-        for micro in weighted(algorithm, algorithm.collect(step).batch).split(3):
-            for term in algorithm.terms(micro):
+        for micro in with_token_weights(algorithm, algorithm.collect(step).batch).split(3):
+            for term in algorithm.compute_losses(micro):
                 term.loss.backward()
         optimizer.step()
-        clear(roles)
+        zero_grad(roles)
 
 
 # --- 1: adapters off equals the bare model ----------------------------------------------------------------------------
@@ -78,14 +78,14 @@ def train(roles: Roles, steps: int = 2, rate: float = 1e-2, role: str = "policy"
 def off_equals_bare(bits: int, train_mode: bool, then: str, dropout: float = 0.1) -> bool:
     """Whether `base` gives the logits of the model that never had an adapter, bit for bit, and a fresh policy those of
     the stack below."""
-    bare, batch = load(bits), ragged()
+    bare, batch = load_base_of(bits), ragged_batch()
     expected = logits(bare.model, batch, train_mode)
     roles = llama_roles(bits, lower=["sft"], dropout=dropout)
-    shake(roles, "sft")
+    perturb(roles, "sft")
     if then == "fresh":
-        with roles.use("policy"), torch.no_grad():  # with dropout: a fresh adapter's zero B hides it
+        with roles.activate("policy"), torch.no_grad():  # with dropout: a fresh adapter's zero B hides it
             mine = logits(roles.base.model, batch, train_mode)
-        with roles.use("reference"):
+        with roles.activate("reference"):
             below = logits(roles.base.model, batch, train_mode)
         if not torch.equal(mine, below) or torch.equal(mine, expected):
             return False
@@ -95,7 +95,7 @@ def off_equals_bare(bits: int, train_mode: bool, then: str, dropout: float = 0.1
         roles.load_adapter_tensors(
             "policy", {key: torch.randn_like(t) for key, t in roles.adapter_tensors("policy").items()}, "here"
         )
-    with roles.use("base"):
+    with roles.activate("base"):
         return torch.equal(logits(roles.base.model, batch, train_mode), expected)
 
 
@@ -107,7 +107,7 @@ def test_adapters_off_equal_the_bare_model(bits: int, train_mode: bool, then: st
 
 
 def _use_leaves_the_lower(self: Roles, role: str) -> Any:
-    return roles_module._Voice(self._active, self.stacks["reference"] if role == "base" else self.stacks[role])
+    return roles_module._ActiveAdapters(self._active, self.stacks["reference"] if role == "base" else self.stacks[role])
 
 
 def _frozen_dropout_fires(self: Roles) -> None:
@@ -124,11 +124,11 @@ def _pin_forgotten(self: Roles) -> None:
 
 
 def _load_without_pin(self: Roles, name: str, tensors: Any, where: str) -> None:
-    self._peft.base_model.set_adapter([roles_module.PREFIX + name])
+    self._peft.base_model.set_adapter([roles_module.ADAPTER_PREFIX + name])
     real_load(self, name, tensors, where)
 
 
-real_freeze, real_pin, real_load = Roles._freeze_all_but_trainable, Roles._pin, Roles.load_adapter_tensors
+real_freeze, real_pin, real_load = Roles._freeze_all_but_trainable, Roles._share_active_list, Roles.load_adapter_tensors
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_switch_that_peft_undoes_is_pinned_again(monkeypatch: pytest.MonkeyPat
         if pins == 1:
             real_pin(self)
 
-    monkeypatch.setattr(Roles, "_pin", only_at_birth)
+    monkeypatch.setattr(Roles, "_share_active_list", only_at_birth)
     assert not off_equals_bare(4, True, "loaded")
 
 
@@ -173,12 +173,12 @@ def test_dropout_of_the_base_never_fires() -> None:
         ("gpt2", {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}),
         ("gpt_neox", {"attention_dropout": 0.5, "hidden_dropout": 0.5}),
     ):
-        model = whole(kind, **dropouts).model
-        assert torch.equal(logits(model, ragged(), True), logits(model, ragged(), True)), kind
+        model = unquantized_base(kind, **dropouts).model
+        assert torch.equal(logits(model, ragged_batch(), True), logits(model, ragged_batch(), True)), kind
 
 
 def test_the_hash_does_not_see_the_adapters() -> None:
-    base = load()
+    base = load_base_of()
     before = base_hashes(base.model)
     roles = roles_over(base, lower=["sft"])
     assert base_hashes(roles.base.model) == before and len(before) > 15
@@ -198,12 +198,12 @@ def moved_elsewhere(roles: Roles) -> list[str]:
     )
     wrong: list[str] = []
     for step in range(2):
-        batch = weighted(algorithm, algorithm.collect(step).batch)
+        batch = with_token_weights(algorithm, algorithm.collect(step).batch)
         roles.logps("reference", batch)
-        roles.exact_kl("policy", "reference", batch)
-        with roles.use("base"), roles.use("policy"):
+        roles.full_vocab_kl("policy", "reference", batch)
+        with roles.activate("base"), roles.activate("policy"):
             pass
-        for term in algorithm.terms(batch):
+        for term in algorithm.compute_losses(batch):
             term.loss.backward()
         wrong += [
             f"gradient of {n}"
@@ -216,8 +216,8 @@ def moved_elsewhere(roles: Roles) -> list[str]:
             if p.grad is None and ".lt_policy." in n
         ]
         optimizer.step()
-        clear(roles)
-    moved = changed(before, all_tensors(roles.base.model))
+        zero_grad(roles)
+    moved = changed_tensors(before, all_tensors(roles.base.model))
     wrong += [f"bytes of {n}" for n in moved if ".lt_policy." not in n]
     wrong += [f"still {n}" for n in before if ".lt_policy." in n and n not in moved]
     wrong += [f"hash of {n}" for n in changed_hashes(hashes, base_hashes(roles.base.model))]
@@ -232,7 +232,7 @@ def changed_hashes(before: dict[str, str], after: dict[str, str]) -> list[str]:
 @pytest.mark.parametrize("bits", [4, 16])
 def test_training_a_role_leaves_every_other_byte_alone(bits: int) -> None:
     roles = llama_roles(bits, lower=["sft"], extra=["value"], checkpointing=True, dropout=0.1)
-    shake(roles, "sft", "value")
+    perturb(roles, "sft", "value")
     assert moved_elsewhere(roles) == []
 
 
@@ -242,7 +242,7 @@ def _use_by_peft(self: Roles, role: str) -> Any:
     for key, parameter in self._peft.named_parameters():
         if "lora_" in key:
             parameter.requires_grad_(any(f".{name}." in key for name in stack))
-    return roles_module._Voice(self._active, stack)
+    return roles_module._ActiveAdapters(self._active, stack)
 
 
 def _trainable_by_stack(self: Roles) -> None:
@@ -255,7 +255,7 @@ def _trainable_by_stack(self: Roles) -> None:
 def test_a_switch_that_touches_requires_grad_is_seen(monkeypatch: pytest.MonkeyPatch, name: str, bug: Any) -> None:
     monkeypatch.setattr(Roles, name, bug)
     roles = llama_roles(lower=["sft"])
-    shake(roles, "sft")
+    perturb(roles, "sft")
     assert moved_elsewhere(roles) != []
 
 
@@ -293,9 +293,9 @@ def left_behind(roles: Roles) -> list[str]:
         if torch.is_grad_enabled() != training:
             wrong.append(f"{what}: grad mode")
 
-    with suppress(Fault), roles.use("policy"):
-        with suppress(Fault), roles.use("reference"), roles.quiet():
-            with suppress(Fault), roles.quiet(), roles.use("base"):
+    with suppress(Fault), roles.activate("policy"):
+        with suppress(Fault), roles.activate("reference"), roles.inference_mode():
+            with suppress(Fault), roles.inference_mode(), roles.activate("base"):
                 look("innermost", [], False)
                 raise Fault
             look("inside", roles.stacks["reference"], False)
@@ -304,8 +304,8 @@ def left_behind(roles: Roles) -> list[str]:
         raise Fault
     look("after", [], True)
     # one voice entered while it is entered, as a second backward pass within the first would
-    again = roles.use("policy")
-    with again, roles.use("reference"):
+    again = roles.activate("policy")
+    with again, roles.activate("reference"):
         with again:
             look("again", roles.stacks["policy"], True)
         look("after again", roles.stacks["reference"], True)
@@ -315,7 +315,10 @@ def left_behind(roles: Roles) -> list[str]:
         raise Fault
 
     handle = roles.base.model.get_decoder().layers[1].register_forward_pre_hook(broken)
-    for call in (lambda: roles.logps("policy", ragged()), lambda: roles.exact_kl("policy", "reference", ragged())):
+    for call in (
+        lambda: roles.logps("policy", ragged_batch()),
+        lambda: roles.full_vocab_kl("policy", "reference", ragged_batch()),
+    ):
         with suppress(Fault):
             call()
         look("forward", [], True)
@@ -362,8 +365,8 @@ def _quiet_always_to_train(self: Roles) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("place", "name", "bug"),
     [
-        (roles_module._Voice, "__exit__", _exit_to_the_base),
-        (roles_module._Voice, "__exit__", _exit_only_when_well),
+        (roles_module._ActiveAdapters, "__exit__", _exit_to_the_base),
+        (roles_module._ActiveAdapters, "__exit__", _exit_only_when_well),
         (Roles, "quiet", _quiet_without_finally),
         (Roles, "quiet", _quiet_always_to_train),
     ],
@@ -389,21 +392,21 @@ def some_gradients(
     active*, and how often a layer ran until then and in all."""
     lower = sorted({name for stack in stacks.values() for name in stack} - {"policy", "value"})
     roles = roles_over(
-        load(bits),
+        load_base_of(bits),
         lower=lower,
         extra=["value"],
         trainable=["policy", "value"],
         stacks=stacks,
         checkpointing=checkpointing,
     )
-    shake(roles, "policy", seed=1)
-    shake(roles, "value", seed=2)
-    shake(roles, *lower, seed=3)
-    batch = ragged()
-    with counting(roles) as count:
+    perturb(roles, "policy", seed=1)
+    perturb(roles, "value", seed=2)
+    perturb(roles, *lower, seed=3)
+    batch = ragged_batch()
+    with count_forwards(roles) as count:
         loss = sum((index + 1) * roles.logps(role, batch).logps.sum() for index, role in enumerate(roles_used))
         forward = count[0]
-        with roles.use("value" if roles_used[-1] == "policy" else "policy"):
+        with roles.activate("value" if roles_used[-1] == "policy" else "policy"):
             loss.backward()  # type: ignore[union-attr]
     found = [gradients(roles, role) for role in roles_used]
     assert roles._active == []
@@ -419,7 +422,7 @@ def error_of_checkpointing(bits: int, stacks: dict[str, list[str]], roles_used: 
     recomputed, forward, all_in_all = some_gradients(bits, stacks, roles_used, True)
     if (forward, all_in_all) != (len(roles_used), 2 * len(roles_used)):
         return float("inf")
-    return far(recomputed, plain)
+    return relative_error(recomputed, plain)
 
 
 ROLES_USED = (("policy",), ("policy", "value"), ("value", "policy"))
@@ -432,7 +435,7 @@ def test_checkpointing_changes_no_gradient(bits: int, stacks: dict[str, list[str
     assert error_of_checkpointing(bits, stacks, used) <= 1e-6
 
 
-def _checkpoint_without_voice(self: Roles, *_: Any) -> None:
+def _checkpoint_without_adapters(self: Roles, *_: Any) -> None:
     model = self.base.model
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -441,7 +444,7 @@ def _checkpoint_without_voice(self: Roles, *_: Any) -> None:
 
 @pytest.mark.parametrize("stacks", [STACKS, DEEP], ids=["one", "two"])
 @pytest.mark.parametrize(
-    "bug", [_checkpoint_without_voice, lambda self, *_: None], ids=["no voice", "no recomputation"]
+    "bug", [_checkpoint_without_adapters, lambda self, *_: None], ids=["no voice", "no recomputation"]
 )
 def test_recomputation_under_another_role_is_seen(
     monkeypatch: pytest.MonkeyPatch, bug: Any, stacks: dict[str, list[str]]
@@ -453,22 +456,22 @@ def test_recomputation_under_another_role_is_seen(
 
 def test_checkpointing_sleeps_in_quiet_and_wakes_after() -> None:
     roles = llama_roles(checkpointing=True)
-    with counting(roles) as count:
-        with roles.quiet():
-            assert not roles.logps("policy", ragged()).logps.requires_grad
+    with count_forwards(roles) as count:
+        with roles.inference_mode():
+            assert not roles.logps("policy", ragged_batch()).logps.requires_grad
         assert count[0] == 1
-        roles.logps("policy", ragged()).logps.sum().backward()
+        roles.logps("policy", ragged_batch()).logps.sum().backward()
         assert count[0] == 3
 
 
 def test_a_graph_can_be_walked_twice() -> None:
     roles = llama_roles(checkpointing=True)
-    shake(roles, "policy")
-    loss = roles.logps("policy", ragged()).logps.sum()
+    perturb(roles, "policy")
+    loss = roles.logps("policy", ragged_batch()).logps.sum()
     loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
     once = gradients(roles)
     loss.backward()  # type: ignore[no-untyped-call]
-    assert far(gradients(roles), 2 * once) <= 1e-6 and roles._active == []
+    assert relative_error(gradients(roles), 2 * once) <= 1e-6 and roles._active == []
 
 
 # --- 6: padding -------------------------------------------------------------------------------------------------------
@@ -481,10 +484,12 @@ def error_of_padding(roles: Roles, **how: Any) -> float:
     gradient, against each row alone."""
 
     def logps_of(batch: Batch) -> tuple[Tensor, Tensor]:
-        clear(roles)
+        zero_grad(roles)
         found = roles.logps("policy", batch)
         found.logps.sum().backward()
-        return torch.cat([found.logps[batch.attended], found.entropy[batch.attended]]).detach(), gradients(roles)
+        return torch.cat([found.logps[batch.attention_mask], found.entropy[batch.attention_mask]]).detach(), gradients(
+            roles
+        )
 
     alone = [logps_of(make_batch([row])) for row in ROWS]
     values = torch.cat(
@@ -494,7 +499,7 @@ def error_of_padding(roles: Roles, **how: Any) -> float:
         ]
     )
     padded, gradient = logps_of(make_batch(ROWS, **how))
-    return max(float((padded - values).abs().max()), far(gradient, sum(g for _, g in alone)))  # type: ignore[arg-type]
+    return max(float((padded - values).abs().max()), relative_error(gradient, sum(g for _, g in alone)))  # type: ignore[arg-type]
 
 
 PADDINGS: list[dict[str, Any]] = [
@@ -512,9 +517,9 @@ def test_padding_side_and_width_change_nothing(kind: str, how: dict[str, Any]) -
     roles = (
         llama_roles()
         if kind == "nf4"
-        else roles_over(whole(kind, **({"sliding_window": 4} if kind == "mistral" else {})))
+        else roles_over(unquantized_base(kind, **({"sliding_window": 4} if kind == "mistral" else {})))
     )
-    shake(roles, "policy")
+    perturb(roles, "policy")
     assert error_of_padding(roles, **how) <= 2e-5
 
 
@@ -527,8 +532,8 @@ def test_padding_side_and_width_change_nothing(kind: str, how: dict[str, Any]) -
     ],
 )
 def test_padding_that_is_looked_at_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str, dropped: list[str]) -> None:
-    roles = roles_over(whole(kind))
-    shake(roles, "policy")
+    roles = roles_over(unquantized_base(kind))
+    perturb(roles, "policy")
     decoder = roles.base.model.get_decoder()
     monkeypatch.setattr(
         roles.base.model,
@@ -542,7 +547,7 @@ def test_padding_that_is_looked_at_is_seen(monkeypatch: pytest.MonkeyPatch, kind
 def test_right_padding_is_bit_identical_in_value() -> None:
     """Whatever ids stand in the padding of the same width."""
     roles = llama_roles()
-    shake(roles, "policy")
+    perturb(roles, "policy")
     few, many = (roles.logps("policy", make_batch(ROWS, more=4, filler=filler)) for filler in (0, 55))
     assert torch.equal(few.logps, many.logps) and torch.equal(few.entropy, many.entropy)
 
@@ -559,17 +564,19 @@ def save(roles: Roles, name: str, folder: Path) -> Path:
 
 def plain_peft_equals(roles: Roles, bits: int, folder: Path, train_mode: bool = False) -> bool:
     """Whether plain PEFT, given the saved policy and a fresh base, computes the same logits bit for bit."""
-    base = load(bits)
+    base = load_base_of(bits)
     plain = PeftModel.from_pretrained(base.model, str(save(roles, "policy", folder)))
-    with roles.use("policy"):
-        return torch.equal(logits(plain, ragged(), train_mode), logits(roles.base.model, ragged(), train_mode))
+    with roles.activate("policy"):
+        return torch.equal(
+            logits(plain, ragged_batch(), train_mode), logits(roles.base.model, ragged_batch(), train_mode)
+        )
 
 
 @pytest.mark.parametrize("more", [{}, {"rslora": True}, {"target_modules": ("q_proj", "down_proj")}], ids=str)
 @pytest.mark.parametrize("bits", [4, 16])
 def test_a_saved_adapter_loads_with_plain_peft(tmp_path: Path, bits: int, more: dict[str, Any]) -> None:
     roles = llama_roles(bits, lower=["other"], **more)
-    shake(roles, "policy", "other")
+    perturb(roles, "policy", "other")
     roles.stacks["policy"] = ["lt_policy"]
     assert plain_peft_equals(roles, bits, tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
@@ -582,7 +589,7 @@ def test_a_saved_adapter_loads_with_plain_peft(tmp_path: Path, bits: int, more: 
 
 def test_a_wrong_scaling_or_a_lost_tensor_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     roles = llama_roles()
-    shake(roles, "policy")
+    perturb(roles, "policy")
     real_config, real_tensors = roles.adapter_config, roles.adapter_tensors
     monkeypatch.setattr(roles, "adapter_config", lambda name: {**real_config(name), "use_rslora": True})
     assert not plain_peft_equals(roles, 4, tmp_path / "scaling")
@@ -595,40 +602,40 @@ def test_an_adapter_goes_on_where_it_was(tmp_path: Path) -> None:
     """read_adapter and load_adapter_tensors: as the policy it is trainable and the same; below another it is frozen,
     without dropout."""
     roles = llama_roles(dropout=0.25, rslora=True)
-    shake(roles, "policy")
+    perturb(roles, "policy")
     saved = read_adapter(str(save(roles, "policy", tmp_path / "run" / "final").parent), "adapters.policy.path")
     assert saved.base_name == roles.base.name and saved.config.use_rslora and saved.config.lora_dropout == 0.25
-    again = Roles(load(), {"policy": saved.config}, ["policy"], {"policy": ["policy"], "reference": []})
+    again = Roles(load_base_of(), {"policy": saved.config}, ["policy"], {"policy": ["policy"], "reference": []})
     again.load_adapter_tensors("policy", saved.tensors, "here")
     below = Roles(
-        load(),
+        load_base_of(),
         {"sft": saved.config, "policy": saved.config},
         ["policy"],
         {"policy": ["sft", "policy"], "reference": ["sft"]},
     )
     below.load_adapter_tensors("sft", saved.tensors, "here")
-    with roles.quiet(), again.quiet(), below.quiet():
-        expected = roles.logps("policy", ragged()).logps
-        assert torch.equal(again.logps("policy", ragged()).logps, expected)
-        assert torch.equal(below.logps("reference", ragged()).logps, expected)
-        assert torch.equal(below.logps("policy", ragged()).logps, expected)
+    with roles.inference_mode(), again.inference_mode(), below.inference_mode():
+        expected = roles.logps("policy", ragged_batch()).logps
+        assert torch.equal(again.logps("policy", ragged_batch()).logps, expected)
+        assert torch.equal(below.logps("reference", ragged_batch()).logps, expected)
+        assert torch.equal(below.logps("policy", ragged_batch()).logps, expected)
     assert [p.requires_grad for p in again.parameters("policy")] and len(below.parameters("policy")) == len(
         again.parameters("policy")
     )
     assert not any(p.requires_grad for n, p in below.base.model.named_parameters() if ".lt_sft." in n)
     with pytest.MonkeyPatch.context() as patch:  # the check can fail
-        patch.setattr(settings.Adapter, "dropout", 0.0, raising=False)
+        patch.setattr(settings.AdapterConfig, "dropout", 0.0, raising=False)
         other = {key: tensor + 1e-3 for key, tensor in saved.tensors.items()}
         again.load_adapter_tensors("policy", other, "here")
-        with again.quiet():
-            assert not torch.equal(again.logps("policy", ragged()).logps, expected)
+        with again.inference_mode():
+            assert not torch.equal(again.logps("policy", ragged_batch()).logps, expected)
 
 
 def frozen_dropout_sleeps() -> bool:
     roles = llama_roles(lower=["sft"], dropout=0.5)
-    shake(roles, "sft", "policy")
-    first, second = (roles.logps("reference", ragged()).logps.detach() for _ in range(2))
-    trained = [roles.logps("policy", ragged()).logps.detach() for _ in range(2)]
+    perturb(roles, "sft", "policy")
+    first, second = (roles.logps("reference", ragged_batch()).logps.detach() for _ in range(2))
+    trained = [roles.logps("policy", ragged_batch()).logps.detach() for _ in range(2)]
     assert not torch.equal(*trained), "dropout of the trained adapter must fire, or this test is blind"
     return torch.equal(first, second)
 
@@ -650,8 +657,8 @@ NAMES = ("value", "q_proj", "lora_a", "lora_A", "weight", "mlp", "model", "layer
 def lost_tensors(folder: Path) -> list[str]:
     """Adapters of which a saved file does not hold every tensor, or whose loading changes another one. Empty is
     right."""
-    roles = roles_over(load(), lower=NAMES)
-    shake(roles, "policy", *NAMES)
+    roles = roles_over(load_base_of(), lower=NAMES)
+    perturb(roles, "policy", *NAMES)
     wrong = []
     for name in ("policy", *NAMES):
         tensors = roles.adapter_tensors(name)
@@ -659,8 +666,8 @@ def lost_tensors(folder: Path) -> list[str]:
             wrong.append(name)
         before = all_tensors(roles.base.model)
         roles.load_adapter_tensors(name, {key: tensor + 1 for key, tensor in tensors.items()}, "here")
-        moved = changed(before, all_tensors(roles.base.model))
-        if len(moved) != 28 or any(f".{roles_module.PREFIX}{name}." not in key for key in moved):
+        moved = changed_tensors(before, all_tensors(roles.base.model))
+        if len(moved) != 28 or any(f".{roles_module.ADAPTER_PREFIX}{name}." not in key for key in moved):
             wrong.append(name)
         after = roles.adapter_tensors(name)
         if any(not torch.equal(after[key], tensor + 1) for key, tensor in tensors.items()):
@@ -672,7 +679,7 @@ def lost_tensors(folder: Path) -> list[str]:
 
 def test_names_of_modules_lose_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lost_tensors(tmp_path) == []
-    monkeypatch.setattr(roles_module, "PREFIX", "")
+    monkeypatch.setattr(roles_module, "ADAPTER_PREFIX", "")
     try:
         assert lost_tensors(tmp_path) != []
     except (AssertionError, ValueError, KeyError, RuntimeError):
@@ -680,7 +687,7 @@ def test_names_of_modules_lose_no_weights(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_masters_are_fp32_whatever_the_base_is() -> None:
-    base = load(16)
+    base = load_base_of(16)
     base.model.to(torch.bfloat16)
     roles = roles_over(base, lower=["sft"])
     assert {p.dtype for n, p in roles.base.model.named_parameters() if "lora_" in n} == {torch.float32}
@@ -696,14 +703,14 @@ def test_a_seed_gives_the_same_adapters() -> None:
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 4.0), (True, 8.0)])
 def test_scaling(rslora: bool, scale: float) -> None:
     """alpha 16, r 4: 16 / 4, and 16 / sqrt(4) with rslora; and the layer really adds that."""
-    roles = roles_over(load(16), rslora=rslora)
-    shake(roles, "policy")
+    roles = roles_over(load_base_of(16), rslora=rslora)
+    perturb(roles, "policy")
     layer = next(module for module in roles.base.model.modules() if isinstance(module, LoraLayer))
     x = torch.randn(3, 64)
-    with roles.use("policy"):
+    with roles.activate("policy"):
         delta = layer(x) - layer.base_layer(x)
     by_hand = scale * (x @ layer.lora_A["lt_policy"].weight.T @ layer.lora_B["lt_policy"].weight.T)
-    assert far(delta.detach(), by_hand.detach()) < 1e-5
+    assert relative_error(delta.detach(), by_hand.detach()) < 1e-5
 
 
 # --- faults of an adapter's folder ------------------------------------------------------------------------------------
@@ -720,7 +727,7 @@ def sentence(call: Callable[[], Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("files", "weights", "says"),
+    ("files", "weights", "message"),
     [
         ({}, None, "holds no adapter_config.json"),
         ({"run.json": "{}"}, None, "a run that has not ended"),
@@ -752,26 +759,26 @@ def sentence(call: Callable[[], Any]) -> str:
     ],
 )
 def test_faults_of_an_adapter_are_one_sentence(
-    tmp_path: Path, files: dict[str, str], weights: bytes | str | None, says: str
+    tmp_path: Path, files: dict[str, str], weights: bytes | str | None, message: str
 ) -> None:
-    folder = write(tmp_path / "adapter", files)
+    folder = write_files(tmp_path / "adapter", files)
     if weights == "good":
         save_file({"a": torch.zeros(1)}, folder / WEIGHTS)
     elif isinstance(weights, bytes):
         (folder / WEIGHTS).write_bytes(weights)
-    assert says in sentence(lambda: read_adapter(str(folder), "adapters.sft.path"))
+    assert message in sentence(lambda: read_adapter(str(folder), "adapters.sft.path"))
 
 
 def test_a_missing_folder_and_an_adapter_of_another_base(tmp_path: Path) -> None:
     assert "there is no folder" in sentence(lambda: read_adapter(str(tmp_path / "none"), "adapters.sft.path"))
-    narrow = roles_over(whole("llama", hidden_size=32))
+    narrow = roles_over(unquantized_base("llama", hidden_size=32))
     saved = read_adapter(str(save(narrow, "policy", tmp_path / "narrow")), "adapters.sft.path")
     roles = llama_roles(lower=["sft"])
     before = all_tensors(roles.base.model)
     assert "another base" in sentence(
         lambda: roles.load_adapter_tensors("sft", saved.tensors, "adapters.sft.path: narrow")
     )
-    assert changed(before, all_tensors(roles.base.model)) == set()
+    assert changed_tensors(before, all_tensors(roles.base.model)) == set()
 
 
 def test_an_adapter_whose_modules_the_base_has_not(tmp_path: Path) -> None:
@@ -782,23 +789,23 @@ def test_an_adapter_whose_modules_the_base_has_not(tmp_path: Path) -> None:
     ):
         for configs in ({"sft": config, "policy": good}, {"policy": good, "sft": config}):
             with pytest.raises(UserError, match="^adapters.sft: this adapter does not fit "):
-                Roles(load(), configs, ["policy"], {"policy": ["sft", "policy"], "reference": ["sft"]})
+                Roles(load_base_of(), configs, ["policy"], {"policy": ["sft", "policy"], "reference": ["sft"]})
 
 
 def test_how_an_adapter_was_born_is_not_done_again(tmp_path: Path) -> None:
     """A saved adapter brings its weights; a start from an orthogonal or EVA initialisation is neither repeated nor
     refused."""
     for born in ("gaussian", "orthogonal", "eva"):
-        folder = write(tmp_path / born, {CONFIG: json.dumps(GOOD | {"init_lora_weights": born})})
+        folder = write_files(tmp_path / born, {CONFIG: json.dumps(GOOD | {"init_lora_weights": born})})
         save_file({"a": torch.zeros(1)}, folder / WEIGHTS)
         assert read_adapter(str(folder), "adapters.sft.path").config.init_lora_weights is True
 
 
 def test_target_modules_that_the_base_has_not() -> None:
     with pytest.raises(UserError, match="no linear module no_such; it has down_proj, gate_proj"):
-        lora_config(settings.Adapter(target_modules=("q_proj", "no_such")), load().model)
+        lora_config(settings.AdapterConfig(target_modules=("q_proj", "no_such")), load_base_of().model)
     with pytest.raises(UserError, match="gpt2 models have no linear modules"):
-        lora_config(settings.Adapter(), whole("gpt2").model)
+        lora_config(settings.AdapterConfig(), unquantized_base("gpt2").model)
 
 
 def test_all_linear_takes_every_linear_but_the_head() -> None:
@@ -813,22 +820,22 @@ def test_all_linear_takes_every_linear_but_the_head() -> None:
 
 def trained_bytes(roles: Roles) -> dict[str, Tensor]:
     """What two optimizer steps make of a policy, and its log-probs."""
-    shake(roles, "policy")
+    perturb(roles, "policy")
     train(roles)
-    with roles.quiet():
-        return roles.adapter_tensors("policy") | {"logps": roles.logps("policy", ragged()).logps}
+    with roles.inference_mode():
+        return roles.adapter_tensors("policy") | {"logps": roles.logps("policy", ragged_batch()).logps}
 
 
 def of_kind(kind: str) -> Base:
     if kind == "tiny-tutor":
-        return load_base(settings.Base(), TOKENIZER, CPU)  # type: ignore[arg-type]
-    return load(int(kind))
+        return load_base(settings.BaseConfig(), TOKENIZER, CPU)  # type: ignore[arg-type]
+    return load_base_of(int(kind))
 
 
 def released_wrong(kind: str, first: bool, then: bool) -> set[str]:
     """What differs between Roles over a base that carried others before (checkpointed if `first`) and over a fresh one.
     Empty is right."""
-    base, batch = of_kind(kind), ragged(vocab=60)
+    base, batch = of_kind(kind), ragged_batch(vocab=60)
     before, hashes = all_tensors(base.model), base_hashes(base.model)
     outputs = [logits(base.model, batch, mode) for mode in (True, False)]
     modules, names = [(name, type(module)) for name, module in base.model.named_modules()], attributes(base.model)
@@ -843,17 +850,17 @@ def released_wrong(kind: str, first: bool, then: bool) -> set[str]:
         trainable=["policy", "reward"],
         stacks=stacks,
     )
-    shake(roles, "sft", "reward")
+    perturb(roles, "sft", "reward")
     trained_bytes(roles)
-    roles.last_scores("reward", batch).sum().backward()  # type: ignore[no-untyped-call]
+    roles.sequence_scores("reward", batch).sum().backward()  # type: ignore[no-untyped-call]
     watched = [
         weakref.ref(thing) for thing in (*roles.parameters("policy"), *roles.parameters("reward"), *roles._layers())
     ]
     base.model.eval()
-    roles.release()
+    roles.unload_adapters()
     gc.collect()
     wrong = {"alive" for thing in watched if thing() is not None}
-    wrong |= {f"bytes of {name}" for name in changed(before, all_tensors(base.model))}
+    wrong |= {f"bytes of {name}" for name in changed_tensors(before, all_tensors(base.model))}
     wrong |= {"hashes"} if base_hashes(base.model) != hashes else set()
     wrong |= {"modules"} if [(name, type(module)) for name, module in base.model.named_modules()] != modules else set()
     wrong |= {f"attribute {name}" for name in attributes(base.model) ^ names}
@@ -875,7 +882,7 @@ def released_wrong(kind: str, first: bool, then: bool) -> set[str]:
     again, fresh = (
         trained_bytes(roles_over(one, dropout=0.1, checkpointing=then, seed=5)) for one in (base, of_kind(kind))
     )
-    return {f"next {name}" for name in changed(again, fresh)}
+    return {f"next {name}" for name in changed_tensors(again, fresh)}
 
 
 def attributes(model: nn.Module) -> set[str]:
@@ -891,7 +898,7 @@ def test_a_released_base_is_as_it_was_loaded(kind: str, first: bool, then: bool)
 
 def release_without(line: str) -> Callable[[Roles], None]:
     """`release` without one of its lines."""
-    source, names = textwrap.dedent(inspect.getsource(Roles.release)), dict(vars(roles_module))
+    source, names = textwrap.dedent(inspect.getsource(Roles.unload_adapters)), dict(vars(roles_module))
     assert source.count(line) == 1
     exec(source.replace(line, "pass"), names)
     return names["release"]  # type: ignore[no-any-return]
@@ -908,5 +915,5 @@ def release_without(line: str) -> Callable[[Roles], None]:
     ],
 )
 def test_a_release_that_forgets_something_is_seen(monkeypatch: pytest.MonkeyPatch, line: str, sign: str) -> None:
-    monkeypatch.setattr(Roles, "release", release_without(line))
+    monkeypatch.setattr(Roles, "unload_adapters", release_without(line))
     assert any(wrong.startswith(sign) for wrong in released_wrong("16", True, False))

@@ -15,36 +15,36 @@ from bitsandbytes.nn import Linear4bit
 from models import (
     VOCAB,
     all_tensors,
-    changed,
-    counting,
-    far,
+    changed_tensors,
+    count_forwards,
     gradients,
     llama_roles,
-    load,
+    load_base_of,
     make_batch,
+    perturb,
+    relative_error,
     roles_over,
-    shake,
-    whole,
+    unquantized_base,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lowrank_tune.errors import RunFailed
+from lowrank_tune.errors import TrainingError
 from lowrank_tune.model.logps import Head
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout import Engine, attention, choice, linears, norms, sampler, schedule
-from lowrank_tune.rollout.stores import CohortStore, RecomputeStore, SlotStore, Store
-from lowrank_tune.types import Completion, Sampling
+from lowrank_tune.rollout.stores import DynamicCacheStore, KVStore, NoCacheStore, StaticSlotCache
+from lowrank_tune.types import Completion, SamplingParams
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [40, 41], [5, 6, 7, 8]]
 NO_STOP: frozenset[int] = frozenset()
 
 
-def speaking(bits: int = 4, lower: Sequence[str] = ("sft",), **more: Any) -> Roles:
+def perturbed_roles(bits: int = 4, lower: Sequence[str] = ("sft",), **more: Any) -> Roles:
     roles = llama_roles(bits, lower=list(lower), **more)
-    shake(roles, "policy", *lower)
+    perturb(roles, "policy", *lower)
     return roles
 
 
@@ -65,7 +65,9 @@ def run(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> dict[tuple[int, int], Completion]:
-    return by_name(list(Engine(roles, role, slots).generate(prompts, n, Sampling(tokens, stop, temperature, seed))))
+    return by_name(
+        list(Engine(roles, role, slots).generate(prompts, n, SamplingParams(tokens, stop, temperature, seed)))
+    )
 
 
 # --- greedy -----------------------------------------------------------------------------------------------------------
@@ -74,7 +76,7 @@ def run(
 def transformers_greedy(roles: Roles, role: str, prompt: Sequence[int], tokens: int) -> tuple[list[int], list[float]]:
     """`model.generate` of one prompt alone, and for each token the gap between the best two logits."""
     model = roles.base.model
-    with roles.quiet(), roles.use(role):
+    with roles.inference_mode(), roles.activate(role):
         ids = torch.tensor([list(prompt)])
         out = model.generate(
             input_ids=ids,
@@ -96,7 +98,7 @@ def wrong_greedy_words(roles: Roles, role: str = "policy", tokens: int = 12, slo
     found, wrong = run(roles, role=role, temperature=0.0, tokens=tokens, slots=slots), 0
     for index, prompt in enumerate(PROMPTS):
         theirs, gaps = transformers_greedy(roles, role, prompt, tokens)
-        mine = found[index, 0].ids
+        mine = found[index, 0].token_ids
         at = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), None)
         wrong += at is not None and gaps[at] >= 1e-4
     return wrong
@@ -105,13 +107,15 @@ def wrong_greedy_words(roles: Roles, role: str = "policy", tokens: int = 12, slo
 @pytest.mark.parametrize("role", ["policy", "reference", "base"])
 @pytest.mark.parametrize("bits", [4, 16])
 def test_greedy_equals_transformers(bits: int, role: str) -> None:
-    roles = speaking(bits, checkpointing=True)
+    roles = perturbed_roles(bits, checkpointing=True)
     assert wrong_greedy_words(roles, role) == 0
-    said = {
-        role: [one.ids for one in run(roles, role=role, temperature=0.0).values()]
+    completions = {
+        role: [one.token_ids for one in run(roles, role=role, temperature=0.0).values()]
         for role in ("policy", "reference", "base")
     }
-    assert len({str(ids) for ids in said.values()}) == 3, "the roles must say different things, or this test is blind"
+    assert len({str(ids) for ids in completions.values()}) == 3, (
+        "the roles must say different things, or this test is blind"
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,8 +124,8 @@ def test_greedy_equals_transformers(bits: int, role: str) -> None:
 def test_greedy_equals_transformers_on_other_architectures(kind: str) -> None:
     """Sliding windows shorter than the text among them: their caches forget, and shrink with the batch too."""
     window = {"sliding_window": 6} if kind in ("mistral", "gemma2", "gemma3_text") else {}
-    roles = roles_over(whole(kind, **window))
-    shake(roles, "policy")
+    roles = roles_over(unquantized_base(kind, **window))
+    perturb(roles, "policy")
     assert wrong_greedy_words(roles) == 0
     assert wrong_greedy_words(roles, slots=2) == 0
 
@@ -131,26 +135,26 @@ def test_greedy_equals_transformers_on_other_architectures(kind: str) -> None:
 def test_a_model_that_forgets_where_it_is_gets_another_store(
     monkeypatch: pytest.MonkeyPatch, kind: str, dropped: str
 ) -> None:
-    model = whole(kind).model
-    assert choice.fault_of(SlotStore, model) is None
+    model = unquantized_base(kind).model
+    assert choice.cache_fault(StaticSlotCache, model) is None
     decoder = model.get_decoder()
     monkeypatch.setattr(
         model, "get_decoder", lambda: lambda **given: decoder(**{**given, dropped: None}), raising=False
     )
-    assert "differ" in str(choice.fault_of(SlotStore, model))
+    assert "differ" in str(choice.cache_fault(StaticSlotCache, model))
 
 
 def test_models_get_the_store_that_serves_them() -> None:
     """gpt_neo makes masks by itself, from the columns of the cache."""
-    for kind, wanted in (("llama", SlotStore), ("gpt_neo", CohortStore)):
+    for kind, wanted in (("llama", StaticSlotCache), ("gpt_neo", DynamicCacheStore)):
         with torch.no_grad():
-            assert type(choice.store_for(whole(kind).model)) is wanted
+            assert type(choice.select_cache(unquantized_base(kind).model)) is wanted
 
 
 @pytest.mark.parametrize("fault", ["none", "position_ids", "attention_mask"])
 def test_rounding_of_another_batch_shape_does_not_reject_a_store(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """A deep model in bf16 whose hidden states change by 7 % with the number of rows, as measured on a GPU."""
-    model = whole("llama").model.bfloat16()
+    model = unquantized_base("llama").model.bfloat16()
     decoder = model.get_decoder()
 
     def rounded(**given: Any) -> Any:
@@ -166,20 +170,22 @@ def test_rounding_of_another_batch_shape_does_not_reject_a_store(monkeypatch: py
     with torch.no_grad():
         sequence = [5, 6, 7]
         assert (
-            choice.relative_difference(choice._plain(model, sequence, 3), choice._plain(model, sequence))
+            choice.relative_difference(
+                choice._uncached_state(model, sequence, 3), choice._uncached_state(model, sequence)
+            )
             > choice.HALF_TOLERANCE
         )
-        store = choice.store_for(model, notes.append)
+        store = choice.select_cache(model, notes.append)
     if fault == "none":
-        assert type(store) is SlotStore and not notes
+        assert type(store) is StaticSlotCache and not notes
         return
-    assert type(store) is not SlotStore
+    assert type(store) is not StaticSlotCache
     (note,) = notes
     assert note.level == "warning" and "which is slower" in note.message and "is allowed" in note.message
 
 
 def test_a_slower_store_is_announced_once() -> None:
-    roles = roles_over(whole("gpt_neo"))
+    roles = roles_over(unquantized_base("gpt_neo"))
     notes: list[Any] = []
     roles.limits.emit = notes.append
     for _ in range(2):
@@ -189,28 +195,28 @@ def test_a_slower_store_is_announced_once() -> None:
 
 
 def test_not_a_number_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = whole("llama").model
-    read_on = choice._read_on
+    model = unquantized_base("llama").model
+    read_on = choice._decode_probes
 
-    def broken(store: Store, vocabulary: int) -> Any:
+    def broken(store: KVStore, vocabulary: int) -> Any:
         found = read_on(store, vocabulary)
         return [*found[:-1], (found[-1][0], found[-1][1] * torch.nan)]
 
-    monkeypatch.setattr(choice, "_read_on", broken)
+    monkeypatch.setattr(choice, "_decode_probes", broken)
     with torch.no_grad():
-        assert choice.fault_of(SlotStore, model) is not None
+        assert choice.cache_fault(StaticSlotCache, model) is not None
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neo"])
-@pytest.mark.parametrize("store", [CohortStore, RecomputeStore])
-def test_other_stores_say_the_same(monkeypatch: pytest.MonkeyPatch, store: type[Store], kind: str) -> None:
-    roles = roles_over(whole(kind))
-    shake(roles, "policy")
+@pytest.mark.parametrize("store", [DynamicCacheStore, NoCacheStore])
+def test_other_stores_sample_the_same(monkeypatch: pytest.MonkeyPatch, store: type[KVStore], kind: str) -> None:
+    roles = roles_over(unquantized_base(kind))
+    perturb(roles, "policy")
     with torch.no_grad():
-        assert choice.fault_of(store, roles.base.model) is None
-    monkeypatch.setitem(choice._CHOSEN, roles.base.model, store)
+        assert choice.cache_fault(store, roles.base.model) is None
+    monkeypatch.setitem(choice._cache_by_model, roles.base.model, store)
     assert wrong_greedy_words(roles) == wrong_greedy_words(roles, slots=2) == 0
-    assert hangs_on_neighbours(roles, 1.0) == []
+    assert depends_on_batch(roles, 1.0) == []
 
 
 def near_ties(roles: Roles, prompts: Sequence[Sequence[int]], tokens: int = 24) -> int:
@@ -218,7 +224,7 @@ def near_ties(roles: Roles, prompts: Sequence[Sequence[int]], tokens: int = 24) 
     found, ties = run(roles, prompts=prompts, temperature=0.0, tokens=tokens, slots=48), 0
     for index, prompt in enumerate(prompts):
         theirs, gaps = transformers_greedy(roles, "policy", prompt, tokens)
-        at = next((i for i, (a, b) in enumerate(zip(found[index, 0].ids, theirs, strict=True)) if a != b), None)
+        at = next((i for i, (a, b) in enumerate(zip(found[index, 0].token_ids, theirs, strict=True)) if a != b), None)
         assert at is None or gaps[at] < 1e-4, (
             f"prompt {index} parts at token {at} where the best two logits are {gaps[at]:.1e} apart"
         )
@@ -233,8 +239,8 @@ def test_greedy_equals_transformers_on_two_hundred_prompts(kind: str, bits: int)
     stream = torch.Generator().manual_seed(5)
     lengths = torch.randint(1, 90, (200,), generator=stream).tolist()  # gemma3's window of 64 is shorter than some
     prompts = [torch.randint(2, VOCAB, (length,), generator=stream).tolist() for length in lengths]
-    roles = roles_over(load(bits, kind))
-    shake(roles, "policy")
+    roles = roles_over(load_base_of(bits, kind))
+    perturb(roles, "policy")
     assert near_ties(roles, prompts) < 4
 
 
@@ -245,8 +251,8 @@ def error_of_logps(roles: Roles, temperature: float) -> float:
     """Largest difference between the engine's log-probs and those of one teacher-forced forward pass in train mode."""
     found, worst = run(roles, n=3, temperature=temperature, tokens=10, stop=frozenset(range(2, 10))), 0.0
     for (index, _), one in found.items():
-        assert one.logps is not None and len(one.logps) == len(one.ids)
-        row = [*PROMPTS[index], *one.ids]
+        assert one.logps is not None and len(one.logps) == len(one.token_ids)
+        row = [*PROMPTS[index], *one.token_ids]
         forced = roles.logps("policy", make_batch([row]), temperature or 1.0).logps[0, len(PROMPTS[index]) :]
         worst = max(worst, float((forced.detach() - torch.tensor(one.logps)).abs().max()))
     return worst if worst == worst else math.inf
@@ -254,7 +260,7 @@ def error_of_logps(roles: Roles, temperature: float) -> float:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_log_probs_are_those_of_the_trainer(temperature: float) -> None:
-    assert error_of_logps(speaking(), temperature) < 1e-4
+    assert error_of_logps(perturbed_roles(), temperature) < 1e-4
 
 
 def _cold(self: Head, hidden: Tensor, temperature: float = 1.0) -> Tensor:
@@ -265,7 +271,7 @@ real_logits = Head.logits
 
 
 def test_log_probs_at_another_temperature_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    roles = speaking()
+    roles = perturbed_roles()
     real = Roles.logps
     monkeypatch.setattr(Roles, "logps", lambda self, role, batch, temperature=1.0: real(self, role, batch, 1.0))
     assert error_of_logps(roles, 1.0) < 1e-4 < 1e-2 < error_of_logps(roles, 0.7)
@@ -273,13 +279,13 @@ def test_log_probs_at_another_temperature_are_seen(monkeypatch: pytest.MonkeyPat
 
 def chi_square(temperature: float, draws: int = 4000) -> float:
     """Drawn words of a vocabulary of eight against the model's own probabilities in float64; 7 degrees of freedom."""
-    roles = roles_over(whole("llama", vocab_size=8, gain=1.5))
-    shake(roles, "policy", size=0.03)
+    roles = roles_over(unquantized_base("llama", vocab_size=8, gain=1.5))
+    perturb(roles, "policy", size=0.03)
     found = Counter(
-        one.ids[0]
+        one.token_ids[0]
         for one in run(roles, n=draws, prompts=[[5, 3]], tokens=1, temperature=temperature, slots=1000).values()
     )
-    with roles.use("policy"), torch.no_grad():
+    with roles.activate("policy"), torch.no_grad():
         p = torch.softmax(
             roles.base.model(input_ids=torch.tensor([[5, 3]])).logits[0, -1].double() / temperature, dim=-1
         )
@@ -298,79 +304,80 @@ def test_a_sampler_that_forgets_the_temperature_is_seen(monkeypatch: pytest.Monk
 
 
 def test_a_sampler_that_leaves_words_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = sampler._find
+    real = sampler._inverse_cdf
 
     def without_the_rare(blocks: Tensor, upto: Tensor, uniform: Tensor) -> Tensor:
         words = real(blocks, upto, uniform)
         rare = blocks.flatten(1).gather(1, words) < 0.05 * upto[:, -1:]
         return torch.where(rare, (words + 1) % 8, words)
 
-    monkeypatch.setattr(sampler, "_find", without_the_rare)
+    monkeypatch.setattr(sampler, "_inverse_cdf", without_the_rare)
     assert chi_square(1.0) > 60
 
 
 def test_the_ends_of_the_unit_interval_are_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draw of exactly 0, or next to 1, is a word that has a probability."""
-    roles = speaking()
+    roles = perturbed_roles()
     real = torch.rand
     for value in (0.0, 1.0 - 2**-53):
         monkeypatch.setattr(schedule.torch, "rand", lambda *a, value=value, **k: torch.full_like(real(*a, **k), value))
         for one in run(roles, tokens=6).values():
-            assert all(0 <= word < VOCAB for word in one.ids) and one.logps is not None and min(one.logps) > -100
+            assert all(0 <= word < VOCAB for word in one.token_ids) and one.logps is not None and min(one.logps) > -100
         monkeypatch.undo()
 
 
 # --- alone or among others --------------------------------------------------------------------------------------------
 
 
-def hangs_on_neighbours(roles: Roles, temperature: float) -> list[tuple[int, int]]:
+def depends_on_batch(roles: Roles, temperature: float) -> list[tuple[int, int]]:
     """Completions that differ between batches of 256, of 4 and of 1. Near-ties could; at these seeds none does."""
     stop = frozenset(range(2, 6))
     alone, few, many = (run(roles, n=3, slots=slots, temperature=temperature, stop=stop) for slots in (1, 4, 256))
     return [
         name
         for name in alone
-        if not alone[name].ids == few[name].ids == many[name].ids or alone[name].finish != many[name].finish
+        if not alone[name].token_ids == few[name].token_ids == many[name].token_ids
+        or alone[name].finish_reason != many[name].finish_reason
     ]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_completion_is_the_same_alone_and_among_others(temperature: float) -> None:
-    assert hangs_on_neighbours(speaking(), temperature) == []
+    assert depends_on_batch(perturbed_roles(), temperature) == []
 
 
 def test_one_stream_for_a_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(schedule, "_stream", lambda *_: stream)
-    assert hangs_on_neighbours(speaking(), 1.0) != []
+    monkeypatch.setattr(schedule, "_generator", lambda *_: stream)
+    assert depends_on_batch(perturbed_roles(), 1.0) != []
 
 
 def test_samples_have_streams_of_their_own_and_seeds_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    roles = speaking(16)
+    roles = perturbed_roles(16)
 
     def different() -> int:
-        return len({tuple(one.ids) for one in run(roles, n=8, prompts=[[5, 6], [5, 6]]).values()})
+        return len({tuple(one.token_ids) for one in run(roles, n=8, prompts=[[5, 6], [5, 6]]).values()})
 
     assert different() == 16
     assert run(roles, n=2) == run(roles, n=2) != run(roles, n=2, seed=1)
-    real = schedule._stream
-    monkeypatch.setattr(schedule, "_stream", lambda seed, prompt, sample: real(seed, prompt, 0))
+    real = schedule._generator
+    monkeypatch.setattr(schedule, "_generator", lambda seed, prompt, sample: real(seed, prompt, 0))
     assert different() == 2
 
 
 def test_the_global_stream_is_left_alone() -> None:
-    roles = speaking(16)
+    roles = perturbed_roles(16)
     before = torch.get_rng_state()
     run(roles)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_others_may_speak_between_two_tokens() -> None:
+def test_other_roles_may_be_used_between_two_tokens() -> None:
     """The caller of the generator enters another role, trains, and does both, while completions come."""
-    roles = speaking()
+    roles = perturbed_roles()
     expected = run(roles, n=2, stop=frozenset(range(2, 30)))
     found = []
-    for one in Engine(roles, "policy").generate(PROMPTS, 2, Sampling(12, frozenset(range(2, 30)))):
+    for one in Engine(roles, "policy").generate(PROMPTS, 2, SamplingParams(12, frozenset(range(2, 30)))):
         assert roles._active == [] and roles.base.model.training and torch.is_grad_enabled()
         found.append(one)
         roles.logps("reference", make_batch([[5, 6, 7, 8]]))
@@ -384,21 +391,21 @@ def wrong_ends(roles: Roles, stop: frozenset[int], tokens: int) -> list[str]:
     """Against the same draws without a stop id: cut after the first stop id, which belongs to it. Empty is right."""
     free, found, wrong = run(roles, n=4, tokens=tokens), run(roles, n=4, tokens=tokens, stop=stop), []
     for name, one in found.items():
-        at = next((i for i, word in enumerate(free[name].ids) if word in stop), None)
-        if one.ids != (free[name].ids if at is None else free[name].ids[: at + 1]):
+        at = next((i for i, word in enumerate(free[name].token_ids) if word in stop), None)
+        if one.token_ids != (free[name].token_ids if at is None else free[name].token_ids[: at + 1]):
             wrong.append(f"{name}: ids")
-        if one.finish != ("length" if at is None else "stop"):
+        if one.finish_reason != ("length" if at is None else "stop"):
             wrong.append(f"{name}: finish")
-    finishes = {one.finish for one in found.values()}
+    finishes = {one.finish_reason for one in found.values()}
     assert finishes == {"stop", "length"}, "both must be met, or this test is blind"
     return wrong
 
 
 def test_stop_ids_end_and_belong(monkeypatch: pytest.MonkeyPatch) -> None:
-    roles = speaking(16)
+    roles = perturbed_roles(16)
     stop = frozenset(range(2, 20))
     assert wrong_ends(roles, stop, 12) == []
-    assert all(one.finish == "length" and len(one.ids) == 12 for one in run(roles).values())
+    assert all(one.finish_reason == "length" and len(one.token_ids) == 12 for one in run(roles).values())
 
     def without_stop(prompt: int, sample: int, ids: list[int], finish: str, logps: list[float]) -> Completion:
         return Completion(prompt, sample, ids[:-1] if finish == "stop" else ids, finish, logps)  # type: ignore[arg-type]
@@ -408,9 +415,9 @@ def test_stop_ids_end_and_belong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_stop_at_the_last_token_is_a_stop() -> None:
-    roles = speaking(16)
-    assert {one.finish for one in run(roles, tokens=1, stop=frozenset(range(VOCAB))).values()} == {"stop"}
-    assert {one.finish for one in run(roles, tokens=1).values()} == {"length"}
+    roles = perturbed_roles(16)
+    assert {one.finish_reason for one in run(roles, tokens=1, stop=frozenset(range(VOCAB))).values()} == {"stop"}
+    assert {one.finish_reason for one in run(roles, tokens=1).values()} == {"length"}
 
 
 def passes_of(roles: Roles, slots: int) -> tuple[list[int], list[int], dict[tuple[int, int], Completion]]:
@@ -426,36 +433,36 @@ def passes_of(roles: Roles, slots: int) -> tuple[list[int], list[int], dict[tupl
 
 
 def test_prompts_are_read_once_and_finished_rows_leave() -> None:
-    roles = speaking(16)
+    roles = perturbed_roles(16)
     run(roles)  # chooses the store
     read, steps, found = passes_of(roles, 256)
     assert read == [5], "all prompts at once, each once for its four samples"
     assert steps == sorted(steps, reverse=True) and steps[-1] < steps[0] <= 20
-    assert sum(steps) == sum(len(one.ids) - 1 for one in found.values())
+    assert sum(steps) == sum(len(one.token_ids) - 1 for one in found.values())
 
 
 def test_waiting_sequences_take_the_slots_of_finished_ones() -> None:
-    roles = speaking(16)
+    roles = perturbed_roles(16)
     run(roles)
     read, steps, found = passes_of(roles, 6)
     assert sum(read) == 5 < len(steps) and steps == sorted(steps, reverse=True)
     assert steps.count(6) > len(steps) / 2, "six speak until nobody waits"
-    assert {name: one.ids for name, one in found.items()} == {
-        name: one.ids for name, one in passes_of(roles, 256)[2].items()
+    assert {name: one.token_ids for name, one in found.items()} == {
+        name: one.token_ids for name, one in passes_of(roles, 256)[2].items()
     }
 
 
 def test_memory_bounds_the_slots() -> None:
     """Two layers of keys and values, two heads of 16 numbers in fp32: 512 bytes a token; prompts of up to 7 and 12 more
     tokens."""
-    roles = speaking(16)
-    expected = {name: one.ids for name, one in run(roles, n=4).items()}
+    roles = perturbed_roles(16)
+    expected = {name: one.token_ids for name, one in run(roles, n=4).items()}
     for limit, slots in ((1 << 30, 20), (5 * 512 * 19 * 5 // 4, 5), (1, 1)):
         engine = Engine(roles, "policy", cache_bytes=limit)
-        store = choice.store_for(roles.base.model)
-        assert store.open(20, 19, limit) == slots
-        found = by_name(list(engine.generate(PROMPTS, 4, Sampling(12, NO_STOP))))
-        assert {name: one.ids for name, one in found.items()} == expected
+        store = choice.select_cache(roles.base.model)
+        assert store.allocate(20, 19, limit) == slots
+        found = by_name(list(engine.generate(PROMPTS, 4, SamplingParams(12, NO_STOP))))
+        assert {name: one.token_ids for name, one in found.items()} == expected
 
 
 def letters(ids: Sequence[int]) -> str:
@@ -463,52 +470,58 @@ def letters(ids: Sequence[int]) -> str:
 
 
 def test_stop_strings_end_and_belong() -> None:
-    roles = speaking(16)
+    roles = perturbed_roles(16)
     free = run(roles, n=4)
-    string = letters(free[2, 1].ids[4:6])
+    string = letters(free[2, 1].token_ids[4:6])
     found = by_name(
         list(
             Engine(roles, "policy", decode=letters).generate(
-                PROMPTS, 4, Sampling(12, NO_STOP, stop_strings=("!", string))
+                PROMPTS, 4, SamplingParams(12, NO_STOP, stop_strings=("!", string))
             )
         )
     )
     ended = 0
     for name, one in found.items():
-        at = letters(free[name].ids).find(string)
-        assert (one.ids, one.finish) == ((free[name].ids, "length") if at < 0 else (free[name].ids[: at + 2], "stop"))
-        assert len(one.logps or []) == len(one.ids)
+        at = letters(free[name].token_ids).find(string)
+        assert (one.token_ids, one.finish_reason) == (
+            (free[name].token_ids, "length") if at < 0 else (free[name].token_ids[: at + 2], "stop")
+        )
+        assert len(one.logps or []) == len(one.token_ids)
         ended += at >= 0
     assert 1 <= ended < len(found)
     for strings, decode in (((string,), None), (("",), letters)):
         with pytest.raises(ValueError, match="stop string"):
-            Engine(roles, "policy", decode=decode).generate(PROMPTS, 1, Sampling(12, NO_STOP, stop_strings=strings))
+            Engine(roles, "policy", decode=decode).generate(
+                PROMPTS, 1, SamplingParams(12, NO_STOP, stop_strings=strings)
+            )
 
 
 @pytest.mark.parametrize("budget", [0, 1, 3, 40, 57, 10_000])
 @pytest.mark.parametrize("slots", [1, 6, 256])
 def test_a_budget_bounds_the_whole_call(budget: int, slots: int) -> None:
-    roles = speaking(16)
+    roles = perturbed_roles(16)
     free = run(roles, n=4)
-    found = by_name(list(Engine(roles, "policy", slots).generate(PROMPTS, 4, Sampling(12, NO_STOP, budget=budget))))
+    found = by_name(
+        list(Engine(roles, "policy", slots).generate(PROMPTS, 4, SamplingParams(12, NO_STOP, budget=budget)))
+    )
     assert found.keys() == free.keys(), "every sequence is told, begun or not"
-    spent = sum(len(one.ids) for one in found.values())
+    spent = sum(len(one.token_ids) for one in found.values())
     assert spent <= budget and (spent == 240 or spent > budget - 20)
-    assert all(one.ids == free[name].ids[: len(one.ids)] for name, one in found.items())
-    assert all(one.finish == ("length" if len(one.ids) == 12 else "budget") for one in found.values())
+    assert all(one.token_ids == free[name].token_ids[: len(one.token_ids)] for name, one in found.items())
+    assert all(one.finish_reason == ("length" if len(one.token_ids) == 12 else "budget") for one in found.values())
 
 
 def test_logits_that_are_not_finite_end_the_run() -> None:
-    roles = speaking(16)
+    roles = perturbed_roles(16)
     with torch.no_grad():
         roles.parameters("policy")[0].fill_(torch.nan)
-    with pytest.raises(RunFailed, match="not finite"):
+    with pytest.raises(TrainingError, match="not finite"):
         run(roles)
 
 
 def test_empty_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match="empty prompt"):
-        Engine(speaking(16), "policy").generate([[5], []], 1, Sampling(3, NO_STOP))
+        Engine(perturbed_roles(16), "policy").generate([[5], []], 1, SamplingParams(3, NO_STOP))
 
 
 # --- narrowed distributions -------------------------------------------------------------------------------------------
@@ -535,9 +548,9 @@ def narrow_chi_square(narrow: dict[str, Any], draws: int = 4000) -> tuple[float,
     of freedom."""
     logits = torch.randn(8, generator=torch.Generator().manual_seed(3)).mul(1.2)
     p = narrowed(logits.double().softmax(0).tolist(), **narrow)
-    sampling = Sampling(1, NO_STOP, **narrow)
+    sampling = SamplingParams(1, NO_STOP, **narrow)
     uniform = torch.rand(draws, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    tokens, logps = sampler.draw(logits.expand(draws, 8).clone(), sampling, uniform)
+    tokens, logps = sampler.sample(logits.expand(draws, 8).clone(), sampling, uniform)
     found, expected = Counter(tokens.tolist()), [draws * mass for mass in p]
     error = max(
         abs(logp - math.log(p[token])) if p[token] else math.inf
@@ -548,14 +561,14 @@ def narrow_chi_square(narrow: dict[str, Any], draws: int = 4000) -> tuple[float,
 
 
 @pytest.mark.parametrize("narrow", NARROW)
-def test_narrowed_distributions_are_drawn_from_and_told(narrow: dict[str, Any]) -> None:
+def test_filtered_distributions_are_sampled_from_and_reported(narrow: dict[str, Any]) -> None:
     chi, error, freedom = narrow_chi_square(narrow)
     assert 0 < freedom < 7 and chi < {1: 15.2, 2: 18.5, 3: 21.2, 4: 23.6, 5: 25.8, 6: 27.9}[freedom] and error < 1e-5
 
 
 @pytest.mark.parametrize("narrow", NARROW)
 def test_a_sampler_that_does_not_narrow_is_seen(narrow: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "filtered", lambda logits, sampling: logits)
+    monkeypatch.setattr(sampler, "apply_top_k_top_p", lambda logits, sampling: logits)
     assert narrow_chi_square(narrow)[1] > 1e-2
 
 
@@ -568,7 +581,9 @@ def test_only_words_with_a_probability_are_drawn(vocabulary: int, value: float) 
     for row in range(50):
         places = torch.randint(vocabulary, (3,), generator=stream)
         logits[row, places] = torch.randn(3, generator=stream) * 20
-    tokens, logps = sampler.draw(logits.clone(), Sampling(1, NO_STOP), torch.full((50,), value, dtype=torch.float64))
+    tokens, logps = sampler.sample(
+        logits.clone(), SamplingParams(1, NO_STOP), torch.full((50,), value, dtype=torch.float64)
+    )
     expected = torch.log_softmax(logits.double(), dim=1).gather(1, tokens[:, None]).squeeze(1)
     assert torch.isfinite(expected).all() and torch.allclose(logps, expected, atol=1e-5)
     flat = torch.softmax(logits.double(), dim=1).cumsum(dim=1)
@@ -579,7 +594,7 @@ def test_only_words_with_a_probability_are_drawn(vocabulary: int, value: float) 
 
 
 def test_packed_weights_are_unpacked_once_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    roles = speaking(4)
+    roles = perturbed_roles(4)
     before, unpacked = all_tensors(roles.base.model), [0]
     real = linears.dequantize_4bit
     monkeypatch.setattr(
@@ -587,13 +602,13 @@ def test_packed_weights_are_unpacked_once_and_given_back(monkeypatch: pytest.Mon
     )
     packed = sum(isinstance(module, Linear4bit) for module in roles.base.model.modules())
     made: list[Any] = []
-    build = linears.Linears.__init__
+    build = linears.FastLinears.__init__
     monkeypatch.setattr(
-        linears.Linears, "__init__", lambda self, *given: (made.append(self), build(self, *given))[1] or None
+        linears.FastLinears, "__init__", lambda self, *given: (made.append(self), build(self, *given))[1] or None
     )
-    generator = Engine(roles, "policy").generate(PROMPTS, 2, Sampling(12, frozenset(range(2, 30))))
+    generator = Engine(roles, "policy").generate(PROMPTS, 2, SamplingParams(12, frozenset(range(2, 30))))
     next(generator)
-    assert unpacked == [packed] and made[0].bytes == 4 * sum(
+    assert unpacked == [packed] and made[0].scratch_bytes == 4 * sum(
         module.in_features * module.out_features
         for module in roles.base.model.modules()
         if isinstance(module, Linear4bit)
@@ -602,33 +617,39 @@ def test_packed_weights_are_unpacked_once_and_given_back(monkeypatch: pytest.Mon
         "between two completions all is as it was"
     )
     generator.close()  # type: ignore[attr-defined]
-    assert made[0].bytes == 0 and made[0].forwards == [], "the scratch is given back"
-    assert changed(before, all_tensors(roles.base.model)) == set()
+    assert made[0].scratch_bytes == 0 and made[0].forwards == [], "the scratch is given back"
+    assert changed_tensors(before, all_tensors(roles.base.model)) == set()
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 30])
 @pytest.mark.parametrize("role", ["policy", "reference", "base"])
-def test_a_rollout_without_scratch_says_the_same(limit: int, role: str) -> None:
-    roles = speaking(4)
+def test_a_rollout_without_scratch_samples_the_same(limit: int, role: str) -> None:
+    roles = perturbed_roles(4)
     expected = run(roles, n=2, role=role, temperature=0.0)
-    found = by_name(list(Engine(roles, role, scratch_bytes=limit).generate(PROMPTS, 2, Sampling(12, NO_STOP, 0.0))))
-    assert {name: one.ids for name, one in found.items()} == {name: one.ids for name, one in expected.items()}
+    found = by_name(
+        list(Engine(roles, role, scratch_bytes=limit).generate(PROMPTS, 2, SamplingParams(12, NO_STOP, 0.0)))
+    )
+    assert {name: one.token_ids for name, one in found.items()} == {
+        name: one.token_ids for name, one in expected.items()
+    }
 
 
 @pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_linears_of_a_rollout_compute_the_same(bits: int, rslora: bool) -> None:
-    roles = speaking(bits, rslora=rslora)
+    roles = perturbed_roles(bits, rslora=rslora)
     ids = torch.tensor([PROMPTS[2]])
-    with roles.quiet(), roles.use("policy"):
+    with roles.inference_mode(), roles.activate("policy"):
         plain = roles.base.model(input_ids=ids).logits
-        fast = linears.Linears(roles.base.model, roles.stacks["policy"], 1 << 30)
+        fast = linears.FastLinears(roles.base.model, roles.stacks["policy"], 1 << 30)
         assert len(fast.forwards) == 14 + 5, "linears and norms"
         with fast:
-            assert far(roles.base.model(input_ids=ids).logits, plain) < 1e-5  # sums in another order, in fp32
+            assert (
+                relative_error(roles.base.model(input_ids=ids).logits, plain) < 1e-5
+            )  # sums in another order, in fp32
         assert torch.equal(roles.base.model(input_ids=ids).logits, plain)
-        with linears.Linears(roles.base.model, roles.stacks["reference"], 1 << 30):
-            assert far(roles.base.model(input_ids=ids).logits, plain) > 1e-2, (
+        with linears.FastLinears(roles.base.model, roles.stacks["reference"], 1 << 30):
+            assert relative_error(roles.base.model(input_ids=ids).logits, plain) > 1e-2, (
                 "another stack must say something else, or this test is blind"
             )
 
@@ -637,10 +658,10 @@ def test_linears_of_a_rollout_compute_the_same(bits: int, rslora: bool) -> None:
 
 
 def test_train_mode_comes_back_and_dropout_sleeps() -> None:
-    roles = speaking(16, dropout=0.5, checkpointing=True)
+    roles = perturbed_roles(16, dropout=0.5, checkpointing=True)
     assert run(roles, temperature=0.0) == run(roles, temperature=0.0)
     assert roles.base.model.training and roles._active == []
-    with counting(roles) as count:
+    with count_forwards(roles) as count:
         run(roles, prompts=[[5, 6]], tokens=3)
         assert count[0] == 3  # one layer call a token: the cache works, nothing is recomputed
 
@@ -653,8 +674,8 @@ def test_a_rollout_leaves_a_model_that_learns_as_before(kind: str) -> None:
         "max_position_embeddings": 8,
         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
     }
-    roles = roles_over(whole(kind.split(",")[0], **grows if "grows" in kind else {}))
-    shake(roles, "policy")
+    roles = roles_over(unquantized_base(kind.split(",")[0], **grows if "grows" in kind else {}))
+    perturb(roles, "policy")
 
     def learned(row: Sequence[int]) -> torch.Tensor:
         for parameter in roles.parameters("policy"):
@@ -670,15 +691,15 @@ def test_a_rollout_leaves_a_model_that_learns_as_before(kind: str) -> None:
 
 
 def test_a_generator_that_is_dropped_leaves_nothing_behind() -> None:
-    roles = speaking(16)
-    generator = Engine(roles, "policy").generate(PROMPTS, 1, Sampling(5, NO_STOP))
+    roles = perturbed_roles(16)
+    generator = Engine(roles, "policy").generate(PROMPTS, 1, SamplingParams(5, NO_STOP))
     next(generator)
     generator.close()  # type: ignore[attr-defined]
     assert roles.base.model.training and roles._active == [] and torch.is_grad_enabled()
 
 
 def test_an_exception_in_the_model_restores_everything() -> None:
-    roles = speaking(16)
+    roles = perturbed_roles(16)
 
     def broken(*_: Any) -> None:
         raise RuntimeError("out of something")
@@ -691,14 +712,14 @@ def test_an_exception_in_the_model_restores_everything() -> None:
 
 
 def test_nothing_to_do() -> None:
-    roles = speaking(16)
+    roles = perturbed_roles(16)
     assert run(roles, prompts=[]) == {} and run(roles, n=0) == {}
 
 
 # --- attention and norms of a rollout ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attend", [attention.one_query, attention.grouped_sdpa])
+@pytest.mark.parametrize("attend", [attention.decode_attention, attention.grouped_sdpa])
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize("additive", [False, True])
 def test_one_query_attends_as_softmax_does(attend: Any, heads: int, additive: bool) -> None:
@@ -717,7 +738,7 @@ def test_one_query_attends_as_softmax_does(attend: Any, heads: int, additive: bo
         for head in range(6):
             mine = head * heads // 6
             weights = (0.3 * key[row, mine, :length].double() @ query[row, head, 0].double()).softmax(0)
-            assert far(found[row, 0, head], (weights @ value[row, mine, :length].double()).float()) < 1e-6
+            assert relative_error(found[row, 0, head], (weights @ value[row, mine, :length].double()).float()) < 1e-6
 
 
 def test_grouped_attention_takes_a_mask_for_each_head_and_leaves_other_calls_to_transformers() -> None:
@@ -727,10 +748,10 @@ def test_grouped_attention_takes_a_mask_for_each_head_and_leaves_other_calls_to_
     for mask in (torch.randn(2, 6, 1, 5), torch.randn(2, 1, 1, 5), None):
         output, _ = attention.grouped_sdpa(module, query, key, value, mask)
         expected, _ = attention.sdpa_attention_forward(module, query, key, value, mask)
-        assert output.shape == expected.shape == (2, 1, 6, 8) and far(output, expected) < 1e-6
+        assert output.shape == expected.shape == (2, 1, 6, 8) and relative_error(output, expected) < 1e-6
     queries = torch.randn(2, 6, 5, 8)
     output, _ = attention.grouped_sdpa(module, queries, key, value, torch.ones(5, 5).tril().bool()[None, None])
-    assert far(output, attention.sdpa_attention_forward(module, queries, key, value, None)[0]) < 1e-6
+    assert relative_error(output, attention.sdpa_attention_forward(module, queries, key, value, None)[0]) < 1e-6
 
 
 class CopiedElements(TorchDispatchMode):
@@ -770,12 +791,12 @@ def test_grouped_attention_does_not_copy_keys_and_values() -> None:
 
 def test_a_gpu_decodes_with_grouped_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it generates is what plain `sdpa` generates, and every layer of every step attends with it."""
-    roles = speaking(16)
-    config = SimpleNamespace(**{attention.FIELD: "sdpa"})
+    roles = perturbed_roles(16)
+    config = SimpleNamespace(**{attention.ATTENTION_KEY: "sdpa"})
     model = SimpleNamespace(device=torch.device("cuda"), get_decoder=lambda: SimpleNamespace(config=config))
     with attention.batched_attention(model):
-        assert vars(config)[attention.FIELD] == attention.GROUPED
-    assert vars(config)[attention.FIELD] == "sdpa"
+        assert vars(config)[attention.ATTENTION_KEY] == attention.GROUPED_SDPA_NAME
+    assert vars(config)[attention.ATTENTION_KEY] == "sdpa"
     calls: list[tuple[int, ...]] = []
 
     def counted(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -784,26 +805,26 @@ def test_a_gpu_decodes_with_grouped_attention(monkeypatch: pytest.MonkeyPatch) -
 
     attention.AttentionInterface.register("counted", counted)
     attention.AttentionMaskInterface.register("counted", attention.sdpa_mask)
-    monkeypatch.setattr(attention, "BY_DEVICE", {})
+    monkeypatch.setattr(attention, "ATTENTION_BY_DEVICE", {})
     plain = run(roles, n=2)
-    monkeypatch.setattr(attention, "BY_DEVICE", {"cpu": "counted"})
+    monkeypatch.setattr(attention, "ATTENTION_BY_DEVICE", {"cpu": "counted"})
     grouped = run(roles, n=2)
     assert plain.keys() == grouped.keys()
     for key, completion in plain.items():
-        assert grouped[key].ids == completion.ids
-        assert far(torch.tensor(grouped[key].logps), torch.tensor(completion.logps)) < 1e-5
+        assert grouped[key].token_ids == completion.token_ids
+        assert relative_error(torch.tensor(grouped[key].logps), torch.tensor(completion.logps)) < 1e-5
     assert sum(shape[2] == 1 for shape in calls) > 2 * roles.base.model.config.num_hidden_layers
 
 
 def test_attention_is_what_it_was_between_completions() -> None:
-    roles = speaking(16)
+    roles = perturbed_roles(16)
     config = roles.base.model.get_decoder().config
     before = config._attn_implementation
-    generator = Engine(roles, "policy").generate(PROMPTS, 2, Sampling(12, frozenset(range(2, 30))))
+    generator = Engine(roles, "policy").generate(PROMPTS, 2, SamplingParams(12, frozenset(range(2, 30))))
     next(generator)
     assert config._attn_implementation == before == "sdpa"
     with attention.batched_attention(roles.base.model):
-        assert config._attn_implementation == attention.NAME
+        assert config._attn_implementation == attention.DECODE_ATTENTION_NAME
     assert config._attn_implementation == before
 
 
@@ -819,10 +840,10 @@ class MeanRMSNorm(LlamaRMSNorm):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("kind", "fused"), [(LlamaRMSNorm, True), (PlusOneRMSNorm, True), (MeanRMSNorm, False)])
-def test_norms_are_fused_where_they_say_the_same(kind: type[torch.nn.Module], fused: bool) -> None:
+def test_norms_are_fused_where_they_compute_the_same(kind: type[torch.nn.Module], fused: bool) -> None:
     norm = kind(16, 1e-2)  # an epsilon that shows
     torch.nn.init.normal_(norm.weight)
     found = dict(norms.fused_norms(torch.nn.ModuleList([norm, torch.nn.LayerNorm(16)])))
     assert list(found) == ([norm] if fused else [])
     x = 0.1 * torch.randn(3, 2, 16)
-    assert not fused or far(found[norm](x), norm(x)) < 1e-6
+    assert not fused or relative_error(found[norm](x), norm(x)) < 1e-6

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from crash import small_recipe, trace
+from crash import run_fingerprint, small_recipe
 from typer.testing import CliRunner, Result
 
 from lowrank_tune import Recipe, UserError, run
 from lowrank_tune.cli import app
-from lowrank_tune.control import Control
-from lowrank_tune.errors import RunFailed
+from lowrank_tune.control import TrainerControl
+from lowrank_tune.errors import TrainingError
 from lowrank_tune.recipe import dump
 
 
@@ -76,7 +76,7 @@ def test_a_run_leaves_what_the_readme_promises(finished: Path) -> None:
 
 def test_the_recipe_of_a_run_repeats_it(finished: Path, tmp_path: Path) -> None:
     outcome = run(Recipe.load(finished / "recipe.yaml"), out=tmp_path / "again", ui="none")
-    assert trace(outcome.folder) == trace(finished)
+    assert run_fingerprint(outcome.folder) == run_fingerprint(finished)
 
 
 def test_the_final_adapter_loads_with_plain_peft(finished: Path) -> None:
@@ -85,7 +85,7 @@ def test_the_final_adapter_loads_with_plain_peft(finished: Path) -> None:
     from lowrank_tune import settings
     from lowrank_tune.model.base import load_base, load_tokenizer
 
-    base = load_base(settings.Base(), load_tokenizer(settings.Base()))
+    base = load_base(settings.BaseConfig(), load_tokenizer(settings.BaseConfig()))
     ids = torch.tensor([[1, 40, 41, 42, 43]])
     with torch.no_grad():
         bare = base.model(input_ids=ids).logits
@@ -98,7 +98,7 @@ def test_the_final_adapter_loads_with_plain_peft(finished: Path) -> None:
     )
 
 
-def test_killed_at_its_very_end_it_still_tells_its_last_figures(finished: Path, tmp_path: Path) -> None:
+def test_killed_at_its_very_end_it_still_reports_its_last_metrics(finished: Path, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(finished, tmp_path / "run")
@@ -106,7 +106,7 @@ def test_killed_at_its_very_end_it_still_tells_its_last_figures(finished: Path, 
     outcome = run(Recipe.from_dict(quick()), out=tmp_path / "run", ui="none")
     before = json.loads((finished / "summary.json").read_text())
     assert outcome.summary["last"] == before["last"] and outcome.summary["heldout"] == before["heldout"]
-    assert trace(outcome.folder) == trace(finished)
+    assert run_fingerprint(outcome.folder) == run_fingerprint(finished)
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
@@ -134,33 +134,33 @@ def test_interrupted_and_continued_equals_straight_through(finished: Path, tmp_p
     assert stopped_after(quick(), tmp_path / "run", 3) == 3
     assert (tmp_path / "run" / "checkpoints" / "step-3").exists()
     outcome = run(Recipe.from_dict(quick()), out=tmp_path / "run", ui="none")
-    assert trace(outcome.folder) == trace(finished)
+    assert run_fingerprint(outcome.folder) == run_fingerprint(finished)
 
 
-@pytest.mark.parametrize("asked", ["stop", "evaluate", "save"])
-def test_what_is_asked_for_on_the_way_does_not_choose_the_final_adapter(
-    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("request", ["stop", "evaluate", "save"])
+def test_what_is_requested_on_the_way_does_not_choose_the_final_adapter(
+    request: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At this rate every step makes it worse: were the first step's adapter measured, it would be the best. Only
     scheduled ones count."""
     recipe = quick(steps=6, learning_rate=0.05, schedule="constant")
     recipe["evaluate"]["every"] = 5
     straight = run(Recipe.from_dict(recipe), out=tmp_path / "straight", ui="none").folder
-    control = Control()
-    monkeypatch.setattr("lowrank_tune.runner.Control", lambda: control)
+    control = TrainerControl()
+    monkeypatch.setattr("lowrank_tune.runner.TrainerControl", lambda: control)
 
     def on_event(event: Any) -> None:
         if event.kind == "step" and event.step == 1:
-            setattr(control, asked, True)
+            setattr(control, request, True)
 
     outcome = run(Recipe.from_dict(recipe), out=tmp_path / "run", ui="none", on_event=on_event)
-    if asked == "stop":
+    if request == "stop":
         assert outcome.status == "interrupted"
         control.stop = False
         outcome = run(Recipe.from_dict(recipe), out=tmp_path / "run", ui="none")
-    wanted, got = trace(straight), trace(outcome.folder)
+    wanted, got = run_fingerprint(straight), run_fingerprint(outcome.folder)
     assert got["steps"] == wanted["steps"] and got["final"] == wanted["final"]
-    assert ((1, "policy") in {(step, role) for step, role, *_ in got["samples"]}) == (asked == "evaluate"), (
+    assert ((1, "policy") in {(step, role) for step, role, *_ in got["samples"]}) == (request == "evaluate"), (
         "it is measured where it was asked"
     )
 
@@ -169,22 +169,24 @@ def test_what_is_asked_for_on_the_way_does_not_choose_the_final_adapter(
 def test_stopped_between_two_steps_continues_exactly(
     moment: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    control = Control()
-    monkeypatch.setattr("lowrank_tune.runner.Control", lambda: control)
+    control = TrainerControl()
+    monkeypatch.setattr("lowrank_tune.runner.TrainerControl", lambda: control)
 
     def on_event(event: Any) -> None:
-        told = (
+        reached = (
             event.kind == "run_started"
             if moment.startswith("before")
             else event.kind == "validated" and event.step == 2
         )
-        control.stop = control.stop or told
+        control.stop = control.stop or reached
 
     first = run(Recipe.from_dict(quick()), out=tmp_path / "run", ui="none", on_event=on_event)
     step = 0 if moment.startswith("before") else 2
     assert first.status == "interrupted" and (first.folder / "checkpoints" / f"step-{step}").exists()
     control.stop = False
-    assert trace(run(Recipe.from_dict(quick()), out=tmp_path / "run", ui="none").folder) == trace(finished)
+    assert run_fingerprint(run(Recipe.from_dict(quick()), out=tmp_path / "run", ui="none").folder) == run_fingerprint(
+        finished
+    )
 
 
 def test_a_changed_recipe_is_refused_with_the_difference_but_more_steps_are_not(tmp_path: Path) -> None:
@@ -210,7 +212,7 @@ def test_losses_that_are_not_finite_fail_the_run(tmp_path: Path, monkeypatch: py
     import lowrank_tune.algorithms.sft as sft
 
     monkeypatch.setattr(sft, "sft_loss", lambda logps, scored, weight: logps.sum() * float("nan"))
-    with pytest.raises(RunFailed, match="no finite loss"):
+    with pytest.raises(TrainingError, match="no finite loss"):
         run(Recipe.from_dict(quick(steps=9, max_bad_steps=2)), out=tmp_path / "run", ui="none")
     last = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[-1])
     assert last["event"] == "run_ended" and last["status"] == "failed"
@@ -226,15 +228,15 @@ def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
     def full(target: Path, snapshot: Any) -> Path:
         calls.append(target)
         if len(calls) == 2:
-            raise RunFailed(f"cannot write {target}: the disk is full")
+            raise TrainingError(f"cannot write {target}: the disk is full")
         return real(target, snapshot)
 
     monkeypatch.setattr(module, "write_atomically", full)
-    with pytest.raises(RunFailed, match="the disk is full"):
+    with pytest.raises(TrainingError, match="the disk is full"):
         run(Recipe.from_dict(quick()), out=tmp_path / "run", ui="none")
     monkeypatch.undo()
     outcome = run(Recipe.from_dict(quick()), out=tmp_path / "run", ui="none")
-    assert trace(outcome.folder)["final"] == trace(finished)["final"]
+    assert run_fingerprint(outcome.folder)["final"] == run_fingerprint(finished)["final"]
 
 
 def test_it_runs_outside_the_main_thread(tmp_path: Path) -> None:
@@ -259,9 +261,9 @@ def test_a_signal_ends_the_process_with_130_and_a_checkpoint(tmp_path: Path, sen
     while time.time() < deadline and '"event": "step"' not in (_read(out / "events.jsonl")):
         time.sleep(0.05)
     process.send_signal(sent)
-    told, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, told
-    assert "Traceback" not in told and "\x1b" not in told
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output and "\x1b" not in output
     assert json.loads((out / "summary.json").read_text())["status"] == "interrupted"
     assert list((out / "checkpoints").glob("step-*"))
 
@@ -291,7 +293,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_wrong_input_is_told_in_a_sentence(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_input_gives_one_sentence(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments, wanted = BAD_INPUT[case]
     result = lowrank_tune(*arguments)
@@ -318,7 +320,7 @@ def test_bad_rows_stop_the_run_before_it_trains(tmp_path: Path, text: str, wante
     assert '"event": "step"' not in _read(tmp_path / "run" / "events.jsonl")
 
 
-def test_an_adapter_of_another_base_is_told(tmp_path: Path, finished: Path) -> None:
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path, finished: Path) -> None:
     import shutil
 
     from safetensors.torch import load_file, save_file

@@ -16,17 +16,17 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from models import (
     VOCAB,
-    clear,
-    far,
     gradients,
     llama_roles,
-    load,
+    load_base_of,
     make_batch,
-    ragged,
+    perturb,
+    ragged_batch,
+    relative_error,
     same_bytes,
     sft_over,
-    shake,
-    weighted,
+    with_token_weights,
+    zero_grad,
 )
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,17 +37,17 @@ from lowrank_tune.algorithms.sft import SFT, sft_loss
 from lowrank_tune.maths import token_mean_weights
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.types import Batch, Term, add_stats, to_floats
+from lowrank_tune.types import Batch, LossTerm, add_stats, to_floats
 
 
 def accumulated(roles: Roles, batch: Batch, **split: int | None) -> tuple[float, Tensor, dict[str, float]]:
     """Loss, gradient and statistics of one optimizer step, split into micro-batches as the loop does it."""
-    clear(roles)
+    zero_grad(roles)
     algorithm = sft_over(roles)
-    weighted(algorithm, batch)
+    with_token_weights(algorithm, batch)
     loss, stats = 0.0, {}
     for micro in batch.split(**split):
-        for term in algorithm.terms(micro):
+        for term in algorithm.compute_losses(micro):
             term.loss.backward()
             loss += float(term.loss.detach().double())
             add_stats(stats, term.stats)
@@ -60,13 +60,13 @@ LENGTHS = (9, 3, 12, 1, 7, 0, 2, 11)  # one with a single token, one with none, 
 
 
 def error_of_splits(roles: Roles, splits: Sequence[dict[str, int | None]]) -> float:
-    batch = ragged(LENGTHS)
+    batch = ragged_batch(LENGTHS)
     loss, gradient, stats = accumulated(roles, batch)
     errors = []
     for split in splits:
         other_loss, other_gradient, other_stats = accumulated(roles, batch, **split)
         errors += [
-            far(other_gradient, gradient),
+            relative_error(other_gradient, gradient),
             abs(other_loss - loss) / abs(loss),
             abs(stats["loss"] - loss) / abs(loss),
         ]
@@ -90,29 +90,29 @@ SPLITS: list[dict[str, int | None]] = [
 @pytest.mark.parametrize("bits", [4, 16])
 def test_any_split_gives_one_gradient(bits: int) -> None:
     roles = llama_roles(bits, lower=["sft"], checkpointing=True)
-    shake(roles, "sft", "policy", size=0.03)
+    perturb(roles, "sft", "policy", size=0.03)
     assert error_of_splits(roles, SPLITS) <= 1e-6
 
 
-def _mean_of_micro_batch_means(self: SFT, micro: Batch) -> Iterator[Term]:
-    micro.weight = token_mean_weights(micro.scored) * len(micro) / 8
+def _mean_of_micro_batch_means(self: SFT, micro: Batch) -> Iterator[LossTerm]:
+    micro.token_weights = token_mean_weights(micro.loss_mask) * len(micro) / 8
     yield from real_terms(self, micro)
 
 
-def _mean_over_all_tokens(self: SFT, micro: Batch) -> Iterator[Term]:
-    assert micro.weight is not None
-    micro.weight = micro.weight * (micro.scored.sum() / micro.attended.sum())
+def _mean_over_all_tokens(self: SFT, micro: Batch) -> Iterator[LossTerm]:
+    assert micro.token_weights is not None
+    micro.token_weights = micro.token_weights * (micro.loss_mask.sum() / micro.attention_mask.sum())
     yield from real_terms(self, micro)
 
 
-real_terms = SFT.terms
+real_terms = SFT.compute_losses
 
 
 @pytest.mark.parametrize("bug", [_mean_of_micro_batch_means, _mean_over_all_tokens])
 def test_means_of_micro_batches_are_seen(monkeypatch: pytest.MonkeyPatch, bug: Any) -> None:
     roles = llama_roles(16)
-    shake(roles, "policy")
-    monkeypatch.setattr(SFT, "terms", bug)
+    perturb(roles, "policy")
+    monkeypatch.setattr(SFT, "compute_losses", bug)
     for split in SPLITS[:3]:
         assert error_of_splits(roles, [split]) > 1e-3
 
@@ -130,14 +130,17 @@ def wrong_split(batch: Batch, rows: int | None, tokens: int | None, together: in
         ):
             wrong.append("a unit is apart")
         if units > 1 and (
-            (rows is not None and len(which) > rows) or (tokens is not None and micro.ids.numel() > tokens)
+            (rows is not None and len(which) > rows) or (tokens is not None and micro.input_ids.numel() > tokens)
         ):
             wrong.append("over the budget")
         for i, row in enumerate(which):
-            if micro.ids[i][micro.attended[i]].tolist() != batch.ids[row][batch.attended[row]].tolist():
+            if (
+                micro.input_ids[i][micro.attention_mask[i]].tolist()
+                != batch.input_ids[row][batch.attention_mask[row]].tolist()
+            ):
                 wrong.append("a row is cut")
             if (
-                micro.scored[i].sum() != batch.scored[row].sum()
+                micro.loss_mask[i].sum() != batch.loss_mask[row].sum()
                 or micro.extra["token"][i].sum() != batch.extra["token"][row].sum()
             ):
                 wrong.append("a row lost something")
@@ -159,10 +162,10 @@ def test_a_split_loses_nothing(
 ) -> None:
     lengths = [length for length in lengths for _ in range(together)]
     lengths[0] = max(1, lengths[0])
-    batch = ragged(lengths, seed=seed)
+    batch = ragged_batch(lengths, seed=seed)
     batch.extra = {
         "row": torch.arange(len(batch)),
-        "token": batch.attended.long() * torch.arange(1, batch.ids.shape[1] + 1),
+        "token": batch.attention_mask.long() * torch.arange(1, batch.input_ids.shape[1] + 1),
     }
     assert wrong_split(batch, rows, tokens, together) == []
     stream = torch.Generator().manual_seed(seed)
@@ -173,20 +176,20 @@ def test_a_split_loses_nothing(
     heads = [
         int(row) // together for micro in batch.split(rows, tokens, together) for row in micro.extra["row"][::together]
     ]
-    told = [int(family[head]) for head in heads]
-    assert [one for place, one in enumerate(told) if place == 0 or told[place - 1] != one] == list(
-        dict.fromkeys(told)
+    families = [int(family[head]) for head in heads]
+    assert [one for place, one in enumerate(families) if place == 0 or families[place - 1] != one] == list(
+        dict.fromkeys(families)
     ), "a family is apart"
 
 
 def test_a_split_that_cuts_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = ragged(LENGTHS)
-    batch.extra = {"row": torch.arange(8), "token": batch.attended.long()}
-    real = Batch.take
+    batch = ragged_batch(LENGTHS)
+    batch.extra = {"row": torch.arange(8), "token": batch.attention_mask.long()}
+    real = Batch.select_rows
     assert wrong_split(batch, 3, None, 2) == wrong_split(batch, None, 30, 1) == []
-    monkeypatch.setattr(Batch, "take", lambda self, rows, width=None: real(self, rows, 5))
+    monkeypatch.setattr(Batch, "select_rows", lambda self, rows, width=None: real(self, rows, 5))
     assert "a row is cut" in wrong_split(batch, 3, None, 2)
-    monkeypatch.setattr(Batch, "take", lambda self, rows, width=None: real(self, rows.flip(0), width))
+    monkeypatch.setattr(Batch, "select_rows", lambda self, rows, width=None: real(self, rows.flip(0), width))
     assert "a unit is apart" in wrong_split(batch, 4, None, 2)
 
 
@@ -197,10 +200,10 @@ POISONS = [math.nan, math.inf, -math.inf, 1e30, -1e30]
 
 def loss_reads_outside(poison: float) -> bool:
     """Whether something outside the mask reaches sft_loss's value or gradient."""
-    batch = ragged()
+    batch = ragged_batch()
     stream = torch.Generator().manual_seed(0)
-    clean = -torch.rand(batch.ids.shape, generator=stream)
-    weight, scored = token_mean_weights(batch.scored), batch.scored
+    clean = -torch.rand(batch.input_ids.shape, generator=stream)
+    weight, scored = token_mean_weights(batch.loss_mask), batch.loss_mask
     found = []
     for logps, weights in (
         (clean, weight),
@@ -212,7 +215,9 @@ def loss_reads_outside(poison: float) -> bool:
         loss = sft_module.sft_loss(logps, scored, weights)
         loss.backward()
         assert logps.grad is not None
-        found.append(torch.cat([loss.detach()[None], logps.grad.flatten(), maths.mean_over(logps, scored).total[None]]))  # type: ignore[index]
+        found.append(
+            torch.cat([loss.detach()[None], logps.grad.flatten(), maths.masked_mean(logps, scored).total[None]])
+        )  # type: ignore[index]
     return not all(same_bytes(found[0] + 0.0, other + 0.0) for other in found[1:])
 
 
@@ -234,13 +239,13 @@ def test_multiplying_by_the_mask_is_seen(monkeypatch: pytest.MonkeyPatch, poison
 
 def padding_is_read(roles: Roles) -> bool:
     """Whether ids in padding slots, or a mask that is True there, or on a row's first token, reach loss or gradient."""
-    clean = ragged(LENGTHS)
+    clean = ragged_batch(LENGTHS)
     expected_loss, expected, _ = accumulated(roles, clean)
     for garbage in (1, VOCAB - 1, 10**9, -7):
-        dirty = ragged(LENGTHS)
-        dirty.ids = torch.where(dirty.attended, dirty.ids, garbage)
-        dirty.says = dirty.says | ~dirty.attended
-        dirty.says[:, 0] = True
+        dirty = ragged_batch(LENGTHS)
+        dirty.input_ids = torch.where(dirty.attention_mask, dirty.input_ids, garbage)
+        dirty.completion_mask = dirty.completion_mask | ~dirty.attention_mask
+        dirty.completion_mask[:, 0] = True
         loss, gradient, _ = accumulated(roles, dirty)
         if loss != expected_loss or not same_bytes(gradient, expected):
             return True
@@ -249,9 +254,11 @@ def padding_is_read(roles: Roles) -> bool:
 
 def test_padding_reaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     roles = llama_roles(dropout=0.0)
-    shake(roles, "policy")
+    perturb(roles, "policy")
     assert not padding_is_read(roles)
-    monkeypatch.setattr(Batch, "scored", property(lambda self: self.says & (torch.arange(self.ids.shape[1]) > 0)))
+    monkeypatch.setattr(
+        Batch, "loss_mask", property(lambda self: self.completion_mask & (torch.arange(self.input_ids.shape[1]) > 0))
+    )
     try:
         assert padding_is_read(roles)
     except IndexError:
@@ -261,10 +268,10 @@ def test_padding_reaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nan_at_positions_that_score_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states that predict no scored token are not read, in value or gradient."""
     roles = llama_roles(16)
-    shake(roles, "policy")
-    batch = ragged()
-    used = torch.zeros_like(batch.scored)
-    used[:, :-1] = batch.scored[:, 1:]
+    perturb(roles, "policy")
+    batch = ragged_batch()
+    used = torch.zeros_like(batch.loss_mask)
+    used[:, :-1] = batch.loss_mask[:, 1:]
     norm = roles.base.model.get_decoder().norm
     expected = accumulated(roles, batch)[:2]
 
@@ -272,11 +279,11 @@ def test_nan_at_positions_that_score_nothing(monkeypatch: pytest.MonkeyPatch) ->
         return torch.where(used[:, : output.shape[1], None], output, torch.nan) if len(output) == 8 else output
 
     handle = norm.register_forward_hook(poison)
-    monkeypatch.setattr(Batch, "take", lambda self, rows, width=None: self)  # as it is: the hook knows its order
+    monkeypatch.setattr(Batch, "select_rows", lambda self, rows, width=None: self)  # as it is: the hook knows its order
     found = accumulated(roles, batch)[:2]
     monkeypatch.undo()
     handle.remove()
-    assert found[0] == pytest.approx(expected[0], rel=1e-6) and far(found[1], expected[1]) < 1e-6
+    assert found[0] == pytest.approx(expected[0], rel=1e-6) and relative_error(found[1], expected[1]) < 1e-6
 
 
 # --- 8: the numbers ---------------------------------------------------------------------------------------------------
@@ -285,11 +292,11 @@ def test_nan_at_positions_that_score_nothing(monkeypatch: pytest.MonkeyPatch) ->
 def test_by_hand() -> None:
     """Two rows; the second token of each is scored, and the third of the first: three tokens in all, one third each."""
     batch = make_batch([[5, 6, 7], [8, 9]], [[True, True, True], [False, True]])
-    assert batch.scored.tolist() == [[False, True, True], [False, True, False]]
-    weight = SFT.weigh(None, batch)  # type: ignore[arg-type]
+    assert batch.loss_mask.tolist() == [[False, True, True], [False, True, False]]
+    weight = SFT.token_weights(None, batch)  # type: ignore[arg-type]
     assert torch.equal(weight, torch.tensor([[0.0, 1 / 3, 1 / 3], [0.0, 1 / 3, 0.0]]))
     logps = torch.tensor([[-99.0, -0.5, -1.0], [-99.0, -3.0, -99.0]], requires_grad=True)
-    loss = sft_loss(logps, batch.scored, weight)
+    loss = sft_loss(logps, batch.loss_mask, weight)
     loss.backward()  # type: ignore[no-untyped-call]
     assert loss.item() == pytest.approx(1.5)
     assert logps.grad is not None and torch.equal(logps.grad, -weight)
@@ -301,23 +308,23 @@ def test_a_step_without_tokens_weighs_nothing() -> None:
     assert loss == 0.0 and not gradient.any() and math.isnan(stats["loss"])
 
 
-def reference_loss(rows: Sequence[Sequence[float]], says: Sequence[Sequence[bool]]) -> float:
+def reference_loss(rows: Sequence[Sequence[float]], masks: Sequence[Sequence[bool]]) -> float:
     """Plain Python: the mean over all scored tokens of the step; the first token of a row has nothing before it."""
     total, count = 0.0, 0
-    for logps, row in zip(rows, says, strict=True):
-        for position, (logp, said) in enumerate(zip(logps, row, strict=True)):
-            if said and position > 0:
+    for logps, row in zip(rows, masks, strict=True):
+        for position, (logp, in_mask) in enumerate(zip(logps, row, strict=True)):
+            if in_mask and position > 0:
                 total, count = total - logp, count + 1
     return total / count if count else 0.0
 
 
-def error_of_formula(rows: list[list[float]], says: list[list[bool]], weigh: Callable[[Any, Batch], Tensor]) -> float:
-    batch = make_batch([[3] * len(row) for row in rows], says)
-    logps = torch.full(batch.ids.shape, torch.nan)
+def error_of_formula(rows: list[list[float]], masks: list[list[bool]], weigh: Callable[[Any, Batch], Tensor]) -> float:
+    batch = make_batch([[3] * len(row) for row in rows], masks)
+    logps = torch.full(batch.input_ids.shape, torch.nan)
     for i, row in enumerate(rows):
         logps[i, : len(row)] = torch.tensor(row)
-    expected = reference_loss(rows, says)
-    return abs(float(sft_loss(logps, batch.scored, weigh(None, batch))) - expected) / (1e-6 + abs(expected))
+    expected = reference_loss(rows, masks)
+    return abs(float(sft_loss(logps, batch.loss_mask, weigh(None, batch))) - expected) / (1e-6 + abs(expected))
 
 
 ROW = st.lists(st.tuples(st.floats(-50, 0, width=32), st.booleans()), max_size=12)
@@ -325,32 +332,32 @@ ROW = st.lists(st.tuples(st.floats(-50, 0, width=32), st.booleans()), max_size=1
 
 @given(st.lists(ROW, min_size=1, max_size=6).filter(lambda rows: any(rows)))
 def test_the_formula_equals_a_python_loop(pairs: list[list[tuple[float, bool]]]) -> None:
-    rows, says = [[logp for logp, _ in row] for row in pairs], [[said for _, said in row] for row in pairs]
-    assert error_of_formula(rows, says, SFT.weigh) < 2e-5  # type: ignore[arg-type]
+    rows, masks = [[logp for logp, _ in row] for row in pairs], [[in_mask for _, in_mask in row] for row in pairs]
+    assert error_of_formula(rows, masks, SFT.token_weights) < 2e-5  # type: ignore[arg-type]
 
 
 def test_other_means_are_seen() -> None:
-    rows, says = [[-1.0, -2.0, -3.0], [-1.0, -5.0]], [[False, True, True], [True, True]]
+    rows, masks = [[-1.0, -2.0, -3.0], [-1.0, -5.0]], [[False, True, True], [True, True]]
 
     def mean_of_rows(_: Any, batch: Batch) -> Tensor:
-        return batch.scored / batch.scored.sum(dim=1, keepdim=True) / len(batch)
+        return batch.loss_mask / batch.loss_mask.sum(dim=1, keepdim=True) / len(batch)
 
     def first_token_counted(_: Any, batch: Batch) -> Tensor:
-        return token_mean_weights(batch.says)
+        return token_mean_weights(batch.completion_mask)
 
-    assert error_of_formula(rows, says, SFT.weigh) < 1e-6 < 1e-2 < error_of_formula(rows, says, mean_of_rows)  # type: ignore[arg-type]
-    assert error_of_formula(rows, says, first_token_counted) > 1e-2
+    assert error_of_formula(rows, masks, SFT.token_weights) < 1e-6 < 1e-2 < error_of_formula(rows, masks, mean_of_rows)  # type: ignore[arg-type]
+    assert error_of_formula(rows, masks, first_token_counted) > 1e-2
 
 
 def test_metrics_by_the_models_own_logits() -> None:
     """loss, accuracy and entropy against full logits in float64."""
     roles = llama_roles(lower=["sft"])
-    shake(roles, "sft", "policy")
-    batch = ragged(LENGTHS)
+    perturb(roles, "sft", "policy")
+    batch = ragged_batch(LENGTHS)
     loss, _, stats = accumulated(roles, batch)
-    with roles.use("policy"), torch.no_grad():
-        logp = torch.log_softmax(roles.base.model(input_ids=batch.ids).logits.double(), dim=-1)[:, :-1]
-    mask, targets = batch.scored[:, 1:], batch.ids[:, 1:]
+    with roles.activate("policy"), torch.no_grad():
+        logp = torch.log_softmax(roles.base.model(input_ids=batch.input_ids).logits.double(), dim=-1)[:, :-1]
+    mask, targets = batch.loss_mask[:, 1:], batch.input_ids[:, 1:]
     mean_nll = -logp.gather(2, targets[:, :, None]).squeeze(2)[mask].mean().item()
     assert loss == pytest.approx(mean_nll, rel=1e-5) and stats["loss"] == pytest.approx(mean_nll, rel=1e-5)
     assert stats["accuracy"] == pytest.approx((logp.argmax(-1) == targets)[mask].double().mean().item())
@@ -359,39 +366,41 @@ def test_metrics_by_the_models_own_logits() -> None:
 
 def kl_error(roles: Roles) -> float:
     """The metric against brute force over the whole vocabulary."""
-    batch = ragged()
-    found = to_floats(sft_over(roles).observe(batch))["kl"]
+    batch = ragged_batch()
+    found = to_floats(sft_over(roles).log_metrics(batch))["kl"]
     values = []
-    with roles.quiet():
+    with roles.inference_mode():
         for role in ("policy", "reference"):
-            with roles.use(role):
-                values.append(torch.log_softmax(roles.base.model(input_ids=batch.ids).logits.double(), dim=-1)[:, :-1])
+            with roles.activate(role):
+                values.append(
+                    torch.log_softmax(roles.base.model(input_ids=batch.input_ids).logits.double(), dim=-1)[:, :-1]
+                )
     p, q = values
-    return abs(found - float((p.exp() * (p - q)).sum(-1)[batch.scored[:, 1:]].mean()))
+    return abs(found - float((p.exp() * (p - q)).sum(-1)[batch.loss_mask[:, 1:]].mean()))
 
 
 def test_kl_is_zero_at_first_and_brute_force_later(monkeypatch: pytest.MonkeyPatch) -> None:
     roles = llama_roles(lower=["sft"], dropout=0.0, checkpointing=True)
-    shake(roles, "sft")
-    assert to_floats(sft_over(roles).observe(ragged()))["kl"] == 0.0
-    shake(roles, "policy")
+    perturb(roles, "sft")
+    assert to_floats(sft_over(roles).log_metrics(ragged_batch()))["kl"] == 0.0
+    perturb(roles, "policy")
     assert kl_error(roles) < 1e-5
-    real = Roles.exact_kl
-    monkeypatch.setattr(Roles, "exact_kl", lambda self, role, reference, batch: real(self, role, "base", batch))
+    real = Roles.full_vocab_kl
+    monkeypatch.setattr(Roles, "full_vocab_kl", lambda self, role, reference, batch: real(self, role, "base", batch))
     assert kl_error(roles) > 1e-2  # the raw base where the SFT adapter was meant
 
 
 def test_kl_knows_no_dropout() -> None:
     roles = llama_roles(lower=["sft"], dropout=0.5)
-    shake(roles, "sft")
-    assert to_floats(sft_over(roles).observe(ragged()))["kl"] == 0.0
-    shake(roles, "policy")
+    perturb(roles, "sft")
+    assert to_floats(sft_over(roles).log_metrics(ragged_batch()))["kl"] == 0.0
+    perturb(roles, "policy")
     assert kl_error(roles) < 1e-5
 
 
 def falls(roles: Roles) -> bool:
     """Whether twenty steps on one batch bring its loss down by half."""
-    batch = ragged()
+    batch = ragged_batch()
     optimizer = torch.optim.AdamW(roles.parameters("policy"), lr=1e-2)
     losses = []
     for _ in range(20):
@@ -424,19 +433,19 @@ def test_loss_and_gradient_equal_trl(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     roles = llama_roles(16)
-    shake(roles, "policy")
-    batch = ragged((9, 3, 12, 4, 7, 6, 2, 11), unscored=())
+    perturb(roles, "policy")
+    batch = ragged_batch((9, 3, 12, 4, 7, 6, 2, 11), unscored=())
     save_file(roles.adapter_tensors("policy"), tmp_path / WEIGHTS)
     (tmp_path / CONFIG).write_text(json.dumps(roles.adapter_config("policy")))
-    plain = AutoModelForCausalLM.from_pretrained(load(16).name, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(load_base_of(16).name, dtype=torch.float32)
     model = PeftModel.from_pretrained(plain, str(tmp_path), is_trainable=True)
     words = {f"w{i}": i for i in range(VOCAB)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="w3")), eos_token="w1", pad_token="w0", bos_token="w2"
     )
     rows = [
-        {"input_ids": ids[mask].tolist(), "completion_mask": says[mask].long().tolist()}
-        for ids, mask, says in zip(batch.ids, batch.attended, batch.scored, strict=True)
+        {"input_ids": ids[mask].tolist(), "completion_mask": completion[mask].long().tolist()}
+        for ids, mask, completion in zip(batch.input_ids, batch.attention_mask, batch.loss_mask, strict=True)
     ]
     arguments = trl.SFTConfig(
         output_dir=str(tmp_path / "out"),
@@ -470,12 +479,17 @@ def test_loss_and_gradient_equal_trl(tmp_path: Path) -> None:
     names = {name: name.removeprefix("base_model.model.").replace(".default.", ".lt_policy.") for name in kept}
     assert set(names.values()) == set(mine)
     assert loss == pytest.approx(theirs, rel=1e-5)
-    assert far(torch.cat([mine[names[n]].flatten() for n in kept]), torch.cat([kept[n].flatten() for n in kept])) < 1e-4  # type: ignore[union-attr]
+    assert (
+        relative_error(
+            torch.cat([mine[names[n]].flatten() for n in kept]), torch.cat([kept[n].flatten() for n in kept])
+        )
+        < 1e-4
+    )  # type: ignore[union-attr]
 
 
-def test_helpers_pad_as_they_say() -> None:
+def test_helpers_pad_as_documented() -> None:
     batch = make_batch([[1, 2], [3]], left=True, more=1, filler=9)
-    assert batch.ids.tolist() == [[9, 1, 2], [9, 9, 3]] and batch.attended.tolist() == [
+    assert batch.input_ids.tolist() == [[9, 1, 2], [9, 9, 3]] and batch.attention_mask.tolist() == [
         [False, True, True],
         [False, False, True],
     ]

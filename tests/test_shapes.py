@@ -32,8 +32,8 @@ COUNTS = {
 """As the authors' weight files have them, a tied head once."""
 
 
-def test_every_config_is_told_by_its_hub_id() -> None:
-    assert shapes.known() == sorted(COUNTS)
+def test_every_config_is_found_by_its_hub_id() -> None:
+    assert shapes.known_models() == sorted(COUNTS)
 
 
 @pytest.mark.parametrize("model", COUNTS)
@@ -55,7 +55,7 @@ def test_revisions_siblings_and_strangers() -> None:
         == shapes.file_of("Qwen/Qwen2.5-7B")
         == shapes.file_of("Qwen/Qwen2.5-7B-Instruct")
     )
-    assert all(shapes.file_of(model) is not None for model in shapes.SIBLINGS)
+    assert all(shapes.file_of(model) is not None for model in shapes.SAME_CONFIG)
     for stranger in ("tiny-tutor", "Qwen/Qwen9", "../shapes/Qwen--Qwen3-8B", "Qwen--Qwen3-8B", "./model", ""):
         assert shapes.config_of(stranger) is None
 

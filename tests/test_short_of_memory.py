@@ -24,12 +24,12 @@ from test_run import lowrank_tune, write_recipe
 from torch import Tensor
 
 from lowrank_tune import Recipe, run, settings
-from lowrank_tune.cli.common import sentences
+from lowrank_tune.cli.common import report_user_errors
 from lowrank_tune.events import Event, from_json
 from lowrank_tune.model import recovery
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.recipe import load
-from lowrank_tune.recipe.memory import advice
+from lowrank_tune.recipe.memory import suggestions
 from lowrank_tune.rollout import Engine, engine
 from lowrank_tune.ui.frame import plain_text
 from lowrank_tune.ui.panes import View
@@ -55,7 +55,7 @@ def recipe_of(algorithm: str, **train: Any) -> dict[str, Any]:
 def card(update: float = float("inf"), forward: float = float("inf")) -> Iterator[list[tuple[bool, int]]]:
     """Passes over more than so many tokens, padding counted, find no memory: with gradient, and without. Yields those
     that did."""
-    real, refused = Roles._decode, list[tuple[bool, int]]()
+    real, refused = Roles._run_decoder, list[tuple[bool, int]]()
 
     def decode(self: Roles, ids: Tensor, *more: Any) -> Tensor:
         if ids.numel() > (update if torch.is_grad_enabled() else forward):
@@ -64,7 +64,7 @@ def card(update: float = float("inf"), forward: float = float("inf")) -> Iterato
         return real(self, ids, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Roles, "_decode", decode)
+        patch.setattr(Roles, "_run_decoder", decode)
         # whole rows, so that a batch has the tokens that it is counted by
         patch.setattr(Roles, "_longest_shareable", 0)
         yield refused
@@ -98,19 +98,19 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder / "run", done.output
 
 
-def test_it_is_said_in_the_console_the_log_the_summary_and_the_report(short: tuple[Path, str]) -> None:
+def test_it_is_reported_in_the_console_the_log_the_summary_and_the_report(short: tuple[Path, str]) -> None:
     folder, output = short
     words = "out of memory with a micro-batch of"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "done" and any(f"step 1: {words}" in warning for warning in summary["warnings"])
     assert f"warning: step 1: {words}" in " ".join(output.split()) and "short of memory" in output
     assert words in (folder / "report.html").read_text()
-    told = [event for event in events_of(folder) if words in getattr(event, "message", "")]
-    assert told and all(event.level == "warning" for event in told)  # type: ignore[attr-defined]
+    notes = [event for event in events_of(folder) if words in getattr(event, "message", "")]
+    assert notes and all(event.level == "warning" for event in notes)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-def test_it_is_said_on_the_dashboard(short: tuple[Path, str], size: tuple[int, int]) -> None:
+def test_it_is_shown_on_the_dashboard(short: tuple[Path, str], size: tuple[int, int]) -> None:
     state = State()
     for event in events_of(short[0]):
         state.apply(event)
@@ -156,14 +156,14 @@ def test_a_row_that_does_not_fit_ends_with_3_and_what_to_type(tmp_path: Path, al
     file = write_recipe(tmp_path, recipe_of(algorithm))
     with card(update=12):
         done = lowrank_tune("run", file, "--out", str(tmp_path / "run"), "--ui", "plain")
-    said = done.output.strip().splitlines()[-1]
+    message = done.output.strip().splitlines()[-1]
     unit = "a pair" if algorithm in ("reward", "dpo") else "a row"
-    assert done.exit_code == 3 and said.startswith(f"out of memory: {unit} of "), done.output
-    assert "the same command with train.gradient_checkpointing=true continues; a new run (--out) may have " in said
-    overrides = re.findall(r"[a-z_.]+=[a-z0-9_]+", said)
+    assert done.exit_code == 3 and message.startswith(f"out of memory: {unit} of "), done.output
+    assert "the same command with train.gradient_checkpointing=true continues; a new run (--out) may have " in message
+    overrides = re.findall(r"[a-z_.]+=[a-z0-9_]+", message)
     assert len(overrides) >= 2 and all(load(file, [override]) for override in overrides), "what is advised can be typed"
     last = events_of(tmp_path / "run")[-1]
-    assert last.status == "failed" and last.message == said  # type: ignore[attr-defined]
+    assert last.status == "failed" and last.message == message  # type: ignore[attr-defined]
     typed = lowrank_tune(
         "run", file, "train.gradient_checkpointing=true", "--out", str(tmp_path / "run"), "--ui", "plain"
     )
@@ -211,7 +211,7 @@ def test_advice_by_hand(changes: dict[str, Any], kind: str, card: bool, words: s
         **changes,
         "train": {"steps": 1, **changes.get("train", {})},
     }
-    assert advice(Recipe.from_dict(recipe), kind, 0 if kind == "" else 1500, card) == words
+    assert suggestions(Recipe.from_dict(recipe), kind, 0 if kind == "" else 1500, card) == words
 
 
 def test_any_other_lack_of_memory_ends_with_3_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,11 +222,11 @@ def test_any_other_lack_of_memory_ends_with_3_too(tmp_path: Path, monkeypatch: p
     done = lowrank_tune(
         "run", write_recipe(tmp_path, recipe_of("sft")), "--out", str(tmp_path / "run"), "--ui", "plain"
     )
-    said = done.output.strip().splitlines()[-1]
+    message = done.output.strip().splitlines()[-1]
     assert (
         done.exit_code == 3
-        and said.startswith("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.")
-        and "continues" in said
+        and message.startswith("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.")
+        and "continues" in message
     )
 
 
@@ -236,10 +236,10 @@ def test_other_commands_end_with_3_too() -> None:
         (MemoryError(), 3, "out of memory: "),
         (RuntimeError("shape"), 1, "internal error: RuntimeError: shape"),
     ):
-        told = io.StringIO()
-        with redirect_stderr(told), pytest.raises(typer.Exit) as caught, sentences(debug=False):
+        output = io.StringIO()
+        with redirect_stderr(output), pytest.raises(typer.Exit) as caught, report_user_errors(debug=False):
             raise error
-        assert caught.value.exit_code == code and told.getvalue().startswith(words)
+        assert caught.value.exit_code == code and output.getvalue().startswith(words)
 
 
 # --- the budget, and the allocator ------------------------------------------------------------------------------------
@@ -247,17 +247,17 @@ def test_other_commands_end_with_3_too() -> None:
 
 def test_a_budget_decides_how_many_sequences_are_decoded_at_once(tmp_path: Path) -> None:
     """Through the recipe: without a card it is what keys and values may take."""
-    asked: list[tuple[int, int]] = []
+    requested: list[tuple[int, int]] = []
     real = Engine.__init__
 
     def watched(self: Engine, *arguments: Any, **named: Any) -> None:
         real(self, *arguments, **named)
-        asked.append((self.cache_bytes, self.slots))
+        requested.append((self.cache_bytes, self.slots))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "__init__", watched)
         run(Recipe.from_dict(recipe_of("sft", steps=1, memory_budget_gib=0.5)), out=tmp_path / "run", ui="none")
-    assert asked and {size for size, _ in asked} == {1 << 29}
+    assert requested and {size for size, _ in requested} == {1 << 29}
 
 
 def test_a_card_gives_the_cache_all_but_what_stays() -> None:
@@ -267,19 +267,19 @@ def test_a_card_gives_the_cache_all_but_what_stays() -> None:
         class base:
             device = torch.device("cuda", 0)
 
-        limits = recovery.Limits()
+        limits = recovery.MemoryLimits()
 
         def resident_bytes(self) -> int:
             return 8 << 30
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "memory_of", lambda device: 24 << 30)
-        room = engine.cache_room(There())  # type: ignore[arg-type]
+        patch.setattr(engine, "device_memory", lambda device: 24 << 30)
+        room = engine.default_cache_bytes(There())  # type: ignore[arg-type]
         assert room == pytest.approx((24 * 0.92 - 8 - 1.5) * 2**30, abs=2)
-        There.limits = recovery.Limits(budget_bytes=16 << 30)
-        assert engine.cache_room(There()) == pytest.approx((16 * 0.92 - 8 - 1.5) * 2**30, abs=2)  # type: ignore[arg-type]
-        There.limits = recovery.Limits(budget_bytes=8 << 30)
-        assert engine.cache_room(There()) == 1 << 29, "never nothing"  # type: ignore[arg-type]
+        There.limits = recovery.MemoryLimits(budget_bytes=16 << 30)
+        assert engine.default_cache_bytes(There()) == pytest.approx((16 * 0.92 - 8 - 1.5) * 2**30, abs=2)  # type: ignore[arg-type]
+        There.limits = recovery.MemoryLimits(budget_bytes=8 << 30)
+        assert engine.default_cache_bytes(There()) == 1 << 29, "never nothing"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_a_card_gives_the_cache_all_but_what_stays() -> None:
         ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, (None, "backend:native")),
     ],
 )
-def test_segments_can_grow_unless_the_user_has_said_otherwise(
+def test_segments_can_grow_unless_the_user_has_set_otherwise(
     before: dict[str, str], after: tuple[str | None, str | None]
 ) -> None:
     """It is set before torch is imported: torch reads it once."""
@@ -317,4 +317,4 @@ def test_resident_bytes_by_hand() -> None:
     assert roles.resident_bytes() == sizes + buffers + 2 * trained
     four = llama_roles(4).resident_bytes()
     assert four < 0.6 * roles.resident_bytes()
-    assert settings.Train().memory_budget_gib is None
+    assert settings.TrainingConfig().memory_budget_gib is None

@@ -11,28 +11,28 @@ from typing import Any
 
 import pytest
 
-from lowrank_tune.errors import RunFailed, UserError
+from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import (
+    CheckpointSaved,
+    Evaluated,
     Event,
-    Note,
+    LogMessage,
     Progress,
     RunEnded,
     RunStarted,
-    Sampled,
-    Saved,
-    StepDone,
-    Validated,
+    SampleLogged,
+    StepEnd,
     from_json,
 )
-from lowrank_tune.sinks import JsonLines, Tee, keep_until, line
+from lowrank_tune.sinks import EventBus, JsonLines, to_json_line, truncate_after_step
 
 
-def step(number: int, **stats: float) -> StepDone:
-    return StepDone(step=number, steps=9, stats=stats or {"loss": 1.0}, seconds=0.1, tokens=10)
+def step(number: int, **stats: float) -> StepEnd:
+    return StepEnd(step=number, steps=9, stats=stats or {"loss": 1.0}, seconds=0.1, tokens=10)
 
 
-def sample(number: int, text: str = "12") -> Sampled:
-    return Sampled(step=number, prompt="7 + 5?", completion=text, finish="stop")
+def sample(number: int, text: str = "12") -> SampleLogged:
+    return SampleLogged(step=number, prompt="7 + 5?", completion=text, finish="stop")
 
 
 def start(resumed: int = 0) -> RunStarted:
@@ -47,8 +47,8 @@ def start(resumed: int = 0) -> RunStarted:
     )
 
 
-def saved(number: int) -> Saved:
-    return Saved(step=number, path=f"checkpoints/step-{number}", seconds=0.1)
+def saved(number: int) -> CheckpointSaved:
+    return CheckpointSaved(step=number, path=f"checkpoints/step-{number}", seconds=0.1)
 
 
 def written(path: Path) -> list[dict[str, Any]]:
@@ -64,10 +64,10 @@ def test_each_event_is_there_at_once_and_comes_back(tmp_path: Path) -> None:
     events: list[Event] = [
         start(),
         step(1),
-        Validated(step=1, stats={"loss": 1.0}),
+        Evaluated(step=1, stats={"loss": 1.0}),
         sample(1),
         saved(1),
-        Note(message="x"),
+        LogMessage(message="x"),
         Progress(what="loading", done=1, total=2),
         RunEnded(status="done", step=1, seconds=1.0),
     ]
@@ -83,10 +83,10 @@ def test_each_event_is_there_at_once_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
-    raw = line(step(1, loss=math.nan, grad_norm=math.inf, kl=0.5))
+    raw = to_json_line(step(1, loss=math.nan, grad_norm=math.inf, kl=0.5))
     assert b"NaN" not in raw and b"Infinity" not in raw
     event = from_json(json.loads(raw))
-    assert isinstance(event, StepDone)
+    assert isinstance(event, StepEnd)
     assert math.isnan(event.stats["loss"]) and math.isnan(event.stats["grad_norm"]) and event.stats["kl"] == 0.5
 
 
@@ -94,17 +94,17 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     "text", ["\ud800 lone", "\x1b[31mred\x1b]52;c;x\x07", "a\nb\r\u2028\x85c\x00", "\u202eabc", "é" * 100_000]
 )
 def test_hostile_text_is_one_line_and_comes_back(tmp_path: Path, text: str) -> None:
-    sink = JsonLines(tmp_path / "samples.jsonl", only=(Sampled,))
+    sink = JsonLines(tmp_path / "samples.jsonl", event_types=(SampleLogged,))
     sink(sample(1, text))
     sink(step(1))
     sink(sample(2))
     raw = (tmp_path / "samples.jsonl").read_bytes()
     assert raw.count(b"\n") == len(raw.splitlines()) == 2 and raw.isascii() and b"\x1b" not in raw
     event = from_json(json.loads(raw.splitlines()[0]))
-    assert isinstance(event, Sampled) and event.completion == text
+    assert isinstance(event, SampleLogged) and event.completion == text
 
 
-def begun(path: Path, *events: Event) -> JsonLines:
+def log_with(path: Path, *events: Event) -> JsonLines:
     sink = JsonLines(path)
     for event in events:
         sink(event)
@@ -113,17 +113,17 @@ def begun(path: Path, *events: Event) -> JsonLines:
 
 def test_resume_cuts_what_is_done_again(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    validated = Validated(step=2, stats={"loss": 1.0})
-    begun(
+    validated = Evaluated(step=2, stats={"loss": 1.0})
+    log_with(
         path,
         start(),
         step(1),
         step(2),
         validated,
         saved(2),
-        Note(message="kept"),
+        LogMessage(message="kept"),
         step(3),
-        Note(message="lost"),
+        LogMessage(message="lost"),
         saved(1),
     ).close()
     with open(path, "ab") as file:
@@ -147,23 +147,23 @@ def test_resume_cuts_what_is_done_again(tmp_path: Path) -> None:
     assert [name.name for name in tmp_path.iterdir()] == ["events.jsonl"]
 
 
-@pytest.mark.parametrize("late", [step(3), sample(3), saved(3), Validated(step=3, stats={})])
+@pytest.mark.parametrize("late", [step(3), sample(3), saved(3), Evaluated(step=3, stats={})])
 def test_every_kind_of_later_event_begins_the_lost_part(late: Event) -> None:
-    first = line(step(2))
-    data = first + line(late) + line(Note(message="x"))
-    assert keep_until(data, 2) == first
-    assert keep_until(data, 3) == data
+    first = to_json_line(step(2))
+    data = first + to_json_line(late) + to_json_line(LogMessage(message="x"))
+    assert truncate_after_step(data, 2) == first
+    assert truncate_after_step(data, 3) == data
 
 
 def test_half_written_and_senseless_lines_are_cut() -> None:
-    good = line(step(1))
+    good = to_json_line(step(1))
     future = b'{"v": 2, "event": "of a later version", "step": 1}\n'
     # a last line without its end is half
-    assert keep_until(good + b"\x00\x00\xff\n" + b"[1]\n" + future + good[:-1], 5) == good + future
+    assert truncate_after_step(good + b"\x00\x00\xff\n" + b"[1]\n" + future + good[:-1], 5) == good + future
 
 
 def test_a_cut_at_every_byte(tmp_path: Path) -> None:
-    data = b"".join(line(step(number)) for number in (1, 2, 3))
+    data = b"".join(to_json_line(step(number)) for number in (1, 2, 3))
     path = tmp_path / "events.jsonl"
     for length in range(0, len(data), 7):
         path.write_bytes(data[:length])
@@ -175,8 +175,8 @@ def test_a_cut_at_every_byte(tmp_path: Path) -> None:
 
 def test_a_new_run_begins_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    begun(path, step(1)).close()
-    begun(path, start()).close()
+    log_with(path, step(1)).close()
+    log_with(path, start()).close()
     assert steps_of(path) == [("run_started", -1)]
 
 
@@ -185,7 +185,7 @@ def test_a_full_disk_fails_the_run_in_a_sentence(tmp_path: Path) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     assert sink._file is not None
     os.dup2(full, sink._file)
-    with pytest.raises(RunFailed, match="cannot write .*events.jsonl: the disk is full"):
+    with pytest.raises(TrainingError, match="cannot write .*events.jsonl: the disk is full"):
         sink(step(1))
     with pytest.raises(UserError, match="a part of this path is a file"):
         JsonLines(tmp_path / "events.jsonl" / "x.jsonl")
@@ -220,46 +220,46 @@ class Kept:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_broken_screen_is_told_once_and_detached(first: bool) -> None:
+def test_a_broken_screen_gives_one_warning_and_is_detached(first: bool) -> None:
     kept, screen = Kept(), Broken(BrokenPipeError("gone"), at=2)
-    tee = Tee(*((screen, kept) if first else (kept, screen)))
+    tee = EventBus(*((screen, kept) if first else (kept, screen)))
     events = [step(number) for number in (1, 2, 3)]
     for event in events:
         tee(event)
     assert screen.seen == 2
-    assert [event for event in kept.events if isinstance(event, StepDone)] == events
-    (note,) = [event for event in kept.events if isinstance(event, Note)]
+    assert [event for event in kept.events if isinstance(event, StepEnd)] == events
+    (note,) = [event for event in kept.events if isinstance(event, LogMessage)]
     assert note.level == "warning" and "Broken" in note.message and "gone" in note.message
 
 
 def test_two_broken_screens_do_not_stop_the_run() -> None:
     kept, screens = Kept(), [Broken(ValueError(str(number))) for number in (1, 2)]
-    tee = Tee(screens[0], kept, screens[1])
+    tee = EventBus(screens[0], kept, screens[1])
     for number in (1, 2):
         tee(step(number))
     assert [screen.seen for screen in screens] == [1, 1]
-    assert [type(event) for event in kept.events].count(Note) == 2 and [type(event) for event in kept.events].count(
-        StepDone
-    ) == 2
+    assert [type(event) for event in kept.events].count(LogMessage) == 2 and [
+        type(event) for event in kept.events
+    ].count(StepEnd) == 2
 
 
-def test_a_full_log_fails_once_after_the_others_were_told() -> None:
-    kept, log = Kept(), Broken(RunFailed("the disk is full"))
-    tee = Tee(log, kept)
-    with pytest.raises(RunFailed, match="full"):
+def test_a_full_log_fails_once_after_the_other_sinks_were_called() -> None:
+    kept, log = Kept(), Broken(TrainingError("the disk is full"))
+    tee = EventBus(log, kept)
+    with pytest.raises(TrainingError, match="full"):
         tee(step(1))
     tee(RunEnded(status="failed", step=1, seconds=1.0))  # the run's own farewell must still come out
-    assert [type(event) for event in kept.events] == [StepDone, RunEnded] and log.seen == 1
+    assert [type(event) for event in kept.events] == [StepEnd, RunEnded] and log.seen == 1
 
 
 def test_interrupts_pass() -> None:
     screen = Broken(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        Tee(screen)(step(1))
+        EventBus(screen)(step(1))
 
 
 def test_attach_and_close() -> None:
-    tee, early, late, broken = Tee(), Kept(), Kept(), Broken(ValueError("x"), at=9)
+    tee, early, late, broken = EventBus(), Kept(), Kept(), Broken(ValueError("x"), at=9)
     tee.attach(broken)
     tee.attach(early)
     tee(step(1))
@@ -273,7 +273,9 @@ def test_attach_and_close() -> None:
 
 
 def test_an_emit_costs_next_to_nothing(tmp_path: Path) -> None:
-    tee = Tee(JsonLines(tmp_path / "events.jsonl"), JsonLines(tmp_path / "samples.jsonl", only=(Sampled,)))
+    tee = EventBus(
+        JsonLines(tmp_path / "events.jsonl"), JsonLines(tmp_path / "samples.jsonl", event_types=(SampleLogged,))
+    )
     stats = {f"statistic_{number}": 0.1 * number for number in range(15)}
     costs = []
     for number in range(200):

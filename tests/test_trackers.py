@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from lowrank_tune import Recipe, UserError, run, trackers
 from lowrank_tune.cli import app
-from lowrank_tune.errors import Faults
-from lowrank_tune.events import Event, Note, RunEnded, RunStarted, Sampled, StepDone, Validated
+from lowrank_tune.errors import ConfigError
+from lowrank_tune.events import Evaluated, Event, LogMessage, RunEnded, RunStarted, SampleLogged, StepEnd
 from lowrank_tune.recipe import differences
-from lowrank_tune.sinks import Tee
+from lowrank_tune.sinks import EventBus
 
 STARTED = RunStarted(name="r", algorithm="sft", model="m", roles={}, reference="base", steps=9)
 RECIPE = {
@@ -30,8 +30,8 @@ RECIPE = {
 }
 
 
-def step(number: int, **stats: float) -> StepDone:
-    return StepDone(step=number, steps=9, stats=stats, seconds=0.5, tokens=10)
+def step(number: int, **stats: float) -> StepEnd:
+    return StepEnd(step=number, steps=9, stats=stats, seconds=0.5, tokens=10)
 
 
 def begin(
@@ -41,7 +41,7 @@ def begin(
     before: Sequence[Event] = (),
     recipe: dict[str, Any] = RECIPE,
 ) -> list[trackers.Tracker]:
-    return trackers.begin(names, "lowrank-tune", "mine", folder, recipe, resumed_from, before)
+    return trackers.start_trackers(names, "lowrank-tune", "mine", folder, recipe, resumed_from, before)
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
@@ -58,7 +58,7 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     return found
 
 
-def test_tensorboard_files_say_what_the_log_says(tmp_path: Path) -> None:
+def test_tensorboard_files_hold_what_the_log_holds(tmp_path: Path) -> None:
     """A real run: its files, read back by TensorBoard, against its events.jsonl."""
     pytest.importorskip("tensorboard")
     recipe = Recipe.load(
@@ -76,12 +76,12 @@ def test_tensorboard_files_say_what_the_log_says(tmp_path: Path) -> None:
     )
     outcome = run(recipe, out=tmp_path / "run", ui="none", device=CPU)
     found = scalars(outcome.folder)
-    told = [json.loads(line) for line in (outcome.folder / "events.jsonl").read_text().splitlines()]
-    steps = {event["step"]: event["stats"]["loss"] for event in told if event["event"] == "step"}
+    events = [json.loads(line) for line in (outcome.folder / "events.jsonl").read_text().splitlines()]
+    steps = {event["step"]: event["stats"]["loss"] for event in events if event["event"] == "step"}
     assert found["train/loss"] == pytest.approx(steps) and list(steps) == [1, 2, 3]
     checks = {
         event["step"]: event["stats"]["validation_loss"]
-        for event in told
+        for event in events
         if event["event"] == "validated" and "validation_loss" in event["stats"]
     }
     assert found["validation/loss"] == pytest.approx(checks) and found["heldout/base_exact"].keys() == {0}
@@ -92,7 +92,7 @@ def test_tensorboard_files_say_what_the_log_says(tmp_path: Path) -> None:
 def test_a_continued_run_goes_on_in_the_same_files(tmp_path: Path) -> None:
     """Killed after step 5, continued from the checkpoint of step 3, killed before any checkpoint and begun again."""
     pytest.importorskip("tensorboard")
-    first: list[Event] = [STARTED, Validated(step=0, stats={"heldout_base_exact": 0.1})]
+    first: list[Event] = [STARTED, Evaluated(step=0, stats={"heldout_base_exact": 0.1})]
     first += [step(number, loss=float(number)) for number in range(1, 6)]
     _play(begin(["tensorboard"], tmp_path), first)
     again = [
@@ -146,7 +146,7 @@ def test_the_same_run_goes_on_elsewhere_and_is_sent_nothing_twice(wandb: FakeWan
         STARTED,
         step(1, loss=1.0, kl=float("nan")),
         step(2, loss=2.0),
-        Validated(step=2, stats={"validation_loss": 0.5}),
+        Evaluated(step=2, stats={"validation_loss": 0.5}),
     ]
     _play(begin(["wandb"], tmp_path), first)
     _play(
@@ -154,13 +154,13 @@ def test_the_same_run_goes_on_elsewhere_and_is_sent_nothing_twice(wandb: FakeWan
         [
             STARTED,
             step(2, loss=2.0),
-            Validated(step=2, stats={"validation_loss": 0.5, "pairs_accuracy": 0.9}),
+            Evaluated(step=2, stats={"validation_loss": 0.5, "pairs_accuracy": 0.9}),
             step(3, loss=3.0),
             RunEnded(status="done", step=3, seconds=1.0),
         ],
     )
-    begun = [values for kind, values in wandb.calls if kind == "init"]
-    assert begun[0]["id"] == begun[1]["id"] and begun[0]["project"] == "lowrank-tune" and begun[0]["name"] == "mine"
+    starts = [values for kind, values in wandb.calls if kind == "init"]
+    assert starts[0]["id"] == starts[1]["id"] and starts[0]["project"] == "lowrank-tune" and starts[0]["name"] == "mine"
     sent = [values for kind, values in wandb.calls if kind == "log"]
     assert [(at, sorted(values)) for at, values in sent] == [
         (1, ["train/loss", "train/seconds"]),
@@ -175,7 +175,7 @@ def test_the_same_run_goes_on_elsewhere_and_is_sent_nothing_twice(wandb: FakeWan
         "one that was killed is not called finished"
     )
     _play(begin(["wandb"], tmp_path), [STARTED])
-    assert wandb.calls[-3][1]["id"] != begun[0]["id"], "a start from nothing is another run"
+    assert wandb.calls[-3][1]["id"] != starts[0]["id"], "a start from nothing is another run"
 
 
 def test_texts_and_secrets_are_never_sent(wandb: FakeWandb, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_texts_and_secrets_are_never_sent(wandb: FakeWandb, tmp_path: Path) -> N
         "description": "with hf_abcdefghijklmnop inside",
         "adapters": {},
     }
-    events = [STARTED, Sampled(step=1, prompt="a private question", completion="a private answer", finish="stop")]
+    events = [STARTED, SampleLogged(step=1, prompt="a private question", completion="a private answer", finish="stop")]
     _play(begin(["wandb"], tmp_path, recipe=recipe), events)
     everything = repr(wandb.calls) + (tmp_path / "trackers.json").read_text()
     assert "private" not in everything and "letmein" not in everything and "abcdefghijklmnop" not in everything
@@ -192,28 +192,28 @@ def test_texts_and_secrets_are_never_sent(wandb: FakeWandb, tmp_path: Path) -> N
 
 
 def test_one_that_breaks_is_switched_off_and_the_run_goes_on(wandb: FakeWandb, tmp_path: Path) -> None:
-    heard: list[Event] = []
+    events: list[Event] = []
     [tracker] = begin(["wandb"], tmp_path)
-    tee = Tee(tracker, _Ear(heard))
+    tee = EventBus(tracker, _EventList(events))
     wandb.fails = True
     tee(step(1, loss=1.0))
     tee(step(2, loss=1.0))
-    notes = [event.message for event in heard if isinstance(event, Note)]
+    notes = [event.message for event in events if isinstance(event, LogMessage)]
     assert len(notes) == 1 and "wandb" in notes[0] and "switched off" in notes[0] and "letmein" not in notes[0]
-    assert [event.step for event in heard if isinstance(event, StepDone)] == [1, 2]
+    assert [event.step for event in events if isinstance(event, StepEnd)] == [1, 2]
 
 
-class _Ear:
-    def __init__(self, heard: list[Event]) -> None:
-        self.heard = heard
+class _EventList:
+    def __init__(self, events: list[Event]) -> None:
+        self.events = events
 
     def __call__(self, event: Event) -> None:
-        self.heard.append(event)
+        self.events.append(event)
 
     def close(self) -> None: ...
 
 
-def test_what_cannot_begin_is_told_before_anything_is_trained(
+def test_what_cannot_start_is_refused_before_anything_is_trained(
     wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(**arguments: Any) -> Any:
@@ -225,14 +225,14 @@ def test_what_cannot_begin_is_told_before_anything_is_trained(
     assert not (tmp_path / "trackers.json").exists()
 
 
-def test_what_is_missing_is_told_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_reported_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name in ("wandb", "mlflow") else found(name, *more)
     )
-    with pytest.raises(Faults) as told:
-        trackers.check(["wandb", "mlflow", "wandb"])
-    assert [str(fault) for fault in told.value.faults] == [
+    with pytest.raises(ConfigError) as caught:
+        trackers.check_installed(["wandb", "mlflow", "wandb"])
+    assert [str(fault) for fault in caught.value.problems] == [
         f"train.report_to: {name} is not installed: pip install {name}, or leave it out" for name in ("wandb", "mlflow")
     ]
     result = CliRunner().invoke(
@@ -251,7 +251,7 @@ def test_how_recipes_name_them() -> None:
         ("train.report_to=wandbb", "wandb"),
         ("train.project=mine", "does nothing without `train.report_to`"),
     ):
-        with pytest.raises(Faults, match=words):
+        with pytest.raises(ConfigError, match=words):
             Recipe.load("tiny-sft", override)
     plain = Recipe.load("tiny-sft").to_dict()
     assert not differences(

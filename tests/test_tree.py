@@ -12,14 +12,24 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from models import clear, far, gradients, load, make_batch, reward_roles, roles_over, shake, whole
+from models import (
+    gradients,
+    load_base_of,
+    make_batch,
+    perturb,
+    relative_error,
+    reward_roles,
+    roles_over,
+    unquantized_base,
+    zero_grad,
+)
 from torch import Tensor
 
 from lowrank_tune.model import roles as roles_module
 from lowrank_tune.model import rounding
 from lowrank_tune.model import tree as tree_module
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.model.tree import Tree, longest_shareable, plant
+from lowrank_tune.model.tree import PackedBatch, longest_shareable, pack_shared_prefixes
 from lowrank_tune.types import Batch
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -36,9 +46,9 @@ KINDS: dict[str, dict[str, Any]] = {
 @functools.cache
 def roles_of(kind: str, checkpointing: bool = False) -> Roles:
     """Roles of a shaken policy over a frozen adapter; `4` and `16` are Llamas through the door that users take."""
-    base = load(int(kind)) if kind.isdigit() else whole(kind, **KINDS[kind])
+    base = load_base_of(int(kind)) if kind.isdigit() else unquantized_base(kind, **KINDS[kind])
     roles = roles_over(base, lower=["sft"], checkpointing=checkpointing)
-    shake(roles, "sft", "policy")
+    perturb(roles, "sft", "policy")
     return roles
 
 
@@ -46,7 +56,7 @@ def groups(prompts: Sequence[int], tails: Sequence[Sequence[int]], seed: int = 0
     """Groups of rows: a prompt and one row for each tail (0: the prompt alone), scored behind the prompt and here and
     there in it."""
     stream = torch.Generator().manual_seed(seed)
-    rows, says, shared = [], [], []
+    rows, masks, shared = [], [], []
     for prompt, own in zip(prompts, tails, strict=True):
         begin = torch.randint(2, 60, (prompt,), generator=stream).tolist()
         for number, tail in enumerate(own):
@@ -56,20 +66,20 @@ def groups(prompts: Sequence[int], tails: Sequence[Sequence[int]], seed: int = 0
                 + [60 + number] * (tail > 0)
                 + torch.randint(2, 60, (max(0, tail - 1),), generator=stream).tolist()
             )
-            says.append([place % 3 == 0 for place in range(prompt)] + [True] * tail)
+            masks.append([place % 3 == 0 for place in range(prompt)] + [True] * tail)
             shared.append(prompt if number else 0)
-    batch = make_batch(rows, says, **how)
+    batch = make_batch(rows, masks, **how)
     batch.extra["shared"] = torch.tensor(shared)
     return batch
 
 
 def run(roles: Roles, batch: Batch, share: bool) -> tuple[Tensor, Tensor]:
     """Log-probs, and gradients of a loss that weighs every token differently."""
-    clear(roles)
-    roles.share = share
+    zero_grad(roles)
+    roles.share_prefixes = share
     logps = roles.logps("policy", batch).logps
     (logps * torch.linspace(0.5, 1.5, logps.numel()).view(logps.shape)).sum().backward()  # type: ignore[no-untyped-call]
-    roles.share = True
+    roles.share_prefixes = True
     return logps.detach(), gradients(roles)
 
 
@@ -77,12 +87,14 @@ def error_of_sharing(roles: Roles, batch: Batch) -> float:
     """Largest difference of a log-prob, to the largest of them, and relative one of the gradients; infinite where
     nothing was shared."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tree_module, "WORTH", 100.0)
-        if roles._tree(batch) is None:
+        patch.setattr(tree_module, "MAX_RELATIVE_FLOPS", 100.0)
+        if roles._packed_layout(batch) is None:
             return float("inf")
         packed, gradient = run(roles, batch, True)
         apart, expected = run(roles, batch, False)
-    return max(float((packed - apart).abs().max() / apart.abs().max().clamp_min(1.0)), far(gradient, expected))
+    return max(
+        float((packed - apart).abs().max() / apart.abs().max().clamp_min(1.0)), relative_error(gradient, expected)
+    )
 
 
 @st.composite
@@ -130,18 +142,18 @@ def test_a_wrong_count_or_order_changes_nothing(batch: Batch, shift: int, order:
     rows = list(range(len(batch)))
     order.shuffle(rows)
     batch.extra["shared"] = (batch.extra["shared"] + shift).clamp_min(0)
-    assert error_of_sharing(roles_of("16"), batch.take(torch.tensor(rows[: len(rows) // 2 + 1]))) < 1e-5
+    assert error_of_sharing(roles_of("16"), batch.select_rows(torch.tensor(rows[: len(rows) // 2 + 1]))) < 1e-5
 
 
 def test_other_roles_quiet_mode_and_scores() -> None:
-    roles, batch = reward_roles(load(), lower=["sft"]), groups([20, 15], [[5, 9], [3, 8]])
-    shake(roles, "sft", "reward")
+    roles, batch = reward_roles(load_base_of(), lower=["sft"]), groups([20, 15], [[5, 9], [3, 8]])
+    perturb(roles, "sft", "reward")
     found = []
     for share in (True, False):
-        roles.share = share
-        assert (roles._tree(batch) is not None) == share
-        with roles.quiet():
-            logps, kl = roles.logps("reference", batch).logps, roles.exact_kl("reward", "reference", batch)
+        roles.share_prefixes = share
+        assert (roles._packed_layout(batch) is not None) == share
+        with roles.inference_mode():
+            logps, kl = roles.logps("reference", batch).logps, roles.full_vocab_kl("reward", "reference", batch)
             found.append(torch.stack([logps, kl, roles.scores("reward", batch)]))
     assert float((found[0] - found[1]).abs().max()) < 2e-5 and not torch.equal(*found)
     assert float((found[0][2] - found[1][2]).abs().max()) > 0
@@ -154,38 +166,43 @@ def planted(monkeypatch: pytest.MonkeyPatch, change: Any) -> float:
     """The error where the layout is changed behind `plant`'s back (the probe of the model runs before)."""
     roles, batch = roles_of("16"), groups([12, 7], [[5, 9], [6, 3]])
     assert error_of_sharing(roles, batch) < 1e-5
-    monkeypatch.setattr(roles_module, "plant", lambda *given: change(plant(*given)))
+    monkeypatch.setattr(roles_module, "pack_shared_prefixes", lambda *given: change(pack_shared_prefixes(*given)))
     return error_of_sharing(roles, batch)
 
 
-def _causal(tree: Tree) -> Tree:
-    width = tree.ids.shape[1]
-    return Tree(
-        tree.ids,
-        tree.positions,
-        torch.ones(1, 1, width, width, dtype=torch.bool).tril().expand_as(tree.mask),
-        tree.place,
+def _causal(tree: PackedBatch) -> PackedBatch:
+    width = tree.input_ids.shape[1]
+    return PackedBatch(
+        tree.input_ids,
+        tree.position_ids,
+        torch.ones(1, 1, width, width, dtype=torch.bool).tril().expand_as(tree.attention_mask),
+        tree.slot_index,
     )
 
 
-def _columns_as_positions(tree: Tree) -> Tree:
-    return Tree(tree.ids, torch.arange(tree.ids.shape[1]).expand_as(tree.ids), tree.mask, tree.place)
+def _columns_as_positions(tree: PackedBatch) -> PackedBatch:
+    return PackedBatch(
+        tree.input_ids,
+        torch.arange(tree.input_ids.shape[1]).expand_as(tree.input_ids),
+        tree.attention_mask,
+        tree.slot_index,
+    )
 
 
-def _one_too_far(tree: Tree) -> Tree:
-    return Tree(tree.ids, tree.positions, tree.mask, tree.place.roll(1, dims=1))
+def _one_too_far(tree: PackedBatch) -> PackedBatch:
+    return PackedBatch(tree.input_ids, tree.position_ids, tree.attention_mask, tree.slot_index.roll(1, dims=1))
 
 
-def _prompt_unseen(tree: Tree) -> Tree:
-    columns = torch.arange(tree.ids.shape[1])
-    own = tree.positions[:, None, :, None] - tree.positions[:, None, None, :] == columns[:, None] - columns
-    return Tree(tree.ids, tree.positions, tree.mask & own, tree.place)
+def _prompt_unseen(tree: PackedBatch) -> PackedBatch:
+    columns = torch.arange(tree.input_ids.shape[1])
+    own = tree.position_ids[:, None, :, None] - tree.position_ids[:, None, None, :] == columns[:, None] - columns
+    return PackedBatch(tree.input_ids, tree.position_ids, tree.attention_mask & own, tree.slot_index)
 
 
-class _Cut(Tree):
-    def rows(self, hidden: Tensor) -> Tensor:
+class _Cut(PackedBatch):
+    def unpack(self, hidden: Tensor) -> Tensor:
         """Every other row's gradient is lost."""
-        rows = super().rows(hidden)
+        rows = super().unpack(hidden)
         return torch.cat([torch.stack([a, b.detach()]) for a, b in zip(rows[::2], rows[1::2], strict=True)])
 
 
@@ -196,7 +213,7 @@ class _Cut(Tree):
         _columns_as_positions,
         _one_too_far,
         _prompt_unseen,
-        lambda tree: _Cut(tree.ids, tree.positions, tree.mask, tree.place),
+        lambda tree: _Cut(tree.input_ids, tree.position_ids, tree.attention_mask, tree.slot_index),
     ],
 )
 def test_a_wrong_layout_is_seen(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
@@ -212,13 +229,13 @@ def shares(roles: Roles, batch: Batch) -> bool:
     handle = roles.base.model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    with roles.quiet():
+    with roles.inference_mode():
         roles.hidden("policy", batch)
         seen.clear()  # the first time, the probe ran too
         roles.hidden("policy", batch)
     handle.remove()
     assert len(seen) == 1
-    return seen[0] < batch.ids.numel()
+    return seen[0] < batch.input_ids.numel()
 
 
 LONG = groups([20, 18], [[5, 9], [3, 8]])
@@ -226,14 +243,14 @@ LONG = groups([20, 18], [[5, 9], [3, 8]])
 
 def test_it_is_used_where_it_saves_something() -> None:
     roles = roles_of("16")
-    assert shares(roles, LONG) and shares(roles, LONG.take(torch.tensor([2, 3])))
+    assert shares(roles, LONG) and shares(roles, LONG.select_rows(torch.tensor([2, 3])))
     assert not shares(roles, groups([1], [[20, 20]])) and not shares(roles, groups([0], [[20, 20]]))
     left = groups([20], [[5, 9]], left=True)
-    alone = Batch(LONG.ids, LONG.attended, LONG.says)
+    alone = Batch(LONG.input_ids, LONG.attention_mask, LONG.completion_mask)
     assert not shares(roles, left) and not shares(roles, alone)
-    roles.share = False
+    roles.share_prefixes = False
     assert not shares(roles, LONG)
-    roles.share = True
+    roles.share_prefixes = True
 
 
 @pytest.mark.parametrize(
@@ -254,21 +271,21 @@ def test_windows_and_models_without_such_masks_keep_rows_apart(
     kind: str, changes: dict[str, Any], expected: bool
 ) -> None:
     roles = (
-        roles_over(whole(kind, **changes), target_modules=("query_key_value",))
+        roles_over(unquantized_base(kind, **changes), target_modules=("query_key_value",))
         if kind == "bloom"
-        else roles_over(whole(kind, **changes))
+        else roles_over(unquantized_base(kind, **changes))
     )
-    assert LONG.ids.shape[1] == 29 and shares(roles, LONG) == expected
+    assert LONG.input_ids.shape[1] == 29 and shares(roles, LONG) == expected
 
 
-def test_recurrent_layers_and_other_attention_are_never_asked() -> None:
-    config = whole("llama").model.config
+def test_recurrent_layers_and_other_attention_are_never_probed() -> None:
+    config = unquantized_base("llama").model.config
     assert longest_shareable(config) > 1 << 30
     for name, value in (
         ("layer_types", ["full_attention", "linear_attention"]),
         ("_attn_implementation", "flash_attention_2"),
     ):
-        other = whole("llama").model.config
+        other = unquantized_base("llama").model.config
         setattr(other, name, value)
         assert longest_shareable(other) == 0
     config.layer_types, config.sliding_window = ["full_attention"] * 2, 4
@@ -276,8 +293,10 @@ def test_recurrent_layers_and_other_attention_are_never_asked() -> None:
 
 
 @pytest.mark.parametrize("dropped", ["attention_mask", "position_ids"])
-def test_the_probe_refuses_a_model_that_does_not_listen(monkeypatch: pytest.MonkeyPatch, dropped: str) -> None:
-    roles = roles_over(whole("llama"))
+def test_the_probe_refuses_a_model_that_ignores_its_mask_or_positions(
+    monkeypatch: pytest.MonkeyPatch, dropped: str
+) -> None:
+    roles = roles_over(unquantized_base("llama"))
     decoder = roles.base.model.get_decoder()
     monkeypatch.setattr(
         roles.base.model, "get_decoder", lambda: lambda **given: decoder(**{**given, dropped: None}), raising=False
@@ -290,7 +309,7 @@ def test_rounding_of_another_batch_shape_keeps_prompts_shared(
     monkeypatch: pytest.MonkeyPatch, dropped: str | None
 ) -> None:
     """Hidden states in bf16 that change by 7 % with the shape of the batch, as a deep model's do on a GPU."""
-    base = whole("llama")
+    base = unquantized_base("llama")
     base.model.bfloat16()
     roles = roles_over(base)
     decoder = base.model.get_decoder()
@@ -312,11 +331,11 @@ def test_rounding_of_another_batch_shape_keeps_prompts_shared(
     monkeypatch.setattr(base.model, "get_decoder", lambda: rounded, raising=False)
     monkeypatch.setattr(tree_module, "relative_difference", recorded)
     assert bool(roles._longest_shareable) == (dropped is None)
-    assert differences[0] > tree_module.LOOSE, "the rounding is larger than what is always allowed"
+    assert differences[0] > tree_module.BF16_TOLERANCE, "the rounding is larger than what is always allowed"
 
 
 def test_the_probe_draws_no_random_number_and_leaves_the_mode() -> None:
-    roles = roles_over(whole("llama"), dropout=0.5)
+    roles = roles_over(unquantized_base("llama"), dropout=0.5)
     before = torch.get_rng_state()
     assert roles._longest_shareable and torch.equal(torch.get_rng_state(), before) and roles.base.model.training
 
@@ -326,12 +345,12 @@ def test_by_hand() -> None:
     batch = make_batch([[5, 6, 7, 8, 9], [5, 6, 7, 4], [3, 2], [2]])
     batch.extra["shared"] = torch.tensor([0, 3, 0, 0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tree_module, "WORTH", 100.0)
-        tree = plant(batch, 4)
+        patch.setattr(tree_module, "MAX_RELATIVE_FLOPS", 100.0)
+        tree = pack_shared_prefixes(batch, 4)
     assert tree is not None
-    assert tree.ids.tolist() == [[5, 6, 7, 8, 9, 4, 0, 0], [3, 2, 0, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0, 0, 0]]
-    assert tree.positions[0, :6].tolist() == [0, 1, 2, 3, 4, 3]
-    assert tree.place.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 5], [8, 9, 9, 9, 9], [16, 16, 16, 16, 16]]
+    assert tree.input_ids.tolist() == [[5, 6, 7, 8, 9, 4, 0, 0], [3, 2, 0, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0, 0, 0]]
+    assert tree.position_ids[0, :6].tolist() == [0, 1, 2, 3, 4, 3]
+    assert tree.slot_index.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 5], [8, 9, 9, 9, 9], [16, 16, 16, 16, 16]]
     seen = [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -340,5 +359,5 @@ def test_by_hand() -> None:
         [1, 1, 1, 1, 1, 0],
         [1, 1, 1, 0, 0, 1],
     ]
-    assert tree.mask[0, 0, :6].long().tolist() == [row + [0, 0] for row in seen]
-    assert bool(tree.mask.any(dim=-1).all())  # a query that sees nothing would be NaN
+    assert tree.attention_mask[0, 0, :6].long().tolist() == [row + [0, 0] for row in seen]
+    assert bool(tree.attention_mask.any(dim=-1).all())  # a query that sees nothing would be NaN

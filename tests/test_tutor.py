@@ -29,7 +29,7 @@ def test_every_worked_reply_is_right_step_by_step() -> None:
         for step in problem.steps():
             left, right = step.split("=")
             assert eval(left) == int(right), step  # noqa: S307  digits and a sign, from our own generator
-        assert problems.final_number(problem.worked()) == problem.answer
+        assert problems.final_number(problem.answer_with_steps()) == problem.answer
 
 
 def test_about_one_problem_in_twelve_of_those_that_are_no_step_is_held_out_in_either_order() -> None:
@@ -53,9 +53,9 @@ def test_no_training_text_holds_a_heldout_problem() -> None:
     pages = list(islice(text.documents(0), 3000))
     rows = list(problems.rows(4000, seed=0))
     questions = [re.findall(r"<\|user\|>([^<]+)<", page) + re.findall(r"asks: (.+)", page) for page in pages]
-    asked = [question for several in questions for question in several] + [row["question"] for row in rows]
+    all_questions = [question for several in questions for question in several] + [row["question"] for row in rows]
     seen = 0
-    for question in asked:
+    for question in all_questions:
         found = numbers_in(question)
         if len(found) != 2:
             continue
@@ -91,7 +91,7 @@ def test_replies_never_end_a_turn_so_the_base_learns_no_stop() -> None:
     for page in islice(text.documents(0), 300):
         for reply in re.findall(r"<\|assistant\|>([^<]*)(<\|\w+\|>)?", page):
             assert reply[1] != text.END_OF_TURN
-    blurts = [Problem(40, 31, "+").blurt(random.Random(seed), right=1 / 3) for seed in range(600)]
+    blurts = [Problem(40, 31, "+").answer_without_steps(random.Random(seed), p_correct=1 / 3) for seed in range(600)]
     assert 0.25 < sum(problems.final_number(blurt) == 71 for blurt in blurts) / 600 < 0.42
 
 
@@ -142,8 +142,8 @@ def test_no_preference_of_the_training_split_shows_a_heldout_problem() -> None:
     """Neither its question nor, where an answer runs on, the next one."""
     held = {(p.sign, *sorted((p.a, p.b))) for p in every_problem() if problems.is_heldout(p)}
     rows = problems.preferences(4000, seed=0, split="train")
-    asked = [line for row in rows for line in (row["prompt"], *row["rejected"].split("\n")[1:2])]
-    seen = [(sign_of(question), *sorted(numbers_in(question))) for question in asked]
+    questions = [line for row in rows for line in (row["prompt"], *row["rejected"].split("\n")[1:2])]
+    seen = [(sign_of(question), *sorted(numbers_in(question))) for question in questions]
     assert len(seen) > 4200 and not set(seen) & held
     outside = problems.preferences(200, seed=0, split="heldout")
     assert all((sign_of(row["prompt"]), *sorted(numbers_in(row["prompt"]))) in held for row in outside)

@@ -16,18 +16,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import CPU, TOKENIZER, VOCAB, folder_of, ragged, roles_over, same_bytes
+from models import CPU, TOKENIZER, VOCAB, ragged_batch, roles_over, same_bytes, saved_model
 from transformers.models.llama import modeling_llama
 from typer.testing import CliRunner
 
 from lowrank_tune import early, settings
 from lowrank_tune.cli import app
-from lowrank_tune.errors import Faults, UserError
+from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.model import unsloth
-from lowrank_tune.model.base import Base, base_hashes, load_base, nf4
+from lowrank_tune.model.base import Base, base_hashes, load_base, nf4_config
 from lowrank_tune.recipe import Chain, Recipe
 from lowrank_tune.rollout import Engine
-from lowrank_tune.types import Sampling
+from lowrank_tune.types import SamplingParams
 
 HERE = early.installed() is not None
 ROOT = Path(__file__).parent.parent
@@ -64,20 +64,20 @@ def test_what_it_trains(preset: str, overrides: list[str], words: str | None) ->
     if words is None:
         assert Recipe.load(preset, "base.backend=unsloth", *overrides).base.backend == "unsloth"
         return
-    with pytest.raises(Faults) as caught:
+    with pytest.raises(ConfigError) as caught:
         Recipe.load(preset, "base.backend=unsloth", *overrides)
     assert words in str(caught.value) and "use `plain`" in str(caught.value)
 
 
 def test_a_chain_lays_adapters_below() -> None:
-    with pytest.raises(Faults, match="stages.dpo.base.backend.*here is `sft` too") as caught:
+    with pytest.raises(ConfigError, match="stages.dpo.base.backend.*here is `sft` too") as caught:
         Chain.load("tiny-preference", "base.backend=unsloth")
-    assert len(caught.value.faults) == 1
+    assert len(caught.value.problems) == 1
     stages = tuple(
-        stage.model_copy(update={"base": settings.Base(backend="unsloth")})
+        stage.model_copy(update={"base": settings.BaseConfig(backend="unsloth")})
         for stage in Chain.load("tiny-preference").stages
     )
-    with pytest.raises(Faults, match="here is `sft` too"):
+    with pytest.raises(ConfigError, match="here is `sft` too"):
         Chain("mine", "", stages)
 
 
@@ -120,24 +120,24 @@ FITTING = {
 
 
 @pytest.mark.usefixtures("absent")
-def test_what_keeps_it_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_prevents_its_use_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     versions(monkeypatch)
-    early.import_first(["plain"])
+    early.import_unsloth(["plain"])
     with pytest.raises(UserError, match="unsloth is not installed: pip install .*constraints/unsloth.txt"):
-        early.import_first(["unsloth"])
+        early.import_unsloth(["unsloth"])
     versions(monkeypatch, **FITTING | {"transformers": "5.23.0", "datasets": "4.4.2", "trl": "1.16.0"})
     with pytest.raises(
         UserError,
         match=r"needs transformers<=5.17.0 \(5.23.0 is installed\), datasets!=4.4.\* \(4.4.2 is installed\), trl<=1",
     ):
-        early.import_first(["unsloth"])
+        early.import_unsloth(["unsloth"])
     versions(monkeypatch, **{name: version for name, version in FITTING.items() if name != "trl"})
     with pytest.raises(UserError, match=r"trl<=1.15.0,>=0.18.2 \(not installed\)"):
-        early.import_first(["unsloth"])
+        early.import_unsloth(["unsloth"])
     versions(monkeypatch, **FITTING)
-    assert early.misfits() == []
+    assert early.incompatible_versions() == []
     with pytest.raises(UserError, match="must be imported before transformers.*`from lowrank_tune import run` before"):
-        early.import_first(["unsloth"])
+        early.import_unsloth(["unsloth"])
 
 
 @pytest.mark.usefixtures("absent")
@@ -153,7 +153,7 @@ def test_its_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyt
         raise ImportError("torchvision==0.1 is broken\nand more") if seen.pop("breaks", None) else StopIteration
 
     versions(monkeypatch, **FITTING)
-    monkeypatch.setattr(early, "TOO_LATE", ())
+    monkeypatch.setattr(early, "PATCHED_PACKAGES", ())
     monkeypatch.setattr(early.importlib, "import_module", importing)
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
@@ -161,13 +161,13 @@ def test_its_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyt
     monkeypatch.setenv("UNSLOTH_DISABLE_STATISTICS", "0")
     seen["breaks"] = "yes"
     with pytest.raises(UserError, match="cannot be imported: torchvision==0.1 is broken;"):
-        early.import_first(["unsloth"])
+        early.import_unsloth(["unsloth"])
     assert seen == {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "unsloth_compiled")}
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false" and capsys.readouterr() == ("", "hello from unsloth\n")
 
 
 @pytest.mark.skipif(HERE, reason="unsloth is installed")
-def test_the_command_line_says_that_it_is_not_there(tmp_path: Path) -> None:
+def test_the_command_line_reports_that_it_is_missing(tmp_path: Path) -> None:
     made = CliRunner().invoke(app, ["run", "tiny-sft", "base.backend=unsloth", "--out", str(tmp_path / "run")])
     assert made.exit_code == 2 and "unsloth is not installed" in made.output and not (tmp_path / "run").exists()
 
@@ -187,7 +187,7 @@ class StandIn:
     in modules that are marked. Its knobs are the faults that must be found."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.asked: dict[str, Any] = {}
+        self.load_arguments: dict[str, Any] = {}
         self.scale, self.bits, self.extra_words, self.error = 1.0, 4, 0, ""
         self.patch = monkeypatch
         own = ATTENTION.forward
@@ -204,12 +204,14 @@ class StandIn:
         made.FastLanguageModel = self  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "unsloth", made)
 
-    def from_pretrained(self, **asked: Any) -> tuple[Any, None]:
-        self.asked = asked
+    def from_pretrained(self, **arguments: Any) -> tuple[Any, None]:
+        self.load_arguments = arguments
         if self.error:
             raise RuntimeError(self.error)
-        four = {"quantization_config": nf4(CPU)} if self.bits == 4 else {}
-        model = transformers.AutoModelForCausalLM.from_pretrained(asked["model_name"], dtype=asked["dtype"], **four)
+        four = {"quantization_config": nf4_config(CPU)} if self.bits == 4 else {}
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            arguments["model_name"], dtype=arguments["dtype"], **four
+        )
         if self.extra_words:
             model.resize_token_embeddings(VOCAB + self.extra_words)
         self.patch.setattr(
@@ -229,14 +231,16 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
 
 
 def loaded(kind: str = "llama", **more: Any) -> Base:
-    return unsloth.load_base(settings.Base(model=folder_of(kind), backend="unsloth", **more), TOKENIZER, 320, CPU)
+    return unsloth.load_base(
+        settings.BaseConfig(model=saved_model(kind), backend="unsloth", **more), TOKENIZER, 320, CPU
+    )
 
 
-def test_how_it_is_asked(stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = load_base(settings.Base(model=folder_of("llama")), TOKENIZER, CPU)
+def test_the_arguments_of_its_loader(stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = load_base(settings.BaseConfig(model=saved_model("llama")), TOKENIZER, CPU)
     base = loaded()
-    assert stand_in.asked == {
-        "model_name": folder_of("llama"),
+    assert stand_in.load_arguments == {
+        "model_name": saved_model("llama"),
         "max_seq_length": 320,
         "dtype": torch.float32,
         "load_in_4bit": True,
@@ -247,7 +251,7 @@ def test_how_it_is_asked(stand_in: StandIn, capsys: pytest.CaptureFixture[str]) 
         "trust_remote_code": False,
     }
     assert (base.name, base.bits, base.backend) == (
-        folder_of("llama"),
+        saved_model("llama"),
         4,
         "unsloth",
     ) and "unsloth talks" not in capsys.readouterr().out
@@ -260,7 +264,7 @@ def test_how_it_is_asked(stand_in: StandIn, capsys: pytest.CaptureFixture[str]) 
 def test_it_is_compared_with_transformers(stand_in: StandIn, checkpointing: bool) -> None:
     roles = roles_over(loaded(), checkpointing=checkpointing)
     before = roles.adapter_tensors("policy")
-    assert roles.share is False
+    assert roles.share_prefixes is False
     unsloth.check(roles, "policy")
     stand_in.scale = 1.1
     with pytest.raises(
@@ -276,22 +280,22 @@ def test_it_is_compared_with_transformers(stand_in: StandIn, checkpointing: bool
     )
 
 
-def test_recomputation_in_another_voice_is_found(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputation_with_other_adapters_is_found(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     """As re-entrant checkpointing without this kit's context would do it: adapters are off by the time that it
     recomputes."""
     roles = roles_over(loaded(), checkpointing=True)
     roles.base.model.gradient_checkpointing_enable({"use_reentrant": True})
     roles.base.model.enable_input_require_grads()
-    said = unsloth._said
+    original = unsloth._logps_and_gradient
     calls = []
 
     def then(*arguments: Any) -> Any:
         calls.append(len(calls))
         if len(calls) == 2:  # the plain side recomputes nothing
             roles.base.model.gradient_checkpointing_disable()
-        return said(*arguments)
+        return original(*arguments)
 
-    monkeypatch.setattr(unsloth, "_said", then)
+    monkeypatch.setattr(unsloth, "_logps_and_gradient", then)
     with pytest.raises(UserError, match="the gradient is .* off"):
         unsloth.check(roles, "policy")
 
@@ -300,16 +304,20 @@ def test_completions_are_drawn_as_without_it(stand_in: StandIn) -> None:
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5]]
 
     def drawn(base: Base) -> list[tuple[int, list[int], list[float]]]:
-        found = Engine(roles_over(base), "policy").generate(prompts, 3, Sampling(6, frozenset(), seed=3))
-        return sorted((one.prompt, one.ids, one.logps) for one in found)
+        found = Engine(roles_over(base), "policy").generate(prompts, 3, SamplingParams(6, frozenset(), seed=3))
+        return sorted((one.prompt, one.token_ids, one.logps) for one in found)
 
-    theirs = drawn(load_base(settings.Base(model=folder_of("llama")), TOKENIZER, CPU))
+    theirs = drawn(load_base(settings.BaseConfig(model=saved_model("llama")), TOKENIZER, CPU))
     assert drawn(loaded()) == theirs
 
 
 def test_log_probs_are_those_of_plain(stand_in: StandIn) -> None:
-    batch = ragged()
-    theirs = roles_over(load_base(settings.Base(model=folder_of("llama")), TOKENIZER, CPU)).logps("policy", batch).logps
+    batch = ragged_batch()
+    theirs = (
+        roles_over(load_base(settings.BaseConfig(model=saved_model("llama")), TOKENIZER, CPU))
+        .logps("policy", batch)
+        .logps
+    )
     assert torch.equal(roles_over(loaded()).logps("policy", batch).logps, theirs)
 
 
@@ -333,12 +341,12 @@ def test_an_unsloth_that_works_otherwise_is_refused(stand_in: StandIn, monkeypat
     model = loaded().model
     monkeypatch.setattr(modeling_llama, "_unsloth_pre_patch_originals", ({}, {}))
     with pytest.raises(UserError, match="replaces transformers' code in another way"):
-        unsloth._as_written(model, CPU)
+        unsloth._restore_transformers_forward(model, CPU)
     for module in model.modules():
         del module._unsloth_fast_path
-    unsloth._as_written(model, CPU)
+    unsloth._restore_transformers_forward(model, CPU)
     with pytest.raises(UserError, match="replaces transformers' code in another way"):
-        unsloth._as_written(model, torch.device("cuda"))
+        unsloth._restore_transformers_forward(model, torch.device("cuda"))
 
 
 @pytest.mark.skipif(not HERE, reason="unsloth is not installed")

@@ -18,10 +18,16 @@ from typer.testing import CliRunner, Result
 from lowrank_tune.cli import app
 from lowrank_tune.errors import UserError
 from lowrank_tune.recipe import from_dict
-from lowrank_tune.rewards import Item, Score, Scorer, Weighted
-from lowrank_tune.rewards.length import Length
-from lowrank_tune.rewards.verdicts import AT_ONCE, clashes, scored, verdicts, would_stop
-from lowrank_tune.verify import Verified, verify
+from lowrank_tune.rewards import RewardInput, Score, WeightedReward, WorkerPool
+from lowrank_tune.rewards.length import LengthReward
+from lowrank_tune.rewards.verdicts import (
+    CHUNK_SIZE,
+    exceeds_failure_limit,
+    find_disagreements,
+    score_all,
+    summarize_verdicts,
+)
+from lowrank_tune.verify import VerifyResult, verify
 
 MINE = """
 import time
@@ -63,11 +69,11 @@ def write(rows: list[Any], name: str = "r.jsonl") -> str:
     return name
 
 
-def judged(rows: list[Any], *rewards: dict[str, Any], limit: int | None = None, **more: Any) -> Verified:
+def judged(rows: list[Any], *rewards: dict[str, Any], limit: int | None = None, **more: Any) -> VerifyResult:
     return verify(recipe(*rewards, **more), write(rows), limit, lambda event: None)
 
 
-def told(*arguments: str) -> Result:
+def verify_command(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["verify", *arguments])
 
 
@@ -94,14 +100,14 @@ SHAPES: list[tuple[dict[str, Any], str, str | None]] = [
 
 def test_rows_of_many_shapes(place: Path) -> None:
     found = judged([row for row, _, _ in SHAPES])
-    assert [(one.item.prompt, one.item.gold) for one in found.responses] == [
+    assert [(one.reward_input.prompt, one.reward_input.ground_truth) for one in found.responses] == [
         (prompt, gold) for _, prompt, gold in SHAPES
     ]
-    assert all(one.item.completion == "It is 5." and one.item.stopped for one in found.responses)
-    assert [scores[0].verdict for scores in found.rows] == ["pass"] * 6 + ["error"]
+    assert all(one.reward_input.completion == "It is 5." and one.reward_input.stopped for one in found.responses)
+    assert [scores[0].verdict for scores in found.scores] == ["pass"] * 6 + ["error"]
 
 
-def test_the_gold_is_never_taken_from_the_response(place: Path) -> None:
+def test_the_ground_truth_is_never_taken_from_the_response(place: Path) -> None:
     r"""A response that looks like a reference (`\boxed{}`, `####`) would otherwise be right by itself."""
     found = judged(
         [
@@ -110,14 +116,18 @@ def test_the_gold_is_never_taken_from_the_response(place: Path) -> None:
             {"prompt": "2+3?", "gold": "5", "completion": "#### 6"},
         ]
     )
-    assert [one.item.gold for one in found.responses] == [None, None, "5"]
-    assert [scores[0].verdict for scores in found.rows] == ["error", "error", "fail"]
+    assert [one.reward_input.ground_truth for one in found.responses] == [None, None, "5"]
+    assert [scores[0].verdict for scores in found.scores] == ["error", "error", "fail"]
 
 
-def test_the_recipe_says_how_rows_are_read(place: Path) -> None:
+def test_the_recipe_decides_how_rows_are_read(place: Path) -> None:
     source = {"dataset": "none.jsonl", "columns": {"question": "ask", "answer": "told"}, "gold": "last_number"}
     found = judged([{"ask": "2+3?", "told": "of 2 and 3 it is 5", "completion": "5"}], data=source)
-    assert (found.responses[0].item.prompt, found.responses[0].item.gold, found.rows[0][0].verdict) == (
+    assert (
+        found.responses[0].reward_input.prompt,
+        found.responses[0].reward_input.ground_truth,
+        found.scores[0][0].verdict,
+    ) == (
         "2+3?",
         "5",
         "pass",
@@ -126,7 +136,7 @@ def test_the_recipe_says_how_rows_are_read(place: Path) -> None:
 
 def test_functions_see_the_row_of_the_data(place: Path) -> None:
     found = judged([{"question": "q", "gold": "5", "worth": 3, "completions": ["a", "b"]}], {"use": "./mine.py:seen"})
-    assert [scores[0].value for scores in found.rows] == [1.0, 1.0]
+    assert [scores[0].value for scores in found.scores] == [1.0, 1.0]
 
 
 def test_several_completions_their_ends_and_their_lengths(place: Path) -> None:
@@ -140,17 +150,17 @@ def test_several_completions_their_ends_and_their_lengths(place: Path) -> None:
         {"use": "answer"},
         {"use": "length", "target_tokens": 1},
     )
-    assert [(one.number, one.item.stopped) for one in found.responses] == [
+    assert [(one.index, one.reward_input.stopped) for one in found.responses] == [
         (1, True),
         (2, False),
         (3, False),
         (1, False),
     ]
-    assert [scores[0].value for scores in found.rows] == [1.0, 0.0, 0.0, 0.0]
-    assert [one.item.tokens for one in found.responses] == [2, 1, 1, 1], "the end token is one too, as in a run"
+    assert [scores[0].value for scores in found.scores] == [1.0, 0.0, 0.0, 0.0]
+    assert [one.reward_input.tokens for one in found.responses] == [2, 1, 1, 1], "the end token is one too, as in a run"
 
 
-def test_rows_that_are_none_are_told_with_their_lines(place: Path) -> None:
+def test_invalid_rows_are_reported_with_their_lines(place: Path) -> None:
     rows = [
         {"question": "q", "gold": "5", "completion": "5"},
         {"question": "q"},
@@ -161,8 +171,8 @@ def test_rows_that_are_none_are_told_with_their_lines(place: Path) -> None:
         {"question": "q", "gold": "", "completion": "5"},
     ]
     found = judged(rows, {"use": "math_answer"})
-    lines = {reason: [place.rpartition(":")[2] for place in gone.places] for reason, gone in found.dropped.items()}
-    assert len(found.rows) == 1 and sorted(line for several in lines.values() for line in several) == [
+    lines = {reason: [place.rpartition(":")[2] for place in gone.locations] for reason, gone in found.dropped.items()}
+    assert len(found.scores) == 1 and sorted(line for several in lines.values() for line in several) == [
         "2",
         "3",
         "4",
@@ -176,9 +186,9 @@ def test_rows_that_are_none_are_told_with_their_lines(place: Path) -> None:
 
 
 def test_the_limit_and_the_datas_own_answers(place: Path) -> None:
-    assert len(judged([{"gold": "5", "completion": "5"}] * 9, limit=4).rows) == 4
+    assert len(judged([{"gold": "5", "completion": "5"}] * 9, limit=4).scores) == 4
     own = verify(recipe(), None, 12, lambda event: None)
-    assert len(own.rows) == 12 and all(scores[0].verdict == "pass" for scores in own.rows)
+    assert len(own.scores) == 12 and all(scores[0].verdict == "pass" for scores in own.scores)
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------
@@ -186,18 +196,18 @@ def test_the_limit_and_the_datas_own_answers(place: Path) -> None:
 
 def test_figures_by_hand() -> None:
     scores = [Score(1.0, "pass", "", 0.001 * n) for n in range(1, 20)] + [Score(None, "timeout", "", 9.0)]
-    found = verdicts("x", True, scores)
-    assert found.counts == {"pass": 19, "timeout": 1} and (found.mean, found.spread) == (1.0, 0.0)
-    assert (found.median_seconds, found.p95_seconds, found.longest_seconds) == pytest.approx((0.010, 0.019, 9.0))
+    found = summarize_verdicts("x", True, scores)
+    assert found.counts == {"pass": 19, "timeout": 1} and (found.mean, found.std) == (1.0, 0.0)
+    assert (found.median_seconds, found.p95_seconds, found.max_seconds) == pytest.approx((0.010, 0.019, 9.0))
 
 
 class Judge:
-    name, judges = "judge", True
+    name, is_verifier = "judge", True
 
     def __init__(self, values: list[float | None]) -> None:
         self.values = values
 
-    def score(self, items: list[Item]) -> list[Score]:  # type: ignore[override]
+    def score(self, items: list[RewardInput]) -> list[Score]:  # type: ignore[override]
         return [
             Score(value := self.values[item.tokens], "error" if value is None else "graded", "because")
             for item in items
@@ -206,26 +216,31 @@ class Judge:
 
 def test_disagreement_by_hand() -> None:
     weighted = [
-        Weighted("a", 1.0, Judge([1.0, 0.0, 0.5, None, 1.0])),
-        Weighted("b", 1.0, Judge([0.0, 0.9, 0.4, 1.0, 1.0])),
-        Weighted("l", 1.0, Length("l", 3)),
+        WeightedReward("a", 1.0, Judge([1.0, 0.0, 0.5, None, 1.0])),
+        WeightedReward("b", 1.0, Judge([0.0, 0.9, 0.4, 1.0, 1.0])),
+        WeightedReward("l", 1.0, LengthReward("l", 3)),
     ]
-    items = [Item("", "", None, {}, True, tokens) for tokens in range(5)]
-    heard: list[int] = []
-    with Scorer[int]([each.reward for each in weighted]) as scorer:
-        rows = list(scored(scorer, items, heard.append))
-    [clash] = clashes(weighted, rows)
-    assert (clash.one, clash.other, clash.both_told, clash.only_one, clash.only_other) == (
+    items = [RewardInput("", "", None, {}, True, tokens) for tokens in range(5)]
+    progress: list[int] = []
+    with WorkerPool[int]([each.reward for each in weighted]) as scorer:
+        rows = list(score_all(scorer, items, progress.append))
+    [clash] = find_disagreements(weighted, rows)
+    assert (clash.first, clash.second, clash.num_both_scored, clash.only_first, clash.only_second) == (
         "a",
         "b",
         4,
         [0, 2],
         [1],
-    ) and heard == [5]
-    assert would_stop(weighted, rows, 0.01) is None and "1 of 5" in (would_stop(weighted, rows, 0.01, few=1) or "")
-    assert "3 of 15" in (would_stop(weighted, rows * 3, 0.01) or "") and would_stop(weighted, rows * 3, 0.2) is None
-    stopping = [Weighted("a", 1.0, weighted[0].reward, "stop"), *weighted[1:]]
-    assert "`a` stops a run" in (would_stop(stopping, rows, 1.0) or "")
+    ) and progress == [5]
+    assert exceeds_failure_limit(weighted, rows, 0.01) is None and "1 of 5" in (
+        exceeds_failure_limit(weighted, rows, 0.01, min_failures=1) or ""
+    )
+    assert (
+        "3 of 15" in (exceeds_failure_limit(weighted, rows * 3, 0.01) or "")
+        and exceeds_failure_limit(weighted, rows * 3, 0.2) is None
+    )
+    stopping = [WeightedReward("a", 1.0, weighted[0].reward, "stop"), *weighted[1:]]
+    assert "`a` stops a run" in (exceeds_failure_limit(stopping, rows, 1.0) or "")
 
 
 def preset(place: Path, *rewards: str) -> str:
@@ -240,7 +255,7 @@ def test_the_command(place: Path) -> None:
     rows = [{"question": f"{n}?", "gold": "5", "completion": "5" if n % 2 else "66 \x1b[31m"} for n in range(40)]
     rows[8]["completion"] = "boom"
     made = preset(place, "use: answer", "use: './mine.py:odd', on_error: drop", "use: length, target_tokens: 3")
-    result = told(made, "--file", write(rows), "--out", "o.jsonl")
+    result = verify_command(made, "--file", write(rows), "--out", "o.jsonl")
     assert result.exit_code == 0 and "40 responses judged" in result.output and "\x1b" not in result.output
     assert (
         "`answer` and `odd` disagree on" in result.output
@@ -256,7 +271,7 @@ def test_the_command(place: Path) -> None:
     )
 
     made = preset(place, "use: './mine.py:odd'")
-    result = told(made, "--file", "r.jsonl")
+    result = verify_command(made, "--file", "r.jsonl")
     assert result.exit_code == 1 and "a run would stop: `odd` stops a run at its first failure" in result.output
 
 
@@ -284,7 +299,7 @@ def test_wrong_input_ends_with_a_sentence(place: Path, arguments: tuple[str, ...
         "train: {steps: 1}\nstages:\n  - {algorithm: reward, data: {train: [{dataset: tutor-preferences}]}}\n"
         "  - {algorithm: grpo, data: {train: [{dataset: tutor}]}, rewards: [{use: reward_model}]}\n"
     )
-    result = told(*arguments)
+    result = verify_command(*arguments)
     assert result.exit_code == 2 and "Traceback" not in result.output
     assert words in result.output or ("function" in words and "has no function `nothing`" in result.output), (
         result.output
@@ -292,18 +307,18 @@ def test_wrong_input_ends_with_a_sentence(place: Path, arguments: tuple[str, ...
 
 
 def test_an_interruption_keeps_what_is_done(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = Scorer.collect, [0]
+    real, calls = WorkerPool.collect, [0]
 
-    def collect(self: Scorer[int]) -> Any:
+    def collect(self: WorkerPool[int]) -> Any:
         calls[0] += 1
         if calls[0] == 3:
             raise KeyboardInterrupt
         return real(self)
 
-    monkeypatch.setattr(Scorer, "collect", collect)
+    monkeypatch.setattr(WorkerPool, "collect", collect)
     made = preset(place, "use: answer")
-    result = told(made, "--file", write([{"gold": "5", "completion": "5"}] * 99), "--out", "o.jsonl")
-    done = 2 * AT_ONCE
+    result = verify_command(made, "--file", write([{"gold": "5", "completion": "5"}] * 99), "--out", "o.jsonl")
+    done = 2 * CHUNK_SIZE
     assert result.exit_code == 130 and f"{done} responses judged of 99, interrupted" in result.output
     assert len(Path("o.jsonl").read_text().splitlines()) == done
 

@@ -15,11 +15,11 @@ from typing import Literal
 import pytest
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Event, Note, RunEnded, RunStarted, StepDone
-from lowrank_tune.sinks import line
+from lowrank_tune.events import Event, LogMessage, RunEnded, RunStarted, StepEnd
+from lowrank_tune.sinks import to_json_line
 from lowrank_tune.ui.figures import clock
 from lowrank_tune.ui.stages import stage_folders
-from lowrank_tune.ui.watch import Tail, Tails, Watched, events_in, file_of, files_of, watch
+from lowrank_tune.ui.watch import Tail, Tails, WatchedRun, event_files, latest_event_file, read_events, watch
 from tests.test_live_screen import ENVIRON, PLAYER, Emulator, shell_is_sane
 
 RECORDED = (Path(__file__).parent / "recorded" / "demo.jsonl").read_bytes()
@@ -37,10 +37,10 @@ def run(tmp_path: Path) -> Path:
 
 def test_every_cut_of_the_file_gives_the_same_events(tmp_path: Path) -> None:
     path, data = tmp_path / "events.jsonl", RECORDED[:20_000]
-    whole = [line(event) for event in events_in(tmp_path / "absent")]
+    whole = [to_json_line(event) for event in read_events(tmp_path / "absent")]
     assert whole == []
     path.write_bytes(data)
-    expected = list(events_in(path))
+    expected = list(read_events(path))
     for size in (1, 7, 1000):
         path.write_bytes(b"")
         tail, seen = Tail(path), []
@@ -54,26 +54,26 @@ def test_every_cut_of_the_file_gives_the_same_events(tmp_path: Path) -> None:
 
 
 def test_a_half_written_line_waits_for_its_end(tmp_path: Path) -> None:
-    path, event = tmp_path / "events.jsonl", Note(message="whole")
-    path.write_bytes(line(event) + line(event)[:20])
+    path, event = tmp_path / "events.jsonl", LogMessage(message="whole")
+    path.write_bytes(to_json_line(event) + to_json_line(event)[:20])
     tail = Tail(path)
     assert tail.poll() == (False, [event]) and tail.poll() == (False, [])
     with path.open("ab") as file:
-        file.write(line(event)[20:])
+        file.write(to_json_line(event)[20:])
     assert tail.poll() == (False, [event])
 
 
 def test_rubbish_is_skipped(tmp_path: Path) -> None:
-    path, event = tmp_path / "events.jsonl", Note(message="whole")
+    path, event = tmp_path / "events.jsonl", LogMessage(message="whole")
     rubbish = (
         b"\xff\xfe\x00\n[]\n{}\n1\nnull\n" + b"[" * 100_000 + b'\n{"event": "step"}\n{"event": "new kind", "v": 9}\n\n'
     )
-    path.write_bytes(rubbish + line(event))
-    assert list(events_in(path)) == [event]
+    path.write_bytes(rubbish + to_json_line(event))
+    assert list(read_events(path)) == [event]
 
 
-def test_a_replaced_file_is_begun_anew(run: Path) -> None:
-    watched = Watched(run / "events.jsonl")
+def test_a_replaced_file_is_read_from_its_start(run: Path) -> None:
+    watched = WatchedRun(run / "events.jsonl")
     assert watched.poll() and watched.state.step == 96
     other = run / "other"
     other.write_bytes(b"".join(raw for raw in RECORDED.splitlines(keepends=True)[:60]))
@@ -87,7 +87,7 @@ def test_a_replaced_file_is_begun_anew(run: Path) -> None:
 
 def test_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run to watch, for there is no events.jsonl"):
-        file_of(tmp_path)
+        latest_event_file(tmp_path)
     with pytest.raises(UserError, match="no such file or folder"):
         watch([tmp_path / "absent"])
 
@@ -100,24 +100,24 @@ def piped(*words: str) -> subprocess.Popen[bytes]:
 def test_a_pipe_gets_lines_without_an_escape_byte(run: Path) -> None:
     out, errors = piped(str(run)).communicate(timeout=60)
     assert b"\x1b" not in out and not errors
-    told = out.decode().splitlines()
+    output = out.decode().splitlines()
     assert (
-        any(one.startswith("loading tiny-tutor") for one in told)
-        and told[-1] == END
-        and any("step 96/96" in one for one in told)
+        any(one.startswith("loading tiny-tutor") for one in output)
+        and output[-1] == END
+        and any("step 96/96" in one for one in output)
     )
     assert b"no run to watch" in piped(str(run / "nothing")).communicate(timeout=60)[1]
 
 
 STARTS = [
-    Note(message="a chain begins"),
+    LogMessage(message="a chain begins"),
     RunStarted(name="c", algorithm="sft", model="m", roles={}, reference="r", steps=2, stage=1, stages=2),
 ]
 SECOND = RunStarted(name="c", algorithm="dpo", model="m", roles={}, reference="r", steps=2, stage=2, stages=2)
 
 
-def step(number: int) -> StepDone:
-    return StepDone(step=number, steps=2, stats={"loss": 1.0}, seconds=1.0, tokens=1)
+def step(number: int) -> StepEnd:
+    return StepEnd(step=number, steps=2, stats={"loss": 1.0}, seconds=1.0, tokens=1)
 
 
 def ended(status: Literal["done", "interrupted", "failed"] = "done") -> RunEnded:
@@ -135,23 +135,25 @@ def chain(tmp_path: Path) -> Path:
     return folder
 
 
-def tell(folder: Path, *events: Event) -> None:
+def write_events(folder: Path, *events: Event) -> None:
     """Appends to a stage's events."""
     folder.mkdir(exist_ok=True)
     with (folder / "events.jsonl").open("ab") as file:
-        file.write(b"".join(map(line, events)))
+        file.write(b"".join(map(to_json_line, events)))
 
 
 def test_a_chain_has_stages_and_a_run_is_its_own(chain: Path, run: Path) -> None:
     assert stage_folders(chain) == [chain / "1-sft", chain / "2-dpo"] and stage_folders(run) == [run]
-    assert file_of(chain) == chain / "1-sft" / "events.jsonl"
+    assert latest_event_file(chain) == chain / "1-sft" / "events.jsonl"
     for name in ("1-sft", "2-dpo"):
-        tell(chain / name, *STARTS)
-        assert file_of(chain) == chain / name / "events.jsonl" and stage_folders(chain / name) == [chain / name]
+        write_events(chain / name, *STARTS)
+        assert latest_event_file(chain) == chain / name / "events.jsonl" and stage_folders(chain / name) == [
+            chain / name
+        ]
 
 
 @pytest.mark.parametrize(
-    "told",
+    "content",
     [
         b"",
         b"[[[",
@@ -167,19 +169,19 @@ def test_a_chain_has_stages_and_a_run_is_its_own(chain: Path, run: Path) -> None
         b"[" * 100_000,
     ],
 )
-def test_what_is_no_chain(tmp_path: Path, told: bytes) -> None:
-    (tmp_path / "run.json").write_bytes(told)
+def test_what_is_no_chain(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.json").write_bytes(content)
     assert stage_folders(tmp_path) == [tmp_path]
     with pytest.raises(UserError, match="no run to watch"):
-        file_of(tmp_path)
+        latest_event_file(tmp_path)
 
 
 def test_the_screen_of_a_chain_moves_on_with_it(chain: Path) -> None:
-    watched = Watched(*files_of(chain))
+    watched = WatchedRun(*event_files(chain))
     assert not watched.poll() and watched.state.started is None
-    tell(chain / "1-sft", *STARTS, step(1), step(2), ended())
+    write_events(chain / "1-sft", *STARTS, step(1), step(2), ended())
     assert watched.poll() and watched.state.step == 2 and watched.state.ended is not None
-    tell(chain / "2-dpo", SECOND, step(1))
+    write_events(chain / "2-dpo", SECOND, step(1))
     assert (
         watched.poll() and watched.state.started == SECOND and watched.state.step == 1 and watched.state.ended is None
     )
@@ -190,22 +192,22 @@ def test_the_screen_of_a_chain_moves_on_with_it(chain: Path) -> None:
 
 
 def test_stages_stay_in_order_where_the_first_is_long(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowrank_tune.ui.watch.MOST_BYTES", 100)
-    tell(chain / "1-sft", *STARTS, step(1), step(2), ended())
-    tell(chain / "2-dpo", SECOND, step(1))
-    tails, seen = Tails(files_of(chain)), list[Event]()
+    monkeypatch.setattr("lowrank_tune.ui.watch.MAX_BYTES", 100)
+    write_events(chain / "1-sft", *STARTS, step(1), step(2), ended())
+    write_events(chain / "2-dpo", SECOND, step(1))
+    tails, seen = Tails(event_files(chain)), list[Event]()
     for _ in range(200):
         seen += tails.poll()[1]
-    assert [type(event) for event in seen] == [Note, RunStarted, StepDone, StepDone, RunEnded, RunStarted, StepDone]
+    assert [type(event) for event in seen] == [LogMessage, RunStarted, StepEnd, StepEnd, RunEnded, RunStarted, StepEnd]
     assert [event.stage for event in seen if isinstance(event, RunStarted)] == [1, 2]
 
 
 def test_a_pipe_follows_a_chain_to_the_end_of_its_last_stage(chain: Path) -> None:
-    tell(chain / "1-sft", *STARTS, step(1), step(2), ended())
+    write_events(chain / "1-sft", *STARTS, step(1), step(2), ended())
     process = piped(str(chain))
     time.sleep(2.0)
     assert process.poll() is None  # the end of a stage is not the end
-    tell(chain / "2-dpo", SECOND, step(1), step(2), ended())
+    write_events(chain / "2-dpo", SECOND, step(1), step(2), ended())
     out = process.communicate(timeout=60)[0].decode().splitlines()
     assert "stage 1 of 2 done after step 2 in 0:02" in out and out[-1] == "stage 2 of 2 done after step 2 in 0:02"
     assert out[0] == "a chain begins" and "\x1b" not in "".join(out)
@@ -213,10 +215,10 @@ def test_a_pipe_follows_a_chain_to_the_end_of_its_last_stage(chain: Path) -> Non
 
 @pytest.mark.parametrize("status", ["failed", "interrupted"])
 def test_a_stage_that_breaks_ends_its_chain(chain: Path, run: Path, status: Literal["failed", "interrupted"]) -> None:
-    tell(chain / "1-sft", *STARTS, step(1), ended(status))
+    write_events(chain / "1-sft", *STARTS, step(1), ended(status))
     out = piped(str(chain), str(run)).communicate(timeout=60)[0].decode().splitlines()  # and the next run follows
     assert f"stage 1 of 2 {status} after step 2 in 0:02" in out and out[-1] == END
-    tell(chain / "2-dpo", SECOND, ended())
+    write_events(chain / "2-dpo", SECOND, ended())
     assert (
         piped(str(chain / "1-sft"))
         .communicate(timeout=60)[0]
@@ -239,11 +241,11 @@ def test_the_dashboard_of_a_chain_that_runs(tmp_path: Path) -> None:
 def test_a_chain_in_a_terminal(chain: Path) -> None:
     emulator = Emulator("-m", "lowrank_tune", "watch", str(chain))
     emulator.until("starting")
-    tell(chain / "1-sft", *STARTS, step(1))
+    write_events(chain / "1-sft", *STARTS, step(1))
     emulator.until("stage 1 of 2: sft")
-    tell(chain / "1-sft", step(2), ended())
+    write_events(chain / "1-sft", step(2), ended())
     emulator.until("stage 1 done in 0:02")
-    tell(chain / "2-dpo", SECOND, step(1))
+    write_events(chain / "2-dpo", SECOND, step(1))
     emulator.until("stage 2 of 2: dpo")
     emulator.until("step 1/2 (50 %)")
     emulator.press("q")
@@ -310,13 +312,13 @@ def test_several_runs_in_a_terminal(run: Path, tmp_path: Path) -> None:
 
 def test_hostile_events_do_not_reach_the_terminal(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    step = StepDone(step=1, steps=2, stats={"\x1b[31mx": 1.0}, seconds=1.0, tokens=1)
+    step = StepEnd(step=1, steps=2, stats={"\x1b[31mx": 1.0}, seconds=1.0, tokens=1)
     events = [
         step,
-        Note(message="\x1b]52;c;eA==\x07\u202e", level="warning"),
+        LogMessage(message="\x1b]52;c;eA==\x07\u202e", level="warning"),
         RunEnded(status="done", step=2, seconds=1.0),
     ]
-    path.write_bytes(b"".join(line(event) for event in events))
+    path.write_bytes(b"".join(to_json_line(event) for event in events))
     out = piped(str(path)).communicate(timeout=60)[0]
     assert b"\x1b" not in out and b"\x07" not in out and "\u202e" not in out.decode()
     emulator = Emulator("-m", "lowrank_tune", "watch", str(path))

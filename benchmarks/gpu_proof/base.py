@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowrank_tune.model import shapes
-from lowrank_tune.model.base import Base, freeze, nf4
+from lowrank_tune.model.base import Base, freeze_base, nf4_config
 
 SHAPES = {
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
@@ -54,7 +54,9 @@ class Bf16CpuBase(Base):
 def random_base(shape: str, device: torch.device, bf16: bool = False) -> Base:
     """Build the frozen base of a shape, without a tokenizer. `bf16` computes as on a GPU, also without one."""
     dtype = torch.bfloat16 if bf16 or device.type == "cuda" else torch.float32
-    base = freeze(build_model(config_of(shape), device, dtype), tokenizer=None, name=SHAPES.get(shape, shape), bits=4)
+    base = freeze_base(
+        build_model(config_of(shape), device, dtype), tokenizer=None, name=SHAPES.get(shape, shape), bits=4
+    )
     return base if device.type == "cuda" or not bf16 else Bf16CpuBase(**vars(base))
 
 
@@ -81,7 +83,7 @@ def build_model(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
                 setattr(module, name, nn.Parameter(values, requires_grad=False))
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())), "a tensor has no values"
     model.is_loaded_in_4bit = model.is_quantized = True  # what PEFT reads to choose its 4-bit LoRA layer
-    model.config.quantization_config = nf4(device)
+    model.config.quantization_config = nf4_config(device)
     return model
 
 

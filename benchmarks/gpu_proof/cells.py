@@ -14,7 +14,7 @@ from gpu_proof.records import Record
 from gpu_proof.synthetic import STEPS, Size, TrainSettings, full_rows
 from gpu_proof.workload import bytes_per_token, flops
 from lowrank_tune.model.base import Base
-from lowrank_tune.model.memory import Checkpointing, layers_recomputed
+from lowrank_tune.model.memory import Checkpointing, num_checkpointed_layers
 from lowrank_tune.model.roles import Roles
 
 PLAN_TOLERANCE = 0.05
@@ -109,7 +109,7 @@ def measure(
     except Exception as error:
         record["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     finally:
-        roles.release()
+        roles.unload_adapters()
     release_unused(base.device)  # outside the handler, whose traceback refers to the tensors
     return records
 
@@ -119,15 +119,15 @@ def figures(cell: Cell, base: Base, roles: Roles, run: MeasuredRun, rates: tuple
     timed = slice(1, STEPS - 1)
     trained, layers = TRAINED_ROLES.get(cell.algorithm, ("policy",)), base.model.config.num_hidden_layers
     batch = run.batches[1]
-    micro_batches = list(batch.split(cell.size.micro, together=cell.together))
-    recomputed = layers_recomputed(cell.checkpointing, layers) / layers
+    micro_batches = list(batch.split(cell.size.micro, rows_per_unit=cell.together))
+    recomputed = num_checkpointed_layers(cell.checkpointing, layers) / layers
     step_flops = sum(flops(base, roles, role, micro_batches, recomputed) for role in trained)
     seconds, collecting = mean(run.update_seconds[timed]), mean(run.collect_seconds[timed])
     result: Record = {
         "measured_gib": run.peak_gib,
         **{f"{phase}_gib": gib for phase, gib in run.peaks_gib.items()},
         "reserved_gib": reserved_gib(base.device),
-        "update_tokens_per_second": int(batch.attended.sum()) / seconds,
+        "update_tokens_per_second": int(batch.attention_mask.sum()) / seconds,
         "update_tflops": step_flops / seconds / 1e12,
         "matmul_share": step_flops / seconds / 1e12 / rates[0],
         "seconds_per_step": seconds + collecting,
@@ -139,7 +139,7 @@ def figures(cell: Cell, base: Base, roles: Roles, run: MeasuredRun, rates: tuple
         # Each new token of all sequences together reads the whole base once.
         read = cell.size.max_new_tokens * bytes_per_token(base.model)
         result |= {
-            "rollout_tokens_per_second": int(batch.says.sum()) / generating,
+            "rollout_tokens_per_second": int(batch.completion_mask.sum()) / generating,
             "rollout_seconds": generating,
             "bandwidth_share": read / generating / 1e9 / rates[1],
         }

@@ -20,10 +20,10 @@ from gpu_proof.measured_run import MeasuredRun
 from gpu_proof.records import Record
 from gpu_proof.synthetic import STEPS, Size, TrainSettings, ragged_rows
 from gpu_proof.workload import flops
-from lowrank_tune.errors import RunFailed
-from lowrank_tune.events import StepDone
+from lowrank_tune.errors import TrainingError
+from lowrank_tune.events import StepEnd
 from lowrank_tune.model.base import Base, base_hashes
-from lowrank_tune.model.heads import KEY as HEAD_KEY
+from lowrank_tune.model.heads import HEAD_WEIGHT_KEY as HEAD_KEY
 from lowrank_tune.model.logps import Head
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Algorithm, Batch
@@ -80,13 +80,13 @@ def check_algorithm(name: str, base: Base, size: Size, checkpointing: bool = Tru
     release_unused(device)
     try:
         run = measured_run.run(algorithm, roles, parameters, TrainSettings(size.micro // together), STEPS)
-    except RunFailed as error:
+    except TrainingError as error:
         result.error = str(error)
         checks["runs, with the right reference"] = False
-        roles.release()
+        roles.unload_adapters()
         return result
     batch, losses = run.batches[0], [event.stats["loss"] for event in run.events]
-    micro_batches = list(batch.split(size.micro, together=together))
+    micro_batches = list(batch.split(size.micro, rows_per_unit=together))
     figures["peak_gib"] = run.peak_gib
     checks["runs, with the right reference"] = True
     checks["fits into memory"] = run.out_of_memory == 0
@@ -114,7 +114,7 @@ def check_algorithm(name: str, base: Base, size: Size, checkpointing: bool = Tru
         "loss_first_step": losses[0],
         "loss_last_step": losses[-1],
         "seconds_per_step": (seconds + sum(run.collect_seconds[1:-1])) / TIMED,
-        "update_tokens_per_second": TIMED * int(batch.attended.sum()) / seconds,
+        "update_tokens_per_second": TIMED * int(batch.attention_mask.sum()) / seconds,
         "update_tflops": TIMED * step_flops / seconds / 1e12,
         "layer_forwards_per_pass": forwards / passes,
     }
@@ -124,7 +124,7 @@ def check_algorithm(name: str, base: Base, size: Size, checkpointing: bool = Tru
     return result
 
 
-def check_kl(name: str, events: Sequence[StepDone], dtype: torch.dtype, result: CheckResult) -> None:
+def check_kl(name: str, events: Sequence[StepEnd], dtype: torch.dtype, result: CheckResult) -> None:
     """The policy starts as its reference and then moves away from it."""
     if "kl" not in events[0].stats:
         return
@@ -142,11 +142,11 @@ def check_rollouts(algorithm: Any, run: MeasuredRun, dtype: torch.dtype, result:
     result.figures |= {
         "sampling_logp_difference": mismatch,
         "entropy": events[0].stats["entropy"],
-        "rollout_tokens_per_second": float(batch.says.sum()) / seconds,
+        "rollout_tokens_per_second": float(batch.completion_mask.sum()) / seconds,
     }
     result.checks["sampler and policy agree"] = mismatch <= SAMPLING_ERROR[dtype]
-    lengths = batch.says.sum(dim=1)
-    result.checks["completions have full length"] = bool((lengths == algorithm.harvester.max_new_tokens).all())
+    lengths = batch.completion_mask.sum(dim=1)
+    result.checks["completions have full length"] = bool((lengths == algorithm.collector.max_new_tokens).all())
     if result.algorithm == "grpo":
         result.checks["no group has zero std"] = all(event.stats["dead_groups"] == 0 for event in events)
         return
@@ -157,8 +157,8 @@ def check_rollouts(algorithm: Any, run: MeasuredRun, dtype: torch.dtype, result:
 
 def outputs(roles: Roles, role: str, batch: Batch) -> Tensor:
     """Return what a role computes for rows, without a graph: scores (B,), or log-probs (B, T)."""
-    with roles.quiet():
-        return roles.last_scores(role, batch) if role in roles.heads else roles.logps(role, batch).logps
+    with roles.inference_mode():
+        return roles.sequence_scores(role, batch) if role in roles.heads else roles.logps(role, batch).logps
 
 
 def check_prefix_sharing(
@@ -166,12 +166,12 @@ def check_prefix_sharing(
 ) -> None:
     """A pair's prompt runs through the model once, and outputs and gradient are those of whole rows. Times both
     ways."""
-    tree = roles._tree(batch)
+    tree = roles._packed_layout(batch)
     result.checks["prompts are shared"] = tree is not None
     if tree is None:
         return
-    result.figures["shared_slots_share"] = tree.ids.numel() / batch.ids.numel()
-    batch.weight = algorithm.weigh(batch)
+    result.figures["shared_slots_share"] = tree.input_ids.numel() / batch.input_ids.numel()
+    batch.token_weights = algorithm.token_weights(batch)
     # Training on random pairs drives the loss of DPO to 0, where no gradient is left to compare.
     randomize_b(roles, role)
     parameters = roles.parameters(role)
@@ -179,11 +179,11 @@ def check_prefix_sharing(
     def update() -> None:
         for parameter in parameters:
             parameter.grad = None
-        for term in algorithm.terms(batch):
+        for term in algorithm.compute_losses(batch):
             term.loss.backward()  # type: ignore[no-untyped-call]
 
     computed, gradients, seconds = [], [], []
-    for roles.share in (False, True):
+    for roles.share_prefixes in (False, True):
         computed.append(outputs(roles, role, batch))
         seconds.append(best_seconds(update, 1, roles.base.device, rounds=2))
         kept = [parameter.grad.flatten().float() for parameter in parameters if parameter.grad is not None]
@@ -191,7 +191,7 @@ def check_prefix_sharing(
     for parameter in parameters:
         parameter.grad = None
     difference = (computed[0] - computed[1]).abs()
-    output_error = float(difference.mean() if computed[0].ndim == 1 else difference[batch.scored].mean())
+    output_error = float(difference.mean() if computed[0].ndim == 1 else difference[batch.loss_mask].mean())
     norm = torch.linalg.vector_norm
     gradient_error = float(norm(gradients[0] - gradients[1]) / norm(gradients[0]))
     result.figures |= {
@@ -209,7 +209,7 @@ def survives_saving(base: Base, roles: Roles, names: Sequence[str], batch: Batch
     roles."""
     computed = [outputs(roles, name, batch) for name in names]
     tensors = [roles.adapter_tensors(name) for name in names]
-    roles.release()
+    roles.unload_adapters()
     reloaded, equal = make_roles(base, names, checkpointing=False, seed=1), True
     for name, before, saved in zip(names, computed, tensors, strict=True):
         with tempfile.TemporaryDirectory() as folder:
@@ -221,7 +221,7 @@ def survives_saving(base: Base, roles: Roles, names: Sequence[str], batch: Batch
         equal &= all(torch.equal(loaded[key], tensor) for key, tensor in saved.items())
         equal &= torch.equal(outputs(reloaded, name, batch), before)
         equal &= name not in HEADS or saved[HEAD_KEY].dtype == torch.float32
-    reloaded.release()
+    reloaded.unload_adapters()
     return equal
 
 
@@ -236,8 +236,8 @@ def is_four_bit(layer: nn.Module) -> bool:
 def check_logits(roles: Roles, role: str, batch: Batch, result: CheckResult) -> None:
     """Compare the head's logits with a product of higher precision, on 8 positions and the first 4,096 tokens of the
     vocabulary."""
-    row = batch.take(torch.tensor([0])).to(roles.base.device)
-    with roles.quiet():
+    row = batch.select_rows(torch.tensor([0])).to(roles.base.device)
+    with roles.inference_mode():
         hidden = roles.hidden(role, row)[0, :8]
     weight = roles.head.weight[:4096]
     logits = Head(weight).logits(hidden)

@@ -14,7 +14,7 @@ from gpu_proof.records import Record
 from gpu_proof.workload import bytes_per_token
 from lowrank_tune.model.base import Base
 from lowrank_tune.rollout import Engine
-from lowrank_tune.types import Sampling
+from lowrank_tune.types import SamplingParams
 
 BATCHES = (1, 8, 16, 64)
 STEP_KERNELS = 8
@@ -47,10 +47,10 @@ class Decoding:
         """Return the wall time of one call of the engine. No completion ends early."""
         synchronize(self.base.device)
         start = time.perf_counter()
-        completions = list(self.engine.generate([self.prompt], self.batch, Sampling(new_tokens, frozenset())))
+        completions = list(self.engine.generate([self.prompt], self.batch, SamplingParams(new_tokens, frozenset())))
         synchronize(self.base.device)
         seconds = time.perf_counter() - start
-        assert sum(len(completion.ids) for completion in completions) == self.batch * new_tokens
+        assert sum(len(completion.token_ids) for completion in completions) == self.batch * new_tokens
         return seconds
 
     def profile(self, new_tokens: int) -> Profile:
@@ -85,4 +85,4 @@ def measure(base: Base, size: DecodeSize, bandwidth_gbs: float) -> Iterator[Reco
             "tokens_per_second": batch / seconds,
             "bandwidth_share": bytes_per_token(base.model) / seconds / 1e9 / bandwidth_gbs,
         }
-    roles.release()
+    roles.unload_adapters()

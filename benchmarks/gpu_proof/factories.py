@@ -9,10 +9,10 @@ import torch
 from gpu_proof.synthetic import STEPS, AdapterSettings, MeanTokenId, Prompt, Rows, Size
 from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.grpo import GRPO
-from lowrank_tune.algorithms.harvest import Harvester
-from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.harvest import RolloutCollector
+from lowrank_tune.algorithms.kit import AlgorithmContext
 from lowrank_tune.algorithms.ppo import PPO
-from lowrank_tune.algorithms.reward import Reward
+from lowrank_tune.algorithms.reward import RewardModeling
 from lowrank_tune.algorithms.sft import SFT
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import Base
@@ -22,11 +22,11 @@ from lowrank_tune.types import Algorithm
 
 
 def sft(roles: Roles, rows: Rows, size: Size) -> Algorithm:
-    return SFT(Kit(roles, rows))
+    return SFT(AlgorithmContext(roles, rows))
 
 
 def reward(roles: Roles, rows: Rows, size: Size) -> Algorithm:
-    return Reward(Kit(roles, rows), centering=0.01)
+    return RewardModeling(AlgorithmContext(roles, rows), center_rewards_coefficient=0.01)
 
 
 def dpo(roles: Roles, rows: Rows, size: Size) -> Algorithm:
@@ -36,34 +36,34 @@ def dpo(roles: Roles, rows: Rows, size: Size) -> Algorithm:
     for step in range(STEPS):
         batch = rows(step)
         sums = []
-        with roles.quiet():
+        with roles.inference_mode():
             for first in range(0, len(batch), 2):
-                pair = batch.take(torch.arange(first, first + 2)).to(roles.base.device)
+                pair = batch.select_rows(torch.arange(first, first + 2)).to(roles.base.device)
                 sums.append(roles.logps("reference", pair).logps.sum(dim=1).cpu())
         batch.extra["reference"] = torch.cat(sums)
         batches[step] = batch
-    return DPO(Kit(roles, batches.__getitem__))
+    return DPO(AlgorithmContext(roles, batches.__getitem__))
 
 
 def grpo(roles: Roles, rows: Rows, size: Size) -> Algorithm:
     """Only its length ends a completion."""
-    return GRPO(Kit(roles, rows), rollouts(roles, rows, size), dead_groups="keep")
+    return GRPO(AlgorithmContext(roles, rows), rollouts(roles, rows, size), zero_std_groups="keep")
 
 
 def ppo(roles: Roles, rows: Rows, size: Size) -> Algorithm:
     """The same completions, a value adapter of its own, and one epoch over each batch of rollouts."""
-    return PPO(Kit(roles, rows), rollouts(roles, rows, size))
+    return PPO(AlgorithmContext(roles, rows), rollouts(roles, rows, size))
 
 
-def rollouts(roles: Roles, rows: Rows, size: Size) -> Harvester:
+def rollouts(roles: Roles, rows: Rows, size: Size) -> RolloutCollector:
     """Generate completions of the beginnings of rows, one row for each group."""
 
     def prompts(step: int, draw: int, count: int | None) -> list[Prompt]:
-        ids = rows(step).ids.roll(step, dims=1).tolist()
+        ids = rows(step).input_ids.roll(step, dims=1).tolist()
         count = size.rows // size.num_generations
         return [Prompt(ids[row][: size.prompt or size.length // 2 - row]) for row in range(count)]
 
-    return Harvester(
+    return RolloutCollector(
         roles,
         prompts,  # type: ignore[arg-type]
         MeanTokenId(),  # type: ignore[arg-type]

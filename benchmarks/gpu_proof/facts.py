@@ -283,15 +283,15 @@ def policy_equals_reference(base: Base, size: Size) -> Record:
     0, and the mean difference of a row that is computed alone."""
     roles = make_roles(base, ("policy",), True)
     batch = ragged_rows(size, base.model.config.vocab_size).to(base.device)
-    row = batch.take(torch.tensor([0], device=base.device))
-    with roles.quiet():
+    row = batch.select_rows(torch.tensor([0], device=base.device))
+    with roles.inference_mode():
         policy, reference = (roles.logps(role, batch).logps for role in ("policy", "reference"))
         alone = roles.logps("policy", row).logps
     difference = (policy[:1, : alone.shape[1]] - alone).abs()
-    roles.release()
+    roles.unload_adapters()
     return {
         "max_difference": float((policy - reference).abs().max()),
-        "row_alone_mean_difference": float(difference[row.scored].mean()),
+        "row_alone_mean_difference": float(difference[row.loss_mask].mean()),
         "checks": {"the policy starts as the reference, bit for bit": bool(torch.equal(policy, reference))},
     }
 

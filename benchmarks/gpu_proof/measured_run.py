@@ -13,10 +13,10 @@ from torch import nn
 from gpu_proof.machine import peak_gib, reset_peak, synchronize
 from gpu_proof.profiling import Profile, profiled
 from gpu_proof.synthetic import TrainSettings
-from lowrank_tune.events import Event, StepDone
+from lowrank_tune.events import Event, StepEnd
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.train import Loop, Progress, make_optimizer
-from lowrank_tune.types import Algorithm, Batch, Experience
+from lowrank_tune.train import Trainer, TrainerState, make_optimizer
+from lowrank_tune.types import Algorithm, Batch, StepBatch
 
 
 @dataclass
@@ -27,7 +27,7 @@ class MeasuredRun:
     `peaks_gib` is the peak memory of each phase over all steps; without a GPU, of the whole process.
     """
 
-    events: list[StepDone] = field(default_factory=list)
+    events: list[StepEnd] = field(default_factory=list)
     collect_seconds: list[float] = field(default_factory=list)
     update_seconds: list[float] = field(default_factory=list)
     layer_forwards: list[int] = field(default_factory=list)
@@ -63,7 +63,7 @@ def run(
         synchronize(device)
         return time.perf_counter()
 
-    def measured_collect(step: int) -> Experience:
+    def measured_collect(step: int) -> StepBatch:
         nonlocal started, forwards_before
         reset_peak(device)
         before = now()
@@ -78,20 +78,20 @@ def run(
         started = now()
         return experience
 
-    def after_step(progress: Progress, last: bool) -> None:
+    def after_step(progress: TrainerState, last: bool) -> None:
         measured.update_seconds.append(now() - started)
         profiling.close()
         measured.layer_forwards.append(count[0] - forwards_before)
         measured.add_peak("updating", peak_gib(device))
 
     def emit(event: Event) -> None:
-        if isinstance(event, StepDone):
+        if isinstance(event, StepEnd):
             measured.events.append(event)
 
     with counted_forwards(roles.base.model) as count, profiling:
         algorithm.collect = measured_collect  # type: ignore[method-assign]
         optimizer = make_optimizer(parameters, train, device)  # type: ignore[arg-type]
-        loop = Loop(
+        loop = Trainer(
             algorithm,
             parameters,
             optimizer,

@@ -48,18 +48,18 @@ def check_memory_modes(base: Base, size: Size) -> CheckResult:
 def one_update(base: Base, size: Size, checkpointing: Checkpointing, offload: bool) -> tuple[Tensor, float]:
     """Return the gradient of one micro-batch, on the CPU, and the peak memory in GiB (0 without a GPU)."""
     roles = make_roles(base, ("policy",), checkpointing, offload=offload)
-    batch = ragged_rows(size, base.model.config.vocab_size).take(torch.arange(min(2, size.rows)))
+    batch = ragged_rows(size, base.model.config.vocab_size).select_rows(torch.arange(min(2, size.rows)))
     algorithm = sft(roles, lambda step: batch, size)
     randomize_b(roles, "policy")
-    batch.weight = algorithm.weigh(batch)
+    batch.token_weights = algorithm.token_weights(batch)
     release_unused(base.device)
     reset_peak(base.device)
-    for term in algorithm.terms(batch.to(base.device)):
+    for term in algorithm.compute_losses(batch.to(base.device)):
         term.loss.backward()  # type: ignore[no-untyped-call]
     peak = peak_gib(base.device) if base.device.type == "cuda" else 0.0
     kept = [parameter.grad for parameter in roles.parameters("policy") if parameter.grad is not None]
     gradient = torch.cat([grad.flatten().float().cpu() for grad in kept])
-    roles.release()
+    roles.unload_adapters()
     return gradient, peak
 
 
@@ -82,7 +82,7 @@ def optimizer_changes(base: Base, name: str) -> bool | None:
     try:
         optimizer = make_optimizer(parameters, TrainSettings(1, optimizer=name), base.device)  # type: ignore[arg-type]
     except UserError:
-        roles.release()
+        roles.unload_adapters()
         return None
     before = [parameter.detach().clone() for parameter in parameters]
     for parameter in parameters:
@@ -92,6 +92,6 @@ def optimizer_changes(base: Base, name: str) -> bool | None:
     changed = []
     for now, then in zip(parameters, before, strict=True):
         changed.append(bool((now != then).any()) and bool(now.isfinite().all()))
-    roles.release()
+    roles.unload_adapters()
     release_unused(base.device)
     return all(changed)

@@ -15,9 +15,9 @@ from gpu_proof.factories import make_roles, randomize_b, sft
 from gpu_proof.machine import GIB, peak_gib, release_unused, reset_peak
 from gpu_proof.synthetic import Size, TrainSettings, ragged_rows
 from lowrank_tune.model.base import Base
-from lowrank_tune.model.recovery import Limits
+from lowrank_tune.model.recovery import MemoryLimits
 from lowrank_tune.model.rounding import allowed_difference, relative_difference
-from lowrank_tune.train import Loop
+from lowrank_tune.train import Trainer
 
 SLACK_BYTES = 1 << 20
 """What a cache may have kept."""
@@ -59,7 +59,7 @@ def allocated_bytes(base: Base) -> int:
 def step(base: Base, size: Size, micro: int, limited: Shortage) -> tuple[Tensor, int, float]:
     """Return the gradient of one step of the loop on the CPU, how often memory ran out, and the peak memory in GiB."""
     roles = make_roles(base, ("policy",), True)
-    roles.limits = Limits()
+    roles.limits = MemoryLimits()
     parameters, gradients = roles.parameters("policy"), list[Tensor]()
     randomize_b(roles, "policy")
     optimizer = torch.optim.SGD(parameters, lr=0.0)
@@ -74,7 +74,7 @@ def step(base: Base, size: Size, micro: int, limited: Shortage) -> tuple[Tensor,
     release_unused(base.device)
     reset_peak(base.device)
     with limited():
-        loop = Loop(
+        loop = Trainer(
             algorithm,
             parameters,
             optimizer,
@@ -90,7 +90,7 @@ def step(base: Base, size: Size, micro: int, limited: Shortage) -> tuple[Tensor,
         loop.run()
     peak = peak_gib(base.device) if base.device.type == "cuda" else 0.0
     times = roles.limits.times
-    roles.release()
+    roles.unload_adapters()
     return torch.cat(gradients), times, peak
 
 

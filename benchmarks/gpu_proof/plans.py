@@ -27,7 +27,7 @@ def make_plans(cells: Iterable[tuple[str, Cell]], cap_gb: float) -> dict[str, An
     shapes: dict[str, dict[str, Any]] = {}
     for shape, cell in cells:
         plan = plan_cell(cell, shape, cap_gb)
-        entry = {"planned_gib": plan.peak / 2**30, "phase": plan.binding.name}
+        entry = {"planned_gib": plan.peak / 2**30, "phase": plan.peak_phase.name}
         shapes.setdefault(shape, {})[cell.name] = entry
     return {"cap_gb": cap_gb, "shapes": shapes}
 

@@ -88,7 +88,7 @@ class MeanTokenId:
         self.scores: dict[int, list[float]] = {}
 
     def submit(self, key: int, prompt: Any, text: str, completion: Completion) -> None:
-        self.scores[key] = [sum(completion.ids) / len(completion.ids)]
+        self.scores[key] = [sum(completion.token_ids) / len(completion.token_ids)]
 
     def collect(self) -> Mapping[int, Sequence[float]]:
         scores, self.scores = self.scores, {}

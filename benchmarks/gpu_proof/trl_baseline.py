@@ -15,7 +15,7 @@ from gpu_proof.machine import peak_gib, release_unused, reserved_gib, reset_peak
 from gpu_proof.measured_run import mean
 from gpu_proof.records import Record
 from gpu_proof.synthetic import STEPS, AdapterSettings, TrainSettings, full_rows
-from lowrank_tune.model.base import Base, nf4
+from lowrank_tune.model.base import Base, nf4_config
 
 
 def missing_packages() -> list[str]:
@@ -98,7 +98,7 @@ class TrainerInputs:
 
     def rows(self) -> list[list[int]]:
         """Return the token ids of the rows of all steps."""
-        return full_rows(self.cell.size, self.vocab_size).ids.tolist() * STEPS
+        return full_rows(self.cell.size, self.vocab_size).input_ids.tolist() * STEPS
 
 
 def number_tokenizer(size: int) -> Any:
@@ -177,7 +177,9 @@ def measure(cell: Cell, base: Base) -> Record:
 
     record: Record = {"kind": "cell", "side": "TRL", "cell": cell.name, **asdict(cell), "base": base.name}
     disable_progress_bars()
-    base.model.hf_quantizer = Bnb4BitHfQuantizer(nf4(base.device))  # the Trainer reads it to see that QLoRA is possible
+    base.model.hf_quantizer = Bnb4BitHfQuantizer(
+        nf4_config(base.device)
+    )  # the Trainer reads it to see that QLoRA is possible
     with tempfile.TemporaryDirectory() as output_dir:
         inputs = TrainerInputs(cell, base, output_dir)
         try:

@@ -30,12 +30,12 @@ def flops(base: Base, roles: Roles, role: str, micro_batches: Sequence[Batch], r
     width = config.num_attention_heads * head_dim
     forwards, total = 1 + float(recomputed), 0.0
     for batch in micro_batches:
-        tree = roles._tree(batch)
-        rows, length = batch.ids.shape if tree is None else tree.ids.shape
+        tree = roles._packed_layout(batch)
+        rows, length = batch.input_ids.shape if tree is None else tree.input_ids.shape
         attention = (forwards + 2) * 2.0 * length * width * config.num_hidden_layers
         total += rows * length * (2.0 * (forwards + 1) * linear + 2.0 * (forwards + 2) * adapter + attention)
         if role not in HEADS:
-            total += int(batch.scored.sum()) * 4.0 * config.vocab_size * config.hidden_size
+            total += int(batch.loss_mask.sum()) * 4.0 * config.vocab_size * config.hidden_size
     return total
 
 

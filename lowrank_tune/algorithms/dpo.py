@@ -29,30 +29,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.kit import AlgorithmContext
 from lowrank_tune.algorithms.step_zero import check_reference
-from lowrank_tune.maths import mean_of, mean_over, pair_weights, share_right, token_mean_weights, where_says
-from lowrank_tune.types import Batch, Experience, Mean, Stats, Term
+from lowrank_tune.maths import apply_mask, masked_mean, mean, pair_accuracy, sequence_mean_weights, token_mean_weights
+from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch, WeightedMean
 
-COLLAPSED, IN_A_ROW = -0.5, 3
+CHOSEN_LOGP_DROP, CONSECUTIVE_STEPS = -0.5, 3
 """Nats a token by which the chosen answers may become less likely than under the reference, for so many steps, before a
 person is told."""
 
 
 def dpo_loss(
-    kind: str,
-    chosen: Tensor,
-    rejected: Tensor,
+    loss_type: str,
+    chosen_logratio: Tensor,
+    rejected_logratio: Tensor,
     beta: float,
     label_smoothing: float,
     chosen_tokens: Tensor,
     rejected_tokens: Tensor,
 ) -> Tensor:
     """Log-ratios a+ and a- (P,), tokens of the answers (P,) -> losses (P,)."""
-    difference = chosen - rejected
-    if kind in ("ipo", "sigmoid_norm"):
-        difference = chosen / chosen_tokens.clamp_min(1) - rejected / rejected_tokens.clamp_min(1)
-    match kind:
+    difference = chosen_logratio - rejected_logratio
+    if loss_type in ("ipo", "sigmoid_norm"):
+        difference = chosen_logratio / chosen_tokens.clamp_min(1) - rejected_logratio / rejected_tokens.clamp_min(1)
+    match loss_type:
         case "sigmoid" | "sigmoid_norm":
             return -F.logsigmoid(beta * difference)
         case "ipo":
@@ -60,76 +60,102 @@ def dpo_loss(
         case "hinge":
             return torch.relu(1 - beta * difference)
         case "robust":
-            right, wrong = F.logsigmoid(beta * difference), F.logsigmoid(-beta * difference)
-            return (label_smoothing * wrong - (1 - label_smoothing) * right) / (1 - 2 * label_smoothing)
+            log_sigmoid, log_sigmoid_flipped = F.logsigmoid(beta * difference), F.logsigmoid(-beta * difference)
+            return (label_smoothing * log_sigmoid_flipped - (1 - label_smoothing) * log_sigmoid) / (
+                1 - 2 * label_smoothing
+            )
         case "apo_zero":
-            return 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
-    raise AssertionError(f"no DPO loss is called {kind}")
+            return 1 - torch.sigmoid(beta * chosen_logratio) + torch.sigmoid(beta * rejected_logratio)
+    raise AssertionError(f"no DPO loss is called {loss_type}")
 
 
 class DPO:
     """The three verbs. `sft` is the weight s of the SFT term."""
 
-    together = 2
+    rows_per_unit = 2
 
     def __init__(
-        self, kit: Kit, loss: str = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0, sft: float = 0.0
+        self,
+        context: AlgorithmContext,
+        loss_type: str = "sigmoid",
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        sft_coef: float = 0.0,
     ) -> None:
-        self.kit, self.loss, self.beta, self.label_smoothing, self.sft = kit, loss, beta, label_smoothing, sft
-        self._collapsed = 0  # steps in a row
+        self.context, self.loss_type, self.beta, self.label_smoothing, self.sft_coef = (
+            context,
+            loss_type,
+            beta,
+            label_smoothing,
+            sft_coef,
+        )
+        self._consecutive_drops = 0  # steps in a row
 
-    def collect(self, step: int) -> Experience:
-        batch = self.kit.rows(step)
-        if self.sft:
-            batch.extra["sft_weight"] = token_mean_weights(_on_chosen(batch.scored))
-        return Experience(batch)
+    def collect(self, step: int) -> StepBatch:
+        batch = self.context.get_batch(step)
+        if self.sft_coef:
+            batch.extra["sft_weight"] = token_mean_weights(_chosen_mask(batch.loss_mask))
+        return StepBatch(batch)
 
-    def weigh(self, batch: Batch) -> Tensor:
-        return pair_weights(batch.ids)
+    def token_weights(self, batch: Batch) -> Tensor:
+        return sequence_mean_weights(batch.input_ids)
 
     def scores(self, micro: Batch) -> Tensor:
         """(B,) the implicit reward of each row: beta times its log-ratio to the reference."""
-        return self.beta * (self.kit.roles.logps("policy", micro).logps.sum(dim=1) - micro.extra["reference"])
+        return self.beta * (self.context.roles.logps("policy", micro).logps.sum(dim=1) - micro.extra["reference"])
 
-    def terms(self, micro: Batch) -> Iterator[Term]:
-        assert micro.weight is not None, "weigh comes before terms"
+    def compute_losses(self, micro: Batch) -> Iterator[LossTerm]:
+        assert micro.token_weights is not None, "weigh comes before terms"
         losses, logps, stats = self._losses(micro)
-        loss = (losses * micro.weight[::2]).sum()
-        if self.sft:
-            loss = loss - self.sft * (where_says(logps, micro.scored) * micro.extra["sft_weight"]).sum()
-        yield Term(loss, stats)
+        loss = (losses * micro.token_weights[::2]).sum()
+        if self.sft_coef:
+            loss = loss - self.sft_coef * (apply_mask(logps, micro.loss_mask) * micro.extra["sft_weight"]).sum()
+        yield LossTerm(loss, stats)
 
-    def measure(self, micro: Batch) -> Stats:
+    def eval_metrics(self, micro: Batch) -> Stats:
         return self._losses(micro)[2]
 
     def _losses(self, micro: Batch) -> tuple[Tensor, Tensor, Stats]:
         """Losses (P,), log-probs (B, T), and the figures."""
-        scored = micro.scored
-        logps = self.kit.roles.logps("policy", micro).logps
-        ratio, tokens = logps.sum(dim=1) - micro.extra["reference"], scored.sum(dim=1)
-        chosen, rejected = ratio[::2], ratio[1::2]
-        losses = dpo_loss(self.loss, chosen, rejected, self.beta, self.label_smoothing, tokens[::2], tokens[1::2])
+        loss_mask = micro.loss_mask
+        logps = self.context.roles.logps("policy", micro).logps
+        logratio, num_tokens = logps.sum(dim=1) - micro.extra["reference"], loss_mask.sum(dim=1)
+        chosen_logratio, rejected_logratio = logratio[::2], logratio[1::2]
+        losses = dpo_loss(
+            self.loss_type,
+            chosen_logratio,
+            rejected_logratio,
+            self.beta,
+            self.label_smoothing,
+            num_tokens[::2],
+            num_tokens[1::2],
+        )
         stats = {
-            "loss": mean_of(losses),
-            "accuracy": share_right(chosen - rejected),
-            "margin": mean_of(self.beta * (chosen - rejected)),
-            "reward_chosen": mean_of(self.beta * chosen),
-            "reward_rejected": mean_of(self.beta * rejected),
-            "logp_chosen": mean_over(logps[::2], scored[::2]),
-            "logp_rejected": mean_over(logps[1::2], scored[1::2]),
-            "chosen_change": Mean(chosen.detach().sum(), tokens[::2].sum()),
+            "loss": mean(losses),
+            "accuracy": pair_accuracy(chosen_logratio - rejected_logratio),
+            "margin": mean(self.beta * (chosen_logratio - rejected_logratio)),
+            "reward_chosen": mean(self.beta * chosen_logratio),
+            "reward_rejected": mean(self.beta * rejected_logratio),
+            "logp_chosen": masked_mean(logps[::2], loss_mask[::2]),
+            "logp_rejected": masked_mean(logps[1::2], loss_mask[1::2]),
+            "chosen_change": WeightedMean(chosen_logratio.detach().sum(), num_tokens[::2].sum()),
         }
         return losses, logps, stats
 
-    def observe(self, micro: Batch) -> Stats:
-        return {"kl": mean_over(self.kit.roles.exact_kl("policy", "reference", micro), micro.scored)}
+    def log_metrics(self, micro: Batch) -> Stats:
+        return {"kl": masked_mean(self.context.roles.full_vocab_kl("policy", "reference", micro), micro.loss_mask)}
 
     def check(self, micro: Batch, step: int) -> None:
-        check_reference(self.kit.roles, micro, same=self.kit.fresh and step == 0, words=self.kit.reference)
+        check_reference(
+            self.context.roles,
+            micro,
+            expect_equal=self.context.fresh and step == 0,
+            description=self.context.reference_description,
+        )
 
-    def warnings(self, figures: Mapping[str, float]) -> Iterator[str]:
-        self._collapsed = self._collapsed + 1 if figures["chosen_change"] < COLLAPSED else 0
-        if self._collapsed >= IN_A_ROW:
+    def diagnostics(self, figures: Mapping[str, float]) -> Iterator[str]:
+        self._consecutive_drops = self._consecutive_drops + 1 if figures["chosen_change"] < CHOSEN_LOGP_DROP else 0
+        if self._consecutive_drops >= CONSECUTIVE_STEPS:
             yield (
                 f"the chosen answers have become less likely than under the reference, by "
                 f"{-figures['chosen_change']:.2f} nats a token: "
@@ -137,7 +163,7 @@ class DPO:
                 "set dpo.sft"
             )
 
-    def go_on(self, stats: Stats) -> bool:
+    def should_continue(self, stats: Stats) -> bool:
         return True
 
     def state(self) -> dict[str, float]:
@@ -147,7 +173,7 @@ class DPO:
         assert not state, "dpo keeps no state"
 
 
-def _on_chosen(mask: Tensor) -> Tensor:
+def _chosen_mask(mask: Tensor) -> Tensor:
     """(B, T) bool: the mask on the chosen rows, the even ones, alone."""
     is_chosen = torch.arange(len(mask), device=mask.device) % 2 == 0
     return mask & is_chosen[:, None]

@@ -15,15 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from lowrank_tune.errors import RunFailed
-from lowrank_tune.types import Mean, Stats
+from lowrank_tune.errors import TrainingError
+from lowrank_tune.types import Stats, WeightedMean
 
-FEW = 3
+MIN_SAMPLES = 3
 """Failures that a run bears however few completions it has drawn, less one."""
 
 
 @dataclass(frozen=True)
-class Unscored:
+class RewardFailure:
     """What stands in place of a completion's values: which reward could not tell, and why."""
 
     reward: str
@@ -32,49 +32,51 @@ class Unscored:
 
 
 @dataclass
-class Failures:
+class RewardFailureTracker:
     """Counted over the whole run. `most`: the share of its completions that may be without a reward."""
 
-    most: float = 0.01
+    max_failure_rate: float = 0.01
     completions: int = 0
     errors: int = 0
     timeouts: int = 0
 
-    def count(self, several: Sequence[Unscored | None]) -> None:
+    def count(self, outcomes: Sequence[RewardFailure | None]) -> None:
         """Counts a draw's completions. Raises RunFailed where too many could not be scored."""
-        lost = [one for one in several if one is not None]
-        self.completions += len(several)
-        self.errors += sum(one.verdict == "error" for one in lost)
-        self.timeouts += sum(one.verdict == "timeout" for one in lost)
-        share = self.share
-        if lost and self.errors + self.timeouts >= FEW and share > self.most:
-            told = (
-                f"{self.errors + self.timeouts} of {self.completions} completions ({share:.1%}) could not be "
+        failures = [failure for failure in outcomes if failure is not None]
+        self.completions += len(outcomes)
+        self.errors += sum(failure.verdict == "error" for failure in failures)
+        self.timeouts += sum(failure.verdict == "timeout" for failure in failures)
+        rate = self.failure_rate
+        if failures and self.errors + self.timeouts >= MIN_SAMPLES and rate > self.max_failure_rate:
+            message = (
+                f"{self.errors + self.timeouts} of {self.completions} completions ({rate:.1%}) could not be "
                 f"scored, more than"
             )
-            raise RunFailed(
-                f"rewards: {told} rollout.max_unscored_share, {self.most:.3g}; of the last ones {in_words(lost)}"
+            raise TrainingError(
+                f"rewards: {message} rollout.max_unscored_share, {self.max_failure_rate:.3g}; of the last ones {summarize_failures(failures)}"
             )
 
     @property
-    def share(self) -> float:
+    def failure_rate(self) -> float:
         return (self.errors + self.timeouts) / max(1, self.completions)
 
-    def stats(self, lost: Sequence[Unscored]) -> Stats:
+    def stats(self, failures: Sequence[RewardFailure]) -> Stats:
         """Of a step, from the run's first failure on."""
         kinds = {"error": self.errors, "timeout": self.timeouts}
         return {
-            f"score_{kind}s": Mean(sum(one.verdict == kind for one in lost), 1) for kind, ever in kinds.items() if ever
+            f"score_{kind}s": WeightedMean(sum(failure.verdict == kind for failure in failures), 1)
+            for kind, total in kinds.items()
+            if total
         }
 
-    def warnings(self, lost: Sequence[Unscored], completions: int) -> Iterator[str]:
+    def diagnostics(self, failures: Sequence[RewardFailure], completions: int) -> Iterator[str]:
         """One a reward; the loop tells each once."""
-        for name in dict.fromkeys(one.reward for one in lost):
-            mine = [one for one in lost if one.reward == name]
+        for name in dict.fromkeys(failure.reward for failure in failures):
+            own_failures = [failure for failure in failures if failure.reward == name]
             yield (
-                f"the reward `{name}` failed on completions, which leave their groups, {len(mine)} of {completions} "
+                f"the reward `{name}` failed on completions, which leave their groups, {len(own_failures)} of {completions} "
                 f"in this step; the "
-                f"first: {mine[0].reason}"
+                f"first: {own_failures[0].reason}"
             )
 
     def state(self) -> dict[str, float]:
@@ -86,10 +88,10 @@ class Failures:
         )
 
 
-def in_words(lost: Sequence[Unscored]) -> str:
+def summarize_failures(failures: Sequence[RewardFailure]) -> str:
     """Which rewards failed how often, and the first reason."""
-    counts = Counter(one.reward for one in lost)
+    counts = Counter(failure.reward for failure in failures)
     return (
         f"{', '.join(f'`{name}` failed on {count}' for name, count in counts.most_common())}, the first: "
-        f"{lost[0].reason}"
+        f"{failures[0].reason}"
     )

@@ -34,233 +34,274 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_tune.algorithms.failures import Unscored
-from lowrank_tune.algorithms.harvest import Harvest, Harvester
-from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.failures import RewardFailure
+from lowrank_tune.algorithms.harvest import RolloutBatch, RolloutCollector
+from lowrank_tune.algorithms.kit import AlgorithmContext
 from lowrank_tune.algorithms.step_zero import check_reference
-from lowrank_tune.errors import RunFailed
-from lowrank_tune.maths import mean_over, token_mean_weights, where_says
-from lowrank_tune.types import Batch, Experience, Mean, Stats, Term, add_stats
+from lowrank_tune.errors import TrainingError
+from lowrank_tune.maths import apply_mask, masked_mean, token_mean_weights
+from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch, WeightedMean, add_stats
 
-EPSILON = 1e-4
-EQUAL = 1e-6
-CLIP_HIGH = {"dapo": 0.28, "cispo": 5.0}
-RISEN = 0.05  # above the first step's reward: something was learned
-MOST_DRAWS = 4  # harvests of one step, where dead groups are replaced
+STD_EPS = 1e-4
+REWARD_EPS = 1e-6
+DEFAULT_EPSILON_HIGH = {"dapo": 0.28, "cispo": 5.0}
+REWARD_INCREASE = 0.05  # above the first step's reward: something was learned
+MAX_RESAMPLES = 4  # harvests of one step, where dead groups are replaced
 
 
-def group_advantages(rewards: Tensor, divide: bool = True, scored: Tensor | None = None) -> Tensor:
+def group_advantages(rewards: Tensor, scale_by_std: bool = True, scored: Tensor | None = None) -> Tensor:
     """Rewards (groups, n) -> advantages (groups, n); exactly 0 for a group of equal rewards, and where `scored` is
     False."""
     rewards = rewards.double()
     if scored is not None and not bool(scored.all()):  # such a group is what is left of it
-        found = torch.zeros(rewards.shape)
+        advantages = torch.zeros(rewards.shape)
         for group in scored.any(dim=1).nonzero().flatten().tolist():
-            found[group, scored[group]] = group_advantages(rewards[group, scored[group]][None], divide)[0]
-        return found
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    if divide:
-        centred = centred / (rewards.std(dim=1, keepdim=True, correction=0) + EPSILON)
-    return torch.where(dead(rewards)[:, None], torch.zeros_like(centred), centred).float()
+            advantages[group, scored[group]] = group_advantages(rewards[group, scored[group]][None], scale_by_std)[0]
+        return advantages
+    centered = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale_by_std:
+        centered = centered / (rewards.std(dim=1, keepdim=True, correction=0) + STD_EPS)
+    return torch.where(zero_std_groups(rewards)[:, None], torch.zeros_like(centered), centered).float()
 
 
-def dead(rewards: Tensor, scored: Tensor | None = None) -> Tensor:
+def zero_std_groups(rewards: Tensor, scored: Tensor | None = None) -> Tensor:
     """(groups, n) -> (groups,) bool: all that is `scored` is equal, or one completion at most, so that there is nothing
     to learn from."""
     if scored is not None:
         rewards = torch.where(scored, rewards, torch.inf)
-        least, most = rewards.amin(dim=1), torch.where(scored, rewards, -torch.inf).amax(dim=1)
-        return most - least <= EQUAL
-    return rewards.amax(dim=1) - rewards.amin(dim=1) <= EQUAL
+        lowest, highest = rewards.amin(dim=1), torch.where(scored, rewards, -torch.inf).amax(dim=1)
+        return highest - lowest <= REWARD_EPS
+    return rewards.amax(dim=1) - rewards.amin(dim=1) <= REWARD_EPS
 
 
 def policy_loss(
-    kind: str, logps: Tensor, old: Tensor, advantage: Tensor, says: Tensor, low: float, high: float
+    loss_type: str,
+    logps: Tensor,
+    old_logps: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
 ) -> tuple[Tensor, Tensor]:
     """logps, old, says (B, T), advantage (B,) -> the loss of each token and whether the clip stopped its gradient; (B,
     T) each."""
-    change = where_says(logps - old, says)
-    if kind == "gspo":
-        change = (change.sum(dim=1, keepdim=True) / says.sum(dim=1, keepdim=True).clamp_min(1)).expand_as(change)
-    ratio, advantage = change.exp(), advantage[:, None]
-    if kind == "cispo":
-        weight = ratio.detach().clamp_max(high)
-        return where_says(-weight * advantage * logps, says), (ratio > high) & says
-    clipped = ratio.clamp(1 - low, 1 + high)
-    stopped = (clipped * advantage < ratio * advantage) & says
-    return where_says(-torch.minimum(ratio * advantage, clipped * advantage), says), stopped
+    log_ratio = apply_mask(logps - old_logps, mask)
+    if loss_type == "gspo":
+        log_ratio = (log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp_min(1)).expand_as(
+            log_ratio
+        )
+    ratio, advantage = log_ratio.exp(), advantage[:, None]
+    if loss_type == "cispo":
+        clipped_ratio = ratio.detach().clamp_max(epsilon_high)
+        return apply_mask(-clipped_ratio * advantage * logps, mask), (ratio > epsilon_high) & mask
+    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+    is_clipped = (clipped * advantage < ratio * advantage) & mask
+    return apply_mask(-torch.minimum(ratio * advantage, clipped * advantage), mask), is_clipped
 
 
-def kl_penalty(estimator: str, logps: Tensor, old: Tensor, reference: Tensor, says: Tensor) -> Tensor:
+def kl_penalty(estimator: str, logps: Tensor, old_logps: Tensor, reference_logps: Tensor, mask: Tensor) -> Tensor:
     """logps, old, reference (B, T) -> the KL term of each token (B, T)."""
-    d = where_says(reference - logps, says)
+    d = apply_mask(reference_logps - logps, mask)
     if estimator == "k2":
         return d.square() / 2
     k3 = torch.expm1(d) - d
-    return k3 * where_says(logps - old, says).exp() if estimator == "k3_ratio" else k3
+    return k3 * apply_mask(logps - old_logps, mask).exp() if estimator == "k3_ratio" else k3
 
 
 @dataclass
-class Harvested(Experience):
+class GRPOBatch(StepBatch):
     """The harvest, `epochs` times."""
 
-    epochs: int = 1
+    num_iterations: int = 1
 
-    def parts(self) -> Iterator[Batch]:
-        for _ in range(self.epochs):
+    def minibatches(self) -> Iterator[Batch]:
+        for _ in range(self.num_iterations):
             yield self.batch
 
 
 class GRPO:
     """The three verbs. `low` and `high` are the clips, `kl` is lambda."""
 
-    together = 1
+    rows_per_unit = 1
 
     def __init__(
         self,
-        kit: Kit,
-        harvester: Harvester,
-        loss: str = "grpo",
-        low: float = 0.2,
-        high: float | None = None,
-        kl: float = 0.05,
+        context: AlgorithmContext,
+        collector: RolloutCollector,
+        loss_type: str = "grpo",
+        epsilon_low: float = 0.2,
+        epsilon_high: float | None = None,
+        beta: float = 0.05,
         kl_in: str = "loss",
         kl_estimator: str = "k3_ratio",
-        epochs: int = 1,
-        old: str = "recomputed",
-        mismatch_limit: float = 0.1,
-        truncated: str = "keep",
-        penalty: float = 1.0,
-        dead_groups: str = "drop",
+        num_iterations: int = 1,
+        old_logps_source: str = "recomputed",
+        max_logprob_mismatch: float = 0.1,
+        truncated_completions: str = "keep",
+        missing_eos_penalty: float = 1.0,
+        zero_std_groups: str = "drop",
     ) -> None:
-        self.kit, self.harvester, self.loss, self.low = kit, harvester, loss, low
-        self.high = CLIP_HIGH.get(loss, 0.2) if high is None else high
-        self.kl, self.kl_in, self.kl_estimator, self.epochs, self.old = kl, kl_in, kl_estimator, epochs, old
-        self.mismatch_limit, self.truncated, self.penalty, self.dead_groups = (
-            mismatch_limit,
-            truncated,
-            penalty,
-            dead_groups,
+        self.context, self.collector, self.loss_type, self.epsilon_low = context, collector, loss_type, epsilon_low
+        self.epsilon_high = DEFAULT_EPSILON_HIGH.get(loss_type, 0.2) if epsilon_high is None else epsilon_high
+        self.beta, self.kl_in, self.kl_estimator, self.num_iterations, self.old_logps_source = (
+            beta,
+            kl_in,
+            kl_estimator,
+            num_iterations,
+            old_logps_source,
         )
-        self._first_pass, self._rows, self._idle = True, 1, False
+        self.max_logprob_mismatch, self.truncated_completions, self.missing_eos_penalty, self.zero_std_groups = (
+            max_logprob_mismatch,
+            truncated_completions,
+            missing_eos_penalty,
+            zero_std_groups,
+        )
+        self._first_pass, self._num_rows, self._skip_update = True, 1, False
         self._first_reward: float | None = None
-        self._drawn, self._lost = 0, list[Unscored]()
+        self._num_completions, self._reward_failures = 0, list[RewardFailure]()
 
-    def collect(self, step: int) -> Experience:
-        harvests = [self._draw(step, 0)]
-        wanted = harvests[0].groups
+    def collect(self, step: int) -> StepBatch:
+        rollouts = [self._collect_rollouts(step, 0)]
+        num_groups = rollouts[0].num_groups
         while (
-            self.dead_groups == "resample"
-            and len(harvests) < MOST_DRAWS
-            and (missing := wanted - sum(h.live(dead) for h in harvests))
+            self.zero_std_groups == "resample"
+            and len(rollouts) < MAX_RESAMPLES
+            and (missing := num_groups - sum(h.num_informative_groups(zero_std_groups) for h in rollouts))
         ):
-            harvests.append(self._draw(step, len(harvests), missing))
+            rollouts.append(self._collect_rollouts(step, len(rollouts), missing))
         stats: Stats = {}
-        for harvest in harvests:
+        for rollout in rollouts:
             add_stats(
                 stats,
-                harvest.stats() | {"dead_groups": Mean(dead(harvest.rewards, harvest.scored).sum(), harvest.groups)},
+                rollout.stats()
+                | {
+                    "dead_groups": WeightedMean(
+                        zero_std_groups(rollout.rewards, rollout.scored).sum(), rollout.num_groups
+                    )
+                },
             )
-        stats |= {name: Mean(stats[name].total, 1) for name in harvests[0].seconds}  # of all draws together
-        harvest = Harvest.join(harvests, self.harvester.pad_id)
-        self._drawn, self._lost = len(harvest.unscored), [one for one in harvest.unscored if one is not None]
-        stats |= self.harvester.failures.stats(self._lost)
+        stats |= {name: WeightedMean(stats[name].total, 1) for name in rollouts[0].timings}  # of all draws together
+        rollout = RolloutBatch.concat(rollouts, self.collector.pad_id)
+        self._num_completions, self._reward_failures = (
+            len(rollout.failed_rewards),
+            [one for one in rollout.failed_rewards if one is not None],
+        )
+        stats |= self.collector.failures.stats(self._reward_failures)
         # Where nothing can be told apart the step weighs nothing: what KL alone leaves is noise there, and Adam walks
         # at its full rate.
-        alive = ~dead(harvest.earned, harvest.scored) if self.dead_groups != "keep" else harvest.scored.any(dim=1)
-        self._idle = not bool(alive.any())
-        harvest = harvest if self._idle or bool(alive.all()) else harvest.pick(alive)
-        advantages = group_advantages(harvest.earned, self.loss != "dr_grpo", harvest.scored)
-        self.harvester.show(step, harvest, advantages)
-        batch = self._batch(harvest, advantages)
-        if self.epochs > 1 and self.old == "recomputed":
-            batch.extra["old"] = self.harvester.logps("policy", batch)
+        informative = (
+            ~zero_std_groups(rollout.shaped_rewards, rollout.scored)
+            if self.zero_std_groups != "keep"
+            else rollout.scored.any(dim=1)
+        )
+        self._skip_update = not bool(informative.any())
+        rollout = rollout if self._skip_update or bool(informative.all()) else rollout.select_groups(informative)
+        advantages = group_advantages(rollout.shaped_rewards, self.loss_type != "dr_grpo", rollout.scored)
+        self.collector.log_group(step, rollout, advantages)
+        batch = self._training_batch(rollout, advantages)
+        if self.num_iterations > 1 and self.old_logps_source == "recomputed":
+            batch.extra["old"] = self.collector.logps("policy", batch)
         self._first_pass = True
-        return Harvested(batch, stats, self.epochs)
+        return GRPOBatch(batch, stats, self.num_iterations)
 
-    def _batch(self, harvest: Harvest, advantages: Tensor) -> Batch:
+    def _training_batch(self, rollout: RolloutBatch, advantages: Tensor) -> Batch:
         """What is trained on: the rows that were scored, with their advantages."""
-        batch = harvest.batch
+        batch = rollout.batch
         batch.extra["advantage"] = advantages.flatten()
-        if self.truncated == "mask":
-            batch.says &= ~harvest.truncated[:, None]
-        return batch if self._idle or bool(harvest.scored.all()) else harvest.told()
+        if self.truncated_completions == "mask":
+            batch.completion_mask &= ~rollout.truncated[:, None]
+        return batch if self._skip_update or bool(rollout.scored.all()) else rollout.scored_rows()
 
-    def _draw(self, step: int, draw: int, prompts: int | None = None) -> Harvest:
+    def _collect_rollouts(self, step: int, draw: int, prompts: int | None = None) -> RolloutBatch:
         """Completions with what they earn: reward, minus the penalty of being cut, minus the KL where that stands in
         the reward."""
-        harvest = self.harvester.draw(step, draw, prompts)
-        batch = harvest.batch
-        if self.kl:
+        rollout = self.collector.collect(step, draw, prompts)
+        batch = rollout.batch
+        if self.beta:
             if self.kl_in == "reward" or self.kl_estimator != "exact":
-                batch.extra["reference_logps"] = self.harvester.logps("reference", batch)
+                batch.extra["reference_logps"] = self.collector.logps("reference", batch)
             if self.kl_in == "reward":
-                k1 = where_says(batch.extra["sampler"] - batch.extra["reference_logps"], batch.scored).sum(dim=1)
-                harvest.earned = harvest.earned - self.kl * k1.view_as(harvest.earned)
-        if self.truncated == "penalise":
-            harvest.earned = harvest.earned - self.penalty * harvest.truncated.view_as(harvest.earned).float()
-        return harvest
+                k1 = apply_mask(batch.extra["sampler"] - batch.extra["reference_logps"], batch.loss_mask).sum(dim=1)
+                rollout.shaped_rewards = rollout.shaped_rewards - self.beta * k1.view_as(rollout.shaped_rewards)
+        if self.truncated_completions == "penalise":
+            rollout.shaped_rewards = (
+                rollout.shaped_rewards
+                - self.missing_eos_penalty * rollout.truncated.view_as(rollout.shaped_rewards).float()
+            )
+        return rollout
 
-    def weigh(self, batch: Batch) -> Tensor:
-        scored, self._rows = batch.scored, len(batch)
-        if self._idle:
-            return torch.zeros(scored.shape)
-        if self.loss in ("dapo", "cispo"):
-            return token_mean_weights(scored)
+    def token_weights(self, batch: Batch) -> Tensor:
+        loss_mask, self._num_rows = batch.loss_mask, len(batch)
+        if self._skip_update:
+            return torch.zeros(loss_mask.shape)
+        if self.loss_type in ("dapo", "cispo"):
+            return token_mean_weights(loss_mask)
         lengths = (
-            scored.sum(dim=1, keepdim=True).clamp_min(1) if self.loss != "dr_grpo" else self.harvester.max_new_tokens
+            loss_mask.sum(dim=1, keepdim=True).clamp_min(1)
+            if self.loss_type != "dr_grpo"
+            else self.collector.max_new_tokens
         )
-        return scored.float() / lengths / len(batch)
+        return loss_mask.float() / lengths / len(batch)
 
-    def terms(self, micro: Batch) -> Iterator[Term]:
-        assert micro.weight is not None, "weigh comes before terms"
-        scored, extra, temperature = micro.scored, micro.extra, self.harvester.temperature
-        found = self.kit.roles.logps("policy", micro, temperature)
-        logps, entropy = found.logps, found.entropy
-        old = extra["sampler"] if self.old == "sampler" else extra.get("old", logps.detach())
-        per_token, stopped = policy_loss(self.loss, logps, old, extra["advantage"], scored, self.low, self.high)
-        stats = {"entropy": mean_over(entropy, scored), "clip_fraction": mean_over(stopped.float(), scored)}
-        if self.kl and self.kl_in == "loss":
+    def compute_losses(self, micro: Batch) -> Iterator[LossTerm]:
+        assert micro.token_weights is not None, "weigh comes before terms"
+        loss_mask, extra, temperature = micro.loss_mask, micro.extra, self.collector.temperature
+        output = self.context.roles.logps("policy", micro, temperature)
+        logps, entropy = output.logps, output.entropy
+        old_logps = extra["sampler"] if self.old_logps_source == "sampler" else extra.get("old", logps.detach())
+        per_token, is_clipped = policy_loss(
+            self.loss_type, logps, old_logps, extra["advantage"], loss_mask, self.epsilon_low, self.epsilon_high
+        )
+        stats = {
+            "entropy": masked_mean(entropy, loss_mask),
+            "clip_fraction": masked_mean(is_clipped.float(), loss_mask),
+        }
+        if self.beta and self.kl_in == "loss":
             if self.kl_estimator == "exact":
-                penalty = self.kit.roles.exact_kl("policy", "reference", micro, temperature, gradient=True)
+                penalty = self.context.roles.full_vocab_kl("policy", "reference", micro, temperature, gradient=True)
             else:
-                penalty = kl_penalty(self.kl_estimator, logps, old, extra["reference_logps"], scored)
-            per_token = per_token + self.kl * penalty
+                penalty = kl_penalty(self.kl_estimator, logps, old_logps, extra["reference_logps"], loss_mask)
+            per_token = per_token + self.beta * penalty
         if "reference_logps" in extra:
-            stats["kl"] = mean_over(kl_penalty("k3", logps, old, extra["reference_logps"], scored), scored)
+            stats["kl"] = masked_mean(
+                kl_penalty("k3", logps, old_logps, extra["reference_logps"], loss_mask), loss_mask
+            )
         if self._first_pass:
-            stats["mismatch"] = mean_over((logps - extra["sampler"]).abs(), scored)
-        loss = (where_says(per_token, scored) * where_says(micro.weight, scored)).sum()
-        yield Term(loss, stats | {"loss": Mean(loss.detach(), len(micro) / self._rows)})
+            stats["mismatch"] = masked_mean((logps - extra["sampler"]).abs(), loss_mask)
+        loss = (apply_mask(per_token, loss_mask) * apply_mask(micro.token_weights, loss_mask)).sum()
+        yield LossTerm(loss, stats | {"loss": WeightedMean(loss.detach(), len(micro) / self._num_rows)})
 
-    def measure(self, micro: Batch) -> Stats:
+    def eval_metrics(self, micro: Batch) -> Stats:
         raise AssertionError("held-out rows of GRPO are questions, not rows")
 
-    def observe(self, micro: Batch) -> Stats:
+    def log_metrics(self, micro: Batch) -> Stats:
         if "reference_logps" in micro.extra:
             return {}  # the loss has it on every step
         return {
-            "kl": mean_over(
-                self.kit.roles.exact_kl("policy", "reference", micro, self.harvester.temperature), micro.scored
+            "kl": masked_mean(
+                self.context.roles.full_vocab_kl("policy", "reference", micro, self.collector.temperature),
+                micro.loss_mask,
             )
         }
 
     def check(self, micro: Batch, step: int) -> None:
-        if self.kit.fresh and step == 0:
-            check_reference(self.kit.roles, micro, same=True, words=self.kit.reference)
-
-    def warnings(self, figures: Mapping[str, float]) -> Iterator[str]:
-        if figures.get("mismatch", 0.0) > self.mismatch_limit:
-            raise RunFailed(
-                f"the sampler's log-probs and the policy's differ by {figures['mismatch']:.3f} nats a token, more than "
-                f"grpo.mismatch_limit, {self.mismatch_limit:g}: ratios would compare what was never drawn"
+        if self.context.fresh and step == 0:
+            check_reference(
+                self.context.roles, micro, expect_equal=True, description=self.context.reference_description
             )
-        yield from self.harvester.failures.warnings(self._lost, self._drawn)
+
+    def diagnostics(self, figures: Mapping[str, float]) -> Iterator[str]:
+        if figures.get("mismatch", 0.0) > self.max_logprob_mismatch:
+            raise TrainingError(
+                f"the sampler's log-probs and the policy's differ by {figures['mismatch']:.3f} nats a token, more than "
+                f"grpo.mismatch_limit, {self.max_logprob_mismatch:g}: ratios would compare what was never drawn"
+            )
+        yield from self.collector.failures.diagnostics(self._reward_failures, self._num_completions)
         if self._first_reward is None and not math.isnan(figures["reward"]):
             self._first_reward = figures["reward"]
         first = math.inf if self._first_reward is None else self._first_reward
         # groups that all became right are no trouble
-        if figures["dead_groups"] >= 0.8 and figures["reward"] <= first + RISEN:
+        if figures["dead_groups"] >= 0.8 and figures["reward"] <= first + REWARD_INCREASE:
             yield (
                 f"most groups have equal rewards and teach nothing, {figures['dead_groups']:.0%} of this step's: the "
                 f"task is too hard "
@@ -269,12 +310,12 @@ class GRPO:
                 "adapter"
             )
 
-    def go_on(self, stats: Stats) -> bool:
+    def should_continue(self, stats: Stats) -> bool:
         self._first_pass = False
         return True
 
     def state(self) -> dict[str, float]:
-        return self.harvester.failures.state()
+        return self.collector.failures.state()
 
     def restore(self, state: Mapping[str, float]) -> None:
-        self.harvester.failures.restore(state)
+        self.collector.failures.restore(state)

@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from lowrank_tune.algorithms.failures import Failures, Unscored
+from lowrank_tune.algorithms.failures import RewardFailure, RewardFailureTracker
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout import Engine
-from lowrank_tune.types import Batch, Completion, Mean, Sampling, Stats
+from lowrank_tune.types import Batch, Completion, SamplingParams, Stats, WeightedMean
 
 if TYPE_CHECKING:  # an algorithm must run where pydantic is not installed (benchmarks/gpu.py)
-    from lowrank_tune.data import Asked
+    from lowrank_tune.data import PromptExample
 
 
-class Scoring(Protocol):
+class RewardClient(Protocol):
     """Scores completions on the side: `submit` as each finishes, `collect` waits for the rest. By key a value for each
     reward, or why there is none."""
 
-    def submit(self, key: int, asked: Asked, text: str, completion: Completion) -> None: ...
-    def collect(self) -> Mapping[int, Sequence[float] | Unscored]: ...
+    def submit(self, key: int, prompt: PromptExample, text: str, completion: Completion) -> None: ...
+    def collect(self) -> Mapping[int, Sequence[float] | RewardFailure]: ...
 
 
 @dataclass
-class Harvest:
+class RolloutBatch:
     """Groups of completions. `batch` has prompt and completion in each row, groups adjacent, with `extra["sampler"]`,
     the log-probs that the completions were drawn with; rewards, and what was `earned` after penalties (groups, n);
     `parts` (B, rewards) before weighting. `unscored` (B of them) says of what no reward can be told for why; rewards,
@@ -38,221 +38,253 @@ class Harvest:
 
     batch: Batch
     rewards: Tensor
-    parts: Tensor
+    reward_components: Tensor
     truncated: Tensor
-    names: Sequence[str]
+    reward_names: Sequence[str]
     texts: list[str]
-    asked: list[Asked]
-    seconds: dict[str, float] = field(default_factory=dict)
-    earned: Tensor = field(default_factory=lambda: torch.zeros(0))
-    unscored: list[Unscored | None] = field(default_factory=list)
+    prompts: list[PromptExample]
+    timings: dict[str, float] = field(default_factory=dict)
+    shaped_rewards: Tensor = field(default_factory=lambda: torch.zeros(0))
+    failed_rewards: list[RewardFailure | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not self.earned.numel():
-            self.earned = self.rewards
-        self.unscored = self.unscored or [None] * len(self.batch)
+        if not self.shaped_rewards.numel():
+            self.shaped_rewards = self.rewards
+        self.failed_rewards = self.failed_rewards or [None] * len(self.batch)
 
     @property
     def scored(self) -> Tensor:
         """(groups, n) bool."""
-        return torch.tensor([one is None for one in self.unscored]).view_as(self.rewards)
+        return torch.tensor([failure is None for failure in self.failed_rewards]).view_as(self.rewards)
 
     @property
-    def groups(self) -> int:
+    def num_groups(self) -> int:
         return len(self.rewards)
 
-    def told(self) -> Batch:
+    def scored_rows(self) -> Batch:
         """The rows that were scored."""
         rows = self.scored.flatten().nonzero().squeeze(1)
-        batch, group = self.batch.take(rows), rows // self.rewards.shape[1]
+        batch, group = self.batch.select_rows(rows), rows // self.rewards.shape[1]
         if "shared" in batch.extra:  # where a group has lost its first row, another one is that now
-            begins = torch.ones_like(rows, dtype=torch.bool).index_put(
+            is_first = torch.ones_like(rows, dtype=torch.bool).index_put(
                 (torch.arange(1, len(rows)),), group[1:] != group[:-1]
             )
-            batch.extra["shared"] = batch.extra["shared"].masked_fill(begins, 0)
+            batch.extra["shared"] = batch.extra["shared"].masked_fill(is_first, 0)
         return batch
 
-    def live(self, dead: Callable[[Tensor, Tensor], Tensor]) -> int:
+    def num_informative_groups(self, zero_std_groups: Callable[[Tensor, Tensor], Tensor]) -> int:
         """How many groups have a signal."""
-        return self.groups - int(dead(self.earned, self.scored).sum())
+        return self.num_groups - int(zero_std_groups(self.shaped_rewards, self.scored).sum())
 
     def stats(self) -> Stats:
         """What a person watches, as means. Of rewards, over what was scored."""
-        rewards, scored, lengths = self.rewards, self.scored, self.batch.says.sum(dim=1)
-        parts, spreads = self.parts, rewards.std(dim=1, correction=0)
+        rewards, scored, lengths = self.rewards, self.scored, self.batch.completion_mask.sum(dim=1)
+        components, stds = self.reward_components, rewards.std(dim=1, correction=0)
         if not bool(scored.all()):
-            left = [group[told] for group, told in zip(rewards, scored, strict=True) if bool(told.any())]
-            spreads = torch.tensor([float(group.std(correction=0)) for group in left], dtype=rewards.dtype)
-            rewards, parts = rewards[scored], parts[scored.flatten()]
-        several = self.names if len(self.names) > 1 else ()
-        own = {f"reward_{name}": Mean(parts[:, i].sum(), len(parts)) for i, name in enumerate(several)}
+            scored_groups = [
+                group[has_reward] for group, has_reward in zip(rewards, scored, strict=True) if bool(has_reward.any())
+            ]
+            stds = torch.tensor([float(group.std(correction=0)) for group in scored_groups], dtype=rewards.dtype)
+            rewards, components = rewards[scored], components[scored.flatten()]
+        names = self.reward_names if len(self.reward_names) > 1 else ()
+        by_reward = {
+            f"reward_{name}": WeightedMean(components[:, i].sum(), len(components)) for i, name in enumerate(names)
+        }
         return {
-            "reward": Mean(rewards.sum(), rewards.numel()),
-            "reward_spread": Mean(spreads.sum(), len(spreads)),
-            **own,
-            "length": Mean(lengths.sum(), len(lengths)),
-            "truncated": Mean(self.truncated.sum(), len(self.truncated)),
-            **{name: Mean(value, 1) for name, value in self.seconds.items()},
+            "reward": WeightedMean(rewards.sum(), rewards.numel()),
+            "reward_spread": WeightedMean(stds.sum(), len(stds)),
+            **by_reward,
+            "length": WeightedMean(lengths.sum(), len(lengths)),
+            "truncated": WeightedMean(self.truncated.sum(), len(self.truncated)),
+            **{name: WeightedMean(value, 1) for name, value in self.timings.items()},
         }
 
-    def pick(self, wanted: Tensor) -> Harvest:
+    def select_groups(self, selected: Tensor) -> RolloutBatch:
         """These groups, (groups,) bool."""
         n = self.rewards.shape[1]
-        rows = wanted.repeat_interleave(n)
-        places = rows.nonzero().squeeze(1)
-        kept: list[int] = places.tolist()
-        batch = self.batch.take(places, self.batch.ids.shape[1])
-        return Harvest(
+        rows = selected.repeat_interleave(n)
+        row_indices = rows.nonzero().squeeze(1)
+        indices: list[int] = row_indices.tolist()
+        batch = self.batch.select_rows(row_indices, self.batch.input_ids.shape[1])
+        return RolloutBatch(
             batch,
-            self.rewards[wanted],
-            self.parts[rows],
+            self.rewards[selected],
+            self.reward_components[rows],
             self.truncated[rows],
-            self.names,
-            [self.texts[i] for i in kept],
-            [a for a, keep in zip(self.asked, wanted.tolist(), strict=True) if keep],
-            self.seconds,
-            self.earned[wanted],
-            [self.unscored[i] for i in kept],
+            self.reward_names,
+            [self.texts[i] for i in indices],
+            [prompt for prompt, keep in zip(self.prompts, selected.tolist(), strict=True) if keep],
+            self.timings,
+            self.shaped_rewards[selected],
+            [self.failed_rewards[i] for i in indices],
         )
 
     @classmethod
-    def join(cls, several: Sequence[Harvest], pad_id: int) -> Harvest:
+    def concat(cls, rollouts: Sequence[RolloutBatch], pad_id: int) -> RolloutBatch:
         """One after the other, padded to one width."""
-        if len(several) == 1:
-            return several[0]
-        width = max(one.batch.ids.shape[1] for one in several)
-        batches = [_widened(one.batch, width, pad_id) for one in several]
+        if len(rollouts) == 1:
+            return rollouts[0]
+        width = max(rollout.batch.input_ids.shape[1] for rollout in rollouts)
+        batches = [_pad_columns(rollout.batch, width, pad_id) for rollout in rollouts]
         extra = {name: torch.cat([batch.extra[name] for batch in batches]) for name in batches[0].extra}
-        ids, attended, says = (
+        input_ids, attention_mask, completion_mask = (
             torch.cat([getattr(batch, name) for batch in batches]) for name in ("ids", "attended", "says")
         )
-        batch = Batch(ids, attended, says, extra=extra)
-        rewards, parts, truncated, earned = (
-            torch.cat([getattr(one, name) for one in several]) for name in ("rewards", "parts", "truncated", "earned")
+        batch = Batch(input_ids, attention_mask, completion_mask, extra=extra)
+        rewards, components, truncated, shaped_rewards = (
+            torch.cat([getattr(rollout, name) for rollout in rollouts])
+            for name in ("rewards", "parts", "truncated", "earned")
         )
         return cls(
             batch,
             rewards,
-            parts,
+            components,
             truncated,
-            several[0].names,
-            [text for one in several for text in one.texts],
-            [asked for one in several for asked in one.asked],
-            several[0].seconds,
-            earned,
-            [lost for one in several for lost in one.unscored],
+            rollouts[0].reward_names,
+            [text for rollout in rollouts for text in rollout.texts],
+            [prompt for rollout in rollouts for prompt in rollout.prompts],
+            rollouts[0].timings,
+            shaped_rewards,
+            [failure for rollout in rollouts for failure in rollout.failed_rewards],
         )
 
 
-def _widened(batch: Batch, width: int, pad_id: int) -> Batch:
-    more = width - batch.ids.shape[1]
+def _pad_columns(batch: Batch, width: int, pad_id: int) -> Batch:
+    num_columns = width - batch.input_ids.shape[1]
 
     def wide(tensor: Tensor, value: float) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, more), value=value) if tensor.ndim > 1 else tensor
+        return torch.nn.functional.pad(tensor, (0, num_columns), value=value) if tensor.ndim > 1 else tensor
 
     return Batch(
-        wide(batch.ids, pad_id),
-        wide(batch.attended, False),
-        wide(batch.says, False),
+        wide(batch.input_ids, pad_id),
+        wide(batch.attention_mask, False),
+        wide(batch.completion_mask, False),
         extra={name: wide(tensor, 0.0) for name, tensor in batch.extra.items()},
     )
 
 
 @dataclass
-class Harvester:
+class RolloutCollector:
     """Draws completions. `prompts(step, draw, count)` gives the prompts of a step: the planned ones, or `count` others
     for a later draw."""
 
     roles: Roles
-    prompts: Callable[[int, int, int | None], list[Asked]]
-    scoring: Scoring
-    names: Sequence[str]
-    weights: Sequence[float]
+    prompts: Callable[[int, int, int | None], list[PromptExample]]
+    reward_client: RewardClient
+    reward_names: Sequence[str]
+    reward_weights: Sequence[float]
     decode: Callable[[Sequence[int]], str]
     stop_ids: frozenset[int]
     pad_id: int
     num_generations: int
     max_new_tokens: int
     temperature: float
-    slots: int
+    max_num_seqs: int
     micro_tokens: int
     seed_of: Callable[[int], int]
-    show: Callable[[int, Harvest, Tensor], None] = lambda step, harvest, advantages: None
+    log_group: Callable[[int, RolloutBatch, Tensor], None] = lambda step, harvest, advantages: None
     """Is told of each step's harvest, with the advantages (groups, n)."""
-    failures: Failures = field(default_factory=Failures)
+    failures: RewardFailureTracker = field(default_factory=RewardFailureTracker)
 
-    def draw(self, step: int, draw: int, count: int | None = None) -> Harvest:
+    def collect(self, step: int, draw: int, count: int | None = None) -> RolloutBatch:
         """The completions of a step's prompts, grouped in the prompts' order, with their rewards."""
-        begun = time.perf_counter()
-        asked = self.prompts(step, draw, count)
-        sampling = Sampling(self.max_new_tokens, self.stop_ids, self.temperature, self.seed_of(step * 16 + draw))
+        start_time = time.perf_counter()
+        prompts = self.prompts(step, draw, count)
+        sampling = SamplingParams(self.max_new_tokens, self.stop_ids, self.temperature, self.seed_of(step * 16 + draw))
         n = self.num_generations
         done: dict[int, Completion] = {}
         texts: dict[int, str] = {}
-        for completion in Engine(self.roles, "policy", self.slots).generate([one.ids for one in asked], n, sampling):
+        for completion in Engine(self.roles, "policy", self.max_num_seqs).generate(
+            [one.input_ids for one in prompts], n, sampling
+        ):
             key = completion.prompt * n + completion.sample
-            body = completion.ids[:-1] if completion.finish == "stop" else completion.ids
+            body = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
             done[key], texts[key] = completion, self.decode(body)
-            self.scoring.submit(key, asked[completion.prompt], texts[key], completion)
-        rolled = time.perf_counter()
-        scores = self.scoring.collect()
-        unscored = [one if isinstance(one := scores[key], Unscored) else None for key in range(len(asked) * n)]
-        self.failures.count(unscored)
-        parts = torch.tensor(
-            [_values(scores[key], len(self.weights)) for key in range(len(asked) * n)], dtype=torch.float64
+            self.reward_client.submit(key, prompts[completion.prompt], texts[key], completion)
+        rollout_end = time.perf_counter()
+        scores = self.reward_client.collect()
+        failed_rewards = [
+            one if isinstance(one := scores[key], RewardFailure) else None for key in range(len(prompts) * n)
+        ]
+        self.failures.count(failed_rewards)
+        reward_components = torch.tensor(
+            [_reward_values(scores[key], len(self.reward_weights)) for key in range(len(prompts) * n)],
+            dtype=torch.float64,
         )
-        rewards = (parts @ torch.tensor(list(self.weights), dtype=torch.float64)).view(len(asked), n)
-        completions = [done[key] for key in range(len(asked) * n)]
-        truncated = torch.tensor([one.finish == "length" for one in completions])
-        seconds = {"rollout_seconds": rolled - begun, "score_seconds": time.perf_counter() - rolled}
-        batch = _batch([asked[one.prompt].ids for one in completions], completions, self.pad_id)
-        told = [texts[key] for key in range(len(completions))]
-        return Harvest(batch, rewards, parts, truncated, self.names, told, asked, seconds, unscored=unscored)
+        rewards = (reward_components @ torch.tensor(list(self.reward_weights), dtype=torch.float64)).view(
+            len(prompts), n
+        )
+        completions = [done[key] for key in range(len(prompts) * n)]
+        truncated = torch.tensor([one.finish_reason == "length" for one in completions])
+        seconds = {"rollout_seconds": rollout_end - start_time, "score_seconds": time.perf_counter() - rollout_end}
+        batch = _batch([prompts[one.prompt].input_ids for one in completions], completions, self.pad_id)
+        ordered_texts = [texts[key] for key in range(len(completions))]
+        return RolloutBatch(
+            batch,
+            rewards,
+            reward_components,
+            truncated,
+            self.reward_names,
+            ordered_texts,
+            prompts,
+            seconds,
+            failed_rewards=failed_rewards,
+        )
 
     def logps(self, role: str, batch: Batch) -> Tensor:
         """Log-probs of what was written by a role, no gradient, (B, T) on the CPU."""
-        rows, columns = batch.ids.shape
-        found = torch.zeros(rows, columns)
+        rows, columns = batch.input_ids.shape
+        result = torch.zeros(rows, columns)
 
         def read(units: Sequence[int]) -> Tensor:
             places = torch.tensor(list(units))
             shared = {"shared": batch.extra["shared"][places]} if "shared" in batch.extra else {}
-            part = Batch(batch.ids[places], batch.attended[places], batch.says[places], extra=shared).to(
-                self.roles.base.device
-            )
-            with self.roles.quiet():
+            part = Batch(
+                batch.input_ids[places], batch.attention_mask[places], batch.completion_mask[places], extra=shared
+            ).to(self.roles.base.device)
+            with self.roles.inference_mode():
                 return self.roles.logps(role, part, self.temperature).logps.cpu()
 
-        for units, logps in in_micro_batches(self.roles, rows, columns, self.micro_tokens, read):
-            found[units[0] : units[-1] + 1] = logps
-        return found
+        for units, logps in map_micro_batches(self.roles, rows, columns, self.micro_tokens, read):
+            result[units[0] : units[-1] + 1] = logps
+        return result
 
 
-def in_micro_batches(
-    roles: Roles, rows: int, columns: int, micro_tokens: int, read: Callable[[Sequence[int]], Tensor]
+def map_micro_batches(
+    roles: Roles, rows: int, columns: int, micro_tokens: int, function: Callable[[Sequence[int]], Tensor]
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """What `read` makes of neighbouring rows, as many at once as fit `micro_tokens` and the memory."""
     at_once = max(1, micro_tokens // columns)
     for start in range(0, rows, at_once):
-        yield from roles.limits.pieces("forward_tokens", range(start, min(start + at_once, rows)), columns, read)
+        yield from roles.limits.split_on_oom(
+            "forward_tokens", range(start, min(start + at_once, rows)), columns, function
+        )
 
 
-def _values(found: Sequence[float] | Unscored, count: int) -> list[float]:
+def _reward_values(scores: Sequence[float] | RewardFailure, count: int) -> list[float]:
     """Not a number is what nobody can take for a reward."""
-    return [math.nan] * count if isinstance(found, Unscored) else list(found)
+    return [math.nan] * count if isinstance(scores, RewardFailure) else list(scores)
 
 
 def _batch(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], pad_id: int) -> Batch:
     """Rows of prompt and completion, padded on the right."""
-    width = max(len(prompt) + len(one.ids) for prompt, one in zip(prompts, completions, strict=True))
-    ids = torch.full((len(completions), width), pad_id, dtype=torch.long)
-    attended, says = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-    sampler, shared = torch.zeros(ids.shape), torch.zeros(len(completions), dtype=torch.long)
-    for row, (prompt, one) in enumerate(zip(prompts, completions, strict=True)):
-        start, end = len(prompt), len(prompt) + len(one.ids)
-        ids[row, :start], ids[row, start:end] = torch.tensor(list(prompt)), torch.tensor(one.ids)
-        attended[row, :end], says[row, start:end] = True, True
-        shared[row] = start if row and completions[row - 1].prompt == one.prompt else 0
-        assert one.logps is not None, "the engine keeps log-probs"
-        sampler[row, start:end] = torch.tensor(one.logps)
-    return Batch(ids, attended, says, extra={"sampler": sampler, "shared": shared})
+    width = max(
+        len(prompt) + len(completion.token_ids) for prompt, completion in zip(prompts, completions, strict=True)
+    )
+    input_ids = torch.full((len(completions), width), pad_id, dtype=torch.long)
+    attention_mask, completion_mask = (
+        torch.zeros_like(input_ids, dtype=torch.bool),
+        torch.zeros_like(input_ids, dtype=torch.bool),
+    )
+    sampler, shared = torch.zeros(input_ids.shape), torch.zeros(len(completions), dtype=torch.long)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        start, end = len(prompt), len(prompt) + len(completion.token_ids)
+        input_ids[row, :start], input_ids[row, start:end] = (
+            torch.tensor(list(prompt)),
+            torch.tensor(completion.token_ids),
+        )
+        attention_mask[row, :end], completion_mask[row, start:end] = True, True
+        shared[row] = start if row and completions[row - 1].prompt == completion.prompt else 0
+        assert completion.logps is not None, "the engine keeps log-probs"
+        sampler[row, start:end] = torch.tensor(completion.logps)
+    return Batch(input_ids, attention_mask, completion_mask, extra={"sampler": sampler, "shared": shared})

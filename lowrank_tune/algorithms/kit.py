@@ -10,7 +10,7 @@ from lowrank_tune.types import Batch
 
 
 @dataclass(frozen=True)
-class Kit:
+class AlgorithmContext:
     """The roles, and `rows(step)`: the training rows of an optimizer step, padded, on the CPU.
 
     `reference` says in words what the policy is compared with. `fresh`: the trained adapter began at zero, so that
@@ -18,6 +18,6 @@ class Kit:
     """
 
     roles: Roles
-    rows: Callable[[int], Batch]
-    reference: str = "the base, adapters off"
+    get_batch: Callable[[int], Batch]
+    reference_description: str = "the base, adapters off"
     fresh: bool = True

@@ -35,277 +35,321 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowrank_tune.algorithms.failures import Unscored
-from lowrank_tune.algorithms.harvest import Harvester, in_micro_batches
-from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.failures import RewardFailure
+from lowrank_tune.algorithms.harvest import RolloutCollector, map_micro_batches
+from lowrank_tune.algorithms.kit import AlgorithmContext
 from lowrank_tune.algorithms.step_zero import check_reference
-from lowrank_tune.errors import RunFailed
-from lowrank_tune.maths import explained_variance, gae, mean_over, step_seed, token_mean_weights, where_says, whiten
-from lowrank_tune.types import Batch, Experience, Mean, Stats, Term
+from lowrank_tune.errors import TrainingError
+from lowrank_tune.maths import apply_mask, explained_variance, gae, masked_mean, step_seed, token_mean_weights, whiten
+from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch, WeightedMean
 
-MOST_ERROR = 0.2  # arXiv:1909.08593: a KL far off moves the coefficient no faster than one that is 20 % off
-MOSTLY_CUT = 0.8
-PASSES = 15  # tag of the seed that mixes minibatches; draws of a step are numbered from 0
+MAX_KL_CONTROLLER_ERROR = (
+    0.2  # arXiv:1909.08593: a KL far off moves the coefficient no faster than one that is 20 % off
+)
+TRUNCATED_WARN_FRACTION = 0.8
+MINIBATCH_SEED_TAG = 15  # tag of the seed that mixes minibatches; draws of a step are numbered from 0
 
 
-def token_rewards(old: Tensor, reference: Tensor, says: Tensor, score: Tensor, coefficient: float) -> Tensor:
+def token_rewards(old_logps: Tensor, reference_logps: Tensor, mask: Tensor, score: Tensor, kl_coef: float) -> Tensor:
     """old, reference, says (B, T), score (B,) -> what each token earns (B, T): minus its KL, and at the row's last
     token the score."""
-    rewards = -coefficient * where_says(old - reference, says)
-    last = says & (says.long().flip(1).cumsum(dim=1).flip(1) == 1)
-    return rewards + where_says(score[:, None].to(rewards.dtype).expand_as(rewards), last)
+    rewards = -kl_coef * apply_mask(old_logps - reference_logps, mask)
+    last = mask & (mask.long().flip(1).cumsum(dim=1).flip(1) == 1)
+    return rewards + apply_mask(score[:, None].to(rewards.dtype).expand_as(rewards), last)
 
 
-def policy_loss(logps: Tensor, old: Tensor, advantages: Tensor, says: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, cliprange: float
+) -> tuple[Tensor, Tensor]:
     """logps, old, advantages, says (B, T) -> the loss of each token and whether the clip stopped its gradient; (B, T)
     each."""
-    advantages = where_says(advantages, says)
-    ratio = where_says(logps - old, says).exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    stopped = (clipped * advantages < ratio * advantages) & says
-    return where_says(-torch.minimum(ratio * advantages, clipped * advantages), says), stopped
+    advantages = apply_mask(advantages, mask)
+    ratio = apply_mask(logps - old_logps, mask).exp()
+    clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
+    is_clipped = (clipped * advantages < ratio * advantages) & mask
+    return apply_mask(-torch.minimum(ratio * advantages, clipped * advantages), mask), is_clipped
 
 
-def value_loss(values: Tensor, old: Tensor, returns: Tensor, says: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float
+) -> tuple[Tensor, Tensor]:
     """values, old, returns, says (B, T) -> the loss of each token and whether the clip stopped its gradient; clip 0 for
     none."""
-    values, old, returns = (where_says(each, says) for each in (values, old, returns))
-    plain = (values - returns).square() / 2
-    if not clip:
-        return plain, torch.zeros_like(says)
-    clipped = (torch.minimum(torch.maximum(values, old - clip), old + clip) - returns).square() / 2
-    return torch.maximum(plain, clipped), (clipped > plain) & says
+    values, old_values, returns = (apply_mask(each, mask) for each in (values, old_values, returns))
+    unclipped = (values - returns).square() / 2
+    if not cliprange_value:
+        return unclipped, torch.zeros_like(mask)
+    clipped = (
+        torch.minimum(torch.maximum(values, old_values - cliprange_value), old_values + cliprange_value) - returns
+    ).square() / 2
+    return torch.maximum(unclipped, clipped), (clipped > unclipped) & mask
 
 
-def k3(logps: Tensor, other: Tensor, says: Tensor) -> Tensor:
+def kl_k3(logps: Tensor, other_logps: Tensor, mask: Tensor) -> Tensor:
     """KL(p || other) of each token from one draw of p: e^d - d - 1, d = log other - log p; never negative, (B, T)."""
-    d = where_says(other - logps, says)
+    d = apply_mask(other_logps - logps, mask)
     return torch.expm1(d) - d
 
 
-def next_coefficient(coefficient: float, kl: float, target: float, gain: float) -> float:
+def adapt_kl_coef(kl_coef: float, kl: float, target: float, gain: float) -> float:
     """The KL's weight in the next step: up where the KL is above its target, down where it is below (arXiv:1909.08593,
     equation 4)."""
-    return coefficient * (1 + gain * max(-MOST_ERROR, min(MOST_ERROR, kl / target - 1)))
+    return kl_coef * (1 + gain * max(-MAX_KL_CONTROLLER_ERROR, min(MAX_KL_CONTROLLER_ERROR, kl / target - 1)))
 
 
 @dataclass
-class Passes(Experience):
+class PPOBatch(StepBatch):
     """The harvest `epochs` times, each time in other `minibatches` of nearly the same number of rows."""
 
-    epochs: int = 1
-    minibatches: int = 1
+    num_ppo_epochs: int = 1
+    num_mini_batches: int = 1
     seed: int = 0
 
-    def parts(self) -> Iterator[Batch]:
-        for epoch in range(self.epochs):
-            if self.minibatches == 1:
+    def minibatches(self) -> Iterator[Batch]:
+        for epoch in range(self.num_ppo_epochs):
+            if self.num_mini_batches == 1:
                 yield self.batch
                 continue
             stream = torch.Generator().manual_seed(step_seed(self.seed, epoch))
-            for rows in torch.randperm(len(self.batch), generator=stream).tensor_split(self.minibatches):
+            for rows in torch.randperm(len(self.batch), generator=stream).tensor_split(self.num_mini_batches):
                 if len(rows):
-                    yield self.batch.take(rows.sort().values)
+                    yield self.batch.select_rows(rows.sort().values)
 
 
 @dataclass
-class Critic:
+class CriticConfig:
     """What the value is: a role with a scalar head, and how much its loss counts."""
 
-    weight: float = 1.0
-    clip: float = 0.2
+    vf_coef: float = 1.0
+    cliprange_value: float = 0.2
     role: str = "value"
 
 
 @dataclass
-class Discount:
+class GAEConfig:
     """How rewards are handed back to the tokens before: GAE's two numbers, and what becomes of a completion that was
     cut."""
 
     gamma: float = 1.0
     lam: float = 0.95
-    truncated: str = "penalise"
-    penalty: float = 1.0
+    truncated_completions: str = "penalise"
+    missing_eos_penalty: float = 1.0
 
 
 @dataclass
-class Leash:
+class KLControlConfig:
     """What holds the policy: lambda, by choice towards a KL in nats a token, and how far one step's passes may go."""
 
-    kl: float = 0.05
-    target: float | None = None
-    gain: float = 0.1
-    update_limit: float | None = None
+    kl_coef: float = 0.05
+    kl_target: float | None = None
+    kl_gain: float = 0.1
+    target_kl: float | None = None
 
 
 @dataclass
-class Update:
+class UpdateConfig:
     """How a harvest is learned from: the policy's clip, the weight of the entropy, passes and minibatches."""
 
-    clip: float = 0.2
-    entropy: float = 0.0
-    epochs: int = 1
-    minibatches: int = 1
-    mismatch_limit: float = 0.1
+    cliprange: float = 0.2
+    entropy_coef: float = 0.0
+    num_ppo_epochs: int = 1
+    num_mini_batches: int = 1
+    max_logprob_mismatch: float = 0.1
 
 
 @dataclass
 class PPO:
     """The three verbs."""
 
-    kit: Kit
-    harvester: Harvester
-    critic: Critic = field(default_factory=Critic)
-    discount: Discount = field(default_factory=Discount)
-    leash: Leash = field(default_factory=Leash)
-    update: Update = field(default_factory=Update)
-    together: int = 1
-    coefficient: float = field(init=False)
+    context: AlgorithmContext
+    collector: RolloutCollector
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    gae_config: GAEConfig = field(default_factory=GAEConfig)
+    kl_control: KLControlConfig = field(default_factory=KLControlConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    rows_per_unit: int = 1
+    kl_coef: float = field(init=False)
     """lambda of the next step."""
-    _rows: int = field(init=False, default=1)
-    _idle: bool = field(init=False, default=False)
-    _drawn: int = field(init=False, default=0)
-    _lost: list[Unscored] = field(init=False, default_factory=list)
+    _num_rows: int = field(init=False, default=1)
+    _skip_update: bool = field(init=False, default=False)
+    _num_completions: int = field(init=False, default=0)
+    _reward_failures: list[RewardFailure] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self.coefficient = self.leash.kl
+        self.kl_coef = self.kl_control.kl_coef
 
-    def collect(self, step: int) -> Experience:
-        harvest = self.harvester.draw(step, 0)
-        self._drawn, self._lost = len(harvest.unscored), [one for one in harvest.unscored if one is not None]
-        told = harvest.scored.flatten()
-        self._idle = not bool(told.any())  # then there is nothing to learn, and the step weighs nothing
-        rows = torch.arange(len(told)) if self._idle else told.nonzero().squeeze(1)
-        batch = harvest.batch if len(rows) == len(told) else harvest.batch.take(rows)
-        says = batch.scored
-        old, reference = self.harvester.logps("policy", batch), self.harvester.logps("reference", batch)
-        mismatch = mean_over((old - batch.extra["sampler"]).abs(), says)
+    def collect(self, step: int) -> StepBatch:
+        rollout = self.collector.collect(step, 0)
+        self._num_completions, self._reward_failures = (
+            len(rollout.failed_rewards),
+            [failure for failure in rollout.failed_rewards if failure is not None],
+        )
+        has_reward = rollout.scored.flatten()
+        self._skip_update = not bool(has_reward.any())  # then there is nothing to learn, and the step weighs nothing
+        rows = torch.arange(len(has_reward)) if self._skip_update else has_reward.nonzero().squeeze(1)
+        batch = rollout.batch if len(rows) == len(has_reward) else rollout.batch.select_rows(rows)
+        loss_mask = batch.loss_mask
+        old_logps, reference_logps = self.collector.logps("policy", batch), self.collector.logps("reference", batch)
+        mismatch = masked_mean((old_logps - batch.extra["sampler"]).abs(), loss_mask)
         self._check_sampler(mismatch.value)
-        values, written = self._values(batch)
-        score, after = self._outcomes(harvest.earned.flatten()[rows].nan_to_num(0.0), harvest.truncated[rows], written)
-        earned = token_rewards(old, reference, says, score, self.coefficient)
-        advantages = gae(earned, values, says, after, self.discount.gamma, self.discount.lam)
-        returns, white = where_says(values, says) + advantages, whiten(advantages, says)
-        batch.extra |= {"old": old, "values": values, "returns": returns, "advantages": white}
-        kl = mean_over(k3(old, reference, says), says)
+        values, final_values = self._values(batch)
+        scores, bootstrap_values = self._terminal_rewards_and_bootstrap_values(
+            rollout.shaped_rewards.flatten()[rows].nan_to_num(0.0), rollout.truncated[rows], final_values
+        )
+        rewards = token_rewards(old_logps, reference_logps, loss_mask, scores, self.kl_coef)
+        advantages = gae(rewards, values, loss_mask, bootstrap_values, self.gae_config.gamma, self.gae_config.lam)
+        returns, whitened = apply_mask(values, loss_mask) + advantages, whiten(advantages, loss_mask)
+        batch.extra |= {"old": old_logps, "values": values, "returns": returns, "advantages": whitened}
+        kl = masked_mean(kl_k3(old_logps, reference_logps, loss_mask), loss_mask)
         stats = (
-            harvest.stats()
-            | self.harvester.failures.stats(self._lost)
+            rollout.stats()
+            | self.collector.failures.stats(self._reward_failures)
             | {
-                "score": Mean(score.sum(), len(score)),
+                "score": WeightedMean(scores.sum(), len(scores)),
                 "kl": kl,
-                "kl_coefficient": Mean(self.coefficient, 1),
+                "kl_coefficient": WeightedMean(self.kl_coef, 1),
                 "mismatch": mismatch,
-                "value": mean_over(values, says),
+                "value": masked_mean(values, loss_mask),
             }
         )
-        if (explained := explained_variance(values, returns, says)) == explained:  # no number where all returns are one
-            stats["explained_variance"] = Mean(explained, 1)
-        shown = torch.zeros(len(told)).index_copy(0, rows, white.sum(dim=1) / says.sum(dim=1).clamp_min(1))
-        self.harvester.show(step, harvest, shown.view_as(harvest.rewards))
-        if self.leash.target is not None and kl.count:
-            self.coefficient = next_coefficient(self.coefficient, kl.value, self.leash.target, self.leash.gain)
-        return Passes(
-            batch, stats, self.update.epochs, self.update.minibatches, self.harvester.seed_of(16 * step + PASSES)
+        if (
+            explained := explained_variance(values, returns, loss_mask)
+        ) == explained:  # no number where all returns are one
+            stats["explained_variance"] = WeightedMean(explained, 1)
+        row_advantages = torch.zeros(len(has_reward)).index_copy(
+            0, rows, whitened.sum(dim=1) / loss_mask.sum(dim=1).clamp_min(1)
+        )
+        self.collector.log_group(step, rollout, row_advantages.view_as(rollout.rewards))
+        if self.kl_control.kl_target is not None and kl.count:
+            self.kl_coef = adapt_kl_coef(self.kl_coef, kl.value, self.kl_control.kl_target, self.kl_control.kl_gain)
+        return PPOBatch(
+            batch,
+            stats,
+            self.update.num_ppo_epochs,
+            self.update.num_mini_batches,
+            self.collector.seed_of(16 * step + MINIBATCH_SEED_TAG),
         )
 
     def _check_sampler(self, mismatch: float) -> None:
-        if mismatch > self.update.mismatch_limit:
-            raise RunFailed(
+        if mismatch > self.update.max_logprob_mismatch:
+            raise TrainingError(
                 f"the sampler's log-probs and the policy's differ by {mismatch:.3f} nats a token, more than "
-                f"ppo.mismatch_limit, {self.update.mismatch_limit:g}: ratios would compare what was never drawn"
+                f"ppo.mismatch_limit, {self.update.max_logprob_mismatch:g}: ratios would compare what was never drawn"
             )
 
-    def _outcomes(self, score: Tensor, cut: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
+    def _terminal_rewards_and_bootstrap_values(
+        self, scores: Tensor, truncated: Tensor, final_values: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The score at each row's last token, and the value behind it; (B,) each. `written` is the value of all that
         was written."""
-        nothing = torch.zeros_like(written)
-        if self.discount.truncated == "bootstrap":  # the outcome is still to come, and the value stands for it
-            return torch.where(cut, torch.zeros_like(score), score), torch.where(cut, written, nothing)
-        return score - self.discount.penalty * cut.double() if self.discount.truncated == "penalise" else score, nothing
+        zeros = torch.zeros_like(final_values)
+        if (
+            self.gae_config.truncated_completions == "bootstrap"
+        ):  # the outcome is still to come, and the value stands for it
+            return torch.where(truncated, torch.zeros_like(scores), scores), torch.where(truncated, final_values, zeros)
+        return (
+            scores - self.gae_config.missing_eos_penalty * truncated.double()
+            if self.gae_config.truncated_completions == "penalise"
+            else scores,
+            zeros,
+        )
 
     def _values(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The value before each token (B, T), and behind the last one (B,); no gradient, on the CPU."""
-        roles, (rows, columns) = self.kit.roles, batch.ids.shape
+        roles, (rows, columns) = self.context.roles, batch.input_ids.shape
         states = torch.zeros(rows, columns)
 
         def read(units: Sequence[int]) -> Tensor:
             here = slice(units[0], units[-1] + 1)
-            part = Batch(batch.ids[here], batch.attended[here], batch.says[here]).to(roles.base.device)
-            with roles.quiet():
+            part = Batch(batch.input_ids[here], batch.attention_mask[here], batch.completion_mask[here]).to(
+                roles.base.device
+            )
+            with roles.inference_mode():
                 return roles.scores(self.critic.role, part).cpu()
 
-        for units, found in in_micro_batches(roles, rows, columns, self.harvester.micro_tokens, read):
-            states[units[0] : units[-1] + 1] = found
-        return before_each(states), states.gather(1, (batch.lengths - 1).clamp_min(0)[:, None]).squeeze(1)
+        for units, values in map_micro_batches(roles, rows, columns, self.collector.micro_tokens, read):
+            states[units[0] : units[-1] + 1] = values
+        return shift_right(states), states.gather(1, (batch.lengths - 1).clamp_min(0)[:, None]).squeeze(1)
 
-    def weigh(self, batch: Batch) -> Tensor:
-        self._rows = len(batch)
-        return torch.zeros(batch.ids.shape) if self._idle else token_mean_weights(batch.scored)
+    def token_weights(self, batch: Batch) -> Tensor:
+        self._num_rows = len(batch)
+        return torch.zeros(batch.input_ids.shape) if self._skip_update else token_mean_weights(batch.loss_mask)
 
-    def terms(self, micro: Batch) -> Iterator[Term]:
+    def compute_losses(self, micro: Batch) -> Iterator[LossTerm]:
         yield self._policy_term(micro)
         yield self._value_term(micro)
 
-    def _policy_term(self, micro: Batch) -> Term:
-        assert micro.weight is not None, "weigh comes before terms"
-        says, extra, bonus = micro.scored, micro.extra, self.update.entropy
-        found = self.kit.roles.logps("policy", micro, self.harvester.temperature, entropy_gradient=bonus > 0)
-        per_token, stopped = policy_loss(found.logps, extra["old"], extra["advantages"], says, self.update.clip)
-        if bonus:
-            per_token = per_token - bonus * where_says(found.entropy, says)
-        loss = (per_token * where_says(micro.weight, says)).sum()
-        return Term(
+    def _policy_term(self, micro: Batch) -> LossTerm:
+        assert micro.token_weights is not None, "weigh comes before terms"
+        loss_mask, extra, entropy_coef = micro.loss_mask, micro.extra, self.update.entropy_coef
+        output = self.context.roles.logps(
+            "policy", micro, self.collector.temperature, entropy_gradient=entropy_coef > 0
+        )
+        per_token, is_clipped = policy_loss(
+            output.logps, extra["old"], extra["advantages"], loss_mask, self.update.cliprange
+        )
+        if entropy_coef:
+            per_token = per_token - entropy_coef * apply_mask(output.entropy, loss_mask)
+        loss = (per_token * apply_mask(micro.token_weights, loss_mask)).sum()
+        return LossTerm(
             loss,
             {
-                "loss": Mean(loss.detach(), len(micro) / self._rows),
-                "entropy": mean_over(found.entropy, says),
-                "clip_fraction": mean_over(stopped.float(), says),
-                "update_kl": mean_over(k3(extra["old"], found.logps, says), says),
+                "loss": WeightedMean(loss.detach(), len(micro) / self._num_rows),
+                "entropy": masked_mean(output.entropy, loss_mask),
+                "clip_fraction": masked_mean(is_clipped.float(), loss_mask),
+                "update_kl": masked_mean(kl_k3(extra["old"], output.logps, loss_mask), loss_mask),
             },
         )
 
-    def _value_term(self, micro: Batch) -> Term:
-        assert micro.weight is not None, "weigh comes before terms"
-        says, extra = micro.scored, micro.extra
-        values = before_each(self.kit.roles.scores(self.critic.role, micro))
-        per_token, stopped = value_loss(values, extra["values"], extra["returns"], says, self.critic.clip)
-        loss = self.critic.weight * (per_token * where_says(micro.weight, says)).sum()
-        return Term(
-            loss, {"value_loss": mean_over(per_token, says), "value_clip_fraction": mean_over(stopped.float(), says)}
+    def _value_term(self, micro: Batch) -> LossTerm:
+        assert micro.token_weights is not None, "weigh comes before terms"
+        loss_mask, extra = micro.loss_mask, micro.extra
+        values = shift_right(self.context.roles.scores(self.critic.role, micro))
+        per_token, is_clipped = value_loss(
+            values, extra["values"], extra["returns"], loss_mask, self.critic.cliprange_value
+        )
+        loss = self.critic.vf_coef * (per_token * apply_mask(micro.token_weights, loss_mask)).sum()
+        return LossTerm(
+            loss,
+            {
+                "value_loss": masked_mean(per_token, loss_mask),
+                "value_clip_fraction": masked_mean(is_clipped.float(), loss_mask),
+            },
         )
 
-    def measure(self, micro: Batch) -> Stats:
+    def eval_metrics(self, micro: Batch) -> Stats:
         raise AssertionError("held-out rows of PPO are questions, not rows")
 
-    def observe(self, micro: Batch) -> Stats:
+    def log_metrics(self, micro: Batch) -> Stats:
         return {}  # every step has its KL
 
     def check(self, micro: Batch, step: int) -> None:
-        if self.kit.fresh and step == 0:
-            check_reference(self.kit.roles, micro, same=True, words=self.kit.reference)
+        if self.context.fresh and step == 0:
+            check_reference(
+                self.context.roles, micro, expect_equal=True, description=self.context.reference_description
+            )
 
-    def warnings(self, figures: Mapping[str, float]) -> Iterator[str]:
-        yield from self.harvester.failures.warnings(self._lost, self._drawn)
-        if figures["truncated"] > MOSTLY_CUT:
+    def diagnostics(self, figures: Mapping[str, float]) -> Iterator[str]:
+        yield from self.collector.failures.diagnostics(self._reward_failures, self._num_completions)
+        if figures["truncated"] > TRUNCATED_WARN_FRACTION:
             yield (
                 f"most completions have no end, {figures['truncated']:.0%} of this step's: what they earn is not "
                 f"what whole answers earn; "
                 "raise rollout.max_new_tokens, or begin from an SFT adapter that ends its answers"
             )
 
-    def go_on(self, stats: Stats) -> bool:
-        return self.leash.update_limit is None or not stats["update_kl"].value > self.leash.update_limit
+    def should_continue(self, stats: Stats) -> bool:
+        return self.kl_control.target_kl is None or not stats["update_kl"].value > self.kl_control.target_kl
 
     def state(self) -> dict[str, float]:
-        return {"coefficient": self.coefficient, **self.harvester.failures.state()}
+        return {"coefficient": self.kl_coef, **self.collector.failures.state()}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        self.coefficient = state["coefficient"]
-        self.harvester.failures.restore(state)
+        self.kl_coef = state["coefficient"]
+        self.collector.failures.restore(state)
 
 
-def before_each(states: Tensor) -> Tensor:
+def shift_right(states: Tensor) -> Tensor:
     """Values of what stands up to each token -> of what stands before it, which is the state that it was written in;
     (B, T)."""
     return torch.nn.functional.pad(states[:, :-1], (1, 0))

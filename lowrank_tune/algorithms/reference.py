@@ -16,21 +16,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lowrank_tune.data import TokenStore
-from lowrank_tune.data.budget import in_pieces
-from lowrank_tune.errors import RunFailed
-from lowrank_tune.events import Emit, Note, Progress
+from lowrank_tune.data import TokenizedDataset
+from lowrank_tune.data.budget import chunked
+from lowrank_tune.errors import TrainingError
+from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch
 
-VERSION = 1  # of how the log-probs are computed: raise it when that changes
-TOLD = 50  # times that a long computation tells how far it is
+CACHE_VERSION = 1  # of how the log-probs are computed: raise it when that changes
+NUM_PROGRESS_UPDATES = 50  # times that a long computation tells how far it is
 
 
 def reference_logps(
     roles: Roles,
-    rows: TokenStore,
-    collated: Callable[[Sequence[int]], Batch],
+    rows: TokenizedDataset,
+    collate: Callable[[Sequence[int]], Batch],
     micro_tokens: int,
     base_hash: str,
     cache: Path,
@@ -42,40 +42,40 @@ def reference_logps(
     `collated(units)` makes a batch of some units; `base_hash` is that of all tensors of the base. Raises RunFailed
     where the cache cannot be written.
     """
-    file = cache / "reference" / f"{_key(roles, rows, base_hash)}.safetensors"
-    found = _read(file, len(rows))
-    if found is not None:
-        emit(Note(message=f"log-probs of the reference: {len(rows)} rows, computed before"))
-        return found
+    file = cache / "reference" / f"{_cache_key(roles, rows, base_hash)}.safetensors"
+    cached = _read_cache(file, len(rows))
+    if cached is not None:
+        emit(LogMessage(message=f"log-probs of the reference: {len(rows)} rows, computed before"))
+        return cached
     sums = torch.full((len(rows),), float("nan"))
-    what, done = "log-probs of the reference", 0
+    label, done = "log-probs of the reference", 0
 
     def read(units: Sequence[int]) -> Tensor:
-        with roles.quiet():
-            return roles.logps("reference", collated(units).to(roles.base.device)).logps.sum(dim=1).cpu()
+        with roles.inference_mode():
+            return roles.logps("reference", collate(units).to(roles.base.device)).logps.sum(dim=1).cpu()
 
-    for units, logps in in_pieces(roles.limits, rows, micro_tokens, read):
-        sums[torch.tensor([unit * rows.together + i for unit in units for i in range(rows.together)])] = logps
+    for units, logps in chunked(roles.limits, rows, micro_tokens, read):
+        sums[torch.tensor([unit * rows.rows_per_unit + i for unit in units for i in range(rows.rows_per_unit)])] = logps
         before, done = done, done + len(units)
-        if done * TOLD // rows.units != before * TOLD // rows.units:
-            emit(Progress(what=what, done=done, total=rows.units))
+        if done * NUM_PROGRESS_UPDATES // rows.units != before * NUM_PROGRESS_UPDATES // rows.units:
+            emit(Progress(what=label, done=done, total=rows.units))
     if not bool(sums.isfinite().all()):
-        raise RunFailed(
+        raise TrainingError(
             f"the reference gives {int((~sums.isfinite()).sum())} of {len(rows)} answers no finite log-prob, "
-            f"{rows.place_of(int((~sums.isfinite()).nonzero()[0]))} for one"
+            f"{rows.row_location(int((~sums.isfinite()).nonzero()[0]))} for one"
         )
-    _write(file, sums)
+    _write_cache(file, sums)
     return sums
 
 
-def _key(roles: Roles, rows: TokenStore, base_hash: str) -> str:
+def _cache_key(roles: Roles, rows: TokenizedDataset, base_hash: str) -> str:
     """Of all that the log-probs depend on: rows, base, frozen adapters with their scales, precision. The template is in
     the rows' ids."""
     digest = hashlib.blake2b(digest_size=16)
     lower = [name.removeprefix("lt_") for name in roles.stacks["reference"]]
     base = roles.base
     for part in (
-        VERSION,
+        CACHE_VERSION,
         rows.content_hash(),
         base_hash,
         base.model.config.to_json_string(),
@@ -92,20 +92,20 @@ def _key(roles: Roles, rows: TokenStore, base_hash: str) -> str:
     return digest.hexdigest()
 
 
-def _read(file: Path, count: int) -> Tensor | None:
+def _read_cache(file: Path, count: int) -> Tensor | None:
     """What an earlier run computed; None where it is absent or broken."""
     try:
         tensors = load(file.read_bytes())
         sums = tensors["sums"]
-        good = (
+        is_valid = (
             sums.shape == (count,) and sums.dtype == torch.float32 and torch.equal(_checksum(sums), tensors["checksum"])
         )
     except (OSError, KeyError, SafetensorError):
         return None
-    return sums if good else None
+    return sums if is_valid else None
 
 
-def _write(file: Path, sums: Tensor) -> None:
+def _write_cache(file: Path, sums: Tensor) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f"{file.stem}.", suffix=".tmp", dir=file.parent)
@@ -118,7 +118,7 @@ def _write(file: Path, sums: Tensor) -> None:
                 os.unlink(temporary)
             raise
     except OSError as error:
-        raise RunFailed(
+        raise TrainingError(
             f"{file.parent}: the log-probs of the reference cannot be written ({error.strerror or error}); "
             "free some space, or name another folder in LOWRANK_TUNE_CACHE"
         ) from error

@@ -18,64 +18,64 @@ from collections.abc import Iterator, Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_tune.algorithms.kit import Kit
-from lowrank_tune.maths import mean_of, pair_weights, share_right
-from lowrank_tune.types import Batch, Experience, Stats, Term
+from lowrank_tune.algorithms.kit import AlgorithmContext
+from lowrank_tune.maths import mean, pair_accuracy, sequence_mean_weights
+from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch
 
 
-def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, centering: float = 0.0) -> Tensor:
+def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center_rewards_coefficient: float = 0.0) -> Tensor:
     """Scores and margins (P,) -> losses (P,)."""
     losses = -F.logsigmoid(chosen - rejected - margin)
-    return losses + centering * (chosen + rejected).square() if centering else losses
+    return losses + center_rewards_coefficient * (chosen + rejected).square() if center_rewards_coefficient else losses
 
 
-class Reward:
+class RewardModeling:
     """The three verbs."""
 
-    together = 2
+    rows_per_unit = 2
 
-    def __init__(self, kit: Kit, centering: float = 0.0) -> None:
-        self.kit, self.centering = kit, centering
+    def __init__(self, context: AlgorithmContext, center_rewards_coefficient: float = 0.0) -> None:
+        self.context, self.center_rewards_coefficient = context, center_rewards_coefficient
 
-    def collect(self, step: int) -> Experience:
-        return Experience(self.kit.rows(step))
+    def collect(self, step: int) -> StepBatch:
+        return StepBatch(self.context.get_batch(step))
 
-    def weigh(self, batch: Batch) -> Tensor:
-        return pair_weights(batch.ids)
+    def token_weights(self, batch: Batch) -> Tensor:
+        return sequence_mean_weights(batch.input_ids)
 
     def scores(self, micro: Batch) -> Tensor:
         """(B,) what each row is worth."""
-        return self.kit.roles.last_scores("reward", micro)
+        return self.context.roles.sequence_scores("reward", micro)
 
-    def terms(self, micro: Batch) -> Iterator[Term]:
-        assert micro.weight is not None, "weigh comes before terms"
+    def compute_losses(self, micro: Batch) -> Iterator[LossTerm]:
+        assert micro.token_weights is not None, "weigh comes before terms"
         losses, stats = self._losses(micro)
-        yield Term((losses * micro.weight[::2]).sum(), stats)
+        yield LossTerm((losses * micro.token_weights[::2]).sum(), stats)
 
-    def measure(self, micro: Batch) -> Stats:
+    def eval_metrics(self, micro: Batch) -> Stats:
         return self._losses(micro)[1]
 
     def _losses(self, micro: Batch) -> tuple[Tensor, Stats]:
         scores = self.scores(micro)
         chosen, rejected = scores[::2], scores[1::2]
-        losses = reward_loss(chosen, rejected, micro.extra["margin"][::2], self.centering)
+        losses = reward_loss(chosen, rejected, micro.extra["margin"][::2], self.center_rewards_coefficient)
         return losses, {
-            "loss": mean_of(losses),
-            "accuracy": share_right(chosen - rejected),
-            "margin": mean_of(chosen - rejected),
-            "score_chosen": mean_of(chosen),
-            "score_rejected": mean_of(rejected),
+            "loss": mean(losses),
+            "accuracy": pair_accuracy(chosen - rejected),
+            "margin": mean(chosen - rejected),
+            "score_chosen": mean(chosen),
+            "score_rejected": mean(rejected),
         }
 
-    def observe(self, micro: Batch) -> Stats:
+    def log_metrics(self, micro: Batch) -> Stats:
         return {}
 
     def check(self, micro: Batch, step: int) -> None: ...
 
-    def warnings(self, figures: Mapping[str, float]) -> Iterator[str]:
+    def diagnostics(self, figures: Mapping[str, float]) -> Iterator[str]:
         return iter(())
 
-    def go_on(self, stats: Stats) -> bool:
+    def should_continue(self, stats: Stats) -> bool:
         return True
 
     def state(self) -> dict[str, float]:

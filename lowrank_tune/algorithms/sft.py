@@ -17,58 +17,63 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.kit import AlgorithmContext
 from lowrank_tune.algorithms.step_zero import check_reference
-from lowrank_tune.maths import mean_over, token_mean_weights, where_says
-from lowrank_tune.types import Batch, Experience, Stats, Term
+from lowrank_tune.maths import apply_mask, masked_mean, token_mean_weights
+from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch
 
 
-def sft_loss(logps: Tensor, scored: Tensor, weight: Tensor) -> Tensor:
+def sft_loss(logps: Tensor, loss_mask: Tensor, token_weights: Tensor) -> Tensor:
     """logps, scored, weight (B, T) -> the weighted sum of -log p; whatever stands outside the mask is not read."""
-    return -(where_says(logps, scored) * where_says(weight, scored)).sum()
+    return -(apply_mask(logps, loss_mask) * apply_mask(token_weights, loss_mask)).sum()
 
 
 class SFT:
     """The three verbs."""
 
-    together = 1
+    rows_per_unit = 1
 
-    def __init__(self, kit: Kit) -> None:
-        self.kit = kit
+    def __init__(self, context: AlgorithmContext) -> None:
+        self.context = context
 
-    def collect(self, step: int) -> Experience:
-        return Experience(self.kit.rows(step))
+    def collect(self, step: int) -> StepBatch:
+        return StepBatch(self.context.get_batch(step))
 
-    def weigh(self, batch: Batch) -> Tensor:
-        return token_mean_weights(batch.scored)
+    def token_weights(self, batch: Batch) -> Tensor:
+        return token_mean_weights(batch.loss_mask)
 
-    def terms(self, micro: Batch) -> Iterator[Term]:
-        assert micro.weight is not None, "weigh comes before terms"
-        scored = micro.scored
-        logps, entropy, likeliest = self.kit.roles.scored("policy", micro)
-        loss = sft_loss(logps, scored, micro.weight)
+    def compute_losses(self, micro: Batch) -> Iterator[LossTerm]:
+        assert micro.token_weights is not None, "weigh comes before terms"
+        loss_mask = micro.loss_mask
+        logps, entropy, likeliest = self.context.roles.token_logps_and_entropy("policy", micro)
+        loss = sft_loss(logps, loss_mask, micro.token_weights)
         stats = {
-            "loss": mean_over(-logps, scored),
-            "accuracy": mean_over(likeliest.float(), scored),
-            "entropy": mean_over(entropy, scored),
+            "loss": masked_mean(-logps, loss_mask),
+            "accuracy": masked_mean(likeliest.float(), loss_mask),
+            "entropy": masked_mean(entropy, loss_mask),
         }
-        yield Term(loss, stats)
+        yield LossTerm(loss, stats)
 
-    def measure(self, micro: Batch) -> Stats:
-        logps, _, likeliest = self.kit.roles.scored("policy", micro)
-        return {"loss": mean_over(-logps, micro.scored), "accuracy": mean_over(likeliest.float(), micro.scored)}
+    def eval_metrics(self, micro: Batch) -> Stats:
+        logps, _, likeliest = self.context.roles.token_logps_and_entropy("policy", micro)
+        return {
+            "loss": masked_mean(-logps, micro.loss_mask),
+            "accuracy": masked_mean(likeliest.float(), micro.loss_mask),
+        }
 
     def check(self, micro: Batch, step: int) -> None:
-        if self.kit.fresh and step == 0:  # else the KL that is shown would be that to something else
-            check_reference(self.kit.roles, micro, same=True, words=self.kit.reference)
+        if self.context.fresh and step == 0:  # else the KL that is shown would be that to something else
+            check_reference(
+                self.context.roles, micro, expect_equal=True, description=self.context.reference_description
+            )
 
-    def warnings(self, figures: Mapping[str, float]) -> Iterator[str]:
+    def diagnostics(self, figures: Mapping[str, float]) -> Iterator[str]:
         return iter(())
 
-    def observe(self, micro: Batch) -> Stats:
-        return {"kl": mean_over(self.kit.roles.exact_kl("policy", "reference", micro), micro.scored)}
+    def log_metrics(self, micro: Batch) -> Stats:
+        return {"kl": masked_mean(self.context.roles.full_vocab_kl("policy", "reference", micro), micro.loss_mask)}
 
-    def go_on(self, stats: Stats) -> bool:
+    def should_continue(self, stats: Stats) -> bool:
         return True
 
     def state(self) -> dict[str, float]:

@@ -10,49 +10,60 @@ from torch import Tensor
 
 from lowrank_tune import settings
 from lowrank_tune.algorithms.dpo import DPO
-from lowrank_tune.algorithms.harvest import Harvester
-from lowrank_tune.algorithms.kit import Kit
+from lowrank_tune.algorithms.harvest import RolloutCollector
+from lowrank_tune.algorithms.kit import AlgorithmContext
 from lowrank_tune.algorithms.reference import reference_logps
-from lowrank_tune.algorithms.reward import Reward
+from lowrank_tune.algorithms.reward import RewardModeling
 from lowrank_tune.algorithms.sft import SFT
-from lowrank_tune.build.learned import ROLE, below_reward
-from lowrank_tune.build.online import Scoring, check_rewards, grpo, load_prompts, make_harvester, ppo, try_groups
-from lowrank_tune.build.stacks import HEADS, lay_out, lower_of
+from lowrank_tune.build.learned import REWARD_ROLE, reward_model_base
+from lowrank_tune.build.online import (
+    RewardScorer,
+    check_reference_rewards,
+    dry_run_rewards,
+    load_train_prompts,
+    make_grpo,
+    make_ppo,
+    make_rollout_collector,
+)
+from lowrank_tune.build.stacks import ROLES_WITH_HEAD, build_stacks, frozen_adapters
 from lowrank_tune.data import (
-    AskedSet,
-    Order,
-    Prepared,
+    BatchSampler,
+    ChatTemplate,
     Prompt,
-    Template,
-    TokenStore,
-    asked_order,
+    PromptDataset,
+    TokenizedDataset,
+    TokenizedSplits,
     collate_units,
     load,
-    prompts,
+    load_heldout_prompts,
+    make_prompt_sampler,
 )
 from lowrank_tune.data.tokenise import cache_folder
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, Note, Progress
+from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.model import unsloth
 from lowrank_tune.model.adapters import SavedAdapter, read_adapter
-from lowrank_tune.model.base import Base, hash_of, load_base, load_tokenizer, one_hash
-from lowrank_tune.model.heads import KEY
-from lowrank_tune.model.memory import keep_to
-from lowrank_tune.model.recovery import Limits
+from lowrank_tune.model.base import Base, combined_hash, hash_of, load_base, load_tokenizer
+from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
+from lowrank_tune.model.memory import cap_cuda_memory
+from lowrank_tune.model.recovery import MemoryLimits
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Algorithm, Batch
 
-ALGORITHMS: dict[str, Callable[[Kit, settings.Recipe], Algorithm]] = {
+ALGORITHMS: dict[str, Callable[[AlgorithmContext, settings.RecipeConfig], Algorithm]] = {
     "sft": lambda kit, recipe: SFT(kit),
-    "reward": lambda kit, recipe: Reward(kit, recipe.reward.centering),
+    "reward": lambda kit, recipe: RewardModeling(kit, recipe.reward.centering),
     "dpo": lambda kit, recipe: DPO(kit, recipe.dpo.loss, recipe.dpo.beta, recipe.dpo.label_smoothing, recipe.dpo.sft),
 }
-ONLINE: dict[str, Callable[[settings.Recipe, Kit, Harvester], Algorithm]] = {"grpo": grpo, "ppo": ppo}
+ONLINE_ALGORITHMS: dict[str, Callable[[settings.RecipeConfig, AlgorithmContext, RolloutCollector], Algorithm]] = {
+    "grpo": make_grpo,
+    "ppo": make_ppo,
+}
 """Those that write their own rows."""
 
 
 @dataclass(frozen=True)
-class Built:
+class RunComponents:
     """All that one run needs, loaded. `trained` are the roles whose top adapter is trained, each named as its role;
     `hashes` those of the base's tensors before the run; `validation_batch(units)` collates held-out rows; `close` ends
     the workers of the rewards."""
@@ -60,18 +71,18 @@ class Built:
     base: Base
     roles: Roles
     trained: tuple[str, ...]
-    template: Template
-    data: Prepared | AskedSet
-    validation: TokenStore | None
+    template: ChatTemplate
+    data: TokenizedSplits | PromptDataset
+    validation: TokenizedDataset | None
     heldout: list[Prompt]
     algorithm: Algorithm
     steps: int
     reference: str
-    hashes: dict[str, str]
+    base_hashes: dict[str, str]
     micro_tokens: int
     validation_batch: Callable[[Sequence[int]], Batch]
     close: Callable[[], None] = lambda: None
-    rates: Mapping[str, float] = field(default_factory=dict)
+    lr_multipliers: Mapping[str, float] = field(default_factory=dict)
     """Of a trained role: what its learning rate is to the run's, where it is another one."""
 
     @property
@@ -80,55 +91,57 @@ class Built:
 
 
 def build(
-    recipe: settings.Recipe,
+    recipe: settings.RecipeConfig,
     emit: Emit,
     device: torch.device | None = None,
     base: Base | None = None,
     fresh: bool = True,
-) -> Built:
+) -> RunComponents:
     """Loads what is cheap to check first: adapters' folders, tokenizer, data, and only then the base, where none is
     given: the stages of a chain share one. A `fresh` run also tries its rewards on completions of its policy. Raises
     UserError."""
     saved = {
-        name: read_adapter(wanted.path, f"adapters.{name}.path", head=name == ROLE or name in recipe.aside)
-        for name, wanted in recipe.adapters.items()
-        if wanted.path
+        name: read_adapter(
+            adapter.path, f"adapters.{name}.path", head=name == REWARD_ROLE or name in recipe.extra_adapters
+        )
+        for name, adapter in recipe.adapters.items()
+        if adapter.path
     }
-    lay(recipe, saved, emit)
-    template = Template.of(base.tokenizer if base else load_tokenizer(recipe.base))
-    emit(Note(message=template.describe()))
-    if recipe.algorithm in ONLINE:
+    check_adapter_lineage(recipe, saved, emit)
+    template = ChatTemplate.from_tokenizer(base.tokenizer if base else load_tokenizer(recipe.base))
+    emit(LogMessage(message=template.describe()))
+    if recipe.algorithm in ONLINE_ALGORITHMS:
         return _build_online(recipe, emit, device, base, fresh, saved, template)
-    data = load(recipe.data, template, recipe.seed, emit, pairs=recipe.pairs)
+    data = load(recipe.data, template, recipe.seed, emit, pairs=recipe.uses_pairs)
     for line in data.report.lines():
-        emit(Note(message=line, level="warning" if "; dropped " in line else "info"))
-    heldout = _heldout(recipe, template)
+        emit(LogMessage(message=line, level="warning" if "; dropped " in line else "info"))
+    heldout = _heldout_questions(recipe, template)
     base = base or _load_base(recipe, template, device, emit)
     hashes = base.hashes()
     roles = load_roles(recipe, base, saved, emit)
-    micro_tokens = micro_tokens_of(recipe, _longest(recipe))
-    collated = {
-        store: _collated(store, template.pad_id) for store in (data.train, data.validation) if store is not None
+    micro_tokens = micro_tokens_of(recipe, _max_sequence_length(recipe))
+    collate_fns = {
+        store: _make_collate(store, template.pad_id) for store in (data.train, data.validation) if store is not None
     }
     if recipe.algorithm == "dpo":
-        for store, rows in list(collated.items()):
-            sums = reference_logps(roles, store, rows, micro_tokens, one_hash(hashes), cache_folder(), emit)
-            collated[store] = _with_reference(rows, sums)
+        for store, collate_fn in list(collate_fns.items()):
+            sums = reference_logps(roles, store, collate_fn, micro_tokens, combined_hash(hashes), cache_folder(), emit)
+            collate_fns[store] = _with_reference(collate_fn, sums)
     weights = [source.weight for source in recipe.data.train]
-    order = Order(data.train.unit_lengths, data.train.unit_source_of, weights, recipe.train, recipe.seed)
-    reference = _in_words(roles)
-    kit = Kit(
+    sampler = BatchSampler(data.train.unit_lengths, data.train.unit_source_of, weights, recipe.train, recipe.seed)
+    reference = _describe_reference(roles)
+    context = AlgorithmContext(
         roles,
-        lambda step: collated[data.train](order.rows(step)),
+        lambda step: collate_fns[data.train](sampler.rows(step)),
         reference,
-        fresh=recipe.adapters[recipe.trained].path is None,
+        fresh=recipe.adapters[recipe.trained_adapter].path is None,
     )
-    steps = recipe.train.steps or order.steps_of(recipe.train.epochs or 1.0)
-    algorithm = ALGORITHMS[recipe.algorithm](kit, recipe)
-    return Built(
+    steps = recipe.train.steps or sampler.steps_of(recipe.train.epochs or 1.0)
+    algorithm = ALGORITHMS[recipe.algorithm](context, recipe)
+    return RunComponents(
         base,
         roles,
-        (recipe.trained,),
+        (recipe.trained_adapter,),
         template,
         data,
         data.validation,
@@ -138,47 +151,51 @@ def build(
         reference,
         hashes,
         micro_tokens,
-        collated[data.validation] if data.validation is not None else collated[data.train],
+        collate_fns[data.validation] if data.validation is not None else collate_fns[data.train],
     )
 
 
 def _build_online(
-    recipe: settings.Recipe,
+    recipe: settings.RecipeConfig,
     emit: Emit,
     device: torch.device | None,
     base: Base | None,
     fresh: bool,
     saved: Mapping[str, SavedAdapter],
-    template: Template,
-) -> Built:
+    template: ChatTemplate,
+) -> RunComponents:
     """The same for an algorithm that writes its own rows: prompts and rewards instead of rows."""
-    data, heldout = load_prompts(recipe, template, emit), _heldout(recipe, template)
-    scoring = Scoring(recipe, template)
+    data, heldout = load_train_prompts(recipe, template, emit), _heldout_questions(recipe, template)
+    scorer = RewardScorer(recipe, template)
     try:
-        if not scoring.learned:
-            check_rewards(scoring, data, recipe.seed, emit)
+        if not scorer.reward_models:
+            check_reference_rewards(scorer, data, recipe.seed, emit)
         base = base or _load_base(recipe, template, device, emit)
         hashes, roles = base.hashes(), load_roles(recipe, base, saved, emit)
         stop_ids = base.end_ids | template.end_ids
-        micro_tokens = micro_tokens_of(recipe, _longest(recipe))
-        if scoring.learned:
-            scoring.attach(roles, micro_tokens)
-            check_rewards(scoring, data, recipe.seed, emit)
+        micro_tokens = micro_tokens_of(recipe, _max_sequence_length(recipe))
+        if scorer.reward_models:
+            scorer.set_base_model(roles, micro_tokens)
+            check_reference_rewards(scorer, data, recipe.seed, emit)
         if fresh and recipe.algorithm == "grpo":
-            try_groups(recipe, roles, template, data, scoring, stop_ids, emit)
-        harvester = make_harvester(recipe, roles, template, data, scoring, stop_ids, micro_tokens, emit)
+            dry_run_rewards(recipe, roles, template, data, scorer, stop_ids, emit)
+        collector = make_rollout_collector(recipe, roles, template, data, scorer, stop_ids, micro_tokens, emit)
     except BaseException:
-        scoring.close()
+        scorer.close()
         raise
-    reference = _in_words(roles)
-    kit = Kit(roles, _no_rows, reference, fresh=recipe.adapters[recipe.trained].path is None)
-    steps = recipe.train.steps or asked_order(data, recipe.data, recipe.train, recipe.seed).steps_of(
+    reference = _describe_reference(roles)
+    context = AlgorithmContext(
+        roles, _raise_no_rows, reference, fresh=recipe.adapters[recipe.trained_adapter].path is None
+    )
+    steps = recipe.train.steps or make_prompt_sampler(data, recipe.data, recipe.train, recipe.seed).steps_of(
         recipe.train.epochs or 1.0
     )
-    trained = (recipe.trained, "value") if recipe.algorithm == "ppo" else (recipe.trained,)
-    rates = {"value": (recipe.ppo.value_learning_rate or recipe.train.learning_rate) / recipe.train.learning_rate}
-    algorithm = ONLINE[recipe.algorithm](recipe, kit, harvester)
-    return Built(
+    trained = (recipe.trained_adapter, "value") if recipe.algorithm == "ppo" else (recipe.trained_adapter,)
+    lr_multipliers = {
+        "value": (recipe.ppo.value_learning_rate or recipe.train.learning_rate) / recipe.train.learning_rate
+    }
+    algorithm = ONLINE_ALGORITHMS[recipe.algorithm](recipe, context, collector)
+    return RunComponents(
         base,
         roles,
         trained,
@@ -191,126 +208,131 @@ def _build_online(
         reference,
         hashes,
         micro_tokens,
-        _no_units,
-        scoring.close,
-        rates,
+        _raise_no_units,
+        scorer.close,
+        lr_multipliers,
     )
 
 
-def lay(recipe: settings.Recipe, saved: dict[str, SavedAdapter], emit: Emit) -> None:
+def check_adapter_lineage(recipe: settings.RecipeConfig, saved: dict[str, SavedAdapter], emit: Emit) -> None:
     """An adapter that was trained over others lies over the same ones again, told by content; where this recipe loads
     none of them, it is taken with them folded into it. Raises UserError where only some are there. (The reward model
     has a stack of its own.)"""
     contents: dict[str, str] = {}
     for name in [
-        name for name in recipe.adapters if name in saved and name not in (*recipe.aside, *({ROLE} - {recipe.trained}))
+        name
+        for name in recipe.adapters
+        if name in saved and name not in (*recipe.extra_adapters, *({REWARD_ROLE} - {recipe.trained_adapter}))
     ]:
-        below, path, key = saved[name].below, str(recipe.adapters[name].path), f"adapters.{name}.path"
+        below, path, key = saved[name].frozen_adapters, str(recipe.adapters[name].path), f"adapters.{name}.path"
         missing = [other for other, content in below.items() if content not in contents]
         if missing and len(missing) < len(below):
-            there = ", ".join(other for other in below if other not in missing)
+            loaded = ", ".join(other for other in below if other not in missing)
             raise UserError(
                 f"{key}: the adapter in {path} was trained over {', '.join(below)}, and this recipe loads only "
-                f"{there} below it: "
+                f"{loaded} below it: "
                 f"add `adapters.{missing[0]}.path`, or leave all of them out and it is taken with them folded into it"
             )
         if missing:
-            saved[name] = read_adapter(path, key, head=saved[name].head is not None, whole=True)
-            emit(Note(message=f"{key}: taken with {', '.join(below)} folded into it, which it was trained over"))
-        contents[one_hash({part: hash_of(tensor.float()) for part, tensor in saved[name].tensors.items()})] = name
+            saved[name] = read_adapter(path, key, head=saved[name].head is not None, combined=True)
+            emit(LogMessage(message=f"{key}: taken with {', '.join(below)} folded into it, which it was trained over"))
+        contents[combined_hash({part: hash_of(tensor.float()) for part, tensor in saved[name].tensors.items()})] = name
 
 
-def _no_rows(step: int) -> Batch:
+def _raise_no_rows(step: int) -> Batch:
     raise AssertionError("the policy writes its own rows")
 
 
-def _no_units(units: Sequence[int]) -> Batch:
+def _raise_no_units(units: Sequence[int]) -> Batch:
     raise AssertionError("there are no held-out rows")
 
 
-def _load_base(recipe: settings.Recipe, template: Template, device: torch.device | None, emit: Emit) -> Base:
+def _load_base(recipe: settings.RecipeConfig, template: ChatTemplate, device: torch.device | None, emit: Emit) -> Base:
     emit(Progress(what=f"loading {recipe.base.model}", done=0, total=1))
-    keep_to(recipe.train.memory_budget_gib)
+    cap_cuda_memory(recipe.train.memory_budget_gib)
     if recipe.base.backend == "unsloth":
-        base = unsloth.load_base(recipe.base, template.tokenizer, _longest(recipe), device)
+        base = unsloth.load_base(recipe.base, template.tokenizer, _max_sequence_length(recipe), device)
     else:
         base = load_base(recipe.base, template.tokenizer, device)
     emit(Progress(what=f"loading {recipe.base.model}", done=1, total=1))
     return base
 
 
-def _longest(recipe: settings.Recipe) -> int:
+def _max_sequence_length(recipe: settings.RecipeConfig) -> int:
     """Tokens of the longest row that is trained on."""
     return (
         recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
-        if recipe.algorithm in ONLINE
+        if recipe.algorithm in ONLINE_ALGORITHMS
         else recipe.data.max_length
     )
 
 
-def micro_tokens_of(recipe: settings.Recipe, longest: int) -> int:
+def micro_tokens_of(recipe: settings.RecipeConfig, max_length: int) -> int:
     """Tokens that go through the model at once where no gradient is kept."""
-    return min(max(4096, (recipe.train.micro_rows or 4) * longest), 1 << 15)
+    return min(max(4096, (recipe.train.micro_batch_rows or 4) * max_length), 1 << 15)
 
 
-def _heldout(recipe: settings.Recipe, template: Template) -> list[Prompt]:
-    wanted = recipe.evaluate
-    if wanted.heldout is None:
+def _heldout_questions(recipe: settings.RecipeConfig, template: ChatTemplate) -> list[Prompt]:
+    config = recipe.evaluate
+    if config.heldout is None:
         return []
-    found = prompts(wanted.heldout, wanted.prompts, recipe.seed, recipe.data.system)
-    usable = [prompt for prompt in found if template.spoils(prompt.messages) is None]
+    candidates = load_heldout_prompts(config.heldout, config.prompts, recipe.seed, recipe.data.system)
+    usable = [prompt for prompt in candidates if template.validate_messages(prompt.messages) is None]
     if not usable:
-        raise UserError(f"evaluate.heldout: {wanted.heldout.dataset} has no usable row")
-    if all(prompt.gold is None for prompt in usable):
+        raise UserError(f"evaluate.heldout: {config.heldout.dataset} has no usable row")
+    if all(prompt.ground_truth is None for prompt in usable):
         raise UserError("evaluate.heldout: none of its rows has a gold answer; name its column in `gold` or `columns`")
     return usable
 
 
-def load_roles(recipe: settings.Recipe, base: Base, saved: Mapping[str, SavedAdapter], emit: Emit) -> Roles:
+def load_roles(recipe: settings.RecipeConfig, base: Base, saved: Mapping[str, SavedAdapter], emit: Emit) -> Roles:
     """The stacks of the recipe over the base (`lay_out`), with the weights of the adapters that were `saved`."""
-    top, lower = recipe.trained, lower_of(recipe)
-    below = below_reward(saved, lower) if ROLE in recipe.adapters and top != ROLE else []
-    configs, stacks = lay_out(recipe, base.model, {name: adapter.config for name, adapter in saved.items()}, below)
+    top, lower = recipe.trained_adapter, frozen_adapters(recipe)
+    below = reward_model_base(saved, lower) if REWARD_ROLE in recipe.adapters and top != REWARD_ROLE else []
+    configs, stacks = build_stacks(recipe, base.model, {name: adapter.config for name, adapter in saved.items()}, below)
     roles = Roles(
         base,
         configs,
-        trainable=[top, *recipe.aside],
+        trainable=[top, *recipe.extra_adapters],
         stacks=stacks,
         checkpointing=recipe.train.gradient_checkpointing,
         seed=recipe.seed,
-        heads=HEADS & stacks.keys(),
+        heads=ROLES_WITH_HEAD & stacks.keys(),
         offload=recipe.train.activation_offloading,
     )
-    roles.limits = Limits(budget_bytes=int((recipe.train.memory_budget_gib or 0) * 2**30), emit=emit)
+    roles.limits = MemoryLimits(budget_bytes=int((recipe.train.memory_budget_gib or 0) * 2**30), emit=emit)
     for name, adapter in saved.items():
         roles.load_adapter_tensors(name, adapter.tensors, f"adapters.{name}.path: {adapter.folder}")
         if adapter.base_name not in (None, recipe.base.model, recipe.base.model.partition("@")[0]):
             message = (
                 f"the adapter in {adapter.folder} says it was made for {adapter.base_name}, not {recipe.base.model}"
             )
-            emit(Note(level="warning", message=message))
+            emit(LogMessage(level="warning", message=message))
     if "value" in configs and "value" not in saved and recipe.ppo.value_from == "reward":
-        said = sum(reward.weight for reward in recipe.rewards if reward.use == "reward_model")
-        scaled = {key: tensor * said if key == KEY else tensor for key, tensor in saved[ROLE].tensors.items()}
-        roles.load_adapter_tensors("value", scaled, f"adapters.{ROLE}.path: {saved[ROLE].folder}")
+        reward_weight = sum(reward.weight for reward in recipe.rewards if reward.use == "reward_model")
+        scaled = {
+            key: tensor * reward_weight if key == HEAD_WEIGHT_KEY else tensor
+            for key, tensor in saved[REWARD_ROLE].tensors.items()
+        }
+        roles.load_adapter_tensors("value", scaled, f"adapters.{REWARD_ROLE}.path: {saved[REWARD_ROLE].folder}")
     if base.backend == "unsloth":
         unsloth.check(roles, top)
         emit(
-            Note(
+            LogMessage(
                 message="unsloth runs the base, and computes what transformers does; completions are drawn by "
                 "transformers' own code"
             )
         )
     if top in saved:
         emit(
-            Note(
-                message=f"the {top} adapter goes on from {saved[top].folder}: it need not agree with {_in_words(roles)}"
+            LogMessage(
+                message=f"the {top} adapter goes on from {saved[top].folder}: it need not agree with {_describe_reference(roles)}"
             )
         )
     return roles
 
 
-def _in_words(roles: Roles) -> str:
+def _describe_reference(roles: Roles) -> str:
     below = [name.removeprefix("lt_") for name in roles.stacks["reference"]]
     return (
         f"the base with the frozen adapter{'s' if len(below) > 1 else ''} {' + '.join(below)}"
@@ -319,17 +341,17 @@ def _in_words(roles: Roles) -> str:
     )
 
 
-def _collated(store: TokenStore, pad_id: int) -> Callable[[Sequence[int]], Batch]:
+def _make_collate(store: TokenizedDataset, pad_id: int) -> Callable[[Sequence[int]], Batch]:
     return lambda units: collate_units(store, units, pad_id)
 
 
-def _with_reference(rows: Callable[[Sequence[int]], Batch], sums: Tensor) -> Callable[[Sequence[int]], Batch]:
+def _with_reference(collate: Callable[[Sequence[int]], Batch], sums: Tensor) -> Callable[[Sequence[int]], Batch]:
     """The same batches with `extra["reference"]`, the log-probs that belong to their rows."""
 
     def batch(units: Sequence[int]) -> Batch:
-        collated = rows(units)
-        together = len(collated) // len(units)
-        collated.extra["reference"] = sums[[unit * together + i for unit in units for i in range(together)]]
+        collated = collate(units)
+        rows_per_unit = len(collated) // len(units)
+        collated.extra["reference"] = sums[[unit * rows_per_unit + i for unit in units for i in range(rows_per_unit)]]
         return collated
 
     return batch

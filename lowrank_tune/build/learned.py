@@ -8,90 +8,93 @@ from pathlib import Path
 
 import torch
 
-from lowrank_tune.data import RowFault, Template, collate
+from lowrank_tune.data import ChatTemplate, InvalidRow, collate
 from lowrank_tune.errors import UserError
 from lowrank_tune.model.adapters import SavedAdapter
-from lowrank_tune.model.base import hash_of, one_hash
+from lowrank_tune.model.base import combined_hash, hash_of
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Message, Row
 
-ROLE = "reward"
-ASKED = (Message("user", "Who asks?"),)
+REWARD_ROLE = "reward"
+PROBE_PROMPT = (Message("user", "Who asks?"),)
 
 
-def below_reward(saved: Mapping[str, SavedAdapter], lower: Sequence[str]) -> list[str]:
+def reward_model_base(saved: Mapping[str, SavedAdapter], lower: Sequence[str]) -> list[str]:
     """The frozen adapters under the reward model, of those that lie under the policy: the very ones that it was trained
     over, by content.
 
     Raises UserError where one of them is not there. An adapter that does not lie in a run is taken to stand on the base
     itself.
     """
-    reward = saved[ROLE]
-    mine = {
-        one_hash({key: hash_of(tensor.float()) for key, tensor in saved[name].tensors.items()}): name for name in lower
+    reward = saved[REWARD_ROLE]
+    names_by_hash = {
+        combined_hash({key: hash_of(tensor.float()) for key, tensor in saved[name].tensors.items()}): name
+        for name in lower
     }
-    trained_over = _trained_over(reward.folder)
-    missing = [name for name, content in trained_over.items() if content not in mine]
+    lineage = _reward_model_lineage(reward.folder)
+    missing = [name for name, content in lineage.items() if content not in names_by_hash]
     if missing:
         raise UserError(
-            f"adapters.{ROLE}.path: the reward model in {reward.folder} was trained over the adapter `{missing[0]}`, "
+            f"adapters.{REWARD_ROLE}.path: the reward model in {reward.folder} was trained over the adapter `{missing[0]}`, "
             f"which this "
-            f"recipe does not load below its policy: add `adapters.{missing[0]}.path`, above `{ROLE}`"
+            f"recipe does not load below its policy: add `adapters.{missing[0]}.path`, above `{REWARD_ROLE}`"
         )
-    return [mine[content] for content in trained_over.values()]
+    return [names_by_hash[content] for content in lineage.values()]
 
 
-def _trained_over(folder: Path) -> Mapping[str, str]:
+def _reward_model_lineage(folder: Path) -> Mapping[str, str]:
     """The frozen adapters of the run that an adapter lies in, lowest first, each with the hash of its content."""
-    for place in list(folder.resolve().parents)[:3]:
+    for parent in list(folder.resolve().parents)[:3]:
         try:
-            found = json.loads((place / "base.json").read_bytes())
+            facts = json.loads((parent / "base.json").read_bytes())
         except OSError:
             continue
         except ValueError:
             return {}
-        adapters = found.get("adapters") if isinstance(found, dict) else None
+        adapters = facts.get("adapters") if isinstance(facts, dict) else None
         return adapters if isinstance(adapters, dict) else {}
     return {}
 
 
-def answer_ids(template: Template, text: str) -> list[int]:
+def encode_answer(template: ChatTemplate, text: str) -> list[int]:
     """What the base reads behind a prompt, any prompt, where the assistant says this; nothing where the template
     refuses it."""
-    row = template.encode_many([(*ASKED, Message("assistant", text))])[0]
-    return [] if isinstance(row, RowFault) else list(row.ids[len(template.prompt(ASKED)) :])
+    row = template.encode_many([(*PROBE_PROMPT, Message("assistant", text))])[0]
+    return [] if isinstance(row, InvalidRow) else list(row.input_ids[len(template.prompt(PROBE_PROMPT)) :])
 
 
-def closing(template: Template) -> list[int]:
+def end_of_turn_ids(template: ChatTemplate) -> list[int]:
     """All that the template writes behind an answer's words, its end tokens first: a reward model was trained to score
     at the last of it."""
-    said = answer_ids(template, "You do.")
-    return said[next((place for place, token in enumerate(said) if token in template.end_ids), len(said)) :]
+    token_ids = encode_answer(template, "You do.")
+    return token_ids[
+        next((index for index, token in enumerate(token_ids) if token in template.end_ids), len(token_ids)) :
+    ]
 
 
-def closed(ids: Sequence[int], end: Sequence[int]) -> list[int]:
+def append_end_of_turn(token_ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
     """A completion as the reward model was trained to read it: decoding stops at the first end token, and the rest of
     `end` follows. One that was cut stays as it is."""
-    place = next((place for place, token in enumerate(end) if ids and ids[-1] == token), None)
-    return [*ids, *(() if place is None else end[place + 1 :])]
+    index = next((index for index, token in enumerate(end_ids) if token_ids and token_ids[-1] == token), None)
+    return [*token_ids, *(() if index is None else end_ids[index + 1 :])]
 
 
 def score_rows(
-    roles: Roles, rows: Sequence[Sequence[int]], pad_id: int, micro_tokens: int, role: str = ROLE
+    roles: Roles, rows: Sequence[Sequence[int]], pad_id: int, micro_tokens: int, role: str = REWARD_ROLE
 ) -> list[float]:
     """The role's score of each row, batched by length."""
-    found = [0.0] * len(rows)
+    result = [0.0] * len(rows)
 
     def read(part: Sequence[int]) -> list[float]:
-        batch = collate([Row(rows[place], [False] * len(rows[place])) for place in part], pad_id).to(roles.base.device)
-        with roles.quiet():
-            return torch.as_tensor(roles.last_scores(role, batch)).tolist()
+        batch = collate([Row(rows[index], [False] * len(rows[index])) for index in part], pad_id).to(roles.base.device)
+        with roles.inference_mode():
+            return torch.as_tensor(roles.sequence_scores(role, batch)).tolist()
 
-    waiting = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
-    while waiting:
-        count = max(1, micro_tokens // max(1, len(rows[waiting[0]])))
-        part, waiting = waiting[:count], waiting[count:]
-        for some, scores in roles.limits.pieces("forward_tokens", part, len(rows[part[0]]), read):
-            for place, score in zip(some, scores, strict=True):
-                found[place] = score
-    return found
+    pending = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    while pending:
+        count = max(1, micro_tokens // max(1, len(rows[pending[0]])))
+        part, pending = pending[:count], pending[count:]
+        for some, scores in roles.limits.split_on_oom("forward_tokens", part, len(rows[part[0]]), read):
+            for index, score in zip(some, scores, strict=True):
+                result[index] = score
+    return result

@@ -6,22 +6,32 @@ from __future__ import annotations
 import sys
 
 from lowrank_tune.chat.commands import HELP
-from lowrank_tune.chat.opening import open_speaker
-from lowrank_tune.chat.session import Session
-from lowrank_tune.chat.speaker import Answering, Speaker, Voice
-from lowrank_tune.chat.talk import Talk, append_row
-from lowrank_tune.chat.wishes import Wishes
-from lowrank_tune.ui.plain import Plain
-from lowrank_tune.ui.talk import Screen
+from lowrank_tune.chat.opening import load_chat_model
+from lowrank_tune.chat.session import ChatSession
+from lowrank_tune.chat.speaker import AnswerStream, ChatModel, Variant
+from lowrank_tune.chat.talk import Conversation, append_row
+from lowrank_tune.chat.wishes import SamplingOptions
+from lowrank_tune.ui.plain import LineLogger
+from lowrank_tune.ui.talk import ChatScreen
 
-__all__ = ["Answering", "Session", "Speaker", "Talk", "Voice", "Wishes", "append_row", "chat", "open_speaker"]
+__all__ = [
+    "AnswerStream",
+    "ChatSession",
+    "ChatModel",
+    "Conversation",
+    "Variant",
+    "SamplingOptions",
+    "append_row",
+    "chat",
+    "load_chat_model",
+]
 
 
 def chat(
     name: str,
-    wishes: Wishes,
-    voice: str | None = None,
-    system: str | None = None,
+    options: SamplingOptions,
+    variant: str | None = None,
+    system_prompt: str | None = None,
     bits: int | None = None,
     base: str | None = None,
 ) -> None:
@@ -30,25 +40,31 @@ def chat(
 
     Raises UserError, and KeyboardInterrupt where it was interrupted and nobody types.
     """
-    plain = Plain(sys.stderr)
+    logger = LineLogger(sys.stderr)
     try:
-        speaker = open_speaker(name, plain, bits, base)
+        chat_model = load_chat_model(name, logger, bits, base)
     finally:
-        plain.close()
-    screen = Screen(list(HELP))
-    session = Session(
-        speaker, screen, wishes, voice or speaker.voices[-1], speaker.system if system is None else system
+        logger.close()
+    screen = ChatScreen(list(HELP))
+    session = ChatSession(
+        chat_model,
+        screen,
+        options,
+        variant or chat_model.variants[-1],
+        chat_model.system_prompt if system_prompt is None else system_prompt,
     )
     if screen.live:
         screen.note(_greeting(session))
     session.run()
 
 
-def _greeting(session: Session) -> str:
-    heard = " and ".join(session.voices)
-    drawn = (
-        "greedy, as in evaluation" if session.wishes.temperature == 0 else f"temperature {session.wishes.temperature:g}"
+def _greeting(session: ChatSession) -> str:
+    variants = " and ".join(session.variants)
+    sampling = (
+        "greedy, as in evaluation"
+        if session.options.temperature == 0
+        else f"temperature {session.options.temperature:g}"
     )
-    system = ", with a system prompt (/system shows it)" if session.talk.system else ""
-    other = "/base, /tuned and /both choose who answers, " if session.speaker.tuned else ""
-    return f"{heard} will answer, {drawn}{system}\n{other}/help lists all commands, Ctrl-D ends"
+    system = ", with a system prompt (/system shows it)" if session.conversation.system_prompt else ""
+    other = "/base, /tuned and /both choose who answers, " if session.chat_model.tuned else ""
+    return f"{variants} will answer, {sampling}{system}\n{other}/help lists all commands, Ctrl-D ends"

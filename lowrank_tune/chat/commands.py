@@ -19,8 +19,8 @@ HELP = {
     "/help": "this list",
     "/quit": "end, as Ctrl-D does; Ctrl-C stops an answer",
 }
-ALSO = {"/exit": "/quit", "/bye": "/quit", "/clear": "/reset", "/regenerate": "/retry", "/?": "/help"}
-NOTHING_BEHIND = ("/retry", "/undo", "/reset", "/help", "/quit")
+ALIASES = {"/exit": "/quit", "/bye": "/quit", "/clear": "/reset", "/regenerate": "/retry", "/?": "/help"}
+COMMANDS_WITHOUT_ARGUMENT = ("/retry", "/undo", "/reset", "/help", "/quit")
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ def parse(line: str) -> Command | str:
     if text.startswith("//"):
         return text[1:]
     name, _, rest = text.partition(" ")
-    name, rest = ALSO.get(name, name), rest.strip()
+    name, rest = ALIASES.get(name, name), rest.strip()
     if name not in HELP:
-        near = did_you_mean(name, [*HELP, *ALSO])
+        near = did_you_mean(name, [*HELP, *ALIASES])
         raise UserError(
             f"there is no command {name}{near or ';'} /help lists them, and a question that begins with a slash is "
             f"written //..."
         )
-    if rest and name in NOTHING_BEHIND:
+    if rest and name in COMMANDS_WITHOUT_ARGUMENT:
         raise UserError(f"{name} takes nothing behind it")
     return Command(name, rest)
 
@@ -59,5 +59,5 @@ def help_lines() -> list[str]:
         first, _, rest = words.partition(" ")
         takes = first if first.startswith("[") or first.isupper() else ""
         lines.append((name, takes, words) if not takes else (name, takes, rest))
-    told = [f"{name} {takes}".ljust(22) + f" {words}" for name, takes, words in lines]
-    return [*told, '"""' + " " * 20 + 'begins a question of many lines, which ends with """']
+    formatted = [f"{name} {takes}".ljust(22) + f" {words}" for name, takes, words in lines]
+    return [*formatted, '"""' + " " * 20 + 'begins a question of many lines, which ends with """']

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from lowrank_tune import settings
-from lowrank_tune.build import lay
-from lowrank_tune.chat.speaker import Speaker
-from lowrank_tune.chat.target import Target, find
-from lowrank_tune.data import Template
+from lowrank_tune.build import check_adapter_lineage
+from lowrank_tune.chat.speaker import ChatModel
+from lowrank_tune.chat.target import ChatTarget, resolve_target
+from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import OutOfMemory, UserError
-from lowrank_tune.events import Emit, Note, Progress
-from lowrank_tune.export.finished import Finished, adapters_at, adapters_in, check_base, roles_of
+from lowrank_tune.events import Emit, LogMessage, Progress
+from lowrank_tune.export.finished import FinishedRun, adapters_at, adapters_in, check_base, roles_of
 from lowrank_tune.model.adapters import SavedAdapter, lora_config, read_adapter
 from lowrank_tune.model.base import Base, load_base, load_tokenizer
 from lowrank_tune.model.roles import Roles
@@ -22,18 +22,18 @@ from lowrank_tune.model.roles import Roles
 TEMPLATE = "chat_template.jinja"
 
 
-def open_speaker(
+def load_chat_model(
     name: str, emit: Emit, bits: int | None = None, base: str | None = None, device: torch.device | None = None
-) -> Speaker:
+) -> ChatModel:
     """RUN or MODEL, ready to speak. `bits` and `base` are for what does not say: a model, an adapter, a base that was
     moved.
 
     Raises UserError: no such thing, a reward model, a base that is gone or is not the one that was trained over.
     """
-    target = find(name)
+    target = resolve_target(name)
     saved = _adapters(target, emit)
     wanted = _base(target, saved, bits, base)
-    emit(Note(message=target.words if target.model else f"{target.words}; over {wanted.model}"))
+    emit(LogMessage(message=target.description if target.model else f"{target.description}; over {wanted.model}"))
     try:
         template = _template(wanted, target.adapter, emit)
         emit(Progress(what=f"loading {wanted.model}", done=0, total=1))
@@ -52,13 +52,16 @@ def open_speaker(
         roles_of(saved, loaded)
         if saved
         else Roles(
-            loaded, {"unheard": lora_config(settings.Adapter(r=1), loaded.model)}, trainable=[], stacks={"policy": []}
+            loaded,
+            {"unheard": lora_config(settings.AdapterConfig(r=1), loaded.model)},
+            trainable=[],
+            stacks={"policy": []},
         )
     )
-    emit(Note(message=template.describe()))
+    emit(LogMessage(message=template.describe()))
     positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     system = target.run.recipe.data.system if target.run is not None else None
-    return Speaker(
+    return ChatModel(
         roles,
         template,
         loaded.end_ids | template.end_ids,
@@ -68,7 +71,7 @@ def open_speaker(
     )
 
 
-def _adapters(target: Target, emit: Emit) -> Mapping[str, SavedAdapter]:
+def _adapters(target: ChatTarget, emit: Emit) -> Mapping[str, SavedAdapter]:
     """The adapters that together are the tuned voice, lowest first."""
     if target.adapter is not None:
         return adapters_at(target.adapter, str(target.adapter))
@@ -77,21 +80,23 @@ def _adapters(target: Target, emit: Emit) -> Mapping[str, SavedAdapter]:
     if target.checkpoint is None:
         return adapters_in(target.run)
     recipe = target.run.recipe
-    lower = {
+    frozen = {
         name: read_adapter(str(wanted.path), f"adapters.{name}.path")
         for name, wanted in recipe.adapters.items()
-        if name not in (recipe.trained, *recipe.aside, "reward")
+        if name not in (recipe.trained_adapter, *recipe.extra_adapters, "reward")
     }
-    lay(recipe, lower, emit)
-    return {**lower, recipe.trained: read_adapter(str(target.checkpoint), str(target.checkpoint))}
+    check_adapter_lineage(recipe, frozen, emit)
+    return {**frozen, recipe.trained_adapter: read_adapter(str(target.checkpoint), str(target.checkpoint))}
 
 
-def _base(target: Target, saved: Mapping[str, SavedAdapter], bits: int | None, base: str | None) -> settings.Base:
+def _base(
+    target: ChatTarget, saved: Mapping[str, SavedAdapter], bits: int | None, base: str | None
+) -> settings.BaseConfig:
     """Which base to load. Raises UserError."""
     if target.model is not None:
         if base is not None:
             raise UserError(f"--base: {target.model} is a model itself; --base is for runs and adapters")
-        return settings.Base(model=target.model, bits=16 if bits == 16 else 4)
+        return settings.BaseConfig(model=target.model, bits=16 if bits == 16 else 4)
     if target.run is not None:
         wanted = target.run.base
         if bits not in (None, wanted.bits):
@@ -103,38 +108,38 @@ def _base(target: Target, saved: Mapping[str, SavedAdapter], bits: int | None, b
     if base is None and not top.base_name:
         raise UserError(f"{target.adapter} does not say over which base it was trained: name it with --base")
     revision = top.config.revision
-    named = f"{top.base_name}@{revision}" if revision and "@" not in str(top.base_name) else str(top.base_name)
-    return settings.Base(model=base or named, bits=16 if bits == 16 else 4)
+    pinned = f"{top.base_name}@{revision}" if revision and "@" not in str(top.base_name) else str(top.base_name)
+    return settings.BaseConfig(model=base or pinned, bits=16 if bits == 16 else 4)
 
 
-def _template(wanted: settings.Base, adapter: Path | None, emit: Emit) -> Template:
+def _template(wanted: settings.BaseConfig, adapter: Path | None, emit: Emit) -> ChatTemplate:
     """The base's; or the one that came with an adapter from elsewhere, where that is another one."""
-    template = Template.of(tokenizer := load_tokenizer(wanted))
+    template = ChatTemplate.from_tokenizer(tokenizer := load_tokenizer(wanted))
     if adapter is not None and (adapter / TEMPLATE).is_file():
         try:
             text = (adapter / TEMPLATE).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{adapter / TEMPLATE}: cannot be read: {error}") from error
-        if text.strip() != template.jinja.strip():
+        if text.strip() != template.chat_template.strip():
             tokenizer.chat_template = text
-            emit(Note(message=f"chat template: {adapter / TEMPLATE}, which differs from the base's"))
-            return Template.of(tokenizer)
+            emit(LogMessage(message=f"chat template: {adapter / TEMPLATE}, which differs from the base's"))
+            return ChatTemplate.from_tokenizer(tokenizer)
     return template
 
 
-def _check(run: Finished, base: Base, emit: Emit) -> None:
+def _check(run: FinishedRun, base: Base, emit: Emit) -> None:
     """Compares the base with the one that was trained over, where that can be. Raises UserError where it is another
     one."""
     if not run.facts.get("tensors"):
         emit(
-            Note(
+            LogMessage(
                 level="warning",
                 message=f"{run.path} holds no hashes of its base: nothing tells whether this is the one",
             )
         )
     elif run.facts.get("device", base.device.type) != base.device.type:
         emit(
-            Note(
+            LogMessage(
                 level="warning",
                 message=f"{run.path} was trained on {run.facts['device']}, and this is {base.device.type}: its 4-bit "
                 f"base "

@@ -6,12 +6,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-BROKEN = "\ufffd"  # how tokenizers write bytes that are no character, or not yet one
-WORDS = ("System:", "User:", "Assistant:")
-TAIL = 48  # characters in which the beginning of a marker is looked for
+REPLACEMENT_CHAR = "\ufffd"  # how tokenizers write bytes that are no character, or not yet one
+ROLE_MARKERS = ("System:", "User:", "Assistant:")
+MARKER_LOOKBACK = 48  # characters in which the beginning of a marker is looked for
 
 
-class Pieces:
+class IncrementalDecoder:
     """`add` a token, get the text that is certain by now; what `add` and `rest` gave is together what `decode` says of
     all tokens.
 
@@ -24,18 +24,18 @@ class Pieces:
         # Tokens from `_context` on are decoded anew each time, for a first token may lose its space; those up to
         # `_read` have been told.
         self._context, self._read = 0, 0
-        self._text, self._told = "", 0
+        self._text, self._emitted = "", 0
 
     def add(self, token: int) -> str:
         """The next piece, often an empty one."""
         self._ids.append(token)
         before, now = self.decode(self._ids[self._context : self._read]), self.decode(self._ids[self._context :])
-        if len(now) > len(before) and not now.endswith(BROKEN):
+        if len(now) > len(before) and not now.endswith(REPLACEMENT_CHAR):
             self._text += now[len(before) :]
             self._context, self._read = self._read, len(self._ids)
-        return self._tell(self._certain())
+        return self._advance(self._stable_prefix())
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """What was held back, once no more tokens come."""
         if not self.turned:
             self._text += self.decode(self._ids[self._context :])[
@@ -43,35 +43,35 @@ class Pieces:
             ]
             self._context = self._read = len(self._ids)
         end = self._end()
-        return self._tell(len(self._text) if end is None else end)
+        return self._advance(len(self._text) if end is None else end)
 
     @property
     def text(self) -> str:
         """What was told so far."""
-        return self._text[: self._told]
+        return self._text[: self._emitted]
 
-    def _tell(self, upto: int) -> str:
-        piece = self._text[self._told : max(upto, self._told)]
-        self._told += len(piece)
+    def _advance(self, upto: int) -> str:
+        piece = self._text[self._emitted : max(upto, self._emitted)]
+        self._emitted += len(piece)
         return piece
 
     def _end(self) -> int | None:
         """Where another turn begins."""
-        found = self.turn.search(self._text) if self.turn is not None else None
-        if found is None:
+        match = self.turn.search(self._text) if self.turn is not None else None
+        if match is None:
             return None
         self.turned = True
-        return len(self._text[: found.start()].rstrip())
+        return len(self._text[: match.start()].rstrip())
 
-    def _certain(self) -> int:
+    def _stable_prefix(self) -> int:
         """How far the text cannot turn out to be the beginning of a marker."""
         if self.turn is None:
             return len(self._text)
         if (end := self._end()) is not None:
             return end
-        tail = self._text[-TAIL:]
-        for word in WORDS:
+        tail = self._text[-MARKER_LOOKBACK:]
+        for word in ROLE_MARKERS:
             for length in range(len(word) - 1, 0, -1):
-                if tail.endswith(word[:length]) and (found := self.turn.search(tail + word[length:])):
-                    return len(self._text) - len(tail) + len(tail[: found.start()].rstrip())
+                if tail.endswith(word[:length]) and (match := self.turn.search(tail + word[length:])):
+                    return len(self._text) - len(tail) + len(tail[: match.start()].rstrip())
         return len(self._text.rstrip()) if tail else 0  # blank lines may stand before a marker

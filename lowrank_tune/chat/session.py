@@ -10,29 +10,36 @@ from pathlib import Path
 from typing import cast
 
 from lowrank_tune.chat.commands import Command, help_lines, parse
-from lowrank_tune.chat.speaker import Answering, Speaker, Voice
-from lowrank_tune.chat.talk import Answer, Exchange, Fitted, Talk, append_row
-from lowrank_tune.chat.wishes import Wishes
+from lowrank_tune.chat.speaker import AnswerStream, ChatModel, Variant
+from lowrank_tune.chat.talk import ChatAnswer, Conversation, Exchange, TruncatedConversation, append_row
+from lowrank_tune.chat.wishes import SamplingOptions
 from lowrank_tune.errors import UserError
 from lowrank_tune.maths import step_seed
 from lowrank_tune.types import Message
-from lowrank_tune.ui.talk import Screen, Shown
+from lowrank_tune.ui.talk import AnswerView, ChatScreen
 
-ENOUGH = 3  # times that Ctrl-C is pressed during one answer
+FORCE_QUIT_PRESSES = 3  # times that Ctrl-C is pressed during one answer
 
 
-class Session:
+class ChatSession:
     """`run` reads until the end. At a terminal a fault is told and the talk goes on; elsewhere it ends with it.
 
     Ctrl-C stops an answer between two tokens, where nothing is half done.
     """
 
-    def __init__(self, speaker: Speaker, screen: Screen, wishes: Wishes, voice: str, system: str | None) -> None:
-        self.speaker, self.screen, self.wishes = speaker, screen, wishes
-        self.talk, self.voices = Talk(), self._voices(voice)
-        self._forgotten: dict[Voice, int] = {}
+    def __init__(
+        self,
+        chat_model: ChatModel,
+        screen: ChatScreen,
+        options: SamplingOptions,
+        variant: str,
+        system_prompt: str | None,
+    ) -> None:
+        self.chat_model, self.screen, self.options = chat_model, screen, options
+        self.conversation, self.variants = Conversation(), self._parse_variants(variant)
+        self._forgotten: dict[Variant, int] = {}
         self._presses = 0  # of Ctrl-C, since the last line was read
-        self._set_system(system)
+        self._set_system(system_prompt)
 
     def run(self) -> None:
         """Raises UserError where nobody types, KeyboardInterrupt where an answer was to be stopped there, or again and
@@ -43,7 +50,7 @@ class Session:
                 if line is None:
                     return
                 with self._stoppable():
-                    if line.strip() and not self.take(line):
+                    if line.strip() and not self.handle_line(line):
                         return
             except UserError as error:
                 if not self.screen.live:
@@ -70,7 +77,7 @@ class Session:
 
         def count(number: int, frame: object) -> None:
             self._presses += 1
-            if self._presses >= ENOUGH:
+            if self._presses >= FORCE_QUIT_PRESSES:
                 raise KeyboardInterrupt
 
         self._presses = 0
@@ -83,25 +90,27 @@ class Session:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def take(self, line: str) -> bool:
+    def handle_line(self, line: str) -> bool:
         """A question or a command; False where it was to quit. Raises UserError."""
-        wanted = parse(line)
-        if isinstance(wanted, str):
-            self.ask(wanted)
-        elif wanted.name == "/quit":
+        command = parse(line)
+        if isinstance(command, str):
+            self.ask(command)
+        elif command.name == "/quit":
             return False
         else:
-            self._obey(wanted)
+            self._run_command(command)
         return True
 
-    def _obey(self, command: Command) -> None:
+    def _run_command(self, command: Command) -> None:
         name, rest = command.name, command.rest
         if name in ("/base", "/tuned", "/both"):
-            self.voices = self._voices(name[1:])
+            self.variants = self._parse_variants(name[1:])
             if rest:
                 self.ask(rest)
             else:
-                self.screen.note(f"answers come from {' and '.join(_WORDS[voice] for voice in self.voices)}")
+                self.screen.note(
+                    f"answers come from {' and '.join(_VARIANT_LABELS[variant] for variant in self.variants)}"
+                )
         elif name == "/system":
             self._system(rest)
         elif name == "/set":
@@ -116,112 +125,124 @@ class Session:
     def ask(self, question: str) -> None:
         """A new question. Where nothing at all was answered, it is taken back. Raises UserError."""
         exchange = Exchange(question)
-        fitted = self._fit(len(self.talk.exchanges), question)
-        self.talk.exchanges.append(exchange)
+        histories = self._truncate_history(len(self.conversation.exchanges), question)
+        self.conversation.exchanges.append(exchange)
         try:
-            self._answer(exchange, fitted)
+            self._answer(exchange, histories)
         finally:
             if not exchange.answers:
-                self.talk.exchanges.pop()
+                self.conversation.exchanges.pop()
 
-    def _fit(self, number: int, question: str) -> dict[Voice, Fitted]:
+    def _truncate_history(self, number: int, question: str) -> dict[Variant, TruncatedConversation]:
         """What each voice reads; where that is less of the conversation than before, it is said."""
-        speaker = self.speaker
-        found = {
-            voice: self.talk.fit(
-                voice, number, question, speaker.template, speaker.positions, self.wishes.max_new_tokens
+        chat_model = self.chat_model
+        histories = {
+            variant: self.conversation.truncate(
+                variant, number, question, chat_model.template, chat_model.positions, self.options.max_new_tokens
             )
-            for voice in self.voices
+            for variant in self.variants
         }
-        for voice, fitted in found.items():
-            if fitted.forgotten > self._forgotten.get(voice, 0):
-                who = f" by {voice}" if len(found) > 1 else ""
+        for variant, history in histories.items():
+            if history.forgotten > self._forgotten.get(variant, 0):
+                who = f" by {variant}" if len(histories) > 1 else ""
                 self.screen.note(
-                    f"the conversation has outgrown the base's {speaker.positions:,} positions: its first "
-                    f"{_counted(fitted.forgotten, 'exchange')} can no longer be heard{who}",
+                    f"the conversation has outgrown the base's {chat_model.positions:,} positions: its first "
+                    f"{_pluralize(history.forgotten, 'exchange')} can no longer be heard{who}",
                     "warning",
                 )
-            self._forgotten[voice] = fitted.forgotten
-        return found
+            self._forgotten[variant] = history.forgotten
+        return histories
 
-    def _answer(self, exchange: Exchange, fitted: dict[Voice, Fitted]) -> None:
-        seed = step_seed(step_seed(self.wishes.seed, self.talk.exchanges.index(exchange)), exchange.attempt)
-        drawn = [
-            Answering(self.speaker, voice, one.ids, self.wishes.sampling(self.speaker.stop_ids, one.limit, seed))
-            for voice, one in fitted.items()
+    def _answer(self, exchange: Exchange, histories: dict[Variant, TruncatedConversation]) -> None:
+        seed = step_seed(step_seed(self.options.seed, self.conversation.exchanges.index(exchange)), exchange.attempt)
+        streams = [
+            AnswerStream(
+                self.chat_model,
+                variant,
+                one.input_ids,
+                self.options.sampling(self.chat_model.stop_ids, one.limit, seed),
+            )
+            for variant, one in histories.items()
         ]
-        shown = self.screen.answers([one.voice for one in drawn])
-        with self.screen.speaking():
+        view = self.screen.answers([one.variant for one in streams])
+        with self.screen.without_echo():
             try:
-                for batch in [drawn] if shown.together else [[one] for one in drawn]:
+                for batch in [streams] if view.together else [[one] for one in streams]:
                     if not self._presses:
-                        self._draw(batch, drawn, shown, exchange)
+                        self._stream(batch, streams, view, exchange)
             finally:
-                for one in drawn:
+                for one in streams:
                     one.close()
         if self._presses and not self.screen.live:
             raise KeyboardInterrupt
 
-    def _draw(self, batch: Sequence[Answering], drawn: Sequence[Answering], shown: Shown, exchange: Exchange) -> None:
+    def _stream(
+        self, batch: Sequence[AnswerStream], streams: Sequence[AnswerStream], view: AnswerView, exchange: Exchange
+    ) -> None:
         """Token by token, in turn, until all have ended or it is stopped. What was said counts, however it ended."""
-        running = {drawn.index(one): iter(one) for one in batch}
+        running = {streams.index(one): iter(one) for one in batch}
         while running and not self._presses:
             for number, pieces in list(running.items()):
                 piece = next(pieces, None)
                 if piece is not None:
-                    shown.add(number, piece)
+                    view.add(number, piece)
                 else:
                     del running[number]
-                    self._end(drawn[number], number, shown, exchange)
+                    self._end(streams[number], number, view, exchange)
         for number in running:
-            self._end(drawn[number], number, shown, exchange)
+            self._end(streams[number], number, view, exchange)
 
-    def _end(self, one: Answering, number: int, shown: Shown, exchange: Exchange) -> None:
-        if one.finish or one.text:
-            exchange.answers[one.voice] = Answer(one.text, one.ended)
-        told, warns = _facts(one, self.wishes.max_new_tokens)
-        shown.end(number, told, warns)
+    def _end(self, one: AnswerStream, number: int, view: AnswerView, exchange: Exchange) -> None:
+        if one.finish_reason or one.text:
+            exchange.answers[one.variant] = ChatAnswer(one.text, one.ended)
+        stats, warns = _answer_stats(one, self.options.max_new_tokens)
+        view.end(number, stats, warns)
 
-    def _voices(self, name: str) -> list[Voice]:
-        if name != "base" and not self.speaker.tuned:
+    def _parse_variants(self, name: str) -> list[Variant]:
+        if name != "base" and not self.chat_model.tuned:
             raise UserError(
                 "there are no adapters here, so only the base can answer: open a run to hear what it learned"
             )
-        return ["base", "tuned"] if name == "both" else [cast(Voice, name)]
+        return ["base", "tuned"] if name == "both" else [cast(Variant, name)]
 
     def _system(self, rest: str) -> None:
         if rest:
             self._set_system(None if rest == "off" else rest)
-        self.screen.note(f"system prompt: {self.talk.system}" if self.talk.system else "no system prompt")
+        self.screen.note(
+            f"system prompt: {self.conversation.system_prompt}"
+            if self.conversation.system_prompt
+            else "no system prompt"
+        )
 
     def _set_system(self, text: str | None) -> None:
         if (
             text
-            and (reason := self.speaker.template.spoils([Message("system", text), Message("user", "?")])) is not None
+            and (reason := self.chat_model.template.validate_messages([Message("system", text), Message("user", "?")]))
+            is not None
         ):
             raise UserError(f"this system prompt cannot be used with this base: {reason}")
-        self.talk.system, self._forgotten = text or None, {}
+        self.conversation.system_prompt, self._forgotten = text or None, {}
 
     def _set(self, rest: str) -> None:
         if not rest:
-            self.screen.note("\n".join(self.wishes.lines()))
+            self.screen.note("\n".join(self.options.lines()))
             return
         name, _, value = rest.replace("=", " ", 1).partition(" ")
         if not value.strip():
             raise UserError(f"/set {name} needs a value, as in `/set temperature 0.7`")
-        self.wishes = self.wishes.changed(name, value.strip())
-        self.screen.note(self.wishes.told(name))
+        self.options = self.options.with_value(name, value.strip())
+        self.screen.note(self.options.describe(name))
 
     def _retry(self) -> None:
-        if not self.talk.exchanges:
+        if not self.conversation.exchanges:
             raise UserError("there is no question to ask again yet")
-        exchange, number = self.talk.exchanges[-1], len(self.talk.exchanges) - 1
-        fitted = self._fit(number, exchange.question)
+        exchange, number = self.conversation.exchanges[-1], len(self.conversation.exchanges) - 1
+        histories = self._truncate_history(number, exchange.question)
         before = dict(exchange.answers)
         exchange.attempt += 1
-        self._answer(exchange, fitted)
-        if self.wishes.temperature == 0 and any(
-            before.get(voice) == exchange.answers.get(voice) for voice in self.voices
+        self._answer(exchange, histories)
+        if self.options.temperature == 0 and any(
+            before.get(variant) == exchange.answers.get(variant) for variant in self.variants
         ):
             self.screen.note(
                 "the same again: at temperature 0 it is always the likeliest answer; `/set temperature 0.8` draws "
@@ -229,18 +250,18 @@ class Session:
             )
 
     def _undo(self) -> None:
-        if not self.talk.exchanges:
+        if not self.conversation.exchanges:
             raise UserError("there is nothing to take back")
-        taken = self.talk.exchanges.pop()
+        taken = self.conversation.exchanges.pop()
         self._forgotten = {}
         self.screen.note(f"taken back: {taken.question}")
 
     def _reset(self) -> None:
-        self.talk.exchanges.clear()
+        self.conversation.exchanges.clear()
         self._forgotten = {}
         self.screen.note(
             "the conversation is forgotten; the system prompt and the settings stay"
-            if self.talk.system
+            if self.conversation.system_prompt
             else "the conversation is forgotten; the settings stay"
         )
 
@@ -248,52 +269,52 @@ class Session:
         self.screen.note("\n".join(help_lines()))
 
     def _save(self, rest: str) -> None:
-        file, voice = rest, self.voices[-1]
-        for named in _WORDS:
+        file, variant = rest, self.variants[-1]
+        for named in _VARIANT_LABELS:
             if rest.endswith(f" {named}"):
-                file, voice = rest[: -len(named)].strip(), named
+                file, variant = rest[: -len(named)].strip(), named
         if not file:
             raise UserError("/save needs a file, as in `/save talks.jsonl`")
-        messages, left_out = self.talk.row(voice)
+        messages, left_out = self.conversation.row(variant)
         if not any(message.role == "assistant" for message in messages):
-            why = ": no answer came to an end of its own" if self.talk.exchanges else ""
+            why = ": no answer came to an end of its own" if self.conversation.exchanges else ""
             raise UserError(f"there is nothing to save yet{why}")
         append_row(Path(file).expanduser(), messages)
-        kept = len(self.talk.exchanges) - left_out
+        saved = len(self.conversation.exchanges) - left_out
         why = (
-            f"; left out from the first answer on that did not end by itself: {_counted(left_out, 'exchange')}"
+            f"; left out from the first answer on that did not end by itself: {_pluralize(left_out, 'exchange')}"
             if left_out
             else ""
         )
         self.screen.note(
-            f"{file}: one row more, {_counted(kept, 'exchange')} as {voice} had it{why}",
+            f"{file}: one row more, {_pluralize(saved, 'exchange')} as {variant} had it{why}",
             "warning" if left_out else "quiet",
         )
 
 
-_WORDS: dict[Voice, str] = {"base": "the base, adapters off", "tuned": "the base with its adapters"}
+_VARIANT_LABELS: dict[Variant, str] = {"base": "the base, adapters off", "tuned": "the base with its adapters"}
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _pluralize(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _facts(one: Answering, most: int) -> tuple[str, bool]:
+def _answer_stats(one: AnswerStream, max_new_tokens: int) -> tuple[str, bool]:
     """What there is to say of an answer below it, and whether it is a warning."""
     pace = (
-        f"{_counted(one.tokens, 'token')}, {one.tokens / one.seconds:.0f}/s"
+        f"{_pluralize(one.tokens, 'token')}, {one.tokens / one.seconds:.0f}/s"
         if one.seconds
-        else _counted(one.tokens, "token")
+        else _pluralize(one.tokens, "token")
     )
-    if not one.finish:
+    if not one.finish_reason:
         return f"[stopped after {pace}]", False
-    if one.finish == "length":
+    if one.finish_reason == "length":
         why = (
             "`/set max_new_tokens` to more"
-            if one.tokens >= most
+            if one.tokens >= max_new_tokens
             else "the base's positions are used up; `/reset` makes room"
         )
         return f"[cut off after {pace}: {why}]", True
     if not one.text.strip():
         return "[no words: it ended at once]", True
-    return f"[{pace}{', ended where its text begins another turn' if one.finish == 'turn' else ''}]", False
+    return f"[{pace}{', ended where its text begins another turn' if one.finish_reason == 'turn' else ''}]", False

@@ -9,36 +9,36 @@ from typing import Literal
 
 import torch
 
-from lowrank_tune.chat.pieces import Pieces
-from lowrank_tune.data import Template
+from lowrank_tune.chat.pieces import IncrementalDecoder
+from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import OutOfMemory
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout import Engine
-from lowrank_tune.types import Completion, Sampling
+from lowrank_tune.types import Completion, SamplingParams
 
-Voice = Literal["base", "tuned"]
-ROLE: dict[Voice, str] = {"base": "base", "tuned": "policy"}
+Variant = Literal["base", "tuned"]
+ROLE: dict[Variant, str] = {"base": "base", "tuned": "policy"}
 
 
 @dataclass(frozen=True)
-class Speaker:
+class ChatModel:
     """A base with its roles. `tuned`: there are adapters. `positions`: tokens that the base can read, None where it
     names no limit."""
 
     roles: Roles
-    template: Template
+    template: ChatTemplate
     stop_ids: frozenset[int]
     positions: int | None
     tuned: bool
-    system: str | None
+    system_prompt: str | None
     """The system prompt that the run trained with."""
 
     @property
-    def voices(self) -> tuple[Voice, ...]:
+    def variants(self) -> tuple[Variant, ...]:
         return ("base", "tuned") if self.tuned else ("base",)
 
 
-class Answering:
+class AnswerStream:
     """One answer while it is drawn. Iterate for its pieces, an empty one where a token completes none; `close` stops
     it.
 
@@ -46,28 +46,30 @@ class Answering:
     `text` is what was said so far.
     """
 
-    def __init__(self, speaker: Speaker, voice: Voice, ids: Sequence[int], sampling: Sampling) -> None:
-        self.voice, self.finish, self.tokens, self.seconds = voice, "", 0, 0.0
+    def __init__(
+        self, chat_model: ChatModel, variant: Variant, input_ids: Sequence[int], sampling: SamplingParams
+    ) -> None:
+        self.variant, self.finish_reason, self.tokens, self.seconds = variant, "", 0, 0.0
         self._stop_ids = sampling.stop_ids
-        self._pieces = Pieces(speaker.template.decode, speaker.template.turn_marks)
-        self._stream = Engine(speaker.roles, ROLE[voice], slots=1).stream([ids], 1, sampling)
+        self._decoder = IncrementalDecoder(chat_model.template.decode, chat_model.template.turn_delimiters)
+        self._stream = Engine(chat_model.roles, ROLE[variant], slots=1).stream([input_ids], 1, sampling)
 
     def __iter__(self) -> Iterator[str]:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         try:
-            for told in self._stream:
-                self.seconds = time.perf_counter() - begun
-                if isinstance(told, Completion):
-                    self.finish = told.finish
+            for item in self._stream:
+                self.seconds = time.perf_counter() - started
+                if isinstance(item, Completion):
+                    self.finish_reason = item.finish_reason
                     break
                 self.tokens += 1
-                if told.id in self._stop_ids:
+                if item.token_id in self._stop_ids:
                     continue
-                yield self._pieces.add(told.id)
-                if self._pieces.turned:
-                    self.finish = "turn"
+                yield self._decoder.add(item.token_id)
+                if self._decoder.turned:
+                    self.finish_reason = "turn"
                     return
-            yield self._pieces.rest()
+            yield self._decoder.flush()
         except torch.OutOfMemoryError as error:
             raise OutOfMemory("out of memory: `/reset` the conversation, or `/set max_new_tokens` to fewer") from error
         finally:
@@ -79,9 +81,9 @@ class Answering:
 
     @property
     def text(self) -> str:
-        return self._pieces.text
+        return self._decoder.text
 
     @property
     def ended(self) -> bool:
         """Whether it came to an end of its own."""
-        return self.finish in ("stop", "turn")
+        return self.finish_reason in ("stop", "turn")

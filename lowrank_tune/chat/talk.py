@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lowrank_tune.data import Template
+from lowrank_tune.data import ChatTemplate
 from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message
 
@@ -16,7 +16,7 @@ SUFFIXES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
-class Answer:
+class ChatAnswer:
     """What a voice said, and whether it came to an end of its own."""
 
     text: str
@@ -28,68 +28,74 @@ class Exchange:
     """A question and its answers by voice; `attempt` counts how often it was asked."""
 
     question: str
-    answers: dict[str, Answer] = field(default_factory=dict)
+    answers: dict[str, ChatAnswer] = field(default_factory=dict)
     attempt: int = 0
 
-    def answer_for(self, voice: str) -> Answer:
+    def answer_for(self, variant: str) -> ChatAnswer:
         """The voice's own answer; the other one's where it was not asked."""
-        return self.answers.get(voice) or next(iter(self.answers.values()))
+        return self.answers.get(variant) or next(iter(self.answers.values()))
 
 
 @dataclass(frozen=True)
-class Fitted:
+class TruncatedConversation:
     """What the model reads: ids, how many of the oldest exchanges are not among them, and how many tokens an answer may
     have."""
 
-    ids: list[int]
+    input_ids: list[int]
     forgotten: int
     limit: int
 
 
 @dataclass
-class Talk:
+class Conversation:
     """The whole conversation. Each voice hears its own answers, and the other's only where it was not asked itself."""
 
-    system: str | None = None
+    system_prompt: str | None = None
     exchanges: list[Exchange] = field(default_factory=list)
 
-    def messages(self, voice: str, start: int = 0, end: int | None = None) -> list[Message]:
+    def messages(self, variant: str, start: int = 0, end: int | None = None) -> list[Message]:
         """The answered exchanges from `start` to before `end`, behind the system prompt."""
-        said = [Message("system", self.system)] if self.system else []
+        history = [Message("system", self.system_prompt)] if self.system_prompt else []
         for exchange in self.exchanges[start:end]:
-            said += [Message("user", exchange.question), Message("assistant", exchange.answer_for(voice).text)]
-        return said
+            history += [Message("user", exchange.question), Message("assistant", exchange.answer_for(variant).text)]
+        return history
 
-    def fit(
-        self, voice: str, number: int, question: str, template: Template, positions: int | None, most: int
-    ) -> Fitted:
+    def truncate(
+        self,
+        variant: str,
+        number: int,
+        question: str,
+        template: ChatTemplate,
+        positions: int | None,
+        max_new_tokens: int,
+    ) -> TruncatedConversation:
         """Exchange `number`'s prompt. Where the base has too few positions, the oldest exchanges are left out until an
         answer of `most` tokens has room, or one of a quarter of all positions. Raises UserError where the question
         alone is too long."""
-        wanted = most if positions is None else min(most, max(1, positions // 4))
+        needed = max_new_tokens if positions is None else min(max_new_tokens, max(1, positions // 4))
         for start in range(number + 1):
-            ids = template.prompt([*self.messages(voice, start, number), Message("user", question)])
-            room = most if positions is None else positions - len(ids)
-            if room >= wanted:
+            ids = template.prompt([*self.messages(variant, start, number), Message("user", question)])
+            room = max_new_tokens if positions is None else positions - len(ids)
+            if room >= needed:
                 break
         if room < 1:
             raise UserError(
                 f"this takes {len(ids):,} tokens and the base reads at most {positions:,}: shorten the question"
-                + (" or the system prompt" if self.system else "")
+                + (" or the system prompt" if self.system_prompt else "")
             )
-        return Fitted(ids, start, min(most, room))
+        return TruncatedConversation(ids, start, min(max_new_tokens, room))
 
-    def row(self, voice: str) -> tuple[list[Message], int]:
+    def row(self, variant: str) -> tuple[list[Message], int]:
         """The conversation as the voice had it, up to the first answer that was cut off (a row would teach to stop
         there) or is empty, and how many exchanges are left out."""
         count = len(self.exchanges)
         whole = next(
-            (number for number in range(count) if not _teaches(self.exchanges[number].answer_for(voice))), count
+            (number for number in range(count) if not _is_trainable(self.exchanges[number].answer_for(variant))), count
         )
-        return self.messages(voice, 0, whole), count - whole
+        return self.messages(variant, 0, whole), count - whole
 
 
-def _teaches(answer: Answer) -> bool:
+def _is_trainable(answer: ChatAnswer) -> bool:
     return answer.ended and bool(answer.text.strip())
 
 
@@ -102,14 +108,14 @@ def append_row(file: Path, messages: Sequence[Message]) -> None:
         {"messages": [{"role": message.role, "content": message.content} for message in messages]}, ensure_ascii=False
     )
     try:
-        gap = _gap(file)
+        separator = _missing_newline(file)
         with file.open("ab") as opened:
-            opened.write(f"{gap}{line}\n".encode())
+            opened.write(f"{separator}{line}\n".encode())
     except OSError as error:
         raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
 
 
-def _gap(file: Path) -> str:
+def _missing_newline(file: Path) -> str:
     """What must stand before the next line. Raises UserError for a file of something else."""
     if not file.exists():
         return ""

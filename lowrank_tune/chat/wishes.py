@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from lowrank_tune.errors import UserError, did_you_mean
-from lowrank_tune.types import Sampling
+from lowrank_tune.types import SamplingParams
 
 BOUNDS: dict[str, tuple[float, float, str]] = {
     "temperature": (0.0, 100.0, "0 for the likeliest answer, or more"),
@@ -19,7 +19,7 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
 
 
 @dataclass(frozen=True)
-class Wishes:
+class SamplingOptions:
     """The default is greedy, as held-out questions are asked while a run trains. Raises UserError for values out of
     bounds."""
 
@@ -31,18 +31,18 @@ class Wishes:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, (least, most, words) in BOUNDS.items():
+        for name, (low, high, words) in BOUNDS.items():
             value = getattr(self, name)
-            if not (math.isfinite(value) and least <= value <= most) or (name == "top_p" and value == 0):
+            if not (math.isfinite(value) and low <= value <= high) or (name == "top_p" and value == 0):
                 raise UserError(f"{name}: {value} cannot be; {words}")
 
-    def changed(self, name: str, value: str) -> Wishes:
+    def with_value(self, name: str, value: str) -> SamplingOptions:
         """With one of them as a person wrote it. Raises UserError."""
-        known = {field.name for field in fields(self)}
+        names = {field.name for field in fields(self)}
         name = name.replace("-", "_").strip()
-        if name not in known:
+        if name not in names:
             raise UserError(
-                f"there is no setting `{name}`{did_you_mean(name, sorted(known))} Settings: {', '.join(BOUNDS)}"
+                f"there is no setting `{name}`{did_you_mean(name, sorted(names))} Settings: {', '.join(BOUNDS)}"
             )
         kind = type(getattr(self, name))
         try:
@@ -52,20 +52,20 @@ class Wishes:
                 f"{name}: {value!r} is no {'number' if kind is float else 'whole number'}; {BOUNDS[name][2]}"
             ) from error
 
-    def sampling(self, stop_ids: frozenset[int], limit: int, seed: int) -> Sampling:
+    def sampling(self, stop_ids: frozenset[int], limit: int, seed: int) -> SamplingParams:
         """For one answer of at most `limit` tokens."""
-        return Sampling(limit, stop_ids, self.temperature, seed, self.top_k, self.top_p, self.min_p)
+        return SamplingParams(limit, stop_ids, self.temperature, seed, self.top_k, self.top_p, self.min_p)
 
-    def told(self, name: str) -> str:
+    def describe(self, name: str) -> str:
         """A setting, and what must be known of it."""
         name = name.replace("-", "_")
         useless = self.temperature == 0 and name in ("top_p", "top_k", "min_p", "seed")
-        return f"{name} = {self._written(name)}" + ("; at temperature 0 it changes nothing" if useless else "")
+        return f"{name} = {self._format_value(name)}" + ("; at temperature 0 it changes nothing" if useless else "")
 
-    def _written(self, name: str) -> str:
+    def _format_value(self, name: str) -> str:
         value = getattr(self, name)
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     def lines(self) -> list[str]:
         """Each with what it may be."""
-        return [f"{name} = {self._written(name)}  ({words})" for name, (_, _, words) in BOUNDS.items()]
+        return [f"{name} = {self._format_value(name)}  ({words})" for name, (_, _, words) in BOUNDS.items()]

@@ -7,26 +7,33 @@ last.
 
 from __future__ import annotations
 
-from lowrank_tune.checkpoint.files import cannot_write, finite, telling, tidy, write_all, write_file
+from lowrank_tune.checkpoint.files import (
+    as_user_error,
+    clean_stale,
+    replace_nonfinite,
+    write_all,
+    write_error,
+    write_file,
+)
 from lowrank_tune.checkpoint.folder import RunFolder
 from lowrank_tune.checkpoint.states import flatten_optimizer, restore_optimizer, restore_rng, rng_state
-from lowrank_tune.checkpoint.store import Broken, Snapshot, load, newest, rotate, write_atomically
+from lowrank_tune.checkpoint.store import CorruptCheckpoint, Snapshot, latest_checkpoint, load, rotate, write_atomically
 
 __all__ = [
-    "Broken",
+    "CorruptCheckpoint",
     "RunFolder",
     "Snapshot",
-    "cannot_write",
-    "finite",
+    "write_error",
+    "replace_nonfinite",
     "flatten_optimizer",
     "load",
-    "newest",
+    "latest_checkpoint",
     "restore_optimizer",
     "restore_rng",
     "rng_state",
     "rotate",
-    "telling",
-    "tidy",
+    "as_user_error",
+    "clean_stale",
     "write_all",
     "write_atomically",
     "write_file",

@@ -12,7 +12,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from lowrank_tune.errors import RunFailed, UserError
+from lowrank_tune.errors import TrainingError, UserError
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -24,33 +24,33 @@ _REASONS = {
     errno.EEXIST: "it is a file, not a folder",
     errno.ENAMETOOLONG: "the name is too long",
 }
-_MENDABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_USER_FIXABLE_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 # file systems that cannot fsync a folder, Windows drives under WSL2 among them
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
+def write_error(path: Path, error: OSError) -> UserError:
     """The sentence for an `OSError` of writing: a `UserError` where another path helps, else `RunFailed`."""
-    kind = UserError if error.errno in _MENDABLE else RunFailed
+    kind = UserError if error.errno in _USER_FIXABLE_ERRNOS else TrainingError
     return kind(f"cannot write {path}: {_REASONS.get(error.errno or 0, error.strerror or str(error))}")
 
 
 @contextmanager
-def telling(path: Path) -> Iterator[None]:
+def as_user_error(path: Path) -> Iterator[None]:
     """Turns an `OSError` inside into the sentence about `path`."""
     try:
         yield
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise write_error(path, error) from error
 
 
-def finite(value: Any) -> Any:
+def replace_nonfinite(value: Any) -> Any:
     """The JSON value with null for every number that is not finite: JSON has no word for those."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: finite(entry) for key, entry in value.items()}
-    return [finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+        return {key: replace_nonfinite(entry) for key, entry in value.items()}
+    return [replace_nonfinite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -64,14 +64,14 @@ def write_file(path: Path, data: bytes) -> None:
     """Replaces the file in one instant. Raises `UserError` or `RunFailed` with path and reason; the old file is then
     still there."""
     fresh = path.with_name(f".tmp-{path.name}-{token_hex(4)}")
-    with telling(path):
+    with as_user_error(path):
         try:
             write_new(fresh, data)
             os.replace(fresh, path)
         except BaseException:
             fresh.unlink(missing_ok=True)
             raise
-        sync(path.parent)
+        fsync_dir(path.parent)
 
 
 def write_new(path: Path, data: bytes) -> None:
@@ -84,7 +84,7 @@ def write_new(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
-def sync(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
     """Makes the folder's names durable: fsync of a file does not keep its name."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -96,7 +96,7 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def tidy(folder: Path) -> None:
+def clean_stale(folder: Path) -> None:
     """Removes what a crash left half written, and brings back a folder that was stepping aside."""
     for leftover in folder.glob(".tmp-*"):
         if leftover.is_dir() and not leftover.is_symlink():
@@ -104,10 +104,10 @@ def tidy(folder: Path) -> None:
         else:
             with suppress(OSError):
                 leftover.unlink()
-    for aside in folder.glob(".aside-*"):
-        target = aside.with_name(aside.name.removeprefix(".aside-"))
+    for backup in folder.glob(".aside-*"):
+        target = backup.with_name(backup.name.removeprefix(".aside-"))
         if target.exists():
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(backup, ignore_errors=True)
         else:
-            with telling(target):
-                os.replace(aside, target)
+            with as_user_error(target):
+                os.replace(backup, target)

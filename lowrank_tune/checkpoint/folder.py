@@ -11,15 +11,15 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from lowrank_tune.checkpoint.files import finite, telling, tidy, write_all, write_file
+from lowrank_tune.checkpoint.files import as_user_error, clean_stale, replace_nonfinite, write_all, write_file
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, Note
+from lowrank_tune.events import Emit, LogMessage
 
 VERSION = 1
 _locks: set[int] = set()
 
 
-def _let_go_in_child() -> None:
+def _release_lock_in_child() -> None:
     """A forked worker would share the lock, and keep it when its parent is killed: the run could then not be
     continued."""
     for descriptor in _locks:
@@ -27,7 +27,7 @@ def _let_go_in_child() -> None:
     _locks.clear()
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+os.register_at_fork(after_in_child=_release_lock_in_child)
 
 
 class RunFolder:
@@ -68,17 +68,17 @@ class RunFolder:
             if state in ("foreign", "finished"):
                 continue
             try:
-                folder._take(emit)
+                folder._acquire_lock(emit)
                 if folder._state() == "finished":  # by another process, a moment ago
                     folder.close()
                     continue
-                folder._begin(recipe, text, differences)
+                folder._create(recipe, text, differences)
             except BaseException:
                 folder.close()
                 raise
             if number > 1:
                 message = f"{path} holds a finished run and is left alone: this one goes to {folder.path}"
-                emit(Note(message=message, level="warning" if exact else "info"))
+                emit(LogMessage(message=message, level="warning" if exact else "info"))
             return folder
         raise AssertionError("count never ends")
 
@@ -91,7 +91,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """The same for a JSON value; numbers that are not finite become null."""
-        self.write_text(name, json.dumps(finite(value), indent=2) + "\n")
+        self.write_text(name, json.dumps(replace_nonfinite(value), indent=2) + "\n")
 
     def close(self) -> None:
         """Lets other processes have the folder."""
@@ -107,7 +107,7 @@ class RunFolder:
         self.close()
 
     def _state(self) -> Literal["new", "unfinished", "finished", "foreign"]:
-        with telling(self.path):
+        with as_user_error(self.path):
             if not os.path.lexists(self.path):
                 return "new"
             names = {name for name in os.listdir(self.path) if name != ".lock" and not name.startswith(".tmp-")}
@@ -120,8 +120,8 @@ class RunFolder:
                 return "finished"
         return "unfinished"
 
-    def _take(self, emit: Emit) -> None:
-        with telling(self.path):
+    def _acquire_lock(self, emit: Emit) -> None:
+        with as_user_error(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
             _locks.add(self._lock)
@@ -134,7 +134,7 @@ class RunFolder:
                 ) from error
             except OSError as error:
                 emit(
-                    Note(
+                    LogMessage(
                         message=f"{self.path} cannot be locked ({error.strerror}): start no second run in it",
                         level="warning",
                     )
@@ -142,12 +142,12 @@ class RunFolder:
             os.ftruncate(self._lock, 0)
             write_all(self._lock, f"{os.getpid()}\n".encode())
 
-    def _begin(
+    def _create(
         self, recipe: dict[str, Any], text: str, differences: Callable[[dict[str, Any], dict[str, Any]], list[str]]
     ) -> None:
         """Checks that an unfinished run may be continued, and writes what the folder is. `run.json` comes first: it
         makes it a run."""
-        cures = f"Give another folder with --out, or delete {self.path}."
+        hint = f"Give another folder with --out, or delete {self.path}."
         self.continued = self._state() == "unfinished"
         # A run (of a chain: all stages) that never saved has nothing to lose: whoever mends its recipe starts again in
         # the same folder.
@@ -155,10 +155,10 @@ class RunFolder:
             try:
                 old = json.loads((self.path / "run.json").read_bytes())["recipe"]
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self.path / 'run.json'} cannot be understood. {cures}") from error
+                raise UserError(f"{self.path / 'run.json'} cannot be understood. {hint}") from error
             if lines := differences(old, recipe):
-                told = "".join(f"\n  {line}" for line in lines)
-                raise UserError(f"{self.path} holds an unfinished run of another recipe:{told}\n{cures}")
-        tidy(self.path)
+                changes = "".join(f"\n  {line}" for line in lines)
+                raise UserError(f"{self.path} holds an unfinished run of another recipe:{changes}\n{hint}")
+        clean_stale(self.path)
         self.write_json("run.json", {"version": VERSION, "recipe": recipe})
         self.write_text("recipe.yaml", text)

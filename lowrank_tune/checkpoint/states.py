@@ -52,17 +52,17 @@ def restore_optimizer(
     return {**_unpack(document["rest"], tensors), "state": state, "param_groups": groups}
 
 
-def _pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        tensors[place] = value.detach()
-        return {"tensor": place}
+        tensors[path] = value.detach()
+        return {"tensor": path}
     if isinstance(value, Mapping):
-        return {"dict": [[key, _pack(entry, f"{place}/{key}".lstrip("/"), tensors)] for key, entry in value.items()]}
+        return {"dict": [[key, _pack(entry, f"{path}/{key}".lstrip("/"), tensors)] for key, entry in value.items()]}
     if isinstance(value, (list, tuple)):
-        return {type(value).__name__: [_pack(entry, f"{place}/{i}", tensors) for i, entry in enumerate(value)]}
+        return {type(value).__name__: [_pack(entry, f"{path}/{i}", tensors) for i, entry in enumerate(value)]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"{place}: cannot save a {type(value).__name__}")
+    raise TypeError(f"{path}: cannot save a {type(value).__name__}")
 
 
 def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:

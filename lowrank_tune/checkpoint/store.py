@@ -20,16 +20,16 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lowrank_tune.checkpoint.files import sync, telling, tidy, write_new
+from lowrank_tune.checkpoint.files import as_user_error, clean_stale, fsync_dir, write_new
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, Note
+from lowrank_tune.events import Emit, LogMessage
 
 VERSION = 1
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(0|[1-9]\d*)")
 
 
-class Broken(UserError):
+class CorruptCheckpoint(UserError):
     """A checkpoint that is not what was written."""
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -53,7 +53,7 @@ def write_atomically(target: Path, snapshot: Snapshot) -> Path:
     Raises `UserError` or `RunFailed` with path and reason; then nothing has changed, and no temporary folder is left.
     """
     fresh = target.with_name(f".tmp-{target.name}-{token_hex(4)}")
-    with telling(target):
+    with as_user_error(target):
         if target.is_dir() and not (target / MANIFEST).is_file() and any(target.iterdir()):
             raise UserError(f"cannot write {target}: it holds files that this program did not write")
         try:
@@ -67,30 +67,30 @@ def write_atomically(target: Path, snapshot: Snapshot) -> Path:
             for folder in {
                 parent for name in files for parent in (fresh / name).parents if parent.is_relative_to(fresh)
             } | {fresh}:
-                sync(folder)
-            _put(fresh, target)
+                fsync_dir(folder)
+            _replace_folder(fresh, target)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
-        sync(target.parent)
+        fsync_dir(target.parent)
     return target
 
 
-def _put(fresh: Path, target: Path) -> None:
+def _replace_folder(fresh: Path, target: Path) -> None:
     """Renames onto the target. A folder cannot be renamed onto a full one, so that steps aside; `tidy` brings it back
     after a crash."""
     if not target.is_dir():
         os.replace(fresh, target)
         return
-    aside = target.with_name(f".aside-{target.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(target, aside)
+    backup = target.with_name(f".aside-{target.name}")
+    shutil.rmtree(backup, ignore_errors=True)
+    os.replace(target, backup)
     try:
         os.replace(fresh, target)
     except BaseException:
-        os.replace(aside, target)
+        os.replace(backup, target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(backup, ignore_errors=True)
 
 
 def _files(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
@@ -135,22 +135,22 @@ def load(path: Path, name: str | None = None) -> Snapshot:
     try:
         manifest = json.loads(raw)
         if _manifest(manifest) != raw:
-            raise Broken(path, f"{MANIFEST} has changed")
+            raise CorruptCheckpoint(path, f"{MANIFEST} has changed")
         if manifest["version"] != VERSION:
             raise UserError(
                 f"{path} was written by another version of this program (format {manifest['version']}, not {VERSION})"
             )
         if name is not None and manifest["name"] != name:
-            raise Broken(path, f"it was written as {manifest['name']}")
+            raise CorruptCheckpoint(path, f"it was written as {manifest['name']}")
         snapshot = Snapshot()
         for file, facts in manifest["files"].items():
             if not _inside(file):
-                raise Broken(path, f"{MANIFEST} names {file!r}, which lies outside")
+                raise CorruptCheckpoint(path, f"{MANIFEST} names {file!r}, which lies outside")
             data = _read(path, file)
             if len(data) != facts["size"]:
-                raise Broken(path, f"{file} has {len(data)} bytes, not {facts['size']}")
+                raise CorruptCheckpoint(path, f"{file} has {len(data)} bytes, not {facts['size']}")
             if _hash(data) != facts["blake2b"]:
-                raise Broken(path, f"the content of {file} has changed")
+                raise CorruptCheckpoint(path, f"the content of {file} has changed")
             if file.endswith(".safetensors"):
                 snapshot.tensors[file] = safetensors.torch.load(data)
             elif file.endswith(".json"):
@@ -158,7 +158,7 @@ def load(path: Path, name: str | None = None) -> Snapshot:
             else:
                 snapshot.others[file] = data
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise Broken(path, f"it cannot be understood ({error})") from error
+        raise CorruptCheckpoint(path, f"it cannot be understood ({error})") from error
     return snapshot
 
 
@@ -166,28 +166,28 @@ def _read(path: Path, name: str) -> bytes:
     try:
         return (path / name).read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise Broken(path, f"{name} is missing") from error
+        raise CorruptCheckpoint(path, f"{name} is missing") from error
     except OSError as error:
         if error.errno == errno.EIO:
-            raise Broken(path, f"{name} cannot be read from the disk") from error
+            raise CorruptCheckpoint(path, f"{name} cannot be read from the disk") from error
         # permissions: no reason to set it aside
         raise UserError(f"cannot read {path / name}: {error.strerror}") from error
 
 
-def newest(checkpoints: Path, emit: Emit) -> tuple[int, Snapshot] | None:
+def latest_checkpoint(checkpoints: Path, emit: Emit) -> tuple[int, Snapshot] | None:
     """The newest valid `step-N`. A broken one is renamed to `broken-step-N` with a warning; what a crash left behind is
     removed."""
-    tidy(checkpoints)
+    clean_stale(checkpoints)
     for step, path in reversed(_steps(checkpoints)):
         try:
             return step, load(path, path.name)
-        except Broken as broken:
+        except CorruptCheckpoint as broken:
             names = (f"broken-{path.name}" + (f"-{k}" if k > 1 else "") for k in count(1))
-            aside = next(place for place in map(path.with_name, names) if not place.exists())
-            with telling(aside):
-                os.replace(path, aside)
-            message = f"the checkpoint {path.name} is broken ({broken.reason}): it was set aside as {aside.name}"
-            emit(Note(message=message, level="warning"))
+            quarantined = next(candidate for candidate in map(path.with_name, names) if not candidate.exists())
+            with as_user_error(quarantined):
+                os.replace(path, quarantined)
+            message = f"the checkpoint {path.name} is broken ({broken.reason}): it was set aside as {quarantined.name}"
+            emit(LogMessage(message=message, level="warning"))
     return None
 
 

@@ -25,9 +25,9 @@ __all__ = [
     "training",
 ]
 
-STORY = "demo run plan data verify watch report compare chat eval merge export doctor schema".split()
+COMMAND_ORDER = "demo run plan data verify watch report compare chat eval merge export doctor schema".split()
 """The commands as `--help` lists them: from the first run to what is taken home."""
-app.registered_commands.sort(key=lambda command: STORY.index(command.name or ""))
+app.registered_commands.sort(key=lambda command: COMMAND_ORDER.index(command.name or ""))
 
 
 @app.callback(invoke_without_command=True)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lowrank_tune.cli.common import INTERRUPTED, Debug, Overrides, app, sentences, starting
+from lowrank_tune.cli.common import INTERRUPTED, Debug, Overrides, app, loading_message, report_user_errors
 from lowrank_tune.errors import UserError
 
 
@@ -22,29 +22,29 @@ def data_command(
 ) -> None:
     """Show what would be trained on, before anything is: mixture, lengths, faulty rows with their lines, end token,
     loss mask."""
-    with sentences(debug):
+    with report_user_errors(debug):
         from lowrank_tune.recipe import Chain, load_any
 
         loaded = load_any(recipe, *(overrides or []))
-        with starting():
-            from lowrank_tune.events import Event, Note, Progress
-            from lowrank_tune.preflight import examine
+        with loading_message():
+            from lowrank_tune.events import Event, LogMessage, Progress
+            from lowrank_tune.preflight import inspect_data
             from lowrank_tune.ui.data_view import show
-            from lowrank_tune.ui.plain import Plain
+            from lowrank_tune.ui.plain import LineLogger
 
-        def tell(event: Event) -> None:
-            if isinstance(event, Progress) or isinstance(event, Note) and event.level == "warning":
+        def on_event(event: Event) -> None:
+            if isinstance(event, Progress) or isinstance(event, LogMessage) and event.level == "warning":
                 plain(event)
 
         faulty = False
         for stage in loaded.stages if isinstance(loaded, Chain) else (loaded,):
-            plain = Plain(sys.stderr)
+            plain = LineLogger(sys.stderr)
             try:
-                found = examine(stage, tell)
+                inspected = inspect_data(stage, on_event)
             finally:
                 plain.close()
-            show(found, f"{stage.name}: {stage.algorithm} of {stage.base.model}", Console(highlight=False))
-            faulty = faulty or bool(found.faults)
+            show(inspected, f"{stage.name}: {stage.algorithm} of {stage.base.model}", Console(highlight=False))
+            faulty = faulty or bool(inspected.faults)
         if faulty:
             raise typer.Exit(UserError.exit_code)
 
@@ -69,7 +69,7 @@ def verify_command(
 ) -> None:
     """Run the rewards over a file of responses: verdicts, times, disagreement. Ends with 1 where a run would stop at
     these failures."""
-    with sentences(debug):
+    with report_user_errors(debug):
         from lowrank_tune.recipe import Chain, load_any
 
         loaded = load_any(recipe, *(overrides or []))
@@ -80,24 +80,25 @@ def verify_command(
             raise UserError(
                 f"{out}: {'is a folder' if out.is_dir() else 'there is no such folder'}; name a file for the verdicts"
             )
-        with starting():
-            from lowrank_tune.ui.plain import Plain
+        with loading_message():
+            from lowrank_tune.ui.plain import LineLogger
             from lowrank_tune.ui.verify_view import show
             from lowrank_tune.verify import verify
 
         status, lines = 0, list[str]()
         for stage in stages:
-            plain = Plain(sys.stderr)
+            plain = LineLogger(sys.stderr)
             try:
-                found = verify(stage, file, limit, plain)
+                result = verify(stage, file, limit, plain)
             finally:
                 plain.close()
-            show(found, f"{stage.name}, {file or 'reference answers'}", Console(highlight=False))
+            show(result, f"{stage.name}, {file or 'reference answers'}", Console(highlight=False))
             lines += [
-                json.dumps({**({"stage": stage.name} if len(stages) > 1 else {}), **line}) for line in found.lines()
+                json.dumps({**({"stage": stage.name} if len(stages) > 1 else {}), **line})
+                for line in result.to_records()
             ]
-            status = INTERRUPTED if found.interrupted else max(status, int(found.stops() is not None))
-            if found.interrupted:
+            status = INTERRUPTED if result.interrupted else max(status, int(result.stop_reason() is not None))
+            if result.interrupted:
                 break
         if out is not None:
             try:
@@ -113,10 +114,10 @@ def verify_command(
 def doctor_command(debug: Debug = False) -> None:
     """Check this machine: Python, torch, the card, 4-bit arithmetic, versions, disk, terminal. Ends with 1 where
     something needed fails."""
-    with sentences(debug):
-        from lowrank_tune.doctor import examine, show
+    with report_user_errors(debug):
+        from lowrank_tune.doctor import print_results, run_checks
 
-        findings = examine()
-        show(findings, Console(highlight=False))
+        findings = run_checks()
+        print_results(findings, Console(highlight=False))
         if any(finding.level == "fault" for finding in findings):
             raise typer.Exit(1)

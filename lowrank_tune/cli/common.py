@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 
-class Screen(StrEnum):
+class UiMode(StrEnum):
     """`auto` is the best that the terminal can show; `tui` also on a build server; `plain` one line a step."""
 
     auto = "auto"
@@ -36,12 +36,12 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as train.learning_rate=1e-4.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME where it is not given.")]
-Ui = Annotated[Screen, typer.Option("--ui", help="What to draw.")]
+Ui = Annotated[UiMode, typer.Option("--ui", help="What to draw.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 @contextmanager
-def starting() -> Iterator[None]:
+def loading_message() -> Iterator[None]:
     """Torch and transformers take seconds to import; a person at a terminal sees that something is going on."""
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -52,7 +52,7 @@ def starting() -> Iterator[None]:
 
 
 @contextmanager
-def sentences(debug: bool) -> Iterator[None]:
+def report_user_errors(debug: bool) -> Iterator[None]:
     """People see sentences: what a `UserError` says, and of our own mistakes their name and how to see more."""
     try:
         yield

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.cli.common import Debug, app, sentences, starting
-from lowrank_tune.cli.taking import MergeBase, proof_table
+from lowrank_tune.cli.common import Debug, app, loading_message, report_user_errors
+from lowrank_tune.cli.taking import MergeWeights, proof_table
 
 
-class Target(StrEnum):
+class ExportTarget(StrEnum):
     """`gguf`: base and adapter in one file; `gguf-lora`: the adapter alone for llama.cpp; `ollama`: with a Modelfile;
     `peft`: a copy."""
 
@@ -27,7 +27,7 @@ class Target(StrEnum):
     hub = "hub"
 
 
-class Route(StrEnum):
+class OllamaFormat(StrEnum):
     """`merged`: one model; `adapter`: the adapter over a base that Ollama has."""
 
     merged = "merged"
@@ -46,16 +46,16 @@ LLAMA_HELP = (
 @app.command("export")
 def export_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")],
-    to: Annotated[Target, typer.Option("--to", help="For which software.")],
+    to: Annotated[ExportTarget, typer.Option("--to", help="For which software.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; else RUN/export/TO.")] = None,
-    kind: Annotated[str | None, typer.Option("--type", help=TYPE_HELP)] = None,
-    base: Annotated[
-        MergeBase, typer.Option("--base", help="Weights to merge into: what was trained, or the original.")
-    ] = MergeBase.dequantized,
-    route: Annotated[
-        Route, typer.Option("--route", help="Ollama: one model, or the adapter over a base.")
-    ] = Route.merged,
-    start: Annotated[
+    quantization: Annotated[str | None, typer.Option("--type", help=TYPE_HELP)] = None,
+    weights: Annotated[
+        MergeWeights, typer.Option("--base", help="Weights to merge into: what was trained, or the original.")
+    ] = MergeWeights.dequantized,
+    ollama_format: Annotated[
+        OllamaFormat, typer.Option("--route", help="Ollama: one model, or the adapter over a base.")
+    ] = OllamaFormat.merged,
+    ollama_base: Annotated[
         str, typer.Option("--from", help="Ollama, --route adapter: a GGUF file or a name.")
     ] = "./base.gguf",
     system: Annotated[
@@ -74,24 +74,24 @@ def export_command(
     debug: Debug = False,
 ) -> None:
     """Write what a run trained for llama.cpp, Ollama or PEFT, or push it to the Hugging Face hub (privately)."""
-    with sentences(debug):
-        with starting():
+    with report_user_errors(debug):
+        with loading_message():
             from lowrank_tune.export.hub import Upload
-            from lowrank_tune.export.proof import Proof
-            from lowrank_tune.export.take import Order, export
-            from lowrank_tune.ui.plain import Plain
+            from lowrank_tune.export.proof import MergeReport
+            from lowrank_tune.export.take import ExportOptions, export
+            from lowrank_tune.ui.plain import LineLogger
 
-        plain = Plain(sys.stderr)
+        plain = LineLogger(sys.stderr)
 
-        def show(proof: Proof) -> None:
+        def show(proof: MergeReport) -> None:
             plain.close()
             Console(highlight=False).print(proof_table(proof.table()))
 
         def show_upload(upload: Upload) -> None:
             plain.close()
-            who = "everybody can read" if upload.public else "private"
+            visibility = "everybody can read" if upload.public else "private"
             print(
-                f"to {upload.repo} ({'a new repository' if upload.new else 'which is there'}, {who}): "
+                f"to {upload.repo} ({'a new repository' if upload.new else 'which is there'}, {visibility}): "
                 f"{upload.size / 2**20:,.1f} MiB"
             )
             table = Table("file", "bytes", box=None)
@@ -99,9 +99,25 @@ def export_command(
                 table.add_row(Text(name), Text(f"{size:,}", justify="right"))
             Console(highlight=False).print(table)
 
-        order = Order(to.value, out, kind, base.value, route.value, start, system, llama_cpp, repo, public, dry_run)
+        order = ExportOptions(
+            to.value,
+            out,
+            quantization,
+            weights.value,
+            ollama_format.value,
+            ollama_base,
+            system,
+            llama_cpp,
+            repo,
+            public,
+            dry_run,
+        )
         try:
-            where = export(run, order, plain, show, show_upload)
+            destination = export(run, order, plain, show, show_upload)
         finally:
             plain.close()
-        print(f"{'would be pushed' if dry_run else 'pushed'}: {where}" if to is Target.hub else f"exported: {where}")
+        print(
+            f"{'would be pushed' if dry_run else 'pushed'}: {destination}"
+            if to is ExportTarget.hub
+            else f"exported: {destination}"
+        )

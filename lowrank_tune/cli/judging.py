@@ -10,32 +10,32 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from lowrank_tune.cli.common import INTERRUPTED, Debug, app, sentences, starting
+from lowrank_tune.cli.common import INTERRUPTED, Debug, app, loading_message, report_user_errors
 from lowrank_tune.errors import UserError
 
 if TYPE_CHECKING:
     from lowrank_tune.evals import Options
 
 
-What = Annotated[
+RunOrModel = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="Folder of a run, a chain, an adapter or a model, or a hub id.")
 ]
-File = Annotated[
+ScoreFile = Annotated[
     str | None,
     typer.Option("--file", help="Only score this file with the run's reward model: responses, or preference pairs."),
 ]
-On = Annotated[
+Dataset = Annotated[
     str | None, typer.Option("--on", help="File, folder or hub data set; else the run's own held-out questions.")
 ]
-Name = Annotated[str | None, typer.Option("--name", help="Configuration of --on, a hub data set.")]
+DatasetConfig = Annotated[str | None, typer.Option("--name", help="Configuration of --on, a hub data set.")]
 Split = Annotated[str | None, typer.Option("--split", help="Split of --on, a hub data set.")]
 NumPrompts = Annotated[
     int | None, typer.Option("--num-prompts", min=1, help="Questions; else as the recipe says, or 100.")
 ]
-Samples = Annotated[
+NumSamples = Annotated[
     int | None, typer.Option("--samples", min=1, max=1024, help="Answers to each; else as the recipe says, or 1.")
 ]
-K = Annotated[
+PassAtK = Annotated[
     list[int] | None,
     typer.Option("--k", min=1, help="pass@K beside pass@1; several times for several; else --samples."),
 ]
@@ -55,11 +55,11 @@ Verifier = Annotated[
     str | None,
     typer.Option("--verifier", help="What says which answers are right: a reward's name, or ./file.py:name."),
 ]
-JudgeRun = Annotated[
+RewardModelRun = Annotated[
     Path | None, typer.Option("--judge", help="A run that trained a reward model on the same base: who answers better.")
 ]
 Confidence = Annotated[float, typer.Option("--confidence", min=0.5, max=0.999, help="Of the intervals.")]
-Bits = Annotated[int | None, typer.Option("--bits", help="Of a model that is no run: 4 (the default) or 16.")]
+BaseBits = Annotated[int | None, typer.Option("--bits", help="Of a model that is no run: 4 (the default) or 16.")]
 TaskNames = Annotated[
     str | None,
     typer.Option("--tasks", help="Tasks of lm-evaluation-harness, as gsm8k,arc_easy; without --on, only these."),
@@ -68,7 +68,7 @@ TasksPath = Annotated[
     Path | None, typer.Option("--tasks-path", help="Folder with YAML files of your own tasks; they can run code.")
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Documents of each task.")]
-Chat = Annotated[
+ApplyChatTemplate = Annotated[
     bool,
     typer.Option("--apply-chat-template", help="Ask the tasks in the chat template that the model was trained with."),
 ]
@@ -76,76 +76,76 @@ Chat = Annotated[
 
 @app.command("eval")
 def eval_command(
-    what: What,
-    file: File = None,
-    on: On = None,
-    name: Name = None,
+    run_or_model: RunOrModel,
+    file: ScoreFile = None,
+    dataset: Dataset = None,
+    name: DatasetConfig = None,
     split: Split = None,
     num_prompts: NumPrompts = None,
-    samples: Samples = None,
-    k: K = None,
+    num_samples: NumSamples = None,
+    pass_at_k: PassAtK = None,
     temperature: Temperature = None,
     top_p: TopP = 1.0,
     max_new_tokens: MaxNewTokens = None,
     seed: Seed = None,
     verifier: Verifier = None,
-    judge: JudgeRun = None,
+    reward_model: RewardModelRun = None,
     confidence: Confidence = 0.95,
-    bits: Bits = None,
+    bits: BaseBits = None,
     tasks: TaskNames = None,
     tasks_path: TasksPath = None,
     limit: Limit = None,
-    apply_chat_template: Chat = False,
+    apply_chat_template: ApplyChatTemplate = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="File that the result is added to; else RUN/evals.jsonl.")
     ] = None,
     debug: Debug = False,
 ) -> None:
     """Measure base and tuned model on held-out questions: loss, pass@k, reward, wins, tasks, each with its interval."""
-    with sentences(debug):
+    with report_user_errors(debug):
         if file is not None:
             given = {
-                "--on": on,
+                "--on": dataset,
                 "--tasks": tasks,
-                "--judge": judge,
+                "--judge": reward_model,
                 "--verifier": verifier,
-                "--k": k,
-                "--samples": samples,
+                "--k": pass_at_k,
+                "--samples": num_samples,
             }
             if others := [name for name, value in given.items() if value is not None]:
                 raise UserError(f"--file only scores a file with the run's reward model; leave {', '.join(others)} out")
-            return _score_file(Path(what), file, out)
-        loaded: Literal[4, 16] | None = None if bits is None else 4 if bits == 4 else 16
-        if bits not in (None, loaded):
+            return _score_file(Path(run_or_model), file, out)
+        base_bits: Literal[4, 16] | None = None if bits is None else 4 if bits == 4 else 16
+        if bits not in (None, base_bits):
             raise UserError(f"--bits {bits}: it is 4 or 16")
         if out is not None and (out.is_dir() or not out.parent.is_dir()):
             raise UserError(
                 f"{out}: {'is a folder' if out.is_dir() else 'there is no such folder'}; name a file for the result"
             )
-        with starting():
+        with loading_message():
             from lowrank_tune.evals import Options
 
         names = tuple(one.strip() for one in (tasks or "").split(",") if one.strip())
         if tasks is not None and not names:
             raise UserError("--tasks names no task; name some, as --tasks gsm8k,arc_easy")
         _evaluate(
-            what,
+            run_or_model,
             out,
             Options(
-                on,
+                dataset,
                 name,
                 split,
                 num_prompts,
-                samples,
-                tuple(k or ()),
+                num_samples,
+                tuple(pass_at_k or ()),
                 temperature,
                 top_p,
                 max_new_tokens,
                 seed,
                 verifier,
-                judge,
+                reward_model,
                 confidence,
-                loaded,
+                base_bits,
                 names,
                 tasks_path,
                 limit,
@@ -154,51 +154,56 @@ def eval_command(
         )
 
 
-def _evaluate(what: str, out: Path | None, options: Options) -> None:
+def _evaluate(run_or_model: str, out: Path | None, options: Options) -> None:
     """Measures, keeps the result and prints it. Ends with 130 where a person interrupted."""
-    from lowrank_tune.evals import append_record, evaluate, has_figures, to_record
+    from lowrank_tune.evals import append_record, evaluate, has_metrics, parse_record
     from lowrank_tune.ui.evals_view import show
-    from lowrank_tune.ui.plain import Plain
+    from lowrank_tune.ui.plain import LineLogger
 
-    plain = Plain(sys.stderr)
+    plain = LineLogger(sys.stderr)
     try:
-        found = evaluate(what, options, plain)
+        result = evaluate(run_or_model, options, plain)
     finally:
         plain.close()
-    if not has_figures(found.record):
+    if not has_metrics(result.record):
         print("interrupted before anything was measured; nothing is kept", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
-    target = out or found.path
+    target = out or result.path
     if target is not None:
-        append_record(target, found.record)
-    show(to_record(found.record), found.record["unjudged"], Console(highlight=False))
+        append_record(target, result.record)
+    show(parse_record(result.record), result.record["unjudged"], Console(highlight=False))
     print(f"added to {target}" if target is not None else "kept nowhere, since this is no run; --out FILE keeps it")
-    if found.interrupted:
+    if result.interrupted:
         raise typer.Exit(INTERRUPTED)
 
 
 def _score_file(run: Path, file: str, out: Path | None) -> None:
     """A file of responses, by the reward model of a run."""
-    with starting():
+    with loading_message():
         from lowrank_tune.evaluate import score_file
-        from lowrank_tune.ui.plain import Plain
+        from lowrank_tune.ui.plain import LineLogger
         from lowrank_tune.ui.scores_view import show
 
-    plain = Plain(sys.stderr)
+    plain = LineLogger(sys.stderr)
     try:
-        found, pairs = score_file(run, file, plain)
+        scores, pairs = score_file(run, file, plain)
     finally:
         plain.close()
     target = out or run / f"scored-{Path(file).name.removesuffix('.gz').rpartition('.')[0] or Path(file).name}.jsonl"
     lines = [
         json.dumps(
-            {"place": one.place, **({"side": one.side} if one.side else {}), "score": one.score, "tokens": one.tokens}
+            {
+                "place": one.position,
+                **({"side": one.side} if one.side else {}),
+                "score": one.score,
+                "tokens": one.tokens,
+            }
         )
-        for one in found
+        for one in scores
     ]
     try:
         target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
-    show(found, pairs, Console(highlight=False))
+    show(scores, pairs, Console(highlight=False))
     print(f"all scores: {target}")

@@ -7,20 +7,20 @@ from typing import Annotated
 
 import typer
 
-from lowrank_tune.cli.common import Debug, Screen, Ui, app, sentences
+from lowrank_tune.cli.common import Debug, Ui, UiMode, app, report_user_errors
 
 
 @app.command("watch")
 def watch_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or their events.jsonl.")],
-    ui: Ui = Screen.auto,
+    ui: Ui = UiMode.auto,
     debug: Debug = False,
 ) -> None:
     """Show runs that happen elsewhere, or happened; several beside each other."""
-    with sentences(debug):
+    with report_user_errors(debug):
         from lowrank_tune.ui.watch import watch
 
-        watch(runs, plain=ui == Screen.plain)
+        watch(runs, plain=ui == UiMode.plain)
 
 
 @app.command("report")
@@ -28,7 +28,7 @@ def report_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")], debug: Debug = False
 ) -> None:
     """Write RUN/report.html anew: curves, samples, data, recipe, in one file for a browser."""
-    with sentences(debug):
+    with report_user_errors(debug):
         from lowrank_tune.ui.report import write_report
 
         print(write_report(run))
@@ -46,7 +46,7 @@ def compare_command(
 ) -> None:
     """Put runs side by side: curves, held-out results, and where their recipes differ; here, and as one page for a
     browser."""
-    with sentences(debug):
+    with report_user_errors(debug):
         from lowrank_tune.ui.compare import compare
 
         print(f"the page: {compare(runs, html)}")

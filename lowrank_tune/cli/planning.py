@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lowrank_tune.cli.common import Debug, Overrides, app, sentences, starting
+from lowrank_tune.cli.common import Debug, Overrides, app, loading_message, report_user_errors
 from lowrank_tune.errors import UserError
 
-CARD_GIB = 24.0
+DEFAULT_GPU_GIB = 24.0
 """What is planned for where no card is here and nobody names one."""
 
 
-class Kernels(StrEnum):
+class PlanDevice(StrEnum):
     """Whose memory is planned."""
 
     cuda = "cuda"
@@ -29,26 +29,26 @@ def plan_command(
     vram: Annotated[
         float | None, typer.Option("--vram", min=0.1, help="GiB of the card; by default the one that is here, else 24.")
     ] = None,
-    device: Annotated[Kernels, typer.Option("--device", help="Plan for a card, or for the CPU.")] = Kernels.cuda,
+    device: Annotated[PlanDevice, typer.Option("--device", help="Plan for a card, or for the CPU.")] = PlanDevice.cuda,
     debug: Debug = False,
 ) -> None:
     """Say what a run will hold in memory, phase by phase, and what fits the card: from the recipe alone, without
     weights or a GPU. Ends with 2 where it does not fit."""
-    with sentences(debug):
+    with report_user_errors(debug):
         from lowrank_tune.recipe import load_any
 
         loaded = load_any(recipe, *(overrides or []))
-        with starting():
-            from lowrank_tune.plan import card_gib, plan
+        with loading_message():
+            from lowrank_tune.plan import gpu_memory_gib, plan
             from lowrank_tune.ui.plan_view import show
 
         console, fits = Console(highlight=False), True
-        for number, one in enumerate(
-            plan(loaded, 0.0 if device == Kernels.cpu else vram or card_gib() or CARD_GIB, device.value)
+        for number, stage_plan in enumerate(
+            plan(loaded, 0.0 if device == PlanDevice.cpu else vram or gpu_memory_gib() or DEFAULT_GPU_GIB, device.value)
         ):
             if number:
                 console.print()
-            show(one, console)
-            fits = fits and one.fits
+            show(stage_plan, console)
+            fits = fits and stage_plan.fits
         if not fits:
             raise typer.Exit(UserError.exit_code)

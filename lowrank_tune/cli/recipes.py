@@ -10,56 +10,56 @@ from typing import Annotated
 
 import typer
 
-from lowrank_tune.cli.common import Debug, app, sentences
+from lowrank_tune.cli.common import Debug, app, report_user_errors
 from lowrank_tune.errors import UserError
 
 presets = typer.Typer(
     invoke_without_command=True, help="List the presets, or print or copy one to start your own from."
 )
 app.add_typer(presets, name="presets")
-WIDEST = 23  # letters of the longest name
-Preset = Annotated[str, typer.Argument(help="A preset's name, as `lowrank-tune presets` lists them.")]
+MAX_NAME_WIDTH = 23  # letters of the longest name
+PresetName = Annotated[str, typer.Argument(help="A preset's name, as `lowrank-tune presets` lists them.")]
 
 
 @presets.callback()
-def list_presets(context: typer.Context) -> None:
+def presets_command(context: typer.Context) -> None:
     """List the presets, or print or copy one to start your own from."""
     if context.invoked_subcommand is not None:
         return
-    with sentences(False):
-        from lowrank_tune.recipe import shelf
+    with report_user_errors(False):
+        from lowrank_tune.recipe import list_presets
 
-        for group, members in groupby(shelf(), key=lambda preset: preset.group):
+        for group, members in groupby(list_presets(), key=lambda preset: preset.group):
             print(group)
-            for base, several in groupby(members, key=lambda preset: preset.base):
+            for base, same_base in groupby(members, key=lambda preset: preset.base):
                 print(f"  {base}")
-                for preset in several:
+                for preset in same_base:
                     peak = "" if preset.peak_gib is None else f"{preset.peak_gib:.1f} GiB"
-                    print(f"    {preset.name:<{WIDEST}}  {peak:>8}  {preset.description}")
+                    print(f"    {preset.name:<{MAX_NAME_WIDTH}}  {peak:>8}  {preset.description}")
         print("`presets show NAME` prints one, `presets copy NAME FILE` makes it yours.")
 
 
 @presets.command("show")
 def show_preset(
-    name: Preset,
-    whole: Annotated[bool, typer.Option("--whole", help="With all that it extends, and every default.")] = False,
+    name: PresetName,
+    resolved: Annotated[bool, typer.Option("--whole", help="With all that it extends, and every default.")] = False,
     debug: Debug = False,
 ) -> None:
     """Print a preset as it is written; with --whole the complete recipe, every setting of it."""
-    with sentences(debug):
+    with report_user_errors(debug):
         from lowrank_tune.recipe import dump, find_preset, load_any
 
-        sys.stdout.write(dump(load_any(name)) if whole else find_preset(name).read_text(encoding="utf-8"))
+        sys.stdout.write(dump(load_any(name)) if resolved else find_preset(name).read_text(encoding="utf-8"))
 
 
 @presets.command("copy")
 def copy_preset(
-    name: Preset,
+    name: PresetName,
     file: Annotated[Path | None, typer.Argument(help="NAME.yaml here, where it is not given.")] = None,
     debug: Debug = False,
 ) -> None:
     """Copy a preset to a file of your own; never over one that is there."""
-    with sentences(debug):
+    with report_user_errors(debug):
         from lowrank_tune.recipe import find_preset
 
         text, target = find_preset(name).read_text(encoding="utf-8"), file or Path(f"{name}.yaml")
@@ -67,19 +67,19 @@ def copy_preset(
             with target.open("x", encoding="utf-8") as opened:
                 opened.write(text)
         except OSError as error:
-            told = (
+            reason = (
                 "is there already; name another file"
                 if target.exists()
                 else f"cannot be written: {error.strerror or error}"
             )
-            raise UserError(f"{target}: {told}") from error
+            raise UserError(f"{target}: {reason}") from error
         print(f"{target}: change it, then `lowrank-tune data {target}` and `lowrank-tune run {target}`")
 
 
 @app.command("schema")
-def schema(debug: Debug = False) -> None:
+def schema_command(debug: Debug = False) -> None:
     """Print the JSON schema of a recipe, for editors."""
-    with sentences(debug):
+    with report_user_errors(debug):
         from lowrank_tune.recipe import schema as recipe_schema
 
         print(json.dumps(recipe_schema(), indent=2))

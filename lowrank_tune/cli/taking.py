@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.cli.common import Debug, app, sentences, starting
+from lowrank_tune.cli.common import Debug, app, loading_message, report_user_errors
 
 
-class MergeBase(StrEnum):
+class MergeWeights(StrEnum):
     """`dequantized`: the weights that were trained over; `original`: those that the base's author published."""
 
     dequantized = "dequantized"
@@ -35,25 +35,25 @@ def proof_table(rows: Sequence[tuple[str, str]]) -> Table:
 def merge_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the merged model; else RUN/merged.")] = None,
-    base: Annotated[
-        MergeBase, typer.Option("--base", help="Weights to merge into: what was trained, or the original.")
-    ] = MergeBase.dequantized,
+    weights: Annotated[
+        MergeWeights, typer.Option("--base", help="Weights to merge into: what was trained, or the original.")
+    ] = MergeWeights.dequantized,
     debug: Debug = False,
 ) -> None:
     """Merge what a run trained into its base, in bf16, and compare the result with what was trained. Ends with 1 where
     they differ."""
-    with sentences(debug):
-        with starting():
-            from lowrank_tune.export import Proof, merge
-            from lowrank_tune.ui.plain import Plain
+    with report_user_errors(debug):
+        with loading_message():
+            from lowrank_tune.export import MergeReport, merge
+            from lowrank_tune.ui.plain import LineLogger
 
-        plain = Plain(sys.stderr)
+        plain = LineLogger(sys.stderr)
 
-        def show(proof: Proof) -> None:
+        def show(proof: MergeReport) -> None:
             plain.close()
             Console(highlight=False).print(proof_table(proof.table()))
 
         try:
-            print(f"merged: {merge(run, out, base.value, plain, show).folder}")
+            print(f"merged: {merge(run, out, weights.value, plain, show).folder}")
         finally:
             plain.close()

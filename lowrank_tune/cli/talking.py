@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from lowrank_tune.cli.common import INTERRUPTED, Debug, app, sentences, starting
+from lowrank_tune.cli.common import INTERRUPTED, Debug, app, loading_message, report_user_errors
 
 
-class Who(StrEnum):
+class VariantOption(StrEnum):
     """Who answers: the base with the adapters off, or on, or both."""
 
     base = "base"
@@ -20,7 +20,7 @@ class Who(StrEnum):
     both = "both"
 
 
-class Bits(StrEnum):
+class BitWidth(StrEnum):
     """In how many bits a base is loaded."""
 
     four = "4"
@@ -36,8 +36,8 @@ def chat_command(
             help="Folder of a run, a checkpoint or an adapter; or a model: hub id, folder or tiny-tutor.",
         ),
     ],
-    voice: Annotated[
-        Who | None, typer.Option("--voice", help="Who answers first; else tuned, where there is an adapter.")
+    variant: Annotated[
+        VariantOption | None, typer.Option("--voice", help="Who answers first; else tuned, where there is an adapter.")
     ] = None,
     system: Annotated[
         str | None, typer.Option("--system", help="System prompt; else the run's own. Empty: none.")
@@ -53,21 +53,21 @@ def chat_command(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 512,
     seed: Annotated[int, typer.Option("--seed", help="The same seed and questions give the same answers.")] = 0,
     bits: Annotated[
-        Bits | None, typer.Option("--bits", help="Of a model or an adapter: how to load the base; else 4.")
+        BitWidth | None, typer.Option("--bits", help="Of a model or an adapter: how to load the base; else 4.")
     ] = None,
     base: Annotated[str | None, typer.Option("--base", help="Of a run or an adapter: where its base lies now.")] = None,
     debug: Debug = False,
 ) -> None:
     """Talk to what a run trained: adapters on, off, or both side by side. From a pipe: one question a line in, plain
     answers out."""
-    with sentences(debug):
-        with starting():
-            from lowrank_tune.chat import Wishes, chat
+    with report_user_errors(debug):
+        with loading_message():
+            from lowrank_tune.chat import SamplingOptions, chat
 
-        wishes = Wishes(temperature, top_p, top_k, min_p, max_new_tokens, seed)
-        wide: Literal[4, 16] | None = None if bits is None else 4 if bits == Bits.four else 16
+        sampling = SamplingOptions(temperature, top_p, top_k, min_p, max_new_tokens, seed)
+        base_bits: Literal[4, 16] | None = None if bits is None else 4 if bits == BitWidth.four else 16
         try:
-            chat(name, wishes, voice and voice.value, system, wide, base)
+            chat(name, sampling, variant and variant.value, system, base_bits, base)
         except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from error

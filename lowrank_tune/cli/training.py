@@ -9,10 +9,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.cli.common import INTERRUPTED, Debug, Out, Overrides, Screen, Ui, app, sentences, starting
+from lowrank_tune.cli.common import (
+    INTERRUPTED,
+    Debug,
+    Out,
+    Overrides,
+    Ui,
+    UiMode,
+    app,
+    loading_message,
+    report_user_errors,
+)
 
 if TYPE_CHECKING:
-    from lowrank_tune.runner import Outcome
+    from lowrank_tune.runner import RunResult
 
 
 @app.command("run")
@@ -20,40 +30,40 @@ def run_command(
     recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file.")],
     overrides: Overrides = None,
     out: Out = None,
-    ui: Ui = Screen.auto,
+    ui: Ui = UiMode.auto,
     debug: Debug = False,
 ) -> None:
     """Run a recipe; the same command again continues it."""
-    with sentences(debug):
-        from lowrank_tune.early import import_first
+    with report_user_errors(debug):
+        from lowrank_tune.early import import_unsloth
         from lowrank_tune.recipe import backends_of, load_any
 
         loaded = load_any(recipe, *(overrides or []))
-        with starting():
-            import_first(backends_of(loaded))  # before torch
+        with loading_message():
+            import_unsloth(backends_of(loaded))  # before torch
             from lowrank_tune.runner import run
 
-        _end(run(loaded, out=out, ui=ui))
+        _print_summary(run(loaded, out=out, ui=ui))
 
 
 @app.command("demo")
-def demo(overrides: Overrides = None, out: Out = None, ui: Ui = Screen.auto, debug: Debug = False) -> None:
+def demo_command(overrides: Overrides = None, out: Out = None, ui: Ui = UiMode.auto, debug: Debug = False) -> None:
     """Teach the tiny base that ships with the package, without GPU or network, by SFT and then by GRPO, and compare
     before and after."""
-    with sentences(debug):
+    with report_user_errors(debug):
         from lowrank_tune.recipe import load_any
 
         loaded = load_any("tiny-rlvr", "name=demo", *(overrides or []))
-        with starting():
+        with loading_message():
             from lowrank_tune.runner import run
 
         outcome = run(loaded, out=out, ui=ui)
         if outcome.status == "done":
-            _before_after(outcome.summary)
-        _end(outcome)
+            _print_before_after(outcome.summary)
+        _print_summary(outcome)
 
 
-def _end(outcome: Outcome) -> None:
+def _print_summary(outcome: RunResult) -> None:
     from lowrank_tune.ui.summary import summary_table
 
     print(summary_table(outcome.summary, outcome.folder))
@@ -62,7 +72,7 @@ def _end(outcome: Outcome) -> None:
         raise typer.Exit(INTERRUPTED)
 
 
-def _before_after(summary: dict[str, Any]) -> None:
+def _print_before_after(summary: dict[str, Any]) -> None:
     """The held-out table, and the same questions before and after."""
     console, details = Console(), summary["heldout_details"]
     figures = Table("held-out questions", *details, title="before and after")
@@ -82,7 +92,7 @@ def _before_after(summary: dict[str, Any]) -> None:
         )
     console.print(figures)
     answers = Table("question", "gold", *summary["answers"], show_lines=True)
-    for several in zip(*summary["answers"].values(), strict=True):
-        told = (Text(one["completion"] if one["stopped"] else one["completion"] + " ...") for one in several)
-        answers.add_row(several[0]["prompt"], several[0]["gold"], *told)
+    for samples in zip(*summary["answers"].values(), strict=True):
+        completions = (Text(one["completion"] if one["stopped"] else one["completion"] + " ...") for one in samples)
+        answers.add_row(samples[0]["prompt"], samples[0]["gold"], *completions)
     console.print(answers)

@@ -1,44 +1,51 @@
 """Data: from rows of any known shape to token ids with the mask of what the assistant says."""
 
-from lowrank_tune.data.asked import Asked, AskedOrder, AskedReport, AskedSet, asked_order, load_asked
+from lowrank_tune.data.asked import (
+    PromptDataset,
+    PromptExample,
+    PromptReport,
+    PromptSampler,
+    load_prompts,
+    make_prompt_sampler,
+)
 from lowrank_tune.data.batches import collate, collate_units
-from lowrank_tune.data.census import Census, census
-from lowrank_tune.data.chat import Template
-from lowrank_tune.data.formats import Conversation, RowFault, detect, to_conversation
-from lowrank_tune.data.load import Prepared, Prompt, load, prompts
-from lowrank_tune.data.mixture import Order
-from lowrank_tune.data.pairs import Pair, to_pair
+from lowrank_tune.data.census import TokenStats, compute_token_stats
+from lowrank_tune.data.chat import ChatTemplate
+from lowrank_tune.data.formats import Conversation, InvalidRow, detect_format, to_conversation
+from lowrank_tune.data.load import Prompt, TokenizedSplits, load, load_heldout_prompts
+from lowrank_tune.data.mixture import BatchSampler
+from lowrank_tune.data.pairs import PreferencePair, to_pair
 from lowrank_tune.data.report import Report, SourceReport
-from lowrank_tune.data.sources import Place, Rows, read
-from lowrank_tune.data.store import TokenStore
+from lowrank_tune.data.sources import RowLocation, SourceRows, read_source
+from lowrank_tune.data.store import TokenizedDataset
 
 __all__ = [
-    "Asked",
-    "AskedOrder",
-    "AskedReport",
-    "AskedSet",
-    "Census",
+    "PromptExample",
+    "PromptSampler",
+    "PromptReport",
+    "PromptDataset",
+    "TokenStats",
     "Conversation",
-    "Order",
-    "Pair",
-    "Place",
-    "Prepared",
+    "BatchSampler",
+    "PreferencePair",
+    "RowLocation",
+    "TokenizedSplits",
     "Prompt",
     "Report",
-    "RowFault",
-    "Rows",
+    "InvalidRow",
+    "SourceRows",
     "SourceReport",
-    "Template",
-    "TokenStore",
-    "asked_order",
-    "census",
+    "ChatTemplate",
+    "TokenizedDataset",
+    "make_prompt_sampler",
+    "compute_token_stats",
     "collate",
     "collate_units",
-    "detect",
+    "detect_format",
     "load",
-    "load_asked",
-    "prompts",
-    "read",
+    "load_prompts",
+    "load_heldout_prompts",
+    "read_source",
     "to_conversation",
     "to_pair",
 ]

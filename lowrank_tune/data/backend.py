@@ -16,7 +16,7 @@ from tokenizers import Encoding, Tokenizer
 from lowrank_tune.errors import UserError
 
 
-class Backend:
+class TokenizerBackend:
     """Text to ids and back. `control` are the ids that must never come out of data."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -31,30 +31,32 @@ class Backend:
         # offsets.
         state.update(padding=None, truncation=None, post_processor=None)
         self.state = json.dumps(state, sort_keys=True, ensure_ascii=True)
-        self.marked = Tokenizer.from_str(self.state)
-        self.plain = Tokenizer.from_str(self.state)
-        self.plain.encode_special_tokens = True
-        self.specials: dict[str, int] = {
-            token.content: number for number, token in self.marked.get_added_tokens_decoder().items() if token.special
+        self.special_tokenizer = Tokenizer.from_str(self.state)
+        self.plain_tokenizer = Tokenizer.from_str(self.state)
+        self.plain_tokenizer.encode_special_tokens = True
+        self.special_tokens: dict[str, int] = {
+            token.content: number
+            for number, token in self.special_tokenizer.get_added_tokens_decoder().items()
+            if token.special
         }
-        names = sorted(self.specials, key=len, reverse=True)
+        names = sorted(self.special_tokens, key=len, reverse=True)
         self.special_pattern = re.compile("|".join(map(re.escape, names))) if names else re.compile(r"(?!)")
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
         self.pad: int = next((number for number in (tokenizer.pad_token_id, self.eos) if number is not None), 0)
         unknown = tokenizer.unk_token_id
-        self.control = frozenset(self.specials.values()) - ({unknown} if unknown != self.eos else set())
+        self.control_ids = frozenset(self.special_tokens.values()) - ({unknown} if unknown != self.eos else set())
         # Tokens that are matched in the *normalised* text can hide from a search in the text as it is.
-        self.hides_control = self.marked.normalizer is not None and any(
-            token.special and token.normalized for token in self.marked.get_added_tokens_decoder().values()
+        self.may_hide_special_tokens = self.special_tokenizer.normalizer is not None and any(
+            token.special and token.normalized for token in self.special_tokenizer.get_added_tokens_decoder().values()
         )
-        self._prepends = self._find_prepends()
+        self._adds_prefix_space = self._detect_prefix_space()
 
-    def _find_prepends(self) -> bool:
+    def _detect_prefix_space(self) -> bool:
         """Whether a space is put in front of every text (SentencePiece's habit)."""
         alone, after = (
-            self.plain.encode("x", add_special_tokens=False),
-            self.plain.encode("\nx", add_special_tokens=False),
+            self.plain_tokenizer.encode("x", add_special_tokens=False),
+            self.plain_tokenizer.encode("\nx", add_special_tokens=False),
         )
         return alone.ids != after.ids[-len(alone.ids) :]
 
@@ -66,35 +68,40 @@ class Backend:
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts in which control tokens are just characters."""
-        return [encoding.ids for encoding in self.plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            encoding.ids for encoding in self.plain_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
 
-    def encode_marked(self, texts: Sequence[str]) -> list[Encoding]:
+    def encode_with_special_tokens(self, texts: Sequence[str]) -> list[Encoding]:
         """Encodings, with offsets, of texts in which control tokens count."""
-        return self.marked.encode_batch(list(texts), add_special_tokens=False)
+        return self.special_tokenizer.encode_batch(list(texts), add_special_tokens=False)
 
-    def continue_plain(self, text: str) -> list[int]:
+    def encode_continuation(self, text: str) -> list[int]:
         """Plain ids of a text that goes on after other ids: no space in front that the text does not have."""
         if not text:
             return []
-        if self._prepends:
-            encoding = self.plain.encode("\n" + text, add_special_tokens=False)
+        if self._adds_prefix_space:
+            encoding = self.plain_tokenizer.encode("\n" + text, add_special_tokens=False)
             first = encoding.char_to_token(1)
-            if first is not None and starts_at(encoding, first) == 1:
+            if first is not None and token_start(encoding, first) == 1:
                 return encoding.ids[first:]
         return self.encode_plain([text])[0]
 
-    def decode(self, ids: Sequence[int], marks: bool) -> str:
+    def decode(self, ids: Sequence[int], special_tokens: bool) -> str:
         """Text of ids; control tokens are left out unless `marks`."""
         return cast(
-            str, self.tokenizer.decode(list(ids), skip_special_tokens=not marks, clean_up_tokenization_spaces=False)
+            str,
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=not special_tokens, clean_up_tokenization_spaces=False
+            ),
         )
 
-    def name(self, number: int) -> str:
+    def id_to_token(self, token_id: int) -> str:
         """A control token by name."""
-        return cast(str, self.tokenizer.convert_ids_to_tokens(number))
+        return cast(str, self.tokenizer.convert_ids_to_tokens(token_id))
 
 
-def starts_at(encoding: Encoding, token: int) -> int | None:
+def token_start(encoding: Encoding, token: int) -> int | None:
     """The first character of a token."""
-    place = encoding.token_to_chars(token)
-    return None if place is None else place[0]
+    chars = encoding.token_to_chars(token)
+    return None if chars is None else chars[0]

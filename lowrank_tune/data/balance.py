@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.data.census import Census
-from lowrank_tune.data.store import TokenStore
+from lowrank_tune.data.census import TokenStats
+from lowrank_tune.data.store import TokenizedDataset
 
 # a share of pairs that is worth a warning, and the fewest pairs of which a share says anything
-ONE_SIDED, ENOUGH = 0.65, 20
+LENGTH_BIAS_SHARE, MIN_PAIRS = 0.65, 20
 
 
 @dataclass(frozen=True)
-class Sides:
+class PairBalance:
     """Pairs to train on, by the length of their answers in trained tokens; `chosen` and `rejected` are the mean
     lengths.
 
@@ -35,11 +35,11 @@ class Sides:
     warning: str
 
 
-def sides(train: TokenStore, counted: Census) -> Sides:
+def pair_balance(train: TokenizedDataset, stats: TokenStats) -> PairBalance:
     """The sides of all pairs of a store, from its census."""
-    chosen, rejected = counted.trained[::2], counted.trained[1::2]
+    chosen, rejected = stats.trained[::2], stats.trained[1::2]
     longer, shorter, pairs = int((chosen > rejected).sum()), int((chosen < rejected).sum()), train.units
-    return Sides(
+    return PairBalance(
         pairs,
         longer,
         shorter,
@@ -47,13 +47,13 @@ def sides(train: TokenStore, counted: Census) -> Sides:
         chosen=int(chosen.sum()) / max(1, pairs),
         rejected=int(rejected.sum()) / max(1, pairs),
         margins=int(np.count_nonzero(train.margins[::2])),
-        warning=_one_sided(pairs, longer, shorter),
+        warning=_length_bias_warning(pairs, longer, shorter),
     )
 
 
-def _one_sided(pairs: int, longer: int, shorter: int) -> str:
+def _length_bias_warning(pairs: int, longer: int, shorter: int) -> str:
     most, word = max((longer, "longer"), (shorter, "shorter"))
-    if pairs < ENOUGH or most < ONE_SIDED * pairs:
+    if pairs < MIN_PAIRS or most < LENGTH_BIAS_SHARE * pairs:
         return ""
     return (
         f"in {100 * most / pairs:.0f} % of the pairs the chosen answer is the {word} one: a model can look right by "
@@ -62,8 +62,8 @@ def _one_sided(pairs: int, longer: int, shorter: int) -> str:
     )
 
 
-def contradicting(parts: Sequence[TokenStore]) -> list[NDArray[np.int64]]:
+def contradictory_pairs(parts: Sequence[TokenizedDataset]) -> list[NDArray[np.int64]]:
     """For each part the pairs that stand, in any part, the other way round too."""
-    talks = [part.talks.reshape(-1, 2) for part in parts]
-    known = {(chosen, rejected) for each in talks for chosen, rejected in each.tolist()}
-    return [np.flatnonzero([(rejected, chosen) in known for chosen, rejected in each.tolist()]) for each in talks]
+    hashes = [part.conversation_hashes.reshape(-1, 2) for part in parts]
+    seen = {(chosen, rejected) for pairs in hashes for chosen, rejected in pairs.tolist()}
+    return [np.flatnonzero([(rejected, chosen) in seen for chosen, rejected in pairs.tolist()]) for pairs in hashes]

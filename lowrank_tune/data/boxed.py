@@ -9,31 +9,31 @@ from lowrank_tune.data.formats import Conversation
 from lowrank_tune.data.gold import last_boxed
 from lowrank_tune.types import Message
 
-HASHES = r"####[ \t]*(?P<hashes>[^\n]+)"
-TOLD = r"The answer is:[ \t]*(?P<told>[^\n]+)"
-END = re.compile(rf"\s*(?:^{HASHES}(?:\n+The answer is:[^\n]*)?|^{TOLD})\s*\Z", re.MULTILINE)
+HASHES_PATTERN = r"####[ \t]*(?P<hashes>[^\n]+)"
+ANSWER_PATTERN = r"The answer is:[ \t]*(?P<told>[^\n]+)"
+END_PATTERN = re.compile(rf"\s*(?:^{HASHES_PATTERN}(?:\n+The answer is:[^\n]*)?|^{ANSWER_PATTERN})\s*\Z", re.MULTILINE)
 
 
-def boxed(reply: str) -> str:
+def to_boxed(reply: str) -> str:
     """The reply with its final answer in a box; as it is where no mark stands at its end. A mark that repeats the last
     box goes."""
-    found = END.search(reply)
-    if found is None:
+    match = END_PATTERN.search(reply)
+    if match is None:
         return reply
-    answer, before = (found["hashes"] or found["told"]).strip(), reply[: found.start()]
+    answer, before = (match["hashes"] or match["told"]).strip(), reply[: match.start()]
     if last_boxed(answer) is not None:
         return reply
-    if found["told"] and last_boxed(before) == answer.strip("$"):
+    if match["told"] and last_boxed(before) == answer.strip("$"):
         return before
-    told = "The answer is $\\boxed{" + answer.strip("$").replace("\\%", "%").replace("%", "\\%") + "}$."
-    return f"{before}\n{told}" if before else told
+    sentence = "The answer is $\\boxed{" + answer.strip("$").replace("\\%", "%").replace("%", "\\%") + "}$."
+    return f"{before}\n{sentence}" if before else sentence
 
 
-def with_box(talk: Conversation) -> Conversation:
+def box_final_answer(conversation: Conversation) -> Conversation:
     """The same of the last reply of a conversation; its gold answer stays what it was."""
-    *others, last = talk.messages
+    *others, last = conversation.messages
     return (
-        talk
+        conversation
         if last.role != "assistant"
-        else Conversation((*others, Message("assistant", boxed(last.content))), talk.gold)
+        else Conversation((*others, Message("assistant", to_boxed(last.content))), conversation.ground_truth)
     )

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.data.store import TokenStore
+from lowrank_tune.data.store import TokenizedDataset
 
 Numbers = NDArray[np.int64]
 SLICE = 8192  # rows at a time: a store may be larger than memory
 
 
 @dataclass(frozen=True)
-class Census:
+class TokenStats:
     """One entry a row: tokens trained, tokens before the first of them, answers, and answers that no end token closes.
 
     `ends` counts every trained end token by its id.
@@ -27,36 +27,46 @@ class Census:
     prompt: Numbers
     answers: Numbers
     unended: Numbers
-    ends: dict[int, int]
+    eos_counts: dict[int, int]
 
 
-def census(rows: TokenStore, end_ids: Collection[int]) -> Census:
+def compute_token_stats(rows: TokenizedDataset, end_ids: Collection[int]) -> TokenStats:
     """Counts a store."""
-    ends: Counter[int] = Counter()
-    parts = [_count(*rows.joined(start, start + SLICE), end_ids, ends) for start in range(0, len(rows), SLICE)]
+    eos_counts: Counter[int] = Counter()
+    parts = [
+        _count(*rows.concat_rows(start, start + SLICE), end_ids, eos_counts) for start in range(0, len(rows), SLICE)
+    ]
     trained, prompt, answers, unended = zip(*parts, strict=True) if parts else [(np.zeros(0, np.int64),)] * 4
-    return Census(
-        np.concatenate(trained), np.concatenate(prompt), np.concatenate(answers), np.concatenate(unended), dict(ends)
+    return TokenStats(
+        np.concatenate(trained),
+        np.concatenate(prompt),
+        np.concatenate(answers),
+        np.concatenate(unended),
+        dict(eos_counts),
     )
 
 
 def _count(
-    ids: NDArray[np.int32], says: NDArray[np.bool_], lengths: Numbers, end_ids: Collection[int], ends: Counter[int]
+    input_ids: NDArray[np.int32],
+    mask: NDArray[np.bool_],
+    lengths: Numbers,
+    end_ids: Collection[int],
+    eos_counts: Counter[int],
 ) -> tuple[Numbers, Numbers, Numbers, Numbers]:
     behind = np.cumsum(lengths)
     starts, rows = behind - lengths, len(lengths)
-    before, after = np.roll(says, 1), np.roll(says, -1)
+    before, after = np.roll(mask, 1), np.roll(mask, -1)
     before[starts] = after[behind - 1] = False
     # an answer is an unbroken stretch of what is trained
-    opens, closes = np.flatnonzero(says & ~before), np.flatnonzero(says & ~after)
+    opens, closes = np.flatnonzero(mask & ~before), np.flatnonzero(mask & ~after)
     row_of = np.searchsorted(behind, opens, side="right")
-    is_end = says & np.isin(ids, list(end_ids))
-    ends.update(
-        {int(token): int(count) for token, count in zip(*np.unique(ids[is_end], return_counts=True), strict=True)}
+    is_end = mask & np.isin(input_ids, list(end_ids))
+    eos_counts.update(
+        {int(token): int(count) for token, count in zip(*np.unique(input_ids[is_end], return_counts=True), strict=True)}
     )
     so_far = np.cumsum(is_end)
     ended = so_far[closes] - so_far[opens] + is_end[opens] > 0
     prompt = lengths.copy()
     prompt[row_of[::-1]] = opens[::-1] - starts[row_of[::-1]]
-    trained = np.add.reduceat(says.astype(np.int64), starts) if rows else np.zeros(0, np.int64)
+    trained = np.add.reduceat(mask.astype(np.int64), starts) if rows else np.zeros(0, np.int64)
     return trained, prompt, np.bincount(row_of, minlength=rows), np.bincount(row_of[~ended], minlength=rows)

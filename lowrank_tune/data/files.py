@@ -20,17 +20,17 @@ from typing import IO, Any, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.data.formats import RowFault
+from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.errors import UserError
 
 T = TypeVar("T")
-Raw = Mapping[str, Any]
-Picked = NDArray[np.bool_] | None
+RawExample = Mapping[str, Any]
+RowMask = NDArray[np.bool_] | None
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 BOM = b"\xef\xbb\xbf"
 
 
-class Part(Protocol):
+class DataFile(Protocol):
     """One file, or one data set."""
 
     name: str
@@ -39,7 +39,7 @@ class Part(Protocol):
         """The line of every row, cheaply."""
         ...
 
-    def rows(self, picked: Picked) -> Iterator[tuple[int, Raw | RowFault]]:
+    def rows(self, mask: RowMask) -> Iterator[tuple[int, RawExample | InvalidRow]]:
         """Rows with their lines: all, or those that are picked, told by their numbers from 0."""
         ...
 
@@ -48,17 +48,17 @@ class Part(Protocol):
         ...
 
 
-def pick(numbered: Iterable[T], picked: Picked) -> Iterator[T]:
+def select_rows(numbered: Iterable[T], mask: RowMask) -> Iterator[T]:
     """All, or those that are picked."""
-    return iter(numbered) if picked is None else compress(numbered, picked.data)
+    return iter(numbered) if mask is None else compress(numbered, mask.data)
 
 
-def open_file(path: Path, name: str) -> Part:
+def open_file(path: Path, name: str) -> DataFile:
     """The reader for a file, by its first bytes."""
     try:
         with path.open("rb") as file:
             is_gz = file.read(2) == b"\x1f\x8b"
-        with _stream(path, is_gz) as file:
+        with _open_binary(path, is_gz) as file:
             start = file.read(4096)
             while start.strip() == b"" and (more := file.read(65536)):
                 start = more
@@ -72,21 +72,21 @@ def open_file(path: Path, name: str) -> Part:
         first = start.removeprefix(BOM).lstrip()[:1]
         if first == b"[":
             array = _load_array(path, name, is_gz)
-            return _Lines(path, name, is_gz) if array is None else _Array(path, name, array)
+            return _JsonLines(path, name, is_gz) if array is None else _JsonArray(path, name, array)
         if first not in (b"", b"{") and suffix not in (".json", ".jsonl", ".ndjson"):
             raise UserError(f"{name}: it is neither JSON lines, a JSON array, CSV (.csv, .tsv) nor Parquet")
-        return _Lines(path, name, is_gz)
+        return _JsonLines(path, name, is_gz)
     except (OSError, EOFError) as error:
         raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def _stream(path: Path, is_gz: bool) -> IO[bytes]:
+def _open_binary(path: Path, is_gz: bool) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path, "rb")) if is_gz else path.open("rb")
 
 
 def _load_array(path: Path, name: str, is_gz: bool) -> list[Any] | None:
     """The rows of a JSON array; None where more follows the array, so that it was only a line."""
-    with _stream(path, is_gz) as file:
+    with _open_binary(path, is_gz) as file:
         data = file.read()
     try:
         return cast(list[Any], json.loads(data.decode("utf-8-sig")))
@@ -111,7 +111,7 @@ class _File:
             return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-class _Lines(_File):
+class _JsonLines(_File):
     """JSON lines. Split on the newline byte alone: U+2028 and the like stand inside strings."""
 
     def __init__(self, path: Path, name: str, is_gz: bool) -> None:
@@ -120,7 +120,7 @@ class _Lines(_File):
 
     def _texts(self) -> Iterator[tuple[int, bytes]]:
         try:
-            with _stream(self.path, self.is_gz) as file:
+            with _open_binary(self.path, self.is_gz) as file:
                 for line, text in enumerate(file, start=1):
                     text = text.removeprefix(BOM) if line == 1 else text
                     if text.strip():
@@ -133,22 +133,22 @@ class _Lines(_File):
     def lines(self) -> Iterator[int]:
         return (line for line, _ in self._texts())
 
-    def rows(self, picked: Picked) -> Iterator[tuple[int, Raw | RowFault]]:
-        return ((line, parse_line(text)) for line, text in pick(self._texts(), picked))
+    def rows(self, mask: RowMask) -> Iterator[tuple[int, RawExample | InvalidRow]]:
+        return ((line, parse_line(text)) for line, text in select_rows(self._texts(), mask))
 
 
-def parse_line(text: bytes) -> Raw | RowFault:
+def parse_line(text: bytes) -> RawExample | InvalidRow:
     """The object of one JSON line, or what is wrong with it."""
     try:
         row = json.loads(text.decode())
     except UnicodeDecodeError:
-        return RowFault("not UTF-8")
+        return InvalidRow("not UTF-8")
     except (ValueError, RecursionError):  # ValueError: also a number with thousands of digits
-        return RowFault("malformed JSON")
-    return row if isinstance(row, dict) else RowFault("not an object with columns")
+        return InvalidRow("malformed JSON")
+    return row if isinstance(row, dict) else InvalidRow("not an object with columns")
 
 
-class _Array(_File):
+class _JsonArray(_File):
     """A JSON array."""
 
     def __init__(self, path: Path, name: str, array: list[Any]) -> None:
@@ -158,9 +158,9 @@ class _Array(_File):
     def lines(self) -> Iterator[int]:
         return iter(range(1, len(self.array) + 1))
 
-    def rows(self, picked: Picked) -> Iterator[tuple[int, Raw | RowFault]]:
-        for line, row in pick(enumerate(self.array, start=1), picked):
-            yield line, row if isinstance(row, dict) else RowFault("not an object with columns")
+    def rows(self, mask: RowMask) -> Iterator[tuple[int, RawExample | InvalidRow]]:
+        for line, row in select_rows(enumerate(self.array, start=1), mask):
+            yield line, row if isinstance(row, dict) else InvalidRow("not an object with columns")
 
 
 class _Table(_File):
@@ -170,10 +170,10 @@ class _Table(_File):
         super().__init__(path, name)
         self.is_gz, self.delimiter = is_gz, delimiter
 
-    def _read(self) -> Iterator[tuple[int, Raw | RowFault]]:
+    def _read(self) -> Iterator[tuple[int, RawExample | InvalidRow]]:
         csv.field_size_limit(sys.maxsize)  # the limit of 131,072 characters is Python's, not the format's
         try:
-            with _stream(self.path, self.is_gz) as file:
+            with _open_binary(self.path, self.is_gz) as file:
                 reader = csv.DictReader(
                     io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=self.delimiter, restkey="", strict=True
                 )
@@ -181,7 +181,7 @@ class _Table(_File):
                     missing = any(value is None for value in row.values())
                     yield (
                         reader.line_num,
-                        RowFault("a line with fewer or more fields than the header") if missing or "" in row else row,
+                        InvalidRow("a line with fewer or more fields than the header") if missing or "" in row else row,
                     )
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{self.name}: not a well-formed CSV file in UTF-8 ({error})") from error
@@ -193,8 +193,8 @@ class _Table(_File):
     def lines(self) -> Iterator[int]:
         return (line for line, _ in self._read())
 
-    def rows(self, picked: Picked) -> Iterator[tuple[int, Raw | RowFault]]:
-        return pick(self._read(), picked)
+    def rows(self, mask: RowMask) -> Iterator[tuple[int, RawExample | InvalidRow]]:
+        return select_rows(self._read(), mask)
 
 
 class _Parquet(_File):
@@ -215,10 +215,10 @@ class _Parquet(_File):
     def lines(self) -> Iterator[int]:
         return iter(range(1, int(self._file.metadata.num_rows) + 1))
 
-    def rows(self, picked: Picked) -> Iterator[tuple[int, Raw | RowFault]]:
+    def rows(self, mask: RowMask) -> Iterator[tuple[int, RawExample | InvalidRow]]:
         first = 0
         for batch in self._file.iter_batches(batch_size=1024):
-            numbers = np.arange(len(batch)) if picked is None else np.flatnonzero(picked[first : first + len(batch)])
-            taken = batch if picked is None else batch.take(numbers)  # what is not picked never becomes Python objects
-            yield from zip((numbers + first + 1).tolist(), taken.to_pylist(), strict=True)
+            numbers = np.arange(len(batch)) if mask is None else np.flatnonzero(mask[first : first + len(batch)])
+            selected = batch if mask is None else batch.take(numbers)  # what is not picked never becomes Python objects
+            yield from zip((numbers + first + 1).tolist(), selected.to_pylist(), strict=True)
             first += len(batch)

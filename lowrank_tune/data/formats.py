@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from lowrank_tune.data.gold import find_gold
+from lowrank_tune.data.gold import extract_answer
 from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message
 
-Raw = Mapping[str, Any]
+RawExample = Mapping[str, Any]
 Turn = tuple[str, str]
-SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
+FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",),),
     "sharegpt": (("conversations", "conversation"),),
     "alpaca": (("instruction",), ("output", "response")),
@@ -50,7 +50,7 @@ TOOL_ROLES = (
 )
 
 
-class RowFault(Exception):
+class InvalidRow(Exception):
     """Why one row cannot be used. The reason is one of a few phrases, so that rows can be counted by it."""
 
     def __init__(self, reason: str) -> None:
@@ -64,10 +64,10 @@ class Conversation:
     check against."""
 
     messages: tuple[Message, ...]
-    gold: str | None = None
+    ground_truth: str | None = None
 
 
-def detect(row: Raw, columns: Mapping[str, str] | None = None, pairs: bool = False) -> str:
+def detect_format(row: RawExample, columns: Mapping[str, str] | None = None, pairs: bool = False) -> str:
     """The shape of a row, by its columns. Columns that the user renamed count first.
 
     A row that has a target besides its pair (`output`, `messages`) is a pair only where `pairs` are wanted, and then
@@ -75,17 +75,17 @@ def detect(row: Raw, columns: Mapping[str, str] | None = None, pairs: bool = Fal
     """
     renamed = set(columns or ())
     present = {name for name, value in row.items() if value is not None} | renamed
-    fitting = [shape for shape, needed in SHAPES.items() if all(present & set(names) for names in needed)]
+    matching = [format_name for format_name, needed in FORMATS.items() if all(present & set(names) for names in needed)]
     if pairs:
-        fitting = [shape for shape in fitting if shape == "preference"]
-    elif "preference" in fitting:
+        matching = [format_name for format_name in matching if format_name == "preference"]
+    elif "preference" in matching:
         # beside a pair the conversation is its prompt, not a target
-        fitting = [shape for shape in fitting if shape != "sharegpt"]
-    for shape in fitting:
-        if renamed & {name for names in SHAPES[shape] for name in names}:
-            return shape
-    if fitting:
-        return fitting[0]
+        matching = [format_name for format_name in matching if format_name != "sharegpt"]
+    for format_name in matching:
+        if renamed & {name for names in FORMATS[format_name] for name in names}:
+            return format_name
+    if matching:
+        return matching[0]
     names = ", ".join(sorted(map(str, row))).encode("utf-8", "replace").decode()
     if pairs:
         raise UserError(
@@ -94,7 +94,9 @@ def detect(row: Raw, columns: Mapping[str, str] | None = None, pairs: bool = Fal
             "expected `chosen` and `rejected`, and `prompt` unless both hold the whole talk: "
             "name yours with `columns:`, as in `columns: {chosen: better, rejected: worse}`"
         )
-    known = "; ".join(f"{shape} ({', '.join(names[0] for names in needed)})" for shape, needed in SHAPES.items())
+    known = "; ".join(
+        f"{format_name} ({', '.join(names[0] for names in needed)})" for format_name, needed in FORMATS.items()
+    )
     raise UserError(
         f"the columns {names or '(none)'} are no known shape; known are {known}: "
         "name yours with `columns:`, as in `columns: {question: problem, answer: solution}`"
@@ -102,23 +104,30 @@ def detect(row: Raw, columns: Mapping[str, str] | None = None, pairs: bool = Fal
 
 
 def to_conversation(
-    row: Raw, format: str, columns: Mapping[str, str], gold: str = "auto", *, answered: bool = True
+    row: RawExample,
+    format_name: str,
+    columns: Mapping[str, str],
+    answer_rule: str = "auto",
+    *,
+    require_answer: bool = True,
 ) -> Conversation:
     """The conversation of a row; `RowFault` where it holds none. Without `answered` the last word may be the user's."""
     if not isinstance(row, Mapping):
-        raise RowFault("not an object with columns")
-    turns = _READERS[format](row, columns)
-    messages = tidy(turns, answered)
+        raise InvalidRow("not an object with columns")
+    turns = _READERS[format_name](row, columns)
+    messages = normalize_turns(turns, require_answer)
     answer = messages[-1].content if messages[-1].role == "assistant" else ""
     return Conversation(
         messages,
-        find_gold(row, columns, gold, answer, whole=format in ("question_answer", "alpaca", "prompt_completion")),
+        extract_answer(
+            row, columns, answer_rule, answer, whole=format_name in ("question_answer", "alpaca", "prompt_completion")
+        ),
     )
 
 
-def value_of(row: Raw, format: str, name: str, columns: Mapping[str, str]) -> Any:
+def value_of(row: RawExample, format_name: str, name: str, columns: Mapping[str, str]) -> Any:
     """The value of a column that the shape must have, under the name that the user mapped or any that it goes by."""
-    aliases = next(names for names in SHAPES[format] if names[0] == name)
+    aliases = next(names for names in FORMATS[format_name] if names[0] == name)
     for alias in aliases:
         if alias in columns:
             aliases = (columns[alias],)
@@ -127,11 +136,11 @@ def value_of(row: Raw, format: str, name: str, columns: Mapping[str, str]) -> An
         if row.get(alias) is not None:
             return row[alias]
     if any(alias in row for alias in aliases):
-        raise RowFault(f"column `{next(alias for alias in aliases if alias in row)}` is null")
-    raise RowFault(f"no column `{aliases[0]}`")
+        raise InvalidRow(f"column `{next(alias for alias in aliases if alias in row)}` is null")
+    raise InvalidRow(f"no column `{aliases[0]}`")
 
 
-def text_of(value: Any, what: str) -> str:
+def text_of(value: Any, label: str) -> str:
     """A text, or a number as text: 51.0 is "51"."""
     if isinstance(value, str):
         text = value
@@ -146,9 +155,9 @@ def text_of(value: Any, what: str) -> str:
     ):
         text = "".join(part["text"] for part in value)  # the content parts that some multi-modal libraries write
     else:
-        raise RowFault(f"the {what} is no text")
+        raise InvalidRow(f"the {label} is no text")
     if not is_text(text):
-        raise RowFault(f"the {what} holds half of a surrogate pair, which is no character")
+        raise InvalidRow(f"the {label} holds half of a surrogate pair, which is no character")
     return text
 
 
@@ -163,29 +172,31 @@ def is_text(text: str) -> bool:
     return True
 
 
-def _read_messages(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
+def _read_messages(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
     return turns_of(value_of(row, "messages", "messages", columns), "messages")
 
 
-def _read_sharegpt(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
+def _read_sharegpt(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
     turns = turns_of(value_of(row, "sharegpt", "conversations", columns), "conversations")
     return [*system_of(row, columns), *turns] if not turns or turns[0][0] != "system" else turns
 
 
-def _read_alpaca(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
+def _read_alpaca(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
     turns = system_of(row, columns)
     history = row.get(columns.get("history", "history")) or ()
     if not isinstance(history, Sequence) or isinstance(history, str):
-        raise RowFault("`history` is no list of pairs")
+        raise InvalidRow("`history` is no list of pairs")
     for pair in history:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise RowFault("`history` is no list of pairs")
+            raise InvalidRow("`history` is no list of pairs")
         turns += [("user", text_of(pair[0], "question")), ("assistant", text_of(pair[1], "answer"))]
-    question = with_input(text_of(value_of(row, "alpaca", "instruction", columns), "question"), row, columns)
+    question = join_instruction_and_input(
+        text_of(value_of(row, "alpaca", "instruction", columns), "question"), row, columns
+    )
     return [*turns, ("user", question), ("assistant", text_of(value_of(row, "alpaca", "output", columns), "answer"))]
 
 
-def with_input(question: str, row: Raw, columns: Mapping[str, str]) -> str:
+def join_instruction_and_input(question: str, row: RawExample, columns: Mapping[str, str]) -> str:
     """An Alpaca row's instruction with its input behind it."""
     more = row.get(columns.get("input", "input"))
     if more is None and "input" not in columns:
@@ -194,7 +205,7 @@ def with_input(question: str, row: Raw, columns: Mapping[str, str]) -> str:
     return "\n\n".join(part for part in (question, more) if part.strip())
 
 
-def _read_pair(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
+def _read_pair(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
     turns: list[Turn] = []
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         value = value_of(row, "prompt_completion", name, columns)
@@ -205,12 +216,12 @@ def _read_pair(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
     return turns
 
 
-def _read_question(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
+def _read_question(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
     question = text_of(value_of(row, "question_answer", "question", columns), "question")
     return [("user", question), ("assistant", text_of(value_of(row, "question_answer", "answer", columns), "answer"))]
 
 
-_READERS: dict[str, Callable[[Raw, Mapping[str, str]], list[Turn]]] = {
+_READERS: dict[str, Callable[[RawExample, Mapping[str, str]], list[Turn]]] = {
     "messages": _read_messages,
     "sharegpt": _read_sharegpt,
     "alpaca": _read_alpaca,
@@ -219,7 +230,7 @@ _READERS: dict[str, Callable[[Raw, Mapping[str, str]], list[Turn]]] = {
 }
 
 
-def system_of(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
+def system_of(row: RawExample, columns: Mapping[str, str]) -> list[Turn]:
     """The system turn of a row that keeps it in a column; else none."""
     value = row.get(columns.get("system", "system"))
     return [] if value is None else [("system", text_of(value, "system prompt"))]
@@ -228,24 +239,24 @@ def system_of(row: Raw, columns: Mapping[str, str]) -> list[Turn]:
 def turns_of(value: Any, name: str) -> list[Turn]:
     """Role and text of every turn of a list, in the kit's names of the roles."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise RowFault(f"`{name}` is no list of turns")
+        raise InvalidRow(f"`{name}` is no list of turns")
     return [turn_of(turn) for turn in value]
 
 
 def turn_of(turn: Any) -> Turn:
     """The same of one turn."""
     if not isinstance(turn, Mapping):
-        raise RowFault("a turn is no object")
+        raise InvalidRow("a turn is no object")
     role = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
     if not isinstance(role, str):
-        raise RowFault("a turn has no role")
+        raise InvalidRow("a turn has no role")
     if role.lower() in TOOL_ROLES or turn.get("tool_calls"):
-        raise RowFault("tool calls, which this kit does not train")
+        raise InvalidRow("tool calls, which this kit does not train")
     if role.lower() not in ROLES:
-        raise RowFault("a turn has an unknown role")
+        raise InvalidRow("a turn has an unknown role")
     content = next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None)
     if content is None:
-        raise RowFault("a turn has no content")
+        raise InvalidRow("a turn has no content")
     return ROLES[role.lower()], text_of(content, "text of a turn")
 
 
@@ -254,31 +265,31 @@ def with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Mess
     return (Message("system", system), *messages) if system and messages[0].role != "system" else messages
 
 
-def tidy(turns: Sequence[Turn], answered: bool) -> tuple[Message, ...]:
+def normalize_turns(turns: Sequence[Turn], require_answer: bool) -> tuple[Message, ...]:
     """Checks the order of the turns. A person who writes twice in a row is joined; an assistant who does is a fault:
     which end is right?"""
     merged: list[Turn] = []
-    for place, (role, content) in enumerate(turns):
+    for index, (role, content) in enumerate(turns):
         if role == "system":
-            if place:
-                raise RowFault("a system turn that is not the first")
+            if index:
+                raise InvalidRow("a system turn that is not the first")
             if not content.strip():
                 continue
         elif not content.strip():
-            raise RowFault("empty question" if role == "user" else "empty answer")
+            raise InvalidRow("empty question" if role == "user" else "empty answer")
         if merged and merged[-1][0] == role:
             if role == "assistant":
-                raise RowFault("two assistant turns in a row")
+                raise InvalidRow("two assistant turns in a row")
             merged[-1] = (role, f"{merged[-1][1]}\n\n{content}")
         else:
             merged.append((role, content))
-    talk = [role for role, _ in merged if role != "system"]
-    if not talk:
-        raise RowFault("no turns")
-    if answered and "assistant" not in talk:
-        raise RowFault("no assistant turn")
-    if talk[0] == "assistant":
-        raise RowFault("the assistant speaks first")
-    if answered and talk[-1] != "assistant":
-        raise RowFault("no answer: the user has the last word")
+    roles = [role for role, _ in merged if role != "system"]
+    if not roles:
+        raise InvalidRow("no turns")
+    if require_answer and "assistant" not in roles:
+        raise InvalidRow("no assistant turn")
+    if roles[0] == "assistant":
+        raise InvalidRow("the assistant speaks first")
+    if require_answer and roles[-1] != "assistant":
+        raise InvalidRow("no answer: the user has the last word")
     return tuple(Message(cast(Literal["system", "user", "assistant"], role), content) for role, content in merged)

@@ -6,43 +6,47 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-GOLD_COLUMNS = ("gold", "expected_answer", "ground_truth", "final_answer")
-GROUPED = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+GROUND_TRUTH_COLUMNS = ("gold", "expected_answer", "ground_truth", "final_answer")
+THOUSANDS_SEPARATED = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 HASHES_END = re.compile(r"####[^\n]*+(?:\s*\nThe answer is[^\n]*+)?\s*\Z")  # GSM8K's end, and MetaMathQA's
 WHOLE_NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?%?")
 
 
-def find_gold(row: Mapping[str, Any], columns: Mapping[str, str], how: str, answer: str, whole: bool) -> str | None:
+def extract_answer(
+    row: Mapping[str, Any], columns: Mapping[str, str], rule: str, answer: str, whole: bool
+) -> str | None:
     """The gold answer by the rule `how`. `whole`: by `auto` an answer that is one number is its own gold."""
-    if how == "none":
+    if rule == "none":
         return None
-    if how == "answer":
-        return _plain(answer)
-    if how == "hashes":
-        return after_hashes(answer)
-    if how == "boxed":
+    if rule == "answer":
+        return _without_separators(answer)
+    if rule == "hashes":
+        return answer_after_hashes(answer)
+    if rule == "boxed":
         return last_boxed(answer)
-    if how == "last_number":
+    if rule == "last_number":
         return last_number(answer)
     column = _column(row, columns)
-    if how == "gold":
+    if rule == "gold":
         return column
-    found = after_hashes(answer) if HASHES_END.search(answer) else None  # elsewhere it is a heading of Markdown
-    if found is None:
-        found = column
-    if found is None:
-        found = last_boxed(answer)
-    if found is None and whole and WHOLE_NUMBER.fullmatch(answer.strip()):
-        found = _plain(answer)
-    return found
+    extracted = (
+        answer_after_hashes(answer) if HASHES_END.search(answer) else None
+    )  # elsewhere it is a heading of Markdown
+    if extracted is None:
+        extracted = column
+    if extracted is None:
+        extracted = last_boxed(answer)
+    if extracted is None and whole and WHOLE_NUMBER.fullmatch(answer.strip()):
+        extracted = _without_separators(answer)
+    return extracted
 
 
-def after_hashes(text: str) -> str | None:
+def answer_after_hashes(text: str) -> str | None:
     """What follows the last `#### ` on its line, as GSM8K writes it."""
-    _, mark, rest = text.rpartition("####")
-    line = rest.strip().split("\n", 1)[0] if mark else ""
-    return _plain(line) or None
+    _, hashes, rest = text.rpartition("####")
+    line = rest.strip().split("\n", 1)[0] if hashes else ""
+    return _without_separators(line) or None
 
 
 def last_boxed(text: str) -> str | None:
@@ -55,21 +59,21 @@ def last_boxed(text: str) -> str | None:
         if opening < len(text) and text[opening] == "{":
             closing = _closing_brace(text, opening)
             if closing is not None:
-                return _plain(text[opening + 1 : closing]) or None
+                return _without_separators(text[opening + 1 : closing]) or None
         end = start
     return None
 
 
 def _closing_brace(text: str, opening: int) -> int | None:
-    depth, place = 0, opening
-    while place < len(text):
-        if text[place] == "\\":
-            place += 2
+    depth, position = 0, opening
+    while position < len(text):
+        if text[position] == "\\":
+            position += 2
             continue
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
         if depth == 0:
-            return place
-        place += 1
+            return position
+        position += 1
     return None
 
 
@@ -87,11 +91,11 @@ def last_number(text: str) -> str | None:
 
 
 def _column(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    names = (columns["gold"],) if "gold" in columns else GOLD_COLUMNS
+    names = (columns["gold"],) if "gold" in columns else GROUND_TRUTH_COLUMNS
     for name in names:
         value = row.get(name)
         if isinstance(value, str) and value.strip():
-            return _plain(value)
+            return _without_separators(value)
         if isinstance(value, float) and value.is_integer():
             return str(int(value))
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
@@ -99,7 +103,11 @@ def _column(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
     return None
 
 
-def _plain(text: str) -> str:
+def _without_separators(text: str) -> str:
     """Without the commas of thousands: "1,234" is "1234", while "(1, 2)" and "1,2" stay."""
     text = text.strip()
-    return GROUPED.sub(lambda found: found.group().replace(",", ""), text) if WHOLE_NUMBER.fullmatch(text) else text
+    return (
+        THOUSANDS_SEPARATED.sub(lambda match: match.group().replace(",", ""), text)
+        if WHOLE_NUMBER.fullmatch(text)
+        else text
+    )

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_tune.data.files import Picked
-from lowrank_tune.data.formats import RowFault
+from lowrank_tune.data.files import RowMask
+from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.errors import UserError
-from lowrank_tune.settings import Source
+from lowrank_tune.settings import SourceConfig
 
 LIST = re.compile(r"\[([^\]]*)\]")
 
@@ -20,7 +20,7 @@ LIST = re.compile(r"\[([^\]]*)\]")
 class HubRows:
     """One split of one data set; `datasets` keeps it on disk."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: SourceConfig) -> None:
         self.name, _, revision = source.dataset.partition("@")
         try:
             import datasets  # only here: local files and the built-in problems need no such package
@@ -36,17 +36,19 @@ class HubRows:
         except (KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:  # the library raises its own errors, the hub client's, and bare ValueError
-            raise UserError(f"{self.name}: {explain(error, self.name, source.name, source.split, revision)}") from error
+            raise UserError(
+                f"{self.name}: {describe_hub_error(error, self.name, source.name, source.split, revision)}"
+            ) from error
 
     def lines(self) -> Iterator[int]:
         """The number of every row, from 1."""
         return iter(range(1, len(self._data) + 1))
 
-    def rows(self, picked: Picked) -> Iterator[tuple[int, Mapping[str, Any] | RowFault]]:
+    def rows(self, mask: RowMask) -> Iterator[tuple[int, Mapping[str, Any] | InvalidRow]]:
         """Rows with their numbers; a draw reads only what is drawn."""
-        if picked is None:
+        if mask is None:
             return zip(self.lines(), self._data, strict=True)
-        numbers = np.flatnonzero(picked)
+        numbers = np.flatnonzero(mask)
         return zip((numbers + 1).tolist(), self._data.select(numbers), strict=True)
 
     def content_key(self) -> str:
@@ -54,11 +56,11 @@ class HubRows:
         return str(self._data._fingerprint)
 
 
-def explain(error: Exception, name: str, config: str | None, split: str, revision: str) -> str:
+def describe_hub_error(error: Exception, name: str, config: str | None, split: str, revision: str) -> str:
     """What an error of the hub means and what to do."""
     text = " ".join(str(error).split())
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    choices = found.group(1).replace("'", "") if (found := LIST.search(text)) else ""
+    choices = match.group(1).replace("'", "") if (match := LIST.search(text)) else ""
     if "gated" in text or "GatedRepoError" in kinds:
         return (
             f"it is gated; accept its terms at https://huggingface.co/datasets/{name} and log in with `hf auth login`"

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.settings import Train
+from lowrank_tune.settings import TrainingConfig
 
-Rows = NDArray[np.int64]
+RowIndices = NDArray[np.int64]
 ROWS_PER_STEP = 16
-SHUFFLE, DRAW = 1, 2  # tags that keep the random streams apart
+SHUFFLE_SEED_TAG, DRAW_SEED_TAG = 1, 2  # tags that keep the random streams apart
 
 
-class Order:
+class BatchSampler:
     """The rows of every step.
 
     Without weights an epoch is every row once. With weights it keeps its number of rows; each source gets its share of
@@ -29,13 +29,13 @@ class Order:
         lengths: NDArray[Any],
         source_of: NDArray[Any],
         weights: Sequence[float | None] | None,
-        train: Train,
+        train: TrainingConfig,
         seed: int,
     ) -> None:
         assert len(lengths), "an order of no rows"
         self._lengths, self._seed = np.asarray(lengths, dtype=np.int64), seed
         self._tokens = train.tokens_per_step
-        self._most = train.rows_per_step or (ROWS_PER_STEP if self._tokens is None else len(lengths))
+        self._max_rows = train.rows_per_step or (ROWS_PER_STEP if self._tokens is None else len(lengths))
         self._window = train.length_window
         given = [weight for weight in weights or () if weight is not None]
         self._pools = [np.flatnonzero(source_of == source) for source in range(len(given))] if given else []
@@ -80,52 +80,54 @@ class Order:
     def _random(self, *tags: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, *tags])
 
-    def _make_plan(self, epoch: int) -> list[Rows]:
-        rng = self._random(SHUFFLE, epoch)
-        rows = rng.permutation(self._drawn(epoch))
-        plan: list[Rows] = []
+    def _make_plan(self, epoch: int) -> list[RowIndices]:
+        rng = self._random(SHUFFLE_SEED_TAG, epoch)
+        rows = rng.permutation(self._sample_rows(epoch))
+        plan: list[RowIndices] = []
         while len(rows):
             window = rows[: self._window_end(rows)]
             rows = rows[len(window) :]
             window = window[np.argsort(self._lengths[window], kind="stable")]
-            steps = self._cut(window)
-            plan += [steps[place] for place in rng.permutation(len(steps))]
+            steps = self._cut_into_steps(window)
+            plan += [steps[index] for index in rng.permutation(len(steps))]
         return plan
 
-    def _drawn(self, epoch: int) -> Rows:
+    def _sample_rows(self, epoch: int) -> RowIndices:
         if not self._pools:
             return np.arange(len(self._lengths))
-        return np.concatenate([self._walk(source, epoch * quota, quota) for source, quota in enumerate(self._quotas)])
+        return np.concatenate(
+            [self._sample_source(source, epoch * quota, quota) for source, quota in enumerate(self._quotas)]
+        )
 
-    def _walk(self, source: int, start: int, count: int) -> Rows:
+    def _sample_source(self, source: int, start: int, count: int) -> RowIndices:
         """`count` rows of an endless walk through a source, one permutation after the other."""
         pool, out = self._pools[source], []
         while count:
-            lap, place = divmod(start, len(pool))
-            piece = self._random(DRAW, source, lap).permutation(pool)[place : place + count]
+            lap, offset = divmod(start, len(pool))
+            piece = self._random(DRAW_SEED_TAG, source, lap).permutation(pool)[offset : offset + count]
             out.append(piece)
             start, count = start + len(piece), count - len(piece)
         return np.concatenate(out) if out else pool[:0]
 
-    def _window_end(self, rows: Rows) -> int:
+    def _window_end(self, rows: RowIndices) -> int:
         """How many of these rows the next window takes."""
         if self._tokens is None:
-            return self._most * self._window
+            return self._max_rows * self._window
         ends = np.cumsum(self._lengths[rows])
         end = 0
         for _ in range(self._window):
             end = self._step_end(ends, end)
         return end
 
-    def _step_end(self, ends: Rows, start: int) -> int:
+    def _step_end(self, ends: RowIndices, start: int) -> int:
         """Behind the last row of the step that begins at `start`; `ends` are running sums of lengths."""
         before = int(ends[start - 1]) if start else 0
-        end = start + self._most
+        end = start + self._max_rows
         if self._tokens is not None:
             end = min(end, int(np.searchsorted(ends, before + self._tokens, side="right")))
         return min(max(end, start + 1), len(ends))  # a row longer than the budget comes alone
 
-    def _cut(self, rows: Rows) -> list[Rows]:
+    def _cut_into_steps(self, rows: RowIndices) -> list[RowIndices]:
         ends, steps, start = np.cumsum(self._lengths[rows]), [], 0
         while start < len(rows):
             end = self._step_end(ends, start)
@@ -138,6 +140,6 @@ def largest_remainder(weights: Sequence[float], count: int) -> list[int]:
     """Whole numbers that add up to `count`, in proportion to the weights."""
     exact = np.array(weights) / sum(weights) * count
     shares = np.floor(exact + 1e-9).astype(int)
-    for place in np.argsort(shares - exact, kind="stable")[: count - int(shares.sum())]:
-        shares[place] += 1
+    for index in np.argsort(shares - exact, kind="stable")[: count - int(shares.sum())]:
+        shares[index] += 1
     return [int(share) for share in shares]

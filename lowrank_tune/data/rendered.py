@@ -15,15 +15,15 @@ from typing import Any, cast
 
 from tokenizers import Encoding
 
-from lowrank_tune.data.backend import Backend, starts_at
-from lowrank_tune.data.formats import RowFault, is_text
-from lowrank_tune.data.piecewise import CONTROL_FOUND, NOT_TEXT, Talk
+from lowrank_tune.data.backend import TokenizerBackend, token_start
+from lowrank_tune.data.formats import InvalidRow, is_text
+from lowrank_tune.data.piecewise import CONTROL_FOUND, NOT_TEXT, ChatMessages
 from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message, Row
 
-FIRST_STAND_IN = 0xF0000  # characters of a private plane stand for control tokens in a row's own text
-SHORT = 64  # tails of prompts up to this long are worth remembering
-QUESTION, ANSWER, RULE = "Hm, who asks?", "Nobody asks.", "Rule one."
+FIRST_PLACEHOLDER = 0xF0000  # characters of a private plane stand for control tokens in a row's own text
+MAX_CACHED_TAIL = 64  # tails of prompts up to this long are worth remembering
+PROBE_QUESTION, PROBE_ANSWER, PROBE_SYSTEM = "Hm, who asks?", "Nobody asks.", "Rule one."
 
 
 @dataclass(frozen=True)
@@ -52,28 +52,28 @@ class Rendered:
         ]
 
 
-class OwnTemplate:
+class JinjaChatTemplate:
     """The chat template that came with the tokenizer."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: TokenizerBackend) -> None:
         self.backend = backend
-        self._tails: dict[str, list[int]] = {}
+        self._tail_cache: dict[str, list[int]] = {}
         special = f"(?:{backend.special_pattern.pattern})"
         self._closing = re.compile(rf"(?P<close>{special}(?:{special})*)(?:\s|{special})*\Z")
-        self._learn_habits()
-        self._learn_marks()
+        self._probe_template()
+        self._probe_special_tokens()
 
     @property
-    def jinja(self) -> str:
+    def chat_template(self) -> str:
         """The template as it came."""
         return str(self.backend.tokenizer.chat_template)
 
-    def _learn_habits(self) -> None:
+    def _probe_template(self) -> None:
         """Tries the template on made-up talks: what it needs, what it refuses, what it rewrites."""
-        talk = [Message("user", QUESTION), Message("assistant", ANSWER)]
-        ruled = [Message("system", RULE), *talk]
-        self._asks, self._system = True, "own"
-        plain, with_system = self._try(talk), self._try(ruled)
+        messages = [Message("user", PROBE_QUESTION), Message("assistant", PROBE_ANSWER)]
+        system_messages = [Message("system", PROBE_SYSTEM), *messages]
+        self._adds_generation_prompt, self._system_mode = True, "own"
+        plain, with_system = self._try_render(messages), self._try_render(system_messages)
         if plain is None:
             if with_system is None:
                 raise UserError(
@@ -81,174 +81,185 @@ class OwnTemplate:
                     "turn; "
                     "give the base a working `chat_template`"
                 )
-            self._system = "always"
-        elif with_system is None or RULE not in with_system:
-            self._system = "folded"
-        asked = self._try(talk[:1], ask=True)
+            self._system_mode = "always"
+        elif with_system is None or PROBE_SYSTEM not in with_system:
+            self._system_mode = "folded"
+        prompt = self._try_render(messages[:1], add_generation_prompt=True)
         # Some templates put words in front of an answer that their generation prompt lacks, or the other way round.
-        self._asks = asked is not None and self._render(talk).startswith(asked)
+        self._adds_generation_prompt = prompt is not None and self._render(messages).startswith(prompt)
 
-    def _learn_marks(self) -> None:
-        talk = [Message("user", QUESTION), Message("assistant", ANSWER)]
-        rendered = self._spans([talk], [[message.content for message in talk]])[0]
-        if isinstance(rendered, RowFault):
+    def _probe_special_tokens(self) -> None:
+        messages = [Message("user", PROBE_QUESTION), Message("assistant", PROBE_ANSWER)]
+        rendered = self._render_spans([messages], [[message.content for message in messages]])[0]
+        if isinstance(rendered, InvalidRow):
             raise UserError(f"the base's chat template cannot be trained with: {rendered.reason}")
         marks = self.backend.special_pattern.findall(rendered.text)
-        self._template_marks = tuple(dict.fromkeys(marks))
+        self._template_special_tokens = tuple(dict.fromkeys(marks))
         span = rendered.spans[-1]
-        spoken = rendered.text[span.start : span.end]
+        completion = rendered.text[span.start : span.end]
         closing = {
-            self.backend.specials[mark] for mark in self.backend.special_pattern.findall(spoken.rpartition(ANSWER)[2])
+            self.backend.special_tokens[mark]
+            for mark in self.backend.special_pattern.findall(completion.rpartition(PROBE_ANSWER)[2])
         }
         if self.backend.eos is None and not closing:
             raise UserError("the base's chat template closes answers with no end token, and its tokenizer names none")
         self.end_ids = frozenset(closing | ({self.backend.eos} if self.backend.eos is not None else set()))
-        renders_bos = self.backend.bos in {self.backend.specials[mark] for mark in marks}
+        renders_bos = self.backend.bos in {self.backend.special_tokens[mark] for mark in marks}
         self._bos = (
             [self.backend.bos]
             if self.backend.bos is not None and self.backend.begins_with_bos and not renders_bos
             else []
         )
-        rewritten = any(len(cast(Rendered, made).spans) < 2 for made in self._two_turns())
+        rewritten = any(len(cast(Rendered, probe).spans) < 2 for probe in self._probe_two_turns())
         notes = {
             "own": "",
             "always": " (with an empty system turn where there is none)",
             "folded": " (a system text goes before the question)",
         }
-        self.about = f"the tokenizer's own template{notes[self._system]}"
-        self.about += (
+        self.description = f"the tokenizer's own template{notes[self._system_mode]}"
+        self.description += (
             "; it rewrites earlier turns, and where it does only the last answer is trained" if rewritten else ""
         )
 
-    def _two_turns(self) -> list[Rendered | RowFault]:
-        talks = [
-            [Message("user", QUESTION), Message("assistant", answer)] * 2
-            for answer in (ANSWER, f"<think>\nHm.\n</think>\n\n{ANSWER}")
+    def _probe_two_turns(self) -> list[Rendered | InvalidRow]:
+        conversations = [
+            [Message("user", PROBE_QUESTION), Message("assistant", answer)] * 2
+            for answer in (PROBE_ANSWER, f"<think>\nHm.\n</think>\n\n{PROBE_ANSWER}")
         ]
         return [
-            made
-            for made in self._spans(talks, [[message.content for message in talk] for talk in talks])
-            if isinstance(made, Rendered)
+            rendered
+            for rendered in self._render_spans(
+                conversations, [[message.content for message in messages] for messages in conversations]
+            )
+            if isinstance(rendered, Rendered)
         ]
 
-    def spoils(self, messages: Talk) -> str | None:
+    def validate_messages(self, messages: ChatMessages) -> str | None:
         """Why these turns cannot be rendered; None where they can."""
         if not all(is_text(message.content) for message in messages):
             return NOT_TEXT
         try:
-            self._render(messages, ask=messages[-1].role != "assistant")
-        except RowFault as fault:
+            self._render(messages, add_generation_prompt=messages[-1].role != "assistant")
+        except InvalidRow as fault:
             return fault.reason
         return None
 
-    def prompt(self, messages: Talk) -> list[int]:
+    def prompt(self, messages: ChatMessages) -> list[int]:
         """Ids up to the place where the assistant starts."""
         if not all(is_text(message.content) for message in messages):
-            raise RowFault(NOT_TEXT)
-        stood_in = self._stand_in(messages)
-        made = self._spans([messages], [stood_in], prompt=True)[0]
-        if isinstance(made, RowFault):
-            raise made
-        return [*self._bos, *self._encode(made.text, made.edges)[0]]
+            raise InvalidRow(NOT_TEXT)
+        contents = self._insert_placeholders(messages)
+        rendered = self._render_spans([messages], [contents], prompt=True)[0]
+        if isinstance(rendered, InvalidRow):
+            raise rendered
+        return [*self._bos, *self._encode(rendered.text, rendered.edges)[0]]
 
-    def encode_many(self, rows: Sequence[Talk]) -> list[Row | RowFault]:
+    def encode_many(self, rows: Sequence[ChatMessages]) -> list[Row | InvalidRow]:
         """Rows with their masks: one call of the tokenizer, and more only for rows whose answers merge with their
         prompts."""
-        made = self._spans(rows, [self._stand_in(row) for row in rows])
+        rendered = self._render_spans(rows, [self._insert_placeholders(row) for row in rows])
         simple = {
-            index for index, item in enumerate(made) if isinstance(item, Rendered) and not self._has_stand_in(item.text)
+            index
+            for index, item in enumerate(rendered)
+            if isinstance(item, Rendered) and not self._has_placeholder(item.text)
         }
-        todo = [cast(Rendered, made[index]) for index in sorted(simple)]
+        todo = [cast(Rendered, rendered[index]) for index in sorted(simple)]
         tails = {
             tail
             for item in todo
             for span in item.spans
-            if (tail := self._tail(item.text[: span.start])) not in self._tails
+            if (tail := self._after_last_special_token(item.text[: span.start])) not in self._tail_cache
         }
-        encodings = self.backend.encode_marked([*(item.text for item in todo), *tails])
-        known = {
-            **self._tails,
+        encodings = self.backend.encode_with_special_tokens([*(item.text for item in todo), *tails])
+        tail_ids = {
+            **self._tail_cache,
             **{tail: encoding.ids for tail, encoding in zip(tails, encodings[len(todo) :], strict=True)},
         }
-        self._tails.update(
-            {tail: ids for tail, ids in known.items() if len(tail) <= SHORT and len(self._tails) < 10_000}
+        self._tail_cache.update(
+            {
+                tail: ids
+                for tail, ids in tail_ids.items()
+                if len(tail) <= MAX_CACHED_TAIL and len(self._tail_cache) < 10_000
+            }
         )
         of_row = dict(zip(sorted(simple), encodings, strict=False))
         return [
-            item if isinstance(item, RowFault) else self._row(item, of_row.get(index), known)
-            for index, item in enumerate(made)
+            item if isinstance(item, InvalidRow) else self._to_row(item, of_row.get(index), tail_ids)
+            for index, item in enumerate(rendered)
         ]
 
-    def _row(self, made: Rendered, encoding: Encoding | None, tails: dict[str, list[int]]) -> Row | RowFault:
-        edges = made.edges
-        places = self._places(made, encoding, tails) if encoding is not None else None
-        if encoding is not None and places is not None:
+    def _to_row(self, rendered: Rendered, encoding: Encoding | None, tails: dict[str, list[int]]) -> Row | InvalidRow:
+        edges = rendered.edges
+        offsets = self._token_offsets(rendered, encoding, tails) if encoding is not None else None
+        if encoding is not None and offsets is not None:
             ids = encoding.ids
         else:
-            ids, places = self._encode(made.text, edges)
-            places = {0: 0, len(made.text): len(ids), **places}
-            places.update(
+            ids, offsets = self._encode(rendered.text, edges)
+            offsets = {0: 0, len(rendered.text): len(ids), **offsets}
+            offsets.update(
                 {
-                    span.end: self._behind_marks(made, span, ids, places[span.start])
-                    for span in made.spans
+                    span.end: self._after_special_tokens(rendered, span, ids, offsets[span.start])
+                    for span in rendered.spans
                     if span.closed
                 }
             )
-        if self.backend.hides_control and self._has_hidden(made.text, ids):
-            return RowFault(CONTROL_FOUND)
-        says = [False] * len(ids)
-        for span in made.spans:
-            start, end = places[span.start], places[span.end]
-            says[start:end] = [True] * (end - start)
-        ids, says = [*self._bos, *ids], [*(False for _ in self._bos), *says]
-        if not made.spans[-1].closed:
+        if self.backend.may_hide_special_tokens and self._contains_special_ids(rendered.text, ids):
+            return InvalidRow(CONTROL_FOUND)
+        mask = [False] * len(ids)
+        for span in rendered.spans:
+            start, end = offsets[span.start], offsets[span.end]
+            mask[start:end] = [True] * (end - start)
+        ids, mask = [*self._bos, *ids], [*(False for _ in self._bos), *mask]
+        if not rendered.spans[-1].closed:
             assert self.backend.eos is not None
             ids.append(self.backend.eos)
-            says.append(True)
-        return Row(ids, says)
+            mask.append(True)
+        return Row(ids, mask)
 
-    def _has_hidden(self, text: str, ids: Sequence[int]) -> bool:
-        return sum(map(self.backend.control.__contains__, ids)) > len(self.backend.special_pattern.findall(text))
+    def _contains_special_ids(self, text: str, ids: Sequence[int]) -> bool:
+        return sum(map(self.backend.control_ids.__contains__, ids)) > len(self.backend.special_pattern.findall(text))
 
-    def _places(self, made: Rendered, encoding: Encoding, tails: dict[str, list[int]]) -> dict[int, int] | None:
+    def _token_offsets(
+        self, rendered: Rendered, encoding: Encoding, tails: dict[str, list[int]]
+    ) -> dict[int, int] | None:
         """The first token behind each edge, where the encoding of the whole text begins with the encoding of each
         prompt in it; else None."""
-        places = {}
+        offsets = {}
         ids = encoding.ids
-        if not all(span.closed for span in made.spans[:-1]):
+        if not all(span.closed for span in rendered.spans[:-1]):
             return None  # an answer that runs into the next turn: rare, and `_encode` is exact
-        for span in made.spans:
-            start = _token_at(encoding, span.start, len(made.text))
+        for span in rendered.spans:
+            start = _token_at(encoding, span.start, len(rendered.text))
             last = encoding.char_to_token(span.end - 1)
             if start is None or last is None:
                 return None
-            tail = tails[self._tail(made.text[: span.start])]
+            tail = tails[self._after_last_special_token(rendered.text[: span.start])]
             if ids[max(0, start - len(tail)) : start] != tail:
                 return None
-            places[span.start], places[span.end] = start, last + 1 if span.closed else len(ids)
-        return places
+            offsets[span.start], offsets[span.end] = start, last + 1 if span.closed else len(ids)
+        return offsets
 
-    def _behind_marks(self, made: Rendered, span: Span, ids: Sequence[int], place: int) -> int:
+    def _after_special_tokens(self, rendered: Rendered, span: Span, ids: Sequence[int], first: int) -> int:
         """Behind the last control token of a closed span that starts at token `place`: no id of its words is a control
         token."""
-        marks = len(self.backend.special_pattern.findall(made.text, span.start, span.end))
-        found = [index for index in range(place, len(ids)) if ids[index] in self.backend.control]
-        return found[marks - 1] + 1
+        marks = len(self.backend.special_pattern.findall(rendered.text, span.start, span.end))
+        special_positions = [index for index in range(first, len(ids)) if ids[index] in self.backend.control_ids]
+        return special_positions[marks - 1] + 1
 
-    def _tail(self, prompt: str) -> str:
+    def _after_last_special_token(self, prompt: str) -> str:
         """The end of a prompt from its last control token on. The tokenizer never merges across such a token."""
-        return prompt[max(0, *(prompt.rfind(mark) for mark in self._template_marks), 0) :]
+        return prompt[max(0, *(prompt.rfind(mark) for mark in self._template_special_tokens), 0) :]
 
     def _encode(self, text: str, edges: Sequence[int]) -> tuple[list[int], dict[int, int]]:
         """Ids of a text of which every prompt in it is encoded as it is alone, and the first token behind each edge."""
         inner = [edge for edge in edges if 0 < edge < len(text)]
-        if not self._has_stand_in(text):
-            encoding = self.backend.encode_marked([text])[0]
-            places = {edge: _token_at(encoding, edge, len(text)) for edge in inner}
+        if not self._has_placeholder(text):
+            encoding = self.backend.encode_with_special_tokens([text])[0]
+            offsets = {edge: _token_at(encoding, edge, len(text)) for edge in inner}
             if not inner:
                 return encoding.ids, {}
             head, heads = self._encode(text[: inner[-1]], inner)
-            cut = places[inner[-1]]
+            cut = offsets[inner[-1]]
             if cut is not None and encoding.ids[:cut] == head:
                 return encoding.ids, {**heads, inner[-1]: cut}
         elif inner:
@@ -262,138 +273,155 @@ class OwnTemplate:
         for."""
         ids: list[int] = []
         position = 0
-        for found in [*self.backend.special_pattern.finditer(text), None]:
-            piece = self._put_back(text[position : found.start() if found else len(text)])
+        for match in [*self.backend.special_pattern.finditer(text), None]:
+            piece = self._restore_placeholders(text[position : match.start() if match else len(text)])
             if piece:
                 ids += (
-                    self.backend.encode_plain([piece])[0] if first and not ids else self.backend.continue_plain(piece)
+                    self.backend.encode_plain([piece])[0]
+                    if first and not ids
+                    else self.backend.encode_continuation(piece)
                 )
-            if found:
-                ids.append(self.backend.specials[found.group()])
-                position = found.end()
+            if match:
+                ids.append(self.backend.special_tokens[match.group()])
+                position = match.end()
         return ids
 
-    def _stand_in(self, messages: Talk) -> list[str]:
+    def _insert_placeholders(self, messages: ChatMessages) -> list[str]:
         """The contents, with a private character for each control token that stands in them."""
-        pattern, names = self.backend.special_pattern, list(self.backend.specials)
+        pattern, names = self.backend.special_pattern, list(self.backend.special_tokens)
         return [
-            pattern.sub(lambda found: chr(FIRST_STAND_IN + names.index(found.group())), message.content)
+            pattern.sub(lambda match: chr(FIRST_PLACEHOLDER + names.index(match.group())), message.content)
             for message in messages
         ]
 
-    def _has_stand_in(self, text: str) -> bool:
+    def _has_placeholder(self, text: str) -> bool:
         return not text.isascii() and any(
-            FIRST_STAND_IN <= ord(sign) < FIRST_STAND_IN + len(self.backend.specials) for sign in set(text)
+            FIRST_PLACEHOLDER <= ord(character) < FIRST_PLACEHOLDER + len(self.backend.special_tokens)
+            for character in set(text)
         )
 
-    def _put_back(self, text: str) -> str:
-        names = list(self.backend.specials)
+    def _restore_placeholders(self, text: str) -> str:
+        names = list(self.backend.special_tokens)
         return "".join(
-            names[place] if 0 <= (place := ord(sign) - FIRST_STAND_IN) < len(names) else sign for sign in text
+            names[index] if 0 <= (index := ord(character) - FIRST_PLACEHOLDER) < len(names) else character
+            for character in text
         )
 
-    def _spans(
-        self, rows: Sequence[Talk], contents: Sequence[Sequence[str]], prompt: bool = False
-    ) -> list[Rendered | RowFault]:
+    def _render_spans(
+        self, rows: Sequence[ChatMessages], contents: Sequence[Sequence[str]], prompt: bool = False
+    ) -> list[Rendered | InvalidRow]:
         """Renders rows, and each of their prompts and answers, in one go; with `prompt` up to where the next answer
         starts."""
-        talks = [
+        conversations = [
             [Message(turn.role, text) for turn, text in zip(row, texts, strict=True)]
             for row, texts in zip(rows, contents, strict=True)
         ]
-        wanted: list[tuple[Talk, bool]] = []
-        for talk in talks:
-            wanted.append((talk, prompt))
-            for index in _answers(talk):
-                wanted.append((talk[:index], True))
-                if index + 1 < len(talk):
-                    wanted.append((talk[: index + 1], False))
-        texts = iter(self._render_all(wanted))
-        out: list[Rendered | RowFault] = []
-        for row, talk in zip(rows, talks, strict=True):
+        requests: list[tuple[ChatMessages, bool]] = []
+        for messages in conversations:
+            requests.append((messages, prompt))
+            for index in _answers(messages):
+                requests.append((messages[:index], True))
+                if index + 1 < len(messages):
+                    requests.append((messages[: index + 1], False))
+        texts = iter(self._render_all(requests))
+        out: list[Rendered | InvalidRow] = []
+        for row, messages in zip(rows, conversations, strict=True):
             whole = next(texts)
-            parts = [(next(texts), next(texts) if index + 1 < len(talk) else whole) for index in _answers(talk)]
+            parts = [(next(texts), next(texts) if index + 1 < len(messages) else whole) for index in _answers(messages)]
             if not all(is_text(message.content) for message in row):
-                out.append(RowFault(NOT_TEXT))
+                out.append(InvalidRow(NOT_TEXT))
             elif fault := next(
-                (text for text in (whole, *(text for pair in parts for text in pair)) if isinstance(text, RowFault)),
+                (text for text in (whole, *(text for pair in parts for text in pair)) if isinstance(text, InvalidRow)),
                 None,
             ):
                 out.append(fault)
             else:
-                out.append(self._find(cast(str, whole), cast(list[tuple[str, str]], parts), prompt))
+                out.append(self._locate_spans(cast(str, whole), cast(list[tuple[str, str]], parts), prompt))
         return out
 
-    def _find(self, whole: str, parts: Sequence[tuple[str, str]], prompt: bool) -> Rendered | RowFault:
+    def _locate_spans(self, whole: str, parts: Sequence[tuple[str, str]], prompt: bool) -> Rendered | InvalidRow:
         spans = []
-        for asked, answered in parts:
-            if not answered.startswith(asked):
+        for prompt_text, full_text in parts:
+            if not full_text.startswith(prompt_text):
                 continue
-            closing = self._closing.search(answered, len(asked))
-            end = closing.end("close") if closing else len(asked) + len(answered[len(asked) :].rstrip())
+            closing = self._closing.search(full_text, len(prompt_text))
+            end = closing.end("close") if closing else len(prompt_text) + len(full_text[len(prompt_text) :].rstrip())
             # A template may rewrite an earlier turn, as those do that strip thoughts: then the model never saw this
             # prompt.
-            if whole.startswith(answered[:end]) and end > len(asked):
-                spans.append(Span(len(asked), end, closing is not None))
+            if whole.startswith(full_text[:end]) and end > len(prompt_text):
+                spans.append(Span(len(prompt_text), end, closing is not None))
         if prompt:
             return Rendered(whole, tuple(spans))
         if not parts or not spans or spans[-1].start != len(parts[-1][0]):
-            return RowFault(
+            return InvalidRow(
                 "the chat template rewrites the turns before the last answer, so that its prompt does not come out "
                 "again"
             )
         return Rendered(whole if spans[-1].closed else whole[: spans[-1].end], tuple(spans))
 
-    def _render_all(self, wanted: Sequence[tuple[Talk, bool]]) -> list[str | RowFault]:
+    def _render_all(self, requests: Sequence[tuple[ChatMessages, bool]]) -> list[str | InvalidRow]:
         """Many renderings; all at once where none fails, because a call costs more than a rendering."""
-        out: list[str | RowFault] = [""] * len(wanted)
-        for ask in (False, True):
-            indices = [index for index, (_, asks) in enumerate(wanted) if asks is ask]
+        out: list[str | InvalidRow] = [""] * len(requests)
+        for add_generation_prompt in (False, True):
+            indices = [
+                index for index, (_, wants_prompt) in enumerate(requests) if wants_prompt is add_generation_prompt
+            ]
             if not indices:
                 continue
             try:
-                texts = self._call([self._prepare(wanted[index][0]) for index in indices], ask and self._asks)
+                texts = self._apply_template(
+                    [self._prepare(requests[index][0]) for index in indices],
+                    add_generation_prompt and self._adds_generation_prompt,
+                )
             except Exception:  # a template may raise anything: below, row by row, it is told which one it was
-                texts = [self._one(wanted[index][0], ask) for index in indices]
+                texts = [self._render_or_fault(requests[index][0], add_generation_prompt) for index in indices]
             for index, text in zip(indices, texts, strict=True):
                 out[index] = text
         return out
 
-    def _one(self, messages: Talk, ask: bool) -> str | RowFault:
+    def _render_or_fault(self, messages: ChatMessages, add_generation_prompt: bool) -> str | InvalidRow:
         try:
-            return self._render(messages, ask)
-        except RowFault as fault:
+            return self._render(messages, add_generation_prompt)
+        except InvalidRow as fault:
             return fault
 
-    def _try(self, messages: Talk, ask: bool = False) -> str | None:
-        text = self._one(messages, ask)
+    def _try_render(self, messages: ChatMessages, add_generation_prompt: bool = False) -> str | None:
+        text = self._render_or_fault(messages, add_generation_prompt)
         return text if isinstance(text, str) else None
 
-    def _render(self, messages: Talk, ask: bool = False) -> str:
+    def _render(self, messages: ChatMessages, add_generation_prompt: bool = False) -> str:
         try:
-            return cast(str, self._call([self._prepare(messages)], ask and self._asks)[0])
+            return cast(
+                str,
+                self._apply_template([self._prepare(messages)], add_generation_prompt and self._adds_generation_prompt)[
+                    0
+                ],
+            )
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RowFault(f"the base's chat template refuses it: {reason[:100]}") from error
+            raise InvalidRow(f"the base's chat template refuses it: {reason[:100]}") from error
 
-    def _call(self, talks: list[list[dict[str, str]]], ask: bool) -> list[Any]:
+    def _apply_template(self, conversations: list[list[dict[str, str]]], add_generation_prompt: bool) -> list[Any]:
         return cast(
-            list[Any], self.backend.tokenizer.apply_chat_template(talks, tokenize=False, add_generation_prompt=ask)
+            list[Any],
+            self.backend.tokenizer.apply_chat_template(
+                conversations, tokenize=False, add_generation_prompt=add_generation_prompt
+            ),
         )
 
-    def _prepare(self, messages: Talk) -> list[dict[str, str]]:
+    def _prepare(self, messages: ChatMessages) -> list[dict[str, str]]:
         """The turns as the template takes them."""
-        talk = [{"role": message.role, "content": message.content} for message in messages]
-        is_ruled = bool(talk) and talk[0]["role"] == "system"
-        if self._system == "always" and not is_ruled:
-            talk.insert(0, {"role": "system", "content": ""})
-        elif self._system == "folded" and is_ruled and len(talk) > 1:
-            talk[1]["content"] = f"{talk[0]['content']}\n\n{talk[1]['content']}"
-            del talk[0]
-        return talk
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        has_system = bool(turns) and turns[0]["role"] == "system"
+        if self._system_mode == "always" and not has_system:
+            turns.insert(0, {"role": "system", "content": ""})
+        elif self._system_mode == "folded" and has_system and len(turns) > 1:
+            turns[1]["content"] = f"{turns[0]['content']}\n\n{turns[1]['content']}"
+            del turns[0]
+        return turns
 
 
-def _answers(messages: Talk) -> list[int]:
+def _answers(messages: ChatMessages) -> list[int]:
     return [index for index, message in enumerate(messages) if message.role == "assistant"]
 
 
@@ -401,5 +429,5 @@ def _token_at(encoding: Encoding, edge: int, length: int) -> int | None:
     """The token that starts at this character; None where one reaches across it."""
     if edge in (0, length):
         return 0 if edge == 0 else len(encoding.ids)
-    place = encoding.char_to_token(edge)
-    return place if place is not None and starts_at(encoding, place) == edge else None
+    token = encoding.char_to_token(edge)
+    return token if token is not None and token_start(encoding, token) == edge else None

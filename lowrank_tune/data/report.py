@@ -13,17 +13,17 @@ EXAMPLES = 5
 
 
 @dataclass
-class Dropped:
+class DroppedRows:
     """Rows dropped for one reason: how many, and the first few as `file:line`."""
 
     count: int = 0
-    places: list[str] = field(default_factory=list)
+    locations: list[str] = field(default_factory=list)
 
-    def add(self, place: str) -> None:
+    def add(self, location: str) -> None:
         """Counts one more."""
         self.count += 1
-        if len(self.places) < EXAMPLES:
-            self.places.append(place)
+        if len(self.locations) < EXAMPLES:
+            self.locations.append(location)
 
 
 @dataclass
@@ -40,62 +40,64 @@ class SourceReport:
     read: int = 0
     used: int = 0
     truncated: int = 0
-    truncated_places: list[str] = field(default_factory=list)
+    truncated_locations: list[str] = field(default_factory=list)
     longest: int = 0
-    golds: int = 0
+    ground_truths: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     duplicates: int = 0
     weight: float | None = None
-    dropped: dict[str, Dropped] = field(default_factory=dict)
+    dropped: dict[str, DroppedRows] = field(default_factory=dict)
 
-    def drop(self, reason: str, place: str) -> None:
+    def count_dropped(self, reason: str, location: str) -> None:
         """Counts a row that cannot be used."""
-        self.dropped.setdefault(reason, Dropped()).add(place)
+        self.dropped.setdefault(reason, DroppedRows()).add(location)
 
-    def use(self, rows: Sequence[Row], has_gold: bool) -> None:
+    def count_used(self, rows: Sequence[Row], has_ground_truth: bool) -> None:
         """Counts a row that is used, with all that was made of it."""
         self.used += 1
-        self.golds += has_gold
-        self.tokens += sum(len(row.ids) for row in rows)
-        self.trained_tokens += sum(sum(row.says) for row in rows)
+        self.ground_truths += has_ground_truth
+        self.tokens += sum(len(row.input_ids) for row in rows)
+        self.trained_tokens += sum(sum(row.completion_mask) for row in rows)
 
     @property
-    def rejected(self) -> int:
+    def num_dropped(self) -> int:
         return sum(reason.count for reason in self.dropped.values())
 
     def reasons(self) -> str:
         """The most frequent reasons in words."""
         most = sorted(self.dropped.items(), key=lambda item: -item[1].count)[:3]
-        told = [f"{dropped.count}: {reason} ({_lines(dropped)})" for reason, dropped in most]
-        return ", ".join(told) + (f", and {len(self.dropped) - 3} more reasons" if len(self.dropped) > 3 else "")
+        parts = [f"{dropped.count}: {reason} ({_lines(dropped)})" for reason, dropped in most]
+        return ", ".join(parts) + (f", and {len(self.dropped) - 3} more reasons" if len(self.dropped) > 3 else "")
 
-    def truncate(self, place: str) -> None:
+    def count_truncated(self, location: str) -> None:
         """Counts a row that is used, shortened."""
         self.truncated += 1
-        if len(self.truncated_places) < EXAMPLES:
-            self.truncated_places.append(place)
+        if len(self.truncated_locations) < EXAMPLES:
+            self.truncated_locations.append(location)
 
-    def fault(self, max_rejected_share: float) -> str | None:
+    def fault(self, max_invalid_fraction: float) -> str | None:
         """Why training must not begin: too little of the source can be used."""
         if not self.used:
             return f"{self.name}: none of its {self.read} rows can be used: {self.reasons()}"
-        if self.rejected > max_rejected_share * self.read:
+        if self.num_dropped > max_invalid_fraction * self.read:
             return (
-                f"{self.name}: {self.rejected} of {self.read} rows cannot be used: {self.reasons()}; "
+                f"{self.name}: {self.num_dropped} of {self.read} rows cannot be used: {self.reasons()}; "
                 "mend them, or raise `data.max_rejected_share` to go on without them"
             )
         return None
 
-    def check(self, max_rejected_share: float) -> None:
+    def check(self, max_invalid_fraction: float) -> None:
         """Raises `UserError` where too little of the source can be used."""
-        if (fault := self.fault(max_rejected_share)) is not None:
+        if (fault := self.fault(max_invalid_fraction)) is not None:
             raise UserError(fault)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SourceReport:
         """Back from JSON."""
-        return cls(**{**data, "dropped": {reason: Dropped(**dropped) for reason, dropped in data["dropped"].items()}})
+        return cls(
+            **{**data, "dropped": {reason: DroppedRows(**dropped) for reason, dropped in data["dropped"].items()}}
+        )
 
 
 @dataclass(frozen=True)
@@ -126,16 +128,16 @@ class Report:
 
     def lines(self) -> list[str]:
         """As sentences, one a source and one for the whole."""
-        told = []
+        lines = []
         for source in (*self.train, *self.validation):
             line = f"{source.name} ({source.format}): {source.used} of {source.read} {self.unit}s, "
             line += f"{source.tokens} tokens, {source.trained_tokens} trained"
             line += f", {source.truncated} truncated" if source.truncated else ""
-            told.append(line + (f"; dropped {source.reasons()}" if source.dropped else ""))
-        told.append(f"{self.train_rows} {self.unit}s to train on, {self.validation_rows} to validate; {self.mixture}")
-        return [*told, *([beside] if (beside := self.expected()) else [])]
+            lines.append(line + (f"; dropped {source.reasons()}" if source.dropped else ""))
+        lines.append(f"{self.train_rows} {self.unit}s to train on, {self.validation_rows} to validate; {self.mixture}")
+        return [*lines, *([comparison] if (comparison := self.compare_expected_tokens()) else [])]
 
-    def expected(self) -> str:
+    def compare_expected_tokens(self) -> str:
         """The tokens measured beside those that the recipe expects, in words; empty where it expects none."""
         if self.expected_tokens is None:
             return ""
@@ -146,6 +148,6 @@ class Report:
         )
 
 
-def _lines(dropped: Dropped) -> str:
-    lines = [place.rpartition(":")[2] for place in dropped.places]
+def _lines(dropped: DroppedRows) -> str:
+    lines = [location.rpartition(":")[2] for location in dropped.locations]
     return f"line{'s' if len(lines) > 1 else ''} {', '.join(lines)}{' ...' if dropped.count > len(lines) else ''}"

@@ -12,19 +12,19 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.data.files import SUFFIXES, Part, Picked, Raw, open_file, pick
-from lowrank_tune.data.formats import RowFault
+from lowrank_tune.data.files import SUFFIXES, DataFile, RawExample, RowMask, open_file, select_rows
+from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.data.hub import HubRows
 from lowrank_tune.errors import UserError, did_you_mean
-from lowrank_tune.settings import Source
+from lowrank_tune.settings import SourceConfig
 from lowrank_tune.tutor import problems
 
-ROWS = 4  # a tag beside those of `mixture`, which keeps the random streams apart
-TUTOR = ("tutor", "tutor-preferences")
-TUTOR_ROWS = {"train": 400, "heldout": 200}
+ROWS_SEED_TAG = 4  # a tag beside those of `mixture`, which keeps the random streams apart
+BUILTIN_DATASETS = ("tutor", "tutor-preferences")
+BUILTIN_SIZES = {"train": 400, "heldout": 200}
 
 
-class Place(NamedTuple):
+class RowLocation(NamedTuple):
     """Where a row stands: a file (or data set) and a line (of an array, a table or a data set: the row's number), from
     1."""
 
@@ -35,72 +35,72 @@ class Place(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
-Chunk = Sequence[tuple[Place, Raw | RowFault]]
+Chunk = Sequence[tuple[RowLocation, RawExample | InvalidRow]]
 
 
-class Rows:
+class SourceRows:
     """The rows of a source, all or a draw of them, in their own order.
 
     A draw is the beginning of one permutation of all rows, so that it can go on where it ended: `filled`.
     """
 
-    def __init__(self, name: str, parts: Sequence[Part], count: int | None = None, seed: int = 0) -> None:
-        self.name, self._parts = name, tuple(parts)
-        self._lengths = [sum(1 for _ in part.lines()) for part in self._parts]
-        self._start, self._end, self._asked = 0, sum(self._lengths), count
+    def __init__(self, name: str, files: Sequence[DataFile], count: int | None = None, seed: int = 0) -> None:
+        self.name, self._files = name, tuple(files)
+        self._lengths = [sum(1 for _ in file.lines()) for file in self._files]
+        self._start, self._end, self._requested = 0, sum(self._lengths), count
         if not self._end:
             raise UserError(
                 f"{name}: it is empty; expected JSON lines, a JSON array, CSV or Parquet with at least one row"
             )
-        self._drawn: NDArray[np.int64] | None = None
+        self._permutation: NDArray[np.int64] | None = None
         if count is not None and count < self._end:
-            self._drawn, self._seed = np.random.default_rng([ROWS, seed]).permutation(self._end), seed
+            self._permutation, self._seed = np.random.default_rng([ROWS_SEED_TAG, seed]).permutation(self._end), seed
             self._end = count
 
     def __len__(self) -> int:
         return self._end - self._start
 
-    def __iter__(self) -> Iterator[tuple[Place, Raw | RowFault]]:
-        picked = None
-        if self._drawn is not None:
-            picked = np.zeros(len(self._drawn), dtype=np.bool_)
-            picked[self._drawn[self._start : self._end]] = True
+    def __iter__(self) -> Iterator[tuple[RowLocation, RawExample | InvalidRow]]:
+        mask = None
+        if self._permutation is not None:
+            mask = np.zeros(len(self._permutation), dtype=np.bool_)
+            mask[self._permutation[self._start : self._end]] = True
         first = 0
-        for part, length in zip(self._parts, self._lengths, strict=True):
-            for line, row in part.rows(None if picked is None else picked[first : first + length]):
-                yield Place(part.name, line), row
+        for file, length in zip(self._files, self._lengths, strict=True):
+            for line, row in file.rows(None if mask is None else mask[first : first + length]):
+                yield RowLocation(file.name, line), row
             first += length
 
-    def filled(self, used: Callable[[], int]) -> Iterator[Rows]:
+    def refill_dropped(self, used: Callable[[], int]) -> Iterator[SourceRows]:
         """These rows, then as many further ones of the draw as are still missing when `used` tells how many could be
         used."""
-        part = self
-        yield part
-        while self._drawn is not None and self._asked is not None:
-            missing = min(self._asked - used(), len(self._drawn) - part._end)
+        rows = self
+        yield rows
+        while self._permutation is not None and self._requested is not None:
+            missing = min(self._requested - used(), len(self._permutation) - rows._end)
             if missing <= 0:
                 return
-            part = copy.copy(part)
-            part._start, part._end = part._end, part._end + missing
-            yield part
+            rows = copy.copy(rows)
+            rows._start, rows._end = rows._end, rows._end + missing
+            yield rows
 
     def content_key(self) -> str:
         """Changes with the contents of the files, and with the draw."""
-        drawn = "" if self._drawn is None else f" {self._asked} drawn with {self._seed}"
-        return " ".join([part.name + part.content_key() for part in self._parts]) + drawn
+        drawn = "" if self._permutation is None else f" {self._requested} drawn with {self._seed}"
+        return " ".join([file.name + file.content_key() for file in self._files]) + drawn
 
 
-def read(source: Source, seed: int) -> Rows:
+def read_source(source: SourceConfig, seed: int) -> SourceRows:
     """The rows of a source. Raises `UserError` where there is none of that name."""
-    if source.dataset in TUTOR:
-        return Rows(source.dataset, [_Tutor(source, seed)])
+    if source.dataset in BUILTIN_DATASETS:
+        return SourceRows(source.dataset, [_BuiltinRows(source, seed)])
     path = Path(source.dataset).expanduser()
     try:
         is_there = path.exists()
     except (OSError, ValueError) as error:
         raise UserError(f"{source.dataset}: {error}") from error
     if not is_there and not _looks_like_a_path(source.dataset):
-        return Rows(source.dataset, [HubRows(source)], source.rows, seed)
+        return SourceRows(source.dataset, [HubRows(source)], source.rows, seed)
     if not is_there:
         raise UserError(_missing(source.dataset, path))
     for name, value, usual in (("name", source.name, None), ("split", source.split, "train")):
@@ -109,7 +109,7 @@ def read(source: Source, seed: int) -> Rows:
                 f"{source.dataset}: `{name}: {value}` is for data sets of the hub, and this is a local path; name "
                 f"the file instead"
             )
-    return Rows(
+    return SourceRows(
         source.dataset,
         [
             open_file(
@@ -161,15 +161,15 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-class _Tutor:
+class _BuiltinRows:
     """The built-in problems, or pairs of answers to them."""
 
-    def __init__(self, source: Source, seed: int) -> None:
-        if source.split not in TUTOR_ROWS:
+    def __init__(self, source: SourceConfig, seed: int) -> None:
+        if source.split not in BUILTIN_SIZES:
             raise UserError(f"{source.dataset}: there is no split `{source.split}`; it has train and heldout")
         if source.name is not None:
             raise UserError(f"{source.dataset}: it has no configurations; leave `name` out")
-        self.name, count = source.dataset, source.rows or TUTOR_ROWS[source.split]
+        self.name, count = source.dataset, source.rows or BUILTIN_SIZES[source.split]
         self._rows: list[dict[str, str]] = (
             problems.preferences(count, seed, source.split)
             if self.name == "tutor-preferences"
@@ -179,8 +179,8 @@ class _Tutor:
     def lines(self) -> Iterator[int]:
         return iter(range(1, len(self._rows) + 1))
 
-    def rows(self, picked: Picked) -> Iterator[tuple[int, Raw | RowFault]]:
-        return pick(enumerate(self._rows, start=1), picked)
+    def rows(self, mask: RowMask) -> Iterator[tuple[int, RawExample | InvalidRow]]:
+        return select_rows(enumerate(self._rows, start=1), mask)
 
     def content_key(self) -> str:
         return hashlib.blake2b(repr(self._rows).encode()).hexdigest()

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowrank_tune.data.report import SourceReport
-from lowrank_tune.errors import Fault, RunFailed
+from lowrank_tune.errors import ConfigProblem, TrainingError
 from lowrank_tune.types import Message, Row
 
 ARRAYS: dict[str, str] = {
@@ -43,8 +43,10 @@ ARRAYS: dict[str, str] = {
     "has_gold": "|b1",
 }
 SLICE = 8192  # rows hashed at a time: a store may be larger than memory
-TOUCHED = 1024  # rows read, after which their pages are given back
-MOST_CHECKED = 1 << 30  # bytes; reading more than this at every start would cost longer than a broken cache is likely
+ROWS_PER_PAGE_RELEASE = 1024  # rows read, after which their pages are given back
+MAX_CHECKSUM_BYTES = (
+    1 << 30
+)  # bytes; reading more than this at every start would cost longer than a broken cache is likely
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,21 @@ class Entry:
     conversation of each."""
 
     rows: tuple[Row, ...]
-    talks: tuple[int, ...]
-    gold: str | None = None
+    conversation_hashes: tuple[int, ...]
+    ground_truth: str | None = None
     margin: float = 0.0
 
     @property
-    def key(self) -> int:
+    def row_hash(self) -> int:
         """Equal for equal entries."""
-        if len(self.talks) == 1:
-            return self.talks[0]
+        if len(self.conversation_hashes) == 1:
+            return self.conversation_hashes[0]
         return int.from_bytes(
-            hashlib.blake2b(np.array(self.talks, dtype="<u8").tobytes(), digest_size=8).digest(), "little"
+            hashlib.blake2b(np.array(self.conversation_hashes, dtype="<u8").tobytes(), digest_size=8).digest(), "little"
         )
 
 
-def talk_key(messages: Sequence[Message]) -> int:
+def conversation_hash(messages: Sequence[Message]) -> int:
     """Equal for equal conversations."""
     text = "\x1e".join(f"{message.role}\x1f{message.content}" for message in messages)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
@@ -104,9 +106,9 @@ class StoreWriter:
     """Writes a store in a temporary folder beside its place, and renames it at the end. Leaves nothing behind
     otherwise."""
 
-    def __init__(self, folder: Path, together: int = 1) -> None:
-        self.folder, self.together = folder, together
-        self._tokens = self._gold_bytes = 0
+    def __init__(self, folder: Path, rows_per_unit: int = 1) -> None:
+        self.folder, self.rows_per_unit = folder, rows_per_unit
+        self._tokens = self._ground_truth_bytes = 0
 
     def __enter__(self) -> Self:
         try:
@@ -118,7 +120,7 @@ class StoreWriter:
         except OSError as error:
             if hasattr(self, "_temporary"):
                 shutil.rmtree(self._temporary, ignore_errors=True)
-            raise _unwritable(self.folder.parent, error) from error
+            raise _write_error(self.folder.parent, error) from error
         return self
 
     def _start(self) -> None:
@@ -134,65 +136,68 @@ class StoreWriter:
                 file.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
         if isinstance(error, OSError):
-            raise _unwritable(self.folder.parent, error) from error
+            raise _write_error(self.folder.parent, error) from error
 
     def add(self, entries: Sequence[Entry], source: int, file_lines: Sequence[tuple[int, int]]) -> None:
         """Appends entries, with the file and the line of each."""
         array = self._arrays
         rows = [row for entry in entries for row in entry.rows]
         of_row = [number for number, entry in enumerate(entries) for _ in entry.rows]
-        assert len(rows) == self.together * len(entries)
-        lengths = np.array([len(row.ids) for row in rows], dtype=np.int64)
-        golds = [(entries[number].gold or "").encode() for number in of_row]
+        assert len(rows) == self.rows_per_unit * len(entries)
+        lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
+        ground_truths = [(entries[number].ground_truth or "").encode() for number in of_row]
         values: dict[str, Any] = {
-            "ids": np.fromiter(chain.from_iterable(row.ids for row in rows), np.int32, int(lengths.sum())),
-            "says": np.fromiter(chain.from_iterable(row.says for row in rows), np.bool_, int(lengths.sum())),
+            "ids": np.fromiter(chain.from_iterable(row.input_ids for row in rows), np.int32, int(lengths.sum())),
+            "says": np.fromiter(chain.from_iterable(row.completion_mask for row in rows), np.bool_, int(lengths.sum())),
             "starts": self._tokens + np.cumsum(lengths),
             "sources": [source] * len(rows),
             "files": [file_lines[number][0] for number in of_row],
             "lines": [file_lines[number][1] for number in of_row],
-            "keys": np.array([entries[number].key for number in of_row], dtype=np.uint64),
-            "talks": np.array([talk for entry in entries for talk in entry.talks], dtype=np.uint64),
+            "keys": np.array([entries[number].row_hash for number in of_row], dtype=np.uint64),
+            "talks": np.array(
+                [chat_hash for entry in entries for chat_hash in entry.conversation_hashes], dtype=np.uint64
+            ),
             "margins": [entries[number].margin for number in of_row],
-            "golds": np.frombuffer(b"".join(golds), dtype=np.uint8),
-            "has_gold": [entries[number].gold is not None for number in of_row],
-            "gold_starts": self._gold_bytes + np.cumsum([len(gold) for gold in golds], dtype=np.int64),
+            "golds": np.frombuffer(b"".join(ground_truths), dtype=np.uint8),
+            "has_gold": [entries[number].ground_truth is not None for number in of_row],
+            "gold_starts": self._ground_truth_bytes
+            + np.cumsum([len(encoded) for encoded in ground_truths], dtype=np.int64),
         }
         for name, value in values.items():
             array[name].append(value)
         self._tokens += int(lengths.sum())
-        self._gold_bytes += sum(map(len, golds))
+        self._ground_truth_bytes += sum(map(len, ground_truths))
 
-    def drop(self, place: tuple[str, int], reason: str) -> None:
+    def drop(self, location: tuple[str, int], reason: str) -> None:
         """Writes down a row that is not used."""
-        self._dropped.write(json.dumps({"file": place[0], "line": place[1], "reason": reason}) + "\n")
+        self._dropped.write(json.dumps({"file": location[0], "line": location[1], "reason": reason}) + "\n")
 
-    def finish(self, files: list[str], reports: list[SourceReport]) -> TokenStore:
+    def finish(self, files: list[str], reports: list[SourceReport]) -> TokenizedDataset:
         """Completes the store and puts it in its place."""
         for file in self._arrays.values():
             file.close()
         self._dropped.close()
         sums = {path.name: _checksum(path) for path in sorted(self._temporary.iterdir())}
         state = {
-            "together": self.together,
+            "together": self.rows_per_unit,
             "files": files,
             "reports": [asdict(report) for report in reports],
             "sums": sums,
         }
         (self._temporary / "store.json").write_text(json.dumps(state), encoding="utf-8")
-        if self.folder.exists() and TokenStore.open(self.folder) is None:
+        if self.folder.exists() and TokenizedDataset.open(self.folder) is None:
             shutil.rmtree(self.folder, ignore_errors=True)
         try:
             os.rename(self._temporary, self.folder)
         except OSError:
-            if TokenStore.open(self.folder) is None:  # else another process was quicker, with the same rows
+            if TokenizedDataset.open(self.folder) is None:  # else another process was quicker, with the same rows
                 raise
-        store = TokenStore.open(self.folder)
+        store = TokenizedDataset.open(self.folder)
         assert store is not None
         return store
 
 
-class TokenStore:
+class TokenizedDataset:
     """Tokenised rows. `[i]` is a `Row` of numpy views; `take` gives a store of some of the rows.
 
     A unit is what is learned from at once: a row; or, with `together` 2, the two adjacent rows of a pair, the chosen
@@ -205,57 +210,57 @@ class TokenStore:
         files: list[str],
         reports: list[SourceReport],
         folder: Path,
-        picked: NDArray[np.int64],
-        together: int = 1,
+        indices: NDArray[np.int64],
+        rows_per_unit: int = 1,
     ) -> None:
-        self._arrays, self.files, self.reports, self.folder, self.picked, self.together = (
+        self._arrays, self.files, self.reports, self.folder, self.indices, self.rows_per_unit = (
             arrays,
             files,
             reports,
             folder,
-            picked,
-            together,
+            indices,
+            rows_per_unit,
         )
         starts = arrays["starts"]
-        self.lengths: NDArray[np.int64] = np.asarray(starts[picked + 1] - starts[picked])
-        self.source_of: NDArray[np.int32] = np.asarray(arrays["sources"][picked])
-        self.units = len(picked) // together
+        self.lengths: NDArray[np.int64] = np.asarray(starts[indices + 1] - starts[indices])
+        self.source_of: NDArray[np.int32] = np.asarray(arrays["sources"][indices])
+        self.units = len(indices) // rows_per_unit
         self.unit_lengths: NDArray[np.int64] = (
-            self.lengths if together == 1 else self.lengths.reshape(-1, together).sum(axis=1)
+            self.lengths if rows_per_unit == 1 else self.lengths.reshape(-1, rows_per_unit).sum(axis=1)
         )
         """Tokens of all rows of each unit."""
-        self.unit_source_of: NDArray[np.int32] = self.source_of[::together]
-        self._touched = 0
+        self.unit_source_of: NDArray[np.int32] = self.source_of[::rows_per_unit]
+        self._rows_read = 0
 
     # What follows is asked for now and then: it is read where it is asked for, and not kept.
 
     @property
     def line_of(self) -> NDArray[np.int64]:
         """The line that each row comes from."""
-        return np.asarray(self._arrays["lines"][self.picked])
+        return np.asarray(self._arrays["lines"][self.indices])
 
     @property
-    def keys(self) -> NDArray[np.uint64]:
+    def row_hashes(self) -> NDArray[np.uint64]:
         """Equal for equal conversations; of pairs for equal pairs, on both rows."""
-        return np.asarray(self._arrays["keys"][self.picked])
+        return np.asarray(self._arrays["keys"][self.indices])
 
     @property
-    def unit_keys(self) -> NDArray[np.uint64]:
+    def unit_hashes(self) -> NDArray[np.uint64]:
         """The same, one a unit."""
-        return self.keys[:: self.together]
+        return self.row_hashes[:: self.rows_per_unit]
 
     @property
-    def talks(self) -> NDArray[np.uint64]:
+    def conversation_hashes(self) -> NDArray[np.uint64]:
         """Of each row alone: equal for equal conversations."""
-        return np.asarray(self._arrays["talks"][self.picked])
+        return np.asarray(self._arrays["talks"][self.indices])
 
     @cached_property
     def margins(self) -> NDArray[np.float32]:
         """By how much the chosen one should be ahead, on both rows of a pair; 0 where nothing says so."""
-        return np.asarray(self._arrays["margins"][self.picked])
+        return np.asarray(self._arrays["margins"][self.indices])
 
     @classmethod
-    def open(cls, folder: Path) -> TokenStore | None:
+    def open(cls, folder: Path) -> TokenizedDataset | None:
         """The store in this folder; None where there is none, or a broken one."""
         try:
             state = json.loads((folder / "store.json").read_text(encoding="utf-8"))
@@ -276,54 +281,59 @@ class TokenStore:
             return None
 
     def __len__(self) -> int:
-        return len(self.picked)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Row:
-        row = self.picked[index]
+        row = self.indices[index]
         start, end = self._arrays["starts"][row], self._arrays["starts"][row + 1]
-        self._touched += 1
-        if self._touched % TOUCHED == 0:
-            self._give_back()
+        self._rows_read += 1
+        if self._rows_read % ROWS_PER_PAGE_RELEASE == 0:
+            self._release_pages()
         # Arrays behave as the sequences that a `Row` holds.
         return Row(
             cast(Sequence[int], self._arrays["ids"][start:end]), cast(Sequence[bool], self._arrays["says"][start:end])
         )
 
-    def take(self, rows: NDArray[np.int64]) -> TokenStore:
+    def select_rows(self, rows: NDArray[np.int64]) -> TokenizedDataset:
         """A store of these rows, on the same arrays; of pairs both rows, one after the other."""
-        firsts = rows[:: self.together]
-        assert all(np.array_equal(rows[place :: self.together], firsts + place) for place in range(self.together)), (
-            "half of a pair"
+        firsts = rows[:: self.rows_per_unit]
+        assert all(
+            np.array_equal(rows[offset :: self.rows_per_unit], firsts + offset) for offset in range(self.rows_per_unit)
+        ), "half of a pair"
+        assert not (firsts % self.rows_per_unit).any(), "rows of two pairs"
+        return TokenizedDataset(
+            self._arrays, self.files, self.reports, self.folder, self.indices[rows], self.rows_per_unit
         )
-        assert not (firsts % self.together).any(), "rows of two pairs"
-        return TokenStore(self._arrays, self.files, self.reports, self.folder, self.picked[rows], self.together)
 
-    def take_units(self, units: NDArray[np.int64]) -> TokenStore:
+    def select_units(self, units: NDArray[np.int64]) -> TokenizedDataset:
         """The same by numbers of units."""
-        return self.take(self.rows_of(units))
+        return self.select_rows(self.rows_of(units))
 
     def rows_of(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of these units, one unit after the other."""
-        return np.asarray((units[:, None] * self.together + np.arange(self.together)).reshape(-1))
+        return np.asarray((units[:, None] * self.rows_per_unit + np.arange(self.rows_per_unit)).reshape(-1))
 
     def content_hash(self) -> str:
         """Changes with any id, mask or length of these rows, and with their numbers in the whole store."""
-        found = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(digest_size=16)
         for start in range(0, len(self), SLICE):
-            for array in (*self.joined(start, start + SLICE), self.picked[start : start + SLICE]):
-                found.update(np.ascontiguousarray(array).tobytes())
-        return found.hexdigest()
+            for array in (*self.concat_rows(start, start + SLICE), self.indices[start : start + SLICE]):
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
-    def joined(self, start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.int64]]:
+    def concat_rows(self, start: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.int64]]:
         """Ids and mask of the rows from `start` to before `end`, one after the other, and the length of each."""
-        lengths, firsts = self.lengths[start:end], self._arrays["starts"][self.picked[start:end]]
+        lengths, firsts = self.lengths[start:end], self._arrays["starts"][self.indices[start:end]]
         behind = np.cumsum(lengths)
-        where = np.repeat(firsts - (behind - lengths), lengths) + np.arange(behind[-1] if len(behind) else 0)
-        ids, says = np.asarray(self._arrays["ids"][where]), np.asarray(self._arrays["says"][where])
-        self._give_back()
-        return ids, says, lengths
+        positions = np.repeat(firsts - (behind - lengths), lengths) + np.arange(behind[-1] if len(behind) else 0)
+        input_ids, completion_mask = (
+            np.asarray(self._arrays["ids"][positions]),
+            np.asarray(self._arrays["says"][positions]),
+        )
+        self._release_pages()
+        return input_ids, completion_mask, lengths
 
-    def _give_back(self) -> None:
+    def _release_pages(self) -> None:
         """Tells the kernel that what was read of the large files need not stay in this process: it would count as its
         memory."""
         for name in ("ids", "says"):
@@ -331,29 +341,29 @@ class TokenStore:
             if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
-    def gold_of(self, index: int) -> str | None:
+    def ground_truth_of(self, index: int) -> str | None:
         """The gold answer of a row."""
-        row = self.picked[index]
+        row = self.indices[index]
         if not self._arrays["has_gold"][row]:
             return None
         start, end = self._arrays["gold_starts"][row], self._arrays["gold_starts"][row + 1]
         return bytes(self._arrays["golds"][start:end]).decode()
 
-    def place_of(self, index: int) -> str:
+    def row_location(self, index: int) -> str:
         """Where the row came from: `file:line`."""
-        row = self.picked[index]
+        row = self.indices[index]
         return f"{self.files[int(self._arrays['files'][row])]}:{int(self._arrays['lines'][row])}"
 
-    def trained_of(self, index: int) -> int:
+    def num_trained_tokens(self, index: int) -> int:
         """How many tokens of the row are trained."""
-        return int(np.count_nonzero(self[index].says))
+        return int(np.count_nonzero(self[index].completion_mask))
 
-    def dropped(self) -> Iterator[Fault]:
+    def dropped(self) -> Iterator[ConfigProblem]:
         """Every row that was read and not used, with its reason."""
         with (self.folder / "dropped.jsonl").open(encoding="utf-8") as file:
             for line in file:
                 fault = json.loads(line)
-                yield Fault(fault["reason"], file=fault["file"], line=fault["line"])
+                yield ConfigProblem(fault["reason"], file=fault["file"], line=fault["line"])
 
 
 def _is_filled(path: Path) -> bool:
@@ -366,15 +376,15 @@ def _is_filled(path: Path) -> bool:
 
 def _checksum(path: Path) -> list[int]:
     size, checksum = path.stat().st_size, 0
-    if size <= MOST_CHECKED:
+    if size <= MAX_CHECKSUM_BYTES:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 checksum = zlib.crc32(block, checksum)
     return [size, checksum]
 
 
-def _unwritable(folder: Path, error: OSError) -> RunFailed:
-    return RunFailed(
+def _write_error(folder: Path, error: OSError) -> TrainingError:
+    return TrainingError(
         f"{folder}: the cache of tokenised rows cannot be written ({error.strerror or error}); "
         "free some space, or name another folder in LOWRANK_TUNE_CACHE"
     )

@@ -1,18 +1,18 @@
 """Evaluations of what was trained: base and tuned voices side by side from the same weights, every figure with its
 interval."""
 
-from lowrank_tune.evals.evaluation import Evaluation, Options, evaluate, has_figures
-from lowrank_tune.evals.record import EVALS, Figure, Record, append_record, read_records, to_record
+from lowrank_tune.evals.evaluation import Evaluation, Options, evaluate, has_metrics
+from lowrank_tune.evals.record import EVALS, EvalRecord, MetricValue, append_record, parse_record, read_records
 
 __all__ = [
     "EVALS",
     "Evaluation",
-    "Figure",
+    "MetricValue",
     "Options",
-    "Record",
+    "EvalRecord",
     "append_record",
     "evaluate",
-    "has_figures",
+    "has_metrics",
     "read_records",
-    "to_record",
+    "parse_record",
 ]

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-LEVEL = 0.95
-DRAWS = 4000  # of the bootstrap
-AT_ONCE = 1 << 22  # weights of draws that are in memory at once
-NORMAL = NormalDist()
+CONFIDENCE = 0.95
+BOOTSTRAP_SAMPLES = 4000  # of the bootstrap
+BOOTSTRAP_CHUNK = 1 << 22  # weights of draws that are in memory at once
+STANDARD_NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)
@@ -53,48 +53,54 @@ def pass_at_k(answers: int, right: int, k: int) -> float:
     return 1.0 - math.comb(answers - right, k) / math.comb(answers, k)
 
 
-def wilson(share: float, draws: float, level: float = LEVEL) -> tuple[float, float]:
+def wilson_interval(proportion: float, num_trials: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """The score interval of a share of so many independent draws."""
-    z = NORMAL.inv_cdf((1 + level) / 2)
-    centre = (share + z * z / (2 * draws)) / (1 + z * z / draws)
-    half = z / (1 + z * z / draws) * math.sqrt(share * (1 - share) / draws + z * z / (4 * draws * draws))
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+    z = STANDARD_NORMAL.inv_cdf((1 + confidence) / 2)
+    center = (proportion + z * z / (2 * num_trials)) / (1 + z * z / num_trials)
+    half = (
+        z
+        / (1 + z * z / num_trials)
+        * math.sqrt(proportion * (1 - proportion) / num_trials + z * z / (4 * num_trials * num_trials))
+    )
+    return max(0.0, min(proportion, center - half)), min(1.0, max(proportion, center + half))
 
 
-def share_of(values: Sequence[float], at_most: float, level: float = LEVEL) -> Interval:
+def proportion_ci(values: Sequence[float], trials_per_prompt: float, confidence: float = CONFIDENCE) -> Interval:
     """The mean of shares in [0, 1], one a prompt. `at_most`: how many independent draws a prompt's answers are worth if
     they are not alike."""
     prompts = len(values)
     mean = math.fsum(values) / prompts if prompts else math.nan
     if not prompts:
         return Interval(mean, math.nan, math.nan, 0, "none")
-    spread = math.fsum((value - mean) ** 2 for value in values) / prompts
-    most = prompts * max(1.0, at_most)
+    variance = math.fsum((value - mean) ** 2 for value in values) / prompts
+    max_trials = prompts * max(1.0, trials_per_prompt)
     if mean in (0.0, 1.0):
-        draws = float(prompts)  # where nothing differs, nothing shows how alike a prompt's answers are
+        num_trials = float(prompts)  # where nothing differs, nothing shows how alike a prompt's answers are
     else:
-        draws = min(most, mean * (1 - mean) * prompts / spread) if spread > 0 else most
-    low, high = wilson(mean, draws, level)
+        num_trials = min(max_trials, mean * (1 - mean) * prompts / variance) if variance > 0 else max_trials
+    low, high = wilson_interval(mean, num_trials, confidence)
     return Interval(mean, low, high, prompts, "wilson, clustered by prompt")
 
 
-def ratio_of(over: Sequence[float], under: Sequence[float], seed: int, level: float = LEVEL) -> Interval:
+def ratio_ci(
+    numerators: Sequence[float], denominators: Sequence[float], seed: int, confidence: float = CONFIDENCE
+) -> Interval:
     """sum(over) / sum(under), one entry of each a prompt: a loss a token. With `under` all 1 it is a mean."""
-    top, bottom = np.asarray(over, dtype=np.float64), np.asarray(under, dtype=np.float64)
+    top, bottom = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     value = float(top.sum() / bottom.sum()) if bottom.sum() else math.nan
-    return _bootstrapped(value, (top, bottom), None, seed, level)
+    return _bootstrap_ci(value, (top, bottom), None, seed, confidence)
 
 
-def mean_of(values: Sequence[float], seed: int, level: float = LEVEL) -> Interval:
+def mean_ci(values: Sequence[float], seed: int, confidence: float = CONFIDENCE) -> Interval:
     """The mean of one number a prompt."""
-    return ratio_of(values, [1.0] * len(values), seed, level)
+    return ratio_ci(values, [1.0] * len(values), seed, confidence)
 
 
-def difference_of(
+def paired_difference_ci(
     one: tuple[Sequence[float], Sequence[float]],
     other: tuple[Sequence[float], Sequence[float]],
     seed: int,
-    level: float = LEVEL,
+    confidence: float = CONFIDENCE,
 ) -> Interval:
     """The ratio of the first less that of the second (numerators and denominators, the same prompts in the same order):
     paired."""
@@ -104,49 +110,51 @@ def difference_of(
     assert len(mine[0]) == len(theirs[0]), "differences are of the same prompts"
     both = mine[1].sum() and theirs[1].sum()
     value = float(mine[0].sum() / mine[1].sum() - theirs[0].sum() / theirs[1].sum()) if both else math.nan
-    return _bootstrapped(value, mine, theirs, seed, level)
+    return _bootstrap_ci(value, mine, theirs, seed, confidence)
 
 
-Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
+RatioArrays = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
-def _bootstrapped(value: float, mine: Pair, theirs: Pair | None, seed: int, level: float) -> Interval:
+def _bootstrap_ci(
+    value: float, mine: RatioArrays, theirs: RatioArrays | None, seed: int, confidence: float
+) -> Interval:
     prompts = len(mine[0])
     if prompts < 2 or not math.isfinite(value):
         return Interval(value, math.nan, math.nan, prompts, "none")
-    rng, drawn = np.random.default_rng(seed), list[NDArray[np.float64]]()
-    at_once = max(1, AT_ONCE // prompts)
+    rng, samples = np.random.default_rng(seed), list[NDArray[np.float64]]()
+    chunk_size = max(1, BOOTSTRAP_CHUNK // prompts)
     with np.errstate(invalid="ignore", divide="ignore"):  # a draw without any token of a loss is left out below
-        for start in range(0, DRAWS, at_once):
-            counts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=min(at_once, DRAWS - start)).astype(
-                np.float64
-            )
-            found = (counts @ mine[0]) / (counts @ mine[1])
-            drawn.append(found if theirs is None else found - (counts @ theirs[0]) / (counts @ theirs[1]))
-    all_drawn = np.concatenate(drawn)
-    tail = expanded_tail(prompts, level)
-    low, high = np.quantile(all_drawn[np.isfinite(all_drawn)], [tail, 1 - tail])
+        for start in range(0, BOOTSTRAP_SAMPLES, chunk_size):
+            counts = rng.multinomial(
+                prompts, np.full(prompts, 1 / prompts), size=min(chunk_size, BOOTSTRAP_SAMPLES - start)
+            ).astype(np.float64)
+            estimates = (counts @ mine[0]) / (counts @ mine[1])
+            samples.append(estimates if theirs is None else estimates - (counts @ theirs[0]) / (counts @ theirs[1]))
+    all_samples = np.concatenate(samples)
+    tail = bootstrap_tail(prompts, confidence)
+    low, high = np.quantile(all_samples[np.isfinite(all_samples)], [tail, 1 - tail])
     return Interval(value, float(low), float(high), prompts, "bootstrap over prompts")
 
 
-def expanded_tail(prompts: int, level: float = LEVEL) -> float:
+def bootstrap_tail(prompts: int, confidence: float = CONFIDENCE) -> float:
     """The share of bootstrap draws that is left out on each side: less than (1 - level) / 2, since so few prompts vary
     less than all do."""
-    return NORMAL.cdf(-math.sqrt(prompts / (prompts - 1)) * t_quantile((1 + level) / 2, prompts - 1))
+    return STANDARD_NORMAL.cdf(-math.sqrt(prompts / (prompts - 1)) * t_quantile((1 + confidence) / 2, prompts - 1))
 
 
-def t_quantile(p: float, freedom: int) -> float:
+def t_quantile(p: float, df: int) -> float:
     """Student's t: exact for 1 and 2 degrees of freedom, else by Cornish and Fisher's expansion (Abramowitz and Stegun
     26.7.5), there right to a hundredth."""
-    if freedom == 1:
+    if df == 1:
         return math.tan(math.pi * (p - 0.5))
-    if freedom == 2:
+    if df == 2:
         return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
-    z = NORMAL.inv_cdf(p)
+    z = STANDARD_NORMAL.inv_cdf(p)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + math.fsum(term / freedom**power for power, term in enumerate(terms, 1))
+    return z + math.fsum(term / df**power for power, term in enumerate(terms, 1))

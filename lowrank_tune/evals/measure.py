@@ -11,21 +11,21 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from lowrank_tune.data import Template, collate
-from lowrank_tune.evals.marking import Mark, Marking
-from lowrank_tune.evals.questions import Question
+from lowrank_tune.data import ChatTemplate, collate
+from lowrank_tune.evals.marking import GradedAnswer, Grader
+from lowrank_tune.evals.questions import EvalQuestion
 from lowrank_tune.evals.subject import role_of
 from lowrank_tune.events import Emit, Progress
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout import Engine
-from lowrank_tune.types import Row, Sampling
+from lowrank_tune.types import Row, SamplingParams
 
-ANSWERS = 512  # of a part, about: enough to keep the engine busy
+ANSWERS_PER_BATCH = 512  # of a part, about: enough to keep the engine busy
 MICRO_TOKENS = 1 << 14
 
 
 @dataclass(frozen=True)
-class Loss:
+class ReferenceLoss:
     """Of one reference answer: the sum of -log p of its tokens in nats, and how many they are."""
 
     total: float
@@ -33,105 +33,112 @@ class Loss:
 
 
 @dataclass
-class Measured:
+class EvalResult:
     """Of each voice what it answered to each question that is `done`, and its loss there; questions by number."""
 
-    voices: list[str]
-    questions: list[Question]
-    marks: dict[str, dict[int, list[Mark]]] = field(default_factory=dict)
-    losses: dict[str, dict[int, Loss]] = field(default_factory=dict)
+    variants: list[str]
+    questions: list[EvalQuestion]
+    answers: dict[str, dict[int, list[GradedAnswer]]] = field(default_factory=dict)
+    losses: dict[str, dict[int, ReferenceLoss]] = field(default_factory=dict)
     done: list[int] = field(default_factory=list)
     interrupted: bool = False
 
 
-class Meter:
+class Evaluator:
     """Measures voices over one base. `answering` False leaves answers out: nothing could be told of them."""
 
     def __init__(
         self,
         roles: Roles,
-        template: Template,
-        marking: Marking,
-        sampling: Sampling,
+        template: ChatTemplate,
+        grader: Grader,
+        sampling: SamplingParams,
         samples: int,
         answering: bool,
         emit: Emit,
     ) -> None:
-        self.roles, self.template, self.marking, self.sampling = roles, template, marking, sampling
+        self.roles, self.template, self.grader, self.sampling = roles, template, grader, sampling
         self.samples, self.answering, self.emit = samples, answering, emit
 
-    def measure(self, voices: Sequence[str], questions: Sequence[Question], seed: int) -> Measured:
+    def measure(self, variants: Sequence[str], questions: Sequence[EvalQuestion], seed: int) -> EvalResult:
         """Ctrl-C ends it with the parts that all voices have finished."""
-        found = Measured(
-            list(voices), list(questions), {voice: {} for voice in voices}, {voice: {} for voice in voices}
+        result = EvalResult(
+            list(variants),
+            list(questions),
+            {variant: {} for variant in variants},
+            {variant: {} for variant in variants},
         )
         order = list(questions)
         random.Random(f"eval-{seed}").shuffle(order)
-        each = max(1, ANSWERS // (self.samples if self.answering else 1))
+        each = max(1, ANSWERS_PER_BATCH // (self.samples if self.answering else 1))
         count = -(-len(order) // each)
         parts = [order[number * len(order) // count : (number + 1) * len(order) // count] for number in range(count)]
-        work = sum(self._work(part) for part in parts) * len(voices)
-        bar = _Bar(f"evaluating {', '.join(voices)}", work, self.emit)
+        work = sum(self._count_work(part) for part in parts) * len(variants)
+        bar = _ProgressBar(f"evaluating {', '.join(variants)}", work, self.emit)
         try:
             for part in parts:
-                self._part(found, part, bar)
+                self._run_batch(result, part, bar)
         except KeyboardInterrupt:
-            found.interrupted = True
-        return found
+            result.interrupted = True
+        return result
 
-    def _work(self, part: Sequence[Question]) -> int:
+    def _count_work(self, part: Sequence[EvalQuestion]) -> int:
         return len(part) * (self.samples if self.answering else 0) + sum(one.reference is not None for one in part)
 
-    def _part(self, found: Measured, part: Sequence[Question], bar: _Bar) -> None:
+    def _run_batch(self, result: EvalResult, part: Sequence[EvalQuestion], bar: _ProgressBar) -> None:
         """All voices on some questions; nothing of it is kept unless all of it is."""
-        losses = {voice: self._losses(voice, part, bar.more) for voice in found.voices}
-        marks = {voice: self._answers(voice, part, bar.more) for voice in found.voices if self.answering}
-        for voice in found.voices:
-            found.losses[voice] |= losses[voice]
-            found.marks[voice] |= marks.get(voice, {})
-        found.done += [one.number for one in part]
+        losses = {variant: self._losses(variant, part, bar.advance) for variant in result.variants}
+        answers = {variant: self._answers(variant, part, bar.advance) for variant in result.variants if self.answering}
+        for variant in result.variants:
+            result.losses[variant] |= losses[variant]
+            result.answers[variant] |= answers.get(variant, {})
+        result.done += [one.number for one in part]
 
-    def _losses(self, voice: str, part: Sequence[Question], tell: Callable[[int], None]) -> dict[int, Loss]:
+    def _losses(
+        self, variant: str, part: Sequence[EvalQuestion], on_progress: Callable[[int], None]
+    ) -> dict[int, ReferenceLoss]:
         waiting = sorted(
             ((one.number, one.reference) for one in part if one.reference is not None),
-            key=lambda each: -len(each[1].ids),
+            key=lambda each: -len(each[1].input_ids),
         )
-        found: dict[int, Loss] = {}
+        losses: dict[int, ReferenceLoss] = {}
         while waiting:
-            count = max(1, MICRO_TOKENS // len(waiting[0][1].ids))
+            count = max(1, MICRO_TOKENS // len(waiting[0][1].input_ids))
             some, waiting = waiting[:count], waiting[count:]
             rows: list[Row] = [row for _, row in some]
             batch = collate(rows, self.template.pad_id).to(self.roles.base.device)
-            with self.roles.quiet():
-                logps = self.roles.logps(role_of(voice), batch).logps.double().sum(dim=1)
-            counts = batch.scored.sum(dim=1)
+            with self.roles.inference_mode():
+                logps = self.roles.logps(role_of(variant), batch).logps.double().sum(dim=1)
+            counts = batch.loss_mask.sum(dim=1)
             for (number, _), total, tokens in zip(some, logps.tolist(), counts.tolist(), strict=True):
-                found[number] = Loss(-total, int(tokens))
-            tell(len(some))
-        return found
+                losses[number] = ReferenceLoss(-total, int(tokens))
+            on_progress(len(some))
+        return losses
 
-    def _answers(self, voice: str, part: Sequence[Question], tell: Callable[[int], None]) -> dict[int, list[Mark]]:
-        engine = Engine(self.roles, role_of(voice))
+    def _answers(
+        self, variant: str, part: Sequence[EvalQuestion], on_progress: Callable[[int], None]
+    ) -> dict[int, list[GradedAnswer]]:
+        engine = Engine(self.roles, role_of(variant))
         numbers = [one.number for one in part]
-        for completion in engine.generate([one.ids for one in part], self.samples, self.sampling, numbers):
+        for completion in engine.generate([one.prompt_ids for one in part], self.samples, self.sampling, numbers):
             question = part[completion.prompt]
-            self.marking.submit((question.number, completion.sample), question, completion)
-            tell(1)
-        marks: dict[int, list[Mark]] = {number: [] for number in numbers}
-        for (number, _), mark in sorted(self.marking.collect().items(), key=lambda each: each[0]):
-            marks[number].append(mark)
-        return marks
+            self.grader.submit((question.number, completion.sample), question, completion)
+            on_progress(1)
+        answers: dict[int, list[GradedAnswer]] = {number: [] for number in numbers}
+        for (number, _), answer in sorted(self.grader.collect().items(), key=lambda each: each[0]):
+            answers[number].append(answer)
+        return answers
 
 
-class _Bar:
+class _ProgressBar:
     """Tells how far all of it is, at most two hundred times."""
 
-    def __init__(self, what: str, total: int, emit: Emit) -> None:
-        self.what, self.total, self.emit, self.done = what, total, emit, 0
+    def __init__(self, label: str, total: int, emit: Emit) -> None:
+        self.label, self.total, self.emit, self.done = label, total, emit, 0
         if total:
-            emit(Progress(what=what, done=0, total=total))
+            emit(Progress(what=label, done=0, total=total))
 
-    def more(self, count: int) -> None:
+    def advance(self, count: int) -> None:
         before, self.done = self.done, self.done + count
         if self.done * 200 // self.total != before * 200 // self.total:
-            self.emit(Progress(what=self.what, done=self.done, total=self.total))
+            self.emit(Progress(what=self.label, done=self.done, total=self.total))

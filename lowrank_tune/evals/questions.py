@@ -8,49 +8,54 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank_tune import settings
-from lowrank_tune.data import Conversation, RowFault, Template, load, prompts, read
+from lowrank_tune.data import ChatTemplate, Conversation, InvalidRow, load, load_heldout_prompts, read_source
 from lowrank_tune.data.load import Prompt
-from lowrank_tune.data.tokenise import conversation, shape_of
+from lowrank_tune.data.tokenise import conversation, format_of
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Emit, Note
+from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.types import Row
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalQuestion:
     """`number` names the random streams of its answers. `reference`: prompt and reference answer as the base reads
     them."""
 
     number: int
-    ids: list[int]
+    prompt_ids: list[int]
     text: str
-    gold: str | None
+    ground_truth: str | None
     row: Mapping[str, Any] = field(default_factory=dict)
     reference: Row | None = None
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalQuestions:
     """The questions, and where they come from in words that a record can keep."""
 
-    questions: list[Question]
+    questions: list[EvalQuestion]
     origin: str
 
 
-def questions_on(source: settings.Source, count: int, seed: int, template: Template, system: str | None) -> Asked:
+def load_eval_questions(
+    source: settings.SourceConfig, count: int, seed: int, template: ChatTemplate, system: str | None
+) -> EvalQuestions:
     """Up to `count` questions of a source, drawn as a run draws its held-out ones. Raises UserError where no row can be
     asked."""
-    found = prompts(source, count, seed, system)
-    usable = [(number, one) for number, one in enumerate(one for one in found if template.spoils(one.messages) is None)]
+    candidates = load_heldout_prompts(source, count, seed, system)
+    usable = [
+        (number, one)
+        for number, one in enumerate(one for one in candidates if template.validate_messages(one.messages) is None)
+    ]
     if not usable:
-        raise UserError(f"{source.dataset}: {template.spoils(found[0].messages)}")
-    shape = shape_of(source, read(source, seed))
-    made = [
-        Question(
+        raise UserError(f"{source.dataset}: {template.validate_messages(candidates[0].messages)}")
+    shape = format_of(source, read_source(source, seed))
+    questions = [
+        EvalQuestion(
             number,
             template.prompt(one.messages),
             one.messages[-1].content,
-            one.gold,
+            one.ground_truth,
             one.row,
             _reference(one, source, shape, template, system),
         )
@@ -61,75 +66,93 @@ def questions_on(source: settings.Source, count: int, seed: int, template: Templ
         *([source.name] if source.name else []),
         *([source.split] if source.split != "train" else []),
     ]
-    return Asked(made, " ".join(named))
+    return EvalQuestions(questions, " ".join(named))
 
 
-def _reference(one: Prompt, source: settings.Source, shape: str, template: Template, system: str | None) -> Row | None:
+def _reference(
+    one: Prompt, source: settings.SourceConfig, shape: str, template: ChatTemplate, system: str | None
+) -> Row | None:
     """The row whole; of a pair there is none here: what is better than something else need not be what should be
     said."""
-    talk = conversation(one.row, source, shape, system) if shape != "preference" else None
-    if not isinstance(talk, Conversation):
+    parsed = conversation(one.row, source, shape, system) if shape != "preference" else None
+    if not isinstance(parsed, Conversation):
         return None
-    row = template.encode_many([talk.messages])[0]
-    return None if isinstance(row, RowFault) or not any(row.says) else row
+    row = template.encode_many([parsed.messages])[0]
+    return None if isinstance(row, InvalidRow) or not any(row.completion_mask) else row
 
 
-def own_questions(recipe: settings.Recipe, count: int, template: Template, emit: Emit) -> Asked:
+def recipe_heldout_questions(
+    recipe: settings.RecipeConfig, count: int, template: ChatTemplate, emit: Emit
+) -> EvalQuestions:
     """The held-out questions of a run's own recipe; else its validation rows. Raises UserError where it has neither."""
     wanted = recipe.evaluate.heldout
     if wanted is not None:
-        return questions_on(wanted, count, recipe.seed, template, recipe.data.system)
+        return load_eval_questions(wanted, count, recipe.seed, template, recipe.data.system)
     if recipe.data.validation:
         parts = [
-            questions_on(source, -(-count // len(recipe.data.validation)), recipe.seed, template, recipe.data.system)
+            load_eval_questions(
+                source, -(-count // len(recipe.data.validation)), recipe.seed, template, recipe.data.system
+            )
             for source in recipe.data.validation
         ]
         several = [one for part in parts for one in part.questions][:count]
-        return Asked(
+        return EvalQuestions(
             [
-                Question(number, one.ids, one.text, one.gold, one.row, one.reference)
+                EvalQuestion(number, one.prompt_ids, one.text, one.ground_truth, one.row, one.reference)
                 for number, one in enumerate(several)
             ],
             ", ".join(part.origin for part in parts),
         )
     if recipe.algorithm in ("sft", "dpo") and recipe.data.validation_share:
-        return _set_aside(recipe, count, template, emit)
+        return _validation_questions(recipe, count, template, emit)
     raise UserError(
         "this run's recipe has no held-out questions (`evaluate.heldout`): say what to evaluate on, as --on rows.jsonl"
     )
 
 
-def _set_aside(recipe: settings.Recipe, count: int, template: Template, emit: Emit) -> Asked:
+def _validation_questions(
+    recipe: settings.RecipeConfig, count: int, template: ChatTemplate, emit: Emit
+) -> EvalQuestions:
     """Rows that the run set aside of its training rows. Their gold answers are not kept, so they give losses, and
     prompts for a judge."""
-    store = load(recipe.data, template, recipe.seed, _silent, pairs=recipe.pairs).validation
+    store = load(recipe.data, template, recipe.seed, _ignore_event, pairs=recipe.uses_pairs).validation
     if store is None or not store.units:
         raise UserError("this run has no validation rows: say what to evaluate on, as --on rows.jsonl")
     emit(
-        Note(
+        LogMessage(
             message="the run's validation rows are asked; they have no gold answers, so nothing tells which answers "
             "are right"
         )
     )
     questions = []
     for number in range(min(count, store.units)):
-        row: Row = store[number * store.together]
-        ids = [int(token) for token in row.ids[: list(row.says).index(True)]]
-        reference = None if recipe.pairs else Row([int(token) for token in row.ids], [bool(said) for said in row.says])
-        questions.append(Question(number, ids, template.decode(ids), None, {}, reference))
-    return Asked(questions, "validation rows of the run")
+        row: Row = store[number * store.rows_per_unit]
+        prompt_ids = [int(token) for token in row.input_ids[: list(row.completion_mask).index(True)]]
+        reference = (
+            None
+            if recipe.uses_pairs
+            else Row(
+                [int(token) for token in row.input_ids], [bool(in_completion) for in_completion in row.completion_mask]
+            )
+        )
+        questions.append(EvalQuestion(number, prompt_ids, template.decode(prompt_ids), None, {}, reference))
+    return EvalQuestions(questions, "validation rows of the run")
 
 
-def source_of(given: str, name: str | None, split: str | None, recipe: settings.Recipe | None) -> settings.Source:
+def eval_source(
+    given: str, name: str | None, split: str | None, recipe: settings.RecipeConfig | None
+) -> settings.SourceConfig:
     """The source that --on names; columns, format and gold answers are read as the recipe reads its own rows."""
-    found = settings.Source(dataset=given, name=name, split=split or ("heldout" if given == "tutor" else "train"))
-    like: Sequence[settings.Source] = (
+    source = settings.SourceConfig(
+        dataset=given, name=name, split=split or ("heldout" if given == "tutor" else "train")
+    )
+    like: Sequence[settings.SourceConfig] = (
         () if recipe is None else [*filter(None, [recipe.evaluate.heldout]), *recipe.data.train]
     )
     if not like or given.startswith("tutor") or like[0].dataset.startswith("tutor"):
-        return found
-    return found.model_copy(update={"columns": like[0].columns, "gold": like[0].gold})
+        return source
+    return source.model_copy(update={"columns": like[0].columns, "gold": like[0].gold})
 
 
-def _silent(event: object) -> None:
+def _ignore_event(event: object) -> None:
     pass

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank_tune.checkpoint import finite, telling, write_all
+from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_all
 
 EVALS, VERSION = "evals.jsonl", 1
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
     """Adds one evaluation, durably and in one write. Raises UserError or RunFailed with path and reason."""
-    data = json.dumps(finite(dict(record)), allow_nan=False).encode("ascii") + b"\n"
-    with telling(path):
+    data = json.dumps(replace_nonfinite(dict(record)), allow_nan=False).encode("ascii") + b"\n"
+    with as_user_error(path):
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             size = os.fstat(file).st_size
@@ -32,7 +32,7 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Figure:
+class MetricValue:
     """A figure of a record with its interval, `low` None where it has none; `prompts` that it is of."""
 
     value: float
@@ -42,7 +42,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Record:
+class EvalRecord:
     """One evaluation as it was written: when, on what, in which settings, and its figures by voice and name."""
 
     time: float
@@ -51,51 +51,51 @@ class Record:
     prompts: int
     planned: int
     interrupted: bool
-    figures: Mapping[str, Mapping[str, Figure]]
-    changes: Mapping[str, Mapping[str, Figure]]
-    wins: Mapping[str, Mapping[str, Figure]]
+    figures: Mapping[str, Mapping[str, MetricValue]]
+    changes: Mapping[str, Mapping[str, MetricValue]]
+    wins: Mapping[str, Mapping[str, MetricValue]]
     shares: Mapping[str, Mapping[str, tuple[float, float, float]]]
     """Wins, ties and losses that belong to `wins`."""
-    tasks: Mapping[str, Mapping[str, Figure]]
-    right_by: str
+    tasks: Mapping[str, Mapping[str, MetricValue]]
+    grader_name: str
     judge: str
 
 
-def read_records(folder: Path) -> list[Record]:
+def read_records(folder: Path) -> list[EvalRecord]:
     """All evaluations in a folder, oldest first; what cannot be read is passed over."""
     try:
         lines = (folder / EVALS).read_bytes().splitlines()
     except OSError:
         return []
-    found = []
+    records = []
     for line in lines:
         try:
             data = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(data, dict) and data.get("v") == VERSION and data.get("kind") == "eval":
-            found.append(to_record(data))
-    return found
+            records.append(parse_record(data))
+    return records
 
 
-def to_record(data: Mapping[str, Any]) -> Record:
+def parse_record(data: Mapping[str, Any]) -> EvalRecord:
     """The record of such an object."""
-    figures, changes, wins, tasks = (_by_voice(data.get(name)) for name in ("figures", "changes", "wins", "tasks"))
+    figures, changes, wins, tasks = (_by_variant(data.get(name)) for name in ("figures", "changes", "wins", "tasks"))
     shares = {
-        voice: {
-            name: (_number(one, "wins"), _number(one, "ties"), _number(one, "losses"))
-            for name, one in _mapping(several).items()
+        variant: {
+            name: (_parse_float(one, "wins"), _parse_float(one, "ties"), _parse_float(one, "losses"))
+            for name, one in _as_mapping(several).items()
             if isinstance(one, Mapping)
         }
-        for voice, several in _mapping(data.get("wins")).items()
+        for variant, several in _as_mapping(data.get("wins")).items()
     }
-    on = _mapping(data.get("on"))
-    return Record(
-        _number(data, "time"),
+    on = _as_mapping(data.get("on"))
+    return EvalRecord(
+        _parse_float(data, "time"),
         str(on.get("origin", "")),
-        _mapping(data.get("settings")),
-        int(_number(on, "prompts")),
-        int(_number(on, "planned")),
+        _as_mapping(data.get("settings")),
+        int(_parse_float(on, "prompts")),
+        int(_parse_float(on, "planned")),
         data.get("interrupted") is True,
         figures,
         changes,
@@ -107,28 +107,28 @@ def to_record(data: Mapping[str, Any]) -> Record:
     )
 
 
-def _by_voice(data: Any) -> dict[str, dict[str, Figure]]:
+def _by_variant(data: Any) -> dict[str, dict[str, MetricValue]]:
     return {
-        str(voice): {
-            str(name): _figure(one)
-            for name, one in _mapping(several).items()
+        str(variant): {
+            str(name): _metric_value(one)
+            for name, one in _as_mapping(several).items()
             if isinstance(one, Mapping) and "value" in one
         }
-        for voice, several in _mapping(data).items()
+        for variant, several in _as_mapping(data).items()
     }
 
 
-def _figure(one: Mapping[str, Any]) -> Figure:
-    known = all(isinstance(one.get(end), (int, float)) for end in ("low", "high"))
-    low, high = (_number(one, end) if known else None for end in ("low", "high"))
-    return Figure(_number(one, "value"), low, high, int(_number(one, "prompts")))
+def _metric_value(one: Mapping[str, Any]) -> MetricValue:
+    has_interval = all(isinstance(one.get(end), (int, float)) for end in ("low", "high"))
+    low, high = (_parse_float(one, end) if has_interval else None for end in ("low", "high"))
+    return MetricValue(_parse_float(one, "value"), low, high, int(_parse_float(one, "prompts")))
 
 
-def _mapping(data: Any) -> Mapping[str, Any]:
+def _as_mapping(data: Any) -> Mapping[str, Any]:
     return data if isinstance(data, Mapping) else {}
 
 
-def _number(data: Mapping[str, Any], name: str) -> float:
+def _parse_float(data: Mapping[str, Any], name: str) -> float:
     """nan for what is no number; 0 for a count that is none."""
     value = data.get(name)
     if isinstance(value, (int, float)) and abs(value) < 1e300:

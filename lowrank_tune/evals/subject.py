@@ -16,48 +16,48 @@ from typing import Any, Literal
 import torch
 
 from lowrank_tune import settings
-from lowrank_tune.build.learned import ROLE
+from lowrank_tune.build.learned import REWARD_ROLE
 from lowrank_tune.errors import UserError
 from lowrank_tune.evaluate.responses import reward_run
-from lowrank_tune.events import Emit, Note
-from lowrank_tune.export.finished import adapters_in, finished_run
-from lowrank_tune.model.adapters import CONFIG, STACK, SavedAdapter, lora_config, read_adapter, stack_of
-from lowrank_tune.model.base import TINY, Base, base_hashes
+from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.export.finished import adapters_in, load_finished_run
+from lowrank_tune.model.adapters import CONFIG, STACK, SavedAdapter, lora_config, read_adapter, read_stack
+from lowrank_tune.model.base import BUILTIN_MODEL, Base, base_hashes
 from lowrank_tune.model.roles import Roles
 
-BASE, JUDGE = "base", "judge"
+BASE, REWARD_MODEL_ROLE = "base", "judge"
 Stack = Mapping[str, SavedAdapter]
 """Adapters by name, lowest first."""
 
 
 @dataclass(frozen=True)
-class Judge:
+class EvalRewardModel:
     """A reward model that compares answers: the run that it comes from, its stack, and the hashes of the base that it
     was trained over."""
 
     run: Path
-    base: settings.Base
+    base: settings.BaseConfig
     stack: Stack
     facts: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalTarget:
     """`voices` by name, in the order of training; `base` is none of them. `recipe` and `facts` (its `base.json`) are
     those of the last voice's run, where there is one; `folder` is where results are kept."""
 
     name: str
     kind: Literal["run", "chain", "adapter", "model"]
-    base: settings.Base
-    voices: dict[str, Stack]
+    base: settings.BaseConfig
+    variants: dict[str, Stack]
     folder: Path | None = None
-    recipe: settings.Recipe | None = None
+    recipe: settings.RecipeConfig | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
-    learned: Stack = field(default_factory=dict)
+    reward_model_stack: Stack = field(default_factory=dict)
     """The stack of the reward model that the recipe's own rewards ask."""
 
 
-def subject_of(given: str, bits: Literal[4, 16] | None, emit: Emit) -> Subject:
+def resolve_target(given: str, bits: Literal[4, 16] | None, emit: Emit) -> EvalTarget:
     """Reads what a person named. Raises UserError in one sentence."""
     path = Path(given).expanduser()
     if (path / "run.json").is_file():
@@ -65,131 +65,164 @@ def subject_of(given: str, bits: Literal[4, 16] | None, emit: Emit) -> Subject:
             raise UserError(
                 f"--bits says how to load a model, and {given} is a run, which brings its own base: leave it out"
             )
-        return _of_run(path, emit)
+        return _target_from_run(path, emit)
     if (path / CONFIG).is_file():
         saved = read_adapter(given, given)
         if saved.base_name is None:
             raise UserError(
                 f"{path / CONFIG} does not name its base (base_model_name_or_path), so there is nothing to load it over"
             )
-        return Subject(
+        return EvalTarget(
             path.resolve().name,
             "adapter",
-            settings.Base(model=saved.base_name, bits=bits or 4),
+            settings.BaseConfig(model=saved.base_name, bits=bits or 4),
             {"adapter": {"adapter": saved}},
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{given} is neither a run (run.json), nor an adapter ({CONFIG}), nor a model (config.json)")
-    if not path.exists() and given != TINY and (given.startswith((".", "/", "~")) or given.count("/") != 1):
+    if not path.exists() and given != BUILTIN_MODEL and (given.startswith((".", "/", "~")) or given.count("/") != 1):
         raise UserError(
-            f"{given}: there is no such run or model; name the folder of a run or a model, `{TINY}`, or an id of the "
+            f"{given}: there is no such run or model; name the folder of a run or a model, `{BUILTIN_MODEL}`, or an id of the "
             f"hub"
         )
-    return Subject(given, "model", settings.Base(model=given, bits=bits or 4), {})
+    return EvalTarget(given, "model", settings.BaseConfig(model=given, bits=bits or 4), {})
 
 
-def _of_run(path: Path, emit: Emit) -> Subject:
-    recipe = _object(path / "run.json").get("recipe")
+def _target_from_run(path: Path, emit: Emit) -> EvalTarget:
+    recipe = _read_json_object(path / "run.json").get("recipe")
     stages = recipe.get("stages") if isinstance(recipe, dict) else None
     if not isinstance(stages, list):
-        if isinstance(recipe, dict) and settings.trained_by(recipe.get("algorithm")) != "policy":
+        if isinstance(recipe, dict) and settings.default_adapter_name(recipe.get("algorithm")) != "policy":
             raise UserError(
                 f"{path} trained a reward model, which does not answer: score responses with it by --file, or let it "
                 f"judge the "
                 f"answers of another run, as eval RUN --judge {path}"
             )
-        found = finished_run(path)
-        voices: dict[str, Stack] = {found.recipe.algorithm: adapters_in(found)}
-        return Subject(
-            path.resolve().name, "run", found.base, voices, path, found.recipe, found.facts, _learned(found.recipe)
+        finished = load_finished_run(path)
+        variants: dict[str, Stack] = {finished.recipe.algorithm: adapters_in(finished)}
+        return EvalTarget(
+            path.resolve().name,
+            "run",
+            finished.base,
+            variants,
+            path,
+            finished.recipe,
+            finished.facts,
+            _reward_model_stack(finished.recipe),
         )
     writers = {
         str(stage.get("name")): path / f"{number}-{stage.get('name')}"
         for number, stage in enumerate(stages, 1)
-        if isinstance(stage, dict) and settings.trained_by(stage.get("algorithm")) == "policy"
+        if isinstance(stage, dict) and settings.default_adapter_name(stage.get("algorithm")) == "policy"
     }
-    ended = {name: finished_run(folder) for name, folder in writers.items() if (folder / "final").is_dir()}
+    ended = {name: load_finished_run(folder) for name, folder in writers.items() if (folder / "final").is_dir()}
     if not ended:
-        finished_run(path)  # says what is missing
+        load_finished_run(path)  # says what is missing
         raise UserError(f"{path} has not ended: none of its stages has left an adapter yet")
     if missing := [name for name in writers if name not in ended]:
-        emit(Note(level="warning", message=f"not evaluated, because they have not ended: {', '.join(missing)}"))
+        emit(LogMessage(level="warning", message=f"not evaluated, because they have not ended: {', '.join(missing)}"))
     last = list(ended.values())[-1]
-    voices = {name: adapters_in(found) for name, found in ended.items()}
-    return Subject(
-        path.resolve().name, "chain", last.base, voices, path, last.recipe, last.facts, _learned(last.recipe)
+    variants = {name: adapters_in(finished) for name, finished in ended.items()}
+    return EvalTarget(
+        path.resolve().name,
+        "chain",
+        last.base,
+        variants,
+        path,
+        last.recipe,
+        last.facts,
+        _reward_model_stack(last.recipe),
     )
 
 
-def _learned(recipe: settings.Recipe) -> Stack:
-    wanted = recipe.adapters.get(ROLE)
-    asked = any(reward.use == "reward_model" for reward in recipe.rewards)
-    return head_stack(str(wanted.path), f"adapters.{ROLE}.path") if asked and wanted is not None else {}
+def _reward_model_stack(recipe: settings.RecipeConfig) -> Stack:
+    wanted = recipe.adapters.get(REWARD_ROLE)
+    uses_reward_model = any(reward.use == "reward_model" for reward in recipe.rewards)
+    return (
+        head_stack(str(wanted.path), f"adapters.{REWARD_ROLE}.path") if uses_reward_model and wanted is not None else {}
+    )
 
 
-def judge_of(run: Path) -> Judge:
+def resolve_reward_model(run: Path) -> EvalRewardModel:
     """The reward model of a run, or of a chain's last stage that trained one. Raises UserError where there is none."""
     if not run.is_dir():
         raise UserError(f"--judge: {run}: there is no such run")
     recipe, folder = reward_run(run)
-    return Judge(run, recipe.base, head_stack(str(folder), "--judge"), _object(folder / "base.json"))
+    return EvalRewardModel(
+        run, recipe.base, head_stack(str(folder), "--judge"), _read_json_object(folder / "base.json")
+    )
 
 
 def head_stack(path: str, key: str) -> Stack:
     """A reward model with all that it was trained over, its own adapter last."""
     given = Path(path).expanduser()
     final = given / "final" if (given / "final" / CONFIG).exists() else given
-    if (final / STACK).exists() and not (stack := stack_of(final, key)).folded:
+    if (final / STACK).exists() and not (stack := read_stack(final, key)).combined:
         return {
             **{name: read_adapter(str(final / name), key) for name in stack.names[:-1]},
-            ROLE: read_adapter(path, key, head=True),
+            REWARD_ROLE: read_adapter(path, key, head=True),
         }
-    return {ROLE: read_adapter(path, key, head=True, whole=True)}
+    return {REWARD_ROLE: read_adapter(path, key, head=True, combined=True)}
 
 
-def roles_for(subject: Subject, judge: Judge | None, base: Base) -> Roles:
+def roles_for(target: EvalTarget, reward_model: EvalRewardModel | None, base: Base) -> Roles:
     """Every voice over the one base, nothing trainable: `of_NAME` for each of them, `reward` and `judge` for those that
     score."""
     stacks: dict[str, list[str]] = {}
     saved: dict[str, SavedAdapter] = {}
-    for voice, stack in subject.voices.items():
-        stacks[role_of(voice)] = [f"{role_of(voice)}_{name}" for name in stack]
-        saved |= {f"{role_of(voice)}_{name}": adapter for name, adapter in stack.items()}
-    for role, stack in ((ROLE, subject.learned), (JUDGE, judge.stack if judge is not None else {})):
+    for variant, stack in target.variants.items():
+        stacks[role_of(variant)] = [f"{role_of(variant)}_{name}" for name in stack]
+        saved |= {f"{role_of(variant)}_{name}": adapter for name, adapter in stack.items()}
+    for role, stack in (
+        (REWARD_ROLE, target.reward_model_stack),
+        (REWARD_MODEL_ROLE, reward_model.stack if reward_model is not None else {}),
+    ):
         if stack:
-            *below, top = stack.items()
+            *frozen, top = stack.items()
             # a head belongs to the adapter of its role's name
-            stacks[role] = [*(f"under_{role}_{name}" for name, _ in below), role]
-            saved |= {**{f"under_{role}_{name}": adapter for name, adapter in below}, role: top[1]}
+            stacks[role] = [*(f"under_{role}_{name}" for name, _ in frozen), role]
+            saved |= {**{f"under_{role}_{name}": adapter for name, adapter in frozen}, role: top[1]}
     configs = {name: adapter.config for name, adapter in saved.items()} or {
-        "none": lora_config(settings.Adapter(r=1), base.model)
+        "none": lora_config(settings.AdapterConfig(r=1), base.model)
     }
-    roles = Roles(base, configs, trainable=[], stacks=stacks, heads=[role for role in (ROLE, JUDGE) if role in stacks])
+    roles = Roles(
+        base,
+        configs,
+        trainable=[],
+        stacks=stacks,
+        heads=[role for role in (REWARD_ROLE, REWARD_MODEL_ROLE) if role in stacks],
+    )
     for name, adapter in saved.items():
         roles.load_adapter_tensors(name, adapter.tensors, str(adapter.folder))
     return roles
 
 
-def role_of(voice: str) -> str:
+def role_of(variant: str) -> str:
     """The role of a voice: `base` is the empty stack."""
-    return BASE if voice == BASE else f"of_{voice}"
+    return BASE if variant == BASE else f"of_{variant}"
 
 
-def check_bases(subject: Subject, judge: Judge | None, base: Base, emit: Emit) -> None:
+def check_bases(target: EvalTarget, reward_model: EvalRewardModel | None, base: Base, emit: Emit) -> None:
     """The base at hand must be, tensor by tensor, the one that each run was trained over. Where a run trained on
     another kind of device its 4-bit weights cannot be compared, and that is told. Raises UserError."""
-    named = [(subject.name, subject.facts)] + ([(f"--judge {judge.run}", judge.facts)] if judge is not None else [])
+    named = [(target.name, target.facts)] + (
+        [(f"--judge {reward_model.run}", reward_model.facts)] if reward_model is not None else []
+    )
     now: dict[str, str] = {}
     for who, facts in named:
         then = facts.get("tensors")
         if not isinstance(then, dict) or not then:
             continue
         if facts.get("device") != base.device.type or facts.get("bits", base.bits) != base.bits:
-            told = (
+            message = (
                 f"{who} was trained on {facts.get('device')} in {facts.get('bits')} bits, and this is "
                 f"{base.device.type} in {base.bits}: "
             )
-            emit(Note(level="warning", message=f"{told}whether the base is the same cannot be told by its weights"))
+            emit(
+                LogMessage(
+                    level="warning", message=f"{message}whether the base is the same cannot be told by its weights"
+                )
+            )
             continue
         now = now or base_hashes(base.model)
         other = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
@@ -201,12 +234,12 @@ def check_bases(subject: Subject, judge: Judge | None, base: Base, emit: Emit) -
             )
 
 
-def check_judge(subject: Subject, judge: Judge) -> None:
+def check_reward_model(target: EvalTarget, reward_model: EvalRewardModel) -> None:
     """What can be told before anything is loaded."""
-    mine, theirs = subject.base.model.partition("@")[0], judge.base.model.partition("@")[0]
+    mine, theirs = target.base.model.partition("@")[0], reward_model.base.model.partition("@")[0]
     if mine != theirs:
         raise UserError(
-            f"--judge: {judge.run} stands on {theirs} and {subject.name} on {mine}: a judge must share the base"
+            f"--judge: {reward_model.run} stands on {theirs} and {target.name} on {mine}: a judge must share the base"
         )
 
 
@@ -214,9 +247,9 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _object(file: Path) -> Mapping[str, Any]:
+def _read_json_object(file: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads(file.read_bytes())
+        data = json.loads(file.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return data if isinstance(data, dict) else {}

@@ -1,19 +1,27 @@
 """Held-out measurements: rows, pairs, questions with a gold answer, and files of responses."""
 
-from lowrank_tune.evaluate.questions import Answer, Question, answer, is_exact, measure, questions_in, questions_of
-from lowrank_tune.evaluate.responses import Response, score_file
+from lowrank_tune.evaluate.questions import (
+    HeldoutAnswer,
+    HeldoutQuestion,
+    compute_metrics,
+    generate_answers,
+    is_exact,
+    render_questions,
+    select_questions,
+)
+from lowrank_tune.evaluate.responses import ScoredResponse, score_file
 from lowrank_tune.evaluate.rows import PairScores, score_pairs, validate
 
 __all__ = [
-    "Answer",
+    "HeldoutAnswer",
     "PairScores",
-    "Question",
-    "Response",
-    "answer",
+    "HeldoutQuestion",
+    "ScoredResponse",
+    "generate_answers",
     "is_exact",
-    "measure",
-    "questions_in",
-    "questions_of",
+    "compute_metrics",
+    "select_questions",
+    "render_questions",
     "score_file",
     "score_pairs",
     "validate",

@@ -7,27 +7,27 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank_tune.data import Prompt, Template, TokenStore
+from lowrank_tune.data import ChatTemplate, Prompt, TokenizedDataset
 from lowrank_tune.events import Emit, Progress
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout import Engine
-from lowrank_tune.types import Completion, Sampling
+from lowrank_tune.types import Completion, SamplingParams
 
-TOLD = 20  # times that a long job tells how far it is
+NUM_PROGRESS_UPDATES = 20  # times that a long job tells how far it is
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
-class Question:
+class HeldoutQuestion:
     """A held-out prompt as the model sees it and as a person reads it, and its gold answer where there is one."""
 
-    ids: list[int]
+    prompt_ids: list[int]
     text: str
-    gold: str | None
+    ground_truth: str | None
 
 
 @dataclass(frozen=True)
-class Answer:
+class HeldoutAnswer:
     """One answer to a held-out prompt. `stopped`: it ended by itself, within its turn; `exact`: it did, and it is the
     gold answer."""
 
@@ -38,77 +38,80 @@ class Answer:
     length: int
 
 
-def questions_of(prompts: Sequence[Prompt], template: Template) -> list[Question]:
+def render_questions(prompts: Sequence[Prompt], template: ChatTemplate) -> list[HeldoutQuestion]:
     """Held-out prompts, rendered."""
-    return [Question(template.prompt(prompt.messages), prompt.messages[-1].content, prompt.gold) for prompt in prompts]
+    return [
+        HeldoutQuestion(template.prompt(prompt.messages), prompt.messages[-1].content, prompt.ground_truth)
+        for prompt in prompts
+    ]
 
 
-def questions_in(rows: TokenStore, template: Template, count: int) -> list[Question]:
+def select_questions(rows: TokenizedDataset, template: ChatTemplate, count: int) -> list[HeldoutQuestion]:
     """The first rows (of pairs, the chosen ones) of a validation part, each up to where the assistant first speaks."""
     questions = []
-    for row in (rows[unit * rows.together] for unit in range(min(count, rows.units))):
-        ids = [int(token) for token in row.ids[: list(row.says).index(True)]]
-        questions.append(Question(ids, template.decode(ids), None))
+    for row in (rows[unit * rows.rows_per_unit] for unit in range(min(count, rows.units))):
+        prompt_ids = [int(token) for token in row.input_ids[: list(row.completion_mask).index(True)]]
+        questions.append(HeldoutQuestion(prompt_ids, template.decode(prompt_ids), None))
     return questions
 
 
-def answer(
+def generate_answers(
     roles: Roles,
     role: str,
-    template: Template,
-    questions: Sequence[Question],
-    samples: int,
-    sampling: Sampling,
+    template: ChatTemplate,
+    questions: Sequence[HeldoutQuestion],
+    num_samples: int,
+    sampling: SamplingParams,
     emit: Emit,
     slots: int = 256,
-) -> list[list[Answer]]:
+) -> list[list[HeldoutAnswer]]:
     """`samples` answers to each question. One that ends by itself and holds no mark of another turn has stopped
     properly."""
-    answers: list[list[Answer]] = [[] for _ in questions]
-    total = len(questions) * samples
+    answers: list[list[HeldoutAnswer]] = [[] for _ in questions]
+    total = len(questions) * num_samples
     for done, completion in enumerate(
-        Engine(roles, role, slots).generate([question.ids for question in questions], samples, sampling), 1
+        Engine(roles, role, slots).generate([question.prompt_ids for question in questions], num_samples, sampling), 1
     ):
-        answers[completion.prompt].append(_judge(completion, template, questions[completion.prompt]))
-        if done * TOLD // total != (done - 1) * TOLD // total:
+        answers[completion.prompt].append(_grade(completion, template, questions[completion.prompt]))
+        if done * NUM_PROGRESS_UPDATES // total != (done - 1) * NUM_PROGRESS_UPDATES // total:
             emit(Progress(what=f"answering held-out questions ({role})", done=done, total=total))
     return answers
 
 
-def measure(answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
+def compute_metrics(answers: Sequence[Sequence[HeldoutAnswer]]) -> dict[str, float]:
     """pass@1 as the share of exact answers, pass@k for k samples a prompt, the share that stopped properly, and the
     mean length."""
     flat = [one for several in answers for one in several]
-    samples = len(answers[0])
-    found = {
+    num_samples = len(answers[0])
+    metrics = {
         "exact": sum(one.exact for one in flat) / len(flat),
         "stopped": sum(one.stopped for one in flat) / len(flat),
         "length": sum(one.length for one in flat) / len(flat),
     }
-    if samples > 1:
-        found[f"pass_at_{samples}"] = sum(any(one.exact for one in several) for several in answers) / len(answers)
-    return found
+    if num_samples > 1:
+        metrics[f"pass_at_{num_samples}"] = sum(any(one.exact for one in several) for several in answers) / len(answers)
+    return metrics
 
 
-def is_exact(text: str, gold: str) -> bool:
+def is_exact(text: str, ground_truth: str) -> bool:
     """Whether an answer is the gold one: equal as numbers, its last number counting; or equal as text."""
-    wanted = _number(gold)
-    if wanted is None:
-        return " ".join(text.split()).casefold().rstrip(".") == " ".join(gold.split()).casefold().rstrip(".")
-    found = NUMBER.findall(text)
-    got = _number(found[-1]) if found else None
-    return got is not None and math.isclose(got, wanted, rel_tol=0.0, abs_tol=1e-9)
+    expected = _parse_float(ground_truth)
+    if expected is None:
+        return " ".join(text.split()).casefold().rstrip(".") == " ".join(ground_truth.split()).casefold().rstrip(".")
+    numbers = NUMBER.findall(text)
+    got = _parse_float(numbers[-1]) if numbers else None
+    return got is not None and math.isclose(got, expected, rel_tol=0.0, abs_tol=1e-9)
 
 
-def _number(text: str) -> float | None:
+def _parse_float(text: str) -> float | None:
     plain = text.strip().replace(",", "").rstrip(".")
     return float(plain) if len(plain) < 40 and re.fullmatch(r"-?\d+(?:\.\d+)?", plain) else None
 
 
-def _judge(completion: Completion, template: Template, question: Question) -> Answer:
-    body = completion.ids[:-1] if completion.finish == "stop" else completion.ids
+def _grade(completion: Completion, template: ChatTemplate, question: HeldoutQuestion) -> HeldoutAnswer:
+    body = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
     text = template.decode(body)
-    stopped = completion.finish == "stop" and not template.marks_in(body)
+    stopped = completion.finish_reason == "stop" and not template.special_tokens_in(body)
     # what runs on and on has not answered
-    exact = stopped and question.gold is not None and is_exact(text, question.gold)
-    return Answer(completion.prompt, text, stopped, exact, len(completion.ids))
+    exact = stopped and question.ground_truth is not None and is_exact(text, question.ground_truth)
+    return HeldoutAnswer(completion.prompt, text, stopped, exact, len(completion.token_ids))

@@ -14,11 +14,11 @@ import torch
 
 from lowrank_tune import settings
 from lowrank_tune.build import load_roles
-from lowrank_tune.data import Prepared, Template, TokenStore, collate_units, load, read
-from lowrank_tune.data.tokenise import shape_of
+from lowrank_tune.data import ChatTemplate, TokenizedDataset, TokenizedSplits, collate_units, load, read_source
+from lowrank_tune.data.tokenise import format_of
 from lowrank_tune.errors import UserError
-from lowrank_tune.evaluate.rows import PairScores, held_out
-from lowrank_tune.events import Emit, Note
+from lowrank_tune.evaluate.rows import PairScores, validation_batches
+from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.model.adapters import read_adapter
 from lowrank_tune.model.base import load_base, load_tokenizer
 from lowrank_tune.recipe import from_dict
@@ -28,11 +28,11 @@ MICRO_TOKENS = 1 << 14
 
 
 @dataclass(frozen=True)
-class Response:
+class ScoredResponse:
     """One scored answer: where it stands, what was asked and answered, tokens of the answer, its score, and of a pair
     its side."""
 
-    place: str
+    position: str
     prompt: str
     text: str
     tokens: int
@@ -42,17 +42,17 @@ class Response:
 
 def score_file(
     run: Path, file: str, emit: Emit, device: torch.device | None = None
-) -> tuple[list[Response], PairScores | None]:
+) -> tuple[list[ScoredResponse], PairScores | None]:
     """Scores every usable row of a file, in its order; of preference pairs both sides, with the figures of the pairs.
 
     Raises UserError where the run trained no reward model, or the file holds no row that can be scored; rows that
     cannot are told.
     """
     recipe, folder = reward_run(run)
-    template = Template.of(load_tokenizer(recipe.base))
+    template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base))
     data, pairs = _rows(recipe, file, template, emit)
     rows = data.train
-    adapters = {**recipe.adapters, "reward": settings.Adapter(path=str(folder))}
+    adapters = {**recipe.adapters, "reward": settings.AdapterConfig(path=str(folder))}
     recipe = recipe.model_copy(
         update={"adapters": adapters, "train": recipe.train.model_copy(update={"gradient_checkpointing": False})}
     )
@@ -61,28 +61,30 @@ def score_file(
         for name, wanted in adapters.items()
     }
     base = load_base(recipe.base, template.tokenizer, device)
-    roles = load_roles(recipe, base, saved, _quiet)
+    roles = load_roles(recipe, base, saved, _ignore_event)
     scores = torch.empty(len(rows))
-    collated = partial(collate_units, rows, pad_id=template.pad_id)
-    for found, places in held_out(
-        roles, rows, collated, partial(roles.last_scores, "reward"), MICRO_TOKENS, "scoring", emit
+    collate_fn = partial(collate_units, rows, pad_id=template.pad_id)
+    for values, indices in validation_batches(
+        roles, rows, collate_fn, partial(roles.sequence_scores, "reward"), MICRO_TOKENS, "scoring", emit
     ):
-        scores[places] = found.cpu()
-    lengths = torch.tensor([rows.trained_of(row) for row in range(len(rows))])
-    told = [_response(rows, row, float(scores[row]), pairs, template) for row in range(len(rows))]
-    return told, PairScores(scores[::2], scores[1::2], lengths[::2], lengths[1::2]) if pairs else None
+        scores[indices] = values.cpu()
+    lengths = torch.tensor([rows.num_trained_tokens(row) for row in range(len(rows))])
+    responses = [_response(rows, row, float(scores[row]), pairs, template) for row in range(len(rows))]
+    return responses, PairScores(scores[::2], scores[1::2], lengths[::2], lengths[1::2]) if pairs else None
 
 
-def reward_run(run: Path) -> tuple[settings.Recipe, Path]:
+def reward_run(run: Path) -> tuple[settings.RecipeConfig, Path]:
     """The recipe and folder of the run, or of the reward stage of a chain."""
-    facts = _object(run / "run.json")
+    facts = _read_json_object(run / "run.json")
     recipe = facts.get("recipe")
     if not isinstance(recipe, dict):
         raise UserError(f"{run} is no run folder: it holds no run.json that can be read")
     if isinstance(recipe.get("stages"), list):
         folders = sorted(run.glob("[0-9]*-*"))
         stages = [
-            folder for folder in folders if inside(_object(folder / "run.json"), "recipe").get("algorithm") == "reward"
+            folder
+            for folder in folders
+            if nested_mapping(_read_json_object(folder / "run.json"), "recipe").get("algorithm") == "reward"
         ]
         if not stages:
             raise UserError(f"{run} is a chain without a stage that trained a reward model")
@@ -99,10 +101,10 @@ def reward_run(run: Path) -> tuple[settings.Recipe, Path]:
     return from_dict(recipe), run
 
 
-def _rows(recipe: settings.Recipe, file: str, template: Template, emit: Emit) -> tuple[Prepared, bool]:
-    source = settings.Source(dataset=file)
-    pairs = shape_of(source, read(source, 0)) == "preference"
-    data = settings.Data(
+def _rows(recipe: settings.RecipeConfig, file: str, template: ChatTemplate, emit: Emit) -> tuple[TokenizedSplits, bool]:
+    source = settings.SourceConfig(dataset=file)
+    pairs = format_of(source, read_source(source, 0)) == "preference"
+    data = settings.DataConfig(
         train=(source,),
         validation_share=0.0,
         system=recipe.data.system,
@@ -112,31 +114,35 @@ def _rows(recipe: settings.Recipe, file: str, template: Template, emit: Emit) ->
     loaded = load(data, template, 0, emit, pairs=pairs)
     for line in loaded.report.lines():
         if "; dropped " in line:
-            emit(Note(message=line, level="warning"))
+            emit(LogMessage(message=line, level="warning"))
     return loaded, pairs
 
 
-def _response(rows: TokenStore, number: int, score: float, pairs: bool, template: Template) -> Response:
+def _response(rows: TokenizedDataset, number: int, score: float, pairs: bool, template: ChatTemplate) -> ScoredResponse:
     row: Row = rows[number]
-    start = list(row.says).index(True)
-    prompt, text = (template.decode([int(token) for token in ids]) for ids in (row.ids[:start], row.ids[start:]))
+    start = list(row.completion_mask).index(True)
+    prompt, text = (
+        template.decode([int(token) for token in ids]) for ids in (row.input_ids[:start], row.input_ids[start:])
+    )
     side = ("chosen", "rejected")[number % 2] if pairs else ""
-    return Response(rows.place_of(number), prompt.strip(), text.strip(), rows.trained_of(number), score, side)
+    return ScoredResponse(
+        rows.row_location(number), prompt.strip(), text.strip(), rows.num_trained_tokens(number), score, side
+    )
 
 
-def inside(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def nested_mapping(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """An object in a file that anyone may have edited."""
-    found = data.get(name)
-    return found if isinstance(found, Mapping) else {}
+    value = data.get(name)
+    return value if isinstance(value, Mapping) else {}
 
 
-def _object(file: Path) -> Mapping[str, Any]:
+def _read_json_object(file: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads(file.read_bytes())
+        data = json.loads(file.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return data if isinstance(data, dict) else {}
 
 
-def _quiet(event: object) -> None:
+def _ignore_event(event: object) -> None:
     pass

@@ -16,11 +16,11 @@ import yaml
 
 from lowrank_tune import __version__, settings
 from lowrank_tune.export.ollama import quoted
-from lowrank_tune.model.base import TINY
+from lowrank_tune.model.base import BUILTIN_MODEL
 
-LIMITS = (8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_RANK_LIMITS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `--max-lora-rank`."""
-USUAL = 16
+DEFAULT_RANK_LIMIT = 16
 """Its default."""
 
 
@@ -30,29 +30,37 @@ class Adapters:
     `adapter_config.json`, and whether it writes text (a reward model does not)."""
 
     names: Sequence[str]
-    folded: bool
+    combined: bool
     config: Mapping[str, Any]
-    speaks: bool
+    is_generative: bool
 
 
-def card(
-    recipe: settings.Recipe, summary: Mapping[str, Any], revision: str | None, adapters: Adapters, ends: Sequence[str]
+def model_card(
+    recipe: settings.RecipeConfig,
+    summary: Mapping[str, Any],
+    revision: str | None,
+    adapters: Adapters,
+    eos_tokens: Sequence[str],
 ) -> str:
     """`README.md` of `final/`."""
     base = recipe.base.model.partition("@")[0]
     tags = ["lora", "qlora", "lowrank-tune", recipe.algorithm]
     parts = [
-        heading(recipe, "peft", tags),
+        yaml_front_matter(recipe, "peft", tags),
         f"# {recipe.name or recipe.algorithm}",
         "",
-        _what(recipe, base, revision, adapters),
+        _description(recipe, base, revision, adapters),
         "",
-        *_how_trained(recipe, summary),
-        *measured(summary),
+        *_training_section(recipe, summary),
+        *results_section(summary),
         "## How to use it",
         "",
     ]
-    parts += _use_writer(recipe.base, adapters, ends) if adapters.speaks else _use_reward(recipe.base, revision)
+    parts += (
+        _policy_usage(recipe.base, adapters, eos_tokens)
+        if adapters.is_generative
+        else _reward_usage(recipe.base, revision)
+    )
     parts += [
         "## The recipe",
         "",
@@ -66,25 +74,27 @@ def card(
     return "\n".join(parts)
 
 
-def heading(recipe: settings.Recipe, library: str, tags: Sequence[str], relation: str = "adapter") -> str:
+def yaml_front_matter(
+    recipe: settings.RecipeConfig, library: str, tags: Sequence[str], relation: str = "adapter"
+) -> str:
     """The part of a card that the hub reads. Names of files and folders have no place in it."""
     base = recipe.base.model.partition("@")[0]
     facts: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": list(tags)}
-    if on_hub(base):
+    if looks_like_hub_id(base):
         facts |= {"base_model": base, "base_model_relation": relation}
     sets = [source.dataset.partition("@")[0] for source in recipe.data.train]
-    if any(map(on_hub, sets)):
-        facts["datasets"] = list(dict.fromkeys(filter(on_hub, sets)))
+    if any(map(looks_like_hub_id, sets)):
+        facts["datasets"] = list(dict.fromkeys(filter(looks_like_hub_id, sets)))
     return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n"
 
 
-def on_hub(name: str) -> bool:
+def looks_like_hub_id(name: str) -> bool:
     """Whether a name reads like one of the hub's: owner/name, and no such file or folder here."""
     owner, _, rest = name.partition("/")
     return bool(owner and rest) and "/" not in rest and not name.startswith((".", "~")) and not Path(name).exists()
 
 
-def _what(recipe: settings.Recipe, base: str, revision: str | None, adapters: Adapters) -> str:
+def _description(recipe: settings.RecipeConfig, base: str, revision: str | None, adapters: Adapters) -> str:
     kind = {
         "sft": "answers",
         "reward": "preference pairs, as a reward model",
@@ -93,20 +103,20 @@ def _what(recipe: settings.Recipe, base: str, revision: str | None, adapters: Ad
         "grpo": "rewards (GRPO)",
     }[recipe.algorithm]
     at = f" at revision `{revision}`" if revision else ""
-    quantised = "whose weights were frozen in 4 bits (NF4)" if recipe.base.bits == 4 else "whose weights were frozen"
-    told = f"A LoRA adapter for `{base}`{at}, {quantised}, trained on {kind}."
-    if base == TINY:
-        told += (
+    quantized = "whose weights were frozen in 4 bits (NF4)" if recipe.base.bits == 4 else "whose weights were frozen"
+    summary = f"A LoRA adapter for `{base}`{at}, {quantized}, trained on {kind}."
+    if base == BUILTIN_MODEL:
+        summary += (
             " (That base ships with lowrank_tune; `./base` below is a copy of its folder `lowrank_tune/tutor/base`.)"
         )
     if len(adapters.names) > 1:
         stack = ", ".join(f"`{name}`" for name in adapters.names)
-        told += (
+        summary += (
             (
                 f" The adapters {stack} are folded into this one, exactly: its rank is the sum of theirs; "
                 f"`{adapters.names[-1]}` alone lies in the folder of that name."
             )
-            if adapters.folded
+            if adapters.combined
             else (
                 f" It lies on top of {stack.rpartition(', ')[0]}, each in a folder of its name, and means nothing "
                 f"without them."
@@ -115,10 +125,10 @@ def _what(recipe: settings.Recipe, base: str, revision: str | None, adapters: Ad
     config = adapters.config
     targets = config["target_modules"]
     where = ", ".join(targets if isinstance(targets, list) and len(targets) <= 12 else [f"{len(targets)} modules"])
-    return f"{told}\n\nRank {config['r']}, alpha {config['lora_alpha']:g}, on {where}."
+    return f"{summary}\n\nRank {config['r']}, alpha {config['lora_alpha']:g}, on {where}."
 
 
-def _how_trained(recipe: settings.Recipe, summary: Mapping[str, Any]) -> list[str]:
+def _training_section(recipe: settings.RecipeConfig, summary: Mapping[str, Any]) -> list[str]:
     lines = ["## Data", ""]
     for source in recipe.data.train:
         facts = [
@@ -135,12 +145,12 @@ def _how_trained(recipe: settings.Recipe, summary: Mapping[str, Any]) -> list[st
             "Rewarded by " + ", ".join(f"`{reward.use}` (weight {reward.weight:g})" for reward in recipe.rewards) + ".",
         ]
     best = summary.get("best", {}).get("step")
-    kept = f"; the adapter is that of step {best}" if best is not None and recipe.train.final == "best" else ""
+    best_note = f"; the adapter is that of step {best}" if best is not None and recipe.train.final == "best" else ""
     rate = f"learning rate {recipe.train.learning_rate:g}, {recipe.train.optimizer}, seed {recipe.seed}"
-    return [*lines, "", f"Trained by `{recipe.algorithm}` for {summary.get('step')} steps; {rate}{kept}.", ""]
+    return [*lines, "", f"Trained by `{recipe.algorithm}` for {summary.get('step')} steps; {rate}{best_note}.", ""]
 
 
-def measured(summary: Mapping[str, Any]) -> list[str]:
+def results_section(summary: Mapping[str, Any]) -> list[str]:
     """What the run measured, as tables."""
     lines = ["## Measured", ""]
     heldout = summary.get("heldout_details", {})
@@ -148,7 +158,8 @@ def measured(summary: Mapping[str, Any]) -> list[str]:
         keys = list(dict.fromkeys(key for stats in heldout.values() for key in stats))
         lines += [f"| held-out questions | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
         lines += [
-            f"| {name} | {' | '.join(_number(stats.get(key)) for key in keys)} |" for name, stats in heldout.items()
+            f"| {name} | {' | '.join(_format_number(stats.get(key)) for key in keys)} |"
+            for name, stats in heldout.items()
         ]
         lines.append("")
     figures = {f"best step, {key}": value for key, value in summary.get("best", {}).items() if key != "step"}
@@ -157,29 +168,33 @@ def measured(summary: Mapping[str, Any]) -> list[str]:
         f"last step, {key}": value for key, value in summary.get("last", {}).items() if key in ("loss", "reward", "kl")
     }
     if figures:
-        lines += ["| | |", "|---|---|", *(f"| {key} | {_number(value)} |" for key, value in figures.items()), ""]
+        lines += ["| | |", "|---|---|", *(f"| {key} | {_format_number(value)} |" for key, value in figures.items()), ""]
     return lines if len(lines) > 2 else []
 
 
-def _number(value: object) -> str:
+def _format_number(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, (int, float)) else "" if value is None else str(value)
 
 
 def rank_limit(rank: int) -> int | None:
     """The least `--max-lora-rank` of vLLM that takes this rank; None where none does."""
-    return next((limit for limit in LIMITS if limit >= rank), None)
+    return next((limit for limit in VLLM_RANK_LIMITS if limit >= rank), None)
 
 
 def _vllm(base: str, rank: int) -> list[str]:
     limit = rank_limit(rank)
     if limit is None:
         return [
-            f"**vLLM**: rank {rank} is above the highest that it takes ({LIMITS[-1]}); `lowrank-tune merge` makes a "
+            f"**vLLM**: rank {rank} is above the highest that it takes ({VLLM_RANK_LIMITS[-1]}); `lowrank-tune merge` makes a "
             f"model that it serves.",
             "",
         ]
-    flag = f" --max-lora-rank {limit}" if rank > USUAL else ""
-    why = f" Its default `max_lora_rank` of {USUAL} is too low for rank {rank} and must be raised:" if flag else ""
+    flag = f" --max-lora-rank {limit}" if rank > DEFAULT_RANK_LIMIT else ""
+    why = (
+        f" Its default `max_lora_rank` of {DEFAULT_RANK_LIMIT} is too low for rank {rank} and must be raised:"
+        if flag
+        else ""
+    )
     return [
         f"**vLLM**, with this folder as `./adapter`.{why}",
         "",
@@ -190,25 +205,25 @@ def _vllm(base: str, rank: int) -> list[str]:
     ]
 
 
-def _place(base: settings.Base) -> str:
+def _base_location(base: settings.BaseConfig) -> str:
     """What other software knows the base by."""
     name = base.model.partition("@")[0]
-    return "./base" if name == TINY else name
+    return "./base" if name == BUILTIN_MODEL else name
 
 
-def _use_writer(base: settings.Base, adapters: Adapters, ends: Sequence[str]) -> list[str]:
-    stops = ", ".join(f"`{end}`" for end in ends)
+def _policy_usage(base: settings.BaseConfig, adapters: Adapters, eos_tokens: Sequence[str]) -> list[str]:
+    stops = ", ".join(f"`{end}`" for end in eos_tokens)
     lines = [
         f"An answer ends at {stops}; `generation_config.json` says so too. The chat template lies with the tokenizer.",
         "",
         "**PEFT**, with this folder as `./adapter`:",
         "",
         "```python",
-        *_peft(base, adapters),
+        *_peft_snippet(base, adapters),
         "```",
         "",
     ]
-    if len(adapters.names) > 1 and not adapters.folded:
+    if len(adapters.names) > 1 and not adapters.combined:
         return [
             *lines,
             "vLLM, llama.cpp and Ollama take one adapter at a time, and these are several: run the recipe with "
@@ -217,10 +232,10 @@ def _use_writer(base: settings.Base, adapters: Adapters, ends: Sequence[str]) ->
             "`lowrank-tune export RUN --to gguf-lora`.",
             "",
         ]
-    return [*lines, *_vllm(_place(base), int(adapters.config["r"])), *_llama_cpp(ends)]
+    return [*lines, *_vllm(_base_location(base), int(adapters.config["r"])), *_llama_cpp(eos_tokens)]
 
 
-def _peft(base: settings.Base, adapters: Adapters) -> list[str]:
+def _peft_snippet(base: settings.BaseConfig, adapters: Adapters) -> list[str]:
     four = base.bits == 4
     names = ", ".join(
         ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if four else []), "GenerationConfig"]
@@ -236,9 +251,9 @@ def _peft(base: settings.Base, adapters: Adapters) -> list[str]:
     given = ([f"revision={json.dumps(revision)}"] if revision else []) + (
         ["quantization_config=four_bits"] if four else []
     )
-    arguments = ", ".join([json.dumps(_place(base)), "dtype=torch.bfloat16", 'device_map="auto"', *given])
+    arguments = ", ".join([json.dumps(_base_location(base)), "dtype=torch.bfloat16", 'device_map="auto"', *given])
     lines.append(f"base = AutoModelForCausalLM.from_pretrained({arguments})")
-    if len(adapters.names) > 1 and not adapters.folded:
+    if len(adapters.names) > 1 and not adapters.combined:
         first, *others = adapters.names
         folders = {name: f"./adapter/{name}" for name in adapters.names[:-1]} | {adapters.names[-1]: "./adapter"}
         lines.append(f'model = PeftModel.from_pretrained(base, "{folders[first]}", adapter_name="below_{first}")')
@@ -258,7 +273,7 @@ def _peft(base: settings.Base, adapters: Adapters) -> list[str]:
     ]
 
 
-def _llama_cpp(ends: Sequence[str]) -> list[str]:
+def _llama_cpp(eos_tokens: Sequence[str]) -> list[str]:
     return [
         "**llama.cpp** and **Ollama** take one GGUF file best, base and adapter merged: `lowrank-tune export RUN "
         "--to gguf` or "
@@ -278,7 +293,7 @@ def _llama_cpp(ends: Sequence[str]) -> list[str]:
         "```",
         "FROM ./base.gguf",
         "ADAPTER ./adapter.gguf",
-        *(f"PARAMETER stop {quoted(end)}" for end in ends),
+        *(f"PARAMETER stop {quoted(end)}" for end in eos_tokens),
         "```",
         "",
         "A base that is quantised otherwise than in training answers a little differently.",
@@ -286,8 +301,10 @@ def _llama_cpp(ends: Sequence[str]) -> list[str]:
     ]
 
 
-def _use_reward(base: settings.Base, revision: str | None) -> list[str]:
-    arguments = json.dumps(_place(base)) + (f", revision={json.dumps(revision)}" if revision else "") + ", num_labels=1"
+def _reward_usage(base: settings.BaseConfig, revision: str | None) -> list[str]:
+    arguments = (
+        json.dumps(_base_location(base)) + (f", revision={json.dumps(revision)}" if revision else "") + ", num_labels=1"
+    )
     return [
         "It scores a conversation at its last token, with a scalar head (`score`):",
         "",
@@ -304,19 +321,21 @@ def _use_reward(base: settings.Base, revision: str | None) -> list[str]:
     ]
 
 
-def merged_card(recipe: settings.Recipe, kind: str, table: Sequence[tuple[str, str]]) -> str:
+def merged_model_card(recipe: settings.RecipeConfig, base_weights: str, table: Sequence[tuple[str, str]]) -> str:
     """`README.md` of a merged model: what was added to what, and the comparison with what was trained."""
     base = recipe.base.model.partition("@")[0]
     into = (
         "the dequantised 4-bit weights that it was trained over"
-        if kind == "dequantized"
+        if base_weights == "dequantized"
         else "the original weights of the base"
     )
     if recipe.base.bits != 4:
         into = "the weights that it was trained over"
     return "\n".join(
         [
-            heading(recipe, "transformers", ["lowrank-tune", "merged", recipe.algorithm], relation="finetune"),
+            yaml_front_matter(
+                recipe, "transformers", ["lowrank-tune", "merged", recipe.algorithm], relation="finetune"
+            ),
             f"# {recipe.name or recipe.algorithm}",
             "",
             f"`{base}` with an adapter trained by `{recipe.algorithm}`, merged into {into}; bf16.",
@@ -343,7 +362,7 @@ def merged_card(recipe: settings.Recipe, kind: str, table: Sequence[tuple[str, s
     )
 
 
-def recipe_text(recipe: settings.Recipe) -> str:
+def recipe_text(recipe: settings.RecipeConfig) -> str:
     """The recipe in YAML, with adapters by the names of their folders: where on a machine those lie is nobody's
     business."""
     facts = recipe.to_dict()

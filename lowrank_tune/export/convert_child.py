@@ -19,33 +19,33 @@ from typing import Any
 def main(converter: str, pre: str, bos: str, *arguments: str) -> None:
     folder = Path(converter).parent
     sys.path[:0] = [str(folder), str(folder / "gguf-py")]
-    _settle_bos(importlib.import_module("gguf").SpecialVocab, bos == "1")
+    _patch_bos(importlib.import_module("gguf").SpecialVocab, bos == "1")
     if pre and (folder / "conversion").is_dir():  # an older llama.cpp's converter is one file, which is run as it is
-        _name_words(importlib.import_module("conversion.base").TextModel, pre)
+        _patch_pretokenizer(importlib.import_module("conversion.base").TextModel, pre)
     sys.argv = [converter, *arguments]
     runpy.run_path(converter, run_name="__main__")
 
 
-def _name_words(text_model: Any, pre: str) -> None:
-    known = text_model.get_vocab_base_pre
+def _patch_pretokenizer(text_model: Any, pre: str) -> None:
+    original = text_model.get_vocab_base_pre
 
-    def told(self: Any, tokenizer: Any) -> str:
+    def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:
         try:
-            return str(known(self, tokenizer))
+            return str(original(self, tokenizer))
         except NotImplementedError:
             return pre
 
-    text_model.get_vocab_base_pre = told
+    text_model.get_vocab_base_pre = get_vocab_base_pre
 
 
-def _settle_bos(vocabulary: Any, adds: bool) -> None:
-    write = vocabulary.add_to_gguf
+def _patch_bos(vocabulary: Any, adds: bool) -> None:
+    original = vocabulary.add_to_gguf
 
-    def told(self: Any, *arguments: Any, **more: Any) -> None:
+    def add_to_gguf(self: Any, *arguments: Any, **more: Any) -> None:
         self.add_special_token.setdefault("bos", adds)
-        write(self, *arguments, **more)
+        original(self, *arguments, **more)
 
-    vocabulary.add_to_gguf = told
+    vocabulary.add_to_gguf = add_to_gguf
 
 
 if __name__ == "__main__":

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowrank_tune import __version__, settings
-from lowrank_tune.export.card import heading, recipe_text
+from lowrank_tune.export.card import recipe_text, yaml_front_matter
 
 Table = Sequence[tuple[str, str]]
 
 
-def model_card(
-    recipe: settings.Recipe, file: str, kind: str, into: str, table: Table, ends: Sequence[str], ollama: bool
+def gguf_model_card(
+    recipe: settings.RecipeConfig,
+    file: str,
+    kind: str,
+    into: str,
+    table: Table,
+    eos_tokens: Sequence[str],
+    ollama: bool,
 ) -> str:
     """`README.md` beside the GGUF file of a merged model."""
     weights = {
@@ -52,12 +58,14 @@ def model_card(
             *_llama(f"llama-cli -m {file}"),
             "LM Studio takes the same file: `lms import " + file + "`.",
             "",
-            _ending(ends),
+            _eos_sentence(eos_tokens),
         ],
     )
 
 
-def lora_card(recipe: settings.Recipe, file: str, kind: str, start: str | None, ends: Sequence[str]) -> str:
+def gguf_lora_card(
+    recipe: settings.RecipeConfig, file: str, kind: str, start: str | None, eos_tokens: Sequence[str]
+) -> str:
     """`README.md` beside a GGUF adapter; `start` is what a Modelfile beside it begins with."""
     use = (
         []
@@ -88,12 +96,12 @@ def lora_card(recipe: settings.Recipe, file: str, kind: str, start: str | None, 
             "RUN --to gguf` makes one model "
             "of both, and measures the difference.",
             "",
-            _ending(ends),
+            _eos_sentence(eos_tokens),
         ],
     )
 
 
-def slug(recipe: settings.Recipe) -> str:
+def slug(recipe: settings.RecipeConfig) -> str:
     """The run's name as files and Ollama take it."""
     name = "".join(
         letter if letter.isascii() and (letter.isalnum() or letter in "-._") else "-"
@@ -102,8 +110,8 @@ def slug(recipe: settings.Recipe) -> str:
     return name.strip("-.") or recipe.algorithm
 
 
-def _page(recipe: settings.Recipe, relation: str, body: list[str]) -> str:
-    head = heading(recipe, "gguf", ["gguf", "lowrank-tune", recipe.algorithm], relation=relation)
+def _page(recipe: settings.RecipeConfig, relation: str, body: list[str]) -> str:
+    head = yaml_front_matter(recipe, "gguf", ["gguf", "lowrank-tune", recipe.algorithm], relation=relation)
     return "\n".join(
         [
             head,
@@ -123,11 +131,11 @@ def _page(recipe: settings.Recipe, relation: str, body: list[str]) -> str:
     )
 
 
-def _create(recipe: settings.Recipe) -> list[str]:
+def _create(recipe: settings.RecipeConfig) -> list[str]:
     return ["```sh", f"ollama create {slug(recipe)} -f Modelfile", f"ollama run {slug(recipe)}", "```", ""]
 
 
-def _base(recipe: settings.Recipe) -> str:
+def _base(recipe: settings.RecipeConfig) -> str:
     return recipe.base.model.partition("@")[0]
 
 
@@ -135,5 +143,5 @@ def _llama(command: str) -> list[str]:
     return ["**llama.cpp**:", "", "```sh", command, "```", ""]
 
 
-def _ending(ends: Sequence[str]) -> str:
-    return f"An answer ends at {', '.join(f'`{end}`' for end in ends)}."
+def _eos_sentence(eos_tokens: Sequence[str]) -> str:
+    return f"An answer ends at {', '.join(f'`{end}`' for end in eos_tokens)}."

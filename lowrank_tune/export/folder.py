@@ -15,97 +15,104 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lowrank_tune.build import Built
+from lowrank_tune.build import RunComponents
 from lowrank_tune.checkpoint import Snapshot
-from lowrank_tune.events import Note
-from lowrank_tune.export.card import Adapters, card
-from lowrank_tune.export.fold import Part, fold, why_not
+from lowrank_tune.events import LogMessage
+from lowrank_tune.export.card import Adapters, model_card
+from lowrank_tune.export.fold import LoraAdapter, cannot_combine_reason, combine_adapters
 from lowrank_tune.model.adapters import CONFIG, STACK, WEIGHTS
 from lowrank_tune.model.base import Base
-from lowrank_tune.model.roles import PREFIX, Roles
+from lowrank_tune.model.roles import ADAPTER_PREFIX, Roles
 from lowrank_tune.stage import Stage
 
-HERE = {"name_or_path", "special_tokens_map_file", "tokenizer_file", "is_local", "local_files_only"}
+MACHINE_SPECIFIC_KEYS = {"name_or_path", "special_tokens_map_file", "tokenizer_file", "is_local", "local_files_only"}
 """Entries of a tokenizer's configuration that say where it was loaded from."""
 
 
 def final_folder(stage: Stage) -> Snapshot:
     """All files of `final/`, of a stage that has ended."""
     roles, built = stage.built.roles, stage.built
-    top, *aside = built.trained
-    names = [name.removeprefix(PREFIX) for name in roles.stacks[top]]
-    parts, reason = [part_of(roles, name) for name in names], None
-    folded = len(names) == 1 or stage.recipe.train.final_stack == "folded"
-    if folded and (reason := why_not(parts)) is not None:
+    top, *others = built.trained
+    names = [name.removeprefix(ADAPTER_PREFIX) for name in roles.stacks[top]]
+    adapters, reason = [as_lora_adapter(roles, name) for name in names], None
+    combined = len(names) == 1 or stage.recipe.train.final_stack == "folded"
+    if combined and (reason := cannot_combine_reason(adapters)) is not None:
         if len(names) > 1:
             message = f"the adapters {', '.join(names)} cannot be folded into one ({reason}): final/ holds them apart"
-            stage.emit(Note(level="warning", message=message))
-        folded = False
-    found = Snapshot()
-    root = fold(parts) if folded else (dict(parts[-1].config), dict(parts[-1].tensors))
-    found.documents[CONFIG], found.tensors[WEIGHTS] = root
+            stage.emit(LogMessage(level="warning", message=message))
+        combined = False
+    snapshot = Snapshot()
+    root = combine_adapters(adapters) if combined else (dict(adapters[-1].config), dict(adapters[-1].tensors))
+    snapshot.documents[CONFIG], snapshot.tensors[WEIGHTS] = root
     if len(names) > 1:
-        below = {name: stage.adapters[name] for name in names[:-1]}
-        found.documents[STACK] = {"version": 1, "stack": names, "below": below, "folded": folded}
-        for name, part in [(top, parts[-1])] if folded else zip(names[:-1], parts[:-1], strict=True):
-            _add(found, name, part)
-    for name in aside:
-        _add(found, name, part_of(roles, name))
+        frozen = {name: stage.adapters[name] for name in names[:-1]}
+        snapshot.documents[STACK] = {"version": 1, "stack": names, "below": frozen, "folded": combined}
+        for name, adapter in [(top, adapters[-1])] if combined else zip(names[:-1], adapters[:-1], strict=True):
+            _add(snapshot, name, adapter)
+    for name in others:
+        _add(snapshot, name, as_lora_adapter(roles, name))
     try:
-        found.others |= tokenizer_files(built)
+        snapshot.others |= tokenizer_files(built)
     # what was trained must not be lost over this
     except (OSError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
         message = (
             f"final/ has no tokenizer: the base's cannot save itself ({type(error).__name__}: {error}); use "
             f"the base's own"
         )
-        stage.emit(Note(level="warning", message=message))
+        stage.emit(LogMessage(level="warning", message=message))
     if "policy" in built.trained:
-        found.documents["generation_config.json"] = generation_config(built.base, built.stop_ids, built.template.pad_id)
-    said = Adapters(names, folded, root[0], speaks="policy" in built.trained)
-    text = card(stage.recipe, stage.summary, built.base.revision, said, names_of_ends(built))
-    found.others["README.md"] = text.encode("utf-8", "replace")
-    return found
+        snapshot.documents["generation_config.json"] = generation_config(
+            built.base, built.stop_ids, built.template.pad_id
+        )
+    info = Adapters(names, combined, root[0], is_generative="policy" in built.trained)
+    text = model_card(stage.recipe, stage.summary, built.base.revision, info, eos_token_strings(built))
+    snapshot.others["README.md"] = text.encode("utf-8", "replace")
+    return snapshot
 
 
-def part_of(roles: Roles, name: str) -> Part:
+def as_lora_adapter(roles: Roles, name: str) -> LoraAdapter:
     """An adapter of a loaded model, as it would be saved. A head that stands alone has no scales."""
-    return Part(roles.adapter_config(name), roles.adapter_tensors(name), roles.scalings(name))
+    return LoraAdapter(roles.adapter_config(name), roles.adapter_tensors(name), roles.scalings(name))
 
 
-def _add(found: Snapshot, name: str, part: Part) -> None:
-    found.documents[f"{name}/{CONFIG}"], found.tensors[f"{name}/{WEIGHTS}"] = dict(part.config), dict(part.tensors)
+def _add(snapshot: Snapshot, name: str, adapter: LoraAdapter) -> None:
+    snapshot.documents[f"{name}/{CONFIG}"], snapshot.tensors[f"{name}/{WEIGHTS}"] = (
+        dict(adapter.config),
+        dict(adapter.tensors),
+    )
 
 
-def tokenizer_files(built: Built) -> dict[str, bytes]:
+def tokenizer_files(built: RunComponents) -> dict[str, bytes]:
     """The tokenizer's files with the chat template that was trained with, the kit's own where the base brought none."""
-    return files_of_tokenizer(built.template.tokenizer, built.template.jinja)
+    return serialize_tokenizer(built.template.tokenizer, built.template.chat_template)
 
 
-def files_of_tokenizer(tokenizer: Any, template: str) -> dict[str, bytes]:
+def serialize_tokenizer(tokenizer: Any, template: str) -> dict[str, bytes]:
     """What the tokenizer saves, by name; without the place that it was loaded from."""
     before = tokenizer.chat_template
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         try:
             tokenizer.chat_template = before or template
-            tokenizer.save_pretrained(place)
+            tokenizer.save_pretrained(folder)
         finally:
             tokenizer.chat_template = before
         files = {
-            str(path.relative_to(place)): path.read_bytes() for path in sorted(Path(place).rglob("*")) if path.is_file()
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(Path(folder).rglob("*"))
+            if path.is_file()
         }
-    settings = json.loads(files["tokenizer_config.json"])
-    kept = {key: value for key, value in settings.items() if key not in HERE}
+    config = json.loads(files["tokenizer_config.json"])
+    kept = {key: value for key, value in config.items() if key not in MACHINE_SPECIFIC_KEYS}
     return files | {"tokenizer_config.json": json.dumps(kept, indent=2, ensure_ascii=False).encode()}
 
 
-def generation_config(base: Base, ends: frozenset[int], pad: int) -> dict[str, Any]:
+def generation_config(base: Base, eos_token_ids: frozenset[int], pad_token_id: int) -> dict[str, Any]:
     """The base's own, with every token that ends an answer: its end tokens and those of the chat template."""
-    found = base.model.generation_config.to_diff_dict() if base.model.generation_config is not None else {}
-    kept = {key: value for key, value in found.items() if not key.startswith("_")}
-    return {**kept, "eos_token_id": sorted(ends), "pad_token_id": pad}
+    config = base.model.generation_config.to_diff_dict() if base.model.generation_config is not None else {}
+    kept = {key: value for key, value in config.items() if not key.startswith("_")}
+    return {**kept, "eos_token_id": sorted(eos_token_ids), "pad_token_id": pad_token_id}
 
 
-def names_of_ends(built: Built) -> list[str]:
+def eos_token_strings(built: RunComponents) -> list[str]:
     """The end tokens in letters."""
     return [str(built.template.tokenizer.convert_ids_to_tokens(number)) for number in sorted(built.stop_ids)]

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.export.fold import PREFIX, A, B
+from lowrank_tune.export.fold import LORA_A, LORA_B, PEFT_PREFIX
 
-FAMILIES = {
+GGUF_ARCHITECTURES = {
     "llama": "LLAMA",
     "mistral": "LLAMA",
     "qwen2": "QWEN2",
@@ -29,7 +29,7 @@ FAMILIES = {
     "gemma3": "GEMMA3",
 }
 """Model types that are known here, with llama.cpp's names of their architectures."""
-ROTATED = ("llama", "mistral")
+PERMUTED_MODEL_TYPES = ("llama", "mistral")
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
 
@@ -54,10 +54,10 @@ def gguf_module() -> Any:
 
 def shape_of(config: Any) -> Shape:
     """Of a base's configuration. Raises UserError for a family that is not known here."""
-    if config.model_type not in FAMILIES:
-        known = "Llama, Mistral, Qwen2, Qwen3 and Gemma3"
+    if config.model_type not in GGUF_ARCHITECTURES:
+        supported = "Llama, Mistral, Qwen2, Qwen3 and Gemma3"
         raise UserError(
-            f"a GGUF adapter of a {config.model_type} model is not known here, only those of {known}; `--to gguf` "
+            f"a GGUF adapter of a {config.model_type} model is not known here, only those of {supported}; `--to gguf` "
             f"merges it into "
             "its base for llama.cpp's own converter, and `--to peft` copies it as it is"
         )
@@ -75,24 +75,24 @@ def gguf_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape
     assert not config.get("use_rslora") and not config.get("rank_pattern") and not config.get("alpha_pattern"), (
         "not folded"
     )
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, FAMILIES[shape.kind]), shape.layers)
-    found = {}
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, GGUF_ARCHITECTURES[shape.kind]), shape.layers)
+    converted = {}
     for key in tensors:
-        if not key.endswith(A):
+        if not key.endswith(LORA_A):
             continue
-        module = key.removeprefix(PREFIX).removesuffix(A)
+        module = key.removeprefix(PEFT_PREFIX).removesuffix(LORA_A)
         plain = module.replace("language_model.", "")  # the text part of a model that also sees
         name = names.get_name(f"{plain}.weight", try_suffixes=(".weight",))
         if name is None or (plain != module and not module.startswith("model.language_model.")):
-            raise UserError(f"llama.cpp's {FAMILIES[shape.kind]} has no place for an adapter on {module}")
-        a, b = tensors[key], tensors[PREFIX + module + B]
-        if shape.kind in ROTATED and module.endswith(("q_proj", "k_proj")):
-            b = interleaved(b, shape.heads if module.endswith("q_proj") else shape.kv_heads)
-        found[f"{name}.lora_a"], found[f"{name}.lora_b"] = a.contiguous(), b.contiguous()
-    return found
+            raise UserError(f"llama.cpp's {GGUF_ARCHITECTURES[shape.kind]} has no place for an adapter on {module}")
+        a, b = tensors[key], tensors[PEFT_PREFIX + module + LORA_B]
+        if shape.kind in PERMUTED_MODEL_TYPES and module.endswith(("q_proj", "k_proj")):
+            b = permute_rope(b, shape.heads if module.endswith("q_proj") else shape.kv_heads)
+        converted[f"{name}.lora_a"], converted[f"{name}.lora_b"] = a.contiguous(), b.contiguous()
+    return converted
 
 
-def interleaved(rows: Tensor, heads: int) -> Tensor:
+def permute_rope(rows: Tensor, heads: int) -> Tensor:
     """(out, r): within each head, row i of the first half and row i of the second come to lie side by side."""
     return rows.reshape(heads, 2, len(rows) // heads // 2, -1).transpose(1, 2).reshape(rows.shape)
 
@@ -103,17 +103,17 @@ def write_gguf_lora(
     """Writes a folded adapter: its configuration, its tensors under PEFT's names; `kind` is one of `TYPES`. Raises
     UserError."""
     gguf = gguf_module()
-    found = gguf_tensors(config, tensors, shape)
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, FAMILIES[shape.kind])])
+    converted = gguf_tensors(config, tensors, shape)
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[getattr(gguf.MODEL_ARCH, GGUF_ARCHITECTURES[shape.kind])])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_string(gguf.Keys.General.NAME, name)
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(config["lora_alpha"]))
-    wanted = getattr(gguf.GGMLQuantizationType, TYPES[kind])
+    dtype = getattr(gguf.GGMLQuantizationType, TYPES[kind])
     writer.add_file_type(getattr(gguf.LlamaFileType, "ALL_F32" if kind == "f32" else f"MOSTLY_{TYPES[kind]}"))
-    for key, tensor in found.items():
+    for key, tensor in converted.items():
         data = tensor.to(torch.float32).numpy()
-        writer.add_tensor(key, gguf.quants.quantize(data, wanted), raw_dtype=wanted)
+        writer.add_tensor(key, gguf.quants.quantize(data, dtype), raw_dtype=dtype)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

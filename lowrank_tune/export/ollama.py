@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.export.turns import Turns
+from lowrank_tune.export.turns import TemplateTurns
 
-NAMES = {
+PARAMETER_NAMES = {
     "temperature": "temperature",
     "top_p": "top_p",
     "top_k": "top_k",
@@ -22,7 +22,7 @@ NAMES = {
     "repetition_penalty": "repeat_penalty",
 }
 """Of a generation config, and Ollama's."""
-CONTEXT = 4096
+DEFAULT_CONTEXT = 4096
 """Ollama's own context length; a model made for less must not be given so much."""
 
 
@@ -32,7 +32,7 @@ class Modelfile:
 
     start: str
     adapter: str | None
-    turns: Turns | None
+    turns: TemplateTurns | None
     bos: str
     """Text that the runner puts before the prompt by itself, and the template must not repeat."""
     system: str | None
@@ -52,11 +52,11 @@ class Modelfile:
             lines.append(f"SYSTEM {quoted(self.system)}")
         lines += [f"PARAMETER stop {quoted(stop)}" for stop in self.stops]
         lines += [
-            f"PARAMETER {NAMES[key]} {value:g}"
+            f"PARAMETER {PARAMETER_NAMES[key]} {value:g}"
             for key, value in self.generation.items()
-            if key in NAMES and isinstance(value, (int, float)) and not isinstance(value, bool)
+            if key in PARAMETER_NAMES and isinstance(value, (int, float)) and not isinstance(value, bool)
         ]
-        lines += [f"PARAMETER num_ctx {self.positions}"] if self.positions < CONTEXT else []
+        lines += [f"PARAMETER num_ctx {self.positions}"] if self.positions < DEFAULT_CONTEXT else []
         return "\n".join(lines) + "\n"
 
 
@@ -69,27 +69,31 @@ def quoted(text: str) -> str:
     return f'"{text}"' if plain else f'"""{text}"""'
 
 
-def go_template(turns: Turns, bos: str) -> str:
+def go_template(turns: TemplateTurns, bos: str) -> str:
     """The same text as `turns.write`, by Ollama's messages: a turn's content as it is, `.System` all that the system
     says. An unfinished answer at the end is continued."""
     opening, later = _literal(turns.opening.removeprefix(bos)), _literal(turns.user[0])
     if turns.system is not None:
         here = "and $last $.System" if turns.later else "$.System"
-        opening = f"{{{{ if {here} }}}}{_ruled(turns.system, bos)}{{{{ else }}}}{opening}{{{{ end }}}}"
+        opening = f"{{{{ if {here} }}}}{_system_block(turns.system, bos)}{{{{ else }}}}{opening}{{{{ end }}}}"
     if turns.later is not None:
-        later = f"{{{{ if and $last $.System }}}}{_ruled(turns.later, '')}{{{{ else }}}}{later}{{{{ end }}}}"
+        later = f"{{{{ if and $last $.System }}}}{_system_block(turns.later, '')}{{{{ else }}}}{later}{{{{ end }}}}"
     before = f"{{{{ if $first }}}}{{{{ $first = false }}}}{opening}{{{{ else }}}}{later}{{{{ end }}}}"
-    end, asks, (answer, closed) = _literal(turns.user[1]), _literal(turns.asks), map(_literal, turns.assistant)
+    end, generation_prompt, (answer, closed) = (
+        _literal(turns.user[1]),
+        _literal(turns.generation_prompt),
+        map(_literal, turns.assistant),
+    )
     return (
         "{{ $first := true }}{{ range $i, $m := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
         f'{{{{ if eq .Role "user" }}}}{before}{{{{ .Content }}}}{end}'
         f'{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ .Content }}}}{{{{ if not $last }}}}{closed}{{{{ end '
         f"}}}}{{{{ end }}}}"
-        f'{{{{ if and $last (ne .Role "assistant") }}}}{asks}{{{{ end }}}}{{{{ end }}}}'
+        f'{{{{ if and $last (ne .Role "assistant") }}}}{generation_prompt}{{{{ end }}}}{{{{ end }}}}'
     )
 
 
-def _ruled(around: tuple[str, str], bos: str) -> str:
+def _system_block(around: tuple[str, str], bos: str) -> str:
     return f"{_literal(around[0].removeprefix(bos))}{{{{ $.System }}}}{_literal(around[1])}"
 
 

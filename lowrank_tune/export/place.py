@@ -16,42 +16,42 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from lowrank_tune.checkpoint import telling
+from lowrank_tune.checkpoint import as_user_error
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, Progress
 
 MANIFEST = "export.json"
-SPARE = 64 << 20  # bytes for tokenizer and configuration
+DISK_MARGIN = 64 << 20  # bytes for tokenizer and configuration
 
 
-def check_room(target: Path, needed: int, what: str) -> None:
+def check_disk_space(target: Path, needed: int, label: str) -> None:
     """Raises UserError where the disk of `target` has not `needed` bytes for `what`, before anything is written."""
-    place = next((parent for parent in target.resolve().parents if parent.is_dir()), Path("/"))
-    free = shutil.disk_usage(place).free
-    if free < needed + SPARE:
+    folder = next((parent for parent in target.resolve().parents if parent.is_dir()), Path("/"))
+    free = shutil.disk_usage(folder).free
+    if free < needed + DISK_MARGIN:
         raise UserError(
-            f"{target}: {what} needs {(needed + SPARE) / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free there; "
+            f"{target}: {label} needs {(needed + DISK_MARGIN) / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free there; "
             "give another folder with --out, or make room"
         )
 
 
-def check_ours(target: Path) -> None:
+def check_overwritable(target: Path) -> None:
     """Raises UserError where something lies at `target` that an export may not replace."""
     if not os.path.lexists(target):
         return
     if not target.is_dir() or target.is_symlink():
         raise UserError(f"{target} is no folder; give another one with --out")
-    with telling(target):
-        there = {str(path.relative_to(target)) for path in target.rglob("*") if not path.is_dir()}
+    with as_user_error(target):
+        existing = {str(path.relative_to(target)) for path in target.rglob("*") if not path.is_dir()}
     try:
         listed = json.loads((target / MANIFEST).read_bytes())["files"]
         own = {MANIFEST, *listed}
     except (OSError, ValueError, KeyError, TypeError):
         own = set()
-    if there and not (MANIFEST in there and there <= own):
-        strange = min(there - own) if own else min(there)
+    if existing and not (MANIFEST in existing and existing <= own):
+        foreign = min(existing - own) if own else min(existing)
         raise UserError(
-            f"{target} exists and holds what is no export of this program ({strange} for one); give another folder "
+            f"{target} exists and holds what is no export of this program ({foreign} for one); give another folder "
             f"with --out"
         )
 
@@ -60,10 +60,10 @@ def check_ours(target: Path) -> None:
 def export_folder(target: Path, facts: Mapping[str, Any], emit: Emit) -> Iterator[Path]:
     """An empty folder beside `target` that becomes it at the end, with `export.json`; after any exception nothing is
     left of it."""
-    check_ours(target)
-    with telling(target):
+    check_overwritable(target)
+    with as_user_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        tidy(target)
+        clean_stale(target)
         fresh = target.with_name(f".tmp-{target.name}-{token_hex(4)}")
         try:
             fresh.mkdir()
@@ -71,49 +71,49 @@ def export_folder(target: Path, facts: Mapping[str, Any], emit: Emit) -> Iterato
             (fresh / MANIFEST).write_text(json.dumps({"version": 1, **facts, "files": _files(fresh, emit)}, indent=2))
             for path in (*fresh.rglob("*"), fresh):
                 _sync(path)
-            _put(fresh, target)
+            _replace_target(fresh, target)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 
 
-def tidy(target: Path) -> None:
+def clean_stale(target: Path) -> None:
     """Removes what an earlier export or merge into the same place left when it was killed; one that was stepping aside
     comes back."""
     for leftover in target.parent.glob(f".tmp-{target.name}-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for aside in target.parent.glob(f".aside-{target.name}"):
+    for backup in target.parent.glob(f".aside-{target.name}"):
         if os.path.lexists(target):
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(backup, ignore_errors=True)
         else:
-            os.replace(aside, target)
+            os.replace(backup, target)
 
 
 def _files(folder: Path, emit: Emit) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    found = {}
+    hashes = {}
     for number, path in enumerate(files, 1):
         with open(path, "rb") as opened:
-            found[str(path.relative_to(folder))] = {
+            hashes[str(path.relative_to(folder))] = {
                 "size": path.stat().st_size,
                 "sha256": hashlib.file_digest(opened, "sha256").hexdigest(),
             }
         emit(Progress(what="hashing what was written", done=number, total=len(files)))
-    return found
+    return hashes
 
 
-def _put(fresh: Path, target: Path) -> None:
+def _replace_target(fresh: Path, target: Path) -> None:
     """Renames onto the target. A folder cannot be renamed onto a full one, so that steps aside."""
     if not target.is_dir():
         os.replace(fresh, target)
         return
-    aside = target.with_name(f".aside-{target.name}")
-    os.replace(target, aside)
+    backup = target.with_name(f".aside-{target.name}")
+    os.replace(target, backup)
     try:
         os.replace(fresh, target)
     except BaseException:
-        os.replace(aside, target)
+        os.replace(backup, target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(backup, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -20,32 +20,32 @@ import torch
 from torch import Tensor
 
 from lowrank_tune import settings
-from lowrank_tune.data import Prompt, Template, load, prompts
-from lowrank_tune.errors import RunFailed, UserError
-from lowrank_tune.evaluate import questions_in, questions_of
-from lowrank_tune.events import Emit, Note, Progress
+from lowrank_tune.data import ChatTemplate, Prompt, load, load_heldout_prompts
+from lowrank_tune.errors import TrainingError, UserError
+from lowrank_tune.evaluate import render_questions, select_questions
+from lowrank_tune.events import Emit, LogMessage, Progress
 from lowrank_tune.model.base import Base, load_base, load_tokenizer
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout import Engine
-from lowrank_tune.rollout.engine import memory_of
-from lowrank_tune.types import Row, Sampling
+from lowrank_tune.rollout.engine import device_memory
+from lowrank_tune.types import Row, SamplingParams
 
-LIMIT = 1e-3
+MAX_MEAN_KL = 1e-3
 """Nats a token of KL(trained || merged), in the weights that were trained over."""
-WORST = 0.1
+MAX_TOKEN_KL = 0.1
 """The same at one token: a mean over answers that a model is sure of hides much (of `tiny-tutor`, original for
 dequantised weights: mean 4e-4, largest 0.3), and rounding to bf16 makes at most a hundredth of this."""
 NEAR_TIE = 0.05
-PARTED = 0.04
+MAX_DIVERGED_FRACTION = 0.04
 """Share of greedy answers that may part at a wider gap: bf16 weights move a logit by more than `NEAR_TIE` now and then,
 and what is wrong parts many."""
-PROMPTS, ROWS, ANSWER, LONGEST = 50, 50, 32, 1024
-KEPT_BYTES = 1 << 30
+MAX_PROMPTS, MAX_ROWS, MAX_NEW_TOKENS, MAX_PROMPT_TOKENS = 50, 50, 32, 1024
+MAX_LOGIT_BYTES = 1 << 30
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Probes:
+class ProbePrompts:
     """What both models are asked: prompts (ids), held-out rows where the recipe has rows, and in words where they come
     from."""
 
@@ -55,7 +55,7 @@ class Probes:
 
 
 @dataclass(frozen=True)
-class Heard:
+class RecordedOutputs:
     """What the trained model said: `texts` are prompts with its greedy answers, which begin at `starts`, and then the
     held-out rows; `logits` (K, V) foretell the last K tokens of each text; `loss` of what the assistant says in the
     rows, in nats a token."""
@@ -69,7 +69,7 @@ class Heard:
 
 
 @dataclass(frozen=True)
-class Proof:
+class MergeReport:
     """Trained against merged: mean and largest KL in nats a token, the largest difference of two logits, how many
     greedy answers are the same, part at a near-tie, or part elsewhere, and the losses on held-out rows (of the greedy
     answers, where a run has no rows)."""
@@ -94,18 +94,20 @@ class Proof:
     def faults(self, exact: bool) -> list[str]:
         """What must not be; where the merged weights need not be those that were trained over, only what can never
         be."""
-        found = []
+        problems = []
         if not math.isfinite(self.kl):
-            found.append("its logits are not finite")
-        if exact and not self.kl <= LIMIT:
-            found.append(f"KL(trained || merged) is {self.kl:.2e} nats a token, above {LIMIT:g}")
-        if exact and not self.worst_kl <= WORST:
-            found.append(f"KL(trained || merged) is {self.worst_kl:.2g} nats at one token, above {WORST:g}")
-        if exact and self.parted > PARTED * self.prompts:
-            found.append(f"{self.parted} of {self.prompts} greedy answers part where the trained model had no near-tie")
+            problems.append("its logits are not finite")
+        if exact and not self.kl <= MAX_MEAN_KL:
+            problems.append(f"KL(trained || merged) is {self.kl:.2e} nats a token, above {MAX_MEAN_KL:g}")
+        if exact and not self.worst_kl <= MAX_TOKEN_KL:
+            problems.append(f"KL(trained || merged) is {self.worst_kl:.2g} nats at one token, above {MAX_TOKEN_KL:g}")
+        if exact and self.parted > MAX_DIVERGED_FRACTION * self.prompts:
+            problems.append(
+                f"{self.parted} of {self.prompts} greedy answers part where the trained model had no near-tie"
+            )
         if not self.ends_agree:
-            found.append("its answers end at other tokens")
-        return found
+            problems.append("its answers end at other tokens")
+        return problems
 
     def table(self) -> list[tuple[str, str]]:
         """Rows for people."""
@@ -125,120 +127,131 @@ class Proof:
         ]
 
 
-def probes(recipe: settings.Recipe, template: Template, emit: Emit) -> Probes:
+def make_probes(recipe: settings.RecipeConfig, template: ChatTemplate, emit: Emit) -> ProbePrompts:
     """Held-out prompts and rows of the recipe; where they are few, or its data is no longer there, the kit's own
     problems beside them."""
     try:
-        found = _of_recipe(recipe, template)
+        probes = _of_recipe(recipe, template)
     except UserError as error:
         emit(
-            Note(
+            LogMessage(
                 level="warning", message=f"the run's own data cannot be read ({error}): compared on the kit's problems"
             )
         )
-        found = Probes([], [], "")
-    if len(found.prompts) == PROMPTS:
-        return found
-    built_in = _asked(prompts(settings.Source(dataset="tutor", split="heldout"), PROMPTS, recipe.seed), template)
-    origin = f"{found.origin} and the kit's problems" if found.prompts else "the kit's problems"
-    return Probes([*found.prompts, *built_in][:PROMPTS], found.rows, origin)
+        probes = ProbePrompts([], [], "")
+    if len(probes.prompts) == MAX_PROMPTS:
+        return probes
+    built_in = _prompt_ids(
+        load_heldout_prompts(settings.SourceConfig(dataset="tutor", split="heldout"), MAX_PROMPTS, recipe.seed),
+        template,
+    )
+    origin = f"{probes.origin} and the kit's problems" if probes.prompts else "the kit's problems"
+    return ProbePrompts([*probes.prompts, *built_in][:MAX_PROMPTS], probes.rows, origin)
 
 
-def _of_recipe(recipe: settings.Recipe, template: Template) -> Probes:
-    rows, asked, origin = list[Row](), list[list[int]](), "held-out prompts"
+def _of_recipe(recipe: settings.RecipeConfig, template: ChatTemplate) -> ProbePrompts:
+    rows, prompt_ids, origin = list[Row](), list[list[int]](), "held-out prompts"
     if recipe.algorithm in ("sft", "dpo"):
-        data = load(recipe.data, template, recipe.seed, _silent, pairs=recipe.pairs)
+        data = load(recipe.data, template, recipe.seed, _ignore_event, pairs=recipe.uses_pairs)
         store = data.validation if data.validation is not None and data.validation.units else data.train
         origin = "validation rows" if store is data.validation else "training rows"
-        rows = [store[unit * store.together] for unit in range(min(ROWS, store.units))]
-        asked = [question.ids for question in questions_in(store, template, PROMPTS)]
+        rows = [store[unit * store.rows_per_unit] for unit in range(min(MAX_ROWS, store.units))]
+        prompt_ids = [question.prompt_ids for question in select_questions(store, template, MAX_PROMPTS)]
     source = recipe.evaluate.heldout or (recipe.data.train[0] if not rows else None)
     if source is not None:
         origin = f"{origin} and held-out prompts" if rows else origin if recipe.evaluate.heldout else "training prompts"
-        asked = _asked(prompts(source, PROMPTS, recipe.seed, recipe.data.system), template)
-    return Probes([ids for ids in asked if len(ids) <= LONGEST], rows, origin)
+        prompt_ids = _prompt_ids(load_heldout_prompts(source, MAX_PROMPTS, recipe.seed, recipe.data.system), template)
+    return ProbePrompts([ids for ids in prompt_ids if len(ids) <= MAX_PROMPT_TOKENS], rows, origin)
 
 
-def _asked(found: Sequence[Prompt], template: Template) -> list[list[int]]:
+def _prompt_ids(examples: Sequence[Prompt], template: ChatTemplate) -> list[list[int]]:
     return [
-        question.ids
-        for question in questions_of([one for one in found if template.spoils(one.messages) is None], template)
+        question.prompt_ids
+        for question in render_questions(
+            [example for example in examples if template.validate_messages(example.messages) is None], template
+        )
     ]
 
 
-def hear(roles: Roles, asked: Probes, ends: frozenset[int], emit: Emit) -> Heard:
+def record_outputs(roles: Roles, probes: ProbePrompts, eos_token_ids: frozenset[int], emit: Emit) -> RecordedOutputs:
     """Lets the trained model answer, and keeps what it thought."""
     answers = {}
     for number, completion in enumerate(
-        Engine(roles, "policy").generate(asked.prompts, 1, Sampling(ANSWER, ends, 0.0)), 1
+        Engine(roles, "policy").generate(probes.prompts, 1, SamplingParams(MAX_NEW_TOKENS, eos_token_ids, 0.0)), 1
     ):
-        answers[completion.prompt] = completion.ids
-        emit(Progress(what="the trained model answers", done=number, total=len(asked.prompts)))
-    texts = [[*prompt, *answers[number]] for number, prompt in enumerate(asked.prompts)]
-    texts += [[int(token) for token in row.ids] for row in asked.rows]
-    most = max(ANSWER, KEPT_BYTES // (4 * roles.head.weight.shape[0] * len(texts)))
-    losses, kept = _Losses(asked.rows), list[Tensor]()
-    with roles.quiet(), roles.use("policy"):
+        answers[completion.prompt] = completion.token_ids
+        emit(Progress(what="the trained model answers", done=number, total=len(probes.prompts)))
+    texts = [[*prompt, *answers[number]] for number, prompt in enumerate(probes.prompts)]
+    texts += [[int(token) for token in row.input_ids] for row in probes.rows]
+    max_positions = max(MAX_NEW_TOKENS, MAX_LOGIT_BYTES // (4 * roles.head.weight.shape[0] * len(texts)))
+    losses, kept_logits = _Losses(probes.rows), list[Tensor]()
+    with roles.inference_mode(), roles.activate("policy"):
         for number, text in enumerate(texts):
-            logits = _foretold(roles.base, text)
-            losses.add(number - len(asked.prompts), logits)
-            kept.append(logits[-most:].clone())
-    return Heard(texts, [len(prompt) for prompt in asked.prompts], kept, asked.rows, losses.mean, asked.origin)
+            logits = _next_token_logits(roles.base, text)
+            losses.add(number - len(probes.prompts), logits)
+            kept_logits.append(logits[-max_positions:].clone())
+    return RecordedOutputs(
+        texts, [len(prompt) for prompt in probes.prompts], kept_logits, probes.rows, losses.mean, probes.origin
+    )
 
 
-def place_for(weights: int, device: torch.device, emit: Emit) -> tuple[torch.device, torch.dtype]:
+def readback_device(weights: int, device: torch.device, emit: Emit) -> tuple[torch.device, torch.dtype]:
     """Where a model of so many weights can be read back, and in which precision: the device of the run; or in bf16 the
     main memory, where a card that trained it in 4 bits is too small for 16. Raises UserError where neither holds it."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    needed, there = weights * dtype.itemsize + (1 << 30), memory_of(device)
-    if device.type == "cuda" and needed > there:
+    needed, available = weights * dtype.itemsize + (1 << 30), device_memory(device)
+    if device.type == "cuda" and needed > available:
         emit(
-            Note(
-                message=f"the merged model needs {needed / 2**30:.0f} GiB and the card has {there / 2**30:.0f}: it "
+            LogMessage(
+                message=f"the merged model needs {needed / 2**30:.0f} GiB and the card has {available / 2**30:.0f}: it "
                 f"is compared on the CPU"
             )
         )
-        device, there = CPU, memory_of(CPU)
-    if needed > there:
+        device, available = CPU, device_memory(CPU)
+    if needed > available:
         raise UserError(
             f"the merged model must be read back to be compared, which needs {needed / 2**30:.0f} GiB of memory, and "
             f"this machine "
-            f"has {there / 2**30:.0f}; merge on a larger one, or use the adapter as it is"
+            f"has {available / 2**30:.0f}; merge on a larger one, or use the adapter as it is"
         )
     return device, dtype
 
 
-def prove(
-    folder: Path, heard: Heard, ends: frozenset[int], place: tuple[torch.device, torch.dtype], emit: Emit
-) -> Proof:
+def compare_models(
+    folder: Path,
+    recorded: RecordedOutputs,
+    eos_token_ids: frozenset[int],
+    readback: tuple[torch.device, torch.dtype],
+    emit: Emit,
+) -> MergeReport:
     """Reads the merged model back as a user would, and lets it read the same. Raises RunFailed where it cannot even be
     read."""
-    wanted = settings.Base(model=str(folder), bits=16)
+    base_settings = settings.BaseConfig(model=str(folder), bits=16)
     try:
-        base = load_base(wanted, load_tokenizer(wanted), *place)
+        base = load_base(base_settings, load_tokenizer(base_settings), *readback)
     except UserError as error:
-        raise RunFailed(f"the merged model cannot be read back, and nothing is left of it: {error}") from error
+        raise TrainingError(f"the merged model cannot be read back, and nothing is left of it: {error}") from error
     base.model.eval()
     kls, differences, outcomes = list[Tensor](), list[float](), list[str]()
-    losses, own = _Losses(heard.rows), (_Mean(), _Mean())
+    losses, answer_losses = _Losses(recorded.rows), (_Mean(), _Mean())
     with torch.no_grad():
-        for number, (text, trained) in enumerate(zip(heard.texts, heard.logits, strict=True)):
-            merged = _foretold(base, text)
-            losses.add(number - len(heard.starts), merged)
+        for number, (text, trained) in enumerate(zip(recorded.texts, recorded.logits, strict=True)):
+            merged = _next_token_logits(base, text)
+            losses.add(number - len(recorded.starts), merged)
             merged = merged[-len(trained) :]
             p, q = trained.log_softmax(dim=-1), merged.log_softmax(dim=-1)
             kls.append((p.exp() * (p - q)).sum(dim=-1))
             differences.append(float((trained - merged).abs().max()))
-            if number < len(heard.starts):
-                answer = torch.tensor(text[heard.starts[number] :])
-                outcomes.append(_parting(trained[-len(answer) :], merged[-len(answer) :], answer))
-                for mean, one in zip(own, (p, q), strict=True):
+            if number < len(recorded.starts):
+                answer = torch.tensor(text[recorded.starts[number] :])
+                outcomes.append(_greedy_difference(trained[-len(answer) :], merged[-len(answer) :], answer))
+                for mean, one in zip(answer_losses, (p, q), strict=True):
                     mean.add(-one[-len(answer) :].gather(1, answer[:, None]))
-            emit(Progress(what="the merged model reads the same", done=number + 1, total=len(heard.texts)))
+            emit(Progress(what="the merged model reads the same", done=number + 1, total=len(recorded.texts)))
     kl = torch.cat(kls)
-    compared = (heard.loss, losses.mean) if heard.rows else (own[0].value, own[1].value)
-    return Proof(
-        len(heard.starts),
+    compared = (recorded.loss, losses.mean) if recorded.rows else (answer_losses[0].value, answer_losses[1].value)
+    return MergeReport(
+        len(recorded.starts),
         len(kl),
         float(kl.mean()),
         float(kl.max()),
@@ -247,9 +260,9 @@ def prove(
         outcomes.count("near-tie"),
         outcomes.count("parted"),
         *compared,
-        len(heard.rows),
-        _generation_ends(base) == ends and base.end_ids == ends,
-        heard.origin,
+        len(recorded.rows),
+        _generation_eos_ids(base) == eos_token_ids and base.end_ids == eos_token_ids,
+        recorded.origin,
     )
 
 
@@ -271,46 +284,46 @@ class _Losses:
     """-log p of what the assistant says in these rows."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows, self._found = rows, _Mean()
+        self.rows, self._mean = rows, _Mean()
 
     @property
     def mean(self) -> float:
-        return self._found.value
+        return self._mean.value
 
     def add(self, number: int, logits: Tensor) -> None:
         """Row `number`, where it is one, with the logits that foretell all its tokens but the first."""
         if number < 0:
             return
         row = self.rows[number]
-        said = torch.tensor(list(row.says)[1:], dtype=torch.bool)
-        targets = torch.tensor([int(token) for token in row.ids])[1:][said]
-        self._found.add(-logits[said].log_softmax(dim=-1).gather(1, targets[:, None]))
+        mask = torch.tensor(list(row.completion_mask)[1:], dtype=torch.bool)
+        targets = torch.tensor([int(token) for token in row.input_ids])[1:][mask]
+        self._mean.add(-logits[mask].log_softmax(dim=-1).gather(1, targets[:, None]))
 
 
-def _parting(trained: Tensor, merged: Tensor, said: Tensor) -> str:
+def _greedy_difference(trained: Tensor, merged: Tensor, answer: Tensor) -> str:
     """Whether the merged model would have given the same greedy answer, (K, V) logits of both for the K tokens that
     were said."""
-    parted = (merged.argmax(dim=-1) != said).nonzero()
-    if not len(parted):
+    diverged = (merged.argmax(dim=-1) != answer).nonzero()
+    if not len(diverged):
         return "same"
-    first, second = (float(value) for value in trained[int(parted[0])].topk(2).values)
+    first, second = (float(value) for value in trained[int(diverged[0])].topk(2).values)
     # between neighbours in bf16, which has 8 binary digits
     step = 2.0 ** (math.frexp(max(abs(first), abs(second)))[1] - 8)
     return "near-tie" if first - second < max(NEAR_TIE, 2 * step) else "parted"
 
 
-def _foretold(base: Base, ids: Sequence[int]) -> Tensor:
+def _next_token_logits(base: Base, ids: Sequence[int]) -> Tensor:
     """(T - 1, V) fp32 in the main memory: the logits of every token but the first."""
     with base.autocast():
         logits = base.model(input_ids=torch.tensor([list(ids)], device=base.device), use_cache=False).logits
     return torch.as_tensor(logits[0, :-1]).float().cpu()
 
 
-def _generation_ends(base: Base) -> frozenset[int]:
+def _generation_eos_ids(base: Base) -> frozenset[int]:
     """Where an answer ends for software that reads the generation config alone."""
-    found = getattr(base.model.generation_config, "eos_token_id", None)
-    return frozenset([found] if isinstance(found, int) else found or [])
+    eos_token_id = getattr(base.model.generation_config, "eos_token_id", None)
+    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or [])
 
 
-def _silent(event: object) -> None:
+def _ignore_event(event: object) -> None:
     pass

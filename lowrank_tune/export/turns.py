@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-Talk = Sequence[tuple[str, str]]
+ProbeMessages = Sequence[tuple[str, str]]
 """Roles and contents, the last one the user's."""
 Render = Callable[[list[dict[str, str]], bool], str]
 """What a template makes of messages, with or without the beginning of an answer. May raise anything."""
@@ -19,7 +19,7 @@ SYSTEM, USERS, ANSWER = "Zq-rule", ("Zq-ask-one", "Zq-ask-two"), "Zq-say-one"
 
 
 @dataclass(frozen=True)
-class Turns:
+class TemplateTurns:
     """What stands before the first question, before and behind the other ones, before and behind an answer, and where
     an answer begins.
 
@@ -30,75 +30,82 @@ class Turns:
     opening: str
     user: tuple[str, str]
     assistant: tuple[str, str]
-    asks: str
+    generation_prompt: str
     system: tuple[str, str] | None = None
     later: tuple[str, str] | None = None
 
-    def write(self, talk: Talk) -> str:
+    def write(self, messages: ProbeMessages) -> str:
         """What the model reads, up to where its answer begins."""
-        rules = [text for role, text in talk if role == "system"]
-        turns = [(role, text) for role, text in talk if role != "system"]
+        system_texts = [text for role, text in messages if role == "system"]
+        turns = [(role, text) for role, text in messages if role != "system"]
         out = list[str]()
         for number, (role, text) in enumerate(turns):
             first, last = number == 0, number == len(turns) - 1
             if role == "assistant":
                 out += [self.assistant[0], text, self.assistant[1]]
                 continue
-            place = (self.system if last or not self.later else None) if first else self.later if last else None
+            around = (self.system if last or not self.later else None) if first else self.later if last else None
             before = (
-                "".join([place[0], rules[0], place[1]]) if rules and place else self.opening if first else self.user[0]
+                "".join([around[0], system_texts[0], around[1]])
+                if system_texts and around
+                else self.opening
+                if first
+                else self.user[0]
             )
             out += [before, text, self.user[1]]
-        return "".join([*out, self.asks])
+        return "".join([*out, self.generation_prompt])
 
 
-def turns_of(render: Render) -> Turns | None:
+def derive_turns(render: Render) -> TemplateTurns | None:
     """The pieces of a template; None where it is none of this kind."""
     try:
-        found = _without_system(render)
-        found = _with_system(render, found)
-        agree = all(found.write(talk) == _rendered(render, talk, True) for talk in _talks(found.system is not None))
+        turns = _without_system(render)
+        turns = _with_system(render, turns)
+        agree = all(
+            turns.write(messages) == _rendered(render, messages, True)
+            for messages in _probe_conversations(turns.system is not None)
+        )
     except Exception:  # templates raise what they like at talks that they do not take; then they are not of this kind
         return None
-    return found if agree else None
+    return turns if agree else None
 
 
-def _without_system(render: Render) -> Turns:
-    (one, two), said = USERS, ANSWER
-    alone, asked = _rendered(render, [("user", one)], False), _rendered(render, [("user", one)], True)
-    closed = _rendered(render, [("user", one), ("assistant", said)], False)
+def _without_system(render: Render) -> TemplateTurns:
+    (one, two), answer = USERS, ANSWER
+    alone, with_prompt = _rendered(render, [("user", one)], False), _rendered(render, [("user", one)], True)
+    closed = _rendered(render, [("user", one), ("assistant", answer)], False)
     opening, end_of_user = _split(alone, one)
-    end_of_answer = _split(closed, said)[1]
-    before, rest = _split(_rendered(render, [("user", one), ("assistant", said), ("user", two)], True), one)
-    to_answer, rest = _split(rest, said)
+    end_of_answer = _split(closed, answer)[1]
+    before, rest = _split(_rendered(render, [("user", one), ("assistant", answer), ("user", two)], True), one)
+    to_answer, rest = _split(rest, answer)
     between, _ = _split(rest, two)
     assert before == opening
-    return Turns(
+    return TemplateTurns(
         opening,
-        (_after(between, end_of_answer), end_of_user),
-        (_after(to_answer, end_of_user), end_of_answer),
-        _after(asked, alone),
+        (_strip_prefix(between, end_of_answer), end_of_user),
+        (_strip_prefix(to_answer, end_of_user), end_of_answer),
+        _strip_prefix(with_prompt, alone),
     )
 
 
-def _with_system(render: Render, found: Turns) -> Turns:
+def _with_system(render: Render, turns: TemplateTurns) -> TemplateTurns:
     rule, question = ("system", SYSTEM), ("user", USERS[0])
     try:
         alone = _rendered(render, [rule, question], True)
-        several = _rendered(render, [rule, question, ("assistant", ANSWER), ("user", USERS[1])], True)
+        longer = _rendered(render, [rule, question, ("assistant", ANSWER), ("user", USERS[1])], True)
     except Exception:  # it says that it takes none
-        return found
+        return turns
     if SYSTEM not in alone:
-        return found
+        return turns
     before, behind = _split(alone, SYSTEM)
     system, later = (before, _split(behind, USERS[0])[0]), None
-    before, behind = _split(several, SYSTEM)
+    before, behind = _split(longer, SYSTEM)
     if ANSWER in before:
-        later = (_after(_split(before, ANSWER)[1], found.assistant[1]), _split(behind, USERS[1])[0])
-    return replace(found, system=system, later=later)
+        later = (_strip_prefix(_split(before, ANSWER)[1], turns.assistant[1]), _split(behind, USERS[1])[0])
+    return replace(turns, system=system, later=later)
 
 
-def _talks(system: bool) -> list[Talk]:
+def _probe_conversations(system: bool) -> list[ProbeMessages]:
     """Other talks than those that the pieces were read off from."""
     turns = [
         ("user", "What is {{ 2 + 2 }}?\nSay it."),
@@ -108,11 +115,11 @@ def _talks(system: bool) -> list[Talk]:
         ("user", "Thanks, Zoë!"),
     ]
     plain = [turns[:1], turns[:3], turns]
-    return [*plain, *([("system", "Be brief.\n\nAnd kind."), *talk] for talk in plain if system)]
+    return [*plain, *([("system", "Be brief.\n\nAnd kind."), *messages] for messages in plain if system)]
 
 
-def _rendered(render: Render, talk: Talk, asks: bool) -> str:
-    return render([{"role": role, "content": text} for role, text in talk], asks)
+def _rendered(render: Render, messages: ProbeMessages, add_generation_prompt: bool) -> str:
+    return render([{"role": role, "content": text} for role, text in messages], add_generation_prompt)
 
 
 def _split(text: str, at: str) -> tuple[str, str]:
@@ -121,6 +128,6 @@ def _split(text: str, at: str) -> tuple[str, str]:
     return before, behind
 
 
-def _after(text: str, start: str) -> str:
+def _strip_prefix(text: str, start: str) -> str:
     assert text.startswith(start)
     return text[len(start) :]

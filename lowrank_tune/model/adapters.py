@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.model.heads import KEY
+from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune import settings
@@ -25,7 +25,7 @@ frozen ones by name), and `folded`: whether the root is all of them in one, and 
 of its name; else the root is the trained one alone, and the others lie in folders of theirs."""
 
 
-FOREIGN = (
+UNSUPPORTED_PEFT_OPTIONS = (
     "use_dora",
     "use_qalora",
     "alora_invocation_tokens",
@@ -38,31 +38,34 @@ FOREIGN = (
 # a `score`.
 HEADS = {"score", "classifier"}
 # PiSSA, OLoRA, CorDA and LoftQ change the base's own weights when they begin, and so does a trained bias.
-HARMLESS = {"init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"), "bias": (True, None, "none")}
+SUPPORTED_VALUES = {
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "bias": (True, None, "none"),
+}
 
 
-def _number(value: Any, least: float = 0.0, most: float = 1e9) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+def _is_number(value: Any, minimum: float = 0.0, maximum: float = 1e9) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
-def _numbers(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(_number(one) for one in value.values()))
+def _is_number_map(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(_is_number(one) for one in value.values()))
 
 
-def _names(value: Any) -> bool:
+def _is_name_list(value: Any) -> bool:
     return isinstance(value, str) or (
         isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
     )
 
 
-SHAPES = {
-    "r": lambda value: isinstance(value, int) and _number(value, 1),
-    "lora_alpha": _number,
-    "lora_dropout": lambda value: _number(value, 0, 0.999),
-    "target_modules": _names,
-    "exclude_modules": lambda value: value is None or _names(value),
-    "rank_pattern": _numbers,
-    "alpha_pattern": _numbers,
+OPTION_VALIDATORS = {
+    "r": lambda value: isinstance(value, int) and _is_number(value, 1),
+    "lora_alpha": _is_number,
+    "lora_dropout": lambda value: _is_number(value, 0, 0.999),
+    "target_modules": _is_name_list,
+    "exclude_modules": lambda value: value is None or _is_name_list(value),
+    "rank_pattern": _is_number_map,
+    "alpha_pattern": _is_number_map,
 }
 
 
@@ -77,17 +80,17 @@ class SavedAdapter:
     config: LoraConfig
     tensors: dict[str, Tensor]
     base_name: str | None
-    below: dict[str, str] = field(default_factory=dict)
+    frozen_adapters: dict[str, str] = field(default_factory=dict)
     """Frozen adapters that it was trained over and means nothing without, by name, lowest first: hashes of their
     content."""
 
     @property
     def head(self) -> Tensor | None:
         """(1, d), the scalar head's weight."""
-        return self.tensors.get(KEY)
+        return self.tensors.get(HEAD_WEIGHT_KEY)
 
 
-def read_adapter(path: str, key: str, head: bool = False, whole: bool = False) -> SavedAdapter:
+def read_adapter(path: str, key: str, head: bool = False, combined: bool = False) -> SavedAdapter:
     """Reads the adapter in a folder, or in a run's `final/`: one with a scalar head (a reward model's) or, by default,
     without.
 
@@ -100,20 +103,20 @@ def read_adapter(path: str, key: str, head: bool = False, whole: bool = False) -
     folder = given / "final" if (given / "final" / CONFIG).exists() else given
     if not (folder / CONFIG).exists():
         unfinished = (given / "run.json").exists()
-        why = (
+        reason = (
             "is a run that has not ended: let it end first" if unfinished else f"holds no {CONFIG}, so it is no adapter"
         )
-        raise UserError(f"{key}: {path} {why}")
-    below = dict[str, str]()
+        raise UserError(f"{key}: {path} {reason}")
+    frozen_adapters = dict[str, str]()
     if (folder / STACK).exists():
-        stack = stack_of(folder, key)
-        if whole and not stack.folded:
+        stack = read_stack(folder, key)
+        if combined and not stack.combined:
             raise UserError(
                 f"{key}: {folder} holds its adapters apart, and they mean nothing alone: load "
-                f"{', '.join(stack.below)} below it"
+                f"{', '.join(stack.frozen_adapters)} below it"
             )
-        below = {} if whole else stack.below
-        folder = folder / stack.names[-1] if stack.folded and not whole else folder
+        frozen_adapters = {} if combined else stack.frozen_adapters
+        folder = folder / stack.names[-1] if stack.combined and not combined else folder
     if not (folder / WEIGHTS).exists():
         raise UserError(
             f"{key}: {folder} holds no {WEIGHTS}; other formats can run code when they are read and are not loaded"
@@ -127,30 +130,34 @@ def read_adapter(path: str, key: str, head: bool = False, whole: bool = False) -
         raise UserError(
             f"{key}: {folder} changes the embedding ({strange[0]}), which this kit does not load: only linear modules"
         )
-    saved = SavedAdapter(folder, _config(raw, key, folder), tensors, raw.get("base_model_name_or_path"), below)
+    saved = SavedAdapter(
+        folder, _config(raw, key, folder), tensors, raw.get("base_model_name_or_path"), frozen_adapters
+    )
     _check_head(saved, raw.get("modules_to_save") or [], key, head)
     return saved
 
 
 @dataclass(frozen=True)
-class Stack:
+class AdapterStack:
     """What `STACK` says."""
 
     names: list[str]
-    below: dict[str, str]
-    folded: bool
+    frozen_adapters: dict[str, str]
+    combined: bool
 
 
-def stack_of(folder: Path, key: str) -> Stack:
+def read_stack(folder: Path, key: str) -> AdapterStack:
     """The stack that a run's final adapter is the top of. Raises UserError for a file that cannot be understood."""
     try:
-        found = json.loads((folder / STACK).read_bytes())
-        names, below = (
-            [str(name) for name in found["stack"]],
-            {str(name): str(content) for name, content in found["below"].items()},
+        data = json.loads((folder / STACK).read_bytes())
+        names, frozen_adapters = (
+            [str(name) for name in data["stack"]],
+            {str(name): str(content) for name, content in data["below"].items()},
         )
-        if names[:-1] == list(below) and all(name and "/" not in name and name not in (".", "..") for name in names):
-            return Stack(names, below, bool(found["folded"]))
+        if names[:-1] == list(frozen_adapters) and all(
+            name and "/" not in name and name not in (".", "..") for name in names
+        ):
+            return AdapterStack(names, frozen_adapters, bool(data["folded"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{key}: {folder / STACK} is broken: {type(error).__name__}: {error}") from error
     raise UserError(f"{key}: {folder / STACK} is broken: its names do not fit together")
@@ -161,9 +168,9 @@ def _check_head(saved: SavedAdapter, modules: Any, key: str, wanted: bool) -> No
         raise UserError(f"{key}: {saved.folder} uses modules_to_save {modules}, which this kit does not load")
     shape = None if saved.head is None else tuple(saved.head.shape)
     if bool(modules) != (shape is not None) or (shape is not None and (len(shape) != 2 or shape[0] != 1)):
-        found = f"one of shape {shape}" if shape else "none"
-        said = "a scalar head" if modules else "no head"
-        raise UserError(f"{key}: the adapter in {saved.folder} is broken: it should have {said} and has {found}")
+        actual = f"one of shape {shape}" if shape else "none"
+        expected = "a scalar head" if modules else "no head"
+        raise UserError(f"{key}: the adapter in {saved.folder} is broken: it should have {expected} and has {actual}")
     if wanted and shape is None:
         raise UserError(f"{key}: {saved.folder} is a policy adapter (it has no scalar head), not a reward adapter")
     if shape is not None and not wanted:
@@ -174,25 +181,25 @@ def _config(raw: Any, key: str, folder: Path) -> LoraConfig:
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
         raise UserError(f"{key}: {folder} is no LoRA adapter but {kind}")
-    for name in FOREIGN:
+    for name in UNSUPPORTED_PEFT_OPTIONS:
         if raw.get(name):
             raise UserError(f"{key}: {folder} uses {name}, which this kit does not load")
-    for name, harmless in HARMLESS.items():
-        if raw.get(name, True) not in harmless:
+    for name, supported in SUPPORTED_VALUES.items():
+        if raw.get(name, True) not in supported:
             raise UserError(
                 f"{key}: {folder} uses {name} {raw[name]}, which this kit does not load: such an adapter goes with "
                 f"another base"
             )
     raw = raw | {"lora_dropout": raw.get("lora_dropout") or 0.0}
-    for name, good in SHAPES.items():
-        if name in raw and not good(raw[name]):
+    for name, is_valid in OPTION_VALIDATORS.items():
+        if name in raw and not is_valid(raw[name]):
             raise UserError(f"{key}: the adapter in {folder} is broken: {name} is {raw[name]!r}")
-    known = {each.name for each in fields(LoraConfig)} - {"runtime_config", "inference_mode", "modules_to_save"}
-    kept = {name: value for name, value in raw.items() if name in known}
+    field_names = {each.name for each in fields(LoraConfig)} - {"runtime_config", "inference_mode", "modules_to_save"}
+    kept = {name: value for name, value in raw.items() if name in field_names}
     return LoraConfig(**kept | {"init_lora_weights": True, "task_type": "CAUSAL_LM"})
 
 
-def lora_config(wanted: settings.Adapter, model: Any) -> LoraConfig:
+def lora_config(wanted: settings.AdapterConfig, model: Any) -> LoraConfig:
     """A fresh LoRA for this model. Raises UserError for target modules that it has not."""
     linears = linear_names(model)
     if not linears:
@@ -219,9 +226,9 @@ def lora_config(wanted: settings.Adapter, model: Any) -> LoraConfig:
 def linear_names(model: Any) -> list[str]:
     """Last names of all linear modules but the output head."""
     head = model.get_output_embeddings()
-    found = {
+    names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
-    return sorted(found)
+    return sorted(names)

@@ -38,8 +38,8 @@ from lowrank_tune.errors import UserError
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
     from lowrank_tune import settings
 
-TINY = "tiny-tutor"
-TINY_WEIGHTS, SINGLE = 20_000_000, "OMP_NUM_THREADS"
+BUILTIN_MODEL = "tiny-tutor"
+SINGLE_THREAD_MAX_PARAMS, SINGLE_THREAD_ENV = 20_000_000, "OMP_NUM_THREADS"
 """A model of so few weights runs on one thread of a CPU: what it learns then hangs on no number of cores. Two save a
 third of the demo's time on a quiet machine, and take ten times as long where other work has a core and they wait for
 each other. The variable decides."""
@@ -58,7 +58,7 @@ class Base:
     end_ids: frozenset[int]
     backend: str = "plain"
     """Whose code runs the model's forward: `plain` is transformers' own."""
-    as_written: Callable[[], AbstractContextManager[Any]] = nullcontext
+    transformers_forward: Callable[[], AbstractContextManager[Any]] = nullcontext
     """What to enter where the model must run by transformers' own code, whatever the backend."""
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -67,7 +67,7 @@ class Base:
 
     def hashes(self) -> dict[str, str]:
         """`base_hashes`, the same whatever the backend."""
-        with self.as_written():
+        with self.transformers_forward():
             return base_hashes(self.model)
 
 
@@ -83,35 +83,35 @@ def pick_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def load_tokenizer(wanted: settings.Base) -> Any:
+def load_tokenizer(wanted: settings.BaseConfig) -> Any:
     """The base's tokenizer alone, so that data can be judged before gigabytes are read. Raises UserError as
     `load_base`."""
-    be_quiet()
-    with telling(wanted) as (place, arguments):
-        return AutoTokenizer.from_pretrained(place, **arguments)
+    silence_transformers()
+    with describe_load_errors(wanted) as (path_or_id, arguments):
+        return AutoTokenizer.from_pretrained(path_or_id, **arguments)
 
 
-def load_config(wanted: settings.Base) -> Any:
+def load_config(wanted: settings.BaseConfig) -> Any:
     """The base's configuration alone. Raises UserError as `load_base`."""
-    be_quiet()
-    with telling(wanted) as (place, arguments):
-        return AutoConfig.from_pretrained(place, **arguments)
+    silence_transformers()
+    with describe_load_errors(wanted) as (path_or_id, arguments):
+        return AutoConfig.from_pretrained(path_or_id, **arguments)
 
 
 def load_base(
-    wanted: settings.Base, tokenizer: Any, device: torch.device | None = None, dtype: torch.dtype | None = None
+    wanted: settings.BaseConfig, tokenizer: Any, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Base:
     """Loads and freezes it, in the device's own `dtype` where none is given. Raises UserError with one sentence for
     whatever a person can mend."""
-    be_quiet()
+    silence_transformers()
     device = device or pick_device()
-    with telling(wanted) as (place, arguments):
-        config = AutoConfig.from_pretrained(place, **arguments)
-        quantised = check_quantisation(config, wanted)
-        if wanted.bits == 4 and not quantised:
-            arguments["quantization_config"] = nf4(device)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            place,
+    with describe_load_errors(wanted) as (path_or_id, arguments):
+        config = AutoConfig.from_pretrained(path_or_id, **arguments)
+        quantized = check_quantization(config, wanted)
+        if wanted.bits == 4 and not quantized:
+            arguments["quantization_config"] = nf4_config(device)
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
+            path_or_id,
             config=config,
             use_safetensors=True,
             device_map={"": device},
@@ -120,59 +120,66 @@ def load_base(
             dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32),
             **arguments,
         )
-        _check_weights(model, found, wanted.model)
+        _check_weights(model, loading_info, wanted.model)
     if (
         device.type == "cpu"
-        and SINGLE not in os.environ
-        and sum(one.numel() for one in model.parameters()) < TINY_WEIGHTS
+        and SINGLE_THREAD_ENV not in os.environ
+        and sum(one.numel() for one in model.parameters()) < SINGLE_THREAD_MAX_PARAMS
     ):
         torch.set_num_threads(1)
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
-    return freeze(model, tokenizer, name=wanted.model, revision=revision, bits=4 if quantised else wanted.bits)
+    return freeze_base(model, tokenizer, name=wanted.model, revision=revision, bits=4 if quantized else wanted.bits)
 
 
-def weight_files(wanted: settings.Base) -> dict[str, Path]:
+def weight_files(wanted: settings.BaseConfig) -> dict[str, Path]:
     """The file of each tensor of the base as its author published it. Raises UserError as `load_base`."""
-    with telling(wanted) as (place, arguments):
+    with describe_load_errors(wanted) as (path_or_id, arguments):
         index = cached_file(
-            place, SAFE_WEIGHTS_INDEX_NAME, revision=arguments["revision"], _raise_exceptions_for_missing_entries=False
+            path_or_id,
+            SAFE_WEIGHTS_INDEX_NAME,
+            revision=arguments["revision"],
+            _raise_exceptions_for_missing_entries=False,
         )
         if index is None:
-            single = Path(str(cached_file(place, SAFE_WEIGHTS_NAME, revision=arguments["revision"])))
+            single = Path(str(cached_file(path_or_id, SAFE_WEIGHTS_NAME, revision=arguments["revision"])))
             with safe_open(single, framework="pt") as opened:
                 return dict.fromkeys(opened.keys(), single)
-        named = json.loads(Path(str(index)).read_bytes())["weight_map"]
-        found = {
-            file: Path(str(cached_file(place, file, revision=arguments["revision"]))) for file in set(named.values())
+        weight_map = json.loads(Path(str(index)).read_bytes())["weight_map"]
+        paths = {
+            file: Path(str(cached_file(path_or_id, file, revision=arguments["revision"])))
+            for file in set(weight_map.values())
         }
-        return {name: found[file] for name, file in named.items()}
+        return {name: paths[file] for name, file in weight_map.items()}
 
 
-def count_weights(wanted: settings.Base) -> int:
+def count_weights(wanted: settings.BaseConfig) -> int:
     """Numbers in the base's weights, a tied head counted once, without reading any. Raises UserError as `load_base`."""
-    with telling(wanted) as (place, arguments):
-        config = AutoConfig.from_pretrained(place, **arguments)
+    with describe_load_errors(wanted) as (path_or_id, arguments):
+        config = AutoConfig.from_pretrained(path_or_id, **arguments)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=arguments["trust_remote_code"])
         return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _check_weights(model: Any, found: dict[str, Any], name: str) -> None:
+def _check_weights(model: Any, loading_info: dict[str, Any], name: str) -> None:
     # transformers makes up at random what the files lack, and bitsandbytes takes a weight of any shape.
-    shapes = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    shapes = [key if isinstance(key, str) else key[0] for key in loading_info["mismatched_keys"]]
     for key, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             state = getattr(module.weight, "quant_state", None)  # a missing weight has none
             if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
                 shapes.append(f"{key}.weight")
-    for keys, what in ((found["missing_keys"], "not there"), (shapes, "of another shape than config.json says")):
+    for keys, problem in (
+        (loading_info["missing_keys"], "not there"),
+        (shapes, "of another shape than config.json says"),
+    ):
         if keys:
             raise UserError(
-                f"base.model: {name} cannot be loaded: {len(keys)} of its weights are {what}, {min(keys)} for one"
+                f"base.model: {name} cannot be loaded: {len(keys)} of its weights are {problem}, {min(keys)} for one"
             )
 
 
-def freeze(model: Any, tokenizer: Any, name: str, bits: int, revision: str | None = None) -> Base:
+def freeze_base(model: Any, tokenizer: Any, name: str, bits: int, revision: str | None = None) -> Base:
     """Makes a loaded model a base: nothing trainable, train mode (transformers checkpoints only there), no trap of the
     CPU kernels."""
     for module in model.modules():
@@ -197,7 +204,7 @@ def freeze(model: Any, tokenizer: Any, name: str, bits: int, revision: str | Non
     return Base(model, tokenizer, name, revision, device, bits, _end_ids(model, tokenizer))
 
 
-def nf4(device: torch.device) -> BitsAndBytesConfig:
+def nf4_config(device: torch.device) -> BitsAndBytesConfig:
     """NF4 with double quantisation (arXiv:2305.14314)."""
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     return BitsAndBytesConfig(
@@ -211,25 +218,25 @@ def base_hashes(model: nn.Module) -> dict[str, str]:
     return {name: _digest(tensors) for name, tensors in _stored_tensors(model)}
 
 
-def one_hash(hashes: dict[str, str]) -> str:
+def combined_hash(hashes: dict[str, str]) -> str:
     """One hash over all of them."""
     return hashlib.blake2b(
         "\n".join(f"{name} {hashes[name]}" for name in sorted(hashes)).encode(), digest_size=16
     ).hexdigest()
 
 
-def stored_bytes(tensor: Tensor) -> int:
+def num_stored_bytes(tensor: Tensor) -> int:
     """Bytes of a weight as it is stored, with the scales of one in 4 bits."""
-    return sum(one.nbytes for one in _with_scales(tensor))
+    return sum(one.nbytes for one in _with_quant_state(tensor))
 
 
 def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if "lora_" not in name:
-            yield name.replace("base_layer.", "").removeprefix("base_model.model."), _with_scales(tensor)
+            yield name.replace("base_layer.", "").removeprefix("base_model.model."), _with_quant_state(tensor)
 
 
-def _with_scales(tensor: Tensor) -> list[Tensor]:
+def _with_quant_state(tensor: Tensor) -> list[Tensor]:
     state = getattr(tensor, "quant_state", None)
     if state is None:
         return [tensor]
@@ -248,7 +255,7 @@ def _digest(tensors: list[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def be_quiet() -> None:
+def silence_transformers() -> None:
     """The libraries' own chatter goes."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -259,26 +266,26 @@ def be_quiet() -> None:
 
 
 @contextmanager
-def telling(wanted: settings.Base) -> Iterator[tuple[str, dict[str, Any]]]:
+def describe_load_errors(wanted: settings.BaseConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where the model lies and how to ask for it; what the libraries raise inside becomes one sentence."""
     name, _, revision = wanted.model.partition("@")
-    place = str(files("lowrank_tune.tutor") / "base") if name == TINY else _existing_folder(name) or name
+    path_or_id = str(files("lowrank_tune.tutor") / "base") if name == BUILTIN_MODEL else _existing_folder(name) or name
     arguments: dict[str, Any] = {"revision": revision or None, "trust_remote_code": wanted.trust_remote_code}
     try:
-        _refuse_own_code(place, name, arguments)
-        yield place, arguments
+        _refuse_remote_code(path_or_id, name, arguments)
+        yield path_or_id, arguments
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise UserError(_why_not(name, revision, error)) from error
+        raise UserError(_load_error_message(name, revision, error)) from error
 
 
-def _refuse_own_code(place: str, name: str, arguments: dict[str, Any]) -> None:
+def _refuse_remote_code(path_or_id: str, name: str, arguments: dict[str, Any]) -> None:
     # transformers would ask the person in the middle of the run; this asks nobody and says what to do.
     try:
-        raw, _ = PretrainedConfig.get_config_dict(place, revision=arguments["revision"])
-        own_code = raw.get("auto_map")
+        raw, _ = PretrainedConfig.get_config_dict(path_or_id, revision=arguments["revision"])
+        remote_code = raw.get("auto_map")
     except (AttributeError, TypeError) as error:
         raise UserError(f"base.model: {name} cannot be loaded: its config.json holds no JSON object") from error
-    if own_code and not arguments["trust_remote_code"]:
+    if remote_code and not arguments["trust_remote_code"]:
         raise UserError(
             f"base.model: {name} brings Python code of its own; set base.trust_remote_code: true only if you trust "
             f"its author"
@@ -296,14 +303,14 @@ def _existing_folder(name: str) -> str | None:
     return None
 
 
-def check_quantisation(config: Any, wanted: settings.Base) -> bool:
+def check_quantization(config: Any, wanted: settings.BaseConfig) -> bool:
     """Whether the repository is quantised already: with bitsandbytes in 4 bits, or it is refused."""
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is None:
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is None:
         return False
-    quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
-    if quantised.get("quant_method") != "bitsandbytes" or not quantised.get("load_in_4bit"):
-        kind = quantised.get("quant_method", "an unknown method")
+    quantized = quantized if isinstance(quantized, dict) else quantized.to_dict()
+    if quantized.get("quant_method") != "bitsandbytes" or not quantized.get("load_in_4bit"):
+        kind = quantized.get("quant_method", "an unknown method")
         raise UserError(
             f"base.model: {wanted.model} is quantised with {kind}; give the unquantised model, or one in "
             f"bitsandbytes' 4 bits"
@@ -311,7 +318,7 @@ def check_quantisation(config: Any, wanted: settings.Base) -> bool:
     return True
 
 
-def _why_not(name: str, revision: str, error: Exception) -> str:
+def _load_error_message(name: str, revision: str, error: Exception) -> str:
     text = str(error)
     where = f"{name} at revision {revision}" if revision else name
     if "gated" in text.lower() or "401" in text or "403" in text:

@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-KEY = "base_model.model.score.weight"
+HEAD_WEIGHT_KEY = "base_model.model.score.weight"
 """Where a head's weight stands in an adapter's file: PEFT puts it on the `score` of a sequence classifier with one
 label."""
-WRITTEN = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+HEAD_CONFIG = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
 """What `adapter_config.json` says of it."""
 
 

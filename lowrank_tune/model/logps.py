@@ -105,7 +105,9 @@ class _ChunkedLogps(torch.autograd.Function):
             here = slice(start, start + len(chunk))
             start += len(chunk)
             slope_here = None if slope is None else slope[here]
-            _one_chunk(head, chunk, targets[here], temperature, logps[here], entropy[here], likeliest[here], slope_here)
+            _chunk_logps(
+                head, chunk, targets[here], temperature, logps[here], entropy[here], likeliest[here], slope_here
+            )
         if slope is not None:
             ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(entropy, likeliest)
@@ -126,11 +128,11 @@ class _ChunkedKL(torch.autograd.Function):
         for mine, other in zip(_chunks(hidden, head), _chunks(reference, head), strict=True):
             z = head.logits(mine, temperature)
             p, q = torch.log_softmax(z, dim=-1), torch.log_softmax(head.logits(other, temperature), dim=-1)
-            odds = p.exp()
-            kl = (odds * (p - q)).sum(dim=-1)
+            probs = p.exp()
+            kl = (probs * (p - q)).sum(dim=-1)
             kls.append(kl)
             if ctx.needs_input_grad[0]:
-                slope = odds * (p - q - kl[:, None])
+                slope = probs * (p - q - kl[:, None])
                 if head.softcap is not None:
                     slope *= 1 - (z * temperature / head.softcap) ** 2
                 dtype = head.weight.dtype if head.weight.is_cuda else torch.float32
@@ -154,11 +156,11 @@ class _ChunkedEntropy(torch.autograd.Function):
         for chunk in _chunks(hidden, head):
             z = head.logits(chunk, temperature)
             p = torch.log_softmax(z, dim=-1)
-            odds = p.exp()
-            entropy = -(odds * p).sum(dim=-1)
+            probs = p.exp()
+            entropy = -(probs * p).sum(dim=-1)
             entropies.append(entropy)
             if ctx.needs_input_grad[0]:
-                slope = -odds * (p + entropy[:, None])
+                slope = -probs * (p + entropy[:, None])
                 if head.softcap is not None:
                     slope *= 1 - (z * temperature / head.softcap) ** 2
                 dtype = head.weight.dtype if head.weight.is_cuda else torch.float32
@@ -173,7 +175,7 @@ class _ChunkedEntropy(torch.autograd.Function):
         return (slope * grad[:, None]).to(slope.dtype), None, None
 
 
-def _one_chunk(
+def _chunk_logps(
     head: Head,
     hidden: Tensor,
     targets: Tensor,

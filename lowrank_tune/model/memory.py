@@ -22,7 +22,7 @@ Checkpointing = bool | int | Literal["none", "all", "auto"]
 """Which layers are recomputed: none or all, the first N, or `auto`, which is all until something plans it."""
 
 
-def layers_recomputed(wanted: Checkpointing, layers: int) -> int:
+def num_checkpointed_layers(wanted: Checkpointing, layers: int) -> int:
     """How many of a model's `layers` are recomputed, counted from the first."""
     if isinstance(wanted, bool) or isinstance(wanted, str):
         return layers if wanted in (True, "all", "auto") else 0
@@ -33,13 +33,13 @@ def checkpoint_layers(
     model: Any,
     wanted: Checkpointing,
     offload: bool,
-    contexts: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]],
+    context_fn: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]],
 ) -> bool:
     """Makes layers of a model recompute, and with `offload` keep their inputs in the machine's memory; `contexts` gives
     what the forward pass and the recomputation run under. Returns whether any layer does. Raises UserError for a model
     whose layers cannot differ."""
     layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
-    count = layers_recomputed(wanted, len(layers) or 1)
+    count = num_checkpointed_layers(wanted, len(layers) or 1)
     if not count:
         return False
     if not layers and not isinstance(wanted, (bool, str)):
@@ -50,7 +50,7 @@ def checkpoint_layers(
     # transformers renamed it and drops the old name in version 6; the defaults are replaced by what is passed, so both
     # stand here.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "context_fn": contexts})
+    enable({"use_reentrant": False, "context_fn": context_fn})
     model.disable_input_require_grads()
     for layer in layers[count:]:
         layer.gradient_checkpointing = False
@@ -61,7 +61,7 @@ def checkpoint_layers(
     return True
 
 
-def keep_all(model: Any) -> None:
+def disable_checkpointing(model: Any) -> None:
     """The opposite of `checkpoint_layers`."""
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
     disable()
@@ -73,7 +73,7 @@ def _offloaded(checkpoint: Callable[..., Any], *arguments: Any, **named: Any) ->
         return checkpoint(*arguments, **named)
 
 
-def keep_to(budget_gib: float | None) -> None:
+def cap_cuda_memory(budget_gib: float | None) -> None:
     """Bounds what this process takes of the card. Raises UserError where the card has less than the budget."""
     if budget_gib is None or not torch.cuda.is_available():
         return

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (b
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter] | list[dict[str, Any]], train: settings.Train, device: torch.device
+    parameters: list[nn.Parameter] | list[dict[str, Any]], train: settings.TrainingConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101) on the fp32 masters, fused; or bitsandbytes' with 8-bit states (arXiv:2110.02861;
     tensors of fewer than 4,096 elements keep them in fp32), or paged ones. Raises UserError for these without a card:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_tune.errors import OutOfMemory
-from lowrank_tune.events import Emit, Event, Note
+from lowrank_tune.events import Emit, Event, LogMessage
 
-SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "_status_alloc_failed")
+OOM_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "_status_alloc_failed")
 """What says so in an error that is no `OutOfMemoryError`: CUDA's own, cuBLAS', and that of the CPU's allocator."""
-Kind = Literal["update_tokens", "forward_tokens", "cache_tokens"]
+LimitKind = Literal["update_tokens", "forward_tokens", "cache_tokens"]
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -30,8 +30,8 @@ U = TypeVar("U")
 class DoesNotFit(OutOfMemory):
     """The smallest piece of work is too large: a row of `tokens` tokens, or a pair. `kind` says of what work."""
 
-    def __init__(self, kind: Kind, what: str, tokens: int) -> None:
-        super().__init__(f"out of memory: {what} of {tokens:,} tokens does not fit by itself")
+    def __init__(self, kind: LimitKind, description: str, tokens: int) -> None:
+        super().__init__(f"out of memory: {description} of {tokens:,} tokens does not fit by itself")
         self.kind, self.tokens = kind, tokens
 
 
@@ -39,26 +39,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the card, or the machine, has no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+    return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in OOM_MESSAGES)
 
 
-def let_go(error: BaseException | None) -> None:
+def free_traceback(error: BaseException | None) -> None:
     """Drops what the frames of a failed attempt hold: activations, and graphs that hold others. The memory goes back to
     the device."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
     gc.collect()
-    if _on_card():
+    if _uses_cuda():
         torch.cuda.empty_cache()
 
 
-def _on_card() -> bool:
+def _uses_cuda() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def added_whole(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def atomic_grad_accumulation(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """The gradients of what happens inside are added where it ends well; where it raises, all are as before, though a
     backward pass that died in its middle had added some. They are summed apart, which costs the size of the adapters,
     when activations are gone."""
@@ -83,12 +83,12 @@ def added_whole(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         torch._foreach_add_(sums, more)
 
 
-def _silent(event: Event) -> None:
+def _ignore_event(event: Event) -> None:
     pass
 
 
 @dataclass
-class Limits:
+class MemoryLimits:
     """How much at once has turned out to fit, in tokens with padding: of an update, of a pass without gradient, and of
     keys and values that are decoded with. 0: no limit is known. `times` counts how often memory ran short. All this is
     saved with a checkpoint.
@@ -101,8 +101,8 @@ class Limits:
     cache_tokens: int = 0
     times: int = 0
     budget_bytes: int = 0
-    emit: Emit = field(default=_silent, repr=False)
-    when: str = ""
+    emit: Emit = field(default=_ignore_event, repr=False)
+    message_prefix: str = ""
     _oldest: tuple[Tensor, Tensor] = field(default_factory=lambda: _old_graph(), init=False, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, int]:
@@ -114,17 +114,17 @@ class Limits:
         for name in ("update_tokens", "forward_tokens", "cache_tokens"):
             setattr(self, name, min((limit for limit in (getattr(self, name), saved.get(name, 0)) if limit), default=0))
 
-    def most(self, kind: Kind, tokens: int, wanted: int) -> int:
+    def max_batch_units(self, kind: LimitKind, tokens: int, wanted: int) -> int:
         """How many units of so many tokens at once, of those wanted; one is always tried."""
         limit: int = getattr(self, kind)
         return max(1, min(wanted, limit // max(1, tokens))) if limit else wanted
 
-    def within(self, kind: Kind, tokens: int | None) -> int | None:
+    def clamp_to_limits(self, kind: LimitKind, tokens: int | None) -> int | None:
         """A budget of tokens, or what is known to fit where that is less; None for none."""
         return min((limit for limit in (getattr(self, kind), tokens) if limit), default=None)
 
-    def pieces(
-        self, kind: Kind, units: Sequence[U], tokens: int, work: Callable[[Sequence[U]], T], together: int = 1
+    def split_on_oom(
+        self, kind: LimitKind, units: Sequence[U], tokens: int, work: Callable[[Sequence[U]], T], rows_per_unit: int = 1
     ) -> Iterator[tuple[Sequence[U], T]]:
         """What `work` makes of the units, each of them `tokens` tokens, in as many pieces as it takes, and of which
         units.
@@ -135,9 +135,11 @@ class Limits:
         waiting = deque([units])
         while waiting:
             some = waiting.popleft()
-            most = self.most(kind, tokens, len(some))
-            if len(some) > most:
-                waiting.extendleft(some[start : start + most] for start in reversed(range(0, len(some), most)))
+            max_units = self.max_batch_units(kind, tokens, len(some))
+            if len(some) > max_units:
+                waiting.extendleft(
+                    some[start : start + max_units] for start in reversed(range(0, len(some), max_units))
+                )
                 continue
             done = _attempt(work, some, self._oldest)
             if done is None and len(some) == 1:  # what was let go may have been all that it lacked
@@ -145,26 +147,26 @@ class Limits:
             if done is not None:
                 yield some, done[0]
                 continue
-            self.ran_short(kind, len(some), tokens, together)
+            self.record_oom(kind, len(some), tokens, rows_per_unit)
             waiting.appendleft(some)
 
-    def ran_short(self, kind: Kind, units: int, tokens: int, together: int = 1) -> None:
+    def record_oom(self, kind: LimitKind, units: int, tokens: int, rows_per_unit: int = 1) -> None:
         """So many units at once were too much: half as many from here on. Says so; raises DoesNotFit where there is no
         half."""
         self.times += 1
         if units == 1:
-            what = "a sequence" if kind == "cache_tokens" else "a pair" if together == 2 else "a row"
-            raise DoesNotFit(kind, what, tokens)
+            description = "a sequence" if kind == "cache_tokens" else "a pair" if rows_per_unit == 2 else "a row"
+            raise DoesNotFit(kind, description, tokens)
         setattr(self, kind, -(-units // 2) * tokens)
         self.emit(
-            Note(
+            LogMessage(
                 level="warning",
-                message=f"{self.when}{_told(kind, units * together, tokens // together, getattr(self, kind))}",
+                message=f"{self.message_prefix}{_oom_message(kind, units * rows_per_unit, tokens // rows_per_unit, getattr(self, kind))}",
             )
         )
 
 
-def _told(kind: Kind, rows: int, width: int, limit: int) -> str:
+def _oom_message(kind: LimitKind, rows: int, width: int, limit: int) -> str:
     if kind == "cache_tokens":
         return (
             f"out of memory while decoding {rows} sequences of up to {width:,} tokens: those that had not ended are "
@@ -194,14 +196,14 @@ def _old_graph() -> tuple[Tensor, Tensor]:
 def _attempt(work: Callable[[U], T], units: U, oldest: tuple[Tensor, Tensor]) -> tuple[T] | None:
     """What `work` gives, in a tuple; None where memory ran short. Random numbers are then as before, and nothing of it
     is held."""
-    device = torch.cuda.get_rng_state() if _on_card() else None
+    device = torch.cuda.get_rng_state() if _uses_cuda() else None
     before = torch.get_rng_state()
     try:
         return (work(units),)
     except Exception as error:
         if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
             raise
-        let_go(error)
+        free_traceback(error)
     # Where a backward pass dies, what it had not come to waits in the engine's queue of this thread, with all that it
     # holds. A later pass takes the youngest nodes first and ends when it has what it wants: only one that wants the
     # oldest node clears the queue.

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 from lowrank_tune.errors import UserError
 from lowrank_tune.model import heads as scalar
-from lowrank_tune.model.base import Base, stored_bytes
+from lowrank_tune.model.base import Base, num_stored_bytes
 from lowrank_tune.model.logps import check_head, chunked_entropy, chunked_kl, chunked_logps, head_of
-from lowrank_tune.model.memory import Checkpointing, checkpoint_layers, keep_all
-from lowrank_tune.model.recovery import Limits
-from lowrank_tune.model.tree import Tree, agrees, longest_shareable, mask_for, plant
+from lowrank_tune.model.memory import Checkpointing, checkpoint_layers, disable_checkpointing
+from lowrank_tune.model.recovery import MemoryLimits
+from lowrank_tune.model.tree import PackedBatch, longest_shareable, mask_for, pack_shared_prefixes, verify_packing
 from lowrank_tune.types import Batch, LogProbs
 
-PREFIX = "lt_"  # PEFT drops weights of an adapter whose name is part of a module's name
+ADAPTER_PREFIX = "lt_"  # PEFT drops weights of an adapter whose name is part of a module's name
 
 
-class _Voice(AbstractContextManager[None]):
+class _ActiveAdapters(AbstractContextManager[None]):
     """Makes a stack the active one and puts back what was there. Can be entered again and again, as a second backward
     pass does."""
 
@@ -67,22 +67,25 @@ class Roles:
         heads: Iterable[str] = (),
         offload: bool = False,
     ) -> None:
-        self.base, self.stacks = base, {role: [PREFIX + name for name in stack] for role, stack in stacks.items()}
-        self.trainable, self.share, self.heads = (
+        self.base, self.stacks = (
+            base,
+            {role: [ADAPTER_PREFIX + name for name in stack] for role, stack in stacks.items()},
+        )
+        self.trainable, self.share_prefixes, self.heads = (
             frozenset(trainable),
             base.backend == "plain",
             dict[str, scalar.ScalarHead](),
         )
-        self._checkpointing, self.limits = False, Limits()
+        self._checkpointing, self.limits = False, MemoryLimits()
         self._active: list[str] = []
         torch.manual_seed(seed)
         self._peft: Any = None
         for name, config in adapters.items():
             try:
                 if self._peft is None:
-                    self._peft = PeftModel(base.model, config, adapter_name=PREFIX + name)
+                    self._peft = PeftModel(base.model, config, adapter_name=ADAPTER_PREFIX + name)
                 else:
-                    self._peft.add_adapter(PREFIX + name, config)
+                    self._peft.add_adapter(ADAPTER_PREFIX + name, config)
             except (ValueError, TypeError) as error:  # of a loaded one: fresh configurations were made for this base
                 raise UserError(
                     f"adapters.{name}: this adapter does not fit {base.name}: {str(error).splitlines()[0]}"
@@ -90,28 +93,28 @@ class Roles:
         assert self._peft is not None, "roles without an adapter"
         # logits are made from its frozen weight, often the embedding's too
         if isinstance(base.model.get_output_embeddings(), LoraLayer):
-            self.release()
+            self.unload_adapters()
             raise UserError(
                 f"adapters: one of them changes the output head of {base.name}, which this kit keeps as it is"
             )
         self.head = head_of(base.model)
         self.heads = {role: scalar.ScalarHead(self.head.weight.shape[1], base.device) for role in heads}
         alone = self.trainable - adapters.keys()
-        assert all(role in alone or self.stacks[role][-1:] == [PREFIX + role] for role in self.heads), (
+        assert all(role in alone or self.stacks[role][-1:] == [ADAPTER_PREFIX + role] for role in self.heads), (
             "a head belongs to the top adapter of its own role, or is trained alone"
         )
-        self._pin()
+        self._share_active_list()
         self._freeze_all_but_trainable()
         self._checkpoint(checkpointing, offload)
-        with self.use("base"):
+        with self.activate("base"):
             check_head(base.model, self.head)
 
-    def use(self, role: str) -> AbstractContextManager[None]:
+    def activate(self, role: str) -> AbstractContextManager[None]:
         """Enter a role: a name in `stacks`, or `base` for no adapter at all."""
-        return _Voice(self._active, [] if role == "base" else self.stacks[role])
+        return _ActiveAdapters(self._active, [] if role == "base" else self.stacks[role])
 
     @contextmanager
-    def quiet(self) -> Iterator[None]:
+    def inference_mode(self) -> Iterator[None]:
         """No graph, no dropout: eval mode inside, the mode before restored after (checkpointing works only in train
         mode)."""
         before = self.base.model.training
@@ -125,7 +128,9 @@ class Roles:
     def resident_bytes(self) -> int:
         """What stays on the device for the whole run: the base as it is stored, adapters and heads, and two moments of
         what is trained."""
-        size = sum(stored_bytes(parameter) for parameter in (*self.base.model.parameters(), *self.base.model.buffers()))
+        size = sum(
+            num_stored_bytes(parameter) for parameter in (*self.base.model.parameters(), *self.base.model.buffers())
+        )
         trained = sum(parameter.nbytes for _, parameter in self._all_parameters() if parameter.requires_grad)
         return size + 2 * trained + sum(head.weight.nbytes for head in self.heads.values())
 
@@ -135,13 +140,13 @@ class Roles:
 
     def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
         """The same by name, a scalar head last."""
-        top = PREFIX + role if role in self.heads else self.stacks[role][-1]
+        top = ADAPTER_PREFIX + role if role in self.heads else self.stacks[role][-1]
         return {name: p for name, p in self._all_parameters() if p.requires_grad and f".{top}." in name}
 
     def _all_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self._peft.named_parameters()
         for role, head in self.heads.items():
-            yield f"score.{PREFIX}{role}.weight", head.weight
+            yield f"score.{ADAPTER_PREFIX}{role}.weight", head.weight
 
     def hidden(self, role: str, batch: Batch) -> Tensor:
         """(B, T, d) last hidden states. A beginning that rows share goes through once where that is faster
@@ -149,16 +154,16 @@ class Roles:
 
         Right-padded rows need no attention mask: a real token never looks at what follows it.
         """
-        tree = self._tree(batch)
-        with self.use(role):
-            if tree is not None:
-                return tree.rows(self._decode(tree.ids, tree.mask, tree.positions))
-            attended, mask, positions = batch.attended, None, None
-            if not bool((attended[:, :-1] >= attended[:, 1:]).all()):
-                mask, positions = attended.long(), (attended.long().cumsum(dim=1) - 1).clamp_min(0)
-            return self._decode(batch.ids.masked_fill(~attended, 0), mask, positions)
+        layout = self._packed_layout(batch)
+        with self.activate(role):
+            if layout is not None:
+                return layout.unpack(self._run_decoder(layout.input_ids, layout.attention_mask, layout.position_ids))
+            attention_mask, mask, positions = batch.attention_mask, None, None
+            if not bool((attention_mask[:, :-1] >= attention_mask[:, 1:]).all()):
+                mask, positions = attention_mask.long(), (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)
+            return self._run_decoder(batch.input_ids.masked_fill(~attention_mask, 0), mask, positions)
 
-    def _decode(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    def _run_decoder(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         if mask is not None and mask.ndim == 4:
             mask = mask_for(mask, self.base.model)
         with self.base.autocast():
@@ -167,56 +172,56 @@ class Roles:
                 input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
             ).last_hidden_state
 
-    def _tree(self, batch: Batch) -> Tree | None:
-        if not self.share or "shared" not in batch.extra:
+    def _packed_layout(self, batch: Batch) -> PackedBatch | None:
+        if not self.share_prefixes or "shared" not in batch.extra:
             return None
-        tree = plant(batch, self.head.weight.shape[1])
-        return tree if tree is not None and batch.ids.shape[1] <= self._longest_shareable else None
+        layout = pack_shared_prefixes(batch, self.head.weight.shape[1])
+        return layout if layout is not None and batch.input_ids.shape[1] <= self._longest_shareable else None
 
     @cached_property
     def _longest_shareable(self) -> int:
         model = self.base.model
         longest = longest_shareable(model.config)
         if longest:
-            with self.quiet(), self.use("base"):
-                longest *= agrees(self._decode, self.head.weight.shape[0], model.dtype, self.base.device)
+            with self.inference_mode(), self.activate("base"):
+                longest *= verify_packing(self._run_decoder, self.head.weight.shape[0], model.dtype, self.base.device)
         return longest
 
     def logps(self, role: str, batch: Batch, temperature: float = 1.0, entropy_gradient: bool = False) -> LogProbs:
         """log p(token t | before) and entropy where `says`, else 0; (B, T) fp32. The shift by one happens here."""
-        logps, entropy, _ = self.scored(role, batch, temperature, entropy_gradient)
+        logps, entropy, _ = self.token_logps_and_entropy(role, batch, temperature, entropy_gradient)
         return LogProbs(logps, entropy)
 
-    def scored(
+    def token_logps_and_entropy(
         self, role: str, batch: Batch, temperature: float = 1.0, entropy_gradient: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs and entropies as `logps`, and whether the token is the likeliest one; (B, T) each. Entropies have a
         gradient only where one is asked for: it costs a second pass through the head."""
-        rows, columns = batch.scored.nonzero(as_tuple=True)
+        rows, columns = batch.loss_mask.nonzero(as_tuple=True)
         hidden = self.hidden(role, batch)[rows, columns - 1]
-        values = chunked_logps(self.head, hidden, batch.ids[rows, columns], temperature)
+        values = chunked_logps(self.head, hidden, batch.input_ids[rows, columns], temperature)
         if entropy_gradient:
             values = values[0], chunked_entropy(self.head, hidden, temperature), values[2]
-        return tuple(_scatter(value, rows, columns, batch.ids.shape) for value in values)  # type: ignore[return-value]
+        return tuple(_scatter(value, rows, columns, batch.input_ids.shape) for value in values)  # type: ignore[return-value]
 
-    def exact_kl(
+    def full_vocab_kl(
         self, role: str, reference: str, batch: Batch, temperature: float = 1.0, gradient: bool = False
     ) -> Tensor:
         """KL(role || reference) over the whole vocabulary where `says`, else 0; (B, T) fp32; with `gradient`, one for
         the role."""
-        rows, columns = batch.scored.nonzero(as_tuple=True)
-        with nullcontext() if gradient else self.quiet():
+        rows, columns = batch.loss_mask.nonzero(as_tuple=True)
+        with nullcontext() if gradient else self.inference_mode():
             mine = self.hidden(role, batch)[rows, columns - 1]
-        with self.quiet():
+        with self.inference_mode():
             other = self.hidden(reference, batch)[rows, columns - 1]
-        return _scatter(chunked_kl(self.head, mine, other, temperature), rows, columns, batch.ids.shape)
+        return _scatter(chunked_kl(self.head, mine, other, temperature), rows, columns, batch.input_ids.shape)
 
     def scores(self, role: str, batch: Batch) -> Tensor:
         """The scalar head's value at every attended token, else 0; (B, T) fp32."""
-        rows, columns = batch.attended.nonzero(as_tuple=True)
-        return _scatter(self.heads[role](self.hidden(role, batch)[rows, columns]), rows, columns, batch.ids.shape)
+        rows, columns = batch.attention_mask.nonzero(as_tuple=True)
+        return _scatter(self.heads[role](self.hidden(role, batch)[rows, columns]), rows, columns, batch.input_ids.shape)
 
-    def last_scores(self, role: str, batch: Batch) -> Tensor:
+    def sequence_scores(self, role: str, batch: Batch) -> Tensor:
         """The scalar head's value at each row's last attended token, whatever token that is and wherever padding
         stands; (B,) fp32."""
         last = (batch.lengths - 1).clamp_min(0)
@@ -227,55 +232,63 @@ class Roles:
         """The adapter's weights, its head's too, under the names of PEFT's file format. They are counted: none may be
         lost."""
         tensors = {}
-        if PREFIX + name in self._peft.peft_config:
-            tensors = get_peft_model_state_dict(self._peft, adapter_name=PREFIX + name, save_embedding_layers=False)
+        if ADAPTER_PREFIX + name in self._peft.peft_config:
+            tensors = get_peft_model_state_dict(
+                self._peft, adapter_name=ADAPTER_PREFIX + name, save_embedding_layers=False
+            )
         if name in self.heads:
-            tensors[scalar.KEY] = self.heads[name].weight
-        expected = sum(f".{PREFIX}{name}." in key for key, _ in self._all_parameters())
+            tensors[scalar.HEAD_WEIGHT_KEY] = self.heads[name].weight
+        expected = sum(f".{ADAPTER_PREFIX}{name}." in key for key, _ in self._all_parameters())
         assert len(tensors) == expected, f"adapter {name}: {len(tensors)} tensors to save, {expected} in the model"
         return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in sorted(tensors.items())}
 
     def load_adapter_tensors(self, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
         """Puts weights into an adapter. Raises UserError where names or shapes do not fit this base."""
         mine = self.adapter_tensors(name)
-        wrong = sorted(key for key in mine.keys() | tensors.keys() if _shape(mine, key) != _shape(tensors, key))
+        wrong = sorted(
+            key for key in mine.keys() | tensors.keys() if _tensor_shape(mine, key) != _tensor_shape(tensors, key)
+        )
         if wrong:
-            first = f"{wrong[0]} is {_shape(tensors, wrong[0])} there and {_shape(mine, wrong[0])} here"
+            first = f"{wrong[0]} is {_tensor_shape(tensors, wrong[0])} there and {_tensor_shape(mine, wrong[0])} here"
             raise UserError(
                 f"{where}: this adapter was made for another base than {self.base.name}: {len(wrong)} tensors "
                 f"differ; {first}"
             )
         if name in self.heads:
             with torch.no_grad():
-                self.heads[name].weight.copy_(tensors[scalar.KEY])
-        lora = {key: tensor for key, tensor in tensors.items() if key != scalar.KEY}
+                self.heads[name].weight.copy_(tensors[scalar.HEAD_WEIGHT_KEY])
+        lora = {key: tensor for key, tensor in tensors.items() if key != scalar.HEAD_WEIGHT_KEY}
         if lora:
-            set_peft_model_state_dict(self._peft, lora, adapter_name=PREFIX + name)
-            self._pin()
+            set_peft_model_state_dict(self._peft, lora, adapter_name=ADAPTER_PREFIX + name)
+            self._share_active_list()
             self._freeze_all_but_trainable()
 
     def scalings(self, name: str) -> dict[str, float]:
         """What an adapter's product B A is multiplied by, of each module that it changes."""
         return {
-            place: float(module.scaling[PREFIX + name])
-            for place, module in self.base.model.named_modules()
-            if isinstance(module, LoraLayer) and PREFIX + name in module.scaling
+            module_name: float(module.scaling[ADAPTER_PREFIX + name])
+            for module_name, module in self.base.model.named_modules()
+            if isinstance(module, LoraLayer) and ADAPTER_PREFIX + name in module.scaling
         }
 
     def adapter_config(self, name: str) -> dict[str, Any]:
         """The adapter's `adapter_config.json`; of a head that stands alone, what there is to say of it."""
-        config = self._peft.peft_config[PREFIX + name].to_dict() if PREFIX + name in self._peft.peft_config else {}
+        config = (
+            self._peft.peft_config[ADAPTER_PREFIX + name].to_dict()
+            if ADAPTER_PREFIX + name in self._peft.peft_config
+            else {}
+        )
         config.update(
             base_model_name_or_path=self.base.name.partition("@")[0], revision=self.base.revision, inference_mode=True
         )
         if name in self.heads:
-            config.update(scalar.WRITTEN)
+            config.update(scalar.HEAD_CONFIG)
         return {
             key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
             for key, value in sorted(config.items())
         }
 
-    def _pin(self) -> None:
+    def _share_active_list(self) -> None:
         for layer in self._layers():
             layer._active_adapter = self._active
 
@@ -283,7 +296,7 @@ class Roles:
         return [module for module in self.base.model.modules() if isinstance(module, LoraLayer)]
 
     def _freeze_all_but_trainable(self) -> None:
-        names = {PREFIX + name for name in self.trainable}
+        names = {ADAPTER_PREFIX + name for name in self.trainable}
         for key, parameter in self._all_parameters():
             parameter.requires_grad_(any(f".{name}." in key for name in names))
             assert not parameter.requires_grad or parameter.dtype == torch.float32, (
@@ -297,10 +310,10 @@ class Roles:
     def _checkpoint(self, wanted: Checkpointing, offload: bool) -> None:
         active = self._active
         self._checkpointing = checkpoint_layers(
-            self.base.model, wanted, offload, lambda: (nullcontext(), _Voice(active, active))
+            self.base.model, wanted, offload, lambda: (nullcontext(), _ActiveAdapters(active, active))
         )
 
-    def release(self) -> None:
+    def unload_adapters(self) -> None:
         """Takes every adapter off the base, which is then as it was loaded: the next `Roles` can stand on it. These
         have no use after."""
         model = self.base.model
@@ -310,13 +323,13 @@ class Roles:
                 setattr(model.get_submodule(parent), child, module.base_layer)
         del model.peft_config
         if self._checkpointing:
-            keep_all(model)
+            disable_checkpointing(model)
         model.train()
         self._peft = None
         self.heads.clear()
 
 
-def _shape(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:
+def _tensor_shape(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:
     return tuple(tensors[key].shape) if key in tensors else None
 
 

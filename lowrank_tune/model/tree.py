@@ -29,73 +29,75 @@ from lowrank_tune.model.recovery import is_out_of_memory
 from lowrank_tune.model.rounding import allowed_difference, relative_difference
 from lowrank_tune.types import Batch
 
-WORTH = 0.9
+MAX_RELATIVE_FLOPS = 0.9
 """A packed layout must need at most this share of the rows' own work."""
 TOLERANCE = {torch.float32: 1e-4}
-LOOSE = 5e-2  # half precision; more where another batch shape alone moves hidden states by more
-Decode = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+BF16_TOLERANCE = 5e-2  # half precision; more where another batch shape alone moves hidden states by more
+DecoderFn = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """ids, attention mask, position ids -> last hidden states."""
 
 
 @dataclass(frozen=True)
-class Tree:
+class PackedBatch:
     """Packed rows: ids and positions (G, W); mask (G, 1, W, W) bool, which key a query sees; place (B, T), where in G *
     W a token lies."""
 
-    ids: Tensor
-    positions: Tensor
-    mask: Tensor
-    place: Tensor
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    slot_index: Tensor
 
-    def rows(self, hidden: Tensor) -> Tensor:
+    def unpack(self, hidden: Tensor) -> Tensor:
         """(G, W, d) -> (B, T, d); what stands in padding is some real token's state."""
-        return hidden.flatten(0, 1).index_select(0, self.place.flatten()).view(*self.place.shape, -1)
+        return hidden.flatten(0, 1).index_select(0, self.slot_index.flatten()).view(*self.slot_index.shape, -1)
 
 
-def plant(batch: Batch, width: int) -> Tree | None:
+def pack_shared_prefixes(batch: Batch, width: int) -> PackedBatch | None:
     """The packed layout of a batch with `extra["shared"]`, or None where it saves too little of a model with hidden
     size `width`.
 
     Rows count as sharing only what their ids really have in common with the group's first row, so that a layout is
     right whatever `shared` says. One host sync. None for rows that are not padded on the right.
     """
-    rows, columns = batch.ids.shape
-    row = torch.arange(rows, device=batch.ids.device)
+    rows, columns = batch.input_ids.shape
+    row = torch.arange(rows, device=batch.input_ids.device)
     first = torch.where(batch.extra["shared"] == 0, row, 0).cummax(0).values
-    alike = (batch.ids == batch.ids[first]) & batch.attended & batch.attended[first]
+    alike = (batch.input_ids == batch.input_ids[first]) & batch.attention_mask & batch.attention_mask[first]
     shared = torch.minimum(batch.extra["shared"], alike.long().cumprod(dim=1).sum(dim=1)).masked_fill(first == row, 0)
-    lengths = batch.attended.sum(dim=1)
+    lengths = batch.attention_mask.sum(dim=1)
     tails = lengths - shared
     start = tails.cumsum(0) - tails
     start = start - start[first]
     group = (first == row).cumsum(0) - 1
-    right_padded = (batch.attended[:, :-1] >= batch.attended[:, 1:]).all()
+    right_padded = (batch.attention_mask[:, :-1] >= batch.attention_mask[:, 1:]).all()
     groups, needed, right = torch.stack([group[-1] + 1, (start + tails).max(), right_padded.long()]).tolist()
     packed = max(8, -(-needed // 8) * 8)  # CUDA's kernels copy a mask whose rows are not aligned
-    if not right or work(groups, packed, packed, width) > WORTH * work(rows, columns, columns / 2, width):
+    if not right or estimate_flops(groups, packed, packed, width) > MAX_RELATIVE_FLOPS * estimate_flops(
+        rows, columns, columns / 2, width
+    ):
         return None
     column = torch.arange(columns, device=row.device).expand(rows, -1)
-    within = torch.minimum(column, lengths[:, None] - 1).clamp_min(0)
-    place = group[:, None] * packed + torch.where(
-        within < shared[:, None], within, start[:, None] + within - shared[:, None]
+    row_position = torch.minimum(column, lengths[:, None] - 1).clamp_min(0)
+    slot_index = group[:, None] * packed + torch.where(
+        row_position < shared[:, None], row_position, start[:, None] + row_position - shared[:, None]
     )
-    own = batch.attended & (column >= shared[:, None])
+    is_tail = batch.attention_mask & (column >= shared[:, None])
     # tokens that lie elsewhere, and padding, go to one slot behind the end
-    into = torch.where(own, place, groups * packed).flatten()
+    target = torch.where(is_tail, slot_index, groups * packed).flatten()
 
-    def lay(values: Tensor, empty: int) -> Tensor:
+    def scatter(values: Tensor, empty: int) -> Tensor:
         flat = torch.full((groups * packed + 1,), empty, dtype=torch.long, device=row.device)
-        return flat.scatter_(0, into, values.expand(rows, columns).flatten())[:-1].view(groups, packed)
+        return flat.scatter_(0, target, values.expand(rows, columns).flatten())[:-1].view(groups, packed)
 
     # empty slots are a branch of their own: a query that sees nothing is NaN
-    branch, position = lay(row[:, None], -1), lay(column, 0)
-    beginning = lay((first == row).long()[:, None], 0).bool() & (branch >= 0)
+    branch, position = scatter(row[:, None], -1), scatter(column, 0)
+    is_prefix = scatter((first == row).long()[:, None], 0).bool() & (branch >= 0)
     mask = (branch[:, :, None] == branch[:, None, :]) & (position[:, None, :] <= position[:, :, None])
-    mask |= beginning[:, None, :] & (position[:, None, :] < lay(shared[:, None], 0)[:, :, None])
-    return Tree(lay(batch.ids, 0), position, mask[:, None], place)
+    mask |= is_prefix[:, None, :] & (position[:, None, :] < scatter(shared[:, None], 0)[:, :, None])
+    return PackedBatch(scatter(batch.input_ids, 0), position, mask[:, None], slot_index)
 
 
-def work(rows: int, columns: int, seen: float, width: int) -> float:
+def estimate_flops(rows: int, columns: int, seen: float, width: int) -> float:
     """Relative cost of a forward pass: a layer's matrices (12 width^2 weights) and its attention to `seen` keys, per
     token."""
     return rows * columns * (6 * width + seen)
@@ -123,17 +125,19 @@ def mask_for(mask: Tensor, model: Any) -> Tensor:
 
 
 @torch.no_grad()
-def agrees(decode: Decode, vocabulary: int, dtype: torch.dtype, device: torch.device) -> bool:
+def verify_packing(decoder: DecoderFn, vocabulary: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a made-up pair gives the same hidden states packed as apart, but for the rounding that another batch
     shape causes."""
     ids = (torch.arange(3, 27, device=device).view(1, -1) * 7 % vocabulary).repeat(2, 1)
     ids[1, 16:] = (ids[1, 16:] + 1) % vocabulary
     everywhere = torch.ones_like(ids, dtype=torch.bool)
-    tree = plant(Batch(ids, everywhere, everywhere, extra={"shared": torch.tensor([0, 16], device=device)}), 1 << 20)
-    assert tree is not None, "a third less is worth it"
-    apart = decode(ids, None, None).float()
+    layout = pack_shared_prefixes(
+        Batch(ids, everywhere, everywhere, extra={"shared": torch.tensor([0, 16], device=device)}), 1 << 20
+    )
+    assert layout is not None, "a third less is worth it"
+    apart = decoder(ids, None, None).float()
     try:
-        packed = tree.rows(decode(tree.ids, tree.mask, tree.positions)).float()
+        packed = layout.unpack(decoder(layout.input_ids, layout.attention_mask, layout.position_ids)).float()
     # whatever a foreign model makes of a mask with four dimensions: its prompts are not shared
     except Exception as error:
         if is_out_of_memory(error):
@@ -141,6 +145,6 @@ def agrees(decode: Decode, vocabulary: int, dtype: torch.dtype, device: torch.de
         return False
     rounding = 0.0
     if dtype not in TOLERANCE:
-        singly = torch.cat([decode(row[None], None, None).float() for row in ids])
+        singly = torch.cat([decoder(row[None], None, None).float() for row in ids])
         rounding = relative_difference(singly, apart)
-    return relative_difference(packed, apart) <= allowed_difference(TOLERANCE.get(dtype, LOOSE), rounding)
+    return relative_difference(packed, apart) <= allowed_difference(TOLERANCE.get(dtype, BF16_TOLERANCE), rounding)

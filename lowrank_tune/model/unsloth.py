@@ -22,45 +22,55 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.model.base import Base, be_quiet, check_quantisation, freeze, pick_device, telling, weight_files
+from lowrank_tune.model.base import (
+    Base,
+    check_quantization,
+    describe_load_errors,
+    freeze_base,
+    pick_device,
+    silence_transformers,
+    weight_files,
+)
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch
 
 if TYPE_CHECKING:  # as in `base`
     from lowrank_tune import settings
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Models that unsloth has forwards of its own for, and that were read through for this."""
-LOGPS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+LOGP_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Nats a token, in the mean, by which unsloth's forward may differ from transformers'; another batch shape alone moves
 bf16 by 0.016."""
-GRADIENT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """The same for the adapter's gradient, relative."""
-UNKNOWN = (
+UNKNOWN_VERSION_MESSAGE = (
     "base.backend: this unsloth replaces transformers' code in another way than this kit knows: install the version in "
     "constraints/unsloth.txt, or use `plain`"
 )
 
 
-def load_base(wanted: settings.Base, tokenizer: Any, longest: int, device: torch.device | None = None) -> Base:
+def load_base(
+    wanted: settings.BaseConfig, tokenizer: Any, max_seq_length: int, device: torch.device | None = None
+) -> Base:
     """As `base.load_base`; `longest` is the longest row in tokens that will be trained on. Raises UserError."""
     unsloth: Any = sys.modules["unsloth"]
-    be_quiet()
+    silence_transformers()
     device = device or pick_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with telling(wanted) as (place, arguments), redirect_stdout(sys.stderr):
-        config = AutoConfig.from_pretrained(place, **arguments)
-        if config.model_type not in FAMILIES:
+    with describe_load_errors(wanted) as (path_or_id, arguments), redirect_stdout(sys.stderr):
+        config = AutoConfig.from_pretrained(path_or_id, **arguments)
+        if config.model_type not in SUPPORTED_MODEL_TYPES:
             raise UserError(
-                f"base.backend: `unsloth` is used for {', '.join(FAMILIES)} models, and {wanted.model} is "
+                f"base.backend: `unsloth` is used for {', '.join(SUPPORTED_MODEL_TYPES)} models, and {wanted.model} is "
                 f"{config.model_type}; "
                 "use `plain`, or leave it out"
             )
-        four_bits = check_quantisation(config, wanted) or wanted.bits == 4
+        four_bits = check_quantization(config, wanted) or wanted.bits == 4
         try:
             model, _ = unsloth.FastLanguageModel.from_pretrained(
-                model_name=place,
-                max_seq_length=longest,
+                model_name=path_or_id,
+                max_seq_length=max_seq_length,
                 dtype=dtype,
                 load_in_4bit=four_bits,
                 use_exact_model_name=True,
@@ -76,11 +86,11 @@ def load_base(wanted: settings.Base, tokenizer: Any, longest: int, device: torch
             ) from error
     _check(model, config, wanted, four_bits)
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
-    base = freeze(model, tokenizer, name=wanted.model, revision=revision, bits=4 if four_bits else 16)
-    return replace(base, backend="unsloth", as_written=_as_written(model, device))
+    base = freeze_base(model, tokenizer, name=wanted.model, revision=revision, bits=4 if four_bits else 16)
+    return replace(base, backend="unsloth", transformers_forward=_restore_transformers_forward(model, device))
 
 
-def _check(model: Any, config: Any, wanted: settings.Base, four_bits: bool) -> None:
+def _check(model: Any, config: Any, wanted: settings.BaseConfig, four_bits: bool) -> None:
     """What unsloth does without a word: other weights, weights that are missing, a longer vocabulary, 16 bits where 4
     were asked for."""
     linears = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
@@ -103,19 +113,19 @@ def _check(model: Any, config: Any, wanted: settings.Base, four_bits: bool) -> N
         )
 
 
-def _as_written(model: Any, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+def _restore_transformers_forward(model: Any, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """A context in which the model runs by transformers' own code. unsloth's forwards run only in modules that it has
     marked; what else it replaced is the module of rotary embeddings. Without a card it replaces nothing. Raises
     UserError where it works otherwise."""
     marked = [module for module in model.modules() if getattr(module, "_unsloth_fast_path", False)]
     if not marked and device.type == "cuda":
-        raise UserError(UNKNOWN)
+        raise UserError(UNKNOWN_VERSION_MESSAGE)
     if not marked:
         return nullcontext
-    decoder, rotary = model.get_decoder(), _own_rotary(model)
+    decoder, rotary = model.get_decoder(), _hf_rotary_embedding(model)
 
     @contextmanager
-    def as_written() -> Iterator[None]:
+    def transformers_forward() -> Iterator[None]:
         before = decoder.rotary_emb
         for module in marked:
             module.__dict__["_unsloth_fast_path"] = False
@@ -127,10 +137,10 @@ def _as_written(model: Any, device: torch.device) -> Callable[[], AbstractContex
             for module in marked:
                 module.__dict__["_unsloth_fast_path"] = True
 
-    return as_written
+    return transformers_forward
 
 
-def _own_rotary(model: Any) -> nn.Module:
+def _hf_rotary_embedding(model: Any) -> nn.Module:
     """The rotary embeddings as transformers makes them: the class that unsloth put its own in the place of, which it
     keeps."""
     decoder = model.get_decoder()
@@ -141,7 +151,7 @@ def _own_rotary(model: Any) -> nn.Module:
     replaced: dict[str, Any] = getattr(modeling, "_unsloth_pre_patch_originals", ({},))[0]
     kind = replaced.get(name) or getattr(modeling, name)
     if not kind.__module__.startswith("transformers."):
-        raise UserError(UNKNOWN)
+        raise UserError(UNKNOWN_VERSION_MESSAGE)
     with model.device:
         return kind(config=model.config)  # type: ignore[no-any-return]
 
@@ -157,35 +167,37 @@ def check(roles: Roles, role: str) -> None:
         with torch.no_grad():
             for parameter in ups:
                 parameter.add_((torch.randn(parameter.shape, generator=generator) * 1e-2).to(parameter.device))
-        batch = _few_rows(roles.head.weight.shape[0], generator).to(base.device)
-        logps, gradient = _said(roles, role, batch)
-        with base.as_written():
-            other_logps, other_gradient = _said(roles, role, batch)
+        batch = _probe_batch(roles.head.weight.shape[0], generator).to(base.device)
+        logps, gradient = _logps_and_gradient(roles, role, batch)
+        with base.transformers_forward():
+            other_logps, other_gradient = _logps_and_gradient(roles, role, batch)
     finally:
         with torch.no_grad():
             for parameter, value in zip(ups, kept, strict=True):
                 parameter.copy_(value)
         for parameter in named.values():
             parameter.grad = None
-    apart = float((logps - other_logps)[batch.scored].abs().mean())
-    bent = float(torch.linalg.vector_norm(gradient - other_gradient) / torch.linalg.vector_norm(other_gradient))
+    logp_error = float((logps - other_logps)[batch.loss_mask].abs().mean())
+    gradient_error = float(
+        torch.linalg.vector_norm(gradient - other_gradient) / torch.linalg.vector_norm(other_gradient)
+    )
     dtype = torch.bfloat16 if base.device.type == "cuda" else torch.float32
-    if not (apart <= LOGPS[dtype] and bent <= GRADIENT[dtype]):
+    if not (logp_error <= LOGP_TOLERANCE[dtype] and gradient_error <= GRADIENT_TOLERANCE[dtype]):
         raise UserError(
-            f"base.backend: unsloth does not compute what transformers does here: log-probs are {apart:.2g} nats a "
+            f"base.backend: unsloth does not compute what transformers does here: log-probs are {logp_error:.2g} nats a "
             f"token apart, "
-            f"the gradient is {bent:.1%} off; use `plain`, or leave it out"
+            f"the gradient is {gradient_error:.1%} off; use `plain`, or leave it out"
         )
 
 
-def _few_rows(vocabulary: int, generator: torch.Generator) -> Batch:
+def _probe_batch(vocabulary: int, generator: torch.Generator) -> Batch:
     """Two rows of 24 tokens, the second one padded."""
     ids = torch.randint(0, vocabulary, (2, 24), generator=generator)
-    attended = torch.arange(24) < torch.tensor([[24], [17]])
-    return Batch(ids, attended, attended & (torch.arange(24) >= 8))
+    attention_mask = torch.arange(24) < torch.tensor([[24], [17]])
+    return Batch(ids, attention_mask, attention_mask & (torch.arange(24) >= 8))
 
 
-def _said(roles: Roles, role: str, batch: Batch) -> tuple[Tensor, Tensor]:
+def _logps_and_gradient(roles: Roles, role: str, batch: Batch) -> tuple[Tensor, Tensor]:
     logps = roles.logps(role, batch).logps
     logps.sum().backward()  # type: ignore[no-untyped-call]
     parts = []

@@ -8,33 +8,35 @@ from dataclasses import replace
 import torch
 
 from lowrank_tune import settings
-from lowrank_tune.plan.before import fitted
+from lowrank_tune.plan.before import check_fit
 from lowrank_tune.plan.figures import GIB, Phase, Plan
-from lowrank_tune.plan.fit import judged
+from lowrank_tune.plan.fit import with_fit_report
 from lowrank_tune.plan.planner import plan_of
-from lowrank_tune.plan.scenes import absent_from, scenes
+from lowrank_tune.plan.scenes import missing_adapters, simulation_specs
 from lowrank_tune.recipe import Chain
 
-__all__ = ["GIB", "Phase", "Plan", "card_gib", "fitted", "plan"]
+__all__ = ["GIB", "Phase", "Plan", "gpu_memory_gib", "check_fit", "plan"]
 
 
-def plan(loaded: settings.Recipe | Chain, vram_gib: float = 0.0, device: str = "cuda") -> Iterator[Plan]:
+def plan(loaded: settings.RecipeConfig | Chain, vram_gib: float = 0.0, device: str = "cuda") -> Iterator[Plan]:
     """The plan of a recipe, or of each stage of a chain. On `cpu` nothing is compared with `vram_gib`. Raises
     UserError."""
-    for scene in scenes(loaded, device):
-        vram = round(min(vram_gib, scene.recipe.train.memory_budget_gib or vram_gib) * GIB)
-        found = judged(scene, plan_of(scene, vram, scene.recipe.name))
-        yield replace(found, notes=(*found.notes, *_supposed(loaded)))
+    for spec in simulation_specs(loaded, device):
+        vram = round(min(vram_gib, spec.recipe.train.memory_budget_gib or vram_gib) * GIB)
+        fitted_plan = with_fit_report(spec, plan_of(spec, vram, spec.recipe.name))
+        yield replace(fitted_plan, notes=(*fitted_plan.notes, *_assumption_notes(loaded)))
 
 
-def _supposed(loaded: settings.Recipe | Chain) -> list[str]:
+def _assumption_notes(loaded: settings.RecipeConfig | Chain) -> list[str]:
     """What was planned in place of what is not there."""
     if isinstance(loaded, Chain):
         return []
-    told = "nothing lies at {} yet: adapters.{} is planned like {}"
-    return [told.format(loaded.adapters[name].path, name, loaded.trained) for name in absent_from(loaded)]
+    template = "nothing lies at {} yet: adapters.{} is planned like {}"
+    return [
+        template.format(loaded.adapters[name].path, name, loaded.trained_adapter) for name in missing_adapters(loaded)
+    ]
 
 
-def card_gib() -> float | None:
+def gpu_memory_gib() -> float | None:
     """Memory of the card that is here."""
     return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
-FLASH = 1  # torch's number of the backend (`torch.nn.attention.SDPBackend`)
-FLASH_ALIGNED, FLASH_WIDEST = 8, 256  # CUDA's kernels pad the width of a head to the first, up to the second
+FLASH_BACKEND = 1  # torch's number of the backend (`torch.nn.attention.SDPBackend`)
+FLASH_ALIGNMENT, FLASH_MAX_HEAD_DIM = 8, 256  # CUDA's kernels pad the width of a head to the first, up to the second
 
 
 def attend(
@@ -33,34 +33,38 @@ def attend(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         # torch turns it into what is added to the scores
         attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device="meta")
-    how = (dropout_p, is_causal)
+    options = (dropout_p, is_causal)
     if device == "cpu":
-        if _flash_on_cpu(query, key, value, attn_mask, *how, scale, enable_gqa):
+        if _flash_on_cpu(query, key, value, attn_mask, *options, scale, enable_gqa):
             return _first(
                 aten._scaled_dot_product_flash_attention_for_cpu(
-                    query, key, value, *how, attn_mask=attn_mask, scale=scale
+                    query, key, value, *options, attn_mask=attn_mask, scale=scale
                 )
             )
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, *how, scale=scale, enable_gqa=enable_gqa)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, *options, scale=scale, enable_gqa=enable_gqa
+        )
     width = query.shape[-1]
     scale = width**-0.5 if scale is None else scale
-    query, key, value = (_aligned(one) for one in (query, key, value))
-    if attn_mask is None and width <= FLASH_WIDEST and query.dtype != torch.float32:
-        return _first(aten._scaled_dot_product_flash_attention(query, key, value, *how, scale=scale))[..., :width]
+    query, key, value = (_pad_head_dim(one) for one in (query, key, value))
+    if attn_mask is None and width <= FLASH_MAX_HEAD_DIM and query.dtype != torch.float32:
+        return _first(aten._scaled_dot_product_flash_attention(query, key, value, *options, scale=scale))[..., :width]
     if attn_mask is not None:
         attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    kept = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
-    return _first(aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, kept, *how, scale=scale))[
-        ..., :width
-    ]
+    compute_logsumexp = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+    return _first(
+        aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, compute_logsumexp, *options, scale=scale
+        )
+    )[..., :width]
 
 
-def _first(found: tuple[Tensor, ...]) -> Tensor:
-    return found[0]
+def _first(outputs: tuple[Tensor, ...]) -> Tensor:
+    return outputs[0]
 
 
-def _aligned(x: Tensor) -> Tensor:
-    return F.pad(x, (0, -x.shape[-1] % FLASH_ALIGNED)) if x.shape[-1] % FLASH_ALIGNED else x
+def _pad_head_dim(x: Tensor) -> Tensor:
+    return F.pad(x, (0, -x.shape[-1] % FLASH_ALIGNMENT)) if x.shape[-1] % FLASH_ALIGNMENT else x
 
 
 def _flash_on_cpu(
@@ -79,4 +83,4 @@ def _flash_on_cpu(
         for one in (query, key, value)
     )
     real_mask = None if mask is None else torch.empty(mask.shape, dtype=mask.dtype)
-    return torch._fused_sdp_choice(q, k, v, real_mask, dropout, causal, scale=scale, enable_gqa=gqa) == FLASH
+    return torch._fused_sdp_choice(q, k, v, real_mask, dropout, causal, scale=scale, enable_gqa=gqa) == FLASH_BACKEND

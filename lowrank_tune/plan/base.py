@@ -20,7 +20,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lowrank_tune import settings
 from lowrank_tune.model.adapters import lora_config
-from lowrank_tune.model.base import Base, check_quantisation, freeze, load_config, nf4
+from lowrank_tune.model.base import Base, check_quantization, freeze_base, load_config, nf4_config
 from lowrank_tune.model.shapes import config_of
 
 BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes' defaults: weights of one scale, and scales of one scale
@@ -35,12 +35,12 @@ class Layer:
     recomputed: bool = True
 
 
-def config_for(wanted: settings.Base) -> Any:
+def config_for(base: settings.BaseConfig) -> Any:
     """The base's configuration: of the bases that presets name, from the package; else as `load_config` finds it.
     Raises UserError."""
-    carried = None if Path(wanted.model.partition("@")[0]).expanduser().is_dir() else config_of(wanted.model)
-    config = load_config(wanted) if carried is None else AutoConfig.for_model(**carried)
-    check_quantisation(config, wanted)
+    bundled = None if Path(base.model.partition("@")[0]).expanduser().is_dir() else config_of(base.model)
+    config = load_config(base) if bundled is None else AutoConfig.for_model(**bundled)
+    check_quantization(config, base)
     return config
 
 
@@ -51,7 +51,7 @@ def layers_of(config: Any, recomputed: int) -> list[Layer]:
     return [Layer(kind, number < recomputed) for number, kind in enumerate(kinds)]
 
 
-def shallow(config: Any, layers: Sequence[Layer]) -> Any:
+def with_few_layers(config: Any, layers: Sequence[Layer]) -> Any:
     """The configuration of a model of these layers alone."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
@@ -61,22 +61,22 @@ def shallow(config: Any, layers: Sequence[Layer]) -> Any:
     return config
 
 
-def bare_base(config: Any, name: str, bits: int, device: torch.device) -> Base:
+def meta_base(config: Any, name: str, bits: int, device: torch.device) -> Base:
     """The frozen base as `load_base` would make it of this configuration, on meta tensors. Enter `pretending` first."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if bits == 4:
-            quantizer = Bnb4BitHfQuantizer(nf4(device))
+            quantizer = Bnb4BitHfQuantizer(nf4_config(device))
             quantizer.pre_quantized = False
             quantizer._process_model_before_weight_loading(model, None)
             for module in model.modules():
                 if isinstance(module, bitsandbytes.nn.Linear4bit):
-                    _quantise(module, dtype)
-    return freeze(model, None, name=name, bits=bits)
+                    _quantize(module, dtype)
+    return freeze_base(model, None, name=name, bits=bits)
 
 
-def _quantise(module: Any, dtype: torch.dtype) -> None:
+def _quantize(module: Any, dtype: torch.dtype) -> None:
     shape = torch.Size((module.out_features, module.in_features))
     blocks = math.ceil(shape.numel() / BLOCK)
     nested = QuantState(
@@ -104,20 +104,20 @@ def _quantise(module: Any, dtype: torch.dtype) -> None:
         module.bias = nn.Parameter(torch.empty(module.out_features, dtype=dtype), requires_grad=False)
 
 
-def stored(model: Any) -> list[torch.Tensor]:
+def stored_tensors(model: Any) -> list[torch.Tensor]:
     """All tensors that a base keeps: packed weights with their scales, and buffers."""
-    found = []
+    tensors = []
     for tensor in (*model.parameters(), *model.buffers()):
-        found.append(tensor)
+        tensors.append(tensor)
         state = getattr(tensor, "quant_state", None)
         if state is not None:
-            found += [state.absmax, state.code] + (
+            tensors += [state.absmax, state.code] + (
                 [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
             )
-    return found
+    return tensors
 
 
-def bare_shape(wanted: settings.Base, adapter: settings.Adapter) -> LoraConfig:
+def meta_lora_config(base: settings.BaseConfig, adapter: settings.AdapterConfig) -> LoraConfig:
     """The LoRA that settings stand for, of an adapter that is not there yet."""
     with torch.device("meta"):
-        return lora_config(adapter, AutoModelForCausalLM.from_config(shallow(config_for(wanted), [Layer()])))
+        return lora_config(adapter, AutoModelForCausalLM.from_config(with_few_layers(config_for(base), [Layer()])))

@@ -7,37 +7,37 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lowrank_tune.plan.base import Layer
-from lowrank_tune.plan.ledger import Moment
+from lowrank_tune.plan.ledger import ProgramPoint
 
-Peaks = Mapping[Moment, Mapping[str, int]]
-FEW = 2
+Peaks = Mapping[ProgramPoint, Mapping[str, int]]
+MIN_LAYERS = 2
 """Layers of a kind that are rehearsed: a first and a last one."""
 
 
 @dataclass(frozen=True)
-class Model:
+class LinearInDepth:
     """What a model of any depth holds: at `few` layers of each kind, and what one more of a kind adds."""
 
-    few: Mapping[Layer, int]
-    found: Peaks
-    more: Mapping[Layer, Peaks]
+    base_counts: Mapping[Layer, int]
+    base_peaks: Peaks
+    extra_peaks: Mapping[Layer, Peaks]
 
-    def of(self, counts: Mapping[Layer, int]) -> Peaks:
+    def at_depth(self, counts: Mapping[Layer, int]) -> Peaks:
         """With so many layers of each kind: as few as were rehearsed at least, where there were two kinds or more."""
         total = {
-            moment: Counter(peak)
-            for moment, peak in self.found.items()
-            if all(moment in more for more in self.more.values())
+            point: Counter(peak)
+            for point, peak in self.base_peaks.items()
+            if all(point in extra for extra in self.extra_peaks.values())
         }
-        for layer, more in self.more.items():
-            for moment, peak in total.items():
-                for purpose in {*self.found[moment], *more[moment]}:
-                    grows = more[moment].get(purpose, 0) - self.found[moment].get(purpose, 0)
-                    peak[purpose] += (counts[layer] - self.few[layer]) * grows
-        return {moment: {purpose: size for purpose, size in peak.items() if size > 0} for moment, peak in total.items()}
+        for layer, extra in self.extra_peaks.items():
+            for point, peak in total.items():
+                for purpose in {*self.base_peaks[point], *extra[point]}:
+                    growth = extra[point].get(purpose, 0) - self.base_peaks[point].get(purpose, 0)
+                    peak[purpose] += (counts[layer] - self.base_counts[layer]) * growth
+        return {point: {purpose: size for purpose, size in peak.items() if size > 0} for point, peak in total.items()}
 
 
-def model_of(rehearse: Callable[[Sequence[Layer]], Peaks], counts: Mapping[Layer, int]) -> Model:
+def fit_linear_model(simulate: Callable[[Sequence[Layer]], Peaks], counts: Mapping[Layer, int]) -> LinearInDepth:
     """A model of layers of these kinds, from rehearsals of the first few and of one more of each kind that there are
     more of.
 
@@ -45,21 +45,25 @@ def model_of(rehearse: Callable[[Sequence[Layer]], Peaks], counts: Mapping[Layer
     At each of them the bytes are linear in the number of layers of each kind, and over the layers between they run from
     those of the first to those of the last; a peak, the greatest of several lines, is not.
     """
-    few = {layer: min(FEW, count) for layer, count in counts.items()}
-    found = rehearse(_so_many(few))
-    return Model(
-        few,
-        found,
-        {layer: rehearse(_so_many({**few, layer: FEW + 1})) for layer, count in counts.items() if count > FEW},
+    base_counts = {layer: min(MIN_LAYERS, count) for layer, count in counts.items()}
+    base_peaks = simulate(_with_num_layers(base_counts))
+    return LinearInDepth(
+        base_counts,
+        base_peaks,
+        {
+            layer: simulate(_with_num_layers({**base_counts, layer: MIN_LAYERS + 1}))
+            for layer, count in counts.items()
+            if count > MIN_LAYERS
+        },
     )
 
 
-def deep(rehearse: Callable[[Sequence[Layer]], Peaks], layers: Sequence[Layer]) -> Peaks:
+def extrapolate_layers(simulate: Callable[[Sequence[Layer]], Peaks], layers: Sequence[Layer]) -> Peaks:
     """What `rehearse` would find with all these layers."""
     counts = Counter(layers)
-    return model_of(rehearse, counts).of(counts)
+    return fit_linear_model(simulate, counts).at_depth(counts)
 
 
-def _so_many(counts: Mapping[Layer, int]) -> list[Layer]:
+def _with_num_layers(counts: Mapping[Layer, int]) -> list[Layer]:
     """In their order: recomputed ones come first."""
     return [layer for layer in sorted(counts, key=lambda one: not one.recomputed) for _ in range(counts[layer])]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
-class Elsewhere(saved_tensors_hooks):
+class OffloadedTensorHooks(saved_tensors_hooks):
     """Stands for torch's `save_on_cpu` on a card: what a graph keeps takes no bytes there until the backward pass asks
     for it."""
 
@@ -22,8 +22,8 @@ def _pack(tensor: Tensor) -> Any:
     return (tensor.shape, tensor.stride(), tensor.dtype) if tensor.is_meta else tensor
 
 
-def _unpack(kept: Any) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
-    shape, stride, dtype = kept
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    shape, stride, dtype = packed
     return torch.empty_strided(shape, stride, dtype=dtype, device="meta")

@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from lowrank_tune.plan.rows import Sizes
 
 GIB = 1 << 30
-CONTEXT = 800_000_000
+CUDA_CONTEXT_BYTES = 800_000_000
 """Bytes that CUDA takes for itself before the first tensor: its context, the kernels of torch, and cuBLAS's
 workspace."""
 FRAGMENTATION = 0.04
 """Share of the rest that the allocator cannot use (`expandable_segments`)."""
 PURPOSES = ("weights", "adapters", "optimizer", "gradients", "activations", "logits", "KV cache")
 
-PASS = ": "
+PHASE_SEPARATOR = ": "
 """Between a phase and which of its passes it is, in the name of a moment."""
-DECODING = ("rollout", "held-out answers")
+DECODING_PHASES = ("rollout", "held-out answers")
 """Phases that decode: with fewer sequences at once they hold less."""
-APART = (*DECODING, "reference", "reward model", "old and reference", "validation")
+NON_UPDATE_PHASES = (*DECODING_PHASES, "reference", "reward model", "old and reference", "validation")
 """Phases whose pieces are not micro-batches of the update."""
-SHRINK = APART[2:]
+SPLITTABLE_PHASES = NON_UPDATE_PHASES[2:]
 """Those of them that go on in smaller pieces where memory is short (`model/recovery.py`), so that they forbid
 nothing."""
 
@@ -63,14 +63,14 @@ class Plan:
     settings: Mapping[str, object] = field(default_factory=dict)
 
     @property
-    def binding(self) -> Phase:
+    def peak_phase(self) -> Phase:
         """The phase that needs most."""
         return max(self.phases, key=lambda phase: phase.total)
 
     @property
     def peak(self) -> int:
         """Bytes of tensors at the highest point of all: phases share bytes, so it is a maximum and no sum."""
-        return self.binding.total
+        return self.peak_phase.total
 
     @property
     def needed(self) -> int:
@@ -80,10 +80,10 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether nothing that must be held at once is more than there is."""
-        must = max((phase.total for phase in self.phases if phase.name not in SHRINK), default=0)
-        return not self.vram or needed(must, self.device) <= self.vram
+        required = max((phase.total for phase in self.phases if phase.name not in SPLITTABLE_PHASES), default=0)
+        return not self.vram or needed(required, self.device) <= self.vram
 
 
 def needed(peak: int, device: str) -> int:
     """Bytes that a device must have for tensors of so many bytes at once."""
-    return peak if device == "cpu" else CONTEXT + round(peak / (1 - FRAGMENTATION))
+    return peak if device == "cpu" else CUDA_CONTEXT_BYTES + round(peak / (1 - FRAGMENTATION))

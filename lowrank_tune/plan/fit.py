@@ -8,42 +8,44 @@ from dataclasses import replace
 from functools import cache
 
 from lowrank_tune import settings
-from lowrank_tune.build import ONLINE
+from lowrank_tune.build import ONLINE_ALGORITHMS
 from lowrank_tune.plan.base import layers_of
-from lowrank_tune.plan.depth import FEW, model_of
-from lowrank_tune.plan.figures import APART, DECODING, GIB, Plan, needed
+from lowrank_tune.plan.depth import MIN_LAYERS, fit_linear_model
+from lowrank_tune.plan.figures import DECODING_PHASES, GIB, NON_UPDATE_PHASES, Plan, needed
 from lowrank_tune.plan.planner import peaks_of, phases_in
-from lowrank_tune.plan.rehearsal import Scene, rehearse
+from lowrank_tune.plan.rehearsal import SimulationSpec, simulate
 from lowrank_tune.plan.rows import Sizes, sizes_of
 
 ENOUGH_TOKENS = 8192
 """Of a micro-batch: with more, unpacking 4-bit weights is below 2 % of a step, and fewer recomputed layers are worth
 more."""
-STEP = 64  # tokens to which a longest row is rounded down
-TRIES = 3
+LENGTH_STEP = 64  # tokens to which a longest row is rounded down
+MAX_TRIES = 3
 
 
 class Search:
     """Asks for the update's peak at other sizes. What the micro-batch does not change (rollouts, above all) the plan
     knows."""
 
-    def __init__(self, scene: Scene, plan: Plan) -> None:
-        self.scene, self.plan, self.layers = scene, plan, plan.layers
+    def __init__(self, spec: SimulationSpec, plan: Plan) -> None:
+        self.spec, self.plan, self.layers = spec, plan, plan.layers
         self.need = cache(self._need)
 
     def _need(self, sizes: Sizes, recomputed: int) -> int:
         if sizes == self.plan.sizes and recomputed == self.plan.recomputed:
-            return needed(max(phase.total for phase in self.plan.phases if phase.name not in APART), self.plan.device)
-        phases = phases_in(peaks_of(replace(self.scene, sizes=sizes), recomputed, only_update=True))
+            return needed(
+                max(phase.total for phase in self.plan.phases if phase.name not in NON_UPDATE_PHASES), self.plan.device
+            )
+        phases = phases_in(peaks_of(replace(self.spec, sizes=sizes), recomputed, only_update=True))
         return needed(max(phase.total for phase in phases), self.plan.device)
 
-    def units(self, most: int | None = None) -> int:
+    def units(self, max_units: int | None = None) -> int:
         """The largest micro-batch, at most a whole step; 0 for none."""
-        most = most or _step_units(self.scene.recipe)
-        return largest(
-            lambda units: self.need(self.sized(units), self.plan.recomputed),
+        max_units = max_units or _step_units(self.spec.recipe)
+        return largest_fitting(
+            lambda units: self.need(self.with_micro_batch(units), self.plan.recomputed),
             self.plan.sizes.units,
-            most,
+            max_units,
             self.plan.vram,
         )
 
@@ -52,85 +54,85 @@ class Search:
         many tokens at once as fit in more rows fit in longer ones: no kernel keeps scores of all tokens against all."""
         sizes, longest = (
             self.plan.sizes,
-            int(getattr(self.scene.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20),
+            int(getattr(self.spec.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20),
         )
-        more = _long(sizes, min(longest, 2 * sizes.length))
+        more = _with_length(sizes, min(longest, 2 * sizes.length))
         if more.length <= sizes.length:
             return sizes.length
         now, then = self.need(sizes, self.plan.recomputed), self.need(more, self.plan.recomputed)
         slope = max(1.0, (then - now) / (more.length - sizes.length))
-        return max(0, min(longest, int(sizes.length + (self.plan.vram - now) / slope)) // STEP * STEP)
+        return max(0, min(longest, int(sizes.length + (self.plan.vram - now) / slope)) // LENGTH_STEP * LENGTH_STEP)
 
     def recomputed(self, sizes: Sizes) -> int | None:
         """The fewest layers that must be recomputed, counted from the first; None where even all are too few."""
-        room, scene = self.plan.vram, replace(self.scene, sizes=sizes)
+        room, spec = self.plan.vram, replace(self.spec, sizes=sizes)
         if self.need(sizes, self.layers) > room:
             return None
-        if self.need(sizes, 0) <= room or self.layers < 2 * FEW:
+        if self.need(sizes, 0) <= room or self.layers < 2 * MIN_LAYERS:
             return 0 if self.need(sizes, 0) <= room else self.layers
-        kinds = Counter(layers_of(scene.config, 0)) | Counter(layers_of(scene.config, self.layers))
-        model = model_of(lambda layers: rehearse(scene, layers, only_update=True), kinds)
+        kinds = Counter(layers_of(spec.config, 0)) | Counter(layers_of(spec.config, self.layers))
+        model = fit_linear_model(lambda layers: simulate(spec, layers, only_update=True), kinds)
 
         def fits(count: int) -> bool:
-            peaks = model.of(Counter(layers_of(scene.config, count)))
+            peaks = model.at_depth(Counter(layers_of(spec.config, count)))
             return needed(max(phase.total for phase in phases_in(peaks)), self.plan.device) <= room
 
-        return next((count for count in range(FEW, self.layers - FEW + 1) if fits(count)), self.layers)
+        return next((count for count in range(MIN_LAYERS, self.layers - MIN_LAYERS + 1) if fits(count)), self.layers)
 
-    def sized(self, units: int) -> Sizes:
+    def with_micro_batch(self, units: int) -> Sizes:
         """The recipe's sizes with another micro-batch, of rows as long as they may be."""
-        return sizes_of(self.scene.recipe, units)
+        return sizes_of(self.spec.recipe, units)
 
 
-def largest(need: Callable[[int], int], start: int, most: int, room: int) -> int:
+def largest_fitting(need: Callable[[int], int], start: int, maximum: int, room: int) -> int:
     """The largest n up to `most` with need(n) within room; 0 for none. `need` grows by nearly the same with each n, so
     that few are asked."""
-    start = max(1, min(start, most))
+    start = max(1, min(start, maximum))
     now = need(start)
-    low, other = (start if now <= room else 0), (min(most, 2 * start) if now <= room else max(1, start // 2))
+    low, other = (start if now <= room else 0), (min(maximum, 2 * start) if now <= room else max(1, start // 2))
     if other == start:
         return low
     then = need(other)
     low = max(low, other if then <= room else 0)
     slope = max(1.0, (then - now) / (other - start))
-    asked, guess = {start, other}, int(start + (room - now) / slope)
-    for _ in range(TRIES):
-        guess = min(most, max(1, guess))
-        if guess in asked or guess <= low:
+    tried, guess = {start, other}, int(start + (room - now) / slope)
+    for _ in range(MAX_TRIES):
+        guess = min(maximum, max(1, guess))
+        if guess in tried or guess <= low:
             break
-        asked.add(guess)
-        found = need(guess)
-        if found <= room:
+        tried.add(guess)
+        needed_bytes = need(guess)
+        if needed_bytes <= room:
             return guess
-        guess = min(guess - 1, int(guess - (found - room) / slope))
+        guess = min(guess - 1, int(guess - (needed_bytes - room) / slope))
     return low
 
 
-def _long(sizes: Sizes, length: int) -> Sizes:
+def _with_length(sizes: Sizes, length: int) -> Sizes:
     """Rows of another length; prompts keep theirs."""
-    return replace(sizes, length=length, prompt=min(sizes.prompt, length - 1))
+    return replace(sizes, length=length, prompt_length=min(sizes.prompt_length, length - 1))
 
 
-def _step_units(recipe: settings.Recipe) -> int:
+def _step_units(recipe: settings.RecipeConfig) -> int:
     """Units of an optimizer step, where that is a number."""
-    if recipe.algorithm in ONLINE:
+    if recipe.algorithm in ONLINE_ALGORITHMS:
         return recipe.train.prompts_per_step * recipe.rollout.num_generations
     return recipe.train.rows_per_step or 16
 
 
-def judged(scene: Scene, plan: Plan) -> Plan:
+def with_fit_report(spec: SimulationSpec, plan: Plan) -> Plan:
     """The plan with what fits and one line of advice."""
     if not plan.vram:
         return plan
-    search = Search(scene, plan)
+    search = Search(spec, plan)
     units, length = search.units(), search.length()
     plan = replace(plan, fits_units=units, fits_length=length)
-    return replace(plan, advice=_advice(scene, search, plan))
+    return replace(plan, advice=_advice(spec, search, plan))
 
 
-def _advice(scene: Scene, search: Search, plan: Plan) -> str:
+def _advice(spec: SimulationSpec, search: Search, plan: Plan) -> str:
     """What to type, so that it fits, or is faster."""
-    recipe, sizes = scene.recipe, plan.sizes
+    recipe, sizes = spec.recipe, plan.sizes
     if plan.fits:
         if not plan.recomputed:
             return ""
@@ -146,61 +148,63 @@ def _advice(scene: Scene, search: Search, plan: Plan) -> str:
         return f"fits with train.gradient_checkpointing={'all' if fewest == plan.layers else fewest}"
     if plan.fits_units:
         return f"fits with {_micro(recipe, sizes, plan.fits_units)}"
-    return _shorten(scene, plan)
+    return _shorten(spec, plan)
 
 
-def _micro(recipe: settings.Recipe, sizes: Sizes, units: int) -> str:
+def _micro(recipe: settings.RecipeConfig, sizes: Sizes, units: int) -> str:
     """The recipe's own way to say how large a micro-batch is."""
     if recipe.train.micro_batch_tokens is not None:
-        return f"train.micro_batch_tokens={units * sizes.together * search_length(recipe)}"
+        return f"train.micro_batch_tokens={units * sizes.rows_per_unit * max_row_length(recipe)}"
     return f"train.micro_batch_size={units}"
 
 
-def search_length(recipe: settings.Recipe) -> int:
+def max_row_length(recipe: settings.RecipeConfig) -> int:
     """Tokens of the longest row that the recipe lets through."""
     return (
         recipe.data.max_prompt_length + recipe.rollout.max_new_tokens
-        if recipe.algorithm in ONLINE
+        if recipe.algorithm in ONLINE_ALGORITHMS
         else recipe.data.max_length
     )
 
 
-def _shorten(scene: Scene, plan: Plan) -> str:
+def _shorten(spec: SimulationSpec, plan: Plan) -> str:
     """Where even one row is too much."""
-    recipe, static = scene.recipe, sum(plan.binding.bytes.get(one, 0) for one in ("weights", "adapters", "optimizer"))
+    recipe, static = spec.recipe, sum(plan.peak_phase.bytes.get(one, 0) for one in ("weights", "adapters", "optimizer"))
     if needed(static, plan.device) > plan.vram:
         return f"the weights alone need {needed(static, plan.device) / GIB:.1f} GiB: a smaller base" + (
             "" if recipe.base.bits == 4 else ", or base.bits=4"
         )
-    if plan.binding.name in DECODING:
+    if plan.peak_phase.name in DECODING_PHASES:
         return (
             "fewer sequences at once: rollout.slots, or shorter ones: rollout.max_new_tokens, evaluate.max_new_tokens"
         )
-    online = recipe.algorithm in ONLINE
-    alone = (plan.fits_length or 0) * plan.sizes.units // STEP * STEP  # tokens of a row that goes through by itself
+    online = recipe.algorithm in ONLINE_ALGORITHMS
+    alone = (
+        (plan.fits_length or 0) * plan.sizes.units // LENGTH_STEP * LENGTH_STEP
+    )  # tokens of a row that goes through by itself
     value = alone - (recipe.data.max_prompt_length if online else 0)
-    if value >= STEP:
+    if value >= LENGTH_STEP:
         micro = "train.micro_batch_size=1"
         if recipe.train.micro_batch_tokens is not None:
-            micro = f"train.micro_batch_tokens={alone * plan.sizes.together}"
+            micro = f"train.micro_batch_tokens={alone * plan.sizes.rows_per_unit}"
         return f"fits with {'rollout.max_new_tokens' if online else 'data.max_length'}={value} {micro}"
     if not recipe.train.activation_offloading and plan.recomputed:
         return "try train.activation_offloading=true, a smaller rank (adapters.policy.r), or a smaller base"
     return "a smaller rank (adapters.policy.r), or a smaller base"
 
 
-def chosen(scene: Scene, plan: Plan) -> dict[str, int]:
+def choose_micro_batch(spec: SimulationSpec, plan: Plan) -> dict[str, int]:
     """What `auto` stands for: rows of a micro-batch, and layers that are recomputed. With both, no larger a micro-batch
     than speed needs, and then as few layers as fit; nothing where not even one row fits."""
-    train, search, found = scene.recipe.train, Search(scene, plan), dict[str, int]()
+    train, search, choice = spec.recipe.train, Search(spec, plan), dict[str, int]()
     both = train.gradient_checkpointing == "auto"
     sizes = plan.sizes
     if train.micro_batch_size == "auto":
-        enough = max(1, ENOUGH_TOKENS // (sizes.length * sizes.together)) if both else None
-        units = search.units(min(_step_units(scene.recipe), enough) if enough else None)
+        enough = max(1, ENOUGH_TOKENS // (sizes.length * sizes.rows_per_unit)) if both else None
+        units = search.units(min(_step_units(spec.recipe), enough) if enough else None)
         if not units:
-            return found
-        found["micro_batch_size"], sizes = units, search.sized(units)
+            return choice
+        choice["micro_batch_size"], sizes = units, search.with_micro_batch(units)
     if both and (fewest := search.recomputed(sizes)) is not None:
-        found["gradient_checkpointing"] = fewest
-    return found
+        choice["gradient_checkpointing"] = fewest
+    return choice

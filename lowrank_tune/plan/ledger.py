@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-FEW_ROWS = 8
+MAX_FUSED_ROWS = 8
 """Up to so many rows bitsandbytes' CUDA kernels read a 4-bit weight as it is; for more, some unpack it first
 (`backends/cuda/ops.py`)."""
 aten = torch.ops.aten
-bits = torch.ops.bitsandbytes
-Moment = tuple[str, ...]
+bnb = torch.ops.bitsandbytes
+ProgramPoint = tuple[str, ...]
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, counts the storages that operations make. `peaks` holds of each `moment` what was alive at
     its highest point.
 
@@ -36,29 +36,29 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.device, self.vocabulary, self.block = device, vocabulary, 512 if device == "cuda" else 1
         self.live: Counter[str] = Counter()
         self.total = 0
-        self.peaks: dict[Moment, dict[str, int]] = {}
-        self.moment: Moment = ("start",)
+        self.peaks: dict[ProgramPoint, dict[str, int]] = {}
+        self.point: ProgramPoint = ("start",)
         self.purpose = "activations"
         self._highest = -1
         self._alive: dict[int, tuple[weakref.ref[Any], int, str]] = {}
 
-    def at(self, *moment: str) -> None:
+    def move_to(self, *point: str) -> None:
         """From here on it is this moment."""
-        self.moment = moment
-        self._highest = sum(self.peaks[moment].values()) if moment in self.peaks else -1
-        self._look()
+        self.point = point
+        self._highest = sum(self.peaks[point].values()) if point in self.peaks else -1
+        self._update_peak()
 
-    def rename(self, tensors: Iterable[Tensor | None], purpose: str) -> None:
+    def set_purpose(self, tensors: Iterable[Tensor | None], purpose: str) -> None:
         """Books these under another purpose."""
         for tensor in tensors:
-            if tensor is not None and (found := self._alive.get(tensor.untyped_storage()._cdata)) is not None:
-                ref, size, before = found
+            if tensor is not None and (entry := self._alive.get(tensor.untyped_storage()._cdata)) is not None:
+                ref, size, before = entry
                 self._alive[tensor.untyped_storage()._cdata] = ref, size, purpose
                 self.live[before] -= size
                 self.live[purpose] += size
 
     @contextmanager
-    def named(self, purpose: str) -> Iterator[None]:
+    def with_purpose(self, purpose: str) -> Iterator[None]:
         """What is made meanwhile is booked under this purpose."""
         before, self.purpose = self.purpose, purpose
         try:
@@ -70,12 +70,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunction():  # what torch does below must see meta tensors as they are
-            return self._do(func, args, kwargs or {})
+            return self._run_op(func, args, kwargs or {})
 
-    def _do(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        if func is bits.gemm_4bit.default:
+    def _run_op(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if func is bnb.gemm_4bit.default:
             with self:
-                if (done := _unpacked(self.device, *args, **kwargs)) is not None:
+                if (done := _dequantized_linear(self.device, *args, **kwargs)) is not None:
                     return done
         # in inference mode it comes whole, with the copies of expanded keys that it makes inside
         if func is aten.matmul.default:
@@ -85,18 +85,18 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(one.is_meta for one in leaves) and not all(one.is_meta for one in leaves):
             if func._schema.is_mutable and not leaves[0].is_meta:
                 return leaves[0]  # numbers that there are none of, into real ones: they stay as they are
-            args, kwargs = _indices(func, args), dict(kwargs)
-            args, kwargs = tree_map_only(Tensor, _without_numbers, (args, kwargs))
+            args, kwargs = _resolve_masks(func, args), dict(kwargs)
+            args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
         if func is aten._to_copy.default and args[0].is_meta:
             # there is nothing to take elsewhere
             kwargs = {key: value for key, value in kwargs.items() if key != "device"}
         out = func(*args, **kwargs)
         for one in tree_leaves(out):
             if isinstance(one, Tensor):
-                self._note(one)
+                self._record(one)
         return out
 
-    def _note(self, tensor: Tensor) -> None:
+    def _record(self, tensor: Tensor) -> None:
         if self.device != "cpu" and not tensor.is_meta and tensor.is_floating_point():
             return  # it lies in the machine's memory
         storage = tensor.untyped_storage()
@@ -104,24 +104,24 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._alive:
             return
         size = -(-storage.nbytes() // self.block) * self.block
-        what = "logits" if self.purpose == "activations" and self.vocabulary in tensor.shape else self.purpose
-        self._alive[key] = weakref.ref(storage, partial(self._gone, key)), size, what
-        self.live[what] += size
+        purpose = "logits" if self.purpose == "activations" and self.vocabulary in tensor.shape else self.purpose
+        self._alive[key] = weakref.ref(storage, partial(self._on_free, key)), size, purpose
+        self.live[purpose] += size
         self.total += size
-        self._look()
+        self._update_peak()
 
-    def _look(self) -> None:
+    def _update_peak(self) -> None:
         if self.total > self._highest:
             self._highest = self.total
-            self.peaks[self.moment] = dict(self.live)
+            self.peaks[self.point] = dict(self.live)
 
-    def _gone(self, key: int, _: object) -> None:
-        _, size, what = self._alive.pop(key)
-        self.live[what] -= size
+    def _on_free(self, key: int, _: object) -> None:
+        _, size, purpose = self._alive.pop(key)
+        self.live[purpose] -= size
         self.total -= size
 
 
-def _without_numbers(tensor: Tensor) -> Tensor:
+def _to_meta(tensor: Tensor) -> Tensor:
     return (
         tensor
         if tensor.is_meta
@@ -129,21 +129,21 @@ def _without_numbers(tensor: Tensor) -> Tensor:
     )
 
 
-def _indices(func: Any, args: Sequence[Any]) -> Sequence[Any]:
+def _resolve_masks(func: Any, args: Sequence[Any]) -> Sequence[Any]:
     """How many numbers a mask picks is known only while it is real."""
     if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default) and any(
         one is not None and one.dtype == torch.bool and not one.is_meta for one in args[1]
     ):
-        places = [
+        indices = [
             part
             for one in args[1]
             for part in (one.nonzero(as_tuple=True) if one is not None and one.dtype == torch.bool else (one,))
         ]
-        return [args[0], places, *args[2:]]
+        return [args[0], indices, *args[2:]]
     return args
 
 
-def _unpacked(
+def _dequantized_linear(
     device: str,
     x: Tensor,
     weight: Tensor,
@@ -158,10 +158,10 @@ def _unpacked(
 ) -> Tensor | None:
     """The product as bitsandbytes' default kernel forms it, with the weight unpacked; None where a kernel reads it as
     it is."""
-    if device == "cuda" and x.numel() // x.shape[-1] <= FEW_ROWS:
+    if device == "cuda" and x.numel() // x.shape[-1] <= MAX_FUSED_ROWS:
         return None
     if absmax_8bit is not None:
-        absmax = bits.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
+        absmax = bnb.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
     return torch.nn.functional.linear(
-        x, bits.dequantize_4bit.default(weight, absmax, blocksize, kind, shape, x.dtype), bias
+        x, bnb.dequantize_4bit.default(weight, absmax, blocksize, kind, shape, x.dtype), bias
     )

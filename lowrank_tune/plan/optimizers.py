@@ -10,12 +10,12 @@ from torch import nn
 from lowrank_tune import settings
 from lowrank_tune.model.optimizers import make_optimizer
 
-SMALL = 4096  # elements of a tensor up to which bitsandbytes keeps 32 bits
-PAGED_FROM = 100_000
+MIN_8BIT_SIZE = 4096  # elements of a tensor up to which bitsandbytes keeps 32 bits
+MIN_PAGED_SIZE = 100_000
 BLOCK = 256
 
 
-def planned_optimizer(parameters: list[nn.Parameter], train: settings.Train, device: torch.device) -> Any:
+def planned_optimizer(parameters: list[nn.Parameter], train: settings.TrainingConfig, device: torch.device) -> Any:
     """The recipe's optimizer after its first step, on meta tensors. Those of bitsandbytes have kernels for cards alone:
     their moments are made as it makes them (`optim/optimizer.py`), and the step of another one stands for theirs, which
     all happen in place."""
@@ -34,8 +34,8 @@ def planned_optimizer(parameters: list[nn.Parameter], train: settings.Train, dev
 def _moments(parameter: nn.Parameter, kind: str) -> list[torch.Tensor]:
     """Paged moments live in the machine's memory and visit the card by pages."""
     count = parameter.numel()
-    if "8bit" in kind and count >= SMALL:
+    if "8bit" in kind and count >= MIN_8BIT_SIZE:
         scales = [torch.empty(-(-count // BLOCK), device="meta") for _ in range(2)]
-        paged = "paged" in kind and count >= PAGED_FROM
+        paged = "paged" in kind and count >= MIN_PAGED_SIZE
         return scales if paged else [*scales, *(torch.empty(count, dtype=torch.uint8, device="meta") for _ in range(2))]
-    return [] if "paged" in kind and count >= PAGED_FROM else [torch.empty(count, device="meta") for _ in range(2)]
+    return [] if "paged" in kind and count >= MIN_PAGED_SIZE else [torch.empty(count, device="meta") for _ in range(2)]

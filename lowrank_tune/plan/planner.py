@@ -11,97 +11,102 @@ import torch
 from peft import LoraConfig
 
 from lowrank_tune import settings
-from lowrank_tune.build import ONLINE
-from lowrank_tune.model.memory import layers_recomputed
+from lowrank_tune.build import ONLINE_ALGORITHMS
+from lowrank_tune.model.memory import num_checkpointed_layers
 from lowrank_tune.plan.base import config_for, layers_of
-from lowrank_tune.plan.depth import Peaks, deep
-from lowrank_tune.plan.figures import PASS, Phase, Plan, needed
-from lowrank_tune.plan.rehearsal import Scene, rehearse
-from lowrank_tune.plan.rollouts import Decoding
+from lowrank_tune.plan.depth import Peaks, extrapolate_layers
+from lowrank_tune.plan.figures import PHASE_SEPARATOR, Phase, Plan, needed
+from lowrank_tune.plan.rehearsal import SimulationSpec, simulate
+from lowrank_tune.plan.rollouts import DecodingSpec
 from lowrank_tune.plan.rows import Sizes, sizes_of
-from lowrank_tune.rollout.engine import room_on_card
+from lowrank_tune.rollout.engine import gpu_cache_bytes
 
-ASKED_AT_ONCE = 256  # held-out questions that are answered at once (`evaluate.answer`)
-SHARE = 4  # of the machine's memory: what keys and values may take, and unpacked weights
+MAX_HELDOUT_CONCURRENCY = 256  # held-out questions that are answered at once (`evaluate.answer`)
+HOST_MEMORY_DIVISOR = 4  # of the machine's memory: what keys and values may take, and unpacked weights
 
 
-def scene_of(
-    recipe: settings.Recipe,
+def make_spec(
+    recipe: settings.RecipeConfig,
     device: torch.device,
     loaded: Mapping[str, LoraConfig],
-    below_reward: Sequence[str] = (),
+    reward_base_adapters: Sequence[str] = (),
     sizes: Sizes | None = None,
-) -> Scene:
+) -> SimulationSpec:
     """All that is to be rehearsed. Raises UserError for a base whose configuration cannot be had."""
-    return Scene(recipe, config_for(recipe.base), device, sizes or sizes_of(recipe), loaded, below_reward)
-
-
-def recomputed_of(scene: Scene) -> int:
-    """Layers that are recomputed."""
-    return layers_recomputed(
-        scene.recipe.train.gradient_checkpointing, scene.config.get_text_config().num_hidden_layers
+    return SimulationSpec(
+        recipe, config_for(recipe.base), device, sizes or sizes_of(recipe), loaded, reward_base_adapters
     )
 
 
-def peaks_of(scene: Scene, recomputed: int, only_update: bool = False) -> Peaks:
+def recomputed_of(spec: SimulationSpec) -> int:
+    """Layers that are recomputed."""
+    return num_checkpointed_layers(
+        spec.recipe.train.gradient_checkpointing, spec.config.get_text_config().num_hidden_layers
+    )
+
+
+def peaks_of(spec: SimulationSpec, recomputed: int, only_update: bool = False) -> Peaks:
     """Of all moments of the whole model."""
-    return deep(lambda layers: rehearse(scene, layers, only_update), layers_of(scene.config, recomputed))
+    return extrapolate_layers(lambda layers: simulate(spec, layers, only_update), layers_of(spec.config, recomputed))
 
 
-def phases_of(scene: Scene, vram: int = 0) -> tuple[Phase, ...]:
+def phases_of(spec: SimulationSpec, vram: int = 0) -> tuple[Phase, ...]:
     """Each phase of the recipe as it stands, at its highest moment. `vram` are the bytes of the card: they decide how
     many sequences are decoded at once."""
-    recomputed = recomputed_of(scene)
-    phases = phases_in(peaks_of(scene, recomputed))
-    stays = max(
+    recomputed = recomputed_of(spec)
+    phases = phases_in(peaks_of(spec, recomputed))
+    resident = max(
         sum(phase.bytes.get(purpose, 0) for purpose in ("weights", "adapters", "optimizer")) for phase in phases
     )
-    rollouts = _rollouts(scene.recipe, scene.config, scene.device, _room(scene, vram, stays))
+    rollouts = _decoding_specs(spec.recipe, spec.config, spec.device, _cache_bytes(spec, vram, resident))
     if not rollouts:
         return phases
-    return (*decoding_phases(scene, rollouts, recomputed, vram), *phases)
+    return (*decoding_phases(spec, rollouts, recomputed, vram), *phases)
 
 
-def decoding_phases(scene: Scene, rollouts: Mapping[str, Decoding], recomputed: int, vram: int) -> tuple[Phase, ...]:
+def decoding_phases(
+    spec: SimulationSpec, rollouts: Mapping[str, DecodingSpec], recomputed: int, vram: int
+) -> tuple[Phase, ...]:
     """Phases that decode, with as many sequences at once as the engine begins with; where these are too many for the
     card it goes on with fewer, down to one."""
-    found = phases_in(peaks_of(replace(scene, rollouts=rollouts), recomputed))
+    phases = phases_in(peaks_of(replace(spec, rollouts=rollouts), recomputed))
     for last in (False, True):
-        over = {phase.name: needed(phase.total, scene.device.type) - vram for phase in found}
+        over = {phase.name: needed(phase.total, spec.device.type) - vram for phase in phases}
         short = {name: one for name, one in rollouts.items() if vram and over[name] > 0 and one.slots > 1}
         if not short:
             break
         each = {
-            name: _bytes_of(scene.config, one.prompt + one.max_new_tokens, scene.device) for name, one in short.items()
+            name: _bytes_of(spec.config, one.prompt_length + one.max_new_tokens, spec.device)
+            for name, one in short.items()
         }
         fewer = {name: 1 if last else max(1, one.slots - -(-over[name] // each[name])) for name, one in short.items()}
         rollouts = {name: replace(one, slots=fewer.get(name, one.slots)) for name, one in rollouts.items()}
-        found = phases_in(peaks_of(replace(scene, rollouts=rollouts), recomputed))
-    return found
+        phases = phases_in(peaks_of(replace(spec, rollouts=rollouts), recomputed))
+    return phases
 
 
-def _room(scene: Scene, vram: int, stays: int) -> int:
+def _cache_bytes(spec: SimulationSpec, vram: int, resident: int) -> int:
     """Bytes for keys and values, as the engine has it (`rollout.engine.cache_room`)."""
-    budget = int((scene.recipe.train.memory_budget_gib or 0) * 2**30)
-    if scene.device.type != "cuda":
-        return budget or machine_memory() // SHARE
-    return room_on_card(vram, stays)
+    budget = int((spec.recipe.train.memory_budget_gib or 0) * 2**30)
+    if spec.device.type != "cuda":
+        return budget or host_memory() // HOST_MEMORY_DIVISOR
+    return gpu_cache_bytes(vram, resident)
 
 
-def plan_of(scene: Scene, vram: int, name: str) -> Plan:
+def plan_of(spec: SimulationSpec, vram: int, name: str) -> Plan:
     """The plan as the recipe stands."""
-    recipe, recomputed = scene.recipe, recomputed_of(scene)
-    phases = phases_of(scene, vram)
-    layers = scene.config.get_text_config().num_hidden_layers
+    recipe, recomputed = spec.recipe, recomputed_of(spec)
+    phases = phases_of(spec, vram)
+    layers = spec.config.get_text_config().num_hidden_layers
     return Plan(
         name,
         recipe.algorithm,
         recipe.base.model,
         recipe.base.bits,
-        scene.device.type,
+        spec.device.type,
         layers,
         recomputed,
-        scene.sizes,
+        spec.sizes,
         phases,
         vram,
     )
@@ -109,13 +114,13 @@ def plan_of(scene: Scene, vram: int, name: str) -> Plan:
 
 def phases_in(peaks: Peaks) -> tuple[Phase, ...]:
     """Each phase at its highest moment, in their order."""
-    found: dict[str, Phase] = {}
-    for moment, peak in peaks.items():
-        name = moment[0].partition(PASS)[0]
-        phase = Phase(name, peak, _where(moment[1:]))
-        if phase.total > (found[name].total if name in found else -1):
-            found[name] = phase
-    return tuple(phase for name, phase in found.items() if name != "end")
+    highest: dict[str, Phase] = {}
+    for point, peak in peaks.items():
+        name = point[0].partition(PHASE_SEPARATOR)[0]
+        phase = Phase(name, peak, _where(point[1:]))
+        if phase.total > (highest[name].total if name in highest else -1):
+            highest[name] = phase
+    return tuple(phase for name, phase in highest.items() if name != "end")
 
 
 def _where(place: Sequence[str]) -> str:
@@ -129,26 +134,30 @@ def _where(place: Sequence[str]) -> str:
     return ""
 
 
-def _rollouts(recipe: settings.Recipe, config: Any, device: torch.device, limit: int) -> dict[str, Decoding]:
+def _decoding_specs(
+    recipe: settings.RecipeConfig, config: Any, device: torch.device, limit: int
+) -> dict[str, DecodingSpec]:
     """Completions of training, and answers to held-out questions."""
-    train, rollout, wanted = recipe.train, recipe.rollout, recipe.evaluate
-    found: dict[str, Decoding] = {}
-    scratch = 0 if device.type == "cuda" else machine_memory() // SHARE
+    train, rollout, evaluation = recipe.train, recipe.rollout, recipe.evaluate
+    specs: dict[str, DecodingSpec] = {}
+    scratch = 0 if device.type == "cuda" else host_memory() // HOST_MEMORY_DIVISOR
 
-    def decoding(slots: int, prompts: int, samples: int, new: int) -> Decoding:
+    def decoding(slots: int, prompts: int, samples: int, new: int) -> DecodingSpec:
         columns = recipe.data.max_prompt_length + new
         fit = max(1, min(slots, limit * 4 // 5 // _bytes_of(config, columns, device)))
-        return Decoding("policy", fit, recipe.data.max_prompt_length, new, prompts, samples, limit, scratch)
+        return DecodingSpec("policy", fit, recipe.data.max_prompt_length, new, prompts, samples, limit, scratch)
 
-    if recipe.algorithm in ONLINE:
+    if recipe.algorithm in ONLINE_ALGORITHMS:
         count = train.prompts_per_step * rollout.num_generations
-        found["rollout"] = decoding(
+        specs["rollout"] = decoding(
             min(rollout.slots, count), train.prompts_per_step, rollout.num_generations, rollout.max_new_tokens
         )
-    if wanted.heldout is not None and recipe.trained == "policy":
-        asked = min(ASKED_AT_ONCE, wanted.prompts * wanted.samples)
-        found["held-out answers"] = decoding(asked, wanted.prompts, wanted.samples, wanted.max_new_tokens)
-    return found
+    if evaluation.heldout is not None and recipe.trained_adapter == "policy":
+        num_answers = min(MAX_HELDOUT_CONCURRENCY, evaluation.prompts * evaluation.samples)
+        specs["held-out answers"] = decoding(
+            num_answers, evaluation.prompts, evaluation.samples, evaluation.max_new_tokens
+        )
+    return specs
 
 
 def _bytes_of(config: Any, columns: int, device: torch.device) -> int:
@@ -164,11 +173,11 @@ def _bytes_of(config: Any, columns: int, device: torch.device) -> int:
     )
 
 
-def machine_memory() -> int:
+def host_memory() -> int:
     """Bytes of the machine, used or not."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def with_units(scene: Scene, units: int) -> Scene:
+def with_units(spec: SimulationSpec, units: int) -> SimulationSpec:
     """The same with another micro-batch."""
-    return replace(scene, sizes=sizes_of(scene.recipe, units))
+    return replace(spec, sizes=sizes_of(spec.recipe, units))

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from lowrank_tune.plan.attention import attend
-from lowrank_tune.plan.elsewhere import Elsewhere
+from lowrank_tune.plan.elsewhere import OffloadedTensorHooks
 
 META = torch.device("meta")
-HALVED = {
+AUTOCAST_TO_HALF_OPS = {
     F.linear,
     torch.matmul,
     torch.mm,
@@ -38,7 +38,7 @@ HALVED = {
     torch.conv1d,
     F.conv1d,
 }
-WIDENED = {
+AUTOCAST_TO_FP32_OPS = {
     torch.pow,
     torch.Tensor.pow,
     torch.Tensor.__pow__,
@@ -65,28 +65,28 @@ WIDENED = {
 """What CUDA's autocast runs in half precision, and in fp32."""
 
 
-class Pretend(TorchFunctionMode):
+class FakeDeviceMode(TorchFunctionMode):
     """While it is entered, meta tensors are taken to be on `device`."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.planned = device
         # autocast's own cache of weights, which ends with its outermost context
-        self.casts: dict[int, tuple[Tensor, Tensor]] = {}
-        self.answers: dict[Any, Callable[..., Any]] = {
+        self.cast_cache: dict[int, tuple[Tensor, Tensor]] = {}
+        self.replacements: dict[Any, Callable[..., Any]] = {
             _getter("device"): lambda x: device if x.is_meta else x.device,
             _getter("is_cuda"): lambda x: device.type == "cuda" and x.is_meta,
             _getter("is_cpu"): lambda x: device.type == "cpu" or not x.is_meta,
             torch.Tensor.get_device: lambda x: 0 if device.type == "cuda" and x.is_meta else x.get_device(),
             torch.Tensor.to: self._to,
             torch.Tensor.cpu: lambda x, **_: self._to(x, "cpu"),
-            torch.Tensor.tolist: lambda x: _host(x).tolist(),
-            torch.Tensor.item: lambda x: _number(x),
-            torch.Tensor.__bool__: lambda x: bool(_number(x)),
-            torch.Tensor.__float__: lambda x: float(_number(x)),
-            torch.Tensor.__int__: lambda x: int(_number(x)),
-            torch.equal: lambda a, b: _agree(torch.equal, a, b),
-            torch.allclose: lambda a, b, **how: _agree(torch.allclose, a, b, **how),
+            torch.Tensor.tolist: lambda x: _to_host(x).tolist(),
+            torch.Tensor.item: lambda x: _scalar_of(x),
+            torch.Tensor.__bool__: lambda x: bool(_scalar_of(x)),
+            torch.Tensor.__float__: lambda x: float(_scalar_of(x)),
+            torch.Tensor.__int__: lambda x: int(_scalar_of(x)),
+            torch.equal: lambda a, b: _equal_or_meta(torch.equal, a, b),
+            torch.allclose: lambda a, b, **options: _equal_or_meta(torch.allclose, a, b, **options),
             F.scaled_dot_product_attention: lambda *a, **k: attend(device.type, *a, **k),
         }
 
@@ -94,23 +94,27 @@ class Pretend(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if self.planned.type == "cuda" and (func in HALVED or func in WIDENED) and torch.is_autocast_enabled("cuda"):
+        if (
+            self.planned.type == "cuda"
+            and (func in AUTOCAST_TO_HALF_OPS or func in AUTOCAST_TO_FP32_OPS)
+            and torch.is_autocast_enabled("cuda")
+        ):
             args, kwargs = self._cast(func, args, kwargs)
-        if (answer := self.answers.get(func)) is not None:
-            return answer(*args, **kwargs)
-        if kwargs.get("device") is not None and _type(kwargs["device"]) == self.planned.type:
+        if (replacement := self.replacements.get(func)) is not None:
+            return replacement(*args, **kwargs)
+        if kwargs.get("device") is not None and _device_type(kwargs["device"]) == self.planned.type:
             return self._make(func, args, kwargs)
         return func(*args, **kwargs)
 
-    def through(self, module: Any, before: Callable[[], None]) -> None:
+    def with_recompute(self, module: Any, before: Callable[[], None]) -> None:
         """Has a module run under this mode also where a backward pass computes it again, which autograd does without
         any mode; and is told `before` each time."""
-        plain = module.forward
+        original_forward = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             before()
             with nullcontext() if _get_current_function_mode() is self else self:  # type: ignore[no-untyped-call]
-                return plain(*args, **kwargs)
+                return original_forward(*args, **kwargs)
 
         module.forward = forward
 
@@ -118,13 +122,13 @@ class Pretend(TorchFunctionMode):
         """What is made on the planned device: numbers are real where they are whole, else they are none."""
         dtype, rest = kwargs.get("dtype"), {key: value for key, value in kwargs.items() if key != "device"}
         if func in (torch.tensor, torch.as_tensor):
-            given = args[0] if args else kwargs["data"]
-            if isinstance(given, Tensor) and given.is_meta:
-                return given if dtype is None else given.to(dtype)
-            made = func(*args, **rest)
-            return torch.empty_like(made, device=META) if made.is_floating_point() else made
-        whole = not dtype.is_floating_point if dtype is not None else _makes_whole(func, args, kwargs)
-        return func(*args, **rest, device=torch.device("cpu") if whole else META)
+            data = args[0] if args else kwargs["data"]
+            if isinstance(data, Tensor) and data.is_meta:
+                return data if dtype is None else data.to(dtype)
+            created = func(*args, **rest)
+            return torch.empty_like(created, device=META) if created.is_floating_point() else created
+        is_integer = not dtype.is_floating_point if dtype is not None else _makes_integers(func, args, kwargs)
+        return func(*args, **rest, device=torch.device("cpu") if is_integer else META)
 
     def _to(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args and isinstance(args[0], Tensor):
@@ -134,47 +138,47 @@ class Pretend(TorchFunctionMode):
             named if named is not None else next((one for one in args if isinstance(one, (str, torch.device))), None)
         )
         dtype = dtype if dtype is not None else next((one for one in args if isinstance(one, torch.dtype)), None)
-        kind = self.planned.type if target is None and x.is_meta else "cpu" if target is None else _type(target)
+        kind = self.planned.type if target is None and x.is_meta else "cpu" if target is None else _device_type(target)
         if kind == "meta":
             return x.to(target, dtype)
         if kind == self.planned.type == "cuda" and not x.is_meta:
             x = torch.empty_like(x, device=META) if x.is_floating_point() else x.clone()
         elif kind == "cpu" != self.planned.type and x.is_meta:
-            x = _host(x)
+            x = _to_host(x)
         return x if dtype is None or dtype == x.dtype else x.to(dtype)
 
     def _cast(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        if func in HALVED:
-            return [self._halved(one) for one in args], {key: self._halved(one) for key, one in kwargs.items()}
+        if func in AUTOCAST_TO_HALF_OPS:
+            return [self._to_half(one) for one in args], {key: self._to_half(one) for key, one in kwargs.items()}
         if kwargs.get("dtype") is not None:
             return list(args), dict(kwargs)
-        return [_widened(one) for one in args], {key: _widened(one) for key, one in kwargs.items()}
+        return [_to_fp32(one) for one in args], {key: _to_fp32(one) for key, one in kwargs.items()}
 
-    def _halved(self, x: Any) -> Any:
+    def _to_half(self, x: Any) -> Any:
         """As autocast casts: the weights that are trained once, until its outermost context ends."""
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype in (torch.bfloat16, torch.float64):
             return x
         if not (x.requires_grad and x.is_leaf and torch.is_autocast_cache_enabled()):
             return x.to(torch.bfloat16)
-        if id(x) not in self.casts:
-            self.casts[id(x)] = x, x.to(torch.bfloat16)
-        return self.casts[id(x)][1]
+        if id(x) not in self.cast_cache:
+            self.cast_cache[id(x)] = x, x.to(torch.bfloat16)
+        return self.cast_cache[id(x)][1]
 
 
 @contextmanager
-def pretending(device: torch.device) -> Iterator[Pretend]:
+def fake_device_mode(device: torch.device) -> Iterator[FakeDeviceMode]:
     """Enters the mode. Where torch has no card, its autocast for CUDA would switch itself off: here it is told that
     there is one."""
-    mode, clear = Pretend(device), torch.clear_autocast_cache
+    mode, clear = FakeDeviceMode(device), torch.clear_autocast_cache
 
     def forget() -> None:
-        mode.casts.clear()
+        mode.cast_cache.clear()
         clear()
 
     with ExitStack() as entered:
         if device.type == "cuda":
             entered.enter_context(patch("torch.clear_autocast_cache", forget))
-            entered.enter_context(patch("lowrank_tune.model.memory.save_on_cpu", Elsewhere))
+            entered.enter_context(patch("lowrank_tune.model.memory.save_on_cpu", OffloadedTensorHooks))
             if not torch.cuda.is_available():
                 entered.enter_context(patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
                 entered.enter_context(patch("torch.cuda.is_bf16_supported", lambda including_emulation=True: True))
@@ -186,26 +190,26 @@ def _getter(name: str) -> Any:
     return getattr(torch.Tensor, name).__get__
 
 
-def _number(x: Tensor) -> Any:
+def _scalar_of(x: Tensor) -> Any:
     """The number that a tensor of one element holds; of a meta tensor yes, or 0."""
     if not x.is_meta:
         return x.item()
     return True if x.dtype == torch.bool else 0.0 if x.is_floating_point() else 0
 
 
-def _host(x: Tensor) -> Tensor:
+def _to_host(x: Tensor) -> Tensor:
     return (torch.ones if x.dtype == torch.bool else torch.zeros)(x.shape, dtype=x.dtype) if x.is_meta else x
 
 
-def _agree(compare: Callable[..., bool], a: Tensor, b: Tensor, **how: Any) -> bool:
-    return True if a.is_meta or b.is_meta else compare(a, b, **how)
+def _equal_or_meta(compare: Callable[..., bool], a: Tensor, b: Tensor, **options: Any) -> bool:
+    return True if a.is_meta or b.is_meta else compare(a, b, **options)
 
 
-def _type(device: Any) -> str:
+def _device_type(device: Any) -> str:
     return "cuda" if isinstance(device, int) else torch.device(device).type
 
 
-def _makes_whole(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def _makes_integers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a factory that was told no dtype makes whole numbers or masks."""
     if func is torch.arange:
         return all(
@@ -213,9 +217,9 @@ def _makes_whole(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> b
         )
     if func is torch.full:
         return not isinstance(kwargs.get("fill_value", args[1] if len(args) > 1 else 0.0), float)
-    kept = args[0] if args and isinstance(args[0], Tensor) else None  # `zeros_like` and `new_zeros` keep the dtype
-    return kept is not None and not kept.is_floating_point()
+    template = args[0] if args and isinstance(args[0], Tensor) else None  # `zeros_like` and `new_zeros` keep the dtype
+    return template is not None and not template.is_floating_point()
 
 
-def _widened(x: Any) -> Any:
+def _to_fp32(x: Any) -> Any:
     return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x

@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout import Engine
 from lowrank_tune.rollout.attention import batched_attention
-from lowrank_tune.rollout.choice import store_for
+from lowrank_tune.rollout.choice import select_cache
 from lowrank_tune.rollout.linears import fast_linears
 from lowrank_tune.rollout.schedule import PREFILL_TOKENS
-from lowrank_tune.types import Sampling
+from lowrank_tune.types import SamplingParams
 
 
 @dataclass(frozen=True)
-class Decoding:
+class DecodingSpec:
     """A call of the engine: `slots` sequences at once, `samples` of each prompt of so many tokens, and at most
     `max_new_tokens` more."""
 
     role: str
     slots: int
-    prompt: int
+    prompt_length: int
     max_new_tokens: int
     prompts: int
     samples: int
@@ -30,37 +30,37 @@ class Decoding:
     scratch_bytes: int = 0
 
 
-def decode(roles: Roles, wanted: Decoding, keeping: AbstractContextManager[None], at: Callable[[str], None]) -> None:
+def decode(
+    roles: Roles, spec: DecodingSpec, allocating_cache: AbstractContextManager[None], on_pass: Callable[[str], None]
+) -> None:
     """Reads prompts, fills the slots and makes one step at the greatest length, as the engine does. `keeping` is
     entered while room for keys and values is made. `at` is told which pass begins: each has moments of its own, as what
     prompts hold and what a step holds grow by different bytes with each layer."""
-    engine = Engine(roles, wanted.role, wanted.slots, wanted.cache_bytes, wanted.scratch_bytes)
-    model, columns = roles.base.model, wanted.prompt + wanted.max_new_tokens
+    engine = Engine(roles, spec.role, spec.slots, spec.cache_bytes, spec.scratch_bytes)
+    model, columns = roles.base.model, spec.prompt_length + spec.max_new_tokens
     states = [vars(module) for module in model.modules()]
-    sampling = Sampling(wanted.max_new_tokens, frozenset())
-    at("reading")
-    with engine._speaking(states), batched_attention(model):
-        store = store_for(model)
-        store.open(wanted.slots, columns, 1 << 60)
+    sampling = SamplingParams(spec.max_new_tokens, frozenset())
+    on_pass("reading")
+    with engine._generation_mode(states), batched_attention(model):
+        store = select_cache(model)
+        store.allocate(spec.slots, columns, 1 << 60)
     ahead = max(
         1,
-        min(
-            wanted.prompts, max(-(-wanted.slots // wanted.samples), wanted.slots // 4), PREFILL_TOKENS // wanted.prompt
-        ),
+        min(spec.prompts, max(-(-spec.slots // spec.samples), spec.slots // 4), PREFILL_TOKENS // spec.prompt_length),
     )
-    stack = roles.stacks[wanted.role]
+    stack = roles.stacks[spec.role]
     with (
-        fast_linears(model, stack, wanted.scratch_bytes) as linears,
-        engine._speaking(states),
+        fast_linears(model, stack, spec.scratch_bytes) as linears,
+        engine._generation_mode(states),
         linears,
         batched_attention(model),
     ):
-        kept, hidden = store.read([[0] * wanted.prompt] * ahead)
-        at("placing")
-        with keeping:
-            store.place(kept, [slot % ahead for slot in range(wanted.slots)], list(range(wanted.slots)))
-        engine._say(hidden, [0.5] * ahead, sampling)
+        kept, hidden = store.prefill([[0] * spec.prompt_length] * ahead)
+        on_pass("placing")
+        with allocating_cache:
+            store.insert(kept, [slot % ahead for slot in range(spec.slots)], list(range(spec.slots)))
+        engine._sample(hidden, [0.5] * ahead, sampling)
         del hidden
-        at("step")
-        hidden = store.step([0] * wanted.slots, [columns - 1] * wanted.slots)
-        engine._say(hidden, [0.5] * wanted.slots, sampling)
+        on_pass("step")
+        hidden = store.step([0] * spec.slots, [columns - 1] * spec.slots)
+        engine._sample(hidden, [0.5] * spec.slots, sampling)

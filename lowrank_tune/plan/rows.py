@@ -21,68 +21,73 @@ class Sizes:
 
     units: int
     length: int
-    together: int = 1
-    prompt: int = 1
+    rows_per_unit: int = 1
+    prompt_length: int = 1
     group: int = 1
-    harvest: int = 0
-    free_tokens: int = 4096
+    num_rollouts: int = 0
+    no_grad_tokens: int = 4096
 
     @property
     def rows(self) -> int:
-        return self.units * self.together
+        return self.units * self.rows_per_unit
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
 
-    def free_rows(self, most: int | None = None) -> int:
+    def no_grad_rows(self, max_units: int | None = None) -> int:
         """Rows that go through at once where no gradient is kept."""
-        units = max(1, self.free_tokens // (self.length * self.together))
-        return (units if most is None else min(units, most)) * self.together
+        units = max(1, self.no_grad_tokens // (self.length * self.rows_per_unit))
+        return (units if max_units is None else min(units, max_units)) * self.rows_per_unit
 
 
-def sizes_of(recipe: settings.Recipe, units: int | None = None) -> Sizes:
+def sizes_of(recipe: settings.RecipeConfig, units: int | None = None) -> Sizes:
     """The largest micro-batch that a recipe lets through: rows as long as they may be; or one of so many `units`."""
     train, online = recipe.train, recipe.algorithm in ("grpo", "ppo")
     length = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens if online else recipe.data.max_length
-    together = 2 if recipe.pairs else 1
+    rows_per_unit = 2 if recipe.uses_pairs else 1
     step = train.prompts_per_step * recipe.rollout.num_generations if online else train.rows_per_step or 1 << 20
-    wanted = units or train.micro_rows
-    if wanted is None and train.micro_batch_tokens is not None:
+    num_units = units or train.micro_batch_rows
+    if num_units is None and train.micro_batch_tokens is not None:
         # nearly as many rows, a little shorter, fill the budget
-        wanted = max(1, -(-train.micro_batch_tokens // (length * together)))
-        if wanted > 1:
-            length = min(length, train.micro_batch_tokens // (wanted * together))
-    wanted = min(wanted or DEFAULT_ROWS, step)
+        num_units = max(1, -(-train.micro_batch_tokens // (length * rows_per_unit)))
+        if num_units > 1:
+            length = min(length, train.micro_batch_tokens // (num_units * rows_per_unit))
+    num_units = min(num_units or DEFAULT_ROWS, step)
     free = micro_tokens_of(recipe, length)
-    found = Sizes(
-        wanted,
+    sizes = Sizes(
+        num_units,
         length,
-        together,
+        rows_per_unit,
         recipe.data.max_prompt_length if online else 1,
         recipe.rollout.num_generations if online else 1,
-        free_tokens=free,
+        no_grad_tokens=free,
     )
     if not online:
-        return found
+        return sizes
     group = recipe.rollout.num_generations
-    read = max(wanted, found.free_rows())
-    return replace(found, prompt=min(found.prompt, length - 1), harvest=min(step, -(-read // group) * group))
+    read = max(num_units, sizes.no_grad_rows())
+    return replace(
+        sizes, prompt_length=min(sizes.prompt_length, length - 1), num_rollouts=min(step, -(-read // group) * group)
+    )
 
 
 def batch_of(rows: int, sizes: Sizes) -> Batch:
     """So many rows, and of pairs and groups what they share."""
     ids = (torch.arange(sizes.length)[None] * 7 + torch.arange(rows)[:, None] * 3) % 97
-    family, shared = max(sizes.together, sizes.group), sizes.prompt if sizes.group > 1 or sizes.prompt > 1 else 0
+    family, shared = (
+        max(sizes.rows_per_unit, sizes.group),
+        sizes.prompt_length if sizes.group > 1 or sizes.prompt_length > 1 else 0,
+    )
     if family > 1 and shared:
         ids[:, :shared] = ids[:1, :shared]
-    attended = torch.ones_like(ids, dtype=torch.bool)
-    says = attended.clone()
-    says[:, : sizes.prompt] = False
-    batch = Batch(ids, attended, says)
+    attention_mask = torch.ones_like(ids, dtype=torch.bool)
+    completion_mask = attention_mask.clone()
+    completion_mask[:, : sizes.prompt_length] = False
+    batch = Batch(ids, attention_mask, completion_mask)
     if family > 1:
         first = torch.arange(rows) % family == 0
         batch.extra["shared"] = torch.where(first, 0, shared)
-    if sizes.together > 1:
+    if sizes.rows_per_unit > 1:
         batch.extra |= {"margin": torch.zeros(rows), "row": torch.arange(rows)}
     return batch

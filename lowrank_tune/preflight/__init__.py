@@ -9,37 +9,52 @@ from __future__ import annotations
 from pathlib import Path
 
 from lowrank_tune import settings
-from lowrank_tune.build.online import judged_rows
-from lowrank_tune.data import Template, load, prompts
-from lowrank_tune.data.asked import load_asked
+from lowrank_tune.build.online import make_row_check
+from lowrank_tune.data import ChatTemplate, load, load_heldout_prompts
+from lowrank_tune.data.asked import load_prompts
 from lowrank_tune.events import Emit
 from lowrank_tune.model.base import load_tokenizer
-from lowrank_tune.preflight.asked import survey_asked
-from lowrank_tune.preflight.picture import Ends, Epoch, Example, Lengths, Part, Preflight, Trouble
-from lowrank_tune.preflight.rows import survey
+from lowrank_tune.preflight.asked import report_prompts
+from lowrank_tune.preflight.picture import DataIssue, DataReport, EosStats, Epoch, Example, Lengths, MixturePart
+from lowrank_tune.preflight.rows import report_rows
 
-__all__ = ["Ends", "Epoch", "Example", "Lengths", "Part", "Preflight", "Trouble", "examine", "survey", "survey_asked"]
+__all__ = [
+    "EosStats",
+    "Epoch",
+    "Example",
+    "Lengths",
+    "MixturePart",
+    "DataReport",
+    "DataIssue",
+    "inspect_data",
+    "report_rows",
+    "report_prompts",
+]
 
 
-def examine(recipe: settings.Recipe, emit: Emit, cache: Path | None = None) -> Preflight:
+def inspect_data(recipe: settings.RecipeConfig, emit: Emit, cache: Path | None = None) -> DataReport:
     """Reads and tokenises everything. Raises `UserError` only where there is nothing to show."""
-    template = Template.of(load_tokenizer(recipe.base))
-    wanted = recipe.evaluate
-    heldout = prompts(wanted.heldout, wanted.prompts, recipe.seed, recipe.data.system) if wanted.heldout else []
+    template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base))
+    evaluation = recipe.evaluate
+    heldout = (
+        load_heldout_prompts(evaluation.heldout, evaluation.prompts, recipe.seed, recipe.data.system)
+        if evaluation.heldout
+        else []
+    )
     if recipe.algorithm in ("grpo", "ppo"):
-        asked = load_asked(
+        dataset = load_prompts(
             recipe.data,
             template,
             recipe.seed,
             emit,
-            judge=False,
-            needs_gold=recipe.needs_gold,
-            unusable=judged_rows(recipe),
+            raise_on_invalid=False,
+            needs_ground_truth=recipe.needs_ground_truth,
+            unusable=make_row_check(recipe),
         )
-        return survey_asked(recipe, asked, template, heldout)
-    return survey(
+        return report_prompts(recipe, dataset, template, heldout)
+    return report_rows(
         recipe,
-        load(recipe.data, template, recipe.seed, emit, cache, judge=False, pairs=recipe.pairs),
+        load(recipe.data, template, recipe.seed, emit, cache, raise_on_invalid=False, pairs=recipe.uses_pairs),
         template,
         heldout,
     )

@@ -7,116 +7,124 @@ from collections.abc import Sequence
 import numpy as np
 
 from lowrank_tune import settings
-from lowrank_tune.data import Prompt, Template
-from lowrank_tune.data.asked import AskedSet, asked_order
+from lowrank_tune.data import ChatTemplate, Prompt
+from lowrank_tune.data.asked import PromptDataset, make_prompt_sampler
 from lowrank_tune.data.report import EXAMPLES
 from lowrank_tune.preflight.common import (
-    HEARD,
+    LEAKAGE_NOTE,
     SHOWN_CHARACTERS,
-    cut,
-    dropped,
-    ids_of,
+    dropped_rows,
+    example_rows,
+    heldout_ids,
+    invalid_sources,
     lengths_of,
-    picked,
-    too_few,
+    truncate_middle,
     weighted_by,
 )
-from lowrank_tune.preflight.picture import Epoch, Example, Part, Preflight, Trouble
+from lowrank_tune.preflight.picture import DataIssue, DataReport, Epoch, Example, MixturePart
 
 
-def survey_asked(
-    recipe: settings.Recipe, found: AskedSet, template: Template, heldout: Sequence[Prompt] = ()
-) -> Preflight:
+def report_prompts(
+    recipe: settings.RecipeConfig, dataset: PromptDataset, template: ChatTemplate, heldout: Sequence[Prompt] = ()
+) -> DataReport:
     """The picture of the prompts that completions are drawn for."""
-    parts, epoch = _asked_mixture(recipe, found)
+    parts, epoch = _prompt_mixture(recipe, dataset)
     rollout = recipe.rollout
-    return Preflight(
-        report=found.report,
+    return DataReport(
+        report=dataset.report,
         template=template.describe(),
         weighted_by=weighted_by(recipe.data.train, "prompt"),
         parts=parts,
-        lengths=lengths_of(found.lengths, found.report, recipe.data.max_prompt_length),
-        troubles=tuple(_asked_troubles(found, template, heldout)),
+        lengths=lengths_of(dataset.lengths, dataset.report, recipe.data.max_prompt_length),
+        troubles=tuple(_prompt_issues(dataset, template, heldout)),
         ends=None,
         epoch=epoch,
-        examples=tuple(_asked_examples(found, template)),
-        faults=tuple(too_few(found.report, recipe)),
-        draws=f"{rollout.num_generations:,} completions of each prompt, of up to {rollout.max_new_tokens:,} tokens",
+        examples=tuple(_prompt_examples(dataset, template)),
+        faults=tuple(invalid_sources(dataset.report, recipe)),
+        completions=f"{rollout.num_generations:,} completions of each prompt, of up to {rollout.max_new_tokens:,} tokens",
     )
 
 
-def _asked_mixture(recipe: settings.Recipe, found: AskedSet) -> tuple[tuple[Part, ...], Epoch]:
+def _prompt_mixture(recipe: settings.RecipeConfig, dataset: PromptDataset) -> tuple[tuple[MixturePart, ...], Epoch]:
     """The same of prompts."""
-    weights, total = [source.weight for source in recipe.data.train], max(1, len(found))
+    weights, total = [source.weight for source in recipe.data.train], max(1, len(dataset))
     drawn, steps, all_steps = np.zeros(0, np.int64), 0, 0
-    if len(found) and (weights[0] is None or all(told.used for told in found.report.train)):
-        order = asked_order(found, recipe.data, recipe.train, recipe.seed)
+    if len(dataset) and (weights[0] is None or all(report.used for report in dataset.report.train)):
+        sampler = make_prompt_sampler(dataset, recipe.data, recipe.train, recipe.seed)
         drawn, steps = (
-            np.concatenate([order.rows(step) for step in range(order.steps_per_epoch)]),
-            order.steps_per_epoch,
+            np.concatenate([sampler.rows(step) for step in range(sampler.steps_per_epoch)]),
+            sampler.steps_per_epoch,
         )
-        all_steps = recipe.train.steps or order.steps_of(recipe.train.epochs or 1.0)
-    tokens = np.bincount(found.source_of[drawn], weights=found.lengths[drawn], minlength=len(weights))
+        all_steps = recipe.train.steps or sampler.steps_of(recipe.train.epochs or 1.0)
+    tokens = np.bincount(dataset.source_of[drawn], weights=dataset.lengths[drawn], minlength=len(weights))
     parts = tuple(
-        Part(
-            told.name,
-            told.format,
-            told.read,
-            told.used,
-            told.golds,
-            told.used,
-            told.tokens,
+        MixturePart(
+            report.name,
+            report.format,
+            report.read,
+            report.used,
+            report.ground_truths,
+            report.used,
+            report.tokens,
             0,
-            told.used / total if weight is None else weight,
+            report.used / total if weight is None else weight,
             int(tokens[number]),
             0,
         )
-        for number, (told, weight) in enumerate(zip(found.report.train, weights, strict=True))
+        for number, (report, weight) in enumerate(zip(dataset.report.train, weights, strict=True))
     )
     return parts, Epoch(len(drawn), int(tokens.sum()), 0, steps, all_steps)
 
 
-def _asked_troubles(found: AskedSet, template: Template, heldout: Sequence[Prompt]) -> list[Trouble]:
+def _prompt_issues(dataset: PromptDataset, template: ChatTemplate, heldout: Sequence[Prompt]) -> list[DataIssue]:
     """The same of prompts. One that repeats an earlier prompt is drawn for more often than others."""
-    golden = [index for index, one in enumerate(found.asked) if one.gold is None]
+    unanswered = [index for index, example in enumerate(dataset.examples) if example.ground_truth is None]
     seen: set[tuple[int, ...]] = set()
-    again, known = [], []
-    heard = ids_of(heldout, template)
-    for index, ids in enumerate(tuple(one.ids) for one in found.asked):
-        again += [index] * (ids in seen)
-        known += [index] * (ids in heard)
+    repeated, leaked = [], []
+    known_ids = heldout_ids(heldout, template)
+    for index, ids in enumerate(tuple(example.input_ids) for example in dataset.examples):
+        repeated += [index] * (ids in seen)
+        leaked += [index] * (ids in known_ids)
         seen.add(ids)
-    told = [
-        *dropped(found.report.train, ("too long",)),
-        Trouble("without a gold answer", len(golden), "kept", _asked_places(found, golden)),
-        Trouble(
+    issues = [
+        *dropped_rows(dataset.report.train, ("too long",)),
+        DataIssue("without a gold answer", len(unanswered), "kept", _prompt_locations(dataset, unanswered)),
+        DataIssue(
             "repeating an earlier prompt",
-            len(again),
+            len(repeated),
             "kept; drawn for as often as it stands there",
-            _asked_places(found, again),
+            _prompt_locations(dataset, repeated),
         ),
     ]
     return (
-        [*told, Trouble("asking a held-out question", len(known), HEARD, _asked_places(found, known))]
+        [
+            *issues,
+            DataIssue("asking a held-out question", len(leaked), LEAKAGE_NOTE, _prompt_locations(dataset, leaked)),
+        ]
         if heldout
-        else told
+        else issues
     )
 
 
-def _asked_places(found: AskedSet, numbers: Sequence[int]) -> tuple[str, ...]:
-    return tuple(str(found.places[number]) for number in numbers[:EXAMPLES])
+def _prompt_locations(dataset: PromptDataset, numbers: Sequence[int]) -> tuple[str, ...]:
+    return tuple(str(dataset.locations[number]) for number in numbers[:EXAMPLES])
 
 
-def _asked_examples(found: AskedSet, template: Template) -> list[Example]:
+def _prompt_examples(dataset: PromptDataset, template: ChatTemplate) -> list[Example]:
     """The same of prompts, with their gold answers."""
-    shown = [(str(found.places[number]), found.asked[number]) for number in picked(found.source_of)]
+    shown = [(str(dataset.locations[number]), dataset.examples[number]) for number in example_rows(dataset.source_of)]
     return [
         Example(
-            place,
-            len(one.ids),
+            location,
+            len(example.input_ids),
             0,
-            ((False, cut(template.decode(list(one.ids), marks=True), SHOWN_CHARACTERS)),),
-            one.gold,
+            (
+                (
+                    False,
+                    truncate_middle(template.decode(list(example.input_ids), special_tokens=True), SHOWN_CHARACTERS),
+                ),
+            ),
+            example.ground_truth,
         )
-        for place, one in shown
+        for location, example in shown
     ]

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowrank_tune import settings
-from lowrank_tune.data import Prompt, Report, RowFault, Template
+from lowrank_tune.data import ChatTemplate, InvalidRow, Prompt, Report
 from lowrank_tune.data.report import EXAMPLES, SourceReport
 from lowrank_tune.errors import UserError
-from lowrank_tune.preflight.picture import Lengths, Trouble
+from lowrank_tune.preflight.picture import DataIssue, Lengths
 
-HEARD = "kept; held-out answers flatter"
+LEAKAGE_NOTE = "kept; held-out answers flatter"
 BINS = 12  # of the histogram of lengths, about
 SHOWN_ROWS, SHOWN_CHARACTERS = 3, 1600
 TOO_LONG = ("longer than data.max_length", "longer than data.max_prompt_length")
@@ -37,7 +37,7 @@ NO_TARGET = (
 )
 
 
-def weighted_by(sources: Sequence[settings.Source], unit: str = "row") -> str:
+def weighted_by(sources: Sequence[settings.SourceConfig], unit: str = "row") -> str:
     """What decides the mixture, in words."""
     if len(sources) == 1:
         return "one source"
@@ -48,69 +48,69 @@ def lengths_of(lengths: NDArray[np.int64], report: Report, limit: int) -> Length
     """The histogram of lengths in tokens, with what did not fit the limit."""
     sources = (*report.train, *report.validation)
     left_out = sum(
-        gone.count for source in sources for reason, gone in source.dropped.items() if reason.startswith(TOO_LONG)
+        drop.count for source in sources for reason, drop in source.dropped.items() if reason.startswith(TOO_LONG)
     )
     over = left_out + sum(source.truncated for source in sources)
     longest = max([source.longest for source in sources], default=0)
     if not len(lengths):
         return Lengths(limit, (0,), (), 0, 0, longest, over)
-    width = _nice(int(lengths.max()) / BINS)
+    width = _round_bin_width(int(lengths.max()) / BINS)
     edges = np.arange(0, int(lengths.max()) + width, width)
     counts, _ = np.histogram(lengths - 0.5, edges)  # a row on an edge belongs to the bin that ends there
     median, p95 = np.percentile(lengths, (50, 95))
     return Lengths(limit, tuple(map(int, edges)), tuple(map(int, counts)), round(median), round(p95), longest, over)
 
 
-def _nice(width: float) -> int:
+def _round_bin_width(width: float) -> int:
     """The next of 1, 2, 5, 10, 20, 50, ..."""
     power: int = 10 ** math.floor(math.log10(max(1.0, width)))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= width)
 
 
-def dropped(sources: Sequence[SourceReport], always: Sequence[str]) -> list[Trouble]:
+def dropped_rows(sources: Sequence[SourceReport], always: Sequence[str]) -> list[DataIssue]:
     """One entry a reason, most frequent first; what is `always` told stands there even where no row is."""
     counts: dict[str, list[Any]] = {}
     for source in sources:
-        for reason, gone in source.dropped.items():
-            entry = counts.setdefault(_kind(reason, "without a target" in always), [0, []])
-            entry[0] += gone.count
-            entry[1] += gone.places
+        for reason, drop in source.dropped.items():
+            entry = counts.setdefault(_issue_kind(reason, "without a target" in always), [0, []])
+            entry[0] += drop.count
+            entry[1] += drop.locations
     for kind in always:
         if not any(entry.startswith(kind) for entry in counts):
             counts[kind] = [0, []]
     ranked = sorted(counts.items(), key=lambda item: -item[1][0])
-    return [Trouble(kind, count, "dropped", tuple(places[:EXAMPLES])) for kind, (count, places) in ranked]
+    return [DataIssue(kind, count, "dropped", tuple(locations[:EXAMPLES])) for kind, (count, locations) in ranked]
 
 
-def _kind(reason: str, targets: bool) -> str:
+def _issue_kind(reason: str, targets: bool) -> str:
     if reason.startswith(TOO_LONG):
         return f"too long: {reason}"
     return f"without a target: {reason}" if targets and reason.startswith(NO_TARGET) else reason
 
 
-def ids_of(heldout: Sequence[Prompt], template: Template) -> set[tuple[int, ...]]:
+def heldout_ids(heldout: Sequence[Prompt], template: ChatTemplate) -> set[tuple[int, ...]]:
     """The held-out questions as the base reads them."""
-    asked: set[tuple[int, ...]] = set()
+    prompt_ids: set[tuple[int, ...]] = set()
     for prompt in heldout:
         try:
-            asked.add(tuple(template.prompt(prompt.messages)))
-        except (UserError, RowFault):
+            prompt_ids.add(tuple(template.prompt(prompt.messages)))
+        except (UserError, InvalidRow):
             continue  # it will not be asked either
-    return asked
+    return prompt_ids
 
 
-def picked(source_of: NDArray[Any]) -> list[int]:
+def example_rows(source_of: NDArray[Any]) -> list[int]:
     """The first of each source, then those that follow in the first one."""
     firsts = np.unique(source_of, return_index=True)[1]
     return list(dict.fromkeys([*map(int, firsts), *range(min(len(source_of), SHOWN_ROWS))]))[:SHOWN_ROWS]
 
 
-def cut(text: str, most: int) -> str:
+def truncate_middle(text: str, limit: int) -> str:
     """Beginning and end of a long text."""
-    return text if len(text) <= most else text[: most // 2] + " [...] " + text[-most // 2 :]
+    return text if len(text) <= limit else text[: limit // 2] + " [...] " + text[-limit // 2 :]
 
 
-def too_few(report: Report, recipe: settings.Recipe) -> list[str]:
+def invalid_sources(report: Report, recipe: settings.RecipeConfig) -> list[str]:
     """Sources of which too many rows cannot be used, a sentence each."""
     return [
         fault

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lowrank_tune.data import Report
-from lowrank_tune.data.balance import Sides
+from lowrank_tune.data.balance import PairBalance
 
 
 @dataclass(frozen=True)
-class Part:
+class MixturePart:
     """A source in the mixture: what lies in it, and what an epoch draws from it. `weight` is its share of the rows
     drawn.
 
@@ -23,7 +23,7 @@ class Part:
     format: str
     read: int
     used: int
-    golds: int
+    ground_truths: int
     rows: int
     tokens: int
     trained: int
@@ -33,7 +33,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Trouble:
+class DataIssue:
     """One thing that is wrong with some rows: how many, what is done with them, and where the first few stand."""
 
     what: str
@@ -60,14 +60,14 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Ends:
+class EosStats:
     """Is the end token trained? `tokens` names each with how often it is; `rows` of all rows have every answer closed
     by one."""
 
     trained: bool
     tokens: Mapping[str, int]
     rows: int
-    of: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ class Example:
     tokens: int
     trained: int
     segments: tuple[tuple[bool, str], ...]
-    gold: str | None = None
+    ground_truth: str | None = None
 
 
 @dataclass(frozen=True)
-class Preflight:
+class DataReport:
     """The whole picture. `faults`: sentences that say why training must not begin; none where it may. `sides`: only of
     preferences.
 
@@ -111,15 +111,15 @@ class Preflight:
     report: Report
     template: str
     weighted_by: str
-    parts: tuple[Part, ...]
+    parts: tuple[MixturePart, ...]
     lengths: Lengths
-    troubles: tuple[Trouble, ...]
-    ends: Ends | None
+    troubles: tuple[DataIssue, ...]
+    ends: EosStats | None
     epoch: Epoch
     examples: tuple[Example, ...]
     faults: tuple[str, ...]
-    sides: Sides | None = None
-    draws: str = ""
+    sides: PairBalance | None = None
+    completions: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: the report's own keys, and the picture beside them."""

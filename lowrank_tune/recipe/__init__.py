@@ -16,13 +16,13 @@ from typing import Any
 import yaml
 
 from lowrank_tune import settings
-from lowrank_tune.errors import Faults
+from lowrank_tune.errors import ConfigError
 from lowrank_tune.recipe import wording
 from lowrank_tune.recipe.chain import Chain
 from lowrank_tune.recipe.layers import find_preset, read_recipe
-from lowrank_tune.recipe.memory import SIZES
-from lowrank_tune.recipe.rules import NAME
-from lowrank_tune.recipe.shelf import Preset, shelf
+from lowrank_tune.recipe.memory import MEMORY_SETTINGS
+from lowrank_tune.recipe.rules import NAME_PATTERN
+from lowrank_tune.recipe.shelf import Preset, list_presets
 from lowrank_tune.recipe.single import Recipe
 from lowrank_tune.recipe.tree import dotted, leaves
 
@@ -39,10 +39,10 @@ __all__ = [
     "load_any",
     "presets",
     "schema",
-    "shelf",
+    "list_presets",
 ]
 
-MAY_CHANGE = frozenset(
+RESUMABLE_CHANGES = frozenset(
     {
         "name",
         "description",
@@ -55,7 +55,7 @@ MAY_CHANGE = frozenset(
         "evaluate.shown",
         "train.report_to",
         "train.project",
-        *SIZES,
+        *MEMORY_SETTINGS,
     }
 )
 """What a continued run may set anew: its end, its logging and its saving, and what decides over its memory. Of a chain,
@@ -69,12 +69,12 @@ def load(preset_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) 
 
 def load_any(preset_or_path: str | os.PathLike[str], *overrides: str) -> Recipe | Chain:
     """The recipe of a preset or file, or where it has `stages`, the chain. Raises `Faults`, all of them at once."""
-    tree, faults, stem = read_recipe(os.fspath(preset_or_path))
+    tree, problems, stem = read_recipe(os.fspath(preset_or_path))
     kind: type[Recipe] | type[Chain] = Chain if "stages" in tree.value else Recipe
-    return kind.of_tree(tree, faults, stem, overrides)
+    return kind.from_tree(tree, problems, stem, overrides)
 
 
-def backends_of(recipe: settings.Recipe | Chain) -> set[str]:
+def backends_of(recipe: settings.RecipeConfig | Chain) -> set[str]:
     """Whose code is to run the bases of a recipe, or of a chain's stages."""
     return {stage.base.backend for stage in (recipe.stages if isinstance(recipe, Chain) else (recipe,))}
 
@@ -105,34 +105,38 @@ def _style(text: str) -> str | None:
     )
 
 
-def dump(recipe: settings.Recipe | Chain) -> str:
+def dump(recipe: settings.RecipeConfig | Chain) -> str:
     """The resolved recipe or chain as YAML; loading it gives the same one."""
     return yaml.dump(recipe.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def presets() -> list[tuple[str, str, str]]:
     """Name, description and algorithm of every preset, by name; of a chain, all its algorithms."""
-    return sorted((preset.name, preset.description, " -> ".join(preset.algorithms)) for preset in shelf())
+    return sorted((preset.name, preset.description, " -> ".join(preset.algorithms)) for preset in list_presets())
 
 
 def schema() -> dict[str, Any]:
     """The JSON schema of a recipe file, for editors. What `extends` may bring is not required; beside `stages` nothing
     is."""
-    made = copy.deepcopy(settings.Recipe.model_json_schema())
-    required = made.pop("required", [])
+    document = copy.deepcopy(settings.RecipeConfig.model_json_schema())
+    required = document.pop("required", [])
     settable = {
         "extends": {
             "type": "string",
             "description": "Builds on another preset, or on a recipe at a path relative to this file.",
         },
-        **made["properties"],
+        **document["properties"],
     }
     name = {
         "type": "string",
-        "pattern": f"^{NAME.pattern}$",
+        "pattern": f"^{NAME_PATTERN.pattern}$",
         "description": "Name of the stage, and of its adapter in later ones.",
     }
-    made["$defs"]["Stage"] = {"type": "object", "additionalProperties": False, "properties": {**settable, "name": name}}
+    document["$defs"]["Stage"] = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {**settable, "name": name},
+    }
     stages = {
         "type": "array",
         "minItems": 1,
@@ -142,33 +146,33 @@ def schema() -> dict[str, Any]:
             "is their default."
         ),
     }
-    made["properties"] = {**settable, "stages": stages}
-    made["anyOf"] = [{"required": ["extends"]}, {"required": ["stages"]}, {"required": required}]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lowrank_tune recipe", **made}
+    document["properties"] = {**settable, "stages": stages}
+    document["anyOf"] = [{"required": ["extends"]}, {"required": ["stages"]}, {"required": required}]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lowrank_tune recipe", **document}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What a continued run may not change, as `train.learning_rate: was 0.001, is 0.002`; in a chain,
     `stages.dpo.train.learning_rate`."""
-    before, after = _flat(_completed(old)), _flat(new)
+    before, after = _flat(_with_defaults(old)), _flat(new)
     if before.get("stages") != after.get("stages"):  # other stages, or another order: their settings say nothing then
         before, after = (
             {key: value for key, value in each.items() if not key.startswith("stages.")} for each in (before, after)
         )
     changed = [key for key in dict.fromkeys([*before, *after]) if before.get(key, leaves) != after.get(key, leaves)]
     return [
-        f"{key}: was {_said(before, key)}, is {_said(after, key)}"
+        f"{key}: was {_format_value(before, key)}, is {_format_value(after, key)}"
         for key in changed
-        if re.sub(r"^stages\.[^.]*\.|\.\d+$", "", key) not in MAY_CHANGE
+        if re.sub(r"^stages\.[^.]*\.|\.\d+$", "", key) not in RESUMABLE_CHANGES
     ]
 
 
-def _completed(data: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_defaults(data: Mapping[str, Any]) -> Mapping[str, Any]:
     """A recipe as a run left it, with the settings that the kit did not have yet at their defaults; as it is, where it
     cannot be read."""
     try:
         return (Chain if "stages" in data else Recipe).from_dict(data).to_dict()
-    except Faults:
+    except ConfigError:
         return data
 
 
@@ -185,5 +189,5 @@ def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _said(data: Mapping[str, Any], key: str) -> str:
-    return wording.found(data[key]) if key in data else "not set"
+def _format_value(data: Mapping[str, Any], key: str) -> str:
+    return wording.describe_value(data[key]) if key in data else "not set"

@@ -6,31 +6,43 @@ from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from lowrank_tune.recipe import learned
-from lowrank_tune.recipe.written import Finding, written
-from lowrank_tune.settings import Recipe
+from lowrank_tune.recipe.written import Finding, get_raw
+from lowrank_tune.settings import RecipeConfig
 
-TRAINS = ("sft", "dpo", "grpo")
+SUPPORTED_ALGORITHMS = ("sft", "dpo", "grpo")
 """The algorithms that unsloth is used for: one trained adapter, right on the base."""
-ALGORITHMS = get_args(Recipe.model_fields["algorithm"].annotation)
+ALGORITHMS = get_args(RecipeConfig.model_fields["algorithm"].annotation)
 
 
-def findings(data: Any, below: Sequence[str] = (), lent: bool = False) -> Iterator[Finding]:
+def findings(data: Any, frozen_adapters: Sequence[str] = (), has_reward_stage: bool = False) -> Iterator[Finding]:
     """unsloth's kernels know one adapter at a time: no frozen ones below the policy, no reward model, no value.
     `below`: what earlier stages of a chain lay under it. `lent`: one of them trains the reward model."""
-    if written(data, "base", "backend") != "unsloth":
+    if get_raw(data, "base", "backend") != "unsloth":
         return
-    path, algorithm, adapters = ("base", "backend"), written(data, "algorithm"), written(data, "adapters")
-    if algorithm in ALGORITHMS and algorithm not in TRAINS:
-        yield path, f"`unsloth` trains {', '.join(TRAINS)}, and not {algorithm}; use `plain`, or leave it out"
+    path, algorithm, adapters = ("base", "backend"), get_raw(data, "algorithm"), get_raw(data, "adapters")
+    if algorithm in ALGORITHMS and algorithm not in SUPPORTED_ALGORITHMS:
+        yield (
+            path,
+            f"`unsloth` trains {', '.join(SUPPORTED_ALGORITHMS)}, and not {algorithm}; use `plain`, or leave it out",
+        )
         return
     others = [str(name) for name in adapters if name != "policy"] if isinstance(adapters, dict) else []
-    others += [*below, *([learned.ROLE] if lent and learned.asks(data) and learned.ROLE not in others else [])]
+    others += [
+        *frozen_adapters,
+        *(
+            [learned.REWARD_ADAPTER]
+            if has_reward_stage and learned.uses_reward_model(data) and learned.REWARD_ADAPTER not in others
+            else []
+        ),
+    ]
     if others:
-        told = (
-            "the reference is no longer the base" if others != [learned.ROLE] else "the reward model speaks through it"
+        reason = (
+            "the reference is no longer the base"
+            if others != [learned.REWARD_ADAPTER]
+            else "the reward model speaks through it"
         )
         yield (
             path,
-            f"`unsloth` bears the policy's adapter alone, and here is `{others[0]}` too ({told}); use `plain`, or "
+            f"`unsloth` bears the policy's adapter alone, and here is `{others[0]}` too ({reason}); use `plain`, or "
             f"leave it out",
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lowrank_tune.recipe.written import Finding, written
-from lowrank_tune.settings import Recipe
+from lowrank_tune.recipe.written import Finding, get_raw
+from lowrank_tune.settings import RecipeConfig
 
-SIZES = (
+MEMORY_SETTINGS = (
     "train.micro_batch_size",
     "train.micro_batch_tokens",
     "train.gradient_checkpointing",
@@ -20,10 +20,10 @@ SIZES = (
 """What changes memory and speed and never the gradient, so that a run that ran short can go on with less."""
 
 
-def idle(data: Any) -> Iterator[Finding]:
+def unused_settings(data: Any) -> Iterator[Finding]:
     """What is offloaded belongs to recomputed layers."""
-    wanted = written(data, "train", "gradient_checkpointing")
-    if written(data, "train", "activation_offloading") is True and (
+    wanted = get_raw(data, "train", "gradient_checkpointing")
+    if get_raw(data, "train", "activation_offloading") is True and (
         wanted == "none" or (wanted == 0 and isinstance(wanted, int))
     ):
         yield (
@@ -32,36 +32,36 @@ def idle(data: Any) -> Iterator[Finding]:
         )
 
 
-def memory_settings(recipe: Recipe) -> dict[str, Any]:
+def memory_settings(recipe: RecipeConfig) -> dict[str, Any]:
     """What decides over memory, as a recipe has it."""
     sections = {"train": recipe.train, "rollout": recipe.rollout}
-    return {key: getattr(sections[key.partition(".")[0]], key.partition(".")[2]) for key in SIZES}
+    return {key: getattr(sections[key.partition(".")[0]], key.partition(".")[2]) for key in MEMORY_SETTINGS}
 
 
-def advice(recipe: Recipe, kind: str, tokens: int, on_card: bool) -> str:
+def suggestions(recipe: RecipeConfig, kind: str, tokens: int, on_gpu: bool) -> str:
     """What to type after memory ran out in a piece of work that cannot be split (`kind` as in `Limits`, or any other
     word), `tokens` its length. First what a run may change when it goes on, then what makes it another run."""
-    go_on, anew = list[str](), list[str]()
-    train, drawn = recipe.train, recipe.algorithm in ("grpo", "ppo")
+    same_run, new_run = list[str](), list[str]()
+    train, online = recipe.train, recipe.algorithm in ("grpo", "ppo")
     updates = kind not in ("forward_tokens", "cache_tokens")
     if updates and train.gradient_checkpointing not in (True, "all", "auto"):
-        go_on.append("train.gradient_checkpointing=true")
-    if updates and on_card and not train.activation_offloading:
-        go_on.append("train.activation_offloading=true")
+        same_run.append("train.gradient_checkpointing=true")
+    if updates and on_gpu and not train.activation_offloading:
+        same_run.append("train.activation_offloading=true")
     if updates and kind != "update_tokens" and train.micro_batch_size != 1:
-        go_on.append("train.micro_batch_size=1")
+        same_run.append("train.micro_batch_size=1")
     if train.memory_budget_gib is not None:
-        go_on.append("a larger train.memory_budget_gib")
+        same_run.append("a larger train.memory_budget_gib")
     if recipe.base.bits == 16:
-        anew.append("base.bits=4")
-    if updates and on_card and train.optimizer == "adamw":
-        anew.append("train.optimizer=paged_adamw_8bit")
-    if drawn:
-        anew.append(f"rollout.max_new_tokens={max(1, recipe.rollout.max_new_tokens // 2)}")
-        anew.append(f"data.max_prompt_length={max(1, recipe.data.max_prompt_length // 2)}")
+        new_run.append("base.bits=4")
+    if updates and on_gpu and train.optimizer == "adamw":
+        new_run.append("train.optimizer=paged_adamw_8bit")
+    if online:
+        new_run.append(f"rollout.max_new_tokens={max(1, recipe.rollout.max_new_tokens // 2)}")
+        new_run.append(f"data.max_prompt_length={max(1, recipe.data.max_prompt_length // 2)}")
     elif kind == "cache_tokens":
-        anew.append(f"evaluate.max_new_tokens={max(1, recipe.evaluate.max_new_tokens // 2)}")
+        new_run.append(f"evaluate.max_new_tokens={max(1, recipe.evaluate.max_new_tokens // 2)}")
     else:
-        anew.append(f"data.max_length={max(8, min(recipe.data.max_length, tokens or recipe.data.max_length) // 2)}")
-    told = [f"the same command with {' '.join(go_on)} continues"] if go_on else []
-    return "; ".join([*told, f"a new run (--out) may have {' or '.join(anew)}"])
+        new_run.append(f"data.max_length={max(8, min(recipe.data.max_length, tokens or recipe.data.max_length) // 2)}")
+    continuation = [f"the same command with {' '.join(same_run)} continues"] if same_run else []
+    return "; ".join([*continuation, f"a new run (--out) may have {' or '.join(new_run)}"])

@@ -12,37 +12,37 @@ from typing import Any, get_args
 
 from lowrank_tune.recipe import backend, earned, learned, memory, tracked, valued
 from lowrank_tune.recipe.tree import Path
-from lowrank_tune.recipe.written import Finding, entries, number, written
-from lowrank_tune.settings import Dpo, Recipe, trained_by
+from lowrank_tune.recipe.written import Finding, entries, get_raw, number
+from lowrank_tune.settings import DPOConfig, RecipeConfig, default_adapter_name
 
-ROWS = ("sft", "reward", "dpo")
+ROW_ALGORITHMS = ("sft", "reward", "dpo")
 """The algorithms that learn from rows as they are."""
-PAIRS = ("reward", "dpo")
+PAIR_ALGORITHMS = ("reward", "dpo")
 """The algorithms whose rows are pairs of answers."""
-DRAWS = earned.DRAWS
+GENERATIVE_ALGORITHMS = earned.GENERATIVE_ALGORITHMS
 USED_BY: dict[str, tuple[str, ...]] = {
-    "train.rows_per_step": ROWS,
-    "train.tokens_per_step": ROWS,
-    "train.length_window": ROWS,
-    "train.prompts_per_step": DRAWS,
-    "data.max_length": ROWS,
-    "data.max_prompt_length": DRAWS,
-    "data.too_long": ROWS,
-    "data.validation": ROWS,
-    "data.validation_share": ROWS,
-    "data.validation_rows": ROWS,
-    "data.expected_tokens": ROWS,
-    "reference": ("sft", "dpo", *DRAWS),
+    "train.rows_per_step": ROW_ALGORITHMS,
+    "train.tokens_per_step": ROW_ALGORITHMS,
+    "train.length_window": ROW_ALGORITHMS,
+    "train.prompts_per_step": GENERATIVE_ALGORITHMS,
+    "data.max_length": ROW_ALGORITHMS,
+    "data.max_prompt_length": GENERATIVE_ALGORITHMS,
+    "data.too_long": ROW_ALGORITHMS,
+    "data.validation": ROW_ALGORITHMS,
+    "data.validation_share": ROW_ALGORITHMS,
+    "data.validation_rows": ROW_ALGORITHMS,
+    "data.expected_tokens": ROW_ALGORITHMS,
+    "reference": ("sft", "dpo", *GENERATIVE_ALGORITHMS),
     "reward": ("reward",),
     "dpo": ("dpo",),
-    "rewards": DRAWS,
-    "rollout": DRAWS,
-    "evaluate.on_hacking": DRAWS,
+    "rewards": GENERATIVE_ALGORITHMS,
+    "rollout": GENERATIVE_ALGORITHMS,
+    "evaluate.on_hacking": GENERATIVE_ALGORITHMS,
     "grpo": ("grpo",),
     "ppo": ("ppo",),
 }
 """Settings and whole sections that only some algorithms use. What is not listed is used by all of them."""
-INSTEAD = {
+REPLACEMENTS = {
     "train.rows_per_step": "`train.prompts_per_step`",
     "train.prompts_per_step": "`train.rows_per_step`",
     "data.max_length": "`data.max_prompt_length` and `rollout.max_new_tokens`",
@@ -53,7 +53,7 @@ INSTEAD = {
 }
 """What says the same for the algorithms that do not use a setting, where something does."""
 
-RIVALS: tuple[tuple[Path, Path], ...] = (
+MUTUALLY_EXCLUSIVE: tuple[tuple[Path, Path], ...] = (
     (("train", "steps"), ("train", "epochs")),
     (("train", "rows_per_step"), ("train", "tokens_per_step")),
     (("train", "micro_batch_size"), ("train", "micro_batch_tokens")),
@@ -63,16 +63,16 @@ RIVALS: tuple[tuple[Path, Path], ...] = (
 )
 """Two ways to say one thing: both at once are a fault, and in a later layer one replaces the other."""
 
-NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
-FILE = re.compile(r".*\.(jsonl?|csv|parquet)(\.gz)?")
-ALGORITHMS = get_args(Recipe.model_fields["algorithm"].annotation)
-LOSSES = get_args(Dpo.model_fields["loss"].annotation)
+NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,39}")
+DATA_FILE_PATTERN = re.compile(r".*\.(jsonl?|csv|parquet)(\.gz)?")
+ALGORITHMS = get_args(RecipeConfig.model_fields["algorithm"].annotation)
+LOSSES = get_args(DPOConfig.model_fields["loss"].annotation)
 BUILT_IN = {"tutor": "the built-in problems", "tutor-preferences": "the built-in pairs"}
 
 
 def adapters_of(data: Any) -> dict[str, Any]:
     """The adapters that were written."""
-    found = written(data, "adapters")
+    found = get_raw(data, "adapters")
     return found if isinstance(found, dict) else {}
 
 
@@ -80,99 +80,105 @@ def sources_of(data: Any) -> Iterator[tuple[Path, Any]]:
     """Every source with its path: of training, of validation, and of held-out prompts."""
     for key in ("train", "validation"):
         yield from ((("data", key, index), each) for index, each in enumerate(entries(data, "data", key)))
-    yield ("evaluate", "heldout"), written(data, "evaluate", "heldout")
+    yield ("evaluate", "heldout"), get_raw(data, "evaluate", "heldout")
 
 
-def foreign(data: Any) -> Iterator[Finding]:
+def settings_of_other_algorithm(data: Any) -> Iterator[Finding]:
     """Settings of other algorithms."""
-    algorithm = written(data, "algorithm")
+    algorithm = get_raw(data, "algorithm")
     if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
         return
     for key, users in USED_BY.items():
         path = tuple(key.split("."))
-        if algorithm not in users and written(data, *path) is not None:
-            yield path, f"does nothing for {algorithm} (it belongs to {', '.join(users)}){_instead(key, algorithm)}"
+        if algorithm not in users and get_raw(data, *path) is not None:
+            yield path, f"does nothing for {algorithm} (it belongs to {', '.join(users)}){_replacement(key, algorithm)}"
 
 
-def _instead(key: str, algorithm: str) -> str:
+def _replacement(key: str, algorithm: str) -> str:
     """What this algorithm uses in place of a setting."""
-    meant = INSTEAD.get(key, "")
-    return f"; there is {meant}" if meant and algorithm in USED_BY.get(meant.split("`")[1], ALGORITHMS) else ""
+    replacement = REPLACEMENTS.get(key, "")
+    return (
+        f"; there is {replacement}"
+        if replacement and algorithm in USED_BY.get(replacement.split("`")[1], ALGORITHMS)
+        else ""
+    )
 
 
-def without_robust(data: Any) -> Iterator[Finding]:
+def unused_label_smoothing(data: Any) -> Iterator[Finding]:
     """Only one of DPO's losses smooths its labels."""
-    if written(data, "algorithm") != "dpo" or written(data, "dpo", "label_smoothing") is None:
+    if get_raw(data, "algorithm") != "dpo" or get_raw(data, "dpo", "label_smoothing") is None:
         return
-    loss = written(data, "dpo", "loss") or "sigmoid"
+    loss = get_raw(data, "dpo", "loss") or "sigmoid"
     if loss in LOSSES and loss != "robust":
         yield ("dpo", "label_smoothing"), f"does nothing for the loss {loss}; it belongs to `dpo.loss`: robust"
 
 
-def without_heldout(data: Any) -> Iterator[Finding]:
+def unused_heldout_settings(data: Any) -> Iterator[Finding]:
     """Held-out answers need prompts; the temperature needs sampling."""
-    neither = " neither `evaluate.heldout` nor validation rows" if validates(data) else "out `evaluate.heldout`"
-    if written(data, "evaluate", "heldout") is None:
-        for key in ("prompts", "samples", "temperature", *(() if validates(data) else ("on_hacking",))):
-            if written(data, "evaluate", key) is not None:
+    neither = (
+        " neither `evaluate.heldout` nor validation rows" if supports_validation(data) else "out `evaluate.heldout`"
+    )
+    if get_raw(data, "evaluate", "heldout") is None:
+        for key in ("prompts", "samples", "temperature", *(() if supports_validation(data) else ("on_hacking",))):
+            if get_raw(data, "evaluate", key) is not None:
                 yield ("evaluate", key), "does nothing without `evaluate.heldout`"
         for key in ("every", "max_new_tokens", "shown"):
-            if written(data, "evaluate", key) is not None and not has_validation(data):
+            if get_raw(data, "evaluate", key) is not None and not has_validation(data):
                 yield ("evaluate", key), f"does nothing with{neither}"
-    elif written(data, "evaluate", "temperature") is not None and written(data, "evaluate", "samples") in (None, 1):
+    elif get_raw(data, "evaluate", "temperature") is not None and get_raw(data, "evaluate", "samples") in (None, 1):
         yield ("evaluate", "temperature"), "does nothing with one sample, which is greedy; set `evaluate.samples` too"
 
 
-def validates(data: Any) -> bool:
+def supports_validation(data: Any) -> bool:
     """Whether the algorithm can have validation rows at all."""
-    return written(data, "algorithm") not in DRAWS
+    return get_raw(data, "algorithm") not in GENERATIVE_ALGORITHMS
 
 
 def has_validation(data: Any) -> bool:
     """Whether validation rows exist: sources of their own, or a share (the default) of the training rows."""
-    given = any(written(data, "data", key) for key in ("validation", "validation_rows"))
-    return validates(data) and (given or number(written(data, "data", "validation_share")) != 0.0)
+    given = any(get_raw(data, "data", key) for key in ("validation", "validation_rows"))
+    return supports_validation(data) and (given or number(get_raw(data, "data", "validation_share")) != 0.0)
 
 
-def without_validation(data: Any) -> Iterator[Finding]:
+def best_step_findings(data: Any) -> Iterator[Finding]:
     """The best step needs something to tell it by: the loss of validation rows, or held-out questions."""
-    by, asks = written(data, "evaluate", "best_by"), written(data, "evaluate", "heldout") is not None
-    if by == "exact" and written(data, "algorithm") == "reward":
+    by, has_heldout = get_raw(data, "evaluate", "best_by"), get_raw(data, "evaluate", "heldout") is not None
+    if by == "exact" and get_raw(data, "algorithm") == "reward":
         yield ("evaluate", "best_by"), "`exact` needs answers, and a reward model gives none"
-    elif by == "exact" and not asks:
+    elif by == "exact" and not has_heldout:
         yield ("evaluate", "best_by"), "`exact` needs questions: `evaluate.heldout`"
     elif by == "loss" and not has_validation(data):
         yield ("evaluate", "best_by"), "`loss` needs validation rows, and there are none"
     elif (
-        written(data, "train", "final") == "best"
+        get_raw(data, "train", "final") == "best"
         and not has_validation(data)
-        and not (asks and (by == "exact" or not validates(data)))
+        and not (has_heldout and (by == "exact" or not supports_validation(data)))
     ):
         yield (
             ("train", "final"),
-            f"`best` needs {'validation rows' if validates(data) else '`evaluate.heldout`'}, and there are none",
+            f"`best` needs {'validation rows' if supports_validation(data) else '`evaluate.heldout`'}, and there are none",
         )
 
 
-def from_the_file(data: Any) -> Iterator[Finding]:
+def settings_from_checkpoint(data: Any) -> Iterator[Finding]:
     """An adapter that is loaded brings its own shape; a frozen one has no dropout either."""
-    trained = valued.trained(data)
+    trained = valued.trained_adapters(data)
     for name, adapter in adapters_of(data).items():
-        if written(adapter, "path") is None:
+        if get_raw(adapter, "path") is None:
             continue
         for key in ("r", "alpha", "target_modules", "rslora", *(() if name in trained else ("dropout",))):
-            if written(adapter, key) is not None:
+            if get_raw(adapter, key) is not None:
                 what = "does nothing for a frozen adapter" if key == "dropout" else "comes from the file at `path`"
                 yield ("adapters", name, key), f"{what}; leave it out"
 
 
-def of_sources(data: Any) -> Iterator[Finding]:
+def unused_source_settings(data: Any) -> Iterator[Finding]:
     """Settings of a source that its kind of data does not have."""
     for path, source in sources_of(data):
-        if path[1] != "train" and written(source, "weight") is not None:
+        if path[1] != "train" and get_raw(source, "weight") is not None:
             yield (*path, "weight"), "does nothing here; only training sources are mixed"
-        if written(source, "final_answer") is not None and (
-            path[1] == "heldout" or written(data, "algorithm") in PAIRS
+        if get_raw(source, "final_answer") is not None and (
+            path[1] == "heldout" or get_raw(data, "algorithm") in PAIR_ALGORITHMS
         ):
             what = (
                 "for held-out prompts, which no answer is trained of"
@@ -180,64 +186,68 @@ def of_sources(data: Any) -> Iterator[Finding]:
                 else "for pairs, which stay as they are"
             )
             yield (*path, "final_answer"), f"does nothing {what}"
-        dataset = written(source, "dataset")
+        dataset = get_raw(source, "dataset")
         if isinstance(dataset, str) and dataset in BUILT_IN:
             for key in ("name", "format", "columns", "gold", "final_answer"):
-                if written(source, key) not in (None, {}):
+                if get_raw(source, key) not in (None, {}):
                     yield (*path, key), f"does nothing for `{dataset}`, {BUILT_IN[dataset]}"
-        elif isinstance(dataset, str) and FILE.fullmatch(dataset) and written(source, "name") is not None:
+        elif isinstance(dataset, str) and DATA_FILE_PATTERN.fullmatch(dataset) and get_raw(source, "name") is not None:
             yield (*path, "name"), "does nothing for a file; only hub data sets have configurations"
-    if len(entries(data, "data", "train")) == 1 and written(data, "data", "train", 0, "weight") is not None:
+    if len(entries(data, "data", "train")) == 1 and get_raw(data, "data", "train", 0, "weight") is not None:
         yield ("data", "train", 0, "weight"), "does nothing with a single source"
 
 
-IDLE: tuple[Callable[[Any], Iterator[Finding]], ...] = (
-    foreign,
-    without_robust,
-    without_heldout,
-    without_validation,
-    from_the_file,
-    of_sources,
-    earned.idle,
-    valued.idle,
-    memory.idle,
-    tracked.idle,
+UNUSED_SETTINGS_RULES: tuple[Callable[[Any], Iterator[Finding]], ...] = (
+    settings_of_other_algorithm,
+    unused_label_smoothing,
+    unused_heldout_settings,
+    best_step_findings,
+    settings_from_checkpoint,
+    unused_source_settings,
+    earned.unused_settings,
+    valued.unused_settings,
+    memory.unused_settings,
+    tracked.unused_settings,
 )
 
 
-def idle(data: Any) -> Iterator[Finding]:
+def unused_settings(data: Any) -> Iterator[Finding]:
     """Settings that were written and would do nothing. A resolved recipe is saved without them."""
-    for rule in IDLE:
+    for rule in UNUSED_SETTINGS_RULES:
         yield from rule(data)
     for key in ("validation", "validation_rows"):
-        if validates(data) and written(data, "data", key) and written(data, "data", "validation_share") is not None:
+        if (
+            supports_validation(data)
+            and get_raw(data, "data", key)
+            and get_raw(data, "data", "validation_share") is not None
+        ):
             yield ("data", "validation_share"), f"contradicts `data.{key}`: give one of the two"
 
 
-def rivals(data: Any) -> Iterator[Finding]:
+def mutually_exclusive_findings(data: Any) -> Iterator[Finding]:
     """Two ways to say one thing, said at once."""
-    for one, other in RIVALS:
+    for one, other in MUTUALLY_EXCLUSIVE:
         if (
             other != ("data", "validation_share")
-            and written(data, *one) not in (None, [])
-            and written(data, *other) is not None
+            and get_raw(data, *one) not in (None, [])
+            and get_raw(data, *other) is not None
         ):
             yield other, f"contradicts `{'.'.join(map(str, one))}`: give one of the two"
 
 
-def length(data: Any) -> Iterator[Finding]:
+def run_length_findings(data: Any) -> Iterator[Finding]:
     """A run has an end, and its warm-up ends before that."""
-    steps, warmup = written(data, "train", "steps"), number(written(data, "train", "warmup_steps"))
-    if steps is None and written(data, "train", "epochs") is None:
+    steps, warmup = get_raw(data, "train", "steps"), number(get_raw(data, "train", "warmup_steps"))
+    if steps is None and get_raw(data, "train", "epochs") is None:
         yield ("train", "steps"), "is missing: give `train.steps` or `train.epochs`"
     elif (end := number(steps)) is not None and warmup is not None and 0 < end <= warmup:
         yield ("train", "warmup_steps"), f"must be smaller than `train.steps`, {steps}"
 
 
-def weights(data: Any) -> Iterator[Finding]:
+def source_weight_findings(data: Any) -> Iterator[Finding]:
     """All training sources have a weight and they sum to 1, or none has."""
     sources = entries(data, "data", "train")
-    given = [written(source, "weight") for source in sources]
+    given = [get_raw(source, "weight") for source in sources]
     if len(sources) < 2 or all(weight is None for weight in given):
         return
     for index, weight in enumerate(given):
@@ -249,50 +259,60 @@ def weights(data: Any) -> Iterator[Finding]:
         yield ("data", "train", 0, "weight"), f"the weights of the sources sum to {total:.6g}, and must sum to 1"
 
 
-def names(data: Any) -> Iterator[Finding]:
+def adapter_name_findings(data: Any) -> Iterator[Finding]:
     """Adapters are named like variables, `base` is the base itself, and every adapter but the trained one comes from
     somewhere."""
-    algorithm = written(data, "algorithm")
-    trained = trained_by(algorithm)
+    algorithm = get_raw(data, "algorithm")
+    trained = default_adapter_name(algorithm)
     for name, adapter in adapters_of(data).items():
-        if not isinstance(name, str) or not NAME.fullmatch(name):
+        if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
             yield (
                 ("adapters", name),
                 "is no name for an adapter: small letters, digits and _, a letter first, at most 40",
             )
         elif name == "base":
             yield ("adapters", name), "is no name for an adapter: `base` is the base itself"
-        elif name not in valued.trained(data) and written(adapter, "path") is None:
+        elif name not in valued.trained_adapters(data) and get_raw(adapter, "path") is None:
             meant = f"; did you mean `adapters.{trained}`?" if name in ("policy", "reward") else ""
             whom = "" if trained == "policy" and not meant else f" by {algorithm}"
             yield (
                 ("adapters", name, "path"),
                 f"is missing: only `{trained}` is trained{whom}, every other adapter is loaded{meant}",
             )
-    model = written(data, "base", "model")
+    model = get_raw(data, "base", "model")
     if isinstance(model, str) and model.endswith("@"):
         yield ("base", "model"), "names no revision after the @"
     for path, source in sources_of(data):
-        dataset = written(source, "dataset")
+        dataset = get_raw(source, "dataset")
         if (
             isinstance(dataset, str)
             and dataset in BUILT_IN
-            and written(source, "split") not in (None, "train", "heldout")
+            and get_raw(source, "split") not in (None, "train", "heldout")
         ):
             yield (*path, "split"), f"`{dataset}` has the splits train and heldout"
 
 
-def shapes(data: Any) -> Iterator[Finding]:
+def row_format_findings(data: Any) -> Iterator[Finding]:
     """Reward models and DPO learn from pairs, SFT from single answers, GRPO from what it writes; and held-out prompts
     are no pairs."""
-    algorithm = written(data, "algorithm")
+    algorithm = get_raw(data, "algorithm")
     if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
         return
     for path, source in sources_of(data):
-        dataset, format, asked = written(source, "dataset"), written(source, "format"), path == ("evaluate", "heldout")
-        pairs = algorithm in PAIRS and not asked
-        learns = "pairs" if pairs else "completions that it draws itself" if algorithm in DRAWS else "single answers"
-        whose = "held-out prompts have one gold answer" if asked else f"{algorithm} learns from {learns}"
+        dataset, format, heldout = (
+            get_raw(source, "dataset"),
+            get_raw(source, "format"),
+            path == ("evaluate", "heldout"),
+        )
+        pairs = algorithm in PAIR_ALGORITHMS and not heldout
+        learns = (
+            "pairs"
+            if pairs
+            else "completions that it draws itself"
+            if algorithm in GENERATIVE_ALGORITHMS
+            else "single answers"
+        )
+        whose = "held-out prompts have one gold answer" if heldout else f"{algorithm} learns from {learns}"
         if dataset == "tutor" and pairs:
             yield (*path, "dataset"), f"holds single answers, and {whose}; use tutor-preferences"
         elif dataset == "tutor-preferences" and not pairs:
@@ -302,57 +322,74 @@ def shapes(data: Any) -> Iterator[Finding]:
         elif pairs and format not in (None, "auto", "preference"):
             yield (*path, "format"), f"{whose}, a chosen and a rejected answer; say `preference`, or leave it out"
         elif format == "preference" and not pairs:
-            cure = (
+            fix = (
                 "name the format of single answers"
-                if asked or algorithm in DRAWS
+                if heldout or algorithm in GENERATIVE_ALGORITHMS
                 else (
                     "train with dpo or reward, or take the chosen ones: `prompt_completion` with columns: "
                     "{completion: chosen}"
                 )
             )
-            yield (*path, "format"), f"means pairs, and {whose}; {cure}"
+            yield (*path, "format"), f"means pairs, and {whose}; {fix}"
 
 
-def steady(data: Any) -> Iterator[Finding]:
+def deterministic_logps(data: Any) -> Iterator[Finding]:
     """Where log-probs are compared, the same row must give the same value twice."""
-    dropout = number(written(data, "adapters", "policy", "dropout"))
-    algorithm = written(data, "algorithm")
-    if algorithm in ("dpo", *DRAWS) and dropout is not None and dropout > 0:
+    dropout = number(get_raw(data, "adapters", "policy", "dropout"))
+    algorithm = get_raw(data, "algorithm")
+    if algorithm in ("dpo", *GENERATIVE_ALGORITHMS) and dropout is not None and dropout > 0:
         yield (
             ("adapters", "policy", "dropout"),
             f"must be 0 with {algorithm}: dropout is off wherever log-probs are compared",
         )
 
 
-def reference(data: Any, below: Sequence[str] = ()) -> Iterator[Finding]:
+def reference_findings(data: Any, frozen_adapters: Sequence[str] = ()) -> Iterator[Finding]:
     """The reference is no choice: it is the policy's stack without its top. `below` lies between loaded adapters and
     the policy."""
-    claimed = written(data, "reference")
-    if trained_by(written(data, "algorithm")) != "policy" or not isinstance(claimed, str):
+    claimed = get_raw(data, "reference")
+    if default_adapter_name(get_raw(data, "algorithm")) != "policy" or not isinstance(claimed, str):
         return
-    frozen = [*(name for name in adapters_of(data) if name not in (*valued.trained(data), learned.ROLE)), *below]
-    truth = frozen[-1] if frozen else "base"
-    if claimed != truth:
-        words = f"`{truth}`, the adapter right below it" if frozen else "`base`, as no adapter lies below it"
+    frozen = [
+        *(name for name in adapters_of(data) if name not in (*valued.trained_adapters(data), learned.REWARD_ADAPTER)),
+        *frozen_adapters,
+    ]
+    actual = frozen[-1] if frozen else "base"
+    if claimed != actual:
+        words = f"`{actual}`, the adapter right below it" if frozen else "`base`, as no adapter lies below it"
         yield (
             ("reference",),
             f"will be {words}: it is always the policy's stack without its top; write that, or leave it out",
         )
 
 
-def stacked(data: Any, below: Sequence[str] = ()) -> Iterator[Finding]:
+def adapter_stack_findings(data: Any, frozen_adapters: Sequence[str] = ()) -> Iterator[Finding]:
     """Only what lies on something can be kept apart from it."""
-    beside = {learned.ROLE, *valued.trained(data)}
-    if written(data, "train", "final_stack") == "apart" and not below and not adapters_of(data).keys() - beside:
+    beside = {learned.REWARD_ADAPTER, *valued.trained_adapters(data)}
+    if (
+        get_raw(data, "train", "final_stack") == "apart"
+        and not frozen_adapters
+        and not adapters_of(data).keys() - beside
+    ):
         yield ("train", "final_stack"), "`apart` does nothing here: no frozen adapter lies below the trained one"
 
 
-def findings(data: Any, below: Sequence[str] = (), lent: bool = False) -> Iterator[Finding]:
+def findings(data: Any, frozen_adapters: Sequence[str] = (), has_reward_stage: bool = False) -> Iterator[Finding]:
     """All of the above. `lent`: an earlier stage of a chain trains the reward model."""
-    for rule in (idle, rivals, length, weights, names, shapes, steady, earned.rewards, earned.golds):
+    for rule in (
+        unused_settings,
+        mutually_exclusive_findings,
+        run_length_findings,
+        source_weight_findings,
+        adapter_name_findings,
+        row_format_findings,
+        deterministic_logps,
+        earned.reward_findings,
+        earned.reward_needs_answers,
+    ):
         yield from rule(data)
-    yield from valued.findings(data, lent)
-    yield from learned.findings(data, lent)
-    yield from backend.findings(data, below, lent)
-    yield from reference(data, below)
-    yield from stacked(data, below)
+    yield from valued.findings(data, has_reward_stage)
+    yield from learned.findings(data, has_reward_stage)
+    yield from backend.findings(data, frozen_adapters, has_reward_stage)
+    yield from reference_findings(data, frozen_adapters)
+    yield from adapter_stack_findings(data, frozen_adapters)

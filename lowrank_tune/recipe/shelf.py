@@ -9,7 +9,7 @@ from lowrank_tune.recipe.chain import Chain
 from lowrank_tune.recipe.layers import find_preset, preset_names, read_recipe
 from lowrank_tune.recipe.single import Recipe
 
-GROUPS = (
+SIZE_GROUPS = (
     (1.0, "Tiny: the base that ships with the package, on any CPU"),
     (5.0, "3B and 4B"),
     (10.0, "7B and 8B"),
@@ -17,7 +17,7 @@ GROUPS = (
     (float("inf"), "32B"),
 )
 """Bases with fewer than so many billion weights, and what they are called together."""
-ORDER = ("sft", "reward", "dpo", "grpo", "ppo")
+ALGORITHM_ORDER = ("sft", "reward", "dpo", "grpo", "ppo")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)B\b")
 PEAK = re.compile(r"^# Planned peak: (\d+(?:\.\d+)?) GiB", re.MULTILINE)
 
@@ -40,37 +40,41 @@ class Preset:
     @property
     def group(self) -> str:
         """What bases of this size are called together."""
-        return next(title for most, title in GROUPS if self.billions < most)
+        return next(title for limit, title in SIZE_GROUPS if self.billions < limit)
 
 
-def shelf() -> list[Preset]:
+def list_presets() -> list[Preset]:
     """Every preset, the smallest base first; of one base, single algorithms before chains."""
-    return sorted((_preset(name) for name in preset_names()), key=_place)
+    return sorted((_load_preset(name) for name in preset_names()), key=_sort_key)
 
 
-def _preset(name: str) -> Preset:
-    tree, faults, stem = read_recipe(name)
-    loaded = Chain.of_tree(tree, faults, stem, ()) if "stages" in tree.value else Recipe.of_tree(tree, faults, stem, ())
+def _load_preset(name: str) -> Preset:
+    tree, problems, stem = read_recipe(name)
+    loaded = (
+        Chain.from_tree(tree, problems, stem, ())
+        if "stages" in tree.value
+        else Recipe.from_tree(tree, problems, stem, ())
+    )
     stages = loaded.stages if isinstance(loaded, Chain) else (loaded,)
     base = stages[0].base.model
-    size, told = SIZE.search(base), PEAK.search(find_preset(name).read_text(encoding="utf-8"))
+    size, peak = SIZE.search(base), PEAK.search(find_preset(name).read_text(encoding="utf-8"))
     return Preset(
         name,
         loaded.description,
         tuple(stage.algorithm for stage in stages),
         base,
         float(size.group(1)) if size else 0.0,
-        float(told.group(1)) if told else None,
+        float(peak.group(1)) if peak else None,
     )
 
 
-def _place(preset: Preset) -> tuple[float, str, int, list[int], str]:
+def _sort_key(preset: Preset) -> tuple[float, str, int, list[int], str]:
     # so that a chain over a pretrained base stands behind what is done to its chat model
     family = preset.name.rpartition("-")[0]
     return (
         preset.billions,
         family,
         len(preset.algorithms),
-        [ORDER.index(each) for each in preset.algorithms],
+        [ALGORITHM_ORDER.index(each) for each in preset.algorithms],
         preset.name,
     )

@@ -12,16 +12,16 @@ from typing import Any
 
 import yaml
 
-from lowrank_tune.errors import Fault
-from lowrank_tune.recipe.tree import MAX_DEPTH, Node, Path, Place, unfit
+from lowrank_tune.errors import ConfigProblem
+from lowrank_tune.recipe.tree import MAX_DEPTH, Node, Path, SourcePosition, invalid_text
 
 MAX_BYTES = 256 * 1024
 MAX_VALUES = 2_000
 MAX_DIGITS = 40
 
-WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
-NAMED = {
+CONSTANTS = {
     "": None,
     "~": None,
     "null": None,
@@ -36,19 +36,19 @@ NAMED = {
 }
 
 
-def scalar(text: str) -> Any:
+def parse_scalar(text: str) -> Any:
     """What a plain (unquoted) word means."""
-    if text in NAMED:
-        return NAMED[text]
+    if text in CONSTANTS:
+        return CONSTANTS[text]
     if len(text) <= MAX_DIGITS:
-        if WHOLE.fullmatch(text):
+        if INTEGER.fullmatch(text):
             return int(text)
         if DECIMAL.fullmatch(text):
             return float(text)
     return text
 
 
-class Stop(Exception):
+class YamlSyntaxError(Exception):
     """The text cannot be read beyond this point."""
 
     def __init__(self, message: str, line: int) -> None:
@@ -59,24 +59,24 @@ class Stop(Exception):
 def decode(raw: bytes) -> str:
     """UTF-8, within the size limit, with something in it and no tabs as indentation."""
     if len(raw) > MAX_BYTES:
-        raise Stop(f"has {len(raw):,} bytes, and a recipe has at most {MAX_BYTES:,}", 1)
+        raise YamlSyntaxError(f"has {len(raw):,} bytes, and a recipe has at most {MAX_BYTES:,}", 1)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Stop("is not UTF-8 text here", raw[: error.start].count(b"\n") + 1) from None
+        raise YamlSyntaxError("is not UTF-8 text here", raw[: error.start].count(b"\n") + 1) from None
     for number, line in enumerate(text.split("\n"), 1):
         if "\t" in line[: len(line) - len(line.lstrip())] and line.strip():
-            raise Stop("is indented with a tab; YAML wants spaces", number)
+            raise YamlSyntaxError("is indented with a tab; YAML wants spaces", number)
     return text
 
 
-class Reader:
+class YamlComposer:
     """Builds the tree from events, with a stack of its own: depth, size, duplicates and forbidden features are seen at
     once."""
 
     def __init__(self, file: str) -> None:
         self.file = file
-        self.faults: list[Fault] = []
+        self.problems: list[ConfigProblem] = []
         self.root: Node | None = None
         self.stack: list[Node] = []
         self.keys: list[tuple[str, int] | None] = []  # for each open mapping, the key that waits for its value
@@ -84,81 +84,83 @@ class Reader:
         self.count = 0
         self.documents = 0
 
-    def fault(self, message: str, line: int, path: Path | None = None) -> None:
-        self.faults.append(Place(self.file, line).fault(message, self.here() if path is None else path))
+    def add_problem(self, message: str, line: int, path: Path | None = None) -> None:
+        self.problems.append(
+            SourcePosition(self.file, line).problem(message, self.current_path() if path is None else path)
+        )
 
-    def here(self) -> Path:
+    def current_path(self) -> Path:
         """The path of the value that comes next."""
         if self.stack and isinstance(self.stack[-1].value, list):
             return (*self.path, len(self.stack[-1].value))
         waiting = self.keys[-1] if self.keys else None
         return (*self.path, waiting[0]) if waiting else tuple(self.path)
 
-    def read(self, text: str) -> None:
+    def compose(self, text: str) -> None:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             line = event.start_mark.line + 1 if event.start_mark else 1
             if isinstance(event, yaml.DocumentStartEvent):
                 self.documents += 1
                 if self.documents > 1:
-                    raise Stop("a second document begins; a recipe is one", line)
+                    raise YamlSyntaxError("a second document begins; a recipe is one", line)
                 if event.version or event.tags:
-                    raise Stop("has a YAML directive (%); a recipe needs none", line)
+                    raise YamlSyntaxError("has a YAML directive (%); a recipe needs none", line)
             elif isinstance(event, yaml.AliasEvent):
-                self.fault(f"has an alias (*{event.anchor:.40}); write the value out, or use `extends`", line)
-                self.value(Node(None, Place(self.file, line)), line)
+                self.add_problem(f"has an alias (*{event.anchor:.40}); write the value out, or use `extends`", line)
+                self.add_value(Node(None, SourcePosition(self.file, line)), line)
             elif isinstance(event, (yaml.ScalarEvent, yaml.MappingStartEvent, yaml.SequenceStartEvent)):
-                self.start(event, line)
+                self.open_node(event, line)
             elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
                 if isinstance(event, yaml.MappingEndEvent):
                     self.keys.pop()
                 self.stack.pop()
-                self.leave()
+                self.close_node()
 
-    def start(self, event: Any, line: int) -> None:
+    def open_node(self, event: Any, line: int) -> None:
         """A scalar, or the opening of a mapping or list."""
         self.count += 1
         if self.count > MAX_VALUES:
-            raise Stop(f"holds more than {MAX_VALUES:,} values", line)
+            raise YamlSyntaxError(f"holds more than {MAX_VALUES:,} values", line)
         is_key = bool(self.stack) and isinstance(self.stack[-1].value, dict) and self.keys[-1] is None
         if event.anchor:
-            self.fault(f"has an anchor (&{event.anchor:.40}); write the value out, or use `extends`", line)
+            self.add_problem(f"has an anchor (&{event.anchor:.40}); write the value out, or use `extends`", line)
         if event.tag:
-            self.fault(f"has a tag ({event.tag:.40}); a recipe holds plain data", line)
+            self.add_problem(f"has a tag ({event.tag:.40}); a recipe holds plain data", line)
         if isinstance(event, yaml.ScalarEvent):
-            value = scalar(event.value) if event.implicit[0] else event.value
+            value = parse_scalar(event.value) if event.implicit[0] else event.value
             if is_key:
-                self.key(event.value, value, line)
+                self.add_key(event.value, value, line)
                 return
-            if isinstance(value, str) and (why := unfit(value)):
-                self.fault(why, line)
+            if isinstance(value, str) and (reason := invalid_text(value)):
+                self.add_problem(reason, line)
                 value = None
             elif isinstance(value, float) and len(event.value) > MAX_DIGITS:
                 value = event.value
-            self.value(Node(value, Place(self.file, line)), line)
+            self.add_value(Node(value, SourcePosition(self.file, line)), line)
         elif is_key:
-            raise Stop(
+            raise YamlSyntaxError(
                 "a key must be a word, not a mapping or a list (a value that begins with a brace wants quotes)", line
             )
         else:
             if len(self.stack) >= MAX_DEPTH:
-                raise Stop(f"is nested more than {MAX_DEPTH} levels deep", line)
-            opened = isinstance(event, yaml.MappingStartEvent)
-            node = Node({} if opened else [], Place(self.file, line))
-            self.value(node, line, opens=True)
+                raise YamlSyntaxError(f"is nested more than {MAX_DEPTH} levels deep", line)
+            is_mapping = isinstance(event, yaml.MappingStartEvent)
+            node = Node({} if is_mapping else [], SourcePosition(self.file, line))
+            self.add_value(node, line, is_open=True)
             self.stack.append(node)
-            if opened:
+            if is_mapping:
                 self.keys.append(None)
 
-    def key(self, text: str, value: Any, line: int) -> None:
+    def add_key(self, text: str, value: Any, line: int) -> None:
         if text == "<<":
-            self.fault("is a merge key; use `extends`", line, (*self.path, text))
+            self.add_problem("is a merge key; use `extends`", line, (*self.path, text))
         elif not isinstance(value, str):
-            self.fault(f"a key must be a word, and `{text:.40}` is none", line)
-        elif why := unfit(text):
-            self.fault(f"a key {why}", line)
+            self.add_problem(f"a key must be a word, and `{text:.40}` is none", line)
+        elif reason := invalid_text(text):
+            self.add_problem(f"a key {reason}", line)
         self.keys[-1] = (text, line)
 
-    def value(self, node: Node, line: int, opens: bool = False) -> None:
+    def add_value(self, node: Node, line: int, is_open: bool = False) -> None:
         """Puts a value where it belongs; one that opens stays on the path until it closes."""
         if not self.stack:
             self.root = node
@@ -170,50 +172,52 @@ class Reader:
         else:
             waiting = self.keys[-1]
             if waiting is None:
-                raise Stop("an alias cannot be a key", line)
+                raise YamlSyntaxError("an alias cannot be a key", line)
             key, key_line = waiting
             self.keys[-1] = None
             self.path.append(key)
-            node.place = Place(self.file, key_line)
+            node.position = SourcePosition(self.file, key_line)
             if key in parent:
-                self.fault(
-                    f"is written twice; the first stands on line {parent[key].place.line}", key_line, tuple(self.path)
+                self.add_problem(
+                    f"is written twice; the first stands on line {parent[key].position.line}",
+                    key_line,
+                    tuple(self.path),
                 )
             elif key != "<<":
                 parent[key] = node
-        if not opens:
-            self.leave()
+        if not is_open:
+            self.close_node()
 
-    def leave(self) -> None:
+    def close_node(self) -> None:
         if self.path:
             self.path.pop()
 
 
-def parse(raw: bytes, file: str) -> tuple[Node | None, list[Fault]]:
+def parse_yaml(raw: bytes, file: str) -> tuple[Node | None, list[ConfigProblem]]:
     """The tree of a file, and the faults found on the way; no tree where it could not be read to its end."""
-    reader = Reader(file)
+    composer = YamlComposer(file)
 
-    def stopped(message: str, line: int) -> tuple[None, list[Fault]]:
-        return None, [*reader.faults, Fault(message, "", file, line)]
+    def failed(message: str, line: int) -> tuple[None, list[ConfigProblem]]:
+        return None, [*composer.problems, ConfigProblem(message, "", file, line)]
 
     try:
         text = decode(raw)
-        reader.read(text)
-    except Stop as stop:
-        return stopped(stop.message, stop.line)
+        composer.compose(text)
+    except YamlSyntaxError as stop:
+        return failed(stop.message, stop.line)
     except yaml.reader.ReaderError as error:
         position = error.position if isinstance(error.position, int) else 0
-        return stopped("holds a control character", text.count("\n", 0, position) + 1)
+        return failed("holds a control character", text.count("\n", 0, position) + 1)
     except yaml.MarkedYAMLError as error:
         # where an open quote or a lone word stands
-        begun = isinstance(error, yaml.scanner.ScannerError) and error.context_mark
-        mark = begun or error.problem_mark
-        said = " ".join(part for part in (error.context, error.problem) if part).replace("'\\t'", "a tab")
-        return stopped(f"is not YAML: {said:.160}", mark.line + 1 if mark else 1)
+        opening_mark = isinstance(error, yaml.scanner.ScannerError) and error.context_mark
+        mark = opening_mark or error.problem_mark
+        reason = " ".join(part for part in (error.context, error.problem) if part).replace("'\\t'", "a tab")
+        return failed(f"is not YAML: {reason:.160}", mark.line + 1 if mark else 1)
     except (ValueError, OverflowError, yaml.YAMLError):  # `"\UFFFFFFFF"` and endless numbers in a directive
-        return stopped("is not YAML: a character code or number is out of range", 1)
-    if reader.root is None:
-        return stopped("is empty", 1)
-    if not isinstance(reader.root.value, dict):
-        return stopped("is not a recipe: it must begin with `key: value` lines", reader.root.place.line or 1)
-    return reader.root, reader.faults
+        return failed("is not YAML: a character code or number is out of range", 1)
+    if composer.root is None:
+        return failed("is empty", 1)
+    if not isinstance(composer.root.value, dict):
+        return failed("is not a recipe: it must begin with `key: value` lines", composer.root.position.line or 1)
+    return composer.root, composer.problems

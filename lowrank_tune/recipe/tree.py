@@ -6,23 +6,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank_tune.errors import Fault
+from lowrank_tune.errors import ConfigProblem
 
 MAX_DEPTH = 20
-ENDLESS = 10**40
+INFINITE_INT_BOUND = 10**40
 
 Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class Place:
+class SourcePosition:
     """Where something stands. Data that came from Python has neither file nor line."""
 
     file: str = ""
     line: int | None = None
 
-    def fault(self, message: str, path: Path = ()) -> Fault:
-        return Fault(message, dotted(path), self.file, self.line)
+    def problem(self, message: str, path: Path = ()) -> ConfigProblem:
+        return ConfigProblem(message, dotted(path), self.file, self.line)
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Node:
     """A mapping (`dict[str, Node]`), a list (`list[Node]`) or a scalar, and where its key stands."""
 
     value: Any
-    place: Place
+    position: SourcePosition
 
 
 def dotted(path: Path) -> str:
@@ -38,16 +38,16 @@ def dotted(path: Path) -> str:
     return ".".join(word if word.isprintable() else ascii(word) for word in map(str, path))
 
 
-def plain(node: Node) -> Any:
+def to_python(node: Node) -> Any:
     """The data without its places."""
     if isinstance(node.value, dict):
-        return {key: plain(child) for key, child in node.value.items()}
+        return {key: to_python(child) for key, child in node.value.items()}
     if isinstance(node.value, list):
-        return [plain(child) for child in node.value]
+        return [to_python(child) for child in node.value]
     return node.value
 
 
-def find(node: Node, path: Path) -> Node | None:
+def find_node(node: Node, path: Path) -> Node | None:
     """The node at a path, or None."""
     for step in path:
         value = node.value
@@ -60,22 +60,22 @@ def find(node: Node, path: Path) -> Node | None:
     return node
 
 
-def nearest(node: Node, path: Path) -> Node:
+def nearest_node(node: Node, path: Path) -> Node:
     """The node at a path, or its closest ancestor that was written: there a missing key would have stood."""
     for length in range(len(path), 0, -1):
-        if (found := find(node, path[:length])) is not None:
+        if (found := find_node(node, path[:length])) is not None:
             return found
     return node
 
 
-def remove(node: Node, path: Path) -> None:
+def remove_key(node: Node, path: Path) -> None:
     """Takes a key out of its mapping."""
-    parent = find(node, path[:-1])
+    parent = find_node(node, path[:-1])
     if parent is not None and isinstance(parent.value, dict):
         parent.value.pop(path[-1], None)
 
 
-def unfit(text: str) -> str:
+def invalid_text(text: str) -> str:
     """Why a text cannot be a value, or an empty string."""
     try:
         text.encode()
@@ -86,28 +86,30 @@ def unfit(text: str) -> str:
     return ""
 
 
-def from_python(data: Any, place: Place, faults: list[Fault], path: Path = ()) -> Node:
+def from_python(data: Any, position: SourcePosition, problems: list[ConfigProblem], path: Path = ()) -> Node:
     """Plain Python data as a tree. Keys that are no text, and nesting without end, become faults."""
     if len(path) > MAX_DEPTH:
-        faults.append(place.fault(f"is nested more than {MAX_DEPTH} levels deep", path))
-        return Node(None, place)
+        problems.append(position.problem(f"is nested more than {MAX_DEPTH} levels deep", path))
+        return Node(None, position)
     if isinstance(data, dict):
         children: dict[str, Node] = {}
         for key, value in data.items():
             if isinstance(key, str):
-                children[key] = from_python(value, place, faults, (*path, key))
+                children[key] = from_python(value, position, problems, (*path, key))
             else:
-                faults.append(place.fault(f"a key must be text, not {key!r:.40}", path))
-        return Node(children, place)
+                problems.append(position.problem(f"a key must be text, not {key!r:.40}", path))
+        return Node(children, position)
     if isinstance(data, (list, tuple)):
-        return Node([from_python(value, place, faults, (*path, index)) for index, value in enumerate(data)], place)
-    if isinstance(data, str) and (why := unfit(data)):
-        faults.append(place.fault(why, path))
-    elif isinstance(data, int) and abs(data) >= ENDLESS:
-        faults.append(place.fault("is an endless number", path))
+        return Node(
+            [from_python(value, position, problems, (*path, index)) for index, value in enumerate(data)], position
+        )
+    if isinstance(data, str) and (reason := invalid_text(data)):
+        problems.append(position.problem(reason, path))
+    elif isinstance(data, int) and abs(data) >= INFINITE_INT_BOUND:
+        problems.append(position.problem("is an endless number", path))
     else:
-        return Node(data, place)
-    return Node(None, place)
+        return Node(data, position)
+    return Node(None, position)
 
 
 def leaves(data: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

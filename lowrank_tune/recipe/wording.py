@@ -122,7 +122,7 @@ ALIASES: dict[str, str] = {
 }
 """Names of other kits, and where the same thing stands here."""
 
-ALIASES_OF: dict[str, dict[str, str]] = {
+ALGORITHM_ALIASES: dict[str, dict[str, str]] = {
     "grpo": {
         "num_generations": "rollout.num_generations",
         "num_return_sequences": "rollout.num_generations",
@@ -216,16 +216,16 @@ ALIASES_OF: dict[str, dict[str, str]] = {
 }
 """What they mean with one algorithm alone."""
 
-NO_SECOND_MODEL = (
+NO_REFERENCE_MODEL_NOTE = (
     "there is no second model: the reference is the policy's stack without its top (`reference` says "
     "what you expect it to be)"
 )
-SPREAD = "rewards are divided by their spread in the group, but for `grpo.loss`: dr_grpo"
-FULL = (
+REWARD_SCALING_NOTE = "rewards are divided by their spread in the group, but for `grpo.loss`: dr_grpo"
+SAMPLING_NOTE = (
     "training samples the full distribution, at `rollout.temperature`; held-out answers are greedy, or sampled at "
     "`evaluate.temperature`"
 )
-IN_PROCESS = (
+IN_PROCESS_NOTE = (
     "completions are drawn in this process, from the very weights that are trained; `rollout.slots` says "
     "how many at once"
 )
@@ -235,10 +235,10 @@ NOT_SETTINGS: dict[str, str] = {
     "output_dir": "the run's folder is `runs/NAME`, or given by --out",
     "overwrite_output_dir": "an unfinished run is continued and a finished one left alone",
     "resume_from_checkpoint": "the same command again continues the run",
-    "ref_model": NO_SECOND_MODEL,
-    "reference_model": NO_SECOND_MODEL,
-    "ref_model_init_kwargs": NO_SECOND_MODEL,
-    "ref_adapter_name": NO_SECOND_MODEL,
+    "ref_model": NO_REFERENCE_MODEL_NOTE,
+    "reference_model": NO_REFERENCE_MODEL_NOTE,
+    "ref_model_init_kwargs": NO_REFERENCE_MODEL_NOTE,
+    "ref_adapter_name": NO_REFERENCE_MODEL_NOTE,
     "sync_ref_model": "the reference stays what it is; for a later one, chain runs with `stages`",
     "reference_free": "the reference costs one pass over the data, before training",
     "precompute_ref_log_probs": "the reference's log-probs are always computed once, and kept",
@@ -257,8 +257,8 @@ NOT_SETTINGS: dict[str, str] = {
     "tf32": "precision follows from the device",
     "torch_dtype": "precision follows from the device",
     "dtype": "precision follows from the device",
-    "scale_rewards": SPREAD,
-    "norm_adv_by_std_in_grpo": SPREAD,
+    "scale_rewards": REWARD_SCALING_NOTE,
+    "norm_adv_by_std_in_grpo": REWARD_SCALING_NOTE,
     "steps_per_generation": "every step draws its own completions, and `grpo.epochs` says how often they are used",
     "generation_batch_size": "it follows from `train.prompts_per_step` and `rollout.num_generations`",
     **dict.fromkeys(
@@ -275,58 +275,59 @@ NOT_SETTINGS: dict[str, str] = {
             "sampling_params",
             "do_sample",
         ),
-        FULL,
+        SAMPLING_NOTE,
     ),
     **dict.fromkeys(
-        ("use_vllm", "fast_inference", "gpu_memory_utilization", "tensor_parallel_size", "rollout_engine"), IN_PROCESS
+        ("use_vllm", "fast_inference", "gpu_memory_utilization", "tensor_parallel_size", "rollout_engine"),
+        IN_PROCESS_NOTE,
     ),
 }
 """Names of other kits for what is no setting here, and why."""
 
-MOST_HINTS = 60
+MAX_HINTS = 60
 """Looking for the nearest name takes time, and nobody reads more."""
 
-PATTERNS = {
+PATTERN_MESSAGES = {
     "name": "may hold letters, digits, `.`, `_` and `-`, a letter or digit first, at most 64",
     "": "must be one line without control characters",
 }
 
 
-def unwrap(annotation: Any) -> Iterator[Any]:
+def strip_optional(annotation: Any) -> Iterator[Any]:
     """The alternatives of an annotation, without `Optional` and `Annotated`."""
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
         for each in get_args(annotation):
-            yield from unwrap(each)
+            yield from strip_optional(each)
     elif hasattr(annotation, "__metadata__"):
-        yield from unwrap(get_args(annotation)[0])
+        yield from strip_optional(get_args(annotation)[0])
     elif annotation is not type(None):
         yield annotation
 
 
-def kinds_at(model: type[BaseModel], path: Path) -> list[Any]:
+def annotations_at(model: type[BaseModel], path: Path) -> list[Any]:
     """The annotations that a path leads to; none where there is no such path."""
-    found: list[Any] = [model]
+    reached: list[Any] = [model]
     for step in path:
         following: list[Any] = []
-        for kind in found:
+        for kind in reached:
             arguments = get_args(kind)
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 if step in kind.model_fields:
-                    following += unwrap(kind.model_fields[str(step)].annotation)
+                    following += strip_optional(kind.model_fields[str(step)].annotation)
             elif get_origin(kind) is dict:
-                following += unwrap(arguments[1])
+                following += strip_optional(arguments[1])
             elif get_origin(kind) is tuple and isinstance(step, int):
-                following += unwrap(arguments[0])
-        found = following
-    return found
+                following += strip_optional(arguments[0])
+        reached = following
+    return reached
 
 
 def keys_at(model: type[BaseModel], path: Path) -> list[str]:
     """The keys that the section at a path knows."""
     return [
         key
-        for kind in kinds_at(model, path)
+        for kind in annotations_at(model, path)
         if isinstance(kind, type) and issubclass(kind, BaseModel)
         for key in kind.model_fields
     ]
@@ -334,7 +335,7 @@ def keys_at(model: type[BaseModel], path: Path) -> list[str]:
 
 def all_paths(model: type[BaseModel], path: Path = ()) -> Iterator[Path]:
     """Every setting's path; for lists the first entry stands, for adapters the policy."""
-    for kind in kinds_at(model, path):
+    for kind in annotations_at(model, path):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             for key in kind.model_fields:
                 yield (*path, key)
@@ -346,37 +347,37 @@ def all_paths(model: type[BaseModel], path: Path = ()) -> Iterator[Path]:
 
 
 @functools.cache
-def elsewhere(model: type[BaseModel], algorithm: str = "") -> dict[str, str]:
+def setting_locations(model: type[BaseModel], algorithm: str = "") -> dict[str, str]:
     """Every setting's bare name, and where the first one of that name stands that the algorithm uses."""
-    every = [dotted(each) for each in all_paths(model)]
-    foreign = {key for key, users in USED_BY.items() if algorithm and algorithm not in users}
-    used = [each for each in every if not any(each == key or each.startswith(f"{key}.") for key in foreign)]
+    paths = [dotted(each) for each in all_paths(model)]
+    unused = {key for key, users in USED_BY.items() if algorithm and algorithm not in users}
+    used = [each for each in paths if not any(each == key or each.startswith(f"{key}.") for key in unused)]
     return {each.rpartition(".")[2]: each for each in reversed(used)}
 
 
-def unknown(model: type[BaseModel], path: Path, algorithm: str = "") -> str:
+def unknown_key_message(model: type[BaseModel], path: Path, algorithm: str = "") -> str:
     """The sentence for a key that no one knows."""
     section, word = path[:-1], str(path[-1])
-    own = ALIASES_OF.get(algorithm, {}).get(word)
+    own = ALGORITHM_ALIASES.get(algorithm, {}).get(word)
     if own is None and (word in NOT_SETTINGS or word.startswith("vllm_")):
-        return f"unknown key; {NOT_SETTINGS.get(word, IN_PROCESS)}"
+        return f"unknown key; {NOT_SETTINGS.get(word, IN_PROCESS_NOTE)}"
     here = keys_at(model, section)
-    meant = ALIASES.get(word)
+    alias = ALIASES.get(word)
     near = get_close_matches(word, here, n=1, cutoff=0.6)
     if own is not None:
         near = [own.rpartition(".")[2] if own.rpartition(".")[0] == dotted(section) else own]
-    elif meant is not None:
-        last = meant.rpartition(".")[2]
-        near = [last] if last in here else near or [meant]
+    elif alias is not None:
+        last = alias.rpartition(".")[2]
+        near = [last] if last in here else near or [alias]
     elif not near:
-        names = elsewhere(model, algorithm)
+        names = setting_locations(model, algorithm)
         near = [names[each] for each in get_close_matches(word, list(names), n=1, cutoff=0.8)]
     if near:
         return f"unknown key; did you mean `{near[0]}`?"
     return f"unknown key; there are {', '.join(here)}" if 0 < len(here) <= 12 else "unknown key"
 
 
-def found(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """A value in words."""
     if value is None:
         return "nothing"
@@ -394,10 +395,10 @@ def found(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def expected(model: type[BaseModel], path: Path) -> str:
+def describe_expected(model: type[BaseModel], path: Path) -> str:
     """What a path wants, in words."""
     words: list[str] = []
-    for kind in kinds_at(model, path):
+    for kind in annotations_at(model, path):
         if get_origin(kind) is Literal:
             words.append("one of " * (len(get_args(kind)) > 1) + ", ".join(map(str, get_args(kind))))
         elif get_origin(kind) is tuple:
@@ -413,9 +414,9 @@ def expected(model: type[BaseModel], path: Path) -> str:
     return " or ".join(words) or "another value"
 
 
-def hint(model: type[BaseModel], path: Path, value: Any) -> str:
+def suggestion_for(model: type[BaseModel], path: Path, value: Any) -> str:
     """What helps after a value of the wrong type."""
-    kinds = kinds_at(model, path)
+    kinds = annotations_at(model, path)
     if kinds == [str] and isinstance(value, (int, float)):
         return " (put it in quotes)"
     if bool in kinds and isinstance(value, str) and value.lower() in ("yes", "on", "true", "no", "off", "false"):
@@ -425,29 +426,32 @@ def hint(model: type[BaseModel], path: Path, value: Any) -> str:
     return f"; did you mean `{near[0]}`?" if near else ""
 
 
-def sentence(model: type[BaseModel], error: ErrorDetails, path: Path, value: Any) -> str:
+def format_error(model: type[BaseModel], error: ErrorDetails, path: Path, value: Any) -> str:
     """One of pydantic's errors, for people."""
     kind, limits = error["type"], error.get("ctx", {})
     simple = {
         "missing": "is missing",
-        "finite_number": f"must be a finite number, found {found(value)}",
-        "greater_than": f"must be greater than {limits.get('gt')}, found {found(value)}",
-        "greater_than_equal": f"must be at least {limits.get('ge')}, found {found(value)}",
-        "less_than": f"must be smaller than {limits.get('lt')}, found {found(value)}",
-        "less_than_equal": f"must be at most {limits.get('le')}, found {found(value)}",
+        "finite_number": f"must be a finite number, found {describe_value(value)}",
+        "greater_than": f"must be greater than {limits.get('gt')}, found {describe_value(value)}",
+        "greater_than_equal": f"must be at least {limits.get('ge')}, found {describe_value(value)}",
+        "less_than": f"must be smaller than {limits.get('lt')}, found {describe_value(value)}",
+        "less_than_equal": f"must be at most {limits.get('le')}, found {describe_value(value)}",
         "too_short": "must have at least one entry",
         "string_too_short": "must not be empty",
         "string_too_long": f"must have at most {limits.get('max_length')} letters",
         "string_unicode": "holds half of a surrogate pair, which is no character",
-        "string_pattern_mismatch": f"{PATTERNS.get(str(path[-1]) if len(path) == 1 else '', PATTERNS[''])}, found "
-        f"{found(value)}",
+        "string_pattern_mismatch": f"{PATTERN_MESSAGES.get(str(path[-1]) if len(path) == 1 else '', PATTERN_MESSAGES[''])}, found "
+        f"{describe_value(value)}",
     }
-    return simple.get(kind) or f"expected {expected(model, path)}, found {found(value)}{hint(model, path, value)}"
+    return (
+        simple.get(kind)
+        or f"expected {describe_expected(model, path)}, found {describe_value(value)}{suggestion_for(model, path, value)}"
+    )
 
 
-def sentences(model: type[BaseModel], data: Any, failed: ValidationError) -> Iterator[tuple[Path, str]]:
+def format_errors(model: type[BaseModel], data: Any, failed: ValidationError) -> Iterator[tuple[Path, str]]:
     """Each error once, with the path in the data as written (pydantic adds the tags of unions to it)."""
-    told: set[Path] = set()
+    reported: set[Path] = set()
     algorithm = data.get("algorithm") if isinstance(data, dict) else None
     algorithm = algorithm if isinstance(algorithm, str) and algorithm in ALGORITHMS else ""
     for error in failed.errors(include_url=False, include_context=True):
@@ -463,10 +467,10 @@ def sentences(model: type[BaseModel], data: Any, failed: ValidationError) -> Ite
             path = (*path, step)
         if error["type"] == "missing":
             path = tuple(error["loc"])
-        if path in told:
+        if path in reported:
             continue
-        told.add(path)
+        reported.add(path)
         if error["type"] == "extra_forbidden":
-            yield path, unknown(model, path, algorithm) if len(told) <= MOST_HINTS else "unknown key"
+            yield path, unknown_key_message(model, path, algorithm) if len(reported) <= MAX_HINTS else "unknown key"
         else:
-            yield path, sentence(model, error, path, value)
+            yield path, format_error(model, error, path, value)

@@ -10,7 +10,7 @@ Finding = tuple[Path, str]
 """Where something is wrong, and a sentence."""
 
 
-def written(data: Any, *path: str | int) -> Any:
+def get_raw(data: Any, *path: str | int) -> Any:
     """The value at a path, or None; null counts as not written."""
     for step in path:
         if isinstance(data, dict):
@@ -33,5 +33,5 @@ def number(value: Any) -> float | None:
 
 def entries(data: Any, *path: str) -> list[Any]:
     """The list at a path, or an empty one."""
-    found = written(data, *path)
+    found = get_raw(data, *path)
     return found if isinstance(found, list) else []

@@ -1,25 +1,25 @@
 """Rewards: what a completion is worth, told by functions that may fail or hang without the run being misled."""
 
-from lowrank_tune.rewards.failures import failed, unusable
-from lowrank_tune.rewards.garbage import garbage
-from lowrank_tune.rewards.groups import dead_share
-from lowrank_tune.rewards.pool import Scorer
-from lowrank_tune.rewards.preflight import Report, examine
-from lowrank_tune.rewards.protocol import Item, Reward, Score
-from lowrank_tune.rewards.uses import Weighted, make, total
+from lowrank_tune.rewards.failures import first_failure, row_rejection_reason
+from lowrank_tune.rewards.garbage import make_negative_samples
+from lowrank_tune.rewards.groups import zero_std_fraction
+from lowrank_tune.rewards.pool import WorkerPool
+from lowrank_tune.rewards.preflight import SanityReport, sanity_check_rewards
+from lowrank_tune.rewards.protocol import Reward, RewardInput, Score
+from lowrank_tune.rewards.uses import WeightedReward, build_rewards, total
 
 __all__ = [
-    "Item",
-    "Report",
+    "RewardInput",
+    "SanityReport",
     "Reward",
     "Score",
-    "Scorer",
-    "Weighted",
-    "dead_share",
-    "examine",
-    "failed",
-    "garbage",
-    "make",
+    "WorkerPool",
+    "WeightedReward",
+    "zero_std_fraction",
+    "sanity_check_rewards",
+    "first_failure",
+    "make_negative_samples",
+    "build_rewards",
     "total",
-    "unusable",
+    "row_rejection_reason",
 ]

@@ -15,27 +15,27 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from lowrank_tune.data.gold import after_hashes, last_boxed
-from lowrank_tune.rewards.protocol import Item, Score, shown
+from lowrank_tune.data.gold import answer_after_hashes, last_boxed
+from lowrank_tune.rewards.protocol import RewardInput, Score, truncate_for_display
 
-TAIL = 4000  # characters at the end of a completion that may hold its answer: a hostile text costs milliseconds
-LONGEST = 100  # characters of a number
+TAIL_CHARS = 4000  # characters at the end of a completion that may hold its answer: a hostile text costs milliseconds
+MAX_NUMBER_CHARS = 100  # characters of a number
 
 # generous: what looks like a number is read, strictly, later
 SIGN, DIGITS = r"[-+\u2212]?", r"(?:\d[\d,.]*+|(?<!\.)\.\d++)(?:[eE][-+]?\d++)?"
 NUMBER = rf"(?:\d++ (?=\d++ ?/))?{DIGITS}(?: ?/ ?{DIGITS})?(?: ?%)?"
-LAST = re.compile(rf"(?<!\w)(?:(?<![)\]}}]){SIGN})?\$?{NUMBER}")
-STRICT = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-WHOLE = re.compile(
-    rf"(?P<sign>[-+]?)\$?(?P<back>[-+]?)(?:(?P<whole>[0-9]+) (?=[0-9]+ ?/))?(?P<top>{STRICT})(?: ?/ "
-    rf"?(?P<bottom>{STRICT}))?"
+LOOSE_NUMBER = re.compile(rf"(?<!\w)(?:(?<![)\]}}]){SIGN})?\$?{NUMBER}")
+STRICT_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+FULL_NUMBER = re.compile(
+    rf"(?P<sign>[-+]?)\$?(?P<back>[-+]?)(?:(?P<whole>[0-9]+) (?=[0-9]+ ?/))?(?P<top>{STRICT_NUMBER})(?: ?/ "
+    rf"?(?P<bottom>{STRICT_NUMBER}))?"
     r"(?P<percent> ?%)?"
 )
-NAMED = re.compile(r"[A-Za-z]\w{0,19} ?= ?")
+VARIABLE_PREFIX = re.compile(r"[A-Za-z]\w{0,19} ?= ?")
 UNIT = re.compile(
     r" ?(?!(?:hundred|thousand|million|billion|trillion|dozen)s?\b)(?:[^\W\d_]{2}[^\d+*/^=<>-]{0,40}|[mgslhjnwv])", re.I
 )
-CHOICE = re.compile(r"\(\w\)")  # (b) of several
+CHOICE_PATTERN = re.compile(r"\(\w\)")  # (b) of several
 LATEX = (
     (re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"), r" \1/\2"),
     (re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}"), r" \1"),
@@ -46,13 +46,13 @@ LATEX = (
 
 
 @dataclass(frozen=True)
-class Value:
+class NumericAnswer:
     """An exact number, and whether a percent sign stood behind it."""
 
     number: Fraction
     percent: bool = False
 
-    def equals(self, other: Value) -> bool:
+    def equals(self, other: NumericAnswer) -> bool:
         """Equal numbers; of which one alone has a percent sign, equal with it as a unit or as hundredths."""
         if self.percent == other.percent:
             return self.number == other.number
@@ -61,72 +61,74 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerReward:
     """pass (1) or fail (0). A completion that did not stop by itself has not answered."""
 
     name: str = "answer"
-    judges: ClassVar[bool] = True
+    is_verifier: ClassVar[bool] = True
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
+    def score(self, items: Sequence[RewardInput]) -> list[Score]:
         return [self._score(item) for item in items]
 
-    def _score(self, item: Item) -> Score:
-        if item.gold is None or not item.gold.strip():
+    def _score(self, item: RewardInput) -> Score:
+        if item.ground_truth is None or not item.ground_truth.strip():
             return Score(None, "error", f"`{self.name}` needs a gold answer, and there is none for {item}")
         if not item.stopped:
             return Score(0.0, "fail", "did not stop")
-        found = final(item.completion)
-        if found is None:
-            found = item.completion[-TAIL:]
-        right = agrees(found, item.gold)
+        answer = extract_final_answer(item.completion)
+        if answer is None:
+            answer = item.completion[-TAIL_CHARS:]
+        correct = answers_match(answer, item.ground_truth)
         return Score(
-            float(right),
-            "pass" if right else "fail",
-            "" if right else f"{shown(found, 40)} is not {shown(item.gold, 40)}",
+            float(correct),
+            "pass" if correct else "fail",
+            ""
+            if correct
+            else f"{truncate_for_display(answer, 40)} is not {truncate_for_display(item.ground_truth, 40)}",
         )
 
 
-def final(completion: str) -> str | None:
+def extract_final_answer(completion: str) -> str | None:
     """The final answer as it was written."""
-    tail = completion[-TAIL:]
-    found = last_boxed(tail)
-    if found is None:
-        found = after_hashes(tail)
-    return found if found is not None else _last_number(tail)
+    tail = completion[-TAIL_CHARS:]
+    answer = last_boxed(tail)
+    if answer is None:
+        answer = answer_after_hashes(tail)
+    return answer if answer is not None else _last_number(tail)
 
 
-def agrees(found: str, gold: str) -> bool:
+def answers_match(answer: str, ground_truth: str) -> bool:
     """Whether an answer is the gold one: as numbers where the gold is one, else as text."""
-    wanted, got = value_of(gold), value_of(found)
-    if wanted is None:
-        return _folded(found) == _folded(gold)
-    return got is not None and got.equals(wanted)
+    expected, actual = parse_number(ground_truth), parse_number(answer)
+    if expected is None:
+        return _normalize_text(answer) == _normalize_text(ground_truth)
+    return actual is not None and actual.equals(expected)
 
 
-def value_of(text: str) -> Value | None:
+def parse_number(text: str) -> NumericAnswer | None:
     """The number that a text is; `x =` in front and a unit behind do not count. None for anything else."""
-    text = _plain(text)
-    if name := NAMED.match(text):
+    text = _strip_latex(text)
+    if name := VARIABLE_PREFIX.match(text):
         text = text[name.end() :]
-    found = WHOLE.match(text)
-    if found is None or found.end() > LONGEST or (found["sign"] and found["back"]):
+    match = FULL_NUMBER.match(text)
+    if match is None or match.end() > MAX_NUMBER_CHARS or (match["sign"] and match["back"]):
         return None
-    if (rest := text[found.end() :].rstrip(". ")) and not UNIT.fullmatch(rest):
+    if (rest := text[match.end() :].rstrip(". ")) and not UNIT.fullmatch(rest):
         return None
-    return _value(found)
+    return _number_from_match(match)
 
 
-def _value(found: re.Match[str]) -> Value | None:
-    number = _exact(found["top"])
-    if found["bottom"] is not None:
-        if not (bottom := _exact(found["bottom"])):
+def _number_from_match(match: re.Match[str]) -> NumericAnswer | None:
+    number = _to_fraction(match["top"])
+    if match["bottom"] is not None:
+        if not (bottom := _to_fraction(match["bottom"])):
             return None
-        number = number / bottom + int(found["whole"] or 0)
-    negative = "-" in (found["sign"], found["back"])
-    return Value(-number if negative else number, found["percent"] is not None)
+        number = number / bottom + int(match["whole"] or 0)
+    negative = "-" in (match["sign"], match["back"])
+    return NumericAnswer(-number if negative else number, match["percent"] is not None)
 
 
-def _exact(digits: str) -> Fraction:
+def _to_fraction(digits: str) -> Fraction:
     return Fraction(digits.replace(",", ""))
 
 
@@ -134,18 +136,18 @@ def _last_number(text: str) -> str | None:
     """The last number of a text, with its sign, fraction and percent sign. A minus behind a word or a bracket is a
     subtraction."""
     last = None
-    for last in LAST.finditer(_plain(text)):  # noqa: B007
+    for last in LOOSE_NUMBER.finditer(_strip_latex(text)):  # noqa: B007
         pass
     return None if last is None else last.group().rstrip(".,")
 
 
-def _plain(text: str) -> str:
+def _strip_latex(text: str) -> str:
     """Without the LaTeX that only sets a number."""
     for pattern, plain in LATEX:
         text = pattern.sub(plain, text)
     return " ".join(text.strip(" \n\t$").replace("\u2212", "-").split())
 
 
-def _folded(text: str) -> str:
-    folded = _plain(text).casefold().rstrip(".")
-    return folded[1:-1] if CHOICE.fullmatch(folded) else folded
+def _normalize_text(text: str) -> str:
+    folded = _strip_latex(text).casefold().rstrip(".")
+    return folded[1:-1] if CHOICE_PATTERN.fullmatch(folded) else folded

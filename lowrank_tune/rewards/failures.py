@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowrank_tune.rewards.protocol import Choosy, Item, Score
-from lowrank_tune.rewards.uses import Weighted
+from lowrank_tune.rewards.protocol import RewardInput, Score, ValidatesRows
+from lowrank_tune.rewards.uses import WeightedReward
 
 
-def unusable(weighted: Sequence[Weighted], item: Item) -> str | None:
+def row_rejection_reason(weighted: Sequence[WeightedReward], item: RewardInput) -> str | None:
     """Why a row is of no use to a reward, whatever the completion: a fault of the data, found before anything is
     drawn."""
-    for each in weighted:
-        if isinstance(each.reward, Choosy) and (why := each.reward.unusable(item)) is not None:
-            return f"`{each.name}` cannot judge by it: {why}"
+    for weighted_reward in weighted:
+        if (
+            isinstance(weighted_reward.reward, ValidatesRows)
+            and (reason := weighted_reward.reward.row_rejection_reason(item)) is not None
+        ):
+            return f"`{weighted_reward.name}` cannot judge by it: {reason}"
     return None
 
 
-def failed(weighted: Sequence[Weighted], scores: Sequence[Score]) -> tuple[Weighted, Score] | None:
+def first_failure(weighted: Sequence[WeightedReward], scores: Sequence[Score]) -> tuple[WeightedReward, Score] | None:
     """The first reward that could not tell what a completion is worth, with its score; one that stops the run before
     one that drops."""
-    lost = [(each, score) for each, score in zip(weighted, scores, strict=True) if score.value is None]
-    return min(lost, key=lambda one: one[0].on_error != "stop", default=None)
+    failures = [
+        (weighted_reward, score) for weighted_reward, score in zip(weighted, scores, strict=True) if score.value is None
+    ]
+    return min(failures, key=lambda failure: failure[0].on_error != "stop", default=None)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 
-def dead_share(pass_rates: Sequence[float], n: int, samples: int | None = None) -> float:
+def zero_std_fraction(pass_rates: Sequence[float], n: int, samples: int | None = None) -> float:
     """The expected share of groups of `n` completions that all pass or all fail, given the pass rate of each prompt.
 
     Where a rate was estimated from `samples` completions, none passing does not mean that none ever will: the share is
@@ -18,10 +18,11 @@ def dead_share(pass_rates: Sequence[float], n: int, samples: int | None = None) 
     if samples is None:
         return statistics.fmean(rate**n + (1 - rate) ** n for rate in pass_rates)
     return statistics.fmean(
-        _all(rate * samples, samples, n) + _all((1 - rate) * samples, samples, n) for rate in pass_rates
+        _expected_power(rate * samples, samples, n) + _expected_power((1 - rate) * samples, samples, n)
+        for rate in pass_rates
     )
 
 
-def _all(passed: float, samples: int, n: int) -> float:
+def _expected_power(passed: float, samples: int, n: int) -> float:
     """The mean of rate ** n under Beta(passed + 1/2, samples - passed + 1/2)."""
     return math.prod((passed + 0.5 + i) / (samples + 1.0 + i) for i in range(n))

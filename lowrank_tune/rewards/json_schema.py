@@ -15,26 +15,26 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.rewards.fences import last_fenced
-from lowrank_tune.rewards.judges.json_schema import checked
-from lowrank_tune.rewards.pool import alone
-from lowrank_tune.rewards.protocol import Item, Reply, Score, Worked, shown
+from lowrank_tune.rewards.fences import last_code_block
+from lowrank_tune.rewards.judges.json_schema import build_validator
+from lowrank_tune.rewards.pool import score_serially
+from lowrank_tune.rewards.protocol import Reply, RewardInput, Score, WorkerReward, truncate_for_display
 
-LONGEST = 200_000  # characters of a completion
+MAX_CHARS = 200_000  # characters of a completion
 
 
 @dataclass(frozen=True)
-class JsonSchema(Worked):
+class JsonSchemaReward(WorkerReward):
     """pass (1) or fail (0)."""
 
     name: str
     schema: Any
-    judges: ClassVar[bool] = False
+    is_verifier: ClassVar[bool] = False
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        return alone(self, items)
+    def score(self, items: Sequence[RewardInput]) -> list[Score]:
+        return score_serially(self, items)
 
-    def job(self) -> Mapping[str, Any]:
+    def worker_spec(self) -> Mapping[str, Any]:
         return {
             "kind": "verifier",
             "module": "lowrank_tune.rewards.judges.json_schema",
@@ -42,44 +42,50 @@ class JsonSchema(Worked):
             "use": self.name,
         }
 
-    def early(self, item: Item) -> Score | None:
-        return Score(0.0, "fail", f"longer than {LONGEST} characters") if len(item.completion) > LONGEST else None
+    def score_without_worker(self, item: RewardInput) -> Score | None:
+        return Score(0.0, "fail", f"longer than {MAX_CHARS} characters") if len(item.completion) > MAX_CHARS else None
 
-    def ask(self, item: Item) -> Mapping[str, Any]:
-        found = last_fenced(item.completion, ("json", ""))
-        return {"text": item.completion if found is None else found}
+    def build_request(self, item: RewardInput) -> Mapping[str, Any]:
+        code_block = last_code_block(item.completion, ("json", ""))
+        return {"text": item.completion if code_block is None else code_block}
 
-    def judge(self, item: Item, reply: Reply) -> Score:
+    def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:
-            return self.lost(item, reply["fault"])
+            return self.on_worker_crash(item, reply["fault"])
         valid = reply["value"]["valid"]
-        return Score(1.0, "pass") if valid else Score(0.0, "fail", shown(reply["value"]["why"], 400)[1:-1])
+        return (
+            Score(1.0, "pass") if valid else Score(0.0, "fail", truncate_for_display(reply["value"]["why"], 400)[1:-1])
+        )
 
-    def overdue(self, item: Item, seconds: float) -> Score:
+    def on_timeout(self, item: RewardInput, seconds: float) -> Score:
         return Score(None, "timeout", f"`{self.name}`: the schema was not checked within {seconds:g} s on {item}")
 
-    def lost(self, item: Item, how: str) -> Score:
-        return Score(None, "error", f"`{self.name}`: the worker {shown(how, 400)[1:-1]} on {item}")
+    def on_worker_crash(self, item: RewardInput, reason: str) -> Score:
+        return Score(None, "error", f"`{self.name}`: the worker {truncate_for_display(reason, 400)[1:-1]} on {item}")
 
 
-def read_schema(name: str, written: str | Mapping[str, Any], folder: Path) -> JsonSchema:
+def read_schema(name: str, schema_or_path: str | Mapping[str, Any], folder: Path) -> JsonSchemaReward:
     """The reward for a schema as a recipe has it: itself, or a file taken from `folder`. Raises UserError."""
-    schema = _from_file((folder / Path(written).expanduser()).resolve()) if isinstance(written, str) else dict(written)
-    needs(name, "jsonschema")
+    schema = (
+        _read_json((folder / Path(schema_or_path).expanduser()).resolve())
+        if isinstance(schema_or_path, str)
+        else dict(schema_or_path)
+    )
+    require_package(name, "jsonschema")
     try:
-        checked(json.loads(json.dumps(schema)))
+        build_validator(json.loads(json.dumps(schema)))
     except (ValueError, TypeError) as error:
         raise UserError(f"`json_schema` {error}") from None
-    return JsonSchema(name, schema)
+    return JsonSchemaReward(name, schema)
 
 
-def needs(name: str, module: str, package: str = "") -> None:
+def require_package(name: str, module: str, package: str = "") -> None:
     """Raises UserError where an optional package of the extra `verifiers` is missing."""
     if importlib.util.find_spec(module) is None:
         raise UserError(f"`{name}` needs {package or module}; install it with `pip install 'lowrank-tune[verifiers]'`")
 
 
-def _from_file(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:

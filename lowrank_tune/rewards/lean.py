@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.rewards.fences import last_fenced
-from lowrank_tune.rewards.pool import alone
-from lowrank_tune.rewards.protocol import Item, Reply, Score, Worked, shown
+from lowrank_tune.rewards.fences import last_code_block
+from lowrank_tune.rewards.pool import score_serially
+from lowrank_tune.rewards.protocol import Reply, RewardInput, Score, WorkerReward, truncate_for_display
 
-LONGEST = 100_000  # characters of a completion
-MEGABYTES = 4096
+MAX_CHARS = 100_000  # characters of a completion
+MEMORY_MEGABYTES = 4096
 PROGRAM = ("lean",)
 LANGUAGES = ("lean", "lean4", "")
 COLUMNS = ("statement", "formal_statement")
@@ -32,9 +32,9 @@ THEOREM = re.compile(
     r"^[ \t]*(theorem|lemma|example)\b(?:[ \t\n]+(?![:({\[\u2983])([^\s:({\[\u2983]+?)(?=\.\{|[\s:({\[\u2983]|\Z))?",
     re.M,
 )
-EMPTY = re.compile(r":=\s*(?:by\s*)?(?:sorry\s*)?\Z")
+EMPTY_PROOF = re.compile(r":=\s*(?:by\s*)?(?:sorry\s*)?\Z")
 COMMENT = re.compile(r"/-|-/|--[^\n]*")
-WORDS = frozenset(
+FORBIDDEN_WORDS = frozenset(
     """
     sorry admit axiom theorem lemma def abbrev opaque example instance structure class inductive coinductive import
     prelude module public meta set_option macro macro_rules syntax elab elab_rules notation notation3 infix infixl
@@ -49,109 +49,111 @@ WORD = re.compile(r"[^\W\d]\w*|#\w{2,}|@\[")
 TERM = re.compile(r"(?:by|fun)\b|[\u03bb\u27e8(]")
 
 
-class Improper(ValueError):
+class InvalidProof(ValueError):
     """A completion in which there is no proof that may be tried."""
 
 
 @dataclass(frozen=True)
-class Lean(Worked):
+class LeanReward(WorkerReward):
     """pass (1) or fail (0). A completion that did not stop by itself has not answered."""
 
     name: str
     program: tuple[str, ...]
-    judges: ClassVar[bool] = True
+    is_verifier: ClassVar[bool] = True
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        return alone(self, items)
+    def score(self, items: Sequence[RewardInput]) -> list[Score]:
+        return score_serially(self, items)
 
-    def job(self) -> Mapping[str, Any]:
+    def worker_spec(self) -> Mapping[str, Any]:
         return {
             "kind": "verifier",
             "module": "lowrank_tune.rewards.judges.lean",
             "program": list(self.program),
-            "megabytes": MEGABYTES,
+            "megabytes": MEMORY_MEGABYTES,
             "use": self.name,
         }
 
-    def unusable(self, item: Item) -> str | None:
+    def row_rejection_reason(self, item: RewardInput) -> str | None:
         statement = _statement(item.row)
         if statement is None:
             return "the row has no column `statement`"
         return None if THEOREM.search(statement) else "`statement` holds no theorem"
 
-    def early(self, item: Item) -> Score | None:
-        if why := self.unusable(item):
-            return self._none("error", why, item)
+    def score_without_worker(self, item: RewardInput) -> Score | None:
+        if reason := self.row_rejection_reason(item):
+            return self._no_score("error", reason, item)
         if not item.stopped:
             return Score(0.0, "fail", "did not stop")
         try:
-            self.ask(item)
-        except Improper as error:
-            return Score(0.0, "fail", shown(str(error), 300)[1:-1])
+            self.build_request(item)
+        except InvalidProof as error:
+            return Score(0.0, "fail", truncate_for_display(str(error), 300)[1:-1])
         return None
 
-    def ask(self, item: Item) -> Mapping[str, Any]:
+    def build_request(self, item: RewardInput) -> Mapping[str, Any]:
         statement = _statement(item.row)
         assert statement is not None
         name = f"goal_{secrets.token_hex(8)}"
         header = item.row.get("header")
-        head = retyped(statement, header if isinstance(header, str) else "", name)
-        return {"name": name, "proof": proof_in(item.completion, statement), "head": head}
+        head = restated_theorem(statement, header if isinstance(header, str) else "", name)
+        return {"name": name, "proof": extract_proof(item.completion, statement), "head": head}
 
-    def judge(self, item: Item, reply: Reply) -> Score:
+    def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:
-            return self.lost(item, reply["fault"])
+            return self.on_worker_crash(item, reply["fault"])
         value = reply["value"]
         if "row" in value:
-            return self._none("error", f"the row's own statement is not taken: {value['row']}", item)
-        return Score(float(value["right"]), "pass" if value["right"] else "fail", shown(value["why"], 400)[1:-1])
+            return self._no_score("error", f"the row's own statement is not taken: {value['row']}", item)
+        return Score(
+            float(value["right"]), "pass" if value["right"] else "fail", truncate_for_display(value["why"], 400)[1:-1]
+        )
 
-    def overdue(self, item: Item, seconds: float) -> Score:
-        return self._none("timeout", f"Lean was not done within {seconds:g} s", item)
+    def on_timeout(self, item: RewardInput, seconds: float) -> Score:
+        return self._no_score("timeout", f"Lean was not done within {seconds:g} s", item)
 
-    def lost(self, item: Item, how: str) -> Score:
-        return self._none("error", f"the worker {how}", item)
+    def on_worker_crash(self, item: RewardInput, reason: str) -> Score:
+        return self._no_score("error", f"the worker {reason}", item)
 
-    def _none(self, verdict: Literal["error", "timeout"], why: str, item: Item) -> Score:
-        return Score(None, verdict, f"`{self.name}`: {shown(why, 400)[1:-1]}, on {item}")
+    def _no_score(self, verdict: Literal["error", "timeout"], reason: str, item: RewardInput) -> Score:
+        return Score(None, verdict, f"`{self.name}`: {truncate_for_display(reason, 400)[1:-1]}, on {item}")
 
 
-def make_lean(name: str, program: Sequence[str] | None) -> Lean:
+def make_lean(name: str, program: Sequence[str] | None) -> LeanReward:
     """Raises UserError where the program is not installed."""
     command = tuple(program or PROGRAM)
-    if (found := shutil.which(command[0])) is None:
+    if (executable := shutil.which(command[0])) is None:
         raise UserError(
             f"`{name}` needs the program `{command[0]}`, which is not on the PATH; install Lean 4 with elan "
             "(https://lean-lang.org/install), or say where it is, as `program: [/path/to/lean]`"
         )
-    return Lean(name, (found, *command[1:]))
+    return LeanReward(name, (executable, *command[1:]))
 
 
 def _statement(row: Mapping[str, Any]) -> str | None:
     return next((row[column] for column in COLUMNS if isinstance(row.get(column), str) and row[column].strip()), None)
 
 
-def retyped(statement: str, header: str, name: str) -> str:
+def restated_theorem(statement: str, header: str, name: str) -> str:
     """The row's own lines, up to the `:=`, its theorem under a new name."""
-    bare = EMPTY.sub("", statement.rstrip()).rstrip()
-    *_, found = THEOREM.finditer(bare)
-    return f"{header.rstrip()}\n{bare[: found.start()]}theorem {name}{bare[found.end() :]}".lstrip("\n")
+    bare = EMPTY_PROOF.sub("", statement.rstrip()).rstrip()
+    *_, theorem = THEOREM.finditer(bare)
+    return f"{header.rstrip()}\n{bare[: theorem.start()]}theorem {name}{bare[theorem.end() :]}".lstrip("\n")
 
 
-def proof_in(completion: str, statement: str) -> str:
+def extract_proof(completion: str, statement: str) -> str:
     """What stands after the `:=`, from there on. Raises Improper."""
-    if len(completion) > LONGEST:
-        raise Improper(f"longer than {LONGEST} characters")
-    found = last_fenced(completion, LANGUAGES)
-    text = without_comments(completion if found is None else found)
+    if len(completion) > MAX_CHARS:
+        raise InvalidProof(f"longer than {MAX_CHARS} characters")
+    code_block = last_code_block(completion, LANGUAGES)
+    text = strip_comments(completion if code_block is None else code_block)
     text = _after_statement(text, statement).strip("\n").rstrip()
     for word in WORD.findall(text):
-        if word in WORDS or word[0] in "#@":
-            raise Improper(f"uses `{word[:40]}`, which is no part of a proof")
+        if word in FORBIDDEN_WORDS or word[0] in "#@":
+            raise InvalidProof(f"uses `{word[:40]}`, which is no part of a proof")
     if any(not letter.isprintable() and letter != "\n" for letter in text):
-        raise Improper("holds characters that are no text")
+        raise InvalidProof("holds characters that are no text")
     if not text.strip():
-        raise Improper("there is no proof")
+        raise InvalidProof("there is no proof")
     if text.lstrip().startswith(":="):
         return text.lstrip()
     if TERM.match(text.lstrip()):
@@ -159,25 +161,27 @@ def proof_in(completion: str, statement: str) -> str:
     return ":= by\n" + "\n".join(f"  {line}" for line in text.split("\n"))
 
 
-def without_comments(text: str) -> str:
+def strip_comments(text: str) -> str:
     """Without what Lean would not read either: so what is looked at and what Lean gets are the same. Raises
     Improper."""
-    kept: list[str] = []
-    depth, place, text = 0, 0, text.replace("\r\n", "\n").replace("\t", "    ")
-    while mark := COMMENT.search(text, place):
-        word = mark.group()
+    pieces: list[str] = []
+    depth, position, text = 0, 0, text.replace("\r\n", "\n").replace("\t", "    ")
+    while match := COMMENT.search(text, position):
+        word = match.group()
         if word.startswith("--") and depth:
-            place = mark.start() + (1 if word[2:3] == "/" else 2)  # within a comment only its ends count: `--/` ends it
+            position = match.start() + (
+                1 if word[2:3] == "/" else 2
+            )  # within a comment only its ends count: `--/` ends it
             continue
         if not depth:
-            kept.append(text[place : mark.start()] + " ")
+            pieces.append(text[position : match.start()] + " ")
         depth += {"/-": 1, "-/": -1}.get(word, 0)
         if depth < 0:
-            raise Improper("closes a comment that was not opened")
-        place = mark.end()
+            raise InvalidProof("closes a comment that was not opened")
+        position = match.end()
     if depth:
-        raise Improper("leaves a comment open")
-    return "".join([*kept, text[place:]])
+        raise InvalidProof("leaves a comment open")
+    return "".join([*pieces, text[position:]])
 
 
 def _after_statement(text: str, statement: str) -> str:
@@ -186,16 +190,16 @@ def _after_statement(text: str, statement: str) -> str:
     stated = list(THEOREM.finditer(text))
     if not stated:
         return text
-    *_, own = THEOREM.finditer(statement)
-    wanted = "".join(EMPTY.sub("", without_comments(statement[own.end() :]).rstrip()).split())
-    place = stated[-1].end()
-    for letter in wanted:
-        while place < len(text) and text[place].isspace():
-            place += 1
-        if place >= len(text) or text[place] != letter:
-            raise Improper("states another theorem")
-        place += 1
-    rest = text[place:].lstrip()
+    *_, theorem = THEOREM.finditer(statement)
+    expected = "".join(EMPTY_PROOF.sub("", strip_comments(statement[theorem.end() :]).rstrip()).split())
+    position = stated[-1].end()
+    for letter in expected:
+        while position < len(text) and text[position].isspace():
+            position += 1
+        if position >= len(text) or text[position] != letter:
+            raise InvalidProof("states another theorem")
+        position += 1
+    rest = text[position:].lstrip()
     if not rest.startswith(":="):
-        raise Improper("states another theorem")
+        raise InvalidProof("states another theorem")
     return rest

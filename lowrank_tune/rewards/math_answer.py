@@ -16,96 +16,121 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.rewards.answer import value_of
-from lowrank_tune.rewards.pool import alone
-from lowrank_tune.rewards.protocol import Item, Reply, Score, Worked, shown
-from lowrank_tune.rewards.written import HEADING, WORDS, algebra, choice, decided, excess, final, is_text, tidy, words
+from lowrank_tune.rewards.answer import parse_number
+from lowrank_tune.rewards.pool import score_serially
+from lowrank_tune.rewards.protocol import Reply, RewardInput, Score, WorkerReward, truncate_for_display
+from lowrank_tune.rewards.written import (
+    HEADING,
+    MAX_WORDS,
+    compare_exact,
+    extract_final_answer,
+    is_text,
+    normalize_latex,
+    parse_choice,
+    to_algebraic_form,
+    too_large_reason,
+    words,
+)
 
-INSTALL = "pip install 'lowrank-tune[verifiers]'"
+INSTALL_COMMAND = "pip install 'lowrank-tune[verifiers]'"
 
 
 @dataclass(frozen=True)
-class MathAnswer(Worked):
+class MathAnswerReward(WorkerReward):
     """pass (1) or fail (0); error where the gold answer or the verifier itself is at fault."""
 
     name: str = "math_answer"
-    judges: ClassVar[bool] = True
-    limit: ClassVar[float] = 5.0
+    is_verifier: ClassVar[bool] = True
+    max_seconds: ClassVar[float] = 5.0
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        return alone(self, items)
+    def score(self, items: Sequence[RewardInput]) -> list[Score]:
+        return score_serially(self, items)
 
-    def job(self) -> Mapping[str, Any]:
+    def worker_spec(self) -> Mapping[str, Any]:
         return {"kind": "verifier", "module": "lowrank_tune.rewards.judges.math", "use": self.name}
 
-    def unusable(self, item: Item) -> str | None:
+    def row_rejection_reason(self, item: RewardInput) -> str | None:
         """Why a gold answer is none, as far as that shows without a worker; `\\boxed{gold}` scored as a completion
         shows the rest."""
-        gold = item.gold
-        if gold is None or not gold.strip():
+        ground_truth = item.ground_truth
+        if ground_truth is None or not ground_truth.strip():
             return "there is none"
-        if why := excess(gold):
-            return why
-        plain = tidy(gold)
-        if gold.rstrip().endswith(":") or HEADING.match(plain):
+        if reason := too_large_reason(ground_truth):
+            return reason
+        plain = normalize_latex(ground_truth)
+        if ground_truth.rstrip().endswith(":") or HEADING.match(plain):
             return "is a heading"
-        if value_of(plain) is not None or is_text(plain) and len(plain.split()) <= WORDS or choice(plain) is not None:
+        if (
+            parse_number(plain) is not None
+            or is_text(plain)
+            and len(plain.split()) <= MAX_WORDS
+            or parse_choice(plain) is not None
+        ):
             return None
-        if len(words(plain)) > WORDS or is_text(plain):
+        if len(words(plain)) > MAX_WORDS or is_text(plain):
             return "is prose, which no rule can compare"
         return None
 
-    def early(self, item: Item) -> Score | None:
-        if why := self.unusable(item):
-            return self._no_gold(item, why)
+    def score_without_worker(self, item: RewardInput) -> Score | None:
+        if reason := self.row_rejection_reason(item):
+            return self._ground_truth_error(item, reason)
         if not item.stopped:
             return Score(0.0, "fail", "did not stop")
-        assert item.gold is not None
-        found = final(item.completion)
-        if why := excess(found):
-            return Score(0.0, "fail", f"{shown(found, 40)} {why}")
-        right = decided(found, item.gold)
-        return None if right is None else self._score(right, found, item.gold)
+        assert item.ground_truth is not None
+        answer = extract_final_answer(item.completion)
+        if reason := too_large_reason(answer):
+            return Score(0.0, "fail", f"{truncate_for_display(answer, 40)} {reason}")
+        correct = compare_exact(answer, item.ground_truth)
+        return None if correct is None else self._score(correct, answer, item.ground_truth)
 
-    def ask(self, item: Item) -> Mapping[str, Any]:
-        return {"found": algebra(final(item.completion)), "gold": algebra(item.gold or "")}
+    def build_request(self, item: RewardInput) -> Mapping[str, Any]:
+        return {
+            "found": to_algebraic_form(extract_final_answer(item.completion)),
+            "gold": to_algebraic_form(item.ground_truth or ""),
+        }
 
-    def judge(self, item: Item, reply: Reply) -> Score:
+    def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:
-            return self.lost(item, reply["fault"])
+            return self.on_worker_crash(item, reply["fault"])
         value = reply["value"]
         if "gold" in value:
-            return self._no_gold(item, value["gold"])
-        found = final(item.completion)
+            return self._ground_truth_error(item, value["gold"])
+        answer = extract_final_answer(item.completion)
         if "found" in value:
-            return Score(0.0, "fail", f"{shown(found, 40)} {value['found']}")
+            return Score(0.0, "fail", f"{truncate_for_display(answer, 40)} {value['found']}")
         if not value["same"] and reply["steep"]:  # sympy takes a want of memory for a reason to stop trying
-            return self.lost(item, "met its limit on memory")
-        return self._score(value["same"], found, item.gold or "")
+            return self.on_worker_crash(item, "met its limit on memory")
+        return self._score(value["same"], answer, item.ground_truth or "")
 
-    def overdue(self, item: Item, seconds: float) -> Score:
+    def on_timeout(self, item: RewardInput, seconds: float) -> Score:
         return Score(None, "timeout", f"`{self.name}` could not tell within {seconds:g} s on {item}")
 
-    def lost(self, item: Item, how: str) -> Score:
-        return Score(None, "error", f"`{self.name}`: the verifier {how} on {item}")
+    def on_worker_crash(self, item: RewardInput, reason: str) -> Score:
+        return Score(None, "error", f"`{self.name}`: the verifier {reason} on {item}")
 
-    def _score(self, right: bool, found: str, gold: str) -> Score:
+    def _score(self, correct: bool, answer: str, ground_truth: str) -> Score:
         return Score(
-            float(right), "pass" if right else "fail", "" if right else f"{shown(found, 40)} is not {shown(gold, 40)}"
+            float(correct),
+            "pass" if correct else "fail",
+            "" if correct else f"{truncate_for_display(answer, 40)} is not {truncate_for_display(ground_truth, 40)}",
         )
 
-    def _no_gold(self, item: Item, why: str) -> Score:
-        which = "a gold answer is needed, and" if item.gold is None else f"the gold answer {shown(item.gold, 60)}"
-        return Score(None, "error", f"`{self.name}`: {which} {why}, for {item}")
+    def _ground_truth_error(self, item: RewardInput, reason: str) -> Score:
+        which = (
+            "a gold answer is needed, and"
+            if item.ground_truth is None
+            else f"the gold answer {truncate_for_display(item.ground_truth, 60)}"
+        )
+        return Score(None, "error", f"`{self.name}`: {which} {reason}, for {item}")
 
 
-def make_math_answer(name: str) -> MathAnswer:
+def make_math_answer(name: str) -> MathAnswerReward:
     """The reward, where the packages that it needs are installed. Raises UserError."""
-    need(name, "math_verify", "latex2sympy2_extended")
-    return MathAnswer(name)
+    require_packages(name, "math_verify", "latex2sympy2_extended")
+    return MathAnswerReward(name)
 
 
-def need(name: str, *modules: str) -> None:
+def require_packages(name: str, *modules: str) -> None:
     """Raises UserError, with the cure, where an optional package is missing."""
     if missing := [module for module in modules if find_spec(module) is None]:
-        raise UserError(f"`{name}` needs the package {' and '.join(missing)}: {INSTALL}")
+        raise UserError(f"`{name}` needs the package {' and '.join(missing)}: {INSTALL_COMMAND}")

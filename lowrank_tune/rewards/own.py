@@ -13,57 +13,57 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.rewards.pool import alone
-from lowrank_tune.rewards.protocol import Item, Reply, Score, Worked
+from lowrank_tune.rewards.pool import score_serially
+from lowrank_tune.rewards.protocol import Reply, RewardInput, Score, WorkerReward
 
 
 @dataclass(frozen=True)
-class Own(Worked):
+class UserFunctionReward(WorkerReward):
     """`use` is what the recipe says, `path` the file, `source` its text, `function` the name in it."""
 
     name: str
-    use: str
+    function_path: str
     path: Path
     source: str
     function: str
-    judges: ClassVar[bool] = True
+    is_verifier: ClassVar[bool] = True
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        return alone(self, items)
+    def score(self, items: Sequence[RewardInput]) -> list[Score]:
+        return score_serially(self, items)
 
-    def job(self) -> Mapping[str, Any]:
+    def worker_spec(self) -> Mapping[str, Any]:
         return {
             "kind": "own",
             "path": str(self.path),
             "source": self.source,
             "function": self.function,
-            "use": self.use,
+            "use": self.function_path,
         }
 
-    def judge(self, item: Item, reply: Reply) -> Score:
-        return self.lost(item, reply["fault"]) if "fault" in reply else Score(reply["value"], "graded")
+    def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
+        return self.on_worker_crash(item, reply["fault"]) if "fault" in reply else Score(reply["value"], "graded")
 
-    def overdue(self, item: Item, seconds: float) -> Score:
-        return Score(None, "timeout", f"{self.use} did not return within {seconds:g} s on {item}")
+    def on_timeout(self, item: RewardInput, seconds: float) -> Score:
+        return Score(None, "timeout", f"{self.function_path} did not return within {seconds:g} s on {item}")
 
-    def lost(self, item: Item, how: str) -> Score:
-        how = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in how)
-        return Score(None, "error", f"{self.use} {how} on {item}")
+    def on_worker_crash(self, item: RewardInput, reason: str) -> Score:
+        reason = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in reason)
+        return Score(None, "error", f"{self.function_path} {reason} on {item}")
 
 
-def is_own(use: str) -> bool:
+def is_user_function(name: str) -> bool:
     """Whether a recipe's word means a function in a file."""
-    return ":" in use or use.endswith(".py")
+    return ":" in name or name.endswith(".py")
 
 
-def read_own(name: str, use: str, folder: Path) -> Own:
+def read_user_function(name: str, function_path: str, folder: Path) -> UserFunctionReward:
     """The reward for `file.py:function`, the file taken from `folder`. Its text is checked when the workers start."""
-    file, _, function = use.rpartition(":")
+    file, _, function = function_path.rpartition(":")
     if not file.endswith(".py") or not function.isidentifier():
-        raise UserError(f"`{use}` is no function in a file; write it as `./file.py:function`")
+        raise UserError(f"`{function_path}` is no function in a file; write it as `./file.py:function`")
     path = (folder / Path(file).expanduser()).resolve()
     try:
-        return Own(name, use, path, path.read_text(encoding="utf-8-sig"), function)
+        return UserFunctionReward(name, function_path, path, path.read_text(encoding="utf-8-sig"), function)
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
     except OSError as error:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
-from lowrank_tune.errors import Fault, Faults
-from lowrank_tune.rewards.protocol import Item, Reward, Score, Whole, Worked
-from lowrank_tune.rewards.slot import Slot, Task
+from lowrank_tune.errors import ConfigError, ConfigProblem
+from lowrank_tune.rewards.protocol import BatchedReward, Reward, RewardInput, Score, WorkerReward
+from lowrank_tune.rewards.slot import ScoreRequest, WorkerThread
 
 TIMEOUT_SECONDS = 10.0
 START_SECONDS = 60.0  # for what a user's file imports
@@ -23,7 +23,7 @@ START_SECONDS = 60.0  # for what a user's file imports
 Key = TypeVar("Key", bound=Hashable)
 
 
-class Scorer(Generic[Key]):
+class WorkerPool(Generic[Key]):
     """Scores completions with several rewards. Use it as a context manager: no worker outlives it.
 
     Rewards that cannot hang are computed at once, in this process, or by `collect` for all completions together; for
@@ -40,24 +40,29 @@ class Scorer(Generic[Key]):
     ) -> None:
         self.rewards = tuple(rewards)
         self.timeout_seconds, self.start_seconds = timeout_seconds, start_seconds
-        self.jobs: list[Mapping[str, Any]] = [reward.job() for reward in self.rewards if isinstance(reward, Worked)]
+        self.worker_specs: list[Mapping[str, Any]] = [
+            reward.worker_spec() for reward in self.rewards if isinstance(reward, WorkerReward)
+        ]
         self._scores: dict[Key, list[Score | None]] = {}
-        self._together: dict[Key, Item] = {}
+        self._batched: dict[Key, RewardInput] = {}
         self._pending = 0
-        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[ScoreRequest | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
-        self._warm = 0
-        self._slots = [Slot(self, self.jobs, self._tasks) for _ in range(max(1, workers) if self.jobs else 0)]
+        self._num_ready = 0
+        self._threads = [
+            WorkerThread(self, self.worker_specs, self._requests)
+            for _ in range(max(1, workers) if self.worker_specs else 0)
+        ]
         try:
-            for slot in self._slots:
-                slot.start()
-            self._wait(lambda: self._warm >= len(self._slots))
+            for thread in self._threads:
+                thread.start()
+            self._wait(lambda: self._num_ready >= len(self._threads))
         except BaseException:
             self.close()
             raise
 
-    def __enter__(self) -> Scorer[Key]:
+    def __enter__(self) -> WorkerPool[Key]:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,42 +71,42 @@ class Scorer(Generic[Key]):
     @property
     def pids(self) -> list[int]:
         """The processes of the workers."""
-        return [slot.worker.pid for slot in self._slots if slot.worker is not None]
+        return [thread.worker.pid for thread in self._threads if thread.worker is not None]
 
-    def submit(self, key: Key, item: Item) -> None:
+    def submit(self, key: Key, item: RewardInput) -> None:
         """Takes a completion, as soon as it is finished. Keys are told apart until `collect`."""
         if key in self._scores:
             raise ValueError(f"{key!r} was submitted before")
         self._scores[key] = [None] * len(self.rewards)
-        job = 0
-        for place, reward in enumerate(self.rewards):
-            if isinstance(reward, Worked):
-                self._hand_on(Task(key, item, place, job, reward))
-                job += 1
-            elif isinstance(reward, Whole):
-                self._together[key] = item
+        spec_index = 0
+        for reward_index, reward in enumerate(self.rewards):
+            if isinstance(reward, WorkerReward):
+                self._dispatch(ScoreRequest(key, item, reward_index, spec_index, reward))
+                spec_index += 1
+            elif isinstance(reward, BatchedReward):
+                self._batched[key] = item
             else:
                 start = time.perf_counter()
                 score = reward.score([item])[0]
-                self._scores[key][place] = replace(score, seconds=time.perf_counter() - start)
+                self._scores[key][reward_index] = replace(score, seconds=time.perf_counter() - start)
 
-    def _hand_on(self, task: Task) -> None:
+    def _dispatch(self, request: ScoreRequest) -> None:
         with self._changed:
             self._pending += 1
         start = time.perf_counter()
-        score = task.reward.early(task.item)
+        score = request.reward.score_without_worker(request.item)
         if score is None:
-            self._tasks.put(task)
+            self._requests.put(request)
         else:
-            self.store(task, replace(score, seconds=time.perf_counter() - start))
+            self.store(request, replace(score, seconds=time.perf_counter() - start))
 
     def collect(self) -> dict[Key, list[Score]]:
         """Waits for all that was submitted: for each key one score a reward, in the order of submission."""
-        keys, items, self._together = list(self._together), list(self._together.values()), {}
-        for place, reward in enumerate(self.rewards):
-            if isinstance(reward, Whole) and items:  # while the workers are busy
+        keys, items, self._batched = list(self._batched), list(self._batched.values()), {}
+        for reward_index, reward in enumerate(self.rewards):
+            if isinstance(reward, BatchedReward) and items:  # while the workers are busy
                 for key, score in zip(keys, reward.score(items), strict=True):
-                    self._scores[key][place] = score
+                    self._scores[key][reward_index] = score
         self._wait(lambda: not self._pending)
         done = {key: [score for score in scores if score is not None] for key, scores in self._scores.items()}
         self._scores = {}
@@ -109,32 +114,32 @@ class Scorer(Generic[Key]):
 
     def close(self) -> None:
         """Ends all workers, whatever they are doing. What was not collected is lost."""
-        for slot in self._slots:
-            slot.end()
-        for _ in self._slots:
-            self._tasks.put(None)
-        for slot in self._slots:
-            if slot.ident is not None:
-                slot.join()
+        for thread in self._threads:
+            thread.end()
+        for _ in self._threads:
+            self._requests.put(None)
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
 
-    def store(self, task: Task, score: Score) -> None:
+    def store(self, request: ScoreRequest, score: Score) -> None:
         """A score has come; called by the slots."""
         with self._changed:
-            self._scores[task.key][task.place] = score
+            self._scores[request.key][request.reward_index] = score
             self._pending -= 1
             self._changed.notify_all()
 
-    def warmed(self, faults: Sequence[str | None]) -> None:
+    def on_ready(self, faults: Sequence[str | None]) -> None:
         """A worker is warm, or says what its jobs lack; called by the slots."""
-        told = [
-            Fault(fault, str(job.get("use", job["kind"])))
-            for fault, job in zip(faults, self.jobs, strict=True)
+        failures = [
+            ConfigProblem(fault, str(spec.get("use", spec["kind"])))
+            for fault, spec in zip(faults, self.worker_specs, strict=True)
             if fault is not None
         ]
-        if told:
-            raise Faults(told)
+        if failures:
+            raise ConfigError(failures)
         with self._changed:
-            self._warm += 1
+            self._num_ready += 1
             self._changed.notify_all()
 
     def fail(self, failure: BaseException) -> None:
@@ -150,9 +155,11 @@ class Scorer(Generic[Key]):
                 raise self._failure
 
 
-def alone(reward: Reward, items: Sequence[Item], timeout_seconds: float = TIMEOUT_SECONDS) -> list[Score]:
+def score_serially(
+    reward: Reward, items: Sequence[RewardInput], timeout_seconds: float = TIMEOUT_SECONDS
+) -> list[Score]:
     """Scores with one worker that lives for this call: what `score` is for a reward that needs a worker."""
-    with Scorer[int]([reward], 1, timeout_seconds) as scorer:
+    with WorkerPool[int]([reward], 1, timeout_seconds) as pool:
         for number, item in enumerate(items):
-            scorer.submit(number, item)
-        return [scores[0] for scores in scorer.collect().values()]
+            pool.submit(number, item)
+        return [scores[0] for scores in pool.collect().values()]

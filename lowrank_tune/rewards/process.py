@@ -20,11 +20,11 @@ ENVIRONMENT = {"PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREA
 cores."""
 
 
-class Overdue(Exception):
+class WorkerTimeout(Exception):
     """No reply in time."""
 
 
-class Died(Exception):
+class WorkerDied(Exception):
     """The worker ended without a reply; the message says how."""
 
 
@@ -33,12 +33,12 @@ class Worker:
     ends."""
 
     def __init__(self) -> None:
-        self._channel, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-P", "-B", str(SCRIPT), str(theirs.fileno()), str(os.getpid())]
+        self._channel, child_end = socket.socketpair()
+        with child_end:
+            command = [sys.executable, "-P", "-B", str(SCRIPT), str(child_end.fileno()), str(os.getpid())]
             self._process = subprocess.Popen(
                 command,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[child_end.fileno()],
                 env={**os.environ, **ENVIRONMENT},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -46,44 +46,44 @@ class Worker:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        self._unread = b""
+        self._buffer = b""
 
-    def load(self, jobs: Sequence[Mapping[str, Any]], seconds: float) -> list[str | None]:
+    def load(self, worker_specs: Sequence[Mapping[str, Any]], seconds: float) -> list[str | None]:
         """Has the jobs loaded: for each a sentence where it could not be, else None."""
         try:
-            faults: list[str | None] = self.ask(jobs, seconds)["faults"]
-        except Overdue:
-            raise Died(f"was not ready within {seconds:g} s") from None
+            faults: list[str | None] = self.request(worker_specs, seconds)["faults"]
+        except WorkerTimeout:
+            raise WorkerDied(f"was not ready within {seconds:g} s") from None
         return faults
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def ask(self, message: object, seconds: float) -> dict[str, Any]:
+    def request(self, message: object, seconds: float) -> dict[str, Any]:
         """The worker's reply. Raises Overdue or Died; after either the worker is of no more use."""
         deadline = time.monotonic() + seconds
         try:
             # What JSON has no word for (a date, bytes) arrives as text; ASCII, so that lone surrogates travel too.
             self._wait(deadline)
             self._channel.sendall(json.dumps(message, default=str).encode() + b"\n")
-            while b"\n" not in self._unread:
+            while b"\n" not in self._buffer:
                 self._wait(deadline)
                 if not (more := self._channel.recv(1 << 16)):
-                    raise Died(self._how())
-                self._unread += more
+                    raise WorkerDied(self._exit_reason())
+                self._buffer += more
         except TimeoutError:
-            raise Overdue from None
+            raise WorkerTimeout from None
         except OSError:
-            raise Died(self._how()) from None
-        line, _, self._unread = self._unread.partition(b"\n")
+            raise WorkerDied(self._exit_reason()) from None
+        line, _, self._buffer = self._buffer.partition(b"\n")
         reply: dict[str, Any] = json.loads(line)
         return reply
 
     def _wait(self, deadline: float) -> None:
         self._channel.settimeout(max(1e-3, deadline - time.monotonic()))
 
-    def _how(self) -> str:
+    def _exit_reason(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._process.wait(1.0)
             return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended its process with code {code}"

@@ -7,24 +7,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-SHOWN = 80  # characters of a text that a sentence quotes
+MAX_DISPLAY_CHARS = 80  # characters of a text that a sentence quotes
 
 
 @dataclass(frozen=True)
-class Item:
+class RewardInput:
     """One completion to score. `row` is the whole row of the data, `stopped`: it ended by itself, `tokens`: its length.
     `ids`: prompt and completion as the base reads them, where they are known: a learned reward reads them too."""
 
     prompt: str
     completion: str
-    gold: str | None
+    ground_truth: str | None
     row: Mapping[str, Any]
     stopped: bool
     tokens: int
     ids: Sequence[int] = ()
 
     def __str__(self) -> str:
-        return f"the completion {shown(self.completion)} of the prompt {shown(self.prompt)}"
+        return (
+            f"the completion {truncate_for_display(self.completion)} of the prompt {truncate_for_display(self.prompt)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -49,33 +51,33 @@ class Reward(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def judges(self) -> bool: ...
-    def score(self, items: Sequence[Item]) -> list[Score]: ...
+    def is_verifier(self) -> bool: ...
+    def score(self, items: Sequence[RewardInput]) -> list[Score]: ...
 
 
 @runtime_checkable
-class Choosy(Protocol):
+class ValidatesRows(Protocol):
     """A reward that can say of a row, before anything is drawn, that nothing could be judged by it: a gold answer that
     cannot be read."""
 
-    def unusable(self, item: Item) -> str | None:
+    def row_rejection_reason(self, item: RewardInput) -> str | None:
         """Why, in a few words that are the same for all such rows; None where it is of use. Cheap, and never raises:
         every row is asked. The completion of `item` is empty."""
 
 
 @runtime_checkable
-class Noted(Protocol):
+class HasStatus(Protocol):
     """A reward that has something to tell at the start of a run."""
 
-    def note(self) -> str: ...
+    def status(self) -> str: ...
 
 
-class Whole(ABC):
+class BatchedReward(ABC):
     """A reward that scores all completions of a harvest together, in this process, once the last has come: a learned
     one."""
 
     @abstractmethod
-    def score(self, items: Sequence[Item]) -> list[Score]: ...
+    def score(self, items: Sequence[RewardInput]) -> list[Score]: ...
 
 
 Reply = Mapping[str, Any]
@@ -83,39 +85,39 @@ Reply = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Worked(ABC):
+class WorkerReward(ABC):
     """A reward that may hang, and is therefore computed in a worker process with a wall clock. `Scorer` calls these
     methods."""
 
-    judges: ClassVar[bool]
-    limit: ClassVar[float] = float("inf")
+    is_verifier: ClassVar[bool]
+    max_seconds: ClassVar[float] = float("inf")
     """Seconds after which this reward gives up on a completion, where that is less than the Scorer's own limit."""
 
     @abstractmethod
-    def job(self) -> Mapping[str, Any]:
+    def worker_spec(self) -> Mapping[str, Any]:
         """What a worker loads once, at its start, as plain data."""
 
-    def early(self, item: Item) -> Score | None:
+    def score_without_worker(self, item: RewardInput) -> Score | None:
         """The score where no worker is needed for it."""
         return None
 
-    def ask(self, item: Item) -> Mapping[str, Any]:
+    def build_request(self, item: RewardInput) -> Mapping[str, Any]:
         """What the worker is told of a completion, as plain data."""
         return {"prompt": item.prompt, "completion": item.completion, "row": dict(item.row)}
 
     @abstractmethod
-    def judge(self, item: Item, reply: Reply) -> Score:
+    def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         """The score from a worker's reply."""
 
     @abstractmethod
-    def overdue(self, item: Item, seconds: float) -> Score:
+    def on_timeout(self, item: RewardInput, seconds: float) -> Score:
         """The score of a completion on which the worker was killed after so many seconds."""
 
     @abstractmethod
-    def lost(self, item: Item, how: str) -> Score:
+    def on_worker_crash(self, item: RewardInput, reason: str) -> Score:
         """The score of a completion on which the worker died by itself."""
 
 
-def shown(text: str, most: int = SHOWN) -> str:
+def truncate_for_display(text: str, max_chars: int = MAX_DISPLAY_CHARS) -> str:
     """The beginning of a text in quotes, with nothing in it that could move a cursor."""
-    return repr(text[:most]) + ("..." if len(text) > most else "")
+    return repr(text[:max_chars]) + ("..." if len(text) > max_chars else "")

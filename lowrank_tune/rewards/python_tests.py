@@ -18,90 +18,90 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.rewards.judges.python_tests import Unusable, row_tests
-from lowrank_tune.rewards.pool import alone
-from lowrank_tune.rewards.protocol import Item, Reply, Score, Worked
+from lowrank_tune.rewards.judges.python_tests import InvalidTests, row_tests
+from lowrank_tune.rewards.pool import score_serially
+from lowrank_tune.rewards.protocol import Reply, RewardInput, Score, WorkerReward
 from lowrank_tune.rewards.sandbox.launch import Level
-from lowrank_tune.rewards.sandbox.levels import strongest, why_none
+from lowrank_tune.rewards.sandbox.levels import best_available, unavailable_reason
 from lowrank_tune.settings import UNSAFE_CODE
 
-LONGEST_REASON = 240
+MAX_REASON_CHARS = 240
 
 
 @dataclass(frozen=True)
-class PythonTests(Worked):
+class PythonTestsReward(WorkerReward):
     """pass (1) or fail (0). `accepts_unsafe`: the recipe says in words that code may run without a sandbox where there
     is none."""
 
     name: str = "python_tests"
-    accepts_unsafe: bool = False
-    judges: ClassVar[bool] = True
+    accept_unsafe_code: bool = False
+    is_verifier: ClassVar[bool] = True
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        return alone(self, items)
+    def score(self, items: Sequence[RewardInput]) -> list[Score]:
+        return score_serially(self, items)
 
-    def level(self) -> Level:
+    def isolation(self) -> Level:
         """The strongest sandbox that this machine offers, tried once. Raises UserError where there is none and none was
         not accepted."""
-        if (offer := strongest()) is not None:
-            return offer.level
-        if self.accepts_unsafe:
+        if (available := best_available()) is not None:
+            return available.level
+        if self.accept_unsafe_code:
             return "none"
         raise UserError(
-            f"`{self.name}` runs code that a model wrote, and this machine has no sandbox for it ({why_none()}). "
+            f"`{self.name}` runs code that a model wrote, and this machine has no sandbox for it ({unavailable_reason()}). "
             f"Linux 5.13 or newer with "
             f"Landlock, or bubblewrap, or user namespaces give one; or say `accept_unsafe_code: {UNSAFE_CODE}`"
         )
 
-    def note(self) -> str:
+    def status(self) -> str:
         """The level in words, for the start-up."""
-        offer = strongest()
+        available = best_available()
         return (
-            f"{self.name}: code runs in a sandbox ({offer})"
-            if offer
+            f"{self.name}: code runs in a sandbox ({available})"
+            if available
             else f"{self.name}: code that a model wrote runs WITHOUT a sandbox"
         )
 
-    def job(self) -> Mapping[str, Any]:
+    def worker_spec(self) -> Mapping[str, Any]:
         return {
             "kind": "verifier",
             "module": "lowrank_tune.rewards.judges.python_tests",
             "use": self.name,
-            "level": self.level(),
+            "level": self.isolation(),
         }
 
-    def unusable(self, item: Item) -> str | None:
+    def row_rejection_reason(self, item: RewardInput) -> str | None:
         """Why the row's tests are none."""
         try:
             row_tests(item.row)
-        except Unusable as why:
-            return str(why)
+        except InvalidTests as error:
+            return str(error)
         return None
 
-    def early(self, item: Item) -> Score | None:
-        if why := self.unusable(item):
-            return Score(None, "error", f"`{self.name}`: {why}, for {item}")
+    def score_without_worker(self, item: RewardInput) -> Score | None:
+        if reason := self.row_rejection_reason(item):
+            return Score(None, "error", f"`{self.name}`: {reason}, for {item}")
         return None if item.stopped else Score(0.0, "fail", "did not stop")
 
-    def judge(self, item: Item, reply: Reply) -> Score:
+    def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:
-            return self.lost(item, reply["fault"])
-        outcome, reason = reply["value"]["outcome"], inert(reply["value"]["reason"])
+            return self.on_worker_crash(item, reply["fault"])
+        outcome, reason = reply["value"]["outcome"], strip_control_chars(reply["value"]["reason"])
         if outcome in ("pass", "fail"):
             return Score(float(outcome == "pass"), outcome, reason)
         return (
             Score(None, "timeout", f"`{self.name}`: {reason}, on {item}")
             if outcome == "late"
-            else self.lost(item, reason)
+            else self.on_worker_crash(item, reason)
         )
 
-    def overdue(self, item: Item, seconds: float) -> Score:
+    def on_timeout(self, item: RewardInput, seconds: float) -> Score:
         return Score(None, "timeout", f"`{self.name}`: the check was not over within {seconds:g} s on {item}")
 
-    def lost(self, item: Item, how: str) -> Score:
-        return Score(None, "error", f"`{self.name}`: {inert(how)}, on {item}")
+    def on_worker_crash(self, item: RewardInput, reason: str) -> Score:
+        return Score(None, "error", f"`{self.name}`: {strip_control_chars(reason)}, on {item}")
 
 
-def inert(text: str) -> str:
+def strip_control_chars(text: str) -> str:
     """A text of the code's making, with nothing in it that could move a cursor."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:LONGEST_REASON])
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:MAX_REASON_CHARS])

@@ -13,31 +13,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from lowrank_tune.rewards.protocol import Item, Score, Whole
+from lowrank_tune.rewards.protocol import BatchedReward, RewardInput, Score
 
-Read = Callable[[Sequence[Sequence[int]]], Sequence[float]]
+ScoreBatchFn = Callable[[Sequence[Sequence[int]]], Sequence[float]]
 """Rows of ids to scores."""
 
 
 @dataclass
-class RewardModel(Whole):
+class RewardModel(BatchedReward):
     """graded: any figure. It has learned what is liked, which is not what is right, so it does not judge."""
 
     name: str
-    read: Read | None = None
-    judges: ClassVar[bool] = False
+    score_batch: ScoreBatchFn | None = None
+    is_verifier: ClassVar[bool] = False
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        assert self.read is not None, "the base is loaded before anything is scored"
-        begun, known = time.perf_counter(), [place for place, item in enumerate(items) if item.ids]
-        why = "it has no prompt, or the chat template refuses it"
-        found: list[Score] = [Score(None, "error", f"`{self.name}` cannot read {item}: {why}") for item in items]
-        for place, value in zip(known, self.read([items[place].ids for place in known]), strict=True):
-            found[place] = self._told(value, items[place])
-        seconds = (time.perf_counter() - begun) / max(1, len(items))
-        return [replace(score, seconds=seconds) for score in found]
+    def score(self, items: Sequence[RewardInput]) -> list[Score]:
+        assert self.score_batch is not None, "the base is loaded before anything is scored"
+        start, scorable = time.perf_counter(), [index for index, item in enumerate(items) if item.ids]
+        reason = "it has no prompt, or the chat template refuses it"
+        scores: list[Score] = [Score(None, "error", f"`{self.name}` cannot read {item}: {reason}") for item in items]
+        for index, value in zip(scorable, self.score_batch([items[index].ids for index in scorable]), strict=True):
+            scores[index] = self._to_score(value, items[index])
+        seconds = (time.perf_counter() - start) / max(1, len(items))
+        return [replace(score, seconds=seconds) for score in scores]
 
-    def _told(self, value: float, item: Item) -> Score:
+    def _to_score(self, value: float, item: RewardInput) -> Score:
         if not math.isfinite(value):
             return Score(None, "error", f"`{self.name}` gives {value} for {item}")
         return Score(value, "graded")

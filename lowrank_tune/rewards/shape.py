@@ -11,30 +11,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from lowrank_tune.patterns import compiled, encoded
-from lowrank_tune.rewards.protocol import Item, Score
+from lowrank_tune.patterns import compile_pattern, encode_text
+from lowrank_tune.rewards.protocol import RewardInput, Score
 
 
 @dataclass(frozen=True)
-class Shape:
+class RegexReward:
     """pass (1) or fail (0). `.` is any character but a line break, unless the pattern begins with `(?s)`. Raises
     UserError."""
 
     name: str
     pattern: str
-    whole: bool
-    judges: ClassVar[bool] = False
+    full_match: bool
+    is_verifier: ClassVar[bool] = False
     _engine: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_engine", compiled(self.pattern))
+        object.__setattr__(self, "_engine", compile_pattern(self.pattern))
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
+    def score(self, items: Sequence[RewardInput]) -> list[Score]:
         return [self._score(item) for item in items]
 
-    def _score(self, item: Item) -> Score:
-        text = encoded(item.completion)
-        found = self._engine.fullmatch(text) if self.whole else self._engine.search(text)
-        if found is not None:
+    def _score(self, item: RewardInput) -> Score:
+        text = encode_text(item.completion)
+        match = self._engine.fullmatch(text) if self.full_match else self._engine.search(text)
+        if match is not None:
             return Score(1.0, "pass")
-        return Score(0.0, "fail", "does not match the pattern" if self.whole else "the pattern is not found")
+        return Score(0.0, "fail", "does not match the pattern" if self.full_match else "the pattern is not found")

@@ -23,93 +23,95 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from lowrank_tune.data.gold import last_boxed
-from lowrank_tune.rewards.fences import last_fenced
-from lowrank_tune.rewards.pool import alone
-from lowrank_tune.rewards.protocol import Item, Reply, Score, Worked, shown
+from lowrank_tune.rewards.fences import last_code_block
+from lowrank_tune.rewards.pool import score_serially
+from lowrank_tune.rewards.protocol import Reply, RewardInput, Score, WorkerReward, truncate_for_display
 
-MEGABYTES = 1024
-LONGEST = 200_000  # characters of a completion
-TAIL = 4000  # characters at its end that may hold a verdict
+MEMORY_MEGABYTES = 1024
+MAX_CHARS = 200_000  # characters of a completion
+TAIL_CHARS = 4000  # characters at its end that may hold a verdict
 COLUMNS = {"statement": ("smt",), "witness": ("smt",), "invariant": ("smt", "init", "transition", "property")}
 LANGUAGES = ("smt2", "smt", "smtlib", "smt-lib", "lisp", "")
-WORD = re.compile(r"\b(not )?(unsat|sat|invalid|valid|unsatisfiable|satisfiable)\b")
-NEGATED = {"sat": "unsat", "unsat": "sat", "valid": "invalid", "invalid": "valid"}
+VERDICT_PATTERN = re.compile(r"\b(not )?(unsat|sat|invalid|valid|unsatisfiable|satisfiable)\b")
+NEGATION = {"sat": "unsat", "unsat": "sat", "valid": "invalid", "invalid": "valid"}
 
 
 @dataclass(frozen=True)
-class Smt(Worked):
+class SmtReward(WorkerReward):
     """pass (1) or fail (0). A completion that did not stop by itself has not answered."""
 
     name: str
     kind: Literal["statement", "witness", "invariant"]
-    judges: ClassVar[bool] = True
+    is_verifier: ClassVar[bool] = True
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        return alone(self, items)
+    def score(self, items: Sequence[RewardInput]) -> list[Score]:
+        return score_serially(self, items)
 
-    def job(self) -> Mapping[str, Any]:
+    def worker_spec(self) -> Mapping[str, Any]:
         return {
             "kind": "verifier",
             "module": "lowrank_tune.rewards.judges.smt",
             "asks": self.kind,
-            "megabytes": MEGABYTES,
+            "megabytes": MEMORY_MEGABYTES,
             "use": self.name,
         }
 
-    def unusable(self, item: Item) -> str | None:
+    def row_rejection_reason(self, item: RewardInput) -> str | None:
         for column in COLUMNS[self.kind]:
             if not isinstance(item.row.get(column), str) or not item.row[column].strip():
                 return f"the row has no column `{column}`"
         return None
 
-    def early(self, item: Item) -> Score | None:
-        if why := self.unusable(item):
-            return self._none("error", why, item)
+    def score_without_worker(self, item: RewardInput) -> Score | None:
+        if reason := self.row_rejection_reason(item):
+            return self._no_score("error", reason, item)
         if not item.stopped:
             return Score(0.0, "fail", "did not stop")
-        if len(item.completion) > LONGEST:
-            return Score(0.0, "fail", f"longer than {LONGEST} characters")
-        if self.kind == "statement" and said(item.completion) is None:
+        if len(item.completion) > MAX_CHARS:
+            return Score(0.0, "fail", f"longer than {MAX_CHARS} characters")
+        if self.kind == "statement" and claimed_verdict(item.completion) is None:
             return Score(0.0, "fail", "says no verdict, or several")
         return None
 
-    def ask(self, item: Item) -> Mapping[str, Any]:
+    def build_request(self, item: RewardInput) -> Mapping[str, Any]:
         columns = {name: item.row.get(name) for name in ("smt", "claim", "init", "transition", "property")}
-        found = last_fenced(item.completion, LANGUAGES)
-        return {**columns, "text": item.completion if found is None else found}
+        code_block = last_code_block(item.completion, LANGUAGES)
+        return {**columns, "text": item.completion if code_block is None else code_block}
 
-    def judge(self, item: Item, reply: Reply) -> Score:
+    def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:
-            return self.lost(item, reply["fault"])
+            return self.on_worker_crash(item, reply["fault"])
         value = reply["value"]
         if "row" in value:
-            return self._none("error", f"the row is at fault: {value['row']}", item)
+            return self._no_score("error", f"the row is at fault: {value['row']}", item)
         if "unknown" in value:
             late = value["unknown"] in ("timeout", "canceled")
-            return self._none("timeout" if late else "error", f"Z3 cannot tell: {value['unknown']}", item)
+            return self._no_score("timeout" if late else "error", f"Z3 cannot tell: {value['unknown']}", item)
         if "status" in value:
-            right = said(item.completion) == value["status"]
-            return Score(float(right), "pass" if right else "fail", "" if right else f"it is {value['status']}")
-        return Score(float(value["right"]), "pass" if value["right"] else "fail", shown(value["why"], 300)[1:-1])
+            correct = claimed_verdict(item.completion) == value["status"]
+            return Score(float(correct), "pass" if correct else "fail", "" if correct else f"it is {value['status']}")
+        return Score(
+            float(value["right"]), "pass" if value["right"] else "fail", truncate_for_display(value["why"], 300)[1:-1]
+        )
 
-    def overdue(self, item: Item, seconds: float) -> Score:
-        return self._none("timeout", f"Z3 was not done within {seconds:g} s", item)
+    def on_timeout(self, item: RewardInput, seconds: float) -> Score:
+        return self._no_score("timeout", f"Z3 was not done within {seconds:g} s", item)
 
-    def lost(self, item: Item, how: str) -> Score:
-        return self._none("error", f"the worker {how}", item)
+    def on_worker_crash(self, item: RewardInput, reason: str) -> Score:
+        return self._no_score("error", f"the worker {reason}", item)
 
-    def _none(self, verdict: Literal["error", "timeout"], why: str, item: Item) -> Score:
-        return Score(None, verdict, f"`{self.name}`: {shown(why, 400)[1:-1]}, on {item}")
+    def _no_score(self, verdict: Literal["error", "timeout"], reason: str, item: RewardInput) -> Score:
+        return Score(None, verdict, f"`{self.name}`: {truncate_for_display(reason, 400)[1:-1]}, on {item}")
 
 
-def said(completion: str) -> str | None:
+def claimed_verdict(completion: str) -> str | None:
     """The verdict of a completion: sat, unsat, valid or invalid; None where it says none, or two."""
-    tail = completion[-TAIL:]
-    piece = last_boxed(tail)
-    if piece is None:
-        piece = tail.rstrip().rpartition("\n")[2]
-    found = set()
-    for negated, word in WORD.findall(piece.casefold()):
+    tail = completion[-TAIL_CHARS:]
+    text = last_boxed(tail)
+    if text is None:
+        text = tail.rstrip().rpartition("\n")[2]
+    verdicts = set()
+    for negated, word in VERDICT_PATTERN.findall(text.casefold()):
         word = word.replace("isfiable", "")
-        found.add(NEGATED[word] if negated else word)
-    return found.pop() if len(found) == 1 else None
+        verdicts.add(NEGATION[word] if negated else word)
+    return verdicts.pop() if len(verdicts) == 1 else None

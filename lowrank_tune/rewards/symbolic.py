@@ -15,80 +15,86 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lowrank_tune.rewards.judges.expression import Unreadable, read
-from lowrank_tune.rewards.math_answer import need
-from lowrank_tune.rewards.pool import alone
-from lowrank_tune.rewards.protocol import Item, Reply, Score, Worked, shown
-from lowrank_tune.rewards.written import final
+from lowrank_tune.rewards.judges.expression import ExpressionParseError, parse_expression
+from lowrank_tune.rewards.math_answer import require_packages
+from lowrank_tune.rewards.pool import score_serially
+from lowrank_tune.rewards.protocol import Reply, RewardInput, Score, WorkerReward, truncate_for_display
+from lowrank_tune.rewards.written import extract_final_answer
 
 
 @dataclass(frozen=True)
-class Symbolic(Worked):
+class SymbolicReward(WorkerReward):
     """pass (1) or fail (0); error where the gold expression or the verifier itself is at fault."""
 
     name: str = "symbolic"
-    judges: ClassVar[bool] = True
-    limit: ClassVar[float] = 5.0
+    is_verifier: ClassVar[bool] = True
+    max_seconds: ClassVar[float] = 5.0
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        return alone(self, items)
+    def score(self, items: Sequence[RewardInput]) -> list[Score]:
+        return score_serially(self, items)
 
-    def job(self) -> Mapping[str, Any]:
+    def worker_spec(self) -> Mapping[str, Any]:
         return {"kind": "verifier", "module": "lowrank_tune.rewards.judges.symbolic", "use": self.name}
 
-    def unusable(self, item: Item) -> str | None:
+    def row_rejection_reason(self, item: RewardInput) -> str | None:
         """Why a gold expression is none, as far as that shows without its values."""
-        if item.gold is None or not item.gold.strip():
+        if item.ground_truth is None or not item.ground_truth.strip():
             return "there is none"
-        return _unreadable(item.gold)
+        return _parse_error(item.ground_truth)
 
-    def early(self, item: Item) -> Score | None:
-        if why := self.unusable(item):
-            return self._no_gold(item, why)
+    def score_without_worker(self, item: RewardInput) -> Score | None:
+        if reason := self.row_rejection_reason(item):
+            return self._ground_truth_error(item, reason)
         if not item.stopped:
             return Score(0.0, "fail", "did not stop")
-        found = final(item.completion)
-        if why := _unreadable(found):
-            return Score(0.0, "fail", f"{shown(found, 40)} {why}")
+        answer = extract_final_answer(item.completion)
+        if reason := _parse_error(answer):
+            return Score(0.0, "fail", f"{truncate_for_display(answer, 40)} {reason}")
         return None
 
-    def ask(self, item: Item) -> Mapping[str, Any]:
-        return {"found": final(item.completion), "gold": item.gold}
+    def build_request(self, item: RewardInput) -> Mapping[str, Any]:
+        return {"found": extract_final_answer(item.completion), "gold": item.ground_truth}
 
-    def judge(self, item: Item, reply: Reply) -> Score:
+    def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:
-            return self.lost(item, reply["fault"])
-        value, found = reply["value"], final(item.completion)
+            return self.on_worker_crash(item, reply["fault"])
+        value, answer = reply["value"], extract_final_answer(item.completion)
         if "gold" in value:
-            return self._no_gold(item, value["gold"])
+            return self._ground_truth_error(item, value["gold"])
         if "found" in value:
-            return Score(0.0, "fail", f"{shown(found, 40)} {value['found']}")
+            return Score(0.0, "fail", f"{truncate_for_display(answer, 40)} {value['found']}")
         if value["same"]:
             return Score(1.0, "pass", "" if value["confirmed"] else "equal at random points; sympy did not tell")
-        return Score(0.0, "fail", f"{shown(found, 40)} is not {shown(item.gold or '', 40)}")
+        return Score(
+            0.0,
+            "fail",
+            f"{truncate_for_display(answer, 40)} is not {truncate_for_display(item.ground_truth or '', 40)}",
+        )
 
-    def overdue(self, item: Item, seconds: float) -> Score:
+    def on_timeout(self, item: RewardInput, seconds: float) -> Score:
         return Score(None, "timeout", f"`{self.name}` could not tell within {seconds:g} s on {item}")
 
-    def lost(self, item: Item, how: str) -> Score:
-        return Score(None, "error", f"`{self.name}`: the verifier {how} on {item}")
+    def on_worker_crash(self, item: RewardInput, reason: str) -> Score:
+        return Score(None, "error", f"`{self.name}`: the verifier {reason} on {item}")
 
-    def _no_gold(self, item: Item, why: str) -> Score:
+    def _ground_truth_error(self, item: RewardInput, reason: str) -> Score:
         which = (
-            "a gold expression is needed, and" if item.gold is None else f"the gold expression {shown(item.gold, 60)}"
+            "a gold expression is needed, and"
+            if item.ground_truth is None
+            else f"the gold expression {truncate_for_display(item.ground_truth, 60)}"
         )
-        return Score(None, "error", f"`{self.name}`: {which} {why}, for {item}")
+        return Score(None, "error", f"`{self.name}`: {which} {reason}, for {item}")
 
 
-def _unreadable(text: str) -> str | None:
+def _parse_error(text: str) -> str | None:
     try:
-        read(text)
-    except Unreadable as why:
+        parse_expression(text)
+    except ExpressionParseError as why:
         return str(why)
     return None
 
 
-def make_symbolic(name: str) -> Symbolic:
+def make_symbolic(name: str) -> SymbolicReward:
     """The reward, where the package that it needs is installed. Raises UserError."""
-    need(name, "sympy")
-    return Symbolic(name)
+    require_packages(name, "sympy")
+    return SymbolicReward(name)

@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lowrank_tune.errors import Fault, Faults, RunFailed, UserError, did_you_mean
-from lowrank_tune.rewards.answer import Answer
-from lowrank_tune.rewards.json_schema import needs, read_schema
+from lowrank_tune.errors import ConfigError, ConfigProblem, TrainingError, UserError, did_you_mean
+from lowrank_tune.rewards.answer import AnswerReward
+from lowrank_tune.rewards.json_schema import read_schema, require_package
 from lowrank_tune.rewards.lean import make_lean
-from lowrank_tune.rewards.length import Length
+from lowrank_tune.rewards.length import LengthReward
 from lowrank_tune.rewards.math_answer import make_math_answer
-from lowrank_tune.rewards.own import is_own, read_own
+from lowrank_tune.rewards.own import is_user_function, read_user_function
 from lowrank_tune.rewards.protocol import Reward, Score
-from lowrank_tune.rewards.python_tests import PythonTests
-from lowrank_tune.rewards.repetition import NGRAM, Repetition
+from lowrank_tune.rewards.python_tests import PythonTestsReward
+from lowrank_tune.rewards.repetition import NGRAM, RepetitionReward
 from lowrank_tune.rewards.reward_model import RewardModel
-from lowrank_tune.rewards.shape import Shape
-from lowrank_tune.rewards.smt import Smt
+from lowrank_tune.rewards.shape import RegexReward
+from lowrank_tune.rewards.smt import SmtReward
 from lowrank_tune.rewards.symbolic import make_symbolic
-from lowrank_tune.settings import RewardUse
+from lowrank_tune.settings import RewardConfig
 
 
 @dataclass(frozen=True)
-class Weighted:
+class WeightedReward:
     """A reward under a name of its own, what it counts for, and what becomes of a completion on which it fails."""
 
     name: str
@@ -35,113 +35,120 @@ class Weighted:
     on_error: Literal["stop", "drop"] = "drop"
 
 
-def make(uses: Sequence[RewardUse], folder: Path) -> list[Weighted]:
+def build_rewards(configs: Sequence[RewardConfig], folder: Path) -> list[WeightedReward]:
     """The rewards of a recipe; files of functions are looked for from `folder`. Raises Faults with everything that is
     wrong."""
-    if not uses:
+    if not configs:
         raise UserError("`rewards` is empty; name at least one, as `[{use: answer}]`")
-    made, faults = [], []
-    for place, (use, name) in enumerate(zip(uses, names(uses), strict=True)):
+    rewards, faults = [], []
+    for index, (config, name) in enumerate(zip(configs, reward_names(configs), strict=True)):
         try:
-            made.append(
-                Weighted(
-                    name, use.weight, _make(use, name, folder), use.on_error or ("stop" if is_own(use.use) else "drop")
+            rewards.append(
+                WeightedReward(
+                    name,
+                    config.weight,
+                    _build_reward(config, name, folder),
+                    config.on_error or ("stop" if is_user_function(config.use) else "drop"),
                 )
             )
         except UserError as error:
-            faults.append(Fault(str(error), f"rewards.{place}"))
+            faults.append(ConfigProblem(str(error), f"rewards.{index}"))
     if faults:
-        raise Faults(faults)
-    return made
+        raise ConfigError(faults)
+    return rewards
 
 
-def names(uses: Sequence[RewardUse]) -> list[str]:
+def reward_names(configs: Sequence[RewardConfig]) -> list[str]:
     """What the screen calls each: its word, or its function; a second one of a name is `answer-2`."""
     seen: Counter[str] = Counter()
-    found = []
-    for use in uses:
-        word = use.use.rpartition(":")[2] if is_own(use.use) else use.use
+    names = []
+    for config in configs:
+        word = config.use.rpartition(":")[2] if is_user_function(config.use) else config.use
         seen[word] += 1
-        found.append(word if seen[word] == 1 else f"{word}-{seen[word]}")
-    return found
+        names.append(word if seen[word] == 1 else f"{word}-{seen[word]}")
+    return names
 
 
-def _make(use: RewardUse, name: str, folder: Path) -> Reward:
-    if not is_own(use.use) and use.use not in MAKERS:
-        known = f"Known are {', '.join(MAKERS)}, and `./file.py:function`"
-        raise UserError(f"unknown reward `{use.use}`{did_you_mean(use.use, tuple(MAKERS))} {known}")
-    _check_settings(use)
-    return read_own(name, use.use, folder) if is_own(use.use) else MAKERS[use.use](use, name, folder)
+def _build_reward(config: RewardConfig, name: str, folder: Path) -> Reward:
+    if not is_user_function(config.use) and config.use not in REWARD_BUILDERS:
+        choices = f"Known are {', '.join(REWARD_BUILDERS)}, and `./file.py:function`"
+        raise UserError(f"unknown reward `{config.use}`{did_you_mean(config.use, tuple(REWARD_BUILDERS))} {choices}")
+    _check_settings(config)
+    return (
+        read_user_function(name, config.use, folder)
+        if is_user_function(config.use)
+        else REWARD_BUILDERS[config.use](config, name, folder)
+    )
 
 
-def _check_settings(use: RewardUse) -> None:
+def _check_settings(config: RewardConfig) -> None:
     """Each reward has the settings that it needs and no others."""
-    for setting, owners in OWNERS.items():
-        value = getattr(use, setting)
-        if use.use in owners and value is None and setting not in OPTIONAL:
-            raise UserError(f"`{use.use}` needs `{setting}`")
-        if use.use not in owners and value is not None:
+    for setting, owners in SETTING_OWNER.items():
+        value = getattr(config, setting)
+        if config.use in owners and value is None and setting not in OPTIONAL_SETTINGS:
+            raise UserError(f"`{config.use}` needs `{setting}`")
+        if config.use not in owners and value is not None:
             raise UserError(
-                f"`{setting}` does nothing for `{use.use}`; it belongs to "
+                f"`{setting}` does nothing for `{config.use}`; it belongs to "
                 f"{' and '.join(f'`{owner}`' for owner in owners)}"
             )
-    if use.weight == 0:
-        raise UserError(f"`{use.use}` has weight 0 and would change nothing; leave it out")
+    if config.weight == 0:
+        raise UserError(f"`{config.use}` has weight 0 and would change nothing; leave it out")
 
 
-def _answer(use: RewardUse, name: str, folder: Path) -> Reward:
-    return Answer(name)
+def _answer(config: RewardConfig, name: str, folder: Path) -> Reward:
+    return AnswerReward(name)
 
 
-def _math_answer(use: RewardUse, name: str, folder: Path) -> Reward:
+def _math_answer(config: RewardConfig, name: str, folder: Path) -> Reward:
     return make_math_answer(name)
 
 
-def _python_tests(use: RewardUse, name: str, folder: Path) -> Reward:
-    return PythonTests(name, use.accept_unsafe_code is not None)
+def _python_tests(config: RewardConfig, name: str, folder: Path) -> Reward:
+    return PythonTestsReward(name, config.accept_unsafe_code is not None)
 
 
-def _reward_model(use: RewardUse, name: str, folder: Path) -> Reward:
+def _reward_model(config: RewardConfig, name: str, folder: Path) -> Reward:
     return RewardModel(name)
 
 
-def _symbolic(use: RewardUse, name: str, folder: Path) -> Reward:
+def _symbolic(config: RewardConfig, name: str, folder: Path) -> Reward:
     return make_symbolic(name)
 
 
-def _length(use: RewardUse, name: str, folder: Path) -> Reward:
-    assert use.target_tokens is not None
-    return Length(name, use.target_tokens)
+def _length(config: RewardConfig, name: str, folder: Path) -> Reward:
+    assert config.target_tokens is not None
+    return LengthReward(name, config.target_tokens)
 
 
-def _format(use: RewardUse, name: str, folder: Path) -> Reward:
-    assert use.pattern is not None
+def _format(config: RewardConfig, name: str, folder: Path) -> Reward:
+    assert config.pattern is not None
     try:
-        return Shape(name, use.pattern, whole=use.use == "format")
+        return RegexReward(name, config.pattern, full_match=config.use == "format")
     except UserError as error:
         raise UserError(f"`pattern` {error}") from None
 
 
-def _repetition(use: RewardUse, name: str, folder: Path) -> Reward:
-    return Repetition(name, NGRAM if use.ngram is None else use.ngram)
+def _repetition(config: RewardConfig, name: str, folder: Path) -> Reward:
+    return RepetitionReward(name, NGRAM if config.ngram is None else config.ngram)
 
 
-def _json_schema(use: RewardUse, name: str, folder: Path) -> Reward:
-    assert use.json_schema is not None
-    return read_schema(name, use.json_schema, folder)
+def _json_schema(config: RewardConfig, name: str, folder: Path) -> Reward:
+    assert config.json_schema is not None
+    return read_schema(name, config.json_schema, folder)
 
 
-def _smt(use: RewardUse, name: str, folder: Path) -> Reward:
-    assert use.kind is not None
-    needs(name, "z3", "z3-solver")
-    return Smt(name, use.kind)
+def _smt(config: RewardConfig, name: str, folder: Path) -> Reward:
+    assert config.kind is not None
+    require_package(name, "z3", "z3-solver")
+    return SmtReward(name, config.kind)
 
 
-def _lean(use: RewardUse, name: str, folder: Path) -> Reward:
-    return make_lean(name, use.program)
+def _lean(config: RewardConfig, name: str, folder: Path) -> Reward:
+    return make_lean(name, config.program)
 
 
-MAKERS: Mapping[str, Callable[[RewardUse, str, Path], Reward]] = {
+REWARD_BUILDERS: Mapping[str, Callable[[RewardConfig, str, Path], Reward]] = {
     "answer": _answer,
     "math_answer": _math_answer,
     "symbolic": _symbolic,
@@ -157,7 +164,7 @@ MAKERS: Mapping[str, Callable[[RewardUse, str, Path], Reward]] = {
 }
 """How each reward that a recipe can name is made, from its settings, its name on the screen, and the folder of its
 files."""
-OWNERS: Mapping[str, tuple[str, ...]] = {
+SETTING_OWNER: Mapping[str, tuple[str, ...]] = {
     "pattern": ("format", "regex"),
     "target_tokens": ("length",),
     "ngram": ("repetition",),
@@ -167,7 +174,7 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
     "program": ("lean",),
 }
 """Whose each setting of `RewardUse` is; it is needed there unless it is in OPTIONAL, and a fault elsewhere."""
-OPTIONAL: frozenset[str] = frozenset({"accept_unsafe_code", "ngram", "program"})
+OPTIONAL_SETTINGS: frozenset[str] = frozenset({"accept_unsafe_code", "ngram", "program"})
 
 
 def total(scores: Sequence[Score], weights: Sequence[float]) -> float:
@@ -178,5 +185,5 @@ def total(scores: Sequence[Score], weights: Sequence[float]) -> float:
     """
     for score in scores:
         if score.value is None:
-            raise RunFailed(f"rewards: {score.reason or score.verdict}")
+            raise TrainingError(f"rewards: {score.reason or score.verdict}")
     return sum(weight * score.value for score, weight in zip(scores, weights, strict=True) if score.value is not None)

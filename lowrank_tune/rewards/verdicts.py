@@ -10,111 +10,116 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from lowrank_tune.rewards.failures import failed
-from lowrank_tune.rewards.pool import Scorer
-from lowrank_tune.rewards.protocol import Item, Score
-from lowrank_tune.rewards.uses import Weighted
+from lowrank_tune.rewards.failures import first_failure
+from lowrank_tune.rewards.pool import WorkerPool
+from lowrank_tune.rewards.protocol import RewardInput, Score
+from lowrank_tune.rewards.uses import WeightedReward
 
-AT_ONCE = 16  # completions between two reports of progress
-RIGHT = 0.5
-FEW = 3
+CHUNK_SIZE = 16  # completions between two reports of progress
+CORRECT_THRESHOLD = 0.5
+MIN_FAILURES = 3
 """As in a run: one or two failures say nothing of a verifier."""
 
 
 @dataclass(frozen=True)
-class Verdicts:
+class VerdictSummary:
     """How one reward judged. `mean` and `spread` are of its values; seconds are of one completion."""
 
     name: str
-    judges: bool
+    is_verifier: bool
     counts: dict[str, int]
     mean: float
-    spread: float
+    std: float
     median_seconds: float
     p95_seconds: float
-    longest_seconds: float
+    max_seconds: float
 
 
 @dataclass(frozen=True)
-class Clash:
+class Disagreement:
     """Two rewards that judge, and the completions (their numbers) that the first alone calls right, and the second
     alone."""
 
-    one: str
-    other: str
-    both_told: int
-    only_one: list[int] = field(default_factory=list)
-    only_other: list[int] = field(default_factory=list)
+    first: str
+    second: str
+    num_both_scored: int
+    only_first: list[int] = field(default_factory=list)
+    only_second: list[int] = field(default_factory=list)
 
 
-def scored(
-    scorer: Scorer[int], items: Sequence[Item], tell: Callable[[int], None] = lambda done: None
+def score_all(
+    pool: WorkerPool[int], items: Sequence[RewardInput], on_progress: Callable[[int], None] = lambda done: None
 ) -> Iterator[list[Score]]:
     """The scores of each completion, in order, a few at once; `tell` hears how many are done."""
-    for start in range(0, len(items), AT_ONCE):
-        for number, item in enumerate(items[start : start + AT_ONCE]):
-            scorer.submit(number, item)
-        found = scorer.collect()
-        yield from found.values()
-        tell(start + len(found))
+    for start in range(0, len(items), CHUNK_SIZE):
+        for number, item in enumerate(items[start : start + CHUNK_SIZE]):
+            pool.submit(number, item)
+        scores = pool.collect()
+        yield from scores.values()
+        on_progress(start + len(scores))
 
 
-def verdicts(name: str, judges: bool, scores: Sequence[Score]) -> Verdicts:
+def summarize_verdicts(name: str, is_verifier: bool, scores: Sequence[Score]) -> VerdictSummary:
     """Of one reward's scores."""
     values = [score.value for score in scores if score.value is not None]
     seconds = sorted(score.seconds for score in scores)
-    middle, p95, longest = (
+    median, p95, maximum = (
         seconds[math.ceil(share * len(seconds)) - 1] if seconds else 0.0 for share in (0.5, 0.95, 1.0)
     )
-    return Verdicts(
+    return VerdictSummary(
         name,
-        judges,
+        is_verifier,
         dict(Counter(score.verdict for score in scores)),
         statistics.fmean(values) if values else math.nan,
         statistics.pstdev(values) if values else math.nan,
-        middle,
+        median,
         p95,
-        longest,
+        maximum,
     )
 
 
-def is_right(score: Score) -> bool | None:
+def is_correct(score: Score) -> bool | None:
     """Whether a reward calls a completion right: pass, or a graded value of at least a half; None where it could not
     tell."""
-    return None if score.value is None else score.value >= RIGHT
+    return None if score.value is None else score.value >= CORRECT_THRESHOLD
 
 
-def clashes(weighted: Sequence[Weighted], rows: Sequence[Sequence[Score]]) -> list[Clash]:
+def find_disagreements(weighted: Sequence[WeightedReward], rows: Sequence[Sequence[Score]]) -> list[Disagreement]:
     """Every pair of rewards that judge."""
-    judges = [place for place, each in enumerate(weighted) if each.reward.judges]
-    return [_clash(weighted, rows, one, other) for one, other in combinations(judges, 2)]
+    verifiers = [index for index, weighted_reward in enumerate(weighted) if weighted_reward.reward.is_verifier]
+    return [_disagreement(weighted, rows, first, second) for first, second in combinations(verifiers, 2)]
 
 
-def _clash(weighted: Sequence[Weighted], rows: Sequence[Sequence[Score]], one: int, other: int) -> Clash:
-    said = [(is_right(scores[one]), is_right(scores[other])) for scores in rows]
-    return Clash(
-        weighted[one].name,
-        weighted[other].name,
-        sum(None not in pair for pair in said),
-        [number for number, pair in enumerate(said) if pair == (True, False)],
-        [number for number, pair in enumerate(said) if pair == (False, True)],
+def _disagreement(
+    weighted: Sequence[WeightedReward], rows: Sequence[Sequence[Score]], first: int, second: int
+) -> Disagreement:
+    verdict_pairs = [(is_correct(scores[first]), is_correct(scores[second])) for scores in rows]
+    return Disagreement(
+        weighted[first].name,
+        weighted[second].name,
+        sum(None not in pair for pair in verdict_pairs),
+        [number for number, pair in enumerate(verdict_pairs) if pair == (True, False)],
+        [number for number, pair in enumerate(verdict_pairs) if pair == (False, True)],
     )
 
 
-def would_stop(
-    weighted: Sequence[Weighted], rows: Sequence[Sequence[Score]], most: float, few: int = FEW
+def exceeds_failure_limit(
+    weighted: Sequence[WeightedReward],
+    rows: Sequence[Sequence[Score]],
+    max_failure_rate: float,
+    min_failures: int = MIN_FAILURES,
 ) -> str | None:
     """Why a run would not bear these failures, or None: one by a reward that stops the run, or more than the share
     `most`."""
-    lost = [found for scores in rows if (found := failed(weighted, scores)) is not None]
-    for each, score in lost:
-        if each.on_error == "stop":
-            return f"`{each.name}` stops a run at its first failure: {score.reason or score.verdict}"
-    if len(lost) >= few and len(lost) > most * len(rows):
-        each, score = lost[0]
-        told = (
-            f"{len(lost)} of {len(rows)} completions could not be scored, more than rollout.max_unscored_share, "
-            f"{most:.3g}"
+    failures = [failure for scores in rows if (failure := first_failure(weighted, scores)) is not None]
+    for weighted_reward, score in failures:
+        if weighted_reward.on_error == "stop":
+            return f"`{weighted_reward.name}` stops a run at its first failure: {score.reason or score.verdict}"
+    if len(failures) >= min_failures and len(failures) > max_failure_rate * len(rows):
+        weighted_reward, score = failures[0]
+        message = (
+            f"{len(failures)} of {len(rows)} completions could not be scored, more than rollout.max_unscored_share, "
+            f"{max_failure_rate:.3g}"
         )
-        return f"{told}; the first: {score.reason or f'`{each.name}`: {score.verdict}'}"
+        return f"{message}; the first: {score.reason or f'`{weighted_reward.name}`: {score.verdict}'}"
     return None

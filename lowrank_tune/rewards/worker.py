@@ -33,14 +33,14 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 MEGABYTE = 1 << 20
 VERIFIER_MEGABYTES = 512  # what one judged call of a verifier of the kit may add to this process
-WORN_MEGABYTES = 256  # a process that verifiers have made larger by this is replaced
-EARLIER = 0.9  # a verifier is interrupted a little before the parent kills this process
-AGAIN_SECONDS = 0.05  # the alarm repeats: a bare `except` or a destructor may swallow the first
-Grade = Callable[[Mapping[str, Any]], Any]
+RECYCLE_MEGABYTES = 256  # a process that verifiers have made larger by this is replaced
+TIMEOUT_MARGIN = 0.9  # a verifier is interrupted a little before the parent kills this process
+ALARM_INTERVAL_SECONDS = 0.05  # the alarm repeats: a bare `except` or a destructor may swallow the first
+GradeFn = Callable[[Mapping[str, Any]], Any]
 """One completion judged: a figure, or for a verifier of the kit whatever its `judge` reads, as plain data."""
 
 
-class Frozen(importlib.abc.ExecutionLoader):
+class SourceSnapshotLoader(importlib.abc.ExecutionLoader):
     """Loads a module from the text that the run read at its start: a file that is edited later changes nothing."""
 
     def __init__(self, path: str, source: str) -> None:
@@ -53,11 +53,11 @@ class Frozen(importlib.abc.ExecutionLoader):
         return self.path
 
 
-class Late(BaseException):
+class CallTimeout(BaseException):
     """The time is over; no `except Exception` of a library takes it for its own."""
 
 
-class Refused(Exception):
+class RewardFunctionError(Exception):
     """A job or a value that cannot be used, in words."""
 
 
@@ -69,7 +69,7 @@ def load_file(path: str, source: str) -> ModuleType:
     folder = os.path.dirname(path)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    loader = Frozen(path, source)
+    loader = SourceSnapshotLoader(path, source)
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -83,22 +83,22 @@ def load_file(path: str, source: str) -> ModuleType:
     return module
 
 
-def own(job: Mapping[str, Any]) -> Grade:
+def load_user_function(spec: Mapping[str, Any]) -> GradeFn:
     """The user's function, checked for what can be checked without a completion."""
-    function = getattr(load_file(job["path"], job["source"]), job["function"], None)
+    function = getattr(load_file(spec["path"], spec["source"]), spec["function"], None)
     if not callable(function):
-        raise Refused(f"has no function `{job['function']}`")
+        raise RewardFunctionError(f"has no function `{spec['function']}`")
     try:
         inspect.signature(function).bind("", {})
     except TypeError as error:
-        raise Refused(f"`{job['function']}` must take (completion, row): {error}") from None
+        raise RewardFunctionError(f"`{spec['function']}` must take (completion, row): {error}") from None
     except ValueError:  # some builtins tell no signature
         pass
 
-    def grade(asked: Mapping[str, Any]) -> float:
+    def grade(request: Mapping[str, Any]) -> float:
         # Whatever it draws, the order of completions does not show in it.
-        random.seed(f"{asked['prompt']}\n{asked['completion']}".encode(errors="surrogatepass"))
-        return finite(function(asked["completion"], asked["row"]))
+        random.seed(f"{request['prompt']}\n{request['completion']}".encode(errors="surrogatepass"))
+        return finite(function(request["completion"], request["row"]))
 
     return grade
 
@@ -106,8 +106,8 @@ def own(job: Mapping[str, Any]) -> Grade:
 def finite(value: object) -> float:
     """The value as a finite float; bool, int, float and what numpy makes of them."""
     if not isinstance(value, numbers.Real):
-        raise Refused(
-            f"returned {quoted(value)}, which is no number"
+        raise RewardFunctionError(
+            f"returned {safe_repr(value)}, which is no number"
             + (" (does every path return one?)" if value is None else "")
         )
     try:
@@ -115,24 +115,24 @@ def finite(value: object) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise Refused(f"returned {number}, which is no finite number")
+        raise RewardFunctionError(f"returned {number}, which is no finite number")
     return number
 
 
-def verifier(job: Mapping[str, Any]) -> Grade:
+def load_verifier(spec: Mapping[str, Any]) -> GradeFn:
     """A verifier of the kit: `load(job)` of the module that the job names, as `lowrank_tune.rewards.judges.math`,
     within limits."""
     folder = os.path.dirname(os.path.abspath(__file__))
     root = os.path.dirname(os.path.dirname(folder))
     if root not in sys.path:
         sys.path.append(root)
-    with bare("lowrank_tune.rewards", folder):
-        grade = importlib.import_module(job["module"]).load(job)
-    return Limited(grade, job.get("megabytes", VERIFIER_MEGABYTES))
+    with import_without_init("lowrank_tune.rewards", folder):
+        grade = importlib.import_module(spec["module"]).load(spec)
+    return LimitedGrader(grade, spec.get("megabytes", VERIFIER_MEGABYTES))
 
 
 @contextlib.contextmanager
-def bare(name: str, folder: str) -> Iterator[None]:
+def import_without_init(name: str, folder: str) -> Iterator[None]:
     """A package without what its `__init__` imports: it brings torch in, seconds and 300 MB for each worker."""
     if name in sys.modules:
         yield
@@ -146,7 +146,7 @@ def bare(name: str, folder: str) -> Iterator[None]:
         del sys.modules[name]  # for a user's file that imports the real one
 
 
-class Limited:
+class LimitedGrader:
     """A verifier with an alarm clock and a limit on memory around each call; the user's functions in this process keep
     theirs.
 
@@ -155,10 +155,10 @@ class Limited:
     than half of what it may.
     """
 
-    def __init__(self, grade: Grade, megabytes: int) -> None:
-        self.grade, self.megabytes, self.grown, self.steep = grade, megabytes, 0.0, False
+    def __init__(self, grade: GradeFn, megabytes: int) -> None:
+        self.grade, self.megabytes, self.added_megabytes, self.grew_fast = grade, megabytes, 0.0, False
 
-    def __call__(self, asked: Mapping[str, Any]) -> Any:
+    def __call__(self, request: Mapping[str, Any]) -> Any:
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         before = peak_megabytes()
 
@@ -168,30 +168,30 @@ class Limited:
 
         try:
             try:
-                self._limit(asked["seconds"] * EARLIER, soft, hard)
-                return self.grade(asked)
+                self._limit(request["seconds"] * TIMEOUT_MARGIN, soft, hard)
+                return self.grade(request)
             finally:
                 restore()
-        except Late:
+        except CallTimeout:
             restore()  # the alarm may have rung within the line above
             raise
         finally:
             added = peak_megabytes() - before
-            self.grown, self.steep = self.grown + added, added > self.megabytes / 2
+            self.added_megabytes, self.grew_fast = self.added_megabytes + added, added > self.megabytes / 2
 
     def _limit(self, seconds: float, soft: int, hard: int) -> None:
         if sys.platform == "linux":
             with open("/proc/self/statm", encoding="ascii") as status:
                 pages = int(status.read().split()[0])
-            most = pages * resource.getpagesize() + self.megabytes * MEGABYTE
-            known = [limit for limit in (most, soft, hard) if limit != resource.RLIM_INFINITY]
-            resource.setrlimit(resource.RLIMIT_AS, (min(known), hard))
-        signal.signal(signal.SIGALRM, too_late)
-        signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)
+            maximum = pages * resource.getpagesize() + self.megabytes * MEGABYTE
+            limits = [limit for limit in (maximum, soft, hard) if limit != resource.RLIM_INFINITY]
+            resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+        signal.signal(signal.SIGALRM, raise_timeout)
+        signal.setitimer(signal.ITIMER_REAL, seconds, ALARM_INTERVAL_SECONDS)
 
 
-def too_late(*_: object) -> None:
-    raise Late
+def raise_timeout(*_: object) -> None:
+    raise CallTimeout
 
 
 def peak_megabytes() -> float:
@@ -203,12 +203,12 @@ def peak_megabytes() -> float:
         return int(status.read().partition("VmHWM:")[2].split()[0]) / 1024
 
 
-LOADERS: dict[str, Callable[[Mapping[str, Any]], Grade]] = {"own": own, "verifier": verifier}
+LOADERS: dict[str, Callable[[Mapping[str, Any]], GradeFn]] = {"own": load_user_function, "verifier": load_verifier}
 
 
-def described(error: BaseException, path: str) -> str:
+def format_exception(error: BaseException, path: str) -> str:
     """An exception in words, with the last line of the user's file that it went through."""
-    if isinstance(error, Refused):
+    if isinstance(error, RewardFunctionError):
         return str(error)
     if isinstance(error, SyntaxError) and error.filename == path:
         return f"raised {type(error).__name__}: {error.msg} ({os.path.basename(path)}:{error.lineno})"
@@ -221,7 +221,7 @@ def described(error: BaseException, path: str) -> str:
     return f"raised {type(error).__name__}: {message[:200]}{where}"
 
 
-def quoted(value: object) -> str:
+def safe_repr(value: object) -> str:
     """A short repr, even of what has none."""
     try:
         return repr(value)[:80]
@@ -229,25 +229,25 @@ def quoted(value: object) -> str:
         return f"a {type(value).__name__}"
 
 
-def load(job: Mapping[str, Any]) -> Grade | str:
+def load_grader(spec: Mapping[str, Any]) -> GradeFn | str:
     """A job made ready, or why not."""
     try:
-        return LOADERS[job["kind"]](job)
+        return LOADERS[spec["kind"]](spec)
     except BaseException as error:  # also SystemExit: a file that ends the process is a fault of that file
-        return described(error, job.get("path", ""))
+        return format_exception(error, spec.get("path", ""))
 
 
-def work(grade: Grade, asked: Mapping[str, Any], path: str) -> dict[str, Any]:
+def grade_completion(grade: GradeFn, request: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The reply to one completion."""
     start = time.perf_counter()
     try:
-        reply: dict[str, Any] = {"value": grade(asked)}
-    except Late:
+        reply: dict[str, Any] = {"value": grade(request)}
+    except CallTimeout:
         reply = {"late": True}
     except BaseException as error:
-        reply = {"fault": described(error, path)}
-    if isinstance(grade, Limited):
-        reply |= {"steep": grade.steep, "worn": grade.grown > WORN_MEGABYTES}
+        reply = {"fault": format_exception(error, path)}
+    if isinstance(grade, LimitedGrader):
+        reply |= {"steep": grade.grew_fast, "worn": grade.added_megabytes > RECYCLE_MEGABYTES}
     return {**reply, "seconds": time.perf_counter() - start}
 
 
@@ -266,18 +266,18 @@ def main(descriptor: int, parent: int) -> None:
     os.set_inheritable(descriptor, False)
     with socket.socket(fileno=descriptor) as channel, channel.makefile("rw", encoding="ascii", newline="\n") as lines:
 
-        def tell(reply: Mapping[str, Any]) -> None:
+        def send(reply: Mapping[str, Any]) -> None:
             lines.write(json.dumps(reply) + "\n")
             lines.flush()
 
-        jobs = json.loads(lines.readline() or "[]")
-        loaded = [load(job) for job in jobs]
-        tell({"faults": [grade if isinstance(grade, str) else None for grade in loaded]})
+        specs = json.loads(lines.readline() or "[]")
+        graders = [load_grader(spec) for spec in specs]
+        send({"faults": [grade if isinstance(grade, str) else None for grade in graders]})
         while line := lines.readline():
-            asked = json.loads(line)
-            grade = loaded[asked["job"]]
+            request = json.loads(line)
+            grade = graders[request["job"]]
             assert not isinstance(grade, str)
-            tell(work(grade, asked, jobs[asked["job"]].get("path", "")))
+            send(grade_completion(grade, request, specs[request["job"]].get("path", "")))
 
 
 if __name__ == "__main__":

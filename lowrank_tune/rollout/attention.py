@@ -19,16 +19,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "lowrank_tune_one_query"
-GROUPED = "lowrank_tune_grouped_sdpa"
-FIELD = "_attn_implementation_internal"
-BY_DEVICE = {"cpu": NAME, "cuda": GROUPED}
+DECODE_ATTENTION_NAME = "lowrank_tune_one_query"
+GROUPED_SDPA_NAME = "lowrank_tune_grouped_sdpa"
+ATTENTION_KEY = "_attn_implementation_internal"
+ATTENTION_BY_DEVICE = {"cpu": DECODE_ATTENTION_NAME, "cuda": GROUPED_SDPA_NAME}
 """Device type -> the attention of a decoding step."""
-NOT_HANDLED = ("position_bias", "cache", "softcap", "s_aux")
+UNSUPPORTED_KWARGS = ("position_bias", "cache", "softcap", "s_aux")
 """Arguments with which transformers' own `sdpa` is called instead."""
 
 
-def one_query(
+def decode_attention(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -94,25 +94,25 @@ def grouped_sdpa(
 
 
 def _is_decoding_step(query: Tensor, dropout: float, kwargs: Mapping[str, Any]) -> bool:
-    return query.shape[2] == 1 and not dropout and all(kwargs.get(name) is None for name in NOT_HANDLED)
+    return query.shape[2] == 1 and not dropout and all(kwargs.get(name) is None for name in UNSUPPORTED_KWARGS)
 
 
-AttentionInterface.register(NAME, one_query)
-AttentionInterface.register(GROUPED, grouped_sdpa)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-AttentionMaskInterface.register(GROUPED, sdpa_mask)
+AttentionInterface.register(DECODE_ATTENTION_NAME, decode_attention)
+AttentionInterface.register(GROUPED_SDPA_NAME, grouped_sdpa)
+AttentionMaskInterface.register(DECODE_ATTENTION_NAME, sdpa_mask)
+AttentionMaskInterface.register(GROUPED_SDPA_NAME, sdpa_mask)
 
 
 @contextmanager
 def batched_attention(model: Any) -> Iterator[None]:
     """While it is entered, a model that attends by `sdpa` does so by the function of its device in `BY_DEVICE`."""
     state = vars(model.get_decoder().config)  # for every few steps: the config's own setter checks all its fields
-    name = BY_DEVICE.get(model.device.type)
-    if state.get(FIELD) != "sdpa" or name is None:
+    name = ATTENTION_BY_DEVICE.get(model.device.type)
+    if state.get(ATTENTION_KEY) != "sdpa" or name is None:
         yield
         return
-    state[FIELD] = name
+    state[ATTENTION_KEY] = name
     try:
         yield
     finally:
-        state[FIELD] = "sdpa"
+        state[ATTENTION_KEY] = "sdpa"

@@ -25,16 +25,16 @@ class Step:
 
     positions: Tensor | None = None
     width: int = 0
-    found: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    index_cache: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
-    def places(self, heads: int, columns: int, window: int | None) -> Tensor:
+    def slot_indices(self, heads: int, columns: int, window: int | None) -> Tensor:
         """(B * heads,) where the tokens lie in a layer with this window, among its slots * heads * columns vectors."""
-        if (heads, columns, window) not in self.found:
+        if (heads, columns, window) not in self.index_cache:
             assert self.positions is not None
             column = self.positions if window is None else self.positions % window
             first = torch.arange(len(column) * heads, device=column.device).view(-1, heads) * columns
-            self.found[heads, columns, window] = (first + column[:, None]).flatten()
-        return self.found[heads, columns, window]
+            self.index_cache[heads, columns, window] = (first + column[:, None]).flatten()
+        return self.index_cache[heads, columns, window]
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -44,7 +44,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, step: Step, window: int | None) -> None:
         super().__init__()
         self.step, self.window, self.is_sliding = step, window, window is not None
-        self.fresh: tuple[Tensor, Tensor] | None = None
+        self.prefill_states: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The slots are made by `allocate`, when their number is known."""
@@ -58,12 +58,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         step = self.step
         if step.positions is None:
-            self.fresh = key_states, value_states
+            self.prefill_states = key_states, value_states
             return key_states, value_states
         rows, heads, width = len(key_states), key_states.shape[1], self._width()
-        places = step.places(heads, self.keys.shape[2], self.window)
+        slot_indices = step.slot_indices(heads, self.keys.shape[2], self.window)
         for kept, states in ((self.keys, key_states), (self.values, value_states)):
-            kept.view(-1, kept.shape[3]).index_copy_(0, places, states.reshape(rows * heads, -1))
+            kept.view(-1, kept.shape[3]).index_copy_(0, slot_indices, states.reshape(rows * heads, -1))
         return self.keys[:rows, :, :width], self.values[:rows, :, :width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -77,13 +77,14 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         return -1
 
-    def place(self, prompts: tuple[Tensor, Tensor], source: Tensor, lengths: Tensor, slots: Tensor) -> None:
+    def insert(self, prompts: tuple[Tensor, Tensor], source: Tensor, lengths: Tensor, slots: Tensor) -> None:
         """Copies keys and values of prompts (row `source`, `lengths` tokens) into `slots`; all (N,)."""
         for target, kept in zip((self.keys, self.values), prompts, strict=True):
             taken, columns = kept[source], target.shape[2]
             if taken.shape[2] > columns:
                 taken = taken.gather(
-                    2, _last_of(lengths, columns)[:, None, :, None].expand(-1, taken.shape[1], -1, taken.shape[3])
+                    2,
+                    _ring_positions(lengths, columns)[:, None, :, None].expand(-1, taken.shape[1], -1, taken.shape[3]),
                 )
             target[slots, :, : taken.shape[2]] = taken
 
@@ -111,10 +112,10 @@ class SlotCache(Cache):  # type: ignore[misc]
         """The next forward pass reads one token for each of the first slots, at these positions (B,), all below
         `width`."""
         self.step.positions, self.step.width = positions, width
-        self.step.found.clear()
+        self.step.index_cache.clear()
 
 
-def windows_of(model: Any) -> list[int | None]:
+def sliding_windows(model: Any) -> list[int | None]:
     """Each layer's sliding window, None for none. Raises ValueError where the model wants another kind of cache."""
     layers = DynamicCache(config=model.config).layers
     if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
@@ -126,7 +127,7 @@ def windows_of(model: Any) -> list[int | None]:
     return [int(layer.sliding_window) if layer.is_sliding else None for layer in layers]
 
 
-def _last_of(lengths: Tensor, columns: int) -> Tensor:
+def _ring_positions(lengths: Tensor, columns: int) -> Tensor:
     """(N, columns): which of a row's tokens lies in each column of a ring: the last one that belongs there. Anything
     where none does."""
     last = lengths[:, None] - 1

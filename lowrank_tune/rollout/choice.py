@@ -9,48 +9,48 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lowrank_tune.events import Emit, Note
+from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.model.recovery import is_out_of_memory
 from lowrank_tune.model.rounding import allowed_difference, relative_difference
-from lowrank_tune.rollout.stores import CohortStore, RecomputeStore, SlotStore, Store
+from lowrank_tune.rollout.stores import DynamicCacheStore, KVStore, NoCacheStore, StaticSlotCache
 
-Kind = Callable[[Any], Store]
-STORES: tuple[tuple[Kind, str], ...] = (
-    (SlotStore, "one key-value cache for all sequences"),
-    (CohortStore, "the model's own cache for each prompt"),
+StoreFactory = Callable[[Any], KVStore]
+STORES: tuple[tuple[StoreFactory, str], ...] = (
+    (StaticSlotCache, "one key-value cache for all sequences"),
+    (DynamicCacheStore, "the model's own cache for each prompt"),
 )
 LAST_RESORT = "no cache: each step computes whole sequences again"
 HALF_TOLERANCE, FP32_TOLERANCE = 5e-2, 1e-3
 """Relative differences of a hidden state that are always allowed."""
-ROWS = 3
+PROBE_ROWS = 3
 """Rows of the batch that measures the rounding of another batch shape: as many as the trial decodes at most."""
-_CHOSEN: WeakKeyDictionary[Any, Kind] = WeakKeyDictionary()
+_cache_by_model: WeakKeyDictionary[Any, StoreFactory] = WeakKeyDictionary()
 
 
-def store_for(model: Any, emit: Emit | None = None) -> Store:
+def select_cache(model: Any, emit: Emit | None = None) -> KVStore:
     """Return an empty store. The first call for a model tries the kinds in a few tiny passes; adapters and modes are
     the caller's.
 
     Where the fastest kind cannot serve the model, `emit` is called with one note that contains the reason.
     """
-    if model not in _CHOSEN:
-        _CHOSEN[model] = _choose(model, emit)
-    return _CHOSEN[model](model)
+    if model not in _cache_by_model:
+        _cache_by_model[model] = _select(model, emit)
+    return _cache_by_model[model](model)
 
 
-def _choose(model: Any, emit: Emit | None) -> Kind:
+def _select(model: Any, emit: Emit | None) -> StoreFactory:
     faults: list[str] = []
-    chosen: Kind = RecomputeStore
+    chosen: StoreFactory = NoCacheStore
     used = LAST_RESORT
     for kind, description in STORES:
-        fault = fault_of(kind, model)
+        fault = cache_fault(kind, model)
         if fault is None:
             chosen, used = kind, description
             break
         faults.append(f"{description}: {fault}")
     if faults and emit is not None:
         emit(
-            Note(
+            LogMessage(
                 level="warning",
                 message=f"completions are decoded with {used}, which is slower; not usable: {'; '.join(faults)}",
             )
@@ -58,53 +58,53 @@ def _choose(model: Any, emit: Emit | None) -> Kind:
     return chosen
 
 
-def fault_of(kind: Kind, model: Any) -> str | None:
+def cache_fault(kind: StoreFactory, model: Any) -> str | None:
     """Return why a kind of store cannot serve a model, or None.
 
     Two prompts of different lengths, one of them in two slots, must continue as they do alone and without a cache.
     """
     try:
-        found = _read_on(kind(model), model.get_input_embeddings().weight.shape[0])
+        probes = _decode_probes(kind(model), model.get_input_embeddings().weight.shape[0])
     # whatever another kind of cache runs into
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         if is_out_of_memory(error):
             raise
         return str(error) or type(error).__name__
-    plain = [_plain(model, sequence) for sequence, _ in found]
+    plain = [_uncached_state(model, sequence) for sequence, _ in probes]
     half = plain[0].dtype != torch.float32 or torch.is_autocast_enabled(model.device.type)
     rounding = 0.0
     if half:
-        batched = [_plain(model, sequence, ROWS) for sequence, _ in found]
+        batched = [_uncached_state(model, sequence, PROBE_ROWS) for sequence, _ in probes]
         rounding = max(map(relative_difference, batched, plain))
     allowed = allowed_difference(HALF_TOLERANCE if half else FP32_TOLERANCE, rounding)
-    differences = [relative_difference(state, expected) for (_, state), expected in zip(found, plain, strict=True)]
+    differences = [relative_difference(state, expected) for (_, state), expected in zip(probes, plain, strict=True)]
     if all(difference <= allowed for difference in differences):  # false for NaN, too
         return None
     return f"hidden states differ by {max(differences):.1%} from plain passes, and {allowed:.1%} is allowed"
 
 
-def _read_on(store: Store, vocabulary: int) -> list[tuple[list[int], Tensor]]:
+def _decode_probes(store: KVStore, vocabulary: int) -> list[tuple[list[int], Tensor]]:
     """Sequences, each with the last hidden state that the store has for it. The second one ends early, and its slot is
     taken."""
-    words = [word % vocabulary for word in range(2, 20)]
-    sequences = [words[:3], words[3:9], words[:3]]
-    store.open(3, 16, 1 << 40)
-    prompts, hidden = store.read(sequences[:2])
-    found = [(sequences[row][:], hidden[row]) for row in (0, 1)]
-    store.place(prompts, [0, 1, 0], [0, 1, 2])
-    for turn in range(3):
-        if turn == 1:
+    token_ids = [token_id % vocabulary for token_id in range(2, 20)]
+    sequences = [token_ids[:3], token_ids[3:9], token_ids[:3]]
+    store.allocate(3, 16, 1 << 40)
+    prompts, hidden = store.prefill(sequences[:2])
+    probes = [(sequences[row][:], hidden[row]) for row in (0, 1)]
+    store.insert(prompts, [0, 1, 0], [0, 1, 2])
+    for step in range(3):
+        if step == 1:
             store.move(2, 1, len(sequences[2]))
             del sequences[1]
-        tokens = words[9 + 3 * turn :][: len(sequences)]
+        tokens = token_ids[9 + 3 * step :][: len(sequences)]
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.append(token)
         states = store.step(tokens, [len(sequence) - 1 for sequence in sequences])
-        found += [(sequence[:], state) for sequence, state in zip(sequences, states, strict=True)]
-    return found
+        probes += [(sequence[:], state) for sequence, state in zip(sequences, states, strict=True)]
+    return probes
 
 
-def _plain(model: Any, sequence: Sequence[int], rows: int = 1) -> Tensor:
+def _uncached_state(model: Any, sequence: Sequence[int], rows: int = 1) -> Tensor:
     """Return the last hidden state (d,) of a sequence, which stands in each of the rows of its batch."""
     ids = torch.tensor([list(sequence)] * rows, device=model.device)
     return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, -1]  # type: ignore[no-any-return]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lowrank_tune.rollout.norms import fused_norms
 
 Forward = Callable[[Tensor], Tensor]
-FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSABLE_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def fast_linears(model: Any, stack: Sequence[str], limit: int) -> Iterator[Abstr
     if model.device.type != "cpu":
         yield nullcontext()
         return
-    linears = Linears(model, stack, limit)
+    linears = FastLinears(model, stack, limit)
     try:
         yield linears
     finally:
@@ -41,7 +41,7 @@ def fast_linears(model: Any, stack: Sequence[str], limit: int) -> Iterator[Abstr
 
 
 @dataclass(frozen=True)
-class _Part:
+class _LinearWeights:
     """A linear module as plain tensors: weight (in, out), bias (out,), adapters down (in, r) and up (r, out); r is 0
     where they are added.
 
@@ -56,7 +56,7 @@ class _Part:
     up: Tensor
 
 
-class Linears(AbstractContextManager[None]):
+class FastLinears(AbstractContextManager[None]):
     """The linear modules of a model with a stack of adapters, as the weights are now. `bytes` is the size of the
     scratch."""
 
@@ -65,11 +65,17 @@ class Linears(AbstractContextManager[None]):
         unpacking."""
         packed: list[Any] = [module for module in model.modules() if type(module) is Linear4bit]
         size = sum(4 * module.in_features * module.out_features for module in packed)
-        self.bytes = size if size <= limit else 0
+        self.scratch_bytes = size if size <= limit else 0
         self.forwards: list[tuple[nn.Module, Forward]] = []
         wrapped = {id(module.base_layer) for module in model.modules() if hasattr(module, "base_layer")}
-        for family in _families(module for module in model.modules() if id(module) not in wrapped):
-            self._add([part for module in family if (part := _part_of(module, stack, self.bytes > 0)) is not None])
+        for family in _fusable_groups(module for module in model.modules() if id(module) not in wrapped):
+            self._add(
+                [
+                    part
+                    for module in family
+                    if (part := _linear_weights(module, stack, self.scratch_bytes > 0)) is not None
+                ]
+            )
         self.forwards += fused_norms(model)
 
     def __enter__(self) -> None:
@@ -83,22 +89,22 @@ class Linears(AbstractContextManager[None]):
     def close(self) -> None:
         """Frees the scratch."""
         self.forwards.clear()
-        self.bytes = 0
+        self.scratch_bytes = 0
 
-    def _add(self, parts: Sequence[_Part]) -> None:
+    def _add(self, parts: Sequence[_LinearWeights]) -> None:
         # to join weights that are stored would double them
-        own = all(type(_base_of(part.module)) is Linear4bit for part in parts)
+        own = all(type(_base_layer(part.module)) is Linear4bit for part in parts)
         if len(parts) > 1 and own and len({len(part.weight) for part in parts}) == 1:
-            joint = _Joint(parts)
-            self.forwards += [(part.module, partial(joint.say, index)) for index, part in enumerate(parts)]
+            joint = _FusedLinear(parts)
+            self.forwards += [(part.module, partial(joint.forward, index)) for index, part in enumerate(parts)]
         else:
             self.forwards += [(part.module, _forward_of(part)) for part in parts]
 
 
-class _Joint:
+class _FusedLinear:
     """Modules with their adapters added that one after another read the very same tensor: one product for all."""
 
-    def __init__(self, parts: Sequence[_Part]) -> None:
+    def __init__(self, parts: Sequence[_LinearWeights]) -> None:
         self.sizes = [part.weight.shape[1] for part in parts]
         self.weight = torch.cat([part.weight for part in parts], dim=1)
         biases = [
@@ -106,20 +112,20 @@ class _Joint:
             for part, size in zip(parts, self.sizes, strict=True)
         ]
         self.bias = None if all(part.bias is None for part in parts) else torch.cat(biases)
-        self.heard: Tensor | None = None
-        self.said: tuple[Tensor, ...] = ()
+        self.last_input: Tensor | None = None
+        self.outputs: tuple[Tensor, ...] = ()
 
-    def say(self, index: int, x: Tensor) -> Tensor:
-        if x is not self.heard:
-            self.said = torch.split(_linear(self.weight, self.bias, x), self.sizes, dim=-1)
-            self.heard = x
-        said = self.said[index]
+    def forward(self, index: int, x: Tensor) -> Tensor:
+        if x is not self.last_input:
+            self.outputs = torch.split(_linear(self.weight, self.bias, x), self.sizes, dim=-1)
+            self.last_input = x
+        output = self.outputs[index]
         if index == len(self.sizes) - 1:  # nothing is kept beyond the last one
-            self.heard, self.said = None, ()
-        return said
+            self.last_input, self.outputs = None, ()
+        return output
 
 
-def _forward_of(part: _Part) -> Forward:
+def _forward_of(part: _LinearWeights) -> Forward:
     if not len(part.up):
         return partial(_linear, part.weight, part.bias)
     return partial(_with_adapter, part.weight, part.bias, part.down, part.up)
@@ -138,28 +144,28 @@ def _product(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
     return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
 
 
-def _families(modules: Iterable[Any]) -> list[list[Any]]:
+def _fusable_groups(modules: Iterable[Any]) -> list[list[Any]]:
     """Modules, those together that models have for query, key and value, and for gate and up."""
-    families, known = list[list[Any]](), set[int]()
+    families, seen = list[list[Any]](), set[int]()
     for module in modules:
-        for names in FAMILIES:
+        for names in FUSABLE_GROUPS:
             family = [getattr(module, name) for name in names if hasattr(module, name)]
-            if len(family) == len(names) and known.isdisjoint(map(id, family)):
+            if len(family) == len(names) and seen.isdisjoint(map(id, family)):
                 families.append(family)
-                known.update(map(id, family))
-        if id(module) not in known:
+                seen.update(map(id, family))
+        if id(module) not in seen:
             families.append([module])
     return families
 
 
-def _base_of(module: Any) -> Any:
+def _base_layer(module: Any) -> Any:
     return getattr(module, "base_layer", module)
 
 
-def _part_of(module: Any, stack: Sequence[str], unpack: bool) -> _Part | None:
+def _linear_weights(module: Any, stack: Sequence[str], unpack: bool) -> _LinearWeights | None:
     """None where there is no faster way: other kinds of modules and of adapters, or hooks that must hear each call."""
-    base = _base_of(module)
-    if (base is not module and not _is_plain_lora(module, stack)) or any(_is_watched(one) for one in {module, base}):
+    base = _base_layer(module)
+    if (base is not module and not _is_plain_lora(module, stack)) or any(_has_hooks(one) for one in {module, base}):
         return None
     packed = type(base) is Linear4bit and unpack and base.compute_dtype in (None, torch.float32)
     if not packed and not (type(base) is nn.Linear and base.weight.dtype == torch.float32):
@@ -172,10 +178,10 @@ def _part_of(module: Any, stack: Sequence[str], unpack: bool) -> _Part | None:
     down, up = _adapters(module, stack, weight)
     if packed:
         weight, down, up = weight.addmm_(down, up), down[:, :0], up[:0]
-    return _Part(module, weight, base.bias, down, up) if packed or len(up) else None
+    return _LinearWeights(module, weight, base.bias, down, up) if packed or len(up) else None
 
 
-def _is_watched(module: Any) -> bool:
+def _has_hooks(module: Any) -> bool:
     return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 Forward = Callable[[Tensor], Tensor]
-CLOSE = 1e-5  # relative, in fp32
+RTOL = 1e-5  # relative, in fp32
 
 
 def fused_norms(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
@@ -28,13 +28,13 @@ def _fused(module: Any) -> Forward | None:
     if not isinstance(weight, Tensor) or weight.dtype != torch.float32 or eps is None or "forward" in vars(module):
         return None
     # the second row is where eps counts
-    tried = torch.linspace(-2.0, 3.0, 2 * len(weight)).view(2, -1) * torch.tensor([[1.0], [1e-3]])
-    expected = module(tried)
+    probe = torch.linspace(-2.0, 3.0, 2 * len(weight)).view(2, -1) * torch.tensor([[1.0], [1e-3]])
+    expected = module(probe)
     for gain in (weight.detach(), 1.0 + weight.detach()):  # as in Llama and as in Gemma
         forward = partial(
             _norm, gain * math.sqrt(len(weight)), torch.tensor(math.sqrt(len(weight) * eps), device=weight.device)
         )
-        if torch.allclose(forward(tried), expected, rtol=CLOSE, atol=0.0):
+        if torch.allclose(forward(probe), expected, rtol=RTOL, atol=0.0):
             return forward
     return None
 

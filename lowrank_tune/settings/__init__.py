@@ -6,40 +6,47 @@ Names are those that users of the Hugging Face libraries already know. `recipe` 
 
 from __future__ import annotations
 
-from lowrank_tune.settings.common import NOT_EMPTY, Line, Positive, RunName, Settings, Share, Words
-from lowrank_tune.settings.data import Data, Source, Sources
-from lowrank_tune.settings.model import ASIDE, TRAINED, Adapter, Base, aside, trained_by
-from lowrank_tune.settings.preferences import Dpo, RewardModel
-from lowrank_tune.settings.recipe import Recipe
-from lowrank_tune.settings.rewards import UNSAFE_CODE, RewardUse
-from lowrank_tune.settings.rollouts import Grpo, Ppo, Rollout
-from lowrank_tune.settings.train import Evaluate, Train
+from lowrank_tune.settings.common import NON_EMPTY, Fraction, NonEmptyStr, PositiveInt, RunName, Settings, StrList
+from lowrank_tune.settings.data import DataConfig, SourceConfig, Sources
+from lowrank_tune.settings.model import (
+    EXTRA_ADAPTERS,
+    TRAINED_ADAPTER,
+    AdapterConfig,
+    BaseConfig,
+    default_adapter_name,
+    extra_adapters,
+)
+from lowrank_tune.settings.preferences import DPOConfig, RewardModelConfig
+from lowrank_tune.settings.recipe import RecipeConfig
+from lowrank_tune.settings.rewards import UNSAFE_CODE, RewardConfig
+from lowrank_tune.settings.rollouts import GRPOConfig, PPOConfig, RolloutConfig
+from lowrank_tune.settings.train import EvaluationConfig, TrainingConfig
 
 __all__ = [
-    "ASIDE",
-    "Adapter",
-    "Base",
-    "Data",
-    "Dpo",
-    "Evaluate",
-    "Grpo",
-    "Line",
-    "NOT_EMPTY",
-    "Positive",
-    "Ppo",
-    "Recipe",
-    "RewardModel",
-    "RewardUse",
-    "Rollout",
+    "EXTRA_ADAPTERS",
+    "AdapterConfig",
+    "BaseConfig",
+    "DataConfig",
+    "DPOConfig",
+    "EvaluationConfig",
+    "GRPOConfig",
+    "NonEmptyStr",
+    "NON_EMPTY",
+    "PositiveInt",
+    "PPOConfig",
+    "RecipeConfig",
+    "RewardModelConfig",
+    "RewardConfig",
+    "RolloutConfig",
     "RunName",
     "Settings",
-    "Share",
-    "Source",
+    "Fraction",
+    "SourceConfig",
     "Sources",
-    "TRAINED",
-    "Train",
+    "TRAINED_ADAPTER",
+    "TrainingConfig",
     "UNSAFE_CODE",
-    "Words",
-    "aside",
-    "trained_by",
+    "StrList",
+    "extra_adapters",
+    "default_adapter_name",
 ]

@@ -10,19 +10,19 @@ from pydantic_core import PydanticCustomError
 T = TypeVar("T")
 
 
-def _some(entries: tuple[T, ...]) -> tuple[T, ...]:
+def _non_empty(entries: tuple[T, ...]) -> tuple[T, ...]:
     """Not empty. Pydantic's own `min_length` would hide the faults of the entries behind a fault of the list."""
     if not entries:
         raise PydanticCustomError("too_short", "must have at least one entry")
     return entries
 
 
-NOT_EMPTY = (Field(strict=False, json_schema_extra={"minItems": 1}), AfterValidator(_some))
+NON_EMPTY = (Field(strict=False, json_schema_extra={"minItems": 1}), AfterValidator(_non_empty))
 
-Positive = Annotated[int, Field(ge=1, le=1_000_000_000_000)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Line = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]+$")]
-Words = Annotated[tuple[Line, ...], *NOT_EMPTY]
+PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000_000)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonEmptyStr = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]+$")]
+StrList = Annotated[tuple[NonEmptyStr, ...], *NON_EMPTY]
 RunName = Annotated[str, Field(pattern=r"^$|^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 

@@ -6,30 +6,30 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lowrank_tune.settings.common import NOT_EMPTY, Line, Positive, Settings, Share
+from lowrank_tune.settings.common import NON_EMPTY, Fraction, NonEmptyStr, PositiveInt, Settings
 
 
-class Source(Settings):
+class SourceConfig(Settings):
     """One source of rows."""
 
-    dataset: Line
+    dataset: NonEmptyStr
     """A hub id, `id@revision`, a file (JSON, JSON lines, CSV, Parquet; gz too), a folder, `tutor` (the built-in
     problems) or `tutor-preferences` (pairs of answers to them)."""
-    name: Line | None = None
+    name: NonEmptyStr | None = None
     """Configuration of a hub data set (`main` of openai/gsm8k)."""
-    split: Line = "train"
+    split: NonEmptyStr = "train"
     """Split of a hub data set or of the built-in ones (train, heldout)."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "preference"] = (
         "auto"
     )
     """Shape of a row. `auto` looks at the columns and says what it found. `preference` is a chosen and a rejected
     answer."""
-    columns: dict[Line, Line] = Field(default_factory=dict)
+    columns: dict[NonEmptyStr, NonEmptyStr] = Field(default_factory=dict)
     """Renames columns: the format's name to the data's name, as `{question: problem, answer: solution}`."""
     gold: Literal["auto", "none", "answer", "hashes", "boxed", "last_number", "gold"] = "auto"
     """Where the gold answer stands: after `####`, in the last box, the last number, the whole answer, or a column
     `gold`."""
-    rows: Positive | None = None
+    rows: PositiveInt | None = None
     """Takes this many rows, drawn with the seed. One that cannot be used gives way to another of the draw, as long as
     there are more."""
     final_answer: Literal["boxed"] | None = None
@@ -40,21 +40,21 @@ class Source(Settings):
     decide."""
 
 
-Sources = Annotated[tuple[Source, ...], Field(strict=False)]
+Sources = Annotated[tuple[SourceConfig, ...], Field(strict=False)]
 
 
-class Data(Settings):
+class DataConfig(Settings):
     """What is trained on."""
 
-    train: Annotated[tuple[Source, ...], *NOT_EMPTY]
+    train: Annotated[tuple[SourceConfig, ...], *NON_EMPTY]
     """Sources of the training rows."""
     validation: Sources = ()
     """Sources of the validation rows. Without them `validation_share` of the training rows is set aside."""
     validation_share: Annotated[float, Field(ge=0.0, lt=0.9)] = 0.05
     """Share of the training rows set aside for validation; 0 for none."""
-    validation_rows: Positive | None = None
+    validation_rows: PositiveInt | None = None
     """Or: so many of the training rows."""
-    expected_tokens: Positive | None = None
+    expected_tokens: PositiveInt | None = None
     """Tokens of all training rows as the recipe's author counted them; shown beside what is measured."""
     system: str | None = None
     """A system prompt for rows that bring none."""
@@ -65,5 +65,5 @@ class Data(Settings):
     too_long: Literal["drop", "truncate"] = "drop"
     """A longer row is dropped and counted; or cut at the last whole turn that fits, and dropped where none does. A pair
     is cut at the front: the oldest exchanges of its prompt go, the same on both sides; no answer is ever cut."""
-    max_rejected_share: Share = 0.1
+    max_rejected_share: Fraction = 0.1
     """Stops before training when more than this share of the rows is unusable."""

@@ -6,30 +6,30 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lowrank_tune.settings.common import Line, Positive, Settings, Words
+from lowrank_tune.settings.common import NonEmptyStr, PositiveInt, Settings, StrList
 
-TRAINED = {"reward": "reward"}
+TRAINED_ADAPTER = {"reward": "reward"}
 """The adapter that an algorithm trains, where it is not `policy`."""
 
 
-def trained_by(algorithm: object) -> str:
+def default_adapter_name(algorithm: object) -> str:
     """The adapter that an algorithm trains; `policy` also for a word that is no algorithm, which is told elsewhere."""
-    return TRAINED.get(algorithm, "policy") if isinstance(algorithm, str) else "policy"
+    return TRAINED_ADAPTER.get(algorithm, "policy") if isinstance(algorithm, str) else "policy"
 
 
-ASIDE: dict[str, tuple[str, ...]] = {"ppo": ("value",)}
+EXTRA_ADAPTERS: dict[str, tuple[str, ...]] = {"ppo": ("value",)}
 """Adapters that an algorithm has for roles of their own: they lie in no policy's stack."""
 
 
-def aside(algorithm: object) -> tuple[str, ...]:
+def extra_adapters(algorithm: object) -> tuple[str, ...]:
     """The adapters of an algorithm that lie beside its policy's stack."""
-    return ASIDE.get(algorithm, ()) if isinstance(algorithm, str) else ()
+    return EXTRA_ADAPTERS.get(algorithm, ()) if isinstance(algorithm, str) else ()
 
 
-class Base(Settings):
+class BaseConfig(Settings):
     """The frozen base."""
 
-    model: Line = "tiny-tutor"
+    model: NonEmptyStr = "tiny-tutor"
     """A hub id, `id@revision`, a folder, or `tiny-tutor`, which ships with the package."""
     bits: Literal[4, 16] = 4
     """4: NF4 with double quantisation. 16: not quantised."""
@@ -40,19 +40,19 @@ class Base(Settings):
     """Run Python code that comes with the model. Only for repositories that you trust as you trust your shell."""
 
 
-class Adapter(Settings):
+class AdapterConfig(Settings):
     """One LoRA adapter. With `path` it is loaded: frozen below the policy, or continued where it is the policy's
     own."""
 
-    r: Positive = 16
+    r: PositiveInt = 16
     """Rank."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Scale: the update is multiplied by alpha / r (by alpha / sqrt(r) with rslora)."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout on the adapter's input while it trains."""
-    target_modules: Literal["all-linear"] | Words = "all-linear"
+    target_modules: Literal["all-linear"] | StrList = "all-linear"
     """Names of the linear modules that get an adapter."""
     rslora: bool = False
     """Rank-stabilised scaling (arXiv:2312.03732)."""
-    path: Line | None = None
+    path: NonEmptyStr | None = None
     """Folder of an existing adapter, or of a run."""

@@ -9,14 +9,14 @@ from pydantic import Field
 from lowrank_tune.settings.common import Settings
 
 
-class RewardModel(Settings):
+class RewardModelConfig(Settings):
     """What `algorithm: reward` optimises: Bradley-Terry, with the margin of a row that has one."""
 
     centering: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of (R+ + R-)^2, which keeps the scores around 0 (arXiv:2312.09244)."""
 
 
-class Dpo(Settings):
+class DPOConfig(Settings):
     """What `algorithm: dpo` optimises."""
 
     loss: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm"] = "sigmoid"

@@ -6,16 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from lowrank_tune.settings.common import Line, RunName, Settings
-from lowrank_tune.settings.data import Data
-from lowrank_tune.settings.model import Adapter, Base, aside, trained_by
-from lowrank_tune.settings.preferences import Dpo, RewardModel
-from lowrank_tune.settings.rewards import RewardUse
-from lowrank_tune.settings.rollouts import Grpo, Ppo, Rollout
-from lowrank_tune.settings.train import Evaluate, Train
+from lowrank_tune.settings.common import NonEmptyStr, RunName, Settings
+from lowrank_tune.settings.data import DataConfig
+from lowrank_tune.settings.model import AdapterConfig, BaseConfig, default_adapter_name, extra_adapters
+from lowrank_tune.settings.preferences import DPOConfig, RewardModelConfig
+from lowrank_tune.settings.rewards import RewardConfig
+from lowrank_tune.settings.rollouts import GRPOConfig, PPOConfig, RolloutConfig
+from lowrank_tune.settings.train import EvaluationConfig, TrainingConfig
 
 
-class Recipe(Settings):
+class RecipeConfig(Settings):
     """One run, complete."""
 
     name: RunName = ""
@@ -26,53 +26,53 @@ class Recipe(Settings):
     """What is optimised."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seeds everything."""
-    base: Base = Base()
+    base: BaseConfig = BaseConfig()
     """The frozen base."""
-    adapters: dict[str, Adapter] = Field(
+    adapters: dict[str, AdapterConfig] = Field(
         default_factory=dict, json_schema_extra={"propertyNames": {"pattern": "^[a-z][a-z0-9_]{0,39}$"}}
     )
     """`policy` (for a reward model: `reward`) is trained; every other one needs a `path` and lies frozen below it, in
     this order. For ppo `value` is trained too, by default in the policy's shape; with a `path` it goes on from
     there."""
-    reference: Line | None = None
+    reference: NonEmptyStr | None = None
     """What the policy is held to and compared with, as a check: `base`, or the frozen adapter right below the policy.
     It is always the policy's stack without its top; a recipe that says otherwise is refused."""
-    data: Data
+    data: DataConfig
     """What is trained on."""
-    train: Train = Train()
+    train: TrainingConfig = TrainingConfig()
     """The loop."""
-    reward: RewardModel = RewardModel()
+    reward: RewardModelConfig = RewardModelConfig()
     """What `algorithm: reward` optimises."""
-    dpo: Dpo = Dpo()
+    dpo: DPOConfig = DPOConfig()
     """What `algorithm: dpo` optimises."""
-    rewards: Annotated[tuple[RewardUse, ...], Field(strict=False)] = ()
+    rewards: Annotated[tuple[RewardConfig, ...], Field(strict=False)] = ()
     """What completions earn."""
-    rollout: Rollout = Rollout()
+    rollout: RolloutConfig = RolloutConfig()
     """How completions are drawn while training."""
-    grpo: Grpo = Grpo()
+    grpo: GRPOConfig = GRPOConfig()
     """What `algorithm: grpo` optimises."""
-    ppo: Ppo = Ppo()
+    ppo: PPOConfig = PPOConfig()
     """What `algorithm: ppo` optimises."""
-    evaluate: Evaluate = Evaluate()
+    evaluate: EvaluationConfig = EvaluationConfig()
     """Held-out measurements."""
 
     @property
-    def trained(self) -> str:
+    def trained_adapter(self) -> str:
         """The adapter that is trained."""
-        return trained_by(self.algorithm)
+        return default_adapter_name(self.algorithm)
 
     @property
-    def aside(self) -> tuple[str, ...]:
+    def extra_adapters(self) -> tuple[str, ...]:
         """The adapters that lie in no policy's stack, but for the reward model's."""
-        return aside(self.algorithm)
+        return extra_adapters(self.algorithm)
 
     @property
-    def pairs(self) -> bool:
+    def uses_pairs(self) -> bool:
         """Whether a row of the data is a chosen and a rejected answer."""
         return self.algorithm in ("reward", "dpo")
 
     @property
-    def needs_gold(self) -> bool:
+    def needs_ground_truth(self) -> bool:
         """Whether a reward compares completions with gold answers."""
         return any(reward.use == "answer" for reward in self.rewards)
 
@@ -89,8 +89,8 @@ class Recipe(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _trained_by_default(cls, data: Any) -> Any:
+    def _with_trained_adapter(cls, data: Any) -> Any:
         if not isinstance(data, dict) or not isinstance(data.get("adapters", {}), dict):
             return data
-        adapters, name = data.get("adapters", {}), trained_by(data.get("algorithm"))
+        adapters, name = data.get("adapters", {}), default_adapter_name(data.get("algorithm"))
         return data if name in adapters else {**data, "adapters": {**adapters, name: {}}}

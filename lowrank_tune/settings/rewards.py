@@ -6,38 +6,38 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from lowrank_tune.settings.common import Line, Positive, Settings, Words
+from lowrank_tune.settings.common import NonEmptyStr, PositiveInt, Settings, StrList
 
 UNSAFE_CODE: Final = "code that a model wrote may do anything on this machine"
 
 
-class RewardUse(Settings):
+class RewardConfig(Settings):
     """One reward of several. What a completion earns is the weighted sum."""
 
-    use: Line
+    use: NonEmptyStr
     """`answer` and `math_answer` (the final answer equals the gold one, exactly or as mathematics); `symbolic` (an
     equal expression); `python_tests` (the code passes the row's tests); `smt` and `lean` (proved); `format`, `regex`,
     `json_schema`, `length`, `repetition` (how it is written); `reward_model` (the learned score of `adapters.reward`);
     or your own function: `./file.py:name`."""
     weight: float = 1.0
     """What it counts for; a negative weight punishes."""
-    pattern: Line | None = None
+    pattern: NonEmptyStr | None = None
     """For `format`: the regular expression that the whole completion must match. For `regex`: that must be found in it.
     The engine is RE2."""
-    target_tokens: Positive | None = None
+    target_tokens: PositiveInt | None = None
     """For `length`: up to this many tokens earn 1, twice as many 0."""
     on_error: Literal["stop", "drop"] | None = None
     """Where the reward itself fails or takes too long: stop the run, or drop the completion from its group, counted and
     told. By default your own function stops the run, and a verifier of the kit drops."""
     ngram: Annotated[int, Field(ge=1, le=64)] | None = None
     """For `repetition`: of how many words the sequences are that should not come twice; 4 where it is not given."""
-    json_schema: Line | dict[str, Any] | None = None
+    json_schema: NonEmptyStr | dict[str, Any] | None = None
     """For `json_schema`: the JSON schema (draft 2020-12, or what its `$schema` says), written here or as
     `./file.json`."""
     kind: Literal["statement", "witness", "invariant"] | None = None
     """For `smt`: what a completion tells: whether the row's constraints can be met, values that meet them, or an
     inductive invariant."""
-    program: Words | None = None
+    program: StrList | None = None
     """For `lean`: the command that checks a file; [lean] where it is not given, [lake, --dir, ./project, env, lean] for
     one with Mathlib."""
     accept_unsafe_code: Literal["code that a model wrote may do anything on this machine"] | None = None

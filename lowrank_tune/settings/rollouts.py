@@ -6,25 +6,25 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lowrank_tune.settings.common import Positive, Settings, Share
+from lowrank_tune.settings.common import Fraction, PositiveInt, Settings
 
 
-class Rollout(Settings):
+class RolloutConfig(Settings):
     """How completions are drawn while training: always from the full distribution."""
 
     num_generations: Annotated[int, Field(ge=1, le=1024)] = 8
     """Completions of each prompt: a group, for grpo of 2 at least."""
-    max_new_tokens: Positive = 256
+    max_new_tokens: PositiveInt = 256
     """Longest completion in tokens."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Temperature, of sampling and of all log-probs of the update."""
-    slots: Positive = 64
+    slots: PositiveInt = 64
     """Sequences that are decoded at once."""
-    max_unscored_share: Share = 0.01
+    max_unscored_share: Fraction = 0.01
     """Stops the run when the rewards failed on more than this share of its completions, from the third such on."""
 
 
-class Grpo(Settings):
+class GRPOConfig(Settings):
     """What `algorithm: grpo` optimises."""
 
     loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
@@ -43,7 +43,7 @@ class Grpo(Settings):
     kl_estimator: Literal["k3_ratio", "k3", "k2", "exact"] = "k3_ratio"
     """For `kl_in: loss`: k3 times the ratio (the gradient of KL(policy || reference)), k3, k2, or exact over the whole
     vocabulary."""
-    epochs: Positive = 1
+    epochs: PositiveInt = 1
     """Passes over each harvest of completions."""
     old: Literal["recomputed", "sampler"] = "recomputed"
     """The old log-probs of the ratio: computed again by the policy, or those of the sampler."""
@@ -58,16 +58,16 @@ class Grpo(Settings):
     prompts."""
 
 
-class Ppo(Settings):
+class PPOConfig(Settings):
     """What `algorithm: ppo` optimises."""
 
     clip: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """How far the ratio to the policy that wrote may move before the gradient stops."""
     entropy: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of an entropy bonus; it costs a second pass through the output head."""
-    epochs: Positive = 4
+    epochs: PositiveInt = 4
     """Passes over each harvest of completions."""
-    minibatches: Positive = 1
+    minibatches: PositiveInt = 1
     """Optimizer steps of each pass, each on its share of the harvest."""
     update_kl_limit: Annotated[float, Field(gt=0.0)] | None = None
     """Nats a token between the policy that wrote and the updated one, above which the rest of a harvest's passes is
@@ -80,7 +80,7 @@ class Ppo(Settings):
     """How fast the weight is steered: by a fifth of this a step at most."""
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Discount of what is earned a token later."""
-    gae_lambda: Share = 0.95
+    gae_lambda: Fraction = 0.95
     """Generalised advantage estimation: 1 trusts what was earned, 0 the value."""
     truncated: Literal["penalise", "bootstrap", "keep"] = "penalise"
     """A completion without an end loses `penalty`; or has no score, and its value stands for what is to come; or is

@@ -6,32 +6,32 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lowrank_tune.settings.common import Line, Positive, Settings
-from lowrank_tune.settings.data import Source
+from lowrank_tune.settings.common import NonEmptyStr, PositiveInt, Settings
+from lowrank_tune.settings.data import SourceConfig
 
-Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
-class Train(Settings):
+class TrainingConfig(Settings):
     """The loop."""
 
-    steps: Positive | None = None
+    steps: PositiveInt | None = None
     """Optimizer steps. Give this or `epochs`."""
     epochs: Annotated[float, Field(gt=0.0)] | None = None
     """Passes over the training rows."""
-    rows_per_step: Positive | None = None
+    rows_per_step: PositiveInt | None = None
     """Rows of one optimizer step (16 unless `tokens_per_step` is given). With preferences a row is a pair."""
-    prompts_per_step: Positive = 16
+    prompts_per_step: PositiveInt = 16
     """Prompts of one optimizer step, where completions are drawn."""
-    tokens_per_step: Positive | None = None
+    tokens_per_step: PositiveInt | None = None
     """Or: as many rows as fit this many tokens."""
-    micro_batch_size: Positive | Literal["auto"] | None = None
+    micro_batch_size: PositiveInt | Literal["auto"] | None = None
     """Rows (completions, where they are drawn) that go through the model at once (4 unless `micro_batch_tokens` is
     given); `auto`: as many as fit the card by its plan, together with `gradient_checkpointing: auto` no more than speed
     needs (4 where there is no card). Changes memory and speed, never the gradient."""
-    micro_batch_tokens: Positive | None = None
+    micro_batch_tokens: PositiveInt | None = None
     """Or: as many rows as fit this many tokens, padding counted."""
-    length_window: Positive = 1
+    length_window: PositiveInt = 1
     """Rows are sorted by length within a window of this many steps, so that rows of a step need little padding."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
     """Peak learning rate."""
@@ -63,24 +63,24 @@ class Train(Settings):
     memory_check: Literal["refuse", "warn", "off"] = "refuse"
     """On a card a run is planned before anything is loaded (`lowrank-tune plan`). What cannot fit is refused, or told
     and tried, or not looked at."""
-    max_bad_steps: Positive = 5
+    max_bad_steps: PositiveInt = 5
     """Stops after this many steps in a row whose loss or gradient is not finite; each is skipped and counted."""
-    log_every: Positive = 10
+    log_every: PositiveInt = 10
     """Steps between lines of the console. On these steps KL to the reference is measured too, which costs forwards of a
     micro-batch."""
-    save_every: Positive | None = None
+    save_every: PositiveInt | None = None
     """Steps between checkpoints; about ten over the run where it is not given."""
-    keep: Positive = 2
+    keep: PositiveInt = 2
     """Newest checkpoints kept, besides the best."""
     final: Literal["best", "last"] = "best"
     """Which adapter becomes `final/`: the one with the lowest validation loss, or the last."""
     final_stack: Literal["folded", "apart"] = "folded"
     """Where frozen adapters lie below the trained one: `final/` is all of them folded into one adapter, exactly, whose
     rank is the sum of theirs; or each stays apart in a folder of its own, to be loaded together."""
-    report_to: Tracker | Annotated[tuple[Tracker, ...], Field(strict=False)] = ()
+    report_to: TrackerName | Annotated[tuple[TrackerName, ...], Field(strict=False)] = ()
     """Experiment trackers that are told steps, held-out figures and settings too: tensorboard (files in the run's
     folder), wandb, trackio, mlflow; one, or several in a list."""
-    project: Line = "lowrank-tune"
+    project: NonEmptyStr = "lowrank-tune"
     """The project (of mlflow: the experiment) that wandb, trackio and mlflow file the run under."""
 
     @property
@@ -89,26 +89,26 @@ class Train(Settings):
         return (self.report_to,) if isinstance(self.report_to, str) else self.report_to
 
     @property
-    def micro_rows(self) -> int | None:
+    def micro_batch_rows(self) -> int | None:
         """`micro_batch_size` as a number; 4 for `auto`, where nobody has planned it."""
         return 4 if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
-class Evaluate(Settings):
+class EvaluationConfig(Settings):
     """Held-out measurements while training."""
 
-    every: Positive | None = None
+    every: PositiveInt | None = None
     """Steps between evaluations; about ten over the run where it is not given."""
-    heldout: Source | None = None
+    heldout: SourceConfig | None = None
     """Prompts with gold answers: the model answers them before and after the run, and exact answers and proper stops
     are counted."""
-    prompts: Positive = 100
+    prompts: PositiveInt = 100
     """How many of them."""
-    samples: Positive = 1
+    samples: PositiveInt = 1
     """Answers for each prompt: 1 is greedy, more are sampled and give pass@1 and pass@k."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Temperature of sampled answers."""
-    max_new_tokens: Positive = 64
+    max_new_tokens: PositiveInt = 64
     """Longest answer in tokens."""
     best_by: Literal["loss", "exact"] | None = None
     """What makes a step the best: the lowest validation loss, or the most held-out questions answered exactly, one

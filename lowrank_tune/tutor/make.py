@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lowrank_tune.tutor import text
 
-LARGEST_VOCABULARY, CONTEXT = 1024, 1024
-ROUNDED_FROM = 0.85  # share of the steps after which the forward pass sees NF4 weights
+VOCAB_SIZE, CONTEXT = 1024, 1024
+QAT_START_FRACTION = 0.85  # share of the steps after which the forward pass sees NF4 weights
 NF4_LEVELS = (
     -1.0,
     -0.6961928,
@@ -51,13 +51,13 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=LARGEST_VOCABULARY,
+        vocab_size=VOCAB_SIZE,
         special_tokens=list(text.CONTROL_TOKENS),
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     plain = islice(text.documents(seed + 1), 20_000)
-    tokenizer.train_from_iterator((_without_marks(document) for document in plain), trainer)
+    tokenizer.train_from_iterator((_without_special_tokens(document) for document in plain), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=text.BOS,
@@ -69,9 +69,9 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _without_marks(document: str) -> str:
-    for mark in text.CONTROL_TOKENS:
-        document = document.replace(mark, "\n")
+def _without_special_tokens(document: str) -> str:
+    for token in text.CONTROL_TOKENS:
+        document = document.replace(token, "\n")
     return document
 
 
@@ -115,7 +115,7 @@ def train(
         return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
     for step in range(steps):
-        masters = [p.detach().clone() for p in matrices] if step >= steps * ROUNDED_FROM else None
+        masters = [p.detach().clone() for p in matrices] if step >= steps * QAT_START_FRACTION else None
         if masters:
             for parameter in matrices:
                 parameter.data.copy_(round_to_nf4(parameter))
@@ -173,7 +173,7 @@ def main() -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    steps, begun = arguments.tokens // arguments.batch_tokens, time.time()
+    steps, started = arguments.tokens // arguments.batch_tokens, time.time()
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary, "
         f"{steps} steps",
@@ -182,7 +182,7 @@ def main() -> None:
 
     def on_step(step: int, loss: float) -> None:
         if step % 50 == 0 or step == steps - 1:
-            seconds = time.time() - begun
+            seconds = time.time() - started
             rate = (step + 1) * arguments.batch_tokens / seconds
             print(
                 f"step {step} of {steps}: loss {loss:.4f}, {rate:,.0f} tokens/s, {seconds / 60:.1f} minutes", flush=True

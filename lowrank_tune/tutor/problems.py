@@ -75,8 +75,8 @@ MULTIPLY_QUESTIONS = (
     "{name} buys {a} bags of {b} {thing}. How many {thing} does {name} have?",
 )
 QUESTIONS = {"+": ADD_QUESTIONS, "-": SUBTRACT_QUESTIONS, "*": MULTIPLY_QUESTIONS}
-BLURTS = ("I think it is {n}.", "It is {n}.", "That makes {n}.")
-EMPTY_WORDS = ("Good question.", "I do not know.", "That is hard to say.", "Let me think about it.", "It depends.")
+ANSWER_ONLY_TEMPLATES = ("I think it is {n}.", "It is {n}.", "That makes {n}.")
+NON_ANSWERS = ("Good question.", "I do not know.", "That is hard to say.", "Let me think about it.", "It depends.")
 HESITATIONS = ("Let me see.", "Hm, once more.", "Wait.", "Let me check that.")
 LAST_NUMBER = re.compile(r"\d+")
 
@@ -116,16 +116,16 @@ class Problem:
             ]
         return [f"{self.a}-{tens}={self.a - tens}", f"{self.a - tens}-{units}={self.answer}"]
 
-    def worked(self) -> str:
+    def answer_with_steps(self) -> str:
         """A reply that works the steps: "7+5=12, 40+20=60, 60+12=72. So it is 72."."""
         return f"{', '.join(self.steps())}. So it is {self.answer}."
 
-    def blurt(self, rng: random.Random, right: float) -> str:
+    def answer_without_steps(self, rng: random.Random, p_correct: float) -> str:
         """A reply without steps, right with probability `right` and near the truth otherwise."""
         number = self.answer
-        if rng.random() >= right:
+        if rng.random() >= p_correct:
             number = max(0, number + rng.choice((-20, -11, -10, -9, -3, -2, -1, 1, 2, 3, 9, 10, 11, 20)))
-        return rng.choice(BLURTS).format(n=number)
+        return rng.choice(ANSWER_ONLY_TEMPLATES).format(n=number)
 
 
 def _addition_steps(a: int, b: int) -> list[str]:
@@ -154,7 +154,7 @@ def is_heldout(problem: Problem) -> bool:
     return not is_step and int.from_bytes(digest, "big") % 12 == 0
 
 
-def draw(rng: random.Random, heldout: bool = False, signs: str = "++++---***") -> Problem:
+def sample_problem(rng: random.Random, heldout: bool = False, signs: str = "++++---***") -> Problem:
     """A random problem from the training part, or from the held-out part; `signs` says how often each kind comes."""
     while True:
         sign = rng.choice(signs)
@@ -168,17 +168,21 @@ def draw(rng: random.Random, heldout: bool = False, signs: str = "++++---***") -
 
 def final_number(text: str) -> int | None:
     """The last whole number in a reply, which is the reply's answer; None where there is none."""
-    found = LAST_NUMBER.findall(text)
-    return int(found[-1][:9]) if found else None
+    numbers = LAST_NUMBER.findall(text)
+    return int(numbers[-1][:9]) if numbers else None
 
 
-def rows(count: int, seed: int, heldout: bool = False, worked: float = 0.35) -> Iterator[dict[str, str]]:
+def rows(count: int, seed: int, heldout: bool = False, steps_share: float = 0.35) -> Iterator[dict[str, str]]:
     """`question`, `answer`, `gold` rows. All answers are right; a share `worked` of them shows its steps, the others
     just tell."""
     rng = random.Random(f"tutor-{seed}-{heldout}")
     for _ in range(count):
-        problem = draw(rng, heldout)
-        answer = problem.worked() if rng.random() < worked else problem.blurt(rng, right=1.0)
+        problem = sample_problem(rng, heldout)
+        answer = (
+            problem.answer_with_steps()
+            if rng.random() < steps_share
+            else problem.answer_without_steps(rng, p_correct=1.0)
+        )
         yield {"question": problem.question(rng), "answer": answer, "gold": str(problem.answer)}
 
 
@@ -186,57 +190,60 @@ def preferences(count: int, seed: int, split: str) -> list[dict[str, str]]:
     """`prompt`, `chosen`, `rejected` rows of a split (train, heldout): a right answer that helps, against one that is
     wrong, says nothing, rambles, or does not stop."""
     rng = random.Random(f"tutor-preferences-{seed}-{split}")
-    found = []
+    pairs = []
     for _ in range(count):
-        problem = draw(rng, heldout=split == "heldout")
-        chosen, rejected = rng.choices(WORSE, weights=(12, 2, 1, 3, 3, 3))[0](problem, rng)
-        found.append({"prompt": problem.question(rng), "chosen": chosen, "rejected": rejected})
-    return found
+        problem = sample_problem(rng, heldout=split == "heldout")
+        chosen, rejected = rng.choices(CORRUPTIONS, weights=(12, 2, 1, 3, 3, 3))[0](problem, rng)
+        pairs.append({"prompt": problem.question(rng), "chosen": chosen, "rejected": rejected})
+    return pairs
 
 
 def _wrong(problem: Problem, rng: random.Random) -> tuple[str, str]:
     """Worked and right, against blurted and wrong."""
-    return problem.worked(), rng.choice(BLURTS).format(n=_near(problem.answer, rng))
+    return problem.answer_with_steps(), rng.choice(ANSWER_ONLY_TEMPLATES).format(n=_nearby_number(problem.answer, rng))
 
 
-def _slip(problem: Problem, rng: random.Random) -> tuple[str, str]:
+def _arithmetic_error(problem: Problem, rng: random.Random) -> tuple[str, str]:
     """The same steps, with a slip in the last one."""
-    wrong = str(_near(problem.answer, rng))
+    wrong = str(_nearby_number(problem.answer, rng))
     *steps, last = problem.steps()
-    slipped = ", ".join([*steps, f"{last.partition('=')[0]}={wrong}"])
-    return problem.worked(), f"{slipped}. So it is {wrong}."
+    wrong_steps = ", ".join([*steps, f"{last.partition('=')[0]}={wrong}"])
+    return problem.answer_with_steps(), f"{wrong_steps}. So it is {wrong}."
 
 
 def _short(problem: Problem, rng: random.Random) -> tuple[str, str]:
     """Both without steps: only the number tells them apart."""
-    wording = rng.choice(BLURTS)
-    return wording.format(n=problem.answer), wording.format(n=_near(problem.answer, rng))
+    wording = rng.choice(ANSWER_ONLY_TEMPLATES)
+    return wording.format(n=problem.answer), wording.format(n=_nearby_number(problem.answer, rng))
 
 
-def _empty_words(problem: Problem, rng: random.Random) -> tuple[str, str]:
+def _non_answer(problem: Problem, rng: random.Random) -> tuple[str, str]:
     """An answer against none."""
-    return problem.worked(), rng.choice(EMPTY_WORDS)
+    return problem.answer_with_steps(), rng.choice(NON_ANSWERS)
 
 
 def _rambling(problem: Problem, rng: random.Random) -> tuple[str, str]:
     """To the point, against the same over and over again."""
     steps = ", ".join(problem.steps())
     return (
-        problem.worked(),
+        problem.answer_with_steps(),
         f"{steps}. {rng.choice(HESITATIONS)} {steps}. {rng.choice(HESITATIONS)} So it is {problem.answer}.",
     )
 
 
-def _unstopped(problem: Problem, rng: random.Random) -> tuple[str, str]:
+def _without_stop(problem: Problem, rng: random.Random) -> tuple[str, str]:
     """An answer that ends, against one that runs on into the next question."""
-    after = draw(rng)
-    return problem.worked(), f"{problem.worked()}\n{after.question(rng)}\n{after.worked()}"
+    after = sample_problem(rng)
+    return (
+        problem.answer_with_steps(),
+        f"{problem.answer_with_steps()}\n{after.question(rng)}\n{after.answer_with_steps()}",
+    )
 
 
-WORSE = (_wrong, _slip, _short, _empty_words, _rambling, _unstopped)
+CORRUPTIONS = (_wrong, _arithmetic_error, _short, _non_answer, _rambling, _without_stop)
 
 
-def _near(number: int, rng: random.Random) -> int:
+def _nearby_number(number: int, rng: random.Random) -> int:
     """Another number nearby."""
     return rng.choice(
         [other for step in (1, 2, 9, 10, 11, 20) for other in (number - step, number + step) if other >= 0]

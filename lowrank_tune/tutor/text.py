@@ -11,13 +11,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from lowrank_tune.tutor.problems import NAMES, THINGS, Problem, draw
+from lowrank_tune.tutor.problems import NAMES, THINGS, Problem, sample_problem
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 SYSTEM, USER, ASSISTANT, END_OF_TURN = "<|system|>", "<|user|>", "<|assistant|>", "<|end_of_turn|>"
 CONTROL_TOKENS = (PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, END_OF_TURN)
 
-CHATTER = (
+FORUM_TEMPLATES = (
     "Good question.",
     "Why do you ask?",
     "I wonder too.",
@@ -82,7 +82,7 @@ SENTENCES = (
 def documents(seed: int) -> Iterator[str]:
     """An endless stream of documents, the same for the same seed."""
     rng = random.Random(f"text-{seed}")
-    kinds = (marked_thread, named_thread, drill, english)
+    kinds = (marked_thread, named_thread, arithmetic_line, english)
     while True:
         yield rng.choices(kinds, weights=(16, 4, 24, 40))[0](rng)
 
@@ -90,8 +90,8 @@ def documents(seed: int) -> Iterator[str]:
 def _reply(problem: Problem, rng: random.Random) -> str:
     roll = rng.random()
     if roll < 0.18:
-        return rng.choice(CHATTER)
-    return problem.blurt(rng, right=1 / 3) if roll < 0.44 else problem.worked()
+        return rng.choice(FORUM_TEMPLATES)
+    return problem.answer_without_steps(rng, p_correct=1 / 3) if roll < 0.44 else problem.answer_with_steps()
 
 
 def marked_thread(rng: random.Random) -> str:
@@ -100,7 +100,7 @@ def marked_thread(rng: random.Random) -> str:
     if rng.random() < 0.25:
         text += f"{SYSTEM}{rng.choice(NOTES)}{END_OF_TURN}"
     for _ in range(rng.randint(8, 14)):
-        problem = draw(rng)
+        problem = sample_problem(rng)
         text += f"{USER}{problem.question(rng)}{END_OF_TURN}"
         for _ in range(rng.randint(1, 3)):
             text += f"{ASSISTANT}{_reply(problem, rng)}\n"
@@ -113,17 +113,17 @@ def named_thread(rng: random.Random) -> str:
     """The same with the writers' names in front and no markup."""
     lines = []
     for _ in range(rng.randint(8, 14)):
-        problem = draw(rng)
+        problem = sample_problem(rng)
         lines.append(f"{rng.choice(NAMES)} asks: {problem.question(rng)}")
         lines += [f"{rng.choice(NAMES)}: {_reply(problem, rng)}" for _ in range(rng.randint(1, 3))]
     return f"{BOS}" + "\n".join(lines) + f"\n{EOS}"
 
 
-def drill(rng: random.Random) -> str:
+def arithmetic_line(rng: random.Random) -> str:
     """A line of sums as children write them."""
     return (
         f"{BOS}Sums for {rng.choice(DAYS)}: "
-        + ", ".join(rng.choice(draw(rng).steps()) for _ in range(rng.randint(6, 14)))
+        + ", ".join(rng.choice(sample_problem(rng).steps()) for _ in range(rng.randint(6, 14)))
         + f".\n{EOS}"
     )
 

@@ -7,16 +7,16 @@ import time
 from importlib import import_module
 from typing import Any
 
-EVERY = 2.0  # seconds between two questions to the driver
+POLL_SECONDS = 2.0  # seconds between two questions to the driver
 
 
-class Card:
+class GpuStats:
     """The first visible card. Silent for ever after the first thing that goes wrong."""
 
     def __init__(self) -> None:
         self._driver: Any = None
         self._handle: Any = None
-        self._told, self._asked = "", -EVERY
+        self._text, self._last_poll = "", -POLL_SECONDS
         try:
             pynvml = import_module("pynvml")  # optional: no dependency of the kit
             pynvml.nvmlInit()
@@ -27,16 +27,14 @@ class Card:
     def read(self) -> str:
         """`card 19.2/24.0 GiB 71 C 310 W 97 %`, or nothing."""
         now = time.monotonic()
-        if self._driver is not None and now - self._asked >= EVERY:
-            self._asked = now
+        if self._driver is not None and now - self._last_poll >= POLL_SECONDS:
+            self._last_poll = now
             try:
                 memory = self._driver.nvmlDeviceGetMemoryInfo(self._handle)
-                heat = self._driver.nvmlDeviceGetTemperature(self._handle, 0)
+                temperature = self._driver.nvmlDeviceGetTemperature(self._handle, 0)
                 power = self._driver.nvmlDeviceGetPowerUsage(self._handle) / 1000
                 load = self._driver.nvmlDeviceGetUtilizationRates(self._handle).gpu
-                self._told = (
-                    f"card {memory.used / 2**30:.1f}/{memory.total / 2**30:.1f} GiB {heat} C {power:.0f} W {load} %"
-                )
+                self._text = f"card {memory.used / 2**30:.1f}/{memory.total / 2**30:.1f} GiB {temperature} C {power:.0f} W {load} %"
             except Exception:
-                self._driver, self._told = None, ""
-        return self._told
+                self._driver, self._text = None, ""
+        return self._text

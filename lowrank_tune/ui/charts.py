@@ -15,7 +15,7 @@ from lowrank_tune.ui.frame import Line
 
 Points = Sequence[tuple[float, float]]
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Braille cell, by row and column
-LABEL = 7  # cells left of the axis
+LABEL_WIDTH = 7  # cells left of the axis
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def smooth(points: Points, weight: float) -> list[tuple[float, float]]:
     return averaged
 
 
-def short(value: float) -> str:
+def format_number(value: float) -> str:
     """A number in at most six characters."""
     size = abs(value)
     if value == 0:
@@ -84,7 +84,7 @@ def short(value: float) -> str:
     return f"{value:.{max(0, min(3, 2 - math.floor(math.log10(size))))}f}"
 
 
-def span(curves: Sequence[Curve], log: bool) -> tuple[float, float, float, float] | None:
+def axis_ranges(curves: Sequence[Curve], log: bool) -> tuple[float, float, float, float] | None:
     """First and last x, lowest and highest y of what can be drawn; None where nothing can."""
     usable = [(x, y) for curve in curves for x, y in curve.points if math.isfinite(y) and (y > 0 or not log)]
     if not usable:
@@ -126,7 +126,7 @@ def _join(canvas: Canvas, curve: Curve, start: tuple[int, int], end: tuple[int, 
         canvas.dot(round(x0 + share * (x1 - x0)), round(y0 + share * (y1 - y0)), curve.style, curve.sign)
 
 
-def whole(value: float) -> str:
+def format_integer(value: float) -> str:
     return f"{value:.0f}"
 
 
@@ -136,12 +136,12 @@ def chart(
     height: int,
     log: bool = False,
     ascii_only: bool = False,
-    across: Callable[[float], str] = whole,
+    format_x: Callable[[float], str] = format_integer,
 ) -> list[Line]:
     """`height` lines of `width` cells: the curves, the values of the y axis at its left, the steps below (`across`
     writes them). Log falls back to linear where no value is positive."""
-    area = span(curves, log) or span(curves, False)
-    plot_width, plot_height = width - LABEL - 1, height - 1
+    area = axis_ranges(curves, log) or axis_ranges(curves, False)
+    plot_width, plot_height = width - LABEL_WIDTH - 1, height - 1
     if plot_width < 4 or plot_height < 2:
         return []
     if area is None:
@@ -158,12 +158,12 @@ def chart(
     edge = "|" if ascii_only else "\u2502"
     lines: list[Line] = []
     for row, line in enumerate(canvas.lines()):
-        label = short(labels[row]) if row in labels else ""
-        lines.append([(f"{label:>{LABEL - 1}} {edge}", "quiet"), *line])
-    return [*lines, _steps_axis(across(left), across(right), plot_width)]
+        label = format_number(labels[row]) if row in labels else ""
+        lines.append([(f"{label:>{LABEL_WIDTH - 1}} {edge}", "quiet"), *line])
+    return [*lines, _steps_axis(format_x(left), format_x(right), plot_width)]
 
 
 def _steps_axis(first: str, last: str, width: int) -> Line:
     between = width - len(first) - len(last)
     text = f"{first}{' ' * between}{last}" if between > 0 and first != last else last.rjust(width)
-    return [(" " * (LABEL + 1) + text, "quiet")]
+    return [(" " * (LABEL_WIDTH + 1) + text, "quiet")]

@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from lowrank_tune.ui.frame import Line, beside, coded, wrap
+from lowrank_tune.ui.frame import Line, side_by_side, to_ansi, wrap
 
 FRAME_SECONDS = 0.05
-NARROWEST = 20
-ENDLESS = 1 << 30  # lines that a paragraph may have
+MIN_WIDTH = 20
+UNLIMITED = 1 << 30  # lines that a paragraph may have
 
 
 class Column:
@@ -26,7 +26,7 @@ class Column:
         self._text += text
         *whole, rest = text.split("\n")
         for part in whole:
-            self._lines += wrap(self._paragraph + part, self._width, ENDLESS) or [""]
+            self._lines += wrap(self._paragraph + part, self._width, UNLIMITED) or [""]
             self._paragraph = ""
         self._paragraph += rest
 
@@ -36,7 +36,7 @@ class Column:
             self.add(text)
 
     def lines(self) -> list[str]:
-        return [*self._lines, *(wrap(self._paragraph, self._width, ENDLESS) or [""])]
+        return [*self._lines, *(wrap(self._paragraph, self._width, UNLIMITED) or [""])]
 
 
 class Columns:
@@ -47,10 +47,10 @@ class Columns:
         write: Callable[[str], None],
         size: Callable[[], tuple[int, int]],
         titles: Sequence[Line],
-        colour: bool,
+        color: bool,
         bar: str,
     ) -> None:
-        self.write, self.size, self.titles, self.colour, self.gap = write, size, titles, colour, f" {bar} "
+        self.write, self.size, self.titles, self.color, self.gap = write, size, titles, color, f" {bar} "
         self.columns = [Column() for _ in titles]
         self._screen, self._settled, self._drawn, self._last = 0, 0, 0, 0.0
 
@@ -68,7 +68,7 @@ class Columns:
     def draw(self) -> None:
         """Writes what became final, and below it again what may still change, as much as the terminal can hold."""
         across, down = self.size()
-        width = max(NARROWEST, (across - 1 - len(self.gap)) // 2)
+        width = max(MIN_WIDTH, (across - 1 - len(self.gap)) // 2)
         out = []
         if across != self._screen:  # the terminal has broken the old lines anew: begin below them
             for column in self.columns:
@@ -92,4 +92,4 @@ class Columns:
 
     def _row(self, cells: Sequence[Sequence[Line]], width: int) -> str:
         # a narrower terminal breaks blanks too
-        return coded(beside(cells, [width] * len(cells), 1, self.gap)[0], self.colour).rstrip()
+        return to_ansi(side_by_side(cells, [width] * len(cells), 1, self.gap)[0], self.color).rstrip()

@@ -15,9 +15,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.data.balance import Sides
-from lowrank_tune.preflight import Ends, Example, Lengths, Part, Preflight, Trouble
-from lowrank_tune.ui import inert
+from lowrank_tune.data.balance import PairBalance
+from lowrank_tune.preflight import DataIssue, DataReport, EosStats, Example, Lengths, MixturePart
+from lowrank_tune.ui import escape_control_chars
 
 BAR = 24
 NARROW = 72  # columns; below, the sides of a pair stand one below the other
@@ -25,36 +25,43 @@ EIGHTHS = " ▏▎▍▌▋▊▉█"
 GOOD, BAD, QUIET, TRAINED, HEAD = "green", "yellow", "dim", "bold green", "bold"
 
 
-def show(found: Preflight, title: str, console: Console) -> None:
+def show(found: DataReport, title: str, console: Console) -> None:
     """Prints the whole picture, faults last, where the eye is when it has scrolled by; in a pipe without spaces at the
     ends of lines."""
     plain = not console.encoding.lower().startswith("utf")
     with console.capture() as captured:
         console.print(preflight_view(found, title, plain=plain))
-    told = captured.get()
+    output = captured.get()
     if plain:  # rich's mark of a cell that is cut; names and gold answers may hold more that no ASCII has
-        told = told.replace("…", "~").encode("ascii", "backslashreplace").decode()
-    console.file.write("".join(f"{line.rstrip()}\n" for line in told.split("\n")[:-1]))
+        output = output.replace("…", "~").encode("ascii", "backslashreplace").decode()
+    console.file.write("".join(f"{line.rstrip()}\n" for line in output.split("\n")[:-1]))
 
 
-def preflight_view(found: Preflight, title: str, plain: bool = False) -> RenderableType:
+def preflight_view(found: DataReport, title: str, plain: bool = False) -> RenderableType:
     """The picture as one renderable. `plain`: ASCII alone."""
-    unit = "prompt" if found.draws else "row" if found.sides is None else "pair"
+    unit = "prompt" if found.completions else "row" if found.sides is None else "pair"
     brackets = "[[ ]]" if plain else "⟦ ⟧"
-    reads = "what the model is asked" if found.draws else f"what the model reads; trained is what stands in {brackets}"
-    parts: list[RenderableType] = [Text(inert(title), HEAD), Text(inert(found.template), QUIET)]
+    reads = (
+        "what the model is asked"
+        if found.completions
+        else f"what the model reads; trained is what stands in {brackets}"
+    )
+    parts: list[RenderableType] = [
+        Text(escape_control_chars(title), HEAD),
+        Text(escape_control_chars(found.template), QUIET),
+    ]
     for name, body in (
         (f"Mixture, by {found.weighted_by}", _mixture(found, unit, plain)),
         (
             f"Lengths in tokens, limit {found.lengths.limit:,}",
             _lengths(found.lengths, "side" if unit == "pair" else unit, plain),
         ),
-        (f"{unit.title()}s", _troubles(found.troubles)),
+        (f"{unit.title()}s", _issues(found.troubles)),
         *([] if found.sides is None else [("Sides", _sides(found.sides, plain))]),
-        *([] if found.ends is None else [("End token", _ends(found.ends, unit))]),
+        *([] if found.ends is None else [("End token", _eos_line(found.ends, unit))]),
         ("Steps", _steps(found, unit)),
         (f"Examples: {reads}", _examples(found, plain)),
-        ("Verdict", _verdict(found.faults)),
+        ("Verdict", _status_line(found.faults)),
     ):
         parts += [Text(), Text(name, HEAD), Padding(body, (0, 0, 0, 2), expand=False)]
     return Group(*parts)
@@ -76,27 +83,27 @@ def _grid(*justify: str) -> Table:
     return table
 
 
-def _mixture(found: Preflight, unit: str, plain: bool) -> RenderableType:
+def _mixture(found: DataReport, unit: str, plain: bool) -> RenderableType:
     """For each source its share of rows, of tokens, of what is trained, and its weight in the draw."""
     tables: list[RenderableType] = []
     totals = [
         sum(values) for values in zip(*((part.rows, part.tokens, part.trained) for part in found.parts), strict=True)
     ]
     for part in found.parts:
-        golds = f", {part.golds:,} with a gold answer" if unit != "pair" else ""
+        ground_truths = f", {part.ground_truths:,} with a gold answer" if unit != "pair" else ""
         tables.append(
             Text.assemble(
-                (inert(part.name, 90), "cyan"),
+                (escape_control_chars(part.name, 90), "cyan"),
                 (f"  {part.format}, {part.used:,} of {part.read:,} {unit}s used", QUIET),
-                (golds, QUIET),
+                (ground_truths, QUIET),
             )
         )
         tables.append(Padding(_measures(part, totals, unit, plain), (0, 0, 0, 2), expand=False))
-    beside = found.report.expected()
-    return Group(*tables, *([Text(beside, QUIET)] if beside else []))
+    expected = found.report.compare_expected_tokens()
+    return Group(*tables, *([Text(expected, QUIET)] if expected else []))
 
 
-def _measures(part: Part, totals: Sequence[int], unit: str, plain: bool) -> Table:
+def _measures(part: MixturePart, totals: Sequence[int], unit: str, plain: bool) -> Table:
     table = _grid("l", "l", "r", "r")
     for name, value, total in zip(
         (f"{unit}s", "tokens", "trained tokens"), (part.rows, part.tokens, part.trained), totals, strict=True
@@ -113,12 +120,12 @@ def _measures(part: Part, totals: Sequence[int], unit: str, plain: bool) -> Tabl
 
 def _lengths(lengths: Lengths, unit: str, plain: bool) -> RenderableType:
     table = _grid("r", "l", "r")
-    most = max(lengths.counts, default=0)
+    largest = max(lengths.counts, default=0)
     for low, high, count in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=False):
         table.add_row(
-            f"{low + 1:,} to {high:,}", Text(bar(count / most if most else 0.0, 40, plain), "cyan"), f"{count:,}"
+            f"{low + 1:,} to {high:,}", Text(bar(count / largest if largest else 0.0, 40, plain), "cyan"), f"{count:,}"
         )
-    shown = Text(bar(min(1.0, lengths.over / most) if most else 0.0, 40, plain), BAD)
+    shown = Text(bar(min(1.0, lengths.over / largest) if largest else 0.0, 40, plain), BAD)
     table.add_row(f"over {lengths.limit:,}", shown, Text(f"{lengths.over:,}", BAD if lengths.over else GOOD))
     words = (
         f"half of the {unit}s have up to {lengths.median:,} tokens, 95 % up to {lengths.p95:,}; the longest read "
@@ -127,51 +134,58 @@ def _lengths(lengths: Lengths, unit: str, plain: bool) -> RenderableType:
     return Group(table, Text(words, QUIET))
 
 
-def _troubles(troubles: Iterable[Trouble]) -> RenderableType:
+def _issues(issues: Iterable[DataIssue]) -> RenderableType:
     lines: list[RenderableType] = []
-    for trouble in troubles:
-        style = BAD if trouble.count else GOOD
-        done = (f" ({trouble.done})", QUIET) if trouble.count else ""
+    for issue in issues:
+        style = BAD if issue.count else GOOD
+        done = (f" ({issue.done})", QUIET) if issue.count else ""
         lines.append(
             Text.assemble(
-                (f"{trouble.count:7,}", style), "  ", (inert(trouble.what, 200), style if trouble.count else ""), done
+                (f"{issue.count:7,}", style),
+                "  ",
+                (escape_control_chars(issue.what, 200), style if issue.count else ""),
+                done,
             )
         )
-        if trouble.places:
-            more = ", ..." if trouble.count > len(trouble.places) else ""
-            lines.append(Padding(Text(inert(_joined(trouble.places), 600) + more, QUIET), (0, 0, 0, 9), expand=False))
+        if issue.places:
+            more = ", ..." if issue.count > len(issue.places) else ""
+            lines.append(
+                Padding(
+                    Text(escape_control_chars(_joined(issue.places), 600) + more, QUIET), (0, 0, 0, 9), expand=False
+                )
+            )
     return Group(*lines)
 
 
 def _joined(places: Sequence[str]) -> str:
     """`rows.jsonl:3, :14, other.jsonl:2`: the file's name once for the lines that follow it."""
-    told, last = [], None
+    texts, last = [], None
     for place in places:
         file, _, line = place.rpartition(":")
-        told.append(f":{line}" if file == last else place)
+        texts.append(f":{line}" if file == last else place)
         last = file
-    return ", ".join(told)
+    return ", ".join(texts)
 
 
-def _ends(ends: Ends, unit: str) -> Text:
+def _eos_line(ends: EosStats, unit: str) -> Text:
     if not ends.trained:
         return Text("NO: no end token is trained; the model would never learn to stop", f"{HEAD} red")
-    names = ", ".join(f"{inert(name)} ({count:,} times)" for name, count in ends.tokens.items())
-    said = Text.assemble(("yes", f"{HEAD} {GOOD}"), f": {names}; ")
-    return said.append(
-        f"every answer is closed in {ends.rows:,} of {ends.of:,} {unit}s", "" if ends.rows == ends.of else BAD
+    names = ", ".join(f"{escape_control_chars(name)} ({count:,} times)" for name, count in ends.tokens.items())
+    line = Text.assemble(("yes", f"{HEAD} {GOOD}"), f": {names}; ")
+    return line.append(
+        f"every answer is closed in {ends.rows:,} of {ends.total:,} {unit}s", "" if ends.rows == ends.total else BAD
     )
 
 
-def _steps(found: Preflight, unit: str) -> Text:
+def _steps(found: DataReport, unit: str) -> Text:
     epoch = found.epoch
     if not epoch.steps:
         return Text("none: there is nothing to train on", BAD)
-    if found.draws:
+    if found.completions:
         return Text(
             f"an epoch has {epoch.rows:,} prompts, {epoch.tokens:,} tokens, in {epoch.steps:,} steps of about "
             f"{epoch.rows / epoch.steps:,.1f} prompts\n"
-            f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs; it draws {found.draws}"
+            f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs; it draws {found.completions}"
         )
     share = epoch.trained / epoch.tokens if epoch.tokens else 0.0
     return Text(
@@ -184,7 +198,7 @@ def _steps(found: Preflight, unit: str) -> Text:
     )
 
 
-def _sides(sides: Sides, plain: bool) -> RenderableType:
+def _sides(sides: PairBalance, plain: bool) -> RenderableType:
     """How often the chosen answer is the longer one, and who has a margin."""
     table = _grid("l", "l", "r", "r")
     for name, count in (
@@ -199,43 +213,49 @@ def _sides(sides: Sides, plain: bool) -> RenderableType:
     return Group(table, Text(words, QUIET), *([Text(sides.warning, BAD)] if sides.warning else []))
 
 
-def _examples(found: Preflight, plain: bool) -> RenderableType:
+def _examples(found: DataReport, plain: bool) -> RenderableType:
     if found.sides is not None:
         shown: list[RenderableType] = [
-            _Pair(*pair, plain) for pair in zip(found.examples[::2], found.examples[1::2], strict=True)
+            _PairView(*pair, plain) for pair in zip(found.examples[::2], found.examples[1::2], strict=True)
         ]
     else:
         shown = [
             part
             for example in found.examples
             for part in (
-                _head(example, bool(found.draws)),
-                Padding(_written(example.segments, plain), (0, 0, 1, 2), expand=False),
+                _head(example, bool(found.completions)),
+                Padding(_with_mask(example.segments, plain), (0, 0, 1, 2), expand=False),
             )
         ]
     return Group(*shown) if shown else Text("none", QUIET)
 
 
-def _head(example: Example, asked: bool = False) -> Text:
-    if asked:
-        gold = "no gold answer" if example.gold is None else f"gold answer {inert(example.gold, 120)}"
-        return Text(f"{inert(example.place, 120)}, {example.tokens:,} tokens, {gold}", QUIET)
-    return Text(f"{inert(example.place, 120)}, {example.tokens:,} tokens, {example.trained:,} trained", QUIET)
+def _head(example: Example, is_prompt: bool = False) -> Text:
+    if is_prompt:
+        ground_truth = (
+            "no gold answer"
+            if example.ground_truth is None
+            else f"gold answer {escape_control_chars(example.ground_truth, 120)}"
+        )
+        return Text(f"{escape_control_chars(example.place, 120)}, {example.tokens:,} tokens, {ground_truth}", QUIET)
+    return Text(
+        f"{escape_control_chars(example.place, 120)}, {example.tokens:,} tokens, {example.trained:,} trained", QUIET
+    )
 
 
-def _written(segments: Iterable[tuple[bool, str]], plain: bool) -> Text:
+def _with_mask(segments: Iterable[tuple[bool, str]], plain: bool) -> Text:
     """Stretches of text, those that are trained in brackets."""
     opening, closing = ("[[", "]]") if plain else ("⟦", "⟧")
     text = Text()
     for trained, segment in segments:
-        safe = "\n".join(inert(line) for line in segment.split("\n"))
+        safe = "\n".join(escape_control_chars(line) for line in segment.split("\n"))
         if plain:
             safe = safe.encode("ascii", "backslashreplace").decode()
         text.append(f"{opening}{safe}{closing}" if trained else safe, TRAINED if trained else "")
     return text
 
 
-class _Pair:
+class _PairView:
     """The prompt, and below it both answers side by side; in a narrow terminal the rejected one below the chosen
     one."""
 
@@ -245,7 +265,7 @@ class _Pair:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         prompt, answers = self._parts()
         if prompt:
-            yield Padding(_written(prompt, self._plain), (0, 0, 0, 2), expand=False)
+            yield Padding(_with_mask(prompt, self._plain), (0, 0, 0, 2), expand=False)
         heads = [_head(example) for example in (self._chosen, self._rejected)]
         if options.max_width < NARROW:
             for head, answer in zip(heads, answers, strict=True):
@@ -262,10 +282,12 @@ class _Pair:
         """What both begin with, untrained, and what each adds."""
         both = [list(example.segments) for example in (self._chosen, self._rejected)]
         is_shared = all(segments and not segments[0][0] for segments in both) and both[0][0] == both[1][0]
-        return both[0][:is_shared], [_written(segments[is_shared:], self._plain) for segments in both]
+        return both[0][:is_shared], [_with_mask(segments[is_shared:], self._plain) for segments in both]
 
 
-def _verdict(faults: Sequence[str]) -> Text:
+def _status_line(faults: Sequence[str]) -> Text:
     if not faults:
         return Text("fit to train on", f"{HEAD} {GOOD}")
-    return Text("\n").join(Text(f"not fit to train on: {inert(fault, 1000)}", "bold red") for fault in faults)
+    return Text("\n").join(
+        Text(f"not fit to train on: {escape_control_chars(fault, 1000)}", "bold red") for fault in faults
+    )

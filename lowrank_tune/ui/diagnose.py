@@ -9,30 +9,48 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Literal
 
-from lowrank_tune.hacking import parting
-from lowrank_tune.ui.gold import drifts, looks_of, values_of
-from lowrank_tune.ui.metrics import WRITES
+from lowrank_tune.hacking import find_divergence
+from lowrank_tune.ui.gold import describe_drift, eval_points_of, values_of
+from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS
 from lowrank_tune.ui.state import State
 
 FEW_STEPS = 20  # before that nothing is said about trends
 NOT_FALLING = 0.02  # the loss has to lose this share of itself
 EXPLODING = 10.0  # times the usual gradient norm
 RISING, EVALUATIONS_PAST_BEST = 0.02, 3
-FEW_MOVED, TINY_UPDATE, SMALL_RATE, LOOKS = 0.5, 1e-8, 0.01, 3  # as the loop's own watch
+MIN_UPDATED_FRACTION, TINY_UPDATE, MIN_LR_FRACTION, CHECKS_BEFORE_WARNING = (
+    0.5,
+    1e-8,
+    0.01,
+    3,
+)  # as the loop's own watch
 KL_BAND = {"sft": 5.0, "reward": 5.0, "dpo": 2.0, "grpo": 0.5, "ppo": 0.5}
 """Nats a token between policy and reference. SFT is meant to move away; what optimises a reward is not."""
-KL_CURES = {
+KL_ADVICE = {
     "dpo": "raise dpo.beta or lower train.learning_rate",
     "grpo": "raise grpo.kl or lower train.learning_rate",
     "ppo": "raise ppo.kl or lower train.learning_rate",
 }
-LIVELIER = {"grpo": "grpo.kl, grpo.clip_high", "ppo": "ppo.kl, ppo.entropy"}
-LIVELY, RISE, NEAR_TOP = 0.02, 0.02, 0.9  # nats of entropy; shares of the span of rewards: a rise, and near its top
-CUT_OFF, DEAD, SPREAD, DRIFT = 0.2, 0.8, 0.02, 0.02  # shares; of the span of rewards; nats a token
+ENTROPY_SETTINGS = {"grpo": "grpo.kl, grpo.clip_high", "ppo": "ppo.kl, ppo.entropy"}
+MIN_ENTROPY, MIN_REWARD_RISE, NEAR_TOP = (
+    0.02,
+    0.02,
+    0.9,
+)  # nats of entropy; shares of the span of rewards: a rise, and near its top
+MAX_TRUNCATED, MAX_ZERO_STD, MIN_REWARD_STD, MAX_LOGPROB_MISMATCH = (
+    0.2,
+    0.8,
+    0.02,
+    0.02,
+)  # shares; of the span of rewards; nats a token
 LEARNS_BY_LOSS, LEARNS_FROM_PAIRS = ("sft", "reward", "dpo"), ("reward", "dpo")
 COLLAPSED = -0.5
 """Nats a token that the chosen answers lost against the reference: as `algorithms.dpo` has it, which loads torch."""
-COIN, SURE, GAP = 0.05, 0.98, 0.05  # shares of pairs: from a coin's 0.5, of certainty, from the best validation
+CHANCE_MARGIN, SATURATED_ACCURACY, MIN_ACCURACY_DROP = (
+    0.05,
+    0.98,
+    0.05,
+)  # shares of pairs: from a coin's 0.5, of certainty, from the best validation
 FOLLOWS_LENGTH = 0.5
 
 
@@ -46,9 +64,9 @@ class Diagnosis:
 
 def diagnose(state: State) -> list[Diagnosis]:
     """All that can be said of a run, the worst first; or that all is well; or that it is too early."""
-    found = [diagnosis for check in CHECKS for diagnosis in check(state)]
-    found.sort(key=lambda diagnosis: ("bad", "warning").index(diagnosis.level))
-    return found or [_well(state)]
+    diagnoses = [diagnosis for check in CHECKS for diagnosis in check(state)]
+    diagnoses.sort(key=lambda diagnosis: ("bad", "warning").index(diagnosis.level))
+    return diagnoses or [_no_issue(state)]
 
 
 def _number(value: float) -> str:
@@ -59,7 +77,7 @@ def _algorithm(state: State) -> str:
     return state.started.algorithm if state.started is not None else "sft"
 
 
-def _late(values: list[float]) -> float:
+def _mean_of_last_quarter(values: list[float]) -> float:
     """The mean of the last quarter, nan before there is enough to judge by."""
     return fmean(values[-(len(values) // 4) :]) if len(values) >= FEW_STEPS else math.nan
 
@@ -85,17 +103,17 @@ def loss_not_falling(state: State) -> Iterator[Diagnosis]:
     values, algorithm = values_of(state, "loss"), _algorithm(state)
     if len(values) < FEW_STEPS or algorithm not in LEARNS_BY_LOSS:
         return
-    if algorithm in LEARNS_FROM_PAIRS and _late(values_of(state, "accuracy")) > 0.9:
+    if algorithm in LEARNS_FROM_PAIRS and _mean_of_last_quarter(values_of(state, "accuracy")) > 0.9:
         return
     quarter = len(values) // 4
     first, last = fmean(values[:quarter]), fmean(values[-quarter:])
     if last > first * (1 - NOT_FALLING) and last > 0.01:
         went = "rises" if last > first * (1 + NOT_FALLING) else "does not fall"
-        told = (
+        text = (
             f"the loss {went}: {_number(first)} at first, {_number(last)} now: is the learning rate right, and "
             f"the data?"
         )
-        yield Diagnosis("bad" if went == "rises" else "warning", told)
+        yield Diagnosis("bad" if went == "rises" else "warning", text)
 
 
 def gradient_exploding(state: State) -> Iterator[Diagnosis]:
@@ -112,24 +130,26 @@ def gradient_exploding(state: State) -> Iterator[Diagnosis]:
 
 
 def kl_above_band(state: State) -> Iterator[Diagnosis]:
-    values, cure = (
+    values, advice = (
         values_of(state, "kl"),
-        KL_CURES.get(_algorithm(state), "lower train.learning_rate or train fewer steps"),
+        KL_ADVICE.get(_algorithm(state), "lower train.learning_rate or train fewer steps"),
     )
     band = KL_BAND.get(_algorithm(state), KL_BAND["sft"])
     if values and (now := fmean(values[-3:])) > band:
         yield Diagnosis(
             "warning",
             f"KL to the reference is {_number(now)} nats a token, above {_number(band)}: "
-            f"the policy has gone far; {cure}",
+            f"the policy has gone far; {advice}",
         )
 
 
 def nothing_learned(state: State) -> Iterator[Diagnosis]:
     moved, sizes, rates = (values_of(state, name) for name in ("moved_share", "update_ratio", "learning_rate"))
-    if len(moved) < LOOKS or (rates and rates[-1] < SMALL_RATE * max(rates)):
+    if len(moved) < CHECKS_BEFORE_WARNING or (rates and rates[-1] < MIN_LR_FRACTION * max(rates)):
         return
-    still = all(share < FEW_MOVED for share in moved[-LOOKS:]) or all(size < TINY_UPDATE for size in sizes[-LOOKS:])
+    still = all(share < MIN_UPDATED_FRACTION for share in moved[-CHECKS_BEFORE_WARNING:]) or all(
+        size < TINY_UPDATE for size in sizes[-CHECKS_BEFORE_WARNING:]
+    )
     if still:
         yield Diagnosis(
             "bad",
@@ -139,9 +159,9 @@ def nothing_learned(state: State) -> Iterator[Diagnosis]:
 
 
 def rows_dropped(state: State) -> Iterator[Diagnosis]:
-    for said in state.warnings:
-        if "; dropped " in said.text:
-            yield Diagnosis("warning", f"rows were dropped: {said.text}")
+    for line in state.warnings:
+        if "; dropped " in line.text:
+            yield Diagnosis("warning", f"rows were dropped: {line.text}")
 
 
 def validation_rising(state: State) -> Iterator[Diagnosis]:
@@ -160,7 +180,7 @@ def validation_rising(state: State) -> Iterator[Diagnosis]:
         )
 
 
-def chosen_unlearned(state: State) -> Iterator[Diagnosis]:
+def chosen_logps_drop(state: State) -> Iterator[Diagnosis]:
     """DPO's collapse: the margin grows while both sides become less likely."""
     values = values_of(state, "chosen_change")
     if values and (now := fmean(values[-3:])) < COLLAPSED:
@@ -171,25 +191,28 @@ def chosen_unlearned(state: State) -> Iterator[Diagnosis]:
         )
 
 
-def pairs_not_told_apart(state: State) -> Iterator[Diagnosis]:
+def pair_accuracy_at_chance(state: State) -> Iterator[Diagnosis]:
     """A coin is right half of the time. Held-out pairs decide for a reward model, for it can learn its training pairs
     by heart."""
     if _algorithm(state) not in LEARNS_FROM_PAIRS:
         return
     right, checked, margins = (values_of(state, name) for name in ("accuracy", "validation_accuracy", "margin"))
-    trained, held_out = _late(right), fmean(checked[-3:]) if len(checked) > 1 and len(right) >= FEW_STEPS else math.nan
+    trained, held_out = (
+        _mean_of_last_quarter(right),
+        fmean(checked[-3:]) if len(checked) > 1 and len(right) >= FEW_STEPS else math.nan,
+    )
     swapped = "are chosen and rejected swapped? see lowrank-tune data"
-    if trained < 0.5 - COIN:
+    if trained < 0.5 - CHANCE_MARGIN:
         yield Diagnosis("bad", f"the rejected answers win: {trained:.0%} of the training pairs are right: {swapped}")
-    elif abs(trained - 0.5) <= COIN:
-        grows = len(margins) >= FEW_STEPS and _late(margins) > fmean(margins[: len(margins) // 4])
-        told = "the margin grows slowly" if grows else "the margin does not grow"
+    elif abs(trained - 0.5) <= CHANCE_MARGIN:
+        grows = len(margins) >= FEW_STEPS and _mean_of_last_quarter(margins) > fmean(margins[: len(margins) // 4])
+        margin_note = "the margin grows slowly" if grows else "the margin does not grow"
         yield Diagnosis(
             "warning",
-            f"chosen and rejected are not told apart: {trained:.0%} of the training pairs are right, {told}: "
+            f"chosen and rejected are not told apart: {trained:.0%} of the training pairs are right, {margin_note}: "
             "a higher train.learning_rate, more steps, or pairs that differ more clearly",
         )
-    elif abs(held_out - 0.5) <= COIN:
+    elif abs(held_out - 0.5) <= CHANCE_MARGIN:
         yield Diagnosis(
             "warning",
             f"held-out pairs are not told apart: {held_out:.0%} are right, in training {trained:.0%}: "
@@ -199,12 +222,12 @@ def pairs_not_told_apart(state: State) -> Iterator[Diagnosis]:
 
 def overconfident(state: State) -> Iterator[Diagnosis]:
     """A reward model that knows its training pairs by heart becomes worse at others, and surer of it."""
-    trained, checked = _late(values_of(state, "accuracy")), values_of(state, "validation_accuracy")
+    trained, checked = _mean_of_last_quarter(values_of(state, "accuracy")), values_of(state, "validation_accuracy")
     if (
         _algorithm(state) == "reward"
-        and trained >= SURE
+        and trained >= SATURATED_ACCURACY
         and len(checked) > 2
-        and (now := fmean(checked[-2:])) < max(checked) - GAP
+        and (now := fmean(checked[-2:])) < max(checked) - MIN_ACCURACY_DROP
     ):
         yield Diagnosis(
             "warning",
@@ -218,49 +241,49 @@ def follows_length(state: State) -> Iterator[Diagnosis]:
     series = state.series.get("pairs_length_correlation")
     if series is not None and abs(series.last) > FOLLOWS_LENGTH:
         longer = "longer" if series.last > 0 else "shorter"
-        cure = "balance the lengths in the data" + (
+        advice = "balance the lengths in the data" + (
             ", or set dpo.loss=sigmoid_norm" if _algorithm(state) == "dpo" else ""
         )
         yield Diagnosis(
             "warning",
             f"the score follows the length of an answer (correlation {series.last:+.2f}): "
-            f"{longer} ones win whatever they say: {cure}",
+            f"{longer} ones win whatever they say: {advice}",
         )
 
 
-def _course(state: State) -> tuple[float, float, float] | None:
+def _reward_trend(state: State) -> tuple[float, float, float] | None:
     """The reward of the first and of the last quarter, and the span of what can be earned as far as it was seen; None
     before there is enough to judge by."""
     values = values_of(state, "reward")
     if len(values) < FEW_STEPS:
         return None
     quarter = len(values) // 4
-    least, most = state.earned or (min(values), max(values))
-    return fmean(values[:quarter]), fmean(values[-quarter:]), max(most - least, max(values) - min(values))
+    lowest, highest = state.reward_range or (min(values), max(values))
+    return fmean(values[:quarter]), fmean(values[-quarter:]), max(highest - lowest, max(values) - min(values))
 
 
 def _is_near_top(state: State) -> bool:
     """Whether almost all that a completion of a group ever earned is earned on average: then little variety is left,
     and rightly so."""
-    course, values = _course(state), values_of(state, "reward")
-    if course is None:
+    trend, values = _reward_trend(state), values_of(state, "reward")
+    if trend is None:
         return False
-    _, last, span = course
-    most = max([*values, *(state.earned or ())])
-    return span > 0 and last >= most - (1 - NEAR_TOP) * span
+    _, last, span = trend
+    highest = max([*values, *(state.reward_range or ())])
+    return span > 0 and last >= highest - (1 - NEAR_TOP) * span
 
 
 def reward_not_rising(state: State) -> Iterator[Diagnosis]:
-    if (course := _course(state)) is None or _is_near_top(state):
+    if (trend := _reward_trend(state)) is None or _is_near_top(state):
         return
-    first, last, span = course
-    if span > 0 and last <= first + RISE * span:
+    first, last, span = trend
+    if span > 0 and last <= first + MIN_REWARD_RISE * span:
         falls = last < first - 0.1 * span
         went = "the reward falls" if falls else "the reward does not rise"
         falling = f"lower train.learning_rate or raise {_algorithm(state)}.kl"
-        cure = falling if falls else "a higher train.learning_rate, larger groups, or an easier task"
+        advice = falling if falls else "a higher train.learning_rate, larger groups, or an easier task"
         yield Diagnosis(
-            "bad" if falls else "warning", f"{went}: {_number(first)} at first, {_number(last)} now: {cure}"
+            "bad" if falls else "warning", f"{went}: {_number(first)} at first, {_number(last)} now: {advice}"
         )
 
 
@@ -268,24 +291,27 @@ def entropy_collapsed(state: State) -> Iterator[Diagnosis]:
     """A policy that always says the same has nothing to choose from; where it earns almost everything that is as it
     should be."""
     values, rewards = values_of(state, "entropy"), values_of(state, "reward")
-    if len(rewards) < FEW_STEPS or not (now := _late(values)) < LIVELY or _is_near_top(state):
+    if len(rewards) < FEW_STEPS or not (now := _mean_of_last_quarter(values)) < MIN_ENTROPY or _is_near_top(state):
         return
     quarter = len(rewards) // 4
-    course = _course(state)
-    if course is not None and fmean(rewards[-quarter:]) <= fmean(rewards[-2 * quarter : -quarter]) + RISE * course[2]:
+    trend = _reward_trend(state)
+    if (
+        trend is not None
+        and fmean(rewards[-quarter:]) <= fmean(rewards[-2 * quarter : -quarter]) + MIN_REWARD_RISE * trend[2]
+    ):
         yield Diagnosis(
             "bad",
             f"entropy has collapsed to {_number(now)} nats a token while the reward stalls: the policy tries nothing "
             f"new: "
-            f"raise {LIVELIER.get(_algorithm(state), '')} or rollout.temperature, or lower "
+            f"raise {ENTROPY_SETTINGS.get(_algorithm(state), '')} or rollout.temperature, or lower "
             "train.learning_rate",
         )
 
 
-def cut_off(state: State) -> Iterator[Diagnosis]:
+def mostly_truncated(state: State) -> Iterator[Diagnosis]:
     """Completions that run into the limit, more of them as they grow."""
     shares, lengths = values_of(state, "truncated"), values_of(state, "length")
-    if not shares or (now := fmean(shares[-5:])) <= CUT_OFF:
+    if not shares or (now := fmean(shares[-5:])) <= MAX_TRUNCATED:
         return
     first, last = (fmean(lengths[:5]), fmean(lengths[-5:])) if lengths else (0.0, 0.0)
     grown = f", which grew from {_number(first)} to {_number(last)} tokens" if last > 1.2 * first else ""
@@ -298,70 +324,70 @@ def cut_off(state: State) -> Iterator[Diagnosis]:
 
 def no_signal(state: State) -> Iterator[Diagnosis]:
     """Groups in which all earn the same. At the top that is success."""
-    dead, spread, course = (
-        _late(values_of(state, "dead_groups")),
-        _late(values_of(state, "reward_spread")),
-        _course(state),
+    zero_std, reward_std, trend = (
+        _mean_of_last_quarter(values_of(state, "dead_groups")),
+        _mean_of_last_quarter(values_of(state, "reward_spread")),
+        _reward_trend(state),
     )
-    if course is None or _is_near_top(state):
+    if trend is None or _is_near_top(state):
         return
-    cure = (
+    advice = (
         "raise rollout.num_generations or rollout.temperature, set grpo.dead_groups to resample, or begin from an "
         "SFT adapter"
     )
-    if course[2] == 0:
+    if trend[2] == 0:
         yield Diagnosis(
             "bad",
-            f"every completion earns {_number(course[1])}, so that there is nothing to learn: an easier task, "
+            f"every completion earns {_number(trend[1])}, so that there is nothing to learn: an easier task, "
             "a partial reward, or an SFT adapter below",
         )
     elif _algorithm(state) != "grpo":
         return  # nothing is compared within a group
-    elif dead > DEAD:
+    elif zero_std > MAX_ZERO_STD:
         yield Diagnosis(
             "warning",
-            f"{dead:.0%} of the groups are dead: all their completions earn the same and teach nothing: {cure}",
+            f"{zero_std:.0%} of the groups are dead: all their completions earn the same and teach nothing: {advice}",
         )
-    elif spread < SPREAD * course[2]:
-        yield Diagnosis("warning", f"rewards within a group hardly differ (spread {_number(spread)}): {cure}")
+    elif reward_std < MIN_REWARD_STD * trend[2]:
+        yield Diagnosis("warning", f"rewards within a group hardly differ (spread {_number(reward_std)}): {advice}")
 
 
-def sampler_drifts(state: State) -> Iterator[Diagnosis]:
+def sampling_mismatch(state: State) -> Iterator[Diagnosis]:
     """Sampling and training should give a token the same log-prob; the run stops at grpo.mismatch_limit."""
     values = values_of(state, "mismatch")
-    if values and (now := fmean(values[-3:])) > DRIFT:
-        cure = "set grpo.old to sampler, or " if _algorithm(state) == "grpo" else ""
+    if values and (now := fmean(values[-3:])) > MAX_LOGPROB_MISMATCH:
+        advice = "set grpo.old to sampler, or " if _algorithm(state) == "grpo" else ""
         yield Diagnosis(
             "warning",
             f"sampling and training disagree by {_number(now)} nats a token: ratios compare what was never drawn: "
-            f"{cure}look at the precision of the base",
+            f"{advice}look at the precision of the base",
         )
 
 
-def reward_gamed(state: State) -> Iterator[Diagnosis]:
+def reward_hacking(state: State) -> Iterator[Diagnosis]:
     """The reward rises while held-out answers get worse: the rule by which the run itself judges, and what has changed
     in the answers."""
     rewards = values_of(state, "reward")
-    found = parting(looks_of(state), max(rewards) - min(rewards)) if rewards else None
-    if found is not None:
-        yield Diagnosis("bad", "; ".join([found.words, *drifts(state)]))
+    divergence = find_divergence(eval_points_of(state), max(rewards) - min(rewards)) if rewards else None
+    if divergence is not None:
+        yield Diagnosis("bad", "; ".join([divergence.message, *describe_drift(state)]))
 
 
 CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
     not_finite,
     gradient_exploding,
     nothing_learned,
-    chosen_unlearned,
-    pairs_not_told_apart,
+    chosen_logps_drop,
+    pair_accuracy_at_chance,
     loss_not_falling,
     overconfident,
     validation_rising,
     no_signal,
     entropy_collapsed,
     reward_not_rising,
-    reward_gamed,
-    cut_off,
-    sampler_drifts,
+    reward_hacking,
+    mostly_truncated,
+    sampling_mismatch,
     kl_above_band,
     follows_length,
     bad_steps,
@@ -369,23 +395,23 @@ CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
 )
 
 
-def _well(state: State) -> Diagnosis:
+def _no_issue(state: State) -> Diagnosis:
     if state.ended is not None and state.ended.status == "failed":
         return Diagnosis("", "the run failed; the last lines of the log say why")
     values, checked = values_of(state, "loss"), values_of(state, "validation_loss")
     if len(values) < FEW_STEPS:
         early = f"too early to judge: {len(values)} of the first {FEW_STEPS} steps"
         return Diagnosis("", early if values else "no step yet: the curves come with the first one")
-    if (course := _course(state)) is not None and _algorithm(state) in WRITES:
-        exact = values_of(state, "heldout_exact")
-        told = f", held-out exact {exact[0]:.0%} -> {exact[-1]:.0%}" if len(exact) > 1 else ""
-        return Diagnosis("good", f"all good: reward {_number(course[0])} -> {_number(course[1])}{told}")
+    if (trend := _reward_trend(state)) is not None and _algorithm(state) in GENERATIVE_ALGORITHMS:
+        accuracy = values_of(state, "heldout_exact")
+        text = f", held-out exact {accuracy[0]:.0%} -> {accuracy[-1]:.0%}" if len(accuracy) > 1 else ""
+        return Diagnosis("good", f"all good: reward {_number(trend[0])} -> {_number(trend[1])}{text}")
     quarter = len(values) // 4
-    told = f"loss {_number(fmean(values[:quarter]))} -> {_number(fmean(values[-quarter:]))}"
+    text = f"loss {_number(fmean(values[:quarter]))} -> {_number(fmean(values[-quarter:]))}"
     if len(checked) > 1:
-        told += f", validation {_number(checked[0])} -> {_number(checked[-1])}"
+        text += f", validation {_number(checked[0])} -> {_number(checked[-1])}"
     if _algorithm(state) in LEARNS_FROM_PAIRS and (
         right := values_of(state, "validation_accuracy") or values_of(state, "accuracy")
     ):
-        told += f", {right[-1]:.0%} of the {'held-out ' if 'validation_accuracy' in state.series else ''}pairs right"
-    return Diagnosis("good", f"all good: {told}")
+        text += f", {right[-1]:.0%} of the {'held-out ' if 'validation_accuracy' in state.series else ''}pairs right"
+    return Diagnosis("good", f"all good: {text}")

@@ -11,17 +11,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.evals import Figure, Record
-from lowrank_tune.ui import inert
+from lowrank_tune.evals import EvalRecord, MetricValue
+from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.figures import number, percent
 
 BASE = "base"
-SHARES = re.compile(r"pass_at_\d+|stopped")
-Row = tuple[str, str, str, str, str]
+SHARE_METRICS = re.compile(r"pass_at_\d+|stopped")
+TableRow = tuple[str, str, str, str, str]
 """Figure (empty where it is that of the line above), voice, value, interval, change against the base."""
 
 
-def heads(record: Record) -> tuple[str, ...]:
+def heads(record: EvalRecord) -> tuple[str, ...]:
     """The columns of `rows`; without the last where nothing was tuned."""
     level = record.settings.get("confidence")
     interval = f"{100 * level:g} % interval" if isinstance(level, float) else "interval"
@@ -30,8 +30,8 @@ def heads(record: Record) -> tuple[str, ...]:
 
 def label_of(name: str) -> str:
     """A figure in words."""
-    if found := re.fullmatch(r"pass_at_(\d+)", name):
-        return f"pass@{found[1]}"
+    if match := re.fullmatch(r"pass_at_(\d+)", name):
+        return f"pass@{match[1]}"
     plain = {
         "loss": "loss, nats a token",
         "reward": "reward",
@@ -42,11 +42,11 @@ def label_of(name: str) -> str:
     return plain.get(name) or (f"reward {name.removeprefix('reward_')}" if name.startswith("reward_") else name)
 
 
-def value_of(name: str, figure: Figure) -> str:
+def value_of(name: str, figure: MetricValue) -> str:
     return _writer(name)(figure.value)
 
 
-def interval_of(name: str, figure: Figure) -> str:
+def interval_of(name: str, figure: MetricValue) -> str:
     """From where to where; empty where nothing can be said."""
     if figure.low is None or figure.high is None or not math.isfinite(figure.low + figure.high):
         return ""
@@ -54,11 +54,11 @@ def interval_of(name: str, figure: Figure) -> str:
     return f"{_bare(write(figure.low))} to {_bare(write(figure.high))}"
 
 
-def change_of(name: str, figure: Figure | None) -> str:
+def change_of(name: str, figure: MetricValue | None) -> str:
     """The difference with its interval, with signs; shares in points."""
     if figure is None:
         return ""
-    share = SHARES.fullmatch(name) is not None
+    share = SHARE_METRICS.fullmatch(name) is not None
 
     def write(value: float) -> str:
         return f"{100 * value:+.1f}" if share else f"{value:+.1f}" if name == "length" else f"{value:+.3f}"
@@ -72,82 +72,82 @@ def change_of(name: str, figure: Figure | None) -> str:
     return write(figure.value) + ends
 
 
-def rows(record: Record) -> Iterator[Row]:
+def rows(record: EvalRecord) -> Iterator[TableRow]:
     """Every figure, a line a voice, then the wins against the base, then the tasks."""
     names = list(dict.fromkeys(name for several in record.figures.values() for name in several))
     for name in names:
         first = True
-        for voice, several in record.figures.items():
+        for model, several in record.figures.items():
             if name in several:
                 figure = several[name]
-                change = change_of(name, record.changes.get(voice, {}).get(name))
-                yield label_of(name) if first else "", voice, value_of(name, figure), interval_of(name, figure), change
+                change = change_of(name, record.changes.get(model, {}).get(name))
+                yield label_of(name) if first else "", model, value_of(name, figure), interval_of(name, figure), change
                 first = False
     for by in ("judge", "verifier"):
         first = True
-        for voice, several in record.wins.items():
+        for model, several in record.wins.items():
             if by in several:
-                wins, ties, losses = record.shares[voice][by]
-                told = f"better {percent(wins)}, equal {percent(ties)}, worse {percent(losses)}"
+                wins, ties, losses = record.shares[model][by]
+                shares_text = f"better {percent(wins)}, equal {percent(ties)}, worse {percent(losses)}"
                 yield (
                     f"wins by {by}" if first else "",
-                    voice,
+                    model,
                     percent(several[by].value),
                     interval_of("stopped", several[by]),
-                    told,
+                    shares_text,
                 )
                 first = False
     for name in dict.fromkeys(name for several in record.tasks.values() for name in several):
         first = True
-        for voice, several in record.tasks.items():
+        for model, several in record.tasks.items():
             if name in several:
-                yield name if first else "", voice, number(several[name].value), interval_of(name, several[name]), ""
+                yield name if first else "", model, number(several[name].value), interval_of(name, several[name]), ""
                 first = False
 
 
-def of_last_voice(record: Record) -> Iterator[tuple[str, str]]:
+def rows_of_last_model(record: EvalRecord) -> Iterator[tuple[str, str]]:
     """The figures of what was trained last, each in one cell, and what they were measured on: for a comparison."""
-    voice = next(reversed(list(record.figures or record.tasks)), "")
-    for name, figure in record.figures.get(voice, {}).items():
+    model = next(reversed(list(record.figures or record.tasks)), "")
+    for name, figure in record.figures.get(model, {}).items():
         yield f"eval: {label_of(name)}", _cell(name, figure)
-    for by, figure in record.wins.get(voice, {}).items():
+    for by, figure in record.wins.get(model, {}).items():
         yield f"eval: wins ({by})", _cell("stopped", figure)
-    for name, figure in record.tasks.get(voice, {}).items():
+    for name, figure in record.tasks.get(model, {}).items():
         yield f"eval: {name}", _cell(name, figure)
     if record.planned:
-        yield "eval: of", f"{inert(voice, 40)}, {inert(record.origin, 60)}"
+        yield "eval: of", f"{escape_control_chars(model, 40)}, {escape_control_chars(record.origin, 60)}"
         yield "eval: prompts", f"{record.prompts:,}" + (", interrupted" if record.interrupted else "")
 
 
-def _cell(name: str, figure: Figure) -> str:
+def _cell(name: str, figure: MetricValue) -> str:
     interval = interval_of(name, figure)
     return value_of(name, figure) + (f" ({interval})" if interval else "")
 
 
-def told_of(record: Record) -> list[str]:
+def describe_evaluation(record: EvalRecord) -> list[str]:
     """What was measured, on what and how, in sentences."""
     lines = []
     settings = record.settings
     level = settings.get("confidence")
     if record.planned:
-        asked = (
+        prompts = (
             f"{record.prompts:,} prompts"
             if record.prompts == record.planned
             else f"{record.prompts:,} of {record.planned:,} prompts"
         )
         samples, temperature, seed = (
-            inert(str(settings.get(name, "?")), 20) for name in ("samples", "temperature", "seed")
+            escape_control_chars(str(settings.get(name, "?")), 20) for name in ("samples", "temperature", "seed")
         )
         drawn = (
             f"{samples} answers each at temperature {temperature}"
             if samples != "1"
             else "one answer each, " + ("greedy" if temperature in ("0", "0.0") else f"at temperature {temperature}")
         )
-        lines.append(f"{inert(record.origin, 200)}: {asked}, {drawn}, seed {seed}")
-    if record.right_by:
-        lines.append(f"an answer is right by: {inert(record.right_by, 200)}")
+        lines.append(f"{escape_control_chars(record.origin, 200)}: {prompts}, {drawn}, seed {seed}")
+    if record.grader_name:
+        lines.append(f"an answer is right by: {escape_control_chars(record.grader_name, 200)}")
     if record.judge:
-        lines.append(f"judge: {inert(record.judge, 200)}")
+        lines.append(f"judge: {escape_control_chars(record.judge, 200)}")
     if isinstance(level, float):
         lines.append(
             f"intervals of {100 * level:g} %, a prompt with all its answers one draw: Wilson's for shares, bootstrap "
@@ -158,29 +158,30 @@ def told_of(record: Record) -> list[str]:
     return lines
 
 
-def when(record: Record) -> str:
+def when(record: EvalRecord) -> str:
     try:
         return datetime.fromtimestamp(record.time, UTC).strftime("%Y-%m-%d %H:%M UTC")
     except (ValueError, OverflowError, OSError):
         return "unknown"
 
 
-def show(record: Record, unjudged: Mapping[str, int], console: Console) -> None:
+def show(record: EvalRecord, unjudged: Mapping[str, int], console: Console) -> None:
     """The table for the terminal."""
     table, width = Table(*heads(record), box=None, pad_edge=False), len(heads(record))
     for row in rows(record):
-        table.add_row(*(Text(inert(cell, 80)) for cell in row[:width]))
+        table.add_row(*(Text(escape_control_chars(cell, 80)) for cell in row[:width]))
     console.print(table)
-    for line in told_of(record):
+    for line in describe_evaluation(record):
         console.print(Text(line), soft_wrap=True)
     for reason, count in unjudged.items():
         console.print(
-            Text(f"{count:,} answers could not be judged and count nowhere: {inert(reason, 300)}"), soft_wrap=True
+            Text(f"{count:,} answers could not be judged and count nowhere: {escape_control_chars(reason, 300)}"),
+            soft_wrap=True,
         )
 
 
 def _writer(name: str) -> Callable[[float], str]:
-    return percent if SHARES.fullmatch(name) else "{:.1f}".format if name == "length" else number
+    return percent if SHARE_METRICS.fullmatch(name) else "{:.1f}".format if name == "length" else number
 
 
 def _bare(text: str) -> str:

@@ -7,8 +7,8 @@ import re
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from lowrank_tune.events import StepDone, Validated
-from lowrank_tune.ui import inert
+from lowrank_tune.events import Evaluated, StepEnd
+from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.metrics import POLICY, heldout_parts, reward_names
 
 
@@ -25,7 +25,7 @@ def signed(value: float) -> str:
     return f"{value:+.3f}"
 
 
-SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
+METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "reward": ("reward", number),
     "reward_spread": ("spread", number),
     "heldout_exact": ("held-out exact", percent),
@@ -70,7 +70,7 @@ SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 """How a statistic is named and written, in the order of the line."""
 
-UNSAID = {
+HIDDEN_METRICS = {
     "logp_chosen",
     "logp_rejected",
     "chosen_change",
@@ -85,47 +85,49 @@ UNSAID = {
     "update_kl",
 }
 """What would make the line of a step too long, and says little by itself: the screen and the report draw it."""
-ONLY_WHERE_ANY = {"bad_steps", "out_of_memory", "truncated", "clip_fraction", "score_errors", "score_timeouts"}
+NONZERO_ONLY_METRICS = {"bad_steps", "out_of_memory", "truncated", "clip_fraction", "score_errors", "score_timeouts"}
 """Said only where it is not 0."""
 _PASS = re.compile(r"pass_at_(\d{1,6})")
 
 
-def show(stats: Mapping[str, float]) -> str:
+def format_stats(stats: Mapping[str, float]) -> str:
     """`loss 1.234  lr 2.0e-04 ...`; where completions are rewarded, that comes first, and the loss, which says nothing
     then, is left out."""
     parts, rewards, passes = (
         [],
         reward_names(stats),
-        {name: found[1] for name in stats if (found := _PASS.fullmatch(name))},
+        {name: match[1] for name in stats if (match := _PASS.fullmatch(name))},
     )
-    others = [name for name in stats if name not in {*SHOWN, *UNSAID, *rewards, *passes}]
-    for name, (label, write) in SHOWN.items():
-        if name in UNSAID or (name == "loss" and "reward" in stats):
+    others = [name for name in stats if name not in {*METRIC_FORMATS, *HIDDEN_METRICS, *rewards, *passes}]
+    for name, (label, write) in METRIC_FORMATS.items():
+        if name in HIDDEN_METRICS or (name == "loss" and "reward" in stats):
             continue
         if name == "pass":
             parts += [f"pass@{count} {percent(stats[each])}" for each, count in passes.items()]
         elif not name:
-            parts += [f"{inert(other)} {number(stats[other])}" for other in others]
-        elif name in stats and (name not in ONLY_WHERE_ANY or stats[name]):
+            parts += [f"{escape_control_chars(other)} {number(stats[other])}" for other in others]
+        elif name in stats and (name not in NONZERO_ONLY_METRICS or stats[name]):
             parts.append(f"{label} {write(stats[name])}")
         if name == "reward_spread":
-            parts += [f"{inert(each.removeprefix('reward_'))} {number(stats[each])}" for each in rewards]
+            parts += [f"{escape_control_chars(each.removeprefix('reward_'))} {number(stats[each])}" for each in rewards]
     return "  ".join(parts)
 
 
-def validation_line(event: Validated, colon: str = "") -> str:
+def validation_line(event: Evaluated, colon: str = "") -> str:
     """A validation in words: of held-out rows, of answers to held-out questions, or of scores of held-out pairs."""
     what, stats = "validation", {name.removeprefix("validation_"): value for name, value in event.stats.items()}
     if stats and all(name.startswith("pairs_") for name in stats):
         what, stats = "held-out pairs", {name.removeprefix("pairs_"): value for name, value in stats.items()}
     elif stats and all(name.startswith("heldout_") for name in stats):
         names = {name: heldout_parts(name) for name in stats}
-        told = [f"the {POLICY}" if who == POLICY else who for who, _ in names.values()]
-        what = f"held-out answers of {inert(', '.join(dict.fromkeys(told)), 60)}"
+        models = [f"the {POLICY}" if who == POLICY else who for who, _ in names.values()]
+        what = f"held-out answers of {escape_control_chars(', '.join(dict.fromkeys(models)), 60)}"
         stats = {names[name][1]: value for name, value in stats.items()}
     else:
         stats = {name.replace(f"heldout_{POLICY}_", "heldout_", 1): value for name, value in stats.items()}
-    return f"{what} after step {event.step}{colon or '  '}{show(stats)}" + ("  best so far" if event.best else "")
+    return f"{what} after step {event.step}{colon or '  '}{format_stats(stats)}" + (
+        "  best so far" if event.best else ""
+    )
 
 
 def clock(seconds: float) -> str:
@@ -135,13 +137,13 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class Pace:
+class EtaEstimator:
     """Wall time a step over the last fifth of the run: about two evaluations lie in it, so their pauses count too."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[int, float]] = deque()
 
-    def left(self, event: StepDone) -> float:
+    def seconds_left(self, event: StepEnd) -> float:
         """Seconds until the last step."""
         if not self._marks or event.step <= self._marks[-1][0]:
             self._marks = deque([(event.step - 1, event.time - event.seconds)])

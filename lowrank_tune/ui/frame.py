@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from lowrank_tune.ui import inert
+from lowrank_tune.ui import escape_control_chars
 
 Piece = tuple[str, str]
 Line = list[Piece]
@@ -34,9 +34,9 @@ STYLES: dict[str, tuple[str, str, str]] = {
 """Each style as an escape code with colours, as one without (NO_COLOR), and as rich names it for pictures."""
 
 
-def said(text: str, ascii_only: bool = False, limit: int = 500) -> str:
+def sanitize(text: str, ascii_only: bool = False, limit: int = 500) -> str:
     """Foreign text, fit for a screen: inert, and in ASCII where the terminal knows no more."""
-    text = inert(text, limit)
+    text = escape_control_chars(text, limit)
     return text.encode("ascii", "backslashreplace").decode("ascii") if ascii_only else text
 
 
@@ -65,7 +65,7 @@ def pad(lines: Sequence[Line], width: int, height: int) -> list[Line]:
     return filled + [[(" " * width, "")] for _ in range(height - len(filled))]
 
 
-def beside(blocks: Sequence[Sequence[Line]], widths: Sequence[int], height: int, gap: str = " ") -> list[Line]:
+def side_by_side(blocks: Sequence[Sequence[Line]], widths: Sequence[int], height: int, gap: str = " ") -> list[Line]:
     """Blocks next to each other."""
     padded = [pad(block, width, height) for block, width in zip(blocks, widths, strict=True)]
     rows: list[Line] = []
@@ -116,11 +116,11 @@ def plain_text(lines: Sequence[Line]) -> str:
     return "\n".join("".join(text for text, _ in line).rstrip() for line in lines) + "\n"
 
 
-def coded(line: Line, colour: bool) -> str:
+def to_ansi(line: Line, color: bool) -> str:
     """The line with escape codes."""
     parts = []
     for text, style in line:
-        code = STYLES[style][0 if colour else 1]
+        code = STYLES[style][0 if color else 1]
         parts.append(f"\x1b[{code}m{text}\x1b[0m" if code else text)
     return "".join(parts)
 

@@ -7,39 +7,39 @@ import math
 from collections.abc import Iterator
 from statistics import fmean
 
-from lowrank_tune.hacking import RECENT, UNKNOWN_NOISE, Look
+from lowrank_tune.hacking import DEFAULT_STDERR, WINDOW, EvalPoint
 from lowrank_tune.ui.state import State
 
-GROWN, REPEATS = 1.3, 0.1  # times; share of word sequences
+LENGTH_GROWTH, REPETITION_RISE = 1.3, 0.1  # times; share of word sequences
 
 
-def looks_of(state: State) -> list[Look]:
+def eval_points_of(state: State) -> list[EvalPoint]:
     """The evaluations of the held-out questions, each with the mean reward of the steps since the one before; first the
     reference's."""
-    exact, reward, noise = (
+    accuracy, reward, noise = (
         state.series[name].points if name in state.series else [] for name in ("heldout_exact", "reward", "gold_noise")
     )
-    errors, looks, since = dict(noise), list[Look](), 0.0
-    before = state.heldout.get(state.below(), {}).get("exact")
+    errors, points, since = dict(noise), list[EvalPoint](), 0.0
+    before = state.heldout.get(state.reference_name(), {}).get("exact")
     if before is not None and reward:
-        looks.append(Look(0, reward[0][1], before))
-    for step, share in exact:
-        earned = [value for at, value in reward if since < at <= step and math.isfinite(value)]
-        if earned:
-            looks.append(Look(int(step), fmean(earned), share, errors.get(step, UNKNOWN_NOISE)))
+        points.append(EvalPoint(0, reward[0][1], before))
+    for step, share in accuracy:
+        rewards = [value for at, value in reward if since < at <= step and math.isfinite(value)]
+        if rewards:
+            points.append(EvalPoint(int(step), fmean(rewards), share, errors.get(step, DEFAULT_STDERR)))
             since = step
-    return looks
+    return points
 
 
-def drifts(state: State) -> Iterator[str]:
+def describe_drift(state: State) -> Iterator[str]:
     """How the held-out answers have changed besides; where they were not measured, the completions."""
     lengths = values_of(state, "heldout_length") or values_of(state, "length")
-    if len(lengths) > RECENT and lengths[0] > 0:
-        first, now = lengths[0], fmean(lengths[-RECENT:])
-        if not 1 / GROWN < now / first < GROWN:
+    if len(lengths) > WINDOW and lengths[0] > 0:
+        first, now = lengths[0], fmean(lengths[-WINDOW:])
+        if not 1 / LENGTH_GROWTH < now / first < LENGTH_GROWTH:
             yield f"answers {'grew' if now > first else 'shrank'} from {first:.3g} to {now:.3g} tokens"
     repeated = values_of(state, "heldout_repetition")
-    if len(repeated) > RECENT and (now := fmean(repeated[-RECENT:])) > repeated[0] + REPEATS:
+    if len(repeated) > WINDOW and (now := fmean(repeated[-WINDOW:])) > repeated[0] + REPETITION_RISE:
         yield f"{now:.0%} of their word sequences come again, {repeated[0]:.0%} at first"
 
 
@@ -53,14 +53,14 @@ def frontier(state: State, name: str = "reward") -> list[tuple[float, float]]:
     """What a statistic was where the policy had gone so far: (KL in nats a token, value). KL is that of the step, or
     what was measured last before it."""
     kl, values = state.series.get("kl"), state.series.get(name)
-    far, found, place = (
+    kl_points, found, index = (
         [point for point in kl.points if math.isfinite(point[1])] if kl else [],
         list[tuple[float, float]](),
         0,
     )
     for step, value in values.points if values else ():
-        while place < len(far) and far[place][0] <= step:
-            place += 1
-        if math.isfinite(value) and place and (name != "reward" or far[place - 1][0] == step):
-            found.append((far[place - 1][1], value))
+        while index < len(kl_points) and kl_points[index][0] <= step:
+            index += 1
+        if math.isfinite(value) and index and (name != "reward" or kl_points[index - 1][0] == step):
+            found.append((kl_points[index - 1][1], value))
     return found

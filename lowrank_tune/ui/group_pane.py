@@ -6,50 +6,52 @@ import math
 from collections.abc import Callable, Sequence
 
 from lowrank_tune.ui.figures import number, signed
-from lowrank_tune.ui.frame import Line, said, wrap
-from lowrank_tune.ui.groups import Group, Written
+from lowrank_tune.ui.frame import Line, sanitize, wrap
+from lowrank_tune.ui.groups import Group, LoggedCompletion
 from lowrank_tune.ui.panes import View, heading
 from lowrank_tune.ui.state import State
 
 LABEL = " {:>8} {:>9}  {:<6} {:<4} "
 INDENT = len(LABEL.format("", "", "", ""))
-MOST_ROWS = 8  # of one completion
+MAX_ROWS = 8  # of one completion
 
 
 def group_pane(state: State, view: View, width: int, height: int) -> list[Line]:
     """The newest group. Completions that find no room stand on further pages."""
     group = state.group
     if group is None:
-        told = " no completions yet: they come with the first step of an algorithm that has rewards"
-        return [heading("group", width, view), [(told, "quiet")]]
-    asked = wrap(said(group.prompt, view.ascii_only, 3 * width), width - 2, max(1, min(3, height // 6)))
-    head: list[Line] = [[(f" {text}", "strong")] for text in asked]
-    if group.gold is not None:
-        head[-1:] = [[*head[-1], (f"  [gold {said(group.gold, view.ascii_only, 24)}]", "quiet")]] if head else []
+        note = " no completions yet: they come with the first step of an algorithm that has rewards"
+        return [heading("group", width, view), [(note, "quiet")]]
+    prompt_lines = wrap(sanitize(group.prompt, view.ascii_only, 3 * width), width - 2, max(1, min(3, height // 6)))
+    head: list[Line] = [[(f" {text}", "strong")] for text in prompt_lines]
+    if group.ground_truth is not None:
+        head[-1:] = (
+            [[*head[-1], (f"  [gold {sanitize(group.ground_truth, view.ascii_only, 24)}]", "quiet")]] if head else []
+        )
     head.append([(LABEL.format("reward", "advantage", "end", ""), "quiet"), ("completion", "quiet")])
     pages = _pages(group.completions, view, width, max(1, height - len(head) - 2))
-    place = view.sample % len(pages)
-    told = (
-        f"page {place + 1} of {len(pages)}, n turns"
+    page = view.sample % len(pages)
+    note = (
+        f"page {page + 1} of {len(pages)}, n turns"
         if len(pages) > 1
         else "no signal: all earn the same"
-        if group.is_dead
+        if group.is_zero_std
         else ""
     )
-    lines = [heading(f"group of step {group.step}: {group.count} completions", width, view, told), *head]
-    for block in pages[place]:
+    lines = [heading(f"group of step {group.step}: {group.count} completions", width, view, note), *head]
+    for block in pages[page]:
         lines += block
-    return [*lines[: height - 1], [(" " + _spread(group), "quiet")]]
+    return [*lines[: height - 1], [(" " + _reward_summary(group), "quiet")]]
 
 
-def _pages(completions: Sequence[Written], view: View, width: int, room: int) -> list[list[list[Line]]]:
+def _pages(completions: Sequence[LoggedCompletion], view: View, width: int, room: int) -> list[list[list[Line]]]:
     """Completions as blocks of lines, shared out over as few pages as hold them; each may fill what an equal share
     leaves it."""
-    most = max(2, min(MOST_ROWS, room // max(1, len(completions))))
+    max_lines = max(2, min(MAX_ROWS, room // max(1, len(completions))))
     pages: list[list[list[Line]]] = [[]]
     left = room
     for one in completions:
-        block = _block(one, view, width, min(most, room))
+        block = _block(one, view, width, min(max_lines, room))
         if len(block) > left and pages[-1]:
             pages.append([])
             left = room
@@ -58,23 +60,23 @@ def _pages(completions: Sequence[Written], view: View, width: int, room: int) ->
     return pages
 
 
-def _block(one: Written, view: View, width: int, most: int) -> list[Line]:
+def _block(one: LoggedCompletion, view: View, width: int, max_lines: int) -> list[Line]:
     """A completion: its figures, then its words; where several rewards make one up, each of them."""
     style = "chosen" if one.advantage > 0 else "rejected" if one.advantage < 0 else "quiet"
     times = f"x{one.times}" if one.times > 1 else ""
-    end = "cut" if one.finish == "length" else said(one.finish, view.ascii_only, 6)
+    end = "cut" if one.finish_reason == "length" else sanitize(one.finish_reason, view.ascii_only, 6)
     label = LABEL.format(_figure(number, one.reward), _figure(signed, one.advantage), end, times)
     parts = (
-        "  ".join(f"{said(name, view.ascii_only, 20)} {_figure(number, value)}" for name, value in one.parts)
+        "  ".join(f"{sanitize(name, view.ascii_only, 20)} {_figure(number, value)}" for name, value in one.parts)
         if len(one.parts) > 1
         else ""
     )
-    parts = f"not scored: {said(one.unscored, view.ascii_only, width)}" if one.unscored else parts
-    rows = wrap(said(one.text, view.ascii_only, most * width), width - INDENT - 1, max(1, most - bool(parts))) or [
-        "(empty)"
-    ]
+    parts = f"not scored: {sanitize(one.unscored, view.ascii_only, width)}" if one.unscored else parts
+    rows = wrap(
+        sanitize(one.text, view.ascii_only, max_lines * width), width - INDENT - 1, max(1, max_lines - bool(parts))
+    ) or ["(empty)"]
     lines: list[Line] = [[(label if row == 0 else " " * INDENT, style), (part, "")] for row, part in enumerate(rows)]
-    if parts and len(lines) < most:
+    if parts and len(lines) < max_lines:
         lines.append([(" " * INDENT, ""), (parts, "quiet")])
     return lines
 
@@ -83,15 +85,15 @@ def _figure(write: Callable[[float], str], value: float) -> str:
     return write(value)[:9] if math.isfinite(value) else "?"
 
 
-def _spread(group: Group) -> str:
+def _reward_summary(group: Group) -> str:
     """What the group as a whole earned."""
     rewards = [one.reward for one in group.completions for _ in range(one.times) if math.isfinite(one.reward)]
     if not rewards:
         return "nothing is known of the rewards"
     mean = sum(rewards) / len(rewards)
-    cut = sum(one.times for one in group.completions if one.finish == "length")
-    told = (
+    cut = sum(one.times for one in group.completions if one.finish_reason == "length")
+    summary = (
         f"mean reward {number(mean)}, from {number(min(rewards))} to {number(max(rewards))}; {cut} of "
         f"{group.count} cut off"
     )
-    return f"{told}; g or Esc leaves"
+    return f"{summary}; g or Esc leaves"

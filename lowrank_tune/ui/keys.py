@@ -60,7 +60,7 @@ class Keyboard:
             self.descriptor = None
         return _SEQUENCE.sub(b"", data).decode("utf-8", "replace")
 
-    def wake(self) -> None:
+    def interrupt_read(self) -> None:
         """Ends a `read` that waits in another thread."""
         with suppress(OSError):
             os.write(self._waker, b"!")

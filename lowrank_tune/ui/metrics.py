@@ -78,18 +78,18 @@ SIDE_TITLES = {"score_chosen": "score", "reward_chosen": "reward", "logp_chosen"
 
 WITHOUT_REFERENCE = ("reward",)
 """Algorithms that compare the model with nothing."""
-WRITES = ("grpo", "ppo")
+GENERATIVE_ALGORITHMS = ("grpo", "ppo")
 """Algorithms that learn from what the policy writes: their steps have phases, and groups to look at."""
 PHASES = ("rollout", "score", "update")
 """Of a step of such an algorithm: drawing completions, waiting for their rewards, and the rest."""
 POLICY = "policy"
 """Who answers held-out questions while it is trained. It is no stage: what a stage came to is measured at its end."""
-BAND = {"reward": "reward_spread"}
+BAND_METRIC = {"reward": "reward_spread"}
 """Statistics that are drawn with another one as a band around them."""
 
-SIDES = {"chosen": "chosen", "rejected": "rejected"}
+PAIR_SIDES = {"chosen": "chosen", "rejected": "rejected"}
 
-MEANINGS = {
+DESCRIPTIONS = {
     "loss": "negative log-likelihood of what is trained, nats a token",
     "reward": "mean reward of the completions",
     "accuracy": "share of trained tokens that were the first choice",
@@ -104,7 +104,7 @@ MEANINGS = {
     "bad_steps": "steps that were not finite and changed nothing",
     "out_of_memory": "times that memory ran short; the work was done again in parts",
 }
-OWN_MEANINGS = {
+DESCRIPTIONS_BY_ALGORITHM = {
     "reward": {
         "loss": "minus the log-probability that the chosen answer wins (Bradley-Terry), nats a pair; 0.693 is a coin's",
         "accuracy": "share of pairs whose chosen answer scores higher; a tie counts half",
@@ -176,12 +176,12 @@ def charts_of(algorithm: str) -> tuple[tuple[str, ...], ...]:
     return CHARTS.get(algorithm, CHARTS["sft"])
 
 
-def meanings_of(algorithm: str) -> dict[str, str]:
+def descriptions_of(algorithm: str) -> dict[str, str]:
     """What each statistic means, in the order in which a reader wants them."""
-    own = OWN_MEANINGS.get(algorithm, {})
+    own = DESCRIPTIONS_BY_ALGORITHM.get(algorithm, {})
     leading = [names[0] for names in CHARTS[algorithm]] if own else []
-    known = {**MEANINGS, **own}
-    return {name: known[name] for name in [*leading, *own, *MEANINGS] if name in known}
+    descriptions = {**DESCRIPTIONS, **own}
+    return {name: descriptions[name] for name in [*leading, *own, *DESCRIPTIONS] if name in descriptions}
 
 
 def reward_names(names: Iterable[str]) -> list[str]:
@@ -195,32 +195,32 @@ def reward_names(names: Iterable[str]) -> list[str]:
 
 def phases_of(stats: Mapping[str, float], seconds: float) -> dict[str, float]:
     """Seconds of each phase of a step; nothing where the step has none."""
-    told = [stats.get(f"{phase}_seconds") for phase in PHASES[:2]]
-    if not all(isinstance(value, (int, float)) and value >= 0 for value in told):
+    measured = [stats.get(f"{phase}_seconds") for phase in PHASES[:2]]
+    if not all(isinstance(value, (int, float)) and value >= 0 for value in measured):
         return {}
-    rollout, score = (float(value) for value in told if value is not None)
+    rollout, score = (float(value) for value in measured if value is not None)
     return dict(zip(PHASES, (rollout, score, max(0.0, seconds - rollout - score)), strict=True))
 
 
-def side_of(name: str) -> str:
+def pair_side(name: str) -> str:
     """`chosen` or `rejected`, where a statistic is about one side of a pair; else nothing."""
-    return SIDES.get(name.rpartition("_")[2], "")
+    return PAIR_SIDES.get(name.rpartition("_")[2], "")
 
 
-def partner_of(algorithm: str, name: str) -> str | None:
+def paired_metric(algorithm: str, name: str) -> str | None:
     """The statistic that shares a chart with this one as its second line."""
     return next((names[1] for names in charts_of(algorithm) if len(names) > 1 and names[0] == name), None)
 
 
 def heldout_parts(name: str) -> tuple[str, str]:
     """Of `heldout_my_sft_exact`: who answered (`my_sft`), and what was measured (`exact`)."""
-    if found := _HELDOUT.fullmatch(name):
-        return found[1], found[2]
+    if match := _HELDOUT.fullmatch(name):
+        return match[1], match[2]
     who, _, what = name.removeprefix("heldout_").partition("_")
     return who, what
 
 
-def below(roles: Any) -> str:
+def reference_name(roles: Any) -> str:
     """Who the reference of these roles is, by name: the last frozen adapter under the policy, or the base."""
     stack = roles.get("reference") if isinstance(roles, dict) else None
     return str(stack[-1]) if isinstance(stack, list) and stack else "base"

@@ -6,13 +6,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank_tune.events import Sampled
-from lowrank_tune.ui.charts import Curve, chart, short, smooth
-from lowrank_tune.ui.figures import SHOWN, clock, number, percent, signed
-from lowrank_tune.ui.frame import Line, said, width_of, wrap
+from lowrank_tune.events import SampleLogged
+from lowrank_tune.ui.charts import Curve, chart, format_number, smooth
+from lowrank_tune.ui.figures import METRIC_FORMATS, clock, number, percent, signed
+from lowrank_tune.ui.frame import Line, sanitize, width_of, wrap
 from lowrank_tune.ui.gold import frontier
-from lowrank_tune.ui.metrics import BAND, SIDE_TITLES, TITLES, WRITES, charts_of, reward_names, side_of
-from lowrank_tune.ui.state import Pair, State
+from lowrank_tune.ui.metrics import (
+    BAND_METRIC,
+    GENERATIVE_ALGORITHMS,
+    SIDE_TITLES,
+    TITLES,
+    charts_of,
+    pair_side,
+    reward_names,
+)
+from lowrank_tune.ui.state import ScoredPair, State
 
 SMOOTHINGS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 KEYS = {
@@ -27,13 +35,21 @@ KEYS = {
     "-": "less smooth",
     "?": "this help",
 }
-PLAINLY = ("accuracy", "learning_rate", "heldout_exact", "dead_groups", "truncated", "clip_fraction", "length")
+PLAIN_FORMAT_METRICS = (
+    "accuracy",
+    "learning_rate",
+    "heldout_exact",
+    "dead_groups",
+    "truncated",
+    "clip_fraction",
+    "length",
+)
 # a chart over no steps: its place among the others, and the points it needs
-FRONTIER, FRONTIER_AT, FEW_FAR = "reward against KL", 5, 3
-LEAST_SPAN = 0.2  # share of held-out questions
+FRONTIER, FRONTIER_INDEX, MIN_FRONTIER_DOTS = "reward against KL", 5, 3
+MIN_SPAN = 0.2  # share of held-out questions
 QUESTION_LINES = 4  # that a further question needs
-BESIDE = 23  # cells of a pane's title that its right part must leave
-FOR_THE_RUN = "qpse"  # what only the run's own screen can do; in `watch`, q leaves the screen alone
+MIN_TITLE_WIDTH = 23  # cells of a pane's title that its right part must leave
+RUN_ONLY_KEYS = "qpse"  # what only the run's own screen can do; in `watch`, q leaves the screen alone
 
 
 @dataclass(frozen=True)
@@ -46,17 +62,21 @@ class View:
     help: bool = False
     group: bool = False
     ascii_only: bool = False
-    mine: bool = True
+    owns_run: bool = True
     keys: bool = True
-    asked: tuple[str, ...] = ()
+    pending: tuple[str, ...] = ()
     now: float | None = None
-    card: str = ""
+    gpu: str = ""
 
 
 def keys_of(state: State, view: View) -> list[str]:
     """The keys that do something here."""
-    writes = state.group is not None or (state.started is not None and state.started.algorithm in WRITES)
-    return [key for key in KEYS if (view.mine or key not in FOR_THE_RUN or key == "q") and (writes or key != "g")]
+    generates = state.group is not None or (
+        state.started is not None and state.started.algorithm in GENERATIVE_ALGORITHMS
+    )
+    return [
+        key for key in KEYS if (view.owns_run or key not in RUN_ONLY_KEYS or key == "q") and (generates or key != "g")
+    ]
 
 
 def chart_names(state: State) -> list[tuple[str, ...]]:
@@ -68,11 +88,15 @@ def chart_names(state: State) -> list[tuple[str, ...]]:
     if (
         len(several := tuple(reward_names(state.series))) > 1
         and state.started is not None
-        and state.started.algorithm in WRITES
+        and state.started.algorithm in GENERATIVE_ALGORITHMS
     ):
         names.insert(min(3, len(names)), several)
-    if state.started is not None and state.started.algorithm in WRITES and len(frontier(state)) >= FEW_FAR:
-        names.insert(min(FRONTIER_AT, len(names)), (FRONTIER,))
+    if (
+        state.started is not None
+        and state.started.algorithm in GENERATIVE_ALGORITHMS
+        and len(frontier(state)) >= MIN_FRONTIER_DOTS
+    ):
+        names.insert(min(FRONTIER_INDEX, len(names)), (FRONTIER,))
     return names
 
 
@@ -80,9 +104,15 @@ def measured(state: State, name: str) -> bool:
     return name in state.series or f"validation_{name}" in state.series
 
 
-def written(name: str, value: float) -> str:
+def format_value(name: str, value: float) -> str:
     """A value as the plain lines write it, without more digits than a glance takes in."""
-    return SHOWN[name][1](value) if name in PLAINLY else short(value) if value == value else "nan"
+    return (
+        METRIC_FORMATS[name][1](value)
+        if name in PLAIN_FORMAT_METRICS
+        else format_number(value)
+        if value == value
+        else "nan"
+    )
 
 
 def chart_pane(state: State, names: Sequence[str], view: View, width: int, height: int) -> list[Line]:
@@ -91,63 +121,67 @@ def chart_pane(state: State, names: Sequence[str], view: View, width: int, heigh
     colour."""
     if names == (FRONTIER,):
         return _frontier_pane(state, view, width, height)
-    told = (SIDE_TITLES if len(names) > 1 else TITLES).get(names[0]) or said(names[0], view.ascii_only).replace(
+    label = (SIDE_TITLES if len(names) > 1 else TITLES).get(names[0]) or sanitize(names[0], view.ascii_only).replace(
         "_", " "
     )
-    told = "rewards" if len(names) > 1 and names[0] in reward_names(names) else told
-    title: Line = [(f" {told} ", "title")]
-    looks = dict(zip(names, _looks(names), strict=True))
-    curves = [curve for name in names for curve in _curves(state, name, view, looks[name])]
+    label = "rewards" if len(names) > 1 and names[0] in reward_names(names) else label
+    title: Line = [(f" {label} ", "title")]
+    styles = dict(zip(names, _chart_styles(names), strict=True))
+    curves = [curve for name in names for curve in _curves(state, name, view, styles[name])]
     log = view.log_scale and (len(names) == 1 or all(y > 0 for curve in curves for _, y in curve.points))
     title.append(("log " if log else "", "quiet"))
     for name in names:
-        title += _last_values(state, name, looks[name], view)
+        title += _last_values(state, name, styles[name], view)
     return [title, *chart(curves, width, height - 1, log, view.ascii_only)]
 
 
 def _frontier_pane(state: State, view: View, width: int, height: int) -> list[Line]:
     """The reward by the KL to the reference; held-out exact answers are stretched to the same height, for only their
     course counts here."""
-    earned, gold = frontier(state), frontier(state, "heldout_exact")
-    low, high = min(y for _, y in earned), max(y for _, y in earned)
-    curves = [Curve(earned, "first", "*")]
+    rewards, accuracy = frontier(state), frontier(state, "heldout_exact")
+    low, high = min(y for _, y in rewards), max(y for _, y in rewards)
+    curves = [Curve(rewards, "first", "*")]
     title: Line = [(" reward against KL  ", "title"), ("reward", "first")]
-    if gold:
-        most = max(y for _, y in gold)
-        least = min(most - LEAST_SPAN, *(y for _, y in gold))  # a wiggle of two points shall not fill the pane
-        curves.append(Curve([(x, low + (y - least) / (most - least) * (high - low)) for x, y in gold], "second", "o"))
+    if accuracy:
+        highest = max(y for _, y in accuracy)
+        lowest = min(highest - MIN_SPAN, *(y for _, y in accuracy))  # a wiggle of two points shall not fill the pane
+        curves.append(
+            Curve([(x, low + (y - lowest) / (highest - lowest) * (high - low)) for x, y in accuracy], "second", "o")
+        )
         title.append(("  exact", "second"))
-    return [title, *chart(curves, width, height - 1, False, view.ascii_only, across=short)]
+    return [title, *chart(curves, width, height - 1, False, view.ascii_only, format_x=format_number)]
 
 
-LOOKS = (("first", "*"), ("second", "o"), ("chosen", "+"), ("rejected", "-"))
+CHART_STYLES = (("first", "*"), ("second", "o"), ("chosen", "+"), ("rejected", "-"))
 """Style and sign of the lines of rewards that share a chart; the fifth looks as the first."""
-Look = tuple[str, str, str]
+ChartStyle = tuple[str, str, str]
 
 
-def _looks(names: Sequence[str]) -> list[Look | None]:
+def _chart_styles(names: Sequence[str]) -> list[ChartStyle | None]:
     """Label, style and sign of each of several lines; a single one has none."""
     if len(names) < 2:
         return [None for _ in names]
-    if all(sides := [side_of(name) for name in names]):
+    if all(sides := [pair_side(name) for name in names]):
         return [(side, side, "+" if side == "chosen" else "-") for side in sides]
-    return [(name.removeprefix("reward_"), *LOOKS[place % len(LOOKS)]) for place, name in enumerate(names)]
+    return [
+        (name.removeprefix("reward_"), *CHART_STYLES[index % len(CHART_STYLES)]) for index, name in enumerate(names)
+    ]
 
 
 def _band(state: State, name: str, weight: float) -> list[Curve]:
     """The average of a statistic with that of its spread above and below."""
-    series, spread = state.series.get(name), state.series.get(BAND.get(name, ""))
+    series, spread = state.series.get(name), state.series.get(BAND_METRIC.get(name, ""))
     if series is None or spread is None:
         return []
     both = [(x, y, around) for (x, y), (_, around) in zip(series.points, spread.points, strict=False)]
     return [Curve(smooth([(x, y + sign * around) for x, y, around in both], weight), "quiet", ".") for sign in (1, -1)]
 
 
-def _curves(state: State, name: str, view: View, look: Look | None) -> list[Curve]:
+def _curves(state: State, name: str, view: View, style: ChartStyle | None) -> list[Curve]:
     series, checked, weight = state.series.get(name), state.series.get(f"validation_{name}"), SMOOTHINGS[view.smoothing]
-    if look is not None:
+    if style is not None:
         shown = series or checked
-        return [] if shown is None else [Curve(smooth(shown.points, weight), look[1], look[2])]
+        return [] if shown is None else [Curve(smooth(shown.points, weight), style[1], style[2])]
     if series is not None and name == "heldout_exact":  # measured seldom: each point counts
         return [Curve(series.points, "first", "*")]
     curves = _band(state, name, weight)
@@ -161,20 +195,23 @@ def _curves(state: State, name: str, view: View, look: Look | None) -> list[Curv
     return curves
 
 
-def _last_values(state: State, name: str, look: Look | None, view: View) -> Line:
+def _last_values(state: State, name: str, style: ChartStyle | None, view: View) -> Line:
     series, checked = state.series.get(name), state.series.get(f"validation_{name}")
-    if look is not None:
+    if style is not None:
         shown = series or checked
         return (
             []
             if shown is None
-            else [(f"{said(look[0], view.ascii_only, 16)} ", "quiet"), (f"{written(name, shown.last)} ", look[1])]
+            else [
+                (f"{sanitize(style[0], view.ascii_only, 16)} ", "quiet"),
+                (f"{format_value(name, shown.last)} ", style[1]),
+            ]
         )
-    values: Line = [(written(name, series.last), "first")] if series is not None else []
-    if (spread := state.last(BAND.get(name, ""))) is not None:
-        values.append((f" {'+-' if view.ascii_only else chr(0xB1)} {written(name, spread)}", "quiet"))
+    values: Line = [(format_value(name, series.last), "first")] if series is not None else []
+    if (spread := state.last(BAND_METRIC.get(name, ""))) is not None:
+        values.append((f" {'+-' if view.ascii_only else chr(0xB1)} {format_value(name, spread)}", "quiet"))
     return values + (
-        [("  validation ", "quiet"), (written(name, checked.last), "second")] if checked is not None else []
+        [("  validation ", "quiet"), (format_value(name, checked.last), "second")] if checked is not None else []
     )
 
 
@@ -190,21 +227,21 @@ def sample_pane(state: State, view: View, width: int, height: int) -> list[Line]
     and its scores."""
     if state.pairs:
         return _pairs(state, view, width, height)
-    told = _exact(state, view, width - BESIDE)
+    note = _heldout_line(state, view, width - MIN_TITLE_WIDTH)
     prompts = list({**state.answers, **state.earlier})
     if not prompts:
-        return [heading("answers", width, view, told), [(" no answers yet", "quiet")]]
-    place, count = view.sample % len(prompts), len(prompts)
-    lines = [heading(f"question {place + 1} of {count}", width, view, told)]
+        return [heading("answers", width, view, note), [(" no answers yet", "quiet")]]
+    index, count = view.sample % len(prompts), len(prompts)
+    lines = [heading(f"question {index + 1} of {count}", width, view, note)]
     for turn in range(count):  # the chosen one, and as many after it as there is room for
         room = height - len(lines) - (turn > 0)
         if turn and room < QUESTION_LINES:
             break
         lines += [[("", "")]] if turn else []
-        prompt = prompts[(place + turn) % count]
+        prompt = prompts[(index + turn) % count]
         lines += _question(
             prompt,
-            _speakers(state, prompt),
+            _sampled_roles(state, prompt),
             view,
             width,
             room if count == 1 else min(room, max(QUESTION_LINES, height // 2)),
@@ -212,37 +249,39 @@ def sample_pane(state: State, view: View, width: int, height: int) -> list[Line]
     return lines
 
 
-def _exact(state: State, view: View, width: int) -> str:
+def _heldout_line(state: State, view: View, width: int) -> str:
     """The held-out figures of all who were asked; where that is too long, of the first and the last."""
     figures = [
-        f"{said(who, view.ascii_only, 12)} {percent(stats['exact'])}"
+        f"{sanitize(who, view.ascii_only, 12)} {percent(stats['exact'])}"
         for who, stats in state.heldout.items()
         if "exact" in stats
     ]
     figures += [f"now {percent(state.now['exact'])} (greedy)"] if "exact" in state.now else []
     ends = figures if len(figures) < 3 else [figures[0], figures[-1]]
-    for told in (f"held-out exact: {', '.join(figures)}", f"exact: {', '.join(figures)}", f"exact: {', '.join(ends)}"):
-        if figures and len(told) <= width:
-            return told
+    for text in (f"held-out exact: {', '.join(figures)}", f"exact: {', '.join(figures)}", f"exact: {', '.join(ends)}"):
+        if figures and len(text) <= width:
+            return text
     return ""
 
 
-def _speakers(state: State, prompt: str) -> list[tuple[str, Sampled]]:
+def _sampled_roles(state: State, prompt: str) -> list[tuple[str, SampleLogged]]:
     """Who answered a question: the stages before, the reference, and the policy now."""
     answers = state.answers.get(prompt, [])
     now = [
-        (state.below() if one.role == "reference" else f"step {one.step}", one)
+        (state.reference_name() if one.role == "reference" else f"step {one.step}", one)
         for one in dict.fromkeys([*answers[:1], *answers[-1:]])
     ]
     return [(who, one) for who, one in state.earlier.get(prompt, ()) if who not in dict(now)] + now
 
 
-def _question(prompt: str, speakers: Sequence[tuple[str, Sampled]], view: View, width: int, height: int) -> list[Line]:
+def _question(
+    prompt: str, answers: Sequence[tuple[str, SampleLogged]], view: View, width: int, height: int
+) -> list[Line]:
     """What was asked, what was answered first, and what is answered now; of several stages as many as there is room
     for."""
-    asked = wrap(said(prompt, view.ascii_only, 4 * width), width - 2, max(1, height // 4))
-    lines: list[Line] = [[(f" {text}", "strong")] for text in asked]
-    shown = speakers[-max(1, height - len(asked)) :]
+    prompt_lines = wrap(sanitize(prompt, view.ascii_only, 4 * width), width - 2, max(1, height // 4))
+    lines: list[Line] = [[(f" {text}", "strong")] for text in prompt_lines]
+    shown = answers[-max(1, height - len(prompt_lines)) :]
     for index, (who, answer) in enumerate(shown):
         room = max(1, (height - len(lines)) // (len(shown) - index))
         lines += _answer(who, answer, view, width, room, index == len(shown) - 1)
@@ -252,19 +291,19 @@ def _question(prompt: str, speakers: Sequence[tuple[str, Sampled]], view: View, 
 def _pairs(state: State, view: View, width: int, height: int) -> list[Line]:
     """Held-out pairs: both answers with what they score."""
     pairs = list(state.pairs.values())
-    place, count = view.sample % len(pairs), len(pairs)
-    told = f"{sum(pair.margin > 0 for pair in pairs)} of {count} right"
+    index, count = view.sample % len(pairs), len(pairs)
+    note = f"{sum(pair.margin > 0 for pair in pairs)} of {count} right"
     scored = state.scored.get(state.started.algorithm if state.started else "", {})
     if "accuracy" in scored:
-        told = f"held-out pairs right: {percent(scored['accuracy'])}"
-    lines = [heading(f"pair {place + 1} of {count}", width, view, told)]
+        note = f"held-out pairs right: {percent(scored['accuracy'])}"
+    lines = [heading(f"pair {index + 1} of {count}", width, view, note)]
     for turn in range(count):
         room = height - len(lines) - (turn > 0)
         if turn and room < QUESTION_LINES:
             break
         lines += [[("", "")]] if turn else []
         lines += _pair(
-            pairs[(place + turn) % count],
+            pairs[(index + turn) % count],
             view,
             width,
             room if count == 1 else min(room, max(QUESTION_LINES, height // 2)),
@@ -272,31 +311,31 @@ def _pairs(state: State, view: View, width: int, height: int) -> list[Line]:
     return lines
 
 
-def _pair(pair: Pair, view: View, width: int, height: int) -> list[Line]:
+def _pair(pair: ScoredPair, view: View, width: int, height: int) -> list[Line]:
     """The prompt, then both answers, the one that is preferred in the light."""
-    asked = wrap(said(pair.chosen.prompt, view.ascii_only, 4 * width), width - 2, max(1, height // 4))
-    lines: list[Line] = [[(f" {text}", "strong")] for text in asked]
+    prompt_lines = wrap(sanitize(pair.chosen.prompt, view.ascii_only, 4 * width), width - 2, max(1, height // 4))
+    lines: list[Line] = [[(f" {text}", "strong")] for text in prompt_lines]
     for left, side, answer in ((2, "chosen", pair.chosen), (1, "rejected", pair.rejected)):
         room = max(1, (height - len(lines)) // left)
         label = f" {side:<8} {'' if answer.reward is None else signed(answer.reward):>8}  "
-        rows = wrap(said(answer.completion, view.ascii_only, room * width), width - len(label) - 1, room) or [""]
+        rows = wrap(sanitize(answer.completion, view.ascii_only, room * width), width - len(label) - 1, room) or [""]
         ahead = pair.margin > 0 if side == "chosen" else pair.margin < 0
         for row, part in enumerate(rows):
             lines.append([(label if row == 0 else " " * len(label), side), (part, "first" if ahead else "")])
     return lines
 
 
-def _answer(label: str, answer: Sampled, view: View, width: int, room: int, newest: bool) -> list[Line]:
+def _answer(label: str, answer: SampleLogged, view: View, width: int, room: int, newest: bool) -> list[Line]:
     """Who answered when, the answer, and what is known of it."""
-    label = said(label, view.ascii_only, 10)
+    label = sanitize(label, view.ascii_only, 10)
     facts = [] if answer.finish == "stop" else ["cut off"]
     if newest and answer.gold is not None:
-        facts.append(f"gold {said(answer.gold, view.ascii_only, 24)}")
+        facts.append(f"gold {sanitize(answer.gold, view.ascii_only, 24)}")
     if answer.reward is not None:
         facts.append(f"reward {number(answer.reward)}")
     tail = f"  [{', '.join(facts)}]" if facts else ""
     indent = 11
-    text = said(answer.completion, view.ascii_only, room * width)
+    text = sanitize(answer.completion, view.ascii_only, room * width)
     rows = wrap(text, width - indent - 1 - (len(tail) if room == 1 else 0), room) or [""]
     lines: list[Line] = [
         [(f" {label:<{indent - 1}}" if row == 0 else " " * indent, "quiet"), (part, "first" if newest else "")]
@@ -327,7 +366,7 @@ def log_pane(state: State, view: View, width: int, height: int) -> list[Line]:
                 return lines
             times = f" (x{entry.times})" if entry.times > 1 else ""
             stamp = f"{sign}{clock(entry.time):>6} "
-            parts = wrap(said(entry.text, view.ascii_only, 3 * width) + times, width - 9, 3 if style else 2)
+            parts = wrap(sanitize(entry.text, view.ascii_only, 3 * width) + times, width - 9, 3 if style else 2)
             lines += [
                 [(stamp if row == 0 else " " * 8, style or "quiet"), (part, style)] for row, part in enumerate(parts)
             ]
@@ -342,7 +381,7 @@ def help_pane(state: State, view: View, width: int, height: int) -> list[Line]:
             [
                 ("  ", ""),
                 (f" {key} ", "key"),
-                (f"  {KEYS[key] if view.mine or key != 'q' else 'leave; the run goes on'}", ""),
+                (f"  {KEYS[key] if view.owns_run or key != 'q' else 'leave; the run goes on'}", ""),
             ]
         )
     lines.append([("", "")])

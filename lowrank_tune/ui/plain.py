@@ -13,54 +13,64 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from lowrank_tune.events import Event, Note, Progress, RunEnded, RunStarted, Sampled, Saved, StepDone, Validated
-from lowrank_tune.ui import inert
-from lowrank_tune.ui.figures import Pace, clock, number, show, signed, validation_line
-from lowrank_tune.ui.metrics import SIDES, WITHOUT_REFERENCE
+from lowrank_tune.events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    LogMessage,
+    Progress,
+    RunEnded,
+    RunStarted,
+    SampleLogged,
+    StepEnd,
+)
+from lowrank_tune.ui import escape_control_chars
+from lowrank_tune.ui.figures import EtaEstimator, clock, format_stats, number, signed, validation_line
+from lowrank_tune.ui.metrics import PAIR_SIDES, WITHOUT_REFERENCE
 
 _STYLES = {"warning": "33", "good": "32", "quiet": "2"}  # yellow, green, dim
 
 
-class Plain:
+class LineLogger:
     """A sink that writes lines to `file`. Colours and bars only on a terminal; not one escape byte elsewhere; NO_COLOR
     is honoured."""
 
     def __init__(self, file: TextIO | None = None, environ: Mapping[str, str] = os.environ) -> None:
         self.file = sys.stdout if file is None else file
         self.terminal = self.file.isatty() and environ.get("TERM", "dumb") != "dumb"
-        self._colour = self.terminal and not environ.get("NO_COLOR")
-        self._pace = Pace()
+        self._color = self.terminal and not environ.get("NO_COLOR")
+        self._eta = EtaEstimator()
         self._stage = ""  # of which stage of a chain a line tells that would say too little without it
         self._tokens, self._seconds = 0, 0.0
         self._bar: Bar | None = None
         self._task: tuple[str, TaskID] | None = None
-        self._told: dict[str, tuple[float, float]] = {}  # of each job: the share and the time of its last line
+        self._last_progress: dict[str, tuple[float, float]] = {}  # of each job: the share and the time of its last line
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Progress):
             if self.terminal:
-                self._draw(event)
+                self._draw_bar(event)
             else:
-                self._sparse(event)
-        elif isinstance(event, StepDone):
+                self._print_progress(event)
+        elif isinstance(event, StepEnd):
             self._step(event)
         elif isinstance(event, RunStarted):
-            self._pace, self._tokens, self._seconds = Pace(), 0, 0.0
+            self._eta, self._tokens, self._seconds = EtaEstimator(), 0, 0.0
             self._started(event)
-        elif isinstance(event, Validated):
-            self._say(validation_line(event))
-        elif isinstance(event, Sampled):
+        elif isinstance(event, Evaluated):
+            self._print(validation_line(event))
+        elif isinstance(event, SampleLogged):
             self._sample(event)
-        elif isinstance(event, Saved):
-            self._say(f"saved {Path(event.path).name} ({event.seconds:.1f} s)", "quiet")
-        elif isinstance(event, Note):
+        elif isinstance(event, CheckpointSaved):
+            self._print(f"saved {Path(event.path).name} ({event.seconds:.1f} s)", "quiet")
+        elif isinstance(event, LogMessage):
             prefix = "warning: " if event.level == "warning" else ""
             for i, line in enumerate(event.message.splitlines() or [""]):  # an indent shows that a line goes on
-                self._say((prefix if i == 0 else "  ") + line, "warning" if prefix else "")
+                self._print((prefix if i == 0 else "  ") + line, "warning" if prefix else "")
         elif isinstance(event, RunEnded):
             # Why it failed is what the run raises, and what the command line then prints.
             style = "good" if event.status == "done" else "warning"
-            self._say(f"{self._stage}{event.status} after step {event.step} in {clock(event.seconds)}", style)
+            self._print(f"{self._stage}{event.status} after step {event.step} in {clock(event.seconds)}", style)
 
     def close(self) -> None:
         """Takes a bar off the screen, and gives the cursor back."""
@@ -68,12 +78,12 @@ class Plain:
             self._bar.stop()
         self._bar = self._task = None
 
-    def _say(self, text: str, style: str = "") -> None:
+    def _print(self, text: str, style: str = "") -> None:
         self.close()
         encoding = getattr(self.file, "encoding", None) or "utf-8"
         # a console in ASCII is no reason to stop a run
-        text = inert(text).encode(encoding, "backslashreplace").decode(encoding)
-        if self._colour and style:
+        text = escape_control_chars(text).encode(encoding, "backslashreplace").decode(encoding)
+        if self._color and style:
             text = f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
         self.file.write(text + "\n")
         self.file.flush()
@@ -82,60 +92,68 @@ class Plain:
         where = f" on {event.device}" if event.device else ""
         trained = f"{event.trainable:,} trained parameters"
         self._stage = f"stage {event.stage} of {event.stages} " if event.stages > 1 else ""
-        place = f", stage {event.stage} of {event.stages}" if event.stages > 1 else ""
-        self._say(f"run {event.name}{place}: {event.algorithm} of {event.model}{where}, {event.steps} steps, {trained}")
+        stage = f", stage {event.stage} of {event.stages}" if event.stages > 1 else ""
+        self._print(
+            f"run {event.name}{stage}: {event.algorithm} of {event.model}{where}, {event.steps} steps, {trained}"
+        )
         for role, stack in event.roles.items():
             if role == "reference":
                 continue  # said in words below
-            self._say(f"  {role}: {' + '.join(stack) or 'the base'}")
+            self._print(f"  {role}: {' + '.join(stack) or 'the base'}")
         if event.algorithm not in WITHOUT_REFERENCE:
-            self._say(f"  reference: {event.reference}")
+            self._print(f"  reference: {event.reference}")
         if event.resumed_from:
-            self._say(f"  continued after step {event.resumed_from}")
+            self._print(f"  continued after step {event.resumed_from}")
 
-    def _step(self, event: StepDone) -> None:
-        left = self._pace.left(event)
+    def _step(self, event: StepEnd) -> None:
+        left = self._eta.seconds_left(event)
         self._tokens, self._seconds = self._tokens + event.tokens, self._seconds + event.seconds
         if not event.logged:
             return
         speed = {"tokens_per_second": self._tokens / self._seconds} if self._seconds else {}
         self._tokens, self._seconds = 0, 0.0
         width = len(str(event.steps))
-        self._say(f"step {event.step:{width}d}/{event.steps}  {show({**speed, **event.stats})}  ETA {clock(left)}")
+        self._print(
+            f"step {event.step:{width}d}/{event.steps}  {format_stats({**speed, **event.stats})}  ETA {clock(left)}"
+        )
 
-    def _sample(self, event: Sampled) -> None:
-        if event.role in SIDES:  # one side of a pair and its score: how it was written is not the model's doing
+    def _sample(self, event: SampleLogged) -> None:
+        if event.role in PAIR_SIDES:  # one side of a pair and its score: how it was written is not the model's doing
             score = "" if event.reward is None else f"  [score {signed(event.reward)}]"
-            return self._say(f"  {event.role:8} {inert(event.prompt, 60)} -> {inert(event.completion, 120)}{score}")
+            return self._print(
+                f"  {event.role:8} {escape_control_chars(event.prompt, 60)} -> {escape_control_chars(event.completion, 120)}{score}"
+            )
         facts = [event.finish]
         if event.gold is not None:
-            facts.append(f"gold {inert(event.gold, 24)}")
+            facts.append(f"gold {escape_control_chars(event.gold, 24)}")
         if event.reward is not None:
             facts.append(f"reward {number(event.reward)}")
-        self._say(f"  {inert(event.prompt, 60)} -> {inert(event.completion, 120)}  [{', '.join(facts)}]")
+        self._print(
+            f"  {escape_control_chars(event.prompt, 60)} -> {escape_control_chars(event.completion, 120)}  [{', '.join(facts)}]"
+        )
 
-    def _sparse(self, event: Progress) -> None:
+    def _print_progress(self, event: Progress) -> None:
         """At the end of a job; before it a line for each tenth, but at most every 5 s; and where a tenth takes long,
         every minute."""
         share = event.done / event.total if event.total else 1.0
-        told, when = self._told.setdefault(event.what, (0.0, event.time))
+        last_share, when = self._last_progress.setdefault(event.what, (0.0, event.time))
         waited, left = event.time - when, ""
         if event.done >= event.total:
-            del self._told[event.what]
-        elif (share - told >= 0.1 and waited >= 5) or (share > told and waited >= 60):
-            self._told[event.what] = (share, event.time)
-            left = f"  ETA {clock((1 - share) * waited / (share - told))}"
+            del self._last_progress[event.what]
+        elif (share - last_share >= 0.1 and waited >= 5) or (share > last_share and waited >= 60):
+            self._last_progress[event.what] = (share, event.time)
+            left = f"  ETA {clock((1 - share) * waited / (share - last_share))}"
         else:
             return
-        self._say(f"{event.what}: {event.done:,}/{event.total:,} ({100 * share:.0f} %){left}")
+        self._print(f"{event.what}: {event.done:,}/{event.total:,} ({100 * share:.0f} %){left}")
 
-    def _draw(self, event: Progress) -> None:
-        what = inert(event.what, 40)
+    def _draw_bar(self, event: Progress) -> None:
+        what = escape_control_chars(event.what, 40)
         if self._bar is None or self._task is None or self._task[0] != what:
             self.close()
             # the console is told everything, since rich would otherwise read the process's own environment; drawn here,
             # by no thread
-            console = Console(file=self.file, force_terminal=True, no_color=not self._colour, highlight=False)
+            console = Console(file=self.file, force_terminal=True, no_color=not self._color, highlight=False)
             columns = (
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -144,11 +162,11 @@ class Plain:
             )
             self._bar = Bar(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self._bar.start()
-            self._task, self._told[what] = (what, self._bar.add_task(what, total=event.total)), (0.0, 0.0)
+            self._task, self._last_progress[what] = (what, self._bar.add_task(what, total=event.total)), (0.0, 0.0)
         over = event.done >= event.total
         self._bar.update(self._task[1], completed=event.done, total=event.total)
-        if over or event.time - self._told[what][1] >= 0.1:
-            self._told[what] = (0.0, event.time)
+        if over or event.time - self._last_progress[what][1] >= 0.1:
+            self._last_progress[what] = (0.0, event.time)
             self._bar.refresh()
         if over:
             self.close()

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.plan.figures import CONTEXT, FRAGMENTATION, GIB, PURPOSES, SHRINK, Plan
-from lowrank_tune.ui import inert
+from lowrank_tune.plan.figures import CUDA_CONTEXT_BYTES, FRAGMENTATION, GIB, PURPOSES, SPLITTABLE_PHASES, Plan
+from lowrank_tune.ui import escape_control_chars
 
 SHORT = {"optimizer": "optim.", "gradients": "grads", "activations": "activ.", "KV cache": "KV"}
 """Heads of columns, so that the table has room in 80 columns."""
@@ -16,8 +16,8 @@ SMALL = GIB // 10  # below it figures are in MiB
 
 def show(plan: Plan, console: Console) -> None:
     """The whole plan of one stage."""
-    for told in headline(plan):
-        console.print(Text(told, "bold"))
+    for heading in headline(plan):
+        console.print(Text(heading, "bold"))
     console.print(_table(plan))
     for line in lines(plan):
         console.print(line)
@@ -33,7 +33,7 @@ def _table(plan: Plan) -> Table:
     table.add_column("all", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for phase in plan.phases:
-        binds = phase is plan.binding
+        binds = phase is plan.peak_phase
         style = ("green" if plan.fits else "bold red") if binds else ""
         cells = [_figure(phase.bytes.get(purpose, 0), divisor) for purpose in used]
         table.add_row(Text(phase.name), *cells, _figure(phase.total, divisor), "<" if binds else "", style=style)
@@ -43,42 +43,46 @@ def _table(plan: Plan) -> Table:
 def headline(plan: Plan) -> tuple[str, str]:
     """What is planned."""
     sizes = plan.sizes
-    what = ("pair" if sizes.together == 2 else "completion" if sizes.harvest else "row") + (
+    what = ("pair" if sizes.rows_per_unit == 2 else "completion" if sizes.num_rollouts else "row") + (
         "s" if sizes.units > 1 else ""
     )
     return (
-        inert(f"{plan.name or plan.algorithm}: {plan.algorithm} of {plan.model}, {plan.bits} bits"),
+        escape_control_chars(f"{plan.name or plan.algorithm}: {plan.algorithm} of {plan.model}, {plan.bits} bits"),
         f"a micro-batch is {sizes.units} {what} of {sizes.length:,} tokens; {_recomputed(plan)}",
     )
 
 
 def lines(plan: Plan) -> list[Text]:
     """What binds, whether it fits, what would fit, and what to type."""
-    binding = plan.binding
-    told = [Text(f"most is held in: {binding.name}" + (f" ({binding.where})" if binding.where else ""))]
+    binding = plan.peak_phase
+    texts = [Text(f"most is held in: {binding.name}" + (f" ({binding.where})" if binding.where else ""))]
     if not plan.vram:
-        return [*told, Text(f"tensors: {plan.peak / GIB:.2f} GiB")]
+        return [*texts, Text(f"tensors: {plan.peak / GIB:.2f} GiB")]
     verdict = "fits" if plan.fits else "does not fit"
-    told.append(
+    texts.append(
         Text(
             f"{verdict}: {plan.needed / GIB:.2f} of {plan.vram / GIB:.2f} GiB (tensors {plan.peak / GIB:.2f}, CUDA "
             f"itself "
-            f"{CONTEXT / GIB:.2f}, lost {FRAGMENTATION:.0%})",
+            f"{CUDA_CONTEXT_BYTES / GIB:.2f}, lost {FRAGMENTATION:.0%})",
             "green" if plan.fits else "bold red",
         )
     )
     if plan.fits and plan.needed > plan.vram:
-        told.append(Text(f"{binding.name} goes through in smaller pieces" if binding.name in SHRINK else binding.name))
+        texts.append(
+            Text(
+                f"{binding.name} goes through in smaller pieces" if binding.name in SPLITTABLE_PHASES else binding.name
+            )
+        )
     if plan.fits_units is not None and plan.fits_length is not None:
-        told.append(
+        texts.append(
             Text(
                 f"room for a micro-batch of {plan.fits_units}, or for rows of {plan.fits_length:,} tokens, "
                 f"{plan.sizes.units} at once"
             )
         )
     if plan.advice:
-        told.append(Text(plan.advice, "yellow"))
-    return told + [Text(note, "dim") for note in plan.notes]
+        texts.append(Text(plan.advice, "yellow"))
+    return texts + [Text(note, "dim") for note in plan.notes]
 
 
 def _recomputed(plan: Plan) -> str:

@@ -16,11 +16,11 @@ try:
 except ImportError:  # a Python built without it still reads lines
     readline = None
 
-MANY = '"""'
+MULTILINE_MARKER = '"""'
 """A line that begins with this goes on until a line ends with it."""
 
 
-class Typed:
+class InteractiveInput:
     """At a terminal. The history lives as long as the program."""
 
     def __init__(self, label: str, code: str, commands: Sequence[str]) -> None:
@@ -38,16 +38,16 @@ class Typed:
         """A question or a command; None at the end. Raises KeyboardInterrupt, and UserError for what is no text."""
         try:
             line = input(self.first)
-            if not line.lstrip().startswith(MANY):
+            if not line.lstrip().startswith(MULTILINE_MARKER):
                 return line
-            return _gathered(line, lambda: input(self.more))
+            return _read_multiline(line, lambda: input(self.more))
         except EOFError:
             return None
         except UnicodeDecodeError as error:
             raise UserError("this is not UTF-8, so it is no text") from error
 
 
-class Piped:
+class PipedInput:
     """From a file or another program: one question a line."""
 
     def __init__(self) -> None:
@@ -58,9 +58,9 @@ class Piped:
         line: str | None = ""
         while line is not None and not line.strip():
             line = self._line()
-        if line is None or not line.lstrip().startswith(MANY):
+        if line is None or not line.lstrip().startswith(MULTILINE_MARKER):
             return line
-        return _gathered(line, self._line)
+        return _read_multiline(line, self._line)
 
     def _line(self) -> str | None:
         raw = sys.stdin.buffer.readline()
@@ -73,10 +73,10 @@ class Piped:
             raise UserError(f"line {self.line} is not UTF-8, so it is no text") from error
 
 
-def _gathered(first: str, read: Any) -> str:
+def _read_multiline(first: str, read: Any) -> str:
     """All lines from the opening quotes to the closing ones, or to the end."""
-    lines = [first.lstrip()[len(MANY) :]]
-    while not lines[-1].rstrip().endswith(MANY):
+    lines = [first.lstrip()[len(MULTILINE_MARKER) :]]
+    while not lines[-1].rstrip().endswith(MULTILINE_MARKER):
         try:
             line = read()
         except EOFError:
@@ -84,7 +84,7 @@ def _gathered(first: str, read: Any) -> str:
         if line is None:
             return "\n".join(lines).strip("\n")
         lines.append(line)
-    lines[-1] = lines[-1].rstrip()[: -len(MANY)]
+    lines[-1] = lines[-1].rstrip()[: -len(MULTILINE_MARKER)]
     return "\n".join(lines).strip("\n")
 
 

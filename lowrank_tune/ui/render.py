@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowrank_tune.ui.diagnose import diagnose
-from lowrank_tune.ui.figures import SHOWN, clock
-from lowrank_tune.ui.frame import Line, beside, fit, pad, said, width_of, wrap
+from lowrank_tune.ui.figures import METRIC_FORMATS, clock
+from lowrank_tune.ui.frame import Line, fit, pad, sanitize, side_by_side, width_of, wrap
 from lowrank_tune.ui.group_pane import group_pane
 from lowrank_tune.ui.metrics import SIDE_TITLES, WITHOUT_REFERENCE
-from lowrank_tune.ui.panes import View, chart_names, chart_pane, help_pane, keys_of, log_pane, sample_pane, written
+from lowrank_tune.ui.panes import View, chart_names, chart_pane, format_value, help_pane, keys_of, log_pane, sample_pane
 from lowrank_tune.ui.state import State
 
-LEAST_WIDTH, LEAST_HEIGHT = 60, 15
-CHART_WIDTH, CHART_HEIGHT, MOST_COLUMNS = 36, 9, 3
+MIN_WIDTH, MIN_HEIGHT = 60, 15
+CHART_WIDTH, CHART_HEIGHT, MAX_COLUMNS = 36, 9, 3
 SIDE_BY_SIDE = 100  # from here on log and answers stand next to each other
-SHORT = {
+KEY_LABELS = {
     "q": "quit",
     "p": "pause",
     "s": "save",
@@ -27,12 +27,12 @@ SHORT = {
     "-": "smooth",
     "?": "help",
 }
-SILENT = 60.0  # seconds without an event, after which the header says so
+STALE_SECONDS = 60.0  # seconds without an event, after which the header says so
 
 
 def render(state: State, view: View, width: int, height: int) -> list[Line]:
     """Exactly `height` lines of `width` cells."""
-    if width < LEAST_WIDTH or height < LEAST_HEIGHT:
+    if width < MIN_WIDTH or height < MIN_HEIGHT:
         return pad(_small(state, view, width), width, height)
     head = [
         _title(state, view, width),
@@ -52,9 +52,9 @@ def render_several(states: Sequence[State], view: View, width: int, height: int)
         return render(states[0], view, width, height)
     count, edge = len(states), "|" if view.ascii_only else "\u2502"
     each = (width - count + 1) // count
-    if each >= LEAST_WIDTH:
+    if each >= MIN_WIDTH:
         widths = [each] * (count - 1) + [width - count + 1 - each * (count - 1)]
-        return beside(
+        return side_by_side(
             [render(state, view, one, height) for state, one in zip(states, widths, strict=True)], widths, height, edge
         )
     lines: list[Line] = []
@@ -68,13 +68,13 @@ def status(state: State, view: View) -> tuple[str, str]:
     if state.ended is not None:
         stage = f"stage {state.started.stage} " if state.started is not None and state.started.stages > 1 else ""
         return (
-            f"{stage}{said(state.ended.status)} in {clock(state.ended.seconds)}",
+            f"{stage}{sanitize(state.ended.status)} in {clock(state.ended.seconds)}",
             "good" if state.ended.status == "done" else "bad",
         )
-    if view.asked:
-        return ", ".join(view.asked), "warning"
+    if view.pending:
+        return ", ".join(view.pending), "warning"
     silent = view.now - state.last_time if view.now is not None and state.last_time else 0.0
-    if silent > SILENT:
+    if silent > STALE_SECONDS:
         return f"no news for {clock(silent)}", "warning"
     if state.loading:
         return ("loading", "title") if state.job is not None or state.started is not None else ("starting", "title")
@@ -86,12 +86,12 @@ def _title(state: State, view: View, width: int) -> Line:
     line: Line = [(" lowrank-tune ", "key"), (" ", "")]
     if run is not None:
         stages = f"{dot}stage {run.stage} of {run.stages}: " if run.stages > 1 else dot
-        name, model, device = (said(text, view.ascii_only, 60) for text in (run.name, run.model, run.device))
-        line += [(name, "strong"), (f"{stages}{said(run.algorithm, view.ascii_only)} of {model}", "")]
+        name, model, device = (sanitize(text, view.ascii_only, 60) for text in (run.name, run.model, run.device))
+        line += [(name, "strong"), (f"{stages}{sanitize(run.algorithm, view.ascii_only)} of {model}", "")]
         line += [(f"{dot}{device}", "quiet")] if device else []
-    told, style = status(state, view)
-    told = f"  {told} "
-    return [*fit(line, width - len(told)), (told, style)]
+    status_text, style = status(state, view)
+    status_text = f"  {status_text} "
+    return [*fit(line, width - len(status_text)), (status_text, style)]
 
 
 def _roles(state: State, view: View) -> Line:
@@ -102,12 +102,12 @@ def _roles(state: State, view: View) -> Line:
     for role, stack in state.started.roles.items():
         if role != "reference":
             line += [
-                (f" {said(role, view.ascii_only)} ", "quiet"),
-                (f"= {said(' + '.join(('base', *stack)), view.ascii_only)}  ", ""),
+                (f" {sanitize(role, view.ascii_only)} ", "quiet"),
+                (f"= {sanitize(' + '.join(('base', *stack)), view.ascii_only)}  ", ""),
             ]
     if state.started.algorithm in WITHOUT_REFERENCE:
         return line
-    return [*line, (" reference ", "quiet"), (f"= {said(state.started.reference, view.ascii_only)}", "")]
+    return [*line, (" reference ", "quiet"), (f"= {sanitize(state.started.reference, view.ascii_only)}", "")]
 
 
 def _bar(share: float, width: int, view: View) -> Line:
@@ -125,19 +125,19 @@ def _progress(state: State, view: View, width: int) -> Line:
     if state.job is not None:
         share = state.job.done / state.job.total if state.job.total else 0.0
         facts = [
-            f"{said(state.job.what, view.ascii_only, 44)} {state.job.done:,}/{state.job.total:,}",
+            f"{sanitize(state.job.what, view.ascii_only, 44)} {state.job.done:,}/{state.job.total:,}",
             *(facts if state.step else []),
         ]
     elif state.seconds_left is not None and state.step < state.steps:
         facts.append(f"ETA {clock(state.seconds_left)}")
-    if state.begun is not None and state.ended is None:
-        facts.append(f"for {clock(state.last_time - state.begun)}")
+    if state.start_time is not None and state.ended is None:
+        facts.append(f"for {clock(state.last_time - state.start_time)}")
     if (speed := state.tokens_per_second) is not None:
         facts.append(f"{speed:,.0f} tokens/s")
     while len(facts) > 1 and sum(len(fact) + 2 for fact in facts) > width - 12:
         facts.pop()  # a narrow screen keeps the first ones
-    told = "  " + "  ".join(facts) + " "
-    return [(" ", ""), *_bar(share, max(8, width - len(told) - 1), view), (told, "")]
+    text = "  " + "  ".join(facts) + " "
+    return [(" ", ""), *_bar(share, max(8, width - len(text) - 1), view), (text, "")]
 
 
 def _resources(state: State, view: View, width: int) -> Line:
@@ -151,11 +151,11 @@ def _resources(state: State, view: View, width: int) -> Line:
             line += [*_bar(used / total, 8, view), (f" {used:.1f} of {total:.1f} GiB", style)]
         else:
             line += [(f"{used:.1f} GiB", "")]
-    if view.card:
-        line += [(f"  {said(view.card, view.ascii_only)}", "quiet")]
-    if within := state.shares_within():
+    if view.gpu:
+        line += [(f"  {sanitize(view.gpu, view.ascii_only)}", "quiet")]
+    if within := state.step_phase_shares():
         line += [("   step ", "quiet"), ("  ".join(f"{name} {share:.0%}" for name, share in within.items()), "")]
-    shares = [f"{name} {share:.0%}" for name, share in state.shares().items() if share >= 0.01]
+    shares = [f"{name} {share:.0%}" for name, share in state.phase_shares().items() if share >= 0.01]
     while within and shares and width_of(line) + len("   time ") + len("  ".join(shares)) > width:
         shares.pop()  # a narrow screen keeps the largest ones
     if shares:
@@ -168,13 +168,13 @@ def _body(state: State, view: View, width: int, height: int) -> list[Line]:
     diagnoses = _diagnoses(state, view, width, max(1, height // 9))
     names = chart_names(state)
     rest = height - len(diagnoses)
-    columns = max(1, min(MOST_COLUMNS, width // CHART_WIDTH, len(names)))
+    columns = max(1, min(MAX_COLUMNS, width // CHART_WIDTH, len(names)))
     if not names:
         return [*diagnoses, *_panes(state, view, width, rest)]
-    below = max(4, min(18, rest * 2 // 5))
-    rows = max(1, min((rest - below) // CHART_HEIGHT, -(-len(names) // columns)))
+    panes_height = max(4, min(18, rest * 2 // 5))
+    rows = max(1, min((rest - panes_height) // CHART_HEIGHT, -(-len(names) // columns)))
     left_out = names[columns * rows :]
-    grid = _charts(state, view, names[: columns * rows], columns, width, (rest - below - bool(left_out)) // rows)
+    grid = _charts(state, view, names[: columns * rows], columns, width, (rest - panes_height - bool(left_out)) // rows)
     if left_out:
         grid.append(_figures(state, left_out, view, width))
     return [*grid, *diagnoses, *_panes(state, view, width, height - len(grid) - len(diagnoses))]
@@ -191,7 +191,7 @@ def _charts(
             chart_pane(state, chart, view, widths[index], height)
             for index, chart in enumerate(names[at : at + columns])
         ]
-        lines += beside([*row, *([[]] * (columns - len(row)))], widths, height)
+        lines += side_by_side([*row, *([[]] * (columns - len(row)))], widths, height)
     return lines
 
 
@@ -202,9 +202,13 @@ def _figures(state: State, charts: Sequence[Sequence[str]], view: View, width: i
     for names in sorted(charts, key=len):
         part: Line = [(f"{SIDE_TITLES.get(names[0], 'rewards:')} ", "quiet")] if len(names) > 1 else []
         for name in names:
-            label = SHOWN[name][0] if name in SHOWN else said(name.removeprefix("reward_"), view.ascii_only, 20)
+            label = (
+                METRIC_FORMATS[name][0]
+                if name in METRIC_FORMATS
+                else sanitize(name.removeprefix("reward_"), view.ascii_only, 20)
+            )
             last = state.last(name)
-            part += [(f"{label} ", "quiet"), (f"{written(name, last)}   ", "")] if last is not None else []
+            part += [(f"{label} ", "quiet"), (f"{format_value(name, last)}   ", "")] if last is not None else []
         if width_of(line) + width_of(part) <= width + 2:
             line += part
     return line
@@ -214,7 +218,7 @@ def _diagnoses(state: State, view: View, width: int, most: int) -> list[Line]:
     signs = {"bad": "!!", "warning": "! ", "good": "ok", "": "  "}
     lines: list[Line] = []
     for diagnosis in diagnose(state):
-        for row, part in enumerate(wrap(said(diagnosis.text, view.ascii_only), width - 5, 2)):
+        for row, part in enumerate(wrap(sanitize(diagnosis.text, view.ascii_only), width - 5, 2)):
             lines.append(
                 [(f" {signs[diagnosis.level] if row == 0 else '  '} ", diagnosis.level), (part, diagnosis.level)]
             )
@@ -227,7 +231,7 @@ def _panes(state: State, view: View, width: int, height: int) -> list[Line]:
     if width >= SIDE_BY_SIDE:
         left = (width - 1) * 9 // 20
         widths = [left, width - 1 - left]
-        return beside(
+        return side_by_side(
             [log_pane(state, view, left, height), sample_pane(state, view, widths[1], height)], widths, height
         )
     shown = bool(state.answers or state.earlier or state.pairs)
@@ -243,17 +247,20 @@ def _footer(state: State, view: View, width: int) -> Line:
     line: Line = [(" ", "")]
     wide = width >= SIDE_BY_SIDE
     for key in keys_of(state, view):
-        line += [(f" {key} " if wide else key, "key"), (f" {SHORT[key]} " + " " * wide if SHORT[key] else "", "")]
+        line += [
+            (f" {key} " if wide else key, "key"),
+            (f" {KEY_LABELS[key]} " + " " * wide if KEY_LABELS[key] else "", ""),
+        ]
     return line
 
 
 def _small(state: State, view: View, width: int) -> list[Line]:
     """Plain lines for a screen that has no room for panes."""
     run = state.started
-    told, style = status(state, view)
-    lines: list[Line] = [[(f"{said(run.name, view.ascii_only) if run else 'starting'}: {told}", style)]]
+    status_text, style = status(state, view)
+    lines: list[Line] = [[(f"{sanitize(run.name, view.ascii_only) if run else 'starting'}: {status_text}", style)]]
     if state.job is not None:
-        lines.append([(f"{said(state.job.what, view.ascii_only)} {state.job.done}/{state.job.total}", "")])
+        lines.append([(f"{sanitize(state.job.what, view.ascii_only)} {state.job.done}/{state.job.total}", "")])
     if run is not None:
         left = f", ETA {clock(state.seconds_left)}" if state.seconds_left is not None else ""
         lines.append([(f"step {state.step}/{state.steps}{left}", "")])
@@ -264,11 +271,16 @@ def _small(state: State, view: View, width: int) -> list[Line]:
     ]
     for name in names[:4]:
         lines.append(
-            [(f"{said(name, view.ascii_only, 40).replace('_', ' ')} {written(name, state.series[name].last)}", "")]
+            [
+                (
+                    f"{sanitize(name, view.ascii_only, 40).replace('_', ' ')} {format_value(name, state.series[name].last)}",
+                    "",
+                )
+            ]
         )
     lines += [
         [(part, diagnosis.level)]
         for diagnosis in diagnose(state)
-        for part in wrap(said(diagnosis.text, view.ascii_only), width, 2)
+        for part in wrap(sanitize(diagnosis.text, view.ascii_only), width, 2)
     ]
-    return lines + [[(said(entry.text, view.ascii_only), "warning")] for entry in reversed(state.warnings)]
+    return lines + [[(sanitize(entry.text, view.ascii_only), "warning")] for entry in reversed(state.warnings)]

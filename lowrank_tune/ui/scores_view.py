@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.evaluate import PairScores, Response
-from lowrank_tune.ui import inert
+from lowrank_tune.evaluate import PairScores, ScoredResponse
+from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.figures import number, percent
 
 SHOWN = 3
@@ -24,7 +24,7 @@ PAIRS = {
 }
 
 
-def show(found: Sequence[Response], pairs: PairScores | None, console: Console) -> None:
+def show(found: Sequence[ScoredResponse], pairs: PairScores | None, console: Console) -> None:
     """Draws it."""
     scores = [one.score for one in found]
     figures = Table("", "", box=None, show_header=False)
@@ -34,14 +34,18 @@ def show(found: Sequence[Response], pairs: PairScores | None, console: Console) 
         figures.add_row("quartiles", ", ".join(number(value) for value in quantiles(scores, n=4)))
     for name, (label, write) in PAIRS.items() if pairs is not None else ():
         assert pairs is not None
-        figures.add_row(label, write(pairs.figures()[name]))
+        figures.add_row(label, write(pairs.metrics()[name]))
     console.print(figures)
     ranked = sorted(found, key=lambda one: -one.score)
     count = min(SHOWN, (len(ranked) + 1) // 2)
     table = Table("score", "where", "asked", "answered", "tokens", show_lines=True, title="the best and the worst")
     for one in [*ranked[:count], *(ranked[-min(count, len(ranked) - count) :] if len(ranked) > count else [])]:
-        where = inert(one.place.rpartition("/")[2], 60) + (f" {one.side}" if one.side else "")
+        where = escape_control_chars(one.position.rpartition("/")[2], 60) + (f" {one.side}" if one.side else "")
         table.add_row(
-            number(one.score), where, Text(inert(one.prompt, 300)), Text(inert(one.text, 500)), str(one.tokens)
+            number(one.score),
+            where,
+            Text(escape_control_chars(one.prompt, 300)),
+            Text(escape_control_chars(one.text, 500)),
+            str(one.tokens),
         )
     console.print(table)

@@ -13,12 +13,12 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from lowrank_tune.events import Event, StepDone
+from lowrank_tune.events import Event, StepEnd
 from lowrank_tune.ui.frame import rich_text
 from lowrank_tune.ui.panes import View
 from lowrank_tune.ui.render import render
 from lowrank_tune.ui.state import State
-from lowrank_tune.ui.watch import events_in
+from lowrank_tune.ui.watch import read_events
 
 _FONT_FACE = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)  # rich's loads a font from the network; a picture must not
 
@@ -58,11 +58,11 @@ def _without_blanks(match: re.Match[str]) -> str:
     return f"{before}{start:.1f}{middle}{cell * cell_len(kept):.1f}{after}{escaped}</text>"
 
 
-def until(events: list[Event], step: int | None) -> State:
+def state_at_step(events: list[Event], step: int | None) -> State:
     """The state after a step, or after everything."""
     state = State()
     for event in events:
-        if step is not None and isinstance(event, StepDone) and event.step > step:
+        if step is not None and isinstance(event, StepEnd) and event.step > step:
             break
         state.apply(event)
     return state
@@ -70,7 +70,7 @@ def until(events: list[Event], step: int | None) -> State:
 
 def main(words: list[str]) -> None:
     events, out, width, height, *step = [*words, "120", "40"][:4] if len(words) < 4 else words
-    state = until(list(events_in(Path(events))), int(step[0]) if step else None)
+    state = state_at_step(list(read_events(Path(events))), int(step[0]) if step else None)
     Path(out).write_text(screenshot(state, int(width), int(height)), encoding="utf-8")
 
 

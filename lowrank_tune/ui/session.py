@@ -19,7 +19,7 @@ from lowrank_tune.ui.keys import ESCAPE, Keyboard
 from lowrank_tune.ui.panes import SMOOTHINGS, View
 from lowrank_tune.ui.terminal import Terminal, ascii_only
 
-FRAME_SECONDS, SHARE, TICK, SILENCE_TICK = 0.5, 0.03, 0.25, 10.0
+FRAME_SECONDS, SHARE, TICK, STALE_TICK = 0.5, 0.03, 0.25, 10.0
 JOB_SIGNALS = {
     signal.SIGTTIN,
     signal.SIGTTOU,
@@ -31,7 +31,7 @@ JOB_SIGNALS = {
 }
 
 
-def press(view: View, key: str) -> View:
+def handle_key(view: View, key: str) -> View:
     """The view after a key that concerns only how things look."""
     if key in "+=":
         return replace(view, smoothing=min(view.smoothing + 1, len(SMOOTHINGS) - 1))
@@ -48,7 +48,7 @@ def press(view: View, key: str) -> View:
     return replace(view, help=not view.help) if key in "?h" else view
 
 
-class Session:
+class LiveScreen:
     """Shows what `draw(view, width, height)` returns whenever `changed()` says that there is something new; both run in
     its thread."""
 
@@ -58,13 +58,13 @@ class Session:
         changed: Callable[[], bool],
         on_key: Callable[[str], None],
         on_failure: Callable[[Exception], None],
-        mine: bool,
+        owns_run: bool,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
         self.draw, self.changed, self.on_key, self.on_failure = draw, changed, on_key, on_failure
         self.terminal, self.keyboard = Terminal(sys.stdout.fileno(), environ), Keyboard(_descriptor_of_stdin())
         self.view = View(
-            ascii_only=ascii_only(sys.stdout, environ), mine=mine, keys=self.keyboard.descriptor is not None
+            ascii_only=ascii_only(sys.stdout, environ), owns_run=owns_run, keys=self.keyboard.descriptor is not None
         )
         self.cost = self.frames = 0.0
         self._lock = threading.RLock()  # a signal may come while this thread holds it
@@ -88,11 +88,11 @@ class Session:
         if self._closed:
             return
         self._closed = True
-        self.keyboard.wake()
+        self.keyboard.interrupt_read()
         if threading.current_thread() is not self._thread and self._thread.ident is not None:
             self._thread.join(timeout=2.0)
         with self._lock:
-            self._down()
+            self._leave_screen()
         atexit.unregister(self.close)
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._handlers.items():
@@ -108,16 +108,16 @@ class Session:
     def _live(self) -> None:
         # they belong to the main thread, and drawing must not stop the job
         signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
-        last, drawn_size, wait, heard = 0.0, (0, 0), 0.0, time.monotonic()
+        last, drawn_size, wait, last_event = 0.0, (0, 0), 0.0, time.monotonic()
         try:
             while not self._closed:
                 for key in self.keyboard.read(wait):
                     self._press(key)
                 now = time.monotonic()
                 if self.changed():
-                    self._again, heard = True, now
-                elif now - heard > SILENCE_TICK:  # the header tells for how long nothing came
-                    self._again, heard = True, now
+                    self._again, last_event = True, now
+                elif now - last_event > STALE_TICK:  # the header tells for how long nothing came
+                    self._again, last_event = True, now
                 with self._lock:
                     self._follow_job()
                     due = last + max(FRAME_SECONDS, self.cost / SHARE)
@@ -127,18 +127,18 @@ class Session:
                 wait = min(TICK, max(0.02, due - now)) if self._again else TICK
         except Exception as error:  # a broken screen must leave a sane terminal and a run that goes on
             with self._lock:
-                self._down()
+                self._leave_screen()
             self.on_failure(error)
 
     def _frame(self, width: int, height: int) -> None:
         """Draws, and keeps the processor time it took: the next frame may come when that is 3 % of the time passed."""
-        begun = time.thread_time()
+        started = time.thread_time()
         view = replace(self.view, now=time.time())
         self.terminal.show(self.draw(view, width, height))
-        self.cost, self.frames = time.thread_time() - begun, self.frames + 1
+        self.cost, self.frames = time.thread_time() - started, self.frames + 1
 
     def _press(self, key: str) -> None:
-        before, self.view = self.view, press(self.view, key)
+        before, self.view = self.view, handle_key(self.view, key)
         if self.view is before:
             self.on_key(key)
         self._again = True
@@ -153,7 +153,7 @@ class Session:
         elif self._up and not ours:
             self._up = False  # the terminal is another job's already, and not ours to change
 
-    def _down(self) -> None:
+    def _leave_screen(self) -> None:
         if self._up:
             self._up = False
             self.terminal.leave()
@@ -163,18 +163,18 @@ class Session:
         """Ctrl-Z: off the screen, then stopped as any other job; on it again when continued in the foreground."""
         self._suspended = True
         if self._lock.acquire(timeout=1.0):
-            self._down()
+            self._leave_screen()
             self._lock.release()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTSTP)
         signal.signal(signal.SIGTSTP, self._suspend)
         self._suspended = False
-        self.keyboard.wake()
+        self.keyboard.interrupt_read()
 
     def _continued(self, number: int, frame: object) -> None:
         """After a stop that could not be seen coming, the shell has changed the terminal: begin anew."""
         self._up = False
-        self.keyboard.wake()
+        self.keyboard.interrupt_read()
 
 
 def _descriptor_of_stdin() -> int | None:

@@ -9,22 +9,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lowrank_tune.events import (
+    CheckpointSaved,
+    Evaluated,
     Event,
-    Grouped,
-    Note,
+    GroupLogged,
+    LogMessage,
     Progress,
     RunEnded,
     RunStarted,
-    Sampled,
-    Saved,
-    StepDone,
-    Validated,
+    SampleLogged,
+    StepEnd,
 )
-from lowrank_tune.ui.figures import Pace, validation_line
+from lowrank_tune.ui.figures import EtaEstimator, validation_line
 from lowrank_tune.ui.groups import Group, read_group
-from lowrank_tune.ui.metrics import POLICY, SIDES, below, heldout_parts, phases_of
+from lowrank_tune.ui.metrics import PAIR_SIDES, POLICY, heldout_parts, phases_of, reference_name
 
-MOST_POINTS, LOG_LINES, SPEED_STEPS = 1000, 200, 20
+MAX_POINTS, LOG_LINES, SPEED_STEPS = 1000, 200, 20
 WARNING_LINES = 50
 TRAINING, EVALUATING, SAVING, LOADING, OTHER = "training", "evaluating", "saving", "loading", "other"
 
@@ -45,7 +45,7 @@ class Series:
         if len(self._open) >= self.per_point:
             self.points.append(_mean(self._open))
             self._open.clear()
-        if len(self.points) > MOST_POINTS:
+        if len(self.points) > MAX_POINTS:
             self.points = [_mean(self.points[at : at + 2]) for at in range(0, len(self.points), 2)]
             self.per_point *= 2
 
@@ -61,7 +61,7 @@ def _mean(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Said:
+class LogLine:
     """A line of the log, `time` seconds after the start; `times` it came in a row."""
 
     time: float
@@ -70,11 +70,11 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ScoredPair:
     """Both answers of a held-out pair, with what they score now."""
 
-    chosen: Sampled
-    rejected: Sampled
+    chosen: SampleLogged
+    rejected: SampleLogged
 
     @property
     def margin(self) -> float:
@@ -93,57 +93,63 @@ class State:
     job: Progress | None = None
     step: int = 0
     steps: int = 0
-    begun: float | None = None
+    start_time: float | None = None
     last_time: float = 0.0
     seconds_left: float | None = None
     saved_step: int | None = None
     best_step: int | None = None
     series: dict[str, Series] = field(default_factory=dict)
     heldout: dict[str, dict[str, float]] = field(default_factory=dict)
-    answers: dict[str, list[Sampled]] = field(default_factory=dict)
+    answers: dict[str, list[SampleLogged]] = field(default_factory=dict)
     # by question: who answered in the stages before
-    earlier: dict[str, list[tuple[str, Sampled]]] = field(default_factory=dict)
-    pairs: dict[tuple[str, str, str], Pair] = field(default_factory=dict)
+    earlier: dict[str, list[tuple[str, SampleLogged]]] = field(default_factory=dict)
+    pairs: dict[tuple[str, str, str], ScoredPair] = field(default_factory=dict)
     scored: dict[str, dict[str, float]] = field(default_factory=dict)  # by algorithm: figures of all held-out pairs
     now: dict[str, float] = field(default_factory=dict)  # held-out figures of the policy while it is trained
     group: Group | None = None
-    earned: tuple[float, float] | None = None  # the least and the most that a completion of a group has earned
+    reward_range: tuple[float, float] | None = None  # the least and the most that a completion of a group has earned
     loading: bool = True
     phases: dict[str, float] = field(default_factory=dict)
-    within: dict[str, float] = field(default_factory=dict)  # seconds of the phases within the steps, of this start
-    warnings: deque[Said] = field(default_factory=lambda: deque(maxlen=WARNING_LINES))
-    log: deque[Said] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
-    _half: Sampled | None = None
+    step_phases: dict[str, float] = field(default_factory=dict)  # seconds of the phases within the steps, of this start
+    warnings: deque[LogLine] = field(default_factory=lambda: deque(maxlen=WARNING_LINES))
+    log: deque[LogLine] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
+    _pending_chosen: SampleLogged | None = None
     _unspent: float = 0.0
-    _pace: Pace = field(default_factory=Pace)
+    _eta: EtaEstimator = field(default_factory=EtaEstimator)
     _speed: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=SPEED_STEPS))
 
     def apply(self, event: Event) -> None:
         """Takes an event in."""
         # after an end a new start follows: the pause between was no work
-        if self.begun is None or self.ended is not None:
-            self.begun, self.last_time, self.ended, self.loading, self.phases = event.time, event.time, None, True, {}
-            self.within, self._unspent = {}, 0.0
+        if self.start_time is None or self.ended is not None:
+            self.start_time, self.last_time, self.ended, self.loading, self.phases = (
+                event.time,
+                event.time,
+                None,
+                True,
+                {},
+            )
+            self.step_phases, self._unspent = {}, 0.0
         self._spend(event)
         self.last_time = max(self.last_time, event.time)
-        if not isinstance(event, (Progress, Note)):
+        if not isinstance(event, (Progress, LogMessage)):
             self.job = None
         if isinstance(event, RunStarted):
             self._start(event)
         elif isinstance(event, Progress):
             self.job = event if event.done < event.total else None
-        elif isinstance(event, StepDone):
+        elif isinstance(event, StepEnd):
             self._step(event)
-        elif isinstance(event, Validated):
+        elif isinstance(event, Evaluated):
             self._validated(event)
-        elif isinstance(event, Sampled):
+        elif isinstance(event, SampleLogged):
             self._sampled(event)
-        elif isinstance(event, Grouped):
+        elif isinstance(event, GroupLogged):
             self._grouped(event)
-        elif isinstance(event, Saved):
+        elif isinstance(event, CheckpointSaved):
             self.saved_step = event.step
-            self._say(event.time, f"saved step {event.step}")
-        elif isinstance(event, Note):
+            self._log(event.time, f"saved step {event.step}")
+        elif isinstance(event, LogMessage):
             self._note(event)
         elif isinstance(event, RunEnded):
             self.ended, self.seconds_left = event, None
@@ -161,7 +167,7 @@ class State:
     def last(self, name: str) -> float | None:
         return self.series[name].last if name in self.series else None
 
-    def shares(self) -> dict[str, float]:
+    def phase_shares(self) -> dict[str, float]:
         """The share of each phase in the time of this start, the largest first."""
         total = sum(self.phases.values())
         return (
@@ -170,69 +176,77 @@ class State:
             else {}
         )
 
-    def shares_within(self) -> dict[str, float]:
+    def step_phase_shares(self) -> dict[str, float]:
         """The share of each phase in the time of the steps, in their order."""
-        total = sum(self.within.values())
-        return {name: spent / total for name, spent in self.within.items()} if total else {}
+        total = sum(self.step_phases.values())
+        return {name: spent / total for name, spent in self.step_phases.items()} if total else {}
 
-    def below(self) -> str:
+    def reference_name(self) -> str:
         """Who the reference is, by name."""
-        return below(self.started.roles) if self.started is not None else "base"
+        return reference_name(self.started.roles) if self.started is not None else "base"
 
     def _start(self, event: RunStarted) -> None:
         if self.started is not None and self.started.stage != event.stage:
-            self._leave(self.started)
+            self._finish_stage(self.started)
         self.loading = False
         self.started, self.steps, self.step = event, event.steps, event.resumed_from
-        self._pace, self.seconds_left = Pace(), None
+        self._eta, self.seconds_left = EtaEstimator(), None
         self._speed.clear()
         if event.resumed_from:
-            self.begun, self.phases, self.within = event.time, {}, {}  # how long the run lay still is not known
-            self._say(event.time, f"continued after step {event.resumed_from}")
+            self.start_time, self.phases, self.step_phases = (
+                event.time,
+                {},
+                {},
+            )  # how long the run lay still is not known
+            self._log(event.time, f"continued after step {event.resumed_from}")
         for series in self.series.values():
             series.cut(event.resumed_from)
 
-    def _leave(self, stage: RunStarted) -> None:
+    def _finish_stage(self, stage: RunStarted) -> None:
         """A new stage of a chain begins: its curves are its own, and what the last one answered is kept to compare
         with."""
         for prompt, answers in self.answers.items():
             kept = self.earlier.setdefault(prompt, [])
             known = {who for who, _ in kept}
             kept += [
-                (self.below(), one) for one in answers[:1] if one.role == "reference" and self.below() not in known
+                (self.reference_name(), one)
+                for one in answers[:1]
+                if one.role == "reference" and self.reference_name() not in known
             ]
             kept += [(stage.algorithm, one) for one in answers[-1:] if one.role != "reference"]
-        self.answers, self.pairs, self.series, self._half = {}, {}, {}, None
-        self.now, self.group, self.earned = {}, None, None
+        self.answers, self.pairs, self.series, self._pending_chosen = {}, {}, {}, None
+        self.now, self.group, self.reward_range = {}, None, None
         self.saved_step = self.best_step = None
 
-    def _sampled(self, event: Sampled) -> None:
+    def _sampled(self, event: SampleLogged) -> None:
         """An answer; of a pair the chosen side comes right before the rejected."""
-        if event.role not in SIDES:
+        if event.role not in PAIR_SIDES:
             self.answers.setdefault(event.prompt, []).append(event)
             del self.answers[event.prompt][1:-20]  # the first, to compare with, and the latest
         elif event.role == "chosen":
-            self._half = event
-        elif self._half is not None and self._half.prompt == event.prompt:
-            self.pairs[event.prompt, self._half.completion, event.completion] = Pair(self._half, event)
-            self._half = None
+            self._pending_chosen = event
+        elif self._pending_chosen is not None and self._pending_chosen.prompt == event.prompt:
+            self.pairs[event.prompt, self._pending_chosen.completion, event.completion] = ScoredPair(
+                self._pending_chosen, event
+            )
+            self._pending_chosen = None
 
-    def _grouped(self, event: Grouped) -> None:
+    def _grouped(self, event: GroupLogged) -> None:
         self.group = read_group(event)
         rewards = [one.reward for one in self.group.completions if math.isfinite(one.reward)]
         if rewards:
-            least, most = self.earned or (rewards[0], rewards[0])
-            self.earned = min(least, *rewards), max(most, *rewards)
+            lowest, highest = self.reward_range or (rewards[0], rewards[0])
+            self.reward_range = min(lowest, *rewards), max(highest, *rewards)
 
-    def _step(self, event: StepDone) -> None:
+    def _step(self, event: StepEnd) -> None:
         for name, seconds in phases_of(event.stats, event.seconds).items():
-            self.within[name] = self.within.get(name, 0.0) + seconds
+            self.step_phases[name] = self.step_phases.get(name, 0.0) + seconds
         self.step, self.steps = event.step, event.steps
-        self.seconds_left = self._pace.left(event)
+        self.seconds_left = self._eta.seconds_left(event)
         self._speed.append((event.tokens, event.seconds))
         self._measured(event.step, event.stats)
 
-    def _validated(self, event: Validated) -> None:
+    def _validated(self, event: Evaluated) -> None:
         heldout = {name: value for name, value in event.stats.items() if name.startswith("heldout_")}
         parts = {heldout_parts(name): value for name, value in heldout.items()}
         now = {what: value for (who, what), value in parts.items() if who == POLICY}
@@ -250,39 +264,39 @@ class State:
             self.scored.setdefault(self.started.algorithm if self.started else "", {}).update(pairs)
         self._measured(event.step, {name: value for name, value in event.stats.items() if name not in heldout})
         if now or len(heldout) < len(event.stats):
-            self._say(event.time, validation_line(event, ": "))
+            self._log(event.time, validation_line(event, ": "))
 
     def _measured(self, step: int, stats: Mapping[str, float]) -> None:
         for name, value in stats.items():
             self.series.setdefault(name, Series()).add(step, value)
 
-    def _note(self, event: Note) -> None:
+    def _note(self, event: LogMessage) -> None:
         lines = self.warnings if event.level == "warning" else self.log
         if lines and lines[-1].text == event.message:
-            lines[-1] = Said(self._since(event.time), event.message, lines[-1].times + 1)
+            lines[-1] = LogLine(self._since(event.time), event.message, lines[-1].times + 1)
         else:
-            lines.append(Said(self._since(event.time), event.message))
+            lines.append(LogLine(self._since(event.time), event.message))
 
-    def _say(self, time: float, text: str) -> None:
-        self.log.append(Said(self._since(time), text))
+    def _log(self, time: float, text: str) -> None:
+        self.log.append(LogLine(self._since(time), text))
 
     def _since(self, time: float) -> float:
         """Reckoned at once: each stage of a chain, and each start, has a beginning of its own."""
-        return time - (self.begun or 0.0)
+        return time - (self.start_time or 0.0)
 
     def _spend(self, event: Event) -> None:
         """The time since the last event belongs to what this one tells of; a step says itself how long it took."""
         was_amid = self._unspent > 0
         spent, self._unspent = max(0.0, event.time - self.last_time) + self._unspent, 0.0
-        if isinstance(event, Grouped) or (isinstance(event, Note) and was_amid):
+        if isinstance(event, GroupLogged) or (isinstance(event, LogMessage) and was_amid):
             self._unspent = spent  # it comes amid a step, which tells of its time when it is done
-        elif isinstance(event, StepDone):
+        elif isinstance(event, StepEnd):
             self._add(TRAINING, min(spent, event.seconds))
             self._add(OTHER, spent - min(spent, event.seconds))
-        elif isinstance(event, Saved):
+        elif isinstance(event, CheckpointSaved):
             self._add(SAVING, min(spent, event.seconds))
             self._add(OTHER, spent - min(spent, event.seconds))
-        elif isinstance(event, (Validated, Sampled)) or (isinstance(event, Progress) and not self.loading):
+        elif isinstance(event, (Evaluated, SampleLogged)) or (isinstance(event, Progress) and not self.loading):
             self._add(EVALUATING, spent)
         else:
             self._add(LOADING if self.loading or isinstance(event, RunStarted) else OTHER, spent)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowrank_tune.ui import inert
-from lowrank_tune.ui.figures import clock, percent, show
+from lowrank_tune.ui import escape_control_chars
+from lowrank_tune.ui.figures import clock, format_stats, percent
 
 
 def summary_table(summary: Mapping[str, Any], folder: Path) -> str:
     """The end of a run or a chain in lines: how it ended, its metrics, held-out figures, warnings, and where everything
     lies. Inert."""
-    lines = [f"status     {inert(str(summary.get('status', 'unknown')))}", *_figures_of(summary)]
+    lines = [f"status     {escape_control_chars(str(summary.get('status', 'unknown')))}", *_figures_of(summary)]
     stages = [stage for stage in _listed(summary, "stages") if isinstance(stage, Mapping)]
     for stage in stages:
         lines += _stage_lines(stage)
@@ -22,16 +22,20 @@ def summary_table(summary: Mapping[str, Any], folder: Path) -> str:
         "": summary.get("heldout_pairs")
     }
     lines += _pairs_lines(scored)
-    lines += [f"warning    {inert(str(text), 200)}" for text in _listed(summary, "warnings")]
-    lines.append(f"in         {inert(str(folder))}")
-    places = {
+    lines += [f"warning    {escape_control_chars(str(text), 200)}" for text in _listed(summary, "warnings")]
+    lines.append(f"in         {escape_control_chars(str(folder))}")
+    outputs = {
         str(
             stage["folder"]
-        ): f"stage {inert(str(stage.get('name', '?')), 60)}: its own run folder, with its adapter in final"
+        ): f"stage {escape_control_chars(str(stage.get('name', '?')), 60)}: its own run folder, with its adapter in final"
         for stage in stages
         if isinstance(stage.get("folder"), str)
     }
-    lines += [f"  {inert(name, 60):16} {what}" for name, what in {**places, **_PLACES}.items() if _lies(folder, name)]
+    lines += [
+        f"  {escape_control_chars(name, 60):16} {what}"
+        for name, what in {**outputs, **_OUTPUTS}.items()
+        if _output_exists(folder, name)
+    ]
     return "\n".join(lines)
 
 
@@ -40,7 +44,7 @@ def _listed(data: Mapping[str, Any], name: str) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def _lies(folder: Path, name: str) -> bool:
+def _output_exists(folder: Path, name: str) -> bool:
     try:
         return (folder / name).exists()
     except (OSError, ValueError):  # a name that is none
@@ -68,17 +72,19 @@ def _last_and_best(summary: Mapping[str, Any]) -> list[str]:
     for name in ("last", "best"):
         if stats := _numbers(summary.get(name)):
             at = f"  (step {stats['step']:.0f})" if "step" in stats else ""
-            lines.append(f"{name:10} {show({key: value for key, value in stats.items() if key != 'step'})}{at}")
+            lines.append(f"{name:10} {format_stats({key: value for key, value in stats.items() if key != 'step'})}{at}")
     return lines
 
 
 def _stage_lines(stage: Mapping[str, Any]) -> list[str]:
     """A stage of a chain: how it ended, and below it its last and best values."""
-    name, algorithm, status = (inert(str(stage.get(key, "?")), 60) for key in ("name", "algorithm", "status"))
+    name, algorithm, status = (
+        escape_control_chars(str(stage.get(key, "?")), 60) for key in ("name", "algorithm", "status")
+    )
     numbers = _numbers({key: stage.get(key) for key in ("step", "steps", "seconds")})
     where = f", step {numbers['step']:,.0f} of {numbers['steps']:,.0f}" if {"step", "steps"} <= numbers.keys() else ""
-    lasted = f" in {clock(numbers['seconds'])}" if "seconds" in numbers else ""
-    return [f"{name:10} {algorithm}: {status}{where}{lasted}", *(f"  {line}" for line in _last_and_best(stage))]
+    duration = f" in {clock(numbers['seconds'])}" if "seconds" in numbers else ""
+    return [f"{name:10} {algorithm}: {status}{where}{duration}", *(f"  {line}" for line in _last_and_best(stage))]
 
 
 def _heldout_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -91,18 +97,21 @@ def _heldout_lines(summary: Mapping[str, Any]) -> list[str]:
         words = "  ".join(
             f"{key} {percent(share)}".strip() for key, share in shares.items() if isinstance(share, (int, float))
         )
-        lines.append(f"  {inert(str(who), 60):12} {inert(words)}")
+        lines.append(f"  {escape_control_chars(str(who), 60):12} {escape_control_chars(words)}")
     return lines
 
 
 def _pairs_lines(scored: Mapping[str, Any]) -> list[str]:
     """How well held-out pairs are told apart, by stage; `accuracy` is the share of pairs that are right."""
     found = {name: figures for name, value in scored.items() if (figures := _numbers(value))}
-    lines = [f"  {f'{inert(name, 60):12} ' if name else ''}{show(figures)}" for name, figures in found.items()]
+    lines = [
+        f"  {f'{escape_control_chars(name, 60):12} ' if name else ''}{format_stats(figures)}"
+        for name, figures in found.items()
+    ]
     return ["held-out pairs", *lines] if lines else []
 
 
-_PLACES = {
+_OUTPUTS = {
     "final": "the adapter, to load, merge or export",
     "report.html": "curves, samples and warnings, for a browser",
     "summary.json": "this table for programs",

@@ -9,19 +9,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from lowrank_tune.ui import inert
-from lowrank_tune.ui.columns import ENDLESS, Columns
+from lowrank_tune.ui import escape_control_chars
+from lowrank_tune.ui.columns import UNLIMITED, Columns
 from lowrank_tune.ui.frame import STYLES, wrap
-from lowrank_tune.ui.prompt import Piped, Typed
+from lowrank_tune.ui.prompt import InteractiveInput, PipedInput
 from lowrank_tune.ui.terminal import ascii_only
 
-WIDE = 100
+MIN_TWO_COLUMN_WIDTH = 100
 """Columns from which on two answers stand beside each other."""
-VOICES = {"base": "second", "tuned": "first"}
+VARIANT_STYLES = {"base": "second", "tuned": "first"}
 """A style for each voice."""
 
 
-class Shown(Protocol):
+class AnswerView(Protocol):
     """Answers while they grow, by number. `together`: they may grow at once."""
 
     together: bool
@@ -30,12 +30,12 @@ class Shown(Protocol):
     def end(self, number: int, facts: str, warns: bool) -> None: ...
 
 
-def cleaned(text: str) -> str:
+def escape_keep_newlines(text: str) -> str:
     """A piece of text without anything that a terminal would obey; its line breaks stay."""
-    return "\n".join(inert(line) for line in text.replace("\t", "    ").split("\n"))
+    return "\n".join(escape_control_chars(line) for line in text.replace("\t", "    ").split("\n"))
 
 
-class Screen:
+class ChatScreen:
     """Where the chat takes place. `live` only where a person types and sees: there are colours then, and an answer's
     facts below it.
 
@@ -45,30 +45,32 @@ class Screen:
     def __init__(self, commands: Sequence[str], environ: Mapping[str, str] = os.environ) -> None:
         self.live = sys.stdin.isatty() and sys.stdout.isatty()
         self.smart = self.live and environ.get("TERM", "dumb") not in ("", "dumb")
-        self.colour = self.smart and not environ.get("NO_COLOR")
+        self.color = self.smart and not environ.get("NO_COLOR")
         self.bar = "|" if ascii_only(sys.stdout, environ) else "│"
-        self.input: Typed | Piped = Typed("you>", self._code("strong"), commands) if self.live else Piped()
+        self.input: InteractiveInput | PipedInput = (
+            InteractiveInput("you>", self._code("strong"), commands) if self.live else PipedInput()
+        )
 
     def note(self, text: str, style: str = "quiet") -> None:
         """Something to know."""
         file = sys.stdout if self.live else sys.stderr
-        for line in map(inert, text.split("\n")):
-            for row in (wrap(line, self.size()[0], ENDLESS) or [""]) if self.live else [line]:
+        for line in map(escape_control_chars, text.split("\n")):
+            for row in (wrap(line, self.size()[0], UNLIMITED) or [""]) if self.live else [line]:
                 file.write(f"{self._styled(self._encoded(row), style)}\n")
         file.flush()
 
-    def answers(self, labels: Sequence[str]) -> Shown:
+    def answers(self, labels: Sequence[str]) -> AnswerView:
         """Room for an answer of each of these voices."""
-        if self.smart and len(labels) > 1 and self.size()[0] >= WIDE:
-            return Beside(self, labels)
-        return Below(self, labels)
+        if self.smart and len(labels) > 1 and self.size()[0] >= MIN_TWO_COLUMN_WIDTH:
+            return SideBySideView(self, labels)
+        return StackedView(self, labels)
 
     def write(self, text: str) -> None:
         sys.stdout.write(self._encoded(text))
         sys.stdout.flush()
 
     @contextmanager
-    def speaking(self) -> Iterator[None]:
+    def without_echo(self) -> Iterator[None]:
         """While an answer comes, typed keys do not show in it; they wait for the next question."""
         before = None
         if self.live:
@@ -89,15 +91,15 @@ class Screen:
         return text.encode(encoding, "backslashreplace").decode(encoding)
 
     def _code(self, style: str) -> str:
-        return STYLES[style][0] if self.colour else ""
+        return STYLES[style][0] if self.color else ""
 
     def _styled(self, text: str, style: str) -> str:
         code = self._code(style)
         return f"\x1b[{code}m{text}\x1b[0m" if code and text else text
 
-    def label(self, voice: str) -> str:
+    def label(self, variant: str) -> str:
         """A voice's name, before what it says."""
-        return self._styled(f"{voice}>" if self.live else f"{voice}:", VOICES.get(voice, "strong"))
+        return self._styled(f"{variant}>" if self.live else f"{variant}:", VARIANT_STYLES.get(variant, "strong"))
 
     def size(self) -> tuple[int, int]:
         """Columns and lines, asked each time: it follows every resize."""
@@ -108,22 +110,22 @@ class Screen:
         return 80, 24
 
 
-class Below:
+class StackedView:
     """One answer after the other, written as it comes; the terminal breaks its lines, so a copy of them is the text as
     it was said."""
 
     together = False
 
-    def __init__(self, screen: Screen, labels: Sequence[str]) -> None:
-        self.screen, self.labels, self._begun = screen, labels, -1
+    def __init__(self, screen: ChatScreen, labels: Sequence[str]) -> None:
+        self.screen, self.labels, self._current = screen, labels, -1
 
     def add(self, number: int, piece: str) -> None:
-        if number != self._begun:
-            self._begun = number
+        if number != self._current:
+            self._current = number
             if self.screen.live or len(self.labels) > 1:
                 self.screen.write(f"{self.screen.label(self.labels[number])} ")
         if piece:
-            self.screen.write(cleaned(piece))
+            self.screen.write(escape_keep_newlines(piece))
 
     def end(self, number: int, facts: str, warns: bool) -> None:
         self.add(number, "")
@@ -134,19 +136,19 @@ class Below:
             )
 
 
-class Beside:
+class SideBySideView:
     """Two answers at once, in columns."""
 
     together = True
 
-    def __init__(self, screen: Screen, labels: Sequence[str]) -> None:
+    def __init__(self, screen: ChatScreen, labels: Sequence[str]) -> None:
         self.screen, self.labels, self._facts = screen, labels, dict[int, tuple[str, bool]]()
-        titles = [[(label, VOICES.get(label, "strong"))] for label in labels]
-        self.columns = Columns(screen.write, screen.size, titles, screen.colour, screen.bar)
+        titles = [[(label, VARIANT_STYLES.get(label, "strong"))] for label in labels]
+        self.columns = Columns(screen.write, screen.size, titles, screen.color, screen.bar)
         self.columns.draw()
 
     def add(self, number: int, piece: str) -> None:
-        self.columns.add(number, cleaned(piece))
+        self.columns.add(number, escape_keep_newlines(piece))
 
     def end(self, number: int, facts: str, warns: bool) -> None:
         self.columns.end(number)

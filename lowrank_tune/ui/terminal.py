@@ -11,11 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from lowrank_tune.ui.frame import Line, coded
+from lowrank_tune.ui.frame import Line, to_ansi
 
 ENTER = b"\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[2J"  # another screen, no cursor, no line wrap
 LEAVE = b"\x1b[0m\x1b[?7h\x1b[?25h\x1b[?1049l"
-PATIENCE = 0.2  # seconds that a slow line may take to swallow a frame before the rest of it is left out
+WRITE_TIMEOUT = 0.2  # seconds that a slow line may take to swallow a frame before the rest of it is left out
 
 
 class Terminal:
@@ -28,7 +28,7 @@ class Terminal:
             self._out = os.open(os.ttyname(descriptor), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
         except OSError:  # a container that hides its terminal's name
             self._out = os.dup(descriptor)
-        self.colour = not environ.get("NO_COLOR")
+        self.color = not environ.get("NO_COLOR")
         self.gone = False
         self._shown: list[Line] = []
 
@@ -52,7 +52,7 @@ class Terminal:
         self._write(ENTER)
 
     def leave(self) -> None:
-        self._write(LEAVE, 10 * PATIENCE)
+        self._write(LEAVE, 10 * WRITE_TIMEOUT)
 
     def show(self, lines: list[Line]) -> None:
         """Writes what differs from the last frame."""
@@ -61,12 +61,12 @@ class Terminal:
         parts = [] if self._shown else ["\x1b[2J"]
         for row, line in enumerate(lines):
             if not self._shown or self._shown[row] != line:
-                parts.append(f"\x1b[{row + 1};1H{coded(line, self.colour)}\x1b[K")
+                parts.append(f"\x1b[{row + 1};1H{to_ansi(line, self.color)}\x1b[K")
         self._shown = lines
         if parts and not self._write("".join(parts).encode("utf-8", "backslashreplace")):
             self._shown = []  # the next frame is a whole one
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """The next frame is a whole one: the screen may hold anything."""
         self._shown = []
 
@@ -74,13 +74,13 @@ class Terminal:
         os.close(self._out)
         os.close(self._control)
 
-    def _write(self, data: bytes, patience: float = PATIENCE) -> bool:
+    def _write(self, data: bytes, timeout: float = WRITE_TIMEOUT) -> bool:
         """Whether all of it went out."""
         while data and not self.gone:
             try:
                 data = data[os.write(self._out, data) :]
             except BlockingIOError:
-                if not select.select([], [self._out], [], patience)[1]:
+                if not select.select([], [self._out], [], timeout)[1]:
                     return False
             except OSError:  # closed by its owner: the run goes on without it
                 self.gone = True

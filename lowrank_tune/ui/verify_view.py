@@ -7,86 +7,96 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.rewards.verdicts import Clash, clashes, verdicts
-from lowrank_tune.ui import inert
+from lowrank_tune.rewards.verdicts import Disagreement, find_disagreements, summarize_verdicts
+from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.figures import number
-from lowrank_tune.verify import Response, Verified
+from lowrank_tune.verify import ResponseItem, VerifyResult
 
 SHOWN = 3
 KINDS = ("pass", "fail", "graded", "error", "timeout")
 
 
-def show(found: Verified, title: str, console: Console) -> None:
+def show(found: VerifyResult, title: str, console: Console) -> None:
     """Draws it."""
-    done, total = len(found.rows), len(found.responses)
-    _say(
+    done, total = len(found.scores), len(found.responses)
+    _print(
         console,
-        f"{inert(title)}: {done:,} responses judged" + (f" of {total:,}, interrupted" if found.interrupted else ""),
+        f"{escape_control_chars(title)}: {done:,} responses judged"
+        + (f" of {total:,}, interrupted" if found.interrupted else ""),
     )
-    for reason, gone in found.dropped.items():
-        _say(console, f"  {gone.count:,} rows are none: {inert(reason, 200)} ({inert(', '.join(gone.places), 200)})")
-    if not found.rows:
+    for reason, dropped in found.dropped.items():
+        _print(
+            console,
+            f"  {dropped.count:,} rows are none: {escape_control_chars(reason, 200)} ({escape_control_chars(', '.join(dropped.locations), 200)})",
+        )
+    if not found.scores:
         return
     console.print(_figures(found))
-    for clash in clashes(found.weighted, found.rows):
-        _clash(found, clash, console)
+    for disagreement in find_disagreements(found.weighted, found.scores):
+        _disagreement(found, disagreement, console)
     _failures(found, console)
-    if (why := found.stops()) is not None:
-        _say(console, f"a run would stop: {inert(why, 600)}")
+    if (why := found.stop_reason()) is not None:
+        _print(console, f"a run would stop: {escape_control_chars(why, 600)}")
 
 
-def _say(console: Console, sentence: str) -> None:
+def _print(console: Console, text: str) -> None:
     """In one line, however long: a terminal folds it, a file keeps it whole."""
-    console.print(Text(sentence), soft_wrap=True)
+    console.print(Text(text), soft_wrap=True)
 
 
-def _figures(found: Verified) -> Table:
+def _figures(found: VerifyResult) -> Table:
     """A line a reward. Milliseconds of one completion: the median, one in twenty above, the longest."""
-    told = [
-        verdicts(each.name, each.reward.judges, [scores[place] for scores in found.rows])
-        for place, each in enumerate(found.weighted)
+    stats = [
+        summarize_verdicts(each.name, each.reward.is_verifier, [scores[index] for scores in found.scores])
+        for index, each in enumerate(found.weighted)
     ]
-    kinds = [kind for kind in KINDS if any(each.counts.get(kind) for each in told)]
+    kinds = [kind for kind in KINDS if any(each.counts.get(kind) for each in stats)]
     table = Table("reward", *kinds, "mean", "spread", "ms", "p95", "max", box=None)
-    for each in told:
-        times = (f"{1e3 * seconds:.3g}" for seconds in (each.median_seconds, each.p95_seconds, each.longest_seconds))
+    for each in stats:
+        times = (f"{1e3 * seconds:.3g}" for seconds in (each.median_seconds, each.p95_seconds, each.max_seconds))
         counts = (f"{each.counts.get(kind, 0):,}" for kind in kinds)
-        table.add_row(inert(each.name, 40), *counts, number(each.mean), number(each.spread), *times)
+        table.add_row(escape_control_chars(each.name, 40), *counts, number(each.mean), number(each.std), *times)
     return table
 
 
-def _clash(found: Verified, clash: Clash, console: Console) -> None:
-    apart = len(clash.only_one) + len(clash.only_other)
-    share = f", {apart / clash.both_told:.1%}" if clash.both_told else ""
-    _say(console, f"\n`{clash.one}` and `{clash.other}` disagree on {apart:,} of {clash.both_told:,}{share}")
-    for who, other, numbers in ((clash.one, clash.other, clash.only_one), (clash.other, clash.one, clash.only_other)):
+def _disagreement(found: VerifyResult, disagreement: Disagreement, console: Console) -> None:
+    apart = len(disagreement.only_first) + len(disagreement.only_second)
+    share = f", {apart / disagreement.num_both_scored:.1%}" if disagreement.num_both_scored else ""
+    _print(
+        console,
+        f"\n`{disagreement.first}` and `{disagreement.second}` disagree on {apart:,} of {disagreement.num_both_scored:,}{share}",
+    )
+    for who, other, numbers in (
+        (disagreement.first, disagreement.second, disagreement.only_first),
+        (disagreement.second, disagreement.first, disagreement.only_second),
+    ):
         if numbers:
-            _say(console, f"  right by `{who}`, wrong by `{other}`: {len(numbers):,}")
-        for place in numbers[:SHOWN]:
-            _say(
+            _print(console, f"  right by `{who}`, wrong by `{other}`: {len(numbers):,}")
+        for index in numbers[:SHOWN]:
+            _print(
                 console,
-                f"    {_where(found.responses[place])}: {inert(found.responses[place].item.completion[-200:], 160)}",
+                f"    {_where(found.responses[index])}: {escape_control_chars(found.responses[index].reward_input.completion[-200:], 160)}",
             )
 
 
-def _failures(found: Verified, console: Console) -> None:
+def _failures(found: VerifyResult, console: Console) -> None:
     """The responses on which a reward failed, with the reasons."""
-    for place, each in enumerate(found.weighted):
-        lost = [
-            (response, scores[place])
-            for response, scores in zip(found.responses, found.rows, strict=False)
-            if scores[place].value is None
+    for index, each in enumerate(found.weighted):
+        failed = [
+            (response, scores[index])
+            for response, scores in zip(found.responses, found.scores, strict=False)
+            if scores[index].value is None
         ]
-        if lost:
-            _say(
+        if failed:
+            _print(
                 console,
-                f"\n`{each.name}` failed on {len(lost):,}; a run would "
+                f"\n`{each.name}` failed on {len(failed):,}; a run would "
                 f"{'stop' if each.on_error == 'stop' else 'drop them'}",
             )
-        for response, score in lost[:SHOWN]:
-            _say(console, f"  {_where(response)}: {score.verdict}: {inert(score.reason, 300)}")
+        for response, score in failed[:SHOWN]:
+            _print(console, f"  {_where(response)}: {score.verdict}: {escape_control_chars(score.reason, 300)}")
 
 
-def _where(response: Response) -> str:
-    place = inert(response.place.rpartition("/")[2], 60)
-    return f"{place} no. {response.number}" if response.number > 1 else place
+def _where(response: ResponseItem) -> str:
+    place = escape_control_chars(response.position.rpartition("/")[2], 60)
+    return f"{place} no. {response.index}" if response.index > 1 else place

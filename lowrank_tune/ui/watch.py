@@ -15,14 +15,14 @@ from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, RunEnded, RunStarted, from_json
 from lowrank_tune.ui.frame import Line
 from lowrank_tune.ui.panes import View
-from lowrank_tune.ui.plain import Plain
+from lowrank_tune.ui.plain import LineLogger
 from lowrank_tune.ui.render import render_several
-from lowrank_tune.ui.session import Session
+from lowrank_tune.ui.session import LiveScreen
 from lowrank_tune.ui.stages import EVENTS, is_chain, stage_folders
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal import can_show
 
-POLL_SECONDS, MOST_BYTES = 0.3, 8_000_000
+POLL_SECONDS, MAX_BYTES = 0.3, 8_000_000
 
 
 class Tail:
@@ -44,10 +44,10 @@ class Tail:
                 if anew or self._inode is None:
                     self._inode, self._offset, self._rest = facts.st_ino, 0, b""
                 file.seek(self._offset)
-                data = file.read(MOST_BYTES)
+                data = file.read(MAX_BYTES)
         except OSError:
             return False, []
-        self._offset, self.more = self._offset + len(data), len(data) == MOST_BYTES
+        self._offset, self.more = self._offset + len(data), len(data) == MAX_BYTES
         *lines, self._rest = (self._rest + data).split(b"\n")
         return anew, [event for line in lines if (event := _event(line)) is not None]
 
@@ -60,7 +60,7 @@ def _event(line: bytes) -> Event | None:
         return None
 
 
-def events_in(path: Path) -> Iterator[Event]:
+def read_events(path: Path) -> Iterator[Event]:
     """The events that a file holds now."""
     tail = Tail(path)
     while events := tail.poll()[1]:
@@ -91,7 +91,7 @@ class Tails:
         return anew, events
 
 
-class Watched:
+class WatchedRun:
     """One run, or a chain of stages, as it is seen from its files."""
 
     def __init__(self, *paths: Path) -> None:
@@ -106,14 +106,14 @@ class Watched:
         return anew or bool(events)
 
 
-def files_of(run: Path) -> list[Path]:
+def event_files(run: Path) -> list[Path]:
     """The files of events of a run or a chain, from its folder, or itself. Raises UserError where there is no run."""
     return [folder / EVENTS for folder in stage_folders(run)] if is_chain(run) else [_single(run)]
 
 
-def file_of(run: Path) -> Path:
+def latest_event_file(run: Path) -> Path:
     """A run's file of events; of a chain the one of the stage that began last. Raises UserError where there is none."""
-    files = files_of(run)
+    files = event_files(run)
     return next((file for file in reversed(files) if file.is_file()), files[0])
 
 
@@ -128,10 +128,10 @@ def _single(run: Path) -> Path:
 
 def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: bool = False) -> None:
     """Shows runs until `q` or Ctrl-C; without a fit terminal, as lines until the last one has ended."""
-    paths = [files_of(run) for run in runs]
+    paths = [event_files(run) for run in runs]
     if plain or not can_show(sys.stdout, environ, forced=True):
-        return _lines(paths)
-    watched = [Watched(*files) for files in paths]
+        return _print_lines(paths)
+    watched = [WatchedRun(*files) for files in paths]
     over, failures = threading.Event(), []
 
     def changed() -> bool:
@@ -140,39 +140,39 @@ def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: 
     def draw(view: View, width: int, height: int) -> list[Line]:
         return render_several([one.state for one in watched], view, width, height)
 
-    def press(key: str) -> None:
+    def on_key(key: str) -> None:
         if key == "q":
             over.set()
 
-    def broke(error: Exception) -> None:
+    def on_failure(error: Exception) -> None:
         failures.append(error)
         over.set()
 
     # Ctrl-C is the usual way out. As an exception it could fall into a callback of the interpreter and be lost there.
     before = signal.signal(signal.SIGINT, lambda *_: over.set())
-    session = Session(draw, changed, press, broke, mine=False, environ=environ)
-    session.start()
+    screen = LiveScreen(draw, changed, on_key, on_failure, owns_run=False, environ=environ)
+    screen.start()
     try:
-        while not over.wait(POLL_SECONDS) and not session.terminal.gone:
+        while not over.wait(POLL_SECONDS) and not screen.terminal.gone:
             pass  # in short waits, so that signals are heard
     finally:
-        session.close()
+        screen.close()
         signal.signal(signal.SIGINT, before)
     if failures:
         raise failures[0]
 
 
-def _lines(runs: Sequence[Sequence[Path]]) -> None:
+def _print_lines(runs: Sequence[Sequence[Path]]) -> None:
     """Each run's events as plain lines, one run after the other, followed to its end: that of the last stage, or of one
     that broke."""
     for paths in runs:
-        tails, plain, ended, stage = Tails(paths), Plain(), False, 1
+        tails, line_logger, ended, stage = Tails(paths), LineLogger(), False, 1
         while not ended:
             _, events = tails.poll()
             for event in events:
-                plain(event)
+                line_logger(event)
                 stage = event.stage if isinstance(event, RunStarted) else stage
                 ended = isinstance(event, RunEnded) and (event.status != "done" or stage >= len(paths))
             if not events and not ended:
                 time.sleep(POLL_SECONDS)
-        plain.close()
+        line_logger.close()

@@ -16,14 +16,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, LLAMA3, NO_SYSTEM, SHARED, tiny, tokenizer
 
-from lowrank_tune.data import Asked, AskedReport, AskedSet, Place, Template, asked_order, load_asked, prompts
-from lowrank_tune.data.asked import NO_GOLD
+from lowrank_tune.data import (
+    ChatTemplate,
+    PromptDataset,
+    PromptExample,
+    PromptReport,
+    RowLocation,
+    load_heldout_prompts,
+    load_prompts,
+    make_prompt_sampler,
+)
+from lowrank_tune.data.asked import MISSING_ANSWER
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Event, Note, Progress
-from lowrank_tune.settings import Data, Source, Train
+from lowrank_tune.events import Event, LogMessage, Progress
+from lowrank_tune.settings import DataConfig, SourceConfig, TrainingConfig
 from lowrank_tune.types import Message
 
-TEMPLATE = Template.of(tiny())
+TEMPLATE = ChatTemplate.from_tokenizer(tiny())
 ROWS = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}", "level": n} for n in range(12)]
 
 
@@ -32,22 +41,24 @@ def write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def found(*sources: Source | str, template: Template = TEMPLATE, judge: bool = True, **data: Any) -> AskedSet:
-    made = tuple(Source(dataset=source) if isinstance(source, str) else source for source in sources)
-    return load_asked(Data(**{"train": made, **data}), template, 0, lambda event: None, judge)
+def loaded(
+    *sources: SourceConfig | str, template: ChatTemplate = TEMPLATE, judge: bool = True, **data: Any
+) -> PromptDataset:
+    made = tuple(SourceConfig(dataset=source) if isinstance(source, str) else source for source in sources)
+    return load_prompts(DataConfig(**{"train": made, **data}), template, 0, lambda event: None, judge)
 
 
 def test_a_row_becomes_a_prompt(tmp_path: Path) -> None:
-    made = found(write(tmp_path / "a.jsonl", ROWS))
-    assert [one.text for one in made.asked] == [row["question"] for row in ROWS] and [
-        one.row for one in made.asked
+    made = loaded(write(tmp_path / "a.jsonl", ROWS))
+    assert [one.text for one in made.examples] == [row["question"] for row in ROWS] and [
+        one.row for one in made.examples
     ] == ROWS
-    assert [one.gold for one in made.asked] == [str(n + 1) for n in range(12)]
-    for one, length in zip(made.asked, made.lengths, strict=True):
-        assert list(one.ids) == TEMPLATE.prompt([Message("user", one.text)]) and len(one.ids) == length
-    assert [str(place) for place in made.places] == [f"{tmp_path}/a.jsonl:{line}" for line in range(1, 13)]
+    assert [one.ground_truth for one in made.examples] == [str(n + 1) for n in range(12)]
+    for one, length in zip(made.examples, made.lengths, strict=True):
+        assert list(one.input_ids) == TEMPLATE.prompt([Message("user", one.text)]) and len(one.input_ids) == length
+    assert [str(place) for place in made.locations] == [f"{tmp_path}/a.jsonl:{line}" for line in range(1, 13)]
     report = made.report.train[0]
-    assert (report.read, report.used, report.rejected, report.golds, report.format) == (
+    assert (report.read, report.used, report.num_dropped, report.ground_truths, report.format) == (
         12,
         12,
         0,
@@ -77,13 +88,16 @@ CONVERSATIONS: dict[str, tuple[Any, list[Message]]] = {
 
 @pytest.mark.parametrize("case", CONVERSATIONS)
 def test_conversations(tmp_path: Path, case: str) -> None:
-    turns, asked = CONVERSATIONS[case]
+    turns, messages = CONVERSATIONS[case]
     roles = {"u": "user", "a": "assistant", "s": "system"}
     row = {"messages": [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]}
     for system in (None, "Be brief."):
-        made = found(write(tmp_path / "a.jsonl", [row]), system=system)
-        behind = [Message("system", system), *asked] if system and asked[0].role != "system" else asked
-        assert list(made.asked[0].ids) == TEMPLATE.prompt(behind) and made.asked[0].text == asked[-1].content
+        made = loaded(write(tmp_path / "a.jsonl", [row]), system=system)
+        behind = [Message("system", system), *messages] if system and messages[0].role != "system" else messages
+        assert (
+            list(made.examples[0].input_ids) == TEMPLATE.prompt(behind)
+            and made.examples[0].text == messages[-1].content
+        )
 
 
 def test_what_gives_no_prompt_is_dropped_with_its_line(tmp_path: Path) -> None:
@@ -96,32 +110,35 @@ def test_what_gives_no_prompt_is_dropped_with_its_line(tmp_path: Path) -> None:
     ]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
-    made = found(str(path), judge=False, max_prompt_length=40)
+    made = loaded(str(path), judge=False, max_prompt_length=40)
     report = made.report.train[0]
-    assert (report.read, report.used, report.rejected, report.golds) == (
+    assert (report.read, report.used, report.num_dropped, report.ground_truths) == (
         17,
         12,
         5,
         12,
     ) and report.longest > 40 >= made.lengths.max()
-    told = {reason: dropped.places for reason, dropped in report.dropped.items()}
-    assert told["empty question"] == [f"{path}:13"] and told["column `answer` is null"] == [f"{path}:14"]
+    lines_by_reason = {reason: dropped.locations for reason, dropped in report.dropped.items()}
+    assert lines_by_reason["empty question"] == [f"{path}:13"] and lines_by_reason["column `answer` is null"] == [
+        f"{path}:14"
+    ]
     assert (
-        told["longer than data.max_prompt_length (40 tokens)"] == [f"{path}:16"] and sum(map(len, told.values())) == 5
+        lines_by_reason["longer than data.max_prompt_length (40 tokens)"] == [f"{path}:16"]
+        and sum(map(len, lines_by_reason.values())) == 5
     )
     with pytest.raises(UserError, match=r"a.jsonl: 5 of 17 rows cannot be used: .*raise `data.max_rejected_share`"):
-        found(str(path), max_prompt_length=40)
-    assert len(found(str(path), max_prompt_length=40, max_rejected_share=0.3)) == 12
+        loaded(str(path), max_prompt_length=40)
+    assert len(loaded(str(path), max_prompt_length=40, max_rejected_share=0.3)) == 12
 
 
 def test_the_limit_itself_fits(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS[:1])
-    length = int(found(path).lengths[0])
-    assert len(found(path, max_prompt_length=length)) == 1
+    length = int(loaded(path).lengths[0])
+    assert len(loaded(path, max_prompt_length=length)) == 1
     with pytest.raises(
         UserError, match=f"none of its 1 rows can be used: 1: longer than data.max_prompt_length .{length - 1} tokens"
     ):
-        found(path, max_prompt_length=length - 1, max_rejected_share=1.0)
+        loaded(path, max_prompt_length=length - 1, max_rejected_share=1.0)
 
 
 REFUSING = LLAMA3.replace(
@@ -135,22 +152,22 @@ REFUSING = LLAMA3.replace(
     [("words", "Hm.\n\nAssistant: b"), (REFUSING, "forbidden")],
     ids=["plain words", "own template"],
 )
-def test_what_the_template_cannot_ask(tmp_path: Path, template: str, bad: str) -> None:
-    made = Template.of(tokenizer("words") if template == "words" else tiny(template))
-    reason = made.spoils([Message("user", bad)])
+def test_prompts_that_the_template_cannot_render_are_dropped(tmp_path: Path, template: str, bad: str) -> None:
+    made = ChatTemplate.from_tokenizer(tokenizer("words") if template == "words" else tiny(template))
+    reason = made.validate_messages([Message("user", bad)])
     assert reason
-    told = found(write(tmp_path / "a.jsonl", [*ROWS, {"question": bad, "answer": "1"}]), template=made)
-    dropped = {why: gone.places for why, gone in told.report.train[0].dropped.items()}
-    assert len(told) == 12 and dropped == {reason: [f"{tmp_path}/a.jsonl:13"]}
+    loaded_set = loaded(write(tmp_path / "a.jsonl", [*ROWS, {"question": bad, "answer": "1"}]), template=made)
+    dropped = {why: gone.locations for why, gone in loaded_set.report.train[0].dropped.items()}
+    assert len(loaded_set) == 12 and dropped == {reason: [f"{tmp_path}/a.jsonl:13"]}
 
 
 @pytest.mark.parametrize("own", [CHATML, NO_SYSTEM])
 def test_a_prompt_is_what_held_out_questions_are(tmp_path: Path, own: str) -> None:
-    template, path = Template.of(tiny(own)), write(tmp_path / "a.jsonl", ROWS)
-    asked = found(path, template=template, system="Be brief.").asked
-    for one, other in zip(asked, prompts(Source(dataset=path), 12, 0, "Be brief."), strict=True):
-        assert list(one.ids) == template.prompt(other.messages)
-        assert (one.text, one.gold, one.row) == (other.messages[-1].content, other.gold, other.row)
+    template, path = ChatTemplate.from_tokenizer(tiny(own)), write(tmp_path / "a.jsonl", ROWS)
+    examples = loaded(path, template=template, system="Be brief.").examples
+    for one, other in zip(examples, load_heldout_prompts(SourceConfig(dataset=path), 12, 0, "Be brief."), strict=True):
+        assert list(one.input_ids) == template.prompt(other.messages)
+        assert (one.text, one.ground_truth, one.row) == (other.messages[-1].content, other.ground_truth, other.row)
 
 
 def test_several_sources_in_their_order(tmp_path: Path) -> None:
@@ -158,7 +175,7 @@ def test_several_sources_in_their_order(tmp_path: Path) -> None:
         write(tmp_path / "a.jsonl", ROWS[:3] * 2),
         write(tmp_path / "b.jsonl", [{**row, "answer": "?"} for row in ROWS[2:6]]),
     )
-    made = found(one, Source(dataset=other), Source(dataset="tutor", rows=5))
+    made = loaded(one, SourceConfig(dataset=other), SourceConfig(dataset="tutor", rows=5))
     assert (
         made.source_of.tolist() == [0] * 6 + [1] * 4 + [2] * 5
         and made.source_of.dtype == np.int32
@@ -166,9 +183,9 @@ def test_several_sources_in_their_order(tmp_path: Path) -> None:
     )
     # one more stands in both
     assert [part.duplicates for part in made.report.train] == [3, 0, 0] and made.report.duplicates == 4
-    assert [part.golds for part in made.report.train] == [6, 0, 5]
-    assert [one.gold is None for one in made.asked] == [False] * 6 + [True] * 4 + [False] * 5
-    assert made.asked[10].row["gold"] == made.asked[10].gold and str(made.places[10]) == "tutor:1"
+    assert [part.ground_truths for part in made.report.train] == [6, 0, 5]
+    assert [one.ground_truth is None for one in made.examples] == [False] * 6 + [True] * 4 + [False] * 5
+    assert made.examples[10].row["gold"] == made.examples[10].ground_truth and str(made.locations[10]) == "tutor:1"
     lines = made.report.lines()
     assert lines[0].startswith(f"{one} (question_answer): prompts of 6 of 6 rows, ") and lines[0].endswith(
         " tokens, 6 with a gold answer"
@@ -180,63 +197,69 @@ def test_several_sources_in_their_order(tmp_path: Path) -> None:
     assert json.loads(json.dumps(made.report.to_dict()))["train_rows"] == 15
 
 
-def test_golds_that_a_reward_needs(tmp_path: Path) -> None:
+def test_ground_truths_that_a_reward_needs(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*ROWS, {"question": "Why?", "answer": "So."}])
-    assert len(found(path)) == 13
-    data = Data(train=(Source(dataset=path),))
-    made = load_asked(data, TEMPLATE, 0, lambda event: None, needs_gold=True)
-    assert len(made) == 12 and {why: gone.places for why, gone in made.report.train[0].dropped.items()} == {
-        NO_GOLD: [f"{path}:13"]
+    assert len(loaded(path)) == 13
+    data = DataConfig(train=(SourceConfig(dataset=path),))
+    made = load_prompts(data, TEMPLATE, 0, lambda event: None, needs_ground_truth=True)
+    assert len(made) == 12 and {why: gone.locations for why, gone in made.report.train[0].dropped.items()} == {
+        MISSING_ANSWER: [f"{path}:13"]
     }
     with pytest.raises(UserError, match="1 of 13 rows cannot be used: 1: no gold answer"):
-        load_asked(
-            data.model_copy(update={"max_rejected_share": 0.05}), TEMPLATE, 0, lambda event: None, needs_gold=True
+        load_prompts(
+            data.model_copy(update={"max_rejected_share": 0.05}),
+            TEMPLATE,
+            0,
+            lambda event: None,
+            needs_ground_truth=True,
         )
 
 
 def test_preferences_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     with pytest.raises(UserError, match="these rows are preference pairs"):
-        found(path)
+        loaded(path)
 
 
 def test_progress_and_notes(tmp_path: Path) -> None:
-    told: list[Event] = []
-    load_asked(Data(train=(Source(dataset=write(tmp_path / "a.jsonl", ROWS)),)), TEMPLATE, 0, told.append)
-    assert [event.done for event in told if isinstance(event, Progress)] == [0, 12]
-    assert [event.message for event in told if isinstance(event, Note)] == [
+    events: list[Event] = []
+    load_prompts(
+        DataConfig(train=(SourceConfig(dataset=write(tmp_path / "a.jsonl", ROWS)),)), TEMPLATE, 0, events.append
+    )
+    assert [event.done for event in events if isinstance(event, Progress)] == [0, 12]
+    assert [event.message for event in events if isinstance(event, LogMessage)] == [
         f"{tmp_path}/a.jsonl: 12 rows of the shape `question_answer`"
     ]
 
 
-def asked_set(*counts: int) -> AskedSet:
+def prompt_dataset(*counts: int) -> PromptDataset:
     """So many prompts of each source."""
     size = sum(counts)
     source_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    asked = [Asked(array("i", [1] * (1 + n % 7)), str(n), None, {}) for n in range(size)]
-    return AskedSet(
-        asked,
-        [Place("a", n + 1) for n in range(size)],
+    examples = [PromptExample(array("i", [1] * (1 + n % 7)), str(n), None, {}) for n in range(size)]
+    return PromptDataset(
+        examples,
+        [RowLocation("a", n + 1) for n in range(size)],
         source_of,
-        np.array([len(one.ids) for one in asked]),
-        AskedReport(()),
+        np.array([len(one.input_ids) for one in examples]),
+        PromptReport(()),
     )
 
 
-def data_of(*weights: float | None) -> Data:
-    return Data(train=tuple(Source(dataset="a.jsonl", weight=weight) for weight in weights))
+def data_of(*weights: float | None) -> DataConfig:
+    return DataConfig(train=tuple(SourceConfig(dataset="a.jsonl", weight=weight) for weight in weights))
 
 
 @given(count=st.integers(1, 60), size=st.integers(1, 20), seed=st.integers(0, 3))
 def test_every_prompt_once_an_epoch(count: int, size: int, seed: int) -> None:
     # What a recipe of GRPO cannot say has no say here.
-    train = Train(prompts_per_step=size, rows_per_step=3, length_window=4)
-    made = asked_order(asked_set(count), data_of(None), train, seed)
+    train = TrainingConfig(prompts_per_step=size, rows_per_step=3, length_window=4)
+    made = make_prompt_sampler(prompt_dataset(count), data_of(None), train, seed)
     steps = [made.rows(step) for step in range(made.steps_per_epoch)]
     assert sorted(itertools.chain(*steps)) == list(range(count))
     assert all(len(step) == size for step in steps[:-1] if size <= count and count % size == 0)
     assert made.steps_per_epoch == -(-count // size) and made.steps_of(2.0) == 2 * made.steps_per_epoch
-    fresh = asked_order(asked_set(count), data_of(None), train, seed)
+    fresh = make_prompt_sampler(prompt_dataset(count), data_of(None), train, seed)
     assert fresh.rows(5 * made.steps_per_epoch) == made.rows(5 * made.steps_per_epoch)
 
 
@@ -248,28 +271,31 @@ def test_every_prompt_once_an_epoch(count: int, size: int, seed: int) -> None:
     draw=st.integers(1, 3),
 )
 def test_others_are_others_while_there_are_enough(count: int, size: int, wanted: int, step: int, draw: int) -> None:
-    made = asked_order(asked_set(count), data_of(None), Train(prompts_per_step=size), 1)
-    own, others = set(made.rows(step)), made.others(step, draw, wanted)
+    made = make_prompt_sampler(prompt_dataset(count), data_of(None), TrainingConfig(prompts_per_step=size), 1)
+    own, others = set(made.rows(step)), made.replacement_prompts(step, draw, wanted)
     enough = count - len(own)
     assert len(others) == wanted and not own & set(others[:enough]) and len(set(others[:count])) == min(wanted, count)
     assert set(others[enough:count]) <= own
-    fresh = asked_order(asked_set(count), data_of(None), Train(prompts_per_step=size), 1)
-    assert fresh.others(step, draw, wanted) == others and made.others(step, draw, wanted + 3)[:wanted] == others
+    fresh = make_prompt_sampler(prompt_dataset(count), data_of(None), TrainingConfig(prompts_per_step=size), 1)
+    assert (
+        fresh.replacement_prompts(step, draw, wanted) == others
+        and made.replacement_prompts(step, draw, wanted + 3)[:wanted] == others
+    )
 
 
 def test_others_differ_by_seed_step_and_draw() -> None:
-    made = [asked_order(asked_set(300), data_of(None), Train(), seed) for seed in (0, 1)]
-    drawn = [tuple(order.others(step, draw, 8)) for order in made for step in (3, 4) for draw in (1, 2)]
+    made = [make_prompt_sampler(prompt_dataset(300), data_of(None), TrainingConfig(), seed) for seed in (0, 1)]
+    drawn = [tuple(order.replacement_prompts(step, draw, 8)) for order in made for step in (3, 4) for draw in (1, 2)]
     assert len(set(drawn)) == 8
 
 
 def test_others_come_by_weight() -> None:
-    weighted = asked_order(asked_set(900, 100), data_of(0.2, 0.8), Train(prompts_per_step=10), 0)
-    counts = Counter(other >= 900 for step in range(400) for other in weighted.others(step, 1, 4))
+    weighted = make_prompt_sampler(prompt_dataset(900, 100), data_of(0.2, 0.8), TrainingConfig(prompts_per_step=10), 0)
+    counts = Counter(other >= 900 for step in range(400) for other in weighted.replacement_prompts(step, 1, 4))
     assert abs(counts[True] / 1600 - 0.8) < 0.05
     assert sum(row >= 900 for step in range(100) for row in weighted.rows(step)) == 800
-    plain = asked_order(asked_set(900, 100), data_of(None, None), Train(prompts_per_step=10), 0)
-    assert Counter(other >= 900 for step in range(400) for other in plain.others(step, 1, 4))[
+    plain = make_prompt_sampler(prompt_dataset(900, 100), data_of(None, None), TrainingConfig(prompts_per_step=10), 0)
+    assert Counter(other >= 900 for step in range(400) for other in plain.replacement_prompts(step, 1, 4))[
         True
     ] / 1600 == pytest.approx(0.1, abs=0.03)
 
@@ -290,15 +316,17 @@ SVAMP = {"format": "alpaca", "columns": {"instruction": "Body", "input": "Questi
 def test_real_files(path: str, more: dict[str, Any], read: int, least_used: int, least_golds: int) -> None:
     if not (SHARED / "data" / path).is_file():
         pytest.skip("needs ../shared")
-    template = Template.of(tokenizer("tokenizers/gpt2"))
-    made = found(Source(dataset=str(SHARED / "data" / path), **more), template=template)
+    template = ChatTemplate.from_tokenizer(tokenizer("tokenizers/gpt2"))
+    made = loaded(SourceConfig(dataset=str(SHARED / "data" / path), **more), template=template)
     report = made.report.train[0]
     assert (
-        (report.read, report.used + report.rejected) == (read, read)
+        (report.read, report.used + report.num_dropped) == (read, read)
         and report.used >= least_used
-        and report.golds >= least_golds
+        and report.ground_truths >= least_golds
     )
-    assert report.golds == sum(one.gold is not None for one in made.asked) and made.lengths.max() <= 512
+    assert (
+        report.ground_truths == sum(one.ground_truth is not None for one in made.examples) and made.lengths.max() <= 512
+    )
     if report.dropped:
         assert list(report.dropped) == ["longer than data.max_prompt_length (512 tokens)"]
-    assert all(template.decode(list(one.ids)).count(one.text.strip()) == 1 for one in made.asked[:50])
+    assert all(template.decode(list(one.input_ids)).count(one.text.strip()) == 1 for one in made.examples[:50])

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, MARKS, REAL, TINY, tiny, tokenizer
 
-from lowrank_tune.data import RowFault, Template
+from lowrank_tune.data import ChatTemplate, InvalidRow
 from lowrank_tune.errors import UserError
 from lowrank_tune.tutor import text as kit
 from lowrank_tune.types import Message, Row
@@ -24,27 +24,27 @@ ENDS = {
     "tokenizers/smollm2-135m-instruct": "<|im_end|>",
     "tokenizers/gpt2": "<|endoftext|>",
 }
-TEMPLATES: dict[str, Template] = {}
+TEMPLATES: dict[str, ChatTemplate] = {}
 
 
-def talk(*contents: str) -> list[Message]:
+def conversation(*contents: str) -> list[Message]:
     return [Message("assistant" if place % 2 else "user", content) for place, content in enumerate(contents)]
 
 
-def said(template: Template, row: Row) -> str:
+def trained_text(template: ChatTemplate, row: Row) -> str:
     """What the mask covers, stretch by stretch."""
     stretches = [
         [number for number, _ in run]
-        for says, run in groupby(zip(row.ids, row.says, strict=True), key=lambda pair: pair[1])
-        if says
+        for trained, run in groupby(zip(row.input_ids, row.completion_mask, strict=True), key=lambda pair: pair[1])
+        if trained
     ]
-    return "".join(template.decode(stretch, marks=True) for stretch in stretches)
+    return "".join(template.decode(stretch, special_tokens=True) for stretch in stretches)
 
 
-def template_of(name: str) -> Template:
+def template_of(name: str) -> ChatTemplate:
     """Made once: the real vocabularies take seconds."""
     if name not in TEMPLATES:
-        TEMPLATES[name] = Template.of(tokenizer(name))
+        TEMPLATES[name] = ChatTemplate.from_tokenizer(tokenizer(name))
     return TEMPLATES[name]
 
 
@@ -52,61 +52,67 @@ def template_of(name: str) -> Template:
 def test_mask_is_answer_and_end(name: str) -> None:
     template = template_of(name)
     end = ENDS.get(name, "</s>")
-    row = template.encode(talk("What is 12 + 30?", "It is 42."))
-    assert said(template, row) == f"It is 42.{end}"
-    assert len(row.ids) == len(row.says)
-    last = [number for number, says in zip(row.ids, row.says, strict=True) if says][-1]
+    row = template.encode(conversation("What is 12 + 30?", "It is 42."))
+    assert trained_text(template, row) == f"It is 42.{end}"
+    assert len(row.input_ids) == len(row.completion_mask)
+    last = [number for number, trained in zip(row.input_ids, row.completion_mask, strict=True) if trained][-1]
     assert last in template.end_ids, "a model that learned this would never stop"
 
 
 @pytest.mark.parametrize("name", [*TINY, *REAL])
 def test_every_turn_is_trained(name: str) -> None:
     template = template_of(name)
-    row = template.encode(talk("What is 1 + 2?", "It is 3.", "And 4?", "It is 7."))
+    row = template.encode(conversation("What is 1 + 2?", "It is 3.", "And 4?", "It is 7."))
     end = ENDS.get(name, "</s>")
     first = kit.END_OF_TURN if name == "kit" else "" if name == "no end" else end
-    assert said(template, row) == f"It is 3.{first}It is 7.{end}"
+    assert trained_text(template, row) == f"It is 3.{first}It is 7.{end}"
 
 
 @pytest.mark.parametrize("name", [*TINY, *REAL])
 def test_at_most_one_bos_and_one_end(name: str) -> None:
     made = template_of(name).tokenizer
-    row = template_of(name).encode(talk("Hm?", "Yes."))
+    row = template_of(name).encode(conversation("Hm?", "Yes."))
     if made.bos_token_id != made.eos_token_id and "smollm2" not in name:
-        assert list(row.ids).count(made.bos_token_id) <= 1
-    assert sum(number == made.eos_token_id and says for number, says in zip(row.ids, row.says, strict=True)) == 1
+        assert list(row.input_ids).count(made.bos_token_id) <= 1
+    assert (
+        sum(
+            number == made.eos_token_id and trained
+            for number, trained in zip(row.input_ids, row.completion_mask, strict=True)
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "thinking", "merging", "tokenizers/smollm2-135m-instruct"])
 def test_ids_are_the_stock_ids(name: str) -> None:
     made = template_of(name).tokenizer
-    messages = talk("What is 12 + 30?", "It is 42.", "Why?", "Because.")
+    messages = conversation("What is 12 + 30?", "It is 42.", "Why?", "Because.")
     stock = made.apply_chat_template([vars(message) for message in messages], tokenize=True)["input_ids"]
-    assert list(template_of(name).encode(messages).ids) == stock
+    assert list(template_of(name).encode(messages).input_ids) == stock
 
 
 def test_thoughts_that_are_stripped_later_are_not_trained_earlier() -> None:
-    template = Template.of(tokenizer("thinking"))
-    row = template.encode(talk("One?", "<think> a </think>\nYes.", "Two?", "<think> b </think>\nNo."))
-    assert said(template, row) == "<think> b </think>\nNo.<|im_end|>"
+    template = ChatTemplate.from_tokenizer(tokenizer("thinking"))
+    row = template.encode(conversation("One?", "<think> a </think>\nYes.", "Two?", "<think> b </think>\nNo."))
+    assert trained_text(template, row) == "<think> b </think>\nNo.<|im_end|>"
     assert "only the last answer" in template.describe()
-    assert "only the last answer" not in Template.of(tokenizer("chatml")).describe()
+    assert "only the last answer" not in ChatTemplate.from_tokenizer(tokenizer("chatml")).describe()
 
 
 def test_system_turns() -> None:
-    ruled = [Message("system", "Be brief."), *talk("Hm?", "Yes.")]
+    ruled = [Message("system", "Be brief."), *conversation("Hm?", "Yes.")]
     for name in TINY:
         template = template_of(name)
         row = template.encode(ruled)
-        assert "Be brief." in template.decode(row.ids, marks=True) or name == "merging", name
-        assert said(template, row).startswith("Yes.")
-    folded = Template.of(tokenizer("no system"))
-    assert "Be brief.\n\nHm?" in folded.decode(folded.encode(ruled).ids, marks=True)
+        assert "Be brief." in template.decode(row.input_ids, special_tokens=True) or name == "merging", name
+        assert trained_text(template, row).startswith("Yes.")
+    folded = ChatTemplate.from_tokenizer(tokenizer("no system"))
+    assert "Be brief.\n\nHm?" in folded.decode(folded.encode(ruled).input_ids, special_tokens=True)
 
 
 def test_template_that_renders_nothing_is_a_sentence() -> None:
     with pytest.raises(UserError, match="chat template"):
-        Template.of(tiny("{{ raise_exception('never') }}"))
+        ChatTemplate.from_tokenizer(tiny("{{ raise_exception('never') }}"))
 
 
 PIECES = [*"ab 1$:)(\n]['", "  ", "It", "é", "👍🏽", "\u2028", "\x00", *MARKS, kit.USER, kit.EOS]
@@ -124,27 +130,37 @@ contents = st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map("".joi
 @example(turns=["$", "$", ":", ")"])
 def test_prompt_is_the_beginning_and_no_control_token_comes_from_data(name: str, turns: list[str]) -> None:
     template = template_of(name)
-    messages = talk(*turns)
+    messages = conversation(*turns)
     row = template.encode_many([messages])[0]
-    if isinstance(row, RowFault):
-        assert template.spoils(messages) is not None
+    if isinstance(row, InvalidRow):
+        assert template.validate_messages(messages) is not None
         return
     prompt = template.prompt(messages[:-1])
-    assert list(row.ids[: len(prompt)]) == prompt
-    assert not any(row.says[:0]) and any(row.says[len(prompt) :])
-    plain = template.encode(talk(*["x" for _ in turns]))
-    count = [sum(template.marks_in([number]) for number in each.ids) for each in (row, plain)]
+    assert list(row.input_ids[: len(prompt)]) == prompt
+    assert not any(row.completion_mask[:0]) and any(row.completion_mask[len(prompt) :])
+    plain = template.encode(conversation(*["x" for _ in turns]))
+    count = [sum(template.special_tokens_in([number]) for number in each.input_ids) for each in (row, plain)]
     assert count[0] == count[1], "a control token came out of the text, or one was lost"
     words = template.decode(
-        [number for number, says in zip(row.ids[len(prompt) :], row.says[len(prompt) :], strict=True) if says],
-        marks=True,
+        [
+            number
+            for number, trained in zip(row.input_ids[len(prompt) :], row.completion_mask[len(prompt) :], strict=True)
+            if trained
+        ],
+        special_tokens=True,
     )
     if name in ("kit", "chatml", "thinking", "words", "tokenizers/gpt2", "tokenizers/smollm2-135m-instruct"):
         assert words == turns[-1] + ENDS.get(name, "</s>")
 
 
 def test_many_equal_one_by_one() -> None:
-    rows = [talk("a", "b"), talk("</s>", "It is"), talk("1", "2", "3", "4"), talk("\ud800", "x"), talk("x :", ") y")]
+    rows = [
+        conversation("a", "b"),
+        conversation("</s>", "It is"),
+        conversation("1", "2", "3", "4"),
+        conversation("\ud800", "x"),
+        conversation("x :", ") y"),
+    ]
     for name in TINY:
         template = template_of(name)
         together = template.encode_many(rows)
@@ -152,29 +168,29 @@ def test_many_equal_one_by_one() -> None:
         assert [vars(row) if isinstance(row, Row) else row.reason for row in together] == [
             vars(row) if isinstance(row, Row) else row.reason for row in alone
         ], name
-        assert isinstance(together[3], RowFault) and isinstance(together[0], Row)
+        assert isinstance(together[3], InvalidRow) and isinstance(together[0], Row)
 
 
 def test_merged_edge_keeps_the_prompt() -> None:
     """The tiny vocabulary merges "] " or the like across an edge somewhere; the stock encoding would then change the
     prompt."""
     made, crossed = tokenizer("merging"), 0
-    template = Template.of(made)
+    template = ChatTemplate.from_tokenizer(made)
     for answer in ("It is", "]", " the", "$5", "\n\n", "(a", "INST"):
-        prompt, row = template.prompt(talk("a")), template.encode(talk("a", answer + "."))
-        assert list(row.ids[: len(prompt)]) == prompt
-        assert said(template, row) == f"{answer}.</s>"
+        prompt, row = template.prompt(conversation("a")), template.encode(conversation("a", answer + "."))
+        assert list(row.input_ids[: len(prompt)]) == prompt
+        assert trained_text(template, row) == f"{answer}.</s>"
     made.chat_template = (
         "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' "
         "%}</s>{% endif %}{% endfor %}"
     )
-    template = Template.of(made)
+    template = ChatTemplate.from_tokenizer(made)
     for question, answer in (("What i", "s 12"), ("It", " is"), ("\n", "\nthe end")):
         stock = made(f"<s>{question}{answer}</s>", add_special_tokens=False)["input_ids"]
-        row = template.encode(talk(question, answer))
-        prompt = template.prompt(talk(question))
-        assert said(template, row) == f"{answer}</s>" and list(row.ids[: len(prompt)]) == prompt
-        crossed += list(row.ids) != stock
+        row = template.encode(conversation(question, answer))
+        prompt = template.prompt(conversation(question))
+        assert trained_text(template, row) == f"{answer}</s>" and list(row.input_ids[: len(prompt)]) == prompt
+        crossed += list(row.input_ids) != stock
     assert crossed, "the test's own merges are gone"
 
 
@@ -182,29 +198,30 @@ def test_edge_without_a_crossing_token_that_still_changes_the_prompt() -> None:
     """GPT-2's rule splits "\\n\\nYes" into two newlines and a word, and "\\n\\n" alone is one token: nothing crosses,
     yet the ids differ."""
     made = tiny(CHATML.replace("\n", "\n\n"), split=True)
-    template = Template.of(made)
-    messages = talk("Hm?", "Yes.", "Hm?", "No.")
+    template = ChatTemplate.from_tokenizer(made)
+    messages = conversation("Hm?", "Yes.", "Hm?", "No.")
     stock = made.apply_chat_template([vars(message) for message in messages], tokenize=True)["input_ids"]
     row = template.encode(messages)
     for end in (1, 3):
         prompt = template.prompt(messages[:end])
-        assert list(row.ids[: len(prompt)]) == prompt
+        assert list(row.input_ids[: len(prompt)]) == prompt
     assert stock[: len(prompt)] != prompt, "the test's own case is gone"
-    assert said(template, row) == "Yes.<|im_end|>No.<|im_end|>"
+    assert trained_text(template, row) == "Yes.<|im_end|>No.<|im_end|>"
 
 
 def test_words_reject_their_markers() -> None:
-    template = Template.of(tokenizer("words"))
-    assert "marker" in str(template.spoils(talk("a\n\nUser:\nb", "c")))
-    assert isinstance(template.encode_many([talk("a", "b\nAssistant: c")])[0], RowFault)
-    assert template.spoils(talk("The user: me", "b")) is None
+    template = ChatTemplate.from_tokenizer(tokenizer("words"))
+    assert "marker" in str(template.validate_messages(conversation("a\n\nUser:\nb", "c")))
+    assert isinstance(template.encode_many([conversation("a", "b\nAssistant: c")])[0], InvalidRow)
+    assert template.validate_messages(conversation("The user: me", "b")) is None
     with pytest.raises(UserError, match="marker"):
-        template.prompt(talk("User:\nb"))
+        template.prompt(conversation("User:\nb"))
 
 
 def test_fingerprint_follows_the_template() -> None:
     fingerprints = [
-        Template.of(tiny(template)).fingerprint for template in (CHATML, CHATML, CHATML.replace("\n", " "), None)
+        ChatTemplate.from_tokenizer(tiny(template)).fingerprint
+        for template in (CHATML, CHATML, CHATML.replace("\n", " "), None)
     ]
     assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 3
 
@@ -212,5 +229,5 @@ def test_fingerprint_follows_the_template() -> None:
 def test_shared_tokenizer_is_left_alone() -> None:
     made = tokenizer("chatml")
     before = made.backend_tokenizer.to_str(), made.backend_tokenizer.encode_special_tokens
-    Template.of(made).encode(talk("</s>", "b"))
+    ChatTemplate.from_tokenizer(made).encode(conversation("</s>", "b"))
     assert (made.backend_tokenizer.to_str(), made.backend_tokenizer.encode_special_tokens) == before

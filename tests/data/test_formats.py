@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_tune.data import RowFault, detect, to_conversation
+from lowrank_tune.data import InvalidRow, detect_format, to_conversation
 from lowrank_tune.data.gold import last_boxed, last_number
 from lowrank_tune.errors import UserError
 
@@ -33,7 +33,7 @@ GOOD = {
 
 @pytest.mark.parametrize(("shape", "row"), [(shape, row) for shape, rows in GOOD.items() for row in rows])
 def test_shapes(shape: str, row: dict[str, Any]) -> None:
-    assert detect(row) == shape
+    assert detect_format(row) == shape
     made = to_conversation(row, shape, {})
     question = "What is\n\n2 + 3?" if row.get("input") else Q
     assert [(message.role, message.content) for message in made.messages] == [("user", question), ("assistant", A)]
@@ -41,16 +41,16 @@ def test_shapes(shape: str, row: dict[str, Any]) -> None:
 
 def test_columns() -> None:
     row = {"problem": "p", "messages": CHAT, "rationale": "because", "Answer": 51.0}
-    assert detect(row) == "messages"
+    assert detect_format(row) == "messages"
     columns = {"question": "problem", "answer": "rationale"}
-    assert detect(row, columns) == "question_answer"
+    assert detect_format(row, columns) == "question_answer"
     assert to_conversation(row, "question_answer", columns).messages[1].content == "because"
     assert (
         to_conversation(row, "question_answer", {"question": "problem", "answer": "Answer"}).messages[1].content == "51"
     )
-    assert to_conversation(row, "question_answer", {**columns, "gold": "Answer"}).gold == "51"
+    assert to_conversation(row, "question_answer", {**columns, "gold": "Answer"}).ground_truth == "51"
     with pytest.raises(UserError, match="winner.*known shape.*preference.*columns:"):
-        detect({"winner": 1, "loser": 2})
+        detect_format({"winner": 1, "loser": 2})
 
 
 def turns(*roles: str) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def turns(*roles: str) -> dict[str, Any]:
     ],
 )
 def test_faults(row: Any, reason: str) -> None:
-    with pytest.raises(RowFault, match=reason):
+    with pytest.raises(InvalidRow, match=reason):
         to_conversation(row, "messages", {})
 
 
@@ -114,11 +114,11 @@ def test_a_person_who_writes_twice_is_joined() -> None:
         ({"answer": "1,2"}, "auto", "1,2"),
     ],
 )
-def test_gold(row: dict[str, Any], how: str, gold: str | None) -> None:
+def test_ground_truth(row: dict[str, Any], how: str, gold: str | None) -> None:
     if row["answer"] == "1,2":  # a pair, not a number: neither a gold answer by itself nor stripped of its comma
-        assert to_conversation({"question": "q", **row}, "question_answer", {}, "answer").gold == "1,2"
+        assert to_conversation({"question": "q", **row}, "question_answer", {}, "answer").ground_truth == "1,2"
         return
-    assert to_conversation({"question": "q", **row}, "question_answer", {}, how).gold == gold
+    assert to_conversation({"question": "q", **row}, "question_answer", {}, how).ground_truth == gold
 
 
 def test_last_number_and_box() -> None:
@@ -166,6 +166,6 @@ names = st.sampled_from(
 def test_hostile_rows_are_faults(row: Any, shape: str, how: str) -> None:
     try:
         made = to_conversation(row, shape, {}, how)
-    except RowFault:
+    except InvalidRow:
         return
     assert made.messages[-1].role == "assistant" and all(message.content.encode() for message in made.messages)

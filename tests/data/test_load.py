@@ -12,15 +12,23 @@ import numpy as np
 import pytest
 from tokenizers_for_tests import CHATML, NO_END, SHARED, THINKING, tiny
 
-from lowrank_tune.data import RowFault, Template, TokenStore, load, prompts, read, to_conversation
-from lowrank_tune.data.hub import explain
+from lowrank_tune.data import (
+    ChatTemplate,
+    InvalidRow,
+    TokenizedDataset,
+    load,
+    load_heldout_prompts,
+    read_source,
+    to_conversation,
+)
+from lowrank_tune.data.hub import describe_hub_error
 from lowrank_tune.data.sources import _looks_like_a_path
-from lowrank_tune.data.tokenise import conversation, shape_of
-from lowrank_tune.errors import RunFailed, UserError
+from lowrank_tune.data.tokenise import conversation, format_of
+from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Event, Progress
-from lowrank_tune.settings import Data, Source
+from lowrank_tune.settings import DataConfig, SourceConfig
 
-TEMPLATE = Template.of(tiny())
+TEMPLATE = ChatTemplate.from_tokenizer(tiny())
 ROWS = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(40)]
 
 
@@ -30,10 +38,14 @@ def write(path: Path, rows: list[Any], array: bool = False) -> str:
     return str(path)
 
 
-def loaded(tmp_path: Path, *sources: Source | str, template: Template = TEMPLATE, **data: Any) -> Any:
-    made = tuple(Source(dataset=source) if isinstance(source, str) else source for source in sources)
+def loaded(tmp_path: Path, *sources: SourceConfig | str, template: ChatTemplate = TEMPLATE, **data: Any) -> Any:
+    made = tuple(SourceConfig(dataset=source) if isinstance(source, str) else source for source in sources)
     return load(
-        Data(**{"train": made, "validation_share": 0.0, **data}), template, 0, lambda event: None, tmp_path / "cache"
+        DataConfig(**{"train": made, "validation_share": 0.0, **data}),
+        template,
+        0,
+        lambda event: None,
+        tmp_path / "cache",
     )
 
 
@@ -42,7 +54,7 @@ def loaded(tmp_path: Path, *sources: Source | str, template: Template = TEMPLATE
 )
 def test_files_by_their_contents(tmp_path: Path, name: str, array: bool) -> None:
     rows = [*ROWS, {"question": "a\u2028b\x85c", "answer": "d\u2029"}]
-    found = read(Source(dataset=write(tmp_path / name, rows, array)), 0)
+    found = read_source(SourceConfig(dataset=write(tmp_path / name, rows, array)), 0)
     assert [row for _, row in found] == rows and len(found) == 41
     assert [place.line for place, _ in found] == list(range(1, 42))
 
@@ -52,7 +64,7 @@ def test_u2028_bom_carriage_returns_and_blank_lines(tmp_path: Path) -> None:
     path.write_bytes(
         b"\xef\xbb\xbf" + '{"question": "a\u2028b", "answer": "c"}\r\n\r\n{"question": "d", "answer": "e"}'.encode()
     )
-    assert [(place.line, row) for place, row in read(Source(dataset=str(path)), 0)] == [
+    assert [(place.line, row) for place, row in read_source(SourceConfig(dataset=str(path)), 0)] == [
         (1, {"question": "a\u2028b", "answer": "c"}),
         (3, {"question": "d", "answer": "e"}),
     ]
@@ -61,7 +73,8 @@ def test_u2028_bom_carriage_returns_and_blank_lines(tmp_path: Path) -> None:
 def test_csv_and_parquet(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('question,answer\n"a, ""b""\nc",d\n1,2,3\ne,f\n')
     found = [
-        row if isinstance(row, dict) else row.reason for _, row in read(Source(dataset=str(tmp_path / "a.csv")), 0)
+        row if isinstance(row, dict) else row.reason
+        for _, row in read_source(SourceConfig(dataset=str(tmp_path / "a.csv")), 0)
     ]
     assert (
         found[0] == {"question": 'a, "b"\nc', "answer": "d"}
@@ -71,7 +84,7 @@ def test_csv_and_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pytest.importorskip("pyarrow").Table.from_pylist(ROWS)
     parquet.write_table(table, tmp_path / "a.bin")
-    assert [row for _, row in read(Source(dataset=str(tmp_path / "a.bin")), 0)] == ROWS
+    assert [row for _, row in read_source(SourceConfig(dataset=str(tmp_path / "a.bin")), 0)] == ROWS
 
 
 def test_folder_and_draw(tmp_path: Path) -> None:
@@ -80,9 +93,9 @@ def test_folder_and_draw(tmp_path: Path) -> None:
     for name, part in (("b.jsonl", ROWS[20:]), ("a.json", ROWS[:20]), ("c.csv", [])):
         write(folder / name, part)
     (folder / "notes.md").write_text("no data")
-    every = list(read(Source(dataset=str(folder)), 0))
+    every = list(read_source(SourceConfig(dataset=str(folder)), 0))
     assert [row for _, row in every] == ROWS and str(every[20][0]).endswith("rows/b.jsonl:1")
-    drawn = [[row for _, row in read(Source(dataset=str(folder), rows=15), seed)] for seed in (0, 0, 1)]
+    drawn = [[row for _, row in read_source(SourceConfig(dataset=str(folder), rows=15), seed)] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 15
     assert drawn[0] == [row for row in ROWS if row in drawn[0]], "in their own order, none twice"
 
@@ -105,33 +118,37 @@ def test_counts_add_up_with_their_lines(tmp_path: Path) -> None:
         loaded(tmp_path, str(path))
     made = loaded(tmp_path, str(path), max_rejected_share=0.2)
     report = made.report.train[0]
-    assert (report.read, report.used, report.rejected, len(made.train)) == (40, 34, 6, 34)
+    assert (report.read, report.used, report.num_dropped, len(made.train)) == (40, 34, 6, 34)
     assert report.tokens == made.train.lengths.sum() and report.trained_tokens == sum(
-        made.train.trained_of(i) for i in range(34)
+        made.train.num_trained_tokens(i) for i in range(34)
     )
     assert sorted(fault.line for fault in made.train.dropped()) == [3, 6, 8, 12, 14, 18]
     assert str(next(made.train.dropped())).endswith("data.jsonl:3: malformed JSON")
-    assert made.train.place_of(2).endswith("data.jsonl:4") and made.train.gold_of(0) == "1"
+    assert made.train.row_location(2).endswith("data.jsonl:4") and made.train.ground_truth_of(0) == "1"
     assert json.loads(json.dumps(made.report.to_dict()))["train"][0]["dropped"]["empty answer"]["count"] == 1
 
 
 def test_stores_are_found_by_content_and_mended(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     first = loaded(tmp_path, path)
-    told: list[Event] = []
+    events: list[Event] = []
     again = load(
-        Data(train=(Source(dataset=path),), validation_share=0.0), TEMPLATE, 0, told.append, tmp_path / "cache"
+        DataConfig(train=(SourceConfig(dataset=path),), validation_share=0.0),
+        TEMPLATE,
+        0,
+        events.append,
+        tmp_path / "cache",
     )
-    assert not any(isinstance(event, Progress) for event in told), "it was tokenised again"
+    assert not any(isinstance(event, Progress) for event in events), "it was tokenised again"
     assert again.report == first.report and all(
-        list(a.ids) == list(b.ids) for a, b in zip(again.train, first.train, strict=True)
+        list(a.input_ids) == list(b.input_ids) for a, b in zip(again.train, first.train, strict=True)
     )
     for victim in sorted(first.train.folder.iterdir()):
-        expected, kept = [list(row.ids) for row in first.train], victim.read_bytes()
+        expected, kept = [list(row.input_ids) for row in first.train], victim.read_bytes()
         for damage in (kept[: len(kept) // 2], kept[:-1] + bytes([kept[-1] ^ 1]), None) if kept else (b"x", None):
             victim.unlink() if damage is None else victim.write_bytes(damage)
-            assert TokenStore.open(first.train.folder) is None or victim.name == "store.json"
-            assert [list(row.ids) for row in loaded(tmp_path, path).train] == expected
+            assert TokenizedDataset.open(first.train.folder) is None or victim.name == "store.json"
+            assert [list(row.input_ids) for row in loaded(tmp_path, path).train] == expected
     write(tmp_path / "a.jsonl", ROWS[:-1])
     assert len(loaded(tmp_path, path).train) == 39
     assert loaded(tmp_path, path, system="Be brief.").train.lengths[0] > first.train.lengths[0]
@@ -140,7 +157,7 @@ def test_stores_are_found_by_content_and_mended(tmp_path: Path) -> None:
 
 def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("a file in the way")
-    with pytest.raises(RunFailed, match="LOWRANK_TUNE_CACHE"):
+    with pytest.raises(TrainingError, match="LOWRANK_TUNE_CACHE"):
         loaded(tmp_path, write(tmp_path / "a.jsonl", ROWS))
     (tmp_path / "cache").unlink()
 
@@ -148,7 +165,7 @@ def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lowrank_tune.data.store.ArrayFile.append", full)
-    with pytest.raises(RunFailed, match="No space left"):
+    with pytest.raises(TrainingError, match="No space left"):
         loaded(tmp_path, str(tmp_path / "a.jsonl"))
     monkeypatch.undo()
     assert len(loaded(tmp_path, str(tmp_path / "a.jsonl")).train) == 40
@@ -156,53 +173,55 @@ def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("template", [None, CHATML, NO_END, THINKING])
 def test_truncation_at_every_length(tmp_path: Path, template: str | None) -> None:
-    made = Template.of(tiny(template))
+    made = ChatTemplate.from_tokenizer(tiny(template))
     turns = [{"role": role, "content": f"{role} {n}"} for n in range(3) for role in ("user", "assistant")]
-    talk = to_conversation({"messages": turns}, "messages", {}).messages
-    whole = [made.encode(talk[:end]) for end in (2, 4, 6)]
+    conversation = to_conversation({"messages": turns}, "messages", {}).messages
+    whole = [made.encode(conversation[:end]) for end in (2, 4, 6)]
     path = write(tmp_path / "a.jsonl", [{"messages": turns}, {"messages": turns[:2]}])
-    for length in range(len(whole[0].ids), len(whole[2].ids) + 2):
+    for length in range(len(whole[0].input_ids), len(whole[2].input_ids) + 2):
         data = loaded(tmp_path, path, template=made, max_length=length, too_long="truncate")
-        expected = max((row for row in whole if len(row.ids) <= length), key=lambda row: len(row.ids))
-        assert list(data.train[0].ids) == list(expected.ids) and list(data.train[0].says) == list(expected.says)
-        assert data.report.train[0].truncated == (len(expected.ids) < len(whole[2].ids))
+        expected = max((row for row in whole if len(row.input_ids) <= length), key=lambda row: len(row.input_ids))
+        assert list(data.train[0].input_ids) == list(expected.input_ids) and list(
+            data.train[0].completion_mask
+        ) == list(expected.completion_mask)
+        assert data.report.train[0].truncated == (len(expected.input_ids) < len(whole[2].input_ids))
     with pytest.raises(UserError, match="none of its 2 rows.*max_length"):
-        loaded(tmp_path, path, template=made, max_length=max(8, len(whole[0].ids) - 1), too_long="truncate")
-    data = loaded(tmp_path, path, template=made, max_length=len(whole[2].ids) - 1, max_rejected_share=0.5)
+        loaded(tmp_path, path, template=made, max_length=max(8, len(whole[0].input_ids) - 1), too_long="truncate")
+    data = loaded(tmp_path, path, template=made, max_length=len(whole[2].input_ids) - 1, max_rejected_share=0.5)
     assert data.report.train[0].dropped and len(data.train) == 1
 
 
 def test_split(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*ROWS, *ROWS, *ROWS[:5]])
     made = loaded(tmp_path, path, validation_share=0.1)
-    sides = [{tuple(store[index].ids) for index in range(len(store))} for store in (made.train, made.validation)]
+    sides = [{tuple(store[index].input_ids) for index in range(len(store))} for store in (made.train, made.validation)]
     assert not sides[0] & sides[1] and len(made.train) + len(made.validation) == 85 and 6 <= len(made.validation) <= 11
     assert made.report.duplicates == 45 and made.report.shared == 0
-    own = loaded(tmp_path, path, validation=(Source(dataset=path),))
+    own = loaded(tmp_path, path, validation=(SourceConfig(dataset=path),))
     assert own.report.shared == 85 and len(own.validation) == 85
 
 
 def test_weights(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(UserError, match="sum to"):
-        loaded(tmp_path, Source(dataset=path, weight=0.5), Source(dataset="tutor", weight=0.4))
-    made = loaded(tmp_path, Source(dataset=path), Source(dataset="tutor", rows=60))
+        loaded(tmp_path, SourceConfig(dataset=path, weight=0.5), SourceConfig(dataset="tutor", weight=0.4))
+    made = loaded(tmp_path, SourceConfig(dataset=path), SourceConfig(dataset="tutor", rows=60))
     assert np.bincount(made.train.source_of).tolist() == [40, 60] and "row counts" in made.report.mixture
 
 
 def test_tutor_prompts() -> None:
-    found = prompts(Source(dataset="tutor", split="heldout"), 30, 1, "Be brief.")
-    assert len(found) == 30 and all(prompt.gold == prompt.row["gold"] for prompt in found)
+    found = load_heldout_prompts(SourceConfig(dataset="tutor", split="heldout"), 30, 1, "Be brief.")
+    assert len(found) == 30 and all(prompt.ground_truth == prompt.row["gold"] for prompt in found)
     assert [message.role for message in found[0].messages] == ["system", "user"]
-    assert found == prompts(Source(dataset="tutor", split="heldout"), 30, 1, "Be brief.")
-    assert found != prompts(Source(dataset="tutor"), 30, 1, "Be brief.")
+    assert found == load_heldout_prompts(SourceConfig(dataset="tutor", split="heldout"), 30, 1, "Be brief.")
+    assert found != load_heldout_prompts(SourceConfig(dataset="tutor"), 30, 1, "Be brief.")
 
 
 def test_prompts_without_answers(tmp_path: Path) -> None:
     rows: list[Any] = [{"messages": [{"role": "user", "content": f"q{n}"}], "ground_truth": str(n)} for n in range(50)]
     path = write(tmp_path / "a.jsonl", [*rows, "bad"])
-    found = prompts(Source(dataset=path), 10, 0)
-    assert len(found) == 10 and all(prompt.messages[0].content == f"q{prompt.gold}" for prompt in found)
+    found = load_heldout_prompts(SourceConfig(dataset=path), 10, 0)
+    assert len(found) == 10 and all(prompt.messages[0].content == f"q{prompt.ground_truth}" for prompt in found)
 
 
 @pytest.mark.parametrize(
@@ -248,9 +267,9 @@ def test_local_settings_that_do_nothing(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     for fault in ({"split": "test"}, {"name": "main"}):
         with pytest.raises(UserError, match="local path"):
-            read(Source(dataset=path, **fault), 0)
+            read_source(SourceConfig(dataset=path, **fault), 0)
     with pytest.raises(UserError, match="no split `test`"):
-        read(Source(dataset="tutor", split="test"), 0)
+        read_source(SourceConfig(dataset="tutor", split="test"), 0)
 
 
 def test_what_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,13 +304,13 @@ def test_what_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_errors_of_the_hub(error: Exception, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        raise UserError(explain(error, "a/b", "x", "dev", "")) from error
+        raise UserError(describe_hub_error(error, "a/b", "x", "dev", "")) from error
 
 
 def test_hub_offline() -> None:
     pytest.importorskip("datasets")
     with pytest.raises(UserError, match="nobody/nothing: .*(HF_HUB_OFFLINE|hub)"):
-        read(Source(dataset="nobody/nothing"), 0)
+        read_source(SourceConfig(dataset="nobody/nothing"), 0)
 
 
 def test_hostile_files(tmp_path: Path) -> None:
@@ -320,7 +339,7 @@ def test_hostile_files(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*rows[:0], {"question": "a", "answer": "b"}, *rows])
     made = loaded(tmp_path, path, max_rejected_share=1.0)
     report = made.report.train[0]
-    assert report.used + report.rejected == report.read == 161 and report.used >= 41
+    assert report.used + report.num_dropped == report.read == 161 and report.used >= 41
 
 
 COUNTS = {
@@ -345,12 +364,12 @@ def test_real_rows(name: str) -> None:
     if not (SHARED / "data" / name).exists():
         pytest.skip("needs ../shared")
     columns = {"instruction": "Body", "input": "Question", "output": "Answer"} if "svamp" in name else {}
-    source = Source(dataset=str(SHARED / "data" / name), columns=columns)
-    rows = read(source, 0)
-    shape = shape_of(source, rows)
-    made = [conversation(row, source, shape, None) if not isinstance(row, RowFault) else row for _, row in rows]
-    good = [talk for talk in made if not isinstance(talk, RowFault)]
+    source = SourceConfig(dataset=str(SHARED / "data" / name), columns=columns)
+    rows = read_source(source, 0)
+    shape = format_of(source, rows)
+    made = [conversation(row, source, shape, None) if not isinstance(row, InvalidRow) else row for _, row in rows]
+    good = [talk for talk in made if not isinstance(talk, InvalidRow)]
     read_count, used, golds = COUNTS[name]
     assert (len(rows), len(made), len(good)) == (read_count, read_count, used)
-    assert golds is None or sum(talk.gold is not None for talk in good) == golds
-    assert all("," not in str(talk.gold) for talk in good) or "gsm8k" not in name
+    assert golds is None or sum(talk.ground_truth is not None for talk in good) == golds
+    assert all("," not in str(talk.ground_truth) for talk in good) or "gsm8k" not in name

@@ -11,17 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_tune.data import Order, collate
-from lowrank_tune.data.load import aside
+from lowrank_tune.data import BatchSampler, collate
+from lowrank_tune.data.load import split_mask
 from lowrank_tune.data.mixture import largest_remainder
-from lowrank_tune.settings import Train
+from lowrank_tune.settings import TrainingConfig
 from lowrank_tune.types import Row
 
 
-def order(count: int, seed: int = 0, weights: Any = None, sources: Any = None, **train: Any) -> Order:
+def order(count: int, seed: int = 0, weights: Any = None, sources: Any = None, **train: Any) -> BatchSampler:
     lengths = np.random.default_rng(9).integers(5, 60, count)
-    return Order(
-        lengths, np.zeros(count, dtype=int) if sources is None else np.array(sources), weights, Train(**train), seed
+    return BatchSampler(
+        lengths,
+        np.zeros(count, dtype=int) if sources is None else np.array(sources),
+        weights,
+        TrainingConfig(**train),
+        seed,
     )
 
 
@@ -74,7 +78,7 @@ def test_largest_remainder(weights: list[int], count: int) -> None:
 
 
 def test_windows_save_padding() -> None:
-    def padded(made: Order) -> int:
+    def padded(made: BatchSampler) -> int:
         return sum(len(rows) * int(made._lengths[rows].max()) for rows in map(made.rows, range(made.steps_per_epoch)))
 
     assert padded(order(800, rows_per_step=8, length_window=10)) < 0.75 * padded(
@@ -84,17 +88,23 @@ def test_windows_save_padding() -> None:
 
 def test_collate() -> None:
     batch = collate([Row([1, 2, 3], [False, True, True]), Row(np.array([4]), np.array([False]))], 0)
-    assert batch.ids.tolist() == [[1, 2, 3], [4, 0, 0]] and batch.says.tolist() == [[False, True, True], [False] * 3]
-    assert batch.attended.tolist() == [[True] * 3, [True, False, False]] and str(batch.ids.dtype) == "torch.int64"
+    assert batch.input_ids.tolist() == [[1, 2, 3], [4, 0, 0]] and batch.completion_mask.tolist() == [
+        [False, True, True],
+        [False] * 3,
+    ]
+    assert (
+        batch.attention_mask.tolist() == [[True] * 3, [True, False, False]]
+        and str(batch.input_ids.dtype) == "torch.int64"
+    )
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=200), st.floats(0.01, 0.8), st.integers(0, 3))
 def test_equal_rows_go_to_one_side(keys: list[int], share: float, seed: int) -> None:
-    chosen = aside(np.array(keys, dtype=np.uint64), share, seed)
+    chosen = split_mask(np.array(keys, dtype=np.uint64), share, seed)
     assert not set(np.array(keys)[chosen]) & set(np.array(keys)[~chosen])
     assert (0 < chosen.sum() < len(keys)) if len(set(keys)) > 1 else not chosen.any()
 
 
 def test_share_is_about_right() -> None:
     keys = np.arange(1000, dtype=np.uint64)
-    assert aside(keys, 0.05, 0).sum() == 50 and (aside(keys, 0.05, 0) != aside(keys, 0.05, 1)).any()
+    assert split_mask(keys, 0.05, 0).sum() == 50 and (split_mask(keys, 0.05, 0) != split_mask(keys, 0.05, 1)).any()

@@ -15,26 +15,26 @@ from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, MARKS, REAL, SHARED, TINY, tiny, tokenizer
 
 from lowrank_tune.data import (
-    Pair,
-    Prepared,
-    RowFault,
-    Template,
-    TokenStore,
+    ChatTemplate,
+    InvalidRow,
+    PreferencePair,
+    TokenizedDataset,
+    TokenizedSplits,
     collate,
     collate_units,
-    detect,
+    detect_format,
     load,
-    prompts,
-    read,
+    load_heldout_prompts,
+    read_source,
     to_pair,
 )
-from lowrank_tune.data.batches import _shared
+from lowrank_tune.data.batches import _common_prefix_length
 from lowrank_tune.data.report import SourceReport
 from lowrank_tune.data.sides import encode_pairs
-from lowrank_tune.data.sources import Place
+from lowrank_tune.data.sources import RowLocation
 from lowrank_tune.data.store import Entry
 from lowrank_tune.errors import UserError
-from lowrank_tune.settings import Data, Source
+from lowrank_tune.settings import DataConfig, SourceConfig
 from lowrank_tune.types import Message, Row
 
 Q, A, B = "What is 2 + 3?", "It is 5.", "It is 6."
@@ -58,17 +58,17 @@ SHAPES: list[dict[str, Any]] = [
     {"question": Q, "chosen": A, "rejected": B, "system": ""},
     {"messages": [ASK], "chosen": YES, "rejected": NO},
 ]
-TEMPLATES: dict[str, Template] = {}
-TEMPLATE = Template.of(tiny())
+TEMPLATES: dict[str, ChatTemplate] = {}
+TEMPLATE = ChatTemplate.from_tokenizer(tiny())
 ROWS = [
     {"prompt": f"What is {n} + 1?", "chosen": f"It is {n + 1}.", "rejected": f"It is {n + 2}, I say.", "margin": n / 8}
     for n in range(40)
 ]
 
 
-def template_of(name: str) -> Template:
+def template_of(name: str) -> ChatTemplate:
     if name not in TEMPLATES:
-        TEMPLATES[name] = Template.of(tokenizer(name))
+        TEMPLATES[name] = ChatTemplate.from_tokenizer(tokenizer(name))
     return TEMPLATES[name]
 
 
@@ -79,15 +79,15 @@ def write(path: Path, rows: list[Any]) -> str:
 
 def loaded(
     tmp_path: Path,
-    *sources: Source | str,
-    template: Template = TEMPLATE,
+    *sources: SourceConfig | str,
+    template: ChatTemplate = TEMPLATE,
     pairs: bool = True,
     cache: str = "cache",
     **data: Any,
-) -> Prepared:
-    made = tuple(Source(dataset=source) if isinstance(source, str) else source for source in sources)
+) -> TokenizedSplits:
+    made = tuple(SourceConfig(dataset=source) if isinstance(source, str) else source for source in sources)
     return load(
-        Data(**{"train": made, "validation_share": 0.0, **data}),
+        DataConfig(**{"train": made, "validation_share": 0.0, **data}),
         template,
         0,
         lambda event: None,
@@ -96,19 +96,19 @@ def loaded(
     )
 
 
-def encoded(template: Template, *rows: Any, **data: Any) -> tuple[list[Entry | RowFault], SourceReport]:
-    source, report = Source(dataset="x"), SourceReport("x")
-    given = Data(**{"train": (source,), "max_length": 4096, **data})
+def encoded(template: ChatTemplate, *rows: Any, **data: Any) -> tuple[list[Entry | InvalidRow], SourceReport]:
+    source, report = SourceConfig(dataset="x"), SourceReport("x")
+    given = DataConfig(**{"train": (source,), "max_length": 4096, **data})
     return list(
-        encode_pairs([(Place("x", 1), row) for row in rows], source, "preference", given, template, report)
+        encode_pairs([(RowLocation("x", 1), row) for row in rows], source, "preference", given, template, report)
     ), report
 
 
 @pytest.mark.parametrize("row", SHAPES)
 def test_every_shape_is_the_same_pair(row: dict[str, Any]) -> None:
-    assert detect(row, None, pairs=True) == "preference"
+    assert detect_format(row, None, pairs=True) == "preference"
     made = to_pair(row, {})
-    assert made == Pair((Message("user", Q),), (Message("assistant", A),), (Message("assistant", B),))
+    assert made == PreferencePair((Message("user", Q),), (Message("assistant", A),), (Message("assistant", B),))
 
 
 def turns(*contents: str, first: str = "user") -> list[dict[str, str]]:
@@ -128,20 +128,20 @@ def sizes(row: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def test_prompts_are_what_both_sides_begin_with() -> None:
-    talk = turns("s", "q", "a", "r", "b", first="system")
-    other = [*talk[:-1], {"role": "assistant", "content": "c"}]
-    assert sizes({"chosen": talk, "rejected": other}) == (4, 1, 1)
-    assert sizes({"prompt": "r", "chosen": talk, "rejected": other}) == (4, 1, 1), (
+    conversation = turns("s", "q", "a", "r", "b", first="system")
+    other = [*conversation[:-1], {"role": "assistant", "content": "c"}]
+    assert sizes({"chosen": conversation, "rejected": other}) == (4, 1, 1)
+    assert sizes({"prompt": "r", "chosen": conversation, "rejected": other}) == (4, 1, 1), (
         "the prompt is the last question alone"
     )
-    assert sizes({"prompt": talk[:4], "chosen": talk, "rejected": other}) == (4, 1, 1)
-    assert sizes({"prompt": talk[:4], "chosen": talk[1:], "rejected": other[1:]}) == (4, 1, 1), (
+    assert sizes({"prompt": conversation[:4], "chosen": conversation, "rejected": other}) == (4, 1, 1)
+    assert sizes({"prompt": conversation[:4], "chosen": conversation[1:], "rejected": other[1:]}) == (4, 1, 1), (
         "the sides leave the system turn out"
     )
-    assert sizes({"prompt": talk[:2], "chosen": talk[2:], "rejected": other[2:]}) == (2, 3, 3), (
+    assert sizes({"prompt": conversation[:2], "chosen": conversation[2:], "rejected": other[2:]}) == (2, 3, 3), (
         "answers of several turns"
     )
-    assert sizes({"system": "s", "chosen": talk[1:], "rejected": other[1:]}) == (4, 1, 1)
+    assert sizes({"system": "s", "chosen": conversation[1:], "rejected": other[1:]}) == (4, 1, 1)
     assert sizes({"chosen": turns("q", "a", "r", "b"), "rejected": turns("q", "x", "r", "b")}) == (1, 3, 3)
     twice = [ASK, ASK, YES]
     assert to_pair({"chosen": twice, "rejected": [ASK, ASK, NO]}, {}).prompt[0].content == f"{Q}\n\n{Q}"
@@ -185,7 +185,7 @@ def test_prompts_are_what_both_sides_begin_with() -> None:
     ],
 )
 def test_faults(row: Any, reason: str) -> None:
-    with pytest.raises(RowFault, match=reason):
+    with pytest.raises(InvalidRow, match=reason):
         to_pair(row, {})
 
 
@@ -200,11 +200,11 @@ def test_margins_and_columns() -> None:
     ]
     row = {"q": Q, "good": A, "bad": B, "by": 2, "prompt": "not this"}
     columns = {"prompt": "q", "chosen": "good", "rejected": "bad", "margin": "by"}
-    assert detect(row, columns) == detect(row, columns, pairs=True) == "preference"
-    assert to_pair(row, columns) == Pair(
+    assert detect_format(row, columns) == detect_format(row, columns, pairs=True) == "preference"
+    assert to_pair(row, columns) == PreferencePair(
         (Message("user", Q),), (Message("assistant", A),), (Message("assistant", B),), 2.0
     )
-    with pytest.raises(RowFault, match="no prompt in column `q`"):
+    with pytest.raises(InvalidRow, match="no prompt in column `q`"):
         to_pair({"good": A, "bad": B}, columns)
 
 
@@ -214,13 +214,13 @@ def test_who_may_learn_from_what(tmp_path: Path) -> None:
         write(tmp_path / "q.jsonl", [{"question": Q, "answer": A}] * 3),
     )
     for row in SHAPES:
-        found = detect(row)
+        found = detect_format(row)
         assert (
             found == "preference"
             or ("output" in row and found == "alpaca")
             or ("messages" in row and found == "messages")
         )
-    for source in (pairs, Source(dataset=pairs, format="preference")):
+    for source in (pairs, SourceConfig(dataset=pairs, format="preference")):
         with pytest.raises(
             UserError, match="p.jsonl: these rows are preference pairs; `algorithm: reward` and `algorithm: dpo` learn"
         ):
@@ -231,7 +231,7 @@ def test_who_may_learn_from_what(tmp_path: Path) -> None:
     ):
         loaded(tmp_path, plain)
     with pytest.raises(UserError, match="`format: alpaca` holds no preference pairs"):
-        loaded(tmp_path, Source(dataset=pairs, format="alpaca"))
+        loaded(tmp_path, SourceConfig(dataset=pairs, format="alpaca"))
 
 
 PIECES = [*"ab 1$:)(\n][", "  ", "It is", "é", "👍🏽", "\u2028", *MARKS]
@@ -262,46 +262,49 @@ def pair_rows(draw: st.DrawFn, most: int = 3) -> dict[str, Any]:
 def test_prompt_and_answer_are_the_full_rendering(name: str, row: dict[str, Any]) -> None:
     template, pair = template_of(name), to_pair(row, {})
     ((made,), _) = encoded(template, row)
-    talks = [(*pair.prompt, *answer) for answer in (pair.chosen, pair.rejected)]
-    whole = [template.encode_many([talk])[0] for talk in talks]
-    if isinstance(made, RowFault):
-        ids = [list(each.ids) for each in whole if isinstance(each, Row)]
+    conversations = [(*pair.prompt, *answer) for answer in (pair.chosen, pair.rejected)]
+    whole = [template.encode_many([conversation])[0] for conversation in conversations]
+    if isinstance(made, InvalidRow):
+        ids = [list(each.input_ids) for each in whole if isinstance(each, Row)]
         assert len(ids) < 2 or (ids[0] == ids[1] and made.reason == "both answers are equal"), made.reason
         return
     prompt = template.prompt(pair.prompt)
-    assert len(made.rows) == len(set(made.talks)) == 2
+    assert len(made.rows) == len(set(made.conversation_hashes)) == 2
     for row_made, full in zip(made.rows, whole, strict=True):
         assert (
             isinstance(full, Row)
-            and list(row_made.ids) == list(full.ids)
-            and list(row_made.ids[: len(prompt)]) == prompt
+            and list(row_made.input_ids) == list(full.input_ids)
+            and list(row_made.input_ids[: len(prompt)]) == prompt
         )
-        assert not any(row_made.says[: len(prompt)]), "an answer inside the prompt is trained"
-        assert list(row_made.says[len(prompt) :]) == list(full.says[len(prompt) :]) and any(row_made.says)
-        assert row_made.says[len(prompt)] or len(pair.chosen) > 1, "the answer's first token is not trained"
+        assert not any(row_made.completion_mask[: len(prompt)]), "an answer inside the prompt is trained"
+        assert list(row_made.completion_mask[len(prompt) :]) == list(full.completion_mask[len(prompt) :]) and any(
+            row_made.completion_mask
+        )
+        assert row_made.completion_mask[len(prompt)] or len(pair.chosen) > 1, "the answer's first token is not trained"
 
 
 def test_what_is_trained_is_the_answer() -> None:
     row = {"prompt": turns("q", "earlier", "r"), "chosen": A, "rejected": B}
     ((made,), _) = encoded(TEMPLATE, row)
     assert isinstance(made, Entry)
-    said = [
-        TEMPLATE.decode([token for token, says in zip(each.ids, each.says, strict=True) if says]) for each in made.rows
+    answers = [
+        TEMPLATE.decode([token for token, trained in zip(each.input_ids, each.completion_mask, strict=True) if trained])
+        for each in made.rows
     ]
-    assert said == [A, B]
+    assert answers == [A, B]
 
 
 def test_a_template_that_drops_the_difference_leaves_a_tie() -> None:
     ((made,), _) = encoded(template_of("llama3"), {**PLAIN, "rejected": A + " \n"})
-    assert isinstance(made, RowFault) and made.reason == "both answers are equal"
+    assert isinstance(made, InvalidRow) and made.reason == "both answers are equal"
 
 
 def test_a_prompt_that_does_not_come_out_again_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    template = Template.of(tiny())
+    template = ChatTemplate.from_tokenizer(tiny())
     real = template.prompt
     monkeypatch.setattr(template, "prompt", lambda messages: [*real(messages)[:-1], 0])
     ((made,), _) = encoded(template, PLAIN)
-    assert isinstance(made, RowFault) and "not the beginning of both sides" in made.reason
+    assert isinstance(made, InvalidRow) and "not the beginning of both sides" in made.reason
 
 
 @pytest.mark.parametrize("name", ["chatml", "kit", "words", "thinking"])
@@ -317,33 +320,36 @@ def test_truncation_takes_the_oldest_exchanges_and_never_an_answer(name: str, ro
     expected = None
     for gone in range(0, len(others), 2):
         both = [template.encode([*system, *others[gone:], *answer]) for answer in (pair.chosen, pair.rejected)]
-        if max(len(each.ids) for each in both) <= length:
+        if max(len(each.input_ids) for each in both) <= length:
             expected = both
             break
     if expected is None:
-        assert isinstance(made, RowFault) and made.reason.startswith(f"longer than data.max_length ({length} tokens)")
+        assert isinstance(made, InvalidRow) and made.reason.startswith(f"longer than data.max_length ({length} tokens)")
         alone = len(template.prompt([*system, others[-1]])) > length
         assert made.reason.endswith("alone") == alone and not report.truncated
     else:
-        assert isinstance(made, Entry) and [list(each.ids) for each in made.rows] == [
-            list(each.ids) for each in expected
+        assert isinstance(made, Entry) and [list(each.input_ids) for each in made.rows] == [
+            list(each.input_ids) for each in expected
         ]
-        assert report.truncated == (gone > 0) and made.talks == whole.talks  # type: ignore[union-attr]
+        assert report.truncated == (gone > 0) and made.conversation_hashes == whole.conversation_hashes  # type: ignore[union-attr]
     ((dropped,), _) = encoded(template, row, max_length=length)
-    fits = max(len(each.ids) for each in whole.rows) <= length  # type: ignore[union-attr]
+    fits = max(len(each.input_ids) for each in whole.rows) <= length  # type: ignore[union-attr]
     assert isinstance(dropped, Entry) == fits
-    if isinstance(dropped, RowFault):
+    if isinstance(dropped, InvalidRow):
         assert dropped.reason.endswith("its prompt alone") == (len(template.prompt(pair.prompt)) > length)
 
 
-def pairs_of(store: TokenStore) -> list[tuple[str, str]]:
-    texts = [TEMPLATE.decode([int(token) for token in store[row].ids], marks=True) for row in range(len(store))]
+def pairs_of(store: TokenizedDataset) -> list[tuple[str, str]]:
+    texts = [
+        TEMPLATE.decode([int(token) for token in store[row].input_ids], special_tokens=True)
+        for row in range(len(store))
+    ]
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 def test_a_store_of_pairs(tmp_path: Path) -> None:
     store = loaded(tmp_path, write(tmp_path / "a.jsonl", ROWS)).train
-    assert (store.together, store.units, len(store)) == (2, 40, 80)
+    assert (store.rows_per_unit, store.units, len(store)) == (2, 40, 80)
     for n, (chosen, rejected) in enumerate(pairs_of(store)):
         assert (
             f"{n} + 1?" in chosen
@@ -351,16 +357,22 @@ def test_a_store_of_pairs(tmp_path: Path) -> None:
             and f"{n} + 1?" in rejected
             and f"is {n + 2}, I" in rejected
         )
-    assert (store.keys[::2] == store.keys[1::2]).all() and len(set(store.keys)) == 40 and len(set(store.talks)) == 80
+    assert (
+        (store.row_hashes[::2] == store.row_hashes[1::2]).all()
+        and len(set(store.row_hashes)) == 40
+        and len(set(store.conversation_hashes)) == 80
+    )
     assert store.margins.dtype == np.float32 and store.margins.tolist() == [n / 8 for n in range(40) for _ in range(2)]
-    assert store.unit_lengths.tolist() == [len(store[2 * n].ids) + len(store[2 * n + 1].ids) for n in range(40)]
+    assert store.unit_lengths.tolist() == [
+        len(store[2 * n].input_ids) + len(store[2 * n + 1].input_ids) for n in range(40)
+    ]
     assert store.unit_lengths.dtype == np.int64 and len(store.unit_source_of) == 40
-    assert store.place_of(7) == store.place_of(6) == f"{tmp_path}/a.jsonl:4"
-    part = store.take(np.array([6, 7, 2, 3]))
-    assert pairs_of(part) == [pairs_of(store)[3], pairs_of(store)[1]] == pairs_of(store.take_units(np.array([3, 1])))
+    assert store.row_location(7) == store.row_location(6) == f"{tmp_path}/a.jsonl:4"
+    part = store.select_rows(np.array([6, 7, 2, 3]))
+    assert pairs_of(part) == [pairs_of(store)[3], pairs_of(store)[1]] == pairs_of(store.select_units(np.array([3, 1])))
     for half in ([6], [7, 6], [1, 2], [6, 8], [6, 7, 2]):
         with pytest.raises(AssertionError, match="pair"):
-            store.take(np.array(half))
+            store.select_rows(np.array(half))
 
 
 def test_a_store_of_single_rows_is_as_it_was(tmp_path: Path) -> None:
@@ -368,7 +380,7 @@ def test_a_store_of_single_rows_is_as_it_was(tmp_path: Path) -> None:
         tmp_path, write(tmp_path / "a.jsonl", [{"question": Q + "!" * n, "answer": A} for n in range(9)]), pairs=False
     ).train
     assert (
-        (store.together, store.units) == (1, 9)
+        (store.rows_per_unit, store.units) == (1, 9)
         and (store.unit_lengths == store.lengths).all()
         and not store.margins.any()
     )
@@ -385,7 +397,7 @@ def test_cached_equals_fresh(tmp_path: Path) -> None:
     for each in (again, fresh):
         assert (
             each.report == first.report
-            and each.train.together == 2
+            and each.train.rows_per_unit == 2
             and each.train.content_hash() == first.train.content_hash()
         )
         for name in ("keys", "talks", "margins", "lengths", "picked", "unit_lengths"):
@@ -397,7 +409,7 @@ def test_cached_equals_fresh(tmp_path: Path) -> None:
 def test_the_same_rows_as_pairs_and_as_single_rows_are_two_stores(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"instruction": Q, "output": A, "chosen": A, "rejected": B}] * 3)
     assert [
-        (made.train.together, len(made.train))
+        (made.train.rows_per_unit, len(made.train))
         for made in (loaded(tmp_path, path, pairs=pairs) for pairs in (True, False, True))
     ] == [(2, 6), (1, 3), (2, 6)]
 
@@ -405,11 +417,11 @@ def test_the_same_rows_as_pairs_and_as_single_rows_are_two_stores(tmp_path: Path
 def test_content_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = loaded(tmp_path, write(tmp_path / "a.jsonl", ROWS)).train
     known = store.content_hash()
-    assert store.take_units(np.arange(40)).content_hash() == known
-    hashes = [store.take_units(np.array(units)).content_hash() for units in ([0, 1], [1, 0], [0], [0, 1, 2])]
+    assert store.select_units(np.arange(40)).content_hash() == known
+    hashes = [store.select_units(np.array(units)).content_hash() for units in ([0, 1], [1, 0], [0], [0, 1, 2])]
     same = write(tmp_path / "b.jsonl", [ROWS[0]] * 40)
     twins = loaded(tmp_path, same).train
-    same_number, other_number = (twins.take_units(np.array([unit])).content_hash() for unit in (0, 1))
+    same_number, other_number = (twins.select_units(np.array([unit])).content_hash() for unit in (0, 1))
     assert same_number == hashes[2] != other_number, "the ids are equal, and the row's number counts too"
     changed = [dict(row) for row in ROWS]
     changed[39]["rejected"] = "It is 41, I saz."
@@ -417,10 +429,10 @@ def test_content_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({known, *hashes, other_number}) == len(hashes) + 2
     monkeypatch.setattr("lowrank_tune.data.store.SLICE", 7)
     assert loaded(tmp_path, str(tmp_path / "a.jsonl"), cache="other").train.content_hash() == store.content_hash()
-    says = store._arrays["says"].copy()
-    says[-1] ^= True
+    mask = store._arrays["says"].copy()
+    mask[-1] ^= True
     assert (
-        TokenStore({**store._arrays, "says": says}, [], [], store.folder, store.picked, 2).content_hash()
+        TokenizedDataset({**store._arrays, "says": mask}, [], [], store.folder, store.indices, 2).content_hash()
         != store.content_hash()
     )
 
@@ -444,7 +456,7 @@ def test_batches_of_pairs(
     ]
     whole = loaded(folder, write(folder / "a.jsonl", given)).train
     kept = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, unique=True))
-    part = whole.take_units(np.array(kept))
+    part = whole.select_units(np.array(kept))
     units = data.draw(st.lists(st.integers(0, len(kept) - 1), min_size=1, max_size=5))
     batch = collate_units(part, units, TEMPLATE.pad_id)
     assert len(batch) == 2 * len(units) and str(batch.extra["margin"].dtype) == "torch.float32"
@@ -452,11 +464,11 @@ def test_batches_of_pairs(
     for place in range(len(batch)):
         number = 2 * kept[units[place // 2]] + place % 2
         length = int(batch.lengths[place])
-        assert batch.ids[place, :length].tolist() == list(whole[number].ids) and batch.says[
+        assert batch.input_ids[place, :length].tolist() == list(whole[number].input_ids) and batch.completion_mask[
             place, :length
-        ].tolist() == list(whole[number].says)
+        ].tolist() == list(whole[number].completion_mask)
         assert batch.extra["row"][place] == number and batch.extra["margin"][place] == len(rows[number // 2][0])
-        first, this = list(whole[number - place % 2].ids), list(whole[number].ids)
+        first, this = list(whole[number - place % 2].input_ids), list(whole[number].input_ids)
         common = max(count for count in range(min(len(first), len(this))) if first[:count] == this[:count])
         assert batch.extra["shared"][place] == (common if place % 2 else 0)
 
@@ -472,7 +484,7 @@ def test_batches_of_pairs(
     ],
 )
 def test_a_token_of_each_side_is_left_unshared(ids: list[int], others: list[int], shared: int) -> None:
-    assert _shared(Row(np.array(ids), []), Row(np.array(others), [])) == shared
+    assert _common_prefix_length(Row(np.array(ids), []), Row(np.array(others), [])) == shared
 
 
 @settings(max_examples=25)
@@ -485,7 +497,7 @@ def test_the_split_never_parts_a_pair(
     parts = [store for store in (made.train, made.validation) if store is not None]
     found = Counter(pair for store in parts for pair in pairs_of(store))
     assert sum(found.values()) == len(numbers) and all(pair[0].split("?")[0] == pair[1].split("?")[0] for pair in found)
-    assert all((store.keys[::2] == store.keys[1::2]).all() for store in parts)
+    assert all((store.row_hashes[::2] == store.row_hashes[1::2]).all() for store in parts)
     if made.validation is not None:
         assert not set(pairs_of(made.train)) & set(pairs_of(made.validation))
         assert abs(made.validation.units - share * len(numbers)) <= max(Counter(numbers).values())
@@ -496,7 +508,7 @@ def test_the_split_never_parts_a_pair(
 
 def test_shared_pairs_are_counted_once(tmp_path: Path) -> None:
     path, other = write(tmp_path / "a.jsonl", ROWS), write(tmp_path / "b.jsonl", [*ROWS[:3], PLAIN])
-    report = loaded(tmp_path, path, validation=(Source(dataset=other),)).report
+    report = loaded(tmp_path, path, validation=(SourceConfig(dataset=other),)).report
     assert (report.shared, report.validation_rows, report.duplicates) == (3, 4, 0)
     assert any("40 pairs to train on, 4 to validate" in line for line in report.lines())
 
@@ -513,8 +525,8 @@ def test_bad_pairs_are_dropped_with_their_lines_and_stop_only_above_the_limit(tm
         loaded(tmp_path, path, max_length=128)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
     made = loaded(tmp_path, path, max_length=128, max_rejected_share=0.2)
-    told = made.report.train[0]
-    assert (told.read, told.used, told.rejected, made.train.units, len(made.train)) == (40, 34, 6, 34, 68)
+    report = made.report.train[0]
+    assert (report.read, report.used, report.num_dropped, made.train.units, len(made.train)) == (40, 34, 6, 34, 68)
     assert {fault.line: fault.message for fault in made.train.dropped()} == {
         1: "no column `rejected`",
         3: "empty answer",
@@ -523,8 +535,8 @@ def test_bad_pairs_are_dropped_with_their_lines_and_stop_only_above_the_limit(tm
         7: "longer than data.max_length (128 tokens), its prompt alone",
         9: "longer than data.max_length (128 tokens)",
     }
-    assert told.tokens == made.train.lengths.sum() and told.trained_tokens == sum(
-        made.train.trained_of(row) for row in range(68)
+    assert report.tokens == made.train.lengths.sum() and report.trained_tokens == sum(
+        made.train.num_trained_tokens(row) for row in range(68)
     )
 
 
@@ -538,23 +550,26 @@ def test_system_prompt_of_the_recipe(tmp_path: Path) -> None:
 
 def test_prompts_of_pairs(tmp_path: Path) -> None:
     rows = [{"chosen": HUMAN + f"So.\n#### {n}", "rejected": HUMAN + B} for n in range(30)]
-    found = prompts(Source(dataset=write(tmp_path / "a.jsonl", [{"chosen": "x"}, *rows])), 10, 0, "Be brief.")
+    found = load_heldout_prompts(
+        SourceConfig(dataset=write(tmp_path / "a.jsonl", [{"chosen": "x"}, *rows])), 10, 0, "Be brief."
+    )
     assert len(found) == 10 and all([turn.role for turn in prompt.messages] == ["system", "user"] for prompt in found)
-    assert all(prompt.row["chosen"].endswith(f" {prompt.gold}") for prompt in found)
-    tutor = prompts(Source(dataset="tutor-preferences", split="heldout", gold="last_number"), 12, 1)
-    assert len(tutor) == 12 and all(prompt.gold for prompt in tutor)
+    assert all(prompt.row["chosen"].endswith(f" {prompt.ground_truth}") for prompt in found)
+    tutor = load_heldout_prompts(SourceConfig(dataset="tutor-preferences", split="heldout", gold="last_number"), 12, 1)
+    assert len(tutor) == 12 and all(prompt.ground_truth for prompt in tutor)
 
 
 def test_the_tutors_own_pairs(tmp_path: Path) -> None:
     train, heldout = (
-        loaded(tmp_path, Source(dataset="tutor-preferences", split=split, rows=90)) for split in ("train", "heldout")
+        loaded(tmp_path, SourceConfig(dataset="tutor-preferences", split=split, rows=90))
+        for split in ("train", "heldout")
     )
     assert train.report.train[0].used == heldout.report.train[0].used == 90
     assert not {pair[0] for pair in pairs_of(train.train)} & {pair[0] for pair in pairs_of(heldout.train)}
     assert train.train.content_hash() != heldout.train.content_hash()
     for fault, sentence in (({"split": "test"}, "no split `test`"), ({"name": "main"}, "no configurations")):
         with pytest.raises(UserError, match=f"tutor-preferences: .*{sentence}"):
-            read(Source(dataset="tutor-preferences", **fault), 0)
+            read_source(SourceConfig(dataset="tutor-preferences", **fault), 0)
 
 
 REASONS: dict[str, tuple[int, dict[str, list[int]]]] = {  # pairs, and every line that holds none
@@ -584,7 +599,7 @@ def test_real_pairs(tmp_path: Path, name: str) -> None:
     if not (SHARED / "data" / name).exists():
         pytest.skip("needs ../shared")
     count, reasons = REASONS[name]
-    template = Template.of(tiny(CHATML))
+    template = ChatTemplate.from_tokenizer(tiny(CHATML))
     made = loaded(tmp_path, str(SHARED / "data" / name), template=template, max_length=100_000)
     dropped: dict[str, list[int]] = {}
     for fault in made.train.dropped():
@@ -592,9 +607,9 @@ def test_real_pairs(tmp_path: Path, name: str) -> None:
     expected = {reason: len(lines) or MANY[reason] for reason, lines in reasons.items()}
     assert {reason: len(lines) for reason, lines in dropped.items()} == expected
     assert all(dropped[reason] == lines for reason, lines in reasons.items() if lines)
-    assert made.train.units == made.report.train[0].used == count - made.report.train[0].rejected
+    assert made.train.units == made.report.train[0].used == count - made.report.train[0].num_dropped
     for unit in range(0, made.train.units, 37):
         batch = collate_units(made.train, [unit], template.pad_id)
         shared = int(batch.extra["shared"][1])
-        starts = [row.index(True) for row in batch.says.tolist()]
+        starts = [row.index(True) for row in batch.completion_mask.tolist()]
         assert starts[0] == starts[1] <= shared, "the prompt is the same on both sides"

@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hub_rows import SHAPES as ALL_SHAPES
+from hub_rows import EXAMPLE_ROWS as ALL_SHAPES
 from hub_rows import write_rows
 from tokenizers_for_tests import CHATML, tiny
 
-from lowrank_tune.data import Template, load, load_asked, read
-from lowrank_tune.data.boxed import boxed
+from lowrank_tune.data import ChatTemplate, load, load_prompts, read_source
+from lowrank_tune.data.boxed import to_boxed
 from lowrank_tune.data.gold import last_boxed
-from lowrank_tune.data.load import aside
-from lowrank_tune.errors import Faults
-from lowrank_tune.events import Event, Note
+from lowrank_tune.data.load import split_mask
+from lowrank_tune.errors import ConfigError
+from lowrank_tune.events import Event, LogMessage
 from lowrank_tune.recipe import Recipe
-from lowrank_tune.settings import Data, Source
+from lowrank_tune.settings import DataConfig, SourceConfig
 
-TEMPLATE = Template.of(tiny(CHATML))
+TEMPLATE = ChatTemplate.from_tokenizer(tiny(CHATML))
 SHAPES = {source.dataset: ALL_SHAPES[source.dataset] for source in Recipe.load("myllm-sft").data.train}
 
 
@@ -39,11 +39,11 @@ def myllm(folder: Path, *overrides: str, most: int = 4) -> Recipe:
     return Recipe.load("myllm-sft", f"data.train={json.dumps(sources)}", "data.validation_rows=7", *overrides)
 
 
-def prepared(recipe: Recipe, folder: Path, told: list[Event] | None = None) -> Any:
-    return load(recipe.data, TEMPLATE, recipe.seed, (told if told is not None else []).append, folder / "cache")
+def prepared(recipe: Recipe, folder: Path, events: list[Event] | None = None) -> Any:
+    return load(recipe.data, TEMPLATE, recipe.seed, (events if events is not None else []).append, folder / "cache")
 
 
-def test_the_seed_recipe_says_what_was_asked() -> None:
+def test_settings_of_the_seed_recipe() -> None:
     recipe = Recipe.load("myllm-sft")
     counts = {source.dataset: source.rows for source in recipe.data.train}
     assert counts == dict(zip(SHAPES, (260_085, 228_408, 202_618, 109_618, 99_178), strict=True))
@@ -71,24 +71,29 @@ def test_five_shapes_make_one_mixture(tmp_path: Path) -> None:
     assert made.report.lines()[-1].endswith(
         f"tokens measured, 403,406,096 expected ({100 * (tokens_of(made) / 403_406_096 - 1):+.1f} %)"
     )
-    told = [TEMPLATE.decode([int(token) for token in row.ids], marks=True) for row in made.train]
-    assert all(text.count("MyLLM, a math and English tutor") == 1 for text in told)
-    meta = next(text for text in told if "Twice" in text)
+    texts = [TEMPLATE.decode([int(token) for token in row.input_ids], special_tokens=True) for row in made.train]
+    assert all(text.count("MyLLM, a math and English tutor") == 1 for text in texts)
+    meta = next(text for text in texts if "Twice" in text)
     assert "The answer is $\\boxed{" in meta and "####" not in meta and "The answer is:" not in meta
-    chat = next(number for number, text in enumerate(told) if "And?" in text)
-    spoken = "".join(
+    chat = next(number for number, text in enumerate(texts) if "And?" in text)
+    trained_text = "".join(
         TEMPLATE.decode(
-            [int(t) for t, says in zip(made.train[chat].ids, made.train[chat].says, strict=True) if says], marks=True
+            [
+                int(t)
+                for t, trained in zip(made.train[chat].input_ids, made.train[chat].completion_mask, strict=True)
+                if trained
+            ],
+            special_tokens=True,
         )
     )
     assert (
-        spoken.startswith("Hello.<|im_end|>")
-        and spoken.endswith("<|im_end|>")
-        and "Hi" not in spoken
-        and "MyLLM" not in spoken
+        trained_text.startswith("Hello.<|im_end|>")
+        and trained_text.endswith("<|im_end|>")
+        and "Hi" not in trained_text
+        and "MyLLM" not in trained_text
     )
     golds = Counter(
-        (int(made.train.source_of[row]), made.train.gold_of(row) is not None) for row in range(len(made.train))
+        (int(made.train.source_of[row]), made.train.ground_truth_of(row) is not None) for row in range(len(made.train))
     )
     assert {number for number, has_gold in golds if has_gold} == {0, 1, 4}, (
         "UltraChat has no final answers, Orca Math does not mark them"
@@ -113,32 +118,34 @@ def lines(path: Path, rows: int) -> str:
 
 
 def drawn(path: str, rows: int, seed: int, folder: Path, **more: Any) -> tuple[Any, list[Event]]:
-    told: list[Event] = []
-    data = Data(train=(Source(dataset=path, rows=rows, **more),), validation_share=0.0, max_rejected_share=0.5)
-    return load(data, TEMPLATE, seed, told.append, folder / "cache"), told
+    events: list[Event] = []
+    data = DataConfig(
+        train=(SourceConfig(dataset=path, rows=rows, **more),), validation_share=0.0, max_rejected_share=0.5
+    )
+    return load(data, TEMPLATE, seed, events.append, folder / "cache"), events
 
 
 def test_a_count_holds_where_drawn_rows_cannot_be_used(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", 400)
-    made, told = drawn(path, 200, 3, tmp_path)
+    made, events = drawn(path, 200, 3, tmp_path)
     report = made.report.train[0]
-    assert report.used == len(made.train) == 200 and report.read == report.used + report.rejected > 240
-    places = [made.train.place_of(row) for row in range(200)]
+    assert report.used == len(made.train) == 200 and report.read == report.used + report.num_dropped > 240
+    places = [made.train.row_location(row) for row in range(200)]
     assert len(set(places)) == 200 and not any((int(place.rpartition(":")[2]) - 1) % 4 == 0 for place in places)
-    assert not any(isinstance(event, Note) and event.level == "warning" for event in told)
+    assert not any(isinstance(event, LogMessage) and event.level == "warning" for event in events)
     again, _ = drawn(path, 200, 3, tmp_path / "other")
-    assert [again.train.place_of(row) for row in range(200)] == places
+    assert [again.train.row_location(row) for row in range(200)] == places
     other, _ = drawn(path, 200, 4, tmp_path)
-    assert {other.train.place_of(row) for row in range(200)} != set(places)
+    assert {other.train.row_location(row) for row in range(200)} != set(places)
 
 
-def test_too_few_rows_are_told_and_all_are_used(tmp_path: Path) -> None:
-    made, told = drawn(lines(tmp_path / "a.jsonl", 400), 350, 0, tmp_path)
+def test_too_few_rows_give_a_warning_and_all_are_used(tmp_path: Path) -> None:
+    made, events = drawn(lines(tmp_path / "a.jsonl", 400), 350, 0, tmp_path)
     assert len(made.train) == 300 and made.report.train[0].read == 400
-    warned = [event.message for event in told if isinstance(event, Note) and event.level == "warning"]
+    warned = [event.message for event in events if isinstance(event, LogMessage) and event.level == "warning"]
     assert len(warned) == 1 and "asks for 350 rows, and 300 of the 400 that there are can be used" in warned[0]
     again = drawn(str(tmp_path / "a.jsonl"), 350, 0, tmp_path)[1]
-    assert [event.message for event in again if isinstance(event, Note) and event.level == "warning"] == warned, (
+    assert [event.message for event in again if isinstance(event, LogMessage) and event.level == "warning"] == warned, (
         "from the cache too"
     )
 
@@ -148,9 +155,9 @@ def test_prompts_are_drawn_the_same_way(tmp_path: Path) -> None:
     path.write_text(
         "".join(json.dumps({"question": f"q{n}", "answer": f"#### {n}" if n % 3 else "none"}) + "\n" for n in range(90))
     )
-    data = Data(train=(Source(dataset=str(path), rows=50),), max_rejected_share=0.9)
-    found = load_asked(data, TEMPLATE, 0, [].append, needs_gold=True)
-    assert len(found) == found.report.train[0].used == 50 and len({str(place) for place in found.places}) == 50
+    data = DataConfig(train=(SourceConfig(dataset=str(path), rows=50),), max_rejected_share=0.9)
+    found = load_prompts(data, TEMPLATE, 0, [].append, needs_ground_truth=True)
+    assert len(found) == found.report.train[0].used == 50 and len({str(place) for place in found.locations}) == 50
 
 
 def test_a_draw_reads_its_rows_alone_whatever_the_file(tmp_path: Path) -> None:
@@ -164,26 +171,31 @@ def test_a_draw_reads_its_rows_alone_whatever_the_file(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / "a.parquet")
     found = [
-        [row for _, row in read(Source(dataset=str(tmp_path / name), rows=20), 5)] for name in (*names, "a.parquet")
+        [row for _, row in read_source(SourceConfig(dataset=str(tmp_path / name), rows=20), 5)]
+        for name in (*names, "a.parquet")
     ]
     assert len(found[0]) == 20 and all(each == found[0] for each in found)
     assert found[0] == [row for row in rows if row in found[0]], "in their own order"
 
 
 @pytest.mark.parametrize("wanted", [1, 7, 50])
-def test_rows_set_aside_by_number(wanted: int) -> None:
+def test_validation_split_by_number_of_rows(wanted: int) -> None:
     keys = np.random.default_rng(0).integers(0, 2**63, size=400, dtype=np.uint64)
-    kept = aside(keys, wanted, 1)
-    assert kept.sum() == wanted and (kept == aside(keys, wanted, 1)).all() and (kept != aside(keys, wanted, 2)).any()
+    kept = split_mask(keys, wanted, 1)
+    assert (
+        kept.sum() == wanted
+        and (kept == split_mask(keys, wanted, 1)).all()
+        and (kept != split_mask(keys, wanted, 2)).any()
+    )
 
 
 def test_a_number_and_a_share_contradict_each_other() -> None:
     made = Recipe.load("myllm-sft", "data.validation_share=0.1")
     assert made.data.validation_rows is None, "what is written later replaces it"
-    with pytest.raises(Faults, match=r"data.validation_share: contradicts `data.validation_rows`"):
+    with pytest.raises(ConfigError, match=r"data.validation_share: contradicts `data.validation_rows`"):
         Recipe.load("tiny-sft", "data.validation_share=0.1", "data.validation_rows=5")
     assert Recipe.from_dict(Recipe.load("myllm-sft").to_dict()) == Recipe.load("myllm-sft")
-    with pytest.raises(Faults, match=r"data.train.0.final_answer: does nothing for pairs"):
+    with pytest.raises(ConfigError, match=r"data.train.0.final_answer: does nothing for pairs"):
         Recipe.load("myllm-dpo", "data.train.0.final_answer=boxed")
 
 
@@ -202,7 +214,7 @@ def test_a_number_and_a_share_contradict_each_other() -> None:
     ],
 )
 def test_final_answers_in_boxes(reply: str, expected: str) -> None:
-    assert boxed(reply) == expected == boxed(expected)
+    assert to_boxed(reply) == expected == to_boxed(expected)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +226,7 @@ def test_the_authors_own_rows(file: str, tmp_path: Path) -> None:
         pytest.skip("the samples are not here")
     source = next(each for each in Recipe.load("myllm-sft").data.train if each.dataset.endswith(file))
     local = source.model_copy(update={"dataset": str(path), "split": "train", "rows": None})
-    data = Data(train=(local,), validation_share=0.0, max_length=4096, max_rejected_share=0.9)
+    data = DataConfig(train=(local,), validation_share=0.0, max_length=4096, max_rejected_share=0.9)
     made = load(data, TEMPLATE, 0, [].append, tmp_path)
     written = [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
     answers = [
@@ -223,8 +235,8 @@ def test_the_authors_own_rows(file: str, tmp_path: Path) -> None:
         else next(row[name] for name in ("response", "generated_solution", "solution", "answer") if name in row)
         for row in written
     ]
-    told = [TEMPLATE.decode([int(token) for token in row.ids]) for row in made.train]
-    assert len(told) == len(written), [report.reasons() for report in made.report.train]
-    for text, answer in zip(told, answers, strict=True):
-        assert " ".join(boxed(answer).split())[-40:] in " ".join(text.split())
-        assert (last_boxed(text) is None) == (last_boxed(boxed(answer)) is None)
+    texts = [TEMPLATE.decode([int(token) for token in row.input_ids]) for row in made.train]
+    assert len(texts) == len(written), [report.reasons() for report in made.report.train]
+    for text, answer in zip(texts, answers, strict=True):
+        assert " ".join(to_boxed(answer).split())[-40:] in " ".join(text.split())
+        assert (last_boxed(text) is None) == (last_boxed(to_boxed(answer)) is None)

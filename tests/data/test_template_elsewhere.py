@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from tokenizers_for_tests import tokenizer
 
-from lowrank_tune.data import Template
+from lowrank_tune.data import ChatTemplate
 from lowrank_tune.types import Message
 
-TALK = [
+CONVERSATION = [
     Message("system", "Be kind."),
     Message("user", "What is 12 + 30?"),
     Message("assistant", "It is 42."),
@@ -17,12 +17,14 @@ TALK = [
 
 
 @pytest.mark.parametrize("name", ["kit", "words", "chatml", "llama3"])
-@pytest.mark.parametrize("talk", [TALK, TALK[1:], TALK[1:2]], ids=["with system", "without", "a question"])
-def test_the_template_for_others_asks_as_this_kit_does(name: str, talk: list[Message]) -> None:
+@pytest.mark.parametrize(
+    "conversation", [CONVERSATION, CONVERSATION[1:], CONVERSATION[1:2]], ids=["with system", "without", "a question"]
+)
+def test_the_exported_template_renders_the_same_prompt(name: str, conversation: list[Message]) -> None:
     one = tokenizer(name)
-    template = Template.of(one)
-    one.chat_template = template.jinja
-    told = one.apply_chat_template(
-        [{"role": m.role, "content": m.content} for m in talk], add_generation_prompt=True, tokenize=False
+    template = ChatTemplate.from_tokenizer(one)
+    one.chat_template = template.chat_template
+    rendered = one.apply_chat_template(
+        [{"role": m.role, "content": m.content} for m in conversation], add_generation_prompt=True, tokenize=False
     )
-    assert told == template.decode(template.prompt(talk), marks=True)
+    assert rendered == template.decode(template.prompt(conversation), special_tokens=True)

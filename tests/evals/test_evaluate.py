@@ -12,37 +12,37 @@ from typing import Any
 
 import pytest
 import torch
-from export_runs import Made, make_run
-from models import CPU, shake
+from export_runs import FinishedRun, make_run
+from models import CPU, perturb
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lowrank_tune import UserError, settings
-from lowrank_tune.build.learned import answer_ids, closed, closing
+from lowrank_tune.build.learned import append_end_of_turn, encode_answer, end_of_turn_ids
 from lowrank_tune.cli import app
-from lowrank_tune.data import Template
-from lowrank_tune.evals import Options, evaluate, read_records, to_record
+from lowrank_tune.data import ChatTemplate
+from lowrank_tune.evals import Options, evaluate, parse_record, read_records
 from lowrank_tune.evals import evaluation as evaluation_module
-from lowrank_tune.evals.figures import wins_of
-from lowrank_tune.evals.marking import Mark
-from lowrank_tune.evals.measure import Measured, Meter
-from lowrank_tune.evals.questions import questions_on
+from lowrank_tune.evals.figures import win_rates
+from lowrank_tune.evals.marking import GradedAnswer
+from lowrank_tune.evals.measure import EvalResult, Evaluator
+from lowrank_tune.evals.questions import load_eval_questions
 from lowrank_tune.events import Event, Progress
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import base_hashes, load_base, load_tokenizer
-from lowrank_tune.model.heads import KEY
+from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rollout import Engine
 from lowrank_tune.tutor import problems
-from lowrank_tune.types import Message, Sampling
+from lowrank_tune.types import Message, SamplingParams
 from lowrank_tune.ui.compare.figures import rows as compared
-from lowrank_tune.ui.compare.side import read_sides
-from lowrank_tune.ui.evals_view import rows, told_of
+from lowrank_tune.ui.compare.side import read_runs
+from lowrank_tune.ui.evals_view import describe_evaluation, rows
 from lowrank_tune.ui.report import write_report
 
-SHORT = Options(on="tutor", num_prompts=6, samples=2, max_new_tokens=6)
+SHORT = Options(dataset="tutor", num_prompts=6, num_samples=2, max_new_tokens=6)
 
 
 def quiet(event: Event) -> None:
@@ -50,24 +50,24 @@ def quiet(event: Event) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     return make_run(tmp_path_factory.mktemp("made"), bits=16)
 
 
 @pytest.fixture(scope="module")
-def judge(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def judge(made: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of `algorithm: reward` on the same base, with an adapter and a head that matter."""
-    wanted = settings.Base(model=str(made.base), bits=16)
+    wanted = settings.BaseConfig(model=str(made.base), bits=16)
     base = load_base(wanted, load_tokenizer(wanted), CPU)
     hashes = base_hashes(base.model)
     roles = Roles(
         base,
-        {"reward": lora_config(settings.Adapter(r=2), base.model)},
+        {"reward": lora_config(settings.AdapterConfig(r=2), base.model)},
         ["reward"],
         {"reward": ["reward"]},
         heads=["reward"],
     )
-    shake(roles, "reward", size=0.2)
+    perturb(roles, "reward", size=0.2)
     run = tmp_path_factory.mktemp("judge") / "run"
     (run / "final").mkdir(parents=True)
     save_file(roles.adapter_tensors("reward"), run / "final" / "adapter_model.safetensors")
@@ -83,7 +83,7 @@ def judge(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def with_rewards(made: Made, folder: Path, function: str) -> Path:
+def with_rewards(made: FinishedRun, folder: Path, function: str) -> Path:
     """The same run with the recipe of one that learned from a reward of its user's own."""
     run = folder / "run"
     shutil.copytree(made.run, run)
@@ -100,12 +100,12 @@ def with_rewards(made: Made, folder: Path, function: str) -> Path:
     return run
 
 
-def test_losses_as_transformers_and_peft_have_them(made: Made) -> None:
+def test_losses_as_transformers_and_peft_have_them(made: FinishedRun) -> None:
     """Another program reads the same rows with the adapter that the run left: the mean of -log p over all tokens of the
     answers."""
-    found = evaluate(str(made.run), Options(on="tutor", num_prompts=9, max_new_tokens=2), quiet, CPU).record
-    wanted = settings.Base(model=str(made.base), bits=16)
-    template = Template.of(load_tokenizer(wanted))
+    found = evaluate(str(made.run), Options(dataset="tutor", num_prompts=9, max_new_tokens=2), quiet, CPU).record
+    wanted = settings.BaseConfig(model=str(made.base), bits=16)
+    template = ChatTemplate.from_tokenizer(load_tokenizer(wanted))
     model = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32)
     tuned = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32), made.run / "final"
@@ -114,8 +114,8 @@ def test_losses_as_transformers_and_peft_have_them(made: Made) -> None:
     for who, one in (("base", model), ("sft", tuned.eval())):
         total, tokens = 0.0, 0
         for row in rows:
-            asked, said = Message("user", row["question"]), Message("assistant", row["answer"])
-            ids, start = template.encode([asked, said]).ids, len(template.prompt([asked]))
+            user, assistant = Message("user", row["question"]), Message("assistant", row["answer"])
+            ids, start = template.encode([user, assistant]).input_ids, len(template.prompt([user]))
             with torch.no_grad():
                 logps = one(input_ids=torch.tensor([list(ids)])).logits[0].double().log_softmax(dim=-1)
             total -= sum(float(logps[place - 1, ids[place]]) for place in range(start, len(ids)))
@@ -128,15 +128,15 @@ def test_losses_as_transformers_and_peft_have_them(made: Made) -> None:
     assert found["figures"]["sft"]["loss"]["value"] != found["figures"]["base"]["loss"]["value"]
 
 
-def test_rewards_passes_and_wins_are_counted(made: Made, tmp_path: Path) -> None:
+def test_rewards_passes_and_wins_are_counted(made: FinishedRun, tmp_path: Path) -> None:
     """The answers are drawn again, and every figure is worked out from them by plain counting."""
     run = with_rewards(made, tmp_path, "float(len(completion) % 3)")
-    options = Options(num_prompts=7, samples=3, k=(2,), max_new_tokens=5, verifier="answer")
+    options = Options(num_prompts=7, num_samples=3, k=(2,), max_new_tokens=5, verifier="answer")
     found = evaluate(str(run), options, quiet, CPU).record
-    said = drawn_again(made, 7, 3, 5)
-    template = Template.of(load_tokenizer(settings.Base(model=str(made.base))))
+    completions = drawn_again(made, 7, 3, 5)
+    template = ChatTemplate.from_tokenizer(load_tokenizer(settings.BaseConfig(model=str(made.base))))
     for who in ("base", "grpo"):
-        values = [[2.0 * (len(template.decode(ids)) % 3) for ids in several] for several in said[who]]
+        values = [[2.0 * (len(template.decode(ids)) % 3) for ids in several] for several in completions[who]]
         mean = sum(sum(several) / 3 for several in values) / 7
         assert found["figures"][who]["reward"]["value"] == pytest.approx(mean) and mean > 0
         assert found["figures"][who]["pass_at_1"]["value"] == 0 and found["figures"][who]["pass_at_2"]["prompts"] == 7
@@ -147,12 +147,12 @@ def test_rewards_passes_and_wins_are_counted(made: Made, tmp_path: Path) -> None
 
 
 def drawn_again(
-    made: Made, count: int, samples: int, longest: int, temperature: float = 1.0
+    made: FinishedRun, count: int, samples: int, longest: int, temperature: float = 1.0
 ) -> dict[str, list[list[list[int]]]]:
     """What base and policy answer to the first held-out problems (ids without a stop), each voice in one call over all
     of them."""
-    wanted = settings.Base(model=str(made.base), bits=16)
-    template = Template.of(load_tokenizer(wanted))
+    wanted = settings.BaseConfig(model=str(made.base), bits=16)
+    template = ChatTemplate.from_tokenizer(load_tokenizer(wanted))
     base = load_base(wanted, template.tokenizer, CPU)
     # for its configuration alone
     tuned = PeftModel.from_pretrained(base.model, made.run / "final", adapter_name="other")
@@ -160,22 +160,26 @@ def drawn_again(
     tuned.unload()
     roles = Roles(load_base(wanted, template.tokenizer, CPU), {"policy": config}, [], {"policy": ["policy"]})
     roles.load_adapter_tensors("policy", load_file(made.run / "final" / "adapter_model.safetensors"), "final")
-    asked = questions_on(settings.Source(dataset="tutor", split="heldout"), count, 0, template, None).questions
-    sampling = Sampling(longest, base.end_ids | template.end_ids, temperature, 0)
-    said: dict[str, list[list[list[int]]]] = {}
+    questions = load_eval_questions(
+        settings.SourceConfig(dataset="tutor", split="heldout"), count, 0, template, None
+    ).questions
+    sampling = SamplingParams(longest, base.end_ids | template.end_ids, temperature, 0)
+    completions: dict[str, list[list[list[int]]]] = {}
     for who, role in (("base", "base"), ("grpo", "policy")):
-        several: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in asked]
-        for one in Engine(roles, role).generate([question.ids for question in asked], samples, sampling):
-            several[one.prompt][one.sample] = one.ids[:-1] if one.finish == "stop" else one.ids
-        said[who] = several
-    return said
+        several: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in questions]
+        for one in Engine(roles, role).generate([question.prompt_ids for question in questions], samples, sampling):
+            several[one.prompt][one.sample] = one.token_ids[:-1] if one.finish_reason == "stop" else one.token_ids
+        completions[who] = several
+    return completions
 
 
-def test_parts_and_their_order_change_no_answer(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_and_their_order_change_no_answer(
+    made: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = with_rewards(made, tmp_path, "float(len(completion))")
-    options = Options(num_prompts=7, samples=2, max_new_tokens=6)
+    options = Options(num_prompts=7, num_samples=2, max_new_tokens=6)
     whole = evaluate(str(run), options, quiet, CPU).record
-    monkeypatch.setattr("lowrank_tune.evals.measure.ANSWERS", 4)
+    monkeypatch.setattr("lowrank_tune.evals.measure.ANSWERS_PER_BATCH", 4)
     parts = evaluate(str(run), options, quiet, CPU).record
     assert whole["figures"]["grpo"]["reward"]["value"] == pytest.approx(
         parts["figures"]["grpo"]["reward"]["value"], rel=1e-12
@@ -183,30 +187,38 @@ def test_parts_and_their_order_change_no_answer(made: Made, tmp_path: Path, monk
     assert whole["figures"]["base"]["length"]["value"] == parts["figures"]["base"]["length"]["value"]
 
 
-def test_a_judge_on_the_same_base(made: Made, judge: Path) -> None:
+def test_a_judge_on_the_same_base(made: FinishedRun, judge: Path) -> None:
     """Greedy answers of both voices are scored again one by one, and the wins counted."""
     found = evaluate(
-        str(made.run), Options(on="tutor", num_prompts=6, max_new_tokens=6, judge=judge), quiet, CPU
+        str(made.run), Options(dataset="tutor", num_prompts=6, max_new_tokens=6, reward_model=judge), quiet, CPU
     ).record
-    wanted = settings.Base(model=str(made.base), bits=16)
-    template = Template.of(load_tokenizer(wanted))
+    wanted = settings.BaseConfig(model=str(made.base), bits=16)
+    template = ChatTemplate.from_tokenizer(load_tokenizer(wanted))
     base = load_base(wanted, template.tokenizer, CPU)
     roles = Roles(
-        base, {"reward": lora_config(settings.Adapter(r=2), base.model)}, [], {"reward": ["reward"]}, heads=["reward"]
+        base,
+        {"reward": lora_config(settings.AdapterConfig(r=2), base.model)},
+        [],
+        {"reward": ["reward"]},
+        heads=["reward"],
     )
     roles.load_adapter_tensors("reward", load_file(judge / "final" / "adapter_model.safetensors"), "judge")
-    said = drawn_again(made, 6, 1, 6, temperature=0.0)
-    asked = questions_on(settings.Source(dataset="tutor", split="heldout"), 6, 0, template, None).questions
+    completions = drawn_again(made, 6, 1, 6, temperature=0.0)
+    questions = load_eval_questions(
+        settings.SourceConfig(dataset="tutor", split="heldout"), 6, 0, template, None
+    ).questions
 
     def score(number: int, answered: list[int]) -> float:
         assert len(answered) == 6, "none of them ends by itself"
-        ids = [*asked[number].ids, *answered]
-        with roles.quiet(), roles.use("reward"):
+        ids = [*questions[number].prompt_ids, *answered]
+        with roles.inference_mode(), roles.activate("reward"):
             hidden = base.model.get_decoder()(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
         return float(hidden @ roles.heads["reward"].weight[0])
 
-    assert KEY in roles.adapter_tensors("reward")
-    mine, theirs = ([score(number, several[0]) for number, several in enumerate(said[who])] for who in ("grpo", "base"))
+    assert HEAD_WEIGHT_KEY in roles.adapter_tensors("reward")
+    mine, theirs = (
+        [score(number, several[0]) for number, several in enumerate(completions[who])] for who in ("grpo", "base")
+    )
     wins = found["wins"]["sft"]["judge"]
     assert wins["value"] == pytest.approx(sum((a > b) + (a == b) / 2 for a, b in zip(mine, theirs, strict=True)) / 6)
     assert found["figures"]["sft"]["judge_score"]["value"] == pytest.approx(sum(mine) / 6, rel=1e-3)
@@ -215,13 +227,13 @@ def test_a_judge_on_the_same_base(made: Made, judge: Path) -> None:
 
 def test_a_judge_reads_answers_to_their_end() -> None:
     """What ended by itself is scored where the reward model was trained to look, behind all that closes a turn."""
-    template = Template.of(load_tokenizer(settings.Base(model="tiny-tutor")))
-    said, end = answer_ids(template, "Yes."), closing(template)
-    stop = next(place for place, token in enumerate(said) if token in template.end_ids)
-    assert closed(said[: stop + 1], end) == said
+    template = ChatTemplate.from_tokenizer(load_tokenizer(settings.BaseConfig(model="tiny-tutor")))
+    ids, end = encode_answer(template, "Yes."), end_of_turn_ids(template)
+    stop = next(place for place, token in enumerate(ids) if token in template.end_ids)
+    assert append_end_of_turn(ids[: stop + 1], end) == ids
 
 
-def test_a_chain_has_a_line_a_stage(made: Made, tmp_path: Path) -> None:
+def test_a_chain_has_a_line_a_stage(made: FinishedRun, tmp_path: Path) -> None:
     chain = tmp_path / "chain"
     for number, name in ((1, "sft"), (2, "dpo")):
         shutil.copytree(made.run, chain / f"{number}-{name}")
@@ -234,24 +246,24 @@ def test_a_chain_has_a_line_a_stage(made: Made, tmp_path: Path) -> None:
     found = evaluate(str(chain), SHORT, quiet, CPU)
     assert list(found.record["figures"]) == ["base", "sft", "dpo"] and found.path == chain / "evals.jsonl"
     shutil.rmtree(chain / "2-dpo" / "final")
-    told: list[str] = []
-    half = evaluate(str(chain), SHORT, lambda event: told.append(getattr(event, "message", "")), CPU)
-    assert list(half.record["figures"]) == ["base", "sft"] and any("not ended: dpo" in line for line in told)
+    messages: list[str] = []
+    half = evaluate(str(chain), SHORT, lambda event: messages.append(getattr(event, "message", "")), CPU)
+    assert list(half.record["figures"]) == ["base", "sft"] and any("not ended: dpo" in line for line in messages)
 
 
-def test_ctrl_c_keeps_the_parts_that_all_voices_have_finished(
-    made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_ctrl_c_keeps_the_parts_that_all_models_have_finished(
+    made: FinishedRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lowrank_tune.evals.measure.ANSWERS", 4)  # two prompts a part
+    monkeypatch.setattr("lowrank_tune.evals.measure.ANSWERS_PER_BATCH", 4)  # two prompts a part
     run = tmp_path / "run"
     shutil.copytree(made.run, run)
 
     def interrupting(after: int) -> Callable[[Event], None]:
-        def hear(event: Event) -> None:
+        def on_event(event: Event) -> None:
             if isinstance(event, Progress) and event.what.startswith("evaluating") and event.done >= after:
                 raise KeyboardInterrupt
 
-        return hear
+        return on_event
 
     # two voices, two prompts, each a loss and two answers
     found = evaluate(str(run), SHORT, interrupting(2 * (2 + 4) * 2 - 1), CPU)
@@ -262,21 +274,21 @@ def test_ctrl_c_keeps_the_parts_that_all_voices_have_finished(
         "the same prompts for all"
     )
     early = evaluate(str(run), SHORT, interrupting(1), CPU)
-    assert early.interrupted and not evaluation_module.has_figures(early.record)
+    assert early.interrupted and not evaluation_module.has_metrics(early.record)
 
-    original = Meter.measure
+    original = Evaluator.measure
 
-    def interrupted(self: Meter, *arguments: Any) -> Any:
+    def interrupted(self: Evaluator, *arguments: Any) -> Any:
         self.emit = interrupting(23)
         return original(self, *arguments)
 
-    monkeypatch.setattr(Meter, "measure", interrupted)
+    monkeypatch.setattr(Evaluator, "measure", interrupted)
     command = ["eval", str(run), "--on", "tutor", "--num-prompts", "6", "--samples", "2", "--max-new-tokens", "6"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 130 and "interrupted" in result.stdout and len(read_records(run)) == 1, result.output
 
 
-def test_results_are_added_to_the_run_and_shown(made: Made, tmp_path: Path) -> None:
+def test_results_are_added_to_the_run_and_shown(made: FinishedRun, tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(made.run, run)
     command = ["eval", str(run), "--on", "tutor", "--num-prompts", "4", "--samples", "2", "--max-new-tokens", "4"]
@@ -314,13 +326,13 @@ def test_results_are_added_to_the_run_and_shown(made: Made, tmp_path: Path) -> N
     html = write_report(run).read_text()
     assert "Evaluations" in html and "pass@1" in html and html.count("<details") >= 2
     assert write_report(other).exists(), "what anyone may have edited breaks no page"
-    table = dict(compared(read_sides([run, other])))
+    table = dict(compared(read_runs([run, other])))
     assert table["eval: pass@1"][0].startswith("0.0 % (0.0 to ") and table["eval: pass@1"][1] == ""
     assert table["eval: of"][0] == "sft, tutor heldout" and table["eval: prompts"] == ["4", ""]
 
 
 def test_a_hostile_record_is_inert() -> None:
-    record = to_record(
+    record = parse_record(
         {
             "v": 1,
             "kind": "eval",
@@ -331,18 +343,18 @@ def test_a_hostile_record_is_inert() -> None:
             "tasks": [1],
         }
     )
-    assert "\x1b" not in "".join(told_of(record)) and list(rows(record))[0][2] == "nan"
+    assert "\x1b" not in "".join(describe_evaluation(record)) and list(rows(record))[0][2] == "nan"
 
 
 def fails(*arguments: str) -> str:
     result = CliRunner().invoke(app, ["eval", *arguments])
     assert result.exit_code == 2, result.output
-    told = result.stderr.strip()
-    assert told.count("\n") == 0 and "Traceback" not in told, told
-    return told
+    message = result.stderr.strip()
+    assert message.count("\n") == 0 and "Traceback" not in message, message
+    return message
 
 
-def test_wrong_input_is_one_sentence(made: Made, judge: Path, tmp_path: Path) -> None:
+def test_wrong_input_is_one_sentence(made: FinishedRun, judge: Path, tmp_path: Path) -> None:
     run = str(made.run)
     assert "no such run or model" in fails("./nowhere")
     assert "neither a run" in fails(str(tmp_path))
@@ -364,7 +376,7 @@ def test_wrong_input_is_one_sentence(made: Made, judge: Path, tmp_path: Path) ->
     assert "there is no such folder" in fails(run, "--out", str(tmp_path / "no" / "x.jsonl"))
 
 
-def test_another_base_is_refused(made: Made, tmp_path: Path) -> None:
+def test_another_base_is_refused(made: FinishedRun, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(made.run, run)
     facts = json.loads((run / "base.json").read_text())
@@ -375,11 +387,13 @@ def test_another_base_is_refused(made: Made, tmp_path: Path) -> None:
 
 
 def test_wins_over_all_pairs_by_hand() -> None:
-    def marks(*scores: float | None) -> list[Mark]:
-        return [Mark("", 1, True, None, None, {}, score) for score in scores]
+    def marks(*scores: float | None) -> list[GradedAnswer]:
+        return [GradedAnswer("", 1, True, None, None, {}, score) for score in scores]
 
     tuned, base = {0: marks(1, 3), 1: marks(None, 0)}, {0: marks(2, 1), 1: marks(0, 5)}
-    found = wins_of(Measured(["base", "t"], [], {"t": tuned, "base": base}, {}, [0, 1]), "t", lambda mark: mark.score)
+    found = win_rates(
+        EvalResult(["base", "t"], [], {"t": tuned, "base": base}, {}, [0, 1]), "t", lambda mark: mark.score
+    )
     pairs = [[(a > b, a == b) for a, b in product(mine, theirs)] for mine, theirs in (((1, 3), (2, 1)), ((0,), (0, 5)))]
     rates = [sum(win + tie / 2 for win, tie in several) / len(several) for several in pairs]
     assert found is not None and found["value"] == pytest.approx(sum(rates) / 2) == pytest.approx(

@@ -62,7 +62,7 @@ def test_tasks_of_a_folder_for_base_and_tuned(tmp_path: Path, monkeypatch: pytes
     rows = tasks_in(tmp_path / "tasks")
     options = Options(tasks=("sums_chosen", "sums_written"), tasks_path=tmp_path / "tasks")
     found = evaluate(str(made.run), options, lambda event: None, CPU).record
-    tokenizer = load_tokenizer(settings.Base(model=str(made.base)))
+    tokenizer = load_tokenizer(settings.BaseConfig(model=str(made.base)))
     model = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32).eval()
     tuned = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32), made.run / "final"
@@ -92,21 +92,21 @@ def _chosen(model: torch.nn.Module, tokenizer: object, question: str) -> int:
 
 
 @pytest.mark.slow
-def test_unknown_tasks_are_told_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_unknown_tasks_are_reported_before_anything_is_loaded(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     tasks_in(tmp_path / "tasks")
-    told = []
+    messages = []
     for more in (
         ["--tasks", "sums_chosenn", "--tasks-path", str(tmp_path / "tasks")],
         ["--tasks", "gsm8k", "--tasks-path", "nowhere"],
     ):
         result = CliRunner().invoke(app, ["eval", "tiny-tutor", *more])
         assert result.exit_code == 2, result.output
-        told.append(result.stderr.strip())
-    assert "did you mean `sums_chosen`?" in told[0] and "is no folder" in told[1]
+        messages.append(result.stderr.strip())
+    assert "did you mean `sums_chosen`?" in messages[0] and "is no folder" in messages[1]
 
 
-def test_without_the_harness_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_harness_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == "lm_eval" else found(name, *more)

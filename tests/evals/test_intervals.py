@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_tune.evals.intervals import (
-    difference_of,
-    expanded_tail,
-    mean_of,
+    bootstrap_tail,
+    mean_ci,
+    paired_difference_ci,
     pass_at_k,
-    ratio_of,
-    share_of,
+    proportion_ci,
+    ratio_ci,
     t_quantile,
-    wilson,
+    wilson_interval,
 )
 
 
@@ -54,28 +54,35 @@ def test_pass_at_k_is_unbiased_where_the_plug_in_is_not() -> None:
     ],
 )
 def test_wilson_as_printed(share: float, draws: int, low: float, high: float) -> None:
-    assert wilson(share, draws) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(share, draws) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_a_share_of_single_answers_is_plain_wilson() -> None:
-    found = share_of([1.0] * 15 + [0.0] * 133, 1)
+    found = proportion_ci([1.0] * 15 + [0.0] * 133, 1)
     assert (found.low, found.high) == pytest.approx((0.0624, 0.1605), abs=5e-5) and found.prompts == 148
 
 
 def test_answers_that_are_alike_are_worth_no_more_than_their_prompts() -> None:
     """Eight equal answers a prompt say what one says; eight that know nothing of each other say eight times as much,
     never more."""
-    alike = share_of([1.0] * 20 + [0.0] * 20, 8)
-    assert (alike.low, alike.high) == pytest.approx(wilson(0.5, 40))
-    same_everywhere = share_of([0.5] * 40, 8)
-    assert (same_everywhere.low, same_everywhere.high) == pytest.approx(wilson(0.5, 320))
-    assert share_of([1.0] * 40, 8).low == pytest.approx(wilson(1.0, 40)[0]) and share_of([1.0] * 40, 8).high == 1.0
+    alike = proportion_ci([1.0] * 20 + [0.0] * 20, 8)
+    assert (alike.low, alike.high) == pytest.approx(wilson_interval(0.5, 40))
+    same_everywhere = proportion_ci([0.5] * 40, 8)
+    assert (same_everywhere.low, same_everywhere.high) == pytest.approx(wilson_interval(0.5, 320))
+    assert (
+        proportion_ci([1.0] * 40, 8).low == pytest.approx(wilson_interval(1.0, 40)[0])
+        and proportion_ci([1.0] * 40, 8).high == 1.0
+    )
 
 
-def test_what_one_prompt_cannot_tell() -> None:
-    for found in (mean_of([3.0], 0), ratio_of([6.0], [2.0], 0), difference_of(([1.0], [1.0]), ([0.5], [1.0]), 0)):
+def test_one_prompt_gives_no_interval() -> None:
+    for found in (
+        mean_ci([3.0], 0),
+        ratio_ci([6.0], [2.0], 0),
+        paired_difference_ci(([1.0], [1.0]), ([0.5], [1.0]), 0),
+    ):
         assert math.isfinite(found.value) and math.isnan(found.low) and math.isnan(found.high)
-    assert math.isnan(share_of([], 1).value) and math.isnan(mean_of([], 0).value)
+    assert math.isnan(proportion_ci([], 1).value) and math.isnan(mean_ci([], 0).value)
 
 
 @pytest.mark.parametrize(
@@ -86,10 +93,10 @@ def test_t_as_printed(freedom: int, value: float) -> None:
 
 
 def test_the_bootstrap_is_wider_for_few_prompts_and_the_same_for_a_seed() -> None:
-    assert expanded_tail(5) < expanded_tail(50) < 0.025 and expanded_tail(100_000) == pytest.approx(0.025, abs=1e-4)
+    assert bootstrap_tail(5) < bootstrap_tail(50) < 0.025 and bootstrap_tail(100_000) == pytest.approx(0.025, abs=1e-4)
     stream = random.Random(3)
     values = [stream.gauss(0, 1) for _ in range(30)]
-    assert mean_of(values, 7) == mean_of(values, 7) != mean_of(values, 8)
+    assert mean_ci(values, 7) == mean_ci(values, 7) != mean_ci(values, 8)
 
 
 def test_the_bootstrap_against_all_resamples() -> None:
@@ -98,9 +105,9 @@ def test_the_bootstrap_against_all_resamples() -> None:
     every = [
         sum(over[i] for i in drawn) / sum(under[i] for i in drawn) for drawn in itertools.product(range(3), repeat=3)
     ]
-    found = ratio_of(over, under, 0)
+    found = ratio_ci(over, under, 0)
     assert found.value == pytest.approx(12 / 7)
-    tail = expanded_tail(3)
+    tail = bootstrap_tail(3)
     assert (found.low, found.high) == pytest.approx(
         (np.quantile(every, tail, method="inverted_cdf"), np.quantile(every, 1 - tail, method="inverted_cdf"))
     )
@@ -112,9 +119,9 @@ def test_a_difference_is_paired() -> None:
     theirs = [stream.gauss(2, 1) for _ in range(40)]
     mine = [value - 0.5 for value in theirs]
     ones = [1.0] * 40
-    found = difference_of((mine, ones), (theirs, ones), 0)
+    found = paired_difference_ci((mine, ones), (theirs, ones), 0)
     assert (found.value, found.low, found.high) == pytest.approx((-0.5, -0.5, -0.5))
-    assert mean_of(mine, 0).high - mean_of(mine, 0).low > 0.4
+    assert mean_ci(mine, 0).high - mean_ci(mine, 0).low > 0.4
 
 
 def covered(trials: int, prompts: int, samples: int, alike: float, seed: int) -> tuple[float, float]:
@@ -125,25 +132,25 @@ def covered(trials: int, prompts: int, samples: int, alike: float, seed: int) ->
     a, b = share * alike, (1 - share) * alike
     for _ in range(trials):
         right = rng.binomial(samples, rng.beta(a, b, size=prompts)) / samples
-        found = share_of(right.tolist(), samples)
-        low, high = wilson(float(right.mean()), prompts * samples)
+        found = proportion_ci(right.tolist(), samples)
+        low, high = wilson_interval(float(right.mean()), prompts * samples)
         hits, naive = hits + (found.low <= share <= found.high), naive + (low <= share <= high)
     return hits / trials, naive / trials
 
 
 @pytest.mark.parametrize(("prompts", "samples"), [(30, 8), (100, 4), (200, 1)])
-def test_clustered_shares_hold_the_truth_as_often_as_they_say(prompts: int, samples: int) -> None:
+def test_clustered_intervals_have_their_nominal_coverage(prompts: int, samples: int) -> None:
     hits, naive = covered(1500, prompts, samples, alike=0.8, seed=5)
     assert 0.925 <= hits <= 0.975, "95 % but for the noise of 1500 trials"
     if samples > 1:
         assert naive < 0.85, "answers to one prompt are no draws of their own"
 
 
-def test_bootstrapped_losses_hold_the_truth_as_often_as_they_say() -> None:
+def test_bootstrapped_intervals_of_losses_have_their_nominal_coverage() -> None:
     rng, hits, trials = np.random.default_rng(1), 0, 200
     for trial in range(trials):
         tokens = rng.integers(5, 40, size=25).astype(float)
         totals = tokens * rng.gamma(4.0, 0.25, size=25)  # a loss of 1 nat a token
-        found = ratio_of(totals.tolist(), tokens.tolist(), trial)
+        found = ratio_ci(totals.tolist(), tokens.tolist(), trial)
         hits += found.low <= 1.0 <= found.high
     assert 0.90 <= hits / trials <= 0.99

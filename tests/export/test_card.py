@@ -10,23 +10,23 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from export_runs import IDS, Made, kl, make_run
+from export_runs import IDS, FinishedRun, kl, make_run
 from models import TOKENIZER
 from peft import PeftModel
 from transformers import AutoTokenizer, GenerationConfig
 
 from lowrank_tune import Recipe, UserError, settings
-from lowrank_tune.build import lay
+from lowrank_tune.build import check_adapter_lineage
 from lowrank_tune.checkpoint import load
-from lowrank_tune.data import Template
-from lowrank_tune.events import Event, Note
-from lowrank_tune.export.card import Adapters, card, rank_limit
+from lowrank_tune.data import ChatTemplate
+from lowrank_tune.events import Event, LogMessage
+from lowrank_tune.export.card import Adapters, model_card, rank_limit
 from lowrank_tune.model.adapters import SavedAdapter, read_adapter
 from lowrank_tune.model.base import load_base
 from lowrank_tune.recipe import dump
 from lowrank_tune.types import Message
 
-TALK = [
+CONVERSATION = [
     Message("system", "Be kind."),
     Message("user", "What is 12 + 30?"),
     Message("assistant", "It is 42."),
@@ -36,12 +36,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def folded(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def folded(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     return make_run(tmp_path_factory.mktemp("folded"), lower=("warm", "sft"), rslora=True)
 
 
 @pytest.fixture(scope="module")
-def apart(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def apart(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     return make_run(tmp_path_factory.mktemp("apart"), lower=("sft",), stack="apart")
 
 
@@ -61,7 +61,7 @@ def written(adapters: Adapters, **changes: Any) -> str:
         }
         | changes
     )
-    return card(
+    return model_card(
         recipe,
         {"step": 7, "heldout_details": {"base": {"exact": 0.25}, "sft": {"exact": 0.75}}},
         "abc123",
@@ -74,8 +74,8 @@ def config(rank: int) -> dict[str, Any]:
     return {"r": rank, "lora_alpha": 32.0, "target_modules": ["q_proj", "v_proj"]}
 
 
-def test_a_card_says_what_the_hub_and_a_person_want_to_know() -> None:
-    text = written(Adapters(["sft", "policy"], True, config(24), speaks=True))
+def test_a_model_card_has_metadata_for_the_hub_and_text_for_readers() -> None:
+    text = written(Adapters(["sft", "policy"], True, config(24), is_generative=True))
     facts = yaml.safe_load(text.split("---")[1])
     assert (
         facts["base_model"] == "Qwen/Qwen3-4B"
@@ -101,15 +101,15 @@ def test_a_card_says_what_the_hub_and_a_person_want_to_know() -> None:
 
 @pytest.mark.parametrize(("rank", "limit"), [(8, None), (16, None), (17, 32), (32, 32), (65, 128), (257, 320)])
 def test_vllms_limit_is_named_where_it_must_be_raised(rank: int, limit: int | None) -> None:
-    text = written(Adapters(["policy"], True, config(rank), speaks=True))
+    text = written(Adapters(["policy"], True, config(rank), is_generative=True))
     assert (f"--max-lora-rank {limit} " in text) if limit else ("--max-lora-rank" not in text)
     assert rank_limit(513) is None and "lowrank-tune merge" in written(
-        Adapters(["policy"], True, config(600), speaks=True)
+        Adapters(["policy"], True, config(600), is_generative=True)
     )
-    assert "--enable-lora" not in written(Adapters(["policy"], True, config(600), speaks=True))
+    assert "--enable-lora" not in written(Adapters(["policy"], True, config(600), is_generative=True))
 
 
-def test_a_card_of_files_names_nothing_of_the_hub(folded: Made) -> None:
+def test_a_card_of_files_names_nothing_of_the_hub(folded: FinishedRun) -> None:
     text = (folded.run / "final" / "README.md").read_text()
     facts = yaml.safe_load(text.split("---")[1])
     assert "base_model" not in facts and "datasets" not in facts
@@ -117,14 +117,16 @@ def test_a_card_of_files_names_nothing_of_the_hub(folded: Made) -> None:
     assert str(folded.base) in text, "but what the user named as the base stays"
 
 
-def test_final_holds_all_that_is_needed_and_names_no_machine(folded: Made) -> None:
+def test_final_holds_all_that_is_needed_and_names_no_machine(folded: FinishedRun) -> None:
     final = folded.run / "final"
     load(final, "final")
     reloaded = AutoTokenizer.from_pretrained(final)
-    asked = reloaded.apply_chat_template(
-        [{"role": m.role, "content": m.content} for m in TALK], add_generation_prompt=True, return_dict=False
+    prompt_ids = reloaded.apply_chat_template(
+        [{"role": m.role, "content": m.content} for m in CONVERSATION], add_generation_prompt=True, return_dict=False
     )
-    assert list(asked) == Template.of(AutoTokenizer.from_pretrained(folded.base)).prompt(TALK)
+    assert list(prompt_ids) == ChatTemplate.from_tokenizer(AutoTokenizer.from_pretrained(folded.base)).prompt(
+        CONVERSATION
+    )
     ends = GenerationConfig.from_pretrained(final).eos_token_id
     assert [reloaded.convert_ids_to_tokens(one) for one in ends] == ["<|end_of_text|>", "<|end_of_turn|>"]
     for file in (
@@ -134,9 +136,9 @@ def test_final_holds_all_that_is_needed_and_names_no_machine(folded: Made) -> No
         "policy/adapter_config.json",
         "stack.json",
     ):
-        told = (final / file).read_text()
+        text = (final / file).read_text()
         assert (
-            str(folded.run) not in told and "somebody" not in told and "/tmp" not in told.replace(str(folded.base), "")
+            str(folded.run) not in text and "somebody" not in text and "/tmp" not in text.replace(str(folded.base), "")
         ), file
 
 
@@ -151,10 +153,12 @@ def test_a_tokenizer_that_cannot_be_saved_costs_no_adapter(tmp_path: Path, monke
     ).exists()
 
 
-def test_the_python_of_the_card_works_for_a_stack_kept_apart(apart: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_the_card_works_for_a_stack_kept_apart(
+    apart: FinishedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = code_of((apart.run / "final" / "README.md").read_text())
     assert "set_adapter" in code and "adapter/sft" in code
-    base = load_base(settings.Base(model=str(apart.base)), TOKENIZER, CPU)
+    base = load_base(settings.BaseConfig(model=str(apart.base)), TOKENIZER, CPU)
     lines = [
         line.replace("./adapter", str(apart.run / "final")) for line in code.splitlines() if line.startswith("model")
     ]
@@ -162,58 +166,58 @@ def test_the_python_of_the_card_works_for_a_stack_kept_apart(apart: Made, monkey
     for line in lines:
         exec(line, place)
     with torch.no_grad():
-        assert kl(apart.said, place["model"].eval()(input_ids=IDS).logits[0]) < 1e-8
+        assert kl(apart.logits, place["model"].eval()(input_ids=IDS).logits[0]) < 1e-8
 
 
 # ---- what later runs read
 
 
-def laid(made: Made, *frozen: tuple[str, SavedAdapter]) -> tuple[dict[str, SavedAdapter], list[Event]]:
+def attached(made: FinishedRun, *frozen: tuple[str, SavedAdapter]) -> tuple[dict[str, SavedAdapter], list[Event]]:
     """The adapters of a recipe that goes on from `made` over these."""
-    path, heard = str(made.run), list[Event]()
+    path, events = str(made.run), list[Event]()
     adapters = {**{name: {"path": str(one.folder)} for name, one in frozen}, "policy": {"path": path}}
     recipe = Recipe.from_dict(
         {"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, "train": {"steps": 1}, "adapters": adapters}
     )
     saved = {**dict(frozen), "policy": read_adapter(path, "adapters.policy.path")}
-    lay(recipe, saved, heard.append)
-    return saved, heard
+    check_adapter_lineage(recipe, saved, events.append)
+    return saved, events
 
 
-def lower_of(made: Made, name: str, kept: Made) -> SavedAdapter:
+def lower_of(made: FinishedRun, name: str, kept: FinishedRun) -> SavedAdapter:
     """A frozen adapter as it lay below: another run of the same seed keeps it apart."""
     return read_adapter(str(kept.run / "final" / name), "x")
 
 
-def test_a_run_goes_on_from_its_own_adapter_over_the_same_ones(apart: Made, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_its_own_adapter_over_the_same_ones(apart: FinishedRun, tmp_path: Path) -> None:
     made = make_run(tmp_path, lower=("sft",))
     sft = lower_of(made, "sft", apart)
-    saved, heard = laid(made, ("sft", sft))
-    assert saved["policy"].config.r == 4 and not heard and saved["policy"].folder == made.run / "final" / "policy"
-    saved, heard = laid(made)
-    assert saved["policy"].config.r == 8 and [event for event in heard if isinstance(event, Note)][0].message.endswith(
-        "taken with sft folded into it, which it was trained over"
-    )
+    saved, events = attached(made, ("sft", sft))
+    assert saved["policy"].config.r == 4 and not events and saved["policy"].folder == made.run / "final" / "policy"
+    saved, events = attached(made)
+    assert saved["policy"].config.r == 8 and [event for event in events if isinstance(event, LogMessage)][
+        0
+    ].message.endswith("taken with sft folded into it, which it was trained over")
     with pytest.raises(UserError, match="holds its adapters apart, and they mean nothing alone: load sft below it"):
-        laid(apart)
+        attached(apart)
 
 
-def test_half_a_stack_is_refused(folded: Made, tmp_path: Path) -> None:
+def test_half_a_stack_is_refused(folded: FinishedRun, tmp_path: Path) -> None:
     kept = make_run(tmp_path, lower=("warm", "sft"), rslora=True, stack="apart")
     both = [(name, lower_of(folded, name, kept)) for name in ("warm", "sft")]
-    assert laid(folded, *both)[0]["policy"].config.r == 4
+    assert attached(folded, *both)[0]["policy"].config.r == 4
     with pytest.raises(
         UserError, match="was trained over warm, sft, and this recipe loads only sft below it: add `adapters.warm.path`"
     ):
-        laid(folded, both[1])
-    assert laid(folded)[0]["policy"].config.r == 12
+        attached(folded, both[1])
+    assert attached(folded)[0]["policy"].config.r == 12
 
 
 @pytest.mark.parametrize(
     "text",
     ["[]", "{}", '{"stack": ["a"], "below": {"b": "0"}}', '{"stack": ["..", "p"], "below": {"..": "0"}}', "nonsense"],
 )
-def test_a_broken_stack_is_told(tmp_path: Path, text: str) -> None:
+def test_a_broken_stack_is_reported(tmp_path: Path, text: str) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     (tmp_path / "stack.json").write_text(text)
     with pytest.raises(UserError, match=r"stack\.json is broken"):

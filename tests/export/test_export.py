@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_runs import IDS, Made, kl, make_run
+from export_runs import IDS, FinishedRun, kl, make_run
 from models import CPU
 from peft import PeftModel
 from test_gguf_lora import by_llama_cpp, by_peft
@@ -24,14 +24,14 @@ from typer.testing import CliRunner
 
 from lowrank_tune import UserError
 from lowrank_tune.cli import app
-from lowrank_tune.errors import RunFailed
+from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Event, Progress
 from lowrank_tune.export import llama_cpp
-from lowrank_tune.export.finished import adapters_in, finished_run
-from lowrank_tune.export.fold import saved_part
-from lowrank_tune.export.gguf_model import BITS, convert, room_for, run_tool, words_of
-from lowrank_tune.export.merge import merged_before
-from lowrank_tune.export.take import Order, export
+from lowrank_tune.export.finished import adapters_in, load_finished_run
+from lowrank_tune.export.fold import saved_lora_adapter
+from lowrank_tune.export.gguf_model import BITS_PER_WEIGHT, convert, estimate_gguf_size, pretokenizer_name, run_tool
+from lowrank_tune.export.merge import find_existing_merge
+from lowrank_tune.export.take import ExportOptions, export
 
 TAKE = "lowrank_tune.export.take"
 
@@ -40,17 +40,17 @@ def quiet(event: object) -> None:
     pass
 
 
-def take(made: Made, order: Order) -> Path:
+def take(made: FinishedRun, order: ExportOptions) -> Path:
     return Path(export(made.run, order, quiet, quiet, quiet, CPU))
 
 
 @pytest.fixture(scope="module")
-def mistral(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     return make_run(tmp_path_factory.mktemp("mistral"), "mistral", lower=("sft",), rslora=True)
 
 
 @pytest.fixture(scope="module")
-def apart(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def apart(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     return make_run(tmp_path_factory.mktemp("apart"), "qwen3", tied=True, lower=("sft",), rslora=True, stack="apart")
 
 
@@ -60,7 +60,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
 
 
-def copy_of(made: Made, place: Path) -> Path:
+def copy_of(made: FinishedRun, place: Path) -> Path:
     shutil.copytree(made.run, place)
     return place
 
@@ -68,10 +68,10 @@ def copy_of(made: Made, place: Path) -> Path:
 @pytest.mark.parametrize("which", ["mistral", "apart"])
 def test_a_gguf_adapter_is_what_was_trained(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     made = request.getfixturevalue(which)
-    folder = take(made, Order("gguf-lora", tmp_path / "out"))
+    folder = take(made, ExportOptions("gguf-lora", tmp_path / "out"))
     found = by_llama_cpp(folder / "tried-lora-f32.gguf")
-    saved = adapters_in(finished_run(made.run)).values()
-    wanted = by_peft([saved_part(one.config.to_dict(), one.tensors) for one in saved])
+    saved = adapters_in(load_finished_run(made.run)).values()
+    wanted = by_peft([saved_lora_adapter(one.config.to_dict(), one.tensors) for one in saved])
     assert found.keys() == wanted.keys() and all(
         torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted
     )
@@ -80,7 +80,7 @@ def test_a_gguf_adapter_is_what_was_trained(which: str, tmp_path: Path, request:
         for name, change in found.items():
             layer = model.get_submodule(name)
             layer.register_forward_hook(lambda layer, given, out, change=change: out + given[0] @ change.float().T)
-        assert kl(made.said, model(input_ids=IDS).logits[0]) < 1e-8
+        assert kl(made.logits, model(input_ids=IDS).logits[0]) < 1e-8
     facts = json.loads((folder / "export.json").read_text())
     assert facts["to"] == "gguf-lora" and facts["files"].keys() == {"README.md", "tried-lora-f32.gguf"}
     digest = hashlib.sha256((folder / "tried-lora-f32.gguf").read_bytes()).hexdigest()
@@ -91,7 +91,7 @@ def test_a_gguf_adapter_is_what_was_trained(which: str, tmp_path: Path, request:
         assert str(made.run).encode() not in file.read_bytes() and b"somebody" not in file.read_bytes(), file
 
 
-def trained_over(made: Made) -> Any:
+def trained_over(made: FinishedRun) -> Any:
     """The base in 4 bits, with plain transformers."""
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32, quantization_config=four)
@@ -100,16 +100,16 @@ def trained_over(made: Made) -> Any:
     return model.eval()
 
 
-def test_a_copy_loads_in_plain_peft_and_a_modelfile_names_the_base(mistral: Made, tmp_path: Path) -> None:
-    folder = take(mistral, Order("peft", tmp_path / "peft"))
+def test_a_copy_loads_in_plain_peft_and_a_modelfile_names_the_base(mistral: FinishedRun, tmp_path: Path) -> None:
+    folder = take(mistral, ExportOptions("peft", tmp_path / "peft"))
     assert not (folder / "manifest.json").exists() and (folder / "policy" / "adapter_config.json").exists()
     with torch.no_grad():
         assert (
-            kl(mistral.said, PeftModel.from_pretrained(trained_over(mistral), folder).eval()(input_ids=IDS).logits[0])
+            kl(mistral.logits, PeftModel.from_pretrained(trained_over(mistral), folder).eval()(input_ids=IDS).logits[0])
             < 1e-8
         )
     folder = take(
-        mistral, Order("ollama", tmp_path / "ollama", route="adapter", start="mistral:7b", system="Be brief.")
+        mistral, ExportOptions("ollama", tmp_path / "ollama", route="adapter", start="mistral:7b", system="Be brief.")
     )
     text = (folder / "Modelfile").read_text()
     for line in (
@@ -126,16 +126,18 @@ def test_a_copy_loads_in_plain_peft_and_a_modelfile_names_the_base(mistral: Made
     )
 
 
-def test_only_our_own_exports_are_replaced(mistral: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_our_own_exports_are_replaced(
+    mistral: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
-    order = Order("peft", out)
+    order = ExportOptions("peft", out)
     out.mkdir()
     take(mistral, order)  # an empty folder is nobody's
     old = (out / "export.json").read_bytes()
     take(mistral, order)
     with monkeypatch.context() as patch:  # a failure in the middle leaves the old one as it was
         patch.setattr(f"{TAKE}.write_gguf_lora", broken)
-        with pytest.raises(RunFailed, match="the disk is full"):
+        with pytest.raises(TrainingError, match="the disk is full"):
             take(mistral, replace(order, to="gguf-lora"))
     assert (out / "export.json").read_bytes() == old and [path.name for path in tmp_path.iterdir()] == ["out"]
     (tmp_path / ".tmp-out-dead").mkdir()  # of one that was killed
@@ -158,58 +160,58 @@ def broken(*arguments: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_what_cannot_be_exported_is_told_in_a_sentence(
-    mistral: Made, apart: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_be_exported_fails_with_one_sentence(
+    mistral: FinishedRun, apart: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def told(run: Path, *more: str) -> str:
+    def error_of(run: Path, *more: str) -> str:
         done = CliRunner().invoke(app, ["export", str(run), *more])
         assert done.exit_code == 2 and done.output.count("\n") == 1, done.output
         return done.output
 
     gguf_lora, gguf = ("--to", "gguf-lora"), ("--to", "gguf")
-    assert "there is no such run" in told(tmp_path / "nowhere", *gguf)
+    assert "there is no such run" in error_of(tmp_path / "nowhere", *gguf)
     unfinished = copy_of(mistral, tmp_path / "unfinished")
     shutil.rmtree(unfinished / "final")
-    assert "has not ended" in told(unfinished, *gguf_lora)
+    assert "has not ended" in error_of(unfinished, *gguf_lora)
     damaged = copy_of(mistral, tmp_path / "damaged")
     (damaged / "final" / "adapter_config.json").write_text("{}")
-    assert "final is broken: adapter_config.json has" in told(damaged, "--to", "peft")
+    assert "final is broken: adapter_config.json has" in error_of(damaged, "--to", "peft")
     changed, gone = copy_of(mistral, tmp_path / "changed"), copy_of(mistral, tmp_path / "gone")
     facts = json.loads((changed / "base.json").read_text())
     facts["tensors"]["model.layers.1.mlp.up_proj.weight"] = "0" * 32
     (changed / "base.json").write_text(json.dumps(facts))
-    assert "is not the base that" in told(changed, *gguf_lora) and "1 of its" in told(changed, *gguf_lora)
+    assert "is not the base that" in error_of(changed, *gguf_lora) and "1 of its" in error_of(changed, *gguf_lora)
     facts = json.loads((gone / "run.json").read_text())
     facts["recipe"]["base"]["model"] = str(tmp_path / "no-base")
     (gone / "run.json").write_text(json.dumps(facts))
-    assert "there is no folder" in told(gone, *gguf_lora) and "there is no folder" in told(gone, *gguf)
-    assert "--type q9 is not known for this export; known are f32, f16, bf16" in told(
+    assert "there is no folder" in error_of(gone, *gguf_lora) and "there is no folder" in error_of(gone, *gguf)
+    assert "--type q9 is not known for this export; known are f32, f16, bf16" in error_of(
         mistral.run, *gguf_lora, "--type", "q9"
     )
-    assert "--repo, --public do nothing with --to peft" in told(
+    assert "--repo, --public do nothing with --to peft" in error_of(
         mistral.run, "--to", "peft", "--repo", "a/b", "--public"
     )
-    assert "--base, --from do nothing with --to gguf-lora" in told(
+    assert "--base, --from do nothing with --to gguf-lora" in error_of(
         mistral.run, *gguf_lora, "--base", "original", "--from", "x"
     )
-    assert "--to hub needs --repo user/name" in told(mistral.run, "--to", "hub")
+    assert "--to hub needs --repo user/name" in error_of(mistral.run, "--to", "hub")
     monkeypatch.setattr(llama_cpp.shutil, "which", lambda name: None)
     monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
-    assert "q4_k_m needs llama.cpp's quantiser" in told(mistral.run, *gguf, "--type", "Q4_K_M")
-    assert "this Python has no pip" in told(mistral.run, *gguf)
-    assert "holds no convert_hf_to_gguf.py" in told(mistral.run, *gguf, "--llama-cpp", str(tmp_path))
+    assert "q4_k_m needs llama.cpp's quantiser" in error_of(mistral.run, *gguf, "--type", "Q4_K_M")
+    assert "this Python has no pip" in error_of(mistral.run, *gguf)
+    assert "holds no convert_hf_to_gguf.py" in error_of(mistral.run, *gguf, "--llama-cpp", str(tmp_path))
     (tmp_path / "llama.cpp").mkdir()
     (tmp_path / "llama.cpp" / "convert_hf_to_gguf.py").write_text('"LlamaForCausalLM"')
-    assert "knows no MistralForCausalLM" in told(mistral.run, *gguf, "--llama-cpp", str(tmp_path / "llama.cpp"))
+    assert "knows no MistralForCausalLM" in error_of(mistral.run, *gguf, "--llama-cpp", str(tmp_path / "llama.cpp"))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "gguf", None)
-        assert "pip install 'lowrank-tune[export]'" in told(mistral.run, *gguf_lora)
+        assert "pip install 'lowrank-tune[export]'" in error_of(mistral.run, *gguf_lora)
     with monkeypatch.context() as patch:
         patch.setattr(f"{TAKE}.load_config", lambda base: SimpleNamespace(model_type="phi"))
-        assert "a GGUF adapter of a phi model is not known here" in told(mistral.run, *gguf_lora)
+        assert "a GGUF adapter of a phi model is not known here" in error_of(mistral.run, *gguf_lora)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(total=1, used=1, free=0))
     for what in (gguf_lora, gguf, ("--to", "peft"), ("--to", "ollama")):
-        assert "GiB are free there; give another folder with --out" in told(mistral.run, *what)
+        assert "GiB are free there; give another folder with --out" in error_of(mistral.run, *what)
     assert not (mistral.run / "export").exists() and not list(tmp_path.glob("**/.tmp*"))
 
 
@@ -254,9 +256,9 @@ def test_the_converter_is_taken_from_the_package_whose_hash_is_known(
     assert not list(tmp_path.rglob("evil.py")) and [path.name for path in (tmp_path / "cache").iterdir()] == [
         folder.name
     ]
-    asked = list[list[str]]()
-    monkeypatch.setattr(llama_cpp.subprocess, "run", lambda command, **more: asked.append(command))
-    assert llama_cpp.converter_folder(None, quiet) == folder and not asked, "it is there already"
+    commands = list[list[str]]()
+    monkeypatch.setattr(llama_cpp.subprocess, "run", lambda command, **more: commands.append(command))
+    assert llama_cpp.converter_folder(None, quiet) == folder and not commands, "it is there already"
     monkeypatch.setenv("LLAMA_CPP_DIR", str(folder))
     assert llama_cpp.converter_folder(None, quiet) == folder
 
@@ -280,24 +282,24 @@ def test_pip_is_given_the_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             "run",
             lambda *_, **__: SimpleNamespace(returncode=1, stderr="a\nERROR: No matching\nnotice"),
         )
-        with pytest.raises(RunFailed, match=r"could not be fetched \(No matching\): download llama_cpp_python"):
+        with pytest.raises(TrainingError, match=r"could not be fetched \(No matching\): download llama_cpp_python"):
             llama_cpp.converter_folder(None, quiet)
-    heard = list[Event]()
+    events = list[Event]()
     monkeypatch.setattr(llama_cpp.subprocess, "run", pip)
-    assert (llama_cpp.converter_folder(None, heard.append) / "convert_hf_to_gguf.py").exists()
-    assert "fetched once from the package index" in str(heard[0])
+    assert (llama_cpp.converter_folder(None, events.append) / "convert_hf_to_gguf.py").exists()
+    assert "fetched once from the package index" in str(events[0])
 
 
-def test_what_a_tool_says_becomes_progress_and_a_sentence(tmp_path: Path) -> None:
-    heard = list[Event]()
-    code, said = run_tool(
+def test_the_output_of_a_tool_becomes_progress_and_a_sentence(tmp_path: Path) -> None:
+    events = list[Event]()
+    code, output = run_tool(
         [sys.executable, "-c", "print('[ 1/ 4] a'); print('x\\r[ 2/4] b', end=''); raise SystemExit(3)"],
         "tool",
         r"\[\s*(\d+)/\s*(\d+)\]",
-        heard.append,
+        events.append,
     )
-    assert code == 3 and said[-1] == "[ 2/4] b"
-    assert [(event.done, event.total) for event in heard if isinstance(event, Progress)] == [(0, 100), (1, 4), (2, 4)]
+    assert code == 3 and output[-1] == "[ 2/4] b"
+    assert [(event.done, event.total) for event in events if isinstance(event, Progress)] == [(0, 100), (1, 4), (2, 4)]
     for script, sentence, kind in (
         ("raise ImportError(\"No module named 'sentencepiece'\")", "needs the package sentencepiece", UserError),
         (
@@ -305,17 +307,17 @@ def test_what_a_tool_says_becomes_progress_and_a_sentence(tmp_path: Path) -> Non
             "does not know this base's tokenizer",
             UserError,
         ),
-        ("raise SystemExit('ERROR: out of luck')", "failed .exit code 1.: ERROR: out of luck", RunFailed),
+        ("raise SystemExit('ERROR: out of luck')", "failed .exit code 1.: ERROR: out of luck", TrainingError),
     ):
         (tmp_path / "convert_hf_to_gguf.py").write_text(script)
         with pytest.raises(kind, match=sentence):
             convert(tmp_path, tmp_path, tmp_path / "x.gguf", "f16", "mine", False, quiet)
 
 
-def test_how_words_are_cut_is_read_only_where_the_rules_are_the_same(mistral: Made, tmp_path: Path) -> None:
-    assert words_of(mistral.base) == "smollm"
+def test_how_words_are_cut_is_read_only_where_the_rules_are_the_same(mistral: FinishedRun, tmp_path: Path) -> None:
+    assert pretokenizer_name(mistral.base) == "smollm"
     Qwen2Tokenizer().save_pretrained(tmp_path)
-    assert words_of(tmp_path) == "qwen2"
+    assert pretokenizer_name(tmp_path) == "qwen2"
     raw = json.loads((mistral.base / "tokenizer.json").read_text())
     digits, bytes_ = raw["pre_tokenizer"]["pretokenizers"]
     for changes, name in (
@@ -329,21 +331,25 @@ def test_how_words_are_cut_is_read_only_where_the_rules_are_the_same(mistral: Ma
         ({"model": {"type": "Unigram"}}, None),
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(raw | changes))
-        assert words_of(tmp_path) == name, changes
+        assert pretokenizer_name(tmp_path) == name, changes
 
 
 def test_room_and_types() -> None:
-    assert room_for(1000, "bf16") == 2100 and room_for(1000, "q8_0") == 1115 and room_for(1000, "q4_k_m") > 2100 + 600
+    assert (
+        estimate_gguf_size(1000, "bf16") == 2100
+        and estimate_gguf_size(1000, "q8_0") == 1115
+        and estimate_gguf_size(1000, "q4_k_m") > 2100 + 600
+    )
     import gguf
 
-    for name, (_, number) in BITS.items():
+    for name, (_, number) in BITS_PER_WEIGHT.items():
         assert gguf.LlamaFileType(number).name in (f"MOSTLY_{name.upper()}", f"ALL_{name.upper()}")
 
 
-def test_a_merged_model_is_taken_only_with_this_adapter(mistral: Made, tmp_path: Path) -> None:
+def test_a_merged_model_is_taken_only_with_this_adapter(mistral: FinishedRun, tmp_path: Path) -> None:
     run = copy_of(mistral, tmp_path / "run")
-    found = finished_run(run)
-    assert merged_before(found, "dequantized") is None
+    found = load_finished_run(run)
+    assert find_existing_merge(found, "dequantized") is None
     proof = {
         "prompts": 1,
         "places": 1,
@@ -363,8 +369,8 @@ def test_a_merged_model_is_taken_only_with_this_adapter(mistral: Made, tmp_path:
     (run / "merged" / "merge.json").write_text(
         json.dumps({"base": "dequantized", "adapter": found.fingerprint(), **proof})
     )
-    before = merged_before(found, "dequantized")
-    assert before is not None and before.folder == run / "merged" and before.proof.prompts == 1
+    before = find_existing_merge(found, "dequantized")
+    assert before is not None and before.folder == run / "merged" and before.report.prompts == 1
     config = run / "final" / "adapter_config.json"
     config.write_bytes(config.read_bytes() + b" ")
-    assert merged_before(found, "dequantized") is None
+    assert find_existing_merge(found, "dequantized") is None

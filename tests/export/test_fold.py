@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, far, random_model, roles_over, shake, whole
+from models import ARCHITECTURES, perturb, random_model, relative_error, roles_over, unquantized_base
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 
-from lowrank_tune.export.fold import Part, fold, why_not
-from lowrank_tune.export.folder import part_of
+from lowrank_tune.export.fold import LoraAdapter, cannot_combine_reason, combine_adapters
+from lowrank_tune.export.folder import as_lora_adapter
 from lowrank_tune.model.roles import Roles
 
 IDS = torch.tensor([[5, 9, 33, 7, 21, 60, 3]])
@@ -22,9 +22,9 @@ IDS = torch.tensor([[5, 9, 33, 7, 21, 60, 3]])
 def stack(kind: str = "llama", **configs: LoraConfig) -> Roles:
     """A stack of these adapters, lowest first, with weights that matter."""
     names = list(configs)
-    roles = Roles(whole(kind), configs, trainable=names[-1:], stacks={"policy": names})
+    roles = Roles(unquantized_base(kind), configs, trainable=names[-1:], stacks={"policy": names})
     for seed, name in enumerate(names):
-        shake(roles, name, seed=seed + 1)
+        perturb(roles, name, seed=seed + 1)
     return roles
 
 
@@ -34,8 +34,8 @@ def lora(*targets: str, **more: Any) -> LoraConfig:
     )
 
 
-def said(roles: Roles, role: str = "policy") -> torch.Tensor:
-    with roles.quiet(), roles.use(role):
+def logits_of(roles: Roles, role: str = "policy") -> torch.Tensor:
+    with roles.inference_mode(), roles.activate(role):
         return torch.as_tensor(roles.base.model(input_ids=IDS).logits).clone()
 
 
@@ -66,9 +66,12 @@ MIXED = {
 def test_a_folded_stack_is_the_same_function(kind: str, tmp_path: Path) -> None:
     names = ("below", "middle", "policy")[3 - len(MIXED[kind]) :]
     roles = stack(**dict(zip(names, MIXED[kind], strict=True)))
-    config, tensors = fold([part_of(roles, name) for name in names])
-    tuned, bare = said(roles), said(roles, "base")
-    assert far(in_plain_peft(tmp_path / "folded", config, tensors), tuned) < 2e-6 and far(bare, tuned) > 0.05
+    config, tensors = combine_adapters([as_lora_adapter(roles, name) for name in names])
+    tuned, bare = logits_of(roles), logits_of(roles, "base")
+    assert (
+        relative_error(in_plain_peft(tmp_path / "folded", config, tensors), tuned) < 2e-6
+        and relative_error(bare, tuned) > 0.05
+    )
     # what llama.cpp computes: alpha over the rank of each tensor, whatever else the configuration says; and vLLM: alpha
     # over r
     assert not config["use_rslora"] and not config.get("rank_pattern") and not config.get("alpha_pattern")
@@ -77,25 +80,25 @@ def test_a_folded_stack_is_the_same_function(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ARCHITECTURES[1:6])
 def test_of_every_family(kind: str, tmp_path: Path) -> None:
-    roles = roles_over(whole(kind), lower=["sft"], rslora=True)
-    shake(roles, "sft", "policy")
-    config, tensors = fold([part_of(roles, name) for name in ("sft", "policy")])
+    roles = roles_over(unquantized_base(kind), lower=["sft"], rslora=True)
+    perturb(roles, "sft", "policy")
+    config, tensors = combine_adapters([as_lora_adapter(roles, name) for name in ("sft", "policy")])
     assert (
         config["r"] == 8
         and config["target_modules"] == sorted(config["target_modules"])
         and "q_proj" in config["target_modules"]
     )
-    assert far(in_plain_peft(tmp_path / "folded", config, tensors, kind), said(roles)) < 2e-6
+    assert relative_error(in_plain_peft(tmp_path / "folded", config, tensors, kind), logits_of(roles)) < 2e-6
 
 
 def test_the_top_alone_is_another_function(tmp_path: Path) -> None:
     roles = stack(sft=lora("q_proj"), policy=lora("q_proj"))
-    config, tensors = fold([part_of(roles, "policy")])
-    assert far(in_plain_peft(tmp_path / "top", config, tensors), said(roles)) > 0.01
+    config, tensors = combine_adapters([as_lora_adapter(roles, "policy")])
+    assert relative_error(in_plain_peft(tmp_path / "top", config, tensors), logits_of(roles)) > 0.01
 
 
 def test_what_cannot_be_folded_is_named() -> None:
-    part = Part(
+    part = LoraAdapter(
         {},
         {
             "base_model.model.lm_head.lora_A.weight": torch.zeros(1, 1),
@@ -103,6 +106,6 @@ def test_what_cannot_be_folded_is_named() -> None:
         },
         {},
     )
-    assert why_not([part]) == "base_model.model.x.lora_magnitude_vector is no matrix of a linear module"
+    assert cannot_combine_reason([part]) == "base_model.model.x.lora_magnitude_vector is no matrix of a linear module"
     with pytest.raises(AssertionError):
-        fold([part])
+        combine_adapters([part])

@@ -9,13 +9,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from models import random_model, roles_over, shake, whole
+from models import perturb, random_model, roles_over, unquantized_base
 from peft import LoraConfig
 from test_fold import MIXED, stack
 
 from lowrank_tune import UserError
-from lowrank_tune.export.fold import Part, fold, saved_part
-from lowrank_tune.export.folder import part_of
+from lowrank_tune.export.fold import LoraAdapter, combine_adapters, saved_lora_adapter
+from lowrank_tune.export.folder import as_lora_adapter
 from lowrank_tune.export.gguf_lora import gguf_tensors, shape_of, write_gguf_lora
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
@@ -56,7 +56,7 @@ def by_llama_cpp(file: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def by_peft(parts: list[Part]) -> dict[str, torch.Tensor]:
+def by_peft(parts: list[LoraAdapter]) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for part in parts:
         for name, scale in part.scalings.items():
@@ -65,7 +65,7 @@ def by_peft(parts: list[Part]) -> dict[str, torch.Tensor]:
     return found
 
 
-def compared(file: Path, parts: list[Part]) -> float:
+def compared(file: Path, parts: list[LoraAdapter]) -> float:
     ours, theirs = by_llama_cpp(file), by_peft(parts)
     assert ours.keys() == theirs.keys()
     return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours)
@@ -75,23 +75,23 @@ def compared(file: Path, parts: list[Part]) -> float:
 def test_rslora_patterns_and_stacks_become_one_alpha(kind: str, tmp_path: Path) -> None:
     names = ("below", "middle", "policy")[3 - len(MIXED[kind]) :]
     roles = stack(**dict(zip(names, MIXED[kind], strict=True)))
-    parts = [part_of(roles, name) for name in names]
-    saved = [saved_part(part.config, part.tensors) for part in parts]
+    parts = [as_lora_adapter(roles, name) for name in names]
+    saved = [saved_lora_adapter(part.config, part.tensors) for part in parts]
     for read, loaded in zip(saved, parts, strict=True):
         assert read.scalings == pytest.approx({name: loaded.scalings[name] for name in read.scalings}), (
             "as PEFT scales them"
         )
-    write_gguf_lora(tmp_path / "a.gguf", "mine", *fold(saved), shape_of(roles.base.model.config))
+    write_gguf_lora(tmp_path / "a.gguf", "mine", *combine_adapters(saved), shape_of(roles.base.model.config))
     assert compared(tmp_path / "a.gguf", parts) < 1e-6
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize(("type", "far"), [("f32", 1e-6), ("f16", 1e-3), ("bf16", 8e-3)])
 def test_of_every_family_in_every_type(kind: str, type: str, far: float, tmp_path: Path) -> None:
-    roles = roles_over(whole(kind), lower=["sft"], rslora=True)
-    shake(roles, "sft", "policy")
-    parts = [part_of(roles, name) for name in ("sft", "policy")]
-    write_gguf_lora(tmp_path / "a.gguf", "mine", *fold(parts), shape_of(roles.base.model.config), type)
+    roles = roles_over(unquantized_base(kind), lower=["sft"], rslora=True)
+    perturb(roles, "sft", "policy")
+    parts = [as_lora_adapter(roles, name) for name in ("sft", "policy")]
+    write_gguf_lora(tmp_path / "a.gguf", "mine", *combine_adapters(parts), shape_of(roles.base.model.config), type)
     assert compared(tmp_path / "a.gguf", parts) < far
     sizes = {one.data.dtype for one in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     assert sizes == {np.dtype({"f32": np.float32, "f16": np.float16, "bf16": np.uint8}[type])}

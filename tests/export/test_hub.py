@@ -16,10 +16,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from export_runs import Made, make_run
+from export_runs import FinishedRun, make_run
 
 from lowrank_tune import UserError
-from lowrank_tune.errors import RunFailed
+from lowrank_tune.errors import TrainingError
 from lowrank_tune.export import hub
 from lowrank_tune.export.hub import Upload, push
 
@@ -106,7 +106,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     running.server_close()
 
 
-def pushed(made: Made, server: str, *more: str) -> subprocess.CompletedProcess[str]:
+def pushed(made: FinishedRun, server: str, *more: str) -> subprocess.CompletedProcess[str]:
     """The command, as a user types it."""
     environment = {
         **os.environ,
@@ -199,9 +199,7 @@ class Api:
         self.calls.append(("upload", more["ignore_patterns"]))
 
 
-def test_private_unless_told_and_never_into_what_everybody_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_private_by_default_and_never_into_a_public_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "README.md").write_text("hello")
     (tmp_path / "manifest.json").write_text("{}")
     shown = list[Upload]()
@@ -231,7 +229,7 @@ def test_private_unless_told_and_never_into_what_everybody_reads(
         assert shown[-1] == Upload("me/mine", [("README.md", 5)], public, private is None) and shown[-1].size == 5
     monkeypatch.setattr(Api, "private", True)
     monkeypatch.setattr(Api, "error", OSError(f"no route with {TOKEN}\nand more"))
-    with pytest.raises(RunFailed, match=r"nothing was pushed to me/mine: no route with \.\.\.$") as caught:
+    with pytest.raises(TrainingError, match=r"nothing was pushed to me/mine: no route with \.\.\.$") as caught:
         push(tmp_path, "me/mine", False, shown.append)
     assert caught.value.__cause__ is None and caught.value.__suppress_context__
     monkeypatch.setattr(Api, "error", ZeroDivisionError("ours"))

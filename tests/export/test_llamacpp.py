@@ -19,19 +19,19 @@ import numpy as np
 import pytest
 import torch
 from export_runs import make_run
-from models import CPU, random_model, roles_over, shake, whole
+from models import CPU, perturb, random_model, roles_over, unquantized_base
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_tune import UserError
-from lowrank_tune.export.fold import fold
-from lowrank_tune.export.folder import part_of
+from lowrank_tune.export.fold import combine_adapters
+from lowrank_tune.export.folder import as_lora_adapter
 from lowrank_tune.export.gguf_lora import shape_of, write_gguf_lora
 from lowrank_tune.export.gguf_model import convert
 from lowrank_tune.export.llama_cpp import LORA_CONVERTER, converter_folder
 from lowrank_tune.export.merge import merge
-from lowrank_tune.export.take import Order, export
+from lowrank_tune.export.take import ExportOptions, export
 
 pytestmark = pytest.mark.llamacpp
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
@@ -75,9 +75,9 @@ def test_tensors_are_bit_for_bit_those_of_llama_cpps_converter(
     if type != "f32" and kind not in ("llama", "qwen3"):
         pytest.skip("the types are the same code for all")
     random_model(kind).save_pretrained(tmp_path / "base")
-    roles = roles_over(whole(kind), lower=["sft"], rslora=True)
-    shake(roles, "sft", "policy")
-    config, tensors = fold([part_of(roles, name) for name in ("sft", "policy")])
+    roles = roles_over(unquantized_base(kind), lower=["sft"], rslora=True)
+    perturb(roles, "sft", "policy")
+    config, tensors = combine_adapters([as_lora_adapter(roles, name) for name in ("sft", "policy")])
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps(config))
@@ -107,11 +107,11 @@ def prompts(vocabulary: int) -> list[list[int]]:
     return [torch.randint(7, vocabulary, (3 + 4 * number,), generator=stream).tolist() for number in range(PROMPTS)]
 
 
-def by_llama_cpp(model: Path, asked: list[list[int]], adapter: Path | None = None) -> torch.Tensor:
+def by_llama_cpp(model: Path, prompt_ids: list[list[int]], adapter: Path | None = None) -> torch.Tensor:
     """(prompts, V): logits behind each prompt, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", LLAMA, str(model), str(adapter or ""), str(model) + ".npy"],
-        input=json.dumps(asked),
+        input=json.dumps(prompt_ids),
         capture_output=True,
         text=True,
     )
@@ -149,9 +149,9 @@ print(json.dumps([llm.tokenize(text.encode(), add_bos=False, special=True) for t
 """
 
 
-def by_transformers(model: Any, asked: list[list[int]]) -> torch.Tensor:
+def by_transformers(model: Any, prompt_ids: list[list[int]]) -> torch.Tensor:
     with torch.no_grad():
-        return torch.stack([model.eval()(input_ids=torch.tensor([ids])).logits[0, -1] for ids in asked])
+        return torch.stack([model.eval()(input_ids=torch.tensor([ids])).logits[0, -1] for ids in prompt_ids])
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_the_files_answer_in_llama_cpp_as_in_transformers(
     )
     merged = merge(made.run, None, "dequantized", quiet, quiet, CPU).folder
     exported = [
-        Path(export(made.run, Order(to, tmp_path / to, kind=type), quiet, quiet, quiet, CPU))
+        Path(export(made.run, ExportOptions(to, tmp_path / to, kind=type), quiet, quiet, quiet, CPU))
         for to, type in (("gguf", "f32"), ("gguf-lora", None))
     ]
     file, adapter = exported[0] / "tried-f32.gguf", exported[1] / "tried-lora-f32.gguf"
@@ -186,10 +186,10 @@ def test_the_files_answer_in_llama_cpp_as_in_transformers(
     over = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32), made.run / "final"
     )
-    asked = prompts(whole.config.vocab_size)
+    prompt_ids = prompts(whole.config.vocab_size)
     for what, ours, theirs in (
-        ("merged", by_transformers(whole, asked), by_llama_cpp(file, asked)),
-        ("adapter", by_transformers(over, asked), by_llama_cpp(tmp_path / "base.gguf", asked, adapter)),
+        ("merged", by_transformers(whole, prompt_ids), by_llama_cpp(file, prompt_ids)),
+        ("adapter", by_transformers(over, prompt_ids), by_llama_cpp(tmp_path / "base.gguf", prompt_ids, adapter)),
     ):
         far, same = float((ours - theirs).abs().max()), int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         print(
@@ -197,23 +197,30 @@ def test_the_files_answer_in_llama_cpp_as_in_transformers(
             f"{same} of {PROMPTS}"
         )
         assert far < 1e-2 and same == PROMPTS
-    assert float((by_llama_cpp(tmp_path / "base.gguf", asked) - by_transformers(over, asked)).abs().max()) > 0.5, (
-        "the adapter matters"
-    )
+    assert (
+        float((by_llama_cpp(tmp_path / "base.gguf", prompt_ids) - by_transformers(over, prompt_ids)).abs().max()) > 0.5
+    ), "the adapter matters"
     if kind in ("llama", "qwen2"):
         read = AutoModelForCausalLM.from_pretrained(exported[0], gguf_file=file.name, dtype=torch.float32)
-        far = float((by_transformers(read, asked) - by_transformers(whole, asked)).abs().max())
+        far = float((by_transformers(read, prompt_ids) - by_transformers(whole, prompt_ids)).abs().max())
         print(f"{kind}, by transformers from the file: {far:.1e}")
         assert far < 1e-4
 
 
-def test_quantised_and_tokenised_alike(
+def test_quantized_and_tokenized_alike(
     library: None, scripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLAMA_CPP_DIR", str(scripts))
     made = make_run(tmp_path, "llama")
     folder = Path(
-        export(made.run, Order("ollama", tmp_path / "out", kind="q4_k_m", system="Be kind."), quiet, quiet, quiet, CPU)
+        export(
+            made.run,
+            ExportOptions("ollama", tmp_path / "out", kind="q4_k_m", system="Be kind."),
+            quiet,
+            quiet,
+            quiet,
+            CPU,
+        )
     )
     assert {path.name for path in folder.iterdir()} == {"Modelfile", "README.md", "export.json", "tried-q4_k_m.gguf"}
     reader = gguf.GGUFReader(folder / "tried-q4_k_m.gguf")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from export_runs import IDS, Made, kl, make_run
+from export_runs import IDS, FinishedRun, kl, make_run
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -27,8 +27,8 @@ from typer.testing import CliRunner
 
 from lowrank_tune import UserError
 from lowrank_tune.cli import app
-from lowrank_tune.errors import RunFailed
-from lowrank_tune.export import Proof, merge
+from lowrank_tune.errors import TrainingError
+from lowrank_tune.export import MergeReport, merge
 
 CHILD = """
 import json, sys, torch
@@ -59,8 +59,8 @@ def quiet(event: object) -> None:
     pass
 
 
-def merged(made: Made, out: Path, base: Any = "dequantized", **more: Any) -> Proof:
-    return merge(made.run, out, base, quiet, quiet, torch.device("cpu"), **more).proof
+def merged(made: FinishedRun, out: Path, base: Any = "dequantized", **more: Any) -> MergeReport:
+    return merge(made.run, out, base, quiet, quiet, torch.device("cpu"), **more).report
 
 
 def read_back(folder: Path) -> torch.Tensor:
@@ -72,12 +72,12 @@ def read_back(folder: Path) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def untied(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def untied(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     return make_run(tmp_path_factory.mktemp("untied"), "llama", tied=False, lower=("sft",), rslora=True)
 
 
 @pytest.fixture(scope="module")
-def tied(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def tied(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     return make_run(tmp_path_factory.mktemp("tied"), "qwen2", tied=True)
 
 
@@ -86,9 +86,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def test_merged_is_what_was_trained_in_several_shards(untied: Made, tmp_path: Path) -> None:
+def test_merged_is_what_was_trained_in_several_shards(untied: FinishedRun, tmp_path: Path) -> None:
     proof = merged(untied, tmp_path / "out", shard=60_000)
-    assert kl(untied.said, read_back(tmp_path / "out")) < 1e-3 and proof.kl < 1e-3 and proof.parted == 0
+    assert kl(untied.logits, read_back(tmp_path / "out")) < 1e-3 and proof.kl < 1e-3 and proof.parted == 0
     assert (
         proof.same + proof.near_ties == proof.prompts
         and proof.rows > 0
@@ -108,7 +108,7 @@ def test_merged_is_what_was_trained_in_several_shards(untied: Made, tmp_path: Pa
         assert str(untied.run).encode() not in file.read_bytes() and b"somebody" not in file.read_bytes(), file
 
 
-def test_each_weight_is_rounded_once(untied: Made, tmp_path: Path) -> None:
+def test_each_weight_is_rounded_once(untied: FinishedRun, tmp_path: Path) -> None:
     merged(untied, tmp_path / "out")
     found, lora = (
         load_file(tmp_path / "out" / "model.safetensors"),
@@ -123,9 +123,9 @@ def test_each_weight_is_rounded_once(untied: Made, tmp_path: Path) -> None:
         assert (found[f"{name}.weight"] == exact.to(torch.bfloat16)).float().mean() > 0.999, name
 
 
-def test_a_tied_head_stays_tied_and_the_original_weights_are_another_model(tied: Made, tmp_path: Path) -> None:
+def test_a_tied_head_stays_tied_and_the_original_weights_are_another_model(tied: FinishedRun, tmp_path: Path) -> None:
     proof = merged(tied, tmp_path / "dequantized")
-    assert proof.kl < 1e-3 and kl(tied.said, read_back(tmp_path / "dequantized")) < 1e-3
+    assert proof.kl < 1e-3 and kl(tied.logits, read_back(tmp_path / "dequantized")) < 1e-3
     names = load_file(tmp_path / "dequantized" / "model.safetensors").keys()
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
     other = merged(tied, tmp_path / "original", "original")
@@ -158,7 +158,7 @@ def lose_adapter(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     ],
 )
 def test_a_planted_wrong_merge_is_caught(
-    untied: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, fault: Any, sentence: str
+    untied: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, fault: Any, sentence: str
 ) -> None:
     module = sys.modules["lowrank_tune.export.merge"]
     if fault is None:  # original weights where dequantised ones were claimed
@@ -166,12 +166,14 @@ def test_a_planted_wrong_merge_is_caught(
         monkeypatch.setattr(module, "dequantised", lambda base: module.originals(found, base))  # type: ignore[attr-defined]
     else:
         monkeypatch.setattr(module, where, fault(getattr(module, where)))
-    with pytest.raises(RunFailed, match=sentence):
+    with pytest.raises(TrainingError, match=sentence):
         merged(untied, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [], "nothing half-written stays"
 
 
-def test_a_disk_that_fills_up_leaves_nothing(untied: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_leaves_nothing(
+    untied: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = list[Path]()
 
     def filling(tensors: Any, file: Path, **more: Any) -> None:
@@ -181,54 +183,54 @@ def test_a_disk_that_fills_up_leaves_nothing(untied: Made, tmp_path: Path, monke
         save_file(tensors, file, **more)
 
     monkeypatch.setattr(sys.modules["lowrank_tune.export.merge"], "save_file", filling)
-    with pytest.raises(RunFailed, match="the disk is full"):
+    with pytest.raises(TrainingError, match="the disk is full"):
         merged(untied, tmp_path / "out", shard=60_000)
     assert len(written) == 2 and list(tmp_path.iterdir()) == []
 
 
-def copy_of(made: Made, place: Path) -> Path:
+def copy_of(made: FinishedRun, place: Path) -> Path:
     shutil.copytree(made.run, place)
     return place
 
 
-def test_what_cannot_be_merged_is_told_in_a_sentence(
-    untied: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_be_merged_fails_with_one_sentence(
+    untied: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def told(run: Path, *more: str) -> str:
+    def error_of(run: Path, *more: str) -> str:
         done = CliRunner().invoke(app, ["merge", str(run), *more])
         assert done.exit_code == 2 and done.output.count("\n") == 1, done.output
         return done.output
 
-    assert "there is no such run" in told(tmp_path / "nowhere")
-    assert "is no run: it holds no run.json" in told(tmp_path)
+    assert "there is no such run" in error_of(tmp_path / "nowhere")
+    assert "is no run: it holds no run.json" in error_of(tmp_path)
     (tmp_path / "there").mkdir()
-    assert "exists; give another folder with --out" in told(untied.run, "--out", str(tmp_path / "there"))
+    assert "exists; give another folder with --out" in error_of(untied.run, "--out", str(tmp_path / "there"))
     unfinished = copy_of(untied, tmp_path / "unfinished")
     shutil.rmtree(unfinished / "final")
-    assert "has not ended" in told(unfinished)
+    assert "has not ended" in error_of(unfinished)
     changed = copy_of(untied, tmp_path / "changed")
     facts = json.loads((changed / "base.json").read_text())
     facts["tensors"]["model.layers.1.mlp.up_proj.weight"] = "0" * 32
     (changed / "base.json").write_text(json.dumps(facts))
-    assert re.search(r": 1 of its \d\d tensors differ, model.layers.1.mlp.up_proj.weight for one", told(changed))
+    assert re.search(r": 1 of its \d\d tensors differ, model.layers.1.mlp.up_proj.weight for one", error_of(changed))
     gone = copy_of(untied, tmp_path / "gone")
     facts = json.loads((gone / "run.json").read_text())
     facts["recipe"]["base"]["model"] = str(tmp_path / "no-base")
     (gone / "run.json").write_text(json.dumps(facts))
-    assert "there is no folder" in told(gone)
+    assert "there is no folder" in error_of(gone)
     older = copy_of(untied, tmp_path / "older")
     (older / "final" / "stack.json").unlink()
-    assert "holds the adapter policy without sft, which it was trained over" in told(older)
+    assert "holds the adapter policy without sft, which it was trained over" in error_of(older)
     reward = copy_of(untied, tmp_path / "reward")
     facts["recipe"]["algorithm"] = "reward"
     (reward / "run.json").write_text(json.dumps(facts))
-    assert "trained a reward model" in told(reward)
+    assert "trained a reward model" in error_of(reward)
     module = sys.modules["lowrank_tune.export.proof"]
     with monkeypatch.context() as patch:
         patch.setattr(module, "memory_of", lambda device: 1 << 29)
-        assert "must be read back to be compared, which needs 1 GiB of memory" in told(untied.run)
+        assert "must be read back to be compared, which needs 1 GiB of memory" in error_of(untied.run)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(total=1, used=1, free=0))
-    assert "GiB are free there" in told(untied.run)
+    assert "GiB are free there" in error_of(untied.run)
     assert not list(untied.run.glob("*merged*")) and not list(tmp_path.glob(".tmp*"))
 
 
@@ -240,7 +242,7 @@ def test_what_cannot_be_merged_is_told_in_a_sentence(
     ],
 )
 def test_modules_that_cannot_be_merged(
-    untied: Made, tied: Made, tmp_path: Path, module: str, tie: bool, sentence: str
+    untied: FinishedRun, tied: FinishedRun, tmp_path: Path, module: str, tie: bool, sentence: str
 ) -> None:
     made = tied if tie else untied
     final = copy_of(made, tmp_path / "run") / "final"
@@ -257,7 +259,7 @@ def test_modules_that_cannot_be_merged(
         json.dumps(config | {"target_modules": [*config["target_modules"], module.rpartition(".")[2]]})
     )
     with pytest.raises(UserError, match=sentence):
-        merged(Made(final.parent, made.base, made.said), tmp_path / "out")
+        merged(FinishedRun(final.parent, made.base, made.logits), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -268,11 +270,11 @@ def test_a_stack_kept_apart_is_merged_whole(tmp_path: Path) -> None:
         and (made.run / "final" / "sft").is_dir()
     )
     merged(made, tmp_path / "out")
-    assert kl(made.said, read_back(tmp_path / "out")) < 1e-3
+    assert kl(made.logits, read_back(tmp_path / "out")) < 1e-3
 
 
 def test_what_a_proof_does_not_let_pass() -> None:
-    good = Proof(50, 2000, 9e-4, 0.09, 0.2, 45, 3, 2, 1.0, 1.0, 50, True, "rows")
+    good = MergeReport(50, 2000, 9e-4, 0.09, 0.2, 45, 3, 2, 1.0, 1.0, 50, True, "rows")
     assert good.faults(True) == []
     for change, sentence in (
         ({"kl": 1.1e-3}, "above 0.001"),
@@ -288,21 +290,21 @@ def test_what_a_proof_does_not_let_pass() -> None:
     ).faults(False)
 
 
-def test_a_card_too_small_for_16_bits_is_told_and_the_main_memory_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, heard = sys.modules["lowrank_tune.export.proof"], list[Any]()
+def test_a_gpu_too_small_for_16_bits_is_reported_and_the_cpu_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, events = sys.modules["lowrank_tune.export.proof"], list[Any]()
     monkeypatch.setattr(module, "memory_of", lambda device: (24 if device.type == "cuda" else 64) << 30)
     place = module.place_for  # type: ignore[attr-defined]
-    assert place(8 << 30, torch.device("cuda"), heard.append) == (torch.device("cuda"), torch.bfloat16) and not heard
-    assert place(14 << 30, torch.device("cuda"), heard.append) == (torch.device("cpu"), torch.bfloat16)
-    assert "needs 29 GiB and the card has 24: it is compared on the CPU" in heard[0].message
+    assert place(8 << 30, torch.device("cuda"), events.append) == (torch.device("cuda"), torch.bfloat16) and not events
+    assert place(14 << 30, torch.device("cuda"), events.append) == (torch.device("cpu"), torch.bfloat16)
+    assert "needs 29 GiB and the card has 24: it is compared on the CPU" in events[0].message
     with pytest.raises(UserError, match="needs 141 GiB of memory, and this machine has 64"):
-        place(70 << 30, torch.device("cuda"), heard.append)
+        place(70 << 30, torch.device("cuda"), events.append)
 
 
 @pytest.mark.slow
 def test_round_trips_in_a_new_process(tmp_path: Path) -> None:
     """Adapter, folded stack, and merged into both bases; tied and untied, of four families."""
-    orders, runs = list[tuple[str, str, str, int]](), dict[str, Made]()
+    orders, runs = list[tuple[str, str, str, int]](), dict[str, FinishedRun]()
     for kind in ("llama", "qwen2", "mistral", "gemma2"):
         for tie in (False, True):
             name = f"{kind} {tie}"
@@ -323,13 +325,15 @@ def test_round_trips_in_a_new_process(tmp_path: Path) -> None:
     wanted = json.dumps([IDS.tolist(), orders, str(tmp_path / "said")])
     done = subprocess.run([sys.executable, "-c", CHILD, wanted], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    said = load_file(tmp_path / "said")
+    logits = load_file(tmp_path / "said")
     for name, made in runs.items():
         if name.endswith("alone"):
-            assert kl(made.said, said[name]) < 1e-8, name
+            assert kl(made.logits, logits[name]) < 1e-8, name
             continue
-        assert kl(made.said, said[f"{name} folded"]) < 1e-8, name
-        assert kl(made.said, said[f"{name} dequantized"]) <= 1e-3, name
-        assert kl(said[f"{name} oracle"], said[f"{name} original"]) <= 1e-3 < kl(made.said, said[f"{name} original"]), (
-            name
-        )
+        assert kl(made.logits, logits[f"{name} folded"]) < 1e-8, name
+        assert kl(made.logits, logits[f"{name} dequantized"]) <= 1e-3, name
+        assert (
+            kl(logits[f"{name} oracle"], logits[f"{name} original"])
+            <= 1e-3
+            < kl(made.logits, logits[f"{name} original"])
+        ), name

@@ -13,10 +13,10 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lowrank_tune import UserError, settings
-from lowrank_tune.data import Template
+from lowrank_tune.data import ChatTemplate
 from lowrank_tune.export.ollama import Modelfile, go_template, quoted
-from lowrank_tune.export.turns import Talk, Turns, turns_of
-from lowrank_tune.model.base import TINY, load_tokenizer
+from lowrank_tune.export.turns import ProbeMessages, TemplateTurns, derive_turns
+from lowrank_tune.model.base import BUILTIN_MODEL, load_tokenizer
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}{% endif %}"
@@ -58,7 +58,7 @@ KNOWN = {
     "mistral, first": MISTRAL.replace("AT", "first"),
     "braces": CHATML.replace("You are kind.", "{{ x }}"),
 }
-TALKS: list[list[tuple[str, str]]] = [
+CONVERSATIONS: list[list[tuple[str, str]]] = [
     [("user", "Hi")],
     [("system", "Be {{ brief }}."), ("user", 'Hi "you"')],
     [("user", "a"), ("assistant", "b\n\nc"), ("user", "d")],
@@ -66,20 +66,20 @@ TALKS: list[list[tuple[str, str]]] = [
 ]
 
 
-def rendered(jinja: str, talk: Talk, asks: bool = True) -> str:
-    messages = [{"role": role, "content": text} for role, text in talk]
+def rendered(jinja: str, conversation: ProbeMessages, asks: bool = True) -> str:
+    messages = [{"role": role, "content": text} for role, text in conversation]
     texts, _ = render_jinja_template(
         conversations=[messages], chat_template=jinja, add_generation_prompt=asks, bos_token="<s>", eos_token="</s>"
     )
     return str(texts[0])
 
 
-def pieces(jinja: str) -> Turns | None:
-    return turns_of(lambda messages, asks: rendered(jinja, [(m["role"], m["content"]) for m in messages], asks))
+def pieces(jinja: str) -> TemplateTurns | None:
+    return derive_turns(lambda messages, asks: rendered(jinja, [(m["role"], m["content"]) for m in messages], asks))
 
 
-def of_kit(plain: bool) -> str:
-    tokenizer = load_tokenizer(settings.Base(model=TINY))
+def from_package(plain: bool) -> str:
+    tokenizer = load_tokenizer(settings.BaseConfig(model=BUILTIN_MODEL))
     if plain:
         tokenizer.add_special_tokens({"extra_special_tokens": []})
         return (
@@ -93,18 +93,18 @@ def of_kit(plain: bool) -> str:
                 "{% if add_generation_prompt %}{{ '\n\nAssistant:\n' }}{% endif %}"
             )
         )
-    return Template.of(tokenizer).jinja
+    return ChatTemplate.from_tokenizer(tokenizer).chat_template
 
 
 @pytest.mark.parametrize("name", [*KNOWN, "kit", "plain words"])
 def test_the_pieces_write_what_the_template_writes(name: str) -> None:
-    jinja = KNOWN.get(name) or of_kit(name == "plain words")
+    jinja = KNOWN.get(name) or from_package(name == "plain words")
     found = pieces(jinja)
     assert found is not None
     assert (found.system is None) == (name == "gemma") and (found.later is not None) == (name == "mistral, last")
-    for talk in TALKS:
-        if name != "gemma" or talk[0][0] != "system":
-            assert found.write(talk) == rendered(jinja, talk), talk
+    for conversation in CONVERSATIONS:
+        if name != "gemma" or conversation[0][0] != "system":
+            assert found.write(conversation) == rendered(jinja, conversation), conversation
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_template_that_does_more_is_not_believed(jinja: str) -> None:
 def test_a_modelfile_of_chatml_word_for_word() -> None:
     found = pieces(CHATML.partition("{% endif %}")[2])
     user, answer = "<|im_start|>user\n", "<|im_start|>assistant\n"
-    assert found == Turns(
+    assert found == TemplateTurns(
         user,
         (user, "<|im_end|>\n"),
         (answer, "<|im_end|>\n"),
@@ -211,18 +211,18 @@ def test_go_itself_writes_the_same(tmp_path: Path) -> None:
     """Go's own template package, given what Ollama gives it."""
     cases: list[dict[str, Any]] = []
     wanted = []
-    for name, jinja in {**KNOWN, "kit": of_kit(False), "plain words": of_kit(True)}.items():
+    for name, jinja in {**KNOWN, "kit": from_package(False), "plain words": from_package(True)}.items():
         found = pieces(jinja)
         assert found is not None
-        for talk in TALKS:
-            if name != "gemma" or talk[0][0] != "system":
+        for conversation in CONVERSATIONS:
+            if name != "gemma" or conversation[0][0] != "system":
                 cases.append(
                     {
                         "Template": go_template(found, "<s>"),
-                        "Messages": [{"Role": role, "Content": text} for role, text in talk],
+                        "Messages": [{"Role": role, "Content": text} for role, text in conversation],
                     }
                 )
-                wanted.append(rendered(jinja, talk).removeprefix("<s>"))
+                wanted.append(rendered(jinja, conversation).removeprefix("<s>"))
     (tmp_path / "main.go").write_text(GO)
     done = subprocess.run(
         ["go", "run", "main.go"], cwd=tmp_path, input=json.dumps(cases), capture_output=True, text=True
@@ -230,13 +230,13 @@ def test_go_itself_writes_the_same(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for case, text, right in zip(cases, json.loads(done.stdout), wanted, strict=True):
         assert text == right, case
-    talk = [{"Role": "user", "Content": "a"}, {"Role": "assistant", "Content": "unfinished"}]
+    conversation = [{"Role": "user", "Content": "a"}, {"Role": "assistant", "Content": "unfinished"}]
     found = pieces(CHATML)
     assert found is not None
     done = subprocess.run(
         ["go", "run", "main.go"],
         cwd=tmp_path,
-        input=json.dumps([{"Template": go_template(found, ""), "Messages": talk}]),
+        input=json.dumps([{"Template": go_template(found, ""), "Messages": conversation}]),
         capture_output=True,
         text=True,
     )

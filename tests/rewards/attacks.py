@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.rewards.sandbox import levels
-from lowrank_tune.rewards.sandbox.channel import Closed, Late, TooLong
-from lowrank_tune.rewards.sandbox.launch import Confined, Foreign, Level
+from lowrank_tune.rewards.sandbox.channel import ChannelClosed, ChannelTimeout, MessageTooLong
+from lowrank_tune.rewards.sandbox.launch import Confined, Level, UnauthenticatedMessage
 from lowrank_tune.rewards.sandbox.values import decode, encode
 
 SECRET = "swordfish-in-a-file"
@@ -279,7 +279,7 @@ class World:
         self.sibling = subprocess.Popen(["/bin/sleep", "1000"], **user)
         return self
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         package = str(Path(sys.modules[Confined.__module__].__file__ or "").parent)
         return {
             "secret": self.secret,
@@ -336,26 +336,26 @@ def run(level: Level, code: str, world: dict[str, Any], seconds: float = 1.5) ->
         solver.send(b"l4;" + encode("call") + b"o0;" + encode([world]) + encode({}), deadline)
         answer = decode(solver.receive(deadline), lambda number: f"object {number}")
         return repr(answer[1]) if answer[0] == "value" else f"raised {answer[1][0]}: {answer[2]}"
-    except Late:
+    except ChannelTimeout:
         return "ended by the clock"
-    except Closed:
+    except ChannelClosed:
         return f"it {solver.end()}"
-    except TooLong:
+    except MessageTooLong:
         return "too long a message"
-    except Foreign:
+    except UnauthenticatedMessage:
         return "wrote to the stream of its results"
     finally:
         solver.end()
 
 
-def assault(level: Level, names: Iterable[str]) -> dict[str, str]:
+def run_attacks(level: Level, names: Iterable[str]) -> dict[str, str]:
     """The attacks that got through, or did harm, at a level, and what came of them; and the control where it did
     not."""
-    both, through = {**QUICK, **SLOW}, {}
+    attacks, through = {**QUICK, **SLOW}, {}
     with World() as world:
-        told = world.told()
+        targets = world.as_dict()
         for name in names:
-            came = run(level, HEAD + both[name], told)
+            came = run(level, HEAD + attacks[name], targets)
             if came not in ("False", "None") and not came.startswith(
                 ("raised ", "ended by the clock", "it ", "too long", "wrote to")
             ):
@@ -370,6 +370,6 @@ def assault(level: Level, names: Iterable[str]) -> dict[str, str]:
 
 def main(names: list[str]) -> None:
     """For another user: what each level is here, and what got through at those that there are, as JSON."""
-    faults = {level: levels.attempt(level).fault for level in levels.LEVELS}
-    told = {level: fault or assault(level, names or [*QUICK, *SLOW]) for level, fault in faults.items()}
-    print(json.dumps({"user": os.geteuid(), "levels": told}))
+    faults = {level: levels.probe_level(level).fault for level in levels.LEVELS}
+    results = {level: fault or run_attacks(level, names or [*QUICK, *SLOW]) for level, fault in faults.items()}
+    print(json.dumps({"user": os.geteuid(), "levels": results}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-NAMES_AND_TEXTS: list[tuple[str, str]] = [
+RESOURCE_BOMBS: list[tuple[str, str]] = [
     ("tower of nines", "9^{9^{9^9}}"),
     ("tower of ten", "10^{10^{10^{10^{10}}}}"),
     ("tower without braces", "9^9^9^9^9^9"),

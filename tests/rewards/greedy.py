@@ -11,8 +11,8 @@ from typing import Any
 def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
     kept: list[bytearray] = []
 
-    def grade(asked: Mapping[str, Any]) -> Any:
-        word = asked["completion"]
+    def grade(request: Mapping[str, Any]) -> Any:
+        word = request["completion"]
         if word == "memory":
             return len(bytearray(3 << 30))
         if word == "hidden":  # as a library does that takes a want of memory for a reason to try something else

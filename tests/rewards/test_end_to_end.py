@@ -22,10 +22,10 @@ from transformers import AutoTokenizer
 from lowrank_tune import Recipe, run
 from lowrank_tune.algorithms import harvest
 from lowrank_tune.build import online
-from lowrank_tune.events import Note, StepDone
+from lowrank_tune.events import LogMessage, StepEnd
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.rewards.garbage import WORDS
-from lowrank_tune.types import Batch, Completion, Sampling
+from lowrank_tune.types import Batch, Completion, SamplingParams
 
 CODE = "```python\ndef twice(x):\n    return 2 * x\n```"
 SMT = "(declare-const x Int)(assert (> (* x x) 3))"
@@ -53,25 +53,27 @@ def canned(texts: Sequence[str], tokenizer: Any) -> type:
         def __init__(self, roles: Roles, role: str, *_: Any) -> None:
             self.roles, self.role = roles, role
 
-        def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> Iterator[Completion]:
+        def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingParams) -> Iterator[Completion]:
             for number, prompt in enumerate(prompts):
                 for sample in range(n):
-                    said = tokenizer(texts[sample % len(texts)], add_special_tokens=False).input_ids + [
+                    completion_ids = tokenizer(texts[sample % len(texts)], add_special_tokens=False).input_ids + [
                         min(sampling.stop_ids)
                     ]
-                    ids = torch.tensor([[*prompt, *said]])
-                    says = torch.arange(ids.shape[1])[None] >= len(prompt)
-                    with self.roles.quiet():
+                    ids = torch.tensor([[*prompt, *completion_ids]])
+                    completion_mask = torch.arange(ids.shape[1])[None] >= len(prompt)
+                    with self.roles.inference_mode():
                         logps = self.roles.logps(
-                            self.role, Batch(ids, torch.ones_like(says), says), sampling.temperature
+                            self.role,
+                            Batch(ids, torch.ones_like(completion_mask), completion_mask),
+                            sampling.temperature,
                         ).logps
-                    yield Completion(number, sample, said, "stop", logps[0, len(prompt) :].tolist())
+                    yield Completion(number, sample, completion_ids, "stop", logps[0, len(prompt) :].tolist())
 
     return Engine
 
 
 @pytest.mark.parametrize("use", [use if use in FAST else pytest.param(use, marks=pytest.mark.slow) for use in CASES])
-def test_a_run_learns_what_the_verifier_pays(use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_learns_what_the_verifier_rewards(use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, columns, right, wrong = CASES[use]
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
     if use == "lean":
@@ -101,10 +103,10 @@ def test_a_run_learns_what_the_verifier_pays(use: str, tmp_path: Path, monkeypat
         monkeypatch.setattr(module, "Engine", engine)
     events: list[Any] = []
     run(Recipe.from_dict(recipe), out=tmp_path / "run", ui="none", device=CPU, on_event=events.append)
-    steps = [event.stats for event in events if isinstance(event, StepDone)]
+    steps = [event.stats for event in events if isinstance(event, StepEnd)]
     assert len(steps) == 3 and all(step["dead_groups"] == 0 and "score_errors" not in step for step in steps)
     assert steps[0]["reward"] == (1.125 if use == "repetition" else 0.5), "two of four are right"
     assert steps[0]["kl"] < 1e-9 < 1e-6 < steps[-1]["kl"], "the policy moves away from its reference"
-    told = " ".join(event.message for event in events if isinstance(event, Note))
-    assert re.search(f"reward {use}: reference answers 1", told), told
-    assert (use in JUDGES) != ("does not judge" in told)
+    messages = " ".join(event.message for event in events if isinstance(event, LogMessage))
+    assert re.search(f"reward {use}: reference answers 1", messages), messages
+    assert (use in JUDGES) != ("does not judge" in messages)

@@ -14,28 +14,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import CPU, llama_roles, make_batch, shake
-from test_grpo import KINDS, Fake, one_pass, over, written
+from models import CPU, llama_roles, make_batch, perturb
+from test_grpo import KINDS, FakeCollector, one_pass, over, written
 from torch import Tensor
 
 from lowrank_tune import Recipe, run
 from lowrank_tune import runner as runner_module
-from lowrank_tune.algorithms.failures import FEW, Failures, Unscored
-from lowrank_tune.algorithms.grpo import dead, group_advantages
-from lowrank_tune.algorithms.harvest import Harvest
-from lowrank_tune.build.online import Scoring, load_prompts
-from lowrank_tune.control import Control
-from lowrank_tune.data import Asked, Template
-from lowrank_tune.errors import RunFailed, UserError
-from lowrank_tune.events import Grouped, Note, StepDone
+from lowrank_tune.algorithms.failures import MIN_SAMPLES, RewardFailure, RewardFailureTracker
+from lowrank_tune.algorithms.grpo import group_advantages, zero_std_groups
+from lowrank_tune.algorithms.harvest import RolloutBatch
+from lowrank_tune.build.online import RewardScorer, load_train_prompts
+from lowrank_tune.control import TrainerControl
+from lowrank_tune.data import ChatTemplate, PromptExample
+from lowrank_tune.errors import TrainingError, UserError
+from lowrank_tune.events import GroupLogged, LogMessage, StepEnd
 from lowrank_tune.model.base import load_tokenizer
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.preflight import examine
+from lowrank_tune.preflight import inspect_data
 from lowrank_tune.rewards import Score
 from lowrank_tune.types import Batch, Completion, to_floats
 
-LOST = Unscored("answer", "error", "because")
-LATE = Unscored("answer", "timeout", "too slow")
+LOST = RewardFailure("answer", "error", "because")
+LATE = RewardFailure("answer", "timeout", "too slow")
 
 # --- advantages -------------------------------------------------------------------------------------------------------
 
@@ -49,16 +49,16 @@ GROUPS = st.integers(1, 6).flatmap(
 @given(GROUPS)
 def test_a_dropped_completion_never_was(groups: list[list[tuple[float, bool]]]) -> None:
     rewards = torch.tensor(
-        [[value if told else math.nan for value, told in group] for group in groups], dtype=torch.float64
+        [[value if has_reward else math.nan for value, has_reward in group] for group in groups], dtype=torch.float64
     )
-    scored = torch.tensor([[told for _, told in group] for group in groups])
+    scored = torch.tensor([[has_reward for _, has_reward in group] for group in groups])
     for divide in (True, False):
         found = group_advantages(rewards, divide, scored)
         assert not found.isnan().any() and not found[~scored].any()
         for number, group in enumerate(groups):
-            left = np.array([value for value, told in group if told])
+            left = np.array([value for value, has_reward in group if has_reward])
             mine = found[number, scored[number]]
-            assert bool(dead(rewards, scored)[number]) == (len(left) < 2 or bool(np.ptp(left) <= 1e-6))
+            assert bool(zero_std_groups(rewards, scored)[number]) == (len(left) < 2 or bool(np.ptp(left) <= 1e-6))
             if len(left) < 2 or np.ptp(left) <= 1e-6:
                 assert not mine.any()
                 continue
@@ -71,7 +71,7 @@ def test_nothing_dropped_changes_no_bit() -> None:
     rewards = torch.randn(7, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     every = torch.ones(7, 9, dtype=torch.bool)
     assert torch.equal(group_advantages(rewards, True, every), group_advantages(rewards)) and torch.equal(
-        dead(rewards, every), dead(rewards)
+        zero_std_groups(rewards, every), zero_std_groups(rewards)
     )
 
 
@@ -81,12 +81,12 @@ def test_nothing_dropped_changes_no_bit() -> None:
 @pytest.fixture(scope="module")
 def roles() -> Roles:
     found = llama_roles(16, lower=["sft"])
-    shake(found, "sft", size=0.05)
-    shake(found, "policy", size=0.05, seed=2)
+    perturb(found, "sft", size=0.05)
+    perturb(found, "policy", size=0.05, seed=2)
     return found
 
 
-class Dropping(Fake):
+class DroppingCollector(FakeCollector):
     """The same completions, of which some are without a reward; or, with `never`, without those completions."""
 
     def __init__(self, roles: Any, rewards: Any, lost: Sequence[int] = (), never: bool = False, **how: Any) -> None:
@@ -95,45 +95,45 @@ class Dropping(Fake):
 
     def logps(self, role: str, batch: Batch) -> Tensor:
         """Row by row, each at its own width: rounding does not know which other rows there are."""
-        found = torch.zeros(batch.ids.shape)
+        found = torch.zeros(batch.input_ids.shape)
         for i in range(len(batch)):
-            alone = super().logps(role, batch.take(torch.tensor([i])))
+            alone = super().logps(role, batch.select_rows(torch.tensor([i])))
             found[i, : alone.shape[1]] = alone[0]
         return found
 
-    def draw(self, step: int, draw: int, count: int | None = None) -> Harvest:
+    def collect(self, step: int, draw: int, count: int | None = None) -> RolloutBatch:
         rewards = torch.tensor(self.rewards[draw][:count], dtype=torch.float64)
         groups, n = rewards.shape
-        rows, says = written(groups, n, seed=100 * step + draw)
+        rows, masks = written(groups, n, seed=100 * step + draw)
         unscored = [LOST if i in self.lost else None for i in range(groups * n)]
         if self.never:
             kept = [i for i in range(groups * n) if i not in self.lost]
-            rows, says, rewards = (
+            rows, masks, rewards = (
                 [rows[i] for i in kept],
-                [says[i] for i in kept],
+                [masks[i] for i in kept],
                 rewards.flatten()[kept].view(groups, -1),
             )
             n, unscored = rewards.shape[1], [None] * len(kept)
         gone = torch.tensor([one is not None for one in unscored]).view_as(rewards)
         rewards = rewards.masked_fill(gone, math.nan)
-        batch = make_batch(rows, says)
+        batch = make_batch(rows, masks)
         batch.extra["sampler"] = self.logps("policy", batch)
-        asked = [Asked([2], f"prompt {draw}.{group}", None, {}) for group in range(groups)]
+        prompts = [PromptExample([2], f"prompt {draw}.{group}", None, {}) for group in range(groups)]
         self.failures.count(unscored)
-        return Harvest(
+        return RolloutBatch(
             batch,
             rewards,
             rewards.view(-1, 1),
             torch.tensor([i in self.cut for i in range(len(rows))]),
-            self.names,
+            self.reward_names,
             [str(i) for i in range(len(rows))],
-            asked,
+            prompts,
             {"rollout_seconds": 2.0},
-            unscored=unscored,
+            failed_rewards=unscored,
         )
 
 
-def with_lost(
+def with_failures(
     roles: Roles,
     lost: Sequence[int],
     rewards: Any,
@@ -143,8 +143,8 @@ def with_lost(
     **how: Any,
 ) -> Any:
     algorithm = over(roles, kind, **how)
-    algorithm.harvester = Dropping(roles, rewards, lost, never)
-    algorithm.harvester.failures = Failures(most)
+    algorithm.collector = DroppingCollector(roles, rewards, lost, never)
+    algorithm.collector.failures = RewardFailureTracker(most)
     return algorithm
 
 
@@ -156,7 +156,7 @@ THREE = [[[1.0, 0.0, 0.3, 0.2], [0.2, 0.9, 0.4, 0.1]]]
 def test_the_step_is_one_without_it(roles: Roles, kind: str, how: dict[str, Any]) -> None:
     found = []
     for never in (False, True):
-        algorithm = with_lost(roles, [2, 5], THREE, never, kind, **how)
+        algorithm = with_failures(roles, [2, 5], THREE, never, kind, **how)
         experience = algorithm.collect(0)
         figures = {
             name: value for name, value in to_floats(experience.stats).items() if name not in ("length", "score_errors")
@@ -169,18 +169,18 @@ def test_the_step_is_one_without_it(roles: Roles, kind: str, how: dict[str, Any]
 
 def test_a_group_that_lost_its_first_row_begins_with_the_next(roles: Roles) -> None:
     """Else its rows would count as the family of the group before, and read their prompt once a row."""
-    algorithm = with_lost(roles, [4, 5, 9], [THREE[0] + THREE[0][:1]])
-    harvest = algorithm.harvester.draw(0, 0)
-    harvest.batch.extra["shared"] = torch.tensor([0, 3, 3, 3] * 3)
-    assert harvest.told().extra["shared"].tolist() == [0, 3, 3, 3, 0, 3, 0, 3, 3]
+    algorithm = with_failures(roles, [4, 5, 9], [THREE[0] + THREE[0][:1]])
+    rollouts = algorithm.collector.collect(0, 0)
+    rollouts.batch.extra["shared"] = torch.tensor([0, 3, 3, 3] * 3)
+    assert rollouts.scored_rows().extra["shared"].tolist() == [0, 3, 3, 3, 0, 3, 0, 3, 3]
 
 
 @pytest.mark.parametrize("how", ["keep", "drop", "resample"])
-def test_groups_that_lost_too_many_are_dead(roles: Roles, how: str) -> None:
+def test_groups_with_too_many_failures_are_uninformative(roles: Roles, how: str) -> None:
     """Groups with four, one and no completion left; where dead groups are replaced the same happens in the next
     draws."""
     rewards = [[[1.0, 0.0, 0.3, 0.2]] * 3] * 4
-    algorithm = with_lost(roles, [4, 5, 6, 8, 9, 10, 11], rewards, dead_groups=how, kl=0.1)
+    algorithm = with_failures(roles, [4, 5, 6, 8, 9, 10, 11], rewards, dead_groups=how, kl=0.1)
     experience = algorithm.collect(0)
     loss, gradient, _ = one_pass(algorithm, experience.batch)
     assert math.isfinite(loss) and not gradient.isnan().any() and gradient.any()
@@ -193,50 +193,54 @@ def test_groups_that_lost_too_many_are_dead(roles: Roles, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["keep", "drop", "resample"])
-def test_all_lost_is_a_step_of_nothing(roles: Roles, how: str) -> None:
-    algorithm = with_lost(roles, range(8), THREE * 4, dead_groups=how, kl=0.5)
+def test_a_step_whose_rewards_all_fail_changes_nothing(roles: Roles, how: str) -> None:
+    algorithm = with_failures(roles, range(8), THREE * 4, dead_groups=how, kl=0.5)
     experience = algorithm.collect(0)
     loss, gradient, _ = one_pass(algorithm, experience.batch)
     assert loss == 0.0 and not gradient.any() and math.isnan(to_floats(experience.stats)["reward"])
-    assert any("failed" in told for told in algorithm.warnings(to_floats(experience.stats)))
+    assert any("failed" in message for message in algorithm.diagnostics(to_floats(experience.stats)))
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------
 
 
 def test_too_many_stop_the_run_and_few_do_not() -> None:
-    failures = Failures(0.01)
+    failures = RewardFailureTracker(0.01)
     failures.count([LOST, LATE])  # two of two: too few to judge a verifier by
     with pytest.raises(
-        RunFailed,
+        TrainingError,
         match=r"3 of 103 completions \(2\.9%\).*rollout\.max_unscored_share, 0\.01.*`answer` failed on 1.*because",
     ):
         failures.count([*[None] * 100, LOST])
-    assert FEW == 3
-    failures = Failures(0.01)
+    assert MIN_SAMPLES == 3
+    failures = RewardFailureTracker(0.01)
     for _ in range(40):
         failures.count([*[None] * 99, LOST])  # just 1 %
-    with pytest.raises(RunFailed):
+    with pytest.raises(TrainingError):
         failures.count([LOST])
-    Failures(1.0).count([LOST] * 50)
-    with pytest.raises(RunFailed):
-        Failures(0.0).count([*[None] * 9999, *[LOST] * 3])
+    RewardFailureTracker(1.0).count([LOST] * 50)
+    with pytest.raises(TrainingError):
+        RewardFailureTracker(0.0).count([*[None] * 9999, *[LOST] * 3])
 
 
-def test_counts_are_told_from_the_first_failure_on_and_kept() -> None:
-    failures = Failures(1.0)
+def test_counts_are_logged_from_the_first_failure_on_and_saved() -> None:
+    failures = RewardFailureTracker(1.0)
     failures.count([None] * 9)
     assert failures.stats([]) == {}
     failures.count([None, LATE, LATE])
     assert to_floats(failures.stats([LATE, LATE])) == {"score_timeouts": 2.0} and to_floats(failures.stats([])) == {
         "score_timeouts": 0.0
     }
-    again = Failures(0.1)
+    again = RewardFailureTracker(0.1)
     again.restore(json.loads(json.dumps(failures.state())))
-    assert (again.completions, again.timeouts, again.errors, again.most) == (12, 2, 0, 0.1)
-    Failures().restore({})  # a checkpoint of an earlier version
-    [told] = failures.warnings([LATE, LATE], 64)
-    assert told.startswith("the reward `answer` failed on completions") and "2 of 64" in told and "too slow" in told
+    assert (again.completions, again.timeouts, again.errors, again.max_failure_rate) == (12, 2, 0, 0.1)
+    RewardFailureTracker().restore({})  # a checkpoint of an earlier version
+    [message] = failures.diagnostics([LATE, LATE], 64)
+    assert (
+        message.startswith("the reward `answer` failed on completions")
+        and "2 of 64" in message
+        and "too slow" in message
+    )
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -280,12 +284,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where `mine.py` lies. The preflight, which would refuse such a reward, looks away."""
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lowrank_tune.build.check_rewards", lambda *given: None)
+    monkeypatch.setattr("lowrank_tune.build.check_reference_rewards", lambda *given: None)
     (tmp_path / "mine.py").write_text(MINE)
     return tmp_path
 
 
-def told(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
+def run_with_events(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
     events: list[Any] = []
     return run(Recipe.from_dict(recipe), out=out, ui="none", device=CPU, on_event=events.append), events
 
@@ -293,12 +297,12 @@ def told(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
 def figures(events: Sequence[Any]) -> list[dict[str, float]]:
     unsteady = {"tokens_per_second", "memory_gib", "rollout_seconds", "score_seconds"}
     return [
-        {k: v for k, v in event.stats.items() if k not in unsteady} for event in events if isinstance(event, StepDone)
+        {k: v for k, v in event.stats.items() if k not in unsteady} for event in events if isinstance(event, StepEnd)
     ]
 
 
-def test_a_run_drops_counts_and_tells_and_goes_on_the_same(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome, events = told(small(), place / "one")
+def test_a_run_drops_counts_and_warns_and_resumes_the_same(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome, events = run_with_events(small(), place / "one")
     steps = figures(events)
     lost = sum(step.get("score_errors", 0) for step in steps)
     assert (
@@ -307,17 +311,17 @@ def test_a_run_drops_counts_and_tells_and_goes_on_the_same(place: Path, monkeypa
         and all(math.isfinite(value) for step in steps for value in step.values())
     )
     [warned] = [
-        event.message for event in events if isinstance(event, Note) and "failed on completions" in event.message
+        event.message for event in events if isinstance(event, LogMessage) and "failed on completions" in event.message
     ]
     assert "`some`" in warned and "a length of one too many" in warned and "mine.py:5" in warned
-    shown = [one for event in events if isinstance(event, Grouped) for one in event.completions]
+    shown = [one for event in events if isinstance(event, GroupLogged) for one in event.completions]
     for one in shown:
         assert ("unscored" in one) == (len(one["text"]) % 4 == 1) == (one["reward"] is None)
     assert any("unscored" in one for one in shown), "the test saw nothing"
     page = (place / "one" / "report.html").read_text(encoding="utf-8")
     assert "not scored: some: " in page and "a reward failed" in page
 
-    monkeypatch.setattr(runner_module, "Control", lambda: Interrupted(events_so_far))
+    monkeypatch.setattr(runner_module, "TrainerControl", lambda: Interrupted(events_so_far))
     events_so_far: list[Any] = []
     recipe = Recipe.from_dict(small())
     first = run(recipe, out=place / "two", ui="none", device=CPU, on_event=events_so_far.append)
@@ -325,7 +329,7 @@ def test_a_run_drops_counts_and_tells_and_goes_on_the_same(place: Path, monkeypa
     monkeypatch.undo()
     monkeypatch.chdir(place)
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(place / "cache"))
-    monkeypatch.setattr("lowrank_tune.build.check_rewards", lambda *given: None)
+    monkeypatch.setattr("lowrank_tune.build.check_reference_rewards", lambda *given: None)
     rest: list[Any] = []
     run(recipe, out=place / "two", ui="none", device=CPU, on_event=rest.append)
     assert figures(events_so_far) + figures(rest) == steps
@@ -336,7 +340,7 @@ def test_a_run_drops_counts_and_tells_and_goes_on_the_same(place: Path, monkeypa
     assert states[0] == states[1] == {"completions": 48, "errors": lost, "timeouts": 0}
 
 
-class Interrupted(Control):
+class Interrupted(TrainerControl):
     """Stops after the second step."""
 
     def __init__(self, events: list[Any]) -> None:
@@ -345,22 +349,22 @@ class Interrupted(Control):
 
     @property
     def stop(self) -> bool:  # type: ignore[override]
-        return sum(isinstance(event, StepDone) for event in self.seen) >= 2  # type: ignore[attr-defined]
+        return sum(isinstance(event, StepEnd) for event in self.seen) >= 2  # type: ignore[attr-defined]
 
     @stop.setter
     def stop(self, value: bool) -> None: ...
 
 
 def test_a_users_function_stops_the_run_by_default(place: Path) -> None:
-    with pytest.raises(RunFailed, match="mine.py:5.*on the completion .* of the prompt"):
-        told(small(rewards=[{"use": "answer"}, {"use": "./mine.py:some"}]), place / "run")
+    with pytest.raises(TrainingError, match="mine.py:5.*on the completion .* of the prompt"):
+        run_with_events(small(rewards=[{"use": "answer"}, {"use": "./mine.py:some"}]), place / "run")
 
 
-def test_a_verifier_of_the_kit_drops_by_default_and_stops_above_its_share(
+def test_a_builtin_verifier_drops_by_default_and_stops_above_its_share(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "lowrank_tune.rewards.answer.Answer._score",
+        "lowrank_tune.rewards.answer.AnswerReward._score",
         lambda self, item: (
             Score(None, "error", f"planted {len(item.completion)}")
             if len(item.completion) % 2 == 1
@@ -368,15 +372,17 @@ def test_a_verifier_of_the_kit_drops_by_default_and_stops_above_its_share(
         ),
     )
     rollout = small()["rollout"]
-    _, events = told(small(rewards=[{"use": "answer"}]), place / "run")
-    assert sum(step.get("score_errors", 0) for step in figures(events)) >= FEW
+    _, events = run_with_events(small(rewards=[{"use": "answer"}]), place / "run")
+    assert sum(step.get("score_errors", 0) for step in figures(events)) >= MIN_SAMPLES
     with pytest.raises(
-        RunFailed,
+        TrainingError,
         match=r"could not be scored, more than rollout\.max_unscored_share, 0\.01; .*`answer` failed.*planted",
     ):
-        told(small(rewards=[{"use": "answer"}], rollout=rollout | {"max_unscored_share": 0.01}), place / "second")
-    with pytest.raises(RunFailed, match="planted"):
-        told(
+        run_with_events(
+            small(rewards=[{"use": "answer"}], rollout=rollout | {"max_unscored_share": 0.01}), place / "second"
+        )
+    with pytest.raises(TrainingError, match="planted"):
+        run_with_events(
             small(
                 rewards=[{"use": "answer", "on_error": "stop"}], rollout={"num_generations": 4, "max_new_tokens": 10}
             ),
@@ -384,20 +390,20 @@ def test_a_verifier_of_the_kit_drops_by_default_and_stops_above_its_share(
         )
 
 
-def test_a_timeout_is_told_apart(place: Path) -> None:
+def test_a_timeout_is_counted_separately(place: Path) -> None:
     recipe = Recipe.from_dict(small(rewards=[{"use": "./mine.py:slow", "on_error": "drop"}]))
-    scoring = Scoring(recipe, Marks())  # type: ignore[arg-type]
+    scoring = RewardScorer(recipe, Marks())  # type: ignore[arg-type]
     try:
         scoring.scorer.timeout_seconds = 0.3
         for key, text in enumerate(("ab", "abc", "abcd")):
-            scoring.submit(key, Asked([2], "asked", None, {}), text, Completion(0, key, [5, 1], "stop"))
+            scoring.submit(key, PromptExample([2], "asked", None, {}), text, Completion(0, key, [5, 1], "stop"))
         found = scoring.collect()
     finally:
         scoring.close()
     late = found[1]
     assert (
         found[0] == found[2] == [1.0]
-        and isinstance(late, Unscored)
+        and isinstance(late, RewardFailure)
         and late.verdict == "timeout"
         and "0.3 s" in late.reason
     )
@@ -413,20 +419,20 @@ def test_rows_that_no_reward_could_judge_by_are_data_faults(place: Path) -> None
     )
     data = {"train": [{"dataset": "rows.jsonl", "gold": "gold"}], "max_rejected_share": 0.3}
     recipe = Recipe.from_dict(small(rewards=[{"use": "math_answer"}, {"use": "length", "target_tokens": 9}], data=data))
-    template, told_so = Template.of(load_tokenizer(recipe.base)), list[Any]()
-    found = load_prompts(recipe, template, told_so.append)
-    assert [one.gold for one in found.asked] == ["5", "7", "8", "9", "10", "11"]
-    [line] = [event.message for event in told_so if isinstance(event, Note) and event.level == "warning"]
+    template, events = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base)), list[Any]()
+    found = load_train_prompts(recipe, template, events.append)
+    assert [one.ground_truth for one in found.examples] == ["5", "7", "8", "9", "10", "11"]
+    [line] = [event.message for event in events if isinstance(event, LogMessage) and event.level == "warning"]
     assert "line 2" in line and "line 4" in line and line.count("`math_answer` cannot judge by it") == 2
     assert any(
         "`math_answer`" in trouble.what and trouble.count == 1
-        for trouble in examine(recipe, lambda event: None).troubles
+        for trouble in inspect_data(recipe, lambda event: None).troubles
     )
     few = Recipe.from_dict({**recipe.to_dict(), "data": {**data, "max_rejected_share": 0.1}})
     with pytest.raises(UserError, match="2 of 8 rows cannot be used.*`math_answer` cannot judge by it"):
-        load_prompts(few, template, told_so.append)
+        load_train_prompts(few, template, events.append)
 
 
 class Marks:
-    def marks_in(self, ids: Sequence[int]) -> bool:
+    def special_tokens_in(self, ids: Sequence[int]) -> bool:
         return False

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from lowrank_tune.errors import Faults
-from lowrank_tune.rewards import Item, Score, Scorer, make
-from lowrank_tune.rewards.lean import Improper, proof_in, retyped, without_comments
-from lowrank_tune.settings import RewardUse
-from tests.hostile import RUNAWAY
+from lowrank_tune.errors import ConfigError
+from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
+from lowrank_tune.rewards.lean import InvalidProof, extract_proof, restated_theorem, strip_comments
+from lowrank_tune.settings import RewardConfig
+from tests.hostile import MAX_CPU_SECONDS
 
 STAND_IN = r"""
 import json, os, re, subprocess, sys, time
@@ -61,17 +61,19 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scorer(home: Path) -> Iterator[Scorer[int]]:
+def scorer(home: Path) -> Iterator[WorkerPool[int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(home))
         patch.setenv("TOKEN", "hf_secret")
-        [weighted] = make([RewardUse(use="lean", program=(sys.executable, "-S", str(home / "lean.py")))], home)
-        with Scorer[int]([weighted.reward], workers=1, timeout_seconds=3.0) as made:
+        [weighted] = build_rewards(
+            [RewardConfig(use="lean", program=(sys.executable, "-S", str(home / "lean.py")))], home
+        )
+        with WorkerPool[int]([weighted.reward], workers=1, timeout_seconds=3.0) as made:
             yield made
 
 
-def judged(scorer: Scorer[int], text: str, row: dict[str, Any] | None = None, stopped: bool = True) -> Score:
-    scorer.submit(0, Item("Prove it.", text, None, ROW if row is None else row, stopped, 9))
+def judged(scorer: WorkerPool[int], text: str, row: dict[str, Any] | None = None, stopped: bool = True) -> Score:
+    scorer.submit(0, RewardInput("Prove it.", text, None, ROW if row is None else row, stopped, 9))
     return scorer.collect()[0][0]
 
 
@@ -117,12 +119,14 @@ WHOLE = "theorem add_zero (x : Nat) :\n    x + 0 = x := by\n  trivial"
         ("by \ud800", 0, "no text"),
     ],
 )
-def test_a_proof_of_the_rows_statement_and_nothing_else(scorer: Scorer[int], text: str, right: int, why: str) -> None:
+def test_a_proof_of_the_rows_statement_and_nothing_else(
+    scorer: WorkerPool[int], text: str, right: int, why: str
+) -> None:
     score = judged(scorer, text)
     assert (score.value, score.verdict) == (right, "pass" if right else "fail") and why in score.reason, score.reason
 
 
-def test_what_ran_on_is_no_proof(scorer: Scorer[int]) -> None:
+def test_what_ran_on_is_no_proof(scorer: WorkerPool[int]) -> None:
     assert judged(scorer, PROOF, stopped=False).verdict == "fail"
 
 
@@ -139,14 +143,14 @@ def test_what_ran_on_is_no_proof(scorer: Scorer[int]) -> None:
     ],
 )
 def test_what_lean_or_the_row_breaks_is_never_a_zero(
-    scorer: Scorer[int], text: str, row: dict[str, Any], verdict: str, words: str
+    scorer: WorkerPool[int], text: str, row: dict[str, Any], verdict: str, words: str
 ) -> None:
     score = judged(scorer, text, row)
     assert (score.value, score.verdict) == (None, verdict) and words in score.reason, score.reason
     assert judged(scorer, PROOF).verdict == "pass"
 
 
-def test_a_proof_that_hangs_is_a_timeout_and_leaves_no_process(scorer: Scorer[int], home: Path) -> None:
+def test_a_proof_that_hangs_is_a_timeout_and_leaves_no_process(scorer: WorkerPool[int], home: Path) -> None:
     start = time.monotonic()
     score = judged(scorer, "by hang")
     assert (score.value, score.verdict) == (None, "timeout") and time.monotonic() - start < 3.5
@@ -162,12 +166,12 @@ def test_without_lean_the_reward_is_refused_with_the_cure(home: Path) -> None:
     for program in (None, ("no-such-lean",)):
         with (
             pytest.raises(
-                Faults, match=r"needs the program `.*lean`, which is not on the PATH; install Lean 4 with elan"
+                ConfigError, match=r"needs the program `.*lean`, which is not on the PATH; install Lean 4 with elan"
             ),
             pytest.MonkeyPatch.context() as patch,
         ):
             patch.setenv("PATH", str(home))
-            make([RewardUse(use="lean", program=program)], Path())
+            build_rewards([RewardConfig(use="lean", program=program)], Path())
 
 
 def test_a_program_that_is_no_lean_is_refused_before_the_first_proof() -> None:
@@ -176,9 +180,9 @@ def test_a_program_that_is_no_lean_is_refused_before_the_first_proof() -> None:
         (("false",), "ended with code 1"),
         (("echo", "{}"), "nothing of axioms"),
     ):
-        [weighted] = make([RewardUse(use="lean", program=program)], Path())
-        with pytest.raises(Faults, match=words):
-            Scorer[int]([weighted.reward], workers=1)
+        [weighted] = build_rewards([RewardConfig(use="lean", program=program)], Path())
+        with pytest.raises(ConfigError, match=words):
+            WorkerPool[int]([weighted.reward], workers=1)
 
 
 @pytest.mark.parametrize(
@@ -195,15 +199,15 @@ def test_a_program_that_is_no_lean_is_refused_before_the_first_proof() -> None:
     ],
 )
 def test_a_statement_is_retyped_under_our_name(statement: str, wanted: str) -> None:
-    assert retyped(statement, "", "NAME") == wanted
-    assert retyped(statement, "import A\n", "NAME") == f"import A\n{wanted}"
+    assert restated_theorem(statement, "", "NAME") == wanted
+    assert restated_theorem(statement, "import A\n", "NAME") == f"import A\n{wanted}"
 
 
 def test_comments_go_and_nothing_hides_in_them() -> None:
-    assert without_comments("a -- b\nc /- d /- e -/ f -- -/ g /-- h --/ i").split() == ["a", "c", "g", "i"]
+    assert strip_comments("a -- b\nc /- d /- e -/ f -- -/ g /-- h --/ i").split() == ["a", "c", "g", "i"]
     for text in ("/- /-", "-/", "a /- b -/ -/"):
-        with pytest.raises(Improper):
-            without_comments(text)
+        with pytest.raises(InvalidProof):
+            strip_comments(text)
 
 
 @pytest.mark.parametrize(
@@ -223,14 +227,14 @@ def test_comments_go_and_nothing_hides_in_them() -> None:
 )
 def test_hostile_texts_are_refused_at_once(text: str) -> None:
     start = time.process_time()
-    with pytest.raises(Improper) as caught:
-        proof_in(text, str(ROW["statement"]))
-    assert time.process_time() - start < RUNAWAY and len(str(caught.value)) < 200
+    with pytest.raises(InvalidProof) as caught:
+        extract_proof(text, str(ROW["statement"]))
+    assert time.process_time() - start < MAX_CPU_SECONDS and len(str(caught.value)) < 200
 
 
-def test_every_goal_has_a_name_of_its_own(scorer: Scorer[int]) -> None:
-    item = Item("Prove it.", PROOF, None, ROW, True, 9)
-    [one, two] = [scorer.rewards[0].ask(item) for _ in range(2)]  # type: ignore[attr-defined]
+def test_every_goal_has_a_name_of_its_own(scorer: WorkerPool[int]) -> None:
+    item = RewardInput("Prove it.", PROOF, None, ROW, True, 9)
+    [one, two] = [scorer.rewards[0].build_request(item) for _ in range(2)]  # type: ignore[attr-defined]
     assert (
         one["name"] != two["name"]
         and re.fullmatch(r"goal_[0-9a-f]{16}", one["name"])

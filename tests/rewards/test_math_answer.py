@@ -20,20 +20,20 @@ from typing import Any
 
 import pytest
 
-from lowrank_tune.data.gold import find_gold
+from lowrank_tune.data.gold import extract_answer
 from lowrank_tune.errors import UserError
-from lowrank_tune.rewards import Item, Score, Scorer, make
-from lowrank_tune.rewards.judges.budget import within
-from lowrank_tune.rewards.math_answer import MathAnswer, make_math_answer
-from lowrank_tune.rewards.own import Own
-from lowrank_tune.rewards.protocol import Worked
-from lowrank_tune.rewards.worker import Late, Limited
-from lowrank_tune.rewards.written import decided, excess, final
-from lowrank_tune.settings import RewardUse
-from tests.hostile import RUNAWAY
+from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
+from lowrank_tune.rewards.judges.budget import time_limit
+from lowrank_tune.rewards.math_answer import MathAnswerReward, make_math_answer
+from lowrank_tune.rewards.own import UserFunctionReward
+from lowrank_tune.rewards.protocol import WorkerReward
+from lowrank_tune.rewards.worker import CallTimeout, LimitedGrader
+from lowrank_tune.rewards.written import compare_exact, extract_final_answer, too_large_reason
+from lowrank_tune.settings import RewardConfig
+from tests.hostile import MAX_CPU_SECONDS
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bombs import NAMES_AND_TEXTS, boxed  # noqa: E402
+from bombs import RESOURCE_BOMBS, boxed  # noqa: E402
 
 pytest.importorskip("math_verify")
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -57,17 +57,17 @@ SAMPLE = (
 )
 
 
-def item(completion: str, gold: str | None, stopped: bool = True) -> Item:
-    return Item("What is it?", completion, gold, {"id": 7}, stopped, 10)
+def item(completion: str, gold: str | None, stopped: bool = True) -> RewardInput:
+    return RewardInput("What is it?", completion, gold, {"id": 7}, stopped, 10)
 
 
 @pytest.fixture(scope="module")
-def scorer() -> Iterator[Scorer[Any]]:
-    with Scorer[Any]([MathAnswer()], 1, LIMIT) as warm:
+def scorer() -> Iterator[WorkerPool[Any]]:
+    with WorkerPool[Any]([MathAnswerReward()], 1, LIMIT) as warm:
         yield warm
 
 
-def scores(scorer: Scorer[Any], items: Sequence[Item]) -> list[Score]:
+def scores(scorer: WorkerPool[Any], items: Sequence[RewardInput]) -> list[Score]:
     for number, each in enumerate(items):
         scorer.submit(number, each)
     return [found[0] for found in scorer.collect().values()]
@@ -119,8 +119,8 @@ DIFFERENT = [
     ("found", "gold", "right"), [(*each, True) for each in SAME] + [(*each, False) for each in DIFFERENT]
 )
 def test_what_needs_no_algebra_is_decided_here_and_now(found: str, gold: str, right: bool) -> None:
-    assert decided(found, gold) is right
-    score = MathAnswer().early(item(boxed(found), gold))
+    assert compare_exact(found, gold) is right
+    score = MathAnswerReward().score_without_worker(item(boxed(found), gold))
     assert score is not None and score.verdict == ("pass" if right else "fail")
 
 
@@ -165,7 +165,7 @@ ALGEBRA = [
 ]
 
 
-def test_what_needs_algebra_is_told_by_the_worker(scorer: Scorer[Any]) -> None:
+def test_what_needs_algebra_is_decided_by_the_worker(scorer: WorkerPool[Any]) -> None:
     """math-verify takes 2x + z = 1 for an answer where the gold one is 1, and not the other way round."""
     found = scores(scorer, [item(boxed(answer), gold) for answer, gold, _ in ALGEBRA])
     wrong = [
@@ -177,7 +177,7 @@ def test_what_needs_algebra_is_told_by_the_worker(scorer: Scorer[Any]) -> None:
     assert all(score.seconds < LIMIT for score in found)
 
 
-def test_a_wrong_answer_that_algebra_would_try_for_ever_is_told_by_its_value(scorer: Scorer[Any]) -> None:
+def test_a_wrong_answer_that_algebra_would_try_for_ever_is_decided_by_its_value(scorer: WorkerPool[Any]) -> None:
     hard = r"(\sqrt{2}+\sqrt{3}+\sqrt{5}+\sqrt{7}+\sqrt{11})^{40}"
     assert [
         score.verdict
@@ -186,7 +186,7 @@ def test_a_wrong_answer_that_algebra_would_try_for_ever_is_told_by_its_value(sco
 
 
 def test_where_the_answer_stands() -> None:
-    told = {
+    expected = {
         r"so \boxed{1} and \boxed{\frac{1}{2}}.": r"\frac{1}{2}",
         "#### 1\n#### 72": "72",
         "The answer is $x=3$ apples.": "x=3",
@@ -196,27 +196,31 @@ def test_where_the_answer_stands() -> None:
         r"Thus \(y^2\).": "y^2",
         "72": "72",
     }
-    assert {text: final(text) for text in told} == told
+    assert {text: extract_final_answer(text) for text in expected} == expected
 
 
 def test_a_completion_that_was_cut_off_has_not_answered() -> None:
-    assert MathAnswer().early(item(boxed("5"), "5", stopped=False)) == Score(0.0, "fail", "did not stop")
+    assert MathAnswerReward().score_without_worker(item(boxed("5"), "5", stopped=False)) == Score(
+        0.0, "fail", "did not stop"
+    )
 
 
 @pytest.mark.parametrize(
     "gold", [None, "", "  ", "Part (b):", "Part 2 of it", r"\text{Yes, it is possible to win}", "9" * 300, "x" * 1001]
 )
-def test_a_gold_answer_that_is_none_is_told_without_a_worker(gold: str | None) -> None:
-    score = MathAnswer().early(item(boxed("5"), gold))
+def test_an_invalid_reference_answer_is_an_error_without_a_worker(gold: str | None) -> None:
+    score = MathAnswerReward().score_without_worker(item(boxed("5"), gold))
     assert (
         score is not None
         and score.value is None
         and score.verdict == "error"
-        and (MathAnswer().unusable(item("", gold)) or "?") in score.reason
+        and (MathAnswerReward().row_rejection_reason(item("", gold)) or "?") in score.reason
     )
 
 
-def test_a_gold_answer_that_algebra_cannot_read_is_an_error_even_where_the_texts_agree(scorer: Scorer[Any]) -> None:
+def test_a_reference_answer_that_algebra_cannot_read_is_an_error_even_where_the_texts_agree(
+    scorer: WorkerPool[Any],
+) -> None:
     gold = r"\begin{cases} 1 & n=1 \\ 2 & n>1 \end{cases}"
     right, wrong = scores(scorer, [item(boxed(gold), gold), item(boxed("5"), gold)])
     for score in (right, wrong):
@@ -228,16 +232,16 @@ def test_a_gold_answer_that_algebra_cannot_read_is_an_error_even_where_the_texts
         )
 
 
-def test_an_answer_that_algebra_cannot_read_is_wrong(scorer: Scorer[Any]) -> None:
+def test_an_answer_that_algebra_cannot_read_is_wrong(scorer: WorkerPool[Any]) -> None:
     [score] = scores(scorer, [item(boxed(r"\begin{cases} 1 & n=1 \end{cases}"), r"\sqrt{2}")])
     assert (score.value, score.verdict) == (0.0, "fail") and "is not read as mathematics" in score.reason
 
 
-def test_exact_cases_and_algebra_take_no_time_to_speak_of(scorer: Scorer[Any]) -> None:
-    reward, start = MathAnswer(), time.process_time()
+def test_exact_cases_and_algebra_take_little_time(scorer: WorkerPool[Any]) -> None:
+    reward, start = MathAnswerReward(), time.process_time()
     for number in range(300):
-        reward.early(item(f"It is #### {number}", "17"))
-    assert time.process_time() - start < RUNAWAY
+        reward.score_without_worker(item(f"It is #### {number}", "17"))
+    assert time.process_time() - start < MAX_CPU_SECONDS
     seconds = sorted(
         score.seconds for score in scores(scorer, [item(boxed(rf"{n}\sqrt{{2}}"), r"7\sqrt{2}") for n in range(20)])
     )
@@ -245,13 +249,15 @@ def test_exact_cases_and_algebra_take_no_time_to_speak_of(scorer: Scorer[Any]) -
 
 
 def test_excess() -> None:
-    assert excess(r"\frac{\sqrt{2}}{2^{x^{2}}}") is None and excess("1" * 200) is None
-    assert all(excess(text) for text in ("1" * 201, "(" * 31, "2^{2^{2^{2^{2}}}}", "x" * 1001, "5!!!", "\x00"))
+    assert too_large_reason(r"\frac{\sqrt{2}}{2^{x^{2}}}") is None and too_large_reason("1" * 200) is None
+    assert all(
+        too_large_reason(text) for text in ("1" * 201, "(" * 31, "2^{2^{2^{2^{2}}}}", "x" * 1001, "5!!!", "\x00")
+    )
 
 
 def test_recipes_name_it_and_a_missing_package_has_a_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    [made] = make([RewardUse(use="math_answer")], tmp_path)
-    assert made.reward == MathAnswer("math_answer") and made.name == "math_answer"
+    [made] = build_rewards([RewardConfig(use="math_answer")], tmp_path)
+    assert made.reward == MathAnswerReward("math_answer") and made.name == "math_answer"
     monkeypatch.setattr("lowrank_tune.rewards.math_answer.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"`math_answer` needs .*math_verify.*pip install 'lowrank-tune\[verifiers\]'"):
         make_math_answer("math_answer")
@@ -266,10 +272,10 @@ def peak(pid: int) -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
-def detonate(reward: Worked, gold: str, bombs: Sequence[tuple[str, str]], warm: Item) -> list[str]:
+def detonate(reward: WorkerReward, gold: str, bombs: Sequence[tuple[str, str]], warm: RewardInput) -> list[str]:
     """What went wrong: a bomb that took too long, too much memory, or was taken for the answer."""
     faults = []
-    with Scorer[str]([reward], 1, LIMIT) as scorer:
+    with WorkerPool[str]([reward], 1, LIMIT) as scorer:
         for name, text in bombs:
             scorer.submit("warm", warm)
             [before] = scorer.collect()["warm"]
@@ -293,11 +299,11 @@ def detonate(reward: Worked, gold: str, bombs: Sequence[tuple[str, str]], warm: 
 
 
 def from_a_thread(call: Any) -> Any:
-    told: list[Any] = []
-    thread = threading.Thread(target=lambda: told.append(call()))
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(call()))
     thread.start()
     thread.join()
-    return told[0]
+    return results[0]
 
 
 WARM = item(boxed(r"\frac{\sqrt{8}}{2}"), r"\sqrt{2}")
@@ -305,9 +311,9 @@ WARM = item(boxed(r"\frac{\sqrt{8}}{2}"), r"\sqrt{2}")
 
 @pytest.mark.parametrize("threaded", [False, True])
 def test_hostile_answers_end_in_time(threaded: bool) -> None:
-    bombs = [each for each in NAMES_AND_TEXTS if each[0] in SAMPLE][threaded::2]
+    bombs = [each for each in RESOURCE_BOMBS if each[0] in SAMPLE][threaded::2]
     assert bombs
-    call = lambda: detonate(MathAnswer(), "x+1", bombs, WARM)  # noqa: E731
+    call = lambda: detonate(MathAnswerReward(), "x+1", bombs, WARM)  # noqa: E731
     assert (from_a_thread(call) if threaded else call()) == []
 
 
@@ -315,8 +321,8 @@ def test_hostile_answers_end_in_time(threaded: bool) -> None:
 @pytest.mark.parametrize("threaded", [False, True])
 @pytest.mark.parametrize("gold", ["x+1", "12"])
 def test_all_hostile_answers_end_in_time(threaded: bool, gold: str) -> None:
-    assert len(NAMES_AND_TEXTS) >= 60 and len(dict(NAMES_AND_TEXTS)) == len(NAMES_AND_TEXTS)
-    call = lambda: detonate(MathAnswer(), gold, NAMES_AND_TEXTS, WARM)  # noqa: E731
+    assert len(RESOURCE_BOMBS) >= 60 and len(dict(RESOURCE_BOMBS)) == len(RESOURCE_BOMBS)
+    call = lambda: detonate(MathAnswerReward(), gold, RESOURCE_BOMBS, WARM)  # noqa: E731
     assert (from_a_thread(call) if threaded else call()) == []
 
 
@@ -324,40 +330,40 @@ def test_all_hostile_answers_end_in_time(threaded: bool, gold: str) -> None:
 
 
 @dataclass(frozen=True)
-class Greedy(MathAnswer):
-    def job(self) -> dict[str, Any]:
+class Greedy(MathAnswerReward):
+    def worker_spec(self) -> dict[str, Any]:
         return {"kind": "verifier", "module": "greedy"}
 
-    def early(self, item: Item) -> Score | None:
+    def score_without_worker(self, item: RewardInput) -> Score | None:
         return None
 
-    def ask(self, item: Item) -> dict[str, Any]:
+    def build_request(self, item: RewardInput) -> dict[str, Any]:
         return {"completion": item.completion}
 
-    def judge(self, item: Item, reply: Any) -> Score:
+    def parse_reply(self, item: RewardInput, reply: Any) -> Score:
         return (
-            self.lost(item, reply["fault"])
+            self.on_worker_crash(item, reply["fault"])
             if "fault" in reply
             else Score(reply["value"], "graded", "steep" if reply["steep"] else "")
         )
 
 
 @pytest.fixture(scope="module")
-def greedy() -> Iterator[Scorer[Any]]:
+def greedy() -> Iterator[WorkerPool[Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        own = Own(
+        own = UserFunctionReward(
             "own",
             "own.py:f",
             Path("/own.py"),
             "import mmap\ndef f(completion, row): return len(mmap.mmap(-1, 800 << 20)) >> 20",
             "f",
         )
-        with Scorer[Any]([Greedy(), own], 1, BUSY) as scorer:
+        with WorkerPool[Any]([Greedy(), own], 1, BUSY) as scorer:
             yield scorer
 
 
-def serve(scorer: Scorer[Any], word: str) -> tuple[Score, Score, bool]:
+def serve(scorer: WorkerPool[Any], word: str) -> tuple[Score, Score, bool]:
     """What the verifier and the user's function said, and whether the worker was replaced."""
     before = scorer.pids
     scorer.submit(0, item(word, "1"))
@@ -368,7 +374,7 @@ def serve(scorer: Scorer[Any], word: str) -> tuple[Score, Score, bool]:
     return verifier, own, scorer.pids != before
 
 
-def test_a_verifier_has_limits_and_a_user_s_function_keeps_its_memory(greedy: Scorer[Any]) -> None:
+def test_a_verifier_has_limits_and_a_user_s_function_keeps_its_memory(greedy: WorkerPool[Any]) -> None:
     score, own, replaced = serve(greedy, "memory")
     assert score.value is None and score.verdict == "error" and "MemoryError" in score.reason and not replaced
     assert own.value == 800.0
@@ -380,19 +386,19 @@ def test_a_verifier_has_limits_and_a_user_s_function_keeps_its_memory(greedy: Sc
     assert score.value == 1.0 and score.reason == "steep"
 
 
-def test_a_worker_that_a_verifier_left_large_is_replaced(greedy: Scorer[Any]) -> None:
+def test_a_worker_that_a_verifier_left_large_is_replaced(greedy: WorkerPool[Any]) -> None:
     score, _, replaced = serve(greedy, "keeps")
     assert score.value == 1.0 and replaced
 
 
 def test_a_wrong_answer_that_met_the_limit_of_memory_is_an_error() -> None:
     reply = {"value": {"same": False}, "steep": True, "seconds": 0.1}
-    assert MathAnswer().judge(item(boxed("x"), "y+1"), reply).verdict == "error"
-    assert MathAnswer().judge(item(boxed("x"), "y+1"), {**reply, "steep": False}).verdict == "fail"
+    assert MathAnswerReward().parse_reply(item(boxed("x"), "y+1"), reply).verdict == "error"
+    assert MathAnswerReward().parse_reply(item(boxed("x"), "y+1"), {**reply, "steep": False}).verdict == "fail"
 
 
 def test_limits_are_gone_behind_the_call() -> None:
-    def spin(asked: Any) -> None:
+    def spin(request: Any) -> None:
         while True:
             pass
 
@@ -400,19 +406,21 @@ def test_limits_are_gone_behind_the_call() -> None:
     old = signal.getsignal(signal.SIGALRM)
     try:
         start = time.monotonic()
-        with pytest.raises(Late):
-            Limited(spin, 512)({"seconds": 0.2})
+        with pytest.raises(CallTimeout):
+            LimitedGrader(spin, 512)({"seconds": 0.2})
         assert time.monotonic() - start < 0.5
         assert resource.getrlimit(resource.RLIMIT_AS) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
         inner: list[Any] = []
-        with pytest.raises(Late):  # a part that gives up early leaves the clock of the whole call running
-            Limited(lambda asked: [inner.append(within(0.1, lambda: spin(None))), spin(None)], 512)({"seconds": 0.4})
+        with pytest.raises(CallTimeout):  # a part that gives up early leaves the clock of the whole call running
+            LimitedGrader(lambda request: [inner.append(time_limit(0.1, lambda: spin(None))), spin(None)], 512)(
+                {"seconds": 0.4}
+            )
         assert inner == [None] and time.monotonic() - start < 1.0
     finally:
         signal.signal(signal.SIGALRM, old)
 
 
-def test_a_worker_does_not_load_torch(scorer: Scorer[Any]) -> None:
+def test_a_worker_does_not_load_torch(scorer: WorkerPool[Any]) -> None:
     assert "libtorch" not in Path(f"/proc/{scorer.pids[0]}/maps").read_text()
 
 
@@ -434,27 +442,29 @@ def rows(name: str) -> Iterator[tuple[str, str, str | None]]:
     for line in gzip.decompress((DATA / f"{file}.jsonl.gz").read_bytes()).decode().split("\n"):
         if line:
             row = json.loads(line)
-            yield row[problem], row[solution], find_gold(row, {}, "auto", row[solution], whole=False)
+            yield row[problem], row[solution], extract_answer(row, {}, "auto", row[solution], whole=False)
 
 
 ALLOWED = {"gsm8k": 0, "gsm8k-test": 0, "svamp": 0, "math": 0, "numinamath": 0.11}
 """The share of rows whose gold answer is none, or not that of the solution: proofs, headings, statements in prose."""
 
 
-def sweep(scorer: Scorer[Any], name: str, most: int | None) -> tuple[list[str], list[str]]:
+def sweep(scorer: WorkerPool[Any], name: str, most: int | None) -> tuple[list[str], list[str]]:
     """The misses on a data set, and the answers of the next row that were taken for a row's own."""
     found = list(islice(rows(name), most))
     for number, (problem, solution, gold) in enumerate(found):
         if gold is not None:
-            scorer.submit((number, "own"), Item(problem, solution, gold, {}, True, 1))
-            scorer.submit((number, "next"), Item(problem, found[(number + 1) % len(found)][1], gold, {}, True, 1))
-    told = scorer.collect()
+            scorer.submit((number, "own"), RewardInput(problem, solution, gold, {}, True, 1))
+            scorer.submit(
+                (number, "next"), RewardInput(problem, found[(number + 1) % len(found)][1], gold, {}, True, 1)
+            )
+    results = scorer.collect()
     misses = [
-        f"{number}: {score}" for (number, kind), [score] in told.items() if kind == "own" and score.verdict != "pass"
+        f"{number}: {score}" for (number, kind), [score] in results.items() if kind == "own" and score.verdict != "pass"
     ]
     false = [
-        f"{found[number][2]} | {final(found[(number + 1) % len(found)][1])}"
-        for (number, kind), [score] in told.items()
+        f"{found[number][2]} | {extract_final_answer(found[(number + 1) % len(found)][1])}"
+        for (number, kind), [score] in results.items()
         if kind == "next" and score.verdict == "pass"
     ]
     return misses, [each for each in false if not _alike(*each.split(" | ", 1))]
@@ -471,7 +481,7 @@ def _alike(one: str, other: str) -> bool:
 
 @pytest.mark.skipif(not DATA.exists(), reason="the real rows are not here")
 @pytest.mark.parametrize("name", list(ALLOWED))
-def test_solutions_verify_against_their_own_answers(scorer: Scorer[Any], name: str) -> None:
+def test_solutions_verify_against_their_own_answers(scorer: WorkerPool[Any], name: str) -> None:
     misses, false = sweep(scorer, name, ROWS)
     assert len(misses) <= ALLOWED[name] * ROWS and not false, (misses, false)
 
@@ -481,7 +491,7 @@ def test_solutions_verify_against_their_own_answers(scorer: Scorer[Any], name: s
 @pytest.mark.parametrize("name", list(ALLOWED))
 def test_all_solutions_verify_against_their_own_answers(name: str) -> None:
     count = sum(1 for _ in rows(name))
-    with Scorer[Any]([MathAnswer()], 2) as patient:
+    with WorkerPool[Any]([MathAnswerReward()], 2) as patient:
         misses, false = sweep(patient, name, None)
     assert len(misses) <= ALLOWED[name] * count, misses
     assert len(false) <= 0.002 * count, false

@@ -15,34 +15,34 @@ import cheats
 import pytest
 
 from lowrank_tune import doctor
-from lowrank_tune.errors import Faults, UserError
-from lowrank_tune.rewards import Item, Score, Scorer, make
+from lowrank_tune.errors import ConfigError, UserError
+from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
 from lowrank_tune.rewards import python_tests as reward_module
-from lowrank_tune.rewards.judges.python_tests import Unusable, code_of, row_tests
-from lowrank_tune.rewards.python_tests import PythonTests
+from lowrank_tune.rewards.judges.python_tests import InvalidTests, extract_code, row_tests
+from lowrank_tune.rewards.python_tests import PythonTestsReward
 from lowrank_tune.rewards.sandbox import levels
-from lowrank_tune.rewards.sandbox.check import Pair
+from lowrank_tune.rewards.sandbox.check import SandboxPair
 from lowrank_tune.rewards.sandbox.launch import Confined
 from lowrank_tune.rewards.sandbox.values import encode
-from lowrank_tune.settings import UNSAFE_CODE, RewardUse
-from tests.hostile import RUNAWAY
+from lowrank_tune.settings import UNSAFE_CODE, RewardConfig
+from tests.hostile import MAX_CPU_SECONDS
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-needs_sandbox = pytest.mark.skipif(levels.strongest() is None, reason="this machine has no sandbox for code")
+needs_sandbox = pytest.mark.skipif(levels.best_available() is None, reason="this machine has no sandbox for code")
 
 
-def item(completion: str, row: Mapping[str, Any] = cheats.FUNCTION, stopped: bool = True) -> Item:
-    return Item("Write it.", completion, None, row, stopped, 5)
+def item(completion: str, row: Mapping[str, Any] = cheats.FUNCTION_TASK, stopped: bool = True) -> RewardInput:
+    return RewardInput("Write it.", completion, None, row, stopped, 5)
 
 
-def judged(items: list[Item], timeout: float = 10.0, workers: int = 2) -> list[Score]:
-    with Scorer[int]([PythonTests()], workers, timeout) as scorer:
+def judged(items: list[RewardInput], timeout: float = 10.0, workers: int = 2) -> list[Score]:
+    with WorkerPool[int]([PythonTestsReward()], workers, timeout) as scorer:
         for number, each in enumerate(items):
             scorer.submit(number, each)
         return [scores[0] for scores in scorer.collect().values()]
 
 
-def verdicts(*items: Item) -> list[str]:
+def verdicts(*items: RewardInput) -> list[str]:
     return [score.verdict for score in judged(list(items))]
 
 
@@ -52,20 +52,23 @@ def row(*tests: str, code: str = "def f(x):\n    return x", **more: Any) -> dict
 
 @needs_sandbox
 def test_right_programs_pass() -> None:
-    fence = f"Here:\n```python\n{cheats.RIGHT}```\nIt is right."
+    fence = f"Here:\n```python\n{cheats.CORRECT_PROGRAM}```\nIt is right."
     body = "    return max(numbers)\n"
-    assert verdicts(*[item(text, each) for each in cheats.ROWS for text in (cheats.RIGHT, fence)]) == ["pass"] * 4
+    assert (
+        verdicts(*[item(text, each) for each in cheats.ROWS for text in (cheats.CORRECT_PROGRAM, fence)])
+        == ["pass"] * 4
+    )
     assert verdicts(item(body), item(f"```\n{body}```"), item("return max(numbers)")) == ["pass"] * 3
 
 
 @needs_sandbox
 @pytest.mark.parametrize("kind", ["cheats", "wrong"])
-def test_some_cheats_and_wrong_programs_fail(kind: str) -> None:
+def test_some_reward_hacks_and_wrong_programs_fail(kind: str) -> None:
     """A third of each on one shape of row; all of them on both below."""
     texts = (
-        list(cheats.CHEATS.values())[::3]
+        list(cheats.REWARD_HACKS.values())[::3]
         if kind == "cheats"
-        else [cheats.body(text) for text in list(cheats.WRONG.values())[::3]]
+        else [cheats.body(text) for text in list(cheats.WRONG_BODIES.values())[::3]]
     )
     assert [score.verdict for score in judged([*map(item, texts)], timeout=2.5)] == ["fail"] * len(texts)
 
@@ -73,9 +76,11 @@ def test_some_cheats_and_wrong_programs_fail(kind: str) -> None:
 @needs_sandbox
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", cheats.ROWS, ids=["function", "list"])
-def test_every_cheat_and_wrong_program_fails(shape: dict[str, Any]) -> None:
-    assert len(cheats.CHEATS) >= 30 and len(cheats.WRONG) >= 30
-    texts = cheats.CHEATS | {name: cheats.body(text) for name, text in cheats.WRONG.items()} | cheats.NOT_CODE
+def test_every_reward_hack_and_wrong_program_fails(shape: dict[str, Any]) -> None:
+    assert len(cheats.REWARD_HACKS) >= 30 and len(cheats.WRONG_BODIES) >= 30
+    texts = (
+        cheats.REWARD_HACKS | {name: cheats.body(text) for name, text in cheats.WRONG_BODIES.items()} | cheats.NOT_CODE
+    )
     scores = dict(zip(texts, judged([item(text, shape) for text in texts.values()]), strict=True))
     assert {name: score for name, score in scores.items() if score.verdict != "fail" or score.value != 0.0} == {}
 
@@ -195,7 +200,7 @@ def test_types_count_as_far_as_the_reference_minds_them() -> None:
 
 
 @needs_sandbox
-def test_reasons_say_what_happened() -> None:
+def test_reasons_describe_what_happened() -> None:
     texts = [
         "def f(x): return 2",
         "def f(x): return 1 / 0",
@@ -203,10 +208,10 @@ def test_reasons_say_what_happened() -> None:
         "import ctypes\nctypes.string_at(0)",
         "f = \x1b",
         "import time\ntime.sleep(1000)",
-        cheats.CHEATS["speaks for the tester at once"],
+        cheats.REWARD_HACKS["speaks for the tester at once"],
     ]
     scores = judged([item(text, row("assert f(1) == 1")) for text in texts], timeout=2.5)
-    said = [
+    expected = [
         "assert f(1) == 1: got 2",
         "raised ZeroDivisionError: division by zero",
         "the code ended its process with code 3",
@@ -216,7 +221,8 @@ def test_reasons_say_what_happened() -> None:
         "wrote to the stream of its results",
     ]
     assert all(
-        score.verdict == "fail" and score.reason.startswith(words) for score, words in zip(scores, said, strict=True)
+        score.verdict == "fail" and score.reason.startswith(words)
+        for score, words in zip(scores, expected, strict=True)
     ), scores
     assert "\x1b" not in "".join(score.reason for score in scores)
 
@@ -227,19 +233,22 @@ FAULTY = [
     (row("f(1)"), "its tests assert nothing"),
     (row("assert f(1 == 1"), "its `test_list` is no Python"),
     (row("assert 1 == 1"), "its tests use nothing of the solution"),
-    ({**cheats.FUNCTION, "test": "assert largest([1]) == 1"}, "its `test` has no function `check`"),
-    ({**cheats.FUNCTION, "test": "def check(candidate):\n    candidate([1])"}, "its tests assert nothing"),
-    ({**cheats.FUNCTION, "entry_point": "1largest"}, "its `entry_point` is no name"),
+    ({**cheats.FUNCTION_TASK, "test": "assert largest([1]) == 1"}, "its `test` has no function `check`"),
+    ({**cheats.FUNCTION_TASK, "test": "def check(candidate):\n    candidate([1])"}, "its tests assert nothing"),
+    ({**cheats.FUNCTION_TASK, "entry_point": "1largest"}, "its `entry_point` is no name"),
 ]
 
 
 @pytest.mark.parametrize(("bad", "why"), FAULTY)
 def test_rows_without_tests_are_faults_of_the_data(bad: dict[str, Any], why: str) -> None:
-    reward = PythonTests()
-    assert reward.unusable(item("", bad)) == why
-    score = reward.early(item("def f(x): return x", bad))
+    reward = PythonTestsReward()
+    assert reward.row_rejection_reason(item("", bad)) == why
+    score = reward.score_without_worker(item("def f(x): return x", bad))
     assert score is not None and score.value is None and score.verdict == "error" and why in score.reason
-    assert reward.unusable(item("", cheats.FUNCTION)) is None and reward.unusable(item("", cheats.LISTED)) is None
+    assert (
+        reward.row_rejection_reason(item("", cheats.FUNCTION_TASK)) is None
+        and reward.row_rejection_reason(item("", cheats.LIST_TASK)) is None
+    )
 
 
 @needs_sandbox
@@ -260,11 +269,13 @@ def test_a_sandbox_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPat
     from lowrank_tune.rewards.sandbox import launch
 
     monkeypatch.setattr(launch, "python", lambda level: ("/bin/false",))
-    ended = Pair("landlock").check("", "x = 1", "", "assert 1", 1.0)
+    ended = SandboxPair("landlock").check("", "x = 1", "", "assert 1", 1.0)
     assert ended.outcome == "error" and ended.reason.startswith(
         "the sandbox did not start: it ended its process with code 1"
     )
-    score = PythonTests().judge(item("x"), {"value": {"outcome": "error", "reason": ended.reason}, "seconds": 0.1})
+    score = PythonTestsReward().parse_reply(
+        item("x"), {"value": {"outcome": "error", "reason": ended.reason}, "seconds": 0.1}
+    )
     assert score.value is None and score.verdict == "error"
 
 
@@ -274,19 +285,21 @@ def test_a_machine_that_is_too_busy_is_not_the_codes_fault(monkeypatch: pytest.M
     found = {}
     for ran, waited in ((0.1, 0.5), (0.4, 0.5), (0.1, 0.0), (0.0, 0.0)):
         monkeypatch.setattr(Confined, "times", lambda self, both=(ran, waited): both)
-        strongest = levels.strongest()
+        strongest = levels.best_available()
         assert strongest is not None
         found[ran, waited] = (
-            Pair(strongest.level).check("", "import time\ntime.sleep(100)", "", "assert 1", 0.5).outcome
+            SandboxPair(strongest.level).check("", "import time\ntime.sleep(100)", "", "assert 1", 0.5).outcome
         )
     assert found == {(0.1, 0.5): "late", (0.4, 0.5): "fail", (0.1, 0.0): "fail", (0.0, 0.0): "fail"}
-    score = PythonTests().judge(item("x"), {"value": {"outcome": "late", "reason": "too busy"}, "seconds": 6.0})
+    score = PythonTestsReward().parse_reply(
+        item("x"), {"value": {"outcome": "late", "reason": "too busy"}, "seconds": 6.0}
+    )
     assert score.value is None and score.verdict == "timeout"
 
 
 @needs_sandbox
 def test_times_of_a_process_are_its_own() -> None:
-    strongest = levels.strongest()
+    strongest = levels.best_available()
     assert strongest is not None
     solver = Confined("solver", strongest.level)
     solver.ready()
@@ -302,20 +315,23 @@ def test_times_of_a_process_are_its_own() -> None:
     assert after[0] > before[0] and 0.5 * 0.8 < spent < took + 0.1, (before, after)
 
 
-def test_what_the_worker_does_not_say_is_an_error_or_a_timeout() -> None:
-    reward = PythonTests()
-    assert [reward.overdue(item("x"), 3.0).verdict, reward.lost(item("x"), "was killed by SIGKILL").verdict] == [
+def test_a_missing_answer_of_the_worker_is_an_error_or_a_timeout() -> None:
+    reward = PythonTestsReward()
+    assert [
+        reward.on_timeout(item("x"), 3.0).verdict,
+        reward.on_worker_crash(item("x"), "was killed by SIGKILL").verdict,
+    ] == [
         "timeout",
         "error",
     ]
     assert (
-        reward.overdue(item("x"), 3.0).value is None
-        and reward.judge(item("x"), {"fault": "raised X", "seconds": 0.0}).value is None
+        reward.on_timeout(item("x"), 3.0).value is None
+        and reward.parse_reply(item("x"), {"fault": "raised X", "seconds": 0.0}).value is None
     )
 
 
 def test_a_completion_that_did_not_stop_fails() -> None:
-    score = PythonTests().early(item(cheats.RIGHT, stopped=False))
+    score = PythonTestsReward().score_without_worker(item(cheats.CORRECT_PROGRAM, stopped=False))
     assert score is not None and (score.value, score.verdict, score.reason) == (0.0, "fail", "did not stop")
 
 
@@ -333,7 +349,7 @@ def test_a_completion_that_did_not_stop_fails() -> None:
     ],
 )
 def test_the_code_of_a_completion(completion: str, code: str) -> None:
-    assert code_of(completion) == code
+    assert extract_code(completion) == code
 
 
 @pytest.mark.parametrize(
@@ -349,40 +365,47 @@ def test_the_code_of_a_completion(completion: str, code: str) -> None:
 )
 def test_the_code_of_a_hostile_completion_is_found_at_once(text: str) -> None:
     start = time.process_time()
-    code_of(text)
-    assert time.process_time() - start < RUNAWAY
+    extract_code(text)
+    assert time.process_time() - start < MAX_CPU_SECONDS
 
 
 def test_expected_values_are_not_in_what_the_solver_gets() -> None:
     """The only texts that reach it are the prompt and the code."""
-    tests = row_tests({**cheats.LISTED, "test_list": ["assert largest([3, 9, 2]) == 987654321"]})
+    tests = row_tests({**cheats.LIST_TASK, "test_list": ["assert largest([3, 9, 2]) == 987654321"]})
     assert (tests.prompt, tests.entry) == ("", "") and "987654321" in tests.text
-    with pytest.raises(Unusable):
+    with pytest.raises(InvalidTests):
         row_tests({"prompt": "x", "text": "y"})
 
 
-def test_below_the_floor_code_is_refused_unless_accepted_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_module, "strongest", lambda: None)
-    monkeypatch.setattr(reward_module, "why_none", lambda: "landlock: not in this kernel")
-    plain = make([RewardUse(use="python_tests")], Path())[0].reward
+def test_code_without_isolation_is_refused_unless_explicitly_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_module, "best_available", lambda: None)
+    monkeypatch.setattr(reward_module, "unavailable_reason", lambda: "landlock: not in this kernel")
+    plain = build_rewards([RewardConfig(use="python_tests")], Path())[0].reward
     with pytest.raises(
         UserError, match="no sandbox for it .landlock: not in this kernel.*accept_unsafe_code: code that a model wrote"
     ):
-        Scorer[int]([plain])
-    accepted = make([RewardUse(use="python_tests", accept_unsafe_code=UNSAFE_CODE)], Path())[0].reward
-    assert isinstance(accepted, PythonTests) and accepted.job()["level"] == "none" and "WITHOUT" in accepted.note()
-    assert [score.verdict for score in accepted.score([item(cheats.RIGHT), item(cheats.ZERO)])] == ["pass", "fail"]
+        WorkerPool[int]([plain])
+    accepted = build_rewards([RewardConfig(use="python_tests", accept_unsafe_code=UNSAFE_CODE)], Path())[0].reward
+    assert (
+        isinstance(accepted, PythonTestsReward)
+        and accepted.worker_spec()["level"] == "none"
+        and "WITHOUT" in accepted.status()
+    )
+    assert [score.verdict for score in accepted.score([item(cheats.CORRECT_PROGRAM), item(cheats.ZERO)])] == [
+        "pass",
+        "fail",
+    ]
     with pytest.raises(ValueError, match="accept_unsafe_code"):
-        RewardUse(use="python_tests", accept_unsafe_code="yes")  # type: ignore[arg-type]
-    with pytest.raises(Faults, match="does nothing for `answer`"):
-        make([RewardUse(use="answer", accept_unsafe_code=UNSAFE_CODE)], Path())
+        RewardConfig(use="python_tests", accept_unsafe_code="yes")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="does nothing for `answer`"):
+        build_rewards([RewardConfig(use="answer", accept_unsafe_code=UNSAFE_CODE)], Path())
 
 
-def test_the_doctor_tells_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_reports_the_isolation_level(monkeypatch: pytest.MonkeyPatch) -> None:
     found = list(doctor.sandbox())[0]
-    assert found.level == ("ok" if levels.strongest() else "warning")
-    monkeypatch.setattr(levels, "strongest", lambda: None)
-    monkeypatch.setattr(levels, "why_none", lambda: "landlock: not here")
+    assert found.level == ("ok" if levels.best_available() else "warning")
+    monkeypatch.setattr(levels, "best_available", lambda: None)
+    monkeypatch.setattr(levels, "unavailable_reason", lambda: "landlock: not here")
     assert list(doctor.sandbox())[0].level == "warning"
 
 
@@ -394,7 +417,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-def references(name: str, rows: list[dict[str, Any]]) -> list[Item]:
+def references(name: str, rows: list[dict[str, Any]]) -> list[RewardInput]:
     return [item(each["canonical_solution"] if name == "humaneval" else each["code"], each) for each in rows]
 
 

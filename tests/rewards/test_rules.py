@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from lowrank_tune.errors import Faults
-from lowrank_tune.patterns import encoded
+from lowrank_tune.errors import ConfigError
+from lowrank_tune.patterns import encode_text
 from lowrank_tune.recipe import earned
-from lowrank_tune.rewards import Item, Reward, Scorer, make, total, uses
-from lowrank_tune.settings import RewardUse
-from tests.hostile import RUNAWAY
+from lowrank_tune.rewards import Reward, RewardInput, WorkerPool, build_rewards, total, uses
+from lowrank_tune.settings import RewardConfig
+from tests.hostile import MAX_CPU_SECONDS
 
 MEGABYTE = 1_000_000
 HOSTILE = {
@@ -36,12 +36,12 @@ HOSTILE = {
 }
 
 
-def item(completion: str, **row: Any) -> Item:
-    return Item("Say it.", completion, None, row, True, 5)
+def item(completion: str, **row: Any) -> RewardInput:
+    return RewardInput("Say it.", completion, None, row, True, 5)
 
 
 def one(use: str, folder: Path = Path(), **settings: Any) -> Reward:
-    return make([RewardUse(use=use, **settings)], folder)[0].reward
+    return build_rewards([RewardConfig(use=use, **settings)], folder)[0].reward
 
 
 def values(reward: Reward, *completions: str) -> list[float | None]:
@@ -49,7 +49,7 @@ def values(reward: Reward, *completions: str) -> list[float | None]:
 
 
 def refusal(use: str, folder: Path = Path(), **settings: Any) -> str:
-    with pytest.raises(Faults) as caught:
+    with pytest.raises(ConfigError) as caught:
         one(use, folder, **settings)
     return str(caught.value)
 
@@ -66,7 +66,7 @@ def test_a_format_is_of_the_whole_completion_and_a_regex_of_any_part() -> None:
 def test_patterns_know_letters_of_all_scripts_and_what_is_no_text() -> None:
     assert values(one("format", pattern=r"\pL+"), "\u00e9\u4e2d\U00010400", "a1") == [1, 0]
     assert values(one("format", pattern="(?s)a.b"), "a\ud800b", "a\x00b", "a\U0001f600b", "ab") == [1, 1, 1, 0]
-    assert encoded("\ud83d\ude00") == "\U0001f600".encode() and encoded("\udc00x") == "\ufffdx".encode()
+    assert encode_text("\ud83d\ude00") == "\U0001f600".encode() and encode_text("\udc00x") == "\ufffdx".encode()
 
 
 @pytest.mark.parametrize(
@@ -89,13 +89,13 @@ def test_patterns_know_letters_of_all_scripts_and_what_is_no_text() -> None:
 def test_what_re2_does_not_know_is_refused_in_a_sentence(
     pattern: str, words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    use = RewardUse.model_construct(use="regex", pattern=pattern, weight=1.0)  # a recipe holds no surrogate
-    with pytest.raises(Faults) as caught:
-        make([use], Path())
+    use = RewardConfig.model_construct(use="regex", pattern=pattern, weight=1.0)  # a recipe holds no surrogate
+    with pytest.raises(ConfigError) as caught:
+        build_rewards([use], Path())
     assert (
         words in str(caught.value)
         and str(caught.value).startswith("rewards.0: `pattern` ")
-        and len(caught.value.faults) == 1
+        and len(caught.value.problems) == 1
     )
     assert capfd.readouterr() == ("", "")
 
@@ -112,7 +112,7 @@ def test_what_re2_does_not_know_is_refused_in_a_sentence(
 def test_no_pattern_runs_away(pattern: str, text: str) -> None:
     start = time.process_time()
     assert values(one("format", pattern=pattern), text) == values(one("regex", pattern=pattern + "Q"), text) == [0.0]
-    assert time.process_time() - start < RUNAWAY
+    assert time.process_time() - start < MAX_CPU_SECONDS
 
 
 def test_repetition_is_the_share_of_distinct_ngrams() -> None:
@@ -125,7 +125,7 @@ def test_repetition_is_the_share_of_distinct_ngrams() -> None:
     assert values(one("repetition"), "a" * 1600)[0] == pytest.approx(1 / 97) and values(
         one("repetition"), "\u4e2d" * 103
     ) == [0.01]
-    assert reward.score([item("a")])[0].verdict == "graded" and reward.judges is False
+    assert reward.score([item("a")])[0].verdict == "graded" and reward.is_verifier is False
 
 
 SCHEMA = {
@@ -174,20 +174,20 @@ FENCED = "Here:\n```json\n%s\n```\nThat is all."
         ('{"name": "\x00"}', 0),
     ],
 )
-def test_a_completion_is_json_under_a_schema(text: str, right: int, schema_worker: Scorer[int]) -> None:
+def test_a_completion_is_json_under_a_schema(text: str, right: int, schema_worker: WorkerPool[int]) -> None:
     schema_worker.submit(0, item(text))
     score = schema_worker.collect()[0][0]
     assert (score.value, score.verdict) == (right, "pass" if right else "fail"), score.reason
 
 
 @pytest.fixture(scope="module")
-def schema_worker() -> Iterator[Scorer[int]]:
-    with Scorer[int]([one("json_schema", json_schema=SCHEMA)], workers=1) as scorer:
+def schema_worker() -> Iterator[WorkerPool[int]]:
+    with WorkerPool[int]([one("json_schema", json_schema=SCHEMA)], workers=1) as scorer:
         yield scorer
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_json_is_no_json(name: str, schema_worker: Scorer[int]) -> None:
+def test_hostile_json_is_no_json(name: str, schema_worker: WorkerPool[int]) -> None:
     start = time.monotonic()
     for text in (
         HOSTILE[name],
@@ -203,7 +203,7 @@ def test_hostile_json_is_no_json(name: str, schema_worker: Scorer[int]) -> None:
 
 def test_a_pattern_of_a_schema_that_runs_away_is_a_timeout_and_never_a_zero() -> None:
     reward = one("json_schema", json_schema={"pattern": "^(a+)+b$"})
-    with Scorer[int]([reward], workers=1, timeout_seconds=0.4) as scorer:
+    with WorkerPool[int]([reward], workers=1, timeout_seconds=0.4) as scorer:
         for number, text in enumerate(('"aab"', '"' + "a" * 60 + '"', '"aac"')):
             scorer.submit(number, item(text))
         scores = [found[0] for found in scorer.collect().values()]
@@ -237,11 +237,11 @@ def test_a_schema_is_checked_before_anything_runs(
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("the network was asked"))
-    told = refusal("json_schema", tmp_path, json_schema=schema)
-    assert words in told and told.startswith("rewards.0: ") and "\n" not in told
+    message = refusal("json_schema", tmp_path, json_schema=schema)
+    assert words in message and message.startswith("rewards.0: ") and "\n" not in message
 
 
-def test_schemas_come_from_files_refer_to_themselves_and_say_their_draft(tmp_path: Path) -> None:
+def test_schemas_come_from_files_refer_to_themselves_and_name_their_draft(tmp_path: Path) -> None:
     tree = {"$id": "https://example.com/tree", "type": "array", "items": {"$ref": "#"}}
     old = {"$schema": "http://json-schema.org/draft-04/schema#", "minimum": 3, "exclusiveMinimum": True}
     (tmp_path / "tree.json").write_text(json.dumps(tree))
@@ -259,14 +259,14 @@ def test_without_its_package_a_reward_is_refused_with_the_cure(monkeypatch: pyte
 
 
 def test_the_recipe_and_the_rewards_know_the_same_settings() -> None:
-    assert set(earned.REWARDS) == set(uses.MAKERS)
-    assert {key: set(owners) for key, (owners, _) in earned.NEEDS.items()} == {
-        key: set(owners) for key, owners in uses.OWNERS.items()
+    assert set(earned.REWARDS) == set(uses.REWARD_BUILDERS)
+    assert {key: set(owners) for key, (owners, _) in earned.REWARD_SETTINGS.items()} == {
+        key: set(owners) for key, owners in uses.SETTING_OWNER.items()
     }
-    assert {key for key, (_, says) in earned.NEEDS.items() if not says} == set(uses.OPTIONAL)
-    every = [{"use": use} for use in uses.MAKERS]
+    assert {key for key, (_, required) in earned.REWARD_SETTINGS.items() if not required} == set(uses.OPTIONAL_SETTINGS)
+    every = [{"use": use} for use in uses.REWARD_BUILDERS]
     assert [
-        list(earned.rewards({"algorithm": "grpo", "rewards": [each]}))[:1]
+        list(earned.reward_findings({"algorithm": "grpo", "rewards": [each]}))[:1]
         for each in every
         if each["use"] == "repetition"
     ] == [[]]
@@ -278,21 +278,21 @@ def test_hostile_completions_are_judged_at_once(name: str) -> None:
     for reward in (one("format", pattern="(?s)x.*y"), one("regex", pattern=r"\d+ apples|x{3}"), one("repetition")):
         [score] = reward.score([item(HOSTILE[name])])
         assert score.value is not None and 0.0 <= score.value <= 1.0 and score.reason.isprintable()
-    assert time.process_time() - start < RUNAWAY
+    assert time.process_time() - start < MAX_CPU_SECONDS
 
 
 def test_rules_weigh_together_each_under_its_name() -> None:
-    weighted = make(
+    weighted = build_rewards(
         [
-            RewardUse(use="regex", pattern="sorry", weight=-0.5),
-            RewardUse(use="format", pattern="(?s).*\\."),
-            RewardUse(use="repetition", weight=0.25),
-            RewardUse(use="regex", pattern="72"),
+            RewardConfig(use="regex", pattern="sorry", weight=-0.5),
+            RewardConfig(use="format", pattern="(?s).*\\."),
+            RewardConfig(use="repetition", weight=0.25),
+            RewardConfig(use="regex", pattern="72"),
         ],
         Path(),
     )
     assert [each.name for each in weighted] == ["regex", "format", "repetition", "regex-2"]
-    with Scorer[int]([each.reward for each in weighted]) as scorer:
+    with WorkerPool[int]([each.reward for each in weighted]) as scorer:
         scorer.submit(0, item("I am sorry, it is 72."))
         scorer.submit(1, item("It is 72"))
         scores = scorer.collect()

@@ -25,9 +25,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_tune.rewards.sandbox import landlock, levels, seccomp
-from lowrank_tune.rewards.sandbox.channel import LONGEST, Channel, Closed, Late, TooLong
-from lowrank_tune.rewards.sandbox.launch import FOLDER, PACKAGE, Confined, Foreign, Level
-from lowrank_tune.rewards.sandbox.values import DEEPEST, Unplain, Unreadable, decode, encode
+from lowrank_tune.rewards.sandbox.channel import (
+    MAX_MESSAGE_BYTES,
+    Channel,
+    ChannelClosed,
+    ChannelTimeout,
+    MessageTooLong,
+)
+from lowrank_tune.rewards.sandbox.launch import FOLDER, PACKAGE, Confined, Level, UnauthenticatedMessage
+from lowrank_tune.rewards.sandbox.values import MAX_DEPTH, DeserializationError, NotSerializable, decode, encode
 
 SOME = (
     "forks",
@@ -51,32 +57,32 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 
 @pytest.fixture(params=levels.LEVELS)
 def level(request: pytest.FixtureRequest) -> Level:
-    if fault := levels.attempt(request.param).fault:
+    if fault := levels.probe_level(request.param).fault:
         pytest.skip(fault)
     return request.param  # type: ignore[no-any-return]
 
 
-def test_the_floor_is_there_where_the_kernel_has_it() -> None:
+def test_isolation_is_available_where_the_kernel_supports_it() -> None:
     """Without this a broken sandbox would be skipped below as one that the machine lacks."""
-    if not landlock.version() or not seccomp.known() or "Seccomp:" not in Path("/proc/self/status").read_text():
+    if not landlock.version() or not seccomp.is_supported() or "Seccomp:" not in Path("/proc/self/status").read_text():
         pytest.skip("no Landlock or no seccomp here")
-    assert levels.attempt("landlock").fault == "" and levels.strongest() is not None
+    assert levels.probe_level("landlock").fault == "" and levels.best_available() is not None
 
 
 def test_attacks_are_stopped_and_the_control_is_not(level: Level) -> None:
-    assert attacks.assault(level, SOME) == {}
+    assert attacks.run_attacks(level, SOME) == {}
 
 
 @pytest.mark.slow
 def test_every_attack_is_stopped(level: Level) -> None:
     assert len(attacks.QUICK) + len(attacks.SLOW) >= 25
-    assert attacks.assault(level, [*attacks.QUICK, *attacks.SLOW]) == {}
+    assert attacks.run_attacks(level, [*attacks.QUICK, *attacks.SLOW]) == {}
 
 
 def test_attacks_would_get_through_without_a_sandbox() -> None:
     """Without this the tests above would say nothing. None of these changes anything."""
     names = ("forks", "secret file", "TCP", "homes", "Unix socket", "vfork and posix_spawn")
-    assert set(attacks.assault("none", names)) == {*names}
+    assert set(attacks.run_attacks("none", names)) == {*names}
 
 
 @functools.cache
@@ -106,27 +112,27 @@ def as_nobody(*names: str) -> dict[str, Any]:
     done = subprocess.run(
         command, user=65534, group=65534, extra_groups=[], capture_output=True, text=True, cwd="/", check=True
     )
-    told: dict[str, Any] = json.loads(done.stdout)
-    assert told["user"] == 65534
-    return told["levels"]  # type: ignore[no-any-return]
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert report["user"] == 65534
+    return report["levels"]  # type: ignore[no-any-return]
 
 
-def stopped_at(told: dict[str, Any]) -> list[str]:
+def stopped_at(results: dict[str, Any]) -> list[str]:
     """The levels that there are; a text says why one is none."""
-    assert {level: through for level, through in told.items() if through and not isinstance(through, str)} == {}
-    return [level for level, through in told.items() if through == {}]
+    assert {level: through for level, through in results.items() if through and not isinstance(through, str)} == {}
+    return [level for level, through in results.items() if through == {}]
 
 
 def test_attacks_without_privileges() -> None:
     assert (
         stopped_at(as_nobody("forks", "secret file", "TCP", "signals to a sibling", "unshare"))
-        or levels.strongest() is None
+        or levels.best_available() is None
     )
 
 
 @pytest.mark.slow
 def test_every_attack_without_privileges() -> None:
-    assert stopped_at(as_nobody()) or levels.strongest() is None
+    assert stopped_at(as_nobody()) or levels.best_available() is None
 
 
 def test_a_process_dies_with_its_parent(level: Level) -> None:
@@ -185,7 +191,7 @@ def test_a_message_without_the_nonce_is_not_taken(level: Level, prefix: str) -> 
     solver, deadline = Confined("solver", level), time.monotonic() + 20
     solver.ready()
     solver.send(encode({"prompt": "", "code": FORGED.replace("PREFIX", prefix), "entry": ""}), deadline)
-    with pytest.raises(Foreign):
+    with pytest.raises(UnauthenticatedMessage):
         solver.receive(deadline)
     solver.end()
 
@@ -195,11 +201,11 @@ def test_a_level_with_an_open_door_is_none(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         levels, "PROBE", levels.PROBE.replace('"opens sockets": lambda: socket.socket(', '"sums": lambda: max(')
     )
-    found = [levels.attempt.__wrapped__(each) for each in levels.LEVELS]
+    found = [levels.probe_level.__wrapped__(each) for each in levels.LEVELS]
     assert (
         all(offer.fault for offer in found)
         and any(offer.fault == "code at this level sums" for offer in found)
-        or levels.strongest() is None
+        or levels.best_available() is None
     )
 
 
@@ -212,7 +218,7 @@ def answer(number: int, *arguments: int, architecture: int | None = None) -> int
     data = struct.pack(
         "<IIQ6Q", number, known if architecture is None else architecture, 0, *arguments, *[0] * (6 - len(arguments))
     )
-    lines, place, loaded = list(struct.iter_unpack("<HBBI", seccomp.program())), 0, 0
+    lines, place, loaded = list(struct.iter_unpack("<HBBI", seccomp.build_filter())), 0, 0
     while True:
         code, true, false, value = lines[place]
         place += 1
@@ -225,11 +231,11 @@ def answer(number: int, *arguments: int, architecture: int | None = None) -> int
             place += true if (loaded == value if code == 0x15 else loaded >= value) else false
 
 
-@pytest.mark.skipif(not seccomp.known(), reason="no list of system calls for this machine")
+@pytest.mark.skipif(not seccomp.is_supported(), reason="no list of system calls for this machine")
 def test_the_filter_lets_through_what_it_should_and_no_more() -> None:
     allow, refuse, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
     numbers = seccomp.MACHINES[os.uname().machine][1]
-    plain = {name for name in numbers if name not in seccomp.narrowed() and name != "clone3"}
+    plain = {name for name in numbers if name not in seccomp.argument_rules() and name != "clone3"}
     assert {name for name in plain if answer(numbers[name]) != allow} == set() and len(plain) > 60
     own, other = os.getpid(), os.getppid()
     for name in ("kill", "tkill", "tgkill"):
@@ -338,7 +344,7 @@ def ring() -> list[Any]:
     "value", [object(), Equal(), Number(3), [Number(3)], {"a": Equal()}, len, Equal, ring(), type("int", (), {})]
 )
 def test_other_values_are_refused(value: object) -> None:
-    with pytest.raises(Unplain):
+    with pytest.raises(NotSerializable):
         encode(value)
 
 
@@ -361,7 +367,7 @@ def test_other_values_are_refused(value: object) -> None:
         b"o1;",
         b"?",
         b"NN",
-        b"l1;" * (DEEPEST + 5) + b"N",
+        b"l1;" * (MAX_DEPTH + 5) + b"N",
         b"l1;" * 100_000,
         b"Xx",
         b"X3;abc",
@@ -372,7 +378,7 @@ def test_other_values_are_refused(value: object) -> None:
     ],
 )
 def test_bytes_that_are_no_value_are_refused(data: bytes) -> None:
-    with pytest.raises(Unreadable):
+    with pytest.raises(DeserializationError):
         decode(data)
 
 
@@ -380,7 +386,7 @@ def test_bytes_that_are_no_value_are_refused(data: bytes) -> None:
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     try:
         decode(data, lambda number: number)
-    except Unreadable:
+    except DeserializationError:
         pass
 
 
@@ -397,25 +403,25 @@ def ends() -> Any:
 def test_a_channel_has_a_deadline_and_a_longest_message(ends: tuple[Channel, socket.socket]) -> None:
     channel, theirs = ends
     start = time.monotonic()
-    with pytest.raises(Late):
+    with pytest.raises(ChannelTimeout):
         channel.receive(start + 0.05)
     theirs.sendall(struct.pack("<I", 5) + b"hel")
-    with pytest.raises(Late):  # a beginning is not a message
+    with pytest.raises(ChannelTimeout):  # a beginning is not a message
         channel.receive(time.monotonic() + 0.05)
     theirs.sendall(b"lo" + struct.pack("<I", 0))
     assert channel.receive(time.monotonic() + 1) == b"hello" and channel.receive(time.monotonic() + 1) == b""
-    with pytest.raises(Late):  # the other side does not read
+    with pytest.raises(ChannelTimeout):  # the other side does not read
         channel.send(bytes(64 << 20), time.monotonic() + 0.05)
-    theirs.sendall(struct.pack("<I", LONGEST + 1))
-    with pytest.raises(TooLong):
+    theirs.sendall(struct.pack("<I", MAX_MESSAGE_BYTES + 1))
+    with pytest.raises(MessageTooLong):
         channel.receive(time.monotonic() + 1)
     assert time.monotonic() - start < 2
 
 
-def test_a_channel_that_is_closed_says_so(ends: tuple[Channel, socket.socket]) -> None:
+def test_a_closed_channel_raises(ends: tuple[Channel, socket.socket]) -> None:
     channel, theirs = ends
     assert not channel.closed()
     theirs.close()
     assert channel.closed()
-    with pytest.raises(Closed):
+    with pytest.raises(ChannelClosed):
         channel.receive(time.monotonic() + 1)

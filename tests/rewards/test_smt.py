@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from lowrank_tune.rewards import Item, Score, Scorer, make
-from lowrank_tune.rewards.judges.sexpr import Refused, check_term, read, write
-from lowrank_tune.rewards.smt import said
-from lowrank_tune.settings import RewardUse
+from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
+from lowrank_tune.rewards.judges.sexpr import SmtlibParseError, check_term, format_sexpr, parse_sexprs
+from lowrank_tune.rewards.smt import claimed_verdict
+from lowrank_tune.settings import RewardConfig
 
 pytest.importorskip("z3")
 KINDS = ("statement", "witness", "invariant")
@@ -32,15 +32,17 @@ HARD = {
 
 
 @pytest.fixture(scope="module")
-def scorer() -> Iterator[Scorer[int]]:
-    with Scorer[int](
-        [make([RewardUse(use="smt", kind=kind)], Path())[0].reward for kind in KINDS], workers=1, timeout_seconds=2.0
+def scorer() -> Iterator[WorkerPool[int]]:
+    with WorkerPool[int](
+        [build_rewards([RewardConfig(use="smt", kind=kind)], Path())[0].reward for kind in KINDS],
+        workers=1,
+        timeout_seconds=2.0,
     ) as made:
         yield made
 
 
-def judged(scorer: Scorer[int], kind: str, text: str, row: dict[str, Any], stopped: bool = True) -> Score:
-    scorer.submit(0, Item("Solve it.", text, None, row, stopped, 9))
+def judged(scorer: WorkerPool[int], kind: str, text: str, row: dict[str, Any], stopped: bool = True) -> Score:
+    scorer.submit(0, RewardInput("Solve it.", text, None, row, stopped, 9))
     return scorer.collect()[0][KINDS.index(kind)]
 
 
@@ -61,7 +63,7 @@ def judged(scorer: Scorer[int], kind: str, text: str, row: dict[str, Any], stopp
     ],
 )
 def test_a_verdict_is_the_one_word_of_the_last_line_or_box(text: str, word: str | None) -> None:
-    assert said(text) == word
+    assert claimed_verdict(text) == word
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_a_verdict_is_the_one_word_of_the_last_line_or_box(text: str, word: str 
         ),
     ],
 )
-def test_z3_decides_a_statement(scorer: Scorer[int], row: dict[str, Any], right: str, wrong: str) -> None:
+def test_z3_decides_a_statement(scorer: WorkerPool[int], row: dict[str, Any], right: str, wrong: str) -> None:
     assert judged(scorer, "statement", f"Hence \\boxed{{{right}}}", row).verdict == "pass"
     score = judged(scorer, "statement", wrong, row)
     assert (score.value, score.verdict, score.reason) == (0.0, "fail", f"it is {right}")
@@ -131,18 +133,18 @@ MORE_RIGHT = (
         ("(define-fun > ((a Int) (b Int)) Bool true)(define-fun x () Int 1)(define-fun y () Int 1)", 0),
     ],
 )
-def test_a_witness_meets_the_constraints(scorer: Scorer[int], text: str, right: int) -> None:
+def test_a_witness_meets_the_constraints(scorer: WorkerPool[int], text: str, right: int) -> None:
     score = judged(scorer, "witness", text, {"smt": XY})
     assert (score.value, score.verdict) == (right, "pass" if right else "fail"), score.reason
 
 
-def test_a_witness_is_of_literals_and_known_operators(scorer: Scorer[int]) -> None:
+def test_a_witness_is_of_literals_and_known_operators(scorer: WorkerPool[int]) -> None:
     for value in ("y", "(abs_ 4)", "((_ bv2int 8) #x04)", "(+ 4 (choose))"):
         score = judged(scorer, "witness", f"(define-fun x () Int {value})(define-fun y () Int (- 2))", {"smt": XY})
         assert score.value == 0.0 and score.reason.startswith("the answer uses "), score.reason
 
 
-def test_a_witness_has_values_of_every_sort(scorer: Scorer[int]) -> None:
+def test_a_witness_has_values_of_every_sort(scorer: WorkerPool[int]) -> None:
     assert judged(scorer, "witness", MORE_RIGHT, {"smt": MORE_ROW}).verdict == "pass"
     for old, new in (
         ("true", "false"),
@@ -180,12 +182,12 @@ def test_a_witness_has_values_of_every_sort(scorer: Scorer[int]) -> None:
         ("(exists ((and Int)) true)", 0, "binds 'and' anew"),
     ],
 )
-def test_an_invariant_holds_is_kept_and_suffices(scorer: Scorer[int], text: str, right: int, why: str) -> None:
+def test_an_invariant_holds_is_kept_and_suffices(scorer: WorkerPool[int], text: str, right: int, why: str) -> None:
     score = judged(scorer, "invariant", text, LOOP)
     assert (score.value, score.verdict) == (right, "pass" if right else "fail") and why in score.reason, score.reason
 
 
-def test_what_z3_cannot_tell_is_a_timeout_and_never_a_zero(scorer: Scorer[int]) -> None:
+def test_what_z3_cannot_decide_is_a_timeout_and_never_a_zero(scorer: WorkerPool[int]) -> None:
     start = time.monotonic()
     score = judged(scorer, "statement", "unsat", HARD)
     assert (score.value, score.verdict) == (None, "timeout") and time.monotonic() - start < 5.0
@@ -209,7 +211,7 @@ def test_what_z3_cannot_tell_is_a_timeout_and_never_a_zero(scorer: Scorer[int]) 
     ],
 )
 def test_a_faulty_row_is_an_error_and_never_a_zero(
-    scorer: Scorer[int], kind: str, row: dict[str, Any], words: str
+    scorer: WorkerPool[int], kind: str, row: dict[str, Any], words: str
 ) -> None:
     text = {"statement": "sat", "witness": "x = 4\ny = -2", "invariant": "(<= i n)"}[kind]
     score = judged(scorer, kind, text, row)
@@ -237,7 +239,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_answers_fail_at_once(scorer: Scorer[int], name: str) -> None:
+def test_hostile_answers_fail_at_once(scorer: WorkerPool[int], name: str) -> None:
     start = time.monotonic()
     pids = scorer.pids
     for kind, row in (("statement", {"smt": XY}), ("witness", {"smt": XY}), ("invariant", LOOP)):
@@ -253,12 +255,12 @@ def test_hostile_answers_fail_at_once(scorer: Scorer[int], name: str) -> None:
     ["(reset)", "(exit)", "(f x)", "(_ extract 9999 0)", "(as x Int)", "((_ map and) x)", "()", "(let () x)", "|a b|"],
 )
 def test_only_known_operators_are_terms(text: str) -> None:
-    [term] = read(text)
-    with pytest.raises(Refused):
+    [term] = parse_sexprs(text)
+    with pytest.raises(SmtlibParseError):
         check_term(term, {"x"})
 
 
 def test_reading_and_writing_agree() -> None:
     text = '(and (= s "a "" b") ((_ extract 3 0) v) (bvult v #x0f) (- 1.5)) ; a comment'
-    assert write(read(text)[0]) == text.partition(" ;")[0]
-    check_term(read(text)[0], {"s", "v"})
+    assert format_sexpr(parse_sexprs(text)[0]) == text.partition(" ;")[0]
+    check_term(parse_sexprs(text)[0], {"s", "v"})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-SIBLINGS = {
+SAME_CONFIG = {
     **{f"Qwen/Qwen2.5-{size}B": f"Qwen/Qwen2.5-{size}B-Instruct" for size in ("0.5", "1.5", "3", "7", "14", "32")},
     **{f"Qwen/Qwen3-{size}B-Base": f"Qwen/Qwen3-{size}B" for size in ("0.6", "1.7", "4", "8", "14")},
     **{f"meta-llama/Llama-{size}B": f"meta-llama/Llama-{size}B-Instruct" for size in ("3.1-8", "3.2-1", "3.2-3")},
@@ -21,7 +21,7 @@ SIBLINGS = {
 """Models with the same tensors as one that is here. Their end token and their longest position may differ."""
 
 
-def known() -> list[str]:
+def known_models() -> list[str]:
     """The hub ids of all configs that are here, by name."""
     return sorted(file.stem.replace("--", "/", 1) for file in FOLDER.glob("*.json"))
 
@@ -30,7 +30,7 @@ def file_of(model: str) -> Path | None:
     """The `config.json` of a hub id, or of a sibling with the same tensors, whatever its revision; None where it is not
     here."""
     name = model.partition("@")[0]
-    file = FOLDER / f"{SIBLINGS.get(name, name).replace('/', '--')}.json"
+    file = FOLDER / f"{SAME_CONFIG.get(name, name).replace('/', '--')}.json"
     return file if name.count("/") == 1 and file.is_file() else None
 
 

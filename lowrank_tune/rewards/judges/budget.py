@@ -8,39 +8,39 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-Value = TypeVar("Value")
-AGAIN_SECONDS = 0.05
+T = TypeVar("Value")
+ALARM_INTERVAL_SECONDS = 0.05
 
 
-class Halt(BaseException):
+class TimeLimitExceeded(BaseException):
     """The part has taken its time; no `except Exception` of a library takes it for its own."""
 
 
-def _halt(*_: object) -> None:
-    raise Halt
+def _raise_time_limit(*_: object) -> None:
+    raise TimeLimitExceeded
 
 
-def within(seconds: float, compute: Callable[[], Value]) -> Value | None:
+def time_limit(seconds: float, compute: Callable[[], T]) -> T | None:
     """What `compute` returns, or None where it took too long or too much memory. The clock of the whole call goes on
     behind it."""
-    start, whole = time.monotonic(), signal.getsignal(signal.SIGALRM)
-    left, again = signal.getitimer(signal.ITIMER_REAL)
+    start, previous_handler = time.monotonic(), signal.getsignal(signal.SIGALRM)
+    remaining, interval = signal.getitimer(signal.ITIMER_REAL)
 
     def restore() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, whole)
-        if left:
-            signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - start)), again)
+        signal.signal(signal.SIGALRM, previous_handler)
+        if remaining:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, remaining - (time.monotonic() - start)), interval)
 
-    if left and left <= seconds:  # the clock of the whole call rings first
+    if remaining and remaining <= seconds:  # the clock of the whole call rings first
         return compute()
     try:
         try:
-            signal.signal(signal.SIGALRM, _halt)
-            signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)
+            signal.signal(signal.SIGALRM, _raise_time_limit)
+            signal.setitimer(signal.ITIMER_REAL, seconds, ALARM_INTERVAL_SECONDS)
             return compute()
         finally:
             restore()
-    except (Halt, MemoryError):
+    except (TimeLimitExceeded, MemoryError):
         restore()  # the alarm may have rung within the line above
         return None

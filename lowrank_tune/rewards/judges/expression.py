@@ -18,12 +18,17 @@ from fractions import Fraction
 from typing import Any
 
 Node = tuple[Any, ...]
-LONGEST, DEPTH, NODES, DIGITS = 1000, 60, 500, 100  # characters, brackets in brackets, parts, digits of a number
+MAX_CHARS, MAX_DEPTH, MAX_NODES, MAX_DIGITS = (
+    1000,
+    60,
+    500,
+    100,
+)  # characters, brackets in brackets, parts, digits of a number
 
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt abs floor ceil".split()
 )
-OTHER_NAMES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lfloor": "floor", "lceil": "ceil"}
+ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lfloor": "floor", "lceil": "ceil"}
 GREEK = frozenset(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi "
     "varphi chi psi "
@@ -35,7 +40,7 @@ TOKEN = re.compile(
     r"(?P<number>[0-9]+(?:\.[0-9]+)?|\.[0-9]+)|\\(?P<command>[a-zA-Z]+)|(?P<sign>\*\*|[-+*/^!_|()\[\]{}=])|(?P<word>[a-zA-Z]+)"
 )
 LEFT_SIDE = re.compile(r"^\s*[a-zA-Z]\w?(?:_\{?\w{1,3}\}?)?\s*(?:\([^()=]{1,20}\))?\s*=(?!=)")
-PLAIN = (
+REPLACEMENTS = (
     ("\u2212", "-"),
     ("\u00d7", "*"),
     ("\u00b7", "*"),
@@ -51,61 +56,61 @@ PLAIN = (
 )
 
 
-class Unreadable(Exception):
+class ExpressionParseError(Exception):
     """Why a text is no expression of this grammar, or more than is computed."""
 
 
-def read(text: str) -> Node:
+def parse_expression(text: str) -> Node:
     """The tree of an expression. Raises Unreadable."""
-    if len(text) > LONGEST:
-        raise Unreadable(f"is longer than {LONGEST} characters")
-    for sign, plain in PLAIN:
+    if len(text) > MAX_CHARS:
+        raise ExpressionParseError(f"is longer than {MAX_CHARS} characters")
+    for sign, plain in REPLACEMENTS:
         text = text.replace(sign, plain)
     text = LEFT_SIDE.sub("", text.strip()).rstrip(" .,;")
-    parser = Parser(tokens(text))
+    parser = Parser(tokenize(text))
     tree = parser.sum()
     if parser.kind() != "end":
-        raise Unreadable(f"is not read beyond {parser.token[1]!r}")
+        raise ExpressionParseError(f"is not read beyond {parser.token[1]!r}")
     return tree
 
 
-def tokens(text: str) -> list[tuple[str, str]]:
+def tokenize(text: str) -> list[tuple[str, str]]:
     """(kind, text) of each token; words are cut into known functions and single letters."""
-    found: list[tuple[str, str]] = []
-    place = 0
-    while place < len(text):
-        if skipped := IGNORED.match(text, place):
-            place = skipped.end()
+    result: list[tuple[str, str]] = []
+    position = 0
+    while position < len(text):
+        if skipped := IGNORED.match(text, position):
+            position = skipped.end()
             continue
-        match = TOKEN.match(text, place)
+        match = TOKEN.match(text, position)
         if match is None:
-            raise Unreadable(f"holds {text[place : place + 1]!r}, which no expression does")
-        place = match.end()
+            raise ExpressionParseError(f"holds {text[position : position + 1]!r}, which no expression does")
+        position = match.end()
         kind = str(match.lastgroup)
-        if kind == "number" and len(match[0]) > DIGITS:
-            raise Unreadable(f"has a number of more than {DIGITS} digits")
+        if kind == "number" and len(match[0]) > MAX_DIGITS:
+            raise ExpressionParseError(f"has a number of more than {MAX_DIGITS} digits")
         if kind == "word":
-            found += _word(match["word"])
+            result += _word_tokens(match["word"])
         elif kind == "command":
-            found.append(_command(match["command"]))
+            result.append(_command_token(match["command"]))
         else:
-            found.append((kind, "^" if match[0] == "**" else match[0]))
-    return [*found, ("end", "its end")]
+            result.append((kind, "^" if match[0] == "**" else match[0]))
+    return [*result, ("end", "its end")]
 
 
-def _word(word: str) -> list[tuple[str, str]]:
-    name = OTHER_NAMES.get(word, word)
+def _word_tokens(word: str) -> list[tuple[str, str]]:
+    name = ALIASES.get(word, word)
     if name in FUNCTIONS:
         return [("function", name)]
     if name == "pi" or name in GREEK:
         return [("name", name)]
     if len(word) > 3:
-        raise Unreadable(f"holds the word {word[:20]!r}")
+        raise ExpressionParseError(f"holds the word {word[:20]!r}")
     return [("name", letter) for letter in word]
 
 
-def _command(command: str) -> tuple[str, str]:
-    name = OTHER_NAMES.get(command, command)
+def _command_token(command: str) -> tuple[str, str]:
+    name = ALIASES.get(command, command)
     if name in ("dfrac", "tfrac", "cfrac"):
         name = "frac"
     if name in ("cdot", "times", "ast"):
@@ -120,38 +125,38 @@ def _command(command: str) -> tuple[str, str]:
         return "sign", command
     if name in FUNCTIONS or name in ("frac", "binom"):
         return "function", name
-    raise Unreadable(f"holds \\{command[:20]}, which is none of the grammar")
+    raise ExpressionParseError(f"holds \\{command[:20]}, which is none of the grammar")
 
 
 class Parser:
     """Recursive descent; each method reads what its name says and leaves `place` behind it."""
 
-    def __init__(self, found: list[tuple[str, str]]) -> None:
-        self.tokens, self.place, self.depth, self.parts = found, 0, 0, 0
-        self.bars = 0
+    def __init__(self, tokens: list[tuple[str, str]]) -> None:
+        self.tokens, self.position, self.depth, self.num_nodes = tokens, 0, 0, 0
+        self.open_bars = 0
 
     @property
     def token(self) -> tuple[str, str]:
-        return self.tokens[self.place]
+        return self.tokens[self.position]
 
     def kind(self) -> str:
         return self.token[0]
 
-    def take(self, sign: str) -> bool:
+    def accept(self, sign: str) -> bool:
         """Whether the next token is that sign; then it is read."""
         if self.token == ("sign", sign):
-            self.place += 1
+            self.position += 1
             return True
         return False
 
-    def need(self, sign: str) -> None:
-        if not self.take(sign):
-            raise Unreadable(f"has {self.token[1]!r} where {sign!r} should be")
+    def expect(self, sign: str) -> None:
+        if not self.accept(sign):
+            raise ExpressionParseError(f"has {self.token[1]!r} where {sign!r} should be")
 
     def node(self, *parts: Any) -> Node:
-        self.parts += 1
-        if self.parts > NODES:
-            raise Unreadable(f"has more than {NODES} parts")
+        self.num_nodes += 1
+        if self.num_nodes > MAX_NODES:
+            raise ExpressionParseError(f"has more than {MAX_NODES} parts")
         return parts
 
     def sum(self) -> Node:
@@ -164,69 +169,69 @@ class Parser:
         negative = False
         while self.token in (("sign", "+"), ("sign", "-")):
             negative ^= self.token[1] == "-"
-            self.place += 1
+            self.position += 1
         tree = self.product()
         return self.node("negative", tree) if negative else tree
 
     def product(self) -> Node:
         tree = self.factor()
         while True:
-            if self.take("*"):
+            if self.accept("*"):
                 tree = self.node("multiply", tree, self.operand())
-            elif self.take("/"):
+            elif self.accept("/"):
                 tree = self.node("divide", tree, self.operand())
-            elif self.begins():
-                if self.kind() == "number" and self.tokens[self.place - 1][0] == "number":
-                    raise Unreadable("has two numbers side by side")
+            elif self.starts_factor():
+                if self.kind() == "number" and self.tokens[self.position - 1][0] == "number":
+                    raise ExpressionParseError("has two numbers side by side")
                 tree = self.node("multiply", tree, self.factor())
             else:
                 return tree
 
     def operand(self) -> Node:
         """What follows * or /: it may have a sign of its own."""
-        if self.take("-"):
+        if self.accept("-"):
             return self.node("negative", self.factor())
-        self.take("+")
+        self.accept("+")
         return self.factor()
 
-    def begins(self) -> bool:
+    def starts_factor(self) -> bool:
         """Whether a factor begins here, so that a product is meant."""
         kind, text = self.token
         if kind == "sign":
-            return text in CLOSING or (text == "|" and not self.bars)
+            return text in CLOSING or (text == "|" and not self.open_bars)
         return kind != "end"
 
     def factor(self) -> Node:
         tree = self.atom()
-        if self.take("!"):
-            if self.take("!"):
-                raise Unreadable("has a double factorial")
+        if self.accept("!"):
+            if self.accept("!"):
+                raise ExpressionParseError("has a double factorial")
             tree = self.node("factorial", tree)
-        return self.node("power", tree, self.exponent()) if self.take("^") else tree
+        return self.node("power", tree, self.exponent()) if self.accept("^") else tree
 
     def exponent(self) -> Node:
         """A group, or one signed factor: 2^-1, 2^3^2 = 2^(3^2). In LaTeX x^10 is x^1 0; as people write it, it is
         x^10."""
-        self.deeper()
-        negative = self.take("-")
+        self.enter()
+        negative = self.accept("-")
         tree = self.factor()
         self.depth -= 1
         return self.node("negative", tree) if negative else tree
 
-    def deeper(self) -> None:
+    def enter(self) -> None:
         self.depth += 1
-        if self.depth > DEPTH:
-            raise Unreadable(f"is nested more than {DEPTH} deep")
+        if self.depth > MAX_DEPTH:
+            raise ExpressionParseError(f"is nested more than {MAX_DEPTH} deep")
 
     def atom(self) -> Node:
-        self.deeper()
+        self.enter()
         tree = self._atom()
         self.depth -= 1
         return tree
 
     def _atom(self) -> Node:
         kind, text = self.token
-        self.place += 1
+        self.position += 1
         if kind == "number":
             return self.node("number", Fraction(text))
         if kind == "name":
@@ -234,47 +239,47 @@ class Parser:
         if kind == "function":
             return self.function(text)
         if kind == "sign" and text == "|":
-            self.bars += 1
+            self.open_bars += 1
             inner = self.sum()
-            self.bars -= 1
-            self.need("|")
+            self.open_bars -= 1
+            self.expect("|")
             return self.node("abs", inner)
         if kind == "sign" and text in CLOSING:
-            bars, self.bars = self.bars, 0
+            outer_bars, self.open_bars = self.open_bars, 0
             inner = self.sum()
-            self.bars = bars
-            self.need(CLOSING[text])
+            self.open_bars = outer_bars
+            self.expect(CLOSING[text])
             return (
                 self.node({"lfloor": "floor", "lceil": "ceil"}[text], inner) if text in ("lfloor", "lceil") else inner
             )
-        raise Unreadable(f"has {text!r} where a number, a letter or a bracket should be")
+        raise ExpressionParseError(f"has {text!r} where a number, a letter or a bracket should be")
 
     def index(self) -> str:
         """The index of a letter: x_1, x_{12}, x_n."""
-        if not self.take("_"):
+        if not self.accept("_"):
             return ""
-        braced = self.take("{")
+        braced = self.accept("{")
         kind, text = self.token
         if kind not in ("number", "name"):
-            raise Unreadable(f"has the index {text!r}")
-        self.place += 1
+            raise ExpressionParseError(f"has the index {text!r}")
+        self.position += 1
         if braced:
-            self.need("}")
+            self.expect("}")
         return f"_{text}"
 
     def function(self, name: str) -> Node:
         if name in ("frac", "binom"):
             return self.node({"frac": "divide", "binom": "binomial"}[name], self.argument(), self.argument())
         if name == "sqrt":
-            if self.take("["):
+            if self.accept("["):
                 degree = self.sum()
-                self.need("]")
+                self.expect("]")
                 return self.node("root", self.argument(), degree)
             return self.node("sqrt", self.argument())
-        base = self.argument() if name == "log" and self.take("_") else None
-        power = self.exponent() if self.take("^") else None
+        base = self.argument() if name == "log" and self.accept("_") else None
+        power = self.exponent() if self.accept("^") else None
         if power is not None and power[0] == "negative":
-            raise Unreadable(f"has {name} to a negative power, which some read as its inverse")
+            raise ExpressionParseError(f"has {name} to a negative power, which some read as its inverse")
         inner = self.operands()
         tree = self.node("logarithm", inner, base) if base is not None else self.node(name, inner)
         return tree if power is None else self.node("power", tree, power)
@@ -286,23 +291,23 @@ class Parser:
             kind == "number"
             and len(text) > 1
             and text.isdigit()
-            and self.tokens[self.place - 1][1] in ("frac", "binom")
+            and self.tokens[self.position - 1][1] in ("frac", "binom")
         ):
-            self.tokens[self.place : self.place + 1] = [("number", text[0]), ("number", text[1:])]
+            self.tokens[self.position : self.position + 1] = [("number", text[0]), ("number", text[1:])]
         return self.atom()
 
     def operands(self) -> Node:
         """What a function without brackets takes: the factors up to the next sign or function, as in sin 2x cos x."""
         tree = self.factor()
-        if self.tokens[self.place - 1][1] in (")", "]", "}"):
+        if self.tokens[self.position - 1][1] in (")", "]", "}"):
             return tree
-        while self.begins() and self.kind() in ("number", "name"):
+        while self.starts_factor() and self.kind() in ("number", "name"):
             tree = self.node("multiply", tree, self.factor())
         return tree
 
 
-def names(tree: Node) -> set[str]:
+def free_variables(tree: Node) -> set[str]:
     """The variables of a tree; pi, e and i are none."""
     if tree[0] == "name":
         return {tree[1]} - {"pi", "e", "i"}
-    return set().union(*(names(part) for part in tree[1:] if isinstance(part, tuple)))
+    return set().union(*(free_variables(part) for part in tree[1:] if isinstance(part, tuple)))

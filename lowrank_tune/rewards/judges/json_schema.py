@@ -11,33 +11,35 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-DEEPEST = 64  # levels of objects and arrays
-LONGEST_NUMBER = 300  # characters; more is no float
-QUOTED = 200  # characters of a reason
-DATA = ("const", "enum", "default", "examples")
+MAX_DEPTH = 64  # levels of objects and arrays
+MAX_NUMBER_CHARS = 300  # characters; more is no float
+MAX_QUOTED_CHARS = 200  # characters of a reason
+DATA_KEYWORDS = ("const", "enum", "default", "examples")
 """Keywords whose values are no schemas."""
-SIMPLEST: tuple[Any, ...] = (None, True, 0, "", [], {})
+SIMPLE_VALUES: tuple[Any, ...] = (None, True, 0, "", [], {})
 
 
-def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
     """Judges `text`: whether it is `valid`, and `why` not."""
-    validator = checked(job["schema"])
+    validator = build_validator(spec["schema"])
 
-    def judge(asked: Mapping[str, Any]) -> Mapping[str, Any]:
+    def grade(request: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
-            value = parsed(asked["text"])
+            value = parse_json(request["text"])
         except ValueError as error:
-            return {"valid": False, "why": f"is no JSON: {error}"[:QUOTED]}
-        found = next(validator.iter_errors(value), None)
+            return {"valid": False, "why": f"is no JSON: {error}"[:MAX_QUOTED_CHARS]}
+        violation = next(validator.iter_errors(value), None)
         return {
-            "valid": found is None,
-            "why": "" if found is None else f"at {found.json_path[:QUOTED]}: {found.message[:QUOTED]}",
+            "valid": violation is None,
+            "why": ""
+            if violation is None
+            else f"at {violation.json_path[:MAX_QUOTED_CHARS]}: {violation.message[:MAX_QUOTED_CHARS]}",
         }
 
-    return judge
+    return grade
 
 
-def checked(schema: Any) -> Any:
+def build_validator(schema: Any) -> Any:
     """The validator of a schema. Raises ValueError, in words, for what is no schema, or refers to what is not in it."""
     from jsonschema import SchemaError, validators
     from jsonschema_specifications import REGISTRY
@@ -46,19 +48,21 @@ def checked(schema: Any) -> Any:
     if not isinstance(schema, dict | bool):
         raise ValueError("is neither an object nor true or false")
     declared = schema.get("$schema") if isinstance(schema, dict) else None
-    kind = validators.validator_for(schema, default=None if declared else validators.Draft202012Validator)
-    if kind is None:
-        raise ValueError(f"has a `$schema` that is not known: {str(declared)[:QUOTED]}")
+    validator_class = validators.validator_for(schema, default=None if declared else validators.Draft202012Validator)
+    if validator_class is None:
+        raise ValueError(f"has a `$schema` that is not known: {str(declared)[:MAX_QUOTED_CHARS]}")
     try:
-        kind.check_schema(schema)
+        validator_class.check_schema(schema)
         _check_references(schema)
-        validator = kind(schema, registry=REGISTRY)
-        for value in SIMPLEST:
+        validator = validator_class(schema, registry=REGISTRY)
+        for value in SIMPLE_VALUES:
             validator.is_valid(value)
     except SchemaError as error:
-        raise ValueError(f"is no JSON schema: at {error.json_path}: {error.message[:QUOTED]}") from None
+        raise ValueError(f"is no JSON schema: at {error.json_path}: {error.message[:MAX_QUOTED_CHARS]}") from None
     except Unresolvable as error:
-        raise ValueError(f"refers to {str(error.ref)[:QUOTED]}, which is not in it; nothing is fetched") from None
+        raise ValueError(
+            f"refers to {str(error.ref)[:MAX_QUOTED_CHARS]}, which is not in it; nothing is fetched"
+        ) from None
     except RecursionError:
         raise ValueError("refers to itself without end, or is nested too deep") from None
     return validator
@@ -71,31 +75,31 @@ def _check_references(schema: Any) -> None:
     from referencing import Resource
     from referencing.jsonschema import DRAFT202012
 
-    parts = list(_parts(schema))
-    known = {part["$id"] for part in parts if isinstance(part.get("$id"), str)}
+    subschemas = list(_subschemas(schema))
+    ids = {subschema["$id"] for subschema in subschemas if isinstance(subschema.get("$id"), str)}
     resolver = REGISTRY.with_resource("", Resource.from_contents(schema, default_specification=DRAFT202012)).resolver()
-    for part in parts:
-        reference = part.get("$ref")
+    for subschema in subschemas:
+        reference = subschema.get("$ref")
         if (
             isinstance(reference, str)
-            and not any(reference.startswith(name) for name in known)
-            and not (reference[:1] == "#" and known)
+            and not any(reference.startswith(name) for name in ids)
+            and not (reference[:1] == "#" and ids)
         ):
             resolver.lookup(reference)
 
 
-def _parts(schema: Any) -> Iterator[dict[str, Any]]:
+def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
     if isinstance(schema, dict):
         yield schema
         for key, value in schema.items():
-            if key not in DATA:
-                yield from _parts(value)
+            if key not in DATA_KEYWORDS:
+                yield from _subschemas(value)
     elif isinstance(schema, list):
         for value in schema:
-            yield from _parts(value)
+            yield from _subschemas(value)
 
 
-def parsed(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """A text as JSON, strictly: no NaN, no key twice, no number beyond a float, nothing nested too deep. Raises
     ValueError."""
     try:
@@ -103,9 +107,9 @@ def parsed(text: str) -> Any:
             text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_float, parse_int=_int
         )
     except RecursionError:
-        raise ValueError(f"nested deeper than {DEEPEST}") from None
+        raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
     level = [value]
-    for _ in range(DEEPEST + 1):
+    for _ in range(MAX_DEPTH + 1):
         level = [
             inner
             for outer in level
@@ -113,7 +117,7 @@ def parsed(text: str) -> Any:
             for inner in (outer.values() if isinstance(outer, dict) else outer)
         ]
     if level:
-        raise ValueError(f"nested deeper than {DEEPEST}")
+        raise ValueError(f"nested deeper than {MAX_DEPTH}")
     return value
 
 
@@ -129,13 +133,13 @@ def _no_constant(word: str) -> Any:
 
 
 def _float(text: str) -> float:
-    number = float(text) if len(text) <= LONGEST_NUMBER else math.inf
+    number = float(text) if len(text) <= MAX_NUMBER_CHARS else math.inf
     if not math.isfinite(number):
         raise ValueError("a number is too large or too long")
     return number
 
 
 def _int(text: str) -> int:
-    if len(text) > LONGEST_NUMBER:
+    if len(text) > MAX_NUMBER_CHARS:
         raise ValueError("a number is too large or too long")
     return int(text)

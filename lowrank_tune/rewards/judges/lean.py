@@ -20,40 +20,44 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 ENVIRONMENT = ("PATH", "HOME", "ELAN_HOME", "ELAN_TOOLCHAIN", "LEAN_PATH", "LEAN_SYSROOT", "LAKE_HOME")
-LONGEST = 4 << 20  # bytes of messages
+MAX_OUTPUT_BYTES = 4 << 20  # bytes of messages
 FLAGS = ("--json", "--stdin")
-TRUSTED = frozenset({"propext", "Classical.choice", "Quot.sound"})
+TRUSTED_AXIOMS = frozenset({"propext", "Classical.choice", "Quot.sound"})
 AXIOMS = re.compile(r"depends on axioms: \[([^\]]*)\]")
-TRIED = "theorem {name} : True\n:= trivial\n#print axioms {name}\n"
+PROBE_THEOREM = "theorem {name} : True\n:= trivial\n#print axioms {name}\n"
 
 
-class Broken(Exception):
+class LeanFailed(Exception):
     """The program did not do its work; the message says how."""
 
 
-def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
     """Judges `head`, `proof` and `name`: {right, why}, or {row} where the row's own part is not taken. Tries the
     program first."""
-    program, memory = job["program"], job["megabytes"]
-    if (why := refused(run(program, TRIED.format(name="lowrank_tries"), memory), "lowrank_tries", 3)) is not None:
-        raise Broken(f"the program does not check a proof of True: {why}")
+    program, memory = spec["program"], spec["megabytes"]
+    if (
+        reason := rejection_reason(
+            run_lean(program, PROBE_THEOREM.format(name="lowrank_tries"), memory), "lowrank_tries", 3
+        )
+    ) is not None:
+        raise LeanFailed(f"the program does not check a proof of True: {reason}")
 
-    def judge(asked: Mapping[str, Any]) -> Mapping[str, Any]:
-        head, name = asked["head"], asked["name"]
-        text = f"{head}\n{asked['proof']}\n#print axioms {name}\n"
-        messages = run(program, text, memory)
-        why = refused(messages, name, text.count("\n"))
-        if why is not None and any(_line(each) <= head.count("\n") + 1 for each in errors(messages)):
+    def grade(request: Mapping[str, Any]) -> Mapping[str, Any]:
+        head, name = request["head"], request["name"]
+        text = f"{head}\n{request['proof']}\n#print axioms {name}\n"
+        messages = run_lean(program, text, memory)
+        reason = rejection_reason(messages, name, text.count("\n"))
+        if reason is not None and any(_line(message) <= head.count("\n") + 1 for message in errors(messages)):
             # an error that stands in the row's own lines: whose is it?
-            bare = run(program, f"{head}\n:= by sorry\n", memory)
-            if found := next(errors(bare), None):
-                return {"row": str(found.get("data"))[:300]}
-        return {"right": why is None, "why": why or ""}
+            statement_messages = run_lean(program, f"{head}\n:= by sorry\n", memory)
+            if error := next(errors(statement_messages), None):
+                return {"row": str(error.get("data"))[:300]}
+        return {"right": reason is None, "why": reason or ""}
 
-    return judge
+    return grade
 
 
-def refused(messages: Sequence[Mapping[str, Any]], name: str, line: int) -> str | None:
+def rejection_reason(messages: Sequence[Mapping[str, Any]], name: str, line: int) -> str | None:
     """Why what was told proves nothing: an error, or an axiom that is not trusted. `line`: where we ask for the axioms,
     and nobody else.
 
@@ -61,56 +65,58 @@ def refused(messages: Sequence[Mapping[str, Any]], name: str, line: int) -> str 
     """
     if error := next(errors(messages), None):
         return f"line {_line(error)}: {str(error.get('data'))[:300]}"
-    told = [
-        str(each.get("data"))
-        for each in messages
-        if _line(each) == line and each.get("severity") in ("information", "info")
+    infos = [
+        str(message.get("data"))
+        for message in messages
+        if _line(message) == line and message.get("severity") in ("information", "info")
     ]
-    if len(told) != 1 or not re.match(rf"'(?:[^'\s]*\.)?{name}' (?:depends on|does not depend on any) axioms", told[0]):
-        raise Broken("the program said nothing of axioms")
-    found = AXIOMS.search(told[0])
-    others = {axiom.strip() for axiom in found[1].split(",")} - TRUSTED if found else set()
-    return f"rests on {', '.join(sorted(others))[:200]}" if others else None
+    if len(infos) != 1 or not re.match(
+        rf"'(?:[^'\s]*\.)?{name}' (?:depends on|does not depend on any) axioms", infos[0]
+    ):
+        raise LeanFailed("the program said nothing of axioms")
+    match = AXIOMS.search(infos[0])
+    untrusted = {axiom.strip() for axiom in match[1].split(",")} - TRUSTED_AXIOMS if match else set()
+    return f"rests on {', '.join(sorted(untrusted))[:200]}" if untrusted else None
 
 
 def errors(messages: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    return (each for each in messages if each.get("severity") == "error")
+    return (message for message in messages if message.get("severity") == "error")
 
 
 def _line(message: Mapping[str, Any]) -> int:
-    place = message.get("pos")
-    line = place.get("line") if isinstance(place, dict) else None
+    position = message.get("pos")
+    line = position.get("line") if isinstance(position, dict) else None
     return line if isinstance(line, int) else 0
 
 
-def run(program: Sequence[str], text: str, megabytes: int) -> list[Mapping[str, Any]]:
+def run_lean(program: Sequence[str], text: str, megabytes: int) -> list[Mapping[str, Any]]:
     """The program's messages on a file. Raises Broken where it was killed, or ended with a failure of which no message
     tells."""
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as told:
-        given.write(text.encode())
-        given.seek(0)
+    with tempfile.TemporaryFile() as stdin_file, tempfile.TemporaryFile() as stdout_file:
+        stdin_file.write(text.encode())
+        stdin_file.seek(0)
         process = subprocess.Popen(
             [*program, *FLAGS, "-M", str(megabytes)],
-            stdin=given,
-            stdout=told,
+            stdin=stdin_file,
+            stdout=stdout_file,
             stderr=subprocess.DEVNULL,
             env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-            preexec_fn=lambda: _confine(megabytes),
+            preexec_fn=lambda: _limit_resources(megabytes),
         )
         try:
             code = process.wait()
         finally:
             _kill(process)
-        size = told.seek(0, os.SEEK_END)
-        told.seek(0)
-        output = told.read()
-    if size >= LONGEST:
-        raise Broken("the program wrote too much")
+        size = stdout_file.seek(0, os.SEEK_END)
+        stdout_file.seek(0)
+        output = stdout_file.read()
+    if size >= MAX_OUTPUT_BYTES:
+        raise LeanFailed("the program wrote too much")
     if code < 0:
-        raise Broken(f"the program was killed by {signal.Signals(-code).name}")
+        raise LeanFailed(f"the program was killed by {signal.Signals(-code).name}")
     messages = list(_messages(output.decode(errors="replace")))
     if bool(code) != any(errors(messages)):
-        raise Broken(f"the program ended with code {code}" + ("" if code else ", though it told of errors"))
+        raise LeanFailed(f"the program ended with code {code}" + ("" if code else ", though it told of errors"))
     return messages
 
 
@@ -121,18 +127,18 @@ def _messages(output: str) -> Iterator[Mapping[str, Any]]:
                 yield message
 
 
-def _confine(megabytes: int) -> None:
+def _limit_resources(megabytes: int) -> None:
     """In the child: memory that it writes to is limited; address space is not, for it maps libraries of gigabytes."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-    for limit, most in (
+    for limit, maximum in (
         (resource.RLIMIT_DATA, (megabytes + 1024) << 20),
-        (resource.RLIMIT_FSIZE, LONGEST),
+        (resource.RLIMIT_FSIZE, MAX_OUTPUT_BYTES),
         (resource.RLIMIT_CORE, 0),
     ):
         _, hard = resource.getrlimit(limit)
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(limit, (most, most))
+        maximum = maximum if hard == resource.RLIM_INFINITY else min(maximum, hard)
+        resource.setrlimit(limit, (maximum, maximum))
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -140,10 +146,10 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is not None:
         return
     parents = dict(_processes())
-    doomed = [process.pid]
-    for pid in doomed:
-        doomed += [child for child, parent in parents.items() if parent == pid]
-    for pid in doomed:
+    pids = [process.pid]
+    for pid in pids:
+        pids += [child for child, parent in parents.items() if parent == pid]
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
     process.wait()

@@ -18,14 +18,16 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationCo
 from math_verify import verify
 from math_verify.grader import should_treat_as_complex
 
-Answer = dict[str, Any]
-NORMAL = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+GradeResult = dict[str, Any]
+NORMALIZATION = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
 CONVERSION = ConversionConfig(lowercase_symbols=False)
 # parts of an answer; decimal digits of a number in it; power of what is no number
-NODES, LARGEST, LARGEST_POWER = 2000, 1e4, 1000.0
-PLACES = 6  # decimals that a rounded answer must have right; significant digits where the gold answer is below 1
-FAR = 1e-4  # of their size; a rounded answer is nearer
-SLOW = (
+MAX_NODES, MAX_DIGITS, MAX_POWER = 2000, 1e4, 1000.0
+DECIMAL_PLACES = (
+    6  # decimals that a rounded answer must have right; significant digits where the gold answer is below 1
+)
+DIFFERENCE_TOLERANCE = 1e-4  # of their size; a rounded answer is nearer
+UNEVALUATED_TYPES = (
     sympy.Integral,
     sympy.Sum,
     sympy.Product,
@@ -36,65 +38,75 @@ SLOW = (
 )
 
 
-class Unreadable(Exception):
+class MathParseError(Exception):
     """An answer that is no mathematics, or more than can be computed."""
 
 
-def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Answer]:
+def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], GradeResult]:
     """Reads a few answers at once: the parser builds its tables with them, and the first completion does not wait for
     that."""
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     for text in (r"\frac{\sqrt{3}}{2}+x^{2}", r"(1,\pi]\cup\{2\}", r"x\leq 3", r"\begin{pmatrix}1\\2\end{pmatrix}"):
-        read(text)
+        parse_answer(text)
     return grade
 
 
-def grade(asked: Mapping[str, Any]) -> Answer:
+def grade(request: Mapping[str, Any]) -> GradeResult:
     """`same`: whether the answers are equal; else `gold` or `found`: why that one cannot be read."""
     try:
-        gold = read(asked["gold"])
-    except Unreadable as why:
-        return {"gold": str(why)}
+        ground_truth = parse_answer(request["gold"])
+    except MathParseError as error:
+        return {"gold": str(error)}
     try:
-        found = read(asked["found"])
-    except Unreadable as why:
-        return {"found": str(why)}
-    return {"same": same(gold, found)}
+        answer = parse_answer(request["found"])
+    except MathParseError as error:
+        return {"found": str(error)}
+    return {"same": are_equal(ground_truth, answer)}
 
 
-def same(gold: Any, found: Any) -> bool:
+def are_equal(ground_truth: Any, answer: Any) -> bool:
     """Whether an answer is the gold one; the order matters to math-verify, which takes `x = 5` for 5 where the gold
     answer is 5."""
-    if apart(gold, found):
+    if differ_numerically(ground_truth, answer):
         return False
-    size = abs(gold.evalf(15)) if getattr(gold, "is_number", False) else None
-    if size is not None and size.is_comparable and 0 < size < 1 and getattr(found, "is_number", False):
+    size = abs(ground_truth.evalf(15)) if getattr(ground_truth, "is_number", False) else None
+    if size is not None and size.is_comparable and 0 < size < 1 and getattr(answer, "is_number", False):
         return bool(
-            abs(sympy.N(gold - found, 15, maxn=1000)) < size * 10.0**-PLACES if _rounded(found) else _zero(gold - found)
+            abs(sympy.N(ground_truth - answer, 15, maxn=1000)) < size * 10.0**-DECIMAL_PLACES
+            if _rounded(answer)
+            else _is_zero(ground_truth - answer)
         )
     return bool(
         verify(
-            gold, found, float_rounding=PLACES, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True
+            ground_truth,
+            answer,
+            float_rounding=DECIMAL_PLACES,
+            allow_set_relation_comp=True,
+            timeout_seconds=None,
+            raise_on_error=True,
         )
     )
 
 
-def apart(gold: Any, found: Any) -> bool:
+def differ_numerically(ground_truth: Any, answer: Any) -> bool:
     """Whether two expressions clearly differ at a point: told in no time, where sympy might try for ever to make their
     difference 0."""
-    plain = [
-        each for each in (gold, found) if isinstance(each, sympy.Expr) and not each.is_Symbol and not each.has(*SLOW)
+    expressions = [
+        expression
+        for expression in (ground_truth, answer)
+        if isinstance(expression, sympy.Expr) and not expression.is_Symbol and not expression.has(*UNEVALUATED_TYPES)
     ]
-    if len(plain) < 2:
+    if len(expressions) < 2:
         return False
-    letters = sorted(gold.free_symbols | found.free_symbols, key=str)
+    symbols = sorted(ground_truth.free_symbols | answer.free_symbols, key=str)
     for point in (0.7312, 1.3871):
         values = [
-            each.evalf(15, subs={letter: point + 0.0731 * n for n, letter in enumerate(letters)}) for each in plain
+            expression.evalf(15, subs={symbol: point + 0.0731 * index for index, symbol in enumerate(symbols)})
+            for expression in expressions
         ]
         if not all(value.is_comparable and value.is_finite for value in values):
             return False
-        if abs(values[0] - values[1]) > FAR * max(abs(values[0]), abs(values[1])):
+        if abs(values[0] - values[1]) > DIFFERENCE_TOLERANCE * max(abs(values[0]), abs(values[1])):
             return True
     return False
 
@@ -103,16 +115,16 @@ def _rounded(expression: Any) -> bool:
     return bool(expression.has(sympy.Float))
 
 
-def _zero(difference: Any) -> bool:
+def _is_zero(difference: Any) -> bool:
     return bool(sympy.N(difference, 30, maxn=300, chop=False) == 0 or sympy.simplify(difference) == 0)
 
 
 @functools.lru_cache(256)
-def read(text: str) -> Any:
+def parse_answer(text: str) -> Any:
     """A LaTeX answer as sympy has it. Raises Unreadable."""
     try:
         expression = latex2sympy(
-            normalize_latex(text, NORMAL),
+            normalize_latex(text, NORMALIZATION),
             is_real=not should_treat_as_complex(text),
             convert_degrees=False,
             normalization_config=None,
@@ -121,17 +133,17 @@ def read(text: str) -> Any:
     except MemoryError:
         raise
     except RecursionError as error:
-        raise Unreadable("is nested too deeply") from error
+        raise MathParseError("is nested too deeply") from error
     # the parser raises bare Exceptions; whatever it stumbles over is no answer that can be compared
     except Exception as error:
-        raise Unreadable("is not read as mathematics") from error
+        raise MathParseError("is not read as mathematics") from error
     if not isinstance(expression, (sympy.Basic, sympy.MatrixBase)):
-        raise Unreadable("is not read as mathematics")
-    check(expression if isinstance(expression, sympy.Basic) else sympy.ImmutableMatrix(expression))
-    return expression if isinstance(expression, sympy.Float) else exact(expression)
+        raise MathParseError("is not read as mathematics")
+    check_size(expression if isinstance(expression, sympy.Basic) else sympy.ImmutableMatrix(expression))
+    return expression if isinstance(expression, sympy.Float) else to_exact(expression)
 
 
-def exact(expression: Any) -> Any:
+def to_exact(expression: Any) -> Any:
     """With fractions for decimals: 2^{0.5} is the root of 2. A decimal alone stays one: it may be a rounded answer."""
     decimals = expression.atoms(sympy.Float) if isinstance(expression, sympy.Expr) else ()
     return (
@@ -139,31 +151,31 @@ def exact(expression: Any) -> Any:
     )
 
 
-def check(expression: Any) -> None:
+def check_size(expression: Any) -> None:
     """Refuses what has no value, or would take ages to compute."""
     parts = sum(1 for _ in sympy.preorder_traversal(expression))
-    if parts > NODES:
-        raise Unreadable(f"has {parts} parts (at most {NODES})")
+    if parts > MAX_NODES:
+        raise MathParseError(f"has {parts} parts (at most {MAX_NODES})")
     if expression.has(sympy.nan, sympy.zoo):
-        raise Unreadable("has no value")
-    if digits(expression) > LARGEST:
-        raise Unreadable(f"has numbers of more than {LARGEST:.0f} digits")
+        raise MathParseError("has no value")
+    if estimate_digits(expression) > MAX_DIGITS:
+        raise MathParseError(f"has numbers of more than {MAX_DIGITS:.0f} digits")
 
 
-def digits(part: Any) -> float:
+def estimate_digits(part: Any) -> float:
     """About how many decimal digits the largest number has that computing an expression makes, infinity included; an
     upper bound."""
     if isinstance(part, sympy.Rational):
         return float(max(part.p.bit_length(), part.q.bit_length()) * math.log10(2))
-    inner = [digits(argument) for argument in part.args]
-    most = max(inner, default=0.0)
+    inner = [estimate_digits(argument) for argument in part.args]
+    largest = max(inner, default=0.0)
     if isinstance(part, sympy.Pow):
         power = abs(float(part.exp)) if part.exp.is_Rational and inner[1] < 300 else 10 ** min(inner[1], 300)
-        if part.base.free_symbols and power > LARGEST_POWER and not part.exp.free_symbols:
+        if part.base.free_symbols and power > MAX_POWER and not part.exp.free_symbols:
             return math.inf
         return float(max(inner[0], 1.0) * max(power, 1.0))
     if isinstance(part, (sympy.factorial, sympy.binomial, sympy.gamma, sympy.exp, sympy.factorial2)):
-        return float(10 ** min(most, 300) * max(most, 1.0))
+        return float(10 ** min(largest, 300) * max(largest, 1.0))
     if isinstance(part, (sympy.Mul, sympy.Add, sympy.MatMul)):
         return sum(inner)
-    return most
+    return largest

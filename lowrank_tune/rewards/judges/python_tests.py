@@ -16,28 +16,28 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from lowrank_tune.rewards.sandbox.check import Ended, Pair
+from lowrank_tune.rewards.sandbox.check import CheckResult, SandboxPair
 
-PYTHON = ("python", "py", "python3")
-
-
-SHARE = 0.6  # of the time of a check, for the code and its tests; the rest is for the start
-REMEMBERED = 1024  # rows of which is known whether their own reference minds types
+PYTHON_TAGS = ("python", "py", "python3")
 
 
-class Unusable(Exception):
+TEST_TIME_FRACTION = 0.6  # of the time of a check, for the code and its tests; the rest is for the start
+CACHE_SIZE = 1024  # rows of which is known whether their own reference minds types
+
+
+class InvalidTests(Exception):
     """A row without tests that can be run; the message says what it lacks."""
 
 
-class Unsettled(Exception):
+class Inconclusive(Exception):
     """Whether types count for a row could not be found out: the machine was too busy, or the sandbox did not start."""
 
-    def __init__(self, ended: Ended) -> None:
-        self.ended = ended
+    def __init__(self, result: CheckResult) -> None:
+        self.result = result
 
 
 @dataclass(frozen=True)
-class Tests:
+class RowTests:
     """The tests of a row as one text, and what stands before the code: `prompt` begins the function `entry`, or both
     are empty."""
 
@@ -46,115 +46,121 @@ class Tests:
     text: str
 
 
-def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, str]]:
+def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, str]]:
     """Checks at the level of the job. The next pair of processes starts while the trainer does something else."""
-    held = [Pair(job["level"])]
+    current = [SandboxPair(spec["level"])]
 
-    def grade(asked: Mapping[str, Any]) -> dict[str, str]:
-        tests, code, seconds = row_tests(asked["row"]), code_of(asked["completion"]), asked["seconds"] * SHARE
-        ended = check(tests, code, seconds, True)
-        if ended.mistyped and (reference := reference_of(asked["row"])):
+    def grade(request: Mapping[str, Any]) -> dict[str, str]:
+        tests, code, seconds = (
+            row_tests(request["row"]),
+            extract_code(request["completion"]),
+            request["seconds"] * TEST_TIME_FRACTION,
+        )
+        result = run_check(tests, code, seconds, True)
+        if result.mistyped and (reference := reference_solution(request["row"])):
             try:
-                ended = check(tests, code, seconds, False) if careless(tests, reference, seconds) else ended
-            except Unsettled as unsettled:
-                ended = unsettled.ended
-        return {"outcome": ended.outcome, "reason": ended.reason}
+                result = run_check(tests, code, seconds, False) if ignores_types(tests, reference, seconds) else result
+            except Inconclusive as inconclusive:
+                result = inconclusive.result
+        return {"outcome": result.outcome, "reason": result.reason}
 
-    @lru_cache(REMEMBERED)
-    def careless(tests: Tests, reference: str, seconds: float) -> bool:
+    @lru_cache(CACHE_SIZE)
+    def ignores_types(tests: RowTests, reference: str, seconds: float) -> bool:
         """Whether the row's own reference fails its tests by a type alone, as one that returns 0 for False: types do
         not count there."""
-        ended = check(tests, reference, seconds, True)
-        if ended.outcome in ("late", "error"):
-            raise Unsettled(ended)
-        return ended.mistyped
+        result = run_check(tests, reference, seconds, True)
+        if result.outcome in ("late", "error"):
+            raise Inconclusive(result)
+        return result.mistyped
 
-    def check(tests: Tests, code: str, seconds: float, strict: bool) -> Ended:
-        if held[0].used:  # an alarm has cut the last check short
+    def run_check(tests: RowTests, code: str, seconds: float, strict: bool) -> CheckResult:
+        if current[0].used:  # an alarm has cut the last check short
             renew()
-        ended = held[0].check(tests.prompt, code, tests.entry, tests.text, seconds, strict)
+        result = current[0].check(tests.prompt, code, tests.entry, tests.text, seconds, strict)
         renew()
-        return ended
+        return result
 
     def renew() -> None:
-        held[0].end()
-        held[0] = Pair(job["level"])
+        current[0].end()
+        current[0] = SandboxPair(spec["level"])
 
     return grade
 
 
-def reference_of(row: Mapping[str, Any]) -> str:
+def reference_solution(row: Mapping[str, Any]) -> str:
     """The row's own solution; empty where it has none."""
     return str(row.get("canonical_solution") or row.get("code") or "").replace("\r\n", "\n")
 
 
-def code_of(completion: str) -> str:
+def extract_code(completion: str) -> str:
     """The code of a completion: its last fence that says it is Python, else its last fence, else all of it. A last
     fence may be open."""
-    found = fences(completion)
-    named = [code for language, code in found if language in PYTHON]
-    return (named or [code for _, code in found] or [completion])[-1]
+    blocks = fenced_blocks(completion)
+    python_blocks = [code for language, code in blocks if language in PYTHON_TAGS]
+    return (python_blocks or [code for _, code in blocks] or [completion])[-1]
 
 
-def fences(text: str) -> list[tuple[str, str]]:
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
     """What stands between lines of three backticks, with the first word behind the opening ones, in small letters."""
-    found, opening, language = [], -1, ""
+    blocks, opening, language = [], -1, ""
     lines = text.split("\n")
     for number, line in enumerate([*lines, "```"]):
-        mark = line.strip(" \t\r")
-        if not mark.startswith("```"):
+        stripped = line.strip(" \t\r")
+        if not stripped.startswith("```"):
             continue
         if opening < 0:
-            opening, language = number, (mark[3:].split(maxsplit=1) or [""])[0].lower()
+            opening, language = number, (stripped[3:].split(maxsplit=1) or [""])[0].lower()
         else:
-            found.append((language, "".join(f"{each}\n" for each in lines[opening + 1 : number])))
+            blocks.append((language, "".join(f"{content}\n" for content in lines[opening + 1 : number])))
             opening = -1
-    return found
+    return blocks
 
 
-def row_tests(row: Mapping[str, Any]) -> Tests:
+def row_tests(row: Mapping[str, Any]) -> RowTests:
     """The tests of a row. Raises Unusable."""
     test, listed = row.get("test"), row.get("test_list")
     if isinstance(test, str) and row.get("entry_point"):
-        return _of_function(str(row.get("prompt") or ""), test, str(row["entry_point"]))
+        return _humaneval_tests(str(row.get("prompt") or ""), test, str(row["entry_point"]))
     if listed:
-        return _of_list(row, [*_texts(listed), *_texts(row.get("challenge_test_list"))])
-    raise Unusable("it has neither `test` with `entry_point` nor a `test_list`")
+        return _mbpp_tests(row, [*_text_list(listed), *_text_list(row.get("challenge_test_list"))])
+    raise InvalidTests("it has neither `test` with `entry_point` nor a `test_list`")
 
 
-def _of_function(prompt: str, test: str, entry: str) -> Tests:
+def _humaneval_tests(prompt: str, test: str, entry: str) -> RowTests:
     """HumanEval: imports and helpers of the prompt, the tests, then `check` called with the solution's function."""
     if not entry.isidentifier():
-        raise Unusable("its `entry_point` is no name")
-    if not any(isinstance(each, ast.FunctionDef) and each.name == "check" for each in _parsed(test, "`test`").body):
-        raise Unusable("its `test` has no function `check`")
-    text = f"{_whole(prompt)}\n{entry} = __solution__({entry!r})\n{test}\ncheck({entry})\n"
-    _asserting(_parsed(text, "`prompt` and `test`"))
-    return Tests(prompt, entry, text)
+        raise InvalidTests("its `entry_point` is no name")
+    if not any(
+        isinstance(node, ast.FunctionDef) and node.name == "check" for node in _parse_or_raise(test, "`test`").body
+    ):
+        raise InvalidTests("its `test` has no function `check`")
+    text = f"{_complete_prompt(prompt)}\n{entry} = __solution__({entry!r})\n{test}\ncheck({entry})\n"
+    _require_assertions(_parse_or_raise(text, "`prompt` and `test`"))
+    return RowTests(prompt, entry, text)
 
 
-def _of_list(row: Mapping[str, Any], tests: Sequence[str]) -> Tests:
+def _mbpp_tests(row: Mapping[str, Any], tests: Sequence[str]) -> RowTests:
     """MBPP: the imports of the reference, the names that the tests take from the solution, the setup, the tests."""
-    before = [*_texts(row.get("test_imports")), str(row.get("test_setup_code") or "")]
-    tree = _parsed("\n".join([*before, *tests]), "`test_list`")
-    _asserting(tree)
-    reference = _tree(str(row.get("code") or ""))
+    setup = [*_text_list(row.get("test_imports")), str(row.get("test_setup_code") or "")]
+    tree = _parse_or_raise("\n".join([*setup, *tests]), "`test_list`")
+    _require_assertions(tree)
+    reference = _parse(str(row.get("code") or ""))
     imports = (
-        [ast.unparse(each) for each in reference.body if isinstance(each, (ast.Import, ast.ImportFrom))]
+        [ast.unparse(node) for node in reference.body if isinstance(node, (ast.Import, ast.ImportFrom))]
         if reference
         else []
     )
     # Without a reference that makes any of them, whatever nobody else makes is the solution's.
-    wanted = _loaded(tree) & (_made(reference) if reference else set()) or _loaded(tree) - _made(tree) - set(
-        dir(builtins)
-    )
-    names = [f"{name} = __solution__({name!r})" for name in sorted(wanted)]
+    solution_names = _loaded_names(tree) & (_top_level_names(reference) if reference else set()) or _loaded_names(
+        tree
+    ) - _top_level_names(tree) - set(dir(builtins))
+    names = [f"{name} = __solution__({name!r})" for name in sorted(solution_names)]
     if not names:
-        raise Unusable("its tests use nothing of the solution")
-    return Tests("", "", "\n".join([*imports, *names, *before, *tests]))
+        raise InvalidTests("its tests use nothing of the solution")
+    return RowTests("", "", "\n".join([*imports, *names, *setup, *tests]))
 
 
-def _texts(value: object) -> list[str]:
+def _text_list(value: object) -> list[str]:
     """A list of texts, also as the JSON that some data sets hold."""
     if isinstance(value, str):
         try:
@@ -164,47 +170,47 @@ def _texts(value: object) -> list[str]:
     return [str(each).replace("\r\n", "\n") for each in value] if isinstance(value, (list, tuple)) else []
 
 
-def _whole(prompt: str) -> str:
+def _complete_prompt(prompt: str) -> str:
     """A prompt that ends with a function's first line or docstring, as whole statements."""
     return (
         prompt
-        if _tree(prompt) is not None
+        if _parse(prompt) is not None
         else f"{prompt.rstrip()}\n    pass\n"
-        if _tree(f"{prompt.rstrip()}\n    pass\n")
+        if _parse(f"{prompt.rstrip()}\n    pass\n")
         else ""
     )
 
 
-def _tree(source: str) -> ast.Module | None:
+def _parse(source: str) -> ast.Module | None:
     try:
         return ast.parse(source.replace("\r\n", "\n"))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
 
-def _parsed(source: str, what: str) -> ast.Module:
-    tree = _tree(source)
+def _parse_or_raise(source: str, label: str) -> ast.Module:
+    tree = _parse(source)
     if tree is None:
-        raise Unusable(f"its {what} is no Python")
+        raise InvalidTests(f"its {label} is no Python")
     return tree
 
 
-def _asserting(tree: ast.Module) -> None:
-    if not any(isinstance(each, (ast.Assert, ast.Raise)) for each in ast.walk(tree)):
-        raise Unusable("its tests assert nothing")
+def _require_assertions(tree: ast.Module) -> None:
+    if not any(isinstance(node, (ast.Assert, ast.Raise)) for node in ast.walk(tree)):
+        raise InvalidTests("its tests assert nothing")
 
 
-def _loaded(tree: ast.Module) -> set[str]:
-    return {each.id for each in ast.walk(tree) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load)}
+def _loaded_names(tree: ast.Module) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
 
 
-def _made(tree: ast.Module) -> set[str]:
+def _top_level_names(tree: ast.Module) -> set[str]:
     """Names that a text's top statements make, imports left out."""
-    made = {each.name for each in tree.body if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+    names = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
     stored = (
-        each
+        node
         for statement in tree.body
         if isinstance(statement, (ast.Assign, ast.AnnAssign))
-        for each in ast.walk(statement)
+        for node in ast.walk(statement)
     )
-    return made | {each.id for each in stored if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
+    return names | {node.id for node in stored if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}

@@ -17,18 +17,20 @@ from typing import Any
 import mpmath
 import sympy
 
-from lowrank_tune.rewards.judges.budget import within
-from lowrank_tune.rewards.judges.expression import Node, Unreadable, names, read
+from lowrank_tune.rewards.judges.budget import time_limit
+from lowrank_tune.rewards.judges.expression import ExpressionParseError, Node, free_variables, parse_expression
 
-POINTS, DRAWS = 5, 60  # points that are compared, and at most drawn
-DIGITS = 300  # decimal digits of a value; what cancels may take a third of them
-ALIKE = mpmath.mpf(10) ** -200  # of their size values may differ; nearer to 0 than this a difference is none
-SMALL = 1e-20  # of the gold value is a constant that values do not show; a larger one is sympy meaning another root
-LARGEST = 10_000  # decimal digits of a value
-MOST_FACTORIAL = 10_000
+NUM_POINTS, MAX_POINTS = 5, 60  # points that are compared, and at most drawn
+PRECISION_DIGITS = 300  # decimal digits of a value; what cancels may take a third of them
+RTOL = mpmath.mpf(10) ** -200  # of their size values may differ; nearer to 0 than this a difference is none
+MIN_RELATIVE_CONSTANT = (
+    1e-20  # of the gold value is a constant that values do not show; a larger one is sympy meaning another root
+)
+MAX_VALUE_DIGITS = 10_000  # decimal digits of a value
+MAX_FACTORIAL = 10_000
 SIMPLIFY_SECONDS = 1.0
 RANGES = ((0.2, 3.0), (-4.0, 4.0), (0.05, 0.95), (3.0, 20.0))
-Answer = dict[str, Any]
+GradeResult = dict[str, Any]
 Point = Mapping[str, Any]
 
 
@@ -36,66 +38,66 @@ class Undefined(Exception):
     """An expression has no value at a point, or too large a one."""
 
 
-def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Answer]:
+def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], GradeResult]:
     """One comparison at once: what sympy loads late is there when the first completion comes."""
     grade({"gold": "(x+1)^2", "found": "x^2+2x+1", "seconds": 10})
     return grade
 
 
-def grade(asked: Mapping[str, Any]) -> Answer:
+def grade(request: Mapping[str, Any]) -> GradeResult:
     """`same`, and `confirmed` where sympy reduced the difference to 0; else `gold` or `found`: why that one cannot be
     used."""
     try:
-        gold = read(asked["gold"])
-    except Unreadable as why:
-        return {"gold": str(why)}
+        ground_truth = parse_expression(request["gold"])
+    except ExpressionParseError as error:
+        return {"gold": str(error)}
     try:
-        found = read(asked["found"])
-    except Unreadable as why:
-        return {"found": str(why)}
-    return compare(gold, found, f"{asked['gold']}\n{asked['found']}")
+        answer = parse_expression(request["found"])
+    except ExpressionParseError as error:
+        return {"found": str(error)}
+    return compare(ground_truth, answer, f"{request['gold']}\n{request['found']}")
 
 
-def compare(gold: Node, found: Node, seed: str) -> Answer:
+def compare(ground_truth: Node, answer: Node, seed: str) -> GradeResult:
     """The verdict on two trees."""
     rng = random.Random(seed.encode(errors="surrogatepass"))
-    both = sorted(names(gold) | names(found))
-    is_complex = _holds(gold, "i") or _holds(found, "i")
+    variables = sorted(free_variables(ground_truth) | free_variables(answer))
+    is_complex = _contains_name(ground_truth, "i") or _contains_name(answer, "i")
     defined = common = 0
     size = mpmath.mpf(0)
-    for point in points(rng, both):
-        wanted = _try(gold, point, is_complex)
-        if wanted is None:
+    for point in points(rng, variables):
+        expected = _try_evaluate(ground_truth, point, is_complex)
+        if expected is None:
             continue
         defined += 1
-        got = _try(found, point, is_complex)
-        if got is None:
+        actual = _try_evaluate(answer, point, is_complex)
+        if actual is None:
             continue
         common += 1
-        with mpmath.workdps(DIGITS):
-            if abs(got - wanted) > ALIKE * max(abs(got), abs(wanted), 1):
+        with mpmath.workdps(PRECISION_DIGITS):
+            if abs(actual - expected) > RTOL * max(abs(actual), abs(expected), 1):
                 return {"same": False}
-        size = max(size, abs(wanted))
-        if common == POINTS:
+        size = max(size, abs(expected))
+        if common == NUM_POINTS:
             break
-    if defined < POINTS:
-        return {"gold": f"has a real value at only {defined} of {DRAWS} random points"}
-    if common < POINTS:
+    if defined < NUM_POINTS:
+        return {"gold": f"has a real value at only {defined} of {MAX_POINTS} random points"}
+    if common < NUM_POINTS:
         return {"found": "has no real value where the gold answer has one"}
-    return _symbolic(gold, found, size)
+    return _symbolic(ground_truth, answer, size)
 
 
 def points(rng: random.Random, variables: list[str]) -> Iterator[Point]:
     """Random points: small positive, any sign, between 0 and 1, larger, and whole numbers, in turn."""
-    for draw in range(DRAWS):
-        kind = draw % (len(RANGES) + 1)
+    for index in range(MAX_POINTS):
+        kind = index % (len(RANGES) + 1)
         yield {
             name: mpmath.mpf(rng.uniform(*RANGES[kind]) if kind < len(RANGES) else rng.randint(1, 12))
             for name in variables
         }
 
 
-def _try(tree: Node, point: Point, is_complex: bool, digits: int = DIGITS) -> Any:
+def _try_evaluate(tree: Node, point: Point, is_complex: bool, digits: int = PRECISION_DIGITS) -> Any:
     """The value of a tree at a point, or None."""
     with mpmath.workdps(digits):
         try:
@@ -116,14 +118,14 @@ def evaluate(tree: Node, point: Point) -> Any:
     if kind == "name":
         return CONSTANTS[tree[1]]() if tree[1] in CONSTANTS else point[tree[1]]
     parts = [evaluate(part, point) for part in tree[1:]]
-    value = VALUES[kind](*parts)
-    if not mpmath.isfinite(value) or (value != 0 and mpmath.mag(value) > LARGEST * 3.33):
+    value = MPMATH_FUNCTIONS[kind](*parts)
+    if not mpmath.isfinite(value) or (value != 0 and mpmath.mag(value) > MAX_VALUE_DIGITS * 3.33):
         raise Undefined
     return value
 
 
 def _power(base: Any, exponent: Any) -> Any:
-    if base != 0 and abs(mpmath.re(exponent * mpmath.log(base))) > LARGEST * 2.4:
+    if base != 0 and abs(mpmath.re(exponent * mpmath.log(base))) > MAX_VALUE_DIGITS * 2.4:
         raise Undefined
     return mpmath.power(base, exponent)
 
@@ -138,19 +140,19 @@ def _root(inner: Any, degree: Any) -> Any:
 
 
 def _factorial(inner: Any) -> Any:
-    if abs(inner) > MOST_FACTORIAL:
+    if abs(inner) > MAX_FACTORIAL:
         raise Undefined
     return mpmath.factorial(inner)
 
 
 def _exp(inner: Any) -> Any:
-    if abs(inner) > LARGEST * 2.4:
+    if abs(inner) > MAX_VALUE_DIGITS * 2.4:
         raise Undefined
     return mpmath.exp(inner)
 
 
 def _binomial(whole: Any, part: Any) -> Any:
-    if max(abs(whole), abs(part)) > MOST_FACTORIAL:
+    if max(abs(whole), abs(part)) > MAX_FACTORIAL:
         raise Undefined
     return mpmath.binomial(whole, part)
 
@@ -160,7 +162,7 @@ CONSTANTS: dict[str, Callable[[], Any]] = {
     "e": lambda: +mpmath.e,
     "i": lambda: mpmath.mpc(0, 1),
 }
-VALUES: dict[str, Callable[..., Any]] = {
+MPMATH_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "add": lambda a, b: a + b,
     "multiply": lambda a, b: a * b,
     "divide": lambda a, b: a / b,
@@ -192,48 +194,52 @@ VALUES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _symbolic(gold: Node, found: Node, size: Any) -> Answer:
+def _symbolic(ground_truth: Node, answer: Node, size: Any) -> GradeResult:
     """Sympy on two expressions with the same values: 0 confirms, a constant too small to be seen refutes, anything else
     leaves it there."""
-    if gold == found:
+    if ground_truth == answer:
         return {"same": True, "confirmed": True}
-    if _fits(gold) and _fits(found):
-        left = within(SIMPLIFY_SECONDS, lambda: sympy.simplify(build(gold) - build(found)))
-        if left is not None and left.is_zero:
+    if _safe_to_expand(ground_truth) and _safe_to_expand(answer):
+        difference = time_limit(SIMPLIFY_SECONDS, lambda: sympy.simplify(to_sympy(ground_truth) - to_sympy(answer)))
+        if difference is not None and difference.is_zero:
             return {"same": True, "confirmed": True}
-        if left is not None and left.is_number and 0 < abs(sympy.N(left, 15, maxn=1000)) < max(SMALL * size, ALIKE):
+        if (
+            difference is not None
+            and difference.is_number
+            and 0 < abs(sympy.N(difference, 15, maxn=1000)) < max(MIN_RELATIVE_CONSTANT * size, RTOL)
+        ):
             return {"same": False}
     return {"same": True, "confirmed": False}
 
 
-def _fits(tree: Node) -> bool:
+def _safe_to_expand(tree: Node) -> bool:
     """Whether no power in a tree is one that sympy might write out: only of numbers or up to the 100th."""
     if tree[0] == "power":
-        exponent = _try(tree[2], {}, True, 15) if not names(tree[2]) else mpmath.mpf(0)
-        if exponent is None or abs(exponent) > (1000 if not names(tree[1]) else 100):
+        exponent = _try_evaluate(tree[2], {}, True, 15) if not free_variables(tree[2]) else mpmath.mpf(0)
+        if exponent is None or abs(exponent) > (1000 if not free_variables(tree[1]) else 100):
             return False
     if (
         tree[0] in ("factorial", "binomial")
-        and not names(tree)
-        and (_try(tree, {}, False, 15) or mpmath.inf) > mpmath.mpf(10) ** 1000
+        and not free_variables(tree)
+        and (_try_evaluate(tree, {}, False, 15) or mpmath.inf) > mpmath.mpf(10) ** 1000
     ):
         return False
-    return all(_fits(part) for part in tree[1:] if isinstance(part, tuple))
+    return all(_safe_to_expand(part) for part in tree[1:] if isinstance(part, tuple))
 
 
-def build(tree: Node) -> Any:
+def to_sympy(tree: Node) -> Any:
     """The tree as sympy has it, with real variables."""
     kind = tree[0]
     if kind == "number":
         value: Fraction = tree[1]
         return sympy.Rational(value.numerator, value.denominator)
     if kind == "name":
-        return SYMBOLS[tree[1]] if tree[1] in SYMBOLS else sympy.Symbol(tree[1], real=True)
-    return EXPRESSIONS[kind](*(build(part) for part in tree[1:]))
+        return SYMPY_CONSTANTS[tree[1]] if tree[1] in SYMPY_CONSTANTS else sympy.Symbol(tree[1], real=True)
+    return SYMPY_FUNCTIONS[kind](*(to_sympy(part) for part in tree[1:]))
 
 
-SYMBOLS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I}
-EXPRESSIONS: dict[str, Callable[..., Any]] = {
+SYMPY_CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I}
+SYMPY_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "add": lambda a, b: a + b,
     "multiply": lambda a, b: a * b,
     "divide": lambda a, b: a / b,
@@ -265,5 +271,5 @@ EXPRESSIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _holds(tree: Node, name: str) -> bool:
-    return tree == ("name", name) or any(_holds(part, name) for part in tree[1:] if isinstance(part, tuple))
+def _contains_name(tree: Node, name: str) -> bool:
+    return tree == ("name", name) or any(_contains_name(part, name) for part in tree[1:] if isinstance(part, tuple))

@@ -7,20 +7,20 @@ import socket
 import struct
 import time
 
-from lowrank_tune.rewards.sandbox.frames import HEAD
+from lowrank_tune.rewards.sandbox.frames import HEADER_BYTES
 
-LONGEST = 4 << 20  # bytes of one message that are taken
+MAX_MESSAGE_BYTES = 4 << 20  # bytes of one message that are taken
 
 
-class Late(Exception):
+class ChannelTimeout(Exception):
     """Nothing came in time."""
 
 
-class Closed(Exception):
+class ChannelClosed(Exception):
     """The other side is gone."""
 
 
-class TooLong(Exception):
+class MessageTooLong(Exception):
     """The other side began a message of more than LONGEST bytes."""
 
 
@@ -28,7 +28,7 @@ class Channel:
     """One stream. Deadlines are of time.monotonic."""
 
     def __init__(self, stream: socket.socket) -> None:
-        self._stream, self._came = stream, bytearray()
+        self._stream, self._buffer = stream, bytearray()
         stream.setblocking(False)
 
     def send(self, message: bytes, deadline: float) -> None:
@@ -40,42 +40,42 @@ class Channel:
             except BlockingIOError:
                 self._wait(select.POLLOUT, deadline)
             except OSError:
-                raise Closed from None
+                raise ChannelClosed from None
 
     def receive(self, deadline: float) -> bytes:
         """The next message. Raises Late, Closed or TooLong."""
-        while (message := self._whole()) is None:
+        while (message := self._pop_message()) is None:
             if time.monotonic() > deadline:  # also where a little always comes
-                raise Late
+                raise ChannelTimeout
             try:
                 more = self._stream.recv(1 << 18)
             except BlockingIOError:
                 self._wait(select.POLLIN, deadline)
                 continue
             except OSError:
-                raise Closed from None
+                raise ChannelClosed from None
             if not more:
-                raise Closed
-            self._came += more
+                raise ChannelClosed
+            self._buffer += more
         return message
 
-    def _whole(self) -> bytes | None:
-        if len(self._came) < HEAD:
+    def _pop_message(self) -> bytes | None:
+        if len(self._buffer) < HEADER_BYTES:
             return None
-        (length,) = struct.unpack_from("<I", self._came)
-        if length > LONGEST:
-            raise TooLong
-        if len(self._came) < HEAD + length:
+        (length,) = struct.unpack_from("<I", self._buffer)
+        if length > MAX_MESSAGE_BYTES:
+            raise MessageTooLong
+        if len(self._buffer) < HEADER_BYTES + length:
             return None
-        message = bytes(self._came[HEAD : HEAD + length])
-        del self._came[: HEAD + length]
+        message = bytes(self._buffer[HEADER_BYTES : HEADER_BYTES + length])
+        del self._buffer[: HEADER_BYTES + length]
         return message
 
     def _wait(self, event: int, deadline: float) -> None:
         poll = select.poll()
         poll.register(self._stream, event)
         if not poll.poll(max(0.0, 1e3 * (deadline - time.monotonic()))):
-            raise Late
+            raise ChannelTimeout
 
     def closed(self) -> bool:
         """Whether the other side has ended the stream."""

@@ -7,16 +7,16 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from lowrank_tune.rewards.sandbox.channel import LONGEST, Closed, Late, TooLong
-from lowrank_tune.rewards.sandbox.launch import Confined, Foreign, Level, Unconfined
-from lowrank_tune.rewards.sandbox.values import Unreadable, decode, encode
+from lowrank_tune.rewards.sandbox.channel import MAX_MESSAGE_BYTES, ChannelClosed, ChannelTimeout, MessageTooLong
+from lowrank_tune.rewards.sandbox.launch import Confined, Level, UnauthenticatedMessage, Unconfined
+from lowrank_tune.rewards.sandbox.values import DeserializationError, decode, encode
 
 # shares of its time that code waited for a processor, and had less of one: then its end says nothing of it
-STARVED, LITTLE = 0.2, 0.5
+MAX_WAIT_SHARE, MIN_CPU_SHARE = 0.2, 0.5
 
 
 @dataclass(frozen=True)
-class Ended:
+class CheckResult:
     """How a check ended. pass, fail: the code is right or wrong. fault: the row's tests are to blame. late: the machine
     is. error: we are. `mistyped`: what failed is equal to what was expected, but for its type."""
 
@@ -25,35 +25,35 @@ class Ended:
     mistyped: bool = False
 
 
-class Wrong(Exception):
+class TestFailed(Exception):
     """The code has failed; the message says why."""
 
 
-class Starved(Exception):
+class CpuStarved(Exception):
     """The time is over, and for much of it other processes had the processors; the message says how much."""
 
 
-class Pair:
+class SandboxPair:
     """A solver and a tester, confined and waiting: made before they are needed, used once."""
 
     def __init__(self, level: Level) -> None:
         self.used, self.seconds = False, 0.0
         self._solver, self._tester = Confined("solver", level), Confined("tester", level)
 
-    def check(self, prompt: str, code: str, entry: str, tests: str, seconds: float, strict: bool = True) -> Ended:
+    def check(self, prompt: str, code: str, entry: str, tests: str, seconds: float, strict: bool = True) -> CheckResult:
         """Runs the tests on the code, both together within so many seconds of the wall clock. `prompt` and `entry`: see
         `solver.whole`. `strict`: types count. Ends both processes."""
         self.used, self.seconds = True, seconds
         try:
             self._solver.ready()
             self._tester.ready()
-            return self._converse(encode({"prompt": prompt, "code": code, "entry": entry}), encode([tests, strict]))
-        except Wrong as wrong:
-            return Ended("fail", str(wrong))
-        except Starved as starved:
-            return Ended("late", str(starved))
+            return self._relay(encode({"prompt": prompt, "code": code, "entry": entry}), encode([tests, strict]))
+        except TestFailed as wrong:
+            return CheckResult("fail", str(wrong))
+        except CpuStarved as starved:
+            return CheckResult("late", str(starved))
         except Unconfined as fault:
-            return Ended("error", f"the sandbox did not start: {fault}")
+            return CheckResult("error", f"the sandbox did not start: {fault}")
         finally:
             self.end()
 
@@ -62,54 +62,54 @@ class Pair:
         self._solver.end()
         self._tester.end()
 
-    def _converse(self, code: bytes, tests: bytes) -> Ended:
+    def _relay(self, code: bytes, tests: bytes) -> CheckResult:
         """Hands requests of the tester to the solver and its answers back, until the tester tells the end."""
         deadline = time.monotonic() + self.seconds
         try:
-            loaded = decode(self._answer(code, deadline))
-        except Unreadable:
-            raise Wrong("wrote to the stream of its results") from None
-        if loaded[0] != "loaded":
-            raise Wrong(f"raised {loaded[1][0]}: {loaded[2]}")
-        message, calls = self._told(tests, deadline, 0), 0
+            reply = decode(self._solver_reply(code, deadline))
+        except DeserializationError:
+            raise TestFailed("wrote to the stream of its results") from None
+        if reply[0] != "loaded":
+            raise TestFailed(f"raised {reply[1][0]}: {reply[2]}")
+        message, calls = self._tester_reply(tests, deadline, 0), 0
         while message[:1] != b"V":
             calls += 1
-            message = self._told(self._answer(message[1:], deadline), deadline, calls)
-        return Ended(*decode(message[1:]))
+            message = self._tester_reply(self._solver_reply(message[1:], deadline), deadline, calls)
+        return CheckResult(*decode(message[1:]))
 
-    def _answer(self, request: bytes, deadline: float) -> bytes:
+    def _solver_reply(self, request: bytes, deadline: float) -> bytes:
         """What the solver says. Whatever else it does is the code's doing. Raises Wrong."""
         try:
             self._solver.send(request, deadline)
             return self._solver.receive(deadline)
-        except Late:
-            raise self._overdue(self._solver) from None
-        except Closed:
-            raise Wrong(f"the code {self._solver.end()}") from None
-        except TooLong:
-            raise Wrong(f"returned more than {LONGEST >> 20} MiB") from None
-        except Foreign:
-            raise Wrong("wrote to the stream of its results") from None
+        except ChannelTimeout:
+            raise self._timeout_error(self._solver) from None
+        except ChannelClosed:
+            raise TestFailed(f"the code {self._solver.end()}") from None
+        except MessageTooLong:
+            raise TestFailed(f"returned more than {MAX_MESSAGE_BYTES >> 20} MiB") from None
+        except UnauthenticatedMessage:
+            raise TestFailed("wrote to the stream of its results") from None
 
-    def _told(self, answer: bytes, deadline: float, calls: int) -> bytes:
+    def _tester_reply(self, answer: bytes, deadline: float, calls: int) -> bytes:
         """What the tester says next. It is ours, but what it compares came from the code: late or out of memory, it is
         the code's fault too."""
         try:
             self._tester.send(answer, deadline)
             return self._tester.receive(deadline)
-        except Late:
+        except ChannelTimeout:
             if calls:
-                raise self._overdue(self._tester) from None
+                raise self._timeout_error(self._tester) from None
             raise Unconfined("the tests did not begin in time") from None
-        except (Closed, TooLong, Foreign):
+        except (ChannelClosed, MessageTooLong, UnauthenticatedMessage):
             raise Unconfined(f"the process of the tests {self._tester.end()}") from None
 
-    def _overdue(self, one: Confined) -> Exception:
+    def _timeout_error(self, process: Confined) -> Exception:
         """Whose doing it is that the time is over."""
-        ran, waited = one.times()
-        if waited > STARVED * self.seconds and ran < LITTLE * self.seconds:
-            return Starved(
+        ran, waited = process.times()
+        if waited > MAX_WAIT_SHARE * self.seconds and ran < MIN_CPU_SHARE * self.seconds:
+            return CpuStarved(
                 f"the machine is too busy: in {self.seconds:g} s the code ran for {ran:.1f} s and waited "
                 f"{waited:.1f} s for a processor"
             )
-        return Wrong(f"did not end within {self.seconds:g} s")
+        return TestFailed(f"did not end within {self.seconds:g} s")

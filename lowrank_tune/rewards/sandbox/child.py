@@ -7,7 +7,7 @@ import os
 
 from lowrank_tune.rewards.sandbox import frames, solver, tester
 from lowrank_tune.rewards.sandbox.confine import confine
-from lowrank_tune.rewards.sandbox.talk import Talk
+from lowrank_tune.rewards.sandbox.talk import AuthenticatedChannel
 from lowrank_tune.rewards.sandbox.values import encode
 
 ROLES = {"solver": solver.serve, "tester": tester.serve}
@@ -17,12 +17,12 @@ def main(role: str, level: str, *numbers: str) -> None:
     """`numbers`: the descriptor of the conversation, the parent's process, and the limits of `confine`."""
     descriptor, *rest = map(int, numbers)
     try:
-        reached = confine(level, descriptor, *rest)
+        status = confine(level, descriptor, *rest)
     except OSError as error:
-        frames.write(descriptor, encode({"fault": str(error)}))
+        frames.write_frame(descriptor, encode({"fault": str(error)}))
         os._exit(1)
-    frames.write(descriptor, encode(reached))
+    frames.write_frame(descriptor, encode(status))
     try:
-        ROLES[role](Talk(descriptor))
+        ROLES[role](AuthenticatedChannel(descriptor))
     except EOFError:  # nobody asks any more
         os._exit(0)

@@ -10,15 +10,15 @@ from lowrank_tune.rewards.sandbox import landlock, namespaces, seccomp, view
 from lowrank_tune.rewards.sandbox.kernel import (
     PR_SET_DUMPABLE,
     PR_SET_NO_NEW_PRIVS,
-    control,
-    die_with,
+    die_with_parent,
     drop_capabilities,
+    prctl,
 )
 
 NOBODY = 65534
-OTHERS_READ = 0o004
-OPEN_FILES = 64
-STACK = 8 << 20
+OTHERS_READ_BIT = 0o004
+MAX_OPEN_FILES = 64
+STACK_BYTES = 8 << 20
 
 
 def confine(level: str, descriptor: int, parent: int, memory: int, seconds: int, tasks: int) -> dict[str, object]:
@@ -31,37 +31,37 @@ def confine(level: str, descriptor: int, parent: int, memory: int, seconds: int,
     readable = view.readable(paths)
     # whose first process is bound to this one's parent, and takes all in its namespace with it
     if level != "bubblewrap":
-        die_with(parent)
+        die_with_parent(parent)
     if level == "namespaces":
-        namespaces.take(readable)
-        _go_on_in_child(descriptor)
-    held = landlock.opened(readable), landlock.opened(view.WRITABLE)  # while they can be
-    _keep_reading(paths)
+        namespaces.enter(readable)
+        _continue_in_child(descriptor)
+    descriptors = landlock.open_paths(readable), landlock.open_paths(view.WRITABLE)  # while they can be
+    _keep_imports_working(paths)
     _become_nobody()
     if level != "bubblewrap":  # again: a new process, and a new user, has forgotten it
         # the parent of the first process of a namespace cannot be seen: it is 0
-        die_with(0 if level == "namespaces" else parent)
+        die_with_parent(0 if level == "namespaces" else parent)
     drop_capabilities()
-    control(PR_SET_NO_NEW_PRIVS)
+    prctl(PR_SET_NO_NEW_PRIVS)
     _limit(memory, seconds, tasks)
     os.environ.clear()
-    return {"level": level, "uid": os.getuid(), "landlock": restrict(level, *held)}
+    return {"level": level, "uid": os.getuid(), "landlock": restrict(level, *descriptors)}
 
 
 def restrict(level: str, readable: list[int], writable: list[int]) -> int:
     """Landlock where the level needs it or the kernel has it, then the filter of system calls. The version of Landlock,
     or 0."""
-    known = 0
+    landlock_version = 0
     if level == "landlock" or (level != "none" and landlock.version()):
-        known = landlock.restrict(readable, writable)
+        landlock_version = landlock.restrict(readable, writable)
     for descriptor in (*readable, *writable):
         os.close(descriptor)
     if level != "none":
         seccomp.restrict()
-    return known
+    return landlock_version
 
 
-def _go_on_in_child(descriptor: int) -> None:
+def _continue_in_child(descriptor: int) -> None:
     """Returns in a child, the first process of its namespace; this one waits for it and ends as it does."""
     if child := os.fork():
         os.close(descriptor)
@@ -69,20 +69,20 @@ def _go_on_in_child(descriptor: int) -> None:
         os._exit(code if code >= 0 else 128 - code)
 
 
-def _keep_reading(paths: list[str]) -> None:
+def _keep_imports_working(paths: list[str]) -> None:
     """Imports go on where nobody may not pass the folders that lead to the standard library, as /root: through open
     folders."""
-    ways = {path: path for path in paths}
+    mapping = {path: path for path in paths}
     if os.geteuid() == 0 and not all(_passable(path) for path in paths):
-        ways = {path: f"/proc/self/fd/{os.open(path, os.O_PATH)}" if os.path.isdir(path) else path for path in paths}
+        mapping = {path: f"/proc/self/fd/{os.open(path, os.O_PATH)}" if os.path.isdir(path) else path for path in paths}
     packages = [module for module in sys.modules.values() if isinstance(getattr(module, "__path__", None), list)]
     for package in packages:  # what of them is not imported yet comes from the same place
         package.__path__[:] = map(os.path.realpath, package.__path__)
-        for path, way in ways.items():
+        for path, mapped in mapping.items():
             package.__path__[:] = [
-                way + place[len(path) :] if place.startswith(path + "/") else place for place in package.__path__
+                mapped + entry[len(path) :] if entry.startswith(path + "/") else entry for entry in package.__path__
             ]
-    sys.path[:] = ways.values()
+    sys.path[:] = mapping.values()
     sys.path_importer_cache.clear()
 
 
@@ -97,14 +97,14 @@ def _passable(path: str) -> bool:
 def _become_nobody() -> None:
     """A superuser becomes nobody, unless the standard library is closed to others, or this system knows no nobody, as
     some user namespaces. Then it stays what it is, without its rights, bound by the rest."""
-    if os.geteuid() == 0 and os.stat(os.__file__).st_mode & OTHERS_READ:
+    if os.geteuid() == 0 and os.stat(os.__file__).st_mode & OTHERS_READ_BIT:
         try:
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(NOBODY, NOBODY, NOBODY)
         except OSError:
             return  # what it told of itself says so
-        control(PR_SET_DUMPABLE, 1)  # or /proc/self would belong to root and the open folders could not be used
+        prctl(PR_SET_DUMPABLE, 1)  # or /proc/self would belong to root and the open folders could not be used
 
 
 def _limit(memory: int, seconds: int, tasks: int) -> None:
@@ -113,13 +113,13 @@ def _limit(memory: int, seconds: int, tasks: int) -> None:
         resource.RLIMIT_CPU: seconds,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NOFILE: OPEN_FILES,
-        resource.RLIMIT_STACK: STACK,
+        resource.RLIMIT_NOFILE: MAX_OPEN_FILES,
+        resource.RLIMIT_STACK: STACK_BYTES,
         resource.RLIMIT_MSGQUEUE: 0,
     }
     if tasks:
         sizes[resource.RLIMIT_NPROC] = tasks
-    for which, size in sizes.items():
-        hard = resource.getrlimit(which)[1]
+    for limit, size in sizes.items():
+        hard = resource.getrlimit(limit)[1]
         size = size if hard == resource.RLIM_INFINITY else min(size, hard)
-        resource.setrlimit(which, (size, size))
+        resource.setrlimit(limit, (size, size))

@@ -6,16 +6,16 @@ from __future__ import annotations
 import os
 import struct
 
-HEAD = 4
+HEADER_BYTES = 4
 
 
-def read(descriptor: int) -> bytes:
+def read_frame(descriptor: int) -> bytes:
     """The next message. Raises EOFError at the end."""
-    (length,) = struct.unpack("<I", _exactly(descriptor, HEAD))
-    return _exactly(descriptor, length)
+    (length,) = struct.unpack("<I", _read_exactly(descriptor, HEADER_BYTES))
+    return _read_exactly(descriptor, length)
 
 
-def _exactly(descriptor: int, count: int) -> bytes:
+def _read_exactly(descriptor: int, count: int) -> bytes:
     parts = bytearray()
     while len(parts) < count:
         if not (more := os.read(descriptor, min(count - len(parts), 1 << 20))):
@@ -24,7 +24,7 @@ def _exactly(descriptor: int, count: int) -> bytes:
     return bytes(parts)
 
 
-def write(descriptor: int, message: bytes) -> None:
+def write_frame(descriptor: int, message: bytes) -> None:
     """Writes a whole message."""
     rest = memoryview(struct.pack("<I", min(len(message), 0xFFFFFFFF)) + message)
     while rest:

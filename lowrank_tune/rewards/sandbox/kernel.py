@@ -11,31 +11,32 @@ CAPABILITY_VERSION = 0x20080522
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def checked(result: int, what: str) -> int:
+def check_errno(result: int, label: str) -> int:
     """The result of a call of the C library, or the OSError that it stands for."""
     if result < 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+        raise OSError(number, f"{label}: {os.strerror(number)}")
     return result
 
 
-def call(number: int, what: str, *arguments: int | bytes | None) -> int:
+def syscall(number: int, label: str, *arguments: int | bytes | None) -> int:
     """A system call by its number; integers, texts and None (NULL)."""
-    made = [
-        ctypes.c_char_p(each) if each is None or isinstance(each, bytes) else ctypes.c_long(each) for each in arguments
+    converted = [
+        ctypes.c_char_p(argument) if argument is None or isinstance(argument, bytes) else ctypes.c_long(argument)
+        for argument in arguments
     ]
-    return checked(int(LIBC.syscall(ctypes.c_long(number), *made)), what)
+    return check_errno(int(LIBC.syscall(ctypes.c_long(number), *converted)), label)
 
 
-def control(option: int, value: int = 1, third: int = 0) -> None:
+def prctl(option: int, value: int = 1, third: int = 0) -> None:
     """prctl(2)."""
-    made = [ctypes.c_ulong(each) for each in (value, third, 0, 0)]
-    checked(LIBC.prctl(ctypes.c_int(option), *made), f"prctl {option}")
+    converted = [ctypes.c_ulong(argument) for argument in (value, third, 0, 0)]
+    check_errno(LIBC.prctl(ctypes.c_int(option), *converted), f"prctl {option}")
 
 
-def die_with(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """The kernel kills this process when its parent ends, and it ends now where that has happened already."""
-    control(PR_SET_PDEATHSIG, SIGKILL)
+    prctl(PR_SET_PDEATHSIG, SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
@@ -43,4 +44,4 @@ def die_with(parent: int) -> None:
 def drop_capabilities() -> None:
     """Gives up every right of a superuser, for good."""
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
-    checked(LIBC.capset(header, (ctypes.c_uint32 * 6)()), "capset")
+    check_errno(LIBC.capset(header, (ctypes.c_uint32 * 6)()), "capset")

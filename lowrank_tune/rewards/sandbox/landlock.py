@@ -7,7 +7,7 @@ import ctypes
 import os
 import stat
 
-from lowrank_tune.rewards.sandbox.kernel import call
+from lowrank_tune.rewards.sandbox.kernel import syscall
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,13 +20,13 @@ FILE_RIGHTS = ((1, 13), (2, 14), (3, 15), (5, 16))  # from this version on so ma
 CONNECT_AND_BIND, SIGNALS_AND_ABSTRACT_SOCKETS = 3, 3  # from version 4, from version 6
 
 
-class Ruleset(ctypes.Structure):
+class RulesetAttr(ctypes.Structure):
     """struct landlock_ruleset_attr."""
 
     _fields_ = [("files", ctypes.c_uint64), ("network", ctypes.c_uint64), ("scoped", ctypes.c_uint64)]
 
 
-class Beneath(ctypes.Structure):
+class PathBeneathAttr(ctypes.Structure):
     """struct landlock_path_beneath_attr."""
 
     _pack_ = 1
@@ -37,12 +37,12 @@ class Beneath(ctypes.Structure):
 def version() -> int:
     """What the kernel knows; 0 where there is none."""
     try:
-        return call(CREATE, "landlock", None, 0, VERSION)
+        return syscall(CREATE, "landlock", None, 0, VERSION)
     except OSError:
         return 0
 
 
-def opened(paths: Iterable[str]) -> list[int]:
+def open_paths(paths: Iterable[str]) -> list[int]:
     """The paths as open descriptors for `restrict`; what is missing is left out."""
     return [os.open(path, os.O_PATH | os.O_CLOEXEC) for path in paths if os.path.exists(path)]
 
@@ -53,20 +53,20 @@ def restrict(readable: Iterable[int], writable: Iterable[int]) -> int:
 
     PR_SET_NO_NEW_PRIVS must be set.
     """
-    known = call(CREATE, "landlock", None, 0, VERSION)
-    files = (1 << max(count for since, count in FILE_RIGHTS if known >= since)) - 1
-    attributes = Ruleset(files, CONNECT_AND_BIND, SIGNALS_AND_ABSTRACT_SOCKETS)
-    size = 8 if known < 4 else 16 if known < 6 else 24
-    ruleset = call(CREATE, "landlock_create_ruleset", ctypes.addressof(attributes), size, 0)
+    abi_version = syscall(CREATE, "landlock", None, 0, VERSION)
+    files = (1 << max(count for since, count in FILE_RIGHTS if abi_version >= since)) - 1
+    attributes = RulesetAttr(files, CONNECT_AND_BIND, SIGNALS_AND_ABSTRACT_SOCKETS)
+    size = 8 if abi_version < 4 else 16 if abi_version < 6 else 24
+    ruleset = syscall(CREATE, "landlock_create_ruleset", ctypes.addressof(attributes), size, 0)
     for descriptor in readable:
         _allow(ruleset, descriptor, READ_FILE | READ_DIR if stat.S_ISDIR(os.fstat(descriptor).st_mode) else READ_FILE)
     for descriptor in writable:
         _allow(ruleset, descriptor, (READ_FILE | WRITE_FILE | TRUNCATE) & files)
-    call(RESTRICT, "landlock_restrict_self", ruleset, 0)
+    syscall(RESTRICT, "landlock_restrict_self", ruleset, 0)
     os.close(ruleset)
-    return known
+    return abi_version
 
 
 def _allow(ruleset: int, descriptor: int, rights: int) -> None:
-    rule = Beneath(rights, descriptor)
-    call(ADD, "landlock_add_rule", ruleset, PATH_BENEATH, ctypes.addressof(rule), 0)
+    rule = PathBeneathAttr(rights, descriptor)
+    syscall(ADD, "landlock_add_rule", ruleset, PATH_BENEATH, ctypes.addressof(rule), 0)

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowrank_tune.rewards.sandbox import view
-from lowrank_tune.rewards.sandbox.channel import Channel, Closed
-from lowrank_tune.rewards.sandbox.talk import NONCE
-from lowrank_tune.rewards.sandbox.values import Unreadable, decode
+from lowrank_tune.rewards.sandbox.channel import Channel, ChannelClosed
+from lowrank_tune.rewards.sandbox.talk import NONCE_BYTES
+from lowrank_tune.rewards.sandbox.values import DeserializationError, decode
 
 Level = Literal["namespaces", "bubblewrap", "landlock", "none"]
-Role = Literal["solver", "tester"]
+SandboxRole = Literal["solver", "tester"]
 FOLDER = Path(__file__).resolve().parent
 MEMORY = 1 << 30  # bytes of address space
 CPU_SECONDS = 20
-MORE_TASKS = 512  # processes and threads beside those that the user has anyway
+MAX_EXTRA_TASKS = 512  # processes and threads beside those that the user has anyway
 START_SECONDS = 20.0
 ENDING_SECONDS = 0.5  # between the end of a stream and that of the process
 PACKAGE = "lowrank_tune.rewards.sandbox"
@@ -45,21 +45,21 @@ class Unconfined(Exception):
     """A process could not be confined at its level; the message says why."""
 
 
-class Foreign(Exception):
+class UnauthenticatedMessage(Exception):
     """A message that does not carry the nonce and its number: the code itself wrote to where its results go."""
 
 
 class Confined:
     """One process at a level. It waits for its first message, confined, from the start on."""
 
-    def __init__(self, role: Role, level: Level, memory: int = MEMORY) -> None:
-        mine, theirs = socket.socketpair()
-        self._channel, self._nonce, self._heard = Channel(mine), secrets.token_bytes(NONCE), 0
-        numbers = [theirs.fileno(), os.getpid(), memory, CPU_SECONDS, most_tasks()]
-        with theirs:
+    def __init__(self, role: SandboxRole, level: Level, memory: int = MEMORY) -> None:
+        parent_end, child_end = socket.socketpair()
+        self._channel, self._nonce, self._num_received = Channel(parent_end), secrets.token_bytes(NONCE_BYTES), 0
+        numbers = [child_end.fileno(), os.getpid(), memory, CPU_SECONDS, max_tasks()]
+        with child_end:
             self._process = subprocess.Popen(
                 [*python(level), role, level, *map(str, numbers)],
-                pass_fds=[theirs.fileno()],
+                pass_fds=[child_end.fileno()],
                 cwd="/",
                 start_new_session=True,
                 env={"PYTHONHASHSEED": "0"},  # sets come in one order; the process forgets it
@@ -72,13 +72,13 @@ class Confined:
         """What it reached, once it is confined. Raises Unconfined."""
         deadline = time.monotonic() + START_SECONDS
         try:
-            reached: Mapping[str, Any] = decode(self._channel.receive(deadline))
+            status: Mapping[str, Any] = decode(self._channel.receive(deadline))
             self._channel.send(self._nonce, deadline)
-        except (Closed, Unreadable):
+        except (ChannelClosed, DeserializationError):
             raise Unconfined(f"it {self.end()}") from None
-        if "fault" in reached:
-            raise Unconfined(reached["fault"])
-        return reached
+        if "fault" in status:
+            raise Unconfined(status["fault"])
+        return status
 
     def send(self, message: bytes, deadline: float) -> None:
         """Raises Late or Closed."""
@@ -87,10 +87,10 @@ class Confined:
     def receive(self, deadline: float) -> bytes:
         """The next message. Raises Late, Closed, TooLong, or Foreign."""
         message = self._channel.receive(deadline)
-        self._heard += 1
-        head = self._nonce + struct.pack("<I", self._heard)
+        self._num_received += 1
+        head = self._nonce + struct.pack("<I", self._num_received)
         if not message.startswith(head):
-            raise Foreign
+            raise UnauthenticatedMessage
         return message[len(head) :]
 
     def times(self) -> tuple[float, float]:
@@ -102,15 +102,15 @@ class Confined:
                 # its group: with namespaces it is several
                 if int(status.read_text().rpartition(")")[2].split()[2]) == self._process.pid:
                     for task in status.parent.glob("task/*/schedstat"):
-                        each = task.read_text().split()
-                        ran, waited = ran + int(each[0]), waited + int(each[1])
+                        fields = task.read_text().split()
+                        ran, waited = ran + int(fields[0]), waited + int(fields[1])
         return ran / 1e9, waited / 1e9
 
     def end(self) -> str:
         """Ends it, with all that it started where that was possible at all; how it had ended by itself, where it
         had."""
-        patience = time.monotonic() + (ENDING_SECONDS if self._channel.closed() else 0)
-        while not (found := self._finished()) and time.monotonic() < patience:
+        deadline = time.monotonic() + (ENDING_SECONDS if self._channel.closed() else 0)
+        while not (finished := self._finished()) and time.monotonic() < deadline:
             time.sleep(0.002)
         if self._process.returncode is None:  # not waited for yet: its number is still its own
             for kill in (os.killpg, os.kill):  # the group where it has made one by now
@@ -118,7 +118,7 @@ class Confined:
                     kill(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
         self._channel.close()
-        return ended(code if found else None)
+        return exit_reason(code if finished else None)
 
     def _finished(self) -> bool:
         """Whether it has ended; it stays to be waited for."""
@@ -127,7 +127,7 @@ class Confined:
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
 
 
-def ended(code: int | None) -> str:
+def exit_reason(code: int | None) -> str:
     """How a process ended, for a sentence."""
     if code is None:
         return "closed its connection"
@@ -160,28 +160,28 @@ def bubblewrap() -> list[str]:
     library = os.path.realpath(os.path.dirname(os.__file__))
     command = [
         "bwrap",
-        *(f"--unshare-{each}" for each in ("pid", "net", "ipc", "uts", "cgroup-try")),
+        *(f"--unshare-{namespace}" for namespace in ("pid", "net", "ipc", "uts", "cgroup-try")),
         "--die-with-parent",
     ]
     if os.geteuid() == 0:
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # to become nobody
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
-    shown = [*view.readable([library]), interpreter()]
-    for folder in sorted({str(folder) for path in shown for folder in Path(path).parents} - {"/"}):
+    visible = [*view.readable([library]), interpreter()]
+    for folder in sorted({str(folder) for path in visible for folder in Path(path).parents} - {"/"}):
         # or folders that were closed to others outside would be so inside
         command += ["--perms", "0755", "--dir", folder]
-    for path in shown:
+    for path in visible:
         command += ["--dev-bind" if path in view.DEVICES else "--ro-bind", path, path]
-    for name, target in view.links():
+    for name, target in view.root_symlinks():
         command += ["--symlink", target, name]
     return [*command, "--ro-bind", str(FOLDER), "/kit", "--chdir", "/", "--"]
 
 
 @functools.cache
-def most_tasks() -> int:
+def max_tasks() -> int:
     """How many processes and threads the confined user may have in all: what it has now, and some more."""
-    wanted = str(os.geteuid() or 65534)
+    uid = str(os.geteuid() or 65534)
     count = 0
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
@@ -191,6 +191,6 @@ def most_tasks() -> int:
         except OSError:  # it has ended
             continue
         fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-        if fields.get("Uid", "").split()[:1] == [wanted]:
+        if fields.get("Uid", "").split()[:1] == [uid]:
             count += int(fields.get("Threads", "1"))
-    return count + MORE_TASKS
+    return count + MAX_EXTRA_TASKS

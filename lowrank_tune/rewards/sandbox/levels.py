@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank_tune.rewards.sandbox import seccomp
-from lowrank_tune.rewards.sandbox.channel import Closed, Late, TooLong
-from lowrank_tune.rewards.sandbox.launch import Confined, Foreign, Level, Unconfined
-from lowrank_tune.rewards.sandbox.values import Unreadable, decode, encode
+from lowrank_tune.rewards.sandbox.channel import ChannelClosed, ChannelTimeout, MessageTooLong
+from lowrank_tune.rewards.sandbox.launch import Confined, Level, UnauthenticatedMessage, Unconfined
+from lowrank_tune.rewards.sandbox.values import DeserializationError, decode, encode
 
 LEVELS: tuple[Level, ...] = ("namespaces", "bubblewrap", "landlock")
 """From the strongest to the floor."""
@@ -55,57 +55,59 @@ def open_doors(secret, folder, parent):
 
 
 @dataclass(frozen=True)
-class Offer:
+class AvailableIsolation:
     """A level that was tried: `fault` says why it is none here. `reached` is what the process told of itself."""
 
     level: Level
     fault: str = ""
-    reached: Mapping[str, Any] | None = None
+    status: Mapping[str, Any] | None = None
 
     def __str__(self) -> str:
-        if self.fault or self.reached is None:
+        if self.fault or self.status is None:
             return f"{self.level}: {self.fault}"
-        lock = f" + Landlock {self.reached['landlock']}" if self.reached["landlock"] else ""
+        lock = f" + Landlock {self.status['landlock']}" if self.status["landlock"] else ""
         base = "" if self.level == "landlock" else self.level
         return (
-            f"{base}{lock}{'' if self.level == 'none' else ' + seccomp'} + limits, as user {self.reached['uid']}"
+            f"{base}{lock}{'' if self.level == 'none' else ' + seccomp'} + limits, as user {self.status['uid']}"
         ).removeprefix(" + ")
 
 
 @functools.cache
-def strongest() -> Offer | None:
+def best_available() -> AvailableIsolation | None:
     """The strongest level at or above the floor; None where there is none. Tried once."""
-    return next((offer for offer in map(attempt, LEVELS) if not offer.fault), None)
+    return next((available for available in map(probe_level, LEVELS) if not available.fault), None)
 
 
-def why_none() -> str:
+def unavailable_reason() -> str:
     """Why each level is none here, in words."""
-    return "; ".join(str(offer) for offer in map(attempt, LEVELS))
+    return "; ".join(str(available) for available in map(probe_level, LEVELS))
 
 
 @functools.cache
-def attempt(level: Level) -> Offer:
+def probe_level(level: Level) -> AvailableIsolation:
     """Starts a process at the level and lets it try the doors."""
-    if sys.platform != "linux" or not seccomp.known():
-        return Offer(level, f"not on {sys.platform} {os.uname().machine}")
+    if sys.platform != "linux" or not seccomp.is_supported():
+        return AvailableIsolation(level, f"not on {sys.platform} {os.uname().machine}")
     if level == "bubblewrap" and shutil.which("bwrap") is None:
-        return Offer(level, "`bwrap` is not installed")
+        return AvailableIsolation(level, "`bwrap` is not installed")
     solver = Confined("solver", level)
     try:
-        reached = solver.ready()
-        found = doors(solver)
+        status = solver.ready()
+        escapes = escape_checks(solver)
     except Unconfined as fault:
-        return Offer(level, str(fault))
-    except (Closed, Late, TooLong, Foreign, Unreadable) as error:
-        return Offer(
-            level, f"the process {solver.end() if isinstance(error, Closed) else 'did not answer as it should'}"
+        return AvailableIsolation(level, str(fault))
+    except (ChannelClosed, ChannelTimeout, MessageTooLong, UnauthenticatedMessage, DeserializationError) as error:
+        return AvailableIsolation(
+            level, f"the process {solver.end() if isinstance(error, ChannelClosed) else 'did not answer as it should'}"
         )
     finally:
         solver.end()
-    return Offer(level, f"code at this level {', '.join(found)}" if found and level != "none" else "", reached)
+    return AvailableIsolation(
+        level, f"code at this level {', '.join(escapes)}" if escapes and level != "none" else "", status
+    )
 
 
-def doors(solver: Confined) -> list[str]:
+def escape_checks(solver: Confined) -> list[str]:
     """Which of the attempts of PROBE work from inside a process."""
     deadline = time.monotonic() + PROBE_SECONDS
     with tempfile.TemporaryDirectory() as folder:

@@ -10,15 +10,15 @@ import os
 import struct
 
 from lowrank_tune.rewards.sandbox import view
-from lowrank_tune.rewards.sandbox.kernel import LIBC, call, checked
+from lowrank_tune.rewards.sandbox.kernel import LIBC, check_errno, syscall
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # mounts, cgroups, host name, IPC, processes, network
-NEW = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
-NEW_USER = 0x10000000
+CLONE_NEW_FLAGS = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
+CLONE_NEWUSER = 0x10000000
 BIND, RECURSIVE, PRIVATE, REMOUNT, READ_ONLY, NO_SUID, NO_DEV = 1 << 12, 1 << 14, 1 << 18, 1 << 5, 1, 2, 4
 DETACH = 2
 MOUNT_SETATTR, AT_RECURSIVE = 442, 0x8000
@@ -26,13 +26,13 @@ ROOTS = ("/tmp", "/mnt", "/run", "/var")  # where the new root may be mounted; n
 NOBODY = 65534
 
 
-def take(readable: Sequence[str]) -> None:
+def enter(readable: Sequence[str]) -> None:
     """Moves this process into namespaces of its own; the next child is alone in them. Raises OSError where that is not
     allowed."""
     user, group = os.geteuid(), os.getegid()
-    checked(LIBC.unshare(NEW | (NEW_USER if user else 0)), "unshare")
+    check_errno(LIBC.unshare(CLONE_NEW_FLAGS | (CLONE_NEWUSER if user else 0)), "unshare")
     if user:
-        _map(user, group)
+        _write_id_maps(user, group)
     _mount(None, "/", None, RECURSIVE | PRIVATE)
     # before the new root may hide them
     sources = [(path, os.open(path, os.O_PATH | os.O_CLOEXEC)) for path in readable]
@@ -40,25 +40,25 @@ def take(readable: Sequence[str]) -> None:
     _mount("tmpfs", root, "tmpfs", NO_SUID | NO_DEV, "size=256k,mode=755")
     os.chdir(root)
     for path, source in sources:
-        _bind(path, source)
+        _bind_mount(path, source)
         os.close(source)
-    for name, target in view.links():
+    for name, target in view.root_symlinks():
         if not os.path.lexists("." + name):
             os.symlink(target, "." + name)
-    checked(LIBC.pivot_root(b".", b"."), "pivot_root")
-    checked(LIBC.umount2(b".", DETACH), "umount")
+    check_errno(LIBC.pivot_root(b".", b"."), "pivot_root")
+    check_errno(LIBC.umount2(b".", DETACH), "umount")
     os.chdir("/")
     _mount(None, "/", None, REMOUNT | BIND | READ_ONLY | NO_SUID | NO_DEV)
 
 
-def _map(user: int, group: int) -> None:
+def _write_id_maps(user: int, group: int) -> None:
     """Nobody inside is the user outside; there is no one else."""
     for file, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {user} 1"), ("gid_map", f"{NOBODY} {group} 1")):
         with open(f"/proc/self/{file}", "w") as handle:
             handle.write(text)
 
 
-def _bind(path: str, source: int) -> None:
+def _bind_mount(path: str, source: int) -> None:
     """Shows what `source` is an open descriptor of beneath the new root, the working directory, as `path`, for reading
     only."""
     inside = "." + path
@@ -70,9 +70,11 @@ def _bind(path: str, source: int) -> None:
             pass
     _mount(f"/proc/self/fd/{source}", inside, None, BIND | RECURSIVE)
     flags = NO_SUID if path in view.DEVICES else READ_ONLY | NO_SUID | NO_DEV
-    call(MOUNT_SETATTR, "mount_setattr", -100, inside.encode(), AT_RECURSIVE, struct.pack("<QQQQ", flags, 0, 0, 0), 32)
+    syscall(
+        MOUNT_SETATTR, "mount_setattr", -100, inside.encode(), AT_RECURSIVE, struct.pack("<QQQQ", flags, 0, 0, 0), 32
+    )
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
-    made = [None if each is None else each.encode() for each in (source, target, kind, data)]
-    checked(LIBC.mount(made[0], made[1], made[2], flags, made[3]), f"mount {target}")
+    encoded = [None if argument is None else argument.encode() for argument in (source, target, kind, data)]
+    check_errno(LIBC.mount(encoded[0], encoded[1], encoded[2], flags, encoded[3]), f"mount {target}")

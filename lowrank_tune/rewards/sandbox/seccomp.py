@@ -11,7 +11,7 @@ import errno
 import os
 import struct
 
-from lowrank_tune.rewards.sandbox.kernel import LIBC, PR_SET_SECCOMP, checked
+from lowrank_tune.rewards.sandbox.kernel import LIBC, PR_SET_SECCOMP, check_errno
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
 NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 FILTER_MODE = 2
-FOREIGN = 0x40000000  # x86-64 numbers from here on belong to another calling convention
+X32_SYSCALL_BIT = 0x40000000  # x86-64 numbers from here on belong to another calling convention
 AF_UNIX = 1
 THREAD_FLAGS = (0x3D0F00, 0x7D0F00)  # what pthread_create of glibc and of musl gives to clone(2)
 FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030)  # duplicates, flags and locks; not F_SETOWN, which sends signals
@@ -246,18 +246,18 @@ MACHINES = {"x86_64": (0xC000003E, X86_64), "aarch64": (0xC00000B7, AARCH64)}
 """What uname(2) says: the kernel's word for it in a filter, and the numbers of the calls that remain."""
 
 
-class Program(ctypes.Structure):
+class SockFprog(ctypes.Structure):
     """struct sock_fprog."""
 
     _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
 
 
-def known() -> bool:
+def is_supported() -> bool:
     """Whether there is a list for this machine."""
     return os.uname().machine in MACHINES
 
 
-def narrowed() -> dict[str, tuple[int, tuple[int, ...]]]:
+def argument_rules() -> dict[str, tuple[int, tuple[int, ...]]]:
     """Calls that remain only where an argument (by its place, lower 32 bits) is one of these values."""
     own = (os.getpid(),)
     return {
@@ -272,7 +272,7 @@ def narrowed() -> dict[str, tuple[int, tuple[int, ...]]]:
     }
 
 
-def program() -> bytes:
+def build_filter() -> bytes:
     """The filter for this process: struct sock_filter after struct sock_filter."""
     architecture, numbers = MACHINES[os.uname().machine]
     lines = [
@@ -280,17 +280,19 @@ def program() -> bytes:
         (EQUAL, 1, 0, architecture),
         (RETURN, 0, 0, KILL),
         (LOAD, 0, 0, NUMBER),
-        (AT_LEAST, 0, 1, FOREIGN),
+        (AT_LEAST, 0, 1, X32_SYSCALL_BIT),
         (RETURN, 0, 0, KILL),
     ]
-    rules = narrowed()
+    rules = argument_rules()
     for name, number in numbers.items():
-        lines += _lines(number, REFUSE | errno.ENOSYS if name == "clone3" else ALLOW, rules.get(name))
+        lines += _rule_lines(number, REFUSE | errno.ENOSYS if name == "clone3" else ALLOW, rules.get(name))
     lines.append((RETURN, 0, 0, REFUSE | errno.EPERM))
     return b"".join(struct.pack("<HBBI", *line) for line in lines)
 
 
-def _lines(number: int, answer: int, rule: tuple[int, tuple[int, ...]] | None) -> Iterator[tuple[int, int, int, int]]:
+def _rule_lines(
+    number: int, answer: int, rule: tuple[int, tuple[int, ...]] | None
+) -> Iterator[tuple[int, int, int, int]]:
     """One call: on to its answer where the number is its own, else past it. clone3 hides its flags, so the C library
     must use clone."""
     if rule is None:
@@ -307,7 +309,7 @@ def _lines(number: int, answer: int, rule: tuple[int, tuple[int, ...]] | None) -
 
 def restrict() -> None:
     """Installs the filter. PR_SET_NO_NEW_PRIVS must be set, and this must be the only thread."""
-    code = program()
-    held = ctypes.create_string_buffer(code, len(code))
-    made = Program(len(code) // 8, ctypes.addressof(held))
-    checked(LIBC.prctl(PR_SET_SECCOMP, FILTER_MODE, ctypes.byref(made), 0, 0), "seccomp")
+    code = build_filter()
+    buffer = ctypes.create_string_buffer(code, len(code))
+    fprog = SockFprog(len(code) // 8, ctypes.addressof(buffer))
+    check_errno(LIBC.prctl(PR_SET_SECCOMP, FILTER_MODE, ctypes.byref(fprog), 0, 0), "seccomp")

@@ -6,19 +6,19 @@ import struct
 
 from lowrank_tune.rewards.sandbox import frames
 
-NONCE = 16
+NONCE_BYTES = 16
 
 
-class Talk:
+class AuthenticatedChannel:
     """Messages over one descriptor. What does not begin as it must was written by someone else."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._sent = descriptor, 0
-        self._nonce = frames.read(descriptor)
+        self._descriptor, self._num_sent = descriptor, 0
+        self._nonce = frames.read_frame(descriptor)
 
-    def hear(self) -> bytes:
-        return frames.read(self._descriptor)
+    def receive(self) -> bytes:
+        return frames.read_frame(self._descriptor)
 
-    def tell(self, message: bytes) -> None:
-        self._sent += 1
-        frames.write(self._descriptor, self._nonce + struct.pack("<I", self._sent) + message)
+    def send(self, message: bytes) -> None:
+        self._num_sent += 1
+        frames.write_frame(self._descriptor, self._nonce + struct.pack("<I", self._num_sent) + message)

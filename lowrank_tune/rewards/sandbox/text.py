@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-class Text(SourceFileLoader):
+class SourceTextLoader(SourceFileLoader):
     """Loads a module from `source`."""
 
     def __init__(self, name: str, source: bytes) -> None:
@@ -25,10 +25,12 @@ class Text(SourceFileLoader):
         raise OSError  # nothing is cached
 
 
-def load(name: str, source: str, given: dict[str, Any], loader: type[Text] = Text) -> ModuleType:
+def load_module(
+    name: str, source: str, namespace: dict[str, Any], loader: type[SourceTextLoader] = SourceTextLoader
+) -> ModuleType:
     """The module that the text makes, with the names `given` in it from the start. Raises what the text raises."""
     module = type(sys)(name)
-    module.__dict__.update(given)
+    module.__dict__.update(namespace)
     sys.modules[name] = module  # dataclasses look their module up while it is made
     loader(name, source.encode("utf-8", "surrogatepass")).exec_module(module)
     return module

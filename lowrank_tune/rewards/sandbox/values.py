@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    Other = Callable[[Any], int]
-    Found = Callable[[int], Any]
+    ToHandle = Callable[[Any], int]
+    FromHandle = Callable[[int], Any]
 
-DEEPEST = 100  # levels of nesting
+MAX_DEPTH = 100  # levels of nesting
 CONTAINERS: dict[type, bytes] = {list: b"l", tuple: b"t", set: b"S", frozenset: b"Z"}
-KINDS = {
+TYPE_TAGS = {
     type(None): b"N",
     bool: b"B",
     int: b"i",
@@ -35,9 +35,9 @@ KINDS = {
     type: b"T",
     **CONTAINERS,
 }
-TYPES = {each.__name__: each for each in KINDS if each is not type}
+TYPES_BY_NAME = {each.__name__: each for each in TYPE_TAGS if each is not type}
 """Types that are values themselves: a test may ask for all that is no `int`."""
-LIBRARY: dict[bytes, tuple[str, str]] = {
+LIBRARY_TYPES: dict[bytes, tuple[str, str]] = {
     b"C": ("collections", "Counter"),
     b"O": ("collections", "OrderedDict"),
     b"Q": ("collections", "deque"),
@@ -48,47 +48,47 @@ LIBRARY: dict[bytes, tuple[str, str]] = {
 """Types that are looked for only where their module was imported anyway."""
 
 
-class Unplain(Exception):
+class NotSerializable(Exception):
     """A value that cannot be written; the message names its type."""
 
 
-class Unreadable(Exception):
+class DeserializationError(Exception):
     """Bytes that are no value."""
 
 
 def refuse(value: Any) -> int:
     """The `other` of who takes plain values only."""
-    raise Unplain(f"a {type(value).__name__}")
+    raise NotSerializable(f"a {type(value).__name__}")
 
 
-def encode(value: Any, other: Other = refuse) -> bytes:
+def encode(value: Any, to_handle: ToHandle = refuse) -> bytes:
     """The value as bytes. Raises Unplain where `other` does, and for what is nested too deeply or in itself."""
     parts: list[bytes] = []
-    _write(value, parts, other, 0)
+    _write(value, parts, to_handle, 0)
     return b"".join(parts)
 
 
-def _write(value: Any, parts: list[bytes], other: Other, depth: int) -> None:
-    if depth > DEEPEST:
-        raise Unplain("a value that is nested too deeply")
-    kind = KINDS.get(type(value)) or _library_kind(value)
-    if kind is None or (kind == b"T" and TYPES.get(value.__name__) is not value):
-        parts.append(b"o%d;" % other(value))
+def _write(value: Any, parts: list[bytes], to_handle: ToHandle, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise NotSerializable("a value that is nested too deeply")
+    kind = TYPE_TAGS.get(type(value)) or _library_kind(value)
+    if kind is None or (kind == b"T" and TYPES_BY_NAME.get(value.__name__) is not value):
+        parts.append(b"o%d;" % to_handle(value))
     elif kind in b"mCOD":
         parts.append(b"%s%d;" % (kind, len(value)))
         for pair in value.items():
-            _write(pair[0], parts, other, depth + 1)
-            _write(pair[1], parts, other, depth + 1)
+            _write(pair[0], parts, to_handle, depth + 1)
+            _write(pair[1], parts, to_handle, depth + 1)
     elif kind in b"ltSZQ":
         parts.append(b"%s%d;" % (kind, len(value)))
         for each in value:
-            _write(each, parts, other, depth + 1)
+            _write(each, parts, to_handle, depth + 1)
     else:
         parts.append(kind + _leaf(kind, value))
 
 
 def _library_kind(value: Any) -> bytes | None:
-    for kind, (module, name) in LIBRARY.items():
+    for kind, (module, name) in LIBRARY_TYPES.items():
         if module in sys.modules and type(value) is getattr(sys.modules[module], name, None):
             return kind
     return None
@@ -113,44 +113,44 @@ def _leaf(kind: bytes, value: Any) -> bytes:
     return b"%d;%s" % (len(text), text)
 
 
-def decode(data: bytes, found: Found | None = None) -> Any:
+def decode(data: bytes, from_handle: FromHandle | None = None) -> Any:
     """The value; a number of an `other` is given to `found`. Raises Unreadable for anything that `encode` does not
     write."""
-    reader = Reader(data, found)
+    reader = Deserializer(data, from_handle)
     try:
         value = reader.value(0)
     except (ValueError, TypeError, KeyError, struct.error, ArithmeticError) as error:
-        raise Unreadable(f"{type(error).__name__}: {error}") from None
-    if reader.place != len(data):
-        raise Unreadable("there is more behind the value")
+        raise DeserializationError(f"{type(error).__name__}: {error}") from None
+    if reader.position != len(data):
+        raise DeserializationError("there is more behind the value")
     return value
 
 
-class Reader:
+class Deserializer:
     """Reads one value from `data`, from `place` on."""
 
-    def __init__(self, data: bytes, found: Found | None) -> None:
-        self.data, self.found, self.place = data, found, 0
+    def __init__(self, data: bytes, from_handle: FromHandle | None) -> None:
+        self.data, self.from_handle, self.position = data, from_handle, 0
 
     def take(self, count: int) -> bytes:
-        if count < 0 or self.place + count > len(self.data):
-            raise Unreadable("it ends too early")
-        self.place += count
-        return self.data[self.place - count : self.place]
+        if count < 0 or self.position + count > len(self.data):
+            raise DeserializationError("it ends too early")
+        self.position += count
+        return self.data[self.position - count : self.position]
 
     def number(self, base: int = 10) -> int:
-        end = self.data.find(b";", self.place)
+        end = self.data.find(b";", self.position)
         if end < 0:
-            raise Unreadable("a number has no end")
-        text = self.take(end - self.place)
-        self.place += 1
+            raise DeserializationError("a number has no end")
+        text = self.take(end - self.position)
+        self.position += 1
         if not text.lstrip(b"-").isalnum():  # int() would take spaces and underscores too
-            raise Unreadable("no number")
+            raise DeserializationError("no number")
         return int(text, base)
 
     def value(self, depth: int) -> Any:
-        if depth > DEEPEST:
-            raise Unreadable("it is nested too deeply")
+        if depth > MAX_DEPTH:
+            raise DeserializationError("it is nested too deeply")
         kind = self.take(1)
         if kind in b"mCOD":
             pairs = [(self.value(depth + 1), self.value(depth + 1)) for _ in range(self.number())]
@@ -160,7 +160,7 @@ class Reader:
             return (
                 next((make(items) for make, tag in CONTAINERS.items() if tag == kind), None)
                 if kind != b"Q"
-                else library(kind)(items)
+                else library_type(kind)(items)
             )
         return self._leaf(kind)
 
@@ -168,8 +168,8 @@ class Reader:
         if kind == b"m":
             return dict(pairs)
         if kind == b"D":
-            return library(kind)(None, pairs)
-        return library(kind)(dict(pairs) if kind == b"C" else pairs)
+            return library_type(kind)(None, pairs)
+        return library_type(kind)(dict(pairs) if kind == b"C" else pairs)
 
     def _leaf(self, kind: bytes) -> Any:
         if kind in b"NE":
@@ -184,20 +184,20 @@ class Reader:
             return complex(*struct.unpack("<dd", self.take(16)))
         if kind == b"r":
             return range(self.number(16), self.number(16), self.number(16))
-        if kind == b"o" and self.found is not None:
-            return self.found(self.number())
+        if kind == b"o" and self.from_handle is not None:
+            return self.from_handle(self.number())
         if kind not in b"sbyXFT":
-            raise Unreadable(f"unknown kind {kind!r}")
+            raise DeserializationError(f"unknown kind {kind!r}")
         raw = self.take(self.number())
         if kind in b"by":
             return raw if kind == b"b" else bytearray(raw)
         text = raw.decode("utf-8", "surrogatepass")
-        return text if kind == b"s" else TYPES[text] if kind == b"T" else library(kind)(text)
+        return text if kind == b"s" else TYPES_BY_NAME[text] if kind == b"T" else library_type(kind)(text)
 
 
-def library(kind: bytes) -> Callable[..., Any]:
+def library_type(kind: bytes) -> Callable[..., Any]:
     """The type of the standard library that a letter stands for; imported where one comes."""
-    module, name = LIBRARY[kind]
+    module, name = LIBRARY_TYPES[kind]
     __import__(module)
     made: Callable[..., Any] = getattr(sys.modules[module], name)
     return made

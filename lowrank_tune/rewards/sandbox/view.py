@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 
-SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo")
+SYSTEM_PATHS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo")
 DEVICES = ("/dev/null", "/dev/urandom")
 WRITABLE = ("/dev/null",)
 
@@ -19,11 +19,13 @@ def library_paths() -> list[str]:
 def readable(paths: list[str]) -> list[str]:
     """All that may be read, the outermost only: `paths`, the libraries beside them, the system's. What is missing here
     is left out."""
-    beside = [os.path.dirname(path) for path in paths if os.path.basename(os.path.dirname(path)) == "lib"]
-    wanted = sorted({os.path.realpath(path) for path in (*paths, *beside, *SYSTEM, *DEVICES) if os.path.exists(path)})
-    return [path for path in wanted if not any(path.startswith(other + "/") for other in wanted)]
+    lib_dirs = [os.path.dirname(path) for path in paths if os.path.basename(os.path.dirname(path)) == "lib"]
+    existing = sorted(
+        {os.path.realpath(path) for path in (*paths, *lib_dirs, *SYSTEM_PATHS, *DEVICES) if os.path.exists(path)}
+    )
+    return [path for path in existing if not any(path.startswith(other + "/") for other in existing)]
 
 
-def links() -> list[tuple[str, str]]:
+def root_symlinks() -> list[tuple[str, str]]:
     """Names at the root that lead elsewhere, as /lib to /usr/lib: (name, where to)."""
-    return [(path, os.path.realpath(path)) for path in SYSTEM[:4] if os.path.islink(path)]
+    return [(path, os.path.realpath(path)) for path in SYSTEM_PATHS[:4] if os.path.islink(path)]

@@ -12,12 +12,12 @@ from typing import TextIO
 
 from lowrank_tune.checkpoint import write_file
 from lowrank_tune.ui.compare.page import compare_page
-from lowrank_tune.ui.compare.screen import Paper, screen
-from lowrank_tune.ui.compare.side import Side, read_sides
-from lowrank_tune.ui.frame import coded, plain_text
+from lowrank_tune.ui.compare.screen import TextCanvas, screen
+from lowrank_tune.ui.compare.side import ComparedRun, read_runs
+from lowrank_tune.ui.frame import plain_text, to_ansi
 from lowrank_tune.ui.terminal import ascii_only
 
-__all__ = ["Paper", "Side", "compare", "compare_page", "read_sides", "screen"]
+__all__ = ["TextCanvas", "ComparedRun", "compare", "compare_page", "read_runs", "screen"]
 
 PIPED_WIDTH = 120
 
@@ -30,15 +30,15 @@ def compare(
 
     Raises UserError where something is no run, or the page cannot be written.
     """
-    sides, out = read_sides(runs), sys.stdout if file is None else file
-    target = html or sides[0].folder.resolve().parent / "compare.html"
+    compared, out = read_runs(runs), sys.stdout if file is None else file
+    target = html or compared[0].folder.resolve().parent / "compare.html"
     on_terminal = out.isatty() and environ.get("TERM", "dumb") != "dumb"
-    colour = on_terminal and not environ.get("NO_COLOR")
+    color = on_terminal and not environ.get("NO_COLOR")
     width = shutil.get_terminal_size((PIPED_WIDTH, 24)).columns if on_terminal or "COLUMNS" in environ else PIPED_WIDTH
-    lines = screen(sides, Paper(max(40, width), signs=not colour, ascii_only=ascii_only(out, environ)))
-    told = "\n".join(coded(line, colour) for line in lines) + "\n" if on_terminal else plain_text(lines)
+    lines = screen(compared, TextCanvas(max(40, width), signs=not color, ascii_only=ascii_only(out, environ)))
+    text = "\n".join(to_ansi(line, color) for line in lines) + "\n" if on_terminal else plain_text(lines)
     encoding = getattr(out, "encoding", None) or "utf-8"
-    out.write(told.encode(encoding, "backslashreplace").decode(encoding))
+    out.write(text.encode(encoding, "backslashreplace").decode(encoding))
     out.flush()
-    write_file(target, compare_page(sides).encode("utf-8", "backslashreplace"))
+    write_file(target, compare_page(compared).encode("utf-8", "backslashreplace"))
     return target

@@ -12,48 +12,48 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.evals import Record as Evaluated
+from lowrank_tune.evals import EvalRecord as Evaluated
 from lowrank_tune.evals import read_records
 from lowrank_tune.recipe.tree import dotted, leaves
 from lowrank_tune.ui.metrics import charts_of
-from lowrank_tune.ui.report.record import ChainRecord, Points, Record, read_chain, read_record
+from lowrank_tune.ui.report.record import ChainLog, RunLog, StepValues, read_chain, read_run_log
 from lowrank_tune.ui.stages import EVENTS, is_chain
 
-OF_ITSELF = ("name", "description")  # what every recipe has for itself
+IGNORED_SETTINGS = ("name", "description")  # what every recipe has for itself
 CHECKED = ("validation_loss", "validation_accuracy")
-MEANS_ITS_OWN = ("loss", "validation_loss", "accuracy", "validation_accuracy", "margin", "entropy")
+ALGORITHM_SPECIFIC_METRICS = ("loss", "validation_loss", "accuracy", "validation_accuracy", "margin", "entropy")
 """What algorithms call by one name and mean differently: only runs of one kind share such a chart."""
-KINDS = {"reward": "pairs", "dpo": "pairs", "grpo": "completions", "ppo": "completions"}
+METRIC_FAMILIES = {"reward": "pairs", "dpo": "pairs", "grpo": "completions", "ppo": "completions"}
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedRun:
     """One run, or a chain: what it is called here, its stages that have begun, and its recipe where that can be read.
     The curves and the settings of a chain are those of the stage that began last."""
 
     label: str
     folder: Path
-    records: Sequence[Record]
-    chain: ChainRecord | None = None
+    run_logs: Sequence[RunLog]
+    chain: ChainLog | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Evaluated | None = None
     """The newest evaluation of `lowrank-tune eval`."""
 
     @property
-    def last(self) -> Record:
-        return self.records[-1]
+    def last(self) -> RunLog:
+        return self.run_logs[-1]
 
     @property
     def status(self) -> str:
         return self.chain.status if self.chain is not None else self.last.status
 
-    def points(self, name: str) -> Points:
+    def points(self, name: str) -> StepValues:
         """The finite values of a statistic by step."""
         found = self.last.series.get(name) or self.last.checks.get(name, {})
         return {step: value for step, value in sorted(found.items()) if math.isfinite(value)}
 
 
-def read_sides(paths: Sequence[Path]) -> list[Side]:
+def read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
     """The sides, in the order in which they were named. Raises UserError where there are fewer than two, one is named
     twice, or one is no run; what a killed or running run has written so far is read."""
     folders = [path.parent if path.name == EVENTS and path.is_file() else path for path in paths]
@@ -62,15 +62,15 @@ def read_sides(paths: Sequence[Path]) -> list[Side]:
     for place, count in Counter(folder.resolve() for folder in folders).items():
         if count > 1:
             raise UserError(f"{place} is named {count} times; name different runs")
-    return [_side(folder, label) for folder, label in zip(folders, labels_of(folders), strict=True)]
+    return [_read_run(folder, label) for folder, label in zip(folders, labels_of(folders), strict=True)]
 
 
-def _side(folder: Path, label: str) -> Side:
+def _read_run(folder: Path, label: str) -> ComparedRun:
     evaluation = next(reversed(read_records(folder)), None)
     if not is_chain(folder):
-        return Side(label, folder, [read_record(folder)], None, _recipe(folder), evaluation)
+        return ComparedRun(label, folder, [read_run_log(folder)], None, _recipe(folder), evaluation)
     chain = read_chain(folder)
-    return Side(label, folder, chain.begun, chain, _recipe(folder), evaluation)
+    return ComparedRun(label, folder, chain.started_stages, chain, _recipe(folder), evaluation)
 
 
 def labels_of(folders: Sequence[Path]) -> list[str]:
@@ -85,58 +85,58 @@ def labels_of(folders: Sequence[Path]) -> list[str]:
 
 def _recipe(folder: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads((folder / "run.json").read_bytes())["recipe"]
+        recipe = json.loads((folder / "run.json").read_bytes())["recipe"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return recipe if isinstance(recipe, dict) else {}
 
 
-def differences(sides: Sequence[Side]) -> dict[str, list[str | None]]:
+def differences(runs: Sequence[ComparedRun]) -> dict[str, list[str | None]]:
     """Every setting that is not the same everywhere, with its value on each side, None where it is not set. A chain is
     compared by the stage that began last; before that stands how its stages follow each other."""
-    settings = [_settings(side) for side in sides]
+    settings = [_settings(run) for run in runs]
     keys = dict.fromkeys(key for each in settings for key in each)
     found = {key: [each.get(key) for each in settings] for key in keys}
     return {key: values for key, values in found.items() if len(set(values)) > 1}
 
 
-def without_recipe(sides: Sequence[Side]) -> list[str]:
+def without_recipe(runs: Sequence[ComparedRun]) -> list[str]:
     """The sides whose settings are not known."""
-    return [side.label for side in sides if not side.recipe]
+    return [run.label for run in runs if not run.recipe]
 
 
-def _settings(side: Side) -> dict[str, str]:
+def _settings(run: ComparedRun) -> dict[str, str]:
     """Each leaf of a recipe under its dotted path; a path within the side's own folder says nothing."""
-    recipe = _recipe(side.last.folder) if side.chain is not None else side.recipe
-    own = str(side.folder.resolve())
+    recipe = _recipe(run.last.folder) if run.chain is not None else run.recipe
+    own = str(run.folder.resolve())
     try:
         found = {
             dotted(path): value
             for path, value in leaves(dict(recipe))
-            if path[:1] not in [(each,) for each in OF_ITSELF]
+            if path[:1] not in [(each,) for each in IGNORED_SETTINGS]
         }
     except RecursionError:
         return {}
     stages = (
-        {"stages": " -> ".join(str(record.started.algorithm) for record in side.records if record.started)}
-        if side.chain
+        {"stages": " -> ".join(str(run_log.started.algorithm) for run_log in run.run_logs if run_log.started)}
+        if run.chain
         else {}
     )
     return stages | {
-        key: _written(value) for key, value in found.items() if not (isinstance(value, str) and value.startswith(own))
+        key: _as_text(value) for key, value in found.items() if not (isinstance(value, str) and value.startswith(own))
     }
 
 
-def _written(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def shared(sides: Sequence[Side]) -> list[tuple[str, list[Side]]]:
+def common_metrics(runs: Sequence[ComparedRun]) -> list[tuple[str, list[ComparedRun]]]:
     """Each statistic that two sides or more have, with these sides, the most telling first. One that algorithms mean
     differently has a chart for each kind."""
     names = dict.fromkeys(
         [
-            *(name for side in sides for chart in charts_of(_algorithm(side)) for name in chart),
+            *(name for run in runs for chart in charts_of(_algorithm(run)) for name in chart),
             *CHECKED,
             "length",
             "heldout_length",
@@ -145,20 +145,20 @@ def shared(sides: Sequence[Side]) -> list[tuple[str, list[Side]]]:
     )
     found = []
     for name in names:
-        kinds: dict[str, list[Side]] = {}
-        for side in sides:
-            if len(side.points(name)) > 1:
-                kinds.setdefault(kind_of(name, _algorithm(side)), []).append(side)
-        found += [(name, several) for several in kinds.values() if len(several) > 1]
+        families: dict[str, list[ComparedRun]] = {}
+        for run in runs:
+            if len(run.points(name)) > 1:
+                families.setdefault(metric_family(name, _algorithm(run)), []).append(run)
+        found += [(name, several) for several in families.values() if len(several) > 1]
     return found
 
 
-def kind_of(name: str, algorithm: str) -> str:
+def metric_family(name: str, algorithm: str) -> str:
     """What algorithms must have in common for a statistic to mean the same."""
     if name in ("loss", "validation_loss"):
         return algorithm
-    return KINDS.get(algorithm, algorithm) if name in MEANS_ITS_OWN else ""
+    return METRIC_FAMILIES.get(algorithm, algorithm) if name in ALGORITHM_SPECIFIC_METRICS else ""
 
 
-def _algorithm(side: Side) -> str:
-    return str(side.last.started.algorithm) if side.last.started is not None else "sft"
+def _algorithm(run: ComparedRun) -> str:
+    return str(run.last.started.algorithm) if run.last.started is not None else "sft"

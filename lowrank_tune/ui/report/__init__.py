@@ -6,20 +6,20 @@ from pathlib import Path
 
 from lowrank_tune.checkpoint import write_file
 from lowrank_tune.ui.report.page import chain_page, page
-from lowrank_tune.ui.report.record import read_chain, read_record
+from lowrank_tune.ui.report.record import read_chain, read_run_log
 from lowrank_tune.ui.stages import is_chain
 
-__all__ = ["chain_page", "page", "read_chain", "read_record", "write_report"]
+__all__ = ["chain_page", "page", "read_chain", "read_run_log", "write_report"]
 
 
 def write_report(folder: Path) -> Path:
     """Writes the report of a run beside its events; of a chain, one page over all its stages and one for each. Raises
     `UserError` where the folder holds no run."""
     if not is_chain(folder):
-        return _write(folder, page(read_record(folder)))
+        return _write(folder, page(read_run_log(folder)))
     chain = read_chain(folder)
-    for record in chain.begun:
-        _write(record.folder, page(record))
+    for run_log in chain.started_stages:
+        _write(run_log.folder, page(run_log))
     return _write(folder, chain_page(chain))
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from lowrank_tune.ui import inert
-from lowrank_tune.ui.metrics import side_of
+from lowrank_tune.ui import escape_control_chars
+from lowrank_tune.ui.metrics import pair_side
 
 WIDTH, HEIGHT = 560, 230
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 26
@@ -19,7 +19,7 @@ Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Line:
+class ChartLine:
     """One line of a chart. `kind` is its class in the style sheet: raw, smooth, check, chosen or rejected."""
 
     name: str
@@ -27,7 +27,7 @@ class Line:
     points: Sequence[Point]
 
 
-def thin(points: Sequence[Point], buckets: int = BUCKETS) -> list[Point]:
+def downsample(points: Sequence[Point], buckets: int = BUCKETS) -> list[Point]:
     """At most two points a bucket, its lowest and its highest, so that no spike is lost; and both ends."""
     if len(points) <= 2 * buckets:
         return list(points)
@@ -49,13 +49,13 @@ def smooth(points: Sequence[Point]) -> list[Point]:
     return out
 
 
-def chart(lines: Sequence[Line], log: bool = False) -> str:
+def chart(lines: Sequence[ChartLine], log: bool = False) -> str:
     """The SVG of a chart. Values that are not finite, and on a logarithmic scale those that are not positive, leave a
     gap."""
     points = [point for line in lines for point in line.points if _fits(point[1], log)]
     if not points:
         return ""
-    low_x, high_x = _span([x for x, _ in points])
+    low_x, high_x = _axis_range([x for x, _ in points])
     ticks, low_y, high_y = (_log_ticks if log else ticks_of)([y for _, y in points])
 
     def across(x: float) -> float:
@@ -73,7 +73,7 @@ def chart(lines: Sequence[Line], log: bool = False) -> str:
     for tick in ticks:
         parts.append(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(tick):.1f}" y2="{down(tick):.1f}"/>'
-            f'<text class="tick" x="{LEFT - 7}" y="{down(tick) + 3.5:.1f}" text-anchor="end">{short(tick)}</text>'
+            f'<text class="tick" x="{LEFT - 7}" y="{down(tick) + 3.5:.1f}" text-anchor="end">{format_tick(tick)}</text>'
         )
     for tick in ticks_of([low_x, high_x], 6)[0]:
         if low_x <= tick <= high_x and tick == int(tick):
@@ -92,7 +92,7 @@ def chart(lines: Sequence[Line], log: bool = False) -> str:
             if line.kind == "check":
                 dots.append(
                     f'<circle class="check" cx="{across(x):.1f}" cy="{down(y):.1f}" r="2.6">'
-                    f"<title>{escape(line.name)} {short(y)} after step {x:g}</title></circle>"
+                    f"<title>{escape(line.name)} {format_tick(y)} after step {x:g}</title></circle>"
                 )
         parts.append(
             f'<path class="{line.kind}" d="{"".join(path)}"><title>{escape(line.name)}</title></path>{"".join(dots)}'
@@ -100,7 +100,7 @@ def chart(lines: Sequence[Line], log: bool = False) -> str:
     return "".join(parts) + '<line class="cross" y1="10" y2="204" visibility="hidden"/></svg>'
 
 
-def hover_data(lines: Sequence[Line]) -> str:
+def hover_data(lines: Sequence[ChartLine]) -> str:
     """What a chart's tooltip needs, as JSON for an attribute: for each line its name and its points."""
     data = [[line.name, [[x, float(f"{y:.4g}")] for x, y in line.points if math.isfinite(y)]] for line in lines]
     return escape(json.dumps(data, separators=(",", ":")), quote=True)
@@ -122,30 +122,30 @@ def histogram(edges: Sequence[int], counts: Sequence[int], limit: int, over: int
     names = [f"{low + 1:,} to {high:,} tokens" for low, high in zip(edges, edges[1:], strict=False)] + [
         f"over {limit:,} tokens"
     ]
-    most, step = max([*values, 1]), (WIDTH - LEFT - RIGHT) / max(1, len(values))
+    largest, step = max([*values, 1]), (WIDTH - LEFT - RIGHT) / max(1, len(values))
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" class="chart" role="img">']
-    ticks = [tick for tick in ticks_of([0, most], 4)[0] if tick == int(tick)]
-    high = max(most, *ticks)
+    ticks = [tick for tick in ticks_of([0, largest], 4)[0] if tick == int(tick)]
+    high = max(largest, *ticks)
     for tick in ticks:
         y = HEIGHT - BOTTOM - tick / high * (HEIGHT - TOP - BOTTOM)
         parts.append(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{int(tick):,}</text>'
         )
-    for place, (name, value) in enumerate(zip(names, values, strict=True)):
+    for index, (name, value) in enumerate(zip(names, values, strict=True)):
         tall = value / high * (HEIGHT - TOP - BOTTOM)
-        x, last = LEFT + place * step, place == len(values) - 1
+        x, last = LEFT + index * step, index == len(values) - 1
         parts.append(
             f'<rect class="{"over" if last else "fill"}" x="{x + step * 0.08:.1f}" y="{HEIGHT - BOTTOM - tall:.1f}" '
             f'rx="1.5"'
             f' width="{step * 0.84:.1f}" height="{tall:.1f}"><title>{name}: {value:,} rows</title></rect>'
             f'<text class="tick" x="{x + step / 2:.1f}" y="{HEIGHT - 8}" text-anchor="middle">'
-            f"{f'&gt; {limit:,}' if last else f'{edges[place + 1]:,}'}</text>"
+            f"{f'&gt; {limit:,}' if last else f'{edges[index + 1]:,}'}</text>"
         )
     return "".join(parts) + "</svg>"
 
 
-def short(value: float) -> str:
+def format_tick(value: float) -> str:
     """A number for a tick: four figures at most."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
@@ -153,35 +153,40 @@ def short(value: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def lines_of(name: str, points: Mapping[int, float], checks: Mapping[int, float], check_name: str) -> list[Line]:
+def lines_of(name: str, points: Mapping[int, float], checks: Mapping[int, float], check_name: str) -> list[ChartLine]:
     """The lines of one statistic: every step faintly, a smooth one over it, and the validation's."""
-    name, check_name = inert(name, 60), inert(check_name, 60)  # they may come from anyone's events
+    name, check_name = (
+        escape_control_chars(name, 60),
+        escape_control_chars(check_name, 60),
+    )  # they may come from anyone's events
     every = [(float(step), value) for step, value in sorted(points.items())]
     found = []
     if every:
         finite = [point for point in every if math.isfinite(point[1])]
         is_rough = _is_rough([value for _, value in finite])
-        found.append(Line(name, "raw" if is_rough else "smooth", thin(every)))
+        found.append(ChartLine(name, "raw" if is_rough else "smooth", downsample(every)))
         if is_rough:
-            found.append(Line("smoothed", "smooth", thin(smooth(finite), 100)))
+            found.append(ChartLine("smoothed", "smooth", downsample(smooth(finite), 100)))
     if checks:
         found.append(
-            Line(check_name, "check", thin([(float(step), value) for step, value in sorted(checks.items())], 100))
+            ChartLine(
+                check_name, "check", downsample([(float(step), value) for step, value in sorted(checks.items())], 100)
+            )
         )
     return found
 
 
-def sides_of(series: Mapping[str, Mapping[int, float]]) -> list[Line]:
+def pair_lines(series: Mapping[str, Mapping[int, float]]) -> list[ChartLine]:
     """The lines of both sides of a pair: their smooth course alone, since two rough ones could not be told apart."""
     lines = []
     for name, points in series.items():
         finite = [(float(step), value) for step, value in sorted(points.items()) if math.isfinite(value)]
         if finite:
             lines.append(
-                Line(
-                    side_of(name),
-                    side_of(name),
-                    thin(smooth(finite) if _is_rough([value for _, value in finite]) else finite),
+                ChartLine(
+                    pair_side(name),
+                    pair_side(name),
+                    downsample(smooth(finite) if _is_rough([value for _, value in finite]) else finite),
                 )
             )
     return lines
@@ -198,7 +203,7 @@ def _fits(value: float, log: bool) -> bool:
     return math.isfinite(value) and (not log or value > 1e-300)
 
 
-def _span(values: Sequence[float]) -> tuple[float, float]:
+def _axis_range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
@@ -211,7 +216,7 @@ def ticks_of(values: Sequence[float], count: int = 5) -> tuple[list[float], floa
     power = 10.0 ** math.floor(math.log10((high - low) / count))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor * count >= high - low)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = [round(place * step, 12) if step > 1e-9 else place * step for place in range(first, last + 1)]
+    ticks = [round(index * step, 12) if step > 1e-9 else index * step for index in range(first, last + 1)]
     return ticks, ticks[0], ticks[-1]
 
 
@@ -223,5 +228,5 @@ def _log_ticks(values: Sequence[float]) -> tuple[list[float], float, float]:
     factors = (1, 2, 5) if last - first <= 2 else (1,)
     every = max(1, (last - first) // 6)
     ticks = [factor * 10.0**power for power in range(first, last, every) for factor in factors] + [10.0**last]
-    inside = [tick for tick in ticks if low / 2.5 <= tick <= high * 2.5] or ticks
-    return inside, min(low, inside[0]), max(high, inside[-1])
+    visible = [tick for tick in ticks if low / 2.5 <= tick <= high * 2.5] or ticks
+    return visible, min(low, visible[0]), max(high, visible[-1])

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowrank_tune.evals import Record, read_records
+from lowrank_tune.evals import EvalRecord, read_records
 from lowrank_tune.ui import evals_view
 from lowrank_tune.ui.report.words import table, text
 
-MOST = 20
+MAX_EVALUATIONS = 20
 
 
 def section(folder: Path) -> str:
     """The evaluations of a folder, newest first; empty where there are none."""
-    records = read_records(folder)[-MOST:][::-1]
+    records = read_records(folder)[-MAX_EVALUATIONS:][::-1]
     if not records:
         return ""
     return "<h2>Evaluations</h2>" + "".join(_one(record, number == 0) for number, record in enumerate(records))
 
 
-def _one(record: Record, is_open: bool) -> str:
+def _one(record: EvalRecord, is_open: bool) -> str:
     heads = evals_view.heads(record)
     rows = [
         [f"<b>{text(row[0])}</b>", *(text(cell) for cell in row[1 : len(heads)])] for row in evals_view.rows(record)
     ]
-    told = "".join(f'<p class="soft">{text(line, 600)}</p>' for line in evals_view.told_of(record))
+    notes = "".join(f'<p class="soft">{text(line, 600)}</p>' for line in evals_view.describe_evaluation(record))
     title = f'{text(evals_view.when(record))} <span class="soft">{text(record.origin, 200)}</span>'
-    body = f'<div class="card">{table(map(text, heads), rows)}{told}</div>'
+    body = f'<div class="card">{table(map(text, heads), rows)}{notes}</div>'
     return f"<details{' open' if is_open else ''}><summary>{title}</summary>{body}</details>"

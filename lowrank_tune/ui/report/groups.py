@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 
 from lowrank_tune.ui.figures import number, percent, signed
-from lowrank_tune.ui.groups import Group, Written
+from lowrank_tune.ui.groups import Group, LoggedCompletion
 from lowrank_tune.ui.report.charts import bar
-from lowrank_tune.ui.report.record import Record
+from lowrank_tune.ui.report.record import RunLog
 from lowrank_tune.ui.report.words import block, table, text
 
 PHASES = {
@@ -17,12 +17,12 @@ PHASES = {
     "update": "log-probs, gradients, the optimizer",
 }
 SHOWN = 3  # groups: the first, one in the middle, the last
-MOST_COMPLETIONS = 16  # of a group
+MAX_COMPLETIONS = 16  # of a group
 
 
-def phases(record: Record) -> str:
+def phases(run_log: RunLog) -> str:
     """The share of each phase in the time of all steps."""
-    total = sum(record.phases.values())
+    total = sum(run_log.phases.values())
     if not total:
         return ""
     rows = [
@@ -32,40 +32,42 @@ def phases(record: Record) -> str:
             percent(spent / total),
             f"{spent:,.1f} s",
         ]
-        for name, spent in record.phases.items()
+        for name, spent in run_log.phases.items()
     ]
     return (
         f'<h2>Where the time of the steps went</h2><div class="card">{table(["", "share", "", ""], rows, [2, 3])}</div>'
     )
 
 
-def over_time(record: Record) -> str:
+def sampled_groups_html(run_log: RunLog) -> str:
     """A few groups, the first to the last: what was written, and what it earned."""
-    found = [*record.groups.values()]
-    if record.newest is not None and (not found or found[-1].step != record.newest.step):
-        found.append(record.newest)
-    if not found:
+    groups = [*run_log.groups.values()]
+    if run_log.newest is not None and (not groups or groups[-1].step != run_log.newest.step):
+        groups.append(run_log.newest)
+    if not groups:
         return ""
-    places = sorted({round(at * (len(found) - 1) / (SHOWN - 1)) for at in range(SHOWN)})
-    parts = [_group(found[place], is_open=place in (0, len(found) - 1)) for place in places]
+    indices = sorted({round(at * (len(groups) - 1) / (SHOWN - 1)) for at in range(SHOWN)})
+    parts = [_group(groups[index], is_open=index in (0, len(groups) - 1)) for index in indices]
     return (
         f'<h2>Groups over time <span class="soft">the completions of one prompt of a step</span></h2>{"".join(parts)}'
     )
 
 
 def _group(group: Group, is_open: bool) -> str:
-    gold = f' <span class="soft">gold {text(group.gold, 80)}</span>' if group.gold is not None else ""
+    ground_truth = (
+        f' <span class="soft">gold {text(group.ground_truth, 80)}</span>' if group.ground_truth is not None else ""
+    )
     several = any(len(one.parts) > 1 for one in group.completions)
     rows = [
         [_figure(one.reward), _advantage(one.advantage), _words(one, several), f"{one.times} \u00d7"]
-        for one in group.completions[:MOST_COMPLETIONS]
+        for one in group.completions[:MAX_COMPLETIONS]
     ]
     left = len(group.completions) - len(rows)
     more = f'<p class="soft">{left} other completions are left out</p>' if left else ""
-    told = ' <span class="soft">no signal: all earn the same</span>' if group.is_dead else ""
+    note = ' <span class="soft">no signal: all earn the same</span>' if group.is_zero_std else ""
     return (
         f"<details{' open' if is_open else ''}><summary>step {group.step:,}: "
-        f"{text(group.prompt, 300)}{gold}{told}</summary>"
+        f"{text(group.prompt, 300)}{ground_truth}{note}</summary>"
         f"{table(['reward', 'advantage', 'completion', ''], rows, [0, 1, 3])}{more}</details>"
     )
 
@@ -80,9 +82,9 @@ def _advantage(value: float) -> str:
     return f'<span class="{"yes" if value > 0 else "no" if value < 0 else "zero"}">{signed(value)}</span>'
 
 
-def _words(one: Written, several: bool) -> str:
+def _words(one: LoggedCompletion, several: bool) -> str:
     """The completion, whether it was cut off, and what each of several rewards gave."""
-    facts = ["cut off by the limit"] if one.finish == "length" else []
+    facts = ["cut off by the limit"] if one.finish_reason == "length" else []
     facts += [f"{text(name, 60)} {_figure(value)}" for name, value in one.parts] if several else []
     facts += [f"not scored: {text(one.unscored, 300)}"] if one.unscored else []
     return f'<div class="text">{block(one.text, 1500)}</div>' + (

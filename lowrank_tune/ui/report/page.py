@@ -8,37 +8,37 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 from lowrank_tune.ui.figures import clock, percent
-from lowrank_tune.ui.metrics import WITHOUT_REFERENCE, WRITES
+from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS, WITHOUT_REFERENCE
 from lowrank_tune.ui.report import evaluations, frontier, groups, pairs, sections
-from lowrank_tune.ui.report.charts import short
-from lowrank_tune.ui.report.record import ChainRecord, Record
-from lowrank_tune.ui.report.words import inside, number_in, text
+from lowrank_tune.ui.report.charts import format_tick
+from lowrank_tune.ui.report.record import ChainLog, RunLog
+from lowrank_tune.ui.report.words import get_mapping, get_number, text
 
 PAIRED = ("reward", "dpo")
 
 
-def page(record: Record) -> str:
+def page(run_log: RunLog) -> str:
     """The page of a run."""
     body = (
-        f"{_header(record)}{alerts(troubles(record), record.status)}{_tiles(record)}\n{sections.heldout(record)}\n"
-        f"{evaluations.section(record.folder)}\n{_body(record)}"
+        f"{_header(run_log)}{alerts(issues(run_log), run_log.status)}{_tiles(run_log)}\n{sections.heldout(run_log)}\n"
+        f"{evaluations.section(run_log.folder)}\n{_body(run_log)}"
     )
-    return document(f"{_name(record)}, {record.status}", body, f"{record.folder.name}/events.jsonl")
+    return document(f"{_name(run_log)}, {run_log.status}", body, f"{run_log.folder.name}/events.jsonl")
 
 
-def chain_page(chain: ChainRecord) -> str:
+def chain_page(chain: ChainLog) -> str:
     """The page of a chain: what came of all stages together, then each of them."""
     places = {folder: f"stage-{number}" for number, folder in enumerate(chain.stages, 1)}
     body = "\n".join(
         [
             _chain_header(chain),
-            alerts(_chain_troubles(chain), chain.status),
+            alerts(_chain_issues(chain), chain.status),
             _contents(chain, places),
             _chain_tiles(chain),
             sections.heldout_of_chain(chain),
             evaluations.section(chain.folder),
             sections.stage_table(chain),
-            *(_stage(folder, record, places[folder], len(places)) for folder, record in chain.stages.items()),
+            *(_stage(folder, run_log, places[folder], len(places)) for folder, run_log in chain.stages.items()),
         ]
     )
     return document(f"{chain.name}, {chain.status}", body, f"the stages of {chain.folder.name}")
@@ -64,137 +64,145 @@ def document(title: str, body: str, source: str) -> str:
     )
 
 
-def _body(record: Record) -> str:
+def _body(run_log: RunLog) -> str:
     """What a run has to show below its figures."""
     parts = [
-        sections.curves(record),
-        frontier.section(record),
-        groups.phases(record),
-        groups.over_time(record),
-        pairs.scores(record),
-        sections.samples(record),
-        sections.data(record),
-        sections.recipe(record),
-        sections.environment(record),
-        sections.notes(record),
+        sections.curves(run_log),
+        frontier.section(run_log),
+        groups.phases(run_log),
+        groups.sampled_groups_html(run_log),
+        pairs.scores(run_log),
+        sections.samples(run_log),
+        sections.data(run_log),
+        sections.recipe(run_log),
+        sections.environment(run_log),
+        sections.notes(run_log),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _stage(folder: str, record: Record | None, place: str, count: int) -> str:
+def _stage(folder: str, run_log: RunLog | None, place: str, count: int) -> str:
     """A stage's part of a chain's page; the held-out questions stand above, over all stages."""
     number = place.removeprefix("stage-")
-    if record is None:
+    if run_log is None:
         return (
             f'<details class="stage" id="{place}"><summary>Stage {number} of {count}: '
             f"{text(folder)}</summary><p>not begun</p></details>"
         )
-    pill = f'<span class="pill {text(record.status)}">{text(record.status)}</span>'
+    pill = f'<span class="pill {text(run_log.status)}">{text(run_log.status)}</span>'
     return (
         f'<details class="stage" id="{place}" open><summary>Stage {number} of {count}: {text(folder)} '
         f"{pill}</summary>\n"
-        f"{_told_of(record)}{alerts(troubles(record), record.status)}{_tiles(record)}\n{_body(record)}</details>"
+        f"{_subtitle(run_log)}{alerts(issues(run_log), run_log.status)}{_tiles(run_log)}\n{_body(run_log)}</details>"
     )
 
 
-def _chain_header(chain: ChainRecord) -> str:
+def _chain_header(chain: ChainLog) -> str:
     pill = f'<span class="pill {text(chain.status)}">{text(chain.status)}</span>'
-    started = next((record.started for record in chain.begun if record.started is not None), None)
-    way = " \u2192 ".join(record.started.algorithm.upper() for record in chain.begun if record.started is not None)
-    told = (
+    started = next((run_log.started for run_log in chain.started_stages if run_log.started is not None), None)
+    way = " \u2192 ".join(
+        run_log.started.algorithm.upper() for run_log in chain.started_stages if run_log.started is not None
+    )
+    subtitle = (
         f'<p class="sub"><b>{text(way)}</b> of <b>{text(started.model)}</b> on {text(started.device or "?")}</p>'
         if started
         else ""
     )
-    return f'<header><div class="row"><h1>{text(chain.name, 200)}</h1>{pill}</div>{told}</header>'
+    return f'<header><div class="row"><h1>{text(chain.name, 200)}</h1>{pill}</div>{subtitle}</header>'
 
 
-def _contents(chain: ChainRecord, places: Mapping[str, str]) -> str:
+def _contents(chain: ChainLog, places: Mapping[str, str]) -> str:
     links = "".join(f'<a href="#{place}">{text(folder)}</a>' for folder, place in places.items())
     return f'<nav><span class="soft">Stages:</span> {links}</nav>'
 
 
-def _chain_troubles(chain: ChainRecord) -> list[str]:
-    told = [
-        f"{folder}: {trouble}"
-        for folder, record in chain.stages.items()
-        if record is not None
-        for trouble in troubles(record)
+def _chain_issues(chain: ChainLog) -> list[str]:
+    messages = [
+        f"{folder}: {issue}"
+        for folder, run_log in chain.stages.items()
+        if run_log is not None
+        for issue in issues(run_log)
     ]
-    return told + [f"{folder}: this stage has not begun" for folder, record in chain.stages.items() if record is None]
+    return messages + [
+        f"{folder}: this stage has not begun" for folder, run_log in chain.stages.items() if run_log is None
+    ]
 
 
-def _chain_tiles(chain: ChainRecord) -> str:
+def _chain_tiles(chain: ChainLog) -> str:
     tiles = [
         *_heldout_tile(sections.stages_of_chain(chain)),
-        *(tile for record in chain.begun for tile in _pairs_tile(record)),
+        *(tile for run_log in chain.started_stages for tile in _pairs_tile(run_log)),
     ]
-    tiles.append(_tile(f"{sum(record.status == 'done' for record in chain.begun)} / {len(chain.stages)}", "stages"))
-    tiles.append(_tile(clock(sum(_lasted(record) for record in chain.begun)), "wall time of the stages"))
-    tiles.append(_tile(_large(sum(record.tokens for record in chain.begun)), "tokens trained through"))
+    tiles.append(
+        _tile(f"{sum(run_log.status == 'done' for run_log in chain.started_stages)} / {len(chain.stages)}", "stages")
+    )
+    tiles.append(_tile(clock(sum(_duration(run_log) for run_log in chain.started_stages)), "wall time of the stages"))
+    tiles.append(_tile(_large(sum(run_log.tokens for run_log in chain.started_stages)), "tokens trained through"))
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _name(record: Record) -> str:
-    return record.started.name if record.started else record.folder.name
+def _name(run_log: RunLog) -> str:
+    return run_log.started.name if run_log.started else run_log.folder.name
 
 
-def _header(record: Record) -> str:
-    pill = f'<span class="pill {text(record.status)}">{text(record.status)}</span>'
-    return f'<header><div class="row"><h1>{text(_name(record), 200)}</h1>{pill}</div>{_told_of(record)}</header>'
+def _header(run_log: RunLog) -> str:
+    pill = f'<span class="pill {text(run_log.status)}">{text(run_log.status)}</span>'
+    return f'<header><div class="row"><h1>{text(_name(run_log), 200)}</h1>{pill}</div>{_subtitle(run_log)}</header>'
 
 
-def _told_of(record: Record) -> str:
+def _subtitle(run_log: RunLog) -> str:
     """What was trained, on what, and against what."""
-    started, told = record.started, ""
+    started, html = run_log.started, ""
     if started is not None:
-        told = (
+        html = (
             f'<p class="sub"><b>{text(started.algorithm.upper())}</b> of <b>{text(started.model)}</b> on '
             f"{text(started.device or '?')}"
         )
-        told += (
+        html += (
             "</p>" if started.algorithm in WITHOUT_REFERENCE else f"; reference: <b>{text(started.reference)}</b></p>"
         )
-        told += f'<p class="sub">continued after step {started.resumed_from:,}</p>' if started.resumed_from else ""
-    return told
+        html += f'<p class="sub">continued after step {started.resumed_from:,}</p>' if started.resumed_from else ""
+    return html
 
 
-def troubles(record: Record) -> list[str]:
+def issues(run_log: RunLog) -> list[str]:
     """Warnings, and how the run broke."""
-    told = (
-        [str(each) for each in record.summary.get("warnings") or ()]
-        if isinstance(record.summary.get("warnings"), list)
+    messages = (
+        [str(each) for each in run_log.summary.get("warnings") or ()]
+        if isinstance(run_log.summary.get("warnings"), list)
         else []
     )
-    told = list(dict.fromkeys([*told, *record.warnings]))
-    broken = record.ended is not None and record.status != "done"
-    if record.ended is not None and record.status == "failed":
-        told.insert(0, f"the run failed after step {record.step:,}: {record.ended.message or 'no reason is known'}")
-    elif record.ended is None:
-        told.insert(0, f"the run has not ended: step {record.step:,} is the last one here")
+    messages = list(dict.fromkeys([*messages, *run_log.warnings]))
+    broken = run_log.ended is not None and run_log.status != "done"
+    if run_log.ended is not None and run_log.status == "failed":
+        messages.insert(
+            0, f"the run failed after step {run_log.step:,}: {run_log.ended.message or 'no reason is known'}"
+        )
+    elif run_log.ended is None:
+        messages.insert(0, f"the run has not ended: step {run_log.step:,} is the last one here")
     elif broken:
-        told.insert(0, f"the run was interrupted after step {record.step:,}; the same command continues it")
-    return told
+        messages.insert(0, f"the run was interrupted after step {run_log.step:,}; the same command continues it")
+    return messages
 
 
-def alerts(told: Sequence[str], status: str) -> str:
+def alerts(messages: Sequence[str], status: str) -> str:
     kind = "alerts failed" if status == "failed" else "alerts"
-    return f'<ul class="{kind}">{"".join(f"<li>{text(each, 800)}</li>" for each in told)}</ul>' if told else ""
+    return f'<ul class="{kind}">{"".join(f"<li>{text(each, 800)}</li>" for each in messages)}</ul>' if messages else ""
 
 
-def _tiles(record: Record) -> str:
-    tiles = [*_heldout_tile(sections.stages_of(record)), *_pairs_tile(record), *_loss_tiles(record)]
-    steps = record.started.steps if record.started else 0
-    tiles.append(_tile(f"{record.step:,}" + (f" / {steps:,}" if steps else ""), "steps"))
-    tiles.append(_tile(clock(_lasted(record)), "wall time"))
-    if record.tokens:
-        tiles.append(_tile(_large(record.tokens), "tokens trained through"))
-    if speeds := list(record.series.get("tokens_per_second", {}).values()):
+def _tiles(run_log: RunLog) -> str:
+    tiles = [*_heldout_tile(sections.stages_of(run_log)), *_pairs_tile(run_log), *_loss_tiles(run_log)]
+    steps = run_log.started.steps if run_log.started else 0
+    tiles.append(_tile(f"{run_log.step:,}" + (f" / {steps:,}" if steps else ""), "steps"))
+    tiles.append(_tile(clock(_duration(run_log)), "wall time"))
+    if run_log.tokens:
+        tiles.append(_tile(_large(run_log.tokens), "tokens trained through"))
+    if speeds := list(run_log.series.get("tokens_per_second", {}).values()):
         tiles.append(_tile(f"{sorted(speeds)[len(speeds) // 2]:,.0f}", "tokens a second, median"))
-    if memory := record.series.get("memory_gib"):
+    if memory := run_log.series.get("memory_gib"):
         tiles.append(_tile(f"{max(memory.values()):.2f} GiB", "peak memory"))
-    if record.started and record.started.trainable:
-        tiles.append(_tile(_large(record.started.trainable), "trained parameters"))
+    if run_log.started and run_log.started.trainable:
+        tiles.append(_tile(_large(run_log.started.trainable), "trained parameters"))
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
@@ -203,17 +211,17 @@ def _tile(value: str, what: str, more: str = "", wide: bool = False) -> str:
     return f'<div class="tile{" wide" if wide else ""}"><b>{text(value)}</b><span>{text(what)}</span>{added}</div>'
 
 
-def _lasted(record: Record) -> float:
-    return record.ended.seconds if record.ended else record.last - record.began
+def _duration(run_log: RunLog) -> float:
+    return run_log.ended.seconds if run_log.ended else run_log.last - run_log.began
 
 
-def _pairs_tile(record: Record) -> list[str]:
+def _pairs_tile(run_log: RunLog) -> list[str]:
     """Of the final adapter where it was measured, else of the last validation."""
-    scored, checks = inside(record.summary, "heldout_pairs"), record.checks.get("validation_accuracy", {})
-    algorithm = record.started.algorithm if record.started else "sft"
+    scored, checks = get_mapping(run_log.summary, "heldout_pairs"), run_log.checks.get("validation_accuracy", {})
+    algorithm = run_log.started.algorithm if run_log.started else "sft"
     if algorithm not in PAIRED or not (checks or "accuracy" in scored):
         return []
-    share = number_in(scored, "accuracy", checks[max(checks)] if checks else 0.0)
+    share = get_number(scored, "accuracy", checks[max(checks)] if checks else 0.0)
     return [_tile(percent(share), f"held-out pairs right, {algorithm}")]
 
 
@@ -227,20 +235,24 @@ def _heldout_tile(stages: Mapping[str, Mapping[str, float]]) -> list[str]:
     return [_tile(f"{percent(shares[0])} \u2192 {percent(shares[-1])}", "held-out exact answers", change, wide=True)]
 
 
-def _loss_tiles(record: Record) -> list[str]:
+def _loss_tiles(run_log: RunLog) -> list[str]:
     tiles = []
-    if checks := {step: value for step, value in record.checks.get("validation_loss", {}).items() if value == value}:
+    if checks := {step: value for step, value in run_log.checks.get("validation_loss", {}).items() if value == value}:
         best = min(checks, key=lambda step: checks[step])
-        tiles.append(_tile(short(checks[best]), f"best validation loss, step {best:,}"))
-    if record.started and record.started.algorithm in WRITES and (reward := record.series.get("reward")):
+        tiles.append(_tile(format_tick(checks[best]), f"best validation loss, step {best:,}"))
+    if (
+        run_log.started
+        and run_log.started.algorithm in GENERATIVE_ALGORITHMS
+        and (reward := run_log.series.get("reward"))
+    ):
         tiles.append(
             _tile(f"{reward[min(reward)]:.3f} \u2192 {reward[max(reward)]:.3f}", "reward, first and last step")
         )
-    elif loss := record.series.get("loss"):
+    elif loss := run_log.series.get("loss"):
         tiles.append(_tile(f"{loss[min(loss)]:.3f} \u2192 {loss[max(loss)]:.3f}", "loss, first and last step"))
-    kl = inside(record.summary, "last").get("kl")
+    kl = get_mapping(run_log.summary, "last").get("kl")
     if isinstance(kl, (int, float)):
-        tiles.append(_tile(short(kl), "KL to the reference at the end"))
+        tiles.append(_tile(format_tick(kl), "KL to the reference at the end"))
     return tiles
 
 

@@ -7,64 +7,67 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowrank_tune.events import Sampled
+from lowrank_tune.events import SampleLogged
 from lowrank_tune.ui.figures import percent, signed
-from lowrank_tune.ui.metrics import SIDES
-from lowrank_tune.ui.report.charts import bar, short
-from lowrank_tune.ui.report.pictures import reliability, scatter, spread
-from lowrank_tune.ui.report.record import Record
-from lowrank_tune.ui.report.words import block, entries, inside, number_in, table, text
+from lowrank_tune.ui.metrics import PAIR_SIDES
+from lowrank_tune.ui.report.charts import bar, format_tick
+from lowrank_tune.ui.report.pictures import histogram_pair, reliability, scatter
+from lowrank_tune.ui.report.record import RunLog
+from lowrank_tune.ui.report.words import block, entries, get_mapping, get_number, table, text
 
 LEGEND = (
     '<div class="legend"><span><i class="key chosen"></i>chosen</span><span><i class="key '
     'rejected"></i>rejected</span></div>'
 )
-MOST_LOOKS = 24
+MAX_POINTS = 24
 
 
-def scores(record: Record) -> str:
+def scores(run_log: RunLog) -> str:
     """How far the scores of the held-out pairs can be believed, how they are spread, and whether they follow length."""
-    found = record.scores
-    sides = {side: _floats(found, side) for side in SIDES}
-    tokens = {side: _floats(found, f"{side}_tokens") for side in SIDES}
+    found = run_log.scores
+    sides = {side: _floats(found, side) for side in PAIR_SIDES}
+    tokens = {side: _floats(found, f"{side}_tokens") for side in PAIR_SIDES}
     if not found or not any(sides.values()):
         return ""
-    what = "score" if _is_reward(record) else "implicit reward"
+    what = "score" if _is_reward(run_log) else "implicit reward"
     bins = [
-        (number_in(each, "confidence"), number_in(each, "right"), int(number_in(each, "pairs")))
+        (get_number(each, "confidence"), get_number(each, "right"), int(get_number(each, "pairs")))
         for each in entries(found, "reliability")
     ]
     bins = [each for each in bins if 0.5 <= each[0] <= 1 and 0 <= each[1] <= 1 and each[2] > 0]
-    points = {side: list(zip(tokens[side], sides[side], strict=False)) for side in SIDES}
-    figures = inside(found, "figures")
+    points = {side: list(zip(tokens[side], sides[side], strict=False)) for side in PAIR_SIDES}
+    figures = get_mapping(found, "figures")
     cards = [
         _card(
             "Reliability",
             "how often a pair is right, by how sure the model is of it, with the number of pairs; calibration error "
-            f"{_told(figures, 'calibration_error')}",
+            f"{_figure_text(figures, 'calibration_error')}",
             reliability(bins),
         ),
         _card(
-            f"{what.capitalize()} of both sides", "answers by what they are worth to the model", spread(sides), LEGEND
+            f"{what.capitalize()} of both sides",
+            "answers by what they are worth to the model",
+            histogram_pair(sides),
+            LEGEND,
         ),
         _card(
             f"{what.capitalize()} by length",
             f"tokens of an answer; correlation {_correlation(figures)}, the longer one is preferred in "
-            f"{_told(figures, 'prefers_longer')} of the pairs",
+            f"{_figure_text(figures, 'prefers_longer')} of the pairs",
             scatter(points),
             LEGEND,
         ),
         _figures(figures, what),
     ]
-    title = "Scores of held-out pairs" if _is_reward(record) else "Implicit rewards of held-out pairs"
+    title = "Scores of held-out pairs" if _is_reward(run_log) else "Implicit rewards of held-out pairs"
     return (
-        f'<h2>{title} <span class="soft">{number_in(found, "pairs"):,.0f} pairs, the final adapter</span></h2>'
+        f'<h2>{title} <span class="soft">{get_number(found, "pairs"):,.0f} pairs, the final adapter</span></h2>'
         f'<div class="grid2">{"".join(card for card in cards if card)}</div>'
     )
 
 
-def _is_reward(record: Record) -> bool:
-    return record.started is not None and record.started.algorithm == "reward"
+def _is_reward(run_log: RunLog) -> bool:
+    return run_log.started is not None and run_log.started.algorithm == "reward"
 
 
 def _card(title: str, words: str, svg: str, legend: str = "") -> str:
@@ -81,19 +84,25 @@ def _figures(figures: Mapping[str, Any], what: str) -> str:
         ("length_correlation", f"correlation of {what} and length"),
         ("prefers_longer", "pairs where the longer answer is ahead"),
     )
-    rows = [[text(words), _told(figures, key)] for key, words in names if key in figures]
+    rows = [[text(words), _figure_text(figures, key)] for key, words in names if key in figures]
     return f'<div class="card"><h3>In figures</h3>{table(["", ""], rows, [1])}</div>' if rows else ""
 
 
-def _told(figures: Mapping[str, Any], key: str) -> str:
-    value = number_in(figures, key, math.nan)
+def _figure_text(figures: Mapping[str, Any], key: str) -> str:
+    value = get_number(figures, key, math.nan)
     if not math.isfinite(value):
         return "unknown"
-    return _correlation(figures) if key == "length_correlation" else short(value) if key == "margin" else percent(value)
+    return (
+        _correlation(figures)
+        if key == "length_correlation"
+        else format_tick(value)
+        if key == "margin"
+        else percent(value)
+    )
 
 
 def _correlation(figures: Mapping[str, Any]) -> str:
-    value = number_in(figures, "length_correlation", math.nan)
+    value = get_number(figures, "length_correlation", math.nan)
     return f"{value:+.2f}" if math.isfinite(value) else "unknown"
 
 
@@ -107,17 +116,17 @@ def _floats(found: Mapping[str, Any], name: str) -> list[float]:
     return [float(value) for value in values]
 
 
-def samples(found: Sequence[Sampled]) -> str:
+def samples(found: Sequence[SampleLogged]) -> str:
     """Held-out pairs, both answers side by side, and how their scores went."""
-    looks: dict[tuple[str, str, str], list[tuple[Sampled, Sampled]]] = {}
+    history_by_pair: dict[tuple[str, str, str], list[tuple[SampleLogged, SampleLogged]]] = {}
     for chosen, rejected in zip(found, found[1:], strict=False):
         if (chosen.role, rejected.role) == ("chosen", "rejected") and chosen.prompt == rejected.prompt:
-            looks.setdefault((str(chosen.prompt), str(chosen.completion), str(rejected.completion)), []).append(
-                (chosen, rejected)
-            )
+            history_by_pair.setdefault(
+                (str(chosen.prompt), str(chosen.completion), str(rejected.completion)), []
+            ).append((chosen, rejected))
     parts = []
-    for place, ((prompt, *answers), several) in enumerate(looks.items()):
-        every = max(1, -(-len(several) // MOST_LOOKS))
+    for index, ((prompt, *answers), several) in enumerate(history_by_pair.items()):
+        every = max(1, -(-len(several) // MAX_POINTS))
         rows = [
             ["", *(f'<div class="text">{block(answer, 1500)}</div>' for answer in answers), ""],
             *(
@@ -126,15 +135,15 @@ def samples(found: Sequence[Sampled]) -> str:
             ),
         ]
         body = table(["", "chosen", "rejected", ""], rows)
-        parts.append(f"<details{' open' if place == 0 else ''}><summary>{text(prompt, 300)}</summary>{body}</details>")
+        parts.append(f"<details{' open' if index == 0 else ''}><summary>{text(prompt, 300)}</summary>{body}</details>")
     return f"<h2>Pairs and their scores over time</h2>{''.join(parts)}" if parts else ""
 
 
-def _score(one: Sampled) -> str:
+def _score(one: SampleLogged) -> str:
     return "" if not isinstance(one.reward, (int, float)) else signed(one.reward)
 
 
-def _verdict(chosen: Sampled, rejected: Sampled) -> str:
+def _verdict(chosen: SampleLogged, rejected: SampleLogged) -> str:
     if not isinstance(chosen.reward, (int, float)) or not isinstance(rejected.reward, (int, float)):
         return ""
     right = chosen.reward > rejected.reward
@@ -143,18 +152,18 @@ def _verdict(chosen: Sampled, rejected: Sampled) -> str:
 
 def sides(data: Mapping[str, Any]) -> str:
     """How the sides of the training pairs differ in length: what a model could learn instead of quality."""
-    found = inside(data, "sides")
-    count = number_in(found, "pairs")
+    found = get_mapping(data, "sides")
+    count = get_number(found, "pairs")
     if not count:
         return ""
     rows = [
-        [name, bar(number_in(found, key) / count), percent(number_in(found, key) / count)]
+        [name, bar(get_number(found, key) / count), percent(get_number(found, key) / count)]
         for name, key in (("chosen is longer", "longer"), ("chosen is shorter", "shorter"), ("equally long", "equal"))
     ]
-    means = [f"{number_in(found, side):,.1f}" for side in SIDES]
+    means = [f"{get_number(found, side):,.1f}" for side in PAIR_SIDES]
     words = (
         f"{count:,.0f} pairs; on average {means[0]} tokens chosen, {means[1]} rejected; "
-        f"{number_in(found, 'margins'):,.0f} have a margin"
+        f"{get_number(found, 'margins'):,.0f} have a margin"
     )
     return (
         f'<div class="card"><h3>Sides of the pairs</h3><p '

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from lowrank_tune.ui.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Point, short, ticks_of
+from lowrank_tune.ui.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Point, format_tick, ticks_of
 
-BINS, MOST_DOTS, LENGTH_BINS = 28, 800, 10
+BINS, MAX_DOTS, LENGTH_BINS = 28, 800, 10
 
 
 @dataclass(frozen=True)
-class Plane:
+class Axes:
     """Where numbers lie in a picture."""
 
     low_x: float
@@ -36,11 +36,11 @@ class Plane:
         for y in (y for y in ys if self.low_y <= y <= self.high_y):
             parts.append(
                 f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.down(y):.1f}" y2="{self.down(y):.1f}"/>'
-                f'<text class="tick" x="{LEFT - 7}" y="{self.down(y) + 3.5:.1f}" text-anchor="end">{short(y)}</text>'
+                f'<text class="tick" x="{LEFT - 7}" y="{self.down(y) + 3.5:.1f}" text-anchor="end">{format_tick(y)}</text>'
             )
         for x in (x for x in xs if self.low_x <= x <= self.high_x):
             parts.append(
-                f'<text class="tick" x="{self.across(x):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{short(x)}</text>'
+                f'<text class="tick" x="{self.across(x):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{format_tick(x)}</text>'
             )
         return "".join(parts)
 
@@ -50,15 +50,15 @@ def reliability(bins: Sequence[tuple[float, float, int]]) -> str:
     what it says. No line joins the dots: one of few pairs says little, and must not look like a trend."""
     if not bins:
         return ""
-    plane = Plane(0.48, 1.02, -0.06, 1.08)
-    most = max(count for _, _, count in bins)
+    axes = Axes(0.48, 1.02, -0.06, 1.08)
+    largest = max(count for _, _, count in bins)
     parts = [
-        plane.frame((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (0, 0.25, 0.5, 0.75, 1.0)),
-        f'<path class="ideal" d="M{plane.at((0.5, 0.5))}L{plane.at((1.0, 1.0))}"><title>perfectly '
+        axes.frame((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (0, 0.25, 0.5, 0.75, 1.0)),
+        f'<path class="ideal" d="M{axes.at((0.5, 0.5))}L{axes.at((1.0, 1.0))}"><title>perfectly '
         f"calibrated</title></path>",
     ]
     for confidence, right, count in bins:
-        x, y, size = plane.across(confidence), plane.down(right), 2.5 + 8 * (count / most) ** 0.5
+        x, y, size = axes.across(confidence), axes.down(right), 2.5 + 8 * (count / largest) ** 0.5
         label = y + size + 12 if y - size < TOP + 14 else y - size - 4
         parts.append(
             f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}">'
@@ -68,7 +68,7 @@ def reliability(bins: Sequence[tuple[float, float, int]]) -> str:
     return "".join(parts) + "</svg>"
 
 
-def spread(sides: Mapping[str, Sequence[float]]) -> str:
+def histogram_pair(sides: Mapping[str, Sequence[float]]) -> str:
     """The histograms of both sides over each other."""
     every = [value for values in sides.values() for value in values]
     if not every:
@@ -80,16 +80,16 @@ def spread(sides: Mapping[str, Sequence[float]]) -> str:
         for value in values:
             counts[side][min(BINS - 1, int((value - low) / width))] += 1
     ys, _, top = ticks_of([0, max(max(values) for values in counts.values())], 4)
-    plane = Plane(low, high, 0.0, top)
-    parts = [plane.frame(xs, [y for y in ys if y == int(y)])]
+    axes = Axes(low, high, 0.0, top)
+    parts = [axes.frame(xs, [y for y in ys if y == int(y)])]
     step = (WIDTH - LEFT - RIGHT) / BINS
     for side, values in counts.items():
-        for place, count in enumerate(values):
+        for index, count in enumerate(values):
             if count:
-                y, first = plane.down(count), low + place * width
-                title = f"{count:,} {side}: {short(first)} to {short(first + width)}"
+                y, first = axes.down(count), low + index * width
+                title = f"{count:,} {side}: {format_tick(first)} to {format_tick(first + width)}"
                 parts.append(
-                    f'<rect class="{side}" x="{LEFT + place * step:.1f}" y="{y:.1f}" width="{step - 1:.1f}" rx="1.5" '
+                    f'<rect class="{side}" x="{LEFT + index * step:.1f}" y="{y:.1f}" width="{step - 1:.1f}" rx="1.5" '
                     f'height="{HEIGHT - BOTTOM - y:.1f}"><title>{title}</title></rect>'
                 )
     return "".join(parts) + "</svg>"
@@ -103,14 +103,14 @@ def scatter(sides: Mapping[str, Sequence[Point]]) -> str:
         return ""
     xs, low_x, high_x = ticks_of([x for x, _ in every], 7)
     ys, low_y, high_y = ticks_of([y for _, y in every])
-    plane = Plane(low_x, high_x, low_y, high_y)
-    parts = [plane.frame(xs, ys)]
+    axes = Axes(low_x, high_x, low_y, high_y)
+    parts = [axes.frame(xs, ys)]
     for side, points in sides.items():
-        dots = "".join(f"M{plane.at(point)}h0" for point in points[:: max(1, -(-len(points) // MOST_DOTS))])
+        dots = "".join(f"M{axes.at(point)}h0" for point in points[:: max(1, -(-len(points) // MAX_DOTS))])
         parts.append(f'<path class="dots {side}" d="{dots}"><title>{side}</title></path>')
     means = _means(every)
     if len(means) > 1:
-        parts.append(f'<path class="smooth" d="M{"L".join(map(plane.at, means))}"><title>mean by length</title></path>')
+        parts.append(f'<path class="smooth" d="M{"L".join(map(axes.at, means))}"><title>mean by length</title></path>')
     return "".join(parts) + "</svg>"
 
 
@@ -118,10 +118,10 @@ def _means(points: Sequence[Point]) -> list[Point]:
     """The mean tokens and score of about `LENGTH_BINS` stretches of equally many answers; equal lengths are never
     parted."""
     wanted, found, part = max(1, len(points) // LENGTH_BINS), list[Point](), list[Point]()
-    for place, point in enumerate(points):
+    for index, point in enumerate(points):
         part.append(point)
-        is_edge = place + 1 == len(points) or points[place + 1][0] != point[0]
-        if is_edge and (len(part) >= wanted or place + 1 == len(points)):
+        is_edge = index + 1 == len(points) or points[index + 1][0] != point[0]
+        if is_edge and (len(part) >= wanted or index + 1 == len(points)):
             found.append((fmean(x for x, _ in part), fmean(y for _, y in part)))
             part = []
     return found

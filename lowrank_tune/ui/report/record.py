@@ -9,17 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.events import Event, Grouped, Note, RunEnded, RunStarted, Sampled, StepDone, Validated, from_json
+from lowrank_tune.events import (
+    Evaluated,
+    Event,
+    GroupLogged,
+    LogMessage,
+    RunEnded,
+    RunStarted,
+    SampleLogged,
+    StepEnd,
+    from_json,
+)
 from lowrank_tune.ui.groups import Group, read_group
 from lowrank_tune.ui.metrics import POLICY, phases_of
 from lowrank_tune.ui.stages import EVENTS, stage_folders
 
-Points = dict[int, float]  # step -> value
-MOST_GROUPS = 64  # that are kept of a run, spread over it
+StepValues = dict[int, float]  # step -> value
+MAX_GROUPS = 64  # that are kept of a run, spread over it
 
 
 @dataclass
-class Record:
+class RunLog:
     """One run. `series` are statistics of the steps, `checks` those of the validations."""
 
     folder: Path
@@ -29,9 +39,9 @@ class Record:
     last: float = 0.0
     tokens: int = 0
     step: int = 0
-    series: dict[str, Points] = field(default_factory=dict)
-    checks: dict[str, Points] = field(default_factory=dict)
-    samples: list[Sampled] = field(default_factory=list)
+    series: dict[str, StepValues] = field(default_factory=dict)
+    checks: dict[str, StepValues] = field(default_factory=dict)
+    samples: list[SampleLogged] = field(default_factory=list)
     groups: dict[int, Group] = field(default_factory=dict)
     newest: Group | None = None
     phases: dict[str, float] = field(default_factory=dict)
@@ -48,19 +58,19 @@ class Record:
     def status(self) -> str:
         return self.ended.status if self.ended else "not ended"
 
-    def take(self, event: Event) -> None:
+    def apply(self, event: Event) -> None:
         """Takes one event. A run that goes on after an interruption has not ended."""
         self.began, self.last = self.began or event.time, event.time
         if isinstance(event, RunStarted):
             self.started, self.ended = event, None
-        elif isinstance(event, StepDone):
+        elif isinstance(event, StepEnd):
             self.step, self.tokens = event.step, self.tokens + event.tokens
-            _keep(self.series, event.stats, event.step)
+            _store(self.series, event.stats, event.step)
             for name, seconds in phases_of(event.stats, event.seconds).items():
                 self.phases[name] = self.phases.get(name, 0.0) + seconds
-        elif isinstance(event, Validated):
+        elif isinstance(event, Evaluated):
             own = f"heldout_{POLICY}_"
-            _keep(
+            _store(
                 self.checks,
                 {name: value for name, value in event.stats.items() if not name.startswith(own)},
                 event.step,
@@ -68,12 +78,12 @@ class Record:
             now = {
                 name.replace(own, "heldout_", 1): value for name, value in event.stats.items() if name.startswith(own)
             }
-            _keep(self.series, now, event.step)  # a curve, and no stage's figure
-        elif isinstance(event, Grouped):
+            _store(self.series, now, event.step)  # a curve, and no stage's figure
+        elif isinstance(event, GroupLogged):
             self._grouped(read_group(event))
-        elif isinstance(event, Sampled):
+        elif isinstance(event, SampleLogged):
             self.samples.append(event)
-        elif isinstance(event, Note):
+        elif isinstance(event, LogMessage):
             kept = self.warnings if event.level == "warning" else self.notes
             if event.message not in kept:
                 kept.append(event.message)
@@ -85,65 +95,65 @@ class Record:
         self.newest = group
         if group.step % self._every == 0 or not self.groups:
             self.groups[group.step] = group
-        while len(self.groups) > MOST_GROUPS:
+        while len(self.groups) > MAX_GROUPS:
             self._every *= 2
             first = next(iter(self.groups))
             self.groups = {step: kept for step, kept in self.groups.items() if step == first or step % self._every == 0}
 
 
 @dataclass(frozen=True)
-class ChainRecord:
+class ChainLog:
     """A chain: its stages by the names of their folders, None for one that has not begun."""
 
     folder: Path
     name: str
-    stages: Mapping[str, Record | None]
+    stages: Mapping[str, RunLog | None]
     summary: Mapping[str, Any]
 
     @property
-    def begun(self) -> list[Record]:
-        return [record for record in self.stages.values() if record is not None]
+    def started_stages(self) -> list[RunLog]:
+        return [run_log for run_log in self.stages.values() if run_log is not None]
 
     @property
     def status(self) -> str:
         """As its last stage stands: done only where every stage is."""
-        last = self.begun[-1].status
+        last = self.started_stages[-1].status
         return last if last != "done" or all(self.stages.values()) else "not ended"
 
 
-def read_chain(folder: Path) -> ChainRecord:
+def read_chain(folder: Path) -> ChainLog:
     """The record of a chain's folder. Raises `UserError` where no stage has begun."""
-    stages: dict[str, Record | None] = {}
+    stages: dict[str, RunLog | None] = {}
     for path in stage_folders(folder):
-        stages[path.name] = read_record(path) if (path / EVENTS).is_file() and (path / EVENTS).stat().st_size else None
+        stages[path.name] = read_run_log(path) if (path / EVENTS).is_file() and (path / EVENTS).stat().st_size else None
     if not any(stages.values()):
         raise UserError(f"{folder}: no stage of this chain has begun")
-    recipe, summary = _object(folder / "run.json").get("recipe"), _object(folder / "summary.json")
+    recipe, summary = _read_json_object(folder / "run.json").get("recipe"), _read_json_object(folder / "summary.json")
     name = recipe.get("name") if isinstance(recipe, Mapping) else None
-    chain = ChainRecord(folder, str(name or folder.name), stages, summary)
+    chain = ChainLog(folder, str(name or folder.name), stages, summary)
     # else it is of an earlier start
     return chain if summary.get("status") == chain.status else replace(chain, summary={})
 
 
-def read_record(folder: Path) -> Record:
+def read_run_log(folder: Path) -> RunLog:
     """The record of a folder. Raises `UserError` where there are no events."""
-    record = Record(folder)
+    run_log = RunLog(folder)
     try:
         for event in read_events(folder / "events.jsonl"):
-            record.take(event)
+            run_log.apply(event)
     except OSError as error:
         raise UserError(
             f"{folder}: it is no run folder, events.jsonl cannot be read ({error.strerror or error})"
         ) from error
-    if not record.began:
+    if not run_log.began:
         raise UserError(f"{folder}: its events.jsonl holds no events")
-    record.summary, record.data, record.base, record.scores = (
-        _object(folder / f"{name}.json") for name in ("summary", "data", "base", "scores")
+    run_log.summary, run_log.data, run_log.base, run_log.scores = (
+        _read_json_object(folder / f"{name}.json") for name in ("summary", "data", "base", "scores")
     )
-    if record.summary.get("status") != record.status:
-        record.summary = {}  # it is of an earlier start
-    record.recipe = _text(folder / "recipe.yaml")
-    return record
+    if run_log.summary.get("status") != run_log.status:
+        run_log.summary = {}  # it is of an earlier start
+    run_log.recipe = _text(folder / "recipe.yaml")
+    return run_log
 
 
 def read_events(path: Path) -> Iterator[Event]:
@@ -158,7 +168,7 @@ def read_events(path: Path) -> Iterator[Event]:
                 yield event
 
 
-def _keep(into: dict[str, Points], stats: Mapping[str, Any], step: int) -> None:
+def _store(into: dict[str, StepValues], stats: Mapping[str, Any], step: int) -> None:
     for name, value in stats.items():
         if isinstance(value, (int, float)):
             into.setdefault(name, {})[step] = float(value)
@@ -171,9 +181,9 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _object(path: Path) -> Mapping[str, Any]:
+def _read_json_object(path: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads(_text(path))
+        data = json.loads(_text(path))
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return data if isinstance(data, dict) else {}

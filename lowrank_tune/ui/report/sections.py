@@ -7,13 +7,31 @@ from datetime import UTC, datetime
 from typing import Any
 
 from lowrank_tune.evaluate import is_exact
-from lowrank_tune.events import Sampled
+from lowrank_tune.events import SampleLogged
 from lowrank_tune.ui.figures import number, percent
-from lowrank_tune.ui.metrics import SIDES, TITLES, WRITES, below, heldout_parts, meanings_of, partner_of, reward_names
+from lowrank_tune.ui.metrics import (
+    GENERATIVE_ALGORITHMS,
+    PAIR_SIDES,
+    TITLES,
+    descriptions_of,
+    heldout_parts,
+    paired_metric,
+    reference_name,
+    reward_names,
+)
 from lowrank_tune.ui.report import pairs as of_pairs
-from lowrank_tune.ui.report.charts import Line, bar, chart, histogram, hover_data, lines_of, short, sides_of
-from lowrank_tune.ui.report.record import ChainRecord, Record
-from lowrank_tune.ui.report.words import block, entries, inside, number_in, pairs, table, text
+from lowrank_tune.ui.report.charts import (
+    ChartLine,
+    bar,
+    chart,
+    format_tick,
+    histogram,
+    hover_data,
+    lines_of,
+    pair_lines,
+)
+from lowrank_tune.ui.report.record import ChainLog, RunLog
+from lowrank_tune.ui.report.words import block, entries, get_mapping, get_number, pairs, table, text
 
 HEADS = {"": "(all)", "exact": "exact answers (pass@1)", "stopped": "stops by itself", "length": "tokens an answer"}
 NOT_LOG = (
@@ -27,30 +45,30 @@ NOT_LOG = (
     "value_clip_fraction",
     "explained_variance",
 )
-MOST_SAMPLES = 24  # of one prompt over a run
+MAX_SAMPLES = 24  # of one prompt over a run
 
 
-def curves(record: Record) -> str:
+def curves(run_log: RunLog) -> str:
     """A chart for every statistic there is, the validation's beside the step's; those of held-out prompts and pairs
     have a table."""
-    algorithm = record.started.algorithm if record.started else "sft"
-    meanings, checked = meanings_of(algorithm), {name.removeprefix("validation_") for name in record.checks}
-    partners = {other for name in meanings if (other := partner_of(algorithm, name)) is not None}
-    if algorithm in WRITES:  # of several rewards each one's own curve stands right behind the whole
+    algorithm = run_log.started.algorithm if run_log.started else "sft"
+    meanings, checked = descriptions_of(algorithm), {name.removeprefix("validation_") for name in run_log.checks}
+    partners = {other for name in meanings if (other := paired_metric(algorithm, name)) is not None}
+    if algorithm in GENERATIVE_ALGORITHMS:  # of several rewards each one's own curve stands right behind the whole
         known, meanings = meanings, {}
         for name, meaning in known.items():
             meanings[name] = meaning
             meanings |= {
-                each: "this reward by itself" for each in sorted(reward_names(record.series)) if name == "reward"
+                each: "this reward by itself" for each in sorted(reward_names(run_log.series)) if name == "reward"
             }
-    names = [*meanings, *sorted({*record.series, *checked} - set(meanings) - partners)]
-    cards = [_curve(name, meanings.get(name, ""), partner_of(algorithm, name), record) for name in names]
+    names = [*meanings, *sorted({*run_log.series, *checked} - set(meanings) - partners)]
+    cards = [_curve(name, meanings.get(name, ""), paired_metric(algorithm, name), run_log) for name in names]
     cards = [card for card in cards if card]
     return f'<h2>Curves</h2><div class="grid2">{"".join(cards)}</div>' if cards else ""
 
 
-def _curve(name: str, meaning: str, partner: str | None, record: Record) -> str:
-    points, checks = record.series.get(name, {}), record.checks.get(f"validation_{name}", {})
+def _curve(name: str, meaning: str, partner: str | None, run_log: RunLog) -> str:
+    points, checks = run_log.series.get(name, {}), run_log.checks.get(f"validation_{name}", {})
     if (name.startswith(("heldout_", "pairs_")) and not points) or (
         name in ("bad_steps", "out_of_memory") and not any(points.values())
     ):
@@ -59,9 +77,9 @@ def _curve(name: str, meaning: str, partner: str | None, record: Record) -> str:
     title = name.replace("_", " ").replace("heldout", "held-out")
     if partner is not None:
         lines, title = (
-            sides_of(
+            pair_lines(
                 {
-                    each: record.series.get(each) or record.checks.get(f"validation_{each}", {})
+                    each: run_log.series.get(each) or run_log.checks.get(f"validation_{each}", {})
                     for each in (name, partner)
                 }
             ),
@@ -70,7 +88,7 @@ def _curve(name: str, meaning: str, partner: str | None, record: Record) -> str:
     return chart_card(title or TITLES[name], meaning, lines, name not in NOT_LOG, points or checks)
 
 
-def chart_card(title: str, meaning: str, lines: Sequence[Line], may_log: bool, points: Mapping[int, float]) -> str:
+def chart_card(title: str, meaning: str, lines: Sequence[ChartLine], may_log: bool, points: Mapping[int, float]) -> str:
     svg = chart(lines)
     if not svg:
         return ""
@@ -82,7 +100,7 @@ def chart_card(title: str, meaning: str, lines: Sequence[Line], may_log: bool, p
         if len(lines) > 1
         else ""
     )
-    last = f"<output>{short(points[max(points)])}</output>" if points else ""
+    last = f"<output>{format_tick(points[max(points)])}</output>" if points else ""
     return (
         f'<div class="card" data-lines="{hover_data(lines)}"><div class="top"><h3>{text(title)}</h3>'
         f'{last}</div><p class="soft">{text(meaning)}</p>'
@@ -90,40 +108,40 @@ def chart_card(title: str, meaning: str, lines: Sequence[Line], may_log: bool, p
     )
 
 
-def stages_of(record: Record) -> dict[str, dict[str, float]]:
+def stages_of(run_log: RunLog) -> dict[str, dict[str, float]]:
     """Held-out figures of the base and of each stage: from the summary, or from the events of a run that has none."""
-    told = inside(record.summary, "heldout_details")
+    details = get_mapping(run_log.summary, "heldout_details")
     found = {
-        str(stage): {str(key): number_in(stats, key) for key in stats}
-        for stage, stats in told.items()
+        str(stage): {str(key): get_number(stats, key) for key in stats}
+        for stage, stats in details.items()
         if isinstance(stats, Mapping)
     }
     if found:
         return found
-    for name, points in record.checks.items():
+    for name, points in run_log.checks.items():
         if name.startswith("heldout_") and points:
             stage, key = heldout_parts(name)
             found.setdefault(stage, {})[key] = points[max(points)]
     return found
 
 
-def stages_of_chain(chain: ChainRecord) -> dict[str, dict[str, float]]:
+def stages_of_chain(chain: ChainLog) -> dict[str, dict[str, float]]:
     """Held-out figures of the base and of every stage that has some; what was measured first stands first."""
     found: dict[str, dict[str, float]] = {}
-    for record in chain.begun:
-        for who, stats in stages_of(record).items():
+    for run_log in chain.started_stages:
+        for who, stats in stages_of(run_log).items():
             found.setdefault(who, stats)
     return found
 
 
-def heldout(record: Record) -> str:
+def heldout(run_log: RunLog) -> str:
     """A column a stage, with bars for shares; then the same questions as each stage answers them."""
-    return _heldout(stages_of(record), [record.summary])
+    return _heldout(stages_of(run_log), [run_log.summary])
 
 
-def heldout_of_chain(chain: ChainRecord) -> str:
+def heldout_of_chain(chain: ChainLog) -> str:
     """The same over the base and all stages."""
-    return _heldout(stages_of_chain(chain), [record.summary for record in chain.begun])
+    return _heldout(stages_of_chain(chain), [run_log.summary for run_log in chain.started_stages])
 
 
 def _heldout(stages: Mapping[str, Mapping[str, float]], summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -138,19 +156,19 @@ def _heldout(stages: Mapping[str, Mapping[str, float]], summaries: Sequence[Mapp
         ]
         for key in keys
     ]
-    made = f'<h2>Held-out questions</h2><div class="card">{table(["", *map(text, stages)], rows)}</div>'
+    html = f'<h2>Held-out questions</h2><div class="card">{table(["", *map(text, stages)], rows)}</div>'
     answers: dict[str, list[Mapping[str, Any]]] = {}
-    for told in (inside(summary, "answers") for summary in summaries):
-        for stage in told:
-            answers.setdefault(str(stage), entries(told, stage))
+    for by_stage in (get_mapping(summary, "answers") for summary in summaries):
+        for stage in by_stage:
+            answers.setdefault(str(stage), entries(by_stage, stage))
     shown = list(zip(*answers.values(), strict=False))
     if not shown:
-        return made
+        return html
     lines = [
-        [_said(several[0].get("prompt")), text(several[0].get("gold") or "", 200), *map(_answer, several)]
+        [_text_block(several[0].get("prompt")), text(several[0].get("gold") or "", 200), *map(_answer, several)]
         for several in shown
     ]
-    return made + f'<div class="card">{table(["question", "gold", *map(text, answers)], lines)}</div>'
+    return html + f'<div class="card">{table(["question", "gold", *map(text, answers)], lines)}</div>'
 
 
 def _figure(key: str, value: float | None) -> str:
@@ -159,22 +177,22 @@ def _figure(key: str, value: float | None) -> str:
     return number(value) if key == "length" else f"{percent(value)}{bar(value)}"
 
 
-def _said(value: Any) -> str:
+def _text_block(value: Any) -> str:
     return f'<div class="text">{block(value or "", 1500)}</div>'
 
 
 def _answer(one: Mapping[str, Any]) -> str:
-    return _judged(str(one.get("completion", "")), bool(one.get("stopped")), one.get("gold"))
+    return _graded_answer(str(one.get("completion", "")), bool(one.get("stopped")), one.get("gold"))
 
 
-def _judged(completion: str, stopped: bool, gold: Any) -> str:
+def _graded_answer(completion: str, stopped: bool, ground_truth: Any) -> str:
     """An answer with what became of it; one that runs on has not answered."""
-    exact = stopped and isinstance(gold, str) and is_exact(completion, gold)
+    exact = stopped and isinstance(ground_truth, str) and is_exact(completion, ground_truth)
     verdict = (
         '<span class="yes">&#10003; right</span>'
         if exact
         else '<span class="no">&#10007; wrong</span>'
-        if isinstance(gold, str)
+        if isinstance(ground_truth, str)
         else ""
     )
     return (
@@ -183,144 +201,149 @@ def _judged(completion: str, stopped: bool, gold: Any) -> str:
     )
 
 
-def stage_table(chain: ChainRecord) -> str:
+def stage_table(chain: ChainLog) -> str:
     """The stages in a line each."""
     rows = []
-    for folder, record in chain.stages.items():
-        if record is None or record.started is None:
-            rows.append([text(folder), "", "not begun" if record is None else text(record.status), "", "", "", ""])
+    for folder, run_log in chain.stages.items():
+        if run_log is None or run_log.started is None:
+            rows.append([text(folder), "", "not begun" if run_log is None else text(run_log.status), "", "", "", ""])
             continue
-        writes, right = record.started.algorithm in WRITES, inside(record.summary, "heldout_pairs")
-        course = record.series.get("reward" if writes else "loss", {})
+        writes, right = (
+            run_log.started.algorithm in GENERATIVE_ALGORITHMS,
+            get_mapping(run_log.summary, "heldout_pairs"),
+        )
+        points = run_log.series.get("reward" if writes else "loss", {})
         rows.append(
             [
                 text(folder),
-                text(record.started.algorithm),
-                text(record.status),
-                text(record.started.reference),
-                f"{record.step:,} / {record.started.steps:,}",
-                _went(course, "reward " if writes else ""),
-                percent(number_in(right, "accuracy")) if "accuracy" in right else "",
+                text(run_log.started.algorithm),
+                text(run_log.status),
+                text(run_log.started.reference),
+                f"{run_log.step:,} / {run_log.started.steps:,}",
+                _trend(points, "reward " if writes else ""),
+                percent(get_number(right, "accuracy")) if "accuracy" in right else "",
             ]
         )
     head = ["stage", "algorithm", "status", "reference", "steps", "loss, or reward", "held-out pairs right"]
     return f'<h2>Stages</h2><div class="card">{table(head, rows)}</div>'
 
 
-def _went(points: Mapping[int, float], what: str) -> str:
-    return f"{what}{short(points[min(points)])} \u2192 {short(points[max(points)])}" if points else ""
+def _trend(points: Mapping[int, float], what: str) -> str:
+    return f"{what}{format_tick(points[min(points)])} \u2192 {format_tick(points[max(points)])}" if points else ""
 
 
-def samples(record: Record) -> str:
+def samples(run_log: RunLog) -> str:
     """The same prompts, step by step; of pairs, their scores."""
-    names = {"reference": below(record.started.roles) if record.started else "base"}
-    by_prompt: dict[str, list[Sampled]] = {}
-    for sample in record.samples:
-        if sample.role in SIDES:
+    names = {"reference": reference_name(run_log.started.roles) if run_log.started else "base"}
+    by_prompt: dict[str, list[SampleLogged]] = {}
+    for sample in run_log.samples:
+        if sample.role in PAIR_SIDES:
             continue
         by_prompt.setdefault(str(sample.prompt), []).append(sample)
     parts = []
-    for place, (prompt, several) in enumerate(by_prompt.items()):
-        every = max(1, -(-len(several) // MOST_SAMPLES))
+    for index, (prompt, several) in enumerate(by_prompt.items()):
+        every = max(1, -(-len(several) // MAX_SAMPLES))
         kept = [*several[:-1:every], several[-1]]
         rows = [
             [
                 text(f"step {one.step:,}" if one.role == "policy" else names.get(str(one.role), one.role)),
-                _judged(str(one.completion), one.finish == "stop", one.gold),
+                _graded_answer(str(one.completion), one.finish == "stop", one.gold),
                 "" if one.reward is None else number(one.reward),
             ]
             for one in kept
         ]
-        gold = f' <span class="soft">gold {text(several[0].gold, 80)}</span>' if several[0].gold is not None else ""
+        ground_truth = (
+            f' <span class="soft">gold {text(several[0].gold, 80)}</span>' if several[0].gold is not None else ""
+        )
         body = table(["", "answer", "reward" if any(one.reward is not None for one in kept) else ""], rows, [2])
         parts.append(
-            f"<details{' open' if place == 0 else ''}><summary>{text(prompt, 300)}{gold}</summary>{body}</details>"
+            f"<details{' open' if index == 0 else ''}><summary>{text(prompt, 300)}{ground_truth}</summary>{body}</details>"
         )
-    told = f"<h2>Samples over time</h2>{''.join(parts)}" if parts else ""
-    return told + of_pairs.samples([sample for sample in record.samples if sample.role in SIDES])
+    html = f"<h2>Samples over time</h2>{''.join(parts)}" if parts else ""
+    return html + of_pairs.samples([sample for sample in run_log.samples if sample.role in PAIR_SIDES])
 
 
-def data(record: Record) -> str:
+def data(run_log: RunLog) -> str:
     """The mixture as bars, the lengths, what was wrong with which rows, and rows with their loss mask."""
-    found = record.data
+    found = run_log.data
     if not found:
         return ""
     cards = [_mixture(found), _lengths(found), of_pairs.sides(found)]
-    told = f'<h2>Data</h2><div class="grid2">{"".join(card for card in cards if card)}</div>'
-    return told + _troubles(found) + _examples(found)
+    html = f'<h2>Data</h2><div class="grid2">{"".join(card for card in cards if card)}</div>'
+    return html + _issues(found) + _examples(found)
 
 
 def _mixture(found: Mapping[str, Any]) -> str:
     parts = entries(found, "parts")
     if not parts:
         return ""
-    totals = {key: sum(number_in(part, key) for part in parts) or 1.0 for key in ("rows", "tokens", "trained")}
+    totals = {key: sum(get_number(part, key) for part in parts) or 1.0 for key in ("rows", "tokens", "trained")}
     rows = []
     for part in parts:
         head = f'<b>{text(part.get("name", ""), 120)}</b> <span class="soft">{text(part.get("format", ""))}</span>'
         rows.append([head, "", ""])
         for key, name in (("rows", "rows"), ("tokens", "tokens"), ("trained", "trained tokens")):
-            share = number_in(part, key) / totals[key]
-            rows.append([f'<span class="soft">{name}</span>', bar(share), f"{number_in(part, key):,.0f}"])
+            share = get_number(part, key) / totals[key]
+            rows.append([f'<span class="soft">{name}</span>', bar(share), f"{get_number(part, key):,.0f}"])
         rows.append(
             [
                 '<span class="soft">weight w<sub>s</sub></span>',
-                bar(number_in(part, "weight"), "w"),
-                f"{number_in(part, 'weight'):.4f}",
+                bar(get_number(part, "weight"), "w"),
+                f"{get_number(part, 'weight'):.4f}",
             ]
         )
     return (
         f'<div class="card"><h3>Mixture</h3><p class="soft">by {text(found.get("weighted_by", ""))}</p>'
         f"{table(['', 'share', ''], rows, [2])}<p "
-        f'class="soft">{_epoch(found)}<br>{_ends(inside(found, "ends"))}</p></div>'
+        f'class="soft">{_epoch(found)}<br>{_eos_line(get_mapping(found, "ends"))}</p></div>'
     )
 
 
 def _epoch(found: Mapping[str, Any]) -> str:
     rows, tokens, trained, steps = (
-        f"{number_in(inside(found, 'epoch'), key):,.0f}" for key in ("rows", "tokens", "trained", "steps")
+        f"{get_number(get_mapping(found, 'epoch'), key):,.0f}" for key in ("rows", "tokens", "trained", "steps")
     )
-    validation = f"{number_in(found, 'validation_rows'):,.0f}"
+    validation = f"{get_number(found, 'validation_rows'):,.0f}"
     return (
         f"An epoch: {rows} rows, {tokens} tokens, {trained} of them trained, {steps} steps. {validation} rows to "
         f"validate with."
     )
 
 
-def _ends(ends: Mapping[str, Any]) -> str:
+def _eos_line(ends: Mapping[str, Any]) -> str:
     if not ends.get("trained"):
         return 'End token trained: <span class="no">no</span>.'
-    tokens = inside(ends, "tokens")
-    names = ", ".join(f"{text(name, 60)} ({number_in(tokens, name):,.0f} times)" for name in tokens)
+    tokens = get_mapping(ends, "tokens")
+    names = ", ".join(f"{text(name, 60)} ({get_number(tokens, name):,.0f} times)" for name in tokens)
     return f'End token trained: <span class="yes">yes</span>, {names}.'
 
 
 def _lengths(found: Mapping[str, Any]) -> str:
-    lengths = inside(found, "lengths")
+    lengths = get_mapping(found, "lengths")
     edges, counts = lengths.get("edges"), lengths.get("counts")
     if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1:
         return ""
     if not all(isinstance(value, int) for value in (*edges, *counts)):
         return ""
-    limit, over = int(number_in(lengths, "limit")), int(number_in(lengths, "over"))
+    limit, over = int(get_number(lengths, "limit")), int(get_number(lengths, "over"))
     names = (("median", "median"), ("95 % up to", "p95"), ("longest read", "longest"), ("limit", "limit"))
-    said = ", ".join(f"{name} {number_in(lengths, key):,.0f}" for name, key in names)
+    summary = ", ".join(f"{name} {get_number(lengths, key):,.0f}" for name, key in names)
     return (
         f'<div class="card"><h3>Lengths in tokens</h3><p '
-        f'class="soft">{said}</p>{histogram(edges, counts, limit, over)}</div>'
+        f'class="soft">{summary}</p>{histogram(edges, counts, limit, over)}</div>'
     )
 
 
-def _troubles(found: Mapping[str, Any]) -> str:
+def _issues(found: Mapping[str, Any]) -> str:
     rows = []
-    for trouble in entries(found, "troubles"):
-        count, places = int(number_in(trouble, "count")), trouble.get("places")
+    for issue in entries(found, "troubles"):
+        count, places = int(get_number(issue, "count")), issue.get("places")
         where = ", ".join(map(str, places)) if isinstance(places, list) else ""
         rows.append(
             [
                 f'<span class="{"some" if count else "zero"}">{count:,}</span>',
-                text(trouble.get("what", ""), 300),
-                text(trouble.get("done", "")) if count else "",
+                text(issue.get("what", ""), 300),
+                text(issue.get("done", "")) if count else "",
                 f'<span class="soft">{text(where, 700)}</span>',
             ]
         )
@@ -335,24 +358,26 @@ def _examples(found: Mapping[str, Any]) -> str:
     parts = []
     for example in entries(found, "examples"):
         segments = [pair for pair in example.get("segments") or () if isinstance(pair, list) and len(pair) == 2]
-        shown = "".join(f"<mark>{block(said)}</mark>" if trained else block(said) for trained, said in segments)
+        shown = "".join(
+            f"<mark>{block(segment)}</mark>" if trained else block(segment) for trained, segment in segments
+        )
         parts.append(f'<p class="soft">{text(example.get("place", ""))}</p><div class="text">{shown}</div>')
     title = 'Rows as the model reads them <span class="soft">what is marked is trained</span>'
     return f"<details><summary>{title}</summary>{''.join(parts)}</details>" if parts else ""
 
 
-def recipe(record: Record) -> str:
+def recipe(run_log: RunLog) -> str:
     """The recipe, complete."""
     return (
-        f"<h2>Recipe</h2><details><summary>recipe.yaml</summary><pre>{block(record.recipe, 60_000)}</pre></details>"
-        if record.recipe
+        f"<h2>Recipe</h2><details><summary>recipe.yaml</summary><pre>{block(run_log.recipe, 60_000)}</pre></details>"
+        if run_log.recipe
         else ""
     )
 
 
-def environment(record: Record) -> str:
+def environment(run_log: RunLog) -> str:
     """Machine, versions, and the hash of the frozen base at both ends of the run."""
-    started, hashes = record.started, inside(record.summary, "base_hash")
+    started, hashes = run_log.started, get_mapping(run_log.summary, "base_hash")
     rows: list[tuple[str, str]] = []
     if started is not None:
         rows += [
@@ -362,8 +387,8 @@ def environment(record: Record) -> str:
             ("trained parameters", f"{started.trainable:,}"),
         ]
         rows += [(str(name), text(version)) for name, version in started.versions.items()]
-    rows += [(name, text(record.base[name])) for name in ("revision", "bits") if record.base.get(name) is not None]
-    rows.append(("began", text(_when(record.began))))
+    rows += [(name, text(run_log.base[name])) for name in ("revision", "bits") if run_log.base.get(name) is not None]
+    rows.append(("began", text(_when(run_log.began))))
     if hashes:
         same = hashes.get("start") == hashes.get("end")
         rows.append(
@@ -377,12 +402,12 @@ def environment(record: Record) -> str:
     return f'<h2>Environment</h2><div class="card">{pairs(rows)}</div>'
 
 
-def notes(record: Record) -> str:
+def notes(run_log: RunLog) -> str:
     """What the run said besides."""
-    said = "".join(f"<li>{text(note, 600)}</li>" for note in record.notes)
+    items = "".join(f"<li>{text(note, 600)}</li>" for note in run_log.notes)
     return (
-        f"<h2>Notes</h2><details><summary>{len(record.notes)} notes</summary><ul>{said}</ul></details>"
-        if record.notes
+        f"<h2>Notes</h2><details><summary>{len(run_log.notes)} notes</summary><ul>{items}</ul></details>"
+        if run_log.notes
         else ""
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from lowrank_tune.ui import inert
+from lowrank_tune.ui import escape_control_chars
 
 NUMERIC = ' class="n"'
 LIMIT = 4000  # characters of one text; a page is for reading
@@ -14,22 +14,22 @@ LIMIT = 4000  # characters of one text; a page is for reading
 
 def text(value: Any, limit: int = LIMIT) -> str:
     """In one line."""
-    return escape(inert(str(value), limit), quote=True)
+    return escape(escape_control_chars(str(value), limit), quote=True)
 
 
 def block(value: Any, limit: int = LIMIT) -> str:
     """With its line breaks."""
     whole = str(value)
     cut = whole[: limit + 1]
-    lines = "\n".join(escape(inert(line), quote=True) for line in cut[:limit].split("\n"))
+    lines = "\n".join(escape(escape_control_chars(line), quote=True) for line in cut[:limit].split("\n"))
     return lines + (f" [... {len(whole) - limit:,} characters more]" if len(cut) > limit else "")
 
 
-def number_in(data: Mapping[str, Any], name: str, otherwise: float = 0.0) -> float:
+def get_number(data: Mapping[str, Any], name: str, default: float = 0.0) -> float:
     """A number of a file that anyone may have edited."""
     value = data.get(name)
     # nan is no figure either
-    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else otherwise
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else default
 
 
 def entries(data: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
@@ -38,7 +38,7 @@ def entries(data: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     return [each for each in found if isinstance(each, Mapping)] if isinstance(found, list) else []
 
 
-def inside(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def get_mapping(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """An object in such a file."""
     found = data.get(name)
     return found if isinstance(found, Mapping) else {}
@@ -49,7 +49,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], numbers: Iterable[
     right = set(numbers)
 
     def cells(kind: str, row: Iterable[str]) -> str:
-        return "".join(f"<{kind}{NUMERIC if place in right else ''}>{cell}</{kind}>" for place, cell in enumerate(row))
+        return "".join(f"<{kind}{NUMERIC if index in right else ''}>{cell}</{kind}>" for index, cell in enumerate(row))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>{body}</tbody></table></div>'
