@@ -24,13 +24,13 @@ from typing import Any
 import torch
 
 from lowrank_tune import Chain, Recipe, run, runner
-from lowrank_tune.rollout import Engine
+from lowrank_tune.generation import Engine
 from lowrank_tune.stage import Stage
-from lowrank_tune.train import Trainer
+from lowrank_tune.trainer import Trainer
 from lowrank_tune.types import Batch, SamplingParams
-from lowrank_tune.ui.figures import percent
+from lowrank_tune.ui.formatting import percent
 from lowrank_tune.ui.report.charts import HEIGHT, WIDTH, ChartLine, chart, lines_of
-from lowrank_tune.ui.report.record import RunLog, read_run_log
+from lowrank_tune.ui.report.run_log import RunLog, read_run_log
 
 FOLDERS = {"sft": "rlhf/1-sft", "reward": "rlhf/2-reward", "dpo": "dpo", "grpo": "grpo", "ppo": "rlhf/3-ppo"}
 TITLES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "grpo": "GRPO", "ppo": "PPO"}

@@ -152,8 +152,8 @@ def start(folder: Path, rows: int, tokenizer: str, picture: bool) -> None:
     from rich.console import Console
 
     from lowrank_tune.data import ChatTemplate, load
+    from lowrank_tune.data_report import report_rows
     from lowrank_tune.model.base import load_tokenizer
-    from lowrank_tune.preflight import report_rows
     from lowrank_tune.ui.data_view import show
 
     recipe = recipe_of(folder, rows, tokenizer)

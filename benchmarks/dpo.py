@@ -33,9 +33,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import contest
+import harness
 from common import VOCABULARY, small_config
-from contest import COOL_DOWN, WARM_UP, Contender, Record, Turns, load_model, pad, same_adapters, worst_difference
+from harness import COOL_DOWN, WARM_UP, Contender, Record, Turns, load_model, pad, same_adapters, worst_difference
 
 PAIRS, BETA, RATE, RANK, ALPHA = 4, 0.1, 1e-4, 16, 32
 LONGEST, TINY_VOCABULARY = 512, 512
@@ -137,7 +137,7 @@ def real(file: str, tokenizer: str, count: int) -> list[Pair]:
     )
 
 
-class Task(contest.Task):
+class Task(harness.Task):
     """Its folder holds `pairs.json` beside the base; the name says whether activations are recomputed."""
 
     @property
@@ -156,16 +156,16 @@ def ours(task: Task, turn: Turns, share: bool = True) -> list[float]:
     import torch
 
     from lowrank_tune import settings
+    from lowrank_tune.algorithms.context import AlgorithmContext
     from lowrank_tune.algorithms.dpo import DPO
-    from lowrank_tune.algorithms.kit import AlgorithmContext
-    from lowrank_tune.algorithms.reference import reference_logps
+    from lowrank_tune.algorithms.reference_logps import reference_logps
     from lowrank_tune.data import collate_units
-    from lowrank_tune.data.store import Entry, StoreWriter
+    from lowrank_tune.data.token_store import Entry, StoreWriter
     from lowrank_tune.events import StepEnd
     from lowrank_tune.model.adapters import lora_config
     from lowrank_tune.model.base import load_base
     from lowrank_tune.model.roles import Roles
-    from lowrank_tune.train import Trainer, make_optimizer
+    from lowrank_tune.trainer import Trainer, make_optimizer
     from lowrank_tune.types import Batch, Row
 
     device = torch.device("cpu")
@@ -330,7 +330,7 @@ def trl(task: Task, turn: Turns) -> list[float]:
             load_model(task),
             args=config,
             train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=contest.words(),
+            processing_class=harness.words(),
             peft_config=lora,
             callbacks=[Turn()],
         )
@@ -414,7 +414,7 @@ def main(arguments: list[str] | None = None) -> int:
             if checkpointing:
                 (Path(folder) / "checkpointing").touch()
             task = Task(folder, False, steps, options.block, options.threads)
-            records = contest.compete({name: CONTENDERS[name] for name in names}, task, options.repeats)
+            records = harness.compete({name: CONTENDERS[name] for name in names}, task, options.repeats)
         report(records, checkpointing)
         agree = agree and curves_agree(records, steps)
         figures["with checkpointing" if checkpointing else "without checkpointing"] = {
@@ -446,7 +446,7 @@ def report(records: dict[str, Record], checkpointing: bool) -> None:
         f"\nactivations "
         f"{'recomputed (gradient checkpointing)' if checkpointing else 'kept (no gradient checkpointing)'}"
     )
-    contest.show_table(records, TARGETS, MEMORY_TARGETS)
+    harness.show_table(records, TARGETS, MEMORY_TARGETS)
     curve = next(iter(records.values())).losses
     print(
         f"loss {curve[0]:.6f} -> {curve[-1]:.6f} over {len(curve)} steps; the curves differ by at most "

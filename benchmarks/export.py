@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 from lowrank_tune.data import ChatTemplate
-from lowrank_tune.export.finished import FinishedRun, adapters_in, check_base, load_finished_run, roles_of
+from lowrank_tune.export.export import ExportOptions, export
+from lowrank_tune.export.finished_run import FinishedRun, adapters_in, check_base, load_finished_run, roles_of
 from lowrank_tune.export.merge import merge
-from lowrank_tune.export.proof import RecordedOutputs, make_probes, record_outputs
-from lowrank_tune.export.take import ExportOptions, export
+from lowrank_tune.export.merge_check import RecordedOutputs, make_probes, record_outputs
 from lowrank_tune.model.base import BUILTIN_MODEL, load_base, load_tokenizer
 
 PROMPTS = 20
@@ -105,9 +105,9 @@ def trained(found: FinishedRun) -> RecordedOutputs:
 def in_plain_peft(found: FinishedRun, recorded: RecordedOutputs) -> None:
     model = found.recipe.base.model
     if model == BUILTIN_MODEL:
-        import lowrank_tune.tutor
+        import lowrank_tune.toy
 
-        model = str(Path(lowrank_tune.tutor.__file__).parent / "base")
+        model = str(Path(lowrank_tune.toy.__file__).parent / "base")
     texts = recorded.texts[: len(recorded.starts)]
     prompts = [text[:start] for text, start in zip(texts, recorded.starts, strict=True)]
     completions = json.loads(

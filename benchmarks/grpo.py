@@ -32,9 +32,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import contest
+import harness
 from common import VOCABULARY, small_config
-from contest import COOL_DOWN, WARM_UP, Contender, Record, Turns, load_model, same_adapters
+from harness import COOL_DOWN, WARM_UP, Contender, Record, Turns, load_model, same_adapters
 
 PROMPTS, GROUP, KL, RATE, RANK, ALPHA = 4, 8, 0.05, 1e-3, 16, 32
 TARGETS = {"trl": 0.55}
@@ -62,7 +62,7 @@ class Clock:
     """CPU seconds of each step's parts. `part` wraps what belongs to one; parts within parts are counted once, as the
     inner one."""
 
-    task: contest.Task
+    task: harness.Task
     name: str
     spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Task(contest.Task):
+class Task(harness.Task):
     """Its folder holds `work.json` beside the base: prompts, tokens of a completion, the size of the vocabulary, rows
     at once."""
 
@@ -128,15 +128,15 @@ def ours(task: Task, turn: Turns) -> list[float]:
     import torch
 
     from lowrank_tune import settings
+    from lowrank_tune.algorithms.context import AlgorithmContext
     from lowrank_tune.algorithms.grpo import GRPO
-    from lowrank_tune.algorithms.harvest import RolloutCollector
-    from lowrank_tune.algorithms.kit import AlgorithmContext
+    from lowrank_tune.algorithms.rollouts import RolloutCollector
     from lowrank_tune.events import StepEnd
-    from lowrank_tune.maths import step_seed
+    from lowrank_tune.functional import step_seed
     from lowrank_tune.model.adapters import lora_config
     from lowrank_tune.model.base import load_base
     from lowrank_tune.model.roles import Roles
-    from lowrank_tune.train import Trainer, make_optimizer
+    from lowrank_tune.trainer import Trainer, make_optimizer
 
     prompts, new, vocabulary, micro = task.work()
     device, tokenizer, clock, scoring = torch.device("cpu"), words(vocabulary), Clock(task, "ours"), Scoring()
@@ -339,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
         work = {"prompts": prompts, "new": options.new, "vocabulary": shape["vocab_size"], "micro": options.micro}
         (Path(folder) / "work.json").write_text(json.dumps(work), encoding="utf-8")
         task = Task(folder, False, steps, options.block, options.threads)
-        records = contest.compete({name: CONTENDERS[name] for name in names}, task, options.repeats)
+        records = harness.compete({name: CONTENDERS[name] for name in names}, task, options.repeats)
         splits = {name: json.loads((Path(folder) / f"split-{name}.json").read_text(encoding="utf-8")) for name in names}
     report(records, splits)
     if options.json:
@@ -349,7 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(records: dict[str, Record], splits: dict[str, list[dict[str, float]]]) -> None:
-    contest.show_table(records, TARGETS, {})
+    harness.show_table(records, TARGETS, {})
     means = {
         name: {part: statistics.median(step[part] for step in steps) for part in PARTS}
         for name, steps in splits.items()

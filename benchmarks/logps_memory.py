@@ -31,7 +31,7 @@ fp32."""
 
 
 def ours(hidden: Any, targets: Any, weight: Any) -> None:
-    from lowrank_tune.model.logps import Head, chunked_logps
+    from lowrank_tune.model.logprobs import Head, chunked_logps
 
     logps, _, _ = chunked_logps(Head(weight), hidden, targets)
     (-logps.mean()).backward()
@@ -49,7 +49,7 @@ WAYS: dict[str, Callable[[Any, Any, Any], None]] = {"ours": ours, "full": full}
 def work(way: str, length: int, vocabulary: int, pipe: Connection) -> None:
     import torch
 
-    import lowrank_tune.model.logps  # noqa: F401  (its libraries must be resident before the measurement starts)
+    import lowrank_tune.model.logprobs  # noqa: F401  (its libraries must be resident before the measurement starts)
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

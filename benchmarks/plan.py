@@ -22,13 +22,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowrank_tune import Recipe
-from lowrank_tune.algorithms.harvest import RolloutBatch, RolloutCollector
-from lowrank_tune.algorithms.kit import AlgorithmContext
-from lowrank_tune.build import ALGORITHMS, ONLINE_ALGORITHMS, load_roles
+from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.rollouts import RolloutBatch, RolloutCollector
+from lowrank_tune.assembly import ALGORITHMS, ONLINE_ALGORITHMS, load_roles
+from lowrank_tune.generation import Engine
+from lowrank_tune.memory_planner.planner import make_spec, phases_of
 from lowrank_tune.model.base import load_base
-from lowrank_tune.plan.planner import make_spec, phases_of
-from lowrank_tune.rollout import Engine
-from lowrank_tune.train import Trainer, make_optimizer
+from lowrank_tune.trainer import Trainer, make_optimizer
 from lowrank_tune.types import Batch, SamplingParams
 
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lowrank_tune.plan import GIB
-from lowrank_tune.plan.planner import plan_of
-from lowrank_tune.plan.scenes import simulation_specs
+from lowrank_tune.memory_planner import GIB
+from lowrank_tune.memory_planner.planner import plan_of
+from lowrank_tune.memory_planner.specs import simulation_specs
 from lowrank_tune.recipe import Preset, find_preset, list_presets, load_any
 
 CARD_GIB = 24.0

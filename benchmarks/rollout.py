@@ -68,10 +68,10 @@ def ours(folder: str, bits: int) -> Contender:
     import torch
 
     from lowrank_tune import settings
+    from lowrank_tune.generation import Engine
     from lowrank_tune.model.adapters import lora_config
     from lowrank_tune.model.base import load_base
     from lowrank_tune.model.roles import Roles
-    from lowrank_tune.rollout import Engine
     from lowrank_tune.types import SamplingParams
 
     base = load_base(settings.BaseConfig(model=folder, bits=bits), tokenizer=None, device=torch.device("cpu"))
@@ -167,9 +167,9 @@ def works_of(name: str, tokens: int, count: int) -> dict[str, Work]:
 
         from transformers import AutoTokenizer
 
-        from lowrank_tune.tutor.problems import rows
+        from lowrank_tune.toy.problems import rows
 
-        tokenizer = AutoTokenizer.from_pretrained(str(files("lowrank_tune.tutor") / "base"))
+        tokenizer = AutoTokenizer.from_pretrained(str(files("lowrank_tune.toy") / "base"))
         prompts = [tokenizer(next(iter(row.values()))).input_ids for row in rows(count, seed=0)]
         ends = frozenset(token for token in range(len(tokenizer)) if set(tokenizer.decode([token])) & set(".\n"))
     return {"full": Work(prompts, frozenset(), tokens), "ends": Work(prompts, ends, tokens)}
@@ -241,7 +241,7 @@ def build(name: str, bits: int, place: str) -> dict[str, Contender]:
 
     if name == "small":
         save_small(place)
-    folder = place if name == "small" else str(files("lowrank_tune.tutor") / "base")
+    folder = place if name == "small" else str(files("lowrank_tune.toy") / "base")
     return {"ours": ours(folder, bits), "generate": generate(folder, bits)}
 
 

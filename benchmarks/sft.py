@@ -27,16 +27,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import contest
+import harness
 from common import MEAN_LENGTH, ragged_rows, small_config
-from contest import COOL_DOWN, WARM_UP, Contender, Record, Turns, load_model, pad, same_adapters, worst_difference
+from harness import COOL_DOWN, WARM_UP, Contender, Record, Turns, load_model, pad, same_adapters, worst_difference
 
 ROWS, RATE, RANK, ALPHA = 8, 1e-3, 16, 32
 CURVE, CURVE_STEPS = 1e-4, 20
 TARGETS = {"hand": 1.10, "hand-lean": 1.10, "trl": 0.6}
 
 
-class Task(contest.Task):
+class Task(harness.Task):
     def batches(self) -> Iterator[list[tuple[list[int], list[bool]]]]:
         rows = ragged_rows(self.steps * ROWS)
         return (rows[start : start + ROWS] for start in range(0, len(rows), ROWS))
@@ -46,13 +46,13 @@ def ours(task: Task, turn: Turns, micro: int = ROWS, log_every: int = 1_000_000)
     import torch
 
     from lowrank_tune import settings
-    from lowrank_tune.algorithms.kit import AlgorithmContext
+    from lowrank_tune.algorithms.context import AlgorithmContext
     from lowrank_tune.algorithms.sft import SFT
     from lowrank_tune.events import StepEnd
     from lowrank_tune.model.adapters import lora_config
     from lowrank_tune.model.base import load_base
     from lowrank_tune.model.roles import Roles
-    from lowrank_tune.train import Trainer, make_optimizer
+    from lowrank_tune.trainer import Trainer, make_optimizer
     from lowrank_tune.types import Batch
 
     device = torch.device("cpu")
@@ -198,7 +198,7 @@ def trl(task: Task, turn: Turns) -> list[float]:
             load_model(task),
             config,
             train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=contest.words(),
+            processing_class=harness.words(),
             peft_config=lora,
             callbacks=[Turn()],
         )
@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
         saving.start()
         saving.join()
         task = Task(folder, options.nf4, WARM_UP + repeats * options.block + COOL_DOWN, options.block, options.threads)
-        records = contest.compete({name: CONTENDERS[name] for name in names}, task, repeats)
+        records = harness.compete({name: CONTENDERS[name] for name in names}, task, repeats)
     report(records, task, {} if task.nf4 else TARGETS)
     if options.json:
         figures = {name: record.to_dict() for name, record in records.items()}
@@ -267,7 +267,7 @@ def report(records: dict[str, Record], task: Task, targets: dict[str, float]) ->
         f"{task.threads} thread(s), "
         f"{len(next(iter(records.values())).cpu)} turns of {task.block} steps"
     )
-    contest.show_table(records, targets, {})
+    harness.show_table(records, targets, {})
     curve = next(iter(records.values())).losses
     print(
         f"loss {curve[0]:.6f} -> {curve[-1]:.6f} over {len(curve)} steps; the curves differ by at most "

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lowrank_tune import Recipe, run
-from lowrank_tune.build.online import RewardScorer
+from lowrank_tune.assembly.rl import RewardScorer
 
 
 class Shuffled(RewardScorer):
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     arguments = parser.parse_args()
-    import lowrank_tune.build as build
+    import lowrank_tune.assembly as build
 
     build.RewardScorer = Shuffled  # type: ignore[misc]
     recipe = Recipe.load("tiny-grpo", "name=shuffled", "train.final=last").to_dict()

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from lowrank_tune.errors import UserError
 from lowrank_tune.rewards import RewardInput, WorkerPool, build_rewards
+from lowrank_tune.rewards.sandbox.isolation import LEVELS, probe_level
 from lowrank_tune.rewards.sandbox.launch import Confined
-from lowrank_tune.rewards.sandbox.levels import LEVELS, probe_level
 from lowrank_tune.settings import RewardConfig
 
 CODE = [

@@ -41,8 +41,8 @@ def run(
     Raises UserError (a sentence for the person) and KeyboardInterrupt at a second Ctrl-C. `on_event` sees every event.
     The recipe is read before torch is imported: a backend that it names may have to come first.
     """
-    from lowrank_tune.early import import_unsloth
     from lowrank_tune.recipe import backends_of, load_any
+    from lowrank_tune.unsloth_import import import_unsloth
 
     loaded = load_any(recipe, *overrides) if isinstance(recipe, (str, Path)) else recipe
     import_unsloth(backends_of(loaded))

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune import early
+from lowrank_tune import unsloth_import
 from lowrank_tune.ui import escape_control_chars
 
 GIB = 1 << 30
@@ -332,7 +332,7 @@ def system() -> Iterator[CheckResult]:
 
 def sandbox() -> Iterator[CheckResult]:
     """What code of a model would run in: tried, not read off."""
-    levels: Any = importlib.import_module("lowrank_tune.rewards.sandbox.levels")  # its package brings torch in
+    levels: Any = importlib.import_module("lowrank_tune.rewards.sandbox.isolation")  # its package brings torch in
     offer = levels.strongest()
     if offer is not None:
         yield CheckResult("ok", "sandbox", f"for code that a model wrote: {offer}")
@@ -348,16 +348,16 @@ def sandbox() -> Iterator[CheckResult]:
 def unsloth() -> Iterator[CheckResult]:
     """The other backend of the base. It is optional, so what is wrong with it is no fault; and it is not imported here,
     as it would have to come before torch."""
-    version = early.installed()
+    version = unsloth_import.installed()
     if version is None:
         yield CheckResult("ok", "unsloth", "not installed; it is optional (base.backend: unsloth)")
         return
-    if incompatible := early.incompatible_versions():
+    if incompatible := unsloth_import.incompatible_versions():
         yield CheckResult(
             "warning",
             "unsloth",
             f"{version}, which needs {', '.join(incompatible)}",
-            f"`base.backend: unsloth` is refused here: {early.INSTALL}",
+            f"`base.backend: unsloth` is refused here: {unsloth_import.INSTALL}",
         )
         return
     torch: Any = importlib.import_module("torch")

@@ -16,18 +16,18 @@ from typing import Any, Literal
 
 import torch
 
-from lowrank_tune import early, settings, trackers
-from lowrank_tune.build import build
+from lowrank_tune import settings, trackers, unsloth_import
+from lowrank_tune.assembly import build
 from lowrank_tune.checkpoint import RunFolder, latest_checkpoint
-from lowrank_tune.control import TrainerControl, handle_signals
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, Event, LogMessage, RunEnded, SampleLogged, StepEnd
 from lowrank_tune.export import final_folder
+from lowrank_tune.memory_planner import check_fit, gpu_memory_gib
 from lowrank_tune.model.base import Base
-from lowrank_tune.model.recovery import DoesNotFit, free_traceback, is_out_of_memory
-from lowrank_tune.plan import check_fit, gpu_memory_gib
+from lowrank_tune.model.oom import DoesNotFit, free_traceback, is_out_of_memory
 from lowrank_tune.recipe import Chain, backends_of, differences, dump, load_any
-from lowrank_tune.recipe.memory import suggestions
+from lowrank_tune.recipe.memory_rules import suggestions
+from lowrank_tune.signals import TrainerControl, handle_signals
 from lowrank_tune.sinks import EventBus, JsonLines, Sink
 from lowrank_tune.stage import Stage
 from lowrank_tune.ui.plain import LineLogger
@@ -98,7 +98,7 @@ def run(
     Raises UserError (a sentence for the person) and KeyboardInterrupt at a second Ctrl-C. `on_event` sees every event.
     """
     loaded = recipe if isinstance(recipe, (settings.RecipeConfig, Chain)) else load_any(recipe, *overrides)
-    early.import_unsloth(backends_of(loaded))  # refused here where nobody did it in time
+    unsloth_import.import_unsloth(backends_of(loaded))  # refused here where nobody did it in time
     trackers.check_installed(
         name for stage in (loaded.stages if isinstance(loaded, Chain) else (loaded,)) for name in stage.train.trackers
     )

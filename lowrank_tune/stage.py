@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 from lowrank_tune import settings
-from lowrank_tune.build import RunComponents
-from lowrank_tune.build.learned import REWARD_ROLE
+from lowrank_tune.assembly import RunComponents
+from lowrank_tune.assembly.reward_model import REWARD_ROLE
 from lowrank_tune.checkpoint import (
     CorruptCheckpoint,
     RunFolder,
@@ -25,19 +25,9 @@ from lowrank_tune.checkpoint import (
     rotate,
     write_atomically,
 )
-from lowrank_tune.control import TrainerControl
 from lowrank_tune.data import TokenizedSplits
+from lowrank_tune.data_report import report_prompts, report_rows
 from lowrank_tune.errors import TrainingError, UserError
-from lowrank_tune.evaluate import (
-    HeldoutAnswer,
-    HeldoutQuestion,
-    compute_metrics,
-    generate_answers,
-    render_questions,
-    score_pairs,
-    select_questions,
-    validate,
-)
 from lowrank_tune.events import (
     CheckpointSaved,
     Emit,
@@ -49,15 +39,25 @@ from lowrank_tune.events import (
     SampleLogged,
     StepEnd,
 )
-from lowrank_tune.hacking import RewardHackingDetector, accuracy_stderr
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
 from lowrank_tune.model.base import combined_hash, hash_of
 from lowrank_tune.model.optimizers import load_optimizer
-from lowrank_tune.preflight import report_prompts, report_rows
-from lowrank_tune.recipe.memory import memory_settings
+from lowrank_tune.recipe.memory_rules import memory_settings
+from lowrank_tune.reward_hacking import RewardHackingDetector, accuracy_stderr
 from lowrank_tune.rewards.repetition import NGRAM, distinct_ngram_fraction
-from lowrank_tune.train import Trainer, TrainerState, make_optimizer
+from lowrank_tune.signals import TrainerControl
+from lowrank_tune.trainer import Trainer, TrainerState, make_optimizer
 from lowrank_tune.types import SamplingParams
+from lowrank_tune.validation import (
+    HeldoutAnswer,
+    HeldoutQuestion,
+    compute_metrics,
+    generate_answers,
+    render_questions,
+    score_pairs,
+    select_questions,
+    validate,
+)
 
 DEFAULT_NUM_EVALUATIONS, DEFAULT_NUM_SAVES = 10, 10  # over a run, where the recipe does not say
 

@@ -24,7 +24,7 @@ from typing import Any
 from lowrank_tune.checkpoint import write_file
 from lowrank_tune.errors import ConfigError, ConfigProblem, UserError
 from lowrank_tune.events import Evaluated, Event, RunEnded, RunStarted, StepEnd
-from lowrank_tune.recipe.tree import dotted, leaves
+from lowrank_tune.recipe.yaml_nodes import dotted, leaves
 
 STATE_FILE = "trackers.json"
 METRIC_GROUPS = {"validation_": "validation/", "heldout_": "heldout/", "pairs_": "pairs/"}

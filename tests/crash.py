@@ -248,8 +248,8 @@ def _prompt_recipe(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
 
 
 KILL_POINTS = {
-    "rollout": ("lowrank_tune.build.online", "Scoring", "submit"),  # as a completion ends, others still decode
-    "scoring": ("lowrank_tune.build.online", "Scoring", "collect"),
+    "rollout": ("lowrank_tune.assembly.rl", "Scoring", "submit"),  # as a completion ends, others still decode
+    "scoring": ("lowrank_tune.assembly.rl", "Scoring", "collect"),
     "update": ("lowrank_tune.algorithms.grpo", "GRPO", "terms"),
     "between passes": ("lowrank_tune.algorithms.grpo", "GRPO", "go_on"),
     "valuing": ("lowrank_tune.algorithms.ppo", "PPO", "_values"),
@@ -257,7 +257,7 @@ KILL_POINTS = {
     "update of ppo": ("lowrank_tune.algorithms.ppo", "PPO", "_value_term"),
     "between passes of ppo": ("lowrank_tune.algorithms.ppo", "PPO", "go_on"),
     "start of a stage": ("lowrank_tune.stage", "Stage", "__init__"),  # the stage before has left all that it leaves
-    "a step": ("lowrank_tune.train", "Loop", "_step"),
+    "a step": ("lowrank_tune.trainer", "Loop", "_step"),
     # all steps are done and saved, and final/ is not there
     "end of a stage": ("lowrank_tune.stage", "Stage", "finish"),
 }

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowrank_tune import settings
-from lowrank_tune.algorithms.kit import AlgorithmContext
+from lowrank_tune.algorithms.context import AlgorithmContext
 from lowrank_tune.algorithms.sft import SFT
+from lowrank_tune.model.activation_checkpointing import Checkpointing
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import Base, freeze_base, load_base
-from lowrank_tune.model.memory import Checkpointing
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch
 

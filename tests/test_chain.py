@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 import lowrank_tune.runner as runner
 from lowrank_tune import Chain, UserError, run
 from lowrank_tune.cli import app
-from lowrank_tune.evaluate import select_questions
 from lowrank_tune.events import Event, LogMessage, RunStarted, StepEnd
 from lowrank_tune.recipe import dump
 from lowrank_tune.types import Row
+from lowrank_tune.validation import select_questions
 
 STAGES = ("1-warm", "2-score", "3-dpo", "4-grpo")
 

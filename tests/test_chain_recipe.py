@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.recipe import Chain, Recipe, differences, dump, load_any, presets, schema
-from tests.hostile import MAX_CPU_SECONDS
+from tests.malformed_yaml import MAX_CPU_SECONDS
 
 Write = Callable[..., str]
 PAIRS = {"train": [{"dataset": "tutor-preferences"}]}
@@ -490,7 +490,7 @@ def test_presets_list_chains(write: Write, monkeypatch: pytest.MonkeyPatch) -> N
     write(
         "description: one\nalgorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {steps: 4}\n", "presets/one.yaml"
     )
-    monkeypatch.setattr("lowrank_tune.recipe.layers.preset_folders", lambda: [Path("presets").resolve()])
+    monkeypatch.setattr("lowrank_tune.recipe.extends.preset_folders", lambda: [Path("presets").resolve()])
     assert presets() == [("chain", "SFT, a reward model, DPO", "sft -> reward -> dpo"), ("one", "one", "sft")]
     assert faults_of(write("stages: [{name: a, extends: chain}]")) == [
         "my.yaml:1: stages.0.extends: is a chain itself, and chains do not nest; name one of its recipes",

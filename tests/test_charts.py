@@ -8,7 +8,7 @@ import time
 import pytest
 
 from lowrank_tune.ui.charts import LABEL_WIDTH, Curve, chart, format_number, smooth
-from lowrank_tune.ui.frame import Line, width_of
+from lowrank_tune.ui.text_layout import Line, width_of
 
 
 def dots(lines: list[Line]) -> set[tuple[int, int]]:

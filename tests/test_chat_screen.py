@@ -20,9 +20,9 @@ from lowrank_tune import settings
 from lowrank_tune.checkpoint import Snapshot, write_atomically
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
 from lowrank_tune.model.base import BUILTIN_MODEL, load_base, load_tokenizer
+from lowrank_tune.ui.chat_screen import escape_keep_newlines
 from lowrank_tune.ui.columns import Columns
-from lowrank_tune.ui.frame import wrap
-from lowrank_tune.ui.talk import escape_keep_newlines
+from lowrank_tune.ui.text_layout import wrap
 
 
 class Terminal:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import HOSTILE_TEXTS, is_inert
+from malformed_yaml import HOSTILE_TEXTS, is_inert
 from test_report import check, started, step, write
 from typer.testing import CliRunner
 
@@ -19,8 +19,8 @@ from lowrank_tune.cli import app
 from lowrank_tune.events import Evaluated, Event, LogMessage, RunEnded, SampleLogged
 from lowrank_tune.ui.compare import TextCanvas, compare, compare_page, read_runs, screen
 from lowrank_tune.ui.compare.figures import rows
-from lowrank_tune.ui.compare.side import common_metrics, differences, labels_of
-from lowrank_tune.ui.frame import Line, plain_text, width_of
+from lowrank_tune.ui.compare.runs import common_metrics, differences, labels_of
+from lowrank_tune.ui.text_layout import Line, plain_text, width_of
 
 RECORDED = Path(__file__).parent / "recorded"
 RECIPE = {"name": "a", "algorithm": "sft", "seed": 0, "train": {"steps": 9, "learning_rate": 1e-3}}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_runs import FinishedRun, make_run
+from export_fixtures import FinishedRun, make_run
 from hypothesis import given
 from hypothesis import strategies as st
 from models import CPU, all_tensors, changed_tensors, llama_roles, perturb
@@ -23,18 +23,18 @@ from typer.testing import CliRunner, Result
 from lowrank_tune import UserError, settings
 from lowrank_tune.chat import ChatModel, ChatSession, Conversation, SamplingOptions, append_row, load_chat_model
 from lowrank_tune.chat.commands import Command, help_lines, parse
-from lowrank_tune.chat.pieces import IncrementalDecoder
-from lowrank_tune.chat.talk import ChatAnswer, Exchange
+from lowrank_tune.chat.conversation import ChatAnswer, Exchange
+from lowrank_tune.chat.streaming_decoder import IncrementalDecoder
 from lowrank_tune.chat.target import resolve_target
 from lowrank_tune.checkpoint import Snapshot, write_atomically
 from lowrank_tune.cli import app
 from lowrank_tune.data import ChatTemplate, load
-from lowrank_tune.evaluate import generate_answers
-from lowrank_tune.evaluate.questions import HeldoutQuestion
+from lowrank_tune.generation import Engine
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
 from lowrank_tune.model.base import BUILTIN_MODEL, load_base, load_tokenizer
-from lowrank_tune.rollout import Engine
 from lowrank_tune.types import Completion, Message, SamplingParams, Token
+from lowrank_tune.validation import generate_answers
+from lowrank_tune.validation.heldout import HeldoutQuestion
 
 TOKENIZERS = Path(__file__).parents[2] / "shared" / "models" / "tokenizers"
 QUESTIONS = ("What is 7 + 8?", "And 9 * 3?", "Why?")
@@ -612,7 +612,7 @@ def test_piped(made: FinishedRun, chat_model: ChatModel, tmp_path: Path) -> None
 
 
 def _shown(text: str) -> str:
-    from lowrank_tune.ui.talk import escape_keep_newlines
+    from lowrank_tune.ui.chat_screen import escape_keep_newlines
 
     return escape_keep_newlines(text)
 

@@ -25,14 +25,14 @@ from lowrank_tune.events import (
     StepEnd,
     from_json,
 )
-from lowrank_tune.ui.card import GpuStats
-from lowrank_tune.ui.frame import fit, plain_text, to_ansi, width_of, wrap
+from lowrank_tune.ui.gpu_stats import GpuStats
+from lowrank_tune.ui.live_screen import handle_key
 from lowrank_tune.ui.panes import View, chart_pane
 from lowrank_tune.ui.render import render, render_several
 from lowrank_tune.ui.screenshot import screenshot, state_at_step
-from lowrank_tune.ui.session import handle_key
 from lowrank_tune.ui.state import MAX_POINTS, Series, State
-from tests.hostile import HOSTILE_TEXTS, is_inert
+from lowrank_tune.ui.text_layout import fit, plain_text, to_ansi, width_of, wrap
+from tests.malformed_yaml import HOSTILE_TEXTS, is_inert
 
 HERE = Path(__file__).parent
 

@@ -38,14 +38,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lowrank_tune import Recipe, run
-from lowrank_tune import build as build_module
+from lowrank_tune import assembly as build_module
 from lowrank_tune import runner as runner_module
 from lowrank_tune.algorithms import dpo as dpo_module
-from lowrank_tune.algorithms import reference as reference_module
+from lowrank_tune.algorithms import reference_logps as reference_module
+from lowrank_tune.algorithms.context import AlgorithmContext
 from lowrank_tune.algorithms.dpo import DPO, dpo_loss
-from lowrank_tune.algorithms.kit import AlgorithmContext
-from lowrank_tune.algorithms.reference import reference_logps
-from lowrank_tune.build import build
+from lowrank_tune.algorithms.reference_logps import reference_logps
+from lowrank_tune.assembly import build
 from lowrank_tune.data import collate_units
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import RunStarted, StepEnd

@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from lowrank_tune.errors import TrainingError
-from lowrank_tune.model import memory
+from lowrank_tune.model import activation_checkpointing
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
-from lowrank_tune.model.logps import Head
+from lowrank_tune.model.logprobs import Head
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.recipe import Recipe
-from lowrank_tune.train import make_optimizer
+from lowrank_tune.trainer import make_optimizer
 
 ALGORITHMS = ["sft", "reward", "dpo", "ppo", "grpo"]
 slow = pytest.mark.slow
@@ -201,12 +201,12 @@ def test_every_memory_mode_gives_the_same_gradient(base: Any, monkeypatch: pytes
     modes = module("memory_modes")
     result = modes.check_memory_modes(base, size())
     assert result.failed == [] and len(result.checks) == 3
-    offloaded = memory._offloaded
+    offloaded = activation_checkpointing._offloaded
 
     def scaled(checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
         return 1.01 * offloaded(checkpoint, *args, **kwargs)
 
-    monkeypatch.setattr(memory, "_offloaded", scaled)
+    monkeypatch.setattr(activation_checkpointing, "_offloaded", scaled)
     failed = modes.check_memory_modes(tiny_base(), size()).failed
     assert failed == ["the same gradient, all recomputed, inputs offloaded"]
 
@@ -451,11 +451,11 @@ def test_a_gpu_is_described(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (23 * 2**30, 24 * 2**30))
     monkeypatch.setattr(machine, "matmul_tflops", lambda device: 160.0)
     monkeypatch.setattr(machine, "bandwidth_gbs", lambda device: 900.0)
-    monkeypatch.setattr(machine, "PACKAGES", ("torch", "peft", "lowrank_tune.patterns", "absent_package"))
+    monkeypatch.setattr(machine, "PACKAGES", ("torch", "peft", "lowrank_tune.regex", "absent_package"))
     described = machine.describe(torch.device("cuda", 0), 22.0)
     assert described["device"] == "Card" and described["free_gib"] == 23 and described["compute_capability"] == "8.9"
     assert described["peft"].startswith("0.") and described["matmul_tflops"] == 160.0
-    assert described["lowrank_tune.patterns"] == "unknown" and "absent_package" not in described
+    assert described["lowrank_tune.regex"] == "unknown" and "absent_package" not in described
 
 
 def test_every_cell_is_a_recipe(gpu: ModuleType, tmp_path: Path) -> None:

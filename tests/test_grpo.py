@@ -24,9 +24,9 @@ from torch import Tensor
 from lowrank_tune import Recipe, run
 from lowrank_tune import runner as runner_module
 from lowrank_tune.algorithms import grpo as grpo_module
+from lowrank_tune.algorithms.context import AlgorithmContext
 from lowrank_tune.algorithms.grpo import GRPO, MAX_RESAMPLES, group_advantages, kl_penalty, policy_loss, zero_std_groups
-from lowrank_tune.algorithms.harvest import RolloutBatch, RolloutCollector
-from lowrank_tune.algorithms.kit import AlgorithmContext
+from lowrank_tune.algorithms.rollouts import RolloutBatch, RolloutCollector
 from lowrank_tune.data import PromptExample
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import GroupLogged, LogMessage, StepEnd

@@ -20,8 +20,8 @@ from test_preference_trl import lora, place, tokenizer
 from torch import Tensor
 
 from lowrank_tune.algorithms import grpo as grpo_module
+from lowrank_tune.algorithms.context import AlgorithmContext
 from lowrank_tune.algorithms.grpo import GRPO, group_advantages
-from lowrank_tune.algorithms.kit import AlgorithmContext
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch, LogProbs, add_stats, to_floats
 

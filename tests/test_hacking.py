@@ -15,16 +15,16 @@ import pytest
 from crash import run_fingerprint
 
 from lowrank_tune import Recipe, UserError, run
-from lowrank_tune.control import TrainerControl
 from lowrank_tune.events import Evaluated, Event, LogMessage, RunStarted, StepEnd
-from lowrank_tune.hacking import EvalPoint, RewardHackingDetector, accuracy_stderr, find_divergence
+from lowrank_tune.reward_hacking import EvalPoint, RewardHackingDetector, accuracy_stderr, find_divergence
+from lowrank_tune.signals import TrainerControl
 from lowrank_tune.ui.diagnose import diagnose
-from lowrank_tune.ui.frame import plain_text
-from lowrank_tune.ui.gold import eval_points_of, frontier
 from lowrank_tune.ui.panes import View
 from lowrank_tune.ui.render import render
 from lowrank_tune.ui.report.frontier import evals_by_kl
+from lowrank_tune.ui.reward_vs_accuracy import eval_points_of, frontier
 from lowrank_tune.ui.state import State
+from lowrank_tune.ui.text_layout import plain_text
 from lowrank_tune.ui.watch import read_events
 
 RECORDED = Path(__file__).parent / "recorded"

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.model import logps as logps_module
+from lowrank_tune.model import logprobs as logps_module
 from lowrank_tune.model import roles as roles_module
-from lowrank_tune.model.logps import Head, chunked_kl, chunked_logps
+from lowrank_tune.model.logprobs import Head, chunked_kl, chunked_logps
 from lowrank_tune.model.roles import Roles
 
 
@@ -443,7 +443,7 @@ def test_only_scored_positions_reach_the_head(monkeypatch: pytest.MonkeyPatch) -
 
 PEAK = """
 import sys, torch
-from lowrank_tune.model.logps import Head, chunked_logps
+from lowrank_tune.model.logprobs import Head, chunked_logps
 V = 151936
 def full(head, hidden, targets):
     return torch.log_softmax(hidden @ head.weight.T, -1).gather(1, targets[:, None]).squeeze(1),

@@ -31,16 +31,16 @@ from test_grpo import INFORMATIVE_REWARDS, FakeCollector
 from torch import Tensor, nn
 
 from lowrank_tune import settings
-from lowrank_tune import train as train_module
+from lowrank_tune import trainer as train_module
+from lowrank_tune.algorithms.context import AlgorithmContext
 from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.grpo import GRPO
-from lowrank_tune.algorithms.kit import AlgorithmContext
 from lowrank_tune.algorithms.ppo import PPO, UpdateConfig
-from lowrank_tune.algorithms.reward import RewardModeling
+from lowrank_tune.algorithms.reward_model import RewardModeling
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Event, LogMessage, StepEnd
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.train import (
+from lowrank_tune.trainer import (
     Trainer,
     TrainerControl,
     TrainerState,

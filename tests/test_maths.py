@@ -12,8 +12,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lowrank_tune import maths
-from lowrank_tune.maths import (
+from lowrank_tune import functional
+from lowrank_tune.functional import (
     apply_mask,
     calibration_error,
     correlation,
@@ -82,7 +82,7 @@ def plain_reliability(differences: Sequence[float], bins: int) -> list[tuple[flo
 
 def test_reliability_by_hand() -> None:
     """Two pairs at confidence 3/4, one right; one sure and right; one tie at confidence 1/2."""
-    found = maths.reliability_bins(torch.tensor([LN3, -LN3, 1e3, 0.0]), num_bins=10)
+    found = functional.reliability_bins(torch.tensor([LN3, -LN3, 1e3, 0.0]), num_bins=10)
     assert found == [(0.5, 0.5, 1), (pytest.approx(0.75), 0.5, 2), (1.0, 1.0, 1)]
     assert calibration_error(found) == pytest.approx((0 + 2 * 0.25 + 0) / 4)
     assert reliability_bins(torch.zeros(0)) == [] and math.isnan(calibration_error([]))
@@ -120,7 +120,7 @@ BUGS: dict[str, Any] = {
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_another_diagram_is_seen(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
-    monkeypatch.setattr(maths, "reliability_bins", BUGS[bug])
+    monkeypatch.setattr(functional, "reliability_bins", BUGS[bug])
     with pytest.raises(AssertionError):
         test_reliability_by_hand()
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lowrank_tune import settings
 from lowrank_tune.errors import ConfigError, UserError
-from lowrank_tune.model import memory
-from lowrank_tune.model.memory import Checkpointing, checkpoint_layers, num_checkpointed_layers
+from lowrank_tune.model import activation_checkpointing
+from lowrank_tune.model.activation_checkpointing import Checkpointing, checkpoint_layers, num_checkpointed_layers
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.recipe import from_dict
 
@@ -128,7 +128,7 @@ def test_what_is_offloaded_is_a_copy_and_comes_back(monkeypatch: pytest.MonkeyPa
     """The very inputs of recomputed layers go through the offload, as copies: what is written into them afterwards does
     no harm."""
     packed: list[tuple[Tensor, Tensor]] = []
-    real = memory.save_on_cpu
+    real = activation_checkpointing.save_on_cpu
 
     class Watched(real):  # type: ignore[valid-type,misc]
         def __init__(self, pin_memory: bool) -> None:
@@ -142,7 +142,7 @@ def test_what_is_offloaded_is_a_copy_and_comes_back(monkeypatch: pytest.MonkeyPa
 
             self.pack_hook = pack
 
-    monkeypatch.setattr(memory, "save_on_cpu", Watched)
+    monkeypatch.setattr(activation_checkpointing, "save_on_cpu", Watched)
     roles = llama_roles(16, checkpointing=True, offload=True)
     batch = ragged_batch()
     roles.logps("policy", batch).logps.sum().backward()  # type: ignore[no-untyped-call]
@@ -159,13 +159,13 @@ def test_an_offload_that_loses_something_is_seen(monkeypatch: pytest.MonkeyPatch
             )
 
     kept = gradient_of("sft", checkpointing=False)
-    monkeypatch.setattr(memory, "save_on_cpu", Lossy)
+    monkeypatch.setattr(activation_checkpointing, "save_on_cpu", Lossy)
     assert relative_error(gradient_of("sft", checkpointing=True, offload=True), kept) > 1e-6
 
 
 def test_models_whose_layers_cannot_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     base = unquantized_base("llama")
-    monkeypatch.setattr(memory, "GradientCheckpointingLayer", torch.nn.Conv3d)
+    monkeypatch.setattr(activation_checkpointing, "GradientCheckpointingLayer", torch.nn.Conv3d)
     with pytest.raises(
         UserError, match="^train.gradient_checkpointing: llama models recompute all layers or none; say all or none$"
     ):

@@ -27,7 +27,7 @@ from lowrank_tune.events import (
     StepEnd,
 )
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.figures import EtaEstimator, clock, format_stats
+from lowrank_tune.ui.formatting import EtaEstimator, clock, format_stats
 from lowrank_tune.ui.plain import LineLogger
 from lowrank_tune.ui.summary import summary_table
 

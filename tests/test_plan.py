@@ -19,15 +19,15 @@ from typer.testing import CliRunner
 from lowrank_tune.cli import app
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, LogMessage
-from lowrank_tune.model import shapes
-from lowrank_tune.plan import check_fit, plan
-from lowrank_tune.plan.base import layers_of
-from lowrank_tune.plan.figures import Phase, needed
-from lowrank_tune.plan.fit import largest_fitting
-from lowrank_tune.plan.planner import decoding_phases, peaks_of, phases_in, phases_of, plan_of
-from lowrank_tune.plan.rehearsal import simulate
-from lowrank_tune.plan.rollouts import DecodingSpec
-from lowrank_tune.plan.scenes import simulation_specs
+from lowrank_tune.memory_planner import check_fit, plan
+from lowrank_tune.memory_planner.fit import largest_fitting
+from lowrank_tune.memory_planner.meta_model import layers_of
+from lowrank_tune.memory_planner.plan_report import Phase, needed
+from lowrank_tune.memory_planner.planner import decoding_phases, peaks_of, phases_in, phases_of, plan_of
+from lowrank_tune.memory_planner.rollouts import DecodingSpec
+from lowrank_tune.memory_planner.simulation import simulate
+from lowrank_tune.memory_planner.specs import simulation_specs
+from lowrank_tune.model import configs
 from lowrank_tune.recipe import load_any
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "plan.py"
@@ -67,7 +67,7 @@ def test_what_is_planned_is_what_is_measured_everywhere(shape: str) -> None:
 def test_a_plan_needs_neither_weights_nor_a_card() -> None:
     (scene,) = simulation_specs(load_any("qwen2.5-7b-sft"), "cuda")
     found = plan_of(scene, 24 << 30, "sft")
-    config = shapes.config_of("Qwen/Qwen2.5-7B-Instruct")
+    config = configs.config_of("Qwen/Qwen2.5-7B-Instruct")
     assert config is not None and found.layers == config["num_hidden_layers"] and found.fits
     embeddings = 2 * 2 * config["vocab_size"] * config["hidden_size"]
     linear = (
@@ -164,7 +164,7 @@ def test_what_is_offloaded_is_not_on_the_card() -> None:
         kept: next(plan(load_any("qwen2.5-7b-sft", *rows, f"train.activation_offloading={kept}"), 24.0))
         for kept in ("false", "true")
     }
-    config = shapes.config_of("Qwen/Qwen2.5-7B-Instruct")
+    config = configs.config_of("Qwen/Qwen2.5-7B-Instruct")
     assert config is not None
     inputs = (config["num_hidden_layers"] - 1) * 2 * 2048 * config["hidden_size"] * 2
     assert inputs - plans["true"].peak_phase.bytes["gradients"] <= plans["false"].peak - plans["true"].peak <= inputs

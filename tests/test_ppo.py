@@ -19,8 +19,7 @@ from test_grpo import FakeCollector, real_collector
 from torch import Tensor
 
 from lowrank_tune.algorithms import ppo as ppo_module
-from lowrank_tune.algorithms.failures import RewardFailure
-from lowrank_tune.algorithms.kit import AlgorithmContext
+from lowrank_tune.algorithms.context import AlgorithmContext
 from lowrank_tune.algorithms.ppo import (
     PPO,
     CriticConfig,
@@ -33,9 +32,10 @@ from lowrank_tune.algorithms.ppo import (
     shift_right,
     token_rewards,
 )
+from lowrank_tune.algorithms.reward_failures import RewardFailure
 from lowrank_tune.errors import TrainingError
-from lowrank_tune.maths import apply_mask, explained_variance, gae, token_mean_weights, whiten
-from lowrank_tune.model.logps import Head, chunked_entropy
+from lowrank_tune.functional import apply_mask, explained_variance, gae, token_mean_weights, whiten
+from lowrank_tune.model.logprobs import Head, chunked_entropy
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch, add_stats, to_floats
 

@@ -21,14 +21,14 @@ from lowrank_tune import Recipe, run
 from lowrank_tune import runner as runner_module
 from lowrank_tune import settings as all_settings
 from lowrank_tune.algorithms import ppo as ppo_module
-from lowrank_tune.algorithms.harvest import RolloutCollector
+from lowrank_tune.algorithms.rollouts import RolloutCollector
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import GroupLogged
+from lowrank_tune.generation.cpu_linears import FastLinears
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS, read_adapter
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.recipe import load_any
-from lowrank_tune.rollout.linears import FastLinears
-from lowrank_tune.train import Trainer, make_optimizer
+from lowrank_tune.trainer import Trainer, make_optimizer
 
 
 def small(sft: Path, steps: int = 2, **ppo: Any) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from peft import LoraConfig
 from test_dpo import Plain, accumulated, by_key, error_against, pair_batch, pair_rows
 from torch import Tensor
 
+from lowrank_tune.algorithms.context import AlgorithmContext
 from lowrank_tune.algorithms.dpo import DPO
-from lowrank_tune.algorithms.kit import AlgorithmContext
-from lowrank_tune.algorithms.reward import RewardModeling
+from lowrank_tune.algorithms.reward_model import RewardModeling
 from lowrank_tune.model.roles import Roles
 
 trl = pytest.importorskip("trl")

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hostile import HOSTILE_TEXTS, is_inert
+from malformed_yaml import HOSTILE_TEXTS, is_inert
 from rich.console import Console
 from typer.testing import CliRunner
 
 from lowrank_tune import Recipe
 from lowrank_tune.cli import app
 from lowrank_tune.data import BatchSampler, ChatTemplate, load
-from lowrank_tune.data.census import compute_token_stats
+from lowrank_tune.data.token_stats import compute_token_stats
+from lowrank_tune.data_report import DataReport, inspect_data
 from lowrank_tune.model.base import load_tokenizer
-from lowrank_tune.preflight import DataReport, inspect_data
 from lowrank_tune.ui.data_view import show
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -273,7 +273,7 @@ def test_a_weighted_source_without_a_usable_row_is_shown(tmp_path: Path) -> None
 
 def test_an_end_token_that_is_not_trained_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "lowrank_tune.preflight.rows.compute_token_stats", lambda rows, end_ids: compute_token_stats(rows, ())
+        "lowrank_tune.data_report.rows.compute_token_stats", lambda rows, end_ids: compute_token_stats(rows, ())
     )
     found = examined(write(tmp_path / "a.jsonl", ROWS))
     assert not found.ends.trained and "learn to stop" in found.faults[0] and "NO:" in printed(found)

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import HOSTILE_TEXTS, is_inert
+from malformed_yaml import HOSTILE_TEXTS, is_inert
 from test_preflight import ROWS, counts, printed, write
 from typer.testing import CliRunner
 
 from lowrank_tune import Recipe
 from lowrank_tune.cli import app
 from lowrank_tune.data import ChatTemplate, load_prompts, make_prompt_sampler
+from lowrank_tune.data_report import DataReport, inspect_data
 from lowrank_tune.model.base import load_tokenizer
-from lowrank_tune.preflight import DataReport, inspect_data
 
 
 def recipe(*sources: str | dict[str, Any], heldout: str | None = None, rewards: str = "answer", **data: Any) -> Recipe:

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from lowrank_tune.cli import app
-from lowrank_tune.model import shapes
-from lowrank_tune.plan import plan
+from lowrank_tune.memory_planner import plan
+from lowrank_tune.model import configs
 from lowrank_tune.recipe import Chain, Recipe, list_presets, load_any, presets
 
 NAMES = [preset.name for preset in list_presets()]
@@ -38,7 +38,7 @@ def stages_of(name: str) -> tuple[Recipe, ...]:
 @pytest.mark.parametrize("name", NAMES)
 def test_bases_have_a_shape_and_sources_their_true_columns(name: str) -> None:
     for stage in stages_of(name):
-        assert stage.base.model == "tiny-tutor" or shapes.file_of(stage.base.model) is not None, (
+        assert stage.base.model == "tiny-tutor" or configs.file_of(stage.base.model) is not None, (
             "its config.json is not in the package"
         )
         for source in (*stage.data.train, *stage.data.validation):

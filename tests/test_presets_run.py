@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hub_rows import write_rows
+from hub_fixtures import write_rows
 from models import random_model
 from test_presets import HUB, NAMES, stages_of
 from torch import Tensor

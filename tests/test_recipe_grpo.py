@@ -13,7 +13,7 @@ from test_recipe_pairs import faults_of
 
 from lowrank_tune.algorithms.grpo import DEFAULT_EPSILON_HIGH
 from lowrank_tune.errors import ConfigError
-from lowrank_tune.recipe import Recipe, dump, earned, from_dict, rules
+from lowrank_tune.recipe import Recipe, dump, from_dict, reward_rules, rules
 from lowrank_tune.settings import RecipeConfig as Settings
 
 HELDOUT = {"heldout": {"dataset": "tutor", "split": "heldout"}}
@@ -470,7 +470,7 @@ def test_saved_cispo_has_one_bound() -> None:
 
 
 def test_the_losses_with_a_bound_of_their_own() -> None:
-    assert set(DEFAULT_EPSILON_HIGH) == set(earned.LOSSES_WITH_DEFAULT_EPSILON_HIGH)
+    assert set(DEFAULT_EPSILON_HIGH) == set(reward_rules.LOSSES_WITH_DEFAULT_EPSILON_HIGH)
 
 
 WHOLE = made(

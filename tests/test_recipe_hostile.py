@@ -9,7 +9,7 @@ import pytest
 
 from lowrank_tune.errors import ConfigError
 from lowrank_tune.recipe import load
-from tests.hostile import MAX_CPU_SECONDS
+from tests.malformed_yaml import MAX_CPU_SECONDS
 
 GOOD = b"algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {steps: 5}\n"
 BOMB = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(

@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowrank_tune.events import Event, StepEnd
-from lowrank_tune.model import recovery
-from lowrank_tune.model.recovery import DoesNotFit, MemoryLimits, is_out_of_memory
+from lowrank_tune.generation import Engine, select_cache
+from lowrank_tune.generation.kv_cache import StaticSlotCache
+from lowrank_tune.model import oom
+from lowrank_tune.model.oom import DoesNotFit, MemoryLimits, is_out_of_memory
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.rollout import Engine, choice
-from lowrank_tune.rollout.stores import StaticSlotCache
-from lowrank_tune.train import Trainer
+from lowrank_tune.trainer import Trainer
 from lowrank_tune.types import SamplingParams
 
 NEAR = dict.fromkeys(ALGORITHMS, 1e-6) | {"grpo": 4e-6}
@@ -204,7 +204,7 @@ def test_a_half_added_gradient_that_stays_is_seen(monkeypatch: pytest.MonkeyPatc
     def careless(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         yield
 
-    monkeypatch.setattr("lowrank_tune.train.atomic_grad_accumulation", careless)
+    monkeypatch.setattr("lowrank_tune.trainer.atomic_grad_accumulation", careless)
     gradients, _, counts = unbroken(name)
     seen = broken_run(name, [20], True)[0]  # in the first micro-batch, some of whose gradients are added by then
     assert max(relative_error(a, b) for a, b in zip(seen, gradients, strict=True)) > 1e-4
@@ -331,7 +331,7 @@ def held_after_failure(name: str, backward: bool, cleared: bool = True) -> tuple
         loop.run()
     moment = count[0] // 2 if backward else max(2, 2 * (count[0] // 4))
     loop, roles, _, _ = watched_loop(name, steps=1)
-    real, attempt = MemoryLimits.record_oom, recovery._attempt
+    real, attempt = MemoryLimits.record_oom, oom._attempt
 
     def watched(*arguments: Any) -> Any:
         if "before" not in moments:
@@ -348,11 +348,11 @@ def held_after_failure(name: str, backward: bool, cleared: bool = True) -> tuple
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MemoryLimits, "record_oom", ran_short)
-        patch.setattr(recovery, "_attempt", watched)
+        patch.setattr(oom, "_attempt", watched)
         patch.setitem(globals(), "short_of_memory", at_failure)
         if not cleared:
             kept: list[BaseException] = []
-            patch.setattr(recovery, "free_traceback", lambda error: kept.append(error))
+            patch.setattr(oom, "free_traceback", lambda error: kept.append(error))
         alive = Alive(roles)
         with alive, failing_at(roles, (moment,), backward):
             loop.run()
@@ -459,7 +459,7 @@ def test_a_rollout_goes_on_with_fewer_sequences_and_samples_the_same() -> None:
     perturb(roles, "policy")
     whole, none = drawn(roles, (2,))
     assert len(none) == 1, "while it looks for the kind of cache that serves the model, too, it is no other fault"
-    assert choice._cache_by_model[roles.base.model] is StaticSlotCache
+    assert select_cache._cache_by_model[roles.base.model] is StaticSlotCache
     for moments in ((1,), (7,), (20, 31), (4, 5, 6)):
         found, notes = drawn(roles, moments)
         assert found == whole and len(notes) == len(moments) == roles.limits.times
@@ -504,17 +504,17 @@ def test_a_sequence_that_does_not_fit_alone_ends_the_run() -> None:
 def test_keys_and_values_are_gone_before_the_update() -> None:
     """GRPO's and PPO's rollouts and their updates share the memory: nothing of a rollout's cache lives when the first
     micro-batch comes."""
-    from lowrank_tune.rollout import cache
+    from lowrank_tune.generation import slot_cache
 
     roles, made = llama_roles(16), list[weakref.ref[Any]]()
-    real = cache.SlotLayer.allocate
+    real = slot_cache.SlotLayer.allocate
 
     def allocate(self: Any, *arguments: Any) -> None:
         real(self, *arguments)
         made.extend(weakref.ref(tensor) for tensor in (self.keys, self.values))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache.SlotLayer, "allocate", allocate)
+        patch.setattr(slot_cache.SlotLayer, "allocate", allocate)
         for _ in Engine(roles, "policy", 8).generate([[5, 6, 7], [8, 9]], 3, SamplingParams(6, frozenset({1}))):
             pass
     assert len(made) >= 4 and all(one() is None for one in made)

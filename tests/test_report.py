@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import HOSTILE_TEXTS, is_inert
+from malformed_yaml import HOSTILE_TEXTS, is_inert
 from test_run import quick
 from typer.testing import CliRunner
 
 from lowrank_tune import Recipe, UserError, run
 from lowrank_tune.cli import app
-from lowrank_tune.evaluate import PairScores
 from lowrank_tune.events import Evaluated, Event, GroupLogged, LogMessage, RunEnded, RunStarted, SampleLogged, StepEnd
 from lowrank_tune.sinks import to_json_line
 from lowrank_tune.ui.report import page, read_chain, read_run_log, write_report
 from lowrank_tune.ui.report.charts import ChartLine, chart, downsample, format_tick, smooth
-from lowrank_tune.ui.report.pictures import histogram_pair, reliability, scatter
+from lowrank_tune.ui.report.plots import histogram_pair, reliability, scatter
+from lowrank_tune.validation import PairScores
 
 VOID = {"meta", "input", "br", "img", "line", "path", "rect", "circle"}
 

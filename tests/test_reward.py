@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from lowrank_tune import Recipe, run
 from lowrank_tune import runner as runner_module
-from lowrank_tune.algorithms import reward as reward_module
-from lowrank_tune.algorithms.kit import AlgorithmContext
-from lowrank_tune.algorithms.reward import RewardModeling, reward_loss
-from lowrank_tune.build import build
+from lowrank_tune.algorithms import reward_model as reward_module
+from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.reward_model import RewardModeling, reward_loss
+from lowrank_tune.assembly import build
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import RunEnded, StepEnd
 from lowrank_tune.model.adapters import read_adapter
@@ -469,7 +469,7 @@ def small_reward(**changes: Any) -> dict[str, Any]:
 AGAIN = """
 import json, sys, torch
 from lowrank_tune import Recipe
-from lowrank_tune.build import build
+from lowrank_tune.assembly import build
 recipe, out = json.loads(sys.argv[1]), sys.argv[2]
 recipe["adapters"] = {"reward": {"path": out}}
 built = build(Recipe.from_dict(recipe), lambda event: None, torch.device("cpu"))

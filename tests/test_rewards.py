@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_tune.errors import ConfigError, TrainingError, UserError
-from lowrank_tune.evaluate import is_exact
 from lowrank_tune.rewards import (
     RewardInput,
     Score,
@@ -22,12 +21,13 @@ from lowrank_tune.rewards import (
     zero_std_fraction,
 )
 from lowrank_tune.rewards.answer import TAIL_CHARS, AnswerReward, answers_match, extract_final_answer
-from lowrank_tune.rewards.preflight import auc, required_auc
-from lowrank_tune.rewards.protocol import Reward
-from lowrank_tune.rewards.uses import WeightedReward
+from lowrank_tune.rewards.base import Reward
+from lowrank_tune.rewards.registry import WeightedReward
+from lowrank_tune.rewards.sanity_check import auc, required_auc
 from lowrank_tune.settings import RewardConfig
-from lowrank_tune.tutor.problems import sample_problem
-from tests.hostile import MAX_CPU_SECONDS
+from lowrank_tune.toy.problems import sample_problem
+from lowrank_tune.validation import is_exact
+from tests.malformed_yaml import MAX_CPU_SECONDS
 
 
 def item(

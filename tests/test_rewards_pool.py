@@ -26,8 +26,8 @@ from lowrank_tune.rewards import (
     total,
 )
 from lowrank_tune.rewards.answer import AnswerReward
+from lowrank_tune.rewards.base import Reward
 from lowrank_tune.rewards.pool import score_serially
-from lowrank_tune.rewards.protocol import Reward
 from lowrank_tune.settings import RewardConfig
 
 FILE = """

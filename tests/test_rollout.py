@@ -32,10 +32,10 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lowrank_tune.errors import TrainingError
-from lowrank_tune.model.logps import Head
+from lowrank_tune.generation import Engine, attention, cpu_linears, cpu_norms, decode_scheduler, sampler, select_cache
+from lowrank_tune.generation.kv_cache import DynamicCacheStore, KVStore, NoCacheStore, StaticSlotCache
+from lowrank_tune.model.logprobs import Head
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.rollout import Engine, attention, choice, linears, norms, sampler, schedule
-from lowrank_tune.rollout.stores import DynamicCacheStore, KVStore, NoCacheStore, StaticSlotCache
 from lowrank_tune.types import Completion, SamplingParams
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [40, 41], [5, 6, 7, 8]]
@@ -136,19 +136,19 @@ def test_a_model_that_forgets_where_it_is_gets_another_store(
     monkeypatch: pytest.MonkeyPatch, kind: str, dropped: str
 ) -> None:
     model = unquantized_base(kind).model
-    assert choice.cache_fault(StaticSlotCache, model) is None
+    assert select_cache.cache_fault(StaticSlotCache, model) is None
     decoder = model.get_decoder()
     monkeypatch.setattr(
         model, "get_decoder", lambda: lambda **given: decoder(**{**given, dropped: None}), raising=False
     )
-    assert "differ" in str(choice.cache_fault(StaticSlotCache, model))
+    assert "differ" in str(select_cache.cache_fault(StaticSlotCache, model))
 
 
 def test_models_get_the_store_that_serves_them() -> None:
     """gpt_neo makes masks by itself, from the columns of the cache."""
     for kind, wanted in (("llama", StaticSlotCache), ("gpt_neo", DynamicCacheStore)):
         with torch.no_grad():
-            assert type(choice.select_cache(unquantized_base(kind).model)) is wanted
+            assert type(select_cache.select_cache(unquantized_base(kind).model)) is wanted
 
 
 @pytest.mark.parametrize("fault", ["none", "position_ids", "attention_mask"])
@@ -170,12 +170,12 @@ def test_rounding_of_another_batch_shape_does_not_reject_a_store(monkeypatch: py
     with torch.no_grad():
         sequence = [5, 6, 7]
         assert (
-            choice.relative_difference(
-                choice._uncached_state(model, sequence, 3), choice._uncached_state(model, sequence)
+            select_cache.relative_difference(
+                select_cache._uncached_state(model, sequence, 3), select_cache._uncached_state(model, sequence)
             )
-            > choice.HALF_TOLERANCE
+            > select_cache.HALF_TOLERANCE
         )
-        store = choice.select_cache(model, notes.append)
+        store = select_cache.select_cache(model, notes.append)
     if fault == "none":
         assert type(store) is StaticSlotCache and not notes
         return
@@ -196,15 +196,15 @@ def test_a_slower_store_is_announced_once() -> None:
 
 def test_not_a_number_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     model = unquantized_base("llama").model
-    read_on = choice._decode_probes
+    read_on = select_cache._decode_probes
 
     def broken(store: KVStore, vocabulary: int) -> Any:
         found = read_on(store, vocabulary)
         return [*found[:-1], (found[-1][0], found[-1][1] * torch.nan)]
 
-    monkeypatch.setattr(choice, "_decode_probes", broken)
+    monkeypatch.setattr(select_cache, "_decode_probes", broken)
     with torch.no_grad():
-        assert choice.cache_fault(StaticSlotCache, model) is not None
+        assert select_cache.cache_fault(StaticSlotCache, model) is not None
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neo"])
@@ -213,8 +213,8 @@ def test_other_stores_sample_the_same(monkeypatch: pytest.MonkeyPatch, store: ty
     roles = roles_over(unquantized_base(kind))
     perturb(roles, "policy")
     with torch.no_grad():
-        assert choice.cache_fault(store, roles.base.model) is None
-    monkeypatch.setitem(choice._cache_by_model, roles.base.model, store)
+        assert select_cache.cache_fault(store, roles.base.model) is None
+    monkeypatch.setitem(select_cache._cache_by_model, roles.base.model, store)
     assert wrong_greedy_words(roles) == wrong_greedy_words(roles, slots=2) == 0
     assert depends_on_batch(roles, 1.0) == []
 
@@ -320,7 +320,9 @@ def test_the_ends_of_the_unit_interval_are_words(monkeypatch: pytest.MonkeyPatch
     roles = perturbed_roles()
     real = torch.rand
     for value in (0.0, 1.0 - 2**-53):
-        monkeypatch.setattr(schedule.torch, "rand", lambda *a, value=value, **k: torch.full_like(real(*a, **k), value))
+        monkeypatch.setattr(
+            decode_scheduler.torch, "rand", lambda *a, value=value, **k: torch.full_like(real(*a, **k), value)
+        )
         for one in run(roles, tokens=6).values():
             assert all(0 <= word < VOCAB for word in one.token_ids) and one.logps is not None and min(one.logps) > -100
         monkeypatch.undo()
@@ -348,7 +350,7 @@ def test_a_completion_is_the_same_alone_and_among_others(temperature: float) -> 
 
 def test_one_stream_for_a_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(schedule, "_generator", lambda *_: stream)
+    monkeypatch.setattr(decode_scheduler, "_generator", lambda *_: stream)
     assert depends_on_batch(perturbed_roles(), 1.0) != []
 
 
@@ -360,8 +362,8 @@ def test_samples_have_streams_of_their_own_and_seeds_too(monkeypatch: pytest.Mon
 
     assert different() == 16
     assert run(roles, n=2) == run(roles, n=2) != run(roles, n=2, seed=1)
-    real = schedule._generator
-    monkeypatch.setattr(schedule, "_generator", lambda seed, prompt, sample: real(seed, prompt, 0))
+    real = decode_scheduler._generator
+    monkeypatch.setattr(decode_scheduler, "_generator", lambda seed, prompt, sample: real(seed, prompt, 0))
     assert different() == 2
 
 
@@ -410,7 +412,7 @@ def test_stop_ids_end_and_belong(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_stop(prompt: int, sample: int, ids: list[int], finish: str, logps: list[float]) -> Completion:
         return Completion(prompt, sample, ids[:-1] if finish == "stop" else ids, finish, logps)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(schedule, "Completion", without_stop)
+    monkeypatch.setattr(decode_scheduler, "Completion", without_stop)
     assert wrong_ends(roles, stop, 12) != []
 
 
@@ -459,7 +461,7 @@ def test_memory_bounds_the_slots() -> None:
     expected = {name: one.token_ids for name, one in run(roles, n=4).items()}
     for limit, slots in ((1 << 30, 20), (5 * 512 * 19 * 5 // 4, 5), (1, 1)):
         engine = Engine(roles, "policy", cache_bytes=limit)
-        store = choice.select_cache(roles.base.model)
+        store = select_cache.select_cache(roles.base.model)
         assert store.allocate(20, 19, limit) == slots
         found = by_name(list(engine.generate(PROMPTS, 4, SamplingParams(12, NO_STOP))))
         assert {name: one.token_ids for name, one in found.items()} == expected
@@ -596,15 +598,15 @@ def test_only_words_with_a_probability_are_drawn(vocabulary: int, value: float) 
 def test_packed_weights_are_unpacked_once_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     roles = perturbed_roles(4)
     before, unpacked = all_tensors(roles.base.model), [0]
-    real = linears.dequantize_4bit
+    real = cpu_linears.dequantize_4bit
     monkeypatch.setattr(
-        linears, "dequantize_4bit", lambda *given: unpacked.__setitem__(0, unpacked[0] + 1) or real(*given)
+        cpu_linears, "dequantize_4bit", lambda *given: unpacked.__setitem__(0, unpacked[0] + 1) or real(*given)
     )
     packed = sum(isinstance(module, Linear4bit) for module in roles.base.model.modules())
     made: list[Any] = []
-    build = linears.FastLinears.__init__
+    build = cpu_linears.FastLinears.__init__
     monkeypatch.setattr(
-        linears.FastLinears, "__init__", lambda self, *given: (made.append(self), build(self, *given))[1] or None
+        cpu_linears.FastLinears, "__init__", lambda self, *given: (made.append(self), build(self, *given))[1] or None
     )
     generator = Engine(roles, "policy").generate(PROMPTS, 2, SamplingParams(12, frozenset(range(2, 30))))
     next(generator)
@@ -641,14 +643,14 @@ def test_linears_of_a_rollout_compute_the_same(bits: int, rslora: bool) -> None:
     ids = torch.tensor([PROMPTS[2]])
     with roles.inference_mode(), roles.activate("policy"):
         plain = roles.base.model(input_ids=ids).logits
-        fast = linears.FastLinears(roles.base.model, roles.stacks["policy"], 1 << 30)
+        fast = cpu_linears.FastLinears(roles.base.model, roles.stacks["policy"], 1 << 30)
         assert len(fast.forwards) == 14 + 5, "linears and norms"
         with fast:
             assert (
                 relative_error(roles.base.model(input_ids=ids).logits, plain) < 1e-5
             )  # sums in another order, in fp32
         assert torch.equal(roles.base.model(input_ids=ids).logits, plain)
-        with linears.FastLinears(roles.base.model, roles.stacks["reference"], 1 << 30):
+        with cpu_linears.FastLinears(roles.base.model, roles.stacks["reference"], 1 << 30):
             assert relative_error(roles.base.model(input_ids=ids).logits, plain) > 1e-2, (
                 "another stack must say something else, or this test is blind"
             )
@@ -843,7 +845,7 @@ class MeanRMSNorm(LlamaRMSNorm):  # type: ignore[misc]
 def test_norms_are_fused_where_they_compute_the_same(kind: type[torch.nn.Module], fused: bool) -> None:
     norm = kind(16, 1e-2)  # an epsilon that shows
     torch.nn.init.normal_(norm.weight)
-    found = dict(norms.fused_norms(torch.nn.ModuleList([norm, torch.nn.LayerNorm(16)])))
+    found = dict(cpu_norms.fused_norms(torch.nn.ModuleList([norm, torch.nn.LayerNorm(16)])))
     assert list(found) == ([norm] if fused else [])
     x = 0.1 * torch.randn(3, 2, 16)
     assert not fused or relative_error(found[norm](x), norm(x)) < 1e-6

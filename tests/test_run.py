@@ -20,9 +20,9 @@ from typer.testing import CliRunner, Result
 
 from lowrank_tune import Recipe, UserError, run
 from lowrank_tune.cli import app
-from lowrank_tune.control import TrainerControl
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.recipe import dump
+from lowrank_tune.signals import TrainerControl
 
 
 def quick(**train: Any) -> dict[str, Any]:

@@ -31,10 +31,10 @@ from models import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowrank_tune import maths
+from lowrank_tune import functional
 from lowrank_tune.algorithms import sft as sft_module
 from lowrank_tune.algorithms.sft import SFT, sft_loss
-from lowrank_tune.maths import token_mean_weights
+from lowrank_tune.functional import token_mean_weights
 from lowrank_tune.model.adapters import CONFIG, WEIGHTS
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Batch, LossTerm, add_stats, to_floats
@@ -216,7 +216,7 @@ def loss_reads_outside(poison: float) -> bool:
         loss.backward()
         assert logps.grad is not None
         found.append(
-            torch.cat([loss.detach()[None], logps.grad.flatten(), maths.masked_mean(logps, scored).total[None]])
+            torch.cat([loss.detach()[None], logps.grad.flatten(), functional.masked_mean(logps, scored).total[None]])
         )  # type: ignore[index]
     return not all(same_bytes(found[0] + 0.0, other + 0.0) for other in found[1:])
 

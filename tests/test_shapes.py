@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowrank_tune.model import shapes
+from lowrank_tune.model import configs
 
 COUNTS = {
     "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
@@ -33,12 +33,12 @@ COUNTS = {
 
 
 def test_every_config_is_found_by_its_hub_id() -> None:
-    assert shapes.known_models() == sorted(COUNTS)
+    assert configs.known_models() == sorted(COUNTS)
 
 
 @pytest.mark.parametrize("model", COUNTS)
 def test_a_config_builds_the_model_of_its_name(model: str) -> None:
-    config = shapes.config_of(model)
+    config = configs.config_of(model)
     assert config is not None
     built = AutoConfig.for_model(**config)
     layers, built.num_hidden_layers = built.num_hidden_layers, 2
@@ -51,13 +51,13 @@ def test_a_config_builds_the_model_of_its_name(model: str) -> None:
 
 def test_revisions_siblings_and_strangers() -> None:
     assert (
-        shapes.file_of("Qwen/Qwen2.5-7B-Instruct@main")
-        == shapes.file_of("Qwen/Qwen2.5-7B")
-        == shapes.file_of("Qwen/Qwen2.5-7B-Instruct")
+        configs.file_of("Qwen/Qwen2.5-7B-Instruct@main")
+        == configs.file_of("Qwen/Qwen2.5-7B")
+        == configs.file_of("Qwen/Qwen2.5-7B-Instruct")
     )
-    assert all(shapes.file_of(model) is not None for model in shapes.SAME_CONFIG)
+    assert all(configs.file_of(model) is not None for model in configs.SAME_CONFIG)
     for stranger in ("tiny-tutor", "Qwen/Qwen9", "../shapes/Qwen--Qwen3-8B", "Qwen--Qwen3-8B", "./model", ""):
-        assert shapes.config_of(stranger) is None
+        assert configs.config_of(stranger) is None
 
 
 def test_the_lookup_needs_no_torch() -> None:

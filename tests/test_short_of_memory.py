@@ -26,15 +26,15 @@ from torch import Tensor
 from lowrank_tune import Recipe, run, settings
 from lowrank_tune.cli.common import report_user_errors
 from lowrank_tune.events import Event, from_json
-from lowrank_tune.model import recovery
+from lowrank_tune.generation import Engine, engine
+from lowrank_tune.model import oom
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.recipe import load
-from lowrank_tune.recipe.memory import suggestions
-from lowrank_tune.rollout import Engine, engine
-from lowrank_tune.ui.frame import plain_text
+from lowrank_tune.recipe.memory_rules import suggestions
 from lowrank_tune.ui.panes import View
 from lowrank_tune.ui.render import render
 from lowrank_tune.ui.state import State
+from lowrank_tune.ui.text_layout import plain_text
 
 CARDS = {"sft": 120, "reward": 200, "dpo": 200, "grpo": 100, "ppo": 100}
 """Tokens of an update that a card has room for, with which a micro-batch of six must be halved, and a single unit
@@ -267,7 +267,7 @@ def test_a_card_gives_the_cache_all_but_what_stays() -> None:
         class base:
             device = torch.device("cuda", 0)
 
-        limits = recovery.MemoryLimits()
+        limits = oom.MemoryLimits()
 
         def resident_bytes(self) -> int:
             return 8 << 30
@@ -276,9 +276,9 @@ def test_a_card_gives_the_cache_all_but_what_stays() -> None:
         patch.setattr(engine, "device_memory", lambda device: 24 << 30)
         room = engine.default_cache_bytes(There())  # type: ignore[arg-type]
         assert room == pytest.approx((24 * 0.92 - 8 - 1.5) * 2**30, abs=2)
-        There.limits = recovery.MemoryLimits(budget_bytes=16 << 30)
+        There.limits = oom.MemoryLimits(budget_bytes=16 << 30)
         assert engine.default_cache_bytes(There()) == pytest.approx((16 * 0.92 - 8 - 1.5) * 2**30, abs=2)  # type: ignore[arg-type]
-        There.limits = recovery.MemoryLimits(budget_bytes=8 << 30)
+        There.limits = oom.MemoryLimits(budget_bytes=8 << 30)
         assert engine.default_cache_bytes(There()) == 1 << 29, "never nothing"  # type: ignore[arg-type]
 
 

@@ -25,11 +25,11 @@ from models import (
 )
 from torch import Tensor
 
+from lowrank_tune.model import prefix_sharing as tree_module
 from lowrank_tune.model import roles as roles_module
 from lowrank_tune.model import rounding
-from lowrank_tune.model import tree as tree_module
+from lowrank_tune.model.prefix_sharing import PackedBatch, longest_shareable, pack_shared_prefixes
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.model.tree import PackedBatch, longest_shareable, pack_shared_prefixes
 from lowrank_tune.types import Batch
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_tune.tutor import problems, text
-from lowrank_tune.tutor.problems import Problem
+from lowrank_tune.toy import problems, text
+from lowrank_tune.toy.problems import Problem
 
 FOLDER = Path(problems.__file__).parent / "base"
 
@@ -131,7 +131,7 @@ def test_rounding_in_the_maker_is_that_of_bitsandbytes() -> None:
     import bitsandbytes.functional as functional
     import torch
 
-    from lowrank_tune.tutor.make import round_to_nf4
+    from lowrank_tune.toy.make import round_to_nf4
 
     weight = torch.randn(64, 192, generator=torch.Generator().manual_seed(0))
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")

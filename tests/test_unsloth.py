@@ -20,16 +20,16 @@ from models import CPU, TOKENIZER, VOCAB, ragged_batch, roles_over, same_bytes, 
 from transformers.models.llama import modeling_llama
 from typer.testing import CliRunner
 
-from lowrank_tune import early, settings
+from lowrank_tune import settings, unsloth_import
 from lowrank_tune.cli import app
 from lowrank_tune.errors import ConfigError, UserError
+from lowrank_tune.generation import Engine
 from lowrank_tune.model import unsloth
 from lowrank_tune.model.base import Base, base_hashes, load_base, nf4_config
 from lowrank_tune.recipe import Chain, Recipe
-from lowrank_tune.rollout import Engine
 from lowrank_tune.types import SamplingParams
 
-HERE = early.installed() is not None
+HERE = unsloth_import.installed() is not None
 ROOT = Path(__file__).parent.parent
 
 
@@ -95,9 +95,9 @@ def versions(monkeypatch: pytest.MonkeyPatch, **found: str) -> None:
             raise metadata.PackageNotFoundError(name)
         return found[name]
 
-    monkeypatch.setattr(early.metadata, "version", version)
+    monkeypatch.setattr(unsloth_import.metadata, "version", version)
     monkeypatch.setattr(
-        early.metadata,
+        unsloth_import.metadata,
         "requires",
         lambda name: [
             "transformers!=5.0.0,<=5.17.0,>=4.52.4",
@@ -122,22 +122,22 @@ FITTING = {
 @pytest.mark.usefixtures("absent")
 def test_what_prevents_its_use_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     versions(monkeypatch)
-    early.import_unsloth(["plain"])
+    unsloth_import.import_unsloth(["plain"])
     with pytest.raises(UserError, match="unsloth is not installed: pip install .*constraints/unsloth.txt"):
-        early.import_unsloth(["unsloth"])
+        unsloth_import.import_unsloth(["unsloth"])
     versions(monkeypatch, **FITTING | {"transformers": "5.23.0", "datasets": "4.4.2", "trl": "1.16.0"})
     with pytest.raises(
         UserError,
         match=r"needs transformers<=5.17.0 \(5.23.0 is installed\), datasets!=4.4.\* \(4.4.2 is installed\), trl<=1",
     ):
-        early.import_unsloth(["unsloth"])
+        unsloth_import.import_unsloth(["unsloth"])
     versions(monkeypatch, **{name: version for name, version in FITTING.items() if name != "trl"})
     with pytest.raises(UserError, match=r"trl<=1.15.0,>=0.18.2 \(not installed\)"):
-        early.import_unsloth(["unsloth"])
+        unsloth_import.import_unsloth(["unsloth"])
     versions(monkeypatch, **FITTING)
-    assert early.incompatible_versions() == []
+    assert unsloth_import.incompatible_versions() == []
     with pytest.raises(UserError, match="must be imported before transformers.*`from lowrank_tune import run` before"):
-        early.import_unsloth(["unsloth"])
+        unsloth_import.import_unsloth(["unsloth"])
 
 
 @pytest.mark.usefixtures("absent")
@@ -153,15 +153,15 @@ def test_its_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyt
         raise ImportError("torchvision==0.1 is broken\nand more") if seen.pop("breaks", None) else StopIteration
 
     versions(monkeypatch, **FITTING)
-    monkeypatch.setattr(early, "PATCHED_PACKAGES", ())
-    monkeypatch.setattr(early.importlib, "import_module", importing)
+    monkeypatch.setattr(unsloth_import, "PATCHED_PACKAGES", ())
+    monkeypatch.setattr(unsloth_import.importlib, "import_module", importing)
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.delenv("UNSLOTH_COMPILE_LOCATION", raising=False)
     monkeypatch.setenv("UNSLOTH_DISABLE_STATISTICS", "0")
     seen["breaks"] = "yes"
     with pytest.raises(UserError, match="cannot be imported: torchvision==0.1 is broken;"):
-        early.import_unsloth(["unsloth"])
+        unsloth_import.import_unsloth(["unsloth"])
     assert seen == {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "unsloth_compiled")}
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false" and capsys.readouterr() == ("", "hello from unsloth\n")
 

@@ -27,7 +27,7 @@ from lowrank_tune.rewards.verdicts import (
     score_all,
     summarize_verdicts,
 )
-from lowrank_tune.verify import VerifyResult, verify
+from lowrank_tune.score_completions import VerifyResult, verify
 
 MINE = """
 import time

@@ -17,8 +17,8 @@ import pytest
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, LogMessage, RunEnded, RunStarted, StepEnd
 from lowrank_tune.sinks import to_json_line
-from lowrank_tune.ui.figures import clock
-from lowrank_tune.ui.stages import stage_folders
+from lowrank_tune.ui.formatting import clock
+from lowrank_tune.ui.run_paths import stage_folders
 from lowrank_tune.ui.watch import Tail, Tails, WatchedRun, event_files, latest_event_file, read_events, watch
 from tests.test_live_screen import ENVIRON, PLAYER, Emulator, shell_is_sane
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowrank_tune.model import shapes
+from lowrank_tune.model import configs
 from lowrank_tune.model.base import Base, freeze_base, nf4_config
 
 SHAPES = {
@@ -39,7 +39,7 @@ TINY_CONFIG: dict[str, Any] = {
 
 def config_of(shape: str) -> Any:
     """Return the configuration of a true shape, or of `tiny`."""
-    config = TINY_CONFIG if shape == TINY else shapes.config_of(SHAPES[shape])
+    config = TINY_CONFIG if shape == TINY else configs.config_of(SHAPES[shape])
     assert config is not None, f"the package contains no config.json of {shape}"
     return AutoConfig.for_model(**{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | config)
 

@@ -13,8 +13,8 @@ from gpu_proof.profiling import Profile
 from gpu_proof.records import Record
 from gpu_proof.synthetic import STEPS, Size, TrainSettings, full_rows
 from gpu_proof.workload import bytes_per_token, flops
+from lowrank_tune.model.activation_checkpointing import Checkpointing, num_checkpointed_layers
 from lowrank_tune.model.base import Base
-from lowrank_tune.model.memory import Checkpointing, num_checkpointed_layers
 from lowrank_tune.model.roles import Roles
 
 PLAN_TOLERANCE = 0.05

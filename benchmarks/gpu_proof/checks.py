@@ -24,7 +24,7 @@ from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import StepEnd
 from lowrank_tune.model.base import Base, base_hashes
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY as HEAD_KEY
-from lowrank_tune.model.logps import Head
+from lowrank_tune.model.logprobs import Head
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Algorithm, Batch
 

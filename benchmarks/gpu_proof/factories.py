@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gpu_proof.synthetic import STEPS, AdapterSettings, MeanTokenId, Prompt, Rows, Size
+from lowrank_tune.algorithms.context import AlgorithmContext
 from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.grpo import GRPO
-from lowrank_tune.algorithms.harvest import RolloutCollector
-from lowrank_tune.algorithms.kit import AlgorithmContext
 from lowrank_tune.algorithms.ppo import PPO
-from lowrank_tune.algorithms.reward import RewardModeling
+from lowrank_tune.algorithms.reward_model import RewardModeling
+from lowrank_tune.algorithms.rollouts import RolloutCollector
 from lowrank_tune.algorithms.sft import SFT
+from lowrank_tune.model.activation_checkpointing import Checkpointing
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import Base
-from lowrank_tune.model.memory import Checkpointing
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Algorithm
 

@@ -22,8 +22,8 @@ from gpu_proof.machine import best_seconds
 from gpu_proof.profiling import profiled
 from gpu_proof.records import Record
 from gpu_proof.synthetic import Size, ragged_rows
+from lowrank_tune.generation.attention import grouped_sdpa
 from lowrank_tune.model.base import Base
-from lowrank_tune.rollout.attention import grouped_sdpa
 
 GEMM_ROWS = (1, 8, 64, 4096)
 BF16_ERROR = 0.02

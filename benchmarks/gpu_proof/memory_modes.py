@@ -13,10 +13,10 @@ from gpu_proof.machine import peak_gib, release_unused, reset_peak
 from gpu_proof.oom import GRADIENT_ERROR
 from gpu_proof.synthetic import Size, TrainSettings, ragged_rows
 from lowrank_tune.errors import UserError
+from lowrank_tune.model.activation_checkpointing import Checkpointing
 from lowrank_tune.model.base import Base
-from lowrank_tune.model.memory import Checkpointing
 from lowrank_tune.model.rounding import relative_difference
-from lowrank_tune.train import make_optimizer
+from lowrank_tune.trainer import make_optimizer
 
 
 def check_memory_modes(base: Base, size: Size) -> CheckResult:

@@ -15,9 +15,9 @@ from gpu_proof.factories import make_roles, randomize_b, sft
 from gpu_proof.machine import GIB, peak_gib, release_unused, reset_peak
 from gpu_proof.synthetic import Size, TrainSettings, ragged_rows
 from lowrank_tune.model.base import Base
-from lowrank_tune.model.recovery import MemoryLimits
+from lowrank_tune.model.oom import MemoryLimits
 from lowrank_tune.model.rounding import allowed_difference, relative_difference
-from lowrank_tune.train import Trainer
+from lowrank_tune.trainer import Trainer
 
 SLACK_BYTES = 1 << 20
 """What a cache may have kept."""

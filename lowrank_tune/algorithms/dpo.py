@@ -29,9 +29,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank_tune.algorithms.kit import AlgorithmContext
-from lowrank_tune.algorithms.step_zero import check_reference
-from lowrank_tune.maths import apply_mask, masked_mean, mean, pair_accuracy, sequence_mean_weights, token_mean_weights
+from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.reference_check import check_reference
+from lowrank_tune.functional import (
+    apply_mask,
+    masked_mean,
+    mean,
+    pair_accuracy,
+    sequence_mean_weights,
+    token_mean_weights,
+)
 from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch, WeightedMean
 
 CHOSEN_LOGP_DROP, CONSECUTIVE_STEPS = -0.5, 3

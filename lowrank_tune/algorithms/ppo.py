@@ -35,12 +35,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowrank_tune.algorithms.failures import RewardFailure
-from lowrank_tune.algorithms.harvest import RolloutCollector, map_micro_batches
-from lowrank_tune.algorithms.kit import AlgorithmContext
-from lowrank_tune.algorithms.step_zero import check_reference
+from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.reference_check import check_reference
+from lowrank_tune.algorithms.reward_failures import RewardFailure
+from lowrank_tune.algorithms.rollouts import RolloutCollector, map_micro_batches
 from lowrank_tune.errors import TrainingError
-from lowrank_tune.maths import apply_mask, explained_variance, gae, masked_mean, step_seed, token_mean_weights, whiten
+from lowrank_tune.functional import (
+    apply_mask,
+    explained_variance,
+    gae,
+    masked_mean,
+    step_seed,
+    token_mean_weights,
+    whiten,
+)
 from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch, WeightedMean
 
 MAX_KL_CONTROLLER_ERROR = (

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from lowrank_tune.algorithms.kit import AlgorithmContext
-from lowrank_tune.algorithms.step_zero import check_reference
-from lowrank_tune.maths import apply_mask, masked_mean, token_mean_weights
+from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.reference_check import check_reference
+from lowrank_tune.functional import apply_mask, masked_mean, token_mean_weights
 from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch
 
 

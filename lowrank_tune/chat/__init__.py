@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import sys
 
+from lowrank_tune.chat.chat_model import AnswerStream, ChatModel, Variant
 from lowrank_tune.chat.commands import HELP
-from lowrank_tune.chat.opening import load_chat_model
+from lowrank_tune.chat.conversation import Conversation, append_row
+from lowrank_tune.chat.loader import load_chat_model
+from lowrank_tune.chat.sampling_options import SamplingOptions
 from lowrank_tune.chat.session import ChatSession
-from lowrank_tune.chat.speaker import AnswerStream, ChatModel, Variant
-from lowrank_tune.chat.talk import Conversation, append_row
-from lowrank_tune.chat.wishes import SamplingOptions
+from lowrank_tune.ui.chat_screen import ChatScreen
 from lowrank_tune.ui.plain import LineLogger
-from lowrank_tune.ui.talk import ChatScreen
 
 __all__ = [
     "AnswerStream",

@@ -13,7 +13,7 @@ from typing import Any
 from lowrank_tune import settings
 from lowrank_tune.checkpoint import CorruptCheckpoint, load
 from lowrank_tune.errors import UserError, did_you_mean
-from lowrank_tune.export.finished import FinishedRun
+from lowrank_tune.export.finished_run import FinishedRun
 from lowrank_tune.model.adapters import CONFIG
 from lowrank_tune.model.base import BUILTIN_MODEL
 from lowrank_tune.recipe import from_dict

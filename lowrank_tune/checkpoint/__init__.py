@@ -7,7 +7,7 @@ last.
 
 from __future__ import annotations
 
-from lowrank_tune.checkpoint.files import (
+from lowrank_tune.checkpoint.atomic_files import (
     as_user_error,
     clean_stale,
     replace_nonfinite,
@@ -15,9 +15,16 @@ from lowrank_tune.checkpoint.files import (
     write_error,
     write_file,
 )
+from lowrank_tune.checkpoint.checkpoint import (
+    CorruptCheckpoint,
+    Snapshot,
+    latest_checkpoint,
+    load,
+    rotate,
+    write_atomically,
+)
 from lowrank_tune.checkpoint.folder import RunFolder
-from lowrank_tune.checkpoint.states import flatten_optimizer, restore_optimizer, restore_rng, rng_state
-from lowrank_tune.checkpoint.store import CorruptCheckpoint, Snapshot, latest_checkpoint, load, rotate, write_atomically
+from lowrank_tune.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer, restore_rng, rng_state
 
 __all__ = [
     "CorruptCheckpoint",

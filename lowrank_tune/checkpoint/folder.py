@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from lowrank_tune.checkpoint.files import as_user_error, clean_stale, replace_nonfinite, write_all, write_file
+from lowrank_tune.checkpoint.atomic_files import as_user_error, clean_stale, replace_nonfinite, write_all, write_file
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
 

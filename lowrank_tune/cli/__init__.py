@@ -8,22 +8,10 @@ from typing import Annotated
 import typer
 
 from lowrank_tune import __version__
-from lowrank_tune.cli import before, exporting, judging, looking, planning, recipes, taking, talking, training
+from lowrank_tune.cli import chat, checks, eval, export, merge, monitor, plan, presets, run
 from lowrank_tune.cli.common import app
 
-__all__ = [
-    "app",
-    "before",
-    "exporting",
-    "judging",
-    "looking",
-    "main",
-    "planning",
-    "recipes",
-    "taking",
-    "talking",
-    "training",
-]
+__all__ = ["app", "chat", "checks", "eval", "export", "main", "merge", "monitor", "plan", "presets", "run"]
 
 COMMAND_ORDER = "demo run plan data verify watch report compare chat eval merge export doctor schema".split()
 """The commands as `--help` lists them: from the first run to what is taken home."""

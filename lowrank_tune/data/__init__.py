@@ -1,6 +1,11 @@
 """Data: from rows of any known shape to token ids with the mask of what the assistant says."""
 
-from lowrank_tune.data.asked import (
+from lowrank_tune.data.batches import collate, collate_units
+from lowrank_tune.data.chat_template import ChatTemplate
+from lowrank_tune.data.formats import Conversation, InvalidRow, detect_format, to_conversation
+from lowrank_tune.data.load import Prompt, TokenizedSplits, load, load_heldout_prompts
+from lowrank_tune.data.preference_pairs import PreferencePair, to_pair
+from lowrank_tune.data.prompts import (
     PromptDataset,
     PromptExample,
     PromptReport,
@@ -8,16 +13,11 @@ from lowrank_tune.data.asked import (
     load_prompts,
     make_prompt_sampler,
 )
-from lowrank_tune.data.batches import collate, collate_units
-from lowrank_tune.data.census import TokenStats, compute_token_stats
-from lowrank_tune.data.chat import ChatTemplate
-from lowrank_tune.data.formats import Conversation, InvalidRow, detect_format, to_conversation
-from lowrank_tune.data.load import Prompt, TokenizedSplits, load, load_heldout_prompts
-from lowrank_tune.data.mixture import BatchSampler
-from lowrank_tune.data.pairs import PreferencePair, to_pair
 from lowrank_tune.data.report import Report, SourceReport
+from lowrank_tune.data.sampler import BatchSampler
 from lowrank_tune.data.sources import RowLocation, SourceRows, read_source
-from lowrank_tune.data.store import TokenizedDataset
+from lowrank_tune.data.token_stats import TokenStats, compute_token_stats
+from lowrank_tune.data.token_store import TokenizedDataset
 
 __all__ = [
     "PromptExample",

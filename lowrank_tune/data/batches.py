@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lowrank_tune.data.store import TokenizedDataset
+from lowrank_tune.data.token_store import TokenizedDataset
 from lowrank_tune.types import Batch, Row
 
 

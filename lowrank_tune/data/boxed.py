@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 
 from lowrank_tune.data.formats import Conversation
-from lowrank_tune.data.gold import last_boxed
+from lowrank_tune.data.ground_truth import last_boxed
 from lowrank_tune.types import Message
 
 HASHES_PATTERN = r"####[ \t]*(?P<hashes>[^\n]+)"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from lowrank_tune.data.gold import extract_answer
+from lowrank_tune.data.ground_truth import extract_answer
 from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message
 

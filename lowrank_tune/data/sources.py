@@ -17,7 +17,7 @@ from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.data.hub import HubRows
 from lowrank_tune.errors import UserError, did_you_mean
 from lowrank_tune.settings import SourceConfig
-from lowrank_tune.tutor import problems
+from lowrank_tune.toy import problems
 
 ROWS_SEED_TAG = 4  # a tag beside those of `mixture`, which keeps the random streams apart
 BUILTIN_DATASETS = ("tutor", "tutor-preferences")

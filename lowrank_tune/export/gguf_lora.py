@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.export.fold import LORA_A, LORA_B, PEFT_PREFIX
+from lowrank_tune.export.combine_lora import LORA_A, LORA_B, PEFT_PREFIX
 
 GGUF_ARCHITECTURES = {
     "llama": "LLAMA",

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from secrets import token_hex
 
 from lowrank_tune.checkpoint import as_user_error
-from lowrank_tune.data.tokenise import cache_folder
+from lowrank_tune.data.tokenize import cache_folder
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Emit, LogMessage
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.export.turns import TemplateTurns
+from lowrank_tune.export.template_probe import TemplateTurns
 
 PARAMETER_NAMES = {
     "temperature": "temperature",

@@ -269,7 +269,7 @@ def silence_transformers() -> None:
 def describe_load_errors(wanted: settings.BaseConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where the model lies and how to ask for it; what the libraries raise inside becomes one sentence."""
     name, _, revision = wanted.model.partition("@")
-    path_or_id = str(files("lowrank_tune.tutor") / "base") if name == BUILTIN_MODEL else _existing_folder(name) or name
+    path_or_id = str(files("lowrank_tune.toy") / "base") if name == BUILTIN_MODEL else _existing_folder(name) or name
     arguments: dict[str, Any] = {"revision": revision or None, "trust_remote_code": wanted.trust_remote_code}
     try:
         _refuse_remote_code(path_or_id, name, arguments)

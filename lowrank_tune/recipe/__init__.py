@@ -17,14 +17,14 @@ import yaml
 
 from lowrank_tune import settings
 from lowrank_tune.errors import ConfigError
-from lowrank_tune.recipe import wording
+from lowrank_tune.recipe import messages
 from lowrank_tune.recipe.chain import Chain
-from lowrank_tune.recipe.layers import find_preset, read_recipe
-from lowrank_tune.recipe.memory import MEMORY_SETTINGS
+from lowrank_tune.recipe.extends import find_preset, read_recipe
+from lowrank_tune.recipe.memory_rules import MEMORY_SETTINGS
+from lowrank_tune.recipe.presets import Preset, list_presets
+from lowrank_tune.recipe.recipe import Recipe
 from lowrank_tune.recipe.rules import NAME_PATTERN
-from lowrank_tune.recipe.shelf import Preset, list_presets
-from lowrank_tune.recipe.single import Recipe
-from lowrank_tune.recipe.tree import dotted, leaves
+from lowrank_tune.recipe.yaml_nodes import dotted, leaves
 
 __all__ = [
     "Chain",
@@ -190,4 +190,4 @@ def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _format_value(data: Mapping[str, Any], key: str) -> str:
-    return wording.describe_value(data[key]) if key in data else "not set"
+    return messages.describe_value(data[key]) if key in data else "not set"

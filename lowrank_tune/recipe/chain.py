@@ -14,13 +14,13 @@ from typing import Any, Self
 
 from lowrank_tune import settings
 from lowrank_tune.errors import ConfigError, ConfigProblem, UserError
-from lowrank_tune.recipe import backend, learned, rules
-from lowrank_tune.recipe.layers import Override, apply_overrides, parse_overrides, read_recipe
-from lowrank_tune.recipe.single import NO_MAPPING, Recipe, problems_in, run_name, sorted_problems
+from lowrank_tune.recipe import reward_model_rules, rules, unsloth_rules
+from lowrank_tune.recipe.chain_layers import HEADER_KEYS, StageDraft, draft_stages
+from lowrank_tune.recipe.extends import Override, apply_overrides, parse_overrides, read_recipe
+from lowrank_tune.recipe.raw_settings import Finding
+from lowrank_tune.recipe.recipe import NO_MAPPING, Recipe, problems_in, run_name, sorted_problems
 from lowrank_tune.recipe.stack import conflicts, frozen_adapters_of, frozen_stage_names, reward_source_stage
-from lowrank_tune.recipe.stages import HEADER_KEYS, StageDraft, draft_stages
-from lowrank_tune.recipe.tree import Node, SourcePosition, from_python, nearest_node, to_python
-from lowrank_tune.recipe.written import Finding
+from lowrank_tune.recipe.yaml_nodes import Node, SourcePosition, from_python, nearest_node, to_python
 
 
 class ChainHeader(settings.Settings):
@@ -61,7 +61,7 @@ class Chain:
             findings = [
                 *conflicts(data, index),
                 *rules.reference_findings(data[index], frozen_adapters),
-                *backend.findings(data[index], frozen_adapters, has_reward_stage),
+                *unsloth_rules.findings(data[index], frozen_adapters, has_reward_stage),
             ]
             problems += [SourcePosition().problem(message, ("stages", stage.name, *path)) for path, message in findings]
         if problems:
@@ -117,7 +117,7 @@ class Chain:
         frozen = {name: adapter for name, adapter in own["adapters"].items() if name != trained}
         finished = {name: {"path": folders[name]} for name in frozen_stage_names(stages, index)}
         reward_stage = reward_source_stage(stages, index)
-        reward_model = {learned.REWARD_ADAPTER: {"path": folders[reward_stage]}} if reward_stage else {}
+        reward_model = {reward_model_rules.REWARD_ADAPTER: {"path": folders[reward_stage]}} if reward_stage else {}
         adapters = {
             **frozen,
             **frozen_adapters_of(stages, index),
@@ -181,9 +181,9 @@ def _stage_recipe(data: dict[str, Any], has_reward_stage: bool) -> Recipe:
     """A stage that was judged. Its `reference` and, where it is `lent`, its reward model name what only the chain knows
     of: they are set past the recipe's own rules."""
     claimed, adapters = data.get("reference"), data.get("adapters") or {}
-    stands_in = {"adapters": {**adapters, learned.REWARD_ADAPTER: {"path": "."}}} if has_reward_stage else {}
+    stands_in = {"adapters": {**adapters, reward_model_rules.REWARD_ADAPTER: {"path": "."}}} if has_reward_stage else {}
     recipe = Recipe.model_validate({key: value for key, value in (data | stands_in).items() if key != "reference"})
-    own = {name: adapter for name, adapter in recipe.adapters.items() if name != learned.REWARD_ADAPTER}
+    own = {name: adapter for name, adapter in recipe.adapters.items() if name != reward_model_rules.REWARD_ADAPTER}
     changes = {
         **({"adapters": own} if has_reward_stage else {}),
         **({"reference": claimed} if claimed is not None else {}),

@@ -10,16 +10,16 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
-from lowrank_tune.recipe import backend, earned, learned, memory, tracked, valued
-from lowrank_tune.recipe.tree import Path
-from lowrank_tune.recipe.written import Finding, entries, get_raw, number
+from lowrank_tune.recipe import memory_rules, ppo_rules, reward_model_rules, reward_rules, tracker_rules, unsloth_rules
+from lowrank_tune.recipe.raw_settings import Finding, entries, get_raw, number
+from lowrank_tune.recipe.yaml_nodes import Path
 from lowrank_tune.settings import DPOConfig, RecipeConfig, default_adapter_name
 
 ROW_ALGORITHMS = ("sft", "reward", "dpo")
 """The algorithms that learn from rows as they are."""
 PAIR_ALGORITHMS = ("reward", "dpo")
 """The algorithms whose rows are pairs of answers."""
-GENERATIVE_ALGORITHMS = earned.GENERATIVE_ALGORITHMS
+GENERATIVE_ALGORITHMS = reward_rules.GENERATIVE_ALGORITHMS
 USED_BY: dict[str, tuple[str, ...]] = {
     "train.rows_per_step": ROW_ALGORITHMS,
     "train.tokens_per_step": ROW_ALGORITHMS,
@@ -162,7 +162,7 @@ def best_step_findings(data: Any) -> Iterator[Finding]:
 
 def settings_from_checkpoint(data: Any) -> Iterator[Finding]:
     """An adapter that is loaded brings its own shape; a frozen one has no dropout either."""
-    trained = valued.trained_adapters(data)
+    trained = ppo_rules.trained_adapters(data)
     for name, adapter in adapters_of(data).items():
         if get_raw(adapter, "path") is None:
             continue
@@ -204,10 +204,10 @@ UNUSED_SETTINGS_RULES: tuple[Callable[[Any], Iterator[Finding]], ...] = (
     best_step_findings,
     settings_from_checkpoint,
     unused_source_settings,
-    earned.unused_settings,
-    valued.unused_settings,
-    memory.unused_settings,
-    tracked.unused_settings,
+    reward_rules.unused_settings,
+    ppo_rules.unused_settings,
+    memory_rules.unused_settings,
+    tracker_rules.unused_settings,
 )
 
 
@@ -272,7 +272,7 @@ def adapter_name_findings(data: Any) -> Iterator[Finding]:
             )
         elif name == "base":
             yield ("adapters", name), "is no name for an adapter: `base` is the base itself"
-        elif name not in valued.trained_adapters(data) and get_raw(adapter, "path") is None:
+        elif name not in ppo_rules.trained_adapters(data) and get_raw(adapter, "path") is None:
             meant = f"; did you mean `adapters.{trained}`?" if name in ("policy", "reward") else ""
             whom = "" if trained == "policy" and not meant else f" by {algorithm}"
             yield (
@@ -351,7 +351,11 @@ def reference_findings(data: Any, frozen_adapters: Sequence[str] = ()) -> Iterat
     if default_adapter_name(get_raw(data, "algorithm")) != "policy" or not isinstance(claimed, str):
         return
     frozen = [
-        *(name for name in adapters_of(data) if name not in (*valued.trained_adapters(data), learned.REWARD_ADAPTER)),
+        *(
+            name
+            for name in adapters_of(data)
+            if name not in (*ppo_rules.trained_adapters(data), reward_model_rules.REWARD_ADAPTER)
+        ),
         *frozen_adapters,
     ]
     actual = frozen[-1] if frozen else "base"
@@ -365,7 +369,7 @@ def reference_findings(data: Any, frozen_adapters: Sequence[str] = ()) -> Iterat
 
 def adapter_stack_findings(data: Any, frozen_adapters: Sequence[str] = ()) -> Iterator[Finding]:
     """Only what lies on something can be kept apart from it."""
-    beside = {learned.REWARD_ADAPTER, *valued.trained_adapters(data)}
+    beside = {reward_model_rules.REWARD_ADAPTER, *ppo_rules.trained_adapters(data)}
     if (
         get_raw(data, "train", "final_stack") == "apart"
         and not frozen_adapters
@@ -384,12 +388,12 @@ def findings(data: Any, frozen_adapters: Sequence[str] = (), has_reward_stage: b
         adapter_name_findings,
         row_format_findings,
         deterministic_logps,
-        earned.reward_findings,
-        earned.reward_needs_answers,
+        reward_rules.reward_findings,
+        reward_rules.reward_needs_answers,
     ):
         yield from rule(data)
-    yield from valued.findings(data, has_reward_stage)
-    yield from learned.findings(data, has_reward_stage)
-    yield from backend.findings(data, frozen_adapters, has_reward_stage)
+    yield from ppo_rules.findings(data, has_reward_stage)
+    yield from reward_model_rules.findings(data, has_reward_stage)
+    yield from unsloth_rules.findings(data, frozen_adapters, has_reward_stage)
     yield from reference_findings(data, frozen_adapters)
     yield from adapter_stack_findings(data, frozen_adapters)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lowrank_tune.recipe import learned, valued
+from lowrank_tune.recipe import ppo_rules, reward_model_rules
+from lowrank_tune.recipe.messages import describe_value
+from lowrank_tune.recipe.raw_settings import Finding, get_raw
 from lowrank_tune.recipe.rules import adapters_of
-from lowrank_tune.recipe.wording import describe_value
-from lowrank_tune.recipe.written import Finding, get_raw
 from lowrank_tune.settings import BaseConfig, default_adapter_name
 
 Stages = Sequence[Mapping[str, Any]]
@@ -22,7 +22,7 @@ def frozen_adapters_of(stages: Stages, index: int) -> dict[str, Any]:
         name: adapter
         for stage in _earlier_policy_stages(stages, index)
         for name, adapter in adapters_of(stage).items()
-        if name not in (*valued.trained_adapters(stage), learned.REWARD_ADAPTER)
+        if name not in (*ppo_rules.trained_adapters(stage), reward_model_rules.REWARD_ADAPTER)
     }
 
 
@@ -35,13 +35,16 @@ def reward_source_stage(stages: Stages, index: int) -> str | None:
     """The earlier stage whose reward model this stage takes, where it asks for one and names none itself: the last that
     trained one."""
     stage = stages[index]
-    if not learned.uses_reward_model(stage) or get_raw(stage, "adapters", learned.REWARD_ADAPTER) is not None:
+    if (
+        not reward_model_rules.uses_reward_model(stage)
+        or get_raw(stage, "adapters", reward_model_rules.REWARD_ADAPTER) is not None
+    ):
         return None
     return next(
         (
             each["name"]
             for each in reversed(stages[:index])
-            if default_adapter_name(each.get("algorithm")) == learned.REWARD_ADAPTER
+            if default_adapter_name(each.get("algorithm")) == reward_model_rules.REWARD_ADAPTER
         ),
         None,
     )
@@ -64,7 +67,7 @@ def conflicts(stages: Stages, index: int) -> Iterator[Finding]:
     )
     own = adapters_of(stage)
     for name in dict.fromkeys([*own, trained]):
-        if name in finished and name != learned.REWARD_ADAPTER:  # which is told where it is given
+        if name in finished and name != reward_model_rules.REWARD_ADAPTER:  # which is told where it is given
             yield (
                 ("adapters", name),
                 "is also the name of an earlier stage, whose adapter lies below; rename one of them",
@@ -75,10 +78,10 @@ def conflicts(stages: Stages, index: int) -> Iterator[Finding]:
                 "is also the name of another adapter, which lies below as an earlier stage loads it; rename one of "
                 "them",
             )
-    if stage["name"] == learned.REWARD_ADAPTER and trained != learned.REWARD_ADAPTER:
+    if stage["name"] == reward_model_rules.REWARD_ADAPTER and trained != reward_model_rules.REWARD_ADAPTER:
         yield (
             ("name",),
-            f"is no name for a stage of {stage.get('algorithm')}: `{learned.REWARD_ADAPTER}` is the reward model",
+            f"is no name for a stage of {stage.get('algorithm')}: `{reward_model_rules.REWARD_ADAPTER}` is the reward model",
         )
     if stage["name"] in {*own, *loaded} - {trained}:
         yield ("name",), "is also the name of an adapter below this stage; rename one of them"

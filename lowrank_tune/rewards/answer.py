@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from lowrank_tune.data.gold import answer_after_hashes, last_boxed
-from lowrank_tune.rewards.protocol import RewardInput, Score, truncate_for_display
+from lowrank_tune.data.ground_truth import answer_after_hashes, last_boxed
+from lowrank_tune.rewards.base import RewardInput, Score, truncate_for_display
 
 TAIL_CHARS = 4000  # characters at the end of a completion that may hold its answer: a hostile text costs milliseconds
 MAX_NUMBER_CHARS = 100  # characters of a number

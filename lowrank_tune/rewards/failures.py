@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowrank_tune.rewards.protocol import RewardInput, Score, ValidatesRows
-from lowrank_tune.rewards.uses import WeightedReward
+from lowrank_tune.rewards.base import RewardInput, Score, ValidatesRows
+from lowrank_tune.rewards.registry import WeightedReward
 
 
 def row_rejection_reason(weighted: Sequence[WeightedReward], item: RewardInput) -> str | None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.rewards.fences import last_code_block
-from lowrank_tune.rewards.judges.json_schema import build_validator
+from lowrank_tune.rewards.base import Reply, RewardInput, Score, WorkerReward, truncate_for_display
+from lowrank_tune.rewards.code_blocks import last_code_block
 from lowrank_tune.rewards.pool import score_serially
-from lowrank_tune.rewards.protocol import Reply, RewardInput, Score, WorkerReward, truncate_for_display
+from lowrank_tune.rewards.workers.json_schema import build_validator
 
 MAX_CHARS = 200_000  # characters of a completion
 
@@ -37,7 +37,7 @@ class JsonSchemaReward(WorkerReward):
     def worker_spec(self) -> Mapping[str, Any]:
         return {
             "kind": "verifier",
-            "module": "lowrank_tune.rewards.judges.json_schema",
+            "module": "lowrank_tune.rewards.workers.json_schema",
             "schema": self.schema,
             "use": self.name,
         }

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.rewards.fences import last_code_block
+from lowrank_tune.rewards.base import Reply, RewardInput, Score, WorkerReward, truncate_for_display
+from lowrank_tune.rewards.code_blocks import last_code_block
 from lowrank_tune.rewards.pool import score_serially
-from lowrank_tune.rewards.protocol import Reply, RewardInput, Score, WorkerReward, truncate_for_display
 
 MAX_CHARS = 100_000  # characters of a completion
 MEMORY_MEGABYTES = 4096
@@ -67,7 +67,7 @@ class LeanReward(WorkerReward):
     def worker_spec(self) -> Mapping[str, Any]:
         return {
             "kind": "verifier",
-            "module": "lowrank_tune.rewards.judges.lean",
+            "module": "lowrank_tune.rewards.workers.lean",
             "program": list(self.program),
             "megabytes": MEMORY_MEGABYTES,
             "use": self.name,

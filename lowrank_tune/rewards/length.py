@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lowrank_tune.rewards.protocol import RewardInput, Score
+from lowrank_tune.rewards.base import RewardInput, Score
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,7 @@ from typing import Any, ClassVar
 
 from lowrank_tune.errors import UserError
 from lowrank_tune.rewards.answer import parse_number
-from lowrank_tune.rewards.pool import score_serially
-from lowrank_tune.rewards.protocol import Reply, RewardInput, Score, WorkerReward, truncate_for_display
-from lowrank_tune.rewards.written import (
+from lowrank_tune.rewards.answer_parsing import (
     HEADING,
     MAX_WORDS,
     compare_exact,
@@ -31,6 +29,8 @@ from lowrank_tune.rewards.written import (
     too_large_reason,
     words,
 )
+from lowrank_tune.rewards.base import Reply, RewardInput, Score, WorkerReward, truncate_for_display
+from lowrank_tune.rewards.pool import score_serially
 
 INSTALL_COMMAND = "pip install 'lowrank-tune[verifiers]'"
 
@@ -47,7 +47,7 @@ class MathAnswerReward(WorkerReward):
         return score_serially(self, items)
 
     def worker_spec(self) -> Mapping[str, Any]:
-        return {"kind": "verifier", "module": "lowrank_tune.rewards.judges.math", "use": self.name}
+        return {"kind": "verifier", "module": "lowrank_tune.rewards.workers.math", "use": self.name}
 
     def row_rejection_reason(self, item: RewardInput) -> str | None:
         """Why a gold answer is none, as far as that shows without a worker; `\\boxed{gold}` scored as a completion

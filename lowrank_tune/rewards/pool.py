@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from lowrank_tune.errors import ConfigError, ConfigProblem
-from lowrank_tune.rewards.protocol import BatchedReward, Reward, RewardInput, Score, WorkerReward
-from lowrank_tune.rewards.slot import ScoreRequest, WorkerThread
+from lowrank_tune.rewards.base import BatchedReward, Reward, RewardInput, Score, WorkerReward
+from lowrank_tune.rewards.worker_thread import ScoreRequest, WorkerThread
 
 TIMEOUT_SECONDS = 10.0
 START_SECONDS = 60.0  # for what a user's file imports

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.rewards.judges.python_tests import InvalidTests, row_tests
+from lowrank_tune.rewards.base import Reply, RewardInput, Score, WorkerReward
 from lowrank_tune.rewards.pool import score_serially
-from lowrank_tune.rewards.protocol import Reply, RewardInput, Score, WorkerReward
+from lowrank_tune.rewards.sandbox.isolation import best_available, unavailable_reason
 from lowrank_tune.rewards.sandbox.launch import Level
-from lowrank_tune.rewards.sandbox.levels import best_available, unavailable_reason
+from lowrank_tune.rewards.workers.python_tests import InvalidTests, row_tests
 from lowrank_tune.settings import UNSAFE_CODE
 
 MAX_REASON_CHARS = 240
@@ -65,7 +65,7 @@ class PythonTestsReward(WorkerReward):
     def worker_spec(self) -> Mapping[str, Any]:
         return {
             "kind": "verifier",
-            "module": "lowrank_tune.rewards.judges.python_tests",
+            "module": "lowrank_tune.rewards.workers.python_tests",
             "use": self.name,
             "level": self.isolation(),
         }

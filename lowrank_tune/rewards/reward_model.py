@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from lowrank_tune.rewards.protocol import BatchedReward, RewardInput, Score
+from lowrank_tune.rewards.base import BatchedReward, RewardInput, Score
 
 ScoreBatchFn = Callable[[Sequence[Sequence[int]]], Sequence[float]]
 """Rows of ids to scores."""

@@ -22,10 +22,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from lowrank_tune.data.gold import last_boxed
-from lowrank_tune.rewards.fences import last_code_block
+from lowrank_tune.data.ground_truth import last_boxed
+from lowrank_tune.rewards.base import Reply, RewardInput, Score, WorkerReward, truncate_for_display
+from lowrank_tune.rewards.code_blocks import last_code_block
 from lowrank_tune.rewards.pool import score_serially
-from lowrank_tune.rewards.protocol import Reply, RewardInput, Score, WorkerReward, truncate_for_display
 
 MEMORY_MEGABYTES = 1024
 MAX_CHARS = 200_000  # characters of a completion
@@ -50,7 +50,7 @@ class SmtReward(WorkerReward):
     def worker_spec(self) -> Mapping[str, Any]:
         return {
             "kind": "verifier",
-            "module": "lowrank_tune.rewards.judges.smt",
+            "module": "lowrank_tune.rewards.workers.smt",
             "asks": self.kind,
             "megabytes": MEMORY_MEGABYTES,
             "use": self.name,

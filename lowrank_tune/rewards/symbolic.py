@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lowrank_tune.rewards.judges.expression import ExpressionParseError, parse_expression
+from lowrank_tune.rewards.answer_parsing import extract_final_answer
+from lowrank_tune.rewards.base import Reply, RewardInput, Score, WorkerReward, truncate_for_display
 from lowrank_tune.rewards.math_answer import require_packages
 from lowrank_tune.rewards.pool import score_serially
-from lowrank_tune.rewards.protocol import Reply, RewardInput, Score, WorkerReward, truncate_for_display
-from lowrank_tune.rewards.written import extract_final_answer
+from lowrank_tune.rewards.workers.expression import ExpressionParseError, parse_expression
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SymbolicReward(WorkerReward):
         return score_serially(self, items)
 
     def worker_spec(self) -> Mapping[str, Any]:
-        return {"kind": "verifier", "module": "lowrank_tune.rewards.judges.symbolic", "use": self.name}
+        return {"kind": "verifier", "module": "lowrank_tune.rewards.workers.symbolic", "use": self.name}
 
     def row_rejection_reason(self, item: RewardInput) -> str | None:
         """Why a gold expression is none, as far as that shows without its values."""

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
+from lowrank_tune.rewards.base import RewardInput, Score
 from lowrank_tune.rewards.failures import first_failure
 from lowrank_tune.rewards.pool import WorkerPool
-from lowrank_tune.rewards.protocol import RewardInput, Score
-from lowrank_tune.rewards.uses import WeightedReward
+from lowrank_tune.rewards.registry import WeightedReward
 
 CHUNK_SIZE = 16  # completions between two reports of progress
 CORRECT_THRESHOLD = 0.5

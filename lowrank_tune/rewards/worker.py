@@ -120,7 +120,7 @@ def finite(value: object) -> float:
 
 
 def load_verifier(spec: Mapping[str, Any]) -> GradeFn:
-    """A verifier of the kit: `load(job)` of the module that the job names, as `lowrank_tune.rewards.judges.math`,
+    """A verifier of the kit: `load(job)` of the module that the job names, as `lowrank_tune.rewards.workers.math`,
     within limits."""
     folder = os.path.dirname(os.path.abspath(__file__))
     root = os.path.dirname(os.path.dirname(folder))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from lowrank_tune.ui.frame import Line, side_by_side, to_ansi, wrap
+from lowrank_tune.ui.text_layout import Line, side_by_side, to_ansi, wrap
 
 FRAME_SECONDS = 0.05
 MIN_WIDTH = 20

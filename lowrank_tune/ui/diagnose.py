@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Literal
 
-from lowrank_tune.hacking import find_divergence
-from lowrank_tune.ui.gold import describe_drift, eval_points_of, values_of
+from lowrank_tune.reward_hacking import find_divergence
 from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS
+from lowrank_tune.ui.reward_vs_accuracy import describe_drift, eval_points_of, values_of
 from lowrank_tune.ui.state import State
 
 FEW_STEPS = 20  # before that nothing is said about trends

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.evals import EvalRecord, MetricValue
+from lowrank_tune.evaluation import EvalRecord, MetricValue
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.figures import number, percent
+from lowrank_tune.ui.formatting import number, percent
 
 BASE = "base"
 SHARE_METRICS = re.compile(r"pass_at_\d+|stopped")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from lowrank_tune.ui.figures import number, signed
-from lowrank_tune.ui.frame import Line, sanitize, wrap
+from lowrank_tune.ui.formatting import number, signed
 from lowrank_tune.ui.groups import Group, LoggedCompletion
 from lowrank_tune.ui.panes import View, heading
 from lowrank_tune.ui.state import State
+from lowrank_tune.ui.text_layout import Line, sanitize, wrap
 
 LABEL = " {:>8} {:>9}  {:<6} {:<4} "
 INDENT = len(LABEL.format("", "", "", ""))

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 from lowrank_tune.events import SampleLogged
 from lowrank_tune.ui.charts import Curve, chart, format_number, smooth
-from lowrank_tune.ui.figures import METRIC_FORMATS, clock, number, percent, signed
-from lowrank_tune.ui.frame import Line, sanitize, width_of, wrap
-from lowrank_tune.ui.gold import frontier
+from lowrank_tune.ui.formatting import METRIC_FORMATS, clock, number, percent, signed
 from lowrank_tune.ui.metrics import (
     BAND_METRIC,
     GENERATIVE_ALGORITHMS,
@@ -20,7 +18,9 @@ from lowrank_tune.ui.metrics import (
     pair_side,
     reward_names,
 )
+from lowrank_tune.ui.reward_vs_accuracy import frontier
 from lowrank_tune.ui.state import ScoredPair, State
+from lowrank_tune.ui.text_layout import Line, sanitize, width_of, wrap
 
 SMOOTHINGS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 KEYS = {

@@ -25,7 +25,7 @@ from lowrank_tune.events import (
     StepEnd,
 )
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.figures import EtaEstimator, clock, format_stats, number, signed, validation_line
+from lowrank_tune.ui.formatting import EtaEstimator, clock, format_stats, number, signed, validation_line
 from lowrank_tune.ui.metrics import PAIR_SIDES, WITHOUT_REFERENCE
 
 _STYLES = {"warning": "33", "good": "32", "quiet": "2"}  # yellow, green, dim

@@ -6,7 +6,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.plan.figures import CUDA_CONTEXT_BYTES, FRAGMENTATION, GIB, PURPOSES, SPLITTABLE_PHASES, Plan
+from lowrank_tune.memory_planner.plan_report import (
+    CUDA_CONTEXT_BYTES,
+    FRAGMENTATION,
+    GIB,
+    PURPOSES,
+    SPLITTABLE_PHASES,
+    Plan,
+)
 from lowrank_tune.ui import escape_control_chars
 
 SHORT = {"optimizer": "optim.", "gradients": "grads", "activations": "activ.", "KV cache": "KV"}

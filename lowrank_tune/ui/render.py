@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowrank_tune.ui.diagnose import diagnose
-from lowrank_tune.ui.figures import METRIC_FORMATS, clock
-from lowrank_tune.ui.frame import Line, fit, pad, sanitize, side_by_side, width_of, wrap
+from lowrank_tune.ui.formatting import METRIC_FORMATS, clock
 from lowrank_tune.ui.group_pane import group_pane
 from lowrank_tune.ui.metrics import SIDE_TITLES, WITHOUT_REFERENCE
 from lowrank_tune.ui.panes import View, chart_names, chart_pane, format_value, help_pane, keys_of, log_pane, sample_pane
 from lowrank_tune.ui.state import State
+from lowrank_tune.ui.text_layout import Line, fit, pad, sanitize, side_by_side, width_of, wrap
 
 MIN_WIDTH, MIN_HEIGHT = 60, 15
 CHART_WIDTH, CHART_HEIGHT, MAX_COLUMNS = 36, 9, 3

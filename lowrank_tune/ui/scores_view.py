@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_tune.evaluate import PairScores, ScoredResponse
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.figures import number, percent
+from lowrank_tune.ui.formatting import number, percent
+from lowrank_tune.validation import PairScores, ScoredResponse
 
 SHOWN = 3
 PAIRS = {

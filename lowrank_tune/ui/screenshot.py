@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from lowrank_tune.events import Event, StepEnd
-from lowrank_tune.ui.frame import rich_text
 from lowrank_tune.ui.panes import View
 from lowrank_tune.ui.render import render
 from lowrank_tune.ui.state import State
+from lowrank_tune.ui.text_layout import rich_text
 from lowrank_tune.ui.watch import read_events
 
 _FONT_FACE = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)  # rich's loads a font from the network; a picture must not

@@ -20,7 +20,7 @@ from lowrank_tune.events import (
     SampleLogged,
     StepEnd,
 )
-from lowrank_tune.ui.figures import EtaEstimator, validation_line
+from lowrank_tune.ui.formatting import EtaEstimator, validation_line
 from lowrank_tune.ui.groups import Group, read_group
 from lowrank_tune.ui.metrics import PAIR_SIDES, POLICY, heldout_parts, phases_of, reference_name
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.figures import clock, format_stats, percent
+from lowrank_tune.ui.formatting import clock, format_stats, percent
 
 
 def summary_table(summary: Mapping[str, Any], folder: Path) -> str:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from lowrank_tune.ui.frame import Line, to_ansi
+from lowrank_tune.ui.text_layout import Line, to_ansi
 
 ENTER = b"\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[2J"  # another screen, no cursor, no line wrap
 LEAVE = b"\x1b[0m\x1b[?7h\x1b[?25h\x1b[?1049l"

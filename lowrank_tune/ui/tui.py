@@ -13,16 +13,16 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from lowrank_tune.control import TrainerControl
 from lowrank_tune.events import Event, LogMessage, RunEnded
-from lowrank_tune.ui.card import GpuStats
-from lowrank_tune.ui.frame import Line
+from lowrank_tune.signals import TrainerControl
+from lowrank_tune.ui.gpu_stats import GpuStats
+from lowrank_tune.ui.live_screen import LiveScreen
 from lowrank_tune.ui.panes import View
 from lowrank_tune.ui.plain import LineLogger
 from lowrank_tune.ui.render import render
-from lowrank_tune.ui.session import LiveScreen
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal import Redirected
+from lowrank_tune.ui.text_layout import Line
 
 KEY_ACTIONS = {
     "stop": "saving and quitting after this step",

@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_tune.rewards.verdicts import Disagreement, find_disagreements, summarize_verdicts
+from lowrank_tune.score_completions import ResponseItem, VerifyResult
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.figures import number
-from lowrank_tune.verify import ResponseItem, VerifyResult
+from lowrank_tune.ui.formatting import number
 
 SHOWN = 3
 KINDS = ("pass", "fail", "graded", "error", "timeout")

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, RunEnded, RunStarted, from_json
-from lowrank_tune.ui.frame import Line
+from lowrank_tune.ui.live_screen import LiveScreen
 from lowrank_tune.ui.panes import View
 from lowrank_tune.ui.plain import LineLogger
 from lowrank_tune.ui.render import render_several
-from lowrank_tune.ui.session import LiveScreen
-from lowrank_tune.ui.stages import EVENTS, is_chain, stage_folders
+from lowrank_tune.ui.run_paths import EVENTS, is_chain, stage_folders
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.terminal import can_show
+from lowrank_tune.ui.text_layout import Line
 
 POLL_SECONDS, MAX_BYTES = 0.3, 8_000_000
 

@@ -26,7 +26,7 @@ from lowrank_tune.data import (
     load_prompts,
     make_prompt_sampler,
 )
-from lowrank_tune.data.asked import MISSING_ANSWER
+from lowrank_tune.data.prompts import MISSING_ANSWER
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, LogMessage, Progress
 from lowrank_tune.settings import DataConfig, SourceConfig, TrainingConfig

@@ -12,7 +12,7 @@ from tokenizers_for_tests import CHATML, MARKS, REAL, TINY, tiny, tokenizer
 
 from lowrank_tune.data import ChatTemplate, InvalidRow
 from lowrank_tune.errors import UserError
-from lowrank_tune.tutor import text as kit
+from lowrank_tune.toy import text as kit
 from lowrank_tune.types import Message, Row
 
 ENDS = {

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_tune.data import InvalidRow, detect_format, to_conversation
-from lowrank_tune.data.gold import last_boxed, last_number
+from lowrank_tune.data.ground_truth import last_boxed, last_number
 from lowrank_tune.errors import UserError
 
 Q, A = "What is 2 + 3?", "It is 5."

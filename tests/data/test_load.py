@@ -23,7 +23,7 @@ from lowrank_tune.data import (
 )
 from lowrank_tune.data.hub import describe_hub_error
 from lowrank_tune.data.sources import _looks_like_a_path
-from lowrank_tune.data.tokenise import conversation, format_of
+from lowrank_tune.data.tokenize import conversation, format_of
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Event, Progress
 from lowrank_tune.settings import DataConfig, SourceConfig
@@ -164,7 +164,7 @@ def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lowrank_tune.data.store.ArrayFile.append", full)
+    monkeypatch.setattr("lowrank_tune.data.token_store.ArrayFile.append", full)
     with pytest.raises(TrainingError, match="No space left"):
         loaded(tmp_path, str(tmp_path / "a.jsonl"))
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lowrank_tune.data import BatchSampler, collate
 from lowrank_tune.data.load import split_mask
-from lowrank_tune.data.mixture import largest_remainder
+from lowrank_tune.data.sampler import largest_remainder
 from lowrank_tune.settings import TrainingConfig
 from lowrank_tune.types import Row
 

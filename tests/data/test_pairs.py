@@ -29,10 +29,10 @@ from lowrank_tune.data import (
     to_pair,
 )
 from lowrank_tune.data.batches import _common_prefix_length
+from lowrank_tune.data.encode_pairs import encode_pairs
 from lowrank_tune.data.report import SourceReport
-from lowrank_tune.data.sides import encode_pairs
 from lowrank_tune.data.sources import RowLocation
-from lowrank_tune.data.store import Entry
+from lowrank_tune.data.token_store import Entry
 from lowrank_tune.errors import UserError
 from lowrank_tune.settings import DataConfig, SourceConfig
 from lowrank_tune.types import Message, Row
@@ -427,7 +427,7 @@ def test_content_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed[39]["rejected"] = "It is 41, I saz."
     hashes.append(loaded(tmp_path, write(tmp_path / "c.jsonl", changed)).train.content_hash())
     assert len({known, *hashes, other_number}) == len(hashes) + 2
-    monkeypatch.setattr("lowrank_tune.data.store.SLICE", 7)
+    monkeypatch.setattr("lowrank_tune.data.token_store.SLICE", 7)
     assert loaded(tmp_path, str(tmp_path / "a.jsonl"), cache="other").train.content_hash() == store.content_hash()
     mask = store._arrays["says"].copy()
     mask[-1] ^= True

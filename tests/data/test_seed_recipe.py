@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hub_rows import EXAMPLE_ROWS as ALL_SHAPES
-from hub_rows import write_rows
+from hub_fixtures import EXAMPLE_ROWS as ALL_SHAPES
+from hub_fixtures import write_rows
 from tokenizers_for_tests import CHATML, tiny
 
 from lowrank_tune.data import ChatTemplate, load, load_prompts, read_source
 from lowrank_tune.data.boxed import to_boxed
-from lowrank_tune.data.gold import last_boxed
+from lowrank_tune.data.ground_truth import last_boxed
 from lowrank_tune.data.load import split_mask
 from lowrank_tune.errors import ConfigError
 from lowrank_tune.events import Event, LogMessage

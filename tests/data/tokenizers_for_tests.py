@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lowrank_tune.tutor import text as kit
+from lowrank_tune.toy import text as kit
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 MARKS = ["<s>", "</s>", "<|eot|>", "<|head|>", "<|/head|>", "<|im_start|>", "<|im_end|>"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_runs import FinishedRun, make_run
+from export_fixtures import FinishedRun, make_run
 from models import CPU, perturb
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -20,25 +20,25 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lowrank_tune import UserError, settings
-from lowrank_tune.build.learned import append_end_of_turn, encode_answer, end_of_turn_ids
+from lowrank_tune.assembly.reward_model import append_end_of_turn, encode_answer, end_of_turn_ids
 from lowrank_tune.cli import app
 from lowrank_tune.data import ChatTemplate
-from lowrank_tune.evals import Options, evaluate, parse_record, read_records
-from lowrank_tune.evals import evaluation as evaluation_module
-from lowrank_tune.evals.figures import win_rates
-from lowrank_tune.evals.marking import GradedAnswer
-from lowrank_tune.evals.measure import EvalResult, Evaluator
-from lowrank_tune.evals.questions import load_eval_questions
+from lowrank_tune.evaluation import Options, evaluate, parse_record, read_records
+from lowrank_tune.evaluation import evaluation as evaluation_module
+from lowrank_tune.evaluation.evaluator import EvalResult, Evaluator
+from lowrank_tune.evaluation.grading import GradedAnswer
+from lowrank_tune.evaluation.metrics import win_rates
+from lowrank_tune.evaluation.questions import load_eval_questions
 from lowrank_tune.events import Event, Progress
+from lowrank_tune.generation import Engine
 from lowrank_tune.model.adapters import lora_config
 from lowrank_tune.model.base import base_hashes, load_base, load_tokenizer
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.rollout import Engine
-from lowrank_tune.tutor import problems
+from lowrank_tune.toy import problems
 from lowrank_tune.types import Message, SamplingParams
 from lowrank_tune.ui.compare.figures import rows as compared
-from lowrank_tune.ui.compare.side import read_runs
+from lowrank_tune.ui.compare.runs import read_runs
 from lowrank_tune.ui.evals_view import describe_evaluation, rows
 from lowrank_tune.ui.report import write_report
 
@@ -179,7 +179,7 @@ def test_parts_and_their_order_change_no_answer(
     run = with_rewards(made, tmp_path, "float(len(completion))")
     options = Options(num_prompts=7, num_samples=2, max_new_tokens=6)
     whole = evaluate(str(run), options, quiet, CPU).record
-    monkeypatch.setattr("lowrank_tune.evals.measure.ANSWERS_PER_BATCH", 4)
+    monkeypatch.setattr("lowrank_tune.evaluation.evaluator.ANSWERS_PER_BATCH", 4)
     parts = evaluate(str(run), options, quiet, CPU).record
     assert whole["figures"]["grpo"]["reward"]["value"] == pytest.approx(
         parts["figures"]["grpo"]["reward"]["value"], rel=1e-12
@@ -254,7 +254,7 @@ def test_a_chain_has_a_line_a_stage(made: FinishedRun, tmp_path: Path) -> None:
 def test_ctrl_c_keeps_the_parts_that_all_models_have_finished(
     made: FinishedRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lowrank_tune.evals.measure.ANSWERS_PER_BATCH", 4)  # two prompts a part
+    monkeypatch.setattr("lowrank_tune.evaluation.evaluator.ANSWERS_PER_BATCH", 4)  # two prompts a part
     run = tmp_path / "run"
     shutil.copytree(made.run, run)
 

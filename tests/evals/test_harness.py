@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_runs import make_run
+from export_fixtures import make_run
 from models import CPU
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from lowrank_tune import settings
 from lowrank_tune.cli import app
-from lowrank_tune.evals import Options, evaluate
+from lowrank_tune.evaluation import Options, evaluate
 from lowrank_tune.model.base import load_tokenizer
 
 CHOICES = ["12", "7", "forty", "one"]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_tune.evals.intervals import (
+from lowrank_tune.evaluation.intervals import (
     bootstrap_tail,
     mean_ci,
     paired_difference_ci,

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from export_runs import IDS, FinishedRun, kl, make_run
+from export_fixtures import IDS, FinishedRun, kl, make_run
 from models import TOKENIZER
 from peft import PeftModel
 from transformers import AutoTokenizer, GenerationConfig
 
 from lowrank_tune import Recipe, UserError, settings
-from lowrank_tune.build import check_adapter_lineage
+from lowrank_tune.assembly import check_adapter_lineage
 from lowrank_tune.checkpoint import load
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.events import Event, LogMessage
-from lowrank_tune.export.card import Adapters, model_card, rank_limit
+from lowrank_tune.export.model_card import Adapters, model_card, rank_limit
 from lowrank_tune.model.adapters import SavedAdapter, read_adapter
 from lowrank_tune.model.base import load_base
 from lowrank_tune.recipe import dump
@@ -146,7 +146,7 @@ def test_a_tokenizer_that_cannot_be_saved_costs_no_adapter(tmp_path: Path, monke
     def broken(built: Any) -> dict[str, bytes]:
         raise NotImplementedError("no vocabulary file")
 
-    monkeypatch.setattr("lowrank_tune.export.folder.tokenizer_files", broken)
+    monkeypatch.setattr("lowrank_tune.export.final_adapter.tokenizer_files", broken)
     made = make_run(tmp_path)
     assert (made.run / "final" / "adapter_model.safetensors").exists() and not (
         made.run / "final" / "tokenizer.json"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_runs import IDS, FinishedRun, kl, make_run
+from export_fixtures import IDS, FinishedRun, kl, make_run
 from models import CPU
 from peft import PeftModel
 from test_gguf_lora import by_llama_cpp, by_peft
@@ -27,13 +27,13 @@ from lowrank_tune.cli import app
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Event, Progress
 from lowrank_tune.export import llama_cpp
-from lowrank_tune.export.finished import adapters_in, load_finished_run
-from lowrank_tune.export.fold import saved_lora_adapter
+from lowrank_tune.export.combine_lora import saved_lora_adapter
+from lowrank_tune.export.export import ExportOptions, export
+from lowrank_tune.export.finished_run import adapters_in, load_finished_run
 from lowrank_tune.export.gguf_model import BITS_PER_WEIGHT, convert, estimate_gguf_size, pretokenizer_name, run_tool
 from lowrank_tune.export.merge import find_existing_merge
-from lowrank_tune.export.take import ExportOptions, export
 
-TAKE = "lowrank_tune.export.take"
+TAKE = "lowrank_tune.export.export"
 
 
 def quiet(event: object) -> None:

@@ -12,8 +12,8 @@ from models import ARCHITECTURES, perturb, random_model, relative_error, roles_o
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 
-from lowrank_tune.export.fold import LoraAdapter, cannot_combine_reason, combine_adapters
-from lowrank_tune.export.folder import as_lora_adapter
+from lowrank_tune.export.combine_lora import LoraAdapter, cannot_combine_reason, combine_adapters
+from lowrank_tune.export.final_adapter import as_lora_adapter
 from lowrank_tune.model.roles import Roles
 
 IDS = torch.tensor([[5, 9, 33, 7, 21, 60, 3]])

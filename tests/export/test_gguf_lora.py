@@ -14,8 +14,8 @@ from peft import LoraConfig
 from test_fold import MIXED, stack
 
 from lowrank_tune import UserError
-from lowrank_tune.export.fold import LoraAdapter, combine_adapters, saved_lora_adapter
-from lowrank_tune.export.folder import as_lora_adapter
+from lowrank_tune.export.combine_lora import LoraAdapter, combine_adapters, saved_lora_adapter
+from lowrank_tune.export.final_adapter import as_lora_adapter
 from lowrank_tune.export.gguf_lora import gguf_tensors, shape_of, write_gguf_lora
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from export_runs import make_run
+from export_fixtures import make_run
 from models import CPU
 
 from lowrank_tune.export.merge import merge

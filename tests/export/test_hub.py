@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from export_runs import FinishedRun, make_run
+from export_fixtures import FinishedRun, make_run
 
 from lowrank_tune import UserError
 from lowrank_tune.errors import TrainingError

@@ -18,20 +18,20 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from export_runs import make_run
+from export_fixtures import make_run
 from models import CPU, perturb, random_model, roles_over, unquantized_base
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_tune import UserError
-from lowrank_tune.export.fold import combine_adapters
-from lowrank_tune.export.folder import as_lora_adapter
+from lowrank_tune.export.combine_lora import combine_adapters
+from lowrank_tune.export.export import ExportOptions, export
+from lowrank_tune.export.final_adapter import as_lora_adapter
 from lowrank_tune.export.gguf_lora import shape_of, write_gguf_lora
 from lowrank_tune.export.gguf_model import convert
 from lowrank_tune.export.llama_cpp import LORA_CONVERTER, converter_folder
 from lowrank_tune.export.merge import merge
-from lowrank_tune.export.take import ExportOptions, export
 
 pytestmark = pytest.mark.llamacpp
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from export_runs import IDS, FinishedRun, kl, make_run
+from export_fixtures import IDS, FinishedRun, kl, make_run
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -225,7 +225,7 @@ def test_what_cannot_be_merged_fails_with_one_sentence(
     facts["recipe"]["algorithm"] = "reward"
     (reward / "run.json").write_text(json.dumps(facts))
     assert "trained a reward model" in error_of(reward)
-    module = sys.modules["lowrank_tune.export.proof"]
+    module = sys.modules["lowrank_tune.export.merge_check"]
     with monkeypatch.context() as patch:
         patch.setattr(module, "memory_of", lambda device: 1 << 29)
         assert "must be read back to be compared, which needs 1 GiB of memory" in error_of(untied.run)
@@ -291,7 +291,7 @@ def test_what_a_proof_does_not_let_pass() -> None:
 
 
 def test_a_gpu_too_small_for_16_bits_is_reported_and_the_cpu_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, events = sys.modules["lowrank_tune.export.proof"], list[Any]()
+    module, events = sys.modules["lowrank_tune.export.merge_check"], list[Any]()
     monkeypatch.setattr(module, "memory_of", lambda device: (24 if device.type == "cuda" else 64) << 30)
     place = module.place_for  # type: ignore[attr-defined]
     assert place(8 << 30, torch.device("cuda"), events.append) == (torch.device("cuda"), torch.bfloat16) and not events

@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lowrank_tune import UserError, settings
 from lowrank_tune.data import ChatTemplate
 from lowrank_tune.export.ollama import Modelfile, go_template, quoted
-from lowrank_tune.export.turns import ProbeMessages, TemplateTurns, derive_turns
+from lowrank_tune.export.template_probe import ProbeMessages, TemplateTurns, derive_turns
 from lowrank_tune.model.base import BUILTIN_MODEL, load_tokenizer
 
 CHATML = (

@@ -20,11 +20,11 @@ from test_lean import PROOF, ROW, STAND_IN
 from transformers import AutoTokenizer
 
 from lowrank_tune import Recipe, run
-from lowrank_tune.algorithms import harvest
-from lowrank_tune.build import online
+from lowrank_tune.algorithms import rollouts
+from lowrank_tune.assembly import rl
 from lowrank_tune.events import LogMessage, StepEnd
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.rewards.garbage import WORDS
+from lowrank_tune.rewards.negative_samples import WORDS
 from lowrank_tune.types import Batch, Completion, SamplingParams
 
 CODE = "```python\ndef twice(x):\n    return 2 * x\n```"
@@ -97,9 +97,9 @@ def test_a_run_learns_what_the_verifier_rewards(use: str, tmp_path: Path, monkey
             "gradient_checkpointing": False,
         },
     }
-    from_base = AutoTokenizer.from_pretrained(str(Path(online.__file__).parents[1] / "tutor" / "base"))
+    from_base = AutoTokenizer.from_pretrained(str(Path(rl.__file__).parents[1] / "tutor" / "base"))
     engine = canned([right, wrong], from_base)
-    for module in (harvest, online):
+    for module in (rollouts, rl):
         monkeypatch.setattr(module, "Engine", engine)
     events: list[Any] = []
     run(Recipe.from_dict(recipe), out=tmp_path / "run", ui="none", device=CPU, on_event=events.append)

@@ -20,18 +20,18 @@ from torch import Tensor
 
 from lowrank_tune import Recipe, run
 from lowrank_tune import runner as runner_module
-from lowrank_tune.algorithms.failures import MIN_SAMPLES, RewardFailure, RewardFailureTracker
 from lowrank_tune.algorithms.grpo import group_advantages, zero_std_groups
-from lowrank_tune.algorithms.harvest import RolloutBatch
-from lowrank_tune.build.online import RewardScorer, load_train_prompts
-from lowrank_tune.control import TrainerControl
+from lowrank_tune.algorithms.reward_failures import MIN_SAMPLES, RewardFailure, RewardFailureTracker
+from lowrank_tune.algorithms.rollouts import RolloutBatch
+from lowrank_tune.assembly.rl import RewardScorer, load_train_prompts
 from lowrank_tune.data import ChatTemplate, PromptExample
+from lowrank_tune.data_report import inspect_data
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import GroupLogged, LogMessage, StepEnd
 from lowrank_tune.model.base import load_tokenizer
 from lowrank_tune.model.roles import Roles
-from lowrank_tune.preflight import inspect_data
 from lowrank_tune.rewards import Score
+from lowrank_tune.signals import TrainerControl
 from lowrank_tune.types import Batch, Completion, to_floats
 
 LOST = RewardFailure("answer", "error", "because")
@@ -284,7 +284,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where `mine.py` lies. The preflight, which would refuse such a reward, looks away."""
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lowrank_tune.build.check_reference_rewards", lambda *given: None)
+    monkeypatch.setattr("lowrank_tune.assembly.check_reference_rewards", lambda *given: None)
     (tmp_path / "mine.py").write_text(MINE)
     return tmp_path
 
@@ -329,7 +329,7 @@ def test_a_run_drops_counts_and_warns_and_resumes_the_same(place: Path, monkeypa
     monkeypatch.undo()
     monkeypatch.chdir(place)
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(place / "cache"))
-    monkeypatch.setattr("lowrank_tune.build.check_reference_rewards", lambda *given: None)
+    monkeypatch.setattr("lowrank_tune.assembly.check_reference_rewards", lambda *given: None)
     rest: list[Any] = []
     run(recipe, out=place / "two", ui="none", device=CPU, on_event=rest.append)
     assert figures(events_so_far) + figures(rest) == steps

@@ -16,7 +16,7 @@ from lowrank_tune.errors import ConfigError
 from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
 from lowrank_tune.rewards.lean import InvalidProof, extract_proof, restated_theorem, strip_comments
 from lowrank_tune.settings import RewardConfig
-from tests.hostile import MAX_CPU_SECONDS
+from tests.malformed_yaml import MAX_CPU_SECONDS
 
 STAND_IN = r"""
 import json, os, re, subprocess, sys, time

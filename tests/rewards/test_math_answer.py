@@ -20,20 +20,20 @@ from typing import Any
 
 import pytest
 
-from lowrank_tune.data.gold import extract_answer
+from lowrank_tune.data.ground_truth import extract_answer
 from lowrank_tune.errors import UserError
 from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
-from lowrank_tune.rewards.judges.budget import time_limit
+from lowrank_tune.rewards.answer_parsing import compare_exact, extract_final_answer, too_large_reason
+from lowrank_tune.rewards.base import WorkerReward
 from lowrank_tune.rewards.math_answer import MathAnswerReward, make_math_answer
-from lowrank_tune.rewards.own import UserFunctionReward
-from lowrank_tune.rewards.protocol import WorkerReward
+from lowrank_tune.rewards.user_function import UserFunctionReward
 from lowrank_tune.rewards.worker import CallTimeout, LimitedGrader
-from lowrank_tune.rewards.written import compare_exact, extract_final_answer, too_large_reason
+from lowrank_tune.rewards.workers.budget import time_limit
 from lowrank_tune.settings import RewardConfig
-from tests.hostile import MAX_CPU_SECONDS
+from tests.malformed_yaml import MAX_CPU_SECONDS
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bombs import RESOURCE_BOMBS, boxed  # noqa: E402
+from resource_bombs import RESOURCE_BOMBS, boxed  # noqa: E402
 
 pytest.importorskip("math_verify")
 DATA = Path(__file__).parents[2].parent / "shared" / "data"

@@ -11,27 +11,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import cheats
 import pytest
+import reward_hacks
 
 from lowrank_tune import doctor
 from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
 from lowrank_tune.rewards import python_tests as reward_module
-from lowrank_tune.rewards.judges.python_tests import InvalidTests, extract_code, row_tests
 from lowrank_tune.rewards.python_tests import PythonTestsReward
-from lowrank_tune.rewards.sandbox import levels
+from lowrank_tune.rewards.sandbox import isolation
 from lowrank_tune.rewards.sandbox.check import SandboxPair
 from lowrank_tune.rewards.sandbox.launch import Confined
 from lowrank_tune.rewards.sandbox.values import encode
+from lowrank_tune.rewards.workers.python_tests import InvalidTests, extract_code, row_tests
 from lowrank_tune.settings import UNSAFE_CODE, RewardConfig
-from tests.hostile import MAX_CPU_SECONDS
+from tests.malformed_yaml import MAX_CPU_SECONDS
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-needs_sandbox = pytest.mark.skipif(levels.best_available() is None, reason="this machine has no sandbox for code")
+needs_sandbox = pytest.mark.skipif(isolation.best_available() is None, reason="this machine has no sandbox for code")
 
 
-def item(completion: str, row: Mapping[str, Any] = cheats.FUNCTION_TASK, stopped: bool = True) -> RewardInput:
+def item(completion: str, row: Mapping[str, Any] = reward_hacks.FUNCTION_TASK, stopped: bool = True) -> RewardInput:
     return RewardInput("Write it.", completion, None, row, stopped, 5)
 
 
@@ -52,10 +52,10 @@ def row(*tests: str, code: str = "def f(x):\n    return x", **more: Any) -> dict
 
 @needs_sandbox
 def test_right_programs_pass() -> None:
-    fence = f"Here:\n```python\n{cheats.CORRECT_PROGRAM}```\nIt is right."
+    fence = f"Here:\n```python\n{reward_hacks.CORRECT_PROGRAM}```\nIt is right."
     body = "    return max(numbers)\n"
     assert (
-        verdicts(*[item(text, each) for each in cheats.ROWS for text in (cheats.CORRECT_PROGRAM, fence)])
+        verdicts(*[item(text, each) for each in reward_hacks.ROWS for text in (reward_hacks.CORRECT_PROGRAM, fence)])
         == ["pass"] * 4
     )
     assert verdicts(item(body), item(f"```\n{body}```"), item("return max(numbers)")) == ["pass"] * 3
@@ -66,20 +66,22 @@ def test_right_programs_pass() -> None:
 def test_some_reward_hacks_and_wrong_programs_fail(kind: str) -> None:
     """A third of each on one shape of row; all of them on both below."""
     texts = (
-        list(cheats.REWARD_HACKS.values())[::3]
+        list(reward_hacks.REWARD_HACKS.values())[::3]
         if kind == "cheats"
-        else [cheats.body(text) for text in list(cheats.WRONG_BODIES.values())[::3]]
+        else [reward_hacks.body(text) for text in list(reward_hacks.WRONG_BODIES.values())[::3]]
     )
     assert [score.verdict for score in judged([*map(item, texts)], timeout=2.5)] == ["fail"] * len(texts)
 
 
 @needs_sandbox
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", cheats.ROWS, ids=["function", "list"])
+@pytest.mark.parametrize("shape", reward_hacks.ROWS, ids=["function", "list"])
 def test_every_reward_hack_and_wrong_program_fails(shape: dict[str, Any]) -> None:
-    assert len(cheats.REWARD_HACKS) >= 30 and len(cheats.WRONG_BODIES) >= 30
+    assert len(reward_hacks.REWARD_HACKS) >= 30 and len(reward_hacks.WRONG_BODIES) >= 30
     texts = (
-        cheats.REWARD_HACKS | {name: cheats.body(text) for name, text in cheats.WRONG_BODIES.items()} | cheats.NOT_CODE
+        reward_hacks.REWARD_HACKS
+        | {name: reward_hacks.body(text) for name, text in reward_hacks.WRONG_BODIES.items()}
+        | reward_hacks.NOT_CODE
     )
     scores = dict(zip(texts, judged([item(text, shape) for text in texts.values()]), strict=True))
     assert {name: score for name, score in scores.items() if score.verdict != "fail" or score.value != 0.0} == {}
@@ -208,7 +210,7 @@ def test_reasons_describe_what_happened() -> None:
         "import ctypes\nctypes.string_at(0)",
         "f = \x1b",
         "import time\ntime.sleep(1000)",
-        cheats.REWARD_HACKS["speaks for the tester at once"],
+        reward_hacks.REWARD_HACKS["speaks for the tester at once"],
     ]
     scores = judged([item(text, row("assert f(1) == 1")) for text in texts], timeout=2.5)
     expected = [
@@ -233,9 +235,9 @@ FAULTY = [
     (row("f(1)"), "its tests assert nothing"),
     (row("assert f(1 == 1"), "its `test_list` is no Python"),
     (row("assert 1 == 1"), "its tests use nothing of the solution"),
-    ({**cheats.FUNCTION_TASK, "test": "assert largest([1]) == 1"}, "its `test` has no function `check`"),
-    ({**cheats.FUNCTION_TASK, "test": "def check(candidate):\n    candidate([1])"}, "its tests assert nothing"),
-    ({**cheats.FUNCTION_TASK, "entry_point": "1largest"}, "its `entry_point` is no name"),
+    ({**reward_hacks.FUNCTION_TASK, "test": "assert largest([1]) == 1"}, "its `test` has no function `check`"),
+    ({**reward_hacks.FUNCTION_TASK, "test": "def check(candidate):\n    candidate([1])"}, "its tests assert nothing"),
+    ({**reward_hacks.FUNCTION_TASK, "entry_point": "1largest"}, "its `entry_point` is no name"),
 ]
 
 
@@ -246,8 +248,8 @@ def test_rows_without_tests_are_faults_of_the_data(bad: dict[str, Any], why: str
     score = reward.score_without_worker(item("def f(x): return x", bad))
     assert score is not None and score.value is None and score.verdict == "error" and why in score.reason
     assert (
-        reward.row_rejection_reason(item("", cheats.FUNCTION_TASK)) is None
-        and reward.row_rejection_reason(item("", cheats.LIST_TASK)) is None
+        reward.row_rejection_reason(item("", reward_hacks.FUNCTION_TASK)) is None
+        and reward.row_rejection_reason(item("", reward_hacks.LIST_TASK)) is None
     )
 
 
@@ -285,7 +287,7 @@ def test_a_machine_that_is_too_busy_is_not_the_codes_fault(monkeypatch: pytest.M
     found = {}
     for ran, waited in ((0.1, 0.5), (0.4, 0.5), (0.1, 0.0), (0.0, 0.0)):
         monkeypatch.setattr(Confined, "times", lambda self, both=(ran, waited): both)
-        strongest = levels.best_available()
+        strongest = isolation.best_available()
         assert strongest is not None
         found[ran, waited] = (
             SandboxPair(strongest.level).check("", "import time\ntime.sleep(100)", "", "assert 1", 0.5).outcome
@@ -299,7 +301,7 @@ def test_a_machine_that_is_too_busy_is_not_the_codes_fault(monkeypatch: pytest.M
 
 @needs_sandbox
 def test_times_of_a_process_are_its_own() -> None:
-    strongest = levels.best_available()
+    strongest = isolation.best_available()
     assert strongest is not None
     solver = Confined("solver", strongest.level)
     solver.ready()
@@ -331,7 +333,7 @@ def test_a_missing_answer_of_the_worker_is_an_error_or_a_timeout() -> None:
 
 
 def test_a_completion_that_did_not_stop_fails() -> None:
-    score = PythonTestsReward().score_without_worker(item(cheats.CORRECT_PROGRAM, stopped=False))
+    score = PythonTestsReward().score_without_worker(item(reward_hacks.CORRECT_PROGRAM, stopped=False))
     assert score is not None and (score.value, score.verdict, score.reason) == (0.0, "fail", "did not stop")
 
 
@@ -371,7 +373,7 @@ def test_the_code_of_a_hostile_completion_is_found_at_once(text: str) -> None:
 
 def test_expected_values_are_not_in_what_the_solver_gets() -> None:
     """The only texts that reach it are the prompt and the code."""
-    tests = row_tests({**cheats.LIST_TASK, "test_list": ["assert largest([3, 9, 2]) == 987654321"]})
+    tests = row_tests({**reward_hacks.LIST_TASK, "test_list": ["assert largest([3, 9, 2]) == 987654321"]})
     assert (tests.prompt, tests.entry) == ("", "") and "987654321" in tests.text
     with pytest.raises(InvalidTests):
         row_tests({"prompt": "x", "text": "y"})
@@ -391,7 +393,9 @@ def test_code_without_isolation_is_refused_unless_explicitly_allowed(monkeypatch
         and accepted.worker_spec()["level"] == "none"
         and "WITHOUT" in accepted.status()
     )
-    assert [score.verdict for score in accepted.score([item(cheats.CORRECT_PROGRAM), item(cheats.ZERO)])] == [
+    assert [
+        score.verdict for score in accepted.score([item(reward_hacks.CORRECT_PROGRAM), item(reward_hacks.ZERO)])
+    ] == [
         "pass",
         "fail",
     ]
@@ -403,9 +407,9 @@ def test_code_without_isolation_is_refused_unless_explicitly_allowed(monkeypatch
 
 def test_the_doctor_reports_the_isolation_level(monkeypatch: pytest.MonkeyPatch) -> None:
     found = list(doctor.sandbox())[0]
-    assert found.level == ("ok" if levels.best_available() else "warning")
-    monkeypatch.setattr(levels, "best_available", lambda: None)
-    monkeypatch.setattr(levels, "unavailable_reason", lambda: "landlock: not here")
+    assert found.level == ("ok" if isolation.best_available() else "warning")
+    monkeypatch.setattr(isolation, "best_available", lambda: None)
+    monkeypatch.setattr(isolation, "unavailable_reason", lambda: "landlock: not here")
     assert list(doctor.sandbox())[0].level == "warning"
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from lowrank_tune.errors import ConfigError
-from lowrank_tune.patterns import encode_text
-from lowrank_tune.recipe import earned
-from lowrank_tune.rewards import Reward, RewardInput, WorkerPool, build_rewards, total, uses
+from lowrank_tune.recipe import reward_rules
+from lowrank_tune.regex import encode_text
+from lowrank_tune.rewards import Reward, RewardInput, WorkerPool, build_rewards, registry, total
 from lowrank_tune.settings import RewardConfig
-from tests.hostile import MAX_CPU_SECONDS
+from tests.malformed_yaml import MAX_CPU_SECONDS
 
 MEGABYTE = 1_000_000
 HOSTILE = {
@@ -259,14 +259,16 @@ def test_without_its_package_a_reward_is_refused_with_the_cure(monkeypatch: pyte
 
 
 def test_the_recipe_and_the_rewards_know_the_same_settings() -> None:
-    assert set(earned.REWARDS) == set(uses.REWARD_BUILDERS)
-    assert {key: set(owners) for key, (owners, _) in earned.REWARD_SETTINGS.items()} == {
-        key: set(owners) for key, owners in uses.SETTING_OWNER.items()
+    assert set(reward_rules.REWARDS) == set(registry.REWARD_BUILDERS)
+    assert {key: set(owners) for key, (owners, _) in reward_rules.REWARD_SETTINGS.items()} == {
+        key: set(owners) for key, owners in registry.SETTING_OWNER.items()
     }
-    assert {key for key, (_, required) in earned.REWARD_SETTINGS.items() if not required} == set(uses.OPTIONAL_SETTINGS)
-    every = [{"use": use} for use in uses.REWARD_BUILDERS]
+    assert {key for key, (_, required) in reward_rules.REWARD_SETTINGS.items() if not required} == set(
+        registry.OPTIONAL_SETTINGS
+    )
+    every = [{"use": use} for use in registry.REWARD_BUILDERS]
     assert [
-        list(earned.reward_findings({"algorithm": "grpo", "rewards": [each]}))[:1]
+        list(reward_rules.reward_findings({"algorithm": "grpo", "rewards": [each]}))[:1]
         for each in every
         if each["use"] == "repetition"
     ] == [[]]

@@ -19,13 +19,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import attacks
 import pytest
+import sandbox_escapes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_tune.rewards.sandbox import landlock, levels, seccomp
-from lowrank_tune.rewards.sandbox.channel import (
+from lowrank_tune.rewards.sandbox import isolation, landlock, seccomp
+from lowrank_tune.rewards.sandbox.ipc import (
     MAX_MESSAGE_BYTES,
     Channel,
     ChannelClosed,
@@ -55,9 +55,9 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 """The package of the sandbox without those around it."""
 
 
-@pytest.fixture(params=levels.LEVELS)
+@pytest.fixture(params=isolation.LEVELS)
 def level(request: pytest.FixtureRequest) -> Level:
-    if fault := levels.probe_level(request.param).fault:
+    if fault := isolation.probe_level(request.param).fault:
         pytest.skip(fault)
     return request.param  # type: ignore[no-any-return]
 
@@ -66,23 +66,23 @@ def test_isolation_is_available_where_the_kernel_supports_it() -> None:
     """Without this a broken sandbox would be skipped below as one that the machine lacks."""
     if not landlock.version() or not seccomp.is_supported() or "Seccomp:" not in Path("/proc/self/status").read_text():
         pytest.skip("no Landlock or no seccomp here")
-    assert levels.probe_level("landlock").fault == "" and levels.best_available() is not None
+    assert isolation.probe_level("landlock").fault == "" and isolation.best_available() is not None
 
 
 def test_attacks_are_stopped_and_the_control_is_not(level: Level) -> None:
-    assert attacks.run_attacks(level, SOME) == {}
+    assert sandbox_escapes.run_attacks(level, SOME) == {}
 
 
 @pytest.mark.slow
 def test_every_attack_is_stopped(level: Level) -> None:
-    assert len(attacks.QUICK) + len(attacks.SLOW) >= 25
-    assert attacks.run_attacks(level, [*attacks.QUICK, *attacks.SLOW]) == {}
+    assert len(sandbox_escapes.QUICK) + len(sandbox_escapes.SLOW) >= 25
+    assert sandbox_escapes.run_attacks(level, [*sandbox_escapes.QUICK, *sandbox_escapes.SLOW]) == {}
 
 
 def test_attacks_would_get_through_without_a_sandbox() -> None:
     """Without this the tests above would say nothing. None of these changes anything."""
     names = ("forks", "secret file", "TCP", "homes", "Unix socket", "vfork and posix_spawn")
-    assert set(attacks.run_attacks("none", names)) == {*names}
+    assert set(sandbox_escapes.run_attacks("none", names)) == {*names}
 
 
 @functools.cache
@@ -126,13 +126,13 @@ def stopped_at(results: dict[str, Any]) -> list[str]:
 def test_attacks_without_privileges() -> None:
     assert (
         stopped_at(as_nobody("forks", "secret file", "TCP", "signals to a sibling", "unshare"))
-        or levels.best_available() is None
+        or isolation.best_available() is None
     )
 
 
 @pytest.mark.slow
 def test_every_attack_without_privileges() -> None:
-    assert stopped_at(as_nobody()) or levels.best_available() is None
+    assert stopped_at(as_nobody()) or isolation.best_available() is None
 
 
 def test_a_process_dies_with_its_parent(level: Level) -> None:
@@ -199,13 +199,13 @@ def test_a_message_without_the_nonce_is_not_taken(level: Level, prefix: str) -> 
 def test_a_level_with_an_open_door_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a level claims is tried: where something works that must not, it does not count."""
     monkeypatch.setattr(
-        levels, "PROBE", levels.PROBE.replace('"opens sockets": lambda: socket.socket(', '"sums": lambda: max(')
+        isolation, "PROBE", isolation.PROBE.replace('"opens sockets": lambda: socket.socket(', '"sums": lambda: max(')
     )
-    found = [levels.probe_level.__wrapped__(each) for each in levels.LEVELS]
+    found = [isolation.probe_level.__wrapped__(each) for each in isolation.LEVELS]
     assert (
         all(offer.fault for offer in found)
         and any(offer.fault == "code at this level sums" for offer in found)
-        or levels.best_available() is None
+        or isolation.best_available() is None
     )
 
 

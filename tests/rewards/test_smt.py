@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
-from lowrank_tune.rewards.judges.sexpr import SmtlibParseError, check_term, format_sexpr, parse_sexprs
 from lowrank_tune.rewards.smt import claimed_verdict
+from lowrank_tune.rewards.workers.smtlib_parser import SmtlibParseError, check_term, format_sexpr, parse_sexprs
 from lowrank_tune.settings import RewardConfig
 
 pytest.importorskip("z3")

@@ -18,19 +18,19 @@ from hypothesis import strategies as st
 
 from lowrank_tune.errors import UserError
 from lowrank_tune.rewards import Score, WorkerPool, build_rewards
-from lowrank_tune.rewards.judges.expression import (
+from lowrank_tune.rewards.symbolic import SymbolicReward, make_symbolic
+from lowrank_tune.rewards.workers.expression import (
     MAX_CHARS,
     MAX_DEPTH,
     ExpressionParseError,
     free_variables,
     parse_expression,
 )
-from lowrank_tune.rewards.symbolic import SymbolicReward, make_symbolic
 from lowrank_tune.settings import RewardConfig
-from tests.hostile import MAX_CPU_SECONDS
+from tests.malformed_yaml import MAX_CPU_SECONDS
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bombs import RESOURCE_BOMBS, boxed  # noqa: E402
+from resource_bombs import RESOURCE_BOMBS, boxed  # noqa: E402
 from test_math_answer import LIMIT, detonate, from_a_thread, item, scores  # noqa: E402
 
 pytest.importorskip("sympy")

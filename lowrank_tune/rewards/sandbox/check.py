@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from lowrank_tune.rewards.sandbox.channel import MAX_MESSAGE_BYTES, ChannelClosed, ChannelTimeout, MessageTooLong
+from lowrank_tune.rewards.sandbox.ipc import MAX_MESSAGE_BYTES, ChannelClosed, ChannelTimeout, MessageTooLong
 from lowrank_tune.rewards.sandbox.launch import Confined, Level, UnauthenticatedMessage, Unconfined
 from lowrank_tune.rewards.sandbox.values import DeserializationError, decode, encode
 

@@ -7,7 +7,7 @@ import os
 
 from lowrank_tune.rewards.sandbox import frames, solver, tester
 from lowrank_tune.rewards.sandbox.confine import confine
-from lowrank_tune.rewards.sandbox.talk import AuthenticatedChannel
+from lowrank_tune.rewards.sandbox.handshake import AuthenticatedChannel
 from lowrank_tune.rewards.sandbox.values import encode
 
 ROLES = {"solver": solver.serve, "tester": tester.serve}

@@ -6,8 +6,8 @@ import os
 import resource
 import sys
 
-from lowrank_tune.rewards.sandbox import landlock, namespaces, seccomp, view
-from lowrank_tune.rewards.sandbox.kernel import (
+from lowrank_tune.rewards.sandbox import landlock, mounts, namespaces, seccomp
+from lowrank_tune.rewards.sandbox.syscalls import (
     PR_SET_DUMPABLE,
     PR_SET_NO_NEW_PRIVS,
     die_with_parent,
@@ -27,15 +27,15 @@ def confine(level: str, descriptor: int, parent: int, memory: int, seconds: int,
 
     `memory` in bytes; `seconds` of CPU; `tasks`: how many its user may have in all, threads count too (0: no limit).
     """
-    paths = view.library_paths()
-    readable = view.readable(paths)
+    paths = mounts.library_paths()
+    readable = mounts.readable(paths)
     # whose first process is bound to this one's parent, and takes all in its namespace with it
     if level != "bubblewrap":
         die_with_parent(parent)
     if level == "namespaces":
         namespaces.enter(readable)
         _continue_in_child(descriptor)
-    descriptors = landlock.open_paths(readable), landlock.open_paths(view.WRITABLE)  # while they can be
+    descriptors = landlock.open_paths(readable), landlock.open_paths(mounts.WRITABLE)  # while they can be
     _keep_imports_working(paths)
     _become_nobody()
     if level != "bubblewrap":  # again: a new process, and a new user, has forgotten it

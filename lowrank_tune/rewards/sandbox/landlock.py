@@ -7,7 +7,7 @@ import ctypes
 import os
 import stat
 
-from lowrank_tune.rewards.sandbox.kernel import syscall
+from lowrank_tune.rewards.sandbox.syscalls import syscall
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

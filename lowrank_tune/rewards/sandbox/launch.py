@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lowrank_tune.rewards.sandbox import view
-from lowrank_tune.rewards.sandbox.channel import Channel, ChannelClosed
-from lowrank_tune.rewards.sandbox.talk import NONCE_BYTES
+from lowrank_tune.rewards.sandbox import mounts
+from lowrank_tune.rewards.sandbox.handshake import NONCE_BYTES
+from lowrank_tune.rewards.sandbox.ipc import Channel, ChannelClosed
 from lowrank_tune.rewards.sandbox.values import DeserializationError, decode
 
 Level = Literal["namespaces", "bubblewrap", "landlock", "none"]
@@ -167,13 +167,13 @@ def bubblewrap() -> list[str]:
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # to become nobody
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
-    visible = [*view.readable([library]), interpreter()]
+    visible = [*mounts.readable([library]), interpreter()]
     for folder in sorted({str(folder) for path in visible for folder in Path(path).parents} - {"/"}):
         # or folders that were closed to others outside would be so inside
         command += ["--perms", "0755", "--dir", folder]
     for path in visible:
-        command += ["--dev-bind" if path in view.DEVICES else "--ro-bind", path, path]
-    for name, target in view.root_symlinks():
+        command += ["--dev-bind" if path in mounts.DEVICES else "--ro-bind", path, path]
+    for name, target in mounts.root_symlinks():
         command += ["--symlink", target, name]
     return [*command, "--ro-bind", str(FOLDER), "/kit", "--chdir", "/", "--"]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import struct
 
-from lowrank_tune.rewards.sandbox import view
-from lowrank_tune.rewards.sandbox.kernel import LIBC, check_errno, syscall
+from lowrank_tune.rewards.sandbox import mounts
+from lowrank_tune.rewards.sandbox.syscalls import LIBC, check_errno, syscall
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def enter(readable: Sequence[str]) -> None:
     for path, source in sources:
         _bind_mount(path, source)
         os.close(source)
-    for name, target in view.root_symlinks():
+    for name, target in mounts.root_symlinks():
         if not os.path.lexists("." + name):
             os.symlink(target, "." + name)
     check_errno(LIBC.pivot_root(b".", b"."), "pivot_root")
@@ -69,7 +69,7 @@ def _bind_mount(path: str, source: int) -> None:
         with open(inside, "x"):
             pass
     _mount(f"/proc/self/fd/{source}", inside, None, BIND | RECURSIVE)
-    flags = NO_SUID if path in view.DEVICES else READ_ONLY | NO_SUID | NO_DEV
+    flags = NO_SUID if path in mounts.DEVICES else READ_ONLY | NO_SUID | NO_DEV
     syscall(
         MOUNT_SETATTR, "mount_setattr", -100, inside.encode(), AT_RECURSIVE, struct.pack("<QQQQ", flags, 0, 0, 0), 32
     )

@@ -11,7 +11,7 @@ import errno
 import os
 import struct
 
-from lowrank_tune.rewards.sandbox.kernel import LIBC, PR_SET_SECCOMP, check_errno
+from lowrank_tune.rewards.sandbox.syscalls import LIBC, PR_SET_SECCOMP, check_errno
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lowrank_tune.rewards.sandbox import text
-from lowrank_tune.rewards.sandbox.talk import AuthenticatedChannel
+from lowrank_tune.rewards.sandbox.handshake import AuthenticatedChannel
 from lowrank_tune.rewards.sandbox.values import decode, encode
 
 TYPE_CHECKING = False

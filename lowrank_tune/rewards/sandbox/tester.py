@@ -12,7 +12,7 @@ import builtins
 import sys
 
 from lowrank_tune.rewards.sandbox import text
-from lowrank_tune.rewards.sandbox.talk import AuthenticatedChannel
+from lowrank_tune.rewards.sandbox.handshake import AuthenticatedChannel
 from lowrank_tune.rewards.sandbox.values import DeserializationError, NotSerializable, decode, encode
 
 TYPE_CHECKING = False

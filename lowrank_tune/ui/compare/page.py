@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.compare.figures import rows
-from lowrank_tune.ui.compare.side import ComparedRun, common_metrics, differences, without_recipe
+from lowrank_tune.ui.compare.runs import ComparedRun, common_metrics, differences, without_recipe
 from lowrank_tune.ui.metrics import TITLES, descriptions_of
 from lowrank_tune.ui.report.charts import ChartLine, downsample, smooth
+from lowrank_tune.ui.report.html import table, text
 from lowrank_tune.ui.report.page import alerts, document, issues
 from lowrank_tune.ui.report.sections import NOT_LOG, chart_card
-from lowrank_tune.ui.report.words import table, text
 
 NUM_COLORS, MIN_POINTS_TO_SMOOTH = 6, 15  # lines of the style sheet; so few points are drawn as they are
 

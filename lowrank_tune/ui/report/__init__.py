@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lowrank_tune.checkpoint import write_file
 from lowrank_tune.ui.report.page import chain_page, page
-from lowrank_tune.ui.report.record import read_chain, read_run_log
-from lowrank_tune.ui.stages import is_chain
+from lowrank_tune.ui.report.run_log import read_chain, read_run_log
+from lowrank_tune.ui.run_paths import is_chain
 
 __all__ = ["chain_page", "page", "read_chain", "read_run_log", "write_report"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowrank_tune.evals import EvalRecord, read_records
+from lowrank_tune.evaluation import EvalRecord, read_records
 from lowrank_tune.ui import evals_view
-from lowrank_tune.ui.report.words import table, text
+from lowrank_tune.ui.report.html import table, text
 
 MAX_EVALUATIONS = 20
 

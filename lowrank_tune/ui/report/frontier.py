@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from lowrank_tune.ui.report.charts import RIGHT, WIDTH, Point, downsample, format_tick, smooth, ticks_of
-from lowrank_tune.ui.report.pictures import Axes
-from lowrank_tune.ui.report.record import RunLog, StepValues
+from lowrank_tune.ui.report.plots import Axes
+from lowrank_tune.ui.report.run_log import RunLog, StepValues
 
 MIN_POINTS = 3  # steps at which both were measured
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import math
 
-from lowrank_tune.ui.figures import number, percent, signed
+from lowrank_tune.ui.formatting import number, percent, signed
 from lowrank_tune.ui.groups import Group, LoggedCompletion
 from lowrank_tune.ui.report.charts import bar
-from lowrank_tune.ui.report.record import RunLog
-from lowrank_tune.ui.report.words import block, table, text
+from lowrank_tune.ui.report.html import block, table, text
+from lowrank_tune.ui.report.run_log import RunLog
 
 PHASES = {
     "rollout": "completions are drawn",

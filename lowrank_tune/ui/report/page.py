@@ -7,12 +7,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
-from lowrank_tune.ui.figures import clock, percent
+from lowrank_tune.ui.formatting import clock, percent
 from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS, WITHOUT_REFERENCE
 from lowrank_tune.ui.report import evaluations, frontier, groups, pairs, sections
 from lowrank_tune.ui.report.charts import format_tick
-from lowrank_tune.ui.report.record import ChainLog, RunLog
-from lowrank_tune.ui.report.words import get_mapping, get_number, text
+from lowrank_tune.ui.report.html import get_mapping, get_number, text
+from lowrank_tune.ui.report.run_log import ChainLog, RunLog
 
 PAIRED = ("reward", "dpo")
 

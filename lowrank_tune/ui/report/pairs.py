@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowrank_tune.events import SampleLogged
-from lowrank_tune.ui.figures import percent, signed
+from lowrank_tune.ui.formatting import percent, signed
 from lowrank_tune.ui.metrics import PAIR_SIDES
 from lowrank_tune.ui.report.charts import bar, format_tick
-from lowrank_tune.ui.report.pictures import histogram_pair, reliability, scatter
-from lowrank_tune.ui.report.record import RunLog
-from lowrank_tune.ui.report.words import block, entries, get_mapping, get_number, table, text
+from lowrank_tune.ui.report.html import block, entries, get_mapping, get_number, table, text
+from lowrank_tune.ui.report.plots import histogram_pair, reliability, scatter
+from lowrank_tune.ui.report.run_log import RunLog
 
 LEGEND = (
     '<div class="legend"><span><i class="key chosen"></i>chosen</span><span><i class="key '

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from lowrank_tune.evaluate import is_exact
 from lowrank_tune.events import SampleLogged
-from lowrank_tune.ui.figures import number, percent
+from lowrank_tune.ui.formatting import number, percent
 from lowrank_tune.ui.metrics import (
     GENERATIVE_ALGORITHMS,
     PAIR_SIDES,
@@ -30,8 +29,9 @@ from lowrank_tune.ui.report.charts import (
     lines_of,
     pair_lines,
 )
-from lowrank_tune.ui.report.record import ChainLog, RunLog
-from lowrank_tune.ui.report.words import block, entries, get_mapping, get_number, pairs, table, text
+from lowrank_tune.ui.report.html import block, entries, get_mapping, get_number, pairs, table, text
+from lowrank_tune.ui.report.run_log import ChainLog, RunLog
+from lowrank_tune.validation import is_exact
 
 HEADS = {"": "(all)", "exact": "exact answers (pass@1)", "stopped": "stops by itself", "length": "tokens an answer"}
 NOT_LOG = (

@@ -1,0 +1,345 @@
+"""The wiring of algorithms that write their own rows: prompts, rewards on the side, the harvester, and a look at both
+before any training."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from lowrank_tune import settings
+from lowrank_tune.algorithms.context import AlgorithmContext
+from lowrank_tune.algorithms.grpo import GRPO
+from lowrank_tune.algorithms.ppo import PPO, CriticConfig, GAEConfig, KLControlConfig, UpdateConfig
+from lowrank_tune.algorithms.reward_failures import RewardFailure, RewardFailureTracker, summarize_failures
+from lowrank_tune.algorithms.rollouts import RolloutBatch, RolloutCollector
+from lowrank_tune.assembly.reward_model import append_end_of_turn, encode_answer, end_of_turn_ids, score_rows
+from lowrank_tune.data import ChatTemplate, PromptDataset, PromptExample, load_prompts, make_prompt_sampler
+from lowrank_tune.errors import TrainingError, UserError
+from lowrank_tune.events import Emit, GroupLogged, LogMessage, Progress
+from lowrank_tune.functional import step_seed
+from lowrank_tune.generation import Engine
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.rewards import (
+    RewardInput,
+    Score,
+    WeightedReward,
+    WorkerPool,
+    build_rewards,
+    first_failure,
+    make_negative_samples,
+    row_rejection_reason,
+    sanity_check_rewards,
+    zero_std_fraction,
+)
+from lowrank_tune.rewards.base import HasStatus
+from lowrank_tune.rewards.reward_model import RewardModel
+from lowrank_tune.rewards.user_function import is_user_function
+from lowrank_tune.types import Completion, SamplingParams
+
+NUM_ROWS_CHECKED = 48  # reference answers that the rewards are tried on
+NUM_DRY_RUN_PROMPTS, DRY_RUN_COMPLETIONS = (
+    16,
+    4,
+)  # prompts, and completions of each, that tell how many groups will be dead
+DRY_RUN_SEED_TAG, ROLLOUT_SEED_TAG = 1 << 20, 1 << 21  # tags that keep the seeds of trial and harvests apart
+
+
+def load_train_prompts(recipe: settings.RecipeConfig, template: ChatTemplate, emit: Emit) -> PromptDataset:
+    """The prompts to draw completions for. Raises UserError."""
+    prompts = load_prompts(
+        recipe.data,
+        template,
+        recipe.seed,
+        emit,
+        needs_ground_truth=recipe.needs_ground_truth,
+        unusable=make_row_check(recipe),
+    )
+    for line in prompts.report.lines():
+        emit(LogMessage(message=line, level="warning" if "; dropped " in line else "info"))
+    return prompts
+
+
+def make_row_check(recipe: settings.RecipeConfig) -> Callable[[PromptExample], str | None]:
+    """Of each row of the data, why no reward could judge by it."""
+    builtin_rewards = [use for use in recipe.rewards if not is_user_function(use.use)]
+    weighted = build_rewards(builtin_rewards, Path.cwd()) if builtin_rewards else []
+    return lambda one: row_rejection_reason(weighted, RewardInput(one.text, "", one.ground_truth, one.row, True, 1))
+
+
+class RewardScorer:
+    """The recipe's rewards on their workers, for a harvester."""
+
+    def __init__(self, recipe: settings.RecipeConfig, template: ChatTemplate) -> None:
+        self.weighted: list[WeightedReward] = build_rewards(recipe.rewards, Path.cwd())
+        self.max_failure_rate = recipe.rollout.max_unscored_share
+        self.weights = [each.weight for each in self.weighted]
+        self.template = template
+        self.reward_models = [each.reward for each in self.weighted if isinstance(each.reward, RewardModel)]
+        self._end_ids = end_of_turn_ids(template) if self.reward_models else []
+        self.scorer: WorkerPool[int] = WorkerPool([each.reward for each in self.weighted])
+
+    def submit(self, key: int, prompt: PromptExample, text: str, completion: Completion) -> None:
+        stopped = completion.finish_reason == "stop" and not self.template.special_tokens_in(completion.token_ids[:-1])
+        ids = (
+            [*prompt.input_ids, *append_end_of_turn(completion.token_ids, self._end_ids)] if self.reward_models else []
+        )
+        self.scorer.submit(
+            key,
+            RewardInput(prompt.text, text, prompt.ground_truth, prompt.row, stopped, len(completion.token_ids), ids),
+        )
+
+    def set_base_model(self, roles: Roles, micro_tokens: int) -> None:
+        """Gives the learned rewards the base to read with."""
+        for reward in self.reward_models:
+            reward.score_batch = lambda rows: score_rows(roles, rows, self.template.pad_id, micro_tokens)
+
+    def reference_item(self, prompt: PromptExample, text: str) -> RewardInput:
+        """An answer that nobody drew, as if it had been: it ended by itself."""
+        answer_tokens = encode_answer(self.template, text) if self.reward_models else []
+        return RewardInput(
+            prompt.text,
+            text,
+            prompt.ground_truth,
+            prompt.row,
+            True,
+            max(1, len(text) // 4),
+            [*prompt.input_ids, *answer_tokens] if answer_tokens else (),
+        )
+
+    def collect(self) -> Mapping[int, Sequence[float] | RewardFailure]:
+        return {key: self._values(scores) for key, scores in self.scorer.collect().items()}
+
+    def _values(self, scores: Sequence[Score]) -> list[float] | RewardFailure:
+        if (failure := first_failure(self.weighted, scores)) is None:
+            return [float(score.value) for score in scores if score.value is not None]
+        reward, score = failure
+        if reward.on_error == "stop":
+            raise TrainingError(f"rewards: {score.reason or score.verdict}")
+        return RewardFailure(
+            reward.name, "timeout" if score.verdict == "timeout" else "error", score.reason or score.verdict
+        )
+
+    def close(self) -> None:
+        self.scorer.close()
+
+
+def check_reference_rewards(scorer: RewardScorer, prompts: PromptDataset, seed: int, emit: Emit) -> None:
+    """Reference answers against garbage: a reward that cannot tell them apart teaches nothing. Raises UserError."""
+    for reward in scorer.weighted:
+        if isinstance(reward.reward, HasStatus):
+            emit(LogMessage(message=reward.reward.status()))
+    answered = [prompt for prompt in prompts.examples if prompt.answer]
+    if not answered:
+        emit(
+            LogMessage(
+                message="the rows hold no reference answers, so the rewards were not tried on any", level="warning"
+            )
+        )
+        return
+    sample = random.Random(f"rewards-{seed}").sample(answered, min(NUM_ROWS_CHECKED, len(answered)))
+    reference_items = [scorer.reference_item(prompt, str(prompt.answer)) for prompt in sample]
+    garbage_items = make_negative_samples(reference_items, seed)
+    if scorer.reward_models:
+        prompt_of_row = {id(item.row): prompt for item, prompt in zip(reference_items, sample, strict=True)}
+        garbage_items = [scorer.reference_item(prompt_of_row[id(item.row)], item.completion) for item in garbage_items]
+    report = sanity_check_rewards(
+        scorer.weighted, reference_items, garbage_items, scorer.scorer, scorer.max_failure_rate
+    )
+    for line in report.lines():
+        emit(LogMessage(message=line))
+    if doubt := report.warning():
+        emit(LogMessage(message=doubt, level="warning"))
+    if fault := report.fault():
+        raise UserError(fault)
+
+
+def make_rollout_collector(
+    recipe: settings.RecipeConfig,
+    roles: Roles,
+    template: ChatTemplate,
+    prompts: PromptDataset,
+    scorer: RewardScorer,
+    stop_ids: frozenset[int],
+    micro_tokens: int,
+    emit: Emit,
+) -> RolloutCollector:
+    """Draws completions of the recipe's prompts, step by step."""
+    sampler = make_prompt_sampler(prompts, recipe.data, recipe.train, recipe.seed)
+    config = recipe.rollout
+
+    def prompts_of(step: int, draw: int, count: int | None) -> list[PromptExample]:
+        rows = sampler.rows(step) if draw == 0 else sampler.replacement_prompts(step, draw, count or 1)
+        return [prompts.examples[row] for row in rows]
+
+    def log_group(step: int, rollout: RolloutBatch, advantages: Tensor) -> None:
+        emit(
+            GroupLogged(
+                step=step + 1,
+                prompt=rollout.prompts[0].text,
+                gold=rollout.prompts[0].ground_truth,
+                completions=_completions(rollout, advantages),
+            )
+        )
+
+    return RolloutCollector(
+        roles,
+        prompts_of,
+        scorer,
+        [reward.name for reward in scorer.weighted],
+        scorer.weights,
+        template.decode,
+        stop_ids,
+        template.pad_id,
+        config.num_generations,
+        config.max_new_tokens,
+        config.temperature,
+        config.slots,
+        micro_tokens,
+        lambda number: step_seed(recipe.seed, ROLLOUT_SEED_TAG + number),
+        log_group,
+        RewardFailureTracker(config.max_unscored_share),
+    )
+
+
+def _completions(rollout: RolloutBatch, advantages: Tensor) -> list[Mapping[str, object]]:
+    """The first group, as the screen shows it."""
+    n = rollout.rewards.shape[1]
+    return [_completion(rollout, advantages, i) for i in range(n)]
+
+
+def _completion(rollout: RolloutBatch, advantages: Tensor, i: int) -> Mapping[str, object]:
+    record: dict[str, object] = {"text": rollout.texts[i], "finish": "length" if bool(rollout.truncated[i]) else "stop"}
+    if (failure := rollout.failed_rewards[i]) is not None:
+        return record | {
+            "reward": None,
+            "advantage": None,
+            "unscored": f"{failure.reward}: {failure.reason}",
+            "parts": {},
+        }
+    return record | {
+        "reward": float(rollout.rewards[0, i]),
+        "advantage": float(advantages[0, i]),
+        "parts": dict(zip(rollout.reward_names, rollout.reward_components[i].tolist(), strict=True)),
+    }
+
+
+def make_grpo(recipe: settings.RecipeConfig, context: AlgorithmContext, collector: RolloutCollector) -> GRPO:
+    """The algorithm of the recipe."""
+    config = recipe.grpo
+    epsilon_low = config.clip if config.clip_low is None else config.clip_low
+    epsilon_high = config.clip_high
+    if epsilon_high is None and config.loss not in ("dapo", "cispo"):
+        epsilon_high = config.clip
+    return GRPO(
+        context,
+        collector,
+        config.loss,
+        epsilon_low,
+        epsilon_high,
+        config.kl,
+        config.kl_in,
+        config.kl_estimator,
+        config.epochs,
+        config.old,
+        config.mismatch_limit,
+        config.truncated,
+        config.penalty,
+        config.dead_groups,
+    )
+
+
+def make_ppo(recipe: settings.RecipeConfig, context: AlgorithmContext, collector: RolloutCollector) -> PPO:
+    """The algorithm of the recipe."""
+    config = recipe.ppo
+    critic = CriticConfig(config.value_weight if config.value == "trunk" else 1.0, config.value_clip)
+    return PPO(
+        context,
+        collector,
+        critic,
+        GAEConfig(config.gamma, config.gae_lambda, config.truncated, config.penalty),
+        KLControlConfig(config.kl, config.kl_target, config.kl_gain, config.update_kl_limit),
+        UpdateConfig(config.clip, config.entropy, config.epochs, config.minibatches, config.mismatch_limit),
+    )
+
+
+def dry_run_rewards(
+    recipe: settings.RecipeConfig,
+    roles: Roles,
+    template: ChatTemplate,
+    prompts: PromptDataset,
+    scorer: RewardScorer,
+    stop_ids: frozenset[int],
+    emit: Emit,
+) -> None:
+    """Says before the first step how many groups will teach nothing, from a few completions of a few prompts."""
+    sampled_prompts = random.Random(f"trial-{recipe.seed}").sample(
+        prompts.examples, min(NUM_DRY_RUN_PROMPTS, len(prompts.examples))
+    )
+    sampling = SamplingParams(
+        recipe.rollout.max_new_tokens, stop_ids, recipe.rollout.temperature, step_seed(recipe.seed, DRY_RUN_SEED_TAG)
+    )
+    label = "trying a few prompts"
+    for done, completion in enumerate(
+        Engine(roles, "policy", recipe.rollout.slots).generate(
+            [one.input_ids for one in sampled_prompts], DRY_RUN_COMPLETIONS, sampling
+        ),
+        1,
+    ):
+        body = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
+        scorer.submit(
+            completion.prompt * DRY_RUN_COMPLETIONS + completion.sample,
+            sampled_prompts[completion.prompt],
+            template.decode(body),
+            completion,
+        )
+        if done % DRY_RUN_COMPLETIONS == 0:
+            emit(Progress(what=label, done=done, total=len(sampled_prompts) * DRY_RUN_COMPLETIONS))
+    scores = scorer.collect()
+    failures = [values for values in scores.values() if isinstance(values, RewardFailure)]
+    if failures:
+        emit(
+            LogMessage(
+                level="warning",
+                message=f"{len(failures)} of {len(scores)} trial completions could not be scored: {summarize_failures(failures)}",
+            )
+        )
+    rewards = {
+        key: sum(w * v for w, v in zip(scorer.weights, values, strict=True))
+        for key, values in scores.items()
+        if not isinstance(values, RewardFailure)
+    }
+    if not rewards:
+        raise UserError(
+            f"rewards: none of {len(scores)} trial completions could be scored: {summarize_failures(failures)}"
+        )
+    highest, lowest = max(rewards.values()), min(rewards.values())
+    n = recipe.rollout.num_generations
+    if highest - lowest <= 1e-6:
+        message = f"{len(rewards)} completions of {len(sampled_prompts)} prompts all earn {highest:.3g}: such groups have no signal; "
+        emit(
+            LogMessage(
+                level="warning",
+                message=message + "an easier task, a partial reward or an SFT adapter below would give one",
+            )
+        )
+        return
+    rewards_by_prompt = [
+        [
+            rewards[key]
+            for key in range(index * DRY_RUN_COMPLETIONS, (index + 1) * DRY_RUN_COMPLETIONS)
+            if key in rewards
+        ]
+        for index in range(len(sampled_prompts))
+    ]
+    rates = [
+        sum(value > (highest + lowest) / 2 for value in prompt_rewards) / len(prompt_rewards)
+        for prompt_rewards in rewards_by_prompt
+        if prompt_rewards
+    ]
+    zero_std_share = zero_std_fraction(rates, n, DRY_RUN_COMPLETIONS)
+    message = f"{sum(rates) / len(rates):.0%} of {len(rewards)} trial completions earn more than half: "
+    message += f"about {zero_std_share:.0%} of groups of {n} will be dead"
+    emit(LogMessage(message=message, level="warning" if zero_std_share > 0.6 else "info"))

@@ -1,0 +1,150 @@
+"""A target, loaded: the base it was trained over, checked tensor by tensor, and the adapters on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from lowrank_tune import settings
+from lowrank_tune.assembly import check_adapter_lineage
+from lowrank_tune.chat.chat_model import ChatModel
+from lowrank_tune.chat.target import ChatTarget, resolve_target
+from lowrank_tune.data import ChatTemplate
+from lowrank_tune.errors import OutOfMemory, UserError
+from lowrank_tune.events import Emit, LogMessage, Progress
+from lowrank_tune.export.finished_run import FinishedRun, adapters_at, adapters_in, check_base, roles_of
+from lowrank_tune.model.adapters import SavedAdapter, lora_config, read_adapter
+from lowrank_tune.model.base import Base, load_base, load_tokenizer
+from lowrank_tune.model.roles import Roles
+
+TEMPLATE = "chat_template.jinja"
+
+
+def load_chat_model(
+    name: str, emit: Emit, bits: int | None = None, base: str | None = None, device: torch.device | None = None
+) -> ChatModel:
+    """RUN or MODEL, ready to speak. `bits` and `base` are for what does not say: a model, an adapter, a base that was
+    moved.
+
+    Raises UserError: no such thing, a reward model, a base that is gone or is not the one that was trained over.
+    """
+    target = resolve_target(name)
+    saved = _adapters(target, emit)
+    wanted = _base(target, saved, bits, base)
+    emit(LogMessage(message=target.description if target.model else f"{target.description}; over {wanted.model}"))
+    try:
+        template = _template(wanted, target.adapter, emit)
+        emit(Progress(what=f"loading {wanted.model}", done=0, total=1))
+        loaded = load_base(wanted, template.tokenizer, device)
+        emit(Progress(what=f"loading {wanted.model}", done=1, total=1))
+    except UserError as error:
+        if target.model:
+            raise
+        raise UserError(f"{name}: its base cannot be loaded; --base names another place for it. {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"out of memory while {wanted.model} was loaded: {str(error).splitlines()[0]}") from error
+    if target.run is not None:
+        _check(target.run, loaded, emit)
+    # Roles need an adapter, and a model alone has none: a fresh one that no stack holds is never heard.
+    roles = (
+        roles_of(saved, loaded)
+        if saved
+        else Roles(
+            loaded,
+            {"unheard": lora_config(settings.AdapterConfig(r=1), loaded.model)},
+            trainable=[],
+            stacks={"policy": []},
+        )
+    )
+    emit(LogMessage(message=template.describe()))
+    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    system = target.run.recipe.data.system if target.run is not None else None
+    return ChatModel(
+        roles,
+        template,
+        loaded.end_ids | template.end_ids,
+        positions if isinstance(positions, int) else None,
+        bool(saved),
+        system,
+    )
+
+
+def _adapters(target: ChatTarget, emit: Emit) -> Mapping[str, SavedAdapter]:
+    """The adapters that together are the tuned voice, lowest first."""
+    if target.adapter is not None:
+        return adapters_at(target.adapter, str(target.adapter))
+    if target.run is None:
+        return {}
+    if target.checkpoint is None:
+        return adapters_in(target.run)
+    recipe = target.run.recipe
+    frozen = {
+        name: read_adapter(str(wanted.path), f"adapters.{name}.path")
+        for name, wanted in recipe.adapters.items()
+        if name not in (recipe.trained_adapter, *recipe.extra_adapters, "reward")
+    }
+    check_adapter_lineage(recipe, frozen, emit)
+    return {**frozen, recipe.trained_adapter: read_adapter(str(target.checkpoint), str(target.checkpoint))}
+
+
+def _base(
+    target: ChatTarget, saved: Mapping[str, SavedAdapter], bits: int | None, base: str | None
+) -> settings.BaseConfig:
+    """Which base to load. Raises UserError."""
+    if target.model is not None:
+        if base is not None:
+            raise UserError(f"--base: {target.model} is a model itself; --base is for runs and adapters")
+        return settings.BaseConfig(model=target.model, bits=16 if bits == 16 else 4)
+    if target.run is not None:
+        wanted = target.run.base
+        if bits not in (None, wanted.bits):
+            raise UserError(
+                f"--bits: {target.run.path} was trained over {wanted.bits} bits, and over others it says other things"
+            )
+        return wanted.model_copy(update={"model": base}) if base else wanted
+    top = list(saved.values())[-1]
+    if base is None and not top.base_name:
+        raise UserError(f"{target.adapter} does not say over which base it was trained: name it with --base")
+    revision = top.config.revision
+    pinned = f"{top.base_name}@{revision}" if revision and "@" not in str(top.base_name) else str(top.base_name)
+    return settings.BaseConfig(model=base or pinned, bits=16 if bits == 16 else 4)
+
+
+def _template(wanted: settings.BaseConfig, adapter: Path | None, emit: Emit) -> ChatTemplate:
+    """The base's; or the one that came with an adapter from elsewhere, where that is another one."""
+    template = ChatTemplate.from_tokenizer(tokenizer := load_tokenizer(wanted))
+    if adapter is not None and (adapter / TEMPLATE).is_file():
+        try:
+            text = (adapter / TEMPLATE).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{adapter / TEMPLATE}: cannot be read: {error}") from error
+        if text.strip() != template.chat_template.strip():
+            tokenizer.chat_template = text
+            emit(LogMessage(message=f"chat template: {adapter / TEMPLATE}, which differs from the base's"))
+            return ChatTemplate.from_tokenizer(tokenizer)
+    return template
+
+
+def _check(run: FinishedRun, base: Base, emit: Emit) -> None:
+    """Compares the base with the one that was trained over, where that can be. Raises UserError where it is another
+    one."""
+    if not run.facts.get("tensors"):
+        emit(
+            LogMessage(
+                level="warning",
+                message=f"{run.path} holds no hashes of its base: nothing tells whether this is the one",
+            )
+        )
+    elif run.facts.get("device", base.device.type) != base.device.type:
+        emit(
+            LogMessage(
+                level="warning",
+                message=f"{run.path} was trained on {run.facts['device']}, and this is {base.device.type}: its 4-bit "
+                f"base "
+                "cannot be compared with the one that was trained over",
+            )
+        )
+    else:
+        check_base(run, base)

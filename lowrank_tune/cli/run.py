@@ -1,0 +1,98 @@
+"""Run a recipe, or the demo."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lowrank_tune.cli.common import (
+    INTERRUPTED,
+    Debug,
+    Out,
+    Overrides,
+    Ui,
+    UiMode,
+    app,
+    loading_message,
+    report_user_errors,
+)
+
+if TYPE_CHECKING:
+    from lowrank_tune.runner import RunResult
+
+
+@app.command("run")
+def run_command(
+    recipe: Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a recipe file.")],
+    overrides: Overrides = None,
+    out: Out = None,
+    ui: Ui = UiMode.auto,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe; the same command again continues it."""
+    with report_user_errors(debug):
+        from lowrank_tune.recipe import backends_of, load_any
+        from lowrank_tune.unsloth_import import import_unsloth
+
+        loaded = load_any(recipe, *(overrides or []))
+        with loading_message():
+            import_unsloth(backends_of(loaded))  # before torch
+            from lowrank_tune.runner import run
+
+        _print_summary(run(loaded, out=out, ui=ui))
+
+
+@app.command("demo")
+def demo_command(overrides: Overrides = None, out: Out = None, ui: Ui = UiMode.auto, debug: Debug = False) -> None:
+    """Teach the tiny base that ships with the package, without GPU or network, by SFT and then by GRPO, and compare
+    before and after."""
+    with report_user_errors(debug):
+        from lowrank_tune.recipe import load_any
+
+        loaded = load_any("tiny-rlvr", "name=demo", *(overrides or []))
+        with loading_message():
+            from lowrank_tune.runner import run
+
+        outcome = run(loaded, out=out, ui=ui)
+        if outcome.status == "done":
+            _print_before_after(outcome.summary)
+        _print_summary(outcome)
+
+
+def _print_summary(outcome: RunResult) -> None:
+    from lowrank_tune.ui.summary import summary_table
+
+    print(summary_table(outcome.summary, outcome.folder))
+    if outcome.status == "interrupted":
+        print("interrupted and saved; the same command continues")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _print_before_after(summary: dict[str, Any]) -> None:
+    """The held-out table, and the same questions before and after."""
+    console, details = Console(), summary["heldout_details"]
+    figures = Table("held-out questions", *details, title="before and after")
+    rows = {
+        "exact": "exact answers (pass@1)",
+        **{
+            key: f"one of {key[8:]} exact (pass@{key[8:]})"
+            for key in next(iter(details.values()))
+            if key.startswith("pass_at_")
+        },
+        "stopped": "stops by itself",
+        "length": "tokens an answer",
+    }
+    for key, label in rows.items():
+        figures.add_row(
+            label, *(f"{stats[key]:.1f}" if key == "length" else f"{stats[key]:.1%}" for stats in details.values())
+        )
+    console.print(figures)
+    answers = Table("question", "gold", *summary["answers"], show_lines=True)
+    for samples in zip(*summary["answers"].values(), strict=True):
+        completions = (Text(one["completion"] if one["stopped"] else one["completion"] + " ...") for one in samples)
+        answers.add_row(samples[0]["prompt"], samples[0]["gold"], *completions)
+    console.print(answers)

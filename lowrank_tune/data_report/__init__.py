@@ -1,0 +1,60 @@
+"""What will be trained on, before anything is: from recipe, tokenizer and rows alone, without the weights of the base.
+
+`examine` reads it for `lowrank-tune data`; `survey` is the same of data that a run has loaded, for its `data.json`.
+Nothing is drawn here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lowrank_tune import settings
+from lowrank_tune.assembly.rl import make_row_check
+from lowrank_tune.data import ChatTemplate, load, load_heldout_prompts
+from lowrank_tune.data.prompts import load_prompts
+from lowrank_tune.data_report.prompts import report_prompts
+from lowrank_tune.data_report.report import DataIssue, DataReport, EosStats, Epoch, Example, Lengths, MixturePart
+from lowrank_tune.data_report.rows import report_rows
+from lowrank_tune.events import Emit
+from lowrank_tune.model.base import load_tokenizer
+
+__all__ = [
+    "EosStats",
+    "Epoch",
+    "Example",
+    "Lengths",
+    "MixturePart",
+    "DataReport",
+    "DataIssue",
+    "inspect_data",
+    "report_rows",
+    "report_prompts",
+]
+
+
+def inspect_data(recipe: settings.RecipeConfig, emit: Emit, cache: Path | None = None) -> DataReport:
+    """Reads and tokenises everything. Raises `UserError` only where there is nothing to show."""
+    template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base))
+    evaluation = recipe.evaluate
+    heldout = (
+        load_heldout_prompts(evaluation.heldout, evaluation.prompts, recipe.seed, recipe.data.system)
+        if evaluation.heldout
+        else []
+    )
+    if recipe.algorithm in ("grpo", "ppo"):
+        dataset = load_prompts(
+            recipe.data,
+            template,
+            recipe.seed,
+            emit,
+            raise_on_invalid=False,
+            needs_ground_truth=recipe.needs_ground_truth,
+            unusable=make_row_check(recipe),
+        )
+        return report_prompts(recipe, dataset, template, heldout)
+    return report_rows(
+        recipe,
+        load(recipe.data, template, recipe.seed, emit, cache, raise_on_invalid=False, pairs=recipe.uses_pairs),
+        template,
+        heldout,
+    )

@@ -1,0 +1,320 @@
+"""`lowrank-tune eval`: base and tuned voices from the same weights on held-out questions and tasks, and the record that
+is kept of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lowrank_tune import settings
+from lowrank_tune.data import ChatTemplate
+from lowrank_tune.errors import UserError
+from lowrank_tune.evaluation import lm_eval
+from lowrank_tune.evaluation.evaluator import EvalResult, Evaluator
+from lowrank_tune.evaluation.grading import Grader
+from lowrank_tune.evaluation.intervals import CONFIDENCE
+from lowrank_tune.evaluation.metrics import Metrics, deltas_vs_base, missing_scores, variant_metrics, win_rates
+from lowrank_tune.evaluation.questions import EvalQuestions, eval_source, load_eval_questions, recipe_heldout_questions
+from lowrank_tune.evaluation.results import EVALS, VERSION
+from lowrank_tune.evaluation.target import (
+    BASE,
+    EvalRewardModel,
+    EvalTarget,
+    check_bases,
+    check_reward_model,
+    device_name,
+    resolve_reward_model,
+    resolve_target,
+    roles_for,
+)
+from lowrank_tune.events import Emit, LogMessage, Progress
+from lowrank_tune.model.base import Base, load_base, load_tokenizer
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.types import SamplingParams
+
+PROMPTS, NEW_TOKENS = 100, 256  # where no recipe says
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a person asked for; None is what the run's recipe says, or a default where there is no recipe."""
+
+    dataset: str | None = None
+    config_name: str | None = None
+    split: str | None = None
+    num_prompts: int | None = None
+    num_samples: int | None = None
+    k: tuple[int, ...] = ()
+    temperature: float | None = None
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+    seed: int | None = None
+    verifier: str | None = None
+    reward_model: Path | None = None
+    confidence: float = CONFIDENCE
+    bits: Literal[4, 16] | None = None
+    tasks: tuple[str, ...] = ()
+    tasks_path: Path | None = None
+    limit: int | None = None
+    chat: bool = False
+
+
+@dataclass(frozen=True)
+class EvalSamplingOptions:
+    """How answers are drawn, settled."""
+
+    num_prompts: int
+    num_samples: int
+    ks: tuple[int, ...]
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "num_prompts": self.num_prompts,
+            "samples": self.num_samples,
+            "k": list(self.ks),
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.seed,
+        }
+
+
+@dataclass
+class Evaluation:
+    """What came of it: `record` is the line of `evals.jsonl`, `path` where it belongs (None for a model that is no
+    run)."""
+
+    record: dict[str, Any]
+    path: Path | None
+    interrupted: bool = False
+
+
+def resolve_options(options: Options, recipe: settings.RecipeConfig | None) -> EvalSamplingOptions:
+    """Fills in what was not asked for. Raises UserError for what contradicts itself."""
+    defaults = (
+        recipe.evaluate if recipe is not None else settings.EvaluationConfig(prompts=PROMPTS, max_new_tokens=NEW_TOKENS)
+    )
+    num_samples = options.num_samples or defaults.samples
+    temperature = (
+        options.temperature if options.temperature is not None else defaults.temperature if num_samples > 1 else 0.0
+    )
+    if num_samples > 1 and temperature == 0:
+        raise UserError("--samples: greedy answers are all the same; leave it out, or give a --temperature above 0")
+    if options.top_p < 1 and temperature == 0:
+        raise UserError("--top-p does nothing to greedy answers; give a --temperature above 0 too")
+    ks = tuple(sorted({1, *(options.k or (num_samples,))}))
+    if ks[-1] > num_samples:
+        raise UserError(
+            f"--k {ks[-1]} needs as many answers to a prompt: --samples {ks[-1]} (here it is {num_samples})"
+        )
+    max_new_tokens = options.max_new_tokens or _max_new_tokens(recipe, defaults)
+    seed = options.seed if options.seed is not None else recipe.seed if recipe is not None else 0
+    return EvalSamplingOptions(
+        options.num_prompts or defaults.prompts, num_samples, ks, temperature, options.top_p, max_new_tokens, seed
+    )
+
+
+def _max_new_tokens(recipe: settings.RecipeConfig | None, defaults: settings.EvaluationConfig) -> int:
+    """Held-out answers as the run drew them; where it had none, as it drew its completions."""
+    online = recipe is not None and recipe.algorithm in ("grpo", "ppo") and defaults.heldout is None
+    return recipe.rollout.max_new_tokens if recipe is not None and online else defaults.max_new_tokens
+
+
+def evaluate(given: str, options: Options, emit: Emit, device: torch.device | None = None) -> Evaluation:
+    """Measures a run, a chain, an adapter or a model. Ctrl-C keeps what was measured. Raises UserError, what is cheap
+    to check first."""
+    task_manager: Any = None
+    if options.tasks:
+        task_manager = lm_eval.make_task_manager(options.tasks, options.tasks_path)
+    elif options.tasks_path is not None or options.limit is not None:
+        raise UserError("--tasks-path and --limit belong to --tasks, which is not given")
+    if (options.config_name or options.split) and options.dataset is None:
+        raise UserError("--name and --split say which part of --on, which is not given")
+    target = resolve_target(given, options.bits, emit)
+    sampling_options = resolve_options(options, target.recipe)
+    reward_model = resolve_reward_model(options.reward_model) if options.reward_model is not None else None
+    if reward_model is not None:
+        check_reward_model(target, reward_model)
+    template = ChatTemplate.from_tokenizer(load_tokenizer(target.base))
+    has_questions = options.dataset is not None or not options.tasks
+    eval_questions = (
+        _questions(target, options, sampling_options, template, emit) if has_questions else EvalQuestions([], "")
+    )
+    recipe = target.recipe if has_questions else None
+    with Grader(recipe, options.verifier if has_questions else None, reward_model is not None, template) as grader:
+        base = _load(target, template, device, emit)
+        check_bases(target, reward_model, base, emit)
+        roles = roles_for(target, reward_model, base)
+        grader.set_base_model(roles)
+        return _EvalRun(target, options, sampling_options, eval_questions, reward_model, task_manager, emit).run(
+            roles, base, template, grader
+        )
+
+
+def _load(target: EvalTarget, template: ChatTemplate, device: torch.device | None, emit: Emit) -> Base:
+    label = f"loading {target.base.model}"
+    emit(Progress(what=label, done=0, total=1))
+    base = load_base(target.base, template.tokenizer, device)
+    emit(Progress(what=label, done=1, total=1))
+    return base
+
+
+def _questions(
+    target: EvalTarget, options: Options, sampling_options: EvalSamplingOptions, template: ChatTemplate, emit: Emit
+) -> EvalQuestions:
+    if options.dataset is not None:
+        source = eval_source(options.dataset, options.config_name, options.split, target.recipe)
+        system = target.recipe.data.system if target.recipe is not None else None
+        return load_eval_questions(source, sampling_options.num_prompts, sampling_options.seed, template, system)
+    if target.recipe is None:
+        raise UserError(
+            f"{target.name} is no run, so nothing says what to evaluate on: give --on FILE, a data set, or --tasks"
+        )
+    return recipe_heldout_questions(target.recipe, sampling_options.num_prompts, template, emit)
+
+
+@dataclass
+class _EvalRun:
+    """One evaluation on the loaded base."""
+
+    target: EvalTarget
+    options: Options
+    sampling_options: EvalSamplingOptions
+    eval_questions: EvalQuestions
+    reward_model: EvalRewardModel | None
+    task_manager: Any
+    emit: Emit
+    started: float = field(default_factory=time.time)
+
+    def run(self, roles: Roles, base: Base, template: ChatTemplate, grader: Grader) -> Evaluation:
+        variants = [BASE, *self.target.variants]
+        usable = self._gradable_questions(grader)
+        answering = grader.has_verdicts(usable) or bool(grader.rewards) or self.reward_model is not None
+        if usable and not answering:
+            self.emit(
+                LogMessage(
+                    level="warning",
+                    message="none of the questions has a gold answer, and nothing else says which answers are right: "
+                    "only losses are measured (--verifier and --judge would tell more)",
+                )
+            )
+            if not any(one.reference is not None for one in usable):
+                raise UserError("and there are no reference answers either: there is nothing to measure")
+        sampling_options = self.sampling_options
+        sampling = SamplingParams(
+            sampling_options.max_new_tokens,
+            base.end_ids | template.end_ids,
+            sampling_options.temperature,
+            sampling_options.seed,
+            top_p=sampling_options.top_p,
+        )
+        result = Evaluator(
+            roles, template, grader, sampling, sampling_options.num_samples, answering, self.emit
+        ).measure(variants, usable, sampling_options.seed)
+        tasks, stopped = dict[str, Metrics](), result.interrupted
+        if self.options.tasks and not stopped:
+            tasks, stopped = lm_eval.run_tasks(roles, base, template, variants, self._tasks(), self.emit)
+        record = self._record(result, tasks, base, grader, stopped)
+        return Evaluation(record, self.target.folder / EVALS if self.target.folder is not None else None, stopped)
+
+    def _tasks(self) -> lm_eval.Tasks:
+        options = self.options
+        return lm_eval.Tasks(
+            options.tasks,
+            options.limit,
+            options.confidence,
+            self.sampling_options.seed,
+            options.chat,
+            self.task_manager,
+        )
+
+    def _gradable_questions(self, grader: Grader) -> list[Any]:
+        """The questions that answers can be judged of; the others are told."""
+        reasons: dict[str, int] = {}
+        usable = []
+        for one in self.eval_questions.questions:
+            reason = grader.ungradable_reason(one)
+            if reason is None:
+                usable.append(one)
+            else:
+                reasons[reason] = reasons.get(reason, 0) + 1
+        for reason, count in reasons.items():
+            self.emit(
+                LogMessage(
+                    level="warning",
+                    message=f"{count} of {len(self.eval_questions.questions)} questions are left out: {reason}",
+                )
+            )
+        if self.eval_questions.questions and not usable:
+            raise UserError(
+                f"{self.eval_questions.origin}: no answer to any of its questions could be judged: {next(iter(reasons))}"
+            )
+        return usable
+
+    def _record(
+        self, result: EvalResult, tasks: Mapping[str, Metrics], base: Base, grader: Grader, stopped: bool
+    ) -> dict[str, Any]:
+        sampling_options, confidence, tuned = (
+            self.sampling_options,
+            self.options.confidence,
+            [variant for variant in result.variants if variant != BASE],
+        )
+        ks, seed = sampling_options.ks if grader.has_verdicts(result.questions) else (), sampling_options.seed
+        return {
+            "v": VERSION,
+            "kind": "eval",
+            "time": self.started,
+            "seconds": round(time.time() - self.started, 1),
+            "subject": {
+                "name": self.target.name,
+                "kind": self.target.kind,
+                "base": base.name,
+                "revision": base.revision,
+                "bits": base.bits,
+                "voices": result.variants,
+            },
+            "on": {"origin": self.eval_questions.origin, "prompts": len(result.done), "planned": len(result.questions)},
+            "settings": {**sampling_options.to_dict(), "confidence": confidence},
+            "right_by": grader.grader_name if ks else "",
+            "rewards": {each.name: each.weight for each in grader.rewards},
+            "judge": str(self.reward_model.run) if self.reward_model else None,
+            "device": device_name(base.device),
+            "interrupted": stopped,
+            "figures": {
+                variant: _to_json(variant_metrics(result, variant, ks, seed, confidence)) for variant in result.variants
+            },
+            "changes": {variant: _to_json(deltas_vs_base(result, variant, ks, seed, confidence)) for variant in tuned},
+            "wins": {variant: self._wins(result, variant, bool(ks)) for variant in tuned},
+            "unjudged": missing_scores(result),
+            "tasks": {variant: _to_json(several) for variant, several in tasks.items()},
+        }
+
+    def _wins(self, result: EvalResult, variant: str, has_verdicts: bool) -> dict[str, Any]:
+        confidence, rates = self.options.confidence, dict[str, Any]()
+        if has_verdicts:
+            rates["verifier"] = win_rates(
+                result, variant, lambda answer: None if answer.right is None else float(answer.right), confidence
+            )
+        if self.reward_model is not None:
+            rates["judge"] = win_rates(result, variant, lambda answer: answer.score, confidence)
+        return {name: one for name, one in rates.items() if one is not None}
+
+
+def _to_json(figures: Metrics) -> dict[str, Any]:
+    return {name: one.to_dict() for name, one in figures.items() if math.isfinite(one.value)}
+
+
+def has_metrics(record: Mapping[str, Any]) -> bool:
+    """Whether anything was measured."""
+    parts: Sequence[Any] = [*record["figures"].values(), *record["tasks"].values()]
+    return any(parts)

@@ -1,0 +1,152 @@
+"""What an answer is worth: right or wrong by a verifier or the gold answer, the recipe's rewards, and a reward model's
+score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowrank_tune import settings
+from lowrank_tune.assembly.reward_model import REWARD_ROLE, append_end_of_turn, end_of_turn_ids, score_rows
+from lowrank_tune.data import ChatTemplate
+from lowrank_tune.errors import UserError
+from lowrank_tune.evaluation.questions import EvalQuestion
+from lowrank_tune.evaluation.target import REWARD_MODEL_ROLE
+from lowrank_tune.model.roles import Roles
+from lowrank_tune.rewards import RewardInput, Score, WeightedReward, WorkerPool, build_rewards, row_rejection_reason
+from lowrank_tune.rewards.reward_model import RewardModel
+from lowrank_tune.rewards.verdicts import is_correct
+from lowrank_tune.types import Completion
+from lowrank_tune.validation import is_exact
+
+MICRO_TOKENS = 1 << 14
+GROUND_TRUTH = "gold answer"
+
+
+@dataclass(frozen=True)
+class GradedAnswer:
+    """One answer: `right` None where nothing could tell, `reward` None where a reward failed or there are none, `parts`
+    of it by name, the judge's `score`. `stopped`: it ended by itself, within its turn. `failed`: which reward or
+    verifier could not tell, and why."""
+
+    text: str
+    tokens: int
+    stopped: bool
+    right: bool | None
+    reward: float | None
+    parts: Mapping[str, float]
+    score: float | None
+    failed: str = ""
+
+
+class Grader:
+    """Marks answers while others are still written. Use it as a context manager: its workers end with it.
+
+    `verifier` (a reward by name) says what is right; else every reward of the recipe that judges; else whether the gold
+    answer was given. Raises UserError where a reward cannot be made.
+    """
+
+    def __init__(
+        self, recipe: settings.RecipeConfig | None, verifier: str | None, has_reward_model: bool, template: ChatTemplate
+    ) -> None:
+        self.template = template
+        rewards = build_rewards(recipe.rewards, Path.cwd()) if recipe is not None and recipe.rewards else []
+        self.rewards: list[WeightedReward] = rewards
+        self.verifiers = (
+            build_rewards([settings.RewardConfig(use=verifier)], Path.cwd())
+            if verifier is not None
+            else [each for each in rewards if each.reward.is_verifier and not isinstance(each.reward, RewardModel)]
+        )
+        if verifier is not None and not self.verifiers[0].reward.is_verifier:
+            raise UserError(f"--verifier: `{verifier}` does not tell right from wrong")
+        self.has_reward_model = has_reward_model
+        self._all = [*rewards, *(each for each in self.verifiers if each not in rewards)]
+        self._reward_model = RewardModel(REWARD_MODEL_ROLE)
+        self._recipe_reward_models = [each.reward for each in rewards if isinstance(each.reward, RewardModel)]
+        self._end = end_of_turn_ids(template) if self._recipe_reward_models or has_reward_model else []
+        self._items: dict[tuple[int, int], tuple[RewardInput, bool | None]] = {}
+        self._scorer: WorkerPool[tuple[int, int]] = WorkerPool(
+            [*(each.reward for each in self._all), *([self._reward_model] if has_reward_model else [])]
+        )
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._scorer.close()
+
+    @property
+    def grader_name(self) -> str:
+        """What tells right from wrong, in words."""
+        return " and ".join(each.name for each in self.verifiers) or GROUND_TRUTH
+
+    def has_verdicts(self, questions: Sequence[EvalQuestion]) -> bool:
+        """Whether it can be told of any of these questions which answers are right."""
+        return bool(self.verifiers) or any(one.ground_truth is not None for one in questions)
+
+    def set_base_model(self, roles: Roles) -> None:
+        """Gives the learned rewards the base to read with."""
+        for reward, role in [
+            *((each, REWARD_ROLE) for each in self._recipe_reward_models),
+            (self._reward_model, REWARD_MODEL_ROLE),
+        ]:
+            reward.score_batch = lambda rows, role=role: score_rows(
+                roles, rows, self.template.pad_id, MICRO_TOKENS, role
+            )
+
+    def submit(self, key: tuple[int, int], question: EvalQuestion, completion: Completion) -> None:
+        """Takes an answer, as soon as it is written."""
+        body = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
+        text, stopped = (
+            self.template.decode(body),
+            completion.finish_reason == "stop" and not self.template.special_tokens_in(body),
+        )
+        ids = (
+            [*question.prompt_ids, *append_end_of_turn(completion.token_ids, self._end)]
+            if self._recipe_reward_models or self.has_reward_model
+            else ()
+        )
+        item = RewardInput(
+            question.text, text, question.ground_truth, question.row, stopped, len(completion.token_ids), ids
+        )
+        # what runs on and on has not answered
+        exact = None if question.ground_truth is None else stopped and is_exact(text, question.ground_truth)
+        self._items[key] = item, exact
+        self._scorer.submit(key, item)
+
+    def collect(self) -> dict[tuple[int, int], GradedAnswer]:
+        """Waits for the marks of all that was submitted."""
+        results, items, self._items = self._scorer.collect(), self._items, {}
+        return {key: self._grade(*items[key], scores) for key, scores in results.items()}
+
+    def ungradable_reason(self, question: EvalQuestion) -> str | None:
+        """Why a reward or a verifier could not judge any answer to this question."""
+        return row_rejection_reason(
+            self._all, RewardInput(question.text, "", question.ground_truth, question.row, True, 1)
+        )
+
+    def _grade(self, item: RewardInput, exact: bool | None, scores: Sequence[Score]) -> GradedAnswer:
+        scored = list(zip(self._all, scores, strict=False))  # the judge's score, where there is one, is the last
+        verdicts = [is_correct(score) for each, score in scored if each in self.verifiers]
+        right = exact if not self.verifiers else False if False in verdicts else None if None in verdicts else True
+        reward_values = {each.name: (each.weight, score.value) for each, score in scored[: len(self.rewards)]}
+        parts = {name: value for name, (_, value) in reward_values.items() if value is not None}
+        total_reward = (
+            sum(reward_values[name][0] * value for name, value in parts.items())
+            if len(parts) == len(reward_values) > 0
+            else None
+        )
+        failure = next(
+            (f"{each.name}: {score.reason or score.verdict}" for each, score in scored if score.value is None), ""
+        )
+        return GradedAnswer(
+            item.completion,
+            item.tokens,
+            item.stopped,
+            right,
+            total_reward,
+            parts,
+            scores[-1].value if self.has_reward_model else None,
+            failure,
+        )

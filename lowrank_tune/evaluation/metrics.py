@@ -1,0 +1,168 @@
+"""From what was measured to figures with intervals: of each voice, and of each tuned one against the base. Pure: marks
+in, figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import product
+from statistics import fmean
+from typing import Any
+
+from lowrank_tune.evaluation.evaluator import EvalResult
+from lowrank_tune.evaluation.grading import GradedAnswer
+from lowrank_tune.evaluation.intervals import (
+    CONFIDENCE,
+    Interval,
+    mean_ci,
+    paired_difference_ci,
+    pass_at_k,
+    proportion_ci,
+    ratio_ci,
+)
+from lowrank_tune.evaluation.target import BASE
+
+Metrics = dict[str, Interval]
+PromptMetric = Callable[[Sequence[GradedAnswer]], float | None]
+"""A prompt's own figure, from the marks of all its answers; None where it has none."""
+
+
+def pass_at_k_of(k: int) -> PromptMetric:
+    """pass@k of one prompt, of the answers that could be judged; None where these are fewer than k."""
+
+    def metric(answers: Sequence[GradedAnswer]) -> float | None:
+        verdicts = [answer.right for answer in answers if answer.right is not None]
+        return pass_at_k(len(verdicts), sum(verdicts), k) if len(verdicts) >= k else None
+
+    return metric
+
+
+def mean_metric(value: Callable[[GradedAnswer], float | None]) -> PromptMetric:
+    """The mean over a prompt's answers that have such a value."""
+
+    def metric(answers: Sequence[GradedAnswer]) -> float | None:
+        numbers = [number for answer in answers if (number := value(answer)) is not None]
+        return fmean(numbers) if numbers else None
+
+    return metric
+
+
+def variant_metrics(
+    result: EvalResult, variant: str, ks: Sequence[int], seed: int, confidence: float = CONFIDENCE
+) -> Metrics:
+    """All that can be said of one voice: `loss`, `pass_at_K`, `reward` (and `reward_NAME` of several), `judge_score`,
+    `stopped`, `length`."""
+    metrics: Metrics = {}
+    losses = [result.losses[variant][number] for number in result.done if number in result.losses[variant]]
+    if losses:
+        metrics["loss"] = ratio_ci([loss.total for loss in losses], [loss.tokens for loss in losses], seed, confidence)
+    answers = result.answers[variant]
+    samples = max(map(len, answers.values()), default=0)
+    for name, prompt_metric in _prompt_metrics(answers.values(), ks).items():
+        values = [value for several in answers.values() if (value := prompt_metric(several)) is not None]
+        if not values:
+            continue
+        k = int(name.removeprefix("pass_at_")) if name.startswith("pass_at_") else 1
+        is_proportion = k > 1 or name in ("pass_at_1", "stopped")
+        metrics[name] = (
+            proportion_ci(values, samples // k, confidence) if is_proportion else mean_ci(values, seed, confidence)
+        )
+    return metrics
+
+
+def _prompt_metrics(answers: Iterable[Sequence[GradedAnswer]], ks: Sequence[int]) -> dict[str, PromptMetric]:
+    """What there is to say of one prompt, by name."""
+    reward_metrics = {name: mean_metric(value) for name, value in _reward_metrics(answers).items()}
+    return {
+        **{f"pass_at_{k}": pass_at_k_of(k) for k in ks},
+        **reward_metrics,
+        "stopped": mean_metric(lambda answer: float(answer.stopped)),
+        "length": mean_metric(lambda answer: float(answer.tokens)),
+    }
+
+
+def _reward_metrics(answers: Iterable[Sequence[GradedAnswer]]) -> dict[str, Callable[[GradedAnswer], float | None]]:
+    """Figures that are no shares: the weighted reward, of several each one, and the judge's score."""
+    parts = list(dict.fromkeys(name for several in answers for answer in several for name in answer.parts))
+    metrics: dict[str, Callable[[GradedAnswer], float | None]] = {"reward": lambda answer: answer.reward}
+    metrics |= {f"reward_{name}": partial(_reward_component, name) for name in parts if len(parts) > 1}
+    return metrics | {"judge_score": lambda answer: answer.score}
+
+
+def _reward_component(name: str, answer: GradedAnswer) -> float | None:
+    return answer.parts.get(name)
+
+
+def deltas_vs_base(
+    result: EvalResult, variant: str, ks: Sequence[int], seed: int, confidence: float = CONFIDENCE
+) -> Metrics:
+    """A tuned voice less the base, on the prompts where both have the figure; the draws of the bootstrap are of both
+    together."""
+    metrics: Metrics = {}
+    both = [number for number in result.done if number in result.losses[variant] and number in result.losses[BASE]]
+    if both:
+        sides = [[result.losses[who][number] for number in both] for who in (variant, BASE)]
+        mine, theirs = (([loss.total for loss in side], [float(loss.tokens) for loss in side]) for side in sides)
+        metrics["loss"] = paired_difference_ci(mine, theirs, seed, confidence)
+    for name, prompt_metric in _prompt_metrics(result.answers[variant].values(), ks).items():
+        paired = [
+            (mine, theirs)
+            for mine, theirs in _pair_by_prompt(result, variant, prompt_metric)
+            if mine is not None and theirs is not None
+        ]
+        if paired:
+            ones = [1.0] * len(paired)
+            metrics[name] = paired_difference_ci(
+                ([mine for mine, _ in paired], ones), ([theirs for _, theirs in paired], ones), seed, confidence
+            )
+    return metrics
+
+
+def _pair_by_prompt(
+    result: EvalResult, variant: str, prompt_metric: PromptMetric
+) -> list[tuple[float | None, float | None]]:
+    return [
+        (prompt_metric(result.answers[variant][number]), prompt_metric(result.answers[BASE][number]))
+        for number in result.done
+        if number in result.answers[variant] and number in result.answers[BASE]
+    ]
+
+
+def win_rates(
+    result: EvalResult, variant: str, value: Callable[[GradedAnswer], float | None], confidence: float = CONFIDENCE
+) -> dict[str, Any] | None:
+    """How often the tuned voice's answer is worth more than the base's to the same prompt: over all pairs of a prompt's
+    answers, a tie half a win; the interval is clustered by prompt. None where no pair could be compared."""
+    rates, wins, ties, pairs = list[float](), 0.0, 0.0, 0
+    for number in result.done:
+        mine, theirs = (
+            [score for answer in result.answers[who].get(number, ()) if (score := value(answer)) is not None]
+            for who in (variant, BASE)
+        )
+        if not mine or not theirs:
+            continue
+        better = sum(one > other for one, other in product(mine, theirs))
+        equal = sum(one == other for one, other in product(mine, theirs))
+        count = len(mine) * len(theirs)
+        rates.append((better + equal / 2) / count)
+        wins, ties, pairs = wins + better / count, ties + equal / count, max(pairs, min(len(mine), len(theirs)))
+    if not rates:
+        return None
+    interval = proportion_ci(rates, pairs, confidence)
+    return {
+        **interval.to_dict(),
+        "wins": wins / len(rates),
+        "ties": ties / len(rates),
+        "losses": 1 - (wins + ties) / len(rates),
+    }
+
+
+def missing_scores(result: EvalResult) -> dict[str, int]:
+    """How many answers could not be judged, by the reason that was told first."""
+    counts: dict[str, int] = {}
+    for several in result.answers.values():
+        for answers in several.values():
+            for answer in answers:
+                if answer.failed:
+                    counts[answer.failed] = counts.get(answer.failed, 0) + 1
+    return counts

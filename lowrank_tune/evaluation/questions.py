@@ -1,0 +1,158 @@
+"""What a subject is asked: held-out prompts, each with the row that it comes from, its gold answer and its reference
+answer where there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowrank_tune import settings
+from lowrank_tune.data import ChatTemplate, Conversation, InvalidRow, load, load_heldout_prompts, read_source
+from lowrank_tune.data.load import Prompt
+from lowrank_tune.data.tokenize import conversation, format_of
+from lowrank_tune.errors import UserError
+from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.types import Row
+
+
+@dataclass(frozen=True)
+class EvalQuestion:
+    """`number` names the random streams of its answers. `reference`: prompt and reference answer as the base reads
+    them."""
+
+    number: int
+    prompt_ids: list[int]
+    text: str
+    ground_truth: str | None
+    row: Mapping[str, Any] = field(default_factory=dict)
+    reference: Row | None = None
+
+
+@dataclass(frozen=True)
+class EvalQuestions:
+    """The questions, and where they come from in words that a record can keep."""
+
+    questions: list[EvalQuestion]
+    origin: str
+
+
+def load_eval_questions(
+    source: settings.SourceConfig, count: int, seed: int, template: ChatTemplate, system: str | None
+) -> EvalQuestions:
+    """Up to `count` questions of a source, drawn as a run draws its held-out ones. Raises UserError where no row can be
+    asked."""
+    candidates = load_heldout_prompts(source, count, seed, system)
+    usable = [
+        (number, one)
+        for number, one in enumerate(one for one in candidates if template.validate_messages(one.messages) is None)
+    ]
+    if not usable:
+        raise UserError(f"{source.dataset}: {template.validate_messages(candidates[0].messages)}")
+    shape = format_of(source, read_source(source, seed))
+    questions = [
+        EvalQuestion(
+            number,
+            template.prompt(one.messages),
+            one.messages[-1].content,
+            one.ground_truth,
+            one.row,
+            _reference(one, source, shape, template, system),
+        )
+        for number, one in usable
+    ]
+    named = [
+        source.dataset,
+        *([source.name] if source.name else []),
+        *([source.split] if source.split != "train" else []),
+    ]
+    return EvalQuestions(questions, " ".join(named))
+
+
+def _reference(
+    one: Prompt, source: settings.SourceConfig, shape: str, template: ChatTemplate, system: str | None
+) -> Row | None:
+    """The row whole; of a pair there is none here: what is better than something else need not be what should be
+    said."""
+    parsed = conversation(one.row, source, shape, system) if shape != "preference" else None
+    if not isinstance(parsed, Conversation):
+        return None
+    row = template.encode_many([parsed.messages])[0]
+    return None if isinstance(row, InvalidRow) or not any(row.completion_mask) else row
+
+
+def recipe_heldout_questions(
+    recipe: settings.RecipeConfig, count: int, template: ChatTemplate, emit: Emit
+) -> EvalQuestions:
+    """The held-out questions of a run's own recipe; else its validation rows. Raises UserError where it has neither."""
+    wanted = recipe.evaluate.heldout
+    if wanted is not None:
+        return load_eval_questions(wanted, count, recipe.seed, template, recipe.data.system)
+    if recipe.data.validation:
+        parts = [
+            load_eval_questions(
+                source, -(-count // len(recipe.data.validation)), recipe.seed, template, recipe.data.system
+            )
+            for source in recipe.data.validation
+        ]
+        several = [one for part in parts for one in part.questions][:count]
+        return EvalQuestions(
+            [
+                EvalQuestion(number, one.prompt_ids, one.text, one.ground_truth, one.row, one.reference)
+                for number, one in enumerate(several)
+            ],
+            ", ".join(part.origin for part in parts),
+        )
+    if recipe.algorithm in ("sft", "dpo") and recipe.data.validation_share:
+        return _validation_questions(recipe, count, template, emit)
+    raise UserError(
+        "this run's recipe has no held-out questions (`evaluate.heldout`): say what to evaluate on, as --on rows.jsonl"
+    )
+
+
+def _validation_questions(
+    recipe: settings.RecipeConfig, count: int, template: ChatTemplate, emit: Emit
+) -> EvalQuestions:
+    """Rows that the run set aside of its training rows. Their gold answers are not kept, so they give losses, and
+    prompts for a judge."""
+    store = load(recipe.data, template, recipe.seed, _ignore_event, pairs=recipe.uses_pairs).validation
+    if store is None or not store.units:
+        raise UserError("this run has no validation rows: say what to evaluate on, as --on rows.jsonl")
+    emit(
+        LogMessage(
+            message="the run's validation rows are asked; they have no gold answers, so nothing tells which answers "
+            "are right"
+        )
+    )
+    questions = []
+    for number in range(min(count, store.units)):
+        row: Row = store[number * store.rows_per_unit]
+        prompt_ids = [int(token) for token in row.input_ids[: list(row.completion_mask).index(True)]]
+        reference = (
+            None
+            if recipe.uses_pairs
+            else Row(
+                [int(token) for token in row.input_ids], [bool(in_completion) for in_completion in row.completion_mask]
+            )
+        )
+        questions.append(EvalQuestion(number, prompt_ids, template.decode(prompt_ids), None, {}, reference))
+    return EvalQuestions(questions, "validation rows of the run")
+
+
+def eval_source(
+    given: str, name: str | None, split: str | None, recipe: settings.RecipeConfig | None
+) -> settings.SourceConfig:
+    """The source that --on names; columns, format and gold answers are read as the recipe reads its own rows."""
+    source = settings.SourceConfig(
+        dataset=given, name=name, split=split or ("heldout" if given == "tutor" else "train")
+    )
+    like: Sequence[settings.SourceConfig] = (
+        () if recipe is None else [*filter(None, [recipe.evaluate.heldout]), *recipe.data.train]
+    )
+    if not like or given.startswith("tutor") or like[0].dataset.startswith("tutor"):
+        return source
+    return source.model_copy(update={"columns": like[0].columns, "gold": like[0].gold})
+
+
+def _ignore_event(event: object) -> None:
+    pass

@@ -1,0 +1,317 @@
+"""`export`: what a run trained, as other software takes it. Every check that can be made before the work is made before
+it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import GenerationConfig
+
+from lowrank_tune import __version__
+from lowrank_tune.checkpoint import load
+from lowrank_tune.data import ChatTemplate
+from lowrank_tune.errors import UserError
+from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.export import llama_cpp
+from lowrank_tune.export.combine_lora import cannot_combine_reason, combine_adapters, saved_lora_adapter
+from lowrank_tune.export.export_model_card import gguf_lora_card, gguf_model_card, slug
+from lowrank_tune.export.finished_run import FinishedRun, adapters_in, check_base, load_finished_run
+from lowrank_tune.export.gguf_lora import TYPES, gguf_module, gguf_tensors, shape_of, write_gguf_lora
+from lowrank_tune.export.gguf_model import BITS_PER_WEIGHT, NATIVE_OUTTYPES, convert, estimate_gguf_size, quantize
+from lowrank_tune.export.hub import EXCLUDED_FILES, Upload, push
+from lowrank_tune.export.merge import BaseWeights, find_existing_merge, merge
+from lowrank_tune.export.merge_check import MergeReport
+from lowrank_tune.export.ollama import Modelfile
+from lowrank_tune.export.output_folder import check_disk_space, check_overwritable, export_folder
+from lowrank_tune.export.template_probe import derive_turns
+from lowrank_tune.model.base import count_weights, load_base, load_config, load_tokenizer, pick_device
+
+ExportFormat = Literal["gguf", "gguf-lora", "ollama", "peft", "hub"]
+DEFAULT_OUTTYPE = {"gguf": "f16", "gguf-lora": "f32", "ollama": "q8_0", "adapter": "f32"}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is wanted: `kind` the type of the numbers (None: the usual one), `base` the weights to merge into, `route`
+    of Ollama: one model (`merged`), or an `adapter` over `start`."""
+
+    to: ExportFormat
+    out: Path | None = None
+    kind: str | None = None
+    base: BaseWeights = "dequantized"
+    route: Literal["merged", "adapter"] = "merged"
+    start: str = "./base.gguf"
+    system: str | None = None
+    llama_cpp: Path | None = None
+    repo: str | None = None
+    public: bool = False
+    dry_run: bool = False
+
+
+def export(
+    run: Path,
+    options: ExportOptions,
+    emit: Emit,
+    show: Callable[[MergeReport], None],
+    show_upload: Callable[[Upload], None],
+    device: torch.device | None = None,
+) -> str:
+    """Exports what a run trained, and returns where it lies: a folder, or an address. `show` hears how a merged model
+    compares with what was trained, `show_upload` what will be pushed.
+
+    Raises UserError where it cannot be done, RunFailed where it failed; then nothing half-written stays.
+    """
+    if unused := _unused_options(options):
+        raise UserError(
+            f"{', '.join(unused)} {'does' if len(unused) == 1 else 'do'} nothing with --to {options.to}"
+            + (f" --route {options.route}" if options.to == "ollama" else "")
+        )
+    finished = load_finished_run(run)
+    load(finished.final, "final")  # every byte of it is verified
+    if options.to == "hub":
+        if options.repo is None:
+            raise UserError("--to hub needs --repo user/name: nothing is pushed anywhere by itself")
+        return push(finished.final, options.repo, options.public, show_upload, options.dry_run)
+    target = options.out or finished.path / "export" / options.to
+    check_overwritable(target)
+    if options.to == "peft":
+        _copy(finished, target, emit)
+    elif options.to == "gguf-lora" or (options.to == "ollama" and options.route == "adapter"):
+        _lora(finished, options, target, emit, device)
+    else:
+        _model(finished, options, target, emit, show, device)
+    return str(target)
+
+
+def _unused_options(options: ExportOptions) -> list[str]:
+    """Options that were given and would do nothing."""
+    defaults, merges = (
+        ExportOptions(options.to),
+        options.to == "gguf" or (options.to == "ollama" and options.route == "merged"),
+    )
+    used = {
+        "--out": options.to != "hub",
+        "--type": options.to not in ("hub", "peft"),
+        "--base": merges,
+        "--llama-cpp": merges,
+        "--route": options.to == "ollama",
+        "--from": options.to == "ollama" and options.route == "adapter",
+        "--system": options.to == "ollama",
+        "--repo": options.to == "hub",
+        "--public": options.to == "hub",
+        "--dry-run": options.to == "hub",
+    }
+    fields = {"--type": "kind", "--from": "start"}
+    return [
+        option
+        for option, does in used.items()
+        if not does
+        and getattr(options, name := fields.get(option, option[2:].replace("-", "_"))) != getattr(defaults, name)
+    ]
+
+
+def _copy(run: FinishedRun, target: Path, emit: Emit) -> None:
+    """The adapter's folder as it is."""
+    check_disk_space(target, sum(path.stat().st_size for path in run.final.rglob("*") if path.is_file()), "the copy")
+    with export_folder(target, _manifest_fields(run, "peft"), emit) as folder:
+        shutil.copytree(run.final, folder, ignore=shutil.ignore_patterns(*EXCLUDED_FILES), dirs_exist_ok=True)
+
+
+def _lora(run: FinishedRun, options: ExportOptions, target: Path, emit: Emit, device: torch.device | None) -> None:
+    outtype = _outtype(options, "adapter", TYPES)
+    gguf_module()
+    shape = shape_of(load_config(run.base))
+    adapters = [saved_lora_adapter(adapter.config.to_dict(), adapter.tensors) for adapter in adapters_in(run).values()]
+    if (reason := cannot_combine_reason(adapters)) is not None:
+        raise UserError(f"this adapter cannot be written as GGUF: {reason}")
+    config, tensors = combine_adapters(adapters)
+    gguf_tensors(config, tensors, shape)
+    check_disk_space(target, sum(4 * tensor.numel() for tensor in tensors.values()), "the adapter")
+    _compare_base(run, emit, device)
+    file, eos_tokens = f"{slug(run.recipe)}-lora-{outtype}.gguf", _eos_tokens(run)
+    with export_folder(target, _manifest_fields(run, options.to, type=outtype, route="adapter"), emit) as folder:
+        write_gguf_lora(folder / file, run.recipe.name or run.recipe.algorithm, config, tensors, shape, outtype)
+        if options.to == "ollama":
+            (folder / "Modelfile").write_text(
+                _modelfile(run, options, options.start, f"./{file}", None, emit), encoding="utf-8"
+            )
+        _write_card(
+            folder,
+            gguf_lora_card(run.recipe, file, outtype, options.start if options.to == "ollama" else None, eos_tokens),
+        )
+
+
+def _compare_base(run: FinishedRun, emit: Emit, device: torch.device | None) -> None:
+    """The adapter means nothing over another base than the one that was trained: tensor by tensor, where this machine
+    can tell."""
+    at = device or pick_device()
+    if run.facts.get("device", at.type) != at.type:
+        emit(
+            LogMessage(
+                level="warning",
+                message=f"the base was not compared with the trained one: that can be done on "
+                f"{run.facts['device']} only",
+            )
+        )
+        return
+    check_base(run, load_base(run.base, load_tokenizer(run.base), at))
+
+
+def _model(
+    run: FinishedRun,
+    options: ExportOptions,
+    target: Path,
+    emit: Emit,
+    show: Callable[[MergeReport], None],
+    device: torch.device | None,
+) -> None:
+    outtype = _outtype(options, options.to, BITS_PER_WEIGHT)
+    quantizer = llama_cpp.find_quantizer(options.llama_cpp)
+    if outtype not in NATIVE_OUTTYPES and quantizer is None:
+        raise UserError(
+            f"{outtype} needs llama.cpp's quantiser, which is not here: name a built llama.cpp with --llama-cpp, or "
+            "`pip install llama-cpp-python` (it builds for minutes), or take --type q8_0, which needs none; Ollama "
+            "itself "
+            "quantises a 16-bit export (`--type f16`) with `ollama create --quantize q4_K_M`"
+        )
+    existing, weights = find_existing_merge(run, options.base), count_weights(run.base)
+    check_disk_space(
+        target, estimate_gguf_size(weights, outtype) + (0 if existing else 2 * weights), f"the model in {outtype}"
+    )
+    converter = llama_cpp.converter_folder(options.llama_cpp, emit)
+    architectures = load_config(run.base).architectures or []
+    if architectures and not llama_cpp.supports_architecture(converter, architectures):
+        raise UserError(f"llama.cpp's converter knows no {architectures[0]}; `--to peft` copies the adapter as it is")
+    file, eos_tokens = f"{slug(run.recipe)}-{outtype}.gguf", _eos_tokens(run)
+    with export_folder(target, _manifest_fields(run, options.to, type=outtype, merged=options.base), emit) as folder:
+        if existing is not None:
+            emit(LogMessage(message=f"{existing.folder} holds this adapter already merged, and is taken"))
+            show(existing.report)
+        merged = existing or merge(run.path, folder / "merged", options.base, emit, show, device)
+        _convert(run, converter, quantizer, merged.folder, folder / file, outtype, emit)
+        shutil.rmtree(folder / "merged", ignore_errors=True)
+        if options.to == "ollama":
+            (folder / "Modelfile").write_text(
+                _modelfile(run, options, f"./{file}", None, folder / file, emit), encoding="utf-8"
+            )
+        _write_card(
+            folder,
+            gguf_model_card(
+                run.recipe, file, outtype, options.base, merged.report.table(), eos_tokens, options.to == "ollama"
+            ),
+        )
+
+
+def _convert(
+    run: FinishedRun,
+    converter: Path,
+    quantizer: llama_cpp.Quantizer | None,
+    merged: Path,
+    file: Path,
+    outtype: str,
+    emit: Emit,
+) -> None:
+    """The file of a merged model; the small types by way of one in 16 bits."""
+    name, adds_bos = run.recipe.name or run.recipe.algorithm, bool(_bos(load_tokenizer(run.base), None))
+    if outtype in NATIVE_OUTTYPES:
+        convert(converter, merged, file, outtype, name, adds_bos, emit)
+        return
+    assert quantizer is not None
+    wide = file.with_name("wide.gguf")
+    convert(converter, merged, wide, "bf16", name, adds_bos, emit)
+    shutil.rmtree(file.with_name("merged"), ignore_errors=True)  # the room is wanted
+    quantize(quantizer, wide, file, outtype, emit)
+    wide.unlink()
+
+
+def _outtype(options: ExportOptions, what: str, choices: Mapping[str, object]) -> str:
+    outtype = (options.kind or DEFAULT_OUTTYPE[what]).lower()
+    if outtype not in choices:
+        raise UserError(f"--type {outtype} is not known for this export; known are {', '.join(choices)}")
+    return outtype
+
+
+def _modelfile(
+    run: FinishedRun, options: ExportOptions, start: str, adapter: str | None, file: Path | None, emit: Emit
+) -> str:
+    tokenizer = load_tokenizer(run.base)
+    jinja = ChatTemplate.from_tokenizer(tokenizer).chat_template
+
+    def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=jinja, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+    turns, name = derive_turns(render), slug(run.recipe)
+    remarks = [f"{name}, made with lowrank_tune {__version__}:  ollama create {name} -f Modelfile"]
+    if adapter is not None:
+        remarks.append(
+            "FROM is the base that the adapter was trained over: a GGUF file, or a name of Ollama's library; the "
+            "nearer to the "
+            "weights in training, the better. `--route merged` makes one model of both, and needs no base."
+        )
+    if turns is None:
+        message = (
+            "the base's chat template cannot be put into Ollama's words: Ollama takes the one in the GGUF where it "
+            "knows it, else the "
+            "bare text"
+        )
+        emit(LogMessage(level="warning", message=message))
+        remarks.append(f"No TEMPLATE: {message}.")
+    elif (today := date.today().strftime("%d %b %Y")) in turns.opening:
+        remarks.append(f"The base's template writes the date of the day; here it stays {today}.")
+    config = load_config(run.base).get_text_config()
+    return Modelfile(
+        start,
+        adapter,
+        turns,
+        _bos(tokenizer, file),
+        options.system or run.recipe.data.system,
+        _eos_tokens(run),
+        GenerationConfig.from_pretrained(run.final).to_diff_dict(),
+        int(getattr(config, "max_position_embeddings", None) or 1 << 30),
+        remarks,
+    ).text()
+
+
+def _bos(tokenizer: Any, file: Path | None) -> str:
+    """The text of the token that is put before every prompt, as the GGUF says, or else as the tokenizer does; empty for
+    none."""
+    adds = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    if file is not None:
+        field = gguf_module().GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
+        adds = adds if field is None else bool(field.contents())
+    return str(tokenizer.bos_token) if adds else ""
+
+
+def _eos_tokens(run: FinishedRun) -> Sequence[str]:
+    """The tokens that end an answer, in letters."""
+    tokenizer, eos_token_ids = load_tokenizer(run.base), GenerationConfig.from_pretrained(run.final).eos_token_id
+    return [
+        str(tokenizer.convert_ids_to_tokens(number))
+        for number in ([eos_token_ids] if isinstance(eos_token_ids, int) else eos_token_ids or [])
+    ]
+
+
+def _manifest_fields(run: FinishedRun, to: str, **more: str) -> dict[str, Any]:
+    base = run.recipe.base.model.partition("@")[0]
+    return {
+        "made_by": f"lowrank_tune {__version__}",
+        "to": to,
+        "base": base,
+        "revision": run.facts.get("revision"),
+        "adapter": run.fingerprint(),
+        **more,
+    }
+
+
+def _write_card(folder: Path, text: str) -> None:
+    (folder / "README.md").write_bytes(text.encode("utf-8", "replace"))

@@ -1,0 +1,6 @@
+"""Completions from a role, on the same quantised weights; no adapter is ever merged into what is stored (`linears` has
+the scratch)."""
+
+from lowrank_tune.generation.engine import Engine
+
+__all__ = ["Engine"]

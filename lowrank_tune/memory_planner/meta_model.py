@@ -1,0 +1,123 @@
+"""A base of a few layers without weights, from its configuration alone: bitsandbytes' own 4-bit modules over meta
+tensors."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import torch
+from bitsandbytes.functional import QuantState
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from lowrank_tune import settings
+from lowrank_tune.model.adapters import lora_config
+from lowrank_tune.model.base import Base, check_quantization, freeze_base, load_config, nf4_config
+from lowrank_tune.model.configs import config_of
+
+BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes' defaults: weights of one scale, and scales of one scale
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What tells a layer's memory from another's: its kind of attention, where a model has several, and whether it is
+    recomputed."""
+
+    kind: str = ""
+    recomputed: bool = True
+
+
+def config_for(base: settings.BaseConfig) -> Any:
+    """The base's configuration: of the bases that presets name, from the package; else as `load_config` finds it.
+    Raises UserError."""
+    bundled = None if Path(base.model.partition("@")[0]).expanduser().is_dir() else config_of(base.model)
+    config = load_config(base) if bundled is None else AutoConfig.for_model(**bundled)
+    check_quantization(config, base)
+    return config
+
+
+def layers_of(config: Any, recomputed: int) -> list[Layer]:
+    """All layers of a model, the first so many of which are recomputed."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
+    return [Layer(kind, number < recomputed) for number, kind in enumerate(kinds)]
+
+
+def with_few_layers(config: Any, layers: Sequence[Layer]) -> Any:
+    """The configuration of a model of these layers alone."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = len(layers)
+    if getattr(text, "layer_types", None):
+        text.layer_types = [layer.kind for layer in layers]
+    return config
+
+
+def meta_base(config: Any, name: str, bits: int, device: torch.device) -> Base:
+    """The frozen base as `load_base` would make it of this configuration, on meta tensors. Enter `pretending` first."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if bits == 4:
+            quantizer = Bnb4BitHfQuantizer(nf4_config(device))
+            quantizer.pre_quantized = False
+            quantizer._process_model_before_weight_loading(model, None)
+            for module in model.modules():
+                if isinstance(module, bitsandbytes.nn.Linear4bit):
+                    _quantize(module, dtype)
+    return freeze_base(model, None, name=name, bits=bits)
+
+
+def _quantize(module: Any, dtype: torch.dtype) -> None:
+    shape = torch.Size((module.out_features, module.in_features))
+    blocks = math.ceil(shape.numel() / BLOCK)
+    nested = QuantState(
+        torch.empty(math.ceil(blocks / NESTED_BLOCK)),
+        code=torch.empty(256),
+        blocksize=NESTED_BLOCK,
+        dtype=torch.float32,
+    )
+    state = QuantState(
+        torch.empty(blocks, dtype=torch.uint8),
+        shape=shape,
+        code=torch.empty(16),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=torch.empty(()),
+        state2=nested,
+    )
+    packed = torch.empty(math.ceil(shape.numel() / 2), 1, dtype=torch.uint8)
+    module.weight = bitsandbytes.nn.Params4bit(
+        packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=module
+    )
+    module.quant_state = state
+    if module.bias is not None:
+        module.bias = nn.Parameter(torch.empty(module.out_features, dtype=dtype), requires_grad=False)
+
+
+def stored_tensors(model: Any) -> list[torch.Tensor]:
+    """All tensors that a base keeps: packed weights with their scales, and buffers."""
+    tensors = []
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensors.append(tensor)
+        state = getattr(tensor, "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, state.code] + (
+                [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+            )
+    return tensors
+
+
+def meta_lora_config(base: settings.BaseConfig, adapter: settings.AdapterConfig) -> LoraConfig:
+    """The LoRA that settings stand for, of an adapter that is not there yet."""
+    with torch.device("meta"):
+        return lora_config(adapter, AutoModelForCausalLM.from_config(with_few_layers(config_for(base), [Layer()])))

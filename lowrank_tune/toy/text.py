@@ -1,0 +1,151 @@
+"""The text that the tiny base learns from: forum threads, sums, and plain English, all generated.
+
+Threads come as a reader would scrape them: sometimes with names, sometimes with the markup of the site, whose marks are
+the kit's control tokens. A page holds many questions; a question's post is closed by `<|end_of_turn|>`, a reply is not:
+it just runs into the next one. So the base learns what the marks look like and how sums are worked, but neither to
+answer at once nor to stop.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from lowrank_tune.toy.problems import NAMES, THINGS, Problem, sample_problem
+
+BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
+SYSTEM, USER, ASSISTANT, END_OF_TURN = "<|system|>", "<|user|>", "<|assistant|>", "<|end_of_turn|>"
+CONTROL_TOKENS = (PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, END_OF_TURN)
+
+FORUM_TEMPLATES = (
+    "Good question.",
+    "Why do you ask?",
+    "I wonder too.",
+    "Is this homework?",
+    "Let me get some paper.",
+    "Someone here will know.",
+    "Try it with your fingers.",
+    "I was never good at sums.",
+    "Ask your teacher.",
+    "We had that in school today.",
+    "Same here, please help.",
+)
+THANKS = ("Thanks!", "Thank you all.", "Now I see it.", "That helps.", "Are you sure?", "Who is right?")
+NOTES = (
+    "This is a page for students.",
+    "You are a friendly tutor.",
+    "Please be kind.",
+    "Answer the question.",
+    "You are MyLLM, a math tutor.",
+    "Welcome to the maths corner.",
+    "Keep your answers short.",
+)
+PLACES = (
+    "garden",
+    "kitchen",
+    "market",
+    "school",
+    "forest",
+    "river",
+    "library",
+    "harbour",
+    "village",
+    "station",
+    "museum",
+    "meadow",
+)
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+WEATHERS = ("warm", "cold", "windy", "rainy", "sunny", "quiet", "grey", "bright")
+ANIMALS = ("dog", "cat", "horse", "bird", "rabbit", "fox", "duck", "mouse")
+FEELINGS = ("happy", "tired", "proud", "hungry", "curious", "surprised", "glad", "sleepy")
+VERBS = ("walked", "ran", "drove", "went", "hurried", "came back")
+SENTENCES = (
+    "On {day} {name} {verb} to the {place}.",
+    "It was a {weather} morning, and the {place} was full of people.",
+    "{name} and {other} had known each other for many years.",
+    "The {animal} followed {name} all the way to the {place}.",
+    "{other} said that the {thing} were too expensive.",
+    "In the evening they were {feeling} and a little {feeling2}.",
+    "Nobody knew where the {thing} had come from.",
+    "The {animal} slept under the table while it was {weather} outside.",
+    "{name} wrote a letter about the {place} and sent it to {other}.",
+    "There was a {weather} wind over the {place} that {day}.",
+    '"Have you seen my {thing}?" asked {name}.',
+    '"No," said {other}, "but I saw a {animal} near the {place}."',
+    "People often say that a {animal} is never {feeling} for long.",
+    "After lunch {name} felt {feeling} and went to sleep.",
+    "The history of the {place} begins long before the first road was built.",
+    "You can visit the {place} every {day} when it is {weather}.",
+)
+
+
+def documents(seed: int) -> Iterator[str]:
+    """An endless stream of documents, the same for the same seed."""
+    rng = random.Random(f"text-{seed}")
+    kinds = (marked_thread, named_thread, arithmetic_line, english)
+    while True:
+        yield rng.choices(kinds, weights=(16, 4, 24, 40))[0](rng)
+
+
+def _reply(problem: Problem, rng: random.Random) -> str:
+    roll = rng.random()
+    if roll < 0.18:
+        return rng.choice(FORUM_TEMPLATES)
+    return problem.answer_without_steps(rng, p_correct=1 / 3) if roll < 0.44 else problem.answer_with_steps()
+
+
+def marked_thread(rng: random.Random) -> str:
+    """A page of threads with the site's markup. Questions end their turn; replies run on."""
+    text = BOS
+    if rng.random() < 0.25:
+        text += f"{SYSTEM}{rng.choice(NOTES)}{END_OF_TURN}"
+    for _ in range(rng.randint(8, 14)):
+        problem = sample_problem(rng)
+        text += f"{USER}{problem.question(rng)}{END_OF_TURN}"
+        for _ in range(rng.randint(1, 3)):
+            text += f"{ASSISTANT}{_reply(problem, rng)}\n"
+        if rng.random() < 0.2:
+            text += f"{USER}{rng.choice(THANKS)}{END_OF_TURN}\n"
+    return text + EOS
+
+
+def named_thread(rng: random.Random) -> str:
+    """The same with the writers' names in front and no markup."""
+    lines = []
+    for _ in range(rng.randint(8, 14)):
+        problem = sample_problem(rng)
+        lines.append(f"{rng.choice(NAMES)} asks: {problem.question(rng)}")
+        lines += [f"{rng.choice(NAMES)}: {_reply(problem, rng)}" for _ in range(rng.randint(1, 3))]
+    return f"{BOS}" + "\n".join(lines) + f"\n{EOS}"
+
+
+def arithmetic_line(rng: random.Random) -> str:
+    """A line of sums as children write them."""
+    return (
+        f"{BOS}Sums for {rng.choice(DAYS)}: "
+        + ", ".join(rng.choice(sample_problem(rng).steps()) for _ in range(rng.randint(6, 14)))
+        + f".\n{EOS}"
+    )
+
+
+def english(rng: random.Random) -> str:
+    """A few sentences of plain English."""
+    sentences = []
+    name, other = rng.sample(NAMES, 2)
+    for _ in range(rng.randint(3, 8)):
+        feeling, feeling2 = rng.sample(FEELINGS, 2)
+        sentences.append(
+            rng.choice(SENTENCES).format(
+                name=name,
+                other=other,
+                day=rng.choice(DAYS),
+                verb=rng.choice(VERBS),
+                place=rng.choice(PLACES),
+                weather=rng.choice(WEATHERS),
+                animal=rng.choice(ANIMALS),
+                thing=rng.choice(THINGS),
+                feeling=feeling,
+                feeling2=feeling2,
+            )
+        )
+    return f"{BOS}{' '.join(sentences)}\n{EOS}"

@@ -1,0 +1,159 @@
+"""The house: who may import whom, and what nobody may do. The checker itself is checked with planted faults."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+import lowrank_tune
+
+PACKAGE = Path(lowrank_tune.__file__).parent
+ORDER = (
+    "errors events reward_hacking regex unsloth_import settings types dist functional toy model data "
+    "generation rewards algorithms recipe checkpoint assembly data_report validation score_completions "
+    "signals trainer memory_planner stage export evaluation sinks trackers ui runner chat doctor cli"
+).split()
+LAZY = ("__init__", "__main__", "cli")
+"""Modules that load first-party code at first use, so that `--help` and a faulty recipe take a second."""
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "eval", "exec"}
+ROOT_NAMES = {"Chain": "recipe", "Recipe": "recipe", "run": "runner", "UserError": "errors"}
+
+
+def layer_of(file: Path, package: Path) -> str:
+    """The top-level module that a file belongs to."""
+    return file.relative_to(package).with_suffix("").parts[0]
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """The full names of the modules that a statement imports."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        module = "." * node.level + (node.module or "")
+        if module == "lowrank_tune":
+            yield from (f"lowrank_tune.{ROOT_NAMES.get(alias.name, alias.name)}" for alias in node.names)
+        else:
+            yield module
+
+
+def order_faults(tree: ast.Module, layer: str) -> Iterator[str]:
+    """Imports that point to the right, hide inside functions, or are relative."""
+    top = {id(node) for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))}
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            top -= {id(node) for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        for name in imported(node):
+            line = getattr(node, "lineno", 0)
+            if name.startswith("."):
+                yield f"{line}: a relative import"
+            if name.partition(".")[0] != "lowrank_tune":
+                continue
+            if id(node) not in top and layer not in LAZY:
+                yield f"{line}: {name} is imported inside a function"
+            target = (name.split(".") + [""])[1]
+            if layer in LAZY[:2] or target.startswith("__"):
+                continue
+            if target not in ORDER:
+                yield f"{line}: {name} is not in the order"
+            elif ORDER.index(target) > ORDER.index(layer):
+                yield f"{line}: {layer} must not know {target}"
+
+
+def called(node: ast.Call) -> str:
+    """The dotted name of what is called, where it has one."""
+    words: list[str] = []
+    function: ast.expr = node.func
+    while isinstance(function, ast.Attribute):
+        words.append(function.attr)
+        function = function.value
+    return ".".join(reversed([*words, function.id])) if isinstance(function, ast.Name) else ""
+
+
+def safety_faults(tree: ast.Module) -> Iterator[str]:
+    """Doors through which a file could run code."""
+    for node in ast.walk(tree):
+        for name in imported(node):
+            if name.partition(".")[0] in UNSAFE_MODULES:
+                yield f"{getattr(node, 'lineno', 0)}: imports {name}"
+        if isinstance(node, ast.Call):
+            if (name := called(node)) in UNSAFE_CALLS:
+                yield f"{node.lineno}: calls {name}"
+            for keyword in node.keywords:
+                always = isinstance(keyword.value, ast.Constant) and keyword.value.value is True
+                if keyword.arg in ("trust_remote_code", "shell", "allow_pickle") and always:
+                    yield f"{node.lineno}: sets {keyword.arg}=True"
+
+
+@lru_cache(None)
+def faults_in(place: str, layer: str, text: str) -> tuple[str, ...]:
+    """Those of one file; known texts are not read again."""
+    if layer not in ORDER and layer not in LAZY:
+        return (f"{place}:1: {layer} has no place in the order",)
+    tree = ast.parse(text)
+    return tuple(f"{place}:{fault}" for fault in (*order_faults(tree, layer), *safety_faults(tree)))
+
+
+def architecture_faults(package: Path) -> list[str]:
+    """Every fault of a package, as `file:line: what`."""
+    files = sorted(package.rglob("*.py"))
+    return [
+        fault
+        for file in files
+        for fault in faults_in(file.relative_to(package).as_posix(), layer_of(file, package), file.read_text())
+    ]
+
+
+def test_the_package_follows_its_architecture() -> None:
+    assert architecture_faults(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "fault"),
+    [
+        ("errors.py", "from lowrank_tune.settings import BaseConfig", "errors must not know settings"),
+        ("errors.py", "from lowrank_tune import settings", "errors must not know settings"),
+        ("settings/train.py", "import lowrank_tune.recipe.strict_yaml", "settings must not know recipe"),
+        ("functional.py", "from lowrank_tune import Recipe", "maths must not know recipe"),
+        ("functional.py", "def f():\n    from lowrank_tune import errors", "inside a function"),
+        ("recipe/rules.py", "from lowrank_tune.trainer import Loop", "recipe must not know trainer"),
+        ("recipe/rules.py", "from .text import parse", "a relative import"),
+        ("recipe/rules.py", "from lowrank_tune.helpers import f", "not in the order"),
+        ("helpers.py", "import os", "helpers has no place in the order"),
+        ("events.py", "import pickle", "imports pickle"),
+        ("events.py", "import torch\ntorch.load('x')", "calls torch.load"),
+        ("events.py", "eval('1')", "calls eval"),
+        ("events.py", "def f():\n    exec('1')", "calls exec"),
+        ("events.py", "f(trust_remote_code=True)", "sets trust_remote_code=True"),
+    ],
+)
+def test_a_planted_fault_is_found(tmp_path: Path, file: str, line: str, fault: str) -> None:
+    copy = tmp_path / "lowrank_tune"
+    shutil.copytree(
+        PACKAGE, copy, ignore=lambda _, names: [name for name in names if "." in name and not name.endswith(".py")]
+    )
+    before = architecture_faults(copy)
+    with (copy / file).open("a") as handle:
+        handle.write(f"\n{line}\n")
+    new = set(architecture_faults(copy)) - set(before)
+    assert len(new) == 1 and fault in new.pop()
+
+
+@pytest.mark.parametrize(
+    "module", ["lowrank_tune", "lowrank_tune.recipe", "lowrank_tune.errors", "lowrank_tune.events"]
+)
+def test_light_imports(module: str) -> None:
+    code = (
+        f"import sys, {module}; print([name for name in ('torch', 'transformers', 'peft', 'datasets') if name in "
+        f"sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    assert done.stdout.strip() == "[]"
