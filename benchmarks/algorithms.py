@@ -117,7 +117,10 @@ def recipes(tiny: bool) -> tuple[Chain, dict[str, Chain]]:
     return rlhf, later
 
 
-PAIRS, EVALUATION = "data.train=[{dataset: tutor-preferences, rows: 40}]", ("evaluate.prompts=4", "evaluate.samples=2")
+PAIRS, EVALUATION = (
+    "data.train=[{dataset: tutor-preferences, rows: 40}]",
+    ("evaluate.num_prompts=4", "evaluate.num_samples=2"),
+)
 ONLINE = (
     "data.train=[{dataset: tutor, rows: 20}]",
     "train.prompts_per_step=2",
@@ -133,7 +136,7 @@ REDUCED = {
 
 
 def _few(*stages: str) -> list[str]:
-    return [f"stages.{name}.{setting}" for name in stages for setting in ("train.steps=2", *REDUCED[name])]
+    return [f"stages.{name}.{setting}" for name in stages for setting in ("train.max_steps=2", *REDUCED[name])]
 
 
 def run_all(out: Path, tiny: bool) -> dict[str, dict[str, Any]]:

@@ -34,7 +34,7 @@ RUN = """
 import sys, time
 from lowrank_tune.recipe import Recipe
 from lowrank_tune.runner import run
-short = ("name=bench", "evaluate.prompts=8", "evaluate.samples=1", f"train.epochs={sys.argv[3]}")
+short = ("name=bench", "evaluate.num_prompts=8", "evaluate.num_samples=1", f"train.num_train_epochs={sys.argv[3]}")
 recipe = Recipe.load("tiny-sft", *short)
 run(recipe, out=sys.argv[1], ui=sys.argv[2])
 """

@@ -102,24 +102,24 @@ def recipe_of(folder: Path, rows: int, tokenizer: str) -> Any:
     from lowrank_tune.recipe import Recipe  # after the environment is set
 
     preset = Recipe.load(PRESET)
-    total = sum(source.rows or 0 for source in preset.data.train)
+    total = sum(source.max_samples or 0 for source in preset.data.train)
     sources = [
         {
             **source.model_dump(mode="json", exclude={"name", "split"}, exclude_none=True),
             "dataset": str(file_of(folder, source.dataset)),
-            "rows": max(1, round((source.rows or 0) * rows / total)),
+            "rows": max(1, round((source.max_samples or 0) * rows / total)),
         }
         for source in preset.data.train
     ]
     written = json.dumps(sources)
-    validation = max(1, round((preset.data.validation_rows or 0) * rows / total))
+    validation = max(1, round((preset.data.eval_rows or 0) * rows / total))
     return Recipe.load(
         PRESET,
         f"data.train={written}",
-        f"data.validation_rows={validation}",
+        f"data.eval_rows={validation}",
         f"base.model={tokenizer}",
-        "evaluate.heldout=null",
-        "evaluate.prompts=null",
+        "evaluate.eval_dataset=null",
+        "evaluate.num_prompts=null",
     )
 
 
@@ -132,10 +132,10 @@ def make(folder: Path, rows: int) -> None:
     from lowrank_tune.recipe import Recipe
 
     sources = Recipe.load(PRESET).data.train
-    total = sum(source.rows or 0 for source in sources)
+    total = sum(source.max_samples or 0 for source in sources)
     for source in sources:
         numbers = random.Random(source.dataset)
-        count = 1 + round((source.rows or 0) * rows / total * 1.1)
+        count = 1 + round((source.max_samples or 0) * rows / total * 1.1)
         with file_of(folder, source.dataset).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(MAKERS[source.dataset](numbers)) + "\n" for _ in range(count))
 

@@ -170,20 +170,20 @@ def ours(task: Task, turn: Turns, share: bool = True) -> list[float]:
 
     device = torch.device("cpu")
     base = load_base(settings.BaseConfig(model=task.folder, bits=16), tokenizer=None, device=device)
-    config = lora_config(settings.AdapterConfig(r=RANK, alpha=ALPHA), base.model)
+    config = lora_config(settings.AdapterConfig(r=RANK, lora_alpha=ALPHA), base.model)
     roles = Roles(
         base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []}, checkpointing=task.checkpointing
     )
     roles.share_prefixes = share
     same_adapters(base.model)
     train = settings.TrainingConfig(
-        steps=task.steps,
-        rows_per_step=PAIRS,
+        max_steps=task.steps,
+        global_batch_size=PAIRS,
         micro_batch_size=PAIRS,
         learning_rate=RATE,
-        schedule="linear",
+        lr_scheduler_type="linear",
         gradient_checkpointing=task.checkpointing,
-        log_every=1_000_000,
+        logging_steps=1_000_000,
     )
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as folder:

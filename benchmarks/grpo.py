@@ -141,17 +141,17 @@ def ours(task: Task, turn: Turns) -> list[float]:
     prompts, new, vocabulary, micro = task.work()
     device, tokenizer, clock, scoring = torch.device("cpu"), words(vocabulary), Clock(task, "ours"), Scoring()
     base = load_base(settings.BaseConfig(model=task.folder, bits=16), tokenizer=None, device=device)
-    config = lora_config(settings.AdapterConfig(r=RANK, alpha=ALPHA), base.model)
+    config = lora_config(settings.AdapterConfig(r=RANK, lora_alpha=ALPHA), base.model)
     roles = Roles(base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []}, checkpointing=False)
     same_adapters(base.model)
     train = settings.TrainingConfig(
-        steps=task.steps,
-        rows_per_step=PROMPTS,
+        max_steps=task.steps,
+        global_batch_size=PROMPTS,
         micro_batch_size=micro,
         learning_rate=RATE,
-        schedule="linear",
+        lr_scheduler_type="linear",
         gradient_checkpointing=False,
-        log_every=1_000_000,
+        logging_steps=1_000_000,
     )
     rewards: list[float] = []
 

@@ -102,8 +102,8 @@ def recipe_of(algorithm: str, model: str, checkpointing: bool | int, bits: int =
     if online:
         data["max_prompt_length"], train["prompts_per_step"] = PROMPT, PROMPTS
         more = {
-            "rewards": [{"use": "answer"}],
-            "rollout": {"num_generations": GROUP, "max_new_tokens": NEW, "slots": SLOTS},
+            "rewards": [{"name": "answer"}],
+            "rollout": {"num_generations": GROUP, "max_new_tokens": NEW, "max_num_seqs": SLOTS},
         }
     else:
         data["max_length"], train["rows_per_step"] = LENGTH, 2 * MICRO

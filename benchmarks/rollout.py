@@ -75,7 +75,7 @@ def ours(folder: str, bits: int) -> Contender:
     from lowrank_tune.types import SamplingParams
 
     base = load_base(settings.BaseConfig(model=folder, bits=bits), tokenizer=None, device=torch.device("cpu"))
-    config = lora_config(settings.AdapterConfig(r=RANK, alpha=ALPHA), base.model)
+    config = lora_config(settings.AdapterConfig(r=RANK, lora_alpha=ALPHA), base.model)
     roles = Roles(base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []})
     fill(base.model)
 

@@ -10,7 +10,7 @@ measured there): neither is in a block. The loss curves must agree to 1e-4 at ev
 
     ours           train.Loop, algorithms.sft.SFT, model.roles.Roles, 8 rows at once as the others ours-micro4    the
     same with the kit's default of 4 rows at once, sorted by length ours-logging   as `ours`, but every step is a
-    logging step (the default of `train.log_every`) hand           model(ids, attention_mask).logits at all positions,
+    logging step (the default of `train.logging_steps`) hand           model(ids, attention_mask).logits at all positions,
     cross_entropy over them hand-lean      the best simple one: no attention mask (rows are padded on the right), the
     head on scored tokens only trl            SFTTrainer as fast as its settings go: no checkpointing, fp32 adapters, no
     padding to a multiple, logging every 10
@@ -57,17 +57,17 @@ def ours(task: Task, turn: Turns, micro: int = ROWS, log_every: int = 1_000_000)
 
     device = torch.device("cpu")
     base = load_base(settings.BaseConfig(model=task.folder, bits=4 if task.nf4 else 16), tokenizer=None, device=device)
-    config = lora_config(settings.AdapterConfig(r=RANK, alpha=ALPHA), base.model)
+    config = lora_config(settings.AdapterConfig(r=RANK, lora_alpha=ALPHA), base.model)
     roles = Roles(base, {"policy": config}, ["policy"], {"policy": ["policy"], "reference": []})
     same_adapters(base.model)
     train = settings.TrainingConfig(
-        steps=task.steps,
-        rows_per_step=ROWS,
+        max_steps=task.steps,
+        global_batch_size=ROWS,
         micro_batch_size=micro,
         learning_rate=RATE,
-        schedule="linear",
+        lr_scheduler_type="linear",
         gradient_checkpointing=False,
-        log_every=log_every,
+        logging_steps=log_every,
     )
     batches, losses = task.batches(), []
     algorithm = SFT(AlgorithmContext(roles, lambda step: Batch(*pad(next(batches)))))

@@ -97,7 +97,7 @@ def compare(name: str, rows: list[dict[str, Any]], tokenizer: Any, repeats: int)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        data = DataConfig(train=(SourceConfig(dataset=str(file)),), validation_share=0.0, max_length=4096)
+        data = DataConfig(train=(SourceConfig(dataset=str(file)),), eval_fraction=0.0, max_length=4096)
 
         def encode(_: int) -> None:
             for start in range(0, len(conversations), CHUNK):

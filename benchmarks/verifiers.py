@@ -59,7 +59,7 @@ def starts(count: int) -> None:
 
 def rate(use: str, items: list[RewardInput], workers: int) -> None:
     try:
-        [weighted] = build_rewards([RewardConfig(use=use)], Path())
+        [weighted] = build_rewards([RewardConfig(name=use)], Path())
     except UserError as error:
         return print(error)
     with WorkerPool[int]([weighted.reward], workers) as scorer:

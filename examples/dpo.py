@@ -30,18 +30,18 @@ with tempfile.TemporaryDirectory() as folder:
             "name": "example-dpo",
             "algorithm": "dpo",
             "base": {"model": "tiny-tutor"},
-            "adapters": {"policy": {"r": 8, "alpha": 16}},
+            "adapters": {"policy": {"r": 8, "lora_alpha": 16}},
             "reference": "base",
-            "data": {"train": [{"dataset": str(pairs)}], "validation_share": 0.1},
-            "dpo": {"loss": "sigmoid", "beta": 0.1, "sft": 0.2},
+            "data": {"train": [{"dataset": str(pairs)}], "eval_fraction": 0.1},
+            "dpo": {"loss_type": "sigmoid", "beta": 0.1, "sft_coef": 0.2},
             "train": {
-                "epochs": 2,
-                "rows_per_step": 16,
+                "num_train_epochs": 2,
+                "global_batch_size": 16,
                 "micro_batch_size": 16,
                 "learning_rate": 1e-3,
                 "gradient_checkpointing": False,
             },
-            "evaluate": {"shown": 1, "max_new_tokens": 24},
+            "evaluate": {"num_completions_to_print": 1, "max_new_tokens": 24},
         }
     )
     outcome = run(recipe, out=Path(folder) / "run")

@@ -32,16 +32,16 @@ with tempfile.TemporaryDirectory() as folder:
             "name": "example-reward",
             "algorithm": "reward",
             "base": {"model": "tiny-tutor"},
-            "adapters": {"reward": {"r": 8, "alpha": 16}},
-            "data": {"train": [{"dataset": str(pairs)}], "validation_share": 0.1},
+            "adapters": {"reward": {"r": 8, "lora_alpha": 16}},
+            "data": {"train": [{"dataset": str(pairs)}], "eval_fraction": 0.1},
             "train": {
-                "epochs": 2,
-                "rows_per_step": 16,
+                "num_train_epochs": 2,
+                "global_batch_size": 16,
                 "micro_batch_size": 16,
                 "learning_rate": 1e-3,
                 "gradient_checkpointing": False,
             },
-            "evaluate": {"shown": 0},
+            "evaluate": {"num_completions_to_print": 0},
         }
     )
     outcome = run(recipe, out=Path(folder) / "run")

@@ -25,16 +25,16 @@ with tempfile.TemporaryDirectory() as folder:
             "name": "example-sft",
             "algorithm": "sft",
             "base": {"model": "tiny-tutor"},
-            "adapters": {"policy": {"r": 8, "alpha": 16}},
-            "data": {"train": [{"dataset": str(rows)}], "validation_share": 0.1},
+            "adapters": {"policy": {"r": 8, "lora_alpha": 16}},
+            "data": {"train": [{"dataset": str(rows)}], "eval_fraction": 0.1},
             "train": {
-                "epochs": 2,
-                "rows_per_step": 16,
+                "num_train_epochs": 2,
+                "global_batch_size": 16,
                 "micro_batch_size": 16,
                 "learning_rate": 2e-3,
                 "gradient_checkpointing": False,
             },
-            "evaluate": {"shown": 2},
+            "evaluate": {"num_completions_to_print": 2},
         }
     )
     losses = []

@@ -85,8 +85,8 @@ class SampleLogged(Event):
     step: int
     prompt: str
     completion: str
-    finish: str
-    gold: str | None = None
+    finish_reason: str
+    ground_truth: str | None = None
     reward: float | None = None
     role: str = "policy"
 
@@ -100,7 +100,7 @@ class GroupLogged(Event):
     step: int
     prompt: str
     completions: list[Mapping[str, Any]]
-    gold: str | None = None
+    ground_truth: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

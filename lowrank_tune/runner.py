@@ -302,10 +302,10 @@ def _reusable_heldout(stage_chain: Chain, number: int, summaries: list[dict[str,
     reusable: dict[str, Any] = {"heldout": {}, "answers": {}}
     for stage, summary in zip(stage_chain.stages, summaries, strict=False):
         ignored_keys = {"every", "on_hacking"}  # which say nothing of how a final adapter is asked
-        if (stage.evaluate.model_dump(exclude=ignored_keys), stage.seed, stage.data.system) == (
+        if (stage.evaluate.model_dump(exclude=ignored_keys), stage.seed, stage.data.system_prompt) == (
             current.evaluate.model_dump(exclude=ignored_keys),
             current.seed,
-            current.data.system,
+            current.data.system_prompt,
         ):
             reusable["heldout"] |= summary.get("heldout_details", {})
             reusable["answers"] |= summary.get("answers", {})

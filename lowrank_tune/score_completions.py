@@ -102,7 +102,7 @@ def verify(
             f"stages.{recipe.name}.adapters.{REWARD_ROLE}.path=RUN/N-NAME"
         )
     reader = ResponseReader(recipe, ChatTemplate.from_tokenizer(load_tokenizer(recipe.base)), bool(reward_models))
-    result = VerifyResult(weighted, [], recipe.rollout.max_unscored_share)
+    result = VerifyResult(weighted, [], recipe.rollout.max_reward_failure_rate)
     result.responses = reader.references(emit) if file is None else reader.responses(file, weighted, result.dropped)
     result.responses = result.responses[:limit]
     if reward_models:
@@ -188,7 +188,9 @@ class ResponseReader:
         first = self.recipe.data.train[0]
         source, responses = settings.SourceConfig(dataset=file), list[ResponseItem]()
         if not first.dataset.startswith("tutor"):
-            source = source.model_copy(update={"format": first.format, "columns": first.columns, "gold": first.gold})
+            source = source.model_copy(
+                update={"format": first.format, "columns": first.columns, "gold": first.ground_truth}
+            )
         for position, raw in read_source(source, self.recipe.seed):
             try:
                 if isinstance(raw, InvalidRow):
@@ -243,7 +245,7 @@ class ResponseReader:
             pass  # no shape that data could have: it need not, for nothing is learned from it
         for shape in shapes:
             parsed = (
-                conversation(row, source, shape, self.recipe.data.system, require_answer=False)
+                conversation(row, source, shape, self.recipe.data.system_prompt, require_answer=False)
                 if shape != "preference"
                 else None
             )
@@ -254,7 +256,7 @@ class ResponseReader:
             (value for name in PROMPT_COLUMNS if isinstance(value := row.get(source.columns.get(name, name)), str)),
             None,
         )
-        system_messages = [Message("system", self.recipe.data.system)] if self.recipe.data.system else []
+        system_messages = [Message("system", self.recipe.data.system_prompt)] if self.recipe.data.system_prompt else []
         return Conversation(
             (*system_messages, Message("user", text)) if text else (),
             extract_answer(row, source.columns, "gold", "", whole=False),

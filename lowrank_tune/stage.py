@@ -123,15 +123,19 @@ class Stage:
             control,
             limits=built.roles.limits,
         )
-        self.evaluate_every = recipe.evaluate.every or max(1, built.steps // DEFAULT_NUM_EVALUATIONS)
-        self.save_every = recipe.train.save_every or max(1, built.steps // DEFAULT_NUM_SAVES)
+        self.evaluate_every = recipe.evaluate.eval_steps or max(1, built.steps // DEFAULT_NUM_EVALUATIONS)
+        self.save_every = recipe.train.save_steps or max(1, built.steps // DEFAULT_NUM_SAVES)
         self.is_generative = "policy" in built.trained  # a reward model only listens
         self.heldout = render_questions(built.heldout, built.template) if self.is_generative else []
         validation = built.validation
         shown = self.heldout or (
-            select_questions(validation, built.template, recipe.evaluate.shown) if validation is not None else []
+            select_questions(validation, built.template, recipe.evaluate.num_completions_to_print)
+            if validation is not None
+            else []
         )
-        self.shown_questions: list[HeldoutQuestion] = shown[: recipe.evaluate.shown] if self.is_generative else []
+        self.shown_questions: list[HeldoutQuestion] = (
+            shown[: recipe.evaluate.num_completions_to_print] if self.is_generative else []
+        )
         self.summary: dict[str, Any] = {}
         self.pair_metrics: dict[str, float] = {}
         self.base_hashes = built.base_hashes
@@ -304,7 +308,7 @@ class Stage:
     def _evaluate(self, step: int, may_be_best: bool) -> bool:
         """Held-out rows, held-out questions where they decide, and shown samples; returns whether it counts and is the
         best so far."""
-        built, metric = self.built, self.recipe.best_by
+        built, metric = self.built, self.recipe.metric_for_best_model
         metrics: dict[str, dict[str, float]] = {}
         if built.validation is not None:
             metrics["validation"] = validate(
@@ -374,10 +378,12 @@ class Stage:
         if self.hacking_detector.warned_at_step is None:
             self.hacking_detector.warned_at_step = step
             self.emit(LogMessage(level="warning", message=f"step {step}: {divergence.message}"))
-        if self.recipe.evaluate.on_hacking == "stop" and step < self.built.steps:
+        if self.recipe.evaluate.on_reward_hacking == "stop" and step < self.built.steps:
             self.hacking_detector.stopped_run = self.trainer.should_stop = True
             self.emit(
-                LogMessage(message=f"the run ends after step {step} of {self.built.steps}, as evaluate.on_hacking says")
+                LogMessage(
+                    message=f"the run ends after step {step} of {self.built.steps}, as evaluate.on_reward_hacking says"
+                )
             )
 
     def _log_samples(self, role: str, step: int) -> None:
@@ -392,7 +398,7 @@ class Stage:
         """Both answers of a few held-out pairs with what they score."""
         built, rows = self.built, self.built.validation
         assert rows is not None
-        units = list(range(min(self.recipe.evaluate.shown, rows.units)))
+        units = list(range(min(self.recipe.evaluate.num_completions_to_print, rows.units)))
         if not units:
             return
         with built.roles.inference_mode():
@@ -409,7 +415,7 @@ class Stage:
                     step=step,
                     prompt=texts[0],
                     completion=texts[1],
-                    finish="stop",
+                    finish_reason="stop",
                     role=("chosen", "rejected")[index % 2],
                     reward=score,
                 )
@@ -421,11 +427,11 @@ class Stage:
         sampling = SamplingParams(
             config.max_new_tokens,
             self.built.stop_ids,
-            config.temperature if config.samples > 1 else 0.0,
+            config.temperature if config.num_samples > 1 else 0.0,
             self.recipe.seed,
         )
         answers = generate_answers(
-            self.built.roles, role, self.built.template, self.heldout, config.samples, sampling, self.emit
+            self.built.roles, role, self.built.template, self.heldout, config.num_samples, sampling, self.emit
         )
         self.best_checkpoint.heldout[name] = compute_metrics(answers)
         self.emit(
@@ -434,13 +440,15 @@ class Stage:
                 stats={f"heldout_{name}_{key}": value for key, value in self.best_checkpoint.heldout[name].items()},
             )
         )
-        self.best_checkpoint.answers[name] = [self._as_sample(samples[0]) for samples in answers[: config.shown]]
+        self.best_checkpoint.answers[name] = [
+            self._as_sample(samples[0]) for samples in answers[: config.num_completions_to_print]
+        ]
 
     def _emit_samples(self, answers: list[HeldoutAnswer], role: str, step: int) -> None:
         for one in answers:
             sample = self._as_sample(one)
             finish = "stop" if sample.pop("stopped") else "length"
-            self.emit(SampleLogged(step=step, finish=finish, role=role, **sample))
+            self.emit(SampleLogged(step=step, finish_reason=finish, role=role, **sample))
 
     def _as_sample(self, one: HeldoutAnswer) -> dict[str, Any]:
         question = self.shown_questions[one.prompt]
@@ -471,7 +479,7 @@ class Stage:
         )
         path = write_atomically(self.folder.checkpoint(step), snapshot)
         self.last_saved_step = step
-        rotate(self.folder.checkpoints, self.recipe.train.keep, self.best_checkpoint.best_step)
+        rotate(self.folder.checkpoints, self.recipe.train.save_total_limit, self.best_checkpoint.best_step)
         self.emit(CheckpointSaved(step=step, path=str(path), seconds=time.perf_counter() - start_time))
 
     def _restore(self, snapshot: Snapshot) -> None:
@@ -524,7 +532,7 @@ class Stage:
                 self.built.roles.load_adapter_tensors(name, tensors[f"{name}/{WEIGHTS}"], str(self.folder.path))
             reason = (
                 "answered most held-out questions"
-                if self.recipe.best_by == "exact"
+                if self.recipe.metric_for_best_model == "exact"
                 else "had the lowest validation loss"
             )
             self.emit(LogMessage(message=f"final/ is the adapter of step {best}, which {reason}"))

@@ -95,9 +95,9 @@ class Trainer:
         start_time, step = time.perf_counter(), self.state.step
         torch.manual_seed(step_seed(self.seed, step))
         self.limits.message_prefix = f"step {step + 1}: "
-        logged = (step + 1) % self.train.log_every == 0 or step in (0, self.steps - 1)
+        logged = (step + 1) % self.train.logging_steps == 0 or step in (0, self.steps - 1)
         learning_rate = self.train.learning_rate * lr_at_step(
-            step, self.steps, self.train.warmup_steps, self.train.schedule
+            step, self.steps, self.train.warmup_steps, self.train.lr_scheduler_type
         )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("share", 1.0)
@@ -216,7 +216,7 @@ class Trainer:
                 message=f"step {step + 1}: loss or gradient is not finite (norm {norm}); the step changes nothing",
             )
         )
-        if self.state.consecutive_nonfinite_steps >= self.train.max_bad_steps:
+        if self.state.consecutive_nonfinite_steps >= self.train.max_nonfinite_steps:
             raise TrainingError(
                 f"{self.state.consecutive_nonfinite_steps} steps in a row had no finite loss or gradient, the last at step "
                 f"{step + 1}; "

@@ -73,18 +73,18 @@ def make_run(
             "name": "tried",
             "algorithm": "sft",
             "base": {"model": str(base_folder), "bits": bits},
-            "train": {"steps": 1, "final_stack": stack},
+            "train": {"max_steps": 1, "final_adapters": stack},
             "adapters": {
                 **{name: {"path": f"/home/somebody/runs/{name}/final"} for name in lower},
-                "policy": {"r": 4, "rslora": rslora},
+                "policy": {"r": 4, "use_rslora": rslora},
             },
-            "data": {"train": [{"dataset": "tutor", "rows": 12}], "validation_share": 0.25},
+            "data": {"train": [{"dataset": "tutor", "max_samples": 12}], "eval_fraction": 0.25},
         }
     )
     template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base))
     base = load_base(recipe.base, template.tokenizer, CPU)
     names, hashes = [*lower, "policy"], base_hashes(base.model)
-    wanted = settings.AdapterConfig(r=4, alpha=8.0, rslora=rslora, **more)
+    wanted = settings.AdapterConfig(r=4, lora_alpha=8.0, use_rslora=rslora, **more)
     roles = Roles(
         base,
         {name: lora_config(wanted, base.model) for name in names},

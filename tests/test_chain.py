@@ -26,7 +26,7 @@ STAGES = ("1-warm", "2-score", "3-dpo", "4-grpo")
 
 def chain(**changes: Any) -> dict[str, Any]:
     """SFT, then a reward model over it, DPO on top of it, and GRPO on top of both; seconds."""
-    pairs = {"data": {"train": [{"dataset": "tutor-preferences", "rows": 24}], "validation_share": 0.2}}
+    pairs = {"data": {"train": [{"dataset": "tutor-preferences", "max_samples": 24}], "eval_fraction": 0.2}}
     few = {
         "prompts_per_step": 2,
         "micro_batch_size": 8,
@@ -51,18 +51,24 @@ def chain(**changes: Any) -> dict[str, Any]:
             {
                 "name": "warm",
                 "algorithm": "sft",
-                "data": {"train": [{"dataset": "tutor", "rows": 40}]},
+                "data": {"train": [{"dataset": "tutor", "max_samples": 40}]},
                 "train": rows,
                 "evaluate": evaluate,
             },
-            {"name": "score", "algorithm": "reward", **pairs, "train": rows, "evaluate": {"every": 2, "shown": 1}},
+            {
+                "name": "score",
+                "algorithm": "reward",
+                **pairs,
+                "train": rows,
+                "evaluate": {"eval_steps": 2, "num_completions_to_print": 1},
+            },
             {"name": "dpo", "algorithm": "dpo", "reference": "warm", **pairs, "train": rows, "evaluate": evaluate},
             {
                 "name": "grpo",
                 "algorithm": "grpo",
                 "reference": "dpo",
-                "data": {"train": [{"dataset": "tutor", "rows": 40}]},
-                "rewards": [{"use": "answer"}, {"use": "length", "target_tokens": 8, "weight": 0.1}],
+                "data": {"train": [{"dataset": "tutor", "max_samples": 40}]},
+                "rewards": [{"name": "answer"}, {"name": "length", "target_tokens": 8, "weight": 0.1}],
                 "rollout": {"num_generations": 2, "max_new_tokens": 8},
                 "train": few,
                 "evaluate": evaluate,
@@ -223,7 +229,7 @@ def test_a_pair_gives_one_question() -> None:
 def test_the_command_line_runs_a_chain_and_shows_its_data(tmp_path: Path, cache: None) -> None:
     file = tmp_path / "mine.yaml"
     short = Chain.from_dict(
-        chain(stages=[{**stage, "train": {**stage["train"], "steps": 1}} for stage in chain()["stages"][:2]])
+        chain(stages=[{**stage, "train": {**stage["train"], "max_steps": 1}} for stage in chain()["stages"][:2]])
     )
     file.write_text(dump(short))
     result = CliRunner().invoke(app, ["run", str(file), "--out", str(tmp_path / "out"), "--ui", "plain"])

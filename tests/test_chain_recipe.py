@@ -19,14 +19,14 @@ from tests.malformed_yaml import MAX_CPU_SECONDS
 
 Write = Callable[..., str]
 PAIRS = {"train": [{"dataset": "tutor-preferences"}]}
-SFT: dict[str, Any] = {"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, "train": {"steps": 9}}
-REWARD: dict[str, Any] = {"algorithm": "reward", "data": PAIRS, "train": {"steps": 8}}
-DPO: dict[str, Any] = {"algorithm": "dpo", "data": PAIRS, "train": {"steps": 7}}
+SFT: dict[str, Any] = {"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, "train": {"max_steps": 9}}
+REWARD: dict[str, Any] = {"algorithm": "reward", "data": PAIRS, "train": {"max_steps": 8}}
+DPO: dict[str, Any] = {"algorithm": "dpo", "data": PAIRS, "train": {"max_steps": 7}}
 GRPO: dict[str, Any] = {
     "algorithm": "grpo",
     "data": {"train": [{"dataset": "tutor"}]},
-    "train": {"steps": 6},
-    "rewards": [{"use": "answer"}],
+    "train": {"max_steps": 6},
+    "rewards": [{"name": "answer"}],
 }
 RLHF: dict[str, Any] = {"name": "all", "seed": 3, "stages": [SFT, REWARD, DPO]}
 
@@ -35,10 +35,10 @@ description: SFT, a reward model, DPO
 base: {model: tiny-tutor}
 seed: 3
 dpo: {beta: 0.2}
-reward: {centering: 0.01}
-train: {steps: 5}
+reward: {center_rewards_coefficient: 0.01}
+train: {max_steps: 5}
 adapters: {reward: {r: 4}, policy: {r: 8}}
-evaluate: {heldout: {dataset: tutor, split: heldout}, shown: 1}
+evaluate: {eval_dataset: {dataset: tutor, split: heldout}, num_completions_to_print: 1}
 stages:
   - {name: start, extends: tiny-sft}
   - algorithm: reward
@@ -46,8 +46,8 @@ stages:
   - name: prefer
     algorithm: dpo
     data: {train: [{dataset: tutor-preferences}]}
-    train: {epochs: 1}
-    evaluate: {shown: null}
+    train: {num_train_epochs: 1}
+    evaluate: {num_completions_to_print: null}
     reference: start
 """
 
@@ -91,10 +91,10 @@ def test_every_stage_equals_the_same_recipe_written_alone(write: Write) -> None:
             **REWARD,
             **shared,
             "name": "reward",
-            "train": {"steps": 5},
+            "train": {"max_steps": 5},
             "adapters": {"reward": {"r": 4}},
-            "reward": {"centering": 0.01},
-            "evaluate": {"heldout": heldout, "shown": 1},
+            "reward": {"center_rewards_coefficient": 0.01},
+            "evaluate": {"eval_dataset": heldout, "num_completions_to_print": 1},
         }
     )
     prefer = Recipe.from_dict(
@@ -102,10 +102,10 @@ def test_every_stage_equals_the_same_recipe_written_alone(write: Write) -> None:
             **DPO,
             **shared,
             "name": "prefer",
-            "train": {"epochs": 1},
+            "train": {"num_train_epochs": 1},
             "adapters": {"policy": {"r": 8}},
             "dpo": {"beta": 0.2},
-            "evaluate": {"heldout": heldout},
+            "evaluate": {"eval_dataset": heldout},
         }
     )
     assert start.description and chain.stages[0] == start.model_copy(update={"description": ""})
@@ -123,7 +123,13 @@ def test_every_stage_equals_the_same_recipe_written_alone(write: Write) -> None:
         RLHF,
         chained(SFT),
         chained({**SFT, "name": "one"}, {**SFT, "name": "two"}, {**DPO, "reference": "two"}),
-        chained(SFT, DPO, description="null", train={"log_every": 2}, dpo={"loss": "robust", "label_smoothing": 0.3}),
+        chained(
+            SFT,
+            DPO,
+            description="null",
+            train={"logging_steps": 2},
+            dpo={"loss_type": "robust", "label_smoothing": 0.3},
+        ),
         chained({**SFT, "adapters": {"low": {"path": "runs/low"}}}, {**DPO, "reference": "sft"}, name=""),
         chained(SFT, {**SFT, "name": "more", "adapters": {"policy": {"path": "runs/x"}}}, DPO),
         chained(DPO, REWARD, reference="base"),
@@ -134,7 +140,7 @@ def test_every_stage_equals_the_same_recipe_written_alone(write: Write) -> None:
             GRPO,
             train={"length_window": 3, "prompts_per_step": 2},
             data={"max_length": 99, "max_prompt_length": 9},
-            grpo={"kl": 0},
+            grpo={"beta": 0},
         ),
         chained(*({**SFT, "name": f"s{index}", "description": "é: 1"} for index in range(8))),
     ],
@@ -156,7 +162,7 @@ def test_overrides_change_every_stage_or_one(write: Write) -> None:
         path,
         "train.learning_rate=1e-5",
         "stages.prefer.train.learning_rate=2e-5",
-        "train.epochs=3",
+        "train.num_train_epochs=3",
         "stages.reward.train.steps=2",
         "adapters.policy.r=2",
         "dpo.beta=0.9",
@@ -165,11 +171,15 @@ def test_overrides_change_every_stage_or_one(write: Write) -> None:
         "seed=4",
     )
     assert [stage.train.learning_rate for stage in chain.stages] == [1e-5, 1e-5, 2e-5]
-    assert [(stage.train.steps, stage.train.epochs) for stage in chain.stages] == [(None, 3), (2, None), (None, 3)]
+    assert [(stage.train.max_steps, stage.train.num_train_epochs) for stage in chain.stages] == [
+        (None, 3),
+        (2, None),
+        (None, 3),
+    ]
     assert [stage.seed for stage in chain.stages] == [4, 4, 4]
     assert [stage.adapters[stage.trained_adapter].r for stage in chain.stages] == [2, 4, 2]
     assert chain.name == "other" and [stage.name for stage in chain.stages] == ["start", "reward", "prefer"]
-    assert chain.stages[2].dpo.beta == 0.9 and chain.stages[0].data.train[0].rows == 5
+    assert chain.stages[2].dpo.beta == 0.9 and chain.stages[0].data.train[0].max_samples == 5
 
 
 def test_the_special_override_wins_wherever_it_stands(write: Write) -> None:
@@ -178,20 +188,24 @@ def test_the_special_override_wins_wherever_it_stands(write: Write) -> None:
     nested = Chain.load(
         write(CHAIN), "evaluate={prompts: 4, heldout: {dataset: tutor}}", "stages.start.evaluate.heldout.split=heldout"
     )
-    assert [stage.evaluate.heldout.split for stage in nested.stages if stage.evaluate.heldout] == [
+    assert [stage.evaluate.eval_dataset.split for stage in nested.stages if stage.evaluate.eval_dataset] == [
         "heldout",
         "train",
         "train",
     ]
-    assert [stage.evaluate.prompts for stage in nested.stages] == [4, 4, 4]
+    assert [stage.evaluate.num_prompts for stage in nested.stages] == [4, 4, 4]
 
 
 def test_a_stage_wins_over_what_is_common_and_null_takes_away(write: Write) -> None:
     chain = Chain.load(write(CHAIN))
-    assert [(stage.train.steps, stage.train.epochs) for stage in chain.stages] == [(None, 4), (5, None), (None, 1)]
-    assert [stage.evaluate.shown for stage in chain.stages] == [4, 1, 3]
+    assert [(stage.train.max_steps, stage.train.num_train_epochs) for stage in chain.stages] == [
+        (None, 4),
+        (5, None),
+        (None, 1),
+    ]
+    assert [stage.evaluate.num_completions_to_print for stage in chain.stages] == [4, 1, 3]
     gone = Chain.load(write(CHAIN.replace("extends: tiny-sft}", "extends: tiny-sft, evaluate: null}")))
-    assert gone.stages[0].evaluate.heldout is None and gone.stages[1].evaluate.heldout is not None
+    assert gone.stages[0].evaluate.eval_dataset is None and gone.stages[1].evaluate.eval_dataset is not None
 
 
 def test_common_settings_go_to_the_stages_that_use_them() -> None:
@@ -199,14 +213,18 @@ def test_common_settings_go_to_the_stages_that_use_them() -> None:
         chained(
             SFT,
             GRPO,
-            train={"rows_per_step": 8, "prompts_per_step": 2, "micro_batch_size": 3},
-            rollout={"slots": 5},
-            data={"validation_share": 0.5, "max_length": 99, "max_prompt_length": 9},
+            train={"global_batch_size": 8, "prompts_per_step": 2, "micro_batch_size": 3},
+            rollout={"max_num_seqs": 5},
+            data={"eval_fraction": 0.5, "max_length": 99, "max_prompt_length": 9},
         )
     )
     sft, grpo = (stage.to_dict() for stage in chain.stages)
-    assert (sft["train"]["rows_per_step"], sft["data"]["validation_share"], sft["data"]["max_length"]) == (8, 0.5, 99)
-    assert (grpo["train"]["prompts_per_step"], grpo["data"]["max_prompt_length"], grpo["rollout"]["slots"]) == (2, 9, 5)
+    assert (sft["train"]["global_batch_size"], sft["data"]["eval_fraction"], sft["data"]["max_length"]) == (8, 0.5, 99)
+    assert (grpo["train"]["prompts_per_step"], grpo["data"]["max_prompt_length"], grpo["rollout"]["max_num_seqs"]) == (
+        2,
+        9,
+        5,
+    )
     assert sft["train"]["micro_batch_size"] == grpo["train"]["micro_batch_size"] == 3
     assert not {"rewards", "rollout", "grpo"} & set(sft) and not {"max_length", "validation_share", "validation"} & set(
         grpo["data"]
@@ -215,23 +233,28 @@ def test_common_settings_go_to_the_stages_that_use_them() -> None:
 
 def test_extends_of_chains_and_stages(write: Write) -> None:
     one = (
-        "algorithm: sft\ndata: {train: [{dataset: tutor, rows: 7}]}\ntrain: {steps: 4}\ndescription: not "
+        "algorithm: sft\ndata: {train: [{dataset: tutor, rows: 7}]}\ntrain: {max_steps: 4}\ndescription: not "
         "inherited\nname: nor-this\n"
     )
     write(one, "far/one.yaml")
     write(
-        "seed: 5\nstages:\n  - extends: ./one.yaml\n  - {extends: ./one.yaml, name: two, train: {keep: 1}}\n",
+        "seed: 5\nstages:\n  - extends: ./one.yaml\n  - {extends: ./one.yaml, name: two, train: {save_total_limit: 1}}\n",
         "far/chain.yaml",
     )
-    chain = Chain.load(write("extends: far/chain.yaml\nseed: 6\ntrain: {log_every: 3}\n"))
+    chain = Chain.load(write("extends: far/chain.yaml\nseed: 6\ntrain: {logging_steps: 3}\n"))
     assert chain.name == "my" and [stage.name for stage in chain.stages] == ["sft", "two"]
-    assert [(stage.seed, stage.train.steps, stage.train.keep, stage.train.log_every) for stage in chain.stages] == [
+    assert [
+        (stage.seed, stage.train.max_steps, stage.train.save_total_limit, stage.train.logging_steps)
+        for stage in chain.stages
+    ] == [
         (6, 4, 2, 3),
         (6, 4, 1, 3),
     ]
-    assert [stage.description for stage in chain.stages] == ["", ""] and chain.stages[0].data.train[0].rows == 7
-    other = Chain.load(write("extends: far/chain.yaml\nstages: [{extends: far/one.yaml, train: {epochs: 1}}]\n"))
-    assert [(stage.train.steps, stage.train.epochs) for stage in other.stages] == [(None, 1)]
+    assert [stage.description for stage in chain.stages] == ["", ""] and chain.stages[0].data.train[0].max_samples == 7
+    other = Chain.load(
+        write("extends: far/chain.yaml\nstages: [{extends: far/one.yaml, train: {num_train_epochs: 1}}]\n")
+    )
+    assert [(stage.train.max_steps, stage.train.num_train_epochs) for stage in other.stages] == [(None, 1)]
 
 
 def test_adapters_flow(write: Write) -> None:
@@ -276,7 +299,7 @@ stages:
     algorithm: dpo
     base: {bits: 16}
     data: {train: [{dataset: tutor}]}
-    train: {epoch: 1, steps: 9}
+    train: {epoch: 1, max_steps: 9}
     reference: base
 """
 
@@ -289,11 +312,11 @@ def test_every_fault_at_once(write: Write) -> None:
         "stages.dpo.name=x",
         "name=/",
         "train.x=1",
-        "data.train.5.rows=2",
+        "data.train.5.max_samples=2",
         "stages.dpo.data.train.4.rows=1",
         "stages.1.seed=3",
         "stages.sft.train.kep=1",
-        "evaluate.every=0",
+        "evaluate.eval_steps=0",
         "extends=b",
         "stages.dpo.extends=a",
     ]
@@ -318,30 +341,30 @@ def test_every_fault_at_once(write: Write) -> None:
             "'/'",
             "override: train.x: unknown key",
             "override: stages.dpo.data.train.4.rows: `data.train` is a list with entries 0 to 0",
-            "override: data.train.5.rows: `data.train` is a list with entries 0 to 0",
+            "override: data.train.5.max_samples: `data.train` is a list with entries 0 to 0",
             "override: stages.1.seed: no stage is called '1'; there are sft, dpo",
             "override: stages.sft.train.kep: unknown key; did you mean `keep`?",
-            "override: evaluate.every: must be at least 1, found 0",
+            "override: evaluate.eval_steps: must be at least 1, found 0",
         ]
     )
 
 
 def test_faults_of_a_single_stage_and_of_an_extended_file_name_the_stage(write: Write) -> None:
     write("algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain:\n  step: 4\n", "above.yaml")
-    assert faults_of(write("stages:\n  - extends: above.yaml\n    train: {steps: 2, keep: 0}\n")) == [
+    assert faults_of(write("stages:\n  - extends: above.yaml\n    train: {max_steps: 2, save_total_limit: 0}\n")) == [
         "my.yaml:3: stages.sft.train.keep: must be at least 1, found 0",
         "above.yaml:4: stages.sft.train.step: unknown key; did you mean `steps`?",
     ]
     both = faults_of(
         write(
-            "stages:\n  - {extends: above.yaml, train: {steps: 2}}\n  - {extends: above.yaml, train: {epochs: 2}, "
+            "stages:\n  - {extends: above.yaml, train: {max_steps: 2}}\n  - {extends: above.yaml, train: {num_train_epochs: 2}, "
             "name: b}\n"
         )
     )
     assert both == ["above.yaml:4: train.step: unknown key; did you mean `steps`?"]
     assert faults_of(
         write(
-            "train: {steps: 1}\nstages:\n  - algorithm: sft\n    data: {train: [{dataset: tutor}]}\n  - algorithm: "
+            "train: {max_steps: 1}\nstages:\n  - algorithm: sft\n    data: {train: [{dataset: tutor}]}\n  - algorithm: "
             "sftt\n"
         )
     ) == [
@@ -393,7 +416,7 @@ CLASHES: dict[str, tuple[dict[str, Any], str]] = {
     "reference of grpo": (chained(SFT, {**GRPO, "reference": "base"}), "stages.grpo.reference: will be `sft`"),
     "above grpo": (chained(GRPO, {**SFT, "reference": "base"}), "stages.sft.reference: will be `grpo`"),
     "rewards of a stage that has none": (
-        chained({**SFT, "rewards": [{"use": "answer"}]}, GRPO),
+        chained({**SFT, "rewards": [{"name": "answer"}]}, GRPO),
         "stages.sft.rewards: does nothing for sft",
     ),
     "no rewards in a chain": (
@@ -401,7 +424,7 @@ CLASHES: dict[str, tuple[dict[str, Any], str]] = {
         "stages.grpo.rewards: is missing: say what completions earn",
     ),
     "rows of grpo": (
-        chained(SFT, {**GRPO, "train": {"steps": 1, "rows_per_step": 4}}),
+        chained(SFT, {**GRPO, "train": {"max_steps": 1, "global_batch_size": 4}}),
         "stages.grpo.train.rows_per_step: does nothing for grpo (it belongs to sft, reward, dpo); there is "
         "`train.prompts_per_step`",
     ),
@@ -488,7 +511,8 @@ def test_entry_points(write: Write) -> None:
 def test_presets_list_chains(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     write(CHAIN.replace("tiny-sft", "one"), "presets/chain.yaml")
     write(
-        "description: one\nalgorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {steps: 4}\n", "presets/one.yaml"
+        "description: one\nalgorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {max_steps: 4}\n",
+        "presets/one.yaml",
     )
     monkeypatch.setattr("lowrank_tune.recipe.extends.preset_folders", lambda: [Path("presets").resolve()])
     assert presets() == [("chain", "SFT, a reward model, DPO", "sft -> reward -> dpo"), ("one", "one", "sft")]
@@ -508,7 +532,7 @@ def test_schema_knows_every_key() -> None:
 def test_differences() -> None:
     old = Chain.from_dict(RLHF).to_dict()
     new = copy.deepcopy(old)
-    new["stages"][2]["train"].update(steps=99, learning_rate=1.0, keep=9)
+    new["stages"][2]["train"].update(max_steps=99, learning_rate=1.0, save_total_limit=9)
     new["stages"][0]["description"] = new["name"] = "other"
     new["stages"][1]["adapters"]["reward"]["r"] = 2
     assert differences(old, new) == [
@@ -525,7 +549,7 @@ def test_differences() -> None:
     )
 
 
-GOOD = "algorithm: sft, data: {train: [{dataset: tutor}]}, train: {steps: 5}"
+GOOD = "algorithm: sft, data: {train: [{dataset: tutor}]}, train: {max_steps: 5}"
 HOSTILE: dict[str, tuple[str, str]] = {
     "word": ("stages: sft\n", ":1: stages: expected a list of recipes, found 'sft'"),
     "int": ("seed: 1\nstages: 7\n", ":2: stages: expected a list of recipes, found 7"),

@@ -23,7 +23,7 @@ from lowrank_tune.ui.compare.runs import common_metrics, differences, labels_of
 from lowrank_tune.ui.text_layout import Line, plain_text, width_of
 
 RECORDED = Path(__file__).parent / "recorded"
-RECIPE = {"name": "a", "algorithm": "sft", "seed": 0, "train": {"steps": 9, "learning_rate": 1e-3}}
+RECIPE = {"name": "a", "algorithm": "sft", "seed": 0, "train": {"max_steps": 9, "learning_rate": 1e-3}}
 
 
 def finished(
@@ -157,7 +157,7 @@ def test_settings_that_differ(tmp_path: Path) -> None:
         "name": "b",
         "algorithm": "sft",
         "seed": 0,
-        "train": {"steps": 9, "learning_rate": 2e-3},
+        "train": {"max_steps": 9, "learning_rate": 2e-3},
         "data": {"train": [{"dataset": "x"}]},
     }
     one, two = finished(tmp_path / "a"), finished(tmp_path / "b", recipe=other)
@@ -288,7 +288,7 @@ def test_hostile_text_is_inert(tmp_path: Path) -> None:
             step(1, **{bad: 1.0, "loss": 1.0, "kl": 1.0}),
             step(2, **{bad: 2.0, "loss": 1.0, "kl": 2.0}),
             Evaluated(step=1, stats={f"heldout_{bad}_exact": 0.5, "heldout_base_exact": 0.1}),
-            SampleLogged(step=1, prompt=bad, completion=bad, finish="stop"),
+            SampleLogged(step=1, prompt=bad, completion=bad, finish_reason="stop"),
             RunEnded(status="failed", step=1, seconds=1.0, message=bad),
         ]
         folder = write(

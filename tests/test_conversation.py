@@ -486,7 +486,7 @@ def test_what_was_saved_are_rows(chat_model: ChatModel, tmp_path: Path) -> None:
         ["Be brief.", "a\n<|end_of_turn|>", "b1", "c", "d"],
     ]
     data = settings.DataConfig(
-        train=(settings.SourceConfig(dataset=str(file)),), validation_share=0.0, max_rejected_share=0.0
+        train=(settings.SourceConfig(dataset=str(file)),), eval_fraction=0.0, max_invalid_fraction=0.0
     )
     prepared = load(data, chat_model.template, 0, silent)
     assert len(prepared.train) == 3

@@ -182,27 +182,33 @@ def test_hostile_text_is_inert() -> None:
             LogMessage(message=text, time=5.0),
             LogMessage(message=text, level="warning", time=5.0),
             CheckpointSaved(step=3, path=text, seconds=0.1, time=5.0),
-            SampleLogged(step=0, prompt=text, completion=text, finish="stop", gold=text, role=text, time=6.0),
-            SampleLogged(step=3, prompt=text, completion=text, finish=text, gold=text, role=text, time=7.0),
+            SampleLogged(
+                step=0, prompt=text, completion=text, finish_reason="stop", ground_truth=text, role=text, time=6.0
+            ),
+            SampleLogged(
+                step=3, prompt=text, completion=text, finish_reason=text, ground_truth=text, role=text, time=7.0
+            ),
             Evaluated(step=3, stats={f"heldout_{text}_exact": 0.5, f"validation_{text}": 1.0}, time=8.0),
             Progress(what=text, done=1, total=2),
         ]
         pair = [
             replace(START, algorithm="reward", stage=2, stages=2, time=10.0),
-            SampleLogged(step=3, prompt=text, completion=text, finish="stop", role="chosen", reward=1.0, time=11.0),
-            SampleLogged(step=3, prompt=text, completion=text, finish=text, role="rejected", time=11.0),
+            SampleLogged(
+                step=3, prompt=text, completion=text, finish_reason="stop", role="chosen", reward=1.0, time=11.0
+            ),
+            SampleLogged(step=3, prompt=text, completion=text, finish_reason=text, role="rejected", time=11.0),
             Evaluated(step=3, stats={f"pairs_{text}": 1.0, "pairs_accuracy": 0.5}, time=12.0),
         ]
         later = [
             replace(START, roles={"reference": [text]}, stage=3, stages=3, time=20.0),
-            SampleLogged(step=0, prompt=text, completion=text, finish="stop", role="reference", time=21.0),
+            SampleLogged(step=0, prompt=text, completion=text, finish_reason="stop", role="reference", time=21.0),
         ]
         completion = {"text": text, "reward": 1.0, "advantage": 1.0, "finish": text, "parts": {text: 1.0, "b": 2.0}}
         group = [
             GroupLogged(
                 step=3,
                 prompt=text,
-                gold=text,
+                ground_truth=text,
                 time=13.0,
                 completions=[completion, {**completion, "reward": text, "parts": text}, text],
             ),
@@ -257,7 +263,9 @@ def ended(status: str = "done", step: int = 10, time: float = 11.0) -> RunEnded:
 
 
 def answered(step: int, completion: str, role: str = "policy", time: float = 10.0, **more: float) -> SampleLogged:
-    return SampleLogged(step=step, prompt="1+1?", completion=completion, finish="stop", role=role, time=time, **more)  # type: ignore[arg-type]
+    return SampleLogged(
+        step=step, prompt="1+1?", completion=completion, finish_reason="stop", role=role, time=time, **more
+    )  # type: ignore[arg-type]
 
 
 def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
@@ -410,7 +418,7 @@ def wrote(text: str, reward: float, advantage: float, finish: str = "stop", **pa
 
 
 def make_group(step: int, *completions: dict[str, object], time: float = 1.0) -> GroupLogged:
-    return GroupLogged(step=step, prompt="1+1?", gold="2", completions=list(completions), time=time)
+    return GroupLogged(step=step, prompt="1+1?", ground_truth="2", completions=list(completions), time=time)
 
 
 def lines_of(state: State, view: View, width: int = 80, height: int = 24) -> list[str]:

@@ -165,15 +165,15 @@ def test_all_good_and_too_early() -> None:
         ),
         (
             with_evaluation(after(40, "dpo", **PAIRS), pairs_length_correlation=-0.7),
-            "shorter ones win whatever they say: balance the lengths in the data, or set dpo.loss=sigmoid_norm",
+            "shorter ones win whatever they say: balance the lengths in the data, or set dpo.loss_type=sigmoid_norm",
         ),
         (
             rollout_state(kl=lambda s: 0.8),
-            "warning: KL to the reference is 0.8 nats a token, above 0.5: the policy has gone far; raise grpo.kl",
+            "warning: KL to the reference is 0.8 nats a token, above 0.5: the policy has gone far; raise grpo.beta",
         ),
         (
             rollout_state(entropy=lambda s: 0.3 / s**2, reward=lambda s: min(0.5, 0.2 + s / 50)),
-            "nats a token while the reward stalls: the policy tries nothing new: raise grpo.kl",
+            "nats a token while the reward stalls: the policy tries nothing new: raise grpo.beta",
         ),
         (
             rollout_state(reward=lambda s: 0.3),
@@ -299,10 +299,10 @@ def test_cures_of_ppo_are_its_own() -> None:
     def of(**changed: Callable[[int], float]) -> str:
         return diagnoses_text(rollout_state(algorithm="ppo", **changed))
 
-    assert "raise ppo.kl" in of(reward=lambda s: 0.8 - s / 60) and "ppo.truncated to penalise" in of(
+    assert "raise ppo.kl_coef" in of(reward=lambda s: 0.8 - s / 60) and "ppo.truncated_completions to penalise" in of(
         truncated=lambda s: 0.9
     )
-    assert "raise ppo.kl, ppo.entropy" in of(entropy=lambda s: 0.3 / s**2, reward=lambda s: min(0.5, 0.2 + s / 50))
+    assert "raise ppo.kl_coef, ppo.entropy" in of(entropy=lambda s: 0.3 / s**2, reward=lambda s: min(0.5, 0.2 + s / 50))
     assert "look at the precision" in of(mismatch=lambda s: 0.05) and "groups" not in of(reward_spread=lambda s: 0.0)
     falling = {"reward": lambda s: 0.8 - s / 60, "entropy": lambda s: 0.3 / s**2}
     assert "grpo" not in of(mismatch=lambda s: 0.05, truncated=lambda s: 0.9, kl=lambda s: 0.8, **falling)

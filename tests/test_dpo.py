@@ -991,13 +991,17 @@ def small_dpo(**changes: Any) -> dict[str, Any]:
         "algorithm": "dpo",
         "base": {"model": "tiny-tutor", "bits": 16},
         "adapters": {"policy": {"r": 4}},
-        "data": {"train": [{"dataset": "tutor-preferences", "rows": 40}], "validation_share": 0.2, "max_length": 256},
+        "data": {
+            "train": [{"dataset": "tutor-preferences", "max_samples": 40}],
+            "eval_fraction": 0.2,
+            "max_length": 256,
+        },
         "train": {
-            "steps": 4,
-            "rows_per_step": 8,
+            "max_steps": 4,
+            "global_batch_size": 8,
             "micro_batch_size": 4,
             "learning_rate": 2e-3,
-            "log_every": 1,
+            "logging_steps": 1,
             "gradient_checkpointing": False,
         },
         **changes,
@@ -1188,7 +1192,11 @@ def test_a_second_build_computes_nothing(cache: Path) -> None:
         build(Recipe.from_dict(small_dpo(base={"model": "tiny-tutor", "bits": 4})), lambda event: None, CPU)
         assert seen[0] == before
         seen[0] = 0
-        build(Recipe.from_dict(small_dpo(data={**small_dpo()["data"], "system": "Be brief."})), lambda event: None, CPU)
+        build(
+            Recipe.from_dict(small_dpo(data={**small_dpo()["data"], "system_prompt": "Be brief."})),
+            lambda event: None,
+            CPU,
+        )
         assert seen[0] > 0
 
 
@@ -1226,7 +1234,7 @@ def run_small(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
 
 @pytest.mark.parametrize("loss", ["sigmoid", pytest.param("robust", marks=pytest.mark.slow)])
 def test_a_run_starts_at_ln_2_and_kl_0(cache: Path, tmp_path: Path, loss: str) -> None:
-    events = run_small(small_dpo(dpo={"loss": loss}), tmp_path / "run")[1]
+    events = run_small(small_dpo(dpo={"loss_type": loss}), tmp_path / "run")[1]
     first = next(event for event in events if isinstance(event, StepEnd)).stats
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and first["kl"] == 0.0 and abs(first["margin"]) < 1e-4
     assert next(event for event in events if isinstance(event, RunStarted)).reference == "the base, adapters off"
@@ -1270,9 +1278,9 @@ def sft_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "name": "sft",
         "algorithm": "sft",
         "base": {"model": "tiny-tutor", "bits": 4},
-        "adapters": {"policy": {"r": 4, "dropout": 0.2}},
-        "data": {"train": [{"dataset": "tutor", "rows": 60}], "validation_share": 0.1},
-        "train": {"steps": 6, "rows_per_step": 8, "learning_rate": 5e-3, "gradient_checkpointing": False},
+        "adapters": {"policy": {"r": 4, "lora_dropout": 0.2}},
+        "data": {"train": [{"dataset": "tutor", "max_samples": 60}], "eval_fraction": 0.1},
+        "train": {"max_steps": 6, "global_batch_size": 8, "learning_rate": 5e-3, "gradient_checkpointing": False},
     }
     out = tmp_path_factory.mktemp("below") / "sft"
     run(Recipe.from_dict(recipe), out=out, ui="none", device=CPU)

@@ -463,12 +463,12 @@ def test_every_cell_is_a_recipe(gpu: ModuleType, tmp_path: Path) -> None:
     cells, plans = module("cells"), module("plans")
     for cell in (*cells.CELLS, cells.REFERENCE):
         recipe = Recipe.from_dict(plans.recipe_of(cell, "qwen2.5-7b"))
-        assert recipe.train.micro_batch_size == cell.micro and recipe.train.optimizer == cell.optimizer
+        assert recipe.train.micro_batch_size == cell.micro and recipe.train.optim == cell.optimizer
         if cell.algorithm in ("grpo", "ppo"):
             assert recipe.data.max_prompt_length + recipe.rollout.max_new_tokens == cell.length
             assert recipe.train.prompts_per_step * recipe.rollout.num_generations == cell.units
         else:
-            assert (recipe.data.max_length, recipe.train.rows_per_step) == (cell.length, cell.units)
+            assert (recipe.data.max_length, recipe.train.global_batch_size) == (cell.length, cell.units)
     path = tmp_path / "plans.json"
     path.write_text(json.dumps({"shapes": {"qwen2.5-7b": {cells.MAIN.name: {"planned_gib": 12.5}}}}))
     assert plans.read_plans(path, "qwen2.5-7b") == {"sft 4x2048": 12.5}

@@ -764,7 +764,7 @@ def test_the_sampler_and_the_policy_agree(roles: Roles) -> None:
 def test_another_temperature_stops_the_run(roles: Roles, old: str) -> None:
     algorithm, stats = first_pass(roles, 0.4, old)
     assert stats["mismatch"] > 0.1
-    with pytest.raises(TrainingError, match="grpo.mismatch_limit"):
+    with pytest.raises(TrainingError, match="grpo.max_logprob_mismatch"):
         list(algorithm.diagnostics(stats))
     algorithm.max_logprob_mismatch = 50.0
     assert list(algorithm.diagnostics(stats)) == []
@@ -789,11 +789,11 @@ def small(sft: Path, **more: Any) -> dict[str, Any]:
         "algorithm": "grpo",
         "base": {"model": "tiny-tutor", "bits": 4},
         "adapters": {"sft": {"path": str(sft)}, "policy": {"r": 4}},
-        "data": {"train": [{"dataset": "tutor", "rows": 20}]},
-        "rewards": [{"use": "answer"}, {"use": "length", "target_tokens": 5, "weight": 0.5}],
+        "data": {"train": [{"dataset": "tutor", "max_samples": 20}]},
+        "rewards": [{"name": "answer"}, {"name": "length", "target_tokens": 5, "weight": 0.5}],
         "rollout": {"num_generations": 4, "max_new_tokens": 10},
         "train": {
-            "steps": 2,
+            "max_steps": 2,
             "prompts_per_step": 3,
             "micro_batch_size": 5,
             "learning_rate": 5e-3,
@@ -811,8 +811,8 @@ def sft_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "algorithm": "sft",
         "base": {"model": "tiny-tutor", "bits": 4},
         "adapters": {"policy": {"r": 4}},
-        "data": {"train": [{"dataset": "tutor", "rows": 40}]},
-        "train": {"steps": 3, "rows_per_step": 8, "learning_rate": 5e-3, "gradient_checkpointing": False},
+        "data": {"train": [{"dataset": "tutor", "max_samples": 40}]},
+        "train": {"max_steps": 3, "global_batch_size": 8, "learning_rate": 5e-3, "gradient_checkpointing": False},
     }
     out = tmp_path_factory.mktemp("below") / "sft"
     run(Recipe.from_dict(recipe), out=out, ui="none", device=CPU)
@@ -858,7 +858,7 @@ def test_a_frozen_adapter_and_the_base_stay_and_two_runs_are_equal(cache: Path, 
     ]
     assert groups[0] == groups[1] and len(groups[0]) == 2
     _, other = run_with_events(
-        small(sft_run, seed=1, train={**small(sft_run)["train"], "steps": 1}), tmp_path / "three"
+        small(sft_run, seed=1, train={**small(sft_run)["train"], "max_steps": 1}), tmp_path / "three"
     )
     assert figures(other)[0]["reward"] != steps[0]["reward"] or figures(other)[0]["length"] != steps[0]["length"]
 
@@ -894,9 +894,9 @@ def test_real_questions_that_are_too_hard(cache: Path, tmp_path: Path) -> None:
         "base": {"model": "tiny-tutor"},
         "adapters": {"policy": {"r": 4}},
         "data": {"train": [{"dataset": str(tmp_path / "gsm8k.jsonl")}], "max_prompt_length": 512},
-        "rewards": [{"use": "answer"}],
+        "rewards": [{"name": "answer"}],
         "rollout": {"num_generations": 4, "max_new_tokens": 48},
-        "train": {"steps": 2, "prompts_per_step": 4, "micro_batch_size": 8, "gradient_checkpointing": False},
+        "train": {"max_steps": 2, "prompts_per_step": 4, "micro_batch_size": 8, "gradient_checkpointing": False},
     }
     outcome, events = run_with_events(recipe, tmp_path / "run")
     notes = [(event.level, event.message) for event in events if isinstance(event, LogMessage)]

@@ -244,12 +244,12 @@ def test_reward_against_kl() -> None:
 
 
 def test_the_setting_belongs_to_rewards_and_held_out_questions() -> None:
-    assert Recipe.load("tiny-grpo", "evaluate.on_hacking=stop").evaluate.on_hacking == "stop"
-    with pytest.raises(UserError, match="evaluate.on_hacking: does nothing for sft"):
-        Recipe.load("tiny-sft", "evaluate.on_hacking=stop")
+    assert Recipe.load("tiny-grpo", "evaluate.on_reward_hacking=stop").evaluate.on_reward_hacking == "stop"
+    with pytest.raises(UserError, match="evaluate.on_reward_hacking: does nothing for sft"):
+        Recipe.load("tiny-sft", "evaluate.on_reward_hacking=stop")
     data = Recipe.load("tiny-grpo").to_dict()
-    data["evaluate"] = {"on_hacking": "stop"}
-    with pytest.raises(UserError, match="evaluate.on_hacking: does nothing without `evaluate.heldout`"):
+    data["evaluate"] = {"on_reward_hacking": "stop"}
+    with pytest.raises(UserError, match="evaluate.on_reward_hacking: does nothing without `evaluate.eval_dataset`"):
         Recipe.from_dict(data)
 
 
@@ -271,11 +271,11 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("taught") / "sft"
     recipe = Recipe.load(
         "tiny-sft",
-        "train.epochs=null",
-        "train.steps=40",
-        "evaluate.prompts=4",
-        "evaluate.samples=1",
-        "evaluate.every=40",
+        "train.num_train_epochs=null",
+        "train.max_steps=40",
+        "evaluate.num_prompts=4",
+        "evaluate.num_samples=1",
+        "evaluate.eval_steps=40",
     )
     run(recipe, out=out, ui="none")
     return out
@@ -286,26 +286,26 @@ def gamed(taught: Path, folder: Path, **evaluate: Any) -> dict[str, Any]:
     return {
         "name": "gamed",
         "algorithm": "grpo",
-        "adapters": {"sft": {"path": str(taught)}, "policy": {"r": 8, "alpha": 16}},
-        "data": {"train": [{"dataset": "tutor", "rows": 2000}], "max_prompt_length": 128},
-        "rewards": [{"use": f"{folder / 'pays.py'}:explains"}],
-        "grpo": {"kl": 0.0},
-        "rollout": {"num_generations": 6, "max_new_tokens": 48, "slots": 128},
+        "adapters": {"sft": {"path": str(taught)}, "policy": {"r": 8, "lora_alpha": 16}},
+        "data": {"train": [{"dataset": "tutor", "max_samples": 2000}], "max_prompt_length": 128},
+        "rewards": [{"name": f"{folder / 'pays.py'}:explains"}],
+        "grpo": {"beta": 0.0},
+        "rollout": {"num_generations": 6, "max_new_tokens": 48, "max_num_seqs": 128},
         "train": {
-            "steps": 20,
+            "max_steps": 20,
             "prompts_per_step": 8,
             "micro_batch_size": 48,
-            "log_every": 2,
+            "logging_steps": 2,
             "learning_rate": 2e-3,
-            "save_every": 3,
-            "schedule": "constant",
+            "save_steps": 3,
+            "lr_scheduler_type": "constant",
             "gradient_checkpointing": False,
         },
         "evaluate": {
-            "every": 2,
-            "heldout": {"dataset": "tutor", "split": "heldout"},
-            "prompts": 60,
-            "shown": 0,
+            "eval_steps": 2,
+            "eval_dataset": {"dataset": "tutor", "split": "heldout"},
+            "num_prompts": 60,
+            "num_completions_to_print": 0,
             "max_new_tokens": 48,
             **evaluate,
         },

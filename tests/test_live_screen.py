@@ -358,7 +358,7 @@ def test_suspended_and_continued_in_tmux(tmux: Tmux) -> None:
 @pytest.mark.slow
 def test_a_background_job_is_not_stopped_and_draws_nothing(tmux: Tmux, tmp_path: Path) -> None:
     tmux.type(
-        f"clear; {sys.executable} -m lowrank_tune demo --out run train.steps=3 evaluate.samples=1 evaluate.prompts=4 &"
+        f"clear; {sys.executable} -m lowrank_tune demo --out run train.max_steps=3 evaluate.num_samples=1 evaluate.num_prompts=4 &"
     )
     tmux.until("the recipe, complete")
     assert "q quit" not in tmux.text()
@@ -370,9 +370,9 @@ def test_a_real_run_in_tmux_is_stopped_continued_and_left(tmux: Tmux, tmp_path: 
     """By `q`, by Ctrl-C and by closing the terminal: each time a valid checkpoint, from which the next start goes
     on."""
     demo = (
-        f"{sys.executable} -m lowrank_tune demo --out run evaluate.samples=1 evaluate.prompts=8 evaluate.every=50 "
-        f"train.save_every=50 "
-        "train.epochs=40; echo code $?"
+        f"{sys.executable} -m lowrank_tune demo --out run evaluate.num_samples=1 evaluate.num_prompts=8 evaluate.eval_steps=50 "
+        f"train.save_steps=50 "
+        "train.num_train_epochs=40; echo code $?"
     )
     reached = 0
     for way in ("q", "C-c"):

@@ -25,9 +25,7 @@ def trained(optimizer: str, steps: int, seed: int = 0) -> tuple[list[nn.Paramete
     stream = torch.Generator().manual_seed(seed)
     parameters = [nn.Parameter(torch.randn(shape, generator=stream)) for shape in SHAPES]
     groups = [{"params": parameters[:2], "share": 1.0}, {"params": parameters[2:], "share": 0.5}]
-    made = make_optimizer(
-        groups, settings.TrainingConfig(optimizer=optimizer, learning_rate=1e-2, weight_decay=0.1), CPU
-    )  # type: ignore[arg-type]
+    made = make_optimizer(groups, settings.TrainingConfig(optim=optimizer, learning_rate=1e-2, weight_decay=0.1), CPU)  # type: ignore[arg-type]
     walk(parameters, made, range(steps))
     return parameters, made
 
@@ -82,10 +80,10 @@ def test_a_state_comes_back_from_files_to_the_bit(tmp_path: Path, name: str) -> 
 def test_paged_optimizers_need_a_gpu_and_name_the_alternative(name: str) -> None:
     with pytest.raises(
         UserError,
-        match=f"^train.optimizer: {name} moves its states between a card and the machine's memory, and there is no "
+        match=f"^train.optim: {name} moves its states between a card and the machine's memory, and there is no "
         f"card; say {name.removeprefix('paged_')}$",
     ):
-        make_optimizer([nn.Parameter(torch.zeros(2))], settings.TrainingConfig(optimizer=name), CPU)  # type: ignore[arg-type]
+        make_optimizer([nn.Parameter(torch.zeros(2))], settings.TrainingConfig(optim=name), CPU)  # type: ignore[arg-type]
 
 
 def test_what_was_paged_is_paged_again() -> None:

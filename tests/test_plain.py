@@ -84,7 +84,7 @@ EVENTS: list[Event] = [
     Progress(what="tokenising", done=500, total=500),
     step(12),
     Evaluated(step=12, stats={"loss": 1.1, "accuracy": 0.61}, best=True),
-    SampleLogged(step=12, prompt="7 + 5?", completion="It is 12.", finish="stop", gold="12", reward=1.0),
+    SampleLogged(step=12, prompt="7 + 5?", completion="It is 12.", finish_reason="stop", ground_truth="12", reward=1.0),
     CheckpointSaved(step=12, path="/somewhere/checkpoints/step-12", seconds=0.2),
     LogMessage(message="3 rows dropped\nsee above", level="warning"),
     LogMessage(message="a fact"),
@@ -240,7 +240,7 @@ def test_a_chain_and_its_pairs_in_lines() -> None:
         stages=3,
     )
     sides = [
-        SampleLogged(step=9, prompt="2+2?", completion=text, finish="stop", role=role, reward=reward)
+        SampleLogged(step=9, prompt="2+2?", completion=text, finish_reason="stop", role=role, reward=reward)
         for text, role, reward in (("four", "chosen", 1.25), ("five", "rejected", -0.5))
     ]
     assert shown(start, *sides, RunEnded(status="done", step=9, seconds=60.0)).splitlines() == [
@@ -289,7 +289,7 @@ def test_sparse_progress_in_a_pipe() -> None:
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_hostile_text_is_inert(text: str, encoding: str) -> None:
     events: list[Event] = [
-        SampleLogged(step=1, prompt=text, completion=text, finish=text, gold=text),
+        SampleLogged(step=1, prompt=text, completion=text, finish_reason=text, ground_truth=text),
         LogMessage(message=f"{text[:2000]}|", level="warning"),
         RunStarted(
             name=text[:99],

@@ -784,7 +784,7 @@ def test_a_policy_that_is_its_reference_has_no_kl() -> None:
 
 
 def test_a_sampler_that_drifts_stops_the_run(own: Roles) -> None:
-    with pytest.raises(TrainingError, match="ppo.mismatch_limit"):
+    with pytest.raises(TrainingError, match="ppo.max_logprob_mismatch"):
         over(own, fake={"drift": 0.5}).collect(0)
     assert (
         to_floats(over(own, fake={"drift": 0.5}, update=UpdateConfig(max_logprob_mismatch=5.0)).collect(0).stats)[

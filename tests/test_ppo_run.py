@@ -37,12 +37,12 @@ def small(sft: Path, steps: int = 2, **ppo: Any) -> dict[str, Any]:
         "algorithm": "ppo",
         "base": {"model": "tiny-tutor", "bits": 4},
         "adapters": {"sft": {"path": str(sft)}, "policy": {"r": 4}},
-        "data": {"train": [{"dataset": "tutor", "rows": 20}]},
-        "rewards": [{"use": "answer"}, {"use": "length", "target_tokens": 5, "weight": 0.5}],
+        "data": {"train": [{"dataset": "tutor", "max_samples": 20}]},
+        "rewards": [{"name": "answer"}, {"name": "length", "target_tokens": 5, "weight": 0.5}],
         "rollout": {"num_generations": 2, "max_new_tokens": 10},
-        "ppo": {"epochs": 2, "minibatches": 2, **ppo},
+        "ppo": {"num_ppo_epochs": 2, "num_mini_batches": 2, **ppo},
         "train": {
-            "steps": steps,
+            "max_steps": steps,
             "prompts_per_step": 4,
             "micro_batch_size": 3,
             "learning_rate": 5e-3,
@@ -249,7 +249,7 @@ def test_no_second_base_stands_while_it_learns(tmp_path: Path, sft_run: Path, mo
 
 
 def loop_of(groups: Any, flat: list[nn.Parameter]) -> Trainer:
-    train = all_settings.TrainingConfig(steps=4, learning_rate=1e-3, schedule="constant")
+    train = all_settings.TrainingConfig(max_steps=4, learning_rate=1e-3, lr_scheduler_type="constant")
     return Trainer(
         None,
         flat,
@@ -299,10 +299,10 @@ def reward_run(tmp_path_factory: pytest.TempPathFactory, sft_run: Path) -> Path:
         "algorithm": "reward",
         "base": {"model": "tiny-tutor"},
         "adapters": {"sft": {"path": str(sft_run)}, "reward": {"r": 4}},
-        "data": {"train": [{"dataset": "tutor-preferences", "rows": 30}]},
+        "data": {"train": [{"dataset": "tutor-preferences", "max_samples": 30}]},
         "train": {
-            "steps": 3,
-            "rows_per_step": 8,
+            "max_steps": 3,
+            "global_batch_size": 8,
             "micro_batch_size": 8,
             "learning_rate": 5e-3,
             "gradient_checkpointing": False,
@@ -323,7 +323,7 @@ def test_a_value_can_begin_as_the_reward_model(
 ) -> None:
     recipe = small(sft_run, steps=1, value_from="reward")
     recipe["adapters"]["reward"] = {"path": str(reward_run)}
-    recipe["rewards"] = [{"use": "reward_model", "weight": 0.5}]
+    recipe["rewards"] = [{"name": "reward_model", "weight": 0.5}]
     seen = loaded_values(monkeypatch)
     outcome, events = run_with_events(recipe, tmp_path / "run")
     judge = read_adapter(str(reward_run), "here", head=True).tensors

@@ -257,7 +257,7 @@ def test_exit_codes(tmp_path: Path) -> None:
     assert result[0] == 2 and "6 of 46 rows cannot be used" in " ".join(result[1].split()) and "Mixture" in result[1], (
         "it is shown all the same"
     )
-    assert code(ROWS + bad, "data.max_rejected_share=0.2")[0] == 0
+    assert code(ROWS + bad, "data.max_invalid_fraction=0.2")[0] == 0
     result = code([{"question": "a", "answer": ""}] * 3)
     assert result[0] == 2 and "none of its 3 rows" in " ".join(result[1].split()) and "nothing to train on" in result[1]
     assert code(ROWS, "train.nonsense=1")[0] == 2

@@ -25,8 +25,8 @@ def recipe(*sources: str | dict[str, Any], heldout: str | None = None, rewards: 
         {
             "algorithm": "grpo",
             "data": {"train": train, "max_prompt_length": 60, **data},
-            "rewards": [{"use": rewards}],
-            "train": {"steps": 9, "prompts_per_step": 8},
+            "rewards": [{"name": rewards}],
+            "train": {"max_steps": 9, "prompts_per_step": 8},
             "rollout": {"num_generations": 5, "max_new_tokens": 70},
             "evaluate": {"heldout": {"dataset": heldout}} if heldout else {},
         }

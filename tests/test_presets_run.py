@@ -23,7 +23,7 @@ from lowrank_tune.types import Message
 
 # a token of this model is an end token with about this probability, so that completions are short whatever their limit
 ENDS = 0.15
-STEPS = ("train.steps=2", "train.warmup_steps=1")
+STEPS = ("train.max_steps=2", "train.warmup_steps=1")
 TINY = [name for name in NAMES if name.startswith("tiny-")]
 
 
@@ -78,9 +78,9 @@ def swapped(name: str, folder: Path) -> Recipe | Chain:
     for stage in stages_of(name):
         where = f"stages.{stage.name}." if isinstance(loaded, Chain) else ""
         overrides.append(f"{where}data.train={sources(stage.data.train, folder)}")
-        if stage.evaluate.heldout is not None:
+        if stage.evaluate.eval_dataset is not None:
             overrides.append(
-                f"{where}evaluate.heldout={json.dumps({'dataset': str(folder / 'heldout' / 'gsm8k.jsonl')})}"
+                f"{where}evaluate.eval_dataset={json.dumps({'dataset': str(folder / 'heldout' / 'gsm8k.jsonl')})}"
             )
         if "sft" in stage.adapters:
             overrides.append(f"{where}adapters.sft.path={_sft_of(folder)}")
@@ -123,7 +123,7 @@ def test_a_tiny_preset_runs_two_steps(name: str, tmp_path: Path, monkeypatch: py
     """Base and data of these ship with the package, so nothing is swapped but how many rows, prompts and held-out
     answers there are."""
     monkeypatch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))
-    assert run(load_any(name, "train.steps=2", *_few(name)), out=tmp_path / "run", ui="none").status == "done"
+    assert run(load_any(name, "train.max_steps=2", *_few(name)), out=tmp_path / "run", ui="none").status == "done"
 
 
 def _few(name: str) -> list[str]:
@@ -132,10 +132,12 @@ def _few(name: str) -> list[str]:
     for stage in stages_of(name):
         where = f"stages.{stage.name}." if len(stages_of(name)) > 1 else ""
         overrides += [
-            f"{where}data.train.0.rows=64",
-            *([f"{where}data.validation.0.rows=8"] if stage.data.validation else []),
+            f"{where}data.train.0.max_samples=64",
+            *([f"{where}data.validation.0.max_samples=8"] if stage.data.validation else []),
         ]
-        overrides += [f"{where}evaluate.prompts=4", f"{where}evaluate.samples=2"] if stage.evaluate.heldout else []
+        overrides += (
+            [f"{where}evaluate.num_prompts=4", f"{where}evaluate.num_samples=2"] if stage.evaluate.eval_dataset else []
+        )
         overrides += [f"{where}train.prompts_per_step=4"] if stage.rewards else []
     return overrides
 
@@ -164,12 +166,12 @@ def test_an_sft_that_never_ends_gives_a_warning(tmp_path: Path) -> None:
     events: list[Any] = []
     few = (
         "data.train=[{dataset: tutor, rows: 16}]",
-        "train.epochs=1",
+        "train.num_train_epochs=1",
         "train.warmup_steps=40",
-        "evaluate.heldout=null",
-        "evaluate.prompts=null",
-        "evaluate.samples=null",
-        "evaluate.shown=0",
+        "evaluate.eval_dataset=null",
+        "evaluate.num_prompts=null",
+        "evaluate.num_samples=null",
+        "evaluate.num_completions_to_print=0",
         "evaluate.max_new_tokens=null",
     )
     assert run("tiny-sft", *few, out=tmp_path / "run", ui="none", on_event=events.append).status == "done"

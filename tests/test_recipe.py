@@ -30,7 +30,7 @@ from lowrank_tune.recipe import (
 )
 
 ROOT = Path(__file__).parent.parent
-SMALL: dict[str, Any] = {"algorithm": "sft", "data": {"train": [{"dataset": "rows.jsonl"}]}, "train": {"steps": 10}}
+SMALL: dict[str, Any] = {"algorithm": "sft", "data": {"train": [{"dataset": "rows.jsonl"}]}, "train": {"max_steps": 10}}
 Write = Callable[..., str]
 
 
@@ -68,7 +68,7 @@ FAULTY = """\
 algorithm: sft
 base: {model: tiny-tutor, bits: 8}
 adapters:
-  policy: {rank: 8, alpha: ten}
+  policy: {rank: 8, lora_alpha: ten}
 lr: 1e-4
 data:
   train:
@@ -77,44 +77,46 @@ data:
     - dataset: 7
   max_seq_length: 512
 train:
-  steps: no
+  max_steps: no
   learning_rat: 2e-4
-  optimizer: adam
-  log_every: 0
+  optim: adam
+  logging_steps: 0
   weight_decay: .nan
   gradient_checkpointing: off
   gradient_accumulation_steps: 4
 evaluate:
-  samples: 4
+  num_samples: 4
 output_dir: out
 """
 
 
 def test_every_fault_at_once(write: Write) -> None:
-    assert faults_of(write(FAULTY), "train.keep=-1", "train.kep=2", "data.train.5.rows=1", "steps") == [
+    assert faults_of(
+        write(FAULTY), "train.save_total_limit=-1", "train.kep=2", "data.train.5.max_samples=1", "steps"
+    ) == [
         "my.yaml:2: base.bits: expected one of 4, 16, found 8",
-        "my.yaml:4: adapters.policy.alpha: expected a number, found 'ten'",
+        "my.yaml:4: adapters.policy.lora_alpha: expected a number, found 'ten'",
         "my.yaml:4: adapters.policy.rank: unknown key; did you mean `r`?",
         "my.yaml:5: lr: unknown key; did you mean `train.learning_rate`?",
         "my.yaml:9: data.train.0.row: unknown key; did you mean `rows`?",
         "my.yaml:10: data.train.1.dataset: expected text, found 7 (put it in quotes)",
         "my.yaml:11: data.max_seq_length: unknown key; did you mean `max_length`?",
-        "my.yaml:13: train.steps: expected a whole number, found 'no'",
+        "my.yaml:13: train.max_steps: expected a whole number, found 'no'",
         "my.yaml:14: train.learning_rat: unknown key; did you mean `learning_rate`?",
-        "my.yaml:15: train.optimizer: expected one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, found "
+        "my.yaml:15: train.optim: expected one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, found "
         "'adam'; did you mean `adamw`?",
-        "my.yaml:16: train.log_every: must be at least 1, found 0",
+        "my.yaml:16: train.logging_steps: must be at least 1, found 0",
         "my.yaml:17: train.weight_decay: must be a finite number, found nan",
         "my.yaml:18: train.gradient_checkpointing: expected true or false or one of none, all, auto or a whole "
         "number, found 'off' "
         "(write `false`)",
-        "my.yaml:19: train.gradient_accumulation_steps: unknown key; it follows from `train.rows_per_step` and "
+        "my.yaml:19: train.gradient_accumulation_steps: unknown key; it follows from `train.global_batch_size` and "
         "`train.micro_batch_size`",
-        "my.yaml:21: evaluate.samples: does nothing without `evaluate.heldout`",
+        "my.yaml:21: evaluate.num_samples: does nothing without `evaluate.eval_dataset`",
         "my.yaml:22: output_dir: unknown key; the run's folder is `runs/NAME`, or given by --out",
-        "override: 'steps' is not of the form key=value, as train.steps=100",
-        "override: data.train.5.rows: `data.train` is a list with entries 0 to 1",
-        "override: train.keep: must be at least 1, found -1",
+        "override: 'steps' is not of the form key=value, as train.max_steps=100",
+        "override: data.train.5.max_samples: `data.train` is a list with entries 0 to 1",
+        "override: train.save_total_limit: must be at least 1, found -1",
         "override: train.kep: unknown key; did you mean `keep`?",
     ]
 
@@ -122,7 +124,7 @@ def test_every_fault_at_once(write: Write) -> None:
 def test_missing_settings_stand_at_their_section(write: Write) -> None:
     assert faults_of(write("# a comment\nname: x\ndata:\n  max_length: 64\n")) == [
         "my.yaml:2: algorithm: is missing",
-        "my.yaml:2: train.steps: is missing: give `train.steps` or `train.epochs`",
+        "my.yaml:2: train.max_steps: is missing: give `train.max_steps` or `train.num_train_epochs`",
         "my.yaml:3: data.train: is missing",
     ]
 
@@ -131,9 +133,9 @@ def test_a_parents_fault_is_reported_at_the_parent(write: Write) -> None:
     write(
         "algorithm: sft\ndata:\n  train: [{dataset: tutor}]\n  max_length: 1\ntrain:\n  epoch: 1\n", "base/above.yaml"
     )
-    child = write("extends: base/above.yaml\ntrain:\n  steps: 5\n  keep: many\n")
+    child = write("extends: base/above.yaml\ntrain:\n  max_steps: 5\n  save_total_limit: many\n")
     assert faults_of(child) == [
-        "my.yaml:4: train.keep: expected a whole number, found 'many'",
+        "my.yaml:4: train.save_total_limit: expected a whole number, found 'many'",
         "base/above.yaml:4: data.max_length: must be at least 8, found 1",
         "base/above.yaml:6: train.epoch: unknown key; did you mean `epochs`?",
     ]
@@ -167,19 +169,19 @@ def test_extends_merges_mappings_and_replaces_lists(write: Write) -> None:
     )
     recipe = load(child)
     assert [source.dataset for source in recipe.data.train] == ["a.jsonl", "b.jsonl"]
-    assert recipe.adapters["policy"].r == 4 and recipe.adapters["policy"].alpha == 32
+    assert recipe.adapters["policy"].r == 4 and recipe.adapters["policy"].lora_alpha == 32
     assert recipe.name == "my" and recipe.description == ""
 
 
 def test_a_later_layer_replaces_a_rival_and_null_takes_away(write: Write) -> None:
-    assert load("tiny-sft").train.epochs is not None
-    recipe = load("tiny-sft", ["train.steps=10"])
-    assert (recipe.train.steps, recipe.train.epochs) == (10, None)
-    recipe = load(write("extends: tiny-sft\ntrain: {steps: 7, tokens_per_step: 999}\nevaluate: null\n"))
-    assert (recipe.train.steps, recipe.train.epochs, recipe.train.rows_per_step) == (7, None, None)
+    assert load("tiny-sft").train.num_train_epochs is not None
+    recipe = load("tiny-sft", ["train.max_steps=10"])
+    assert (recipe.train.max_steps, recipe.train.num_train_epochs) == (10, None)
+    recipe = load(write("extends: tiny-sft\ntrain: {max_steps: 7, tokens_per_step: 999}\nevaluate: null\n"))
+    assert (recipe.train.max_steps, recipe.train.num_train_epochs, recipe.train.global_batch_size) == (7, None, None)
     assert recipe.evaluate == settings.EvaluationConfig()
-    assert "override: train.epochs: contradicts `train.steps`: give one of the two" in faults_of(
-        "tiny-sft", "train.steps=1", "train.epochs=1"
+    assert "override: train.num_train_epochs: contradicts `train.max_steps`: give one of the two" in faults_of(
+        "tiny-sft", "train.max_steps=1", "train.num_train_epochs=1"
     )
 
 
@@ -188,42 +190,42 @@ def test_overrides(write: Write) -> None:
         "tiny-sft",
         [
             "train.learning_rate=1e-4",
-            "data.train.0.rows=200",
-            "data.system=Answer: briefly, #1",
+            "data.train.0.max_samples=200",
+            "data.system_prompt=Answer: briefly, #1",
             "adapters.policy.target_modules=[q_proj, 'no']",
-            "evaluate.heldout={dataset: tutor, split: train}",
-            "train.steps=5",
+            "evaluate.eval_dataset={dataset: tutor, split: train}",
+            "train.max_steps=5",
             "name='a-b'",
         ],
     )
-    assert recipe.train.learning_rate == 1e-4 and recipe.data.train[0].rows == 200
-    assert recipe.data.system == "Answer: briefly, #1"
+    assert recipe.train.learning_rate == 1e-4 and recipe.data.train[0].max_samples == 200
+    assert recipe.data.system_prompt == "Answer: briefly, #1"
     assert recipe.adapters["policy"].target_modules == ("q_proj", "no")
-    assert recipe.evaluate.heldout is not None and recipe.evaluate.heldout.split == "train"
+    assert recipe.evaluate.eval_dataset is not None and recipe.evaluate.eval_dataset.split == "train"
     assert recipe.name == "a-b"
-    assert Recipe.load("tiny-sft", "train.steps=5").train.steps == 5
+    assert Recipe.load("tiny-sft", "train.max_steps=5").train.max_steps == 5
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "train.steps=",
+        "train.max_steps=",
         "=5",
         "train..steps=5",
-        "train.steps=[1",
-        "train.steps=[1, &a 2]",
+        "train.max_steps=[1",
+        "train.max_steps=[1, &a 2]",
         "seed.x=1",
         "nothing.at.all=1",
         "data.train.x=1",
         "data.train=[]",
-        "train.steps='5'",
+        "train.max_steps='5'",
         "train=5",
         "extends=x",
-        "data.system=\x00",
-        "train.steps={a: 1}\nb: 2",
+        "data.system_prompt=\x00",
+        "train.max_steps={a: 1}\nb: 2",
         "algorithm=rloo",
-        "data.train.99999999999999999999.rows=1",
-        "train.steps=" + "9" * 5000,
+        "data.train.99999999999999999999.max_samples=1",
+        "train.max_steps=" + "9" * 5000,
         "data.train.-1.rows=1",
         "adapters.Bad={}",
         "name=../x",
@@ -234,17 +236,23 @@ def test_faulty_overrides(text: str) -> None:
 
 
 CONTRADICTIONS = {
-    "steps and epochs": (changed(train={"epochs": 1}), "train.epochs: contradicts `train.steps`"),
-    "neither": (changed(train={"steps": None}), "train.steps: is missing: give `train.steps` or `train.epochs`"),
+    "steps and epochs": (
+        changed(train={"num_train_epochs": 1}),
+        "train.num_train_epochs: contradicts `train.max_steps`",
+    ),
+    "neither": (
+        changed(train={"max_steps": None}),
+        "train.max_steps: is missing: give `train.max_steps` or `train.num_train_epochs`",
+    ),
     "rows and tokens": (
-        changed(train={"rows_per_step": 8, "tokens_per_step": 99}),
+        changed(train={"global_batch_size": 8, "tokens_per_step": 99}),
         "train.tokens_per_step: contradicts",
     ),
     "micro": (
         changed(train={"micro_batch_size": 8, "micro_batch_tokens": 99}),
         "train.micro_batch_tokens: contradicts",
     ),
-    "warm-up": (changed(train={"warmup_steps": 10}), "train.warmup_steps: must be smaller than `train.steps`, 10"),
+    "warm-up": (changed(train={"warmup_steps": 10}), "train.warmup_steps: must be smaller than `train.max_steps`, 10"),
     "some weights": (
         changed(data={"train": [{"dataset": "a", "weight": 0.5}, {"dataset": "b"}]}),
         "data.train.1.weight: is missing: give every source a weight, or none",
@@ -257,54 +265,57 @@ CONTRADICTIONS = {
         changed(data={"train": [{"dataset": "a", "weight": 1.0}]}),
         "data.train.0.weight: does nothing with a single source",
     ),
-    "no prompts": (changed(evaluate={"samples": 9}), "evaluate.samples: does nothing without `evaluate.heldout`"),
+    "no prompts": (
+        changed(evaluate={"num_samples": 9}),
+        "evaluate.num_samples: does nothing without `evaluate.eval_dataset`",
+    ),
     "none shown": (
-        changed(data={"validation_share": 0}, evaluate={"shown": 9}),
-        "evaluate.shown: does nothing with neither",
+        changed(data={"eval_fraction": 0}, evaluate={"num_completions_to_print": 9}),
+        "evaluate.num_completions_to_print: does nothing with neither",
     ),
     "never": (
-        changed(data={"validation_share": 0}, evaluate={"every": 9}),
-        "evaluate.every: does nothing with neither",
+        changed(data={"eval_fraction": 0}, evaluate={"eval_steps": 9}),
+        "evaluate.eval_steps: does nothing with neither",
     ),
     "greedy": (
-        changed(evaluate={"heldout": {"dataset": "tutor", "split": "heldout"}, "temperature": 0.7}),
+        changed(evaluate={"eval_dataset": {"dataset": "tutor", "split": "heldout"}, "temperature": 0.7}),
         "evaluate.temperature: does nothing with one sample",
     ),
     "best of none": (
-        changed(data={"validation_share": 0.0}, train={"final": "best"}),
+        changed(data={"eval_fraction": 0.0}, train={"final": "best"}),
         "train.final: `best` needs validation rows",
     ),
     "two validations": (
-        changed(data={"validation": [{"dataset": "v.jsonl"}], "validation_share": 0.1}),
-        "data.validation_share: contradicts `data.validation`",
+        changed(data={"validation": [{"dataset": "v.jsonl"}], "eval_fraction": 0.1}),
+        "data.eval_fraction: contradicts `data.validation`",
     ),
     "frozen shape": (
         changed(adapters={"low": {"path": "runs/a", "r": 8}}),
         "adapters.low.r: comes from the file at `path`; leave it out",
     ),
     "frozen dropout": (
-        changed(adapters={"low": {"path": "runs/a", "dropout": 0.1}}),
-        "adapters.low.dropout: does nothing for a frozen",
+        changed(adapters={"low": {"path": "runs/a", "lora_dropout": 0.1}}),
+        "adapters.low.lora_dropout: does nothing for a frozen",
     ),
     "continued shape": (
-        changed(adapters={"policy": {"path": "runs/a", "alpha": 8}}),
-        "adapters.policy.alpha: comes from the file",
+        changed(adapters={"policy": {"path": "runs/a", "lora_alpha": 8}}),
+        "adapters.policy.lora_alpha: comes from the file",
     ),
     "no path": (changed(adapters={"low": {}}), "adapters.low.path: is missing: only `policy` is trained"),
     "adapter name": (changed(adapters={"Low.1": {"path": "x"}}), "adapters.Low.1: is no name for an adapter"),
     "adapter base": (changed(adapters={"base": {"path": "x"}}), "adapters.base: is no name for an adapter"),
     "revision": (changed(base={"model": "a/b@"}), "base.model: names no revision after the @"),
     "tutor": (
-        changed(data={"train": [{"dataset": "tutor", "gold": "boxed"}]}),
-        "data.train.0.gold: does nothing for `tutor`",
+        changed(data={"train": [{"dataset": "tutor", "ground_truth": "boxed"}]}),
+        "data.train.0.ground_truth: does nothing for `tutor`",
     ),
     "tutor split": (
         changed(data={"train": [{"dataset": "tutor", "split": "test"}]}),
         "data.train.0.split: `tutor` has the splits",
     ),
     "file name": (
-        changed(data={"train": [{"dataset": "a.csv", "name": "x"}]}),
-        "data.train.0.name: does nothing for a file",
+        changed(data={"train": [{"dataset": "a.csv", "config_name": "x"}]}),
+        "data.train.0.config_name: does nothing for a file",
     ),
     "validation weight": (
         changed(data={"validation": [{"dataset": "v", "weight": 1.0}]}),
@@ -327,14 +338,16 @@ def test_contradictions_and_idle_settings(case: str) -> None:
     "data",
     [
         SMALL,
-        changed(train={"steps": None, "epochs": 0.5, "warmup_steps": 100}),
+        changed(train={"max_steps": None, "num_train_epochs": 0.5, "warmup_steps": 100}),
         changed(data={"train": [{"dataset": "a", "weight": 1 / 3}, {"dataset": "b", "weight": 2 / 3}]}),
-        changed(data={"validation": [{"dataset": "v.jsonl"}]}, train={"final": "best"}, evaluate={"every": 2}),
-        changed(data={"validation_share": 0}),
-        changed(adapters={"low": {"path": "runs/a"}, "policy": {"r": 4, "dropout": 0.1}}),
-        changed(adapters={"policy": {"path": "runs/a", "dropout": 0.1}}),
-        changed(evaluate={"heldout": {"dataset": "tutor", "split": "heldout"}, "samples": 4, "temperature": 0.7}),
-        changed(data={"system": 'Zeile\n  "zwei": - no #\ttab ~ é 世界 \u2028 end '}, description="null"),
+        changed(data={"validation": [{"dataset": "v.jsonl"}]}, train={"final": "best"}, evaluate={"eval_steps": 2}),
+        changed(data={"eval_fraction": 0}),
+        changed(adapters={"low": {"path": "runs/a"}, "policy": {"r": 4, "lora_dropout": 0.1}}),
+        changed(adapters={"policy": {"path": "runs/a", "lora_dropout": 0.1}}),
+        changed(
+            evaluate={"eval_dataset": {"dataset": "tutor", "split": "heldout"}, "num_samples": 4, "temperature": 0.7}
+        ),
+        changed(data={"system_prompt": 'Zeile\n  "zwei": - no #\ttab ~ é 世界 \u2028 end '}, description="null"),
         changed(
             data={"train": [{"dataset": "x", "columns": {"question": "no", "answer": "1e5"}}]}, seed=7, name="a.b-c"
         ),
@@ -353,11 +366,15 @@ def test_what_is_saved_replays(data: dict[str, Any], write: Write) -> None:
 
 def test_python_objects_are_judged_too() -> None:
     source = settings.SourceConfig(dataset="tutor")
-    recipe = Recipe(algorithm="sft", data=settings.DataConfig(train=(source,)), train=settings.TrainingConfig(steps=3))
-    assert recipe.train.steps == 3
-    with pytest.raises(ConfigError, match="train.epochs: contradicts"):
+    recipe = Recipe(
+        algorithm="sft", data=settings.DataConfig(train=(source,)), train=settings.TrainingConfig(max_steps=3)
+    )
+    assert recipe.train.max_steps == 3
+    with pytest.raises(ConfigError, match="train.num_train_epochs: contradicts"):
         Recipe(
-            algorithm="sft", data=settings.DataConfig(train=(source,)), train=settings.TrainingConfig(steps=3, epochs=1)
+            algorithm="sft",
+            data=settings.DataConfig(train=(source,)),
+            train=settings.TrainingConfig(max_steps=3, num_train_epochs=1),
         )
 
 
@@ -365,7 +382,7 @@ def test_settings_of_another_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rules.USED_BY, "evaluate", ("dpo",))
     monkeypatch.setitem(rules.USED_BY, "train.length_window", ("dpo", "grpo"))
     with pytest.raises(ConfigError) as caught:
-        from_dict(changed(evaluate={"every": 5}, train={"length_window": 4}))
+        from_dict(changed(evaluate={"eval_steps": 5}, train={"length_window": 4}))
     assert str(caught.value).splitlines() == [
         "train.length_window: does nothing for sft (it belongs to dpo, grpo)",
         "evaluate: does nothing for sft (it belongs to dpo)",
@@ -417,19 +434,23 @@ def test_the_name_comes_from_the_file(write: Write) -> None:
 
 
 def test_differences() -> None:
-    old, new = load("tiny-sft").to_dict(), load("tiny-sft", ["train.steps=9", "train.keep=3", "name=other"]).to_dict()
+    old, new = (
+        load("tiny-sft").to_dict(),
+        load("tiny-sft", ["train.max_steps=9", "train.save_total_limit=3", "name=other"]).to_dict(),
+    )
     assert differences(old, new) == []
     new = load(
-        "tiny-sft", ["train.learning_rate=1e-3", "data.train=[{dataset: tutor}, {dataset: a.csv}]", "evaluate.every=5"]
+        "tiny-sft",
+        ["train.learning_rate=1e-3", "data.train=[{dataset: tutor}, {dataset: a.csv}]", "evaluate.eval_steps=5"],
     ).to_dict()
     assert differences(old, new) == [
-        "data.train.0.rows: was 400, is not set",
+        "data.train.0.max_samples: was 400, is not set",
         f"train.learning_rate: was {old['train']['learning_rate']}, is 0.001",
         "data.train.1.dataset: was not set, is 'a.csv'",
         "data.train.1.split: was not set, is 'train'",
         "data.train.1.format: was not set, is 'auto'",
         "data.train.1.columns: was not set, is a mapping",
-        "data.train.1.gold: was not set, is 'auto'",
+        "data.train.1.ground_truth: was not set, is 'auto'",
     ]
 
 

@@ -22,55 +22,61 @@ FULL: dict[str, Any] = {
     "base": {"model": "org/model@main", "bits": 16, "trust_remote_code": False},
     "adapters": {
         "low": {"path": "runs/low"},
-        "policy": {"r": 8, "alpha": 16.0, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"], "rslora": True},
+        "policy": {
+            "r": 8,
+            "lora_alpha": 16.0,
+            "lora_dropout": 0.1,
+            "target_modules": ["q_proj", "v_proj"],
+            "use_rslora": True,
+        },
     },
     "data": {
         "train": [
             {
                 "dataset": "a/b",
-                "name": "main",
+                "config_name": "main",
                 "split": "train",
                 "format": "alpaca",
                 "columns": {"instruction": "x"},
-                "rows": 9,
+                "max_samples": 9,
                 "weight": 0.25,
             },
-            {"dataset": "b.jsonl", "gold": "boxed", "weight": 0.75},
+            {"dataset": "b.jsonl", "ground_truth": "boxed", "weight": 0.75},
         ],
         "validation": [{"dataset": "c.csv"}],
-        "system": "Be brief.",
+        "system_prompt": "Be brief.",
         "max_length": 64,
-        "too_long": "truncate",
-        "max_rejected_share": 0.5,
+        "truncation": "truncate",
+        "max_invalid_fraction": 0.5,
     },
     "train": {
-        "steps": 50,
-        "rows_per_step": 8,
+        "max_steps": 50,
+        "global_batch_size": 8,
         "micro_batch_size": 2,
         "length_window": 4,
         "learning_rate": 1e-4,
-        "schedule": "linear",
+        "lr_scheduler_type": "linear",
         "warmup_steps": 3,
-        "optimizer": "adamw",
+        "optim": "adamw",
         "weight_decay": 0.01,
         "adam_beta1": 0.8,
         "adam_beta2": 0.99,
         "max_grad_norm": 0.5,
         "gradient_checkpointing": False,
-        "max_bad_steps": 2,
-        "log_every": 2,
-        "save_every": 5,
-        "keep": 1,
+        "max_nonfinite_steps": 2,
+        "logging_steps": 2,
+        "save_steps": 5,
+        "save_total_limit": 1,
         "final": "best",
     },
     "evaluate": {
-        "every": 10,
-        "heldout": {"dataset": "tutor", "split": "heldout"},
-        "prompts": 5,
-        "samples": 2,
+        "eval_steps": 10,
+        "eval_dataset": {"dataset": "tutor", "split": "heldout"},
+        "num_prompts": 5,
+        "num_samples": 2,
         "temperature": 0.7,
         "max_new_tokens": 9,
-        "shown": 1,
+        "num_completions_to_print": 1,
     },
 }
 
@@ -209,7 +215,7 @@ def test_any_bytes(raw: bytes) -> None:
 def test_texts_and_numbers_replay(description: str, seed: int, rate: float, system: str) -> None:
     data = {**FULL, "description": description, "seed": seed}
     data["train"] = {**FULL["train"], "learning_rate": rate}
-    data["data"] = {**FULL["data"], "system": system}
+    data["data"] = {**FULL["data"], "system_prompt": system}
     try:
         recipe = from_dict(data)
     except ConfigError:

@@ -29,9 +29,9 @@ def made(algorithm: str = "grpo", **sections: Any) -> dict[str, Any]:
     data = {
         "algorithm": algorithm,
         "data": {"train": [{"dataset": dataset}], **extra["data"]},
-        "train": {"steps": 10, **extra["train"]},
+        "train": {"max_steps": 10, **extra["train"]},
     }
-    return {**data, **({"rewards": [{"use": "answer"}]} if algorithm == "grpo" else {}), **sections}
+    return {**data, **({"rewards": [{"name": "answer"}]} if algorithm == "grpo" else {}), **sections}
 
 
 def from_file(**source: Any) -> dict[str, Any]:
@@ -40,28 +40,32 @@ def from_file(**source: Any) -> dict[str, Any]:
 
 OURS = "(it belongs to grpo, ppo)"
 RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
-    "rewards of sft": (made("sft", rewards=[{"use": "answer"}]), f"rewards: does nothing for sft {OURS}", made("sft")),
+    "rewards of sft": (made("sft", rewards=[{"name": "answer"}]), f"rewards: does nothing for sft {OURS}", made("sft")),
     "rewards of a reward model": (
         made("reward", rewards=[OWN]),
         f"rewards: does nothing for reward {OURS}; there is `reward`",
-        made("reward", reward={"centering": 0.1}),
+        made("reward", reward={"center_rewards_coefficient": 0.1}),
     ),
     "reward section": (
-        made(reward={"centering": 0.1}),
+        made(reward={"center_rewards_coefficient": 0.1}),
         "reward: does nothing for grpo (it belongs to reward); there is `rewards`",
         made(),
     ),
-    "dpo section": (made(dpo={"beta": 0.1}), "dpo: does nothing for grpo (it belongs to dpo)", made(grpo={"kl": 0.1})),
+    "dpo section": (
+        made(dpo={"beta": 0.1}),
+        "dpo: does nothing for grpo (it belongs to dpo)",
+        made(grpo={"beta": 0.1}),
+    ),
     "grpo section": (made("dpo", grpo={}), "grpo: does nothing for dpo (it belongs to grpo)", made(grpo={})),
     "rollout section": (
-        made("sft", rollout={"slots": 4}),
+        made("sft", rollout={"max_num_seqs": 4}),
         f"rollout: does nothing for sft {OURS}",
-        made(rollout={"slots": 4}),
+        made(rollout={"max_num_seqs": 4}),
     ),
     "prompts of sft": (
         made("sft", train={"prompts_per_step": 4}),
-        f"train.prompts_per_step: does nothing for sft {OURS}; there is `train.rows_per_step`",
-        made("sft", train={"rows_per_step": 4}),
+        f"train.prompts_per_step: does nothing for sft {OURS}; there is `train.global_batch_size`",
+        made("sft", train={"global_batch_size": 4}),
     ),
     "prompt length of dpo": (
         made("dpo", data={"max_prompt_length": 99}),
@@ -69,8 +73,8 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made("dpo", data={"max_length": 99}),
     ),
     "rows": (
-        made(train={"rows_per_step": 4}),
-        f"train.rows_per_step: does nothing for grpo {ROWS}; there is `train.prompts_per_step`",
+        made(train={"global_batch_size": 4}),
+        f"train.global_batch_size: does nothing for grpo {ROWS}; there is `train.prompts_per_step`",
         made(train={"prompts_per_step": 4}),
     ),
     "tokens": (
@@ -90,19 +94,19 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made(data={"max_prompt_length": 99}, rollout={"max_new_tokens": 9}),
     ),
     "too long": (
-        made(data={"too_long": "drop"}),
-        f"data.too_long: does nothing for grpo {ROWS}",
-        made(data={"max_rejected_share": 0.5}),
+        made(data={"truncation": "drop"}),
+        f"data.truncation: does nothing for grpo {ROWS}",
+        made(data={"max_invalid_fraction": 0.5}),
     ),
     "validation": (
         made(data={"validation": [{"dataset": "b.jsonl"}]}),
-        f"data.validation: does nothing for grpo {ROWS}; there is `evaluate.heldout`",
+        f"data.validation: does nothing for grpo {ROWS}; there is `evaluate.eval_dataset`",
         made(evaluate=HELDOUT),
     ),
     "share": (
-        made(data={"validation_share": 0.5}),
-        f"data.validation_share: does nothing for grpo {ROWS}",
-        made("sft", data={"validation_share": 0.5}),
+        made(data={"eval_fraction": 0.5}),
+        f"data.eval_fraction: does nothing for grpo {ROWS}",
+        made("sft", data={"eval_fraction": 0.5}),
     ),
     "micro": (
         made(train={"micro_batch_size": 2, "micro_batch_tokens": 99}),
@@ -116,83 +120,83 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "empty rewards": (made(rewards=[]), "rewards: is missing: say what completions earn", made(rewards=[OWN])),
     "no reward": (
-        made(rewards=[{"use": "quite"}]),
-        "rewards.0.use: is no reward; there are answer, ",
-        made(rewards=[{"use": "length", "target_tokens": 9}]),
+        made(rewards=[{"name": "quite"}]),
+        "rewards.0.name: is no reward; there are answer, ",
+        made(rewards=[{"name": "length", "target_tokens": 9}]),
     ),
     "nearly a reward": (
-        made(rewards=[OWN, {"use": "anser"}]),
-        "rewards.1.use: is no reward; did you mean `answer`?",
+        made(rewards=[OWN, {"name": "anser"}]),
+        "rewards.1.name: is no reward; did you mean `answer`?",
         made(rewards=[OWN]),
     ),
     "reward of others": (
-        made(rewards=[{"use": "accuracy_reward"}]),
-        "rewards.0.use: is no reward; did you mean `answer`?",
+        made(rewards=[{"name": "accuracy_reward"}]),
+        "rewards.0.name: is no reward; did you mean `answer`?",
         made(),
     ),
     "file alone": (
-        made(rewards=[{"use": "./mine.py"}]),
-        "rewards.0.use: is no function in a file; write it as `./file.py:function`",
-        made(rewards=[{"use": "mine.py:f"}]),
+        made(rewards=[{"name": "./mine.py"}]),
+        "rewards.0.name: is no function in a file; write it as `./file.py:function`",
+        made(rewards=[{"name": "mine.py:f"}]),
     ),
     "no file": (
-        made(rewards=[{"use": "mine:f"}]),
-        "rewards.0.use: is no function in a file",
-        made(rewards=[{"use": "/a b/mine.py:f"}]),
+        made(rewards=[{"name": "mine:f"}]),
+        "rewards.0.name: is no function in a file",
+        made(rewards=[{"name": "/a b/mine.py:f"}]),
     ),
     "no function": (
-        made(rewards=[{"use": "a.py:1f"}]),
-        "rewards.0.use: is no function in a file",
-        made(rewards=[{"use": "a.py:f1"}]),
+        made(rewards=[{"name": "a.py:1f"}]),
+        "rewards.0.name: is no function in a file",
+        made(rewards=[{"name": "a.py:f1"}]),
     ),
     "pattern": (
-        made(rewards=[{"use": "answer", "pattern": "."}]),
+        made(rewards=[{"name": "answer", "pattern": "."}]),
         "rewards.0.pattern: does nothing for this reward; it belongs to `format`",
-        made(rewards=[{"use": "format", "pattern": "."}]),
+        made(rewards=[{"name": "format", "pattern": "."}]),
     ),
     "no kind": (
-        made(rewards=[{"use": "smt"}]),
+        made(rewards=[{"name": "smt"}]),
         "rewards.0.kind: is missing: what a completion tells: `statement`, `witness` or",
-        made(rewards=[{"use": "smt", "kind": "witness"}]),
+        made(rewards=[{"name": "smt", "kind": "witness"}]),
     ),
     "program": (
         made(rewards=[{**OWN, "program": ["lean"]}]),
         "rewards.0.program: does nothing for this reward; it belongs to `lean`",
-        made(rewards=[{"use": "lean", "program": ["lean"]}, {"use": "lean"}]),
+        made(rewards=[{"name": "lean", "program": ["lean"]}, {"name": "lean"}]),
     ),
-    "no pattern": (made(rewards=[{"use": "format"}]), "rewards.0.pattern: is missing: the regular expression", made()),
+    "no pattern": (made(rewards=[{"name": "format"}]), "rewards.0.pattern: is missing: the regular expression", made()),
     "bad pattern": (
-        made(rewards=[{"use": "format", "pattern": "(a"}]),
+        made(rewards=[{"name": "format", "pattern": "(a"}]),
         "rewards.0.pattern: is no regular expression of RE2: missing )",
-        made(rewards=[{"use": "format", "pattern": r"\(a"}]),
+        made(rewards=[{"name": "format", "pattern": r"\(a"}]),
     ),
     "lookaround": (
-        made(rewards=[{"use": "regex", "pattern": "(?!b)a"}]),
+        made(rewards=[{"name": "regex", "pattern": "(?!b)a"}]),
         "rewards.0.pattern: has lookaround, which the linear-time",
-        made(rewards=[{"use": "regex", "pattern": "a(?s)[[]"}]),
+        made(rewards=[{"name": "regex", "pattern": "a(?s)[[]"}]),
     ),
     "endless pattern": (
-        made(rewards=[{"use": "format", "pattern": "a{1,9999}"}]),
+        made(rewards=[{"name": "format", "pattern": "a{1,9999}"}]),
         "rewards.0.pattern: is no regular expression of RE2: inv",
-        made(rewards=[{"use": "format", "pattern": "a{1,999}"}]),
+        made(rewards=[{"name": "format", "pattern": "a{1,999}"}]),
     ),
     "huge pattern": (
-        made(rewards=[{"use": "format", "pattern": r"(\pL{30}){30}"}]),
+        made(rewards=[{"name": "format", "pattern": r"(\pL{30}){30}"}]),
         "rewards.0.pattern: is no regular expression of RE2: pattern too large",
         made(),
     ),
     "ngram": (
         made(rewards=[{**OWN, "ngram": 3}]),
         "rewards.0.ngram: does nothing for this reward; it belongs to `repetition`",
-        made(rewards=[OWN, {"use": "repetition"}, {"use": "repetition", "ngram": 3}]),
+        made(rewards=[OWN, {"name": "repetition"}, {"name": "repetition", "ngram": 3}]),
     ),
     "target": (
         made(rewards=[{**OWN, "target_tokens": 9}]),
         "rewards.0.target_tokens: does nothing for this reward; it belongs to `length`",
-        made(rewards=[OWN, {"use": "length", "target_tokens": 9}]),
+        made(rewards=[OWN, {"name": "length", "target_tokens": 9}]),
     ),
     "no target": (
-        made(rewards=[{"use": "length"}]),
+        made(rewards=[{"name": "length"}]),
         "rewards.0.target_tokens: is missing: up to how many tokens",
         made(),
     ),
@@ -202,74 +206,74 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made(rewards=[{**OWN, "weight": -1e9}]),
     ),
     "no weight": (
-        made(rewards=[{**OWN, "weight": 0}, {"use": "answer", "weight": -0.0}]),
+        made(rewards=[{**OWN, "weight": 0}, {"name": "answer", "weight": -0.0}]),
         "rewards.0.weight: the weights of the rewards are all 0",
-        made(rewards=[{**OWN, "weight": 0}, {"use": "answer", "weight": -0.5}]),
+        made(rewards=[{**OWN, "weight": 0}, {"name": "answer", "weight": -0.5}]),
     ),
     "no golds": (
         made(data=from_file(gold="none")),
-        "data.train.0.gold: leaves the reward `answer` nothing to compare with",
+        "data.train.0.ground_truth: leaves the reward `answer` nothing to compare with",
         made(data=from_file(gold="none"), rewards=[OWN]),
     ),
     "penalty": (
-        made(grpo={"penalty": 2.0}),
-        "grpo.penalty: does nothing without `grpo.truncated`: penalise",
-        made(grpo={"penalty": 2.0, "truncated": "penalise"}),
+        made(grpo={"missing_eos_penalty": 2.0}),
+        "grpo.missing_eos_penalty: does nothing without `grpo.truncated_completions`: penalise",
+        made(grpo={"missing_eos_penalty": 2.0, "truncated_completions": "penalize"}),
     ),
     "penalty of masked": (
-        made(grpo={"penalty": 2.0, "truncated": "mask"}),
-        "grpo.penalty: does nothing",
-        made(grpo={"truncated": "mask"}),
+        made(grpo={"missing_eos_penalty": 2.0, "truncated_completions": "mask"}),
+        "grpo.missing_eos_penalty: does nothing",
+        made(grpo={"truncated_completions": "mask"}),
     ),
     "all clips": (
-        made(grpo={"clip": 0.1, "clip_low": 0.1, "clip_high": 0.3}),
-        "grpo.clip: does nothing beside `grpo.clip_low` and",
-        made(grpo={"clip_low": 0.1, "clip_high": 0.3}),
+        made(grpo={"epsilon": 0.1, "epsilon_low": 0.1, "epsilon_high": 0.3}),
+        "grpo.epsilon: does nothing beside `grpo.epsilon_low` and",
+        made(grpo={"epsilon_low": 0.1, "epsilon_high": 0.3}),
     ),
     "dapo's own": (
-        made(grpo={"loss": "dapo", "clip": 0.1, "clip_low": 0.1}),
-        "grpo.clip: does nothing beside `grpo.clip_low`: the loss dapo has",
-        made(grpo={"loss": "dapo", "clip": 0.1}),
+        made(grpo={"loss_type": "dapo", "epsilon": 0.1, "epsilon_low": 0.1}),
+        "grpo.epsilon: does nothing beside `grpo.epsilon_low`: the loss dapo has",
+        made(grpo={"loss_type": "dapo", "epsilon": 0.1}),
     ),
     "half a pair": (
-        made(grpo={"loss": "cispo", "clip": 0.1}),
-        "grpo.clip: does nothing for the loss cispo",
-        made(grpo={"loss": "gspo", "clip": 0.1, "clip_low": 0.2}),
+        made(grpo={"loss_type": "cispo", "epsilon": 0.1}),
+        "grpo.epsilon: does nothing for the loss cispo",
+        made(grpo={"loss_type": "gspo", "epsilon": 0.1, "epsilon_low": 0.2}),
     ),
     "cispo's low": (
-        made(grpo={"loss": "cispo", "clip_low": 0.1}),
-        "grpo.clip_low: does nothing for the loss cispo",
-        made(grpo={"loss": "cispo", "clip_high": 4}),
+        made(grpo={"loss_type": "cispo", "epsilon_low": 0.1}),
+        "grpo.epsilon_low: does nothing for the loss cispo",
+        made(grpo={"loss_type": "cispo", "epsilon_high": 4}),
     ),
     "place of no KL": (
-        made(grpo={"kl": 0, "kl_in": "loss"}),
-        "grpo.kl_in: does nothing where `grpo.kl` is 0",
-        made(grpo={"kl": 1e-9, "kl_in": "reward"}),
+        made(grpo={"beta": 0, "kl_in": "loss"}),
+        "grpo.kl_in: does nothing where `grpo.beta` is 0",
+        made(grpo={"beta": 1e-9, "kl_in": "reward"}),
     ),
     "estimator of no KL": (
-        made(grpo={"kl": 0.0, "kl_estimator": "k2"}),
-        "grpo.kl_estimator: does nothing where `grpo.kl` is 0",
+        made(grpo={"beta": 0.0, "kl_estimator": "k2"}),
+        "grpo.kl_estimator: does nothing where `grpo.beta` is 0",
         made(grpo={"kl_estimator": "exact", "kl_in": "loss"}),
     ),
     "estimator in the reward": (
         made(grpo={"kl_in": "reward", "kl_estimator": "k3"}),
         "grpo.kl_estimator: does nothing with `grpo.kl_in`",
-        made(grpo={"kl_in": "reward", "old": "sampler"}),
+        made(grpo={"kl_in": "reward", "old_logprobs_from": "sampler"}),
     ),
     "share of what stops": (
-        made(rewards=[OWN], rollout={"max_unscored_share": 0.1}),
-        "rollout.max_unscored_share: does nothing where every",
-        made(rewards=[{**OWN, "on_error": "drop"}], rollout={"max_unscored_share": 0.1}),
+        made(rewards=[OWN], rollout={"max_reward_failure_rate": 0.1}),
+        "rollout.max_reward_failure_rate: does nothing where every",
+        made(rewards=[{**OWN, "on_error": "drop"}], rollout={"max_reward_failure_rate": 0.1}),
     ),
     "share of stopping kits": (
-        made(rewards=[{"use": "answer", "on_error": "stop"}, OWN], rollout={"max_unscored_share": 0}),
-        "rollout.max_unscored_share: does nothing",
-        made(rollout={"max_unscored_share": 0.0}),
+        made(rewards=[{"name": "answer", "on_error": "stop"}, OWN], rollout={"max_reward_failure_rate": 0}),
+        "rollout.max_reward_failure_rate: does nothing",
+        made(rollout={"max_reward_failure_rate": 0.0}),
     ),
     "no reward model": (
-        made(rewards=[{"use": "reward_model"}]),
-        "rewards.0.use: needs a reward model: `adapters: {reward:",
-        made(rewards=[{"use": "reward_model"}], adapters={"reward": {"path": "runs/r"}}, reference="base"),
+        made(rewards=[{"name": "reward_model"}]),
+        "rewards.0.name: needs a reward model: `adapters: {reward:",
+        made(rewards=[{"name": "reward_model"}], adapters={"reward": {"path": "runs/r"}}, reference="base"),
     ),
     "idle reward model": (
         made(adapters={"reward": {"path": "runs/r"}}),
@@ -282,8 +286,8 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made("sft"),
     ),
     "dropout": (
-        made(adapters={"policy": {"dropout": 0.1}}),
-        "adapters.policy.dropout: must be 0 with grpo",
+        made(adapters={"policy": {"lora_dropout": 0.1}}),
+        "adapters.policy.lora_dropout: must be 0 with grpo",
         made(adapters={"policy": {"r": 2}}),
     ),
     "reference": (
@@ -303,34 +307,39 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made(data=from_file(format="question_answer")),
     ),
     "shown of nothing": (
-        made(evaluate={"shown": 2}),
-        "evaluate.shown: does nothing without `evaluate.heldout`",
+        made(evaluate={"num_completions_to_print": 2}),
+        "evaluate.num_completions_to_print: does nothing without `evaluate.eval_dataset`",
         made(evaluate=HELDOUT),
     ),
     "every of nothing": (
-        made(evaluate={"every": 2}),
-        "evaluate.every: does nothing without",
-        made(evaluate={**HELDOUT, "every": 2}),
+        made(evaluate={"eval_steps": 2}),
+        "evaluate.eval_steps: does nothing without",
+        made(evaluate={**HELDOUT, "eval_steps": 2}),
     ),
     "best of nothing": (
         made(train={"final": "best"}),
-        "train.final: `best` needs `evaluate.heldout`, and there are none",
+        "train.final: `best` needs `evaluate.eval_dataset`, and there are none",
         made(train={"final": "best"}, evaluate=HELDOUT),
     ),
     "best by loss": (
-        made(evaluate={**HELDOUT, "best_by": "loss"}),
-        "evaluate.best_by: `loss` needs validation rows, and there are none",
-        made("sft", evaluate={**HELDOUT, "best_by": "loss"}),
+        made(evaluate={**HELDOUT, "metric_for_best_model": "loss"}),
+        "evaluate.metric_for_best_model: `loss` needs validation rows, and there are none",
+        made("sft", evaluate={**HELDOUT, "metric_for_best_model": "loss"}),
     ),
     "best by no answers": (
-        made("sft", evaluate={"best_by": "exact"}),
-        "evaluate.best_by: `exact` needs questions: `evaluate.heldout`",
-        made("sft", data={"validation_share": 0}, evaluate={**HELDOUT, "best_by": "exact"}, train={"final": "best"}),
+        made("sft", evaluate={"metric_for_best_model": "accuracy"}),
+        "evaluate.metric_for_best_model: `exact` needs questions: `evaluate.eval_dataset`",
+        made(
+            "sft",
+            data={"eval_fraction": 0},
+            evaluate={**HELDOUT, "metric_for_best_model": "accuracy"},
+            train={"final": "best"},
+        ),
     ),
     "best scores": (
-        made("reward", evaluate={**HELDOUT, "best_by": "exact"}),
-        "evaluate.best_by: `exact` needs answers, and a reward model",
-        made("reward", evaluate={**HELDOUT, "best_by": "loss"}),
+        made("reward", evaluate={**HELDOUT, "metric_for_best_model": "accuracy"}),
+        "evaluate.metric_for_best_model: `exact` needs answers, and a reward model",
+        made("reward", evaluate={**HELDOUT, "metric_for_best_model": "loss"}),
     ),
     "group of one": (
         made(rollout={"num_generations": 1}),
@@ -342,21 +351,21 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 OTHER_WORDS = {
     "num_generations": "`rollout.num_generations`",
     "max_completion_length": "`rollout.max_new_tokens`",
-    "beta": "`grpo.kl`",
+    "beta": "`grpo.beta`",
     "max_prompt_length": "`data.max_prompt_length`",
     "max_length": "`data.max_prompt_length`",
-    "epsilon": "`grpo.clip`",
-    "epsilon_high": "`grpo.clip_high`",
-    "clip_ratio_low": "`grpo.clip_low`",
-    "loss_type": "`grpo.loss`",
+    "epsilon": "`grpo.epsilon`",
+    "epsilon_high": "`grpo.epsilon_high`",
+    "clip_ratio_low": "`grpo.epsilon_low`",
+    "loss_type": "`grpo.loss_type`",
     "reward_funcs": "`rewards`",
     "reward_weights": "`rewards.0.weight`",
-    "mask_truncated_completions": "`grpo.truncated`",
-    "num_iterations": "`grpo.epochs`",
+    "mask_truncated_completions": "`grpo.truncated_completions`",
+    "num_iterations": "`grpo.num_iterations`",
     "kl_loss_type": "`grpo.kl_estimator`",
-    "filter_groups": "`grpo.dead_groups`",
+    "filter_groups": "`grpo.zero_std_groups`",
     "temperature": "`rollout.temperature`",
-    "scale_rewards": "`grpo.loss`: dr_grpo",
+    "scale_rewards": "`grpo.loss_type`: dr_grpo",
     "use_vllm": "in this process",
     "vllm_mode": "in this process",
     "vllm_server_port": "in this process",
@@ -367,7 +376,7 @@ OTHER_WORDS = {
     "repetition_penalty": FULL,
     "generation_kwargs": FULL,
     "ref_model": "there is no second model",
-    "steps_per_generation": "`grpo.epochs`",
+    "steps_per_generation": "`grpo.num_iterations`",
     "disable_dropout": "dropout is off",
 }
 
@@ -412,7 +421,7 @@ def test_training_samples_the_full_distribution(section: str, word: str) -> None
 @pytest.mark.parametrize(
     ("algorithm", "word", "meant"),
     [
-        ("sft", "num_generations", "evaluate.samples"),
+        ("sft", "num_generations", "evaluate.num_samples"),
         ("sft", "beta", "dpo.beta"),
         ("dpo", "max_completion_length", "evaluate.max_new_tokens"),
         ("sft", "max_new_tokens", "evaluate.max_new_tokens"),
@@ -436,7 +445,8 @@ def test_the_cures_name_real_settings() -> None:
 def test_what_is_saved_holds_only_what_is_used() -> None:
     recipe = from_dict(
         made(
-            rewards=[{"use": "format", "pattern": "(?s)a: .*"}, OWN], grpo={"kl": 0, "clip_low": 0.1, "clip_high": 0.2}
+            rewards=[{"name": "format", "pattern": "(?s)a: .*"}, OWN],
+            grpo={"beta": 0, "epsilon_low": 0.1, "epsilon_high": 0.2},
         )
     )
     saved = recipe.to_dict()
@@ -460,13 +470,17 @@ def test_what_is_saved_holds_only_what_is_used() -> None:
 
 
 def test_whether_ground_truths_are_needed() -> None:
-    assert from_dict(made()).needs_ground_truth and from_dict(made(rewards=[OWN, {"use": "answer"}])).needs_ground_truth
+    assert (
+        from_dict(made()).needs_ground_truth and from_dict(made(rewards=[OWN, {"name": "answer"}])).needs_ground_truth
+    )
     assert not from_dict(made(rewards=[OWN])).needs_ground_truth and not from_dict(made("sft")).needs_ground_truth
 
 
 def test_saved_cispo_has_one_bound() -> None:
-    assert {"clip", "clip_low", "clip_high"} & set(from_dict(made(grpo={"loss": "cispo"})).to_dict()["grpo"]) == set()
-    assert from_dict(made(grpo={"loss": "dapo"})).to_dict()["grpo"]["clip"] == 0.2
+    assert {"clip", "clip_low", "clip_high"} & set(
+        from_dict(made(grpo={"loss_type": "cispo"})).to_dict()["grpo"]
+    ) == set()
+    assert from_dict(made(grpo={"loss_type": "dapo"})).to_dict()["grpo"]["epsilon"] == 0.2
 
 
 def test_the_losses_with_a_bound_of_their_own() -> None:
@@ -474,24 +488,24 @@ def test_the_losses_with_a_bound_of_their_own() -> None:
 
 
 WHOLE = made(
-    rewards=[{"use": "format", "pattern": "a", "weight": 0.5}, {"use": "length", "target_tokens": 5}, OWN],
-    rollout={"num_generations": 4, "max_new_tokens": 9, "temperature": 0.9, "slots": 3},
-    evaluate={**HELDOUT, "best_by": "exact"},
+    rewards=[{"name": "format", "pattern": "a", "weight": 0.5}, {"name": "length", "target_tokens": 5}, OWN],
+    rollout={"num_generations": 4, "max_new_tokens": 9, "temperature": 0.9, "max_num_seqs": 3},
+    evaluate={**HELDOUT, "metric_for_best_model": "accuracy"},
     grpo={
-        "loss": "dapo",
-        "clip": 0.1,
-        "clip_high": 0.3,
-        "kl": 0.1,
+        "loss_type": "dapo",
+        "epsilon": 0.1,
+        "epsilon_high": 0.3,
+        "beta": 0.1,
         "kl_in": "loss",
         "kl_estimator": "k2",
-        "epochs": 2,
-        "old": "sampler",
-        "mismatch_limit": 0.2,
-        "truncated": "penalise",
-        "penalty": 0.5,
-        "dead_groups": "resample",
+        "num_iterations": 2,
+        "old_logprobs_from": "sampler",
+        "max_logprob_mismatch": 0.2,
+        "truncated_completions": "penalize",
+        "missing_eos_penalty": 0.5,
+        "zero_std_groups": "resample",
     },
-    data={"max_prompt_length": 9, "max_rejected_share": 0.5},
+    data={"max_prompt_length": 9, "max_invalid_fraction": 0.5},
     train={"prompts_per_step": 3, "final": "best"},
 )
 BROKEN = st.recursive(

@@ -11,7 +11,7 @@ from lowrank_tune.errors import ConfigError
 from lowrank_tune.recipe import load
 from tests.malformed_yaml import MAX_CPU_SECONDS
 
-GOOD = b"algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {steps: 5}\n"
+GOOD = b"algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {max_steps: 5}\n"
 BOMB = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
     f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n".encode() for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
@@ -41,8 +41,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "binary tag": (GOOD + b"seed: !!binary aGk=\n", ":4: seed: has a tag"),
     "bare tag": (GOOD + b"seed: ! 1\n", ":4: seed: has a tag"),
     "twice": (GOOD + b"seed: 1\nname: x\nseed: 2\n", ":6: seed: is written twice; the first stands on line 4"),
-    "twice below": (b"train:\n  steps: 1\n  steps: 2\n", ":3: train.steps: is written twice"),
-    "twice in braces": (b"train: {steps: 1, steps: 2}\n", ":1: train.steps: is written twice"),
+    "twice below": (b"train:\n  steps: 1\n  steps: 2\n", ":3: train.max_steps: is written twice"),
+    "twice in braces": (b"train: {max_steps: 1, max_steps: 2}\n", ":1: train.max_steps: is written twice"),
     "deep lists": (b"a: " + b"[" * 5000, "is nested more than 20 levels"),
     "deep lists closed": (b"a: " + b"[" * 900 + b"]" * 900, "is nested more than 20 levels"),
     "deep braces": (b"{a: " * 5000, "is nested more than 20 levels"),
@@ -56,8 +56,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "long number": (GOOD + b"seed: " + b"9" * 50_000, ":4: seed: expected a whole number"),
     "long decimal": (GOOD + b"seed: 0." + b"1" * 5000, ":4: seed: expected a whole number"),
     "huge exponent": (
-        b"algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {steps: 1e999999999}\n",
-        ":3: train.steps: ",
+        b"algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {max_steps: 1e999999999}\n",
+        ":3: train.max_steps: ",
     ),
     "tab indent": (b"train:\n\tsteps: 1\n", ":2: is indented with a tab"),
     "tab after colon": (b"seed:\t1\n", ":1: is not YAML"),

@@ -21,7 +21,7 @@ def made(algorithm: str, source: dict[str, Any] | None = None, **sections: Any) 
     return {
         "algorithm": algorithm,
         "data": {"train": [source or {"dataset": dataset}]},
-        "train": {"steps": 10},
+        "train": {"max_steps": 10},
         **sections,
     }
 
@@ -52,17 +52,17 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "shape of a loaded reward": (
         made("reward", adapters={"reward": {"path": "runs/a", "r": 8}}),
         "adapters.reward.r: comes from the file at `path`; leave it out",
-        made("reward", adapters={"reward": {"path": "runs/a", "dropout": 0.1}}),
+        made("reward", adapters={"reward": {"path": "runs/a", "lora_dropout": 0.1}}),
     ),
     "dropout of a frozen policy": (
-        made("reward", adapters={"policy": {"path": "runs/a", "dropout": 0.1}}),
-        "adapters.policy.dropout: does nothing for a frozen adapter",
+        made("reward", adapters={"policy": {"path": "runs/a", "lora_dropout": 0.1}}),
+        "adapters.policy.lora_dropout: does nothing for a frozen adapter",
         made("reward", adapters={"policy": {"path": "runs/a"}}),
     ),
     "reward section": (
-        made("dpo", reward={"centering": 0.1}),
+        made("dpo", reward={"center_rewards_coefficient": 0.1}),
         "reward: does nothing for dpo (it belongs to reward)",
-        made("reward", reward={"centering": 0.1}),
+        made("reward", reward={"center_rewards_coefficient": 0.1}),
     ),
     "dpo section": (
         made("sft", dpo={"beta": 0.2}),
@@ -71,9 +71,9 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "dpo section of a reward": (made("reward", dpo={}), "dpo: does nothing for reward", made("reward")),
     "smoothing": (
-        made("dpo", dpo={"loss": "ipo", "label_smoothing": 0.2}),
+        made("dpo", dpo={"loss_type": "ipo", "label_smoothing": 0.2}),
         "dpo.label_smoothing: does nothing for the loss ipo",
-        made("dpo", dpo={"loss": "robust", "label_smoothing": 0.2}),
+        made("dpo", dpo={"loss_type": "robust", "label_smoothing": 0.2}),
     ),
     "smoothing by default": (
         made("dpo", dpo={"label_smoothing": 0.2}),
@@ -81,19 +81,19 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made("dpo"),
     ),
     "unknown loss": (
-        made("dpo", dpo={"loss": "robst", "label_smoothing": 0.2}),
-        "dpo.loss: expected one of",
-        made("dpo", dpo={"loss": "hinge"}),
+        made("dpo", dpo={"loss_type": "robst", "label_smoothing": 0.2}),
+        "dpo.loss_type: expected one of",
+        made("dpo", dpo={"loss_type": "hinge"}),
     ),
     "dropout": (
-        made("dpo", adapters={"policy": {"dropout": 0.1}}),
-        "adapters.policy.dropout: must be 0 with dpo",
-        made("dpo", adapters={"policy": {"dropout": 0.0}}),
+        made("dpo", adapters={"policy": {"lora_dropout": 0.1}}),
+        "adapters.policy.lora_dropout: must be 0 with dpo",
+        made("dpo", adapters={"policy": {"lora_dropout": 0.0}}),
     ),
     "dropout, continued": (
-        made("dpo", adapters={"policy": {"path": "runs/a", "dropout": 0.1}}),
-        "adapters.policy.dropout: must be 0 with dpo",
-        made("reward", adapters={"reward": {"dropout": 0.1}}),
+        made("dpo", adapters={"policy": {"path": "runs/a", "lora_dropout": 0.1}}),
+        "adapters.policy.lora_dropout: must be 0 with dpo",
+        made("reward", adapters={"reward": {"lora_dropout": 0.1}}),
     ),
     "reference over a base": (
         made("dpo", reference="sft"),
@@ -153,14 +153,14 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made("sft"),
     ),
     "built-in pairs held out": (
-        made("dpo", evaluate={"heldout": {"dataset": "tutor-preferences"}}),
-        "evaluate.heldout.dataset: holds pairs, and held-out prompts have one gold answer; use tutor",
-        made("dpo", evaluate={"heldout": {"dataset": "tutor", "split": "heldout"}}),
+        made("dpo", evaluate={"eval_dataset": {"dataset": "tutor-preferences"}}),
+        "evaluate.eval_dataset.dataset: holds pairs, and held-out prompts have one gold answer; use tutor",
+        made("dpo", evaluate={"eval_dataset": {"dataset": "tutor", "split": "heldout"}}),
     ),
     "pairs held out": (
-        made("reward", evaluate={"heldout": {"dataset": "a.jsonl", "format": "preference"}}),
-        "evaluate.heldout.format: means pairs",
-        made("reward", evaluate={"heldout": {"dataset": "a.jsonl", "format": "question_answer"}}),
+        made("reward", evaluate={"eval_dataset": {"dataset": "a.jsonl", "format": "preference"}}),
+        "evaluate.eval_dataset.format: means pairs",
+        made("reward", evaluate={"eval_dataset": {"dataset": "a.jsonl", "format": "question_answer"}}),
     ),
     "split of the pairs": (
         made("dpo", {"dataset": "tutor-preferences", "split": "test"}),
@@ -182,9 +182,11 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     },
     **{
         f"{algorithm}: its loop": (
-            made(algorithm, train={"steps": 5, "length_window": 0}),
+            made(algorithm, train={"max_steps": 5, "length_window": 0}),
             "train.length_window: must be at least 1",
-            made(algorithm, train={"steps": 5, "length_window": 4, "tokens_per_step": 999, "micro_batch_tokens": 99}),
+            made(
+                algorithm, train={"max_steps": 5, "length_window": 4, "tokens_per_step": 999, "micro_batch_tokens": 99}
+            ),
         )
         for algorithm in ("sft", "reward", "dpo")
     },
@@ -192,11 +194,11 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 
 OTHER_WORDS = {
     "beta": "did you mean `dpo.beta`?",
-    "loss_type": "did you mean `dpo.loss`?",
-    "rpo_alpha": "did you mean `dpo.sft`?",
+    "loss_type": "did you mean `dpo.loss_type`?",
+    "rpo_alpha": "did you mean `dpo.sft_coef`?",
     "label_smoothing": "did you mean `dpo.label_smoothing`?",
-    "center_rewards_coefficient": "did you mean `reward.centering`?",
-    "truncation_mode": "did you mean `data.too_long`?",
+    "center_rewards_coefficient": "did you mean `reward.center_rewards_coefficient`?",
+    "truncation_mode": "did you mean `data.truncation`?",
     "ref_model": SECOND,
     "reference_model": SECOND,
     "ref_adapter_name": SECOND,
@@ -240,7 +242,7 @@ def test_python_is_judged_like_a_file(case: str) -> None:
 
 @pytest.mark.parametrize("word", OTHER_WORDS)
 def test_names_of_other_libraries(word: str) -> None:
-    for faults in (faults_of({**made("dpo"), word: 1}), faults_of(made("dpo", train={"steps": 10, word: 1}))):
+    for faults in (faults_of({**made("dpo"), word: 1}), faults_of(made("dpo", train={"max_steps": 10, word: 1}))):
         assert len(faults) == 1 and "unknown key; " in faults[0] and OTHER_WORDS[word] in faults[0], faults
 
 
@@ -262,7 +264,7 @@ def test_what_is_saved_holds_only_what_is_used(algorithm: str) -> None:
 
 
 def test_the_smoothing_of_the_robust_loss_is_saved() -> None:
-    recipe = from_dict(made("dpo", dpo={"loss": "robust", "label_smoothing": 0.3}))
+    recipe = from_dict(made("dpo", dpo={"loss_type": "robust", "label_smoothing": 0.3}))
     assert recipe.to_dict()["dpo"]["label_smoothing"] == 0.3
     assert from_dict(recipe.to_dict()).dpo.label_smoothing == 0.3
 

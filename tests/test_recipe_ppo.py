@@ -20,11 +20,11 @@ LEARNED = [{"use": "reward_model"}]
 def made(algorithm: str = "ppo", **sections: Any) -> dict[str, Any]:
     """A small valid recipe with other sections."""
     dataset = "tutor" if algorithm in ("sft", "grpo", "ppo") else "tutor-preferences"
-    rewards = {"rewards": [{"use": "answer"}]} if algorithm in ("grpo", "ppo") else {}
+    rewards = {"rewards": [{"name": "answer"}]} if algorithm in ("grpo", "ppo") else {}
     return {
         "algorithm": algorithm,
         "data": {"train": [{"dataset": dataset}]},
-        "train": {"steps": 10},
+        "train": {"max_steps": 10},
         **rewards,
         **sections,
     }
@@ -32,20 +32,20 @@ def made(algorithm: str = "ppo", **sections: Any) -> dict[str, Any]:
 
 RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "section": (
-        made("grpo", ppo={"clip": 0.1}),
+        made("grpo", ppo={"cliprange": 0.1}),
         "ppo: does nothing for grpo (it belongs to ppo)",
-        made(ppo={"clip": 0.1}),
+        made(ppo={"cliprange": 0.1}),
     ),
     "grpo's": (
-        made(grpo={"clip": 0.1}),
+        made(grpo={"epsilon": 0.1}),
         "grpo: does nothing for ppo (it belongs to grpo)",
-        made("grpo", grpo={"clip": 0.1}),
+        made("grpo", grpo={"epsilon": 0.1}),
     ),
     "rewards": (made(rewards=[]), "rewards: is missing: say what completions earn", made()),
     "a reward": (
-        made(rewards=[{"use": "format"}]),
+        made(rewards=[{"name": "format"}]),
         "rewards.0.pattern: is missing",
-        made(rewards=[{"use": "format", "pattern": "a"}]),
+        made(rewards=[{"name": "format", "pattern": "a"}]),
     ),
     "alone": (
         made("grpo", rollout={"num_generations": 1}),
@@ -53,9 +53,9 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made(rollout={"num_generations": 1}),
     ),
     "penalty": (
-        made(ppo={"truncated": "bootstrap", "penalty": 2.0}),
-        "ppo.penalty: does nothing without `ppo.truncated`: penalise",
-        made(ppo={"penalty": 2.0}),
+        made(ppo={"truncated_completions": "bootstrap", "missing_eos_penalty": 2.0}),
+        "ppo.missing_eos_penalty: does nothing without `ppo.truncated_completions`: penalise",
+        made(ppo={"missing_eos_penalty": 2.0}),
     ),
     "gain": (
         made(ppo={"kl_gain": 0.5}),
@@ -63,48 +63,48 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made(ppo={"kl_gain": 0.5, "kl_target": 0.1}),
     ),
     "nothing to steer": (
-        made(ppo={"kl": 0.0, "kl_target": 0.1}),
-        "ppo.kl_target: cannot be reached from `ppo.kl`: 0",
-        made(ppo={"kl": 0.0}),
+        made(ppo={"kl_coef": 0.0, "kl_target": 0.1}),
+        "ppo.kl_target: cannot be reached from `ppo.kl_coef`: 0",
+        made(ppo={"kl_coef": 0.0}),
     ),
     "weight": (
-        made(ppo={"value_weight": 0.5}),
-        "ppo.value_weight: does nothing with `ppo.value`: adapter",
-        made(ppo={"value_weight": 0.5, "value": "trunk"}),
+        made(ppo={"vf_coef": 0.5}),
+        "ppo.vf_coef: does nothing with `ppo.critic`: adapter",
+        made(ppo={"vf_coef": 0.5, "critic": "shared"}),
     ),
     "trunk from": (
-        made(ppo={"value": "trunk", "value_from": "policy"}),
-        "ppo.value_from: does nothing with `ppo.value`: trunk",
-        made(ppo={"value_from": "policy"}),
+        made(ppo={"critic": "shared", "critic_init": "policy"}),
+        "ppo.critic_init: does nothing with `ppo.critic`: trunk",
+        made(ppo={"critic_init": "policy"}),
     ),
     "trunk's adapter": (
-        made(ppo={"value": "trunk"}, adapters={"value": {"r": 4}}),
-        "adapters.value: does nothing with `ppo.value`: trunk",
+        made(ppo={"critic": "shared"}, adapters={"value": {"r": 4}}),
+        "adapters.value: does nothing with `ppo.critic`: trunk",
         made(adapters={"value": {"r": 4}}),
     ),
     "from where": (
-        made(ppo={"value_from": "policy"}, adapters={"value": {"path": "runs/ppo/final/value"}}),
-        "ppo.value_from: does nothing beside `adapters.value.path`",
+        made(ppo={"critic_init": "policy"}, adapters={"value": {"path": "runs/ppo/final/value"}}),
+        "ppo.critic_init: does nothing beside `adapters.value.path`",
         made(adapters={"value": {"path": "runs/ppo/final/value"}}),
     ),
     "no reward model": (
-        made(ppo={"value_from": "reward"}),
-        "ppo.value_from: needs the adapter of a reward model",
-        made(ppo={"value_from": "reward"}, adapters=JUDGE, rewards=LEARNED),
+        made(ppo={"critic_init": "reward"}),
+        "ppo.critic_init: needs the adapter of a reward model",
+        made(ppo={"critic_init": "reward"}, adapters=JUDGE, rewards=LEARNED),
     ),
     "shape of a copy": (
-        made(ppo={"value_from": "reward"}, adapters={**JUDGE, "value": {"r": 4}}, rewards=LEARNED),
+        made(ppo={"critic_init": "reward"}, adapters={**JUDGE, "value": {"r": 4}}, rewards=LEARNED),
         "adapters.value.r: comes from the reward model",
         made(adapters={**JUDGE, "value": {"r": 4}}, rewards=LEARNED),
     ),
     "dropout": (
-        made(adapters={"policy": {"dropout": 0.1}}),
-        "adapters.policy.dropout: must be 0 with ppo",
+        made(adapters={"policy": {"lora_dropout": 0.1}}),
+        "adapters.policy.lora_dropout: must be 0 with ppo",
         made(adapters={"policy": {"r": 4}}),
     ),
     "value's dropout": (
-        made(adapters={"value": {"dropout": 0.1}}),
-        "adapters.value.dropout: must be 0",
+        made(adapters={"value": {"lora_dropout": 0.1}}),
+        "adapters.value.lora_dropout: must be 0",
         made(adapters={"value": {"r": 4}}),
     ),
     "value of grpo": (
@@ -123,11 +123,15 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made(),
     ),
     "loss decides": (
-        made(evaluate={**HELDOUT, "best_by": "loss"}),
-        "evaluate.best_by: `loss` needs validation rows",
+        made(evaluate={**HELDOUT, "metric_for_best_model": "loss"}),
+        "evaluate.metric_for_best_model: `loss` needs validation rows",
         made(evaluate=HELDOUT),
     ),
-    "clip": (made(ppo={"clip": 1.0}), "ppo.clip: must be smaller than 1.0, found 1.0", made(ppo={"clip": 0.9})),
+    "clip": (
+        made(ppo={"cliprange": 1.0}),
+        "ppo.cliprange: must be smaller than 1.0, found 1.0",
+        made(ppo={"cliprange": 0.9}),
+    ),
 }
 
 
@@ -166,7 +170,11 @@ def test_what_lies_beside_the_policy_is_in_no_stack() -> None:
     recipe = from_dict(
         made(adapters={"sft": {"path": "runs/sft"}, "value": {"r": 4}, **JUDGE}, rewards=LEARNED, reference="sft")
     )
-    assert recipe.trained_adapter == "policy" and recipe.extra_adapters == ("value",) and recipe.best_by == "loss"
+    assert (
+        recipe.trained_adapter == "policy"
+        and recipe.extra_adapters == ("value",)
+        and recipe.metric_for_best_model == "loss"
+    )
     stages = [
         {**made(adapters={"low": {"path": "a"}, "value": {"path": "b"}}), "name": "one"},
         {**made(), "name": "two"},
@@ -176,6 +184,6 @@ def test_what_lies_beside_the_policy_is_in_no_stack() -> None:
 
 def test_the_preset() -> None:
     recipe = load("tiny-ppo")
-    assert recipe.best_by == "exact" and recipe.ppo.value == "adapter" and "value" not in recipe.adapters
-    assert load("tiny-ppo", ["ppo.value=trunk", "rollout.num_generations=1"]).rollout.num_generations == 1
+    assert recipe.metric_for_best_model == "exact" and recipe.ppo.critic == "adapter" and "value" not in recipe.adapters
+    assert load("tiny-ppo", ["ppo.critic=trunk", "rollout.num_generations=1"]).rollout.num_generations == 1
     assert load_any("tiny-ppo").algorithm == "ppo"

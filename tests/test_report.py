@@ -173,7 +173,7 @@ def test_hostile_text_is_inert_everywhere(tmp_path: Path) -> None:
             LogMessage(message=bad, level="warning"),
             step(1, **{bad: 1.0, "loss": 1.0}),
             Evaluated(step=1, stats={f"heldout_{bad}_exact": 0.5, f"validation_{bad}": 2.0}),
-            SampleLogged(step=1, prompt=bad, completion=bad, finish="stop", gold=bad, role=bad),
+            SampleLogged(step=1, prompt=bad, completion=bad, finish_reason="stop", ground_truth=bad, role=bad),
             RunEnded(status="failed", step=1, seconds=1.0, message=bad),
         ]
         data = {
@@ -221,7 +221,7 @@ def scored(**changes: Any) -> dict[str, Any]:
 
 def pair(number: int, score: float = 1.0, text: str = "yes") -> list[SampleLogged]:
     return [
-        SampleLogged(step=number, prompt="1+1?", completion=words, finish="stop", role=role, reward=reward)
+        SampleLogged(step=number, prompt="1+1?", completion=words, finish_reason="stop", role=role, reward=reward)
         for words, role, reward in ((text, "chosen", score), ("no", "rejected", 0.25))
     ]
 
@@ -608,9 +608,9 @@ def test_hostile_scores_and_stages_are_inert(tmp_path: Path) -> None:
         events = [
             started(name=bad, algorithm="reward", roles={"reference": [bad]}),
             step(1, loss=1.0),
-            SampleLogged(step=1, prompt=bad, completion=bad, finish=bad, role="chosen", reward=1.0),
-            SampleLogged(step=1, prompt=bad, completion=bad, finish=bad, role="rejected"),
-            SampleLogged(step=0, prompt=bad, completion=bad, finish=bad, role="reference"),
+            SampleLogged(step=1, prompt=bad, completion=bad, finish_reason=bad, role="chosen", reward=1.0),
+            SampleLogged(step=1, prompt=bad, completion=bad, finish_reason=bad, role="rejected"),
+            SampleLogged(step=0, prompt=bad, completion=bad, finish_reason=bad, role="reference"),
         ]
         scores = scored(pairs=bad, figures={"accuracy": bad, bad: 1.0}, reliability=[{"confidence": bad, bad: 1}, bad])
         write(

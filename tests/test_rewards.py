@@ -200,7 +200,7 @@ def test_the_answer_stands_at_the_end() -> None:
 
 
 def test_length_falls_in_a_straight_line() -> None:
-    [weighted] = build_rewards([RewardConfig(use="length", target_tokens=100)], Path())
+    [weighted] = build_rewards([RewardConfig(name="length", target_tokens=100)], Path())
     values = [one(weighted.reward, item("", tokens=tokens)).value for tokens in (0, 100, 125, 150, 200, 300)]
     assert values == [1.0, 1.0, 0.75, 0.5, 0.0, 0.0]
 
@@ -208,10 +208,10 @@ def test_length_falls_in_a_straight_line() -> None:
 def test_make_names_and_weighs(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def answer(completion, row): return 1")
     uses = [
-        RewardConfig(use="answer"),
-        RewardConfig(use="answer", weight=0.5),
-        RewardConfig(use="./mine.py:answer"),
-        RewardConfig(use="format", pattern=".*"),
+        RewardConfig(name="answer"),
+        RewardConfig(name="answer", weight=0.5),
+        RewardConfig(name="./mine.py:answer"),
+        RewardConfig(name="format", pattern=".*"),
     ]
     made = build_rewards(uses, tmp_path)
     assert [(each.name, each.weight, each.reward.name) for each in made] == [
@@ -225,15 +225,15 @@ def test_make_names_and_weighs(tmp_path: Path) -> None:
 def test_make_reports_all_faults_at_once(tmp_path: Path) -> None:
     (tmp_path / "bytes.py").write_bytes(b"\xff\xfe\xff")
     uses = [
-        RewardConfig(use="anwser"),
-        RewardConfig(use="format"),
-        RewardConfig(use="format", pattern="("),
-        RewardConfig(use="length"),
-        RewardConfig(use="answer", target_tokens=3),
-        RewardConfig(use="./none.py:f"),
-        RewardConfig(use="mine.py"),
-        RewardConfig(use="bytes.py:f"),
-        RewardConfig(use="answer", weight=0.0),
+        RewardConfig(name="anwser"),
+        RewardConfig(name="format"),
+        RewardConfig(name="format", pattern="("),
+        RewardConfig(name="length"),
+        RewardConfig(name="answer", target_tokens=3),
+        RewardConfig(name="./none.py:f"),
+        RewardConfig(name="mine.py"),
+        RewardConfig(name="bytes.py:f"),
+        RewardConfig(name="answer", weight=0.0),
     ]
     with pytest.raises(ConfigError) as caught:
         build_rewards(uses, tmp_path)
@@ -340,7 +340,7 @@ def test_preflight_reports_rows_without_ground_truth_and_references_that_fail() 
 
 def test_a_shape_need_not_judge_but_the_sum_must() -> None:
     right = references(8)
-    length = build_rewards([RewardConfig(use="length", target_tokens=50)], Path())
+    length = build_rewards([RewardConfig(name="length", target_tokens=50)], Path())
     assert "weighted sum" in (sanity_check_rewards(length, right, make_negative_samples(right)).fault() or "")
     assert (
         sanity_check_rewards(

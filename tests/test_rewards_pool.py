@@ -95,7 +95,7 @@ def item(completion: str, **row: Any) -> RewardInput:
 
 
 def own(folder: Path, function: str) -> Reward:
-    return build_rewards([RewardConfig(use=f"./mine.py:{function}")], folder)[0].reward
+    return build_rewards([RewardConfig(name=f"./mine.py:{function}")], folder)[0].reward
 
 
 def score(reward: Reward, scored: RewardInput, timeout: float = 10.0) -> Score:
@@ -285,7 +285,7 @@ def test_functions_are_found_by_any_path_and_files_of_one_name_stay_apart(
     monkeypatch.chdir(tmp_path / "a")
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     uses = [
-        RewardConfig(use=use)
+        RewardConfig(name=use)
         for use in ("./mine.py:grade", f"{tmp_path}/b/mine.py:grade", "../b/mine.py:grade", "uses.py:grade")
     ]
     made = build_rewards(uses, Path())
@@ -309,7 +309,7 @@ def test_files_that_cannot_be_loaded_are_reported_all_at_once(folder: Path) -> N
         "mine.py:wrong_arguments",
         "mine.py:length",
     ]
-    rewards = [each.reward for each in build_rewards([RewardConfig(use=use) for use in uses], folder)]
+    rewards = [each.reward for each in build_rewards([RewardConfig(name=use) for use in uses], folder)]
     with pytest.raises(ConfigError) as caught:
         WorkerPool[int](rewards)
     errors = [(fault.key, fault.message) for fault in caught.value.problems]
@@ -330,7 +330,7 @@ def test_a_file_that_hangs_or_dies_at_its_import_is_refused(folder: Path) -> Non
     for text, words in (("while True: pass\n", "not ready within 0.7 s"), ("import os; os._exit(3)\n", "code 3")):
         (folder / "slow.py").write_text(text + "def f(completion, row): return 1\n")
         with pytest.raises(UserError, match=f"slow.py:f.*{words}"):
-            WorkerPool[int]([build_rewards([RewardConfig(use="slow.py:f")], folder)[0].reward], start_seconds=0.7)
+            WorkerPool[int]([build_rewards([RewardConfig(name="slow.py:f")], folder)[0].reward], start_seconds=0.7)
 
 
 def test_a_file_that_changes_under_the_run_changes_nothing(folder: Path) -> None:
@@ -417,7 +417,7 @@ def test_preflight_of_own_functions(folder: Path) -> None:
     right = [RewardInput(f"What is {n} + 0?", f"So it is {n}.", str(n), {"worth": n}, True, 5) for n in range(10, 26)]
 
     def fault(*functions: str) -> str:
-        made = build_rewards([RewardConfig(use=f"mine.py:{function}") for function in functions], folder)
+        made = build_rewards([RewardConfig(name=f"mine.py:{function}") for function in functions], folder)
         return sanity_check_rewards(made, right, make_negative_samples(right)).fault() or ""
 
     assert (
@@ -428,7 +428,7 @@ def test_preflight_of_own_functions(folder: Path) -> None:
     )
     broken = [RewardInput("Which row?", "So it is 5.", "5", {}, True, 5), *right]
     report = sanity_check_rewards(
-        build_rewards([RewardConfig(use="mine.py:exact")], folder), broken, make_negative_samples(right)
+        build_rewards([RewardConfig(name="mine.py:exact")], folder), broken, make_negative_samples(right)
     )
     assert "KeyError: 'worth'" in (report.fault() or "") and "Which row?" in (report.fault() or "")
     assert report.rewards[0].verdict_counts == {"error": 1, "graded": 96} and "1 error" in "\n".join(report.lines())

@@ -624,7 +624,7 @@ def test_an_adapter_goes_on_where_it_was(tmp_path: Path) -> None:
     )
     assert not any(p.requires_grad for n, p in below.base.model.named_parameters() if ".lt_sft." in n)
     with pytest.MonkeyPatch.context() as patch:  # the check can fail
-        patch.setattr(settings.AdapterConfig, "dropout", 0.0, raising=False)
+        patch.setattr(settings.AdapterConfig, "lora_dropout", 0.0, raising=False)
         other = {key: tensor + 1e-3 for key, tensor in saved.tensors.items()}
         again.load_adapter_tensors("policy", other, "here")
         with again.inference_mode():

@@ -27,7 +27,7 @@ from lowrank_tune.signals import TrainerControl
 
 def quick(**train: Any) -> dict[str, Any]:
     recipe = small_recipe(**{"steps": 4, "save_every": 2, **train})
-    recipe["evaluate"] = {**recipe["evaluate"], "every": 2}
+    recipe["evaluate"] = {**recipe["evaluate"], "eval_steps": 2}
     return recipe
 
 
@@ -144,7 +144,7 @@ def test_what_is_requested_on_the_way_does_not_choose_the_final_adapter(
     """At this rate every step makes it worse: were the first step's adapter measured, it would be the best. Only
     scheduled ones count."""
     recipe = quick(steps=6, learning_rate=0.05, schedule="constant")
-    recipe["evaluate"]["every"] = 5
+    recipe["evaluate"]["eval_steps"] = 5
     straight = run(Recipe.from_dict(recipe), out=tmp_path / "straight", ui="none").folder
     control = TrainerControl()
     monkeypatch.setattr("lowrank_tune.runner.TrainerControl", lambda: control)
@@ -283,7 +283,7 @@ BAD_INPUT = {
     "no such preset": (["run", "tiny-sfft"], "tiny-sft"),
     "no such file": (["run", "absent.yaml"], "absent.yaml"),
     "unknown key": (["run", "tiny-sft", "train.learning_rte=1"], "learning_rate"),
-    "wrong type": (["run", "tiny-sft", "train.steps=ten"], "train.steps"),
+    "wrong type": (["run", "tiny-sft", "train.max_steps=ten"], "train.max_steps"),
     "missing data": (["run", "tiny-sft", "data.train=[{dataset: absent.jsonl}]"], "absent.jsonl"),
     "missing adapter": (["run", "tiny-sft", "adapters.sft.path=nowhere"], "nowhere"),
     "missing folder": (["run", "tiny-sft", "base.model=./nowhere"], "nowhere"),

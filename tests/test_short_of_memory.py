@@ -178,10 +178,10 @@ def test_a_row_that_does_not_fit_ends_with_3_and_what_to_type(tmp_path: Path, al
             "update_tokens",
             True,
             "the same command with train.activation_offloading=true continues; a new run (--out) may have "
-            "train.optimizer=paged_adamw_8bit or data.max_length=512",
+            "train.optim=paged_adamw_8bit or data.max_length=512",
         ),
         (
-            {"train": {"activation_offloading": True, "optimizer": "adamw_8bit", "memory_budget_gib": 8.0}},
+            {"train": {"activation_offloading": True, "optim": "adamw_8bit", "memory_budget_gib": 8.0}},
             "update_tokens",
             True,
             "the same command with a larger train.memory_budget_gib continues; a new run (--out) may have "
@@ -209,7 +209,7 @@ def test_advice_by_hand(changes: dict[str, Any], kind: str, card: bool, words: s
         "algorithm": "sft",
         "data": {"train": [{"dataset": "tutor"}]},
         **changes,
-        "train": {"steps": 1, **changes.get("train", {})},
+        "train": {"max_steps": 1, **changes.get("train", {})},
     }
     assert suggestions(Recipe.from_dict(recipe), kind, 0 if kind == "" else 1500, card) == words
 

@@ -32,7 +32,7 @@ def step(number: int, **stats: float) -> StepEnd:
 
 
 def sample(number: int, text: str = "12") -> SampleLogged:
-    return SampleLogged(step=number, prompt="7 + 5?", completion=text, finish="stop")
+    return SampleLogged(step=number, prompt="7 + 5?", completion=text, finish_reason="stop")
 
 
 def start(resumed: int = 0) -> RunStarted:

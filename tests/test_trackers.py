@@ -63,15 +63,15 @@ def test_tensorboard_files_hold_what_the_log_holds(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     recipe = Recipe.load(
         "tiny-sft",
-        "train.epochs=null",
-        "train.steps=3",
-        "train.rows_per_step=2",
+        "train.num_train_epochs=null",
+        "train.max_steps=3",
+        "train.global_batch_size=2",
         "train.report_to=tensorboard",
         "data.train=[{dataset: tutor, rows: 8}]",
-        "evaluate.prompts=2",
-        "evaluate.samples=1",
+        "evaluate.num_prompts=2",
+        "evaluate.num_samples=1",
         "evaluate.max_new_tokens=4",
-        "evaluate.shown=0",
+        "evaluate.num_completions_to_print=0",
         "base.bits=16",
     )
     outcome = run(recipe, out=tmp_path / "run", ui="none", device=CPU)
@@ -184,7 +184,10 @@ def test_texts_and_secrets_are_never_sent(wandb: FakeWandb, tmp_path: Path) -> N
         "description": "with hf_abcdefghijklmnop inside",
         "adapters": {},
     }
-    events = [STARTED, SampleLogged(step=1, prompt="a private question", completion="a private answer", finish="stop")]
+    events = [
+        STARTED,
+        SampleLogged(step=1, prompt="a private question", completion="a private answer", finish_reason="stop"),
+    ]
     _play(begin(["wandb"], tmp_path, recipe=recipe), events)
     everything = repr(wandb.calls) + (tmp_path / "trackers.json").read_text()
     assert "private" not in everything and "letmein" not in everything and "abcdefghijklmnop" not in everything

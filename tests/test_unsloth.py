@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
             [
                 "adapters.policy.path=runs/x",
                 "adapters.policy.r=null",
-                "adapters.policy.alpha=null",
+                "adapters.policy.lora_alpha=null",
                 "adapters.policy.target_modules=null",
             ],
             None,
@@ -363,17 +363,17 @@ def test_an_unsloth_that_works_otherwise_is_refused(stand_in: StandIn, monkeypat
 def test_the_real_one_does_the_same_steps(tmp_path: Path, preset: str, overrides: list[str]) -> None:
     """Each in a process of its own: what unsloth replaces, it replaces for all that a process does."""
     losses = {}
-    length = ["train.epochs=null"] if preset != "tiny-grpo" else []
+    length = ["train.num_train_epochs=null"] if preset != "tiny-grpo" else []
     for backend in ("unsloth", "plain"):
         words = [
             *overrides,
             *length,
             f"base.backend={backend}",
-            "train.steps=3",
-            "train.log_every=1",
-            "evaluate.prompts=2",
-            "evaluate.samples=1",
-            "evaluate.shown=1",
+            "train.max_steps=3",
+            "train.logging_steps=1",
+            "evaluate.num_prompts=2",
+            "evaluate.num_samples=1",
+            "evaluate.num_completions_to_print=1",
             "--ui",
             "plain",
             "--out",

@@ -62,13 +62,13 @@ def recipe_of(cell: Cell, shape: str) -> dict[str, Any]:
         train["prompts_per_step"] = cell.units // size.num_generations
         recipe["data"]["max_prompt_length"] = size.prompt
         recipe["rollout"] = {"num_generations": size.num_generations, "max_new_tokens": size.max_new_tokens}
-        recipe["rewards"] = [{"use": "repetition"}]
+        recipe["rewards"] = [{"name": "repetition"}]
     else:
         train["rows_per_step"] = cell.units
         recipe["data"] |= {"max_length": cell.length, "validation_share": 0.0}
         train["final"] = "last"
     if cell.algorithm == "grpo":
-        recipe["grpo"] = {"dead_groups": "keep"}
+        recipe["grpo"] = {"zero_std_groups": "keep"}
     return recipe
 
 

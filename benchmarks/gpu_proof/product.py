@@ -35,8 +35,10 @@ class ProductSize:
     min_rise: float
 
 
-GPU = ProductSize(("evaluate.every=24", "evaluate.prompts=100", "evaluate.samples=2"), 0.3)
-TINY = ProductSize(("train.steps=16", "evaluate.every=16", "evaluate.prompts=40", "evaluate.samples=1"), 0.1)
+GPU = ProductSize(("evaluate.eval_steps=24", "evaluate.num_prompts=100", "evaluate.num_samples=2"), 0.3)
+TINY = ProductSize(
+    ("train.max_steps=16", "evaluate.eval_steps=16", "evaluate.num_prompts=40", "evaluate.num_samples=1"), 0.1
+)
 
 
 def cli(*words: str) -> list[str]:
@@ -90,7 +92,13 @@ def run_words(out: str, *settings: str) -> list[str]:
 
 def short_run(out: str) -> list[str]:
     """Return the command of the run that is compared with and without an interruption."""
-    return run_words(out, f"train.steps={SHORT_STEPS}", "train.log_every=1", "evaluate.prompts=4", "evaluate.samples=1")
+    return run_words(
+        out,
+        f"train.max_steps={SHORT_STEPS}",
+        "train.logging_steps=1",
+        "evaluate.num_prompts=4",
+        "evaluate.num_samples=1",
+    )
 
 
 def measure(folder: Path, size: ProductSize) -> Iterator[Record]:

@@ -167,7 +167,7 @@ class DPO:
                 f"the chosen answers have become less likely than under the reference, by "
                 f"{-figures['chosen_change']:.2f} nats a token: "
                 "the margin grows because both sides are unlearned; raise dpo.beta, lower train.learning_rate, or "
-                "set dpo.sft"
+                "set dpo.sft_coef"
             )
 
     def should_continue(self, stats: Stats) -> bool:

@@ -294,7 +294,7 @@ class GRPO:
         if figures.get("mismatch", 0.0) > self.max_logprob_mismatch:
             raise TrainingError(
                 f"the sampler's log-probs and the policy's differ by {figures['mismatch']:.3f} nats a token, more than "
-                f"grpo.mismatch_limit, {self.max_logprob_mismatch:g}: ratios would compare what was never drawn"
+                f"grpo.max_logprob_mismatch, {self.max_logprob_mismatch:g}: ratios would compare what was never drawn"
             )
         yield from self.collector.failures.diagnostics(self._reward_failures, self._num_completions)
         if self._first_reward is None and not math.isnan(figures["reward"]):

@@ -242,7 +242,7 @@ class PPO:
         if mismatch > self.update.max_logprob_mismatch:
             raise TrainingError(
                 f"the sampler's log-probs and the policy's differ by {mismatch:.3f} nats a token, more than "
-                f"ppo.mismatch_limit, {self.update.max_logprob_mismatch:g}: ratios would compare what was never drawn"
+                f"ppo.max_logprob_mismatch, {self.update.max_logprob_mismatch:g}: ratios would compare what was never drawn"
             )
 
     def _terminal_rewards_and_bootstrap_values(

@@ -53,7 +53,7 @@ class RewardFailureTracker:
                 f"scored, more than"
             )
             raise TrainingError(
-                f"rewards: {message} rollout.max_unscored_share, {self.max_failure_rate:.3g}; of the last ones {summarize_failures(failures)}"
+                f"rewards: {message} rollout.max_reward_failure_rate, {self.max_failure_rate:.3g}; of the last ones {summarize_failures(failures)}"
             )
 
     @property

@@ -52,8 +52,10 @@ from lowrank_tune.types import Algorithm, Batch
 
 ALGORITHMS: dict[str, Callable[[AlgorithmContext, settings.RecipeConfig], Algorithm]] = {
     "sft": lambda kit, recipe: SFT(kit),
-    "reward": lambda kit, recipe: RewardModeling(kit, recipe.reward.centering),
-    "dpo": lambda kit, recipe: DPO(kit, recipe.dpo.loss, recipe.dpo.beta, recipe.dpo.label_smoothing, recipe.dpo.sft),
+    "reward": lambda kit, recipe: RewardModeling(kit, recipe.reward.center_rewards_coefficient),
+    "dpo": lambda kit, recipe: DPO(
+        kit, recipe.dpo.loss_type, recipe.dpo.beta, recipe.dpo.label_smoothing, recipe.dpo.sft_coef
+    ),
 }
 ONLINE_ALGORITHMS: dict[str, Callable[[settings.RecipeConfig, AlgorithmContext, RolloutCollector], Algorithm]] = {
     "grpo": make_grpo,
@@ -136,7 +138,7 @@ def build(
         reference,
         fresh=recipe.adapters[recipe.trained_adapter].path is None,
     )
-    steps = recipe.train.steps or sampler.steps_of(recipe.train.epochs or 1.0)
+    steps = recipe.train.max_steps or sampler.steps_of(recipe.train.num_train_epochs or 1.0)
     algorithm = ALGORITHMS[recipe.algorithm](context, recipe)
     return RunComponents(
         base,
@@ -187,8 +189,8 @@ def _build_online(
     context = AlgorithmContext(
         roles, _raise_no_rows, reference, fresh=recipe.adapters[recipe.trained_adapter].path is None
     )
-    steps = recipe.train.steps or make_prompt_sampler(data, recipe.data, recipe.train, recipe.seed).steps_of(
-        recipe.train.epochs or 1.0
+    steps = recipe.train.max_steps or make_prompt_sampler(data, recipe.data, recipe.train, recipe.seed).steps_of(
+        recipe.train.num_train_epochs or 1.0
     )
     trained = (recipe.trained_adapter, "value") if recipe.algorithm == "ppo" else (recipe.trained_adapter,)
     lr_multipliers = {
@@ -274,14 +276,16 @@ def micro_tokens_of(recipe: settings.RecipeConfig, max_length: int) -> int:
 
 def _heldout_questions(recipe: settings.RecipeConfig, template: ChatTemplate) -> list[Prompt]:
     config = recipe.evaluate
-    if config.heldout is None:
+    if config.eval_dataset is None:
         return []
-    candidates = load_heldout_prompts(config.heldout, config.prompts, recipe.seed, recipe.data.system)
+    candidates = load_heldout_prompts(config.eval_dataset, config.num_prompts, recipe.seed, recipe.data.system_prompt)
     usable = [prompt for prompt in candidates if template.validate_messages(prompt.messages) is None]
     if not usable:
-        raise UserError(f"evaluate.heldout: {config.heldout.dataset} has no usable row")
+        raise UserError(f"evaluate.eval_dataset: {config.eval_dataset.dataset} has no usable row")
     if all(prompt.ground_truth is None for prompt in usable):
-        raise UserError("evaluate.heldout: none of its rows has a gold answer; name its column in `gold` or `columns`")
+        raise UserError(
+            "evaluate.eval_dataset: none of its rows has a gold answer; name its column in `gold` or `columns`"
+        )
     return usable
 
 
@@ -308,8 +312,8 @@ def load_roles(recipe: settings.RecipeConfig, base: Base, saved: Mapping[str, Sa
                 f"the adapter in {adapter.folder} says it was made for {adapter.base_name}, not {recipe.base.model}"
             )
             emit(LogMessage(level="warning", message=message))
-    if "value" in configs and "value" not in saved and recipe.ppo.value_from == "reward":
-        reward_weight = sum(reward.weight for reward in recipe.rewards if reward.use == "reward_model")
+    if "value" in configs and "value" not in saved and recipe.ppo.critic_init == "reward":
+        reward_weight = sum(reward.weight for reward in recipe.rewards if reward.name == "reward_model")
         scaled = {
             key: tensor * reward_weight if key == HEAD_WEIGHT_KEY else tensor
             for key, tensor in saved[REWARD_ROLE].tensors.items()

@@ -64,7 +64,7 @@ def load_train_prompts(recipe: settings.RecipeConfig, template: ChatTemplate, em
 
 def make_row_check(recipe: settings.RecipeConfig) -> Callable[[PromptExample], str | None]:
     """Of each row of the data, why no reward could judge by it."""
-    builtin_rewards = [use for use in recipe.rewards if not is_user_function(use.use)]
+    builtin_rewards = [use for use in recipe.rewards if not is_user_function(use.name)]
     weighted = build_rewards(builtin_rewards, Path.cwd()) if builtin_rewards else []
     return lambda one: row_rejection_reason(weighted, RewardInput(one.text, "", one.ground_truth, one.row, True, 1))
 
@@ -74,7 +74,7 @@ class RewardScorer:
 
     def __init__(self, recipe: settings.RecipeConfig, template: ChatTemplate) -> None:
         self.weighted: list[WeightedReward] = build_rewards(recipe.rewards, Path.cwd())
-        self.max_failure_rate = recipe.rollout.max_unscored_share
+        self.max_failure_rate = recipe.rollout.max_reward_failure_rate
         self.weights = [each.weight for each in self.weighted]
         self.template = template
         self.reward_models = [each.reward for each in self.weighted if isinstance(each.reward, RewardModel)]
@@ -179,7 +179,7 @@ def make_rollout_collector(
             GroupLogged(
                 step=step + 1,
                 prompt=rollout.prompts[0].text,
-                gold=rollout.prompts[0].ground_truth,
+                ground_truth=rollout.prompts[0].ground_truth,
                 completions=_completions(rollout, advantages),
             )
         )
@@ -196,11 +196,11 @@ def make_rollout_collector(
         config.num_generations,
         config.max_new_tokens,
         config.temperature,
-        config.slots,
+        config.max_num_seqs,
         micro_tokens,
         lambda number: step_seed(recipe.seed, ROLLOUT_SEED_TAG + number),
         log_group,
-        RewardFailureTracker(config.max_unscored_share),
+        RewardFailureTracker(config.max_reward_failure_rate),
     )
 
 
@@ -229,39 +229,45 @@ def _completion(rollout: RolloutBatch, advantages: Tensor, i: int) -> Mapping[st
 def make_grpo(recipe: settings.RecipeConfig, context: AlgorithmContext, collector: RolloutCollector) -> GRPO:
     """The algorithm of the recipe."""
     config = recipe.grpo
-    epsilon_low = config.clip if config.clip_low is None else config.clip_low
-    epsilon_high = config.clip_high
-    if epsilon_high is None and config.loss not in ("dapo", "cispo"):
-        epsilon_high = config.clip
+    epsilon_low = config.epsilon if config.epsilon_low is None else config.epsilon_low
+    epsilon_high = config.epsilon_high
+    if epsilon_high is None and config.loss_type not in ("dapo", "cispo"):
+        epsilon_high = config.epsilon
     return GRPO(
         context,
         collector,
-        config.loss,
+        config.loss_type,
         epsilon_low,
         epsilon_high,
-        config.kl,
+        config.beta,
         config.kl_in,
         config.kl_estimator,
-        config.epochs,
-        config.old,
-        config.mismatch_limit,
-        config.truncated,
-        config.penalty,
-        config.dead_groups,
+        config.num_iterations,
+        config.old_logprobs_from,
+        config.max_logprob_mismatch,
+        config.truncated_completions,
+        config.missing_eos_penalty,
+        config.zero_std_groups,
     )
 
 
 def make_ppo(recipe: settings.RecipeConfig, context: AlgorithmContext, collector: RolloutCollector) -> PPO:
     """The algorithm of the recipe."""
     config = recipe.ppo
-    critic = CriticConfig(config.value_weight if config.value == "trunk" else 1.0, config.value_clip)
+    critic = CriticConfig(config.vf_coef if config.critic == "trunk" else 1.0, config.cliprange_value)
     return PPO(
         context,
         collector,
         critic,
-        GAEConfig(config.gamma, config.gae_lambda, config.truncated, config.penalty),
-        KLControlConfig(config.kl, config.kl_target, config.kl_gain, config.update_kl_limit),
-        UpdateConfig(config.clip, config.entropy, config.epochs, config.minibatches, config.mismatch_limit),
+        GAEConfig(config.gamma, config.lam, config.truncated_completions, config.missing_eos_penalty),
+        KLControlConfig(config.kl_coef, config.kl_target, config.kl_gain, config.target_kl),
+        UpdateConfig(
+            config.cliprange,
+            config.entropy,
+            config.num_ppo_epochs,
+            config.num_mini_batches,
+            config.max_logprob_mismatch,
+        ),
     )
 
 
@@ -283,7 +289,7 @@ def dry_run_rewards(
     )
     label = "trying a few prompts"
     for done, completion in enumerate(
-        Engine(roles, "policy", recipe.rollout.slots).generate(
+        Engine(roles, "policy", recipe.rollout.max_num_seqs).generate(
             [one.input_ids for one in sampled_prompts], DRY_RUN_COMPLETIONS, sampling
         ),
         1,

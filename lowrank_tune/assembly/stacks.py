@@ -40,7 +40,7 @@ def build_stacks(
     configs = {name: loaded[name] if name in loaded else lora_config(recipe.adapters[name], model) for name in names}
     if "value" in recipe.extra_adapters:
         stacks["value"] = _value_stack(recipe, stacks)
-        if recipe.ppo.value == "adapter":
+        if recipe.ppo.critic == "adapter":
             configs["value"] = _value_config(recipe, model, loaded, configs)
     return configs, stacks
 
@@ -48,9 +48,9 @@ def build_stacks(
 def _value_stack(recipe: settings.RecipeConfig, stacks: Mapping[str, list[str]]) -> list[str]:
     """What the value speaks with: the policy's stack, or what lies below the policy, or below the reward model that it
     is a copy of."""
-    if recipe.ppo.value == "trunk":
+    if recipe.ppo.critic == "trunk":
         return stacks["policy"]
-    return [*(stacks[REWARD_ROLE][:-1] if recipe.ppo.value_from == "reward" else stacks["reference"]), "value"]
+    return [*(stacks[REWARD_ROLE][:-1] if recipe.ppo.critic_init == "reward" else stacks["reference"]), "value"]
 
 
 def _value_config(
@@ -59,6 +59,6 @@ def _value_config(
     """The value's shape: the reward model's where it is a copy, else its own where it has one, else the policy's."""
     if "value" in loaded:
         return loaded["value"]
-    if recipe.ppo.value_from == "reward":
+    if recipe.ppo.critic_init == "reward":
         return deepcopy(configs[REWARD_ROLE])
     return lora_config(recipe.adapters["value"], model) if "value" in recipe.adapters else deepcopy(configs["policy"])

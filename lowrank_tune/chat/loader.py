@@ -60,7 +60,7 @@ def load_chat_model(
     )
     emit(LogMessage(message=template.describe()))
     positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    system = target.run.recipe.data.system if target.run is not None else None
+    system = target.run.recipe.data.system_prompt if target.run is not None else None
     return ChatModel(
         roles,
         template,

@@ -29,7 +29,7 @@ def encode_pairs(
     report: SourceReport,
 ) -> Iterator[Entry | InvalidRow]:
     """Every row of a chunk, in order: encoded, or why not. `shape` is always that of pairs."""
-    pairs = [raw if isinstance(raw, InvalidRow) else pair_of(raw, source, data.system) for _, raw in chunk]
+    pairs = [raw if isinstance(raw, InvalidRow) else pair_of(raw, source, data.system_prompt) for _, raw in chunk]
     encoded = iter(_encode([pair for pair in pairs if isinstance(pair, PreferencePair)], template))
     for (location, _), pair in zip(chunk, pairs, strict=True):
         if isinstance(pair, InvalidRow):
@@ -102,14 +102,14 @@ def _truncate(
     """The pair without the oldest exchanges of its prompt, as few as it takes. No answer is ever cut, and the last
     question stays."""
     reason = f"longer than data.max_length ({data.max_length} tokens)"
-    shorter = _drop_oldest_turns(pair.prompt) if data.too_long == "truncate" else iter(())
+    shorter = _drop_oldest_turns(pair.prompt) if data.truncation == "truncate" else iter(())
     for messages in shorter:
         ((ids, rows),) = _encode([PreferencePair(messages, pair.chosen, pair.rejected)], template)
         if isinstance(rows, InvalidRow) or _max_length(rows) <= data.max_length:
             return rows
         prompt = len(ids)
     return InvalidRow(
-        f"{reason}, its {'last question' if data.too_long == 'truncate' else 'prompt'} alone"
+        f"{reason}, its {'last question' if data.truncation == 'truncate' else 'prompt'} alone"
         if prompt > data.max_length
         else reason
     )

@@ -31,13 +31,13 @@ class HubRows:
             ) from error
         try:
             self._data: Any = datasets.load_dataset(
-                self.name, source.name, split=source.split, revision=revision or None
+                self.name, source.config_name, split=source.split, revision=revision or None
             )
         except (KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:  # the library raises its own errors, the hub client's, and bare ValueError
             raise UserError(
-                f"{self.name}: {describe_hub_error(error, self.name, source.name, source.split, revision)}"
+                f"{self.name}: {describe_hub_error(error, self.name, source.config_name, source.split, revision)}"
             ) from error
 
     def lines(self) -> Iterator[int]:

@@ -65,8 +65,8 @@ def load(
     train = full
     if data.validation:
         validation = tokenize(data.validation, data, template, seed, emit, cache, raise_on_invalid, pairs)
-    elif data.validation_rows or data.validation_share:
-        is_validation = split_mask(full.unit_hashes, data.validation_rows or data.validation_share, seed)
+    elif data.eval_rows or data.eval_fraction:
+        is_validation = split_mask(full.unit_hashes, data.eval_rows or data.eval_fraction, seed)
         train = full.select_units(np.flatnonzero(~is_validation))
         validation = full.select_units(np.flatnonzero(is_validation)) if is_validation.any() else None
     weighted = [source for source, given in enumerate(data.train) if given.weight is not None]
@@ -107,9 +107,9 @@ def load_heldout_prompts(
 ) -> list[Prompt]:
     """Up to `count` prompts of a source, drawn with the seed. Rows that cannot be used are passed over."""
     if source.dataset in BUILTIN_DATASETS:
-        source = source.model_copy(update={"rows": source.rows or count})
+        source = source.model_copy(update={"rows": source.max_samples or count})
     spare = count + count // 4 + 20  # some rows may be unusable
-    max_rows = min(source.rows or spare, spare)
+    max_rows = min(source.max_samples or spare, spare)
     rows = read_source(source.model_copy(update={"rows": max_rows}), seed)
     format_name = format_of(source, rows)
     selected: list[Prompt] = []
@@ -134,7 +134,9 @@ def _to_prompt(
         if isinstance(pair, InvalidRow):
             return pair
         return Prompt(
-            pair.prompt, extract_answer(raw, source.columns, source.gold, pair.chosen[-1].content, whole=True), raw
+            pair.prompt,
+            extract_answer(raw, source.columns, source.ground_truth, pair.chosen[-1].content, whole=True),
+            raw,
         )
     chat = conversation(raw, source, format_name, system, require_answer=False)
     if isinstance(chat, InvalidRow):

@@ -144,7 +144,7 @@ def load_prompts(
             source, data, template, seed, emit, needs_ground_truth, unusable, examples, locations, hashes
         )
         if raise_on_invalid:
-            report.check(data.max_rejected_share)
+            report.check(data.max_invalid_fraction)
         if warning := check_enough_rows(source, report):
             emit(LogMessage(message=warning, level="warning"))
         source_of += [number] * report.used
@@ -218,7 +218,7 @@ def _to_prompt_example(
     report: SourceReport,
 ) -> tuple[PromptExample, int] | InvalidRow:
     """The prompt of a row and a number for it, or why it gives none."""
-    chat = conversation(raw, source, format_name, data.system, require_answer=False)
+    chat = conversation(raw, source, format_name, data.system_prompt, require_answer=False)
     if isinstance(chat, InvalidRow):
         return chat
     messages = chat.messages[:-1] if chat.messages[-1].role == "assistant" else chat.messages

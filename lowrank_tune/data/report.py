@@ -83,7 +83,7 @@ class SourceReport:
         if self.num_dropped > max_invalid_fraction * self.read:
             return (
                 f"{self.name}: {self.num_dropped} of {self.read} rows cannot be used: {self.reasons()}; "
-                "mend them, or raise `data.max_rejected_share` to go on without them"
+                "mend them, or raise `data.max_invalid_fraction` to go on without them"
             )
         return None
 

@@ -35,7 +35,7 @@ class BatchSampler:
         assert len(lengths), "an order of no rows"
         self._lengths, self._seed = np.asarray(lengths, dtype=np.int64), seed
         self._tokens = train.tokens_per_step
-        self._max_rows = train.rows_per_step or (ROWS_PER_STEP if self._tokens is None else len(lengths))
+        self._max_rows = train.global_batch_size or (ROWS_PER_STEP if self._tokens is None else len(lengths))
         self._window = train.length_window
         given = [weight for weight in weights or () if weight is not None]
         self._pools = [np.flatnonzero(source_of == source) for source in range(len(given))] if given else []

@@ -100,10 +100,10 @@ def read_source(source: SourceConfig, seed: int) -> SourceRows:
     except (OSError, ValueError) as error:
         raise UserError(f"{source.dataset}: {error}") from error
     if not is_there and not _looks_like_a_path(source.dataset):
-        return SourceRows(source.dataset, [HubRows(source)], source.rows, seed)
+        return SourceRows(source.dataset, [HubRows(source)], source.max_samples, seed)
     if not is_there:
         raise UserError(_missing(source.dataset, path))
-    for name, value, usual in (("name", source.name, None), ("split", source.split, "train")):
+    for name, value, usual in (("name", source.config_name, None), ("split", source.split, "train")):
         if value != usual:
             raise UserError(
                 f"{source.dataset}: `{name}: {value}` is for data sets of the hub, and this is a local path; name "
@@ -117,7 +117,7 @@ def read_source(source: SourceConfig, seed: int) -> SourceRows:
             )
             for file in _files(path)
         ],
-        source.rows,
+        source.max_samples,
         seed,
     )
 
@@ -167,9 +167,9 @@ class _BuiltinRows:
     def __init__(self, source: SourceConfig, seed: int) -> None:
         if source.split not in BUILTIN_SIZES:
             raise UserError(f"{source.dataset}: there is no split `{source.split}`; it has train and heldout")
-        if source.name is not None:
+        if source.config_name is not None:
             raise UserError(f"{source.dataset}: it has no configurations; leave `name` out")
-        self.name, count = source.dataset, source.rows or BUILTIN_SIZES[source.split]
+        self.name, count = source.dataset, source.max_samples or BUILTIN_SIZES[source.split]
         self._rows: list[dict[str, str]] = (
             problems.preferences(count, seed, source.split)
             if self.name == "tutor-preferences"

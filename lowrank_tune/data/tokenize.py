@@ -57,7 +57,7 @@ def tokenize(
             store = writer.finish(list(files), reports)
     for source, report in zip(sources, store.reports, strict=True):
         if raise_on_invalid:
-            report.check(data.max_rejected_share)
+            report.check(data.max_invalid_fraction)
         emit(LogMessage(message=f"{report.name}: {report.read} rows of the shape `{report.format}`"))
         if warning := check_enough_rows(source, report):
             emit(LogMessage(message=warning, level="warning"))
@@ -114,12 +114,12 @@ def _key(
     pairs: bool,
 ) -> str:
     parts = [
-        [rows.content_key(), format_name, source.columns, source.gold, source.final_answer]
+        [rows.content_key(), format_name, source.columns, source.ground_truth, source.final_answer]
         for source, format_name, rows in zip(sources, formats, opened, strict=True)
     ]
     rows_per_unit = 2 if pairs else 1
     described = json.dumps(
-        [VERSION, template.fingerprint, data.max_length, data.too_long, data.system, rows_per_unit, parts],
+        [VERSION, template.fingerprint, data.max_length, data.truncation, data.system_prompt, rows_per_unit, parts],
         sort_keys=True,
     )
     return hashlib.blake2b(described.encode("utf-8", "replace"), digest_size=16).hexdigest()
@@ -177,10 +177,10 @@ def chunks(rows: SourceRows, report: SourceReport) -> Iterator[tuple[Chunk, int]
 
 def check_enough_rows(source: settings.SourceConfig, report: SourceReport) -> str | None:
     """Why there are fewer rows than the recipe asks for."""
-    if source.rows is None or report.used >= source.rows:
+    if source.max_samples is None or report.used >= source.max_samples:
         return None
     return (
-        f"{report.name}: the recipe asks for {source.rows:,} rows, and {report.used:,} of the {report.read:,} "
+        f"{report.name}: the recipe asks for {source.max_samples:,} rows, and {report.used:,} of the {report.read:,} "
         f"that there are can be used"
     )
 
@@ -195,7 +195,8 @@ def _encode(
 ) -> Iterator[Entry | InvalidRow]:
     """Every row of a chunk, in order: encoded, or why not."""
     chats = [
-        raw if isinstance(raw, InvalidRow) else conversation(raw, source, format_name, data.system) for _, raw in chunk
+        raw if isinstance(raw, InvalidRow) else conversation(raw, source, format_name, data.system_prompt)
+        for _, raw in chunk
     ]
     encoded = iter(template.encode_many([chat.messages for chat in chats if isinstance(chat, Conversation)]))
     for (location, _), chat in zip(chunk, chats, strict=True):
@@ -222,7 +223,7 @@ def conversation(
 ) -> Conversation | InvalidRow:
     """The conversation of a row with the recipe's system prompt where it brings none, or what is wrong with it."""
     try:
-        chat = to_conversation(raw, format_name, source.columns, source.gold, require_answer=require_answer)
+        chat = to_conversation(raw, format_name, source.columns, source.ground_truth, require_answer=require_answer)
     except InvalidRow as fault:
         return fault
     chat = box_final_answer(chat) if source.final_answer == "boxed" else chat
@@ -233,7 +234,7 @@ def _truncate(chat: Conversation, data: settings.DataConfig, template: ChatTempl
     """The conversation up to the last answer with which it fits. No answer is ever cut: half of one teaches to stop
     there, or not to."""
     ends = [index + 1 for index, message in enumerate(chat.messages) if message.role == "assistant"]
-    if data.too_long == "truncate":
+    if data.truncation == "truncate":
         for end in reversed(ends[:-1]):
             row = template.encode_many([chat.messages[:end]])[0]
             if isinstance(row, InvalidRow) or len(row.input_ids) <= data.max_length:

@@ -37,8 +37,8 @@ def inspect_data(recipe: settings.RecipeConfig, emit: Emit, cache: Path | None =
     template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base))
     evaluation = recipe.evaluate
     heldout = (
-        load_heldout_prompts(evaluation.heldout, evaluation.prompts, recipe.seed, recipe.data.system)
-        if evaluation.heldout
+        load_heldout_prompts(evaluation.eval_dataset, evaluation.num_prompts, recipe.seed, recipe.data.system_prompt)
+        if evaluation.eval_dataset
         else []
     )
     if recipe.algorithm in ("grpo", "ppo"):

@@ -115,5 +115,5 @@ def invalid_sources(report: Report, recipe: settings.RecipeConfig) -> list[str]:
     return [
         fault
         for source in (*report.train, *report.validation)
-        if (fault := source.fault(recipe.data.max_rejected_share))
+        if (fault := source.fault(recipe.data.max_invalid_fraction))
     ]

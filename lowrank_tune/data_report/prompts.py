@@ -55,7 +55,7 @@ def _prompt_mixture(recipe: settings.RecipeConfig, dataset: PromptDataset) -> tu
             np.concatenate([sampler.rows(step) for step in range(sampler.steps_per_epoch)]),
             sampler.steps_per_epoch,
         )
-        all_steps = recipe.train.steps or sampler.steps_of(recipe.train.epochs or 1.0)
+        all_steps = recipe.train.max_steps or sampler.steps_of(recipe.train.num_train_epochs or 1.0)
     tokens = np.bincount(dataset.source_of[drawn], weights=dataset.lengths[drawn], minlength=len(weights))
     parts = tuple(
         MixturePart(

@@ -104,7 +104,11 @@ def _sample_epoch(recipe: settings.RecipeConfig, train: TokenizedDataset) -> tup
         return None
     sampler = BatchSampler(train.unit_lengths, train.unit_source_of, weights, recipe.train, recipe.seed)
     rows = np.concatenate([np.array(sampler.rows(step)) for step in range(sampler.steps_per_epoch)])
-    return rows, sampler.steps_per_epoch, recipe.train.steps or sampler.steps_of(recipe.train.epochs or 1.0)
+    return (
+        rows,
+        sampler.steps_per_epoch,
+        recipe.train.max_steps or sampler.steps_of(recipe.train.num_train_epochs or 1.0),
+    )
 
 
 def _all_lengths(data: TokenizedSplits) -> NDArray[np.int64]:

@@ -102,9 +102,11 @@ class Evaluation:
 def resolve_options(options: Options, recipe: settings.RecipeConfig | None) -> EvalSamplingOptions:
     """Fills in what was not asked for. Raises UserError for what contradicts itself."""
     defaults = (
-        recipe.evaluate if recipe is not None else settings.EvaluationConfig(prompts=PROMPTS, max_new_tokens=NEW_TOKENS)
+        recipe.evaluate
+        if recipe is not None
+        else settings.EvaluationConfig(num_prompts=PROMPTS, max_new_tokens=NEW_TOKENS)
     )
-    num_samples = options.num_samples or defaults.samples
+    num_samples = options.num_samples or defaults.num_samples
     temperature = (
         options.temperature if options.temperature is not None else defaults.temperature if num_samples > 1 else 0.0
     )
@@ -120,13 +122,13 @@ def resolve_options(options: Options, recipe: settings.RecipeConfig | None) -> E
     max_new_tokens = options.max_new_tokens or _max_new_tokens(recipe, defaults)
     seed = options.seed if options.seed is not None else recipe.seed if recipe is not None else 0
     return EvalSamplingOptions(
-        options.num_prompts or defaults.prompts, num_samples, ks, temperature, options.top_p, max_new_tokens, seed
+        options.num_prompts or defaults.num_prompts, num_samples, ks, temperature, options.top_p, max_new_tokens, seed
     )
 
 
 def _max_new_tokens(recipe: settings.RecipeConfig | None, defaults: settings.EvaluationConfig) -> int:
     """Held-out answers as the run drew them; where it had none, as it drew its completions."""
-    online = recipe is not None and recipe.algorithm in ("grpo", "ppo") and defaults.heldout is None
+    online = recipe is not None and recipe.algorithm in ("grpo", "ppo") and defaults.eval_dataset is None
     return recipe.rollout.max_new_tokens if recipe is not None and online else defaults.max_new_tokens
 
 
@@ -174,7 +176,7 @@ def _questions(
 ) -> EvalQuestions:
     if options.dataset is not None:
         source = eval_source(options.dataset, options.config_name, options.split, target.recipe)
-        system = target.recipe.data.system if target.recipe is not None else None
+        system = target.recipe.data.system_prompt if target.recipe is not None else None
         return load_eval_questions(source, sampling_options.num_prompts, sampling_options.seed, template, system)
     if target.recipe is None:
         raise UserError(

@@ -54,7 +54,7 @@ class Grader:
         rewards = build_rewards(recipe.rewards, Path.cwd()) if recipe is not None and recipe.rewards else []
         self.rewards: list[WeightedReward] = rewards
         self.verifiers = (
-            build_rewards([settings.RewardConfig(use=verifier)], Path.cwd())
+            build_rewards([settings.RewardConfig(name=verifier)], Path.cwd())
             if verifier is not None
             else [each for each in rewards if each.reward.is_verifier and not isinstance(each.reward, RewardModel)]
         )

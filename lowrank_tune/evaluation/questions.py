@@ -63,7 +63,7 @@ def load_eval_questions(
     ]
     named = [
         source.dataset,
-        *([source.name] if source.name else []),
+        *([source.config_name] if source.config_name else []),
         *([source.split] if source.split != "train" else []),
     ]
     return EvalQuestions(questions, " ".join(named))
@@ -85,13 +85,13 @@ def recipe_heldout_questions(
     recipe: settings.RecipeConfig, count: int, template: ChatTemplate, emit: Emit
 ) -> EvalQuestions:
     """The held-out questions of a run's own recipe; else its validation rows. Raises UserError where it has neither."""
-    wanted = recipe.evaluate.heldout
+    wanted = recipe.evaluate.eval_dataset
     if wanted is not None:
-        return load_eval_questions(wanted, count, recipe.seed, template, recipe.data.system)
+        return load_eval_questions(wanted, count, recipe.seed, template, recipe.data.system_prompt)
     if recipe.data.validation:
         parts = [
             load_eval_questions(
-                source, -(-count // len(recipe.data.validation)), recipe.seed, template, recipe.data.system
+                source, -(-count // len(recipe.data.validation)), recipe.seed, template, recipe.data.system_prompt
             )
             for source in recipe.data.validation
         ]
@@ -103,10 +103,10 @@ def recipe_heldout_questions(
             ],
             ", ".join(part.origin for part in parts),
         )
-    if recipe.algorithm in ("sft", "dpo") and recipe.data.validation_share:
+    if recipe.algorithm in ("sft", "dpo") and recipe.data.eval_fraction:
         return _validation_questions(recipe, count, template, emit)
     raise UserError(
-        "this run's recipe has no held-out questions (`evaluate.heldout`): say what to evaluate on, as --on rows.jsonl"
+        "this run's recipe has no held-out questions (`evaluate.eval_dataset`): say what to evaluate on, as --on rows.jsonl"
     )
 
 
@@ -144,14 +144,14 @@ def eval_source(
 ) -> settings.SourceConfig:
     """The source that --on names; columns, format and gold answers are read as the recipe reads its own rows."""
     source = settings.SourceConfig(
-        dataset=given, name=name, split=split or ("heldout" if given == "tutor" else "train")
+        dataset=given, config_name=name, split=split or ("heldout" if given == "tutor" else "train")
     )
     like: Sequence[settings.SourceConfig] = (
-        () if recipe is None else [*filter(None, [recipe.evaluate.heldout]), *recipe.data.train]
+        () if recipe is None else [*filter(None, [recipe.evaluate.eval_dataset]), *recipe.data.train]
     )
     if not like or given.startswith("tutor") or like[0].dataset.startswith("tutor"):
         return source
-    return source.model_copy(update={"columns": like[0].columns, "gold": like[0].gold})
+    return source.model_copy(update={"columns": like[0].columns, "gold": like[0].ground_truth})
 
 
 def _ignore_event(event: object) -> None:

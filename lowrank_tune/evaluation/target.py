@@ -137,7 +137,7 @@ def _target_from_run(path: Path, emit: Emit) -> EvalTarget:
 
 def _reward_model_stack(recipe: settings.RecipeConfig) -> Stack:
     wanted = recipe.adapters.get(REWARD_ROLE)
-    uses_reward_model = any(reward.use == "reward_model" for reward in recipe.rewards)
+    uses_reward_model = any(reward.name == "reward_model" for reward in recipe.rewards)
     return (
         head_stack(str(wanted.path), f"adapters.{REWARD_ROLE}.path") if uses_reward_model and wanted is not None else {}
     )

@@ -274,7 +274,7 @@ def _modelfile(
         adapter,
         turns,
         _bos(tokenizer, file),
-        options.system or run.recipe.data.system,
+        options.system or run.recipe.data.system_prompt,
         _eos_tokens(run),
         GenerationConfig.from_pretrained(run.final).to_diff_dict(),
         int(getattr(config, "max_position_embeddings", None) or 1 << 30),

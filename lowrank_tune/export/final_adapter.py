@@ -1,7 +1,7 @@
 """`final/`, the folder that a user takes away.
 
 At its root lies one adapter in PEFT's format that answers as the run did, whatever it was trained over: the trained
-adapter, with the frozen ones below it folded into it (`train.final_stack: folded`). Then the trained one alone lies in
+adapter, with the frozen ones below it folded into it (`train.final_adapters: folded`). Then the trained one alone lies in
 a folder of its name, where later stages and continued runs read it (`stack.json` says so). With `apart` the root is the
 trained one alone, each frozen one lies in a folder of its name, and the card says how to load them together. PPO's
 value has a folder of its own. Beside them: model card, tokenizer with chat template, and a generation config with every
@@ -35,7 +35,7 @@ def final_folder(stage: Stage) -> Snapshot:
     top, *others = built.trained
     names = [name.removeprefix(ADAPTER_PREFIX) for name in roles.stacks[top]]
     adapters, reason = [as_lora_adapter(roles, name) for name in names], None
-    combined = len(names) == 1 or stage.recipe.train.final_stack == "folded"
+    combined = len(names) == 1 or stage.recipe.train.final_adapters == "folded"
     if combined and (reason := cannot_combine_reason(adapters)) is not None:
         if len(names) > 1:
             message = f"the adapters {', '.join(names)} cannot be folded into one ({reason}): final/ holds them apart"

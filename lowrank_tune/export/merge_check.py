@@ -157,10 +157,14 @@ def _of_recipe(recipe: settings.RecipeConfig, template: ChatTemplate) -> ProbePr
         origin = "validation rows" if store is data.validation else "training rows"
         rows = [store[unit * store.rows_per_unit] for unit in range(min(MAX_ROWS, store.units))]
         prompt_ids = [question.prompt_ids for question in select_questions(store, template, MAX_PROMPTS)]
-    source = recipe.evaluate.heldout or (recipe.data.train[0] if not rows else None)
+    source = recipe.evaluate.eval_dataset or (recipe.data.train[0] if not rows else None)
     if source is not None:
-        origin = f"{origin} and held-out prompts" if rows else origin if recipe.evaluate.heldout else "training prompts"
-        prompt_ids = _prompt_ids(load_heldout_prompts(source, MAX_PROMPTS, recipe.seed, recipe.data.system), template)
+        origin = (
+            f"{origin} and held-out prompts" if rows else origin if recipe.evaluate.eval_dataset else "training prompts"
+        )
+        prompt_ids = _prompt_ids(
+            load_heldout_prompts(source, MAX_PROMPTS, recipe.seed, recipe.data.system_prompt), template
+        )
     return ProbePrompts([ids for ids in prompt_ids if len(ids) <= MAX_PROMPT_TOKENS], rows, origin)
 
 

@@ -132,21 +132,23 @@ def _training_section(recipe: settings.RecipeConfig, summary: Mapping[str, Any])
     lines = ["## Data", ""]
     for source in recipe.data.train:
         facts = [
-            source.name,
+            source.config_name,
             f"split {source.split}",
             source.format if source.format != "auto" else None,
-            f"{source.rows:,} rows" if source.rows else None,
+            f"{source.max_samples:,} rows" if source.max_samples else None,
             f"weight {source.weight:g}" if source.weight else None,
         ]
         lines.append(f"- `{source.dataset}` ({', '.join(filter(None, facts))})")
     if recipe.rewards:
         lines += [
             "",
-            "Rewarded by " + ", ".join(f"`{reward.use}` (weight {reward.weight:g})" for reward in recipe.rewards) + ".",
+            "Rewarded by "
+            + ", ".join(f"`{reward.name}` (weight {reward.weight:g})" for reward in recipe.rewards)
+            + ".",
         ]
     best = summary.get("best", {}).get("step")
     best_note = f"; the adapter is that of step {best}" if best is not None and recipe.train.final == "best" else ""
-    rate = f"learning rate {recipe.train.learning_rate:g}, {recipe.train.optimizer}, seed {recipe.seed}"
+    rate = f"learning rate {recipe.train.learning_rate:g}, {recipe.train.optim}, seed {recipe.seed}"
     return [*lines, "", f"Trained by `{recipe.algorithm}` for {summary.get('step')} steps; {rate}{best_note}.", ""]
 
 
@@ -227,7 +229,7 @@ def _policy_usage(base: settings.BaseConfig, adapters: Adapters, eos_tokens: Seq
         return [
             *lines,
             "vLLM, llama.cpp and Ollama take one adapter at a time, and these are several: run the recipe with "
-            "`train.final_stack: folded`, merge them into the base with `lowrank-tune merge`, or fold them into a "
+            "`train.final_adapters: folded`, merge them into the base with `lowrank-tune merge`, or fold them into a "
             "GGUF adapter with "
             "`lowrank-tune export RUN --to gguf-lora`.",
             "",

@@ -117,7 +117,7 @@ def _step_units(recipe: settings.RecipeConfig) -> int:
     """Units of an optimizer step, where that is a number."""
     if recipe.algorithm in ONLINE_ALGORITHMS:
         return recipe.train.prompts_per_step * recipe.rollout.num_generations
-    return recipe.train.rows_per_step or 16
+    return recipe.train.global_batch_size or 16
 
 
 def with_fit_report(spec: SimulationSpec, plan: Plan) -> Plan:
@@ -175,9 +175,7 @@ def _shorten(spec: SimulationSpec, plan: Plan) -> str:
             "" if recipe.base.bits == 4 else ", or base.bits=4"
         )
     if plan.peak_phase.name in DECODING_PHASES:
-        return (
-            "fewer sequences at once: rollout.slots, or shorter ones: rollout.max_new_tokens, evaluate.max_new_tokens"
-        )
+        return "fewer sequences at once: rollout.max_num_seqs, or shorter ones: rollout.max_new_tokens, evaluate.max_new_tokens"
     online = recipe.algorithm in ONLINE_ALGORITHMS
     alone = (
         (plan.fits_length or 0) * plan.sizes.units // LENGTH_STEP * LENGTH_STEP

@@ -19,7 +19,7 @@ def planned_optimizer(parameters: list[nn.Parameter], train: settings.TrainingCo
     """The recipe's optimizer after its first step, on meta tensors. Those of bitsandbytes have kernels for cards alone:
     their moments are made as it makes them (`optim/optimizer.py`), and the step of another one stands for theirs, which
     all happen in place."""
-    if train.optimizer == "adamw" or device.type != "cuda":
+    if train.optim == "adamw" or device.type != "cuda":
         optimizer = make_optimizer(parameters, train.model_copy(update={"optimizer": "adamw"}), device)
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -27,7 +27,7 @@ def planned_optimizer(parameters: list[nn.Parameter], train: settings.TrainingCo
         optimizer.zero_grad(set_to_none=True)
         return optimizer
     stand_in = torch.optim.SGD(parameters, lr=0.0)
-    stand_in.kept = [moment for parameter in parameters for moment in _moments(parameter, train.optimizer)]  # type: ignore[attr-defined]
+    stand_in.kept = [moment for parameter in parameters for moment in _moments(parameter, train.optim)]  # type: ignore[attr-defined]
     return stand_in
 
 

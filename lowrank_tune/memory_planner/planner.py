@@ -150,12 +150,12 @@ def _decoding_specs(
     if recipe.algorithm in ONLINE_ALGORITHMS:
         count = train.prompts_per_step * rollout.num_generations
         specs["rollout"] = decoding(
-            min(rollout.slots, count), train.prompts_per_step, rollout.num_generations, rollout.max_new_tokens
+            min(rollout.max_num_seqs, count), train.prompts_per_step, rollout.num_generations, rollout.max_new_tokens
         )
-    if evaluation.heldout is not None and recipe.trained_adapter == "policy":
-        num_answers = min(MAX_HELDOUT_CONCURRENCY, evaluation.prompts * evaluation.samples)
+    if evaluation.eval_dataset is not None and recipe.trained_adapter == "policy":
+        num_answers = min(MAX_HELDOUT_CONCURRENCY, evaluation.num_prompts * evaluation.num_samples)
         specs["held-out answers"] = decoding(
-            num_answers, evaluation.prompts, evaluation.samples, evaluation.max_new_tokens
+            num_answers, evaluation.num_prompts, evaluation.num_samples, evaluation.max_new_tokens
         )
     return specs
 

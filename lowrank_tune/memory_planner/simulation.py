@@ -201,9 +201,10 @@ class _SimulatedStage:
                 "max_bad_steps": 1,
             }
         )
-        passes = {"grpo": self.recipe.grpo.epochs, "ppo": self.recipe.ppo.epochs * self.recipe.ppo.minibatches}.get(
-            self.recipe.algorithm, 1
-        )
+        passes = {
+            "grpo": self.recipe.grpo.num_iterations,
+            "ppo": self.recipe.ppo.num_ppo_epochs * self.recipe.ppo.num_mini_batches,
+        }.get(self.recipe.algorithm, 1)
         single_batch = _SingleBatchAlgorithm(
             algorithm.rows_per_unit, algorithm, experience, self.sizes, self.tracker, logged, self.parameters, passes
         )

@@ -46,7 +46,7 @@ def sizes_of(recipe: settings.RecipeConfig, units: int | None = None) -> Sizes:
     train, online = recipe.train, recipe.algorithm in ("grpo", "ppo")
     length = recipe.data.max_prompt_length + recipe.rollout.max_new_tokens if online else recipe.data.max_length
     rows_per_unit = 2 if recipe.uses_pairs else 1
-    step = train.prompts_per_step * recipe.rollout.num_generations if online else train.rows_per_step or 1 << 20
+    step = train.prompts_per_step * recipe.rollout.num_generations if online else train.global_batch_size or 1 << 20
     num_units = units or train.micro_batch_rows
     if num_units is None and train.micro_batch_tokens is not None:
         # nearly as many rows, a little shorter, fill the budget

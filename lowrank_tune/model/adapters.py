@@ -214,10 +214,10 @@ def lora_config(wanted: settings.AdapterConfig, model: Any) -> LoraConfig:
         )
     return LoraConfig(
         r=wanted.r,
-        lora_alpha=wanted.alpha,
-        lora_dropout=wanted.dropout,
+        lora_alpha=wanted.lora_alpha,
+        lora_dropout=wanted.lora_dropout,
         target_modules=targets,
-        use_rslora=wanted.rslora,
+        use_rslora=wanted.use_rslora,
         bias="none",
         task_type="CAUSAL_LM",
     )

@@ -24,13 +24,13 @@ def make_optimizer(
     Groups of parameters (torch's `{"params": [...]}`) may have a `share`: what their learning rate is to the run's.
     """
     betas, decay = (train.adam_beta1, train.adam_beta2), train.weight_decay
-    if train.optimizer == "adamw":
+    if train.optim == "adamw":
         return torch.optim.AdamW(parameters, lr=train.learning_rate, betas=betas, weight_decay=decay, fused=True)
-    if device.type != "cuda" and train.optimizer.startswith("paged_"):
+    if device.type != "cuda" and train.optim.startswith("paged_"):
         raise UserError(
-            f"train.optimizer: {train.optimizer} moves its states between a card and the machine's memory, and there "
+            f"train.optim: {train.optim} moves its states between a card and the machine's memory, and there "
             f"is no card; "
-            f"say {train.optimizer.removeprefix('paged_')}"
+            f"say {train.optim.removeprefix('paged_')}"
         )
     import bitsandbytes.optim as optim  # heavy, and asked for by few
 
@@ -39,7 +39,7 @@ def make_optimizer(
         "paged_adamw": optim.PagedAdamW32bit,
         "paged_adamw_8bit": optim.PagedAdamW8bit,
     }
-    return kinds[train.optimizer](parameters, lr=train.learning_rate, betas=betas, weight_decay=decay)  # type: ignore[no-any-return]
+    return kinds[train.optim](parameters, lr=train.learning_rate, betas=betas, weight_decay=decay)  # type: ignore[no-any-return]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

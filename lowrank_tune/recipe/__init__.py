@@ -1,6 +1,6 @@
 """Recipes: YAML to settings and back. Strict: every fault is told at once, with file, line and what was probably meant.
 
-recipe = Recipe.load("tiny-sft", "train.steps=10")
+recipe = Recipe.load("tiny-sft", "train.max_steps=10")
 chain = load_any("tiny-preference", "stages.dpo.train.steps=10")
 faults look like   my.yaml:7: train.learning_rat: unknown key; did you mean `learning_rate`?
 """
@@ -46,13 +46,13 @@ RESUMABLE_CHANGES = frozenset(
     {
         "name",
         "description",
-        "train.steps",
-        "train.epochs",
-        "train.log_every",
-        "train.save_every",
-        "train.keep",
-        "evaluate.every",
-        "evaluate.shown",
+        "train.max_steps",
+        "train.num_train_epochs",
+        "train.logging_steps",
+        "train.save_steps",
+        "train.save_total_limit",
+        "evaluate.eval_steps",
+        "evaluate.num_completions_to_print",
         "train.report_to",
         "train.project",
         *MEMORY_SETTINGS,

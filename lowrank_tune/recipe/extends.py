@@ -1,6 +1,6 @@
 """From a name or a path to one tree: where presets lie, what `extends` means, and how `key=value` changes it.
 
-A later layer wins. Where it sets one of two rivals (`train.steps` over an inherited `train.epochs`), the inherited one
+A later layer wins. Where it sets one of two rivals (`train.max_steps` over an inherited `train.num_train_epochs`), the inherited one
 gives way; `null` takes an inherited setting away.
 """
 
@@ -180,7 +180,9 @@ def parse_overrides(overrides: Sequence[str], problems: list[ConfigProblem]) -> 
             for word in key.strip().split(".")
         )
         if not equals or "" in path:
-            problems.append(OVERRIDE_POSITION.problem(f"{text!r:.80} is not of the form key=value, as train.steps=100"))
+            problems.append(
+                OVERRIDE_POSITION.problem(f"{text!r:.80} is not of the form key=value, as train.max_steps=100")
+            )
         elif path == ("extends",):
             problems.append(OVERRIDE_POSITION.problem("cannot be given here; name that recipe itself", path))
         elif (node := parse_override_value(value.strip(), path, problems)) is not None:

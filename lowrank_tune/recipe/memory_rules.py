@@ -15,7 +15,7 @@ MEMORY_SETTINGS = (
     "train.activation_offloading",
     "train.memory_budget_gib",
     "train.memory_check",
-    "rollout.slots",
+    "rollout.max_num_seqs",
 )
 """What changes memory and speed and never the gradient, so that a run that ran short can go on with less."""
 
@@ -54,8 +54,8 @@ def suggestions(recipe: RecipeConfig, kind: str, tokens: int, on_gpu: bool) -> s
         same_run.append("a larger train.memory_budget_gib")
     if recipe.base.bits == 16:
         new_run.append("base.bits=4")
-    if updates and on_gpu and train.optimizer == "adamw":
-        new_run.append("train.optimizer=paged_adamw_8bit")
+    if updates and on_gpu and train.optim == "adamw":
+        new_run.append("train.optim=paged_adamw_8bit")
     if online:
         new_run.append(f"rollout.max_new_tokens={max(1, recipe.rollout.max_new_tokens // 2)}")
         new_run.append(f"data.max_prompt_length={max(1, recipe.data.max_prompt_length // 2)}")

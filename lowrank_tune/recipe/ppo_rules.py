@@ -25,23 +25,23 @@ def unused_settings(data: Any) -> Iterator[Finding]:
     if not is_ppo(data):
         return
     if get_raw(data, "ppo", "penalty") is not None and get_raw(data, "ppo", "truncated") in ("bootstrap", "keep"):
-        yield ("ppo", "penalty"), "does nothing without `ppo.truncated`: penalise"
+        yield ("ppo", "penalty"), "does nothing without `ppo.truncated_completions`: penalise"
     if get_raw(data, "ppo", "kl_gain") is not None and get_raw(data, "ppo", "kl_target") is None:
         yield ("ppo", "kl_gain"), "does nothing without `ppo.kl_target`: the weight of the KL stays what it is"
     value, path = get_raw(data, "adapters", "value"), get_raw(data, "adapters", "value", "path")
     if get_raw(data, "ppo", "value") == "trunk":
         if get_raw(data, "ppo", "value_from") is not None:
-            yield ("ppo", "value_from"), "does nothing with `ppo.value`: trunk, a fresh head on the policy's trunk"
+            yield ("ppo", "value_from"), "does nothing with `ppo.critic`: trunk, a fresh head on the policy's trunk"
         if value is not None:
             yield (
                 ("adapters", "value"),
-                "does nothing with `ppo.value`: trunk, a head on the policy's trunk; leave it out",
+                "does nothing with `ppo.critic`: trunk, a head on the policy's trunk; leave it out",
             )
         return
     if get_raw(data, "ppo", "value_weight") is not None:
         yield (
             ("ppo", "value_weight"),
-            "does nothing with `ppo.value`: adapter, which shares nothing; there is `ppo.value_learning_rate`",
+            "does nothing with `ppo.critic`: adapter, which shares nothing; there is `ppo.value_learning_rate`",
         )
     if path is not None and get_raw(data, "ppo", "value_from") is not None:
         yield ("ppo", "value_from"), "does nothing beside `adapters.value.path`, where the value goes on from"
@@ -50,7 +50,7 @@ def unused_settings(data: Any) -> Iterator[Finding]:
             if value.get(key) is not None:
                 yield (
                     ("adapters", "value", key),
-                    "comes from the reward model, with `ppo.value_from`: reward; leave it out",
+                    "comes from the reward model, with `ppo.critic_init`: reward; leave it out",
                 )
 
 
@@ -65,7 +65,7 @@ def findings(data: Any, has_reward_stage: bool = False) -> Iterator[Finding]:
     if not is_ppo(data):
         return
     if number(get_raw(data, "ppo", "kl")) == 0.0 and get_raw(data, "ppo", "kl_target") is not None:
-        yield ("ppo", "kl_target"), "cannot be reached from `ppo.kl`: 0, which no factor moves; begin with 0.05"
+        yield ("ppo", "kl_target"), "cannot be reached from `ppo.kl_coef`: 0, which no factor moves; begin with 0.05"
     if (
         get_raw(data, "ppo", "value_from") == "reward"
         and get_raw(data, "adapters", "reward") is None

@@ -74,7 +74,7 @@ def unused_settings(data: Any) -> Iterator[Finding]:
             "keep",
             "mask",
         ):
-            yield ("grpo", "penalty"), "does nothing without `grpo.truncated`: penalise"
+            yield ("grpo", "penalty"), "does nothing without `grpo.truncated_completions`: penalise"
     if is_online(data):
         listed = [
             get_raw(reward, "on_error") or ("stop" if _is_custom(get_raw(reward, "use")) else "drop")
@@ -103,14 +103,14 @@ def _unused_clip_settings(data: Any) -> Iterator[Finding]:
             if get_raw(data, "grpo", key) is not None:
                 yield (
                     ("grpo", key),
-                    "does nothing for the loss cispo, which bounds weights from above alone; say `grpo.clip_high`",
+                    "does nothing for the loss cispo, which bounds weights from above alone; say `grpo.epsilon_high`",
                 )
     elif clip and low and high:
-        yield ("grpo", "clip"), "does nothing beside `grpo.clip_low` and `grpo.clip_high`: give it, or the two"
+        yield ("grpo", "clip"), "does nothing beside `grpo.epsilon_low` and `grpo.epsilon_high`: give it, or the two"
     elif clip and low and loss in LOSSES_WITH_DEFAULT_EPSILON_HIGH:
         yield (
             ("grpo", "clip"),
-            f"does nothing beside `grpo.clip_low`: the loss {loss} has a `grpo.clip_high` of its own",
+            f"does nothing beside `grpo.epsilon_low`: the loss {loss} has a `grpo.epsilon_high` of its own",
         )
 
 
@@ -119,7 +119,7 @@ def _unused_kl_settings(data: Any) -> Iterator[Finding]:
         if get_raw(data, "grpo", key) is None:
             continue
         if number(get_raw(data, "grpo", "kl")) == 0.0:
-            yield ("grpo", key), "does nothing where `grpo.kl` is 0"
+            yield ("grpo", key), "does nothing where `grpo.beta` is 0"
         elif key == "kl_estimator" and get_raw(data, "grpo", "kl_in") == "reward":
             yield (
                 ("grpo", key),

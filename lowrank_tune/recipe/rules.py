@@ -21,33 +21,33 @@ PAIR_ALGORITHMS = ("reward", "dpo")
 """The algorithms whose rows are pairs of answers."""
 GENERATIVE_ALGORITHMS = reward_rules.GENERATIVE_ALGORITHMS
 USED_BY: dict[str, tuple[str, ...]] = {
-    "train.rows_per_step": ROW_ALGORITHMS,
+    "train.global_batch_size": ROW_ALGORITHMS,
     "train.tokens_per_step": ROW_ALGORITHMS,
     "train.length_window": ROW_ALGORITHMS,
     "train.prompts_per_step": GENERATIVE_ALGORITHMS,
     "data.max_length": ROW_ALGORITHMS,
     "data.max_prompt_length": GENERATIVE_ALGORITHMS,
-    "data.too_long": ROW_ALGORITHMS,
+    "data.truncation": ROW_ALGORITHMS,
     "data.validation": ROW_ALGORITHMS,
-    "data.validation_share": ROW_ALGORITHMS,
-    "data.validation_rows": ROW_ALGORITHMS,
+    "data.eval_fraction": ROW_ALGORITHMS,
+    "data.eval_rows": ROW_ALGORITHMS,
     "data.expected_tokens": ROW_ALGORITHMS,
     "reference": ("sft", "dpo", *GENERATIVE_ALGORITHMS),
     "reward": ("reward",),
     "dpo": ("dpo",),
     "rewards": GENERATIVE_ALGORITHMS,
     "rollout": GENERATIVE_ALGORITHMS,
-    "evaluate.on_hacking": GENERATIVE_ALGORITHMS,
+    "evaluate.on_reward_hacking": GENERATIVE_ALGORITHMS,
     "grpo": ("grpo",),
     "ppo": ("ppo",),
 }
 """Settings and whole sections that only some algorithms use. What is not listed is used by all of them."""
 REPLACEMENTS = {
-    "train.rows_per_step": "`train.prompts_per_step`",
-    "train.prompts_per_step": "`train.rows_per_step`",
+    "train.global_batch_size": "`train.prompts_per_step`",
+    "train.prompts_per_step": "`train.global_batch_size`",
     "data.max_length": "`data.max_prompt_length` and `rollout.max_new_tokens`",
     "data.max_prompt_length": "`data.max_length`, which limits a prompt and its answer together",
-    "data.validation": "`evaluate.heldout`",
+    "data.validation": "`evaluate.eval_dataset`",
     "reward": "`rewards`",
     "rewards": "`reward`",
 }
@@ -110,23 +110,28 @@ def unused_label_smoothing(data: Any) -> Iterator[Finding]:
         return
     loss = get_raw(data, "dpo", "loss") or "sigmoid"
     if loss in LOSSES and loss != "robust":
-        yield ("dpo", "label_smoothing"), f"does nothing for the loss {loss}; it belongs to `dpo.loss`: robust"
+        yield ("dpo", "label_smoothing"), f"does nothing for the loss {loss}; it belongs to `dpo.loss_type`: robust"
 
 
 def unused_heldout_settings(data: Any) -> Iterator[Finding]:
     """Held-out answers need prompts; the temperature needs sampling."""
     neither = (
-        " neither `evaluate.heldout` nor validation rows" if supports_validation(data) else "out `evaluate.heldout`"
+        " neither `evaluate.eval_dataset` nor validation rows"
+        if supports_validation(data)
+        else "out `evaluate.eval_dataset`"
     )
     if get_raw(data, "evaluate", "heldout") is None:
         for key in ("prompts", "samples", "temperature", *(() if supports_validation(data) else ("on_hacking",))):
             if get_raw(data, "evaluate", key) is not None:
-                yield ("evaluate", key), "does nothing without `evaluate.heldout`"
+                yield ("evaluate", key), "does nothing without `evaluate.eval_dataset`"
         for key in ("every", "max_new_tokens", "shown"):
             if get_raw(data, "evaluate", key) is not None and not has_validation(data):
                 yield ("evaluate", key), f"does nothing with{neither}"
     elif get_raw(data, "evaluate", "temperature") is not None and get_raw(data, "evaluate", "samples") in (None, 1):
-        yield ("evaluate", "temperature"), "does nothing with one sample, which is greedy; set `evaluate.samples` too"
+        yield (
+            ("evaluate", "temperature"),
+            "does nothing with one sample, which is greedy; set `evaluate.num_samples` too",
+        )
 
 
 def supports_validation(data: Any) -> bool:
@@ -146,7 +151,7 @@ def best_step_findings(data: Any) -> Iterator[Finding]:
     if by == "exact" and get_raw(data, "algorithm") == "reward":
         yield ("evaluate", "best_by"), "`exact` needs answers, and a reward model gives none"
     elif by == "exact" and not has_heldout:
-        yield ("evaluate", "best_by"), "`exact` needs questions: `evaluate.heldout`"
+        yield ("evaluate", "best_by"), "`exact` needs questions: `evaluate.eval_dataset`"
     elif by == "loss" and not has_validation(data):
         yield ("evaluate", "best_by"), "`loss` needs validation rows, and there are none"
     elif (
@@ -156,7 +161,7 @@ def best_step_findings(data: Any) -> Iterator[Finding]:
     ):
         yield (
             ("train", "final"),
-            f"`best` needs {'validation rows' if supports_validation(data) else '`evaluate.heldout`'}, and there are none",
+            f"`best` needs {'validation rows' if supports_validation(data) else '`evaluate.eval_dataset`'}, and there are none",
         )
 
 
@@ -239,9 +244,9 @@ def run_length_findings(data: Any) -> Iterator[Finding]:
     """A run has an end, and its warm-up ends before that."""
     steps, warmup = get_raw(data, "train", "steps"), number(get_raw(data, "train", "warmup_steps"))
     if steps is None and get_raw(data, "train", "epochs") is None:
-        yield ("train", "steps"), "is missing: give `train.steps` or `train.epochs`"
+        yield ("train", "steps"), "is missing: give `train.max_steps` or `train.num_train_epochs`"
     elif (end := number(steps)) is not None and warmup is not None and 0 < end <= warmup:
-        yield ("train", "warmup_steps"), f"must be smaller than `train.steps`, {steps}"
+        yield ("train", "warmup_steps"), f"must be smaller than `train.max_steps`, {steps}"
 
 
 def source_weight_findings(data: Any) -> Iterator[Finding]:

@@ -34,7 +34,7 @@ class Node:
 
 
 def dotted(path: Path) -> str:
-    """`data.train.0.rows`; whatever is not printable is escaped, so that a fault never breaks the screen."""
+    """`data.train.0.max_samples`; whatever is not printable is escaped, so that a fault never breaks the screen."""
     return ".".join(word if word.isprintable() else ascii(word) for word in map(str, path))
 
 

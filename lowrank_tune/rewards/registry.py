@@ -48,7 +48,7 @@ def build_rewards(configs: Sequence[RewardConfig], folder: Path) -> list[Weighte
                     name,
                     config.weight,
                     _build_reward(config, name, folder),
-                    config.on_error or ("stop" if is_user_function(config.use) else "drop"),
+                    config.on_error or ("stop" if is_user_function(config.name) else "drop"),
                 )
             )
         except UserError as error:
@@ -63,21 +63,21 @@ def reward_names(configs: Sequence[RewardConfig]) -> list[str]:
     seen: Counter[str] = Counter()
     names = []
     for config in configs:
-        word = config.use.rpartition(":")[2] if is_user_function(config.use) else config.use
+        word = config.name.rpartition(":")[2] if is_user_function(config.name) else config.name
         seen[word] += 1
         names.append(word if seen[word] == 1 else f"{word}-{seen[word]}")
     return names
 
 
 def _build_reward(config: RewardConfig, name: str, folder: Path) -> Reward:
-    if not is_user_function(config.use) and config.use not in REWARD_BUILDERS:
+    if not is_user_function(config.name) and config.name not in REWARD_BUILDERS:
         choices = f"Known are {', '.join(REWARD_BUILDERS)}, and `./file.py:function`"
-        raise UserError(f"unknown reward `{config.use}`{did_you_mean(config.use, tuple(REWARD_BUILDERS))} {choices}")
+        raise UserError(f"unknown reward `{config.name}`{did_you_mean(config.name, tuple(REWARD_BUILDERS))} {choices}")
     _check_settings(config)
     return (
-        read_user_function(name, config.use, folder)
-        if is_user_function(config.use)
-        else REWARD_BUILDERS[config.use](config, name, folder)
+        read_user_function(name, config.name, folder)
+        if is_user_function(config.name)
+        else REWARD_BUILDERS[config.name](config, name, folder)
     )
 
 
@@ -85,15 +85,15 @@ def _check_settings(config: RewardConfig) -> None:
     """Each reward has the settings that it needs and no others."""
     for setting, owners in SETTING_OWNER.items():
         value = getattr(config, setting)
-        if config.use in owners and value is None and setting not in OPTIONAL_SETTINGS:
-            raise UserError(f"`{config.use}` needs `{setting}`")
-        if config.use not in owners and value is not None:
+        if config.name in owners and value is None and setting not in OPTIONAL_SETTINGS:
+            raise UserError(f"`{config.name}` needs `{setting}`")
+        if config.name not in owners and value is not None:
             raise UserError(
-                f"`{setting}` does nothing for `{config.use}`; it belongs to "
+                f"`{setting}` does nothing for `{config.name}`; it belongs to "
                 f"{' and '.join(f'`{owner}`' for owner in owners)}"
             )
     if config.weight == 0:
-        raise UserError(f"`{config.use}` has weight 0 and would change nothing; leave it out")
+        raise UserError(f"`{config.name}` has weight 0 and would change nothing; leave it out")
 
 
 def _answer(config: RewardConfig, name: str, folder: Path) -> Reward:
@@ -124,7 +124,7 @@ def _length(config: RewardConfig, name: str, folder: Path) -> Reward:
 def _format(config: RewardConfig, name: str, folder: Path) -> Reward:
     assert config.pattern is not None
     try:
-        return RegexReward(name, config.pattern, full_match=config.use == "format")
+        return RegexReward(name, config.pattern, full_match=config.name == "format")
     except UserError as error:
         raise UserError(f"`pattern` {error}") from None
 

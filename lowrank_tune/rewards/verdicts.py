@@ -118,7 +118,7 @@ def exceeds_failure_limit(
     if len(failures) >= min_failures and len(failures) > max_failure_rate * len(rows):
         weighted_reward, score = failures[0]
         message = (
-            f"{len(failures)} of {len(rows)} completions could not be scored, more than rollout.max_unscored_share, "
+            f"{len(failures)} of {len(rows)} completions could not be scored, more than rollout.max_reward_failure_rate, "
             f"{max_failure_rate:.3g}"
         )
         return f"{message}; the first: {score.reason or f'`{weighted_reward.name}`: {score.verdict}'}"

@@ -15,7 +15,7 @@ class SourceConfig(Settings):
     dataset: NonEmptyStr
     """A hub id, `id@revision`, a file (JSON, JSON lines, CSV, Parquet; gz too), a folder, `tutor` (the built-in
     problems) or `tutor-preferences` (pairs of answers to them)."""
-    name: NonEmptyStr | None = None
+    config_name: NonEmptyStr | None = None
     """Configuration of a hub data set (`main` of openai/gsm8k)."""
     split: NonEmptyStr = "train"
     """Split of a hub data set or of the built-in ones (train, heldout)."""
@@ -26,10 +26,10 @@ class SourceConfig(Settings):
     answer."""
     columns: dict[NonEmptyStr, NonEmptyStr] = Field(default_factory=dict)
     """Renames columns: the format's name to the data's name, as `{question: problem, answer: solution}`."""
-    gold: Literal["auto", "none", "answer", "hashes", "boxed", "last_number", "gold"] = "auto"
+    ground_truth: Literal["auto", "none", "answer", "hashes", "boxed", "last_number", "gold"] = "auto"
     """Where the gold answer stands: after `####`, in the last box, the last number, the whole answer, or a column
     `gold`."""
-    rows: PositiveInt | None = None
+    max_samples: PositiveInt | None = None
     """Takes this many rows, drawn with the seed. One that cannot be used gives way to another of the draw, as long as
     there are more."""
     final_answer: Literal["boxed"] | None = None
@@ -50,20 +50,20 @@ class DataConfig(Settings):
     """Sources of the training rows."""
     validation: Sources = ()
     """Sources of the validation rows. Without them `validation_share` of the training rows is set aside."""
-    validation_share: Annotated[float, Field(ge=0.0, lt=0.9)] = 0.05
+    eval_fraction: Annotated[float, Field(ge=0.0, lt=0.9)] = 0.05
     """Share of the training rows set aside for validation; 0 for none."""
-    validation_rows: PositiveInt | None = None
+    eval_rows: PositiveInt | None = None
     """Or: so many of the training rows."""
     expected_tokens: PositiveInt | None = None
     """Tokens of all training rows as the recipe's author counted them; shown beside what is measured."""
-    system: str | None = None
+    system_prompt: str | None = None
     """A system prompt for rows that bring none."""
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Longest row in tokens."""
     max_prompt_length: Annotated[int, Field(ge=1)] = 512
     """Longest prompt in tokens, where completions are drawn; a longer one is dropped and counted."""
-    too_long: Literal["drop", "truncate"] = "drop"
+    truncation: Literal["drop", "truncate"] = "drop"
     """A longer row is dropped and counted; or cut at the last whole turn that fits, and dropped where none does. A pair
     is cut at the front: the oldest exchanges of its prompt go, the same on both sides; no answer is ever cut."""
-    max_rejected_share: Fraction = 0.1
+    max_invalid_fraction: Fraction = 0.1
     """Stops before training when more than this share of the rows is unusable."""

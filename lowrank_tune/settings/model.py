@@ -46,13 +46,13 @@ class AdapterConfig(Settings):
 
     r: PositiveInt = 16
     """Rank."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     """Scale: the update is multiplied by alpha / r (by alpha / sqrt(r) with rslora)."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout on the adapter's input while it trains."""
     target_modules: Literal["all-linear"] | StrList = "all-linear"
     """Names of the linear modules that get an adapter."""
-    rslora: bool = False
+    use_rslora: bool = False
     """Rank-stabilised scaling (arXiv:2312.03732)."""
     path: NonEmptyStr | None = None
     """Folder of an existing adapter, or of a run."""

@@ -74,13 +74,13 @@ class RecipeConfig(Settings):
     @property
     def needs_ground_truth(self) -> bool:
         """Whether a reward compares completions with gold answers."""
-        return any(reward.use == "answer" for reward in self.rewards)
+        return any(reward.name == "answer" for reward in self.rewards)
 
     @property
-    def best_by(self) -> str:
+    def metric_for_best_model(self) -> str:
         """What makes a step the best."""
-        return self.evaluate.best_by or (
-            "exact" if self.algorithm in ("grpo", "ppo") and self.evaluate.heldout else "loss"
+        return self.evaluate.metric_for_best_model or (
+            "exact" if self.algorithm in ("grpo", "ppo") and self.evaluate.eval_dataset else "loss"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ UNSAFE_CODE: Final = "code that a model wrote may do anything on this machine"
 class RewardConfig(Settings):
     """One reward of several. What a completion earns is the weighted sum."""
 
-    use: NonEmptyStr
+    name: NonEmptyStr
     """`answer` and `math_answer` (the final answer equals the gold one, exactly or as mathematics); `symbolic` (an
     equal expression); `python_tests` (the code passes the row's tests); `smt` and `lean` (proved); `format`, `regex`,
     `json_schema`, `length`, `repetition` (how it is written); `reward_model` (the learned score of `adapters.reward`);

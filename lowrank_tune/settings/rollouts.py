@@ -18,42 +18,42 @@ class RolloutConfig(Settings):
     """Longest completion in tokens."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Temperature, of sampling and of all log-probs of the update."""
-    slots: PositiveInt = 64
+    max_num_seqs: PositiveInt = 64
     """Sequences that are decoded at once."""
-    max_unscored_share: Fraction = 0.01
+    max_reward_failure_rate: Fraction = 0.01
     """Stops the run when the rewards failed on more than this share of its completions, from the third such on."""
 
 
 class GRPOConfig(Settings):
     """What `algorithm: grpo` optimises."""
 
-    loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
     """GRPO; DAPO's token mean; Dr. GRPO (no division by spread or length); GSPO (ratio of whole sequences); CISPO
     (clipped weights)."""
-    clip: Annotated[float, Field(gt=0.0)] = 0.2
+    epsilon: Annotated[float, Field(gt=0.0)] = 0.2
     """How far the ratio to the sampling policy may move before the gradient stops."""
-    clip_low: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    epsilon_low: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """The same for falling ratios alone."""
-    clip_high: Annotated[float, Field(gt=0.0)] | None = None
+    epsilon_high: Annotated[float, Field(gt=0.0)] | None = None
     """The same for rising ratios alone (0.28 for `dapo`; for `cispo` the largest weight, 5)."""
-    kl: Annotated[float, Field(ge=0.0)] = 0.05
+    beta: Annotated[float, Field(ge=0.0)] = 0.05
     """Weight of the KL to the reference."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where it counts: in the loss a token, or in the reward a completion."""
     kl_estimator: Literal["k3_ratio", "k3", "k2", "exact"] = "k3_ratio"
     """For `kl_in: loss`: k3 times the ratio (the gradient of KL(policy || reference)), k3, k2, or exact over the whole
     vocabulary."""
-    epochs: PositiveInt = 1
+    num_iterations: PositiveInt = 1
     """Passes over each harvest of completions."""
-    old: Literal["recomputed", "sampler"] = "recomputed"
+    old_logprobs_from: Literal["recomputed", "sampler"] = "recomputed"
     """The old log-probs of the ratio: computed again by the policy, or those of the sampler."""
-    mismatch_limit: Annotated[float, Field(gt=0.0)] = 0.1
+    max_logprob_mismatch: Annotated[float, Field(gt=0.0)] = 0.1
     """Nats a token between the sampler's log-probs and the policy's, at which the run stops."""
-    truncated: Literal["keep", "mask", "penalise"] = "keep"
+    truncated_completions: Literal["keep", "mask", "penalise"] = "keep"
     """A completion cut by the limit is trained as it is, left out of the loss, or loses `penalty`."""
-    penalty: Annotated[float, Field(gt=0.0)] = 1.0
+    missing_eos_penalty: Annotated[float, Field(gt=0.0)] = 1.0
     """For `truncated: penalise`."""
-    dead_groups: Literal["keep", "drop", "resample"] = "drop"
+    zero_std_groups: Literal["keep", "drop", "resample"] = "drop"
     """A group of equal rewards has no advantage: kept for its KL, left out of the update, or replaced by other
     prompts."""
 
@@ -61,18 +61,18 @@ class GRPOConfig(Settings):
 class PPOConfig(Settings):
     """What `algorithm: ppo` optimises."""
 
-    clip: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    cliprange: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """How far the ratio to the policy that wrote may move before the gradient stops."""
     entropy: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of an entropy bonus; it costs a second pass through the output head."""
-    epochs: PositiveInt = 4
+    num_ppo_epochs: PositiveInt = 4
     """Passes over each harvest of completions."""
-    minibatches: PositiveInt = 1
+    num_mini_batches: PositiveInt = 1
     """Optimizer steps of each pass, each on its share of the harvest."""
-    update_kl_limit: Annotated[float, Field(gt=0.0)] | None = None
+    target_kl: Annotated[float, Field(gt=0.0)] | None = None
     """Nats a token between the policy that wrote and the updated one, above which the rest of a harvest's passes is
     left out."""
-    kl: Annotated[float, Field(ge=0.0)] = 0.05
+    kl_coef: Annotated[float, Field(ge=0.0)] = 0.05
     """Weight of the KL to the reference, a part of every token's reward; with `kl_target` where it begins."""
     kl_target: Annotated[float, Field(gt=0.0)] | None = None
     """Nats a token of KL to the reference that the weight is steered to. Without it the weight stays."""
@@ -80,24 +80,24 @@ class PPOConfig(Settings):
     """How fast the weight is steered: by a fifth of this a step at most."""
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Discount of what is earned a token later."""
-    gae_lambda: Fraction = 0.95
+    lam: Fraction = 0.95
     """Generalised advantage estimation: 1 trusts what was earned, 0 the value."""
-    truncated: Literal["penalise", "bootstrap", "keep"] = "penalise"
+    truncated_completions: Literal["penalise", "bootstrap", "keep"] = "penalise"
     """A completion without an end loses `penalty`; or has no score, and its value stands for what is to come; or is
     scored as it is."""
-    penalty: Annotated[float, Field(gt=0.0)] = 1.0
+    missing_eos_penalty: Annotated[float, Field(gt=0.0)] = 1.0
     """For `truncated: penalise`."""
-    value: Literal["adapter", "trunk"] = "adapter"
+    critic: Literal["adapter", "trunk"] = "adapter"
     """What values tokens: an adapter with a head of its own, or a head on the policy's trunk, whose loss moves the
     policy's adapter too."""
-    value_from: Literal["policy", "reward"] = "policy"
+    critic_init: Literal["policy", "reward"] = "policy"
     """Where the value's adapter begins: fresh on what lies below the policy, or as a copy of the adapter `reward` with
     its head, which then foretells the weighted score."""
     value_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     """Peak learning rate of the value; `train.learning_rate` where it is not given."""
-    value_weight: Annotated[float, Field(gt=0.0)] = 0.1
+    vf_coef: Annotated[float, Field(gt=0.0)] = 0.1
     """For `value: trunk`: weight of the value's loss beside the policy's."""
-    value_clip: Annotated[float, Field(ge=0.0)] = 0.2
+    cliprange_value: Annotated[float, Field(ge=0.0)] = 0.2
     """How far a value may move from what it was when the harvest came, before its gradient stops; 0 for any way."""
-    mismatch_limit: Annotated[float, Field(gt=0.0)] = 0.1
+    max_logprob_mismatch: Annotated[float, Field(gt=0.0)] = 0.1
     """Nats a token between the sampler's log-probs and the policy's, at which the run stops."""

@@ -15,11 +15,11 @@ TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 class TrainingConfig(Settings):
     """The loop."""
 
-    steps: PositiveInt | None = None
+    max_steps: PositiveInt | None = None
     """Optimizer steps. Give this or `epochs`."""
-    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    num_train_epochs: Annotated[float, Field(gt=0.0)] | None = None
     """Passes over the training rows."""
-    rows_per_step: PositiveInt | None = None
+    global_batch_size: PositiveInt | None = None
     """Rows of one optimizer step (16 unless `tokens_per_step` is given). With preferences a row is a pair."""
     prompts_per_step: PositiveInt = 16
     """Prompts of one optimizer step, where completions are drawn."""
@@ -35,11 +35,11 @@ class TrainingConfig(Settings):
     """Rows are sorted by length within a window of this many steps, so that rows of a step need little padding."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """How the rate falls after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the rate rises from 0."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     """AdamW in fp32; bitsandbytes' 8-bit and paged ones need CUDA."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """AdamW's decoupled decay."""
@@ -63,18 +63,18 @@ class TrainingConfig(Settings):
     memory_check: Literal["refuse", "warn", "off"] = "refuse"
     """On a card a run is planned before anything is loaded (`lowrank-tune plan`). What cannot fit is refused, or told
     and tried, or not looked at."""
-    max_bad_steps: PositiveInt = 5
+    max_nonfinite_steps: PositiveInt = 5
     """Stops after this many steps in a row whose loss or gradient is not finite; each is skipped and counted."""
-    log_every: PositiveInt = 10
+    logging_steps: PositiveInt = 10
     """Steps between lines of the console. On these steps KL to the reference is measured too, which costs forwards of a
     micro-batch."""
-    save_every: PositiveInt | None = None
+    save_steps: PositiveInt | None = None
     """Steps between checkpoints; about ten over the run where it is not given."""
-    keep: PositiveInt = 2
+    save_total_limit: PositiveInt = 2
     """Newest checkpoints kept, besides the best."""
     final: Literal["best", "last"] = "best"
     """Which adapter becomes `final/`: the one with the lowest validation loss, or the last."""
-    final_stack: Literal["folded", "apart"] = "folded"
+    final_adapters: Literal["folded", "apart"] = "folded"
     """Where frozen adapters lie below the trained one: `final/` is all of them folded into one adapter, exactly, whose
     rank is the sum of theirs; or each stays apart in a folder of its own, to be loaded together."""
     report_to: TrackerName | Annotated[tuple[TrackerName, ...], Field(strict=False)] = ()
@@ -97,24 +97,24 @@ class TrainingConfig(Settings):
 class EvaluationConfig(Settings):
     """Held-out measurements while training."""
 
-    every: PositiveInt | None = None
+    eval_steps: PositiveInt | None = None
     """Steps between evaluations; about ten over the run where it is not given."""
-    heldout: SourceConfig | None = None
+    eval_dataset: SourceConfig | None = None
     """Prompts with gold answers: the model answers them before and after the run, and exact answers and proper stops
     are counted."""
-    prompts: PositiveInt = 100
+    num_prompts: PositiveInt = 100
     """How many of them."""
-    samples: PositiveInt = 1
+    num_samples: PositiveInt = 1
     """Answers for each prompt: 1 is greedy, more are sampled and give pass@1 and pass@k."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Temperature of sampled answers."""
     max_new_tokens: PositiveInt = 64
     """Longest answer in tokens."""
-    best_by: Literal["loss", "exact"] | None = None
+    metric_for_best_model: Literal["loss", "exact"] | None = None
     """What makes a step the best: the lowest validation loss, or the most held-out questions answered exactly, one
     greedy answer each. Where it is not given: `exact` for grpo and ppo with `heldout`, else `loss`."""
-    on_hacking: Literal["warn", "stop"] = "warn"
+    on_reward_hacking: Literal["warn", "stop"] = "warn"
     """What to do where the reward rises and held-out answers get worse by more than their noise: say so; or end the run
     there too, with the best step as its result. For grpo and ppo with `heldout`."""
-    shown: Annotated[int, Field(ge=0)] = 3
+    num_completions_to_print: Annotated[int, Field(ge=0)] = 3
     """Prompts (held-out ones, else of validation rows) whose answers are shown at every evaluation."""

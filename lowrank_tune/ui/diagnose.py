@@ -28,10 +28,10 @@ KL_BAND = {"sft": 5.0, "reward": 5.0, "dpo": 2.0, "grpo": 0.5, "ppo": 0.5}
 """Nats a token between policy and reference. SFT is meant to move away; what optimises a reward is not."""
 KL_ADVICE = {
     "dpo": "raise dpo.beta or lower train.learning_rate",
-    "grpo": "raise grpo.kl or lower train.learning_rate",
-    "ppo": "raise ppo.kl or lower train.learning_rate",
+    "grpo": "raise grpo.beta or lower train.learning_rate",
+    "ppo": "raise ppo.kl_coef or lower train.learning_rate",
 }
-ENTROPY_SETTINGS = {"grpo": "grpo.kl, grpo.clip_high", "ppo": "ppo.kl, ppo.entropy"}
+ENTROPY_SETTINGS = {"grpo": "grpo.beta, grpo.epsilon_high", "ppo": "ppo.kl_coef, ppo.entropy"}
 MIN_ENTROPY, MIN_REWARD_RISE, NEAR_TOP = (
     0.02,
     0.02,
@@ -187,7 +187,7 @@ def chosen_logps_drop(state: State) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "bad",
             f"the chosen answers are unlearned: {_number(-now)} nats a token less likely than under the reference: "
-            "raise dpo.beta, lower train.learning_rate, or set dpo.sft",
+            "raise dpo.beta, lower train.learning_rate, or set dpo.sft_coef",
         )
 
 
@@ -242,7 +242,7 @@ def follows_length(state: State) -> Iterator[Diagnosis]:
     if series is not None and abs(series.last) > FOLLOWS_LENGTH:
         longer = "longer" if series.last > 0 else "shorter"
         advice = "balance the lengths in the data" + (
-            ", or set dpo.loss=sigmoid_norm" if _algorithm(state) == "dpo" else ""
+            ", or set dpo.loss_type=sigmoid_norm" if _algorithm(state) == "dpo" else ""
         )
         yield Diagnosis(
             "warning",
@@ -332,7 +332,7 @@ def no_signal(state: State) -> Iterator[Diagnosis]:
     if trend is None or _is_near_top(state):
         return
     advice = (
-        "raise rollout.num_generations or rollout.temperature, set grpo.dead_groups to resample, or begin from an "
+        "raise rollout.num_generations or rollout.temperature, set grpo.zero_std_groups to resample, or begin from an "
         "SFT adapter"
     )
     if trend[2] == 0:
@@ -353,10 +353,10 @@ def no_signal(state: State) -> Iterator[Diagnosis]:
 
 
 def sampling_mismatch(state: State) -> Iterator[Diagnosis]:
-    """Sampling and training should give a token the same log-prob; the run stops at grpo.mismatch_limit."""
+    """Sampling and training should give a token the same log-prob; the run stops at grpo.max_logprob_mismatch."""
     values = values_of(state, "mismatch")
     if values and (now := fmean(values[-3:])) > MAX_LOGPROB_MISMATCH:
-        advice = "set grpo.old to sampler, or " if _algorithm(state) == "grpo" else ""
+        advice = "set grpo.old_logprobs_from to sampler, or " if _algorithm(state) == "grpo" else ""
         yield Diagnosis(
             "warning",
             f"sampling and training disagree by {_number(now)} nats a token: ratios compare what was never drawn: "

@@ -56,7 +56,9 @@ def read_group(event: GroupLogged) -> Group:
         for one, times in counted.items()
     ]
     several.sort(key=lambda one: (-one.reward if math.isfinite(one.reward) else math.inf, -one.times))
-    return Group(event.step, str(event.prompt), None if event.gold is None else str(event.gold), tuple(several))
+    return Group(
+        event.step, str(event.prompt), None if event.ground_truth is None else str(event.ground_truth), tuple(several)
+    )
 
 
 def _parse_completion(each: Mapping[str, Any]) -> LoggedCompletion:

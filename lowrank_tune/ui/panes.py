@@ -328,9 +328,9 @@ def _pair(pair: ScoredPair, view: View, width: int, height: int) -> list[Line]:
 def _answer(label: str, answer: SampleLogged, view: View, width: int, room: int, newest: bool) -> list[Line]:
     """Who answered when, the answer, and what is known of it."""
     label = sanitize(label, view.ascii_only, 10)
-    facts = [] if answer.finish == "stop" else ["cut off"]
-    if newest and answer.gold is not None:
-        facts.append(f"gold {sanitize(answer.gold, view.ascii_only, 24)}")
+    facts = [] if answer.finish_reason == "stop" else ["cut off"]
+    if newest and answer.ground_truth is not None:
+        facts.append(f"gold {sanitize(answer.ground_truth, view.ascii_only, 24)}")
     if answer.reward is not None:
         facts.append(f"reward {number(answer.reward)}")
     tail = f"  [{', '.join(facts)}]" if facts else ""

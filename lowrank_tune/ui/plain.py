@@ -123,9 +123,9 @@ class LineLogger:
             return self._print(
                 f"  {event.role:8} {escape_control_chars(event.prompt, 60)} -> {escape_control_chars(event.completion, 120)}{score}"
             )
-        facts = [event.finish]
-        if event.gold is not None:
-            facts.append(f"gold {escape_control_chars(event.gold, 24)}")
+        facts = [event.finish_reason]
+        if event.ground_truth is not None:
+            facts.append(f"gold {escape_control_chars(event.ground_truth, 24)}")
         if event.reward is not None:
             facts.append(f"reward {number(event.reward)}")
         self._print(

@@ -106,10 +106,10 @@ def _rows(recipe: settings.RecipeConfig, file: str, template: ChatTemplate, emit
     pairs = format_of(source, read_source(source, 0)) == "preference"
     data = settings.DataConfig(
         train=(source,),
-        validation_share=0.0,
-        system=recipe.data.system,
+        eval_fraction=0.0,
+        system_prompt=recipe.data.system_prompt,
         max_length=recipe.data.max_length,
-        max_rejected_share=1.0,
+        max_invalid_fraction=1.0,
     )
     loaded = load(data, template, 0, emit, pairs=pairs)
     for line in loaded.report.lines():

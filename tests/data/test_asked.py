@@ -126,7 +126,7 @@ def test_what_gives_no_prompt_is_dropped_with_its_line(tmp_path: Path) -> None:
         lines_by_reason["longer than data.max_prompt_length (40 tokens)"] == [f"{path}:16"]
         and sum(map(len, lines_by_reason.values())) == 5
     )
-    with pytest.raises(UserError, match=r"a.jsonl: 5 of 17 rows cannot be used: .*raise `data.max_rejected_share`"):
+    with pytest.raises(UserError, match=r"a.jsonl: 5 of 17 rows cannot be used: .*raise `data.max_invalid_fraction`"):
         loaded(str(path), max_prompt_length=40)
     assert len(loaded(str(path), max_prompt_length=40, max_rejected_share=0.3)) == 12
 
@@ -175,7 +175,7 @@ def test_several_sources_in_their_order(tmp_path: Path) -> None:
         write(tmp_path / "a.jsonl", ROWS[:3] * 2),
         write(tmp_path / "b.jsonl", [{**row, "answer": "?"} for row in ROWS[2:6]]),
     )
-    made = loaded(one, SourceConfig(dataset=other), SourceConfig(dataset="tutor", rows=5))
+    made = loaded(one, SourceConfig(dataset=other), SourceConfig(dataset="tutor", max_samples=5))
     assert (
         made.source_of.tolist() == [0] * 6 + [1] * 4 + [2] * 5
         and made.source_of.dtype == np.int32
@@ -253,7 +253,7 @@ def data_of(*weights: float | None) -> DataConfig:
 @given(count=st.integers(1, 60), size=st.integers(1, 20), seed=st.integers(0, 3))
 def test_every_prompt_once_an_epoch(count: int, size: int, seed: int) -> None:
     # What a recipe of GRPO cannot say has no say here.
-    train = TrainingConfig(prompts_per_step=size, rows_per_step=3, length_window=4)
+    train = TrainingConfig(prompts_per_step=size, global_batch_size=3, length_window=4)
     made = make_prompt_sampler(prompt_dataset(count), data_of(None), train, seed)
     steps = [made.rows(step) for step in range(made.steps_per_epoch)]
     assert sorted(itertools.chain(*steps)) == list(range(count))

@@ -95,7 +95,9 @@ def test_folder_and_draw(tmp_path: Path) -> None:
     (folder / "notes.md").write_text("no data")
     every = list(read_source(SourceConfig(dataset=str(folder)), 0))
     assert [row for _, row in every] == ROWS and str(every[20][0]).endswith("rows/b.jsonl:1")
-    drawn = [[row for _, row in read_source(SourceConfig(dataset=str(folder), rows=15), seed)] for seed in (0, 0, 1)]
+    drawn = [
+        [row for _, row in read_source(SourceConfig(dataset=str(folder), max_samples=15), seed)] for seed in (0, 0, 1)
+    ]
     assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 15
     assert drawn[0] == [row for row in ROWS if row in drawn[0]], "in their own order, none twice"
 
@@ -133,7 +135,7 @@ def test_stores_are_found_by_content_and_mended(tmp_path: Path) -> None:
     first = loaded(tmp_path, path)
     events: list[Event] = []
     again = load(
-        DataConfig(train=(SourceConfig(dataset=path),), validation_share=0.0),
+        DataConfig(train=(SourceConfig(dataset=path),), eval_fraction=0.0),
         TEMPLATE,
         0,
         events.append,
@@ -205,7 +207,7 @@ def test_weights(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(UserError, match="sum to"):
         loaded(tmp_path, SourceConfig(dataset=path, weight=0.5), SourceConfig(dataset="tutor", weight=0.4))
-    made = loaded(tmp_path, SourceConfig(dataset=path), SourceConfig(dataset="tutor", rows=60))
+    made = loaded(tmp_path, SourceConfig(dataset=path), SourceConfig(dataset="tutor", max_samples=60))
     assert np.bincount(made.train.source_of).tolist() == [40, 60] and "row counts" in made.report.mixture
 
 

@@ -555,13 +555,15 @@ def test_prompts_of_pairs(tmp_path: Path) -> None:
     )
     assert len(found) == 10 and all([turn.role for turn in prompt.messages] == ["system", "user"] for prompt in found)
     assert all(prompt.row["chosen"].endswith(f" {prompt.ground_truth}") for prompt in found)
-    tutor = load_heldout_prompts(SourceConfig(dataset="tutor-preferences", split="heldout", gold="last_number"), 12, 1)
+    tutor = load_heldout_prompts(
+        SourceConfig(dataset="tutor-preferences", split="heldout", ground_truth="last_number"), 12, 1
+    )
     assert len(tutor) == 12 and all(prompt.ground_truth for prompt in tutor)
 
 
 def test_the_tutors_own_pairs(tmp_path: Path) -> None:
     train, heldout = (
-        loaded(tmp_path, SourceConfig(dataset="tutor-preferences", split=split, rows=90))
+        loaded(tmp_path, SourceConfig(dataset="tutor-preferences", split=split, max_samples=90))
         for split in ("train", "heldout")
     )
     assert train.report.train[0].used == heldout.report.train[0].used == 90

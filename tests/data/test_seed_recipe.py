@@ -32,11 +32,11 @@ def myllm(folder: Path, *overrides: str, most: int = 4) -> Recipe:
     draw from."""
     sources = []
     for source in Recipe.load("myllm-sft").data.train:
-        rows = (source.rows or 0) * most // 20_000
+        rows = (source.max_samples or 0) * most // 20_000
         file = write_rows(folder, source.dataset, range(2, rows + 12))
         kept = source.model_dump(mode="json", exclude={"name", "split"}, exclude_none=True)
         sources.append({**kept, "dataset": str(file), "rows": rows})
-    return Recipe.load("myllm-sft", f"data.train={json.dumps(sources)}", "data.validation_rows=7", *overrides)
+    return Recipe.load("myllm-sft", f"data.train={json.dumps(sources)}", "data.eval_rows=7", *overrides)
 
 
 def prepared(recipe: Recipe, folder: Path, events: list[Event] | None = None) -> Any:
@@ -45,27 +45,24 @@ def prepared(recipe: Recipe, folder: Path, events: list[Event] | None = None) ->
 
 def test_settings_of_the_seed_recipe() -> None:
     recipe = Recipe.load("myllm-sft")
-    counts = {source.dataset: source.rows for source in recipe.data.train}
+    counts = {source.dataset: source.max_samples for source in recipe.data.train}
     assert counts == dict(zip(SHAPES, (260_085, 228_408, 202_618, 109_618, 99_178), strict=True))
-    assert (
-        sum(rows or 0 for rows in counts.values()) == 899_907 == 891_122 + 8_785
-        and recipe.data.validation_rows == 8_785
-    )
+    assert sum(rows or 0 for rows in counts.values()) == 899_907 == 891_122 + 8_785 and recipe.data.eval_rows == 8_785
     assert recipe.data.expected_tokens == 403_406_096 and recipe.data.max_length == 4096
-    assert "MyLLM, a math and English tutor for students" in (recipe.data.system or "") and "\\boxed{}" in (
-        recipe.data.system or ""
+    assert "MyLLM, a math and English tutor for students" in (recipe.data.system_prompt or "") and "\\boxed{}" in (
+        recipe.data.system_prompt or ""
     )
     grpo, dpo = Recipe.load("myllm-grpo"), Recipe.load("myllm-dpo")
-    assert (grpo.grpo.clip, grpo.grpo.kl, grpo.rewards[0].use) == (0.2, 0.05, "math_answer")
+    assert (grpo.grpo.epsilon, grpo.grpo.beta, grpo.rewards[0].name) == (0.2, 0.05, "math_answer")
     assert {each.base.model for each in (recipe, grpo, dpo)} == {"Qwen/Qwen2.5-7B"}
-    assert {each.data.system for each in (recipe, grpo, dpo)} == {
-        recipe.data.system
+    assert {each.data.system_prompt for each in (recipe, grpo, dpo)} == {
+        recipe.data.system_prompt
     } and grpo.reference == dpo.reference == "sft"
 
 
 def test_five_shapes_make_one_mixture(tmp_path: Path) -> None:
     recipe = myllm(tmp_path)
-    made, wanted = prepared(recipe, tmp_path), [source.rows for source in recipe.data.train]
+    made, wanted = prepared(recipe, tmp_path), [source.max_samples for source in recipe.data.train]
     assert [report.used for report in made.report.train] == wanted == [52, 45, 40, 21, 19]
     assert (made.report.train_rows, made.report.validation_rows) == (sum(wanted) - 7, 7)
     assert made.report.lines()[-1].endswith(
@@ -120,7 +117,7 @@ def lines(path: Path, rows: int) -> str:
 def drawn(path: str, rows: int, seed: int, folder: Path, **more: Any) -> tuple[Any, list[Event]]:
     events: list[Event] = []
     data = DataConfig(
-        train=(SourceConfig(dataset=path, rows=rows, **more),), validation_share=0.0, max_rejected_share=0.5
+        train=(SourceConfig(dataset=path, max_samples=rows, **more),), eval_fraction=0.0, max_invalid_fraction=0.5
     )
     return load(data, TEMPLATE, seed, events.append, folder / "cache"), events
 
@@ -155,7 +152,7 @@ def test_prompts_are_drawn_the_same_way(tmp_path: Path) -> None:
     path.write_text(
         "".join(json.dumps({"question": f"q{n}", "answer": f"#### {n}" if n % 3 else "none"}) + "\n" for n in range(90))
     )
-    data = DataConfig(train=(SourceConfig(dataset=str(path), rows=50),), max_rejected_share=0.9)
+    data = DataConfig(train=(SourceConfig(dataset=str(path), max_samples=50),), max_invalid_fraction=0.9)
     found = load_prompts(data, TEMPLATE, 0, [].append, needs_ground_truth=True)
     assert len(found) == found.report.train[0].used == 50 and len({str(place) for place in found.locations}) == 50
 
@@ -171,7 +168,7 @@ def test_a_draw_reads_its_rows_alone_whatever_the_file(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / "a.parquet")
     found = [
-        [row for _, row in read_source(SourceConfig(dataset=str(tmp_path / name), rows=20), 5)]
+        [row for _, row in read_source(SourceConfig(dataset=str(tmp_path / name), max_samples=20), 5)]
         for name in (*names, "a.parquet")
     ]
     assert len(found[0]) == 20 and all(each == found[0] for each in found)
@@ -190,10 +187,10 @@ def test_validation_split_by_number_of_rows(wanted: int) -> None:
 
 
 def test_a_number_and_a_share_contradict_each_other() -> None:
-    made = Recipe.load("myllm-sft", "data.validation_share=0.1")
-    assert made.data.validation_rows is None, "what is written later replaces it"
-    with pytest.raises(ConfigError, match=r"data.validation_share: contradicts `data.validation_rows`"):
-        Recipe.load("tiny-sft", "data.validation_share=0.1", "data.validation_rows=5")
+    made = Recipe.load("myllm-sft", "data.eval_fraction=0.1")
+    assert made.data.eval_rows is None, "what is written later replaces it"
+    with pytest.raises(ConfigError, match=r"data.eval_fraction: contradicts `data.eval_rows`"):
+        Recipe.load("tiny-sft", "data.eval_fraction=0.1", "data.eval_rows=5")
     assert Recipe.from_dict(Recipe.load("myllm-sft").to_dict()) == Recipe.load("myllm-sft")
     with pytest.raises(ConfigError, match=r"data.train.0.final_answer: does nothing for pairs"):
         Recipe.load("myllm-dpo", "data.train.0.final_answer=boxed")
@@ -226,7 +223,7 @@ def test_the_authors_own_rows(file: str, tmp_path: Path) -> None:
         pytest.skip("the samples are not here")
     source = next(each for each in Recipe.load("myllm-sft").data.train if each.dataset.endswith(file))
     local = source.model_copy(update={"dataset": str(path), "split": "train", "rows": None})
-    data = DataConfig(train=(local,), validation_share=0.0, max_length=4096, max_rejected_share=0.9)
+    data = DataConfig(train=(local,), eval_fraction=0.0, max_length=4096, max_invalid_fraction=0.9)
     made = load(data, TEMPLATE, 0, [].append, tmp_path)
     written = [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
     answers = [

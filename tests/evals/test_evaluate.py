@@ -75,8 +75,8 @@ def judge(made: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = {
         "algorithm": "reward",
         "base": {"model": str(made.base), "bits": 16},
-        "train": {"steps": 1},
-        "data": {"train": [{"dataset": "tutor-preferences", "rows": 12}]},
+        "train": {"max_steps": 1},
+        "data": {"train": [{"dataset": "tutor-preferences", "max_samples": 12}]},
     }
     (run / "run.json").write_text(json.dumps({"recipe": recipe}))
     (run / "base.json").write_text(json.dumps({"device": "cpu", "bits": 16, "tensors": hashes}))
@@ -91,10 +91,10 @@ def with_rewards(made: FinishedRun, folder: Path, function: str) -> Path:
     recipe = json.loads((run / "run.json").read_text())["recipe"]
     recipe = {key: recipe[key] for key in ("base", "adapters", "seed")} | {
         "algorithm": "grpo",
-        "train": {"steps": 1},
-        "data": {"train": [{"dataset": "tutor", "rows": 12}]},
-        "evaluate": {"heldout": {"dataset": "tutor", "split": "heldout"}},
-        "rewards": [{"use": f"{folder}/mine.py:mine", "weight": 2.0}],
+        "train": {"max_steps": 1},
+        "data": {"train": [{"dataset": "tutor", "max_samples": 12}]},
+        "evaluate": {"eval_dataset": {"dataset": "tutor", "split": "heldout"}},
+        "rewards": [{"name": f"{folder}/mine.py:mine", "weight": 2.0}],
     }
     (run / "run.json").write_text(json.dumps({"recipe": recipe}))
     return run

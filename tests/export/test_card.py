@@ -55,9 +55,9 @@ def written(adapters: Adapters, **changes: Any) -> str:
         {
             "name": "mine",
             "algorithm": "sft",
-            "data": {"train": [{"dataset": "openai/gsm8k", "name": "main"}]},
+            "data": {"train": [{"dataset": "openai/gsm8k", "config_name": "main"}]},
             "base": {"model": "Qwen/Qwen3-4B@abc123"},
-            "train": {"steps": 7},
+            "train": {"max_steps": 7},
         }
         | changes
     )
@@ -96,7 +96,7 @@ def test_a_model_card_has_metadata_for_the_hub_and_text_for_readers() -> None:
     ):
         assert part in text, part
     compile(code_of(text), "card", "exec")
-    assert yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])["train"]["steps"] == 7
+    assert yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])["train"]["max_steps"] == 7
 
 
 @pytest.mark.parametrize(("rank", "limit"), [(8, None), (16, None), (17, 32), (32, 32), (65, 128), (257, 320)])
@@ -177,7 +177,7 @@ def attached(made: FinishedRun, *frozen: tuple[str, SavedAdapter]) -> tuple[dict
     path, events = str(made.run), list[Event]()
     adapters = {**{name: {"path": str(one.folder)} for name, one in frozen}, "policy": {"path": path}}
     recipe = Recipe.from_dict(
-        {"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, "train": {"steps": 1}, "adapters": adapters}
+        {"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, "train": {"max_steps": 1}, "adapters": adapters}
     )
     saved = {**dict(frozen), "policy": read_adapter(path, "adapters.policy.path")}
     check_adapter_lineage(recipe, saved, events.append)
@@ -228,7 +228,7 @@ def test_apart_without_a_stack_is_a_fault() -> None:
     data = {
         "algorithm": "sft",
         "data": {"train": [{"dataset": "tutor"}]},
-        "train": {"steps": 1, "final_stack": "apart"},
+        "train": {"max_steps": 1, "final_adapters": "separate"},
     }
     with pytest.raises(UserError, match=r"train\.final_stack: `apart` does nothing here"):
         Recipe.from_dict(data)

@@ -90,7 +90,7 @@ def test_a_run_learns_what_the_verifier_rewards(use: str, tmp_path: Path, monkey
         "rewards": [{"use": use, **settings}] + [{"use": "answer"}] * (use == "repetition"),
         "rollout": {"num_generations": 4, "max_new_tokens": 64},
         "train": {
-            "steps": 3,
+            "max_steps": 3,
             "prompts_per_step": 2,
             "micro_batch_size": 4,
             "learning_rate": 0.02,

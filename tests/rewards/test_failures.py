@@ -263,16 +263,16 @@ def small(**more: Any) -> dict[str, Any]:
         "algorithm": "grpo",
         "base": {"model": "tiny-tutor"},
         "adapters": {"policy": {"r": 4}},
-        "data": {"train": [{"dataset": "tutor", "rows": 20}]},
-        "rewards": [{"use": "answer"}, {"use": "./mine.py:some", "weight": 0.1, "on_error": "drop"}],
-        "rollout": {"num_generations": 4, "max_new_tokens": 10, "max_unscored_share": 1.0},
-        "grpo": {"dead_groups": "keep"},
+        "data": {"train": [{"dataset": "tutor", "max_samples": 20}]},
+        "rewards": [{"name": "answer"}, {"name": "./mine.py:some", "weight": 0.1, "on_error": "drop"}],
+        "rollout": {"num_generations": 4, "max_new_tokens": 10, "max_reward_failure_rate": 1.0},
+        "grpo": {"zero_std_groups": "keep"},
         "train": {
-            "steps": 4,
+            "max_steps": 4,
             "prompts_per_step": 3,
             "micro_batch_size": 12,
             "learning_rate": 5e-3,
-            "save_every": 2,
+            "save_steps": 2,
             "gradient_checkpointing": False,
         },
         **more,
@@ -357,7 +357,7 @@ class Interrupted(TrainerControl):
 
 def test_a_users_function_stops_the_run_by_default(place: Path) -> None:
     with pytest.raises(TrainingError, match="mine.py:5.*on the completion .* of the prompt"):
-        run_with_events(small(rewards=[{"use": "answer"}, {"use": "./mine.py:some"}]), place / "run")
+        run_with_events(small(rewards=[{"name": "answer"}, {"name": "./mine.py:some"}]), place / "run")
 
 
 def test_a_builtin_verifier_drops_by_default_and_stops_above_its_share(
@@ -372,26 +372,26 @@ def test_a_builtin_verifier_drops_by_default_and_stops_above_its_share(
         ),
     )
     rollout = small()["rollout"]
-    _, events = run_with_events(small(rewards=[{"use": "answer"}]), place / "run")
+    _, events = run_with_events(small(rewards=[{"name": "answer"}]), place / "run")
     assert sum(step.get("score_errors", 0) for step in figures(events)) >= MIN_SAMPLES
     with pytest.raises(
         TrainingError,
         match=r"could not be scored, more than rollout\.max_unscored_share, 0\.01; .*`answer` failed.*planted",
     ):
         run_with_events(
-            small(rewards=[{"use": "answer"}], rollout=rollout | {"max_unscored_share": 0.01}), place / "second"
+            small(rewards=[{"name": "answer"}], rollout=rollout | {"max_reward_failure_rate": 0.01}), place / "second"
         )
     with pytest.raises(TrainingError, match="planted"):
         run_with_events(
             small(
-                rewards=[{"use": "answer", "on_error": "stop"}], rollout={"num_generations": 4, "max_new_tokens": 10}
+                rewards=[{"name": "answer", "on_error": "stop"}], rollout={"num_generations": 4, "max_new_tokens": 10}
             ),
             place / "third",
         )
 
 
 def test_a_timeout_is_counted_separately(place: Path) -> None:
-    recipe = Recipe.from_dict(small(rewards=[{"use": "./mine.py:slow", "on_error": "drop"}]))
+    recipe = Recipe.from_dict(small(rewards=[{"name": "./mine.py:slow", "on_error": "drop"}]))
     scoring = RewardScorer(recipe, Marks())  # type: ignore[arg-type]
     try:
         scoring.scorer.timeout_seconds = 0.3
@@ -418,7 +418,9 @@ def test_rows_that_no_reward_could_judge_by_are_data_faults(place: Path) -> None
         "\n".join(json.dumps({"question": f"{n}?", "gold": gold, "answer": "x"}) for n, gold in enumerate(golds))
     )
     data = {"train": [{"dataset": "rows.jsonl", "gold": "gold"}], "max_rejected_share": 0.3}
-    recipe = Recipe.from_dict(small(rewards=[{"use": "math_answer"}, {"use": "length", "target_tokens": 9}], data=data))
+    recipe = Recipe.from_dict(
+        small(rewards=[{"name": "math_answer"}, {"name": "length", "target_tokens": 9}], data=data)
+    )
     template, events = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base)), list[Any]()
     found = load_train_prompts(recipe, template, events.append)
     assert [one.ground_truth for one in found.examples] == ["5", "7", "8", "9", "10", "11"]
@@ -428,7 +430,7 @@ def test_rows_that_no_reward_could_judge_by_are_data_faults(place: Path) -> None
         "`math_answer`" in trouble.what and trouble.count == 1
         for trouble in inspect_data(recipe, lambda event: None).troubles
     )
-    few = Recipe.from_dict({**recipe.to_dict(), "data": {**data, "max_rejected_share": 0.1}})
+    few = Recipe.from_dict({**recipe.to_dict(), "data": {**data, "max_invalid_fraction": 0.1}})
     with pytest.raises(UserError, match="2 of 8 rows cannot be used.*`math_answer` cannot judge by it"):
         load_train_prompts(few, template, events.append)
 

@@ -66,7 +66,7 @@ def scorer(home: Path) -> Iterator[WorkerPool[int]]:
         patch.setenv("HOME", str(home))
         patch.setenv("TOKEN", "hf_secret")
         [weighted] = build_rewards(
-            [RewardConfig(use="lean", program=(sys.executable, "-S", str(home / "lean.py")))], home
+            [RewardConfig(name="lean", program=(sys.executable, "-S", str(home / "lean.py")))], home
         )
         with WorkerPool[int]([weighted.reward], workers=1, timeout_seconds=3.0) as made:
             yield made
@@ -171,7 +171,7 @@ def test_without_lean_the_reward_is_refused_with_the_cure(home: Path) -> None:
             pytest.MonkeyPatch.context() as patch,
         ):
             patch.setenv("PATH", str(home))
-            build_rewards([RewardConfig(use="lean", program=program)], Path())
+            build_rewards([RewardConfig(name="lean", program=program)], Path())
 
 
 def test_a_program_that_is_no_lean_is_refused_before_the_first_proof() -> None:
@@ -180,7 +180,7 @@ def test_a_program_that_is_no_lean_is_refused_before_the_first_proof() -> None:
         (("false",), "ended with code 1"),
         (("echo", "{}"), "nothing of axioms"),
     ):
-        [weighted] = build_rewards([RewardConfig(use="lean", program=program)], Path())
+        [weighted] = build_rewards([RewardConfig(name="lean", program=program)], Path())
         with pytest.raises(ConfigError, match=words):
             WorkerPool[int]([weighted.reward], workers=1)
 

@@ -256,7 +256,7 @@ def test_excess() -> None:
 
 
 def test_recipes_name_it_and_a_missing_package_has_a_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    [made] = build_rewards([RewardConfig(use="math_answer")], tmp_path)
+    [made] = build_rewards([RewardConfig(name="math_answer")], tmp_path)
     assert made.reward == MathAnswerReward("math_answer") and made.name == "math_answer"
     monkeypatch.setattr("lowrank_tune.rewards.math_answer.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"`math_answer` needs .*math_verify.*pip install 'lowrank-tune\[verifiers\]'"):

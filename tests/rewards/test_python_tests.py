@@ -382,12 +382,12 @@ def test_expected_values_are_not_in_what_the_solver_gets() -> None:
 def test_code_without_isolation_is_refused_unless_explicitly_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward_module, "best_available", lambda: None)
     monkeypatch.setattr(reward_module, "unavailable_reason", lambda: "landlock: not in this kernel")
-    plain = build_rewards([RewardConfig(use="python_tests")], Path())[0].reward
+    plain = build_rewards([RewardConfig(name="python_tests")], Path())[0].reward
     with pytest.raises(
         UserError, match="no sandbox for it .landlock: not in this kernel.*accept_unsafe_code: code that a model wrote"
     ):
         WorkerPool[int]([plain])
-    accepted = build_rewards([RewardConfig(use="python_tests", accept_unsafe_code=UNSAFE_CODE)], Path())[0].reward
+    accepted = build_rewards([RewardConfig(name="python_tests", accept_unsafe_code=UNSAFE_CODE)], Path())[0].reward
     assert (
         isinstance(accepted, PythonTestsReward)
         and accepted.worker_spec()["level"] == "none"
@@ -400,9 +400,9 @@ def test_code_without_isolation_is_refused_unless_explicitly_allowed(monkeypatch
         "fail",
     ]
     with pytest.raises(ValueError, match="accept_unsafe_code"):
-        RewardConfig(use="python_tests", accept_unsafe_code="yes")  # type: ignore[arg-type]
+        RewardConfig(name="python_tests", accept_unsafe_code="yes")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="does nothing for `answer`"):
-        build_rewards([RewardConfig(use="answer", accept_unsafe_code=UNSAFE_CODE)], Path())
+        build_rewards([RewardConfig(name="answer", accept_unsafe_code=UNSAFE_CODE)], Path())
 
 
 def test_the_doctor_reports_the_isolation_level(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ LEARNED: dict[str, Any] = {
     "name": "grpo",
     "algorithm": "grpo",
     "data": ROWS,
-    "rewards": [{"use": "reward_model"}, {"use": "length", "target_tokens": 8, "weight": 0.1}],
+    "rewards": [{"name": "reward_model"}, {"name": "length", "target_tokens": 8, "weight": 0.1}],
     "rollout": {"num_generations": 4, "max_new_tokens": 40},
     "train": {**FEW, "prompts_per_step": 3},
 }
@@ -39,14 +39,14 @@ CHAIN: dict[str, Any] = {
     "name": "learned",
     "base": {"model": "tiny-tutor"},
     "stages": [
-        {"name": "warm", "algorithm": "sft", "data": ROWS, "train": {**FEW, "steps": 10, "rows_per_step": 8}},
+        {"name": "warm", "algorithm": "sft", "data": ROWS, "train": {**FEW, "max_steps": 10, "global_batch_size": 8}},
         {
             "name": "judge",
             "algorithm": "reward",
-            "data": {**PAIRS, "validation_share": 0.2},
-            "train": {**FEW, "rows_per_step": 8},
+            "data": {**PAIRS, "eval_fraction": 0.2},
+            "train": {**FEW, "global_batch_size": 8},
         },
-        {"name": "dpo", "algorithm": "dpo", "data": PAIRS, "train": {**FEW, "rows_per_step": 8, "steps": 1}},
+        {"name": "dpo", "algorithm": "dpo", "data": PAIRS, "train": {**FEW, "global_batch_size": 8, "max_steps": 1}},
         LEARNED,
     ],
 }
@@ -133,7 +133,7 @@ def test_the_reward_model_does_not_change_what_the_policy_writes(
     out, logged, _ = finished
     found = [[event for event in logged if isinstance(event, GroupLogged)]]
     for number, recipe in enumerate(
-        (below(out, "warm", "dpo", "reward"), {**below(out, "warm", "dpo"), "rewards": [{"use": "answer"}]})
+        (below(out, "warm", "dpo", "reward"), {**below(out, "warm", "dpo"), "rewards": [{"name": "answer"}]})
     ):
         events: list[Event] = []
         run(Recipe.from_dict(recipe), out=tmp_path / str(number), ui="none", device=CPU, on_event=events.append)
@@ -198,7 +198,7 @@ def test_the_ids_are_those_of_the_trained_rows() -> None:
 
 
 def test_all_are_scored_together_and_a_broken_score_is_an_error() -> None:
-    [weighted] = build_rewards([RewardConfig(use="reward_model")], Path())
+    [weighted] = build_rewards([RewardConfig(name="reward_model")], Path())
     batch_sizes: list[int] = []
 
     def read(rows: Any) -> list[float]:
@@ -208,7 +208,7 @@ def test_all_are_scored_together_and_a_broken_score_is_an_error() -> None:
     weighted.reward.score_batch = read  # type: ignore[attr-defined]
     rows = [[1, 2, 3], [4, 5], [], [6]]
     with WorkerPool[int](
-        [build_rewards([RewardConfig(use="length", target_tokens=9)], Path())[0].reward, weighted.reward]
+        [build_rewards([RewardConfig(name="length", target_tokens=9)], Path())[0].reward, weighted.reward]
     ) as scorer:
         for key, ids in enumerate(rows):
             scorer.submit(key, RewardInput("asked", "said", None, {}, True, 3, ids))
@@ -235,12 +235,12 @@ def faults(data: dict[str, Any]) -> list[str]:
 def test_recipes_with_a_reward_model(tmp_path: Path) -> None:
     alone = {**LEARNED, "base": {"model": "tiny-tutor"}}
     assert len(errors := faults(alone)) == 1 and errors[0].startswith(
-        "rewards.0.use: needs a reward model: `adapters: {reward: {path:"
+        "rewards.0.name: needs a reward model: `adapters: {reward: {path:"
     )
     given = {**alone, "adapters": {"reward": {"path": "runs/judge"}}}
     recipe = Recipe.from_dict({**given, "reference": "base"})
     assert Recipe.from_dict(recipe.to_dict()) == recipe
-    idle = {**given, "rewards": [{"use": "answer"}]}
+    idle = {**given, "rewards": [{"name": "answer"}]}
     assert len(errors := faults(idle)) == 1 and errors[0].startswith(
         "adapters.reward: does nothing without the reward `reward_model`; no other"
     )

@@ -41,7 +41,7 @@ def item(completion: str, **row: Any) -> RewardInput:
 
 
 def one(use: str, folder: Path = Path(), **settings: Any) -> Reward:
-    return build_rewards([RewardConfig(use=use, **settings)], folder)[0].reward
+    return build_rewards([RewardConfig(name=use, **settings)], folder)[0].reward
 
 
 def values(reward: Reward, *completions: str) -> list[float | None]:
@@ -286,10 +286,10 @@ def test_hostile_completions_are_judged_at_once(name: str) -> None:
 def test_rules_weigh_together_each_under_its_name() -> None:
     weighted = build_rewards(
         [
-            RewardConfig(use="regex", pattern="sorry", weight=-0.5),
-            RewardConfig(use="format", pattern="(?s).*\\."),
-            RewardConfig(use="repetition", weight=0.25),
-            RewardConfig(use="regex", pattern="72"),
+            RewardConfig(name="regex", pattern="sorry", weight=-0.5),
+            RewardConfig(name="format", pattern="(?s).*\\."),
+            RewardConfig(name="repetition", weight=0.25),
+            RewardConfig(name="regex", pattern="72"),
         ],
         Path(),
     )

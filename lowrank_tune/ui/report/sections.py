@@ -247,13 +247,15 @@ def samples(run_log: RunLog) -> str:
         rows = [
             [
                 text(f"step {one.step:,}" if one.role == "policy" else names.get(str(one.role), one.role)),
-                _graded_answer(str(one.completion), one.finish == "stop", one.gold),
+                _graded_answer(str(one.completion), one.finish_reason == "stop", one.ground_truth),
                 "" if one.reward is None else number(one.reward),
             ]
             for one in kept
         ]
         ground_truth = (
-            f' <span class="soft">gold {text(several[0].gold, 80)}</span>' if several[0].gold is not None else ""
+            f' <span class="soft">gold {text(several[0].ground_truth, 80)}</span>'
+            if several[0].ground_truth is not None
+            else ""
         )
         body = table(["", "answer", "reward" if any(one.reward is not None for one in kept) else ""], rows, [2])
         parts.append(
