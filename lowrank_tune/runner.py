@@ -301,7 +301,7 @@ def _reusable_heldout(stage_chain: Chain, number: int, summaries: list[dict[str,
     current = stage_chain.stages[number - 1]
     reusable: dict[str, Any] = {"heldout": {}, "answers": {}}
     for stage, summary in zip(stage_chain.stages, summaries, strict=False):
-        ignored_keys = {"every", "on_hacking"}  # which say nothing of how a final adapter is asked
+        ignored_keys = {"eval_steps", "on_reward_hacking"}  # which say nothing of how a final adapter is asked
         if (stage.evaluate.model_dump(exclude=ignored_keys), stage.seed, stage.data.system_prompt) == (
             current.evaluate.model_dump(exclude=ignored_keys),
             current.seed,

@@ -532,7 +532,7 @@ class Stage:
                 self.built.roles.load_adapter_tensors(name, tensors[f"{name}/{WEIGHTS}"], str(self.folder.path))
             reason = (
                 "answered most held-out questions"
-                if self.recipe.metric_for_best_model == "exact"
+                if self.recipe.metric_for_best_model == "accuracy"
                 else "had the lowest validation loss"
             )
             self.emit(LogMessage(message=f"final/ is the adapter of step {best}, which {reason}"))

@@ -299,7 +299,7 @@ def test_cures_of_ppo_are_its_own() -> None:
     def of(**changed: Callable[[int], float]) -> str:
         return diagnoses_text(rollout_state(algorithm="ppo", **changed))
 
-    assert "raise ppo.kl_coef" in of(reward=lambda s: 0.8 - s / 60) and "ppo.truncated_completions to penalise" in of(
+    assert "raise ppo.kl_coef" in of(reward=lambda s: 0.8 - s / 60) and "ppo.truncated_completions to penalize" in of(
         truncated=lambda s: 0.9
     )
     assert "raise ppo.kl_coef, ppo.entropy" in of(entropy=lambda s: 0.3 / s**2, reward=lambda s: min(0.5, 0.2 + s / 50))

@@ -549,7 +549,7 @@ def test_completions_that_were_cut(roles: Roles, truncated: str, rows: int) -> N
 
 def test_a_truncated_completion_is_penalized(roles: Roles) -> None:
     algorithm = over(
-        roles, rewards=[[[0.5] * 3, [0.0, 1.0, 1.0]]], fake={"cut": (1, 5)}, truncated="penalise", penalty=0.5
+        roles, rewards=[[[0.5] * 3, [0.0, 1.0, 1.0]]], fake={"cut": (1, 5)}, truncated="penalize", penalty=0.5
     )
     experience = algorithm.collect(0)
     expected = group_advantages(torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.5]]))

@@ -552,7 +552,7 @@ def step_error(roles: Roles, temperature: float = 0.7, **parts: Any) -> float:
         ending = (
             0.0
             if cut and bootstrap
-            else score - how.missing_eos_penalty * (cut and how.truncated_completions == "penalise")
+            else score - how.missing_eos_penalty * (cut and how.truncated_completions == "penalize")
         )
         rewards = [-0.3 * float(a - b) for a, b in zip(p.detach(), q.detach(), strict=True)]
         rewards[-1] += ending
@@ -597,7 +597,7 @@ def step_error(roles: Roles, temperature: float = 0.7, **parts: Any) -> float:
     return max(apart)
 
 
-@pytest.mark.parametrize("truncated", ["penalise", "bootstrap", "keep"])
+@pytest.mark.parametrize("truncated", ["penalize", "bootstrap", "keep"])
 def test_a_whole_step(own: Roles, truncated: str) -> None:
     assert (
         step_error(

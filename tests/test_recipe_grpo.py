@@ -217,7 +217,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "penalty": (
         made(grpo={"missing_eos_penalty": 2.0}),
-        "grpo.missing_eos_penalty: does nothing without `grpo.truncated_completions`: penalise",
+        "grpo.missing_eos_penalty: does nothing without `grpo.truncated_completions`: penalize",
         made(grpo={"missing_eos_penalty": 2.0, "truncated_completions": "penalize"}),
     ),
     "penalty of masked": (

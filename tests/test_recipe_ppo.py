@@ -54,7 +54,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "penalty": (
         made(ppo={"truncated_completions": "bootstrap", "missing_eos_penalty": 2.0}),
-        "ppo.missing_eos_penalty: does nothing without `ppo.truncated_completions`: penalise",
+        "ppo.missing_eos_penalty: does nothing without `ppo.truncated_completions`: penalize",
         made(ppo={"missing_eos_penalty": 2.0}),
     ),
     "gain": (

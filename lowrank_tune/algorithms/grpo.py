@@ -223,7 +223,7 @@ class GRPO:
             if self.kl_in == "reward":
                 k1 = apply_mask(batch.extra["sampler"] - batch.extra["reference_logps"], batch.loss_mask).sum(dim=1)
                 rollout.shaped_rewards = rollout.shaped_rewards - self.beta * k1.view_as(rollout.shaped_rewards)
-        if self.truncated_completions == "penalise":
+        if self.truncated_completions == "penalize":
             rollout.shaped_rewards = (
                 rollout.shaped_rewards
                 - self.missing_eos_penalty * rollout.truncated.view_as(rollout.shaped_rewards).float()

@@ -11,7 +11,7 @@ completion:
     value    L = sum_t w_t max((v_t - G_t)^2, (clip(v_t, V_t - d, V_t + d) - G_t)^2) / 2
 
 w is 1 / (tokens of the minibatch). V_t is the value of what stands before token t; V_(n+1) is 0 where the completion
-ended. One that was cut loses `penalty` (truncated `penalise`), is scored as it is (`keep`), or has no score yet and
+ended. One that was cut loses `penalty` (truncated `penalize`), is scored as it is (`keep`), or has no score yet and
 V_(n+1) is the value of all that was written (`bootstrap`). A harvest is passed over `epochs` times in `minibatches`;
 once old and policy lie `update_kl_limit` nats a token apart the rest of the passes is left out.
 
@@ -140,7 +140,7 @@ class GAEConfig:
 
     gamma: float = 1.0
     lam: float = 0.95
-    truncated_completions: str = "penalise"
+    truncated_completions: str = "penalize"
     missing_eos_penalty: float = 1.0
 
 
@@ -257,7 +257,7 @@ class PPO:
             return torch.where(truncated, torch.zeros_like(scores), scores), torch.where(truncated, final_values, zeros)
         return (
             scores - self.gae_config.missing_eos_penalty * truncated.double()
-            if self.gae_config.truncated_completions == "penalise"
+            if self.gae_config.truncated_completions == "penalize"
             else scores,
             zeros,
         )

@@ -254,7 +254,7 @@ def make_grpo(recipe: settings.RecipeConfig, context: AlgorithmContext, collecto
 def make_ppo(recipe: settings.RecipeConfig, context: AlgorithmContext, collector: RolloutCollector) -> PPO:
     """The algorithm of the recipe."""
     config = recipe.ppo
-    critic = CriticConfig(config.vf_coef if config.critic == "trunk" else 1.0, config.cliprange_value)
+    critic = CriticConfig(config.vf_coef if config.critic == "shared" else 1.0, config.cliprange_value)
     return PPO(
         context,
         collector,

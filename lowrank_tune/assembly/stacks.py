@@ -48,7 +48,7 @@ def build_stacks(
 def _value_stack(recipe: settings.RecipeConfig, stacks: Mapping[str, list[str]]) -> list[str]:
     """What the value speaks with: the policy's stack, or what lies below the policy, or below the reward model that it
     is a copy of."""
-    if recipe.ppo.critic == "trunk":
+    if recipe.ppo.critic == "shared":
         return stacks["policy"]
     return [*(stacks[REWARD_ROLE][:-1] if recipe.ppo.critic_init == "reward" else stacks["reference"]), "value"]
 

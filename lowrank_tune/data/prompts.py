@@ -88,7 +88,7 @@ class PromptSampler(BatchSampler):
     ) -> None:
         given = [source.weight for source in data.train]
         by_prompts = train.model_copy(
-            update={"rows_per_step": train.prompts_per_step, "tokens_per_step": None, "length_window": 1}
+            update={"global_batch_size": train.prompts_per_step, "tokens_per_step": None, "length_window": 1}
         )
         super().__init__(dataset.lengths, dataset.source_of, given, by_prompts, seed)
         counts = np.bincount(dataset.source_of, minlength=len(given))

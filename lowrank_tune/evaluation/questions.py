@@ -151,7 +151,7 @@ def eval_source(
     )
     if not like or given.startswith("tutor") or like[0].dataset.startswith("tutor"):
         return source
-    return source.model_copy(update={"columns": like[0].columns, "gold": like[0].ground_truth})
+    return source.model_copy(update={"columns": like[0].columns, "ground_truth": like[0].ground_truth})
 
 
 def _ignore_event(event: object) -> None:

@@ -35,7 +35,7 @@ def final_folder(stage: Stage) -> Snapshot:
     top, *others = built.trained
     names = [name.removeprefix(ADAPTER_PREFIX) for name in roles.stacks[top]]
     adapters, reason = [as_lora_adapter(roles, name) for name in names], None
-    combined = len(names) == 1 or stage.recipe.train.final_adapters == "folded"
+    combined = len(names) == 1 or stage.recipe.train.final_adapters == "combined"
     if combined and (reason := cannot_combine_reason(adapters)) is not None:
         if len(names) > 1:
             message = f"the adapters {', '.join(names)} cannot be folded into one ({reason}): final/ holds them apart"

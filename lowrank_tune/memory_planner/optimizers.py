@@ -20,7 +20,7 @@ def planned_optimizer(parameters: list[nn.Parameter], train: settings.TrainingCo
     their moments are made as it makes them (`optim/optimizer.py`), and the step of another one stands for theirs, which
     all happen in place."""
     if train.optim == "adamw" or device.type != "cuda":
-        optimizer = make_optimizer(parameters, train.model_copy(update={"optimizer": "adamw"}), device)
+        optimizer = make_optimizer(parameters, train.model_copy(update={"optim": "adamw"}), device)
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()

@@ -197,8 +197,8 @@ class _SimulatedStage:
             update={
                 "micro_batch_size": self.sizes.units,
                 "micro_batch_tokens": None,
-                "log_every": 1,
-                "max_bad_steps": 1,
+                "logging_steps": 1,
+                "max_nonfinite_steps": 1,
             }
         )
         passes = {

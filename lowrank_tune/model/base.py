@@ -56,7 +56,7 @@ class Base:
     device: torch.device
     bits: int
     end_ids: frozenset[int]
-    backend: str = "plain"
+    backend: str = "transformers"
     """Whose code runs the model's forward: `plain` is transformers' own."""
     transformers_forward: Callable[[], AbstractContextManager[Any]] = nullcontext
     """What to enter where the model must run by transformers' own code, whatever the backend."""

@@ -79,7 +79,7 @@ class Roles:
         )
         self.trainable, self.share_prefixes, self.heads = (
             frozenset(trainable),
-            base.backend == "plain",
+            base.backend == "transformers",
             dict[str, scalar.ScalarHead](),
         )
         self._checkpointing, self.limits = False, MemoryLimits()

@@ -46,7 +46,7 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """The same for the adapter's gradient, relative."""
 UNKNOWN_VERSION_MESSAGE = (
     "base.backend: this unsloth replaces transformers' code in another way than this kit knows: install the version in "
-    "constraints/unsloth.txt, or use `plain`"
+    "constraints/unsloth.txt, or use `transformers`"
 )
 
 
@@ -82,7 +82,7 @@ def load_base(
             raise
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
             raise UserError(
-                f"base.backend: unsloth cannot load {wanted.model}: {_first_line(error)}; use `plain`"
+                f"base.backend: unsloth cannot load {wanted.model}: {_first_line(error)}; use `transformers`"
             ) from error
     _check(model, config, wanted, four_bits)
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
@@ -98,12 +98,12 @@ def _check(model: Any, config: Any, wanted: settings.BaseConfig, four_bits: bool
         raise UserError(
             f"base.backend: unsloth loaded {wanted.model} {'without' if four_bits else 'in'} 4 bits, which was not "
             f"asked for; "
-            "use `plain`"
+            "use `transformers`"
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if rows != config.vocab_size:
         raise UserError(
-            f"base.backend: unsloth made {rows:,} of the {config.vocab_size:,} words of {wanted.model}; use `plain`"
+            f"base.backend: unsloth made {rows:,} of the {config.vocab_size:,} words of {wanted.model}; use `transformers`"
         )
     missing = {name for name, _ in model.named_parameters()} - weight_files(wanted).keys()
     if missing:

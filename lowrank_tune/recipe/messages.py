@@ -178,7 +178,6 @@ ALGORITHM_ALIASES: dict[str, dict[str, str]] = {
         "init_kl_coef": "ppo.kl_coef",
         "kl_loss_coef": "ppo.kl_coef",
         "target": "ppo.kl_target",
-        "target_kl": "ppo.kl_target",
         "adap_kl_ctrl": "ppo.kl_target",
         "horizon": "ppo.kl_gain",
         "cliprange": "ppo.cliprange",

@@ -24,29 +24,32 @@ def unused_settings(data: Any) -> Iterator[Finding]:
     """Settings that were written and do nothing beside others."""
     if not is_ppo(data):
         return
-    if get_raw(data, "ppo", "penalty") is not None and get_raw(data, "ppo", "truncated") in ("bootstrap", "keep"):
-        yield ("ppo", "penalty"), "does nothing without `ppo.truncated_completions`: penalise"
+    if get_raw(data, "ppo", "missing_eos_penalty") is not None and get_raw(data, "ppo", "truncated_completions") in (
+        "bootstrap",
+        "keep",
+    ):
+        yield ("ppo", "missing_eos_penalty"), "does nothing without `ppo.truncated_completions`: penalize"
     if get_raw(data, "ppo", "kl_gain") is not None and get_raw(data, "ppo", "kl_target") is None:
         yield ("ppo", "kl_gain"), "does nothing without `ppo.kl_target`: the weight of the KL stays what it is"
     value, path = get_raw(data, "adapters", "value"), get_raw(data, "adapters", "value", "path")
-    if get_raw(data, "ppo", "value") == "trunk":
-        if get_raw(data, "ppo", "value_from") is not None:
-            yield ("ppo", "value_from"), "does nothing with `ppo.critic`: trunk, a fresh head on the policy's trunk"
+    if get_raw(data, "ppo", "critic") == "shared":
+        if get_raw(data, "ppo", "critic_init") is not None:
+            yield ("ppo", "critic_init"), "does nothing with `ppo.critic`: trunk, a fresh head on the policy's trunk"
         if value is not None:
             yield (
                 ("adapters", "value"),
                 "does nothing with `ppo.critic`: trunk, a head on the policy's trunk; leave it out",
             )
         return
-    if get_raw(data, "ppo", "value_weight") is not None:
+    if get_raw(data, "ppo", "vf_coef") is not None:
         yield (
-            ("ppo", "value_weight"),
+            ("ppo", "vf_coef"),
             "does nothing with `ppo.critic`: adapter, which shares nothing; there is `ppo.value_learning_rate`",
         )
-    if path is not None and get_raw(data, "ppo", "value_from") is not None:
-        yield ("ppo", "value_from"), "does nothing beside `adapters.value.path`, where the value goes on from"
-    elif get_raw(data, "ppo", "value_from") == "reward" and isinstance(value, dict):
-        for key in ("r", "alpha", "target_modules", "rslora"):
+    if path is not None and get_raw(data, "ppo", "critic_init") is not None:
+        yield ("ppo", "critic_init"), "does nothing beside `adapters.value.path`, where the value goes on from"
+    elif get_raw(data, "ppo", "critic_init") == "reward" and isinstance(value, dict):
+        for key in ("r", "lora_alpha", "target_modules", "use_rslora"):
             if value.get(key) is not None:
                 yield (
                     ("adapters", "value", key),
@@ -64,17 +67,17 @@ def findings(data: Any, has_reward_stage: bool = False) -> Iterator[Finding]:
         )
     if not is_ppo(data):
         return
-    if number(get_raw(data, "ppo", "kl")) == 0.0 and get_raw(data, "ppo", "kl_target") is not None:
+    if number(get_raw(data, "ppo", "kl_coef")) == 0.0 and get_raw(data, "ppo", "kl_target") is not None:
         yield ("ppo", "kl_target"), "cannot be reached from `ppo.kl_coef`: 0, which no factor moves; begin with 0.05"
     if (
-        get_raw(data, "ppo", "value_from") == "reward"
+        get_raw(data, "ppo", "critic_init") == "reward"
         and get_raw(data, "adapters", "reward") is None
         and not has_reward_stage
     ):
-        yield ("ppo", "value_from"), "needs the adapter of a reward model: `adapters.reward` with its `path`"
-    dropout = number(get_raw(data, "adapters", "value", "dropout"))
+        yield ("ppo", "critic_init"), "needs the adapter of a reward model: `adapters.reward` with its `path`"
+    dropout = number(get_raw(data, "adapters", "value", "lora_dropout"))
     if dropout is not None and dropout > 0:
         yield (
-            ("adapters", "value", "dropout"),
+            ("adapters", "value", "lora_dropout"),
             "must be 0: values are compared with what they were when the completions came",
         )

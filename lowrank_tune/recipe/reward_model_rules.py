@@ -14,7 +14,7 @@ REWARD_NAME, REWARD_ADAPTER = "reward_model", "reward"
 
 def uses_reward_model(data: Any) -> bool:
     """Whether a reward of these is learned."""
-    return any(get_raw(reward, "use") == REWARD_NAME for reward in entries(data, "rewards"))
+    return any(get_raw(reward, "name") == REWARD_NAME for reward in entries(data, "rewards"))
 
 
 def findings(data: Any, has_reward_stage: bool = False) -> Iterator[Finding]:
@@ -33,8 +33,8 @@ def findings(data: Any, has_reward_stage: bool = False) -> Iterator[Finding]:
             f"does nothing without the reward `{REWARD_NAME}`; no other stack takes the adapter of a reward model",
         )
     for index, reward in enumerate(entries(data, "rewards")):
-        if given is None and not has_reward_stage and get_raw(reward, "use") == REWARD_NAME:
+        if given is None and not has_reward_stage and get_raw(reward, "name") == REWARD_NAME:
             yield (
-                ("rewards", index, "use"),
+                ("rewards", index, "name"),
                 f"needs a reward model: `adapters: {{{REWARD_ADAPTER}: {{path: runs/NAME}}}}`, a run of `algorithm: reward`",
             )

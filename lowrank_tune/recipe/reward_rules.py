@@ -69,24 +69,26 @@ def unused_settings(data: Any) -> Iterator[Finding]:
     if is_grpo(data):
         yield from _unused_clip_settings(data)
         yield from _unused_kl_settings(data)
-        if get_raw(data, "grpo", "penalty") is not None and get_raw(data, "grpo", "truncated") in (
+        if get_raw(data, "grpo", "missing_eos_penalty") is not None and get_raw(
+            data, "grpo", "truncated_completions"
+        ) in (
             None,
             "keep",
             "mask",
         ):
-            yield ("grpo", "penalty"), "does nothing without `grpo.truncated_completions`: penalise"
+            yield ("grpo", "missing_eos_penalty"), "does nothing without `grpo.truncated_completions`: penalize"
     if is_online(data):
         listed = [
-            get_raw(reward, "on_error") or ("stop" if _is_custom(get_raw(reward, "use")) else "drop")
+            get_raw(reward, "on_error") or ("stop" if _is_custom(get_raw(reward, "name")) else "drop")
             for reward in entries(data, "rewards")
         ]
-        if listed and set(listed) == {"stop"} and get_raw(data, "rollout", "max_unscored_share") is not None:
+        if listed and set(listed) == {"stop"} and get_raw(data, "rollout", "max_reward_failure_rate") is not None:
             yield (
-                ("rollout", "max_unscored_share"),
+                ("rollout", "max_reward_failure_rate"),
                 "does nothing where every reward stops the run at its first failure (`on_error`)",
             )
         for index, reward in enumerate(entries(data, "rewards")):
-            use = get_raw(reward, "use")
+            use = get_raw(reward, "name")
             for key, (owners, _) in REWARD_SETTINGS.items():
                 if get_raw(reward, key) is not None and isinstance(use, str) and use not in owners:
                     yield (
@@ -96,20 +98,20 @@ def unused_settings(data: Any) -> Iterator[Finding]:
 
 
 def _unused_clip_settings(data: Any) -> Iterator[Finding]:
-    loss = get_raw(data, "grpo", "loss") or "grpo"
-    clip, low, high = (get_raw(data, "grpo", key) is not None for key in ("clip", "clip_low", "clip_high"))
+    loss = get_raw(data, "grpo", "loss_type") or "grpo"
+    clip, low, high = (get_raw(data, "grpo", key) is not None for key in ("epsilon", "epsilon_low", "epsilon_high"))
     if loss == "cispo":
-        for key in ("clip", "clip_low"):
+        for key in ("epsilon", "epsilon_low"):
             if get_raw(data, "grpo", key) is not None:
                 yield (
                     ("grpo", key),
                     "does nothing for the loss cispo, which bounds weights from above alone; say `grpo.epsilon_high`",
                 )
     elif clip and low and high:
-        yield ("grpo", "clip"), "does nothing beside `grpo.epsilon_low` and `grpo.epsilon_high`: give it, or the two"
+        yield ("grpo", "epsilon"), "does nothing beside `grpo.epsilon_low` and `grpo.epsilon_high`: give it, or the two"
     elif clip and low and loss in LOSSES_WITH_DEFAULT_EPSILON_HIGH:
         yield (
-            ("grpo", "clip"),
+            ("grpo", "epsilon"),
             f"does nothing beside `grpo.epsilon_low`: the loss {loss} has a `grpo.epsilon_high` of its own",
         )
 
@@ -118,7 +120,7 @@ def _unused_kl_settings(data: Any) -> Iterator[Finding]:
     for key in ("kl_in", "kl_estimator"):
         if get_raw(data, "grpo", key) is None:
             continue
-        if number(get_raw(data, "grpo", "kl")) == 0.0:
+        if number(get_raw(data, "grpo", "beta")) == 0.0:
             yield ("grpo", key), "does nothing where `grpo.beta` is 0"
         elif key == "kl_estimator" and get_raw(data, "grpo", "kl_in") == "reward":
             yield (
@@ -135,9 +137,9 @@ def reward_findings(data: Any) -> Iterator[Finding]:
         yield ("rewards",), "is missing: say what completions earn, as in `rewards: [{use: answer}]`"
     listed = entries(data, "rewards")
     for index, reward in enumerate(listed):
-        use = get_raw(reward, "use")
+        use = get_raw(reward, "name")
         if isinstance(use, str) and (reason := _invalid_reward(use)):
-            yield ("rewards", index, "use"), reason
+            yield ("rewards", index, "name"), reason
         for key, (owners, description) in REWARD_SETTINGS.items():
             if description and use in owners and get_raw(reward, key) is None:
                 yield ("rewards", index, key), f"is missing: {description}"
@@ -184,7 +186,7 @@ def _invalid_pattern(pattern: str) -> str:
 
 def reward_needs_answers(data: Any) -> Iterator[Finding]:
     """Whether an answer is right cannot be told without gold answers."""
-    if is_online(data) and any(get_raw(reward, "use") == "answer" for reward in entries(data, "rewards")):
+    if is_online(data) and any(get_raw(reward, "name") == "answer" for reward in entries(data, "rewards")):
         for index, source in enumerate(entries(data, "data", "train")):
-            if get_raw(source, "gold") == "none" and get_raw(source, "dataset") != "tutor":
-                yield ("data", "train", index, "gold"), "leaves the reward `answer` nothing to compare with"
+            if get_raw(source, "ground_truth") == "none" and get_raw(source, "dataset") != "tutor":
+                yield ("data", "train", index, "ground_truth"), "leaves the reward `answer` nothing to compare with"

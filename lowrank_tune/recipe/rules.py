@@ -54,12 +54,12 @@ REPLACEMENTS = {
 """What says the same for the algorithms that do not use a setting, where something does."""
 
 MUTUALLY_EXCLUSIVE: tuple[tuple[Path, Path], ...] = (
-    (("train", "steps"), ("train", "epochs")),
-    (("train", "rows_per_step"), ("train", "tokens_per_step")),
+    (("train", "max_steps"), ("train", "num_train_epochs")),
+    (("train", "global_batch_size"), ("train", "tokens_per_step")),
     (("train", "micro_batch_size"), ("train", "micro_batch_tokens")),
-    (("data", "validation"), ("data", "validation_share")),
-    (("data", "validation"), ("data", "validation_rows")),
-    (("data", "validation_rows"), ("data", "validation_share")),
+    (("data", "validation"), ("data", "eval_fraction")),
+    (("data", "validation"), ("data", "eval_rows")),
+    (("data", "eval_rows"), ("data", "eval_fraction")),
 )
 """Two ways to say one thing: both at once are a fault, and in a later layer one replaces the other."""
 
@@ -80,7 +80,7 @@ def sources_of(data: Any) -> Iterator[tuple[Path, Any]]:
     """Every source with its path: of training, of validation, and of held-out prompts."""
     for key in ("train", "validation"):
         yield from ((("data", key, index), each) for index, each in enumerate(entries(data, "data", key)))
-    yield ("evaluate", "heldout"), get_raw(data, "evaluate", "heldout")
+    yield ("evaluate", "eval_dataset"), get_raw(data, "evaluate", "eval_dataset")
 
 
 def settings_of_other_algorithm(data: Any) -> Iterator[Finding]:
@@ -108,7 +108,7 @@ def unused_label_smoothing(data: Any) -> Iterator[Finding]:
     """Only one of DPO's losses smooths its labels."""
     if get_raw(data, "algorithm") != "dpo" or get_raw(data, "dpo", "label_smoothing") is None:
         return
-    loss = get_raw(data, "dpo", "loss") or "sigmoid"
+    loss = get_raw(data, "dpo", "loss_type") or "sigmoid"
     if loss in LOSSES and loss != "robust":
         yield ("dpo", "label_smoothing"), f"does nothing for the loss {loss}; it belongs to `dpo.loss_type`: robust"
 
@@ -120,14 +120,19 @@ def unused_heldout_settings(data: Any) -> Iterator[Finding]:
         if supports_validation(data)
         else "out `evaluate.eval_dataset`"
     )
-    if get_raw(data, "evaluate", "heldout") is None:
-        for key in ("prompts", "samples", "temperature", *(() if supports_validation(data) else ("on_hacking",))):
+    if get_raw(data, "evaluate", "eval_dataset") is None:
+        for key in (
+            "num_prompts",
+            "num_samples",
+            "temperature",
+            *(() if supports_validation(data) else ("on_reward_hacking",)),
+        ):
             if get_raw(data, "evaluate", key) is not None:
                 yield ("evaluate", key), "does nothing without `evaluate.eval_dataset`"
-        for key in ("every", "max_new_tokens", "shown"):
+        for key in ("eval_steps", "max_new_tokens", "num_completions_to_print"):
             if get_raw(data, "evaluate", key) is not None and not has_validation(data):
                 yield ("evaluate", key), f"does nothing with{neither}"
-    elif get_raw(data, "evaluate", "temperature") is not None and get_raw(data, "evaluate", "samples") in (None, 1):
+    elif get_raw(data, "evaluate", "temperature") is not None and get_raw(data, "evaluate", "num_samples") in (None, 1):
         yield (
             ("evaluate", "temperature"),
             "does nothing with one sample, which is greedy; set `evaluate.num_samples` too",
@@ -141,23 +146,26 @@ def supports_validation(data: Any) -> bool:
 
 def has_validation(data: Any) -> bool:
     """Whether validation rows exist: sources of their own, or a share (the default) of the training rows."""
-    given = any(get_raw(data, "data", key) for key in ("validation", "validation_rows"))
-    return supports_validation(data) and (given or number(get_raw(data, "data", "validation_share")) != 0.0)
+    given = any(get_raw(data, "data", key) for key in ("validation", "eval_rows"))
+    return supports_validation(data) and (given or number(get_raw(data, "data", "eval_fraction")) != 0.0)
 
 
 def best_step_findings(data: Any) -> Iterator[Finding]:
     """The best step needs something to tell it by: the loss of validation rows, or held-out questions."""
-    by, has_heldout = get_raw(data, "evaluate", "best_by"), get_raw(data, "evaluate", "heldout") is not None
-    if by == "exact" and get_raw(data, "algorithm") == "reward":
-        yield ("evaluate", "best_by"), "`exact` needs answers, and a reward model gives none"
-    elif by == "exact" and not has_heldout:
-        yield ("evaluate", "best_by"), "`exact` needs questions: `evaluate.eval_dataset`"
+    by, has_heldout = (
+        get_raw(data, "evaluate", "metric_for_best_model"),
+        get_raw(data, "evaluate", "eval_dataset") is not None,
+    )
+    if by == "accuracy" and get_raw(data, "algorithm") == "reward":
+        yield ("evaluate", "metric_for_best_model"), "`accuracy` needs answers, and a reward model gives none"
+    elif by == "accuracy" and not has_heldout:
+        yield ("evaluate", "metric_for_best_model"), "`accuracy` needs questions: `evaluate.eval_dataset`"
     elif by == "loss" and not has_validation(data):
-        yield ("evaluate", "best_by"), "`loss` needs validation rows, and there are none"
+        yield ("evaluate", "metric_for_best_model"), "`loss` needs validation rows, and there are none"
     elif (
         get_raw(data, "train", "final") == "best"
         and not has_validation(data)
-        and not (has_heldout and (by == "exact" or not supports_validation(data)))
+        and not (has_heldout and (by == "accuracy" or not supports_validation(data)))
     ):
         yield (
             ("train", "final"),
@@ -171,9 +179,9 @@ def settings_from_checkpoint(data: Any) -> Iterator[Finding]:
     for name, adapter in adapters_of(data).items():
         if get_raw(adapter, "path") is None:
             continue
-        for key in ("r", "alpha", "target_modules", "rslora", *(() if name in trained else ("dropout",))):
+        for key in ("r", "lora_alpha", "target_modules", "use_rslora", *(() if name in trained else ("lora_dropout",))):
             if get_raw(adapter, key) is not None:
-                what = "does nothing for a frozen adapter" if key == "dropout" else "comes from the file at `path`"
+                what = "does nothing for a frozen adapter" if key == "lora_dropout" else "comes from the file at `path`"
                 yield ("adapters", name, key), f"{what}; leave it out"
 
 
@@ -183,17 +191,17 @@ def unused_source_settings(data: Any) -> Iterator[Finding]:
         if path[1] != "train" and get_raw(source, "weight") is not None:
             yield (*path, "weight"), "does nothing here; only training sources are mixed"
         if get_raw(source, "final_answer") is not None and (
-            path[1] == "heldout" or get_raw(data, "algorithm") in PAIR_ALGORITHMS
+            path[1] == "eval_dataset" or get_raw(data, "algorithm") in PAIR_ALGORITHMS
         ):
             what = (
                 "for held-out prompts, which no answer is trained of"
-                if path[1] == "heldout"
+                if path[1] == "eval_dataset"
                 else "for pairs, which stay as they are"
             )
             yield (*path, "final_answer"), f"does nothing {what}"
         dataset = get_raw(source, "dataset")
         if isinstance(dataset, str) and dataset in BUILT_IN:
-            for key in ("name", "format", "columns", "gold", "final_answer"):
+            for key in ("config_name", "format", "columns", "ground_truth", "final_answer"):
                 if get_raw(source, key) not in (None, {}):
                     yield (*path, key), f"does nothing for `{dataset}`, {BUILT_IN[dataset]}"
         elif isinstance(dataset, str) and DATA_FILE_PATTERN.fullmatch(dataset) and get_raw(source, "name") is not None:
@@ -220,20 +228,20 @@ def unused_settings(data: Any) -> Iterator[Finding]:
     """Settings that were written and would do nothing. A resolved recipe is saved without them."""
     for rule in UNUSED_SETTINGS_RULES:
         yield from rule(data)
-    for key in ("validation", "validation_rows"):
+    for key in ("validation", "eval_rows"):
         if (
             supports_validation(data)
             and get_raw(data, "data", key)
-            and get_raw(data, "data", "validation_share") is not None
+            and get_raw(data, "data", "eval_fraction") is not None
         ):
-            yield ("data", "validation_share"), f"contradicts `data.{key}`: give one of the two"
+            yield ("data", "eval_fraction"), f"contradicts `data.{key}`: give one of the two"
 
 
 def mutually_exclusive_findings(data: Any) -> Iterator[Finding]:
     """Two ways to say one thing, said at once."""
     for one, other in MUTUALLY_EXCLUSIVE:
         if (
-            other != ("data", "validation_share")
+            other != ("data", "eval_fraction")
             and get_raw(data, *one) not in (None, [])
             and get_raw(data, *other) is not None
         ):
@@ -242,9 +250,9 @@ def mutually_exclusive_findings(data: Any) -> Iterator[Finding]:
 
 def run_length_findings(data: Any) -> Iterator[Finding]:
     """A run has an end, and its warm-up ends before that."""
-    steps, warmup = get_raw(data, "train", "steps"), number(get_raw(data, "train", "warmup_steps"))
-    if steps is None and get_raw(data, "train", "epochs") is None:
-        yield ("train", "steps"), "is missing: give `train.max_steps` or `train.num_train_epochs`"
+    steps, warmup = get_raw(data, "train", "max_steps"), number(get_raw(data, "train", "warmup_steps"))
+    if steps is None and get_raw(data, "train", "num_train_epochs") is None:
+        yield ("train", "max_steps"), "is missing: give `train.max_steps` or `train.num_train_epochs`"
     elif (end := number(steps)) is not None and warmup is not None and 0 < end <= warmup:
         yield ("train", "warmup_steps"), f"must be smaller than `train.max_steps`, {steps}"
 
@@ -307,7 +315,7 @@ def row_format_findings(data: Any) -> Iterator[Finding]:
         dataset, format, heldout = (
             get_raw(source, "dataset"),
             get_raw(source, "format"),
-            path == ("evaluate", "heldout"),
+            path == ("evaluate", "eval_dataset"),
         )
         pairs = algorithm in PAIR_ALGORITHMS and not heldout
         learns = (
@@ -340,11 +348,11 @@ def row_format_findings(data: Any) -> Iterator[Finding]:
 
 def deterministic_logps(data: Any) -> Iterator[Finding]:
     """Where log-probs are compared, the same row must give the same value twice."""
-    dropout = number(get_raw(data, "adapters", "policy", "dropout"))
+    dropout = number(get_raw(data, "adapters", "policy", "lora_dropout"))
     algorithm = get_raw(data, "algorithm")
     if algorithm in ("dpo", *GENERATIVE_ALGORITHMS) and dropout is not None and dropout > 0:
         yield (
-            ("adapters", "policy", "dropout"),
+            ("adapters", "policy", "lora_dropout"),
             f"must be 0 with {algorithm}: dropout is off wherever log-probs are compared",
         )
 
@@ -376,11 +384,11 @@ def adapter_stack_findings(data: Any, frozen_adapters: Sequence[str] = ()) -> It
     """Only what lies on something can be kept apart from it."""
     beside = {reward_model_rules.REWARD_ADAPTER, *ppo_rules.trained_adapters(data)}
     if (
-        get_raw(data, "train", "final_stack") == "apart"
+        get_raw(data, "train", "final_adapters") == "separate"
         and not frozen_adapters
         and not adapters_of(data).keys() - beside
     ):
-        yield ("train", "final_stack"), "`apart` does nothing here: no frozen adapter lies below the trained one"
+        yield ("train", "final_adapters"), "`apart` does nothing here: no frozen adapter lies below the trained one"
 
 
 def findings(data: Any, frozen_adapters: Sequence[str] = (), has_reward_stage: bool = False) -> Iterator[Finding]:

@@ -33,7 +33,7 @@ class BaseConfig(Settings):
     """A hub id, `id@revision`, a folder, or `tiny-tutor`, which ships with the package."""
     bits: Literal[4, 16] = 4
     """4: NF4 with double quantisation. 16: not quantised."""
-    backend: Literal["plain", "unsloth"] = "plain"
+    backend: Literal["transformers", "unsloth"] = "transformers"
     """Whose code runs the base: transformers', or unsloth's (sft, and dpo and grpo with the base as reference; an
     environment of its own)."""
     trust_remote_code: bool = False

@@ -80,7 +80,7 @@ class RecipeConfig(Settings):
     def metric_for_best_model(self) -> str:
         """What makes a step the best."""
         return self.evaluate.metric_for_best_model or (
-            "exact" if self.algorithm in ("grpo", "ppo") and self.evaluate.eval_dataset else "loss"
+            "accuracy" if self.algorithm in ("grpo", "ppo") and self.evaluate.eval_dataset else "loss"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -49,10 +49,10 @@ class GRPOConfig(Settings):
     """The old log-probs of the ratio: computed again by the policy, or those of the sampler."""
     max_logprob_mismatch: Annotated[float, Field(gt=0.0)] = 0.1
     """Nats a token between the sampler's log-probs and the policy's, at which the run stops."""
-    truncated_completions: Literal["keep", "mask", "penalise"] = "keep"
+    truncated_completions: Literal["keep", "mask", "penalize"] = "keep"
     """A completion cut by the limit is trained as it is, left out of the loss, or loses `penalty`."""
     missing_eos_penalty: Annotated[float, Field(gt=0.0)] = 1.0
-    """For `truncated: penalise`."""
+    """For `truncated: penalize`."""
     zero_std_groups: Literal["keep", "drop", "resample"] = "drop"
     """A group of equal rewards has no advantage: kept for its KL, left out of the update, or replaced by other
     prompts."""
@@ -82,12 +82,12 @@ class PPOConfig(Settings):
     """Discount of what is earned a token later."""
     lam: Fraction = 0.95
     """Generalised advantage estimation: 1 trusts what was earned, 0 the value."""
-    truncated_completions: Literal["penalise", "bootstrap", "keep"] = "penalise"
+    truncated_completions: Literal["penalize", "bootstrap", "keep"] = "penalize"
     """A completion without an end loses `penalty`; or has no score, and its value stands for what is to come; or is
     scored as it is."""
     missing_eos_penalty: Annotated[float, Field(gt=0.0)] = 1.0
-    """For `truncated: penalise`."""
-    critic: Literal["adapter", "trunk"] = "adapter"
+    """For `truncated: penalize`."""
+    critic: Literal["separate", "shared"] = "separate"
     """What values tokens: an adapter with a head of its own, or a head on the policy's trunk, whose loss moves the
     policy's adapter too."""
     critic_init: Literal["policy", "reward"] = "policy"

@@ -74,7 +74,7 @@ class TrainingConfig(Settings):
     """Newest checkpoints kept, besides the best."""
     final: Literal["best", "last"] = "best"
     """Which adapter becomes `final/`: the one with the lowest validation loss, or the last."""
-    final_adapters: Literal["folded", "apart"] = "folded"
+    final_adapters: Literal["combined", "separate"] = "combined"
     """Where frozen adapters lie below the trained one: `final/` is all of them folded into one adapter, exactly, whose
     rank is the sum of theirs; or each stays apart in a folder of its own, to be loaded together."""
     report_to: TrackerName | Annotated[tuple[TrackerName, ...], Field(strict=False)] = ()
@@ -110,7 +110,7 @@ class EvaluationConfig(Settings):
     """Temperature of sampled answers."""
     max_new_tokens: PositiveInt = 64
     """Longest answer in tokens."""
-    metric_for_best_model: Literal["loss", "exact"] | None = None
+    metric_for_best_model: Literal["loss", "accuracy"] | None = None
     """What makes a step the best: the lowest validation loss, or the most held-out questions answered exactly, one
     greedy answer each. Where it is not given: `exact` for grpo and ppo with `heldout`, else `loss`."""
     on_reward_hacking: Literal["warn", "stop"] = "warn"

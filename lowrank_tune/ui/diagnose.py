@@ -318,7 +318,7 @@ def mostly_truncated(state: State) -> Iterator[Diagnosis]:
     yield Diagnosis(
         "warning",
         f"{now:.0%} of the completions are cut off by the limit{grown}: raise rollout.max_new_tokens, "
-        f"or set {_algorithm(state)}.truncated to penalise",
+        f"or set {_algorithm(state)}.truncated to penalize",
     )
 
 

@@ -152,7 +152,7 @@ THREE = [[[1.0, 0.0, 0.3, 0.2], [0.2, 0.9, 0.4, 0.1]]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", [{"kl": 0.3}, {"kl": 0.3, "kl_in": "reward"}, {"epochs": 2}, {"truncated": "penalise"}])
+@pytest.mark.parametrize("how", [{"kl": 0.3}, {"kl": 0.3, "kl_in": "reward"}, {"epochs": 2}, {"truncated": "penalize"}])
 def test_the_step_is_one_without_it(roles: Roles, kind: str, how: dict[str, Any]) -> None:
     found = []
     for never in (False, True):
