@@ -40,7 +40,7 @@ def build_stacks(
     configs = {name: loaded[name] if name in loaded else lora_config(recipe.adapters[name], model) for name in names}
     if "value" in recipe.extra_adapters:
         stacks["value"] = _value_stack(recipe, stacks)
-        if recipe.ppo.critic == "adapter":
+        if recipe.ppo.critic == "separate":
             configs["value"] = _value_config(recipe, model, loaded, configs)
     return configs, stacks
 

@@ -107,10 +107,10 @@ def load_heldout_prompts(
 ) -> list[Prompt]:
     """Up to `count` prompts of a source, drawn with the seed. Rows that cannot be used are passed over."""
     if source.dataset in BUILTIN_DATASETS:
-        source = source.model_copy(update={"rows": source.max_samples or count})
+        source = source.model_copy(update={"max_samples": source.max_samples or count})
     spare = count + count // 4 + 20  # some rows may be unusable
     max_rows = min(source.max_samples or spare, spare)
-    rows = read_source(source.model_copy(update={"rows": max_rows}), seed)
+    rows = read_source(source.model_copy(update={"max_samples": max_rows}), seed)
     format_name = format_of(source, rows)
     selected: list[Prompt] = []
     errors: list[str] = []

@@ -50,7 +50,7 @@ REWARD_ALIASES = {
     "think_format_reward": "format",
 }
 """Names of other kits' rewards."""
-LOSSES = get_args(GRPOConfig.model_fields["loss"].annotation)
+LOSSES = get_args(GRPOConfig.model_fields["loss_type"].annotation)
 LOSSES_WITH_DEFAULT_EPSILON_HIGH = ("dapo", "cispo")
 """Losses that have a `clip_high` of their own where none is given: `clip` says nothing of it."""
 

@@ -66,7 +66,7 @@ MUTUALLY_EXCLUSIVE: tuple[tuple[Path, Path], ...] = (
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,39}")
 DATA_FILE_PATTERN = re.compile(r".*\.(jsonl?|csv|parquet)(\.gz)?")
 ALGORITHMS = get_args(RecipeConfig.model_fields["algorithm"].annotation)
-LOSSES = get_args(DPOConfig.model_fields["loss"].annotation)
+LOSSES = get_args(DPOConfig.model_fields["loss_type"].annotation)
 BUILT_IN = {"tutor": "the built-in problems", "tutor-preferences": "the built-in pairs"}
 
 

@@ -49,7 +49,7 @@ class DataConfig(Settings):
     train: Annotated[tuple[SourceConfig, ...], *NON_EMPTY]
     """Sources of the training rows."""
     validation: Sources = ()
-    """Sources of the validation rows. Without them `validation_share` of the training rows is set aside."""
+    """Sources of the validation rows. Without them `eval_fraction` of the training rows is set aside."""
     eval_fraction: Annotated[float, Field(ge=0.0, lt=0.9)] = 0.05
     """Share of the training rows set aside for validation; 0 for none."""
     eval_rows: PositiveInt | None = None

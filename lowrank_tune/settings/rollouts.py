@@ -50,9 +50,9 @@ class GRPOConfig(Settings):
     max_logprob_mismatch: Annotated[float, Field(gt=0.0)] = 0.1
     """Nats a token between the sampler's log-probs and the policy's, at which the run stops."""
     truncated_completions: Literal["keep", "mask", "penalize"] = "keep"
-    """A completion cut by the limit is trained as it is, left out of the loss, or loses `penalty`."""
+    """A completion cut by the limit is trained as it is, left out of the loss, or loses `missing_eos_penalty`."""
     missing_eos_penalty: Annotated[float, Field(gt=0.0)] = 1.0
-    """For `truncated: penalize`."""
+    """For `truncated_completions: penalize`."""
     zero_std_groups: Literal["keep", "drop", "resample"] = "drop"
     """A group of equal rewards has no advantage: kept for its KL, left out of the update, or replaced by other
     prompts."""
@@ -83,10 +83,10 @@ class PPOConfig(Settings):
     lam: Fraction = 0.95
     """Generalised advantage estimation: 1 trusts what was earned, 0 the value."""
     truncated_completions: Literal["penalize", "bootstrap", "keep"] = "penalize"
-    """A completion without an end loses `penalty`; or has no score, and its value stands for what is to come; or is
-    scored as it is."""
+    """A completion without an end loses `missing_eos_penalty`; or has no score, and its value stands for what is to
+    come; or is scored as it is."""
     missing_eos_penalty: Annotated[float, Field(gt=0.0)] = 1.0
-    """For `truncated: penalize`."""
+    """For `truncated_completions: penalize`."""
     critic: Literal["separate", "shared"] = "separate"
     """What values tokens: an adapter with a head of its own, or a head on the policy's trunk, whose loss moves the
     policy's adapter too."""
@@ -96,7 +96,7 @@ class PPOConfig(Settings):
     value_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     """Peak learning rate of the value; `train.learning_rate` where it is not given."""
     vf_coef: Annotated[float, Field(gt=0.0)] = 0.1
-    """For `value: trunk`: weight of the value's loss beside the policy's."""
+    """For `critic: shared`: weight of the value's loss beside the policy's."""
     cliprange_value: Annotated[float, Field(ge=0.0)] = 0.2
     """How far a value may move from what it was when the harvest came, before its gradient stops; 0 for any way."""
     max_logprob_mismatch: Annotated[float, Field(gt=0.0)] = 0.1

@@ -16,7 +16,7 @@ class TrainingConfig(Settings):
     """The loop."""
 
     max_steps: PositiveInt | None = None
-    """Optimizer steps. Give this or `epochs`."""
+    """Optimizer steps. Give this or `num_train_epochs`."""
     num_train_epochs: Annotated[float, Field(gt=0.0)] | None = None
     """Passes over the training rows."""
     global_batch_size: PositiveInt | None = None
@@ -112,9 +112,9 @@ class EvaluationConfig(Settings):
     """Longest answer in tokens."""
     metric_for_best_model: Literal["loss", "accuracy"] | None = None
     """What makes a step the best: the lowest validation loss, or the most held-out questions answered exactly, one
-    greedy answer each. Where it is not given: `exact` for grpo and ppo with `heldout`, else `loss`."""
+    greedy answer each. Where it is not given: `accuracy` for grpo and ppo with `eval_dataset`, else `loss`."""
     on_reward_hacking: Literal["warn", "stop"] = "warn"
     """What to do where the reward rises and held-out answers get worse by more than their noise: say so; or end the run
-    there too, with the best step as its result. For grpo and ppo with `heldout`."""
+    there too, with the best step as its result. For grpo and ppo with `eval_dataset`."""
     num_completions_to_print: Annotated[int, Field(ge=0)] = 3
     """Prompts (held-out ones, else of validation rows) whose answers are shown at every evaluation."""

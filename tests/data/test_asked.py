@@ -207,7 +207,7 @@ def test_ground_truths_that_a_reward_needs(tmp_path: Path) -> None:
     }
     with pytest.raises(UserError, match="1 of 13 rows cannot be used: 1: no gold answer"):
         load_prompts(
-            data.model_copy(update={"max_rejected_share": 0.05}),
+            data.model_copy(update={"max_invalid_fraction": 0.05}),
             TEMPLATE,
             0,
             lambda event: None,

@@ -222,7 +222,7 @@ def test_the_authors_own_rows(file: str, tmp_path: Path) -> None:
     if not path.is_file():
         pytest.skip("the samples are not here")
     source = next(each for each in Recipe.load("myllm-sft").data.train if each.dataset.endswith(file))
-    local = source.model_copy(update={"dataset": str(path), "split": "train", "rows": None})
+    local = source.model_copy(update={"dataset": str(path), "split": "train", "max_samples": None})
     data = DataConfig(train=(local,), eval_fraction=0.0, max_length=4096, max_invalid_fraction=0.9)
     made = load(data, TEMPLATE, 0, [].append, tmp_path)
     written = [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
