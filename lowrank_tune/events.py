@@ -1,6 +1,6 @@
 """What a run tells: a stream of small frozen events. Screens, files and trackers are sinks; the loop only calls `emit`.
 
-One event is one JSON object in `events.jsonl`: `{"v": 1, "event": "step", "time": 1763800000.0, "step": 1, "stats":
+One event is one JSON object in `events.jsonl`: `{"v": 2, "event": "step_end", "time": 1763800000.0, "step": 1, "stats":
 {...}}`.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Progress(Event):
 class StepEnd(Event):
     """One optimizer step. `stats` are means over the step, `seconds` its wall time."""
 
-    kind: ClassVar[str] = "step"
+    kind: ClassVar[str] = "step_end"
     step: int
     steps: int
     stats: Mapping[str, float]
@@ -71,7 +71,7 @@ class StepEnd(Event):
 class Evaluated(Event):
     """Metrics on held-out rows or prompts after `step` steps."""
 
-    kind: ClassVar[str] = "validated"
+    kind: ClassVar[str] = "evaluated"
     step: int
     stats: Mapping[str, float]
     best: bool = False
@@ -81,7 +81,7 @@ class Evaluated(Event):
 class SampleLogged(Event):
     """What the model answers to a held-out prompt after `step` steps."""
 
-    kind: ClassVar[str] = "sampled"
+    kind: ClassVar[str] = "sample_logged"
     step: int
     prompt: str
     completion: str
@@ -93,10 +93,10 @@ class SampleLogged(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupLogged(Event):
-    """The completions of one prompt of step `step` side by side, each `{"text", "reward", "advantage", "finish",
+    """The completions of one prompt of step `step` side by side, each `{"text", "reward", "advantage", "finish_reason",
     "parts"}`."""
 
-    kind: ClassVar[str] = "group"
+    kind: ClassVar[str] = "group_logged"
     step: int
     prompt: str
     completions: list[Mapping[str, Any]]
@@ -107,7 +107,7 @@ class GroupLogged(Event):
 class CheckpointSaved(Event):
     """A checkpoint is complete on disk."""
 
-    kind: ClassVar[str] = "saved"
+    kind: ClassVar[str] = "checkpoint_saved"
     step: int
     path: str
     seconds: float
@@ -117,7 +117,7 @@ class CheckpointSaved(Event):
 class LogMessage(Event):
     """A sentence for the person: information or a warning."""
 
-    kind: ClassVar[str] = "note"
+    kind: ClassVar[str] = "log_message"
     message: str
     level: Literal["info", "warning"] = "info"
 

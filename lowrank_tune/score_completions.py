@@ -189,7 +189,7 @@ class ResponseReader:
         source, responses = settings.SourceConfig(dataset=file), list[ResponseItem]()
         if not first.dataset.startswith("tutor"):
             source = source.model_copy(
-                update={"format": first.format, "columns": first.columns, "gold": first.ground_truth}
+                update={"format": first.format, "columns": first.columns, "ground_truth": first.ground_truth}
             )
         for position, raw in read_source(source, self.recipe.seed):
             try:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_all, write_error, write_file
 from lowrank_tune.errors import TrainingError, UserError
-from lowrank_tune.events import CheckpointSaved, Event, LogMessage, RunEnded, to_json
+from lowrank_tune.events import CheckpointSaved, Evaluated, Event, LogMessage, RunEnded, SampleLogged, to_json
 
 
 class Sink(Protocol):
@@ -81,9 +81,11 @@ def truncate_after_step(data: bytes, step: int) -> bytes:
         if not isinstance(event, dict):
             continue
         later = event.get("step", 0)
-        if isinstance(later, int) and (later > step or (saved and event.get("event") in ("validated", "sampled"))):
+        if isinstance(later, int) and (
+            later > step or (saved and event.get("event") in (Evaluated.kind, SampleLogged.kind))
+        ):
             break
-        saved = saved or (event.get("event") == "saved" and later == step)
+        saved = saved or (event.get("event") == CheckpointSaved.kind and later == step)
         kept.append(raw)
     return b"".join(kept)
 

@@ -126,11 +126,11 @@ def run_fingerprint(folder: Path) -> dict[str, Any]:
     steps = [
         (e["step"], {k: v for k, v in e["stats"].items() if k not in NONDETERMINISTIC_STATS})
         for e in events
-        if e["event"] == "step"
+        if e["event"] == "step_end"
     ]
-    evaluations = [(e["step"], e["stats"]) for e in events if e["event"] == "validated"]
-    samples = [(e["step"], e["role"], e["prompt"], e["completion"]) for e in events if e["event"] == "sampled"]
-    groups = {e["step"]: (e["prompt"], e["completions"]) for e in events if e["event"] == "group"}
+    evaluations = [(e["step"], e["stats"]) for e in events if e["event"] == "evaluated"]
+    samples = [(e["step"], e["role"], e["prompt"], e["completion"]) for e in events if e["event"] == "sample_logged"]
+    groups = {e["step"]: (e["prompt"], e["completions"]) for e in events if e["event"] == "group_logged"}
     scores = folder / "scores.json"  # what a run on pairs thinks of the held-out ones
     final = {
         str(file.relative_to(folder)): file.read_bytes()

@@ -147,7 +147,7 @@ def test_half_written_events_are_read_as_far_as_they_go(tmp_path: Path, keep: in
     steps = [
         event["step"]
         for event in map(json.loads, (RECORDED / "grpo.jsonl").read_bytes()[:keep].split(b"\n")[:-1])
-        if event["event"] == "step"
+        if event["event"] == "step_end"
     ]
     assert found["ended"] == ["done", "not ended"] and found["steps"][1].split(" of ")[0] == str(steps[-1])
 

@@ -203,7 +203,13 @@ def test_hostile_text_is_inert() -> None:
             replace(START, roles={"reference": [text]}, stage=3, stages=3, time=20.0),
             SampleLogged(step=0, prompt=text, completion=text, finish_reason="stop", role="reference", time=21.0),
         ]
-        completion = {"text": text, "reward": 1.0, "advantage": 1.0, "finish": text, "parts": {text: 1.0, "b": 2.0}}
+        completion = {
+            "text": text,
+            "reward": 1.0,
+            "advantage": 1.0,
+            "finish_reason": text,
+            "parts": {text: 1.0, "b": 2.0},
+        }
         group = [
             GroupLogged(
                 step=3,
@@ -412,7 +418,7 @@ def wrote(text: str, reward: float, advantage: float, finish: str = "stop", **pa
         "text": text,
         "reward": reward,
         "advantage": advantage,
-        "finish": finish,
+        "finish_reason": finish,
         "parts": parts or {"answer": reward},
     }
 

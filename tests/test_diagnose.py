@@ -85,7 +85,7 @@ def rollout_state(
     """A state after so many steps of GRPO, whose newest group earned this."""
     state = after(steps, algorithm, **{**ROLLOUTS, **changed})
     completions = [
-        {"text": "x", "reward": reward, "advantage": 0.0, "finish": "stop", "parts": {}} for reward in rewards
+        {"text": "x", "reward": reward, "advantage": 0.0, "finish_reason": "stop", "parts": {}} for reward in rewards
     ]
     state.apply(GroupLogged(step=steps, prompt="p", completions=completions))
     for place, value in enumerate(exact):

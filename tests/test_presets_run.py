@@ -109,7 +109,7 @@ def test_a_preset_runs_two_steps(name: str, place: Path, tmp_path: Path, monkeyp
         steps = [
             event
             for event in map(json.loads, (folder / "events.jsonl").read_text().splitlines())
-            if event["event"] == "step"
+            if event["event"] == "step_end"
         ]
         assert [event["step"] for event in steps] == [1, 2] and not any(
             event["stats"].get("bad_steps") for event in steps

@@ -659,7 +659,7 @@ def test_damaged_and_unfinished_folders(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", started(), step(1, loss=2.0), step(2, loss=math.nan), step(3, loss=1.0))
     with (folder / "events.jsonl").open("ab") as file:
         file.write(
-            b'{"event": "step"}\nnonsense\n[1]\n{"event": "new", "x": 1}\n{"v": 1, "event": "step", "step": 4, "sta'
+            b'{"event": "step_end"}\nnonsense\n[1]\n{"event": "new", "x": 1}\n{"v": 1, "event": "step_end", "step": 4, "sta'
         )
     for name in ("data", "summary", "base"):
         (folder / f"{name}.json").write_text("[[[")

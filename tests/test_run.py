@@ -65,9 +65,9 @@ def test_a_run_leaves_what_the_readme_promises(finished: Path) -> None:
     assert set(summary["heldout"]) == {"base", "sft"} and all(0 <= share <= 1 for share in summary["heldout"].values())
     assert summary["base_hash"]["start"] == summary["base_hash"]["end"]
     events = [json.loads(line) for line in (finished / "events.jsonl").read_text().splitlines()]
-    assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3, 4]
-    assert events[-1]["event"] == "run_ended" and all(event["v"] == 1 for event in events)
-    first = next(event for event in events if event["event"] == "step")["stats"]
+    assert [event["step"] for event in events if event["event"] == "step_end"] == [1, 2, 3, 4]
+    assert events[-1]["event"] == "run_ended" and all(event["v"] == 2 for event in events)
+    first = next(event for event in events if event["event"] == "step_end")["stats"]
     assert first["kl"] == 0.0, "before the first update the policy is the reference"
     kept = sorted(path.name for path in (finished / "checkpoints").iterdir())
     best = summary["best"]["step"]
@@ -205,7 +205,7 @@ def test_an_adapter_below_stays_as_it_is_and_is_the_reference(finished: Path, tm
     events = [json.loads(line) for line in (outcome.folder / "events.jsonl").read_text().splitlines()]
     started = next(event for event in events if event["event"] == "run_started")
     assert started["roles"] == {"policy": ["sft", "policy"], "reference": ["sft"]} and "sft" in started["reference"]
-    assert next(event for event in events if event["event"] == "step")["stats"]["kl"] == 0.0
+    assert next(event for event in events if event["event"] == "step_end")["stats"]["kl"] == 0.0
 
 
 def test_losses_that_are_not_finite_fail_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_a_signal_ends_the_process_with_130_and_a_checkpoint(tmp_path: Path, sen
     command = [sys.executable, "-m", "lowrank_tune", "run", recipe, "--out", str(out), "--ui", "plain"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.time() + 120
-    while time.time() < deadline and '"event": "step"' not in (_read(out / "events.jsonl")):
+    while time.time() < deadline and '"event": "step_end"' not in (_read(out / "events.jsonl")):
         time.sleep(0.05)
     process.send_signal(sent)
     output, _ = process.communicate(timeout=60)
@@ -317,7 +317,7 @@ def test_bad_rows_stop_the_run_before_it_trains(tmp_path: Path, text: str, wante
     )
     assert result.exit_code == 2, result.output
     assert wanted in result.output and "Traceback" not in result.output
-    assert '"event": "step"' not in _read(tmp_path / "run" / "events.jsonl")
+    assert '"event": "step_end"' not in _read(tmp_path / "run" / "events.jsonl")
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path, finished: Path) -> None:

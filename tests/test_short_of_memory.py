@@ -82,7 +82,7 @@ def figures(folder: Path) -> list[dict[str, float]]:
     return [
         {key: value for key, value in each["stats"].items() if key not in unsteady}
         for each in found
-        if each["event"] == "step"
+        if each["event"] == "step_end"
     ]
 
 

@@ -157,7 +157,7 @@ def test_every_kind_of_later_event_begins_the_lost_part(late: Event) -> None:
 
 def test_half_written_and_senseless_lines_are_cut() -> None:
     good = to_json_line(step(1))
-    future = b'{"v": 2, "event": "of a later version", "step": 1}\n'
+    future = b'{"v": 3, "event": "of a later version", "step": 1}\n'
     # a last line without its end is half
     assert truncate_after_step(good + b"\x00\x00\xff\n" + b"[1]\n" + future + good[:-1], 5) == good + future
 

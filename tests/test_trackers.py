@@ -77,12 +77,12 @@ def test_tensorboard_files_hold_what_the_log_holds(tmp_path: Path) -> None:
     outcome = run(recipe, out=tmp_path / "run", ui="none", device=CPU)
     found = scalars(outcome.folder)
     events = [json.loads(line) for line in (outcome.folder / "events.jsonl").read_text().splitlines()]
-    steps = {event["step"]: event["stats"]["loss"] for event in events if event["event"] == "step"}
+    steps = {event["step"]: event["stats"]["loss"] for event in events if event["event"] == "step_end"}
     assert found["train/loss"] == pytest.approx(steps) and list(steps) == [1, 2, 3]
     checks = {
         event["step"]: event["stats"]["validation_loss"]
         for event in events
-        if event["event"] == "validated" and "validation_loss" in event["stats"]
+        if event["event"] == "evaluated" and "validation_loss" in event["stats"]
     }
     assert found["validation/loss"] == pytest.approx(checks) and found["heldout/base_exact"].keys() == {0}
     written = "".join(path.read_text() for path in (outcome.folder / "tensorboard").rglob("hparams.yml"))

@@ -391,7 +391,7 @@ def test_the_real_one_does_the_same_steps(tmp_path: Path, preset: str, overrides
         assert ("unsloth runs the base, and computes what transformers does" in done.stdout) == (backend == "unsloth")
         assert "Unsloth" not in done.stdout
         events = [json.loads(line) for line in (tmp_path / backend / "events.jsonl").read_text().splitlines()]
-        losses[backend] = [event["stats"]["loss"] for event in events if event["event"] == "step"]
+        losses[backend] = [event["stats"]["loss"] for event in events if event["event"] == "step_end"]
     assert len(losses["plain"]) == 3 and losses["unsloth"] == pytest.approx(losses["plain"], rel=1e-5, abs=1e-7)
     assert not list(tmp_path.glob("unsloth_compiled*")), "unsloth left its cache beside the user's files"
     config = json.loads((tmp_path / "unsloth" / "final" / "adapter_config.json").read_text())

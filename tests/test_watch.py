@@ -66,7 +66,9 @@ def test_a_half_written_line_waits_for_its_end(tmp_path: Path) -> None:
 def test_rubbish_is_skipped(tmp_path: Path) -> None:
     path, event = tmp_path / "events.jsonl", LogMessage(message="whole")
     rubbish = (
-        b"\xff\xfe\x00\n[]\n{}\n1\nnull\n" + b"[" * 100_000 + b'\n{"event": "step"}\n{"event": "new kind", "v": 9}\n\n'
+        b"\xff\xfe\x00\n[]\n{}\n1\nnull\n"
+        + b"[" * 100_000
+        + b'\n{"event": "step_end"}\n{"event": "new kind", "v": 9}\n\n'
     )
     path.write_bytes(rubbish + to_json_line(event))
     assert list(read_events(path)) == [event]

@@ -163,7 +163,7 @@ def steps_done(run: Path) -> int:
     for line in events.read_text(encoding="utf-8").splitlines():
         if line.startswith("{") and line.endswith("}"):
             event = json.loads(line)
-            if event.get("event") == "step":
+            if event.get("event") == "step_end":
                 steps.append(int(event["step"]))
     return steps[-1]
 

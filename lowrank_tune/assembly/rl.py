@@ -211,7 +211,10 @@ def _completions(rollout: RolloutBatch, advantages: Tensor) -> list[Mapping[str,
 
 
 def _completion(rollout: RolloutBatch, advantages: Tensor, i: int) -> Mapping[str, object]:
-    record: dict[str, object] = {"text": rollout.texts[i], "finish": "length" if bool(rollout.truncated[i]) else "stop"}
+    record: dict[str, object] = {
+        "text": rollout.texts[i],
+        "finish_reason": "length" if bool(rollout.truncated[i]) else "stop",
+    }
     if (failure := rollout.failed_rewards[i]) is not None:
         return record | {
             "reward": None,

@@ -70,7 +70,7 @@ def _parse_completion(each: Mapping[str, Any]) -> LoggedCompletion:
         str(each.get("text", "")),
         _parse_float(each.get("reward")),
         _parse_float(each.get("advantage")),
-        str(each.get("finish", "")),
+        str(each.get("finish_reason", "")),
         values,
         unscored=str(each.get("unscored", "")),
     )

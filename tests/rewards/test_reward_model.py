@@ -71,7 +71,7 @@ def test_scores_are_those_of_the_reward_models_own_run(
 ) -> None:
     out, events, _ = finished
     shown = [(event.prompt, one) for event in events if isinstance(event, GroupLogged) for one in event.completions]
-    ended = [(prompt, one) for prompt, one in shown if one["finish"] == "stop"]
+    ended = [(prompt, one) for prompt, one in shown if one["finish_reason"] == "stop"]
     assert len(shown) == 8 and len(ended) >= 2, "nothing to compare"
     rows = [json.dumps({"prompt": prompt, "completion": one["text"]}) for prompt, one in ended]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
