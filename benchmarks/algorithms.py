@@ -118,17 +118,17 @@ def recipes(tiny: bool) -> tuple[Chain, dict[str, Chain]]:
 
 
 PAIRS, EVALUATION = (
-    "data.train=[{dataset: tutor-preferences, rows: 40}]",
+    "data.train=[{dataset: tutor-preferences, max_samples: 40}]",
     ("evaluate.num_prompts=4", "evaluate.num_samples=2"),
 )
 ONLINE = (
-    "data.train=[{dataset: tutor, rows: 20}]",
+    "data.train=[{dataset: tutor, max_samples: 20}]",
     "train.prompts_per_step=2",
-    "rewards=[{use: answer}, {use: length, target_tokens: 9}]",
+    "rewards=[{name: answer}, {name: length, target_tokens: 9}]",
 )
 REDUCED = {
     "sft": EVALUATION,
-    "reward": (PAIRS, "data.validation=[{dataset: tutor-preferences, split: heldout, rows: 10}]"),
+    "reward": (PAIRS, "data.validation=[{dataset: tutor-preferences, split: heldout, max_samples: 10}]"),
     "dpo": (PAIRS, *EVALUATION),
     "grpo": (*ONLINE, *EVALUATION),
     "ppo": (*ONLINE[:2], *EVALUATION),
@@ -220,7 +220,8 @@ def picture(out: Path) -> str:
     width, height = 3 * CARD + 4 * BAR_GAP, 2 * BAR_HEIGHT + 3 * BAR_GAP
     cards = [_chart_card(name, read_run_log(out / FOLDERS[name])) for name in FOLDERS] + [_results(out)]
     placed = [
-        f'<g transform="translate({BAR_GAP + place % 3 * (CARD + BAR_GAP)} {BAR_GAP + place // 3 * (BAR_HEIGHT + BAR_GAP)})">'
+        f'<g transform="translate({BAR_GAP + place % 3 * (CARD + BAR_GAP)} '
+        f'{BAR_GAP + place // 3 * (BAR_HEIGHT + BAR_GAP)})">'
         f'<rect class="card" width="{CARD}" height="{BAR_HEIGHT}" rx="10"/>{card}</g>'
         for place, card in enumerate(cards)
     ]

@@ -1,7 +1,8 @@
 """What the dashboard costs: time of a frame at three sizes, of an event, and of a run with and without it.
 
-    PYTHONPATH=. python benchmarks/screen.py             # with whole demo runs in a pseudo-terminal: about three
-    minutes on 2 cores PYTHONPATH=. python benchmarks/screen.py --quick     # frames and events only: seconds
+    PYTHONPATH=. python benchmarks/dashboard_render.py             # with whole demo runs in a pseudo-terminal: about
+                                                                   # three minutes on 2 cores
+    PYTHONPATH=. python benchmarks/dashboard_render.py --quick     # frames and events only: seconds
 
 Exit code 0 where an event costs under 1 ms (median).
 """

@@ -1,9 +1,8 @@
 """A mixture of 900,000 made-up rows of five true shapes through the data floor: rows a second, memory by rows, and the
 second start.
 
-    PYTHONPATH=. python benchmarks/data_scale.py --tokenizer DIR                 # writes about 2 GB of rows, and a
-    cache of about as much PYTHONPATH=. python benchmarks/data_scale.py --rows 9000                     # the same,
-    small; tiny-tutor's own tokenizer
+    PYTHONPATH=. python benchmarks/data_scale.py --tokenizer DIR  # writes about 2 GB of rows, and as much cache
+    PYTHONPATH=. python benchmarks/data_scale.py --rows 9000      # the same, small; tiny-tutor's own tokenizer
 
 The recipe is the preset `myllm-sft` with its five sources swapped for files of as many rows of the same columns;
 everything else is kept. Each start is a process of its own. Memory is what the kernel counts: `anon`, which is the
@@ -105,9 +104,9 @@ def recipe_of(folder: Path, rows: int, tokenizer: str) -> Any:
     total = sum(source.max_samples or 0 for source in preset.data.train)
     sources = [
         {
-            **source.model_dump(mode="json", exclude={"name", "split"}, exclude_none=True),
+            **source.model_dump(mode="json", exclude={"config_name", "split"}, exclude_none=True),
             "dataset": str(file_of(folder, source.dataset)),
-            "rows": max(1, round((source.max_samples or 0) * rows / total)),
+            "max_samples": max(1, round((source.max_samples or 0) * rows / total)),
         }
         for source in preset.data.train
     ]

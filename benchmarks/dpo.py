@@ -2,22 +2,24 @@
 DPOTrainer.
 
     PYTHONPATH=. python benchmarks/dpo.py --pairs hh.jsonl.gz --tokenizer DIR     # fp32, without and with
-    checkpointing; about 10 minutes PYTHONPATH=. python benchmarks/dpo.py                                         #
-    made-up pairs with the lengths of such PYTHONPATH=. python benchmarks/dpo.py --tiny
-    # seconds, for the tests; figures mean nothing
+                                                                                  # checkpointing; about 10 minutes
+    PYTHONPATH=. python benchmarks/dpo.py           # made-up pairs with the lengths of such
+    PYTHONPATH=. python benchmarks/dpo.py --tiny    # seconds, for the tests; figures mean nothing
 
 All train the same base from the same adapters on the same pairs in the same order: 4 pairs a step, all at once, sigmoid
 loss, beta 0.1, the log-probs of the reference (the base) computed before, AdamW fused, linear schedule, clipping at 1,
-in turns (`contest.py`). Collating is part of a step. Ours logs its first and last step (KL to the reference is measured
+in turns (`harness.py`). Collating is part of a step. Ours logs its first and last step (KL to the reference is measured
 there): neither is in a block, but the memory that they take counts. The loss curves must agree to 1e-5 at every step.
 
-    ours         train.Loop, algorithms.dpo.DPO, model.roles.Roles, the kit's store of pairs, chosen and rejected
-    sharing the prompt's work ours-apart   the same with `Roles.share` off: every row goes through whole hand
-    model(ids, attention_mask).logits at all positions, log_softmax and gather hand-lean    the best simple one: no
-    attention mask (rows are padded on the right), the head on answers' tokens only trl          DPOTrainer as fast as
-    its settings go: precompute_ref_log_probs, fp32 adapters, no padding to a multiple, logging every 10 trl-compact
-    the same, made to score the answers' tokens alone, as TRL 1.16 does where Triton runs; on a CPU it scores every
-    position
+    ours         trainer.Trainer, algorithms.dpo.DPO, model.roles.Roles, the kit's store of pairs, chosen and rejected
+                 sharing the prompt's work
+    ours-apart   the same with `Roles.share_prefixes` off: every row goes through whole
+    hand         model(ids, attention_mask).logits at all positions, log_softmax and gather
+    hand-lean    the best simple one: no attention mask (rows are padded on the right), the head on answers' tokens only
+    trl          DPOTrainer as fast as its settings go: precompute_ref_log_probs, fp32 adapters, no padding to a
+                 multiple, logging every 10
+    trl-compact  the same, made to score the answers' tokens alone, as TRL 1.16 does where Triton runs; on a CPU it
+                 scores every position
 """
 
 from __future__ import annotations

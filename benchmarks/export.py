@@ -48,11 +48,11 @@ for module in model.modules():
     module.support_avx512bf16_for_cpu = False
 model = PeftModel.from_pretrained(model, adapter).eval()
 ends = GenerationConfig.from_pretrained(adapter)
-said = []
+answers = []
 for ids in json.load(sys.stdin):
     out = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=32, do_sample=False, generation_config=ends)
-    said.append(out[0, len(ids):].tolist())
-print(json.dumps(said))
+    answers.append(out[0, len(ids):].tolist())
+print(json.dumps(answers))
 """
 LLAMA = """
 import json, sys
@@ -68,12 +68,12 @@ llama.llama_cpp.llama_model_default_params = plain
 llm = llama_cpp.Llama(
     model, n_ctx=1024, n_threads=1, verbose=False, logits_all=True, type_k=int(cache), type_v=int(cache)
 )
-said = []
+logits = []
 for ids in json.load(sys.stdin):
     llm.reset()
     llm.eval(ids)
-    said.append(llm.scores[:len(ids)].copy())
-numpy.savez(out, *said)
+    logits.append(llm.scores[:len(ids)].copy())
+numpy.savez(out, *logits)
 """
 
 
@@ -119,8 +119,8 @@ def in_plain_peft(found: FinishedRun, recorded: RecordedOutputs) -> None:
 
 def in_llama_cpp(file: Path, cache: str, texts: list[list[int]], starts: list[int], logits: list[torch.Tensor]) -> str:
     with tempfile.TemporaryDirectory() as place:
-        child(LLAMA, [str(file), {"f32": "0", "f16": "1"}[cache], f"{place}/said.npz"], texts)
-        with np.load(f"{place}/said.npz") as read:
+        child(LLAMA, [str(file), {"f32": "0", "f16": "1"}[cache], f"{place}/logits.npz"], texts)
+        with np.load(f"{place}/logits.npz") as read:
             theirs = [torch.tensor(read[name]) for name in read.files]
     last = [(one[start - 1], other[start - 1]) for one, other, start in zip(logits, theirs, starts, strict=True)]
     a, b = torch.cat(logits), torch.cat(theirs)

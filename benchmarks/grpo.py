@@ -8,7 +8,7 @@ Both train the same base from the same adapters on the same prompts in the same 
 each at temperature 1, every one of the same number of tokens (the end token is an id that the model does not have, so
 both look for it and none finds it). The same reward function, the share of even ids; loss `grpo`, clip 0.2, KL 0.05 to
 the base in the loss (k3 times the ratio), 32 rows at once (`--micro`), one update a harvest, no gradient checkpointing,
-AdamW fused, linear schedule, clipping at 1, in turns (`contest.py`). TRL's adapters are put back to fp32, its dropout
+AdamW fused, linear schedule, clipping at 1, in turns (`harness.py`). TRL's adapters are put back to fp32, its dropout
 is off, it logs every 10 steps. Completions are sampled, so the curves cannot be equal; the reward that both reach is
 told. The shares are of CPU seconds: rollout (prompts to completions, text included), scoring (rewards, and the
 log-probs of the reference), update (everything else).
@@ -103,7 +103,7 @@ class Task(harness.Task):
 
 @dataclass(frozen=True)
 class PromptExample:
-    """Stands for `data.Asked`."""
+    """Stands for `data.PromptExample`."""
 
     input_ids: list[int]
     text: str = ""

@@ -214,7 +214,7 @@ def same_adapters(model: Any) -> None:
 
 
 def pad(rows: list[tuple[list[int], list[bool]]]) -> tuple[Any, Any, Any]:
-    """ids, attended, says; padded on the right."""
+    """Ids, attention mask, completion mask; padded on the right."""
     import torch
 
     width = max(len(ids) for ids, _ in rows)

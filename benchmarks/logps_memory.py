@@ -24,7 +24,7 @@ from common import memory_mib
 
 WIDTH, LENGTHS = 128, (256, 1024, 4096)
 BOUND_MIB = 256
-"""Four chunks of `model.logps.CHUNK_LOGITS` logits in fp32."""
+"""Four chunks of `model.logprobs.CHUNK_LOGITS` logits in fp32."""
 FULL_LIMIT_MIB = 9000
 """Full logits are not tried where they would take more: logits, their log-softmax and its gradient, each V x T in
 fp32."""

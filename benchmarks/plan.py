@@ -93,10 +93,10 @@ def recipe_of(algorithm: str, model: str, checkpointing: bool | int, bits: int =
     pairs, online = algorithm in ("reward", "dpo"), algorithm in ("grpo", "ppo")
     data: dict[str, Any] = {"train": [{"dataset": "tutor-preferences" if pairs else "tutor"}]}
     train: dict[str, Any] = {
-        "steps": 2,
+        "max_steps": 2,
         "micro_batch_size": MICRO,
         "gradient_checkpointing": checkpointing,
-        "log_every": 1,
+        "logging_steps": 1,
     }
     more: dict[str, Any] = {}
     if online:
@@ -106,7 +106,7 @@ def recipe_of(algorithm: str, model: str, checkpointing: bool | int, bits: int =
             "rollout": {"num_generations": GROUP, "max_new_tokens": NEW, "max_num_seqs": SLOTS},
         }
     else:
-        data["max_length"], train["rows_per_step"] = LENGTH, 2 * MICRO
+        data["max_length"], train["global_batch_size"] = LENGTH, 2 * MICRO
     return Recipe.from_dict(
         {"algorithm": algorithm, "base": {"model": model, "bits": bits}, "data": data, "train": train, **more}
     )

@@ -1,8 +1,10 @@
 """The planned peak of every preset, held against the comment in its file; no weights, no network, no GPU.
 
-    PYTHONPATH=. python benchmarks/preset_peaks.py                    # every preset: planned, told in its file, fits 24
-    GiB or not PYTHONPATH=. python benchmarks/preset_peaks.py qwen3-8b-grpo ...  # some of them PYTHONPATH=. python
-    benchmarks/preset_peaks.py --write --table    # puts the comments into presets/, prints the table of the README
+    PYTHONPATH=. python benchmarks/preset_peaks.py                    # every preset: planned, told in its file, fits
+                                                                      # 24 GiB or not
+    PYTHONPATH=. python benchmarks/preset_peaks.py qwen3-8b-grpo ...  # some of them
+    PYTHONPATH=. python benchmarks/preset_peaks.py --write --table    # puts the comments into presets/, prints the
+                                                                      # table of the README
 
 Planned is what the card must have: tensors at the highest point of the run (of a chain, of its worst stage), the CUDA
 context and what the allocator cannot use. Ends with 1 where a comment is off by more than 1 % or a preset does not fit.

@@ -5,15 +5,16 @@
     PYTHONPATH=. python benchmarks/sft.py --quick        # a minute; figures mean little
 
 All train the same base from the same adapters on the same batches in the same order, gradient checkpointing off, AdamW
-fused, linear schedule, clipping at 1, in turns (`contest.py`). Ours logs its first and last step (KL to the base is
+fused, linear schedule, clipping at 1, in turns (`harness.py`). Ours logs its first and last step (KL to the base is
 measured there): neither is in a block. The loss curves must agree to 1e-4 at every step.
 
-    ours           train.Loop, algorithms.sft.SFT, model.roles.Roles, 8 rows at once as the others ours-micro4    the
-    same with the kit's default of 4 rows at once, sorted by length ours-logging   as `ours`, but every step is a
-    logging step (the default of `train.logging_steps`) hand           model(ids, attention_mask).logits at all positions,
-    cross_entropy over them hand-lean      the best simple one: no attention mask (rows are padded on the right), the
-    head on scored tokens only trl            SFTTrainer as fast as its settings go: no checkpointing, fp32 adapters, no
-    padding to a multiple, logging every 10
+    ours           trainer.Trainer, algorithms.sft.SFT, model.roles.Roles, 8 rows at once as the others
+    ours-micro4    the same with the kit's default of 4 rows at once, sorted by length
+    ours-logging   as `ours`, but every step is a logging step (the default of `train.logging_steps`)
+    hand           model(ids, attention_mask).logits at all positions, cross_entropy over them
+    hand-lean      the best simple one: no attention mask (rows are padded on the right), the head on scored tokens only
+    trl            SFTTrainer as fast as its settings go: no checkpointing, fp32 adapters, no padding to a multiple,
+                   logging every 10
 """
 
 from __future__ import annotations

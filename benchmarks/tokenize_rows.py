@@ -1,11 +1,10 @@
 """Rows and tokens a second of tokenising with the mask, against the bare `tokenizers` batch call on the same finished
 texts.
 
-    PYTHONPATH=. python benchmarks/tokenise.py --tokenizer DIR --alpaca FILE     # target: at least 60 % of the bare
-    rate PYTHONPATH=. python benchmarks/tokenise.py --quick                           # tutor rows and a made-up
-    tokenizer
+    PYTHONPATH=. python benchmarks/tokenize_rows.py --tokenizer DIR --alpaca FILE  # target: 60 % of the bare rate
+    PYTHONPATH=. python benchmarks/tokenize_rows.py --quick                        # tutor rows and a made-up tokenizer
 
-`encode`: `Template.encode_many`, rendering and mask included, from conversations in memory. `load`: the whole door,
+`encode`: `ChatTemplate.encode_many`, rendering and mask included, from conversations in memory. `load`: the whole door,
 from the file: parsing, shape, conversation, `encode`, duplicates, the store on disk. `bare`: `encode_batch` of the
 texts that the template renders, already rendered. CPU time would hide that the bare call uses all cores, so the figures
 are wall time; `--threads 1` makes both use one.

@@ -41,7 +41,7 @@ with tempfile.TemporaryDirectory() as folder:
     outcome = run(
         recipe,
         out=Path(folder) / "run",
-        on_event=lambda event: losses.append(event.stats["loss"]) if event.kind == "step" else None,
+        on_event=lambda event: losses.append(event.stats["loss"]) if event.kind == "step_end" else None,
     )
     print(
         f"{outcome.status}: loss {losses[0]:.2f} -> {losses[-1]:.2f}, best validation loss "

@@ -332,15 +332,15 @@ def system() -> Iterator[CheckResult]:
 
 def sandbox() -> Iterator[CheckResult]:
     """What code of a model would run in: tried, not read off."""
-    levels: Any = importlib.import_module("lowrank_tune.rewards.sandbox.isolation")  # its package brings torch in
-    offer = levels.strongest()
+    isolation: Any = importlib.import_module("lowrank_tune.rewards.sandbox.isolation")  # its package brings torch in
+    offer = isolation.best_available()
     if offer is not None:
         yield CheckResult("ok", "sandbox", f"for code that a model wrote: {offer}")
     else:
         yield CheckResult(
             "warning",
             "sandbox",
-            f"none for code that a model wrote ({levels.why_none()})",
+            f"none for code that a model wrote ({isolation.unavailable_reason()})",
             "`python_tests` needs Linux 5.13 or newer with Landlock, or bubblewrap, or user namespaces",
         )
 

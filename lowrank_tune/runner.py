@@ -258,7 +258,8 @@ def run_chain(stage_chain: Chain, folder: RunFolder, context: _RunContext, start
         if finished_summary is not None and finished_summary["status"] == "done":
             context.emit(
                 LogMessage(
-                    message=f"stage {number} of {len(stage_chain.stages)}, {name}, has ended and is left as it is: {path}"
+                    message=f"stage {number} of {len(stage_chain.stages)}, {name}, has ended and is left as it is: "
+                    f"{path}"
                 )
             )
             folders[name] = str(path.resolve())

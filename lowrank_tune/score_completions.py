@@ -152,7 +152,7 @@ def _attach_base_model(
 
 @dataclass
 class ResponseReader:
-    """Responses from rows. `ids`: also as the base reads them."""
+    """Responses from rows. `with_token_ids`: also as the base reads them."""
 
     recipe: settings.RecipeConfig
     template: ChatTemplate
@@ -209,7 +209,7 @@ class ResponseReader:
     def _responses_of_row(
         self, raw: RawExample, source: settings.SourceConfig, position: str
     ) -> Iterator[ResponseItem]:
-        """The responses of one row. Raises RowFault."""
+        """The responses of one row. Raises InvalidRow."""
         if not isinstance(raw, Mapping):
             raise InvalidRow("not an object with columns")
         name = next((each for each in COMPLETION_KEYS if raw.get(each) is not None), None)
@@ -283,10 +283,10 @@ class ResponseReader:
 
 
 def _parse_response(response: Any, row: Mapping[str, Any]) -> tuple[str, bool]:
-    """A response's words, and whether it ended by itself. Raises RowFault."""
+    """A response's words, and whether it ended by itself. Raises InvalidRow."""
     fields = response if isinstance(response, Mapping) else row
     text = response.get("text", response.get("content")) if isinstance(response, Mapping) else response
     if not isinstance(text, str):
         raise InvalidRow("a response is no text")
     stopped = fields.get("stopped")
-    return text, stopped if isinstance(stopped, bool) else fields.get("finish", "stop") == "stop"
+    return text, stopped if isinstance(stopped, bool) else fields.get("finish_reason", "stop") == "stop"

@@ -35,12 +35,12 @@ def to_json_line(event: Event) -> bytes:
 
 
 class JsonLines:
-    """Appends each event (only those of the kinds `only`, where it is given) as one line, in one write, so that it can
+    """Appends each event (only those of `event_types`, where they are given) as one line, in one write, so that it can
     be followed.
 
     `resumed_from` None begins an empty file; a step cuts off what the resumed run will do again, so that no step stands
-    twice. The file is replaced for that: who follows it must look at its inode. Raises `RunFailed` or `UserError` with
-    path and reason.
+    twice. The file is replaced for that: who follows it must look at its inode. Raises `TrainingError` or `UserError`
+    with path and reason.
     """
 
     def __init__(self, path: Path, resumed_from: int | None = None, event_types: tuple[type[Event], ...] = ()) -> None:

@@ -89,8 +89,8 @@ class Stage:
         name: str | None = None,
         previous_results: Mapping[str, Any] | None = None,
     ) -> None:
-        """`place`: this is stage i of n of a chain, called `name` there; `earlier` holds held-out figures and answers
-        of those before."""
+        """`position`: this is stage i of n of a chain, called `name` there; `previous_results` holds held-out figures
+        and answers of those before."""
         self.recipe, self.folder, self.built, self.emit = recipe, folder, built, emit
         self.position, self.heldout_name = position, name or recipe.algorithm
         previous = previous_results or {}
@@ -195,8 +195,8 @@ class Stage:
         warnings: list[str],
         make_final: Callable[[Stage], Snapshot],
     ) -> None:
-        """The best adapter answers the held-out prompts, what is to `leave` of it becomes `final/`, and the summary is
-        written."""
+        """The best adapter answers the held-out prompts, what `make_final` takes of it becomes `final/`, and the
+        summary is written."""
         step = self.trainer.state.step
         if finished:
             self._load_best()
@@ -314,14 +314,14 @@ class Stage:
             metrics["validation"] = validate(
                 built.algorithm, built.roles, built.validation, built.validation_batch, built.micro_tokens, self.emit
             )
-        if metric == "exact":
+        if metric == "accuracy":
             metrics["heldout_policy"] = self._evaluate_heldout()
-        deciding_metrics = metrics.get("heldout_policy" if metric == "exact" else "validation")
+        deciding_metrics = metrics.get("heldout_policy" if metric == "accuracy" else "validation")
         score = (
             None
             if deciding_metrics is None
             else deciding_metrics["exact"]
-            if metric == "exact"
+            if metric == "accuracy"
             else -deciding_metrics["loss"]
         )
         best_checkpoint = self.best_checkpoint
@@ -330,7 +330,7 @@ class Stage:
         is_better = score is not None and (
             best_checkpoint.best_score is None
             or score > best_checkpoint.best_score
-            or (metric == "exact" and score == best_checkpoint.best_score)
+            or (metric == "accuracy" and score == best_checkpoint.best_score)
         )
         is_best = may_be_best and deciding_metrics is not None and is_better
         if is_best and deciding_metrics is not None:
@@ -341,10 +341,10 @@ class Stage:
             )
         if metrics:
             stats = {f"{part}_{name}": value for part, values in metrics.items() for name, value in values.items()}
-            if metric == "exact":
+            if metric == "accuracy":
                 stats["gold_noise"] = accuracy_stderr(metrics["heldout_policy"]["exact"], len(self.heldout))
             self.emit(Evaluated(step=step, stats=stats, best=is_best))
-        if may_be_best and metric == "exact":
+        if may_be_best and metric == "accuracy":
             self._check_reward_hacking(step, metrics["heldout_policy"]["exact"])
         if built.validation is not None and not self.is_generative:
             self._log_pair_scores(step)
@@ -452,7 +452,12 @@ class Stage:
 
     def _as_sample(self, one: HeldoutAnswer) -> dict[str, Any]:
         question = self.shown_questions[one.prompt]
-        return {"prompt": question.text, "completion": one.text, "stopped": one.stopped, "gold": question.ground_truth}
+        return {
+            "prompt": question.text,
+            "completion": one.text,
+            "stopped": one.stopped,
+            "ground_truth": question.ground_truth,
+        }
 
     def _save(self, step: int) -> None:
         start_time, roles = time.perf_counter(), self.built.roles
@@ -490,7 +495,8 @@ class Stage:
         ):
             if not is_same:
                 raise UserError(
-                    f"{self.folder.path}: the {label} not what this run was started with; give another folder with --out"
+                    f"{self.folder.path}: the {label} not what this run was started with; give another folder with "
+                    "--out"
                 )
         for name in self.built.trained:
             self.built.roles.load_adapter_tensors(name, snapshot.tensors[f"{name}/{WEIGHTS}"], str(self.folder.path))

@@ -192,8 +192,8 @@ def start_trackers(
     resumed_from: int | None,
     earlier_events: Sequence[Event],
 ) -> list[Tracker]:
-    """Starts the trackers of a run; `before` are the events of its earlier starts. Raises UserError where one cannot
-    begin, after closing those that could."""
+    """Starts the trackers of a run; `earlier_events` are the events of its earlier starts. Raises UserError where one
+    cannot begin, after closing those that could."""
     if not names:
         return []
     from accelerate import PartialState, tracking  # seconds, and only where a tracker is asked for

@@ -1,4 +1,4 @@
-"""The loop. It knows no algorithm, no display and no file format: it emits events and polls a `Control`.
+"""The loop. It knows no algorithm, no display and no file format: it emits events and polls a `TrainerControl`.
 
 A step: collect, weigh, one backward for each term of each micro-batch, clip, step. A micro-batch that memory is too
 short for is done again in halves, which have the same gradient. A step whose loss or gradient is not finite changes
@@ -52,9 +52,9 @@ class TrainerState:
 
 @dataclass
 class Trainer:
-    """One run's loop. `at_border(done, last)` evaluates and saves what is due after a step, or what `control` asks for;
-    it is called between steps, where nothing is half done, and again at the same border for wishes that came meanwhile.
-    It may say `enough`, which ends the run as its last step does."""
+    """One run's loop. `on_step_end(state, last)` evaluates and saves what is due after a step, or what `control` asks
+    for; it is called between steps, where nothing is half done, and again at the same border for wishes that came
+    meanwhile. It may set `should_stop`, which ends the run as its last step does."""
 
     algorithm: Algorithm
     parameters: list[nn.Parameter]
@@ -218,9 +218,8 @@ class Trainer:
         )
         if self.state.consecutive_nonfinite_steps >= self.train.max_nonfinite_steps:
             raise TrainingError(
-                f"{self.state.consecutive_nonfinite_steps} steps in a row had no finite loss or gradient, the last at step "
-                f"{step + 1}; "
-                "lower train.learning_rate, and look at the rows of these steps"
+                f"{self.state.consecutive_nonfinite_steps} steps in a row had no finite loss or gradient, the last at "
+                f"step {step + 1}; lower train.learning_rate, and look at the rows of these steps"
             )
 
     def _check_update_size(self, values: Mapping[str, float], lr_fraction: float) -> None:
@@ -232,8 +231,8 @@ class Trainer:
         self.state.num_stalled_checks = self.state.num_stalled_checks + 1 if is_stalled else 0
         if self.state.num_stalled_checks == STALLED_CHECKS_BEFORE_WARNING:
             message = (
-                f"the last step moved {updated_fraction:.1%} of the adapter's elements, by {update_ratio:.0e} of their size: "
-                f"nothing is being learned"
+                f"the last step moved {updated_fraction:.1%} of the adapter's elements, by {update_ratio:.0e} of their "
+                f"size: nothing is being learned"
             )
             self.emit(
                 LogMessage(level="warning", message=f"{message}; look at train.learning_rate and at the loss mask")

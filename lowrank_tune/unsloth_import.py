@@ -72,8 +72,8 @@ def import_unsloth(backends: Iterable[str]) -> None:
         )
     if already_imported := [name for name in PATCHED_PACKAGES if name in sys.modules]:
         raise UserError(
-            f"base.backend: unsloth must be imported before {already_imported[0]}, which this process has imported already: use "
-            "`lowrank-tune run`, or `from lowrank_tune import run` before anything else"
+            f"base.backend: unsloth must be imported before {already_imported[0]}, which this process has imported "
+            "already: use `lowrank-tune run`, or `from lowrank_tune import run` before anything else"
         )
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"  # it would fetch a file from the hub, to be counted
     # else a folder beside the user's files

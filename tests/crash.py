@@ -182,13 +182,15 @@ def small_recipe(algorithm: str = "sft", **train: Any) -> dict[str, Any]:
 def _preference_recipe(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
     reward = algorithm == "reward"
     generation = (
-        {} if reward else {"heldout": {"dataset": "tutor", "split": "heldout"}, "prompts": 3, "max_new_tokens": 8}
+        {}
+        if reward
+        else {"eval_dataset": {"dataset": "tutor", "split": "heldout"}, "num_prompts": 3, "max_new_tokens": 8}
     )
     return {
         "name": "crash",
         "algorithm": algorithm,
         "base": {"model": "tiny-tutor"},
-        "adapters": {"reward": {"r": 4, "dropout": 0.1}} if reward else {"policy": {"r": 4}},
+        "adapters": {"reward": {"r": 4, "lora_dropout": 0.1}} if reward else {"policy": {"r": 4}},
         "data": {
             "train": [{"dataset": "tutor-preferences", "max_samples": 40}],
             "eval_fraction": 0.15,
@@ -252,16 +254,16 @@ def _prompt_recipe(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
 
 
 KILL_POINTS = {
-    "rollout": ("lowrank_tune.assembly.rl", "Scoring", "submit"),  # as a completion ends, others still decode
-    "scoring": ("lowrank_tune.assembly.rl", "Scoring", "collect"),
-    "update": ("lowrank_tune.algorithms.grpo", "GRPO", "terms"),
-    "between passes": ("lowrank_tune.algorithms.grpo", "GRPO", "go_on"),
+    "rollout": ("lowrank_tune.assembly.rl", "RewardScorer", "submit"),  # as a completion ends, others still decode
+    "scoring": ("lowrank_tune.assembly.rl", "RewardScorer", "collect"),
+    "update": ("lowrank_tune.algorithms.grpo", "GRPO", "compute_losses"),
+    "between passes": ("lowrank_tune.algorithms.grpo", "GRPO", "should_continue"),
     "valuing": ("lowrank_tune.algorithms.ppo", "PPO", "_values"),
     # the policy's gradient is there, the value's is not
     "update of ppo": ("lowrank_tune.algorithms.ppo", "PPO", "_value_term"),
-    "between passes of ppo": ("lowrank_tune.algorithms.ppo", "PPO", "go_on"),
+    "between passes of ppo": ("lowrank_tune.algorithms.ppo", "PPO", "should_continue"),
     "start of a stage": ("lowrank_tune.stage", "Stage", "__init__"),  # the stage before has left all that it leaves
-    "a step": ("lowrank_tune.trainer", "Loop", "_step"),
+    "a step": ("lowrank_tune.trainer", "Trainer", "_step"),
     # all steps are done and saved, and final/ is not there
     "end of a stage": ("lowrank_tune.stage", "Stage", "finish"),
 }

@@ -1,4 +1,4 @@
-"""A run without a model, for tests of live screens: `player.py FOLDER SECONDS` plays the recorded events to the
+"""A run without a model, for tests of live screens: `event_player.py FOLDER SECONDS` plays the recorded events to the
 dashboard at that pace; with `--chain` as the first of two stages, the recorded DPO run being the second.
 
 It obeys the control as the loop does, and leaves what it was asked in `FOLDER/asked.json`, which a sane end completes.

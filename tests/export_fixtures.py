@@ -62,7 +62,7 @@ def make_run(
     lower: tuple[str, ...] = (),
     rslora: bool = False,
     bits: int = 4,
-    stack: str = "folded",
+    stack: str = "combined",
     spare: int = 0,
     **more: Any,
 ) -> FinishedRun:
@@ -112,7 +112,7 @@ def make_run(
     )
     run = place / "run"
     write_atomically(run / "final", final_folder(stage))
-    (run / "run.json").write_text(json.dumps({"version": 1, "recipe": recipe.to_dict()}))
+    (run / "run.json").write_text(json.dumps({"version": 2, "recipe": recipe.to_dict()}))
     (run / "base.json").write_text(
         json.dumps({"model": base.name, "revision": None, "bits": bits, "device": "cpu", "tensors": hashes})
     )

@@ -133,7 +133,7 @@ def roles_over(
 ) -> Roles:
     """Roles with `policy`, or `only`, on top of `lower`; `extra` are further adapters, `heads` the roles with a scalar
     head."""
-    adapter_settings = settings.AdapterConfig(**{"r": 4, "alpha": 16.0, "dropout": dropout} | lora)
+    adapter_settings = settings.AdapterConfig(**{"r": 4, "lora_alpha": 16.0, "lora_dropout": dropout} | lora)
     names = (*lower, only, *extra)
     if base.model.config.model_type == "gpt2":  # its layers are Conv1D, which settings do not name
         configs = {

@@ -65,7 +65,7 @@ def test_algorithms(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_tokenize() -> None:
-    assert "of the bare rate" in run("tokenise.py", "--quick")
+    assert "of the bare rate" in run("tokenize_rows.py", "--quick")
 
 
 @pytest.mark.slow

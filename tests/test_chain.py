@@ -30,18 +30,18 @@ def chain(**changes: Any) -> dict[str, Any]:
     few = {
         "prompts_per_step": 2,
         "micro_batch_size": 8,
-        "steps": 2,
-        "log_every": 1,
-        "save_every": 1,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_steps": 1,
         "learning_rate": 1e-3,
         "gradient_checkpointing": False,
     }
-    rows = {key: value for key, value in few.items() if key != "prompts_per_step"} | {"rows_per_step": 8}
+    rows = {key: value for key, value in few.items() if key != "prompts_per_step"} | {"global_batch_size": 8}
     evaluate = {
-        "every": 2,
-        "shown": 1,
-        "heldout": {"dataset": "tutor", "split": "heldout"},
-        "prompts": 3,
+        "eval_steps": 2,
+        "num_completions_to_print": 1,
+        "eval_dataset": {"dataset": "tutor", "split": "heldout"},
+        "num_prompts": 3,
         "max_new_tokens": 8,
     }
     return {
@@ -217,7 +217,7 @@ def test_scoring_with_something_else_is_refused(
 
 def test_a_pair_gives_one_question() -> None:
     """Both of its rows begin with the same question."""
-    pairs = {"together": 2, "units": 2, "__len__": lambda self: 4}
+    pairs = {"rows_per_unit": 2, "units": 2, "__len__": lambda self: 4}
     store = type(
         "Store", (), {**pairs, "__getitem__": lambda self, row: Row([row // 2, 9, row], [False, True, True])}
     )()

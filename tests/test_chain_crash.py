@@ -18,18 +18,18 @@ def rlhf() -> dict[str, Any]:
     """SFT, a reward model, PPO against it with a value that begins as the reward model; three steps each, each of them
     saved."""
     steps = {
-        "steps": 3,
+        "max_steps": 3,
         "micro_batch_size": 6,
-        "log_every": 1,
-        "save_every": 1,
+        "logging_steps": 1,
+        "save_steps": 1,
         "learning_rate": 3e-3,
         "gradient_checkpointing": False,
     }
     evaluate = {
-        "every": 2,
-        "shown": 1,
-        "heldout": {"dataset": "tutor", "split": "heldout"},
-        "prompts": 3,
+        "eval_steps": 2,
+        "num_completions_to_print": 1,
+        "eval_dataset": {"dataset": "tutor", "split": "heldout"},
+        "num_prompts": 3,
         "max_new_tokens": 8,
     }
     return {

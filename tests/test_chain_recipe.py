@@ -163,11 +163,11 @@ def test_overrides_change_every_stage_or_one(write: Write) -> None:
         "train.learning_rate=1e-5",
         "stages.prefer.train.learning_rate=2e-5",
         "train.num_train_epochs=3",
-        "stages.reward.train.steps=2",
+        "stages.reward.train.max_steps=2",
         "adapters.policy.r=2",
         "dpo.beta=0.9",
         "name=other",
-        "stages.start.data.train.0.rows=5",
+        "stages.start.data.train.0.max_samples=5",
         "seed=4",
     )
     assert [stage.train.learning_rate for stage in chain.stages] == [1e-5, 1e-5, 2e-5]
@@ -186,7 +186,9 @@ def test_the_special_override_wins_wherever_it_stands(write: Write) -> None:
     for overrides in (["seed=1", "stages.prefer.seed=2"], ["stages.prefer.seed=2", "seed=1"]):
         assert [stage.seed for stage in Chain.load(write(CHAIN), *overrides).stages] == [1, 1, 2]
     nested = Chain.load(
-        write(CHAIN), "evaluate={prompts: 4, heldout: {dataset: tutor}}", "stages.start.evaluate.heldout.split=heldout"
+        write(CHAIN),
+        "evaluate={num_prompts: 4, eval_dataset: {dataset: tutor}}",
+        "stages.start.evaluate.eval_dataset.split=heldout",
     )
     assert [stage.evaluate.eval_dataset.split for stage in nested.stages if stage.evaluate.eval_dataset] == [
         "heldout",
@@ -226,19 +228,20 @@ def test_common_settings_go_to_the_stages_that_use_them() -> None:
         5,
     )
     assert sft["train"]["micro_batch_size"] == grpo["train"]["micro_batch_size"] == 3
-    assert not {"rewards", "rollout", "grpo"} & set(sft) and not {"max_length", "validation_share", "validation"} & set(
+    assert not {"rewards", "rollout", "grpo"} & set(sft) and not {"max_length", "eval_fraction", "validation"} & set(
         grpo["data"]
     )
 
 
 def test_extends_of_chains_and_stages(write: Write) -> None:
     one = (
-        "algorithm: sft\ndata: {train: [{dataset: tutor, rows: 7}]}\ntrain: {max_steps: 4}\ndescription: not "
+        "algorithm: sft\ndata: {train: [{dataset: tutor, max_samples: 7}]}\ntrain: {max_steps: 4}\ndescription: not "
         "inherited\nname: nor-this\n"
     )
     write(one, "far/one.yaml")
     write(
-        "seed: 5\nstages:\n  - extends: ./one.yaml\n  - {extends: ./one.yaml, name: two, train: {save_total_limit: 1}}\n",
+        "seed: 5\nstages:\n  - extends: ./one.yaml\n"
+        "  - {extends: ./one.yaml, name: two, train: {save_total_limit: 1}}\n",
         "far/chain.yaml",
     )
     chain = Chain.load(write("extends: far/chain.yaml\nseed: 6\ntrain: {logging_steps: 3}\n"))
@@ -299,7 +302,7 @@ stages:
     algorithm: dpo
     base: {bits: 16}
     data: {train: [{dataset: tutor}]}
-    train: {epoch: 1, max_steps: 9}
+    train: {num_train_epoch: 1, max_steps: 9}
     reference: base
 """
 
@@ -313,9 +316,9 @@ def test_every_fault_at_once(write: Write) -> None:
         "name=/",
         "train.x=1",
         "data.train.5.max_samples=2",
-        "stages.dpo.data.train.4.rows=1",
+        "stages.dpo.data.train.4.max_samples=1",
         "stages.1.seed=3",
-        "stages.sft.train.kep=1",
+        "stages.sft.train.save_total_limt=1",
         "evaluate.eval_steps=0",
         "extends=b",
         "stages.dpo.extends=a",
@@ -327,41 +330,41 @@ def test_every_fault_at_once(write: Write) -> None:
             "my.yaml:8: stages.dpo.base.bits: is 4 in stage sft, and a chain has one base in memory",
             "my.yaml:9: stages.dpo.data.train.0.dataset: holds single answers, and dpo learns from pairs; use "
             "tutor-preferences",
-            "my.yaml:10: stages.dpo.train.epoch: unknown key; did you mean `epochs`?",
+            "my.yaml:10: stages.dpo.train.num_train_epoch: unknown key; did you mean `num_train_epochs`?",
             "my.yaml:11: stages.dpo.reference: will be `sft`, the adapter right below it: it is always the policy's "
             "stack without its top; "
             "write that, or leave it out",
             "override: stages.dop.seed: no stage is called 'dop'; did you mean `dpo`?",
-            "override: stages.dpo: is no single setting; say stages.dpo.train.steps=100",
-            "override: stages: is no single setting; say stages.NAME.train.steps=100",
+            "override: stages.dpo: is no single setting; say stages.dpo.train.max_steps=100",
+            "override: stages: is no single setting; say stages.NAME.train.max_steps=100",
             "override: stages.dpo.name: cannot be given here; it stands in the file",
             "override: stages.dpo.extends: cannot be given here; it stands in the file",
             "override: extends: cannot be given here; name that recipe itself",
             "override: name: may hold letters, digits, `.`, `_` and `-`, a letter or digit first, at most 64, found "
             "'/'",
             "override: train.x: unknown key",
-            "override: stages.dpo.data.train.4.rows: `data.train` is a list with entries 0 to 0",
+            "override: stages.dpo.data.train.4.max_samples: `data.train` is a list with entries 0 to 0",
             "override: data.train.5.max_samples: `data.train` is a list with entries 0 to 0",
             "override: stages.1.seed: no stage is called '1'; there are sft, dpo",
-            "override: stages.sft.train.kep: unknown key; did you mean `keep`?",
+            "override: stages.sft.train.save_total_limt: unknown key; did you mean `save_total_limit`?",
             "override: evaluate.eval_steps: must be at least 1, found 0",
         ]
     )
 
 
 def test_faults_of_a_single_stage_and_of_an_extended_file_name_the_stage(write: Write) -> None:
-    write("algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain:\n  step: 4\n", "above.yaml")
+    write("algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain:\n  max_step: 4\n", "above.yaml")
     assert faults_of(write("stages:\n  - extends: above.yaml\n    train: {max_steps: 2, save_total_limit: 0}\n")) == [
-        "my.yaml:3: stages.sft.train.keep: must be at least 1, found 0",
-        "above.yaml:4: stages.sft.train.step: unknown key; did you mean `steps`?",
+        "my.yaml:3: stages.sft.train.save_total_limit: must be at least 1, found 0",
+        "above.yaml:4: stages.sft.train.max_step: unknown key; did you mean `max_steps`?",
     ]
     both = faults_of(
         write(
-            "stages:\n  - {extends: above.yaml, train: {max_steps: 2}}\n  - {extends: above.yaml, train: {num_train_epochs: 2}, "
-            "name: b}\n"
+            "stages:\n  - {extends: above.yaml, train: {max_steps: 2}}\n"
+            "  - {extends: above.yaml, train: {num_train_epochs: 2}, name: b}\n"
         )
     )
-    assert both == ["above.yaml:4: train.step: unknown key; did you mean `steps`?"]
+    assert both == ["above.yaml:4: train.max_step: unknown key; did you mean `max_steps`?"]
     assert faults_of(
         write(
             "train: {max_steps: 1}\nstages:\n  - algorithm: sft\n    data: {train: [{dataset: tutor}]}\n  - algorithm: "
@@ -425,7 +428,7 @@ CLASHES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rows of grpo": (
         chained(SFT, {**GRPO, "train": {"max_steps": 1, "global_batch_size": 4}}),
-        "stages.grpo.train.rows_per_step: does nothing for grpo (it belongs to sft, reward, dpo); there is "
+        "stages.grpo.train.global_batch_size: does nothing for grpo (it belongs to sft, reward, dpo); there is "
         "`train.prompts_per_step`",
     ),
     "a reward model is no reference": (

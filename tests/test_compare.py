@@ -41,7 +41,7 @@ def finished(
     events.append(RunEnded(status="done", step=len(losses), seconds=61.0))
     files = {
         "summary": {"status": "done", "heldout_details": details, **facts},
-        "run": {"version": 1, "recipe": recipe or RECIPE},
+        "run": {"version": 2, "recipe": recipe or RECIPE},
     }
     return write(folder, *events, **files)
 

@@ -20,7 +20,7 @@ def fork_server() -> Iterator[ForkServer]:
 
 
 def recipe_of(algorithm: str) -> dict[str, Any]:
-    return small_recipe() if algorithm == "sft" else small_recipe(algorithm, steps=6)
+    return small_recipe() if algorithm == "sft" else small_recipe(algorithm, max_steps=6)
 
 
 @pytest.fixture(scope="module")

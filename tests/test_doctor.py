@@ -69,8 +69,8 @@ def test_what_is_broken_is_a_fault_with_a_cure(monkeypatch: pytest.MonkeyPatch, 
 
 def test_unsloth_is_reported_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def check_of(version: str | None, wrong: list[str], card: bool = False) -> CheckResult:
-        monkeypatch.setattr(doctor.early, "installed", lambda: version)
-        monkeypatch.setattr(doctor.early, "incompatible_versions", lambda: wrong)
+        monkeypatch.setattr(doctor.unsloth_import, "installed", lambda: version)
+        monkeypatch.setattr(doctor.unsloth_import, "incompatible_versions", lambda: wrong)
         monkeypatch.setattr("torch.cuda.is_available", lambda: card)
         return next(doctor.unsloth())
 

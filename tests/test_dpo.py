@@ -877,7 +877,7 @@ def started(bits: int = 16, share: bool = True, fresh: bool = True, **more: Any)
     batch = pair_batch(rows, masks, share=share)
     with roles.inference_mode():
         batch.extra["reference"] = roles.logps("reference", pair_batch(rows, masks)).logps.sum(dim=1)
-    return roles, dpo_over(roles, reference="the base with the frozen adapter sft", fresh=fresh), batch
+    return roles, dpo_over(roles, reference_description="the base with the frozen adapter sft", fresh=fresh), batch
 
 
 def _nothing(roles: Roles, batch: Batch) -> None: ...
@@ -1019,7 +1019,7 @@ def ground() -> Iterator[Any]:
     """A small DPO run, built: its data and its fp32 base, on which nothing stands."""
     with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patched:
         patched.setenv("LOWRANK_TUNE_CACHE", scratch)
-        few = {**small_dpo()["data"], "train": [{"dataset": "tutor-preferences", "rows": 12}]}
+        few = {**small_dpo()["data"], "train": [{"dataset": "tutor-preferences", "max_samples": 12}]}
         built = build(Recipe.from_dict(small_dpo(data=few)), lambda event: None, CPU)
         built.roles.unload_adapters()
         yield built
@@ -1109,7 +1109,7 @@ def stale(ground: Any, cache: Path) -> set[str]:
         look("base", roles, base_hash="c")
         look("rows", roles, store=train.select_units(np.arange(train.units - 1)))
         look("order of rows", roles, store=train.select_units(np.arange(train.units)[::-1].copy()))
-        for name in ("ids", "says"):  # what another template, or another mask, would give
+        for name in ("input_ids", "completion_mask"):  # what another template, or another mask, would give
             values = train._arrays[name] = np.array(train._arrays[name])
             at = int(train._arrays["starts"][train.indices[0] + 1]) - 2
             values[at] ^= 1
@@ -1124,7 +1124,7 @@ def stale(ground: Any, cache: Path) -> set[str]:
         assert sums_of(ground, roles, cache)[1] == 0, "all is as it was, and nothing is found"
         next(p for name, p in roles.base.model.named_parameters() if ".lt_sft." in name).data[0, 0] += 1e-6
         look("an element of the adapter", roles)
-    for name, lora in (("alpha", {"alpha": 8.0}), ("rslora", {"rslora": True})):
+    for name, lora in (("alpha", {"lora_alpha": 8.0}), ("rslora", {"use_rslora": True})):
         with over(ground, **lora) as roles:
             look(name, roles)
     return believed
@@ -1137,7 +1137,7 @@ def test_what_they_depend_on_is_in_their_name(ground: Any, cache: Path, monkeypa
         assert stale(ground, cache / "1") == {"an element of the adapter"}
     with monkeypatch.context() as planted:
         planted.setattr(type(ground.data.train), "content_hash", lambda self: str(len(self)))
-        assert stale(ground, cache / "2") == {"order of rows", "ids", "says"}
+        assert stale(ground, cache / "2") == {"order of rows", "input_ids", "completion_mask"}
     with monkeypatch.context() as planted:
         planted.setattr(reference_module, "_cache_key", lambda *_: "same")
         assert len(stale(ground, cache / "3")) >= 8  # all but a store of another length

@@ -273,7 +273,7 @@ def test_an_error_in_a_cell_is_recorded_and_the_next_cell_runs(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(cells.measured_run, "run_lean", failing)
+        patch.setattr(cells.measured_run, "run", failing)
         (record,) = cells.measure(cells.TINY_MAIN, base, (0.1, 30.0))
     assert record["failed"].startswith(f"{type(error).__name__}: ") and "\n" not in record["failed"]
     assert not module("parts").passed(record)

@@ -420,7 +420,7 @@ def one_pass(algorithm: GRPO, part: Batch, **split: int | None) -> tuple[float, 
 def model_error(roles: Roles, kind: str, estimator: str, temperature: float = 0.7) -> tuple[float, float]:
     """Distance of loss and gradient of a whole step from transformers' logits in float64; old log-probs that are not
     the policy's."""
-    algorithm = over(roles, kind, fake={"temperature": temperature}, kl=0.3, kl_estimator=estimator)
+    algorithm = over(roles, kind, fake={"temperature": temperature}, beta=0.3, kl_estimator=estimator)
     part = algorithm.collect(0).batch
     part.extra["old"] = part.extra["sampler"] + 0.3 * torch.randn(
         part.input_ids.shape, generator=torch.Generator().manual_seed(0)
@@ -480,7 +480,11 @@ def test_any_micro_batch_size_gives_one_gradient(roles: Roles, kind: str) -> Non
     found = []
     for split in ({"rows": 1}, {"rows": 4}, {"tokens": 30}, {"rows": 99}):
         algorithm = over(
-            roles, kind, fake={"drift": 0.2}, old="sampler", kl_estimator="exact" if kind == "dapo" else "k3_ratio"
+            roles,
+            kind,
+            fake={"drift": 0.2},
+            old_logps_source="sampler",
+            kl_estimator="exact" if kind == "dapo" else "k3_ratio",
         )
         found.append(one_pass(algorithm, algorithm.collect(0).batch, **split))
     for loss, gradient, stats in found[1:]:
@@ -493,7 +497,7 @@ def test_any_micro_batch_size_gives_one_gradient(roles: Roles, kind: str) -> Non
 def test_padding_changes_nothing(roles: Roles, kind: str) -> None:
     found = []
     for how in ({}, {"more": 5}, {"filler": 31}, {"more": 3, "filler": 1}):
-        algorithm = over(roles, kind, fake=how, epochs=2)
+        algorithm = over(roles, kind, fake=how, num_iterations=2)
         found.append(one_pass(algorithm, algorithm.collect(0).batch))
     for loss, gradient, stats in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-5, abs=1e-7) and relative_error(gradient, found[0][1]) < 1e-5
@@ -512,7 +516,7 @@ def test_weights_add_up() -> None:
 
 
 def test_the_first_of_several_passes_has_ratio_one(roles: Roles) -> None:
-    algorithm = over(roles, "grpo", epochs=3, kl=0.0)
+    algorithm = over(roles, "grpo", num_iterations=3, beta=0.0)
     experience = algorithm.collect(0)
     parts = list(experience.minibatches())
     assert len(parts) == 3 and all(part is experience.batch for part in parts)
@@ -521,7 +525,7 @@ def test_the_first_of_several_passes_has_ratio_one(roles: Roles) -> None:
     assert float((policy - part.extra["old"])[part.loss_mask].abs().max()) < 1e-5
     several, _, stats = one_pass(algorithm, part)
     assert stats["clip_fraction"] == 0.0 and "mismatch" in stats
-    single = over(roles, "grpo", kl=0.0)
+    single = over(roles, "grpo", beta=0.0)
     alone = one_pass(single, single.collect(0).batch)
     assert "old" not in single.collect(0).batch.extra and several == pytest.approx(alone[0], abs=1e-6)
     kept = roles.adapter_tensors("policy")
@@ -538,7 +542,7 @@ def test_the_first_of_several_passes_has_ratio_one(roles: Roles) -> None:
 
 @pytest.mark.parametrize(("truncated", "rows"), [("keep", 6), ("mask", 4)])
 def test_completions_that_were_cut(roles: Roles, truncated: str, rows: int) -> None:
-    algorithm = over(roles, fake={"cut": (0, 4)}, truncated=truncated)
+    algorithm = over(roles, fake={"cut": (0, 4)}, truncated_completions=truncated)
     part = algorithm.collect(0).batch
     assert int(part.loss_mask.any(dim=1).sum()) == rows and len(part) == 6
     assert torch.equal(part.extra["advantage"].view(2, 3), group_advantages(torch.tensor(INFORMATIVE_REWARDS[0])))
@@ -549,7 +553,11 @@ def test_completions_that_were_cut(roles: Roles, truncated: str, rows: int) -> N
 
 def test_a_truncated_completion_is_penalized(roles: Roles) -> None:
     algorithm = over(
-        roles, rewards=[[[0.5] * 3, [0.0, 1.0, 1.0]]], fake={"cut": (1, 5)}, truncated="penalize", penalty=0.5
+        roles,
+        rewards=[[[0.5] * 3, [0.0, 1.0, 1.0]]],
+        fake={"cut": (1, 5)},
+        truncated_completions="penalize",
+        missing_eos_penalty=0.5,
     )
     experience = algorithm.collect(0)
     expected = group_advantages(torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.5]]))
@@ -562,7 +570,7 @@ def test_a_truncated_completion_is_penalized(roles: Roles) -> None:
 
 def test_all_cut_and_masked_is_a_step_of_nothing(roles: Roles) -> None:
     for kind in KINDS:
-        algorithm = over(roles, kind, fake={"cut": range(6)}, truncated="mask")
+        algorithm = over(roles, kind, fake={"cut": range(6)}, truncated_completions="mask")
         loss, gradient, _ = one_pass(algorithm, algorithm.collect(0).batch)
         assert loss == 0.0 and not gradient.any()
 
@@ -582,7 +590,7 @@ MIXED = [
 )
 def test_zero_std_groups(roles: Roles, how: str, groups: Any, draws: Any) -> None:
     assert MAX_RESAMPLES == 4, "the last of these draws is never made"
-    algorithm = over(roles, rewards=MIXED, dead_groups=how)
+    algorithm = over(roles, rewards=MIXED, zero_std_groups=how)
     experience = algorithm.collect(0)
     rollouts, advantages = algorithm.collector.shown[0][1:]
     assert algorithm.collector.requested_counts == draws
@@ -607,7 +615,7 @@ def test_zero_std_groups(roles: Roles, how: str, groups: Any, draws: Any) -> Non
 
 def test_resampled_rows_are_the_rows_that_were_drawn(roles: Roles) -> None:
     """Joined to one width: ids, masks and log-probs of each row are what its own draw had."""
-    algorithm = over(roles, rewards=MIXED, dead_groups="resample")
+    algorithm = over(roles, rewards=MIXED, zero_std_groups="resample")
     part = algorithm.collect(0).batch
     rows = [
         row
@@ -627,7 +635,7 @@ def test_resampled_rows_are_the_rows_that_were_drawn(roles: Roles) -> None:
 def test_a_step_of_zero_std_groups_changes_nothing(roles: Roles, kind: str, how: str, kl: float) -> None:
     """With `drop` KL neither: what is left of it near the reference is rounding noise, which Adam would blow up to a
     whole step."""
-    algorithm = over(roles, kind, rewards=[[[0.7] * 7, [0.1] * 7]] * 4, kl=kl, dead_groups=how)
+    algorithm = over(roles, kind, rewards=[[[0.7] * 7, [0.1] * 7]] * 4, beta=kl, zero_std_groups=how)
     loss, gradient, stats = one_pass(algorithm, algorithm.collect(0).batch)
     assert loss == 0.0 and not gradient.any() and not gradient.isnan().any() and all(map(math.isfinite, stats.values()))
     algorithm.collector.rewards = INFORMATIVE_REWARDS * 4
@@ -635,7 +643,7 @@ def test_a_step_of_zero_std_groups_changes_nothing(roles: Roles, kind: str, how:
 
 
 def test_zero_std_groups_that_are_kept_have_their_kl(roles: Roles) -> None:
-    algorithm = over(roles, rewards=[[[0.7] * 7]], kl=0.5, dead_groups="keep")
+    algorithm = over(roles, rewards=[[[0.7] * 7]], beta=0.5, zero_std_groups="keep")
     loss, gradient, stats = one_pass(algorithm, algorithm.collect(0).batch)
     assert loss > 0 and gradient.any() and stats["kl"] > 0
     assert list(algorithm.diagnostics({"dead_groups": 0.79, "reward": 0.1})) == []
@@ -646,7 +654,7 @@ def test_zero_std_groups_that_are_kept_have_their_kl(roles: Roles) -> None:
 
 
 def test_kl_in_the_reward(roles: Roles) -> None:
-    algorithm = over(roles, rewards=[[[0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]], fake={"drift": 0.1}, kl=0.4, kl_in="reward")
+    algorithm = over(roles, rewards=[[[0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]], fake={"drift": 0.1}, beta=0.4, kl_in="reward")
     experience = algorithm.collect(0)
     part = experience.batch
     rewards = []
@@ -663,7 +671,7 @@ def test_kl_in_the_reward(roles: Roles) -> None:
         and to_floats(experience.stats)["dead_groups"] == 0.5
     )
     loss, gradient, stats = one_pass(algorithm, part)
-    alone = over(roles, kl=0.0)
+    alone = over(roles, beta=0.0)
     again = one_pass(alone, part)
     assert loss == again[0] and torch.equal(gradient, again[1]) and stats["kl"] > 0, "the loss has no second KL"
 

@@ -210,7 +210,7 @@ def test_the_screen_looks_as_the_run_does() -> None:
     ours = [(look.step, look.reward, look.accuracy) for look in eval_points_of(state)]
     assert [pytest.approx(each[:3]) for each in watch.points] == ours
     state.apply(Evaluated(step=0, stats={"heldout_sft_exact": 0.9}))
-    assert asdict(eval_points_of(state)[0]) == {"step": 0, "reward": 1 / 40, "exact": 0.9, "noise": 0.05}
+    assert asdict(eval_points_of(state)[0]) == {"step": 0, "reward": 1 / 40, "accuracy": 0.9, "stderr": 0.05}
 
 
 def test_the_recorded_healthy_run_gives_no_warning() -> None:
@@ -318,7 +318,7 @@ def test_a_reward_that_can_be_gamed_gives_a_warning_and_ends_the_run(
 ) -> None:
     """The tutor learns to repeat itself for a reward that pays for length; the run says so and ends, and its result is
     the step before. A run that is interrupted right before, and continued, does the same bit for bit."""
-    recipe = Recipe.from_dict(gamed(taught, tmp_path, on_hacking="stop"))
+    recipe = Recipe.from_dict(gamed(taught, tmp_path, on_reward_hacking="stop"))
     events: list[Event] = []
     straight = run(recipe, out=tmp_path / "straight", ui="none", on_event=events.append)
     summary, end = straight.summary, straight.summary["step"]

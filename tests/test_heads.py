@@ -47,7 +47,8 @@ ROWS = [[5, 9, 13, 2, 40, 41, 7], [8, 3, 96], [11, 12, 13, 14, 15, 16, 17, 18, 1
 
 
 def error_of_scores(roles: Roles, rows: Sequence[Sequence[int]], **how: Any) -> float:
-    """Largest difference of `scores` and `last_scores` of padded rows to a head applied by hand to each row alone."""
+    """Largest difference of `scores` and `sequence_scores` of padded rows to a head applied by hand to each row
+    alone."""
     batch = make_batch(rows, **how)
     found, last = roles.scores("reward", batch), roles.sequence_scores("reward", batch)
     expected, ends = torch.zeros(found.shape), []
@@ -199,12 +200,12 @@ given, scores = load_file(rows), {}
 for base, adapter in zip(places[::2], places[1::2]):
     for bits in (4, 16):
         saved = read_adapter(adapter, "adapters.reward.path", head=True)
-        loaded = load_base(settings.Base(model=base, bits=bits), None, torch.device("cpu"))
+        loaded = load_base(settings.BaseConfig(model=base, bits=bits), None, torch.device("cpu"))
         roles = Roles(loaded, {"reward": saved.config}, ["reward"], {"reward": ["reward"]}, heads=["reward"])
         roles.load_adapter_tensors("reward", saved.tensors, "here")
-        with roles.quiet():
+        with roles.inference_mode():
             batch = Batch(given["ids"], given["attended"].bool(), given["attended"].bool())
-            scores[f"{adapter}-{bits}"] = roles.last_scores("reward", batch)
+            scores[f"{adapter}-{bits}"] = roles.sequence_scores("reward", batch)
 save_file(scores, out)
 """
 

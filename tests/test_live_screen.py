@@ -25,7 +25,7 @@ from lowrank_tune.checkpoint import latest_checkpoint
 from lowrank_tune.ui.terminal import ENTER, LEAVE, ascii_only, can_show
 
 ROOT = Path(__file__).parent.parent
-PLAYER = str(ROOT / "tests" / "player.py")
+PLAYER = str(ROOT / "tests" / "event_player.py")
 ENVIRON = {
     key: value for key, value in os.environ.items() if key not in ("CI", "NO_COLOR", "TMUX", "COLUMNS", "LINES")
 } | {
@@ -206,9 +206,10 @@ def test_a_costly_screen_slows_itself_down(tmp_path: Path) -> None:
         "    while time.thread_time() < end: pass\n"
         "    count[0] += 1\n"
         "    return usual(*words)\n"
-        f"tui.render = slow; sys.argv = ['player', {str(tmp_path)!r}, '0.06']; sys.path.insert(0, {str(ROOT)!r})\n"
-        f"begun = time.monotonic(); runpy.run_path({PLAYER!r}, run_name='__main__')\n"
-        "print('frames', count[0], 'most', 2 + int((time.monotonic() - begun) / 2))"
+        f"tui.render = slow; sys.argv = ['event_player', {str(tmp_path)!r}, '0.06']; sys.path.insert(0, "
+        f"{str(ROOT)!r})\n"
+        f"started = time.monotonic(); runpy.run_path({PLAYER!r}, run_name='__main__')\n"
+        "print('frames', count[0], 'most', 2 + int((time.monotonic() - started) / 2))"
     )
     emulator = Emulator("-c", program)
     assert emulator.finish() == 0
@@ -260,10 +261,13 @@ def test_where_a_dashboard_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_event_costs_less_than_a_millisecond() -> None:
-    emulator = Emulator(str(ROOT / "benchmarks" / "screen.py"), "--emit", os.devnull)
+    emulator = Emulator(str(ROOT / "benchmarks" / "dashboard_render.py"), "--emit", os.devnull)
     assert emulator.finish() == 0
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "screen.py"), "--quick"], capture_output=True, text=True, env=ENVIRON
+        [sys.executable, str(ROOT / "benchmarks" / "dashboard_render.py"), "--quick"],
+        capture_output=True,
+        text=True,
+        env=ENVIRON,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -272,7 +276,8 @@ def test_a_broken_screen_goes_on_in_lines(tmp_path: Path) -> None:
     program = (
         "import runpy, sys; from lowrank_tune.ui import tui\n"
         "def broken(*_): raise ZeroDivisionError('planted')\n"
-        f"tui.render = broken; sys.argv = ['player', {str(tmp_path)!r}, '0.02']; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"tui.render = broken; sys.argv = ['event_player', {str(tmp_path)!r}, '0.02']; sys.path.insert(0, "
+        f"{str(ROOT)!r})\n"
         f"runpy.run_path({PLAYER!r}, run_name='__main__')"
     )
     emulator = Emulator("-c", program)
@@ -358,7 +363,8 @@ def test_suspended_and_continued_in_tmux(tmux: Tmux) -> None:
 @pytest.mark.slow
 def test_a_background_job_is_not_stopped_and_draws_nothing(tmux: Tmux, tmp_path: Path) -> None:
     tmux.type(
-        f"clear; {sys.executable} -m lowrank_tune demo --out run train.max_steps=3 evaluate.num_samples=1 evaluate.num_prompts=4 &"
+        f"clear; {sys.executable} -m lowrank_tune demo --out run train.max_steps=3 evaluate.num_samples=1 "
+        "evaluate.num_prompts=4 &"
     )
     tmux.until("the recipe, complete")
     assert "q quit" not in tmux.text()
@@ -370,7 +376,8 @@ def test_a_real_run_in_tmux_is_stopped_continued_and_left(tmux: Tmux, tmp_path: 
     """By `q`, by Ctrl-C and by closing the terminal: each time a valid checkpoint, from which the next start goes
     on."""
     demo = (
-        f"{sys.executable} -m lowrank_tune demo --out run evaluate.num_samples=1 evaluate.num_prompts=8 evaluate.eval_steps=50 "
+        f"{sys.executable} -m lowrank_tune demo --out run evaluate.num_samples=1 evaluate.num_prompts=8 "
+        "evaluate.eval_steps=50 "
         f"train.save_steps=50 "
         "train.num_train_epochs=40; echo code $?"
     )

@@ -274,10 +274,10 @@ real_logits = Head.logits
 @pytest.mark.parametrize(
     ("place", "name", "bug"),
     [
-        (logps_module, "_one_chunk", _cap_forgotten_in_gradient),
-        (logps_module, "_one_chunk", _temperature_forgotten_in_gradient),
-        (logps_module, "_one_chunk", _entropy_without_sign),
-        (logps_module, "_one_chunk", _accuracy_by_log_prob),
+        (logps_module, "_chunk_logps", _cap_forgotten_in_gradient),
+        (logps_module, "_chunk_logps", _temperature_forgotten_in_gradient),
+        (logps_module, "_chunk_logps", _entropy_without_sign),
+        (logps_module, "_chunk_logps", _accuracy_by_log_prob),
         (Head, "logits", _logits_without_scale),
         (Head, "logits", _scale_after_cap),
         (Head, "logits", _logits_in_bf16),

@@ -122,7 +122,7 @@ def loop_over(
     algorithm: Any, parameters: list[nn.Parameter], steps: int = 4, optimizer: Any = None, **train: Any
 ) -> tuple[Trainer, list[Event]]:
     wanted = settings.TrainingConfig(
-        **{"learning_rate": 0.1, "schedule": "constant", "micro_batch_size": 1, "log_every": 1} | train
+        **{"learning_rate": 0.1, "lr_scheduler_type": "constant", "micro_batch_size": 1, "logging_steps": 1} | train
     )
     events: list[Event] = []
     optimizer = optimizer or make_optimizer(parameters, wanted, CPU)
@@ -198,7 +198,7 @@ def test_a_broken_step_that_is_taken_is_seen(monkeypatch: pytest.MonkeyPatch, br
 
 def test_many_broken_steps_end_the_run() -> None:
     toy = Toy(losses={step: math.nan for step in (1, 3, 4, 5, 6)})
-    loop, events = toy_loop(toy, steps=20, max_bad_steps=3)
+    loop, events = toy_loop(toy, steps=20, max_nonfinite_steps=3)
     before = toy.weight.detach().clone()
     with pytest.raises(TrainingError) as caught:
         loop.run()
@@ -266,7 +266,7 @@ def schedule_error(schedule: str, warmup: int, steps: int, expected: list[float]
             given.append(self.param_groups[0]["lr"])
 
     loop, events = toy_loop(
-        toy, steps=steps, warmup_steps=warmup, schedule=schedule, optimizer=Optimizer([toy.weight], lr=9.0)
+        toy, steps=steps, warmup_steps=warmup, lr_scheduler_type=schedule, optimizer=Optimizer([toy.weight], lr=9.0)
     )
     loop.run()
     logged = [event.stats["learning_rate"] for event in steps_of(events)]
@@ -298,7 +298,7 @@ def test_adamw_by_hand() -> None:
 
 def test_logging_steps_alone_pay_for_measurements() -> None:
     toy = Toy()
-    loop, events = toy_loop(toy, steps=8, log_every=3)
+    loop, events = toy_loop(toy, steps=8, logging_steps=3)
     loop.run()
     logged = [event.step for event in steps_of(events) if event.logged]
     assert logged == [1, 3, 6, 8] and toy.observed == [0, 2, 5, 7]
@@ -354,7 +354,13 @@ def test_a_loop_starts_where_it_stood() -> None:
     loop, events = toy_loop(toy, steps=5)
     loop.state = TrainerState(step=3, nonfinite_steps=2)
     assert loop.run() and toy.collected == [3, 4] and [event.step for event in steps_of(events)] == [4, 5]
-    assert loop.state.to_dict() == {"step": 5, "bad_steps": 2, "bad_in_a_row": 0, "still_looks": 0, "tokens": 16}
+    assert loop.state.to_dict() == {
+        "step": 5,
+        "nonfinite_steps": 2,
+        "consecutive_nonfinite_steps": 0,
+        "num_stalled_checks": 0,
+        "tokens": 16,
+    }
 
 
 @pytest.mark.parametrize("end", ["goes on", "stops"])
@@ -614,7 +620,7 @@ def test_seeds_of_steps_differ() -> None:
 
 
 def warned_about_learning(rate: float, schedule: str = "constant", name: str = "sft") -> list[str]:
-    loop, _, _, events = loop_of(name, dropout=0.0, steps=8, learning_rate=rate, schedule=schedule)
+    loop, _, _, events = loop_of(name, dropout=0.0, steps=8, learning_rate=rate, lr_scheduler_type=schedule)
     loop.run()
     return [message for message in warnings_of(events) if "nothing is being learned" in message]
 
@@ -636,7 +642,7 @@ def test_a_learning_rate_that_learns_gives_no_warning(monkeypatch: pytest.Monkey
 def test_the_end_of_a_schedule_gives_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def end() -> list[str]:
         toy = Toy()
-        loop, events = toy_loop(toy, steps=10**6, schedule="cosine", learning_rate=1e-4)
+        loop, events = toy_loop(toy, steps=10**6, lr_scheduler_type="cosine", learning_rate=1e-4)
         loop.state.step = 10**6 - 6
         loop.run()
         return warnings_of(events)

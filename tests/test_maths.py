@@ -110,11 +110,11 @@ def test_a_calibrated_model_has_no_error() -> None:
 
 
 BUGS: dict[str, Any] = {
-    "confidence of the chosen": lambda difference, bins=10: [
+    "confidence of the chosen": lambda difference, num_bins=10: [
         (float(torch.sigmoid(difference).mean()), 0.0, len(difference))
     ],
-    "a tie is wrong": lambda difference, bins=10: reliability_bins(difference - 1e-12, bins),
-    "other bins": lambda difference, bins=10: reliability_bins(difference, 2),
+    "a tie is wrong": lambda difference, num_bins=10: reliability_bins(difference - 1e-12, num_bins),
+    "other bins": lambda difference, num_bins=10: reliability_bins(difference, 2),
 }
 
 

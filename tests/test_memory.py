@@ -1,4 +1,5 @@
-"""Laws of `model/memory.py`: which layers are recomputed, and where what they keep waits, changes no gradient."""
+"""Laws of `model/activation_checkpointing.py`: which layers are recomputed, and where what they keep waits, changes no
+gradient."""
 
 from __future__ import annotations
 

@@ -23,14 +23,12 @@ def words_of(name: str) -> list[str]:
 
 
 def bound_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and text of each name that a module defines: classes, functions, parameters, variables, attributes, aliases
-    of imports, and keywords of calls."""
+    """Line and text of each name that a module defines: classes, functions, parameters, variables, attributes and
+    aliases of imports."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield node.lineno, node.name
         elif isinstance(node, ast.arg):
-            yield node.lineno, node.arg
-        elif isinstance(node, ast.keyword) and node.arg:
             yield node.lineno, node.arg
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.lineno, node.id
@@ -62,7 +60,6 @@ def test_no_name_is_a_private_word() -> None:
         "def hear(x): pass",
         "class Harvester: pass",
         "def f(asked): pass",
-        "f(says=1)",
         "x.is_dead = 1",
         "import a as voice",
         "try:\n    pass\nexcept OSError as said:\n    pass",

@@ -106,7 +106,7 @@ def test_what_was_paged_is_paged_again() -> None:
 
 
 def test_a_run_with_8_bit_states_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    recipe: dict[str, Any] = small_recipe(steps=4, save_every=2, optimizer="adamw_8bit")
+    recipe: dict[str, Any] = small_recipe(max_steps=4, save_steps=2, optim="adamw_8bit")
     recipe["adapters"] = {"policy": {"r": 64}}
     straight = run(Recipe.from_dict(recipe), out=tmp_path / "straight", ui="none").folder
     saved = load(straight / "checkpoints" / "step-2")

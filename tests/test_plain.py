@@ -211,7 +211,7 @@ def test_a_line_of_rollout_metrics() -> None:
     group = GroupLogged(
         step=1,
         prompt="1+1?",
-        completions=[{"text": "2", "reward": 1.0, "advantage": 0.0, "finish": "stop", "parts": {}}],
+        completions=[{"text": "2", "reward": 1.0, "advantage": 0.0, "finish_reason": "stop", "parts": {}}],
     )
     assert shown(group) == ""  # the lines would drown in them
 
@@ -376,9 +376,10 @@ def test_a_bar_is_drawn_at_most_ten_times_a_second() -> None:
 
 def test_a_real_pipe_and_a_real_terminal() -> None:
     program = (
-        "from lowrank_tune.events import *; from lowrank_tune.ui.plain import Plain; import sys; sink = Plain()\n"
+        "from lowrank_tune.events import *; from lowrank_tune.ui.plain import LineLogger; import sys; sink = "
+        "LineLogger()\n"
         "for n in (0, 1, 2): sink(Progress(what='loading', done=n, total=2))\n"
-        "sink(Note(message='w', level='warning')); sink.close(); assert 'torch' not in sys.modules"
+        "sink(LogMessage(message='w', level='warning')); sink.close(); assert 'torch' not in sys.modules"
     )
     environ = {**os.environ, "TERM": "xterm", "PYTHONUTF8": "1"}
     environ.pop("NO_COLOR", None)

@@ -533,7 +533,7 @@ def one_pass(
 def step_error(roles: Roles, temperature: float = 0.7, **parts: Any) -> float:
     """Distance from transformers' model in float64, of all that `collect` fixes, both losses, and the gradients of both
     adapters."""
-    algorithm = over(roles, fake={"temperature": temperature}, leash=KLControlConfig(kl_coef=0.3), **parts)
+    algorithm = over(roles, fake={"temperature": temperature}, kl_control=KLControlConfig(kl_coef=0.3), **parts)
     part = algorithm.collect(0).batch
     policy = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("policy"))
     value = Plain([roles.adapter_tensors("sft")], roles.adapter_tensors("value"))
@@ -602,7 +602,7 @@ def test_a_whole_step(own: Roles, truncated: str) -> None:
     assert (
         step_error(
             own,
-            discount=GAEConfig(0.9, 0.8, truncated, 0.7),
+            gae_config=GAEConfig(0.9, 0.8, truncated, 0.7),
             update=UpdateConfig(entropy_coef=0.2 * (truncated == "keep")),
         )
         < 2e-5
@@ -613,10 +613,10 @@ def test_bugs_of_a_whole_step_are_seen(own: Roles, monkeypatch: pytest.MonkeyPat
     def with_bug(name: str, bug: Any, owner: Any = ppo_module) -> float:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, bug)
-            return step_error(own, discount=GAEConfig(0.9, 0.8, "bootstrap", 0.7))
+            return step_error(own, gae_config=GAEConfig(0.9, 0.8, "bootstrap", 0.7))
 
-    assert with_bug("before_each", lambda states: states) > 1e-3, "the value of a state that has seen the token already"
-    assert with_bug("where_says", lambda values, mask: values) > 1e-3, (
+    assert with_bug("shift_right", lambda states: states) > 1e-3, "the value of a state that has seen the token already"
+    assert with_bug("apply_mask", lambda values, mask: values) > 1e-3, (
         "what stands in prompts counted among the returns"
     )
     assert with_bug("whiten", lambda values, mask: values) > 1e-3
@@ -684,7 +684,9 @@ def test_recomputation_changes_no_gradient(kind: str) -> None:
 def test_padding_changes_nothing(kind: str, request: pytest.FixtureRequest) -> None:
     found = []
     for how in ({}, {"more": 5}, {"filler": 31}, {"more": 3, "filler": 1}):
-        algorithm = over(request.getfixturevalue(kind), fake=how, discount=GAEConfig(truncated_completions="bootstrap"))
+        algorithm = over(
+            request.getfixturevalue(kind), fake=how, gae_config=GAEConfig(truncated_completions="bootstrap")
+        )
         found.append(one_pass(algorithm, stirred(algorithm)))
     for losses, slopes, stats in found[1:]:
         assert losses == pytest.approx(found[0][0], rel=1e-5, abs=1e-7) and stats == pytest.approx(
@@ -802,11 +804,11 @@ def test_the_real_sampler_and_the_policy_agree(own: Roles) -> None:
 
 @pytest.mark.parametrize(("target", "kl", "moved"), [(None, 0.05, 1.0), (1e-9, 0.05, 1.1), (1e9, 0.05, 0.9)])
 def test_the_coefficient_moves_after_its_step(own: Roles, target: float | None, kl: float, moved: float) -> None:
-    algorithm = over(own, leash=KLControlConfig(kl, target, kl_gain=0.5))
+    algorithm = over(own, kl_control=KLControlConfig(kl, target, kl_gain=0.5))
     assert to_floats(algorithm.collect(0).stats)["kl_coefficient"] == kl and algorithm.kl_coef == pytest.approx(
         kl * moved
     )
-    again = over(own, leash=KLControlConfig(kl, target, kl_gain=0.5))
+    again = over(own, kl_control=KLControlConfig(kl, target, kl_gain=0.5))
     again.restore(algorithm.state())
     assert again.kl_coef == algorithm.kl_coef and again.state() == algorithm.state()
     assert to_floats(again.collect(0).stats)["kl_coefficient"] == algorithm.kl_coef
@@ -827,8 +829,10 @@ def test_passes_and_minibatches(own: Roles) -> None:
 def test_passes_end_at_the_limit(own: Roles) -> None:
     stats = {"update_kl": over(own)._policy_term(weighted(over(own))).stats["update_kl"]}
     assert stats["update_kl"].value > 1e-3
-    assert over(own).should_continue(stats) and over(own, leash=KLControlConfig(target_kl=1.0)).should_continue(stats)
-    assert not over(own, leash=KLControlConfig(target_kl=1e-3)).should_continue(stats)
+    assert over(own).should_continue(stats) and over(own, kl_control=KLControlConfig(target_kl=1.0)).should_continue(
+        stats
+    )
+    assert not over(own, kl_control=KLControlConfig(target_kl=1e-3)).should_continue(stats)
 
 
 def weighted(algorithm: PPO) -> Batch:

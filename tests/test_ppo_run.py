@@ -97,12 +97,12 @@ def test_a_run_leaves_its_base_alone_and_can_be_repeated(tmp_path: Path, sft_run
     assert len(groups) == 2 and all(isinstance(one["advantage"], float) for group in groups for one in group)
 
 
-@pytest.mark.parametrize("value", ["adapter", "trunk"])
+@pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_the_value_comes_back_bit_for_bit(
     tmp_path: Path,
     sft_run: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
-    value: str,
+    critic: str,
 ) -> None:
     ended: dict[str, Tensor] = {}
     finish = runner_module.Stage.finish
@@ -112,7 +112,7 @@ def test_the_value_comes_back_bit_for_bit(
         ended.update(stage.built.roles.adapter_tensors("value"))
 
     monkeypatch.setattr(runner_module.Stage, "finish", keep)
-    run_with_events(small(sft_run, value=value, minibatches=1), tmp_path / "one")
+    run_with_events(small(sft_run, critic=critic, num_mini_batches=1), tmp_path / "one")
     monkeypatch.setattr(runner_module.Stage, "finish", finish)
     final = tmp_path / "one" / "final"
     assert not changed_tensors(load_file(final / "value" / WEIGHTS), ended) and ended[HEAD_WEIGHT_KEY].any()
@@ -120,7 +120,7 @@ def test_the_value_comes_back_bit_for_bit(
     checkpoint = tmp_path / "one" / "checkpoints" / "step-2" / "value"
     assert (checkpoint / WEIGHTS).read_bytes() == (final / "value" / WEIGHTS).read_bytes()
     assert read_adapter(str(final), "here").head is None, "what a user takes away is a plain policy"
-    if value == "trunk":
+    if critic == "shared":
         assert set(ended) == {HEAD_WEIGHT_KEY}
         return
     assert not changed_tensors(read_adapter(str(final / "value"), "here", head=True).tensors, ended)
@@ -230,7 +230,7 @@ def growth(monkeypatch: pytest.MonkeyPatch, sft: Path, out: Path) -> tuple[int, 
         patch.setattr(FastLinears, "__init__", opening)
         for name in ("_policy_term", "_value_term"):
             patch.setattr(ppo_module.PPO, name, looking(name, getattr(ppo_module.PPO, name)))
-        run_with_events(small(sft, steps=1, epochs=1, minibatches=1), out)
+        run_with_events(small(sft, steps=1, num_ppo_epochs=1, num_mini_batches=1), out)
     return most, scratch, copies
 
 
@@ -321,7 +321,7 @@ def test_a_value_can_begin_as_the_reward_model(
     reward_run: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = small(sft_run, steps=1, value_from="reward")
+    recipe = small(sft_run, steps=1, critic_init="reward")
     recipe["adapters"]["reward"] = {"path": str(reward_run)}
     recipe["rewards"] = [{"name": "reward_model", "weight": 0.5}]
     seen = loaded_values(monkeypatch)

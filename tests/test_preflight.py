@@ -47,7 +47,7 @@ def recipe(*sources: str | dict[str, Any], heldout: str | None = None, **data: A
         **data,
     }
     made["train"]["final"] = "last"
-    made["evaluate"] = {"heldout": {"dataset": heldout}} if heldout else {}
+    made["evaluate"] = {"eval_dataset": {"dataset": heldout}} if heldout else {}
     return Recipe.from_dict(made)
 
 
@@ -99,7 +99,7 @@ def test_truncated_rows_are_named(tmp_path: Path) -> None:
     conversation = [{"role": role, "content": text} for text in ("one", "two " * 60) for role in ("user", "assistant")]
     made = examined(
         write(tmp_path / "a.jsonl", [{"messages": conversation}] + [{"messages": conversation[:2]}] * 3),
-        too_long="truncate",
+        truncation="truncate",
         max_length=64,
     )
     assert counts(made)["too long, shortened to whole turns"] == (1, [1])
@@ -110,7 +110,7 @@ def test_the_census_counts_as_a_loop_would(tmp_path: Path) -> None:
     conversation = [{"role": role, "content": f"{role} {turn}"} for turn in range(3) for role in ("user", "assistant")]
     path = write(tmp_path / "a.jsonl", [{"messages": conversation[: 2 + 2 * (n % 3)]} for n in range(7)])
     template = ChatTemplate.from_tokenizer(load_tokenizer(recipe(path).base))
-    train = load(recipe(path, validation_share=0.0).data, template, 0, lambda event: None).train.select_rows(
+    train = load(recipe(path, eval_fraction=0.0).data, template, 0, lambda event: None).train.select_rows(
         np.array([6, 0, 5, 1])
     )
     end = max(template.end_ids)
@@ -147,7 +147,7 @@ def test_the_mixture_is_what_the_loop_draws(tmp_path: Path, weights: tuple[float
     sources = [
         {"dataset": path} | ({"weight": weight} if weight else {}) for path, weight in zip(paths, weights, strict=True)
     ]
-    wanted = recipe(*sources, validation_share=0.0)
+    wanted = recipe(*sources, eval_fraction=0.0)
     found = inspect_data(wanted, lambda event: None)
     assert sum(part.weight for part in found.parts) == pytest.approx(1.0)
     assert [part.weight for part in found.parts] == pytest.approx(weights if weights[0] else [40 / 48, 8 / 48])
@@ -281,7 +281,7 @@ def test_an_end_token_that_is_not_trained_is_a_fault(tmp_path: Path, monkeypatch
 
 
 def test_the_mask_is_shown_in_color_and_without(tmp_path: Path) -> None:
-    found = examined(write(tmp_path / "a.jsonl", ROWS), validation_share=0.0)
+    found = examined(write(tmp_path / "a.jsonl", ROWS), eval_fraction=0.0)
     plain, ascii_only, color = printed(found), printed(found, encoding="ascii"), printed(found, color=True)
     assert "\x1b" not in plain + ascii_only and "\x1b[1;32m⟦" in color
     assert "<|assistant|>⟦It is 1.\n    #### 1<|end_of_turn|><|end_of_text|>⟧" in plain
@@ -291,7 +291,7 @@ def test_the_mask_is_shown_in_color_and_without(tmp_path: Path) -> None:
 def test_hostile_text_is_inert(tmp_path: Path) -> None:
     rows = [{"question": text[:3000], "answer": text[:3000]} for text in HOSTILE_TEXTS]
     path = write(tmp_path / "a\u202eb.jsonl", rows)
-    found = examined({"dataset": path}, max_length=8192, max_rejected_share=1.0, validation_share=0.0)
+    found = examined({"dataset": path}, max_length=8192, max_invalid_fraction=1.0, eval_fraction=0.0)
     for encoding in ("utf-8", "ascii"):
         assert is_inert(printed(found, encoding=encoding))
     assert found.report.train[0].used >= len(HOSTILE_TEXTS) - 3, "only lone surrogates are no text"
@@ -320,7 +320,7 @@ def test_pairs_are_counted_as_pairs(tmp_path: Path) -> None:
     rows[7], rows[8] = pair(5, "No.", "Yes, surely."), pair(9, "a", "b")
     rows[10], rows[11], rows[12] = pair(1, "Tie.", "Tie."), pair(2, "", "b"), pair(2, "a " * 900)
     rows[13] = {"prompt": "word " * 900, "chosen": "a", "rejected": "b"}
-    wanted = of_pairs(write(tmp_path / "a.jsonl", rows), validation_share=0.0, max_rejected_share=0.2)
+    wanted = of_pairs(write(tmp_path / "a.jsonl", rows), eval_fraction=0.0, max_invalid_fraction=0.2)
     found = inspect_data(wanted, lambda event: None)
     too_long = "too long: longer than data.max_length (256 tokens)"
     assert counts(found) == {
@@ -381,7 +381,7 @@ def test_one_sided_lengths_are_reported(tmp_path: Path, longer: int, shorter: in
         for number in range(longer + shorter)
     ]
     found = inspect_data(
-        of_pairs(write(tmp_path / "a.jsonl", rows), algorithm="reward", validation_share=0.0), lambda event: None
+        of_pairs(write(tmp_path / "a.jsonl", rows), algorithm="reward", eval_fraction=0.0), lambda event: None
     )
     assert found.sides is not None and bool(found.sides.warning) == warned == ("can look right" in printed(found))
     assert not warned or f"the {'longer' if longer > shorter else 'shorter'} one" in found.sides.warning
@@ -393,7 +393,7 @@ def test_truncated_pairs_are_named(tmp_path: Path) -> None:
     ]
     rows = [{"prompt": conversation[:3], "chosen": "a", "rejected": "b c"}, pair(1), pair(2)]
     found = inspect_data(
-        of_pairs(write(tmp_path / "a.jsonl", rows), too_long="truncate", max_length=48, validation_share=0.0),
+        of_pairs(write(tmp_path / "a.jsonl", rows), truncation="truncate", max_length=48, eval_fraction=0.0),
         lambda event: None,
     )
     assert counts(found) == {"too long, without the oldest turns of the prompt": (1, [1])} and found.lengths.over == 1
@@ -402,7 +402,7 @@ def test_truncated_pairs_are_named(tmp_path: Path) -> None:
 def test_sides_stand_side_by_side_or_one_below_the_other(tmp_path: Path) -> None:
     found = inspect_data(
         of_pairs(
-            write(tmp_path / "a.jsonl", [pair(n, "Right.", "Wrong, I say.") for n in range(3)]), validation_share=0.0
+            write(tmp_path / "a.jsonl", [pair(n, "Right.", "Wrong, I say.") for n in range(3)]), eval_fraction=0.0
         ),
         lambda event: None,
     )
@@ -433,7 +433,7 @@ def test_hostile_pairs_are_inert(tmp_path: Path) -> None:
     for start in range(0, len(rows), 3):
         path = write(tmp_path / f"a\u202e{start}.jsonl", [*rows[start : start + 3], pair(1)])
         found = inspect_data(
-            of_pairs(path, max_length=16384, max_rejected_share=1.0, validation_share=0.0), lambda event: None
+            of_pairs(path, max_length=16384, max_invalid_fraction=1.0, eval_fraction=0.0), lambda event: None
         )
         for encoding, width in (("utf-8", 100), ("ascii", 100), ("utf-8", 50), ("ascii", 50)):
             assert is_inert(printed(found, encoding=encoding, width=width))

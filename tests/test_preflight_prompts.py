@@ -28,7 +28,7 @@ def recipe(*sources: str | dict[str, Any], heldout: str | None = None, rewards: 
             "rewards": [{"name": rewards}],
             "train": {"max_steps": 9, "prompts_per_step": 8},
             "rollout": {"num_generations": 5, "max_new_tokens": 70},
-            "evaluate": {"heldout": {"dataset": heldout}} if heldout else {},
+            "evaluate": {"eval_dataset": {"dataset": heldout}} if heldout else {},
         }
     )
 
@@ -67,7 +67,8 @@ def test_every_trouble_is_counted_with_its_lines(tmp_path: Path) -> None:
 
 def test_the_mixture_is_what_is_drawn(tmp_path: Path) -> None:
     made = recipe(
-        {"dataset": write(tmp_path / "a.jsonl", ROWS), "weight": 0.25}, {"dataset": "tutor", "rows": 20, "weight": 0.75}
+        {"dataset": write(tmp_path / "a.jsonl", ROWS), "weight": 0.25},
+        {"dataset": "tutor", "max_samples": 20, "weight": 0.75},
     )
     found = inspect_data(made, lambda event: None)
     prompts = load_prompts(
@@ -92,7 +93,7 @@ def test_the_mixture_is_what_is_drawn(tmp_path: Path) -> None:
 
 
 def test_what_is_shown(tmp_path: Path) -> None:
-    found = examined(write(tmp_path / "a.jsonl", ROWS), {"dataset": "tutor", "rows": 4})
+    found = examined(write(tmp_path / "a.jsonl", ROWS), {"dataset": "tutor", "max_samples": 4})
     text = " ".join(printed(found, 160).split())
     for words in (
         "40 of 40 prompts used, 40 with a gold answer",
@@ -110,7 +111,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
     ):
         assert words in text, words
     assert not [word for word in ("trained", "End token", "⟦", "validate", "rows") if word in text]
-    assert json.loads(json.dumps(found.to_dict()))["examples"][0]["gold"] == "1"
+    assert json.loads(json.dumps(found.to_dict()))["examples"][0]["ground_truth"] == "1"
     ascii_only = printed(found, encoding="ascii")
     assert ascii_only.isascii() and "gold answer 1" in ascii_only
 
@@ -142,7 +143,7 @@ def test_hostile_text_is_inert(tmp_path: Path) -> None:
     rows = [{"question": text[:3000], "answer": "x", "gold": text[:3000]} for text in HOSTILE_TEXTS]
     for start in range(0, len(rows), 3):
         path = write(tmp_path / f"a\u202e{start}.jsonl", [*rows[start : start + 3], ROWS[0]])
-        found = examined(path, max_rejected_share=1.0, max_prompt_length=8192)
+        found = examined(path, max_invalid_fraction=1.0, max_prompt_length=8192)
         assert found.report.train[0].used >= 2
         for encoding, width in (("utf-8", 100), ("ascii", 50)):
             assert is_inert(printed(found, width, encoding=encoding))

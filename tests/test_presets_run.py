@@ -65,7 +65,7 @@ def _ending(model: Any, ids: Tensor, ends: list[int]) -> float:
 
 def sources(given: Any, folder: Path) -> str:
     """The same sources, as files of their own shape."""
-    kept = [source.model_dump(mode="json", exclude={"name", "split"}, exclude_none=True) for source in given]
+    kept = [source.model_dump(mode="json", exclude={"config_name", "split"}, exclude_none=True) for source in given]
     return json.dumps(
         [{**source, "dataset": str(folder / f"{source['dataset'].split('/')[1]}.jsonl")} for source in kept]
     )
@@ -148,8 +148,8 @@ def kept(recipe: Any) -> dict[str, Any]:
     swapped = {
         "base": ("model",),
         "data": ("train",),
-        "train": ("steps", "epochs", "warmup_steps"),
-        "evaluate": ("heldout",),
+        "train": ("max_steps", "num_train_epochs", "warmup_steps"),
+        "evaluate": ("eval_dataset",),
     }
     for section, key in ((section, key) for section, keys in swapped.items() for key in keys):
         settings[section].pop(key, None)
@@ -165,7 +165,7 @@ def test_an_sft_that_never_ends_gives_a_warning(tmp_path: Path) -> None:
     """Few rows of one's own behind a preset for many: its epochs are fewer steps than its warm-up."""
     events: list[Any] = []
     few = (
-        "data.train=[{dataset: tutor, rows: 16}]",
+        "data.train=[{dataset: tutor, max_samples: 16}]",
         "train.num_train_epochs=1",
         "train.warmup_steps=40",
         "evaluate.eval_dataset=null",

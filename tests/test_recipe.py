@@ -73,7 +73,7 @@ lr: 1e-4
 data:
   train:
     - dataset: rows.jsonl
-      row: 0
+      max_sample: 0
     - dataset: 7
   max_seq_length: 512
 train:
@@ -92,13 +92,13 @@ output_dir: out
 
 def test_every_fault_at_once(write: Write) -> None:
     assert faults_of(
-        write(FAULTY), "train.save_total_limit=-1", "train.kep=2", "data.train.5.max_samples=1", "steps"
+        write(FAULTY), "train.save_total_limit=-1", "train.save_total_limt=2", "data.train.5.max_samples=1", "steps"
     ) == [
         "my.yaml:2: base.bits: expected one of 4, 16, found 8",
         "my.yaml:4: adapters.policy.lora_alpha: expected a number, found 'ten'",
         "my.yaml:4: adapters.policy.rank: unknown key; did you mean `r`?",
         "my.yaml:5: lr: unknown key; did you mean `train.learning_rate`?",
-        "my.yaml:9: data.train.0.row: unknown key; did you mean `rows`?",
+        "my.yaml:9: data.train.0.max_sample: unknown key; did you mean `max_samples`?",
         "my.yaml:10: data.train.1.dataset: expected text, found 7 (put it in quotes)",
         "my.yaml:11: data.max_seq_length: unknown key; did you mean `max_length`?",
         "my.yaml:13: train.max_steps: expected a whole number, found 'no'",
@@ -117,7 +117,7 @@ def test_every_fault_at_once(write: Write) -> None:
         "override: 'steps' is not of the form key=value, as train.max_steps=100",
         "override: data.train.5.max_samples: `data.train` is a list with entries 0 to 1",
         "override: train.save_total_limit: must be at least 1, found -1",
-        "override: train.kep: unknown key; did you mean `keep`?",
+        "override: train.save_total_limt: unknown key; did you mean `save_total_limit`?",
     ]
 
 
@@ -131,13 +131,14 @@ def test_missing_settings_stand_at_their_section(write: Write) -> None:
 
 def test_a_parents_fault_is_reported_at_the_parent(write: Write) -> None:
     write(
-        "algorithm: sft\ndata:\n  train: [{dataset: tutor}]\n  max_length: 1\ntrain:\n  epoch: 1\n", "base/above.yaml"
+        "algorithm: sft\ndata:\n  train: [{dataset: tutor}]\n  max_length: 1\ntrain:\n  num_train_epoch: 1\n",
+        "base/above.yaml",
     )
     child = write("extends: base/above.yaml\ntrain:\n  max_steps: 5\n  save_total_limit: many\n")
     assert faults_of(child) == [
         "my.yaml:4: train.save_total_limit: expected a whole number, found 'many'",
         "base/above.yaml:4: data.max_length: must be at least 8, found 1",
-        "base/above.yaml:6: train.epoch: unknown key; did you mean `epochs`?",
+        "base/above.yaml:6: train.num_train_epoch: unknown key; did you mean `num_train_epochs`?",
     ]
 
 
@@ -211,7 +212,7 @@ def test_overrides(write: Write) -> None:
     [
         "train.max_steps=",
         "=5",
-        "train..steps=5",
+        "train..max_steps=5",
         "train.max_steps=[1",
         "train.max_steps=[1, &a 2]",
         "seed.x=1",
@@ -226,7 +227,7 @@ def test_overrides(write: Write) -> None:
         "algorithm=rloo",
         "data.train.99999999999999999999.max_samples=1",
         "train.max_steps=" + "9" * 5000,
-        "data.train.-1.rows=1",
+        "data.train.-1.max_samples=1",
         "adapters.Bad={}",
         "name=../x",
     ],
@@ -405,14 +406,15 @@ def test_presets(name: str) -> None:
     for each in recipe.stages if isinstance(recipe, Chain) else (recipe,):
         assert set(each.to_dict()) <= set(shape["properties"])
         for section in ("base", "data", "train", "evaluate"):
-            assert set(each.to_dict()[section]) <= set(shape["$defs"][section.capitalize()]["properties"])
+            definition = type(getattr(each, section)).__name__
+            assert set(each.to_dict()[section]) <= set(shape["$defs"][definition]["properties"])
 
 
 def test_schema() -> None:
     shape = schema()
     assert shape["properties"]["extends"]["type"] == "string"
     assert shape["anyOf"] == [{"required": ["extends"]}, {"required": ["stages"]}, {"required": ["algorithm", "data"]}]
-    assert shape["$defs"]["Train"]["properties"]["learning_rate"]["description"] == "Peak learning rate."
+    assert shape["$defs"]["TrainingConfig"]["properties"]["learning_rate"]["description"] == "Peak learning rate."
     assert shape["additionalProperties"] is False
 
 

@@ -16,8 +16,8 @@ from lowrank_tune.errors import ConfigError
 from lowrank_tune.recipe import Recipe, dump, from_dict, reward_rules, rules
 from lowrank_tune.settings import RecipeConfig as Settings
 
-HELDOUT = {"heldout": {"dataset": "tutor", "split": "heldout"}}
-OWN = {"use": "./mine.py:brief"}
+HELDOUT = {"eval_dataset": {"dataset": "tutor", "split": "heldout"}}
+OWN = {"name": "./mine.py:brief"}
 ROWS = "(it belongs to sft, reward, dpo)"
 FULL = "training samples the full distribution"
 
@@ -115,7 +115,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "no rewards": (
         {key: value for key, value in made().items() if key != "rewards"},
-        "rewards: is missing: say what completions earn, as in `rewards: [{use: answer}]`",
+        "rewards: is missing: say what completions earn, as in `rewards: [{name: answer}]`",
         made(),
     ),
     "empty rewards": (made(rewards=[]), "rewards: is missing: say what completions earn", made(rewards=[OWN])),
@@ -211,9 +211,9 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made(rewards=[{**OWN, "weight": 0}, {"name": "answer", "weight": -0.5}]),
     ),
     "no golds": (
-        made(data=from_file(gold="none")),
+        made(data=from_file(ground_truth="none")),
         "data.train.0.ground_truth: leaves the reward `answer` nothing to compare with",
-        made(data=from_file(gold="none"), rewards=[OWN]),
+        made(data=from_file(ground_truth="none"), rewards=[OWN]),
     ),
     "penalty": (
         made(grpo={"missing_eos_penalty": 2.0}),
@@ -328,7 +328,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "best by no answers": (
         made("sft", evaluate={"metric_for_best_model": "accuracy"}),
-        "evaluate.metric_for_best_model: `exact` needs questions: `evaluate.eval_dataset`",
+        "evaluate.metric_for_best_model: `accuracy` needs questions: `evaluate.eval_dataset`",
         made(
             "sft",
             data={"eval_fraction": 0},
@@ -338,7 +338,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "best scores": (
         made("reward", evaluate={**HELDOUT, "metric_for_best_model": "accuracy"}),
-        "evaluate.metric_for_best_model: `exact` needs answers, and a reward model",
+        "evaluate.metric_for_best_model: `accuracy` needs answers, and a reward model",
         made("reward", evaluate={**HELDOUT, "metric_for_best_model": "loss"}),
     ),
     "group of one": (
@@ -426,8 +426,8 @@ def test_training_samples_the_full_distribution(section: str, word: str) -> None
         ("dpo", "max_completion_length", "evaluate.max_new_tokens"),
         ("sft", "max_new_tokens", "evaluate.max_new_tokens"),
         ("grpo", "max_new_tokens", "rollout.max_new_tokens"),
-        ("sft", "num_iterations", "steps"),
-        ("dpo", "batch_size", "rows_per_step"),
+        ("sft", "num_iterations", "max_steps"),
+        ("dpo", "batch_size", "global_batch_size"),
         ("grpo", "batch_size", "prompts_per_step"),
     ],
 )
@@ -450,22 +450,24 @@ def test_what_is_saved_holds_only_what_is_used() -> None:
         )
     )
     saved = recipe.to_dict()
-    assert saved["rewards"] == [{"use": "format", "weight": 1.0, "pattern": "(?s)a: .*"}, {**OWN, "weight": 1.0}]
+    assert saved["rewards"] == [{"name": "format", "weight": 1.0, "pattern": "(?s)a: .*"}, {**OWN, "weight": 1.0}]
     assert set(saved["grpo"]) == {
-        "loss",
-        "clip_low",
-        "clip_high",
-        "kl",
-        "epochs",
-        "old",
-        "mismatch_limit",
-        "truncated",
-        "dead_groups",
+        "loss_type",
+        "epsilon_low",
+        "epsilon_high",
+        "beta",
+        "num_iterations",
+        "old_logprobs_from",
+        "max_logprob_mismatch",
+        "truncated_completions",
+        "zero_std_groups",
     }
-    assert set(saved["data"]) == {"train", "max_prompt_length", "max_rejected_share"}
-    assert not {"reward", "dpo", "validation"} & set(saved) and not {"rows_per_step", "length_window", "final"} & set(
-        saved["train"]
-    )
+    assert set(saved["data"]) == {"train", "max_prompt_length", "max_invalid_fraction"}
+    assert not {"reward", "dpo", "validation"} & set(saved) and not {
+        "global_batch_size",
+        "length_window",
+        "final",
+    } & set(saved["train"])
     assert "(?s)a: .*" in dump(recipe) and from_dict(saved) == recipe
 
 
@@ -477,7 +479,7 @@ def test_whether_ground_truths_are_needed() -> None:
 
 
 def test_saved_cispo_has_one_bound() -> None:
-    assert {"clip", "clip_low", "clip_high"} & set(
+    assert {"epsilon", "epsilon_low", "epsilon_high"} & set(
         from_dict(made(grpo={"loss_type": "cispo"})).to_dict()["grpo"]
     ) == set()
     assert from_dict(made(grpo={"loss_type": "dapo"})).to_dict()["grpo"]["epsilon"] == 0.2
@@ -519,7 +521,7 @@ BROKEN = st.recursive(
     ),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.text(max_size=8) | st.sampled_from(["use", "weight"]), inner, max_size=3)
+        | st.dictionaries(st.text(max_size=8) | st.sampled_from(["name", "weight"]), inner, max_size=3)
     ),
     max_leaves=4,
 )

@@ -140,7 +140,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "tutor for dpo": (
         made("dpo", {"dataset": "tutor"}),
         "data.train.0.dataset: holds single answers, and dpo learns from pairs; use tutor-preferences",
-        made("dpo", {"dataset": "tutor-preferences", "split": "heldout", "rows": 9}),
+        made("dpo", {"dataset": "tutor-preferences", "split": "heldout", "max_samples": 9}),
     ),
     "tutor to validate a reward": (
         validated("reward", {"dataset": "tutor"}),
@@ -178,7 +178,12 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
             f"data.train.0.{key}: does nothing for `tutor-preferences`, the built-in pairs",
             made("dpo", {"dataset": "org/pairs", key: value}),
         )
-        for key, value in {"name": "main", "format": "preference", "columns": {"chosen": "a"}, "gold": "boxed"}.items()
+        for key, value in {
+            "config_name": "main",
+            "format": "preference",
+            "columns": {"chosen": "a"},
+            "ground_truth": "boxed",
+        }.items()
     },
     **{
         f"{algorithm}: its loop": (
@@ -273,6 +278,8 @@ def test_the_smoothing_of_the_robust_loss_is_saved() -> None:
 @pytest.mark.parametrize("place", ["adapters", "reference", "reward", "dpo", "evaluate"])
 def test_an_algorithm_that_is_none(algorithm: Any, place: str) -> None:
     """Whatever else is wrong, the algorithm is told, and its rules do not break."""
-    data = copy.deepcopy(made("dpo", **{place: {"heldout": [7], "policy": {"dropout": "x"}, "label_smoothing": None}}))
+    data = copy.deepcopy(
+        made("dpo", **{place: {"eval_dataset": [7], "policy": {"lora_dropout": "x"}, "label_smoothing": None}})
+    )
     data["algorithm"] = algorithm
     assert any(fault.startswith("algorithm: ") for fault in faults_of(data))

@@ -12,9 +12,9 @@ from test_recipe_pairs import faults_of
 from lowrank_tune.recipe import Recipe, from_dict, load, load_any
 from lowrank_tune.recipe.stack import frozen_adapters_of
 
-HELDOUT = {"heldout": {"dataset": "tutor", "split": "heldout"}}
+HELDOUT = {"eval_dataset": {"dataset": "tutor", "split": "heldout"}}
 JUDGE = {"reward": {"path": "runs/reward"}}
-LEARNED = [{"use": "reward_model"}]
+LEARNED = [{"name": "reward_model"}]
 
 
 def made(algorithm: str = "ppo", **sections: Any) -> dict[str, Any]:
@@ -69,17 +69,17 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     ),
     "weight": (
         made(ppo={"vf_coef": 0.5}),
-        "ppo.vf_coef: does nothing with `ppo.critic`: adapter",
+        "ppo.vf_coef: does nothing with `ppo.critic`: separate",
         made(ppo={"vf_coef": 0.5, "critic": "shared"}),
     ),
     "trunk from": (
         made(ppo={"critic": "shared", "critic_init": "policy"}),
-        "ppo.critic_init: does nothing with `ppo.critic`: trunk",
+        "ppo.critic_init: does nothing with `ppo.critic`: shared",
         made(ppo={"critic_init": "policy"}),
     ),
     "trunk's adapter": (
         made(ppo={"critic": "shared"}, adapters={"value": {"r": 4}}),
-        "adapters.value: does nothing with `ppo.critic`: trunk",
+        "adapters.value: does nothing with `ppo.critic`: shared",
         made(adapters={"value": {"r": 4}}),
     ),
     "from where": (
@@ -147,12 +147,12 @@ def test_each_rule_and_its_neighbor(name: str) -> None:
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
-        ("ppo.vf_coef", "value_weight"),
-        ("ppo.cliprange_value", "value_clip"),
-        ("ppo.lam", "gae_lambda"),
-        ("ppo.target_kl", "kl_target"),
-        ("ppo.ppo_epochs", "epochs"),
-        ("ppo.missing_eos_penalty", "penalty"),
+        ("ppo.value_loss_coef", "vf_coef"),
+        ("ppo.clip_range_vf", "cliprange_value"),
+        ("ppo.lambd", "lam"),
+        ("ppo.target", "kl_target"),
+        ("ppo.ppo_epochs", "num_ppo_epochs"),
+        ("train.missing_eos_penalty", "ppo.missing_eos_penalty"),
         ("train.batch_size", "prompts_per_step"),
         ("rollout.response_length", "max_new_tokens"),
         ("ppo.ent_coef", "entropy"),
@@ -184,6 +184,10 @@ def test_what_lies_beside_the_policy_is_in_no_stack() -> None:
 
 def test_the_preset() -> None:
     recipe = load("tiny-ppo")
-    assert recipe.metric_for_best_model == "exact" and recipe.ppo.critic == "adapter" and "value" not in recipe.adapters
-    assert load("tiny-ppo", ["ppo.critic=trunk", "rollout.num_generations=1"]).rollout.num_generations == 1
+    assert (
+        recipe.metric_for_best_model == "accuracy"
+        and recipe.ppo.critic == "separate"
+        and "value" not in recipe.adapters
+    )
+    assert load("tiny-ppo", ["ppo.critic=shared", "rollout.num_generations=1"]).rollout.num_generations == 1
     assert load_any("tiny-ppo").algorithm == "ppo"

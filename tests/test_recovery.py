@@ -1,4 +1,4 @@
-"""Laws of `model/recovery.py`: where memory runs short, the gradient is what it would have been, nothing is held, and
+"""Laws of `model/oom.py`: where memory runs short, the gradient is what it would have been, nothing is held, and
 it is remembered."""
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def watched_loop(name: str, steps: int = 2, **train: Any) -> tuple[Trainer, Role
         finally:
             roles.resting = False  # type: ignore[attr-defined]
 
-    algorithm.context = replace(algorithm.context, fresh=False, rows=rows)
+    algorithm.context = replace(algorithm.context, fresh=False, get_batch=rows)
     parameters = [p for role in sorted(roles.trainable) for p in roles.parameters(role)]
     optimizer = Watched(parameters)
     loop, events = loop_over(
@@ -111,7 +111,7 @@ def watched_loop(name: str, steps: int = 2, **train: Any) -> tuple[Trainer, Role
         parameters,
         steps,
         optimizer,
-        **{"micro_batch_size": 6, "max_grad_norm": 1e9, "log_every": 50} | train,
+        **{"micro_batch_size": 6, "max_grad_norm": 1e9, "logging_steps": 50} | train,
     )
     loop.limits = roles.limits
     roles.limits.emit = events.append

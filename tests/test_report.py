@@ -159,7 +159,7 @@ def test_the_command_writes_it_anew(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_leaves_a_report(tmp_path: Path) -> None:
-    recipe = quick(learning_rate=1e30, max_grad_norm=1e30, max_bad_steps=1, steps=4)
+    recipe = quick(learning_rate=1e30, max_grad_norm=1e30, max_nonfinite_steps=1, max_steps=4)
     with pytest.raises(UserError):
         run(Recipe.from_dict(recipe), out=tmp_path / "bad", ui="none")
     assert "the run failed after step" in check((tmp_path / "bad" / "report.html").read_text(encoding="utf-8")).text
@@ -188,7 +188,7 @@ def test_hostile_text_is_inert_everywhere(tmp_path: Path) -> None:
             "warnings": [bad],
             "heldout_details": {bad: {bad: 0.1, "exact": bad}},
             "base_hash": {"start": bad, "end": bad},
-            "answers": {bad: [{"prompt": bad, "completion": bad, "gold": bad}]},
+            "answers": {bad: [{"prompt": bad, "completion": bad, "ground_truth": bad}]},
         }
         folder = write(tmp_path / str(number), *events, data=data, summary=summary, base={"revision": bad, "bits": bad})
         (folder / "recipe.yaml").write_bytes(bad.encode("utf-8", "surrogatepass"))
@@ -374,13 +374,19 @@ def test_how_the_sides_of_training_pairs_differ(tmp_path: Path) -> None:
 
 def group(number: int, **changes: Any) -> GroupLogged:
     completions = [
-        {"text": f"wrote in {number}", "reward": 1.0, "advantage": 1.5, "finish": "stop", "parts": {"answer": 1.0}}
+        {
+            "text": f"wrote in {number}",
+            "reward": 1.0,
+            "advantage": 1.5,
+            "finish_reason": "stop",
+            "parts": {"answer": 1.0},
+        }
     ] * 3
     completions.append(
-        {"text": "on and on", "reward": 0.0, "advantage": -0.5, "finish": "length", "parts": {"answer": 0.0}}
+        {"text": "on and on", "reward": 0.0, "advantage": -0.5, "finish_reason": "length", "parts": {"answer": 0.0}}
     )
     return GroupLogged(
-        **{"step": number, "prompt": f"question {number}?", "gold": "2", "completions": completions, **changes}
+        **{"step": number, "prompt": f"question {number}?", "ground_truth": "2", "completions": completions, **changes}
     )
 
 
@@ -457,7 +463,7 @@ def test_of_many_groups_the_first_and_the_last_stay(tmp_path: Path) -> None:
         "x",
         [3],
         [{}],
-        [{"text": 3, "reward": "x", "advantage": None, "finish": [], "parts": [1]}],
+        [{"text": 3, "reward": "x", "advantage": None, "finish_reason": [], "parts": [1]}],
         [{"reward": 1e308}],
     ],
 )
@@ -466,7 +472,10 @@ def test_damaged_groups(tmp_path: Path, junk: Any) -> None:
         page(
             read_run_log(
                 write(
-                    tmp_path / "a", started(algorithm="grpo"), group(1, completions=junk, gold=3), step(1, reward=1.0)
+                    tmp_path / "a",
+                    started(algorithm="grpo"),
+                    group(1, completions=junk, ground_truth=3),
+                    step(1, reward=1.0),
                 )
             )
         )
@@ -476,11 +485,15 @@ def test_damaged_groups(tmp_path: Path, junk: Any) -> None:
 def test_hostile_groups_are_inert(tmp_path: Path) -> None:
     for number, bad in enumerate(HOSTILE_TEXTS):
         completions = [
-            {"text": bad, "reward": 1.0, "advantage": 0.5, "finish": bad, "parts": {bad: 1.0, "b": 0.0}},
+            {"text": bad, "reward": 1.0, "advantage": 0.5, "finish_reason": bad, "parts": {bad: 1.0, "b": 0.0}},
             {"text": bad, "parts": bad},
         ]
         stats = {"reward": 1.0, f"reward_{bad[:99]}": 1.0}
-        events = [started(algorithm="grpo"), group(1, prompt=bad, gold=bad, completions=completions), step(1, **stats)]
+        events = [
+            started(algorithm="grpo"),
+            group(1, prompt=bad, ground_truth=bad, completions=completions),
+            step(1, **stats),
+        ]
         html = page(read_run_log(write(tmp_path / str(number), *events)))
         check(html)
         assert len(html) < 400_000
@@ -510,12 +523,14 @@ def test_a_chain_to_rollouts_has_its_stages_and_no_policy(tmp_path: Path) -> Non
 def chain_in(folder: Path, *names: str) -> Path:
     folder.mkdir()
     recipe = {"name": "whole", "stages": [{"name": name} for name in names]}
-    (folder / "run.json").write_text(json.dumps({"version": 1, "recipe": recipe}))
+    (folder / "run.json").write_text(json.dumps({"version": 2, "recipe": recipe}))
     return folder
 
 
 def stage_summary(algorithm: str, who: dict[str, float], **more: Any) -> dict[str, Any]:
-    answers = {name: [{"prompt": "1+1?", "completion": f"of {name}", "gold": "2", "stopped": True}] for name in who}
+    answers = {
+        name: [{"prompt": "1+1?", "completion": f"of {name}", "ground_truth": "2", "stopped": True}] for name in who
+    }
     details = {name: {"exact": share} for name, share in who.items()}
     return {
         "status": "done",
@@ -659,7 +674,8 @@ def test_damaged_and_unfinished_folders(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", started(), step(1, loss=2.0), step(2, loss=math.nan), step(3, loss=1.0))
     with (folder / "events.jsonl").open("ab") as file:
         file.write(
-            b'{"event": "step_end"}\nnonsense\n[1]\n{"event": "new", "x": 1}\n{"v": 1, "event": "step_end", "step": 4, "sta'
+            b'{"event": "step_end"}\nnonsense\n[1]\n{"event": "new", "x": 1}\n{"v": 2, "event": "step_end", "step": '
+            b'4, "sta'
         )
     for name in ("data", "summary", "base"):
         (folder / f"{name}.json").write_text("[[[")

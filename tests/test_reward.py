@@ -477,10 +477,10 @@ from lowrank_tune.assembly import build
 recipe, out = json.loads(sys.argv[1]), sys.argv[2]
 recipe["adapters"] = {"reward": {"path": out}}
 built = build(Recipe.from_dict(recipe), lambda event: None, torch.device("cpu"))
-with built.roles.quiet():
+with built.roles.inference_mode():
     scores = built.algorithm.scores(built.validation_batch(list(range(built.data.validation.units))))
 head = built.roles.adapter_tensors("reward")["base_model.model.score.weight"]
-print(json.dumps({"head": head.flatten().tolist(), "scores": scores.tolist(), "fresh": built.algorithm.kit.fresh}))
+print(json.dumps({"head": head.flatten().tolist(), "scores": scores.tolist(), "fresh": built.algorithm.context.fresh}))
 """
 
 

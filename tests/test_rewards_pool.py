@@ -356,12 +356,12 @@ RUN = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background may ignore it
 from pathlib import Path
-from lowrank_tune.rewards import Item, Scorer, make
-from lowrank_tune.settings import RewardUse
-rewards = make([RewardUse(use=f"mine.py:{sys.argv[1]}")], Path())
-scorer = Scorer([each.reward for each in rewards], workers=2, timeout_seconds=600)
+from lowrank_tune.rewards import RewardInput, WorkerPool, build_rewards
+from lowrank_tune.settings import RewardConfig
+rewards = build_rewards([RewardConfig(name=f"mine.py:{sys.argv[1]}")], Path())
+scorer = WorkerPool([each.reward for each in rewards], workers=2, timeout_seconds=600)
 for number in range(4):
-    scorer.submit(number, Item("p", sys.argv[2], None, {}, True, 1))
+    scorer.submit(number, RewardInput("p", sys.argv[2], None, {}, True, 1))
 print(*scorer.pids, flush=True)
 %s
 """

@@ -134,9 +134,9 @@ real_freeze, real_pin, real_load = Roles._freeze_all_but_trainable, Roles._share
 @pytest.mark.parametrize(
     ("name", "bug", "then"),
     [
-        ("use", _use_leaves_the_lower, "trained"),
+        ("activate", _use_leaves_the_lower, "trained"),
         ("_freeze_all_but_trainable", _frozen_dropout_fires, "fresh"),
-        ("_pin", lambda self: None, "loaded"),
+        ("_share_active_list", lambda self: None, "loaded"),
     ],
 )
 def test_a_role_that_leaks_into_the_base_is_seen(
@@ -251,7 +251,9 @@ def _trainable_by_stack(self: Roles) -> None:
         parameter.requires_grad_(any(f".{name}." in key for name in self.stacks["policy"]))
 
 
-@pytest.mark.parametrize(("name", "bug"), [("use", _use_by_peft), ("_freeze_all_but_trainable", _trainable_by_stack)])
+@pytest.mark.parametrize(
+    ("name", "bug"), [("activate", _use_by_peft), ("_freeze_all_but_trainable", _trainable_by_stack)]
+)
 def test_a_switch_that_touches_requires_grad_is_seen(monkeypatch: pytest.MonkeyPatch, name: str, bug: Any) -> None:
     monkeypatch.setattr(Roles, name, bug)
     roles = llama_roles(lower=["sft"])
@@ -367,8 +369,8 @@ def _quiet_always_to_train(self: Roles) -> Iterator[None]:
     [
         (roles_module._ActiveAdapters, "__exit__", _exit_to_the_base),
         (roles_module._ActiveAdapters, "__exit__", _exit_only_when_well),
-        (Roles, "quiet", _quiet_without_finally),
-        (Roles, "quiet", _quiet_always_to_train),
+        (Roles, "inference_mode", _quiet_without_finally),
+        (Roles, "inference_mode", _quiet_always_to_train),
     ],
 )
 def test_a_role_that_stays_after_an_exception_is_seen(
@@ -572,7 +574,7 @@ def plain_peft_equals(roles: Roles, bits: int, folder: Path, train_mode: bool = 
         )
 
 
-@pytest.mark.parametrize("more", [{}, {"rslora": True}, {"target_modules": ("q_proj", "down_proj")}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"target_modules": ("q_proj", "down_proj")}], ids=str)
 @pytest.mark.parametrize("bits", [4, 16])
 def test_a_saved_adapter_loads_with_plain_peft(tmp_path: Path, bits: int, more: dict[str, Any]) -> None:
     roles = llama_roles(bits, lower=["other"], **more)
@@ -601,7 +603,7 @@ def test_a_wrong_scaling_or_a_lost_tensor_is_seen(tmp_path: Path, monkeypatch: p
 def test_an_adapter_goes_on_where_it_was(tmp_path: Path) -> None:
     """read_adapter and load_adapter_tensors: as the policy it is trainable and the same; below another it is frozen,
     without dropout."""
-    roles = llama_roles(dropout=0.25, rslora=True)
+    roles = llama_roles(dropout=0.25, use_rslora=True)
     perturb(roles, "policy")
     saved = read_adapter(str(save(roles, "policy", tmp_path / "run" / "final").parent), "adapters.policy.path")
     assert saved.base_name == roles.base.name and saved.config.use_rslora and saved.config.lora_dropout == 0.25
@@ -703,7 +705,7 @@ def test_a_seed_gives_the_same_adapters() -> None:
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 4.0), (True, 8.0)])
 def test_scaling(rslora: bool, scale: float) -> None:
     """alpha 16, r 4: 16 / 4, and 16 / sqrt(4) with rslora; and the layer really adds that."""
-    roles = roles_over(load_base_of(16), rslora=rslora)
+    roles = roles_over(load_base_of(16), use_rslora=rslora)
     perturb(roles, "policy")
     layer = next(module for module in roles.base.model.modules() if isinstance(module, LoraLayer))
     x = torch.randn(3, 64)
@@ -897,11 +899,11 @@ def test_a_released_base_is_as_it_was_loaded(kind: str, first: bool, then: bool)
 
 
 def release_without(line: str) -> Callable[[Roles], None]:
-    """`release` without one of its lines."""
+    """`unload_adapters` without one of its lines."""
     source, names = textwrap.dedent(inspect.getsource(Roles.unload_adapters)), dict(vars(roles_module))
     assert source.count(line) == 1
     exec(source.replace(line, "pass"), names)
-    return names["release"]  # type: ignore[no-any-return]
+    return names["unload_adapters"]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
@@ -909,7 +911,7 @@ def release_without(line: str) -> Callable[[Roles], None]:
     [
         ("setattr(model.get_submodule(parent), child, module.base_layer)", "modules"),
         ("del model.peft_config", "attribute .peft_config"),
-        ("keep_all(model)", "mode"),
+        ("disable_checkpointing(model)", "mode"),
         ("self.heads.clear()", "alive"),
         ("model.train()", "mode"),
     ],

@@ -639,7 +639,7 @@ def test_a_rollout_without_scratch_samples_the_same(limit: int, role: str) -> No
 @pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_linears_of_a_rollout_compute_the_same(bits: int, rslora: bool) -> None:
-    roles = perturbed_roles(bits, rslora=rslora)
+    roles = perturbed_roles(bits, use_rslora=rslora)
     ids = torch.tensor([PROMPTS[2]])
     with roles.inference_mode(), roles.activate("policy"):
         plain = roles.base.model(input_ids=ids).logits

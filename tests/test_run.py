@@ -26,7 +26,7 @@ from lowrank_tune.signals import TrainerControl
 
 
 def quick(**train: Any) -> dict[str, Any]:
-    recipe = small_recipe(**{"steps": 4, "save_every": 2, **train})
+    recipe = small_recipe(**{"max_steps": 4, "save_steps": 2, **train})
     recipe["evaluate"] = {**recipe["evaluate"], "eval_steps": 2}
     return recipe
 
@@ -110,7 +110,7 @@ def test_killed_at_its_very_end_it_still_reports_its_last_metrics(finished: Path
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
-    recipe = Recipe.from_dict(quick(steps=1))
+    recipe = Recipe.from_dict(quick(max_steps=1))
     first = run(recipe, out=tmp_path / "demo", ui="none")
     before = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
     second = run(recipe, out=tmp_path / "demo", ui="none")
@@ -122,7 +122,7 @@ def stopped_after(recipe: dict[str, Any], out: Path, step: int) -> int:
     """A run in this process that gets SIGINT after a step; returns the step that it reached."""
 
     def on_event(event: Any) -> None:
-        if event.kind == "step" and event.step == step:
+        if event.kind == "step_end" and event.step == step:
             os.kill(os.getpid(), signal.SIGINT)
 
     outcome = run(Recipe.from_dict(recipe), out=out, ui="none", on_event=on_event)
@@ -137,30 +137,30 @@ def test_interrupted_and_continued_equals_straight_through(finished: Path, tmp_p
     assert run_fingerprint(outcome.folder) == run_fingerprint(finished)
 
 
-@pytest.mark.parametrize("request", ["stop", "evaluate", "save"])
+@pytest.mark.parametrize("action", ["stop", "evaluate", "save"])
 def test_what_is_requested_on_the_way_does_not_choose_the_final_adapter(
-    request: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At this rate every step makes it worse: were the first step's adapter measured, it would be the best. Only
     scheduled ones count."""
-    recipe = quick(steps=6, learning_rate=0.05, schedule="constant")
+    recipe = quick(max_steps=6, learning_rate=0.05, lr_scheduler_type="constant")
     recipe["evaluate"]["eval_steps"] = 5
     straight = run(Recipe.from_dict(recipe), out=tmp_path / "straight", ui="none").folder
     control = TrainerControl()
     monkeypatch.setattr("lowrank_tune.runner.TrainerControl", lambda: control)
 
     def on_event(event: Any) -> None:
-        if event.kind == "step" and event.step == 1:
-            setattr(control, request, True)
+        if event.kind == "step_end" and event.step == 1:
+            setattr(control, action, True)
 
     outcome = run(Recipe.from_dict(recipe), out=tmp_path / "run", ui="none", on_event=on_event)
-    if request == "stop":
+    if action == "stop":
         assert outcome.status == "interrupted"
         control.stop = False
         outcome = run(Recipe.from_dict(recipe), out=tmp_path / "run", ui="none")
     wanted, got = run_fingerprint(straight), run_fingerprint(outcome.folder)
     assert got["steps"] == wanted["steps"] and got["final"] == wanted["final"]
-    assert ((1, "policy") in {(step, role) for step, role, *_ in got["samples"]}) == (request == "evaluate"), (
+    assert ((1, "policy") in {(step, role) for step, role, *_ in got["samples"]}) == (action == "evaluate"), (
         "it is measured where it was asked"
     )
 
@@ -176,7 +176,7 @@ def test_stopped_between_two_steps_continues_exactly(
         reached = (
             event.kind == "run_started"
             if moment.startswith("before")
-            else event.kind == "validated" and event.step == 2
+            else event.kind == "evaluated" and event.step == 2
         )
         control.stop = control.stop or reached
 
@@ -193,7 +193,7 @@ def test_a_changed_recipe_is_refused_with_the_difference_but_more_steps_are_not(
     stopped_after(quick(), tmp_path / "run", 1)
     with pytest.raises(UserError, match=r"learning_rate: was 0\.002, is 0\.001"):
         run(Recipe.from_dict(quick(learning_rate=1e-3)), out=tmp_path / "run", ui="none")
-    assert run(Recipe.from_dict(quick(steps=5)), out=tmp_path / "run", ui="none").summary["steps"] == 5
+    assert run(Recipe.from_dict(quick(max_steps=5)), out=tmp_path / "run", ui="none").summary["steps"] == 5
 
 
 def test_an_adapter_below_stays_as_it_is_and_is_the_reference(finished: Path, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_losses_that_are_not_finite_fail_the_run(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(sft, "sft_loss", lambda logps, scored, weight: logps.sum() * float("nan"))
     with pytest.raises(TrainingError, match="no finite loss"):
-        run(Recipe.from_dict(quick(steps=9, max_bad_steps=2)), out=tmp_path / "run", ui="none")
+        run(Recipe.from_dict(quick(max_steps=9, max_nonfinite_steps=2)), out=tmp_path / "run", ui="none")
     last = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[-1])
     assert last["event"] == "run_ended" and last["status"] == "failed"
 
@@ -243,7 +243,7 @@ def test_it_runs_outside_the_main_thread(tmp_path: Path) -> None:
     """Notebooks and servers do that; only the main thread may handle signals."""
     outcomes: list[Any] = []
     thread = threading.Thread(
-        target=lambda: outcomes.append(run(Recipe.from_dict(quick(steps=1)), out=tmp_path / "run", ui="none"))
+        target=lambda: outcomes.append(run(Recipe.from_dict(quick(max_steps=1)), out=tmp_path / "run", ui="none"))
     )
     thread.start()
     thread.join()
@@ -254,7 +254,7 @@ def test_it_runs_outside_the_main_thread(tmp_path: Path) -> None:
     "sent", [signal.SIGINT, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGTERM, signal.SIGHUP))]
 )
 def test_a_signal_ends_the_process_with_130_and_a_checkpoint(tmp_path: Path, sent: signal.Signals) -> None:
-    recipe, out = write_recipe(tmp_path, small_recipe(steps=400, save_every=400)), tmp_path / "run"
+    recipe, out = write_recipe(tmp_path, small_recipe(max_steps=400, save_steps=400)), tmp_path / "run"
     command = [sys.executable, "-m", "lowrank_tune", "run", recipe, "--out", str(out), "--ui", "plain"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.time() + 120

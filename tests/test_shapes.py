@@ -56,13 +56,13 @@ def test_revisions_siblings_and_strangers() -> None:
         == configs.file_of("Qwen/Qwen2.5-7B-Instruct")
     )
     assert all(configs.file_of(model) is not None for model in configs.SAME_CONFIG)
-    for stranger in ("tiny-tutor", "Qwen/Qwen9", "../shapes/Qwen--Qwen3-8B", "Qwen--Qwen3-8B", "./model", ""):
+    for stranger in ("tiny-tutor", "Qwen/Qwen9", "../configs/Qwen--Qwen3-8B", "Qwen--Qwen3-8B", "./model", ""):
         assert configs.config_of(stranger) is None
 
 
 def test_the_lookup_needs_no_torch() -> None:
     code = (
-        "import sys; from lowrank_tune.model import shapes; shapes.config_of('Qwen/Qwen3-8B')['vocab_size']; "
+        "import sys; from lowrank_tune.model import configs; configs.config_of('Qwen/Qwen3-8B')['vocab_size']; "
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -46,7 +46,7 @@ def recipe_of(algorithm: str, **train: Any) -> dict[str, Any]:
     """Without dropout, which another split draws anew."""
     name = "reward" if algorithm == "reward" else "policy"
     return {
-        **small_recipe(algorithm, **{"steps": 3, "save_every": 1, "micro_batch_size": 6, **train}),
+        **small_recipe(algorithm, **{"max_steps": 3, "save_steps": 1, "micro_batch_size": 6, **train}),
         "adapters": {name: {"r": 4}},
     }
 
@@ -130,7 +130,7 @@ def test_it_is_remembered_when_the_run_goes_on(short: tuple[Path, str], tmp_path
         shutil.copytree(folder, again)
         (again / "summary.json").unlink()
         with card(update=150) as refused:
-            assert run(Recipe.from_dict(recipe_of("sft", steps=5, **train)), out=again, ui="none").status == "done"
+            assert run(Recipe.from_dict(recipe_of("sft", max_steps=5, **train)), out=again, ui="none").status == "done"
         assert bool(refused) is fails
 
 
@@ -138,7 +138,7 @@ def test_it_is_remembered_when_the_run_goes_on(short: tuple[Path, str], tmp_path
 def test_a_run_with_too_little_memory_learns_the_same(tmp_path: Path, algorithm: str) -> None:
     """Updates, validation, the reference and what a harvest is judged by all run short, and no figure of any step hangs
     on it."""
-    recipe = Recipe.from_dict(recipe_of(algorithm, steps=2))
+    recipe = Recipe.from_dict(recipe_of(algorithm, max_steps=2))
     whole = run(recipe, out=tmp_path / "whole", ui="none").folder
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWRANK_TUNE_CACHE", str(tmp_path / "cache"))  # where no reference was computed yet
@@ -256,7 +256,7 @@ def test_a_budget_decides_how_many_sequences_are_decoded_at_once(tmp_path: Path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "__init__", watched)
-        run(Recipe.from_dict(recipe_of("sft", steps=1, memory_budget_gib=0.5)), out=tmp_path / "run", ui="none")
+        run(Recipe.from_dict(recipe_of("sft", max_steps=1, memory_budget_gib=0.5)), out=tmp_path / "run", ui="none")
     assert requested and {size for size, _ in requested} == {1 << 29}
 
 

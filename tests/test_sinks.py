@@ -75,7 +75,7 @@ def test_each_event_is_there_at_once_and_comes_back(tmp_path: Path) -> None:
         sink(event)
         assert len(written(tmp_path / "events.jsonl")) == number  # before it is closed
     assert [from_json(data) for data in written(tmp_path / "events.jsonl")] == events
-    assert written(tmp_path / "events.jsonl")[1]["v"] == 1
+    assert written(tmp_path / "events.jsonl")[1]["v"] == 2
     sink.close()
     sink.close()
     sink(step(2))  # after the end: nothing
@@ -127,21 +127,21 @@ def test_resume_cuts_what_is_done_again(tmp_path: Path) -> None:
         saved(1),
     ).close()
     with open(path, "ab") as file:
-        file.write(b'{"v": 1, "event": "st')
+        file.write(b'{"v": 2, "event": "st')
     sink = JsonLines(path, resumed_from=2)
     for event in (start(2), step(3), step(4)):
         sink(event)
     kinds = steps_of(path)
     assert kinds == [
         ("run_started", -1),
-        ("step", 1),
-        ("step", 2),
-        ("validated", 2),
-        ("saved", 2),
-        ("note", -1),
+        ("step_end", 1),
+        ("step_end", 2),
+        ("evaluated", 2),
+        ("checkpoint_saved", 2),
+        ("log_message", -1),
         ("run_started", -1),
-        ("step", 3),
-        ("step", 4),
+        ("step_end", 3),
+        ("step_end", 4),
     ]
     assert "lost" not in path.read_text()
     assert [name.name for name in tmp_path.iterdir()] == ["events.jsonl"]

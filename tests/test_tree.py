@@ -163,7 +163,8 @@ def test_other_roles_quiet_mode_and_scores() -> None:
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, change: Any) -> float:
-    """The error where the layout is changed behind `plant`'s back (the probe of the model runs before)."""
+    """The error where the layout is changed behind `pack_shared_prefixes`'s back (the probe of the model runs
+    before)."""
     roles, batch = roles_of("16"), groups([12, 7], [[5, 9], [6, 3]])
     assert error_of_sharing(roles, batch) < 1e-5
     monkeypatch.setattr(roles_module, "pack_shared_prefixes", lambda *given: change(pack_shared_prefixes(*given)))

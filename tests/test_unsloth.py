@@ -1,5 +1,5 @@
 """The unsloth backend: its rules, its traps with a stand-in for it, and (marked `unsloth`, where it is installed) the
-real one beside plain."""
+real one beside transformers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ ROOT = Path(__file__).parent.parent
         ("tiny-dpo", ["adapters.sft.path=runs/sft"], "and here is `sft` too (the reference is no longer the base)"),
         (
             "tiny-grpo",
-            ["adapters.reward.path=runs/reward", "rewards=[{use: reward_model}]"],
+            ["adapters.reward.path=runs/reward", "rewards=[{name: reward_model}]"],
             "and here is `reward` too (the reward model speaks",
         ),
     ],
@@ -66,7 +66,7 @@ def test_what_it_trains(preset: str, overrides: list[str], words: str | None) ->
         return
     with pytest.raises(ConfigError) as caught:
         Recipe.load(preset, "base.backend=unsloth", *overrides)
-    assert words in str(caught.value) and "use `plain`" in str(caught.value)
+    assert words in str(caught.value) and "use `transformers`" in str(caught.value)
 
 
 def test_a_chain_lays_adapters_below() -> None:
@@ -122,7 +122,7 @@ FITTING = {
 @pytest.mark.usefixtures("absent")
 def test_what_prevents_its_use_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     versions(monkeypatch)
-    unsloth_import.import_unsloth(["plain"])
+    unsloth_import.import_unsloth(["transformers"])
     with pytest.raises(UserError, match="unsloth is not installed: pip install .*constraints/unsloth.txt"):
         unsloth_import.import_unsloth(["unsloth"])
     versions(monkeypatch, **FITTING | {"transformers": "5.23.0", "datasets": "4.4.2", "trl": "1.16.0"})
@@ -311,7 +311,7 @@ def test_completions_are_drawn_as_without_it(stand_in: StandIn) -> None:
     assert drawn(loaded()) == theirs
 
 
-def test_log_probs_are_those_of_plain(stand_in: StandIn) -> None:
+def test_log_probs_are_those_of_transformers(stand_in: StandIn) -> None:
     batch = ragged_batch()
     theirs = (
         roles_over(load_base(settings.BaseConfig(model=saved_model("llama")), TOKENIZER, CPU))
@@ -322,7 +322,7 @@ def test_log_probs_are_those_of_plain(stand_in: StandIn) -> None:
 
 
 def test_what_it_does_in_silence_is_refused(stand_in: StandIn, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="llama, mistral, qwen2, qwen3 models, and .* is gemma2; use `plain`"):
+    with pytest.raises(UserError, match="llama, mistral, qwen2, qwen3 models, and .* is gemma2; use `transformers`"):
         loaded("gemma2")
     stand_in.bits = 16
     with pytest.raises(UserError, match="without 4 bits, which was not asked for"):
@@ -331,7 +331,7 @@ def test_what_it_does_in_silence_is_refused(stand_in: StandIn, tmp_path: Path) -
     with pytest.raises(UserError, match="made 105 of the 97 words"):
         loaded()
     stand_in.error = "no kernel image\nat all"
-    with pytest.raises(UserError, match="unsloth cannot load .*: no kernel image; use `plain`"):
+    with pytest.raises(UserError, match="unsloth cannot load .*: no kernel image; use `transformers`"):
         loaded()
 
 
@@ -356,7 +356,7 @@ def test_an_unsloth_that_works_otherwise_is_refused(stand_in: StandIn, monkeypat
     [
         ("tiny-sft", ["train.gradient_checkpointing=true"]),
         ("tiny-sft", ["base.bits=16"]),
-        ("tiny-dpo", ["data.train=[{dataset: tutor-preferences, rows: 40}]"]),
+        ("tiny-dpo", ["data.train=[{dataset: tutor-preferences, max_samples: 40}]"]),
         ("tiny-grpo", ["train.prompts_per_step=4", "rollout.num_generations=4"]),
     ],
 )
@@ -364,7 +364,7 @@ def test_the_real_one_does_the_same_steps(tmp_path: Path, preset: str, overrides
     """Each in a process of its own: what unsloth replaces, it replaces for all that a process does."""
     losses = {}
     length = ["train.num_train_epochs=null"] if preset != "tiny-grpo" else []
-    for backend in ("unsloth", "plain"):
+    for backend in ("unsloth", "transformers"):
         words = [
             *overrides,
             *length,
@@ -392,7 +392,9 @@ def test_the_real_one_does_the_same_steps(tmp_path: Path, preset: str, overrides
         assert "Unsloth" not in done.stdout
         events = [json.loads(line) for line in (tmp_path / backend / "events.jsonl").read_text().splitlines()]
         losses[backend] = [event["stats"]["loss"] for event in events if event["event"] == "step_end"]
-    assert len(losses["plain"]) == 3 and losses["unsloth"] == pytest.approx(losses["plain"], rel=1e-5, abs=1e-7)
+    assert len(losses["transformers"]) == 3 and losses["unsloth"] == pytest.approx(
+        losses["transformers"], rel=1e-5, abs=1e-7
+    )
     assert not list(tmp_path.glob("unsloth_compiled*")), "unsloth left its cache beside the user's files"
     config = json.loads((tmp_path / "unsloth" / "final" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny-tutor"

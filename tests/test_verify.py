@@ -56,8 +56,8 @@ def recipe(*rewards: dict[str, Any], data: dict[str, Any] | None = None, **more:
         {
             "name": "v",
             "algorithm": "grpo",
-            "data": {"train": [data or {"dataset": "tutor", "rows": 30}]},
-            "rewards": list(rewards) or [{"use": "answer"}],
+            "data": {"train": [data or {"dataset": "tutor", "max_samples": 30}]},
+            "rewards": list(rewards) or [{"name": "answer"}],
             "train": {"max_steps": 1},
             **more,
         }
@@ -88,7 +88,7 @@ SHAPES: list[tuple[dict[str, Any], str, str | None]] = [
         {
             "messages": [{"role": "user", "content": "2+3?"}],
             "gold": "5",
-            "responses": [{"text": "It is 5.", "finish": "stop"}],
+            "responses": [{"text": "It is 5.", "finish_reason": "stop"}],
         },
         "2+3?",
         "5",
@@ -121,7 +121,7 @@ def test_the_ground_truth_is_never_taken_from_the_response(place: Path) -> None:
 
 
 def test_the_recipe_decides_how_rows_are_read(place: Path) -> None:
-    source = {"dataset": "none.jsonl", "columns": {"question": "ask", "answer": "told"}, "gold": "last_number"}
+    source = {"dataset": "none.jsonl", "columns": {"question": "ask", "answer": "told"}, "ground_truth": "last_number"}
     found = judged([{"ask": "2+3?", "told": "of 2 and 3 it is 5", "completion": "5"}], data=source)
     assert (
         found.responses[0].reward_input.prompt,
@@ -135,7 +135,7 @@ def test_the_recipe_decides_how_rows_are_read(place: Path) -> None:
 
 
 def test_functions_see_the_row_of_the_data(place: Path) -> None:
-    found = judged([{"question": "q", "gold": "5", "worth": 3, "completions": ["a", "b"]}], {"use": "./mine.py:seen"})
+    found = judged([{"question": "q", "gold": "5", "worth": 3, "completions": ["a", "b"]}], {"name": "./mine.py:seen"})
     assert [scores[0].value for scores in found.scores] == [1.0, 1.0]
 
 
@@ -143,12 +143,12 @@ def test_several_completions_their_ends_and_their_lengths(place: Path) -> None:
     row = {
         "question": "q",
         "gold": "5",
-        "completions": ["5", {"text": "5", "finish": "length"}, {"content": "5", "stopped": False}],
+        "completions": ["5", {"text": "5", "finish_reason": "length"}, {"content": "5", "stopped": False}],
     }
     found = judged(
-        [row, {"question": "q", "gold": "5", "completion": "5", "finish": "length"}],
-        {"use": "answer"},
-        {"use": "length", "target_tokens": 1},
+        [row, {"question": "q", "gold": "5", "completion": "5", "finish_reason": "length"}],
+        {"name": "answer"},
+        {"name": "length", "target_tokens": 1},
     )
     assert [(one.index, one.reward_input.stopped) for one in found.responses] == [
         (1, True),
@@ -170,7 +170,7 @@ def test_invalid_rows_are_reported_with_their_lines(place: Path) -> None:
         [1],
         {"question": "q", "gold": "", "completion": "5"},
     ]
-    found = judged(rows, {"use": "math_answer"})
+    found = judged(rows, {"name": "math_answer"})
     lines = {reason: [place.rpartition(":")[2] for place in gone.locations] for reason, gone in found.dropped.items()}
     assert len(found.scores) == 1 and sorted(line for several in lines.values() for line in several) == [
         "2",
@@ -254,7 +254,7 @@ def preset(place: Path, *rewards: str) -> str:
 def test_the_command(place: Path) -> None:
     rows = [{"question": f"{n}?", "gold": "5", "completion": "5" if n % 2 else "66 \x1b[31m"} for n in range(40)]
     rows[8]["completion"] = "boom"
-    made = preset(place, "use: answer", "use: './mine.py:odd', on_error: drop", "use: length, target_tokens: 3")
+    made = preset(place, "name: answer", "name: './mine.py:odd', on_error: drop", "name: length, target_tokens: 3")
     result = verify_command(made, "--file", write(rows), "--out", "o.jsonl")
     assert result.exit_code == 0 and "40 responses judged" in result.output and "\x1b" not in result.output
     assert (
@@ -270,7 +270,7 @@ def test_the_command(place: Path) -> None:
         and "length" in lines[1]["rewards"]
     )
 
-    made = preset(place, "use: './mine.py:odd'")
+    made = preset(place, "name: './mine.py:odd'")
     result = verify_command(made, "--file", "r.jsonl")
     assert result.exit_code == 1 and "a run would stop: `odd` stops a run at its first failure" in result.output
 
@@ -290,14 +290,14 @@ def test_the_command(place: Path) -> None:
     ],
 )
 def test_wrong_input_ends_with_a_sentence(place: Path, arguments: tuple[str, ...], words: str) -> None:
-    preset(place, "use: './mine.py:nothing'")
+    preset(place, "name: './mine.py:nothing'")
     (place / "my.yaml").rename("broken.yaml")
-    preset(place, "use: answer")
+    preset(place, "name: answer")
     write([{"question": "q"}])
     write([], "e.jsonl")
     (place / "stages.yaml").write_text(
         "train: {max_steps: 1}\nstages:\n  - {algorithm: reward, data: {train: [{dataset: tutor-preferences}]}}\n"
-        "  - {algorithm: grpo, data: {train: [{dataset: tutor}]}, rewards: [{use: reward_model}]}\n"
+        "  - {algorithm: grpo, data: {train: [{dataset: tutor}]}, rewards: [{name: reward_model}]}\n"
     )
     result = verify_command(*arguments)
     assert result.exit_code == 2 and "Traceback" not in result.output
@@ -316,7 +316,7 @@ def test_an_interruption_keeps_what_is_done(place: Path, monkeypatch: pytest.Mon
         return real(self)
 
     monkeypatch.setattr(WorkerPool, "collect", collect)
-    made = preset(place, "use: answer")
+    made = preset(place, "name: answer")
     result = verify_command(made, "--file", write([{"gold": "5", "completion": "5"}] * 99), "--out", "o.jsonl")
     done = 2 * CHUNK_SIZE
     assert result.exit_code == 130 and f"{done} responses judged of 99, interrupted" in result.output
@@ -325,7 +325,7 @@ def test_an_interruption_keeps_what_is_done(place: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_ctrl_c_prints_what_is_done(place: Path) -> None:
-    made = preset(place, "use: './mine.py:slow'")
+    made = preset(place, "name: './mine.py:slow'")
     write([{"gold": "5", "completion": str(n)} for n in range(400)])
     environment = {
         **os.environ,

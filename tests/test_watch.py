@@ -132,7 +132,7 @@ def chain(tmp_path: Path) -> Path:
     folder = tmp_path / "chain"
     folder.mkdir()
     (folder / "run.json").write_text(
-        json.dumps({"version": 1, "recipe": {"name": "c", "stages": [{"name": "sft"}, {"name": "dpo"}]}})
+        json.dumps({"version": 2, "recipe": {"name": "c", "stages": [{"name": "sft"}, {"name": "dpo"}]}})
     )
     return folder
 

@@ -97,7 +97,7 @@ def measure(
         parameters = [parameter for role in trained for parameter in roles.parameters(role)]
         release_unused(base.device)
         reset_peak(base.device)
-        settings = TrainSettings(micro_batch_size=cell.micro, optimizer=cell.optimizer)
+        settings = TrainSettings(micro_batch_size=cell.micro, optim=cell.optimizer)
         # The profiled step comes after the timed ones and before the last, which also measures KL.
         steps, profile_step = (STEPS + 1, STEPS - 1) if profile else (STEPS, None)
         run = measured_run.run(algorithm, roles, parameters, settings, steps, profile_step)

@@ -54,7 +54,7 @@ def run(
     steps: int,
     profile_step: int | None = None,
 ) -> MeasuredRun:
-    """Run `steps` steps. Raises RunFailed and torch.OutOfMemoryError as the loop does."""
+    """Run `steps` steps. Raises TrainingError and torch.OutOfMemoryError as the loop does."""
     measured, device = MeasuredRun(), roles.base.device
     collect, started, forwards_before = algorithm.collect, 0.0, 0
     profiling = ExitStack()

@@ -80,7 +80,7 @@ def optimizer_changes(base: Base, name: str) -> bool | None:
     roles = make_roles(base, ("policy",), True)
     parameters = roles.parameters("policy")
     try:
-        optimizer = make_optimizer(parameters, TrainSettings(1, optimizer=name), base.device)  # type: ignore[arg-type]
+        optimizer = make_optimizer(parameters, TrainSettings(1, optim=name), base.device)  # type: ignore[arg-type]
     except UserError:
         roles.unload_adapters()
         return None

@@ -44,11 +44,11 @@ def recipe_of(cell: Cell, shape: str) -> dict[str, Any]:
     """Return the recipe of a cell. Its data file is never read."""
     online, size = cell.algorithm in GENERATIVE, cell.size
     train: dict[str, Any] = {
-        "steps": 4,
+        "max_steps": 4,
         "micro_batch_size": cell.micro,
         "gradient_checkpointing": cell.checkpointing,
         "activation_offloading": cell.offload,
-        "optimizer": cell.optimizer,
+        "optim": cell.optimizer,
     }
     role = "reward" if cell.algorithm == "reward" else "policy"
     recipe: dict[str, Any] = {
@@ -56,7 +56,7 @@ def recipe_of(cell: Cell, shape: str) -> dict[str, Any]:
         "base": {"model": SHAPES[shape]},
         "train": train,
         "data": {"train": [{"dataset": "rows.jsonl"}]},
-        "adapters": {role: {"r": AdapterSettings.r, "alpha": AdapterSettings.alpha}},
+        "adapters": {role: {"r": AdapterSettings.r, "lora_alpha": AdapterSettings.lora_alpha}},
     }
     if online:
         train["prompts_per_step"] = cell.units // size.num_generations
@@ -64,8 +64,8 @@ def recipe_of(cell: Cell, shape: str) -> dict[str, Any]:
         recipe["rollout"] = {"num_generations": size.num_generations, "max_new_tokens": size.max_new_tokens}
         recipe["rewards"] = [{"name": "repetition"}]
     else:
-        train["rows_per_step"] = cell.units
-        recipe["data"] |= {"max_length": cell.length, "validation_share": 0.0}
+        train["global_batch_size"] = cell.units
+        recipe["data"] |= {"max_length": cell.length, "eval_fraction": 0.0}
         train["final"] = "last"
     if cell.algorithm == "grpo":
         recipe["grpo"] = {"zero_std_groups": "keep"}

@@ -21,34 +21,34 @@ Rows = Callable[[int], Batch]
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Stands for `settings.Adapter`, which needs pydantic."""
+    """Stands for `settings.AdapterConfig`, which needs pydantic."""
 
     r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
     target_modules: str = "all-linear"
-    rslora: bool = False
+    use_rslora: bool = False
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Stands for `settings.Train`: what the loop and the optimizer read."""
+    """Stands for `settings.TrainingConfig`: what the trainer and the optimizer read."""
 
     micro_batch_size: int
     micro_batch_tokens: int | None = None
     learning_rate: float = 2e-4
-    schedule: str = "constant"
+    lr_scheduler_type: str = "constant"
     warmup_steps: int = 0
-    optimizer: str = "adamw"
+    optim: str = "adamw"
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
-    max_bad_steps: int = 1
-    log_every: int = 1_000_000
+    max_nonfinite_steps: int = 1
+    logging_steps: int = 1_000_000
 
     @property
-    def micro_rows(self) -> int:
+    def micro_batch_rows(self) -> int:
         return self.micro_batch_size
 
 
@@ -74,11 +74,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Stands for `data.Asked`, whose package needs pydantic."""
+    """Stands for `data.PromptExample`, whose package needs pydantic."""
 
-    ids: list[int]
+    input_ids: list[int]
     text: str = ""
-    gold: None = None
+    ground_truth: None = None
 
 
 class MeanTokenId:

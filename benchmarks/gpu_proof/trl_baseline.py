@@ -88,7 +88,7 @@ class TrainerInputs:
 
         lora = LoraConfig(
             r=AdapterSettings.r,
-            lora_alpha=int(AdapterSettings.alpha),
+            lora_alpha=int(AdapterSettings.lora_alpha),
             target_modules="all-linear",
             task_type="CAUSAL_LM",
             lora_dropout=0.0,

@@ -11,10 +11,10 @@ from lowrank_tune.types import Batch
 
 @dataclass(frozen=True)
 class AlgorithmContext:
-    """The roles, and `rows(step)`: the training rows of an optimizer step, padded, on the CPU.
+    """The roles, and `get_batch(step)`: the training rows of an optimizer step, padded, on the CPU.
 
-    `reference` says in words what the policy is compared with. `fresh`: the trained adapter began at zero, so that
-    before the first step the policy *is* its reference; one that was continued from an earlier run is not.
+    `reference_description` says in words what the policy is compared with. `fresh`: the trained adapter began at zero,
+    so that before the first step the policy *is* its reference; one that was continued from an earlier run is not.
     """
 
     roles: Roles

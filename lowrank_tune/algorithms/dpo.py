@@ -77,7 +77,7 @@ def dpo_loss(
 
 
 class DPO:
-    """The three verbs. `sft` is the weight s of the SFT term."""
+    """The three verbs. `sft_coef` is the weight s of the SFT term."""
 
     rows_per_unit = 2
 

@@ -6,16 +6,17 @@ the policy wrote.
 
     L = sum_it w_it [ -min(rho A, clip(rho, 1 - low, 1 + high) A) + lambda KL(p || ref) ]
 
-grpo      w = 1 / (N |y_i|): every completion counts alike dapo      w = 1 / (tokens of the step): every token counts
-alike; high 0.28                                    arXiv:2503.14476 dr_grpo   w = 1 / (N max_new_tokens), A = R - mean
-R: neither length nor spread divides                        arXiv:2503.20783 gspo      grpo's weights, rho of the whole
-sequence: exp of the mean log-ratio a token                         arXiv:2507.18071 cispo     dapo's weights,
--sg(min(rho, high)) A log p: the weight is clipped, no gradient is lost; high 5      arXiv:2506.13585
+grpo      w = 1 / (N |y_i|): every completion counts alike
+dapo      w = 1 / (tokens of the step): every token counts alike; high 0.28                           arXiv:2503.14476
+dr_grpo   w = 1 / (N max_new_tokens), A = R - mean R: neither length nor spread divides               arXiv:2503.20783
+gspo      grpo's weights, rho of the whole sequence: exp of the mean log-ratio a token                arXiv:2507.18071
+cispo     dapo's weights, -sg(min(rho, high)) A log p: the weight is clipped, no gradient is lost;
+          high 5                                                                                      arXiv:2506.13585
 
-A completion that no reward can be told for (`failures.py`) leaves its group before anything is counted. A group whose
-rewards are all equal (within 1e-6), or that has no two left, has A = 0 exactly. KL in the loss a token, d = log ref -
-log p: k3_ratio (e^d - d - 1) rho, whose gradient is that of KL(p || ref); k3 without rho; k2 d^2 / 2; exact, over the
-whole vocabulary. KL in the reward: R_i loses lambda sum_t (log p_old - log ref).
+A completion that no reward can be told for (`reward_failures.py`) leaves its group before anything is counted. A group
+whose rewards are all equal (within 1e-6), or that has no two left, has A = 0 exactly. KL in the loss a token, d = log
+ref - log p: k3_ratio (e^d - d - 1) rho, whose gradient is that of KL(p || ref); k3 without rho; k2 d^2 / 2; exact, over
+the whole vocabulary. KL in the reward: R_i loses lambda sum_t (log p_old - log ref).
 
 Metrics: `reward` R before any KL, `reward_spread` its std in a group, `reward_NAME` each reward by itself;
 `dead_groups` the share of groups without signal; `length` tokens a completion, `truncated` the share cut by the limit;
@@ -110,7 +111,7 @@ def kl_penalty(estimator: str, logps: Tensor, old_logps: Tensor, reference_logps
 
 @dataclass
 class GRPOBatch(StepBatch):
-    """The harvest, `epochs` times."""
+    """The rollouts, `num_iterations` times."""
 
     num_iterations: int = 1
 
@@ -120,7 +121,7 @@ class GRPOBatch(StepBatch):
 
 
 class GRPO:
-    """The three verbs. `low` and `high` are the clips, `kl` is lambda."""
+    """The three verbs. `epsilon_low` and `epsilon_high` are the clips, `beta` is lambda."""
 
     rows_per_unit = 1
 

@@ -3,17 +3,17 @@
 The policy writes completions y; old is that policy, ref the reference. Of token t, over the tokens y_1 ... y_n of one
 completion:
 
-    r_t = -lambda (log old(y_t) - log ref(y_t)),   and r_n also has the score R(x, y) A_t = delta_t + gamma L A_(t+1),
-    delta_t = r_t + gamma V_(t+1) - V_t,   G_t = A_t + V_t          GAE, L its `gae_lambda` a_t = (A_t - mean A) / std A
-    over all tokens of the harvest
+    r_t = -lambda (log old(y_t) - log ref(y_t)),   and r_n also has the score R(x, y)
+    A_t = delta_t + gamma L A_(t+1),   delta_t = r_t + gamma V_(t+1) - V_t,   G_t = A_t + V_t          GAE, L its `lam`
+    a_t = (A_t - mean A) / std A over all tokens of the rollouts
 
     policy   L = sum_t w_t [ -min(rho a, clip(rho, 1 - c, 1 + c) a) - e H ],   rho_t = p(y_t) / old(y_t), H the entropy
     value    L = sum_t w_t max((v_t - G_t)^2, (clip(v_t, V_t - d, V_t + d) - G_t)^2) / 2
 
 w is 1 / (tokens of the minibatch). V_t is the value of what stands before token t; V_(n+1) is 0 where the completion
-ended. One that was cut loses `penalty` (truncated `penalize`), is scored as it is (`keep`), or has no score yet and
-V_(n+1) is the value of all that was written (`bootstrap`). A harvest is passed over `epochs` times in `minibatches`;
-once old and policy lie `update_kl_limit` nats a token apart the rest of the passes is left out.
+ended. One that was cut loses `missing_eos_penalty` (`penalize`), is scored as it is (`keep`), or has no score yet and
+V_(n+1) is the value of all that was written (`bootstrap`). Rollouts are passed over `num_ppo_epochs` times in
+`num_mini_batches`; once old and policy lie `target_kl` nats a token apart the rest of the passes is left out.
 
 The value is an adapter and an fp32 head of its own beside the policy's adapter, or a head on the policy's trunk. The
 two losses are two graphs, one alive at a time: no parameter moves between their backward passes, so the gradients add
@@ -107,7 +107,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, gain: float) -> floa
 
 @dataclass
 class PPOBatch(StepBatch):
-    """The harvest `epochs` times, each time in other `minibatches` of nearly the same number of rows."""
+    """The rollouts `num_ppo_epochs` times, each time in other `num_mini_batches` of nearly the same number of rows."""
 
     num_ppo_epochs: int = 1
     num_mini_batches: int = 1
@@ -242,14 +242,15 @@ class PPO:
         if mismatch > self.update.max_logprob_mismatch:
             raise TrainingError(
                 f"the sampler's log-probs and the policy's differ by {mismatch:.3f} nats a token, more than "
-                f"ppo.max_logprob_mismatch, {self.update.max_logprob_mismatch:g}: ratios would compare what was never drawn"
+                f"ppo.max_logprob_mismatch, {self.update.max_logprob_mismatch:g}: ratios would compare what was never "
+                "drawn"
             )
 
     def _terminal_rewards_and_bootstrap_values(
         self, scores: Tensor, truncated: Tensor, final_values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The score at each row's last token, and the value behind it; (B,) each. `written` is the value of all that
-        was written."""
+        """The score at each row's last token, and the value behind it; (B,) each. `final_values` are the values of
+        all that was written."""
         zeros = torch.zeros_like(final_values)
         if (
             self.gae_config.truncated_completions == "bootstrap"

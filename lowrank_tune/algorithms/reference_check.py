@@ -15,9 +15,9 @@ notes, bf16 0.016)."""
 
 
 def check_reference(roles: Roles, micro: Batch, expect_equal: bool, description: str) -> None:
-    """Compares the reference with the cached log-probs in `micro`, and where the policy must still be the `same`, with
-    the policy, bit for bit, as the policy will run: then DPO's loss is ln 2 and KL is 0. Raises RunFailed where one is
-    not what it must be."""
+    """Compares the reference with the cached log-probs in `micro`, and where `expect_equal`, with the policy, bit for
+    bit, as the policy will run: then DPO's loss is ln 2 and KL is 0. Raises TrainingError where one is not what it must
+    be."""
     with roles.inference_mode():
         reference = roles.logps("reference", micro).logps
     if expect_equal:
@@ -25,18 +25,15 @@ def check_reference(roles: Roles, micro: Batch, expect_equal: bool, description:
             policy = roles.logps("policy", micro).logps
         if not torch.equal(policy, reference):
             raise TrainingError(
-                f"the reference is not what it must be: before the first step policy and reference ({description}) differ "
-                f"by up to "
-                f"{float((policy - reference).abs().max()):.1e} nats a token; nothing was trained"
+                f"the reference is not what it must be: before the first step policy and reference ({description}) "
+                f"differ by up to {float((policy - reference).abs().max()):.1e} nats a token; nothing was trained"
             )
     if "reference" in micro.extra:
         difference = (reference.sum(dim=1) - micro.extra["reference"]).abs() / micro.loss_mask.sum(dim=1).clamp_min(1)
         tolerance = LOGP_TOLERANCE[torch.bfloat16 if roles.base.device.type == "cuda" else torch.float32]
         if not float(difference.max()) <= tolerance:  # nan is no agreement
             raise TrainingError(
-                f"the cached log-probs of the reference ({description}) are {float(difference.max()):.1e} nats a token from "
-                f"fresh ones, "
-                f"more than {tolerance:g}: delete the folder `reference` in the cache (`lowrank-tune doctor` names it) "
-                f"and start "
-                "again"
+                f"the cached log-probs of the reference ({description}) are {float(difference.max()):.1e} nats a token "
+                f"from fresh ones, more than {tolerance:g}: delete the folder `reference` in the cache (`lowrank-tune "
+                "doctor` names it) and start again"
             )

@@ -1,5 +1,5 @@
 """Log-probs of the reference belong to the data: computed once, found again by the content of all that they depend on,
-and compared with fresh ones at every start (`step_zero.py`).
+and compared with fresh ones at every start (`reference_check.py`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def reference_logps(
     """log ref(y | x) of every row of the store, (rows,) fp32 on the CPU, in the store's order; from the cache where it
     has them.
 
-    `collated(units)` makes a batch of some units; `base_hash` is that of all tensors of the base. Raises RunFailed
+    `collate(units)` makes a batch of some units; `base_hash` is that of all tensors of the base. Raises TrainingError
     where the cache cannot be written.
     """
     file = cache / "reference" / f"{_cache_key(roles, rows, base_hash)}.safetensors"

@@ -33,7 +33,7 @@ class RewardFailure:
 
 @dataclass
 class RewardFailureTracker:
-    """Counted over the whole run. `most`: the share of its completions that may be without a reward."""
+    """Counted over the whole run. `max_failure_rate`: the share of its completions that may be without a reward."""
 
     max_failure_rate: float = 0.01
     completions: int = 0
@@ -41,7 +41,7 @@ class RewardFailureTracker:
     timeouts: int = 0
 
     def count(self, outcomes: Sequence[RewardFailure | None]) -> None:
-        """Counts a draw's completions. Raises RunFailed where too many could not be scored."""
+        """Counts a draw's completions. Raises TrainingError where too many could not be scored."""
         failures = [failure for failure in outcomes if failure is not None]
         self.completions += len(outcomes)
         self.errors += sum(failure.verdict == "error" for failure in failures)
@@ -53,7 +53,8 @@ class RewardFailureTracker:
                 f"scored, more than"
             )
             raise TrainingError(
-                f"rewards: {message} rollout.max_reward_failure_rate, {self.max_failure_rate:.3g}; of the last ones {summarize_failures(failures)}"
+                f"rewards: {message} rollout.max_reward_failure_rate, {self.max_failure_rate:.3g}; of the last ones "
+                f"{summarize_failures(failures)}"
             )
 
     @property
@@ -74,13 +75,12 @@ class RewardFailureTracker:
         for name in dict.fromkeys(failure.reward for failure in failures):
             own_failures = [failure for failure in failures if failure.reward == name]
             yield (
-                f"the reward `{name}` failed on completions, which leave their groups, {len(own_failures)} of {completions} "
-                f"in this step; the "
-                f"first: {own_failures[0].reason}"
+                f"the reward `{name}` failed on completions, which leave their groups, {len(own_failures)} of "
+                f"{completions} in this step; the first: {own_failures[0].reason}"
             )
 
     def state(self) -> dict[str, float]:
-        return {name: value for name, value in asdict(self).items() if name != "most"}
+        return {name: value for name, value in asdict(self).items() if name != "max_failure_rate"}
 
     def restore(self, state: Mapping[str, float]) -> None:
         self.completions, self.errors, self.timeouts = (

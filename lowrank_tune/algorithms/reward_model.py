@@ -3,9 +3,9 @@
     L = 1/P sum over pairs [ -log sigmoid(R(x, y+) - R(x, y-) - margin) + c (R(x, y+) + R(x, y-))^2 ]
 
 R is an fp32 head on the hidden state of a row's last attended token, whatever pad and end tokens are. The margin comes
-with a row and is 0 where it has none; c is `centering` (arXiv:2312.09244), which pins the level that a difference
-leaves free. Rows come as chosen, rejected, chosen, rejected, and a pair stays in one micro-batch; P counts the pairs of
-the whole optimizer step, so no split changes the gradient.
+with a row and is 0 where it has none; c is `center_rewards_coefficient` (arXiv:2312.09244), which pins the level that a
+difference leaves free. Rows come as chosen, rejected, chosen, rejected, and a pair stays in one micro-batch; P counts
+the pairs of the whole optimizer step, so no split changes the gradient.
 
 Metrics: `loss` is L; `accuracy` the share of pairs whose chosen answer scores higher, a tie counting half; `margin` R+
 - R-; `score_chosen` and `score_rejected` the mean scores.

@@ -32,9 +32,9 @@ class RewardClient(Protocol):
 @dataclass
 class RolloutBatch:
     """Groups of completions. `batch` has prompt and completion in each row, groups adjacent, with `extra["sampler"]`,
-    the log-probs that the completions were drawn with; rewards, and what was `earned` after penalties (groups, n);
-    `parts` (B, rewards) before weighting. `unscored` (B of them) says of what no reward can be told for why; rewards,
-    earned and parts are nan there."""
+    the log-probs that the completions were drawn with; rewards, and `shaped_rewards`, after penalties (groups, n);
+    `reward_components` (B, rewards) before weighting. `failed_rewards` (B of them) says of what no reward can be told
+    for why; the other three are nan there."""
 
     batch: Batch
     rewards: Tensor
@@ -128,12 +128,13 @@ class RolloutBatch:
         batches = [_pad_columns(rollout.batch, width, pad_id) for rollout in rollouts]
         extra = {name: torch.cat([batch.extra[name] for batch in batches]) for name in batches[0].extra}
         input_ids, attention_mask, completion_mask = (
-            torch.cat([getattr(batch, name) for batch in batches]) for name in ("ids", "attended", "says")
+            torch.cat([getattr(batch, name) for batch in batches])
+            for name in ("input_ids", "attention_mask", "completion_mask")
         )
         batch = Batch(input_ids, attention_mask, completion_mask, extra=extra)
         rewards, components, truncated, shaped_rewards = (
             torch.cat([getattr(rollout, name) for rollout in rollouts])
-            for name in ("rewards", "parts", "truncated", "earned")
+            for name in ("rewards", "reward_components", "truncated", "shaped_rewards")
         )
         return cls(
             batch,
@@ -182,8 +183,8 @@ class RolloutCollector:
     max_num_seqs: int
     micro_tokens: int
     seed_of: Callable[[int], int]
-    log_group: Callable[[int, RolloutBatch, Tensor], None] = lambda step, harvest, advantages: None
-    """Is told of each step's harvest, with the advantages (groups, n)."""
+    log_group: Callable[[int, RolloutBatch, Tensor], None] = lambda step, rollout, advantages: None
+    """Is told of each step's rollout, with the advantages (groups, n)."""
     failures: RewardFailureTracker = field(default_factory=RewardFailureTracker)
 
     def collect(self, step: int, draw: int, count: int | None = None) -> RolloutBatch:
@@ -253,7 +254,7 @@ class RolloutCollector:
 def map_micro_batches(
     roles: Roles, rows: int, columns: int, micro_tokens: int, function: Callable[[Sequence[int]], Tensor]
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """What `read` makes of neighbouring rows, as many at once as fit `micro_tokens` and the memory."""
+    """What `function` makes of neighbouring rows, as many at once as fit `micro_tokens` and the memory."""
     at_once = max(1, micro_tokens // columns)
     for start in range(0, rows, at_once):
         yield from roles.limits.split_on_oom(

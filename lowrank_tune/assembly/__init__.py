@@ -67,8 +67,8 @@ ONLINE_ALGORITHMS: dict[str, Callable[[settings.RecipeConfig, AlgorithmContext, 
 @dataclass(frozen=True)
 class RunComponents:
     """All that one run needs, loaded. `trained` are the roles whose top adapter is trained, each named as its role;
-    `hashes` those of the base's tensors before the run; `validation_batch(units)` collates held-out rows; `close` ends
-    the workers of the rewards."""
+    `base_hashes` those of the base's tensors before the run; `validation_batch(units)` collates held-out rows; `close`
+    ends the workers of the rewards."""
 
     base: Base
     roles: Roles
@@ -284,13 +284,13 @@ def _heldout_questions(recipe: settings.RecipeConfig, template: ChatTemplate) ->
         raise UserError(f"evaluate.eval_dataset: {config.eval_dataset.dataset} has no usable row")
     if all(prompt.ground_truth is None for prompt in usable):
         raise UserError(
-            "evaluate.eval_dataset: none of its rows has a gold answer; name its column in `gold` or `columns`"
+            "evaluate.eval_dataset: none of its rows has a gold answer; name its column in `ground_truth` or `columns`"
         )
     return usable
 
 
 def load_roles(recipe: settings.RecipeConfig, base: Base, saved: Mapping[str, SavedAdapter], emit: Emit) -> Roles:
-    """The stacks of the recipe over the base (`lay_out`), with the weights of the adapters that were `saved`."""
+    """The stacks of the recipe over the base (`build_stacks`), with the weights of the adapters that were `saved`."""
     top, lower = recipe.trained_adapter, frozen_adapters(recipe)
     below = reward_model_base(saved, lower) if REWARD_ROLE in recipe.adapters and top != REWARD_ROLE else []
     configs, stacks = build_stacks(recipe, base.model, {name: adapter.config for name, adapter in saved.items()}, below)
@@ -330,7 +330,8 @@ def load_roles(recipe: settings.RecipeConfig, base: Base, saved: Mapping[str, Sa
     if top in saved:
         emit(
             LogMessage(
-                message=f"the {top} adapter goes on from {saved[top].folder}: it need not agree with {_describe_reference(roles)}"
+                message=f"the {top} adapter goes on from {saved[top].folder}: it need not agree with "
+                f"{_describe_reference(roles)}"
             )
         )
     return roles

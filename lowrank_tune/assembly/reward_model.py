@@ -35,9 +35,9 @@ def reward_model_base(saved: Mapping[str, SavedAdapter], lower: Sequence[str]) -
     missing = [name for name, content in lineage.items() if content not in names_by_hash]
     if missing:
         raise UserError(
-            f"adapters.{REWARD_ROLE}.path: the reward model in {reward.folder} was trained over the adapter `{missing[0]}`, "
-            f"which this "
-            f"recipe does not load below its policy: add `adapters.{missing[0]}.path`, above `{REWARD_ROLE}`"
+            f"adapters.{REWARD_ROLE}.path: the reward model in {reward.folder} was trained over the adapter "
+            f"`{missing[0]}`, which this recipe does not load below its policy: add `adapters.{missing[0]}.path`, "
+            f"above `{REWARD_ROLE}`"
         )
     return [names_by_hash[content] for content in lineage.values()]
 
@@ -74,7 +74,7 @@ def end_of_turn_ids(template: ChatTemplate) -> list[int]:
 
 def append_end_of_turn(token_ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
     """A completion as the reward model was trained to read it: decoding stops at the first end token, and the rest of
-    `end` follows. One that was cut stays as it is."""
+    `end_ids` follows. One that was cut stays as it is."""
     index = next((index for index, token in enumerate(end_ids) if token_ids and token_ids[-1] == token), None)
     return [*token_ids, *(() if index is None else end_ids[index + 1 :])]
 

@@ -312,7 +312,8 @@ def dry_run_rewards(
         emit(
             LogMessage(
                 level="warning",
-                message=f"{len(failures)} of {len(scores)} trial completions could not be scored: {summarize_failures(failures)}",
+                message=f"{len(failures)} of {len(scores)} trial completions could not be scored: "
+                f"{summarize_failures(failures)}",
             )
         )
     rewards = {
@@ -327,7 +328,10 @@ def dry_run_rewards(
     highest, lowest = max(rewards.values()), min(rewards.values())
     n = recipe.rollout.num_generations
     if highest - lowest <= 1e-6:
-        message = f"{len(rewards)} completions of {len(sampled_prompts)} prompts all earn {highest:.3g}: such groups have no signal; "
+        message = (
+            f"{len(rewards)} completions of {len(sampled_prompts)} prompts all earn {highest:.3g}: such groups have no "
+            "signal; "
+        )
         emit(
             LogMessage(
                 level="warning",

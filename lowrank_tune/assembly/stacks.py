@@ -29,7 +29,7 @@ def build_stacks(
     """The adapters in the order they lie, and the stacks of the roles: the trained adapter over the frozen ones;
     without it, the reference.
 
-    A reward model that is not trained speaks beside them, over those that it was trained over (`below_reward`); so does
+    A reward model that is not trained speaks beside them, over those that it was trained over (`reward_base`); so does
     PPO's value, or it is a head on the policy's own stack. `loaded` are the shapes of adapters that come from files.
     """
     trained, frozen = recipe.trained_adapter, frozen_adapters(recipe)

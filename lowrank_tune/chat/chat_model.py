@@ -42,8 +42,8 @@ class AnswerStream:
     """One answer while it is drawn. Iterate for its pieces, an empty one where a token completes none; `close` stops
     it.
 
-    `finish` is `stop`, `length`, `turn` (the text began another turn), or empty while it runs and when it was stopped.
-    `text` is what was said so far.
+    `finish_reason` is `stop`, `length`, `turn` (the text began another turn), or empty while it runs and when it was
+    stopped. `text` is what was said so far.
     """
 
     def __init__(
@@ -51,7 +51,8 @@ class AnswerStream:
     ) -> None:
         self.variant, self.finish_reason, self.tokens, self.seconds = variant, "", 0, 0.0
         self._stop_ids = sampling.stop_ids
-        self._decoder = IncrementalDecoder(chat_model.template.decode, chat_model.template.turn_delimiters)
+        template = chat_model.template
+        self._decoder = IncrementalDecoder(template.decode, template.turn_delimiters, template.is_byte)
         self._stream = Engine(chat_model.roles, ROLE[variant], slots=1).stream([input_ids], 1, sampling)
 
     def __iter__(self) -> Iterator[str]:

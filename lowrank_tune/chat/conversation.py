@@ -70,7 +70,7 @@ class Conversation:
         max_new_tokens: int,
     ) -> TruncatedConversation:
         """Exchange `number`'s prompt. Where the base has too few positions, the oldest exchanges are left out until an
-        answer of `most` tokens has room, or one of a quarter of all positions. Raises UserError where the question
+        answer of `max_new_tokens` has room, or one of a quarter of all positions. Raises UserError where the question
         alone is too long."""
         needed = max_new_tokens if positions is None else min(max_new_tokens, max(1, positions // 4))
         for start in range(number + 1):

@@ -12,14 +12,21 @@ MARKER_LOOKBACK = 48  # characters in which the beginning of a marker is looked 
 
 
 class IncrementalDecoder:
-    """`add` a token, get the text that is certain by now; what `add` and `rest` gave is together what `decode` says of
+    """`add` a token, get the text that is certain by now; what `add` and `flush` gave is together what `decode` says of
     all tokens.
 
-    With `turn`, the text ends where that pattern is found, and `turned` tells it.
+    With `turn`, the text ends where that pattern is found, and `turned` tells it. `is_byte` tells which tokens are
+    single bytes: a run of these is decoded as a whole, so that a later one can change the text of those before it.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], turn: re.Pattern[str] | None = None) -> None:
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        turn: re.Pattern[str] | None = None,
+        is_byte: Callable[[int], bool] | None = None,
+    ) -> None:
         self.decode, self.turn, self.turned = decode, turn, False
+        self._is_byte = is_byte
         self._ids: list[int] = []
         # Tokens from `_context` on are decoded anew each time, for a first token may lose its space; those up to
         # `_read` have been told.
@@ -29,6 +36,8 @@ class IncrementalDecoder:
     def add(self, token: int) -> str:
         """The next piece, often an empty one."""
         self._ids.append(token)
+        if self._is_byte is not None and self._is_byte(token):
+            return ""
         before, now = self.decode(self._ids[self._context : self._read]), self.decode(self._ids[self._context :])
         if len(now) > len(before) and not now.endswith(REPLACEMENT_CHAR):
             self._text += now[len(before) :]

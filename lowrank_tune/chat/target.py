@@ -12,6 +12,7 @@ from typing import Any
 
 from lowrank_tune import settings
 from lowrank_tune.checkpoint import CorruptCheckpoint, load
+from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.errors import UserError, did_you_mean
 from lowrank_tune.export.finished_run import FinishedRun
 from lowrank_tune.model.adapters import CONFIG
@@ -27,7 +28,7 @@ class ChatTarget:
     """A run with the folder of the adapters to take, `final/` or a checkpoint's; or `adapter`, a folder by itself; or
     `model` alone.
 
-    `words` say what it is.
+    `description` says what it is.
     """
 
     description: str
@@ -91,6 +92,7 @@ def _display_path(given: Path, full: Path) -> Path:
 
 
 def _run(folder: Path) -> ChatTarget:
+    check_run_format(folder)
     recipe = _read_json_object(folder / "run.json").get("recipe")
     if not isinstance(recipe, dict):
         raise UserError(f"{folder}/run.json cannot be understood, so nothing tells what this run trained")

@@ -30,7 +30,7 @@ _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 
 
 def write_error(path: Path, error: OSError) -> UserError:
-    """The sentence for an `OSError` of writing: a `UserError` where another path helps, else `RunFailed`."""
+    """The sentence for an `OSError` of writing: a `UserError` where another path helps, else `TrainingError`."""
     kind = UserError if error.errno in _USER_FIXABLE_ERRNOS else TrainingError
     return kind(f"cannot write {path}: {_REASONS.get(error.errno or 0, error.strerror or str(error))}")
 
@@ -61,8 +61,8 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replaces the file in one instant. Raises `UserError` or `RunFailed` with path and reason; the old file is then
-    still there."""
+    """Replaces the file in one instant. Raises `UserError` or `TrainingError` with path and reason; the old file is
+    then still there."""
     fresh = path.with_name(f".tmp-{path.name}-{token_hex(4)}")
     with as_user_error(path):
         try:

@@ -50,7 +50,8 @@ class Snapshot:
 def write_atomically(target: Path, snapshot: Snapshot) -> Path:
     """Writes the snapshot as the folder `target`, replacing an older one in whole.
 
-    Raises `UserError` or `RunFailed` with path and reason; then nothing has changed, and no temporary folder is left.
+    Raises `UserError` or `TrainingError` with path and reason; then nothing has changed, and no temporary folder is
+    left.
     """
     fresh = target.with_name(f".tmp-{target.name}-{token_hex(4)}")
     with as_user_error(target):
@@ -77,8 +78,8 @@ def write_atomically(target: Path, snapshot: Snapshot) -> Path:
 
 
 def _replace_folder(fresh: Path, target: Path) -> None:
-    """Renames onto the target. A folder cannot be renamed onto a full one, so that steps aside; `tidy` brings it back
-    after a crash."""
+    """Renames onto the target. A folder cannot be renamed onto a full one, so that steps aside; `clean_stale` brings it
+    back after a crash."""
     if not target.is_dir():
         os.replace(fresh, target)
         return
@@ -128,8 +129,8 @@ def _manifest(facts: Mapping[str, Any]) -> bytes:
 def load(path: Path, name: str | None = None) -> Snapshot:
     """The checkpoint, with every byte verified; with `name`, it must also have been written under that name.
 
-    Raises `Broken`; or `UserError` for one that cannot be opened or is of a newer version. Files outside the manifest
-    are not read.
+    Raises `CorruptCheckpoint`; or `UserError` for one that cannot be opened or is of a newer version. Files outside the
+    manifest are not read.
     """
     raw = _read(path, MANIFEST)
     try:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from lowrank_tune.checkpoint.atomic_files import as_user_error, clean_stale, replace_nonfinite, write_all, write_file
+from lowrank_tune.checkpoint.run_format import VERSION, check_run_format
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
 
-VERSION = 1
 _locks: set[int] = set()
 
 
@@ -86,7 +86,7 @@ class RunFolder:
         return self.checkpoints / f"step-{step}"
 
     def write_text(self, name: str, text: str) -> None:
-        """Replaces the file in one instant. Raises `UserError` or `RunFailed`."""
+        """Replaces the file in one instant. Raises `UserError` or `TrainingError`."""
         write_file(self.path / name, text.encode("utf-8", "backslashreplace"))
 
     def write_json(self, name: str, value: Any) -> None:
@@ -152,6 +152,7 @@ class RunFolder:
         # A run (of a chain: all stages) that never saved has nothing to lose: whoever mends its recipe starts again in
         # the same folder.
         if self.continued and (any(self.checkpoints.glob("step-*")) or any(self.path.glob("*/checkpoints/step-*"))):
+            check_run_format(self.path)
             try:
                 old = json.loads((self.path / "run.json").read_bytes())["recipe"]
             except (OSError, ValueError, KeyError, TypeError) as error:

@@ -94,5 +94,5 @@ def _print_before_after(summary: dict[str, Any]) -> None:
     answers = Table("question", "gold", *summary["answers"], show_lines=True)
     for samples in zip(*summary["answers"].values(), strict=True):
         completions = (Text(one["completion"] if one["stopped"] else one["completion"] + " ...") for one in samples)
-        answers.add_row(samples[0]["prompt"], samples[0]["gold"], *completions)
+        answers.add_row(samples[0]["prompt"], samples[0]["ground_truth"], *completions)
     console.print(answers)

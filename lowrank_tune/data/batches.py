@@ -12,7 +12,7 @@ from lowrank_tune.types import Batch, Row
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> Batch:
-    """Pads on the right. What is padding is told by `attended`, never by an id, so that any id may pad."""
+    """Pads on the right. What is padding is told by `attention_mask`, never by an id, so that any id may pad."""
     width = max(len(row.input_ids) for row in rows)
     input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     attention_mask, completion_mask = np.zeros((len(rows), width), dtype=bool), np.zeros((len(rows), width), dtype=bool)

@@ -14,6 +14,8 @@ from lowrank_tune.data.tokenizer_backend import TokenizerBackend
 from lowrank_tune.errors import UserError
 from lowrank_tune.types import Message, Row
 
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
 
 class ChatTemplate:
     """How a base writes a conversation. `encode` of a prompt's turns and an answer begins with exactly the ids of
@@ -47,7 +49,7 @@ class ChatTemplate:
         )
 
     def encode(self, messages: Sequence[Message]) -> Row:
-        """A conversation that ends with the assistant. Raises `RowFault`."""
+        """A conversation that ends with the assistant. Raises `InvalidRow`."""
         row = self.encode_many([messages])[0]
         if isinstance(row, InvalidRow):
             raise row
@@ -58,8 +60,8 @@ class ChatTemplate:
         return self._scheme.encode_many(conversations)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids up to the place where the assistant starts. Raises `UserError` where `spoils` has a reason: here a person
-        may have typed it."""
+        """Ids up to the place where the assistant starts. Raises `UserError` where `validate_messages` has a reason:
+        here a person may have typed it."""
         try:
             return self._scheme.prompt(messages)
         except InvalidRow as fault:
@@ -70,12 +72,16 @@ class ChatTemplate:
         return self._scheme.validate_messages(messages)
 
     def decode(self, ids: Sequence[int], special_tokens: bool = False) -> str:
-        """Text of ids, with the control tokens only where `marks`."""
+        """Text of ids, with the control tokens only where `special_tokens`."""
         return self._backend.decode(ids, special_tokens)
 
     def special_tokens_in(self, ids: Sequence[int]) -> bool:
         """Whether any of these ids is a control token."""
         return not self._backend.control_ids.isdisjoint(ids)
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether a token is a single byte (`<0x0A>`), as tokenizers with byte fallback have them."""
+        return BYTE_TOKEN.fullmatch(self._backend.id_to_token(token_id) or "") is not None
 
     @property
     def turn_delimiters(self) -> re.Pattern[str] | None:

@@ -28,7 +28,7 @@ def encode_pairs(
     template: ChatTemplate,
     report: SourceReport,
 ) -> Iterator[Entry | InvalidRow]:
-    """Every row of a chunk, in order: encoded, or why not. `shape` is always that of pairs."""
+    """Every row of a chunk, in order: encoded, or why not. `format_name` is always that of pairs."""
     pairs = [raw if isinstance(raw, InvalidRow) else pair_of(raw, source, data.system_prompt) for _, raw in chunk]
     encoded = iter(_encode([pair for pair in pairs if isinstance(pair, PreferencePair)], template))
     for (location, _), pair in zip(chunk, pairs, strict=True):

@@ -1,8 +1,10 @@
 """Chat text for bases without a template of their own. Each turn's content is encoded alone, as plain characters, and
 joined by ids.
 
-`KitMarks`: `bos [system S eot] (user U eot assistant A eot)* eos`, where the vocabulary has the kit's control tokens.
-`PlainWords`: "User:", "Assistant:" as words, and the base's own end token after each answer, where it has not.
+`DefaultTemplate`: `bos [system S eot] (user U eot assistant A eot)* eos`, where the vocabulary has the kit's control
+tokens.
+
+`PlainTextTemplate`: "User:", "Assistant:" as words, and the base's own end token after each answer, where it has not.
 """
 
 from __future__ import annotations

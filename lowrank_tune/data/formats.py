@@ -60,8 +60,8 @@ class InvalidRow(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A system turn or none, then user and assistant in turn; the assistant has the last word. `gold`: the answer to
-    check against."""
+    """A system turn or none, then user and assistant in turn; the assistant has the last word. `ground_truth`: the
+    answer to check against."""
 
     messages: tuple[Message, ...]
     ground_truth: str | None = None
@@ -111,7 +111,8 @@ def to_conversation(
     *,
     require_answer: bool = True,
 ) -> Conversation:
-    """The conversation of a row; `RowFault` where it holds none. Without `answered` the last word may be the user's."""
+    """The conversation of a row; `InvalidRow` where it holds none. Without `require_answer` the last word may be the
+    user's."""
     if not isinstance(row, Mapping):
         raise InvalidRow("not an object with columns")
     turns = _READERS[format_name](row, columns)

@@ -66,7 +66,7 @@ def describe_hub_error(error: Exception, name: str, config: str | None, split: s
             f"it is gated; accept its terms at https://huggingface.co/datasets/{name} and log in with `hf auth login`"
         )
     if "Config name is missing" in text:
-        return f"it has several configurations; choose one with `name:` ({choices})"
+        return f"it has several configurations; choose one with `config_name:` ({choices})"
     if "BuilderConfig" in text and "not found" in text:
         return f"it has no configuration `{config}`; it has {choices}"
     if "Unknown split" in text or "Bad split" in text:

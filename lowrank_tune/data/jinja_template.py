@@ -240,7 +240,7 @@ class JinjaChatTemplate:
         return offsets
 
     def _after_special_tokens(self, rendered: Rendered, span: Span, ids: Sequence[int], first: int) -> int:
-        """Behind the last control token of a closed span that starts at token `place`: no id of its words is a control
+        """Behind the last control token of a closed span that starts at token `first`: no id of its words is a control
         token."""
         marks = len(self.backend.special_pattern.findall(rendered.text, span.start, span.end))
         special_positions = [index for index in range(first, len(ids)) if ids[index] in self.backend.control_ids]

@@ -57,7 +57,8 @@ def load(
     used.
 
     With `pairs` the rows are preference pairs, which are never parted. All that is counted are then pairs. Without
-    `judge` rows that cannot be used are only reported, however many: a preflight shows all of it before it says no.
+    `raise_on_invalid` rows that cannot be used are only reported, however many: a preflight shows all of it before it
+    says no.
     """
     _check_weights(data.train)
     full = tokenize(data.train, data, template, seed, emit, cache, raise_on_invalid, pairs)

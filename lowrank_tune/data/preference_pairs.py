@@ -48,7 +48,7 @@ class PreferencePair:
 
 
 def to_pair(row: RawExample, columns: Mapping[str, str]) -> PreferencePair:
-    """The pair of a row; `RowFault` where it holds none."""
+    """The pair of a row; `InvalidRow` where it holds none."""
     if not isinstance(row, Mapping):
         raise InvalidRow("not an object with columns")
     prompt, is_transcript = _prompt(row, columns)

@@ -128,11 +128,11 @@ def load_prompts(
     needs_ground_truth: bool = False,
     unusable: Callable[[PromptExample], str | None] | None = None,
 ) -> PromptDataset:
-    """The prompts of all training sources; with `needs_gold` those alone that have a gold answer to compare with.
-    `unusable` says of a row why no reward could judge by it.
+    """The prompts of all training sources; with `needs_ground_truth` those alone that have a gold answer to compare
+    with. `unusable` says of a row why no reward could judge by it.
 
-    Raises `UserError` where too many rows of one source give none. Without `judge` these rows are only reported,
-    however many.
+    Raises `UserError` where too many rows of one source give none. Without `raise_on_invalid` these rows are only
+    reported, however many.
     """
     examples: list[PromptExample] = []
     locations: list[RowLocation] = []
@@ -236,8 +236,8 @@ def _to_prompt_example(
 
 
 def _ids(messages: Sequence[Message], template: ChatTemplate) -> list[int] | InvalidRow:
-    """What the base reads, or why it cannot be asked this: what `Template.spoils` says, for half the time of asking
-    both."""
+    """What the base reads, or why it cannot be asked this: what `ChatTemplate.validate_messages` says, for half the
+    time of asking both."""
     try:
         return template.prompt(messages)
     except UserError as error:

@@ -31,8 +31,8 @@ class SourceReport:
     """One source. `tokens` and `trained_tokens` count used rows, of pairs both sides; `truncated` rows are used,
     shortened.
 
-    `longest` is the longest row in tokens, before any was shortened or dropped; `golds` counts used rows with a gold
-    answer.
+    `longest` is the longest row in tokens, before any was shortened or dropped; `ground_truths` counts used rows with a
+    gold answer.
     """
 
     name: str

@@ -41,7 +41,7 @@ Chunk = Sequence[tuple[RowLocation, RawExample | InvalidRow]]
 class SourceRows:
     """The rows of a source, all or a draw of them, in their own order.
 
-    A draw is the beginning of one permutation of all rows, so that it can go on where it ended: `filled`.
+    A draw is the beginning of one permutation of all rows, so that it can go on where it ended: `refill_dropped`.
     """
 
     def __init__(self, name: str, files: Sequence[DataFile], count: int | None = None, seed: int = 0) -> None:
@@ -168,7 +168,7 @@ class _BuiltinRows:
         if source.split not in BUILTIN_SIZES:
             raise UserError(f"{source.dataset}: there is no split `{source.split}`; it has train and heldout")
         if source.config_name is not None:
-            raise UserError(f"{source.dataset}: it has no configurations; leave `name` out")
+            raise UserError(f"{source.dataset}: it has no configurations; leave `config_name` out")
         self.name, count = source.dataset, source.max_samples or BUILTIN_SIZES[source.split]
         self._rows: list[dict[str, str]] = (
             problems.preferences(count, seed, source.split)

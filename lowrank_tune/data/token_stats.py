@@ -20,7 +20,7 @@ SLICE = 8192  # rows at a time: a store may be larger than memory
 class TokenStats:
     """One entry a row: tokens trained, tokens before the first of them, answers, and answers that no end token closes.
 
-    `ends` counts every trained end token by its id.
+    `eos_counts` counts every trained end token by its id.
     """
 
     trained: Numbers

@@ -29,18 +29,18 @@ from lowrank_tune.errors import ConfigProblem, TrainingError
 from lowrank_tune.types import Message, Row
 
 ARRAYS: dict[str, str] = {
-    "ids": "<i4",
-    "says": "|b1",
+    "input_ids": "<i4",
+    "completion_mask": "|b1",
     "starts": "<i8",
     "sources": "<i4",
     "files": "<i4",
     "lines": "<i8",
-    "keys": "<u8",
-    "talks": "<u8",
+    "row_hashes": "<u8",
+    "conversation_hashes": "<u8",
     "margins": "<f4",
-    "golds": "|u1",
-    "gold_starts": "<i8",
-    "has_gold": "|b1",
+    "ground_truths": "|u1",
+    "ground_truth_starts": "<i8",
+    "has_ground_truth": "|b1",
 }
 SLICE = 8192  # rows hashed at a time: a store may be larger than memory
 ROWS_PER_PAGE_RELEASE = 1024  # rows read, after which their pages are given back
@@ -51,8 +51,8 @@ MAX_CHECKSUM_BYTES = (
 
 @dataclass(frozen=True)
 class Entry:
-    """What a row of a source becomes: one row, or two, the chosen and the rejected one. `talks`: a number for the
-    conversation of each."""
+    """What a row of a source becomes: one row, or two, the chosen and the rejected one. `conversation_hashes`: a number
+    for the conversation of each."""
 
     rows: tuple[Row, ...]
     conversation_hashes: tuple[int, ...]
@@ -127,7 +127,7 @@ class StoreWriter:
         self._arrays = {name: ArrayFile(self._temporary / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
         self._dropped = (self._temporary / "dropped.jsonl").open("w", encoding="utf-8")
         self._arrays["starts"].append([0])
-        self._arrays["gold_starts"].append([0])
+        self._arrays["ground_truth_starts"].append([0])
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         files: list[IO[Any]] = [*(array.file for array in self._arrays.values()), self._dropped]
@@ -147,20 +147,22 @@ class StoreWriter:
         lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
         ground_truths = [(entries[number].ground_truth or "").encode() for number in of_row]
         values: dict[str, Any] = {
-            "ids": np.fromiter(chain.from_iterable(row.input_ids for row in rows), np.int32, int(lengths.sum())),
-            "says": np.fromiter(chain.from_iterable(row.completion_mask for row in rows), np.bool_, int(lengths.sum())),
+            "input_ids": np.fromiter(chain.from_iterable(row.input_ids for row in rows), np.int32, int(lengths.sum())),
+            "completion_mask": np.fromiter(
+                chain.from_iterable(row.completion_mask for row in rows), np.bool_, int(lengths.sum())
+            ),
             "starts": self._tokens + np.cumsum(lengths),
             "sources": [source] * len(rows),
             "files": [file_lines[number][0] for number in of_row],
             "lines": [file_lines[number][1] for number in of_row],
-            "keys": np.array([entries[number].row_hash for number in of_row], dtype=np.uint64),
-            "talks": np.array(
+            "row_hashes": np.array([entries[number].row_hash for number in of_row], dtype=np.uint64),
+            "conversation_hashes": np.array(
                 [chat_hash for entry in entries for chat_hash in entry.conversation_hashes], dtype=np.uint64
             ),
             "margins": [entries[number].margin for number in of_row],
-            "golds": np.frombuffer(b"".join(ground_truths), dtype=np.uint8),
-            "has_gold": [entries[number].ground_truth is not None for number in of_row],
-            "gold_starts": self._ground_truth_bytes
+            "ground_truths": np.frombuffer(b"".join(ground_truths), dtype=np.uint8),
+            "has_ground_truth": [entries[number].ground_truth is not None for number in of_row],
+            "ground_truth_starts": self._ground_truth_bytes
             + np.cumsum([len(encoded) for encoded in ground_truths], dtype=np.int64),
         }
         for name, value in values.items():
@@ -179,7 +181,7 @@ class StoreWriter:
         self._dropped.close()
         sums = {path.name: _checksum(path) for path in sorted(self._temporary.iterdir())}
         state = {
-            "together": self.rows_per_unit,
+            "rows_per_unit": self.rows_per_unit,
             "files": files,
             "reports": [asdict(report) for report in reports],
             "sums": sums,
@@ -198,10 +200,10 @@ class StoreWriter:
 
 
 class TokenizedDataset:
-    """Tokenised rows. `[i]` is a `Row` of numpy views; `take` gives a store of some of the rows.
+    """Tokenised rows. `[i]` is a `Row` of numpy views; `select_rows` gives a store of some of the rows.
 
-    A unit is what is learned from at once: a row; or, with `together` 2, the two adjacent rows of a pair, the chosen
-    one first.
+    A unit is what is learned from at once: a row; or, with `rows_per_unit` 2, the two adjacent rows of a pair, the
+    chosen one first.
     """
 
     def __init__(
@@ -242,7 +244,7 @@ class TokenizedDataset:
     @property
     def row_hashes(self) -> NDArray[np.uint64]:
         """Equal for equal conversations; of pairs for equal pairs, on both rows."""
-        return np.asarray(self._arrays["keys"][self.indices])
+        return np.asarray(self._arrays["row_hashes"][self.indices])
 
     @property
     def unit_hashes(self) -> NDArray[np.uint64]:
@@ -252,7 +254,7 @@ class TokenizedDataset:
     @property
     def conversation_hashes(self) -> NDArray[np.uint64]:
         """Of each row alone: equal for equal conversations."""
-        return np.asarray(self._arrays["talks"][self.indices])
+        return np.asarray(self._arrays["conversation_hashes"][self.indices])
 
     @cached_property
     def margins(self) -> NDArray[np.float32]:
@@ -276,7 +278,9 @@ class TokenizedDataset:
                 for name in ARRAYS
             }
             reports = [SourceReport.from_dict(report) for report in state["reports"]]
-            return cls(arrays, state["files"], reports, folder, np.arange(len(arrays["starts"]) - 1), state["together"])
+            return cls(
+                arrays, state["files"], reports, folder, np.arange(len(arrays["starts"]) - 1), state["rows_per_unit"]
+            )
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return None
 
@@ -291,7 +295,8 @@ class TokenizedDataset:
             self._release_pages()
         # Arrays behave as the sequences that a `Row` holds.
         return Row(
-            cast(Sequence[int], self._arrays["ids"][start:end]), cast(Sequence[bool], self._arrays["says"][start:end])
+            cast(Sequence[int], self._arrays["input_ids"][start:end]),
+            cast(Sequence[bool], self._arrays["completion_mask"][start:end]),
         )
 
     def select_rows(self, rows: NDArray[np.int64]) -> TokenizedDataset:
@@ -327,8 +332,8 @@ class TokenizedDataset:
         behind = np.cumsum(lengths)
         positions = np.repeat(firsts - (behind - lengths), lengths) + np.arange(behind[-1] if len(behind) else 0)
         input_ids, completion_mask = (
-            np.asarray(self._arrays["ids"][positions]),
-            np.asarray(self._arrays["says"][positions]),
+            np.asarray(self._arrays["input_ids"][positions]),
+            np.asarray(self._arrays["completion_mask"][positions]),
         )
         self._release_pages()
         return input_ids, completion_mask, lengths
@@ -336,7 +341,7 @@ class TokenizedDataset:
     def _release_pages(self) -> None:
         """Tells the kernel that what was read of the large files need not stay in this process: it would count as its
         memory."""
-        for name in ("ids", "says"):
+        for name in ("input_ids", "completion_mask"):
             mapped = self._arrays[name].base
             if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
@@ -344,10 +349,10 @@ class TokenizedDataset:
     def ground_truth_of(self, index: int) -> str | None:
         """The gold answer of a row."""
         row = self.indices[index]
-        if not self._arrays["has_gold"][row]:
+        if not self._arrays["has_ground_truth"][row]:
             return None
-        start, end = self._arrays["gold_starts"][row], self._arrays["gold_starts"][row + 1]
-        return bytes(self._arrays["golds"][start:end]).decode()
+        start, end = self._arrays["ground_truth_starts"][row], self._arrays["ground_truth_starts"][row + 1]
+        return bytes(self._arrays["ground_truths"][start:end]).decode()
 
     def row_location(self, index: int) -> str:
         """Where the row came from: `file:line`."""

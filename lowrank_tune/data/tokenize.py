@@ -41,7 +41,7 @@ def tokenize(
 ) -> TokenizedDataset:
     """The tokenised rows of these sources, or with `pairs` their preference pairs.
 
-    Raises `UserError` where too many rows of one cannot be used, unless others `judge` that.
+    Raises `UserError` where too many rows of one cannot be used, unless `raise_on_invalid` is false.
     """
     opened = [read_source(source, seed) for source in sources]
     formats = [format_of(source, rows, pairs) for source, rows in zip(sources, opened, strict=True)]
@@ -83,8 +83,8 @@ def format_of(source: settings.SourceConfig, rows: SourceRows, pairs: bool | Non
         )
     if pairs and format_name != "preference":
         raise UserError(
-            f"{rows.name}: `format: {format_name}` holds no preference pairs, which `algorithm: reward` and `algorithm: "
-            f"dpo` learn from; "
+            f"{rows.name}: `format: {format_name}` holds no preference pairs, which `algorithm: reward` and "
+            f"`algorithm: dpo` learn from; "
             "leave `format` out, or write `format: preference`"
         )
     return format_name

@@ -88,7 +88,7 @@ class TokenizerBackend:
         return self.encode_plain([text])[0]
 
     def decode(self, ids: Sequence[int], special_tokens: bool) -> str:
-        """Text of ids; control tokens are left out unless `marks`."""
+        """Text of ids; control tokens are left out unless `special_tokens`."""
         return cast(
             str,
             self.tokenizer.decode(

@@ -1,7 +1,7 @@
 """What will be trained on, before anything is: from recipe, tokenizer and rows alone, without the weights of the base.
 
-`examine` reads it for `lowrank-tune data`; `survey` is the same of data that a run has loaded, for its `data.json`.
-Nothing is drawn here.
+`inspect_data` reads it for `lowrank-tune data`; `report_rows` and `report_prompts` are the same of data that a run has
+loaded, for its `data.json`. Nothing is drawn here.
 """
 
 from __future__ import annotations

@@ -41,7 +41,9 @@ def report_prompts(
         epoch=epoch,
         examples=tuple(_prompt_examples(dataset, template)),
         faults=tuple(invalid_sources(dataset.report, recipe)),
-        completions=f"{rollout.num_generations:,} completions of each prompt, of up to {rollout.max_new_tokens:,} tokens",
+        completions=(
+            f"{rollout.num_generations:,} completions of each prompt, of up to {rollout.max_new_tokens:,} tokens"
+        ),
     )
 
 

@@ -90,7 +90,7 @@ class Example:
     """A row as the model will read it: stretches of text, each with whether it is trained. The sides of a pair follow
     each other.
 
-    Of a prompt that completions are drawn for, `gold` is the gold answer, where it has one.
+    Of a prompt that completions are drawn for, `ground_truth` is the gold answer, where it has one.
     """
 
     place: str
@@ -105,7 +105,7 @@ class DataReport:
     """The whole picture. `faults`: sentences that say why training must not begin; none where it may. `sides`: only of
     preferences.
 
-    Where completions are drawn nothing says how an answer ends: `ends` is None, and `draws` says what is drawn.
+    Where completions are drawn nothing says how an answer ends: `ends` is None, and `completions` says what is drawn.
     """
 
     report: Report

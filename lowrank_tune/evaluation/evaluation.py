@@ -259,7 +259,8 @@ class _EvalRun:
             )
         if self.eval_questions.questions and not usable:
             raise UserError(
-                f"{self.eval_questions.origin}: no answer to any of its questions could be judged: {next(iter(reasons))}"
+                f"{self.eval_questions.origin}: no answer to any of its questions could be judged: "
+                f"{next(iter(reasons))}"
             )
         return usable
 

@@ -66,8 +66,8 @@ def wilson_interval(proportion: float, num_trials: float, confidence: float = CO
 
 
 def proportion_ci(values: Sequence[float], trials_per_prompt: float, confidence: float = CONFIDENCE) -> Interval:
-    """The mean of shares in [0, 1], one a prompt. `at_most`: how many independent draws a prompt's answers are worth if
-    they are not alike."""
+    """The mean of shares in [0, 1], one a prompt. `trials_per_prompt`: how many independent draws a prompt's answers
+    are worth if they are not alike."""
     prompts = len(values)
     mean = math.fsum(values) / prompts if prompts else math.nan
     if not prompts:
@@ -85,7 +85,8 @@ def proportion_ci(values: Sequence[float], trials_per_prompt: float, confidence:
 def ratio_ci(
     numerators: Sequence[float], denominators: Sequence[float], seed: int, confidence: float = CONFIDENCE
 ) -> Interval:
-    """sum(over) / sum(under), one entry of each a prompt: a loss a token. With `under` all 1 it is a mean."""
+    """sum(numerators) / sum(denominators), one entry of each a prompt: a loss a token. With `denominators` all 1 it is
+    a mean."""
     top, bottom = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     value = float(top.sum() / bottom.sum()) if bottom.sum() else math.nan
     return _bootstrap_ci(value, (top, bottom), None, seed, confidence)

@@ -41,7 +41,7 @@ class Tasks:
     seed: int
     chat: bool
     task_manager: Any
-    """The harness's own register, as `known` made it."""
+    """The harness's own register, as `make_task_manager` made it."""
 
 
 def make_task_manager(names: Sequence[str], path: Path | None) -> Any:

@@ -106,7 +106,8 @@ def recipe_heldout_questions(
     if recipe.algorithm in ("sft", "dpo") and recipe.data.eval_fraction:
         return _validation_questions(recipe, count, template, emit)
     raise UserError(
-        "this run's recipe has no held-out questions (`evaluate.eval_dataset`): say what to evaluate on, as --on rows.jsonl"
+        "this run's recipe has no held-out questions (`evaluate.eval_dataset`): say what to evaluate on, as --on "
+        "rows.jsonl"
     )
 
 

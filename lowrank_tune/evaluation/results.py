@@ -16,7 +16,7 @@ EVALS, VERSION = "evals.jsonl", 1
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds one evaluation, durably and in one write. Raises UserError or RunFailed with path and reason."""
+    """Adds one evaluation, durably and in one write. Raises UserError or TrainingError with path and reason."""
     data = json.dumps(replace_nonfinite(dict(record)), allow_nan=False).encode("ascii") + b"\n"
     with as_user_error(path):
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)

@@ -17,6 +17,7 @@ import torch
 
 from lowrank_tune import settings
 from lowrank_tune.assembly.reward_model import REWARD_ROLE
+from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
 from lowrank_tune.export.finished_run import adapters_in, load_finished_run
@@ -43,8 +44,8 @@ class EvalRewardModel:
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """`voices` by name, in the order of training; `base` is none of them. `recipe` and `facts` (its `base.json`) are
-    those of the last voice's run, where there is one; `folder` is where results are kept."""
+    """`variants` by name, in the order of training; `base` is none of them. `recipe` and `facts` (its `base.json`) are
+    those of the last variant's run, where there is one; `folder` is where results are kept."""
 
     name: str
     kind: Literal["run", "chain", "adapter", "model"]
@@ -82,13 +83,14 @@ def resolve_target(given: str, bits: Literal[4, 16] | None, emit: Emit) -> EvalT
         raise UserError(f"{given} is neither a run (run.json), nor an adapter ({CONFIG}), nor a model (config.json)")
     if not path.exists() and given != BUILTIN_MODEL and (given.startswith((".", "/", "~")) or given.count("/") != 1):
         raise UserError(
-            f"{given}: there is no such run or model; name the folder of a run or a model, `{BUILTIN_MODEL}`, or an id of the "
-            f"hub"
+            f"{given}: there is no such run or model; name the folder of a run or a model, `{BUILTIN_MODEL}`, or an "
+            "id of the hub"
         )
     return EvalTarget(given, "model", settings.BaseConfig(model=given, bits=bits or 4), {})
 
 
 def _target_from_run(path: Path, emit: Emit) -> EvalTarget:
+    check_run_format(path)
     recipe = _read_json_object(path / "run.json").get("recipe")
     stages = recipe.get("stages") if isinstance(recipe, dict) else None
     if not isinstance(stages, list):

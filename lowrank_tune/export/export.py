@@ -65,7 +65,7 @@ def export(
     """Exports what a run trained, and returns where it lies: a folder, or an address. `show` hears how a merged model
     compares with what was trained, `show_upload` what will be pushed.
 
-    Raises UserError where it cannot be done, RunFailed where it failed; then nothing half-written stays.
+    Raises UserError where it cannot be done, TrainingError where it failed; then nothing half-written stays.
     """
     if unused := _unused_options(options):
         raise UserError(

@@ -1,11 +1,11 @@
 """`final/`, the folder that a user takes away.
 
 At its root lies one adapter in PEFT's format that answers as the run did, whatever it was trained over: the trained
-adapter, with the frozen ones below it folded into it (`train.final_adapters: folded`). Then the trained one alone lies in
-a folder of its name, where later stages and continued runs read it (`stack.json` says so). With `apart` the root is the
-trained one alone, each frozen one lies in a folder of its name, and the card says how to load them together. PPO's
-value has a folder of its own. Beside them: model card, tokenizer with chat template, and a generation config with every
-token that ends an answer. Nothing here names the machine.
+adapter, with the frozen ones below it folded into it (`train.final_adapters: combined`). Then the trained one alone
+lies in a folder of its name, where later stages and continued runs read it (`stack.json` says so). With `separate` the
+root is the trained one alone, each frozen one lies in a folder of its name, and the card says how to load them
+together. PPO's value has a folder of its own. Beside them: model card, tokenizer with chat template, and a generation
+config with every token that ends an answer. Nothing here names the machine.
 """
 
 from __future__ import annotations

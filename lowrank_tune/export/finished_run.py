@@ -13,6 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from lowrank_tune import settings
+from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.errors import UserError
 from lowrank_tune.export.combine_lora import LoraAdapter, cannot_combine_reason
 from lowrank_tune.model.adapters import STACK, SavedAdapter, read_adapter, read_stack
@@ -51,6 +52,7 @@ class FinishedRun:
 def load_finished_run(run: Path) -> FinishedRun:
     """The run in a folder. Raises UserError where there is none, where it has not ended, or where it trained no
     policy."""
+    check_run_format(run)
     recipe = _read_json_object(run / "run.json").get("recipe")
     if not isinstance(recipe, dict):
         raise UserError(
@@ -115,9 +117,8 @@ def adapters_in(run: FinishedRun) -> dict[str, SavedAdapter]:
     ]
     if frozen and not (final / STACK).exists():
         raise UserError(
-            f"{final} holds the adapter {recipe.trained_adapter} without {', '.join(frozen)}, which it was trained over (an "
-            f"older version "
-            "of this program left it so): run the recipe again"
+            f"{final} holds the adapter {recipe.trained_adapter} without {', '.join(frozen)}, which it was trained "
+            "over (an older version of this program left it so): run the recipe again"
         )
     return adapters_at(final, key)
 

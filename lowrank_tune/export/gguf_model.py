@@ -71,8 +71,8 @@ def estimate_gguf_size(weights: int, kind: str) -> int:
 
 
 def pretokenizer_name(merged: Path) -> str | None:
-    """llama.cpp's name of the rules by which this tokenizer cuts words; None where they are none of `WORDS`, or it is
-    no BPE."""
+    """llama.cpp's name of the rules by which this tokenizer cuts words; None where they are none of `PRETOKENIZERS`, or
+    it is no BPE."""
     try:
         raw = json.loads((merged / "tokenizer.json").read_bytes())
         if raw["model"]["type"] != "BPE" or raw["model"].get("byte_fallback"):
@@ -93,7 +93,7 @@ def convert(folder: Path, merged: Path, file: Path, kind: str, name: str, adds_b
     """Runs the converter in `folder` on a merged model; `adds_bos`: its tokenizer puts its first token before every
     text.
 
-    Raises RunFailed with what it said, UserError for a model that it does not know."""
+    Raises TrainingError with what it said, UserError for a model that it does not know."""
     child = Path(__file__).with_name("convert_child.py")
     command = [
         sys.executable,
@@ -127,7 +127,7 @@ def convert(folder: Path, merged: Path, file: Path, kind: str, name: str, adds_b
 
 
 def quantize(tool: Quantizer, source: Path, file: Path, kind: str, emit: Emit) -> None:
-    """Runs the quantiser. Raises RunFailed with what it said."""
+    """Runs the quantiser. Raises TrainingError with what it said."""
     command = tool.command(source, file, kind, BITS_PER_WEIGHT[kind][1])
     code, output = run_tool(command, f"llama.cpp quantises to {kind}", r"\[\s*(\d+)/\s*(\d+)\]", emit)
     if code or not file.is_file():

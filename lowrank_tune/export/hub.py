@@ -39,8 +39,8 @@ def push(folder: Path, repo: str, public: bool, show: Callable[[Upload], None], 
     """Uploads a folder in one commit, and returns its address (or where it would go, with `dry_run`). `show` hears what
     will go before it does.
 
-    Raises UserError where it must not or cannot be, RunFailed where the hub or the network fails. A repository that is
-    there and public is never written without `public`.
+    Raises UserError where it must not or cannot be, TrainingError where the hub or the network fails. A repository that
+    is there and public is never written without `public`.
     """
     token = _token(repo)
     api = HfApi(token=token, library_name="lowrank_tune", library_version=__version__)

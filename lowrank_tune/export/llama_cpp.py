@@ -52,7 +52,7 @@ class Quantizer:
         return [
             sys.executable,
             "-P",
-            str(Path(__file__).with_name("quantise_child.py")),
+            str(Path(__file__).with_name("quantize_child.py")),
             str(source),
             str(target),
             str(number),
@@ -66,7 +66,7 @@ def named_folder(given: Path | None) -> Path | None:
 
 
 def converter_folder(given: Path | None, emit: Emit, fetch: bool = True) -> Path:
-    """The folder with llama.cpp's converter. Raises UserError where what was named holds none, RunFailed where it
+    """The folder with llama.cpp's converter. Raises UserError where what was named holds none, TrainingError where it
     cannot be fetched."""
     named = named_folder(given)
     if named is not None and named.is_file():
@@ -122,7 +122,8 @@ def _download(folder: Path) -> Path:
         errors = result.stderr.strip().splitlines() or ["no reason given"]
         errors = [line for line in errors if line.startswith("ERROR")] or errors
         raise TrainingError(
-            f"llama.cpp's converter could not be fetched ({errors[-1].removeprefix('ERROR: ').strip()}): {MANUAL_INSTRUCTIONS}"
+            f"llama.cpp's converter could not be fetched ({errors[-1].removeprefix('ERROR: ').strip()}): "
+            f"{MANUAL_INSTRUCTIONS}"
         )
     return folder / ARCHIVE
 
@@ -147,7 +148,7 @@ def _extract_to_cache(archive: Path) -> Path:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Plain files of `TAKEN` alone, whatever else and whatever links the archive holds."""
+    """Plain files of `CONVERTER_FILES` alone, whatever else and whatever links the archive holds."""
     with tarfile.open(archive) as opened:
         for member in opened:
             parts = PurePosixPath(member.name).parts[1:]  # without the folder of the package

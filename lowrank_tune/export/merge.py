@@ -67,7 +67,7 @@ def merge(
 ) -> MergedModel:
     """Merges what a run left. `show` hears the comparison, good or bad.
 
-    Raises UserError where it cannot be done, RunFailed where what came out is not what was trained; then nothing is
+    Raises UserError where it cannot be done, TrainingError where what came out is not what was trained; then nothing is
     left.
     """
     finished = load_finished_run(run)

@@ -2,10 +2,10 @@
 from its files.
 
 The trained model answers first, and what it thought at each place is kept (its logits at the last places of each text,
-in fp32 and in the main memory, as many as `KEPT_BYTES` holds); then it can go, and the merged one reads the same texts.
-Its greedy answer is the same as long as its likeliest token is; where the two first part, a near-tie of the trained
-model's first two choices excuses it: a gap under `NEAR_TIE`, or under two steps of bf16 at that size, which no software
-that runs in bf16 could tell apart.
+in fp32 and in the main memory, as many as `MAX_LOGIT_BYTES` holds); then it can go, and the merged one reads the same
+texts. Its greedy answer is the same as long as its likeliest token is; where the two first part, a near-tie of the
+trained model's first two choices excuses it: a gap under `NEAR_TIE`, or under two steps of bf16 at that size, which no
+software that runs in bf16 could tell apart.
 """
 
 from __future__ import annotations
@@ -228,8 +228,8 @@ def compare_models(
     readback: tuple[torch.device, torch.dtype],
     emit: Emit,
 ) -> MergeReport:
-    """Reads the merged model back as a user would, and lets it read the same. Raises RunFailed where it cannot even be
-    read."""
+    """Reads the merged model back as a user would, and lets it read the same. Raises TrainingError where it cannot even
+    be read."""
     base_settings = settings.BaseConfig(model=str(folder), bits=16)
     try:
         base = load_base(base_settings, load_tokenizer(base_settings), *readback)

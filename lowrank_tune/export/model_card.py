@@ -1,7 +1,7 @@
 """Model cards: what a folder holds, how it was made, what was measured, and how it is used elsewhere. No path but those
 that the user named.
 
-vLLM takes ranks up to 16 unless told otherwise, and only the limits of `LIMITS`.
+vLLM takes ranks up to 16 unless told otherwise, and only the limits of `VLLM_RANK_LIMITS`.
 """
 
 from __future__ import annotations
@@ -187,8 +187,8 @@ def _vllm(base: str, rank: int) -> list[str]:
     limit = rank_limit(rank)
     if limit is None:
         return [
-            f"**vLLM**: rank {rank} is above the highest that it takes ({VLLM_RANK_LIMITS[-1]}); `lowrank-tune merge` makes a "
-            f"model that it serves.",
+            f"**vLLM**: rank {rank} is above the highest that it takes ({VLLM_RANK_LIMITS[-1]}); "
+            "`lowrank-tune merge` makes a model that it serves.",
             "",
         ]
     flag = f" --max-lora-rank {limit}" if rank > DEFAULT_RANK_LIMIT else ""
@@ -229,7 +229,7 @@ def _policy_usage(base: settings.BaseConfig, adapters: Adapters, eos_tokens: Seq
         return [
             *lines,
             "vLLM, llama.cpp and Ollama take one adapter at a time, and these are several: run the recipe with "
-            "`train.final_adapters: folded`, merge them into the base with `lowrank-tune merge`, or fold them into a "
+            "`train.final_adapters: combined`, merge them into the base with `lowrank-tune merge`, or fold them into a "
             "GGUF adapter with "
             "`lowrank-tune export RUN --to gguf-lora`.",
             "",

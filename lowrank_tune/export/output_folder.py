@@ -30,8 +30,8 @@ def check_disk_space(target: Path, needed: int, label: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + DISK_MARGIN:
         raise UserError(
-            f"{target}: {label} needs {(needed + DISK_MARGIN) / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free there; "
-            "give another folder with --out, or make room"
+            f"{target}: {label} needs {(needed + DISK_MARGIN) / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free "
+            "there; give another folder with --out, or make room"
         )
 
 

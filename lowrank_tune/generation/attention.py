@@ -105,7 +105,8 @@ AttentionMaskInterface.register(GROUPED_SDPA_NAME, sdpa_mask)
 
 @contextmanager
 def batched_attention(model: Any) -> Iterator[None]:
-    """While it is entered, a model that attends by `sdpa` does so by the function of its device in `BY_DEVICE`."""
+    """While it is entered, a model that attends by `sdpa` does so by the function of its device in
+    `ATTENTION_BY_DEVICE`."""
     state = vars(model.get_decoder().config)  # for every few steps: the config's own setter checks all its fields
     name = ATTENTION_BY_DEVICE.get(model.device.type)
     if state.get(ATTENTION_KEY) != "sdpa" or name is None:

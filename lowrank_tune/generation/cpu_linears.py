@@ -57,8 +57,8 @@ class _LinearWeights:
 
 
 class FastLinears(AbstractContextManager[None]):
-    """The linear modules of a model with a stack of adapters, as the weights are now. `bytes` is the size of the
-    scratch."""
+    """The linear modules of a model with a stack of adapters, as the weights are now. `scratch_bytes` is the size of
+    the scratch."""
 
     def __init__(self, model: nn.Module, stack: Sequence[str], limit: int) -> None:
         """`limit` bounds the bytes of the scratch: where the unpacked weights do not fit, bitsandbytes goes on

@@ -57,7 +57,8 @@ class Engine:
     (but always one).
 
     On the CPU 4-bit weights are unpacked for the time of a call where they fit `scratch_bytes`, a quarter of the
-    machine's memory by default. `cache_bytes` is by default what `cache_room` says. `decode` is for stop strings.
+    machine's memory by default. `cache_bytes` is by default what `default_cache_bytes` says. `decode` is for stop
+    strings.
     """
 
     def __init__(
@@ -80,8 +81,8 @@ class Engine:
         one is asked for.
 
         `numbers` name the random streams of the prompts where these are a part of more; by default they are their
-        places here. Raises ValueError for an empty prompt and for stop strings without `decode`, RunFailed for logits
-        that are not finite.
+        places here. Raises ValueError for an empty prompt and for stop strings without `decode`, TrainingError for
+        logits that are not finite.
         """
         return self._run(
             prompts,

@@ -16,7 +16,7 @@ MIN_LAYERS = 2
 
 @dataclass(frozen=True)
 class LinearInDepth:
-    """What a model of any depth holds: at `few` layers of each kind, and what one more of a kind adds."""
+    """What a model of any depth holds: at `base_counts` layers of each kind, and what one more of a kind adds."""
 
     base_counts: Mapping[Layer, int]
     base_peaks: Peaks
@@ -59,7 +59,7 @@ def fit_linear_model(simulate: Callable[[Sequence[Layer]], Peaks], counts: Mappi
 
 
 def extrapolate_layers(simulate: Callable[[Sequence[Layer]], Peaks], layers: Sequence[Layer]) -> Peaks:
-    """What `rehearse` would find with all these layers."""
+    """What `simulate` would find with all these layers."""
     counts = Counter(layers)
     return fit_linear_model(simulate, counts).at_depth(counts)
 

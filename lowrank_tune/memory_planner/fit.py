@@ -85,8 +85,8 @@ class Search:
 
 
 def largest_fitting(need: Callable[[int], int], start: int, maximum: int, room: int) -> int:
-    """The largest n up to `most` with need(n) within room; 0 for none. `need` grows by nearly the same with each n, so
-    that few are asked."""
+    """The largest n up to `maximum` with need(n) within room; 0 for none. `need` grows by nearly the same with each n,
+    so that few are asked."""
     start = max(1, min(start, maximum))
     now = need(start)
     low, other = (start if now <= room else 0), (min(maximum, 2 * start) if now <= room else max(1, start // 2))
@@ -175,7 +175,10 @@ def _shorten(spec: SimulationSpec, plan: Plan) -> str:
             "" if recipe.base.bits == 4 else ", or base.bits=4"
         )
     if plan.peak_phase.name in DECODING_PHASES:
-        return "fewer sequences at once: rollout.max_num_seqs, or shorter ones: rollout.max_new_tokens, evaluate.max_new_tokens"
+        return (
+            "fewer sequences at once: rollout.max_num_seqs, or shorter ones: rollout.max_new_tokens, "
+            "evaluate.max_new_tokens"
+        )
     online = recipe.algorithm in ONLINE_ALGORITHMS
     alone = (
         (plan.fits_length or 0) * plan.sizes.units // LENGTH_STEP * LENGTH_STEP

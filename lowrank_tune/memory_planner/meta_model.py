@@ -62,7 +62,8 @@ def with_few_layers(config: Any, layers: Sequence[Layer]) -> Any:
 
 
 def meta_base(config: Any, name: str, bits: int, device: torch.device) -> Base:
-    """The frozen base as `load_base` would make it of this configuration, on meta tensors. Enter `pretending` first."""
+    """The frozen base as `load_base` would make it of this configuration, on meta tensors. Enter `fake_device_mode`
+    first."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

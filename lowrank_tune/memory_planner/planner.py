@@ -86,7 +86,7 @@ def decoding_phases(
 
 
 def _cache_bytes(spec: SimulationSpec, vram: int, resident: int) -> int:
-    """Bytes for keys and values, as the engine has it (`rollout.engine.cache_room`)."""
+    """Bytes for keys and values, as the engine has it (`generation.engine.gpu_cache_bytes`)."""
     budget = int((spec.recipe.train.memory_budget_gib or 0) * 2**30)
     if spec.device.type != "cuda":
         return budget or host_memory() // HOST_MEMORY_DIVISOR

@@ -38,8 +38,8 @@ from lowrank_tune.types import Batch, LossTerm, Stats, StepBatch
 
 @dataclass(frozen=True)
 class SimulationSpec:
-    """All that is rehearsed but for depth. `loaded` are the shapes of adapters that come from files, `below_reward`
-    what lies under a reward model that is not trained; `rollouts` by name of their phase."""
+    """All that is rehearsed but for depth. `loaded` are the shapes of adapters that come from files,
+    `reward_base_adapters` what lies under a reward model that is not trained; `rollouts` by name of their phase."""
 
     recipe: settings.RecipeConfig
     config: Any
@@ -299,7 +299,7 @@ UPDATE_PHASES = ("update", "update of the value", *["end"] * 7)
 
 
 class _FakeRolloutCollector(RolloutCollector):
-    """Completions that nobody drew, of the sizes that are planned for. Where their log-probs are `known` nothing goes
+    """Completions that nobody drew, of the sizes that are planned for. With `skip_logps` nothing goes
     through the model."""
 
     def __init__(self, *arguments: Any, sizes: Sizes, skip_logps: bool) -> None:

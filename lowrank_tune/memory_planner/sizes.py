@@ -15,9 +15,10 @@ DEFAULT_ROWS = 4  # of a micro-batch, where a recipe says nothing
 
 @dataclass(frozen=True)
 class Sizes:
-    """What goes through the model at once: `units` (rows, pairs, or completions) of a micro-batch, `together` rows
-    each, all of `length` tokens, the first `prompt` of which are not scored and are common to `group` rows. `harvest`
-    completions are collected before an update. `free_tokens` go through at once where no gradient is kept."""
+    """What goes through the model at once: `units` (rows, pairs, or completions) of a micro-batch, `rows_per_unit` rows
+    each, all of `length` tokens, the first `prompt_length` of which are not scored and are common to `group` rows.
+    `num_rollouts` completions are collected before an update. `no_grad_tokens` go through at once where no gradient is
+    kept."""
 
     units: int
     length: int

@@ -65,8 +65,8 @@ def _stage_spec(
     pending_adapters: Mapping[str, settings.AdapterConfig],
     reward_base_adapters: Sequence[str] | None,
 ) -> SimulationSpec:
-    """One stage. `made` are the adapters of earlier stages, which are not there yet; `below` what their reward model
-    lies on."""
+    """One stage. `pending_adapters` are the adapters of earlier stages, which are not there yet; `reward_base_adapters`
+    what their reward model lies on."""
     pending = {
         name for name, adapter in recipe.adapters.items() if adapter.path and adapter.path.startswith(PENDING_PATH)
     }

@@ -35,9 +35,9 @@ def checkpoint_layers(
     offload: bool,
     context_fn: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]],
 ) -> bool:
-    """Makes layers of a model recompute, and with `offload` keep their inputs in the machine's memory; `contexts` gives
-    what the forward pass and the recomputation run under. Returns whether any layer does. Raises UserError for a model
-    whose layers cannot differ."""
+    """Makes layers of a model recompute, and with `offload` keep their inputs in the machine's memory; `context_fn`
+    gives what the forward pass and the recomputation run under. Returns whether any layer does. Raises UserError for a
+    model whose layers cannot differ."""
     layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
     count = num_checkpointed_layers(wanted, len(layers) or 1)
     if not count:

@@ -94,7 +94,7 @@ def read_adapter(path: str, key: str, head: bool = False, combined: bool = False
     """Reads the adapter in a folder, or in a run's `final/`: one with a scalar head (a reward model's) or, by default,
     without.
 
-    Of a run over frozen adapters it is the trained one alone, to lie over them again; `whole` is all of them folded
+    Of a run over frozen adapters it is the trained one alone, to lie over them again; `combined` is all of them folded
     into one, where the run left that. `key` is the setting that named it. Raises UserError in one sentence.
     """
     given = Path(path).expanduser()

@@ -57,7 +57,7 @@ class Base:
     bits: int
     end_ids: frozenset[int]
     backend: str = "transformers"
-    """Whose code runs the model's forward: `plain` is transformers' own."""
+    """Whose code runs the model's forward: `transformers` is transformers' own."""
     transformers_forward: Callable[[], AbstractContextManager[Any]] = nullcontext
     """What to enter where the model must run by transformers' own code, whatever the backend."""
 

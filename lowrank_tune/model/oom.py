@@ -93,7 +93,7 @@ class MemoryLimits:
     keys and values that are decoded with. 0: no limit is known. `times` counts how often memory ran short. All this is
     saved with a checkpoint.
 
-    `budget_bytes` is what the run may use, 0 for all; `when` begins what is told.
+    `budget_bytes` is what the run may use, 0 for all; `message_prefix` begins what is told.
     """
 
     update_tokens: int = 0
@@ -129,8 +129,8 @@ class MemoryLimits:
         """What `work` makes of the units, each of them `tokens` tokens, in as many pieces as it takes, and of which
         units.
 
-        `work` must leave nothing behind where it raises. A unit is `together` rows. Raises DoesNotFit where a single
-        unit is too much.
+        `work` must leave nothing behind where it raises. A unit is `rows_per_unit` rows. Raises DoesNotFit where a
+        single unit is too much.
         """
         waiting = deque([units])
         while waiting:
@@ -161,7 +161,8 @@ class MemoryLimits:
         self.emit(
             LogMessage(
                 level="warning",
-                message=f"{self.message_prefix}{_oom_message(kind, units * rows_per_unit, tokens // rows_per_unit, getattr(self, kind))}",
+                message=self.message_prefix
+                + _oom_message(kind, units * rows_per_unit, tokens // rows_per_unit, getattr(self, kind)),
             )
         )
 

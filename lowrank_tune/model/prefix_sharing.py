@@ -8,12 +8,12 @@ beginning.
 
 A token sees its own row's tokens up to itself, wherever they lie: those of the shared beginning and of its own tail,
 and no other tail. Positions count within the rows, so hidden states are those of the rows apart, up to the order of
-sums; `Tree.rows` puts them back where the rows have them, and a shared token's gradient is the sum of all rows'
-gradients.
+sums; `PackedBatch.unpack` puts them back where the rows have them, and a shared token's gradient is the sum of all
+rows' gradients.
 
 transformers hands a 4-D mask to every layer as it is (5.17 and 5.23, `masking_utils`), to sliding ones too: rows longer
 than a window are never shared. Layers with a recurrent state see the order of the packed row, so models that have them
-never share; `agrees` finds what this file has not heard of.
+never share; `verify_packing` finds what this file has not heard of.
 """
 
 from __future__ import annotations

@@ -57,9 +57,10 @@ class Roles:
     `adapters` in the order they lie, all fresh (and a fresh adapter changes nothing: its B is zero) until
     `load_adapter_tensors`. Only those in `trainable` ever get a gradient. `heads` are roles with a scalar head: it
     belongs to the adapter of the role's own name, the top of its stack, and trains and is saved with it; or, where no
-    adapter has that name, it stands alone on a stack that others train. `share` False has every row go through the
-    model whole, as it must where another backend ignores masks. `checkpointing` says which layers are recomputed in the
-    backward pass, `offload` that what they keep waits in the machine's memory (`model/memory.py`).
+    adapter has that name, it stands alone on a stack that others train. `share_prefixes` False has every row go through
+    the model whole, as it must where another backend ignores masks. `checkpointing` says which layers are recomputed in
+    the backward pass, `offload` that what they keep waits in the machine's memory
+    (`model/activation_checkpointing.py`).
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class Roles:
 
     def hidden(self, role: str, batch: Batch) -> Tensor:
         """(B, T, d) last hidden states. A beginning that rows share goes through once where that is faster
-        (`model/tree.py`).
+        (`model/prefix_sharing.py`).
 
         Right-padded rows need no attention mask: a real token never looks at what follows it.
         """
@@ -194,7 +195,8 @@ class Roles:
         return longest
 
     def logps(self, role: str, batch: Batch, temperature: float = 1.0, entropy_gradient: bool = False) -> LogProbs:
-        """log p(token t | before) and entropy where `says`, else 0; (B, T) fp32. The shift by one happens here."""
+        """log p(token t | before) and entropy where `completion_mask`, else 0; (B, T) fp32. The shift by one happens
+        here."""
         logps, entropy, _ = self.token_logps_and_entropy(role, batch, temperature, entropy_gradient)
         return LogProbs(logps, entropy)
 
@@ -213,8 +215,8 @@ class Roles:
     def full_vocab_kl(
         self, role: str, reference: str, batch: Batch, temperature: float = 1.0, gradient: bool = False
     ) -> Tensor:
-        """KL(role || reference) over the whole vocabulary where `says`, else 0; (B, T) fp32; with `gradient`, one for
-        the role."""
+        """KL(role || reference) over the whole vocabulary where `completion_mask`, else 0; (B, T) fp32; with
+        `gradient`, one for the role."""
         rows, columns = batch.loss_mask.nonzero(as_tuple=True)
         with nullcontext() if gradient else self.inference_mode():
             mine = self.hidden(role, batch)[rows, columns - 1]

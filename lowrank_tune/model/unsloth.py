@@ -1,11 +1,11 @@
 """The base as unsloth loads it (`base.backend: unsloth`): its attention, rotary embeddings and norms on a card, PEFT's
 adapters on top.
 
-unsloth must have been imported before (`early.import_first`). Its habits that matter here: it swaps a base for its own
-copy of it, cuts rows that are longer than it was told, ignores masks while it trains, gives no logits where it is given
-labels, and has a cache of its own. So the base is asked for by its exact name, the longest row is said, rows go through
-whole and padded on the right, log-probs come from hidden states, completions are drawn with transformers' own forwards,
-and before the first step the two are compared.
+unsloth must have been imported before (`unsloth_import.import_unsloth`). Its habits that matter here: it swaps a base
+for its own copy of it, cuts rows that are longer than it was told, ignores masks while it trains, gives no logits where
+it is given labels, and has a cache of its own. So the base is asked for by its exact name, the longest row is said,
+rows go through whole and padded on the right, log-probs come from hidden states, completions are drawn with
+transformers' own forwards, and before the first step the two are compared.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ UNKNOWN_VERSION_MESSAGE = (
 def load_base(
     wanted: settings.BaseConfig, tokenizer: Any, max_seq_length: int, device: torch.device | None = None
 ) -> Base:
-    """As `base.load_base`; `longest` is the longest row in tokens that will be trained on. Raises UserError."""
+    """As `base.load_base`; `max_seq_length` is the longest row in tokens that will be trained on. Raises UserError."""
     unsloth: Any = sys.modules["unsloth"]
     silence_transformers()
     device = device or pick_device()
@@ -64,7 +64,7 @@ def load_base(
             raise UserError(
                 f"base.backend: `unsloth` is used for {', '.join(SUPPORTED_MODEL_TYPES)} models, and {wanted.model} is "
                 f"{config.model_type}; "
-                "use `plain`, or leave it out"
+                "use `transformers`, or leave it out"
             )
         four_bits = check_quantization(config, wanted) or wanted.bits == 4
         try:
@@ -103,7 +103,8 @@ def _check(model: Any, config: Any, wanted: settings.BaseConfig, four_bits: bool
     rows = model.get_input_embeddings().weight.shape[0]
     if rows != config.vocab_size:
         raise UserError(
-            f"base.backend: unsloth made {rows:,} of the {config.vocab_size:,} words of {wanted.model}; use `transformers`"
+            f"base.backend: unsloth made {rows:,} of the {config.vocab_size:,} words of {wanted.model}; use "
+            "`transformers`"
         )
     missing = {name for name, _ in model.named_parameters()} - weight_files(wanted).keys()
     if missing:
@@ -184,9 +185,8 @@ def check(roles: Roles, role: str) -> None:
     dtype = torch.bfloat16 if base.device.type == "cuda" else torch.float32
     if not (logp_error <= LOGP_TOLERANCE[dtype] and gradient_error <= GRADIENT_TOLERANCE[dtype]):
         raise UserError(
-            f"base.backend: unsloth does not compute what transformers does here: log-probs are {logp_error:.2g} nats a "
-            f"token apart, "
-            f"the gradient is {gradient_error:.1%} off; use `plain`, or leave it out"
+            f"base.backend: unsloth does not compute what transformers does here: log-probs are {logp_error:.2g} nats "
+            f"a token apart, the gradient is {gradient_error:.1%} off; use `transformers`, or leave it out"
         )
 
 

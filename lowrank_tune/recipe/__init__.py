@@ -1,7 +1,7 @@
 """Recipes: YAML to settings and back. Strict: every fault is told at once, with file, line and what was probably meant.
 
 recipe = Recipe.load("tiny-sft", "train.max_steps=10")
-chain = load_any("tiny-preference", "stages.dpo.train.steps=10")
+chain = load_any("tiny-preference", "stages.dpo.train.max_steps=10")
 faults look like   my.yaml:7: train.learning_rat: unknown key; did you mean `learning_rate`?
 """
 
@@ -68,7 +68,8 @@ def load(preset_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) 
 
 
 def load_any(preset_or_path: str | os.PathLike[str], *overrides: str) -> Recipe | Chain:
-    """The recipe of a preset or file, or where it has `stages`, the chain. Raises `Faults`, all of them at once."""
+    """The recipe of a preset or file, or where it has `stages`, the chain. Raises `ConfigError`, all of them at
+    once."""
     tree, problems, stem = read_recipe(os.fspath(preset_or_path))
     kind: type[Recipe] | type[Chain] = Chain if "stages" in tree.value else Recipe
     return kind.from_tree(tree, problems, stem, overrides)

@@ -69,8 +69,8 @@ class Chain:
 
     @classmethod
     def load(cls, preset_or_path: str | os.PathLike[str], *overrides: str) -> Self:
-        """The chain of a preset or file. `key=value` changes every stage, `stages.NAME.key=value` one. Raises `Faults`,
-        all at once."""
+        """The chain of a preset or file. `key=value` changes every stage, `stages.NAME.key=value` one. Raises
+        `ConfigError`, all at once."""
         tree, problems, stem = read_recipe(os.fspath(preset_or_path))
         if "stages" not in tree.value:
             raise UserError(f"{stem} is a single recipe, without stages; load it with load_any or Recipe.load")
@@ -85,7 +85,7 @@ class Chain:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The chain of plain data, as `to_dict` gives it. Raises `Faults`."""
+        """The chain of plain data, as `to_dict` gives it. Raises `ConfigError`."""
         problems: list[ConfigProblem] = []
         tree = from_python(dict(data) if isinstance(data, Mapping) else data, SourcePosition(), problems)
         if not isinstance(tree.value, dict):
@@ -178,8 +178,8 @@ def _dedupe_problems(drafts: Sequence[StageDraft]) -> list[ConfigProblem]:
 
 
 def _stage_recipe(data: dict[str, Any], has_reward_stage: bool) -> Recipe:
-    """A stage that was judged. Its `reference` and, where it is `lent`, its reward model name what only the chain knows
-    of: they are set past the recipe's own rules."""
+    """A stage that was judged. Its `reference` and, where it `has_reward_stage`, its reward model name what only the
+    chain knows of: they are set past the recipe's own rules."""
     claimed, adapters = data.get("reference"), data.get("adapters") or {}
     stands_in = {"adapters": {**adapters, reward_model_rules.REWARD_ADAPTER: {"path": "."}}} if has_reward_stage else {}
     recipe = Recipe.model_validate({key: value for key, value in (data | stands_in).items() if key != "reference"})

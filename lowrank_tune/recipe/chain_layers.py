@@ -176,7 +176,7 @@ def _invalid_override(path: Path, names: list[str]) -> str:
     if word and word not in names:
         return f"no stage is called {word!r:.60}{did_you_mean(word, names) or '; there are ' + ', '.join(names)}"
     if len(path) < 3:
-        return f"is no single setting; say stages.{word or 'NAME'}.train.steps=100"
+        return f"is no single setting; say stages.{word or 'NAME'}.train.max_steps=100"
     return "cannot be given here; it stands in the file" if path[2] in ("name", "extends", "stages") else ""
 
 

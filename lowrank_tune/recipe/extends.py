@@ -1,7 +1,7 @@
 """From a name or a path to one tree: where presets lie, what `extends` means, and how `key=value` changes it.
 
-A later layer wins. Where it sets one of two rivals (`train.max_steps` over an inherited `train.num_train_epochs`), the inherited one
-gives way; `null` takes an inherited setting away.
+A later layer wins. Where it sets one of two rivals (`train.max_steps` over an inherited `train.num_train_epochs`), the
+inherited one gives way; `null` takes an inherited setting away.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def read_file(file: File) -> bytes:
 
 
 def read_tree(file: File, problems: list[ConfigProblem], children: Sequence[File] = ()) -> Node | None:
-    """A file laid over what it extends. None where a text could not be read; why stands in `faults`."""
+    """A file laid over what it extends. None where a text could not be read; why stands in `problems`."""
     tree, found = parse_yaml(read_file(file), display_path(file))
     problems += found
     if tree is None:

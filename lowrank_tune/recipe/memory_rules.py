@@ -39,8 +39,8 @@ def memory_settings(recipe: RecipeConfig) -> dict[str, Any]:
 
 
 def suggestions(recipe: RecipeConfig, kind: str, tokens: int, on_gpu: bool) -> str:
-    """What to type after memory ran out in a piece of work that cannot be split (`kind` as in `Limits`, or any other
-    word), `tokens` its length. First what a run may change when it goes on, then what makes it another run."""
+    """What to type after memory ran out in a piece of work that cannot be split (`kind` as in `MemoryLimits`, or any
+    other word), `tokens` its length. First what a run may change when it goes on, then what makes it another run."""
     same_run, new_run = list[str](), list[str]()
     train, online = recipe.train, recipe.algorithm in ("grpo", "ppo")
     updates = kind not in ("forward_tokens", "cache_tokens")

@@ -258,7 +258,8 @@ NOT_SETTINGS: dict[str, str] = {
     "dtype": "precision follows from the device",
     "scale_rewards": REWARD_SCALING_NOTE,
     "norm_adv_by_std_in_grpo": REWARD_SCALING_NOTE,
-    "steps_per_generation": "every step draws its own completions, and `grpo.num_iterations` says how often they are used",
+    "steps_per_generation": "every step draws its own completions, and `grpo.num_iterations` says how often they are "
+    "used",
     "generation_batch_size": "it follows from `train.prompts_per_step` and `rollout.num_generations`",
     **dict.fromkeys(
         (
@@ -428,6 +429,7 @@ def suggestion_for(model: type[BaseModel], path: Path, value: Any) -> str:
 def format_error(model: type[BaseModel], error: ErrorDetails, path: Path, value: Any) -> str:
     """One of pydantic's errors, for people."""
     kind, limits = error["type"], error.get("ctx", {})
+    pattern_message = PATTERN_MESSAGES.get(str(path[-1]) if len(path) == 1 else "", PATTERN_MESSAGES[""])
     simple = {
         "missing": "is missing",
         "finite_number": f"must be a finite number, found {describe_value(value)}",
@@ -439,12 +441,12 @@ def format_error(model: type[BaseModel], error: ErrorDetails, path: Path, value:
         "string_too_short": "must not be empty",
         "string_too_long": f"must have at most {limits.get('max_length')} letters",
         "string_unicode": "holds half of a surrogate pair, which is no character",
-        "string_pattern_mismatch": f"{PATTERN_MESSAGES.get(str(path[-1]) if len(path) == 1 else '', PATTERN_MESSAGES[''])}, found "
-        f"{describe_value(value)}",
+        "string_pattern_mismatch": f"{pattern_message}, found {describe_value(value)}",
     }
     return (
         simple.get(kind)
-        or f"expected {describe_expected(model, path)}, found {describe_value(value)}{suggestion_for(model, path, value)}"
+        or f"expected {describe_expected(model, path)}, found {describe_value(value)}"
+        f"{suggestion_for(model, path, value)}"
     )
 
 

@@ -34,17 +34,17 @@ def unused_settings(data: Any) -> Iterator[Finding]:
     value, path = get_raw(data, "adapters", "value"), get_raw(data, "adapters", "value", "path")
     if get_raw(data, "ppo", "critic") == "shared":
         if get_raw(data, "ppo", "critic_init") is not None:
-            yield ("ppo", "critic_init"), "does nothing with `ppo.critic`: trunk, a fresh head on the policy's trunk"
+            yield ("ppo", "critic_init"), "does nothing with `ppo.critic`: shared, a fresh head on the policy's trunk"
         if value is not None:
             yield (
                 ("adapters", "value"),
-                "does nothing with `ppo.critic`: trunk, a head on the policy's trunk; leave it out",
+                "does nothing with `ppo.critic`: shared, a head on the policy's trunk; leave it out",
             )
         return
     if get_raw(data, "ppo", "vf_coef") is not None:
         yield (
             ("ppo", "vf_coef"),
-            "does nothing with `ppo.critic`: adapter, which shares nothing; there is `ppo.value_learning_rate`",
+            "does nothing with `ppo.critic`: separate, which shares nothing; there is `ppo.value_learning_rate`",
         )
     if path is not None and get_raw(data, "ppo", "critic_init") is not None:
         yield ("ppo", "critic_init"), "does nothing beside `adapters.value.path`, where the value goes on from"
@@ -58,8 +58,8 @@ def unused_settings(data: Any) -> Iterator[Finding]:
 
 
 def findings(data: Any, has_reward_stage: bool = False) -> Iterator[Finding]:
-    """A weight of 0 cannot be steered, a copy needs its original, values must be steady, and a group has two. `lent`:
-    an earlier stage of a chain trains the reward model."""
+    """A weight of 0 cannot be steered, a copy needs its original, values must be steady, and a group has two.
+    `has_reward_stage`: an earlier stage of a chain trains the reward model."""
     if get_raw(data, "algorithm") == "grpo" and get_raw(data, "rollout", "num_generations") == 1:
         yield (
             ("rollout", "num_generations"),

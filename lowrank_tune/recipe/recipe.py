@@ -25,7 +25,7 @@ class Recipe(settings.RecipeConfig):
 
     @classmethod
     def load(cls, preset_or_path: str | os.PathLike[str], *overrides: str) -> Self:
-        """The recipe of a preset or file, with `key=value` overrides. Raises `Faults`, all of them at once."""
+        """The recipe of a preset or file, with `key=value` overrides. Raises `ConfigError`, all of them at once."""
         tree, problems, stem = read_recipe(os.fspath(preset_or_path))
         if "stages" in tree.value:
             raise UserError(
@@ -43,7 +43,7 @@ class Recipe(settings.RecipeConfig):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The recipe of plain data, as `to_dict` gives it. Raises `Faults`."""
+        """The recipe of plain data, as `to_dict` gives it. Raises `ConfigError`."""
         problems: list[ConfigProblem] = []
         tree = from_python(dict(data) if isinstance(data, Mapping) else data, SourcePosition(), problems)
         if not isinstance(tree.value, dict):

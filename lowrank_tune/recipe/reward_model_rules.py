@@ -1,4 +1,4 @@
-"""Rules of the learned reward, `use: reward_model`: it speaks through an adapter of its own, `adapters.reward`. Like
+"""Rules of the learned reward, `name: reward_model`: it speaks through an adapter of its own, `adapters.reward`. Like
 `rules`, of plain data."""
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ def uses_reward_model(data: Any) -> bool:
 
 
 def findings(data: Any, has_reward_stage: bool = False) -> Iterator[Finding]:
-    """The reward model is there where it is asked, and only there. `lent`: an earlier stage of a chain trains it."""
+    """The reward model is there where it is asked, and only there. `has_reward_stage`: an earlier stage of a chain
+    trains it."""
     if (
         not isinstance(get_raw(data, "algorithm"), str)
         or default_adapter_name(get_raw(data, "algorithm")) == REWARD_ADAPTER
@@ -36,5 +37,6 @@ def findings(data: Any, has_reward_stage: bool = False) -> Iterator[Finding]:
         if given is None and not has_reward_stage and get_raw(reward, "name") == REWARD_NAME:
             yield (
                 ("rewards", index, "name"),
-                f"needs a reward model: `adapters: {{{REWARD_ADAPTER}: {{path: runs/NAME}}}}`, a run of `algorithm: reward`",
+                f"needs a reward model: `adapters: {{{REWARD_ADAPTER}: {{path: runs/NAME}}}}`, a run of "
+                "`algorithm: reward`",
             )

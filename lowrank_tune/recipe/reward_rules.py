@@ -52,7 +52,7 @@ REWARD_ALIASES = {
 """Names of other kits' rewards."""
 LOSSES = get_args(GRPOConfig.model_fields["loss_type"].annotation)
 LOSSES_WITH_DEFAULT_EPSILON_HIGH = ("dapo", "cispo")
-"""Losses that have a `clip_high` of their own where none is given: `clip` says nothing of it."""
+"""Losses that have an `epsilon_high` of their own where none is given: `epsilon` says nothing of it."""
 
 
 def is_grpo(data: Any) -> bool:
@@ -134,7 +134,7 @@ def reward_findings(data: Any) -> Iterator[Finding]:
     if not is_online(data):
         return
     if get_raw(data, "rewards") in (None, []):
-        yield ("rewards",), "is missing: say what completions earn, as in `rewards: [{use: answer}]`"
+        yield ("rewards",), "is missing: say what completions earn, as in `rewards: [{name: answer}]`"
     listed = entries(data, "rewards")
     for index, reward in enumerate(listed):
         use = get_raw(reward, "name")

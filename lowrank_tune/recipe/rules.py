@@ -1,7 +1,8 @@
 """What single settings cannot know: contradictions, and settings that would do nothing.
 
 Everything here looks at what was *written* (plain data, defaults not filled in), and must bear any shape of it: types
-are judged elsewhere, at the same time. A new algorithm adds rows to `USED_BY`; a new pair of rivals a row to `RIVALS`.
+are judged elsewhere, at the same time. A new algorithm adds rows to `USED_BY`; a new pair of rivals a row to
+`MUTUALLY_EXCLUSIVE`.
 """
 
 from __future__ import annotations
@@ -169,7 +170,8 @@ def best_step_findings(data: Any) -> Iterator[Finding]:
     ):
         yield (
             ("train", "final"),
-            f"`best` needs {'validation rows' if supports_validation(data) else '`evaluate.eval_dataset`'}, and there are none",
+            f"`best` needs {'validation rows' if supports_validation(data) else '`evaluate.eval_dataset`'}, and there "
+            "are none",
         )
 
 
@@ -204,8 +206,12 @@ def unused_source_settings(data: Any) -> Iterator[Finding]:
             for key in ("config_name", "format", "columns", "ground_truth", "final_answer"):
                 if get_raw(source, key) not in (None, {}):
                     yield (*path, key), f"does nothing for `{dataset}`, {BUILT_IN[dataset]}"
-        elif isinstance(dataset, str) and DATA_FILE_PATTERN.fullmatch(dataset) and get_raw(source, "name") is not None:
-            yield (*path, "name"), "does nothing for a file; only hub data sets have configurations"
+        elif (
+            isinstance(dataset, str)
+            and DATA_FILE_PATTERN.fullmatch(dataset)
+            and get_raw(source, "config_name") is not None
+        ):
+            yield (*path, "config_name"), "does nothing for a file; only hub data sets have configurations"
     if len(entries(data, "data", "train")) == 1 and get_raw(data, "data", "train", 0, "weight") is not None:
         yield ("data", "train", 0, "weight"), "does nothing with a single source"
 
@@ -358,8 +364,8 @@ def deterministic_logps(data: Any) -> Iterator[Finding]:
 
 
 def reference_findings(data: Any, frozen_adapters: Sequence[str] = ()) -> Iterator[Finding]:
-    """The reference is no choice: it is the policy's stack without its top. `below` lies between loaded adapters and
-    the policy."""
+    """The reference is no choice: it is the policy's stack without its top. `frozen_adapters` lie between loaded
+    adapters and the policy."""
     claimed = get_raw(data, "reference")
     if default_adapter_name(get_raw(data, "algorithm")) != "policy" or not isinstance(claimed, str):
         return
@@ -388,11 +394,11 @@ def adapter_stack_findings(data: Any, frozen_adapters: Sequence[str] = ()) -> It
         and not frozen_adapters
         and not adapters_of(data).keys() - beside
     ):
-        yield ("train", "final_adapters"), "`apart` does nothing here: no frozen adapter lies below the trained one"
+        yield ("train", "final_adapters"), "`separate` does nothing here: no frozen adapter lies below the trained one"
 
 
 def findings(data: Any, frozen_adapters: Sequence[str] = (), has_reward_stage: bool = False) -> Iterator[Finding]:
-    """All of the above. `lent`: an earlier stage of a chain trains the reward model."""
+    """All of the above. `has_reward_stage`: an earlier stage of a chain trains the reward model."""
     for rule in (
         unused_settings,
         mutually_exclusive_findings,

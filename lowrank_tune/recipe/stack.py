@@ -81,7 +81,8 @@ def conflicts(stages: Stages, index: int) -> Iterator[Finding]:
     if stage["name"] == reward_model_rules.REWARD_ADAPTER and trained != reward_model_rules.REWARD_ADAPTER:
         yield (
             ("name",),
-            f"is no name for a stage of {stage.get('algorithm')}: `{reward_model_rules.REWARD_ADAPTER}` is the reward model",
+            f"is no name for a stage of {stage.get('algorithm')}: `{reward_model_rules.REWARD_ADAPTER}` is the reward "
+            "model",
         )
     if stage["name"] in {*own, *loaded} - {trained}:
         yield ("name",), "is also the name of an adapter below this stage; rename one of them"

@@ -18,5 +18,6 @@ def unused_settings(data: Any) -> Iterator[Finding]:
     if get_raw(data, "train", "project") is not None and not any(name in PROJECT_TRACKERS for name in names):
         yield (
             ("train", "project"),
-            f"does nothing without `train.report_to`: {', '.join(PROJECT_TRACKERS)} (TensorBoard's files lie in the run's folder)",
+            f"does nothing without `train.report_to`: {', '.join(PROJECT_TRACKERS)} (TensorBoard's files lie in the "
+            "run's folder)",
         )

@@ -16,14 +16,16 @@ ALGORITHMS = get_args(RecipeConfig.model_fields["algorithm"].annotation)
 
 def findings(data: Any, frozen_adapters: Sequence[str] = (), has_reward_stage: bool = False) -> Iterator[Finding]:
     """unsloth's kernels know one adapter at a time: no frozen ones below the policy, no reward model, no value.
-    `below`: what earlier stages of a chain lay under it. `lent`: one of them trains the reward model."""
+    `frozen_adapters`: what earlier stages of a chain lay under it. `has_reward_stage`: one of them trains the reward
+    model."""
     if get_raw(data, "base", "backend") != "unsloth":
         return
     path, algorithm, adapters = ("base", "backend"), get_raw(data, "algorithm"), get_raw(data, "adapters")
     if algorithm in ALGORITHMS and algorithm not in SUPPORTED_ALGORITHMS:
         yield (
             path,
-            f"`unsloth` trains {', '.join(SUPPORTED_ALGORITHMS)}, and not {algorithm}; use `plain`, or leave it out",
+            f"`unsloth` trains {', '.join(SUPPORTED_ALGORITHMS)}, and not {algorithm}; use `transformers`, or leave it "
+            "out",
         )
         return
     others = [str(name) for name in adapters if name != "policy"] if isinstance(adapters, dict) else []
@@ -45,6 +47,6 @@ def findings(data: Any, frozen_adapters: Sequence[str] = (), has_reward_stage: b
         )
         yield (
             path,
-            f"`unsloth` bears the policy's adapter alone, and here is `{others[0]}` too ({reason}); use `plain`, or "
-            f"leave it out",
+            f"`unsloth` bears the policy's adapter alone, and here is `{others[0]}` too ({reason}); use "
+            f"`transformers`, or leave it out",
         )

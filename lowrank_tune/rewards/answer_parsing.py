@@ -1,9 +1,9 @@
 r"""What stands written as an answer, and what can be decided about it without algebra: exactly, in microseconds, in
 this process.
 
-`final` finds the answer in a completion, `decided` compares it with the gold one: multiple choice by its letters,
-numbers as exact rationals, lists of numbers, and words as text. It says None where only algebra can tell. All patterns
-are linear in the text.
+`extract_final_answer` finds the answer in a completion, `compare_exact` compares it with the gold one: multiple choice
+by its letters, numbers as exact rationals, lists of numbers, and words as text. It says None where only algebra can
+tell. All patterns are linear in the text.
 """
 
 from __future__ import annotations

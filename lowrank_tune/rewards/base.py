@@ -45,8 +45,8 @@ class Score:
 
 
 class Reward(Protocol):
-    """One Score for each item, in their order. `judges`: it tells right from wrong; the others shape how a completion
-    looks."""
+    """One Score for each item, in their order. `is_verifier`: it tells right from wrong; the others shape how a
+    completion looks."""
 
     @property
     def name(self) -> str: ...
@@ -86,12 +86,12 @@ Reply = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class WorkerReward(ABC):
-    """A reward that may hang, and is therefore computed in a worker process with a wall clock. `Scorer` calls these
+    """A reward that may hang, and is therefore computed in a worker process with a wall clock. `WorkerPool` calls these
     methods."""
 
     is_verifier: ClassVar[bool]
     max_seconds: ClassVar[float] = float("inf")
-    """Seconds after which this reward gives up on a completion, where that is less than the Scorer's own limit."""
+    """Seconds after which this reward gives up on a completion, where that is less than the pool's own limit."""
 
     @abstractmethod
     def worker_spec(self) -> Mapping[str, Any]:

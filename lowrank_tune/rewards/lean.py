@@ -141,7 +141,7 @@ def restated_theorem(statement: str, header: str, name: str) -> str:
 
 
 def extract_proof(completion: str, statement: str) -> str:
-    """What stands after the `:=`, from there on. Raises Improper."""
+    """What stands after the `:=`, from there on. Raises InvalidProof."""
     if len(completion) > MAX_CHARS:
         raise InvalidProof(f"longer than {MAX_CHARS} characters")
     code_block = last_code_block(completion, LANGUAGES)
@@ -185,7 +185,7 @@ def strip_comments(text: str) -> str:
 
 
 def _after_statement(text: str, statement: str) -> str:
-    """Without the row's statement, where the answer begins with it again. Raises Improper where it states something
+    """Without the row's statement, where the answer begins with it again. Raises InvalidProof where it states something
     else."""
     stated = list(THEOREM.finditer(text))
     if not stated:

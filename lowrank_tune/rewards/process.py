@@ -61,7 +61,7 @@ class Worker:
         return self._process.pid
 
     def request(self, message: object, seconds: float) -> dict[str, Any]:
-        """The worker's reply. Raises Overdue or Died; after either the worker is of no more use."""
+        """The worker's reply. Raises WorkerTimeout or WorkerDied; after either the worker is of no more use."""
         deadline = time.monotonic() + seconds
         try:
             # What JSON has no word for (a date, bytes) arrives as text; ASCII, so that lone surrogates travel too.

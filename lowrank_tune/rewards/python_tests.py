@@ -30,8 +30,8 @@ MAX_REASON_CHARS = 240
 
 @dataclass(frozen=True)
 class PythonTestsReward(WorkerReward):
-    """pass (1) or fail (0). `accepts_unsafe`: the recipe says in words that code may run without a sandbox where there
-    is none."""
+    """pass (1) or fail (0). `accept_unsafe_code`: the recipe says in words that code may run without a sandbox where
+    there is none."""
 
     name: str = "python_tests"
     accept_unsafe_code: bool = False
@@ -48,9 +48,9 @@ class PythonTestsReward(WorkerReward):
         if self.accept_unsafe_code:
             return "none"
         raise UserError(
-            f"`{self.name}` runs code that a model wrote, and this machine has no sandbox for it ({unavailable_reason()}). "
-            f"Linux 5.13 or newer with "
-            f"Landlock, or bubblewrap, or user namespaces give one; or say `accept_unsafe_code: {UNSAFE_CODE}`"
+            f"`{self.name}` runs code that a model wrote, and this machine has no sandbox for it "
+            f"({unavailable_reason()}). Linux 5.13 or newer with Landlock, or bubblewrap, or user namespaces give "
+            f"one; or say `accept_unsafe_code: {UNSAFE_CODE}`"
         )
 
     def status(self) -> str:

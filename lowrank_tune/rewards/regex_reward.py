@@ -1,8 +1,8 @@
 """`format`: the whole completion matches a regular expression; `regex`: it is found anywhere in it. A negative weight
 punishes what matches.
 
-The engine is RE2, whose time is linear in the text: no worker and no clock are needed. `patterns` says how it differs
-from Python's `re`.
+The engine is RE2, whose time is linear in the text: no worker and no clock are needed. `lowrank_tune.regex` says how it
+differs from Python's `re`.
 """
 
 from __future__ import annotations

@@ -36,10 +36,10 @@ class WeightedReward:
 
 
 def build_rewards(configs: Sequence[RewardConfig], folder: Path) -> list[WeightedReward]:
-    """The rewards of a recipe; files of functions are looked for from `folder`. Raises Faults with everything that is
-    wrong."""
+    """The rewards of a recipe; files of functions are looked for from `folder`. Raises ConfigError with everything that
+    is wrong."""
     if not configs:
-        raise UserError("`rewards` is empty; name at least one, as `[{use: answer}]`")
+        raise UserError("`rewards` is empty; name at least one, as `[{name: answer}]`")
     rewards, faults = [], []
     for index, (config, name) in enumerate(zip(configs, reward_names(configs), strict=True)):
         try:
@@ -173,14 +173,15 @@ SETTING_OWNER: Mapping[str, tuple[str, ...]] = {
     "kind": ("smt",),
     "program": ("lean",),
 }
-"""Whose each setting of `RewardUse` is; it is needed there unless it is in OPTIONAL, and a fault elsewhere."""
+"""Whose each setting of `RewardConfig` is; it is needed there unless it is in OPTIONAL_SETTINGS, and a fault
+elsewhere."""
 OPTIONAL_SETTINGS: frozenset[str] = frozenset({"accept_unsafe_code", "ngram", "program"})
 
 
 def total(scores: Sequence[Score], weights: Sequence[float]) -> float:
     """The weighted sum of a completion's scores.
 
-    A score without a value, an error or a timeout, raises RunFailed: a reward that could not tell never counts as
+    A score without a value, an error or a timeout, raises TrainingError: a reward that could not tell never counts as
     wrong.
     """
     for score in scores:

@@ -2,7 +2,7 @@
 second model.
 
 It reads the very tokens of prompt and completion, all completions of a harvest together. Whoever has the base gives
-`read`.
+`score_batch`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ MIN_AUC_MARGIN = 0.1  # how far above chance even a great many rows must be
 
 @dataclass(frozen=True)
 class Separation:
-    """How one reward, or the weighted sum, scored reference answers and garbage. `ahead`: the share of (reference,
+    """How one reward, or the weighted sum, scored reference answers and garbage. `auc`: the share of (reference,
     garbage) pairs in which the reference answer earns more, ties half; chance is 0.5. `missed`: a reference answer that
     earned the least."""
 
@@ -37,8 +37,8 @@ class Separation:
 
 @dataclass(frozen=True)
 class SanityReport:
-    """What the preflight found. `broken` are sentences of scores that are none, `missed` of reference answers that a
-    judge calls wrong; `stops` says why a run would not bear what is broken."""
+    """What the preflight found. `failed` are sentences of scores that are none, `misjudged` of reference answers that a
+    judge calls wrong; `stop_reason` says why a run would not bear what is broken."""
 
     rewards: list[Separation]
     sum: Separation | None
@@ -74,9 +74,9 @@ class SanityReport:
             description = f"everything earns {separation.reference_mean:.3g}"
         else:
             description = (
-                f"reference answers earn {separation.reference_mean:.3g} on average and garbage {separation.negative_mean:.3g}, and a "
-                f"reference answer is ahead "
-                f"in {100 * separation.auc:.0f} % of the pairs (chance 50 %, needed {100 * self.required_auc:.0f} %)"
+                f"reference answers earn {separation.reference_mean:.3g} on average and garbage "
+                f"{separation.negative_mean:.3g}, and a reference answer is ahead in "
+                f"{100 * separation.auc:.0f} % of the pairs (chance 50 %, needed {100 * self.required_auc:.0f} %)"
             )
         example = f"; {self.misjudged[0]}" if self.misjudged else ""
         return f"rewards: {label} cannot tell reference answers from garbage: {description}{example}"
@@ -86,13 +86,16 @@ class SanityReport:
         for separation in [*self.rewards, *([self.sum] if self.sum and len(self.rewards) > 1 else [])]:
             verdicts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(separation.verdict_counts.items()))
             timing = (
-                f"; {1e3 * separation.summary.median_seconds:.2g} ms, at most {1e3 * separation.summary.max_seconds:.2g}"
+                f"; {1e3 * separation.summary.median_seconds:.2g} ms, "
+                f"at most {1e3 * separation.summary.max_seconds:.2g}"
                 if separation.summary
                 else ""
             )
             yield (
-                f"reward {separation.name}: reference answers {separation.reference_mean:.3g}, garbage {separation.negative_mean:.3g}"
-                f"{'' if separation.is_verifier else ' (shapes, does not judge)'}{f'; {verdicts}' if verdicts else ''}{timing}"
+                f"reward {separation.name}: reference answers {separation.reference_mean:.3g}, "
+                f"garbage {separation.negative_mean:.3g}"
+                f"{'' if separation.is_verifier else ' (shapes, does not judge)'}"
+                f"{f'; {verdicts}' if verdicts else ''}{timing}"
             )
         if self.failed:
             yield (
@@ -100,7 +103,9 @@ class SanityReport:
                 f"{self.failed[0]}"
             )
         if self.misjudged:
-            yield f"{len(self.misjudged)} reference answers are not right by the rewards; the first: {self.misjudged[0]}"
+            yield (
+                f"{len(self.misjudged)} reference answers are not right by the rewards; the first: {self.misjudged[0]}"
+            )
 
 
 def sanity_check_rewards(
@@ -110,8 +115,8 @@ def sanity_check_rewards(
     pool: WorkerPool[int] | None = None,
     max_failure_rate: float = 0.01,
 ) -> SanityReport:
-    """Scores reference answers and garbage with every reward; with the `scorer` of the run where one is warm. `most`:
-    the share of completions on which rewards may fail."""
+    """Scores reference answers and garbage with every reward; with the `pool` of the run where one is warm.
+    `max_failure_rate`: the share of completions on which rewards may fail."""
     if not references or not negatives:
         raise ValueError("a preflight of rewards needs reference answers and garbage")
     if pool is None:

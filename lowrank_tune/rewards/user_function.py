@@ -19,7 +19,7 @@ from lowrank_tune.rewards.pool import score_serially
 
 @dataclass(frozen=True)
 class UserFunctionReward(WorkerReward):
-    """`use` is what the recipe says, `path` the file, `source` its text, `function` the name in it."""
+    """`function_path` is what the recipe says, `path` the file, `source` its text, `function` the name in it."""
 
     name: str
     function_path: str

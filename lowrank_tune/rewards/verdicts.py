@@ -23,7 +23,7 @@ MIN_FAILURES = 3
 
 @dataclass(frozen=True)
 class VerdictSummary:
-    """How one reward judged. `mean` and `spread` are of its values; seconds are of one completion."""
+    """How one reward judged. `mean` and `std` are of its values; seconds are of one completion."""
 
     name: str
     is_verifier: bool
@@ -50,7 +50,7 @@ class Disagreement:
 def score_all(
     pool: WorkerPool[int], items: Sequence[RewardInput], on_progress: Callable[[int], None] = lambda done: None
 ) -> Iterator[list[Score]]:
-    """The scores of each completion, in order, a few at once; `tell` hears how many are done."""
+    """The scores of each completion, in order, a few at once; `on_progress` is given how many are done."""
     for start in range(0, len(items), CHUNK_SIZE):
         for number, item in enumerate(items[start : start + CHUNK_SIZE]):
             pool.submit(number, item)
@@ -110,7 +110,7 @@ def exceeds_failure_limit(
     min_failures: int = MIN_FAILURES,
 ) -> str | None:
     """Why a run would not bear these failures, or None: one by a reward that stops the run, or more than the share
-    `most`."""
+    `max_failure_rate`."""
     failures = [failure for scores in rows if (failure := first_failure(weighted, scores)) is not None]
     for weighted_reward, score in failures:
         if weighted_reward.on_error == "stop":
@@ -118,8 +118,8 @@ def exceeds_failure_limit(
     if len(failures) >= min_failures and len(failures) > max_failure_rate * len(rows):
         weighted_reward, score = failures[0]
         message = (
-            f"{len(failures)} of {len(rows)} completions could not be scored, more than rollout.max_reward_failure_rate, "
-            f"{max_failure_rate:.3g}"
+            f"{len(failures)} of {len(rows)} completions could not be scored, more than "
+            f"rollout.max_reward_failure_rate, {max_failure_rate:.3g}"
         )
         return f"{message}; the first: {score.reason or f'`{weighted_reward.name}`: {score.verdict}'}"
     return None

@@ -37,7 +37,7 @@ RECYCLE_MEGABYTES = 256  # a process that verifiers have made larger by this is 
 TIMEOUT_MARGIN = 0.9  # a verifier is interrupted a little before the parent kills this process
 ALARM_INTERVAL_SECONDS = 0.05  # the alarm repeats: a bare `except` or a destructor may swallow the first
 GradeFn = Callable[[Mapping[str, Any]], Any]
-"""One completion judged: a figure, or for a verifier of the kit whatever its `judge` reads, as plain data."""
+"""One completion judged: a figure, or for a verifier of the kit whatever its `parse_reply` reads, as plain data."""
 
 
 class SourceSnapshotLoader(importlib.abc.ExecutionLoader):
@@ -120,7 +120,7 @@ def finite(value: object) -> float:
 
 
 def load_verifier(spec: Mapping[str, Any]) -> GradeFn:
-    """A verifier of the kit: `load(job)` of the module that the job names, as `lowrank_tune.rewards.workers.math`,
+    """A verifier of the kit: `load(spec)` of the module that the spec names, as `lowrank_tune.rewards.workers.math`,
     within limits."""
     folder = os.path.dirname(os.path.abspath(__file__))
     root = os.path.dirname(os.path.dirname(folder))
@@ -150,9 +150,9 @@ class LimitedGrader:
     """A verifier with an alarm clock and a limit on memory around each call; the user's functions in this process keep
     theirs.
 
-    Too late is Late, too much memory MemoryError. `grown`: MB that its calls have added to the peak of this process
-    (libraries catch MemoryError, so a call that answered may have met the limit); `steep`: its last call added more
-    than half of what it may.
+    Too late is CallTimeout, too much memory MemoryError. `added_megabytes`: MB that its calls have added to the peak of
+    this process (libraries catch MemoryError, so a call that answered may have met the limit); `grew_fast`: its last
+    call added more than half of what it may.
     """
 
     def __init__(self, grade: GradeFn, megabytes: int) -> None:

@@ -15,7 +15,8 @@ from lowrank_tune.rewards.process import Worker, WorkerDied, WorkerTimeout
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """One completion for one reward: `place` is the reward's among all, `job` its among those of the workers."""
+    """One completion for one reward: `reward_index` is the reward's among all, `spec_index` its among those of the
+    workers."""
 
     key: Any
     item: RewardInput
@@ -25,7 +26,7 @@ class ScoreRequest:
 
 
 class PoolCallbacks(Protocol):
-    """Where slots put what they have: the Scorer."""
+    """Where slots put what they have: the WorkerPool."""
 
     timeout_seconds: float
     start_seconds: float

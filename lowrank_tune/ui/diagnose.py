@@ -31,6 +31,7 @@ KL_ADVICE = {
     "grpo": "raise grpo.beta or lower train.learning_rate",
     "ppo": "raise ppo.kl_coef or lower train.learning_rate",
 }
+KL_SETTINGS = {"grpo": "grpo.beta", "ppo": "ppo.kl_coef"}
 ENTROPY_SETTINGS = {"grpo": "grpo.beta, grpo.epsilon_high", "ppo": "ppo.kl_coef, ppo.entropy"}
 MIN_ENTROPY, MIN_REWARD_RISE, NEAR_TOP = (
     0.02,
@@ -280,7 +281,7 @@ def reward_not_rising(state: State) -> Iterator[Diagnosis]:
     if span > 0 and last <= first + MIN_REWARD_RISE * span:
         falls = last < first - 0.1 * span
         went = "the reward falls" if falls else "the reward does not rise"
-        falling = f"lower train.learning_rate or raise {_algorithm(state)}.kl"
+        falling = f"lower train.learning_rate or raise {KL_SETTINGS.get(_algorithm(state), '')}"
         advice = falling if falls else "a higher train.learning_rate, larger groups, or an easier task"
         yield Diagnosis(
             "bad" if falls else "warning", f"{went}: {_number(first)} at first, {_number(last)} now: {advice}"
@@ -318,7 +319,7 @@ def mostly_truncated(state: State) -> Iterator[Diagnosis]:
     yield Diagnosis(
         "warning",
         f"{now:.0%} of the completions are cut off by the limit{grown}: raise rollout.max_new_tokens, "
-        f"or set {_algorithm(state)}.truncated to penalize",
+        f"or set {_algorithm(state)}.truncated_completions to penalize",
     )
 
 

@@ -34,7 +34,10 @@ class GpuStats:
                 temperature = self._driver.nvmlDeviceGetTemperature(self._handle, 0)
                 power = self._driver.nvmlDeviceGetPowerUsage(self._handle) / 1000
                 load = self._driver.nvmlDeviceGetUtilizationRates(self._handle).gpu
-                self._text = f"card {memory.used / 2**30:.1f}/{memory.total / 2**30:.1f} GiB {temperature} C {power:.0f} W {load} %"
+                self._text = (
+                    f"card {memory.used / 2**30:.1f}/{memory.total / 2**30:.1f} GiB {temperature} C {power:.0f} W "
+                    f"{load} %"
+                )
             except Exception:
                 self._driver, self._text = None, ""
         return self._text

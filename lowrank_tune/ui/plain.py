@@ -121,7 +121,8 @@ class LineLogger:
         if event.role in PAIR_SIDES:  # one side of a pair and its score: how it was written is not the model's doing
             score = "" if event.reward is None else f"  [score {signed(event.reward)}]"
             return self._print(
-                f"  {event.role:8} {escape_control_chars(event.prompt, 60)} -> {escape_control_chars(event.completion, 120)}{score}"
+                f"  {event.role:8} {escape_control_chars(event.prompt, 60)} -> "
+                f"{escape_control_chars(event.completion, 120)}{score}"
             )
         facts = [event.finish_reason]
         if event.ground_truth is not None:
@@ -129,7 +130,8 @@ class LineLogger:
         if event.reward is not None:
             facts.append(f"reward {number(event.reward)}")
         self._print(
-            f"  {escape_control_chars(event.prompt, 60)} -> {escape_control_chars(event.completion, 120)}  [{', '.join(facts)}]"
+            f"  {escape_control_chars(event.prompt, 60)} -> {escape_control_chars(event.completion, 120)}  "
+            f"[{', '.join(facts)}]"
         )
 
     def _print_progress(self, event: Progress) -> None:

@@ -273,7 +273,8 @@ def _small(state: State, view: View, width: int) -> list[Line]:
         lines.append(
             [
                 (
-                    f"{sanitize(name, view.ascii_only, 40).replace('_', ' ')} {format_value(name, state.series[name].last)}",
+                    f"{sanitize(name, view.ascii_only, 40).replace('_', ' ')} "
+                    f"{format_value(name, state.series[name].last)}",
                     "",
                 )
             ]

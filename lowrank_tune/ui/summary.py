@@ -27,7 +27,8 @@ def summary_table(summary: Mapping[str, Any], folder: Path) -> str:
     outputs = {
         str(
             stage["folder"]
-        ): f"stage {escape_control_chars(str(stage.get('name', '?')), 60)}: its own run folder, with its adapter in final"
+        ): f"stage {escape_control_chars(str(stage.get('name', '?')), 60)}: its own run folder, with its adapter in "
+        "final"
         for stage in stages
         if isinstance(stage.get("folder"), str)
     }

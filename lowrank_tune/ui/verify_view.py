@@ -27,7 +27,8 @@ def show(found: VerifyResult, title: str, console: Console) -> None:
     for reason, dropped in found.dropped.items():
         _print(
             console,
-            f"  {dropped.count:,} rows are none: {escape_control_chars(reason, 200)} ({escape_control_chars(', '.join(dropped.locations), 200)})",
+            f"  {dropped.count:,} rows are none: {escape_control_chars(reason, 200)} "
+            f"({escape_control_chars(', '.join(dropped.locations), 200)})",
         )
     if not found.scores:
         return
@@ -64,7 +65,8 @@ def _disagreement(found: VerifyResult, disagreement: Disagreement, console: Cons
     share = f", {apart / disagreement.num_both_scored:.1%}" if disagreement.num_both_scored else ""
     _print(
         console,
-        f"\n`{disagreement.first}` and `{disagreement.second}` disagree on {apart:,} of {disagreement.num_both_scored:,}{share}",
+        f"\n`{disagreement.first}` and `{disagreement.second}` disagree on {apart:,} of "
+        f"{disagreement.num_both_scored:,}{share}",
     )
     for who, other, numbers in (
         (disagreement.first, disagreement.second, disagreement.only_first),
@@ -75,7 +77,8 @@ def _disagreement(found: VerifyResult, disagreement: Disagreement, console: Cons
         for index in numbers[:SHOWN]:
             _print(
                 console,
-                f"    {_where(found.responses[index])}: {escape_control_chars(found.responses[index].reward_input.completion[-200:], 160)}",
+                f"    {_where(found.responses[index])}: "
+                f"{escape_control_chars(found.responses[index].reward_input.completion[-200:], 160)}",
             )
 
 

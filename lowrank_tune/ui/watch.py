@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, RunEnded, RunStarted, from_json
 from lowrank_tune.ui.live_screen import LiveScreen
@@ -128,6 +129,8 @@ def _single(run: Path) -> Path:
 
 def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: bool = False) -> None:
     """Shows runs until `q` or Ctrl-C; without a fit terminal, as lines until the last one has ended."""
+    for run in runs:
+        check_run_format(run)
     paths = [event_files(run) for run in runs]
     if plain or not can_show(sys.stdout, environ, forced=True):
         return _print_lines(paths)

@@ -65,7 +65,7 @@ def generate_answers(
     emit: Emit,
     slots: int = 256,
 ) -> list[list[HeldoutAnswer]]:
-    """`samples` answers to each question. One that ends by itself and holds no mark of another turn has stopped
+    """`num_samples` answers to each question. One that ends by itself and holds no mark of another turn has stopped
     properly."""
     answers: list[list[HeldoutAnswer]] = [[] for _ in questions]
     total = len(questions) * num_samples

@@ -14,6 +14,7 @@ import torch
 
 from lowrank_tune import settings
 from lowrank_tune.assembly import load_roles
+from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.data import ChatTemplate, TokenizedDataset, TokenizedSplits, collate_units, load, read_source
 from lowrank_tune.data.tokenize import format_of
 from lowrank_tune.errors import UserError
@@ -75,6 +76,7 @@ def score_file(
 
 def reward_run(run: Path) -> tuple[settings.RecipeConfig, Path]:
     """The recipe and folder of the run, or of the reward stage of a chain."""
+    check_run_format(run)
     facts = _read_json_object(run / "run.json")
     recipe = facts.get("recipe")
     if not isinstance(recipe, dict):

@@ -111,7 +111,7 @@ def validation_batches(
     label: str,
     emit: Emit,
 ) -> Iterator[tuple[T, Tensor]]:
-    """What `work` makes, without gradient or dropout, of all units of a store in batches of similar length, longest
+    """What `compute` makes, without gradient or dropout, of all units of a store in batches of similar length, longest
     first, on the device of the base; and of which rows of the store."""
 
     def compute_units(units: Sequence[int]) -> T:

@@ -41,7 +41,7 @@ def write(path: Path, rows: list[Any], array: bool = False) -> str:
 def loaded(tmp_path: Path, *sources: SourceConfig | str, template: ChatTemplate = TEMPLATE, **data: Any) -> Any:
     made = tuple(SourceConfig(dataset=source) if isinstance(source, str) else source for source in sources)
     return load(
-        DataConfig(**{"train": made, "validation_share": 0.0, **data}),
+        DataConfig(**{"train": made, "eval_fraction": 0.0, **data}),
         template,
         0,
         lambda event: None,
@@ -115,10 +115,10 @@ def test_counts_add_up_with_their_lines(tmp_path: Path) -> None:
     path.write_text("\n".join(rows))
     with pytest.raises(
         UserError,
-        match=r"data.jsonl: 6 of 40 rows cannot be used: .*malformed JSON \(lines 3, 14, 18\).*max_rejected_share",
+        match=r"data.jsonl: 6 of 40 rows cannot be used: .*malformed JSON \(lines 3, 14, 18\).*max_invalid_fraction",
     ):
         loaded(tmp_path, str(path))
-    made = loaded(tmp_path, str(path), max_rejected_share=0.2)
+    made = loaded(tmp_path, str(path), max_invalid_fraction=0.2)
     report = made.report.train[0]
     assert (report.read, report.used, report.num_dropped, len(made.train)) == (40, 34, 6, 34)
     assert report.tokens == made.train.lengths.sum() and report.trained_tokens == sum(
@@ -153,7 +153,7 @@ def test_stores_are_found_by_content_and_mended(tmp_path: Path) -> None:
             assert [list(row.input_ids) for row in loaded(tmp_path, path).train] == expected
     write(tmp_path / "a.jsonl", ROWS[:-1])
     assert len(loaded(tmp_path, path).train) == 39
-    assert loaded(tmp_path, path, system="Be brief.").train.lengths[0] > first.train.lengths[0]
+    assert loaded(tmp_path, path, system_prompt="Be brief.").train.lengths[0] > first.train.lengths[0]
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
@@ -181,21 +181,21 @@ def test_truncation_at_every_length(tmp_path: Path, template: str | None) -> Non
     whole = [made.encode(conversation[:end]) for end in (2, 4, 6)]
     path = write(tmp_path / "a.jsonl", [{"messages": turns}, {"messages": turns[:2]}])
     for length in range(len(whole[0].input_ids), len(whole[2].input_ids) + 2):
-        data = loaded(tmp_path, path, template=made, max_length=length, too_long="truncate")
+        data = loaded(tmp_path, path, template=made, max_length=length, truncation="truncate")
         expected = max((row for row in whole if len(row.input_ids) <= length), key=lambda row: len(row.input_ids))
         assert list(data.train[0].input_ids) == list(expected.input_ids) and list(
             data.train[0].completion_mask
         ) == list(expected.completion_mask)
         assert data.report.train[0].truncated == (len(expected.input_ids) < len(whole[2].input_ids))
     with pytest.raises(UserError, match="none of its 2 rows.*max_length"):
-        loaded(tmp_path, path, template=made, max_length=max(8, len(whole[0].input_ids) - 1), too_long="truncate")
-    data = loaded(tmp_path, path, template=made, max_length=len(whole[2].input_ids) - 1, max_rejected_share=0.5)
+        loaded(tmp_path, path, template=made, max_length=max(8, len(whole[0].input_ids) - 1), truncation="truncate")
+    data = loaded(tmp_path, path, template=made, max_length=len(whole[2].input_ids) - 1, max_invalid_fraction=0.5)
     assert data.report.train[0].dropped and len(data.train) == 1
 
 
 def test_split(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*ROWS, *ROWS, *ROWS[:5]])
-    made = loaded(tmp_path, path, validation_share=0.1)
+    made = loaded(tmp_path, path, eval_fraction=0.1)
     sides = [{tuple(store[index].input_ids) for index in range(len(store))} for store in (made.train, made.validation)]
     assert not sides[0] & sides[1] and len(made.train) + len(made.validation) == 85 and 6 <= len(made.validation) <= 11
     assert made.report.duplicates == 45 and made.report.shared == 0
@@ -267,7 +267,7 @@ def test_bad_sources_are_one_sentence(
 
 def test_local_settings_that_do_nothing(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
-    for fault in ({"split": "test"}, {"name": "main"}):
+    for fault in ({"split": "test"}, {"config_name": "main"}):
         with pytest.raises(UserError, match="local path"):
             read_source(SourceConfig(dataset=path, **fault), 0)
     with pytest.raises(UserError, match="no split `test`"):
@@ -286,7 +286,7 @@ def test_what_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
             ValueError(
                 "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']\nExample"
             ),
-            "choose one with `name:` .main, socratic",
+            "choose one with `config_name:` .main, socratic",
         ),
         (
             ValueError("BuilderConfig 'x' not found. Available: ['main', 'socratic']"),
@@ -339,7 +339,7 @@ def test_hostile_files(tmp_path: Path) -> None:
     ] + ROWS
     rng.shuffle(rows)
     path = write(tmp_path / "a.jsonl", [*rows[:0], {"question": "a", "answer": "b"}, *rows])
-    made = loaded(tmp_path, path, max_rejected_share=1.0)
+    made = loaded(tmp_path, path, max_invalid_fraction=1.0)
     report = made.report.train[0]
     assert report.used + report.num_dropped == report.read == 161 and report.used >= 41
 

@@ -37,7 +37,7 @@ def order(count: int, seed: int = 0, weights: Any = None, sources: Any = None, *
     by_tokens=st.booleans(),
 )
 def test_every_row_once_an_epoch(count: int, size: int, window: int, seed: int, by_tokens: bool) -> None:
-    budget = {"tokens_per_step": size * 10} if by_tokens else {"rows_per_step": size}
+    budget = {"tokens_per_step": size * 10} if by_tokens else {"global_batch_size": size}
     made = order(count, seed, length_window=window, **budget)
     for epoch in range(3):
         steps = [made.rows(step) for step in range(made.steps_of(epoch) if epoch else 0, made.steps_of(epoch + 1))]
@@ -48,7 +48,7 @@ def test_every_row_once_an_epoch(count: int, size: int, window: int, seed: int, 
             assert sorted(map(len, steps))[1:] == [size] * (len(steps) - 1)
 
 
-@pytest.mark.parametrize("train", [{}, {"rows_per_step": 7}, {"tokens_per_step": 300}])
+@pytest.mark.parametrize("train", [{}, {"global_batch_size": 7}, {"tokens_per_step": 300}])
 def test_a_fresh_order_gives_the_same_steps_in_any_sequence(train: dict[str, int]) -> None:
     made = order(100, 3, **train)
     straight = [made.rows(step) for step in range(50)]
@@ -60,7 +60,7 @@ def test_a_fresh_order_gives_the_same_steps_in_any_sequence(train: dict[str, int
 
 def test_weights_are_exact_and_walk_through_all_rows() -> None:
     sources = [0] * 90 + [1] * 10
-    made = order(100, weights=[0.25, 0.75], sources=sources, rows_per_step=10)
+    made = order(100, weights=[0.25, 0.75], sources=sources, global_batch_size=10)
     counts: Counter[int] = Counter()
     for epoch in range(18):
         rows = [row for step in range(10) for row in made.rows(10 * epoch + step)]
@@ -81,8 +81,8 @@ def test_windows_save_padding() -> None:
     def padded(made: BatchSampler) -> int:
         return sum(len(rows) * int(made._lengths[rows].max()) for rows in map(made.rows, range(made.steps_per_epoch)))
 
-    assert padded(order(800, rows_per_step=8, length_window=10)) < 0.75 * padded(
-        order(800, rows_per_step=8, length_window=1)
+    assert padded(order(800, global_batch_size=8, length_window=10)) < 0.75 * padded(
+        order(800, global_batch_size=8, length_window=1)
     )
 
 

@@ -87,7 +87,7 @@ def loaded(
 ) -> TokenizedSplits:
     made = tuple(SourceConfig(dataset=source) if isinstance(source, str) else source for source in sources)
     return load(
-        DataConfig(**{"train": made, "validation_share": 0.0, **data}),
+        DataConfig(**{"train": made, "eval_fraction": 0.0, **data}),
         template,
         0,
         lambda event: None,
@@ -314,7 +314,7 @@ def test_truncation_takes_the_oldest_exchanges_and_never_an_answer(name: str, ro
     template, pair = template_of(name), to_pair(row, {})
     ((whole,), _) = encoded(template, row)
     assume(isinstance(whole, Entry))
-    ((made,), report) = encoded(template, row, max_length=length, too_long="truncate")
+    ((made,), report) = encoded(template, row, max_length=length, truncation="truncate")
     system = [turn for turn in pair.prompt if turn.role == "system"]
     others = [turn for turn in pair.prompt if turn.role != "system"]
     expected = None
@@ -386,7 +386,10 @@ def test_a_store_of_single_rows_is_as_it_was(tmp_path: Path) -> None:
     )
     batch, plain = collate_units(store, [4, 0, 4], 3), collate([store[4], store[0], store[4]], 3)
     assert (
-        all((getattr(batch, name) == getattr(plain, name)).all() for name in ("ids", "attended", "says"))
+        all(
+            (getattr(batch, name) == getattr(plain, name)).all()
+            for name in ("input_ids", "attention_mask", "completion_mask")
+        )
         and batch.extra == {}
     )
 
@@ -400,7 +403,7 @@ def test_cached_equals_fresh(tmp_path: Path) -> None:
             and each.train.rows_per_unit == 2
             and each.train.content_hash() == first.train.content_hash()
         )
-        for name in ("keys", "talks", "margins", "lengths", "picked", "unit_lengths"):
+        for name in ("row_hashes", "conversation_hashes", "margins", "lengths", "indices", "unit_lengths"):
             assert (getattr(each.train, name) == getattr(first.train, name)).all()
         assert pairs_of(each.train) == pairs_of(first.train)
     assert again.train.folder == first.train.folder != fresh.train.folder
@@ -429,10 +432,12 @@ def test_content_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({known, *hashes, other_number}) == len(hashes) + 2
     monkeypatch.setattr("lowrank_tune.data.token_store.SLICE", 7)
     assert loaded(tmp_path, str(tmp_path / "a.jsonl"), cache="other").train.content_hash() == store.content_hash()
-    mask = store._arrays["says"].copy()
+    mask = store._arrays["completion_mask"].copy()
     mask[-1] ^= True
     assert (
-        TokenizedDataset({**store._arrays, "says": mask}, [], [], store.folder, store.indices, 2).content_hash()
+        TokenizedDataset(
+            {**store._arrays, "completion_mask": mask}, [], [], store.folder, store.indices, 2
+        ).content_hash()
         != store.content_hash()
     )
 
@@ -493,7 +498,7 @@ def test_the_split_never_parts_a_pair(
     numbers: list[int], share: float, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("split")
-    made = loaded(folder, write(folder / "a.jsonl", [ROWS[number] for number in numbers]), validation_share=share)
+    made = loaded(folder, write(folder / "a.jsonl", [ROWS[number] for number in numbers]), eval_fraction=share)
     parts = [store for store in (made.train, made.validation) if store is not None]
     found = Counter(pair for store in parts for pair in pairs_of(store))
     assert sum(found.values()) == len(numbers) and all(pair[0].split("?")[0] == pair[1].split("?")[0] for pair in found)
@@ -520,11 +525,11 @@ def test_bad_pairs_are_dropped_with_their_lines_and_stop_only_above_the_limit(tm
     rows[8], rows[9] = {**PLAIN, "chosen": "a b " * 300}, "{broken"
     path = write(tmp_path / "a.jsonl", rows)
     with pytest.raises(
-        UserError, match=r"a.jsonl: 6 of 40 rows cannot be used: .*\(line.*max_rejected_share"
+        UserError, match=r"a.jsonl: 6 of 40 rows cannot be used: .*\(line.*max_invalid_fraction"
     ) as caught:
         loaded(tmp_path, path, max_length=128)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
-    made = loaded(tmp_path, path, max_length=128, max_rejected_share=0.2)
+    made = loaded(tmp_path, path, max_length=128, max_invalid_fraction=0.2)
     report = made.report.train[0]
     assert (report.read, report.used, report.num_dropped, made.train.units, len(made.train)) == (40, 34, 6, 34, 68)
     assert {fault.line: fault.message for fault in made.train.dropped()} == {
@@ -542,7 +547,7 @@ def test_bad_pairs_are_dropped_with_their_lines_and_stop_only_above_the_limit(tm
 
 def test_system_prompt_of_the_recipe(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [PLAIN, {**PLAIN, "system": "Mine."}])
-    made = pairs_of(loaded(tmp_path, path, template=TEMPLATE, system="Be brief.").train)
+    made = pairs_of(loaded(tmp_path, path, template=TEMPLATE, system_prompt="Be brief.").train)
     assert all("Be brief." in side for side in made[0]) and all(
         "Mine." in side and "brief" not in side for side in made[1]
     )
@@ -569,7 +574,7 @@ def test_the_tutors_own_pairs(tmp_path: Path) -> None:
     assert train.report.train[0].used == heldout.report.train[0].used == 90
     assert not {pair[0] for pair in pairs_of(train.train)} & {pair[0] for pair in pairs_of(heldout.train)}
     assert train.train.content_hash() != heldout.train.content_hash()
-    for fault, sentence in (({"split": "test"}, "no split `test`"), ({"name": "main"}, "no configurations")):
+    for fault, sentence in (({"split": "test"}, "no split `test`"), ({"config_name": "main"}, "no configurations")):
         with pytest.raises(UserError, match=f"tutor-preferences: .*{sentence}"):
             read_source(SourceConfig(dataset="tutor-preferences", **fault), 0)
 

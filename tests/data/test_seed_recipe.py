@@ -35,7 +35,7 @@ def myllm(folder: Path, *overrides: str, most: int = 4) -> Recipe:
         rows = (source.max_samples or 0) * most // 20_000
         file = write_rows(folder, source.dataset, range(2, rows + 12))
         kept = source.model_dump(mode="json", exclude={"name", "split"}, exclude_none=True)
-        sources.append({**kept, "dataset": str(file), "rows": rows})
+        sources.append({**kept, "dataset": str(file), "max_samples": rows})
     return Recipe.load("myllm-sft", f"data.train={json.dumps(sources)}", "data.eval_rows=7", *overrides)
 
 

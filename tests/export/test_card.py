@@ -42,7 +42,7 @@ def folded(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    return make_run(tmp_path_factory.mktemp("apart"), lower=("sft",), stack="apart")
+    return make_run(tmp_path_factory.mktemp("apart"), lower=("sft",), stack="separate")
 
 
 def code_of(text: str) -> str:
@@ -203,7 +203,7 @@ def test_a_run_goes_on_from_its_own_adapter_over_the_same_ones(apart: FinishedRu
 
 
 def test_half_a_stack_is_refused(folded: FinishedRun, tmp_path: Path) -> None:
-    kept = make_run(tmp_path, lower=("warm", "sft"), rslora=True, stack="apart")
+    kept = make_run(tmp_path, lower=("warm", "sft"), rslora=True, stack="separate")
     both = [(name, lower_of(folded, name, kept)) for name in ("warm", "sft")]
     assert attached(folded, *both)[0]["policy"].config.r == 4
     with pytest.raises(
@@ -230,7 +230,7 @@ def test_apart_without_a_stack_is_a_fault() -> None:
         "data": {"train": [{"dataset": "tutor"}]},
         "train": {"max_steps": 1, "final_adapters": "separate"},
     }
-    with pytest.raises(UserError, match=r"train\.final_stack: `apart` does nothing here"):
+    with pytest.raises(UserError, match=r"train\.final_adapters: `separate` does nothing here"):
         Recipe.from_dict(data)
     over = Recipe.from_dict(data | {"adapters": {"sft": {"path": "runs/sft"}}})
-    assert "final_stack: apart" in dump(over)
+    assert "final_adapters: separate" in dump(over)

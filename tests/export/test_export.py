@@ -51,7 +51,7 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    return make_run(tmp_path_factory.mktemp("apart"), "qwen3", tied=True, lower=("sft",), rslora=True, stack="apart")
+    return make_run(tmp_path_factory.mktemp("apart"), "qwen3", tied=True, lower=("sft",), rslora=True, stack="separate")
 
 
 @pytest.fixture(autouse=True)

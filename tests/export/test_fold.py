@@ -80,7 +80,7 @@ def test_a_folded_stack_is_the_same_function(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ARCHITECTURES[1:6])
 def test_of_every_family(kind: str, tmp_path: Path) -> None:
-    roles = roles_over(unquantized_base(kind), lower=["sft"], rslora=True)
+    roles = roles_over(unquantized_base(kind), lower=["sft"], use_rslora=True)
     perturb(roles, "sft", "policy")
     config, tensors = combine_adapters([as_lora_adapter(roles, name) for name in ("sft", "policy")])
     assert (

@@ -88,7 +88,7 @@ def test_rslora_patterns_and_stacks_become_one_alpha(kind: str, tmp_path: Path) 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize(("type", "far"), [("f32", 1e-6), ("f16", 1e-3), ("bf16", 8e-3)])
 def test_of_every_family_in_every_type(kind: str, type: str, far: float, tmp_path: Path) -> None:
-    roles = roles_over(unquantized_base(kind), lower=["sft"], rslora=True)
+    roles = roles_over(unquantized_base(kind), lower=["sft"], use_rslora=True)
     perturb(roles, "sft", "policy")
     parts = [as_lora_adapter(roles, name) for name in ("sft", "policy")]
     write_gguf_lora(tmp_path / "a.gguf", "mine", *combine_adapters(parts), shape_of(roles.base.model.config), type)

@@ -26,11 +26,11 @@ four = BitsAndBytesConfig(
     bnb_4bit_compute_dtype=torch.float32,
 )
 stream = torch.Generator().manual_seed(3)
-asked = torch.randint(7, 900, (50, 8), generator=stream)
-def said(model):
+prompts = torch.randint(7, 900, (50, 8), generator=stream)
+def answer(model):
     out = model.eval().generate(
-        input_ids=asked,
-        attention_mask=torch.ones_like(asked),
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
         max_new_tokens=24,
         do_sample=False,
         eos_token_id=None,
@@ -44,13 +44,13 @@ for name, base, adapter, merged in json.loads(sys.argv[1]):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=four)
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False
-    trained, logits = said(PeftModel.from_pretrained(model, adapter))
+    trained, logits = answer(PeftModel.from_pretrained(model, adapter))
     taken = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16)
-    other, own = said(taken)
+    other, own = answer(taken)
     with torch.no_grad():
-        text = torch.cat([asked, trained], dim=1)
-        heard = taken(input_ids=text).logits[:, 7:-1].float()
-    p, q = logits.log_softmax(-1), heard.log_softmax(-1)
+        text = torch.cat([prompts, trained], dim=1)
+        merged_logits = taken(input_ids=text).logits[:, 7:-1].float()
+    p, q = logits.log_softmax(-1), merged_logits.log_softmax(-1)
     places = [(row, int(at[0])) for row in range(50) if len(at := (trained[row] != other[row]).nonzero().flatten())]
     gaps = [[float(one[place].topk(2).values.diff().abs()) for one in (own, logits)] for place in places]
     found[name] = {"kl": float((p.exp() * (p - q)).sum(-1).mean()), "gaps": gaps, "most": float(logits.abs().max()),

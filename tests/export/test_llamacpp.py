@@ -75,7 +75,7 @@ def test_tensors_are_bit_for_bit_those_of_llama_cpps_converter(
     if type != "f32" and kind not in ("llama", "qwen3"):
         pytest.skip("the types are the same code for all")
     random_model(kind).save_pretrained(tmp_path / "base")
-    roles = roles_over(unquantized_base(kind), lower=["sft"], rslora=True)
+    roles = roles_over(unquantized_base(kind), lower=["sft"], use_rslora=True)
     perturb(roles, "sft", "policy")
     config, tensors = combine_adapters([as_lora_adapter(roles, name) for name in ("sft", "policy")])
     adapter = tmp_path / "adapter"
@@ -133,12 +133,12 @@ llm = llama_cpp.Llama(
     type_k=0,  # the cache in fp32: the file is what is judged
     type_v=0,
 )
-said = []
+logits = []
 for ids in json.load(sys.stdin):
     llm.reset()
     llm.eval(ids)
-    said.append(llm.scores[len(ids) - 1].copy())
-numpy.save(out, numpy.array(said))
+    logits.append(llm.scores[len(ids) - 1].copy())
+numpy.save(out, numpy.array(logits))
 """
 
 

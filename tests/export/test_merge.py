@@ -42,7 +42,7 @@ four = BitsAndBytesConfig(
     bnb_4bit_compute_dtype=torch.float32,
 )
 ids, orders, out = json.loads(sys.argv[1])
-said = {}
+outputs = {}
 for name, base, adapter, bits in orders:
     more = {"quantization_config": four} if bits == 4 else {}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **more)
@@ -50,8 +50,8 @@ for name, base, adapter, bits in orders:
         module.support_avx512bf16_for_cpu = False
     model = (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
     with torch.no_grad():
-        said[name] = model(input_ids=torch.tensor(ids)).logits[0].float().contiguous()
-save_file(said, out)
+        outputs[name] = model(input_ids=torch.tensor(ids)).logits[0].float().contiguous()
+save_file(outputs, out)
 """
 
 
@@ -151,8 +151,8 @@ def lose_adapter(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 @pytest.mark.parametrize(
     ("where", "fault", "sentence"),
     [
-        ("dequantised", None, "KL.trained .. merged. is"),
-        ("layout", drop_head, "cannot be read back.*lm_head"),
+        ("dequantize", None, "KL.trained .. merged. is"),
+        ("merged_tensor_shapes", drop_head, "cannot be read back.*lm_head"),
         ("generation_config", swap_end, "its answers end at other tokens"),
         ("merged_weight", lose_adapter, "KL.trained .. merged. is"),
     ],
@@ -162,8 +162,8 @@ def test_a_planted_wrong_merge_is_caught(
 ) -> None:
     module = sys.modules["lowrank_tune.export.merge"]
     if fault is None:  # original weights where dequantised ones were claimed
-        found = module.finished_run(untied.run)  # type: ignore[attr-defined]
-        monkeypatch.setattr(module, "dequantised", lambda base: module.originals(found, base))  # type: ignore[attr-defined]
+        found = module.load_finished_run(untied.run)  # type: ignore[attr-defined]
+        monkeypatch.setattr(module, "dequantize", lambda base: module.original_weights(found, base))  # type: ignore[attr-defined]
     else:
         monkeypatch.setattr(module, where, fault(getattr(module, where)))
     with pytest.raises(TrainingError, match=sentence):
@@ -227,7 +227,7 @@ def test_what_cannot_be_merged_fails_with_one_sentence(
     assert "trained a reward model" in error_of(reward)
     module = sys.modules["lowrank_tune.export.merge_check"]
     with monkeypatch.context() as patch:
-        patch.setattr(module, "memory_of", lambda device: 1 << 29)
+        patch.setattr(module, "device_memory", lambda device: 1 << 29)
         assert "must be read back to be compared, which needs 1 GiB of memory" in error_of(untied.run)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(total=1, used=1, free=0))
     assert "GiB are free there" in error_of(untied.run)
@@ -264,7 +264,7 @@ def test_modules_that_cannot_be_merged(
 
 
 def test_a_stack_kept_apart_is_merged_whole(tmp_path: Path) -> None:
-    made = make_run(tmp_path, "llama", lower=("sft",), stack="apart")
+    made = make_run(tmp_path, "llama", lower=("sft",), stack="separate")
     assert (
         not json.loads((made.run / "final" / "stack.json").read_text())["folded"]
         and (made.run / "final" / "sft").is_dir()
@@ -292,8 +292,8 @@ def test_what_a_proof_does_not_let_pass() -> None:
 
 def test_a_gpu_too_small_for_16_bits_is_reported_and_the_cpu_used(monkeypatch: pytest.MonkeyPatch) -> None:
     module, events = sys.modules["lowrank_tune.export.merge_check"], list[Any]()
-    monkeypatch.setattr(module, "memory_of", lambda device: (24 if device.type == "cuda" else 64) << 30)
-    place = module.place_for  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "device_memory", lambda device: (24 if device.type == "cuda" else 64) << 30)
+    place = module.readback_device  # type: ignore[attr-defined]
     assert place(8 << 30, torch.device("cuda"), events.append) == (torch.device("cuda"), torch.bfloat16) and not events
     assert place(14 << 30, torch.device("cuda"), events.append) == (torch.device("cpu"), torch.bfloat16)
     assert "needs 29 GiB and the card has 24: it is compared on the CPU" in events[0].message
@@ -322,10 +322,10 @@ def test_round_trips_in_a_new_process(tmp_path: Path) -> None:
                 *((f"{name} {taken}", str(place / taken), "", 16) for taken in ("dequantized", "original")),
                 (f"{name} alone", str(alone.base), str(alone.run / "final"), 4),
             ]
-    wanted = json.dumps([IDS.tolist(), orders, str(tmp_path / "said")])
+    wanted = json.dumps([IDS.tolist(), orders, str(tmp_path / "outputs")])
     done = subprocess.run([sys.executable, "-c", CHILD, wanted], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    logits = load_file(tmp_path / "said")
+    logits = load_file(tmp_path / "outputs")
     for name, made in runs.items():
         if name.endswith("alone"):
             assert kl(made.logits, logits[name]) < 1e-8, name

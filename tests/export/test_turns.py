@@ -190,17 +190,17 @@ type Case struct { Template string; Messages []*Message }
 func main() {
 	var cases []Case
 	if err := json.NewDecoder(os.Stdin).Decode(&cases); err != nil { panic(err) }
-	var said []string
+	var answers []string
 	for _, one := range cases {
 		var system []string
 		for _, m := range one.Messages { if m.Role == "system" { system = append(system, m.Content) } }
 		var out strings.Builder
 		t := template.Must(template.New("").Option("missingkey=zero").Parse(one.Template))
 		if err := t.Execute(&out, map[string]any{"System": strings.Join(system, "\\n\\n"), "Messages": one.Messages}); err != nil { panic(err) }
-		said = append(said, out.String())
+		answers = append(answers, out.String())
 	}
-	told, _ := json.Marshal(said)
-	fmt.Println(string(told))
+	encoded, _ := json.Marshal(answers)
+	fmt.Println(string(encoded))
 }
 """  # noqa: E501
 

@@ -107,31 +107,31 @@ def largest(numbers): return 0
 """,
     "speaks for the tester": """
 import gc, sys
-talks = [each for each in gc.get_objects() if type(each).__name__ == "Talk"]
+channels = [each for each in gc.get_objects() if type(each).__name__ == "AuthenticatedChannel"]
 def largest(numbers):
-    for talk in talks:
-        talk.tell(b"Vl2;s4;passs0;")
+    for channel in channels:
+        channel.send(b"Vl2;s4;passs0;")
     return 0
 """,
     "speaks for the tester at once": """
 import gc
 for each in gc.get_objects():
-    if type(each).__name__ == "Talk":
+    if type(each).__name__ == "AuthenticatedChannel":
         for _ in range(9):
-            each.tell(b"Vl2;s4;passs0;")
+            each.send(b"Vl2;s4;passs0;")
 """,
     "takes the nonce from the frames": """
 import struct, sys
 def largest(numbers):
-    frame, talk = sys._getframe(), None
+    frame, channel = sys._getframe(), None
     while frame:
-        talk = talk or frame.f_locals.get("talk")
+        channel = channel or frame.f_locals.get("channel")
         frame = frame.f_back
-    nonce = talk._nonce
+    nonce = channel._nonce
     import os
     for number in range(1, 40):
         message = nonce + struct.pack("<I", number) + b"Vl2;s4;passs0;"
-        os.write(talk._descriptor, struct.pack("<I", len(message)) + message)
+        os.write(channel._descriptor, struct.pack("<I", len(message)) + message)
     return 0
 """,
     "encodes what equals everything": """
@@ -144,7 +144,7 @@ def largest(numbers): return 0
     "answers for itself": """
 import sys
 solver = sys.modules["lowrank_tune.rewards.sandbox.solver"]
-solver.Held.answer = lambda self, request: b"l2;s4;passs0;"
+solver.CandidateNamespace.answer = lambda self, request: b"l2;s4;passs0;"
 def largest(numbers): return 0
 """,
     "another main module": "import sys, types\nfor name in ('tests', '__main__', 'builtins', 'solution'):\n"

@@ -87,7 +87,7 @@ def test_a_run_learns_what_the_verifier_rewards(use: str, tmp_path: Path, monkey
         "base": {"model": "tiny-tutor", "bits": 4},
         "adapters": {"policy": {"r": 4}},
         "data": {"train": [{"dataset": str(tmp_path / "rows.jsonl")}]},
-        "rewards": [{"use": use, **settings}] + [{"use": "answer"}] * (use == "repetition"),
+        "rewards": [{"name": use, **settings}] + [{"name": "answer"}] * (use == "repetition"),
         "rollout": {"num_generations": 4, "max_new_tokens": 64},
         "train": {
             "max_steps": 3,
@@ -97,7 +97,7 @@ def test_a_run_learns_what_the_verifier_rewards(use: str, tmp_path: Path, monkey
             "gradient_checkpointing": False,
         },
     }
-    from_base = AutoTokenizer.from_pretrained(str(Path(rl.__file__).parents[1] / "tutor" / "base"))
+    from_base = AutoTokenizer.from_pretrained(str(Path(rl.__file__).parents[1] / "toy" / "base"))
     engine = canned([right, wrong], from_base)
     for module in (rollouts, rl):
         monkeypatch.setattr(module, "Engine", engine)

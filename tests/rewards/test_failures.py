@@ -152,7 +152,10 @@ THREE = [[[1.0, 0.0, 0.3, 0.2], [0.2, 0.9, 0.4, 0.1]]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", [{"kl": 0.3}, {"kl": 0.3, "kl_in": "reward"}, {"epochs": 2}, {"truncated": "penalize"}])
+@pytest.mark.parametrize(
+    "how",
+    [{"beta": 0.3}, {"beta": 0.3, "kl_in": "reward"}, {"num_iterations": 2}, {"truncated_completions": "penalize"}],
+)
 def test_the_step_is_one_without_it(roles: Roles, kind: str, how: dict[str, Any]) -> None:
     found = []
     for never in (False, True):
@@ -180,7 +183,7 @@ def test_groups_with_too_many_failures_are_uninformative(roles: Roles, how: str)
     """Groups with four, one and no completion left; where dead groups are replaced the same happens in the next
     draws."""
     rewards = [[[1.0, 0.0, 0.3, 0.2]] * 3] * 4
-    algorithm = with_failures(roles, [4, 5, 6, 8, 9, 10, 11], rewards, dead_groups=how, kl=0.1)
+    algorithm = with_failures(roles, [4, 5, 6, 8, 9, 10, 11], rewards, zero_std_groups=how, beta=0.1)
     experience = algorithm.collect(0)
     loss, gradient, _ = one_pass(algorithm, experience.batch)
     assert math.isfinite(loss) and not gradient.isnan().any() and gradient.any()
@@ -194,7 +197,7 @@ def test_groups_with_too_many_failures_are_uninformative(roles: Roles, how: str)
 
 @pytest.mark.parametrize("how", ["keep", "drop", "resample"])
 def test_a_step_whose_rewards_all_fail_changes_nothing(roles: Roles, how: str) -> None:
-    algorithm = with_failures(roles, range(8), THREE * 4, dead_groups=how, kl=0.5)
+    algorithm = with_failures(roles, range(8), THREE * 4, zero_std_groups=how, beta=0.5)
     experience = algorithm.collect(0)
     loss, gradient, _ = one_pass(algorithm, experience.batch)
     assert loss == 0.0 and not gradient.any() and math.isnan(to_floats(experience.stats)["reward"])
@@ -209,7 +212,7 @@ def test_too_many_stop_the_run_and_few_do_not() -> None:
     failures.count([LOST, LATE])  # two of two: too few to judge a verifier by
     with pytest.raises(
         TrainingError,
-        match=r"3 of 103 completions \(2\.9%\).*rollout\.max_unscored_share, 0\.01.*`answer` failed on 1.*because",
+        match=r"3 of 103 completions \(2\.9%\).*rollout\.max_reward_failure_rate, 0\.01.*`answer` failed on 1.*because",
     ):
         failures.count([*[None] * 100, LOST])
     assert MIN_SAMPLES == 3
@@ -376,7 +379,7 @@ def test_a_builtin_verifier_drops_by_default_and_stops_above_its_share(
     assert sum(step.get("score_errors", 0) for step in figures(events)) >= MIN_SAMPLES
     with pytest.raises(
         TrainingError,
-        match=r"could not be scored, more than rollout\.max_unscored_share, 0\.01; .*`answer` failed.*planted",
+        match=r"could not be scored, more than rollout\.max_reward_failure_rate, 0\.01; .*`answer` failed.*planted",
     ):
         run_with_events(
             small(rewards=[{"name": "answer"}], rollout=rollout | {"max_reward_failure_rate": 0.01}), place / "second"
@@ -417,7 +420,7 @@ def test_rows_that_no_reward_could_judge_by_are_data_faults(place: Path) -> None
     (place / "rows.jsonl").write_text(
         "\n".join(json.dumps({"question": f"{n}?", "gold": gold, "answer": "x"}) for n, gold in enumerate(golds))
     )
-    data = {"train": [{"dataset": "rows.jsonl", "gold": "gold"}], "max_rejected_share": 0.3}
+    data = {"train": [{"dataset": "rows.jsonl", "ground_truth": "gold"}], "max_invalid_fraction": 0.3}
     recipe = Recipe.from_dict(
         small(rewards=[{"name": "math_answer"}, {"name": "length", "target_tokens": 9}], data=data)
     )

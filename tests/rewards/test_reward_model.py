@@ -25,8 +25,11 @@ from lowrank_tune.settings import BaseConfig, RewardConfig
 from lowrank_tune.types import Message
 from lowrank_tune.validation import score_file
 
-FEW = {"micro_batch_size": 8, "steps": 2, "learning_rate": 5e-3, "gradient_checkpointing": False}
-ROWS, PAIRS = {"train": [{"dataset": "tutor", "rows": 40}]}, {"train": [{"dataset": "tutor-preferences", "rows": 24}]}
+FEW = {"micro_batch_size": 8, "max_steps": 2, "learning_rate": 5e-3, "gradient_checkpointing": False}
+ROWS, PAIRS = (
+    {"train": [{"dataset": "tutor", "max_samples": 40}]},
+    {"train": [{"dataset": "tutor-preferences", "max_samples": 24}]},
+)
 LEARNED: dict[str, Any] = {
     "name": "grpo",
     "algorithm": "grpo",

@@ -89,7 +89,7 @@ def test_patterns_know_letters_of_all_scripts_and_what_is_no_text() -> None:
 def test_what_re2_does_not_know_is_refused_in_a_sentence(
     pattern: str, words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    use = RewardConfig.model_construct(use="regex", pattern=pattern, weight=1.0)  # a recipe holds no surrogate
+    use = RewardConfig.model_construct(name="regex", pattern=pattern, weight=1.0)  # a recipe holds no surrogate
     with pytest.raises(ConfigError) as caught:
         build_rewards([use], Path())
     assert (
@@ -266,11 +266,11 @@ def test_the_recipe_and_the_rewards_know_the_same_settings() -> None:
     assert {key for key, (_, required) in reward_rules.REWARD_SETTINGS.items() if not required} == set(
         registry.OPTIONAL_SETTINGS
     )
-    every = [{"use": use} for use in registry.REWARD_BUILDERS]
+    every = [{"name": use} for use in registry.REWARD_BUILDERS]
     assert [
         list(reward_rules.reward_findings({"algorithm": "grpo", "rewards": [each]}))[:1]
         for each in every
-        if each["use"] == "repetition"
+        if each["name"] == "repetition"
     ] == [[]]
 
 

@@ -108,7 +108,16 @@ def as_nobody(*names: str) -> dict[str, Any]:
         pytest.skip("these tests run as an ordinary user already")
     if (python := python_of_nobody()) is None:
         pytest.skip("nobody may run no Python 3.11 here, or not read this checkout")
-    command = [python, "-P", "-s", "-S", "-B", "-c", ALONE + "import attacks; attacks.main(sys.argv[1:])", *names]
+    command = [
+        python,
+        "-P",
+        "-s",
+        "-S",
+        "-B",
+        "-c",
+        ALONE + "import sandbox_escapes; sandbox_escapes.main(sys.argv[1:])",
+        *names,
+    ]
     done = subprocess.run(
         command, user=65534, group=65534, extra_groups=[], capture_output=True, text=True, cwd="/", check=True
     )

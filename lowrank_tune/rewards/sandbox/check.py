@@ -42,7 +42,7 @@ class SandboxPair:
 
     def check(self, prompt: str, code: str, entry: str, tests: str, seconds: float, strict: bool = True) -> CheckResult:
         """Runs the tests on the code, both together within so many seconds of the wall clock. `prompt` and `entry`: see
-        `solver.whole`. `strict`: types count. Ends both processes."""
+        `solver.complete_program`. `strict`: types count. Ends both processes."""
         self.used, self.seconds = True, seconds
         try:
             self._solver.ready()
@@ -78,7 +78,7 @@ class SandboxPair:
         return CheckResult(*decode(message[1:]))
 
     def _solver_reply(self, request: bytes, deadline: float) -> bytes:
-        """What the solver says. Whatever else it does is the code's doing. Raises Wrong."""
+        """What the solver says. Whatever else it does is the code's doing. Raises TestFailed."""
         try:
             self._solver.send(request, deadline)
             return self._solver.receive(deadline)

@@ -21,7 +21,7 @@ class ChannelClosed(Exception):
 
 
 class MessageTooLong(Exception):
-    """The other side began a message of more than LONGEST bytes."""
+    """The other side began a message of more than MAX_MESSAGE_BYTES bytes."""
 
 
 class Channel:
@@ -32,7 +32,7 @@ class Channel:
         stream.setblocking(False)
 
     def send(self, message: bytes, deadline: float) -> None:
-        """Raises Late or Closed."""
+        """Raises ChannelTimeout or ChannelClosed."""
         rest = memoryview(struct.pack("<I", len(message)) + message)
         while rest:
             try:
@@ -43,7 +43,7 @@ class Channel:
                 raise ChannelClosed from None
 
     def receive(self, deadline: float) -> bytes:
-        """The next message. Raises Late, Closed or TooLong."""
+        """The next message. Raises ChannelTimeout, ChannelClosed or MessageTooLong."""
         while (message := self._pop_message()) is None:
             if time.monotonic() > deadline:  # also where a little always comes
                 raise ChannelTimeout

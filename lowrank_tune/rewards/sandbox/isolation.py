@@ -56,7 +56,7 @@ def open_doors(secret, folder, parent):
 
 @dataclass(frozen=True)
 class AvailableIsolation:
-    """A level that was tried: `fault` says why it is none here. `reached` is what the process told of itself."""
+    """A level that was tried: `fault` says why it is none here. `status` is what the process told of itself."""
 
     level: Level
     fault: str = ""

@@ -81,11 +81,11 @@ class Confined:
         return status
 
     def send(self, message: bytes, deadline: float) -> None:
-        """Raises Late or Closed."""
+        """Raises ChannelTimeout or ChannelClosed."""
         self._channel.send(message, deadline)
 
     def receive(self, deadline: float) -> bytes:
-        """The next message. Raises Late, Closed, TooLong, or Foreign."""
+        """The next message. Raises ChannelTimeout, ChannelClosed, MessageTooLong or UnauthenticatedMessage."""
         message = self._channel.receive(deadline)
         self._num_received += 1
         head = self._nonce + struct.pack("<I", self._num_received)
@@ -156,7 +156,7 @@ def python(level: Level) -> tuple[str, ...]:
 
 
 def bubblewrap() -> list[str]:
-    """The command of bubblewrap, with the view of `view` and this package."""
+    """The command of bubblewrap, with the view of `mounts` and this package."""
     library = os.path.realpath(os.path.dirname(os.__file__))
     command = [
         "bwrap",

@@ -1,4 +1,4 @@
-"""Namespaces of one's own: no network, no other process, and a root folder that holds what `view` names and nothing
+"""Namespaces of one's own: no network, no other process, and a root folder that holds what `mounts` names and nothing
 else.
 
 With a superuser's rights it takes them directly; without, in a user namespace, where the system allows these.

@@ -28,7 +28,8 @@ class SourceTextLoader(SourceFileLoader):
 def load_module(
     name: str, source: str, namespace: dict[str, Any], loader: type[SourceTextLoader] = SourceTextLoader
 ) -> ModuleType:
-    """The module that the text makes, with the names `given` in it from the start. Raises what the text raises."""
+    """The module that the text makes, with the names of `namespace` in it from the start. Raises what the text
+    raises."""
     module = type(sys)(name)
     module.__dict__.update(namespace)
     sys.modules[name] = module  # dataclasses look their module up while it is made

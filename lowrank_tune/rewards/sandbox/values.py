@@ -1,8 +1,8 @@
 """Plain values as bytes and back. What is read is built from exact types of the standard library: nothing in it can act
 when compared.
 
-Only exact types are written; an object of any other type, subclasses too, is handed to `other`, which gives it a number
-or refuses it.
+Only exact types are written; an object of any other type, subclasses too, is handed to `to_handle`, which gives it a
+number or refuses it.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ class DeserializationError(Exception):
 
 
 def refuse(value: Any) -> int:
-    """The `other` of who takes plain values only."""
+    """The `to_handle` of who takes plain values only."""
     raise NotSerializable(f"a {type(value).__name__}")
 
 
 def encode(value: Any, to_handle: ToHandle = refuse) -> bytes:
-    """The value as bytes. Raises Unplain where `other` does, and for what is nested too deeply or in itself."""
+    """The value as bytes. Raises NotSerializable where `to_handle` does, and for what is nested too deeply or in
+    itself."""
     parts: list[bytes] = []
     _write(value, parts, to_handle, 0)
     return b"".join(parts)
@@ -114,8 +115,8 @@ def _leaf(kind: bytes, value: Any) -> bytes:
 
 
 def decode(data: bytes, from_handle: FromHandle | None = None) -> Any:
-    """The value; a number of an `other` is given to `found`. Raises Unreadable for anything that `encode` does not
-    write."""
+    """The value; the number of a handle is given to `from_handle`. Raises DeserializationError for anything that
+    `encode` does not write."""
     reader = Deserializer(data, from_handle)
     try:
         value = reader.value(0)
@@ -127,7 +128,7 @@ def decode(data: bytes, from_handle: FromHandle | None = None) -> Any:
 
 
 class Deserializer:
-    """Reads one value from `data`, from `place` on."""
+    """Reads one value from `data`, from `position` on."""
 
     def __init__(self, data: bytes, from_handle: FromHandle | None) -> None:
         self.data, self.from_handle, self.position = data, from_handle, 0

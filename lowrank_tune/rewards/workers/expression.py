@@ -61,7 +61,7 @@ class ExpressionParseError(Exception):
 
 
 def parse_expression(text: str) -> Node:
-    """The tree of an expression. Raises Unreadable."""
+    """The tree of an expression. Raises ExpressionParseError."""
     if len(text) > MAX_CHARS:
         raise ExpressionParseError(f"is longer than {MAX_CHARS} characters")
     for sign, plain in REPLACEMENTS:
@@ -129,7 +129,7 @@ def _command_token(command: str) -> tuple[str, str]:
 
 
 class Parser:
-    """Recursive descent; each method reads what its name says and leaves `place` behind it."""
+    """Recursive descent; each method reads what its name says and leaves `position` behind it."""
 
     def __init__(self, tokens: list[tuple[str, str]]) -> None:
         self.tokens, self.position, self.depth, self.num_nodes = tokens, 0, 0, 0

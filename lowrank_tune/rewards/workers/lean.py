@@ -61,7 +61,7 @@ def rejection_reason(messages: Sequence[Mapping[str, Any]], name: str, line: int
     """Why what was told proves nothing: an error, or an axiom that is not trusted. `line`: where we ask for the axioms,
     and nobody else.
 
-    Raises Broken where nothing was told at all.
+    Raises LeanFailed where nothing was told at all.
     """
     if error := next(errors(messages), None):
         return f"line {_line(error)}: {str(error.get('data'))[:300]}"
@@ -90,8 +90,8 @@ def _line(message: Mapping[str, Any]) -> int:
 
 
 def run_lean(program: Sequence[str], text: str, megabytes: int) -> list[Mapping[str, Any]]:
-    """The program's messages on a file. Raises Broken where it was killed, or ended with a failure of which no message
-    tells."""
+    """The program's messages on a file. Raises LeanFailed where it was killed, or ended with a failure of which no
+    message tells."""
     with tempfile.TemporaryFile() as stdin_file, tempfile.TemporaryFile() as stdout_file:
         stdin_file.write(text.encode())
         stdin_file.seek(0)

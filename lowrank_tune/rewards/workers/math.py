@@ -121,7 +121,7 @@ def _is_zero(difference: Any) -> bool:
 
 @functools.lru_cache(256)
 def parse_answer(text: str) -> Any:
-    """A LaTeX answer as sympy has it. Raises Unreadable."""
+    """A LaTeX answer as sympy has it. Raises MathParseError."""
     try:
         expression = latex2sympy(
             normalize_latex(text, NORMALIZATION),

@@ -117,7 +117,7 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
 
 
 def row_tests(row: Mapping[str, Any]) -> RowTests:
-    """The tests of a row. Raises Unusable."""
+    """The tests of a row. Raises InvalidTests."""
     test, listed = row.get("test"), row.get("test_list")
     if isinstance(test, str) and row.get("entry_point"):
         return _humaneval_tests(str(row.get("prompt") or ""), test, str(row["entry_point"]))

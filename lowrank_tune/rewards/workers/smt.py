@@ -33,7 +33,7 @@ ASSIGNMENT_PATTERN = re.compile(
 )
 
 DecideFn = Callable[[str], str]
-"""Whether a script can be met: sat or unsat. Raises Unknown."""
+"""Whether a script can be met: sat or unsat. Raises Undecided."""
 
 
 class Undecided(Exception):
@@ -45,8 +45,8 @@ class InvalidRow(Exception):
 
 
 def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-    """Judges by `kind` what `ask` of the reward sends: {status} of a statement, {right, why} otherwise, {unknown} or
-    {row} instead."""
+    """Judges by `kind` what `build_request` of the reward sends: {status} of a statement, {right, why} otherwise,
+    {unknown} or {row} instead."""
     import z3
 
     z3.set_param("memory_max_size", spec["megabytes"] // 2)  # before the limit of the worker, with a word from Z3
@@ -79,7 +79,7 @@ def _cached(decide: DecideFn, cache: dict[str, str]) -> DecideFn:
 
 
 def check_sat(script: str, milliseconds: int) -> str:
-    """sat or unsat. Raises Unknown; Z3Exception where Z3 does not take the script."""
+    """sat or unsat. Raises Undecided; Z3Exception where Z3 does not take the script."""
     import z3
 
     context = z3.Context()
@@ -93,7 +93,7 @@ def check_sat(script: str, milliseconds: int) -> str:
 
 
 class SmtProblem:
-    """The `smt` of a row: declarations, definitions and assertions, and what they name. Raises RowFault."""
+    """The `smt` of a row: declarations, definitions and assertions, and what they name. Raises InvalidRow."""
 
     def __init__(self, text: str) -> None:
         self.commands: list[Any] = []
@@ -192,7 +192,7 @@ def witness(request: Mapping[str, Any], decide: DecideFn) -> tuple[bool, str]:
 
 
 def parse_assignments(text: str, problem: SmtProblem) -> dict[str, str]:
-    """A definition for each name to which the answer gives a value. Raises Refused."""
+    """A definition for each name to which the answer gives a value. Raises SmtlibParseError."""
     if not text.lstrip().startswith("("):
         values = {
             name: _literal(value, problem.declared[name][1])
@@ -248,7 +248,7 @@ def _to_real(term: Any) -> Any:
 
 
 def _literal(value: str, sort: Any) -> str:
-    """`-3`, `1.5` or `1/3` as a term of the sort; anything else stays. Raises Refused."""
+    """`-3`, `1.5` or `1/3` as a term of the sort; anything else stays. Raises SmtlibParseError."""
     value = value.rstrip(".")
     if sort not in ("Int", "Real") or not NUMBER.fullmatch(value):
         check_term(value, ())
@@ -299,7 +299,7 @@ def invariant(request: Mapping[str, Any], decide: DecideFn) -> tuple[bool, str]:
 
 
 def _parse_formula(text: str, names: Container[str], state: set[str]) -> Any:
-    """The one term of an answer, or the body of its one definition over names of the state. Raises Refused."""
+    """The one term of an answer, or the body of its one definition over names of the state. Raises SmtlibParseError."""
     terms = parse_sexprs(text)
     if len(terms) != 1:
         raise SmtlibParseError("is not one formula")

@@ -28,7 +28,7 @@ class SmtlibParseError(ValueError):
 
 
 def parse_sexprs(text: str) -> list[Any]:
-    """All expressions of a text, as nested lists of words. Raises Refused."""
+    """All expressions of a text, as nested lists of words. Raises SmtlibParseError."""
     if len(text) > MAX_CHARS:
         raise SmtlibParseError(f"is longer than {MAX_CHARS} characters")
     stack: list[list[Any]] = [[]]
@@ -60,7 +60,7 @@ def format_sexpr(expression: Any) -> str:
 
 
 def check_term(term: Any, names: Container[str]) -> None:
-    """A term over `names`, literals and known operators. A bound name is none of either. Raises Refused."""
+    """A term over `names`, literals and known operators. A bound name is none of either. Raises SmtlibParseError."""
     if isinstance(term, str):
         if term not in names and term not in CORE_OPERATORS:
             _check_literal(term)
@@ -146,7 +146,7 @@ def _check_indexed(term: Sequence[Any]) -> None:
 
 
 def check_sort(sort: Any, names: Container[str]) -> None:
-    """A sort that is built in or declared. Raises Refused."""
+    """A sort that is built in or declared. Raises SmtlibParseError."""
     if isinstance(sort, str) and (sort in SORTS or sort in names):
         return
     if isinstance(sort, list) and sort[:1] == ["Array"] and len(sort) == 3:

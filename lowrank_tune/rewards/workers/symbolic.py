@@ -110,7 +110,7 @@ def _try_evaluate(tree: Node, point: Point, is_complex: bool, digits: int = PREC
 
 
 def evaluate(tree: Node, point: Point) -> Any:
-    """The value of a tree as mpmath has it; every part has to be finite and of at most LARGEST digits. Raises
+    """The value of a tree as mpmath has it; every part has to be finite and of at most MAX_VALUE_DIGITS digits. Raises
     Undefined."""
     kind = tree[0]
     if kind == "number":

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.errors import UserError
 from lowrank_tune.evaluation import EvalRecord as Evaluated
 from lowrank_tune.evaluation import read_records
@@ -62,6 +63,8 @@ def read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
     for place, count in Counter(folder.resolve() for folder in folders).items():
         if count > 1:
             raise UserError(f"{place} is named {count} times; name different runs")
+    for folder in folders:
+        check_run_format(folder)
     return [_read_run(folder, label) for folder, label in zip(folders, labels_of(folders), strict=True)]
 
 

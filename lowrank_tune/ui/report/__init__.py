@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lowrank_tune.checkpoint import write_file
+from lowrank_tune.checkpoint.run_format import check_run_format
 from lowrank_tune.ui.report.page import chain_page, page
 from lowrank_tune.ui.report.run_log import read_chain, read_run_log
 from lowrank_tune.ui.run_paths import is_chain
@@ -15,6 +16,7 @@ __all__ = ["chain_page", "page", "read_chain", "read_run_log", "write_report"]
 def write_report(folder: Path) -> Path:
     """Writes the report of a run beside its events; of a chain, one page over all its stages and one for each. Raises
     `UserError` where the folder holds no run."""
+    check_run_format(folder)
     if not is_chain(folder):
         return _write(folder, page(read_run_log(folder)))
     chain = read_chain(folder)

@@ -67,16 +67,17 @@ def frontier_svg(reward_points: Sequence[Point], accuracy_points: Sequence[Point
         shares, lowest, highest = ticks_of([y for _, y in accuracy_points])
         right_axes = Axes(low_x, high_x, lowest, highest)
         parts += [
-            f'<text class="tick" x="{WIDTH - RIGHT}" y="{right_axes.down(y) - 3:.1f}" text-anchor="end">{100 * y:g} %</text>'
+            f'<text class="tick" x="{WIDTH - RIGHT}" y="{right_axes.down(y) - 3:.1f}" text-anchor="end">'
+            f"{100 * y:g} %</text>"
             for y in shares
         ]
         parts.append(
-            f'<path class="check" d="M{"L".join(map(right_axes.at, downsample(accuracy_points, 100)))}"><title>held-out exact</title></path>'
+            f'<path class="check" d="M{"L".join(map(right_axes.at, downsample(accuracy_points, 100)))}">'
+            "<title>held-out exact</title></path>"
         )
         parts += [
-            f'<circle class="check" cx="{right_axes.across(x):.1f}" cy="{right_axes.down(y):.1f}" r="2.6"><title>{100 * y:.1f} % '
-            f"exact at KL "
-            f"{format_tick(x)}</title></circle>"
+            f'<circle class="check" cx="{right_axes.across(x):.1f}" cy="{right_axes.down(y):.1f}" '
+            f'r="2.6"><title>{100 * y:.1f} % exact at KL {format_tick(x)}</title></circle>'
             for x, y in downsample(accuracy_points, 100)
         ]
     return "".join(parts) + "</svg>"

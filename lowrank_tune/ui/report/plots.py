@@ -36,11 +36,13 @@ class Axes:
         for y in (y for y in ys if self.low_y <= y <= self.high_y):
             parts.append(
                 f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.down(y):.1f}" y2="{self.down(y):.1f}"/>'
-                f'<text class="tick" x="{LEFT - 7}" y="{self.down(y) + 3.5:.1f}" text-anchor="end">{format_tick(y)}</text>'
+                f'<text class="tick" x="{LEFT - 7}" y="{self.down(y) + 3.5:.1f}" '
+                f'text-anchor="end">{format_tick(y)}</text>'
             )
         for x in (x for x in xs if self.low_x <= x <= self.high_x):
             parts.append(
-                f'<text class="tick" x="{self.across(x):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{format_tick(x)}</text>'
+                f'<text class="tick" x="{self.across(x):.1f}" y="{HEIGHT - 8}" '
+                f'text-anchor="middle">{format_tick(x)}</text>'
             )
         return "".join(parts)
 

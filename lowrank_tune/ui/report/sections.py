@@ -165,7 +165,7 @@ def _heldout(stages: Mapping[str, Mapping[str, float]], summaries: Sequence[Mapp
     if not shown:
         return html
     lines = [
-        [_text_block(several[0].get("prompt")), text(several[0].get("gold") or "", 200), *map(_answer, several)]
+        [_text_block(several[0].get("prompt")), text(several[0].get("ground_truth") or "", 200), *map(_answer, several)]
         for several in shown
     ]
     return html + f'<div class="card">{table(["question", "gold", *map(text, answers)], lines)}</div>'
@@ -182,7 +182,7 @@ def _text_block(value: Any) -> str:
 
 
 def _answer(one: Mapping[str, Any]) -> str:
-    return _graded_answer(str(one.get("completion", "")), bool(one.get("stopped")), one.get("gold"))
+    return _graded_answer(str(one.get("completion", "")), bool(one.get("stopped")), one.get("ground_truth"))
 
 
 def _graded_answer(completion: str, stopped: bool, ground_truth: Any) -> str:
@@ -259,7 +259,8 @@ def samples(run_log: RunLog) -> str:
         )
         body = table(["", "answer", "reward" if any(one.reward is not None for one in kept) else ""], rows, [2])
         parts.append(
-            f"<details{' open' if index == 0 else ''}><summary>{text(prompt, 300)}{ground_truth}</summary>{body}</details>"
+            f"<details{' open' if index == 0 else ''}><summary>{text(prompt, 300)}{ground_truth}</summary>"
+            f"{body}</details>"
         )
     html = f"<h2>Samples over time</h2>{''.join(parts)}" if parts else ""
     return html + of_pairs.samples([sample for sample in run_log.samples if sample.role in PAIR_SIDES])

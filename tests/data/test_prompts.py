@@ -92,7 +92,7 @@ def test_conversations(tmp_path: Path, case: str) -> None:
     roles = {"u": "user", "a": "assistant", "s": "system"}
     row = {"messages": [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]}
     for system in (None, "Be brief."):
-        made = loaded(write(tmp_path / "a.jsonl", [row]), system=system)
+        made = loaded(write(tmp_path / "a.jsonl", [row]), system_prompt=system)
         behind = [Message("system", system), *messages] if system and messages[0].role != "system" else messages
         assert (
             list(made.examples[0].input_ids) == TEMPLATE.prompt(behind)
@@ -128,7 +128,7 @@ def test_what_gives_no_prompt_is_dropped_with_its_line(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"a.jsonl: 5 of 17 rows cannot be used: .*raise `data.max_invalid_fraction`"):
         loaded(str(path), max_prompt_length=40)
-    assert len(loaded(str(path), max_prompt_length=40, max_rejected_share=0.3)) == 12
+    assert len(loaded(str(path), max_prompt_length=40, max_invalid_fraction=0.3)) == 12
 
 
 def test_the_limit_itself_fits(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_the_limit_itself_fits(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=f"none of its 1 rows can be used: 1: longer than data.max_prompt_length .{length - 1} tokens"
     ):
-        loaded(path, max_prompt_length=length - 1, max_rejected_share=1.0)
+        loaded(path, max_prompt_length=length - 1, max_invalid_fraction=1.0)
 
 
 REFUSING = LLAMA3.replace(
@@ -164,7 +164,7 @@ def test_prompts_that_the_template_cannot_render_are_dropped(tmp_path: Path, tem
 @pytest.mark.parametrize("own", [CHATML, NO_SYSTEM])
 def test_a_prompt_is_what_held_out_questions_are(tmp_path: Path, own: str) -> None:
     template, path = ChatTemplate.from_tokenizer(tiny(own)), write(tmp_path / "a.jsonl", ROWS)
-    examples = loaded(path, template=template, system="Be brief.").examples
+    examples = loaded(path, template=template, system_prompt="Be brief.").examples
     for one, other in zip(examples, load_heldout_prompts(SourceConfig(dataset=path), 12, 0, "Be brief."), strict=True):
         assert list(one.input_ids) == template.prompt(other.messages)
         assert (one.text, one.ground_truth, one.row) == (other.messages[-1].content, other.ground_truth, other.row)

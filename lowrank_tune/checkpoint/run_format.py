@@ -1,0 +1,30 @@
+"""The format of run folders. A folder that another version wrote is refused with the name of that version."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lowrank_tune.errors import UserError
+
+RUN_FILE = "run.json"
+VERSION = 2
+"""2: settings, metrics and events have the names of TRL and transformers."""
+LAST_READER = {1: "0.1.0 at commit 302efd4"}
+"""Format -> the last version that reads it."""
+
+
+def check_run_format(run: Path) -> None:
+    """Raise UserError where the `run.json` of a folder has another format than this version's.
+
+    A folder without a `run.json` that can be read is left to the caller, which has its own message for it.
+    """
+    try:
+        version = json.loads((run / RUN_FILE).read_bytes())["version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    if version == VERSION:
+        return
+    reader = LAST_READER.get(version) if isinstance(version, int) else None
+    which = f"use lowrank_tune {reader}" if reader else "a newer lowrank_tune wrote it: install that one"
+    raise UserError(f"{run} has run format {version}, and this version reads format {VERSION}: {which}")
