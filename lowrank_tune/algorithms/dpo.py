@@ -3,12 +3,13 @@
     a+ = log p(y+ | x) - log ref(y+ | x)      a- = log p(y- | x) - log ref(y- | x)      d = a+ - a-
     L = 1/P sum over pairs loss(d) + s (1/N) sum over the N tokens of all chosen answers of -log p
 
-    sigmoid       -log sigmoid(beta d) ipo           (d' - 1 / (2 beta))^2
-    arXiv:2310.12036, equation 17; d' from log-probs a token hinge         max(0, 1 - beta d)
-    SLiC, arXiv:2305.10425 robust        (-(1 - e) log sigmoid(beta d) + e log sigmoid(-beta d)) / (1 - 2 e)
-    arXiv:2403.00409, e the label smoothing apo_zero      1 - sigmoid(beta a+) + sigmoid(beta a-)
-    arXiv:2408.06266 sigmoid_norm  -log sigmoid(beta d')                                            length-normalised:
-    each side divided by its tokens
+    sigmoid       -log sigmoid(beta d)
+    ipo           (d' - 1 / (2 beta))^2                     arXiv:2310.12036, equation 17; d' from log-probs a token
+    hinge         max(0, 1 - beta d)                        SLiC, arXiv:2305.10425
+    robust        (-(1 - e) log sigmoid(beta d) + e log sigmoid(-beta d)) / (1 - 2 e)
+                                                            arXiv:2403.00409, e the label smoothing
+    apo_zero      1 - sigmoid(beta a+) + sigmoid(beta a-)   arXiv:2408.06266
+    sigmoid_norm  -log sigmoid(beta d')                     length-normalized: each side divided by its tokens
 
 log p(y | x) sums over the answer's tokens, its end tokens included. The reference is the policy's stack without its
 top; its log-probs belong to the data and come with the rows (`extra["reference"]`, (B,)). Rows come as chosen,

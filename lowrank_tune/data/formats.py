@@ -1,6 +1,6 @@
 """From the row of a data set to a conversation: five known shapes, and a reason for every row that fits none.
 
-The sixth shape, `preference`, is found here and read in `pairs.py`.
+The sixth shape, `preference`, is found here and read in `preference_pairs.py`.
 """
 
 from __future__ import annotations

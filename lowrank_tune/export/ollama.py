@@ -2,7 +2,7 @@
 
 Ollama takes no Jinja. Without a TEMPLATE it compares the one in the GGUF with those that it knows, and where it knows
 none it gives the model the bare question, so one is written wherever the base's template can be put into Go's words
-(`turns.py`).
+(`template_probe.py`).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ DECODING_PHASES = ("rollout", "held-out answers")
 NON_UPDATE_PHASES = (*DECODING_PHASES, "reference", "reward model", "old and reference", "validation")
 """Phases whose pieces are not micro-batches of the update."""
 SPLITTABLE_PHASES = NON_UPDATE_PHASES[2:]
-"""Those of them that go on in smaller pieces where memory is short (`model/recovery.py`), so that they forbid
+"""Those of them that go on in smaller pieces where memory is short (`model/oom.py`), so that they forbid
 nothing."""
 
 

@@ -1,9 +1,12 @@
 """Log-probs of chosen tokens without the logits of all of them: `(B, T, V)` never exists, forward or backward.
 
-For hidden states h (N, d), head W (V, d) and targets y (N,):  z = head(h),  logp = z_y - logsumexp(z),  H =
-logsumexp(z) - E_p[z]. The head is frozen, so all that the backward pass needs of a row is one vector,  d logp / d h = s
-(W_y - p W)  with s the head's scale over the temperature (a soft cap adds its derivative inside p). It is taken while
-the chunk's logits are there: logits are made once, not twice. Rows go through in chunks of a fixed number of logits.
+For hidden states h (N, d), head W (V, d) and targets y (N,):
+
+    z = head(h)    logp = z_y - logsumexp(z)    H = logsumexp(z) - E_p[z]
+
+The head is frozen, so all that the backward pass needs of a row is one vector, d logp / d h = s (W_y - p W), with s the
+head's scale over the temperature (a soft cap adds its derivative inside p). It is taken while the chunk's logits are
+there: logits are made once, not twice. Rows go through in chunks of a fixed number of logits.
 """
 
 from __future__ import annotations
