@@ -259,7 +259,7 @@ class ResponseReader:
         system_messages = [Message("system", self.recipe.data.system_prompt)] if self.recipe.data.system_prompt else []
         return Conversation(
             (*system_messages, Message("user", text)) if text else (),
-            extract_answer(row, source.columns, "gold", "", whole=False),
+            extract_answer(row, source.columns, "gold", "", accept_bare_number=False),
         )
 
     def _prompt_ids(self, messages: tuple[Message, ...]) -> list[int]:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_all, write_error, write_file
+from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_error, write_file, write_fully
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import CheckpointSaved, Evaluated, Event, LogMessage, RunEnded, SampleLogged, to_json
 
@@ -56,7 +56,7 @@ class JsonLines:
         if self._file is None or (self.event_types and not isinstance(event, self.event_types)):
             return
         try:
-            write_all(self._file, to_json_line(event))
+            write_fully(self._file, to_json_line(event))
             # a durable checkpoint without its history would leave a hole after a power cut
             if isinstance(event, (CheckpointSaved, RunEnded)):
                 os.fsync(self._file)

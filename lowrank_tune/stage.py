@@ -451,7 +451,7 @@ class Stage:
             self.emit(SampleLogged(step=step, finish_reason=finish, role=role, **sample))
 
     def _as_sample(self, one: HeldoutAnswer) -> dict[str, Any]:
-        question = self.shown_questions[one.prompt]
+        question = self.shown_questions[one.prompt_index]
         return {
             "prompt": question.text,
             "completion": one.text,

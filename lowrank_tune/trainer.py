@@ -155,7 +155,7 @@ class Trainer:
 
     def _add_step_metrics(self, batch: Batch, stats: Stats) -> None:
         """Adds what the algorithm measures on one micro-batch."""
-        for metrics in self._with_oom_split(next(self._split_micro_batches(batch)), self.algorithm.log_metrics):
+        for metrics in self._with_oom_split(next(self._split_micro_batches(batch)), self.algorithm.step_metrics):
             add_stats(stats, metrics)
 
     def _split_micro_batches(self, batch: Batch) -> Iterator[Batch]:
@@ -240,7 +240,7 @@ class Trainer:
 
     def _emit_diagnostics(self, values: Mapping[str, float]) -> None:
         """What the algorithm finds worrying, each kind (its first words) once a start."""
-        for message in self.algorithm.diagnostics(values):
+        for message in self.algorithm.iter_warnings(values):
             kind = message.partition(",")[0]
             if kind not in self.warned:
                 self.warned.add(kind)

@@ -785,7 +785,7 @@ def test_a_tie_is_half_right_and_loss_is_ln_2(roles: Roles) -> None:
         loss, gradient, stats = accumulated(dpo_over(policy, kind), pair_batch(rows, masks, reference))
         assert loss == pytest.approx(expected, abs=1e-6) and stats["accuracy"] == 0.5 and stats["margin"] == 0.0
         assert float(gradient.norm()) > 1e-4, "a fresh adapter moves all the same"
-    observed = to_floats(dpo_over(policy).log_metrics(pair_batch(rows, masks, reference)))
+    observed = to_floats(dpo_over(policy).step_metrics(pair_batch(rows, masks, reference)))
     assert observed == {"kl": 0.0}
 
 
@@ -821,7 +821,7 @@ def test_figures_by_the_plain_model(roles: Roles) -> None:
                 mask_kl + sum(float(kl[t - 1]) for t, in_mask in enumerate(mask) if in_mask),
                 count + sum(mask),
             )
-    assert to_floats(dpo_over(roles).log_metrics(pair_batch(rows, masks, reference)))["kl"] == pytest.approx(
+    assert to_floats(dpo_over(roles).step_metrics(pair_batch(rows, masks, reference)))["kl"] == pytest.approx(
         mask_kl / count, rel=1e-4
     )
 
@@ -829,7 +829,7 @@ def test_figures_by_the_plain_model(roles: Roles) -> None:
 @pytest.mark.parametrize(("change", "warned"), [(0.0, False), (-0.49, False), (-0.51, True), (1.0, False)])
 def test_unlearned_answers_give_a_warning(change: float, warned: bool) -> None:
     algorithm = DPO(SimpleNamespace())  # type: ignore[arg-type]
-    warnings_by_step = [list(algorithm.diagnostics({"chosen_change": change})) for _ in range(4)]
+    warnings_by_step = [list(algorithm.iter_warnings({"chosen_change": change})) for _ in range(4)]
     assert [bool(messages) for messages in warnings_by_step] == [False, False, warned, warned], (
         "three steps in a row: one is noise"
     )
@@ -838,8 +838,8 @@ def test_unlearned_answers_give_a_warning(change: float, warned: bool) -> None:
         for messages in warnings_by_step
         for message in messages
     )
-    assert not list(algorithm.diagnostics({"chosen_change": 0.0})) and not list(
-        algorithm.diagnostics({"chosen_change": -9.0})
+    assert not list(algorithm.iter_warnings({"chosen_change": 0.0})) and not list(
+        algorithm.iter_warnings({"chosen_change": -9.0})
     ), "counted anew"
 
 

@@ -646,9 +646,9 @@ def test_zero_std_groups_that_are_kept_have_their_kl(roles: Roles) -> None:
     algorithm = over(roles, rewards=[[[0.7] * 7]], beta=0.5, zero_std_groups="keep")
     loss, gradient, stats = one_pass(algorithm, algorithm.collect(0).batch)
     assert loss > 0 and gradient.any() and stats["kl"] > 0
-    assert list(algorithm.diagnostics({"dead_groups": 0.79, "reward": 0.1})) == []
-    assert "90%" in next(algorithm.diagnostics({"dead_groups": 0.9, "reward": 0.1}))
-    assert list(algorithm.diagnostics({"dead_groups": 0.9, "reward": 0.9})) == [], (
+    assert list(algorithm.iter_warnings({"dead_groups": 0.79, "reward": 0.1})) == []
+    assert "90%" in next(algorithm.iter_warnings({"dead_groups": 0.9, "reward": 0.1}))
+    assert list(algorithm.iter_warnings({"dead_groups": 0.9, "reward": 0.9})) == [], (
         "groups that all became right are no trouble"
     )
 
@@ -765,7 +765,7 @@ def first_pass(roles: Roles, temperature: float = 0.8, old: str = "sampler") -> 
 
 def test_the_sampler_and_the_policy_agree(roles: Roles) -> None:
     algorithm, stats = first_pass(roles)
-    assert stats["mismatch"] < 1e-5 and stats["clip_fraction"] == 0.0 and list(algorithm.diagnostics(stats)) == []
+    assert stats["mismatch"] < 1e-5 and stats["clip_fraction"] == 0.0 and list(algorithm.iter_warnings(stats)) == []
 
 
 @pytest.mark.parametrize("old", ["sampler", "recomputed"])
@@ -773,9 +773,9 @@ def test_another_temperature_stops_the_run(roles: Roles, old: str) -> None:
     algorithm, stats = first_pass(roles, 0.4, old)
     assert stats["mismatch"] > 0.1
     with pytest.raises(TrainingError, match="grpo.max_logprob_mismatch"):
-        list(algorithm.diagnostics(stats))
+        list(algorithm.iter_warnings(stats))
     algorithm.max_logprob_mismatch = 50.0
-    assert list(algorithm.diagnostics(stats)) == []
+    assert list(algorithm.iter_warnings(stats)) == []
 
 
 def test_the_sampler_is_the_plain_model(roles: Roles) -> None:

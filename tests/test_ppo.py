@@ -871,7 +871,7 @@ def test_completions_without_a_reward_are_as_if_never_drawn(own: Roles) -> None:
             < 1e-5
         )
     assert float(algorithm.collector.shown[0][2][1, 1]) == 0.0  # type: ignore[attr-defined]
-    assert "`answer`" in next(iter(algorithm.diagnostics({"truncated": 0.0})))
+    assert "`answer`" in next(iter(algorithm.iter_warnings({"truncated": 0.0})))
 
 
 def test_a_step_without_rewards_changes_nothing(own: Roles) -> None:
@@ -890,8 +890,8 @@ def test_a_step_without_rewards_changes_nothing(own: Roles) -> None:
 
 
 def test_completions_that_never_end_give_a_warning(own: Roles) -> None:
-    assert list(over(own).diagnostics({"truncated": 0.8})) == []
-    assert "most completions have no end, 90%" in next(iter(over(own).diagnostics({"truncated": 0.9})))
+    assert list(over(own).iter_warnings({"truncated": 0.8})) == []
+    assert "most completions have no end, 90%" in next(iter(over(own).iter_warnings({"truncated": 0.9})))
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------

@@ -367,7 +367,7 @@ def test_metrics_by_the_models_own_logits() -> None:
 def kl_error(roles: Roles) -> float:
     """The metric against brute force over the whole vocabulary."""
     batch = ragged_batch()
-    found = to_floats(sft_over(roles).log_metrics(batch))["kl"]
+    found = to_floats(sft_over(roles).step_metrics(batch))["kl"]
     values = []
     with roles.inference_mode():
         for role in ("policy", "reference"):
@@ -382,7 +382,7 @@ def kl_error(roles: Roles) -> float:
 def test_kl_is_zero_at_first_and_brute_force_later(monkeypatch: pytest.MonkeyPatch) -> None:
     roles = llama_roles(lower=["sft"], dropout=0.0, checkpointing=True)
     perturb(roles, "sft")
-    assert to_floats(sft_over(roles).log_metrics(ragged_batch()))["kl"] == 0.0
+    assert to_floats(sft_over(roles).step_metrics(ragged_batch()))["kl"] == 0.0
     perturb(roles, "policy")
     assert kl_error(roles) < 1e-5
     real = Roles.full_vocab_kl
@@ -393,7 +393,7 @@ def test_kl_is_zero_at_first_and_brute_force_later(monkeypatch: pytest.MonkeyPat
 def test_kl_knows_no_dropout() -> None:
     roles = llama_roles(lower=["sft"], dropout=0.5)
     perturb(roles, "sft")
-    assert to_floats(sft_over(roles).log_metrics(ragged_batch()))["kl"] == 0.0
+    assert to_floats(sft_over(roles).step_metrics(ragged_batch()))["kl"] == 0.0
     perturb(roles, "policy")
     assert kl_error(roles) < 1e-5
 

@@ -150,7 +150,7 @@ class DPO:
         }
         return losses, logps, stats
 
-    def log_metrics(self, micro: Batch) -> Stats:
+    def step_metrics(self, micro: Batch) -> Stats:
         return {"kl": masked_mean(self.context.roles.full_vocab_kl("policy", "reference", micro), micro.loss_mask)}
 
     def check(self, micro: Batch, step: int) -> None:
@@ -161,12 +161,12 @@ class DPO:
             description=self.context.reference_description,
         )
 
-    def diagnostics(self, figures: Mapping[str, float]) -> Iterator[str]:
-        self._consecutive_drops = self._consecutive_drops + 1 if figures["chosen_change"] < CHOSEN_LOGP_DROP else 0
+    def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]:
+        self._consecutive_drops = self._consecutive_drops + 1 if metrics["chosen_change"] < CHOSEN_LOGP_DROP else 0
         if self._consecutive_drops >= CONSECUTIVE_STEPS:
             yield (
                 f"the chosen answers have become less likely than under the reference, by "
-                f"{-figures['chosen_change']:.2f} nats a token: "
+                f"{-metrics['chosen_change']:.2f} nats a token: "
                 "the margin grows because both sides are unlearned; raise dpo.beta, lower train.learning_rate, or "
                 "set dpo.sft_coef"
             )

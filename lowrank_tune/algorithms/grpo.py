@@ -275,7 +275,7 @@ class GRPO:
     def eval_metrics(self, micro: Batch) -> Stats:
         raise AssertionError("held-out rows of GRPO are questions, not rows")
 
-    def log_metrics(self, micro: Batch) -> Stats:
+    def step_metrics(self, micro: Batch) -> Stats:
         if "reference_logps" in micro.extra:
             return {}  # the loss has it on every step
         return {
@@ -291,20 +291,20 @@ class GRPO:
                 self.context.roles, micro, expect_equal=True, description=self.context.reference_description
             )
 
-    def diagnostics(self, figures: Mapping[str, float]) -> Iterator[str]:
-        if figures.get("mismatch", 0.0) > self.max_logprob_mismatch:
+    def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]:
+        if metrics.get("mismatch", 0.0) > self.max_logprob_mismatch:
             raise TrainingError(
-                f"the sampler's log-probs and the policy's differ by {figures['mismatch']:.3f} nats a token, more than "
+                f"the sampler's log-probs and the policy's differ by {metrics['mismatch']:.3f} nats a token, more than "
                 f"grpo.max_logprob_mismatch, {self.max_logprob_mismatch:g}: ratios would compare what was never drawn"
             )
         yield from self.collector.failures.diagnostics(self._reward_failures, self._num_completions)
-        if self._first_reward is None and not math.isnan(figures["reward"]):
-            self._first_reward = figures["reward"]
+        if self._first_reward is None and not math.isnan(metrics["reward"]):
+            self._first_reward = metrics["reward"]
         first = math.inf if self._first_reward is None else self._first_reward
         # groups that all became right are no trouble
-        if figures["dead_groups"] >= 0.8 and figures["reward"] <= first + REWARD_INCREASE:
+        if metrics["dead_groups"] >= 0.8 and metrics["reward"] <= first + REWARD_INCREASE:
             yield (
-                f"most groups have equal rewards and teach nothing, {figures['dead_groups']:.0%} of this step's: the "
+                f"most groups have equal rewards and teach nothing, {metrics['dead_groups']:.0%} of this step's: the "
                 f"task is too hard "
                 "or too easy, or groups too small; look at the rewards, raise rollout.num_generations, or begin from "
                 "an SFT "

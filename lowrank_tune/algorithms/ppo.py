@@ -329,7 +329,7 @@ class PPO:
     def eval_metrics(self, micro: Batch) -> Stats:
         raise AssertionError("held-out rows of PPO are questions, not rows")
 
-    def log_metrics(self, micro: Batch) -> Stats:
+    def step_metrics(self, micro: Batch) -> Stats:
         return {}  # every step has its KL
 
     def check(self, micro: Batch, step: int) -> None:
@@ -338,11 +338,11 @@ class PPO:
                 self.context.roles, micro, expect_equal=True, description=self.context.reference_description
             )
 
-    def diagnostics(self, figures: Mapping[str, float]) -> Iterator[str]:
+    def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]:
         yield from self.collector.failures.diagnostics(self._reward_failures, self._num_completions)
-        if figures["truncated"] > TRUNCATED_WARN_FRACTION:
+        if metrics["truncated"] > TRUNCATED_WARN_FRACTION:
             yield (
-                f"most completions have no end, {figures['truncated']:.0%} of this step's: what they earn is not "
+                f"most completions have no end, {metrics['truncated']:.0%} of this step's: what they earn is not "
                 f"what whole answers earn; "
                 "raise rollout.max_new_tokens, or begin from an SFT adapter that ends its answers"
             )

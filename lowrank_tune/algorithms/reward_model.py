@@ -67,12 +67,12 @@ class RewardModeling:
             "score_rejected": mean(rejected),
         }
 
-    def log_metrics(self, micro: Batch) -> Stats:
+    def step_metrics(self, micro: Batch) -> Stats:
         return {}
 
     def check(self, micro: Batch, step: int) -> None: ...
 
-    def diagnostics(self, figures: Mapping[str, float]) -> Iterator[str]:
+    def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]:
         return iter(())
 
     def should_continue(self, stats: Stats) -> bool:

@@ -67,10 +67,10 @@ class SFT:
                 self.context.roles, micro, expect_equal=True, description=self.context.reference_description
             )
 
-    def diagnostics(self, figures: Mapping[str, float]) -> Iterator[str]:
+    def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]:
         return iter(())
 
-    def log_metrics(self, micro: Batch) -> Stats:
+    def step_metrics(self, micro: Batch) -> Stats:
         return {"kl": masked_mean(self.context.roles.full_vocab_kl("policy", "reference", micro), micro.loss_mask)}
 
     def should_continue(self, stats: Stats) -> bool:

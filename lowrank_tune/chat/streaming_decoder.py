@@ -42,7 +42,7 @@ class IncrementalDecoder:
         if len(now) > len(before) and not now.endswith(REPLACEMENT_CHAR):
             self._text += now[len(before) :]
             self._context, self._read = self._read, len(self._ids)
-        return self._advance(self._stable_prefix())
+        return self._emit_upto(self._stable_prefix())
 
     def flush(self) -> str:
         """What was held back, once no more tokens come."""
@@ -52,14 +52,14 @@ class IncrementalDecoder:
             ]
             self._context = self._read = len(self._ids)
         end = self._end()
-        return self._advance(len(self._text) if end is None else end)
+        return self._emit_upto(len(self._text) if end is None else end)
 
     @property
     def text(self) -> str:
         """What was told so far."""
         return self._text[: self._emitted]
 
-    def _advance(self, upto: int) -> str:
+    def _emit_upto(self, upto: int) -> str:
         piece = self._text[self._emitted : max(upto, self._emitted)]
         self._emitted += len(piece)
         return piece

@@ -11,9 +11,9 @@ from lowrank_tune.checkpoint.atomic_files import (
     as_user_error,
     clean_stale,
     replace_nonfinite,
-    write_all,
     write_error,
     write_file,
+    write_fully,
 )
 from lowrank_tune.checkpoint.checkpoint import (
     CorruptCheckpoint,
@@ -41,7 +41,7 @@ __all__ = [
     "rotate",
     "as_user_error",
     "clean_stale",
-    "write_all",
+    "write_fully",
     "write_atomically",
     "write_file",
 ]

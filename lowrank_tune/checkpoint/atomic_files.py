@@ -53,7 +53,7 @@ def replace_nonfinite(value: Any) -> Any:
     return [replace_nonfinite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
-def write_all(descriptor: int, data: bytes) -> None:
+def write_fully(descriptor: int, data: bytes) -> None:
     """Writes every byte, however few the system takes at once."""
     view = memoryview(data)
     while view:
@@ -78,7 +78,7 @@ def write_new(path: Path, data: bytes) -> None:
     """Writes a file that is not there yet, to the disk itself."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        write_all(descriptor, data)
+        write_fully(descriptor, data)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

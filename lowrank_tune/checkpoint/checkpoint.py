@@ -44,7 +44,7 @@ class Snapshot:
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     documents: dict[str, Any] = field(default_factory=dict)
-    others: dict[str, bytes] = field(default_factory=dict)
+    raw_files: dict[str, bytes] = field(default_factory=dict)
 
 
 def write_atomically(target: Path, snapshot: Snapshot) -> Path:
@@ -105,7 +105,7 @@ def _files(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
     for name, document in snapshot.documents.items():
         assert name.endswith(".json") and _inside(name) and name != MANIFEST, name
         yield name, json.dumps(document, indent=1).encode()  # Python's NaN and Infinity: a state comes back exactly
-    for name, data in snapshot.others.items():
+    for name, data in snapshot.raw_files.items():
         assert _inside(name) and name != MANIFEST and name not in (*snapshot.tensors, *snapshot.documents), name
         yield name, data
 
@@ -119,11 +119,11 @@ def _hash(data: bytes) -> str:
     return blake2b(data, digest_size=16).hexdigest()
 
 
-def _manifest(facts: Mapping[str, Any]) -> bytes:
+def _manifest(entries: Mapping[str, Any]) -> bytes:
     """The manifest's bytes; `total` guards the manifest itself."""
-    facts = {key: value for key, value in facts.items() if key != "total"}
-    total = _hash(json.dumps(facts, sort_keys=True).encode())
-    return json.dumps({**facts, "total": total}, sort_keys=True, indent=1).encode()
+    entries = {key: value for key, value in entries.items() if key != "total"}
+    total = _hash(json.dumps(entries, sort_keys=True).encode())
+    return json.dumps({**entries, "total": total}, sort_keys=True, indent=1).encode()
 
 
 def load(path: Path, name: str | None = None) -> Snapshot:
@@ -157,7 +157,7 @@ def load(path: Path, name: str | None = None) -> Snapshot:
             elif file.endswith(".json"):
                 snapshot.documents[file] = json.loads(data)
             else:
-                snapshot.others[file] = data
+                snapshot.raw_files[file] = data
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CorruptCheckpoint(path, f"it cannot be understood ({error})") from error
     return snapshot

@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from lowrank_tune.checkpoint.atomic_files import as_user_error, clean_stale, replace_nonfinite, write_all, write_file
+from lowrank_tune.checkpoint.atomic_files import as_user_error, clean_stale, replace_nonfinite, write_file, write_fully
 from lowrank_tune.checkpoint.run_format import VERSION, check_run_format
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
@@ -49,7 +49,7 @@ class RunFolder:
         recipe: dict[str, Any],
         text: str,
         differences: Callable[[dict[str, Any], dict[str, Any]], list[str]],
-        exact: bool,
+        is_explicit_path: bool,
         emit: Emit,
     ) -> Self:
         """The folder for this recipe: new, or that of its unfinished run; beside a finished run the next free NAME-2,
@@ -78,7 +78,7 @@ class RunFolder:
                 raise
             if number > 1:
                 message = f"{path} holds a finished run and is left alone: this one goes to {folder.path}"
-                emit(LogMessage(message=message, level="warning" if exact else "info"))
+                emit(LogMessage(message=message, level="warning" if is_explicit_path else "info"))
             return folder
         raise AssertionError("count never ends")
 
@@ -140,7 +140,7 @@ class RunFolder:
                     )
                 )
             os.ftruncate(self._lock, 0)
-            write_all(self._lock, f"{os.getpid()}\n".encode())
+            write_fully(self._lock, f"{os.getpid()}\n".encode())
 
     def _create(
         self, recipe: dict[str, Any], text: str, differences: Callable[[dict[str, Any], dict[str, Any]], list[str]]

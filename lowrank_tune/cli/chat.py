@@ -55,7 +55,9 @@ def chat_command(
     bits: Annotated[
         BitWidth | None, typer.Option("--bits", help="Of a model or an adapter: how to load the base; else 4.")
     ] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Of a run or an adapter: where its base lies now.")] = None,
+    base_path: Annotated[
+        str | None, typer.Option("--base", help="Of a run or an adapter: where its base lies now.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Talk to what a run trained: adapters on, off, or both side by side. From a pipe: one question a line in, plain
@@ -67,7 +69,7 @@ def chat_command(
         sampling = SamplingOptions(temperature, top_p, top_k, min_p, max_new_tokens, seed)
         base_bits: Literal[4, 16] | None = None if bits is None else 4 if bits == BitWidth.four else 16
         try:
-            chat(name, sampling, variant and variant.value, system, base_bits, base)
+            chat(name, sampling, variant and variant.value, system, base_bits, base_path)
         except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from error

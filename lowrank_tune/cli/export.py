@@ -87,15 +87,15 @@ def export_command(
             plain.close()
             Console(highlight=False).print(proof_table(proof.table()))
 
-        def show_upload(upload: Upload) -> None:
+        def show_upload(planned_upload: Upload) -> None:
             plain.close()
-            visibility = "everybody can read" if upload.public else "private"
+            visibility = "everybody can read" if planned_upload.public else "private"
             print(
-                f"to {upload.repo} ({'a new repository' if upload.new else 'which is there'}, {visibility}): "
-                f"{upload.size / 2**20:,.1f} MiB"
+                f"to {planned_upload.repo} ({'a new repository' if planned_upload.new else 'which is there'}, {visibility}): "
+                f"{planned_upload.size / 2**20:,.1f} MiB"
             )
             table = Table("file", "bytes", box=None)
-            for name, size in upload.files:
+            for name, size in planned_upload.files:
                 table.add_row(Text(name), Text(f"{size:,}", justify="right"))
             Console(highlight=False).print(table)
 

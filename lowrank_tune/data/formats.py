@@ -121,7 +121,11 @@ def to_conversation(
     return Conversation(
         messages,
         extract_answer(
-            row, columns, answer_rule, answer, whole=format_name in ("question_answer", "alpaca", "prompt_completion")
+            row,
+            columns,
+            answer_rule,
+            answer,
+            accept_bare_number=format_name in ("question_answer", "alpaca", "prompt_completion"),
         ),
     )
 

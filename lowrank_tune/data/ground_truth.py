@@ -14,7 +14,7 @@ WHOLE_NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?%?")
 
 
 def extract_answer(
-    row: Mapping[str, Any], columns: Mapping[str, str], rule: str, answer: str, whole: bool
+    row: Mapping[str, Any], columns: Mapping[str, str], rule: str, answer: str, accept_bare_number: bool
 ) -> str | None:
     """The gold answer by `rule`. `whole`: by the rule auto an answer that is one number is its own gold."""
     if rule == "none":
@@ -37,7 +37,7 @@ def extract_answer(
         extracted = column
     if extracted is None:
         extracted = last_boxed(answer)
-    if extracted is None and whole and WHOLE_NUMBER.fullmatch(answer.strip()):
+    if extracted is None and accept_bare_number and WHOLE_NUMBER.fullmatch(answer.strip()):
         extracted = _without_separators(answer)
     return extracted
 

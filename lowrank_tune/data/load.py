@@ -136,7 +136,7 @@ def _to_prompt(
             return pair
         return Prompt(
             pair.prompt,
-            extract_answer(raw, source.columns, source.ground_truth, pair.chosen[-1].content, whole=True),
+            extract_answer(raw, source.columns, source.ground_truth, pair.chosen[-1].content, accept_bare_number=True),
             raw,
         )
     chat = conversation(raw, source, format_name, system, require_answer=False)

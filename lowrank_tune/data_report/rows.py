@@ -53,7 +53,7 @@ def report_rows(
         ends=eos_stats,
         epoch=epoch,
         examples=tuple(_examples(data.train, template)),
-        faults=tuple(_faults(recipe, data, eos_stats)),
+        faults=tuple(_fatal_problems(recipe, data, eos_stats)),
         sides=pair_balance(data.train, stats) if data.train.rows_per_unit > 1 else None,
     )
 
@@ -235,7 +235,7 @@ def _segments(rows: TokenizedDataset, number: int, template: ChatTemplate) -> tu
     return tuple(segments)
 
 
-def _faults(recipe: settings.RecipeConfig, data: TokenizedSplits, eos_stats: EosStats) -> list[str]:
+def _fatal_problems(recipe: settings.RecipeConfig, data: TokenizedSplits, eos_stats: EosStats) -> list[str]:
     faults = invalid_sources(data.report, recipe)
     if data.report.train_rows and not eos_stats.trained:
         faults.append(

@@ -154,13 +154,13 @@ def _parse_metrics(results: Mapping[str, Any], tasks: Tasks) -> Metrics:
     return metrics
 
 
-def _interval(value: float, stderr: Any, documents: list[float], tasks: Tasks) -> Interval:
+def _interval(value: float, stderr: Any, document_scores: list[float], tasks: Tasks) -> Interval:
     """Over the documents, where the figure is their mean; else by the standard error that the harness gives."""
-    if documents and math.isclose(math.fsum(documents) / len(documents), value, abs_tol=1e-9):
-        if all(0 <= one <= 1 for one in documents):
-            return proportion_ci(documents, 1, tasks.confidence)
-        return mean_ci(documents, tasks.seed, tasks.confidence)
+    if document_scores and math.isclose(math.fsum(document_scores) / len(document_scores), value, abs_tol=1e-9):
+        if all(0 <= one <= 1 for one in document_scores):
+            return proportion_ci(document_scores, 1, tasks.confidence)
+        return mean_ci(document_scores, tasks.seed, tasks.confidence)
     if isinstance(stderr, (int, float)):
         margin = STANDARD_NORMAL.inv_cdf((1 + tasks.confidence) / 2) * stderr
-        return Interval(value, value - margin, value + margin, len(documents), "standard error of the harness")
-    return Interval(value, math.nan, math.nan, len(documents), "none")
+        return Interval(value, value - margin, value + margin, len(document_scores), "standard error of the harness")
+    return Interval(value, math.nan, math.nan, len(document_scores), "none")

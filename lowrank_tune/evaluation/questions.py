@@ -70,11 +70,11 @@ def load_eval_questions(
 
 
 def _reference(
-    one: Prompt, source: settings.SourceConfig, shape: str, template: ChatTemplate, system: str | None
+    one: Prompt, source: settings.SourceConfig, format_name: str, template: ChatTemplate, system: str | None
 ) -> Row | None:
     """The row whole; of a pair there is none here: what is better than something else need not be what should be
     said."""
-    parsed = conversation(one.row, source, shape, system) if shape != "preference" else None
+    parsed = conversation(one.row, source, format_name, system) if format_name != "preference" else None
     if not isinstance(parsed, Conversation):
         return None
     row = template.encode_many([parsed.messages])[0]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_all
+from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_fully
 
 EVALS, VERSION = "evals.jsonl", 1
 
@@ -25,7 +25,7 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
             # a line that a power cut left half must not spoil this one
             if size and os.pread(file, 1, size - 1) != b"\n":
                 data = b"\n" + data
-            write_all(file, data)
+            write_fully(file, data)
             os.fsync(file)
         finally:
             os.close(file)

@@ -52,7 +52,7 @@ def final_folder(stage: Stage) -> Snapshot:
     for name in others:
         _add(snapshot, name, as_lora_adapter(roles, name))
     try:
-        snapshot.others |= tokenizer_files(built)
+        snapshot.raw_files |= tokenizer_files(built)
     # what was trained must not be lost over this
     except (OSError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
         message = (
@@ -66,7 +66,7 @@ def final_folder(stage: Stage) -> Snapshot:
         )
     info = Adapters(names, combined, root[0], is_generative="policy" in built.trained)
     text = model_card(stage.recipe, stage.summary, built.base.revision, info, eos_token_strings(built))
-    snapshot.others["README.md"] = text.encode("utf-8", "replace")
+    snapshot.raw_files["README.md"] = text.encode("utf-8", "replace")
     return snapshot
 
 

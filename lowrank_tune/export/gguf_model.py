@@ -83,10 +83,10 @@ def pretokenizer_name(merged: Path) -> str | None:
     return next((name for name, rules in PRETOKENIZERS.items() if rules == stated), None)
 
 
-def _without_offsets(rules: Any) -> Any:
-    if isinstance(rules, dict):
-        return {key: _without_offsets(value) for key, value in rules.items() if key != "trim_offsets"}
-    return [_without_offsets(rule) for rule in rules] if isinstance(rules, list) else rules
+def _without_offsets(pretokenizer: Any) -> Any:
+    if isinstance(pretokenizer, dict):
+        return {key: _without_offsets(value) for key, value in pretokenizer.items() if key != "trim_offsets"}
+    return [_without_offsets(rule) for rule in pretokenizer] if isinstance(pretokenizer, list) else pretokenizer
 
 
 def convert(folder: Path, merged: Path, file: Path, kind: str, name: str, adds_bos: bool, emit: Emit) -> None:

@@ -39,7 +39,7 @@ def _fused(module: Any) -> Forward | None:
     return None
 
 
-def _norm(gain: Tensor, least: Tensor, x: Tensor) -> Tensor:
+def _norm(gain: Tensor, eps_root: Tensor, x: Tensor) -> Tensor:
     """x / sqrt(|x|^2 + n eps) for n numbers, times the gain, in which sqrt(n) is: the root is the long side of a right
     triangle."""
-    return x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(least)).mul_(gain)
+    return x.div(torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(eps_root)).mul_(gain)

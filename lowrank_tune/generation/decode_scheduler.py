@@ -95,7 +95,7 @@ class DecodeScheduler:
     def running(self) -> int:
         return sum(row is not None for row in self.rows)
 
-    def run_until_finished(self, stops: StoppingCriteria) -> list[Completion]:
+    def run_until_any_finished(self, stops: StoppingCriteria) -> list[Completion]:
         """One turn after another, until at least one sequence has ended."""
         finished: list[Completion] = []
         while not finished and not self.is_done:

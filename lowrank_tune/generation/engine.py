@@ -35,7 +35,7 @@ WORKSPACE_BYTES = 3 << 29  # CUDA's context and libraries, logits, and the activ
 
 
 @dataclass
-class _GenerationProgress:
+class _RetryState:
     """What outlives an attempt: how many sequences are decoded at once, the samples of prompts that have ended, their
     tokens, and whether somebody saw tokens of others, which cannot be drawn again then."""
 
@@ -89,7 +89,7 @@ class Engine:
             n,
             sampling,
             self._stopping_criteria(prompts, sampling),
-            DecodeScheduler.run_until_finished,
+            DecodeScheduler.run_until_any_finished,
             numbers,
         )
 
@@ -118,9 +118,7 @@ class Engine:
         if not prompts or n < 1 or sampling.max_new_tokens < 1:
             return
         limits, columns = self.roles.limits, max(map(len, prompts)) + sampling.max_new_tokens
-        progress = _GenerationProgress(
-            limits.max_batch_units("cache_tokens", columns, min(self.slots, n * len(prompts)))
-        )
+        progress = _RetryState(limits.max_batch_units("cache_tokens", columns, min(self.slots, n * len(prompts))))
         while True:
             try:
                 yield from self._generate(prompts, n, sampling, stops, step_fn, numbers, columns, progress)
@@ -141,7 +139,7 @@ class Engine:
         step_fn: Callable[[DecodeScheduler, StoppingCriteria], list[T]],
         numbers: Sequence[int] | None,
         columns: int,
-        progress: _GenerationProgress,
+        progress: _RetryState,
     ) -> Iterator[T]:
         """All that has not ended yet."""
         model, stack = self.roles.base.model, [] if self.role == "base" else self.roles.stacks[self.role]

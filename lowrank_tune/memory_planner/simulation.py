@@ -272,13 +272,13 @@ class _SingleBatchAlgorithm:
             self.tracker.move_to(self.tracker.point[0], "after")
             yield term
 
-    def log_metrics(self, micro: Batch) -> Stats:
+    def step_metrics(self, micro: Batch) -> Stats:
         if not self.logged:
             return {}
         self.tracker.move_to("measuring KL", "before")
-        return self.algorithm.log_metrics(micro)  # type: ignore[no-any-return]
+        return self.algorithm.step_metrics(micro)  # type: ignore[no-any-return]
 
-    def diagnostics(self, figures: Mapping[str, float]) -> Iterator[str]:
+    def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]:
         return iter(())
 
     def should_continue(self, stats: Stats) -> bool:
@@ -362,4 +362,4 @@ class _NullRewards:
         return {}
 
 
-def _noop_step_end(progress: TrainerState, last: bool) -> None: ...
+def _noop_step_end(state: TrainerState, last: bool) -> None: ...

@@ -80,10 +80,10 @@ def chunked_logps(
     return _ChunkedLogps.apply(hidden, targets, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def chunked_kl(head: Head, hidden: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
+def chunked_kl(head: Head, hidden: Tensor, reference_hidden: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(p || q) over the whole vocabulary at each of N positions, from their hidden states; (N,) fp32, with a gradient
     for `hidden`."""
-    return _ChunkedKL.apply(hidden, reference, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
+    return _ChunkedKL.apply(hidden, reference_hidden, head, temperature)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def chunked_entropy(head: Head, hidden: Tensor, temperature: float = 1.0) -> Tensor:

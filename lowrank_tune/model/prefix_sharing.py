@@ -85,8 +85,8 @@ def pack_shared_prefixes(batch: Batch, width: int) -> PackedBatch | None:
     # tokens that lie elsewhere, and padding, go to one slot behind the end
     target = torch.where(is_tail, slot_index, groups * packed).flatten()
 
-    def scatter(values: Tensor, empty: int) -> Tensor:
-        flat = torch.full((groups * packed + 1,), empty, dtype=torch.long, device=row.device)
+    def scatter(values: Tensor, fill_value: int) -> Tensor:
+        flat = torch.full((groups * packed + 1,), fill_value, dtype=torch.long, device=row.device)
         return flat.scatter_(0, target, values.expand(rows, columns).flatten())[:-1].view(groups, packed)
 
     # empty slots are a branch of their own: a query that sees nothing is NaN
@@ -97,10 +97,10 @@ def pack_shared_prefixes(batch: Batch, width: int) -> PackedBatch | None:
     return PackedBatch(scatter(batch.input_ids, 0), position, mask[:, None], slot_index)
 
 
-def estimate_flops(rows: int, columns: int, seen: float, width: int) -> float:
+def estimate_flops(rows: int, columns: int, num_keys: float, width: int) -> float:
     """Relative cost of a forward pass: a layer's matrices (12 width^2 weights) and its attention to `seen` keys, per
     token."""
-    return rows * columns * (6 * width + seen)
+    return rows * columns * (6 * width + num_keys)
 
 
 def longest_shareable(config: Any) -> int:

@@ -93,18 +93,20 @@ class ParentNotFound(Exception):
 
 
 def read_parent(
-    line: Node, folder: File, problems: list[ConfigProblem], path: Path, children: Sequence[File] = ()
+    extends_node: Node, folder: File, problems: list[ConfigProblem], path: Path, children: Sequence[File] = ()
 ) -> Node | None:
     """What `extends` names, without what is not inherited. None where its text could not be read."""
 
     def not_found(message: str) -> ParentNotFound:
-        problems.append(line.position.problem(message, path))
+        problems.append(extends_node.position.problem(message, path))
         return ParentNotFound()
 
-    if not isinstance(line.value, str):
+    if not isinstance(extends_node.value, str):
         raise not_found("expected the name of a preset, or a path relative to this file")
     try:
-        parent_file = folder / line.value if is_file_name(line.value) else find_preset(line.value)
+        parent_file = (
+            folder / extends_node.value if is_file_name(extends_node.value) else find_preset(extends_node.value)
+        )
         if parent_file.resolve() in children:
             raise not_found(f"goes in a circle: {' -> '.join(each.name for each in [*children, parent_file])}")
         if len(children) > MAX_PARENTS:

@@ -33,7 +33,7 @@ TAIL_CHARS = 4000  # characters at its end that may hold a verdict
 COLUMNS = {"statement": ("smt",), "witness": ("smt",), "invariant": ("smt", "init", "transition", "property")}
 LANGUAGES = ("smt2", "smt", "smtlib", "smt-lib", "lisp", "")
 VERDICT_PATTERN = re.compile(r"\b(not )?(unsat|sat|invalid|valid|unsatisfiable|satisfiable)\b")
-NEGATION = {"sat": "unsat", "unsat": "sat", "valid": "invalid", "invalid": "valid"}
+OPPOSITE_VERDICT = {"sat": "unsat", "unsat": "sat", "valid": "invalid", "invalid": "valid"}
 
 
 @dataclass(frozen=True)
@@ -113,5 +113,5 @@ def claimed_verdict(completion: str) -> str | None:
     verdicts = set()
     for negated, word in VERDICT_PATTERN.findall(text.casefold()):
         word = word.replace("isfiable", "")
-        verdicts.add(NEGATION[word] if negated else word)
+        verdicts.add(OPPOSITE_VERDICT[word] if negated else word)
     return verdicts.pop() if len(verdicts) == 1 else None

@@ -36,7 +36,9 @@ class Tui:
     """Takes the terminal at once and gives it back in `close`. An event costs a microsecond: nothing of it is drawn by
     the caller."""
 
-    def __init__(self, control: TrainerControl, console_log: Path, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self, control: TrainerControl, console_log_path: Path, environ: Mapping[str, str] = os.environ
+    ) -> None:
         self.control, self.state = control, State()
         self._events: deque[Event] = deque()
         self._pending: tuple[str, ...] = ()
@@ -46,7 +48,7 @@ class Tui:
         self.screen = LiveScreen(
             self._draw, self._changed, self._press, self._on_failure, owns_run=True, environ=environ
         )
-        self._redirected = Redirected(console_log)
+        self._redirected = Redirected(console_log_path)
         self.screen.start()
 
     def __call__(self, event: Event) -> None:
@@ -91,7 +93,7 @@ class Tui:
 
     def _press(self, key: str) -> None:
         if key == "q":
-            self._stop()
+            self._request_stop()
         elif key == "p":
             self.control.pause = not self.control.pause
         elif key == "s":
@@ -99,7 +101,7 @@ class Tui:
         elif key == "e":
             self.control.evaluate = True
 
-    def _stop(self) -> None:
+    def _request_stop(self) -> None:
         """As the first Ctrl-C: in the loop a wish, before it an interruption, for there is nothing to save yet. A
         second `q` does nothing."""
         if self.control.stop:

@@ -31,7 +31,7 @@ class HeldoutAnswer:
     """One answer to a held-out prompt. `stopped`: it ended by itself, within its turn; `exact`: it did, and it is the
     gold answer."""
 
-    prompt: int
+    prompt_index: int
     text: str
     stopped: bool
     exact: bool

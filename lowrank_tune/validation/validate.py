@@ -114,12 +114,12 @@ def validation_batches(
     """What `compute` makes, without gradient or dropout, of all units of a store in batches of similar length, longest
     first, on the device of the base; and of which rows of the store."""
 
-    def compute_units(units: Sequence[int]) -> T:
+    def compute_batch(units: Sequence[int]) -> T:
         with roles.inference_mode():
             return compute(collate_fn(units).to(roles.base.device))
 
     done = 0
-    for part, values in chunked(roles.limits, rows, micro_tokens, compute_units):
+    for part, values in chunked(roles.limits, rows, micro_tokens, compute_batch):
         yield values, torch.tensor([unit * rows.rows_per_unit + i for unit in part for i in range(rows.rows_per_unit)])
         before, done = done, done + len(part)
         if done * NUM_PROGRESS_UPDATES // rows.units != before * NUM_PROGRESS_UPDATES // rows.units:

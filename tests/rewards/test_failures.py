@@ -201,7 +201,7 @@ def test_a_step_whose_rewards_all_fail_changes_nothing(roles: Roles, how: str) -
     experience = algorithm.collect(0)
     loss, gradient, _ = one_pass(algorithm, experience.batch)
     assert loss == 0.0 and not gradient.any() and math.isnan(to_floats(experience.stats)["reward"])
-    assert any("failed" in message for message in algorithm.diagnostics(to_floats(experience.stats)))
+    assert any("failed" in message for message in algorithm.iter_warnings(to_floats(experience.stats)))
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------

@@ -442,7 +442,7 @@ def rows(name: str) -> Iterator[tuple[str, str, str | None]]:
     for line in gzip.decompress((DATA / f"{file}.jsonl.gz").read_bytes()).decode().split("\n"):
         if line:
             row = json.loads(line)
-            yield row[problem], row[solution], extract_answer(row, {}, "auto", row[solution], whole=False)
+            yield row[problem], row[solution], extract_answer(row, {}, "auto", row[solution], accept_bare_number=False)
 
 
 ALLOWED = {"gsm8k": 0, "gsm8k-test": 0, "svamp": 0, "math": 0, "numinamath": 0.11}

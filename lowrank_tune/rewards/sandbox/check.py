@@ -91,11 +91,11 @@ class SandboxPair:
         except UnauthenticatedMessage:
             raise TestFailed("wrote to the stream of its results") from None
 
-    def _tester_reply(self, answer: bytes, deadline: float, calls: int) -> bytes:
+    def _tester_reply(self, solver_reply: bytes, deadline: float, calls: int) -> bytes:
         """What the tester says next. It is ours, but what it compares came from the code: late or out of memory, it is
         the code's fault too."""
         try:
-            self._tester.send(answer, deadline)
+            self._tester.send(solver_reply, deadline)
             return self._tester.receive(deadline)
         except ChannelTimeout:
             if calls:

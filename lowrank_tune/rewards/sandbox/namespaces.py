@@ -75,6 +75,6 @@ def _bind_mount(path: str, source: int) -> None:
     )
 
 
-def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
-    encoded = [None if argument is None else argument.encode() for argument in (source, target, kind, data)]
+def _mount(source: str | None, target: str, kind: str | None, flags: int, mount_options: str | None = None) -> None:
+    encoded = [None if argument is None else argument.encode() for argument in (source, target, kind, mount_options)]
     check_errno(LIBC.mount(encoded[0], encoded[1], encoded[2], flags, encoded[3]), f"mount {target}")

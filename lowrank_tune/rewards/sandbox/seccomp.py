@@ -28,7 +28,7 @@ THREAD_FLAGS = (0x3D0F00, 0x7D0F00)  # what pthread_create of glibc and of musl 
 FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030)  # duplicates, flags and locks; not F_SETOWN, which sends signals
 IOCTL = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)  # is it a terminal, bytes waiting, blocking, close on exec
 
-X86_64 = {
+X86_64_SYSCALLS = {
     "read": 0,
     "write": 1,
     "readv": 19,
@@ -143,7 +143,7 @@ X86_64 = {
     "socketpair": 53,
     "clone3": 435,
 }
-AARCH64 = {
+AARCH64_SYSCALLS = {
     "read": 63,
     "write": 64,
     "readv": 65,
@@ -242,7 +242,7 @@ AARCH64 = {
     "socketpair": 199,
     "clone3": 435,
 }
-MACHINES = {"x86_64": (0xC000003E, X86_64), "aarch64": (0xC00000B7, AARCH64)}
+MACHINES = {"x86_64": (0xC000003E, X86_64_SYSCALLS), "aarch64": (0xC00000B7, AARCH64_SYSCALLS)}
 """What uname(2) says: the kernel's word for it in a filter, and the numbers of the calls that remain."""
 
 

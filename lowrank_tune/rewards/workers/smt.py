@@ -282,7 +282,7 @@ def invariant(request: Mapping[str, Any], decide: DecideFn) -> tuple[bool, str]:
         raise InvalidRow("`init` can never hold")
     try:
         formula = _parse_formula(request["text"], {*problem.declared, *problem.names}, set(state))
-        now, then = format_sexpr(formula), format_sexpr(_next_state(formula, state))
+        now, then = format_sexpr(formula), format_sexpr(_prime_state_vars(formula, state))
         for failure, premises, conclusion in (
             ("holds not at first", [init], now),
             ("is not kept by a step", [now, transition], then),
@@ -316,8 +316,8 @@ def _parse_formula(text: str, names: Container[str], state: set[str]) -> Any:
     return formula
 
 
-def _next_state(term: Any, state: list[str]) -> Any:
+def _prime_state_vars(term: Any, state: list[str]) -> Any:
     """After the step; no bound name is one of the state."""
     if isinstance(term, str):
         return f"{term}!" if term in state else term
-    return [_next_state(part, state) for part in term]
+    return [_prime_state_vars(part, state) for part in term]

@@ -23,14 +23,17 @@ PIPED_WIDTH = 120
 
 
 def compare(
-    runs: Sequence[Path], html: Path | None = None, file: TextIO | None = None, environ: Mapping[str, str] = os.environ
+    runs: Sequence[Path],
+    html: Path | None = None,
+    output: TextIO | None = None,
+    environ: Mapping[str, str] = os.environ,
 ) -> Path:
     """Writes the comparison to `file` and the page to `html`, by default `compare.html` beside the first run; returns
     where the page is.
 
     Raises UserError where something is no run, or the page cannot be written.
     """
-    compared, out = read_runs(runs), sys.stdout if file is None else file
+    compared, out = read_runs(runs), sys.stdout if output is None else output
     target = html or compared[0].folder.resolve().parent / "compare.html"
     on_terminal = out.isatty() and environ.get("TERM", "dumb") != "dumb"
     color = on_terminal and not environ.get("NO_COLOR")

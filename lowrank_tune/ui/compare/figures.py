@@ -11,7 +11,7 @@ from lowrank_tune.ui.formatting import clock, number, percent
 from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS, POLICY, WITHOUT_REFERENCE
 from lowrank_tune.ui.report.html import get_mapping, get_number
 from lowrank_tune.ui.report.run_log import StepValues
-from lowrank_tune.ui.report.sections import stages_of, stages_of_chain
+from lowrank_tune.ui.report.sections import heldout_by_stage, heldout_by_stage_of_chain
 
 ENDS = 10  # a first or last value is the mean of a tenth of the run
 ARROW = " \u2192 "
@@ -34,7 +34,7 @@ def _evaluations(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
 
 def heldout(run: ComparedRun) -> dict[str, dict[str, float]]:
     """Held-out figures of the base and of each stage, what was measured first standing first."""
-    found = stages_of_chain(run.chain) if run.chain is not None else stages_of(run.last)
+    found = heldout_by_stage_of_chain(run.chain) if run.chain is not None else heldout_by_stage(run.last)
     return {who: stats for who, stats in found.items() if who != POLICY}
 
 
@@ -69,7 +69,9 @@ def _seconds(run: ComparedRun) -> str:
     )
 
 
-def _measured(which: int, key: str, write: Callable[[float], str], named: bool = False) -> Callable[[ComparedRun], str]:
+def _heldout_cell(
+    which: int, key: str, write: Callable[[float], str], named: bool = False
+) -> Callable[[ComparedRun], str]:
     """A held-out figure of the first (0) or the last (-1) who was asked; of the last only where somebody was asked
     before."""
 
@@ -147,16 +149,16 @@ def _kl(run: ComparedRun) -> str:
 
 
 def _speed(run: ComparedRun) -> str:
-    values = _all(run.points("tokens_per_second"))
+    values = _without_nan(run.points("tokens_per_second"))
     return f"{median(values):,.0f}" if values else ""
 
 
 def _memory(run: ComparedRun) -> str:
-    values = [value for run_log in run.run_logs for value in _all(run_log.series.get("memory_gib", {}))]
+    values = [value for run_log in run.run_logs for value in _without_nan(run_log.series.get("memory_gib", {}))]
     return f"{max(values):.1f} GiB" if values else ""
 
 
-def _all(points: StepValues) -> list[float]:
+def _without_nan(points: StepValues) -> list[float]:
     return [value for value in points.values() if value == value]
 
 
@@ -178,8 +180,8 @@ ROWS: tuple[tuple[str, Callable[[ComparedRun], str]], ...] = (
     ("ended", _ended),
     ("steps", _steps),
     ("time", _seconds),
-    ("held-out exact, before", _measured(0, "exact", percent, named=True)),
-    ("held-out exact, after", _measured(-1, "exact", percent, named=True)),
+    ("held-out exact, before", _heldout_cell(0, "exact", percent, named=True)),
+    ("held-out exact, after", _heldout_cell(-1, "exact", percent, named=True)),
     ("one of several exact", _passes),
     ("best while training", _greedy_accuracy),
     ("held-out pairs right", _pairs),
@@ -187,8 +189,8 @@ ROWS: tuple[tuple[str, Callable[[ComparedRun], str]], ...] = (
     ("reward", _first_and_last_tenth("reward")),
     ("KL to reference, end", _kl),
     ("loss", _loss),
-    ("tokens an answer, before", _measured(0, "length", TOKENS)),
-    ("tokens an answer, after", _measured(-1, "length", TOKENS)),
+    ("tokens an answer, before", _heldout_cell(0, "length", TOKENS)),
+    ("tokens an answer, after", _heldout_cell(-1, "length", TOKENS)),
     ("tokens a completion", _first_and_last_tenth("length", TOKENS)),
     ("tokens a second", _speed),
     ("peak memory", _memory),

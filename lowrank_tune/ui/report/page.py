@@ -130,7 +130,7 @@ def _chain_issues(chain: ChainLog) -> list[str]:
 
 def _chain_tiles(chain: ChainLog) -> str:
     tiles = [
-        *_heldout_tile(sections.stages_of_chain(chain)),
+        *_heldout_tile(sections.heldout_by_stage_of_chain(chain)),
         *(tile for run_log in chain.started_stages for tile in _pairs_tile(run_log)),
     ]
     tiles.append(
@@ -191,7 +191,7 @@ def alerts(messages: Sequence[str], status: str) -> str:
 
 
 def _tiles(run_log: RunLog) -> str:
-    tiles = [*_heldout_tile(sections.stages_of(run_log)), *_pairs_tile(run_log), *_loss_tiles(run_log)]
+    tiles = [*_heldout_tile(sections.heldout_by_stage(run_log)), *_pairs_tile(run_log), *_loss_tiles(run_log)]
     steps = run_log.started.steps if run_log.started else 0
     tiles.append(_tile(f"{run_log.step:,}" + (f" / {steps:,}" if steps else ""), "steps"))
     tiles.append(_tile(clock(_duration(run_log)), "wall time"))
@@ -225,8 +225,8 @@ def _pairs_tile(run_log: RunLog) -> list[str]:
     return [_tile(percent(share), f"held-out pairs right, {algorithm}")]
 
 
-def _heldout_tile(stages: Mapping[str, Mapping[str, float]]) -> list[str]:
-    shares = [stats["exact"] for stats in stages.values() if "exact" in stats]
+def _heldout_tile(heldout_by_stage: Mapping[str, Mapping[str, float]]) -> list[str]:
+    shares = [stats["exact"] for stats in heldout_by_stage.values() if "exact" in stats]
     if not shares:
         return []
     if len(shares) == 1:

@@ -108,7 +108,7 @@ def chart_card(title: str, meaning: str, lines: Sequence[ChartLine], may_log: bo
     )
 
 
-def stages_of(run_log: RunLog) -> dict[str, dict[str, float]]:
+def heldout_by_stage(run_log: RunLog) -> dict[str, dict[str, float]]:
     """Held-out figures of the base and of each stage: from the summary, or from the events of a run that has none."""
     details = get_mapping(run_log.summary, "heldout_details")
     found = {
@@ -125,23 +125,23 @@ def stages_of(run_log: RunLog) -> dict[str, dict[str, float]]:
     return found
 
 
-def stages_of_chain(chain: ChainLog) -> dict[str, dict[str, float]]:
+def heldout_by_stage_of_chain(chain: ChainLog) -> dict[str, dict[str, float]]:
     """Held-out figures of the base and of every stage that has some; what was measured first stands first."""
     found: dict[str, dict[str, float]] = {}
     for run_log in chain.started_stages:
-        for who, stats in stages_of(run_log).items():
+        for who, stats in heldout_by_stage(run_log).items():
             found.setdefault(who, stats)
     return found
 
 
 def heldout(run_log: RunLog) -> str:
     """A column a stage, with bars for shares; then the same questions as each stage answers them."""
-    return _heldout(stages_of(run_log), [run_log.summary])
+    return _heldout(heldout_by_stage(run_log), [run_log.summary])
 
 
 def heldout_of_chain(chain: ChainLog) -> str:
     """The same over the base and all stages."""
-    return _heldout(stages_of_chain(chain), [run_log.summary for run_log in chain.started_stages])
+    return _heldout(heldout_by_stage_of_chain(chain), [run_log.summary for run_log in chain.started_stages])
 
 
 def _heldout(stages: Mapping[str, Mapping[str, float]], summaries: Sequence[Mapping[str, Any]]) -> str:
