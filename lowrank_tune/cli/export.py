@@ -91,8 +91,8 @@ def export_command(
             plain.close()
             visibility = "everybody can read" if planned_upload.public else "private"
             print(
-                f"to {planned_upload.repo} ({'a new repository' if planned_upload.new else 'which is there'}, {visibility}): "
-                f"{planned_upload.size / 2**20:,.1f} MiB"
+                f"to {planned_upload.repo} ({'a new repository' if planned_upload.new else 'which is there'}, "
+                f"{visibility}): {planned_upload.size / 2**20:,.1f} MiB"
             )
             table = Table("file", "bytes", box=None)
             for name, size in planned_upload.files:
