@@ -83,7 +83,7 @@ class Toy:
         loss = loss - loss.detach() + self.losses.get(self.step, 1.0) / 2
         yield LossTerm(loss, {"loss": WeightedMean(1.0, 2)})
 
-    def log_metrics(self, micro: Batch) -> Stats:
+    def step_metrics(self, micro: Batch) -> Stats:
         self.observed.append(self.step)
         return {"kl": WeightedMean(0.0, 1)}
 
@@ -94,7 +94,7 @@ class Toy:
         self.checks.append((step, self.weight.tolist()))
         torch.rand(3)  # whatever it draws must not be missing later
 
-    def diagnostics(self, figures: Mapping[str, float]) -> Iterator[str]:
+    def iter_warnings(self, figures: Mapping[str, float]) -> Iterator[str]:
         yield from self.warnings_at.get(self.step, ())
 
     def should_continue(self, stats: Stats) -> bool:
