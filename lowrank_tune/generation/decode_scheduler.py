@@ -50,7 +50,8 @@ class _PrefilledPrompt:
 
 
 class DecodeScheduler:
-    """The sequences of one call. `run_until_any_finished` goes on until some of them end, `step_tokens` for one turn."""
+    """The sequences of one call. `run_until_any_finished` goes on until some of them end, `step_tokens` for one
+    turn."""
 
     def __init__(
         self,
