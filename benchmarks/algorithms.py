@@ -177,8 +177,8 @@ def table(out: Path, found: dict[str, dict[str, Any]]) -> str:
             pass_at = next(value for key, value in after.items() if key.startswith("pass_at_"))
             cells = [
                 seen["below"],
-                percent(details[seen["below"]]["exact"]),
-                percent(after["exact"]),
+                percent(details[seen["below"]]["accuracy"]),
+                percent(after["accuracy"]),
                 percent(pass_at),
                 f"{seen['kl']:.3f}",
             ]
@@ -197,13 +197,13 @@ def table(out: Path, found: dict[str, dict[str, Any]]) -> str:
 
 CURVES = {
     "sft": ("loss", "", "loss, nats a token"),
-    "reward": ("accuracy", "validation_accuracy", "pairs the right way round"),
-    "dpo": ("margin", "validation_margin", "margin of chosen over rejected"),
-    "grpo": ("reward", "heldout_exact", "reward"),
-    "ppo": ("reward", "heldout_exact", "learned reward"),
+    "reward": ("accuracy", "eval_accuracy", "pairs the right way round"),
+    "dpo": ("rewards/margins", "eval_rewards/margins", "margin of chosen over rejected"),
+    "grpo": ("reward", "heldout/accuracy", "reward"),
+    "ppo": ("reward", "heldout/accuracy", "learned reward"),
 }
 """Of each algorithm the statistic of the steps, that of the held-out checks, and what the first one is called."""
-CHECKS = {"heldout_exact": "held-out exact, greedy", "validation_accuracy": "held out", "validation_margin": "held out"}
+CHECKS = {"heldout/accuracy": "held-out exact, greedy", "eval_accuracy": "held out", "eval_rewards/margins": "held out"}
 CARD, BAR_HEIGHT, BAR_GAP = 290, 168, 14
 STYLE = (
     "text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu "
@@ -252,8 +252,9 @@ def _chart_card(name: str, record: RunLog) -> str:
 
 def _results(out: Path) -> str:
     details = summary_of(out, "sft")["heldout_details"]
-    shares = {"base": details["base"]["exact"]} | {
-        TITLES[name]: summary_of(out, name)["heldout_details"][name]["exact"] for name in ("sft", "dpo", "grpo", "ppo")
+    shares = {"base": details["base"]["accuracy"]} | {
+        TITLES[name]: summary_of(out, name)["heldout_details"][name]["accuracy"]
+        for name in ("sft", "dpo", "grpo", "ppo")
     }
     parts = ['<text class="title" x="14" y="22">Exact answers, held out</text>']
     for place, (name, share) in enumerate(shares.items()):

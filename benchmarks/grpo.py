@@ -163,7 +163,7 @@ def ours(task: Task, turn: Turns) -> list[float]:
 
     def emit(event: Any) -> None:
         if isinstance(event, StepEnd):
-            assert event.stats["length"] == new
+            assert event.stats["completions/mean_length"] == new
             rewards.append(event.stats["reward"])
 
     def at_border(*_: Any) -> None:

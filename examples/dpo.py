@@ -47,6 +47,6 @@ with tempfile.TemporaryDirectory() as folder:
     outcome = run(recipe, out=Path(folder) / "run")
     last = outcome.summary["last"]
     print(
-        f"{outcome.status}: margin {last['margin']:+.2f}, KL to the reference {last['kl']:.2f} nats a token, "
+        f"{outcome.status}: margin {last['rewards/margins']:+.2f}, KL to the reference {last['kl']:.2f} nats a token, "
         f"{outcome.summary['heldout_pairs']['accuracy']:.0%} of the held-out pairs the right way round"
     )

@@ -226,7 +226,7 @@ class Stage:
             "seconds": round(time.time() - start_time, 1),
             "last": last,
             **best,
-            "heldout": {name: stats["exact"] for name, stats in self.best_checkpoint.heldout.items()},
+            "heldout": {name: stats["accuracy"] for name, stats in self.best_checkpoint.heldout.items()},
             "heldout_details": self.best_checkpoint.heldout,
             "answers": self.best_checkpoint.answers,
             **({"heldout_pairs": self.pair_metrics} if self.pair_metrics else {}),
@@ -258,7 +258,7 @@ class Stage:
         )
         self.folder.write_json("scores.json", scores.to_dict())
         self.pair_metrics = scores.metrics()
-        self.emit(Evaluated(step=step, stats={f"pairs_{name}": value for name, value in self.pair_metrics.items()}))
+        self.emit(Evaluated(step=step, stats={f"pairs/{name}": value for name, value in self.pair_metrics.items()}))
 
     def _emit_run_started(self) -> None:
         built, roles = self.built, self.built.roles
@@ -309,18 +309,18 @@ class Stage:
         """Held-out rows, held-out questions where they decide, and shown samples; returns whether it counts and is the
         best so far."""
         built, metric = self.built, self.recipe.metric_for_best_model
-        metrics: dict[str, dict[str, float]] = {}
+        validation = heldout = None
         if built.validation is not None:
-            metrics["validation"] = validate(
+            validation = validate(
                 built.algorithm, built.roles, built.validation, built.validation_batch, built.micro_tokens, self.emit
             )
         if metric == "accuracy":
-            metrics["heldout_policy"] = self._evaluate_heldout()
-        deciding_metrics = metrics.get("heldout_policy" if metric == "accuracy" else "validation")
+            heldout = self._evaluate_heldout()
+        deciding_metrics = heldout if metric == "accuracy" else validation
         score = (
             None
             if deciding_metrics is None
-            else deciding_metrics["exact"]
+            else deciding_metrics["accuracy"]
             if metric == "accuracy"
             else -deciding_metrics["loss"]
         )
@@ -339,13 +339,14 @@ class Stage:
                 score,
                 deciding_metrics,
             )
-        if metrics:
-            stats = {f"{part}_{name}": value for part, values in metrics.items() for name, value in values.items()}
-            if metric == "accuracy":
-                stats["gold_noise"] = accuracy_stderr(metrics["heldout_policy"]["exact"], len(self.heldout))
+        stats = {f"eval_{name}": value for name, value in (validation or {}).items()}
+        if heldout is not None:
+            stats |= {f"heldout/policy/{name}": value for name, value in heldout.items()}
+            stats["heldout_accuracy_stderr"] = accuracy_stderr(heldout["accuracy"], len(self.heldout))
+        if stats:
             self.emit(Evaluated(step=step, stats=stats, best=is_best))
-        if may_be_best and metric == "accuracy":
-            self._check_reward_hacking(step, metrics["heldout_policy"]["exact"])
+        if may_be_best and heldout is not None:
+            self._check_reward_hacking(step, heldout["accuracy"])
         if built.validation is not None and not self.is_generative:
             self._log_pair_scores(step)
         self._log_samples("policy", step)
@@ -371,7 +372,7 @@ class Stage:
         """Says it once where the reward rises and held-out answers get worse; and ends the run there, where the recipe
         wants that."""
         divergence = self.hacking_detector.update(
-            step, accuracy, len(self.heldout), self.best_checkpoint.heldout.get(self.reference_name, {}).get("exact")
+            step, accuracy, len(self.heldout), self.best_checkpoint.heldout.get(self.reference_name, {}).get("accuracy")
         )
         if divergence is None:
             return
@@ -437,7 +438,7 @@ class Stage:
         self.emit(
             Evaluated(
                 step=step,
-                stats={f"heldout_{name}_{key}": value for key, value in self.best_checkpoint.heldout[name].items()},
+                stats={f"heldout/{name}/{key}": value for key, value in self.best_checkpoint.heldout[name].items()},
             )
         )
         self.best_checkpoint.answers[name] = [

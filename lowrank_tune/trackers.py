@@ -27,7 +27,6 @@ from lowrank_tune.events import Evaluated, Event, RunEnded, RunStarted, StepEnd
 from lowrank_tune.recipe.yaml_nodes import dotted, leaves
 
 STATE_FILE = "trackers.json"
-METRIC_GROUPS = {"validation_": "validation/", "heldout_": "heldout/", "pairs_": "pairs/"}
 SECRET_PATTERN = re.compile(
     r"\b(?:hf|sk|gh[opsu]|glpat|xox[bp])[_-][\w-]{10,}|(?<=//)[^/\s:@]+:[^/\s@]+(?=@)|(?<=[?&]token=)[^&\s]+", re.I
 )
@@ -164,11 +163,13 @@ class Tracker:
 
 
 def grouped_metric_name(name: str) -> str:
-    """A held-out statistic under the part of the charts that it belongs to."""
-    for prefix, group in METRIC_GROUPS.items():
-        if name.startswith(prefix):
-            return group + name.removeprefix(prefix)
-    return f"validation/{name}"
+    """Return a held-out metric under its group, as transformers' reporting does: `eval_loss` is `eval/loss`.
+
+    `heldout/...` and `pairs/...` have their group already; a name without one belongs to `eval/`.
+    """
+    if name.startswith("eval_"):
+        return "eval/" + name.removeprefix("eval_")
+    return name if "/" in name else f"eval/{name}"
 
 
 def last_logged_steps(events: Iterable[Event], up_to: int | None = None) -> LoggedSteps:

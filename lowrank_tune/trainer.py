@@ -137,9 +137,9 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
         }
         if self.state.nonfinite_steps:
-            values["bad_steps"] = self.state.nonfinite_steps
+            values["skipped_steps"] = self.state.nonfinite_steps
         if self.limits.times:
-            values["out_of_memory"] = self.limits.times
+            values["oom_retries"] = self.limits.times
         self.emit(
             StepEnd(step=self.state.step, steps=self.steps, stats=values, seconds=seconds, tokens=tokens, logged=logged)
         )
@@ -224,9 +224,9 @@ class Trainer:
 
     def _check_update_size(self, values: Mapping[str, float], lr_fraction: float) -> None:
         """Says so when a run learns nothing: the optimizer steps, and the adapter stays where it was."""
-        if "moved_share" not in values or lr_fraction < MIN_LR_FRACTION:
+        if "updated_param_fraction" not in values or lr_fraction < MIN_LR_FRACTION:
             return
-        updated_fraction, update_ratio = values["moved_share"], values["update_ratio"]
+        updated_fraction, update_ratio = values["updated_param_fraction"], values["update_ratio"]
         is_stalled = updated_fraction < MIN_UPDATED_FRACTION or update_ratio < MIN_UPDATE_RATIO
         self.state.num_stalled_checks = self.state.num_stalled_checks + 1 if is_stalled else 0
         if self.state.num_stalled_checks == STALLED_CHECKS_BEFORE_WARNING:
@@ -271,7 +271,7 @@ def update_stats(parameters: list[nn.Parameter], before: list[Tensor]) -> Stats:
     )
     weight_norm = torch.stack([b.square().sum() for b in before]).sum().sqrt()
     return {
-        "moved_share": WeightedMean(num_updated, sum(p.numel() for p in parameters)),
+        "updated_param_fraction": WeightedMean(num_updated, sum(p.numel() for p in parameters)),
         "update_ratio": WeightedMean(update_norm, weight_norm),
     }
 

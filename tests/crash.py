@@ -62,7 +62,7 @@ for line in sys.stdin:
     _, status = os.waitpid(child, 0)
     print(json.dumps({"status": status}), flush=True)
 """
-NONDETERMINISTIC_STATS = {"tokens_per_second", "memory_gib", "rollout_seconds", "score_seconds"}
+NONDETERMINISTIC_STATS = {"tokens_per_second", "memory_gib", "rollout_seconds", "reward_seconds"}
 
 
 class ForkServer:

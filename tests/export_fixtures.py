@@ -105,7 +105,7 @@ def make_run(
     summary = {
         "step": 1,
         "best": {"step": 1, "loss": 0.5},
-        "heldout_details": {"base": {"exact": 0.25}, "sft": {"exact": 0.75}},
+        "heldout_details": {"base": {"accuracy": 0.25}, "sft": {"accuracy": 0.75}},
     }
     stage: Any = SimpleNamespace(
         recipe=recipe, built=built, summary=summary, adapters=contents, emit=lambda event: None

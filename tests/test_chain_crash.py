@@ -156,5 +156,5 @@ def test_what_is_compared(straight: dict[str, Any]) -> None:
     assert set(straight["3-ppo"]["final"]) == adapters, (
         "the policy as it was trained, folded with what lies below it, and the value"
     )
-    assert len({stats["kl_coefficient"] for _, stats in straight["3-ppo"]["steps"]}) == 3
+    assert len({stats["kl_coef"] for _, stats in straight["3-ppo"]["steps"]}) == 3
     assert straight["2-reward"]["scores"] is not None

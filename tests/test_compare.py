@@ -36,8 +36,11 @@ def finished(
 ) -> Path:
     """A run that has ended, with its summary and its recipe."""
     events: list[Event] = [started(algorithm=algorithm, steps=len(losses))]
-    events += [step(number, loss=loss, kl=0.1 * number, length=10.0 * number) for number, loss in enumerate(losses, 1)]
-    details = {"base": {"exact": 0.02, "length": 40.0}, algorithm: {"exact": exact, "length": 20.0}}
+    events += [
+        step(number, loss=loss, kl=0.1 * number, **{"completions/mean_length": 10.0 * number})
+        for number, loss in enumerate(losses, 1)
+    ]
+    details = {"base": {"accuracy": 0.02, "mean_length": 40.0}, algorithm: {"accuracy": exact, "mean_length": 20.0}}
     events.append(RunEnded(status="done", step=len(losses), seconds=61.0))
     files = {
         "summary": {"status": "done", "heldout_details": details, **facts},
@@ -102,7 +105,7 @@ def test_chains_and_runs_that_have_not_ended(tmp_path: Path) -> None:
         started(algorithm="grpo"),
         step(1, reward=0.2),
         step(2, reward=0.4),
-        Evaluated(step=2, stats={"heldout_policy_exact": 0.4}),
+        Evaluated(step=2, stats={"heldout/policy/accuracy": 0.4}),
     )
     broken = write(
         tmp_path / "broken",
@@ -130,7 +133,7 @@ def test_chains_and_runs_that_have_not_ended(tmp_path: Path) -> None:
 def test_recorded_runs_share_what_means_the_same(tmp_path: Path) -> None:
     sides = read_runs([recorded(tmp_path / name, name) for name in ("demo", "dpo", "reward", "grpo")])
     charts = [(name, [side.label for side in several]) for name, several in common_metrics(sides)]
-    assert ("kl", ["demo", "dpo", "grpo"]) in charts and ("accuracy", ["dpo", "reward"]) in charts
+    assert ("kl", ["demo", "dpo", "grpo"]) in charts and not any("accurac" in name for name, _ in charts)
     assert not [name for name, _ in charts if name == "loss"], "losses of different algorithms are different things"
     assert ("learning_rate", ["demo", "dpo", "reward", "grpo"]) in charts and all(
         len(several) > 1 for _, several in charts
@@ -287,7 +290,7 @@ def test_hostile_text_is_inert(tmp_path: Path) -> None:
             LogMessage(message=bad, level="warning"),
             step(1, **{bad: 1.0, "loss": 1.0, "kl": 1.0}),
             step(2, **{bad: 2.0, "loss": 1.0, "kl": 2.0}),
-            Evaluated(step=1, stats={f"heldout_{bad}_exact": 0.5, "heldout_base_exact": 0.1}),
+            Evaluated(step=1, stats={f"heldout/{bad}/accuracy": 0.5, "heldout/base/accuracy": 0.1}),
             SampleLogged(step=1, prompt=bad, completion=bad, finish_reason="stop"),
             RunEnded(status="failed", step=1, seconds=1.0, message=bad),
         ]
@@ -295,7 +298,7 @@ def test_hostile_text_is_inert(tmp_path: Path) -> None:
             tmp_path / f"<i>&'\x1b\u202e{number}",
             *events,
             run={"recipe": {"algorithm": bad, bad: {bad: bad}}},
-            summary={"status": "failed", "heldout_details": {bad: {bad: 0.1, "exact": bad}}, "hacking": bad},
+            summary={"status": "failed", "heldout_details": {bad: {bad: 0.1, "accuracy": bad}}, "hacking": bad},
         )
         sides = read_runs([folder, good])
         html, text = compare_page(sides), plain_text(screen(sides, TextCanvas(100)))

@@ -107,7 +107,7 @@ def test_what_is_compared_of_ppo(straight: Straight) -> None:
     """Both adapters, and a coefficient that moved: a state that was not saved would show."""
     found = straight("ppo")
     assert set(found["final"]) == {"final/adapter_model.safetensors", "final/value/adapter_model.safetensors"}  # type: ignore[call-overload]
-    assert len({stats["kl_coefficient"] for _, stats in found["steps"]}) == 6  # type: ignore[attr-defined]
+    assert len({stats["kl_coef"] for _, stats in found["steps"]}) == 6  # type: ignore[attr-defined]
 
 
 def test_a_changed_seed_would_be_noticed(fork_server: ForkServer, straight: Straight, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_hostile_text_is_inert() -> None:
     for text in HOSTILE_TEXTS:
         events = [
             replace(START, name=text, algorithm=text, model=text, roles={text: [text]}, reference=text, device=text),
-            *steps(3, **{"loss": 1.0, text: 2.0, f"validation_{text}": 1.0}),
+            *steps(3, **{"loss": 1.0, text: 2.0, f"eval_{text}": 1.0}),
             Progress(what=text, done=1, total=2, time=4.0),
             LogMessage(message=text, time=5.0),
             LogMessage(message=text, level="warning", time=5.0),
@@ -188,7 +188,7 @@ def test_hostile_text_is_inert() -> None:
             SampleLogged(
                 step=3, prompt=text, completion=text, finish_reason=text, ground_truth=text, role=text, time=7.0
             ),
-            Evaluated(step=3, stats={f"heldout_{text}_exact": 0.5, f"validation_{text}": 1.0}, time=8.0),
+            Evaluated(step=3, stats={f"heldout/{text}/accuracy": 0.5, f"eval_{text}": 1.0}, time=8.0),
             Progress(what=text, done=1, total=2),
         ]
         pair = [
@@ -197,7 +197,7 @@ def test_hostile_text_is_inert() -> None:
                 step=3, prompt=text, completion=text, finish_reason="stop", role="chosen", reward=1.0, time=11.0
             ),
             SampleLogged(step=3, prompt=text, completion=text, finish_reason=text, role="rejected", time=11.0),
-            Evaluated(step=3, stats={f"pairs_{text}": 1.0, "pairs_accuracy": 0.5}, time=12.0),
+            Evaluated(step=3, stats={f"pairs/{text}": 1.0, "pairs/accuracy": 0.5}, time=12.0),
         ]
         later = [
             replace(START, roles={"reference": [text]}, stage=3, stages=3, time=20.0),
@@ -218,7 +218,7 @@ def test_hostile_text_is_inert() -> None:
                 time=13.0,
                 completions=[completion, {**completion, "reward": text, "parts": text}, text],
             ),
-            *steps(3, start_time=13.0, **{"reward": 1.0, f"reward_{text}": 1.0, "reward_b": 1.0}),
+            *steps(3, start_time=13.0, **{"reward": 1.0, f"rewards/{text}/mean": 1.0, "rewards/b/mean": 1.0}),
         ]
         for state in (
             state_after(events),
@@ -248,7 +248,7 @@ def test_no_color_disables_colors() -> None:
 
 def test_time_is_shared_out_and_an_eta_shown() -> None:
     checked, saved = (
-        Evaluated(step=4, stats={"validation_loss": 1.0}, time=6.0),
+        Evaluated(step=4, stats={"eval_loss": 1.0}, time=6.0),
         CheckpointSaved(step=4, path="p", seconds=2.0, time=8.0),
     )
     state = state_after([Progress(what="loading", done=0, total=1, time=-4.0), START, *steps(4), checked, saved])
@@ -284,7 +284,7 @@ def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
         answered(0, "three", "reference", 0.0),
         *steps(10, loss=9.0),
         answered(10, "two"),
-        Evaluated(step=10, stats={"heldout_sft_exact": 0.5, "validation_loss": 1.0}, best=True, time=10.0),
+        Evaluated(step=10, stats={"heldout/sft/accuracy": 0.5, "eval_loss": 1.0}, best=True, time=10.0),
         LogMessage(message="watch out", level="warning", time=10.5),
         ended(),
     ]
@@ -296,7 +296,7 @@ def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
     assert "  loading" in shown and "tokenising 1/2" in shown and state.ended is None and state.phase_shares() == {}
     state = state_after([*before, Progress(what="tokenising", done=1, total=2, time=100.0), second])
     assert not state.series and state.step == 0 and state.best_step is state.seconds_left is None
-    assert state.phase_shares() == {"loading": 1.0} and state.heldout == {"sft": {"exact": 0.5}}
+    assert state.phase_shares() == {"loading": 1.0} and state.heldout == {"sft": {"accuracy": 0.5}}
     now = [answered(0, "two!", "reference", 201.0), *steps(3, start_time=201.0, loss=0.7), answered(3, "2", time=205.0)]
     state = state_after([*before, second, *now])
     shown = plain_text(render(state, View(), 120, 40))
@@ -335,7 +335,7 @@ def test_both_sides_of_a_pair_with_their_scores() -> None:
     at = lines.index("chosen +0.250 yes")
     assert lines[at - 1] == "1+1?" and lines[at + 1] == "rejected +0.500 no"
     again = [answered(20, "yes", "chosen", reward=0.75), answered(20, "no", "rejected", reward=0.5)]
-    state = state_after([start, *looks, *again, Evaluated(step=20, stats={"pairs_accuracy": 0.875}, time=30.0)])
+    state = state_after([start, *looks, *again, Evaluated(step=20, stats={"pairs/accuracy": 0.875}, time=30.0)])
     assert len(state.pairs) == 2 and "chosen     +0.750  yes" in plain_text(render(state, View(), 80, 24))
     assert "held-out pairs right: 87.5 %" in plain_text(render(state, View(), 80, 24))
     alone = state_after([start, answered(1, "x", "rejected", reward=1.0), answered(1, "y", "chosen", reward=1.0)])
@@ -343,8 +343,10 @@ def test_both_sides_of_a_pair_with_their_scores() -> None:
 
 
 def test_two_sides_stand_in_one_chart_each_in_its_style() -> None:
-    state = state_after([replace(START, algorithm="dpo"), *steps(9, reward_chosen=1.0, reward_rejected=-2.0)])
-    lines = chart_pane(state, ("reward_chosen", "reward_rejected"), View(log_scale=True, ascii_only=True), 60, 12)
+    state = state_after(
+        [replace(START, algorithm="dpo"), *steps(9, **{"rewards/chosen": 1.0, "rewards/rejected": -2.0})]
+    )
+    lines = chart_pane(state, ("rewards/chosen", "rewards/rejected"), View(log_scale=True, ascii_only=True), 60, 12)
     assert plain_text(lines[:1]) == " reward chosen 1.00 rejected -2.00\n"  # no log scale: one side is below 0
     drawn = [(text.strip(), style) for line in lines[1:] for text, style in line if style in ("chosen", "rejected")]
     assert [({*text}, style) for text, style in drawn] == [({"+"}, "chosen"), ({"-"}, "rejected")]
@@ -352,9 +354,9 @@ def test_two_sides_stand_in_one_chart_each_in_its_style() -> None:
 
 def test_names_with_underscores_are_read_whole() -> None:
     state = state_after(
-        [START, Evaluated(step=0, stats={"heldout_my_sft_exact": 0.5, "heldout_my_sft_pass_at_8": 0.75}, time=1.0)]
+        [START, Evaluated(step=0, stats={"heldout/my_sft/accuracy": 0.5, "heldout/my_sft/pass_at_8": 0.75}, time=1.0)]
     )
-    assert state.heldout == {"my_sft": {"exact": 0.5, "pass_at_8": 0.75}}
+    assert state.heldout == {"my_sft": {"accuracy": 0.5, "pass_at_8": 0.75}}
 
 
 def test_long_series_stay_short_and_true() -> None:
@@ -488,7 +490,7 @@ def test_keys_open_and_leave_the_group() -> None:
 
 def test_the_phases_of_a_step_share_its_time() -> None:
     """A group is told amid its step: the time before it belongs to the step all the same."""
-    stats = {"reward": 0.5, "rollout_seconds": 3.0, "score_seconds": 1.0}
+    stats = {"reward": 0.5, "rollout_seconds": 3.0, "reward_seconds": 1.0}
     events = [
         replace(START, algorithm="grpo"),
         make_group(1, wrote("x", 0.0, 0.0), time=4.0),
@@ -496,10 +498,10 @@ def test_the_phases_of_a_step_share_its_time() -> None:
         StepEnd(step=1, steps=9, stats=stats, seconds=10.0, tokens=5, time=10.0),
     ]
     state = state_after(events)
-    assert state.step_phase_shares() == {"rollout": 0.3, "score": 0.1, "update": 0.6} and state.phase_shares() == {
+    assert state.step_phase_shares() == {"rollout": 0.3, "reward": 0.1, "update": 0.6} and state.phase_shares() == {
         "training": 1.0
     }
-    assert "step rollout 30% score 10% update 60%" in " ".join(lines_of(state, View()))
+    assert "step rollout 30% reward 10% update 60%" in " ".join(lines_of(state, View()))
     assert state_after([START, *steps(3)]).step_phase_shares() == {}
 
 
@@ -507,7 +509,7 @@ def test_held_out_answers_while_training_are_a_curve_and_no_stage() -> None:
     def measured(step: int, who: str, exact: float, time: float) -> Evaluated:
         return Evaluated(
             step=step,
-            stats={f"heldout_{who}_exact": exact, f"heldout_{who}_length": 9.0},
+            stats={f"heldout/{who}/accuracy": exact, f"heldout/{who}/mean_length": 9.0},
             time=time,
             best=who == "policy",
         )
@@ -523,7 +525,7 @@ def test_held_out_answers_while_training_are_a_curve_and_no_stage() -> None:
     state = state_after(events)
     assert (
         list(state.heldout) == ["sft"]
-        and state.series["heldout_exact"].points == [(4, 0.5), (8, 0.75)]
+        and state.series["heldout/accuracy"].points == [(4, 0.5), (8, 0.75)]
         and state.best_step == 8
     )
     shown = plain_text(render(state, View(), 120, 40))
@@ -542,10 +544,10 @@ def test_held_out_answers_while_training_are_a_curve_and_no_stage() -> None:
 def test_several_rewards_share_a_chart_and_the_whole_has_a_band() -> None:
     stats = {
         "reward": 1.0,
-        "reward_spread": 0.25,
-        "reward_answer": 0.75,
-        "reward_chosen_words": 0.5,
-        "reward_zeta": 0.125,
+        "reward_std": 0.25,
+        "rewards/answer/mean": 0.75,
+        "rewards/chosen_words/mean": 0.5,
+        "rewards/zeta/mean": 0.125,
     }
     state = state_after([replace(START, algorithm="grpo"), *steps(9, **stats)])
     shown = plain_text(render(state, View(ascii_only=True), 120, 40))

@@ -17,7 +17,7 @@ HEALTHY = {
     "grad_norm": lambda s: 0.5 + 0.1 * math.sin(s),
     "kl": lambda s: s / 100,
     "learning_rate": lambda s: 1e-3,
-    "moved_share": lambda s: 1.0,
+    "updated_param_fraction": lambda s: 1.0,
     "update_ratio": lambda s: 1e-3,
 }
 Values = Mapping[str, Callable[[int], float]]
@@ -37,14 +37,16 @@ def after(
             )
         )
     for index, value in enumerate(validation):
-        state.apply(Evaluated(step=10 * (index + 1), stats={"validation_loss": value}))
+        state.apply(Evaluated(step=10 * (index + 1), stats={"eval_loss": value}))
     return state
 
 
 PAIRS: Values = {
     "accuracy": lambda s: min(0.95, 0.5 + s / 40),
     "margin": lambda s: s / 10,
-    "chosen_change": lambda s: -s / 100,
+    "rewards/accuracies": lambda s: min(0.95, 0.5 + s / 40),
+    "rewards/margins": lambda s: s / 10,
+    "logps/chosen_delta": lambda s: -s / 100,
 }
 """Of a healthy run on pairs."""
 
@@ -57,20 +59,20 @@ def with_evaluation(state: State, **stats: float) -> State:
 def checked(state: State, *accuracies: float) -> State:
     """The same state after so many validations."""
     for accuracy in accuracies:
-        with_evaluation(state, validation_accuracy=accuracy)
+        with_evaluation(state, **{"eval_accuracy": accuracy, "eval_rewards/accuracies": accuracy})
     return state
 
 
 ROLLOUTS: Values = {
     "loss": lambda s: 1e-4,
     "reward": lambda s: min(0.7, 0.2 + s / 50),
-    "reward_spread": lambda s: 0.4,
-    "dead_groups": lambda s: 0.2,
-    "truncated": lambda s: 0.05,
-    "length": lambda s: 20 + s / 4,
+    "reward_std": lambda s: 0.4,
+    "frac_reward_zero_std": lambda s: 0.2,
+    "completions/clipped_ratio": lambda s: 0.05,
+    "completions/mean_length": lambda s: 20 + s / 4,
     "entropy": lambda s: 0.3,
     "kl": lambda s: s / 400,
-    "mismatch": lambda s: 1e-6,
+    "sampling/sampling_logp_difference/mean": lambda s: 1e-6,
 }
 """Of a healthy run on rewards between 0 and 1."""
 
@@ -89,7 +91,7 @@ def rollout_state(
     ]
     state.apply(GroupLogged(step=steps, prompt="p", completions=completions))
     for place, value in enumerate(exact):
-        state.apply(Evaluated(step=10 * (place + 1), stats={"heldout_policy_exact": value}))
+        state.apply(Evaluated(step=10 * (place + 1), stats={"heldout/policy/accuracy": value}))
     return state
 
 
@@ -128,17 +130,17 @@ def test_all_good_and_too_early() -> None:
             "above 2: the policy has gone far; raise dpo.beta or lower train.learning_rate",
         ),
         (
-            after(40, "dpo", **{**PAIRS, "chosen_change": lambda s: -s / 60}),
+            after(40, "dpo", **{**PAIRS, "logps/chosen_delta": lambda s: -s / 60}),
             "bad: the chosen answers are unlearned: 0.65 nats a token less likely than under the reference: raise "
             "dpo.beta",
         ),
         (
-            after(40, "dpo", **{**PAIRS, "accuracy": lambda s: 0.5, "margin": lambda s: 0.0}),
+            after(40, "dpo", **{**PAIRS, "rewards/accuracies": lambda s: 0.5, "rewards/margins": lambda s: 0.0}),
             "not told apart: 50% of the training pairs are right, the margin does not grow: a higher "
             "train.learning_rate",
         ),
         (
-            after(40, "dpo", **{**PAIRS, "accuracy": lambda s: 0.53}),
+            after(40, "dpo", **{**PAIRS, "rewards/accuracies": lambda s: 0.53}),
             "told apart: 53% of the training pairs are right, the margin grows slowly",
         ),
         (
@@ -146,7 +148,7 @@ def test_all_good_and_too_early() -> None:
             "bad: the rejected answers win: 20% of the training pairs are right: are chosen",
         ),
         (
-            after(40, "dpo", loss=lambda s: 0.693, **{**PAIRS, "accuracy": lambda s: 0.7}),
+            after(40, "dpo", loss=lambda s: 0.693, **{**PAIRS, "rewards/accuracies": lambda s: 0.7}),
             "warning: the loss does not fall: 0.693 at first",
         ),
         (
@@ -159,12 +161,12 @@ def test_all_good_and_too_early() -> None:
             "81%): fewer steps",
         ),
         (
-            with_evaluation(after(40, "reward", **PAIRS), pairs_length_correlation=0.61),
+            with_evaluation(after(40, "reward", **PAIRS), **{"pairs/length_correlation": 0.61}),
             "warning: the score follows the length of an answer (correlation +0.61): "
             "longer ones win whatever they say: balance the lengths in the data",
         ),
         (
-            with_evaluation(after(40, "dpo", **PAIRS), pairs_length_correlation=-0.7),
+            with_evaluation(after(40, "dpo", **PAIRS), **{"pairs/length_correlation": -0.7}),
             "shorter ones win whatever they say: balance the lengths in the data, or set dpo.loss_type=sigmoid_norm",
         ),
         (
@@ -184,32 +186,46 @@ def test_all_good_and_too_early() -> None:
             "bad: the reward falls: 0.708 at first, 0.208 now: lower train.learning_rate",
         ),
         (
-            rollout_state(dead_groups=lambda s: 0.9),
-            "warning: 90% of the groups are dead: all their completions earn the same and teach nothing",
+            rollout_state(frac_reward_zero_std=lambda s: 0.9),
+            "warning: 90% of the groups have zero reward std: their completions all have one reward",
         ),
         (
-            rollout_state(reward_spread=lambda s: 0.005),
+            rollout_state(reward_std=lambda s: 0.005),
             "warning: rewards within a group hardly differ (spread 0.005): raise rollout",
         ),
         (
             rollout_state(
-                rewards=(0.0, 0.0), reward=lambda s: 0.0, dead_groups=lambda s: 1.0, reward_spread=lambda s: 0.0
+                rewards=(0.0, 0.0), reward=lambda s: 0.0, frac_reward_zero_std=lambda s: 1.0, reward_std=lambda s: 0.0
             ),
-            "bad: every completion earns 0, so that there is nothing to learn: an easier task, a partial reward",
+            "bad: every completion has the reward 0, so that there is nothing to learn: an easier task",
         ),
         (
-            rollout_state(truncated=lambda s: s / 100, length=lambda s: 20.0 + s),
+            rollout_state(
+                **{
+                    "completions/clipped_ratio": lambda s: s / 100,
+                    "completions/mean_length": lambda s: 20.0 + s,
+                }
+            ),
             "warning: 38% of the completions are cut off by the limit, which grew from 23 to 58 tokens: raise "
             "rollout.max_new_tokens",
         ),
-        (rollout_state(mismatch=lambda s: 0.05), "warning: sampling and training disagree by 0.05 nats a token"),
+        (
+            rollout_state(**{"sampling/sampling_logp_difference/mean": lambda s: 0.05}),
+            "warning: sampling and training disagree by 0.05 nats a token",
+        ),
         (
             rollout_state(exact=(0.5, 0.7, 0.5, 0.4)),
             "bad: the reward rises and held-out answers get worse (70% -> 45% exact): it pays for something",
         ),
-        (after(40, moved_share=lambda s: 0.0), "bad: nothing is learned: the last step moved 0.0% of the adapter"),
+        (
+            after(40, updated_param_fraction=lambda s: 0.0),
+            "bad: nothing is learned: the last step moved 0.0% of the adapter",
+        ),
         (after(40, update_ratio=lambda s: 1e-12), "bad: nothing is learned"),
-        (after(40, bad_steps=lambda s: 3.0), "warning: 3 of 40 steps had no finite loss or gradient and were skipped"),
+        (
+            after(40, skipped_steps=lambda s: 3.0),
+            "warning: 3 of 40 steps had no finite loss or gradient and were skipped",
+        ),
         (
             after(40, validation=(0.9, 0.5, 0.6, 0.6, 0.6)),
             "warning: validation loss rises since step 20 (0.500 -> 0.600): overfitting",
@@ -226,32 +242,37 @@ def test_each_sentence(state: State, sentence: str) -> None:
         after(40, grad_norm=lambda s: 50.0 if s == 39 else 0.5),  # one high step is noise
         after(40, "grpo", loss=lambda s: 1.0),  # a policy gradient's loss means nothing
         after(40, loss=lambda s: 1e-4),  # nowhere to fall
-        after(40, moved_share=lambda s: 0.1 if s == 40 else 1.0),
+        after(40, updated_param_fraction=lambda s: 0.1 if s == 40 else 1.0),
         # the schedule's end
-        after(40, moved_share=lambda s: 0.0 if s > 35 else 1.0, learning_rate=lambda s: 0.0 if s > 35 else 1e-3),
+        after(
+            40, updated_param_fraction=lambda s: 0.0 if s > 35 else 1.0, learning_rate=lambda s: 0.0 if s > 35 else 1e-3
+        ),
         after(40, validation=(0.9, 0.5, 0.6, 0.6)),  # two worse ones may be chance
         after(40, validation=(0.9, 0.5, 0.501, 0.502, 0.501)),
-        after(40, bad_steps=lambda s: 0.0),
+        after(40, skipped_steps=lambda s: 0.0),
         after(40, "reward", **PAIRS),
         after(40, "dpo", **PAIRS),
-        after(40, "dpo", **{**PAIRS, "chosen_change": lambda s: -0.45}),
+        after(40, "dpo", **{**PAIRS, "logps/chosen_delta": lambda s: -0.45}),
         # told apart from the start: nowhere to fall
-        after(40, "dpo", loss=lambda s: 0.2, **{**PAIRS, "accuracy": lambda s: 0.97}),
+        after(40, "dpo", loss=lambda s: 0.2, **{**PAIRS, "rewards/accuracies": lambda s: 0.97}),
         after(40, accuracy=lambda s: 0.5),  # of tokens: SFT has no pairs
         checked(after(40, "reward", **{**PAIRS, "accuracy": lambda s: 0.99}), 0.88, 0.9, 0.88, 0.88),
-        checked(after(40, "dpo", **{**PAIRS, "accuracy": lambda s: 0.99}), 0.7, 0.9, 0.8, 0.82),
+        checked(after(40, "dpo", **{**PAIRS, "rewards/accuracies": lambda s: 0.99}), 0.7, 0.9, 0.8, 0.82),
         checked(after(40, "reward", **PAIRS), 0.5),  # one look may be chance
-        with_evaluation(after(40, "reward", **PAIRS), pairs_length_correlation=0.49),
+        with_evaluation(after(40, "reward", **PAIRS), **{"pairs/length_correlation": 0.49}),
         rollout_state(),
         # all but solved
         rollout_state(
-            reward=lambda s: 0.99, entropy=lambda s: 1e-4, dead_groups=lambda s: 0.95, reward_spread=lambda s: 0.005
+            reward=lambda s: 0.99,
+            entropy=lambda s: 1e-4,
+            frac_reward_zero_std=lambda s: 0.95,
+            reward_std=lambda s: 0.005,
         ),
         rollout_state(entropy=lambda s: 1e-3, reward=lambda s: s / 60),  # sure, and still learning
-        rollout_state(truncated=lambda s: 0.9 if s == 3 else 0.0),
+        rollout_state(**{"completions/clipped_ratio": lambda s: 0.9 if s == 3 else 0.0}),
         rollout_state(exact=(0.5, 0.7, 0.66, 0.65)),
-        rollout_state(rewards=(-5.0, 5.0), reward=lambda s: -2 + s / 10, reward_spread=lambda s: 2.0),
-        with_evaluation(after(40, "reward", **PAIRS), pairs_length_correlation=math.nan),
+        rollout_state(rewards=(-5.0, 5.0), reward=lambda s: -2 + s / 10, reward_std=lambda s: 2.0),
+        with_evaluation(after(40, "reward", **PAIRS), **{"pairs/length_correlation": math.nan}),
     ],
 )
 def test_no_false_alarm(state: State) -> None:
@@ -269,7 +290,7 @@ def test_a_run_on_rewards_reports_its_reward() -> None:
         diagnoses_text(rollout_state(exact=(0.25, 0.75)))
         == "good: all good: reward 0.31 -> 0.7, held-out exact 25% -> 75%"
     )
-    assert "too early" in diagnoses_text(rollout_state(15, dead_groups=lambda s: 1.0))
+    assert "too early" in diagnoses_text(rollout_state(15, frac_reward_zero_std=lambda s: 1.0))
 
 
 def test_the_limit_of_a_collapse_is_the_algorithms() -> None:
@@ -300,9 +321,16 @@ def test_cures_of_ppo_are_its_own() -> None:
         return diagnoses_text(rollout_state(algorithm="ppo", **changed))
 
     assert "raise ppo.kl_coef" in of(reward=lambda s: 0.8 - s / 60) and "ppo.truncated_completions to penalize" in of(
-        truncated=lambda s: 0.9
+        **{"completions/clipped_ratio": lambda s: 0.9}
     )
     assert "raise ppo.kl_coef, ppo.entropy" in of(entropy=lambda s: 0.3 / s**2, reward=lambda s: min(0.5, 0.2 + s / 50))
-    assert "look at the precision" in of(mismatch=lambda s: 0.05) and "groups" not in of(reward_spread=lambda s: 0.0)
-    falling = {"reward": lambda s: 0.8 - s / 60, "entropy": lambda s: 0.3 / s**2}
-    assert "grpo" not in of(mismatch=lambda s: 0.05, truncated=lambda s: 0.9, kl=lambda s: 0.8, **falling)
+    assert "look at the precision" in of(
+        **{"sampling/sampling_logp_difference/mean": lambda s: 0.05}
+    ) and "groups" not in of(reward_std=lambda s: 0.0)
+    falling = {
+        "reward": lambda s: 0.8 - s / 60,
+        "entropy": lambda s: 0.3 / s**2,
+        "sampling/sampling_logp_difference/mean": lambda s: 0.05,
+        "completions/clipped_ratio": lambda s: 0.9,
+    }
+    assert "grpo" not in of(kl=lambda s: 0.8, **falling)

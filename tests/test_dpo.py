@@ -332,7 +332,7 @@ def plain_step(
     pairs, chosen_tokens = len(rows) // 2, sum(len(scored[i]) for i in range(0, len(rows), 2))
     loss, by = 0.0, {(i, t): 0.0 for i, row in enumerate(scored) for t in row}
     figures: dict[str, list[float]] = {
-        name: [] for name in ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
+        name: [] for name in ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
     }
     for i in range(0, len(rows), 2):
         a, b = (sum(rows[j][t] for t in scored[j]) - reference[j] for j in (i, i + 1))
@@ -783,7 +783,11 @@ def test_a_tie_is_half_right_and_loss_is_ln_2(roles: Roles) -> None:
     }
     for kind, expected in start.items():
         loss, gradient, stats = accumulated(dpo_over(policy, kind), pair_batch(rows, masks, reference))
-        assert loss == pytest.approx(expected, abs=1e-6) and stats["accuracy"] == 0.5 and stats["margin"] == 0.0
+        assert (
+            loss == pytest.approx(expected, abs=1e-6)
+            and stats["rewards/accuracies"] == 0.5
+            and stats["rewards/margins"] == 0.0
+        )
         assert float(gradient.norm()) > 1e-4, "a fresh adapter moves all the same"
     observed = to_floats(dpo_over(policy).step_metrics(pair_batch(rows, masks, reference)))
     assert observed == {"kl": 0.0}
@@ -799,13 +803,13 @@ def test_figures_by_the_plain_model(roles: Roles) -> None:
     ratios = np.array(logps) - np.array(reference)
     tokens = np.array([sum(mask) for mask in masks])
     expected = {
-        "logp_chosen": sum(logps[::2]) / tokens[::2].sum(),
-        "logp_rejected": sum(logps[1::2]) / tokens[1::2].sum(),
-        "chosen_change": ratios[::2].sum() / tokens[::2].sum(),
-        "reward_chosen": 0.3 * ratios[::2].mean(),
-        "reward_rejected": 0.3 * ratios[1::2].mean(),
-        "margin": 0.3 * (ratios[::2] - ratios[1::2]).mean(),
-        "accuracy": (ratios[::2] > ratios[1::2]).mean(),
+        "logps_per_token/chosen": sum(logps[::2]) / tokens[::2].sum(),
+        "logps_per_token/rejected": sum(logps[1::2]) / tokens[1::2].sum(),
+        "logps/chosen_delta": ratios[::2].sum() / tokens[::2].sum(),
+        "rewards/chosen": 0.3 * ratios[::2].mean(),
+        "rewards/rejected": 0.3 * ratios[1::2].mean(),
+        "rewards/margins": 0.3 * (ratios[::2] - ratios[1::2]).mean(),
+        "rewards/accuracies": (ratios[::2] > ratios[1::2]).mean(),
     }
     assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
     scores = dpo_over(roles).scores(pair_batch(rows, masks, reference)).tolist()
@@ -829,7 +833,7 @@ def test_figures_by_the_plain_model(roles: Roles) -> None:
 @pytest.mark.parametrize(("change", "warned"), [(0.0, False), (-0.49, False), (-0.51, True), (1.0, False)])
 def test_unlearned_answers_give_a_warning(change: float, warned: bool) -> None:
     algorithm = DPO(SimpleNamespace())  # type: ignore[arg-type]
-    warnings_by_step = [list(algorithm.iter_warnings({"chosen_change": change})) for _ in range(4)]
+    warnings_by_step = [list(algorithm.iter_warnings({"logps/chosen_delta": change})) for _ in range(4)]
     assert [bool(messages) for messages in warnings_by_step] == [False, False, warned, warned], (
         "three steps in a row: one is noise"
     )
@@ -838,8 +842,8 @@ def test_unlearned_answers_give_a_warning(change: float, warned: bool) -> None:
         for messages in warnings_by_step
         for message in messages
     )
-    assert not list(algorithm.iter_warnings({"chosen_change": 0.0})) and not list(
-        algorithm.iter_warnings({"chosen_change": -9.0})
+    assert not list(algorithm.iter_warnings({"logps/chosen_delta": 0.0})) and not list(
+        algorithm.iter_warnings({"logps/chosen_delta": -9.0})
     ), "counted anew"
 
 
@@ -855,7 +859,7 @@ def falls(roles: Roles) -> bool:
         loss, _, stats = accumulated(algorithm, batch)
         losses.append(loss)
         optimizer.step()
-    return losses[-1] < 0.5 * losses[0] and stats["accuracy"] == 1.0
+    return losses[-1] < 0.5 * losses[0] and stats["rewards/accuracies"] == 1.0
 
 
 def test_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1236,7 +1240,11 @@ def run_small(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
 def test_a_run_starts_at_ln_2_and_kl_0(cache: Path, tmp_path: Path, loss: str) -> None:
     events = run_small(small_dpo(dpo={"loss_type": loss}), tmp_path / "run")[1]
     first = next(event for event in events if isinstance(event, StepEnd)).stats
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and first["kl"] == 0.0 and abs(first["margin"]) < 1e-4
+    assert (
+        first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        and first["kl"] == 0.0
+        and abs(first["rewards/margins"]) < 1e-4
+    )
     assert next(event for event in events if isinstance(event, RunStarted)).reference == "the base, adapters off"
 
 

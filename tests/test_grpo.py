@@ -524,7 +524,7 @@ def test_the_first_of_several_passes_has_ratio_one(roles: Roles) -> None:
     policy = roles.logps("policy", part).logps.detach()
     assert float((policy - part.extra["old"])[part.loss_mask].abs().max()) < 1e-5
     several, _, stats = one_pass(algorithm, part)
-    assert stats["clip_fraction"] == 0.0 and "mismatch" in stats
+    assert stats["clip_ratio"] == 0.0 and "sampling/sampling_logp_difference/mean" in stats
     single = over(roles, "grpo", beta=0.0)
     alone = one_pass(single, single.collect(0).batch)
     assert "old" not in single.collect(0).batch.extra and several == pytest.approx(alone[0], abs=1e-6)
@@ -533,7 +533,7 @@ def test_the_first_of_several_passes_has_ratio_one(roles: Roles) -> None:
         perturb(roles, "policy", size=0.3, seed=9)
         assert algorithm.should_continue({}) is True
         _, _, later = one_pass(algorithm, part)
-        assert later["clip_fraction"] > 0.1 and "mismatch" not in later, (
+        assert later["clip_ratio"] > 0.1 and "sampling/sampling_logp_difference/mean" not in later, (
             "old is of the policy that wrote, whatever came since"
         )
     finally:
@@ -564,7 +564,7 @@ def test_a_truncated_completion_is_penalized(roles: Roles) -> None:
     assert torch.allclose(experience.batch.extra["advantage"].view(2, 3), expected)
     assert (
         to_floats(experience.stats)["reward"] == pytest.approx(3.5 / 6)
-        and to_floats(experience.stats)["dead_groups"] == 0.5
+        and to_floats(experience.stats)["frac_reward_zero_std"] == 0.5
     )
 
 
@@ -607,7 +607,7 @@ def test_zero_std_groups(roles: Roles, how: str, groups: Any, draws: Any) -> Non
     where = zero_std_groups(rollouts.shaped_rewards)
     assert not advantages[where].any() and advantages[~where].all() and int(where.sum()) == (3 if how == "keep" else 0)
     stats = to_floats(experience.stats)
-    assert stats["dead_groups"] == pytest.approx(7 / 10 if how == "resample" else 3 / 4)
+    assert stats["frac_reward_zero_std"] == pytest.approx(7 / 10 if how == "resample" else 3 / 4)
     assert stats["rollout_seconds"] == 2.0 * len(draws), "the time of every draw"
     loss, gradient, _ = one_pass(algorithm, experience.batch)
     assert math.isfinite(loss) and gradient.any()
@@ -646,9 +646,9 @@ def test_zero_std_groups_that_are_kept_have_their_kl(roles: Roles) -> None:
     algorithm = over(roles, rewards=[[[0.7] * 7]], beta=0.5, zero_std_groups="keep")
     loss, gradient, stats = one_pass(algorithm, algorithm.collect(0).batch)
     assert loss > 0 and gradient.any() and stats["kl"] > 0
-    assert list(algorithm.iter_warnings({"dead_groups": 0.79, "reward": 0.1})) == []
-    assert "90%" in next(algorithm.iter_warnings({"dead_groups": 0.9, "reward": 0.1}))
-    assert list(algorithm.iter_warnings({"dead_groups": 0.9, "reward": 0.9})) == [], (
+    assert list(algorithm.iter_warnings({"frac_reward_zero_std": 0.79, "reward": 0.1})) == []
+    assert "90%" in next(algorithm.iter_warnings({"frac_reward_zero_std": 0.9, "reward": 0.1}))
+    assert list(algorithm.iter_warnings({"frac_reward_zero_std": 0.9, "reward": 0.9})) == [], (
         "groups that all became right are no trouble"
     )
 
@@ -668,7 +668,7 @@ def test_kl_in_the_reward(roles: Roles) -> None:
     assert torch.allclose(part.extra["advantage"].view(2, 3), expected, atol=1e-4) and expected.all()
     assert (
         to_floats(experience.stats)["reward"] == pytest.approx(2.5 / 6)
-        and to_floats(experience.stats)["dead_groups"] == 0.5
+        and to_floats(experience.stats)["frac_reward_zero_std"] == 0.5
     )
     loss, gradient, stats = one_pass(algorithm, part)
     alone = over(roles, beta=0.0)
@@ -760,18 +760,22 @@ def first_pass(roles: Roles, temperature: float = 0.8, old: str = "sampler") -> 
     algorithm = GRPO(AlgorithmContext(roles, None, fresh=False), real_collector(roles), old_logps_source=old, beta=0.0)  # type: ignore[arg-type]
     part = algorithm.collect(0).batch
     algorithm.collector.temperature = temperature
-    return algorithm, one_pass(algorithm, part)[2] | {"dead_groups": 0.0, "reward": 0.5}
+    return algorithm, one_pass(algorithm, part)[2] | {"frac_reward_zero_std": 0.0, "reward": 0.5}
 
 
 def test_the_sampler_and_the_policy_agree(roles: Roles) -> None:
     algorithm, stats = first_pass(roles)
-    assert stats["mismatch"] < 1e-5 and stats["clip_fraction"] == 0.0 and list(algorithm.iter_warnings(stats)) == []
+    assert (
+        stats["sampling/sampling_logp_difference/mean"] < 1e-5
+        and stats["clip_ratio"] == 0.0
+        and list(algorithm.iter_warnings(stats)) == []
+    )
 
 
 @pytest.mark.parametrize("old", ["sampler", "recomputed"])
 def test_another_temperature_stops_the_run(roles: Roles, old: str) -> None:
     algorithm, stats = first_pass(roles, 0.4, old)
-    assert stats["mismatch"] > 0.1
+    assert stats["sampling/sampling_logp_difference/mean"] > 0.1
     with pytest.raises(TrainingError, match="grpo.max_logprob_mismatch"):
         list(algorithm.iter_warnings(stats))
     algorithm.max_logprob_mismatch = 50.0
@@ -833,7 +837,7 @@ def run_with_events(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
 
 
 def figures(events: Sequence[Any]) -> list[dict[str, float]]:
-    unsteady = {"tokens_per_second", "memory_gib", "rollout_seconds", "score_seconds"}
+    unsteady = {"tokens_per_second", "memory_gib", "rollout_seconds", "reward_seconds"}
     return [
         {k: v for k, v in event.stats.items() if k not in unsteady} for event in events if isinstance(event, StepEnd)
     ]
@@ -854,7 +858,7 @@ def test_a_frozen_adapter_and_the_base_stay_and_two_runs_are_equal(cache: Path, 
     assert outcome.summary["base_hash"]["end"] == outcome.summary["base_hash"]["start"] == below["base_hash"]["end"]
     assert set(outcome.summary["adapter_hashes"]) == {"sft"}
     steps = figures(events)
-    assert 0 <= steps[0]["kl"] < 1e-9 < steps[1]["kl"] and steps[0]["mismatch"] < 1e-5
+    assert 0 <= steps[0]["kl"] < 1e-9 < steps[1]["kl"] and steps[0]["sampling/sampling_logp_difference/mean"] < 1e-5
     assert all(tensor.any() for key, tensor in ended.items() if "lora_B" in key), (
         "nothing was trained: the test saw nothing"
     )
@@ -868,7 +872,10 @@ def test_a_frozen_adapter_and_the_base_stay_and_two_runs_are_equal(cache: Path, 
     _, other = run_with_events(
         small(sft_run, seed=1, train={**small(sft_run)["train"], "max_steps": 1}), tmp_path / "three"
     )
-    assert figures(other)[0]["reward"] != steps[0]["reward"] or figures(other)[0]["length"] != steps[0]["length"]
+    assert (
+        figures(other)[0]["reward"] != steps[0]["reward"]
+        or figures(other)[0]["completions/mean_length"] != steps[0]["completions/mean_length"]
+    )
 
 
 def test_a_policy_that_is_not_its_reference_is_refused(
@@ -911,9 +918,9 @@ def test_real_questions_that_are_too_hard(cache: Path, tmp_path: Path) -> None:
     steps = figures(events)
     assert outcome.summary["status"] == "done" and len(steps) == 2
     assert any("prompts of 200 of 200 rows" in text and "200 with a gold answer" in text for _, text in notes)
-    assert all(step["reward"] <= 0.2 and step["dead_groups"] >= 0.5 for step in steps)
+    assert all(step["reward"] <= 0.2 and step["frac_reward_zero_std"] >= 0.5 for step in steps)
     assert any(level == "warning" and ("signal" in text or "will be dead" in text) for level, text in notes)
-    if all(step["dead_groups"] == 1.0 for step in steps):
+    if all(step["frac_reward_zero_std"] == 1.0 for step in steps):
         assert any(
             level == "warning" and "most groups have equal rewards and teach nothing, 100%" in text
             for level, text in notes

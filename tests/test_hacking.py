@@ -162,14 +162,21 @@ def state_after_evaluations(exact: Sequence[float], name: str = "ppo", **more: S
     )
     every = 40 // len(exact)
     for step in range(1, 41):
-        stats = {"loss": 0.0, "reward": step / 40, "kl": step / 200, "length": 20.0, "grad_norm": 1.0, "entropy": 0.5}
+        stats = {
+            "loss": 0.0,
+            "reward": step / 40,
+            "kl": step / 200,
+            "completions/mean_length": 20.0,
+            "grad_norm": 1.0,
+            "entropy": 0.5,
+        }
         state.apply(StepEnd(step=step, steps=40, stats=stats, seconds=1.0, tokens=10))
         if step % every == 0:
             place = step // every - 1
             stats_at_eval = {
-                "heldout_policy_exact": exact[place],
-                "gold_noise": 0.03,
-                **{f"heldout_policy_{key}": values[place] for key, values in more.items()},
+                "heldout/policy/accuracy": exact[place],
+                "heldout_accuracy_stderr": 0.03,
+                **{f"heldout/policy/{key}": values[place] for key, values in more.items()},
             }
             state.apply(Evaluated(step=step, stats=stats_at_eval))
     return state
@@ -183,19 +190,19 @@ def diagnoses_text(state: State) -> str:
 def test_the_dashboard_shows_it_and_how_the_answers_changed(algorithm: str) -> None:
     text = diagnoses_text(
         state_after_evaluations(
-            [0.8, 0.8, 0.4, 0.4], algorithm, length=[20.0, 20.0, 40.0, 44.0], repetition=[0.0, 0.0, 0.3, 0.5]
+            [0.8, 0.8, 0.4, 0.4], algorithm, mean_length=[20.0, 20.0, 40.0, 44.0], repetition=[0.0, 0.0, 0.3, 0.5]
         )
     )
     assert f"bad: {WARNING} (80% -> 40% exact)" in text
     assert "answers grew from 20 to 42 tokens; 40% of their word sequences come again, 0% at first" in text
     quiet = diagnoses_text(
         state_after_evaluations(
-            [0.8, 0.8, 0.4, 0.4], algorithm, length=[20.0, 20.0, 22.0, 22.0], repetition=[0.1, 0.1, 0.12, 0.1]
+            [0.8, 0.8, 0.4, 0.4], algorithm, mean_length=[20.0, 20.0, 22.0, 22.0], repetition=[0.1, 0.1, 0.12, 0.1]
         )
     )
     assert WARNING in quiet and "answers grew" not in quiet and "come again" not in quiet
     assert "answers shrank from 20 to 5 tokens" in diagnoses_text(
-        state_after_evaluations([0.8, 0.8, 0.4, 0.4], length=[20.0, 20.0, 5.0, 5.0])
+        state_after_evaluations([0.8, 0.8, 0.4, 0.4], mean_length=[20.0, 20.0, 5.0, 5.0])
     )
     assert WARNING not in diagnoses_text(state_after_evaluations([0.5, 0.7, 0.8, 0.82], algorithm))
 
@@ -209,7 +216,7 @@ def test_the_screen_looks_as_the_run_does() -> None:
             watch.update(step, 0.9 - step / 100, 100)
     ours = [(look.step, look.reward, look.accuracy) for look in eval_points_of(state)]
     assert [pytest.approx(each[:3]) for each in watch.points] == ours
-    state.apply(Evaluated(step=0, stats={"heldout_sft_exact": 0.9}))
+    state.apply(Evaluated(step=0, stats={"heldout/sft/accuracy": 0.9}))
     assert asdict(eval_points_of(state)[0]) == {"step": 0, "reward": 1 / 40, "accuracy": 0.9, "stderr": 0.05}
 
 
@@ -219,8 +226,8 @@ def test_the_recorded_healthy_run_gives_no_warning() -> None:
         state.apply(event)
         if isinstance(event, StepEnd):
             watch.step(event.stats)
-        elif isinstance(event, Evaluated) and "heldout_policy_exact" in event.stats:
-            assert watch.update(event.step, event.stats["heldout_policy_exact"], 200) is None
+        elif isinstance(event, Evaluated) and "heldout/policy/accuracy" in event.stats:
+            assert watch.update(event.step, event.stats["heldout/policy/accuracy"], 200) is None
         assert WARNING not in diagnoses_text(state)
     assert len(watch.points) > 5, "the run was evaluated"
 
@@ -228,7 +235,7 @@ def test_the_recorded_healthy_run_gives_no_warning() -> None:
 def test_reward_against_kl() -> None:
     state = state_after_evaluations([0.8, 0.6, 0.4, 0.2])
     assert frontier(state)[:2] == [(0.005, 0.025), (0.01, 0.05)]
-    assert frontier(state, "heldout_exact") == [
+    assert frontier(state, "heldout/accuracy") == [
         (pytest.approx(0.05), 0.8),
         (pytest.approx(0.1), 0.6),
         (pytest.approx(0.15), 0.4),
@@ -330,9 +337,9 @@ def test_a_reward_that_can_be_gamed_gives_a_warning_and_ends_the_run(
     ]
     assert len(warned) == 1 and warned[0].startswith(f"step {end}: ")
     greedy = {
-        event.step: event.stats["heldout_policy_exact"]
+        event.step: event.stats["heldout/policy/accuracy"]
         for event in events
-        if isinstance(event, Evaluated) and "gold_noise" in event.stats
+        if isinstance(event, Evaluated) and "heldout_accuracy_stderr" in event.stats
     }
     assert greedy[end] < max(greedy.values()) - 0.15, "gold did fall"
     assert summary["best"]["step"] < end and summary["heldout"]["grpo"] > greedy[end] + 0.15, (

@@ -176,7 +176,7 @@ def broken_step_moves(breaks: dict[str, Any]) -> list[str]:
         wrong.append("counters")
     if len(warnings_of(events)) != 1 or "step 3: loss or gradient is not finite" not in warnings_of(events)[0]:
         wrong.append("warning")
-    if [event.stats.get("bad_steps") for event in steps_of(events)] != [None, None, 1, 1]:
+    if [event.stats.get("skipped_steps") for event in steps_of(events)] != [None, None, 1, 1]:
         wrong.append("metric")
     if toy.weight.grad is not None:
         wrong.append("gradient kept")
@@ -302,7 +302,7 @@ def test_logging_steps_alone_pay_for_measurements() -> None:
     loop.run()
     logged = [event.step for event in steps_of(events) if event.logged]
     assert logged == [1, 3, 6, 8] and toy.observed == [0, 2, 5, 7]
-    assert [event.step for event in steps_of(events) if "moved_share" in event.stats] == logged
+    assert [event.step for event in steps_of(events) if "updated_param_fraction" in event.stats] == logged
     assert [event.step for event in steps_of(events) if "kl" in event.stats] == logged
     assert [event.step for event in steps_of(events)] == list(range(1, 9))
     assert all(
@@ -656,7 +656,7 @@ def test_movement_by_hand() -> None:
     parameters = [nn.Parameter(torch.tensor([3.0, 0.0])), nn.Parameter(torch.tensor([[1.0, 1.5], [4.0, 0.0]]))]
     before = [torch.tensor([0.0, 0.0]), torch.tensor([[1.0, 1.5], [0.0, 0.0]])]
     stats = to_floats(update_stats(parameters, before))
-    assert stats["moved_share"] == pytest.approx(2 / 6)
+    assert stats["updated_param_fraction"] == pytest.approx(2 / 6)
     assert stats["update_ratio"] == pytest.approx(5 / math.sqrt(1 + 2.25))
 
 

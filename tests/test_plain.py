@@ -124,12 +124,12 @@ def test_statistics_in_order() -> None:
         "memory_gib": 2.0,
         "kl": 0.00012,
         "loss": math.nan,
-        "bad_steps": 0.0,
-        "moved_share": 0.5,
+        "skipped_steps": 0.0,
+        "updated_param_fraction": 0.5,
         "update_ratio": 1.5e-3,
     }
     assert format_stats(stats) == "loss nan  kl 1.20e-04  update 1.5e-03  moved 50.0 %  zeta 0.500  memory 2.0 GiB"
-    assert format_stats({"bad_steps": 2.0}) == "skipped 2"
+    assert format_stats({"skipped_steps": 2.0}) == "skipped 2"
     assert (
         format_stats({"\x1b[2J": 1.0, "big": 1e7, "none": 0.0, "inf": math.inf})
         == "\\x1b[2J 1.000  big 1.00e+07  none 0.000  inf inf"
@@ -141,11 +141,11 @@ def test_a_line_of_preference_metrics() -> None:
         "loss": 0.6,
         "accuracy": 0.75,
         "margin": 0.5,
-        "reward_chosen": 0.1,
-        "reward_rejected": -0.4,
-        "logp_chosen": -1.0,
-        "logp_rejected": -2.0,
-        "chosen_change": -0.01,
+        "rewards/chosen": 0.1,
+        "rewards/rejected": -0.4,
+        "logps_per_token/chosen": -1.0,
+        "logps_per_token/rejected": -2.0,
+        "logps/chosen_delta": -0.01,
         "kl": 0.02,
         "learning_rate": 1e-4,
     }
@@ -161,26 +161,26 @@ def test_a_line_of_preference_metrics() -> None:
 
 def test_validations_in_words() -> None:
     pairs = {
-        "pairs_accuracy": 0.9,
-        "pairs_margin": 1.5,
-        "pairs_calibration_error": 0.04,
-        "pairs_length_correlation": 0.12,
-        "pairs_prefers_longer": 0.55,
+        "pairs/accuracy": 0.9,
+        "pairs/margin": 1.5,
+        "pairs/calibration_error": 0.04,
+        "pairs/length_correlation": 0.12,
+        "pairs/prefers_longer": 0.55,
     }
     assert shown(Evaluated(step=9, stats=pairs)) == (
         "held-out pairs after step 9  accuracy 90.0 %  margin +1.500  calibration error 4.0 %  length correlation "
         "+0.12  "
         "prefers the longer 55.0 %\n"
     )
-    answers = {"heldout_my_sft_exact": 0.25, "heldout_my_sft_stopped": 1.0}
+    answers = {"heldout/my_sft/accuracy": 0.25, "heldout/my_sft/eos_rate": 1.0}
     assert (
         shown(Evaluated(step=9, stats=answers))
-        == "held-out answers of my_sft after step 9  exact 25.0 %  stopped 100.0 %\n"
+        == "held-out answers of my_sft after step 9  accuracy 25.0 %  EOS 100.0 %\n"
     )
-    mixed = {"validation_loss": 0.5, "pairs_accuracy": 0.9}
+    mixed = {"eval_loss": 0.5, "pairs/accuracy": 0.9}
     assert (
         shown(Evaluated(step=9, stats=mixed, best=True))
-        == "validation after step 9  loss 0.500  pairs_accuracy 0.900  best so far\n"
+        == "validation after step 9  loss 0.500  pairs/accuracy 0.900  best so far\n"
     )
     assert shown(Evaluated(step=9, stats={})) == "validation after step 9  \n"
 
@@ -188,26 +188,32 @@ def test_validations_in_words() -> None:
 def test_a_line_of_rollout_metrics() -> None:
     stats = {
         "loss": 1e-4,
-        "reward_spread": 0.25,
+        "reward_std": 0.25,
         "reward": 0.75,
-        "length": 18.04,
-        "truncated": 0.0,
+        "completions/mean_length": 18.04,
+        "completions/clipped_ratio": 0.0,
         "rollout_seconds": 0.98765,
         "kl": 0.02,
-        "score_seconds": 0.0006,
-        "dead_groups": 0.0625,
-        "mismatch": 1e-7,
+        "reward_seconds": 0.0006,
+        "frac_reward_zero_std": 0.0625,
+        "sampling/sampling_logp_difference/mean": 1e-7,
         "entropy": 0.5,
-        "clip_fraction": 0.0,
+        "clip_ratio": 0.0,
         "learning_rate": 1e-4,
     }
     assert (
         format_stats(stats)
-        == "reward 0.750  spread 0.250  kl 0.020  length 18.0  dead groups 6.2 %  entropy 0.500  lr 1.0e-04  rollout "
+        == "reward 0.750  spread 0.250  kl 0.020  length 18.0  zero std 6.2 %  entropy 0.500  lr 1.0e-04  rollout "
         "1.0 s"
     )
-    several = {"reward": 0.75, "reward_answer": 0.5, "reward_\x1b[2J": 0.25, "truncated": 0.5, "clip_fraction": 0.25}
-    assert format_stats(several) == "reward 0.750  answer 0.500  \\x1b[2J 0.250  cut off 50.0 %  clipped 25.0 %"
+    several = {
+        "reward": 0.75,
+        "rewards/answer/mean": 0.5,
+        "rewards/\x1b[2J/mean": 0.25,
+        "completions/clipped_ratio": 0.5,
+        "clip_ratio": 0.25,
+    }
+    assert format_stats(several) == "reward 0.750  answer 0.500  \\x1b[2J 0.250  truncated 50.0 %  clipped 25.0 %"
     group = GroupLogged(
         step=1,
         prompt="1+1?",
@@ -217,14 +223,15 @@ def test_a_line_of_rollout_metrics() -> None:
 
 
 def test_held_out_answers_of_the_policy() -> None:
-    stats = {"heldout_policy_exact": 0.5, "heldout_policy_stopped": 1.0, "heldout_policy_length": 33.69}
-    line = "held-out answers of the policy after step 4  exact 50.0 %  stopped 100.0 %  length 33.7  best so far\n"
+    stats = {"heldout/policy/accuracy": 0.5, "heldout/policy/eos_rate": 1.0, "heldout/policy/mean_length": 33.69}
+    line = "held-out answers of the policy after step 4  accuracy 50.0 %  EOS 100.0 %  length 33.7  best so far\n"
     assert shown(Evaluated(step=4, stats=stats, best=True)) == line
-    mixed = {"validation_loss": 0.5, **stats}
+    mixed = {"eval_loss": 0.5, **stats}
     assert shown(Evaluated(step=4, stats=mixed)) == "validation after step 4  held-out exact 50.0 %  loss 0.500\n"
-    final = {"heldout_grpo_exact": 0.5, "heldout_grpo_pass_at_8": 1.0}
+    final = {"heldout/grpo/accuracy": 0.5, "heldout/grpo/pass_at_8": 1.0}
     assert (
-        shown(Evaluated(step=4, stats=final)) == "held-out answers of grpo after step 4  exact 50.0 %  pass@8 100.0 %\n"
+        shown(Evaluated(step=4, stats=final))
+        == "held-out answers of grpo after step 4  accuracy 50.0 %  pass@8 100.0 %\n"
     )
 
 
@@ -402,7 +409,7 @@ def test_summary_has_the_status_and_the_folder(tmp_path: Path) -> None:
         "seconds": 83.0,
         "last": {"loss": 1.0},
         "best": {"loss": 0.9, "step": 120},
-        "heldout": {"base": 0.04, "sft": {"exact": 0.31, "stops": 0.95}},
+        "heldout": {"base": 0.04, "sft": {"accuracy": 0.31, "eos_rate": 0.95}},
         "warnings": ["\x1b[2J"],
     }
     text = summary_table(summary, tmp_path)
@@ -414,7 +421,7 @@ def test_summary_has_the_status_and_the_folder(tmp_path: Path) -> None:
         "best       loss 0.900  (step 120)",
         "held-out exact answers",
         "  base         4.0 %",
-        "  sft          exact 31.0 %  stops 95.0 %",
+        "  sft          accuracy 31.0 %  eos_rate 95.0 %",
         "warning    \\x1b[2J",
         f"in         {tmp_path}",
         "  final            the adapter, to load, merge or export",

@@ -757,11 +757,15 @@ def test_the_first_pass_has_ratio_one(kind: str, request: pytest.FixtureRequest)
     algorithm = over(request.getfixturevalue(kind))
     experience = algorithm.collect(0)
     _, _, stats = one_pass(algorithm, experience.batch)
-    assert stats["clip_fraction"] == 0.0 == stats["value_clip_fraction"] and stats["update_kl"] < 1e-10
+    assert stats["clip_ratio"] == 0.0 == stats["value_clip_ratio"] and stats["approx_kl"] < 1e-10
     assert stats["loss"] == pytest.approx(0.0, abs=1e-6), "whitened advantages around 0, ratios of 1"
     figures = to_floats(experience.stats)
-    assert figures["mismatch"] < 1e-6 and figures["kl"] > 0 and figures["reward"] == pytest.approx(3.0 / 6)
-    assert figures["score"] == pytest.approx((3.0 - 2) / 6) and figures["kl_coefficient"] == 0.05
+    assert (
+        figures["sampling/sampling_logp_difference/mean"] < 1e-6
+        and figures["kl"] > 0
+        and figures["reward"] == pytest.approx(3.0 / 6)
+    )
+    assert figures["scores"] == pytest.approx((3.0 - 2) / 6) and figures["kl_coef"] == 0.05
     shown = algorithm.collector.shown[0][2]  # type: ignore[attr-defined]
     white = experience.batch.extra["advantages"]
     assert shown.shape == (2, 3) and float(shown[1, 0]) == pytest.approx(
@@ -790,7 +794,7 @@ def test_a_sampler_that_drifts_stops_the_run(own: Roles) -> None:
         over(own, fake={"drift": 0.5}).collect(0)
     assert (
         to_floats(over(own, fake={"drift": 0.5}, update=UpdateConfig(max_logprob_mismatch=5.0)).collect(0).stats)[
-            "mismatch"
+            "sampling/sampling_logp_difference/mean"
         ]
         > 0.1
     )
@@ -798,20 +802,18 @@ def test_a_sampler_that_drifts_stops_the_run(own: Roles) -> None:
 
 def test_the_real_sampler_and_the_policy_agree(own: Roles) -> None:
     experience = PPO(AlgorithmContext(own, None, fresh=False), real_collector(own)).collect(0)  # type: ignore[arg-type]
-    assert to_floats(experience.stats)["mismatch"] < 1e-5
+    assert to_floats(experience.stats)["sampling/sampling_logp_difference/mean"] < 1e-5
     assert (shift_right(torch.arange(6.0).view(2, 3)) == torch.tensor([[0.0, 0.0, 1.0], [0.0, 3.0, 4.0]])).all()
 
 
 @pytest.mark.parametrize(("target", "kl", "moved"), [(None, 0.05, 1.0), (1e-9, 0.05, 1.1), (1e9, 0.05, 0.9)])
 def test_the_coefficient_moves_after_its_step(own: Roles, target: float | None, kl: float, moved: float) -> None:
     algorithm = over(own, kl_control=KLControlConfig(kl, target, kl_gain=0.5))
-    assert to_floats(algorithm.collect(0).stats)["kl_coefficient"] == kl and algorithm.kl_coef == pytest.approx(
-        kl * moved
-    )
+    assert to_floats(algorithm.collect(0).stats)["kl_coef"] == kl and algorithm.kl_coef == pytest.approx(kl * moved)
     again = over(own, kl_control=KLControlConfig(kl, target, kl_gain=0.5))
     again.restore(algorithm.state())
     assert again.kl_coef == algorithm.kl_coef and again.state() == algorithm.state()
-    assert to_floats(again.collect(0).stats)["kl_coefficient"] == algorithm.kl_coef
+    assert to_floats(again.collect(0).stats)["kl_coef"] == algorithm.kl_coef
 
 
 def test_passes_and_minibatches(own: Roles) -> None:
@@ -827,8 +829,8 @@ def test_passes_and_minibatches(own: Roles) -> None:
 
 
 def test_passes_end_at_the_limit(own: Roles) -> None:
-    stats = {"update_kl": over(own)._policy_term(weighted(over(own))).stats["update_kl"]}
-    assert stats["update_kl"].value > 1e-3
+    stats = {"approx_kl": over(own)._policy_term(weighted(over(own))).stats["approx_kl"]}
+    assert stats["approx_kl"].value > 1e-3
     assert over(own).should_continue(stats) and over(own, kl_control=KLControlConfig(target_kl=1.0)).should_continue(
         stats
     )
@@ -871,7 +873,7 @@ def test_completions_without_a_reward_are_as_if_never_drawn(own: Roles) -> None:
             < 1e-5
         )
     assert float(algorithm.collector.shown[0][2][1, 1]) == 0.0  # type: ignore[attr-defined]
-    assert "`answer`" in next(iter(algorithm.iter_warnings({"truncated": 0.0})))
+    assert "`answer`" in next(iter(algorithm.iter_warnings({"completions/clipped_ratio": 0.0})))
 
 
 def test_a_step_without_rewards_changes_nothing(own: Roles) -> None:
@@ -890,8 +892,10 @@ def test_a_step_without_rewards_changes_nothing(own: Roles) -> None:
 
 
 def test_completions_that_never_end_give_a_warning(own: Roles) -> None:
-    assert list(over(own).iter_warnings({"truncated": 0.8})) == []
-    assert "most completions have no end, 90%" in next(iter(over(own).iter_warnings({"truncated": 0.9})))
+    assert list(over(own).iter_warnings({"completions/clipped_ratio": 0.8})) == []
+    assert "most completions have no end, 90%" in next(
+        iter(over(own).iter_warnings({"completions/clipped_ratio": 0.9}))
+    )
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------

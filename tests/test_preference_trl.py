@@ -228,10 +228,10 @@ def test_dpo_equals_trl(tmp_path: Path, policy: Roles, kind: str, s: float) -> N
         loss == pytest.approx(theirs, rel=1e-5, abs=1e-5) and error_against(by_key(policy, "policy"), gradients) < 1e-4
     )
     for ours, name in (
-        ("margin", "margins"),
-        ("reward_chosen", "chosen"),
-        ("reward_rejected", "rejected"),
-        ("accuracy", "accuracies"),
+        ("rewards/margins", "margins"),
+        ("rewards/chosen", "chosen"),
+        ("rewards/rejected", "rejected"),
+        ("rewards/accuracies", "accuracies"),
     ):
         assert stats[ours] == pytest.approx(logged[f"rewards/{name}"], abs=1e-4)
 

@@ -112,7 +112,7 @@ def test_a_preset_runs_two_steps(name: str, place: Path, tmp_path: Path, monkeyp
             if event["event"] == "step_end"
         ]
         assert [event["step"] for event in steps] == [1, 2] and not any(
-            event["stats"].get("bad_steps") for event in steps
+            event["stats"].get("skipped_steps") for event in steps
         )
         assert (folder / "final" / "adapter_config.json").is_file()
 

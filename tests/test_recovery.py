@@ -162,7 +162,7 @@ def differs(unbroken: Any, name: str, backward: bool, draws: int) -> list[str]:
         wrong += [f"{moments}: {each}" for each in warnings if "out of memory" not in each]
         wrong += (
             [f"{moments}: times"]
-            if not roles.limits.times == len(warnings) == logged[-1].stats.get("out_of_memory", 0)
+            if not roles.limits.times == len(warnings) == logged[-1].stats.get("oom_retries", 0)
             else []
         )
         splits += len(warnings)
@@ -171,7 +171,7 @@ def differs(unbroken: Any, name: str, backward: bool, draws: int) -> list[str]:
                 "memory_gib",
                 "tokens_per_second",
                 "rollout_seconds",
-                "score_seconds",
+                "reward_seconds",
                 *(("kl",) if name in ("sft", "dpo") else ()),
             }
             # KL that costs a pass of its own is of one micro-batch, which may have become a smaller one

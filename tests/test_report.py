@@ -172,7 +172,7 @@ def test_hostile_text_is_inert_everywhere(tmp_path: Path) -> None:
             LogMessage(message=bad),
             LogMessage(message=bad, level="warning"),
             step(1, **{bad: 1.0, "loss": 1.0}),
-            Evaluated(step=1, stats={f"heldout_{bad}_exact": 0.5, f"validation_{bad}": 2.0}),
+            Evaluated(step=1, stats={f"heldout/{bad}/accuracy": 0.5, f"eval_{bad}": 2.0}),
             SampleLogged(step=1, prompt=bad, completion=bad, finish_reason="stop", ground_truth=bad, role=bad),
             RunEnded(status="failed", step=1, seconds=1.0, message=bad),
         ]
@@ -186,7 +186,7 @@ def test_hostile_text_is_inert_everywhere(tmp_path: Path) -> None:
         summary = {
             "status": "failed",
             "warnings": [bad],
-            "heldout_details": {bad: {bad: 0.1, "exact": bad}},
+            "heldout_details": {bad: {bad: 0.1, "accuracy": bad}},
             "base_hash": {"start": bad, "end": bad},
             "answers": {bad: [{"prompt": bad, "completion": bad, "ground_truth": bad}]},
         }
@@ -316,29 +316,30 @@ def test_pictures_of_any_numbers(values: list[float]) -> None:
 def test_meanings_are_those_of_the_algorithm(tmp_path: Path) -> None:
     stats = {
         "accuracy": 0.5,
+        "rewards/accuracies": 0.5,
+        "rewards/margins": 2.0,
         "loss": 0.7,
-        "reward_chosen": 1.0,
-        "reward_rejected": -1.0,
-        "logp_chosen": -1.0,
-        "logp_rejected": -2.0,
+        "rewards/chosen": 1.0,
+        "rewards/rejected": -1.0,
+        "logps_per_token/chosen": -1.0,
+        "logps_per_token/rejected": -2.0,
         "score_chosen": 1.0,
         "score_rejected": 0.0,
         "margin": 2.0,
-        "chosen_change": 0.0,
+        "logps/chosen_delta": 0.0,
     }
     texts = {}
     for algorithm in ("sft", "reward", "dpo"):
-        record = read_run_log(
-            write(tmp_path / algorithm, started(algorithm=algorithm), step(1, **stats), step(2, **stats))
-        )
+        own = {"mean_token_accuracy": 0.5} if algorithm == "sft" else stats
+        record = read_run_log(write(tmp_path / algorithm, started(algorithm=algorithm), step(1, **own), step(2, **own)))
         texts[algorithm] = check(page(record)).text
     assert "first choice" in texts["sft"] and "first choice" not in texts["reward"] + texts["dpo"]
     assert (
         "whose chosen answer scores higher" in texts["reward"] and "gained more against the reference" in texts["dpo"]
     )
-    assert "unlearned" in texts["dpo"] and "implicit reward" in texts["dpo"] and "reward rejected" not in texts["dpo"]
+    assert "unlearned" in texts["dpo"] and "implicit reward" in texts["dpo"] and "rewards rejected" not in texts["dpo"]
     assert (
-        "score rejected" not in texts["reward"] and "reward rejected" in texts["reward"]
+        "score rejected" not in texts["reward"] and "rewards rejected" in texts["reward"]
     )  # a stranger there, but shown
 
 
@@ -394,14 +395,14 @@ def rollouts(count: int = 9) -> list[Event]:
     stats = {
         "loss": 1e-4,
         "reward": 0.5,
-        "reward_answer": 0.4,
-        "reward_format": 0.1,
-        "reward_spread": 0.2,
-        "length": 20.0,
+        "rewards/answer/mean": 0.4,
+        "rewards/format/mean": 0.1,
+        "reward_std": 0.2,
+        "completions/mean_length": 20.0,
         "kl": 0.1,
-        "dead_groups": 0.0,
+        "frac_reward_zero_std": 0.0,
         "rollout_seconds": 0.03,
-        "score_seconds": 0.01,
+        "reward_seconds": 0.01,
     }
     events: list[Event] = [
         started(
@@ -412,13 +413,13 @@ def rollouts(count: int = 9) -> list[Event]:
         events += [group(number), step(number, **{**stats, "reward": number / 10})]
     return [
         *events,
-        Evaluated(step=1, stats={"heldout_policy_exact": 0.5}),
-        Evaluated(step=9, stats={"heldout_policy_exact": 0.75}),
+        Evaluated(step=1, stats={"heldout/policy/accuracy": 0.5}),
+        Evaluated(step=9, stats={"heldout/policy/accuracy": 0.75}),
     ]
 
 
 def test_rollouts_are_reported(tmp_path: Path) -> None:
-    final = Evaluated(step=9, stats={"heldout_sft_exact": 0.25, "heldout_grpo_exact": 0.625})
+    final = Evaluated(step=9, stats={"heldout/sft/accuracy": 0.25, "heldout/grpo/accuracy": 0.625})
     html = page(read_run_log(write(tmp_path / "a", *rollouts(), final, RunEnded(status="done", step=9, seconds=1.0))))
     text = check(html).text
     for words in (
@@ -427,7 +428,7 @@ def test_rollouts_are_reported(tmp_path: Path) -> None:
         "held-out exact",
         "answers exactly, greedily (pass@1)",
         "tokens of a completion",
-        "they teach nothing",
+        "they give no gradient",
         "this reward by itself",
         "Where the time of the steps went",
         "Groups over time",
@@ -488,7 +489,7 @@ def test_hostile_groups_are_inert(tmp_path: Path) -> None:
             {"text": bad, "reward": 1.0, "advantage": 0.5, "finish_reason": bad, "parts": {bad: 1.0, "b": 0.0}},
             {"text": bad, "parts": bad},
         ]
-        stats = {"reward": 1.0, f"reward_{bad[:99]}": 1.0}
+        stats = {"reward": 1.0, f"rewards/{bad[:99]}/mean": 1.0}
         events = [
             started(algorithm="grpo"),
             group(1, prompt=bad, ground_truth=bad, completions=completions),
@@ -511,7 +512,7 @@ def test_a_chain_to_rollouts_has_its_stages_and_no_policy(tmp_path: Path) -> Non
     write(
         folder / "2-grpo",
         *rollouts(),
-        Evaluated(step=9, stats={"heldout_grpo_exact": 0.9}),
+        Evaluated(step=9, stats={"heldout/grpo/accuracy": 0.9}),
         RunEnded(status="failed", step=9, seconds=1.0),
     )
     html = write_report(folder).read_text(encoding="utf-8")
@@ -531,7 +532,7 @@ def stage_summary(algorithm: str, who: dict[str, float], **more: Any) -> dict[st
     answers = {
         name: [{"prompt": "1+1?", "completion": f"of {name}", "ground_truth": "2", "stopped": True}] for name in who
     }
-    details = {name: {"exact": share} for name, share in who.items()}
+    details = {name: {"accuracy": share} for name, share in who.items()}
     return {
         "status": "done",
         "algorithm": algorithm,

@@ -360,7 +360,7 @@ def test_metrics_by_the_models_own_logits() -> None:
     mask, targets = batch.loss_mask[:, 1:], batch.input_ids[:, 1:]
     mean_nll = -logp.gather(2, targets[:, :, None]).squeeze(2)[mask].mean().item()
     assert loss == pytest.approx(mean_nll, rel=1e-5) and stats["loss"] == pytest.approx(mean_nll, rel=1e-5)
-    assert stats["accuracy"] == pytest.approx((logp.argmax(-1) == targets)[mask].double().mean().item())
+    assert stats["mean_token_accuracy"] == pytest.approx((logp.argmax(-1) == targets)[mask].double().mean().item())
     assert stats["entropy"] == pytest.approx(-(logp.exp() * logp).sum(-1)[mask].mean().item(), rel=1e-5)
 
 

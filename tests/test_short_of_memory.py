@@ -77,7 +77,7 @@ def events_of(folder: Path) -> list[Event]:
 
 
 def figures(folder: Path) -> list[dict[str, float]]:
-    unsteady = ("memory_gib", "tokens_per_second", "rollout_seconds", "score_seconds", "out_of_memory", "kl")
+    unsteady = ("memory_gib", "tokens_per_second", "rollout_seconds", "reward_seconds", "oom_retries", "kl")
     found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     return [
         {key: value for key, value in each["stats"].items() if key not in unsteady}

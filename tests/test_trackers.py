@@ -80,11 +80,11 @@ def test_tensorboard_files_hold_what_the_log_holds(tmp_path: Path) -> None:
     steps = {event["step"]: event["stats"]["loss"] for event in events if event["event"] == "step_end"}
     assert found["train/loss"] == pytest.approx(steps) and list(steps) == [1, 2, 3]
     checks = {
-        event["step"]: event["stats"]["validation_loss"]
+        event["step"]: event["stats"]["eval_loss"]
         for event in events
-        if event["event"] == "evaluated" and "validation_loss" in event["stats"]
+        if event["event"] == "evaluated" and "eval_loss" in event["stats"]
     }
-    assert found["validation/loss"] == pytest.approx(checks) and found["heldout/base_exact"].keys() == {0}
+    assert found["eval/loss"] == pytest.approx(checks) and found["heldout/base/accuracy"].keys() == {0}
     written = "".join(path.read_text() for path in (outcome.folder / "tensorboard").rglob("hparams.yml"))
     assert "train.learning_rate: 0.002" in written and "base.model: tiny-tutor" in written
 
@@ -92,7 +92,7 @@ def test_tensorboard_files_hold_what_the_log_holds(tmp_path: Path) -> None:
 def test_a_continued_run_goes_on_in_the_same_files(tmp_path: Path) -> None:
     """Killed after step 5, continued from the checkpoint of step 3, killed before any checkpoint and begun again."""
     pytest.importorskip("tensorboard")
-    first: list[Event] = [STARTED, Evaluated(step=0, stats={"heldout_base_exact": 0.1})]
+    first: list[Event] = [STARTED, Evaluated(step=0, stats={"heldout/base/accuracy": 0.1})]
     first += [step(number, loss=float(number)) for number in range(1, 6)]
     _play(begin(["tensorboard"], tmp_path), first)
     again = [
@@ -102,7 +102,7 @@ def test_a_continued_run_goes_on_in_the_same_files(tmp_path: Path) -> None:
     ]
     _play(begin(["tensorboard"], tmp_path, 3, first), again)
     assert scalars(tmp_path)["train/loss"] == {1: 1.0, 2: 2.0, 3: 3.0, 4: 40.0, 5: 50.0, 6: 60.0}
-    assert scalars(tmp_path)["heldout/base_exact"] == pytest.approx({0: 0.1})
+    assert scalars(tmp_path)["heldout/base/accuracy"] == pytest.approx({0: 0.1})
     _play(begin(["tensorboard"], tmp_path), [STARTED, step(1, loss=7.0)])
     assert scalars(tmp_path)["train/loss"] == {1: 7.0}, "a start from nothing forgets what one before it left"
 
@@ -146,7 +146,7 @@ def test_the_same_run_goes_on_elsewhere_and_is_sent_nothing_twice(wandb: FakeWan
         STARTED,
         step(1, loss=1.0, kl=float("nan")),
         step(2, loss=2.0),
-        Evaluated(step=2, stats={"validation_loss": 0.5}),
+        Evaluated(step=2, stats={"eval_loss": 0.5}),
     ]
     _play(begin(["wandb"], tmp_path), first)
     _play(
@@ -154,7 +154,7 @@ def test_the_same_run_goes_on_elsewhere_and_is_sent_nothing_twice(wandb: FakeWan
         [
             STARTED,
             step(2, loss=2.0),
-            Evaluated(step=2, stats={"validation_loss": 0.5, "pairs_accuracy": 0.9}),
+            Evaluated(step=2, stats={"eval_loss": 0.5, "pairs/accuracy": 0.9}),
             step(3, loss=3.0),
             RunEnded(status="done", step=3, seconds=1.0),
         ],
@@ -165,7 +165,7 @@ def test_the_same_run_goes_on_elsewhere_and_is_sent_nothing_twice(wandb: FakeWan
     assert [(at, sorted(values)) for at, values in sent] == [
         (1, ["train/loss", "train/seconds"]),
         (2, ["train/loss", "train/seconds"]),
-        (2, ["validation/loss"]),
+        (2, ["eval/loss"]),
         (2, ["pairs/accuracy"]),
         (3, ["train/loss", "train/seconds"]),
     ]

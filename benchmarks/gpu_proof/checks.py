@@ -137,7 +137,7 @@ def check_kl(name: str, events: Sequence[StepEnd], dtype: torch.dtype, result: C
 def check_rollouts(algorithm: Any, run: MeasuredRun, dtype: torch.dtype, result: CheckResult) -> None:
     """Completions have their full length, rewards differ, and the sampler's log-probs are the policy's."""
     batch, events = run.batches[0], run.events
-    mismatch = max(event.stats["mismatch"] for event in events)
+    mismatch = max(event.stats["sampling/sampling_logp_difference/mean"] for event in events)
     seconds = min(event.stats["rollout_seconds"] for event in events)
     result.figures |= {
         "sampling_logp_difference": mismatch,
@@ -148,11 +148,11 @@ def check_rollouts(algorithm: Any, run: MeasuredRun, dtype: torch.dtype, result:
     lengths = batch.completion_mask.sum(dim=1)
     result.checks["completions have full length"] = bool((lengths == algorithm.collector.max_new_tokens).all())
     if result.algorithm == "grpo":
-        result.checks["no group has zero std"] = all(event.stats["dead_groups"] == 0 for event in events)
+        result.checks["no group has zero std"] = all(event.stats["frac_reward_zero_std"] == 0 for event in events)
         return
-    result.figures |= {name: events[-1].stats[name] for name in ("value_loss", "explained_variance", "update_kl")}
+    result.figures |= {name: events[-1].stats[name] for name in ("value_loss", "explained_variance", "approx_kl")}
     first = events[0].stats
-    result.checks["ratios start at 1"] = first["clip_fraction"] <= 0.01 and first["value_clip_fraction"] == 0
+    result.checks["ratios start at 1"] = first["clip_ratio"] <= 0.01 and first["value_clip_ratio"] == 0
 
 
 def outputs(roles: Roles, role: str, batch: Batch) -> Tensor:

@@ -16,10 +16,10 @@ top; its log-probs belong to the data and come with the rows (`extra["reference"
 rejected, chosen, rejected, and a pair stays in one micro-batch; P and N count the whole optimizer step, so no split
 changes the gradient.
 
-Metrics: `loss` is the preference loss without the SFT term; `reward_chosen` and `reward_rejected` are beta a+ and beta
-a-, `margin` their difference, `accuracy` the share of pairs where it is positive (a tie counts half); `logp_chosen` and
-`logp_rejected` in nats a token; `chosen_change` is a+ in nats a token; `kl` is KL(policy || reference) a token over the
-whole vocabulary, on one micro-batch of a logging step.
+Metrics: `loss` is the preference loss without the SFT term; `rewards/chosen` and `rewards/rejected` are beta a+ and
+beta a-, `rewards/margins` their difference, `rewards/accuracies` the share of pairs where it is positive (a tie counts
+half); `logps_per_token/chosen` and `logps_per_token/rejected` in nats a token; `logps/chosen_delta` is a+ in nats a
+token; `kl` is KL(policy || reference) a token over the whole vocabulary, on one micro-batch of a logging step.
 """
 
 from __future__ import annotations
@@ -140,13 +140,13 @@ class DPO:
         )
         stats = {
             "loss": mean(losses),
-            "accuracy": pair_accuracy(chosen_logratio - rejected_logratio),
-            "margin": mean(self.beta * (chosen_logratio - rejected_logratio)),
-            "reward_chosen": mean(self.beta * chosen_logratio),
-            "reward_rejected": mean(self.beta * rejected_logratio),
-            "logp_chosen": masked_mean(logps[::2], loss_mask[::2]),
-            "logp_rejected": masked_mean(logps[1::2], loss_mask[1::2]),
-            "chosen_change": WeightedMean(chosen_logratio.detach().sum(), num_tokens[::2].sum()),
+            "rewards/accuracies": pair_accuracy(chosen_logratio - rejected_logratio),
+            "rewards/margins": mean(self.beta * (chosen_logratio - rejected_logratio)),
+            "rewards/chosen": mean(self.beta * chosen_logratio),
+            "rewards/rejected": mean(self.beta * rejected_logratio),
+            "logps_per_token/chosen": masked_mean(logps[::2], loss_mask[::2]),
+            "logps_per_token/rejected": masked_mean(logps[1::2], loss_mask[1::2]),
+            "logps/chosen_delta": WeightedMean(chosen_logratio.detach().sum(), num_tokens[::2].sum()),
         }
         return losses, logps, stats
 
@@ -162,11 +162,11 @@ class DPO:
         )
 
     def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]:
-        self._consecutive_drops = self._consecutive_drops + 1 if metrics["chosen_change"] < CHOSEN_LOGP_DROP else 0
+        self._consecutive_drops = self._consecutive_drops + 1 if metrics["logps/chosen_delta"] < CHOSEN_LOGP_DROP else 0
         if self._consecutive_drops >= CONSECUTIVE_STEPS:
             yield (
                 f"the chosen answers have become less likely than under the reference, by "
-                f"{-metrics['chosen_change']:.2f} nats a token: "
+                f"{-metrics['logps/chosen_delta']:.2f} nats a token: "
                 "the margin grows because both sides are unlearned; raise dpo.beta, lower train.learning_rate, or "
                 "set dpo.sft_coef"
             )

@@ -18,12 +18,12 @@ whose rewards are all equal (within 1e-6), or that has no two left, has A = 0 ex
 ref - log p: k3_ratio (e^d - d - 1) rho, whose gradient is that of KL(p || ref); k3 without rho; k2 d^2 / 2; exact, over
 the whole vocabulary. KL in the reward: R_i loses lambda sum_t (log p_old - log ref).
 
-Metrics: `reward` R before any KL, `reward_spread` its std in a group, `reward_NAME` each reward by itself;
-`dead_groups` the share of groups without signal; `length` tokens a completion, `truncated` the share cut by the limit;
-`kl` to the reference, nats a token; `entropy` nats; `clip_fraction` the share of tokens where the clip stops the
-gradient; `mismatch` mean |log p - log p_sampler| in the first pass; `loss` is L; `rollout_seconds` and `score_seconds`
-the time of collecting; `score_errors` and `score_timeouts` how many completions of the step a reward failed on, from
-the first such on.
+Metrics: `reward` R before any KL, `reward_std` its std in a group, `rewards/NAME/mean` each reward by itself;
+`frac_reward_zero_std` the share of groups without signal; `completions/mean_length` tokens a completion,
+`completions/clipped_ratio` the share cut by the limit; `kl` to the reference, nats a token; `entropy` nats;
+`clip_ratio` the share of tokens where the clip stops the gradient; `sampling/sampling_logp_difference/mean` mean
+|log p - log p_sampler| in the first pass; `loss` is L; `rollout_seconds` and `reward_seconds` the time of collecting;
+`reward_errors` and `reward_timeouts` how many completions of the step a reward failed on, from the first such on.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class GRPO:
                 stats,
                 rollout.stats()
                 | {
-                    "dead_groups": WeightedMean(
+                    "frac_reward_zero_std": WeightedMean(
                         zero_std_groups(rollout.rewards, rollout.scored).sum(), rollout.num_groups
                     )
                 },
@@ -255,7 +255,7 @@ class GRPO:
         )
         stats = {
             "entropy": masked_mean(entropy, loss_mask),
-            "clip_fraction": masked_mean(is_clipped.float(), loss_mask),
+            "clip_ratio": masked_mean(is_clipped.float(), loss_mask),
         }
         if self.beta and self.kl_in == "loss":
             if self.kl_estimator == "exact":
@@ -268,7 +268,7 @@ class GRPO:
                 kl_penalty("k3", logps, old_logps, extra["reference_logps"], loss_mask), loss_mask
             )
         if self._first_pass:
-            stats["mismatch"] = masked_mean((logps - extra["sampler"]).abs(), loss_mask)
+            stats["sampling/sampling_logp_difference/mean"] = masked_mean((logps - extra["sampler"]).abs(), loss_mask)
         loss = (apply_mask(per_token, loss_mask) * apply_mask(micro.token_weights, loss_mask)).sum()
         yield LossTerm(loss, stats | {"loss": WeightedMean(loss.detach(), len(micro) / self._num_rows)})
 
@@ -292,9 +292,10 @@ class GRPO:
             )
 
     def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]:
-        if metrics.get("mismatch", 0.0) > self.max_logprob_mismatch:
+        mismatch = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
+        if mismatch > self.max_logprob_mismatch:
             raise TrainingError(
-                f"the sampler's log-probs and the policy's differ by {metrics['mismatch']:.3f} nats a token, more than "
+                f"the sampler's log-probs and the policy's differ by {mismatch:.3f} nats a token, more than "
                 f"grpo.max_logprob_mismatch, {self.max_logprob_mismatch:g}: ratios would compare what was never drawn"
             )
         yield from self.collector.failures.diagnostics(self._reward_failures, self._num_completions)
@@ -302,13 +303,11 @@ class GRPO:
             self._first_reward = metrics["reward"]
         first = math.inf if self._first_reward is None else self._first_reward
         # groups that all became right are no trouble
-        if metrics["dead_groups"] >= 0.8 and metrics["reward"] <= first + REWARD_INCREASE:
+        if metrics["frac_reward_zero_std"] >= 0.8 and metrics["reward"] <= first + REWARD_INCREASE:
             yield (
-                f"most groups have equal rewards and teach nothing, {metrics['dead_groups']:.0%} of this step's: the "
-                f"task is too hard "
-                "or too easy, or groups too small; look at the rewards, raise rollout.num_generations, or begin from "
-                "an SFT "
-                "adapter"
+                f"most groups have equal rewards and give no gradient, {metrics['frac_reward_zero_std']:.0%} of this "
+                "step's: the task is too hard or too easy, or groups too small; look at the rewards, raise "
+                "rollout.num_generations, or begin from an SFT adapter"
             )
 
     def should_continue(self, stats: Stats) -> bool:

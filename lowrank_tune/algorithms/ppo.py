@@ -20,11 +20,11 @@ two losses are two graphs, one alive at a time: no parameter moves between their
 up to those of one joint backward, also where the trunk is shared. lambda is fixed, or follows the KL to a target
 (arXiv:1909.08593, equation 4), a step at a time.
 
-Metrics: `reward` R before penalties, `reward_NAME` each reward by itself; `score` what stands at the last token; `kl`
-to the reference and `update_kl` to old, nats a token, k3; `kl_coefficient` lambda; `value_loss`; `explained_variance`
-of G by V; `value` mean V; `clip_fraction` and `value_clip_fraction` the share of tokens where the clip stops the
-gradient; `entropy` nats; `length` tokens a completion; `truncated` the share without an end; `mismatch` mean |log old -
-log p_sampler|; `loss` the policy's L.
+Metrics: `reward` R before penalties, `rewards/NAME/mean` each reward by itself; `scores` what stands at the last
+token; `kl` to the reference and `approx_kl` to old, nats a token, k3; `kl_coef` lambda; `value_loss`;
+`explained_variance` of G by V; `value` mean V; `clip_ratio` and `value_clip_ratio` the share of tokens where the clip
+stops the gradient; `entropy` nats; `completions/mean_length` tokens a completion; `completions/clipped_ratio` the share
+without an end; `sampling/sampling_logp_difference/mean` mean |log old - log p_sampler|; `loss` the policy's L.
 """
 
 from __future__ import annotations
@@ -213,10 +213,10 @@ class PPO:
             rollout.stats()
             | self.collector.failures.stats(self._reward_failures)
             | {
-                "score": WeightedMean(scores.sum(), len(scores)),
+                "scores": WeightedMean(scores.sum(), len(scores)),
                 "kl": kl,
-                "kl_coefficient": WeightedMean(self.kl_coef, 1),
-                "mismatch": mismatch,
+                "kl_coef": WeightedMean(self.kl_coef, 1),
+                "sampling/sampling_logp_difference/mean": mismatch,
                 "value": masked_mean(values, loss_mask),
             }
         )
@@ -305,8 +305,8 @@ class PPO:
             {
                 "loss": WeightedMean(loss.detach(), len(micro) / self._num_rows),
                 "entropy": masked_mean(output.entropy, loss_mask),
-                "clip_fraction": masked_mean(is_clipped.float(), loss_mask),
-                "update_kl": masked_mean(kl_k3(extra["old"], output.logps, loss_mask), loss_mask),
+                "clip_ratio": masked_mean(is_clipped.float(), loss_mask),
+                "approx_kl": masked_mean(kl_k3(extra["old"], output.logps, loss_mask), loss_mask),
             },
         )
 
@@ -322,7 +322,7 @@ class PPO:
             loss,
             {
                 "value_loss": masked_mean(per_token, loss_mask),
-                "value_clip_fraction": masked_mean(is_clipped.float(), loss_mask),
+                "value_clip_ratio": masked_mean(is_clipped.float(), loss_mask),
             },
         )
 
@@ -340,15 +340,15 @@ class PPO:
 
     def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]:
         yield from self.collector.failures.diagnostics(self._reward_failures, self._num_completions)
-        if metrics["truncated"] > TRUNCATED_WARN_FRACTION:
+        truncated = metrics["completions/clipped_ratio"]
+        if truncated > TRUNCATED_WARN_FRACTION:
             yield (
-                f"most completions have no end, {metrics['truncated']:.0%} of this step's: what they earn is not "
-                f"what whole answers earn; "
-                "raise rollout.max_new_tokens, or begin from an SFT adapter that ends its answers"
+                f"most completions have no end, {truncated:.0%} of this step's: their rewards are not those of whole "
+                "answers; raise rollout.max_new_tokens, or begin from an SFT adapter that ends its answers"
             )
 
     def should_continue(self, stats: Stats) -> bool:
-        return self.kl_control.target_kl is None or not stats["update_kl"].value > self.kl_control.target_kl
+        return self.kl_control.target_kl is None or not stats["approx_kl"].value > self.kl_control.target_kl
 
     def state(self) -> dict[str, float]:
         return {"coefficient": self.kl_coef, **self.collector.failures.state()}

@@ -65,7 +65,7 @@ class RewardFailureTracker:
         """Of a step, from the run's first failure on."""
         kinds = {"error": self.errors, "timeout": self.timeouts}
         return {
-            f"score_{kind}s": WeightedMean(sum(failure.verdict == kind for failure in failures), 1)
+            f"reward_{kind}s": WeightedMean(sum(failure.verdict == kind for failure in failures), 1)
             for kind, total in kinds.items()
             if total
         }

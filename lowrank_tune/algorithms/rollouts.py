@@ -88,14 +88,15 @@ class RolloutBatch:
             rewards, components = rewards[scored], components[scored.flatten()]
         names = self.reward_names if len(self.reward_names) > 1 else ()
         by_reward = {
-            f"reward_{name}": WeightedMean(components[:, i].sum(), len(components)) for i, name in enumerate(names)
+            f"rewards/{name}/mean": WeightedMean(components[:, i].sum(), len(components))
+            for i, name in enumerate(names)
         }
         return {
             "reward": WeightedMean(rewards.sum(), rewards.numel()),
-            "reward_spread": WeightedMean(stds.sum(), len(stds)),
+            "reward_std": WeightedMean(stds.sum(), len(stds)),
             **by_reward,
-            "length": WeightedMean(lengths.sum(), len(lengths)),
-            "truncated": WeightedMean(self.truncated.sum(), len(self.truncated)),
+            "completions/mean_length": WeightedMean(lengths.sum(), len(lengths)),
+            "completions/clipped_ratio": WeightedMean(self.truncated.sum(), len(self.truncated)),
             **{name: WeightedMean(value, 1) for name, value in self.timings.items()},
         }
 
@@ -217,7 +218,7 @@ class RolloutCollector:
         )
         completions = [done[key] for key in range(len(prompts) * n)]
         truncated = torch.tensor([one.finish_reason == "length" for one in completions])
-        seconds = {"rollout_seconds": rollout_end - start_time, "score_seconds": time.perf_counter() - rollout_end}
+        seconds = {"rollout_seconds": rollout_end - start_time, "reward_seconds": time.perf_counter() - rollout_end}
         batch = _batch([prompts[one.prompt].input_ids for one in completions], completions, self.pad_id)
         ordered_texts = [texts[key] for key in range(len(completions))]
         return RolloutBatch(

@@ -49,7 +49,7 @@ class SFT:
         loss = sft_loss(logps, loss_mask, micro.token_weights)
         stats = {
             "loss": masked_mean(-logps, loss_mask),
-            "accuracy": masked_mean(likeliest.float(), loss_mask),
+            "mean_token_accuracy": masked_mean(likeliest.float(), loss_mask),
             "entropy": masked_mean(entropy, loss_mask),
         }
         yield LossTerm(loss, stats)
@@ -58,7 +58,7 @@ class SFT:
         logps, _, likeliest = self.context.roles.token_logps_and_entropy("policy", micro)
         return {
             "loss": masked_mean(-logps, micro.loss_mask),
-            "accuracy": masked_mean(likeliest.float(), micro.loss_mask),
+            "mean_token_accuracy": masked_mean(likeliest.float(), micro.loss_mask),
         }
 
     def check(self, micro: Batch, step: int) -> None:

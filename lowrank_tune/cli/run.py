@@ -77,18 +77,18 @@ def _print_before_after(summary: dict[str, Any]) -> None:
     console, details = Console(), summary["heldout_details"]
     figures = Table("held-out questions", *details, title="before and after")
     rows = {
-        "exact": "exact answers (pass@1)",
+        "accuracy": "exact answers (pass@1)",
         **{
             key: f"one of {key[8:]} exact (pass@{key[8:]})"
             for key in next(iter(details.values()))
             if key.startswith("pass_at_")
         },
-        "stopped": "stops by itself",
-        "length": "tokens an answer",
+        "eos_rate": "stops by itself",
+        "mean_length": "tokens an answer",
     }
     for key, label in rows.items():
         figures.add_row(
-            label, *(f"{stats[key]:.1f}" if key == "length" else f"{stats[key]:.1%}" for stats in details.values())
+            label, *(f"{stats[key]:.1f}" if key == "mean_length" else f"{stats[key]:.1%}" for stats in details.values())
         )
     console.print(figures)
     answers = Table("question", "gold", *summary["answers"], show_lines=True)

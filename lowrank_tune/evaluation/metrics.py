@@ -50,8 +50,8 @@ def mean_metric(value: Callable[[GradedAnswer], float | None]) -> PromptMetric:
 def variant_metrics(
     result: EvalResult, variant: str, ks: Sequence[int], seed: int, confidence: float = CONFIDENCE
 ) -> Metrics:
-    """All that can be said of one voice: `loss`, `pass_at_K`, `reward` (and `reward_NAME` of several), `judge_score`,
-    `stopped`, `length`."""
+    """Return the metrics of one variant: `loss`, `pass_at_K`, `reward` (and `rewards/NAME/mean` of several),
+    `reward_model_score`, `eos_rate`, `mean_length`."""
     metrics: Metrics = {}
     losses = [result.losses[variant][number] for number in result.done if number in result.losses[variant]]
     if losses:
@@ -63,7 +63,7 @@ def variant_metrics(
         if not values:
             continue
         k = int(name.removeprefix("pass_at_")) if name.startswith("pass_at_") else 1
-        is_proportion = k > 1 or name in ("pass_at_1", "stopped")
+        is_proportion = k > 1 or name in ("pass_at_1", "eos_rate")
         metrics[name] = (
             proportion_ci(values, samples // k, confidence) if is_proportion else mean_ci(values, seed, confidence)
         )
@@ -76,8 +76,8 @@ def _prompt_metrics(answers: Iterable[Sequence[GradedAnswer]], ks: Sequence[int]
     return {
         **{f"pass_at_{k}": pass_at_k_of(k) for k in ks},
         **reward_metrics,
-        "stopped": mean_metric(lambda answer: float(answer.stopped)),
-        "length": mean_metric(lambda answer: float(answer.tokens)),
+        "eos_rate": mean_metric(lambda answer: float(answer.stopped)),
+        "mean_length": mean_metric(lambda answer: float(answer.tokens)),
     }
 
 
@@ -85,8 +85,8 @@ def _reward_metrics(answers: Iterable[Sequence[GradedAnswer]]) -> dict[str, Call
     """Figures that are no shares: the weighted reward, of several each one, and the judge's score."""
     parts = list(dict.fromkeys(name for several in answers for answer in several for name in answer.parts))
     metrics: dict[str, Callable[[GradedAnswer], float | None]] = {"reward": lambda answer: answer.reward}
-    metrics |= {f"reward_{name}": partial(_reward_component, name) for name in parts if len(parts) > 1}
-    return metrics | {"judge_score": lambda answer: answer.score}
+    metrics |= {f"rewards/{name}/mean": partial(_reward_component, name) for name in parts if len(parts) > 1}
+    return metrics | {"reward_model_score": lambda answer: answer.score}
 
 
 def _reward_component(name: str, answer: GradedAnswer) -> float | None:

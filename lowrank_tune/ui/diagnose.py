@@ -10,7 +10,7 @@ from statistics import fmean, median
 from typing import Literal
 
 from lowrank_tune.reward_hacking import find_divergence
-from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS
+from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS, PAIR_ACCURACY, PAIR_MARGIN
 from lowrank_tune.ui.reward_vs_accuracy import describe_drift, eval_points_of, values_of
 from lowrank_tune.ui.state import State
 
@@ -44,7 +44,7 @@ MAX_TRUNCATED, MAX_ZERO_STD, MIN_REWARD_STD, MAX_LOGPROB_MISMATCH = (
     0.02,
     0.02,
 )  # shares; of the span of rewards; nats a token
-LEARNS_BY_LOSS, LEARNS_FROM_PAIRS = ("sft", "reward", "dpo"), ("reward", "dpo")
+LEARNS_BY_LOSS = ("sft", "reward", "dpo")
 COLLAPSED = -0.5
 """Nats a token that the chosen answers lost against the reference: as `algorithms.dpo` has it, which loads torch."""
 CHANCE_MARGIN, SATURATED_ACCURACY, MIN_ACCURACY_DROP = (
@@ -90,8 +90,8 @@ def not_finite(state: State) -> Iterator[Diagnosis]:
             yield Diagnosis("bad", f"{name.replace('_', ' ')} is not a number: the last step changed nothing")
 
 
-def bad_steps(state: State) -> Iterator[Diagnosis]:
-    if bad := state.last("bad_steps"):
+def skipped_steps(state: State) -> Iterator[Diagnosis]:
+    if bad := state.last("skipped_steps"):
         yield Diagnosis(
             "warning",
             f"{bad:.0f} of {state.step} steps had no finite loss or gradient and were skipped: a lower learning rate?",
@@ -104,7 +104,7 @@ def loss_not_falling(state: State) -> Iterator[Diagnosis]:
     values, algorithm = values_of(state, "loss"), _algorithm(state)
     if len(values) < FEW_STEPS or algorithm not in LEARNS_BY_LOSS:
         return
-    if algorithm in LEARNS_FROM_PAIRS and _mean_of_last_quarter(values_of(state, "accuracy")) > 0.9:
+    if algorithm in PAIR_ACCURACY and _mean_of_last_quarter(values_of(state, PAIR_ACCURACY[algorithm])) > 0.9:
         return
     quarter = len(values) // 4
     first, last = fmean(values[:quarter]), fmean(values[-quarter:])
@@ -145,7 +145,9 @@ def kl_above_band(state: State) -> Iterator[Diagnosis]:
 
 
 def nothing_learned(state: State) -> Iterator[Diagnosis]:
-    moved, sizes, rates = (values_of(state, name) for name in ("moved_share", "update_ratio", "learning_rate"))
+    moved, sizes, rates = (
+        values_of(state, name) for name in ("updated_param_fraction", "update_ratio", "learning_rate")
+    )
     if len(moved) < CHECKS_BEFORE_WARNING or (rates and rates[-1] < MIN_LR_FRACTION * max(rates)):
         return
     still = all(share < MIN_UPDATED_FRACTION for share in moved[-CHECKS_BEFORE_WARNING:]) or all(
@@ -167,7 +169,7 @@ def rows_dropped(state: State) -> Iterator[Diagnosis]:
 
 def validation_rising(state: State) -> Iterator[Diagnosis]:
     """Overfitting: every evaluation since the best is worse than it, and the last three clearly so on average."""
-    series = state.series.get("validation_loss")
+    series = state.series.get("eval_loss")
     points = [point for point in series.points if math.isfinite(point[1])] if series else []
     if not points:
         return
@@ -183,7 +185,7 @@ def validation_rising(state: State) -> Iterator[Diagnosis]:
 
 def chosen_logps_drop(state: State) -> Iterator[Diagnosis]:
     """DPO's collapse: the margin grows while both sides become less likely."""
-    values = values_of(state, "chosen_change")
+    values = values_of(state, "logps/chosen_delta")
     if values and (now := fmean(values[-3:])) < COLLAPSED:
         yield Diagnosis(
             "bad",
@@ -195,9 +197,13 @@ def chosen_logps_drop(state: State) -> Iterator[Diagnosis]:
 def pair_accuracy_at_chance(state: State) -> Iterator[Diagnosis]:
     """A coin is right half of the time. Held-out pairs decide for a reward model, for it can learn its training pairs
     by heart."""
-    if _algorithm(state) not in LEARNS_FROM_PAIRS:
+    algorithm = _algorithm(state)
+    if algorithm not in PAIR_ACCURACY:
         return
-    right, checked, margins = (values_of(state, name) for name in ("accuracy", "validation_accuracy", "margin"))
+    accuracy = PAIR_ACCURACY[algorithm]
+    right, checked, margins = (
+        values_of(state, name) for name in (accuracy, f"eval_{accuracy}", PAIR_MARGIN[algorithm])
+    )
     trained, held_out = (
         _mean_of_last_quarter(right),
         fmean(checked[-3:]) if len(checked) > 1 and len(right) >= FEW_STEPS else math.nan,
@@ -223,7 +229,7 @@ def pair_accuracy_at_chance(state: State) -> Iterator[Diagnosis]:
 
 def overconfident(state: State) -> Iterator[Diagnosis]:
     """A reward model that knows its training pairs by heart becomes worse at others, and surer of it."""
-    trained, checked = _mean_of_last_quarter(values_of(state, "accuracy")), values_of(state, "validation_accuracy")
+    trained, checked = _mean_of_last_quarter(values_of(state, "accuracy")), values_of(state, "eval_accuracy")
     if (
         _algorithm(state) == "reward"
         and trained >= SATURATED_ACCURACY
@@ -239,7 +245,7 @@ def overconfident(state: State) -> Iterator[Diagnosis]:
 
 def follows_length(state: State) -> Iterator[Diagnosis]:
     """A preference for long answers is the fault that reward models learn most easily."""
-    series = state.series.get("pairs_length_correlation")
+    series = state.series.get("pairs/length_correlation")
     if series is not None and abs(series.last) > FOLLOWS_LENGTH:
         longer = "longer" if series.last > 0 else "shorter"
         advice = "balance the lengths in the data" + (
@@ -311,7 +317,7 @@ def entropy_collapsed(state: State) -> Iterator[Diagnosis]:
 
 def mostly_truncated(state: State) -> Iterator[Diagnosis]:
     """Completions that run into the limit, more of them as they grow."""
-    shares, lengths = values_of(state, "truncated"), values_of(state, "length")
+    shares, lengths = values_of(state, "completions/clipped_ratio"), values_of(state, "completions/mean_length")
     if not shares or (now := fmean(shares[-5:])) <= MAX_TRUNCATED:
         return
     first, last = (fmean(lengths[:5]), fmean(lengths[-5:])) if lengths else (0.0, 0.0)
@@ -326,8 +332,8 @@ def mostly_truncated(state: State) -> Iterator[Diagnosis]:
 def no_signal(state: State) -> Iterator[Diagnosis]:
     """Groups in which all earn the same. At the top that is success."""
     zero_std, reward_std, trend = (
-        _mean_of_last_quarter(values_of(state, "dead_groups")),
-        _mean_of_last_quarter(values_of(state, "reward_spread")),
+        _mean_of_last_quarter(values_of(state, "frac_reward_zero_std")),
+        _mean_of_last_quarter(values_of(state, "reward_std")),
         _reward_trend(state),
     )
     if trend is None or _is_near_top(state):
@@ -339,7 +345,7 @@ def no_signal(state: State) -> Iterator[Diagnosis]:
     if trend[2] == 0:
         yield Diagnosis(
             "bad",
-            f"every completion earns {_number(trend[1])}, so that there is nothing to learn: an easier task, "
+            f"every completion has the reward {_number(trend[1])}, so that there is nothing to learn: an easier task, "
             "a partial reward, or an SFT adapter below",
         )
     elif _algorithm(state) != "grpo":
@@ -347,7 +353,8 @@ def no_signal(state: State) -> Iterator[Diagnosis]:
     elif zero_std > MAX_ZERO_STD:
         yield Diagnosis(
             "warning",
-            f"{zero_std:.0%} of the groups are dead: all their completions earn the same and teach nothing: {advice}",
+            f"{zero_std:.0%} of the groups have zero reward std: their completions all have one reward and give no "
+            f"gradient: {advice}",
         )
     elif reward_std < MIN_REWARD_STD * trend[2]:
         yield Diagnosis("warning", f"rewards within a group hardly differ (spread {_number(reward_std)}): {advice}")
@@ -355,7 +362,7 @@ def no_signal(state: State) -> Iterator[Diagnosis]:
 
 def sampling_mismatch(state: State) -> Iterator[Diagnosis]:
     """Sampling and training should give a token the same log-prob; the run stops at grpo.max_logprob_mismatch."""
-    values = values_of(state, "mismatch")
+    values = values_of(state, "sampling/sampling_logp_difference/mean")
     if values and (now := fmean(values[-3:])) > MAX_LOGPROB_MISMATCH:
         advice = "set grpo.old_logprobs_from to sampler, or " if _algorithm(state) == "grpo" else ""
         yield Diagnosis(
@@ -391,7 +398,7 @@ CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
     sampling_mismatch,
     kl_above_band,
     follows_length,
-    bad_steps,
+    skipped_steps,
     rows_dropped,
 )
 
@@ -399,20 +406,21 @@ CHECKS: tuple[Callable[[State], Iterator[Diagnosis]], ...] = (
 def _no_issue(state: State) -> Diagnosis:
     if state.ended is not None and state.ended.status == "failed":
         return Diagnosis("", "the run failed; the last lines of the log say why")
-    values, checked = values_of(state, "loss"), values_of(state, "validation_loss")
+    values, checked = values_of(state, "loss"), values_of(state, "eval_loss")
     if len(values) < FEW_STEPS:
         early = f"too early to judge: {len(values)} of the first {FEW_STEPS} steps"
         return Diagnosis("", early if values else "no step yet: the curves come with the first one")
     if (trend := _reward_trend(state)) is not None and _algorithm(state) in GENERATIVE_ALGORITHMS:
-        accuracy = values_of(state, "heldout_exact")
+        accuracy = values_of(state, "heldout/accuracy")
         text = f", held-out exact {accuracy[0]:.0%} -> {accuracy[-1]:.0%}" if len(accuracy) > 1 else ""
         return Diagnosis("good", f"all good: reward {_number(trend[0])} -> {_number(trend[1])}{text}")
     quarter = len(values) // 4
     text = f"loss {_number(fmean(values[:quarter]))} -> {_number(fmean(values[-quarter:]))}"
     if len(checked) > 1:
         text += f", validation {_number(checked[0])} -> {_number(checked[-1])}"
-    if _algorithm(state) in LEARNS_FROM_PAIRS and (
-        right := values_of(state, "validation_accuracy") or values_of(state, "accuracy")
-    ):
-        text += f", {right[-1]:.0%} of the {'held-out ' if 'validation_accuracy' in state.series else ''}pairs right"
+    if metric := PAIR_ACCURACY.get(_algorithm(state)):
+        heldout_accuracy = values_of(state, f"eval_{metric}")
+        accuracy = heldout_accuracy or values_of(state, metric)
+        if accuracy:
+            text += f", {accuracy[-1]:.0%} of the {'held-out ' if heldout_accuracy else ''}pairs right"
     return Diagnosis("good", f"all good: {text}")

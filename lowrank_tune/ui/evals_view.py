@@ -14,9 +14,10 @@ from rich.text import Text
 from lowrank_tune.evaluation import EvalRecord, MetricValue
 from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.formatting import number, percent
+from lowrank_tune.ui.metrics import reward_label
 
 BASE = "base"
-SHARE_METRICS = re.compile(r"pass_at_\d+|stopped")
+SHARE_METRICS = re.compile(r"pass_at_\d+|eos_rate")
 TableRow = tuple[str, str, str, str, str]
 """Figure (empty where it is that of the line above), voice, value, interval, change against the base."""
 
@@ -35,11 +36,12 @@ def label_of(name: str) -> str:
     plain = {
         "loss": "loss, nats a token",
         "reward": "reward",
-        "judge_score": "judge's score",
-        "stopped": "stops by itself",
-        "length": "tokens an answer",
+        "reward_model_score": "score of the reward model",
+        "eos_rate": "stops by itself",
+        "mean_length": "tokens an answer",
     }
-    return plain.get(name) or (f"reward {name.removeprefix('reward_')}" if name.startswith("reward_") else name)
+    reward = reward_label(name)
+    return plain.get(name) or (f"reward {reward}" if reward != name else name)
 
 
 def value_of(name: str, figure: MetricValue) -> str:
@@ -61,7 +63,7 @@ def change_of(name: str, figure: MetricValue | None) -> str:
     share = SHARE_METRICS.fullmatch(name) is not None
 
     def write(value: float) -> str:
-        return f"{100 * value:+.1f}" if share else f"{value:+.1f}" if name == "length" else f"{value:+.3f}"
+        return f"{100 * value:+.1f}" if share else f"{value:+.1f}" if name == "mean_length" else f"{value:+.3f}"
 
     known = figure.low is not None and figure.high is not None
     ends = (
@@ -93,7 +95,7 @@ def rows(record: EvalRecord) -> Iterator[TableRow]:
                     f"wins by {by}" if first else "",
                     model,
                     percent(several[by].value),
-                    interval_of("stopped", several[by]),
+                    interval_of("eos_rate", several[by]),
                     shares_text,
                 )
                 first = False
@@ -111,7 +113,7 @@ def rows_of_last_model(record: EvalRecord) -> Iterator[tuple[str, str]]:
     for name, figure in record.figures.get(model, {}).items():
         yield f"eval: {label_of(name)}", _cell(name, figure)
     for by, figure in record.wins.get(model, {}).items():
-        yield f"eval: wins ({by})", _cell("stopped", figure)
+        yield f"eval: wins ({by})", _cell("eos_rate", figure)
     for name, figure in record.tasks.get(model, {}).items():
         yield f"eval: {name}", _cell(name, figure)
     if record.planned:
@@ -181,7 +183,7 @@ def show(record: EvalRecord, unjudged: Mapping[str, int], console: Console) -> N
 
 
 def _writer(name: str) -> Callable[[float], str]:
-    return percent if SHARE_METRICS.fullmatch(name) else "{:.1f}".format if name == "length" else number
+    return percent if SHARE_METRICS.fullmatch(name) else "{:.1f}".format if name == "mean_length" else number
 
 
 def _bare(text: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from lowrank_tune.events import Evaluated, StepEnd
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.metrics import POLICY, heldout_parts, reward_names
+from lowrank_tune.ui.metrics import POLICY, heldout_parts, reward_label, reward_names
 
 
 def number(value: float) -> str:
@@ -27,42 +27,45 @@ def signed(value: float) -> str:
 
 METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "reward": ("reward", number),
-    "reward_spread": ("spread", number),
-    "heldout_exact": ("held-out exact", percent),
+    "reward_std": ("spread", number),
+    "heldout/accuracy": ("held-out exact", percent),
     "loss": ("loss", number),
     "accuracy": ("accuracy", percent),
+    "mean_token_accuracy": ("accuracy", percent),
+    "rewards/accuracies": ("accuracy", percent),
     "margin": ("margin", signed),
+    "rewards/margins": ("margin", signed),
     "score_chosen": ("chosen", signed),
     "score_rejected": ("rejected", signed),
-    "reward_chosen": ("chosen", signed),
-    "reward_rejected": ("rejected", signed),
-    "chosen_change": ("chosen a token", signed),
-    "logp_chosen": ("chosen", number),
-    "logp_rejected": ("rejected", number),
+    "rewards/chosen": ("chosen", signed),
+    "rewards/rejected": ("rejected", signed),
+    "logps/chosen_delta": ("chosen a token", signed),
+    "logps_per_token/chosen": ("chosen", number),
+    "logps_per_token/rejected": ("rejected", number),
     "calibration_error": ("calibration error", percent),
     "length_correlation": ("length correlation", "{:+.2f}".format),
     "prefers_longer": ("prefers the longer", percent),
-    "exact": ("exact", percent),
-    "stopped": ("stopped", percent),
+    "eos_rate": ("EOS", percent),
     "pass": ("pass", percent),
     "kl": ("kl", number),
-    "length": ("length", "{:.1f}".format),
-    "truncated": ("cut off", percent),
-    "dead_groups": ("dead groups", percent),
-    "score": ("score", number),
-    "kl_coefficient": ("KL weight", number),
+    "completions/mean_length": ("length", "{:.1f}".format),
+    "mean_length": ("length", "{:.1f}".format),
+    "completions/clipped_ratio": ("truncated", percent),
+    "frac_reward_zero_std": ("zero std", percent),
+    "scores": ("score", number),
+    "kl_coef": ("KL weight", number),
     "value_loss": ("value loss", number),
     "explained_variance": ("explained", "{:.2f}".format),
     "entropy": ("entropy", number),
-    "clip_fraction": ("clipped", percent),
+    "clip_ratio": ("clipped", percent),
     "learning_rate": ("lr", "{:.1e}".format),
     "grad_norm": ("grad", number),
     "update_ratio": ("update", "{:.1e}".format),
-    "moved_share": ("moved", percent),
-    "bad_steps": ("skipped", "{:.0f}".format),
-    "out_of_memory": ("short of memory", "{:.0f}".format),
-    "score_errors": ("reward errors", "{:.0f}".format),
-    "score_timeouts": ("reward timeouts", "{:.0f}".format),
+    "updated_param_fraction": ("moved", percent),
+    "skipped_steps": ("skipped", "{:.0f}".format),
+    "oom_retries": ("short of memory", "{:.0f}".format),
+    "reward_errors": ("reward errors", "{:.0f}".format),
+    "reward_timeouts": ("reward timeouts", "{:.0f}".format),
     "": ("", str),  # statistics without a line here come in this place, under their own names
     "rollout_seconds": ("rollout", "{:.1f} s".format),
     "tokens_per_second": ("tokens/s", "{:,.0f}".format),
@@ -71,21 +74,28 @@ METRIC_FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
 """How a statistic is named and written, in the order of the line."""
 
 HIDDEN_METRICS = {
-    "logp_chosen",
-    "logp_rejected",
-    "chosen_change",
-    "mismatch",
-    "score_seconds",
-    "heldout_stopped",
-    "heldout_length",
-    "heldout_repetition",
-    "gold_noise",
+    "logps_per_token/chosen",
+    "logps_per_token/rejected",
+    "logps/chosen_delta",
+    "sampling/sampling_logp_difference/mean",
+    "reward_seconds",
+    "heldout/eos_rate",
+    "heldout/mean_length",
+    "heldout/repetition",
+    "heldout_accuracy_stderr",
     "value",
-    "value_clip_fraction",
-    "update_kl",
+    "value_clip_ratio",
+    "approx_kl",
 }
 """What would make the line of a step too long, and says little by itself: the screen and the report draw it."""
-NONZERO_ONLY_METRICS = {"bad_steps", "out_of_memory", "truncated", "clip_fraction", "score_errors", "score_timeouts"}
+NONZERO_ONLY_METRICS = {
+    "skipped_steps",
+    "oom_retries",
+    "completions/clipped_ratio",
+    "clip_ratio",
+    "reward_errors",
+    "reward_timeouts",
+}
 """Said only where it is not 0."""
 _PASS = re.compile(r"pass_at_(\d{1,6})")
 
@@ -108,23 +118,23 @@ def format_stats(stats: Mapping[str, float]) -> str:
             parts += [f"{escape_control_chars(other)} {number(stats[other])}" for other in others]
         elif name in stats and (name not in NONZERO_ONLY_METRICS or stats[name]):
             parts.append(f"{label} {write(stats[name])}")
-        if name == "reward_spread":
-            parts += [f"{escape_control_chars(each.removeprefix('reward_'))} {number(stats[each])}" for each in rewards]
+        if name == "reward_std":
+            parts += [f"{escape_control_chars(reward_label(each))} {number(stats[each])}" for each in rewards]
     return "  ".join(parts)
 
 
 def validation_line(event: Evaluated, colon: str = "") -> str:
     """A validation in words: of held-out rows, of answers to held-out questions, or of scores of held-out pairs."""
-    what, stats = "validation", {name.removeprefix("validation_"): value for name, value in event.stats.items()}
-    if stats and all(name.startswith("pairs_") for name in stats):
-        what, stats = "held-out pairs", {name.removeprefix("pairs_"): value for name, value in stats.items()}
-    elif stats and all(name.startswith("heldout_") for name in stats):
+    what, stats = "validation", {name.removeprefix("eval_"): value for name, value in event.stats.items()}
+    if stats and all(name.startswith("pairs/") for name in stats):
+        what, stats = "held-out pairs", {name.removeprefix("pairs/"): value for name, value in stats.items()}
+    elif stats and all(name.startswith("heldout/") for name in stats):
         names = {name: heldout_parts(name) for name in stats}
         models = [f"the {POLICY}" if who == POLICY else who for who, _ in names.values()]
         what = f"held-out answers of {escape_control_chars(', '.join(dict.fromkeys(models)), 60)}"
         stats = {names[name][1]: value for name, value in stats.items()}
     else:
-        stats = {name.replace(f"heldout_{POLICY}_", "heldout_", 1): value for name, value in stats.items()}
+        stats = {name.replace(f"heldout/{POLICY}/", "heldout/", 1): value for name, value in stats.items()}
     return f"{what} after step {event.step}{colon or '  '}{format_stats(stats)}" + (
         "  best so far" if event.best else ""
     )

@@ -15,7 +15,9 @@ from lowrank_tune.ui.metrics import (
     SIDE_TITLES,
     TITLES,
     charts_of,
+    metric_label,
     pair_side,
+    reward_label,
     reward_names,
 )
 from lowrank_tune.ui.reward_vs_accuracy import frontier
@@ -37,12 +39,14 @@ KEYS = {
 }
 PLAIN_FORMAT_METRICS = (
     "accuracy",
+    "mean_token_accuracy",
+    "rewards/accuracies",
     "learning_rate",
-    "heldout_exact",
-    "dead_groups",
-    "truncated",
-    "clip_fraction",
-    "length",
+    "heldout/accuracy",
+    "frac_reward_zero_std",
+    "completions/clipped_ratio",
+    "clip_ratio",
+    "completions/mean_length",
 )
 # a chart over no steps: its place among the others, and the points it needs
 FRONTIER, FRONTIER_INDEX, MIN_FRONTIER_DOTS = "reward against KL", 5, 3
@@ -84,7 +88,7 @@ def chart_names(state: State) -> list[tuple[str, ...]]:
     share one."""
     wanted = charts_of(state.started.algorithm if state.started else "sft")
     names = [chart for names in wanted if (chart := tuple(name for name in names if measured(state, name)))]
-    names += [(name,) for name in ("reward", "heldout_exact") if name in state.series and (name,) not in names]
+    names += [(name,) for name in ("reward", "heldout/accuracy") if name in state.series and (name,) not in names]
     if (
         len(several := tuple(reward_names(state.series))) > 1
         and state.started is not None
@@ -101,7 +105,7 @@ def chart_names(state: State) -> list[tuple[str, ...]]:
 
 
 def measured(state: State, name: str) -> bool:
-    return name in state.series or f"validation_{name}" in state.series
+    return name in state.series or f"eval_{name}" in state.series
 
 
 def format_value(name: str, value: float) -> str:
@@ -121,9 +125,8 @@ def chart_pane(state: State, names: Sequence[str], view: View, width: int, heigh
     colour."""
     if names == (FRONTIER,):
         return _frontier_pane(state, view, width, height)
-    label = (SIDE_TITLES if len(names) > 1 else TITLES).get(names[0]) or sanitize(names[0], view.ascii_only).replace(
-        "_", " "
-    )
+    titles = SIDE_TITLES if len(names) > 1 else TITLES
+    label = titles.get(names[0]) or sanitize(metric_label(names[0]), view.ascii_only)
     label = "rewards" if len(names) > 1 and names[0] in reward_names(names) else label
     title: Line = [(f" {label} ", "title")]
     styles = dict(zip(names, _chart_styles(names), strict=True))
@@ -138,7 +141,7 @@ def chart_pane(state: State, names: Sequence[str], view: View, width: int, heigh
 def _frontier_pane(state: State, view: View, width: int, height: int) -> list[Line]:
     """The reward by the KL to the reference; held-out exact answers are stretched to the same height, for only their
     course counts here."""
-    rewards, accuracy = frontier(state), frontier(state, "heldout_exact")
+    rewards, accuracy = frontier(state), frontier(state, "heldout/accuracy")
     low, high = min(y for _, y in rewards), max(y for _, y in rewards)
     curves = [Curve(rewards, "first", "*")]
     title: Line = [(" reward against KL  ", "title"), ("reward", "first")]
@@ -163,9 +166,7 @@ def _chart_styles(names: Sequence[str]) -> list[ChartStyle | None]:
         return [None for _ in names]
     if all(sides := [pair_side(name) for name in names]):
         return [(side, side, "+" if side == "chosen" else "-") for side in sides]
-    return [
-        (name.removeprefix("reward_"), *CHART_STYLES[index % len(CHART_STYLES)]) for index, name in enumerate(names)
-    ]
+    return [(reward_label(name), *CHART_STYLES[index % len(CHART_STYLES)]) for index, name in enumerate(names)]
 
 
 def _band(state: State, name: str, weight: float) -> list[Curve]:
@@ -178,11 +179,11 @@ def _band(state: State, name: str, weight: float) -> list[Curve]:
 
 
 def _curves(state: State, name: str, view: View, style: ChartStyle | None) -> list[Curve]:
-    series, checked, weight = state.series.get(name), state.series.get(f"validation_{name}"), SMOOTHINGS[view.smoothing]
+    series, checked, weight = state.series.get(name), state.series.get(f"eval_{name}"), SMOOTHINGS[view.smoothing]
     if style is not None:
         shown = series or checked
         return [] if shown is None else [Curve(smooth(shown.points, weight), style[1], style[2])]
-    if series is not None and name == "heldout_exact":  # measured seldom: each point counts
+    if series is not None and name == "heldout/accuracy":  # measured seldom: each point counts
         return [Curve(series.points, "first", "*")]
     curves = _band(state, name, weight)
     if curves and series is not None:
@@ -196,7 +197,7 @@ def _curves(state: State, name: str, view: View, style: ChartStyle | None) -> li
 
 
 def _last_values(state: State, name: str, style: ChartStyle | None, view: View) -> Line:
-    series, checked = state.series.get(name), state.series.get(f"validation_{name}")
+    series, checked = state.series.get(name), state.series.get(f"eval_{name}")
     if style is not None:
         shown = series or checked
         return (
@@ -252,11 +253,11 @@ def sample_pane(state: State, view: View, width: int, height: int) -> list[Line]
 def _heldout_line(state: State, view: View, width: int) -> str:
     """The held-out figures of all who were asked; where that is too long, of the first and the last."""
     figures = [
-        f"{sanitize(who, view.ascii_only, 12)} {percent(stats['exact'])}"
+        f"{sanitize(who, view.ascii_only, 12)} {percent(stats['accuracy'])}"
         for who, stats in state.heldout.items()
-        if "exact" in stats
+        if "accuracy" in stats
     ]
-    figures += [f"now {percent(state.now['exact'])} (greedy)"] if "exact" in state.now else []
+    figures += [f"now {percent(state.now['accuracy'])} (greedy)"] if "accuracy" in state.now else []
     ends = figures if len(figures) < 3 else [figures[0], figures[-1]]
     for text in (f"held-out exact: {', '.join(figures)}", f"exact: {', '.join(figures)}", f"exact: {', '.join(ends)}"):
         if figures and len(text) <= width:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lowrank_tune.ui.diagnose import diagnose
 from lowrank_tune.ui.formatting import METRIC_FORMATS, clock
 from lowrank_tune.ui.group_pane import group_pane
-from lowrank_tune.ui.metrics import SIDE_TITLES, WITHOUT_REFERENCE
+from lowrank_tune.ui.metrics import SIDE_TITLES, WITHOUT_REFERENCE, reward_label
 from lowrank_tune.ui.panes import View, chart_names, chart_pane, format_value, help_pane, keys_of, log_pane, sample_pane
 from lowrank_tune.ui.state import State
 from lowrank_tune.ui.text_layout import Line, fit, pad, sanitize, side_by_side, width_of, wrap
@@ -203,9 +203,7 @@ def _figures(state: State, charts: Sequence[Sequence[str]], view: View, width: i
         part: Line = [(f"{SIDE_TITLES.get(names[0], 'rewards:')} ", "quiet")] if len(names) > 1 else []
         for name in names:
             label = (
-                METRIC_FORMATS[name][0]
-                if name in METRIC_FORMATS
-                else sanitize(name.removeprefix("reward_"), view.ascii_only, 20)
+                METRIC_FORMATS[name][0] if name in METRIC_FORMATS else sanitize(reward_label(name), view.ascii_only, 20)
             )
             last = state.last(name)
             part += [(f"{label} ", "quiet"), (f"{format_value(name, last)}   ", "")] if last is not None else []
@@ -266,7 +264,7 @@ def _small(state: State, view: View, width: int) -> list[Line]:
         lines.append([(f"step {state.step}/{state.steps}{left}", "")])
     names = [
         name
-        for name in (*(name for chart in chart_names(state) for name in chart), "validation_loss")
+        for name in (*(name for chart in chart_names(state) for name in chart), "eval_loss")
         if name in state.series
     ]
     for name in names[:4]:

@@ -17,10 +17,11 @@ def eval_points_of(state: State) -> list[EvalPoint]:
     """The evaluations of the held-out questions, each with the mean reward of the steps since the one before; first the
     reference's."""
     accuracy, reward, noise = (
-        state.series[name].points if name in state.series else [] for name in ("heldout_exact", "reward", "gold_noise")
+        state.series[name].points if name in state.series else []
+        for name in ("heldout/accuracy", "reward", "heldout_accuracy_stderr")
     )
     errors, points, since = dict(noise), list[EvalPoint](), 0.0
-    before = state.heldout.get(state.reference_name(), {}).get("exact")
+    before = state.heldout.get(state.reference_name(), {}).get("accuracy")
     if before is not None and reward:
         points.append(EvalPoint(0, reward[0][1], before))
     for step, share in accuracy:
@@ -33,12 +34,12 @@ def eval_points_of(state: State) -> list[EvalPoint]:
 
 def describe_drift(state: State) -> Iterator[str]:
     """How the held-out answers have changed besides; where they were not measured, the completions."""
-    lengths = values_of(state, "heldout_length") or values_of(state, "length")
+    lengths = values_of(state, "heldout/mean_length") or values_of(state, "completions/mean_length")
     if len(lengths) > WINDOW and lengths[0] > 0:
         first, now = lengths[0], fmean(lengths[-WINDOW:])
         if not 1 / LENGTH_GROWTH < now / first < LENGTH_GROWTH:
             yield f"answers {'grew' if now > first else 'shrank'} from {first:.3g} to {now:.3g} tokens"
-    repeated = values_of(state, "heldout_repetition")
+    repeated = values_of(state, "heldout/repetition")
     if len(repeated) > WINDOW and (now := fmean(repeated[-WINDOW:])) > repeated[0] + REPETITION_RISE:
         yield f"{now:.0%} of their word sequences come again, {repeated[0]:.0%} at first"
 

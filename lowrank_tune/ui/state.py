@@ -247,7 +247,7 @@ class State:
         self._measured(event.step, event.stats)
 
     def _validated(self, event: Evaluated) -> None:
-        heldout = {name: value for name, value in event.stats.items() if name.startswith("heldout_")}
+        heldout = {name: value for name, value in event.stats.items() if name.startswith("heldout/")}
         parts = {heldout_parts(name): value for name, value in heldout.items()}
         now = {what: value for (who, what), value in parts.items() if who == POLICY}
         for (who, what), value in parts.items():
@@ -255,11 +255,11 @@ class State:
                 self.heldout.setdefault(who, {})[what] = value
         if heldout:
             self.now = now  # what is measured at the end takes its place
-        self._measured(event.step, {f"heldout_{what}": value for what, value in now.items()})
+        self._measured(event.step, {f"heldout/{what}": value for what, value in now.items()})
         if event.best:
             self.best_step = event.step
         if pairs := {
-            name.removeprefix("pairs_"): value for name, value in event.stats.items() if name.startswith("pairs_")
+            name.removeprefix("pairs/"): value for name, value in event.stats.items() if name.startswith("pairs/")
         }:
             self.scored.setdefault(self.started.algorithm if self.started else "", {}).update(pairs)
         self._measured(event.step, {name: value for name, value in event.stats.items() if name not in heldout})

@@ -84,9 +84,9 @@ def compute_metrics(answers: Sequence[Sequence[HeldoutAnswer]]) -> dict[str, flo
     flat = [one for several in answers for one in several]
     num_samples = len(answers[0])
     metrics = {
-        "exact": sum(one.exact for one in flat) / len(flat),
-        "stopped": sum(one.stopped for one in flat) / len(flat),
-        "length": sum(one.length for one in flat) / len(flat),
+        "accuracy": sum(one.exact for one in flat) / len(flat),
+        "eos_rate": sum(one.stopped for one in flat) / len(flat),
+        "mean_length": sum(one.length for one in flat) / len(flat),
     }
     if num_samples > 1:
         metrics[f"pass_at_{num_samples}"] = sum(any(one.exact for one in several) for several in answers) / len(answers)

@@ -184,7 +184,7 @@ def test_parts_and_their_order_change_no_answer(
     assert whole["figures"]["grpo"]["reward"]["value"] == pytest.approx(
         parts["figures"]["grpo"]["reward"]["value"], rel=1e-12
     )
-    assert whole["figures"]["base"]["length"]["value"] == parts["figures"]["base"]["length"]["value"]
+    assert whole["figures"]["base"]["mean_length"]["value"] == parts["figures"]["base"]["mean_length"]["value"]
 
 
 def test_a_judge_on_the_same_base(made: FinishedRun, judge: Path) -> None:
@@ -221,8 +221,8 @@ def test_a_judge_on_the_same_base(made: FinishedRun, judge: Path) -> None:
     )
     wins = found["wins"]["sft"]["judge"]
     assert wins["value"] == pytest.approx(sum((a > b) + (a == b) / 2 for a, b in zip(mine, theirs, strict=True)) / 6)
-    assert found["figures"]["sft"]["judge_score"]["value"] == pytest.approx(sum(mine) / 6, rel=1e-3)
-    assert found["figures"]["base"]["judge_score"]["value"] == pytest.approx(sum(theirs) / 6, rel=1e-3)
+    assert found["figures"]["sft"]["reward_model_score"]["value"] == pytest.approx(sum(mine) / 6, rel=1e-3)
+    assert found["figures"]["base"]["reward_model_score"]["value"] == pytest.approx(sum(theirs) / 6, rel=1e-3)
 
 
 def test_a_judge_reads_answers_to_their_end() -> None:

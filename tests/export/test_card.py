@@ -63,7 +63,7 @@ def written(adapters: Adapters, **changes: Any) -> str:
     )
     return model_card(
         recipe,
-        {"step": 7, "heldout_details": {"base": {"exact": 0.25}, "sft": {"exact": 0.75}}},
+        {"step": 7, "heldout_details": {"base": {"accuracy": 0.25}, "sft": {"accuracy": 0.75}}},
         "abc123",
         adapters,
         ["<|im_end|>"],

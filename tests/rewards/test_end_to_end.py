@@ -104,7 +104,7 @@ def test_a_run_learns_what_the_verifier_rewards(use: str, tmp_path: Path, monkey
     events: list[Any] = []
     run(Recipe.from_dict(recipe), out=tmp_path / "run", ui="none", device=CPU, on_event=events.append)
     steps = [event.stats for event in events if isinstance(event, StepEnd)]
-    assert len(steps) == 3 and all(step["dead_groups"] == 0 and "score_errors" not in step for step in steps)
+    assert len(steps) == 3 and all(step["frac_reward_zero_std"] == 0 and "reward_errors" not in step for step in steps)
     assert steps[0]["reward"] == (1.125 if use == "repetition" else 0.5), "two of four are right"
     assert steps[0]["kl"] < 1e-9 < 1e-6 < steps[-1]["kl"], "the policy moves away from its reference"
     messages = " ".join(event.message for event in events if isinstance(event, LogMessage))

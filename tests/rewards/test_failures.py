@@ -162,7 +162,9 @@ def test_the_step_is_one_without_it(roles: Roles, kind: str, how: dict[str, Any]
         algorithm = with_failures(roles, [2, 5], THREE, never, kind, **how)
         experience = algorithm.collect(0)
         figures = {
-            name: value for name, value in to_floats(experience.stats).items() if name not in ("length", "score_errors")
+            name: value
+            for name, value in to_floats(experience.stats).items()
+            if name not in ("completions/mean_length", "reward_errors")
         }
         found.append((experience.batch.extra["advantage"], figures, *one_pass(algorithm, experience.batch)))
     mine, alone = found
@@ -189,8 +191,11 @@ def test_groups_with_too_many_failures_are_uninformative(roles: Roles, how: str)
     assert math.isfinite(loss) and not gradient.isnan().any() and gradient.any()
     assert len(experience.batch) == {"keep": 5, "drop": 4, "resample": 12}[how]
     stats = to_floats(experience.stats)
-    assert stats["dead_groups"] == pytest.approx({"resample": 3 / 6}.get(how, 2 / 3)) and stats["score_errors"] >= 7
-    assert stats["reward_spread"] == pytest.approx(
+    assert (
+        stats["frac_reward_zero_std"] == pytest.approx({"resample": 3 / 6}.get(how, 2 / 3))
+        and stats["reward_errors"] >= 7
+    )
+    assert stats["reward_std"] == pytest.approx(
         np.std([1, 0, 0.3, 0.2]) * {"resample": 3 / 5}.get(how, 1 / 2), abs=1e-6
     )
 
@@ -231,8 +236,8 @@ def test_counts_are_logged_from_the_first_failure_on_and_saved() -> None:
     failures.count([None] * 9)
     assert failures.stats([]) == {}
     failures.count([None, LATE, LATE])
-    assert to_floats(failures.stats([LATE, LATE])) == {"score_timeouts": 2.0} and to_floats(failures.stats([])) == {
-        "score_timeouts": 0.0
+    assert to_floats(failures.stats([LATE, LATE])) == {"reward_timeouts": 2.0} and to_floats(failures.stats([])) == {
+        "reward_timeouts": 0.0
     }
     again = RewardFailureTracker(0.1)
     again.restore(json.loads(json.dumps(failures.state())))
@@ -298,7 +303,7 @@ def run_with_events(recipe: dict[str, Any], out: Path) -> tuple[Any, list[Any]]:
 
 
 def figures(events: Sequence[Any]) -> list[dict[str, float]]:
-    unsteady = {"tokens_per_second", "memory_gib", "rollout_seconds", "score_seconds"}
+    unsteady = {"tokens_per_second", "memory_gib", "rollout_seconds", "reward_seconds"}
     return [
         {k: v for k, v in event.stats.items() if k not in unsteady} for event in events if isinstance(event, StepEnd)
     ]
@@ -307,7 +312,7 @@ def figures(events: Sequence[Any]) -> list[dict[str, float]]:
 def test_a_run_drops_counts_and_warns_and_resumes_the_same(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome, events = run_with_events(small(), place / "one")
     steps = figures(events)
-    lost = sum(step.get("score_errors", 0) for step in steps)
+    lost = sum(step.get("reward_errors", 0) for step in steps)
     assert (
         outcome.summary["status"] == "done"
         and 0 < lost < 48
@@ -376,7 +381,7 @@ def test_a_builtin_verifier_drops_by_default_and_stops_above_its_share(
     )
     rollout = small()["rollout"]
     _, events = run_with_events(small(rewards=[{"name": "answer"}]), place / "run")
-    assert sum(step.get("score_errors", 0) for step in figures(events)) >= MIN_SAMPLES
+    assert sum(step.get("reward_errors", 0) for step in figures(events)) >= MIN_SAMPLES
     with pytest.raises(
         TrainingError,
         match=r"could not be scored, more than rollout\.max_reward_failure_rate, 0\.01; .*`answer` failed.*planted",

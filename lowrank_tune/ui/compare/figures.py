@@ -8,7 +8,7 @@ from statistics import fmean, median
 from lowrank_tune.ui import evals_view
 from lowrank_tune.ui.compare.runs import ComparedRun
 from lowrank_tune.ui.formatting import clock, number, percent
-from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS, POLICY, WITHOUT_REFERENCE
+from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS, PAIR_ACCURACY, POLICY, WITHOUT_REFERENCE
 from lowrank_tune.ui.report.html import get_mapping, get_number
 from lowrank_tune.ui.report.run_log import StepValues
 from lowrank_tune.ui.report.sections import heldout_by_stage, heldout_by_stage_of_chain
@@ -95,7 +95,7 @@ def _passes(run: ComparedRun) -> str:
 
 
 def _greedy_accuracy(run: ComparedRun) -> str:
-    points = run.points("heldout_exact")
+    points = run.points("heldout/accuracy")
     if not points:
         return ""
     best = max(points, key=lambda step: (points[step], step))
@@ -103,18 +103,17 @@ def _greedy_accuracy(run: ComparedRun) -> str:
 
 
 def _pairs(run: ComparedRun) -> str:
-    scored, checks = get_mapping(run.last.summary, "heldout_pairs"), run.points("validation_accuracy")
-    if (
-        run.last.started is None
-        or run.last.started.algorithm not in ("reward", "dpo")
-        or not (checks or "accuracy" in scored)
-    ):
+    if run.last.started is None or run.last.started.algorithm not in PAIR_ACCURACY:
+        return ""
+    scored = get_mapping(run.last.summary, "heldout_pairs")
+    checks = run.points(f"eval_{PAIR_ACCURACY[run.last.started.algorithm]}")
+    if not checks and "accuracy" not in scored:
         return ""
     return percent(get_number(scored, "accuracy", list(checks.values())[-1] if checks else 0.0))
 
 
 def _best_loss(run: ComparedRun) -> str:
-    points = run.points("validation_loss")
+    points = run.points("eval_loss")
     if not points:
         return ""
     best = min(points, key=lambda step: points[step])
@@ -180,8 +179,8 @@ ROWS: tuple[tuple[str, Callable[[ComparedRun], str]], ...] = (
     ("ended", _ended),
     ("steps", _steps),
     ("time", _seconds),
-    ("held-out exact, before", _heldout_cell(0, "exact", percent, named=True)),
-    ("held-out exact, after", _heldout_cell(-1, "exact", percent, named=True)),
+    ("held-out exact, before", _heldout_cell(0, "accuracy", percent, named=True)),
+    ("held-out exact, after", _heldout_cell(-1, "accuracy", percent, named=True)),
     ("one of several exact", _passes),
     ("best while training", _greedy_accuracy),
     ("held-out pairs right", _pairs),
@@ -189,9 +188,9 @@ ROWS: tuple[tuple[str, Callable[[ComparedRun], str]], ...] = (
     ("reward", _first_and_last_tenth("reward")),
     ("KL to reference, end", _kl),
     ("loss", _loss),
-    ("tokens an answer, before", _heldout_cell(0, "length", TOKENS)),
-    ("tokens an answer, after", _heldout_cell(-1, "length", TOKENS)),
-    ("tokens a completion", _first_and_last_tenth("length", TOKENS)),
+    ("tokens an answer, before", _heldout_cell(0, "mean_length", TOKENS)),
+    ("tokens an answer, after", _heldout_cell(-1, "mean_length", TOKENS)),
+    ("tokens a completion", _first_and_last_tenth("completions/mean_length", TOKENS)),
     ("tokens a second", _speed),
     ("peak memory", _memory),
     ("reward hacking", _hacking),

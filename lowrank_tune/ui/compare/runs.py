@@ -21,8 +21,8 @@ from lowrank_tune.ui.report.run_log import ChainLog, RunLog, StepValues, read_ch
 from lowrank_tune.ui.run_paths import EVENTS, is_chain
 
 IGNORED_SETTINGS = ("name", "description")  # what every recipe has for itself
-CHECKED = ("validation_loss", "validation_accuracy")
-ALGORITHM_SPECIFIC_METRICS = ("loss", "validation_loss", "accuracy", "validation_accuracy", "margin", "entropy")
+CHECKED = ("eval_loss", "eval_mean_token_accuracy", "eval_accuracy", "eval_rewards/accuracies")
+ALGORITHM_SPECIFIC_METRICS = ("loss", "eval_loss", "entropy")
 """What algorithms call by one name and mean differently: only runs of one kind share such a chart."""
 METRIC_FAMILIES = {"reward": "pairs", "dpo": "pairs", "grpo": "completions", "ppo": "completions"}
 
@@ -141,9 +141,9 @@ def common_metrics(runs: Sequence[ComparedRun]) -> list[tuple[str, list[Compared
         [
             *(name for run in runs for chart in charts_of(_algorithm(run)) for name in chart),
             *CHECKED,
-            "length",
-            "heldout_length",
-            "heldout_repetition",
+            "completions/mean_length",
+            "heldout/mean_length",
+            "heldout/repetition",
         ]
     )
     found = []
@@ -158,7 +158,7 @@ def common_metrics(runs: Sequence[ComparedRun]) -> list[tuple[str, list[Compared
 
 def metric_family(name: str, algorithm: str) -> str:
     """What algorithms must have in common for a statistic to mean the same."""
-    if name in ("loss", "validation_loss"):
+    if name in ("loss", "eval_loss"):
         return algorithm
     return METRIC_FAMILIES.get(algorithm, algorithm) if name in ALGORITHM_SPECIFIC_METRICS else ""
 

@@ -22,7 +22,7 @@ def section(run_log: RunLog) -> str:
     ]
     if len(reward_points) < MIN_POINTS:
         return ""
-    accuracy_points = evals_by_kl(kl, run_log.series.get("heldout_exact", {}))
+    accuracy_points = evals_by_kl(kl, run_log.series.get("heldout/accuracy", {}))
     legend = '<span><i class="key"></i>reward of a step, and its smooth course (left scale)</span>' + (
         '<span><i class="key check"></i>held-out exact answers (right scale)</span>' if accuracy_points else ""
     )

@@ -13,7 +13,7 @@ from lowrank_tune.ui.report.run_log import RunLog
 
 PHASES = {
     "rollout": "completions are drawn",
-    "score": "rewards are waited for; most are computed while others are drawn",
+    "reward": "rewards are waited for; most are computed while others are drawn",
     "update": "log-probs, gradients, the optimizer",
 }
 SHOWN = 3  # groups: the first, one in the middle, the last

@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 from lowrank_tune.ui.formatting import clock, percent
-from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS, WITHOUT_REFERENCE
+from lowrank_tune.ui.metrics import GENERATIVE_ALGORITHMS, PAIR_ACCURACY, WITHOUT_REFERENCE
 from lowrank_tune.ui.report import evaluations, frontier, groups, pairs, sections
 from lowrank_tune.ui.report.charts import format_tick
 from lowrank_tune.ui.report.html import get_mapping, get_number, text
 from lowrank_tune.ui.report.run_log import ChainLog, RunLog
-
-PAIRED = ("reward", "dpo")
 
 
 def page(run_log: RunLog) -> str:
@@ -217,16 +215,19 @@ def _duration(run_log: RunLog) -> float:
 
 def _pairs_tile(run_log: RunLog) -> list[str]:
     """Of the final adapter where it was measured, else of the last validation."""
-    scored, checks = get_mapping(run_log.summary, "heldout_pairs"), run_log.checks.get("validation_accuracy", {})
     algorithm = run_log.started.algorithm if run_log.started else "sft"
-    if algorithm not in PAIRED or not (checks or "accuracy" in scored):
+    if algorithm not in PAIR_ACCURACY:
+        return []
+    scored = get_mapping(run_log.summary, "heldout_pairs")
+    checks = run_log.checks.get(f"eval_{PAIR_ACCURACY[algorithm]}", {})
+    if not checks and "accuracy" not in scored:
         return []
     share = get_number(scored, "accuracy", checks[max(checks)] if checks else 0.0)
     return [_tile(percent(share), f"held-out pairs right, {algorithm}")]
 
 
 def _heldout_tile(heldout_by_stage: Mapping[str, Mapping[str, float]]) -> list[str]:
-    shares = [stats["exact"] for stats in heldout_by_stage.values() if "exact" in stats]
+    shares = [stats["accuracy"] for stats in heldout_by_stage.values() if "accuracy" in stats]
     if not shares:
         return []
     if len(shares) == 1:
@@ -237,7 +238,7 @@ def _heldout_tile(heldout_by_stage: Mapping[str, Mapping[str, float]]) -> list[s
 
 def _loss_tiles(run_log: RunLog) -> list[str]:
     tiles = []
-    if checks := {step: value for step, value in run_log.checks.get("validation_loss", {}).items() if value == value}:
+    if checks := {step: value for step, value in run_log.checks.get("eval_loss", {}).items() if value == value}:
         best = min(checks, key=lambda step: checks[step])
         tiles.append(_tile(format_tick(checks[best]), f"best validation loss, step {best:,}"))
     if (

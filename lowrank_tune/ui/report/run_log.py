@@ -69,14 +69,14 @@ class RunLog:
             for name, seconds in phases_of(event.stats, event.seconds).items():
                 self.phases[name] = self.phases.get(name, 0.0) + seconds
         elif isinstance(event, Evaluated):
-            own = f"heldout_{POLICY}_"
+            own = f"heldout/{POLICY}/"
             _store(
                 self.checks,
                 {name: value for name, value in event.stats.items() if not name.startswith(own)},
                 event.step,
             )
             now = {
-                name.replace(own, "heldout_", 1): value for name, value in event.stats.items() if name.startswith(own)
+                name.replace(own, "heldout/", 1): value for name, value in event.stats.items() if name.startswith(own)
             }
             _store(self.series, now, event.step)  # a curve, and no stage's figure
         elif isinstance(event, GroupLogged):

@@ -14,6 +14,7 @@ from lowrank_tune.ui.metrics import (
     TITLES,
     descriptions_of,
     heldout_parts,
+    metric_label,
     paired_metric,
     reference_name,
     reward_names,
@@ -33,16 +34,23 @@ from lowrank_tune.ui.report.html import block, entries, get_mapping, get_number,
 from lowrank_tune.ui.report.run_log import ChainLog, RunLog
 from lowrank_tune.validation import is_exact
 
-HEADS = {"": "(all)", "exact": "exact answers (pass@1)", "stopped": "stops by itself", "length": "tokens an answer"}
+HEADS = {
+    "": "(all)",
+    "accuracy": "exact answers (pass@1)",
+    "eos_rate": "stops by itself",
+    "mean_length": "tokens an answer",
+}
 NOT_LOG = (
     "accuracy",
-    "moved_share",
-    "heldout_exact",
-    "heldout_stopped",
-    "truncated",
-    "dead_groups",
-    "clip_fraction",
-    "value_clip_fraction",
+    "mean_token_accuracy",
+    "rewards/accuracies",
+    "updated_param_fraction",
+    "heldout/accuracy",
+    "heldout/eos_rate",
+    "completions/clipped_ratio",
+    "frac_reward_zero_std",
+    "clip_ratio",
+    "value_clip_ratio",
     "explained_variance",
 )
 MAX_SAMPLES = 24  # of one prompt over a run
@@ -52,7 +60,7 @@ def curves(run_log: RunLog) -> str:
     """A chart for every statistic there is, the validation's beside the step's; those of held-out prompts and pairs
     have a table."""
     algorithm = run_log.started.algorithm if run_log.started else "sft"
-    meanings, checked = descriptions_of(algorithm), {name.removeprefix("validation_") for name in run_log.checks}
+    meanings, checked = descriptions_of(algorithm), {name.removeprefix("eval_") for name in run_log.checks}
     partners = {other for name in meanings if (other := paired_metric(algorithm, name)) is not None}
     if algorithm in GENERATIVE_ALGORITHMS:  # of several rewards each one's own curve stands right behind the whole
         known, meanings = meanings, {}
@@ -68,20 +76,17 @@ def curves(run_log: RunLog) -> str:
 
 
 def _curve(name: str, meaning: str, partner: str | None, run_log: RunLog) -> str:
-    points, checks = run_log.series.get(name, {}), run_log.checks.get(f"validation_{name}", {})
-    if (name.startswith(("heldout_", "pairs_")) and not points) or (
-        name in ("bad_steps", "out_of_memory") and not any(points.values())
+    points, checks = run_log.series.get(name, {}), run_log.checks.get(f"eval_{name}", {})
+    if (name.startswith(("heldout/", "pairs/")) and not points) or (
+        name in ("skipped_steps", "oom_retries") and not any(points.values())
     ):
         return ""
     lines = lines_of(name, points, checks, f"validation {name}")
-    title = name.replace("_", " ").replace("heldout", "held-out")
+    title = metric_label(name)
     if partner is not None:
         lines, title = (
             pair_lines(
-                {
-                    each: run_log.series.get(each) or run_log.checks.get(f"validation_{each}", {})
-                    for each in (name, partner)
-                }
+                {each: run_log.series.get(each) or run_log.checks.get(f"eval_{each}", {}) for each in (name, partner)}
             ),
             "",
         )
@@ -119,7 +124,7 @@ def heldout_by_stage(run_log: RunLog) -> dict[str, dict[str, float]]:
     if found:
         return found
     for name, points in run_log.checks.items():
-        if name.startswith("heldout_") and points:
+        if name.startswith("heldout/") and points:
             stage, key = heldout_parts(name)
             found.setdefault(stage, {})[key] = points[max(points)]
     return found
@@ -148,7 +153,7 @@ def _heldout(stages: Mapping[str, Mapping[str, float]], summaries: Sequence[Mapp
     if not stages:
         return ""
     keys = [*dict.fromkeys(key for stats in stages.values() for key in stats)]
-    keys.sort(key=lambda key: (key == "length", key == "stopped", key != "exact"))
+    keys.sort(key=lambda key: (key == "mean_length", key == "eos_rate", key != "accuracy"))
     rows = [
         [
             text(HEADS.get(key) or (f"one of {key[8:]} exact (pass@{key[8:]})" if key.startswith("pass_at_") else key)),
@@ -174,7 +179,7 @@ def _heldout(stages: Mapping[str, Mapping[str, float]], summaries: Sequence[Mapp
 def _figure(key: str, value: float | None) -> str:
     if value is None:
         return ""
-    return number(value) if key == "length" else f"{percent(value)}{bar(value)}"
+    return number(value) if key == "mean_length" else f"{percent(value)}{bar(value)}"
 
 
 def _text_block(value: Any) -> str:
