@@ -118,17 +118,17 @@ def recipes(tiny: bool) -> tuple[Chain, dict[str, Chain]]:
 
 
 PAIRS, EVALUATION = (
-    "data.train=[{dataset: tutor-preferences, max_samples: 40}]",
+    "data.train=[{dataset: builtin:arithmetic-preferences, max_samples: 40}]",
     ("evaluate.num_prompts=4", "evaluate.num_samples=2"),
 )
 ONLINE = (
-    "data.train=[{dataset: tutor, max_samples: 20}]",
+    "data.train=[{dataset: builtin:arithmetic, max_samples: 20}]",
     "train.prompts_per_step=2",
     "rewards=[{name: answer}, {name: length, target_tokens: 9}]",
 )
 REDUCED = {
     "sft": EVALUATION,
-    "reward": (PAIRS, "data.validation=[{dataset: tutor-preferences, split: heldout, max_samples: 10}]"),
+    "reward": (PAIRS, "data.validation=[{dataset: builtin:arithmetic-preferences, split: heldout, max_samples: 10}]"),
     "dpo": (PAIRS, *EVALUATION),
     "grpo": (*ONLINE, *EVALUATION),
     "ppo": (*ONLINE[:2], *EVALUATION),

@@ -91,7 +91,7 @@ def saved_model(kind: str, folder: str) -> None:
 
 def recipe_of(algorithm: str, model: str, checkpointing: bool | int, bits: int = 4) -> Recipe:
     pairs, online = algorithm in ("reward", "dpo"), algorithm in ("grpo", "ppo")
-    data: dict[str, Any] = {"train": [{"dataset": "tutor-preferences" if pairs else "tutor"}]}
+    data: dict[str, Any] = {"train": [{"dataset": "builtin:arithmetic-preferences" if pairs else "builtin:arithmetic"}]}
     train: dict[str, Any] = {
         "max_steps": 2,
         "micro_batch_size": MICRO,

@@ -37,7 +37,7 @@ def main() -> None:
     import lowrank_tune.assembly as build
 
     build.RewardScorer = Shuffled  # type: ignore[misc]
-    recipe = Recipe.load("tiny-grpo", "name=shuffled", "train.final=last").to_dict()
+    recipe = Recipe.load("tiny-grpo", "name=shuffled", "train.load_best_model_at_end=false").to_dict()
     recipe["adapters"] = {"sft": {"path": str(arguments.run / "1-sft")}, **recipe["adapters"]}
     with tempfile.TemporaryDirectory() as folder:
         outcome = run(Recipe.from_dict(recipe), out=Path(folder) / "shuffled", ui="plain")

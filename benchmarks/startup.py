@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-FAULTY = "algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {max_steps: ten, learning_rat: 1e-4}\n"
+FAULTY = "algorithm: sft\ndata: {train: [{dataset: builtin:arithmetic}]}\ntrain: {max_steps: ten, learning_rat: 1e-4}\n"
 
 
 def commands(recipe: Path) -> dict[str, tuple[list[str], int]]:

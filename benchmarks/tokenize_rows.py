@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     count, repeats = (1_000, 3) if options.quick else (options.rows, options.repeats)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else made_up_tokenizer()
-    compare("tutor", tutor_rows(count), tokenizer, repeats)
+    compare("builtin:arithmetic", tutor_rows(count), tokenizer, repeats)
     if options.alpaca:
         compare("alpaca", alpaca_rows(options.alpaca, count), tokenizer, repeats)
     return 0

@@ -19,19 +19,23 @@ chain = Chain.from_dict(
             "gradient_checkpointing": False,
         },
         "evaluate": {
-            "eval_dataset": {"dataset": "tutor", "split": "heldout"},
+            "eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"},
             "num_prompts": 50,
             "num_samples": 4,
             "max_new_tokens": 48,
             "num_completions_to_print": 0,
         },
         "stages": [
-            {"name": "sft", "algorithm": "sft", "data": {"train": [{"dataset": "tutor", "max_samples": 320}]}},
+            {
+                "name": "sft",
+                "algorithm": "sft",
+                "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 320}]},
+            },
             {
                 "name": "dpo",
                 "algorithm": "dpo",
                 "reference": "sft",
-                "data": {"train": [{"dataset": "tutor-preferences", "max_samples": 320}]},
+                "data": {"train": [{"dataset": "builtin:arithmetic-preferences", "max_samples": 320}]},
                 "dpo": {"beta": 0.1, "sft_coef": 0.2},
                 "train": {"learning_rate": 1e-3},
             },

@@ -15,20 +15,23 @@ chain = Chain.from_dict(
             {
                 "name": "sft",
                 "algorithm": "sft",
-                "data": {"train": [{"dataset": "tutor", "max_samples": 320}], "max_length": 256},
+                "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 320}], "max_length": 256},
                 "train": {"num_train_epochs": 1, "global_batch_size": 16, "learning_rate": 2e-3},
             },
             {
                 "name": "reward",
                 "algorithm": "reward",
-                "data": {"train": [{"dataset": "tutor-preferences", "max_samples": 400}], "max_length": 256},
+                "data": {
+                    "train": [{"dataset": "builtin:arithmetic-preferences", "max_samples": 400}],
+                    "max_length": 256,
+                },
                 "train": {"num_train_epochs": 1, "global_batch_size": 16, "learning_rate": 1e-3},
             },
             {
                 "name": "ppo",
                 "algorithm": "ppo",
                 "reference": "sft",
-                "data": {"train": [{"dataset": "tutor"}]},
+                "data": {"train": [{"dataset": "builtin:arithmetic"}]},
                 "rewards": [{"name": "reward_model", "weight": 0.25}],
                 "rollout": {"num_generations": 4, "max_new_tokens": 48},
                 "ppo": {"critic_init": "reward", "kl_coef": 0.02, "kl_target": 0.1, "num_ppo_epochs": 2},

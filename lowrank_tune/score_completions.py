@@ -187,7 +187,7 @@ class ResponseReader:
         """Those of a file; rows that hold none, or that no reward could judge by, go to `dropped`."""
         first = self.recipe.data.train[0]
         source, responses = settings.SourceConfig(dataset=file), list[ResponseItem]()
-        if not first.dataset.startswith("tutor"):
+        if not first.dataset.startswith("builtin:arithmetic"):
             source = source.model_copy(
                 update={"format": first.format, "columns": first.columns, "ground_truth": first.ground_truth}
             )

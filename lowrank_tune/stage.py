@@ -525,7 +525,7 @@ class Stage:
 
     def _load_best(self) -> None:
         best = self.best_checkpoint.best_step
-        if self.recipe.train.final == "best" and best is not None and best != self.trainer.state.step:
+        if self.recipe.train.load_best_model_at_end and best is not None and best != self.trainer.state.step:
             try:
                 tensors = load(self.folder.checkpoint(best)).tensors
             except CorruptCheckpoint as error:

@@ -158,7 +158,7 @@ def small_recipe(algorithm: str = "sft", **train: Any) -> dict[str, Any]:
         "algorithm": "sft",
         "base": {"model": "tiny-tutor"},
         "adapters": {"policy": {"r": 4, "lora_dropout": 0.1}},
-        "data": {"train": [{"dataset": "tutor", "max_samples": 60}], "eval_fraction": 0.1},
+        "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 60}], "eval_fraction": 0.1},
         "train": {
             "max_steps": 10,
             "global_batch_size": 8,
@@ -172,7 +172,7 @@ def small_recipe(algorithm: str = "sft", **train: Any) -> dict[str, Any]:
         "evaluate": {
             "eval_steps": 4,
             "num_completions_to_print": 1,
-            "eval_dataset": {"dataset": "tutor", "split": "heldout"},
+            "eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"},
             "num_prompts": 3,
             "max_new_tokens": 8,
         },
@@ -184,7 +184,11 @@ def _preference_recipe(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
     generation = (
         {}
         if reward
-        else {"eval_dataset": {"dataset": "tutor", "split": "heldout"}, "num_prompts": 3, "max_new_tokens": 8}
+        else {
+            "eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"},
+            "num_prompts": 3,
+            "max_new_tokens": 8,
+        }
     )
     return {
         "name": "crash",
@@ -192,7 +196,7 @@ def _preference_recipe(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
         "base": {"model": "tiny-tutor"},
         "adapters": {"reward": {"r": 4, "lora_dropout": 0.1}} if reward else {"policy": {"r": 4}},
         "data": {
-            "train": [{"dataset": "tutor-preferences", "max_samples": 40}],
+            "train": [{"dataset": "builtin:arithmetic-preferences", "max_samples": 40}],
             "eval_fraction": 0.15,
             "max_length": 256,
         },
@@ -229,7 +233,7 @@ def _prompt_recipe(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
         "algorithm": algorithm,
         "base": {"model": "tiny-tutor"},
         "adapters": {"policy": {"r": 4}},
-        "data": {"train": [{"dataset": "tutor", "max_samples": 10}]},
+        "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 10}]},
         "rewards": [{"name": "answer"}, {"name": "length", "target_tokens": 6, "weight": 0.5}],
         "rollout": {"num_generations": 4, "max_new_tokens": 10, "max_num_seqs": 8},
         algorithm: own[algorithm],
@@ -246,7 +250,7 @@ def _prompt_recipe(algorithm: str, train: dict[str, Any]) -> dict[str, Any]:
         "evaluate": {
             "eval_steps": 4,
             "num_completions_to_print": 1,
-            "eval_dataset": {"dataset": "tutor", "split": "heldout"},
+            "eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"},
             "num_prompts": 3,
             "max_new_tokens": 8,
         },

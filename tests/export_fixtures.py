@@ -78,7 +78,7 @@ def make_run(
                 **{name: {"path": f"/home/somebody/runs/{name}/final"} for name in lower},
                 "policy": {"r": 4, "use_rslora": rslora},
             },
-            "data": {"train": [{"dataset": "tutor", "max_samples": 12}], "eval_fraction": 0.25},
+            "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 12}], "eval_fraction": 0.25},
         }
     )
     template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base))

@@ -26,7 +26,9 @@ STAGES = ("1-warm", "2-score", "3-dpo", "4-grpo")
 
 def chain(**changes: Any) -> dict[str, Any]:
     """SFT, then a reward model over it, DPO on top of it, and GRPO on top of both; seconds."""
-    pairs = {"data": {"train": [{"dataset": "tutor-preferences", "max_samples": 24}], "eval_fraction": 0.2}}
+    pairs = {
+        "data": {"train": [{"dataset": "builtin:arithmetic-preferences", "max_samples": 24}], "eval_fraction": 0.2}
+    }
     few = {
         "prompts_per_step": 2,
         "micro_batch_size": 8,
@@ -40,7 +42,7 @@ def chain(**changes: Any) -> dict[str, Any]:
     evaluate = {
         "eval_steps": 2,
         "num_completions_to_print": 1,
-        "eval_dataset": {"dataset": "tutor", "split": "heldout"},
+        "eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"},
         "num_prompts": 3,
         "max_new_tokens": 8,
     }
@@ -51,7 +53,7 @@ def chain(**changes: Any) -> dict[str, Any]:
             {
                 "name": "warm",
                 "algorithm": "sft",
-                "data": {"train": [{"dataset": "tutor", "max_samples": 40}]},
+                "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 40}]},
                 "train": rows,
                 "evaluate": evaluate,
             },
@@ -67,7 +69,7 @@ def chain(**changes: Any) -> dict[str, Any]:
                 "name": "grpo",
                 "algorithm": "grpo",
                 "reference": "dpo",
-                "data": {"train": [{"dataset": "tutor", "max_samples": 40}]},
+                "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 40}]},
                 "rewards": [{"name": "answer"}, {"name": "length", "target_tokens": 8, "weight": 0.1}],
                 "rollout": {"num_generations": 2, "max_new_tokens": 8},
                 "train": few,

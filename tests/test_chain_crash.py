@@ -28,7 +28,7 @@ def rlhf() -> dict[str, Any]:
     evaluate = {
         "eval_steps": 2,
         "num_completions_to_print": 1,
-        "eval_dataset": {"dataset": "tutor", "split": "heldout"},
+        "eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"},
         "num_prompts": 3,
         "max_new_tokens": 8,
     }
@@ -41,7 +41,7 @@ def rlhf() -> dict[str, Any]:
                 "algorithm": "sft",
                 "adapters": {"policy": {"r": 4, "lora_dropout": 0.1}},
                 "evaluate": evaluate,
-                "data": {"train": [{"dataset": "tutor", "max_samples": 40}], "eval_fraction": 0.1},
+                "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 40}], "eval_fraction": 0.1},
                 "train": {**steps, "global_batch_size": 8},
             },
             {
@@ -49,7 +49,10 @@ def rlhf() -> dict[str, Any]:
                 "algorithm": "reward",
                 "adapters": {"reward": {"r": 4, "lora_dropout": 0.1}},
                 "evaluate": {"eval_steps": 2, "num_completions_to_print": 1},
-                "data": {"train": [{"dataset": "tutor-preferences", "max_samples": 24}], "eval_fraction": 0.2},
+                "data": {
+                    "train": [{"dataset": "builtin:arithmetic-preferences", "max_samples": 24}],
+                    "eval_fraction": 0.2,
+                },
                 "train": {**steps, "global_batch_size": 6},
             },
             {
@@ -58,7 +61,7 @@ def rlhf() -> dict[str, Any]:
                 "reference": "sft",
                 "adapters": {"policy": {"r": 4}},
                 "evaluate": evaluate,
-                "data": {"train": [{"dataset": "tutor", "max_samples": 10}]},
+                "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 10}]},
                 "rewards": [{"name": "reward_model"}],
                 "rollout": {"num_generations": 2, "max_new_tokens": 8},
                 "ppo": {

@@ -18,13 +18,17 @@ from lowrank_tune.recipe import Chain, Recipe, differences, dump, load_any, pres
 from tests.malformed_yaml import MAX_CPU_SECONDS
 
 Write = Callable[..., str]
-PAIRS = {"train": [{"dataset": "tutor-preferences"}]}
-SFT: dict[str, Any] = {"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, "train": {"max_steps": 9}}
+PAIRS = {"train": [{"dataset": "builtin:arithmetic-preferences"}]}
+SFT: dict[str, Any] = {
+    "algorithm": "sft",
+    "data": {"train": [{"dataset": "builtin:arithmetic"}]},
+    "train": {"max_steps": 9},
+}
 REWARD: dict[str, Any] = {"algorithm": "reward", "data": PAIRS, "train": {"max_steps": 8}}
 DPO: dict[str, Any] = {"algorithm": "dpo", "data": PAIRS, "train": {"max_steps": 7}}
 GRPO: dict[str, Any] = {
     "algorithm": "grpo",
-    "data": {"train": [{"dataset": "tutor"}]},
+    "data": {"train": [{"dataset": "builtin:arithmetic"}]},
     "train": {"max_steps": 6},
     "rewards": [{"name": "answer"}],
 }
@@ -38,14 +42,14 @@ dpo: {beta: 0.2}
 reward: {center_rewards_coefficient: 0.01}
 train: {max_steps: 5}
 adapters: {reward: {r: 4}, policy: {r: 8}}
-evaluate: {eval_dataset: {dataset: tutor, split: heldout}, num_completions_to_print: 1}
+evaluate: {eval_dataset: {dataset: builtin:arithmetic, split: heldout}, num_completions_to_print: 1}
 stages:
   - {name: start, extends: tiny-sft}
   - algorithm: reward
-    data: {train: [{dataset: tutor-preferences}]}
+    data: {train: [{dataset: builtin:arithmetic-preferences}]}
   - name: prefer
     algorithm: dpo
-    data: {train: [{dataset: tutor-preferences}]}
+    data: {train: [{dataset: builtin:arithmetic-preferences}]}
     train: {num_train_epochs: 1}
     evaluate: {num_completions_to_print: null}
     reference: start
@@ -84,7 +88,7 @@ def chained(*stages: dict[str, Any], **shared: Any) -> dict[str, Any]:
 def test_every_stage_equals_the_same_recipe_written_alone(write: Write) -> None:
     chain = Chain.load(write(CHAIN))
     shared = {"base": {"model": "tiny-tutor"}, "seed": 3}
-    heldout = {"dataset": "tutor", "split": "heldout"}
+    heldout = {"dataset": "builtin:arithmetic", "split": "heldout"}
     start = Recipe.load("tiny-sft", "name=start", "seed=3", "adapters.policy.r=16")
     reward = Recipe.from_dict(
         {
@@ -187,7 +191,7 @@ def test_the_special_override_wins_wherever_it_stands(write: Write) -> None:
         assert [stage.seed for stage in Chain.load(write(CHAIN), *overrides).stages] == [1, 1, 2]
     nested = Chain.load(
         write(CHAIN),
-        "evaluate={num_prompts: 4, eval_dataset: {dataset: tutor}}",
+        "evaluate={num_prompts: 4, eval_dataset: {dataset: builtin:arithmetic}}",
         "stages.start.evaluate.eval_dataset.split=heldout",
     )
     assert [stage.evaluate.eval_dataset.split for stage in nested.stages if stage.evaluate.eval_dataset] == [
@@ -235,8 +239,8 @@ def test_common_settings_go_to_the_stages_that_use_them() -> None:
 
 def test_extends_of_chains_and_stages(write: Write) -> None:
     one = (
-        "algorithm: sft\ndata: {train: [{dataset: tutor, max_samples: 7}]}\ntrain: {max_steps: 4}\ndescription: not "
-        "inherited\nname: nor-this\n"
+        "algorithm: sft\ndata: {train: [{dataset: builtin:arithmetic, max_samples: 7}]}\ntrain: {max_steps: 4}\n"
+        "description: not inherited\nname: nor-this\n"
     )
     write(one, "far/one.yaml")
     write(
@@ -301,7 +305,7 @@ stages:
   - name: dpo
     algorithm: dpo
     base: {bits: 16}
-    data: {train: [{dataset: tutor}]}
+    data: {train: [{dataset: builtin:arithmetic}]}
     train: {num_train_epoch: 1, max_steps: 9}
     reference: base
 """
@@ -329,7 +333,7 @@ def test_every_fault_at_once(write: Write) -> None:
             "my.yaml:3: train.lr: unknown key; did you mean `learning_rate`?",
             "my.yaml:8: stages.dpo.base.bits: is 4 in stage sft, and a chain has one base in memory",
             "my.yaml:9: stages.dpo.data.train.0.dataset: holds single answers, and dpo learns from pairs; use "
-            "tutor-preferences",
+            "builtin:arithmetic-preferences",
             "my.yaml:10: stages.dpo.train.num_train_epoch: unknown key; did you mean `num_train_epochs`?",
             "my.yaml:11: stages.dpo.reference: will be `sft`, the adapter right below it: it is always the policy's "
             "stack without its top; "
@@ -353,7 +357,7 @@ def test_every_fault_at_once(write: Write) -> None:
 
 
 def test_faults_of_a_single_stage_and_of_an_extended_file_name_the_stage(write: Write) -> None:
-    write("algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain:\n  max_step: 4\n", "above.yaml")
+    write("algorithm: sft\ndata: {train: [{dataset: builtin:arithmetic}]}\ntrain:\n  max_step: 4\n", "above.yaml")
     assert faults_of(write("stages:\n  - extends: above.yaml\n    train: {max_steps: 2, save_total_limit: 0}\n")) == [
         "my.yaml:3: stages.sft.train.save_total_limit: must be at least 1, found 0",
         "above.yaml:4: stages.sft.train.max_step: unknown key; did you mean `max_steps`?",
@@ -367,8 +371,8 @@ def test_faults_of_a_single_stage_and_of_an_extended_file_name_the_stage(write: 
     assert both == ["above.yaml:4: train.max_step: unknown key; did you mean `max_steps`?"]
     assert faults_of(
         write(
-            "train: {max_steps: 1}\nstages:\n  - algorithm: sft\n    data: {train: [{dataset: tutor}]}\n  - algorithm: "
-            "sftt\n"
+            "train: {max_steps: 1}\nstages:\n  - algorithm: sft\n    data: {train: [{dataset: builtin:arithmetic}]}\n"
+            "  - algorithm: sftt\n"
         )
     ) == [
         "my.yaml:5: stages.sftt.algorithm: expected one of sft, reward, dpo, ppo, grpo, found 'sftt'; did you mean "
@@ -514,7 +518,7 @@ def test_entry_points(write: Write) -> None:
 def test_presets_list_chains(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     write(CHAIN.replace("tiny-sft", "one"), "presets/chain.yaml")
     write(
-        "description: one\nalgorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {max_steps: 4}\n",
+        "description: one\nalgorithm: sft\ndata: {train: [{dataset: builtin:arithmetic}]}\ntrain: {max_steps: 4}\n",
         "presets/one.yaml",
     )
     monkeypatch.setattr("lowrank_tune.recipe.extends.preset_folders", lambda: [Path("presets").resolve()])
@@ -552,7 +556,7 @@ def test_differences() -> None:
     )
 
 
-GOOD = "algorithm: sft, data: {train: [{dataset: tutor}]}, train: {max_steps: 5}"
+GOOD = "algorithm: sft, data: {train: [{dataset: builtin:arithmetic}]}, train: {max_steps: 5}"
 HOSTILE: dict[str, tuple[str, str]] = {
     "word": ("stages: sft\n", ":1: stages: expected a list of recipes, found 'sft'"),
     "int": ("seed: 1\nstages: 7\n", ":2: stages: expected a list of recipes, found 7"),

@@ -106,7 +106,7 @@ def test_presets_are_listed_shown_and_copied(tmp_path: Path, monkeypatch: pytest
 
     assert presets_command()[0] == 0 and "tiny-sft" in presets_command()[1]
     code, shown = presets_command("show", "tiny-sft")
-    assert code == 0 and "extends" not in shown and "tutor" in shown
+    assert code == 0 and "extends" not in shown and "builtin:arithmetic" in shown
     assert presets_command("copy", "tiny-sft")[0] == presets_command("copy", "tiny-sft", "mine.yaml")[0] == 0
     assert (tmp_path / "mine.yaml").read_text() == (tmp_path / "tiny-sft.yaml").read_text() == shown
     (tmp_path / "mine.yaml").write_text("mine")

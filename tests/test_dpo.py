@@ -996,7 +996,7 @@ def small_dpo(**changes: Any) -> dict[str, Any]:
         "base": {"model": "tiny-tutor", "bits": 16},
         "adapters": {"policy": {"r": 4}},
         "data": {
-            "train": [{"dataset": "tutor-preferences", "max_samples": 40}],
+            "train": [{"dataset": "builtin:arithmetic-preferences", "max_samples": 40}],
             "eval_fraction": 0.2,
             "max_length": 256,
         },
@@ -1023,7 +1023,7 @@ def ground() -> Iterator[Any]:
     """A small DPO run, built: its data and its fp32 base, on which nothing stands."""
     with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patched:
         patched.setenv("LOWRANK_TUNE_CACHE", scratch)
-        few = {**small_dpo()["data"], "train": [{"dataset": "tutor-preferences", "max_samples": 12}]}
+        few = {**small_dpo()["data"], "train": [{"dataset": "builtin:arithmetic-preferences", "max_samples": 12}]}
         built = build(Recipe.from_dict(small_dpo(data=few)), lambda event: None, CPU)
         built.roles.unload_adapters()
         yield built
@@ -1287,7 +1287,7 @@ def sft_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "algorithm": "sft",
         "base": {"model": "tiny-tutor", "bits": 4},
         "adapters": {"policy": {"r": 4, "lora_dropout": 0.2}},
-        "data": {"train": [{"dataset": "tutor", "max_samples": 60}], "eval_fraction": 0.1},
+        "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 60}], "eval_fraction": 0.1},
         "train": {"max_steps": 6, "global_batch_size": 8, "learning_rate": 5e-3, "gradient_checkpointing": False},
     }
     out = tmp_path_factory.mktemp("below") / "sft"

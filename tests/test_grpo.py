@@ -654,7 +654,9 @@ def test_zero_std_groups_that_are_kept_have_their_kl(roles: Roles) -> None:
 
 
 def test_kl_in_the_reward(roles: Roles) -> None:
-    algorithm = over(roles, rewards=[[[0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]], fake={"drift": 0.1}, beta=0.4, kl_in="reward")
+    algorithm = over(
+        roles, rewards=[[[0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]], fake={"drift": 0.1}, beta=0.4, kl_in_reward=True
+    )
     experience = algorithm.collect(0)
     part = experience.batch
     rewards = []
@@ -801,7 +803,7 @@ def small(sft: Path, **more: Any) -> dict[str, Any]:
         "algorithm": "grpo",
         "base": {"model": "tiny-tutor", "bits": 4},
         "adapters": {"sft": {"path": str(sft)}, "policy": {"r": 4}},
-        "data": {"train": [{"dataset": "tutor", "max_samples": 20}]},
+        "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 20}]},
         "rewards": [{"name": "answer"}, {"name": "length", "target_tokens": 5, "weight": 0.5}],
         "rollout": {"num_generations": 4, "max_new_tokens": 10},
         "train": {
@@ -823,7 +825,7 @@ def sft_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "algorithm": "sft",
         "base": {"model": "tiny-tutor", "bits": 4},
         "adapters": {"policy": {"r": 4}},
-        "data": {"train": [{"dataset": "tutor", "max_samples": 40}]},
+        "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 40}]},
         "train": {"max_steps": 3, "global_batch_size": 8, "learning_rate": 5e-3, "gradient_checkpointing": False},
     }
     out = tmp_path_factory.mktemp("below") / "sft"

@@ -294,7 +294,7 @@ def gamed(taught: Path, folder: Path, **evaluate: Any) -> dict[str, Any]:
         "name": "gamed",
         "algorithm": "grpo",
         "adapters": {"sft": {"path": str(taught)}, "policy": {"r": 8, "lora_alpha": 16}},
-        "data": {"train": [{"dataset": "tutor", "max_samples": 2000}], "max_prompt_length": 128},
+        "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 2000}], "max_prompt_length": 128},
         "rewards": [{"name": f"{folder / 'pays.py'}:explains"}],
         "grpo": {"beta": 0.0},
         "rollout": {"num_generations": 6, "max_new_tokens": 48, "max_num_seqs": 128},
@@ -310,7 +310,7 @@ def gamed(taught: Path, folder: Path, **evaluate: Any) -> dict[str, Any]:
         },
         "evaluate": {
             "eval_steps": 2,
-            "eval_dataset": {"dataset": "tutor", "split": "heldout"},
+            "eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"},
             "num_prompts": 60,
             "num_completions_to_print": 0,
             "max_new_tokens": 48,

@@ -174,7 +174,11 @@ def test_models_whose_layers_cannot_differ_are_refused(monkeypatch: pytest.Monke
 
 
 def recipe(**train: Any) -> dict[str, Any]:
-    return {"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, "train": {"max_steps": 1, **train}}
+    return {
+        "algorithm": "sft",
+        "data": {"train": [{"dataset": "builtin:arithmetic"}]},
+        "train": {"max_steps": 1, **train},
+    }
 
 
 @pytest.mark.parametrize("wanted", [True, False, "none", "all", "auto", 0, 7])

@@ -108,11 +108,11 @@ def llama(tmp_path: Path, **sizes: int) -> str:
         f"""
 algorithm: grpo
 base: {{model: {tmp_path}, bits: 4}}
-data: {{train: [{{dataset: tutor}}], max_prompt_length: 128}}
+data: {{train: [{{dataset: builtin:arithmetic}}], max_prompt_length: 128}}
 rewards: [{{name: answer}}]
 rollout: {{num_generations: 8, max_new_tokens: 384, max_num_seqs: 64}}
 train: {{max_steps: 2, micro_batch_size: 1, prompts_per_step: 8}}
-evaluate: {{eval_dataset: {{dataset: tutor}}, num_prompts: 200, max_new_tokens: 384}}
+evaluate: {{eval_dataset: {{dataset: builtin:arithmetic}}, num_prompts: 200, max_new_tokens: 384}}
 """,
         encoding="utf-8",
     )

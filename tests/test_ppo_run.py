@@ -37,7 +37,7 @@ def small(sft: Path, steps: int = 2, **ppo: Any) -> dict[str, Any]:
         "algorithm": "ppo",
         "base": {"model": "tiny-tutor", "bits": 4},
         "adapters": {"sft": {"path": str(sft)}, "policy": {"r": 4}},
-        "data": {"train": [{"dataset": "tutor", "max_samples": 20}]},
+        "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 20}]},
         "rewards": [{"name": "answer"}, {"name": "length", "target_tokens": 5, "weight": 0.5}],
         "rollout": {"num_generations": 2, "max_new_tokens": 10},
         "ppo": {"num_ppo_epochs": 2, "num_mini_batches": 2, **ppo},
@@ -299,7 +299,7 @@ def reward_run(tmp_path_factory: pytest.TempPathFactory, sft_run: Path) -> Path:
         "algorithm": "reward",
         "base": {"model": "tiny-tutor"},
         "adapters": {"sft": {"path": str(sft_run)}, "reward": {"r": 4}},
-        "data": {"train": [{"dataset": "tutor-preferences", "max_samples": 30}]},
+        "data": {"train": [{"dataset": "builtin:arithmetic-preferences", "max_samples": 30}]},
         "train": {
             "max_steps": 3,
             "global_batch_size": 8,

@@ -46,7 +46,7 @@ def recipe(*sources: str | dict[str, Any], heldout: str | None = None, **data: A
         "max_length": 256,
         **data,
     }
-    made["train"]["final"] = "last"
+    made["train"]["load_best_model_at_end"] = False
     made["evaluate"] = {"eval_dataset": {"dataset": heldout}} if heldout else {}
     return Recipe.from_dict(made)
 

@@ -68,7 +68,7 @@ def test_every_trouble_is_counted_with_its_lines(tmp_path: Path) -> None:
 def test_the_mixture_is_what_is_drawn(tmp_path: Path) -> None:
     made = recipe(
         {"dataset": write(tmp_path / "a.jsonl", ROWS), "weight": 0.25},
-        {"dataset": "tutor", "max_samples": 20, "weight": 0.75},
+        {"dataset": "builtin:arithmetic", "max_samples": 20, "weight": 0.75},
     )
     found = inspect_data(made, lambda event: None)
     prompts = load_prompts(
@@ -93,7 +93,7 @@ def test_the_mixture_is_what_is_drawn(tmp_path: Path) -> None:
 
 
 def test_what_is_shown(tmp_path: Path) -> None:
-    found = examined(write(tmp_path / "a.jsonl", ROWS), {"dataset": "tutor", "max_samples": 4})
+    found = examined(write(tmp_path / "a.jsonl", ROWS), {"dataset": "builtin:arithmetic", "max_samples": 4})
     text = " ".join(printed(found, 160).split())
     for words in (
         "40 of 40 prompts used, 40 with a gold answer",
@@ -104,7 +104,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
         "a.jsonl:1, ",
         " tokens, gold answer 1 ",
         "What is 0 + 1?",
-        "tutor:1, ",
+        "builtin:arithmetic:1, ",
         "0 without a gold answer",
         "fit to train on",
         "prompt counts: no source has a weight",
@@ -133,7 +133,7 @@ def test_nothing_usable_is_shown_too(tmp_path: Path, weight: float | None) -> No
     found = (
         examined(gone)
         if weight is None
-        else examined({"dataset": gone, "weight": weight}, {"dataset": "tutor", "weight": weight})
+        else examined({"dataset": gone, "weight": weight}, {"dataset": "builtin:arithmetic", "weight": weight})
     )
     assert len(found.faults) == 1 and found.epoch.steps == 0 and "none: there is nothing to train on" in printed(found)
     assert len(found.examples) == (0 if weight is None else 3)

@@ -42,7 +42,7 @@ def test_bases_have_a_shape_and_sources_their_true_columns(name: str) -> None:
             "its config.json is not in the package"
         )
         for source in (*stage.data.train, *stage.data.validation):
-            if source.dataset.startswith("tutor"):
+            if source.dataset.startswith("builtin:arithmetic"):
                 continue
             split, columns = HUB[source.dataset]
             assert source.split == split and set(source.columns.values()) <= set(columns)

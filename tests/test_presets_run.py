@@ -165,7 +165,7 @@ def test_an_sft_that_never_ends_gives_a_warning(tmp_path: Path) -> None:
     """Few rows of one's own behind a preset for many: its epochs are fewer steps than its warm-up."""
     events: list[Any] = []
     few = (
-        "data.train=[{dataset: tutor, max_samples: 16}]",
+        "data.train=[{dataset: builtin:arithmetic, max_samples: 16}]",
         "train.num_train_epochs=1",
         "train.warmup_steps=40",
         "evaluate.eval_dataset=null",

@@ -131,7 +131,8 @@ def test_missing_settings_stand_at_their_section(write: Write) -> None:
 
 def test_a_parents_fault_is_reported_at_the_parent(write: Write) -> None:
     write(
-        "algorithm: sft\ndata:\n  train: [{dataset: tutor}]\n  max_length: 1\ntrain:\n  num_train_epoch: 1\n",
+        "algorithm: sft\ndata:\n  train: [{dataset: builtin:arithmetic}]\n  max_length: 1\ntrain:\n"
+        "  num_train_epoch: 1\n",
         "base/above.yaml",
     )
     child = write("extends: base/above.yaml\ntrain:\n  max_steps: 5\n  save_total_limit: many\n")
@@ -152,7 +153,9 @@ def test_a_parents_fault_is_reported_at_the_parent(write: Write) -> None:
     ],
 )
 def test_extends_that_leads_nowhere(write: Write, extends: str, message: str) -> None:
-    assert message in faults_of(write(f"extends: {extends}\nalgorithm: sft\ndata: {{train: [{{dataset: tutor}}]}}\n"))
+    assert message in faults_of(
+        write(f"extends: {extends}\nalgorithm: sft\ndata: {{train: [{{dataset: builtin:arithmetic}}]}}\n")
+    )
 
 
 def test_a_long_circle_and_a_long_chain(write: Write) -> None:
@@ -194,7 +197,7 @@ def test_overrides(write: Write) -> None:
             "data.train.0.max_samples=200",
             "data.system_prompt=Answer: briefly, #1",
             "adapters.policy.target_modules=[q_proj, 'no']",
-            "evaluate.eval_dataset={dataset: tutor, split: train}",
+            "evaluate.eval_dataset={dataset: builtin:arithmetic, split: train}",
             "train.max_steps=5",
             "name='a-b'",
         ],
@@ -279,12 +282,12 @@ CONTRADICTIONS = {
         "evaluate.eval_steps: does nothing with neither",
     ),
     "greedy": (
-        changed(evaluate={"eval_dataset": {"dataset": "tutor", "split": "heldout"}, "temperature": 0.7}),
+        changed(evaluate={"eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"}, "temperature": 0.7}),
         "evaluate.temperature: does nothing with one sample",
     ),
     "best of none": (
-        changed(data={"eval_fraction": 0.0}, train={"final": "best"}),
-        "train.final: `best` needs validation rows",
+        changed(data={"eval_fraction": 0.0}, train={"load_best_model_at_end": True}),
+        "train.load_best_model_at_end: `true` needs validation rows",
     ),
     "two validations": (
         changed(data={"validation": [{"dataset": "v.jsonl"}], "eval_fraction": 0.1}),
@@ -306,13 +309,13 @@ CONTRADICTIONS = {
     "adapter name": (changed(adapters={"Low.1": {"path": "x"}}), "adapters.Low.1: is no name for an adapter"),
     "adapter base": (changed(adapters={"base": {"path": "x"}}), "adapters.base: is no name for an adapter"),
     "revision": (changed(base={"model": "a/b@"}), "base.model: names no revision after the @"),
-    "tutor": (
-        changed(data={"train": [{"dataset": "tutor", "ground_truth": "boxed"}]}),
-        "data.train.0.ground_truth: does nothing for `tutor`",
+    "builtin:arithmetic": (
+        changed(data={"train": [{"dataset": "builtin:arithmetic", "ground_truth": "boxed"}]}),
+        "data.train.0.ground_truth: does nothing for `builtin:arithmetic`",
     ),
-    "tutor split": (
-        changed(data={"train": [{"dataset": "tutor", "split": "test"}]}),
-        "data.train.0.split: `tutor` has the splits",
+    "builtin split": (
+        changed(data={"train": [{"dataset": "builtin:arithmetic", "split": "test"}]}),
+        "data.train.0.split: `builtin:arithmetic` has the splits",
     ),
     "file name": (
         changed(data={"train": [{"dataset": "a.csv", "config_name": "x"}]}),
@@ -341,12 +344,20 @@ def test_contradictions_and_idle_settings(case: str) -> None:
         SMALL,
         changed(train={"max_steps": None, "num_train_epochs": 0.5, "warmup_steps": 100}),
         changed(data={"train": [{"dataset": "a", "weight": 1 / 3}, {"dataset": "b", "weight": 2 / 3}]}),
-        changed(data={"validation": [{"dataset": "v.jsonl"}]}, train={"final": "best"}, evaluate={"eval_steps": 2}),
+        changed(
+            data={"validation": [{"dataset": "v.jsonl"}]},
+            train={"load_best_model_at_end": True},
+            evaluate={"eval_steps": 2},
+        ),
         changed(data={"eval_fraction": 0}),
         changed(adapters={"low": {"path": "runs/a"}, "policy": {"r": 4, "lora_dropout": 0.1}}),
         changed(adapters={"policy": {"path": "runs/a", "lora_dropout": 0.1}}),
         changed(
-            evaluate={"eval_dataset": {"dataset": "tutor", "split": "heldout"}, "num_samples": 4, "temperature": 0.7}
+            evaluate={
+                "eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"},
+                "num_samples": 4,
+                "temperature": 0.7,
+            }
         ),
         changed(data={"system_prompt": 'Zeile\n  "zwei": - no #\ttab ~ é 世界 \u2028 end '}, description="null"),
         changed(
@@ -366,7 +377,7 @@ def test_what_is_saved_replays(data: dict[str, Any], write: Write) -> None:
 
 
 def test_python_objects_are_judged_too() -> None:
-    source = settings.SourceConfig(dataset="tutor")
+    source = settings.SourceConfig(dataset="builtin:arithmetic")
     recipe = Recipe(
         algorithm="sft", data=settings.DataConfig(train=(source,)), train=settings.TrainingConfig(max_steps=3)
     )
@@ -443,7 +454,11 @@ def test_differences() -> None:
     assert differences(old, new) == []
     new = load(
         "tiny-sft",
-        ["train.learning_rate=1e-3", "data.train=[{dataset: tutor}, {dataset: a.csv}]", "evaluate.eval_steps=5"],
+        [
+            "train.learning_rate=1e-3",
+            "data.train=[{dataset: builtin:arithmetic}, {dataset: a.csv}]",
+            "evaluate.eval_steps=5",
+        ],
     ).to_dict()
     assert differences(old, new) == [
         "data.train.0.max_samples: was 400, is not set",

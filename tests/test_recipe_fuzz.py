@@ -67,11 +67,11 @@ FULL: dict[str, Any] = {
         "logging_steps": 2,
         "save_steps": 5,
         "save_total_limit": 1,
-        "final": "best",
+        "load_best_model_at_end": True,
     },
     "evaluate": {
         "eval_steps": 10,
-        "eval_dataset": {"dataset": "tutor", "split": "heldout"},
+        "eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"},
         "num_prompts": 5,
         "num_samples": 2,
         "temperature": 0.7,

@@ -11,12 +11,11 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from test_recipe_pairs import faults_of
 
-from lowrank_tune.algorithms.grpo import DEFAULT_EPSILON_HIGH
 from lowrank_tune.errors import ConfigError
-from lowrank_tune.recipe import Recipe, dump, from_dict, reward_rules, rules
+from lowrank_tune.recipe import Recipe, dump, from_dict, rules
 from lowrank_tune.settings import RecipeConfig as Settings
 
-HELDOUT = {"eval_dataset": {"dataset": "tutor", "split": "heldout"}}
+HELDOUT = {"eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"}}
 OWN = {"name": "./mine.py:brief"}
 ROWS = "(it belongs to sft, reward, dpo)"
 FULL = "training samples the full distribution"
@@ -25,7 +24,7 @@ FULL = "training samples the full distribution"
 def made(algorithm: str = "grpo", **sections: Any) -> dict[str, Any]:
     """A small valid recipe with other sections; keys of `data` and `train` are added."""
     extra = {key: sections.pop(key, {}) for key in ("data", "train")}
-    dataset = "tutor" if algorithm in ("sft", "grpo") else "tutor-preferences"
+    dataset = "builtin:arithmetic" if algorithm in ("sft", "grpo") else "builtin:arithmetic-preferences"
     data = {
         "algorithm": algorithm,
         "data": {"train": [{"dataset": dataset}], **extra["data"]},
@@ -225,40 +224,25 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "grpo.missing_eos_penalty: does nothing",
         made(grpo={"truncated_completions": "mask"}),
     ),
-    "all clips": (
-        made(grpo={"epsilon": 0.1, "epsilon_low": 0.1, "epsilon_high": 0.3}),
-        "grpo.epsilon: does nothing beside `grpo.epsilon_low` and",
-        made(grpo={"epsilon_low": 0.1, "epsilon_high": 0.3}),
-    ),
-    "dapo's own": (
-        made(grpo={"loss_type": "dapo", "epsilon": 0.1, "epsilon_low": 0.1}),
-        "grpo.epsilon: does nothing beside `grpo.epsilon_low`: the loss dapo has",
-        made(grpo={"loss_type": "dapo", "epsilon": 0.1}),
-    ),
     "half a pair": (
         made(grpo={"loss_type": "cispo", "epsilon": 0.1}),
         "grpo.epsilon: does nothing for the loss cispo",
-        made(grpo={"loss_type": "gspo", "epsilon": 0.1, "epsilon_low": 0.2}),
-    ),
-    "cispo's low": (
-        made(grpo={"loss_type": "cispo", "epsilon_low": 0.1}),
-        "grpo.epsilon_low: does nothing for the loss cispo",
-        made(grpo={"loss_type": "cispo", "epsilon_high": 4}),
+        made(grpo={"loss_type": "gspo", "epsilon": 0.1, "epsilon_high": 0.2}),
     ),
     "place of no KL": (
-        made(grpo={"beta": 0, "kl_in": "loss"}),
-        "grpo.kl_in: does nothing where `grpo.beta` is 0",
-        made(grpo={"beta": 1e-9, "kl_in": "reward"}),
+        made(grpo={"beta": 0, "kl_in_reward": False}),
+        "grpo.kl_in_reward: does nothing where `grpo.beta` is 0",
+        made(grpo={"beta": 1e-9, "kl_in_reward": True}),
     ),
     "estimator of no KL": (
         made(grpo={"beta": 0.0, "kl_estimator": "k2"}),
         "grpo.kl_estimator: does nothing where `grpo.beta` is 0",
-        made(grpo={"kl_estimator": "exact", "kl_in": "loss"}),
+        made(grpo={"kl_estimator": "exact", "kl_in_reward": False}),
     ),
     "estimator in the reward": (
-        made(grpo={"kl_in": "reward", "kl_estimator": "k3"}),
-        "grpo.kl_estimator: does nothing with `grpo.kl_in`",
-        made(grpo={"kl_in": "reward", "old_logprobs_from": "sampler"}),
+        made(grpo={"kl_in_reward": True, "kl_estimator": "k3"}),
+        "grpo.kl_estimator: does nothing with `grpo.kl_in_reward`",
+        made(grpo={"kl_in_reward": True, "old_logprobs_from": "sampler"}),
     ),
     "share of what stops": (
         made(rewards=[OWN], rollout={"max_reward_failure_rate": 0.1}),
@@ -296,8 +280,8 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made(reference="sft", adapters={"sft": {"path": "runs/sft"}}),
     ),
     "built-in pairs": (
-        made(data={"train": [{"dataset": "tutor-preferences"}]}),
-        "data.train.0.dataset: holds pairs, and grpo learns from completions that it draws itself; use tutor",
+        made(data={"train": [{"dataset": "builtin:arithmetic-preferences"}]}),
+        "data.train.0.dataset: holds pairs, and grpo learns from completions that it draws itself; use builtin:",
         made(),
     ),
     "pairs": (
@@ -317,9 +301,9 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made(evaluate={**HELDOUT, "eval_steps": 2}),
     ),
     "best of nothing": (
-        made(train={"final": "best"}),
-        "train.final: `best` needs `evaluate.eval_dataset`, and there are none",
-        made(train={"final": "best"}, evaluate=HELDOUT),
+        made(train={"load_best_model_at_end": True}),
+        "train.load_best_model_at_end: `true` needs `evaluate.eval_dataset`, and there are none",
+        made(train={"load_best_model_at_end": True}, evaluate=HELDOUT),
     ),
     "best by loss": (
         made(evaluate={**HELDOUT, "metric_for_best_model": "loss"}),
@@ -333,7 +317,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
             "sft",
             data={"eval_fraction": 0},
             evaluate={**HELDOUT, "metric_for_best_model": "accuracy"},
-            train={"final": "best"},
+            train={"load_best_model_at_end": True},
         ),
     ),
     "best scores": (
@@ -356,7 +340,7 @@ OTHER_WORDS = {
     "max_length": "`data.max_prompt_length`",
     "epsilon": "`grpo.epsilon`",
     "epsilon_high": "`grpo.epsilon_high`",
-    "clip_ratio_low": "`grpo.epsilon_low`",
+    "clip_ratio_low": "`grpo.epsilon`",
     "loss_type": "`grpo.loss_type`",
     "reward_funcs": "`rewards`",
     "reward_weights": "`rewards.0.weight`",
@@ -446,14 +430,14 @@ def test_what_is_saved_holds_only_what_is_used() -> None:
     recipe = from_dict(
         made(
             rewards=[{"name": "format", "pattern": "(?s)a: .*"}, OWN],
-            grpo={"beta": 0, "epsilon_low": 0.1, "epsilon_high": 0.2},
+            grpo={"beta": 0, "epsilon": 0.1, "epsilon_high": 0.2},
         )
     )
     saved = recipe.to_dict()
     assert saved["rewards"] == [{"name": "format", "weight": 1.0, "pattern": "(?s)a: .*"}, {**OWN, "weight": 1.0}]
     assert set(saved["grpo"]) == {
         "loss_type",
-        "epsilon_low",
+        "epsilon",
         "epsilon_high",
         "beta",
         "num_iterations",
@@ -466,7 +450,7 @@ def test_what_is_saved_holds_only_what_is_used() -> None:
     assert not {"reward", "dpo", "validation"} & set(saved) and not {
         "global_batch_size",
         "length_window",
-        "final",
+        "load_best_model_at_end",
     } & set(saved["train"])
     assert "(?s)a: .*" in dump(recipe) and from_dict(saved) == recipe
 
@@ -479,14 +463,8 @@ def test_whether_ground_truths_are_needed() -> None:
 
 
 def test_saved_cispo_has_one_bound() -> None:
-    assert {"epsilon", "epsilon_low", "epsilon_high"} & set(
-        from_dict(made(grpo={"loss_type": "cispo"})).to_dict()["grpo"]
-    ) == set()
+    assert {"epsilon", "epsilon_high"} & set(from_dict(made(grpo={"loss_type": "cispo"})).to_dict()["grpo"]) == set()
     assert from_dict(made(grpo={"loss_type": "dapo"})).to_dict()["grpo"]["epsilon"] == 0.2
-
-
-def test_the_losses_with_a_bound_of_their_own() -> None:
-    assert set(DEFAULT_EPSILON_HIGH) == set(reward_rules.LOSSES_WITH_DEFAULT_EPSILON_HIGH)
 
 
 WHOLE = made(
@@ -498,7 +476,7 @@ WHOLE = made(
         "epsilon": 0.1,
         "epsilon_high": 0.3,
         "beta": 0.1,
-        "kl_in": "loss",
+        "kl_in_reward": False,
         "kl_estimator": "k2",
         "num_iterations": 2,
         "old_logprobs_from": "sampler",
@@ -508,7 +486,7 @@ WHOLE = made(
         "zero_std_groups": "resample",
     },
     data={"max_prompt_length": 9, "max_invalid_fraction": 0.5},
-    train={"prompts_per_step": 3, "final": "best"},
+    train={"prompts_per_step": 3, "load_best_model_at_end": True},
 )
 BROKEN = st.recursive(
     st.none()

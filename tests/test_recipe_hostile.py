@@ -11,7 +11,7 @@ from lowrank_tune.errors import ConfigError
 from lowrank_tune.recipe import load
 from tests.malformed_yaml import MAX_CPU_SECONDS
 
-GOOD = b"algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {max_steps: 5}\n"
+GOOD = b"algorithm: sft\ndata: {train: [{dataset: builtin:arithmetic}]}\ntrain: {max_steps: 5}\n"
 BOMB = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
     f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n".encode() for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
@@ -56,7 +56,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "long number": (GOOD + b"seed: " + b"9" * 50_000, ":4: seed: expected a whole number"),
     "long decimal": (GOOD + b"seed: 0." + b"1" * 5000, ":4: seed: expected a whole number"),
     "huge exponent": (
-        b"algorithm: sft\ndata: {train: [{dataset: tutor}]}\ntrain: {max_steps: 1e999999999}\n",
+        b"algorithm: sft\ndata: {train: [{dataset: builtin:arithmetic}]}\ntrain: {max_steps: 1e999999999}\n",
         ":3: train.max_steps: ",
     ),
     "tab indent": (b"train:\n\tmax_steps: 1\n", ":2: is indented with a tab"),

@@ -17,7 +17,7 @@ SECOND = "there is no second model"
 
 def made(algorithm: str, source: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
     """A small valid recipe of an algorithm, with other sections."""
-    dataset = "tutor" if algorithm == "sft" else "tutor-preferences"
+    dataset = "builtin:arithmetic" if algorithm == "sft" else "builtin:arithmetic-preferences"
     return {
         "algorithm": algorithm,
         "data": {"train": [source or {"dataset": dataset}]},
@@ -137,25 +137,25 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "chosen ones",
         made("sft", {"dataset": "a.jsonl", "format": "prompt_completion", "columns": {"completion": "chosen"}}),
     ),
-    "tutor for dpo": (
-        made("dpo", {"dataset": "tutor"}),
-        "data.train.0.dataset: holds single answers, and dpo learns from pairs; use tutor-preferences",
-        made("dpo", {"dataset": "tutor-preferences", "split": "heldout", "max_samples": 9}),
+    "problems for dpo": (
+        made("dpo", {"dataset": "builtin:arithmetic"}),
+        "data.train.0.dataset: holds single answers, and dpo learns from pairs; use builtin:arithmetic-preferences",
+        made("dpo", {"dataset": "builtin:arithmetic-preferences", "split": "heldout", "max_samples": 9}),
     ),
-    "tutor to validate a reward": (
-        validated("reward", {"dataset": "tutor"}),
+    "problems to validate a reward": (
+        validated("reward", {"dataset": "builtin:arithmetic"}),
         "data.validation.0.dataset: holds single answers",
-        validated("reward", {"dataset": "tutor-preferences", "split": "heldout"}),
+        validated("reward", {"dataset": "builtin:arithmetic-preferences", "split": "heldout"}),
     ),
     "built-in pairs for sft": (
-        made("sft", {"dataset": "tutor-preferences"}),
-        "data.train.0.dataset: holds pairs, and sft learns from single answers; use tutor",
+        made("sft", {"dataset": "builtin:arithmetic-preferences"}),
+        "data.train.0.dataset: holds pairs, and sft learns from single answers; use builtin:arithmetic",
         made("sft"),
     ),
     "built-in pairs held out": (
-        made("dpo", evaluate={"eval_dataset": {"dataset": "tutor-preferences"}}),
-        "evaluate.eval_dataset.dataset: holds pairs, and held-out prompts have one gold answer; use tutor",
-        made("dpo", evaluate={"eval_dataset": {"dataset": "tutor", "split": "heldout"}}),
+        made("dpo", evaluate={"eval_dataset": {"dataset": "builtin:arithmetic-preferences"}}),
+        "evaluate.eval_dataset.dataset: holds pairs, and held-out prompts have one gold answer; use builtin:arithmetic",
+        made("dpo", evaluate={"eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"}}),
     ),
     "pairs held out": (
         made("reward", evaluate={"eval_dataset": {"dataset": "a.jsonl", "format": "preference"}}),
@@ -163,19 +163,19 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made("reward", evaluate={"eval_dataset": {"dataset": "a.jsonl", "format": "question_answer"}}),
     ),
     "split of the pairs": (
-        made("dpo", {"dataset": "tutor-preferences", "split": "test"}),
-        "data.train.0.split: `tutor-preferences` has the splits train and heldout",
+        made("dpo", {"dataset": "builtin:arithmetic-preferences", "split": "test"}),
+        "data.train.0.split: `builtin:arithmetic-preferences` has the splits train and heldout",
         made("dpo", {"dataset": "org/pairs", "split": "test"}),
     ),
     "split to validate": (
-        validated("sft", {"dataset": "tutor", "split": "test"}),
-        "data.validation.0.split: `tutor` has the splits train and heldout",
-        validated("sft", {"dataset": "tutor", "split": "heldout"}),
+        validated("sft", {"dataset": "builtin:arithmetic", "split": "test"}),
+        "data.validation.0.split: `builtin:arithmetic` has the splits train and heldout",
+        validated("sft", {"dataset": "builtin:arithmetic", "split": "heldout"}),
     ),
     **{
         f"{key} of the pairs": (
-            made("dpo", {"dataset": "tutor-preferences", key: value}),
-            f"data.train.0.{key}: does nothing for `tutor-preferences`, the built-in pairs",
+            made("dpo", {"dataset": "builtin:arithmetic-preferences", key: value}),
+            f"data.train.0.{key}: does nothing for `builtin:arithmetic-preferences`, the built-in pairs",
             made("dpo", {"dataset": "org/pairs", key: value}),
         )
         for key, value in {

@@ -12,14 +12,14 @@ from test_recipe_pairs import faults_of
 from lowrank_tune.recipe import Recipe, from_dict, load, load_any
 from lowrank_tune.recipe.stack import frozen_adapters_of
 
-HELDOUT = {"eval_dataset": {"dataset": "tutor", "split": "heldout"}}
+HELDOUT = {"eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"}}
 JUDGE = {"reward": {"path": "runs/reward"}}
 LEARNED = [{"name": "reward_model"}]
 
 
 def made(algorithm: str = "ppo", **sections: Any) -> dict[str, Any]:
     """A small valid recipe with other sections."""
-    dataset = "tutor" if algorithm in ("sft", "grpo", "ppo") else "tutor-preferences"
+    dataset = "builtin:arithmetic" if algorithm in ("sft", "grpo", "ppo") else "builtin:arithmetic-preferences"
     rewards = {"rewards": [{"name": "answer"}]} if algorithm in ("grpo", "ppo") else {}
     return {
         "algorithm": algorithm,
@@ -118,7 +118,7 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         made(reference="base", adapters={"value": {"r": 4}}),
     ),
     "pairs": (
-        made(data={"train": [{"dataset": "tutor-preferences"}]}),
+        made(data={"train": [{"dataset": "builtin:arithmetic-preferences"}]}),
         "data.train.0.dataset: holds pairs, and ppo learns from completions",
         made(),
     ),

@@ -454,7 +454,7 @@ def small_reward(**changes: Any) -> dict[str, Any]:
         "base": {"model": "tiny-tutor", "bits": 4},
         "adapters": {"reward": {"r": 4, "lora_dropout": 0.1}},
         "data": {
-            "train": [{"dataset": "tutor-preferences", "max_samples": 40}],
+            "train": [{"dataset": "builtin:arithmetic-preferences", "max_samples": 40}],
             "eval_fraction": 0.2,
             "max_length": 256,
         },

@@ -207,7 +207,7 @@ def test_a_row_that_does_not_fit_ends_with_3_and_what_to_type(tmp_path: Path, al
 def test_advice_by_hand(changes: dict[str, Any], kind: str, card: bool, words: str) -> None:
     recipe = {
         "algorithm": "sft",
-        "data": {"train": [{"dataset": "tutor"}]},
+        "data": {"train": [{"dataset": "builtin:arithmetic"}]},
         **changes,
         "train": {"max_steps": 1, **changes.get("train", {})},
     }

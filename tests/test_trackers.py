@@ -67,7 +67,7 @@ def test_tensorboard_files_hold_what_the_log_holds(tmp_path: Path) -> None:
         "train.max_steps=3",
         "train.global_batch_size=2",
         "train.report_to=tensorboard",
-        "data.train=[{dataset: tutor, max_samples: 8}]",
+        "data.train=[{dataset: builtin:arithmetic, max_samples: 8}]",
         "evaluate.num_prompts=2",
         "evaluate.num_samples=1",
         "evaluate.max_new_tokens=4",

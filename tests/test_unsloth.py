@@ -356,7 +356,7 @@ def test_an_unsloth_that_works_otherwise_is_refused(stand_in: StandIn, monkeypat
     [
         ("tiny-sft", ["train.gradient_checkpointing=true"]),
         ("tiny-sft", ["base.bits=16"]),
-        ("tiny-dpo", ["data.train=[{dataset: tutor-preferences, max_samples: 40}]"]),
+        ("tiny-dpo", ["data.train=[{dataset: builtin:arithmetic-preferences, max_samples: 40}]"]),
         ("tiny-grpo", ["train.prompts_per_step=4", "rollout.num_generations=4"]),
     ],
 )

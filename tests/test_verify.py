@@ -56,7 +56,7 @@ def recipe(*rewards: dict[str, Any], data: dict[str, Any] | None = None, **more:
         {
             "name": "v",
             "algorithm": "grpo",
-            "data": {"train": [data or {"dataset": "tutor", "max_samples": 30}]},
+            "data": {"train": [data or {"dataset": "builtin:arithmetic", "max_samples": 30}]},
             "rewards": list(rewards) or [{"name": "answer"}],
             "train": {"max_steps": 1},
             **more,
@@ -245,7 +245,7 @@ def test_disagreement_by_hand() -> None:
 
 def preset(place: Path, *rewards: str) -> str:
     (place / "my.yaml").write_text(
-        "algorithm: grpo\ndata: {train: [{dataset: tutor}]}\ntrain: {max_steps: 1}\nrewards:\n"
+        "algorithm: grpo\ndata: {train: [{dataset: builtin:arithmetic}]}\ntrain: {max_steps: 1}\nrewards:\n"
         + "".join(f"  - {{{reward}}}\n" for reward in rewards)
     )
     return "my.yaml"
@@ -296,8 +296,9 @@ def test_wrong_input_ends_with_a_sentence(place: Path, arguments: tuple[str, ...
     write([{"question": "q"}])
     write([], "e.jsonl")
     (place / "stages.yaml").write_text(
-        "train: {max_steps: 1}\nstages:\n  - {algorithm: reward, data: {train: [{dataset: tutor-preferences}]}}\n"
-        "  - {algorithm: grpo, data: {train: [{dataset: tutor}]}, rewards: [{name: reward_model}]}\n"
+        "train: {max_steps: 1}\nstages:\n"
+        "  - {algorithm: reward, data: {train: [{dataset: builtin:arithmetic-preferences}]}}\n"
+        "  - {algorithm: grpo, data: {train: [{dataset: builtin:arithmetic}]}, rewards: [{name: reward_model}]}\n"
     )
     result = verify_command(*arguments)
     assert result.exit_code == 2 and "Traceback" not in result.output

@@ -66,7 +66,7 @@ def recipe_of(cell: Cell, shape: str) -> dict[str, Any]:
     else:
         train["global_batch_size"] = cell.units
         recipe["data"] |= {"max_length": cell.length, "eval_fraction": 0.0}
-        train["final"] = "last"
+        train["load_best_model_at_end"] = False
     if cell.algorithm == "grpo":
         recipe["grpo"] = {"zero_std_groups": "keep"}
     return recipe

@@ -133,7 +133,7 @@ class GRPO:
         epsilon_low: float = 0.2,
         epsilon_high: float | None = None,
         beta: float = 0.05,
-        kl_in: str = "loss",
+        kl_in_reward: bool = False,
         kl_estimator: str = "k3_ratio",
         num_iterations: int = 1,
         old_logps_source: str = "recomputed",
@@ -144,9 +144,9 @@ class GRPO:
     ) -> None:
         self.context, self.collector, self.loss_type, self.epsilon_low = context, collector, loss_type, epsilon_low
         self.epsilon_high = DEFAULT_EPSILON_HIGH.get(loss_type, 0.2) if epsilon_high is None else epsilon_high
-        self.beta, self.kl_in, self.kl_estimator, self.num_iterations, self.old_logps_source = (
+        self.beta, self.kl_in_reward, self.kl_estimator, self.num_iterations, self.old_logps_source = (
             beta,
-            kl_in,
+            kl_in_reward,
             kl_estimator,
             num_iterations,
             old_logps_source,
@@ -219,9 +219,9 @@ class GRPO:
         rollout = self.collector.collect(step, draw, prompts)
         batch = rollout.batch
         if self.beta:
-            if self.kl_in == "reward" or self.kl_estimator != "exact":
+            if self.kl_in_reward or self.kl_estimator != "exact":
                 batch.extra["reference_logps"] = self.collector.logps("reference", batch)
-            if self.kl_in == "reward":
+            if self.kl_in_reward:
                 k1 = apply_mask(batch.extra["sampler"] - batch.extra["reference_logps"], batch.loss_mask).sum(dim=1)
                 rollout.shaped_rewards = rollout.shaped_rewards - self.beta * k1.view_as(rollout.shaped_rewards)
         if self.truncated_completions == "penalize":
@@ -257,7 +257,7 @@ class GRPO:
             "entropy": masked_mean(entropy, loss_mask),
             "clip_ratio": masked_mean(is_clipped.float(), loss_mask),
         }
-        if self.beta and self.kl_in == "loss":
+        if self.beta and not self.kl_in_reward:
             if self.kl_estimator == "exact":
                 penalty = self.context.roles.full_vocab_kl("policy", "reference", micro, temperature, gradient=True)
             else:

@@ -232,7 +232,6 @@ def _completion(rollout: RolloutBatch, advantages: Tensor, i: int) -> Mapping[st
 def make_grpo(recipe: settings.RecipeConfig, context: AlgorithmContext, collector: RolloutCollector) -> GRPO:
     """The algorithm of the recipe."""
     config = recipe.grpo
-    epsilon_low = config.epsilon if config.epsilon_low is None else config.epsilon_low
     epsilon_high = config.epsilon_high
     if epsilon_high is None and config.loss_type not in ("dapo", "cispo"):
         epsilon_high = config.epsilon
@@ -240,10 +239,10 @@ def make_grpo(recipe: settings.RecipeConfig, context: AlgorithmContext, collecto
         context,
         collector,
         config.loss_type,
-        epsilon_low,
+        config.epsilon,
         epsilon_high,
         config.beta,
-        config.kl_in,
+        config.kl_in_reward,
         config.kl_estimator,
         config.num_iterations,
         config.old_logprobs_from,

@@ -149,7 +149,11 @@ def _latest_checkpoint(run: FinishedRun) -> ChatTarget:
             state = load(path, path.name).documents.get("state.json", {})
         except CorruptCheckpoint:  # set aside by the run itself, when it goes on
             continue
-        best = _get_mapping(_get_mapping(state, "memory"), "best_step") if run.recipe.train.final == "best" else None
+        best = (
+            _get_mapping(_get_mapping(state, "memory"), "best_step")
+            if run.recipe.train.load_best_model_at_end
+            else None
+        )
         if (
             isinstance(best, int)
             and path.name != f"step-{best}"

@@ -20,7 +20,7 @@ from lowrank_tune.settings import SourceConfig
 from lowrank_tune.toy import problems
 
 ROWS_SEED_TAG = 4  # a tag beside those of `mixture`, which keeps the random streams apart
-BUILTIN_DATASETS = ("tutor", "tutor-preferences")
+BUILTIN_DATASETS = ("builtin:arithmetic", "builtin:arithmetic-preferences")
 BUILTIN_SIZES = {"train": 400, "heldout": 200}
 
 
@@ -172,7 +172,7 @@ class _BuiltinRows:
         self.name, count = source.dataset, source.max_samples or BUILTIN_SIZES[source.split]
         self._rows: list[dict[str, str]] = (
             problems.preferences(count, seed, source.split)
-            if self.name == "tutor-preferences"
+            if self.name == "builtin:arithmetic-preferences"
             else list(problems.rows(count, seed, heldout=source.split == "heldout"))
         )
 

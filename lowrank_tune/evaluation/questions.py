@@ -145,12 +145,12 @@ def eval_source(
 ) -> settings.SourceConfig:
     """The source that --on names; columns, format and gold answers are read as the recipe reads its own rows."""
     source = settings.SourceConfig(
-        dataset=given, config_name=name, split=split or ("heldout" if given == "tutor" else "train")
+        dataset=given, config_name=name, split=split or ("heldout" if given == "builtin:arithmetic" else "train")
     )
     like: Sequence[settings.SourceConfig] = (
         () if recipe is None else [*filter(None, [recipe.evaluate.eval_dataset]), *recipe.data.train]
     )
-    if not like or given.startswith("tutor") or like[0].dataset.startswith("tutor"):
+    if not like or given.startswith("builtin:arithmetic") or like[0].dataset.startswith("builtin:arithmetic"):
         return source
     return source.model_copy(update={"columns": like[0].columns, "ground_truth": like[0].ground_truth})
 

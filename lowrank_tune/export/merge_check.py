@@ -142,7 +142,9 @@ def make_probes(recipe: settings.RecipeConfig, template: ChatTemplate, emit: Emi
     if len(probes.prompts) == MAX_PROMPTS:
         return probes
     built_in = _prompt_ids(
-        load_heldout_prompts(settings.SourceConfig(dataset="tutor", split="heldout"), MAX_PROMPTS, recipe.seed),
+        load_heldout_prompts(
+            settings.SourceConfig(dataset="builtin:arithmetic", split="heldout"), MAX_PROMPTS, recipe.seed
+        ),
         template,
     )
     origin = f"{probes.origin} and the kit's problems" if probes.prompts else "the kit's problems"

@@ -147,7 +147,9 @@ def _training_section(recipe: settings.RecipeConfig, summary: Mapping[str, Any])
             + ".",
         ]
     best = summary.get("best", {}).get("step")
-    best_note = f"; the adapter is that of step {best}" if best is not None and recipe.train.final == "best" else ""
+    best_note = (
+        f"; the adapter is that of step {best}" if best is not None and recipe.train.load_best_model_at_end else ""
+    )
     rate = f"learning rate {recipe.train.learning_rate:g}, {recipe.train.optim}, seed {recipe.seed}"
     return [*lines, "", f"Trained by `{recipe.algorithm}` for {summary.get('step')} steps; {rate}{best_note}.", ""]
 

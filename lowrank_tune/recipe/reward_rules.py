@@ -51,7 +51,6 @@ REWARD_ALIASES = {
 }
 """Names of other kits' rewards."""
 LOSSES = get_args(GRPOConfig.model_fields["loss_type"].annotation)
-LOSSES_WITH_DEFAULT_EPSILON_HIGH = ("dapo", "cispo")
 """Losses that have an `epsilon_high` of their own where none is given: `epsilon` says nothing of it."""
 
 
@@ -98,34 +97,23 @@ def unused_settings(data: Any) -> Iterator[Finding]:
 
 
 def _unused_clip_settings(data: Any) -> Iterator[Finding]:
-    loss = get_raw(data, "grpo", "loss_type") or "grpo"
-    clip, low, high = (get_raw(data, "grpo", key) is not None for key in ("epsilon", "epsilon_low", "epsilon_high"))
-    if loss == "cispo":
-        for key in ("epsilon", "epsilon_low"):
-            if get_raw(data, "grpo", key) is not None:
-                yield (
-                    ("grpo", key),
-                    "does nothing for the loss cispo, which bounds weights from above alone; say `grpo.epsilon_high`",
-                )
-    elif clip and low and high:
-        yield ("grpo", "epsilon"), "does nothing beside `grpo.epsilon_low` and `grpo.epsilon_high`: give it, or the two"
-    elif clip and low and loss in LOSSES_WITH_DEFAULT_EPSILON_HIGH:
+    if get_raw(data, "grpo", "loss_type") == "cispo" and get_raw(data, "grpo", "epsilon") is not None:
         yield (
             ("grpo", "epsilon"),
-            f"does nothing beside `grpo.epsilon_low`: the loss {loss} has a `grpo.epsilon_high` of its own",
+            "does nothing for the loss cispo, which bounds weights from above alone; use `grpo.epsilon_high`",
         )
 
 
 def _unused_kl_settings(data: Any) -> Iterator[Finding]:
-    for key in ("kl_in", "kl_estimator"):
+    for key in ("kl_in_reward", "kl_estimator"):
         if get_raw(data, "grpo", key) is None:
             continue
         if number(get_raw(data, "grpo", "beta")) == 0.0:
             yield ("grpo", key), "does nothing where `grpo.beta` is 0"
-        elif key == "kl_estimator" and get_raw(data, "grpo", "kl_in") == "reward":
+        elif key == "kl_estimator" and get_raw(data, "grpo", "kl_in_reward") is True:
             yield (
                 ("grpo", key),
-                "does nothing with `grpo.kl_in`: reward, where the KL is the log-ratio of what was drawn",
+                "does nothing with `grpo.kl_in_reward`, where the KL is the log-ratio of what was drawn",
             )
 
 
@@ -188,5 +176,5 @@ def reward_needs_answers(data: Any) -> Iterator[Finding]:
     """Whether an answer is right cannot be told without gold answers."""
     if is_online(data) and any(get_raw(reward, "name") == "answer" for reward in entries(data, "rewards")):
         for index, source in enumerate(entries(data, "data", "train")):
-            if get_raw(source, "ground_truth") == "none" and get_raw(source, "dataset") != "tutor":
+            if get_raw(source, "ground_truth") == "none" and get_raw(source, "dataset") != "builtin:arithmetic":
                 yield ("data", "train", index, "ground_truth"), "leaves the reward `answer` nothing to compare with"

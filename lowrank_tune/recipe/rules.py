@@ -68,7 +68,7 @@ NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,39}")
 DATA_FILE_PATTERN = re.compile(r".*\.(jsonl?|csv|parquet)(\.gz)?")
 ALGORITHMS = get_args(RecipeConfig.model_fields["algorithm"].annotation)
 LOSSES = get_args(DPOConfig.model_fields["loss_type"].annotation)
-BUILT_IN = {"tutor": "the built-in problems", "tutor-preferences": "the built-in pairs"}
+BUILT_IN = {"builtin:arithmetic": "the built-in problems", "builtin:arithmetic-preferences": "the built-in pairs"}
 
 
 def adapters_of(data: Any) -> dict[str, Any]:
@@ -164,13 +164,13 @@ def best_step_findings(data: Any) -> Iterator[Finding]:
     elif by == "loss" and not has_validation(data):
         yield ("evaluate", "metric_for_best_model"), "`loss` needs validation rows, and there are none"
     elif (
-        get_raw(data, "train", "final") == "best"
+        get_raw(data, "train", "load_best_model_at_end") is True
         and not has_validation(data)
         and not (has_heldout and (by == "accuracy" or not supports_validation(data)))
     ):
         yield (
-            ("train", "final"),
-            f"`best` needs {'validation rows' if supports_validation(data) else '`evaluate.eval_dataset`'}, and there "
+            ("train", "load_best_model_at_end"),
+            f"`true` needs {'validation rows' if supports_validation(data) else '`evaluate.eval_dataset`'}, and there "
             "are none",
         )
 
@@ -332,10 +332,10 @@ def row_format_findings(data: Any) -> Iterator[Finding]:
             else "single answers"
         )
         whose = "held-out prompts have one gold answer" if heldout else f"{algorithm} learns from {learns}"
-        if dataset == "tutor" and pairs:
-            yield (*path, "dataset"), f"holds single answers, and {whose}; use tutor-preferences"
-        elif dataset == "tutor-preferences" and not pairs:
-            yield (*path, "dataset"), f"holds pairs, and {whose}; use tutor"
+        if dataset == "builtin:arithmetic" and pairs:
+            yield (*path, "dataset"), f"holds single answers, and {whose}; use builtin:arithmetic-preferences"
+        elif dataset == "builtin:arithmetic-preferences" and not pairs:
+            yield (*path, "dataset"), f"holds pairs, and {whose}; use builtin:arithmetic"
         elif isinstance(dataset, str) and dataset in BUILT_IN:
             continue  # its format is fixed, and saying one is told as idle
         elif pairs and format not in (None, "auto", "preference"):

@@ -13,8 +13,8 @@ class SourceConfig(Settings):
     """One source of rows."""
 
     dataset: NonEmptyStr
-    """A hub id, `id@revision`, a file (JSON, JSON lines, CSV, Parquet; gz too), a folder, `tutor` (the built-in
-    problems) or `tutor-preferences` (pairs of answers to them)."""
+    """A hub id, `id@revision`, a file (JSON, JSON lines, CSV, Parquet; gz too), a folder, `builtin:arithmetic` (the
+    built-in problems) or `builtin:arithmetic-preferences` (pairs of answers to them)."""
     config_name: NonEmptyStr | None = None
     """Configuration of a hub data set (`main` of openai/gsm8k)."""
     split: NonEmptyStr = "train"

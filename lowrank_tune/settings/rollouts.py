@@ -31,18 +31,17 @@ class GRPOConfig(Settings):
     """GRPO; DAPO's token mean; Dr. GRPO (no division by spread or length); GSPO (ratio of whole sequences); CISPO
     (clipped weights)."""
     epsilon: Annotated[float, Field(gt=0.0)] = 0.2
-    """How far the ratio to the sampling policy may move before the gradient stops."""
-    epsilon_low: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """The same for falling ratios alone."""
+    """How far the ratio to the sampling policy may move before the gradient stops; the lower bound alone where
+    `epsilon_high` is given."""
     epsilon_high: Annotated[float, Field(gt=0.0)] | None = None
-    """The same for rising ratios alone (0.28 for `dapo`; for `cispo` the largest weight, 5)."""
+    """The upper bound, where it is not `epsilon` (0.28 for `dapo`; for `cispo` the largest weight, 5)."""
     beta: Annotated[float, Field(ge=0.0)] = 0.05
     """Weight of the KL to the reference."""
-    kl_in: Literal["loss", "reward"] = "loss"
-    """Where it counts: in the loss a token, or in the reward a completion."""
+    kl_in_reward: bool = False
+    """Subtracts the KL from the reward of a completion, instead of adding it to the loss of a token."""
     kl_estimator: Literal["k3_ratio", "k3", "k2", "exact"] = "k3_ratio"
-    """For `kl_in: loss`: k3 times the ratio (the gradient of KL(policy || reference)), k3, k2, or exact over the whole
-    vocabulary."""
+    """Of the KL in the loss: k3 times the ratio (the gradient of KL(policy || reference)), k3, k2, or exact over the
+    whole vocabulary."""
     num_iterations: PositiveInt = 1
     """Passes over each harvest of completions."""
     old_logprobs_from: Literal["recomputed", "sampler"] = "recomputed"

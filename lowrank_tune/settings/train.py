@@ -72,8 +72,9 @@ class TrainingConfig(Settings):
     """Steps between checkpoints; about ten over the run where it is not given."""
     save_total_limit: PositiveInt = 2
     """Newest checkpoints kept, besides the best."""
-    final: Literal["best", "last"] = "best"
-    """Which adapter becomes `final/`: the one with the lowest validation loss, or the last."""
+    load_best_model_at_end: bool = True
+    """Whether `final/` is the adapter of the best evaluation (`evaluate.metric_for_best_model`), else that of the last
+    step."""
     final_adapters: Literal["combined", "separate"] = "combined"
     """Where frozen adapters lie below the trained one: `final/` is all of them folded into one adapter, exactly, whose
     rank is the sum of theirs; or each stays apart in a folder of its own, to be loaded together."""

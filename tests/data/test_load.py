@@ -206,17 +206,19 @@ def test_split(tmp_path: Path) -> None:
 def test_weights(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(UserError, match="sum to"):
-        loaded(tmp_path, SourceConfig(dataset=path, weight=0.5), SourceConfig(dataset="tutor", weight=0.4))
-    made = loaded(tmp_path, SourceConfig(dataset=path), SourceConfig(dataset="tutor", max_samples=60))
+        loaded(tmp_path, SourceConfig(dataset=path, weight=0.5), SourceConfig(dataset="builtin:arithmetic", weight=0.4))
+    made = loaded(tmp_path, SourceConfig(dataset=path), SourceConfig(dataset="builtin:arithmetic", max_samples=60))
     assert np.bincount(made.train.source_of).tolist() == [40, 60] and "row counts" in made.report.mixture
 
 
 def test_tutor_prompts() -> None:
-    found = load_heldout_prompts(SourceConfig(dataset="tutor", split="heldout"), 30, 1, "Be brief.")
+    found = load_heldout_prompts(SourceConfig(dataset="builtin:arithmetic", split="heldout"), 30, 1, "Be brief.")
     assert len(found) == 30 and all(prompt.ground_truth == prompt.row["gold"] for prompt in found)
     assert [message.role for message in found[0].messages] == ["system", "user"]
-    assert found == load_heldout_prompts(SourceConfig(dataset="tutor", split="heldout"), 30, 1, "Be brief.")
-    assert found != load_heldout_prompts(SourceConfig(dataset="tutor"), 30, 1, "Be brief.")
+    assert found == load_heldout_prompts(
+        SourceConfig(dataset="builtin:arithmetic", split="heldout"), 30, 1, "Be brief."
+    )
+    assert found != load_heldout_prompts(SourceConfig(dataset="builtin:arithmetic"), 30, 1, "Be brief.")
 
 
 def test_prompts_without_answers(tmp_path: Path) -> None:
@@ -271,7 +273,7 @@ def test_local_settings_that_do_nothing(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="local path"):
             read_source(SourceConfig(dataset=path, **fault), 0)
     with pytest.raises(UserError, match="no split `test`"):
-        read_source(SourceConfig(dataset="tutor", split="test"), 0)
+        read_source(SourceConfig(dataset="builtin:arithmetic", split="test"), 0)
 
 
 def test_what_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -561,22 +561,22 @@ def test_prompts_of_pairs(tmp_path: Path) -> None:
     assert len(found) == 10 and all([turn.role for turn in prompt.messages] == ["system", "user"] for prompt in found)
     assert all(prompt.row["chosen"].endswith(f" {prompt.ground_truth}") for prompt in found)
     tutor = load_heldout_prompts(
-        SourceConfig(dataset="tutor-preferences", split="heldout", ground_truth="last_number"), 12, 1
+        SourceConfig(dataset="builtin:arithmetic-preferences", split="heldout", ground_truth="last_number"), 12, 1
     )
     assert len(tutor) == 12 and all(prompt.ground_truth for prompt in tutor)
 
 
 def test_the_tutors_own_pairs(tmp_path: Path) -> None:
     train, heldout = (
-        loaded(tmp_path, SourceConfig(dataset="tutor-preferences", split=split, max_samples=90))
+        loaded(tmp_path, SourceConfig(dataset="builtin:arithmetic-preferences", split=split, max_samples=90))
         for split in ("train", "heldout")
     )
     assert train.report.train[0].used == heldout.report.train[0].used == 90
     assert not {pair[0] for pair in pairs_of(train.train)} & {pair[0] for pair in pairs_of(heldout.train)}
     assert train.train.content_hash() != heldout.train.content_hash()
     for fault, sentence in (({"split": "test"}, "no split `test`"), ({"config_name": "main"}, "no configurations")):
-        with pytest.raises(UserError, match=f"tutor-preferences: .*{sentence}"):
-            read_source(SourceConfig(dataset="tutor-preferences", **fault), 0)
+        with pytest.raises(UserError, match=f"builtin:arithmetic-preferences: .*{sentence}"):
+            read_source(SourceConfig(dataset="builtin:arithmetic-preferences", **fault), 0)
 
 
 REASONS: dict[str, tuple[int, dict[str, list[int]]]] = {  # pairs, and every line that holds none

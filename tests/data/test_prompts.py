@@ -175,7 +175,7 @@ def test_several_sources_in_their_order(tmp_path: Path) -> None:
         write(tmp_path / "a.jsonl", ROWS[:3] * 2),
         write(tmp_path / "b.jsonl", [{**row, "answer": "?"} for row in ROWS[2:6]]),
     )
-    made = loaded(one, SourceConfig(dataset=other), SourceConfig(dataset="tutor", max_samples=5))
+    made = loaded(one, SourceConfig(dataset=other), SourceConfig(dataset="builtin:arithmetic", max_samples=5))
     assert (
         made.source_of.tolist() == [0] * 6 + [1] * 4 + [2] * 5
         and made.source_of.dtype == np.int32
@@ -185,14 +185,17 @@ def test_several_sources_in_their_order(tmp_path: Path) -> None:
     assert [part.duplicates for part in made.report.train] == [3, 0, 0] and made.report.duplicates == 4
     assert [part.ground_truths for part in made.report.train] == [6, 0, 5]
     assert [one.ground_truth is None for one in made.examples] == [False] * 6 + [True] * 4 + [False] * 5
-    assert made.examples[10].row["gold"] == made.examples[10].ground_truth and str(made.locations[10]) == "tutor:1"
+    assert (
+        made.examples[10].row["gold"] == made.examples[10].ground_truth
+        and str(made.locations[10]) == "builtin:arithmetic:1"
+    )
     lines = made.report.lines()
     assert lines[0].startswith(f"{one} (question_answer): prompts of 6 of 6 rows, ") and lines[0].endswith(
         " tokens, 6 with a gold answer"
     )
     assert lines[-1] == (
         f"15 prompts to draw completions for, 4 of them repeat an earlier one; mixed by prompt counts: {one} 40 %, "
-        f"{other} 26.7 %, tutor 33.3 %"
+        f"{other} 26.7 %, builtin:arithmetic 33.3 %"
     )
     assert json.loads(json.dumps(made.report.to_dict()))["train_rows"] == 15
 

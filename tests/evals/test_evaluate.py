@@ -42,7 +42,7 @@ from lowrank_tune.ui.compare.runs import read_runs
 from lowrank_tune.ui.evals_view import describe_evaluation, rows
 from lowrank_tune.ui.report import write_report
 
-SHORT = Options(dataset="tutor", num_prompts=6, num_samples=2, max_new_tokens=6)
+SHORT = Options(dataset="builtin:arithmetic", num_prompts=6, num_samples=2, max_new_tokens=6)
 
 
 def quiet(event: Event) -> None:
@@ -76,7 +76,7 @@ def judge(made: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "algorithm": "reward",
         "base": {"model": str(made.base), "bits": 16},
         "train": {"max_steps": 1},
-        "data": {"train": [{"dataset": "tutor-preferences", "max_samples": 12}]},
+        "data": {"train": [{"dataset": "builtin:arithmetic-preferences", "max_samples": 12}]},
     }
     (run / "run.json").write_text(json.dumps({"recipe": recipe}))
     (run / "base.json").write_text(json.dumps({"device": "cpu", "bits": 16, "tensors": hashes}))
@@ -92,8 +92,8 @@ def with_rewards(made: FinishedRun, folder: Path, function: str) -> Path:
     recipe = {key: recipe[key] for key in ("base", "adapters", "seed")} | {
         "algorithm": "grpo",
         "train": {"max_steps": 1},
-        "data": {"train": [{"dataset": "tutor", "max_samples": 12}]},
-        "evaluate": {"eval_dataset": {"dataset": "tutor", "split": "heldout"}},
+        "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 12}]},
+        "evaluate": {"eval_dataset": {"dataset": "builtin:arithmetic", "split": "heldout"}},
         "rewards": [{"name": f"{folder}/mine.py:mine", "weight": 2.0}],
     }
     (run / "run.json").write_text(json.dumps({"recipe": recipe}))
@@ -103,7 +103,9 @@ def with_rewards(made: FinishedRun, folder: Path, function: str) -> Path:
 def test_losses_as_transformers_and_peft_have_them(made: FinishedRun) -> None:
     """Another program reads the same rows with the adapter that the run left: the mean of -log p over all tokens of the
     answers."""
-    found = evaluate(str(made.run), Options(dataset="tutor", num_prompts=9, max_new_tokens=2), quiet, CPU).record
+    found = evaluate(
+        str(made.run), Options(dataset="builtin:arithmetic", num_prompts=9, max_new_tokens=2), quiet, CPU
+    ).record
     wanted = settings.BaseConfig(model=str(made.base), bits=16)
     template = ChatTemplate.from_tokenizer(load_tokenizer(wanted))
     model = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32)
@@ -161,7 +163,7 @@ def drawn_again(
     roles = Roles(load_base(wanted, template.tokenizer, CPU), {"policy": config}, [], {"policy": ["policy"]})
     roles.load_adapter_tensors("policy", load_file(made.run / "final" / "adapter_model.safetensors"), "final")
     questions = load_eval_questions(
-        settings.SourceConfig(dataset="tutor", split="heldout"), count, 0, template, None
+        settings.SourceConfig(dataset="builtin:arithmetic", split="heldout"), count, 0, template, None
     ).questions
     sampling = SamplingParams(longest, base.end_ids | template.end_ids, temperature, 0)
     completions: dict[str, list[list[list[int]]]] = {}
@@ -190,7 +192,10 @@ def test_parts_and_their_order_change_no_answer(
 def test_a_judge_on_the_same_base(made: FinishedRun, judge: Path) -> None:
     """Greedy answers of both voices are scored again one by one, and the wins counted."""
     found = evaluate(
-        str(made.run), Options(dataset="tutor", num_prompts=6, max_new_tokens=6, reward_model=judge), quiet, CPU
+        str(made.run),
+        Options(dataset="builtin:arithmetic", num_prompts=6, max_new_tokens=6, reward_model=judge),
+        quiet,
+        CPU,
     ).record
     wanted = settings.BaseConfig(model=str(made.base), bits=16)
     template = ChatTemplate.from_tokenizer(load_tokenizer(wanted))
@@ -205,7 +210,7 @@ def test_a_judge_on_the_same_base(made: FinishedRun, judge: Path) -> None:
     roles.load_adapter_tensors("reward", load_file(judge / "final" / "adapter_model.safetensors"), "judge")
     completions = drawn_again(made, 6, 1, 6, temperature=0.0)
     questions = load_eval_questions(
-        settings.SourceConfig(dataset="tutor", split="heldout"), 6, 0, template, None
+        settings.SourceConfig(dataset="builtin:arithmetic", split="heldout"), 6, 0, template, None
     ).questions
 
     def score(number: int, answered: list[int]) -> float:
@@ -283,7 +288,18 @@ def test_ctrl_c_keeps_the_parts_that_all_models_have_finished(
         return original(self, *arguments)
 
     monkeypatch.setattr(Evaluator, "measure", interrupted)
-    command = ["eval", str(run), "--on", "tutor", "--num-prompts", "6", "--samples", "2", "--max-new-tokens", "6"]
+    command = [
+        "eval",
+        str(run),
+        "--on",
+        "builtin:arithmetic",
+        "--num-prompts",
+        "6",
+        "--samples",
+        "2",
+        "--max-new-tokens",
+        "6",
+    ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 130 and "interrupted" in result.stdout and len(read_records(run)) == 1, result.output
 
@@ -291,7 +307,18 @@ def test_ctrl_c_keeps_the_parts_that_all_models_have_finished(
 def test_results_are_added_to_the_run_and_shown(made: FinishedRun, tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(made.run, run)
-    command = ["eval", str(run), "--on", "tutor", "--num-prompts", "4", "--samples", "2", "--max-new-tokens", "4"]
+    command = [
+        "eval",
+        str(run),
+        "--on",
+        "builtin:arithmetic",
+        "--num-prompts",
+        "4",
+        "--samples",
+        "2",
+        "--max-new-tokens",
+        "4",
+    ]
     for _ in range(2):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
@@ -328,7 +355,7 @@ def test_results_are_added_to_the_run_and_shown(made: FinishedRun, tmp_path: Pat
     assert write_report(other).exists(), "what anyone may have edited breaks no page"
     table = dict(compared(read_runs([run, other])))
     assert table["eval: pass@1"][0].startswith("0.0 % (0.0 to ") and table["eval: pass@1"][1] == ""
-    assert table["eval: of"][0] == "sft, tutor heldout" and table["eval: prompts"] == ["4", ""]
+    assert table["eval: of"][0] == "sft, builtin:arithmetic heldout" and table["eval: prompts"] == ["4", ""]
 
 
 def test_a_hostile_record_is_inert() -> None:
@@ -361,17 +388,17 @@ def test_wrong_input_is_one_sentence(made: FinishedRun, judge: Path, tmp_path: P
     assert "--k 4 needs as many answers" in fails(run, "--k", "4", "--samples", "2")
     assert "greedy answers are all the same" in fails(run, "--samples", "3", "--temperature", "0")
     assert "--bits says how to load a model" in fails(run, "--bits", "16")
-    assert "it is 4 or 16" in fails("tiny-tutor", "--bits", "8", "--on", "tutor")
+    assert "it is 4 or 16" in fails("tiny-tutor", "--bits", "8", "--on", "builtin:arithmetic")
     assert "give --on FILE" in fails("tiny-tutor")
     assert "no such file" in fails(run, "--on", "nothing.jsonl")
     assert "--name and --split" in fails(run, "--split", "test")
-    assert "unknown reward `anser`" in fails(run, "--on", "tutor", "--verifier", "anser")
-    assert "does not tell right from wrong" in fails(run, "--on", "tutor", "--verifier", "repetition")
+    assert "unknown reward `anser`" in fails(run, "--on", "builtin:arithmetic", "--verifier", "anser")
+    assert "does not tell right from wrong" in fails(run, "--on", "builtin:arithmetic", "--verifier", "repetition")
     assert "only `algorithm: reward` trains" in fails(run, "--judge", run)
     assert "there is no such run" in fails(run, "--judge", "nowhere")
-    assert "a judge must share the base" in fails("tiny-tutor", "--on", "tutor", "--judge", str(judge))
+    assert "a judge must share the base" in fails("tiny-tutor", "--on", "builtin:arithmetic", "--judge", str(judge))
     assert "--tasks-path and --limit belong to --tasks" in fails(run, "--limit", "3")
-    assert "leave --on out" in fails(run, "--file", "x.jsonl", "--on", "tutor")
+    assert "leave --on out" in fails(run, "--file", "x.jsonl", "--on", "builtin:arithmetic")
     assert "trained a reward model, which does not answer" in fails(str(judge))
     assert "there is no such folder" in fails(run, "--out", str(tmp_path / "no" / "x.jsonl"))
 

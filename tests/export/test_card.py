@@ -177,7 +177,12 @@ def attached(made: FinishedRun, *frozen: tuple[str, SavedAdapter]) -> tuple[dict
     path, events = str(made.run), list[Event]()
     adapters = {**{name: {"path": str(one.folder)} for name, one in frozen}, "policy": {"path": path}}
     recipe = Recipe.from_dict(
-        {"algorithm": "sft", "data": {"train": [{"dataset": "tutor"}]}, "train": {"max_steps": 1}, "adapters": adapters}
+        {
+            "algorithm": "sft",
+            "data": {"train": [{"dataset": "builtin:arithmetic"}]},
+            "train": {"max_steps": 1},
+            "adapters": adapters,
+        }
     )
     saved = {**dict(frozen), "policy": read_adapter(path, "adapters.policy.path")}
     check_adapter_lineage(recipe, saved, events.append)
@@ -227,7 +232,7 @@ def test_a_broken_stack_is_reported(tmp_path: Path, text: str) -> None:
 def test_apart_without_a_stack_is_a_fault() -> None:
     data = {
         "algorithm": "sft",
-        "data": {"train": [{"dataset": "tutor"}]},
+        "data": {"train": [{"dataset": "builtin:arithmetic"}]},
         "train": {"max_steps": 1, "final_adapters": "separate"},
     }
     with pytest.raises(UserError, match=r"train\.final_adapters: `separate` does nothing here"):

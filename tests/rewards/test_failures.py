@@ -154,7 +154,7 @@ THREE = [[[1.0, 0.0, 0.3, 0.2], [0.2, 0.9, 0.4, 0.1]]]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "how",
-    [{"beta": 0.3}, {"beta": 0.3, "kl_in": "reward"}, {"num_iterations": 2}, {"truncated_completions": "penalize"}],
+    [{"beta": 0.3}, {"beta": 0.3, "kl_in_reward": True}, {"num_iterations": 2}, {"truncated_completions": "penalize"}],
 )
 def test_the_step_is_one_without_it(roles: Roles, kind: str, how: dict[str, Any]) -> None:
     found = []
@@ -271,7 +271,7 @@ def small(**more: Any) -> dict[str, Any]:
         "algorithm": "grpo",
         "base": {"model": "tiny-tutor"},
         "adapters": {"policy": {"r": 4}},
-        "data": {"train": [{"dataset": "tutor", "max_samples": 20}]},
+        "data": {"train": [{"dataset": "builtin:arithmetic", "max_samples": 20}]},
         "rewards": [{"name": "answer"}, {"name": "./mine.py:some", "weight": 0.1, "on_error": "drop"}],
         "rollout": {"num_generations": 4, "max_new_tokens": 10, "max_reward_failure_rate": 1.0},
         "grpo": {"zero_std_groups": "keep"},

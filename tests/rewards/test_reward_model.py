@@ -27,8 +27,8 @@ from lowrank_tune.validation import score_file
 
 FEW = {"micro_batch_size": 8, "max_steps": 2, "learning_rate": 5e-3, "gradient_checkpointing": False}
 ROWS, PAIRS = (
-    {"train": [{"dataset": "tutor", "max_samples": 40}]},
-    {"train": [{"dataset": "tutor-preferences", "max_samples": 24}]},
+    {"train": [{"dataset": "builtin:arithmetic", "max_samples": 40}]},
+    {"train": [{"dataset": "builtin:arithmetic-preferences", "max_samples": 24}]},
 )
 LEARNED: dict[str, Any] = {
     "name": "grpo",
