@@ -641,7 +641,7 @@ def _shown(text: str) -> str:
         (["what ever"], "", "no name that a model of the hub could have"),
         (["{run}/run.json"], "", "is a file"),
         (["{run}/.."], "", "it holds the runs run: name one"),
-        ([BUILTIN_MODEL, "--voice", "tuned"], "", "no adapters here"),
+        ([BUILTIN_MODEL, "--variant", "tuned"], "", "no adapters here"),
         ([BUILTIN_MODEL, "--base", "x"], "", "is a model itself"),
         (["{run}", "--base", "/no/base"], "", "its base cannot be loaded"),
         (["lowrank-tune-tests/none-such"], "", "could not be fetched"),

@@ -36,7 +36,7 @@ def merge_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the merged model; else RUN/merged.")] = None,
     weights: Annotated[
-        MergeWeights, typer.Option("--base", help="Weights to merge into: what was trained, or the original.")
+        MergeWeights, typer.Option("--weights", help="Weights to merge into: dequantized or original.")
     ] = MergeWeights.dequantized,
     debug: Debug = False,
 ) -> None:
