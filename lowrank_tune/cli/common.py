@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="QLoRA fine-tuning for one consumer GPU: one frozen 4-bit base, many voices.",
+    help="QLoRA fine-tuning for one consumer GPU: one frozen 4-bit base, many LoRA adapters.",
 )
 
 

@@ -43,7 +43,7 @@ class MetricValue:
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """One evaluation as it was written: when, on what, in which settings, and its figures by voice and name."""
+    """One evaluation as it was written: when, on what, in which settings, and its figures by variant and name."""
 
     time: float
     origin: str

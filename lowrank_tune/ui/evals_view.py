@@ -18,7 +18,7 @@ from lowrank_tune.ui.formatting import number, percent
 BASE = "base"
 SHARE_METRICS = re.compile(r"pass_at_\d+|stopped")
 TableRow = tuple[str, str, str, str, str]
-"""Figure (empty where it is that of the line above), voice, value, interval, change against the base."""
+"""Figure (empty where it is that of the line above), variant, value, interval, change against the base."""
 
 
 def heads(record: EvalRecord) -> tuple[str, ...]:
@@ -35,7 +35,7 @@ def label_of(name: str) -> str:
     plain = {
         "loss": "loss, nats a token",
         "reward": "reward",
-        "judge_score": "judge's score",
+        "judge_score": "reward model score",
         "stopped": "stops by itself",
         "length": "tokens an answer",
     }
@@ -73,7 +73,7 @@ def change_of(name: str, figure: MetricValue | None) -> str:
 
 
 def rows(record: EvalRecord) -> Iterator[TableRow]:
-    """Every figure, a line a voice, then the wins against the base, then the tasks."""
+    """Every figure, a line a variant, then the wins against the base, then the tasks."""
     names = list(dict.fromkeys(name for several in record.figures.values() for name in several))
     for name in names:
         first = True

@@ -55,7 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 
 @pytest.fixture(scope="module")
-def judge(made: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reward_run(made: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of `algorithm: reward` on the same base, with an adapter and a head that matter."""
     wanted = settings.BaseConfig(model=str(made.base), bits=16)
     base = load_base(wanted, load_tokenizer(wanted), CPU)
@@ -68,7 +68,7 @@ def judge(made: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
         heads=["reward"],
     )
     perturb(roles, "reward", size=0.2)
-    run = tmp_path_factory.mktemp("judge") / "run"
+    run = tmp_path_factory.mktemp("reward_run") / "run"
     (run / "final").mkdir(parents=True)
     save_file(roles.adapter_tensors("reward"), run / "final" / "adapter_model.safetensors")
     (run / "final" / "adapter_config.json").write_text(json.dumps(roles.adapter_config("reward")))
@@ -131,7 +131,7 @@ def test_losses_as_transformers_and_peft_have_them(made: FinishedRun) -> None:
 def test_rewards_passes_and_wins_are_counted(made: FinishedRun, tmp_path: Path) -> None:
     """The answers are drawn again, and every figure is worked out from them by plain counting."""
     run = with_rewards(made, tmp_path, "float(len(completion) % 3)")
-    options = Options(num_prompts=7, num_samples=3, k=(2,), max_new_tokens=5, verifier="answer")
+    options = Options(num_prompts=7, num_samples=3, pass_at_k=(2,), max_new_tokens=5, verifier="answer")
     found = evaluate(str(run), options, quiet, CPU).record
     completions = drawn_again(made, 7, 3, 5)
     template = ChatTemplate.from_tokenizer(load_tokenizer(settings.BaseConfig(model=str(made.base))))
@@ -149,8 +149,8 @@ def test_rewards_passes_and_wins_are_counted(made: FinishedRun, tmp_path: Path) 
 def drawn_again(
     made: FinishedRun, count: int, samples: int, longest: int, temperature: float = 1.0
 ) -> dict[str, list[list[list[int]]]]:
-    """What base and policy answer to the first held-out problems (ids without a stop), each voice in one call over all
-    of them."""
+    """What base and policy answer to the first held-out problems (ids without a stop), each variant in one call over
+    all of them."""
     wanted = settings.BaseConfig(model=str(made.base), bits=16)
     template = ChatTemplate.from_tokenizer(load_tokenizer(wanted))
     base = load_base(wanted, template.tokenizer, CPU)
@@ -187,10 +187,10 @@ def test_parts_and_their_order_change_no_answer(
     assert whole["figures"]["base"]["length"]["value"] == parts["figures"]["base"]["length"]["value"]
 
 
-def test_a_judge_on_the_same_base(made: FinishedRun, judge: Path) -> None:
-    """Greedy answers of both voices are scored again one by one, and the wins counted."""
+def test_a_reward_model_on_the_same_base(made: FinishedRun, reward_run: Path) -> None:
+    """Greedy answers of both variants are scored again one by one, and the wins counted."""
     found = evaluate(
-        str(made.run), Options(dataset="tutor", num_prompts=6, max_new_tokens=6, reward_model=judge), quiet, CPU
+        str(made.run), Options(dataset="tutor", num_prompts=6, max_new_tokens=6, reward_model=reward_run), quiet, CPU
     ).record
     wanted = settings.BaseConfig(model=str(made.base), bits=16)
     template = ChatTemplate.from_tokenizer(load_tokenizer(wanted))
@@ -202,7 +202,7 @@ def test_a_judge_on_the_same_base(made: FinishedRun, judge: Path) -> None:
         {"reward": ["reward"]},
         heads=["reward"],
     )
-    roles.load_adapter_tensors("reward", load_file(judge / "final" / "adapter_model.safetensors"), "judge")
+    roles.load_adapter_tensors("reward", load_file(reward_run / "final" / "adapter_model.safetensors"), "reward_run")
     completions = drawn_again(made, 6, 1, 6, temperature=0.0)
     questions = load_eval_questions(
         settings.SourceConfig(dataset="tutor", split="heldout"), 6, 0, template, None
@@ -225,7 +225,7 @@ def test_a_judge_on_the_same_base(made: FinishedRun, judge: Path) -> None:
     assert found["figures"]["base"]["judge_score"]["value"] == pytest.approx(sum(theirs) / 6, rel=1e-3)
 
 
-def test_a_judge_reads_answers_to_their_end() -> None:
+def test_the_reward_model_reads_answers_to_their_end() -> None:
     """What ended by itself is scored where the reward model was trained to look, behind all that closes a turn."""
     template = ChatTemplate.from_tokenizer(load_tokenizer(settings.BaseConfig(model="tiny-tutor")))
     ids, end = encode_answer(template, "Yes."), end_of_turn_ids(template)
@@ -265,7 +265,7 @@ def test_ctrl_c_keeps_the_parts_that_all_models_have_finished(
 
         return on_event
 
-    # two voices, two prompts, each a loss and two answers
+    # two variants, two prompts, each a loss and two answers
     found = evaluate(str(run), SHORT, interrupting(2 * (2 + 4) * 2 - 1), CPU)
     assert found.interrupted and found.record["interrupted"] is True
     on = found.record["on"]
@@ -283,7 +283,18 @@ def test_ctrl_c_keeps_the_parts_that_all_models_have_finished(
         return original(self, *arguments)
 
     monkeypatch.setattr(Evaluator, "measure", interrupted)
-    command = ["eval", str(run), "--on", "tutor", "--num-prompts", "6", "--samples", "2", "--max-new-tokens", "6"]
+    command = [
+        "eval",
+        str(run),
+        "--dataset",
+        "tutor",
+        "--num-prompts",
+        "6",
+        "--num-samples",
+        "2",
+        "--max-new-tokens",
+        "6",
+    ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 130 and "interrupted" in result.stdout and len(read_records(run)) == 1, result.output
 
@@ -291,7 +302,18 @@ def test_ctrl_c_keeps_the_parts_that_all_models_have_finished(
 def test_results_are_added_to_the_run_and_shown(made: FinishedRun, tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(made.run, run)
-    command = ["eval", str(run), "--on", "tutor", "--num-prompts", "4", "--samples", "2", "--max-new-tokens", "4"]
+    command = [
+        "eval",
+        str(run),
+        "--dataset",
+        "tutor",
+        "--num-prompts",
+        "4",
+        "--num-samples",
+        "2",
+        "--max-new-tokens",
+        "4",
+    ]
     for _ in range(2):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
@@ -354,25 +376,25 @@ def fails(*arguments: str) -> str:
     return message
 
 
-def test_wrong_input_is_one_sentence(made: FinishedRun, judge: Path, tmp_path: Path) -> None:
+def test_wrong_input_is_one_sentence(made: FinishedRun, reward_run: Path, tmp_path: Path) -> None:
     run = str(made.run)
     assert "no such run or model" in fails("./nowhere")
     assert "neither a run" in fails(str(tmp_path))
-    assert "--k 4 needs as many answers" in fails(run, "--k", "4", "--samples", "2")
-    assert "greedy answers are all the same" in fails(run, "--samples", "3", "--temperature", "0")
+    assert "--pass-at-k 4 needs as many answers" in fails(run, "--pass-at-k", "4", "--num-samples", "2")
+    assert "greedy answers are all the same" in fails(run, "--num-samples", "3", "--temperature", "0")
     assert "--bits says how to load a model" in fails(run, "--bits", "16")
-    assert "it is 4 or 16" in fails("tiny-tutor", "--bits", "8", "--on", "tutor")
-    assert "give --on FILE" in fails("tiny-tutor")
-    assert "no such file" in fails(run, "--on", "nothing.jsonl")
-    assert "--name and --split" in fails(run, "--split", "test")
-    assert "unknown reward `anser`" in fails(run, "--on", "tutor", "--verifier", "anser")
-    assert "does not tell right from wrong" in fails(run, "--on", "tutor", "--verifier", "repetition")
-    assert "only `algorithm: reward` trains" in fails(run, "--judge", run)
-    assert "there is no such run" in fails(run, "--judge", "nowhere")
-    assert "a judge must share the base" in fails("tiny-tutor", "--on", "tutor", "--judge", str(judge))
+    assert "it is 4 or 16" in fails("tiny-tutor", "--bits", "8", "--dataset", "tutor")
+    assert "give --dataset FILE" in fails("tiny-tutor")
+    assert "no such file" in fails(run, "--dataset", "nothing.jsonl")
+    assert "--dataset-config and --split" in fails(run, "--split", "test")
+    assert "unknown reward `anser`" in fails(run, "--dataset", "tutor", "--verifier", "anser")
+    assert "does not tell right from wrong" in fails(run, "--dataset", "tutor", "--verifier", "repetition")
+    assert "only `algorithm: reward` trains" in fails(run, "--reward-model", run)
+    assert "there is no such run" in fails(run, "--reward-model", "nowhere")
+    assert "they must be the same" in fails("tiny-tutor", "--dataset", "tutor", "--reward-model", str(reward_run))
     assert "--tasks-path and --limit belong to --tasks" in fails(run, "--limit", "3")
-    assert "leave --on out" in fails(run, "--file", "x.jsonl", "--on", "tutor")
-    assert "trained a reward model, which does not answer" in fails(str(judge))
+    assert "leave --dataset out" in fails(run, "--file", "x.jsonl", "--dataset", "tutor")
+    assert "trained a reward model, which does not answer" in fails(str(reward_run))
     assert "there is no such folder" in fails(run, "--out", str(tmp_path / "no" / "x.jsonl"))
 
 
