@@ -40,6 +40,14 @@ Ui = Annotated[UiMode, typer.Option("--ui", help="What to draw.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
+def check_output_file(path: Path | None) -> None:
+    """Raises UserError if `path` is a folder, or lies in a folder that does not exist."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(
+            f"{path}: {'is a folder' if path.is_dir() else 'there is no such folder'}; give the path of a file to write"
+        )
+
+
 @contextmanager
 def loading_message() -> Iterator[None]:
     """Torch and transformers take seconds to import; a person at a terminal sees that something is going on."""

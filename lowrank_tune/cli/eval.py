@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from lowrank_tune.cli.common import INTERRUPTED, Debug, app, loading_message, report_user_errors
+from lowrank_tune.cli.common import INTERRUPTED, Debug, app, check_output_file, loading_message, report_user_errors
 from lowrank_tune.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,10 +18,6 @@ if TYPE_CHECKING:
 
 RunOrModel = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="Folder of a run, a chain, an adapter or a model, or a hub id.")
-]
-ScoreFile = Annotated[
-    str | None,
-    typer.Option("--file", help="Only score this file with the run's reward model: responses, or preference pairs."),
 ]
 Dataset = Annotated[
     str | None,
@@ -87,7 +82,6 @@ ApplyChatTemplate = Annotated[
 @app.command("eval")
 def eval_command(
     run_or_model: RunOrModel,
-    file: ScoreFile = None,
     dataset: Dataset = None,
     dataset_config: DatasetConfig = None,
     split: Split = None,
@@ -114,25 +108,10 @@ def eval_command(
     """Evaluate base and tuned model on held-out questions: loss, pass@k, reward, win rate, tasks, with confidence
     intervals."""
     with report_user_errors(debug):
-        if file is not None:
-            given = {
-                "--dataset": dataset,
-                "--tasks": tasks,
-                "--reward-model": reward_model,
-                "--verifier": verifier,
-                "--pass-at-k": pass_at_k,
-                "--num-samples": num_samples,
-            }
-            if others := [name for name, value in given.items() if value is not None]:
-                raise UserError(f"--file only scores a file with the run's reward model; leave {', '.join(others)} out")
-            return _score_file(Path(run_or_model), file, out)
         base_bits: Literal[4, 16] | None = None if bits is None else 4 if bits == 4 else 16
         if bits not in (None, base_bits):
             raise UserError(f"--bits {bits}: it is 4 or 16")
-        if out is not None and (out.is_dir() or not out.parent.is_dir()):
-            raise UserError(
-                f"{out}: {'is a folder' if out.is_dir() else 'there is no such folder'}; name a file for the result"
-            )
+        check_output_file(out)
         with loading_message():
             from lowrank_tune.evaluation import Options
 
@@ -186,35 +165,3 @@ def _evaluate(run_or_model: str, out: Path | None, options: Options) -> None:
     print(f"added to {target}" if target is not None else "kept nowhere, since this is no run; --out FILE keeps it")
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
-
-
-def _score_file(run: Path, file: str, out: Path | None) -> None:
-    """A file of responses, by the reward model of a run."""
-    with loading_message():
-        from lowrank_tune.ui.plain import LineLogger
-        from lowrank_tune.ui.scores_view import show
-        from lowrank_tune.validation import score_file
-
-    plain = LineLogger(sys.stderr)
-    try:
-        scores, pairs = score_file(run, file, plain)
-    finally:
-        plain.close()
-    target = out or run / f"scored-{Path(file).name.removesuffix('.gz').rpartition('.')[0] or Path(file).name}.jsonl"
-    lines = [
-        json.dumps(
-            {
-                "place": one.position,
-                **({"side": one.side} if one.side else {}),
-                "score": one.score,
-                "tokens": one.tokens,
-            }
-        )
-        for one in scores
-    ]
-    try:
-        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
-    show(scores, pairs, Console(highlight=False))
-    print(f"all scores: {target}")

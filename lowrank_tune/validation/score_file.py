@@ -1,5 +1,4 @@
-"""A file of responses, scored by the reward model that a run trained: `lowrank-tune eval RUN --file
-responses.jsonl`."""
+"""`lowrank-tune score RUN --file FILE`: a file of responses, scored by the reward model that a run trained."""
 
 from __future__ import annotations
 

@@ -393,7 +393,6 @@ def test_wrong_input_is_one_sentence(made: FinishedRun, reward_run: Path, tmp_pa
     assert "there is no such run" in fails(run, "--reward-model", "nowhere")
     assert "they must be the same" in fails("tiny-tutor", "--dataset", "tutor", "--reward-model", str(reward_run))
     assert "--tasks-path and --limit belong to --tasks" in fails(run, "--limit", "3")
-    assert "leave --dataset out" in fails(run, "--file", "x.jsonl", "--dataset", "tutor")
     assert "trained a reward model, which does not answer" in fails(str(reward_run))
     assert "there is no such folder" in fails(run, "--out", str(tmp_path / "no" / "x.jsonl"))
 

@@ -1,5 +1,5 @@
-"""What `lowrank-tune eval RUN --file` prints: how the scores are spread, the best and the worst answers, and the
-figures of pairs."""
+"""Output of `lowrank-tune score RUN --file FILE`: distribution of the scores, best and worst answers, and metrics of
+pairs."""
 
 from __future__ import annotations
 
