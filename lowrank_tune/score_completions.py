@@ -43,7 +43,7 @@ class ResponseItem:
     """One response: the location of its row, its number among the row's completions (from 1), and the input of the
     rewards."""
 
-    position: str
+    location: str
     index: int
     reward_input: RewardInput
 
@@ -82,7 +82,7 @@ class CompletionScores:
                 if score.value is not None
             ]
             reward = sum(values) if len(values) == len(scores) else None
-            yield {"place": response.position, "number": response.index, "reward": reward, "rewards": rewards}
+            yield {"location": response.location, "number": response.index, "reward": reward, "rewards": rewards}
 
 
 def score_completions(
@@ -170,11 +170,11 @@ class ResponseReader:
         )
         responses = [
             ResponseItem(
-                str(position),
+                str(location),
                 1,
                 self._reward_input(prompt.text, prompt.answer, prompt.ground_truth, prompt.row, True, prompt.input_ids),
             )
-            for position, prompt in zip(prompts.locations, prompts.examples, strict=True)
+            for location, prompt in zip(prompts.locations, prompts.examples, strict=True)
             if prompt.answer
         ]
         if not responses:
@@ -191,23 +191,23 @@ class ResponseReader:
             source = source.model_copy(
                 update={"format": first.format, "columns": first.columns, "ground_truth": first.ground_truth}
             )
-        for position, raw in read_source(source, self.recipe.seed):
+        for location, raw in read_source(source, self.recipe.seed):
             try:
                 if isinstance(raw, InvalidRow):
                     raise raw
-                row_responses = list(self._responses_of_row(raw, source, str(position)))
+                row_responses = list(self._responses_of_row(raw, source, str(location)))
                 if reject_reason := row_rejection_reason(weighted, row_responses[0].reward_input):
                     raise InvalidRow(reject_reason)
                 responses += row_responses
             except InvalidRow as fault:
-                dropped.setdefault(fault.reason, DroppedRows()).add(str(position))
+                dropped.setdefault(fault.reason, DroppedRows()).add(str(location))
         if not responses:
             reason, rows_dropped = max(dropped.items(), key=lambda each: each[1].count)
             raise UserError(f"{file}: none of its rows can be scored: {reason} ({rows_dropped.locations[0]})")
         return responses
 
     def _responses_of_row(
-        self, raw: RawExample, source: settings.SourceConfig, position: str
+        self, raw: RawExample, source: settings.SourceConfig, location: str
     ) -> Iterator[ResponseItem]:
         """The responses of one row. Raises InvalidRow."""
         if not isinstance(raw, Mapping):
@@ -224,7 +224,7 @@ class ResponseReader:
         for index, completion in enumerate(completions, 1):
             text, stopped = _parse_response(completion, raw)
             yield ResponseItem(
-                position,
+                location,
                 index,
                 self._reward_input(
                     dialogue.messages[-1].content if dialogue.messages else "",

@@ -183,7 +183,7 @@ def test_a_file_of_responses_is_scored(
     result = CliRunner().invoke(app, ["score", str(finished[0]), "--file", "answers.jsonl", "--out", "scores.jsonl"])
     assert result.exit_code == 0, result.output
     scores = [json.loads(line) for line in Path("scores.jsonl").read_text().splitlines()]
-    assert [score["place"] for score in scores] == ["answers.jsonl:1", "answers.jsonl:2"] and scores[0][
+    assert [score["location"] for score in scores] == ["answers.jsonl:1", "answers.jsonl:2"] and scores[0][
         "score"
     ] != scores[1]["score"]
     assert "empty answer" in result.output, "what cannot be scored is told"

@@ -1,5 +1,5 @@
-"""Laws of the chat: each voice says what the engine says with the adapters off and on, nothing is forgotten in silence,
-and rows are rows."""
+"""Laws of the chat: each variant answers as the engine does with the adapters off and on, nothing is forgotten in
+silence, and rows are rows."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_another_turn_in_plain_words_ends_an_answer() -> None:
     assert shown("Ask the User: he knows") == ("Ask the User: he knows", False)
 
 
-# --- the voices -------------------------------------------------------------------------------------------------------
+# --- the variants -----------------------------------------------------------------------------------------------------
 
 
 def test_both_variants_answer_as_the_engine_does(chat_model: ChatModel) -> None:

@@ -265,7 +265,7 @@ def test_the_command(place: Path) -> None:
     lines = [json.loads(line) for line in Path("o.jsonl").read_text().splitlines()]
     assert len(lines) == 40 and lines[8]["reward"] is None and lines[8]["rewards"]["odd"]["verdict"] == "error"
     assert (
-        lines[1]["place"].endswith("r.jsonl:2")
+        lines[1]["location"].endswith("r.jsonl:2")
         and lines[1]["reward"] == 1.0 + 1.0 + 1.0
         and "length" in lines[1]["rewards"]
     )

@@ -161,7 +161,7 @@ def _evaluate(run_or_model: str, out: Path | None, options: Options) -> None:
     target = out or result.path
     if target is not None:
         append_record(target, result.record)
-    show(parse_record(result.record), result.record["unjudged"], Console(highlight=False))
+    show(parse_record(result.record), result.record["ungraded"], Console(highlight=False))
     print(f"added to {target}" if target is not None else "kept nowhere, since this is no run; --out FILE keeps it")
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)

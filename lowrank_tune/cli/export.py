@@ -50,7 +50,8 @@ def export_command(
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; else RUN/export/TO.")] = None,
     quantization: Annotated[str | None, typer.Option("--quantization", help=QUANTIZATION_HELP)] = None,
     weights: Annotated[
-        MergeWeights, typer.Option("--weights", help="Weights to merge into: dequantized or original.")
+        MergeWeights,
+        typer.Option("--weights", help="Base weights to merge into: dequantized 4-bit, as trained, or original."),
     ] = MergeWeights.dequantized,
     ollama_format: Annotated[
         OllamaFormat, typer.Option("--ollama-format", help="Ollama: merged model, or adapter on a base model.")

@@ -64,14 +64,11 @@ def score_command(
         unused = [*(["--limit"] if limit is not None else []), *(overrides or [])]
         if unused:
             raise UserError(
-                f"{recipe_or_run} is the folder of a run, and its reward model scores all of --file; leave out: "
-                f"{', '.join(unused)}"
+                f"{recipe_or_run} is a folder, so it is read as a run, whose reward model scores all of --file; "
+                f"leave out: {', '.join(unused)}"
             )
         if file is None:
-            raise UserError(
-                f"{recipe_or_run} is the folder of a run: --file is required, with the completions that its reward "
-                "model scores"
-            )
+            raise UserError(f"{recipe_or_run} is a folder, so it is read as a run: --file is required")
         _score_with_reward_model(Path(recipe_or_run), file, out)
 
 
@@ -125,7 +122,7 @@ def _score_with_reward_model(run: Path, file: str, out: Path | None) -> None:
     lines = [
         json.dumps(
             {
-                "place": one.position,
+                "location": one.location,
                 **({"side": one.side} if one.side else {}),
                 "score": one.score,
                 "tokens": one.tokens,

@@ -80,8 +80,8 @@ class EvalSamplingOptions:
     def to_dict(self) -> dict[str, Any]:
         return {
             "num_prompts": self.num_prompts,
-            "samples": self.num_samples,
-            "k": list(self.ks),
+            "num_samples": self.num_samples,
+            "pass_at_k": list(self.ks),
             "temperature": self.temperature,
             "top_p": self.top_p,
             "max_new_tokens": self.max_new_tokens,
@@ -243,7 +243,7 @@ class _EvalRun:
         )
 
     def _gradable_questions(self, grader: Grader) -> list[Any]:
-        """The questions that answers can be judged of; the others are told."""
+        """The questions whose answers can be graded; a warning names the others."""
         reasons: dict[str, int] = {}
         usable = []
         for one in self.eval_questions.questions:
@@ -261,8 +261,7 @@ class _EvalRun:
             )
         if self.eval_questions.questions and not usable:
             raise UserError(
-                f"{self.eval_questions.origin}: no answer to any of its questions could be judged: "
-                f"{next(iter(reasons))}"
+                f"{self.eval_questions.origin}: no answer to any of its questions can be graded: {next(iter(reasons))}"
             )
         return usable
 
@@ -286,13 +285,17 @@ class _EvalRun:
                 "base": base.name,
                 "revision": base.revision,
                 "bits": base.bits,
-                "voices": result.variants,
+                "variants": result.variants,
             },
-            "on": {"origin": self.eval_questions.origin, "prompts": len(result.done), "planned": len(result.questions)},
+            "dataset": {
+                "origin": self.eval_questions.origin,
+                "prompts": len(result.done),
+                "planned": len(result.questions),
+            },
             "settings": {**sampling_options.to_dict(), "confidence": confidence},
-            "right_by": grader.grader_name if ks else "",
+            "grader": grader.grader_name if ks else "",
             "rewards": {each.name: each.weight for each in grader.rewards},
-            "judge": str(self.reward_model.run) if self.reward_model else None,
+            "reward_model": str(self.reward_model.run) if self.reward_model else None,
             "device": device_name(base.device),
             "interrupted": stopped,
             "figures": {
@@ -300,7 +303,7 @@ class _EvalRun:
             },
             "changes": {variant: _to_json(deltas_vs_base(result, variant, ks, seed, confidence)) for variant in tuned},
             "wins": {variant: self._wins(result, variant, bool(ks)) for variant in tuned},
-            "unjudged": missing_scores(result),
+            "ungraded": missing_scores(result),
             "tasks": {variant: _to_json(several) for variant, several in tasks.items()},
         }
 
@@ -311,7 +314,7 @@ class _EvalRun:
                 result, variant, lambda answer: None if answer.right is None else float(answer.right), confidence
             )
         if self.reward_model is not None:
-            rates["judge"] = win_rates(result, variant, lambda answer: answer.score, confidence)
+            rates["reward_model"] = win_rates(result, variant, lambda answer: answer.score, confidence)
         return {name: one for name, one in rates.items() if one is not None}
 
 

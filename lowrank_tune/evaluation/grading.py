@@ -121,7 +121,7 @@ class Grader:
         return {key: self._grade(*items[key], scores) for key, scores in results.items()}
 
     def ungradable_reason(self, question: EvalQuestion) -> str | None:
-        """Why a reward or a verifier could not judge any answer to this question."""
+        """Why a reward or a verifier cannot grade any answer to this question."""
         return row_rejection_reason(
             self._all, RewardInput(question.text, "", question.ground_truth, question.row, True, 1)
         )

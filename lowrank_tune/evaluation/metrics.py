@@ -28,7 +28,7 @@ PromptMetric = Callable[[Sequence[GradedAnswer]], float | None]
 
 
 def pass_at_k_of(k: int) -> PromptMetric:
-    """pass@k of one prompt, of the answers that could be judged; None where these are fewer than k."""
+    """pass@k of one prompt, of the answers that could be graded; None where these are fewer than k."""
 
     def metric(answers: Sequence[GradedAnswer]) -> float | None:
         verdicts = [answer.right for answer in answers if answer.right is not None]
@@ -158,7 +158,7 @@ def win_rates(
 
 
 def missing_scores(result: EvalResult) -> dict[str, int]:
-    """How many answers could not be judged, by the reason that was told first."""
+    """Number of answers that could not be graded, by their first failure."""
     counts: dict[str, int] = {}
     for several in result.answers.values():
         for answers in several.values():

@@ -100,5 +100,5 @@ def _failures(found: CompletionScores, console: Console) -> None:
 
 
 def _where(response: ResponseItem) -> str:
-    place = escape_control_chars(response.position.rpartition("/")[2], 60)
-    return f"{place} no. {response.index}" if response.index > 1 else place
+    location = escape_control_chars(response.location.rpartition("/")[2], 60)
+    return f"{location} no. {response.index}" if response.index > 1 else location

@@ -32,7 +32,7 @@ class ScoredResponse:
     """One scored answer: where it stands, what was asked and answered, tokens of the answer, its score, and of a pair
     its side."""
 
-    position: str
+    location: str
     prompt: str
     text: str
     tokens: int

@@ -143,7 +143,7 @@ def test_rewards_passes_and_wins_are_counted(made: FinishedRun, tmp_path: Path) 
         assert found["figures"][who]["pass_at_1"]["high"] == pytest.approx(0.354, abs=1e-3), "Wilson for 0 of 7"
     wins = found["wins"]["grpo"]["verifier"]
     assert (wins["value"], wins["ties"]) == (0.5, 1.0), "all wrong on both sides"
-    assert found["right_by"] == "answer" and found["rewards"] == {"mine": 2.0}
+    assert found["grader"] == "answer" and found["rewards"] == {"mine": 2.0}
 
 
 def drawn_again(
@@ -219,7 +219,7 @@ def test_a_reward_model_on_the_same_base(made: FinishedRun, reward_run: Path) ->
     mine, theirs = (
         [score(number, several[0]) for number, several in enumerate(completions[who])] for who in ("grpo", "base")
     )
-    wins = found["wins"]["sft"]["judge"]
+    wins = found["wins"]["sft"]["reward_model"]
     assert wins["value"] == pytest.approx(sum((a > b) + (a == b) / 2 for a, b in zip(mine, theirs, strict=True)) / 6)
     assert found["figures"]["sft"]["judge_score"]["value"] == pytest.approx(sum(mine) / 6, rel=1e-3)
     assert found["figures"]["base"]["judge_score"]["value"] == pytest.approx(sum(theirs) / 6, rel=1e-3)
@@ -268,7 +268,7 @@ def test_ctrl_c_keeps_the_parts_that_all_models_have_finished(
     # two variants, two prompts, each a loss and two answers
     found = evaluate(str(run), SHORT, interrupting(2 * (2 + 4) * 2 - 1), CPU)
     assert found.interrupted and found.record["interrupted"] is True
-    on = found.record["on"]
+    on = found.record["dataset"]
     assert (on["prompts"], on["planned"]) == (2, 6) or (on["prompts"], on["planned"]) == (4, 6)
     assert {figures["loss"]["prompts"] for figures in found.record["figures"].values()} == {on["prompts"]}, (
         "the same prompts for all"
@@ -319,12 +319,12 @@ def test_results_are_added_to_the_run_and_shown(made: FinishedRun, tmp_path: Pat
         assert result.exit_code == 0, result.output
     assert "pass@1" in result.stdout and "95 % interval" in result.stdout and str(run / "evals.jsonl") in result.stdout
     lines = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and all(line["v"] == 1 and line["kind"] == "eval" for line in lines)
+    assert len(lines) == 2 and all(line["v"] == 2 and line["kind"] == "eval" for line in lines)
     assert lines[0]["figures"] == lines[1]["figures"], "the same seed gives the same figures and intervals"
     assert lines[0]["settings"] == {
         "num_prompts": 4,
-        "samples": 2,
-        "k": [1, 2],
+        "num_samples": 2,
+        "pass_at_k": [1, 2],
         "temperature": 1.0,
         "top_p": 1.0,
         "max_new_tokens": 4,
@@ -344,7 +344,7 @@ def test_results_are_added_to_the_run_and_shown(made: FinishedRun, tmp_path: Pat
     }
     (run / "events.jsonl").write_text(json.dumps(event) + "\n")
     shutil.copytree(run, other)
-    (other / "evals.jsonl").write_bytes(b'{"v": 1, "kind": "eval"}\nnot json\n[1]\n{"v": 9, "kind": "eval"}\n')
+    (other / "evals.jsonl").write_bytes(b'{"v": 2, "kind": "eval"}\nnot json\n[1]\n{"v": 9, "kind": "eval"}\n')
     html = write_report(run).read_text()
     assert "Evaluations" in html and "pass@1" in html and html.count("<details") >= 2
     assert write_report(other).exists(), "what anyone may have edited breaks no page"
@@ -356,10 +356,10 @@ def test_results_are_added_to_the_run_and_shown(made: FinishedRun, tmp_path: Pat
 def test_a_hostile_record_is_inert() -> None:
     record = parse_record(
         {
-            "v": 1,
+            "v": 2,
             "kind": "eval",
-            "on": {"origin": "\x1b[2J<script>", "planned": 3},
-            "settings": {"samples": "<b>\x1b"},
+            "dataset": {"origin": "\x1b[2J<script>", "planned": 3},
+            "settings": {"num_samples": "<b>\x1b"},
             "figures": {"<i>": {"loss": {"value": "x", "low": [], "high": None}}},
             "wins": 3,
             "tasks": [1],
