@@ -160,7 +160,7 @@ def main() -> None:
         print("|---" * 7 + "|")
         print(f"(logits up to {max(float(one.abs().max()) for one in logits):.0f})")
         for kind in options.types:
-            order = ExportOptions("gguf", Path(place) / f"gguf-{kind}", kind=kind, llama_cpp=options.llama_cpp)
+            order = ExportOptions("gguf", Path(place) / f"gguf-{kind}", quantization=kind, llama_cpp=options.llama_cpp)
             file = next(Path(export(found.path, order, quiet, quiet, quiet)).glob("*.gguf"))
             for cache in ("f32", "f16") if kind == options.types[0] else ("f32",):
                 name = kind if cache == "f32" else f"{kind}, cache f16"

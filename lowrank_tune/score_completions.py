@@ -1,9 +1,9 @@
-"""`lowrank-tune verify`: the rewards of a recipe over a file of responses, or over the reference answers of its own
-data.
+"""`lowrank-tune score PRESET|FILE`: the rewards of a recipe over a file of completions, or over the reference
+answers of its own data.
 
 A row of the file is a row of the data with the model's own words beside it, in the first of `completions` (a list),
 `responses`, `completion` or `response`: a text, or an object with `text` and perhaps `finish` or `stopped`. All other
-columns are the data's, read as the recipe's first source says; a row without a question is judged without one.
+columns are the data's, read as the recipe's first source says; a row without a question is scored without one.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ MICRO_TOKENS = 1 << 14
 
 @dataclass(frozen=True)
 class ResponseItem:
-    """What is judged: where its row stands, which of the row's completions it is (from 1), and all that the rewards
-    see."""
+    """One response: the location of its row, its number among the row's completions (from 1), and the input of the
+    rewards."""
 
-    position: str
+    location: str
     index: int
     reward_input: RewardInput
 
 
 @dataclass
-class VerifyResult:
-    """What the rewards said. `rows` may be fewer than the responses, where a person `interrupted`; `dropped` are rows
-    that are none."""
+class CompletionScores:
+    """Scores of the rewards, in the order of `responses`; fewer if `interrupted`. `dropped` are rows without a usable
+    response."""
 
     weighted: list[WeightedReward]
     responses: list[ResponseItem]
@@ -61,7 +61,7 @@ class VerifyResult:
     interrupted: bool = False
 
     def stop_reason(self) -> str | None:
-        """Why a run would not bear these failures."""
+        """Why a run would stop at these failures; None if it would not."""
         return exceeds_failure_limit(self.weighted, self.scores, self.max_failure_rate)
 
     def to_records(self) -> Iterator[dict[str, Any]]:
@@ -82,14 +82,14 @@ class VerifyResult:
                 if score.value is not None
             ]
             reward = sum(values) if len(values) == len(scores) else None
-            yield {"place": response.position, "number": response.index, "reward": reward, "rewards": rewards}
+            yield {"location": response.location, "number": response.index, "reward": reward, "rewards": rewards}
 
 
-def verify(
+def score_completions(
     recipe: settings.RecipeConfig, file: str | None, limit: int | None, emit: Emit, device: torch.device | None = None
-) -> VerifyResult:
-    """Judges every response. Raises UserError where there is none, or the rewards cannot be made; Ctrl-C keeps what is
-    done."""
+) -> CompletionScores:
+    """Scores every response. Raises UserError if there is none, or a reward cannot be built; Ctrl-C keeps the scores
+    so far."""
     if not recipe.rewards:
         raise UserError(
             f"{recipe.name or 'this recipe'} has no rewards: `algorithm: {recipe.algorithm}` learns from its rows alone"
@@ -102,7 +102,7 @@ def verify(
             f"stages.{recipe.name}.adapters.{REWARD_ROLE}.path=RUN/N-NAME"
         )
     reader = ResponseReader(recipe, ChatTemplate.from_tokenizer(load_tokenizer(recipe.base)), bool(reward_models))
-    result = VerifyResult(weighted, [], recipe.rollout.max_reward_failure_rate)
+    result = CompletionScores(weighted, [], recipe.rollout.max_reward_failure_rate)
     result.responses = reader.references(emit) if file is None else reader.responses(file, weighted, result.dropped)
     result.responses = result.responses[:limit]
     if reward_models:
@@ -112,14 +112,14 @@ def verify(
     return result
 
 
-def _score_responses(result: VerifyResult, scorer: WorkerPool[int], emit: Emit) -> None:
+def _score_responses(result: CompletionScores, scorer: WorkerPool[int], emit: Emit) -> None:
     total = len(result.responses)
     try:
-        emit(Progress(what="verifying", done=0, total=total))
+        emit(Progress(what="scoring", done=0, total=total))
         for scores in score_all(
             scorer,
             [one.reward_input for one in result.responses],
-            lambda done: emit(Progress(what="verifying", done=done, total=total)),
+            lambda done: emit(Progress(what="scoring", done=done, total=total)),
         ):
             result.scores.append(scores)
     except KeyboardInterrupt:
@@ -170,11 +170,11 @@ class ResponseReader:
         )
         responses = [
             ResponseItem(
-                str(position),
+                str(location),
                 1,
                 self._reward_input(prompt.text, prompt.answer, prompt.ground_truth, prompt.row, True, prompt.input_ids),
             )
-            for position, prompt in zip(prompts.locations, prompts.examples, strict=True)
+            for location, prompt in zip(prompts.locations, prompts.examples, strict=True)
             if prompt.answer
         ]
         if not responses:
@@ -184,30 +184,30 @@ class ResponseReader:
     def responses(
         self, file: str, weighted: list[WeightedReward], dropped: dict[str, DroppedRows]
     ) -> list[ResponseItem]:
-        """Those of a file; rows that hold none, or that no reward could judge by, go to `dropped`."""
+        """Those of a file; rows that hold none, or that no reward can score, go to `dropped`."""
         first = self.recipe.data.train[0]
         source, responses = settings.SourceConfig(dataset=file), list[ResponseItem]()
         if not first.dataset.startswith("builtin:arithmetic"):
             source = source.model_copy(
                 update={"format": first.format, "columns": first.columns, "ground_truth": first.ground_truth}
             )
-        for position, raw in read_source(source, self.recipe.seed):
+        for location, raw in read_source(source, self.recipe.seed):
             try:
                 if isinstance(raw, InvalidRow):
                     raise raw
-                row_responses = list(self._responses_of_row(raw, source, str(position)))
+                row_responses = list(self._responses_of_row(raw, source, str(location)))
                 if reject_reason := row_rejection_reason(weighted, row_responses[0].reward_input):
                     raise InvalidRow(reject_reason)
                 responses += row_responses
             except InvalidRow as fault:
-                dropped.setdefault(fault.reason, DroppedRows()).add(str(position))
+                dropped.setdefault(fault.reason, DroppedRows()).add(str(location))
         if not responses:
             reason, rows_dropped = max(dropped.items(), key=lambda each: each[1].count)
-            raise UserError(f"{file}: none of its rows can be judged: {reason} ({rows_dropped.locations[0]})")
+            raise UserError(f"{file}: none of its rows can be scored: {reason} ({rows_dropped.locations[0]})")
         return responses
 
     def _responses_of_row(
-        self, raw: RawExample, source: settings.SourceConfig, position: str
+        self, raw: RawExample, source: settings.SourceConfig, location: str
     ) -> Iterator[ResponseItem]:
         """The responses of one row. Raises InvalidRow."""
         if not isinstance(raw, Mapping):
@@ -224,7 +224,7 @@ class ResponseReader:
         for index, completion in enumerate(completions, 1):
             text, stopped = _parse_response(completion, raw)
             yield ResponseItem(
-                position,
+                location,
                 index,
                 self._reward_input(
                     dialogue.messages[-1].content if dialogue.messages else "",

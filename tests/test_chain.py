@@ -182,22 +182,22 @@ def test_a_file_of_responses_is_scored(
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": "What is 2 + 3?", "completion": text} for text in ("It is 5.", "Good question.", "")]
     Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = CliRunner().invoke(app, ["eval", str(finished[0]), "--file", "answers.jsonl", "--out", "scores.jsonl"])
+    result = CliRunner().invoke(app, ["score", str(finished[0]), "--file", "answers.jsonl", "--out", "scores.jsonl"])
     assert result.exit_code == 0, result.output
     scores = [json.loads(line) for line in Path("scores.jsonl").read_text().splitlines()]
-    assert [score["place"] for score in scores] == ["answers.jsonl:1", "answers.jsonl:2"] and scores[0][
+    assert [score["location"] for score in scores] == ["answers.jsonl:1", "answers.jsonl:2"] and scores[0][
         "score"
     ] != scores[1]["score"]
     assert "empty answer" in result.output, "what cannot be scored is told"
     again = CliRunner().invoke(
-        app, ["eval", str(finished[0] / "2-score"), "--file", "answers.jsonl", "--out", "again.jsonl"]
+        app, ["score", str(finished[0] / "2-score"), "--file", "answers.jsonl", "--out", "again.jsonl"]
     )
     assert again.exit_code == 0 and Path("again.jsonl").read_bytes() == Path("scores.jsonl").read_bytes(), (
         "the same run, named by its stage"
     )
     pairs = [{"prompt": "What is 2 + 3?", "chosen": "It is 5.", "rejected": "Good question."}]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    result = CliRunner().invoke(app, ["eval", str(finished[0]), "--file", "pairs.jsonl", "--out", "pairs.scores"])
+    result = CliRunner().invoke(app, ["score", str(finished[0]), "--file", "pairs.jsonl", "--out", "pairs.scores"])
     sides = [json.loads(line) for line in Path("pairs.scores").read_text().splitlines()]
     assert result.exit_code == 0 and "the chosen answer scores higher" in result.output
     assert [side["side"] for side in sides] == ["chosen", "rejected"]
@@ -213,7 +213,7 @@ def test_scoring_with_something_else_is_refused(
     finished: tuple[Path, list[Event]], tmp_path: Path, run_of: str, sentence: str
 ) -> None:
     folder = finished[0] / run_of if run_of else tmp_path
-    result = CliRunner().invoke(app, ["eval", str(folder), "--file", "x.jsonl"])
+    result = CliRunner().invoke(app, ["score", str(folder), "--file", "x.jsonl"])
     assert result.exit_code == 2 and sentence in result.output
 
 

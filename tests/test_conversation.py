@@ -1,5 +1,5 @@
-"""Laws of the chat: each voice says what the engine says with the adapters off and on, nothing is forgotten in silence,
-and rows are rows."""
+"""Laws of the chat: each variant answers as the engine does with the adapters off and on, nothing is forgotten in
+silence, and rows are rows."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_another_turn_in_plain_words_ends_an_answer() -> None:
     assert shown("Ask the User: he knows") == ("Ask the User: he knows", False)
 
 
-# --- the voices -------------------------------------------------------------------------------------------------------
+# --- the variants -----------------------------------------------------------------------------------------------------
 
 
 def test_both_variants_answer_as_the_engine_does(chat_model: ChatModel) -> None:
@@ -641,7 +641,7 @@ def _shown(text: str) -> str:
         (["what ever"], "", "no name that a model of the hub could have"),
         (["{run}/run.json"], "", "is a file"),
         (["{run}/.."], "", "it holds the runs run: name one"),
-        ([BUILTIN_MODEL, "--voice", "tuned"], "", "no adapters here"),
+        ([BUILTIN_MODEL, "--variant", "tuned"], "", "no adapters here"),
         ([BUILTIN_MODEL, "--base", "x"], "", "is a model itself"),
         (["{run}", "--base", "/no/base"], "", "its base cannot be loaded"),
         (["lowrank-tune-tests/none-such"], "", "could not be fetched"),

@@ -66,8 +66,8 @@ def printed(found: DataReport, width: int = 100, color: bool = False, encoding: 
 def counts(found: DataReport) -> dict[str, tuple[int, list[int]]]:
     """By trouble: how many rows, and the lines of the first."""
     return {
-        each.what: (each.count, [int(place.rpartition(":")[2]) for place in each.places])
-        for each in found.troubles
+        each.what: (each.count, [int(location.rpartition(":")[2]) for location in each.locations])
+        for each in found.issues
         if each.count
     }
 
@@ -164,7 +164,7 @@ def test_the_mixture_is_what_the_loop_draws(tmp_path: Path, weights: tuple[float
     assert (found.epoch.steps, found.epoch.all_steps, found.epoch.passes) == (3, 12, 4.0)
 
 
-REAL: dict[str, tuple[int, int, dict[str, int], int]] = {  # rows, used, troubles, exit code; with max_length 4096
+REAL: dict[str, tuple[int, int, dict[str, int], int]] = {  # rows, used, issues, exit code; with max_length 4096
     "gsm8k/train.jsonl.gz": (5000, 5000, {}, 0),
     "gsm8k/test.jsonl.gz": (660, 660, {}, 0),
     "math/test.jsonl.gz": (2500, 2500, {}, 0),
@@ -197,14 +197,14 @@ def real(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", REAL)
 def test_real_rows(name: str) -> None:
     found = examined(real(name), max_length=4096)
-    read, used, troubles, code = REAL[name]
+    read, used, issues, code = REAL[name]
     part = found.parts[0]
     assert (part.read, part.used) == (read, used) and bool(found.faults) == bool(code)
-    assert {what: count for what, (count, _) in counts(found).items()}.items() >= troubles.items()
+    assert {what: count for what, (count, _) in counts(found).items()}.items() >= issues.items()
     assert (
         found.report.train[0].num_dropped
         == read - used
-        == sum(each.count for each in found.troubles if each.done == "dropped")
+        == sum(each.count for each in found.issues if each.done == "dropped")
     )
     assert found.ends.trained and found.ends.rows == found.ends.total == found.report.train_rows
     assert all(segment for example in found.examples for _, segment in example.segments)
@@ -408,7 +408,7 @@ def test_sides_stand_side_by_side_or_one_below_the_other(tmp_path: Path) -> None
     )
     assert (
         len(found.examples) == 6
-        and found.examples[1].place == f"{found.examples[0].place.removesuffix('chosen')}rejected"
+        and found.examples[1].location == f"{found.examples[0].location.removesuffix('chosen')}rejected"
     )
     for width, encoding, together in (
         (100, "utf-8", True),
@@ -500,5 +500,5 @@ def test_the_run_writes_the_same_numbers(tmp_path: Path) -> None:
     found = examined(write(tmp_path / "a.jsonl", ROWS))
     data = json.loads(json.dumps(found.to_dict()))
     assert {"train", "validation", "train_rows", "duplicates", "mixture"} <= set(data), "what it had before"
-    assert {"parts", "lengths", "troubles", "ends", "epoch", "examples", "faults"} <= set(data)
+    assert {"parts", "lengths", "issues", "ends", "epoch", "examples", "faults"} <= set(data)
     assert data["parts"][0]["weight"] == 1.0 and data["ends"]["trained"] is True

@@ -119,7 +119,7 @@ def test_a_stranger_below_is_planned_like_the_trained_adapter() -> None:
 
 def test_a_variant_is_shown_whole() -> None:
     written, whole = (
-        CliRunner().invoke(app, ["presets", "show", "qwen3-8b-dpo", *more]).output for more in ((), ("--whole",))
+        CliRunner().invoke(app, ["presets", "show", "qwen3-8b-dpo", *more]).output for more in ((), ("--resolved",))
     )
     assert "extends: qwen2.5-7b-dpo" in written and "beta" not in written
     assert "extends" not in whole and "beta: 0.1" in whole and "model: Qwen/Qwen3-8B" in whole

@@ -178,10 +178,10 @@ def test_hostile_text_is_inert_everywhere(tmp_path: Path) -> None:
         ]
         data = {
             "parts": [{"name": bad, "format": bad, "rows": bad}],
-            "troubles": [{"what": bad, "count": 1, "done": bad, "places": [bad]}],
+            "issues": [{"what": bad, "count": 1, "done": bad, "locations": [bad]}],
             "ends": {"trained": True, "tokens": {bad: 1}},
             "weighted_by": bad,
-            "examples": [{"place": bad, "segments": [[True, bad], [False, bad]]}],
+            "examples": [{"location": bad, "segments": [[True, bad], [False, bad]]}],
         }
         summary = {
             "status": "failed",

@@ -1,4 +1,4 @@
-"""A conversation in which two voices may answer: what was asked, what each said, what the model hears of it, and the
+"""A conversation in which two variants may answer: what was asked, what each said, what the model hears of it, and the
 rows that it leaves."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SUFFIXES = (".jsonl", ".ndjson")
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """What a voice said, and whether it came to an end of its own."""
+    """What a variant said, and whether it came to an end of its own."""
 
     text: str
     ended: bool
@@ -25,14 +25,14 @@ class ChatAnswer:
 
 @dataclass
 class Exchange:
-    """A question and its answers by voice; `attempt` counts how often it was asked."""
+    """A question and its answers by variant; `attempt` counts how often it was asked."""
 
     question: str
     answers: dict[str, ChatAnswer] = field(default_factory=dict)
     attempt: int = 0
 
     def answer_for(self, variant: str) -> ChatAnswer:
-        """The voice's own answer; the other one's where it was not asked."""
+        """The variant's own answer; the other one's where it was not asked."""
         return self.answers.get(variant) or next(iter(self.answers.values()))
 
 
@@ -48,7 +48,7 @@ class TruncatedConversation:
 
 @dataclass
 class Conversation:
-    """The whole conversation. Each voice hears its own answers, and the other's only where it was not asked itself."""
+    """The whole conversation. Each variant reads its own answers, and the other's only where it has none."""
 
     system_prompt: str | None = None
     exchanges: list[Exchange] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Conversation:
         return TruncatedConversation(ids, start, min(max_new_tokens, room))
 
     def row(self, variant: str) -> tuple[list[Message], int]:
-        """The conversation as the voice had it, up to the first answer that was cut off (a row would teach to stop
+        """The conversation as the variant had it, up to the first answer that was cut off (a row would teach to stop
         there) or is empty, and how many exchanges are left out."""
         count = len(self.exchanges)
         whole = next(

@@ -72,7 +72,7 @@ def load_chat_model(
 
 
 def _adapters(target: ChatTarget, emit: Emit) -> Mapping[str, SavedAdapter]:
-    """The adapters that together are the tuned voice, lowest first."""
+    """The adapters that together are the tuned variant, lowest first."""
     if target.adapter is not None:
         return adapters_at(target.adapter, str(target.adapter))
     if target.run is None:

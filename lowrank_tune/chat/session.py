@@ -1,4 +1,4 @@
-"""A conversation with whoever types: questions are answered by one voice or by both, commands are obeyed."""
+"""A conversation with whoever types: questions are answered by one variant or by both, commands are obeyed."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class ChatSession:
                 self.conversation.exchanges.pop()
 
     def _truncate_history(self, number: int, question: str) -> dict[Variant, TruncatedConversation]:
-        """What each voice reads; where that is less of the conversation than before, it is said."""
+        """What each variant reads; where that is less of the conversation than before, it is said."""
         chat_model = self.chat_model
         histories = {
             variant: self.conversation.truncate(

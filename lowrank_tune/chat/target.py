@@ -111,8 +111,8 @@ def _policy_run(folder: Path) -> FinishedRun:
         raise UserError(f"{folder}/run.json cannot be understood, so nothing tells what this run trained")
     if settings.default_adapter_name(recipe.get("algorithm")) != "policy":
         raise UserError(
-            f"{folder} trained a reward model, which scores answers and has no words of its own: "
-            f"`lowrank-tune eval {folder} --file FILE` asks it"
+            f"{folder} trained a reward model, which scores answers and generates none: "
+            f"use `lowrank-tune score {folder} --file FILE`"
         )
     return FinishedRun(folder, from_dict(recipe), _read_json_object(folder / "base.json"))
 
@@ -126,8 +126,8 @@ def _chain(folder: Path, stages: list[Any]) -> ChatTarget:
     ]
     if not writers:
         raise UserError(
-            f"{folder} is a chain without a stage that trained a policy: a reward model scores answers and has no "
-            f"words of its own"
+            f"{folder} is a chain without a stage that trained a policy: a reward model scores answers and generates "
+            "none"
         )
     for stage in reversed(writers):
         run = folder / stage

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from lowrank_tune import __version__
-from lowrank_tune.cli import chat, checks, eval, export, merge, monitor, plan, presets, run
+from lowrank_tune.cli import chat, checks, eval, export, merge, monitor, plan, presets, run, score
 from lowrank_tune.cli.common import app
 
-__all__ = ["app", "chat", "checks", "eval", "export", "main", "merge", "monitor", "plan", "presets", "run"]
+__all__ = ["app", "chat", "checks", "eval", "export", "main", "merge", "monitor", "plan", "presets", "run", "score"]
 
-COMMAND_ORDER = "demo run plan data verify watch report compare chat eval merge export doctor schema".split()
-"""The commands as `--help` lists them: from the first run to what is taken home."""
+COMMAND_ORDER = "demo run plan data score watch report compare chat eval merge export doctor schema".split()
+"""The commands in the order of `--help`."""
 app.registered_commands.sort(key=lambda command: COMMAND_ORDER.index(command.name or ""))
 
 

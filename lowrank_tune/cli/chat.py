@@ -13,7 +13,7 @@ from lowrank_tune.cli.common import INTERRUPTED, Debug, app, loading_message, re
 
 
 class VariantOption(StrEnum):
-    """Who answers: the base with the adapters off, or on, or both."""
+    """Which model answers: the base with the adapters off (`base`) or on (`tuned`), or both."""
 
     base = "base"
     tuned = "tuned"
@@ -37,7 +37,8 @@ def chat_command(
         ),
     ],
     variant: Annotated[
-        VariantOption | None, typer.Option("--voice", help="Who answers first; else tuned, where there is an adapter.")
+        VariantOption | None,
+        typer.Option("--variant", help="Variant that answers first. Default: tuned, if there is an adapter."),
     ] = None,
     system: Annotated[
         str | None, typer.Option("--system", help="System prompt; else the run's own. Empty: none.")

@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="QLoRA fine-tuning for one consumer GPU: one frozen 4-bit base, many voices.",
+    help="QLoRA fine-tuning for one consumer GPU: one frozen 4-bit base, many LoRA adapters.",
 )
 
 
@@ -38,6 +38,14 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME where it is not given.")]
 Ui = Annotated[UiMode, typer.Option("--ui", help="What to draw.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def check_output_file(path: Path | None) -> None:
+    """Raises UserError if `path` is a folder, or lies in a folder that does not exist."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(
+            f"{path}: {'is a folder' if path.is_dir() else 'there is no such folder'}; give the path of a file to write"
+        )
 
 
 @contextmanager

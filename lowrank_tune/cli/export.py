@@ -34,9 +34,9 @@ class OllamaFormat(StrEnum):
     adapter = "adapter"
 
 
-TYPE_HELP = (
-    "Numbers of the GGUF: f32, f16, bf16, q8_0, or with llama.cpp's quantiser q6_k, q5_k_m, q4_k_m, ... Else "
-    "f16, for Ollama q8_0."
+QUANTIZATION_HELP = (
+    "Tensor type of the GGUF: f32, f16, bf16, q8_0, or with llama-quantize q6_k, q5_k_m, q4_k_m, ... Default: f16, "
+    "for Ollama q8_0."
 )
 LLAMA_HELP = (
     "Folder of llama.cpp, or the source package of llama-cpp-python; else LLAMA_CPP_DIR, else it is fetched once."
@@ -48,15 +48,19 @@ def export_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")],
     to: Annotated[ExportTarget, typer.Option("--to", help="For which software.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; else RUN/export/TO.")] = None,
-    quantization: Annotated[str | None, typer.Option("--type", help=TYPE_HELP)] = None,
+    quantization: Annotated[str | None, typer.Option("--quantization", help=QUANTIZATION_HELP)] = None,
     weights: Annotated[
-        MergeWeights, typer.Option("--base", help="Weights to merge into: what was trained, or the original.")
+        MergeWeights,
+        typer.Option("--weights", help="Base weights to merge into: dequantized 4-bit, as trained, or original."),
     ] = MergeWeights.dequantized,
     ollama_format: Annotated[
-        OllamaFormat, typer.Option("--route", help="Ollama: one model, or the adapter over a base.")
+        OllamaFormat, typer.Option("--ollama-format", help="Ollama: merged model, or adapter on a base model.")
     ] = OllamaFormat.merged,
     ollama_base: Annotated[
-        str, typer.Option("--from", help="Ollama, --route adapter: a GGUF file or a name.")
+        str,
+        typer.Option(
+            "--ollama-base", help="Ollama, --ollama-format adapter: base model, a GGUF file or an Ollama name."
+        ),
     ] = "./base.gguf",
     system: Annotated[
         str | None, typer.Option("--system", help="Ollama: the system prompt, else that of the recipe.")

@@ -36,7 +36,8 @@ def merge_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has ended.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the merged model; else RUN/merged.")] = None,
     weights: Annotated[
-        MergeWeights, typer.Option("--base", help="Weights to merge into: what was trained, or the original.")
+        MergeWeights,
+        typer.Option("--weights", help="Base weights to merge into: dequantized 4-bit, as trained, or original."),
     ] = MergeWeights.dequantized,
     debug: Debug = False,
 ) -> None:

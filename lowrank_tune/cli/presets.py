@@ -42,10 +42,12 @@ def presets_command(context: typer.Context) -> None:
 @presets.command("show")
 def show_preset(
     name: PresetName,
-    resolved: Annotated[bool, typer.Option("--whole", help="With all that it extends, and every default.")] = False,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Print every setting: with `extends` and defaults resolved.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Print a preset as it is written; with --whole the complete recipe, every setting of it."""
+    """Print a preset as it is written; with --resolved the complete recipe with every setting."""
     with report_user_errors(debug):
         from lowrank_tune.recipe import dump, find_preset, load_any
 

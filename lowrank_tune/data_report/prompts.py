@@ -36,7 +36,7 @@ def report_prompts(
         weighted_by=weighted_by(recipe.data.train, "prompt"),
         parts=parts,
         lengths=lengths_of(dataset.lengths, dataset.report, recipe.data.max_prompt_length),
-        troubles=tuple(_prompt_issues(dataset, template, heldout)),
+        issues=tuple(_prompt_issues(dataset, template, heldout)),
         ends=None,
         epoch=epoch,
         examples=tuple(_prompt_examples(dataset, template)),

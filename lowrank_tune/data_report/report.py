@@ -39,7 +39,7 @@ class DataIssue:
     what: str
     count: int
     done: str
-    places: tuple[str, ...] = ()
+    locations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Example:
     Of a prompt that completions are drawn for, `ground_truth` is the gold answer, where it has one.
     """
 
-    place: str
+    location: str
     tokens: int
     trained: int
     segments: tuple[tuple[bool, str], ...]
@@ -113,7 +113,7 @@ class DataReport:
     weighted_by: str
     parts: tuple[MixturePart, ...]
     lengths: Lengths
-    troubles: tuple[DataIssue, ...]
+    issues: tuple[DataIssue, ...]
     ends: EosStats | None
     epoch: Epoch
     examples: tuple[Example, ...]

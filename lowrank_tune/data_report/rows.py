@@ -49,7 +49,7 @@ def report_rows(
         weighted_by=weighted_by(recipe.data.train),
         parts=parts,
         lengths=lengths,
-        troubles=tuple(_issues(data, stats, template, heldout)),
+        issues=tuple(_issues(data, stats, template, heldout)),
         ends=eos_stats,
         epoch=epoch,
         examples=tuple(_examples(data.train, template)),

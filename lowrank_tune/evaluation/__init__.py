@@ -1,4 +1,4 @@
-"""Evaluations of what was trained: base and tuned voices side by side from the same weights, every figure with its
+"""Evaluations of what was trained: base and tuned variants side by side from the same weights, every figure with its
 interval."""
 
 from lowrank_tune.evaluation.evaluation import Evaluation, Options, evaluate, has_metrics

@@ -1,5 +1,5 @@
-"""`lowrank-tune eval`: base and tuned voices from the same weights on held-out questions and tasks, and the record that
-is kept of it."""
+"""`lowrank-tune eval`: base and tuned variants from the same weights on held-out questions and tasks, and the
+record that is kept of it."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ PROMPTS, NEW_TOKENS = 100, 256  # where no recipe says
 
 @dataclass(frozen=True)
 class Options:
-    """What a person asked for; None is what the run's recipe says, or a default where there is no recipe."""
+    """Options of an evaluation. None is the value of the run's recipe, or a default if there is no recipe."""
 
     dataset: str | None = None
-    config_name: str | None = None
+    dataset_config: str | None = None
     split: str | None = None
     num_prompts: int | None = None
     num_samples: int | None = None
-    k: tuple[int, ...] = ()
+    pass_at_k: tuple[int, ...] = ()
     temperature: float | None = None
     top_p: float = 1.0
     max_new_tokens: int | None = None
@@ -62,7 +62,7 @@ class Options:
     tasks: tuple[str, ...] = ()
     tasks_path: Path | None = None
     limit: int | None = None
-    chat: bool = False
+    apply_chat_template: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class EvalSamplingOptions:
     def to_dict(self) -> dict[str, Any]:
         return {
             "num_prompts": self.num_prompts,
-            "samples": self.num_samples,
-            "k": list(self.ks),
+            "num_samples": self.num_samples,
+            "pass_at_k": list(self.ks),
             "temperature": self.temperature,
             "top_p": self.top_p,
             "max_new_tokens": self.max_new_tokens,
@@ -111,13 +111,13 @@ def resolve_options(options: Options, recipe: settings.RecipeConfig | None) -> E
         options.temperature if options.temperature is not None else defaults.temperature if num_samples > 1 else 0.0
     )
     if num_samples > 1 and temperature == 0:
-        raise UserError("--samples: greedy answers are all the same; leave it out, or give a --temperature above 0")
+        raise UserError("--num-samples: greedy answers are all the same; leave it out, or set --temperature above 0")
     if options.top_p < 1 and temperature == 0:
         raise UserError("--top-p does nothing to greedy answers; give a --temperature above 0 too")
-    ks = tuple(sorted({1, *(options.k or (num_samples,))}))
+    ks = tuple(sorted({1, *(options.pass_at_k or (num_samples,))}))
     if ks[-1] > num_samples:
         raise UserError(
-            f"--k {ks[-1]} needs as many answers to a prompt: --samples {ks[-1]} (here it is {num_samples})"
+            f"--pass-at-k {ks[-1]} needs as many answers per prompt: --num-samples {ks[-1]} (here it is {num_samples})"
         )
     max_new_tokens = options.max_new_tokens or _max_new_tokens(recipe, defaults)
     seed = options.seed if options.seed is not None else recipe.seed if recipe is not None else 0
@@ -140,8 +140,8 @@ def evaluate(given: str, options: Options, emit: Emit, device: torch.device | No
         task_manager = lm_eval.make_task_manager(options.tasks, options.tasks_path)
     elif options.tasks_path is not None or options.limit is not None:
         raise UserError("--tasks-path and --limit belong to --tasks, which is not given")
-    if (options.config_name or options.split) and options.dataset is None:
-        raise UserError("--name and --split say which part of --on, which is not given")
+    if (options.dataset_config or options.split) and options.dataset is None:
+        raise UserError("--dataset-config and --split need --dataset, which is not given")
     target = resolve_target(given, options.bits, emit)
     sampling_options = resolve_options(options, target.recipe)
     reward_model = resolve_reward_model(options.reward_model) if options.reward_model is not None else None
@@ -175,12 +175,12 @@ def _questions(
     target: EvalTarget, options: Options, sampling_options: EvalSamplingOptions, template: ChatTemplate, emit: Emit
 ) -> EvalQuestions:
     if options.dataset is not None:
-        source = eval_source(options.dataset, options.config_name, options.split, target.recipe)
+        source = eval_source(options.dataset, options.dataset_config, options.split, target.recipe)
         system = target.recipe.data.system_prompt if target.recipe is not None else None
         return load_eval_questions(source, sampling_options.num_prompts, sampling_options.seed, template, system)
     if target.recipe is None:
         raise UserError(
-            f"{target.name} is no run, so nothing says what to evaluate on: give --on FILE, a data set, or --tasks"
+            f"{target.name} is not a run and has no held-out questions: give --dataset FILE, a hub data set, or --tasks"
         )
     return recipe_heldout_questions(target.recipe, sampling_options.num_prompts, template, emit)
 
@@ -206,12 +206,14 @@ class _EvalRun:
             self.emit(
                 LogMessage(
                     level="warning",
-                    message="none of the questions has a gold answer, and nothing else says which answers are right: "
-                    "only losses are measured (--verifier and --judge would tell more)",
+                    message="none of the questions has a gold answer, and there is no verifier or reward model: "
+                    "only losses are measured (use --verifier or --reward-model to grade answers)",
                 )
             )
             if not any(one.reference is not None for one in usable):
-                raise UserError("and there are no reference answers either: there is nothing to measure")
+                raise UserError(
+                    "there is nothing to measure: no gold answers, no verifier, no reward model, no reference answers"
+                )
         sampling_options = self.sampling_options
         sampling = SamplingParams(
             sampling_options.max_new_tokens,
@@ -236,12 +238,12 @@ class _EvalRun:
             options.limit,
             options.confidence,
             self.sampling_options.seed,
-            options.chat,
+            options.apply_chat_template,
             self.task_manager,
         )
 
     def _gradable_questions(self, grader: Grader) -> list[Any]:
-        """The questions that answers can be judged of; the others are told."""
+        """The questions whose answers can be graded; a warning names the others."""
         reasons: dict[str, int] = {}
         usable = []
         for one in self.eval_questions.questions:
@@ -259,8 +261,7 @@ class _EvalRun:
             )
         if self.eval_questions.questions and not usable:
             raise UserError(
-                f"{self.eval_questions.origin}: no answer to any of its questions could be judged: "
-                f"{next(iter(reasons))}"
+                f"{self.eval_questions.origin}: no answer to any of its questions can be graded: {next(iter(reasons))}"
             )
         return usable
 
@@ -284,13 +285,17 @@ class _EvalRun:
                 "base": base.name,
                 "revision": base.revision,
                 "bits": base.bits,
-                "voices": result.variants,
+                "variants": result.variants,
             },
-            "on": {"origin": self.eval_questions.origin, "prompts": len(result.done), "planned": len(result.questions)},
+            "dataset": {
+                "origin": self.eval_questions.origin,
+                "prompts": len(result.done),
+                "planned": len(result.questions),
+            },
             "settings": {**sampling_options.to_dict(), "confidence": confidence},
-            "right_by": grader.grader_name if ks else "",
+            "grader": grader.grader_name if ks else "",
             "rewards": {each.name: each.weight for each in grader.rewards},
-            "judge": str(self.reward_model.run) if self.reward_model else None,
+            "reward_model": str(self.reward_model.run) if self.reward_model else None,
             "device": device_name(base.device),
             "interrupted": stopped,
             "figures": {
@@ -298,7 +303,7 @@ class _EvalRun:
             },
             "changes": {variant: _to_json(deltas_vs_base(result, variant, ks, seed, confidence)) for variant in tuned},
             "wins": {variant: self._wins(result, variant, bool(ks)) for variant in tuned},
-            "unjudged": missing_scores(result),
+            "ungraded": missing_scores(result),
             "tasks": {variant: _to_json(several) for variant, several in tasks.items()},
         }
 
@@ -309,7 +314,7 @@ class _EvalRun:
                 result, variant, lambda answer: None if answer.right is None else float(answer.right), confidence
             )
         if self.reward_model is not None:
-            rates["judge"] = win_rates(result, variant, lambda answer: answer.score, confidence)
+            rates["reward_model"] = win_rates(result, variant, lambda answer: answer.score, confidence)
         return {name: one for name, one in rates.items() if one is not None}
 
 

@@ -1,7 +1,7 @@
-"""The measurement: every voice answers the same questions with the same random streams, a part of the questions at a
+"""The measurement: every variant answers the same questions with the same random streams, a part of the questions at a
 time.
 
-The parts are drawn at random, and each is finished by all voices before the next begins: whenever a person interrupts,
+The parts are drawn at random, and each is finished by all variants before the next begins: after an interruption,
 what was measured is a fair sample, and the same one for all. Neither the parts nor their order change any answer.
 """
 
@@ -34,7 +34,7 @@ class ReferenceLoss:
 
 @dataclass
 class EvalResult:
-    """Of each voice what it answered to each question that is `done`, and its loss there; questions by number."""
+    """Of each variant what it answered to each question that is `done`, and its loss there; questions by number."""
 
     variants: list[str]
     questions: list[EvalQuestion]
@@ -45,7 +45,7 @@ class EvalResult:
 
 
 class Evaluator:
-    """Measures voices over one base. `answering` False leaves answers out: nothing could be told of them."""
+    """Measures variants over one base. `answering` False leaves answers out: nothing could be told of them."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Evaluator:
         self.samples, self.answering, self.emit = samples, answering, emit
 
     def measure(self, variants: Sequence[str], questions: Sequence[EvalQuestion], seed: int) -> EvalResult:
-        """Ctrl-C ends it with the parts that all voices have finished."""
+        """Ctrl-C ends it with the parts that all variants have finished."""
         result = EvalResult(
             list(variants),
             list(questions),
@@ -86,7 +86,7 @@ class Evaluator:
         return len(part) * (self.samples if self.answering else 0) + sum(one.reference is not None for one in part)
 
     def _run_batch(self, result: EvalResult, part: Sequence[EvalQuestion], bar: _ProgressBar) -> None:
-        """All voices on some questions; nothing of it is kept unless all of it is."""
+        """All variants on some questions; nothing of it is kept unless all of it is."""
         losses = {variant: self._losses(variant, part, bar.advance) for variant in result.variants}
         answers = {variant: self._answers(variant, part, bar.advance) for variant in result.variants if self.answering}
         for variant in result.variants:

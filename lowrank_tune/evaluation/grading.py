@@ -27,7 +27,7 @@ GROUND_TRUTH = "gold answer"
 @dataclass(frozen=True)
 class GradedAnswer:
     """One answer: `right` None where nothing could tell, `reward` None where a reward failed or there are none, `parts`
-    of it by name, the judge's `score`. `stopped`: it ended by itself, within its turn. `failed`: which reward or
+    of it by name, the reward model's `score`. `stopped`: it ended by itself, within its turn. `failed`: which reward or
     verifier could not tell, and why."""
 
     text: str
@@ -121,13 +121,13 @@ class Grader:
         return {key: self._grade(*items[key], scores) for key, scores in results.items()}
 
     def ungradable_reason(self, question: EvalQuestion) -> str | None:
-        """Why a reward or a verifier could not judge any answer to this question."""
+        """Why a reward or a verifier cannot grade any answer to this question."""
         return row_rejection_reason(
             self._all, RewardInput(question.text, "", question.ground_truth, question.row, True, 1)
         )
 
     def _grade(self, item: RewardInput, exact: bool | None, scores: Sequence[Score]) -> GradedAnswer:
-        scored = list(zip(self._all, scores, strict=False))  # the judge's score, where there is one, is the last
+        scored = list(zip(self._all, scores, strict=False))  # the score of --reward-model, if there is one, is the last
         verdicts = [is_correct(score) for each, score in scored if each in self.verifiers]
         right = exact if not self.verifiers else False if False in verdicts else None if None in verdicts else True
         reward_values = {each.name: (each.weight, score.value) for each, score in scored[: len(self.rewards)]}

@@ -1,5 +1,5 @@
 """Tasks of lm-evaluation-harness on the live model: its own Hugging Face adapter around the base in memory, with a
-voice's stack entered.
+variant's stack active.
 
 It is an extra (`pip install 'lowrank-tune[harness]'`) with many packages of its own, and takes seconds to import: it is
 loaded where a task is asked for, and nowhere else.
@@ -32,14 +32,14 @@ CPU_BATCH_SIZE = 8  # rows at once on a CPU; on a card the harness finds out how
 
 @dataclass(frozen=True)
 class Tasks:
-    """Which tasks, by their names in the harness or in the user's own YAML files; `limit` documents of each; `chat`:
-    asked in the chat template that the model was trained with."""
+    """Which tasks, by their names in the harness or in the user's own YAML files; `limit` documents of each;
+    `apply_chat_template`: with the chat template that the model was trained with."""
 
     names: tuple[str, ...]
     limit: int | None
     confidence: float
     seed: int
-    chat: bool
+    apply_chat_template: bool
     task_manager: Any
     """The harness's own register, as `make_task_manager` made it."""
 
@@ -67,7 +67,7 @@ def make_task_manager(names: Sequence[str], path: Path | None) -> Any:
 def run_tasks(
     roles: Roles, base: Base, template: ChatTemplate, variants: Sequence[str], tasks: Tasks, emit: Emit
 ) -> tuple[dict[str, Metrics], bool]:
-    """Every task for every voice. Ctrl-C keeps the voices that are done, and says so by True."""
+    """Every task for every variant. Ctrl-C keeps the variants that are done and returns True."""
     # its warnings are about how it was called, which is settled here
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     metrics: dict[str, Metrics] = {}
@@ -104,7 +104,7 @@ def _results(base: Base, template: ChatTemplate, tasks: Tasks) -> Mapping[str, A
                 limit=tasks.limit,
                 bootstrap_iters=BOOTSTRAP_ITERS,
                 log_samples=True,
-                apply_chat_template=tasks.chat,
+                apply_chat_template=tasks.apply_chat_template,
                 random_seed=tasks.seed,
                 numpy_random_seed=tasks.seed,
                 torch_random_seed=tasks.seed,

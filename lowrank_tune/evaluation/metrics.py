@@ -1,5 +1,5 @@
-"""From what was measured to figures with intervals: of each voice, and of each tuned one against the base. Pure: marks
-in, figures out."""
+"""Metrics with confidence intervals: of each variant, and of each tuned variant against the base. Pure: graded answers
+in, metrics out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PromptMetric = Callable[[Sequence[GradedAnswer]], float | None]
 
 
 def pass_at_k_of(k: int) -> PromptMetric:
-    """pass@k of one prompt, of the answers that could be judged; None where these are fewer than k."""
+    """pass@k of one prompt, of the answers that could be graded; None where these are fewer than k."""
 
     def metric(answers: Sequence[GradedAnswer]) -> float | None:
         verdicts = [answer.right for answer in answers if answer.right is not None]
@@ -82,7 +82,7 @@ def _prompt_metrics(answers: Iterable[Sequence[GradedAnswer]], ks: Sequence[int]
 
 
 def _reward_metrics(answers: Iterable[Sequence[GradedAnswer]]) -> dict[str, Callable[[GradedAnswer], float | None]]:
-    """Figures that are no shares: the weighted reward, of several each one, and the judge's score."""
+    """Figures that are no shares: the weighted reward, of several each one, and the reward model's score."""
     parts = list(dict.fromkeys(name for several in answers for answer in several for name in answer.parts))
     metrics: dict[str, Callable[[GradedAnswer], float | None]] = {"reward": lambda answer: answer.reward}
     metrics |= {f"rewards/{name}/mean": partial(_reward_component, name) for name in parts if len(parts) > 1}
@@ -96,7 +96,7 @@ def _reward_component(name: str, answer: GradedAnswer) -> float | None:
 def deltas_vs_base(
     result: EvalResult, variant: str, ks: Sequence[int], seed: int, confidence: float = CONFIDENCE
 ) -> Metrics:
-    """A tuned voice less the base, on the prompts where both have the figure; the draws of the bootstrap are of both
+    """A tuned variant less the base, on the prompts where both have the figure; the draws of the bootstrap are of both
     together."""
     metrics: Metrics = {}
     both = [number for number in result.done if number in result.losses[variant] and number in result.losses[BASE]]
@@ -131,8 +131,8 @@ def _pair_by_prompt(
 def win_rates(
     result: EvalResult, variant: str, value: Callable[[GradedAnswer], float | None], confidence: float = CONFIDENCE
 ) -> dict[str, Any] | None:
-    """How often the tuned voice's answer is worth more than the base's to the same prompt: over all pairs of a prompt's
-    answers, a tie half a win; the interval is clustered by prompt. None where no pair could be compared."""
+    """How often the tuned variant's answer is worth more than the base's to the same prompt: over all pairs of a
+    prompt's answers, a tie half a win; the interval is clustered by prompt. None where no pair could be compared."""
     rates, wins, ties, pairs = list[float](), 0.0, 0.0, 0
     for number in result.done:
         mine, theirs = (
@@ -158,7 +158,7 @@ def win_rates(
 
 
 def missing_scores(result: EvalResult) -> dict[str, int]:
-    """How many answers could not be judged, by the reason that was told first."""
+    """Number of answers that could not be graded, by their first failure."""
     counts: dict[str, int] = {}
     for several in result.answers.values():
         for answers in several.values():

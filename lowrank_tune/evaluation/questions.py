@@ -106,8 +106,8 @@ def recipe_heldout_questions(
     if recipe.algorithm in ("sft", "dpo") and recipe.data.eval_fraction:
         return _validation_questions(recipe, count, template, emit)
     raise UserError(
-        "this run's recipe has no held-out questions (`evaluate.eval_dataset`): say what to evaluate on, as --on "
-        "rows.jsonl"
+        "this run's recipe has no held-out questions (`evaluate.eval_dataset`): give a data set, for example "
+        "--dataset rows.jsonl"
     )
 
 
@@ -115,10 +115,10 @@ def _validation_questions(
     recipe: settings.RecipeConfig, count: int, template: ChatTemplate, emit: Emit
 ) -> EvalQuestions:
     """Rows that the run set aside of its training rows. Their gold answers are not kept, so they give losses, and
-    prompts for a judge."""
+    prompts for a reward model."""
     store = load(recipe.data, template, recipe.seed, _ignore_event, pairs=recipe.uses_pairs).validation
     if store is None or not store.units:
-        raise UserError("this run has no validation rows: say what to evaluate on, as --on rows.jsonl")
+        raise UserError("this run has no validation rows: give a data set, for example --dataset rows.jsonl")
     emit(
         LogMessage(
             message="the run's validation rows are asked; they have no gold answers, so nothing tells which answers "
@@ -143,7 +143,7 @@ def _validation_questions(
 def eval_source(
     given: str, name: str | None, split: str | None, recipe: settings.RecipeConfig | None
 ) -> settings.SourceConfig:
-    """The source that --on names; columns, format and gold answers are read as the recipe reads its own rows."""
+    """The source of --dataset; columns, format and gold answers are read as the recipe reads its own rows."""
     source = settings.SourceConfig(
         dataset=given, config_name=name, split=split or ("heldout" if given == "builtin:arithmetic" else "train")
     )

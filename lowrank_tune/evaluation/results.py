@@ -12,7 +12,7 @@ from typing import Any
 
 from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_fully
 
-EVALS, VERSION = "evals.jsonl", 1
+EVALS, VERSION = "evals.jsonl", 2
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -43,7 +43,7 @@ class MetricValue:
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """One evaluation as it was written: when, on what, in which settings, and its figures by voice and name."""
+    """One evaluation as it was written: when, on what, in which settings, and its figures by variant and name."""
 
     time: float
     origin: str
@@ -58,7 +58,7 @@ class EvalRecord:
     """Wins, ties and losses that belong to `wins`."""
     tasks: Mapping[str, Mapping[str, MetricValue]]
     grader_name: str
-    judge: str
+    reward_model: str
 
 
 def read_records(folder: Path) -> list[EvalRecord]:
@@ -89,21 +89,21 @@ def parse_record(data: Mapping[str, Any]) -> EvalRecord:
         }
         for variant, several in _as_mapping(data.get("wins")).items()
     }
-    on = _as_mapping(data.get("on"))
+    dataset = _as_mapping(data.get("dataset"))
     return EvalRecord(
         _parse_float(data, "time"),
-        str(on.get("origin", "")),
+        str(dataset.get("origin", "")),
         _as_mapping(data.get("settings")),
-        int(_parse_float(on, "prompts")),
-        int(_parse_float(on, "planned")),
+        int(_parse_float(dataset, "prompts")),
+        int(_parse_float(dataset, "planned")),
         data.get("interrupted") is True,
         figures,
         changes,
         wins,
         shares,
         tasks,
-        str(data.get("right_by", "")),
-        str(data.get("judge") or ""),
+        str(data.get("grader", "")),
+        str(data.get("reward_model") or ""),
     )
 
 

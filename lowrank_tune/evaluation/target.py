@@ -1,8 +1,8 @@
 """What is evaluated: a run or a chain with the adapters that it left, an adapter by itself, or a base alone; and the
-reward run that judges.
+run whose reward model compares the answers.
 
-All of it stands on one base in memory: each voice is a stack of adapters, `base` the empty one, and a reward model one
-with a head.
+All of it stands on one base in memory: each variant is a stack of adapters, `base` the empty one, and a reward model
+one with a head.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lowrank_tune.model.base import BUILTIN_MODEL, Base, base_hashes
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.validation.score_file import reward_run
 
-BASE, REWARD_MODEL_ROLE = "base", "judge"
+BASE, REWARD_MODEL_ROLE = "base", "reward_model"
 Stack = Mapping[str, SavedAdapter]
 """Adapters by name, lowest first."""
 
@@ -96,9 +96,8 @@ def _target_from_run(path: Path, emit: Emit) -> EvalTarget:
     if not isinstance(stages, list):
         if isinstance(recipe, dict) and settings.default_adapter_name(recipe.get("algorithm")) != "policy":
             raise UserError(
-                f"{path} trained a reward model, which does not answer: score responses with it by --file, or let it "
-                f"judge the "
-                f"answers of another run, as eval RUN --judge {path}"
+                f"{path} trained a reward model, which does not answer: score responses with it (`score {path} --file "
+                f"FILE`), or compare the answers of another run (`eval RUN --reward-model {path}`)"
             )
         finished = load_finished_run(path)
         variants: dict[str, Stack] = {finished.recipe.algorithm: adapters_in(finished)}
@@ -148,10 +147,10 @@ def _reward_model_stack(recipe: settings.RecipeConfig) -> Stack:
 def resolve_reward_model(run: Path) -> EvalRewardModel:
     """The reward model of a run, or of a chain's last stage that trained one. Raises UserError where there is none."""
     if not run.is_dir():
-        raise UserError(f"--judge: {run}: there is no such run")
+        raise UserError(f"--reward-model: {run}: there is no such run")
     recipe, folder = reward_run(run)
     return EvalRewardModel(
-        run, recipe.base, head_stack(str(folder), "--judge"), _read_json_object(folder / "base.json")
+        run, recipe.base, head_stack(str(folder), "--reward-model"), _read_json_object(folder / "base.json")
     )
 
 
@@ -168,8 +167,8 @@ def head_stack(path: str, key: str) -> Stack:
 
 
 def roles_for(target: EvalTarget, reward_model: EvalRewardModel | None, base: Base) -> Roles:
-    """Every voice over the one base, nothing trainable: `of_NAME` for each of them, `reward` and `judge` for those that
-    score."""
+    """Every variant over the one base, nothing trainable: `of_NAME` for each of them, `reward` and `reward_model` for
+    those that score."""
     stacks: dict[str, list[str]] = {}
     saved: dict[str, SavedAdapter] = {}
     for variant, stack in target.variants.items():
@@ -200,7 +199,7 @@ def roles_for(target: EvalTarget, reward_model: EvalRewardModel | None, base: Ba
 
 
 def role_of(variant: str) -> str:
-    """The role of a voice: `base` is the empty stack."""
+    """The role of a variant: `base` is the empty stack."""
     return BASE if variant == BASE else f"of_{variant}"
 
 
@@ -208,7 +207,7 @@ def check_bases(target: EvalTarget, reward_model: EvalRewardModel | None, base: 
     """The base at hand must be, tensor by tensor, the one that each run was trained over. Where a run trained on
     another kind of device its 4-bit weights cannot be compared, and that is told. Raises UserError."""
     named = [(target.name, target.facts)] + (
-        [(f"--judge {reward_model.run}", reward_model.facts)] if reward_model is not None else []
+        [(f"--reward-model {reward_model.run}", reward_model.facts)] if reward_model is not None else []
     )
     now: dict[str, str] = {}
     for who, facts in named:
@@ -237,11 +236,12 @@ def check_bases(target: EvalTarget, reward_model: EvalRewardModel | None, base: 
 
 
 def check_reward_model(target: EvalTarget, reward_model: EvalRewardModel) -> None:
-    """What can be told before anything is loaded."""
+    """Checks that need no loaded model. Raises UserError."""
     mine, theirs = target.base.model.partition("@")[0], reward_model.base.model.partition("@")[0]
     if mine != theirs:
         raise UserError(
-            f"--judge: {reward_model.run} stands on {theirs} and {target.name} on {mine}: a judge must share the base"
+            f"--reward-model: the base of {reward_model.run} is {theirs}, the base of {target.name} is {mine}: they "
+            "must be the same"
         )
 
 

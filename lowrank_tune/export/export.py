@@ -38,15 +38,15 @@ DEFAULT_OUTTYPE = {"gguf": "f16", "gguf-lora": "f32", "ollama": "q8_0", "adapter
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What is wanted: `kind` the type of the numbers (None: the usual one), `base` the weights to merge into, `route`
-    of Ollama: one model (`merged`), or an `adapter` over `start`."""
+    """Options of an export. `quantization` is the type of the GGUF tensors (None: the default of the format), `weights`
+    are the base weights to merge into. `ollama_format` is one model (`merged`), or an `adapter` over `ollama_base`."""
 
     to: ExportFormat
     out: Path | None = None
-    kind: str | None = None
-    base: BaseWeights = "dequantized"
-    route: Literal["merged", "adapter"] = "merged"
-    start: str = "./base.gguf"
+    quantization: str | None = None
+    weights: BaseWeights = "dequantized"
+    ollama_format: Literal["merged", "adapter"] = "merged"
+    ollama_base: str = "./base.gguf"
     system: str | None = None
     llama_cpp: Path | None = None
     repo: str | None = None
@@ -70,7 +70,7 @@ def export(
     if unused := _unused_options(options):
         raise UserError(
             f"{', '.join(unused)} {'does' if len(unused) == 1 else 'do'} nothing with --to {options.to}"
-            + (f" --route {options.route}" if options.to == "ollama" else "")
+            + (f" --ollama-format {options.ollama_format}" if options.to == "ollama" else "")
         )
     finished = load_finished_run(run)
     load(finished.final, "final")  # every byte of it is verified
@@ -81,8 +81,8 @@ def export(
     target = options.out or finished.path / "export" / options.to
     check_overwritable(target)
     if options.to == "peft":
-        _copy(finished, target, emit)
-    elif options.to == "gguf-lora" or (options.to == "ollama" and options.route == "adapter"):
+        _copy(finished, options, target, emit)
+    elif options.to == "gguf-lora" or (options.to == "ollama" and options.ollama_format == "adapter"):
         _lora(finished, options, target, emit, device)
     else:
         _model(finished, options, target, emit, show, device)
@@ -93,33 +93,31 @@ def _unused_options(options: ExportOptions) -> list[str]:
     """Options that were given and would do nothing."""
     defaults, merges = (
         ExportOptions(options.to),
-        options.to == "gguf" or (options.to == "ollama" and options.route == "merged"),
+        options.to == "gguf" or (options.to == "ollama" and options.ollama_format == "merged"),
     )
     used = {
         "--out": options.to != "hub",
-        "--type": options.to not in ("hub", "peft"),
-        "--base": merges,
+        "--quantization": options.to not in ("hub", "peft"),
+        "--weights": merges,
         "--llama-cpp": merges,
-        "--route": options.to == "ollama",
-        "--from": options.to == "ollama" and options.route == "adapter",
+        "--ollama-format": options.to == "ollama",
+        "--ollama-base": options.to == "ollama" and options.ollama_format == "adapter",
         "--system": options.to == "ollama",
         "--repo": options.to == "hub",
         "--public": options.to == "hub",
         "--dry-run": options.to == "hub",
     }
-    fields = {"--type": "kind", "--from": "start"}
     return [
         option
         for option, does in used.items()
-        if not does
-        and getattr(options, name := fields.get(option, option[2:].replace("-", "_"))) != getattr(defaults, name)
+        if not does and getattr(options, name := option[2:].replace("-", "_")) != getattr(defaults, name)
     ]
 
 
-def _copy(run: FinishedRun, target: Path, emit: Emit) -> None:
+def _copy(run: FinishedRun, options: ExportOptions, target: Path, emit: Emit) -> None:
     """The adapter's folder as it is."""
     check_disk_space(target, sum(path.stat().st_size for path in run.final.rglob("*") if path.is_file()), "the copy")
-    with export_folder(target, _manifest_fields(run, "peft"), emit) as folder:
+    with export_folder(target, _manifest_fields(run, options), emit) as folder:
         shutil.copytree(run.final, folder, ignore=shutil.ignore_patterns(*EXCLUDED_FILES), dirs_exist_ok=True)
 
 
@@ -135,15 +133,17 @@ def _lora(run: FinishedRun, options: ExportOptions, target: Path, emit: Emit, de
     check_disk_space(target, sum(4 * tensor.numel() for tensor in tensors.values()), "the adapter")
     _compare_base(run, emit, device)
     file, eos_tokens = f"{slug(run.recipe)}-lora-{outtype}.gguf", _eos_tokens(run)
-    with export_folder(target, _manifest_fields(run, options.to, type=outtype, route="adapter"), emit) as folder:
+    with export_folder(target, _manifest_fields(run, options, quantization=outtype), emit) as folder:
         write_gguf_lora(folder / file, run.recipe.name or run.recipe.algorithm, config, tensors, shape, outtype)
         if options.to == "ollama":
             (folder / "Modelfile").write_text(
-                _modelfile(run, options, options.start, f"./{file}", None, emit), encoding="utf-8"
+                _modelfile(run, options, options.ollama_base, f"./{file}", None, emit), encoding="utf-8"
             )
         _write_card(
             folder,
-            gguf_lora_card(run.recipe, file, outtype, options.start if options.to == "ollama" else None, eos_tokens),
+            gguf_lora_card(
+                run.recipe, file, outtype, options.ollama_base if options.to == "ollama" else None, eos_tokens
+            ),
         )
 
 
@@ -175,12 +175,11 @@ def _model(
     quantizer = llama_cpp.find_quantizer(options.llama_cpp)
     if outtype not in NATIVE_OUTTYPES and quantizer is None:
         raise UserError(
-            f"{outtype} needs llama.cpp's quantiser, which is not here: name a built llama.cpp with --llama-cpp, or "
-            "`pip install llama-cpp-python` (it builds for minutes), or take --type q8_0, which needs none; Ollama "
-            "itself "
-            "quantises a 16-bit export (`--type f16`) with `ollama create --quantize q4_K_M`"
+            f"{outtype} needs llama.cpp's quantizer, which is not installed. Pass the folder of a built llama.cpp with "
+            "--llama-cpp, run `pip install llama-cpp-python` (it compiles for minutes), or use --quantization q8_0. "
+            "`ollama create --quantize q4_K_M` quantizes a 16-bit export (--quantization f16)"
         )
-    existing, weights = find_existing_merge(run, options.base), count_weights(run.base)
+    existing, weights = find_existing_merge(run, options.weights), count_weights(run.base)
     check_disk_space(
         target, estimate_gguf_size(weights, outtype) + (0 if existing else 2 * weights), f"the model in {outtype}"
     )
@@ -189,11 +188,13 @@ def _model(
     if architectures and not llama_cpp.supports_architecture(converter, architectures):
         raise UserError(f"llama.cpp's converter knows no {architectures[0]}; `--to peft` copies the adapter as it is")
     file, eos_tokens = f"{slug(run.recipe)}-{outtype}.gguf", _eos_tokens(run)
-    with export_folder(target, _manifest_fields(run, options.to, type=outtype, merged=options.base), emit) as folder:
+    with export_folder(
+        target, _manifest_fields(run, options, quantization=outtype, weights=options.weights), emit
+    ) as folder:
         if existing is not None:
             emit(LogMessage(message=f"{existing.folder} holds this adapter already merged, and is taken"))
             show(existing.report)
-        merged = existing or merge(run.path, folder / "merged", options.base, emit, show, device)
+        merged = existing or merge(run.path, folder / "merged", options.weights, emit, show, device)
         _convert(run, converter, quantizer, merged.folder, folder / file, outtype, emit)
         shutil.rmtree(folder / "merged", ignore_errors=True)
         if options.to == "ollama":
@@ -203,7 +204,7 @@ def _model(
         _write_card(
             folder,
             gguf_model_card(
-                run.recipe, file, outtype, options.base, merged.report.table(), eos_tokens, options.to == "ollama"
+                run.recipe, file, outtype, options.weights, merged.report.table(), eos_tokens, options.to == "ollama"
             ),
         )
 
@@ -231,9 +232,9 @@ def _convert(
 
 
 def _outtype(options: ExportOptions, what: str, choices: Mapping[str, object]) -> str:
-    outtype = (options.kind or DEFAULT_OUTTYPE[what]).lower()
+    outtype = (options.quantization or DEFAULT_OUTTYPE[what]).lower()
     if outtype not in choices:
-        raise UserError(f"--type {outtype} is not known for this export; known are {', '.join(choices)}")
+        raise UserError(f"--quantization {outtype} is not supported by this export; supported: {', '.join(choices)}")
     return outtype
 
 
@@ -254,9 +255,8 @@ def _modelfile(
     remarks = [f"{name}, made with lowrank_tune {__version__}:  ollama create {name} -f Modelfile"]
     if adapter is not None:
         remarks.append(
-            "FROM is the base that the adapter was trained over: a GGUF file, or a name of Ollama's library; the "
-            "nearer to the "
-            "weights in training, the better. `--route merged` makes one model of both, and needs no base."
+            "FROM is the base model of the adapter: a GGUF file, or a name in Ollama's library. The closer it is to "
+            "the weights in training, the better. `--ollama-format merged` writes one merged model and needs no base."
         )
     if turns is None:
         message = (
@@ -301,11 +301,12 @@ def _eos_tokens(run: FinishedRun) -> Sequence[str]:
     ]
 
 
-def _manifest_fields(run: FinishedRun, to: str, **more: str) -> dict[str, Any]:
+def _manifest_fields(run: FinishedRun, options: ExportOptions, **more: str) -> dict[str, Any]:
     base = run.recipe.base.model.partition("@")[0]
     return {
         "made_by": f"lowrank_tune {__version__}",
-        "to": to,
+        "to": options.to,
+        **({"ollama_format": options.ollama_format} if options.to == "ollama" else {}),
         "base": base,
         "revision": run.facts.get("revision"),
         "adapter": run.fingerprint(),

@@ -28,7 +28,7 @@ def gguf_model_card(
     how = (
         "by llama.cpp's own converter"
         if kind in ("f32", "f16", "bf16", "q8_0")
-        else "by llama.cpp's own converter and quantiser"
+        else "by llama.cpp's own converter and quantizer"
     )
     exact = (
         "It holds the merged weights as they are."

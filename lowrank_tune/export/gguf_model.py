@@ -1,4 +1,4 @@
-"""A merged model as one GGUF file: llama.cpp's own converter, and its quantiser for the small types."""
+"""A merged model as one GGUF file: llama.cpp's own converter, and its quantizer for the small types."""
 
 from __future__ import annotations
 
@@ -127,11 +127,11 @@ def convert(folder: Path, merged: Path, file: Path, kind: str, name: str, adds_b
 
 
 def quantize(tool: Quantizer, source: Path, file: Path, kind: str, emit: Emit) -> None:
-    """Runs the quantiser. Raises TrainingError with what it said."""
+    """Runs the quantizer. Raises TrainingError with what it said."""
     command = tool.command(source, file, kind, BITS_PER_WEIGHT[kind][1])
     code, output = run_tool(command, f"llama.cpp quantises to {kind}", r"\[\s*(\d+)/\s*(\d+)\]", emit)
     if code or not file.is_file():
-        raise TrainingError(f"llama.cpp's quantiser failed (exit code {code}): {_error_line(output)}")
+        raise TrainingError(f"llama.cpp's quantizer failed (exit code {code}): {_error_line(output)}")
 
 
 def run_tool(command: Sequence[str], label: str, pattern: str, emit: Emit) -> tuple[int, list[str]]:

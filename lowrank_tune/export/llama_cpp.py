@@ -1,4 +1,4 @@
-"""llama.cpp's own converter and quantiser: where they are, and how they are fetched. They are run as they are, in
+"""llama.cpp's own converter and quantizer: where they are, and how they are fetched. They are run as they are, in
 processes of their own.
 
 A folder that the user names is taken as it is (`--llama-cpp`, or `LLAMA_CPP_DIR`). Else the converter is taken out of
@@ -168,7 +168,7 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 
 def find_quantizer(given: Path | None) -> Quantizer | None:
-    """llama.cpp's quantiser: in the folder that the user named, on the path, or in the module llama_cpp; None where
+    """llama.cpp's quantizer: in the folder that the user named, on the path, or in the module llama_cpp; None where
     there is none."""
     named = named_folder(given)
     places = [] if named is None else [named / part / "llama-quantize" for part in ("", "bin", "build/bin")]

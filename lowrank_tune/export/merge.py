@@ -173,8 +173,7 @@ def original_weights(run: FinishedRun, base: Base) -> Callable[[str], Tensor]:
     if missing:
         raise UserError(
             f"{run.base.model} stores its weights under other names than the model has ({missing[0]} is missing), "
-            f"which "
-            "`--base original` does not know; `--base dequantized` does"
+            "which `--weights original` does not support; use `--weights dequantized`"
         )
 
     def weight(name: str) -> Tensor:
@@ -182,8 +181,7 @@ def original_weights(run: FinishedRun, base: Base) -> Callable[[str], Tensor]:
             tensor: Tensor = opened.get_tensor(name)
         if tensor.shape != shapes[name][0]:
             raise UserError(
-                f"{run.base.model} holds {name} in 4 bits only, so there is no original; `--base dequantized` "
-                f"takes what it has"
+                f"{run.base.model} holds {name} in 4 bits only, so there is no original; use `--weights dequantized`"
             )
         return tensor
 

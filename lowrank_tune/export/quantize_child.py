@@ -1,4 +1,4 @@
-"""Run as a program of its own (`python quantize_child.py SOURCE TARGET NUMBER`): llama.cpp's quantiser by the module
+"""Run as a program of its own (`python quantize_child.py SOURCE TARGET NUMBER`): llama.cpp's quantizer by the module
 llama_cpp, whose library may end the process it runs in. NUMBER is llama.cpp's of the type."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """What rewards said of many completions: counts, times, where they disagree, and whether a run would stop. For
-preflight and for `verify`."""
+preflight and for `score`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from lowrank_tune.ui.text_layout import STYLES, wrap
 MIN_TWO_COLUMN_WIDTH = 100
 """Columns from which on two answers stand beside each other."""
 VARIANT_STYLES = {"base": "second", "tuned": "first"}
-"""A style for each voice."""
+"""A style for each variant."""
 
 
 class AnswerView(Protocol):
@@ -60,7 +60,7 @@ class ChatScreen:
         file.flush()
 
     def answers(self, labels: Sequence[str]) -> AnswerView:
-        """Room for an answer of each of these voices."""
+        """Room for an answer of each of these variants."""
         if self.smart and len(labels) > 1 and self.size()[0] >= MIN_TWO_COLUMN_WIDTH:
             return SideBySideView(self, labels)
         return StackedView(self, labels)
@@ -98,7 +98,7 @@ class ChatScreen:
         return f"\x1b[{code}m{text}\x1b[0m" if code and text else text
 
     def label(self, variant: str) -> str:
-        """A voice's name, before what it says."""
+        """A variant's name, before what it says."""
         return self._styled(f"{variant}>" if self.live else f"{variant}:", VARIANT_STYLES.get(variant, "strong"))
 
     def size(self) -> tuple[int, int]:

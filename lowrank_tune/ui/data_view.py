@@ -56,7 +56,7 @@ def preflight_view(found: DataReport, title: str, plain: bool = False) -> Render
             f"Lengths in tokens, limit {found.lengths.limit:,}",
             _lengths(found.lengths, "side" if unit == "pair" else unit, plain),
         ),
-        (f"{unit.title()}s", _issues(found.troubles)),
+        (f"{unit.title()}s", _issues(found.issues)),
         *([] if found.sides is None else [("Sides", _sides(found.sides, plain))]),
         *([] if found.ends is None else [("End token", _eos_line(found.ends, unit))]),
         ("Steps", _steps(found, unit)),
@@ -147,22 +147,22 @@ def _issues(issues: Iterable[DataIssue]) -> RenderableType:
                 done,
             )
         )
-        if issue.places:
-            more = ", ..." if issue.count > len(issue.places) else ""
+        if issue.locations:
+            more = ", ..." if issue.count > len(issue.locations) else ""
             lines.append(
                 Padding(
-                    Text(escape_control_chars(_joined(issue.places), 600) + more, QUIET), (0, 0, 0, 9), expand=False
+                    Text(escape_control_chars(_joined(issue.locations), 600) + more, QUIET), (0, 0, 0, 9), expand=False
                 )
             )
     return Group(*lines)
 
 
-def _joined(places: Sequence[str]) -> str:
+def _joined(locations: Sequence[str]) -> str:
     """`rows.jsonl:3, :14, other.jsonl:2`: the file's name once for the lines that follow it."""
     texts, last = [], None
-    for place in places:
-        file, _, line = place.rpartition(":")
-        texts.append(f":{line}" if file == last else place)
+    for location in locations:
+        file, _, line = location.rpartition(":")
+        texts.append(f":{line}" if file == last else location)
         last = file
     return ", ".join(texts)
 
@@ -237,9 +237,9 @@ def _head(example: Example, is_prompt: bool = False) -> Text:
             if example.ground_truth is None
             else f"gold answer {escape_control_chars(example.ground_truth, 120)}"
         )
-        return Text(f"{escape_control_chars(example.place, 120)}, {example.tokens:,} tokens, {ground_truth}", QUIET)
+        return Text(f"{escape_control_chars(example.location, 120)}, {example.tokens:,} tokens, {ground_truth}", QUIET)
     return Text(
-        f"{escape_control_chars(example.place, 120)}, {example.tokens:,} tokens, {example.trained:,} trained", QUIET
+        f"{escape_control_chars(example.location, 120)}, {example.tokens:,} tokens, {example.trained:,} trained", QUIET
     )
 
 

@@ -19,7 +19,7 @@ from lowrank_tune.ui.metrics import reward_label
 BASE = "base"
 SHARE_METRICS = re.compile(r"pass_at_\d+|eos_rate")
 TableRow = tuple[str, str, str, str, str]
-"""Figure (empty where it is that of the line above), voice, value, interval, change against the base."""
+"""Figure (empty where it is that of the line above), variant, value, interval, change against the base."""
 
 
 def heads(record: EvalRecord) -> tuple[str, ...]:
@@ -36,7 +36,7 @@ def label_of(name: str) -> str:
     plain = {
         "loss": "loss, nats a token",
         "reward": "reward",
-        "reward_model_score": "score of the reward model",
+        "reward_model_score": "reward model score",
         "eos_rate": "stops by itself",
         "mean_length": "tokens an answer",
     }
@@ -75,7 +75,7 @@ def change_of(name: str, figure: MetricValue | None) -> str:
 
 
 def rows(record: EvalRecord) -> Iterator[TableRow]:
-    """Every figure, a line a voice, then the wins against the base, then the tasks."""
+    """Every figure, a line a variant, then the wins against the base, then the tasks."""
     names = list(dict.fromkeys(name for several in record.figures.values() for name in several))
     for name in names:
         first = True
@@ -85,14 +85,14 @@ def rows(record: EvalRecord) -> Iterator[TableRow]:
                 change = change_of(name, record.changes.get(model, {}).get(name))
                 yield label_of(name) if first else "", model, value_of(name, figure), interval_of(name, figure), change
                 first = False
-    for by in ("judge", "verifier"):
+    for by in ("reward_model", "verifier"):
         first = True
         for model, several in record.wins.items():
             if by in several:
                 wins, ties, losses = record.shares[model][by]
                 shares_text = f"better {percent(wins)}, equal {percent(ties)}, worse {percent(losses)}"
                 yield (
-                    f"wins by {by}" if first else "",
+                    f"wins by {by.replace('_', ' ')}" if first else "",
                     model,
                     percent(several[by].value),
                     interval_of("eos_rate", several[by]),
@@ -113,7 +113,7 @@ def rows_of_last_model(record: EvalRecord) -> Iterator[tuple[str, str]]:
     for name, figure in record.figures.get(model, {}).items():
         yield f"eval: {label_of(name)}", _cell(name, figure)
     for by, figure in record.wins.get(model, {}).items():
-        yield f"eval: wins ({by})", _cell("eos_rate", figure)
+        yield f"eval: wins ({by.replace('_', ' ')})", _cell("eos_rate", figure)
     for name, figure in record.tasks.get(model, {}).items():
         yield f"eval: {name}", _cell(name, figure)
     if record.planned:
@@ -138,7 +138,7 @@ def describe_evaluation(record: EvalRecord) -> list[str]:
             else f"{record.prompts:,} of {record.planned:,} prompts"
         )
         samples, temperature, seed = (
-            escape_control_chars(str(settings.get(name, "?")), 20) for name in ("samples", "temperature", "seed")
+            escape_control_chars(str(settings.get(name, "?")), 20) for name in ("num_samples", "temperature", "seed")
         )
         drawn = (
             f"{samples} answers each at temperature {temperature}"
@@ -147,9 +147,9 @@ def describe_evaluation(record: EvalRecord) -> list[str]:
         )
         lines.append(f"{escape_control_chars(record.origin, 200)}: {prompts}, {drawn}, seed {seed}")
     if record.grader_name:
-        lines.append(f"an answer is right by: {escape_control_chars(record.grader_name, 200)}")
-    if record.judge:
-        lines.append(f"judge: {escape_control_chars(record.judge, 200)}")
+        lines.append(f"answers graded by: {escape_control_chars(record.grader_name, 200)}")
+    if record.reward_model:
+        lines.append(f"reward model: {escape_control_chars(record.reward_model, 200)}")
     if isinstance(level, float):
         lines.append(
             f"intervals of {100 * level:g} %, a prompt with all its answers one draw: Wilson's for shares, bootstrap "
@@ -167,7 +167,7 @@ def when(record: EvalRecord) -> str:
         return "unknown"
 
 
-def show(record: EvalRecord, unjudged: Mapping[str, int], console: Console) -> None:
+def show(record: EvalRecord, ungraded: Mapping[str, int], console: Console) -> None:
     """The table for the terminal."""
     table, width = Table(*heads(record), box=None, pad_edge=False), len(heads(record))
     for row in rows(record):
@@ -175,9 +175,9 @@ def show(record: EvalRecord, unjudged: Mapping[str, int], console: Console) -> N
     console.print(table)
     for line in describe_evaluation(record):
         console.print(Text(line), soft_wrap=True)
-    for reason, count in unjudged.items():
+    for reason, count in ungraded.items():
         console.print(
-            Text(f"{count:,} answers could not be judged and count nowhere: {escape_control_chars(reason, 300)}"),
+            Text(f"{count:,} answers could not be graded and are in no metric: {escape_control_chars(reason, 300)}"),
             soft_wrap=True,
         )
 

@@ -1,5 +1,4 @@
-"""A file of responses, scored by the reward model that a run trained: `lowrank-tune eval RUN --file
-responses.jsonl`."""
+"""`lowrank-tune score RUN --file FILE`: a file of responses, scored by the reward model that a run trained."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ class ScoredResponse:
     """One scored answer: where it stands, what was asked and answered, tokens of the answer, its score, and of a pair
     its side."""
 
-    position: str
+    location: str
     prompt: str
     text: str
     tokens: int

@@ -55,7 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 
 @pytest.fixture(scope="module")
-def judge(made: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reward_run(made: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of `algorithm: reward` on the same base, with an adapter and a head that matter."""
     wanted = settings.BaseConfig(model=str(made.base), bits=16)
     base = load_base(wanted, load_tokenizer(wanted), CPU)
@@ -68,7 +68,7 @@ def judge(made: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
         heads=["reward"],
     )
     perturb(roles, "reward", size=0.2)
-    run = tmp_path_factory.mktemp("judge") / "run"
+    run = tmp_path_factory.mktemp("reward_run") / "run"
     (run / "final").mkdir(parents=True)
     save_file(roles.adapter_tensors("reward"), run / "final" / "adapter_model.safetensors")
     (run / "final" / "adapter_config.json").write_text(json.dumps(roles.adapter_config("reward")))
@@ -133,7 +133,7 @@ def test_losses_as_transformers_and_peft_have_them(made: FinishedRun) -> None:
 def test_rewards_passes_and_wins_are_counted(made: FinishedRun, tmp_path: Path) -> None:
     """The answers are drawn again, and every figure is worked out from them by plain counting."""
     run = with_rewards(made, tmp_path, "float(len(completion) % 3)")
-    options = Options(num_prompts=7, num_samples=3, k=(2,), max_new_tokens=5, verifier="answer")
+    options = Options(num_prompts=7, num_samples=3, pass_at_k=(2,), max_new_tokens=5, verifier="answer")
     found = evaluate(str(run), options, quiet, CPU).record
     completions = drawn_again(made, 7, 3, 5)
     template = ChatTemplate.from_tokenizer(load_tokenizer(settings.BaseConfig(model=str(made.base))))
@@ -145,14 +145,14 @@ def test_rewards_passes_and_wins_are_counted(made: FinishedRun, tmp_path: Path) 
         assert found["figures"][who]["pass_at_1"]["high"] == pytest.approx(0.354, abs=1e-3), "Wilson for 0 of 7"
     wins = found["wins"]["grpo"]["verifier"]
     assert (wins["value"], wins["ties"]) == (0.5, 1.0), "all wrong on both sides"
-    assert found["right_by"] == "answer" and found["rewards"] == {"mine": 2.0}
+    assert found["grader"] == "answer" and found["rewards"] == {"mine": 2.0}
 
 
 def drawn_again(
     made: FinishedRun, count: int, samples: int, longest: int, temperature: float = 1.0
 ) -> dict[str, list[list[list[int]]]]:
-    """What base and policy answer to the first held-out problems (ids without a stop), each voice in one call over all
-    of them."""
+    """What base and policy answer to the first held-out problems (ids without a stop), each variant in one call over
+    all of them."""
     wanted = settings.BaseConfig(model=str(made.base), bits=16)
     template = ChatTemplate.from_tokenizer(load_tokenizer(wanted))
     base = load_base(wanted, template.tokenizer, CPU)
@@ -189,11 +189,11 @@ def test_parts_and_their_order_change_no_answer(
     assert whole["figures"]["base"]["mean_length"]["value"] == parts["figures"]["base"]["mean_length"]["value"]
 
 
-def test_a_judge_on_the_same_base(made: FinishedRun, judge: Path) -> None:
-    """Greedy answers of both voices are scored again one by one, and the wins counted."""
+def test_a_reward_model_on_the_same_base(made: FinishedRun, reward_run: Path) -> None:
+    """Greedy answers of both variants are scored again one by one, and the wins counted."""
     found = evaluate(
         str(made.run),
-        Options(dataset="builtin:arithmetic", num_prompts=6, max_new_tokens=6, reward_model=judge),
+        Options(dataset="builtin:arithmetic", num_prompts=6, max_new_tokens=6, reward_model=reward_run),
         quiet,
         CPU,
     ).record
@@ -207,7 +207,7 @@ def test_a_judge_on_the_same_base(made: FinishedRun, judge: Path) -> None:
         {"reward": ["reward"]},
         heads=["reward"],
     )
-    roles.load_adapter_tensors("reward", load_file(judge / "final" / "adapter_model.safetensors"), "judge")
+    roles.load_adapter_tensors("reward", load_file(reward_run / "final" / "adapter_model.safetensors"), "reward_run")
     completions = drawn_again(made, 6, 1, 6, temperature=0.0)
     questions = load_eval_questions(
         settings.SourceConfig(dataset="builtin:arithmetic", split="heldout"), 6, 0, template, None
@@ -224,13 +224,13 @@ def test_a_judge_on_the_same_base(made: FinishedRun, judge: Path) -> None:
     mine, theirs = (
         [score(number, several[0]) for number, several in enumerate(completions[who])] for who in ("grpo", "base")
     )
-    wins = found["wins"]["sft"]["judge"]
+    wins = found["wins"]["sft"]["reward_model"]
     assert wins["value"] == pytest.approx(sum((a > b) + (a == b) / 2 for a, b in zip(mine, theirs, strict=True)) / 6)
     assert found["figures"]["sft"]["reward_model_score"]["value"] == pytest.approx(sum(mine) / 6, rel=1e-3)
     assert found["figures"]["base"]["reward_model_score"]["value"] == pytest.approx(sum(theirs) / 6, rel=1e-3)
 
 
-def test_a_judge_reads_answers_to_their_end() -> None:
+def test_the_reward_model_reads_answers_to_their_end() -> None:
     """What ended by itself is scored where the reward model was trained to look, behind all that closes a turn."""
     template = ChatTemplate.from_tokenizer(load_tokenizer(settings.BaseConfig(model="tiny-tutor")))
     ids, end = encode_answer(template, "Yes."), end_of_turn_ids(template)
@@ -270,10 +270,10 @@ def test_ctrl_c_keeps_the_parts_that_all_models_have_finished(
 
         return on_event
 
-    # two voices, two prompts, each a loss and two answers
+    # two variants, two prompts, each a loss and two answers
     found = evaluate(str(run), SHORT, interrupting(2 * (2 + 4) * 2 - 1), CPU)
     assert found.interrupted and found.record["interrupted"] is True
-    on = found.record["on"]
+    on = found.record["dataset"]
     assert (on["prompts"], on["planned"]) == (2, 6) or (on["prompts"], on["planned"]) == (4, 6)
     assert {figures["loss"]["prompts"] for figures in found.record["figures"].values()} == {on["prompts"]}, (
         "the same prompts for all"
@@ -291,11 +291,11 @@ def test_ctrl_c_keeps_the_parts_that_all_models_have_finished(
     command = [
         "eval",
         str(run),
-        "--on",
+        "--dataset",
         "builtin:arithmetic",
         "--num-prompts",
         "6",
-        "--samples",
+        "--num-samples",
         "2",
         "--max-new-tokens",
         "6",
@@ -310,11 +310,11 @@ def test_results_are_added_to_the_run_and_shown(made: FinishedRun, tmp_path: Pat
     command = [
         "eval",
         str(run),
-        "--on",
+        "--dataset",
         "builtin:arithmetic",
         "--num-prompts",
         "4",
-        "--samples",
+        "--num-samples",
         "2",
         "--max-new-tokens",
         "4",
@@ -324,12 +324,12 @@ def test_results_are_added_to_the_run_and_shown(made: FinishedRun, tmp_path: Pat
         assert result.exit_code == 0, result.output
     assert "pass@1" in result.stdout and "95 % interval" in result.stdout and str(run / "evals.jsonl") in result.stdout
     lines = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and all(line["v"] == 1 and line["kind"] == "eval" for line in lines)
+    assert len(lines) == 2 and all(line["v"] == 2 and line["kind"] == "eval" for line in lines)
     assert lines[0]["figures"] == lines[1]["figures"], "the same seed gives the same figures and intervals"
     assert lines[0]["settings"] == {
         "num_prompts": 4,
-        "samples": 2,
-        "k": [1, 2],
+        "num_samples": 2,
+        "pass_at_k": [1, 2],
         "temperature": 1.0,
         "top_p": 1.0,
         "max_new_tokens": 4,
@@ -349,7 +349,7 @@ def test_results_are_added_to_the_run_and_shown(made: FinishedRun, tmp_path: Pat
     }
     (run / "events.jsonl").write_text(json.dumps(event) + "\n")
     shutil.copytree(run, other)
-    (other / "evals.jsonl").write_bytes(b'{"v": 1, "kind": "eval"}\nnot json\n[1]\n{"v": 9, "kind": "eval"}\n')
+    (other / "evals.jsonl").write_bytes(b'{"v": 2, "kind": "eval"}\nnot json\n[1]\n{"v": 9, "kind": "eval"}\n')
     html = write_report(run).read_text()
     assert "Evaluations" in html and "pass@1" in html and html.count("<details") >= 2
     assert write_report(other).exists(), "what anyone may have edited breaks no page"
@@ -361,10 +361,10 @@ def test_results_are_added_to_the_run_and_shown(made: FinishedRun, tmp_path: Pat
 def test_a_hostile_record_is_inert() -> None:
     record = parse_record(
         {
-            "v": 1,
+            "v": 2,
             "kind": "eval",
-            "on": {"origin": "\x1b[2J<script>", "planned": 3},
-            "settings": {"samples": "<b>\x1b"},
+            "dataset": {"origin": "\x1b[2J<script>", "planned": 3},
+            "settings": {"num_samples": "<b>\x1b"},
             "figures": {"<i>": {"loss": {"value": "x", "low": [], "high": None}}},
             "wins": 3,
             "tasks": [1],
@@ -381,25 +381,26 @@ def fails(*arguments: str) -> str:
     return message
 
 
-def test_wrong_input_is_one_sentence(made: FinishedRun, judge: Path, tmp_path: Path) -> None:
+def test_wrong_input_is_one_sentence(made: FinishedRun, reward_run: Path, tmp_path: Path) -> None:
     run = str(made.run)
     assert "no such run or model" in fails("./nowhere")
     assert "neither a run" in fails(str(tmp_path))
-    assert "--k 4 needs as many answers" in fails(run, "--k", "4", "--samples", "2")
-    assert "greedy answers are all the same" in fails(run, "--samples", "3", "--temperature", "0")
+    assert "--pass-at-k 4 needs as many answers" in fails(run, "--pass-at-k", "4", "--num-samples", "2")
+    assert "greedy answers are all the same" in fails(run, "--num-samples", "3", "--temperature", "0")
     assert "--bits says how to load a model" in fails(run, "--bits", "16")
-    assert "it is 4 or 16" in fails("tiny-tutor", "--bits", "8", "--on", "builtin:arithmetic")
-    assert "give --on FILE" in fails("tiny-tutor")
-    assert "no such file" in fails(run, "--on", "nothing.jsonl")
-    assert "--name and --split" in fails(run, "--split", "test")
-    assert "unknown reward `anser`" in fails(run, "--on", "builtin:arithmetic", "--verifier", "anser")
-    assert "does not tell right from wrong" in fails(run, "--on", "builtin:arithmetic", "--verifier", "repetition")
-    assert "only `algorithm: reward` trains" in fails(run, "--judge", run)
-    assert "there is no such run" in fails(run, "--judge", "nowhere")
-    assert "a judge must share the base" in fails("tiny-tutor", "--on", "builtin:arithmetic", "--judge", str(judge))
+    assert "it is 4 or 16" in fails("tiny-tutor", "--bits", "8", "--dataset", "builtin:arithmetic")
+    assert "give --dataset FILE" in fails("tiny-tutor")
+    assert "no such file" in fails(run, "--dataset", "nothing.jsonl")
+    assert "--dataset-config and --split" in fails(run, "--split", "test")
+    assert "unknown reward `anser`" in fails(run, "--dataset", "builtin:arithmetic", "--verifier", "anser")
+    assert "does not tell right from wrong" in fails(run, "--dataset", "builtin:arithmetic", "--verifier", "repetition")
+    assert "only `algorithm: reward` trains" in fails(run, "--reward-model", run)
+    assert "there is no such run" in fails(run, "--reward-model", "nowhere")
+    assert "they must be the same" in fails(
+        "tiny-tutor", "--dataset", "builtin:arithmetic", "--reward-model", str(reward_run)
+    )
     assert "--tasks-path and --limit belong to --tasks" in fails(run, "--limit", "3")
-    assert "leave --on out" in fails(run, "--file", "x.jsonl", "--on", "builtin:arithmetic")
-    assert "trained a reward model, which does not answer" in fails(str(judge))
+    assert "trained a reward model, which does not answer" in fails(str(reward_run))
     assert "there is no such folder" in fails(run, "--out", str(tmp_path / "no" / "x.jsonl"))
 
 

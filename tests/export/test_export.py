@@ -109,7 +109,10 @@ def test_a_copy_loads_in_plain_peft_and_a_modelfile_names_the_base(mistral: Fini
             < 1e-8
         )
     folder = take(
-        mistral, ExportOptions("ollama", tmp_path / "ollama", route="adapter", start="mistral:7b", system="Be brief.")
+        mistral,
+        ExportOptions(
+            "ollama", tmp_path / "ollama", ollama_format="adapter", ollama_base="mistral:7b", system="Be brief."
+        ),
     )
     text = (folder / "Modelfile").read_text()
     for line in (
@@ -185,19 +188,19 @@ def test_what_cannot_be_exported_fails_with_one_sentence(
     facts["recipe"]["base"]["model"] = str(tmp_path / "no-base")
     (gone / "run.json").write_text(json.dumps(facts))
     assert "there is no folder" in error_of(gone, *gguf_lora) and "there is no folder" in error_of(gone, *gguf)
-    assert "--type q9 is not known for this export; known are f32, f16, bf16" in error_of(
-        mistral.run, *gguf_lora, "--type", "q9"
+    assert "--quantization q9 is not supported by this export; supported: f32, f16, bf16" in error_of(
+        mistral.run, *gguf_lora, "--quantization", "q9"
     )
     assert "--repo, --public do nothing with --to peft" in error_of(
         mistral.run, "--to", "peft", "--repo", "a/b", "--public"
     )
-    assert "--base, --from do nothing with --to gguf-lora" in error_of(
-        mistral.run, *gguf_lora, "--base", "original", "--from", "x"
+    assert "--weights, --ollama-base do nothing with --to gguf-lora" in error_of(
+        mistral.run, *gguf_lora, "--weights", "original", "--ollama-base", "x"
     )
     assert "--to hub needs --repo user/name" in error_of(mistral.run, "--to", "hub")
     monkeypatch.setattr(llama_cpp.shutil, "which", lambda name: None)
     monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
-    assert "q4_k_m needs llama.cpp's quantiser" in error_of(mistral.run, *gguf, "--type", "Q4_K_M")
+    assert "q4_k_m needs llama.cpp's quantizer" in error_of(mistral.run, *gguf, "--quantization", "Q4_K_M")
     assert "this Python has no pip" in error_of(mistral.run, *gguf)
     assert "holds no convert_hf_to_gguf.py" in error_of(mistral.run, *gguf, "--llama-cpp", str(tmp_path))
     (tmp_path / "llama.cpp").mkdir()

@@ -176,7 +176,7 @@ def test_the_files_answer_in_llama_cpp_as_in_transformers(
     )
     merged = merge(made.run, None, "dequantized", quiet, quiet, CPU).folder
     exported = [
-        Path(export(made.run, ExportOptions(to, tmp_path / to, kind=type), quiet, quiet, quiet, CPU))
+        Path(export(made.run, ExportOptions(to, tmp_path / to, quantization=type), quiet, quiet, quiet, CPU))
         for to, type in (("gguf", "f32"), ("gguf-lora", None))
     ]
     file, adapter = exported[0] / "tried-f32.gguf", exported[1] / "tried-lora-f32.gguf"
@@ -215,7 +215,7 @@ def test_quantized_and_tokenized_alike(
     folder = Path(
         export(
             made.run,
-            ExportOptions("ollama", tmp_path / "out", kind="q4_k_m", system="Be kind."),
+            ExportOptions("ollama", tmp_path / "out", quantization="q4_k_m", system="Be kind."),
             quiet,
             quiet,
             quiet,

@@ -20,7 +20,7 @@ from lowrank_tune.errors import ConfigError
 from lowrank_tune.events import Event, GroupLogged, LogMessage, RunStarted, StepEnd
 from lowrank_tune.model.base import load_tokenizer
 from lowrank_tune.rewards import RewardInput, WorkerPool, build_rewards
-from lowrank_tune.score_completions import verify
+from lowrank_tune.score_completions import score_completions
 from lowrank_tune.settings import BaseConfig, RewardConfig
 from lowrank_tune.types import Message
 from lowrank_tune.validation import score_file
@@ -87,13 +87,13 @@ def test_scores_are_those_of_the_reward_models_own_run(
     assert len(steps) == 2
 
 
-def test_verify_reads_as_the_run_did(finished: tuple[Path, list[Event], list[str]], tmp_path: Path) -> None:
+def test_score_completions_reads_as_the_run_did(finished: tuple[Path, list[Event], list[str]], tmp_path: Path) -> None:
     """What stands in the record of the run comes out of a file of its completions again: ended ones and cut ones."""
     out, events, _ = finished
     shown = [(event.prompt, one) for event in events if isinstance(event, GroupLogged) for one in event.completions]
     rows = [json.dumps({"prompt": prompt, "completions": [one]}) for prompt, one in shown]
     (tmp_path / "rows.jsonl").write_text("\n".join([*rows, json.dumps({"completion": "of no prompt"})]))
-    found = verify(
+    found = score_completions(
         Recipe.from_dict(below(out, "warm", "dpo", "reward")),
         str(tmp_path / "rows.jsonl"),
         None,

@@ -24,7 +24,7 @@ def rows(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
 
 
 def _evaluations(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
-    """The last voice of each side's newest evaluation: its figures with their intervals, and what they are of."""
+    """The last variant of each side's newest evaluation: its figures with their intervals, and what they are of."""
     figures = [
         dict(evals_view.rows_of_last_model(run.evaluation)) if run.evaluation is not None else {} for run in runs
     ]

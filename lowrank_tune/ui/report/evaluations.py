@@ -1,4 +1,4 @@
-"""What `lowrank-tune eval` added to a run: the newest evaluation open, the earlier ones folded."""
+"""What `lowrank-tune eval` added to a run: the newest evaluation open, the earlier ones collapsed."""
 
 from __future__ import annotations
 

@@ -344,9 +344,9 @@ def _lengths(found: Mapping[str, Any]) -> str:
 
 def _issues(found: Mapping[str, Any]) -> str:
     rows = []
-    for issue in entries(found, "troubles"):
-        count, places = int(get_number(issue, "count")), issue.get("places")
-        where = ", ".join(map(str, places)) if isinstance(places, list) else ""
+    for issue in entries(found, "issues"):
+        count, locations = int(get_number(issue, "count")), issue.get("locations")
+        where = ", ".join(map(str, locations)) if isinstance(locations, list) else ""
         rows.append(
             [
                 f'<span class="{"some" if count else "zero"}">{count:,}</span>',
@@ -369,7 +369,7 @@ def _examples(found: Mapping[str, Any]) -> str:
         shown = "".join(
             f"<mark>{block(segment)}</mark>" if trained else block(segment) for trained, segment in segments
         )
-        parts.append(f'<p class="soft">{text(example.get("place", ""))}</p><div class="text">{shown}</div>')
+        parts.append(f'<p class="soft">{text(example.get("location", ""))}</p><div class="text">{shown}</div>')
     title = 'Rows as the model reads them <span class="soft">what is marked is trained</span>'
     return f"<details><summary>{title}</summary>{''.join(parts)}</details>" if parts else ""
 

@@ -1,5 +1,5 @@
-"""What `lowrank-tune eval RUN --file` prints: how the scores are spread, the best and the worst answers, and the
-figures of pairs."""
+"""Output of `lowrank-tune score RUN --file FILE`: distribution of the scores, best and worst answers, and metrics of
+pairs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def show(found: Sequence[ScoredResponse], pairs: PairScores | None, console: Con
     count = min(SHOWN, (len(ranked) + 1) // 2)
     table = Table("score", "where", "asked", "answered", "tokens", show_lines=True, title="the best and the worst")
     for one in [*ranked[:count], *(ranked[-min(count, len(ranked) - count) :] if len(ranked) > count else [])]:
-        where = escape_control_chars(one.position.rpartition("/")[2], 60) + (f" {one.side}" if one.side else "")
+        where = escape_control_chars(one.location.rpartition("/")[2], 60) + (f" {one.side}" if one.side else "")
         table.add_row(
             number(one.score),
             where,

@@ -1,5 +1,5 @@
-"""`lowrank-tune verify`: responses of any shape are judged as a run would judge them; failures, disagreement and times
-are told honestly."""
+"""`lowrank-tune score PRESET|FILE`: responses of any shape are scored as a run would score them, and failures,
+disagreements and times are reported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lowrank_tune.rewards.verdicts import (
     score_all,
     summarize_verdicts,
 )
-from lowrank_tune.score_completions import VerifyResult, verify
+from lowrank_tune.score_completions import CompletionScores, score_completions
 
 MINE = """
 import time
@@ -69,12 +69,12 @@ def write(rows: list[Any], name: str = "r.jsonl") -> str:
     return name
 
 
-def judged(rows: list[Any], *rewards: dict[str, Any], limit: int | None = None, **more: Any) -> VerifyResult:
-    return verify(recipe(*rewards, **more), write(rows), limit, lambda event: None)
+def scored(rows: list[Any], *rewards: dict[str, Any], limit: int | None = None, **more: Any) -> CompletionScores:
+    return score_completions(recipe(*rewards, **more), write(rows), limit, lambda event: None)
 
 
-def verify_command(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["verify", *arguments])
+def score_command(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["score", *arguments])
 
 
 # --- what is read -----------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ SHAPES: list[tuple[dict[str, Any], str, str | None]] = [
 
 
 def test_rows_of_many_shapes(place: Path) -> None:
-    found = judged([row for row, _, _ in SHAPES])
+    found = scored([row for row, _, _ in SHAPES])
     assert [(one.reward_input.prompt, one.reward_input.ground_truth) for one in found.responses] == [
         (prompt, gold) for _, prompt, gold in SHAPES
     ]
@@ -109,7 +109,7 @@ def test_rows_of_many_shapes(place: Path) -> None:
 
 def test_the_ground_truth_is_never_taken_from_the_response(place: Path) -> None:
     r"""A response that looks like a reference (`\boxed{}`, `####`) would otherwise be right by itself."""
-    found = judged(
+    found = scored(
         [
             {"prompt": "2+3?", "completion": r"\boxed{6}"},
             {"question": "2+3?", "response": "#### 6"},
@@ -122,7 +122,7 @@ def test_the_ground_truth_is_never_taken_from_the_response(place: Path) -> None:
 
 def test_the_recipe_decides_how_rows_are_read(place: Path) -> None:
     source = {"dataset": "none.jsonl", "columns": {"question": "ask", "answer": "told"}, "ground_truth": "last_number"}
-    found = judged([{"ask": "2+3?", "told": "of 2 and 3 it is 5", "completion": "5"}], data=source)
+    found = scored([{"ask": "2+3?", "told": "of 2 and 3 it is 5", "completion": "5"}], data=source)
     assert (
         found.responses[0].reward_input.prompt,
         found.responses[0].reward_input.ground_truth,
@@ -135,7 +135,7 @@ def test_the_recipe_decides_how_rows_are_read(place: Path) -> None:
 
 
 def test_functions_see_the_row_of_the_data(place: Path) -> None:
-    found = judged([{"question": "q", "gold": "5", "worth": 3, "completions": ["a", "b"]}], {"name": "./mine.py:seen"})
+    found = scored([{"question": "q", "gold": "5", "worth": 3, "completions": ["a", "b"]}], {"name": "./mine.py:seen"})
     assert [scores[0].value for scores in found.scores] == [1.0, 1.0]
 
 
@@ -145,7 +145,7 @@ def test_several_completions_their_ends_and_their_lengths(place: Path) -> None:
         "gold": "5",
         "completions": ["5", {"text": "5", "finish_reason": "length"}, {"content": "5", "stopped": False}],
     }
-    found = judged(
+    found = scored(
         [row, {"question": "q", "gold": "5", "completion": "5", "finish_reason": "length"}],
         {"name": "answer"},
         {"name": "length", "target_tokens": 1},
@@ -170,7 +170,7 @@ def test_invalid_rows_are_reported_with_their_lines(place: Path) -> None:
         [1],
         {"question": "q", "gold": "", "completion": "5"},
     ]
-    found = judged(rows, {"name": "math_answer"})
+    found = scored(rows, {"name": "math_answer"})
     lines = {reason: [place.rpartition(":")[2] for place in gone.locations] for reason, gone in found.dropped.items()}
     assert len(found.scores) == 1 and sorted(line for several in lines.values() for line in several) == [
         "2",
@@ -181,17 +181,17 @@ def test_invalid_rows_are_reported_with_their_lines(place: Path) -> None:
         "7",
     ]
     assert any("no response: expected one of the columns" in reason for reason in lines)
-    with pytest.raises(UserError, match="none of its rows can be judged: no response"):
-        judged([{"question": "q"}])
+    with pytest.raises(UserError, match="none of its rows can be scored: no response"):
+        scored([{"question": "q"}])
 
 
 def test_the_limit_and_the_datas_own_answers(place: Path) -> None:
-    assert len(judged([{"gold": "5", "completion": "5"}] * 9, limit=4).scores) == 4
-    own = verify(recipe(), None, 12, lambda event: None)
+    assert len(scored([{"gold": "5", "completion": "5"}] * 9, limit=4).scores) == 4
+    own = score_completions(recipe(), None, 12, lambda event: None)
     assert len(own.scores) == 12 and all(scores[0].verdict == "pass" for scores in own.scores)
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- what is reported -------------------------------------------------------------------------------------------------
 
 
 def test_figures_by_hand() -> None:
@@ -201,8 +201,8 @@ def test_figures_by_hand() -> None:
     assert (found.median_seconds, found.p95_seconds, found.max_seconds) == pytest.approx((0.010, 0.019, 9.0))
 
 
-class Judge:
-    name, is_verifier = "judge", True
+class StubVerifier:
+    name, is_verifier = "stub", True
 
     def __init__(self, values: list[float | None]) -> None:
         self.values = values
@@ -216,8 +216,8 @@ class Judge:
 
 def test_disagreement_by_hand() -> None:
     weighted = [
-        WeightedReward("a", 1.0, Judge([1.0, 0.0, 0.5, None, 1.0])),
-        WeightedReward("b", 1.0, Judge([0.0, 0.9, 0.4, 1.0, 1.0])),
+        WeightedReward("a", 1.0, StubVerifier([1.0, 0.0, 0.5, None, 1.0])),
+        WeightedReward("b", 1.0, StubVerifier([0.0, 0.9, 0.4, 1.0, 1.0])),
         WeightedReward("l", 1.0, LengthReward("l", 3)),
     ]
     items = [RewardInput("", "", None, {}, True, tokens) for tokens in range(5)]
@@ -255,8 +255,8 @@ def test_the_command(place: Path) -> None:
     rows = [{"question": f"{n}?", "gold": "5", "completion": "5" if n % 2 else "66 \x1b[31m"} for n in range(40)]
     rows[8]["completion"] = "boom"
     made = preset(place, "name: answer", "name: './mine.py:odd', on_error: drop", "name: length, target_tokens: 3")
-    result = verify_command(made, "--file", write(rows), "--out", "o.jsonl")
-    assert result.exit_code == 0 and "40 responses judged" in result.output and "\x1b" not in result.output
+    result = score_command(made, "--file", write(rows), "--out", "o.jsonl")
+    assert result.exit_code == 0 and "40 responses scored" in result.output and "\x1b" not in result.output
     assert (
         "`answer` and `odd` disagree on" in result.output
         and "`odd` failed on 1; a run would drop them" in result.output
@@ -265,13 +265,13 @@ def test_the_command(place: Path) -> None:
     lines = [json.loads(line) for line in Path("o.jsonl").read_text().splitlines()]
     assert len(lines) == 40 and lines[8]["reward"] is None and lines[8]["rewards"]["odd"]["verdict"] == "error"
     assert (
-        lines[1]["place"].endswith("r.jsonl:2")
+        lines[1]["location"].endswith("r.jsonl:2")
         and lines[1]["reward"] == 1.0 + 1.0 + 1.0
         and "length" in lines[1]["rewards"]
     )
 
     made = preset(place, "name: './mine.py:odd'")
-    result = verify_command(made, "--file", "r.jsonl")
+    result = score_command(made, "--file", "r.jsonl")
     assert result.exit_code == 1 and "a run would stop: `odd` stops a run at its first failure" in result.output
 
 
@@ -281,7 +281,7 @@ def test_the_command(place: Path) -> None:
         (("tiny-sft",), "has no rewards"),
         (("no-such",), "no preset is called"),
         (("my.yaml", "--file", "none.jsonl"), "no such file"),
-        (("my.yaml", "--file", "r.jsonl"), "none of its rows can be judged"),
+        (("my.yaml", "--file", "r.jsonl"), "none of its rows can be scored"),
         (("my.yaml", "--out", "no/o.jsonl"), "no such folder"),
         (("my.yaml", "--out", "."), "is a folder"),
         (("my.yaml", "--file", "e.jsonl"), "empty"),
@@ -300,11 +300,28 @@ def test_wrong_input_ends_with_a_sentence(place: Path, arguments: tuple[str, ...
         "  - {algorithm: reward, data: {train: [{dataset: builtin:arithmetic-preferences}]}}\n"
         "  - {algorithm: grpo, data: {train: [{dataset: builtin:arithmetic}]}, rewards: [{name: reward_model}]}\n"
     )
-    result = verify_command(*arguments)
+    result = score_command(*arguments)
     assert result.exit_code == 2 and "Traceback" not in result.output
     assert words in result.output or ("function" in words and "has no function `nothing`" in result.output), (
         result.output
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--file", "r.jsonl"), "is no run folder"),
+        ((), "--file is required"),
+        (("--file", "r.jsonl", "--limit", "3"), "leave out: --limit"),
+        (("base.bits=16", "--file", "r.jsonl", "--limit", "3"), "leave out: --limit, base.bits=16"),
+        (("--file", "r.jsonl", "--out", "no/o.jsonl"), "no such folder"),
+    ],
+)
+def test_wrong_use_with_a_folder_ends_with_a_sentence(place: Path, arguments: tuple[str, ...], words: str) -> None:
+    (place / "folder").mkdir()
+    write([{"question": "q", "completion": "5"}])
+    result = score_command("folder", *arguments)
+    assert result.exit_code == 2 and words in result.output and result.output.count("\n") == 1, result.output
 
 
 def test_an_interruption_keeps_what_is_done(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,9 +335,9 @@ def test_an_interruption_keeps_what_is_done(place: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(WorkerPool, "collect", collect)
     made = preset(place, "name: answer")
-    result = verify_command(made, "--file", write([{"gold": "5", "completion": "5"}] * 99), "--out", "o.jsonl")
+    result = score_command(made, "--file", write([{"gold": "5", "completion": "5"}] * 99), "--out", "o.jsonl")
     done = 2 * CHUNK_SIZE
-    assert result.exit_code == 130 and f"{done} responses judged of 99, interrupted" in result.output
+    assert result.exit_code == 130 and f"{done} responses scored of 99, interrupted" in result.output
     assert len(Path("o.jsonl").read_text().splitlines()) == done
 
 
@@ -337,7 +354,7 @@ def test_ctrl_c_prints_what_is_done(place: Path) -> None:
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from lowrank_tune.cli import "
         "main; main()"
     )
-    command = [sys.executable, "-c", start, "verify", made, "--file", "r.jsonl", "--out", "o.jsonl"]
+    command = [sys.executable, "-c", start, "score", made, "--file", "r.jsonl", "--out", "o.jsonl"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
     began = time.monotonic()
     while not any("rewards/worker.py" in line for line in children(child.pid)) and time.monotonic() - began < 60:

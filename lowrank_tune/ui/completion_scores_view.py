@@ -1,5 +1,4 @@
-"""What `lowrank-tune verify` prints: how each reward judged and how fast, where the judges disagree, and what could not
-be judged."""
+"""Output of `lowrank-tune score PRESET|FILE`: verdicts and times of each reward, disagreements, and failures."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_tune.rewards.verdicts import Disagreement, find_disagreements, summarize_verdicts
-from lowrank_tune.score_completions import ResponseItem, VerifyResult
+from lowrank_tune.score_completions import CompletionScores, ResponseItem
 from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.formatting import number
 
@@ -16,12 +15,12 @@ SHOWN = 3
 KINDS = ("pass", "fail", "graded", "error", "timeout")
 
 
-def show(found: VerifyResult, title: str, console: Console) -> None:
+def show(found: CompletionScores, title: str, console: Console) -> None:
     """Draws it."""
     done, total = len(found.scores), len(found.responses)
     _print(
         console,
-        f"{escape_control_chars(title)}: {done:,} responses judged"
+        f"{escape_control_chars(title)}: {done:,} responses scored"
         + (f" of {total:,}, interrupted" if found.interrupted else ""),
     )
     for reason, dropped in found.dropped.items():
@@ -45,7 +44,7 @@ def _print(console: Console, text: str) -> None:
     console.print(Text(text), soft_wrap=True)
 
 
-def _figures(found: VerifyResult) -> Table:
+def _figures(found: CompletionScores) -> Table:
     """A line a reward. Milliseconds of one completion: the median, one in twenty above, the longest."""
     stats = [
         summarize_verdicts(each.name, each.reward.is_verifier, [scores[index] for scores in found.scores])
@@ -60,7 +59,7 @@ def _figures(found: VerifyResult) -> Table:
     return table
 
 
-def _disagreement(found: VerifyResult, disagreement: Disagreement, console: Console) -> None:
+def _disagreement(found: CompletionScores, disagreement: Disagreement, console: Console) -> None:
     apart = len(disagreement.only_first) + len(disagreement.only_second)
     share = f", {apart / disagreement.num_both_scored:.1%}" if disagreement.num_both_scored else ""
     _print(
@@ -73,7 +72,7 @@ def _disagreement(found: VerifyResult, disagreement: Disagreement, console: Cons
         (disagreement.second, disagreement.first, disagreement.only_second),
     ):
         if numbers:
-            _print(console, f"  right by `{who}`, wrong by `{other}`: {len(numbers):,}")
+            _print(console, f"  correct by `{who}`, wrong by `{other}`: {len(numbers):,}")
         for index in numbers[:SHOWN]:
             _print(
                 console,
@@ -82,7 +81,7 @@ def _disagreement(found: VerifyResult, disagreement: Disagreement, console: Cons
             )
 
 
-def _failures(found: VerifyResult, console: Console) -> None:
+def _failures(found: CompletionScores, console: Console) -> None:
     """The responses on which a reward failed, with the reasons."""
     for index, each in enumerate(found.weighted):
         failed = [
@@ -101,5 +100,5 @@ def _failures(found: VerifyResult, console: Console) -> None:
 
 
 def _where(response: ResponseItem) -> str:
-    place = escape_control_chars(response.position.rpartition("/")[2], 60)
-    return f"{place} no. {response.index}" if response.index > 1 else place
+    location = escape_control_chars(response.location.rpartition("/")[2], 60)
+    return f"{location} no. {response.index}" if response.index > 1 else location
