@@ -49,7 +49,7 @@ class Progress(Event):
     """A long job other than training (loading, tokenising, evaluating): `done` of `total` units."""
 
     kind: ClassVar[str] = "progress"
-    what: str
+    description: str
     done: int
     total: int
 

@@ -115,11 +115,11 @@ def score_completions(
 def _score_responses(result: CompletionScores, scorer: WorkerPool[int], emit: Emit) -> None:
     total = len(result.responses)
     try:
-        emit(Progress(what="scoring", done=0, total=total))
+        emit(Progress(description="scoring", done=0, total=total))
         for scores in score_all(
             scorer,
             [one.reward_input for one in result.responses],
-            lambda done: emit(Progress(what="scoring", done=done, total=total)),
+            lambda done: emit(Progress(description="scoring", done=done, total=total)),
         ):
             result.scores.append(scores)
     except KeyboardInterrupt:
@@ -139,13 +139,13 @@ def _attach_base_model(
         for name, adapter in recipe.adapters.items()
         if adapter.path
     }
-    emit(Progress(what=f"loading {recipe.base.model}", done=0, total=1))
+    emit(Progress(description=f"loading {recipe.base.model}", done=0, total=1))
     base = load_base(recipe.base, template.tokenizer, device)
     inference_recipe = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"gradient_checkpointing": False})}
     )
     roles = load_roles(inference_recipe, base, saved, emit)
-    emit(Progress(what=f"loading {recipe.base.model}", done=1, total=1))
+    emit(Progress(description=f"loading {recipe.base.model}", done=1, total=1))
     for reward in reward_models:
         reward.score_batch = lambda rows: score_rows(roles, rows, template.pad_id, MICRO_TOKENS)
 

@@ -178,7 +178,7 @@ def test_hostile_text_is_inert() -> None:
         events = [
             replace(START, name=text, algorithm=text, model=text, roles={text: [text]}, reference=text, device=text),
             *steps(3, **{"loss": 1.0, text: 2.0, f"eval_{text}": 1.0}),
-            Progress(what=text, done=1, total=2, time=4.0),
+            Progress(description=text, done=1, total=2, time=4.0),
             LogMessage(message=text, time=5.0),
             LogMessage(message=text, level="warning", time=5.0),
             CheckpointSaved(step=3, path=text, seconds=0.1, time=5.0),
@@ -189,7 +189,7 @@ def test_hostile_text_is_inert() -> None:
                 step=3, prompt=text, completion=text, finish_reason=text, ground_truth=text, role=text, time=7.0
             ),
             Evaluated(step=3, stats={f"heldout/{text}/accuracy": 0.5, f"eval_{text}": 1.0}, time=8.0),
-            Progress(what=text, done=1, total=2),
+            Progress(description=text, done=1, total=2),
         ]
         pair = [
             replace(START, algorithm="reward", stage=2, stages=2, time=10.0),
@@ -251,7 +251,7 @@ def test_time_is_shared_out_and_an_eta_shown() -> None:
         Evaluated(step=4, stats={"eval_loss": 1.0}, time=6.0),
         CheckpointSaved(step=4, path="p", seconds=2.0, time=8.0),
     )
-    state = state_after([Progress(what="loading", done=0, total=1, time=-4.0), START, *steps(4), checked, saved])
+    state = state_after([Progress(description="loading", done=0, total=1, time=-4.0), START, *steps(4), checked, saved])
     assert state.phase_shares() == {"loading": 4 / 12, "training": 4 / 12, "evaluating": 2 / 12, "saving": 2 / 12}
     assert state.seconds_left == 96.0 and state.tokens_per_second == 50.0
     shown = plain_text(render(state, View(), 120, 40))
@@ -291,10 +291,10 @@ def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
     state = state_after(before)
     assert "stage 1 done in 0:10" in plain_text(render(state, View(), 80, 24)) and state.last("loss") == 9.0
     # a day may lie between the stages
-    state = state_after([*before, Progress(what="tokenising", done=1, total=2, time=100.0)])
+    state = state_after([*before, Progress(description="tokenising", done=1, total=2, time=100.0)])
     shown = plain_text(render(state, View(), 80, 24))
     assert "  loading" in shown and "tokenising 1/2" in shown and state.ended is None and state.phase_shares() == {}
-    state = state_after([*before, Progress(what="tokenising", done=1, total=2, time=100.0), second])
+    state = state_after([*before, Progress(description="tokenising", done=1, total=2, time=100.0), second])
     assert not state.series and state.step == 0 and state.best_step is state.seconds_left is None
     assert state.phase_shares() == {"loading": 1.0} and state.heldout == {"sft": {"accuracy": 0.5}}
     now = [answered(0, "two!", "reference", 201.0), *steps(3, start_time=201.0, loss=0.7), answered(3, "2", time=205.0)]

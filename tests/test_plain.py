@@ -80,8 +80,8 @@ EVENTS: list[Event] = [
         trainable=98304,
         device="cpu",
     ),
-    Progress(what="tokenising", done=250, total=500),
-    Progress(what="tokenising", done=500, total=500),
+    Progress(description="tokenising", done=250, total=500),
+    Progress(description="tokenising", done=500, total=500),
     step(12),
     Evaluated(step=12, stats={"loss": 1.1, "accuracy": 0.61}, best=True),
     SampleLogged(step=12, prompt="7 + 5?", completion="It is 12.", finish_reason="stop", ground_truth="12", reward=1.0),
@@ -275,7 +275,9 @@ def test_remaining_time_counts_pauses() -> None:
 
 
 def progress(*marks: tuple[int, float], total: int = 100) -> list[str]:
-    return shown(*(Progress(what="loading", done=done, total=total, time=time) for done, time in marks)).splitlines()
+    return shown(
+        *(Progress(description="loading", done=done, total=total, time=time) for done, time in marks)
+    ).splitlines()
 
 
 def test_sparse_progress_in_a_pipe() -> None:
@@ -307,7 +309,7 @@ def test_hostile_text_is_inert(text: str, encoding: str) -> None:
             steps=1,
         ),
         CheckpointSaved(step=1, path=f"x/{text[:99]}", seconds=0.0),
-        Progress(what=text[:99], done=1, total=1),
+        Progress(description=text[:99], done=1, total=1),
         replace(step(1), stats={text[:99]: 1.0}),
         Evaluated(step=1, stats={text[:99]: 1.0}),
         RunEnded(status="failed", step=1, seconds=0.0, message=text[:99]),
@@ -363,7 +365,7 @@ def test_bar_gives_the_cursor_back() -> None:
         EVENTS[1:3],
         [EVENTS[1], step(1)],
         [EVENTS[1]],
-        [EVENTS[1], Progress(what="other", done=0, total=3)],
+        [EVENTS[1], Progress(description="other", done=0, total=3)],
     ):
         out = shown(*events, file=Screen(), TERM="xterm")
         assert out.count("\x1b[?25l") == out.count("\x1b[?25h") > 0 and out.rfind("\x1b[?25h") > out.rfind("\x1b[?25l")
@@ -374,7 +376,7 @@ def test_bar_gives_the_cursor_back() -> None:
 
 def test_a_bar_is_drawn_at_most_ten_times_a_second() -> None:
     out = shown(
-        *(Progress(what="x", done=done, total=1000, time=done / 1000) for done in range(1001)),
+        *(Progress(description="x", done=done, total=1000, time=done / 1000) for done in range(1001)),
         file=Screen(),
         TERM="xterm",
     )
@@ -385,7 +387,7 @@ def test_a_real_pipe_and_a_real_terminal() -> None:
     program = (
         "from lowrank_tune.events import *; from lowrank_tune.ui.plain import LineLogger; import sys; sink = "
         "LineLogger()\n"
-        "for n in (0, 1, 2): sink(Progress(what='loading', done=n, total=2))\n"
+        "for n in (0, 1, 2): sink(Progress(description='loading', done=n, total=2))\n"
         "sink(LogMessage(message='w', level='warning')); sink.close(); assert 'torch' not in sys.modules"
     )
     environ = {**os.environ, "TERM": "xterm", "PYTHONUTF8": "1"}

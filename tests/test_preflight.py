@@ -66,7 +66,7 @@ def printed(found: DataReport, width: int = 100, color: bool = False, encoding: 
 def counts(found: DataReport) -> dict[str, tuple[int, list[int]]]:
     """By trouble: how many rows, and the lines of the first."""
     return {
-        each.what: (each.count, [int(location.rpartition(":")[2]) for location in each.locations])
+        each.description: (each.count, [int(location.rpartition(":")[2]) for location in each.locations])
         for each in found.issues
         if each.count
     }

@@ -178,7 +178,7 @@ def test_hostile_text_is_inert_everywhere(tmp_path: Path) -> None:
         ]
         data = {
             "parts": [{"name": bad, "format": bad, "rows": bad}],
-            "issues": [{"what": bad, "count": 1, "done": bad, "locations": [bad]}],
+            "issues": [{"description": bad, "count": 1, "done": bad, "locations": [bad]}],
             "ends": {"trained": True, "tokens": {bad: 1}},
             "weighted_by": bad,
             "examples": [{"location": bad, "segments": [[True, bad], [False, bad]]}],

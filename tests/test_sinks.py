@@ -68,7 +68,7 @@ def test_each_event_is_there_at_once_and_comes_back(tmp_path: Path) -> None:
         sample(1),
         saved(1),
         LogMessage(message="x"),
-        Progress(what="loading", done=1, total=2),
+        Progress(description="loading", done=1, total=2),
         RunEnded(status="done", step=1, seconds=1.0),
     ]
     for number, event in enumerate(events, 1):

@@ -58,7 +58,7 @@ def reference_logps(
         sums[torch.tensor([unit * rows.rows_per_unit + i for unit in units for i in range(rows.rows_per_unit)])] = logps
         before, done = done, done + len(units)
         if done * NUM_PROGRESS_UPDATES // rows.units != before * NUM_PROGRESS_UPDATES // rows.units:
-            emit(Progress(what=label, done=done, total=rows.units))
+            emit(Progress(description=label, done=done, total=rows.units))
     if not bool(sums.isfinite().all()):
         raise TrainingError(
             f"the reference gives {int((~sums.isfinite()).sum())} of {len(rows)} answers no finite log-prob, "

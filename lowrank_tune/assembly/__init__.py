@@ -250,13 +250,13 @@ def _raise_no_units(units: Sequence[int]) -> Batch:
 
 
 def _load_base(recipe: settings.RecipeConfig, template: ChatTemplate, device: torch.device | None, emit: Emit) -> Base:
-    emit(Progress(what=f"loading {recipe.base.model}", done=0, total=1))
+    emit(Progress(description=f"loading {recipe.base.model}", done=0, total=1))
     cap_cuda_memory(recipe.train.memory_budget_gib)
     if recipe.base.backend == "unsloth":
         base = unsloth.load_base(recipe.base, template.tokenizer, _max_sequence_length(recipe), device)
     else:
         base = load_base(recipe.base, template.tokenizer, device)
-    emit(Progress(what=f"loading {recipe.base.model}", done=1, total=1))
+    emit(Progress(description=f"loading {recipe.base.model}", done=1, total=1))
     return base
 
 

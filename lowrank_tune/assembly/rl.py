@@ -304,7 +304,7 @@ def dry_run_rewards(
             completion,
         )
         if done % DRY_RUN_COMPLETIONS == 0:
-            emit(Progress(what=label, done=done, total=len(sampled_prompts) * DRY_RUN_COMPLETIONS))
+            emit(Progress(description=label, done=done, total=len(sampled_prompts) * DRY_RUN_COMPLETIONS))
     scores = scorer.collect()
     failures = [values for values in scores.values() if isinstance(values, RewardFailure)]
     if failures:

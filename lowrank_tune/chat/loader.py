@@ -36,9 +36,9 @@ def load_chat_model(
     emit(LogMessage(message=target.description if target.model else f"{target.description}; over {wanted.model}"))
     try:
         template = _template(wanted, target.adapter, emit)
-        emit(Progress(what=f"loading {wanted.model}", done=0, total=1))
+        emit(Progress(description=f"loading {wanted.model}", done=0, total=1))
         loaded = load_base(wanted, template.tokenizer, device)
-        emit(Progress(what=f"loading {wanted.model}", done=1, total=1))
+        emit(Progress(description=f"loading {wanted.model}", done=1, total=1))
     except UserError as error:
         if target.model:
             raise

@@ -179,7 +179,7 @@ def _load_source(
     source_hashes: set[int] = set()
     for location, raw in chain.from_iterable(rows.refill_dropped(lambda: report.used)):
         if report.read % PROGRESS_EVERY == 0:
-            emit(Progress(what=f"reading the prompts of {rows.name}", done=report.read, total=len(rows)))
+            emit(Progress(description=f"reading the prompts of {rows.name}", done=report.read, total=len(rows)))
         report.read += 1
         result = (
             raw if isinstance(raw, InvalidRow) else _to_prompt_example(raw, source, format_name, data, template, report)
@@ -197,7 +197,7 @@ def _load_source(
         examples.append(example)
         locations.append(location)
     hashes |= source_hashes
-    emit(Progress(what=f"reading the prompts of {rows.name}", done=report.read, total=len(rows)))
+    emit(Progress(description=f"reading the prompts of {rows.name}", done=report.read, total=len(rows)))
     assert report.used + report.num_dropped == report.read
     return report
 

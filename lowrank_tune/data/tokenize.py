@@ -139,7 +139,7 @@ def _tokenize_source(
     report = SourceReport(rows.name, format_name, weight=source.weight)
     hashes = array("Q")
     label = f"tokenising {rows.name}"
-    emit(Progress(what=label, done=0, total=len(rows)))
+    emit(Progress(description=label, done=0, total=len(rows)))
     for chunk, total in chunks(rows, report):
         report.read += len(chunk)
         used: list[Entry] = []
@@ -158,7 +158,7 @@ def _tokenize_source(
             locations.append((files.setdefault(location.file, len(files)), location.line))
         if used:
             writer.add(used, number, locations)
-        emit(Progress(what=label, done=report.read, total=total))
+        emit(Progress(description=label, done=report.read, total=total))
     assert report.used + report.num_dropped == report.read
     report.duplicates = len(hashes) - len(np.unique(np.frombuffer(hashes, dtype=np.uint64))) if hashes else 0
     return report

@@ -36,7 +36,7 @@ class MixturePart:
 class DataIssue:
     """One thing that is wrong with some rows: how many, what is done with them, and where the first few stand."""
 
-    what: str
+    description: str
     count: int
     done: str
     locations: tuple[str, ...] = ()

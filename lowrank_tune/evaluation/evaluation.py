@@ -165,9 +165,9 @@ def evaluate(given: str, options: Options, emit: Emit, device: torch.device | No
 
 def _load(target: EvalTarget, template: ChatTemplate, device: torch.device | None, emit: Emit) -> Base:
     label = f"loading {target.base.model}"
-    emit(Progress(what=label, done=0, total=1))
+    emit(Progress(description=label, done=0, total=1))
     base = load_base(target.base, template.tokenizer, device)
-    emit(Progress(what=label, done=1, total=1))
+    emit(Progress(description=label, done=1, total=1))
     return base
 
 

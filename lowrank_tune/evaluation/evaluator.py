@@ -136,9 +136,9 @@ class _ProgressBar:
     def __init__(self, label: str, total: int, emit: Emit) -> None:
         self.label, self.total, self.emit, self.done = label, total, emit, 0
         if total:
-            emit(Progress(what=label, done=0, total=total))
+            emit(Progress(description=label, done=0, total=total))
 
     def advance(self, count: int) -> None:
         before, self.done = self.done, self.done + count
         if self.done * 200 // self.total != before * 200 // self.total:
-            self.emit(Progress(what=self.label, done=self.done, total=self.total))
+            self.emit(Progress(description=self.label, done=self.done, total=self.total))

@@ -74,10 +74,10 @@ def run_tasks(
     label = f"tasks {', '.join(tasks.names)}"
     try:
         for done, variant in enumerate(variants):
-            emit(Progress(what=label, done=done, total=len(variants)))
+            emit(Progress(description=label, done=done, total=len(variants)))
             with roles.inference_mode(), roles.activate(role_of(variant)), base.autocast():
                 metrics[variant] = _parse_metrics(_results(base, template, tasks), tasks)
-        emit(Progress(what=label, done=len(variants), total=len(variants)))
+        emit(Progress(description=label, done=len(variants), total=len(variants)))
     except KeyboardInterrupt:
         return metrics, True
     return metrics, False

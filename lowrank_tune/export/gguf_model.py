@@ -150,13 +150,13 @@ def run_tool(command: Sequence[str], label: str, pattern: str, emit: Emit) -> tu
         errors="replace",
     )
     lines, progress = list[str](), re.compile(pattern)
-    emit(Progress(what=label, done=0, total=100))
+    emit(Progress(description=label, done=0, total=100))
     try:
         assert process.stdout is not None
         for line in process.stdout:  # a bar's carriage returns end lines too
             lines = [*lines[-200:], line.rstrip()]
             if match := progress.search(line):
-                emit(Progress(what=label, done=int(match.group(1)), total=int(match.group(2) or 100)))
+                emit(Progress(description=label, done=int(match.group(1)), total=int(match.group(2) or 100)))
         code = process.wait()
     except BaseException:
         process.kill()

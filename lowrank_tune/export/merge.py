@@ -212,7 +212,7 @@ def write_weights(
         for name in members:
             tensors[name] = merged_weight(name, source(name), deltas) if shapes[name][1] else source(name)
             done += 1
-            emit(Progress(what="merging, tensor by tensor", done=done, total=total))
+            emit(Progress(description="merging, tensor by tensor", done=done, total=total))
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(plan) > 1:
         where = {name: file for file, members in zip(names, plan, strict=True) for name in members}

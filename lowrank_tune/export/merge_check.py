@@ -186,7 +186,7 @@ def record_outputs(roles: Roles, probes: ProbePrompts, eos_token_ids: frozenset[
         Engine(roles, "policy").generate(probes.prompts, 1, SamplingParams(MAX_NEW_TOKENS, eos_token_ids, 0.0)), 1
     ):
         answers[completion.prompt] = completion.token_ids
-        emit(Progress(what="the trained model answers", done=number, total=len(probes.prompts)))
+        emit(Progress(description="the trained model answers", done=number, total=len(probes.prompts)))
     texts = [[*prompt, *answers[number]] for number, prompt in enumerate(probes.prompts)]
     texts += [[int(token) for token in row.input_ids] for row in probes.rows]
     max_positions = max(MAX_NEW_TOKENS, MAX_LOGIT_BYTES // (4 * roles.head.weight.shape[0] * len(texts)))
@@ -253,7 +253,7 @@ def compare_models(
                 outcomes.append(_greedy_difference(trained[-len(answer) :], merged[-len(answer) :], answer))
                 for mean, one in zip(answer_losses, (p, q), strict=True):
                     mean.add(-one[-len(answer) :].gather(1, answer[:, None]))
-            emit(Progress(what="the merged model reads the same", done=number + 1, total=len(recorded.texts)))
+            emit(Progress(description="the merged model reads the same", done=number + 1, total=len(recorded.texts)))
     kl = torch.cat(kls)
     compared = (recorded.loss, losses.mean) if recorded.rows else (answer_losses[0].value, answer_losses[1].value)
     return MergeReport(

@@ -97,7 +97,7 @@ def _files(folder: Path, emit: Emit) -> dict[str, dict[str, Any]]:
                 "size": path.stat().st_size,
                 "sha256": hashlib.file_digest(opened, "sha256").hexdigest(),
             }
-        emit(Progress(what="hashing what was written", done=number, total=len(files)))
+        emit(Progress(description="hashing what was written", done=number, total=len(files)))
     return hashes
 
 

@@ -27,9 +27,9 @@ def check_fit(loaded: settings.RecipeConfig | Chain, vram_gib: float, emit: Emit
     ]
     if not stages:
         return {}
-    emit(Progress(what="planning memory", done=0, total=len(stages)))
+    emit(Progress(description="planning memory", done=0, total=len(stages)))
     changes = dict(_stage_changes(loaded, vram_gib, emit))
-    emit(Progress(what="planning memory", done=len(stages), total=len(stages)))
+    emit(Progress(description="planning memory", done=len(stages), total=len(stages)))
     return changes
 
 

@@ -143,7 +143,7 @@ def _issues(issues: Iterable[DataIssue]) -> RenderableType:
             Text.assemble(
                 (f"{issue.count:7,}", style),
                 "  ",
-                (escape_control_chars(issue.what, 200), style if issue.count else ""),
+                (escape_control_chars(issue.description, 200), style if issue.count else ""),
                 done,
             )
         )

@@ -138,19 +138,19 @@ class LineLogger:
         """At the end of a job; before it a line for each tenth, but at most every 5 s; and where a tenth takes long,
         every minute."""
         share = event.done / event.total if event.total else 1.0
-        last_share, when = self._last_progress.setdefault(event.what, (0.0, event.time))
+        last_share, when = self._last_progress.setdefault(event.description, (0.0, event.time))
         waited, left = event.time - when, ""
         if event.done >= event.total:
-            del self._last_progress[event.what]
+            del self._last_progress[event.description]
         elif (share - last_share >= 0.1 and waited >= 5) or (share > last_share and waited >= 60):
-            self._last_progress[event.what] = (share, event.time)
+            self._last_progress[event.description] = (share, event.time)
             left = f"  ETA {clock((1 - share) * waited / (share - last_share))}"
         else:
             return
-        self._print(f"{event.what}: {event.done:,}/{event.total:,} ({100 * share:.0f} %){left}")
+        self._print(f"{event.description}: {event.done:,}/{event.total:,} ({100 * share:.0f} %){left}")
 
     def _draw_bar(self, event: Progress) -> None:
-        what = escape_control_chars(event.what, 40)
+        what = escape_control_chars(event.description, 40)
         if self._bar is None or self._task is None or self._task[0] != what:
             self.close()
             # the console is told everything, since rich would otherwise read the process's own environment; drawn here,

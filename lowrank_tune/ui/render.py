@@ -125,7 +125,7 @@ def _progress(state: State, view: View, width: int) -> Line:
     if state.job is not None:
         share = state.job.done / state.job.total if state.job.total else 0.0
         facts = [
-            f"{sanitize(state.job.what, view.ascii_only, 44)} {state.job.done:,}/{state.job.total:,}",
+            f"{sanitize(state.job.description, view.ascii_only, 44)} {state.job.done:,}/{state.job.total:,}",
             *(facts if state.step else []),
         ]
     elif state.seconds_left is not None and state.step < state.steps:
@@ -258,7 +258,7 @@ def _small(state: State, view: View, width: int) -> list[Line]:
     status_text, style = status(state, view)
     lines: list[Line] = [[(f"{sanitize(run.name, view.ascii_only) if run else 'starting'}: {status_text}", style)]]
     if state.job is not None:
-        lines.append([(f"{sanitize(state.job.what, view.ascii_only)} {state.job.done}/{state.job.total}", "")])
+        lines.append([(f"{sanitize(state.job.description, view.ascii_only)} {state.job.done}/{state.job.total}", "")])
     if run is not None:
         left = f", ETA {clock(state.seconds_left)}" if state.seconds_left is not None else ""
         lines.append([(f"step {state.step}/{state.steps}{left}", "")])

@@ -74,7 +74,7 @@ def generate_answers(
     ):
         answers[completion.prompt].append(_grade(completion, template, questions[completion.prompt]))
         if done * NUM_PROGRESS_UPDATES // total != (done - 1) * NUM_PROGRESS_UPDATES // total:
-            emit(Progress(what=f"answering held-out questions ({role})", done=done, total=total))
+            emit(Progress(description=f"answering held-out questions ({role})", done=done, total=total))
     return answers
 
 

@@ -265,7 +265,7 @@ def test_ctrl_c_keeps_the_parts_that_all_models_have_finished(
 
     def interrupting(after: int) -> Callable[[Event], None]:
         def on_event(event: Event) -> None:
-            if isinstance(event, Progress) and event.what.startswith("evaluating") and event.done >= after:
+            if isinstance(event, Progress) and event.description.startswith("evaluating") and event.done >= after:
                 raise KeyboardInterrupt
 
         return on_event

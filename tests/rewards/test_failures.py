@@ -435,7 +435,7 @@ def test_rows_that_no_reward_could_judge_by_are_data_faults(place: Path) -> None
     [line] = [event.message for event in events if isinstance(event, LogMessage) and event.level == "warning"]
     assert "line 2" in line and "line 4" in line and line.count("`math_answer` cannot judge by it") == 2
     assert any(
-        "`math_answer`" in trouble.what and trouble.count == 1
+        "`math_answer`" in trouble.description and trouble.count == 1
         for trouble in inspect_data(recipe, lambda event: None).troubles
     )
     few = Recipe.from_dict({**recipe.to_dict(), "data": {**data, "max_invalid_fraction": 0.1}})

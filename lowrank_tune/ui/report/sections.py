@@ -350,7 +350,7 @@ def _issues(found: Mapping[str, Any]) -> str:
         rows.append(
             [
                 f'<span class="{"some" if count else "zero"}">{count:,}</span>',
-                text(issue.get("what", ""), 300),
+                text(issue.get("description", ""), 300),
                 text(issue.get("done", "")) if count else "",
                 f'<span class="soft">{text(where, 700)}</span>',
             ]
