@@ -168,7 +168,7 @@ def test_grpo_equals_trl(trainer: Any, policy: Roles, kind: str, estimator: str,
     if kind in ("grpo", "dapo", "dr_grpo"):
         assert (
             stats["clip_fraction"] == pytest.approx(logged["clip_ratio/region_mean"][0])
-            and 0.05 < stats["clip_fraction"]
+            and stats["clip_fraction"] > 0.05
         )
     if estimator == "k3":
         assert stats["kl"] == pytest.approx(logged["kl"][0], rel=1e-4)

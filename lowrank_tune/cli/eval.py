@@ -114,7 +114,8 @@ def eval_command(
             }
             if others := [name for name, value in given.items() if value is not None]:
                 raise UserError(f"--file only scores a file with the run's reward model; leave {', '.join(others)} out")
-            return _score_file(Path(run_or_model), file, out)
+            _score_file(Path(run_or_model), file, out)
+            return
         base_bits: Literal[4, 16] | None = None if bits is None else 4 if bits == 4 else 16
         if bits not in (None, base_bits):
             raise UserError(f"--bits {bits}: it is 4 or 16")
