@@ -25,8 +25,8 @@ from typing import Any
 
 Row = dict[str, Any]
 PRESET = "myllm-sft"
-THINGS = "apples boxes tickets marbles pages coins bottles seats stamps bricks".split()
-PEOPLE = "Ava Ben Carla Deepa Emil Farah Goran Hana Ivo Jin".split()
+THINGS = ["apples", "boxes", "tickets", "marbles", "pages", "coins", "bottles", "seats", "stamps", "bricks"]
+PEOPLE = ["Ava", "Ben", "Carla", "Deepa", "Emil", "Farah", "Goran", "Hana", "Ivo", "Jin"]
 SENTENCES = (
     "{who} has {a} {what} and gets {b} more, so there are ${a} + {b} = {c}$ of them.",
     "Each of the {a} {what} costs {b} dollars.",

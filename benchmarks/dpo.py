@@ -118,7 +118,9 @@ def real(file: str, tokenizer: str, count: int) -> list[Pair]:
     from transformers import AutoTokenizer
 
     encode, mark, found = AutoTokenizer.from_pretrained(tokenizer).encode, "\n\nAssistant:", []
-    with gzip.open(file, "rt", encoding="utf-8") if file.endswith(".gz") else open(file, encoding="utf-8") as lines:
+    with (
+        gzip.open(file, "rt", encoding="utf-8") if file.endswith(".gz") else Path(file).open(encoding="utf-8") as lines
+    ):
         sides = [(row["chosen"], row["rejected"]) for row in map(json.loads, lines)]
     random.Random(0).shuffle(sides)
     for chosen, rejected in sides:

@@ -147,7 +147,7 @@ def work(contender: Contender, task: Task, pipe: Connection) -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(task.threads)
     turns = Turns(pipe, task)
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):  # the trainer prints its log lines
+    with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):  # the trainer prints its log lines
         losses = contender(task, turns)
     pipe.send((losses, turns.memory))
 

@@ -33,18 +33,18 @@ from lowrank_tune.types import Batch, SamplingParams
 
 CPU = torch.device("cpu")
 PROMPT, NEW, LENGTH, MICRO, GROUP, PROMPTS, SLOTS = 32, 64, 96, 3, 4, 3, 8
-COMMON = dict(
-    vocab_size=1000,
-    hidden_size=128,
-    intermediate_size=352,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    pad_token_id=0,
-    bos_token_id=2,
-    eos_token_id=1,
-)
+COMMON = {
+    "vocab_size": 1000,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False},
     "mistral": {"tie_word_embeddings": False, "sliding_window": None, "num_key_value_heads": 1},

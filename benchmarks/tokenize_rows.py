@@ -60,8 +60,7 @@ def tutor_rows(count: int) -> list[dict[str, Any]]:
 
 
 def alpaca_rows(path: str, count: int) -> list[dict[str, Any]]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8")
-    with opened as file:
+    with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else Path(path).open(encoding="utf-8") as file:
         rows = [row for row in json.load(file) if row.get("output")]
     return (rows * (count // len(rows) + 1))[:count]
 

@@ -61,7 +61,8 @@ def rate(use: str, items: list[RewardInput], workers: int) -> None:
     try:
         [weighted] = build_rewards([RewardConfig(name=use)], Path())
     except UserError as error:
-        return print(error)
+        print(error)
+        return
     with WorkerPool[int]([weighted.reward], workers) as scorer:
         for number, item in enumerate(items[: 2 * workers]):
             scorer.submit(number, item)

@@ -9,6 +9,7 @@ columns are the data's, read as the recipe's first source says; a row without a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -239,10 +240,8 @@ class ResponseReader:
     def _conversation(self, row: RawExample, source: settings.SourceConfig) -> Conversation:
         """What was asked, and the gold answer; of a row of no known shape what can be found."""
         shapes: list[str] = [source.format] if source.format != "auto" else []
-        try:
+        with suppress(UserError):  # no shape that data could have: it need not, for nothing is learned from it
             shapes.append(detect_format(row, source.columns, False))
-        except UserError:
-            pass  # no shape that data could have: it need not, for nothing is learned from it
         for shape in shapes:
             parsed = (
                 conversation(row, source, shape, self.recipe.data.system_prompt, require_answer=False)

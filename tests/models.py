@@ -33,20 +33,20 @@ VOCAB = 97
 TOKENIZER = SimpleNamespace(eos_token_id=1)
 _TEMPORARY_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 
-SMALL_CONFIG: dict[str, Any] = dict(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=256,
-    pad_token_id=0,
-    bos_token_id=2,
-    eos_token_id=1,
-    tie_word_embeddings=False,
-)
+SMALL_CONFIG: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+}
 CONFIG_CHANGES: dict[str, dict[str, Any]] = {
     "gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "sliding_window": 64},
     "gemma3_text": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "sliding_window": 64},
@@ -248,7 +248,7 @@ def all_tensors(model: Any) -> dict[str, Tensor]:
 def changed_tensors(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
     """Names whose bytes differ, or that only one of the two has."""
     both = before.keys() & after.keys()
-    return {n for n in before.keys() ^ after.keys()} | {n for n in both if not same_bytes(before[n], after[n])}
+    return set(before.keys() ^ after.keys()) | {n for n in both if not same_bytes(before[n], after[n])}
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -54,7 +54,7 @@ def test_algorithms(tmp_path: Path) -> None:
     assert [rows[name][8].strip() for name in ("DPO", "GRPO", "PPO")] == ["0", "32", "16"]
     figures = json.loads((tmp_path / "out" / "figures.json").read_bytes())
     assert all(figures[name]["kl"] > 0 for name in ("sft", "dpo", "grpo", "ppo")) and figures["reward"]["kl"] is None
-    assert all(0 < figure["cpu"] and 0 < figure["wall"] and figure["steps"] == 2 for figure in figures.values())
+    assert all(figure["cpu"] > 0 and figure["wall"] > 0 and figure["steps"] == 2 for figure in figures.values())
     left = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
     again = run(*words, "--picture", str(tmp_path / "curves.svg"))
     assert again.count("\n") == 7 and {file: file.read_bytes() for file in left} == left

@@ -376,12 +376,14 @@ def test_synchronizations_are_counted_by_their_line(gpu: ModuleType, monkeypatch
     profiling = module("profiling")
     modes: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    with pytest.warns(UserWarning, match="something else") as issued:
-        with profiling.counted_syncs(torch.device("cuda")) as places:
-            for line in (3, 3, 9):
-                text = "called a synchronizing CUDA operation (Triggered internally.)"
-                warnings.warn_explicit(text, UserWarning, "a/kit/loop.py", line)
-            warnings.warn_explicit("something else", UserWarning, "a/kit/loop.py", 3)
+    with (
+        pytest.warns(UserWarning, match="something else") as issued,
+        profiling.counted_syncs(torch.device("cuda")) as places,
+    ):
+        for line in (3, 3, 9):
+            text = "called a synchronizing CUDA operation (Triggered internally.)"
+            warnings.warn_explicit(text, UserWarning, "a/kit/loop.py", line)
+        warnings.warn_explicit("something else", UserWarning, "a/kit/loop.py", 3)
     assert places == {"kit/loop.py:3": 2, "kit/loop.py:9": 1} and len(issued) == 1
     with pytest.raises(RuntimeError), profiling.counted_syncs(torch.device("cuda")):
         raise RuntimeError

@@ -166,7 +166,7 @@ def test_grpo_equals_trl(trainer: Any, policy: Roles, kind: str, estimator: str,
     assert loss < close and gradient < 3e-5, "two ways through one model in fp32: the gradient's noise is 7e-6"
     assert stats["entropy"] == pytest.approx(logged["entropy"][0], rel=1e-5)
     if kind in ("grpo", "dapo", "dr_grpo"):
-        assert stats["clip_ratio"] == pytest.approx(logged["clip_ratio/region_mean"][0]) and 0.05 < stats["clip_ratio"]
+        assert stats["clip_ratio"] == pytest.approx(logged["clip_ratio/region_mean"][0]) and stats["clip_ratio"] > 0.05
     if estimator == "k3":
         assert stats["kl"] == pytest.approx(logged["kl"][0], rel=1e-4)
 

@@ -89,18 +89,18 @@ def error_of_kl(head: Head, mine: Tensor, other: Tensor, temperature: float) -> 
     return float((found - expected).abs().max() / reach) if len(mine) else 0.0
 
 
-SHAPES = dict(
-    rows=st.integers(0, 9),
-    width=st.integers(1, 8),
-    vocab=st.integers(2, 40),
-    size=st.sampled_from([0.01, 1.0, 30.0, 1000.0]),
-    bias=st.booleans(),
-    scale=st.sampled_from([1.0, 0.0625, 4.0]),
-    cap=st.sampled_from([None, 5.0, 30.0]),
-    temperature=st.sampled_from([0.5, 0.7, 1.0, 2.0]),
-    chunk=st.sampled_from([1, 7, 64, 200, 1 << 24]),
-    seed=st.integers(0, 999),
-)
+SHAPES = {
+    "rows": st.integers(0, 9),
+    "width": st.integers(1, 8),
+    "vocab": st.integers(2, 40),
+    "size": st.sampled_from([0.01, 1.0, 30.0, 1000.0]),
+    "bias": st.booleans(),
+    "scale": st.sampled_from([1.0, 0.0625, 4.0]),
+    "cap": st.sampled_from([None, 5.0, 30.0]),
+    "temperature": st.sampled_from([0.5, 0.7, 1.0, 2.0]),
+    "chunk": st.sampled_from([1, 7, 64, 200, 1 << 24]),
+    "seed": st.integers(0, 999),
+}
 
 
 @settings(max_examples=150)

@@ -197,7 +197,7 @@ def test_a_broken_step_that_is_taken_is_seen(monkeypatch: pytest.MonkeyPatch, br
 
 
 def test_many_broken_steps_end_the_run() -> None:
-    toy = Toy(losses={step: math.nan for step in (1, 3, 4, 5, 6)})
+    toy = Toy(losses=dict.fromkeys((1, 3, 4, 5, 6), math.nan))
     loop, events = toy_loop(toy, steps=20, max_nonfinite_steps=3)
     before = toy.weight.detach().clone()
     with pytest.raises(TrainingError) as caught:

@@ -914,6 +914,6 @@ def test_the_value_comes_back_bit_for_bit(kind: str) -> None:
         assert not torch.equal(one.scores("value", part), other.scores("value", part))
         other.load_adapter_tensors("value", tensors, "here")
         assert torch.equal(one.scores("value", part), other.scores("value", part))
-    mine = {name for name in one.named_parameters("value")}
+    mine = set(one.named_parameters("value"))
     assert mine.isdisjoint(one.named_parameters("policy")) and "score.lt_value.weight" in mine
     assert "base_model.model.score.weight" not in one.adapter_tensors("policy"), "a policy has no head"

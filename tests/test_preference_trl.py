@@ -24,21 +24,21 @@ from lowrank_tune.model.roles import Roles
 
 trl = pytest.importorskip("trl")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
-COMMON: dict[str, Any] = dict(
-    per_device_train_batch_size=5,
-    bf16=False,
-    use_cpu=True,
-    report_to="none",
-    gradient_checkpointing=False,
-    max_length=None,
-    learning_rate=0.0,
-    max_grad_norm=0.0,
-    max_steps=1,
-    save_strategy="no",
-    disable_tqdm=True,
-    dataloader_drop_last=False,
-    logging_steps=1,
-)
+COMMON: dict[str, Any] = {
+    "per_device_train_batch_size": 5,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "gradient_checkpointing": False,
+    "max_length": None,
+    "learning_rate": 0.0,
+    "max_grad_norm": 0.0,
+    "max_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "dataloader_drop_last": False,
+    "logging_steps": 1,
+}
 
 
 def tokenizer() -> Any:

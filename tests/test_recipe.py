@@ -401,7 +401,7 @@ def test_settings_of_another_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-@pytest.mark.parametrize("key", [key for key in rules.USED_BY])
+@pytest.mark.parametrize("key", list(rules.USED_BY))
 def test_the_tables_name_real_settings(key: str) -> None:
     section: Any = settings.RecipeConfig
     for step in key.split("."):

@@ -443,7 +443,7 @@ def test_rollouts_are_reported(tmp_path: Path) -> None:
         and text.count("cut off by the limit") == 3
     )
     phases = text[text.index("Where the time") : text.index("Groups over time")]
-    assert [share for share in re.findall(r"[\d.]+ %", phases)] == ["30.0 %", "10.0 %", "60.0 %"]
+    assert re.findall(r"[\d.]+ %", phases) == ["30.0 %", "10.0 %", "60.0 %"]
     assert "Groups over time" not in check(page(read_run_log(write(tmp_path / "b", started(), step(1, loss=1.0))))).text
 
 

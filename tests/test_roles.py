@@ -682,10 +682,9 @@ def lost_tensors(folder: Path) -> list[str]:
 def test_names_of_modules_lose_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lost_tensors(tmp_path) == []
     monkeypatch.setattr(roles_module, "ADAPTER_PREFIX", "")
-    try:
+    # the kit's own count, or PEFT, may notice it first
+    with suppress(AssertionError, ValueError, KeyError, RuntimeError):
         assert lost_tensors(tmp_path) != []
-    except (AssertionError, ValueError, KeyError, RuntimeError):
-        pass  # the kit's own count, or PEFT, noticed it first
 
 
 def test_masters_are_fp32_whatever_the_base_is() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -259,10 +260,8 @@ def test_padding_reaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Batch, "loss_mask", property(lambda self: self.completion_mask & (torch.arange(self.input_ids.shape[1]) > 0))
     )
-    try:
+    with suppress(IndexError):  # an id that no vocabulary has was scored
         assert padding_is_read(roles)
-    except IndexError:
-        pass  # an id that no vocabulary has was scored
 
 
 def test_nan_at_positions_that_score_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

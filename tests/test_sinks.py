@@ -126,7 +126,7 @@ def test_resume_cuts_what_is_done_again(tmp_path: Path) -> None:
         LogMessage(message="lost"),
         saved(1),
     ).close()
-    with open(path, "ab") as file:
+    with path.open("ab") as file:
         file.write(b'{"v": 2, "event": "st')
     sink = JsonLines(path, resumed_from=2)
     for event in (start(2), step(3), step(4)):

@@ -4,7 +4,6 @@ pipe."""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -79,7 +78,7 @@ def test_a_replaced_file_is_read_from_its_start(run: Path) -> None:
     assert watched.poll() and watched.state.step == 96
     other = run / "other"
     other.write_bytes(b"".join(raw for raw in RECORDED.splitlines(keepends=True)[:60]))
-    os.replace(other, run / "events.jsonl")
+    other.replace(run / "events.jsonl")
     assert watched.poll() and watched.state.step < 30 and not watched.poll()
     (run / "events.jsonl").write_bytes(b"")
     assert watched.poll() and watched.state.step == 0
@@ -189,7 +188,7 @@ def test_the_screen_of_a_chain_moves_on_with_it(chain: Path) -> None:
     )
     other = chain / "other"
     other.write_bytes((chain / "1-sft" / "events.jsonl").read_bytes())
-    os.replace(other, chain / "1-sft" / "events.jsonl")  # begun anew: the whole chain is told again, in its order
+    other.replace(chain / "1-sft" / "events.jsonl")  # begun anew: the whole chain is told again, in its order
     assert watched.poll() and watched.state.started == SECOND and watched.state.step == 1 and not watched.poll()
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,10 +121,8 @@ def first_group(parts: Sequence[Part]) -> list[Part]:
 
 def end_process_group(worker: subprocess.Popen[bytes]) -> None:
     """Kill a worker and all its children, which may outlive a worker that has ended by itself."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     worker.wait()
 
 

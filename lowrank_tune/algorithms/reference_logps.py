@@ -112,10 +112,10 @@ def _write_cache(file: Path, sums: Tensor) -> None:
         try:
             with os.fdopen(handle, "wb") as opened:
                 opened.write(save({"sums": sums, "checksum": _checksum(sums)}))
-            os.replace(temporary, file)
+            Path(temporary).replace(file)
         except BaseException:
             with suppress(OSError):
-                os.unlink(temporary)
+                Path(temporary).unlink()
             raise
     except OSError as error:
         raise TrainingError(

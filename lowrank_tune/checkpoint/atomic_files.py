@@ -67,7 +67,7 @@ def write_file(path: Path, data: bytes) -> None:
     with as_user_error(path):
         try:
             write_new(fresh, data)
-            os.replace(fresh, path)
+            fresh.replace(path)
         except BaseException:
             fresh.unlink(missing_ok=True)
             raise
@@ -110,4 +110,4 @@ def clean_stale(folder: Path) -> None:
             shutil.rmtree(backup, ignore_errors=True)
         else:
             with as_user_error(target):
-                os.replace(backup, target)
+                backup.replace(target)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -81,15 +80,15 @@ def _replace_folder(fresh: Path, target: Path) -> None:
     """Renames onto the target. A folder cannot be renamed onto a full one, so that steps aside; `clean_stale` brings it
     back after a crash."""
     if not target.is_dir():
-        os.replace(fresh, target)
+        fresh.replace(target)
         return
     backup = target.with_name(f".aside-{target.name}")
     shutil.rmtree(backup, ignore_errors=True)
-    os.replace(target, backup)
+    target.replace(backup)
     try:
-        os.replace(fresh, target)
+        fresh.replace(target)
     except BaseException:
-        os.replace(backup, target)
+        backup.replace(target)
         raise
     shutil.rmtree(backup, ignore_errors=True)
 
@@ -186,7 +185,7 @@ def latest_checkpoint(checkpoints: Path, emit: Emit) -> tuple[int, Snapshot] | N
             names = (f"broken-{path.name}" + (f"-{k}" if k > 1 else "") for k in count(1))
             quarantined = next(candidate for candidate in map(path.with_name, names) if not candidate.exists())
             with as_user_error(quarantined):
-                os.replace(path, quarantined)
+                path.replace(quarantined)
             message = f"the checkpoint {path.name} is broken ({broken.reason}): it was set aside as {quarantined.name}"
             emit(LogMessage(message=message, level="warning"))
     return None
@@ -200,7 +199,7 @@ def rotate(checkpoints: Path, keep: int, best: int | None = None) -> None:
             continue
         doomed = path.with_name(f".tmp-{path.name}-{token_hex(4)}")  # half deleted, it must not look like a checkpoint
         with suppress(OSError):  # what cannot be deleted costs space, not the run
-            os.replace(path, doomed)
+            path.replace(doomed)
             shutil.rmtree(doomed)
 
 

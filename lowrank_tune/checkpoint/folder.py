@@ -110,7 +110,9 @@ class RunFolder:
         with as_user_error(self.path):
             if not os.path.lexists(self.path):
                 return "new"
-            names = {name for name in os.listdir(self.path) if name != ".lock" and not name.startswith(".tmp-")}
+            names = {
+                file.name for file in self.path.iterdir() if file.name != ".lock" and not file.name.startswith(".tmp-")
+            }
         if not names:
             return "new"  # or a process died right after it had made it
         if "run.json" not in names:

@@ -60,7 +60,8 @@ def score_command(
     with report_user_errors(debug):
         check_output_file(out)
         if not Path(recipe_or_run).is_dir():
-            return _score_with_rewards(recipe_or_run, overrides or [], file, limit, out)
+            _score_with_rewards(recipe_or_run, overrides or [], file, limit, out)
+            return
         unused = [*(["--limit"] if limit is not None else []), *(overrides or [])]
         if unused:
             raise UserError(

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import mmap
-import os
 import shutil
 import tempfile
 import zlib
@@ -190,7 +189,7 @@ class StoreWriter:
         if self.folder.exists() and TokenizedDataset.open(self.folder) is None:
             shutil.rmtree(self.folder, ignore_errors=True)
         try:
-            os.rename(self._temporary, self.folder)
+            self._temporary.rename(self.folder)
         except OSError:
             if TokenizedDataset.open(self.folder) is None:  # else another process was quicker, with the same rows
                 raise

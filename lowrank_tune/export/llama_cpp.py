@@ -133,7 +133,7 @@ def _extract_to_cache(archive: Path) -> Path:
     target = cache_folder() / f"llama.cpp-{VERSION}"
     if (target / CONVERTER).is_file():
         return target
-    with as_user_error(archive), open(archive, "rb") as opened:
+    with as_user_error(archive), archive.open("rb") as opened:
         if hashlib.file_digest(opened, "sha256").hexdigest() != SHA256:
             raise UserError(f"{archive} is not the {ARCHIVE} that is known here (its sha256 is another one)")
     with as_user_error(target):
@@ -141,7 +141,7 @@ def _extract_to_cache(archive: Path) -> Path:
         fresh = target.with_name(f".tmp-{target.name}-{token_hex(4)}")
         try:
             _unpack(archive, fresh)
-            os.replace(fresh, target)
+            fresh.replace(target)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     return target
@@ -163,7 +163,7 @@ def _unpack(archive: Path, folder: Path) -> None:
             (folder.joinpath(*relative)).parent.mkdir(parents=True, exist_ok=True)
             content = opened.extractfile(member)
             assert content is not None
-            with content, open(folder.joinpath(*relative), "wb") as out:
+            with content, folder.joinpath(*relative).open("wb") as out:
                 shutil.copyfileobj(content, out)
 
 

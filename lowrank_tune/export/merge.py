@@ -117,7 +117,7 @@ def merge(
             for file in fresh.iterdir():
                 shutil.copymode(fresh / "README.md", file)  # safetensors makes files that only their owner reads
                 _sync(file)
-            os.replace(fresh, target)
+            fresh.replace(target)
         except SafetensorError as error:
             raise TrainingError(f"cannot write {target}: {error}") from error
         finally:

@@ -85,14 +85,14 @@ def clean_stale(target: Path) -> None:
         if os.path.lexists(target):
             shutil.rmtree(backup, ignore_errors=True)
         else:
-            os.replace(backup, target)
+            backup.replace(target)
 
 
 def _files(folder: Path, emit: Emit) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     hashes = {}
     for number, path in enumerate(files, 1):
-        with open(path, "rb") as opened:
+        with path.open("rb") as opened:
             hashes[str(path.relative_to(folder))] = {
                 "size": path.stat().st_size,
                 "sha256": hashlib.file_digest(opened, "sha256").hexdigest(),
@@ -104,14 +104,14 @@ def _files(folder: Path, emit: Emit) -> dict[str, dict[str, Any]]:
 def _replace_target(fresh: Path, target: Path) -> None:
     """Renames onto the target. A folder cannot be renamed onto a full one, so that steps aside."""
     if not target.is_dir():
-        os.replace(fresh, target)
+        fresh.replace(target)
         return
     backup = target.with_name(f".aside-{target.name}")
-    os.replace(target, backup)
+    target.replace(backup)
     try:
-        os.replace(fresh, target)
+        fresh.replace(target)
     except BaseException:
-        os.replace(backup, target)
+        backup.replace(target)
         raise
     shutil.rmtree(backup, ignore_errors=True)
 

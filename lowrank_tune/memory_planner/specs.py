@@ -29,7 +29,7 @@ def simulation_specs(loaded: settings.RecipeConfig | Chain, device: str) -> Iter
         missing = missing_adapters(loaded)
         paths = {name: loaded.adapters[name].model_copy(update={"path": PENDING_PATH + name}) for name in missing}
         pending = loaded.model_copy(update={"adapters": {**loaded.adapters, **paths}})
-        yield _stage_spec(pending, kind, {name: loaded.adapters[loaded.trained_adapter] for name in missing}, None)
+        yield _stage_spec(pending, kind, dict.fromkeys(missing, loaded.adapters[loaded.trained_adapter]), None)
         return
     folders = {stage.name: PENDING_PATH + stage.name for stage in loaded.stages}
     stages = [stage.to_dict() for stage in loaded.stages]

@@ -24,7 +24,7 @@ Checkpointing = bool | int | Literal["none", "all", "auto"]
 
 def num_checkpointed_layers(wanted: Checkpointing, layers: int) -> int:
     """How many of a model's `layers` are recomputed, counted from the first."""
-    if isinstance(wanted, bool) or isinstance(wanted, str):
+    if isinstance(wanted, (bool, str)):
         return layers if wanted in (True, "all", "auto") else 0
     return min(wanted, layers)
 

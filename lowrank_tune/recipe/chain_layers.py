@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path as File
 from typing import Any
@@ -106,10 +107,8 @@ def _inherit(draft: StageDraft, problems: list[ConfigProblem]) -> None:
     if line is None or line.value is None:
         return
     path = ("stages", draft.index, "extends")
-    try:
+    with suppress(ParentNotFound):
         draft.parent = read_parent(line, File(), problems, path)
-    except ParentNotFound:
-        pass
     if draft.parent is not None and "stages" in draft.parent.value:
         problems.append(
             line.position.problem("is a chain itself, and chains do not nest; name one of its recipes", path)

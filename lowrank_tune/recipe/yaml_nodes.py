@@ -51,12 +51,11 @@ def find_node(node: Node, path: Path) -> Node | None:
     """The node at a path, or None."""
     for step in path:
         value = node.value
-        if isinstance(value, dict) and step in value:
-            node = value[step]
-        elif isinstance(value, list) and isinstance(step, int) and 0 <= step < len(value):
-            node = value[step]
-        else:
+        is_key = isinstance(value, dict) and step in value
+        is_index = isinstance(value, list) and isinstance(step, int) and 0 <= step < len(value)
+        if not (is_key or is_index):
             return None
+        node = value[step]
     return node
 
 

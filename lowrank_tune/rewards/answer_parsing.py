@@ -67,8 +67,8 @@ SYMBOLS_ONLY = re.compile(
 )  # numbers in circles, which name statements, and signs of comparison
 HEADING = re.compile(r"(?:Part|Step|Case|Task|Method|Section|Teil)\b")
 LOWERCASE_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]*[a-z][A-Za-z]*")
-SHORT_WORDS = frozenset("yes no odd one two six ten all none".split())
-MATH_WORDS = frozenset("sqrt frac sin cos tan log exp min max mod and".split())
+SHORT_WORDS = frozenset({"yes", "no", "odd", "one", "two", "six", "ten", "all", "none"})
+MATH_WORDS = frozenset({"sqrt", "frac", "sin", "cos", "tan", "log", "exp", "min", "max", "mod", "and"})
 UNIT = re.compile(
     r"(?<=[\d})a-z]) ?\\text ?\{ ?(?! ?(?:and|or|if|hundred|thousand|[mbtr]+illion|dozen)\b)[^{}]*\}(?: ?\^ "
     r"?\{?[23]\}?)?$"

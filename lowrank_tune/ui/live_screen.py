@@ -114,9 +114,7 @@ class LiveScreen:
                 for key in self.keyboard.read(wait):
                     self._press(key)
                 now = time.monotonic()
-                if self.changed():
-                    self._again, last_event = True, now
-                elif now - last_event > STALE_TICK:  # the header tells for how long nothing came
+                if self.changed() or now - last_event > STALE_TICK:  # the header tells for how long nothing came
                     self._again, last_event = True, now
                 with self._lock:
                     self._follow_job()

@@ -120,10 +120,11 @@ class LineLogger:
     def _sample(self, event: SampleLogged) -> None:
         if event.role in PAIR_SIDES:  # one side of a pair and its score: how it was written is not the model's doing
             score = "" if event.reward is None else f"  [score {signed(event.reward)}]"
-            return self._print(
+            self._print(
                 f"  {event.role:8} {escape_control_chars(event.prompt, 60)} -> "
                 f"{escape_control_chars(event.completion, 120)}{score}"
             )
+            return
         facts = [event.finish_reason]
         if event.ground_truth is not None:
             facts.append(f"gold {escape_control_chars(event.ground_truth, 24)}")

@@ -133,12 +133,14 @@ def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: 
         check_run_format(run)
     paths = [event_files(run) for run in runs]
     if plain or not can_show(sys.stdout, environ, forced=True):
-        return _print_lines(paths)
+        _print_lines(paths)
+        return
     watched = [WatchedRun(*files) for files in paths]
     over, failures = threading.Event(), []
 
     def changed() -> bool:
-        return any([one.poll() for one in watched])
+        polled = [one.poll() for one in watched]  # each of them, also after one with news
+        return any(polled)
 
     def draw(view: View, width: int, height: int) -> list[Line]:
         return render_several([one.state for one in watched], view, width, height)

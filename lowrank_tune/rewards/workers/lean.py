@@ -158,6 +158,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 def _processes() -> Iterator[tuple[int, int]]:
     """Each process with its parent."""
     for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
-        with contextlib.suppress(OSError, ValueError):
-            with open(f"/proc/{int(name)}/stat", encoding="utf-8", errors="replace") as status:
-                yield int(name), int(status.read().rpartition(")")[2].split()[1])
+        with (
+            contextlib.suppress(OSError, ValueError),
+            open(f"/proc/{int(name)}/stat", encoding="utf-8", errors="replace") as status,
+        ):
+            yield int(name), int(status.read().rpartition(")")[2].split()[1])
