@@ -161,19 +161,19 @@ def measured(recipe: Recipe, rollout: bool = False) -> int:
         del moments
         return found
     if recipe.algorithm == "sft":
-        kit = AlgorithmContext(roles, lambda step: rows(count, 1, 1))
+        context = AlgorithmContext(roles, lambda step: rows(count, 1, 1))
     else:
         extra = {"margin": torch.zeros(2 * count), "row": torch.arange(2 * count)}
         reference = {"reference": torch.zeros(2 * count)} if recipe.algorithm == "dpo" else {}
-        kit = AlgorithmContext(roles, lambda step: rows(2 * count, 0, 2, **extra, **reference))
+        context = AlgorithmContext(roles, lambda step: rows(2 * count, 0, 2, **extra, **reference))
     if recipe.algorithm in ONLINE_ALGORITHMS:
         collector = FixedCollector(
             roles, None, None, ["all"], [1.0], str, frozenset(), 0, GROUP, NEW, 1.0, SLOTS, 4096, lambda number: 0
         )  # type: ignore[arg-type]
-        algorithm: Any = ONLINE_ALGORITHMS[recipe.algorithm](recipe, kit, collector)
+        algorithm: Any = ONLINE_ALGORITHMS[recipe.algorithm](recipe, context, collector)
         (algorithm.update if recipe.algorithm == "ppo" else algorithm).max_logprob_mismatch = 1e9
     else:
-        algorithm = ALGORITHMS[recipe.algorithm](kit, recipe)
+        algorithm = ALGORITHMS[recipe.algorithm](context, recipe)
     parameters = [
         parameter for role in (recipe.trained_adapter, *recipe.extra_adapters) for parameter in roles.parameters(role)
     ]

@@ -597,8 +597,8 @@ def accumulated(
     return loss, gradients(algorithm.context.roles, role), stats
 
 
-def dpo_over(roles: Roles, kind: str = "sigmoid", s: float = 0.0, **kit: Any) -> DPO:
-    return DPO(AlgorithmContext(roles, None, **kit), kind, beta=0.3, label_smoothing=0.2, sft_coef=s)  # type: ignore[arg-type]
+def dpo_over(roles: Roles, kind: str = "sigmoid", s: float = 0.0, **context: Any) -> DPO:
+    return DPO(AlgorithmContext(roles, None, **context), kind, beta=0.3, label_smoothing=0.2, sft_coef=s)  # type: ignore[arg-type]
 
 
 def model_error(roles: Roles, kind: str, s: float) -> tuple[float, float]:

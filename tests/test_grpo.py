@@ -401,8 +401,8 @@ def roles() -> Roles:
 def over(
     roles: Roles, kind: str = "grpo", rewards: Any = INFORMATIVE_REWARDS, fake: Mapping[str, Any] = {}, **how: Any
 ) -> GRPO:
-    kit = AlgorithmContext(roles, None, fresh=False)  # type: ignore[arg-type]
-    return GRPO(kit, FakeCollector(roles, rewards, **fake), kind, epsilon_high=HIGH.get(kind), **how)
+    context = AlgorithmContext(roles, None, fresh=False)  # type: ignore[arg-type]
+    return GRPO(context, FakeCollector(roles, rewards, **fake), kind, epsilon_high=HIGH.get(kind), **how)
 
 
 def one_pass(algorithm: GRPO, part: Batch, **split: int | None) -> tuple[float, Tensor, dict[str, float]]:

@@ -51,10 +51,10 @@ from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Algorithm, Batch
 
 ALGORITHMS: dict[str, Callable[[AlgorithmContext, settings.RecipeConfig], Algorithm]] = {
-    "sft": lambda kit, recipe: SFT(kit),
-    "reward": lambda kit, recipe: RewardModeling(kit, recipe.reward.center_rewards_coefficient),
-    "dpo": lambda kit, recipe: DPO(
-        kit, recipe.dpo.loss_type, recipe.dpo.beta, recipe.dpo.label_smoothing, recipe.dpo.sft_coef
+    "sft": lambda context, recipe: SFT(context),
+    "reward": lambda context, recipe: RewardModeling(context, recipe.reward.center_rewards_coefficient),
+    "dpo": lambda context, recipe: DPO(
+        context, recipe.dpo.loss_type, recipe.dpo.beta, recipe.dpo.label_smoothing, recipe.dpo.sft_coef
     ),
 }
 ONLINE_ALGORITHMS: dict[str, Callable[[settings.RecipeConfig, AlgorithmContext, RolloutCollector], Algorithm]] = {

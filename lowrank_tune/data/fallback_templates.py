@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from lowrank_tune.data.formats import InvalidRow, is_text
 from lowrank_tune.data.tokenizer_backend import TokenizerBackend
 from lowrank_tune.errors import UserError
-from lowrank_tune.toy import text as kit
+from lowrank_tune.toy import text as toy_text
 from lowrank_tune.types import Message, Row
 
 ChatMessages = Sequence[Message]
@@ -29,8 +29,12 @@ class DefaultTemplate:
     def __init__(self, backend: TokenizerBackend) -> None:
         self.backend = backend
         mark = backend.special_tokens
-        self.bos, self.eos, self.end_of_turn = mark[kit.BOS], mark[kit.EOS], mark[kit.END_OF_TURN]
-        self.role_ids = {"system": mark[kit.SYSTEM], "user": mark[kit.USER], "assistant": mark[kit.ASSISTANT]}
+        self.bos, self.eos, self.end_of_turn = mark[toy_text.BOS], mark[toy_text.EOS], mark[toy_text.END_OF_TURN]
+        self.role_ids = {
+            "system": mark[toy_text.SYSTEM],
+            "user": mark[toy_text.USER],
+            "assistant": mark[toy_text.ASSISTANT],
+        }
         self.end_ids = frozenset({self.eos, self.end_of_turn})
         self.description = "the kit's own template"
 
@@ -38,17 +42,18 @@ class DefaultTemplate:
     def chat_template(self) -> str:
         """The same for software that knows chat templates: text and control tokens stand apart, so the ids are the
         same."""
-        marks = f"'system': {kit.SYSTEM!r}, 'user': {kit.USER!r}, 'assistant': {kit.ASSISTANT!r}"
+        marks = f"'system': {toy_text.SYSTEM!r}, 'user': {toy_text.USER!r}, 'assistant': {toy_text.ASSISTANT!r}"
         return (
-            f"{{% set marks = {{{marks}}} %}}{{{{ {kit.BOS!r} }}}}"
-            f"{{% for m in messages %}}{{{{ marks[m['role']] + m['content'] + {kit.END_OF_TURN!r} }}}}{{% endfor %}}"
-            f"{{% if add_generation_prompt %}}{{{{ {kit.ASSISTANT!r} }}}}{{% endif %}}"
+            f"{{% set marks = {{{marks}}} %}}{{{{ {toy_text.BOS!r} }}}}"
+            f"{{% for m in messages %}}{{{{ marks[m['role']] + m['content'] + {toy_text.END_OF_TURN!r} }}}}"
+            "{% endfor %}"
+            f"{{% if add_generation_prompt %}}{{{{ {toy_text.ASSISTANT!r} }}}}{{% endif %}}"
         )
 
     @staticmethod
     def has_all_special_tokens(backend: TokenizerBackend) -> bool:
         """Whether the vocabulary has all the marks."""
-        return all(mark in backend.special_tokens for mark in kit.CONTROL_TOKENS if mark != kit.PAD)
+        return all(mark in backend.special_tokens for mark in toy_text.CONTROL_TOKENS if mark != toy_text.PAD)
 
     def validate_messages(self, messages: ChatMessages) -> str | None:
         """Why these turns cannot be rendered; None where they can."""

@@ -115,7 +115,7 @@ class _SimulatedStage:
         named = [self.roles.parameters(role) for role in self.trained]
         self.parameters: list[nn.Parameter] = [parameter for several in named for parameter in several]
         self.optimizer: Any = None
-        self.kit = AlgorithmContext(self.roles, lambda step: self._batch(self.sizes.rows))
+        self.context = AlgorithmContext(self.roles, lambda step: self._batch(self.sizes.rows))
 
     def _batch(self, rows: int) -> Batch:
         batch = batch_of(rows, self.sizes)
@@ -138,7 +138,7 @@ class _SimulatedStage:
             self.optimizer = planned_optimizer(self.parameters, self.recipe.train, self.spec.device)
 
     def offline(self, only_update: bool) -> None:
-        algorithm = ALGORITHMS[self.recipe.algorithm](self.kit, self.recipe)
+        algorithm = ALGORITHMS[self.recipe.algorithm](self.context, self.recipe)
         if self.recipe.algorithm == "dpo" and not only_update:
             self.tracker.move_to("reference", "before")
             with self.roles.inference_mode():
@@ -177,7 +177,7 @@ class _SimulatedStage:
             sizes=sizes,
             skip_logps=only_update,
         )
-        algorithm = ONLINE_ALGORITHMS[self.recipe.algorithm](self.recipe, self.kit, collector)
+        algorithm = ONLINE_ALGORITHMS[self.recipe.algorithm](self.recipe, self.context, collector)
         if only_update and isinstance(algorithm, PPO):
             algorithm._values = _no_values  # type: ignore[method-assign]
         self._create_optimizer()

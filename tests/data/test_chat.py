@@ -12,11 +12,11 @@ from tokenizers_for_tests import CHATML, MARKS, REAL, TINY, tiny, tokenizer
 
 from lowrank_tune.data import ChatTemplate, InvalidRow
 from lowrank_tune.errors import UserError
-from lowrank_tune.toy import text as kit
+from lowrank_tune.toy import text as toy_text
 from lowrank_tune.types import Message, Row
 
 ENDS = {
-    "kit": f"{kit.END_OF_TURN}{kit.EOS}",
+    "kit": f"{toy_text.END_OF_TURN}{toy_text.EOS}",
     "llama3": "<|eot|>",
     "no system": "<|eot|>",
     "chatml": "<|im_end|>",
@@ -64,7 +64,7 @@ def test_every_turn_is_trained(name: str) -> None:
     template = template_of(name)
     row = template.encode(conversation("What is 1 + 2?", "It is 3.", "And 4?", "It is 7."))
     end = ENDS.get(name, "</s>")
-    first = kit.END_OF_TURN if name == "kit" else "" if name == "no end" else end
+    first = toy_text.END_OF_TURN if name == "kit" else "" if name == "no end" else end
     assert trained_text(template, row) == f"It is 3.{first}It is 7.{end}"
 
 
@@ -115,7 +115,7 @@ def test_template_that_renders_nothing_is_a_sentence() -> None:
         ChatTemplate.from_tokenizer(tiny("{{ raise_exception('never') }}"))
 
 
-PIECES = [*"ab 1$:)(\n]['", "  ", "It", "é", "👍🏽", "\u2028", "\x00", *MARKS, kit.USER, kit.EOS]
+PIECES = [*"ab 1$:)(\n]['", "  ", "It", "é", "👍🏽", "\u2028", "\x00", *MARKS, toy_text.USER, toy_text.EOS]
 contents = st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map("".join)
 
 

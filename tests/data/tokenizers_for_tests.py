@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lowrank_tune.toy import text as kit
+from lowrank_tune.toy import text as toy_text
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 MARKS = ["<s>", "</s>", "<|eot|>", "<|head|>", "<|/head|>", "<|im_start|>", "<|im_end|>"]
@@ -62,7 +62,7 @@ def _state(split: bool) -> str:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=460,
-        special_tokens=[*MARKS, *kit.CONTROL_TOKENS],
+        special_tokens=[*MARKS, *toy_text.CONTROL_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -78,7 +78,7 @@ def tiny(template: str | None = None, marks: bool = True, split: bool = False) -
         NO_SYSTEM: "<|eot|>",
         CHATML: "<|im_end|>",
         THINKING: "<|im_end|>",
-        None: kit.EOS if marks else "</s>",
+        None: toy_text.EOS if marks else "</s>",
     }
     end = ends.get(template, "<|im_end|>" if template and "<|im_end|>" in template else "</s>")
     made = PreTrainedTokenizerFast(
