@@ -199,7 +199,7 @@ def test_hostile_text_is_inert_everywhere(tmp_path: Path) -> None:
 
 def scored(**changes: Any) -> dict[str, Any]:
     """A `scores.json` as `PairScores.to_dict` writes it."""
-    bins = [{"confidence": 0.75, "right": 0.5, "pairs": 2}, {"confidence": 0.98, "right": 1.0, "pairs": 1}]
+    bins = [{"confidence": 0.75, "accuracy": 0.5, "pairs": 2}, {"confidence": 0.98, "accuracy": 1.0, "pairs": 1}]
     found = {
         "version": 1,
         "pairs": 3,
@@ -208,7 +208,7 @@ def scored(**changes: Any) -> dict[str, Any]:
         "chosen_tokens": [9, 20, 30],
         "rejected_tokens": [10, 12, 30],
         "reliability": bins,
-        "figures": {
+        "metrics": {
             "accuracy": 0.667,
             "margin": 0.833,
             "calibration_error": 0.123,
@@ -231,8 +231,8 @@ def test_what_is_written_of_scores_is_what_the_run_writes() -> None:
     torch = pytest.importorskip("torch")
     sides = {name: torch.tensor(scored()[name]) for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")}
     scores = PairScores(**sides).to_dict()
-    assert scores.keys() == scored().keys() and scores["figures"].keys() == scored()["figures"].keys()
-    assert all(each.keys() == {"confidence", "right", "pairs"} for each in scores["reliability"])
+    assert scores.keys() == scored().keys() and scores["metrics"].keys() == scored()["metrics"].keys()
+    assert all(each.keys() == {"confidence", "accuracy", "pairs"} for each in scores["reliability"])
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_what_is_written_of_scores_is_what_the_run_writes() -> None:
     ],
 )
 def test_scores_of_pairs_are_drawn(tmp_path: Path, algorithm: str, title: str, word: str) -> None:
-    summary = {"status": "done", "heldout_pairs": scored()["figures"]}
+    summary = {"status": "done", "heldout_pairs": scored()["metrics"]}
     folder = write(
         tmp_path / "a",
         started(algorithm=algorithm),
@@ -571,7 +571,7 @@ def test_a_chain_has_one_page_over_all_its_stages(tmp_path: Path) -> None:
         *second,
         RunEnded(status="done", step=2, seconds=30.0),
         scores=scored(),
-        summary=stage_summary("dpo", {"base": 0.1, "sft": 0.4, "dpo": 0.8}, heldout_pairs=scored()["figures"]),
+        summary=stage_summary("dpo", {"base": 0.1, "sft": 0.4, "dpo": 0.8}, heldout_pairs=scored()["metrics"]),
     )
     write(
         folder / "3-last",
@@ -628,7 +628,7 @@ def test_hostile_scores_and_stages_are_inert(tmp_path: Path) -> None:
             SampleLogged(step=1, prompt=bad, completion=bad, finish_reason=bad, role="rejected"),
             SampleLogged(step=0, prompt=bad, completion=bad, finish_reason=bad, role="reference"),
         ]
-        scores = scored(pairs=bad, figures={"accuracy": bad, bad: 1.0}, reliability=[{"confidence": bad, bad: 1}, bad])
+        scores = scored(pairs=bad, metrics={"accuracy": bad, bad: 1.0}, reliability=[{"confidence": bad, bad: 1}, bad])
         write(
             folder / f"1-{name}",
             *events,
@@ -653,15 +653,15 @@ def test_hostile_scores_and_stages_are_inert(tmp_path: Path) -> None:
         {"rejected": [math.nan, 1.0, 2.0]},
         {
             "reliability": [
-                {"confidence": math.nan, "right": 0.5, "pairs": 1},
-                {"confidence": 9, "right": 1, "pairs": 1},
+                {"confidence": math.nan, "accuracy": 0.5, "pairs": 1},
+                {"confidence": 9, "accuracy": 1, "pairs": 1},
             ]
         },
-        {"figures": []},
+        {"metrics": []},
         {"reliability": 3},
         {"pairs": math.nan},
         {"chosen": [math.inf, 1.0, 2.0]},
-        {"figures": {"accuracy": math.nan, "length_correlation": None}},
+        {"metrics": {"accuracy": math.nan, "length_correlation": None}},
     ],
 )
 def test_damaged_scores(tmp_path: Path, junk: dict[str, Any]) -> None:

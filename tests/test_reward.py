@@ -536,7 +536,7 @@ def test_a_run_reports_and_saves_its_scores(finished: tuple[Path, dict[str, Any]
     assert scores["chosen"] == pytest.approx(chosen.tolist(), abs=1e-4) and scores["rejected"] == pytest.approx(
         rejected.tolist(), abs=1e-4
     )
-    figures = scores["figures"]
+    figures = scores["metrics"]
     assert figures["accuracy"] == pytest.approx(
         float((chosen > rejected).double().mean() + 0.5 * (chosen == rejected).double().mean())
     )

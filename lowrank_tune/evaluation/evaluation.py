@@ -279,7 +279,7 @@ class _EvalRun:
             "kind": "eval",
             "time": self.started,
             "seconds": round(time.time() - self.started, 1),
-            "subject": {
+            "target": {
                 "name": self.target.name,
                 "kind": self.target.kind,
                 "base": base.name,
@@ -298,10 +298,10 @@ class _EvalRun:
             "reward_model": str(self.reward_model.run) if self.reward_model else None,
             "device": device_name(base.device),
             "interrupted": stopped,
-            "figures": {
+            "metrics": {
                 variant: _to_json(variant_metrics(result, variant, ks, seed, confidence)) for variant in result.variants
             },
-            "changes": {variant: _to_json(deltas_vs_base(result, variant, ks, seed, confidence)) for variant in tuned},
+            "deltas": {variant: _to_json(deltas_vs_base(result, variant, ks, seed, confidence)) for variant in tuned},
             "wins": {variant: self._wins(result, variant, bool(ks)) for variant in tuned},
             "ungraded": missing_scores(result),
             "tasks": {variant: _to_json(several) for variant, several in tasks.items()},
@@ -324,5 +324,5 @@ def _to_json(figures: Metrics) -> dict[str, Any]:
 
 def has_metrics(record: Mapping[str, Any]) -> bool:
     """Whether anything was measured."""
-    parts: Sequence[Any] = [*record["figures"].values(), *record["tasks"].values()]
+    parts: Sequence[Any] = [*record["metrics"].values(), *record["tasks"].values()]
     return any(parts)

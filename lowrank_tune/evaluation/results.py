@@ -51,8 +51,8 @@ class EvalRecord:
     prompts: int
     planned: int
     interrupted: bool
-    figures: Mapping[str, Mapping[str, MetricValue]]
-    changes: Mapping[str, Mapping[str, MetricValue]]
+    metrics: Mapping[str, Mapping[str, MetricValue]]
+    deltas: Mapping[str, Mapping[str, MetricValue]]
     wins: Mapping[str, Mapping[str, MetricValue]]
     shares: Mapping[str, Mapping[str, tuple[float, float, float]]]
     """Wins, ties and losses that belong to `wins`."""
@@ -80,7 +80,7 @@ def read_records(folder: Path) -> list[EvalRecord]:
 
 def parse_record(data: Mapping[str, Any]) -> EvalRecord:
     """The record of such an object."""
-    figures, changes, wins, tasks = (_by_variant(data.get(name)) for name in ("figures", "changes", "wins", "tasks"))
+    metrics, deltas, wins, tasks = (_by_variant(data.get(name)) for name in ("metrics", "deltas", "wins", "tasks"))
     shares = {
         variant: {
             name: (_parse_float(one, "wins"), _parse_float(one, "ties"), _parse_float(one, "losses"))
@@ -97,8 +97,8 @@ def parse_record(data: Mapping[str, Any]) -> EvalRecord:
         int(_parse_float(dataset, "prompts")),
         int(_parse_float(dataset, "planned")),
         data.get("interrupted") is True,
-        figures,
-        changes,
+        metrics,
+        deltas,
         wins,
         shares,
         tasks,

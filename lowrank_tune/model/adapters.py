@@ -152,12 +152,12 @@ def read_stack(folder: Path, key: str) -> AdapterStack:
         data = json.loads((folder / STACK).read_bytes())
         names, frozen_adapters = (
             [str(name) for name in data["stack"]],
-            {str(name): str(content) for name, content in data["below"].items()},
+            {str(name): str(content) for name, content in data["frozen_adapters"].items()},
         )
         if names[:-1] == list(frozen_adapters) and all(
             name and "/" not in name and name not in (".", "..") for name in names
         ):
-            return AdapterStack(names, frozen_adapters, bool(data["folded"]))
+            return AdapterStack(names, frozen_adapters, bool(data["combined"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{key}: {folder / STACK} is broken: {type(error).__name__}: {error}") from error
     raise UserError(f"{key}: {folder / STACK} is broken: its names do not fit together")

@@ -26,7 +26,7 @@ def heads(record: EvalRecord) -> tuple[str, ...]:
     """The columns of `rows`; without the last where nothing was tuned."""
     level = record.settings.get("confidence")
     interval = f"{100 * level:g} % interval" if isinstance(level, float) else "interval"
-    return ("", "", "value", interval, *(("against the base",) if record.wins or record.changes else ()))
+    return ("", "", "value", interval, *(("against the base",) if record.wins or record.deltas else ()))
 
 
 def label_of(name: str) -> str:
@@ -76,13 +76,13 @@ def change_of(name: str, figure: MetricValue | None) -> str:
 
 def rows(record: EvalRecord) -> Iterator[TableRow]:
     """Every figure, a line a variant, then the wins against the base, then the tasks."""
-    names = list(dict.fromkeys(name for several in record.figures.values() for name in several))
+    names = list(dict.fromkeys(name for several in record.metrics.values() for name in several))
     for name in names:
         first = True
-        for model, several in record.figures.items():
+        for model, several in record.metrics.items():
             if name in several:
                 figure = several[name]
-                change = change_of(name, record.changes.get(model, {}).get(name))
+                change = change_of(name, record.deltas.get(model, {}).get(name))
                 yield label_of(name) if first else "", model, value_of(name, figure), interval_of(name, figure), change
                 first = False
     for by in ("reward_model", "verifier"):
@@ -109,8 +109,8 @@ def rows(record: EvalRecord) -> Iterator[TableRow]:
 
 def rows_of_last_model(record: EvalRecord) -> Iterator[tuple[str, str]]:
     """The figures of what was trained last, each in one cell, and what they were measured on: for a comparison."""
-    model = next(reversed(list(record.figures or record.tasks)), "")
-    for name, figure in record.figures.get(model, {}).items():
+    model = next(reversed(list(record.metrics or record.tasks)), "")
+    for name, figure in record.metrics.get(model, {}).items():
         yield f"eval: {label_of(name)}", _cell(name, figure)
     for by, figure in record.wins.get(model, {}).items():
         yield f"eval: wins ({by.replace('_', ' ')})", _cell("eos_rate", figure)

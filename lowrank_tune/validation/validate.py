@@ -64,11 +64,11 @@ class PairScores:
             "rejected_tokens": self.rejected_tokens,
         }
         found = reliability_bins(self.chosen - self.rejected)
-        bins = [{"confidence": confidence, "right": right, "pairs": count} for confidence, right, count in found]
+        bins = [{"confidence": confidence, "accuracy": right, "pairs": count} for confidence, right, count in found]
         return {
             "version": 1,
             "pairs": len(self.chosen),
-            "figures": self.metrics(),
+            "metrics": self.metrics(),
             "reliability": bins,
             **{name: [round(value, 5) for value in side[:MAX_SAVED_SCORES].tolist()] for name, side in sides.items()},
         }

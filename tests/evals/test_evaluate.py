@@ -122,12 +122,12 @@ def test_losses_as_transformers_and_peft_have_them(made: FinishedRun) -> None:
                 logps = one(input_ids=torch.tensor([list(ids)])).logits[0].double().log_softmax(dim=-1)
             total -= sum(float(logps[place - 1, ids[place]]) for place in range(start, len(ids)))
             tokens += len(ids) - start
-        assert found["figures"][who]["loss"]["value"] == pytest.approx(total / tokens, rel=1e-4)
-    change = found["changes"]["sft"]["loss"]
+        assert found["metrics"][who]["loss"]["value"] == pytest.approx(total / tokens, rel=1e-4)
+    change = found["deltas"]["sft"]["loss"]
     assert change["value"] == pytest.approx(
-        found["figures"]["sft"]["loss"]["value"] - found["figures"]["base"]["loss"]["value"]
+        found["metrics"]["sft"]["loss"]["value"] - found["metrics"]["base"]["loss"]["value"]
     )
-    assert found["figures"]["sft"]["loss"]["value"] != found["figures"]["base"]["loss"]["value"]
+    assert found["metrics"]["sft"]["loss"]["value"] != found["metrics"]["base"]["loss"]["value"]
 
 
 def test_rewards_passes_and_wins_are_counted(made: FinishedRun, tmp_path: Path) -> None:
@@ -140,9 +140,9 @@ def test_rewards_passes_and_wins_are_counted(made: FinishedRun, tmp_path: Path) 
     for who in ("base", "grpo"):
         values = [[2.0 * (len(template.decode(ids)) % 3) for ids in several] for several in completions[who]]
         mean = sum(sum(several) / 3 for several in values) / 7
-        assert found["figures"][who]["reward"]["value"] == pytest.approx(mean) and mean > 0
-        assert found["figures"][who]["pass_at_1"]["value"] == 0 and found["figures"][who]["pass_at_2"]["prompts"] == 7
-        assert found["figures"][who]["pass_at_1"]["high"] == pytest.approx(0.354, abs=1e-3), "Wilson for 0 of 7"
+        assert found["metrics"][who]["reward"]["value"] == pytest.approx(mean) and mean > 0
+        assert found["metrics"][who]["pass_at_1"]["value"] == 0 and found["metrics"][who]["pass_at_2"]["prompts"] == 7
+        assert found["metrics"][who]["pass_at_1"]["high"] == pytest.approx(0.354, abs=1e-3), "Wilson for 0 of 7"
     wins = found["wins"]["grpo"]["verifier"]
     assert (wins["value"], wins["ties"]) == (0.5, 1.0), "all wrong on both sides"
     assert found["grader"] == "answer" and found["rewards"] == {"mine": 2.0}
@@ -183,10 +183,10 @@ def test_parts_and_their_order_change_no_answer(
     whole = evaluate(str(run), options, quiet, CPU).record
     monkeypatch.setattr("lowrank_tune.evaluation.evaluator.ANSWERS_PER_BATCH", 4)
     parts = evaluate(str(run), options, quiet, CPU).record
-    assert whole["figures"]["grpo"]["reward"]["value"] == pytest.approx(
-        parts["figures"]["grpo"]["reward"]["value"], rel=1e-12
+    assert whole["metrics"]["grpo"]["reward"]["value"] == pytest.approx(
+        parts["metrics"]["grpo"]["reward"]["value"], rel=1e-12
     )
-    assert whole["figures"]["base"]["mean_length"]["value"] == parts["figures"]["base"]["mean_length"]["value"]
+    assert whole["metrics"]["base"]["mean_length"]["value"] == parts["metrics"]["base"]["mean_length"]["value"]
 
 
 def test_a_reward_model_on_the_same_base(made: FinishedRun, reward_run: Path) -> None:
@@ -226,8 +226,8 @@ def test_a_reward_model_on_the_same_base(made: FinishedRun, reward_run: Path) ->
     )
     wins = found["wins"]["sft"]["reward_model"]
     assert wins["value"] == pytest.approx(sum((a > b) + (a == b) / 2 for a, b in zip(mine, theirs, strict=True)) / 6)
-    assert found["figures"]["sft"]["reward_model_score"]["value"] == pytest.approx(sum(mine) / 6, rel=1e-3)
-    assert found["figures"]["base"]["reward_model_score"]["value"] == pytest.approx(sum(theirs) / 6, rel=1e-3)
+    assert found["metrics"]["sft"]["reward_model_score"]["value"] == pytest.approx(sum(mine) / 6, rel=1e-3)
+    assert found["metrics"]["base"]["reward_model_score"]["value"] == pytest.approx(sum(theirs) / 6, rel=1e-3)
 
 
 def test_the_reward_model_reads_answers_to_their_end() -> None:
@@ -249,11 +249,11 @@ def test_a_chain_has_a_line_a_stage(made: FinishedRun, tmp_path: Path) -> None:
     ]
     (chain / "run.json").write_text(json.dumps({"recipe": {"name": "c", "stages": [stages[0], stages[2], stages[1]]}}))
     found = evaluate(str(chain), SHORT, quiet, CPU)
-    assert list(found.record["figures"]) == ["base", "sft", "dpo"] and found.path == chain / "evals.jsonl"
+    assert list(found.record["metrics"]) == ["base", "sft", "dpo"] and found.path == chain / "evals.jsonl"
     shutil.rmtree(chain / "2-dpo" / "final")
     messages: list[str] = []
     half = evaluate(str(chain), SHORT, lambda event: messages.append(getattr(event, "message", "")), CPU)
-    assert list(half.record["figures"]) == ["base", "sft"] and any("not ended: dpo" in line for line in messages)
+    assert list(half.record["metrics"]) == ["base", "sft"] and any("not ended: dpo" in line for line in messages)
 
 
 def test_ctrl_c_keeps_the_parts_that_all_models_have_finished(
@@ -275,7 +275,7 @@ def test_ctrl_c_keeps_the_parts_that_all_models_have_finished(
     assert found.interrupted and found.record["interrupted"] is True
     on = found.record["dataset"]
     assert (on["prompts"], on["planned"]) == (2, 6) or (on["prompts"], on["planned"]) == (4, 6)
-    assert {figures["loss"]["prompts"] for figures in found.record["figures"].values()} == {on["prompts"]}, (
+    assert {figures["loss"]["prompts"] for figures in found.record["metrics"].values()} == {on["prompts"]}, (
         "the same prompts for all"
     )
     early = evaluate(str(run), SHORT, interrupting(1), CPU)
@@ -325,7 +325,7 @@ def test_results_are_added_to_the_run_and_shown(made: FinishedRun, tmp_path: Pat
     assert "pass@1" in result.stdout and "95 % interval" in result.stdout and str(run / "evals.jsonl") in result.stdout
     lines = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(line["v"] == 2 and line["kind"] == "eval" for line in lines)
-    assert lines[0]["figures"] == lines[1]["figures"], "the same seed gives the same figures and intervals"
+    assert lines[0]["metrics"] == lines[1]["metrics"], "the same seed gives the same figures and intervals"
     assert lines[0]["settings"] == {
         "num_prompts": 4,
         "num_samples": 2,
@@ -365,7 +365,7 @@ def test_a_hostile_record_is_inert() -> None:
             "kind": "eval",
             "dataset": {"origin": "\x1b[2J<script>", "planned": 3},
             "settings": {"num_samples": "<b>\x1b"},
-            "figures": {"<i>": {"loss": {"value": "x", "low": [], "high": None}}},
+            "metrics": {"<i>": {"loss": {"value": "x", "low": [], "high": None}}},
             "wins": 3,
             "tasks": [1],
         }

@@ -73,7 +73,7 @@ def test_tasks_of_a_folder_for_base_and_tuned(tmp_path: Path, monkeypatch: pytes
         assert accuracy["value"] == pytest.approx(sum(right) / len(right)) and accuracy["prompts"] == len(rows)
         assert accuracy["low"] < accuracy["value"] < accuracy["high"] and "wilson" in accuracy["interval"]
         assert found["tasks"][who]["sums_written exact_match"]["value"] == 0.0
-    assert found["figures"] == {"base": {}, "sft": {}}, "without --dataset, only the tasks"
+    assert found["metrics"] == {"base": {}, "sft": {}}, "without --dataset, only the tasks"
     again = Options(tasks=("sums_chosen",), tasks_path=tmp_path / "tasks", limit=5, apply_chat_template=True)
     cut = evaluate(str(made.run), again, lambda event: None, CPU).record
     assert cut["tasks"]["sft"]["sums_chosen acc"]["prompts"] == 5

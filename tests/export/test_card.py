@@ -220,7 +220,13 @@ def test_half_a_stack_is_refused(folded: FinishedRun, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", "{}", '{"stack": ["a"], "below": {"b": "0"}}', '{"stack": ["..", "p"], "below": {"..": "0"}}', "nonsense"],
+    [
+        "[]",
+        "{}",
+        '{"stack": ["a"], "frozen_adapters": {"b": "0"}}',
+        '{"stack": ["..", "p"], "frozen_adapters": {"..": "0"}}',
+        "nonsense",
+    ],
 )
 def test_a_broken_stack_is_reported(tmp_path: Path, text: str) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))

@@ -266,7 +266,7 @@ def test_modules_that_cannot_be_merged(
 def test_a_stack_kept_apart_is_merged_whole(tmp_path: Path) -> None:
     made = make_run(tmp_path, "llama", lower=("sft",), stack="separate")
     assert (
-        not json.loads((made.run / "final" / "stack.json").read_text())["folded"]
+        not json.loads((made.run / "final" / "stack.json").read_text())["combined"]
         and (made.run / "final" / "sft").is_dir()
     )
     merged(made, tmp_path / "out")

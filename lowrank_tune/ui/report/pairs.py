@@ -31,12 +31,12 @@ def scores(run_log: RunLog) -> str:
         return ""
     what = "score" if _is_reward(run_log) else "implicit reward"
     bins = [
-        (get_number(each, "confidence"), get_number(each, "right"), int(get_number(each, "pairs")))
+        (get_number(each, "confidence"), get_number(each, "accuracy"), int(get_number(each, "pairs")))
         for each in entries(found, "reliability")
     ]
     bins = [each for each in bins if 0.5 <= each[0] <= 1 and 0 <= each[1] <= 1 and each[2] > 0]
     points = {side: list(zip(tokens[side], sides[side], strict=False)) for side in PAIR_SIDES}
-    figures = get_mapping(found, "figures")
+    figures = get_mapping(found, "metrics")
     cards = [
         _card(
             "Reliability",
