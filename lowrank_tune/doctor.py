@@ -54,7 +54,7 @@ Level = Literal["ok", "warning", "fault"]
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line. `cure` says what to do; empty where all is well."""
+    """One line. `fix` is what to do; empty where all is well."""
 
     level: Level
     name: str

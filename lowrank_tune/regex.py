@@ -60,6 +60,6 @@ def _explain_error(pattern: str, error: Exception) -> str:
     return f"is no regular expression of RE2: {message if message.isprintable() else ascii(message)}"[:200]
 
 
-def encode_text(text: str) -> bytes:
+def to_utf8(text: str) -> bytes:
     """A completion as UTF-8; a lone surrogate, which no UTF-8 can hold, becomes the replacement character."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()

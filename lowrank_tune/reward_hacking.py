@@ -33,7 +33,7 @@ class EvalPoint:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Gold was best after step `since`, and has fallen; the reward at first and now."""
+    """Held-out accuracy was best after step `best_step`, and has fallen; the reward at first and now."""
 
     best_step: int
     best: float
@@ -60,8 +60,8 @@ def accuracy_stderr(accuracy: float, num_questions: int) -> float:
 
 def find_divergence(points: Sequence[EvalPoint], reward_range: float) -> Divergence | None:
     """Whether proxy and gold part ways, from all looks of a run: the reward has risen over the run and is not below
-    what it was at gold's best, while gold is below its best by more than its noise. `span`: highest less lowest mean
-    reward of a step."""
+    what it was at gold's best, while gold is below its best by more than its noise. `reward_range`: highest less lowest
+    mean reward of a step."""
     if len(points) <= WINDOW or not reward_range > 0:
         return None
     recent = points[-WINDOW:]
@@ -83,8 +83,8 @@ def find_divergence(points: Sequence[EvalPoint], reward_range: float) -> Diverge
 
 @dataclass
 class RewardHackingDetector:
-    """The memory of one run, in plain data: it is saved with each checkpoint. `spoke` is the step at which the watch
-    first spoke."""
+    """The memory of one run, in plain data: it is saved with each checkpoint. `warned_at_step` is the step of the
+    first warning."""
 
     points: list[list[float]] = field(default_factory=list)
     reward_sum: float = 0.0
@@ -107,8 +107,8 @@ class RewardHackingDetector:
     def update(
         self, step: int, accuracy: float, num_questions: int, reference_accuracy: float | None = None
     ) -> Divergence | None:
-        """Takes in how many of so many questions were answered exactly; `before` is the share of the reference, whose
-        reward is that of the first step. Returns what is to be said now."""
+        """Takes in how many of so many questions were answered exactly; `reference_accuracy` is the share of the
+        reference, whose reward is that of the first step. Returns what is to be said now."""
         if self.first_reward is not None and not self.points and reference_accuracy is not None:
             self.points.append(
                 [0, self.first_reward, reference_accuracy, accuracy_stderr(reference_accuracy, num_questions)]

@@ -268,16 +268,22 @@ class ResponseReader:
             raise InvalidRow(str(error)) from error
 
     def _reward_input(
-        self, prompt: str, text: str | None, gold: str | None, row: Mapping[str, Any], stopped: bool, prompt_ids: Any
+        self,
+        prompt: str,
+        text: str | None,
+        gold: str | None,
+        row: Mapping[str, Any],
+        ended_with_eos: bool,
+        prompt_ids: Any,
     ) -> RewardInput:
         """As a run would have it, had the policy written this."""
         text = text or ""
-        num_tokens = len(self.template.tokenizer(text, add_special_tokens=False)["input_ids"]) + stopped
+        num_tokens = len(self.template.tokenizer(text, add_special_tokens=False)["input_ids"]) + ended_with_eos
         answer_tokens = encode_answer(self.template, text) if self.with_token_ids and len(prompt_ids) else []
-        if answer_tokens and not stopped:
+        if answer_tokens and not ended_with_eos:
             answer_tokens = answer_tokens[: len(answer_tokens) - len(end_of_turn_ids(self.template))]
         return RewardInput(
-            prompt, text, gold, row, stopped, num_tokens, [*prompt_ids, *answer_tokens] if answer_tokens else ()
+            prompt, text, gold, row, ended_with_eos, num_tokens, [*prompt_ids, *answer_tokens] if answer_tokens else ()
         )
 
 

@@ -138,8 +138,8 @@ class Trainer:
         }
         if self.state.nonfinite_steps:
             values["skipped_steps"] = self.state.nonfinite_steps
-        if self.limits.times:
-            values["oom_retries"] = self.limits.times
+        if self.limits.num_ooms:
+            values["oom_retries"] = self.limits.num_ooms
         self.emit(
             StepEnd(step=self.state.step, steps=self.steps, stats=values, seconds=seconds, tokens=tokens, logged=logged)
         )

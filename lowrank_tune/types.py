@@ -68,11 +68,12 @@ def to_floats(stats: Mapping[str, WeightedMean]) -> dict[str, float]:
 class Batch:
     """Rows padded to one length T, on the right.
 
-    ids (B, T) long; attended (B, T) bool: a real token; says (B, T) bool: a token that the loss is about (SFT: the
-    assistant says it; RL: the policy wrote it); weight (B, T) fp32, or (B,) where whole rows are weighed: set by an
-    algorithm's `weigh`, once for the whole optimizer step, before any split; extra: further tensors with B rows, (B,)
-    or (B, T): of pairs `margin`, `row` (its number in the data); of pairs and groups `shared` (leading tokens that a
-    row has in common with the first row of its pair or group; 0 begins one); and what an algorithm brings.
+    input_ids (B, T) long; attention_mask (B, T) bool: a real token; completion_mask (B, T) bool: a token that the loss
+    is about (SFT: a token of the assistant; RL: a token of the policy); token_weights (B, T) fp32, or (B,) where whole
+    rows have a weight: set by an algorithm's `token_weights`, once for the whole optimizer step, before any split;
+    extra: further tensors with B rows, (B,) or (B, T): of pairs `margin`, `row` (its number in the data); of pairs and
+    groups `shared` (leading tokens that a row has in common with the first row of its pair or group; 0 starts one);
+    and those that an algorithm adds.
     """
 
     input_ids: Tensor
@@ -92,7 +93,7 @@ class Batch:
 
     @property
     def loss_mask(self) -> Tensor:
-        """(B, T) bool: `says`, but never a padding slot and never a row's first token, before which there is
+        """(B, T) bool: `completion_mask`, but never a padding slot and never a row's first token, before which there is
         nothing."""
         loss_mask = self.completion_mask & self.attention_mask
         loss_mask[:, 0] = False
@@ -119,9 +120,9 @@ class Batch:
         """Micro-batches of at most `rows` rows, or of at most `tokens` tokens with padding, of rows of similar length,
         longest first.
 
-        `together` adjacent rows stay in one micro-batch (2 for pairs). A unit larger than the budget comes alone. Units
-        that share a beginning with their neighbours (`shared`) stay next to them, so that a micro-batch reads it once
-        for many.
+        `rows_per_unit` adjacent rows stay in one micro-batch (2 for pairs). A unit larger than the budget comes alone.
+        Units that share a beginning with their neighbors (`shared`) stay next to them, so that a micro-batch reads it
+        once for many.
         """
         lengths: list[int] = self.lengths.view(-1, rows_per_unit).amax(dim=1).tolist()
         units: list[int] = []
@@ -186,7 +187,7 @@ class LossTerm:
 
 @dataclass
 class StepBatch:
-    """What `collect` brought for one step: a batch, and statistics of the collecting. `parts` are PPO's epochs and
+    """The result of `collect` for one step: a batch, and metrics of the collecting. `minibatches` are PPO's epochs and
     minibatches."""
 
     batch: Batch
@@ -197,16 +198,16 @@ class StepBatch:
 
 
 class Algorithm(Protocol):
-    """An algorithm is three verbs and a little state.
+    """An algorithm: three methods of a step, and a little state.
 
-    `collect` brings the rows of a step; `weigh` turns their mask into token weights, once; `terms` yields losses, one
-    graph alive at a time. `observe` measures, without gradient, what is too dear for every step; `measure` what
-    held-out rows are judged by (`loss` among it: the best step has the lowest); `go_on` False ends the inner epochs
-    early.
+    `collect` returns the rows of a step; `token_weights` turns their mask into token weights, once; `compute_losses`
+    yields losses, one graph alive at a time. `step_metrics` computes, without gradient, metrics that cost too much for
+    every step; `eval_metrics` those of held-out rows (`loss` among them: the best step has the lowest);
+    `should_continue` False ends the inner epochs early.
 
-    `check` sees the first micro-batch of each start before anything moves, `step` steps after the run's beginning; it
-    raises RunFailed where the reference is not what it must be. `warnings` says what a person should worry about in the
-    figures of a step.
+    `check` gets the first micro-batch of each start before any update, `step` steps after the run's start; it raises
+    TrainingError where the reference is not what it must be. `iter_warnings` yields warnings about the metrics of a
+    step.
     """
 
     rows_per_unit: int
@@ -261,7 +262,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Token:
-    """A token as it is drawn: sample `sample` of prompt number `prompt` says `id`."""
+    """A token as it is drawn: `token_id` of sample `sample` of prompt number `prompt`."""
 
     prompt: int
     sample: int

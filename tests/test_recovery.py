@@ -162,7 +162,7 @@ def differs(unbroken: Any, name: str, backward: bool, draws: int) -> list[str]:
         wrong += [f"{moments}: {each}" for each in warnings if "out of memory" not in each]
         wrong += (
             [f"{moments}: times"]
-            if not roles.limits.times == len(warnings) == logged[-1].stats.get("oom_retries", 0)
+            if not roles.limits.num_ooms == len(warnings) == logged[-1].stats.get("oom_retries", 0)
             else []
         )
         splits += len(warnings)
@@ -462,7 +462,7 @@ def test_a_rollout_goes_on_with_fewer_sequences_and_samples_the_same() -> None:
     assert select_cache._cache_by_model[roles.base.model] is StaticSlotCache
     for moments in ((1,), (7,), (20, 31), (4, 5, 6)):
         found, notes = drawn(roles, moments)
-        assert found == whole and len(notes) == len(moments) == roles.limits.times
+        assert found == whole and len(notes) == len(moments) == roles.limits.num_ooms
         assert (
             roles._active == [] and roles.base.model.training and roles.limits.cache_tokens == (8 >> len(moments)) * 16
         )
@@ -498,7 +498,7 @@ def test_a_sequence_that_does_not_fit_alone_ends_the_run() -> None:
     roles = llama_roles(16)
     with pytest.raises(DoesNotFit, match="^out of memory: a sequence of 16 tokens does not fit by itself$") as caught:
         drawn(roles, range(1, 999))
-    assert caught.value.kind == "cache_tokens" and roles.limits.times == 4
+    assert caught.value.kind == "cache_tokens" and roles.limits.num_ooms == 4
 
 
 def test_keys_and_values_are_gone_before_the_update() -> None:

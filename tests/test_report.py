@@ -449,7 +449,7 @@ def test_rollouts_are_reported(tmp_path: Path) -> None:
 
 def test_of_many_groups_the_first_and_the_last_stay(tmp_path: Path) -> None:
     record = read_run_log(write(tmp_path / "a", *rollouts(1001)))
-    kept = list(record.groups)
+    kept = list(record.completion_groups)
     assert (
         len(kept) <= 64 and kept[0] == 1 and kept[-1] > 900 and record.newest is not None and record.newest.step == 1001
     )

@@ -104,7 +104,7 @@ def run(
             limits=roles.limits,
         )
         loop.run()
-    measured.out_of_memory = roles.limits.times
+    measured.out_of_memory = roles.limits.num_ooms
     return measured
 
 

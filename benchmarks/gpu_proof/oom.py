@@ -89,7 +89,7 @@ def step(base: Base, size: Size, micro: int, limited: Shortage) -> tuple[Tensor,
         )
         loop.run()
     peak = peak_gib(base.device) if base.device.type == "cuda" else 0.0
-    times = roles.limits.times
+    times = roles.limits.num_ooms
     roles.unload_adapters()
     return torch.cat(gradients), times, peak
 

@@ -298,7 +298,7 @@ class GRPO:
                 f"the sampler's log-probs and the policy's differ by {mismatch:.3f} nats a token, more than "
                 f"grpo.max_logprob_mismatch, {self.max_logprob_mismatch:g}: ratios would compare what was never drawn"
             )
-        yield from self.collector.failures.diagnostics(self._reward_failures, self._num_completions)
+        yield from self.collector.failures.iter_warnings(self._reward_failures, self._num_completions)
         if self._first_reward is None and not math.isnan(metrics["reward"]):
             self._first_reward = metrics["reward"]
         first = math.inf if self._first_reward is None else self._first_reward

@@ -339,7 +339,7 @@ class PPO:
             )
 
     def iter_warnings(self, metrics: Mapping[str, float]) -> Iterator[str]:
-        yield from self.collector.failures.diagnostics(self._reward_failures, self._num_completions)
+        yield from self.collector.failures.iter_warnings(self._reward_failures, self._num_completions)
         truncated = metrics["completions/clipped_ratio"]
         if truncated > TRUNCATED_WARN_FRACTION:
             yield (

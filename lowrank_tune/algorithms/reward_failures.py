@@ -70,7 +70,7 @@ class RewardFailureTracker:
             if total
         }
 
-    def diagnostics(self, failures: Sequence[RewardFailure], completions: int) -> Iterator[str]:
+    def iter_warnings(self, failures: Sequence[RewardFailure], completions: int) -> Iterator[str]:
         """One a reward; the loop tells each once."""
         for name in dict.fromkeys(failure.reward for failure in failures):
             own_failures = [failure for failure in failures if failure.reward == name]

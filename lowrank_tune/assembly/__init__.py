@@ -346,8 +346,8 @@ def _describe_reference(roles: Roles) -> str:
     )
 
 
-def _make_collate(store: TokenizedDataset, pad_id: int) -> Callable[[Sequence[int]], Batch]:
-    return lambda units: collate_units(store, units, pad_id)
+def _make_collate(dataset: TokenizedDataset, pad_id: int) -> Callable[[Sequence[int]], Batch]:
+    return lambda units: collate_units(dataset, units, pad_id)
 
 
 def _with_reference(collate: Callable[[Sequence[int]], Batch], sums: Tensor) -> Callable[[Sequence[int]], Batch]:

@@ -81,13 +81,13 @@ class RewardScorer:
         self._end_ids = end_of_turn_ids(template) if self.reward_models else []
         self.scorer: WorkerPool[int] = WorkerPool([each.reward for each in self.weighted])
 
-    def submit(self, key: int, prompt: PromptExample, text: str, completion: Completion) -> None:
+    def submit(self, request_id: int, prompt: PromptExample, text: str, completion: Completion) -> None:
         stopped = completion.finish_reason == "stop" and not self.template.special_tokens_in(completion.token_ids[:-1])
         ids = (
             [*prompt.input_ids, *append_end_of_turn(completion.token_ids, self._end_ids)] if self.reward_models else []
         )
         self.scorer.submit(
-            key,
+            request_id,
             RewardInput(prompt.text, text, prompt.ground_truth, prompt.row, stopped, len(completion.token_ids), ids),
         )
 

@@ -54,11 +54,13 @@ def _value_stack(recipe: settings.RecipeConfig, stacks: Mapping[str, list[str]])
 
 
 def _value_config(
-    recipe: settings.RecipeConfig, model: Any, loaded: Mapping[str, LoraConfig], configs: Mapping[str, LoraConfig]
+    recipe: settings.RecipeConfig, model: Any, loaded: Mapping[str, LoraConfig], lora_configs: Mapping[str, LoraConfig]
 ) -> LoraConfig:
     """The value's shape: the reward model's where it is a copy, else its own where it has one, else the policy's."""
     if "value" in loaded:
         return loaded["value"]
     if recipe.ppo.critic_init == "reward":
-        return deepcopy(configs[REWARD_ROLE])
-    return lora_config(recipe.adapters["value"], model) if "value" in recipe.adapters else deepcopy(configs["policy"])
+        return deepcopy(lora_configs[REWARD_ROLE])
+    return (
+        lora_config(recipe.adapters["value"], model) if "value" in recipe.adapters else deepcopy(lora_configs["policy"])
+    )

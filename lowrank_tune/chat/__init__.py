@@ -35,8 +35,8 @@ def chat(
     bits: int | None = None,
     base: str | None = None,
 ) -> None:
-    """Opens a RUN or MODEL and talks to whoever types, until the end of the input. `system` None is the run's own, an
-    empty one is none.
+    """Opens a RUN or MODEL and talks to whoever types, until the end of the input. `system_prompt` None is the run's
+    own, an empty one is none.
 
     Raises UserError, and KeyboardInterrupt where it was interrupted and nobody types.
     """

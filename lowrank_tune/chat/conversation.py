@@ -53,10 +53,10 @@ class Conversation:
     system_prompt: str | None = None
     exchanges: list[Exchange] = field(default_factory=list)
 
-    def messages(self, variant: str, start: int = 0, end: int | None = None) -> list[Message]:
-        """The answered exchanges from `start` to before `end`, behind the system prompt."""
+    def messages(self, variant: str, start_index: int = 0, end: int | None = None) -> list[Message]:
+        """The answered exchanges from `start_index` to before `end`, behind the system prompt."""
         history = [Message("system", self.system_prompt)] if self.system_prompt else []
-        for exchange in self.exchanges[start:end]:
+        for exchange in self.exchanges[start_index:end]:
             history += [Message("user", exchange.question), Message("assistant", exchange.answer_for(variant).text)]
         return history
 

@@ -90,7 +90,7 @@ def _adapters(target: ChatTarget, emit: Emit) -> Mapping[str, SavedAdapter]:
 
 
 def _base(
-    target: ChatTarget, saved: Mapping[str, SavedAdapter], bits: int | None, base: str | None
+    target: ChatTarget, saved_adapters: Mapping[str, SavedAdapter], bits: int | None, base: str | None
 ) -> settings.BaseConfig:
     """Which base to load. Raises UserError."""
     if target.model is not None:
@@ -104,7 +104,7 @@ def _base(
                 f"--bits: {target.run.path} was trained over {wanted.bits} bits, and over others it says other things"
             )
         return wanted.model_copy(update={"model": base}) if base else wanted
-    top = list(saved.values())[-1]
+    top = list(saved_adapters.values())[-1]
     if base is None and not top.base_name:
         raise UserError(f"{target.adapter} does not say over which base it was trained: name it with --base")
     revision = top.config.revision

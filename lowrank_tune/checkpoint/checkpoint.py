@@ -39,7 +39,7 @@ class CorruptCheckpoint(UserError):
 @dataclass
 class Snapshot:
     """What a checkpoint holds, by file name relative to its folder: `*.safetensors` files of named tensors, `*.json`
-    documents, and `others` as they are."""
+    documents, and `raw_files` as they are."""
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     documents: dict[str, Any] = field(default_factory=dict)

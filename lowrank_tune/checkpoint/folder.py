@@ -55,9 +55,9 @@ class RunFolder:
         """The folder for this recipe: new, or that of its unfinished run; beside a finished run the next free NAME-2,
         NAME-3.
 
-        `text` becomes `recipe.yaml`; `differences(old, new)` says in lines what forbids to continue; `exact`: the
-        person named the folder. Raises `UserError` for a run of another recipe, for a folder that is no run, for one in
-        use or one that cannot be written.
+        `text` becomes `recipe.yaml`; `differences(old, new)` says in lines what forbids to continue;
+        `is_explicit_path`: the person named the folder. Raises `UserError` for a run of another recipe, for a folder
+        that is no run, for one in use or one that cannot be written.
         """
         if path.name in ("", ".."):
             path = path.resolve()

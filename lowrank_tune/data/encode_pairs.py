@@ -24,12 +24,14 @@ def encode_pairs(
     chunk: Chunk,
     source: settings.SourceConfig,
     format_name: str,
-    data: settings.DataConfig,
+    data_config: settings.DataConfig,
     template: ChatTemplate,
     report: SourceReport,
 ) -> Iterator[Entry | InvalidRow]:
     """Every row of a chunk, in order: encoded, or why not. `format_name` is always that of pairs."""
-    pairs = [raw if isinstance(raw, InvalidRow) else pair_of(raw, source, data.system_prompt) for _, raw in chunk]
+    pairs = [
+        raw if isinstance(raw, InvalidRow) else pair_of(raw, source, data_config.system_prompt) for _, raw in chunk
+    ]
     encoded = iter(_encode([pair for pair in pairs if isinstance(pair, PreferencePair)], template))
     for (location, _), pair in zip(chunk, pairs, strict=True):
         if isinstance(pair, InvalidRow):
@@ -38,8 +40,8 @@ def encode_pairs(
         prompt, rows = next(encoded)
         if not isinstance(rows, InvalidRow):
             report.longest = max(report.longest, _max_length(rows))
-            if _max_length(rows) > data.max_length:
-                rows = _truncate(pair, len(prompt), data, template)
+            if _max_length(rows) > data_config.max_length:
+                rows = _truncate(pair, len(prompt), data_config, template)
                 if not isinstance(rows, InvalidRow):
                     report.count_truncated(str(location))
         yield rows if isinstance(rows, InvalidRow) else _entry(pair, rows)

@@ -16,7 +16,8 @@ WHOLE_NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?%?")
 def extract_answer(
     row: Mapping[str, Any], columns: Mapping[str, str], rule: str, answer: str, accept_bare_number: bool
 ) -> str | None:
-    """The gold answer by `rule`. `whole`: by the rule auto an answer that is one number is its own gold."""
+    """The gold answer by `rule`. `accept_bare_number`: by the rule auto an answer that is one number is its own
+    gold."""
     if rule == "none":
         return None
     if rule == "answer":

@@ -80,10 +80,10 @@ class ArrayFile:
     def __init__(self, path: Path, dtype: str) -> None:
         self.file: BinaryIO = path.open("wb")
         self.dtype, self.count = np.dtype(dtype), 0
-        self._header()
+        self._write_npy_header()
         self._start = self.file.tell()
 
-    def _header(self) -> None:
+    def _write_npy_header(self) -> None:
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.count,)}
         np.lib.format.write_array_header_1_0(self.file, header)
 
@@ -96,7 +96,7 @@ class ArrayFile:
     def close(self) -> None:
         """Writes the length."""
         self.file.seek(0)
-        self._header()
+        self._write_npy_header()
         assert self.file.tell() == self._start, "numpy no longer leaves room in the header"
         self.file.close()
 
@@ -115,14 +115,14 @@ class StoreWriter:
             self._temporary = Path(
                 tempfile.mkdtemp(prefix=f"{self.folder.name}.", suffix=".tmp", dir=self.folder.parent)
             )
-            self._start()
+            self._open_arrays()
         except OSError as error:
             if hasattr(self, "_temporary"):
                 shutil.rmtree(self._temporary, ignore_errors=True)
             raise _write_error(self.folder.parent, error) from error
         return self
 
-    def _start(self) -> None:
+    def _open_arrays(self) -> None:
         self._arrays = {name: ArrayFile(self._temporary / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
         self._dropped = (self._temporary / "dropped.jsonl").open("w", encoding="utf-8")
         self._arrays["starts"].append([0])

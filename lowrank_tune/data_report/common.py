@@ -44,7 +44,7 @@ def weighted_by(sources: Sequence[settings.SourceConfig], unit: str = "row") -> 
     return "weights of the recipe" if sources[0].weight is not None else f"{unit} counts: no source has a weight"
 
 
-def lengths_of(lengths: NDArray[np.int64], report: Report, limit: int) -> Lengths:
+def lengths_of(lengths: NDArray[np.int64], report: Report, max_length: int) -> Lengths:
     """The histogram of lengths in tokens, with what did not fit the limit."""
     sources = (*report.train, *report.validation)
     left_out = sum(
@@ -53,12 +53,14 @@ def lengths_of(lengths: NDArray[np.int64], report: Report, limit: int) -> Length
     over = left_out + sum(source.truncated for source in sources)
     longest = max([source.longest for source in sources], default=0)
     if not len(lengths):
-        return Lengths(limit, (0,), (), 0, 0, longest, over)
+        return Lengths(max_length, (0,), (), 0, 0, longest, over)
     width = _round_bin_width(int(lengths.max()) / BINS)
     edges = np.arange(0, int(lengths.max()) + width, width)
     counts, _ = np.histogram(lengths - 0.5, edges)  # a row on an edge belongs to the bin that ends there
     median, p95 = np.percentile(lengths, (50, 95))
-    return Lengths(limit, tuple(map(int, edges)), tuple(map(int, counts)), round(median), round(p95), longest, over)
+    return Lengths(
+        max_length, tuple(map(int, edges)), tuple(map(int, counts)), round(median), round(p95), longest, over
+    )
 
 
 def _round_bin_width(width: float) -> int:

@@ -28,7 +28,7 @@ MICRO_TOKENS = 1 << 14
 class ReferenceLoss:
     """Of one reference answer: the sum of -log p of its tokens in nats, and how many they are."""
 
-    total: float
+    nll_sum: float
     tokens: int
 
 

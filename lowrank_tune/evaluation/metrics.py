@@ -55,7 +55,9 @@ def variant_metrics(
     metrics: Metrics = {}
     losses = [result.losses[variant][number] for number in result.done if number in result.losses[variant]]
     if losses:
-        metrics["loss"] = ratio_ci([loss.total for loss in losses], [loss.tokens for loss in losses], seed, confidence)
+        metrics["loss"] = ratio_ci(
+            [loss.nll_sum for loss in losses], [loss.tokens for loss in losses], seed, confidence
+        )
     answers = result.answers[variant]
     samples = max(map(len, answers.values()), default=0)
     for name, prompt_metric in _prompt_metrics(answers.values(), ks).items():
@@ -102,7 +104,7 @@ def deltas_vs_base(
     both = [number for number in result.done if number in result.losses[variant] and number in result.losses[BASE]]
     if both:
         sides = [[result.losses[who][number] for number in both] for who in (variant, BASE)]
-        mine, theirs = (([loss.total for loss in side], [float(loss.tokens) for loss in side]) for side in sides)
+        mine, theirs = (([loss.nll_sum for loss in side], [float(loss.tokens) for loss in side]) for side in sides)
         metrics["loss"] = paired_difference_ci(mine, theirs, seed, confidence)
     for name, prompt_metric in _prompt_metrics(result.answers[variant].values(), ks).items():
         paired = [

@@ -38,7 +38,7 @@ class Modelfile:
     system: str | None
     stops: Sequence[str]
     generation: Mapping[str, Any]
-    positions: int
+    context_length: int
     remarks: Sequence[str]
 
     def text(self) -> str:
@@ -56,7 +56,7 @@ class Modelfile:
             for key, value in self.generation.items()
             if key in PARAMETER_NAMES and isinstance(value, (int, float)) and not isinstance(value, bool)
         ]
-        lines += [f"PARAMETER num_ctx {self.positions}"] if self.positions < DEFAULT_CONTEXT else []
+        lines += [f"PARAMETER num_ctx {self.context_length}"] if self.context_length < DEFAULT_CONTEXT else []
         return "\n".join(lines) + "\n"
 
 

@@ -25,7 +25,7 @@ DISK_MARGIN = 64 << 20  # bytes for tokenizer and configuration
 
 
 def check_disk_space(target: Path, needed: int, label: str) -> None:
-    """Raises UserError where the disk of `target` has not `needed` bytes for `what`, before anything is written."""
+    """Raises UserError where the disk of `target` has not `needed` bytes for `label`, before anything is written."""
     folder = next((parent for parent in target.resolve().parents if parent.is_dir()), Path("/"))
     free = shutil.disk_usage(folder).free
     if free < needed + DISK_MARGIN:

@@ -34,11 +34,11 @@ def select_cache(model: Any, emit: Emit | None = None) -> KVStore:
     Where the fastest kind cannot serve the model, `emit` is called with one note that contains the reason.
     """
     if model not in _cache_by_model:
-        _cache_by_model[model] = _select(model, emit)
+        _cache_by_model[model] = _select_kv_cache(model, emit)
     return _cache_by_model[model](model)
 
 
-def _select(model: Any, emit: Emit | None) -> StoreFactory:
+def _select_kv_cache(model: Any, emit: Emit | None) -> StoreFactory:
     faults: list[str] = []
     chosen: StoreFactory = NoCacheStore
     used = LAST_RESORT

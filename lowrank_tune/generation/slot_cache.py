@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 
 @dataclass
-class Step:
+class ForwardContext:
     """What all layers know of the forward pass that runs: the positions (B,) of its tokens in slots 0 to B - 1, or None
     in a prefill."""
 
@@ -41,7 +41,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer, (slots, heads, columns, width of a head). In a prefill it hands on what it gets and
     remembers it."""
 
-    def __init__(self, step: Step, window: int | None) -> None:
+    def __init__(self, step: ForwardContext, window: int | None) -> None:
         super().__init__()
         self.step, self.window, self.is_sliding = step, window, window is not None
         self.prefill_states: tuple[Tensor, Tensor] | None = None
@@ -101,7 +101,7 @@ class SlotCache(Cache):  # type: ignore[misc]
     """All layers of a decoder."""
 
     def __init__(self, windows: Sequence[int | None]) -> None:
-        self.step = Step()
+        self.step = ForwardContext()
         super().__init__(layers=[SlotLayer(self.step, window) for window in windows])
 
     def prefill(self) -> None:

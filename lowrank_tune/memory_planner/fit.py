@@ -126,7 +126,7 @@ def with_fit_report(spec: SimulationSpec, plan: Plan) -> Plan:
         return plan
     search = Search(spec, plan)
     units, length = search.units(), search.length()
-    plan = replace(plan, fits_units=units, fits_length=length)
+    plan = replace(plan, max_micro_batch_size=units, fits_length=length)
     return replace(plan, advice=_advice(spec, search, plan))
 
 
@@ -146,8 +146,8 @@ def _advice(spec: SimulationSpec, search: Search, plan: Plan) -> str:
         )
     if plan.recomputed < plan.layers and (fewest := search.recomputed(sizes)) is not None:
         return f"fits with train.gradient_checkpointing={'all' if fewest == plan.layers else fewest}"
-    if plan.fits_units:
-        return f"fits with {_micro(recipe, sizes, plan.fits_units)}"
+    if plan.max_micro_batch_size:
+        return f"fits with {_micro(recipe, sizes, plan.max_micro_batch_size)}"
     return _shorten(spec, plan)
 
 

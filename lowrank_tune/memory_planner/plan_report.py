@@ -55,7 +55,7 @@ class Plan:
     phases: tuple[Phase, ...]
     vram: int
     notes: tuple[str, ...] = ()
-    fits_units: int | None = None
+    max_micro_batch_size: int | None = None
     """The largest micro-batch that fits, at this length."""
     fits_length: int | None = None
     """The longest rows that fit, in micro-batches of this size."""

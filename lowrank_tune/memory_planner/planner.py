@@ -142,10 +142,10 @@ def _decoding_specs(
     specs: dict[str, DecodingSpec] = {}
     scratch = 0 if device.type == "cuda" else host_memory() // HOST_MEMORY_DIVISOR
 
-    def decoding(slots: int, prompts: int, samples: int, new: int) -> DecodingSpec:
+    def decoding(slots: int, num_prompts: int, samples: int, new: int) -> DecodingSpec:
         columns = recipe.data.max_prompt_length + new
         fit = max(1, min(slots, limit * 4 // 5 // _bytes_of(config, columns, device)))
-        return DecodingSpec("policy", fit, recipe.data.max_prompt_length, new, prompts, samples, limit, scratch)
+        return DecodingSpec("policy", fit, recipe.data.max_prompt_length, new, num_prompts, samples, limit, scratch)
 
     if recipe.algorithm in ONLINE_ALGORITHMS:
         count = train.prompts_per_step * rollout.num_generations

@@ -67,7 +67,7 @@ def simulate(spec: SimulationSpec, layers: Sequence[Layer], only_update: bool = 
         elif recipe.algorithm in ONLINE_ALGORITHMS:
             stage.online(only_update)
         else:
-            stage.offline(only_update)
+            stage.simulate_offline(only_update)
     return {point: peak for point, peak in tracker.peaks.items() if point[0] != "start"}
 
 
@@ -137,7 +137,7 @@ class _SimulatedStage:
         with self.tracker.with_purpose("optimizer"):
             self.optimizer = planned_optimizer(self.parameters, self.recipe.train, self.spec.device)
 
-    def offline(self, only_update: bool) -> None:
+    def simulate_offline(self, only_update: bool) -> None:
         algorithm = ALGORITHMS[self.recipe.algorithm](self.context, self.recipe)
         if self.recipe.algorithm == "dpo" and not only_update:
             self.tracker.move_to("reference", "before")

@@ -163,18 +163,22 @@ def read_stack(folder: Path, key: str) -> AdapterStack:
     raise UserError(f"{key}: {folder / STACK} is broken: its names do not fit together")
 
 
-def _check_head(saved: SavedAdapter, modules: Any, key: str, wanted: bool) -> None:
+def _check_head(saved_adapter: SavedAdapter, modules: Any, key: str, wanted: bool) -> None:
     if not isinstance(modules, list) or not set(map(str, modules)) <= HEADS or (modules and "score" not in modules):
-        raise UserError(f"{key}: {saved.folder} uses modules_to_save {modules}, which this kit does not load")
-    shape = None if saved.head is None else tuple(saved.head.shape)
+        raise UserError(f"{key}: {saved_adapter.folder} uses modules_to_save {modules}, which this kit does not load")
+    shape = None if saved_adapter.head is None else tuple(saved_adapter.head.shape)
     if bool(modules) != (shape is not None) or (shape is not None and (len(shape) != 2 or shape[0] != 1)):
         actual = f"one of shape {shape}" if shape else "none"
         expected = "a scalar head" if modules else "no head"
-        raise UserError(f"{key}: the adapter in {saved.folder} is broken: it should have {expected} and has {actual}")
+        raise UserError(
+            f"{key}: the adapter in {saved_adapter.folder} is broken: it should have {expected} and has {actual}"
+        )
     if wanted and shape is None:
-        raise UserError(f"{key}: {saved.folder} is a policy adapter (it has no scalar head), not a reward adapter")
+        raise UserError(
+            f"{key}: {saved_adapter.folder} is a policy adapter (it has no scalar head), not a reward adapter"
+        )
     if shape is not None and not wanted:
-        raise UserError(f"{key}: {saved.folder} is a reward adapter (it has a scalar head), not a policy")
+        raise UserError(f"{key}: {saved_adapter.folder} is a reward adapter (it has a scalar head), not a policy")
 
 
 def _config(raw: Any, key: str, folder: Path) -> LoraConfig:

@@ -90,8 +90,8 @@ def _ignore_event(event: Event) -> None:
 @dataclass
 class MemoryLimits:
     """How much at once has turned out to fit, in tokens with padding: of an update, of a pass without gradient, and of
-    keys and values that are decoded with. 0: no limit is known. `times` counts how often memory ran short. All this is
-    saved with a checkpoint.
+    keys and values that are decoded with. 0: no limit is known. `num_ooms` counts how often memory ran short. All this
+    is saved with a checkpoint.
 
     `budget_bytes` is what the run may use, 0 for all; `message_prefix` begins what is told.
     """
@@ -99,18 +99,18 @@ class MemoryLimits:
     update_tokens: int = 0
     forward_tokens: int = 0
     cache_tokens: int = 0
-    times: int = 0
+    num_ooms: int = 0
     budget_bytes: int = 0
     emit: Emit = field(default=_ignore_event, repr=False)
     message_prefix: str = ""
     _oldest: tuple[Tensor, Tensor] = field(default_factory=lambda: _old_graph(), init=False, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("update_tokens", "forward_tokens", "cache_tokens", "times")}
+        return {name: getattr(self, name) for name in ("update_tokens", "forward_tokens", "cache_tokens", "num_ooms")}
 
     def restore(self, saved: Mapping[str, int]) -> None:
         """Adds what an earlier start of the run had found out."""
-        self.times += saved.get("times", 0)
+        self.num_ooms += saved.get("num_ooms", 0)
         for name in ("update_tokens", "forward_tokens", "cache_tokens"):
             setattr(self, name, min((limit for limit in (getattr(self, name), saved.get(name, 0)) if limit), default=0))
 
@@ -153,7 +153,7 @@ class MemoryLimits:
     def record_oom(self, kind: LimitKind, units: int, tokens: int, rows_per_unit: int = 1) -> None:
         """So many units at once were too much: half as many from here on. Says so; raises DoesNotFit where there is no
         half."""
-        self.times += 1
+        self.num_ooms += 1
         if units == 1:
             description = "a sequence" if kind == "cache_tokens" else "a pair" if rows_per_unit == 2 else "a row"
             raise DoesNotFit(kind, description, tokens)

@@ -98,8 +98,8 @@ def pack_shared_prefixes(batch: Batch, width: int) -> PackedBatch | None:
 
 
 def estimate_flops(rows: int, columns: int, num_keys: float, width: int) -> float:
-    """Relative cost of a forward pass: a layer's matrices (12 width^2 weights) and its attention to `seen` keys, per
-    token."""
+    """Relative cost of a forward pass: a layer's matrices (12 width^2 weights) and its attention to `num_keys` keys,
+    per token."""
     return rows * columns * (6 * width + num_keys)
 
 

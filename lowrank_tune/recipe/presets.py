@@ -9,7 +9,7 @@ from lowrank_tune.recipe.chain import Chain
 from lowrank_tune.recipe.extends import find_preset, preset_names, read_recipe
 from lowrank_tune.recipe.recipe import Recipe
 
-SIZE_GROUPS = (
+MODEL_SIZE_GROUPS = (
     (1.0, "Tiny: the base that ships with the package, on any CPU"),
     (5.0, "3B and 4B"),
     (10.0, "7B and 8B"),
@@ -40,7 +40,7 @@ class Preset:
     @property
     def group(self) -> str:
         """What bases of this size are called together."""
-        return next(title for limit, title in SIZE_GROUPS if self.billions < limit)
+        return next(title for limit, title in MODEL_SIZE_GROUPS if self.billions < limit)
 
 
 def list_presets() -> list[Preset]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from lowrank_tune.regex import compile_pattern, encode_text
+from lowrank_tune.regex import compile_pattern, to_utf8
 from lowrank_tune.rewards.base import RewardInput, Score
 
 
@@ -33,7 +33,7 @@ class RegexReward:
         return [self._score(item) for item in items]
 
     def _score(self, item: RewardInput) -> Score:
-        text = encode_text(item.completion)
+        text = to_utf8(item.completion)
         match = self._engine.fullmatch(text) if self.full_match else self._engine.search(text)
         if match is not None:
             return Score(1.0, "pass")

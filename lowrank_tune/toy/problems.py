@@ -121,7 +121,7 @@ class Problem:
         return f"{', '.join(self.steps())}. So it is {self.answer}."
 
     def answer_without_steps(self, rng: random.Random, p_correct: float) -> str:
-        """A reply without steps, right with probability `right` and near the truth otherwise."""
+        """A reply without steps, right with probability `p_correct` and near the truth otherwise."""
         number = self.answer
         if rng.random() >= p_correct:
             number = max(0, number + rng.choice((-20, -11, -10, -9, -3, -2, -1, 1, 2, 3, 9, 10, 11, 20)))
@@ -154,7 +154,7 @@ def is_heldout(problem: Problem) -> bool:
     return not is_step and int.from_bytes(digest, "big") % 12 == 0
 
 
-def sample_problem(rng: random.Random, heldout: bool = False, signs: str = "++++---***") -> Problem:
+def sample_problem(rng: random.Random, from_heldout: bool = False, signs: str = "++++---***") -> Problem:
     """A random problem from the training part, or from the held-out part; `signs` says how often each kind comes."""
     while True:
         sign = rng.choice(signs)
@@ -162,7 +162,7 @@ def sample_problem(rng: random.Random, heldout: bool = False, signs: str = "++++
         if sign == "-":
             a, b = max(a, b), min(a, b)
         problem = Problem(a, b, sign)
-        if is_heldout(problem) == heldout:
+        if is_heldout(problem) == from_heldout:
             return problem
 
 
@@ -173,8 +173,8 @@ def final_number(text: str) -> int | None:
 
 
 def rows(count: int, seed: int, heldout: bool = False, steps_share: float = 0.35) -> Iterator[dict[str, str]]:
-    """`question`, `answer`, `gold` rows. All answers are right; a share `worked` of them shows its steps, the others
-    just tell."""
+    """`question`, `answer`, `gold` rows. All answers are right; a share `steps_share` of them shows its steps, the
+    others do not."""
     rng = random.Random(f"tutor-{seed}-{heldout}")
     for _ in range(count):
         problem = sample_problem(rng, heldout)
@@ -192,7 +192,7 @@ def preferences(count: int, seed: int, split: str) -> list[dict[str, str]]:
     rng = random.Random(f"tutor-preferences-{seed}-{split}")
     pairs = []
     for _ in range(count):
-        problem = sample_problem(rng, heldout=split == "heldout")
+        problem = sample_problem(rng, from_heldout=split == "heldout")
         chosen, rejected = rng.choices(CORRUPTIONS, weights=(12, 2, 1, 3, 3, 3))[0](problem, rng)
         pairs.append({"prompt": problem.question(rng), "chosen": chosen, "rejected": rejected})
     return pairs
@@ -231,7 +231,7 @@ def _rambling(problem: Problem, rng: random.Random) -> tuple[str, str]:
     )
 
 
-def _without_stop(problem: Problem, rng: random.Random) -> tuple[str, str]:
+def _missing_eos_pair(problem: Problem, rng: random.Random) -> tuple[str, str]:
     """An answer that ends, against one that runs on into the next question."""
     after = sample_problem(rng)
     return (
@@ -240,7 +240,7 @@ def _without_stop(problem: Problem, rng: random.Random) -> tuple[str, str]:
     )
 
 
-CORRUPTIONS = (_wrong, _arithmetic_error, _short, _non_answer, _rambling, _without_stop)
+CORRUPTIONS = (_wrong, _arithmetic_error, _short, _non_answer, _rambling, _missing_eos_pair)
 
 
 def _nearby_number(number: int, rng: random.Random) -> int:

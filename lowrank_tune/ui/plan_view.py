@@ -80,10 +80,10 @@ def lines(plan: Plan) -> list[Text]:
                 f"{binding.name} goes through in smaller pieces" if binding.name in SPLITTABLE_PHASES else binding.name
             )
         )
-    if plan.fits_units is not None and plan.fits_length is not None:
+    if plan.max_micro_batch_size is not None and plan.fits_length is not None:
         texts.append(
             Text(
-                f"room for a micro-batch of {plan.fits_units}, or for rows of {plan.fits_length:,} tokens, "
+                f"room for a micro-batch of {plan.max_micro_batch_size}, or for rows of {plan.fits_length:,} tokens, "
                 f"{plan.sizes.units} at once"
             )
         )

@@ -145,7 +145,7 @@ class State:
         elif isinstance(event, SampleLogged):
             self._sampled(event)
         elif isinstance(event, GroupLogged):
-            self._grouped(event)
+            self._on_group_logged(event)
         elif isinstance(event, CheckpointSaved):
             self.saved_step = event.step
             self._log(event.time, f"saved step {event.step}")
@@ -231,7 +231,7 @@ class State:
             )
             self._pending_chosen = None
 
-    def _grouped(self, event: GroupLogged) -> None:
+    def _on_group_logged(self, event: GroupLogged) -> None:
         self.group = read_group(event)
         rewards = [one.reward for one in self.group.completions if math.isfinite(one.reward)]
         if rewards:

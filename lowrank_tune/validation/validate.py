@@ -108,7 +108,7 @@ def validation_batches(
     collate_fn: CollateFn,
     compute: Callable[[Batch], T],
     micro_tokens: int,
-    label: str,
+    description: str,
     emit: Emit,
 ) -> Iterator[tuple[T, Tensor]]:
     """What `compute` makes, without gradient or dropout, of all units of a store in batches of similar length, longest
@@ -123,4 +123,4 @@ def validation_batches(
         yield values, torch.tensor([unit * rows.rows_per_unit + i for unit in part for i in range(rows.rows_per_unit)])
         before, done = done, done + len(part)
         if done * NUM_PROGRESS_UPDATES // rows.units != before * NUM_PROGRESS_UPDATES // rows.units:
-            emit(Progress(description=label, done=done, total=rows.units))
+            emit(Progress(description=description, done=done, total=rows.units))

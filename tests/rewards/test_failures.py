@@ -243,7 +243,7 @@ def test_counts_are_logged_from_the_first_failure_on_and_saved() -> None:
     again.restore(json.loads(json.dumps(failures.state())))
     assert (again.completions, again.timeouts, again.errors, again.max_failure_rate) == (12, 2, 0, 0.1)
     RewardFailureTracker().restore({})  # a checkpoint of an earlier version
-    [message] = failures.diagnostics([LATE, LATE], 64)
+    [message] = failures.iter_warnings([LATE, LATE], 64)
     assert (
         message.startswith("the reward `answer` failed on completions")
         and "2 of 64" in message

@@ -12,7 +12,7 @@ import pytest
 
 from lowrank_tune.errors import ConfigError
 from lowrank_tune.recipe import reward_rules
-from lowrank_tune.regex import encode_text
+from lowrank_tune.regex import to_utf8
 from lowrank_tune.rewards import Reward, RewardInput, WorkerPool, build_rewards, registry, total
 from lowrank_tune.settings import RewardConfig
 from tests.malformed_yaml import MAX_CPU_SECONDS
@@ -66,7 +66,7 @@ def test_a_format_is_of_the_whole_completion_and_a_regex_of_any_part() -> None:
 def test_patterns_know_letters_of_all_scripts_and_what_is_no_text() -> None:
     assert values(one("format", pattern=r"\pL+"), "\u00e9\u4e2d\U00010400", "a1") == [1, 0]
     assert values(one("format", pattern="(?s)a.b"), "a\ud800b", "a\x00b", "a\U0001f600b", "ab") == [1, 1, 1, 0]
-    assert encode_text("\ud83d\ude00") == "\U0001f600".encode() and encode_text("\udc00x") == "\ufffdx".encode()
+    assert to_utf8("\ud83d\ude00") == "\U0001f600".encode() and to_utf8("\udc00x") == "\ufffdx".encode()
 
 
 @pytest.mark.parametrize(

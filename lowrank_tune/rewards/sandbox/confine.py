@@ -73,7 +73,7 @@ def _keep_imports_working(paths: list[str]) -> None:
     """Imports go on where nobody may not pass the folders that lead to the standard library, as /root: through open
     folders."""
     mapping = {path: path for path in paths}
-    if os.geteuid() == 0 and not all(_passable(path) for path in paths):
+    if os.geteuid() == 0 and not all(_is_traversable(path) for path in paths):
         mapping = {path: f"/proc/self/fd/{os.open(path, os.O_PATH)}" if os.path.isdir(path) else path for path in paths}
     packages = [module for module in sys.modules.values() if isinstance(getattr(module, "__path__", None), list)]
     for package in packages:  # what of them is not imported yet comes from the same place
@@ -86,7 +86,7 @@ def _keep_imports_working(paths: list[str]) -> None:
     sys.path_importer_cache.clear()
 
 
-def _passable(path: str) -> bool:
+def _is_traversable(path: str) -> bool:
     while path != "/":
         if not os.stat(path).st_mode & 0o001 and os.path.isdir(path):
             return False

@@ -51,9 +51,9 @@ def enter(readable: Sequence[str]) -> None:
     _mount(None, "/", None, REMOUNT | BIND | READ_ONLY | NO_SUID | NO_DEV)
 
 
-def _write_id_maps(user: int, group: int) -> None:
+def _write_id_maps(uid: int, gid: int) -> None:
     """Nobody inside is the user outside; there is no one else."""
-    for file, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {user} 1"), ("gid_map", f"{NOBODY} {group} 1")):
+    for file, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
         with open(f"/proc/self/{file}", "w") as handle:
             handle.write(text)
 

@@ -291,12 +291,12 @@ def build_filter() -> bytes:
 
 
 def _rule_lines(
-    number: int, answer: int, rule: tuple[int, tuple[int, ...]] | None
+    number: int, action: int, rule: tuple[int, tuple[int, ...]] | None
 ) -> Iterator[tuple[int, int, int, int]]:
     """One call: on to its answer where the number is its own, else past it. clone3 hides its flags, so the C library
     must use clone."""
     if rule is None:
-        yield from ((EQUAL, 0, 1, number), (RETURN, 0, 0, answer))
+        yield from ((EQUAL, 0, 1, number), (RETURN, 0, 0, action))
         return
     place, values = rule
     yield EQUAL, 0, len(values) + 3, number
@@ -304,7 +304,7 @@ def _rule_lines(
     for left, value in zip(range(len(values), 0, -1), values, strict=True):
         yield EQUAL, left, 0, value
     yield RETURN, 0, 0, REFUSE | errno.EPERM
-    yield RETURN, 0, 0, answer
+    yield RETURN, 0, 0, action
 
 
 def restrict() -> None:

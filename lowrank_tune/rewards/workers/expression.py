@@ -174,7 +174,7 @@ class Parser:
         return self.node("negative", tree) if negative else tree
 
     def product(self) -> Node:
-        tree = self.factor()
+        tree = self.parse_factor()
         while True:
             if self.accept("*"):
                 tree = self.node("multiply", tree, self.operand())
@@ -183,16 +183,16 @@ class Parser:
             elif self.starts_factor():
                 if self.kind() == "number" and self.tokens[self.position - 1][0] == "number":
                     raise ExpressionParseError("has two numbers side by side")
-                tree = self.node("multiply", tree, self.factor())
+                tree = self.node("multiply", tree, self.parse_factor())
             else:
                 return tree
 
     def operand(self) -> Node:
         """What follows * or /: it may have a sign of its own."""
         if self.accept("-"):
-            return self.node("negative", self.factor())
+            return self.node("negative", self.parse_factor())
         self.accept("+")
-        return self.factor()
+        return self.parse_factor()
 
     def starts_factor(self) -> bool:
         """Whether a factor begins here, so that a product is meant."""
@@ -201,7 +201,7 @@ class Parser:
             return text in CLOSING or (text == "|" and not self.open_bars)
         return kind != "end"
 
-    def factor(self) -> Node:
+    def parse_factor(self) -> Node:
         tree = self.atom()
         if self.accept("!"):
             if self.accept("!"):
@@ -214,7 +214,7 @@ class Parser:
         x^10."""
         self.enter()
         negative = self.accept("-")
-        tree = self.factor()
+        tree = self.parse_factor()
         self.depth -= 1
         return self.node("negative", tree) if negative else tree
 
@@ -298,11 +298,11 @@ class Parser:
 
     def operands(self) -> Node:
         """What a function without brackets takes: the factors up to the next sign or function, as in sin 2x cos x."""
-        tree = self.factor()
+        tree = self.parse_factor()
         if self.tokens[self.position - 1][1] in (")", "]", "}"):
             return tree
         while self.starts_factor() and self.kind() in ("number", "name"):
-            tree = self.node("multiply", tree, self.factor())
+            tree = self.node("multiply", tree, self.parse_factor())
         return tree
 
 

@@ -68,14 +68,14 @@ def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, 
 
 
 def _cached(decide: DecideFn, cache: dict[str, str]) -> DecideFn:
-    def cached(script: str) -> str:
+    def cached_decide(script: str) -> str:
         if script not in cache:
             if len(cache) >= CACHE_SIZE:
                 cache.clear()
             cache[script] = decide(script)
         return cache[script]
 
-    return cached
+    return cached_decide
 
 
 def check_sat(script: str, milliseconds: int) -> str:

@@ -24,17 +24,17 @@ PIPED_WIDTH = 120
 
 def compare(
     runs: Sequence[Path],
-    html: Path | None = None,
+    html_path: Path | None = None,
     output: TextIO | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Path:
-    """Writes the comparison to `file` and the page to `html`, by default `compare.html` beside the first run; returns
-    where the page is.
+    """Writes the comparison to `output` and the page to `html_path`, by default `compare.html` beside the first run;
+    returns the page's path.
 
     Raises UserError where something is no run, or the page cannot be written.
     """
     compared, out = read_runs(runs), sys.stdout if output is None else output
-    target = html or compared[0].folder.resolve().parent / "compare.html"
+    target = html_path or compared[0].folder.resolve().parent / "compare.html"
     on_terminal = out.isatty() and environ.get("TERM", "dumb") != "dumb"
     color = on_terminal and not environ.get("NO_COLOR")
     width = shutil.get_terminal_size((PIPED_WIDTH, 24)).columns if on_terminal or "COLUMNS" in environ else PIPED_WIDTH

@@ -70,7 +70,7 @@ def _seconds(run: ComparedRun) -> str:
 
 
 def _heldout_cell(
-    which: int, key: str, write: Callable[[float], str], named: bool = False
+    which: int, key: str, format_value: Callable[[float], str], named: bool = False
 ) -> Callable[[ComparedRun], str]:
     """A held-out figure of the first (0) or the last (-1) who was asked; of the last only where somebody was asked
     before."""
@@ -79,7 +79,7 @@ def _heldout_cell(
         found = [(who, stats[key]) for who, stats in heldout(run).items() if key in stats]
         if not found or (which == -1 and len(found) < 2):
             return ""
-        return write(found[which][1]) + (f" ({found[which][0]})" if named else "")
+        return format_value(found[which][1]) + (f" ({found[which][0]})" if named else "")
 
     return cell
 
@@ -120,13 +120,13 @@ def _best_loss(run: ComparedRun) -> str:
     return f"{number(points[best])} (step {best:,})"
 
 
-def _first_and_last_tenth(name: str, write: Callable[[float], str] = number) -> Callable[[ComparedRun], str]:
+def _first_and_last_tenth(metric: str, format_value: Callable[[float], str] = number) -> Callable[[ComparedRun], str]:
     """The first and the last tenth of a curve."""
 
     def cell(run: ComparedRun) -> str:
-        values = list(run.points(name).values())
+        values = list(run.points(metric).values())
         part = max(1, len(values) // ENDS)
-        return f"{write(fmean(values[:part]))}{ARROW}{write(fmean(values[-part:]))}" if values else ""
+        return f"{format_value(fmean(values[:part]))}{ARROW}{format_value(fmean(values[-part:]))}" if values else ""
 
     return cell
 

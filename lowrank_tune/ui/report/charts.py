@@ -58,10 +58,10 @@ def chart(lines: Sequence[ChartLine], log: bool = False) -> str:
     low_x, high_x = _axis_range([x for x, _ in points])
     ticks, low_y, high_y = (_log_ticks if log else ticks_of)([y for _, y in points])
 
-    def across(x: float) -> float:
+    def x_to_pixel(x: float) -> float:
         return LEFT + (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
 
-    def down(y: float) -> float:
+    def y_to_pixel(y: float) -> float:
         share = (math.log10(y / low_y) / math.log10(high_y / low_y)) if log else (y - low_y) / (high_y - low_y)
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
@@ -71,15 +71,15 @@ def chart(lines: Sequence[ChartLine], log: bool = False) -> str:
         f' data-box="{LEFT} {TOP} {WIDTH - RIGHT} {HEIGHT - BOTTOM}">'
     ]
     for tick in ticks:
+        y = y_to_pixel(tick)
         parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(tick):.1f}" y2="{down(tick):.1f}"/>'
-            f'<text class="tick" x="{LEFT - 7}" y="{down(tick) + 3.5:.1f}" text-anchor="end">{format_tick(tick)}</text>'
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{format_tick(tick)}</text>'
         )
     for tick in ticks_of([low_x, high_x], 6)[0]:
         if low_x <= tick <= high_x and tick == int(tick):
-            parts.append(
-                f'<text class="tick" x="{across(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{int(tick):,}</text>'
-            )
+            x = x_to_pixel(tick)
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{int(tick):,}</text>')
     for line in lines:
         path, dots = [], []
         pen = "M"
@@ -87,11 +87,11 @@ def chart(lines: Sequence[ChartLine], log: bool = False) -> str:
             if not _fits(y, log):
                 pen = "M"
                 continue
-            path.append(f"{pen}{across(x):.1f} {down(y):.1f}")
+            path.append(f"{pen}{x_to_pixel(x):.1f} {y_to_pixel(y):.1f}")
             pen = "L"
             if line.kind == "check":
                 dots.append(
-                    f'<circle class="check" cx="{across(x):.1f}" cy="{down(y):.1f}" r="2.6">'
+                    f'<circle class="check" cx="{x_to_pixel(x):.1f}" cy="{y_to_pixel(y):.1f}" r="2.6">'
                     f"<title>{escape(line.name)} {format_tick(y)} after step {x:g}</title></circle>"
                 )
         parts.append(

@@ -41,7 +41,7 @@ def phases(run_log: RunLog) -> str:
 
 def sampled_groups_html(run_log: RunLog) -> str:
     """A few groups, the first to the last: what was written, and what it earned."""
-    groups = [*run_log.groups.values()]
+    groups = [*run_log.completion_groups.values()]
     if run_log.newest is not None and (not groups or groups[-1].step != run_log.newest.step):
         groups.append(run_log.newest)
     if not groups:

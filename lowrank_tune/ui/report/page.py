@@ -18,8 +18,8 @@ from lowrank_tune.ui.report.run_log import ChainLog, RunLog
 def page(run_log: RunLog) -> str:
     """The page of a run."""
     body = (
-        f"{_header(run_log)}{alerts(issues(run_log), run_log.status)}{_tiles(run_log)}\n{sections.heldout(run_log)}\n"
-        f"{evaluations.section(run_log.folder)}\n{_body(run_log)}"
+        f"{_header(run_log)}{alerts(issues(run_log), run_log.status)}{_tiles(run_log)}\n"
+        f"{sections.heldout_section(run_log)}\n{evaluations.section(run_log.folder)}\n{_body(run_log)}"
     )
     return document(f"{_name(run_log)}, {run_log.status}", body, f"{run_log.folder.name}/events.jsonl")
 
@@ -33,7 +33,7 @@ def chain_page(chain: ChainLog) -> str:
             alerts(_chain_issues(chain), chain.status),
             _contents(chain, places),
             _chain_tiles(chain),
-            sections.heldout_of_chain(chain),
+            sections.chain_heldout_section(chain),
             evaluations.section(chain.folder),
             sections.stage_table(chain),
             *(_stage(folder, run_log, places[folder], len(places)) for folder, run_log in chain.stages.items()),

@@ -42,7 +42,7 @@ class RunLog:
     series: dict[str, StepValues] = field(default_factory=dict)
     checks: dict[str, StepValues] = field(default_factory=dict)
     samples: list[SampleLogged] = field(default_factory=list)
-    groups: dict[int, Group] = field(default_factory=dict)
+    completion_groups: dict[int, Group] = field(default_factory=dict)
     newest: Group | None = None
     phases: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -93,12 +93,14 @@ class RunLog:
     def _grouped(self, group: Group) -> None:
         """Of a long run every second, fourth, ... group; the newest always."""
         self.newest = group
-        if group.step % self._every == 0 or not self.groups:
-            self.groups[group.step] = group
-        while len(self.groups) > MAX_GROUPS:
+        if group.step % self._every == 0 or not self.completion_groups:
+            self.completion_groups[group.step] = group
+        while len(self.completion_groups) > MAX_GROUPS:
             self._every *= 2
-            first = next(iter(self.groups))
-            self.groups = {step: kept for step, kept in self.groups.items() if step == first or step % self._every == 0}
+            first = next(iter(self.completion_groups))
+            self.completion_groups = {
+                step: kept for step, kept in self.completion_groups.items() if step == first or step % self._every == 0
+            }
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def read_run_log(folder: Path) -> RunLog:
     )
     if run_log.summary.get("status") != run_log.status:
         run_log.summary = {}  # it is of an earlier start
-    run_log.recipe = _text(folder / "recipe.yaml")
+    run_log.recipe = _read_text(folder / "recipe.yaml")
     return run_log
 
 
@@ -174,7 +176,7 @@ def _store(into: dict[str, StepValues], stats: Mapping[str, Any], step: int) -> 
             into.setdefault(name, {})[step] = float(value)
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -183,7 +185,7 @@ def _text(path: Path) -> str:
 
 def _read_json_object(path: Path) -> Mapping[str, Any]:
     try:
-        data = json.loads(_text(path))
+        data = json.loads(_read_text(path))
     except (ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}

@@ -139,12 +139,12 @@ def heldout_by_stage_of_chain(chain: ChainLog) -> dict[str, dict[str, float]]:
     return found
 
 
-def heldout(run_log: RunLog) -> str:
+def heldout_section(run_log: RunLog) -> str:
     """A column a stage, with bars for shares; then the same questions as each stage answers them."""
     return _heldout(heldout_by_stage(run_log), [run_log.summary])
 
 
-def heldout_of_chain(chain: ChainLog) -> str:
+def chain_heldout_section(chain: ChainLog) -> str:
     """The same over the base and all stages."""
     return _heldout(heldout_by_stage_of_chain(chain), [run_log.summary for run_log in chain.started_stages])
 
@@ -190,9 +190,9 @@ def _answer(one: Mapping[str, Any]) -> str:
     return _graded_answer(str(one.get("completion", "")), bool(one.get("stopped")), one.get("ground_truth"))
 
 
-def _graded_answer(completion: str, stopped: bool, ground_truth: Any) -> str:
+def _graded_answer(completion: str, ended_with_eos: bool, ground_truth: Any) -> str:
     """An answer with what became of it; one that runs on has not answered."""
-    exact = stopped and isinstance(ground_truth, str) and is_exact(completion, ground_truth)
+    exact = ended_with_eos and isinstance(ground_truth, str) and is_exact(completion, ground_truth)
     verdict = (
         '<span class="yes">&#10003; right</span>'
         if exact
@@ -202,7 +202,7 @@ def _graded_answer(completion: str, stopped: bool, ground_truth: Any) -> str:
     )
     return (
         f'<div class="text">{block(completion, 1500)}</div><span class="soft">{verdict} '
-        f"{'' if stopped else 'runs on'}</span>"
+        f"{'' if ended_with_eos else 'runs on'}</span>"
     )
 
 
@@ -318,10 +318,10 @@ def _epoch(found: Mapping[str, Any]) -> str:
     )
 
 
-def _eos_line(ends: Mapping[str, Any]) -> str:
-    if not ends.get("trained"):
+def _eos_line(eos_stats: Mapping[str, Any]) -> str:
+    if not eos_stats.get("trained"):
         return 'End token trained: <span class="no">no</span>.'
-    tokens = get_mapping(ends, "tokens")
+    tokens = get_mapping(eos_stats, "tokens")
     names = ", ".join(f"{text(name, 60)} ({get_number(tokens, name):,.0f} times)" for name in tokens)
     return f'End token trained: <span class="yes">yes</span>, {names}.'
 
