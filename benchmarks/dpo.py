@@ -291,7 +291,7 @@ def trl(task: Task, turn: Turns) -> list[float]:
         kept: list[Any] = []
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            return dataset  # it is tokenised
+            return dataset  # it is tokenized
 
         def compute_loss(self, *arguments: Any, **named: Any) -> Any:
             loss = super().compute_loss(*arguments, **named)

@@ -225,7 +225,7 @@ def pad(rows: list[tuple[list[int], list[bool]]]) -> tuple[Any, Any, Any]:
 
 
 def words() -> Any:
-    """A tokenizer for a trainer that wants one; nothing is tokenised."""
+    """A tokenizer for a trainer that wants one; nothing is tokenized."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

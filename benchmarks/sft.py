@@ -232,7 +232,7 @@ def save_base(folder: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("contenders", nargs="*", help=f"which ones; all where none is named: {', '.join(CONTENDERS)}")
-    parser.add_argument("--nf4", action="store_true", help="an NF4 base, double-quantised")
+    parser.add_argument("--nf4", action="store_true", help="an NF4 base, double-quantized")
     parser.add_argument("--repeats", type=int, default=7, help="turns")
     parser.add_argument("--block", type=int, default=4, help="steps of a turn")
     parser.add_argument("--threads", type=int, default=1, help="threads of each contender; only one works at a time")

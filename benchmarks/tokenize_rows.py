@@ -1,4 +1,4 @@
-"""Rows and tokens a second of tokenising with the mask, against the bare `tokenizers` batch call on the same finished
+"""Rows and tokens a second of tokenizing with the mask, against the bare `tokenizers` batch call on the same finished
 texts.
 
     PYTHONPATH=. python benchmarks/tokenize_rows.py --tokenizer DIR --alpaca FILE  # target: 60 % of the bare rate

@@ -47,7 +47,7 @@ REQUIRED_PACKAGES = (
     "rich",
     "typer",
 )
-NF4_TOLERANCE = 1e-2  # of a bf16 product against the dequantised weight's, relative
+NF4_TOLERANCE = 1e-2  # of a bf16 product against the dequantized weight's, relative
 STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
 Level = Literal["ok", "warning", "fault"]
 
@@ -206,7 +206,7 @@ def gpu() -> Iterator[CheckResult]:
 
 
 def bitsandbytes_4bit() -> Iterator[CheckResult]:
-    """A real NF4 product against that of the same weight, dequantised, and the gradient of its input."""
+    """A real NF4 product against that of the same weight, dequantized, and the gradient of its input."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that it could use and does not need
     torch, bitsandbytes = importlib.import_module("torch"), importlib.import_module("bitsandbytes")
     on_gpu = torch.cuda.is_available()
@@ -302,7 +302,7 @@ def terminal(environ: Mapping[str, str]) -> Iterator[CheckResult]:
         for name, variable in (("tmux", "TMUX"), ("screen", "STY"), ("ssh", "SSH_CONNECTION"))
         if environ.get(variable)
     ]
-    colors = "no colours (NO_COLOR)" if environ.get("NO_COLOR") else f"colours: {Console().color_system or 'none'}"
+    colors = "no colors (NO_COLOR)" if environ.get("NO_COLOR") else f"colors: {Console().color_system or 'none'}"
     detail = f"{columns}x{lines}, TERM {environ.get('TERM') or 'not set'}, {colors}, {sys.stdout.encoding}"
     detail += f", inside {' in '.join(inside)}" if inside else ""
     if not sys.stdout.isatty():

@@ -46,7 +46,7 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(Event):
-    """A long job other than training (loading, tokenising, evaluating): `done` of `total` units."""
+    """A long job other than training (loading, tokenizing, evaluating): `done` of `total` units."""
 
     kind: ClassVar[str] = "progress"
     description: str

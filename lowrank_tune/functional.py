@@ -9,7 +9,7 @@ from lowrank_tune.types import WeightedMean
 
 
 def step_seed(seed: int, step: int) -> int:
-    """A seed for each step of each run; odd multipliers keep neighbours apart."""
+    """A seed for each step of each run; odd multipliers keep neighbors apart."""
     return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 63)
 
 
@@ -50,7 +50,7 @@ def mean(values: Tensor) -> WeightedMean:
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, bootstrap_values: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> Tensor:
-    """Generalised advantage estimation (arXiv:1506.02438, equation 16) over the tokens of the mask; (B, T) fp32, 0
+    """Generalized advantage estimation (arXiv:1506.02438, equation 16) over the tokens of the mask; (B, T) fp32, 0
     outside it.
 
     rewards (B, T): what token t earns; values (B, T): what is still to be earned before token t; after (B,): the same

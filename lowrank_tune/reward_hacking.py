@@ -1,7 +1,7 @@
 """Reward hacking: whether what is paid (the proxy: a mean reward) and what is wanted (gold: held-out questions answered
 exactly) part ways.
 
-Gao et al., arXiv:2210.10760: under optimisation the proxy goes on rising where gold has turned. The rule knows only
+Gao et al., arXiv:2210.10760: under optimization the proxy goes on rising where gold has turned. The rule knows only
 what was measured, so that a screen, a report and a run say the same; a run's memory of it is saved with its
 checkpoints.
 """

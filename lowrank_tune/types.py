@@ -21,7 +21,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised conversation: ids, and for each whether the assistant says it. Lists of one length."""
+    """One tokenized conversation: ids, and for each whether the assistant says it. Lists of one length."""
 
     input_ids: Sequence[int]
     completion_mask: Sequence[bool]

@@ -113,7 +113,7 @@ def load_base_of(bits: int = 4, kind: str = "llama", seed: int = 0) -> Base:
 
 
 def unquantized_base(kind: str, **changes: Any) -> Base:
-    """An unquantised base without the trip over the disk."""
+    """An unquantized base without the trip over the disk."""
     return freeze_base(random_model(kind, **changes), TOKENIZER, name=kind, bits=16)
 
 

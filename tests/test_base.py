@@ -229,10 +229,10 @@ def test_no_weights_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "quantised with gptq"),
-        ({"quant_method": "awq", "bits": 4}, "quantised with awq"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantised with bitsandbytes"),
-        ({"quant_method": "fp8"}, "quantised with fp8"),
+        ({"quant_method": "gptq", "bits": 4}, "quantized with gptq"),
+        ({"quant_method": "awq", "bits": 4}, "quantized with awq"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantized with bitsandbytes"),
+        ({"quant_method": "fp8"}, "quantized with fp8"),
         ({"bits": 4}, ""),
     ],
 )

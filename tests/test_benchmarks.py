@@ -78,7 +78,7 @@ def test_data_scale(tmp_path: Path) -> None:
         and "403,406,096 expected" in output
     )
     first, second = output.split("second start")
-    assert "rows read" in first and "rows read" not in second, "the second start tokenised again"
+    assert "rows read" in first and "rows read" not in second, "the second start tokenized again"
 
 
 @pytest.mark.slow

@@ -236,7 +236,7 @@ def test_hostile_text_is_inert() -> None:
                 lines = render(state, view, width, height)
                 assert is_inert(plain_text(lines)) and all(width_of(line) == width for line in lines)
                 codes = "".join(to_ansi(line, True) for line in lines)
-                # no escape but for our colours
+                # no escape but for our colors
                 assert is_inert("".join(part.partition("m")[2] for part in ("m" + codes).split("\x1b[")))
                 assert plain_text(render(state, replace(view, ascii_only=True), width, height)).isascii()
 
@@ -291,10 +291,10 @@ def test_a_new_stage_begins_afresh_and_keeps_what_was_measured() -> None:
     state = state_after(before)
     assert "stage 1 done in 0:10" in plain_text(render(state, View(), 80, 24)) and state.last("loss") == 9.0
     # a day may lie between the stages
-    state = state_after([*before, Progress(description="tokenising", done=1, total=2, time=100.0)])
+    state = state_after([*before, Progress(description="tokenizing", done=1, total=2, time=100.0)])
     shown = plain_text(render(state, View(), 80, 24))
-    assert "  loading" in shown and "tokenising 1/2" in shown and state.ended is None and state.phase_shares() == {}
-    state = state_after([*before, Progress(description="tokenising", done=1, total=2, time=100.0), second])
+    assert "  loading" in shown and "tokenizing 1/2" in shown and state.ended is None and state.phase_shares() == {}
+    state = state_after([*before, Progress(description="tokenizing", done=1, total=2, time=100.0), second])
     assert not state.series and state.step == 0 and state.best_step is state.seconds_left is None
     assert state.phase_shares() == {"loading": 1.0} and state.heldout == {"sft": {"accuracy": 0.5}}
     now = [answered(0, "two!", "reference", 201.0), *steps(3, start_time=201.0, loss=0.7), answered(3, "2", time=205.0)]

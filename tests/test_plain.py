@@ -80,8 +80,8 @@ EVENTS: list[Event] = [
         trainable=98304,
         device="cpu",
     ),
-    Progress(description="tokenising", done=250, total=500),
-    Progress(description="tokenising", done=500, total=500),
+    Progress(description="tokenizing", done=250, total=500),
+    Progress(description="tokenizing", done=500, total=500),
     step(12),
     Evaluated(step=12, stats={"loss": 1.1, "accuracy": 0.61}, best=True),
     SampleLogged(step=12, prompt="7 + 5?", completion="It is 12.", finish_reason="stop", ground_truth="12", reward=1.0),
@@ -98,7 +98,7 @@ def test_a_whole_run_in_lines() -> None:
         "  policy: policy",
         "  reference: the base",
         "  continued after step 10",
-        "tokenising: 500/500 (100 %)",
+        "tokenizing: 500/500 (100 %)",
         "step  12/150  loss 1.234  lr 2.0e-04  grad 0.830  tokens/s 5,120  memory 1.2 GiB  ETA 4:36",
         "validation after step 12  loss 1.100  accuracy 61.0 %  best so far",
         "  7 + 5? -> It is 12.  [stop, gold 12, reward 1.000]",
@@ -369,7 +369,7 @@ def test_bar_gives_the_cursor_back() -> None:
     ):
         out = shown(*events, file=Screen(), TERM="xterm")
         assert out.count("\x1b[?25l") == out.count("\x1b[?25h") > 0 and out.rfind("\x1b[?25h") > out.rfind("\x1b[?25l")
-        assert "tokenising" in out
+        assert "tokenizing" in out
     out = shown(EVENTS[1], step(1), file=Screen(), TERM="xterm")
     assert out.index("\x1b[?25h") < out.index("loss 1.234")  # the line stands below the bar, not in it
 

@@ -75,7 +75,7 @@ def test_a_plan_needs_neither_weights_nor_a_card() -> None:
         * config["hidden_size"]
         * (2 * config["hidden_size"] + 2 * 512 + 3 * config["intermediate_size"])
     )
-    expected = embeddings + linear * (0.5 + 1 / 64 + 4 / 64 / 256)  # NF4 with double quantisation: arXiv:2305.14314
+    expected = embeddings + linear * (0.5 + 1 / 64 + 4 / 64 / 256)  # NF4 with double quantization: arXiv:2305.14314
     weights = found.peak_phase.bytes["weights"]
     assert abs(weights / expected - 1) < 0.001
     lora = (

@@ -1,4 +1,4 @@
-"""Recipes of GRPO: every rule once with its cure, and beside it the neighbour that is valid."""
+"""Recipes of GRPO: every rule once with its cure, and beside it the neighbor that is valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes of the reward model and of DPO: every rule once with its cure, and beside it the neighbour that is valid."""
+"""Recipes of the reward model and of DPO: every rule once with its cure, and beside it the neighbor that is valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes of PPO: every rule once with its cure, and beside it the neighbour that is valid; other kits' words; what
+"""Recipes of PPO: every rule once with its cure, and beside it the neighbor that is valid; other kits' words; what
 lies beside the policy."""
 
 from __future__ import annotations

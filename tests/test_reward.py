@@ -118,10 +118,10 @@ BUGS: dict[str, Any] = {
     "margin lost": lambda chosen, rejected, margin, c: reward_loss(chosen, rejected, 0 * margin, c),
     "margin outside": lambda chosen, rejected, margin, c: reward_loss(chosen, rejected, 0 * margin, c) + margin,
     "sides swapped": lambda chosen, rejected, margin, c: reward_loss(rejected, chosen, margin, c),
-    "centres each side": lambda chosen, rejected, margin, c: (
+    "centers each side": lambda chosen, rejected, margin, c: (
         reward_loss(chosen, rejected, margin) + c * (chosen**2 + rejected**2)
     ),
-    "centres the difference": lambda chosen, rejected, margin, c: (
+    "centers the difference": lambda chosen, rejected, margin, c: (
         reward_loss(chosen, rejected, margin) + c * (chosen - rejected) ** 2
     ),
     "centring detached": lambda chosen, rejected, margin, c: (

@@ -356,7 +356,7 @@ def test_share_ahead_by_hand() -> None:
 
 
 def test_garbage_is_never_the_answer() -> None:
-    right = [each for each in references(100) for _ in range(2)]  # neighbours share their answer
+    right = [each for each in references(100) for _ in range(2)]  # neighbors share their answer
     wrong = make_negative_samples(right)
     kinds = [wrong[place::5] for place in range(5)]
     assert len(wrong) == 1000 and [each.completion for each in kinds[3]] == [each.prompt for each in right]

@@ -794,7 +794,7 @@ def test_an_adapter_whose_modules_the_base_has_not(tmp_path: Path) -> None:
 
 
 def test_how_an_adapter_was_born_is_not_done_again(tmp_path: Path) -> None:
-    """A saved adapter brings its weights; a start from an orthogonal or EVA initialisation is neither repeated nor
+    """A saved adapter brings its weights; a start from an orthogonal or EVA initialization is neither repeated nor
     refused."""
     for born in ("gaussian", "orthogonal", "eva"):
         folder = write_files(tmp_path / born, {CONFIG: json.dumps(GOOD | {"init_lora_weights": born})})

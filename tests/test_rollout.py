@@ -1,5 +1,5 @@
 """Laws of the rollout engine: transformers' own greedy words, log-probs of what was drawn, and no row that hangs on its
-neighbours."""
+neighbors."""
 
 from __future__ import annotations
 

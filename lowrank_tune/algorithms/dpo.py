@@ -1,4 +1,4 @@
-"""DPO: direct preference optimisation (arXiv:2305.18290, equation 7) and its relatives, by name.
+"""DPO: direct preference optimization (arXiv:2305.18290, equation 7) and its relatives, by name.
 
     a+ = log p(y+ | x) - log ref(y+ | x)      a- = log p(y- | x) - log ref(y- | x)      d = a+ - a-
     L = 1/P sum over pairs loss(d) + s (1/N) sum over the N tokens of all chosen answers of -log p

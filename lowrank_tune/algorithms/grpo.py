@@ -1,4 +1,4 @@
-"""GRPO: group relative policy optimisation (arXiv:2402.03300, equations 3 and 4) and its relatives, by name.
+"""GRPO: group relative policy optimization (arXiv:2402.03300, equations 3 and 4) and its relatives, by name.
 
 n completions y_i of one prompt earn R_i;  A_i = (R_i - mean R) / (std R + 1e-4), the population's std over the group.
 rho_it = p(y_it) / p_old(y_it), old being the policy that wrote the completions. N completions in the step, m_it what

@@ -1,4 +1,4 @@
-"""PPO: proximal policy optimisation (arXiv:1707.06347) as it is used on language (arXiv:1909.08593, arXiv:2203.02155).
+"""PPO: proximal policy optimization (arXiv:1707.06347) as it is used on language (arXiv:1909.08593, arXiv:2203.02155).
 
 The policy writes completions y; old is that policy, ref the reference. Of token t, over the tokens y_1 ... y_n of one
 completion:

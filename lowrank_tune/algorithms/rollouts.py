@@ -255,7 +255,7 @@ class RolloutCollector:
 def map_micro_batches(
     roles: Roles, rows: int, columns: int, micro_tokens: int, function: Callable[[Sequence[int]], Tensor]
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """What `function` makes of neighbouring rows, as many at once as fit `micro_tokens` and the memory."""
+    """What `function` makes of neighboring rows, as many at once as fit `micro_tokens` and the memory."""
     at_once = max(1, micro_tokens // columns)
     for start in range(0, rows, at_once):
         yield from roles.limits.split_on_oom(

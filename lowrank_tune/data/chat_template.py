@@ -29,7 +29,7 @@ class ChatTemplate:
         self.end_ids: frozenset[int] = scheme.end_ids
         """A completion ends at any of these (and at those that the base's generation config adds)."""
         self.pad_id: int = backend.pad
-        """Any valid id: padding is masked, never recognised by its id."""
+        """Any valid id: padding is masked, never recognized by its id."""
         own = getattr(backend.tokenizer, "chat_template", None) or ""
         named = f"{type(scheme).__name__} {scheme.description} {backend.bos} {backend.eos} {own}"
         self.fingerprint: str = hashlib.blake2b(

@@ -28,7 +28,7 @@ from lowrank_tune.types import Message
 
 @dataclass(frozen=True)
 class TokenizedSplits:
-    """Tokenised rows and what became of the others."""
+    """Tokenized rows and what became of the others."""
 
     train: TokenizedDataset
     validation: TokenizedDataset | None
@@ -53,7 +53,7 @@ def load(
     raise_on_invalid: bool = True,
     pairs: bool = False,
 ) -> TokenizedSplits:
-    """Reads, tokenises (or finds again) and splits. Raises `UserError`, before any training, where the data cannot be
+    """Reads, tokenizes (or finds again) and splits. Raises `UserError`, before any training, where the data cannot be
     used.
 
     With `pairs` the rows are preference pairs, which are never parted. All that is counted are then pairs. Without

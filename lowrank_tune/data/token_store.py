@@ -1,4 +1,4 @@
-"""Tokenised rows on disk, memory-mapped: flat arrays and where each row starts. A store is a folder that is complete or
+"""Tokenized rows on disk, memory-mapped: flat arrays and where each row starts. A store is a folder that is complete or
 absent.
 
 Nothing is synced to the disk: a cache can be made again, and the checksums find one that a crash left broken.
@@ -199,7 +199,7 @@ class StoreWriter:
 
 
 class TokenizedDataset:
-    """Tokenised rows. `[i]` is a `Row` of numpy views; `select_rows` gives a store of some of the rows.
+    """Tokenized rows. `[i]` is a `Row` of numpy views; `select_rows` gives a store of some of the rows.
 
     A unit is what is learned from at once: a row; or, with `rows_per_unit` 2, the two adjacent rows of a pair, the
     chosen one first.
@@ -389,6 +389,6 @@ def _checksum(path: Path) -> list[int]:
 
 def _write_error(folder: Path, error: OSError) -> TrainingError:
     return TrainingError(
-        f"{folder}: the cache of tokenised rows cannot be written ({error.strerror or error}); "
+        f"{folder}: the cache of tokenized rows cannot be written ({error.strerror or error}); "
         "free some space, or name another folder in LOWRANK_TUNE_CACHE"
     )

@@ -39,7 +39,7 @@ def tokenize(
     raise_on_invalid: bool = True,
     pairs: bool = False,
 ) -> TokenizedDataset:
-    """The tokenised rows of these sources, or with `pairs` their preference pairs.
+    """The tokenized rows of these sources, or with `pairs` their preference pairs.
 
     Raises `UserError` where too many rows of one cannot be used, unless `raise_on_invalid` is false.
     """
@@ -138,7 +138,7 @@ def _tokenize_source(
 ) -> SourceReport:
     report = SourceReport(rows.name, format_name, weight=source.weight)
     hashes = array("Q")
-    label = f"tokenising {rows.name}"
+    label = f"tokenizing {rows.name}"
     emit(Progress(description=label, done=0, total=len(rows)))
     for chunk, total in chunks(rows, report):
         report.read += len(chunk)

@@ -46,7 +46,7 @@ class TokenizerBackend:
         self.pad: int = next((number for number in (tokenizer.pad_token_id, self.eos) if number is not None), 0)
         unknown = tokenizer.unk_token_id
         self.control_ids = frozenset(self.special_tokens.values()) - ({unknown} if unknown != self.eos else set())
-        # Tokens that are matched in the *normalised* text can hide from a search in the text as it is.
+        # Tokens that are matched in the *normalized* text can hide from a search in the text as it is.
         self.may_hide_special_tokens = self.special_tokenizer.normalizer is not None and any(
             token.special and token.normalized for token in self.special_tokenizer.get_added_tokens_decoder().values()
         )

@@ -33,7 +33,7 @@ __all__ = [
 
 
 def inspect_data(recipe: settings.RecipeConfig, emit: Emit, cache: Path | None = None) -> DataReport:
-    """Reads and tokenises everything. Raises `UserError` only where there is nothing to show."""
+    """Reads and tokenizes everything. Raises `UserError` only where there is nothing to show."""
     template = ChatTemplate.from_tokenizer(load_tokenizer(recipe.base))
     evaluation = recipe.evaluate
     heldout = (

@@ -21,7 +21,7 @@ def gguf_model_card(
 ) -> str:
     """`README.md` beside the GGUF file of a merged model."""
     weights = {
-        "dequantized": "the dequantised 4-bit weights that it was trained over",
+        "dequantized": "the dequantized 4-bit weights that it was trained over",
         "original": "the original weights of the base",
     }[into]
     weights = weights if recipe.base.bits == 4 else "the weights that it was trained over"
@@ -92,7 +92,7 @@ def gguf_lora_card(
             "",
             *use,
             *_llama(f"llama-cli -m base.gguf --lora {file}"),
-            "A base that is quantised otherwise than in training answers a little differently: `lowrank-tune export "
+            "A base that is quantized otherwise than in training answers a little differently: `lowrank-tune export "
             "RUN --to gguf` makes one model "
             "of both, and measures the difference.",
             "",

@@ -60,12 +60,12 @@ PRETOKENIZERS: dict[str, tuple[Any, Any]] = {
         },
     ),
 }
-"""How text is normalised, and cut into words before BPE: rules that a tokenizer.json may state, by llama.cpp's name of
-the same ones. (The normalising of Qwen2 it leaves out, for Qwen's own models too.)"""
+"""How text is normalized, and cut into words before BPE: rules that a tokenizer.json may state, by llama.cpp's name of
+the same ones. (The normalizing of Qwen2 it leaves out, for Qwen's own models too.)"""
 
 
 def estimate_gguf_size(weights: int, kind: str) -> int:
-    """Bytes of a GGUF file of so many weights, rather too many; of the 16-bit file that it is quantised from too."""
+    """Bytes of a GGUF file of so many weights, rather too many; of the 16-bit file that it is quantized from too."""
     size = int(weights * BITS_PER_WEIGHT[kind][0] / 8 * 1.05)
     return size if kind in NATIVE_OUTTYPES else size + int(weights * 2.1)
 
@@ -129,7 +129,7 @@ def convert(folder: Path, merged: Path, file: Path, kind: str, name: str, adds_b
 def quantize(tool: Quantizer, source: Path, file: Path, kind: str, emit: Emit) -> None:
     """Runs the quantizer. Raises TrainingError with what it said."""
     command = tool.command(source, file, kind, BITS_PER_WEIGHT[kind][1])
-    code, output = run_tool(command, f"llama.cpp quantises to {kind}", r"\[\s*(\d+)/\s*(\d+)\]", emit)
+    code, output = run_tool(command, f"llama.cpp quantizes to {kind}", r"\[\s*(\d+)/\s*(\d+)\]", emit)
     if code or not file.is_file():
         raise TrainingError(f"llama.cpp's quantizer failed (exit code {code}): {_error_line(output)}")
 

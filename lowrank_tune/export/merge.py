@@ -1,7 +1,7 @@
 """A run's adapter merged into its base: W + s B A for every module that it changes, in fp32 on the CPU, shard by shard,
 cast once to bf16.
 
-What was trained is the adapter over the *dequantised* base, so that is what it is merged into by default; `original`
+What was trained is the adapter over the *dequantized* base, so that is what it is merged into by default; `original`
 takes the weights as their author published them, which are nearer to the base model and further from what was trained.
 (PEFT's own merge into 4-bit weights rounds the adapter away.) The result is read back and compared with what was
 trained before it gets its name.
@@ -246,7 +246,7 @@ def _shards(shapes: Mapping[str, tuple[torch.Size, bool]], max_bytes: int) -> It
 def _write_configs(
     folder: Path, run: FinishedRun, base: Base, template: ChatTemplate, eos_token_ids: frozenset[int]
 ) -> None:
-    """Configuration without quantisation, generation config with every end token, tokenizer with its chat template."""
+    """Configuration without quantization, generation config with every end token, tokenizer with its chat template."""
     files = serialize_tokenizer(template.tokenizer, template.chat_template)
     files["config.json"] = json.dumps(unquantized_config(base.model), indent=2).encode()
     files["generation_config.json"] = json.dumps(
@@ -258,7 +258,7 @@ def _write_configs(
 
 
 def unquantized_config(model: Any) -> dict[str, Any]:
-    """The model's `config.json` in bf16, unquantised, with the head tied where it is. It does not say where it was
+    """The model's `config.json` in bf16, unquantized, with the head tied where it is. It does not say where it was
     loaded from."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):

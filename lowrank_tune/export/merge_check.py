@@ -34,7 +34,7 @@ MAX_MEAN_KL = 1e-3
 """Nats a token of KL(trained || merged), in the weights that were trained over."""
 MAX_TOKEN_KL = 0.1
 """The same at one token: a mean over answers that a model is sure of hides much (of `tiny-tutor`, original for
-dequantised weights: mean 4e-4, largest 0.3), and rounding to bf16 makes at most a hundredth of this."""
+dequantized weights: mean 4e-4, largest 0.3), and rounding to bf16 makes at most a hundredth of this."""
 NEAR_TIE = 0.05
 MAX_DIVERGED_FRACTION = 0.04
 """Share of greedy answers that may part at a wider gap: bf16 weights move a logit by more than `NEAR_TIE` now and then,
@@ -313,7 +313,7 @@ def _greedy_difference(trained: Tensor, merged: Tensor, answer: Tensor) -> str:
     if not len(diverged):
         return "same"
     first, second = (float(value) for value in trained[int(diverged[0])].topk(2).values)
-    # between neighbours in bf16, which has 8 binary digits
+    # between neighbors in bf16, which has 8 binary digits
     step = 2.0 ** (math.frexp(max(abs(first), abs(second)))[1] - 8)
     return "near-tie" if first - second < max(NEAR_TIE, 2 * step) else "parted"
 

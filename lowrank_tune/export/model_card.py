@@ -300,7 +300,7 @@ def _llama_cpp(eos_tokens: Sequence[str]) -> list[str]:
         *(f"PARAMETER stop {quoted(end)}" for end in eos_tokens),
         "```",
         "",
-        "A base that is quantised otherwise than in training answers a little differently.",
+        "A base that is quantized otherwise than in training answers a little differently.",
         "",
     ]
 
@@ -329,7 +329,7 @@ def merged_model_card(recipe: settings.RecipeConfig, base_weights: str, table: S
     """`README.md` of a merged model: what was added to what, and the comparison with what was trained."""
     base = recipe.base.model.partition("@")[0]
     into = (
-        "the dequantised 4-bit weights that it was trained over"
+        "the dequantized 4-bit weights that it was trained over"
         if base_weights == "dequantized"
         else "the original weights of the base"
     )

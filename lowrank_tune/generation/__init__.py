@@ -1,4 +1,4 @@
-"""Completions from a role, on the same quantised weights; no adapter is ever merged into what is stored (`linears` has
+"""Completions from a role, on the same quantized weights; no adapter is ever merged into what is stored (`linears` has
 the scratch)."""
 
 from lowrank_tune.generation.engine import Engine

@@ -1,7 +1,7 @@
 """The rollout engine: completions as they finish, with the log-probs of the distribution that they were drawn from.
 
 Each sequence has its own random stream, made of the seed, the prompt's number and the sample's number, so what it says
-does not hang on its neighbours. A prompt is read once for all its samples; a sequence that ends leaves its slot to the
+does not hang on its neighbors. A prompt is read once for all its samples; a sequence that ends leaves its slot to the
 next one at once. Where memory runs short, what had not ended is drawn again from the same random numbers, half as many
 sequences at once.
 """

@@ -205,7 +205,7 @@ def freeze_base(model: Any, tokenizer: Any, name: str, bits: int, revision: str 
 
 
 def nf4_config(device: torch.device) -> BitsAndBytesConfig:
-    """NF4 with double quantisation (arXiv:2305.14314)."""
+    """NF4 with double quantization (arXiv:2305.14314)."""
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
@@ -304,7 +304,7 @@ def _existing_folder(name: str) -> str | None:
 
 
 def check_quantization(config: Any, wanted: settings.BaseConfig) -> bool:
-    """Whether the repository is quantised already: with bitsandbytes in 4 bits, or it is refused."""
+    """Whether the repository is quantized already: with bitsandbytes in 4 bits, or it is refused."""
     quantized = getattr(config, "quantization_config", None)
     if quantized is None:
         return False
@@ -312,7 +312,7 @@ def check_quantization(config: Any, wanted: settings.BaseConfig) -> bool:
     if quantized.get("quant_method") != "bitsandbytes" or not quantized.get("load_in_4bit"):
         kind = quantized.get("quant_method", "an unknown method")
         raise UserError(
-            f"base.model: {wanted.model} is quantised with {kind}; give the unquantised model, or one in "
+            f"base.model: {wanted.model} is quantized with {kind}; give the unquantized model, or one in "
             f"bitsandbytes' 4 bits"
         )
     return True

@@ -32,7 +32,7 @@ class BaseConfig(Settings):
     model: NonEmptyStr = "tiny-tutor"
     """A hub id, `id@revision`, a folder, or `tiny-tutor`, which ships with the package."""
     bits: Literal[4, 16] = 4
-    """4: NF4 with double quantisation. 16: not quantised."""
+    """4: NF4 with double quantization. 16: not quantized."""
     backend: Literal["transformers", "unsloth"] = "transformers"
     """Whose code runs the base: transformers', or unsloth's (sft, and dpo and grpo with the base as reference; an
     environment of its own)."""

@@ -10,14 +10,14 @@ from lowrank_tune.settings.common import Settings
 
 
 class RewardModelConfig(Settings):
-    """What `algorithm: reward` optimises: Bradley-Terry, with the margin of a row that has one."""
+    """What `algorithm: reward` optimizes: Bradley-Terry, with the margin of a row that has one."""
 
     center_rewards_coefficient: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of (R+ + R-)^2, which keeps the scores around 0 (arXiv:2312.09244)."""
 
 
 class DPOConfig(Settings):
-    """What `algorithm: dpo` optimises."""
+    """What `algorithm: dpo` optimizes."""
 
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "sigmoid_norm"] = "sigmoid"
     """The preference loss: of DPO (sigmoid), IPO, SLiC (hinge), robust DPO, APO-zero, or sigmoid of log-probs a

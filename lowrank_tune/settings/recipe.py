@@ -23,7 +23,7 @@ class RecipeConfig(Settings):
     description: str = ""
     """One line for `lowrank-tune presets`."""
     algorithm: Literal["sft", "reward", "dpo", "ppo", "grpo"]
-    """What is optimised."""
+    """What is optimized."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seeds everything."""
     base: BaseConfig = BaseConfig()
@@ -42,17 +42,17 @@ class RecipeConfig(Settings):
     train: TrainingConfig = TrainingConfig()
     """The loop."""
     reward: RewardModelConfig = RewardModelConfig()
-    """What `algorithm: reward` optimises."""
+    """What `algorithm: reward` optimizes."""
     dpo: DPOConfig = DPOConfig()
-    """What `algorithm: dpo` optimises."""
+    """What `algorithm: dpo` optimizes."""
     rewards: Annotated[tuple[RewardConfig, ...], Field(strict=False)] = ()
     """What completions earn."""
     rollout: RolloutConfig = RolloutConfig()
     """How completions are drawn while training."""
     grpo: GRPOConfig = GRPOConfig()
-    """What `algorithm: grpo` optimises."""
+    """What `algorithm: grpo` optimizes."""
     ppo: PPOConfig = PPOConfig()
-    """What `algorithm: ppo` optimises."""
+    """What `algorithm: ppo` optimizes."""
     evaluate: EvaluationConfig = EvaluationConfig()
     """Held-out measurements."""
 

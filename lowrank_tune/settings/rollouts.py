@@ -25,7 +25,7 @@ class RolloutConfig(Settings):
 
 
 class GRPOConfig(Settings):
-    """What `algorithm: grpo` optimises."""
+    """What `algorithm: grpo` optimizes."""
 
     loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
     """GRPO; DAPO's token mean; Dr. GRPO (no division by spread or length); GSPO (ratio of whole sequences); CISPO
@@ -58,7 +58,7 @@ class GRPOConfig(Settings):
 
 
 class PPOConfig(Settings):
-    """What `algorithm: ppo` optimises."""
+    """What `algorithm: ppo` optimizes."""
 
     cliprange: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """How far the ratio to the policy that wrote may move before the gradient stops."""
@@ -80,7 +80,7 @@ class PPOConfig(Settings):
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Discount of what is earned a token later."""
     lam: Fraction = 0.95
-    """Generalised advantage estimation: 1 trusts what was earned, 0 the value."""
+    """Generalized advantage estimation: 1 trusts what was earned, 0 the value."""
     truncated_completions: Literal["penalize", "bootstrap", "keep"] = "penalize"
     """A completion without an end loses `missing_eos_penalty`; or has no score, and its value stands for what is to
     come; or is scored as it is."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# Everything that moves the cursor, breaks the line, reorders or hides its neighbours. The joiners U+200C and U+200D
+# Everything that moves the cursor, breaks the line, reorders or hides its neighbors. The joiners U+200C and U+200D
 # stay: Persian and emoji need them, and they can do no harm.
 _CONTROL_CHARS = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"

@@ -2,7 +2,7 @@
 one.
 
 Raw values are dim dots; their exponential moving average is the bright line. A second curve (validation) has its own
-colour or sign.
+color or sign.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LABEL_WIDTH = 7  # cells left of the axis
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve to draw. `sign` stands for it in ASCII; `line`: neighbours are joined."""
+    """A curve to draw. `sign` stands for it in ASCII; `line`: neighbors are joined."""
 
     points: Points
     style: str = "first"
@@ -47,7 +47,7 @@ class Canvas:
             self._cells[row][column] |= _DOTS[y & 3][x & 1]
 
     def lines(self) -> list[Line]:
-        """The canvas as lines, neighbours of one style joined."""
+        """The canvas as lines, neighbors of one style joined."""
         drawn: list[Line] = []
         for cells, signs, styles in zip(self._cells, self._signs, self._styles, strict=True):
             texts = signs if self.ascii_only else [chr(0x2800 + cell) if cell else " " for cell in cells]
@@ -94,7 +94,7 @@ def axis_ranges(curves: Sequence[Curve], log: bool) -> tuple[float, float, float
 
 
 def draw(canvas: Canvas, curve: Curve, area: tuple[float, float, float, float], log: bool) -> None:
-    """Puts a curve on the canvas: the mean of the points in each column, neighbouring columns joined by a line."""
+    """Puts a curve on the canvas: the mean of the points in each column, neighboring columns joined by a line."""
     left, right, low, high = area
     if log:
         low, high = math.log(low), math.log(high)

@@ -36,7 +36,7 @@ def escape_keep_newlines(text: str) -> str:
 
 
 class ChatScreen:
-    """Where the chat takes place. `live` only where a person types and sees: there are colours then, and an answer's
+    """Where the chat takes place. `live` only where a person types and sees: there are colors then, and an answer's
     facts below it.
 
     Elsewhere answers go to stdout without one escape byte, and whatever else there is to say goes to stderr.

@@ -25,7 +25,7 @@ MIN_UPDATED_FRACTION, TINY_UPDATE, MIN_LR_FRACTION, CHECKS_BEFORE_WARNING = (
     3,
 )  # as the loop's own watch
 KL_BAND = {"sft": 5.0, "reward": 5.0, "dpo": 2.0, "grpo": 0.5, "ppo": 0.5}
-"""Nats a token between policy and reference. SFT is meant to move away; what optimises a reward is not."""
+"""Nats a token between policy and reference. SFT is meant to move away; what optimizes a reward is not."""
 KL_ADVICE = {
     "dpo": "raise dpo.beta or lower train.learning_rate",
     "grpo": "raise grpo.beta or lower train.learning_rate",

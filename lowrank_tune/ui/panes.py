@@ -121,8 +121,8 @@ def format_value(name: str, value: float) -> str:
 
 def chart_pane(state: State, names: Sequence[str], view: View, width: int, height: int) -> list[Line]:
     """A title with the last values, and the chart. One statistic: its values dim, their average bright, validation in a
-    second colour; or a band around it. Two are the sides of a pair, more are rewards: the averages of all, each in its
-    colour."""
+    second color; or a band around it. Two are the sides of a pair, more are rewards: the averages of all, each in its
+    color."""
     if names == (FRONTIER,):
         return _frontier_pane(state, view, width, height)
     titles = SIDE_TITLES if len(names) > 1 else TITLES
@@ -387,7 +387,7 @@ def help_pane(state: State, view: View, width: int, height: int) -> list[Line]:
         )
     lines.append([("", "")])
     for text in (
-        "Dots are measured values, the bright line is their moving average, the second colour is the validation part.",
+        "Dots are measured values, the bright line is their moving average, the second color is the validation part.",
         "KL is measured in nats a token against the reference named above.",
         "Ctrl-C once: finish the step, save, quit. Twice: quit at once. Ctrl-Z: to the shell; fg brings the screen "
         "back.",

@@ -32,8 +32,8 @@ _STYLES = {"warning": "33", "good": "32", "quiet": "2"}  # yellow, green, dim
 
 
 class LineLogger:
-    """A sink that writes lines to `file`. Colours and bars only on a terminal; not one escape byte elsewhere; NO_COLOR
-    is honoured."""
+    """A sink that writes lines to `file`. Colors and bars only on a terminal; not one escape byte elsewhere; NO_COLOR
+    is honored."""
 
     def __init__(self, file: TextIO | None = None, environ: Mapping[str, str] = os.environ) -> None:
         self.file = sys.stdout if file is None else file

@@ -31,7 +31,7 @@ TRAINING, EVALUATING, SAVING, LOADING, OTHER = "training", "evaluating", "saving
 
 @dataclass
 class Series:
-    """The values of one statistic by step. Of more than `MAX_POINTS`, neighbours become their mean, so that drawing
+    """The values of one statistic by step. Of more than `MAX_POINTS`, neighbors become their mean, so that drawing
     stays cheap."""
 
     points: list[tuple[float, float]] = field(default_factory=list)

@@ -31,7 +31,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "fourth": ("94", "", "bright_blue"),
     "bar": ("36", "1", "cyan"),
 }
-"""Each style as an escape code with colours, as one without (NO_COLOR), and as rich names it for pictures."""
+"""Each style as an escape code with colors, as one without (NO_COLOR), and as rich names it for pictures."""
 
 
 def sanitize(text: str, ascii_only: bool = False, limit: int = 500) -> str:

@@ -141,7 +141,7 @@ def test_stores_are_found_by_content_and_mended(tmp_path: Path) -> None:
         events.append,
         tmp_path / "cache",
     )
-    assert not any(isinstance(event, Progress) for event in events), "it was tokenised again"
+    assert not any(isinstance(event, Progress) for event in events), "it was tokenized again"
     assert again.report == first.report and all(
         list(a.input_ids) == list(b.input_ids) for a, b in zip(again.train, first.train, strict=True)
     )

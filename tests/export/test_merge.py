@@ -161,7 +161,7 @@ def test_a_planted_wrong_merge_is_caught(
     untied: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, fault: Any, sentence: str
 ) -> None:
     module = sys.modules["lowrank_tune.export.merge"]
-    if fault is None:  # original weights where dequantised ones were claimed
+    if fault is None:  # original weights where dequantized ones were claimed
         found = module.load_finished_run(untied.run)  # type: ignore[attr-defined]
         monkeypatch.setattr(module, "dequantize", lambda base: module.original_weights(found, base))  # type: ignore[attr-defined]
     else:

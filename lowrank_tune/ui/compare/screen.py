@@ -25,7 +25,7 @@ MIN_POINTS_TO_SMOOTH = 15  # so few points are drawn as they are
 
 @dataclass(frozen=True)
 class TextCanvas:
-    """What is drawn on. `signs`: lines are told apart by signs, where there are no colours; `ascii_only`: nothing but
+    """What is drawn on. `signs`: lines are told apart by signs, where there are no colors; `ascii_only`: nothing but
     ASCII."""
 
     width: int

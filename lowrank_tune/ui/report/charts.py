@@ -1,4 +1,4 @@
-"""Line charts and bars as inline SVG, written by hand: crisp at any size, coloured by the page's own style."""
+"""Line charts and bars as inline SVG, written by hand: crisp at any size, colored by the page's own style."""
 
 from __future__ import annotations
 

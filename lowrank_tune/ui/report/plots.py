@@ -98,8 +98,8 @@ def histogram_pair(sides: Mapping[str, Sequence[float]]) -> str:
 
 
 def scatter(sides: Mapping[str, Sequence[Point]]) -> str:
-    """Each answer by its tokens (x) and its score (y), both sides in their colours; the line joins the means of
-    neighbouring lengths."""
+    """Each answer by its tokens (x) and its score (y), both sides in their colors; the line joins the means of
+    neighboring lengths."""
     every = sorted(point for points in sides.values() for point in points)
     if not every:
         return ""
