@@ -124,7 +124,7 @@ def test_a_session_from_start_to_quit(emulator: Emulator, tmp_path: Path) -> Non
         "ETA",
         "memory",
     ):
-        assert wanted in emulator.text()
+        emulator.until(wanted)
     emulator.press("?")
     emulator.until("save and quit")
     emulator.press("?")
