@@ -156,8 +156,8 @@ def in_range(version: str, bounds: str) -> bool:
         "<": lambda a, b: a < b,
         ">": lambda a, b: a > b,
     }
-    found = re.findall(r"(>=|<=|==|!=|<|>)\s*([0-9][0-9.]*)", bounds)
-    return all(tests[how](_release(version), _release(bound)) for how, bound in found)
+    clauses = re.findall(r"(>=|<=|==|!=|<|>)\s*([0-9][0-9.]*)", bounds)
+    return all(tests[how](_release(version), _release(bound)) for how, bound in clauses)
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -267,7 +267,7 @@ def disk(environ: Mapping[str, str]) -> Iterator[CheckResult]:
 
 
 def _existing(folder: Path) -> Path:
-    return next(each for each in (folder, *folder.parents) if each.exists())
+    return next(ancestor for ancestor in (folder, *folder.parents) if ancestor.exists())
 
 
 def _writable(folder: Path) -> bool:

@@ -50,7 +50,7 @@ class ConfigError(UserError):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
+def did_you_mean(word: str, candidates: Sequence[str]) -> str:
     """ "; did you mean `x`?" for the nearest known word, or an empty string."""
-    matches = get_close_matches(word, known, n=1, cutoff=0.6)
+    matches = get_close_matches(word, candidates, n=1, cutoff=0.6)
     return f"; did you mean `{matches[0]}`?" if matches else ""

@@ -161,8 +161,8 @@ def from_json(data: Mapping[str, Any]) -> Event | None:
     kind = KINDS.get(data.get("event", ""))
     if kind is None:
         return None
-    known = {f.name for f in fields(kind)}
-    known_data = {key: value for key, value in data.items() if key in known}
+    field_names = {f.name for f in fields(kind)}
+    known_data = {key: value for key, value in data.items() if key in field_names}
     if isinstance(stats := known_data.get("stats"), dict):  # JSON has no word for nan, so the file holds null
         known_data["stats"] = {name: float("nan") if value is None else value for name, value in stats.items()}
     return kind(**known_data)

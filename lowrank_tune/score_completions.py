@@ -119,7 +119,7 @@ def _score_responses(result: CompletionScores, scorer: WorkerPool[int], emit: Em
         emit(Progress(description="scoring", done=0, total=total))
         for scores in score_all(
             scorer,
-            [one.reward_input for one in result.responses],
+            [response.reward_input for response in result.responses],
             lambda done: emit(Progress(description="scoring", done=done, total=total)),
         ):
             result.scores.append(scores)
@@ -203,7 +203,7 @@ class ResponseReader:
             except InvalidRow as fault:
                 dropped.setdefault(fault.reason, DroppedRows()).add(str(location))
         if not responses:
-            reason, rows_dropped = max(dropped.items(), key=lambda each: each[1].count)
+            reason, rows_dropped = max(dropped.items(), key=lambda entry: entry[1].count)
             raise UserError(f"{file}: none of its rows can be scored: {reason} ({rows_dropped.locations[0]})")
         return responses
 
@@ -213,7 +213,7 @@ class ResponseReader:
         """The responses of one row. Raises InvalidRow."""
         if not isinstance(raw, Mapping):
             raise InvalidRow("not an object with columns")
-        name = next((each for each in COMPLETION_KEYS if raw.get(each) is not None), None)
+        name = next((column for column in COMPLETION_KEYS if raw.get(column) is not None), None)
         if name is None:
             raise InvalidRow(f"no response: expected one of the columns {', '.join(COMPLETION_KEYS)}")
         row = {key: value for key, value in raw.items() if key != name}

@@ -47,9 +47,9 @@ class JsonLines:
         self.path, self.event_types = path, event_types
         with as_user_error(path):
             existing = path.read_bytes() if path.exists() else b""
-            kept = b"" if resumed_from is None else truncate_after_step(existing, resumed_from)
-            if kept != existing:
-                write_file(path, kept)
+            truncated = b"" if resumed_from is None else truncate_after_step(existing, resumed_from)
+            if truncated != existing:
+                write_file(path, truncated)
             self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def __call__(self, event: Event) -> None:
@@ -72,7 +72,7 @@ class JsonLines:
 def truncate_after_step(data: bytes, step: int) -> bytes:
     """The whole and valid lines before the first measurement after the checkpoint of `step`. All that follows belongs
     to the lost part."""
-    kept, saved = [], False
+    kept_lines, saved = [], False
     for raw in data.splitlines(keepends=True):
         try:
             event = json.loads(raw) if raw.endswith(b"\n") else None
@@ -86,8 +86,8 @@ def truncate_after_step(data: bytes, step: int) -> bytes:
         ):
             break
         saved = saved or (event.get("event") == CheckpointSaved.kind and later == step)
-        kept.append(raw)
-    return b"".join(kept)
+        kept_lines.append(raw)
+    return b"".join(kept_lines)
 
 
 class EventBus:

@@ -446,17 +446,17 @@ class Stage:
         ]
 
     def _emit_samples(self, answers: list[HeldoutAnswer], role: str, step: int) -> None:
-        for one in answers:
-            sample = self._as_sample(one)
+        for answer in answers:
+            sample = self._as_sample(answer)
             finish = "stop" if sample.pop("stopped") else "length"
             self.emit(SampleLogged(step=step, finish_reason=finish, role=role, **sample))
 
-    def _as_sample(self, one: HeldoutAnswer) -> dict[str, Any]:
-        question = self.shown_questions[one.prompt_index]
+    def _as_sample(self, answer: HeldoutAnswer) -> dict[str, Any]:
+        question = self.shown_questions[answer.prompt_index]
         return {
             "prompt": question.text,
-            "completion": one.text,
-            "stopped": one.stopped,
+            "completion": answer.text,
+            "stopped": answer.stopped,
             "ground_truth": question.ground_truth,
         }
 

@@ -52,7 +52,9 @@ def incompatible_versions() -> list[str]:
             continue
         if not requirement.specifier.contains(installed_version, prereleases=True):
             limits = ",".join(
-                str(one) for one in requirement.specifier if not one.contains(installed_version, prereleases=True)
+                str(specifier)
+                for specifier in requirement.specifier
+                if not specifier.contains(installed_version, prereleases=True)
             )
             incompatible.append(f"{requirement.name}{limits} ({installed_version} is installed)")
     return incompatible

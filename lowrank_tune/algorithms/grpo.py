@@ -185,7 +185,7 @@ class GRPO:
         rollout = RolloutBatch.concat(rollouts, self.collector.pad_id)
         self._num_completions, self._reward_failures = (
             len(rollout.failed_rewards),
-            [one for one in rollout.failed_rewards if one is not None],
+            [failure for failure in rollout.failed_rewards if failure is not None],
         )
         stats |= self.collector.failures.stats(self._reward_failures)
         # Where nothing can be told apart the step weighs nothing: what KL alone leaves is noise there, and Adam walks

@@ -83,7 +83,7 @@ def value_loss(
 ) -> tuple[Tensor, Tensor]:
     """values, old, returns, says (B, T) -> the loss of each token and whether the clip stopped its gradient; clip 0 for
     none."""
-    values, old_values, returns = (apply_mask(each, mask) for each in (values, old_values, returns))
+    values, old_values, returns = (apply_mask(tensor, mask) for tensor in (values, old_values, returns))
     unclipped = (values - returns).square() / 2
     if not cliprange_value:
         return unclipped, torch.zeros_like(mask)

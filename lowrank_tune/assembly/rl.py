@@ -66,7 +66,9 @@ def make_row_check(recipe: settings.RecipeConfig) -> Callable[[PromptExample], s
     """Of each row of the data, why no reward could judge by it."""
     builtin_rewards = [use for use in recipe.rewards if not is_user_function(use.name)]
     weighted = build_rewards(builtin_rewards, Path.cwd()) if builtin_rewards else []
-    return lambda one: row_rejection_reason(weighted, RewardInput(one.text, "", one.ground_truth, one.row, True, 1))
+    return lambda prompt_example: row_rejection_reason(
+        weighted, RewardInput(prompt_example.text, "", prompt_example.ground_truth, prompt_example.row, True, 1)
+    )
 
 
 class RewardScorer:
@@ -75,11 +77,15 @@ class RewardScorer:
     def __init__(self, recipe: settings.RecipeConfig, template: ChatTemplate) -> None:
         self.weighted: list[WeightedReward] = build_rewards(recipe.rewards, Path.cwd())
         self.max_failure_rate = recipe.rollout.max_reward_failure_rate
-        self.weights = [each.weight for each in self.weighted]
+        self.weights = [weighted_reward.weight for weighted_reward in self.weighted]
         self.template = template
-        self.reward_models = [each.reward for each in self.weighted if isinstance(each.reward, RewardModel)]
+        self.reward_models = [
+            weighted_reward.reward
+            for weighted_reward in self.weighted
+            if isinstance(weighted_reward.reward, RewardModel)
+        ]
         self._end_ids = end_of_turn_ids(template) if self.reward_models else []
-        self.scorer: WorkerPool[int] = WorkerPool([each.reward for each in self.weighted])
+        self.scorer: WorkerPool[int] = WorkerPool([weighted_reward.reward for weighted_reward in self.weighted])
 
     def submit(self, request_id: int, prompt: PromptExample, text: str, completion: Completion) -> None:
         stopped = completion.finish_reason == "stop" and not self.template.special_tokens_in(completion.token_ids[:-1])
@@ -292,7 +298,7 @@ def dry_run_rewards(
     label = "trying a few prompts"
     for done, completion in enumerate(
         Engine(roles, "policy", recipe.rollout.max_num_seqs).generate(
-            [one.input_ids for one in sampled_prompts], DRY_RUN_COMPLETIONS, sampling
+            [prompt.input_ids for prompt in sampled_prompts], DRY_RUN_COMPLETIONS, sampling
         ),
         1,
     ):

@@ -32,19 +32,21 @@ def load_chat_model(
     """
     target = resolve_target(name)
     saved = _adapters(target, emit)
-    wanted = _base(target, saved, bits, base)
-    emit(LogMessage(message=target.description if target.model else f"{target.description}; over {wanted.model}"))
+    base_config = _base(target, saved, bits, base)
+    emit(LogMessage(message=target.description if target.model else f"{target.description}; over {base_config.model}"))
     try:
-        template = _template(wanted, target.adapter, emit)
-        emit(Progress(description=f"loading {wanted.model}", done=0, total=1))
-        loaded = load_base(wanted, template.tokenizer, device)
-        emit(Progress(description=f"loading {wanted.model}", done=1, total=1))
+        template = _template(base_config, target.adapter, emit)
+        emit(Progress(description=f"loading {base_config.model}", done=0, total=1))
+        loaded = load_base(base_config, template.tokenizer, device)
+        emit(Progress(description=f"loading {base_config.model}", done=1, total=1))
     except UserError as error:
         if target.model:
             raise
         raise UserError(f"{name}: its base cannot be loaded; --base names another place for it. {error}") from error
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"out of memory while {wanted.model} was loaded: {str(error).splitlines()[0]}") from error
+        raise OutOfMemory(
+            f"out of memory while {base_config.model} was loaded: {str(error).splitlines()[0]}"
+        ) from error
     if target.run is not None:
         _check(target.run, loaded, emit)
     # Roles need an adapter, and a model alone has none: a fresh one that no stack holds is never heard.
@@ -81,8 +83,8 @@ def _adapters(target: ChatTarget, emit: Emit) -> Mapping[str, SavedAdapter]:
         return adapters_in(target.run)
     recipe = target.run.recipe
     frozen = {
-        name: read_adapter(str(wanted.path), f"adapters.{name}.path")
-        for name, wanted in recipe.adapters.items()
+        name: read_adapter(str(adapter_config.path), f"adapters.{name}.path")
+        for name, adapter_config in recipe.adapters.items()
         if name not in (recipe.trained_adapter, *recipe.extra_adapters, "reward")
     }
     check_adapter_lineage(recipe, frozen, emit)
@@ -98,12 +100,13 @@ def _base(
             raise UserError(f"--base: {target.model} is a model itself; --base is for runs and adapters")
         return settings.BaseConfig(model=target.model, bits=16 if bits == 16 else 4)
     if target.run is not None:
-        wanted = target.run.base
-        if bits not in (None, wanted.bits):
+        base_config = target.run.base
+        if bits not in (None, base_config.bits):
             raise UserError(
-                f"--bits: {target.run.path} was trained over {wanted.bits} bits, and over others it says other things"
+                f"--bits: {target.run.path} was trained over {base_config.bits} bits, and over others it answers "
+                "differently"
             )
-        return wanted.model_copy(update={"model": base}) if base else wanted
+        return base_config.model_copy(update={"model": base}) if base else base_config
     top = list(saved_adapters.values())[-1]
     if base is None and not top.base_name:
         raise UserError(f"{target.adapter} does not say over which base it was trained: name it with --base")
@@ -112,9 +115,9 @@ def _base(
     return settings.BaseConfig(model=base or pinned, bits=16 if bits == 16 else 4)
 
 
-def _template(wanted: settings.BaseConfig, adapter: Path | None, emit: Emit) -> ChatTemplate:
+def _template(base_config: settings.BaseConfig, adapter: Path | None, emit: Emit) -> ChatTemplate:
     """The base's; or the one that came with an adapter from elsewhere, where that is another one."""
-    template = ChatTemplate.from_tokenizer(tokenizer := load_tokenizer(wanted))
+    template = ChatTemplate.from_tokenizer(tokenizer := load_tokenizer(base_config))
     if adapter is not None and (adapter / TEMPLATE).is_file():
         try:
             text = (adapter / TEMPLATE).read_text(encoding="utf-8")

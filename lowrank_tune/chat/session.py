@@ -180,7 +180,7 @@ class ChatSession:
         self, batch: Sequence[AnswerStream], streams: Sequence[AnswerStream], view: AnswerView, exchange: Exchange
     ) -> None:
         """Token by token, in turn, until all have ended or it is stopped. What was said counts, however it ended."""
-        running = {streams.index(one): iter(one) for one in batch}
+        running = {streams.index(stream): iter(stream) for stream in batch}
         while running and not self._presses:
             for number, pieces in list(running.items()):
                 piece = next(pieces, None)
@@ -192,10 +192,10 @@ class ChatSession:
         for number in running:
             self._end(streams[number], number, view, exchange)
 
-    def _end(self, one: AnswerStream, number: int, view: AnswerView, exchange: Exchange) -> None:
-        if one.finish_reason or one.text:
-            exchange.answers[one.variant] = ChatAnswer(one.text, one.ended)
-        stats, warns = _answer_stats(one, self.options.max_new_tokens)
+    def _end(self, stream: AnswerStream, number: int, view: AnswerView, exchange: Exchange) -> None:
+        if stream.finish_reason or stream.text:
+            exchange.answers[stream.variant] = ChatAnswer(stream.text, stream.ended)
+        stats, warns = _answer_stats(stream, self.options.max_new_tokens)
         view.end(number, stats, warns)
 
     def _parse_variants(self, name: str) -> list[Variant]:
@@ -299,22 +299,22 @@ def _pluralize(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _answer_stats(one: AnswerStream, max_new_tokens: int) -> tuple[str, bool]:
+def _answer_stats(stream: AnswerStream, max_new_tokens: int) -> tuple[str, bool]:
     """What there is to say of an answer below it, and whether it is a warning."""
     pace = (
-        f"{_pluralize(one.tokens, 'token')}, {one.tokens / one.seconds:.0f}/s"
-        if one.seconds
-        else _pluralize(one.tokens, "token")
+        f"{_pluralize(stream.tokens, 'token')}, {stream.tokens / stream.seconds:.0f}/s"
+        if stream.seconds
+        else _pluralize(stream.tokens, "token")
     )
-    if not one.finish_reason:
+    if not stream.finish_reason:
         return f"[stopped after {pace}]", False
-    if one.finish_reason == "length":
+    if stream.finish_reason == "length":
         why = (
             "`/set max_new_tokens` to more"
-            if one.tokens >= max_new_tokens
+            if stream.tokens >= max_new_tokens
             else "the base's positions are used up; `/reset` makes room"
         )
         return f"[cut off after {pace}: {why}]", True
-    if not one.text.strip():
+    if not stream.text.strip():
         return "[no words: it ended at once]", True
-    return f"[{pace}{', ended where its text begins another turn' if one.finish_reason == 'turn' else ''}]", False
+    return f"[{pace}{', ended where its text begins another turn' if stream.finish_reason == 'turn' else ''}]", False

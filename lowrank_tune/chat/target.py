@@ -53,7 +53,9 @@ def resolve_target(name: str) -> ChatTarget:
         or name.count("/") > 1
         or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
     ):
-        siblings = [str(path.parent / one.name) for one in path.parent.glob("*/")] if path.parent.is_dir() else []
+        siblings = (
+            [str(path.parent / sibling.name) for sibling in path.parent.glob("*/")] if path.parent.is_dir() else []
+        )
         raise UserError(f"there is no run or model {name}{did_you_mean(str(path), siblings)}")
     if (Path("runs") / path / "run.json").is_file():
         raise UserError(f"there is no folder {name}; did you mean `{Path('runs') / path}`?")
@@ -79,7 +81,7 @@ def _folder(path: Path, name: str) -> ChatTarget:
         return ChatTarget(f"the adapter in {name}", adapter=path)
     if (path / "config.json").is_file():
         return ChatTarget(f"the model in {name}", model=name)
-    runs = sorted(one.name for one in path.glob("*/") if (one / "run.json").is_file())
+    runs = sorted(run_folder.name for run_folder in path.glob("*/") if (run_folder / "run.json").is_file())
     raise UserError(
         f"{name} holds no run, adapter or model"
         + (f"; it holds the runs {', '.join(runs[:8])}: name one of them" if runs else "")

@@ -115,7 +115,7 @@ def eval_command(
         with loading_message():
             from lowrank_tune.evaluation import Options
 
-        names = tuple(one.strip() for one in (tasks or "").split(",") if one.strip())
+        names = tuple(task_name.strip() for task_name in (tasks or "").split(",") if task_name.strip())
         if tasks is not None and not names:
             raise UserError("--tasks is empty; give names of tasks, for example --tasks gsm8k,arc_easy")
         _evaluate(

@@ -93,6 +93,8 @@ def _print_before_after(summary: dict[str, Any]) -> None:
     console.print(figures)
     answers = Table("question", "gold", *summary["answers"], show_lines=True)
     for samples in zip(*summary["answers"].values(), strict=True):
-        completions = (Text(one["completion"] if one["stopped"] else one["completion"] + " ...") for one in samples)
+        completions = (
+            Text(sample["completion"] if sample["stopped"] else sample["completion"] + " ...") for sample in samples
+        )
         answers.add_row(samples[0]["prompt"], samples[0]["ground_truth"], *completions)
     console.print(answers)

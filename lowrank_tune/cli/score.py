@@ -123,13 +123,13 @@ def _score_with_reward_model(run: Path, file: str, out: Path | None) -> None:
     lines = [
         json.dumps(
             {
-                "location": one.location,
-                **({"side": one.side} if one.side else {}),
-                "score": one.score,
-                "tokens": one.tokens,
+                "location": response.location,
+                **({"side": response.side} if response.side else {}),
+                "score": response.score,
+                "tokens": response.tokens,
             }
         )
-        for one in scores
+        for response in scores
     ]
     show(scores, pairs, Console(highlight=False))
     name = Path(file).name

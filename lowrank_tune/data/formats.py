@@ -94,11 +94,11 @@ def detect_format(row: RawExample, columns: Mapping[str, str] | None = None, pai
             "expected `chosen` and `rejected`, and `prompt` unless both hold the whole talk: "
             "name yours with `columns:`, as in `columns: {chosen: better, rejected: worse}`"
         )
-    known = "; ".join(
+    known_formats = "; ".join(
         f"{format_name} ({', '.join(names[0] for names in needed)})" for format_name, needed in FORMATS.items()
     )
     raise UserError(
-        f"the columns {names or '(none)'} are no known shape; known are {known}: "
+        f"the columns {names or '(none)'} are no known shape; known are {known_formats}: "
         "name yours with `columns:`, as in `columns: {question: problem, answer: solution}`"
     )
 

@@ -210,7 +210,7 @@ class _EvalRun:
                     "only losses are measured (use --verifier or --reward-model to grade answers)",
                 )
             )
-            if not any(one.reference is not None for one in usable):
+            if not any(question.reference is not None for question in usable):
                 raise UserError(
                     "there is nothing to measure: no gold answers, no verifier, no reward model, no reference answers"
                 )
@@ -246,10 +246,10 @@ class _EvalRun:
         """The questions whose answers can be graded; a warning names the others."""
         reasons: dict[str, int] = {}
         usable = []
-        for one in self.eval_questions.questions:
-            reason = grader.ungradable_reason(one)
+        for question in self.eval_questions.questions:
+            reason = grader.ungradable_reason(question)
             if reason is None:
-                usable.append(one)
+                usable.append(question)
             else:
                 reasons[reason] = reasons.get(reason, 0) + 1
         for reason, count in reasons.items():
@@ -294,7 +294,7 @@ class _EvalRun:
             },
             "settings": {**sampling_options.to_dict(), "confidence": confidence},
             "grader": grader.grader_name if ks else "",
-            "rewards": {each.name: each.weight for each in grader.rewards},
+            "rewards": {weighted_reward.name: weighted_reward.weight for weighted_reward in grader.rewards},
             "reward_model": str(self.reward_model.run) if self.reward_model else None,
             "device": device_name(base.device),
             "interrupted": stopped,
@@ -304,7 +304,7 @@ class _EvalRun:
             "deltas": {variant: _to_json(deltas_vs_base(result, variant, ks, seed, confidence)) for variant in tuned},
             "wins": {variant: self._wins(result, variant, bool(ks)) for variant in tuned},
             "ungraded": missing_scores(result),
-            "tasks": {variant: _to_json(several) for variant, several in tasks.items()},
+            "tasks": {variant: _to_json(task_metrics) for variant, task_metrics in tasks.items()},
         }
 
     def _wins(self, result: EvalResult, variant: str, has_verdicts: bool) -> dict[str, Any]:
@@ -315,11 +315,11 @@ class _EvalRun:
             )
         if self.reward_model is not None:
             rates["reward_model"] = win_rates(result, variant, lambda answer: answer.score, confidence)
-        return {name: one for name, one in rates.items() if one is not None}
+        return {name: win_rate for name, win_rate in rates.items() if win_rate is not None}
 
 
 def _to_json(figures: Metrics) -> dict[str, Any]:
-    return {name: one.to_dict() for name, one in figures.items() if math.isfinite(one.value)}
+    return {name: metric.to_dict() for name, metric in figures.items() if math.isfinite(metric.value)}
 
 
 def has_metrics(record: Mapping[str, Any]) -> bool:

@@ -70,8 +70,8 @@ class Evaluator:
         )
         order = list(questions)
         random.Random(f"eval-{seed}").shuffle(order)
-        each = max(1, ANSWERS_PER_BATCH // (self.samples if self.answering else 1))
-        count = -(-len(order) // each)
+        part_size = max(1, ANSWERS_PER_BATCH // (self.samples if self.answering else 1))
+        count = -(-len(order) // part_size)
         parts = [order[number * len(order) // count : (number + 1) * len(order) // count] for number in range(count)]
         work = sum(self._count_work(part) for part in parts) * len(variants)
         bar = _ProgressBar(f"evaluating {', '.join(variants)}", work, self.emit)
@@ -83,7 +83,9 @@ class Evaluator:
         return result
 
     def _count_work(self, part: Sequence[EvalQuestion]) -> int:
-        return len(part) * (self.samples if self.answering else 0) + sum(one.reference is not None for one in part)
+        return len(part) * (self.samples if self.answering else 0) + sum(
+            question.reference is not None for question in part
+        )
 
     def _run_batch(self, result: EvalResult, part: Sequence[EvalQuestion], bar: _ProgressBar) -> None:
         """All variants on some questions; nothing of it is kept unless all of it is."""
@@ -92,14 +94,14 @@ class Evaluator:
         for variant in result.variants:
             result.losses[variant] |= losses[variant]
             result.answers[variant] |= answers.get(variant, {})
-        result.done += [one.number for one in part]
+        result.done += [question.number for question in part]
 
     def _losses(
         self, variant: str, part: Sequence[EvalQuestion], on_progress: Callable[[int], None]
     ) -> dict[int, ReferenceLoss]:
         waiting = sorted(
-            ((one.number, one.reference) for one in part if one.reference is not None),
-            key=lambda each: -len(each[1].input_ids),
+            ((question.number, question.reference) for question in part if question.reference is not None),
+            key=lambda entry: -len(entry[1].input_ids),
         )
         losses: dict[int, ReferenceLoss] = {}
         while waiting:
@@ -119,13 +121,15 @@ class Evaluator:
         self, variant: str, part: Sequence[EvalQuestion], on_progress: Callable[[int], None]
     ) -> dict[int, list[GradedAnswer]]:
         engine = Engine(self.roles, role_of(variant))
-        numbers = [one.number for one in part]
-        for completion in engine.generate([one.prompt_ids for one in part], self.samples, self.sampling, numbers):
+        numbers = [eval_question.number for eval_question in part]
+        for completion in engine.generate(
+            [eval_question.prompt_ids for eval_question in part], self.samples, self.sampling, numbers
+        ):
             question = part[completion.prompt]
             self.grader.submit((question.number, completion.sample), question, completion)
             on_progress(1)
         answers: dict[int, list[GradedAnswer]] = {number: [] for number in numbers}
-        for (number, _), answer in sorted(self.grader.collect().items(), key=lambda each: each[0]):
+        for (number, _), answer in sorted(self.grader.collect().items(), key=lambda entry: entry[0]):
             answers[number].append(answer)
         return answers
 

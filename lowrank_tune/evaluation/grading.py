@@ -56,18 +56,30 @@ class Grader:
         self.verifiers = (
             build_rewards([settings.RewardConfig(name=verifier)], Path.cwd())
             if verifier is not None
-            else [each for each in rewards if each.reward.is_verifier and not isinstance(each.reward, RewardModel)]
+            else [
+                weighted_reward
+                for weighted_reward in rewards
+                if weighted_reward.reward.is_verifier and not isinstance(weighted_reward.reward, RewardModel)
+            ]
         )
         if verifier is not None and not self.verifiers[0].reward.is_verifier:
             raise UserError(f"--verifier: `{verifier}` does not tell right from wrong")
         self.has_reward_model = has_reward_model
-        self._all = [*rewards, *(each for each in self.verifiers if each not in rewards)]
+        self._all = [
+            *rewards,
+            *(weighted_reward for weighted_reward in self.verifiers if weighted_reward not in rewards),
+        ]
         self._reward_model = RewardModel(REWARD_MODEL_ROLE)
-        self._recipe_reward_models = [each.reward for each in rewards if isinstance(each.reward, RewardModel)]
+        self._recipe_reward_models = [
+            weighted_reward.reward for weighted_reward in rewards if isinstance(weighted_reward.reward, RewardModel)
+        ]
         self._end = end_of_turn_ids(template) if self._recipe_reward_models or has_reward_model else []
         self._items: dict[tuple[int, int], tuple[RewardInput, bool | None]] = {}
         self._scorer: WorkerPool[tuple[int, int]] = WorkerPool(
-            [*(each.reward for each in self._all), *([self._reward_model] if has_reward_model else [])]
+            [
+                *(weighted_reward.reward for weighted_reward in self._all),
+                *([self._reward_model] if has_reward_model else []),
+            ]
         )
 
     def __enter__(self) -> Grader:
@@ -79,16 +91,16 @@ class Grader:
     @property
     def grader_name(self) -> str:
         """What tells right from wrong, in words."""
-        return " and ".join(each.name for each in self.verifiers) or GROUND_TRUTH
+        return " and ".join(weighted_reward.name for weighted_reward in self.verifiers) or GROUND_TRUTH
 
     def has_verdicts(self, questions: Sequence[EvalQuestion]) -> bool:
         """Whether it can be told of any of these questions which answers are right."""
-        return bool(self.verifiers) or any(one.ground_truth is not None for one in questions)
+        return bool(self.verifiers) or any(question.ground_truth is not None for question in questions)
 
     def set_base_model(self, roles: Roles) -> None:
         """Gives the learned rewards the base to read with."""
         for reward, role in [
-            *((each, REWARD_ROLE) for each in self._recipe_reward_models),
+            *((reward_model, REWARD_ROLE) for reward_model in self._recipe_reward_models),
             (self._reward_model, REWARD_MODEL_ROLE),
         ]:
             reward.score_batch = lambda rows, role=role: score_rows(
@@ -128,9 +140,12 @@ class Grader:
 
     def _grade(self, item: RewardInput, exact: bool | None, scores: Sequence[Score]) -> GradedAnswer:
         scored = list(zip(self._all, scores, strict=False))  # the score of --reward-model, if there is one, is the last
-        verdicts = [is_correct(score) for each, score in scored if each in self.verifiers]
+        verdicts = [is_correct(score) for weighted_reward, score in scored if weighted_reward in self.verifiers]
         right = exact if not self.verifiers else False if False in verdicts else None if None in verdicts else True
-        reward_values = {each.name: (each.weight, score.value) for each, score in scored[: len(self.rewards)]}
+        reward_values = {
+            weighted_reward.name: (weighted_reward.weight, score.value)
+            for weighted_reward, score in scored[: len(self.rewards)]
+        }
         parts = {name: value for name, (_, value) in reward_values.items() if value is not None}
         total_reward = (
             sum(reward_values[name][0] * value for name, value in parts.items())
@@ -138,7 +153,12 @@ class Grader:
             else None
         )
         failure = next(
-            (f"{each.name}: {score.reason or score.verdict}" for each, score in scored if score.value is None), ""
+            (
+                f"{weighted_reward.name}: {score.reason or score.verdict}"
+                for weighted_reward, score in scored
+                if score.value is None
+            ),
+            "",
         )
         return GradedAnswer(
             item.completion,

@@ -98,29 +98,33 @@ def mean_ci(values: Sequence[float], seed: int, confidence: float = CONFIDENCE) 
 
 
 def paired_difference_ci(
-    one: tuple[Sequence[float], Sequence[float]],
-    other: tuple[Sequence[float], Sequence[float]],
+    first: tuple[Sequence[float], Sequence[float]],
+    second: tuple[Sequence[float], Sequence[float]],
     seed: int,
     confidence: float = CONFIDENCE,
 ) -> Interval:
     """The ratio of the first less that of the second (numerators and denominators, the same prompts in the same order):
     paired."""
-    mine, theirs = (
-        (np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)) for top, bottom in (one, other)
+    first_arrays, second_arrays = (
+        (np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)) for top, bottom in (first, second)
     )
-    assert len(mine[0]) == len(theirs[0]), "differences are of the same prompts"
-    both = mine[1].sum() and theirs[1].sum()
-    value = float(mine[0].sum() / mine[1].sum() - theirs[0].sum() / theirs[1].sum()) if both else math.nan
-    return _bootstrap_ci(value, mine, theirs, seed, confidence)
+    assert len(first_arrays[0]) == len(second_arrays[0]), "differences are of the same prompts"
+    both = first_arrays[1].sum() and second_arrays[1].sum()
+    value = (
+        float(first_arrays[0].sum() / first_arrays[1].sum() - second_arrays[0].sum() / second_arrays[1].sum())
+        if both
+        else math.nan
+    )
+    return _bootstrap_ci(value, first_arrays, second_arrays, seed, confidence)
 
 
 RatioArrays = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def _bootstrap_ci(
-    value: float, mine: RatioArrays, theirs: RatioArrays | None, seed: int, confidence: float
+    value: float, first: RatioArrays, second: RatioArrays | None, seed: int, confidence: float
 ) -> Interval:
-    prompts = len(mine[0])
+    prompts = len(first[0])
     if prompts < 2 or not math.isfinite(value):
         return Interval(value, math.nan, math.nan, prompts, "none")
     rng, samples = np.random.default_rng(seed), list[NDArray[np.float64]]()
@@ -130,8 +134,8 @@ def _bootstrap_ci(
             counts = rng.multinomial(
                 prompts, np.full(prompts, 1 / prompts), size=min(chunk_size, BOOTSTRAP_SAMPLES - start)
             ).astype(np.float64)
-            estimates = (counts @ mine[0]) / (counts @ mine[1])
-            samples.append(estimates if theirs is None else estimates - (counts @ theirs[0]) / (counts @ theirs[1]))
+            estimates = (counts @ first[0]) / (counts @ first[1])
+            samples.append(estimates if second is None else estimates - (counts @ second[0]) / (counts @ second[1]))
     all_samples = np.concatenate(samples)
     tail = bootstrap_tail(prompts, confidence)
     low, high = np.quantile(all_samples[np.isfinite(all_samples)], [tail, 1 - tail])

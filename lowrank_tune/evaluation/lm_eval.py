@@ -146,9 +146,9 @@ def _parse_metrics(results: Mapping[str, Any], tasks: Tasks) -> Metrics:
                 continue
             name = f"{task} {metric}" + (f" ({filter_name})" if filter_name != "none" else "")
             documents = [
-                float(one[metric])
-                for one in results.get("samples", {}).get(task, ())
-                if isinstance(one.get(metric), (int, float)) and one.get("filter", filter_name) == filter_name
+                float(sample[metric])
+                for sample in results.get("samples", {}).get(task, ())
+                if isinstance(sample.get(metric), (int, float)) and sample.get("filter", filter_name) == filter_name
             ]
             metrics[name] = _interval(float(value), scores.get(f"{metric}_stderr,{filter_name}"), documents, tasks)
     return metrics
@@ -157,7 +157,7 @@ def _parse_metrics(results: Mapping[str, Any], tasks: Tasks) -> Metrics:
 def _interval(value: float, stderr: Any, document_scores: list[float], tasks: Tasks) -> Interval:
     """Over the documents, where the figure is their mean; else by the standard error that the harness gives."""
     if document_scores and math.isclose(math.fsum(document_scores) / len(document_scores), value, abs_tol=1e-9):
-        if all(0 <= one <= 1 for one in document_scores):
+        if all(0 <= score <= 1 for score in document_scores):
             return proportion_ci(document_scores, 1, tasks.confidence)
         return mean_ci(document_scores, tasks.seed, tasks.confidence)
     if isinstance(stderr, (int, float)):

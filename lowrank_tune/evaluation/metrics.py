@@ -61,7 +61,7 @@ def variant_metrics(
     answers = result.answers[variant]
     samples = max(map(len, answers.values()), default=0)
     for name, prompt_metric in _prompt_metrics(answers.values(), ks).items():
-        values = [value for several in answers.values() if (value := prompt_metric(several)) is not None]
+        values = [value for prompt_answers in answers.values() if (value := prompt_metric(prompt_answers)) is not None]
         if not values:
             continue
         k = int(name.removeprefix("pass_at_")) if name.startswith("pass_at_") else 1
@@ -85,7 +85,9 @@ def _prompt_metrics(answers: Iterable[Sequence[GradedAnswer]], ks: Sequence[int]
 
 def _reward_metrics(answers: Iterable[Sequence[GradedAnswer]]) -> dict[str, Callable[[GradedAnswer], float | None]]:
     """Figures that are no shares: the weighted reward, of several each one, and the reward model's score."""
-    parts = list(dict.fromkeys(name for several in answers for answer in several for name in answer.parts))
+    parts = list(
+        dict.fromkeys(name for prompt_answers in answers for answer in prompt_answers for name in answer.parts)
+    )
     metrics: dict[str, Callable[[GradedAnswer], float | None]] = {"reward": lambda answer: answer.reward}
     metrics |= {f"rewards/{name}/mean": partial(_reward_component, name) for name in parts if len(parts) > 1}
     return metrics | {"reward_model_score": lambda answer: answer.score}
@@ -104,18 +106,18 @@ def deltas_vs_base(
     both = [number for number in result.done if number in result.losses[variant] and number in result.losses[BASE]]
     if both:
         sides = [[result.losses[who][number] for number in both] for who in (variant, BASE)]
-        mine, theirs = (([loss.nll_sum for loss in side], [float(loss.tokens) for loss in side]) for side in sides)
-        metrics["loss"] = paired_difference_ci(mine, theirs, seed, confidence)
+        tuned, baseline = (([loss.nll_sum for loss in side], [float(loss.tokens) for loss in side]) for side in sides)
+        metrics["loss"] = paired_difference_ci(tuned, baseline, seed, confidence)
     for name, prompt_metric in _prompt_metrics(result.answers[variant].values(), ks).items():
         paired = [
-            (mine, theirs)
-            for mine, theirs in _pair_by_prompt(result, variant, prompt_metric)
-            if mine is not None and theirs is not None
+            (tuned, baseline)
+            for tuned, baseline in _pair_by_prompt(result, variant, prompt_metric)
+            if tuned is not None and baseline is not None
         ]
         if paired:
             ones = [1.0] * len(paired)
             metrics[name] = paired_difference_ci(
-                ([mine for mine, _ in paired], ones), ([theirs for _, theirs in paired], ones), seed, confidence
+                ([tuned for tuned, _ in paired], ones), ([baseline for _, baseline in paired], ones), seed, confidence
             )
     return metrics
 
@@ -137,17 +139,21 @@ def win_rates(
     prompt's answers, a tie half a win; the interval is clustered by prompt. None where no pair could be compared."""
     rates, wins, ties, pairs = list[float](), 0.0, 0.0, 0
     for number in result.done:
-        mine, theirs = (
+        tuned_scores, base_scores = (
             [score for answer in result.answers[who].get(number, ()) if (score := value(answer)) is not None]
             for who in (variant, BASE)
         )
-        if not mine or not theirs:
+        if not tuned_scores or not base_scores:
             continue
-        better = sum(one > other for one, other in product(mine, theirs))
-        equal = sum(one == other for one, other in product(mine, theirs))
-        count = len(mine) * len(theirs)
+        better = sum(tuned_score > base_score for tuned_score, base_score in product(tuned_scores, base_scores))
+        equal = sum(tuned_score == base_score for tuned_score, base_score in product(tuned_scores, base_scores))
+        count = len(tuned_scores) * len(base_scores)
         rates.append((better + equal / 2) / count)
-        wins, ties, pairs = wins + better / count, ties + equal / count, max(pairs, min(len(mine), len(theirs)))
+        wins, ties, pairs = (
+            wins + better / count,
+            ties + equal / count,
+            max(pairs, min(len(tuned_scores), len(base_scores))),
+        )
     if not rates:
         return None
     interval = proportion_ci(rates, pairs, confidence)
@@ -162,8 +168,8 @@ def win_rates(
 def missing_scores(result: EvalResult) -> dict[str, int]:
     """Number of answers that could not be graded, by their first failure."""
     counts: dict[str, int] = {}
-    for several in result.answers.values():
-        for answers in several.values():
+    for variant_answers in result.answers.values():
+        for answers in variant_answers.values():
             for answer in answers:
                 if answer.failed:
                     counts[answer.failed] = counts.get(answer.failed, 0) + 1

@@ -44,8 +44,10 @@ def load_eval_questions(
     asked."""
     candidates = load_heldout_prompts(source, count, seed, system)
     usable = [
-        (number, one)
-        for number, one in enumerate(one for one in candidates if template.validate_messages(one.messages) is None)
+        (number, prompt)
+        for number, prompt in enumerate(
+            prompt for prompt in candidates if template.validate_messages(prompt.messages) is None
+        )
     ]
     if not usable:
         raise UserError(f"{source.dataset}: {template.validate_messages(candidates[0].messages)}")
@@ -53,13 +55,13 @@ def load_eval_questions(
     questions = [
         EvalQuestion(
             number,
-            template.prompt(one.messages),
-            one.messages[-1].content,
-            one.ground_truth,
-            one.row,
-            _reference(one, source, shape, template, system),
+            template.prompt(prompt.messages),
+            prompt.messages[-1].content,
+            prompt.ground_truth,
+            prompt.row,
+            _reference(prompt, source, shape, template, system),
         )
-        for number, one in usable
+        for number, prompt in usable
     ]
     named = [
         source.dataset,
@@ -70,11 +72,11 @@ def load_eval_questions(
 
 
 def _reference(
-    one: Prompt, source: settings.SourceConfig, format_name: str, template: ChatTemplate, system: str | None
+    prompt: Prompt, source: settings.SourceConfig, format_name: str, template: ChatTemplate, system: str | None
 ) -> Row | None:
     """The row whole; of a pair there is none here: what is better than something else need not be what should be
     said."""
-    parsed = conversation(one.row, source, format_name, system) if format_name != "preference" else None
+    parsed = conversation(prompt.row, source, format_name, system) if format_name != "preference" else None
     if not isinstance(parsed, Conversation):
         return None
     row = template.encode_many([parsed.messages])[0]
@@ -85,9 +87,9 @@ def recipe_heldout_questions(
     recipe: settings.RecipeConfig, count: int, template: ChatTemplate, emit: Emit
 ) -> EvalQuestions:
     """The held-out questions of a run's own recipe; else its validation rows. Raises UserError where it has neither."""
-    wanted = recipe.evaluate.eval_dataset
-    if wanted is not None:
-        return load_eval_questions(wanted, count, recipe.seed, template, recipe.data.system_prompt)
+    eval_dataset = recipe.evaluate.eval_dataset
+    if eval_dataset is not None:
+        return load_eval_questions(eval_dataset, count, recipe.seed, template, recipe.data.system_prompt)
     if recipe.data.validation:
         parts = [
             load_eval_questions(
@@ -95,11 +97,13 @@ def recipe_heldout_questions(
             )
             for source in recipe.data.validation
         ]
-        several = [one for part in parts for one in part.questions][:count]
+        questions = [question for part in parts for question in part.questions][:count]
         return EvalQuestions(
             [
-                EvalQuestion(number, one.prompt_ids, one.text, one.ground_truth, one.row, one.reference)
-                for number, one in enumerate(several)
+                EvalQuestion(
+                    number, question.prompt_ids, question.text, question.ground_truth, question.row, question.reference
+                )
+                for number, question in enumerate(questions)
             ],
             ", ".join(part.origin for part in parts),
         )

@@ -83,11 +83,15 @@ def parse_record(data: Mapping[str, Any]) -> EvalRecord:
     metrics, deltas, wins, tasks = (_by_variant(data.get(name)) for name in ("metrics", "deltas", "wins", "tasks"))
     shares = {
         variant: {
-            name: (_parse_float(one, "wins"), _parse_float(one, "ties"), _parse_float(one, "losses"))
-            for name, one in _as_mapping(several).items()
-            if isinstance(one, Mapping)
+            name: (
+                _parse_float(win_shares, "wins"),
+                _parse_float(win_shares, "ties"),
+                _parse_float(win_shares, "losses"),
+            )
+            for name, win_shares in _as_mapping(variant_wins).items()
+            if isinstance(win_shares, Mapping)
         }
-        for variant, several in _as_mapping(data.get("wins")).items()
+        for variant, variant_wins in _as_mapping(data.get("wins")).items()
     }
     dataset = _as_mapping(data.get("dataset"))
     return EvalRecord(
@@ -110,18 +114,18 @@ def parse_record(data: Mapping[str, Any]) -> EvalRecord:
 def _by_variant(data: Any) -> dict[str, dict[str, MetricValue]]:
     return {
         str(variant): {
-            str(name): _metric_value(one)
-            for name, one in _as_mapping(several).items()
-            if isinstance(one, Mapping) and "value" in one
+            str(name): _metric_value(raw_metric)
+            for name, raw_metric in _as_mapping(variant_metrics).items()
+            if isinstance(raw_metric, Mapping) and "value" in raw_metric
         }
-        for variant, several in _as_mapping(data).items()
+        for variant, variant_metrics in _as_mapping(data).items()
     }
 
 
-def _metric_value(one: Mapping[str, Any]) -> MetricValue:
-    has_interval = all(isinstance(one.get(end), (int, float)) for end in ("low", "high"))
-    low, high = (_parse_float(one, end) if has_interval else None for end in ("low", "high"))
-    return MetricValue(_parse_float(one, "value"), low, high, int(_parse_float(one, "prompts")))
+def _metric_value(raw_metric: Mapping[str, Any]) -> MetricValue:
+    has_interval = all(isinstance(raw_metric.get(end), (int, float)) for end in ("low", "high"))
+    low, high = (_parse_float(raw_metric, end) if has_interval else None for end in ("low", "high"))
+    return MetricValue(_parse_float(raw_metric, "value"), low, high, int(_parse_float(raw_metric, "prompts")))
 
 
 def _as_mapping(data: Any) -> Mapping[str, Any]:

@@ -137,10 +137,12 @@ def _target_from_run(path: Path, emit: Emit) -> EvalTarget:
 
 
 def _reward_model_stack(recipe: settings.RecipeConfig) -> Stack:
-    wanted = recipe.adapters.get(REWARD_ROLE)
+    adapter_config = recipe.adapters.get(REWARD_ROLE)
     uses_reward_model = any(reward.name == "reward_model" for reward in recipe.rewards)
     return (
-        head_stack(str(wanted.path), f"adapters.{REWARD_ROLE}.path") if uses_reward_model and wanted is not None else {}
+        head_stack(str(adapter_config.path), f"adapters.{REWARD_ROLE}.path")
+        if uses_reward_model and adapter_config is not None
+        else {}
     )
 
 
@@ -237,11 +239,11 @@ def check_bases(target: EvalTarget, reward_model: EvalRewardModel | None, base: 
 
 def check_reward_model(target: EvalTarget, reward_model: EvalRewardModel) -> None:
     """Checks that need no loaded model. Raises UserError."""
-    mine, theirs = target.base.model.partition("@")[0], reward_model.base.model.partition("@")[0]
-    if mine != theirs:
+    target_base, reward_base = target.base.model.partition("@")[0], reward_model.base.model.partition("@")[0]
+    if target_base != reward_base:
         raise UserError(
-            f"--reward-model: the base of {reward_model.run} is {theirs}, the base of {target.name} is {mine}: they "
-            "must be the same"
+            f"--reward-model: the base of {reward_model.run} is {reward_base}, the base of {target.name} is "
+            f"{target_base}: they must be the same"
         )
 
 

@@ -231,8 +231,8 @@ def _convert(
     wide.unlink()
 
 
-def _outtype(options: ExportOptions, what: str, choices: Mapping[str, object]) -> str:
-    outtype = (options.quantization or DEFAULT_OUTTYPE[what]).lower()
+def _outtype(options: ExportOptions, export_target: str, choices: Mapping[str, object]) -> str:
+    outtype = (options.quantization or DEFAULT_OUTTYPE[export_target]).lower()
     if outtype not in choices:
         raise UserError(f"--quantization {outtype} is not supported by this export; supported: {', '.join(choices)}")
     return outtype

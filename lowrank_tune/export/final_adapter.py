@@ -102,15 +102,15 @@ def serialize_tokenizer(tokenizer: Any, template: str) -> dict[str, bytes]:
             if path.is_file()
         }
     config = json.loads(files["tokenizer_config.json"])
-    kept = {key: value for key, value in config.items() if key not in MACHINE_SPECIFIC_KEYS}
-    return files | {"tokenizer_config.json": json.dumps(kept, indent=2, ensure_ascii=False).encode()}
+    portable_config = {key: value for key, value in config.items() if key not in MACHINE_SPECIFIC_KEYS}
+    return files | {"tokenizer_config.json": json.dumps(portable_config, indent=2, ensure_ascii=False).encode()}
 
 
 def generation_config(base: Base, eos_token_ids: frozenset[int], pad_token_id: int) -> dict[str, Any]:
     """The base's own, with every token that ends an answer: its end tokens and those of the chat template."""
     config = base.model.generation_config.to_diff_dict() if base.model.generation_config is not None else {}
-    kept = {key: value for key, value in config.items() if not key.startswith("_")}
-    return {**kept, "eos_token_id": sorted(eos_token_ids), "pad_token_id": pad_token_id}
+    public_config = {key: value for key, value in config.items() if not key.startswith("_")}
+    return {**public_config, "eos_token_id": sorted(eos_token_ids), "pad_token_id": pad_token_id}
 
 
 def eos_token_strings(built: RunComponents) -> list[str]:

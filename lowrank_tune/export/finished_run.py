@@ -37,9 +37,13 @@ class FinishedRun:
     @property
     def base(self) -> settings.BaseConfig:
         """The base to load, at the very revision that was trained on."""
-        wanted, revision = self.recipe.base, self.facts.get("revision")
-        pinned = f"{wanted.model}@{revision}" if isinstance(revision, str) and "@" not in wanted.model else wanted.model
-        return wanted.model_copy(update={"model": pinned})
+        base_config, revision = self.recipe.base, self.facts.get("revision")
+        pinned = (
+            f"{base_config.model}@{revision}"
+            if isinstance(revision, str) and "@" not in base_config.model
+            else base_config.model
+        )
+        return base_config.model_copy(update={"model": pinned})
 
     def fingerprint(self) -> str:
         """Of the adapter's files in `final/`."""

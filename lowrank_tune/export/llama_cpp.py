@@ -72,14 +72,16 @@ def converter_folder(given: Path | None, emit: Emit, fetch: bool = True) -> Path
     if named is not None and named.is_file():
         return _extract_to_cache(named)
     if named is not None:
-        found = next((folder for folder in (named, named / VENDOR_PATH) if (folder / CONVERTER).is_file()), None)
-        if found is None:
+        converter_dir = next(
+            (folder for folder in (named, named / VENDOR_PATH) if (folder / CONVERTER).is_file()), None
+        )
+        if converter_dir is None:
             raise UserError(
                 f"--llama-cpp or {ENV_VARIABLE}: {named} holds no {CONVERTER}"
                 if named.is_dir()
                 else f"there is no folder {named}"
             )
-        return found
+        return converter_dir
     cached = cache_folder() / f"llama.cpp-{VERSION}"
     if (cached / CONVERTER).is_file():
         return cached
@@ -171,18 +173,18 @@ def find_quantizer(given: Path | None) -> Quantizer | None:
     """llama.cpp's quantizer: in the folder that the user named, on the path, or in the module llama_cpp; None where
     there is none."""
     named = named_folder(given)
-    places = [] if named is None else [named / part / "llama-quantize" for part in ("", "bin", "build/bin")]
+    candidates = [] if named is None else [named / part / "llama-quantize" for part in ("", "bin", "build/bin")]
     on_path = shutil.which("llama-quantize")
-    found = next(
+    executable = next(
         (
-            place
-            for place in (*places, *([Path(on_path)] if on_path else []))
-            if os.access(place, os.X_OK) and place.is_file()
+            candidate
+            for candidate in (*candidates, *([Path(on_path)] if on_path else []))
+            if os.access(candidate, os.X_OK) and candidate.is_file()
         ),
         None,
     )
-    if found is not None:
-        return Quantizer(found)
+    if executable is not None:
+        return Quantizer(executable)
     return Quantizer(None) if importlib.util.find_spec("llama_cpp") is not None else None
 
 

@@ -251,8 +251,8 @@ def compare_models(
             if number < len(recorded.starts):
                 answer = torch.tensor(text[recorded.starts[number] :])
                 outcomes.append(_greedy_difference(trained[-len(answer) :], merged[-len(answer) :], answer))
-                for mean, one in zip(answer_losses, (p, q), strict=True):
-                    mean.add(-one[-len(answer) :].gather(1, answer[:, None]))
+                for mean, logprobs in zip(answer_losses, (p, q), strict=True):
+                    mean.add(-logprobs[-len(answer) :].gather(1, answer[:, None]))
             emit(Progress(description="the merged model reads the same", done=number + 1, total=len(recorded.texts)))
     kl = torch.cat(kls)
     compared = (recorded.loss, losses.mean) if recorded.rows else (answer_losses[0].value, answer_losses[1].value)

@@ -71,14 +71,19 @@ def derive_turns(render: Render) -> TemplateTurns | None:
 
 
 def _without_system(render: Render) -> TemplateTurns:
-    (one, two), answer = USERS, ANSWER
-    alone, with_prompt = _rendered(render, [("user", one)], False), _rendered(render, [("user", one)], True)
-    closed = _rendered(render, [("user", one), ("assistant", answer)], False)
-    opening, end_of_user = _split(alone, one)
+    (first_user, second_user), answer = USERS, ANSWER
+    alone, with_prompt = (
+        _rendered(render, [("user", first_user)], False),
+        _rendered(render, [("user", first_user)], True),
+    )
+    closed = _rendered(render, [("user", first_user), ("assistant", answer)], False)
+    opening, end_of_user = _split(alone, first_user)
     end_of_answer = _split(closed, answer)[1]
-    before, rest = _split(_rendered(render, [("user", one), ("assistant", answer), ("user", two)], True), one)
+    before, rest = _split(
+        _rendered(render, [("user", first_user), ("assistant", answer), ("user", second_user)], True), first_user
+    )
     to_answer, rest = _split(rest, answer)
-    between, _ = _split(rest, two)
+    between, _ = _split(rest, second_user)
     assert before == opening
     return TemplateTurns(
         opening,
@@ -123,8 +128,8 @@ def _rendered(render: Render, messages: ProbeMessages, add_generation_prompt: bo
 
 
 def _split(text: str, at: str) -> tuple[str, str]:
-    before, found, behind = text.partition(at)
-    assert found and at not in behind
+    before, separator, behind = text.partition(at)
+    assert separator and at not in behind
     return before, behind
 
 

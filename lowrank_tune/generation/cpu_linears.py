@@ -189,17 +189,17 @@ def _is_plain_lora(module: Any, stack: Sequence[str]) -> bool:
     """Whether PEFT computes base(x) + scaling B A x for each adapter of the stack here, and nothing else."""
     if not all(hasattr(module, name) for name in ("lora_A", "lora_B", "scaling", "lora_variant")):
         return False
-    mine = [name for name in stack if name in module.lora_A]
+    adapter_names = [name for name in stack if name in module.lora_A]
     plain = not (module.merged or module.disable_adapters or getattr(module, "fan_in_fan_out", False))
-    return plain and all(name not in module.lora_variant and module.lora_B[name].bias is None for name in mine)
+    return plain and all(name not in module.lora_variant and module.lora_B[name].bias is None for name in adapter_names)
 
 
 def _adapters(module: Any, stack: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
     """All adapters of the stack as one, for a weight (in, out): down (in, r) and up (r, out), scaled; r is 0 where
     there is none."""
-    mine = [name for name in stack if name in getattr(module, "lora_A", ())]
-    downs = [module.lora_A[name].weight.detach() for name in mine] or [like.new_zeros(0, like.shape[0])]
-    ups = [module.lora_B[name].weight.detach() * module.scaling[name] for name in mine] or [
+    adapter_names = [name for name in stack if name in getattr(module, "lora_A", ())]
+    downs = [module.lora_A[name].weight.detach() for name in adapter_names] or [like.new_zeros(0, like.shape[0])]
+    ups = [module.lora_B[name].weight.detach() * module.scaling[name] for name in adapter_names] or [
         like.new_zeros(like.shape[1], 0)
     ]
     return torch.cat(downs).T.contiguous(), torch.cat(ups, dim=1).T.contiguous()

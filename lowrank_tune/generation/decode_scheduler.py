@@ -130,13 +130,13 @@ class DecodeScheduler:
             self._prefill_next(len(free))
         taken: list[int] = []
         while self.prefilled and len(taken) < len(free):
-            one = self.prefilled[0]
-            mine = free[len(taken) : len(taken) + len(one.samples)]
-            self.store.insert(one.cache, [one.row] * len(mine), mine)
-            for slot in mine:
-                self.rows[slot : slot + 1] = [one.samples.popleft()]
-            taken += mine
-            if not one.samples:
+            prefilled_prompt = self.prefilled[0]
+            assigned_slots = free[len(taken) : len(taken) + len(prefilled_prompt.samples)]
+            self.store.insert(prefilled_prompt.cache, [prefilled_prompt.row] * len(assigned_slots), assigned_slots)
+            for slot in assigned_slots:
+                self.rows[slot : slot + 1] = [prefilled_prompt.samples.popleft()]
+            taken += assigned_slots
+            if not prefilled_prompt.samples:
                 self.prefilled.popleft()
         return taken
 
@@ -204,7 +204,9 @@ class DecodeScheduler:
     def _truncate_all(self) -> list[Completion]:
         """Everything ends where it is, what has not begun too."""
         started = [row.to_completion("budget") for row in self.rows if row is not None]
-        not_started = [(row.prompt, row.sample) for one in self.prefilled for row in one.samples]
+        not_started = [
+            (row.prompt, row.sample) for prefilled_prompt in self.prefilled for row in prefilled_prompt.samples
+        ]
         not_started += [(prompt, sample) for prompt in self.waiting for sample in self.samples[prompt]]
         self.rows, self.prefilled, self.waiting, self.last_stepped = [], deque(), deque(), []
         return started + [Completion(prompt, sample, [], "budget", []) for prompt, sample in not_started]

@@ -44,10 +44,10 @@ class _RetryState:
     spent: int = 0
     shown: bool = False
 
-    def record(self, one: object) -> None:
-        if isinstance(one, Completion):
-            self.ended.add((one.prompt, one.sample))
-            self.spent += len(one.token_ids)
+    def record(self, output: object) -> None:
+        if isinstance(output, Completion):
+            self.ended.add((output.prompt, output.sample))
+            self.spent += len(output.token_ids)
         else:
             self.shown = True
 
@@ -165,9 +165,9 @@ class Engine:
                 # it left them.
                 with self._generation_mode(states), linears, batched_attention(model):
                     outputs = step_fn(schedule, stops)
-                for one in outputs:
-                    progress.record(one)
-                    yield one
+                for output in outputs:
+                    progress.record(output)
+                    yield output
 
     @contextmanager
     def _generation_mode(self, states: Sequence[dict[str, Any]]) -> Iterator[None]:

@@ -63,7 +63,7 @@ class StaticSlotCache:
         self.ready_masks = (
             self.device.type == "cpu"
             and model.dtype == torch.float32
-            and not any(one.window for one in self.cache.layers)
+            and not any(layer.window for layer in self.cache.layers)
         )
 
     def allocate(self, slots: int, columns: int, limit: int) -> int:
@@ -76,7 +76,9 @@ class StaticSlotCache:
         model."""
         if self.model not in _TOKEN_BYTES:
             self.prefill([[0]])
-            _TOKEN_BYTES[self.model] = [sum(one.nbytes for one in layer.prefill_states) for layer in self.cache.layers]
+            _TOKEN_BYTES[self.model] = [
+                sum(states.nbytes for states in layer.prefill_states) for layer in self.cache.layers
+            ]
         token = zip(self.cache.layers, _TOKEN_BYTES[self.model], strict=True)
         return sum(min(columns, layer.window or columns) * size for layer, size in token)
 
@@ -89,10 +91,10 @@ class StaticSlotCache:
 
     def insert(self, prompts: _PrefilledPrompts, rows: Sequence[int], slots: Sequence[int]) -> None:
         source, target = torch.tensor(rows, device=self.device), torch.tensor(slots, device=self.device)
-        for layer, kept in zip(self.cache.layers, prompts.layers, strict=True):
+        for layer, prefill_states in zip(self.cache.layers, prompts.layers, strict=True):
             if not layer.is_initialized:
-                layer.allocate(kept, self.slots, self.columns)
-            layer.insert(kept, source, prompts.lengths[source], target)
+                layer.allocate(prefill_states, self.slots, self.columns)
+            layer.insert(prefill_states, source, prompts.lengths[source], target)
 
     def move(self, source: int, target: int, length: int) -> None:
         for layer in self.cache.layers:

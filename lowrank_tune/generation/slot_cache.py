@@ -52,7 +52,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def allocate(self, like: tuple[Tensor, Tensor], slots: int, columns: int) -> None:
         """Zeros: a masked column weighs nothing, but nothing times what lies about in memory could be NaN."""
         columns = min(columns, self.window or columns)
-        self.keys, self.values = (one.new_zeros(slots, one.shape[1], columns, one.shape[3]) for one in like)
+        self.keys, self.values = (states.new_zeros(slots, states.shape[1], columns, states.shape[3]) for states in like)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -62,8 +62,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             return key_states, value_states
         rows, heads, width = len(key_states), key_states.shape[1], self._width()
         slot_indices = step.slot_indices(heads, self.keys.shape[2], self.window)
-        for kept, states in ((self.keys, key_states), (self.values, value_states)):
-            kept.view(-1, kept.shape[3]).index_copy_(0, slot_indices, states.reshape(rows * heads, -1))
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            buffer.view(-1, buffer.shape[3]).index_copy_(0, slot_indices, states.reshape(rows * heads, -1))
         return self.keys[:rows, :, :width], self.values[:rows, :, :width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -79,8 +79,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def insert(self, prompts: tuple[Tensor, Tensor], source: Tensor, lengths: Tensor, slots: Tensor) -> None:
         """Copies keys and values of prompts (row `source`, `lengths` tokens) into `slots`; all (N,)."""
-        for target, kept in zip((self.keys, self.values), prompts, strict=True):
-            taken, columns = kept[source], target.shape[2]
+        for target, prefill_states in zip((self.keys, self.values), prompts, strict=True):
+            taken, columns = prefill_states[source], target.shape[2]
             if taken.shape[2] > columns:
                 taken = taken.gather(
                     2,
@@ -90,8 +90,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def move(self, source: int, target: int, length: int) -> None:
         length = min(length, self.window or length)
-        for one in (self.keys, self.values):
-            one[target, :, :length] = one[source, :, :length]
+        for buffer in (self.keys, self.values):
+            buffer[target, :, :length] = buffer[source, :, :length]
 
     def _width(self) -> int:
         return min(self.step.width, self.window or self.step.width)

@@ -81,8 +81,8 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten.matmul.default:
             with self:
                 return func.decompose(*args, **kwargs)
-        leaves = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        if any(one.is_meta for one in leaves) and not all(one.is_meta for one in leaves):
+        leaves = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+        if any(tensor.is_meta for tensor in leaves) and not all(tensor.is_meta for tensor in leaves):
             if func._schema.is_mutable and not leaves[0].is_meta:
                 return leaves[0]  # numbers that there are none of, into real ones: they stay as they are
             args, kwargs = _resolve_masks(func, args), dict(kwargs)
@@ -91,9 +91,9 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # there is nothing to take elsewhere
             kwargs = {key: value for key, value in kwargs.items() if key != "device"}
         out = func(*args, **kwargs)
-        for one in tree_leaves(out):
-            if isinstance(one, Tensor):
-                self._record(one)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._record(tensor)
         return out
 
     def _record(self, tensor: Tensor) -> None:
@@ -132,12 +132,12 @@ def _to_meta(tensor: Tensor) -> Tensor:
 def _resolve_masks(func: Any, args: Sequence[Any]) -> Sequence[Any]:
     """How many numbers a mask picks is known only while it is real."""
     if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default) and any(
-        one is not None and one.dtype == torch.bool and not one.is_meta for one in args[1]
+        index is not None and index.dtype == torch.bool and not index.is_meta for index in args[1]
     ):
         indices = [
             part
-            for one in args[1]
-            for part in (one.nonzero(as_tuple=True) if one is not None and one.dtype == torch.bool else (one,))
+            for index in args[1]
+            for part in (index.nonzero(as_tuple=True) if index is not None and index.dtype == torch.bool else (index,))
         ]
         return [args[0], indices, *args[2:]]
     return args

@@ -25,11 +25,11 @@ def attend(
 ) -> Tensor:
     """query (B, H, T, D), key and value (B, heads, S, D) -> (B, H, T, D), by the kernel that torch takes on
     `device`."""
-    if not any(one.is_meta for one in (query, key, value)):
+    if not any(tensor.is_meta for tensor in (query, key, value)):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    query, key, value = (one if one.is_meta else one.to("meta") for one in (query, key, value))
+    query, key, value = (tensor if tensor.is_meta else tensor.to("meta") for tensor in (query, key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         # torch turns it into what is added to the scores
         attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device="meta")
@@ -46,12 +46,12 @@ def attend(
         )
     width = query.shape[-1]
     scale = width**-0.5 if scale is None else scale
-    query, key, value = (_pad_head_dim(one) for one in (query, key, value))
+    query, key, value = (_pad_head_dim(tensor) for tensor in (query, key, value))
     if attn_mask is None and width <= FLASH_MAX_HEAD_DIM and query.dtype != torch.float32:
         return _first(aten._scaled_dot_product_flash_attention(query, key, value, *options, scale=scale))[..., :width]
     if attn_mask is not None:
         attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    compute_logsumexp = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+    compute_logsumexp = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     return _first(
         aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, compute_logsumexp, *options, scale=scale
@@ -79,8 +79,8 @@ def _flash_on_cpu(
 ) -> bool:
     """Asks torch, of real tensors of the same shapes, whose pages nobody ever touches."""
     q, k, v = (
-        torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, requires_grad=one.requires_grad)
-        for one in (query, key, value)
+        torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+        for tensor in (query, key, value)
     )
     real_mask = None if mask is None else torch.empty(mask.shape, dtype=mask.dtype)
     return torch._fused_sdp_choice(q, k, v, real_mask, dropout, causal, scale=scale, enable_gqa=gqa) == FLASH_BACKEND

@@ -135,9 +135,15 @@ class FakeDeviceMode(TorchFunctionMode):
             args = (self.planned if args[0].is_meta else args[0].device, args[0].dtype, *args[1:])
         named, dtype = kwargs.get("device"), kwargs.get("dtype")
         target = (
-            named if named is not None else next((one for one in args if isinstance(one, (str, torch.device))), None)
+            named
+            if named is not None
+            else next((argument for argument in args if isinstance(argument, (str, torch.device))), None)
         )
-        dtype = dtype if dtype is not None else next((one for one in args if isinstance(one, torch.dtype)), None)
+        dtype = (
+            dtype
+            if dtype is not None
+            else next((argument for argument in args if isinstance(argument, torch.dtype)), None)
+        )
         kind = self.planned.type if target is None and x.is_meta else "cpu" if target is None else _device_type(target)
         if kind == "meta":
             return x.to(target, dtype)
@@ -149,10 +155,12 @@ class FakeDeviceMode(TorchFunctionMode):
 
     def _cast(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         if func in AUTOCAST_TO_HALF_OPS:
-            return [self._to_half(one) for one in args], {key: self._to_half(one) for key, one in kwargs.items()}
+            return [self._to_half(argument) for argument in args], {
+                key: self._to_half(argument) for key, argument in kwargs.items()
+            }
         if kwargs.get("dtype") is not None:
             return list(args), dict(kwargs)
-        return [_to_fp32(one) for one in args], {key: _to_fp32(one) for key, one in kwargs.items()}
+        return [_to_fp32(argument) for argument in args], {key: _to_fp32(argument) for key, argument in kwargs.items()}
 
     def _to_half(self, x: Any) -> Any:
         """As autocast casts: the weights that are trained once, until its outermost context ends."""
@@ -215,7 +223,8 @@ def _makes_integers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     """Whether a factory that was told no dtype makes whole numbers or masks."""
     if func is torch.arange:
         return all(
-            isinstance(one, int) for one in (*args, *(kwargs[key] for key in ("start", "end", "step") if key in kwargs))
+            isinstance(argument, int)
+            for argument in (*args, *(kwargs[key] for key in ("start", "end", "step") if key in kwargs))
         )
     if func is torch.full:
         return not isinstance(kwargs.get("fill_value", args[1] if len(args) > 1 else 0.0), float)

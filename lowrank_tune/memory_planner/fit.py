@@ -169,7 +169,10 @@ def max_row_length(recipe: settings.RecipeConfig) -> int:
 
 def _shorten(spec: SimulationSpec, plan: Plan) -> str:
     """Where even one row is too much."""
-    recipe, static = spec.recipe, sum(plan.peak_phase.bytes.get(one, 0) for one in ("weights", "adapters", "optimizer"))
+    recipe, static = (
+        spec.recipe,
+        sum(plan.peak_phase.bytes.get(purpose, 0) for purpose in ("weights", "adapters", "optimizer")),
+    )
     if needed(static, plan.device) > plan.vram:
         return f"the weights alone need {needed(static, plan.device) / GIB:.1f} GiB: a smaller base" + (
             "" if recipe.base.bits == 4 else ", or base.bits=4"

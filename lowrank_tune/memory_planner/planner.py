@@ -72,15 +72,25 @@ def decoding_phases(
     phases = phases_in(peaks_of(replace(spec, rollouts=rollouts), recomputed))
     for last in (False, True):
         over = {phase.name: needed(phase.total, spec.device.type) - vram for phase in phases}
-        short = {name: one for name, one in rollouts.items() if vram and over[name] > 0 and one.slots > 1}
+        short = {
+            name: decoding_spec
+            for name, decoding_spec in rollouts.items()
+            if vram and over[name] > 0 and decoding_spec.slots > 1
+        }
         if not short:
             break
-        each = {
-            name: _bytes_of(spec.config, one.prompt_length + one.max_new_tokens, spec.device)
-            for name, one in short.items()
+        bytes_per_slot = {
+            name: _bytes_of(spec.config, decoding_spec.prompt_length + decoding_spec.max_new_tokens, spec.device)
+            for name, decoding_spec in short.items()
         }
-        fewer = {name: 1 if last else max(1, one.slots - -(-over[name] // each[name])) for name, one in short.items()}
-        rollouts = {name: replace(one, slots=fewer.get(name, one.slots)) for name, one in rollouts.items()}
+        fewer = {
+            name: 1 if last else max(1, decoding_spec.slots - -(-over[name] // bytes_per_slot[name]))
+            for name, decoding_spec in short.items()
+        }
+        rollouts = {
+            name: replace(decoding_spec, slots=fewer.get(name, decoding_spec.slots))
+            for name, decoding_spec in rollouts.items()
+        }
         phases = phases_in(peaks_of(replace(spec, rollouts=rollouts), recomputed))
     return phases
 
@@ -123,8 +133,8 @@ def phases_in(peaks: Peaks) -> tuple[Phase, ...]:
     return tuple(phase for name, phase in highest.items() if name != "end")
 
 
-def _where(place: Sequence[str]) -> str:
-    match list(place):
+def _where(point_suffix: Sequence[str]) -> str:
+    match list(point_suffix):
         case ["after"]:
             return "output head"
         case [direction, "first" | "last" as which]:

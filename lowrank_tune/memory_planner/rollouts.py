@@ -55,10 +55,10 @@ def decode(
         linears,
         batched_attention(model),
     ):
-        kept, hidden = store.prefill([[0] * spec.prompt_length] * ahead)
+        prefilled, hidden = store.prefill([[0] * spec.prompt_length] * ahead)
         on_pass("placing")
         with allocating_cache:
-            store.insert(kept, [slot % ahead for slot in range(spec.slots)], list(range(spec.slots)))
+            store.insert(prefilled, [slot % ahead for slot in range(spec.slots)], list(range(spec.slots)))
         engine._sample(hidden, [0.5] * ahead, sampling)
         del hidden
         on_pass("step")

@@ -113,7 +113,7 @@ class _SimulatedStage:
         tracker.set_purpose((head.weight for head in self.roles.heads.values()), "adapters")
         self.trained = (self.recipe.trained_adapter, *self.recipe.extra_adapters)
         named = [self.roles.parameters(role) for role in self.trained]
-        self.parameters: list[nn.Parameter] = [parameter for several in named for parameter in several]
+        self.parameters: list[nn.Parameter] = [parameter for role_parameters in named for parameter in role_parameters]
         self.optimizer: Any = None
         self.context = AlgorithmContext(self.roles, lambda step: self._batch(self.sizes.rows))
 
@@ -325,17 +325,19 @@ def _hook_layers(model: Any, tracker: AllocationTracker, mode: FakeDeviceMode) -
     layers = next(one for one in model.get_decoder().modules() if isinstance(one, nn.ModuleList))
     last = len(layers) - 1
     for number, layer in enumerate(layers):
-        place = "first" if number == 0 else "last" if number == last else "between"
+        layer_position = "first" if number == 0 else "last" if number == last else "between"
 
-        def before(place: str = place) -> None:
+        def before(layer_position: str = layer_position) -> None:
             tracker.move_to(
-                tracker.point[0], "forward" if torch._C._current_graph_task_id() == -1 else "backward", place
+                tracker.point[0], "forward" if torch._C._current_graph_task_id() == -1 else "backward", layer_position
             )
 
-        def after(module: Any, given: Any, out: Any, place: str = place, ends: bool = number == last) -> None:
+        def after(
+            module: Any, given: Any, out: Any, layer_position: str = layer_position, ends: bool = number == last
+        ) -> None:
             hidden = out[0] if isinstance(out, tuple) else out
             if hidden.requires_grad:
-                hidden.register_hook(lambda gradient: tracker.move_to(tracker.point[0], "backward", place))
+                hidden.register_hook(lambda gradient: tracker.move_to(tracker.point[0], "backward", layer_position))
             if ends:
                 tracker.move_to(tracker.point[0], "after")
 

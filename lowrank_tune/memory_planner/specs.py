@@ -38,9 +38,14 @@ def simulation_specs(loaded: settings.RecipeConfig | Chain, device: str) -> Iter
         reward_base_adapters = (
             None
             if reward_stage is None
-            else frozen_stage_names(stages, next(i for i, one in enumerate(stages) if one["name"] == reward_stage))
+            else frozen_stage_names(
+                stages, next(i for i, stage_data in enumerate(stages) if stage_data["name"] == reward_stage)
+            )
         )
-        pending_adapters = {each.name: each.adapters[each.trained_adapter] for each in loaded.stages[:number]}
+        pending_adapters = {
+            earlier_stage.name: earlier_stage.adapters[earlier_stage.trained_adapter]
+            for earlier_stage in loaded.stages[:number]
+        }
         yield _stage_spec(
             loaded.recipe_of(number, folders),
             kind,

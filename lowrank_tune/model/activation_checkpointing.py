@@ -22,16 +22,16 @@ Checkpointing = bool | int | Literal["none", "all", "auto"]
 """Which layers are recomputed: none or all, the first N, or `auto`, which is all until something plans it."""
 
 
-def num_checkpointed_layers(wanted: Checkpointing, layers: int) -> int:
+def num_checkpointed_layers(checkpointing: Checkpointing, layers: int) -> int:
     """How many of a model's `layers` are recomputed, counted from the first."""
-    if isinstance(wanted, (bool, str)):
-        return layers if wanted in (True, "all", "auto") else 0
-    return min(wanted, layers)
+    if isinstance(checkpointing, (bool, str)):
+        return layers if checkpointing in (True, "all", "auto") else 0
+    return min(checkpointing, layers)
 
 
 def checkpoint_layers(
     model: Any,
-    wanted: Checkpointing,
+    checkpointing: Checkpointing,
     offload: bool,
     context_fn: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]],
 ) -> bool:
@@ -39,10 +39,10 @@ def checkpoint_layers(
     gives what the forward pass and the recomputation run under. Returns whether any layer does. Raises UserError for a
     model whose layers cannot differ."""
     layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
-    count = num_checkpointed_layers(wanted, len(layers) or 1)
+    count = num_checkpointed_layers(checkpointing, len(layers) or 1)
     if not count:
         return False
-    if not layers and not isinstance(wanted, (bool, str)):
+    if not layers and not isinstance(checkpointing, (bool, str)):
         raise UserError(
             f"train.gradient_checkpointing: {model.config.model_type} models recompute all layers or none; say all "
             f"or none"

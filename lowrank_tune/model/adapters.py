@@ -49,7 +49,7 @@ def _is_number(value: Any, minimum: float = 0.0, maximum: float = 1e9) -> bool:
 
 
 def _is_number_map(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(_is_number(one) for one in value.values()))
+    return value is None or (isinstance(value, dict) and all(_is_number(number) for number in value.values()))
 
 
 def _is_name_list(value: Any) -> bool:
@@ -163,7 +163,7 @@ def read_stack(folder: Path, key: str) -> AdapterStack:
     raise UserError(f"{key}: {folder / STACK} is broken: its names do not fit together")
 
 
-def _check_head(saved_adapter: SavedAdapter, modules: Any, key: str, wanted: bool) -> None:
+def _check_head(saved_adapter: SavedAdapter, modules: Any, key: str, expect_head: bool) -> None:
     if not isinstance(modules, list) or not set(map(str, modules)) <= HEADS or (modules and "score" not in modules):
         raise UserError(f"{key}: {saved_adapter.folder} uses modules_to_save {modules}, which this kit does not load")
     shape = None if saved_adapter.head is None else tuple(saved_adapter.head.shape)
@@ -173,11 +173,11 @@ def _check_head(saved_adapter: SavedAdapter, modules: Any, key: str, wanted: boo
         raise UserError(
             f"{key}: the adapter in {saved_adapter.folder} is broken: it should have {expected} and has {actual}"
         )
-    if wanted and shape is None:
+    if expect_head and shape is None:
         raise UserError(
             f"{key}: {saved_adapter.folder} is a policy adapter (it has no scalar head), not a reward adapter"
         )
-    if shape is not None and not wanted:
+    if shape is not None and not expect_head:
         raise UserError(f"{key}: {saved_adapter.folder} is a reward adapter (it has a scalar head), not a policy")
 
 
@@ -199,29 +199,29 @@ def _config(raw: Any, key: str, folder: Path) -> LoraConfig:
         if name in raw and not is_valid(raw[name]):
             raise UserError(f"{key}: the adapter in {folder} is broken: {name} is {raw[name]!r}")
     field_names = {each.name for each in fields(LoraConfig)} - {"runtime_config", "inference_mode", "modules_to_save"}
-    kept = {name: value for name, value in raw.items() if name in field_names}
-    return LoraConfig(**kept | {"init_lora_weights": True, "task_type": "CAUSAL_LM"})
+    lora_kwargs = {name: value for name, value in raw.items() if name in field_names}
+    return LoraConfig(**lora_kwargs | {"init_lora_weights": True, "task_type": "CAUSAL_LM"})
 
 
-def lora_config(wanted: settings.AdapterConfig, model: Any) -> LoraConfig:
+def lora_config(adapter_config: settings.AdapterConfig, model: Any) -> LoraConfig:
     """A fresh LoRA for this model. Raises UserError for target modules that it has not."""
     linears = linear_names(model)
     if not linears:
         raise UserError(
             f"base.model: {model.config.model_type} models have no linear modules, so LoRA finds no place in them"
         )
-    targets = linears if wanted.target_modules == "all-linear" else sorted(wanted.target_modules)
+    targets = linears if adapter_config.target_modules == "all-linear" else sorted(adapter_config.target_modules)
     unknown = sorted(set(targets) - set(linears))
     if unknown:
         raise UserError(
             f"adapters: target_modules: the base has no linear module {', '.join(unknown)}; it has {', '.join(linears)}"
         )
     return LoraConfig(
-        r=wanted.r,
-        lora_alpha=wanted.lora_alpha,
-        lora_dropout=wanted.lora_dropout,
+        r=adapter_config.r,
+        lora_alpha=adapter_config.lora_alpha,
+        lora_dropout=adapter_config.lora_dropout,
         target_modules=targets,
-        use_rslora=wanted.use_rslora,
+        use_rslora=adapter_config.use_rslora,
         bias="none",
         task_type="CAUSAL_LM",
     )

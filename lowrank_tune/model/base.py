@@ -83,32 +83,35 @@ def pick_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def load_tokenizer(wanted: settings.BaseConfig) -> Any:
+def load_tokenizer(base_config: settings.BaseConfig) -> Any:
     """The base's tokenizer alone, so that data can be judged before gigabytes are read. Raises UserError as
     `load_base`."""
     silence_transformers()
-    with describe_load_errors(wanted) as (path_or_id, arguments):
+    with describe_load_errors(base_config) as (path_or_id, arguments):
         return AutoTokenizer.from_pretrained(path_or_id, **arguments)
 
 
-def load_config(wanted: settings.BaseConfig) -> Any:
+def load_config(base_config: settings.BaseConfig) -> Any:
     """The base's configuration alone. Raises UserError as `load_base`."""
     silence_transformers()
-    with describe_load_errors(wanted) as (path_or_id, arguments):
+    with describe_load_errors(base_config) as (path_or_id, arguments):
         return AutoConfig.from_pretrained(path_or_id, **arguments)
 
 
 def load_base(
-    wanted: settings.BaseConfig, tokenizer: Any, device: torch.device | None = None, dtype: torch.dtype | None = None
+    base_config: settings.BaseConfig,
+    tokenizer: Any,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Base:
     """Loads and freezes it, in the device's own `dtype` where none is given. Raises UserError with one sentence for
     whatever a person can mend."""
     silence_transformers()
     device = device or pick_device()
-    with describe_load_errors(wanted) as (path_or_id, arguments):
+    with describe_load_errors(base_config) as (path_or_id, arguments):
         config = AutoConfig.from_pretrained(path_or_id, **arguments)
-        quantized = check_quantization(config, wanted)
-        if wanted.bits == 4 and not quantized:
+        quantized = check_quantization(config, base_config)
+        if base_config.bits == 4 and not quantized:
             arguments["quantization_config"] = nf4_config(device)
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             path_or_id,
@@ -120,20 +123,22 @@ def load_base(
             dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32),
             **arguments,
         )
-        _check_weights(model, loading_info, wanted.model)
+        _check_weights(model, loading_info, base_config.model)
     if (
         device.type == "cpu"
         and SINGLE_THREAD_ENV not in os.environ
-        and sum(one.numel() for one in model.parameters()) < SINGLE_THREAD_MAX_PARAMS
+        and sum(parameter.numel() for parameter in model.parameters()) < SINGLE_THREAD_MAX_PARAMS
     ):
         torch.set_num_threads(1)
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
-    return freeze_base(model, tokenizer, name=wanted.model, revision=revision, bits=4 if quantized else wanted.bits)
+    return freeze_base(
+        model, tokenizer, name=base_config.model, revision=revision, bits=4 if quantized else base_config.bits
+    )
 
 
-def weight_files(wanted: settings.BaseConfig) -> dict[str, Path]:
+def weight_files(base_config: settings.BaseConfig) -> dict[str, Path]:
     """The file of each tensor of the base as its author published it. Raises UserError as `load_base`."""
-    with describe_load_errors(wanted) as (path_or_id, arguments):
+    with describe_load_errors(base_config) as (path_or_id, arguments):
         index = cached_file(
             path_or_id,
             SAFE_WEIGHTS_INDEX_NAME,
@@ -152,9 +157,9 @@ def weight_files(wanted: settings.BaseConfig) -> dict[str, Path]:
         return {name: paths[file] for name, file in weight_map.items()}
 
 
-def count_weights(wanted: settings.BaseConfig) -> int:
+def count_weights(base_config: settings.BaseConfig) -> int:
     """Numbers in the base's weights, a tied head counted once, without reading any. Raises UserError as `load_base`."""
-    with describe_load_errors(wanted) as (path_or_id, arguments):
+    with describe_load_errors(base_config) as (path_or_id, arguments):
         config = AutoConfig.from_pretrained(path_or_id, **arguments)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=arguments["trust_remote_code"])
@@ -266,11 +271,11 @@ def silence_transformers() -> None:
 
 
 @contextmanager
-def describe_load_errors(wanted: settings.BaseConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def describe_load_errors(base_config: settings.BaseConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where the model lies and how to ask for it; what the libraries raise inside becomes one sentence."""
-    name, _, revision = wanted.model.partition("@")
+    name, _, revision = base_config.model.partition("@")
     path_or_id = str(files("lowrank_tune.toy") / "base") if name == BUILTIN_MODEL else _existing_folder(name) or name
-    arguments: dict[str, Any] = {"revision": revision or None, "trust_remote_code": wanted.trust_remote_code}
+    arguments: dict[str, Any] = {"revision": revision or None, "trust_remote_code": base_config.trust_remote_code}
     try:
         _refuse_remote_code(path_or_id, name, arguments)
         yield path_or_id, arguments
@@ -303,7 +308,7 @@ def _existing_folder(name: str) -> str | None:
     return None
 
 
-def check_quantization(config: Any, wanted: settings.BaseConfig) -> bool:
+def check_quantization(config: Any, base_config: settings.BaseConfig) -> bool:
     """Whether the repository is quantized already: with bitsandbytes in 4 bits, or it is refused."""
     quantized = getattr(config, "quantization_config", None)
     if quantized is None:
@@ -312,7 +317,7 @@ def check_quantization(config: Any, wanted: settings.BaseConfig) -> bool:
     if quantized.get("quant_method") != "bitsandbytes" or not quantized.get("load_in_4bit"):
         kind = quantized.get("quant_method", "an unknown method")
         raise UserError(
-            f"base.model: {wanted.model} is quantized with {kind}; give the unquantized model, or one in "
+            f"base.model: {base_config.model} is quantized with {kind}; give the unquantized model, or one in "
             f"bitsandbytes' 4 bits"
         )
     return True

@@ -128,9 +128,9 @@ class _ChunkedKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, reference: Tensor, head: Head, temperature: float) -> Tensor:
         kls, slopes = [hidden.new_zeros(0, dtype=torch.float32)], []
-        for mine, other in zip(_chunks(hidden, head), _chunks(reference, head), strict=True):
-            z = head.logits(mine, temperature)
-            p, q = torch.log_softmax(z, dim=-1), torch.log_softmax(head.logits(other, temperature), dim=-1)
+        for hidden_chunk, reference_chunk in zip(_chunks(hidden, head), _chunks(reference, head), strict=True):
+            z = head.logits(hidden_chunk, temperature)
+            p, q = torch.log_softmax(z, dim=-1), torch.log_softmax(head.logits(reference_chunk, temperature), dim=-1)
             probs = p.exp()
             kl = (probs * (p - q)).sum(dim=-1)
             kls.append(kl)

@@ -114,10 +114,10 @@ class MemoryLimits:
         for name in ("update_tokens", "forward_tokens", "cache_tokens"):
             setattr(self, name, min((limit for limit in (getattr(self, name), saved.get(name, 0)) if limit), default=0))
 
-    def max_batch_units(self, kind: LimitKind, tokens: int, wanted: int) -> int:
+    def max_batch_units(self, kind: LimitKind, tokens: int, requested_units: int) -> int:
         """How many units of so many tokens at once, of those wanted; one is always tried."""
         limit: int = getattr(self, kind)
-        return max(1, min(wanted, limit // max(1, tokens))) if limit else wanted
+        return max(1, min(requested_units, limit // max(1, tokens))) if limit else requested_units
 
     def clamp_to_limits(self, kind: LimitKind, tokens: int | None) -> int | None:
         """A budget of tokens, or what is known to fit where that is less; None for none."""

@@ -219,10 +219,12 @@ class Roles:
         `gradient`, one for the role."""
         rows, columns = batch.loss_mask.nonzero(as_tuple=True)
         with nullcontext() if gradient else self.inference_mode():
-            mine = self.hidden(role, batch)[rows, columns - 1]
+            role_hidden = self.hidden(role, batch)[rows, columns - 1]
         with self.inference_mode():
-            other = self.hidden(reference, batch)[rows, columns - 1]
-        return _scatter(chunked_kl(self.head, mine, other, temperature), rows, columns, batch.input_ids.shape)
+            reference_hidden = self.hidden(reference, batch)[rows, columns - 1]
+        return _scatter(
+            chunked_kl(self.head, role_hidden, reference_hidden, temperature), rows, columns, batch.input_ids.shape
+        )
 
     def scores(self, role: str, batch: Batch) -> Tensor:
         """The scalar head's value at every attended token, else 0; (B, T) fp32."""
@@ -252,12 +254,15 @@ class Roles:
 
     def load_adapter_tensors(self, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
         """Puts weights into an adapter. Raises UserError where names or shapes do not fit this base."""
-        mine = self.adapter_tensors(name)
+        current_tensors = self.adapter_tensors(name)
         wrong = sorted(
-            key for key in mine.keys() | tensors.keys() if _tensor_shape(mine, key) != _tensor_shape(tensors, key)
+            key
+            for key in current_tensors.keys() | tensors.keys()
+            if _tensor_shape(current_tensors, key) != _tensor_shape(tensors, key)
         )
         if wrong:
-            first = f"{wrong[0]} is {_tensor_shape(tensors, wrong[0])} there and {_tensor_shape(mine, wrong[0])} here"
+            shapes = [_tensor_shape(named, wrong[0]) for named in (tensors, current_tensors)]
+            first = f"{wrong[0]} is {shapes[0]} there and {shapes[1]} here"
             raise UserError(
                 f"{where}: this adapter was made for another base than {self.base.name}: {len(wrong)} tensors "
                 f"differ; {first}"
@@ -315,10 +320,10 @@ class Roles:
                 if name not in names and isinstance(dropout, nn.Dropout):
                     dropout.p = 0.0  # a frozen adapter's dropout would still fire in train mode
 
-    def _checkpoint(self, wanted: Checkpointing, offload: bool) -> None:
+    def _checkpoint(self, checkpointing: Checkpointing, offload: bool) -> None:
         active = self._active
         self._checkpointing = checkpoint_layers(
-            self.base.model, wanted, offload, lambda: (nullcontext(), _ActiveAdapters(active, active))
+            self.base.model, checkpointing, offload, lambda: (nullcontext(), _ActiveAdapters(active, active))
         )
 
     def unload_adapters(self) -> None:

@@ -51,22 +51,21 @@ UNKNOWN_VERSION_MESSAGE = (
 
 
 def load_base(
-    wanted: settings.BaseConfig, tokenizer: Any, max_seq_length: int, device: torch.device | None = None
+    base_config: settings.BaseConfig, tokenizer: Any, max_seq_length: int, device: torch.device | None = None
 ) -> Base:
     """As `base.load_base`; `max_seq_length` is the longest row in tokens that will be trained on. Raises UserError."""
     unsloth: Any = sys.modules["unsloth"]
     silence_transformers()
     device = device or pick_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with describe_load_errors(wanted) as (path_or_id, arguments), redirect_stdout(sys.stderr):
+    with describe_load_errors(base_config) as (path_or_id, arguments), redirect_stdout(sys.stderr):
         config = AutoConfig.from_pretrained(path_or_id, **arguments)
         if config.model_type not in SUPPORTED_MODEL_TYPES:
             raise UserError(
-                f"base.backend: `unsloth` is used for {', '.join(SUPPORTED_MODEL_TYPES)} models, and {wanted.model} is "
-                f"{config.model_type}; "
-                "use `transformers`, or leave it out"
+                f"base.backend: `unsloth` is used for {', '.join(SUPPORTED_MODEL_TYPES)} models, and "
+                f"{base_config.model} is {config.model_type}; use `transformers`, or leave it out"
             )
-        four_bits = check_quantization(config, wanted) or wanted.bits == 4
+        four_bits = check_quantization(config, base_config) or base_config.bits == 4
         try:
             model, _ = unsloth.FastLanguageModel.from_pretrained(
                 model_name=path_or_id,
@@ -82,34 +81,33 @@ def load_base(
             raise
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
             raise UserError(
-                f"base.backend: unsloth cannot load {wanted.model}: {_first_line(error)}; use `transformers`"
+                f"base.backend: unsloth cannot load {base_config.model}: {_first_line(error)}; use `transformers`"
             ) from error
-    _check(model, config, wanted, four_bits)
+    _check(model, config, base_config, four_bits)
     revision = arguments["revision"] or getattr(config, "_commit_hash", None)
-    base = freeze_base(model, tokenizer, name=wanted.model, revision=revision, bits=4 if four_bits else 16)
+    base = freeze_base(model, tokenizer, name=base_config.model, revision=revision, bits=4 if four_bits else 16)
     return replace(base, backend="unsloth", transformers_forward=_restore_transformers_forward(model, device))
 
 
-def _check(model: Any, config: Any, wanted: settings.BaseConfig, four_bits: bool) -> None:
+def _check(model: Any, config: Any, base_config: settings.BaseConfig, four_bits: bool) -> None:
     """What unsloth does without a word: other weights, weights that are missing, a longer vocabulary, 16 bits where 4
     were asked for."""
     linears = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     if four_bits != bool(linears):
         raise UserError(
-            f"base.backend: unsloth loaded {wanted.model} {'without' if four_bits else 'in'} 4 bits, which was not "
-            f"asked for; "
-            "use `transformers`"
+            f"base.backend: unsloth loaded {base_config.model} {'without' if four_bits else 'in'} 4 bits, which was "
+            "not asked for; use `transformers`"
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if rows != config.vocab_size:
         raise UserError(
-            f"base.backend: unsloth made {rows:,} of the {config.vocab_size:,} words of {wanted.model}; use "
+            f"base.backend: unsloth made {rows:,} of the {config.vocab_size:,} words of {base_config.model}; use "
             "`transformers`"
         )
-    missing = {name for name, _ in model.named_parameters()} - weight_files(wanted).keys()
+    missing = {name for name, _ in model.named_parameters()} - weight_files(base_config).keys()
     if missing:
         raise UserError(
-            f"base.model: {wanted.model} cannot be loaded: {len(missing)} of its weights are not there, "
+            f"base.model: {base_config.model} cannot be loaded: {len(missing)} of its weights are not there, "
             f"{min(missing)} for one"
         )
 
@@ -162,7 +160,7 @@ def check(roles: Roles, role: str) -> None:
     something. Raises UserError where they disagree. Adapters and gradients are then as they were."""
     base, named = roles.base, roles.named_parameters(role)
     ups = [parameter for name, parameter in named.items() if "lora_B" in name]
-    kept = [parameter.detach().clone() for parameter in ups]
+    saved_weights = [parameter.detach().clone() for parameter in ups]
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
@@ -174,7 +172,7 @@ def check(roles: Roles, role: str) -> None:
             other_logps, other_gradient = _logps_and_gradient(roles, role, batch)
     finally:
         with torch.no_grad():
-            for parameter, value in zip(ups, kept, strict=True):
+            for parameter, value in zip(ups, saved_weights, strict=True):
                 parameter.copy_(value)
         for parameter in named.values():
             parameter.grad = None

@@ -205,11 +205,15 @@ def _apply_layers(draft: StageDraft, shared: Node, overrides: Sequence[Override]
     if draft.parent is not None:
         tree = merge_layer(tree, draft.parent)
     tree = merge_layer(tree, draft.own)
-    skipped = [each for each in foreign if each[0] != "adapters" or find_node(tree, each) is None]
+    skipped = [
+        foreign_path
+        for foreign_path in foreign
+        if foreign_path[0] != "adapters" or find_node(tree, foreign_path) is None
+    ]
     common = [
         (path, node)
         for path, node in _common_overrides(overrides)
-        if not any(path[: len(each)] == each for each in skipped)
+        if not any(path[: len(foreign_path)] == foreign_path for foreign_path in skipped)
     ]
     for layer in (common, _stage_overrides(overrides, draft)):
         apply_overrides(tree, copy.deepcopy(layer), draft.problems)

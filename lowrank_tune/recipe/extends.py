@@ -72,8 +72,8 @@ def read_file(file: File) -> bytes:
 
 def read_tree(file: File, problems: list[ConfigProblem], children: Sequence[File] = ()) -> Node | None:
     """A file laid over what it extends. None where a text could not be read; why stands in `problems`."""
-    tree, found = parse_yaml(read_file(file), display_path(file))
-    problems += found
+    tree, yaml_problems = parse_yaml(read_file(file), display_path(file))
+    problems += yaml_problems
     if tree is None:
         return None
     _resolve_stage_parents(tree, file)
@@ -108,7 +108,7 @@ def read_parent(
             folder / extends_node.value if is_file_name(extends_node.value) else find_preset(extends_node.value)
         )
         if parent_file.resolve() in children:
-            raise not_found(f"goes in a circle: {' -> '.join(each.name for each in [*children, parent_file])}")
+            raise not_found(f"goes in a circle: {' -> '.join(ancestor.name for ancestor in [*children, parent_file])}")
         if len(children) > MAX_PARENTS:
             raise not_found(f"goes through more than {MAX_PARENTS} files")
         parent = read_tree(parent_file, problems, children)
@@ -174,7 +174,7 @@ def merge_nodes(parent: Node, child: Node) -> Node:
 
 def parse_overrides(overrides: Sequence[str], problems: list[ConfigProblem]) -> list[Override]:
     """`key=value` settings as paths and values, in their order."""
-    found: list[Override] = []
+    parsed_overrides: list[Override] = []
     for text in overrides:
         key, equals, value = text.partition("=")
         path: Path = tuple(
@@ -188,8 +188,8 @@ def parse_overrides(overrides: Sequence[str], problems: list[ConfigProblem]) -> 
         elif path == ("extends",):
             problems.append(OVERRIDE_POSITION.problem("cannot be given here; name that recipe itself", path))
         elif (node := parse_override_value(value.strip(), path, problems)) is not None:
-            found.append((path, node))
-    return found
+            parsed_overrides.append((path, node))
+    return parsed_overrides
 
 
 def apply_overrides(tree: Node, overrides: Sequence[Override], problems: list[ConfigProblem]) -> None:
@@ -213,9 +213,9 @@ def parse_override_value(text: str, path: Path, problems: list[ConfigProblem]) -
             problems.append(OVERRIDE_POSITION.problem(reason, path))
             return None
         return Node(parse_scalar(text), OVERRIDE_POSITION)
-    tree, found = parse_yaml(b"value: " + text.encode(errors="replace"), OVERRIDE_POSITION.file)
-    problems += [OVERRIDE_POSITION.problem(problem.message, path) for problem in found]
-    if tree is None or found:
+    tree, yaml_problems = parse_yaml(b"value: " + text.encode(errors="replace"), OVERRIDE_POSITION.file)
+    problems += [OVERRIDE_POSITION.problem(problem.message, path) for problem in yaml_problems]
+    if tree is None or yaml_problems:
         return None
     if set(tree.value) != {"value"}:
         problems.append(OVERRIDE_POSITION.problem("holds more than one value", path))

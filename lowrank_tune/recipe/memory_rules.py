@@ -22,9 +22,9 @@ MEMORY_SETTINGS = (
 
 def unused_settings(data: Any) -> Iterator[Finding]:
     """What is offloaded belongs to recomputed layers."""
-    wanted = get_raw(data, "train", "gradient_checkpointing")
+    checkpointing = get_raw(data, "train", "gradient_checkpointing")
     if get_raw(data, "train", "activation_offloading") is True and (
-        wanted == "none" or (wanted == 0 and isinstance(wanted, int))
+        checkpointing == "none" or (checkpointing == 0 and isinstance(checkpointing, int))
     ):
         yield (
             ("train", "activation_offloading"),

@@ -297,8 +297,8 @@ def strip_optional(annotation: Any) -> Iterator[Any]:
     """The alternatives of an annotation, without `Optional` and `Annotated`."""
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
-        for each in get_args(annotation):
-            yield from strip_optional(each)
+        for argument in get_args(annotation):
+            yield from strip_optional(argument)
     elif hasattr(annotation, "__metadata__"):
         yield from strip_optional(get_args(annotation)[0])
     elif annotation is not type(None):
@@ -349,10 +349,14 @@ def all_paths(model: type[BaseModel], path: Path = ()) -> Iterator[Path]:
 @functools.cache
 def setting_locations(model: type[BaseModel], algorithm: str = "") -> dict[str, str]:
     """Every setting's bare name, and where the first one of that name stands that the algorithm uses."""
-    paths = [dotted(each) for each in all_paths(model)]
+    paths = [dotted(setting_path) for setting_path in all_paths(model)]
     unused = {key for key, users in USED_BY.items() if algorithm and algorithm not in users}
-    used = [each for each in paths if not any(each == key or each.startswith(f"{key}.") for key in unused)]
-    return {each.rpartition(".")[2]: each for each in reversed(used)}
+    used = [
+        setting_path
+        for setting_path in paths
+        if not any(setting_path == key or setting_path.startswith(f"{key}.") for key in unused)
+    ]
+    return {setting_path.rpartition(".")[2]: setting_path for setting_path in reversed(used)}
 
 
 def unknown_key_message(model: type[BaseModel], path: Path, algorithm: str = "") -> str:
@@ -371,7 +375,7 @@ def unknown_key_message(model: type[BaseModel], path: Path, algorithm: str = "")
         near = [last] if last in here else near or [alias]
     elif not near:
         names = setting_locations(model, algorithm)
-        near = [names[each] for each in get_close_matches(word, list(names), n=1, cutoff=0.8)]
+        near = [names[close_match] for close_match in get_close_matches(word, list(names), n=1, cutoff=0.8)]
     if near:
         return f"unknown key; did you mean `{near[0]}`?"
     return f"unknown key; there are {', '.join(here)}" if 0 < len(here) <= 12 else "unknown key"
@@ -421,7 +425,7 @@ def suggestion_for(model: type[BaseModel], path: Path, value: Any) -> str:
         return " (put it in quotes)"
     if bool in kinds and isinstance(value, str) and value.lower() in ("yes", "on", "true", "no", "off", "false"):
         return f" (write `{'true' if value.lower() in ('yes', 'on', 'true') else 'false'}`)"
-    choices = [str(each) for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)]
+    choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     near = get_close_matches(value, choices, n=1, cutoff=0.6) if isinstance(value, str) and len(choices) > 1 else []
     return f"; did you mean `{near[0]}`?" if near else ""
 

@@ -75,6 +75,6 @@ def _sort_key(preset: Preset) -> tuple[float, str, int, list[int], str]:
         preset.billions,
         family,
         len(preset.algorithms),
-        [ALGORITHM_ORDER.index(each) for each in preset.algorithms],
+        [ALGORITHM_ORDER.index(algorithm) for algorithm in preset.algorithms],
         preset.name,
     )

@@ -33,5 +33,5 @@ def number(value: Any) -> float | None:
 
 def entries(data: Any, *path: str) -> list[Any]:
     """The list at a path, or an empty one."""
-    found = get_raw(data, *path)
-    return found if isinstance(found, list) else []
+    value = get_raw(data, *path)
+    return value if isinstance(value, list) else []

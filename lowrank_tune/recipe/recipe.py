@@ -86,15 +86,15 @@ class Recipe(settings.RecipeConfig):
 
 def problems_in(model: type[BaseModel], data: Any, findings: Iterable[Finding] = ()) -> dict[tuple[Path, str], None]:
     """Faults of type and range, and those contradictions that are not told by them already."""
-    found: dict[tuple[Path, str], None] = {}
+    problems: dict[tuple[Path, str], None] = {}
     try:
         model.model_validate(data)
     except ValidationError as failed:
-        found.update(dict.fromkeys(messages.format_errors(model, data, failed)))
+        problems.update(dict.fromkeys(messages.format_errors(model, data, failed)))
     for path, message in findings:
-        if not any(path == each for each, _ in found):
-            found[path, message] = None
-    return found
+        if not any(path == problem_path for problem_path, _ in problems):
+            problems[path, message] = None
+    return problems
 
 
 def run_name(stem: str) -> str:

@@ -92,7 +92,7 @@ def unused_settings(data: Any) -> Iterator[Finding]:
                 if get_raw(reward, key) is not None and isinstance(use, str) and use not in owners:
                     yield (
                         ("rewards", index, key),
-                        f"does nothing for this reward; it belongs to {' and '.join(f'`{one}`' for one in owners)}",
+                        f"does nothing for this reward; it belongs to {' and '.join(f'`{owner}`' for owner in owners)}",
                     )
 
 

@@ -73,14 +73,14 @@ BUILT_IN = {"builtin:arithmetic": "the built-in problems", "builtin:arithmetic-p
 
 def adapters_of(data: Any) -> dict[str, Any]:
     """The adapters that were written."""
-    found = get_raw(data, "adapters")
-    return found if isinstance(found, dict) else {}
+    adapters = get_raw(data, "adapters")
+    return adapters if isinstance(adapters, dict) else {}
 
 
 def sources_of(data: Any) -> Iterator[tuple[Path, Any]]:
     """Every source with its path: of training, of validation, and of held-out prompts."""
     for key in ("train", "validation"):
-        yield from ((("data", key, index), each) for index, each in enumerate(entries(data, "data", key)))
+        yield from ((("data", key, index), source) for index, source in enumerate(entries(data, "data", key)))
     yield ("evaluate", "eval_dataset"), get_raw(data, "evaluate", "eval_dataset")
 
 
@@ -183,8 +183,10 @@ def settings_from_checkpoint(data: Any) -> Iterator[Finding]:
             continue
         for key in ("r", "lora_alpha", "target_modules", "use_rslora", *(() if name in trained else ("lora_dropout",))):
             if get_raw(adapter, key) is not None:
-                what = "does nothing for a frozen adapter" if key == "lora_dropout" else "comes from the file at `path`"
-                yield ("adapters", name, key), f"{what}; leave it out"
+                reason = (
+                    "does nothing for a frozen adapter" if key == "lora_dropout" else "comes from the file at `path`"
+                )
+                yield ("adapters", name, key), f"{reason}; leave it out"
 
 
 def unused_source_settings(data: Any) -> Iterator[Finding]:
@@ -195,12 +197,12 @@ def unused_source_settings(data: Any) -> Iterator[Finding]:
         if get_raw(source, "final_answer") is not None and (
             path[1] == "eval_dataset" or get_raw(data, "algorithm") in PAIR_ALGORITHMS
         ):
-            what = (
+            reason = (
                 "for held-out prompts, which no answer is trained of"
                 if path[1] == "eval_dataset"
                 else "for pairs, which stay as they are"
             )
-            yield (*path, "final_answer"), f"does nothing {what}"
+            yield (*path, "final_answer"), f"does nothing {reason}"
         dataset = get_raw(source, "dataset")
         if isinstance(dataset, str) and dataset in BUILT_IN:
             for key in ("config_name", "format", "columns", "ground_truth", "final_answer"):

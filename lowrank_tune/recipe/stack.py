@@ -42,9 +42,9 @@ def reward_source_stage(stages: Stages, index: int) -> str | None:
         return None
     return next(
         (
-            each["name"]
-            for each in reversed(stages[:index])
-            if default_adapter_name(each.get("algorithm")) == reward_model_rules.REWARD_ADAPTER
+            earlier_stage["name"]
+            for earlier_stage in reversed(stages[:index])
+            if default_adapter_name(earlier_stage.get("algorithm")) == reward_model_rules.REWARD_ADAPTER
         ),
         None,
     )
@@ -89,12 +89,12 @@ def conflicts(stages: Stages, index: int) -> Iterator[Finding]:
 
 
 def _base_conflicts(first: Mapping[str, Any], stage: Mapping[str, Any]) -> Iterator[Finding]:
-    one, other = (get_raw(each, "base") or {} for each in (first, stage))
-    if not isinstance(one, dict) or not isinstance(other, dict):
+    first_base, stage_base = (get_raw(recipe, "base") or {} for recipe in (first, stage))
+    if not isinstance(first_base, dict) or not isinstance(stage_base, dict):
         return
     for key, default in BaseConfig().model_dump().items():
-        value = one.get(key, default)
-        if other.get(key, default) != value:
+        value = first_base.get(key, default)
+        if stage_base.get(key, default) != value:
             yield (
                 ("base", key),
                 f"is {describe_value(value)} in stage {first['name']}, and a chain has one base in memory",

@@ -62,8 +62,8 @@ def find_node(node: Node, path: Path) -> Node | None:
 def nearest_node(node: Node, path: Path) -> Node:
     """The node at a path, or its closest ancestor that was written: there a missing key would have stood."""
     for length in range(len(path), 0, -1):
-        if (found := find_node(node, path[:length])) is not None:
-            return found
+        if (nearest := find_node(node, path[:length])) is not None:
+            return nearest
     return node
 
 

@@ -154,5 +154,5 @@ class SideBySideView:
         self.columns.end(number)
         self._facts[number] = facts, warns
         if len(self._facts) == len(self.labels):
-            for each, (text, alarming) in sorted(self._facts.items()):
-                self.screen.note(f"{self.labels[each]}: {text}", "warning" if alarming else "quiet")
+            for column, (text, alarming) in sorted(self._facts.items()):
+                self.screen.note(f"{self.labels[column]}: {text}", "warning" if alarming else "quiet")

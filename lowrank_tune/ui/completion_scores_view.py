@@ -15,27 +15,27 @@ SHOWN = 3
 KINDS = ("pass", "fail", "graded", "error", "timeout")
 
 
-def show(found: CompletionScores, title: str, console: Console) -> None:
+def show(completion_scores: CompletionScores, title: str, console: Console) -> None:
     """Draws it."""
-    done, total = len(found.scores), len(found.responses)
+    done, total = len(completion_scores.scores), len(completion_scores.responses)
     _print(
         console,
         f"{escape_control_chars(title)}: {done:,} responses scored"
-        + (f" of {total:,}, interrupted" if found.interrupted else ""),
+        + (f" of {total:,}, interrupted" if completion_scores.interrupted else ""),
     )
-    for reason, dropped in found.dropped.items():
+    for reason, dropped in completion_scores.dropped.items():
         _print(
             console,
             f"  {dropped.count:,} rows are none: {escape_control_chars(reason, 200)} "
             f"({escape_control_chars(', '.join(dropped.locations), 200)})",
         )
-    if not found.scores:
+    if not completion_scores.scores:
         return
-    console.print(_figures(found))
-    for disagreement in find_disagreements(found.weighted, found.scores):
-        _disagreement(found, disagreement, console)
-    _failures(found, console)
-    if (why := found.stop_reason()) is not None:
+    console.print(_figures(completion_scores))
+    for disagreement in find_disagreements(completion_scores.weighted, completion_scores.scores):
+        _disagreement(completion_scores, disagreement, console)
+    _failures(completion_scores, console)
+    if (why := completion_scores.stop_reason()) is not None:
         _print(console, f"a run would stop: {escape_control_chars(why, 600)}")
 
 
@@ -44,11 +44,11 @@ def _print(console: Console, text: str) -> None:
     console.print(Text(text), soft_wrap=True)
 
 
-def _figures(found: CompletionScores) -> Table:
+def _figures(completion_scores: CompletionScores) -> Table:
     """A line a reward. Milliseconds of one completion: the median, one in twenty above, the longest."""
     stats = [
-        summarize_verdicts(each.name, each.reward.is_verifier, [scores[index] for scores in found.scores])
-        for index, each in enumerate(found.weighted)
+        summarize_verdicts(each.name, each.reward.is_verifier, [scores[index] for scores in completion_scores.scores])
+        for index, each in enumerate(completion_scores.weighted)
     ]
     kinds = [kind for kind in KINDS if any(each.counts.get(kind) for each in stats)]
     table = Table("reward", *kinds, "mean", "spread", "ms", "p95", "max", box=None)
@@ -59,7 +59,7 @@ def _figures(found: CompletionScores) -> Table:
     return table
 
 
-def _disagreement(found: CompletionScores, disagreement: Disagreement, console: Console) -> None:
+def _disagreement(completion_scores: CompletionScores, disagreement: Disagreement, console: Console) -> None:
     apart = len(disagreement.only_first) + len(disagreement.only_second)
     share = f", {apart / disagreement.num_both_scored:.1%}" if disagreement.num_both_scored else ""
     _print(
@@ -76,24 +76,24 @@ def _disagreement(found: CompletionScores, disagreement: Disagreement, console: 
         for index in numbers[:SHOWN]:
             _print(
                 console,
-                f"    {_where(found.responses[index])}: "
-                f"{escape_control_chars(found.responses[index].reward_input.completion[-200:], 160)}",
+                f"    {_where(completion_scores.responses[index])}: "
+                f"{escape_control_chars(completion_scores.responses[index].reward_input.completion[-200:], 160)}",
             )
 
 
-def _failures(found: CompletionScores, console: Console) -> None:
+def _failures(completion_scores: CompletionScores, console: Console) -> None:
     """The responses on which a reward failed, with the reasons."""
-    for index, each in enumerate(found.weighted):
+    for index, weighted_reward in enumerate(completion_scores.weighted):
         failed = [
             (response, scores[index])
-            for response, scores in zip(found.responses, found.scores, strict=False)
+            for response, scores in zip(completion_scores.responses, completion_scores.scores, strict=False)
             if scores[index].value is None
         ]
         if failed:
             _print(
                 console,
-                f"\n`{each.name}` failed on {len(failed):,}; a run would "
-                f"{'stop' if each.on_error == 'stop' else 'drop them'}",
+                f"\n`{weighted_reward.name}` failed on {len(failed):,}; a run would "
+                f"{'stop' if weighted_reward.on_error == 'stop' else 'drop them'}",
             )
         for response, score in failed[:SHOWN]:
             _print(console, f"  {_where(response)}: {score.verdict}: {escape_control_chars(score.reason, 300)}")

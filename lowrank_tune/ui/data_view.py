@@ -25,43 +25,43 @@ EIGHTHS = " ▏▎▍▌▋▊▉█"
 GOOD, BAD, QUIET, TRAINED, HEAD = "green", "yellow", "dim", "bold green", "bold"
 
 
-def show(found: DataReport, title: str, console: Console) -> None:
+def show(data_report: DataReport, title: str, console: Console) -> None:
     """Prints the whole picture, faults last, where the eye is when it has scrolled by; in a pipe without spaces at the
     ends of lines."""
     plain = not console.encoding.lower().startswith("utf")
     with console.capture() as captured:
-        console.print(preflight_view(found, title, plain=plain))
+        console.print(preflight_view(data_report, title, plain=plain))
     output = captured.get()
     if plain:  # rich's mark of a cell that is cut; names and gold answers may hold more that no ASCII has
         output = output.replace("…", "~").encode("ascii", "backslashreplace").decode()
     console.file.write("".join(f"{line.rstrip()}\n" for line in output.split("\n")[:-1]))
 
 
-def preflight_view(found: DataReport, title: str, plain: bool = False) -> RenderableType:
+def preflight_view(data_report: DataReport, title: str, plain: bool = False) -> RenderableType:
     """The picture as one renderable. `plain`: ASCII alone."""
-    unit = "prompt" if found.completions else "row" if found.sides is None else "pair"
+    unit = "prompt" if data_report.completions else "row" if data_report.sides is None else "pair"
     brackets = "[[ ]]" if plain else "⟦ ⟧"
     reads = (
         "what the model is asked"
-        if found.completions
+        if data_report.completions
         else f"what the model reads; trained is what stands in {brackets}"
     )
     parts: list[RenderableType] = [
         Text(escape_control_chars(title), HEAD),
-        Text(escape_control_chars(found.template), QUIET),
+        Text(escape_control_chars(data_report.template), QUIET),
     ]
     for name, body in (
-        (f"Mixture, by {found.weighted_by}", _mixture(found, unit, plain)),
+        (f"Mixture, by {data_report.weighted_by}", _mixture(data_report, unit, plain)),
         (
-            f"Lengths in tokens, limit {found.lengths.limit:,}",
-            _lengths(found.lengths, "side" if unit == "pair" else unit, plain),
+            f"Lengths in tokens, limit {data_report.lengths.limit:,}",
+            _lengths(data_report.lengths, "side" if unit == "pair" else unit, plain),
         ),
-        (f"{unit.title()}s", _issues(found.issues)),
-        *([] if found.sides is None else [("Sides", _sides(found.sides, plain))]),
-        *([] if found.ends is None else [("End token", _eos_line(found.ends, unit))]),
-        ("Steps", _steps(found, unit)),
-        (f"Examples: {reads}", _examples(found, plain)),
-        ("Verdict", _status_line(found.faults)),
+        (f"{unit.title()}s", _issues(data_report.issues)),
+        *([] if data_report.sides is None else [("Sides", _sides(data_report.sides, plain))]),
+        *([] if data_report.ends is None else [("End token", _eos_line(data_report.ends, unit))]),
+        ("Steps", _steps(data_report, unit)),
+        (f"Examples: {reads}", _examples(data_report, plain)),
+        ("Verdict", _status_line(data_report.faults)),
     ):
         parts += [Text(), Text(name, HEAD), Padding(body, (0, 0, 0, 2), expand=False)]
     return Group(*parts)
@@ -83,13 +83,14 @@ def _grid(*justify: str) -> Table:
     return table
 
 
-def _mixture(found: DataReport, unit: str, plain: bool) -> RenderableType:
+def _mixture(data_report: DataReport, unit: str, plain: bool) -> RenderableType:
     """For each source its share of rows, of tokens, of what is trained, and its weight in the draw."""
     tables: list[RenderableType] = []
     totals = [
-        sum(values) for values in zip(*((part.rows, part.tokens, part.trained) for part in found.parts), strict=True)
+        sum(values)
+        for values in zip(*((part.rows, part.tokens, part.trained) for part in data_report.parts), strict=True)
     ]
-    for part in found.parts:
+    for part in data_report.parts:
         ground_truths = f", {part.ground_truths:,} with a gold answer" if unit != "pair" else ""
         tables.append(
             Text.assemble(
@@ -99,7 +100,7 @@ def _mixture(found: DataReport, unit: str, plain: bool) -> RenderableType:
             )
         )
         tables.append(Padding(_measures(part, totals, unit, plain), (0, 0, 0, 2), expand=False))
-    expected = found.report.compare_expected_tokens()
+    expected = data_report.report.compare_expected_tokens()
     return Group(*tables, *([Text(expected, QUIET)] if expected else []))
 
 
@@ -177,15 +178,15 @@ def _eos_line(ends: EosStats, unit: str) -> Text:
     )
 
 
-def _steps(found: DataReport, unit: str) -> Text:
-    epoch = found.epoch
+def _steps(data_report: DataReport, unit: str) -> Text:
+    epoch = data_report.epoch
     if not epoch.steps:
         return Text("none: there is nothing to train on", BAD)
-    if found.completions:
+    if data_report.completions:
         return Text(
             f"an epoch has {epoch.rows:,} prompts, {epoch.tokens:,} tokens, in {epoch.steps:,} steps of about "
             f"{epoch.rows / epoch.steps:,.1f} prompts\n"
-            f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs; it draws {found.completions}"
+            f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs; it draws {data_report.completions}"
         )
     share = epoch.trained / epoch.tokens if epoch.tokens else 0.0
     return Text(
@@ -194,7 +195,7 @@ def _steps(found: DataReport, unit: str) -> Text:
         f"in {epoch.steps:,} steps of about {epoch.rows / epoch.steps:,.1f} {unit}s and "
         f"{epoch.tokens / epoch.steps:,.0f} tokens; "
         f"the run has {epoch.all_steps:,} steps, {epoch.passes:.2f} epochs\n"
-        f"{found.report.validation_rows:,} {unit}s to validate with"
+        f"{data_report.report.validation_rows:,} {unit}s to validate with"
     )
 
 
@@ -213,17 +214,17 @@ def _sides(sides: PairBalance, plain: bool) -> RenderableType:
     return Group(table, Text(words, QUIET), *([Text(sides.warning, BAD)] if sides.warning else []))
 
 
-def _examples(found: DataReport, plain: bool) -> RenderableType:
-    if found.sides is not None:
+def _examples(data_report: DataReport, plain: bool) -> RenderableType:
+    if data_report.sides is not None:
         shown: list[RenderableType] = [
-            _PairView(*pair, plain) for pair in zip(found.examples[::2], found.examples[1::2], strict=True)
+            _PairView(*pair, plain) for pair in zip(data_report.examples[::2], data_report.examples[1::2], strict=True)
         ]
     else:
         shown = [
             part
-            for example in found.examples
+            for example in data_report.examples
             for part in (
-                _head(example, bool(found.completions)),
+                _head(example, bool(data_report.completions)),
                 Padding(_with_mask(example.segments, plain), (0, 0, 1, 2), expand=False),
             )
         ]

@@ -65,10 +65,10 @@ def change_of(name: str, figure: MetricValue | None) -> str:
     def write(value: float) -> str:
         return f"{100 * value:+.1f}" if share else f"{value:+.1f}" if name == "mean_length" else f"{value:+.3f}"
 
-    known = figure.low is not None and figure.high is not None
+    has_interval = figure.low is not None and figure.high is not None
     ends = (
         f" ({write(figure.low)} to {write(figure.high)})"
-        if known and figure.low is not None and figure.high is not None
+        if has_interval and figure.low is not None and figure.high is not None
         else ""
     )
     return write(figure.value) + ends
@@ -76,34 +76,40 @@ def change_of(name: str, figure: MetricValue | None) -> str:
 
 def rows(record: EvalRecord) -> Iterator[TableRow]:
     """Every figure, a line a variant, then the wins against the base, then the tasks."""
-    names = list(dict.fromkeys(name for several in record.metrics.values() for name in several))
+    names = list(dict.fromkeys(name for model_metrics in record.metrics.values() for name in model_metrics))
     for name in names:
         first = True
-        for model, several in record.metrics.items():
-            if name in several:
-                figure = several[name]
+        for model, model_metrics in record.metrics.items():
+            if name in model_metrics:
+                figure = model_metrics[name]
                 change = change_of(name, record.deltas.get(model, {}).get(name))
                 yield label_of(name) if first else "", model, value_of(name, figure), interval_of(name, figure), change
                 first = False
     for by in ("reward_model", "verifier"):
         first = True
-        for model, several in record.wins.items():
-            if by in several:
+        for model, model_metrics in record.wins.items():
+            if by in model_metrics:
                 wins, ties, losses = record.shares[model][by]
                 shares_text = f"better {percent(wins)}, equal {percent(ties)}, worse {percent(losses)}"
                 yield (
                     f"wins by {by.replace('_', ' ')}" if first else "",
                     model,
-                    percent(several[by].value),
-                    interval_of("eos_rate", several[by]),
+                    percent(model_metrics[by].value),
+                    interval_of("eos_rate", model_metrics[by]),
                     shares_text,
                 )
                 first = False
-    for name in dict.fromkeys(name for several in record.tasks.values() for name in several):
+    for name in dict.fromkeys(name for model_metrics in record.tasks.values() for name in model_metrics):
         first = True
-        for model, several in record.tasks.items():
-            if name in several:
-                yield name if first else "", model, number(several[name].value), interval_of(name, several[name]), ""
+        for model, model_metrics in record.tasks.items():
+            if name in model_metrics:
+                yield (
+                    name if first else "",
+                    model,
+                    number(model_metrics[name].value),
+                    interval_of(name, model_metrics[name]),
+                    "",
+                )
                 first = False
 
 

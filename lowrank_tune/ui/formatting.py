@@ -113,29 +113,32 @@ def format_stats(stats: Mapping[str, float]) -> str:
         if name in HIDDEN_METRICS or (name == "loss" and "reward" in stats):
             continue
         if name == "pass":
-            parts += [f"pass@{count} {percent(stats[each])}" for each, count in passes.items()]
+            parts += [f"pass@{count} {percent(stats[metric_name])}" for metric_name, count in passes.items()]
         elif not name:
             parts += [f"{escape_control_chars(other)} {number(stats[other])}" for other in others]
         elif name in stats and (name not in NONZERO_ONLY_METRICS or stats[name]):
             parts.append(f"{label} {write(stats[name])}")
         if name == "reward_std":
-            parts += [f"{escape_control_chars(reward_label(each))} {number(stats[each])}" for each in rewards]
+            parts += [
+                f"{escape_control_chars(reward_label(metric_name))} {number(stats[metric_name])}"
+                for metric_name in rewards
+            ]
     return "  ".join(parts)
 
 
 def validation_line(event: Evaluated, colon: str = "") -> str:
     """A validation in words: of held-out rows, of answers to held-out questions, or of scores of held-out pairs."""
-    what, stats = "validation", {name.removeprefix("eval_"): value for name, value in event.stats.items()}
+    label, stats = "validation", {name.removeprefix("eval_"): value for name, value in event.stats.items()}
     if stats and all(name.startswith("pairs/") for name in stats):
-        what, stats = "held-out pairs", {name.removeprefix("pairs/"): value for name, value in stats.items()}
+        label, stats = "held-out pairs", {name.removeprefix("pairs/"): value for name, value in stats.items()}
     elif stats and all(name.startswith("heldout/") for name in stats):
         names = {name: heldout_parts(name) for name in stats}
         models = [f"the {POLICY}" if who == POLICY else who for who, _ in names.values()]
-        what = f"held-out answers of {escape_control_chars(', '.join(dict.fromkeys(models)), 60)}"
+        label = f"held-out answers of {escape_control_chars(', '.join(dict.fromkeys(models)), 60)}"
         stats = {names[name][1]: value for name, value in stats.items()}
     else:
         stats = {name.replace(f"heldout/{POLICY}/", "heldout/", 1): value for name, value in stats.items()}
-    return f"{what} after step {event.step}{colon or '  '}{format_stats(stats)}" + (
+    return f"{label} after step {event.step}{colon or '  '}{format_stats(stats)}" + (
         "  best so far" if event.best else ""
     )
 

@@ -50,8 +50,8 @@ def _pages(completions: Sequence[LoggedCompletion], view: View, width: int, room
     max_lines = max(2, min(MAX_ROWS, room // max(1, len(completions))))
     pages: list[list[list[Line]]] = [[]]
     left = room
-    for one in completions:
-        block = _block(one, view, width, min(max_lines, room))
+    for completion in completions:
+        block = _block(completion, view, width, min(max_lines, room))
         if len(block) > left and pages[-1]:
             pages.append([])
             left = room
@@ -60,20 +60,22 @@ def _pages(completions: Sequence[LoggedCompletion], view: View, width: int, room
     return pages
 
 
-def _block(one: LoggedCompletion, view: View, width: int, max_lines: int) -> list[Line]:
+def _block(completion: LoggedCompletion, view: View, width: int, max_lines: int) -> list[Line]:
     """A completion: its figures, then its words; where several rewards make one up, each of them."""
-    style = "chosen" if one.advantage > 0 else "rejected" if one.advantage < 0 else "quiet"
-    times = f"x{one.times}" if one.times > 1 else ""
-    end = "cut" if one.finish_reason == "length" else sanitize(one.finish_reason, view.ascii_only, 6)
-    label = LABEL.format(_figure(number, one.reward), _figure(signed, one.advantage), end, times)
+    style = "chosen" if completion.advantage > 0 else "rejected" if completion.advantage < 0 else "quiet"
+    times = f"x{completion.times}" if completion.times > 1 else ""
+    end = "cut" if completion.finish_reason == "length" else sanitize(completion.finish_reason, view.ascii_only, 6)
+    label = LABEL.format(_figure(number, completion.reward), _figure(signed, completion.advantage), end, times)
     parts = (
-        "  ".join(f"{sanitize(name, view.ascii_only, 20)} {_figure(number, value)}" for name, value in one.parts)
-        if len(one.parts) > 1
+        "  ".join(f"{sanitize(name, view.ascii_only, 20)} {_figure(number, value)}" for name, value in completion.parts)
+        if len(completion.parts) > 1
         else ""
     )
-    parts = f"not scored: {sanitize(one.unscored, view.ascii_only, width)}" if one.unscored else parts
+    parts = f"not scored: {sanitize(completion.unscored, view.ascii_only, width)}" if completion.unscored else parts
     rows = wrap(
-        sanitize(one.text, view.ascii_only, max_lines * width), width - INDENT - 1, max(1, max_lines - bool(parts))
+        sanitize(completion.text, view.ascii_only, max_lines * width),
+        width - INDENT - 1,
+        max(1, max_lines - bool(parts)),
     ) or ["(empty)"]
     lines: list[Line] = [[(label if row == 0 else " " * INDENT, style), (part, "")] for row, part in enumerate(rows)]
     if parts and len(lines) < max_lines:
@@ -87,11 +89,16 @@ def _figure(write: Callable[[float], str], value: float) -> str:
 
 def _reward_summary(group: Group) -> str:
     """What the group as a whole earned."""
-    rewards = [one.reward for one in group.completions for _ in range(one.times) if math.isfinite(one.reward)]
+    rewards = [
+        completion.reward
+        for completion in group.completions
+        for _ in range(completion.times)
+        if math.isfinite(completion.reward)
+    ]
     if not rewards:
         return "nothing is known of the rewards"
     mean = sum(rewards) / len(rewards)
-    cut = sum(one.times for one in group.completions if one.finish_reason == "length")
+    cut = sum(completion.times for completion in group.completions if completion.finish_reason == "length")
     summary = (
         f"mean reward {number(mean)}, from {number(min(rewards))} to {number(max(rewards))}; {cut} of "
         f"{group.count} cut off"

@@ -36,43 +36,56 @@ class Group:
 
     @property
     def count(self) -> int:
-        return sum(one.times for one in self.completions)
+        return sum(completion.times for completion in self.completions)
 
     @property
     def is_zero_std(self) -> bool:
         """All earned the same, so that there is nothing to learn."""
-        return all(one.advantage == 0 for one in self.completions if not one.unscored)
+        return all(completion.advantage == 0 for completion in self.completions if not completion.unscored)
 
 
 def read_group(event: GroupLogged) -> Group:
     """What an event tells, equal completions once."""
     counted: dict[LoggedCompletion, int] = {}
-    for each in event.completions if isinstance(event.completions, list) else ():
-        if isinstance(each, Mapping):
-            one = _parse_completion(each)
-            counted[one] = counted.get(one, 0) + 1
-    several = [
-        LoggedCompletion(one.text, one.reward, one.advantage, one.finish_reason, one.parts, times, one.unscored)
-        for one, times in counted.items()
+    for raw_completion in event.completions if isinstance(event.completions, list) else ():
+        if isinstance(raw_completion, Mapping):
+            completion = _parse_completion(raw_completion)
+            counted[completion] = counted.get(completion, 0) + 1
+    completions = [
+        LoggedCompletion(
+            completion.text,
+            completion.reward,
+            completion.advantage,
+            completion.finish_reason,
+            completion.parts,
+            times,
+            completion.unscored,
+        )
+        for completion, times in counted.items()
     ]
-    several.sort(key=lambda one: (-one.reward if math.isfinite(one.reward) else math.inf, -one.times))
+    completions.sort(
+        key=lambda completion: (-completion.reward if math.isfinite(completion.reward) else math.inf, -completion.times)
+    )
     return Group(
-        event.step, str(event.prompt), None if event.ground_truth is None else str(event.ground_truth), tuple(several)
+        event.step,
+        str(event.prompt),
+        None if event.ground_truth is None else str(event.ground_truth),
+        tuple(completions),
     )
 
 
-def _parse_completion(each: Mapping[str, Any]) -> LoggedCompletion:
-    parts = each.get("parts")
+def _parse_completion(raw_completion: Mapping[str, Any]) -> LoggedCompletion:
+    parts = raw_completion.get("parts")
     values = (
         tuple((str(name), _parse_float(value)) for name, value in parts.items()) if isinstance(parts, Mapping) else ()
     )
     return LoggedCompletion(
-        str(each.get("text", "")),
-        _parse_float(each.get("reward")),
-        _parse_float(each.get("advantage")),
-        str(each.get("finish_reason", "")),
+        str(raw_completion.get("text", "")),
+        _parse_float(raw_completion.get("reward")),
+        _parse_float(raw_completion.get("advantage")),
+        str(raw_completion.get("finish_reason", "")),
         values,
-        unscored=str(each.get("unscored", "")),
+        unscored=str(raw_completion.get("unscored", "")),
     )
 
 

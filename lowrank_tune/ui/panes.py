@@ -86,15 +86,15 @@ def keys_of(state: State, view: View) -> list[str]:
 def chart_names(state: State) -> list[tuple[str, ...]]:
     """The charts to draw: those of the algorithm that were measured, then what it does not always have. Several rewards
     share one."""
-    wanted = charts_of(state.started.algorithm if state.started else "sft")
-    names = [chart for names in wanted if (chart := tuple(name for name in names if measured(state, name)))]
+    algorithm_charts = charts_of(state.started.algorithm if state.started else "sft")
+    names = [chart for names in algorithm_charts if (chart := tuple(name for name in names if measured(state, name)))]
     names += [(name,) for name in ("reward", "heldout/accuracy") if name in state.series and (name,) not in names]
     if (
-        len(several := tuple(reward_names(state.series))) > 1
+        len(reward_chart := tuple(reward_names(state.series))) > 1
         and state.started is not None
         and state.started.algorithm in GENERATIVE_ALGORITHMS
     ):
-        names.insert(min(3, len(names)), several)
+        names.insert(min(3, len(names)), reward_chart)
     if (
         state.started is not None
         and state.started.algorithm in GENERATIVE_ALGORITHMS
@@ -269,10 +269,10 @@ def _sampled_roles(state: State, prompt: str) -> list[tuple[str, SampleLogged]]:
     """Who answered a question: the stages before, the reference, and the policy now."""
     answers = state.answers.get(prompt, [])
     now = [
-        (state.reference_name() if one.role == "reference" else f"step {one.step}", one)
-        for one in dict.fromkeys([*answers[:1], *answers[-1:]])
+        (state.reference_name() if sample.role == "reference" else f"step {sample.step}", sample)
+        for sample in dict.fromkeys([*answers[:1], *answers[-1:]])
     ]
-    return [(who, one) for who, one in state.earlier.get(prompt, ()) if who not in dict(now)] + now
+    return [(who, sample) for who, sample in state.earlier.get(prompt, ()) if who not in dict(now)] + now
 
 
 def _question(

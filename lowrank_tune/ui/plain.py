@@ -151,8 +151,8 @@ class LineLogger:
         self._print(f"{event.description}: {event.done:,}/{event.total:,} ({100 * share:.0f} %){left}")
 
     def _draw_bar(self, event: Progress) -> None:
-        what = escape_control_chars(event.description, 40)
-        if self._bar is None or self._task is None or self._task[0] != what:
+        description = escape_control_chars(event.description, 40)
+        if self._bar is None or self._task is None or self._task[0] != description:
             self.close()
             # the console is told everything, since rich would otherwise read the process's own environment; drawn here,
             # by no thread
@@ -165,11 +165,14 @@ class LineLogger:
             )
             self._bar = Bar(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self._bar.start()
-            self._task, self._last_progress[what] = (what, self._bar.add_task(what, total=event.total)), (0.0, 0.0)
+            self._task, self._last_progress[description] = (
+                (description, self._bar.add_task(description, total=event.total)),
+                (0.0, 0.0),
+            )
         over = event.done >= event.total
         self._bar.update(self._task[1], completed=event.done, total=event.total)
-        if over or event.time - self._last_progress[what][1] >= 0.1:
-            self._last_progress[what] = (0.0, event.time)
+        if over or event.time - self._last_progress[description][1] >= 0.1:
+            self._last_progress[description] = (0.0, event.time)
             self._bar.refresh()
         if over:
             self.close()

@@ -50,12 +50,12 @@ def _table(plan: Plan) -> Table:
 def headline(plan: Plan) -> tuple[str, str]:
     """What is planned."""
     sizes = plan.sizes
-    what = ("pair" if sizes.rows_per_unit == 2 else "completion" if sizes.num_rollouts else "row") + (
+    unit_name = ("pair" if sizes.rows_per_unit == 2 else "completion" if sizes.num_rollouts else "row") + (
         "s" if sizes.units > 1 else ""
     )
     return (
         escape_control_chars(f"{plan.name or plan.algorithm}: {plan.algorithm} of {plan.model}, {plan.bits} bits"),
-        f"a micro-batch is {sizes.units} {what} of {sizes.length:,} tokens; {_recomputed(plan)}",
+        f"a micro-batch is {sizes.units} {unit_name} of {sizes.length:,} tokens; {_recomputed(plan)}",
     )
 
 

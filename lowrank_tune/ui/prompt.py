@@ -30,7 +30,7 @@ class InteractiveInput:
         if readline is not None:
             readline.set_completer_delims(" ")
             readline.set_completer(
-                lambda text, state: _nth([one for one in commands if text and one.startswith(text)], state)
+                lambda text, state: _nth([command for command in commands if text and command.startswith(text)], state)
             )
             readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
 
@@ -88,7 +88,7 @@ def _read_multiline(first: str, read: Any) -> str:
     return "\n".join(lines).strip("\n")
 
 
-def _nth(found: Sequence[str], index: int) -> str | None:
+def _nth(matches: Sequence[str], index: int) -> str | None:
     with suppress(IndexError):
-        return found[index]
+        return matches[index]
     return None

@@ -51,11 +51,14 @@ def render_several(states: Sequence[State], view: View, width: int, height: int)
     if len(states) == 1:
         return render(states[0], view, width, height)
     count, edge = len(states), "|" if view.ascii_only else "\u2502"
-    each = (width - count + 1) // count
-    if each >= MIN_WIDTH:
-        widths = [each] * (count - 1) + [width - count + 1 - each * (count - 1)]
+    pane_width = (width - count + 1) // count
+    if pane_width >= MIN_WIDTH:
+        widths = [pane_width] * (count - 1) + [width - count + 1 - pane_width * (count - 1)]
         return side_by_side(
-            [render(state, view, one, height) for state, one in zip(states, widths, strict=True)], widths, height, edge
+            [render(state, view, column_width, height) for state, column_width in zip(states, widths, strict=True)],
+            widths,
+            height,
+            edge,
         )
     lines: list[Line] = []
     for index, state in enumerate(states):

@@ -24,9 +24,9 @@ PAIRS = {
 }
 
 
-def show(found: Sequence[ScoredResponse], pairs: PairScores | None, console: Console) -> None:
+def show(responses: Sequence[ScoredResponse], pairs: PairScores | None, console: Console) -> None:
     """Draws it."""
-    scores = [one.score for one in found]
+    scores = [response.score for response in responses]
     figures = Table("", "", box=None, show_header=False)
     figures.add_row("answers scored", f"{len(scores):,}")
     figures.add_row("mean, spread", f"{number(fmean(scores))}, {number(pstdev(scores))}")
@@ -36,16 +36,18 @@ def show(found: Sequence[ScoredResponse], pairs: PairScores | None, console: Con
         assert pairs is not None
         figures.add_row(label, write(pairs.metrics()[name]))
     console.print(figures)
-    ranked = sorted(found, key=lambda one: -one.score)
+    ranked = sorted(responses, key=lambda response: -response.score)
     count = min(SHOWN, (len(ranked) + 1) // 2)
     table = Table("score", "where", "asked", "answered", "tokens", show_lines=True, title="the best and the worst")
-    for one in [*ranked[:count], *(ranked[-min(count, len(ranked) - count) :] if len(ranked) > count else [])]:
-        where = escape_control_chars(one.location.rpartition("/")[2], 60) + (f" {one.side}" if one.side else "")
+    for response in [*ranked[:count], *(ranked[-min(count, len(ranked) - count) :] if len(ranked) > count else [])]:
+        where = escape_control_chars(response.location.rpartition("/")[2], 60) + (
+            f" {response.side}" if response.side else ""
+        )
         table.add_row(
-            number(one.score),
+            number(response.score),
             where,
-            Text(escape_control_chars(one.prompt, 300)),
-            Text(escape_control_chars(one.text, 500)),
-            str(one.tokens),
+            Text(escape_control_chars(response.prompt, 300)),
+            Text(escape_control_chars(response.text, 500)),
+            str(response.tokens),
         )
     console.print(table)

@@ -54,7 +54,7 @@ def frontier(state: State, name: str = "reward") -> list[tuple[float, float]]:
     """What a statistic was where the policy had gone so far: (KL in nats a token, value). KL is that of the step, or
     what was measured last before it."""
     kl, values = state.series.get("kl"), state.series.get(name)
-    kl_points, found, index = (
+    kl_points, frontier_points, index = (
         [point for point in kl.points if math.isfinite(point[1])] if kl else [],
         list[tuple[float, float]](),
         0,
@@ -63,5 +63,5 @@ def frontier(state: State, name: str = "reward") -> list[tuple[float, float]]:
         while index < len(kl_points) and kl_points[index][0] <= step:
             index += 1
         if math.isfinite(value) and index and (name != "reward" or kl_points[index - 1][0] == step):
-            found.append((kl_points[index - 1][1], value))
-    return found
+            frontier_points.append((kl_points[index - 1][1], value))
+    return frontier_points

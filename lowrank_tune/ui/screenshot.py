@@ -49,13 +49,13 @@ def _without_blanks(match: re.Match[str]) -> str:
     """Moves a text to where its first letter stands: not every program that shows SVG keeps the blanks before it."""
     before, x, middle, length, after, text = match.groups()
     letters = html.unescape(text)
-    kept = letters.strip("\xa0")
-    if not kept:
+    stripped = letters.strip("\xa0")
+    if not stripped:
         return ""
     cell = float(length) / max(1, cell_len(letters))
     start = float(x) + cell * (len(letters) - len(letters.lstrip("\xa0")))
-    escaped = html.escape(kept, quote=False).replace("\xa0", "&#160;")
-    return f"{before}{start:.1f}{middle}{cell * cell_len(kept):.1f}{after}{escaped}</text>"
+    escaped = html.escape(stripped, quote=False).replace("\xa0", "&#160;")
+    return f"{before}{start:.1f}{middle}{cell * cell_len(stripped):.1f}{after}{escaped}</text>"
 
 
 def state_at_step(events: list[Event], step: int | None) -> State:

@@ -206,14 +206,14 @@ class State:
         """A new stage of a chain begins: its curves are its own, and what the last one answered is kept to compare
         with."""
         for prompt, answers in self.answers.items():
-            kept = self.earlier.setdefault(prompt, [])
-            known = {who for who, _ in kept}
-            kept += [
-                (self.reference_name(), one)
-                for one in answers[:1]
-                if one.role == "reference" and self.reference_name() not in known
+            earlier_answers = self.earlier.setdefault(prompt, [])
+            earlier_labels = {who for who, _ in earlier_answers}
+            earlier_answers += [
+                (self.reference_name(), answer)
+                for answer in answers[:1]
+                if answer.role == "reference" and self.reference_name() not in earlier_labels
             ]
-            kept += [(stage.algorithm, one) for one in answers[-1:] if one.role != "reference"]
+            earlier_answers += [(stage.algorithm, answer) for answer in answers[-1:] if answer.role != "reference"]
         self.answers, self.pairs, self.series, self._pending_chosen = {}, {}, {}, None
         self.now, self.group, self.reward_range = {}, None, None
         self.saved_step = self.best_step = None
@@ -233,7 +233,7 @@ class State:
 
     def _on_group_logged(self, event: GroupLogged) -> None:
         self.group = read_group(event)
-        rewards = [one.reward for one in self.group.completions if math.isfinite(one.reward)]
+        rewards = [completion.reward for completion in self.group.completions if math.isfinite(completion.reward)]
         if rewards:
             lowest, highest = self.reward_range or (rewards[0], rewards[0])
             self.reward_range = min(lowest, *rewards), max(highest, *rewards)
@@ -249,13 +249,13 @@ class State:
     def _validated(self, event: Evaluated) -> None:
         heldout = {name: value for name, value in event.stats.items() if name.startswith("heldout/")}
         parts = {heldout_parts(name): value for name, value in heldout.items()}
-        now = {what: value for (who, what), value in parts.items() if who == POLICY}
-        for (who, what), value in parts.items():
+        now = {metric: value for (who, metric), value in parts.items() if who == POLICY}
+        for (who, metric), value in parts.items():
             if who != POLICY:
-                self.heldout.setdefault(who, {})[what] = value
+                self.heldout.setdefault(who, {})[metric] = value
         if heldout:
             self.now = now  # what is measured at the end takes its place
-        self._measured(event.step, {f"heldout/{what}": value for what, value in now.items()})
+        self._measured(event.step, {f"heldout/{metric}": value for metric, value in now.items()})
         if event.best:
             self.best_step = event.step
         if pairs := {

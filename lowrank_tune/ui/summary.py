@@ -33,16 +33,16 @@ def summary_table(summary: Mapping[str, Any], folder: Path) -> str:
         if isinstance(stage.get("folder"), str)
     }
     lines += [
-        f"  {escape_control_chars(name, 60):16} {what}"
-        for name, what in {**outputs, **_OUTPUTS}.items()
+        f"  {escape_control_chars(name, 60):16} {description}"
+        for name, description in {**outputs, **_OUTPUTS}.items()
         if _output_exists(folder, name)
     ]
     return "\n".join(lines)
 
 
 def _listed(data: Mapping[str, Any], name: str) -> list[Any]:
-    found = data.get(name)
-    return found if isinstance(found, list) else []
+    value = data.get(name)
+    return value if isinstance(value, list) else []
 
 
 def _output_exists(folder: Path, name: str) -> bool:
@@ -104,10 +104,10 @@ def _heldout_lines(summary: Mapping[str, Any]) -> list[str]:
 
 def _pairs_lines(scored: Mapping[str, Any]) -> list[str]:
     """How well held-out pairs are told apart, by stage; `accuracy` is the share of pairs that are right."""
-    found = {name: figures for name, value in scored.items() if (figures := _numbers(value))}
+    metrics_by_stage = {name: figures for name, value in scored.items() if (figures := _numbers(value))}
     lines = [
         f"  {f'{escape_control_chars(name, 60):12} ' if name else ''}{format_stats(figures)}"
-        for name, figures in found.items()
+        for name, figures in metrics_by_stage.items()
     ]
     return ["held-out pairs", *lines] if lines else []
 

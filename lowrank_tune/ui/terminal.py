@@ -104,11 +104,11 @@ class Redirected:
                 os.dup2(log, descriptor)
         os.close(log)
 
-    def close(self, lost: bool = False) -> None:
+    def close(self, terminal_gone: bool = False) -> None:
         """Gives the descriptors back, unless the terminal behind them is lost."""
         _flush()
         for descriptor, saved in self._saved.items():
-            if not lost:
+            if not terminal_gone:
                 os.dup2(saved, descriptor)
             os.close(saved)
         self._saved.clear()

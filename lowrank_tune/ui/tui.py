@@ -60,7 +60,7 @@ class Tui:
     def close(self) -> None:
         """Back to the shell; of a run that did not end well, what went before is told in lines."""
         self.screen.close()
-        self._redirected.close(lost=self.screen.terminal.gone)
+        self._redirected.close(terminal_gone=self.screen.terminal.gone)
         if self._line_logger is not None:
             self._line_logger.close()
         elif not self.screen.terminal.gone:

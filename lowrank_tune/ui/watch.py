@@ -139,11 +139,11 @@ def watch(runs: Sequence[Path], environ: Mapping[str, str] = os.environ, plain: 
     over, failures = threading.Event(), []
 
     def changed() -> bool:
-        polled = [one.poll() for one in watched]  # each of them, also after one with news
+        polled = [watched_run.poll() for watched_run in watched]  # each of them, also after one with news
         return any(polled)
 
     def draw(view: View, width: int, height: int) -> list[Line]:
-        return render_several([one.state for one in watched], view, width, height)
+        return render_several([watched_run.state for watched_run in watched], view, width, height)
 
     def on_key(key: str) -> None:
         if key == "q":

@@ -81,15 +81,17 @@ def generate_answers(
 def compute_metrics(answers: Sequence[Sequence[HeldoutAnswer]]) -> dict[str, float]:
     """pass@1 as the share of exact answers, pass@k for k samples a prompt, the share that stopped properly, and the
     mean length."""
-    flat = [one for several in answers for one in several]
+    flat = [answer for prompt_answers in answers for answer in prompt_answers]
     num_samples = len(answers[0])
     metrics = {
-        "accuracy": sum(one.exact for one in flat) / len(flat),
-        "eos_rate": sum(one.stopped for one in flat) / len(flat),
-        "mean_length": sum(one.length for one in flat) / len(flat),
+        "accuracy": sum(answer.exact for answer in flat) / len(flat),
+        "eos_rate": sum(answer.stopped for answer in flat) / len(flat),
+        "mean_length": sum(answer.length for answer in flat) / len(flat),
     }
     if num_samples > 1:
-        metrics[f"pass_at_{num_samples}"] = sum(any(one.exact for one in several) for several in answers) / len(answers)
+        metrics[f"pass_at_{num_samples}"] = sum(
+            any(answer.exact for answer in prompt_answers) for prompt_answers in answers
+        ) / len(answers)
     return metrics
 
 

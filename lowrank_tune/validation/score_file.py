@@ -57,8 +57,8 @@ def score_file(
         update={"adapters": adapters, "train": recipe.train.model_copy(update={"gradient_checkpointing": False})}
     )
     saved = {
-        name: read_adapter(str(wanted.path), f"adapters.{name}.path", head=name == "reward")
-        for name, wanted in adapters.items()
+        name: read_adapter(str(adapter_config.path), f"adapters.{name}.path", head=name == "reward")
+        for name, adapter_config in adapters.items()
     }
     base = load_base(recipe.base, template.tokenizer, device)
     roles = load_roles(recipe, base, saved, _ignore_event)

@@ -63,8 +63,8 @@ class PairScores:
             "chosen_tokens": self.chosen_tokens,
             "rejected_tokens": self.rejected_tokens,
         }
-        found = reliability_bins(self.chosen - self.rejected)
-        bins = [{"confidence": confidence, "accuracy": right, "pairs": count} for confidence, right, count in found]
+        bin_stats = reliability_bins(self.chosen - self.rejected)
+        bins = [{"confidence": confidence, "accuracy": right, "pairs": count} for confidence, right, count in bin_stats]
         return {
             "version": 1,
             "pairs": len(self.chosen),

@@ -298,9 +298,9 @@ def _rule_lines(
     if rule is None:
         yield from ((EQUAL, 0, 1, number), (RETURN, 0, 0, action))
         return
-    place, values = rule
+    argument_index, values = rule
     yield EQUAL, 0, len(values) + 3, number
-    yield LOAD, 0, 0, ARGUMENTS + 8 * place
+    yield LOAD, 0, 0, ARGUMENTS + 8 * argument_index
     for left, value in zip(range(len(values), 0, -1), values, strict=True):
         yield EQUAL, left, 0, value
     yield RETURN, 0, 0, REFUSE | errno.EPERM

@@ -141,8 +141,8 @@ class CandidateClient:
             case ["value", value, int(same), dict(changed)] if -1 <= same < len(argument_values) and set(
                 changed
             ) <= set(range(len(argument_values))):
-                for place, new in changed.items():
-                    update_in_place(argument_values[place], new)
+                for argument_index, new in changed.items():
+                    update_in_place(argument_values[argument_index], new)
                 return argument_values[same] if same >= 0 else value
         raise UncomparableResult("wrote to the stream of its results")
 
@@ -152,32 +152,34 @@ class CandidateClient:
         number: int = object.__getattribute__(value, "_number")
         return number
 
-    def values_equal(self, one: Any, other: Any) -> bool:
+    def values_equal(self, actual: Any, expected: Any) -> bool:
         """Whether two values are equal, types too where they count; the solution's objects equal nothing."""
-        if type(one) is Remote or type(other) is Remote:
+        if type(actual) is Remote or type(expected) is Remote:
             raise UncomparableResult("returned what is no plain data")
-        equal = bool(one == other)
+        equal = bool(actual == expected)
         is_equal = (
-            strictly_equal(one, other) if self._strict and (type(one) in PLAIN or type(other) in PLAIN) else equal
+            strictly_equal(actual, expected)
+            if self._strict and (type(actual) in PLAIN or type(expected) in PLAIN)
+            else equal
         )
         if not is_equal:
-            self.seen, self.mistyped = f": got {short_repr(one)}", equal
+            self.seen, self.mistyped = f": got {short_repr(actual)}", equal
         return is_equal
 
 
 PLAIN = {bool, int, float, str, bytes, list, tuple, dict, set, frozenset, type(None)}
 
 
-def strictly_equal(one: Any, other: Any) -> bool:
+def strictly_equal(first: Any, second: Any) -> bool:
     """Equality as Python has it, except that True is not 1, nor is 1 + 0j, within lists, tuples and values of dicts
     too."""
-    if any(isinstance(one, kind) != isinstance(other, kind) for kind in (bool, complex)):
+    if any(isinstance(first, kind) != isinstance(second, kind) for kind in (bool, complex)):
         return False
-    if type(one) is type(other) and isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(strictly_equal(*pair) for pair in zip(one, other, strict=True))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return bool(one == other) and all(strictly_equal(value, other[key]) for key, value in one.items())
-    return bool(one == other)
+    if type(first) is type(second) and isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(strictly_equal(*pair) for pair in zip(first, second, strict=True))
+    if isinstance(first, dict) and isinstance(second, dict):
+        return bool(first == second) and all(strictly_equal(value, second[key]) for key, value in first.items())
+    return bool(first == second)
 
 
 def short_repr(value: Any) -> str:

@@ -35,7 +35,7 @@ TYPE_TAGS = {
     type: b"T",
     **CONTAINERS,
 }
-TYPES_BY_NAME = {each.__name__: each for each in TYPE_TAGS if each is not type}
+TYPES_BY_NAME = {value_type.__name__: value_type for value_type in TYPE_TAGS if value_type is not type}
 """Types that are values themselves: a test may ask for all that is no `int`."""
 LIBRARY_TYPES: dict[bytes, tuple[str, str]] = {
     b"C": ("collections", "Counter"),
@@ -82,8 +82,8 @@ def _write(value: Any, parts: list[bytes], to_handle: ToHandle, depth: int) -> N
             _write(pair[1], parts, to_handle, depth + 1)
     elif kind in b"ltSZQ":
         parts.append(b"%s%d;" % (kind, len(value)))
-        for each in value:
-            _write(each, parts, to_handle, depth + 1)
+        for element in value:
+            _write(element, parts, to_handle, depth + 1)
     else:
         parts.append(kind + _leaf(kind, value))
 
@@ -200,5 +200,5 @@ def library_type(kind: bytes) -> Callable[..., Any]:
     """The type of the standard library that a letter stands for; imported where one comes."""
     module, name = LIBRARY_TYPES[kind]
     __import__(module)
-    made: Callable[..., Any] = getattr(sys.modules[module], name)
-    return made
+    constructor: Callable[..., Any] = getattr(sys.modules[module], name)
+    return constructor

@@ -122,10 +122,10 @@ def parse_json(text: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    json_object = dict(pairs)
+    if len(json_object) != len(pairs):
         raise ValueError("an object has a key twice")
-    return made
+    return json_object
 
 
 def _no_constant(word: str) -> Any:

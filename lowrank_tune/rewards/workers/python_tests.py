@@ -167,7 +167,7 @@ def _text_list(value: object) -> list[str]:
             value = json.loads(value)
         except json.JSONDecodeError:
             return [str(value)] if str(value).strip() else []
-    return [str(each).replace("\r\n", "\n") for each in value] if isinstance(value, (list, tuple)) else []
+    return [str(element).replace("\r\n", "\n") for element in value] if isinstance(value, (list, tuple)) else []
 
 
 def _complete_prompt(prompt: str) -> str:

@@ -119,8 +119,8 @@ class SmtProblem:
         """As text; each declaration that has a value is a definition instead."""
         values = values or {}
         return "\n".join(
-            values.get(str(one[1]), format_sexpr(one)) if one[0] in DECLARES else format_sexpr(one)
-            for one in self.commands
+            values.get(str(command[1]), format_sexpr(command)) if command[0] in DECLARES else format_sexpr(command)
+            for command in self.commands
         )
 
 
@@ -307,8 +307,8 @@ def _parse_formula(text: str, names: Container[str], state: set[str]) -> Any:
     if isinstance(formula, list) and formula[:1] == ["define-fun"]:
         named = len(formula) == 5 and isinstance(formula[2], list)
         if not named or not all(
-            isinstance(each, list) and len(each) == 2 and isinstance(each[0], str) and each[0] in state
-            for each in formula[2]
+            isinstance(binding, list) and len(binding) == 2 and isinstance(binding[0], str) and binding[0] in state
+            for binding in formula[2]
         ):
             raise SmtlibParseError("defines something else than a formula over the row's variables")
         formula = formula[4]

@@ -19,8 +19,8 @@ ARROW = " \u2192 "
 
 def rows(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
     """Label and a cell a side; what no side has is left out."""
-    made = [(label, [write(run) for run in runs]) for label, write in ROWS]
-    return [(label, cells) for label, cells in [*made, *_evaluations(runs)] if any(cells)]
+    labeled_cells = [(label, [write(run) for run in runs]) for label, write in ROWS]
+    return [(label, cells) for label, cells in [*labeled_cells, *_evaluations(runs)] if any(cells)]
 
 
 def _evaluations(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
@@ -28,14 +28,14 @@ def _evaluations(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
     figures = [
         dict(evals_view.rows_of_last_model(run.evaluation)) if run.evaluation is not None else {} for run in runs
     ]
-    names = dict.fromkeys(name for each in figures for name in each)
-    return [(name, [each.get(name, "") for each in figures]) for name in names]
+    names = dict.fromkeys(name for run_figures in figures for name in run_figures)
+    return [(name, [run_figures.get(name, "") for run_figures in figures]) for name in names]
 
 
 def heldout(run: ComparedRun) -> dict[str, dict[str, float]]:
     """Held-out figures of the base and of each stage, what was measured first standing first."""
-    found = heldout_by_stage_of_chain(run.chain) if run.chain is not None else heldout_by_stage(run.last)
-    return {who: stats for who, stats in found.items() if who != POLICY}
+    stats_by_stage = heldout_by_stage_of_chain(run.chain) if run.chain is not None else heldout_by_stage(run.last)
+    return {who: stats for who, stats in stats_by_stage.items() if who != POLICY}
 
 
 def _algorithm(run: ComparedRun) -> str:
@@ -76,22 +76,22 @@ def _heldout_cell(
     before."""
 
     def cell(run: ComparedRun) -> str:
-        found = [(who, stats[key]) for who, stats in heldout(run).items() if key in stats]
-        if not found or (which == -1 and len(found) < 2):
+        stage_values = [(who, stats[key]) for who, stats in heldout(run).items() if key in stats]
+        if not stage_values or (which == -1 and len(stage_values) < 2):
             return ""
-        return format_value(found[which][1]) + (f" ({found[which][0]})" if named else "")
+        return format_value(stage_values[which][1]) + (f" ({stage_values[which][0]})" if named else "")
 
     return cell
 
 
 def _passes(run: ComparedRun) -> str:
-    found = [
+    pass_rates = [
         (key, value)
         for stats in list(heldout(run).values())[1:]
         for key, value in stats.items()
         if key.startswith("pass_at_")
     ]
-    return f"{percent(found[-1][1])} (of {found[-1][0][8:]})" if found else ""
+    return f"{percent(pass_rates[-1][1])} (of {pass_rates[-1][0][8:]})" if pass_rates else ""
 
 
 def _greedy_accuracy(run: ComparedRun) -> str:

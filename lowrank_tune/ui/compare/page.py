@@ -51,11 +51,11 @@ def _cell(label: str, cell: str) -> str:
 
 
 def _curves(runs: Sequence[ComparedRun]) -> str:
-    places = {run.label: place for place, run in enumerate(runs)}
+    run_indices = {run.label: run_index for run_index, run in enumerate(runs)}
     cards = []
-    for name, several in common_metrics(runs):
-        lines = [line for run in several if (line := _line(run, name, places[run.label])) is not None]
-        started = several[0].last.started
+    for name, metric_runs in common_metrics(runs):
+        lines = [line for run in metric_runs if (line := _line(run, name, run_indices[run.label])) is not None]
+        started = metric_runs[0].last.started
         meaning = descriptions_of(started.algorithm if started is not None else "sft").get(name, "")
         title = TITLES.get(name) or name.replace("_", " ").replace("heldout", "held-out")
         cards.append(chart_card(title, meaning, lines, name not in NOT_LOG, {}))
@@ -68,26 +68,30 @@ def _curves(runs: Sequence[ComparedRun]) -> str:
     )
 
 
-def _line(run: ComparedRun, name: str, place: int) -> ChartLine | None:
+def _line(run: ComparedRun, name: str, run_index: int) -> ChartLine | None:
     points = [(float(step), value) for step, value in run.points(name).items() if math.isfinite(value)]
     drawn = points if len(points) <= MIN_POINTS_TO_SMOOTH else smooth(points)
-    return ChartLine(escape_control_chars(run.label, 60), _css_class(place), downsample(drawn, 150)) if points else None
+    return (
+        ChartLine(escape_control_chars(run.label, 60), _css_class(run_index), downsample(drawn, 150))
+        if points
+        else None
+    )
 
 
 def _differences(runs: Sequence[ComparedRun]) -> str:
-    found, unknown = differences(runs), without_recipe(runs)
+    changed_settings, unknown = differences(runs), without_recipe(runs)
     note = (
         f"<p>The settings of {text(', '.join(unknown), 400)} are not known: there is no run.json that can be read.</p>"
         if unknown
         else ""
     )
-    if not found:
+    if not changed_settings:
         return f"<h2>Settings that differ</h2>{note or '<p>None: the recipes are the same.</p>'}"
     cells = [
         [
             text(key, 200),
             *('<span class="soft">not set</span>' if value is None else text(value, 300) for value in values),
         ]
-        for key, values in found.items()
+        for key, values in changed_settings.items()
     ]
     return f'<h2>Settings that differ</h2>{note}<div class="card">{table(_head(runs), cells)}</div>'

@@ -50,8 +50,8 @@ class ComparedRun:
 
     def points(self, name: str) -> StepValues:
         """The finite values of a statistic by step."""
-        found = self.last.series.get(name) or self.last.checks.get(name, {})
-        return {step: value for step, value in sorted(found.items()) if math.isfinite(value)}
+        step_values = self.last.series.get(name) or self.last.checks.get(name, {})
+        return {step: value for step, value in sorted(step_values.items()) if math.isfinite(value)}
 
 
 def read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
@@ -60,9 +60,9 @@ def read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
     folders = [path.parent if path.name == EVENTS and path.is_file() else path for path in paths]
     if len(folders) < 2:
         raise UserError("compare needs two runs or more; one by itself is what `lowrank-tune report RUN` is for")
-    for place, count in Counter(folder.resolve() for folder in folders).items():
+    for resolved_path, count in Counter(folder.resolve() for folder in folders).items():
         if count > 1:
-            raise UserError(f"{place} is named {count} times; name different runs")
+            raise UserError(f"{resolved_path} is named {count} times; name different runs")
     for folder in folders:
         check_run_format(folder)
     return [_read_run(folder, label) for folder, label in zip(folders, labels_of(folders), strict=True)]
@@ -98,9 +98,9 @@ def differences(runs: Sequence[ComparedRun]) -> dict[str, list[str | None]]:
     """Every setting that is not the same everywhere, with its value on each side, None where it is not set. A chain is
     compared by the stage that began last; before that stands how its stages follow each other."""
     settings = [_settings(run) for run in runs]
-    keys = dict.fromkeys(key for each in settings for key in each)
-    found = {key: [each.get(key) for each in settings] for key in keys}
-    return {key: values for key, values in found.items() if len(set(values)) > 1}
+    keys = dict.fromkeys(key for run_settings in settings for key in run_settings)
+    values_by_key = {key: [run_settings.get(key) for run_settings in settings] for key in keys}
+    return {key: values for key, values in values_by_key.items() if len(set(values)) > 1}
 
 
 def without_recipe(runs: Sequence[ComparedRun]) -> list[str]:
@@ -113,10 +113,10 @@ def _settings(run: ComparedRun) -> dict[str, str]:
     recipe = _recipe(run.last.folder) if run.chain is not None else run.recipe
     own = str(run.folder.resolve())
     try:
-        found = {
+        leaf_values = {
             dotted(path): value
             for path, value in leaves(dict(recipe))
-            if path[:1] not in [(each,) for each in IGNORED_SETTINGS]
+            if path[:1] not in [(setting,) for setting in IGNORED_SETTINGS]
         }
     except RecursionError:
         return {}
@@ -126,7 +126,9 @@ def _settings(run: ComparedRun) -> dict[str, str]:
         else {}
     )
     return stages | {
-        key: _as_text(value) for key, value in found.items() if not (isinstance(value, str) and value.startswith(own))
+        key: _as_text(value)
+        for key, value in leaf_values.items()
+        if not (isinstance(value, str) and value.startswith(own))
     }
 
 
@@ -146,14 +148,14 @@ def common_metrics(runs: Sequence[ComparedRun]) -> list[tuple[str, list[Compared
             "heldout/repetition",
         ]
     )
-    found = []
+    shared_metrics = []
     for name in names:
         families: dict[str, list[ComparedRun]] = {}
         for run in runs:
             if len(run.points(name)) > 1:
                 families.setdefault(metric_family(name, _algorithm(run)), []).append(run)
-        found += [(name, several) for several in families.values() if len(several) > 1]
-    return found
+        shared_metrics += [(name, family_runs) for family_runs in families.values() if len(family_runs) > 1]
+    return shared_metrics
 
 
 def metric_family(name: str, algorithm: str) -> str:

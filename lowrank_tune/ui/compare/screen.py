@@ -56,9 +56,9 @@ LineStyles = dict[str, tuple[str, str]]
 
 
 def _charts(runs: Sequence[ComparedRun], styles: LineStyles, canvas: TextCanvas) -> list[Line]:
-    found = common_metrics(runs)
-    columns = max(1, min(MAX_COLUMNS, canvas.width // CHART_WIDTH, len(found)))
-    drawn = found[: columns * CHART_ROWS]
+    shared_metrics = common_metrics(runs)
+    columns = max(1, min(MAX_COLUMNS, canvas.width // CHART_WIDTH, len(shared_metrics)))
+    drawn = shared_metrics[: columns * CHART_ROWS]
     if not drawn:
         return [[("no statistic was measured by two of these runs, so there is no chart", "quiet")]]
     base, extra = divmod(canvas.width - columns + 1, columns)
@@ -66,8 +66,8 @@ def _charts(runs: Sequence[ComparedRun], styles: LineStyles, canvas: TextCanvas)
     lines: list[Line] = []
     for at in range(0, len(drawn), columns):
         row = [
-            _chart(name, several, styles, canvas, widths[index])
-            for index, (name, several) in enumerate(drawn[at : at + columns])
+            _chart(name, metric_runs, styles, canvas, widths[index])
+            for index, (name, metric_runs) in enumerate(drawn[at : at + columns])
         ]
         lines += side_by_side([*row, *([[]] * (columns - len(row)))], widths, CHART_HEIGHT)
     return lines
@@ -85,7 +85,7 @@ def _chart(name: str, runs: Sequence[ComparedRun], styles: LineStyles, canvas: T
 
 def _differences(runs: Sequence[ComparedRun], canvas: TextCanvas) -> list[Line]:
     """A line a setting: its name, and what it is on each side, in their order."""
-    found, unknown = differences(runs), without_recipe(runs)
+    changed_settings, unknown = differences(runs), without_recipe(runs)
     lines: list[Line] = []
     if unknown:
         lines.append(
@@ -97,17 +97,17 @@ def _differences(runs: Sequence[ComparedRun], canvas: TextCanvas) -> list[Line]:
                 )
             ]
         )
-    elif not found:
+    elif not changed_settings:
         return [[("the recipes are the same", "quiet")]]
-    lines += [[("settings that differ, in the order of the runs", "title")]] if found else []
-    for key, values in list(found.items())[:MAX_KEYS]:
+    lines += [[("settings that differ, in the order of the runs", "title")]] if changed_settings else []
+    for key, values in list(changed_settings.items())[:MAX_KEYS]:
         text = " | ".join("not set" if value is None else canvas.text(value, 40) for value in values)
         head = canvas.text(key, 60) + "  "
         parts = wrap(text, max(20, canvas.width - len(head) - 2), 2)
         lines += [
             [("  ", ""), (head if row == 0 else " " * len(head), "quiet"), (part, "")] for row, part in enumerate(parts)
         ]
-    if (left := len(found) - MAX_KEYS) > 0:
+    if (left := len(changed_settings) - MAX_KEYS) > 0:
         lines.append([(f"  ... and {left} more, which the page lists", "quiet")])
     return lines
 

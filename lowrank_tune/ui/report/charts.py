@@ -31,11 +31,11 @@ def downsample(points: Sequence[Point], buckets: int = BUCKETS) -> list[Point]:
     """At most two points a bucket, its lowest and its highest, so that no spike is lost; and both ends."""
     if len(points) <= 2 * buckets:
         return list(points)
-    kept = {0, len(points) - 1}
+    indices = {0, len(points) - 1}
     for bucket in range(buckets):
         part = range(bucket * len(points) // buckets, (bucket + 1) * len(points) // buckets)
-        kept |= {min(part, key=lambda i: points[i][1]), max(part, key=lambda i: points[i][1])}
-    return [points[i] for i in sorted(kept)]
+        indices |= {min(part, key=lambda i: points[i][1]), max(part, key=lambda i: points[i][1])}
+    return [points[i] for i in sorted(indices)]
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
@@ -160,20 +160,20 @@ def lines_of(name: str, points: Mapping[int, float], checks: Mapping[int, float]
         escape_control_chars(check_name, 60),
     )  # they may come from anyone's events
     every = [(float(step), value) for step, value in sorted(points.items())]
-    found = []
+    chart_lines = []
     if every:
         finite = [point for point in every if math.isfinite(point[1])]
         is_rough = _is_rough([value for _, value in finite])
-        found.append(ChartLine(name, "raw" if is_rough else "smooth", downsample(every)))
+        chart_lines.append(ChartLine(name, "raw" if is_rough else "smooth", downsample(every)))
         if is_rough:
-            found.append(ChartLine("smoothed", "smooth", downsample(smooth(finite), 100)))
+            chart_lines.append(ChartLine("smoothed", "smooth", downsample(smooth(finite), 100)))
     if checks:
-        found.append(
+        chart_lines.append(
             ChartLine(
                 check_name, "check", downsample([(float(step), value) for step, value in sorted(checks.items())], 100)
             )
         )
-    return found
+    return chart_lines
 
 
 def pair_lines(series: Mapping[str, Mapping[int, float]]) -> list[ChartLine]:

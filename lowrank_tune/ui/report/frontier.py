@@ -38,11 +38,11 @@ def section(run_log: RunLog) -> str:
 def evals_by_kl(kl: StepValues, accuracy: StepValues) -> list[Point]:
     """Each evaluation at the KL that was measured last before it."""
     finite = {step: value for step, value in kl.items() if math.isfinite(value)}
-    found = []
+    eval_points = []
     for step, share in sorted(accuracy.items()):
-        if (earlier := [each for each in finite if each <= step]) and math.isfinite(share):
-            found.append((finite[max(earlier)], share))
-    return found
+        if (earlier := [kl_step for kl_step in finite if kl_step <= step]) and math.isfinite(share):
+            eval_points.append((finite[max(earlier)], share))
+    return eval_points
 
 
 def frontier_svg(reward_points: Sequence[Point], accuracy_points: Sequence[Point]) -> str:

@@ -57,10 +57,15 @@ def _group(group: Group, is_open: bool) -> str:
     ground_truth = (
         f' <span class="soft">gold {text(group.ground_truth, 80)}</span>' if group.ground_truth is not None else ""
     )
-    several = any(len(one.parts) > 1 for one in group.completions)
+    multiple_rewards = any(len(completion.parts) > 1 for completion in group.completions)
     rows = [
-        [_figure(one.reward), _advantage(one.advantage), _words(one, several), f"{one.times} \u00d7"]
-        for one in group.completions[:MAX_COMPLETIONS]
+        [
+            _figure(completion.reward),
+            _advantage(completion.advantage),
+            _words(completion, multiple_rewards),
+            f"{completion.times} \u00d7",
+        ]
+        for completion in group.completions[:MAX_COMPLETIONS]
     ]
     left = len(group.completions) - len(rows)
     more = f'<p class="soft">{left} other completions are left out</p>' if left else ""
@@ -82,11 +87,11 @@ def _advantage(value: float) -> str:
     return f'<span class="{"yes" if value > 0 else "no" if value < 0 else "zero"}">{signed(value)}</span>'
 
 
-def _words(one: LoggedCompletion, several: bool) -> str:
+def _words(completion: LoggedCompletion, multiple_rewards: bool) -> str:
     """The completion, whether it was cut off, and what each of several rewards gave."""
-    facts = ["cut off by the limit"] if one.finish_reason == "length" else []
-    facts += [f"{text(name, 60)} {_figure(value)}" for name, value in one.parts] if several else []
-    facts += [f"not scored: {text(one.unscored, 300)}"] if one.unscored else []
-    return f'<div class="text">{block(one.text, 1500)}</div>' + (
+    facts = ["cut off by the limit"] if completion.finish_reason == "length" else []
+    facts += [f"{text(name, 60)} {_figure(value)}" for name, value in completion.parts] if multiple_rewards else []
+    facts += [f"not scored: {text(completion.unscored, 300)}"] if completion.unscored else []
+    return f'<div class="text">{block(completion.text, 1500)}</div>' + (
         f'<span class="soft">{", ".join(facts)}</span>' if facts else ""
     )

@@ -34,14 +34,14 @@ def get_number(data: Mapping[str, Any], name: str, default: float = 0.0) -> floa
 
 def entries(data: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     """The objects of a list in such a file."""
-    found = data.get(name)
-    return [each for each in found if isinstance(each, Mapping)] if isinstance(found, list) else []
+    value = data.get(name)
+    return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
 
 
 def get_mapping(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """An object in such a file."""
-    found = data.get(name)
-    return found if isinstance(found, Mapping) else {}
+    value = data.get(name)
+    return value if isinstance(value, Mapping) else {}
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], numbers: Iterable[int] = ()) -> str:

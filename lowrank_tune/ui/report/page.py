@@ -26,17 +26,17 @@ def page(run_log: RunLog) -> str:
 
 def chain_page(chain: ChainLog) -> str:
     """The page of a chain: what came of all stages together, then each of them."""
-    places = {folder: f"stage-{number}" for number, folder in enumerate(chain.stages, 1)}
+    anchors = {folder: f"stage-{number}" for number, folder in enumerate(chain.stages, 1)}
     body = "\n".join(
         [
             _chain_header(chain),
             alerts(_chain_issues(chain), chain.status),
-            _contents(chain, places),
+            _contents(chain, anchors),
             _chain_tiles(chain),
             sections.chain_heldout_section(chain),
             evaluations.section(chain.folder),
             sections.stage_table(chain),
-            *(_stage(folder, run_log, places[folder], len(places)) for folder, run_log in chain.stages.items()),
+            *(_stage(folder, run_log, anchors[folder], len(anchors)) for folder, run_log in chain.stages.items()),
         ]
     )
     return document(f"{chain.name}, {chain.status}", body, f"the stages of {chain.folder.name}")
@@ -79,17 +79,17 @@ def _body(run_log: RunLog) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _stage(folder: str, run_log: RunLog | None, place: str, count: int) -> str:
+def _stage(folder: str, run_log: RunLog | None, anchor_id: str, count: int) -> str:
     """A stage's part of a chain's page; the held-out questions stand above, over all stages."""
-    number = place.removeprefix("stage-")
+    number = anchor_id.removeprefix("stage-")
     if run_log is None:
         return (
-            f'<details class="stage" id="{place}"><summary>Stage {number} of {count}: '
+            f'<details class="stage" id="{anchor_id}"><summary>Stage {number} of {count}: '
             f"{text(folder)}</summary><p>not begun</p></details>"
         )
     pill = f'<span class="pill {text(run_log.status)}">{text(run_log.status)}</span>'
     return (
-        f'<details class="stage" id="{place}" open><summary>Stage {number} of {count}: {text(folder)} '
+        f'<details class="stage" id="{anchor_id}" open><summary>Stage {number} of {count}: {text(folder)} '
         f"{pill}</summary>\n"
         f"{_subtitle(run_log)}{alerts(issues(run_log), run_log.status)}{_tiles(run_log)}\n{_body(run_log)}</details>"
     )
@@ -109,8 +109,8 @@ def _chain_header(chain: ChainLog) -> str:
     return f'<header><div class="row"><h1>{text(chain.name, 200)}</h1>{pill}</div>{subtitle}</header>'
 
 
-def _contents(chain: ChainLog, places: Mapping[str, str]) -> str:
-    links = "".join(f'<a href="#{place}">{text(folder)}</a>' for folder, place in places.items())
+def _contents(chain: ChainLog, anchors: Mapping[str, str]) -> str:
+    links = "".join(f'<a href="#{anchor_id}">{text(folder)}</a>' for folder, anchor_id in anchors.items())
     return f'<nav><span class="soft">Stages:</span> {links}</nav>'
 
 
@@ -166,7 +166,7 @@ def _subtitle(run_log: RunLog) -> str:
 def issues(run_log: RunLog) -> list[str]:
     """Warnings, and how the run broke."""
     messages = (
-        [str(each) for each in run_log.summary.get("warnings") or ()]
+        [str(message) for message in run_log.summary.get("warnings") or ()]
         if isinstance(run_log.summary.get("warnings"), list)
         else []
     )
@@ -185,7 +185,11 @@ def issues(run_log: RunLog) -> list[str]:
 
 def alerts(messages: Sequence[str], status: str) -> str:
     kind = "alerts failed" if status == "failed" else "alerts"
-    return f'<ul class="{kind}">{"".join(f"<li>{text(each, 800)}</li>" for each in messages)}</ul>' if messages else ""
+    return (
+        f'<ul class="{kind}">{"".join(f"<li>{text(message, 800)}</li>" for message in messages)}</ul>'
+        if messages
+        else ""
+    )
 
 
 def _tiles(run_log: RunLog) -> str:
@@ -204,9 +208,9 @@ def _tiles(run_log: RunLog) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _tile(value: str, what: str, more: str = "", wide: bool = False) -> str:
+def _tile(value: str, label: str, more: str = "", wide: bool = False) -> str:
     added = f" <i>{text(more)}</i>" if more else ""
-    return f'<div class="tile{" wide" if wide else ""}"><b>{text(value)}</b><span>{text(what)}</span>{added}</div>'
+    return f'<div class="tile{" wide" if wide else ""}"><b>{text(value)}</b><span>{text(label)}</span>{added}</div>'
 
 
 def _duration(run_log: RunLog) -> float:

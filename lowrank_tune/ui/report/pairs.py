@@ -24,19 +24,19 @@ MAX_POINTS = 24
 
 def scores(run_log: RunLog) -> str:
     """How far the scores of the held-out pairs can be believed, how they are spread, and whether they follow length."""
-    found = run_log.scores
-    sides = {side: _floats(found, side) for side in PAIR_SIDES}
-    tokens = {side: _floats(found, f"{side}_tokens") for side in PAIR_SIDES}
-    if not found or not any(sides.values()):
+    pair_scores = run_log.scores
+    sides = {side: _floats(pair_scores, side) for side in PAIR_SIDES}
+    tokens = {side: _floats(pair_scores, f"{side}_tokens") for side in PAIR_SIDES}
+    if not pair_scores or not any(sides.values()):
         return ""
-    what = "score" if _is_reward(run_log) else "implicit reward"
+    score_name = "score" if _is_reward(run_log) else "implicit reward"
     bins = [
-        (get_number(each, "confidence"), get_number(each, "accuracy"), int(get_number(each, "pairs")))
-        for each in entries(found, "reliability")
+        (get_number(bucket, "confidence"), get_number(bucket, "accuracy"), int(get_number(bucket, "pairs")))
+        for bucket in entries(pair_scores, "reliability")
     ]
-    bins = [each for each in bins if 0.5 <= each[0] <= 1 and 0 <= each[1] <= 1 and each[2] > 0]
+    bins = [bucket for bucket in bins if 0.5 <= bucket[0] <= 1 and 0 <= bucket[1] <= 1 and bucket[2] > 0]
     points = {side: list(zip(tokens[side], sides[side], strict=False)) for side in PAIR_SIDES}
-    figures = get_mapping(found, "metrics")
+    figures = get_mapping(pair_scores, "metrics")
     cards = [
         _card(
             "Reliability",
@@ -45,23 +45,23 @@ def scores(run_log: RunLog) -> str:
             reliability(bins),
         ),
         _card(
-            f"{what.capitalize()} of both sides",
+            f"{score_name.capitalize()} of both sides",
             "answers by what they are worth to the model",
             histogram_pair(sides),
             LEGEND,
         ),
         _card(
-            f"{what.capitalize()} by length",
+            f"{score_name.capitalize()} by length",
             f"tokens of an answer; correlation {_correlation(figures)}, the longer one is preferred in "
             f"{_figure_text(figures, 'prefers_longer')} of the pairs",
             scatter(points),
             LEGEND,
         ),
-        _figures(figures, what),
+        _figures(figures, score_name),
     ]
     title = "Scores of held-out pairs" if _is_reward(run_log) else "Implicit rewards of held-out pairs"
     return (
-        f'<h2>{title} <span class="soft">{get_number(found, "pairs"):,.0f} pairs, the final adapter</span></h2>'
+        f'<h2>{title} <span class="soft">{get_number(pair_scores, "pairs"):,.0f} pairs, the final adapter</span></h2>'
         f'<div class="grid2">{"".join(card for card in cards if card)}</div>'
     )
 
@@ -76,12 +76,12 @@ def _card(title: str, words: str, svg: str, legend: str = "") -> str:
     )
 
 
-def _figures(figures: Mapping[str, Any], what: str) -> str:
+def _figures(figures: Mapping[str, Any], score_name: str) -> str:
     names = (
         ("accuracy", "pairs whose chosen answer is ahead"),
-        ("margin", f"mean {what} of the chosen above the rejected"),
+        ("margin", f"mean {score_name} of the chosen above the rejected"),
         ("calibration_error", "calibration error: how far confidence is off, on average"),
-        ("length_correlation", f"correlation of {what} and length"),
+        ("length_correlation", f"correlation of {score_name} and length"),
         ("prefers_longer", "pairs where the longer answer is ahead"),
     )
     rows = [[text(words), _figure_text(figures, key)] for key, words in names if key in figures]
@@ -106,9 +106,9 @@ def _correlation(figures: Mapping[str, Any]) -> str:
     return f"{value:+.2f}" if math.isfinite(value) else "unknown"
 
 
-def _floats(found: Mapping[str, Any], name: str) -> list[float]:
+def _floats(pair_scores: Mapping[str, Any], name: str) -> list[float]:
     """The numbers of a list that anyone may have edited; none where one of them is no finite number."""
-    values = found.get(name)
+    values = pair_scores.get(name)
     if not isinstance(values, list) or not all(
         isinstance(value, (int, float)) and abs(value) < 1e30 for value in values
     ):
@@ -116,22 +116,27 @@ def _floats(found: Mapping[str, Any], name: str) -> list[float]:
     return [float(value) for value in values]
 
 
-def samples(found: Sequence[SampleLogged]) -> str:
+def samples(logged_samples: Sequence[SampleLogged]) -> str:
     """Held-out pairs, both answers side by side, and how their scores went."""
     history_by_pair: dict[tuple[str, str, str], list[tuple[SampleLogged, SampleLogged]]] = {}
-    for chosen, rejected in zip(found, found[1:], strict=False):
+    for chosen, rejected in zip(logged_samples, logged_samples[1:], strict=False):
         if (chosen.role, rejected.role) == ("chosen", "rejected") and chosen.prompt == rejected.prompt:
             history_by_pair.setdefault(
                 (str(chosen.prompt), str(chosen.completion), str(rejected.completion)), []
             ).append((chosen, rejected))
     parts = []
-    for index, ((prompt, *answers), several) in enumerate(history_by_pair.items()):
-        every = max(1, -(-len(several) // MAX_POINTS))
+    for index, ((prompt, *answers), history) in enumerate(history_by_pair.items()):
+        every = max(1, -(-len(history) // MAX_POINTS))
         rows = [
             ["", *(f'<div class="text">{block(answer, 1500)}</div>' for answer in answers), ""],
             *(
-                [text(f"step {one.step:,}"), _score(one), _score(other), _verdict(one, other)]
-                for one, other in [*several[:-1:every], several[-1]]
+                [
+                    text(f"step {chosen_sample.step:,}"),
+                    _score(chosen_sample),
+                    _score(rejected_sample),
+                    _verdict(chosen_sample, rejected_sample),
+                ]
+                for chosen_sample, rejected_sample in [*history[:-1:every], history[-1]]
             ),
         ]
         body = table(["", "chosen", "rejected", ""], rows)
@@ -139,8 +144,8 @@ def samples(found: Sequence[SampleLogged]) -> str:
     return f"<h2>Pairs and their scores over time</h2>{''.join(parts)}" if parts else ""
 
 
-def _score(one: SampleLogged) -> str:
-    return "" if not isinstance(one.reward, (int, float)) else signed(one.reward)
+def _score(sample: SampleLogged) -> str:
+    return "" if not isinstance(sample.reward, (int, float)) else signed(sample.reward)
 
 
 def _verdict(chosen: SampleLogged, rejected: SampleLogged) -> str:
@@ -152,18 +157,18 @@ def _verdict(chosen: SampleLogged, rejected: SampleLogged) -> str:
 
 def sides(data: Mapping[str, Any]) -> str:
     """How the sides of the training pairs differ in length: what a model could learn instead of quality."""
-    found = get_mapping(data, "sides")
-    count = get_number(found, "pairs")
+    side_stats = get_mapping(data, "sides")
+    count = get_number(side_stats, "pairs")
     if not count:
         return ""
     rows = [
-        [name, bar(get_number(found, key) / count), percent(get_number(found, key) / count)]
+        [name, bar(get_number(side_stats, key) / count), percent(get_number(side_stats, key) / count)]
         for name, key in (("chosen is longer", "longer"), ("chosen is shorter", "shorter"), ("equally long", "equal"))
     ]
-    means = [f"{get_number(found, side):,.1f}" for side in PAIR_SIDES]
+    means = [f"{get_number(side_stats, side):,.1f}" for side in PAIR_SIDES]
     words = (
         f"{count:,.0f} pairs; on average {means[0]} tokens chosen, {means[1]} rejected; "
-        f"{get_number(found, 'margins'):,.0f} have a margin"
+        f"{get_number(side_stats, 'margins'):,.0f} have a margin"
     )
     return (
         f'<div class="card"><h3>Sides of the pairs</h3><p '

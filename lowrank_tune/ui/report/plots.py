@@ -119,11 +119,11 @@ def scatter(sides: Mapping[str, Sequence[Point]]) -> str:
 def _means(points: Sequence[Point]) -> list[Point]:
     """The mean tokens and score of about `LENGTH_BINS` stretches of equally many answers; equal lengths are never
     parted."""
-    wanted, found, part = max(1, len(points) // LENGTH_BINS), list[Point](), list[Point]()
+    bin_size, means, part = max(1, len(points) // LENGTH_BINS), list[Point](), list[Point]()
     for index, point in enumerate(points):
         part.append(point)
         is_edge = index + 1 == len(points) or points[index + 1][0] != point[0]
-        if is_edge and (len(part) >= wanted or index + 1 == len(points)):
-            found.append((fmean(x for x, _ in part), fmean(y for _, y in part)))
+        if is_edge and (len(part) >= bin_size or index + 1 == len(points)):
+            means.append((fmean(x for x, _ in part), fmean(y for _, y in part)))
             part = []
-    return found
+    return means

@@ -84,9 +84,9 @@ class RunLog:
         elif isinstance(event, SampleLogged):
             self.samples.append(event)
         elif isinstance(event, LogMessage):
-            kept = self.warnings if event.level == "warning" else self.notes
-            if event.message not in kept:
-                kept.append(event.message)
+            messages = self.warnings if event.level == "warning" else self.notes
+            if event.message not in messages:
+                messages.append(event.message)
         elif isinstance(event, RunEnded):
             self.ended = event
 
@@ -99,7 +99,9 @@ class RunLog:
             self._every *= 2
             first = next(iter(self.completion_groups))
             self.completion_groups = {
-                step: kept for step, kept in self.completion_groups.items() if step == first or step % self._every == 0
+                step: logged_group
+                for step, logged_group in self.completion_groups.items()
+                if step == first or step % self._every == 0
             }
 
 

@@ -63,11 +63,13 @@ def curves(run_log: RunLog) -> str:
     meanings, checked = descriptions_of(algorithm), {name.removeprefix("eval_") for name in run_log.checks}
     partners = {other for name in meanings if (other := paired_metric(algorithm, name)) is not None}
     if algorithm in GENERATIVE_ALGORITHMS:  # of several rewards each one's own curve stands right behind the whole
-        known, meanings = meanings, {}
-        for name, meaning in known.items():
+        base_meanings, meanings = meanings, {}
+        for name, meaning in base_meanings.items():
             meanings[name] = meaning
             meanings |= {
-                each: "this reward by itself" for each in sorted(reward_names(run_log.series)) if name == "reward"
+                reward_name: "this reward by itself"
+                for reward_name in sorted(reward_names(run_log.series))
+                if name == "reward"
             }
     names = [*meanings, *sorted({*run_log.series, *checked} - set(meanings) - partners)]
     cards = [_curve(name, meanings.get(name, ""), paired_metric(algorithm, name), run_log) for name in names]
@@ -86,7 +88,10 @@ def _curve(name: str, meaning: str, partner: str | None, run_log: RunLog) -> str
     if partner is not None:
         lines, title = (
             pair_lines(
-                {each: run_log.series.get(each) or run_log.checks.get(f"eval_{each}", {}) for each in (name, partner)}
+                {
+                    metric_name: run_log.series.get(metric_name) or run_log.checks.get(f"eval_{metric_name}", {})
+                    for metric_name in (name, partner)
+                }
             ),
             "",
         )
@@ -116,27 +121,27 @@ def chart_card(title: str, meaning: str, lines: Sequence[ChartLine], may_log: bo
 def heldout_by_stage(run_log: RunLog) -> dict[str, dict[str, float]]:
     """Held-out figures of the base and of each stage: from the summary, or from the events of a run that has none."""
     details = get_mapping(run_log.summary, "heldout_details")
-    found = {
+    stats_by_stage = {
         str(stage): {str(key): get_number(stats, key) for key in stats}
         for stage, stats in details.items()
         if isinstance(stats, Mapping)
     }
-    if found:
-        return found
+    if stats_by_stage:
+        return stats_by_stage
     for name, points in run_log.checks.items():
         if name.startswith("heldout/") and points:
             stage, key = heldout_parts(name)
-            found.setdefault(stage, {})[key] = points[max(points)]
-    return found
+            stats_by_stage.setdefault(stage, {})[key] = points[max(points)]
+    return stats_by_stage
 
 
 def heldout_by_stage_of_chain(chain: ChainLog) -> dict[str, dict[str, float]]:
     """Held-out figures of the base and of every stage that has some; what was measured first stands first."""
-    found: dict[str, dict[str, float]] = {}
+    stats_by_stage: dict[str, dict[str, float]] = {}
     for run_log in chain.started_stages:
         for who, stats in heldout_by_stage(run_log).items():
-            found.setdefault(who, stats)
-    return found
+            stats_by_stage.setdefault(who, stats)
+    return stats_by_stage
 
 
 def heldout_section(run_log: RunLog) -> str:
@@ -170,8 +175,12 @@ def _heldout(stages: Mapping[str, Mapping[str, float]], summaries: Sequence[Mapp
     if not shown:
         return html
     lines = [
-        [_text_block(several[0].get("prompt")), text(several[0].get("ground_truth") or "", 200), *map(_answer, several)]
-        for several in shown
+        [
+            _text_block(row_answers[0].get("prompt")),
+            text(row_answers[0].get("ground_truth") or "", 200),
+            *map(_answer, row_answers),
+        ]
+        for row_answers in shown
     ]
     return html + f'<div class="card">{table(["question", "gold", *map(text, answers)], lines)}</div>'
 
@@ -186,8 +195,8 @@ def _text_block(value: Any) -> str:
     return f'<div class="text">{block(value or "", 1500)}</div>'
 
 
-def _answer(one: Mapping[str, Any]) -> str:
-    return _graded_answer(str(one.get("completion", "")), bool(one.get("stopped")), one.get("ground_truth"))
+def _answer(answer: Mapping[str, Any]) -> str:
+    return _graded_answer(str(answer.get("completion", "")), bool(answer.get("stopped")), answer.get("ground_truth"))
 
 
 def _graded_answer(completion: str, ended_with_eos: bool, ground_truth: Any) -> str:
@@ -233,8 +242,8 @@ def stage_table(chain: ChainLog) -> str:
     return f'<h2>Stages</h2><div class="card">{table(head, rows)}</div>'
 
 
-def _trend(points: Mapping[int, float], what: str) -> str:
-    return f"{what}{format_tick(points[min(points)])} \u2192 {format_tick(points[max(points)])}" if points else ""
+def _trend(points: Mapping[int, float], prefix: str) -> str:
+    return f"{prefix}{format_tick(points[min(points)])} \u2192 {format_tick(points[max(points)])}" if points else ""
 
 
 def samples(run_log: RunLog) -> str:
@@ -246,23 +255,33 @@ def samples(run_log: RunLog) -> str:
             continue
         by_prompt.setdefault(str(sample.prompt), []).append(sample)
     parts = []
-    for index, (prompt, several) in enumerate(by_prompt.items()):
-        every = max(1, -(-len(several) // MAX_SAMPLES))
-        kept = [*several[:-1:every], several[-1]]
+    for index, (prompt, prompt_samples) in enumerate(by_prompt.items()):
+        every = max(1, -(-len(prompt_samples) // MAX_SAMPLES))
+        shown_samples = [*prompt_samples[:-1:every], prompt_samples[-1]]
         rows = [
             [
-                text(f"step {one.step:,}" if one.role == "policy" else names.get(str(one.role), one.role)),
-                _graded_answer(str(one.completion), one.finish_reason == "stop", one.ground_truth),
-                "" if one.reward is None else number(one.reward),
+                text(
+                    f"step {shown_sample.step:,}"
+                    if shown_sample.role == "policy"
+                    else names.get(str(shown_sample.role), shown_sample.role)
+                ),
+                _graded_answer(
+                    str(shown_sample.completion), shown_sample.finish_reason == "stop", shown_sample.ground_truth
+                ),
+                "" if shown_sample.reward is None else number(shown_sample.reward),
             ]
-            for one in kept
+            for shown_sample in shown_samples
         ]
         ground_truth = (
-            f' <span class="soft">gold {text(several[0].ground_truth, 80)}</span>'
-            if several[0].ground_truth is not None
+            f' <span class="soft">gold {text(prompt_samples[0].ground_truth, 80)}</span>'
+            if prompt_samples[0].ground_truth is not None
             else ""
         )
-        body = table(["", "answer", "reward" if any(one.reward is not None for one in kept) else ""], rows, [2])
+        body = table(
+            ["", "answer", "reward" if any(shown_sample.reward is not None for shown_sample in shown_samples) else ""],
+            rows,
+            [2],
+        )
         parts.append(
             f"<details{' open' if index == 0 else ''}><summary>{text(prompt, 300)}{ground_truth}</summary>"
             f"{body}</details>"
@@ -273,16 +292,16 @@ def samples(run_log: RunLog) -> str:
 
 def data(run_log: RunLog) -> str:
     """The mixture as bars, the lengths, what was wrong with which rows, and rows with their loss mask."""
-    found = run_log.data
-    if not found:
+    data_report = run_log.data
+    if not data_report:
         return ""
-    cards = [_mixture(found), _lengths(found), of_pairs.sides(found)]
+    cards = [_mixture(data_report), _lengths(data_report), of_pairs.sides(data_report)]
     html = f'<h2>Data</h2><div class="grid2">{"".join(card for card in cards if card)}</div>'
-    return html + _issues(found) + _examples(found)
+    return html + _issues(data_report) + _examples(data_report)
 
 
-def _mixture(found: Mapping[str, Any]) -> str:
-    parts = entries(found, "parts")
+def _mixture(data_report: Mapping[str, Any]) -> str:
+    parts = entries(data_report, "parts")
     if not parts:
         return ""
     totals = {key: sum(get_number(part, key) for part in parts) or 1.0 for key in ("rows", "tokens", "trained")}
@@ -301,17 +320,17 @@ def _mixture(found: Mapping[str, Any]) -> str:
             ]
         )
     return (
-        f'<div class="card"><h3>Mixture</h3><p class="soft">by {text(found.get("weighted_by", ""))}</p>'
+        f'<div class="card"><h3>Mixture</h3><p class="soft">by {text(data_report.get("weighted_by", ""))}</p>'
         f"{table(['', 'share', ''], rows, [2])}<p "
-        f'class="soft">{_epoch(found)}<br>{_eos_line(get_mapping(found, "ends"))}</p></div>'
+        f'class="soft">{_epoch(data_report)}<br>{_eos_line(get_mapping(data_report, "ends"))}</p></div>'
     )
 
 
-def _epoch(found: Mapping[str, Any]) -> str:
+def _epoch(data_report: Mapping[str, Any]) -> str:
     rows, tokens, trained, steps = (
-        f"{get_number(get_mapping(found, 'epoch'), key):,.0f}" for key in ("rows", "tokens", "trained", "steps")
+        f"{get_number(get_mapping(data_report, 'epoch'), key):,.0f}" for key in ("rows", "tokens", "trained", "steps")
     )
-    validation = f"{get_number(found, 'validation_rows'):,.0f}"
+    validation = f"{get_number(data_report, 'validation_rows'):,.0f}"
     return (
         f"An epoch: {rows} rows, {tokens} tokens, {trained} of them trained, {steps} steps. {validation} rows to "
         f"validate with."
@@ -326,8 +345,8 @@ def _eos_line(eos_stats: Mapping[str, Any]) -> str:
     return f'End token trained: <span class="yes">yes</span>, {names}.'
 
 
-def _lengths(found: Mapping[str, Any]) -> str:
-    lengths = get_mapping(found, "lengths")
+def _lengths(data_report: Mapping[str, Any]) -> str:
+    lengths = get_mapping(data_report, "lengths")
     edges, counts = lengths.get("edges"), lengths.get("counts")
     if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1:
         return ""
@@ -342,9 +361,9 @@ def _lengths(found: Mapping[str, Any]) -> str:
     )
 
 
-def _issues(found: Mapping[str, Any]) -> str:
+def _issues(data_report: Mapping[str, Any]) -> str:
     rows = []
-    for issue in entries(found, "issues"):
+    for issue in entries(data_report, "issues"):
         count, locations = int(get_number(issue, "count")), issue.get("locations")
         where = ", ".join(map(str, locations)) if isinstance(locations, list) else ""
         rows.append(
@@ -362,9 +381,9 @@ def _issues(found: Mapping[str, Any]) -> str:
     )
 
 
-def _examples(found: Mapping[str, Any]) -> str:
+def _examples(data_report: Mapping[str, Any]) -> str:
     parts = []
-    for example in entries(found, "examples"):
+    for example in entries(data_report, "examples"):
         segments = [pair for pair in example.get("segments") or () if isinstance(pair, list) and len(pair) == 2]
         shown = "".join(
             f"<mark>{block(segment)}</mark>" if trained else block(segment) for trained, segment in segments
