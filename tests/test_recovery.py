@@ -393,7 +393,7 @@ def test_pieces_by_hand() -> None:
         6,
     ]
     assert tried == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3], [0, 1], [2, 3], [4, 5], [6], [6]]
-    assert limits.to_dict() == {"update_tokens": 0, "forward_tokens": 20, "cache_tokens": 0, "times": 2}
+    assert limits.to_dict() == {"update_tokens": 0, "forward_tokens": 20, "cache_tokens": 0, "num_ooms": 2}
     tried.clear()
     assert [total for _, total in limits.split_on_oom("forward_tokens", range(3), 9, work)] == [1, 2] and tried == [
         [0, 1],

@@ -124,7 +124,7 @@ def test_it_is_remembered_when_the_run_goes_on(short: tuple[Path, str], tmp_path
     """Resumed, it does not try again what did not fit; with more room, it does."""
     folder, _ = short
     state = json.loads((folder / "checkpoints" / "step-3" / "state.json").read_text())
-    assert 0 < state["limits"]["update_tokens"] <= 150 and state["limits"]["times"] >= 1
+    assert 0 < state["limits"]["update_tokens"] <= 150 and state["limits"]["num_ooms"] >= 1
     for train, fails in (({}, False), ({"gradient_checkpointing": 1}, True)):
         again = tmp_path / f"again-{fails}"
         shutil.copytree(folder, again)

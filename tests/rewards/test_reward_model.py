@@ -83,7 +83,9 @@ def test_scores_are_those_of_the_reward_models_own_run(
     assert found == pytest.approx([one.score for one in alone], abs=1e-5) and max(map(abs, found)) > 1e-3
     for _, one in shown:
         assert one["reward"] == pytest.approx(one["parts"]["reward_model"] + 0.1 * one["parts"]["length"])
-    steps = [event.stats for event in events if isinstance(event, StepEnd) and "reward_reward_model" in event.stats]
+    steps = [
+        event.stats for event in events if isinstance(event, StepEnd) and "rewards/reward_model/mean" in event.stats
+    ]
     assert len(steps) == 2
 
 
