@@ -6,8 +6,13 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+
+from lowrank_tune.cli import app
+from lowrank_tune.ui.metrics import CHARTS, DESCRIPTIONS, DESCRIPTIONS_BY_ALGORITHM
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("lowrank_tune", "tests", "benchmarks", "examples")
@@ -51,6 +56,23 @@ def test_no_name_is_a_private_word() -> None:
     assert len(files) > 300
     faults = [fault for path in files for fault in private_words(path.relative_to(ROOT), path.read_text())]
     assert faults == []
+
+
+def options_of(command: Any) -> Iterator[str]:
+    """The names of a command, of its commands below, and of all their options."""
+    yield command.name or ""
+    for parameter in command.params:
+        yield from parameter.opts
+    for below in getattr(command, "commands", {}).values():
+        yield from options_of(below)
+
+
+def test_no_metric_command_or_option_is_a_private_word() -> None:
+    metrics = {*DESCRIPTIONS, *(name for own in DESCRIPTIONS_BY_ALGORITHM.values() for name in own)}
+    metrics |= {name for charts in CHARTS.values() for chart in charts for name in chart}
+    options = set(options_of(typer.main.get_command(app)))
+    assert {"rewards/margins", "--pass-at-k", "score"} <= metrics | options
+    assert [name for name in sorted(metrics | options) if FORBIDDEN & {*words_of(name)}] == []
 
 
 @pytest.mark.parametrize(
