@@ -313,6 +313,11 @@ CONTRADICTIONS = {
         changed(data={"train": [{"dataset": "builtin:arithmetic", "ground_truth": "boxed"}]}),
         "data.train.0.ground_truth: does nothing for `builtin:arithmetic`",
     ),
+    "no such builtin": (
+        changed(data={"train": [{"dataset": "builtin:arithmetics"}]}),
+        "data.train.0.dataset: there is no 'builtin:arithmetics'; the built-in data sets are builtin:arithmetic and",
+        changed(data={"train": [{"dataset": "builtin:arithmetic"}]}),
+    ),
     "builtin split": (
         changed(data={"train": [{"dataset": "builtin:arithmetic", "split": "test"}]}),
         "data.train.0.split: `builtin:arithmetic` has the splits",

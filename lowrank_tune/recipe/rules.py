@@ -338,6 +338,8 @@ def row_format_findings(data: Any) -> Iterator[Finding]:
             yield (*path, "dataset"), f"holds single answers, and {whose}; use builtin:arithmetic-preferences"
         elif dataset == "builtin:arithmetic-preferences" and not pairs:
             yield (*path, "dataset"), f"holds pairs, and {whose}; use builtin:arithmetic"
+        elif isinstance(dataset, str) and dataset.startswith("builtin:") and dataset not in BUILT_IN:
+            yield (*path, "dataset"), f"there is no {dataset!r}; the built-in data sets are {' and '.join(BUILT_IN)}"
         elif isinstance(dataset, str) and dataset in BUILT_IN:
             continue  # its format is fixed, and saying one is told as idle
         elif pairs and format not in (None, "auto", "preference"):
