@@ -316,7 +316,6 @@ CONTRADICTIONS = {
     "no such builtin": (
         changed(data={"train": [{"dataset": "builtin:arithmetics"}]}),
         "data.train.0.dataset: there is no 'builtin:arithmetics'; the built-in data sets are builtin:arithmetic and",
-        changed(data={"train": [{"dataset": "builtin:arithmetic"}]}),
     ),
     "builtin split": (
         changed(data={"train": [{"dataset": "builtin:arithmetic", "split": "test"}]}),
