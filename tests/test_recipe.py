@@ -129,6 +129,16 @@ def test_missing_settings_stand_at_their_section(write: Write) -> None:
     ]
 
 
+def test_a_key_of_another_section_is_not_its_own_cure(write: Write) -> None:
+    """`name` and `algorithm` are keys of a recipe; in a source, `name` is `load_dataset`'s word."""
+    file = write(
+        "algorithm: sft\ndata:\n  train: [{dataset: a/b, name: main}]\n  algorithm: sft\ntrain: {max_steps: 1}\n"
+    )
+    named, algorithm = faults_of(file)
+    assert named == "my.yaml:3: data.train.0.name: unknown key; did you mean `config_name`?"
+    assert algorithm.startswith("my.yaml:4: data.algorithm: unknown key") and "did you mean" not in algorithm
+
+
 def test_a_parents_fault_is_reported_at_the_parent(write: Write) -> None:
     write(
         "algorithm: sft\ndata:\n  train: [{dataset: builtin:arithmetic}]\n  max_length: 1\ntrain:\n"

@@ -14,6 +14,8 @@ from pydantic_core import ErrorDetails
 from lowrank_tune.recipe.rules import ALGORITHMS, USED_BY
 from lowrank_tune.recipe.yaml_nodes import Path, dotted
 
+SOURCE_ALIASES = {"name": "config_name", "dataset_config": "config_name"}
+"""Names in a data source, as datasets' `load_dataset(path, name)` and TRL's scripts have them."""
 ALIASES: dict[str, str] = {
     "rank": "adapters.policy.r",
     "lora_r": "adapters.policy.r",
@@ -368,14 +370,17 @@ def unknown_key_message(model: type[BaseModel], path: Path, algorithm: str = "")
     here = keys_at(model, section)
     alias = ALIASES.get(word)
     near = get_close_matches(word, here, n=1, cutoff=0.6)
-    if own is not None:
+    if SOURCE_ALIASES.get(word) in here:
+        near = [SOURCE_ALIASES[word]]
+    elif own is not None:
         near = [own.rpartition(".")[2] if own.rpartition(".")[0] == dotted(section) else own]
     elif alias is not None:
         last = alias.rpartition(".")[2]
         near = [last] if last in here else near or [alias]
     elif not near:
         names = setting_locations(model, algorithm)
-        near = [names[close_match] for close_match in get_close_matches(word, list(names), n=1, cutoff=0.8)]
+        others = [name for name in names if names[name] != word]
+        near = [names[close_match] for close_match in get_close_matches(word, others, n=1, cutoff=0.8)]
     if near:
         return f"unknown key; did you mean `{near[0]}`?"
     return f"unknown key; there are {', '.join(here)}" if 0 < len(here) <= 12 else "unknown key"
