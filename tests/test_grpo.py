@@ -924,7 +924,7 @@ def test_real_questions_that_are_too_hard(cache: Path, tmp_path: Path) -> None:
     assert any(level == "warning" and ("signal" in text or "will be dead" in text) for level, text in notes)
     if all(step["frac_reward_zero_std"] == 1.0 for step in steps):
         assert any(
-            level == "warning" and "most groups have equal rewards and teach nothing, 100%" in text
+            level == "warning" and "most groups have equal rewards and give no gradient, 100%" in text
             for level, text in notes
         )
         assert not any(t.any() for key, t in load_file(tmp_path / "run" / "final" / WEIGHTS).items() if "lora_B" in key)
