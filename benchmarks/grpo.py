@@ -7,11 +7,11 @@ transformers' `generate`.
 Both train the same base from the same adapters on the same prompts in the same order: 4 prompts a step, 8 completions
 each at temperature 1, every one of the same number of tokens (the end token is an id that the model does not have, so
 both look for it and none finds it). The same reward function, the share of even ids; loss `grpo`, clip 0.2, KL 0.05 to
-the base in the loss (k3 times the ratio), 32 rows at once (`--micro`), one update a harvest, no gradient checkpointing,
-AdamW fused, linear schedule, clipping at 1, in turns (`harness.py`). TRL's adapters are put back to fp32, its dropout
-is off, it logs every 10 steps. Completions are sampled, so the curves cannot be equal; the reward that both reach is
-told. The shares are of CPU seconds: rollout (prompts to completions, text included), scoring (rewards, and the
-log-probs of the reference), update (everything else).
+the base in the loss (k3 times the ratio), 32 rows at once (`--micro`), one update a rollout batch, no gradient
+checkpointing, AdamW fused, linear schedule, clipping at 1, in turns (`harness.py`). TRL's adapters are put back to
+fp32, its dropout is off, it logs every 10 steps. Completions are sampled, so the curves cannot be equal; the reward
+that both reach is told. The shares are of CPU seconds: rollout (prompts to completions, text included), scoring
+(rewards, and the log-probs of the reference), update (everything else).
 
     ours    slots for all sequences; rewards scored in the process itself, so that their time is counted
     trl     GRPOTrainer; with `--micro` it accumulates gradients as ours does

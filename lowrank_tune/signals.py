@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass
 class TrainerControl:
-    """Each wish stays until the loop has met it; `pause` until it is taken back."""
+    """Each request stays until the loop has met it; `pause` until it is taken back."""
 
     stop: bool = False
     save: bool = False

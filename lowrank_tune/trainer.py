@@ -53,7 +53,7 @@ class TrainerState:
 @dataclass
 class Trainer:
     """One run's loop. `on_step_end(state, last)` evaluates and saves what is due after a step, or what `control` asks
-    for; it is called between steps, where nothing is half done, and again at the same border for wishes that came
+    for; it is called between steps, where nothing is half done, and again at the same border for requests that came
     meanwhile. It may set `should_stop`, which ends the run as its last step does."""
 
     algorithm: Algorithm

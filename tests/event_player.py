@@ -53,7 +53,7 @@ def main(folder: Path, pace: float) -> None:
                     if getattr(control, request):
                         setattr(control, request, False)
                         handled.append(request)
-                        screen(LogMessage(message=f"met the wish to {request}", level="warning"))
+                        screen(LogMessage(message=f"met the request to {request}", level="warning"))
                 if control.stop:
                     handled.append("stop")
                     break

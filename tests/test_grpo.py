@@ -921,7 +921,7 @@ def test_real_questions_that_are_too_hard(cache: Path, tmp_path: Path) -> None:
     assert outcome.summary["status"] == "done" and len(steps) == 2
     assert any("prompts of 200 of 200 rows" in text and "200 with a gold answer" in text for _, text in notes)
     assert all(step["reward"] <= 0.2 and step["frac_reward_zero_std"] >= 0.5 for step in steps)
-    assert any(level == "warning" and ("signal" in text or "will be dead" in text) for level, text in notes)
+    assert any(level == "warning" and ("signal" in text or "zero reward std" in text) for level, text in notes)
     if all(step["frac_reward_zero_std"] == 1.0 for step in steps):
         assert any(
             level == "warning" and "most groups have equal rewards and give no gradient, 100%" in text

@@ -135,9 +135,9 @@ def test_a_session_from_start_to_quit(emulator: Emulator, tmp_path: Path) -> Non
     emulator.until("loss log")
     emulator.press("\x1b[A\x1bOP\x1b[1;5q")  # an arrow, F1 and the like are no keys
     emulator.press("s")
-    emulator.until("met the wish to save")
+    emulator.until("met the request to save")
     emulator.press("e")
-    emulator.until("met the wish to evaluate")
+    emulator.until("met the request to evaluate")
     emulator.press("p")
     emulator.until("paused: p goes on")
     emulator.resize(120, 40)

@@ -47,7 +47,7 @@ STD_EPS = 1e-4
 REWARD_EPS = 1e-6
 DEFAULT_EPSILON_HIGH = {"dapo": 0.28, "cispo": 5.0}
 REWARD_INCREASE = 0.05  # above the first step's reward: something was learned
-MAX_RESAMPLES = 4  # harvests of one step, where dead groups are replaced
+MAX_RESAMPLES = 4  # rollouts of one step, where groups without a reward std are replaced
 
 
 def group_advantages(rewards: Tensor, scale_by_std: bool = True, scored: Tensor | None = None) -> Tensor:

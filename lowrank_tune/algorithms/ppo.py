@@ -156,7 +156,7 @@ class KLControlConfig:
 
 @dataclass
 class UpdateConfig:
-    """How a harvest is learned from: the policy's clip, the weight of the entropy, passes and minibatches."""
+    """How a rollout batch is learned from: the policy's clip, the weight of the entropy, passes and minibatches."""
 
     cliprange: float = 0.2
     entropy_coef: float = 0.0

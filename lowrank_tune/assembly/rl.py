@@ -43,8 +43,8 @@ NUM_ROWS_CHECKED = 48  # reference answers that the rewards are tried on
 NUM_DRY_RUN_PROMPTS, DRY_RUN_COMPLETIONS = (
     16,
     4,
-)  # prompts, and completions of each, that tell how many groups will be dead
-DRY_RUN_SEED_TAG, ROLLOUT_SEED_TAG = 1 << 20, 1 << 21  # tags that keep the seeds of trial and harvests apart
+)  # prompts, and completions of each, that estimate how many groups will have zero reward std
+DRY_RUN_SEED_TAG, ROLLOUT_SEED_TAG = 1 << 20, 1 << 21  # tags that keep the seeds of the trial and of rollouts apart
 
 
 def load_train_prompts(recipe: settings.RecipeConfig, template: ChatTemplate, emit: Emit) -> PromptDataset:
@@ -359,5 +359,5 @@ def dry_run_rewards(
     ]
     zero_std_share = zero_std_fraction(rates, n, DRY_RUN_COMPLETIONS)
     message = f"{sum(rates) / len(rates):.0%} of {len(rewards)} trial completions earn more than half: "
-    message += f"about {zero_std_share:.0%} of groups of {n} will be dead"
+    message += f"about {zero_std_share:.0%} of groups of {n} will have zero reward std"
     emit(LogMessage(message=message, level="warning" if zero_std_share > 0.6 else "info"))

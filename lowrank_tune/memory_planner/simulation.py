@@ -226,7 +226,7 @@ class _SimulatedStage:
 
 @dataclass
 class _RepeatedBatch(StepBatch):
-    """Where a harvest is passed over several times, the second time stands for all further ones."""
+    """Where a rollout batch is passed over several times, the second time stands for all further ones."""
 
     count: int = 1
 

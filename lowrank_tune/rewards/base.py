@@ -73,8 +73,8 @@ class HasStatus(Protocol):
 
 
 class BatchedReward(ABC):
-    """A reward that scores all completions of a harvest together, in this process, once the last has come: a learned
-    one."""
+    """A reward that scores all completions of a rollout batch together, in this process, once the last has come: a
+    learned one."""
 
     @abstractmethod
     def score(self, items: Sequence[RewardInput]) -> list[Score]: ...

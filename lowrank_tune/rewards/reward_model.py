@@ -1,8 +1,8 @@
 """`reward_model`: the score of a learned reward, the adapter `reward` over the base that the policy stands on too. No
 second model.
 
-It reads the very tokens of prompt and completion, all completions of a harvest together. Whoever has the base gives
-`score_batch`.
+It reads the very tokens of prompt and completion, all completions of a rollout batch together. Whoever has the base
+gives `score_batch`.
 """
 
 from __future__ import annotations

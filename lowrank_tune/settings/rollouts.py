@@ -43,7 +43,7 @@ class GRPOConfig(Settings):
     """Of the KL in the loss: k3 times the ratio (the gradient of KL(policy || reference)), k3, k2, or exact over the
     whole vocabulary."""
     num_iterations: PositiveInt = 1
-    """Passes over each harvest of completions."""
+    """Passes over each rollout batch."""
     old_logprobs_from: Literal["recomputed", "sampler"] = "recomputed"
     """The old log-probs of the ratio: computed again by the policy, or those of the sampler."""
     max_logprob_mismatch: Annotated[float, Field(gt=0.0)] = 0.1
@@ -65,12 +65,12 @@ class PPOConfig(Settings):
     entropy: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of an entropy bonus; it costs a second pass through the output head."""
     num_ppo_epochs: PositiveInt = 4
-    """Passes over each harvest of completions."""
+    """Passes over each rollout batch."""
     num_mini_batches: PositiveInt = 1
-    """Optimizer steps of each pass, each on its share of the harvest."""
+    """Optimizer steps of each pass, each on its share of the batch."""
     target_kl: Annotated[float, Field(gt=0.0)] | None = None
-    """Nats a token between the policy that wrote and the updated one, above which the rest of a harvest's passes is
-    left out."""
+    """Nats a token between the policy that wrote and the updated one, above which the rest of the passes over a batch
+    is left out."""
     kl_coef: Annotated[float, Field(ge=0.0)] = 0.05
     """Weight of the KL to the reference, a part of every token's reward; with `kl_target` where it begins."""
     kl_target: Annotated[float, Field(gt=0.0)] | None = None
@@ -97,6 +97,6 @@ class PPOConfig(Settings):
     vf_coef: Annotated[float, Field(gt=0.0)] = 0.1
     """For `critic: shared`: weight of the value's loss beside the policy's."""
     cliprange_value: Annotated[float, Field(ge=0.0)] = 0.2
-    """How far a value may move from what it was when the harvest came, before its gradient stops; 0 for any way."""
+    """How far a value may move from what it was at the rollout, before its gradient stops; 0 for any way."""
     max_logprob_mismatch: Annotated[float, Field(gt=0.0)] = 0.1
     """Nats a token between the sampler's log-probs and the policy's, at which the run stops."""

@@ -58,7 +58,7 @@ RUN_ONLY_KEYS = "qpse"  # what only the run's own screen can do; in `watch`, q l
 
 @dataclass(frozen=True)
 class View:
-    """How a person wants to see the state, and what only the moment knows: wishes that wait, the clock, the card."""
+    """How a person wants to see the state, and what only the moment knows: requests that wait, the clock, the GPU."""
 
     log_scale: bool = False
     smoothing: int = 2

@@ -80,7 +80,7 @@ class Tui:
             line_logger.close()
 
     def _changed(self) -> bool:
-        """Takes in what came; also looks at the wishes, which signals and the loop change silently."""
+        """Takes in what came; also looks at the requests, which signals and the loop change silently."""
         pending = tuple(text for action, text in KEY_ACTIONS.items() if getattr(self.control, action))
         fresh = bool(self._events) or pending != self._pending
         self._pending = pending
@@ -102,7 +102,7 @@ class Tui:
             self.control.evaluate = True
 
     def _request_stop(self) -> None:
-        """As the first Ctrl-C: in the loop a wish, before it an interruption, for there is nothing to save yet. A
+        """As the first Ctrl-C: in the loop a request, before it an interruption, for there is nothing to save yet. A
         second `q` does nothing."""
         if self.control.stop:
             return
