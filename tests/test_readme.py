@@ -1,4 +1,4 @@
-"""The recipes in the README load as they stand there."""
+"""The README: its recipes load as they stand there, and its table of metrics is complete."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from lowrank_tune.recipe import load_any
+from lowrank_tune.ui.metrics import DESCRIPTIONS, DESCRIPTIONS_BY_ALGORITHM
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -22,3 +23,12 @@ def test_every_recipe_in_the_readme_loads(tmp_path: Path) -> None:
         files[-1].write_text(block, encoding="utf-8")
     for file in files:
         load_any(str(file))
+
+
+def test_every_described_metric_is_in_the_table() -> None:
+    """Held-out metrics stand there with the variant that they belong to."""
+    text = README.read_text(encoding="utf-8")
+    table = text[text.index("## What the numbers mean") : text.index("## Evaluate")]
+    names = {*DESCRIPTIONS, *(name for own in DESCRIPTIONS_BY_ALGORITHM.values() for name in own)}
+    assert len(names) > 40
+    assert [name for name in sorted(names) if f"`{name.replace('heldout/', 'heldout/VARIANT/')}`" not in table] == []

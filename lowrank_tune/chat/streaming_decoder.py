@@ -12,11 +12,11 @@ MARKER_LOOKBACK = 48  # characters in which the beginning of a marker is looked 
 
 
 class IncrementalDecoder:
-    """`add` a token, get the text that is certain by now; what `add` and `flush` gave is together what `decode` says of
-    all tokens.
+    """Decodes a stream of tokens. `add` returns the text that later tokens cannot change; the texts of `add` and
+    `flush` together are `decode` of all tokens.
 
-    With `turn`, the text ends where that pattern is found, and `turned` tells it. `is_byte` tells which tokens are
-    single bytes: a run of these is decoded as a whole, so that a later one can change the text of those before it.
+    With `turn`, the text ends where that pattern is found, and `turned` is True. `is_byte` is True for tokens that are
+    single bytes: a run of these is decoded as a whole, because a later one can change the text of those before it.
     """
 
     def __init__(

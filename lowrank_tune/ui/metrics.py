@@ -1,5 +1,4 @@
-"""What is measured, for people: which charts an algorithm has, what a figure means there, and what a validation's
-figures belong to."""
+"""Metrics for display: the charts of an algorithm, titles and descriptions of metrics, and the parts of their names."""
 
 from __future__ import annotations
 

@@ -256,6 +256,12 @@ def test_a_chain_has_a_line_a_stage(made: FinishedRun, tmp_path: Path) -> None:
     assert list(half.record["metrics"]) == ["base", "sft"] and any("not ended: dpo" in line for line in messages)
 
 
+def eval_command(run: Path, num_prompts: int, max_new_tokens: int) -> list[str]:
+    """Arguments of the command line: two answers to each of some built-in questions."""
+    sizes = ["--num-prompts", str(num_prompts), "--num-samples", "2", "--max-new-tokens", str(max_new_tokens)]
+    return ["eval", str(run), "--dataset", "builtin:arithmetic", *sizes]
+
+
 def test_ctrl_c_keeps_the_parts_that_all_models_have_finished(
     made: FinishedRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -288,18 +294,7 @@ def test_ctrl_c_keeps_the_parts_that_all_models_have_finished(
         return original(self, *arguments)
 
     monkeypatch.setattr(Evaluator, "measure", interrupted)
-    command = [
-        "eval",
-        str(run),
-        "--dataset",
-        "builtin:arithmetic",
-        "--num-prompts",
-        "6",
-        "--num-samples",
-        "2",
-        "--max-new-tokens",
-        "6",
-    ]
+    command = eval_command(run, num_prompts=6, max_new_tokens=6)
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 130 and "interrupted" in result.stdout and len(read_records(run)) == 1, result.output
 
@@ -307,18 +302,7 @@ def test_ctrl_c_keeps_the_parts_that_all_models_have_finished(
 def test_results_are_added_to_the_run_and_shown(made: FinishedRun, tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(made.run, run)
-    command = [
-        "eval",
-        str(run),
-        "--dataset",
-        "builtin:arithmetic",
-        "--num-prompts",
-        "4",
-        "--num-samples",
-        "2",
-        "--max-new-tokens",
-        "4",
-    ]
+    command = eval_command(run, num_prompts=4, max_new_tokens=4)
     for _ in range(2):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
