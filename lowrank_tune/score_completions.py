@@ -2,8 +2,8 @@
 answers of its own data.
 
 A row of the file is a row of the data with the model's own words beside it, in the first of `completions` (a list),
-`responses`, `completion` or `response`: a text, or an object with `text` and perhaps `finish` or `stopped`. All other
-columns are the data's, read as the recipe's first source says; a row without a question is scored without one.
+`responses`, `completion` or `response`: a text, or an object with `text` and perhaps `finish_reason` or `stopped`. All
+other columns are the data's, read as the recipe's first source says; a row without a question is scored without one.
 """
 
 from __future__ import annotations

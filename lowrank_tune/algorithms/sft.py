@@ -6,9 +6,9 @@ m_t is 1 on the assistant's tokens, the ones that end its turn included, and the
 optimizer step: a long answer weighs more than a short one, and no split into micro-batches changes that. B rows, T
 tokens; every (B, T) tensor is about the token at its own position.
 
-Metrics: `loss` is L in nats a token; `accuracy` the share of assistant tokens that were the likeliest; `entropy` that
-of the prediction, in nats; `kl` is KL(policy || reference) a token over the whole vocabulary, on one micro-batch of a
-logging step.
+Metrics: `loss` is L in nats a token; `mean_token_accuracy` the share of assistant tokens that were the likeliest;
+`entropy` that of the prediction, in nats; `kl` is KL(policy || reference) a token over the whole vocabulary, on one
+micro-batch of a logging step.
 """
 
 from __future__ import annotations
