@@ -153,10 +153,15 @@ RULES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "rewards.0.pattern: does nothing for this reward; it belongs to `format`",
         made(rewards=[{"name": "format", "pattern": "."}]),
     ),
-    "no kind": (
+    "no answer type": (
         made(rewards=[{"name": "smt"}]),
-        "rewards.0.kind: is missing: what a completion tells: `statement`, `witness` or",
-        made(rewards=[{"name": "smt", "kind": "witness"}]),
+        "rewards.0.answer_type: is missing: what a completion contains: `statement`, `witness` or",
+        made(rewards=[{"name": "smt", "answer_type": "witness"}]),
+    ),
+    "answer type of another": (
+        made(rewards=[{**OWN, "answer_type": "witness"}]),
+        "rewards.0.answer_type: does nothing for this reward; it belongs to `smt`",
+        made(rewards=[{**OWN, "kind": "shaping"}]),
     ),
     "program": (
         made(rewards=[{**OWN, "program": ["lean"]}]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -291,13 +292,16 @@ def test_preflight_lets_a_true_judge_pass(count: int) -> None:
     assert len(list(report.lines())) == 1
 
 
-def test_preflight_refuses_a_constant_judge_even_beside_a_true_one() -> None:
+def test_preflight_refuses_a_constant_verifier_even_beside_a_true_one() -> None:
     right = references(16)
     weighted = [WeightedReward("answer", 1.0, AnswerReward()), WeightedReward("fixed", 1.0, Fixed(0.7))]
-    assert "`fixed` cannot tell" in (sanity_check_rewards(weighted, right, make_negative_samples(right)).fault() or "")
-    assert "everything earns 0.7" in (
+    fault = sanity_check_rewards(weighted, right, make_negative_samples(right)).fault() or ""
+    assert "`fixed` does not separate" in fault and "kind: shaping" in fault and "rewards_check: warn" in fault
+    assert "every answer gets 0.7" in (
         sanity_check_rewards(weighted[1:], right, make_negative_samples(right)).fault() or ""
     )
+    shaping = [weighted[0], replace(weighted[1], kind="shaping")]
+    assert sanity_check_rewards(shaping, right, make_negative_samples(right)).fault() is None
 
 
 @pytest.mark.parametrize("count", [3, 8, 32])
@@ -338,16 +342,21 @@ def test_preflight_reports_rows_without_ground_truth_and_references_that_fail() 
     )
 
 
-def test_a_shape_need_not_judge_but_the_sum_must() -> None:
+def test_shaping_rewards_alone_are_a_warning_and_beside_a_verifier_the_sum_decides() -> None:
     right = references(8)
     length = build_rewards([RewardConfig(name="length", target_tokens=50)], Path())
-    assert "weighted sum" in (sanity_check_rewards(length, right, make_negative_samples(right)).fault() or "")
-    assert (
-        sanity_check_rewards(
-            [*length, WeightedReward("answer", 1.0, AnswerReward())], right, make_negative_samples(right)
-        ).fault()
-        is None
-    )
+    alone = sanity_check_rewards(length, right, make_negative_samples(right))
+    assert alone.fault() is None
+    assert "`length` does not separate" in (alone.warning() or "")
+    answer = WeightedReward("answer", 1.0, AnswerReward())
+    beside = sanity_check_rewards([*length, answer], right, make_negative_samples(right))
+    assert beside.fault() is None and beside.warning() is None
+    # The verifier separates by itself, and a heavier reward that likes short answers outweighs it.
+    outweighed = [replace(length[0], weight=9.0, reward=Fixed(lambda each: 1.0 / each.tokens)), answer]
+    fault = sanity_check_rewards(
+        [replace(outweighed[0], kind="shaping"), answer], right, make_negative_samples(right)
+    ).fault()
+    assert "the weighted sum does not separate" in (fault or "")
 
 
 def test_share_ahead_by_hand() -> None:

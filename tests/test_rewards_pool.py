@@ -11,10 +11,14 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
+import numpy as np
 import pytest
 
+from lowrank_tune.assembly.rl import RewardScorer, check_reference_rewards
+from lowrank_tune.data import ChatTemplate, PromptDataset, PromptExample
+from lowrank_tune.data.prompts import PromptReport
 from lowrank_tune.errors import ConfigError, TrainingError, UserError
 from lowrank_tune.rewards import (
     RewardInput,
@@ -28,7 +32,7 @@ from lowrank_tune.rewards import (
 from lowrank_tune.rewards.answer import AnswerReward
 from lowrank_tune.rewards.base import Reward
 from lowrank_tune.rewards.pool import score_serially
-from lowrank_tune.settings import RewardConfig
+from lowrank_tune.settings import RecipeConfig, RewardConfig
 
 FILE = """
 import os, random, signal, subprocess, sys, threading, time
@@ -416,19 +420,52 @@ def test_preflight_of_own_functions(folder: Path) -> None:
     )
     right = [RewardInput(f"What is {n} + 0?", f"So it is {n}.", str(n), {"worth": n}, True, 5) for n in range(10, 26)]
 
-    def fault(*functions: str) -> str:
-        made = build_rewards([RewardConfig(name=f"mine.py:{function}") for function in functions], folder)
+    def fault(*functions: str, kind: Literal["verifier", "shaping"] | None = None) -> str:
+        made = build_rewards([RewardConfig(name=f"mine.py:{function}", kind=kind) for function in functions], folder)
         return sanity_check_rewards(made, right, make_negative_samples(right)).fault() or ""
 
-    assert (
-        fault("exact") == ""
-        and "`same`" in fault("same")
-        and "`lot`" in fault("lot")
-        and "`lot`" in fault("exact", "lot")
-    )
+    assert fault("exact") == "" and "`same`" in fault("same") and "`lot`" in fault("lot")
+    # The weighted sum decides, unless the recipe calls each of them a verifier.
+    assert fault("exact", "same") == ""
+    assert "`same`" in fault("exact", "same", kind="verifier")
+    assert fault("same", kind="shaping") == ""
+    # The README's example: a function that shapes, beside a verifier.
+    polite = build_rewards([RewardConfig(name="answer"), RewardConfig(name="mine.py:same", weight=0.1)], folder)
+    assert [reward.is_verifier for reward in polite] == [True, False]
+    assert sanity_check_rewards(polite, right, make_negative_samples(right)).fault() is None
     broken = [RewardInput("Which row?", "So it is 5.", "5", {}, True, 5), *right]
     report = sanity_check_rewards(
         build_rewards([RewardConfig(name="mine.py:exact")], folder), broken, make_negative_samples(right)
     )
     assert "KeyError: 'worth'" in (report.fault() or "") and "Which row?" in (report.fault() or "")
     assert report.rewards[0].verdict_counts == {"error": 1, "graded": 96} and "1 error" in "\n".join(report.lines())
+
+
+@pytest.mark.parametrize("rewards_check", ["strict", "warn", "off"])
+def test_rewards_check_refuses_warns_or_is_off(folder: Path, rewards_check: Literal["strict", "warn", "off"]) -> None:
+    (folder / "mine.py").write_text("def same(completion, row): return 1\n")
+    recipe = RecipeConfig.model_validate(
+        {
+            "algorithm": "grpo",
+            "base": {"model": "x"},
+            "data": {"train": [{"dataset": "builtin:arithmetic"}]},
+            "rewards": [{"name": str(folder / "mine.py:same")}],
+            "rewards_check": rewards_check,
+            "train": {"max_steps": 1},
+        }
+    )
+    examples = [PromptExample([1], f"What is {n} + 0?", str(n), {"n": n}, str(n)) for n in range(16)]
+    prompts = PromptDataset(examples, [], np.zeros(16, np.int32), np.ones(16, np.int64), PromptReport([]))
+    events: list[Any] = []
+    scorer = RewardScorer(recipe, cast(ChatTemplate, None))
+    try:
+        if rewards_check == "strict":
+            with pytest.raises(UserError, match="`same` does not separate.*`rewards_check: warn`"):
+                check_reference_rewards(scorer, prompts, recipe.rewards_check, 0, events.append)
+        else:
+            check_reference_rewards(scorer, prompts, recipe.rewards_check, 0, events.append)
+    finally:
+        scorer.close()
+    warnings = [event.message for event in events if event.level == "warning"]
+    assert [("does not separate" in message) for message in warnings] == ([True] if rewards_check == "warn" else [])
+    assert any("were not tried" in event.message for event in events) == (rewards_check == "off")

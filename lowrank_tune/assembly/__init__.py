@@ -171,14 +171,14 @@ def _build_online(
     scorer = RewardScorer(recipe, template)
     try:
         if not scorer.reward_models:
-            check_reference_rewards(scorer, data, recipe.seed, emit)
+            check_reference_rewards(scorer, data, recipe.rewards_check, recipe.seed, emit)
         base = base or _load_base(recipe, template, device, emit)
         hashes, roles = base.hashes(), load_roles(recipe, base, saved, emit)
         stop_ids = base.end_ids | template.end_ids
         micro_tokens = micro_tokens_of(recipe, _max_sequence_length(recipe))
         if scorer.reward_models:
             scorer.set_base_model(roles, micro_tokens)
-            check_reference_rewards(scorer, data, recipe.seed, emit)
+            check_reference_rewards(scorer, data, recipe.rewards_check, recipe.seed, emit)
         if fresh and recipe.algorithm == "grpo":
             dry_run_rewards(recipe, roles, template, data, scorer, stop_ids, emit)
         collector = make_rollout_collector(recipe, roles, template, data, scorer, stop_ids, micro_tokens, emit)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -132,11 +133,21 @@ class RewardScorer:
         self.scorer.close()
 
 
-def check_reference_rewards(scorer: RewardScorer, prompts: PromptDataset, seed: int, emit: Emit) -> None:
-    """Reference answers against garbage: a reward that cannot tell them apart teaches nothing. Raises UserError."""
+def check_reference_rewards(
+    scorer: RewardScorer,
+    prompts: PromptDataset,
+    rewards_check: Literal["strict", "warn", "off"],
+    seed: int,
+    emit: Emit,
+) -> None:
+    """Tries the rewards on reference answers and on wrong ones. Raises UserError where they do not separate them and
+    `rewards_check` is strict."""
     for reward in scorer.weighted:
         if isinstance(reward.reward, HasStatus):
             emit(LogMessage(message=reward.reward.status()))
+    if rewards_check == "off":
+        emit(LogMessage(message="rewards_check is off: the rewards were not tried on reference answers"))
+        return
     answered = [prompt for prompt in prompts.examples if prompt.answer]
     if not answered:
         emit(
@@ -147,19 +158,18 @@ def check_reference_rewards(scorer: RewardScorer, prompts: PromptDataset, seed: 
         return
     sample = random.Random(f"rewards-{seed}").sample(answered, min(NUM_ROWS_CHECKED, len(answered)))
     reference_items = [scorer.reference_item(prompt, str(prompt.answer)) for prompt in sample]
-    garbage_items = make_negative_samples(reference_items, seed)
+    wrong_items = make_negative_samples(reference_items, seed)
     if scorer.reward_models:
         prompt_of_row = {id(item.row): prompt for item, prompt in zip(reference_items, sample, strict=True)}
-        garbage_items = [scorer.reference_item(prompt_of_row[id(item.row)], item.completion) for item in garbage_items]
-    report = sanity_check_rewards(
-        scorer.weighted, reference_items, garbage_items, scorer.scorer, scorer.max_failure_rate
-    )
+        wrong_items = [scorer.reference_item(prompt_of_row[id(item.row)], item.completion) for item in wrong_items]
+    report = sanity_check_rewards(scorer.weighted, reference_items, wrong_items, scorer.scorer, scorer.max_failure_rate)
     for line in report.lines():
         emit(LogMessage(message=line))
-    if doubt := report.warning():
-        emit(LogMessage(message=doubt, level="warning"))
-    if fault := report.fault():
+    fault = report.fault()
+    if fault and rewards_check == "strict":
         raise UserError(fault)
+    if warning := fault or report.warning():
+        emit(LogMessage(message=warning, level="warning"))
 
 
 def make_rollout_collector(

@@ -59,10 +59,10 @@ class Grader:
             else [
                 weighted_reward
                 for weighted_reward in rewards
-                if weighted_reward.reward.is_verifier and not isinstance(weighted_reward.reward, RewardModel)
+                if weighted_reward.is_verifier and not isinstance(weighted_reward.reward, RewardModel)
             ]
         )
-        if verifier is not None and not self.verifiers[0].reward.is_verifier:
+        if verifier is not None and not self.verifiers[0].is_verifier:
             raise UserError(f"--verifier: `{verifier}` does not tell right from wrong")
         self.has_reward_model = has_reward_model
         self._all = [

@@ -37,7 +37,7 @@ REWARD_SETTINGS = {
     "ngram": (("repetition",), ""),
     "json_schema": (("json_schema",), "the schema, or where it is, as `./schema.json`"),
     "accept_unsafe_code": (("python_tests",), ""),
-    "kind": (("smt",), "what a completion tells: `statement`, `witness` or `invariant`"),
+    "answer_type": (("smt",), "what a completion contains: `statement`, `witness` or `invariant`"),
     "program": (("lean",), ""),
 }
 """Settings of a reward: whose they are, and what they say. Those need it, unless there is nothing to say, and no other

@@ -37,6 +37,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "reward": ("reward",),
     "dpo": ("dpo",),
     "rewards": GENERATIVE_ALGORITHMS,
+    "rewards_check": GENERATIVE_ALGORITHMS,
     "rollout": GENERATIVE_ALGORITHMS,
     "evaluate.on_reward_hacking": GENERATIVE_ALGORITHMS,
     "grpo": ("grpo",),

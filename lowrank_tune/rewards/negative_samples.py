@@ -1,4 +1,4 @@
-"""Completions that must earn little, made from reference answers."""
+"""Wrong answers, made from reference answers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ WORDS = "river table silver quickly because of green a the window into carry nev
 
 
 def make_negative_samples(references: Sequence[RewardInput], seed: int = 0) -> list[RewardInput]:
-    """What must earn little: for each reference answer nothing, random words, a wrong number, its prompt again, another
-    row's answer."""
+    """For each reference answer: nothing, random words, a wrong number, its prompt again, another row's answer."""
     rng = random.Random(f"garbage-{seed}")
     references, samples = list(references), []
     for index, item in enumerate(references):

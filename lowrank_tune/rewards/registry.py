@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,18 +21,31 @@ from lowrank_tune.rewards.repetition import NGRAM, RepetitionReward
 from lowrank_tune.rewards.reward_model import RewardModel
 from lowrank_tune.rewards.smt import SmtReward
 from lowrank_tune.rewards.symbolic import make_symbolic
-from lowrank_tune.rewards.user_function import is_user_function, read_user_function
+from lowrank_tune.rewards.user_function import UserFunctionReward, is_user_function, read_user_function
 from lowrank_tune.settings import RewardConfig
 
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """A reward under a name of its own, what it counts for, and what becomes of a completion on which it fails."""
+    """A reward under a name of its own, what it counts for, and what becomes of a completion on which it fails. `kind`:
+    what the recipe makes of it, where that is not what the reward itself is."""
 
     name: str
     weight: float
     reward: Reward
     on_error: Literal["stop", "drop"] = "drop"
+    kind: Literal["verifier", "shaping"] | None = None
+
+    @property
+    def is_verifier(self) -> bool:
+        """Whether it decides which answers are right."""
+        return self.reward.is_verifier if self.kind is None else self.kind == "verifier"
+
+    @property
+    def must_separate(self) -> bool:
+        """Whether it has to separate reference answers from wrong ones by itself: a user's function only where the
+        recipe calls it a verifier, for else the weighted sum decides."""
+        return self.is_verifier and (self.kind is not None or not isinstance(self.reward, UserFunctionReward))
 
 
 def build_rewards(configs: Sequence[RewardConfig], folder: Path) -> list[WeightedReward]:
@@ -49,13 +62,26 @@ def build_rewards(configs: Sequence[RewardConfig], folder: Path) -> list[Weighte
                     config.weight,
                     _build_reward(config, name, folder),
                     config.on_error or ("stop" if is_user_function(config.name) else "drop"),
+                    config.kind,
                 )
             )
         except UserError as error:
             faults.append(ConfigProblem(str(error), f"rewards.{index}"))
     if faults:
         raise ConfigError(faults)
-    return rewards
+    return _with_default_kinds(rewards)
+
+
+def _with_default_kinds(rewards: Sequence[WeightedReward]) -> list[WeightedReward]:
+    """The rewards, where a user's function beside a verifier is shaping unless the recipe says otherwise."""
+    if not any(reward.must_separate for reward in rewards):
+        return list(rewards)
+    return [
+        replace(reward, kind="shaping")
+        if reward.kind is None and isinstance(reward.reward, UserFunctionReward)
+        else reward
+        for reward in rewards
+    ]
 
 
 def reward_names(configs: Sequence[RewardConfig]) -> list[str]:
@@ -139,9 +165,9 @@ def _json_schema(config: RewardConfig, name: str, folder: Path) -> Reward:
 
 
 def _smt(config: RewardConfig, name: str, folder: Path) -> Reward:
-    assert config.kind is not None
+    assert config.answer_type is not None
     require_package(name, "z3", "z3-solver")
-    return SmtReward(name, config.kind)
+    return SmtReward(name, config.answer_type)
 
 
 def _lean(config: RewardConfig, name: str, folder: Path) -> Reward:
@@ -170,7 +196,7 @@ SETTING_OWNER: Mapping[str, tuple[str, ...]] = {
     "ngram": ("repetition",),
     "accept_unsafe_code": ("python_tests",),
     "json_schema": ("json_schema",),
-    "kind": ("smt",),
+    "answer_type": ("smt",),
     "program": ("lean",),
 }
 """Whose each setting of `RewardConfig` is; it is needed there unless it is in OPTIONAL_SETTINGS, and a fault

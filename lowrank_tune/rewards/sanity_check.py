@@ -1,4 +1,8 @@
-"""Before any training: can the rewards tell reference answers from garbage?"""
+"""A check before training: do the rewards separate reference answers from wrong ones?
+
+The weighted sum decides, because it is what trains. A verifier of the kit, and a function that the recipe calls one,
+has to separate them by itself as well. Rewards that only shape how a completion is written need not, and where there
+are no others, or a learned one, a sum that does not separate them is a warning."""
 
 from __future__ import annotations
 
@@ -14,16 +18,18 @@ from lowrank_tune.rewards.verdicts import VerdictSummary, exceeds_failure_limit,
 
 CHANCE_AUC, REQUIRED_AUC, Z_THRESHOLD = 0.5, 0.9, 4.0
 MIN_AUC_MARGIN = 0.1  # how far above chance even a great many rows must be
+CURE = "Set `rewards_check: warn` to train anyway"
+SHAPING_CURE = "Set `kind: shaping` for it if it does not check whether an answer is right, or `rewards_check: warn` to train anyway"
 
 
 @dataclass(frozen=True)
 class Separation:
-    """How one reward, or the weighted sum, scored reference answers and garbage. `auc`: the share of (reference,
-    garbage) pairs in which the reference answer earns more, ties half; chance is 0.5. `missed`: a reference answer that
-    earned the least."""
+    """How one reward, or the weighted sum, scored reference answers and wrong ones. `auc`: the share of (reference,
+    wrong) pairs in which the reference answer has the higher score, ties half; chance is 0.5."""
 
     name: str
     is_verifier: bool
+    must_separate: bool
     reference_mean: float
     negative_mean: float
     auc: float
@@ -37,53 +43,62 @@ class Separation:
 
 @dataclass(frozen=True)
 class SanityReport:
-    """What the preflight found. `failed` are sentences of scores that are none, `misjudged` of reference answers that a
-    judge calls wrong; `stop_reason` says why a run would not bear what is broken."""
+    """The result of the check. `failed`: why scores have no value; `misjudged`: reference answers that a verifier
+    fails; `stop_reason`: why a run would end because of failed scores."""
 
     rewards: list[Separation]
-    sum: Separation | None
+    sum: Separation
     required_auc: float
     failed: list[str]
     misjudged: list[str]
     stop_reason: str | None = None
     has_learned_reward: bool = False
-    """A learned reward is among them: it follows what is liked, which references need not be."""
+    """A learned reward is among them: it follows preferences, and a reference answer need not be preferred."""
 
     def fault(self) -> str | None:
-        """Why training must not begin."""
+        """Why training must not begin, with the cure."""
         if self.stop_reason:
             more = f" (and {len(self.failed) - 1} more)" if len(self.failed) > 1 else ""
             return f"rewards: {self.stop_reason}{more}"
         for separation in self.rewards:
-            if separation.is_verifier and (fault := self._cannot_distinguish(separation, f"`{separation.name}`")):
-                return fault
-        return None if self.has_learned_reward else self._sum_cannot_distinguish()
+            if separation.must_separate and (problem := self._problem(separation, f"`{separation.name}`")):
+                return f"{problem}. {SHAPING_CURE}"
+        problem = self._problem(self.sum, self._sum_label())
+        if problem is None or not self._sum_must_separate():
+            return None
+        return f"{problem}. {CURE if len(self.rewards) > 1 else SHAPING_CURE}"
 
     def warning(self) -> str | None:
         """What a person should look at before going on."""
-        message = self._sum_cannot_distinguish() if self.has_learned_reward else None
-        return f"{message}: a learned reward that does not care is no guide" if message else None
+        if self._sum_must_separate() or (problem := self._problem(self.sum, self._sum_label())) is None:
+            return None
+        if self.has_learned_reward:
+            return f"{problem}. The learned reward may prefer other answers"
+        return f"{problem}. No reward checks whether an answer is right"
 
-    def _sum_cannot_distinguish(self) -> str | None:
-        return self._cannot_distinguish(self.sum, "the weighted sum of all") if self.sum else None
+    def _sum_must_separate(self) -> bool:
+        return not self.has_learned_reward and any(separation.is_verifier for separation in self.rewards)
 
-    def _cannot_distinguish(self, separation: Separation, label: str) -> str | None:
+    def _sum_label(self) -> str:
+        return "the weighted sum" if len(self.rewards) > 1 else f"`{self.rewards[0].name}`"
+
+    def _problem(self, separation: Separation, label: str) -> str | None:
         if separation.auc >= self.required_auc:
             return None
         if separation.is_constant:
-            description = f"everything earns {separation.reference_mean:.3g}"
+            description = f"every answer gets {separation.reference_mean:.3g}"
         else:
             description = (
-                f"reference answers earn {separation.reference_mean:.3g} on average and garbage "
-                f"{separation.negative_mean:.3g}, and a reference answer is ahead in "
+                f"reference answers get {separation.reference_mean:.3g} on average and wrong answers "
+                f"{separation.negative_mean:.3g}, and the reference answer is ahead in "
                 f"{100 * separation.auc:.0f} % of the pairs (chance 50 %, needed {100 * self.required_auc:.0f} %)"
             )
         example = f"; {self.misjudged[0]}" if self.misjudged else ""
-        return f"rewards: {label} cannot tell reference answers from garbage: {description}{example}"
+        return f"rewards: {label} does not separate reference answers from wrong ones: {description}{example}"
 
     def lines(self) -> Iterator[str]:
         """For the start-up."""
-        for separation in [*self.rewards, *([self.sum] if self.sum and len(self.rewards) > 1 else [])]:
+        for separation in [*self.rewards, *([self.sum] if len(self.rewards) > 1 else [])]:
             verdicts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(separation.verdict_counts.items()))
             timing = (
                 f"; {1e3 * separation.summary.median_seconds:.2g} ms, "
@@ -93,8 +108,8 @@ class SanityReport:
             )
             yield (
                 f"reward {separation.name}: reference answers {separation.reference_mean:.3g}, "
-                f"garbage {separation.negative_mean:.3g}"
-                f"{'' if separation.is_verifier else ' (shapes, does not judge)'}"
+                f"wrong answers {separation.negative_mean:.3g}"
+                f"{'' if separation.is_verifier else ' (shaping)'}"
                 f"{f'; {verdicts}' if verdicts else ''}{timing}"
             )
         if self.failed:
@@ -103,9 +118,7 @@ class SanityReport:
                 f"{self.failed[0]}"
             )
         if self.misjudged:
-            yield (
-                f"{len(self.misjudged)} reference answers are not right by the rewards; the first: {self.misjudged[0]}"
-            )
+            yield (f"{len(self.misjudged)} reference answers are wrong by the rewards; the first: {self.misjudged[0]}")
 
 
 def sanity_check_rewards(
@@ -115,10 +128,9 @@ def sanity_check_rewards(
     pool: WorkerPool[int] | None = None,
     max_failure_rate: float = 0.01,
 ) -> SanityReport:
-    """Scores reference answers and garbage with every reward; with the `pool` of the run where one is warm.
+    """Scores reference answers and wrong ones with every reward; with the `pool` of the run where one is warm.
     `max_failure_rate`: the share of completions on which rewards may fail."""
-    if not references or not negatives:
-        raise ValueError("a preflight of rewards needs reference answers and garbage")
+    assert references and negatives, "the check needs reference answers and wrong ones"
     if pool is None:
         with WorkerPool[int]([weighted_reward.reward for weighted_reward in weighted]) as own_pool:
             return sanity_check_rewards(weighted, references, negatives, own_pool, max_failure_rate)
@@ -126,7 +138,8 @@ def sanity_check_rewards(
     rewards = [
         _separation(
             weighted_reward.name,
-            weighted_reward.reward.is_verifier,
+            weighted_reward.is_verifier,
+            weighted_reward.must_separate,
             [scores[index] for scores in rows],
             len(references),
         )
@@ -135,13 +148,17 @@ def sanity_check_rewards(
     failed = [score.reason for scores in rows for score in scores if score.value is None]
     totals = [_weighted_sum(weighted, scores) for scores in rows]
     total_separation = _separation(
-        "sum", True, [Score(value, "graded" if value is not None else "error") for value in totals], len(references)
+        "sum",
+        True,
+        True,
+        [Score(value, "graded" if value is not None else "error") for value in totals],
+        len(references),
     )
     misjudged = [
-        f"`{weighted_reward.name}` says of {item}: {score.reason}"
+        f"`{weighted_reward.name}` on {item}: {score.reason}"
         for item, scores in zip(references, rows, strict=False)
         for weighted_reward, score in zip(weighted, scores, strict=True)
-        if weighted_reward.reward.is_verifier and score.verdict == "fail"
+        if weighted_reward.is_verifier and score.verdict == "fail"
     ]
     return SanityReport(
         rewards,
@@ -155,7 +172,7 @@ def sanity_check_rewards(
 
 
 def _weighted_sum(weighted: Sequence[WeightedReward], scores: Sequence[Score]) -> float | None:
-    """None where a reward could not tell."""
+    """None where a reward has no value."""
     values = [
         weighted_reward.weight * score.value
         for weighted_reward, score in zip(weighted, scores, strict=True)
@@ -164,7 +181,7 @@ def _weighted_sum(weighted: Sequence[WeightedReward], scores: Sequence[Score]) -
     return sum(values) if len(values) == len(weighted) else None
 
 
-def _separation(name: str, is_verifier: bool, scores: Sequence[Score], count: int) -> Separation:
+def _separation(name: str, is_verifier: bool, must_separate: bool, scores: Sequence[Score], count: int) -> Separation:
     values = [score.value for score in scores]
     reference_values = [value for value in values[:count] if value is not None]
     negative_values = [value for value in values[count:] if value is not None]
@@ -174,6 +191,7 @@ def _separation(name: str, is_verifier: bool, scores: Sequence[Score], count: in
     return Separation(
         name,
         is_verifier,
+        must_separate,
         _mean(reference_values),
         _mean(negative_values),
         auc(reference_values, negative_values),

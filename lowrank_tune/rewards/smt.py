@@ -41,7 +41,7 @@ class SmtReward(WorkerReward):
     """pass (1) or fail (0). A completion that did not stop by itself has not answered."""
 
     name: str
-    kind: Literal["statement", "witness", "invariant"]
+    answer_type: Literal["statement", "witness", "invariant"]
     is_verifier: ClassVar[bool] = True
 
     def score(self, items: Sequence[RewardInput]) -> list[Score]:
@@ -51,13 +51,13 @@ class SmtReward(WorkerReward):
         return {
             "kind": "verifier",
             "module": "lowrank_tune.rewards.workers.smt",
-            "asks": self.kind,
+            "asks": self.answer_type,
             "megabytes": MEMORY_MEGABYTES,
             "use": self.name,
         }
 
     def row_rejection_reason(self, item: RewardInput) -> str | None:
-        for column in COLUMNS[self.kind]:
+        for column in COLUMNS[self.answer_type]:
             if not isinstance(item.row.get(column), str) or not item.row[column].strip():
                 return f"the row has no column `{column}`"
         return None
@@ -69,7 +69,7 @@ class SmtReward(WorkerReward):
             return Score(0.0, "fail", "did not stop")
         if len(item.completion) > MAX_CHARS:
             return Score(0.0, "fail", f"longer than {MAX_CHARS} characters")
-        if self.kind == "statement" and claimed_verdict(item.completion) is None:
+        if self.answer_type == "statement" and claimed_verdict(item.completion) is None:
             return Score(0.0, "fail", "says no verdict, or several")
         return None
 

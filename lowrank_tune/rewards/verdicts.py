@@ -86,7 +86,7 @@ def is_correct(score: Score) -> bool | None:
 
 def find_disagreements(weighted: Sequence[WeightedReward], rows: Sequence[Sequence[Score]]) -> list[Disagreement]:
     """Every pair of rewards that judge."""
-    verifiers = [index for index, weighted_reward in enumerate(weighted) if weighted_reward.reward.is_verifier]
+    verifiers = [index for index, weighted_reward in enumerate(weighted) if weighted_reward.is_verifier]
     return [_disagreement(weighted, rows, first, second) for first, second in combinations(verifiers, 2)]
 
 

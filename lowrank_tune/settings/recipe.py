@@ -47,6 +47,9 @@ class RecipeConfig(Settings):
     """What `algorithm: dpo` optimizes."""
     rewards: Annotated[tuple[RewardConfig, ...], Field(strict=False)] = ()
     """What completions earn."""
+    rewards_check: Literal["strict", "warn", "off"] = "strict"
+    """Before training the rewards score reference answers and wrong answers. Where they do not separate the two:
+    refuse to train, log a warning, or do not try it at all."""
     rollout: RolloutConfig = RolloutConfig()
     """How completions are drawn while training."""
     grpo: GRPOConfig = GRPOConfig()

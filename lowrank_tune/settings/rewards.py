@@ -34,8 +34,13 @@ class RewardConfig(Settings):
     json_schema: NonEmptyStr | dict[str, Any] | None = None
     """For `json_schema`: the JSON schema (draft 2020-12, or what its `$schema` says), written here or as
     `./file.json`."""
-    kind: Literal["statement", "witness", "invariant"] | None = None
-    """For `smt`: what a completion tells: whether the row's constraints can be met, values that meet them, or an
+    kind: Literal["verifier", "shaping"] | None = None
+    """`verifier`: it decides whether an answer is right, so it has to separate reference answers from wrong ones by
+    itself before training begins. `shaping`: it only shapes how a completion is written. By default what the reward is
+    made for; your own function is a verifier where no other reward of the recipe is one, and only the weighted sum is
+    checked."""
+    answer_type: Literal["statement", "witness", "invariant"] | None = None
+    """For `smt`: what a completion contains: whether the row's constraints can be met, values that meet them, or an
     inductive invariant."""
     program: StrList | None = None
     """For `lean`: the command that checks a file; [lean] where it is not given, [lake, --dir, ./project, env, lean] for

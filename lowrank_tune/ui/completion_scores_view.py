@@ -47,7 +47,7 @@ def _print(console: Console, text: str) -> None:
 def _figures(completion_scores: CompletionScores) -> Table:
     """A line a reward. Milliseconds of one completion: the median, one in twenty above, the longest."""
     stats = [
-        summarize_verdicts(each.name, each.reward.is_verifier, [scores[index] for scores in completion_scores.scores])
+        summarize_verdicts(each.name, each.is_verifier, [scores[index] for scores in completion_scores.scores])
         for index, each in enumerate(completion_scores.weighted)
     ]
     kinds = [kind for kind in KINDS if any(each.counts.get(kind) for each in stats)]

@@ -34,7 +34,7 @@ HARD = {
 @pytest.fixture(scope="module")
 def scorer() -> Iterator[WorkerPool[int]]:
     with WorkerPool[int](
-        [build_rewards([RewardConfig(name="smt", kind=kind)], Path())[0].reward for kind in KINDS],
+        [build_rewards([RewardConfig(name="smt", answer_type=kind)], Path())[0].reward for kind in KINDS],
         workers=1,
         timeout_seconds=2.0,
     ) as made:

@@ -45,8 +45,8 @@ class InvalidRow(Exception):
 
 
 def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-    """Judges by `kind` what `build_request` of the reward sends: {status} of a statement, {right, why} otherwise,
-    {unknown} or {row} instead."""
+    """Judges by `answer_type` what `build_request` of the reward sends: {status} of a statement, {right, why}
+    otherwise, {unknown} or {row} instead."""
     import z3
 
     z3.set_param("memory_max_size", spec["megabytes"] // 2)  # before the limit of the worker, with a word from Z3
