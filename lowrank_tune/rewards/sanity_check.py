@@ -19,7 +19,10 @@ from lowrank_tune.rewards.verdicts import VerdictSummary, exceeds_failure_limit,
 CHANCE_AUC, REQUIRED_AUC, Z_THRESHOLD = 0.5, 0.9, 4.0
 MIN_AUC_MARGIN = 0.1  # how far above chance even a great many rows must be
 CURE = "Set `rewards_check: warn` to train anyway"
-SHAPING_CURE = "Set `kind: shaping` for it if it does not check whether an answer is right, or `rewards_check: warn` to train anyway"
+SHAPING_CURE = (
+    "Set `kind: shaping` for it if it does not check whether an answer is right, "
+    "or set `rewards_check: warn` to train anyway"
+)
 
 
 @dataclass(frozen=True)
