@@ -4,6 +4,7 @@ trips."""
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -307,6 +308,18 @@ def test_rotate(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-10"]
 
 
+@pytest.mark.parametrize("best", [None, 1, 4])
+@pytest.mark.parametrize("keep", [1, 2, 3, 4, 5])
+def test_after_each_save_the_newest_remain_and_the_best(tmp_path: Path, keep: int, best: int | None) -> None:
+    """Of k saves exactly min(k, keep), the newest, and beside them the best."""
+    for step in range(1, 8):
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}" / "manifest.json").touch()
+        rotate(tmp_path, keep, best)
+        wanted = {*range(max(1, step - keep + 1), step + 1), *([best] if best is not None and best <= step else [])}
+        assert {path.name for path in tmp_path.iterdir()} == {f"step-{kept}" for kept in wanted}
+
+
 def test_rotate_that_dies_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2, 3):
         write_atomically(tmp_path / f"step-{step}", snapshot(step))
@@ -510,6 +523,29 @@ def test_finished_run_is_left_alone(tmp_path: Path, exact: bool) -> None:
         begin(tmp_path / "demo", {**RECIPE, "rate": 0.2}, emit=emit)
     assert before == {path: path.read_bytes() for path in (tmp_path / "demo").iterdir()}
     assert json.loads((tmp_path / "demo" / "summary.json").read_text())["best"] is None
+
+
+def test_a_run_that_finishes_as_its_lock_is_taken_is_not_entered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process writes its summary and releases the lock after the folder was looked at and before it is
+    locked here."""
+    demo = tmp_path / "demo"
+    begin(demo).close()
+    before, lock = (demo / "run.json").read_bytes(), fcntl.flock
+
+    def finished_meanwhile(descriptor: int, operation: int) -> None:
+        if not (demo / "summary.json").exists():
+            (demo / "summary.json").write_text('{"status": "done"}')
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", finished_meanwhile)
+    with begin(demo, {**RECIPE, "steps": 20}, emit=event_recorder()[1]) as folder:
+        assert folder.path.name == "demo-2" and not folder.continued
+        assert (demo / "run.json").read_bytes() == before
+        descriptor = os.open(demo / ".lock", os.O_RDWR)
+        lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the finished run is locked no more
+        os.close(descriptor)
 
 
 def test_refused_folders(tmp_path: Path) -> None:

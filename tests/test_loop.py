@@ -37,6 +37,7 @@ from lowrank_tune.algorithms.dpo import DPO
 from lowrank_tune.algorithms.grpo import GRPO
 from lowrank_tune.algorithms.ppo import PPO, UpdateConfig
 from lowrank_tune.algorithms.reward_model import RewardModeling
+from lowrank_tune.algorithms.rollouts import RolloutBatch
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.events import Event, LogMessage, StepEnd
 from lowrank_tune.model.roles import Roles
@@ -457,6 +458,34 @@ def test_each_kind_of_warning_is_logged_once() -> None:
 def done(loop_and_events: tuple[Trainer, list[Event]]) -> tuple[Trainer, list[Event]]:
     loop_and_events[0].run()
     return loop_and_events
+
+
+def test_every_step_of_grpo_compares_the_sampler_with_its_first_pass() -> None:
+    """Three steps of two passes each, at a rate at which the second pass has another policy: what is reported is the
+    distance to the policy that drew, which is the drift that the collector adds. A drift that begins in the third step
+    ends the run there."""
+    roles = llama_roles(16)
+    perturb(roles, "policy", size=0.05)
+    collector, drifts, added = FakeCollector(roles, INFORMATIVE_REWARDS), (0.0, 0.3, 5.0), list[float]()
+    collect = collector.collect
+
+    def drifting(step: int, draw: int, count: int | None = None) -> RolloutBatch:
+        collector.drift = drifts[step]
+        rollout = collect(step, draw, count)
+        apart = (rollout.batch.extra["sampler"] - collector.logps("policy", rollout.batch)).abs()
+        added.append(float(apart[rollout.batch.loss_mask].mean()))
+        return rollout
+
+    collector.collect = drifting  # type: ignore[method-assign]
+    context = AlgorithmContext(roles, None, fresh=False)  # type: ignore[arg-type]
+    algorithm = GRPO(context, collector, beta=0.0, num_iterations=2, max_logprob_mismatch=0.5)
+    loop, events = loop_over(algorithm, roles.parameters("policy"), 3, learning_rate=0.02, micro_batch_size=6)
+    with pytest.raises(TrainingError, match="grpo.max_logprob_mismatch"):
+        loop.run()
+    stats = [event.stats for event in steps_of(events)]
+    reported = [each["sampling/sampling_logp_difference/mean"] for each in stats]
+    assert len(added) == 3 and reported == pytest.approx(added[:2], abs=1e-5)
+    assert all(each["clip_ratio"] > 0 for each in stats), "the second pass has another policy"
 
 
 # --- a step is drawn again just so ------------------------------------------------------------------------------------

@@ -8,24 +8,28 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import unquantized_base
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from lowrank_tune.cli import app
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Event, LogMessage
-from lowrank_tune.memory_planner import check_fit, plan
+from lowrank_tune.generation.kv_cache import StaticSlotCache
+from lowrank_tune.memory_planner import check_fit, plan, planner
+from lowrank_tune.memory_planner.extrapolation import Peaks
 from lowrank_tune.memory_planner.fit import largest_fitting
 from lowrank_tune.memory_planner.meta_model import layers_of
 from lowrank_tune.memory_planner.plan_report import Phase, needed
 from lowrank_tune.memory_planner.planner import decoding_phases, peaks_of, phases_in, phases_of, plan_of
 from lowrank_tune.memory_planner.rollouts import DecodingSpec
-from lowrank_tune.memory_planner.simulation import simulate
+from lowrank_tune.memory_planner.simulation import SimulationSpec, simulate
 from lowrank_tune.memory_planner.specs import simulation_specs
 from lowrank_tune.model import configs
 from lowrank_tune.recipe import load_any
@@ -156,6 +160,59 @@ def test_where_the_room_was_thought_too_large_fewer_are_decoded_and_one_at_least
     assert one.total + 10 * sequence < rollout(needed(room, "cuda")).total <= room
 
 
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("llama", {}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        ("mistral", {"sliding_window": 8}),  # one window for all layers, and no `layer_types`
+        ("gemma2", {"sliding_window": 8}),
+    ],
+)
+def test_a_sequence_is_planned_with_the_bytes_that_the_cache_keeps_for_it(kind: str, more: dict[str, Any]) -> None:
+    model = unquantized_base(kind, **more).model
+    for columns in (5, 8, 30):
+        store = StaticSlotCache(model)
+        store.allocate(3, columns, 1 << 40)
+        store.insert(store.prefill([[3, 4, 5]])[0], [0, 0, 0], [0, 1, 2])
+        kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in store.cache.layers)
+        assert 3 * planner._bytes_of(model.config, columns, torch.device("cpu")) == kept, columns
+
+
+@pytest.fixture(scope="module")
+def sixteen_layers(tmp_path_factory: pytest.TempPathFactory) -> SimulationSpec:
+    (spec,) = simulation_specs(load_any(llama(tmp_path_factory.mktemp("llama"), num_hidden_layers=16)), "cuda")
+    return spec
+
+
+@given(
+    slots=st.integers(1, 4) | st.integers(1, 64),
+    prompts=st.integers(1, 8),
+    reading=st.integers(1, 160),
+    room=st.floats(0, 1),
+)
+def test_where_one_sequence_fits_the_rollout_fits(
+    sixteen_layers: SimulationSpec, slots: int, prompts: int, reading: int, room: float
+) -> None:
+    """The highest moment is a step over all slots, or the reading of a few prompts at once: that one becomes lower only
+    when there are fewer slots than prompts."""
+    each = 512 * 2 * 4 * 32 * 2 * 16  # of 512 tokens: keys and values, 4 heads of width 32, 2 bytes, 16 layers
+
+    def bytes_with(slots: int) -> int:
+        return (50 << 20) + max(slots * each, min(slots, prompts) * reading << 20)
+
+    def peaks_with(spec: SimulationSpec, recomputed: int) -> Peaks:
+        return {("rollout: step",): {"KV cache": bytes_with(spec.rollouts["rollout"].slots)}}
+
+    least, most = needed(bytes_with(1), "cuda"), needed(bytes_with(slots), "cuda")
+    vram = least + int(room * (most - least))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "peaks_of", peaks_with)
+        decoding = DecodingSpec("policy", slots, 128, 384, 8, 8, 1 << 40)
+        (found,) = decoding_phases(sixteen_layers, {"rollout": decoding}, 16, vram)
+    assert needed(found.total, "cuda") <= vram
+
+
 def test_what_is_offloaded_is_not_on_the_card() -> None:
     """Of each layer the input of its rows waits elsewhere, all but the one that is being computed again. The highest
     point is then at the first layer, when all others have their gradients."""
@@ -185,6 +242,29 @@ def test_the_command_reports_whether_it_fits() -> None:
 def test_the_largest_that_fits_is_found(start: int, most: int, fixed: int, each: int, room: int) -> None:
     found = largest_fitting(lambda count: fixed + each * count, start, most, room)
     assert found == max(0, min(most, (room - fixed) // each))
+
+
+@given(
+    start=st.integers(1, 60),
+    beyond=st.integers(1, 200),
+    more=st.integers(0, 50),
+    fixed=st.integers(0, 1000),
+    each=st.integers(1, 50),
+    spare=st.floats(0, 0.99),
+    jump=st.integers(0, 500),
+)
+def test_a_jump_in_what_is_needed_does_not_end_the_search(
+    start: int, beyond: int, more: int, fixed: int, each: int, spare: float, jump: int
+) -> None:
+    """What is needed grows evenly up to twice the start, where it is asked first; then there is a jump, and it grows
+    evenly again. The first guess is too large, and what is found is what trying all numbers finds."""
+    most = 2 * start + beyond + more
+
+    def need(count: int) -> int:
+        return fixed + each * count + (jump if count > 2 * start else 0)
+
+    room = need(2 * start + beyond) + int(spare * each)
+    assert largest_fitting(need, start, most, room) == max(count for count in range(most + 1) if need(count) <= room)
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_loaded_and_auto_becomes_numbers() -> None:

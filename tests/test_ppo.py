@@ -828,6 +828,20 @@ def test_passes_and_minibatches(own: Roles) -> None:
     assert sum(1 for _ in PPOBatch(batch, {}, 1, 99).minibatches()) == 6, "no empty minibatch"
 
 
+def test_the_kl_of_an_update_by_hand(own: Roles) -> None:
+    """From the old policy, which drew the tokens, to the new one: the mean of e^d - d - 1 with d = log p - log p_old.
+    Here d is 1 in the first row and -2 in all others."""
+    algorithm = over(own)
+    part = algorithm.collect(0).batch  # the policy has not moved: its log-probs are the old ones
+    shift = torch.full((len(part), 1), 2.0)
+    shift[0] = -1.0
+    part.extra["old"] = part.extra["old"] + shift
+    part.token_weights = algorithm.token_weights(part)
+    first, others = int(part.loss_mask[0].sum()), int(part.loss_mask[1:].sum())
+    wanted = (first * (math.e - 2) + others * (math.exp(-2) + 1)) / (first + others)
+    assert algorithm._policy_term(part).stats["approx_kl"].value == pytest.approx(wanted, rel=1e-4)
+
+
 def test_passes_end_at_the_limit(own: Roles) -> None:
     stats = {"approx_kl": over(own)._policy_term(weighted(over(own))).stats["approx_kl"]}
     assert stats["approx_kl"].value > 1e-3

@@ -403,6 +403,24 @@ def test_pieces_by_hand() -> None:
         list(limits.split_on_oom("forward_tokens", [3], 9000, lambda units: work([1, 2, 3]), rows_per_unit=2))
 
 
+def test_a_retry_draws_the_numbers_of_the_failed_attempt() -> None:
+    """As with dropout: what runs out of memory after it has drawn draws the same again, alone and in halves; and what
+    comes later goes on behind the last attempt."""
+    drawn = list[tuple[list[int], float]]()
+
+    def work(units: Sequence[int]) -> None:
+        drawn.append((list(units), float(torch.rand(()))))
+        if len(drawn) in (1, 3):
+            raise short_of_memory()
+
+    torch.manual_seed(6)
+    first, second, third = torch.rand(3).tolist()
+    torch.manual_seed(6)
+    list(MemoryLimits().split_on_oom("update_tokens", [0, 1], 5, work))
+    assert drawn == [([0, 1], first), ([0], first), ([1], second), ([1], second)]
+    assert float(torch.rand(())) == third
+
+
 @pytest.mark.parametrize(
     ("error", "short"),
     [

@@ -3,6 +3,7 @@ neighbors."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.generation import Engine, attention, cpu_linears, cpu_norms, decode_scheduler, sampler, select_cache
 from lowrank_tune.generation.kv_cache import DynamicCacheStore, KVStore, NoCacheStore, StaticSlotCache
+from lowrank_tune.generation.stopping import StoppingCriteria
 from lowrank_tune.model.logprobs import Head
 from lowrank_tune.model.roles import Roles
 from lowrank_tune.types import Completion, SamplingParams
@@ -367,6 +369,22 @@ def test_samples_have_streams_of_their_own_and_seeds_too(monkeypatch: pytest.Mon
     assert different() == 2
 
 
+def test_every_sample_of_every_prompt_and_seed_has_a_generator_of_its_own() -> None:
+    """Up to numbers of several digits, which a key without separators confuses: 1 and 11 with 11 and 1."""
+    numbers = [0, 1, 2, 10, 11, 12, 21, 111]
+    names = list(itertools.product(numbers, repeat=3))
+    seeds = {decode_scheduler._generator(*name).initial_seed() for name in names}
+    assert len(seeds) == len(names)
+    assert decode_scheduler._generator(3, 1, 11).get_state().equal(decode_scheduler._generator(3, 1, 11).get_state())
+
+
+def test_the_numbers_of_a_sequence_are_one_stream_of_torch() -> None:
+    """No block of them comes again, however long the completion is."""
+    drawn = list(itertools.islice(decode_scheduler._uniforms(torch.Generator().manual_seed(5)), 200))
+    assert drawn == torch.rand(200, generator=torch.Generator().manual_seed(5), dtype=torch.float64).tolist()
+    assert len(set(drawn)) == 200
+
+
 def test_the_global_stream_is_left_alone() -> None:
     roles = perturbed_roles(16)
     before = torch.get_rng_state()
@@ -496,6 +514,20 @@ def test_stop_strings_end_and_belong() -> None:
             Engine(roles, "policy", decode=decode).generate(
                 PROMPTS, 1, SamplingParams(12, NO_STOP, stop_strings=strings)
             )
+
+
+@pytest.mark.parametrize("string", ["\N{GRINNING FACE}" * 10, "\N{EURO SIGN}\N{CJK UNIFIED IDEOGRAPH-4E2D}" * 6, "end"])
+def test_a_stop_string_of_byte_tokens_is_found(string: str) -> None:
+    """A byte-level vocabulary may spend four tokens on a character. The string ends the completion with its last byte,
+    and not before."""
+
+    def decode(token_ids: Sequence[int]) -> str:
+        return bytes(token_ids).decode(errors="replace")
+
+    stops = StoppingCriteria(SamplingParams(1000, NO_STOP, stop_strings=(string,)), decode)
+    token_ids = list(f"A beginning of some length, \N{EURO SIGN}. {string}".encode())
+    assert stops.finish_reason(token_ids) == "stop"
+    assert [stops.finish_reason(token_ids[:end]) for end in range(1, len(token_ids))] == [None] * (len(token_ids) - 1)
 
 
 @pytest.mark.parametrize("budget", [0, 1, 3, 40, 57, 10_000])

@@ -145,7 +145,7 @@ def test_what_is_requested_on_the_way_does_not_choose_the_final_adapter(
     scheduled ones count."""
     recipe = quick(max_steps=6, learning_rate=0.05, lr_scheduler_type="constant")
     recipe["evaluate"]["eval_steps"] = 5
-    straight = run(Recipe.from_dict(recipe), out=tmp_path / "straight", ui="none").folder
+    straight = run(Recipe.from_dict(recipe), out=tmp_path / "straight", ui="none")
     control = TrainerControl()
     monkeypatch.setattr("lowrank_tune.runner.TrainerControl", lambda: control)
 
@@ -158,8 +158,9 @@ def test_what_is_requested_on_the_way_does_not_choose_the_final_adapter(
         assert outcome.status == "interrupted"
         control.stop = False
         outcome = run(Recipe.from_dict(recipe), out=tmp_path / "run", ui="none")
-    wanted, got = run_fingerprint(straight), run_fingerprint(outcome.folder)
+    wanted, got = run_fingerprint(straight.folder), run_fingerprint(outcome.folder)
     assert got["steps"] == wanted["steps"] and got["final"] == wanted["final"]
+    assert outcome.summary["best"] == straight.summary["best"]
     assert ((1, "policy") in {(step, role) for step, role, *_ in got["samples"]}) == (action == "evaluate"), (
         "it is measured where it was asked"
     )

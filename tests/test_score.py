@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from lowrank_tune.cli import app
@@ -199,6 +201,22 @@ def test_figures_by_hand() -> None:
     found = summarize_verdicts("x", True, scores)
     assert found.counts == {"pass": 19, "timeout": 1} and (found.mean, found.std) == (1.0, 0.0)
     assert (found.median_seconds, found.p95_seconds, found.max_seconds) == pytest.approx((0.010, 0.019, 9.0))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "median", "p95"), [([3.0, 1.0, 2.0], 2.0, 3.0), ([*range(1, 11)], 5.0, 10.0), ([7.0], 7.0, 7.0)]
+)
+def test_median_and_p95_by_hand(seconds: list[float], median: float, p95: float) -> None:
+    found = summarize_verdicts("x", True, [Score(1.0, "pass", "", float(one)) for one in seconds])
+    assert (found.median_seconds, found.p95_seconds) == (median, p95)
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=120))
+def test_a_percentile_is_the_least_time_within_which_so_many_are_done(seconds: list[int]) -> None:
+    found = summarize_verdicts("x", True, [Score(1.0, "pass", "", float(one)) for one in seconds])
+    for percent, value in ((50, found.median_seconds), (95, found.p95_seconds), (100, found.max_seconds)):
+        within, faster = sum(one <= value for one in seconds), sum(one < value for one in seconds)
+        assert 100 * within >= percent * len(seconds) > 100 * faster
 
 
 class StubVerifier:

@@ -3,6 +3,7 @@ TRL."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -119,9 +120,15 @@ def test_means_of_micro_batches_are_seen(monkeypatch: pytest.MonkeyPatch, bug: A
 
 
 def wrong_split(batch: Batch, rows: int | None, tokens: int | None, together: int) -> list[str]:
-    """What is wrong with a split: rows lost, twice, apart, cut, or over the budget. Empty is right."""
+    """What is wrong with a split: rows lost, twice, apart, cut, over the budget, or short of it. Empty is right."""
     wrong, seen = [], []
-    for micro in batch.split(rows, tokens, together):
+    micros = list(batch.split(rows, tokens, together))
+    for micro, following in itertools.pairwise(micros):
+        count, first = len(micro) + together, int(following.lengths[:together].max())
+        width = max(micro.input_ids.shape[1], first)
+        if not ((rows is not None and count > rows) or (tokens is not None and count * width > tokens)):
+            wrong.append("the next unit would have fitted")
+    for micro in micros:
         which = micro.extra["row"].tolist()
         seen += which
         units = len(which) // together

@@ -124,7 +124,17 @@ def sliding_windows(model: Any) -> list[int | None]:
     # cache's.
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(f"{model.config.model_type} models have an attention of their own")
-    return [int(layer.sliding_window) if layer.is_sliding else None for layer in layers]
+    return layer_windows(model.config)
+
+
+def layer_windows(config: Any) -> list[int | None]:
+    """Each layer's sliding window as transformers' own cache has it, None for none. A configuration without
+    `layer_types` has one window for all layers."""
+    cache = DynamicCache(config=config)
+    return [
+        int(layer.sliding_window) if is_sliding else None
+        for layer, is_sliding in zip(cache.layers, cache.is_sliding, strict=True)
+    ]
 
 
 def _ring_positions(lengths: Tensor, columns: int) -> Tensor:

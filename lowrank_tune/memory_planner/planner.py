@@ -13,6 +13,7 @@ from peft import LoraConfig
 from lowrank_tune import settings
 from lowrank_tune.assembly import ONLINE_ALGORITHMS
 from lowrank_tune.generation.engine import gpu_cache_bytes
+from lowrank_tune.generation.slot_cache import layer_windows
 from lowrank_tune.memory_planner.extrapolation import Peaks, extrapolate_layers
 from lowrank_tune.memory_planner.meta_model import config_for, layers_of
 from lowrank_tune.memory_planner.plan_report import PHASE_SEPARATOR, Phase, Plan, needed
@@ -176,11 +177,7 @@ def _bytes_of(config: Any, columns: int, device: torch.device) -> int:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     size = 2 if device.type == "cuda" else 4
-    window = getattr(text, "sliding_window", None) or columns
-    return sum(
-        2 * size * heads * width * (min(window, columns) if "sliding" in layer.kind else columns)
-        for layer in layers_of(config, 0)
-    )
+    return sum(2 * size * heads * width * min(window or columns, columns) for window in layer_windows(config))
 
 
 def host_memory() -> int:

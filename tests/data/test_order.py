@@ -48,6 +48,48 @@ def test_every_row_once_an_epoch(count: int, size: int, window: int, seed: int, 
             assert sorted(map(len, steps))[1:] == [size] * (len(steps) - 1)
 
 
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=60),
+    budget=st.integers(1, 40),
+    size=st.one_of(st.none(), st.integers(1, 8)),
+)
+def test_a_step_takes_all_rows_that_fit(lengths: list[int], budget: int, size: int | None) -> None:
+    """The row that begins the next step would have been over the budget, or one row too many."""
+    train = TrainingConfig(tokens_per_step=budget, global_batch_size=size)
+    made = BatchSampler(np.array(lengths), np.zeros(len(lengths), dtype=int), None, train, 0)
+    steps = [step.tolist() for step in made._cut_into_steps(np.arange(len(lengths)))]
+    assert sum(steps, []) == list(range(len(lengths)))
+    for step, following in itertools.pairwise(steps):
+        tokens = sum(lengths[row] for row in step)
+        assert tokens + lengths[following[0]] > budget or len(step) == size
+
+
+def test_a_step_of_exactly_the_budget_is_whole() -> None:
+    made = BatchSampler(np.full(12, 10), np.zeros(12, dtype=int), None, TrainingConfig(tokens_per_step=30), 0)
+    assert made.steps_per_epoch == 4 and {len(made.rows(step)) for step in range(4)} == {3}
+
+
+@pytest.mark.parametrize(
+    ("count", "train", "epochs", "steps"),
+    [
+        (10, {"global_batch_size": 4}, 1.5, 5),  # 3 steps an epoch, and half of 3 begins a second one
+        (10, {"global_batch_size": 4}, 0.5, 2),
+        (10, {"global_batch_size": 4}, 2.0, 6),
+        (12, {"global_batch_size": 4}, 1.25, 4),
+        (10, {"global_batch_size": 10}, 0.1, 1),
+    ],
+)
+def test_steps_of_fractions_of_an_epoch_by_hand(count: int, train: dict[str, int], epochs: float, steps: int) -> None:
+    assert order(count, **train).steps_of(epochs) == steps
+
+
+def test_half_an_epoch_of_equal_rows_by_tokens() -> None:
+    """Five steps an epoch, as all rows have 10 tokens."""
+    train = TrainingConfig(tokens_per_step=20)
+    made = BatchSampler(np.full(10, 10), np.zeros(10, dtype=int), None, train, 0)
+    assert [made.steps_of(epochs) for epochs in (0.5, 1.0, 1.5, 2.5)] == [3, 5, 8, 13]
+
+
 @pytest.mark.parametrize("train", [{}, {"global_batch_size": 7}, {"tokens_per_step": 300}])
 def test_a_fresh_order_gives_the_same_steps_in_any_sequence(train: dict[str, int]) -> None:
     made = order(100, 3, **train)

@@ -442,6 +442,19 @@ def test_content_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_the_content_hash_knows_where_rows_end(tmp_path: Path) -> None:
+    """The same tokens with the same mask, cut into other rows, are other data: [a b][c] is not [a][b c]."""
+    store = loaded(tmp_path, write(tmp_path / "a.jsonl", ROWS)).train
+    tokens = np.array([7, 8, 9], dtype=np.int32), np.ones(3, dtype=bool)
+    hashes = set()
+    for starts in ([0, 2, 3], [0, 1, 3]):
+        rows = dict(zip(("input_ids", "completion_mask"), tokens, strict=True)) | {"starts": np.array(starts)}
+        cut = TokenizedDataset({**store._arrays, **rows}, [], [], store.folder, np.arange(2), 2)
+        assert cut.lengths.tolist() == np.diff(starts).tolist()
+        hashes.add(cut.content_hash())
+    assert len(hashes) == 2
+
+
 @settings(max_examples=30)
 @given(
     rows=st.lists(

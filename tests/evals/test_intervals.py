@@ -99,6 +99,33 @@ def test_the_bootstrap_is_wider_for_few_prompts_and_the_same_for_a_seed() -> Non
     assert mean_ci(values, 7) == mean_ci(values, 7) != mean_ci(values, 8)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "tail"),
+    [
+        (5, 9.541e-4),  # t is 2.776445, and sqrt(5 / 4) times that is 3.1042 standard deviations
+        (10, 8.551e-3),  # 2.262157 and sqrt(10 / 9): 2.3845
+    ],
+)
+def test_the_tail_by_hand(prompts: int, tail: float) -> None:
+    assert bootstrap_tail(prompts) == pytest.approx(tail, rel=0.005)
+
+
+def test_the_interval_of_the_negated_values_is_mirrored() -> None:
+    stream = random.Random(11)
+    values = [stream.expovariate(1.0) for _ in range(12)]
+    found, mirrored = mean_ci(values, 5), mean_ci([-value for value in values], 5)
+    assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low), abs=1e-12)
+
+
+def test_the_bootstrap_of_many_prompts_is_the_normal_interval() -> None:
+    """Evenly spaced values: n of them have the variance (n^2 - 1) / 12, and their mean is all but normal. Each end,
+    within the noise of a quantile of 4000 draws."""
+    n = 400
+    found = mean_ci([i - (n - 1) / 2 for i in range(n)], 3)
+    half = 1.96 * math.sqrt((n * n - 1) / 12 / n)
+    assert -found.low == pytest.approx(half, rel=0.06) and found.high == pytest.approx(half, rel=0.06)
+
+
 def test_the_bootstrap_against_all_resamples() -> None:
     """Three prompts have 27 resamples: their quantiles, at the same tail, are what drawing must come to."""
     over, under = [1.0, 8.0, 3.0], [2.0, 4.0, 1.0]

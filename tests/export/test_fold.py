@@ -12,7 +12,12 @@ from models import ARCHITECTURES, perturb, random_model, relative_error, roles_o
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 
-from lowrank_tune.export.combine_lora import LoraAdapter, cannot_combine_reason, combine_adapters
+from lowrank_tune.export.combine_lora import (
+    LoraAdapter,
+    cannot_combine_reason,
+    combine_adapters,
+    saved_lora_adapter,
+)
 from lowrank_tune.export.final_adapter import as_lora_adapter
 from lowrank_tune.model.roles import Roles
 
@@ -89,6 +94,22 @@ def test_of_every_family(kind: str, tmp_path: Path) -> None:
         and "q_proj" in config["target_modules"]
     )
     assert relative_error(in_plain_peft(tmp_path / "folded", config, tensors, kind), logits_of(roles)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"alpha_pattern": {"q_proj|v_proj": 5}},
+        {"alpha_pattern": {"up_proj|q_proj": 5, "v_proj": 3}, "rank_pattern": {"o_proj|v_proj": 2}},
+        {"alpha_pattern": {r"layers\.1\.self_attn\.q_proj|o_proj": 7}, "use_rslora": True},
+    ],
+)
+def test_a_saved_adapter_has_pefts_own_scales(more: dict[str, Any]) -> None:
+    """Read from its files alone, each module has the scale that PEFT gives it, whatever the patterns are."""
+    roles = stack(policy=lora("q_proj", "v_proj", "o_proj", "up_proj", **more))
+    files = json.loads(json.dumps(roles.adapter_config("policy"))), roles.adapter_tensors("policy")
+    scales = saved_lora_adapter(*files).scalings
+    assert scales == pytest.approx(roles.scalings("policy")) and len(set(scales.values())) > 1
 
 
 def test_the_top_alone_is_another_function(tmp_path: Path) -> None:

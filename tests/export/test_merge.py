@@ -20,6 +20,8 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from export_fixtures import IDS, FinishedRun, kl, make_run
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -29,6 +31,8 @@ from lowrank_tune import UserError
 from lowrank_tune.cli import app
 from lowrank_tune.errors import TrainingError
 from lowrank_tune.export import MergeReport, merge
+from lowrank_tune.export.merge import _shards, merged_weight
+from lowrank_tune.export.merge_check import NEAR_TIE, RecordedOutputs, _greedy_difference, compare_models
 
 CHILD = """
 import json, sys, torch
@@ -100,6 +104,9 @@ def test_merged_is_what_was_trained_in_several_shards(untied: FinishedRun, tmp_p
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors) and {
         t.dtype for t in tensors
     } == {torch.bfloat16}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        shard = load_file(file)
+        assert len(shard) == 1 or sum(tensor.nbytes for tensor in shard.values()) <= 60_000, file.name
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config and config["tie_word_embeddings"] is False
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 6]
@@ -121,6 +128,39 @@ def test_each_weight_is_rounded_once(untied: FinishedRun, tmp_path: Path) -> Non
         a, b = (lora[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
         exact = dequantize_4bit(packed.data, packed.quant_state).double() + b @ a  # the folded adapter's scale is 1
         assert (found[f"{name}.weight"] == exact.to(torch.bfloat16)).float().mean() > 0.999, name
+
+
+def test_several_adapters_are_added_before_the_one_cast() -> None:
+    """bf16 has 8 binary digits: 256 + 1 is a tie that goes back to 256, however often it is added one by one."""
+    ones = {"layer": (torch.ones(1, 4), torch.ones(3, 1))}
+    found = merged_weight("layer.weight", torch.full((3, 4), 256.0, dtype=torch.bfloat16), [ones, ones])
+    assert found.dtype == torch.bfloat16 and (found == 258.0).all()
+    stream = torch.Generator().manual_seed(0)
+    weight, *factors = (
+        torch.randn(shape, generator=stream) for shape in ((64, 48), (4, 48), (64, 4), (7, 48), (64, 7))
+    )
+    deltas = [
+        {"layer": (factors[0], factors[1])},
+        {"other": (factors[0], factors[1])},
+        {"layer": (factors[2], factors[3])},
+    ]
+    exact = weight.double() + factors[1].double() @ factors[0].double() + factors[3].double() @ factors[2].double()
+    once = merged_weight("layer.weight", weight, deltas) == exact.to(torch.bfloat16)
+    assert once.float().mean() > 0.999
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    limit=st.integers(1, 120),
+)
+def test_shards_hold_all_tensors_in_order_and_stay_within_the_limit(sizes: list[int], limit: int) -> None:
+    shapes = {str(number): (torch.Size((size,)), True) for number, size in enumerate(sizes)}
+    shards = list(_shards(shapes, limit))
+    assert [name for shard in shards for name in shard] == list(shapes)
+    num_bytes = [sum(2 * sizes[int(name)] for name in shard) for shard in shards]
+    assert all(len(shard) == 1 or size <= limit for shard, size in zip(shards, num_bytes, strict=True))
+    for size, following in zip(num_bytes, shards[1:], strict=False):
+        assert size + 2 * sizes[int(following[0])] > limit, "the next tensor had room"
 
 
 def test_a_tied_head_stays_tied_and_the_original_weights_are_another_model(tied: FinishedRun, tmp_path: Path) -> None:
@@ -271,6 +311,36 @@ def test_a_stack_kept_apart_is_merged_whole(tmp_path: Path) -> None:
     )
     merged(made, tmp_path / "out")
     assert kl(made.logits, read_back(tmp_path / "out")) < 1e-3
+
+
+def test_the_reported_kl_is_that_of_the_trained_model(untied: FinishedRun) -> None:
+    """KL(trained || merged) of logits far apart, where the other direction is another number."""
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(untied.base, dtype=torch.float32).eval()
+        merged_logits = model(input_ids=IDS).logits[0, :-1]
+    noise = torch.randn(merged_logits.shape, generator=torch.Generator().manual_seed(4))
+    noise[:6] *= 0.1
+    trained = merged_logits + 2 * noise
+    recorded = RecordedOutputs([IDS[0].tolist()], [1], [trained], [], math.nan, "a text")
+    report = compare_models(untied.base, recorded, frozenset({2}), (torch.device("cpu"), torch.float32), quiet)
+    worst = max(kl(trained[place, None], merged_logits[place, None]) for place in range(len(trained)))
+    assert report.kl == pytest.approx(kl(trained, merged_logits), rel=1e-4)
+    assert report.worst_kl == pytest.approx(worst, rel=1e-4)
+    assert abs(kl(merged_logits, trained) / kl(trained, merged_logits) - 1) > 0.05, "the directions can be told apart"
+
+
+@pytest.mark.parametrize("likeliest", [20.0, 100.0, -20.0])
+def test_two_steps_of_bf16_are_a_near_tie_and_no_more(likeliest: float) -> None:
+    """The step is the distance of two neighbors in bf16 at the size of the logits, as torch has it."""
+    size = torch.tensor(abs(likeliest), dtype=torch.bfloat16)
+    step = float(torch.nextafter(size, torch.tensor(math.inf, dtype=torch.bfloat16)) - size)
+    assert 2 * step > NEAR_TIE
+    for gap, outcome in ((1.9 * step, "near-tie"), (2.1 * step, "parted")):
+        trained = torch.tensor([[0.0, 9.0, 1.0], [likeliest, likeliest - gap, likeliest - 50.0]])
+        merged_logits = trained.clone()
+        merged_logits[1] = torch.tensor([0.0, 1.0, -1.0])
+        assert _greedy_difference(trained, merged_logits, torch.tensor([1, 0])) == outcome
+        assert _greedy_difference(trained, trained, torch.tensor([1, 0])) == "same"
 
 
 def test_what_a_proof_does_not_let_pass() -> None:
