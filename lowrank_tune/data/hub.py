@@ -102,7 +102,8 @@ def _request_info(name: str, revision: str) -> None:
     try:
         HfApi().dataset_info(name, revision=revision or None, timeout=INFO_SECONDS)
     except Exception as error:
-        if UNREACHABLE & {kind.__name__ for kind in type(error).__mro__}:
+        status_code = getattr(getattr(error, "response", None), "status_code", 0)
+        if UNREACHABLE & {kind.__name__ for kind in type(error).__mro__} or status_code >= 500:
             raise HubUnreachable(str(error)) from error
         raise
 

@@ -52,7 +52,7 @@ def check_before_loading(
     for found in findings.values():  # a chain has one base, and what is wrong with it is reported once
         found += base_findings
     sound = _sound_stages(stages, model, findings)
-    if model is not None:
+    if sound and model is not None:
         _extend(findings, disk_findings(sound, folder, model))
     changes: Mapping[str, Mapping[str, Any]] = {}
     if vram_gib is not None and not base_findings:
