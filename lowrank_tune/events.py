@@ -124,13 +124,16 @@ class LogMessage(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RunEnded(Event):
-    """The last event: `status` is done, interrupted or failed."""
+    """The last event: `status` is done, interrupted or failed. This is stage `stage` of `stages` in a chain, also
+    where it failed before its `RunStarted`."""
 
     kind: ClassVar[str] = "run_ended"
     status: Literal["done", "interrupted", "failed"]
     step: int
     seconds: float
     message: str = ""
+    stage: int = 1
+    stages: int = 1
 
 
 Emit = Callable[[Event], None]

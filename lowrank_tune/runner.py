@@ -22,10 +22,12 @@ from lowrank_tune.checkpoint import RunFolder, latest_checkpoint
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, Event, LogMessage, RunEnded, SampleLogged, StepEnd
 from lowrank_tune.export import final_folder
-from lowrank_tune.memory_planner import check_fit, gpu_memory_gib
+from lowrank_tune.memory_planner import gpu_memory_gib
 from lowrank_tune.model.base import Base
 from lowrank_tune.model.oom import DoesNotFit, free_traceback, is_out_of_memory
+from lowrank_tune.preflight import check_before_loading
 from lowrank_tune.recipe import Chain, backends_of, differences, dump, load_any
+from lowrank_tune.recipe.chain import stage_folder
 from lowrank_tune.recipe.memory_rules import suggestions
 from lowrank_tune.signals import TrainerControl, handle_signals
 from lowrank_tune.sinks import EventBus, JsonLines, Sink
@@ -74,12 +76,27 @@ class _SummaryRecorder:
                 self.last = {"step": event.step, **event.stats}
 
     def emit_failure(
-        self, emit: Emit, status: Literal["interrupted", "failed"], step: int, seconds: float, message: str
+        self,
+        emit: Emit,
+        status: Literal["interrupted", "failed"],
+        step: int,
+        seconds: float,
+        message: str,
+        position: StagePosition,
     ) -> None:
         """The last event of a run that broke. The disk may be full by now, and what broke the run is what its user must
         read."""
         with suppress(UserError):
-            emit(RunEnded(status=status, step=int(self.last.get("step", step)), seconds=seconds, message=message))
+            emit(
+                RunEnded(
+                    status=status,
+                    step=int(self.last.get("step", step)),
+                    seconds=seconds,
+                    message=message,
+                    stage=position.number,
+                    stages=position.count,
+                )
+            )
 
     def close(self) -> None: ...
 
@@ -99,16 +116,15 @@ def run(
     """
     loaded = recipe if isinstance(recipe, (settings.RecipeConfig, Chain)) else load_any(recipe, *overrides)
     unsloth_import.import_unsloth(backends_of(loaded))  # refused here where nobody did it in time
-    trackers.check_installed(
-        name for stage in (loaded.stages if isinstance(loaded, Chain) else (loaded,)) for name in stage.train.trackers
-    )
     control, start_time = TrainerControl(), time.time()
     with handle_signals(control) as set_training:  # around the screen too, which must be taken down whatever comes
         context = _RunContext(control, set_training, ui, device, on_event)
         try:
-            if (memory_gib := gpu_memory_gib() if device is None or device.type == "cuda" else None) is not None:
-                context.auto_settings = check_fit(loaded, memory_gib, context.emit)
             path = Path(out) if out else Path("runs") / (loaded.name or "run")
+            planned = RunFolder.pick(path)
+            vram_gib = gpu_memory_gib() if device is None or device.type == "cuda" else None
+            finished = finished_stages(loaded, planned)
+            context.auto_settings = check_before_loading(loaded, planned, finished, vram_gib, context.emit)
             folder = RunFolder.open(path, loaded.to_dict(), dump(loaded), differences, out is not None, context.emit)
             try:
                 if isinstance(loaded, Chain):
@@ -228,6 +244,7 @@ def run_stage(
             step,
             time.time() - start_time,
             message,
+            position,
         )
         raise error
     finally:
@@ -253,7 +270,7 @@ def run_chain(stage_chain: Chain, folder: RunFolder, context: _RunContext, start
     summaries: list[dict[str, Any]] = []
     base: Base | None = None
     for number, name in enumerate((stage.name for stage in stage_chain.stages), 1):
-        path = folder.path / f"{number}-{name}"
+        path = folder.path / stage_folder(number, name)
         finished_summary = summary_of(path)
         if finished_summary is not None and finished_summary["status"] == "done":
             context.emit(
@@ -272,13 +289,11 @@ def run_chain(stage_chain: Chain, folder: RunFolder, context: _RunContext, start
         earlier_events = [
             event for earlier in folders.values() for event in read_events(Path(earlier) / "events.jsonl")
         ]
-        with RunFolder.open(path, recipe.to_dict(), dump(recipe), differences, True, context.emit) as stage_folder:
+        with RunFolder.open(path, recipe.to_dict(), dump(recipe), differences, True, context.emit) as opened:
             try:
-                outcome, base = run_stage(
-                    recipe, stage_folder, context, position, base, folder.console_log, earlier_events
-                )
+                outcome, base = run_stage(recipe, opened, context, position, base, folder.console_log, earlier_events)
             finally:
-                write_html_report(stage_folder)
+                write_html_report(opened)
         summaries.append(outcome.summary)
         folders[name] = str(path.resolve())
         if outcome.status == "interrupted":
@@ -286,6 +301,17 @@ def run_chain(stage_chain: Chain, folder: RunFolder, context: _RunContext, start
     summary = chain_summary(stage_chain, summaries, time.time() - start_time)
     folder.write_json("summary.json", summary)
     return RunResult(summary["status"], folder.path, summary)
+
+
+def finished_stages(loaded: settings.RecipeConfig | Chain, folder: Path) -> frozenset[str]:
+    """The stages of a chain that have ended in its folder, and will be left as they are."""
+    if not isinstance(loaded, Chain):
+        return frozenset()
+    summaries = {
+        stage.name: summary_of(folder / stage_folder(number, stage.name))
+        for number, stage in enumerate(loaded.stages, 1)
+    }
+    return frozenset(name for name, summary in summaries.items() if summary is not None and summary["status"] == "done")
 
 
 def summary_of(path: Path) -> dict[str, Any] | None:
@@ -321,7 +347,7 @@ def chain_summary(stage_chain: Chain, summaries: list[dict[str, Any]], seconds: 
         stages.append(
             {
                 "name": stage.name,
-                "folder": f"{number}-{stage.name}",
+                "folder": stage_folder(number, stage.name),
                 **{key: summary[key] for key in kept_keys if key in summary},
             }
         )

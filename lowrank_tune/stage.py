@@ -241,7 +241,8 @@ class Stage:
         }
         if finished:
             write_atomically(self.folder.final, make_final(self))
-        self.emit(RunEnded(status=status, step=step, seconds=time.time() - start_time))
+        number, count = self.position
+        self.emit(RunEnded(status=status, step=step, seconds=time.time() - start_time, stage=number, stages=count))
         self.folder.write_json("summary.json", self.summary)
 
     def _score_pairs(self, step: int) -> None:

@@ -18,7 +18,7 @@ PACKAGE = Path(lowrank_tune.__file__).parent
 ORDER = (
     "errors events reward_hacking regex unsloth_import settings types dist functional toy model data "
     "generation rewards algorithms recipe checkpoint assembly data_report validation score_completions "
-    "signals trainer memory_planner stage export evaluation sinks trackers ui runner chat doctor cli"
+    "signals trainer memory_planner stage export evaluation sinks trackers preflight ui runner chat doctor cli"
 ).split()
 LAZY = ("__init__", "__main__", "cli")
 """Modules that load first-party code at first use, so that `--help` and a faulty recipe take a second."""

@@ -5,20 +5,30 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from crash import run_fingerprint
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import lowrank_tune.runner as runner
 from lowrank_tune import Chain, UserError, run
 from lowrank_tune.cli import app
-from lowrank_tune.events import Event, LogMessage, RunStarted, StepEnd
+from lowrank_tune.events import Event, LogMessage, RunEnded, RunStarted, StepEnd, from_json
+from lowrank_tune.preflight.base import meta_model
+from lowrank_tune.preflight.disk import disk_need
+from lowrank_tune.preflight.stages import stages_of
 from lowrank_tune.recipe import dump
 from lowrank_tune.types import Row
+from lowrank_tune.ui.panes import View
+from lowrank_tune.ui.render import render
+from lowrank_tune.ui.report.run_log import read_chain
+from lowrank_tune.ui.state import State
+from lowrank_tune.ui.text_layout import plain_text
 from lowrank_tune.validation import select_questions
 
 STAGES = ("1-warm", "2-score", "3-dpo", "4-grpo")
@@ -127,6 +137,25 @@ def test_the_policy_begins_as_its_reference_in_every_stage(finished: tuple[Path,
     assert len(firsts) == 3 and all(abs(kl) < 1e-9 for kl in firsts)
 
 
+def test_the_disk_that_a_chain_takes_is_known_before_it_runs(finished: tuple[Path, list[Event]], cache: None) -> None:
+    """Bytes of tensors on the disk, counted from the files, beside those that the check before a run expects."""
+    out, _ = finished
+    stages = stages_of(Chain.from_dict(chain()), out)
+    model = meta_model(stages[0].recipe.base)
+    for stage in stages:
+        kept = [tensor_bytes(path) for path in (stage.folder / "checkpoints").iterdir()]
+        need = disk_need(stage, model)
+        assert need.checkpoint == pytest.approx(max(kept), rel=0.01)
+        assert need.checkpoints == pytest.approx(sum(kept), rel=0.01)
+        assert need.final == pytest.approx(tensor_bytes(stage.folder / "final"), rel=0.01)
+
+
+def tensor_bytes(folder: Path) -> int:
+    return sum(
+        tensor.nbytes for file in folder.rglob("*.safetensors") for tensor in load_file(file).values() if tensor.ndim
+    )
+
+
 class Cut(Exception):
     """A crash between or within stages."""
 
@@ -174,6 +203,44 @@ def test_a_changed_stage_is_refused_and_a_finished_chain_left_alone(
     half["stages"][1]["train"] = {**half["stages"][1]["train"], "learning_rate": 0.5}
     with pytest.raises(UserError, match=r"another recipe:\n  stages\.score\.train\.learning_rate: was 0\.001, is 0\.5"):
         run(Chain.from_dict(half), out=out, ui="none")
+
+
+def test_the_stage_that_failed_is_named_wherever_it_stands(
+    tmp_path: Path, cache: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It fails while its data and base are prepared, before it starts: the last stage that started is another one."""
+    stages = [
+        {**chain()["stages"][0], "name": name, "evaluate": {"num_completions_to_print": 0}} for name in ("a", "b", "c")
+    ]
+    for stage in stages:
+        stage["train"] = {**stage["train"], "max_steps": 1}
+    build, out = runner.build, tmp_path / "out"
+    for number, name in enumerate("abc", 1):
+        events, screen = list[Event](), State()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "build", partial(_build_but, name, build))
+            with pytest.raises(UserError, match=f"{name} cannot be built"):
+                run(Chain.from_dict(chain(stages=stages)), out=out, ui="plain", on_event=events.append)
+        ends = [event for event in events if isinstance(event, RunEnded)]
+        assert [(event.status, event.stage, event.stages) for event in ends] == [
+            *(("done", earlier, 3) for earlier in range(max(1, number - 1), number)),
+            ("failed", number, 3),
+        ]
+        assert f"stage {number} of 3 failed after step 0" in capsys.readouterr().out
+        for event in events:
+            screen.apply(event)
+        assert f"stage {number} failed" in plain_text(render(screen, View(), 120, 40))
+        (*_, last) = (from_json(json.loads(line)) for line in (out / f"{number}-{name}/events.jsonl").open())
+        assert isinstance(last, RunEnded) and (last.status, last.stage) == ("failed", number)
+        log = read_chain(out)
+        assert log.status == "failed" and list(log.stages) == ["1-a", "2-b", "3-c"]
+        assert [part is not None for part in log.stages.values()] == [place <= number for place in (1, 2, 3)]
+
+
+def _build_but(name: str, build: Any, recipe: Any, *more: Any, **named: Any) -> Any:
+    if recipe.name == name:
+        raise UserError(f"{name} cannot be built")
+    return build(recipe, *more, **named)
 
 
 def test_a_file_of_responses_is_scored(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -28,6 +28,11 @@ def _release_lock_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_release_lock_in_child)
+
+
+def _with_name(path: Path) -> Path:
+    """The path with a last part that another name can be made of."""
+    return path.resolve() if path.name in ("", "..") else path
 
 
 class RunFolder:
@@ -59,14 +64,8 @@ class RunFolder:
         `is_explicit_path`: the person named the folder. Raises `UserError` for a run of another recipe, for a folder
         that is no run, for one in use or one that cannot be written.
         """
-        if path.name in ("", ".."):
-            path = path.resolve()
-        for number in count(1):
-            folder = cls(path if number == 1 else path.with_name(f"{path.name}-{number}"))
-            if (state := folder._state()) == "foreign" and number == 1:
-                raise UserError(f"{path} exists and is no run: give another folder with --out")
-            if state in ("foreign", "finished"):
-                continue
+        path = _with_name(path)
+        for folder in cls._candidates(path):
             try:
                 folder._acquire_lock(emit)
                 if folder._state() == "finished":  # by another process, a moment ago
@@ -76,11 +75,26 @@ class RunFolder:
             except BaseException:
                 folder.close()
                 raise
-            if number > 1:
+            if folder.path != path:
                 message = f"{path} holds a finished run and is left alone: this one goes to {folder.path}"
                 emit(LogMessage(message=message, level="warning" if is_explicit_path else "info"))
             return folder
         raise AssertionError("count never ends")
+
+    @classmethod
+    def pick(cls, path: Path) -> Path:
+        """The folder that `open` would take now. Creates nothing. Raises `UserError` for a folder that is no run."""
+        return next(cls._candidates(_with_name(path))).path
+
+    @classmethod
+    def _candidates(cls, path: Path) -> Iterator[Self]:
+        """The folder, then NAME-2, NAME-3 and so on, without those of finished runs and of something else."""
+        for number in count(1):
+            folder = cls(path if number == 1 else path.with_name(f"{path.name}-{number}"))
+            if (state := folder._state()) == "foreign" and number == 1:
+                raise UserError(f"{path} exists and is no run: give another folder with --out")
+            if state not in ("foreign", "finished"):
+                yield folder
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import compress
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar, cast
@@ -53,12 +53,17 @@ def select_rows(numbered: Iterable[T], mask: RowMask) -> Iterator[T]:
     return iter(numbered) if mask is None else compress(numbered, mask.data)
 
 
-def open_file(path: Path, name: str) -> DataFile:
-    """The reader for a file, by its first bytes."""
+OpenArray = Callable[[Path, str, bool], DataFile]
+"""Opens a file that begins like a JSON array: its path, its name in messages, and whether it is gzipped."""
+
+
+def open_file(path: Path, name: str, open_array: OpenArray | None = None) -> DataFile:
+    """The reader for a file, by its first bytes. `open_array` is the one for JSON arrays, where it is not the reader of
+    the whole array."""
     try:
         with path.open("rb") as file:
             is_gz = file.read(2) == b"\x1f\x8b"
-        with _open_binary(path, is_gz) as file:
+        with open_binary(path, is_gz) as file:
             start = file.read(4096)
             while start.strip() == b"" and (more := file.read(65536)):
                 start = more
@@ -71,8 +76,7 @@ def open_file(path: Path, name: str) -> DataFile:
             return _Table(path, name, is_gz, "\t" if suffix == ".tsv" else ",")
         first = start.removeprefix(BOM).lstrip()[:1]
         if first == b"[":
-            array = _load_array(path, name, is_gz)
-            return _JsonLines(path, name, is_gz) if array is None else _JsonArray(path, name, array)
+            return (open_array or _open_array)(path, name, is_gz)
         if first not in (b"", b"{") and suffix not in (".json", ".jsonl", ".ndjson"):
             raise UserError(f"{name}: it is neither JSON lines, a JSON array, CSV (.csv, .tsv) nor Parquet")
         return _JsonLines(path, name, is_gz)
@@ -80,13 +84,18 @@ def open_file(path: Path, name: str) -> DataFile:
         raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def _open_binary(path: Path, is_gz: bool) -> IO[bytes]:
+def open_binary(path: Path, is_gz: bool) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path, "rb")) if is_gz else path.open("rb")
+
+
+def _open_array(path: Path, name: str, is_gz: bool) -> DataFile:
+    array = _load_array(path, name, is_gz)
+    return _JsonLines(path, name, is_gz) if array is None else _JsonArray(path, name, array)
 
 
 def _load_array(path: Path, name: str, is_gz: bool) -> list[Any] | None:
     """The rows of a JSON array; None where more follows the array, so that it was only a line."""
-    with _open_binary(path, is_gz) as file:
+    with open_binary(path, is_gz) as file:
         data = file.read()
     try:
         return cast(list[Any], json.loads(data.decode("utf-8-sig")))
@@ -120,7 +129,7 @@ class _JsonLines(_File):
 
     def _texts(self) -> Iterator[tuple[int, bytes]]:
         try:
-            with _open_binary(self.path, self.is_gz) as file:
+            with open_binary(self.path, self.is_gz) as file:
                 for line, text in enumerate(file, start=1):
                     text = text.removeprefix(BOM) if line == 1 else text
                     if text.strip():
@@ -145,7 +154,12 @@ def parse_line(text: bytes) -> RawExample | InvalidRow:
         return InvalidRow("not UTF-8")
     except (ValueError, RecursionError):  # ValueError: also a number with thousands of digits
         return InvalidRow("malformed JSON")
-    return row if isinstance(row, dict) else InvalidRow("not an object with columns")
+    return row_of(row)
+
+
+def row_of(value: Any) -> RawExample | InvalidRow:
+    """A value of a JSON file as a row."""
+    return value if isinstance(value, dict) else InvalidRow("not an object with columns")
 
 
 class _JsonArray(_File):
@@ -160,7 +174,7 @@ class _JsonArray(_File):
 
     def rows(self, mask: RowMask) -> Iterator[tuple[int, RawExample | InvalidRow]]:
         for line, row in select_rows(enumerate(self.array, start=1), mask):
-            yield line, row if isinstance(row, dict) else InvalidRow("not an object with columns")
+            yield line, row_of(row)
 
 
 class _Table(_File):
@@ -173,7 +187,7 @@ class _Table(_File):
     def _read(self) -> Iterator[tuple[int, RawExample | InvalidRow]]:
         csv.field_size_limit(sys.maxsize)  # the limit of 131,072 characters is Python's, not the format's
         try:
-            with _open_binary(self.path, self.is_gz) as file:
+            with open_binary(self.path, self.is_gz) as file:
                 reader = csv.DictReader(
                     io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=self.delimiter, restkey="", strict=True
                 )

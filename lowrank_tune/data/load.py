@@ -116,7 +116,7 @@ def load_heldout_prompts(
     selected: list[Prompt] = []
     errors: list[str] = []
     for location, raw in rows:
-        prompt = raw if isinstance(raw, InvalidRow) else _to_prompt(raw, source, format_name, system)
+        prompt = raw if isinstance(raw, InvalidRow) else to_heldout_prompt(raw, source, format_name, system)
         if isinstance(prompt, InvalidRow):
             errors.append(f"{location}: {prompt.reason}")
         else:
@@ -126,7 +126,7 @@ def load_heldout_prompts(
     return selected[:count]
 
 
-def _to_prompt(
+def to_heldout_prompt(
     raw: RawExample, source: settings.SourceConfig, format_name: str, system: str | None
 ) -> Prompt | InvalidRow:
     """The prompt of a row; of a pair the gold answer stands in the chosen side."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lowrank_tune.data.files import SUFFIXES, DataFile, RawExample, RowMask, open_file, select_rows
+from lowrank_tune.data.files import SUFFIXES, DataFile, OpenArray, RawExample, RowMask, open_file, select_rows
 from lowrank_tune.data.formats import InvalidRow
 from lowrank_tune.data.hub import HubRows
 from lowrank_tune.errors import UserError, did_you_mean
@@ -22,6 +22,7 @@ from lowrank_tune.toy import problems
 ROWS_SEED_TAG = 4  # a tag beside those of `mixture`, which keeps the random streams apart
 BUILTIN_DATASETS = ("builtin:arithmetic", "builtin:arithmetic-preferences")
 BUILTIN_SIZES = {"train": 400, "heldout": 200}
+HEAD_ROWS = 1000  # rows that are looked at, at most, to tell what a source holds
 
 
 class RowLocation(NamedTuple):
@@ -49,9 +50,7 @@ class SourceRows:
         self._lengths = [sum(1 for _ in file.lines()) for file in self._files]
         self._start, self._end, self._requested = 0, sum(self._lengths), count
         if not self._end:
-            raise UserError(
-                f"{name}: it is empty; expected JSON lines, a JSON array, CSV or Parquet with at least one row"
-            )
+            raise empty_source(name)
         self._permutation: NDArray[np.int64] | None = None
         if count is not None and count < self._end:
             self._permutation, self._seed = np.random.default_rng([ROWS_SEED_TAG, seed]).permutation(self._end), seed
@@ -90,18 +89,33 @@ class SourceRows:
         return " ".join([file.name + file.content_key() for file in self._files]) + drawn
 
 
+def empty_source(name: str) -> UserError:
+    """The error for a source without any row."""
+    return UserError(f"{name}: it is empty; expected JSON lines, a JSON array, CSV or Parquet with at least one row")
+
+
 def read_source(source: SourceConfig, seed: int) -> SourceRows:
     """The rows of a source. Raises `UserError` where there is none of that name."""
     if source.dataset in BUILTIN_DATASETS:
-        return SourceRows(source.dataset, [_BuiltinRows(source, seed)])
-    path = Path(source.dataset).expanduser()
-    try:
-        is_there = path.exists()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source.dataset}: {error}") from error
-    if not is_there and not _looks_like_a_path(source.dataset):
+        return SourceRows(source.dataset, [BuiltinRows(source, seed)])
+    if is_hub_dataset(source.dataset):
         return SourceRows(source.dataset, [HubRows(source)], source.max_samples, seed)
-    if not is_there:
+    return SourceRows(source.dataset, open_local_files(source), source.max_samples, seed)
+
+
+def is_hub_dataset(name: str) -> bool:
+    """Whether a name that is not built in means a data set of the hub. Raises `UserError` for a path that cannot be
+    one."""
+    try:
+        return not Path(name).expanduser().exists() and not _looks_like_a_path(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def open_local_files(source: SourceConfig, open_array: OpenArray | None = None) -> list[DataFile]:
+    """The file of a source, or all data files of its folder, each by `open_file`. Raises `UserError`."""
+    path = Path(source.dataset).expanduser()
+    if not path.exists():
         raise UserError(_missing(source.dataset, path))
     for name, value, usual in (("name", source.config_name, None), ("split", source.split, "train")):
         if value != usual:
@@ -109,17 +123,14 @@ def read_source(source: SourceConfig, seed: int) -> SourceRows:
                 f"{source.dataset}: `{name}: {value}` is for data sets of the hub, and this is a local path; name "
                 f"the file instead"
             )
-    return SourceRows(
-        source.dataset,
-        [
-            open_file(
-                file, source.dataset if file == path else f"{source.dataset.rstrip('/')}/{file.relative_to(path)}"
-            )
-            for file in _files(path)
-        ],
-        source.max_samples,
-        seed,
-    )
+    return [
+        open_file(
+            file,
+            source.dataset if file == path else f"{source.dataset.rstrip('/')}/{file.relative_to(path)}",
+            open_array,
+        )
+        for file in _files(path)
+    ]
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -161,7 +172,7 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-class _BuiltinRows:
+class BuiltinRows:
     """The built-in problems, or pairs of answers to them."""
 
     def __init__(self, source: SourceConfig, seed: int) -> None:

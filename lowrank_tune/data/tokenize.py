@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from lowrank_tune.data.encode_pairs import encode_pairs
 from lowrank_tune.data.files import RawExample
 from lowrank_tune.data.formats import Conversation, InvalidRow, detect_format, to_conversation, with_system
 from lowrank_tune.data.report import SourceReport
-from lowrank_tune.data.sources import Chunk, SourceRows, read_source
+from lowrank_tune.data.sources import HEAD_ROWS, Chunk, RowLocation, SourceRows, read_source
 from lowrank_tune.data.token_store import Entry, StoreWriter, TokenizedDataset, conversation_hash
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage, Progress
@@ -73,7 +74,15 @@ def cache_folder() -> Path:
         raise UserError("there is no home folder for the cache; name a folder in LOWRANK_TUNE_CACHE") from error
 
 
-def format_of(source: settings.SourceConfig, rows: SourceRows, pairs: bool | None = None) -> str:
+class NamedRows(Protocol):
+    """Rows under the name of their source, as often as they are walked through."""
+
+    @property
+    def name(self) -> str: ...
+    def __iter__(self) -> Iterator[tuple[RowLocation, RawExample | InvalidRow]]: ...
+
+
+def format_of(source: settings.SourceConfig, rows: NamedRows, pairs: bool | None = None) -> str:
     """The shape that the recipe names, or that of the first row that has a known one; with `pairs` told, it must be
     that or not."""
     format_name = source.format if source.format != "auto" else _detect_format(source, rows, bool(pairs))
@@ -90,9 +99,9 @@ def format_of(source: settings.SourceConfig, rows: SourceRows, pairs: bool | Non
     return format_name
 
 
-def _detect_format(source: settings.SourceConfig, rows: SourceRows, pairs: bool) -> str:
+def _detect_format(source: settings.SourceConfig, rows: NamedRows, pairs: bool) -> str:
     faults: list[UserError] = []
-    for _, row in islice(rows, 1000):
+    for _, row in islice(rows, HEAD_ROWS):
         if not isinstance(row, InvalidRow):
             try:
                 return detect_format(row, source.columns, pairs)

@@ -3,7 +3,7 @@ yet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,10 +22,14 @@ from lowrank_tune.recipe.stack import frozen_stage_names, reward_source_stage
 PENDING_PATH = "the adapter of stage "
 
 
-def simulation_specs(loaded: settings.RecipeConfig | Chain, device: str) -> Iterator[SimulationSpec]:
-    """One of a recipe, or of each stage. Raises UserError."""
+def simulation_specs(
+    loaded: settings.RecipeConfig | Chain, device: str, skip: Collection[str] = ()
+) -> Iterator[SimulationSpec]:
+    """One of a recipe, or of each stage but those to `skip`. Raises UserError."""
     kind = torch.device(device)
     if not isinstance(loaded, Chain):
+        if loaded.name in skip:
+            return
         missing = missing_adapters(loaded)
         paths = {name: loaded.adapters[name].model_copy(update={"path": PENDING_PATH + name}) for name in missing}
         pending = loaded.model_copy(update={"adapters": {**loaded.adapters, **paths}})
@@ -33,7 +37,9 @@ def simulation_specs(loaded: settings.RecipeConfig | Chain, device: str) -> Iter
         return
     folders = {stage.name: PENDING_PATH + stage.name for stage in loaded.stages}
     stages = [stage.to_dict() for stage in loaded.stages]
-    for number in range(len(stages)):
+    for number, planned in enumerate(loaded.stages):
+        if planned.name in skip:
+            continue
         reward_stage = reward_source_stage(stages, number)
         reward_base_adapters = (
             None

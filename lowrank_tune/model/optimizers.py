@@ -26,12 +26,7 @@ def make_optimizer(
     betas, decay = (train.adam_beta1, train.adam_beta2), train.weight_decay
     if train.optim == "adamw":
         return torch.optim.AdamW(parameters, lr=train.learning_rate, betas=betas, weight_decay=decay, fused=True)
-    if device.type != "cuda" and train.optim.startswith("paged_"):
-        raise UserError(
-            f"train.optim: {train.optim} moves its states between a card and the machine's memory, and there "
-            f"is no card; "
-            f"say {train.optim.removeprefix('paged_')}"
-        )
+    check_optimizer(train, device.type)
     import bitsandbytes.optim as optim  # heavy, and asked for by few
 
     kinds = {
@@ -40,6 +35,16 @@ def make_optimizer(
         "paged_adamw_8bit": optim.PagedAdamW8bit,
     }
     return kinds[train.optim](parameters, lr=train.learning_rate, betas=betas, weight_decay=decay)  # type: ignore[no-any-return]
+
+
+def check_optimizer(train: settings.TrainingConfig, device_type: str) -> None:
+    """Raises UserError for an optimizer that this kind of device has no use for."""
+    if device_type != "cuda" and train.optim.startswith("paged_"):
+        raise UserError(
+            f"train.optim: {train.optim} moves its states between a card and the machine's memory, and there "
+            f"is no card; "
+            f"say {train.optim.removeprefix('paged_')}"
+        )
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from lowrank_tune.errors import ConfigError
 from lowrank_tune.recipe import messages
 from lowrank_tune.recipe.chain import Chain
 from lowrank_tune.recipe.extends import find_preset, read_recipe
+from lowrank_tune.recipe.located import locate
 from lowrank_tune.recipe.memory_rules import MEMORY_SETTINGS
 from lowrank_tune.recipe.presets import Preset, list_presets
 from lowrank_tune.recipe.recipe import Recipe
@@ -37,6 +38,7 @@ __all__ = [
     "from_dict",
     "load",
     "load_any",
+    "locate",
     "presets",
     "schema",
     "list_presets",

@@ -23,6 +23,11 @@ from lowrank_tune.recipe.stack import conflicts, frozen_adapters_of, frozen_stag
 from lowrank_tune.recipe.yaml_nodes import Node, SourcePosition, from_python, nearest_node, to_python
 
 
+def stage_folder(number: int, name: str) -> str:
+    """The name of a stage's folder within that of its chain; stages are numbered from 1."""
+    return f"{number}-{name}"
+
+
 class ChainHeader(settings.Settings):
     """What a chain says of itself."""
 
@@ -149,7 +154,10 @@ class Chain:
         return cls(
             head.name,
             head.description,
-            tuple(_stage_recipe(each, reward_source_stage(data, index) is not None) for index, each in enumerate(data)),
+            tuple(
+                _stage_recipe(each, reward_source_stage(data, index) is not None).with_source(drafts[index].tree)
+                for index, each in enumerate(data)
+            ),
         )
 
 
@@ -164,16 +172,20 @@ def _check_stage(draft: StageDraft, data: Mapping[str, Any], findings: Sequence[
 
 
 def _dedupe_problems(drafts: Sequence[StageDraft]) -> list[ConfigProblem]:
-    """Faults under the names of their stages; what stands wrong in all of them stands in what they share, and is told
+    """Faults of the stages whose layers could be read, under their names."""
+    return label_problems([(draft.label, draft.problems) for draft in drafts if not draft.unresolved_parent])
+
+
+def label_problems(problems_by_stage: Sequence[tuple[str, Sequence[ConfigProblem]]]) -> list[ConfigProblem]:
+    """Faults under the names of their stages; what is wrong in all of them stands in what they share, and is reported
     once."""
-    checked = [draft for draft in drafts if not draft.unresolved_parent]
-    counts = Counter(problem for draft in checked for problem in set(draft.problems))
+    counts = Counter(problem for _, problems in problems_by_stage for problem in set(problems))
     return [
         problem
-        if counts[problem] == len(checked) > 1
-        else replace(problem, key=".".join(filter(None, ["stages", draft.label, problem.key])))
-        for draft in checked
-        for problem in draft.problems
+        if counts[problem] == len(problems_by_stage) > 1
+        else replace(problem, key=".".join(filter(None, ["stages", label, problem.key])))
+        for label, problems in problems_by_stage
+        for problem in problems
     ]
 
 

@@ -7,14 +7,22 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, PrivateAttr, ValidationError, model_validator
 
 from lowrank_tune import settings
 from lowrank_tune.errors import ConfigError, ConfigProblem, UserError
 from lowrank_tune.recipe import messages, rules
 from lowrank_tune.recipe.extends import OVERRIDE_POSITION, apply_overrides, parse_overrides, read_recipe
 from lowrank_tune.recipe.raw_settings import Finding
-from lowrank_tune.recipe.yaml_nodes import Node, Path, SourcePosition, from_python, nearest_node, to_python
+from lowrank_tune.recipe.yaml_nodes import (
+    Node,
+    Path,
+    SourcePosition,
+    SourceTree,
+    from_python,
+    nearest_node,
+    to_python,
+)
 
 MAX_PROBLEMS = 50
 NO_MAPPING = "a recipe must be a mapping"
@@ -22,6 +30,8 @@ NO_MAPPING = "a recipe must be a mapping"
 
 class Recipe(settings.RecipeConfig):
     """One run, complete and without contradictions."""
+
+    _source: SourceTree = PrivateAttr(default_factory=SourceTree)
 
     @classmethod
     def load(cls, preset_or_path: str | os.PathLike[str], *overrides: str) -> Self:
@@ -62,6 +72,20 @@ class Recipe(settings.RecipeConfig):
             section.pop(path[-1], None)
         return data
 
+    def with_source(self, tree: Node) -> Self:
+        """This recipe, whose settings stand in a tree."""
+        self._source = SourceTree(tree)
+        return self
+
+    def problem(self, path: Path, message: str) -> ConfigProblem:
+        """A fault of a setting, at the line where it is written, or where it would have been."""
+        return nearest_node(self._source.root, path).position.problem(message, path)
+
+    @property
+    def source_file(self) -> str:
+        """The file that it was read from; an empty string where it was made in Python."""
+        return self._source.root.position.file
+
     @model_validator(mode="before")
     @classmethod
     def _without_contradictions(cls, data: Any) -> Any:
@@ -81,7 +105,7 @@ class Recipe(settings.RecipeConfig):
         ]
         if problems:
             raise ConfigError(sorted_problems(problems, tree.position.file))
-        return cls.model_validate(data)
+        return cls.model_validate(data).with_source(tree)
 
 
 def problems_in(model: type[BaseModel], data: Any, findings: Iterable[Finding] = ()) -> dict[tuple[Path, str], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank_tune.errors import ConfigProblem
@@ -31,6 +31,13 @@ class Node:
 
     value: Any
     position: SourcePosition
+
+
+@dataclass(frozen=True)
+class SourceTree:
+    """The tree that a recipe was read from. It takes no part in comparisons: equal settings make equal recipes."""
+
+    root: Node = field(default_factory=lambda: Node({}, SourcePosition()), compare=False)
 
 
 def dotted(path: Path) -> str:

@@ -7,7 +7,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from lowrank_tune.events import Evaluated, StepEnd
+from lowrank_tune.events import Evaluated, RunEnded, RunStarted, StepEnd
 from lowrank_tune.ui import escape_control_chars
 from lowrank_tune.ui.metrics import POLICY, heldout_parts, reward_label, reward_names
 
@@ -141,6 +141,13 @@ def validation_line(event: Evaluated, colon: str = "") -> str:
     return f"{label} after step {event.step}{colon or '  '}{format_stats(stats)}" + (
         "  best so far" if event.best else ""
     )
+
+
+def stage_of(event: RunEnded, started: RunStarted | None) -> tuple[int, int]:
+    """Which stage of how many ended. One that failed before its `RunStarted` is named by its own event alone; in logs
+    of versions whose `RunEnded` has no stage the last `RunStarted` names it."""
+    source = event if event.stages > 1 or started is None else started
+    return source.stage, source.stages
 
 
 def clock(seconds: float) -> str:

@@ -25,7 +25,7 @@ from lowrank_tune.events import (
     StepEnd,
 )
 from lowrank_tune.ui import escape_control_chars
-from lowrank_tune.ui.formatting import EtaEstimator, clock, format_stats, number, signed, validation_line
+from lowrank_tune.ui.formatting import EtaEstimator, clock, format_stats, number, signed, stage_of, validation_line
 from lowrank_tune.ui.metrics import PAIR_SIDES, WITHOUT_REFERENCE
 
 _STYLES = {"warning": "33", "good": "32", "quiet": "2"}  # yellow, green, dim
@@ -40,7 +40,7 @@ class LineLogger:
         self.terminal = self.file.isatty() and environ.get("TERM", "dumb") != "dumb"
         self._color = self.terminal and not environ.get("NO_COLOR")
         self._eta = EtaEstimator()
-        self._stage = ""  # of which stage of a chain a line tells that would say too little without it
+        self._last_start: RunStarted | None = None
         self._tokens, self._seconds = 0, 0.0
         self._bar: Bar | None = None
         self._task: tuple[str, TaskID] | None = None
@@ -70,7 +70,9 @@ class LineLogger:
         elif isinstance(event, RunEnded):
             # Why it failed is what the run raises, and what the command line then prints.
             style = "good" if event.status == "done" else "warning"
-            self._print(f"{self._stage}{event.status} after step {event.step} in {clock(event.seconds)}", style)
+            index, count = stage_of(event, self._last_start)
+            stage = f"stage {index} of {count} " if count > 1 else ""
+            self._print(f"{stage}{event.status} after step {event.step} in {clock(event.seconds)}", style)
 
     def close(self) -> None:
         """Takes a bar off the screen, and gives the cursor back."""
@@ -91,7 +93,7 @@ class LineLogger:
     def _started(self, event: RunStarted) -> None:
         where = f" on {event.device}" if event.device else ""
         trained = f"{event.trainable:,} trained parameters"
-        self._stage = f"stage {event.stage} of {event.stages} " if event.stages > 1 else ""
+        self._last_start = event
         stage = f", stage {event.stage} of {event.stages}" if event.stages > 1 else ""
         self._print(
             f"run {event.name}{stage}: {event.algorithm} of {event.model}{where}, {event.steps} steps, {trained}"

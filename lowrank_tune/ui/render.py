@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowrank_tune.ui.diagnose import diagnose
-from lowrank_tune.ui.formatting import METRIC_FORMATS, clock
+from lowrank_tune.ui.formatting import METRIC_FORMATS, clock, stage_of
 from lowrank_tune.ui.group_pane import group_pane
 from lowrank_tune.ui.metrics import SIDE_TITLES, WITHOUT_REFERENCE, reward_label
 from lowrank_tune.ui.panes import View, chart_names, chart_pane, format_value, help_pane, keys_of, log_pane, sample_pane
@@ -69,7 +69,8 @@ def render_several(states: Sequence[State], view: View, width: int, height: int)
 def status(state: State, view: View) -> tuple[str, str]:
     """How the run stands, in a word or a few, and the style of that."""
     if state.ended is not None:
-        stage = f"stage {state.started.stage} " if state.started is not None and state.started.stages > 1 else ""
+        index, count = stage_of(state.ended, state.started)
+        stage = f"stage {index} " if count > 1 else ""
         return (
             f"{stage}{sanitize(state.ended.status)} in {clock(state.ended.seconds)}",
             "good" if state.ended.status == "done" else "bad",

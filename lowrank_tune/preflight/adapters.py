@@ -1,0 +1,53 @@
+"""The adapters of files: read as the run will read them, and laid over each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lowrank_tune.assembly import check_adapter_lineage
+from lowrank_tune.assembly.reward_model import REWARD_ROLE, reward_model_base
+from lowrank_tune.assembly.stacks import frozen_adapters
+from lowrank_tune.errors import UserError
+from lowrank_tune.events import Event
+from lowrank_tune.model.adapters import SavedAdapter, read_adapter
+from lowrank_tune.preflight.findings import findings_of
+from lowrank_tune.preflight.stages import PlannedStage
+from lowrank_tune.recipe.raw_settings import Finding
+
+
+def adapter_findings(stage: PlannedStage) -> Iterator[Finding]:
+    """Adapters that are not there, are none, or lack what they were trained over. Of a stage that has ended only those
+    that later ones lay below theirs; those that an earlier stage names are its own findings."""
+    kept = frozen_adapters(stage.recipe)
+    names = [name for name, _ in stage.saved_adapters() if name in kept or not stage.is_finished]
+    saved: dict[str, SavedAdapter] = {}
+    for name in names:
+        try:
+            saved[name] = read_saved_adapter(stage, name)
+        except UserError as error:
+            if name not in stage.inherited:
+                yield from findings_of(error, ("adapters", name, "path"))
+    if stage.is_finished or stage.waits_for_others or len(saved) < len(names):
+        return
+    try:
+        _check_stack(stage, saved)
+    except UserError as error:
+        yield from findings_of(error, ("adapters",))
+
+
+def read_saved_adapter(stage: PlannedStage, name: str) -> SavedAdapter:
+    """An adapter of a stage that lies in a file. Raises UserError."""
+    has_head = name == REWARD_ROLE or name in stage.complete.extra_adapters
+    return read_adapter(str(stage.complete.adapters[name].path), f"adapters.{name}.path", head=has_head)
+
+
+def _check_stack(stage: PlannedStage, saved: dict[str, SavedAdapter]) -> None:
+    recipe = stage.complete
+    if any(adapter.frozen_adapters for adapter in saved.values()):
+        check_adapter_lineage(recipe, saved, _ignore_event)
+    if REWARD_ROLE in saved and recipe.trained_adapter != REWARD_ROLE:
+        reward_model_base(saved, [name for name in frozen_adapters(recipe) if name in saved])
+
+
+def _ignore_event(event: Event) -> None:
+    """The run itself reports how it takes its adapters."""

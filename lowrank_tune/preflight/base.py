@@ -1,0 +1,52 @@
+"""The base by its configuration alone, and what a recipe asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lowrank_tune import settings
+from lowrank_tune.errors import UserError
+from lowrank_tune.model.adapters import lora_config
+from lowrank_tune.model.base import check_quantization, describe_load_errors, load_config
+from lowrank_tune.model.optimizers import check_optimizer
+from lowrank_tune.preflight.findings import findings_of
+from lowrank_tune.preflight.stages import PlannedStage
+from lowrank_tune.recipe.raw_settings import Finding
+
+
+def meta_model(base: settings.BaseConfig) -> Any:
+    """The base without weights. Raises UserError as `load_base`."""
+    config = load_config(base)
+    check_quantization(config, base)
+    with describe_load_errors(base) as (_, arguments), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=arguments["trust_remote_code"])
+
+
+def optimizer_findings(stage: PlannedStage, on_gpu: bool) -> Iterator[Finding]:
+    """An optimizer that this device has not."""
+    try:
+        check_optimizer(stage.recipe.train, "cuda" if on_gpu else "cpu")
+    except UserError as error:
+        yield from findings_of(error, ("train", "optim"))
+
+
+def target_findings(stage: PlannedStage, model: Any) -> Iterator[Finding]:
+    """Modules that an adapter is to be put on, and the base has not."""
+    recipe = stage.recipe
+    for name in (recipe.trained_adapter, *recipe.extra_adapters):
+        adapter = recipe.adapters.get(name)
+        if adapter is None or adapter.path is not None:
+            continue
+        try:
+            lora_config(adapter, model)
+        except UserError as error:
+            ((path, sentence),) = findings_of(error, ("adapters",))
+            is_about_targets = path == ("adapters",)
+            yield (
+                ("adapters", name, "target_modules") if is_about_targets else path,
+                sentence.removeprefix("target_modules: "),
+            )

@@ -1,0 +1,176 @@
+"""The sources of a recipe by their first rows: whether they are there, have the columns, and serve the algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from lowrank_tune import settings
+from lowrank_tune.assembly import ONLINE_ALGORITHMS
+from lowrank_tune.assembly.rl import make_row_check
+from lowrank_tune.data import InvalidRow, PromptExample, RowLocation, SourceReport
+from lowrank_tune.data.encode_pairs import pair_of
+from lowrank_tune.data.files import RawExample
+from lowrank_tune.data.head import read_head
+from lowrank_tune.data.hub import HubUnreachable, hub_columns
+from lowrank_tune.data.load import to_heldout_prompt
+from lowrank_tune.data.prompts import MISSING_ANSWER
+from lowrank_tune.data.sources import BUILTIN_DATASETS, HEAD_ROWS, is_hub_dataset
+from lowrank_tune.data.tokenize import NamedRows, conversation, format_of
+from lowrank_tune.errors import UserError
+from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.recipe.raw_settings import Finding
+from lowrank_tune.recipe.yaml_nodes import Path
+from lowrank_tune.settings import SourceConfig
+
+MAX_COLUMNS = 12  # names of columns that a sentence lists
+MISSING_HELDOUT_ANSWER = "no gold answer to compare with"
+RowCheck = Callable[[RawExample, str], str | None]
+"""Why a row of a format cannot be used; None where it can."""
+
+
+def sources_of(recipe: settings.RecipeConfig) -> Iterator[tuple[Path, SourceConfig]]:
+    """Every source of a recipe and where it stands."""
+    for index, source in enumerate(recipe.data.train):
+        yield ("data", "train", index), source
+    if recipe.algorithm not in ONLINE_ALGORITHMS:
+        for index, source in enumerate(recipe.data.validation):
+            yield ("data", "validation", index), source
+    if recipe.evaluate.eval_dataset is not None:
+        yield ("evaluate", "eval_dataset"), recipe.evaluate.eval_dataset
+
+
+class DataCheck:
+    """Looks into the sources of recipes. Once the hub does not answer, it is asked no more."""
+
+    def __init__(self, emit: Emit) -> None:
+        self.emit, self.hub_answers = emit, True
+
+    def findings(self, recipe: settings.RecipeConfig) -> Iterator[Finding]:
+        """Sources that are not there, or hold nothing that the recipe could use."""
+        rejection = _rejection_by_rewards(recipe)
+        for path, source in sources_of(recipe):
+            is_heldout = path[0] == "evaluate"
+            pairs = None if is_heldout else recipe.uses_pairs
+            try:
+                if source.dataset in BUILTIN_DATASETS or not is_hub_dataset(source.dataset):
+                    head = read_head(source, recipe.seed)
+                    check = _heldout_check(source, recipe) if is_heldout else _row_check(source, recipe, rejection)
+                    _check_rows(source, head, format_of(source, head, pairs), check)
+                else:
+                    self._check_hub(source, pairs)
+            except UserError as error:
+                key = "columns" if source.columns and "column" in str(error) else "dataset"
+                yield (*path, key), str(error)
+
+    def _check_hub(self, source: SourceConfig, pairs: bool | None) -> None:
+        """Raises UserError for a data set of the hub that cannot be had, or lacks columns by its description."""
+        try:
+            columns = hub_columns(source) if self.hub_answers else None
+        except HubUnreachable:
+            self.hub_answers, columns = False, None
+            self.emit(
+                LogMessage(
+                    message=f"{source.dataset}: not checked before the run, as the hub does not answer; it is used "
+                    "where it lies in the cache",
+                    level="warning",
+                )
+            )
+        if columns is None:
+            return
+        format_of(source, ColumnNames(source.dataset, columns), pairs)
+        if absent := [name for name in source.columns.values() if name not in columns]:
+            raise UserError(f"{source.dataset}: has no column `{absent[0]}`; it has {_listed(columns)}")
+
+
+@dataclass(frozen=True)
+class ColumnNames:
+    """A data set of which the names of its columns are known: one row without values."""
+
+    name: str
+    columns: Sequence[str]
+
+    def __iter__(self) -> Iterator[tuple[RowLocation, RawExample | InvalidRow]]:
+        yield RowLocation(self.name, 1), dict.fromkeys(self.columns, "")
+
+
+def _check_rows(source: SourceConfig, head: NamedRows, format_name: str, check: RowCheck) -> None:
+    """Raises UserError where none of the first rows can be used. Reads up to the first that can."""
+    report = SourceReport(head.name, format_name)
+    columns: dict[str, None] = {}
+    for location, row in head:
+        reason = row.reason if isinstance(row, InvalidRow) else check(row, format_name)
+        if reason is None:
+            return
+        report.read += 1
+        report.count_dropped(reason, str(location))
+        columns |= {} if isinstance(row, InvalidRow) else dict.fromkeys(map(str, row))
+    rows = f"its {report.read:,} rows" if report.read < HEAD_ROWS else f"its first {report.read:,} rows"
+    raise UserError(f"{head.name}: none of {rows} can be used: {report.reasons()}{_cure(report, sorted(columns))}")
+
+
+def _cure(report: SourceReport, columns: Sequence[str]) -> str:
+    if not columns:
+        return ""
+    if any("column" in reason for reason in report.dropped):
+        return f"; the rows have {_listed(columns)}: name yours with `columns:`"
+    if any("gold answer" in reason for reason in report.dropped):
+        return f"; the rows have {_listed(columns)}: name its place with `ground_truth:` or `columns: {{gold: ...}}`"
+    return ""
+
+
+def _row_check(
+    source: SourceConfig, recipe: settings.RecipeConfig, rejection: Callable[[PromptExample], str | None]
+) -> RowCheck:
+    system = recipe.data.system_prompt
+
+    def check_pair(row: RawExample, format_name: str) -> str | None:
+        return _reason(pair_of(row, source, system))
+
+    def check_row(row: RawExample, format_name: str) -> str | None:
+        return _reason(conversation(row, source, format_name, system))
+
+    def check_prompt(row: RawExample, format_name: str) -> str | None:
+        chat = conversation(row, source, format_name, system, require_answer=False)
+        if isinstance(chat, InvalidRow):
+            return chat.reason
+        if recipe.needs_ground_truth and chat.ground_truth is None:
+            return MISSING_ANSWER
+        last = next(message for message in reversed(chat.messages) if message.role != "assistant")
+        return rejection(PromptExample((), last.content, chat.ground_truth, row))
+
+    if recipe.algorithm in ONLINE_ALGORITHMS:
+        return check_prompt
+    return check_pair if recipe.uses_pairs else check_row
+
+
+def _heldout_check(source: SourceConfig, recipe: settings.RecipeConfig) -> RowCheck:
+    def check(row: RawExample, format_name: str) -> str | None:
+        prompt = to_heldout_prompt(row, source, format_name, recipe.data.system_prompt)
+        if isinstance(prompt, InvalidRow):
+            return prompt.reason
+        return MISSING_HELDOUT_ANSWER if prompt.ground_truth is None else None
+
+    return check
+
+
+def _rejection_by_rewards(recipe: settings.RecipeConfig) -> Callable[[PromptExample], str | None]:
+    """Why the rewards of a recipe could not score the completions of a row. Rewards that cannot be made are findings of
+    their own (`reward_findings`), and reject no row."""
+    try:
+        return make_row_check(recipe)
+    except UserError:
+        return _accept_all
+
+
+def _reason(result: object) -> str | None:
+    return result.reason if isinstance(result, InvalidRow) else None
+
+
+def _accept_all(example: PromptExample) -> None:
+    return None
+
+
+def _listed(columns: Sequence[str]) -> str:
+    more = ", ..." if len(columns) > MAX_COLUMNS else ""
+    return ", ".join(columns[:MAX_COLUMNS]).encode("utf-8", "replace").decode() + more

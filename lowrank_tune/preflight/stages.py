@@ -1,0 +1,75 @@
+"""The stages of a recipe as the checks see them: what each will load, and what of it another stage is still to make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lowrank_tune import settings
+from lowrank_tune.recipe import Chain
+from lowrank_tune.recipe.chain import stage_folder
+from lowrank_tune.recipe.stack import frozen_adapters_of
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage of a run; a single recipe is a chain of one."""
+
+    recipe: settings.RecipeConfig
+    """As it was written."""
+    complete: settings.RecipeConfig
+    """With the adapters that earlier stages lay below it."""
+    folder: Path
+    """Where it is written."""
+    is_finished: bool
+    inherited: frozenset[str] = frozenset()
+    """Adapters of files that an earlier stage names, and this one does not."""
+    pending: Mapping[Path, settings.AdapterConfig] = field(default_factory=dict)
+    """Folders of earlier stages that have not ended, and the adapters that they train."""
+
+    def pending_adapter(self, name: str) -> settings.AdapterConfig | None:
+        """The settings of an adapter that an earlier stage is still to train; None for any other."""
+        path = self.complete.adapters[name].path
+        if path is None:
+            return None
+        resolved = Path(path).expanduser().resolve()
+        return self.pending.get(resolved.parent if resolved.name == "final" else resolved)
+
+    def saved_adapters(self) -> Iterator[tuple[str, str]]:
+        """Name and path of the adapters that lie in files already."""
+        for name, adapter in self.complete.adapters.items():
+            if adapter.path is not None and self.pending_adapter(name) is None:
+                yield name, adapter.path
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether one of its adapters is still to be trained."""
+        return any(self.pending_adapter(name) is not None for name in self.complete.adapters)
+
+
+def stages_of(
+    loaded: settings.RecipeConfig | Chain, folder: Path, finished: frozenset[str] = frozenset()
+) -> list[PlannedStage]:
+    """The stages of a recipe that is run in a folder, where those called `finished` have ended."""
+    if not isinstance(loaded, Chain):
+        return [PlannedStage(loaded, loaded, folder, is_finished=False)]
+    data = [recipe.to_dict() for recipe in loaded.stages]
+    folders = [(folder / stage_folder(number, recipe.name)).resolve() for number, recipe in enumerate(loaded.stages, 1)]
+    paths = {recipe.name: str(path) for recipe, path in zip(loaded.stages, folders, strict=True)}
+    stages: list[PlannedStage] = []
+    pending: dict[Path, settings.AdapterConfig] = {}
+    for index, (recipe, path) in enumerate(zip(loaded.stages, folders, strict=True)):
+        stages.append(
+            PlannedStage(
+                recipe,
+                loaded.recipe_of(index, paths),
+                path,
+                recipe.name in finished,
+                frozenset(frozen_adapters_of(data, index)) - recipe.adapters.keys(),
+                dict(pending),
+            )
+        )
+        if recipe.name not in finished:
+            pending[path] = recipe.adapters[recipe.trained_adapter]
+    return stages
