@@ -130,7 +130,8 @@ def split_number(text: str) -> tuple[NumericAnswer, str] | None:
 def _number_from_match(match: re.Match[str]) -> NumericAnswer | None:
     number = _to_fraction(match["top"])
     if match["bottom"] is not None:
-        if not (bottom := _to_fraction(match["bottom"])):
+        bottom = _to_fraction(match["bottom"])
+        if not bottom or match["whole"] is not None and number >= bottom:
             return None
         number = number / bottom + int(match["whole"] or 0)
     negative = "-" in (match["sign"], match["back"])

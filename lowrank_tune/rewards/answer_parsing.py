@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lowrank_tune.rewards.answer import NumericAnswer, split_number
+from lowrank_tune.rewards.answer import VARIABLE_PREFIX, NumericAnswer, split_number
 from lowrank_tune.rewards.plus_minus import expand_plus_minus
 from lowrank_tune.rewards.units import without_unit
 
@@ -106,7 +106,7 @@ def compare_exact(answer: str, ground_truth: str) -> bool | None:
             expected_number or parse_decimal_comma(ground_truth),
         )
     if number is not None and expected_number is not None:
-        return number.equals(expected_number)
+        return number.equals(expected_number) and not _have_other_names(answer, ground_truth)
     if is_text(ground_truth):
         return normalize_text(answer) == normalize_text(ground_truth)
     if is_text(answer):
@@ -218,9 +218,16 @@ def _compare_in_base(answer: str, ground_truth: str) -> bool | None:
     )
 
 
+def _have_other_names(answer: str, ground_truth: str) -> bool:
+    """Whether both name what has the value, as x = 5, and with different names."""
+    names = [VARIABLE_PREFIX.match(text) for text in (answer, ground_truth)]
+    found = {name[0].strip(" =") for name in names if name is not None}
+    return len(found) == 2
+
+
 def _compare_lists(answer: str, ground_truth: str) -> bool | None:
-    """Two lists of numbers: points and intervals in their order and with their brackets, sets and bare lists in any
-    order."""
+    """Two lists of numbers without names: points and intervals in their order and with their brackets, sets and bare
+    lists in any order."""
     actual, expected = _parse_list(answer), _parse_list(ground_truth)
     if actual is None or expected is None or actual[0] != expected[0]:
         return None
@@ -245,6 +252,6 @@ def _parse_list(text: str) -> tuple[str, list[NumericAnswer]] | None:
         inner = text[2:-2]
     elif text[:1] in ("(", "[") and text[-1:] in (")", "]"):
         brackets, inner = text[0] + text[-1], text[1:-1]
-    values = [parse_exact_number(part) for part in inner.split(",")]
+    values = [None if "=" in part else parse_exact_number(part) for part in inner.split(",")]
     numbers = [value for value in values if value is not None]
     return (brackets, numbers) if len(numbers) == len(values) > 1 else None

@@ -28,9 +28,8 @@ OPERATORS = frozenset(
     "lcm binom alpha beta gamma delta epsilon theta kappa lambda sigma omega infinity".split()
 )
 NOUN = re.compile(r"(?=.*[aeiou]|.*[^\x00-\x7f])[^\W\d_][^\W\d_'-]{2,}", re.I)
-PLAIN_NOUN = re.compile(
-    r"(?=.*[aeiou])(?:[^\W\d_]{3,}s|[^\W\d_]{5,})", re.I
-)  # in a formula: longer than a product of letters
+# in a formula, where letters are also a product, a longer word
+PLAIN_NOUN = re.compile(r"(?=.*[aeiou])(?:[^\W\d_]{3,}s|[^\W\d_]{5,})", re.I)
 POWER = r"(?: ?\^ ?\{?[23]\}?)?"
 UPRIGHT = re.compile(r"(?<=[\d})a-z]) ?\\text ?\{([^{}]*)\}" + POWER + r"(?: ?/ ?\\text ?\{([^{}]*)\}" + POWER + r")?$")
 PLAIN = re.compile(r"(?<=[\d})])( ?)([A-Za-z][A-Za-z '/-]{0,40})" + POWER + "$")
@@ -55,12 +54,13 @@ def is_unit(text: str) -> bool:
 
 def _consists_of_units(text: str, letters: frozenset[str], noun: re.Pattern[str] | None) -> bool:
     parts = [part.rstrip(".") for part in PARTS.split(text) if part.strip(".")]
-    return bool(parts) and all(_is_unit_word(part, letters, noun) for part in parts)
+    named = [part for part in parts if part not in SMALL_WORDS or part in SYMBOLS]
+    return bool(named) and all(_is_unit_word(part, letters, noun) for part in named)
 
 
 def _is_unit_word(word: str, letters: frozenset[str], noun: re.Pattern[str] | None) -> bool:
     lower = word.casefold()
-    if word in letters or word in SYMBOLS or word in SMALL_WORDS:
+    if word in letters or word in SYMBOLS:
         return True
     if lower in OPERATORS:
         return False

@@ -35,14 +35,14 @@ def answers_are_equal(ground_truth: Any, answer: Any, is_set: bool) -> bool:
     point, answer_point = coordinates(ground_truth), coordinates(answer)
     if members is not None and answer_members is not None:
         return have_equal_members(members, answer_members)
+    if members is not None and len(members) == 1:
+        return answers_are_equal(members[0], answer, is_set=False)
+    if answer_members is not None and len(answer_members) == 1:
+        return answers_are_equal(ground_truth, answer_members[0], is_set=False)
     if sympy.Tuple in (type(ground_truth), type(answer)) and point is not None and answer_point is not None:
         return are_equal_in_order(point, answer_point)
     if members is not None and answer_point is not None or answer_members is not None and point is not None:
         return not is_set and are_equal_in_order(members or point or (), answer_members or answer_point or ())
-    if isinstance(ground_truth, sympy.Expr) and answer_members is not None:
-        return len(answer_members) == 1 and answers_are_equal(ground_truth, answer_members[0], is_set)
-    if isinstance(answer, sympy.Expr) and members is not None:
-        return len(members) == 1 and answers_are_equal(members[0], answer, is_set)
     return values_are_equal(ground_truth, answer)
 
 
