@@ -34,16 +34,15 @@ UNICODE_TO_LATEX = str.maketrans(
         "\u00b3": "^3",
         "\u00b1": r"\pm ",
         "\u221a": r"\sqrt",
-        "\u00b0": "",
         "\u222a": r"\cup ",
     }
 )
 TRAILING_MARKS = re.compile(r"[ ,;]*(?:(?<!\.)\.)?[ ,;]*$")  # a full stop, but not the three dots of what goes on
 ESCAPED_COMMAND = re.compile(r"\\\\(?=[a-zA-Z])")  # a command with a backslash too many; in a matrix it ends a row
 LATEX_SPACES = re.compile(r"(?<!\\)\\[!,;: ]|\\q?quad\b|~|\s+")
-LATEX_LAYOUT = re.compile(
-    r"\\(?:left|right)(?![a-z])\.?|\\(?:displaystyle|limits)\b|\^ ?\{? ?\\circ ?\}?|\\?\$|(?<!\\)\\[()\[\]]"
-)
+LATEX_LAYOUT = re.compile(r"\\(?:left|right)(?![a-z]) ?(?=[|()\[\]\\/<>.])\.?|(?<!\\)\\[()\[\]]")
+# where a digit follows, what looks like one number is none
+LATEX_SIGNS = re.compile(r"\\(?:displaystyle|limits)\b|(?:\^ ?(?:\\circ|\{ ?\\circ ?\})|\u00b0)(?! ?\d)|(?<!\d)\\?\$|\\?\$(?!\d)")
 SPACE = re.compile(r"\\[,;: ]|~| ")
 EQUIVALENT_LATEX: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r"\\[dtc]frac(?![a-z])"), r"\\frac"),
@@ -123,7 +122,9 @@ def is_number_with_base(text: str) -> bool:
 def parse_exact_number(text: str) -> NumericAnswer | None:
     """The number that a normalized answer is; `x =` in front and a unit behind do not count."""
     found = split_number(without_unit(text))
-    return found[0] if found is not None and found[1] in ("", ".") else None
+    if found is None or found[1] not in ("", ".") or "=" in text and not VARIABLE_PREFIX.match(text):
+        return None
+    return found[0]
 
 
 def parse_decimal_comma(text: str) -> NumericAnswer | None:
@@ -181,7 +182,7 @@ def normalize_latex(text: str) -> str:
     text = text.translate(UNICODE_TO_LATEX)
     if "\\begin" not in text:
         text = ESCAPED_COMMAND.sub(r"\\", text)
-    text = LATEX_LAYOUT.sub("", text)
+    text = LATEX_SIGNS.sub(" ", LATEX_LAYOUT.sub("", text))
     for pattern, plain in EQUIVALENT_LATEX:
         text = pattern.sub(plain, text)
     return TRAILING_MARKS.sub("", LATEX_SPACES.sub(" ", text).lstrip(" ,;"))

@@ -19,15 +19,16 @@ CLOSING = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",)}
 TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|[^\\ ]", re.DOTALL)
 TEXT_ARGUMENT = re.compile(r"(\\text ?)\{[^{}]*\}")
 MISREAD = (
-    (re.compile(r"\\(?:[lcvd]?dots[bcmio]?)(?![a-zA-Z])|\.\.|\u2026"), "leaves something out"),
+    (re.compile(r"\\(?:[lcvd]?dots[bcmio]?)|\.\.|\u2026"), "leaves something out"),
     (
-        re.compile(r"\\(?:[hv]?phantom|vrule|vcenter|vbox|vskip|vspace|hfil)(?![a-zA-Z])"),
+        re.compile(r"\\(?:[hv]?phantom|vrule|vcenter|vbox|vskip|vspace|hfil)"),
         "has a command for the layout",
     ),
     (re.compile(r"(?<![\d._^])(?:\d*\.)?\d+ +[\d.]"), "has two numbers side by side"),
     (re.compile(r"\.\d+\.\d|\d\.\d+\."), "has a number with two decimal points"),
     (re.compile(r"[\d)] ?_"), "has an index behind a number"),
-    (re.compile(r"['\"]"), "has a quotation mark"),
+    (re.compile(r"(?<!matrix\}) ?\^ ?(?:T(?![a-zA-Z])|\{ ?T ?\}|\{? ?\\top)"), "has the transpose of no matrix"),
+    (re.compile(r"['\"$\u00b0]|\^ ?\{? ?\\circ"), "has a sign in a place where it means nothing"),
     (re.compile(r"(?:^|[(\[{,;=<>]) ?[-+] ?[-+]"), "begins with two signs"),
 )
 MIXED_NUMBER = re.compile(r"(?<![\d._^])\d+ ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}")

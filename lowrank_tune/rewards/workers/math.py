@@ -79,7 +79,10 @@ def parse_expression(text: str) -> Any:
     if not isinstance(expression, (sympy.Basic, sympy.MatrixBase)):
         raise MathParseError("is not read as mathematics")
     check_size(expression if isinstance(expression, sympy.Basic) else sympy.ImmutableMatrix(expression))
-    expression = evaluate(expression if isinstance(expression, sympy.Float) else to_exact(expression))
+    try:
+        expression = evaluate(expression if isinstance(expression, sympy.Float) else to_exact(expression))
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise MathParseError("has no value") from error
     if expression.has(sympy.nan, sympy.zoo):
         raise MathParseError("has no value")
     return expression
