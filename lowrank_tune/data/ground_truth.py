@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 GROUND_TRUTH_COLUMNS = ("gold", "expected_answer", "ground_truth", "final_answer")
 THOUSANDS_SEPARATED = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 HASHES_END = re.compile(r"####[^\n]*+(?:\s*\nThe answer is[^\n]*+)?\s*\Z")  # GSM8K's end, and MetaMathQA's
+MAX_BOXES, MAX_SEPARATOR_CHARS = 20, 80  # boxes of one answer, characters between two of them
+TEXT_COMMAND = re.compile(r"\\text ?\{([^{}]*)\}")
+MATH_DELIMITERS = re.compile(r"\$|\\[()\[\],;:! ]|\\q?quad\b|\s+")
+SEPARATOR = re.compile(
+    r" *(?:(?:[\w()]+ +){0,4}(?:and|or) *|[,;] *(?:(?:and|or) +)?)?(?:[A-Za-z]\w{0,3}(?:_\{?\w+\}?)? *= *)?"
+)
 WHOLE_NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?%?")
 
 
@@ -25,7 +31,7 @@ def extract_answer(
     if rule == "hashes":
         return answer_after_hashes(answer)
     if rule == "boxed":
-        return last_boxed(answer)
+        return boxed_answer(answer)
     if rule == "last_number":
         return last_number(answer)
     column = _column(row, columns)
@@ -37,7 +43,7 @@ def extract_answer(
     if extracted is None:
         extracted = column
     if extracted is None:
-        extracted = last_boxed(answer)
+        extracted = boxed_answer(answer)
     if extracted is None and accept_bare_number and WHOLE_NUMBER.fullmatch(answer.strip()):
         extracted = _without_separators(answer)
     return extracted
@@ -52,17 +58,70 @@ def answer_after_hashes(text: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     r"""The contents of the last closed `\boxed{...}`, with nested braces; `\{` and `\}` do not count."""
-    end = len(text)
-    while (start := text.rfind("\\boxed", 0, end)) >= 0:
-        opening = start + len("\\boxed")
-        while opening < len(text) and text[opening] == " ":
-            opening += 1
-        if opening < len(text) and text[opening] == "{":
-            closing = _closing_brace(text, opening)
-            if closing is not None:
-                return _without_separators(text[opening + 1 : closing]) or None
+    box = _last_box(text, len(text))
+    return None if box is None else box.contents or None
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""The contents of the last closed `\boxed{...}`, or of the boxes at the end that make one list.
+
+    `\boxed{1} and \boxed{2}` is `1, 2`; a box that repeats another counts once. A sentence between boxes parts them.
+    """
+    box = _last_box(text, len(text))
+    contents: list[str] = []
+    while box is not None and len(contents) < MAX_BOXES:
+        contents.append(box.contents)
+        before = _last_box(text, box.start)
+        joined = before is not None and before.end <= box.start and _is_separator(text[before.end : box.start])
+        box = before if joined else None
+    return ", ".join(dict.fromkeys(each for each in reversed(contents) if each)) or None
+
+
+def unclosed_box(text: str) -> str | None:
+    r"""What begins with the last `\boxed{` of a text, where no brace closes it."""
+    opening = _last_opening(text, len(text))
+    if opening is None or _closing_brace(text, opening[1]) is not None:
+        return None
+    return text[opening[0] :]
+
+
+class _Box(NamedTuple):
+    """A closed box: where it begins, where it ends, and what it holds."""
+
+    start: int
+    end: int
+    contents: str
+
+
+def _last_box(text: str, end: int) -> _Box | None:
+    """The last closed box that begins before `end`."""
+    while (opening := _last_opening(text, end)) is not None:
+        start, brace = opening
+        closing = _closing_brace(text, brace)
+        if closing is not None:
+            return _Box(start, closing + 1, _without_separators(text[brace + 1 : closing]))
         end = start
     return None
+
+
+def _last_opening(text: str, end: int) -> tuple[int, int] | None:
+    r"""Where the last `\boxed` with a brace behind it begins before `end`, and where that brace stands."""
+    while (start := text.rfind("\\boxed", 0, end)) >= 0:
+        brace = start + len("\\boxed")
+        while brace < len(text) and text[brace] == " ":
+            brace += 1
+        if brace < len(text) and text[brace] == "{":
+            return start, brace
+        end = start
+    return None
+
+
+def _is_separator(text: str) -> bool:
+    r"""Whether a text between two boxes makes one list of them: nothing, a comma, `and`, `papers and`, `and $y =`."""
+    if len(text) > MAX_SEPARATOR_CHARS:
+        return False
+    plain = MATH_DELIMITERS.sub(" ", TEXT_COMMAND.sub(r" \1 ", text))
+    return SEPARATOR.fullmatch(plain) is not None
 
 
 def _closing_brace(text: str, opening: int) -> int | None:

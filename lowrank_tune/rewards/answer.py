@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from lowrank_tune.data.ground_truth import answer_after_hashes, last_boxed
+from lowrank_tune.data.ground_truth import answer_after_hashes
 from lowrank_tune.rewards.base import RewardInput, Score, truncate_for_display
+from lowrank_tune.rewards.completion_box import extract_box
+from lowrank_tune.rewards.units import is_unit
 
 TAIL_CHARS = 4000  # characters at the end of a completion that may hold its answer: a hostile text costs milliseconds
 MAX_NUMBER_CHARS = 100  # characters of a number
@@ -32,12 +34,10 @@ FULL_NUMBER = re.compile(
     r"(?P<percent> ?%)?"
 )
 VARIABLE_PREFIX = re.compile(r"[A-Za-z]\w{0,19} ?= ?")
-UNIT = re.compile(
-    r" ?(?!(?:hundred|thousand|million|billion|trillion|dozen)s?\b)(?:[^\W\d_]{2}[^\d+*/^=<>-]{0,40}|[mgslhjnwv])", re.I
-)
 CHOICE_PATTERN = re.compile(r"\(\w\)")  # (b) of several
 LATEX = (
-    (re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"), r" \1/\2"),
+    (re.compile(r"(?<=\d) ?\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"), r" \1/\2"),
+    (re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"), r"\1/\2"),
     (re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}"), r" \1"),
     (re.compile(r"\{,\}|,\\!"), ","),
     (re.compile(r"\\[!,; ]|\\(?:left|right)\b"), " "),
@@ -91,7 +91,7 @@ class AnswerReward:
 def extract_final_answer(completion: str) -> str | None:
     """The final answer as it was written."""
     tail = completion[-TAIL_CHARS:]
-    answer = last_boxed(tail)
+    answer = extract_box(completion)
     if answer is None:
         answer = answer_after_hashes(tail)
     return answer if answer is not None else _last_number(tail)
@@ -107,21 +107,31 @@ def answers_match(answer: str, ground_truth: str) -> bool:
 
 def parse_number(text: str) -> NumericAnswer | None:
     """The number that a text is; `x =` in front and a unit behind do not count. None for anything else."""
+    found = split_number(text)
+    if found is None:
+        return None
+    number, rest = found
+    rest = rest.rstrip(". ")
+    return number if not rest or is_unit(rest) else None
+
+
+def split_number(text: str) -> tuple[NumericAnswer, str] | None:
+    """The number at the beginning of a text, with `x =` in front or without, and what stands behind it."""
     text = _strip_latex(text)
     if name := VARIABLE_PREFIX.match(text):
         text = text[name.end() :]
     match = FULL_NUMBER.match(text)
     if match is None or match.end() > MAX_NUMBER_CHARS or (match["sign"] and match["back"]):
         return None
-    if (rest := text[match.end() :].rstrip(". ")) and not UNIT.fullmatch(rest):
-        return None
-    return _number_from_match(match)
+    number = _number_from_match(match)
+    return None if number is None else (number, text[match.end() :])
 
 
 def _number_from_match(match: re.Match[str]) -> NumericAnswer | None:
     number = _to_fraction(match["top"])
     if match["bottom"] is not None:
-        if not (bottom := _to_fraction(match["bottom"])):
+        bottom = _to_fraction(match["bottom"])
+        if not bottom or match["whole"] is not None and number >= bottom:
             return None
         number = number / bottom + int(match["whole"] or 0)
     negative = "-" in (match["sign"], match["back"])

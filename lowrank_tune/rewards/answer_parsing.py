@@ -1,27 +1,22 @@
 r"""What stands written as an answer, and what can be decided about it without algebra: exactly, in microseconds, in
 this process.
 
-`extract_final_answer` finds the answer in a completion, `compare_exact` compares it with the gold one: multiple choice
-by its letters, numbers as exact rationals, lists of numbers, and words as text. It says None where only algebra can
-tell. All patterns are linear in the text.
+`compare_exact` compares the answer of a completion (`final_answer.py`) with the gold one: multiple choice by its
+letters, numbers as exact rationals, lists of numbers, and words as text. It returns None where only algebra can decide;
+`to_algebraic_form` is then what both are compared in. All patterns are linear in the text.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
-from lowrank_tune.data.ground_truth import answer_after_hashes, last_boxed
-from lowrank_tune.rewards.answer import TAIL_CHARS, NumericAnswer, parse_number
-from lowrank_tune.rewards.answer import extract_final_answer as last_number
+from lowrank_tune.rewards.answer import VARIABLE_PREFIX, NumericAnswer, split_number
+from lowrank_tune.rewards.plus_minus import expand_plus_minus
+from lowrank_tune.rewards.units import without_unit
 
-MAX_CHARS = 1000  # characters of an answer
-MAX_DIGITS, MAX_DEPTH, MAX_EXPONENT_DEPTH = 200, 30, 3  # of one number, of brackets in brackets, of powers in exponents
 MAX_WORDS = 3  # words of an answer that is compared as text
-
-ANSWER_MARKER = re.compile(r"answer(?: is| was|\s?[:=])[ :]{0,3}([^\n]{1,300})", re.I)
-INLINE_MATH = re.compile(r"\$([^$\n]{1,300})\$|\\\(([^\n$]{1,300}?)\\\)")
-NUMERAL = re.compile(r"\d")
 
 UNICODE_TO_LATEX = str.maketrans(
     {
@@ -39,24 +34,28 @@ UNICODE_TO_LATEX = str.maketrans(
         "\u00b3": "^3",
         "\u00b1": r"\pm ",
         "\u221a": r"\sqrt",
-        "\u00b0": "",
         "\u222a": r"\cup ",
     }
 )
+TRAILING_MARKS = re.compile(r"[ ,;]*(?:(?<!\.)\.)?[ ,;]*$")  # a full stop, but not the three dots of what goes on
+ESCAPED_COMMAND = re.compile(r"\\\\(?=[a-zA-Z])")  # a command with a backslash too many; in a matrix it ends a row
 LATEX_SPACES = re.compile(r"(?<!\\)\\[!,;: ]|\\q?quad\b|~|\s+")
-LATEX_LAYOUT = re.compile(
-    r"\\(?:left|right)(?![a-z])\.?|\\(?:displaystyle|limits)\b|\^ ?\{? ?\\circ ?\}?|\\?\$|(?<!\\)\\[()\[\]]"
-)
-EQUIVALENT_LATEX = (
+LATEX_LAYOUT = re.compile(r"\\(?:left|right)(?![a-z]) ?(?=[|()\[\]\\/<>.])\.?|(?<!\\)\\[()\[\]]")
+# where a digit follows, what looks like one number is none
+LATEX_SIGNS = re.compile(r"\\(?:displaystyle|limits)\b|(?:\^ ?(?:\\circ|\{ ?\\circ ?\})|\u00b0)(?! ?\d)|(?<!\d)\\?\$|\\?\$(?!\d)")
+SPACE = re.compile(r"\\[,;: ]|~| ")
+EQUIVALENT_LATEX: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r"\\[dtc]frac(?![a-z])"), r"\\frac"),
     (re.compile(r"\\(leq|geq)slant(?![a-z])"), r"\\\1"),
     (re.compile(r"\\_"), "_"),
     (re.compile(r"(?<![\\a-zA-Z])infinity\b"), r"\\infty"),
     (re.compile(r"\\(?:textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|rm)(?=\{)"), r"\\text"),
-    (re.compile(r"\{,\}"), ","),
+    (re.compile(r" ?(?:\\text ?\{ ?(?:percent|pct)\.? ?\}|\b(?:percent|pct)\b)"), r"\\%"),
     (re.compile(r"\\lt(?![a-z])"), "<"),
     (re.compile(r"\\gt(?![a-z])"), ">"),
-    (re.compile(r"(?<=\d),\\!(?=\d{3})"), ""),
+    (re.compile(r"(?<=\d) ?(?:,|\{ ?, ?\}) ?\\! ?(?=\d{3}(?!\d))"), ""),
+    (re.compile(r"(?<=\d) ?\{ ?, ?\} ?(?=\d)"), ","),
+    (re.compile(r"(?<![\d.,_^])\d{1,3}(?:(?:\\[,;: ]|~| )\d{3})+(?!\d)"), lambda match: SPACE.sub("", match[0])),
 )
 TEXT_COMMAND = re.compile(r"\\text ?\{([^{}]*)\}")
 CHOICE_LETTERS = re.compile(r"[A-J](?:(?: ?, ?| and )[A-J]){0,9}")
@@ -69,14 +68,13 @@ HEADING = re.compile(r"(?:Part|Step|Case|Task|Method|Section|Teil)\b")
 LOWERCASE_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]*[a-z][A-Za-z]*")
 SHORT_WORDS = frozenset({"yes", "no", "odd", "one", "two", "six", "ten", "all", "none"})
 MATH_WORDS = frozenset({"sqrt", "frac", "sin", "cos", "tan", "log", "exp", "min", "max", "mod", "and"})
-UNIT = re.compile(
-    r"(?<=[\d})a-z]) ?\\text ?\{ ?(?! ?(?:and|or|if|hundred|thousand|[mbtr]+illion|dozen)\b)[^{}]*\}(?: ?\^ "
-    r"?\{?[23]\}?)?$"
-)
 SET_BUILDER = re.compile(r"\\\{ ?[a-zA-Z] ?(?:\\mid|\\vert|\\in ?\\mathbb ?\{?R\}? ?\||\|) ?([^|]*)\\\}")
+BARE_NUMERATOR = re.compile(r"\\frac ?([0-9a-zA-Z]) ?(?=\{)")
 BARE_FRACTION = re.compile(r"\\frac ?(\\[a-zA-Z]+|\w) ?(\\[a-zA-Z]+|\w)(?![\w{])")
-NUMBER_WITH_BASE = re.compile(r"(?P<digits>[0-9]{1,100})(?: ?_ ?\{?(?P<base>[0-9]{1,2})\}?)?")
-OPEN, CLOSE = "([{", ")]}"
+NUMBER_WITH_BASE = re.compile(r"(?P<digits>[0-9]{1,100}|\([0-9]{1,100}\)(?= ?_))(?: ?_ ?\{?(?P<base>[0-9]{1,2})\}?)?")
+DECIMAL_COMMA = re.compile(r"[-+]?(?:0,[0-9]+|[0-9]+,(?:[0-9]{1,2}|[0-9]{4,}))")
+PRIME = re.compile(r"\\text ?\{[^{}]*\}|(?<=[a-zA-Z])('{1,3})(?!')")
+PRODUCT = re.compile(r"(?:(?<![\d._^])\d+|\)) ?(?=\(|\\(?:lfloor|lceil|[dt]?binom)(?![a-z]))|\) ?(?=\d)")
 
 
 class Choice(NamedTuple):
@@ -84,58 +82,6 @@ class Choice(NamedTuple):
 
     letters: frozenset[str]
     rest: str
-
-
-def extract_final_answer(completion: str) -> str:
-    r"""The final answer as it was written: the last box, else after the last `####`, else after the last "answer is" or
-    "answer:".
-
-    Without these it is the last formula in `$ $` or `\( \)`, or the last number where that comes later, else the last
-    characters.
-    """
-    tail = completion[-TAIL_CHARS:]
-    for answer in (last_boxed(tail), answer_after_hashes(tail)):
-        if answer is not None:
-            return answer
-    marked = None
-    for marked in ANSWER_MARKER.finditer(tail):  # noqa: B007
-        pass
-    if marked is not None:
-        line = marked[1].strip()
-        inside = INLINE_MATH.search(line)
-        return (inside[1] or inside[2]) if inside else line.split(". ")[0].strip(" .*")
-    formula = None
-    for formula in INLINE_MATH.finditer(tail):  # noqa: B007
-        pass
-    if formula is not None and not NUMERAL.search(tail, formula.end()):
-        return formula[1] or formula[2]
-    return last_number(tail) or tail.strip()
-
-
-def too_large_reason(text: str) -> str | None:
-    """Why an answer is too large to be read, if it is: nothing that a person would write as one."""
-    if len(text) > MAX_CHARS:
-        return f"is longer than {MAX_CHARS} characters"
-    if re.search(rf"\d{{{MAX_DIGITS + 1}}}", text):
-        return f"has a number of more than {MAX_DIGITS} digits"
-    depth = max_depth = exponent_depth = max_exponent_depth = 0
-    exponents: list[bool] = []
-    previous = ""
-    for letter in text:
-        if letter in OPEN:
-            exponents.append(previous == "^")
-            depth, exponent_depth = depth + 1, exponent_depth + exponents[-1]
-            max_depth, max_exponent_depth = max(max_depth, depth), max(max_exponent_depth, exponent_depth)
-        elif letter in CLOSE and exponents:
-            depth, exponent_depth = depth - 1, exponent_depth - exponents.pop()
-        previous = previous if letter == " " else letter
-    if max_depth > MAX_DEPTH:
-        return f"has brackets {max_depth} deep (at most {MAX_DEPTH})"
-    if max_exponent_depth > MAX_EXPONENT_DEPTH:
-        return f"has a tower of {max_exponent_depth} powers (at most {MAX_EXPONENT_DEPTH})"
-    if text.count("!!!") or "\x00" in text:
-        return "is no mathematics"
-    return None
 
 
 def compare_exact(answer: str, ground_truth: str) -> bool | None:
@@ -152,9 +98,14 @@ def compare_exact(answer: str, ground_truth: str) -> bool | None:
         answer = actual.rest
     if (in_base := _compare_in_base(answer, ground_truth)) is not None:
         return in_base
-    number, expected_number = parse_number(answer), parse_number(ground_truth)
+    number, expected_number = parse_exact_number(answer), parse_exact_number(ground_truth)
+    if (number is None) != (expected_number is None):
+        number, expected_number = (
+            number or parse_decimal_comma(answer),
+            expected_number or parse_decimal_comma(ground_truth),
+        )
     if number is not None and expected_number is not None:
-        return number.equals(expected_number)
+        return number.equals(expected_number) and not _have_other_names(answer, ground_truth)
     if is_text(ground_truth):
         return normalize_text(answer) == normalize_text(ground_truth)
     if is_text(answer):
@@ -162,17 +113,43 @@ def compare_exact(answer: str, ground_truth: str) -> bool | None:
     return _compare_lists(answer, ground_truth)
 
 
+def is_number_with_base(text: str) -> bool:
+    """Whether a normalized answer is a number with its base, as 101_2."""
+    match = NUMBER_WITH_BASE.fullmatch(text)
+    return match is not None and match["base"] is not None
+
+
+def parse_exact_number(text: str) -> NumericAnswer | None:
+    """The number that a normalized answer is; `x =` in front and a unit behind do not count."""
+    found = split_number(without_unit(text))
+    if found is None or found[1] not in ("", ".") or "=" in text and not VARIABLE_PREFIX.match(text):
+        return None
+    return found[0]
+
+
+def parse_decimal_comma(text: str) -> NumericAnswer | None:
+    """The number that 1000,99 is, or 0,125: the comma of neither separates thousands."""
+    text = without_unit(text)
+    return parse_exact_number(text.replace(",", ".")) if DECIMAL_COMMA.fullmatch(text) else None
+
+
 def to_algebraic_form(text: str) -> str:
-    r"""What algebra shall read: without the letter of a choice, a unit behind, and `\{x |` around a condition."""
+    r"""What algebra shall read: without the letter of a choice, a unit behind, and `\{x |` around a condition.
+
+    Written out are the sign of a product before a bracket, and both values of a number with one \pm; a prime becomes an
+    index.
+    """
     text = normalize_latex(text)
     chosen = parse_choice(text)
     if chosen is not None and chosen.rest:
         text = chosen.rest
-    without = UNIT.sub("", text).strip()
-    text = without or text
+    text = without_unit(text).strip()
     if builder := SET_BUILDER.fullmatch(text):
         text = builder[1]
-    return BARE_FRACTION.sub(r"\\frac{\1}{\2}", text).rstrip(" .,;")
+    text = BARE_NUMERATOR.sub(r"\\frac{\1}", text)
+    text = BARE_FRACTION.sub(r"\\frac{\1}{\2}", text).rstrip(" ,;")
+    text = PRIME.sub(lambda match: match[0] if match[1] is None else f"_{{{'prime' * len(match[1])}}}", text)
+    return expand_plus_minus(PRODUCT.sub(r"\g<0> \\cdot ", text))
 
 
 def words(text: str) -> list[str]:
@@ -202,10 +179,13 @@ def normalize_text(text: str) -> str:
 
 def normalize_latex(text: str) -> str:
     """Without what only sets the type; several ways to write one thing become one."""
-    text = LATEX_LAYOUT.sub("", text.translate(UNICODE_TO_LATEX))
+    text = text.translate(UNICODE_TO_LATEX)
+    if "\\begin" not in text:
+        text = ESCAPED_COMMAND.sub(r"\\", text)
+    text = LATEX_SIGNS.sub(" ", LATEX_LAYOUT.sub("", text))
     for pattern, plain in EQUIVALENT_LATEX:
         text = pattern.sub(plain, text)
-    return LATEX_SPACES.sub(" ", text).lstrip(" ,;").rstrip(" .,;")
+    return TRAILING_MARKS.sub("", LATEX_SPACES.sub(" ", text).lstrip(" ,;"))
 
 
 def parse_choice(text: str) -> Choice | None:
@@ -222,26 +202,33 @@ def parse_choice(text: str) -> Choice | None:
 
 def _compare_in_base(answer: str, ground_truth: str) -> bool | None:
     """Two numbers of which one names its base, as 101_2: the same digits where the gold one does, else the same
-    number."""
+    number. Anything else is no such number."""
     actual, expected = (NUMBER_WITH_BASE.fullmatch(text) for text in (answer, ground_truth))
-    if actual is None or expected is None or not (actual["base"] or expected["base"]):
+    if expected is None or not (expected["base"] or actual is not None and actual["base"]):
         return None
+    if actual is None:
+        return False
+    digits, expected_digits = (match["digits"].strip("()").lstrip("0") for match in (actual, expected))
     if expected["base"]:
-        return actual["digits"].lstrip("0") == expected["digits"].lstrip("0") and actual["base"] in (
-            None,
-            expected["base"],
-        )
+        return digits == expected_digits and actual["base"] in (None, expected["base"])
     base = int(actual["base"])
     return (
         1 < base <= 36
-        and all(int(letter) < base for letter in actual["digits"])
-        and int(actual["digits"], base) == int(expected["digits"])
+        and all(int(letter) < base for letter in digits)
+        and int(digits or "0", base) == int(expected_digits or "0")
     )
 
 
+def _have_other_names(answer: str, ground_truth: str) -> bool:
+    """Whether both name what has the value, as x = 5, and with different names."""
+    names = [VARIABLE_PREFIX.match(text) for text in (answer, ground_truth)]
+    found = {name[0].strip(" =") for name in names if name is not None}
+    return len(found) == 2
+
+
 def _compare_lists(answer: str, ground_truth: str) -> bool | None:
-    """Two lists of numbers: points and intervals in their order and with their brackets, sets and bare lists in any
-    order."""
+    """Two lists of numbers without names: points and intervals in their order and with their brackets, sets and bare
+    lists in any order."""
     actual, expected = _parse_list(answer), _parse_list(ground_truth)
     if actual is None or expected is None or actual[0] != expected[0]:
         return None
@@ -266,6 +253,6 @@ def _parse_list(text: str) -> tuple[str, list[NumericAnswer]] | None:
         inner = text[2:-2]
     elif text[:1] in ("(", "[") and text[-1:] in (")", "]"):
         brackets, inner = text[0] + text[-1], text[1:-1]
-    values = [parse_number(part) for part in inner.split(",")]
+    values = [None if "=" in part else parse_exact_number(part) for part in inner.split(",")]
     numbers = [value for value in values if value is not None]
     return (brackets, numbers) if len(numbers) == len(values) > 1 else None

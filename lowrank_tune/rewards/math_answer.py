@@ -17,20 +17,22 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from lowrank_tune.errors import UserError
-from lowrank_tune.rewards.answer import parse_number
 from lowrank_tune.rewards.answer_parsing import (
     HEADING,
     MAX_WORDS,
     compare_exact,
-    extract_final_answer,
+    is_number_with_base,
     is_text,
     normalize_latex,
     parse_choice,
+    parse_exact_number,
     to_algebraic_form,
-    too_large_reason,
     words,
 )
 from lowrank_tune.rewards.base import Reply, RewardInput, Score, WorkerReward, truncate_for_display
+from lowrank_tune.rewards.completion_box import extract_box
+from lowrank_tune.rewards.final_answer import extract_final_answer
+from lowrank_tune.rewards.latex_syntax import too_large_reason, unreadable_reason
 from lowrank_tune.rewards.pool import score_serially
 
 INSTALL_COMMAND = "pip install 'lowrank-tune[verifiers]'"
@@ -56,21 +58,23 @@ class MathAnswerReward(WorkerReward):
         ground_truth = item.ground_truth
         if ground_truth is None or not ground_truth.strip():
             return "there is none"
-        if reason := too_large_reason(ground_truth):
+        reference = reference_answer(ground_truth)
+        if reason := too_large_reason(reference):
             return reason
-        plain = normalize_latex(ground_truth)
-        if ground_truth.rstrip().endswith(":") or HEADING.match(plain):
+        plain = normalize_latex(reference)
+        if reference.rstrip().endswith(":") or HEADING.match(plain):
             return "is a heading"
         if (
-            parse_number(plain) is not None
+            parse_exact_number(plain) is not None
             or is_text(plain)
             and len(plain.split()) <= MAX_WORDS
             or parse_choice(plain) is not None
+            or is_number_with_base(plain)
         ):
             return None
         if len(words(plain)) > MAX_WORDS or is_text(plain):
             return "is prose, which no rule can compare"
-        return None
+        return unreadable_reason(to_algebraic_form(reference))
 
     def score_without_worker(self, item: RewardInput) -> Score | None:
         if reason := self.row_rejection_reason(item):
@@ -78,16 +82,19 @@ class MathAnswerReward(WorkerReward):
         if not item.stopped:
             return Score(0.0, "fail", "did not stop")
         assert item.ground_truth is not None
-        answer = extract_final_answer(item.completion)
+        answer, reference = extract_final_answer(item.completion), reference_answer(item.ground_truth)
         if reason := too_large_reason(answer):
-            return Score(0.0, "fail", f"{truncate_for_display(answer, 40)} {reason}")
-        correct = compare_exact(answer, item.ground_truth)
-        return None if correct is None else self._score(correct, answer, item.ground_truth)
+            return self._unreadable(answer, reason)
+        correct = compare_exact(answer, reference)
+        if correct is not None:
+            return self._score(correct, answer, reference)
+        reason = unreadable_reason(to_algebraic_form(answer))
+        return self._unreadable(answer, reason) if reason else None
 
     def build_request(self, item: RewardInput) -> Mapping[str, Any]:
         return {
             "found": to_algebraic_form(extract_final_answer(item.completion)),
-            "gold": to_algebraic_form(item.ground_truth or ""),
+            "gold": to_algebraic_form(reference_answer(item.ground_truth or "")),
         }
 
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
@@ -98,16 +105,19 @@ class MathAnswerReward(WorkerReward):
             return self._ground_truth_error(item, value["gold"])
         answer = extract_final_answer(item.completion)
         if "found" in value:
-            return Score(0.0, "fail", f"{truncate_for_display(answer, 40)} {value['found']}")
+            return self._unreadable(answer, value["found"])
         if not value["same"] and reply["steep"]:  # sympy takes a want of memory for a reason to stop trying
             return self.on_worker_crash(item, "met its limit on memory")
-        return self._score(value["same"], answer, item.ground_truth or "")
+        return self._score(value["same"], answer, reference_answer(item.ground_truth or ""))
 
     def on_timeout(self, item: RewardInput, seconds: float) -> Score:
         return Score(None, "timeout", f"`{self.name}` could not tell within {seconds:g} s on {item}")
 
     def on_worker_crash(self, item: RewardInput, reason: str) -> Score:
         return Score(None, "error", f"`{self.name}`: the verifier {reason} on {item}")
+
+    def _unreadable(self, answer: str, reason: str) -> Score:
+        return Score(0.0, "fail", f"{truncate_for_display(answer, 40)} {reason}")
 
     def _score(self, correct: bool, answer: str, ground_truth: str) -> Score:
         return Score(
@@ -123,6 +133,11 @@ class MathAnswerReward(WorkerReward):
             else f"the gold answer {truncate_for_display(item.ground_truth, 60)}"
         )
         return Score(None, "error", f"`{self.name}`: {which} {reason}, for {item}")
+
+
+def reference_answer(ground_truth: str) -> str:
+    r"""The gold answer of a row; of a whole solution it is what its last `\boxed{}` holds."""
+    return extract_box(ground_truth) or ground_truth
 
 
 def make_math_answer(name: str) -> MathAnswerReward:

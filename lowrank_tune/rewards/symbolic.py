@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lowrank_tune.rewards.answer_parsing import extract_final_answer
 from lowrank_tune.rewards.base import Reply, RewardInput, Score, WorkerReward, truncate_for_display
+from lowrank_tune.rewards.final_answer import extract_final_answer
 from lowrank_tune.rewards.math_answer import require_packages
 from lowrank_tune.rewards.pool import score_serially
 from lowrank_tune.rewards.workers.expression import ExpressionParseError, parse_expression

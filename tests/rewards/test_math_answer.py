@@ -23,8 +23,10 @@ import pytest
 from lowrank_tune.data.ground_truth import extract_answer
 from lowrank_tune.errors import UserError
 from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
-from lowrank_tune.rewards.answer_parsing import compare_exact, extract_final_answer, too_large_reason
+from lowrank_tune.rewards.answer_parsing import compare_exact
 from lowrank_tune.rewards.base import WorkerReward
+from lowrank_tune.rewards.final_answer import extract_final_answer
+from lowrank_tune.rewards.latex_syntax import too_large_reason
 from lowrank_tune.rewards.math_answer import MathAnswerReward, make_math_answer
 from lowrank_tune.rewards.user_function import UserFunctionReward
 from lowrank_tune.rewards.worker import CallTimeout, LimitedGrader
@@ -187,7 +189,8 @@ def test_a_wrong_answer_that_algebra_would_try_for_ever_is_decided_by_its_value(
 
 def test_where_the_answer_stands() -> None:
     expected = {
-        r"so \boxed{1} and \boxed{\frac{1}{2}}.": r"\frac{1}{2}",
+        r"so \boxed{1} and \boxed{\frac{1}{2}}.": r"1, \frac{1}{2}",
+        r"so \boxed{1}. Then it is \boxed{\frac{1}{2}}.": r"\frac{1}{2}",
         "#### 1\n#### 72": "72",
         "The answer is $x=3$ apples.": "x=3",
         "Answer: 12.5.": "12.5",

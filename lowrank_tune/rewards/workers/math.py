@@ -1,5 +1,4 @@
-"""Two answers compared by algebra, in a worker process: latex2sympy2_extended reads them, math-verify compares what it
-read.
+"""Two answers read by latex2sympy2_extended, in a worker process, and compared (`math_comparison.py`).
 
 The process's own alarm clock and limit on memory stand around each call (`rewards/worker.py`), so those of math-verify
 are off: they count whole seconds and take what they interrupt for a wrong answer.
@@ -15,31 +14,18 @@ from typing import Any
 
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy, normalize_latex
-from math_verify import verify
+from latex2sympy2_extended.logic import And
+from latex2sympy2_extended.sets import FiniteSet
 from math_verify.grader import should_treat_as_complex
+
+from lowrank_tune.rewards.workers.math_comparison import MathParseError, answers_are_equal, without_approximation
+from lowrank_tune.rewards.workers.math_equality import UNEVALUATED_TYPES
 
 GradeResult = dict[str, Any]
 NORMALIZATION = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
 CONVERSION = ConversionConfig(lowercase_symbols=False)
 # parts of an answer; decimal digits of a number in it; power of what is no number
 MAX_NODES, MAX_DIGITS, MAX_POWER = 2000, 1e4, 1000.0
-DECIMAL_PLACES = (
-    6  # decimals that a rounded answer must have right; significant digits where the gold answer is below 1
-)
-DIFFERENCE_TOLERANCE = 1e-4  # of their size; a rounded answer is nearer
-UNEVALUATED_TYPES = (
-    sympy.Integral,
-    sympy.Sum,
-    sympy.Product,
-    sympy.Limit,
-    sympy.Derivative,
-    sympy.UnevaluatedExpr,
-    sympy.MatrixExpr,
-)
-
-
-class MathParseError(Exception):
-    """An answer that is no mathematics, or more than can be computed."""
 
 
 def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], GradeResult]:
@@ -57,71 +43,24 @@ def grade(request: Mapping[str, Any]) -> GradeResult:
         ground_truth = parse_answer(request["gold"])
     except MathParseError as error:
         return {"gold": str(error)}
+    is_set = any(request[name].startswith("\\{") for name in ("gold", "found"))
     try:
-        answer = parse_answer(request["found"])
+        return {"same": answers_are_equal(ground_truth, parse_answer(request["found"]), is_set)}
     except MathParseError as error:
         return {"found": str(error)}
-    return {"same": are_equal(ground_truth, answer)}
-
-
-def are_equal(ground_truth: Any, answer: Any) -> bool:
-    """Whether an answer is the gold one; the order matters to math-verify, which takes `x = 5` for 5 where the gold
-    answer is 5."""
-    if differ_numerically(ground_truth, answer):
-        return False
-    size = abs(ground_truth.evalf(15)) if getattr(ground_truth, "is_number", False) else None
-    if size is not None and size.is_comparable and 0 < size < 1 and getattr(answer, "is_number", False):
-        return bool(
-            abs(sympy.N(ground_truth - answer, 15, maxn=1000)) < size * 10.0**-DECIMAL_PLACES
-            if _rounded(answer)
-            else _is_zero(ground_truth - answer)
-        )
-    return bool(
-        verify(
-            ground_truth,
-            answer,
-            float_rounding=DECIMAL_PLACES,
-            allow_set_relation_comp=True,
-            timeout_seconds=None,
-            raise_on_error=True,
-        )
-    )
-
-
-def differ_numerically(ground_truth: Any, answer: Any) -> bool:
-    """Whether two expressions clearly differ at a point: told in no time, where sympy might try for ever to make their
-    difference 0."""
-    expressions = [
-        expression
-        for expression in (ground_truth, answer)
-        if isinstance(expression, sympy.Expr) and not expression.is_Symbol and not expression.has(*UNEVALUATED_TYPES)
-    ]
-    if len(expressions) < 2:
-        return False
-    symbols = sorted(ground_truth.free_symbols | answer.free_symbols, key=str)
-    for point in (0.7312, 1.3871):
-        values = [
-            expression.evalf(15, subs={symbol: point + 0.0731 * index for index, symbol in enumerate(symbols)})
-            for expression in expressions
-        ]
-        if not all(value.is_comparable and value.is_finite for value in values):
-            return False
-        if abs(values[0] - values[1]) > DIFFERENCE_TOLERANCE * max(abs(values[0]), abs(values[1])):
-            return True
-    return False
-
-
-def _rounded(expression: Any) -> bool:
-    return bool(expression.has(sympy.Float))
-
-
-def _is_zero(difference: Any) -> bool:
-    return bool(sympy.N(difference, 30, maxn=300, chop=False) == 0 or sympy.simplify(difference) == 0)
 
 
 @functools.lru_cache(256)
 def parse_answer(text: str) -> Any:
-    """A LaTeX answer as sympy has it. Raises MathParseError."""
+    r"""A LaTeX answer as sympy has it; of `x = 2\sqrt{2} \approx 2.83` the exact part. Raises MathParseError."""
+    exact, *approximations = (parse_expression(part) for part in text.split(r"\approx"))
+    for approximation in approximations:
+        exact = without_approximation(exact, approximation)
+    return exact
+
+
+def parse_expression(text: str) -> Any:
+    """LaTeX as sympy has it. Raises MathParseError."""
     try:
         expression = latex2sympy(
             normalize_latex(text, NORMALIZATION),
@@ -140,7 +79,27 @@ def parse_answer(text: str) -> Any:
     if not isinstance(expression, (sympy.Basic, sympy.MatrixBase)):
         raise MathParseError("is not read as mathematics")
     check_size(expression if isinstance(expression, sympy.Basic) else sympy.ImmutableMatrix(expression))
-    return expression if isinstance(expression, sympy.Float) else to_exact(expression)
+    try:
+        expression = evaluate(expression if isinstance(expression, sympy.Float) else to_exact(expression))
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise MathParseError("has no value") from error
+    if expression.has(sympy.nan, sympy.zoo):
+        raise MathParseError("has no value")
+    return expression
+
+
+def evaluate(part: Any) -> Any:
+    """With sums, products, powers and functions computed as far as sympy does it by itself. The parser leaves them as
+    they stand, and the value of fractions in fractions would then cost twice as much with each level."""
+    if isinstance(part, sympy.MatrixBase):
+        return part.applyfunc(evaluate)
+    if not part.args or isinstance(part, UNEVALUATED_TYPES):
+        return part
+    if isinstance(part, (sympy.core.relational.Relational, sympy.Union, sympy.Intersection, sympy.Complement)):
+        return part.func(*map(evaluate, part.args), evaluate=False)
+    if isinstance(part, (FiniteSet, And)):
+        return part.func(*map(evaluate, part._unsorted_args))
+    return part.func(*map(evaluate, part.args)) if isinstance(part, (sympy.Expr, sympy.Tuple, sympy.Interval)) else part
 
 
 def to_exact(expression: Any) -> Any:
@@ -152,12 +111,10 @@ def to_exact(expression: Any) -> Any:
 
 
 def check_size(expression: Any) -> None:
-    """Refuses what has no value, or would take ages to compute."""
+    """Refuses what would take ages to compute."""
     parts = sum(1 for _ in sympy.preorder_traversal(expression))
     if parts > MAX_NODES:
         raise MathParseError(f"has {parts} parts (at most {MAX_NODES})")
-    if expression.has(sympy.nan, sympy.zoo):
-        raise MathParseError("has no value")
     if estimate_digits(expression) > MAX_DIGITS:
         raise MathParseError(f"has numbers of more than {MAX_DIGITS:.0f} digits")
 
