@@ -18,7 +18,7 @@ import torch
 
 from lowrank_tune import settings, trackers, unsloth_import
 from lowrank_tune.assembly import build
-from lowrank_tune.checkpoint import RunFolder, latest_checkpoint
+from lowrank_tune.checkpoint import RunFolder, as_user_error, latest_checkpoint, quarantine_broken_final
 from lowrank_tune.errors import OutOfMemory, UserError
 from lowrank_tune.events import Emit, Event, LogMessage, RunEnded, SampleLogged, StepEnd
 from lowrank_tune.export import final_folder
@@ -30,7 +30,7 @@ from lowrank_tune.recipe import Chain, backends_of, differences, dump, load_any
 from lowrank_tune.recipe.chain import stage_folder
 from lowrank_tune.recipe.memory_rules import suggestions
 from lowrank_tune.signals import TrainerControl, handle_signals
-from lowrank_tune.sinks import EventBus, JsonLines, Sink
+from lowrank_tune.sinks import EventBus, JsonLines, Sink, log_gaps
 from lowrank_tune.stage import Stage
 from lowrank_tune.ui.plain import LineLogger
 from lowrank_tune.ui.report import write_report
@@ -193,6 +193,8 @@ def run_stage(
     try:
         checkpoint = latest_checkpoint(folder.checkpoints, emit)
         step = checkpoint[0] if checkpoint else 0
+        for gap in log_gaps(folder.events, folder.samples, step) if checkpoint else ():
+            emit(LogMessage(message=gap, level="warning"))
         name = (
             f"{folder.path.resolve().parent.name}-{folder.path.name}"
             if position.count > 1
@@ -272,7 +274,12 @@ def run_chain(stage_chain: Chain, folder: RunFolder, context: _RunContext, start
     for number, name in enumerate((stage.name for stage in stage_chain.stages), 1):
         path = folder.path / stage_folder(number, name)
         finished_summary = summary_of(path)
-        if finished_summary is not None and finished_summary["status"] == "done":
+        is_finished = finished_summary is not None and finished_summary["status"] == "done"
+        if is_finished and quarantine_broken_final(path / "final", context.emit):
+            with as_user_error(path / "summary.json"):
+                (path / "summary.json").unlink()
+            is_finished = False
+        if finished_summary is not None and is_finished:
             context.emit(
                 LogMessage(
                     message=f"stage {number} of {len(stage_chain.stages)}, {name}, has ended and is left as it is: "

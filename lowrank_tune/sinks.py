@@ -6,14 +6,14 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from lowrank_tune.checkpoint import as_user_error, replace_nonfinite, write_error, write_file, write_fully
 from lowrank_tune.errors import TrainingError, UserError
-from lowrank_tune.events import CheckpointSaved, Evaluated, Event, LogMessage, RunEnded, SampleLogged, to_json
+from lowrank_tune.events import CheckpointSaved, Evaluated, Event, LogMessage, RunEnded, SampleLogged, StepEnd, to_json
 
 
 class Sink(Protocol):
@@ -88,6 +88,42 @@ def truncate_after_step(data: bytes, step: int) -> bytes:
         saved = saved or (event.get("event") == CheckpointSaved.kind and later == step)
         kept_lines.append(raw)
     return b"".join(kept_lines)
+
+
+def log_gaps(events: Path, samples: Path, step: int) -> Iterator[str]:
+    """Sentences about what the logs of a run lack of the part before the checkpoint of `step`. A last line without its
+    end is what a crash leaves, and no gap. Raises `UserError` for a file that cannot be read."""
+    logged, broken = _parse_lines(events, step)
+    steps = {event.get("step") for event in logged if event.get("event") == StepEnd.kind}
+    missing = [number for number in range(1, step + 1) if number not in steps]
+    if broken or missing:
+        first = f" (the first is step {missing[0]})" if missing else ""
+        yield (
+            f"{events} is damaged: {broken} lines cannot be read, and {len(missing)} of {step} steps are "
+            f"missing{first}; curves and report are without them, the training goes on unchanged"
+        )
+    num_logged = sum(event.get("event") == SampleLogged.kind for event in logged)
+    shown, broken = _parse_lines(samples, step)
+    if broken or len(shown) < num_logged:
+        yield f"{samples} is damaged: {len(shown)} of {num_logged} samples can be read; {events.name} holds them too"
+
+
+def _parse_lines(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
+    """The events of a file up to a step, and how many whole lines are none."""
+    found, broken = [], 0
+    with as_user_error(path):
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for raw in lines:
+        is_whole = raw.endswith(b"\n")
+        try:
+            event = json.loads(raw) if is_whole else None
+        except (ValueError, RecursionError):
+            event = None
+        if isinstance(event, dict) and isinstance(event.get("step", 0), int):
+            found += [event] if event.get("step", 0) <= step else []
+        elif is_whole:
+            broken += 1
+    return found, broken
 
 
 class EventBus:

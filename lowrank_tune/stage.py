@@ -528,7 +528,8 @@ class Stage:
         best = self.best_checkpoint.best_step
         if self.recipe.train.load_best_model_at_end and best is not None and best != self.trainer.state.step:
             try:
-                tensors = load(self.folder.checkpoint(best)).tensors
+                path = self.folder.checkpoint(best)
+                tensors = load(path, path.name).tensors
             except CorruptCheckpoint as error:
                 self.emit(
                     LogMessage(

@@ -62,6 +62,18 @@ for line in sys.stdin:
     _, status = os.waitpid(child, 0)
     print(json.dumps({"status": status}), flush=True)
 """
+
+
+def rounds() -> int:
+    """How many times as many draws the seeded tests make."""
+    return int(os.environ.get("LOWRANK_TUNE_TEST_ROUNDS", "1"))
+
+
+def seed() -> int:
+    """What the draws of the seeded tests begin from."""
+    return int(os.environ.get("LOWRANK_TUNE_TEST_SEED", "0"))
+
+
 NONDETERMINISTIC_STATS = {"tokens_per_second", "memory_gib", "rollout_seconds", "reward_seconds"}
 
 

@@ -4,14 +4,17 @@ bit for bit."""
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from crash import KILL_POINTS, ForkServer, continue_to_the_end, run_fingerprint
+from crash import KILL_POINTS, ForkServer, continue_to_the_end, rounds, run_fingerprint, seed
 
 STAGES = ("1-sft", "2-reward", "3-ppo")
+WRITES = 450
+"""The chain below has more calls that write than these."""
 
 
 def rlhf() -> dict[str, Any]:
@@ -140,6 +143,16 @@ def test_rlhf_killed_in_and_between_its_stages(
     assert all((out / earlier / "events.jsonl").read_bytes() == events for earlier, events in ended.items()), (
         "an ended stage ran again"
     )
+    assert left_by(out) == straight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(PLACES) * (rounds() - 1) or 1))
+def test_rlhf_dies_in_a_write(fork_server: ForkServer, straight: dict[str, Any], tmp_path: Path, number: int) -> None:
+    """At a random write, fsync or rename of any stage; in the further rounds of `LOWRANK_TUNE_TEST_ROUNDS` at more."""
+    die_at, out = random.Random(seed() + number).randrange(WRITES), tmp_path / "run"
+    assert fork_server.run(rlhf(), out, die_at=die_at) != 0, "it should have died"
+    continue_to_the_end(fork_server, rlhf(), out)
     assert left_by(out) == straight
 
 

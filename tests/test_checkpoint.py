@@ -33,11 +33,9 @@ from lowrank_tune.checkpoint import (
     rotate,
     write_atomically,
 )
-from lowrank_tune.checkpoint import (
-    checkpoint as checkpoint_module,
-)
 from lowrank_tune.errors import TrainingError, UserError
 from lowrank_tune.events import Event, LogMessage
+from lowrank_tune.manifest import content_hash, manifest_bytes
 
 FILES = (
     "policy/adapter_model.safetensors",
@@ -278,7 +276,7 @@ def test_quarantine_takes_free_names_and_a_renamed_step_is_broken(tmp_path: Path
 
 def rewritten(folder: Path, **changes: Any) -> None:
     path = folder / "manifest.json"
-    path.write_bytes(checkpoint_module._manifest({**json.loads(path.read_bytes()), **changes}))
+    path.write_bytes(manifest_bytes({**json.loads(path.read_bytes()), **changes}))
 
 
 def test_newer_version_is_not_quarantined(tmp_path: Path) -> None:
@@ -293,7 +291,7 @@ def test_manifest_cannot_reach_outside(tmp_path: Path) -> None:
     (tmp_path / "secret.json").write_text("1")
     for name in ("../secret.json", str(tmp_path / "secret.json")):
         target = write_atomically(tmp_path / "step-1", snapshot(1))
-        rewritten(target, files={name: {"size": 1, "blake2b": checkpoint_module._hash(b"1")}})
+        rewritten(target, files={name: {"size": 1, "blake2b": content_hash(b"1")}})
         with pytest.raises(CorruptCheckpoint, match="outside"):
             load(target)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash import KILL_POINTS, ForkServer, continue_to_the_end, run_fingerprint, small_recipe
+from crash import KILL_POINTS, ForkServer, continue_to_the_end, rounds, run_fingerprint, small_recipe
 
 Straight = Callable[[str], dict[str, object]]
 
@@ -43,10 +43,31 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "seed"),
-    [("sft", 0), slow("sft", 1), slow("sft", 2), slow("reward", 3), ("dpo", 4), ("grpo", 5), slow("ppo", 6)],
-)
+MOMENTS = [("sft", 0), slow("sft", 1), slow("sft", 2), slow("reward", 3), ("dpo", 4), ("grpo", 5), slow("ppo", 6)]
+WRITES = [("sft", 60), slow("sft", 97), slow("reward", 70), slow("dpo", 20), ("dpo", 70), slow("grpo", 70), ("ppo", 70)]
+GRPO_CALLS = [("rollout", 70), slow("scoring", 4), ("update", 9), slow("between passes", 5)]
+PPO_CALLS = [
+    slow("rollout", 40),
+    slow("scoring", 3),
+    ("valuing", 4),
+    ("update of ppo", 13),
+    slow("between passes of ppo", 7),
+]
+
+
+def in_rounds(cases: list[Any], vary: Callable[[int, int], int]) -> list[Any]:
+    """The cases, and in the further rounds of `LOWRANK_TUNE_TEST_ROUNDS` other ones: `vary(value, round)`."""
+    values = [case if isinstance(case, tuple) else case.values for case in cases]
+    further = [slow(name, vary(value, number)) for number in range(1, rounds()) for name, value in values]
+    return cases + further
+
+
+def earlier(call: int, number: int) -> int:
+    """Another call before this one: each of them once, before the first comes again."""
+    return (call - number * 7) % (call + 1)
+
+
+@pytest.mark.parametrize(("algorithm", "seed"), in_rounds(MOMENTS, lambda seed, number: seed + 100 * number))
 def test_killed_at_a_random_moment(
     fork_server: ForkServer, straight: Straight, tmp_path: Path, algorithm: str, seed: int
 ) -> None:
@@ -59,10 +80,7 @@ def test_killed_at_a_random_moment(
     assert run_fingerprint(out) == wanted
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "die_at"),
-    [("sft", 60), slow("sft", 97), slow("reward", 70), slow("dpo", 20), ("dpo", 70), slow("grpo", 70), ("ppo", 70)],
-)
+@pytest.mark.parametrize(("algorithm", "die_at"), in_rounds(WRITES, earlier))
 def test_dies_in_a_write(
     fork_server: ForkServer, straight: Straight, tmp_path: Path, algorithm: str, die_at: int
 ) -> None:
@@ -72,9 +90,7 @@ def test_dies_in_a_write(
     assert run_fingerprint(out) == wanted
 
 
-@pytest.mark.parametrize(
-    ("phase", "call"), [("rollout", 70), slow("scoring", 4), ("update", 9), slow("between passes", 5)]
-)
+@pytest.mark.parametrize(("phase", "call"), in_rounds(GRPO_CALLS, earlier))
 def test_killed_in_each_phase_of_grpo(
     fork_server: ForkServer, straight: Straight, tmp_path: Path, phase: str, call: int
 ) -> None:
@@ -87,10 +103,7 @@ def test_killed_in_each_phase_of_grpo(
     assert run_fingerprint(out) == wanted
 
 
-@pytest.mark.parametrize(
-    ("phase", "call"),
-    [slow("rollout", 40), slow("scoring", 3), ("valuing", 4), ("update of ppo", 13), slow("between passes of ppo", 7)],
-)
+@pytest.mark.parametrize(("phase", "call"), in_rounds(PPO_CALLS, earlier))
 def test_killed_in_each_phase_of_ppo(
     fork_server: ForkServer, straight: Straight, tmp_path: Path, phase: str, call: int
 ) -> None:

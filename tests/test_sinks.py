@@ -24,7 +24,7 @@ from lowrank_tune.events import (
     StepEnd,
     from_json,
 )
-from lowrank_tune.sinks import EventBus, JsonLines, to_json_line, truncate_after_step
+from lowrank_tune.sinks import EventBus, JsonLines, log_gaps, to_json_line, truncate_after_step
 
 
 def step(number: int, **stats: float) -> StepEnd:
@@ -171,6 +171,57 @@ def test_a_cut_at_every_byte(tmp_path: Path) -> None:
         sink(step(3))
         sink.close()
         assert [number for _, number in steps_of(path)] == [*range(1, 1 + min(2, data[:length].count(b"\n"))), 3]
+
+
+def logs_of_a_run(folder: Path) -> tuple[Path, Path]:
+    """Four steps with a sample at the second one and a checkpoint at the third, in both files."""
+    events, samples = folder / "events.jsonl", folder / "samples.jsonl"
+    lines = [start(), step(1), step(2), sample(2), step(3), saved(3), step(4)]
+    events.write_bytes(b"".join(map(to_json_line, lines)))
+    samples.write_bytes(to_json_line(sample(2)))
+    return events, samples
+
+
+def test_logs_without_gaps_give_no_sentence(tmp_path: Path) -> None:
+    """Nor does what a crash leaves: a last line without its end, and a checkpoint that the log does not name yet."""
+    events, samples = logs_of_a_run(tmp_path)
+    assert list(log_gaps(events, samples, 3)) == []
+    events.write_bytes(events.read_bytes()[:-5])
+    assert list(log_gaps(events, samples, 3)) == []
+    events.write_bytes(b"".join(raw for raw in events.read_bytes().splitlines(True) if b"checkpoint_saved" not in raw))
+    assert list(log_gaps(events, samples, 3)) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "figures"),
+    [
+        (lambda data: b"", "0 lines cannot be read, and 3 of 3 steps are missing (the first is step 1)"),
+        (lambda data: bytes(len(data)), "0 lines cannot be read, and 3 of 3 steps are missing (the first is step 1)"),
+        (lambda data: data[: len(data) // 2], "missing"),
+        (lambda data: data.replace(b'"step": 2', b'"step": 2\xff', 1), "1 lines cannot be read, and 1 of 3 steps"),
+        (lambda data: data.replace(b'"step_end"', b'"stex_end"', 1), "0 lines cannot be read, and 1 of 3 steps"),
+        (lambda data: b"[" * 100_000 + b"\n" + data, "1 lines cannot be read, and 0 of 3 steps are missing;"),
+        (None, "3 of 3 steps are missing"),
+    ],
+)
+def test_gaps_of_a_log_are_named(tmp_path: Path, damage: Any, figures: str) -> None:
+    events, samples = logs_of_a_run(tmp_path)
+    if damage is None:
+        events.unlink()
+    else:
+        events.write_bytes(damage(events.read_bytes()))
+    (sentence,) = log_gaps(events, samples, 3)
+    assert str(events) in sentence and figures in sentence
+
+
+def test_gaps_of_the_samples_are_named(tmp_path: Path) -> None:
+    events, samples = logs_of_a_run(tmp_path)
+    samples.write_bytes(samples.read_bytes().replace(b"{", b"", 1))
+    (sentence,) = log_gaps(events, samples, 3)
+    assert str(samples) in sentence and "0 of 1 samples" in sentence
+    samples.unlink()
+    (sentence,) = log_gaps(events, samples, 3)
+    assert "0 of 1 samples" in sentence
 
 
 def test_a_new_run_begins_an_empty_file(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from lowrank_tune.checkpoint.checkpoint import (
     Snapshot,
     latest_checkpoint,
     load,
+    quarantine_broken_final,
     rotate,
     write_atomically,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "flatten_optimizer",
     "load",
     "latest_checkpoint",
+    "quarantine_broken_final",
     "restore_optimizer",
     "restore_rng",
     "rng_state",

@@ -6,10 +6,9 @@ import errno
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import count
 from pathlib import Path, PurePosixPath
 from secrets import token_hex
@@ -22,9 +21,10 @@ from torch import Tensor
 from lowrank_tune.checkpoint.atomic_files import as_user_error, clean_stale, fsync_dir, write_new
 from lowrank_tune.errors import UserError
 from lowrank_tune.events import Emit, LogMessage
+from lowrank_tune.manifest import MANIFEST, changed_file, content_hash, manifest_bytes, manifest_files
 
 VERSION = 1
-MANIFEST = "manifest.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "stack.json")
 _STEP = re.compile(r"step-(0|[1-9]\d*)")
 
 
@@ -62,8 +62,8 @@ def write_atomically(target: Path, snapshot: Snapshot) -> Path:
             for name, data in _files(snapshot):
                 (fresh / name).parent.mkdir(parents=True, exist_ok=True)
                 write_new(fresh / name, data)
-                files[name] = {"size": len(data), "blake2b": _hash(data)}
-            write_new(fresh / MANIFEST, _manifest({"version": VERSION, "name": target.name, "files": files}))
+                files[name] = {"size": len(data), "blake2b": content_hash(data)}
+            write_new(fresh / MANIFEST, manifest_bytes({"version": VERSION, "name": target.name, "files": files}))
             for folder in {
                 parent for name in files for parent in (fresh / name).parents if parent.is_relative_to(fresh)
             } | {fresh}:
@@ -114,17 +114,6 @@ def _inside(name: str) -> bool:
     return bool(name) and not path.is_absolute() and ".." not in path.parts
 
 
-def _hash(data: bytes) -> str:
-    return blake2b(data, digest_size=16).hexdigest()
-
-
-def _manifest(entries: Mapping[str, Any]) -> bytes:
-    """The manifest's bytes; `total` guards the manifest itself."""
-    entries = {key: value for key, value in entries.items() if key != "total"}
-    total = _hash(json.dumps(entries, sort_keys=True).encode())
-    return json.dumps({**entries, "total": total}, sort_keys=True, indent=1).encode()
-
-
 def load(path: Path, name: str | None = None) -> Snapshot:
     """The checkpoint, with every byte verified; with `name`, it must also have been written under that name.
 
@@ -134,7 +123,7 @@ def load(path: Path, name: str | None = None) -> Snapshot:
     raw = _read(path, MANIFEST)
     try:
         manifest = json.loads(raw)
-        if _manifest(manifest) != raw:
+        if manifest_bytes(manifest) != raw:
             raise CorruptCheckpoint(path, f"{MANIFEST} has changed")
         if manifest["version"] != VERSION:
             raise UserError(
@@ -149,7 +138,7 @@ def load(path: Path, name: str | None = None) -> Snapshot:
             data = _read(path, file)
             if len(data) != facts["size"]:
                 raise CorruptCheckpoint(path, f"{file} has {len(data)} bytes, not {facts['size']}")
-            if _hash(data) != facts["blake2b"]:
+            if content_hash(data) != facts["blake2b"]:
                 raise CorruptCheckpoint(path, f"the content of {file} has changed")
             if file.endswith(".safetensors"):
                 snapshot.tensors[file] = safetensors.torch.load(data)
@@ -182,13 +171,37 @@ def latest_checkpoint(checkpoints: Path, emit: Emit) -> tuple[int, Snapshot] | N
         try:
             return step, load(path, path.name)
         except CorruptCheckpoint as broken:
-            names = (f"broken-{path.name}" + (f"-{k}" if k > 1 else "") for k in count(1))
-            quarantined = next(candidate for candidate in map(path.with_name, names) if not candidate.exists())
-            with as_user_error(quarantined):
-                path.replace(quarantined)
+            quarantined = _quarantine(path)
             message = f"the checkpoint {path.name} is broken ({broken.reason}): it was set aside as {quarantined.name}"
             emit(LogMessage(message=message, level="warning"))
     return None
+
+
+def _quarantine(path: Path) -> Path:
+    """Renames a broken folder to `broken-NAME`, or the next free name like it."""
+    names = (f"broken-{path.name}" + (f"-{k}" if k > 1 else "") for k in count(1))
+    quarantined = next(candidate for candidate in map(path.with_name, names) if not candidate.exists())
+    with as_user_error(quarantined):
+        path.replace(quarantined)
+    return quarantined
+
+
+def quarantine_broken_final(final: Path, emit: Emit) -> bool:
+    """Whether the final folder of an ended run is missing, or an adapter in it is no longer what was written: with a
+    warning, and after renaming the folder to `broken-final`. What a person may edit, such as the model card, is not
+    looked at."""
+    if not final.is_dir():
+        emit(LogMessage(message=f"{final} is missing: it is written again from a checkpoint", level="warning"))
+        return True
+    adapter_files = [name for name in manifest_files(final) if PurePosixPath(name).name in ADAPTER_FILES]
+    name = changed_file(final, adapter_files)
+    if name is None:
+        return False
+    reason = f"{final / name} is missing or has changed since it was written"
+    quarantined = _quarantine(final)
+    message = f"{reason}: {final.name} was set aside as {quarantined.name}, and is written again from a checkpoint"
+    emit(LogMessage(message=message, level="warning"))
+    return True
 
 
 def rotate(checkpoints: Path, keep: int, best: int | None = None) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowrank_tune.errors import UserError
+from lowrank_tune.manifest import MANIFEST, changed_file
 from lowrank_tune.model.heads import HEAD_WEIGHT_KEY
 
 if TYPE_CHECKING:  # the model floor must run where pydantic is not installed (benchmarks/gpu.py)
@@ -108,6 +109,7 @@ def read_adapter(path: str, key: str, head: bool = False, combined: bool = False
         )
         raise UserError(f"{key}: {path} {reason}")
     frozen_adapters = dict[str, str]()
+    _check_unchanged(folder, STACK, key)
     if (folder / STACK).exists():
         stack = read_stack(folder, key)
         if combined and not stack.combined:
@@ -121,6 +123,8 @@ def read_adapter(path: str, key: str, head: bool = False, combined: bool = False
         raise UserError(
             f"{key}: {folder} holds no {WEIGHTS}; other formats can run code when they are read and are not loaded"
         )
+    for name in (CONFIG, WEIGHTS):
+        _check_unchanged(folder, name, key)
     try:
         raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
@@ -135,6 +139,17 @@ def read_adapter(path: str, key: str, head: bool = False, combined: bool = False
     )
     _check_head(saved, raw.get("modules_to_save") or [], key, head)
     return saved
+
+
+def _check_unchanged(folder: Path, name: str, key: str) -> None:
+    """Raises UserError for a file that is not what was written with the folder, or with the folder around it."""
+    for root in (folder, folder.parent):
+        relative_name = (folder / name).relative_to(root).as_posix()
+        if (folder / name).exists() and changed_file(root, [relative_name]) is not None:
+            raise UserError(
+                f"{key}: {folder / name} has changed since it was written: restore it from a copy; or, where the "
+                f"change is meant, delete {root / MANIFEST}"
+            )
 
 
 @dataclass(frozen=True)

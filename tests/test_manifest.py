@@ -1,0 +1,99 @@
+"""A file of a folder that was written in one piece and has changed since is found, and an adapter that has changed is
+not loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_tune.checkpoint import Snapshot, quarantine_broken_final, write_atomically
+from lowrank_tune.errors import UserError
+from lowrank_tune.events import Event, LogMessage
+from lowrank_tune.manifest import changed_file, manifest_files
+from lowrank_tune.model.adapters import read_adapter
+
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def final_of(folder: Path, names: tuple[str, ...] = ("",)) -> Path:
+    """A final folder with adapters at its root and in folders of their names."""
+    snapshot = Snapshot(raw_files={"README.md": b"a card"})
+    for name in names:
+        prefix = f"{name}/" if name else ""
+        weights = {"base_model.model.q.lora_A.weight": torch.ones(2, 3)}
+        snapshot.tensors[f"{prefix}{ADAPTER}"] = weights
+        snapshot.documents[f"{prefix}{CONFIG}"] = {"peft_type": "LORA", "r": 2, "target_modules": ["q"]}
+    return write_atomically(folder / "final", snapshot)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_changed_and_missing_files(tmp_path: Path) -> None:
+    final = final_of(tmp_path)
+    assert set(manifest_files(final)) == {"README.md", ADAPTER, CONFIG}
+    assert changed_file(final, [ADAPTER, CONFIG, "README.md", "not-listed"]) is None
+    flip(final / ADAPTER)
+    assert changed_file(final, [CONFIG, ADAPTER]) == ADAPTER and changed_file(final, [CONFIG]) is None
+    (final / CONFIG).unlink()
+    assert changed_file(final, [CONFIG]) == CONFIG
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "[" * 100_000, '{"files": {"README.md": 3}}'])
+def test_a_broken_or_foreign_manifest_lists_nothing(tmp_path: Path, text: str) -> None:
+    final = final_of(tmp_path)
+    (final / "manifest.json").write_text(text)
+    assert manifest_files(final) == {}
+    read_adapter(str(tmp_path), "key")
+
+
+def test_every_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
+    path = final_of(tmp_path) / "manifest.json"
+    raw = path.read_bytes()
+    for place in range(len(raw)):
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
+        assert manifest_files(path.parent) == {}
+
+
+@pytest.mark.parametrize("name", [ADAPTER, CONFIG])
+@pytest.mark.parametrize("folder", ["", "policy"])
+def test_a_changed_adapter_is_not_loaded(tmp_path: Path, name: str, folder: str) -> None:
+    """At the root of `final/`, and in a folder below it, whose manifest is that of `final/`."""
+    final = final_of(tmp_path, ("", "policy"))
+    read_adapter(str(final / folder), "adapters.sft.path")
+    if name == CONFIG:
+        (final / folder / name).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 99}))
+    else:
+        flip(final / folder / name)
+    with pytest.raises(UserError, match=f"adapters.sft.path: .*{name} has changed since it was written.*manifest.json"):
+        read_adapter(str(final / folder), "adapters.sft.path")
+    (final / "manifest.json").unlink()
+    read_adapter(str(final / folder), "adapters.sft.path")
+
+
+def test_what_a_person_may_edit_is_not_looked_at(tmp_path: Path) -> None:
+    (final_of(tmp_path) / "README.md").write_text("a better card")
+    events: list[Event] = []
+    assert not quarantine_broken_final(tmp_path / "final", events.append) and events == []
+    read_adapter(str(tmp_path), "key")
+
+
+@pytest.mark.parametrize("damage", ["flip", "delete", "delete all"])
+def test_a_broken_final_steps_out_of_the_way(tmp_path: Path, damage: str) -> None:
+    final, events = final_of(tmp_path, ("", "policy")), list[Event]()
+    if damage == "flip":
+        flip(final / "policy" / ADAPTER)
+    elif damage == "delete":
+        (final / CONFIG).unlink()
+    else:
+        final.rename(tmp_path / "elsewhere")
+    assert quarantine_broken_final(final, events.append) and not final.exists()
+    assert (tmp_path / "broken-final").is_dir() == (damage != "delete all")
+    (message,) = events
+    assert isinstance(message, LogMessage) and message.level == "warning" and "written again" in message.message
