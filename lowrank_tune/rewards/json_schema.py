@@ -49,6 +49,10 @@ class JsonSchemaReward(WorkerReward):
         code_block = last_code_block(item.completion, ("json", ""))
         return {"text": item.completion if code_block is None else code_block}
 
+    def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
+        """A document that every schema is quick with."""
+        return {"text": "null"}
+
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:
             return self.on_worker_crash(item, reply["fault"])

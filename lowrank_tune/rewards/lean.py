@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from lowrank_tune.errors import UserError
@@ -97,6 +97,10 @@ class LeanReward(WorkerReward):
         header = item.row.get("header")
         head = restated_theorem(statement, header if isinstance(header, str) else "", name)
         return {"name": name, "proof": extract_proof(item.completion, statement), "head": head}
+
+    def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
+        """The row's statement, without a proof: what Lean has to do for every completion."""
+        return {**self.build_request(replace(item, completion="trivial")), "name": "goal", "proof": ":= by sorry"}
 
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:
