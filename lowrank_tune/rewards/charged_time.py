@@ -11,17 +11,15 @@ foresee.
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Collection
 
-from lowrank_tune.rewards.process_tree import idle_seconds, read_tree
+from lowrank_tune.rewards.process_tree import read_tree
 
 SAMPLES = 40  # of the processes within the limit
 MAX_SAMPLING_SHARE = 0.05  # of a processor for taking the samples
 MAX_WALL_FACTOR = 20  # times its limit that is waited for a process on a busy machine
-MAX_IDLE_SHARE = 0.5  # of the processors' time; above it the machine was not busy
 
 
 class TimeLimitReached(Exception):
@@ -39,7 +37,7 @@ class ChargedTime:
         self._roots, self._limit = roots, limit
         self._start = self._sampled = time.monotonic()
         self._running, self._asleep, self._cpu_seconds = 0.0, 0.0, 0.0
-        self._first: tuple[float, float] | None = None
+        self._counted = False
         # not the module's own: drawing from it would change what others draw
         self._random = random.Random()
         self._schedule(0.0)
@@ -66,20 +64,22 @@ class ChargedTime:
         if self.charged >= self._limit:
             raise TimeLimitReached
         if self._sampled - self._start >= MAX_WALL_FACTOR * self._limit:
-            raise self._never_ran()
+            raise Starved(
+                f"in {self._sampled - self._start:.0f} s other programs left it {self.charged:.1f} s of the "
+                f"{self._limit:g} s that it has"
+            )
 
     def _sample(self, replied: bool) -> None:
         """Charges the time since the last sample, by what is seen now. The first finds no count to compare with, and
         charges all."""
         now, used = time.monotonic(), time.thread_time()
         passed, tree = now - self._sampled, read_tree(self._roots)
-        if tree is not None and self._first is not None:
+        if tree is not None and self._counted:
             self._running += min(passed, max(0.0, tree.cpu_seconds - self._cpu_seconds))
-        if tree is None or self._first is None or not (replied or tree.runnable):
+        if tree is None or not self._counted or not (replied or tree.runnable):
             self._asleep += passed
         if tree is not None:
-            self._cpu_seconds = tree.cpu_seconds
-            self._first = self._first or (now, idle_seconds(os.sched_getaffinity(0)))
+            self._counted, self._cpu_seconds = True, tree.cpu_seconds
         self._sampled = now
         self._schedule(time.thread_time() - used)
 
@@ -89,13 +89,10 @@ class ChargedTime:
         earliest_end = max(interval / 4, self._limit - self.charged)
         self._next = time.monotonic() + min(earliest_end, interval * self._random.uniform(0.5, 1.5))
 
-    def _never_ran(self) -> Exception:
-        """Why the limit is not reached after so long: other programs, or nothing that the machine shows."""
-        assert self._first is not None
-        since, idle = self._first
-        if idle_seconds(os.sched_getaffinity(0)) - idle > MAX_IDLE_SHARE * (self._sampled - since):
-            return TimeLimitReached()
-        return Starved(
-            f"in {self._sampled - self._start:.0f} s other programs left it {self.charged:.1f} s of the "
-            f"{self._limit:g} s that it has"
-        )
+
+def computing_share(seconds: float) -> float:
+    """The share of a processor that a program gets now which does nothing but compute: this thread, for so long."""
+    start, used = time.monotonic(), time.thread_time()
+    while time.monotonic() - start < seconds:
+        pass
+    return (time.thread_time() - used) / (time.monotonic() - start)

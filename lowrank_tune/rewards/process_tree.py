@@ -39,17 +39,6 @@ def read_tree(roots: Collection[int]) -> ProcessTree | None:
     return ProcessTree(sum(processes[pid].cpu_seconds for pid in pids), any(map(_runnable, pids)))
 
 
-def idle_seconds(processors: Collection[int]) -> float:
-    """Seconds that these processors had nothing to run, a mean over them, since the system started."""
-    ticks = []
-    with (PROC / "stat").open("rb") as lines:
-        for line in lines:
-            name, *fields = line.split()
-            if name.startswith(b"cpu") and name[3:].isdigit() and int(name[3:]) in processors:
-                ticks.append(int(fields[3]) + int(fields[4]))  # idle, and idle while a disk works
-    return sum(ticks) / max(1, len(ticks)) / os.sysconf("SC_CLK_TCK")
-
-
 def _processes() -> Iterator[tuple[int, ProcessStat]]:
     tick = 1.0 / os.sysconf("SC_CLK_TCK")
     for folder in PROC.iterdir():

@@ -29,11 +29,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="this system doe
 
 @dataclass
 class SimulatedProcess:
-    """A process in phases of (seconds, processors that it uses, whether it could run), again and again, in a machine
-    that is idle for a share of the time."""
+    """A process in phases of (seconds, processors that it uses, whether it could run), again and again."""
 
     phases: list[tuple[float, float, bool]]
-    idle: float = 0.0
     now: float = 0.0
 
     def passed(self) -> Iterator[tuple[float, float, bool]]:
@@ -57,7 +55,6 @@ def simulate(monkeypatch: pytest.MonkeyPatch, process: SimulatedProcess, limit: 
     clock = SimpleNamespace(monotonic=lambda: process.now, thread_time=lambda: 0.0)
     monkeypatch.setattr(charged_time, "time", clock)
     monkeypatch.setattr(charged_time, "read_tree", process.read_tree)
-    monkeypatch.setattr(charged_time, "idle_seconds", lambda processors: process.idle * process.now)
     monkeypatch.setattr(charged_time, "random", SimpleNamespace(Random=lambda: random.Random(seed)))
     return ChargedTime([1], limit)
 
@@ -99,13 +96,6 @@ def test_a_process_that_only_waits_for_others_is_starved(monkeypatch: pytest.Mon
     with pytest.raises(Starved, match=r"in 12\d s other programs left it [12]\.\d s of the 6 s that it has"):
         run_to_the_end(process, simulate(monkeypatch, process, 6.0))
     assert process.now == pytest.approx(charged_time.MAX_WALL_FACTOR * 6.0, rel=0.05)
-
-
-def test_in_an_idle_machine_nobody_else_is_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a process does to look as if it waited for a processor."""
-    process = SimulatedProcess([(1.0, 0.0, True)], idle=0.6)
-    with pytest.raises(TimeLimitReached):
-        run_to_the_end(process, simulate(monkeypatch, process, 6.0))
 
 
 def test_without_a_count_of_the_kernel_the_wall_clock_is_charged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +191,12 @@ def test_sleep_is_charged_whatever_else_runs(processor: None, start: StartProgra
     time.sleep(0.5)
     wall = wall_seconds_to_the_limit(program, 0.5)
     assert cpu_seconds_at_the_end(program) < 0.4 and wall < 1.5
+
+
+def test_the_share_that_computing_gets_is_that_of_one_of_several(processor: None, start: StartProgram) -> None:
+    for _ in range(5):
+        start(SPIN)
+    assert charged_time.computing_share(0.5) < 0.6
 
 
 FAMILY = """

@@ -7,27 +7,40 @@ import contextlib
 from dataclasses import dataclass
 from typing import Literal
 
-from lowrank_tune.rewards.charged_time import ChargedTime, Starved, TimeLimitReached
+from lowrank_tune.rewards.charged_time import (
+    MAX_WALL_FACTOR,
+    ChargedTime,
+    Starved,
+    TimeLimitReached,
+    computing_share,
+)
 from lowrank_tune.rewards.process_tree import read_tree
 from lowrank_tune.rewards.sandbox.ipc import MAX_MESSAGE_BYTES, ChannelClosed, ChannelTimeout, MessageTooLong
 from lowrank_tune.rewards.sandbox.launch import Confined, Level, UnauthenticatedMessage, Unconfined
 from lowrank_tune.rewards.sandbox.values import DeserializationError, decode, encode
 
 MIN_CODE_SHARE = 0.5  # of the time of a check, used by the code alone: then tests that never began are its fault
+PROBE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class CheckResult:
     """How a check ended. pass, fail: the code is right or wrong. fault: the row's tests are to blame. late: the machine
-    is. error: we are. `mistyped`: what failed is equal to what was expected, but for its type."""
+    is. error: we are. `mistyped`: what failed is equal to what was expected, but for its type. `slow`: what failed did
+    not end in time."""
 
     outcome: Literal["pass", "fail", "fault", "late", "error"]
     reason: str = ""
     mistyped: bool = False
+    slow: bool = False
 
 
 class TestFailed(Exception):
     """The code has failed; the message says why."""
+
+
+class TooSlow(Exception):
+    """The code has used up its time."""
 
 
 class SandboxPair:
@@ -49,8 +62,10 @@ class SandboxPair:
             return self._relay(encode({"prompt": prompt, "code": code, "entry": entry}), encode([tests, strict]))
         except TestFailed as wrong:
             return CheckResult("fail", str(wrong))
+        except TooSlow:
+            return self._slow_result()
         except Starved as starved:
-            return CheckResult("late", f"the machine is too busy to run the code: {starved}")
+            return self._starved_result(str(starved))
         except Unconfined as fault:
             return CheckResult("error", f"the sandbox did not start: {fault}")
         finally:
@@ -60,6 +75,18 @@ class SandboxPair:
         """Ends both processes. Once they have ended it does nothing."""
         self._solver.end()
         self._tester.end()
+
+    def _slow_result(self) -> CheckResult:
+        return CheckResult("fail", f"did not end within {self.seconds:g} s", slow=True)
+
+    def _starved_result(self, starved: str) -> CheckResult:
+        """Whose doing it is that the code has waited for a processor nearly all the time. A program that only computes
+        would have had its time meanwhile, unless the machine is too busy: code that sleeps and wakes up all the time
+        waits as often as it likes."""
+        self.end()
+        if computing_share(PROBE_SECONDS) * MAX_WALL_FACTOR >= 1.0:
+            return self._slow_result()
+        return CheckResult("late", f"the machine is too busy to run the code: {starved}")
 
     def _relay(self, code: bytes, tests: bytes) -> CheckResult:
         """Hands requests of the tester to the solver and its answers back, until the tester tells the end."""
@@ -81,7 +108,7 @@ class SandboxPair:
         try:
             return self._exchange(self._solver, request)
         except TimeLimitReached:
-            raise self._too_slow() from None
+            raise TooSlow from None
         except ChannelClosed:
             raise TestFailed(f"the code {self._solver.end()}") from None
         except MessageTooLong:
@@ -96,7 +123,7 @@ class SandboxPair:
             return self._exchange(self._tester, solver_reply)
         except TimeLimitReached:
             if calls or self._code_seconds() >= MIN_CODE_SHARE * self.seconds:
-                raise self._too_slow() from None
+                raise TooSlow from None
             raise Unconfined("the tests did not begin in time") from None
         except (ChannelClosed, MessageTooLong, UnauthenticatedMessage):
             raise Unconfined(f"the process of the tests {self._tester.end()}") from None
@@ -120,6 +147,3 @@ class SandboxPair:
         """Seconds that the code alone has used: until it was loaded, or on a processor, in threads that go on."""
         tree = read_tree([self._solver.pid])
         return max(self._loading_seconds, tree.cpu_seconds if tree else 0.0)
-
-    def _too_slow(self) -> TestFailed:
-        return TestFailed(f"did not end within {self.seconds:g} s")
