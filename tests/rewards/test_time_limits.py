@@ -6,6 +6,7 @@ time get a 0, at every level of the sandbox; neither is ever left without a scor
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
@@ -43,16 +44,33 @@ def level(request: pytest.FixtureRequest) -> Level:
     return request.param  # type: ignore[no-any-return]
 
 
-@pytest.fixture(params=["idle", "busy"])
-def machine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """`busy`: other programs compute, each in a session of its own, which the kernel gives a share of its own."""
-    count = FOREIGN_PROGRAMS if request.param == "busy" else 0
+@contextlib.contextmanager
+def foreign_programs(count: int) -> Iterator[None]:
+    """Other programs compute, each in a session of its own, which the kernel gives a share of its own."""
     command = [sys.executable, "-S", "-c", "while True: pass"]
     programs = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
-    yield request.param
-    for program in programs:
-        program.kill()
-        program.wait()
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+@pytest.fixture(params=["idle", "busy"])
+def machine(request: pytest.FixtureRequest) -> Iterator[str]:
+    with foreign_programs(FOREIGN_PROGRAMS if request.param == "busy" else 0):
+        yield request.param
+
+
+@pytest.fixture
+def busy_processor() -> Iterator[None]:
+    """One processor, also for what this thread starts, which two other programs use."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    with foreign_programs(2):
+        yield
+    os.sched_setaffinity(0, allowed)
 
 
 def draw(programs: dict[str, str], count: int, seed: str) -> dict[str, str]:
@@ -73,6 +91,25 @@ def others(scores: dict[str, Score], verdict: str) -> dict[str, Score]:
 
 def test_programs_use_up_time_in_many_ways() -> None:
     assert len(HONEST) >= 50 and len(CHEATS) >= 50
+
+
+def test_threads_that_wait_for_each_other_are_not_a_busy_machine(level: Level) -> None:
+    programs = {name: CHEATS[name] for name in ("14 threads, then sleep",)}
+    assert others(score_all(programs, level, CHEAT_SECONDS), "fail") == {}
+
+
+def test_on_a_busy_processor_right_and_wrong_are_told_apart(busy_processor: None) -> None:
+    """The right program needs more time than it has by the wall clock."""
+    strongest = isolation.best_available()
+    if strongest is None:
+        pytest.skip("this machine has no sandbox for code")
+    programs = {"right": HONEST["loop"], "wrong": CHEATS["loop"], "threads": CHEATS["14 threads, then sleep"]}
+    scores = score_all(programs, strongest.level, CHEAT_SECONDS)
+    assert {name: score.verdict for name, score in scores.items()} == {
+        "right": "pass",
+        "wrong": "fail",
+        "threads": "fail",
+    }
 
 
 @pytest.mark.slow
