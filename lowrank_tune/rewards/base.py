@@ -86,7 +86,7 @@ Reply = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class WorkerReward(ABC):
-    """A reward that may hang, and is therefore computed in a worker process with a wall clock. `WorkerPool` calls these
+    """A reward that may hang, and is therefore computed in a worker process with a limit on time. `WorkerPool` calls these
     methods."""
 
     name: str

@@ -2,7 +2,7 @@
 
 Read is the inside of the last closed fence that is marked `json` or not at all, else the whole completion; JSON in the
 middle of a sentence does not count. `pattern` is Python's `re.search` and may run for ever, so a worker judges, with a
-wall clock; `format` is not checked.
+limit on time; `format` is not checked.
 """
 
 from __future__ import annotations

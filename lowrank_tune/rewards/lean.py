@@ -6,7 +6,7 @@ Rows hold a theorem without its proof in the column `statement` (or `formal_stat
 there. The statement is written by us under a name that nobody can know, comments are taken out, and words that could
 change what is checked (commands, options, macros, code that runs while Lean elaborates) fail.
 
-What a proof can do is limited by those words, a wall clock and a limit on memory; there is no sandbox around Lean.
+What a proof can do is limited by those words and by limits on time and memory; there is no sandbox around Lean.
 """
 
 from __future__ import annotations
