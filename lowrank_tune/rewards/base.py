@@ -86,8 +86,8 @@ Reply = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class WorkerReward(ABC):
-    """A reward that may hang, and is therefore computed in a worker process with a limit on time. `WorkerPool` calls these
-    methods."""
+    """A reward that may hang, and is therefore computed in a worker process with a limit on time. `WorkerPool` calls
+    these methods."""
 
     name: str
     is_verifier: ClassVar[bool]
