@@ -93,12 +93,13 @@ class WorkerThread(threading.Thread):
 
     def _serve(self, request: ScoreRequest) -> None:
         item, reward = request.item, request.reward
-        limit = self._limit(reward)
+        limit = self._limit(reward) * reward.worker_time_factor
         try:
             reply = self._ask(request, reward.build_request(item))
         except WorkerTimeout:
             self._stop_worker()
-            score = replace(self._exceeded(request, f"{limit:g} s") or reward.on_timeout(item, limit), seconds=limit)
+            score = self._exceeded(request, f"{limit:g} s") or reward.on_timeout(item, limit)
+            score = replace(score, seconds=limit)
         except WorkerStarved as starved:
             self._stop_worker()
             reason = f"`{reward.name}`: the machine is too busy to grade {item}: {starved}"
@@ -107,7 +108,7 @@ class WorkerThread(threading.Thread):
             self._stop_worker()
             score = reward.on_worker_crash(item, str(death))
         else:
-            score = replace(self._score_of(request, reply, limit), seconds=reply["seconds"])
+            score = replace(self._score_of(request, reply), seconds=reply["seconds"])
             if reply.get("worn"):
                 self._stop_worker()
         self._pool.store(request, score)  # before the next worker starts: a last completion does not wait for it
@@ -125,9 +126,10 @@ class WorkerThread(threading.Thread):
         message = {"job": request.spec_index, "seconds": limit, **message}
         return self.worker.request(message, limit * request.reward.worker_time_factor)
 
-    def _score_of(self, request: ScoreRequest, reply: Reply, limit: float) -> Score:
+    def _score_of(self, request: ScoreRequest, reply: Reply) -> Score:
         """The score from a reply, also from one that tells of an exceeded limit."""
         if reply.get("late"):
+            limit = self._limit(request.reward)
             return self._exceeded(request, f"{limit:g} s") or request.reward.on_timeout(request.item, limit)
         score = request.reward.parse_reply(request.item, reply)
         if score.value is None and reply.get("steep"):
