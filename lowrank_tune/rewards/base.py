@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 MAX_DISPLAY_CHARS = 80  # characters of a text that a sentence quotes
@@ -33,9 +33,9 @@ class RewardInput:
 class Score:
     """What one reward gives one completion.
 
-    pass, fail: right or wrong; graded: a figure in between. error, timeout: the reward itself could not tell. `value`
-    None never becomes a number: by the reward's `on_error` the completion leaves its group, or the run stops, with
-    `reason`.
+    pass, fail: right or wrong; graded: a figure in between. error, timeout: the reward itself could not tell. That a
+    completion alone exceeds the limits of a verifier is a fail. `value` None never becomes a number: by the reward's
+    `on_error` the completion leaves its group, or the run stops, with `reason`.
     """
 
     value: float | None
@@ -86,12 +86,16 @@ Reply = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class WorkerReward(ABC):
-    """A reward that may hang, and is therefore computed in a worker process with a wall clock. `WorkerPool` calls these
-    methods."""
+    """A reward that may hang, and is therefore computed in a worker process with a limit on time. `WorkerPool` calls
+    these methods."""
 
+    name: str
     is_verifier: ClassVar[bool]
     max_seconds: ClassVar[float] = float("inf")
     """Seconds after which this reward gives up on a completion, where that is less than the pool's own limit."""
+    worker_time_factor: ClassVar[float] = 1.0
+    """Times the limit after which the worker is killed; more where the worker itself ends what it runs for a
+    completion."""
 
     @abstractmethod
     def worker_spec(self) -> Mapping[str, Any]:
@@ -105,13 +109,28 @@ class WorkerReward(ABC):
         """What the worker is told of a completion, as plain data."""
         return {"prompt": item.prompt, "completion": item.completion, "row": dict(item.row)}
 
+    def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
+        """What the worker is told of the row's own answer, the same for all completions of a row. Where it is graded
+        within the limits that a completion exceeds, the completion is to blame, and else the row or the verifier.
+
+        The ground truth in a box, unless a reward reads something else; None where no request shows it. Only for
+        verifiers of the kit.
+        """
+        if item.ground_truth is None:
+            return None
+        return self.build_request(replace(item, completion=f"\\boxed{{{item.ground_truth}}}"))
+
     @abstractmethod
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         """The score from a worker's reply."""
 
+    def on_exceeded_limit(self, limit: str) -> Score:
+        """The score of a completion that takes more than a limit to grade, while the row's own answer does not."""
+        return Score(0.0, "fail", f"grading it takes more than {limit}")
+
     @abstractmethod
     def on_timeout(self, item: RewardInput, seconds: float) -> Score:
-        """The score of a completion on which the worker was killed after so many seconds."""
+        """The score of a completion that was not graded within so many seconds, where it need not be to blame."""
 
     @abstractmethod
     def on_worker_crash(self, item: RewardInput, reason: str) -> Score:

@@ -2,7 +2,7 @@
 
 Read is the inside of the last closed fence that is marked `json` or not at all, else the whole completion; JSON in the
 middle of a sentence does not count. `pattern` is Python's `re.search` and may run for ever, so a worker judges, with a
-wall clock; `format` is not checked.
+limit on time; `format` is not checked.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ class JsonSchemaReward(WorkerReward):
     def build_request(self, item: RewardInput) -> Mapping[str, Any]:
         code_block = last_code_block(item.completion, ("json", ""))
         return {"text": item.completion if code_block is None else code_block}
+
+    def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
+        """A document that every schema is quick with."""
+        return {"text": "null"}
 
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:

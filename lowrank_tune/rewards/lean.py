@@ -6,7 +6,7 @@ Rows hold a theorem without its proof in the column `statement` (or `formal_stat
 there. The statement is written by us under a name that nobody can know, comments are taken out, and words that could
 change what is checked (commands, options, macros, code that runs while Lean elaborates) fail.
 
-What a proof can do is limited by those words, a wall clock and a limit on memory; there is no sandbox around Lean.
+What a proof can do is limited by those words and by limits on time and memory; there is no sandbox around Lean.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from lowrank_tune.errors import UserError
@@ -97,6 +97,10 @@ class LeanReward(WorkerReward):
         header = item.row.get("header")
         head = restated_theorem(statement, header if isinstance(header, str) else "", name)
         return {"name": name, "proof": extract_proof(item.completion, statement), "head": head}
+
+    def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
+        """The row's statement, without a proof: what Lean has to do for every completion."""
+        return {**self.build_request(replace(item, completion="trivial")), "name": "goal", "proof": ":= by sorry"}
 
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:

@@ -1,7 +1,7 @@
 """Scoring on worker processes while other completions still decode.
 
-Each worker has a thread that feeds it and holds the wall clock. A worker that overstays is killed and a new one takes
-its place, so the pool keeps its size. Scores do not depend on which worker gave them, nor on the order.
+Each worker has a thread that feeds it and limits its time (`charged_time.py`). A worker that overstays is killed and a
+new one takes its place, so the pool keeps its size. Scores do not depend on which worker gave them, nor on the order.
 """
 
 from __future__ import annotations

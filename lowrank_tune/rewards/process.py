@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lowrank_tune.rewards.charged_time import ChargedTime, Starved, TimeLimitReached
+
 SCRIPT = Path(__file__).with_name("worker.py")
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 """Sets come in one order in every worker and every run, the card stays the trainer's, and workers do not fight over
@@ -22,6 +25,10 @@ cores."""
 
 class WorkerTimeout(Exception):
     """No reply in time."""
+
+
+class WorkerStarved(Exception):
+    """No reply, and other programs kept the worker from taking its time; the message holds the figures."""
 
 
 class WorkerDied(Exception):
@@ -34,6 +41,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._channel, child_end = socket.socketpair()
+        self._channel.setblocking(False)
         with child_end:
             command = [sys.executable, "-P", "-B", str(SCRIPT), str(child_end.fileno()), str(os.getpid())]
             self._process = subprocess.Popen(
@@ -46,7 +54,7 @@ class Worker:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        self._buffer = b""
+        self._unsent, self._received = b"", b""
 
     def load(self, worker_specs: Sequence[Mapping[str, Any]], seconds: float) -> list[str | None]:
         """Has the jobs loaded: for each a sentence where it could not be, else None."""
@@ -54,6 +62,8 @@ class Worker:
             faults: list[str | None] = self.request(worker_specs, seconds)["faults"]
         except WorkerTimeout:
             raise WorkerDied(f"was not ready within {seconds:g} s") from None
+        except WorkerStarved as starved:
+            raise WorkerDied(f"was not ready, the machine is too busy: {starved}") from None
         return faults
 
     @property
@@ -61,27 +71,37 @@ class Worker:
         return self._process.pid
 
     def request(self, message: object, seconds: float) -> dict[str, Any]:
-        """The worker's reply. Raises WorkerTimeout or WorkerDied; after either the worker is of no more use."""
-        deadline = time.monotonic() + seconds
+        """The worker's reply within so many seconds of `ChargedTime`. Raises WorkerTimeout, WorkerStarved or
+        WorkerDied; after any of them the worker is of no more use."""
+        # What JSON has no word for (a date, bytes) arrives as text; ASCII, so that lone surrogates travel too.
+        self._unsent = json.dumps(message, default=str).encode() + b"\n"
+        charged_time = ChargedTime([self.pid], seconds)
         try:
-            # What JSON has no word for (a date, bytes) arrives as text; ASCII, so that lone surrogates travel too.
-            self._wait(deadline)
-            self._channel.sendall(json.dumps(message, default=str).encode() + b"\n")
-            while b"\n" not in self._buffer:
-                self._wait(deadline)
-                if not (more := self._channel.recv(1 << 16)):
-                    raise WorkerDied(self._exit_reason())
-                self._buffer += more
-        except TimeoutError:
+            while b"\n" not in self._received:
+                self._transfer(charged_time.next_sample)
+                if b"\n" not in self._received:
+                    charged_time.check()
+        except TimeLimitReached:
             raise WorkerTimeout from None
+        except Starved as starved:
+            raise WorkerStarved(str(starved)) from None
         except OSError:
             raise WorkerDied(self._exit_reason()) from None
-        line, _, self._buffer = self._buffer.partition(b"\n")
+        line, _, self._received = self._received.partition(b"\n")
         reply: dict[str, Any] = json.loads(line)
         return reply
 
-    def _wait(self, deadline: float) -> None:
-        self._channel.settimeout(max(1e-3, deadline - time.monotonic()))
+    def _transfer(self, deadline: float) -> None:
+        """Sends and receives what can be until the deadline."""
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+        events = dict(poll.poll(max(0.0, 1e3 * (deadline - time.monotonic())))).get(self._channel.fileno(), 0)
+        if events & select.POLLOUT:
+            self._unsent = self._unsent[self._channel.send(self._unsent) :]
+        if events & ~select.POLLOUT:
+            if not (more := self._channel.recv(1 << 16)):
+                raise WorkerDied(self._exit_reason())
+            self._received += more
 
     def _exit_reason(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):

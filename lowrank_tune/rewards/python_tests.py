@@ -3,8 +3,9 @@
 The code runs in one confined process and the tests in another, with the worker between them: what the tests expect is
 never where the code is, values arrive as exact plain types, and the tester alone compares, types too, unless the row's
 own reference fails by a type (MBPP has one that returns 0 for False). Tests that pass earn 1; a wrong value, a missing
-one, an exception, a crash, or no end in time earns 0. A row whose tests are at fault, a sandbox that does not start, or
-a machine too busy to have let the code run is an error or a timeout, and never a 0.
+one, an exception, a crash, or no end in time earns 0. The time is that of the code alone (`charged_time.py`): while
+other programs have the processors its clock stands still. A row whose tests are at fault, a sandbox that does not
+start, or a machine too busy to have let the code run is an error or a timeout, and never a 0.
 
 The code is the last fence of the completion that is marked as Python, else its last fence, else all of it. Where the
 row's prompt begins a function, the code may be its body. A completion that did not stop by itself has not answered.
@@ -14,7 +15,7 @@ Only the standard library can be imported.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from lowrank_tune.errors import UserError
@@ -22,7 +23,7 @@ from lowrank_tune.rewards.base import Reply, RewardInput, Score, WorkerReward
 from lowrank_tune.rewards.pool import score_serially
 from lowrank_tune.rewards.sandbox.isolation import best_available, unavailable_reason
 from lowrank_tune.rewards.sandbox.launch import Level
-from lowrank_tune.rewards.workers.python_tests import InvalidTests, row_tests
+from lowrank_tune.rewards.workers.python_tests import InvalidTests, reference_solution, row_tests
 from lowrank_tune.settings import UNSAFE_CODE
 
 MAX_REASON_CHARS = 240
@@ -36,6 +37,7 @@ class PythonTestsReward(WorkerReward):
     name: str = "python_tests"
     accept_unsafe_code: bool = False
     is_verifier: ClassVar[bool] = True
+    worker_time_factor: ClassVar[float] = 3.0  # the code may run twice, and the reference once
 
     def score(self, items: Sequence[RewardInput]) -> list[Score]:
         return score_serially(self, items)
@@ -82,6 +84,11 @@ class PythonTestsReward(WorkerReward):
         if reason := self.row_rejection_reason(item):
             return Score(None, "error", f"`{self.name}`: {reason}, for {item}")
         return None if item.stopped else Score(0.0, "fail", "did not stop")
+
+    def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
+        """The row's own solution, where it has one."""
+        solution = reference_solution(item.row)
+        return self.build_request(replace(item, completion=solution)) if solution else None
 
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:

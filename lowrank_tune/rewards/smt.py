@@ -11,8 +11,9 @@ completion tells:
   declarations alone.
 
 Formulas and definitions are read from the last closed fence (`smt2`, `smt`, `smtlib`, `lisp` or none), else from the
-whole completion. Only literals, declared names and known operators reach Z3. Where Z3 cannot tell, there is no score:
-an error or a timeout, never a 0.
+whole completion. Only literals, declared names and known operators reach Z3. Where Z3 cannot decide a statement, or
+cannot tell for another reason than the time, there is no score: an error or a timeout, never a 0. A witness or an
+invariant on which Z3 takes too long is wrong where it decides the row's own formulas in time.
 """
 
 from __future__ import annotations
@@ -78,6 +79,10 @@ class SmtReward(WorkerReward):
         code_block = last_code_block(item.completion, LANGUAGES)
         return {**columns, "text": item.completion if code_block is None else code_block}
 
+    def reference_request(self, item: RewardInput) -> Mapping[str, Any] | None:
+        """The row's own formulas. A statement is these and nothing else, so that no completion is to blame."""
+        return None if self.kind == "statement" else {**self.build_request(item), "text": None}
+
     def parse_reply(self, item: RewardInput, reply: Reply) -> Score:
         if "fault" in reply:
             return self.on_worker_crash(item, reply["fault"])
@@ -85,8 +90,7 @@ class SmtReward(WorkerReward):
         if "row" in value:
             return self._no_score("error", f"the row is at fault: {value['row']}", item)
         if "unknown" in value:
-            late = value["unknown"] in ("timeout", "canceled")
-            return self._no_score("timeout" if late else "error", f"Z3 cannot tell: {value['unknown']}", item)
+            return self._no_score("error", f"Z3 cannot tell: {value['unknown']}", item)
         if "status" in value:
             correct = claimed_verdict(item.completion) == value["status"]
             return Score(float(correct), "pass" if correct else "fail", "" if correct else f"it is {value['status']}")

@@ -35,7 +35,7 @@ MEGABYTE = 1 << 20
 VERIFIER_MEGABYTES = 512  # what one judged call of a verifier of the kit may add to this process
 RECYCLE_MEGABYTES = 256  # a process that verifiers have made larger by this is replaced
 TIMEOUT_MARGIN = 0.9  # a verifier is interrupted a little before the parent kills this process
-ALARM_INTERVAL_SECONDS = 0.05  # the alarm repeats: a bare `except` or a destructor may swallow the first
+ALARM_INTERVAL_SECONDS = 0.05  # of CPU; the alarm repeats: a bare `except` or a destructor may swallow the first
 GradeFn = Callable[[Mapping[str, Any]], Any]
 """One completion judged: a figure, or for a verifier of the kit whatever its `parse_reply` reads, as plain data."""
 
@@ -147,12 +147,12 @@ def import_without_init(name: str, folder: str) -> Iterator[None]:
 
 
 class LimitedGrader:
-    """A verifier with an alarm clock and a limit on memory around each call; the user's functions in this process keep
-    theirs.
+    """A verifier with limits on CPU time and memory around each call; the user's functions in this process keep theirs.
 
-    Too late is CallTimeout, too much memory MemoryError. `added_megabytes`: MB that its calls have added to the peak of
-    this process (libraries catch MemoryError, so a call that answered may have met the limit); `grew_fast`: its last
-    call added more than half of what it may.
+    CPU time, so that a busy machine changes nothing; the parent, which has a limit too, sees a call that sleeps. Too
+    late is CallTimeout, also where a verifier itself raises TimeoutError; too much memory is MemoryError.
+    `added_megabytes`: MB that its calls have added to the peak of this process (libraries catch MemoryError, so a call
+    that answered may have met the limit); `grew_fast`: its last call added more than half of what it may.
     """
 
     def __init__(self, grade: GradeFn, megabytes: int) -> None:
@@ -163,7 +163,7 @@ class LimitedGrader:
         before = peak_megabytes()
 
         def restore() -> None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
         try:
@@ -175,6 +175,8 @@ class LimitedGrader:
         except CallTimeout:
             restore()  # the alarm may have rung within the line above
             raise
+        except TimeoutError:
+            raise CallTimeout from None
         finally:
             added = peak_megabytes() - before
             self.added_megabytes, self.grew_fast = self.added_megabytes + added, added > self.megabytes / 2
@@ -186,8 +188,8 @@ class LimitedGrader:
             maximum = pages * resource.getpagesize() + self.megabytes * MEGABYTE
             limits = [limit for limit in (maximum, soft, hard) if limit != resource.RLIM_INFINITY]
             resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
-        signal.signal(signal.SIGALRM, raise_timeout)
-        signal.setitimer(signal.ITIMER_REAL, seconds, ALARM_INTERVAL_SECONDS)
+        signal.signal(signal.SIGPROF, raise_timeout)
+        signal.setitimer(signal.ITIMER_PROF, seconds, ALARM_INTERVAL_SECONDS)
 
 
 def raise_timeout(*_: object) -> None:
@@ -238,16 +240,18 @@ def load_grader(spec: Mapping[str, Any]) -> GradeFn | str:
 
 
 def grade_completion(grade: GradeFn, request: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The reply to one completion."""
-    start = time.perf_counter()
+    """The reply to one completion. `late` and `steep`: it exceeded, or may have met, a limit of a verifier on time and
+    on memory."""
+    start, out_of_memory = time.perf_counter(), False
     try:
         reply: dict[str, Any] = {"value": grade(request)}
     except CallTimeout:
         reply = {"late": True}
     except BaseException as error:
         reply = {"fault": format_exception(error, path)}
+        out_of_memory = isinstance(error, MemoryError)
     if isinstance(grade, LimitedGrader):
-        reply |= {"steep": grade.grew_fast, "worn": grade.added_megabytes > RECYCLE_MEGABYTES}
+        reply |= {"steep": grade.grew_fast or out_of_memory, "worn": grade.added_megabytes > RECYCLE_MEGABYTES}
     return {**reply, "seconds": time.perf_counter() - start}
 
 

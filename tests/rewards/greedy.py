@@ -28,7 +28,7 @@ def load(job: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
             except Exception:
                 pass
         if word == "deaf":
-            signal.signal(signal.SIGALRM, signal.SIG_IGN)
+            signal.signal(signal.SIGPROF, signal.SIG_IGN)
         while word == "deaf":
             pass
         return 1.0

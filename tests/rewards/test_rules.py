@@ -201,13 +201,13 @@ def test_hostile_json_is_no_json(name: str, schema_worker: WorkerPool[int]) -> N
     assert time.monotonic() - start < 5.0
 
 
-def test_a_pattern_of_a_schema_that_runs_away_is_a_timeout_and_never_a_zero() -> None:
+def test_a_text_with_which_a_pattern_of_the_schema_runs_away_fails() -> None:
     reward = one("json_schema", json_schema={"pattern": "^(a+)+b$"})
     with WorkerPool[int]([reward], workers=1, timeout_seconds=0.4) as scorer:
         for number, text in enumerate(('"aab"', '"' + "a" * 60 + '"', '"aac"')):
             scorer.submit(number, item(text))
         scores = [found[0] for found in scorer.collect().values()]
-    assert [(score.value, score.verdict) for score in scores] == [(1.0, "pass"), (None, "timeout"), (0.0, "fail")]
+    assert [(score.value, score.verdict) for score in scores] == [(1.0, "pass"), (0.0, "fail"), (0.0, "fail")]
     assert "0.4 s" in scores[1].reason and scores[1].reason.isprintable()
 
 

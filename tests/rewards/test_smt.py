@@ -188,9 +188,8 @@ def test_an_invariant_holds_is_kept_and_suffices(scorer: WorkerPool[int], text: 
 
 
 def test_what_z3_cannot_decide_is_a_timeout_and_never_a_zero(scorer: WorkerPool[int]) -> None:
-    start = time.monotonic()
     score = judged(scorer, "statement", "unsat", HARD)
-    assert (score.value, score.verdict) == (None, "timeout") and time.monotonic() - start < 5.0
+    assert (score.value, score.verdict) == (None, "timeout")
     assert "`smt`" in score.reason and score.reason.isprintable()
     assert judged(scorer, "statement", "sat", {"smt": XY}).verdict == "pass"
 

@@ -3,34 +3,44 @@ ended."""
 
 from __future__ import annotations
 
-import time
+import contextlib
 from dataclasses import dataclass
 from typing import Literal
 
+from lowrank_tune.rewards.charged_time import (
+    MAX_WALL_FACTOR,
+    ChargedTime,
+    Starved,
+    TimeLimitReached,
+    computing_share,
+)
+from lowrank_tune.rewards.process_tree import read_tree
 from lowrank_tune.rewards.sandbox.ipc import MAX_MESSAGE_BYTES, ChannelClosed, ChannelTimeout, MessageTooLong
 from lowrank_tune.rewards.sandbox.launch import Confined, Level, UnauthenticatedMessage, Unconfined
 from lowrank_tune.rewards.sandbox.values import DeserializationError, decode, encode
 
-# shares of its time that code waited for a processor, and had less of one: then its end says nothing of it
-MAX_WAIT_SHARE, MIN_CPU_SHARE = 0.2, 0.5
+MIN_CODE_SHARE = 0.5  # of the time of a check, used by the code alone: then tests that never began are its fault
+PROBE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class CheckResult:
     """How a check ended. pass, fail: the code is right or wrong. fault: the row's tests are to blame. late: the machine
-    is. error: we are. `mistyped`: what failed is equal to what was expected, but for its type."""
+    is. error: we are. `mistyped`: what failed is equal to what was expected, but for its type. `slow`: what failed did
+    not end in time."""
 
     outcome: Literal["pass", "fail", "fault", "late", "error"]
     reason: str = ""
     mistyped: bool = False
+    slow: bool = False
 
 
 class TestFailed(Exception):
     """The code has failed; the message says why."""
 
 
-class CpuStarved(Exception):
-    """The time is over, and for much of it other processes had the processors; the message says how much."""
+class TooSlow(Exception):
+    """The code has used up its time."""
 
 
 class SandboxPair:
@@ -38,20 +48,24 @@ class SandboxPair:
 
     def __init__(self, level: Level) -> None:
         self.used, self.seconds = False, 0.0
+        self._loading_seconds = 0.0
         self._solver, self._tester = Confined("solver", level), Confined("tester", level)
 
     def check(self, prompt: str, code: str, entry: str, tests: str, seconds: float, strict: bool = True) -> CheckResult:
-        """Runs the tests on the code, both together within so many seconds of the wall clock. `prompt` and `entry`: see
+        """Runs the tests on the code, both together within so many seconds of `ChargedTime`. `prompt` and `entry`: see
         `solver.complete_program`. `strict`: types count. Ends both processes."""
         self.used, self.seconds = True, seconds
         try:
             self._solver.ready()
             self._tester.ready()
+            self._time = ChargedTime([self._solver.pid, self._tester.pid], seconds)
             return self._relay(encode({"prompt": prompt, "code": code, "entry": entry}), encode([tests, strict]))
         except TestFailed as wrong:
             return CheckResult("fail", str(wrong))
-        except CpuStarved as starved:
-            return CheckResult("late", str(starved))
+        except TooSlow:
+            return self._slow_result()
+        except Starved as starved:
+            return self._starved_result(str(starved))
         except Unconfined as fault:
             return CheckResult("error", f"the sandbox did not start: {fault}")
         finally:
@@ -62,28 +76,39 @@ class SandboxPair:
         self._solver.end()
         self._tester.end()
 
+    def _slow_result(self) -> CheckResult:
+        return CheckResult("fail", f"did not end within {self.seconds:g} s", slow=True)
+
+    def _starved_result(self, starved: str) -> CheckResult:
+        """Whose doing it is that the code has waited for a processor nearly all the time. A program that only computes
+        would have had its time meanwhile, unless the machine is too busy: code that sleeps and wakes up all the time
+        waits as often as it likes."""
+        self.end()
+        if computing_share(PROBE_SECONDS) * MAX_WALL_FACTOR >= 1.0:
+            return self._slow_result()
+        return CheckResult("late", f"the machine is too busy to run the code: {starved}")
+
     def _relay(self, code: bytes, tests: bytes) -> CheckResult:
         """Hands requests of the tester to the solver and its answers back, until the tester tells the end."""
-        deadline = time.monotonic() + self.seconds
         try:
-            reply = decode(self._solver_reply(code, deadline))
+            reply = decode(self._solver_reply(code))
         except DeserializationError:
             raise TestFailed("wrote to the stream of its results") from None
         if reply[0] != "loaded":
             raise TestFailed(f"raised {reply[1][0]}: {reply[2]}")
-        message, calls = self._tester_reply(tests, deadline, 0), 0
+        self._loading_seconds = self._time.charged
+        message, calls = self._tester_reply(tests, 0), 0
         while message[:1] != b"V":
             calls += 1
-            message = self._tester_reply(self._solver_reply(message[1:], deadline), deadline, calls)
+            message = self._tester_reply(self._solver_reply(message[1:]), calls)
         return CheckResult(*decode(message[1:]))
 
-    def _solver_reply(self, request: bytes, deadline: float) -> bytes:
+    def _solver_reply(self, request: bytes) -> bytes:
         """What the solver says. Whatever else it does is the code's doing. Raises TestFailed."""
         try:
-            self._solver.send(request, deadline)
-            return self._solver.receive(deadline)
-        except ChannelTimeout:
-            raise self._timeout_error(self._solver) from None
+            return self._exchange(self._solver, request)
+        except TimeLimitReached:
+            raise TooSlow from None
         except ChannelClosed:
             raise TestFailed(f"the code {self._solver.end()}") from None
         except MessageTooLong:
@@ -91,25 +116,34 @@ class SandboxPair:
         except UnauthenticatedMessage:
             raise TestFailed("wrote to the stream of its results") from None
 
-    def _tester_reply(self, solver_reply: bytes, deadline: float, calls: int) -> bytes:
+    def _tester_reply(self, solver_reply: bytes, calls: int) -> bytes:
         """What the tester says next. It is ours, but what it compares came from the code: late or out of memory, it is
         the code's fault too."""
         try:
-            self._tester.send(solver_reply, deadline)
-            return self._tester.receive(deadline)
-        except ChannelTimeout:
-            if calls:
-                raise self._timeout_error(self._tester) from None
+            return self._exchange(self._tester, solver_reply)
+        except TimeLimitReached:
+            if calls or self._code_seconds() >= MIN_CODE_SHARE * self.seconds:
+                raise TooSlow from None
             raise Unconfined("the tests did not begin in time") from None
         except (ChannelClosed, MessageTooLong, UnauthenticatedMessage):
             raise Unconfined(f"the process of the tests {self._tester.end()}") from None
 
-    def _timeout_error(self, process: Confined) -> Exception:
-        """Whose doing it is that the time is over."""
-        ran, waited = process.times()
-        if waited > MAX_WAIT_SHARE * self.seconds and ran < MIN_CPU_SHARE * self.seconds:
-            return CpuStarved(
-                f"the machine is too busy: in {self.seconds:g} s the code ran for {ran:.1f} s and waited "
-                f"{waited:.1f} s for a processor"
-            )
-        return TestFailed(f"did not end within {self.seconds:g} s")
+    def _exchange(self, process: Confined, message: bytes) -> bytes:
+        """The answer to a message. Raises TimeLimitReached, Starved, and what `receive` raises beside
+        ChannelTimeout."""
+        with contextlib.suppress(ChannelTimeout):
+            process.send(message, self._time.next_sample)
+        while True:
+            try:
+                process.flush(self._time.next_sample)
+                reply = process.receive(self._time.next_sample)
+            except ChannelTimeout:
+                self._time.check()
+            else:
+                self._time.check(replied=True)
+                return reply
+
+    def _code_seconds(self) -> float:
+        """Seconds that the code alone has used: until it was loaded, or on a processor, in threads that go on."""
+        tree = read_tree([self._solver.pid])
+        return max(self._loading_seconds, tree.cpu_seconds if tree else 0.0)

@@ -28,25 +28,28 @@ class Channel:
     """One stream. Deadlines are of time.monotonic."""
 
     def __init__(self, stream: socket.socket) -> None:
-        self._stream, self._buffer = stream, bytearray()
+        self._stream, self._buffer, self._unsent = stream, bytearray(), bytearray()
         stream.setblocking(False)
 
     def send(self, message: bytes, deadline: float) -> None:
-        """Raises ChannelTimeout or ChannelClosed."""
-        rest = memoryview(struct.pack("<I", len(message)) + message)
-        while rest:
+        """Raises ChannelTimeout or ChannelClosed. What is not sent in time is sent by the next call."""
+        self._unsent += struct.pack("<I", len(message)) + message
+        self.flush(deadline)
+
+    def flush(self, deadline: float) -> None:
+        """Sends what an earlier call could not. Raises ChannelTimeout or ChannelClosed."""
+        while self._unsent:
             try:
-                rest = rest[self._stream.send(rest) :]
+                del self._unsent[: self._stream.send(self._unsent)]
             except BlockingIOError:
                 self._wait(select.POLLOUT, deadline)
             except OSError:
                 raise ChannelClosed from None
 
     def receive(self, deadline: float) -> bytes:
-        """The next message. Raises ChannelTimeout, ChannelClosed or MessageTooLong."""
+        """The next message. Raises ChannelTimeout, ChannelClosed or MessageTooLong; after ChannelTimeout a next call
+        goes on."""
         while (message := self._pop_message()) is None:
-            if time.monotonic() > deadline:  # also where a little always comes
-                raise ChannelTimeout
             try:
                 more = self._stream.recv(1 << 18)
             except BlockingIOError:
@@ -57,19 +60,27 @@ class Channel:
             if not more:
                 raise ChannelClosed
             self._buffer += more
+            if time.monotonic() > deadline and not self._is_complete():  # also where a little always comes
+                raise ChannelTimeout
         return message
 
     def _pop_message(self) -> bytes | None:
-        if len(self._buffer) < HEADER_BYTES:
+        if not self._is_complete():
             return None
-        (length,) = struct.unpack_from("<I", self._buffer)
+        end = HEADER_BYTES + self._length()
+        message = bytes(self._buffer[HEADER_BYTES:end])
+        del self._buffer[:end]
+        return message
+
+    def _is_complete(self) -> bool:
+        """Whether a whole message has come. Raises MessageTooLong."""
+        return len(self._buffer) >= HEADER_BYTES and len(self._buffer) >= HEADER_BYTES + self._length()
+
+    def _length(self) -> int:
+        length: int = struct.unpack_from("<I", self._buffer)[0]
         if length > MAX_MESSAGE_BYTES:
             raise MessageTooLong
-        if len(self._buffer) < HEADER_BYTES + length:
-            return None
-        message = bytes(self._buffer[HEADER_BYTES : HEADER_BYTES + length])
-        del self._buffer[: HEADER_BYTES + length]
-        return message
+        return length
 
     def _wait(self, event: int, deadline: float) -> None:
         poll = select.poll()

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from lowrank_tune.rewards.sandbox import mounts
 from lowrank_tune.rewards.sandbox.handshake import NONCE_BYTES
-from lowrank_tune.rewards.sandbox.ipc import Channel, ChannelClosed
+from lowrank_tune.rewards.sandbox.ipc import Channel, ChannelClosed, ChannelTimeout
 from lowrank_tune.rewards.sandbox.values import DeserializationError, decode
 
 Level = Literal["namespaces", "bubblewrap", "landlock", "none"]
@@ -76,13 +76,24 @@ class Confined:
             self._channel.send(self._nonce, deadline)
         except (ChannelClosed, DeserializationError):
             raise Unconfined(f"it {self.end()}") from None
+        except ChannelTimeout:
+            raise Unconfined(f"it was not ready within {START_SECONDS:g} s") from None
         if "fault" in status:
             raise Unconfined(status["fault"])
         return status
 
+    @property
+    def pid(self) -> int:
+        """The process that this one started; at some levels the code runs in a descendant of it."""
+        return self._process.pid
+
     def send(self, message: bytes, deadline: float) -> None:
         """Raises ChannelTimeout or ChannelClosed."""
         self._channel.send(message, deadline)
+
+    def flush(self, deadline: float) -> None:
+        """Sends what `send` could not in time. Raises ChannelTimeout or ChannelClosed."""
+        self._channel.flush(deadline)
 
     def receive(self, deadline: float) -> bytes:
         """The next message. Raises ChannelTimeout, ChannelClosed, MessageTooLong or UnauthenticatedMessage."""
@@ -92,19 +103,6 @@ class Confined:
         if not message.startswith(head):
             raise UnauthenticatedMessage
         return message[len(head) :]
-
-    def times(self) -> tuple[float, float]:
-        """Seconds that it has run on a processor, and that it was ready to and had to wait for one; zeros where the
-        kernel does not count."""
-        ran, waited = 0, 0
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):  # a process that has ended meanwhile
-                # its group: with namespaces it is several
-                if int(status.read_text().rpartition(")")[2].split()[2]) == self._process.pid:
-                    for task in status.parent.glob("task/*/schedstat"):
-                        fields = task.read_text().split()
-                        ran, waited = ran + int(fields[0]), waited + int(fields[1])
-        return ran / 1e9, waited / 1e9
 
     def end(self) -> str:
         """Ends it, with all that it started where that was possible at all; how it had ended by itself, where it

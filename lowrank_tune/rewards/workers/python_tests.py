@@ -22,7 +22,7 @@ PYTHON_TAGS = ("python", "py", "python3")
 
 
 TEST_TIME_FRACTION = 0.6  # of the time of a check, for the code and its tests; the rest is for the start
-CACHE_SIZE = 1024  # rows of which is known whether their own reference minds types
+CACHE_SIZE = 1024  # rows of which is known how their own reference ends
 
 
 class InvalidTests(Exception):
@@ -30,7 +30,7 @@ class InvalidTests(Exception):
 
 
 class Inconclusive(Exception):
-    """Whether types count for a row could not be found out: the machine was too busy, or the sandbox did not start."""
+    """How a row's reference ends could not be found out: the machine was too busy, or the sandbox did not start."""
 
     def __init__(self, result: CheckResult) -> None:
         self.result = result
@@ -57,21 +57,29 @@ def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, str
             request["seconds"] * TEST_TIME_FRACTION,
         )
         result = run_check(tests, code, seconds, True)
-        if result.mistyped and (reference := reference_solution(request["row"])):
+        if (result.mistyped or result.slow) and (reference := reference_solution(request["row"])):
             try:
-                result = run_check(tests, code, seconds, False) if ignores_types(tests, reference, seconds) else result
+                result = compared_to(check_reference(tests, reference, seconds), result, tests, code, seconds)
             except Inconclusive as inconclusive:
                 result = inconclusive.result
         return {"outcome": result.outcome, "reason": result.reason}
 
     @lru_cache(CACHE_SIZE)
-    def ignores_types(tests: RowTests, reference: str, seconds: float) -> bool:
-        """Whether the row's own reference fails its tests by a type alone, as one that returns 0 for False: types do
-        not count there."""
+    def check_reference(tests: RowTests, reference: str, seconds: float) -> CheckResult:
+        """How the row's own reference ends."""
         result = run_check(tests, reference, seconds, True)
         if result.outcome in ("late", "error"):
             raise Inconclusive(result)
-        return result.mistyped
+        return result
+
+    def compared_to(
+        reference: CheckResult, result: CheckResult, tests: RowTests, code: str, seconds: float
+    ) -> CheckResult:
+        """A result that may be the row's doing. Types do not count where the reference fails by one alone, as one that
+        returns 0 for False; nor does the time where the reference needs more too."""
+        if result.slow and reference.slow:
+            return CheckResult("fault", f"its own solution did not end within {seconds:g} s")
+        return run_check(tests, code, seconds, False) if result.mistyped and reference.mistyped else result
 
     def run_check(tests: RowTests, code: str, seconds: float, strict: bool) -> CheckResult:
         if current[0].used:  # an alarm has cut the last check short

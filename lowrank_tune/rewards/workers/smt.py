@@ -9,9 +9,10 @@ from collections.abc import Callable, Container, Mapping
 from fractions import Fraction
 from typing import Any
 
+from lowrank_tune.rewards.workers.budget import interrupt_after
 from lowrank_tune.rewards.workers.smtlib_parser import SmtlibParseError, check_term, format_sexpr, parse_sexprs
 
-Z3_TIME_FRACTION = 0.75  # of the time that a call has; the alarm of the worker cannot interrupt Z3
+Z3_TIME_FRACTION = 0.75  # of the CPU time that a call has; the alarm of the worker cannot interrupt Z3
 CACHE_SIZE = 256  # decided statements: all completions of a group ask the same
 DECLARES = ("declare-const", "declare-fun")
 DEFINES = (
@@ -33,7 +34,7 @@ ASSIGNMENT_PATTERN = re.compile(
 )
 
 DecideFn = Callable[[str], str]
-"""Whether a script can be met: sat or unsat. Raises Undecided."""
+"""Whether a script can be met: sat or unsat. Raises Undecided, TimeoutError."""
 
 
 class Undecided(Exception):
@@ -46,14 +47,15 @@ class InvalidRow(Exception):
 
 def load(spec: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
     """Judges by `answer_type` what `build_request` of the reward sends: {status} of a statement, {right, why}
-    otherwise, {unknown} or {row} instead."""
+    otherwise, {unknown} or {row} instead. Without a `text` it judges the row's own formulas, which are right where Z3
+    decides them. Raises TimeoutError where Z3 takes too long."""
     import z3
 
     z3.set_param("memory_max_size", spec["megabytes"] // 2)  # before the limit of the worker, with a word from Z3
     cache: dict[str, str] = {}
 
     def grade(request: Mapping[str, Any]) -> Mapping[str, Any]:
-        decide = functools.partial(check_sat, milliseconds=int(1000 * Z3_TIME_FRACTION * request["seconds"]))
+        decide = functools.partial(check_sat, seconds=Z3_TIME_FRACTION * request["seconds"])
         try:
             if spec["asks"] == "statement":
                 return {"status": statement(request, _cached(decide, cache))}
@@ -78,15 +80,18 @@ def _cached(decide: DecideFn, cache: dict[str, str]) -> DecideFn:
     return cached_decide
 
 
-def check_sat(script: str, milliseconds: int) -> str:
-    """sat or unsat. Raises Undecided; Z3Exception where Z3 does not take the script."""
+def check_sat(script: str, seconds: float) -> str:
+    """sat or unsat. Raises TimeoutError after so many seconds of CPU, not of the wall clock, as Z3's own timeout has
+    them; Undecided where Z3 gives up before; Z3Exception where it does not take the script."""
     import z3
 
     context = z3.Context()
     solver = z3.Solver(ctx=context)
-    solver.set("timeout", milliseconds)
     solver.add(z3.parse_smt2_string(script, ctx=context))
-    status = str(solver.check())
+    with interrupt_after(seconds, context.interrupt) as interrupted:
+        status = str(solver.check())
+    if status == "unknown" and interrupted.is_set():
+        raise TimeoutError
     if status == "unknown":
         raise Undecided(solver.reason_unknown())
     return status
@@ -174,6 +179,9 @@ def witness(request: Mapping[str, Any], decide: DecideFn) -> tuple[bool, str]:
     import z3
 
     problem = SmtProblem(request["smt"])
+    if request["text"] is None:
+        _decide_row(decide, problem.to_script(), "`smt`")
+        return True, ""
     try:
         values = parse_assignments(request["text"], problem)
     except SmtlibParseError as error:
@@ -280,6 +288,8 @@ def invariant(request: Mapping[str, Any], decide: DecideFn) -> tuple[bool, str]:
     )
     if _decide_row(decide, parts, "the row") == "unsat":
         raise InvalidRow("`init` can never hold")
+    if request["text"] is None:
+        return True, ""
     try:
         formula = _parse_formula(request["text"], {*problem.declared, *problem.names}, set(state))
         now, then = format_sexpr(formula), format_sexpr(_prime_state_vars(formula, state))

@@ -1,0 +1,147 @@
+"""Laws of completions that exceed the limits of a verifier: a 0 where the row's own answer keeps them, and no score
+where it does not, or where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowrank_tune.rewards import RewardInput, Score, WorkerPool, build_rewards
+from lowrank_tune.rewards.base import Reward, WorkerReward
+from lowrank_tune.rewards.process import Worker
+from lowrank_tune.rewards.sandbox import isolation
+from lowrank_tune.settings import RewardConfig
+
+LIMIT = 0.3
+
+
+@dataclass(frozen=True)
+class GreedyReward(WorkerReward):
+    """What `greedy.py` says of the word in a box."""
+
+    name: str = "greedy"
+    is_verifier = True
+
+    def worker_spec(self) -> dict[str, Any]:
+        return {"kind": "verifier", "module": "greedy"}
+
+    def build_request(self, item: RewardInput) -> dict[str, Any]:
+        return {"completion": item.completion.removeprefix("\\boxed{").removesuffix("}")}
+
+    def parse_reply(self, item: RewardInput, reply: Any) -> Score:
+        return self.on_worker_crash(item, reply["fault"]) if "fault" in reply else Score(reply["value"], "graded")
+
+    def on_timeout(self, item: RewardInput, seconds: float) -> Score:
+        return Score(None, "timeout", f"{seconds:g} s")
+
+    def on_worker_crash(self, item: RewardInput, reason: str) -> Score:
+        return Score(None, "error", reason)
+
+
+@pytest.fixture(scope="module")
+def greedy() -> Iterator[WorkerPool[int]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        with WorkerPool[int]([GreedyReward()], 1, LIMIT) as pool:
+            yield pool
+
+
+def score(pool: WorkerPool[int], completion: str, ground_truth: str | None = None, **row: Any) -> Score:
+    pool.submit(0, RewardInput("Solve it.", completion, ground_truth, row, True, 9))
+    return pool.collect()[0][0]
+
+
+def one(name: str, folder: Path | None = None, **settings: Any) -> Reward:
+    return build_rewards([RewardConfig(name=name, **settings)], folder or Path())[0].reward
+
+
+@pytest.mark.parametrize(
+    ("word", "limit"), [("spins", "0.3 s"), ("deaf", "0.3 s"), ("memory", "the memory that the verifier may use")]
+)
+def test_a_completion_that_alone_exceeds_a_limit_is_wrong(greedy: WorkerPool[int], word: str, limit: str) -> None:
+    """Interrupted in time, or killed; afterwards the pool works on."""
+    found = score(greedy, word, "fine")
+    assert (found.value, found.verdict, found.reason) == (0.0, "fail", f"grading it takes more than {limit}")
+    assert score(greedy, "fine", "fine").value == 1.0 and len(greedy.pids) == 1
+
+
+@pytest.mark.parametrize(("word", "verdict"), [("spins", "timeout"), ("deaf", "timeout"), ("memory", "error")])
+@pytest.mark.parametrize("has_reference", [True, False])
+def test_where_the_reference_exceeds_it_too_there_is_no_score(
+    greedy: WorkerPool[int], word: str, verdict: str, has_reference: bool
+) -> None:
+    found = score(greedy, word, word if has_reference else None)
+    assert (found.value, found.verdict) == (None, verdict)
+    assert score(greedy, "fine", "fine").value == 1.0 and len(greedy.pids) == 1
+
+
+def test_the_reference_of_a_row_is_graded_once(greedy: WorkerPool[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    requested: list[str] = []
+    request = Worker.request
+
+    def counted_request(worker: Worker, message: Any, seconds: float) -> dict[str, Any]:
+        requested.append(message["completion"])
+        return request(worker, message, seconds)
+
+    monkeypatch.setattr(Worker, "request", counted_request)
+    for completion in ("spins", "memory", "spins"):
+        assert score(greedy, completion, "another").value == 0.0
+    assert requested == ["spins", "another", "memory", "spins"]
+
+
+def test_a_user_s_function_that_hangs_is_never_a_zero(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(completion, row):\n    while completion != 'fine': pass\n    return 1.0\n")
+    with WorkerPool[int]([one("mine.py:f", tmp_path)], 1, LIMIT) as pool:
+        assert [score(pool, text, "fine").verdict for text in ("fine", "hangs")] == ["graded", "timeout"]
+
+
+def test_a_deep_fraction_is_a_wrong_answer() -> None:
+    pytest.importorskip("math_verify")
+    deep = "\\frac{1}{" * 20 + "x" + "}" * 20
+    with WorkerPool[int]([one("math_answer")], 1, 1.0) as pool:
+        assert (score(pool, f"so \\boxed{{{deep}}}", "\\sqrt{2}").verdict) == "fail"
+        assert score(pool, "\\boxed{\\frac{2}{\\sqrt{2}}}", "\\sqrt{2}").verdict == "pass"
+
+
+FERMAT = "(exists ((a Int)(b Int)(c Int)) (and (> a 2) (> b 2) (> c 2) (= (+ (* a a a) (* b b b)) (* c c c))))"
+
+
+@pytest.mark.slow
+def test_a_witness_on_which_z3_takes_too_long_is_wrong_where_it_decides_the_row() -> None:
+    pytest.importorskip("z3")
+    with WorkerPool[int]([one("smt", kind="witness")], 1, LIMIT) as pool:
+        easy = "(declare-const p Bool)(assert p)"
+        assert score(pool, f"(define-fun p () Bool {FERMAT})", smt=easy).verdict == "fail"
+        assert score(pool, "p = true", smt=easy).verdict == "pass"
+        hard = f"(declare-const p Bool)(assert p)(assert {FERMAT})"
+        assert score(pool, "p = true", smt=hard).verdict == "timeout"
+
+
+@pytest.mark.slow
+def test_an_invariant_on_which_z3_takes_too_long_is_wrong_where_it_decides_the_row() -> None:
+    pytest.importorskip("z3")
+    easy = {"smt": "(declare-const i Int)", "init": "(= i 0)", "transition": "(= i! (+ i 1))", "property": "(>= i 0)"}
+    with WorkerPool[int]([one("smt", kind="invariant")], 1, LIMIT) as pool:
+        assert score(pool, f"(and (>= i 0) (not {FERMAT}))", **easy).verdict == "fail"
+        assert score(pool, "(>= i 0)", **easy).verdict == "pass"
+        assert score(pool, "(>= i 0)", **{**easy, "init": FERMAT}).verdict == "timeout"
+
+
+@pytest.mark.skipif(isolation.best_available() is None, reason="this machine has no sandbox for code")
+def test_tests_that_take_longer_than_they_may_are_the_row_s_fault() -> None:
+    """Also where it is the row's own solution that needs so long; without one nothing shows it."""
+    slow = "def f(x):\n    while x: pass\n    return x"
+    tests = ["assert f(1) == 1"]
+    with WorkerPool[int]([one("python_tests")], 1, LIMIT) as pool:
+        found = [
+            score(pool, slow, code="def f(x): return x", test_list=tests),
+            score(pool, slow, test_list=tests),
+            score(pool, slow, code=slow, test_list=tests),
+            score(pool, "def f(x): return x", code="def f(x): return x", test_list=["while 1: pass", *tests]),
+        ]
+    assert [each.verdict for each in found] == ["fail", "fail", "error", "error"]
+    assert "its own solution did not end within 0.18 s" in found[2].reason
