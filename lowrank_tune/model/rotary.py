@@ -1,5 +1,5 @@
-"""Rotary embeddings whose frequencies transformers selects again in each call, by the call's longest row: the RoPE types
-`longrope` and `dynamic`.
+"""Rotary embeddings whose frequencies transformers selects again in each call, by the call's longest row: the RoPE
+types `longrope` and `dynamic`.
 
 A row beside a longer one would then have other log-probs than alone, and a cache would hold keys of two kinds. So the
 frequencies are set once, when the base is loaded, and every call uses them:
@@ -42,14 +42,30 @@ class FixedRope:
         """Tokens of the longest row that these frequencies are for; None where that is left to the base."""
         return None if self.factors == "long" else self.original_length
 
+    @property
+    def name(self) -> str:
+        """The frequencies in words."""
+        return "RoPE type `dynamic`" if self.factors is None else f"{self.factors} factors of RoPE type `longrope`"
+
+    def check_row_length(self, tokens: int) -> None:
+        """Raises UserError for a prompt and its answer that together are longer than these frequencies are for."""
+        limit = self.max_row_length
+        if limit is not None and tokens > limit:
+            raise UserError(
+                f"a prompt and its answer may have {tokens:,} tokens together, above {limit:,}, the limit of the "
+                f"base's {self.name}: use shorter prompts, or fewer new tokens"
+            )
+
     def describe(self) -> str:
         """Return a sentence for the log."""
-        limit = f"rows of up to {self.original_length:,} tokens"
-        if self.rope_type == "dynamic":
-            return f"RoPE type `dynamic`: every call uses the frequencies of {limit}, and longer rows are refused"
-        reach = "rows of more than" if self.factors == "long" else "rows of up to"
+        if self.factors is None:
+            return (
+                f"RoPE type `dynamic`: every call uses the frequencies of rows of up to {self.original_length:,} "
+                "tokens, and longer rows are refused"
+            )
+        reach = "more than" if self.factors == "long" else "up to"
         return (
-            f"RoPE type `longrope`: every call uses the {self.factors} factors, which are for {reach} "
+            f"RoPE type `longrope`: every call uses the {self.factors} factors, which are for contexts of {reach} "
             f"{self.original_length:,} tokens"
         )
 
@@ -72,6 +88,11 @@ def select_factors(config: Any, longest_row: int) -> RopeFactors:
     """The factors for rows of up to so many tokens."""
     rope = fixed_rope(config)
     return "long" if rope is not None and longest_row > rope.original_length else "short"
+
+
+def factors_of(rope: FixedRope | None) -> RopeFactors:
+    """The factors that `load_base` takes; `short` where there is nothing to select."""
+    return "long" if rope is not None and rope.factors == "long" else "short"
 
 
 def stored_factors(facts: Mapping[str, Any]) -> RopeFactors:
@@ -105,7 +126,7 @@ def check_frequencies(model: Any, rope: FixedRope) -> None:
         if rope_type == FIXED
     ]
     if not fixed or not all(fixed):
-        cure = f"use rows of at most {rope.original_length:,} tokens, or another base" if is_long else "use another base"
+        cure = f"use rows of up to {rope.original_length:,} tokens, or another base" if is_long else "use another base"
         raise UserError(
             f"base.model: {model.config.model_type} models compute the frequencies of RoPE type `{rope.rope_type}` in "
             f"code of their own, which cannot be set once for all calls; {cure}"
