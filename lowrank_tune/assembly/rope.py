@@ -31,7 +31,8 @@ def select_rope(stages: Sequence[settings.RecipeConfig], emit: Emit) -> FixedRop
         emit(LogMessage(message=rope.describe()))
         return rope
     adapters = _adapter_factors(stages)
-    reason = f"the longest row by the settings has {longest.longest_row:,} tokens"
+    setting = _length_setting(longest) if longest.longest_row == longest.max_train_length else "evaluate.max_new_tokens"
+    reason = f"by `{setting}` the longest row has {longest.longest_row:,} tokens"
     if rope.factors == "short" and "long" in adapters.values():
         rope = fixed_rope(config, "long")
         assert rope is not None, "the configuration is the same"
